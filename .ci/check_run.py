@@ -9,13 +9,16 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-from dit_video.training.hooks.logging import read
+from dit_video.training.hooks.logging import read_metrics
 from dit_video.video import decode
 
 
 def check_losses(run: Path) -> None:
     """Check that every logged loss fell, comparing the means of its first and last fifth."""
-    logs = {path: [entry["loss"] for entry in read(path) if "loss" in entry] for path in sorted(run.rglob("*.jsonl"))}
+    logs = {
+        path: [entry["loss"] for entry in read_metrics(path) if "loss" in entry]
+        for path in sorted(run.rglob("*.jsonl"))
+    }
     logs = {path: losses for path, losses in logs.items() if losses}
     assert logs, f"{run} has no *.jsonl file with a loss"
     for path, losses in logs.items():

@@ -30,9 +30,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY, BATCH = 120, 3, 2
-MOST_SECONDS = 3600
+MAX_SECONDS = 3600
 """Time limit of a training that is not killed."""
-OF_TIME = re.compile("seconds|wait|per_second|memory|mfu|utilisation")
+TIMING_ENTRIES = re.compile("seconds|wait|per_second|memory|mfu|utilisation")
 """Names of log entries that depend on a clock or on the machine, and are not compared."""
 
 
@@ -46,36 +46,36 @@ def main() -> None:
     moments = random.Random(seed)
     folder = arguments.folder.absolute()
     uninterrupted = folder / "whole"
-    prepared(folder / "prepared")
+    ensure_prepared(folder / "prepared")
     if not (uninterrupted / "done").is_file():
-        again(folder / "prepared", uninterrupted)
+        reset_run(folder / "prepared", uninterrupted)
         start_time = time.monotonic()
-        trained(uninterrupted, None)
+        run_until_killed(uninterrupted, None)
         print(
             f"uninterrupted run: {STEPS} steps in {time.monotonic() - start_time:.0f} s including its start", flush=True
         )
-    expected = result(uninterrupted)
+    expected = read_result(uninterrupted)
     done, runs, kill_counts = 0, 0, Counter[str]()
     while done < arguments.kills:
         run = folder / "killed"
-        again(folder / "prepared", run)
-        while when := trained(run, moments if done < arguments.kills else None):
+        reset_run(folder / "prepared", run)
+        while when := run_until_killed(run, moments if done < arguments.kills else None):
             done += 1
             kill_counts[when] += 1
-            print(f"kill {done} {when}; its newest checkpoint is of step {newest(run)}", flush=True)
+            print(f"kill {done} {when}; its newest checkpoint is of step {get_newest_step(run)}", flush=True)
         runs += 1
-        compare(expected, result(run), run)
+        compare(expected, read_result(run), run)
         print(f"run {runs}: after {done} kills, its log and arrays equal those of the uninterrupted run", flush=True)
     summary = ", ".join(f"{count} {when}" for when, count in kill_counts.most_common())
     print(f"{done} kills in {runs} runs ({summary}; seed {seed}): no bit differs")
 
 
-def trained(run: Path, moments: random.Random | None) -> str:
+def run_until_killed(run: Path, moments: random.Random | None) -> str:
     """Start the training and kill it at a random moment of `moments`; return when, or "" if it ended by itself."""
     with (run / "output.txt").open("a") as output:
         process = subprocess.Popen(
             [sys.executable, __file__, "train", str(run)],
-            env=environment(run.parent),
+            env=make_environment(run.parent),
             stdout=subprocess.PIPE,
             stderr=output,
             text=True,
@@ -83,46 +83,46 @@ def trained(run: Path, moments: random.Random | None) -> str:
         )
         assert process.stdout is not None
         process.stdout.readline()  # blocks until the imports are done
-        when = "" if moments is None else wait(process, run, moments)
+        when = "" if moments is None else wait_for_moment(process, run, moments)
         if when:
             os.killpg(process.pid, signal.SIGKILL)
-        elif process.wait(MOST_SECONDS) != 0:
+        elif process.wait(MAX_SECONDS) != 0:
             raise SystemExit(f"a start failed instead of continuing:\n{(run / 'output.txt').read_text()[-4000:]}")
         process.wait()
     return when
 
 
-def wait(process: subprocess.Popen, run: Path, moments: random.Random) -> str:
+def wait_for_moment(process: subprocess.Popen, run: Path, moments: random.Random) -> str:
     """Wait for a random moment of the start, or some saves later; return which, or "" if the training ended."""
     if moments.random() < 0.2:
         time.sleep(moments.uniform(0.0, 6.0))
         return "" if process.poll() is not None else "while it started"
-    goal = newest(run) + SAVE_EVERY * moments.randint(1, 5)
-    while newest(run) < goal:
+    goal = get_newest_step(run) + SAVE_EVERY * moments.randint(1, 5)
+    while get_newest_step(run) < goal:
         if process.poll() is not None:
             return ""
         time.sleep(0.01)
     time.sleep(moments.uniform(0.0, 0.3))
-    writing = any(path.name.endswith(".orbax-checkpoint-tmp") for path in checkpoints(run).glob("*"))
+    writing = any(path.name.endswith(".orbax-checkpoint-tmp") for path in get_checkpoint_folder(run).glob("*"))
     return "" if process.poll() is not None else "while it saved" if writing else "while it trained"
 
 
-def prepared(folder: Path) -> None:
+def ensure_prepared(folder: Path) -> None:
     """Make clips, a trained autoencoder and its latents, which the training of the denoiser starts from."""
     if not (folder / "done").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         command = [sys.executable, __file__, "prepare", str(folder)]
-        subprocess.run(command, env=environment(folder.parent), check=True)
+        subprocess.run(command, env=make_environment(folder.parent), check=True)
         (folder / "done").touch()
 
 
-def again(source: Path, run: Path) -> None:
+def reset_run(source: Path, run: Path) -> None:
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(source, run, symlinks=True)
     (run / "done").unlink()
 
 
-def environment(folder: Path) -> dict[str, str]:
+def make_environment(folder: Path) -> dict[str, str]:
     """Return environment variables that share compiled programs among all starts, so that starts are short."""
     programs = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
@@ -132,34 +132,36 @@ def environment(folder: Path) -> dict[str, str]:
     return {"JAX_PLATFORMS": "cpu", **os.environ, **programs, "PYTHONPATH": str(ROOT)}
 
 
-def checkpoints(run: Path) -> Path:
+def get_checkpoint_folder(run: Path) -> Path:
     return run / "run" / "denoiser" / "checkpoints"
 
 
-def newest(run: Path) -> int:
-    return max((int(path.name) for path in checkpoints(run).glob("*") if path.name.isdigit()), default=0)
+def get_newest_step(run: Path) -> int:
+    return max((int(path.name) for path in get_checkpoint_folder(run).glob("*") if path.name.isdigit()), default=0)
 
 
-def result(run: Path) -> dict[str, Any]:
+def read_result(run: Path) -> dict[str, Any]:
     """Return the log without entries that depend on a clock, and digests of all arrays of the last checkpoint."""
     lines = (run / "run" / "denoiser" / "metrics.jsonl").read_text().splitlines()
-    log = [{name: value for name, value in json.loads(line).items() if not OF_TIME.search(name)} for line in lines]
+    log = [
+        {name: value for name, value in json.loads(line).items() if not TIMING_ENTRIES.search(name)} for line in lines
+    ]
     return {"log": log, "arrays": json.loads((run / "done").read_text())}
 
 
-def compare(want: dict[str, Any], got: dict[str, Any], run: Path) -> None:
-    for step, (left, right) in enumerate(zip(want["log"], got["log"], strict=False), start=1):
+def compare(expected: dict[str, Any], actual: dict[str, Any], run: Path) -> None:
+    for step, (left, right) in enumerate(zip(expected["log"], actual["log"], strict=False), start=1):
         if left != right:
             raise SystemExit(f"{run}: the log differs at step {step}: {left} uninterrupted, {right} killed")
-    if len(want["log"]) != len(got["log"]) or len(want["log"]) != STEPS:
+    if len(expected["log"]) != len(actual["log"]) or len(expected["log"]) != STEPS:
         raise SystemExit(
-            f"{run}: the log has {len(got['log'])} entries, {len(want['log'])} uninterrupted, for {STEPS} steps"
+            f"{run}: the log has {len(actual['log'])} entries, {len(expected['log'])} uninterrupted, for {STEPS} steps"
         )
-    if different := [path for path in want["arrays"] if want["arrays"][path] != got["arrays"].get(path)]:
+    if different := [path for path in expected["arrays"] if expected["arrays"][path] != actual["arrays"].get(path)]:
         raise SystemExit(f"{run}: arrays differ: {', '.join(different)}")
 
 
-def tiny() -> Any:
+def load_tiny_module() -> Any:
     """Load the module of the tests' tiny experiment."""
     specification = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "support" / "tiny.py")
     assert specification is not None
@@ -169,7 +171,7 @@ def tiny() -> Any:
     return module
 
 
-def experiment(config: Any) -> Any:
+def make_experiment(config: Any) -> Any:
     denoiser = dataclasses.replace(config.denoiser, steps=STEPS, batch=BATCH)
     return dataclasses.replace(config, denoiser=denoiser, log_every=1, save_every=SAVE_EVERY)
 
@@ -178,9 +180,9 @@ def prepare(folder: Path) -> None:
     from dit_video.data.synthetic import shapes
     from dit_video.experiment.run import Run
 
-    module = tiny()
+    module = load_tiny_module()
     clips = shapes.write_folder(folder / "clips", count=module.COUNT, seed=0, sizes=module.SIZES)
-    run = Run.create(folder / "run", experiment(module.EXPERIMENT))
+    run = Run.create(folder / "run", make_experiment(module.EXPERIMENT))
     run.prepare(clips)
     run.encode_latents()
 
@@ -195,7 +197,7 @@ def train(folder: Path) -> None:
     run = Run.open(folder / "run")
     print("begins", flush=True)
     run.train_denoiser()
-    arrays = ocp.StandardCheckpointer().restore(checkpoints(folder) / str(STEPS) / "state")
+    arrays = ocp.StandardCheckpointer().restore(get_checkpoint_folder(folder) / str(STEPS) / "state")
     digests = {
         path: hashlib.sha256(np.asarray(array).tobytes()).hexdigest() for path, array in trees.flatten(arrays).items()
     }

@@ -13,18 +13,18 @@ from dit_video.data.synthetic import shapes
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.metrics.prompt_following import prompt_following
 
-BOUNDS = {"colour": 0.95, "direction": 0.85, "shape": 0.60}
-LEAST_SPREAD = 0.80
+MIN_RATES = {"colour": 0.95, "direction": 0.85, "shape": 0.60}
+MIN_SPREAD = 0.80
 
 
 def main(runs: list[Path]) -> None:
-    results, rates = [], {name: [] for name in BOUNDS}
+    results, rates = [], {name: [] for name in MIN_RATES}
     for run in runs:
-        run_results = evaluate.examine_samples(evaluate.read_samples(run / "samples"))
+        run_results = evaluate.judge_samples(evaluate.read_samples(run / "samples"))
         table = prompt_following(run_results)["all"]
-        for name in BOUNDS:
+        for name in MIN_RATES:
             rates[name].append(table[name]["rate"])
-        print(f"{run}: " + ", ".join(f"{name} {table[name]['rate']:.1%}" for name in BOUNDS))
+        print(f"{run}: " + ", ".join(f"{name} {table[name]['rate']:.1%}" for name in MIN_RATES))
         results += run_results
     pooled = prompt_following(results)
     for group in ("all", "seen", "never_seen", "images"):
@@ -38,9 +38,9 @@ def main(runs: list[Path]) -> None:
             f"spread of starts, {direction}: "
             + ", ".join(f"{a} {axes[a]['ratio']:.2f}" for a in ("vertical", "horizontal"))
         )
-    below = [name for name, bound in BOUNDS.items() if sum(rates[name]) / len(runs) < bound]
+    below = [name for name, bound in MIN_RATES.items() if sum(rates[name]) / len(runs) < bound]
     ratios = [pooled["start_spread"][d][a]["ratio"] for d in shapes.DIRECTIONS for a in ("vertical", "horizontal")]
-    if below or min(ratios) < LEAST_SPREAD:
+    if below or min(ratios) < MIN_SPREAD:
         sys.exit(f"error: below the required bounds: {', '.join(below) or 'spread of starts'}")
 
 

@@ -27,7 +27,7 @@ import dit_video
 from dit_video.core import config_json
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
-from dit_video.core.storage import Address
+from dit_video.core.storage import StoragePathLike
 from dit_video.data.synthetic import shapes
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.config import ShapesEvaluation
@@ -35,9 +35,9 @@ from dit_video.experiment import datasets
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Pipeline
-from dit_video.platform.compilation_cache import keep_programs
-from dit_video.recipes.distill import ATTRIBUTES, Distilling, compare, distilling
-from dit_video.reports.run_report import report_run
+from dit_video.platform.compilation_cache import enable_compilation_cache
+from dit_video.recipes.distill import ATTRIBUTES, DistillationOptions, compare, make_distillation_experiment
+from dit_video.reports.run_report import write_run_report
 from dit_video.training.hooks.logging import Progress
 
 
@@ -63,7 +63,7 @@ class Arguments:
     """Number of samples per prompt of the rendered shapes in the comparison; 0 skips the comparison."""
     full: int = 50
     """Number of sampling steps of the teacher in the comparison."""
-    options: Annotated[Distilling, tyro.conf.arg(name="")] = field(default_factory=Distilling)
+    options: Annotated[DistillationOptions, tyro.conf.arg(name="")] = field(default_factory=DistillationOptions)
     cache: bool = True
     """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
 
@@ -71,21 +71,21 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     if arguments.cache:
-        keep_programs()
+        enable_compilation_cache()
     start_time = time.perf_counter()
-    experiment = distilling(arguments.teacher, arguments.options)
+    experiment = make_distillation_experiment(arguments.teacher, arguments.options)
     is_shapes = isinstance(experiment.evaluation, ShapesEvaluation)
     if arguments.data:
-        datasets.check(arguments.data)  # fail before the run's folder is created
+        datasets.check_datasets(arguments.data)  # fail before the run's folder is created
     elif not is_shapes and not (arguments.teacher / CONFIG).is_file():
         raise UserError(f"{arguments.teacher} is a pipeline, which has no clips of its own; use --data CLIPS")
     run = Run.create(arguments.workdir, experiment)
-    student = run.train(*(arguments.data or _own(arguments)))
+    student = run.train(*(arguments.data or _get_data(arguments)))
     teacher = dit_video.load(arguments.teacher)
     evaluation = evaluate.evaluate(student, run.folder, seed=experiment.seed, run=run)
     if is_shapes and arguments.seeds:
-        evaluation.metrics["few_steps"] = _compared(arguments, teacher, student, run.folder)
-    report_run(
+        evaluation.metrics["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)
+    write_run_report(
         run.folder / "report.html",
         student,
         evaluation,
@@ -96,22 +96,29 @@ def main() -> None:
     print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {run.folder / 'report.html'}")
 
 
-def _own(arguments: Arguments) -> tuple[Address, ...]:
+def _get_data(arguments: Arguments) -> tuple[StoragePathLike, ...]:
     """Return the data of the teacher's run, or a folder of rendered clips if the teacher is a pipeline."""
     if (arguments.teacher / CONFIG).is_file():
-        return datasets.sources(arguments.teacher / "data")
+        return datasets.list_datasets(arguments.teacher / "data")
     folder, count, seed = arguments.workdir / "clips", arguments.clips, arguments.options.seed
     with Progress("rendering clips", count, unit="clip") as progress:
         shapes.write_folder(folder, count=count, seed=seed, progress=lambda done, _: progress.update(done))
     return (folder,)
 
 
-def _compared(arguments: Arguments, teacher: Pipeline, student: Pipeline, folder: Path) -> dict[str, Any]:
+def _compare_few_steps(arguments: Arguments, teacher: Pipeline, student: Pipeline, folder: Path) -> dict[str, Any]:
     """Compare teacher and student, write the table to few_steps.json, print it and return it."""
     few = tuple(sorted({4, 2, 1, arguments.options.sampling_steps}, reverse=True))
     with Progress("comparing", 1 + 2 * len(few), unit="row") as progress:
         seeds = range(arguments.options.seed, arguments.options.seed + arguments.seeds)
-        table = compare(teacher, student, full=arguments.full, few=few, seeds=tuple(seeds), progress=progress.update)
+        table = compare(
+            teacher,
+            student,
+            reference_steps=arguments.full,
+            few_steps=few,
+            seeds=tuple(seeds),
+            progress=progress.update,
+        )
     write_json(folder / "few_steps.json", table)
     for name, row in table.items():
         rates = ", ".join(f"{attribute} {row[attribute]:.1%}" for attribute in ATTRIBUTES)

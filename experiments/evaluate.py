@@ -15,8 +15,8 @@ from dit_video.core.errors import UserError, script
 from dit_video.evaluation import evaluate
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
-from dit_video.platform.compilation_cache import keep_programs
-from dit_video.reports.run_report import report_run
+from dit_video.platform.compilation_cache import enable_compilation_cache
+from dit_video.reports.run_report import write_run_report
 
 
 def main(
@@ -57,7 +57,7 @@ def main(
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
     if cache:
-        keep_programs()
+        enable_compilation_cache()
     pipeline = dit_video.load(run, ema=ema, sigma_rel=sigma_rel)
     trained = Run.open(run) if (run / CONFIG).is_file() else None
     if trained is None and out is None:
@@ -69,12 +69,12 @@ def main(
         seed=seed,
         run=trained,
         steps=steps,
-        guidance=pipeline.config.sampling.guided(
+        guidance=pipeline.config.sampling.override_guidance(
             scale=guidance, interval=interval, rescale=rescale, projected=projected
         ),
         sampler=sampler,
     )
-    report_run(
+    write_run_report(
         folder / "report.html",
         pipeline,
         evaluation,

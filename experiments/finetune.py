@@ -39,10 +39,10 @@ from train import train
 
 from dit_video.core.errors import UserError, script
 from dit_video.experiment import datasets
-from dit_video.experiment.export import ADAPTER, LORA, TRANSFORMERS
+from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE, TRANSFORMER_FOLDERS
 from dit_video.experiment.run import Run
-from dit_video.platform.compilation_cache import keep_programs
-from dit_video.recipes.finetune_wan import FineTuning, finetuning
+from dit_video.platform.compilation_cache import enable_compilation_cache
+from dit_video.recipes.finetune_wan import FineTuningOptions, make_finetuning_experiment
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Arguments:
     """Folder of the run; runs/NAME by default."""
     latents: str | None = None
     """Folder or address (gs://…) to read cached latents from, or write them to; WORKDIR/latents by default."""
-    options: Annotated[FineTuning, tyro.conf.arg(name="")] = field(default_factory=FineTuning)
+    options: Annotated[FineTuningOptions, tyro.conf.arg(name="")] = field(default_factory=FineTuningOptions)
     cache: bool = True
     """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
 
@@ -71,15 +71,15 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     if arguments.cache:
-        keep_programs()
+        enable_compilation_cache()
     if not arguments.data:
         raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
-    datasets.check(arguments.data)  # fail before the run's folder is created
+    datasets.check_datasets(arguments.data)  # fail before the run's folder is created
     start_time = time.perf_counter()
-    experiment = finetuning(arguments.model, arguments.options)
+    experiment = make_finetuning_experiment(arguments.model, arguments.options)
     run = Run.create(arguments.workdir or Path("runs") / experiment.name, experiment)
     train(run, arguments.data, latents=arguments.latents)
-    for name in (LORA, ADAPTER, *TRANSFORMERS.values()):
+    for name in (LORA_FILE, ADAPTER_FILE, *TRANSFORMER_FOLDERS.values()):
         if (run.folder / name).exists():
             print(run.folder / name)
     print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {run.folder / 'report.html'}")

@@ -24,8 +24,8 @@ from dit_video.data.synthetic import shapes
 from dit_video.evaluation import evaluate
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
-from dit_video.platform.compilation_cache import keep_programs
-from dit_video.reports.run_report import report_run
+from dit_video.platform.compilation_cache import enable_compilation_cache
+from dit_video.reports.run_report import write_run_report
 from dit_video.training.hooks.logging import Progress
 
 
@@ -47,18 +47,18 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
     if cache:
-        keep_programs()
+        enable_compilation_cache()
     start_time = time.perf_counter()
-    experiment = quickstart.experiment(seed, brief=brief)
+    experiment = quickstart.make_experiment(seed, brief=brief)
     is_new = not (workdir / CONFIG).is_file()
     run = Run.create(workdir, experiment)
-    count = quickstart.clips(brief=brief)
+    count = quickstart.count_clips(brief=brief)
     with Progress("rendering clips", count, unit="clip") as progress:
         shapes.write_folder(workdir / "clips", count=count, seed=seed, progress=lambda done, _: progress.update(done))
     pipeline = run.train(workdir / "clips")
     evaluation = evaluate.evaluate(pipeline, workdir, seed=seed, run=run)
-    minutes = _minutes(workdir, time.perf_counter() - start_time if is_new else None)
-    report_run(
+    minutes = _record_minutes(workdir, time.perf_counter() - start_time if is_new else None)
+    write_run_report(
         workdir / "report.html",
         pipeline,
         evaluation,
@@ -67,10 +67,10 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
         config=config_json.to_json(experiment),
         minutes=minutes,
     )
-    _say(workdir, evaluation.metrics, minutes)
+    _print_summary(workdir, evaluation.metrics, minutes)
 
 
-def _minutes(workdir: Path, seconds: float | None) -> float | None:
+def _record_minutes(workdir: Path, seconds: float | None) -> float | None:
     """Return the minutes of a run that took a single start, or None if it was interrupted."""
     path = workdir / "timing.json"
     if seconds is not None:
@@ -78,7 +78,7 @@ def _minutes(workdir: Path, seconds: float | None) -> float | None:
     return read_json(path)["minutes"] if path.is_file() else None
 
 
-def _say(workdir: Path, metrics: dict, minutes: float | None) -> None:
+def _print_summary(workdir: Path, metrics: dict, minutes: float | None) -> None:
     following = metrics["prompt_following"]
     rates = ", ".join(f"{name} {following['all'][name]['rate']:.1%}" for name in ("colour", "direction", "shape"))
     print(f"prompt following: {rates}")

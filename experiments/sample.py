@@ -14,7 +14,7 @@ import tyro
 import dit_video
 from dit_video.core.errors import UserError, script
 from dit_video.evaluation import evaluate
-from dit_video.platform.compilation_cache import keep_programs
+from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.video.decode import decode
@@ -78,7 +78,7 @@ def main(
     if (prompt is None) == (prompts is None):
         raise UserError("exactly one of --prompt and --prompts is needed; use --prompt TEXT or --prompts FILE")
     if cache:
-        keep_programs()
+        enable_compilation_cache()
     start_time = time.perf_counter()
     if prompts is not None:
         if any(option not in (None, "") for option in (size, seed, negative, image, last_image)):
@@ -88,7 +88,9 @@ def main(
         raise UserError(f"--out {out} has no known suffix; use one of .{', .'.join(FORMATS)}")
     grid = None if size is None else parse_size(size)
     pipeline = dit_video.load(run, text_encoder=text_encoder, ema=ema, sigma_rel=sigma_rel)
-    guided = pipeline.config.sampling.guided(scale=guidance, interval=interval, rescale=rescale, projected=projected)
+    guided = pipeline.config.sampling.override_guidance(
+        scale=guidance, interval=interval, rescale=rescale, projected=projected
+    )
     if prompts is not None:
         with Progress("sampling", len(requests), unit="clip") as progress:
             evaluate.write_samples(

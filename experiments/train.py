@@ -30,17 +30,17 @@ import jax
 import tyro
 
 from dit_video.core import config_json
-from dit_video.core.errors import MissingError, Stopped, UserError, script
-from dit_video.distributed.heartbeat import Patience
-from dit_video.distributed.processes import first_goes_first, joined
+from dit_video.core.errors import GracefulStop, MissingError, UserError, script
+from dit_video.distributed.heartbeat import TimeoutConfig
+from dit_video.distributed.processes import initialize_distributed, main_process_first
 from dit_video.evaluation import evaluate
 from dit_video.experiment import Experiment, datasets
 from dit_video.experiment.run import Run
-from dit_video.platform.compilation_cache import keep_programs
-from dit_video.platform.provenance import code_version
-from dit_video.reports.run_report import report_autoencoder, report_run
-from dit_video.training.folder_lock import locked
-from dit_video.training.preemption import terminable
+from dit_video.platform.compilation_cache import enable_compilation_cache
+from dit_video.platform.provenance import get_code_version
+from dit_video.reports.run_report import write_autoencoder_report, write_run_report
+from dit_video.training.folder_lock import lock_folder
+from dit_video.training.preemption import raise_on_sigterm
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Arguments:
     """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
     stopped_code: int = 0
     """Exit code after SIGTERM or Ctrl-C; use 75 for a manager that takes 0 for finished, such as Kubernetes."""
-    patience: Patience = field(default_factory=Patience)
+    patience: TimeoutConfig = field(default_factory=TimeoutConfig)
     """Timeouts of the processes of a run when they wait for each other."""
 
 
@@ -90,16 +90,20 @@ def main() -> None:
         config=(tyro.conf.AvoidSubcommands,),
     )
     if arguments.cache:
-        keep_programs()
+        enable_compilation_cache()
     workdir = arguments.workdir or Path("runs") / arguments.experiment.name
     if not arguments.data:
         raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
-    datasets.check(arguments.data)  # fail before the run's folder is created
+    datasets.check_datasets(arguments.data)  # fail before the run's folder is created
     start_time = time.perf_counter()
     config = config_json.to_json(arguments.experiment)
-    Stopped.code = arguments.stopped_code
-    with terminable(), joined(config, code=code_version(), patience=arguments.patience), locked(workdir):
-        with first_goes_first():
+    GracefulStop.code = arguments.stopped_code
+    with (
+        raise_on_sigterm(),
+        initialize_distributed(config, code=get_code_version(), timeouts=arguments.patience),
+        lock_folder(workdir),
+    ):
+        with main_process_first():
             run = dataclasses.replace(Run.create(workdir, arguments.experiment), profile=arguments.profile)
         if arguments.autoencoder_only:
             metrics = train_autoencoder(run, arguments.data, checkpoints=arguments.checkpoints)
@@ -119,7 +123,7 @@ def train_autoencoder(run: Run, data: Sequence[str], *, checkpoints: str | None 
         run.train_autoencoder()
         return {}
     evaluation = evaluate.evaluate_autoencoder(run, run.folder)
-    report_autoencoder(run.folder / "report.html", run, evaluation)
+    write_autoencoder_report(run.folder / "report.html", run, evaluation)
     return evaluation.metrics
 
 
@@ -132,7 +136,7 @@ def train(
     if jax.process_index() != 0:  # only the main process writes the report
         return {}
     evaluation = evaluate.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
-    report_run(
+    write_run_report(
         workdir / "report.html",
         pipeline,
         evaluation,

@@ -57,19 +57,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import dit_video
 from benchmarks import mfu, sampling
-from benchmarks.setting import Setting, chosen_setting
-from benchmarks.steps import Trained, measure_autoencoder, measure_denoiser
+from benchmarks.setting import Setting, resolve_setting
+from benchmarks.steps import TrainingSetup, measure_autoencoder, measure_denoiser
 from dit_video.core.errors import MissingError, UserError, script
 from dit_video.nn import Backend
 
-PARTS = ("denoiser", "autoencoder", "data")
-BY_NAME = ("attention", "tiling", "model", "mfu", "train", "sampling")
+DEFAULT_PARTS = ("denoiser", "autoencoder", "data")
+OPTIONAL_PARTS = ("attention", "tiling", "model", "mfu", "train", "sampling")
 """Parts that run only if they are named."""
 PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extent:
+class BenchmarkSize:
     """Size of the benchmarks.
 
     Raises:
@@ -95,7 +95,7 @@ class Extent:
                 raise UserError(f"--{name} {value} is invalid: it must be at least 1")
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Return a description of the machine and the software."""
     device = jax.devices()[0]
     return {
@@ -110,63 +110,63 @@ def machine() -> dict[str, Any]:
     }
 
 
-def benchmark(
+def run_benchmarks(
     setting: Setting,
     parts: Sequence[str],
-    extent: Extent,
+    size: BenchmarkSize,
     clips: Path | None,
     *,
     run: Path,
     peers: bool,
     attention: Backend,
     peak: float | None,
-    chosen: Sequence[str],
+    setting_arguments: Sequence[str],
 ) -> dict[str, Any]:
     """Run the parts and return the whole document; `chosen` are the command-line arguments that select the setting."""
-    document: dict[str, Any] = {"machine": machine(), "setting": setting.name}
+    document: dict[str, Any] = {"machine": describe_machine(), "setting": setting.name}
     denoiser = autoencoder = None
     if "denoiser" in parts or "data" in parts:
         print("timing the denoiser's step", file=sys.stderr)
-        document["denoiser"], denoiser = measure_denoiser(setting, extent.steps, extent.examples)
+        document["denoiser"], denoiser = measure_denoiser(setting, size.steps, size.examples)
     if "autoencoder" in parts or "data" in parts:
         print("timing the autoencoder's step", file=sys.stderr)
-        document["autoencoder"], autoencoder = measure_autoencoder(setting, extent.steps)
+        document["autoencoder"], autoencoder = measure_autoencoder(setting, size.steps)
     if "attention" in parts:
         print("timing attention over packed rows", file=sys.stderr)
-        document["attention"] = measure_attention(extent, peers=peers)
+        document["attention"] = measure_attention(size, peers=peers)
     if "model" in parts:
         print("timing a transformer like Wan's", file=sys.stderr)
-        document["model"] = measure_model(extent, peers=peers)
+        document["model"] = measure_model(size, peers=peers)
     if "mfu" in parts:
         print("measuring utilization", file=sys.stderr)
-        document["mfu"] = mfu.measure(mfu.SMALL if extent.small else mfu.Shape(), extent.steps, attention, peak)
+        document["mfu"] = mfu.measure(mfu.SMALL if size.small else mfu.TrainingShape(), size.steps, attention, peak)
     if "train" in parts:
         print("timing the training loop", file=sys.stderr)
-        document["train"] = measure_loop(setting, extent, chosen)
+        document["train"] = measure_loop(setting, size, setting_arguments)
     if "sampling" in parts:
         print("timing sampling", file=sys.stderr)
-        document["sampling"] = measure_sampling(extent, run)
+        document["sampling"] = measure_sampling(size, run)
     if "tiling" in parts:
         print("measuring errors of tiled decoding", file=sys.stderr)
         document["tiling"] = measure_tiling(run, clips)
     if denoiser is not None and autoencoder is not None and "data" in parts:
-        document["data"] = measure_data(setting, denoiser, autoencoder, extent, clips)
+        document["data"] = measure_data(setting, denoiser, autoencoder, size, clips)
         if "latents" in document["data"]:
             # One program must serve all sizes, prompts and steps, with rows from memory and from the loader.
             both = document["denoiser"]["compilations"] + document["data"]["latents"]["compilations"]
             document["packed_step_compilations"] = both
     if peers and autoencoder is not None:
-        document["autoencoder"]["peers"] = measure_peers(extent.rounds)
+        document["autoencoder"]["peers"] = measure_peers(size.rounds)
     return document
 
 
-def measure_loop(setting: Setting, extent: Extent, chosen: Sequence[str]) -> dict[str, Any]:
+def measure_loop(setting: Setting, size: BenchmarkSize, setting_arguments: Sequence[str]) -> dict[str, Any]:
     """Measure the overhead of the training loop."""
     try:
         from benchmarks import looping
     except ModuleNotFoundError as error:
         return {"skipped": f"{error.name} is not installed"}
-    return looping.measure(setting, extent.steps, extent.examples, extent.rounds, chosen)
+    return looping.measure(setting, size.steps, size.examples, size.rounds, setting_arguments)
 
 
 def measure_peers(rounds: int) -> dict[str, Any]:
@@ -179,44 +179,44 @@ def measure_peers(rounds: int) -> dict[str, Any]:
     return {"AutoencoderKLWan": peers.measure_against_diffusers(rounds)}
 
 
-def measure_attention(extent: Extent, *, peers: bool) -> dict[str, Any]:
+def measure_attention(size: BenchmarkSize, *, peers: bool) -> dict[str, Any]:
     """Measure our attention against dense ones, with `peers` including torch's."""
     from benchmarks import attention
 
     if not peers:
-        return attention.measure(extent.tokens, extent.rounds)
+        return attention.measure(size.tokens, size.rounds)
     try:
-        from benchmarks.peers import torch_attention
+        from benchmarks.peers import make_torch_attention
     except ModuleNotFoundError as error:
-        figures = attention.measure(extent.tokens, extent.rounds)
+        figures = attention.measure(size.tokens, size.rounds)
         return figures | {"peers": {"skipped": f"{error.name} is not installed"}}
-    return attention.measure(extent.tokens, extent.rounds, torch_attention)
+    return attention.measure(size.tokens, size.rounds, make_torch_attention)
 
 
-def measure_model(extent: Extent, *, peers: bool) -> dict[str, Any]:
+def measure_model(size: BenchmarkSize, *, peers: bool) -> dict[str, Any]:
     """Measure a forward pass, a training step (with `peers` against diffusers') and compile time by depth."""
     try:
         from benchmarks import model
     except ModuleNotFoundError as error:
         return {"skipped": f"{error.name} is not installed"}
-    shape = model.SMALL if extent.small else model.Shape()
+    shape = model.SMALL if size.small else model.WanShape()
     compilation = {"compilation": model.measure_compilation(shape)}
     if not peers:
-        return model.measure(shape, extent.rounds) | compilation
+        return model.measure(shape, size.rounds) | compilation
     try:
-        from benchmarks.wan_peer import forms
+        from benchmarks.wan_peer import make_peer_functions
     except ModuleNotFoundError as error:
-        return model.measure(shape, extent.rounds) | compilation | {"peers": f"{error.name} is not installed"}
-    return model.measure(shape, extent.rounds, forms) | compilation
+        return model.measure(shape, size.rounds) | compilation | {"peers": f"{error.name} is not installed"}
+    return model.measure(shape, size.rounds, make_peer_functions) | compilation
 
 
-def measure_sampling(extent: Extent, run: Path) -> dict[str, Any]:
+def measure_sampling(size: BenchmarkSize, run: Path) -> dict[str, Any]:
     """Measure steps and guidance against forward passes for two sizes of model, and the time to the first clip."""
     shapes = {"small": sampling.SMALL}
-    if not extent.small:
-        shapes = {"quickstart": sampling.QUICKSTART, "larger": sampling.Shape()}
-    figures = {name: sampling.measure(shape, extent.rounds) for name, shape in shapes.items()}
-    return figures | ({} if extent.small else {"first result": sampling.first_result(run)})
+    if not size.small:
+        shapes = {"quickstart": sampling.QUICKSTART, "larger": sampling.SamplingShape()}
+    figures = {name: sampling.measure(shape, size.rounds) for name, shape in shapes.items()}
+    return figures | ({} if size.small else {"first result": sampling.measure_first_result(run)})
 
 
 def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:
 
 
 def measure_data(
-    setting: Setting, denoiser: Trained, autoencoder: Trained, extent: Extent, clips: Path | None
+    setting: Setting, denoiser: TrainingSetup, autoencoder: TrainingSetup, size: BenchmarkSize, clips: Path | None
 ) -> dict[str, Any]:
     """Measure everything that needs the packages for reading clips."""
     try:
@@ -237,18 +237,18 @@ def measure_data(
     except ModuleNotFoundError as error:
         return {"skipped": f"{error.name} is not installed"}
     print("timing an epoch of the loader", file=sys.stderr)
-    figures, denoiser = data.measure_latents(setting, denoiser, extent.examples)
+    figures, denoiser = data.measure_latents(setting, denoiser, size.examples)
     document: dict[str, Any] = {"latents": figures}
     print("measuring the loader's memory", file=sys.stderr)
-    document["memory"] = data.measure_memory(setting, extent.examples, extent.batches)
-    with data.clips_of(clips, 48) as folder:
+    document["memory"] = data.measure_memory(setting, size.examples, size.batches)
+    with data.provide_clips(clips, 48) as folder:
         print("timing training from video files", file=sys.stderr)
-        document["videos"] = data.measure_videos(setting, autoencoder, folder, extent.steps)
-        document["live"] = live.measure_live(setting, denoiser, folder, extent.steps)
+        document["videos"] = data.measure_videos(setting, autoencoder, folder, size.steps)
+        document["live"] = live.measure_online(setting, denoiser, folder, size.steps)
         print("timing decoding", file=sys.stderr)
-        document["decoding"] = data.measure_decoding(setting, folder, extent.rounds)
+        document["decoding"] = data.measure_decoding(setting, folder, size.rounds)
         print("timing ingest", file=sys.stderr)
-        document["ingest"] = data.measure_ingest(folder, extent.rounds)
+        document["ingest"] = data.measure_ingest(folder, size.rounds)
     return document
 
 
@@ -258,7 +258,7 @@ def main() -> None:
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"Parts to run: {', '.join(PARTS)} (the default), or {', '.join(BY_NAME)}.",
+        help=f"Parts to run: {', '.join(DEFAULT_PARTS)} (the default), or {', '.join(OPTIONAL_PARTS)}.",
     )
     parser.add_argument("--config", type=Path, help="Config file of the models; the quickstart's by default.")
     parser.add_argument("--clips", type=Path, help="Folder of clips; rendered ones by default.")
@@ -280,26 +280,26 @@ def main() -> None:
     )
     parser.add_argument("--peers", action="store_true", help="Also time other projects' models.")
     arguments = parser.parse_args()
-    if unknown := [part for part in arguments.parts if part not in PARTS + BY_NAME]:
-        raise UserError(f"part {unknown[0]!r} does not exist; use {', '.join(PARTS + BY_NAME)}")
-    size = Extent(**{field.name: getattr(arguments, field.name) for field in fields(Extent)})
+    if unknown := [part for part in arguments.parts if part not in DEFAULT_PARTS + OPTIONAL_PARTS]:
+        raise UserError(f"part {unknown[0]!r} does not exist; use {', '.join(DEFAULT_PARTS + OPTIONAL_PARTS)}")
+    size = BenchmarkSize(**{field.name: getattr(arguments, field.name) for field in fields(BenchmarkSize)})
     if arguments.clips is not None and not arguments.clips.is_dir():
         raise MissingError(
             f"--clips {arguments.clips} is not a folder; use a folder of clips, or drop --clips for rendered ones"
         )
-    setting = chosen_setting(arguments.config, arguments.set)
+    setting = resolve_setting(arguments.config, arguments.set)
     setting_arguments = [] if arguments.config is None else ["--config", str(arguments.config)]
     setting_arguments += [part for assignment in arguments.set for part in ("--set", assignment)]
-    document = benchmark(
+    document = run_benchmarks(
         setting,
-        arguments.parts or PARTS,
+        arguments.parts or DEFAULT_PARTS,
         size,
         arguments.clips,
         run=arguments.run,
         peers=arguments.peers,
         attention=arguments.attention,
         peak=None if arguments.peak is None else arguments.peak * 1e12,
-        chosen=setting_arguments,
+        setting_arguments=setting_arguments,
     )
     print(json.dumps(document, indent=2))
 

@@ -11,7 +11,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import read_json
 from dit_video.families import save_autoencoder
-from dit_video.families.convert import To, check_destination, convert, convert_lora, convert_own
+from dit_video.families.convert import TargetLayout, check_destination, convert, convert_lora, convert_native_denoiser
 from dit_video.families.wan.pipeline import INDEX
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import CONFIG
@@ -21,7 +21,7 @@ from dit_video.weights import load
 def main(
     source: Annotated[Path, tyro.conf.Positional],
     destination: Annotated[Path, tyro.conf.Positional],
-    to: To,
+    to: TargetLayout,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     model: Path | None = None,
 ) -> None:
@@ -44,9 +44,9 @@ def main(
     """
     cast = None if dtype is None else jnp.dtype(dtype)
     if model is not None:
-        convert_lora(source, destination, model, to=to, dtype=cast)
+        convert_lora(source, destination, model, layout=to, dtype=cast)
     elif (source / CONFIG).is_file():
-        _pipeline(source, destination, to, cast)
+        _convert_pipeline(source, destination, to, cast)
     elif (source / INDEX).is_file():
         if to != "dit_video":
             parts = ", ".join(sorted(path.parent.name for path in source.glob("*/config.json")))
@@ -56,12 +56,12 @@ def main(
         check_destination(destination)
         dit_video.load(source).save(destination, dtype=dtype or "float32")
     else:
-        convert(source, destination, to=to, dtype=cast)
+        convert(source, destination, layout=to, dtype=cast)
     files = [destination] if destination.is_file() else [path for path in destination.rglob("*") if path.is_file()]
     print(f"{destination}: {sum(path.stat().st_size for path in files) / 1e6:.2f} MB in {len(files)} files")
 
 
-def _pipeline(source: Path, destination: Path, to: To, dtype: jnp.dtype | None) -> None:
+def _convert_pipeline(source: Path, destination: Path, to: TargetLayout, dtype: jnp.dtype | None) -> None:
     """Convert a pipeline of ours to folders of its denoisers and its autoencoder."""
     if to == "dit_video":
         raise UserError(f"{source} is a pipeline of ours already; use tools/export.py to change its dtype")
@@ -72,7 +72,7 @@ def _pipeline(source: Path, destination: Path, to: To, dtype: jnp.dtype | None) 
     experts = {"dit": "transformer"} | ({} if config.boundary is None else {"low_noise": "transformer_2"})
     for name, folder in experts.items():
         file = source / "denoiser.safetensors"
-        convert_own(file, f"{name}/", config.dit, destination / folder, to=to, dtype=dtype)
+        convert_native_denoiser(file, f"{name}/", config.dit, destination / folder, layout=to, dtype=dtype)
     save_autoencoder(destination / "vae", config.autoencoder, load(source / "autoencoder.safetensors"))
 
 

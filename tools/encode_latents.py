@@ -8,25 +8,25 @@ import jax
 import tyro
 
 from dit_video.core.errors import UserError, script
-from dit_video.core.storage import place
+from dit_video.core.storage import to_storage_path
 from dit_video.data.clips import ClipSource
-from dit_video.data.latents.cache import LatentSource, Storage
+from dit_video.data.latents.cache import LatentSource, StorageDtype
 from dit_video.data.latents.offline import (
     Augmentations,
     Encoding,
+    compute_latent_identity,
     encode_latents,
     finish_latents,
-    latent_identity,
     plan_encoding,
 )
 from dit_video.data.sizes import SizeLimits
-from dit_video.encoders.image import ImageEncoder
-from dit_video.encoders.text import FrozenEncoder
-from dit_video.experiment import Data
-from dit_video.experiment.datasets import lies, taken
+from dit_video.encoders.image import FrozenImageEncoder
+from dit_video.encoders.text import FrozenTextEncoder
+from dit_video.experiment import DataConfig
+from dit_video.experiment.datasets import open_datasets, resolve
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.pipelines.pipeline import load_pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
@@ -56,7 +56,7 @@ class Views:
     flips: bool | None = None
     """Add a mirrored copy of each view."""
 
-    def over(self, data: Data) -> Data:
+    def override(self, data: DataConfig) -> DataConfig:
         """Return `data` with the fields that are set replaced."""
         return replace(data, **{name: value for name, value in vars(self).items() if value is not None})
 
@@ -70,7 +70,7 @@ def main(
     shard: int | None = None,
     shards: int | None = None,
     finish: bool = False,
-    storage: Storage = "bfloat16",
+    storage: StorageDtype = "bfloat16",
     views_per_file: int = 512,
     canvas_pixels: int | None = None,
     text_encoder: Path | None = None,
@@ -113,56 +113,58 @@ def main(
         raise UserError(f"--shard {shard} and --shards {shards} are invalid: use both, or neither")
     number = jax.process_index() if shard is None else shard
     count = jax.process_count() if shards is None else shards
-    target = lies(place(destination))
-    encoding, clips = (_of_run if (model / CONFIG).is_file() else _of_pipeline)(model, data, views)
-    encoding = _with_text(encoding, text_encoder, max_text_tokens)
-    stamp = latent_identity(encoding, clips)
+    target = resolve(to_storage_path(destination))
+    encoding, clips = (_prepare_run if (model / CONFIG).is_file() else _prepare_pipeline)(model, data, views)
+    encoding = _set_text_encoder(encoding, text_encoder, max_text_tokens)
+    stamp = compute_latent_identity(encoding, clips)
     encoding = replace(encoding, storage=storage, views_per_file=views_per_file)
     if canvas_pixels is not None:
         encoding = replace(encoding, canvas_pixels=canvas_pixels)
     plan = plan_encoding(clips, encoding)
     print(
-        f"{len(clips)} clips, {len(plan.views)} views, {len(plan.files)} files; {plan.programs} programs, "
-        f"{plan.padding:.1%} of their pixels are padding"
+        f"{len(clips)} clips, {len(plan.views)} views, {len(plan.files)} files; {plan.num_canvas_sizes} programs, "
+        f"{plan.padding_share:.1%} of their pixels are padding"
     )
     if finish:
         finished = finish_latents(target, encoding, plan, identity=stamp)
         if not finished:
             raise UserError(f"{target} lacks some of its {len(plan.files)} files; encode the missing ones first")
     else:
-        share = sum(plan.count(file) for file in range(number, len(plan.files), count))
+        share = sum(plan.count_views(file) for file in range(number, len(plan.files), count))
         with Progress("encoding latents", share, unit="clip") as progress:
             finished = encode_latents(
                 target, clips, encoding, plan, identity=stamp, shard=number, shards=count, progress=progress.update
             )
     if finished:
-        _say(LatentSource(target, identity=stamp))
+        _print_summary(LatentSource(target, identity=stamp))
     else:
         print(f"{target}: process {number} has written its files; the last of {count} processes writes the index")
 
 
-def _of_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
+def _prepare_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
     run = Run.open(folder)
     if not (folder / "autoencoder" / "weights.safetensors").is_file():
         raise UserError(f"{folder} has no trained autoencoder yet; continue its training with: {run.command}")
-    run = replace(run, experiment=replace(run.experiment, data=views.over(run.experiment.data)))
-    if str(lies(place(data))) == str(lies(folder / "data")):
+    run = replace(run, experiment=replace(run.experiment, data=views.override(run.experiment.data)))
+    if str(resolve(to_storage_path(data))) == str(resolve(folder / "data")):
         clips = run.training_clips
     else:
-        clips = taken(data)
-        clips = clips.without({info.name for info in clips.infos} & set(run.experiment.data.held_out))
-    return run.encoding(), clips.split("train")
+        clips = open_datasets(data)
+        clips = clips.exclude({info.name for info in clips.infos} & set(run.experiment.data.held_out))
+    return run.encoding(), clips.select_split("train")
 
 
-def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
+def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
     config = load_pipeline(folder).config
-    settings = views.over(Data(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps))
+    settings = views.override(
+        DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
+    )
     stride, patch = config.autoencoder.stride, config.dit.patch
-    text = FrozenEncoder(config.text) if isinstance(config.text, FrozenTextConfig) else None
-    images = None if config.image_encoder is None else ImageEncoder(config.image_encoder)
+    text = FrozenTextEncoder(config.text) if isinstance(config.text, FrozenTextConfig) else None
+    images = None if config.image_encoder is None else FrozenImageEncoder(config.image_encoder)
     encoding = Encoding(
         autoencoder=config.autoencoder,
-        params=load_weights(folder / "autoencoder.safetensors", like=param_shapes(config.autoencoder.make)),
+        params=load_weights(folder / "autoencoder.safetensors", like=get_param_shapes(config.autoencoder.make)),
         limits=SizeLimits(
             max_pixels=settings.max_pixels,
             max_frames=settings.max_frames,
@@ -170,7 +172,7 @@ def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
             fps=settings.fps,
         ),
         augmentations=Augmentations(
-            stretches=settings.stretches, resolutions=settings.resolutions, flips=settings.flips
+            clips_per_video=settings.clips_per_video, resolutions=settings.resolutions, flips=settings.flips
         ),
         encode_text=text,
         text_identity="" if text is None else text.identity,
@@ -178,16 +180,16 @@ def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
         image_identity="" if images is None else images.identity,
         shown=config.dit.given_channels == stride.t + config.autoencoder.channels,
     )
-    return encoding, taken(data)
+    return encoding, open_datasets(data)
 
 
-def _with_text(encoding: Encoding, folder: Path | None, max_tokens: int | None) -> Encoding:
+def _set_text_encoder(encoding: Encoding, folder: Path | None, max_tokens: int | None) -> Encoding:
     """Return `encoding` with the text encoder in `folder`, or unchanged if it is None."""
     if folder is None:
         if max_tokens is not None:
             raise UserError(f"--max-text-tokens {max_tokens} needs --text-encoder; use both, or neither")
         return encoding
-    own = encoding.encode_text.config if isinstance(encoding.encode_text, FrozenEncoder) else None
+    own = encoding.encode_text.config if isinstance(encoding.encode_text, FrozenTextEncoder) else None
     embedder = load_embedder(
         folder,
         max_tokens=max_tokens or (None if own is None else own.max_tokens),
@@ -196,12 +198,12 @@ def _with_text(encoding: Encoding, folder: Path | None, max_tokens: int | None) 
     return replace(encoding, encode_text=embedder, text_identity=embedder.identity)
 
 
-def _say(latents: LatentSource) -> None:
+def _print_summary(latents: LatentSource) -> None:
     print(f"{latents.folder}: {len(latents)} examples of {len(set(latents.groups))} clips")
-    for name, reason in latents.left_out[:10]:
+    for name, reason in latents.skipped[:10]:
         print(f"skipped: {name}: {reason}")
-    if len(latents.left_out) > 10:
-        print(f"… {len(latents.left_out)} were skipped: see left_out in {latents.folder}/latents.json")
+    if len(latents.skipped) > 10:
+        print(f"… {len(latents.skipped)} were skipped: see left_out in {latents.folder}/latents.json")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from typing import Annotated
 import tyro
 
 from dit_video.core.errors import UserError, script
-from dit_video.core.storage import place
+from dit_video.core.storage import to_storage_path
 from dit_video.data.ingest import REPORT, IngestConfig, IngestReport, ingest
-from dit_video.experiment.datasets import ingest_shown
+from dit_video.experiment.datasets import show_ingest_progress
 from dit_video.reports.ingest_report import PAGE, write_ingest_report
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -50,22 +50,22 @@ def main(
         beam: Options of Apache Beam, which then builds the data set: --beam="--runner=FlinkRunner --parallelism=64".
         retry: Try clips again that failed for a temporary reason, such as a file that could not be read.
     """
-    with ingest_shown() as progress:
+    with show_ingest_progress() as progress:
         report = ingest(
             source,
             destination,
             config=config,
             progress=progress,
             workers=workers,
-            beam=_beam(beam),
+            beam=_parse_beam_options(beam),
             retry=retry,
         )
-    if not report.reused or not (place(destination) / PAGE).is_file():
+    if not report.reused or not (to_storage_path(destination) / PAGE).is_file():
         write_ingest_report(destination)
-    _say(destination, report)
+    _print_summary(destination, report)
 
 
-def _beam(options: str | None):
+def _parse_beam_options(options: str | None):
     if options is None:
         return None
     try:
@@ -74,7 +74,7 @@ def _beam(options: str | None):
         raise UserError(
             "--beam needs Apache Beam, which is not installed; use pip install -e '.[beam]' in a separate environment"
         ) from error
-    from dit_video.data.records.cluster import Beam
+    from dit_video.data.records.cluster import BeamOptions
 
     stderr = io.StringIO()
     try:
@@ -86,10 +86,10 @@ def _beam(options: str | None):
     except SystemExit as error:  # argparse exits on an unknown or invalid option
         reason = stderr.getvalue().strip().rsplit("error: ", 1)[-1]
         raise UserError(f"--beam={options} is invalid: {reason}. Use the options of Beam's runner") from error
-    return Beam(options=parsed)
+    return BeamOptions(options=parsed)
 
 
-def _say(destination: str, report: IngestReport) -> None:
+def _print_summary(destination: str, report: IngestReport) -> None:
     print(f"{destination}: {report.usable} clips, {report.frames} frames" + (" (was there already)" * report.reused))
     if report.reencoded:
         sizes = f"{report.reencoded_from / 1e6:.3g} MB became {report.reencoded_to / 1e6:.3g} MB"

@@ -25,7 +25,7 @@ if "JAX_PLATFORMS" not in os.environ and not any(Path("/dev").glob("nvidia[0-9]"
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmarks.setting import changed, read_setting
+from benchmarks.setting import read_setting, replace_field
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
 from dit_video.distributed import AXES, MeshConfig
@@ -66,7 +66,7 @@ def main() -> None:
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name} {value} is invalid: it must be at least 1")
     topology = Topology.parse(arguments.topology)
-    mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
+    mesh = None if arguments.mesh is None else parse_mesh(arguments.mesh)
     experiment = read_experiment(arguments.config, arguments.set, rows=arguments.rows)
     options = {"part": arguments.of, "clips": arguments.clips, "steps": arguments.steps, "price": arguments.price}
     if arguments.suggest:
@@ -79,7 +79,7 @@ def main() -> None:
             topology,
             rows=arguments.rows,
             tries=arguments.tries,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
+            report=lambda line: print(line, file=sys.stderr, flush=True),
             **options,
         )
     else:
@@ -105,11 +105,11 @@ def read_experiment(path: Path, changes: list[str], *, rows: int | None) -> Expe
             value = ast.literal_eval(text)
         except (SyntaxError, ValueError):
             value = text
-        experiment = changed(experiment, name, value)
+        experiment = replace_field(experiment, name, value)
     return experiment
 
 
-def read_mesh(text: str) -> MeshConfig:
+def parse_mesh(text: str) -> MeshConfig:
     """Parse a mesh such as `fsdp=8,context=4`; unnamed axes have size 1, except for `data`, which takes the rest.
 
     Raises:

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 from dit_video.autoencoders.discriminator import Discriminator
 from dit_video.core.errors import UserError
 
-Verdicts = Float[Array, "B t h w"]
+Logits = Float[Array, "B t h w"]
 
-_LARGEST_WEIGHT = 1e4
+_MAX_WEIGHT = 1e4
 _EPSILON = 1e-4
-_VERDICTS = (1, 2, 3)
+_LOGIT_AXES = (1, 2, 3)
 """Axes of a clip's logits."""
 
 
@@ -63,7 +63,7 @@ class LeCam:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adversarial:
+class AdversarialConfig:
     """Configuration of the discriminator that an autoencoder is trained against.
 
     Raises:
@@ -72,7 +72,7 @@ class Adversarial:
 
     weight: float = 0.05
     """Weight of the generator loss, relative to a gradient as large as the reconstruction's."""
-    start: int = 0
+    start_step: int = 0
     """First step that trains and counts the discriminator: late, as decoded clips are easy to recognise at first."""
     learning_rate: float = 1e-4
     """Learning rate of the discriminator."""
@@ -83,9 +83,10 @@ class Adversarial:
     """Number of layers that halve the resolution: a logit sees 2^layers pixels and their surroundings."""
 
     def __post_init__(self):
-        if not (self.weight > 0 and self.learning_rate > 0) or self.start < 0:
+        if not (self.weight > 0 and self.learning_rate > 0) or self.start_step < 0:
             raise UserError(
-                f"weight={self.weight}, learning_rate={self.learning_rate}, start_step={self.start} is invalid: use a "
+                f"weight={self.weight}, learning_rate={self.learning_rate}, start_step={self.start_step} is "
+                "invalid: use a "
                 "positive weight and learning_rate, and start_step >= 0"
             )
         if self.width < 1 or self.layers < 1:
@@ -98,36 +99,40 @@ class Adversarial:
         return Discriminator(width=self.width, layers=self.layers, rngs=rngs)
 
 
-def discriminator_loss(real: Verdicts, decoded: Verdicts) -> Float[Array, " B"]:
+def discriminator_loss(logits_real: Logits, logits_fake: Logits) -> Float[Array, " B"]:
     """Return the hinge loss (arXiv 1705.02894): `(mean max(0, 1 - D(x)) + mean max(0, 1 + D(y))) / 2`."""
-    return 0.5 * (jax.nn.relu(1 - real).mean(axis=_VERDICTS) + jax.nn.relu(1 + decoded).mean(axis=_VERDICTS))
+    return 0.5 * (
+        jax.nn.relu(1 - logits_real).mean(axis=_LOGIT_AXES) + jax.nn.relu(1 + logits_fake).mean(axis=_LOGIT_AXES)
+    )
 
 
-def generator_loss(decoded: Verdicts) -> Float[Array, " B"]:
+def generator_loss(logits_fake: Logits) -> Float[Array, " B"]:
     """Return the autoencoder's loss against the discriminator: `-mean D(y)`."""
-    return -decoded.mean(axis=_VERDICTS)
+    return -logits_fake.mean(axis=_LOGIT_AXES)
 
 
-def lecam(
-    real: Verdicts, decoded: Verdicts, *, real_mean: Float[Array, ""], decoded_mean: Float[Array, ""]
+def lecam_loss(
+    logits_real: Logits, logits_fake: Logits, *, real_mean: Float[Array, ""], fake_mean: Float[Array, ""]
 ) -> Float[Array, " B"]:
     """Return `mean max(0, D(x) - a_y)² + mean max(0, a_x - D(y))²` with the running means `a` of the logits.
 
     arXiv 2104.03310, eq. 5, restricted to the positive parts as in the authors' code (google/lecam-gan).
     """
-    return jnp.square(jax.nn.relu(real - decoded_mean)).mean(axis=_VERDICTS) + jnp.square(
-        jax.nn.relu(real_mean - decoded)
-    ).mean(axis=_VERDICTS)
+    return jnp.square(jax.nn.relu(logits_real - fake_mean)).mean(axis=_LOGIT_AXES) + jnp.square(
+        jax.nn.relu(real_mean - logits_fake)
+    ).mean(axis=_LOGIT_AXES)
 
 
-def r1(judge: Callable[[Array], Verdicts], pixels: Float[Array, "B T H W 3"]) -> Float[Array, " B"]:
+def r1_penalty(discriminator: Callable[[Array], Logits], pixels: Float[Array, "B T H W 3"]) -> Float[Array, " B"]:
     """Return `|grad_x sum D(x)|² / n`; dividing by the `n` logits of a clip makes it independent of the clip's size."""
-    gradient = jax.grad(lambda clips: judge(clips).sum())(pixels)
-    verdicts = jax.eval_shape(judge, pixels)
+    gradient = jax.grad(lambda clips: discriminator(clips).sum())(pixels)
+    verdicts = jax.eval_shape(discriminator, pixels)
     return jnp.square(gradient).sum(axis=(1, 2, 3, 4)) * (len(pixels) / verdicts.size)
 
 
-def adaptive_weight(reconstruction: Float[Array, "..."], against: Float[Array, "..."]) -> Float[Array, ""]:
+def compute_adaptive_weight(
+    reconstruction_grad: Float[Array, "..."], adversarial_grad: Float[Array, "..."]
+) -> Float[Array, ""]:
     """Return the ratio of the reconstruction's gradient norm to the adversarial one.
 
         |G_reconstruction| / (|G_adversarial| + 1e-4), at most 10^4
@@ -135,5 +140,5 @@ def adaptive_weight(reconstruction: Float[Array, "..."], against: Float[Array, "
     Both are gradients of the kernel that makes the pixels (arXiv 2012.09841, eq. 7; constants as in
     CompVis/taming-transformers).
     """
-    ratio = jnp.linalg.norm(reconstruction.ravel()) / (jnp.linalg.norm(against.ravel()) + _EPSILON)
-    return jax.lax.stop_gradient(jnp.minimum(ratio, _LARGEST_WEIGHT))
+    ratio = jnp.linalg.norm(reconstruction_grad.ravel()) / (jnp.linalg.norm(adversarial_grad.ravel()) + _EPSILON)
+    return jax.lax.stop_gradient(jnp.minimum(ratio, _MAX_WEIGHT))

@@ -18,17 +18,17 @@ from jaxtyping import Int32
 from dit_video.core.errors import UserError
 from dit_video.tokens import Grid
 
-PROGRAMS = 8
+MAX_PROGRAMS = 8
 """Maximum number of canvas sizes for one data set; each size is compiled once."""
-PIXELS = 1 << 23
+CANVAS_PIXELS = 1 << 23
 """Pixels of a canvas over all its frames, unless a clip needs more."""
-_SAMPLE = 1000
+_SAMPLE_CLIPS = 1000
 """Approximate number of clips used to choose the shape of the canvases."""
-_LOOK = 256
+_MAX_TRIED = 256
 """Number of open shelves or canvases tried for the next clip or shelf."""
 
 
-class Place(NamedTuple):
+class Slot(NamedTuple):
     """The position of one clip on a canvas."""
 
     clip: int
@@ -44,10 +44,12 @@ class Canvas:
 
     size: Grid
     """Frames, height and width in pixels; all clips start at the first frame."""
-    places: tuple[Place, ...]
+    slots: tuple[Slot, ...]
 
 
-def arrange(sizes: Sequence[Grid], *, stride: Grid, pixels: int = PIXELS, programs: int = PROGRAMS) -> list[Canvas]:
+def pack_canvases(
+    sizes: Sequence[Grid], *, stride: Grid, pixels: int = CANVAS_PIXELS, max_programs: int = MAX_PROGRAMS
+) -> list[Canvas]:
     """Pack clips on canvases of at most `max_programs` sizes, each clip once, one latent position or more apart.
 
     If there are at most `max_programs` sizes, every clip has a canvas of its own. Otherwise lengths are rounded up to
@@ -64,25 +66,25 @@ def arrange(sizes: Sequence[Grid], *, stride: Grid, pixels: int = PIXELS, progra
     Raises:
       UserError: `max_programs` or `pixels` below 1.
     """
-    if programs < 1 or pixels < 1:
-        raise UserError(f"max_programs={programs}, pixels={pixels} is invalid: use at least 1 of each")
-    if len(set(sizes)) <= programs:
+    if max_programs < 1 or pixels < 1:
+        raise UserError(f"max_programs={max_programs}, pixels={pixels} is invalid: use at least 1 of each")
+    if len(set(sizes)) <= max_programs:
         # Sharing canvases would not save a program.
         order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
-        return [Canvas(size=sizes[index], places=(Place(index, 0, 0),)) for index in order]
+        return [Canvas(size=sizes[index], slots=(Slot(index, 0, 0),)) for index in order]
     canvases: list[Canvas] = []
-    length_of = _lengths(sizes, programs)
+    length_of = _round_lengths(sizes, max_programs)
     for length in sorted(set(length_of.values())):
         members = [index for index, size in enumerate(sizes) if length_of[size.t] == length]
         cells = [(sizes[index].h // stride.h, sizes[index].w // stride.w) for index in members]
         # A canvas of `area` latent positions has about `pixels` pixels over its `length` frames.
-        height, width, canvas_cells = _packed(cells, max(1, pixels // (length * stride.h * stride.w)))
+        height, width, canvas_cells = _pack_cells(cells, max(1, pixels // (length * stride.h * stride.w)))
         size = Grid(length, height * stride.h, width * stride.w)
         canvases += [
             Canvas(
                 size=size,
-                places=tuple(
-                    Place(members[clip], row * stride.h, column * stride.w) for clip, row, column in canvas_slots
+                slots=tuple(
+                    Slot(members[clip], row * stride.h, column * stride.w) for clip, row, column in canvas_slots
                 ),
             )
             for canvas_slots in canvas_cells
@@ -90,7 +92,7 @@ def arrange(sizes: Sequence[Grid], *, stride: Grid, pixels: int = PIXELS, progra
     return canvases
 
 
-def covers(sizes: Sequence[Grid], *, programs: int = PROGRAMS) -> list[Grid]:
+def merge_sizes(sizes: Sequence[Grid], *, max_programs: int = MAX_PROGRAMS) -> list[Grid]:
     """Return at most `max_programs` sizes such that every clip fits into one, for clips encoded one by one.
 
     Repeatedly merges the two sizes whose common size adds the fewest pixels over all clips. The result is sorted by
@@ -99,8 +101,8 @@ def covers(sizes: Sequence[Grid], *, programs: int = PROGRAMS) -> list[Grid]:
     Raises:
       UserError: `max_programs` below 1.
     """
-    if programs < 1:
-        raise UserError(f"max_programs={programs} is invalid: use at least 1")
+    if max_programs < 1:
+        raise UserError(f"max_programs={max_programs} is invalid: use at least 1")
     unique, counts = np.unique(np.asarray(sizes, np.int64).reshape(-1, 3), axis=0, return_counts=True)
     merged_sizes, counts, alive = unique.astype(np.float64), counts.astype(np.float64), np.ones(len(unique), bool)
 
@@ -112,7 +114,7 @@ def covers(sizes: Sequence[Grid], *, programs: int = PROGRAMS) -> list[Grid]:
 
     # A merger changes the costs of one row and column alone, so the whole matrix is computed only once.
     added = np.stack([compute_added(index) for index in range(len(merged_sizes))])
-    for _ in range(len(merged_sizes) - programs):
+    for _ in range(len(merged_sizes) - max_programs):
         one, other = sorted(divmod(int(np.argmin(added)), len(added)))
         merged_sizes[one], counts[one] = np.maximum(merged_sizes[one], merged_sizes[other]), counts[one] + counts[other]
         alive[other] = False
@@ -122,22 +124,22 @@ def covers(sizes: Sequence[Grid], *, programs: int = PROGRAMS) -> list[Grid]:
     return sorted((Grid(*size) for size in remaining), key=lambda size: (size.volume, size))
 
 
-def occupied(canvas: Canvas, sizes: Sequence[Grid], stride: Grid) -> Int32[np.ndarray, "h w"]:
+def compute_segment_ids(canvas: Canvas, sizes: Sequence[Grid], stride: Grid) -> Int32[np.ndarray, "h w"]:
     """Return the clip id of each latent position of a canvas: 1, 2, … in the order of its slots; 0 is padding."""
     result = np.zeros((canvas.size.h // stride.h, canvas.size.w // stride.w), np.int32)
-    for number, (clip, row, column) in enumerate(canvas.places, 1):
+    for number, (clip, row, column) in enumerate(canvas.slots, 1):
         top, left = row // stride.h, column // stride.w
         result[top : top + sizes[clip].h // stride.h, left : left + sizes[clip].w // stride.w] = number
     return result
 
 
-def padding(canvases: Sequence[Canvas], sizes: Sequence[Grid]) -> float:
+def compute_padding_share(canvases: Sequence[Canvas], sizes: Sequence[Grid]) -> float:
     """Return the share of the canvases' pixels that belong to no clip."""
     total = sum(canvas.size.volume for canvas in canvases)
     return 1 - sum(size.volume for size in sizes) / total if total else 0.0
 
 
-def _lengths(sizes: Sequence[Grid], most: int) -> dict[int, int]:
+def _round_lengths(sizes: Sequence[Grid], max_lengths: int) -> dict[int, int]:
     """Map every length to one of at most `max_lengths`, adding the fewest pixels; by dynamic programming."""
     areas: dict[int, int] = {}
     for size in sizes:
@@ -149,7 +151,7 @@ def _lengths(sizes: Sequence[Grid], most: int) -> dict[int, int]:
     best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [
         (below[n] * lengths[n - 1], (lengths[n - 1],)) for n in range(1, len(lengths) + 1)
     ]
-    for _ in range(most - 1):
+    for _ in range(max_lengths - 1):
         best = [best[0]] + [
             min(
                 best[n],
@@ -164,49 +166,49 @@ def _lengths(sizes: Sequence[Grid], most: int) -> dict[int, int]:
     return {length: next(rounded for rounded in chosen if rounded >= length) for length in lengths}
 
 
-_Cell = tuple[int, int, int]
+_CellSlot = tuple[int, int, int]
 """Clip, row and column, in latent positions."""
 
 
-def _packed(cells: Sequence[tuple[int, int]], area: int) -> tuple[int, int, list[list[_Cell]]]:
+def _pack_cells(cells: Sequence[tuple[int, int]], area: int) -> tuple[int, int, list[list[_CellSlot]]]:
     """Return height and width of canvases of about `area` positions, and the clips on each."""
     highest, widest = max(height for height, _ in cells), max(width for _, width in cells)
     # Candidate shapes are tried on a sample of the clips.
-    sample = [cells[index] for index in range(0, len(cells), -(-len(cells) // _SAMPLE))]
+    sample = [cells[index] for index in range(0, len(cells), -(-len(cells) // _SAMPLE_CLIPS))]
     # Every clip takes a gap of one position to the right and one below.
     total = sum((height + 1) * (width + 1) for height, width in sample)
     target_area = min(area, total)
     best: tuple[int, int, int] | None = None
-    for width in _sides(math.sqrt(target_area), [width for _, width in sample], widest):
-        shelves = _shelves(sample, width)
+    for width in _list_candidate_sides(math.sqrt(target_area), [width for _, width in sample], widest):
+        shelves = _fill_shelves(sample, width)
         stacked = sum(height + 1 for height, _ in shelves) - 1
-        for height in _sides(target_area / width, [height for height, _ in sample], highest):
+        for height in _list_candidate_sides(target_area / width, [height for height, _ in sample], highest):
             height = max(highest, min(height, stacked))
-            computed = len(_stacked(shelves, height)) * height * width
+            computed = len(_stack_shelves(shelves, height)) * height * width
             best = min(best or (computed, height, width), (computed, height, width))
     assert best is not None
     _, height, width = best
-    return height, width, _stacked(_shelves(cells, width), height)
+    return height, width, _stack_shelves(_fill_shelves(cells, width), height)
 
 
-def _sides(about: float, members: Sequence[int], least: int) -> list[int]:
+def _list_candidate_sides(target: float, lengths: Sequence[int], minimum: int) -> list[int]:
     """Return lengths to try for a side: some around `target`, and exact multiples of the most common lengths."""
-    low, high = 0.6 * about, 1.6 * about
+    low, high = 0.6 * target, 1.6 * target
     candidates = {round(low + (high - low) * step / 8) for step in range(9)}
-    for member, _ in Counter(members).most_common(3):
+    for member, _ in Counter(lengths).most_common(3):
         candidates |= {
             (member + 1) * count - 1 for count in range(math.ceil(low / (member + 1)), int(high / (member + 1)) + 1)
         }
-    return sorted({max(least, side) for side in candidates})
+    return sorted({max(minimum, side) for side in candidates})
 
 
-def _shelves(cells: Sequence[tuple[int, int]], width: int) -> list[tuple[int, list[tuple[int, int]]]]:
+def _fill_shelves(cells: Sequence[tuple[int, int]], width: int) -> list[tuple[int, list[tuple[int, int]]]]:
     """Place clips on shelves, tallest first; a shelf is (height, [(clip, column)])."""
     shelves: list[tuple[int, list[tuple[int, int]]]] = []
     used: list[int] = []
     for clip in sorted(range(len(cells)), key=lambda clip: (-cells[clip][0], -cells[clip][1], clip)):
         clip_width = cells[clip][1]
-        for shelf in range(max(0, len(shelves) - _LOOK), len(shelves)):
+        for shelf in range(max(0, len(shelves) - _MAX_TRIED), len(shelves)):
             if used[shelf] + clip_width <= width:
                 break
         else:
@@ -218,12 +220,12 @@ def _shelves(cells: Sequence[tuple[int, int]], width: int) -> list[tuple[int, li
     return shelves
 
 
-def _stacked(shelves: list[tuple[int, list[tuple[int, int]]]], height: int) -> list[list[_Cell]]:
+def _stack_shelves(shelves: list[tuple[int, list[tuple[int, int]]]], height: int) -> list[list[_CellSlot]]:
     """Stack shelves on canvases, the tallest shelves first."""
-    canvases: list[list[_Cell]] = []
+    canvases: list[list[_CellSlot]] = []
     used: list[int] = []
     for shelf_height, members in shelves:
-        for canvas in range(max(0, len(canvases) - _LOOK), len(canvases)):
+        for canvas in range(max(0, len(canvases) - _MAX_TRIED), len(canvases)):
             if used[canvas] + shelf_height <= height:
                 break
         else:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from dit_video.nn import CausalConv, RmsNorm
 
-_WIDEST = 8
+_MAX_WIDTH_FACTOR = 8
 """Maximum width, in multiples of the first layer's."""
 _SLOPE = 0.2
 
@@ -22,7 +22,7 @@ class Discriminator(nnx.Module):
     """
 
     def __init__(self, *, width: int, layers: int, rngs: nnx.Rngs):
-        widths = [width * min(2**layer, _WIDEST) for layer in range(layers + 1)]
+        widths = [width * min(2**layer, _MAX_WIDTH_FACTOR) for layer in range(layers + 1)]
         self.halving = nnx.List(
             [
                 CausalConv(width_in, width_out, (3, 4, 4), stride=2, rngs=rngs)
@@ -38,12 +38,12 @@ class Discriminator(nnx.Module):
         """Return logits, positive for original and negative for decoded clips; `ceil(T / 2^layers)` frames of them."""
         x = pixels
         for layer, norm in zip(self.halving, [None, *self.norms[:-1]], strict=True):
-            x = layer.valid(_between_zeros(x), step=2)
+            x = layer.convolve_valid(_pad_time(x), step=2)
             x = jax.nn.leaky_relu(x if norm is None else norm(x), _SLOPE)
-        x = jax.nn.leaky_relu(self.norms[-1](self.last.valid(_between_zeros(x))), _SLOPE)
-        return self.verdict.valid(_between_zeros(x))[..., 0]
+        x = jax.nn.leaky_relu(self.norms[-1](self.last.convolve_valid(_pad_time(x))), _SLOPE)
+        return self.verdict.convolve_valid(_pad_time(x))[..., 0]
 
 
-def _between_zeros(x: Float[Array, "B t h w i"]) -> Float[Array, "B _ h w i"]:
+def _pad_time(x: Float[Array, "B t h w i"]) -> Float[Array, "B _ h w i"]:
     """Pad with a frame of zeros at both ends."""
     return jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))

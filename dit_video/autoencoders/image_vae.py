@@ -6,11 +6,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.autoencoders.blocks import placed
-from dit_video.autoencoders.image_blocks import Beside, ImageDecoder, ImageEncoder, ImageLevels, frame_norms
+from dit_video.autoencoders.blocks import make_canvas_segments
+from dit_video.autoencoders.image_blocks import (
+    BlockInputs,
+    ImageLevels,
+    ImageVaeDecoder,
+    ImageVaeEncoder,
+    make_frame_norm_factory,
+)
 from dit_video.autoencoders.posterior import Normalizer, Posterior, Vae, check_std
 from dit_video.core.errors import UserError
-from dit_video.nn import Linear, Memory
+from dit_video.nn import ConvCache, Linear
 from dit_video.tokens import Grid
 
 
@@ -25,9 +31,9 @@ class ImageVaeConfig:
     channels: int = 4
     """Channels of the latents."""
     levels: ImageLevels = field(default_factory=ImageLevels)
-    moments: bool = True
+    use_quant_conv: bool = True
     """True adds a linear map after the encoder (diffusers' `use_quant_conv`)."""
-    latents: bool = True
+    use_post_quant_conv: bool = True
     """True adds a linear map before the decoder (diffusers' `use_post_quant_conv`)."""
     std: float | None = None
     """Fixed standard deviation of the latents in training; None learns one for each (the usual VAE). 0 is a plain
@@ -46,7 +52,7 @@ class ImageVaeConfig:
     @classmethod
     def flux(cls) -> "ImageVaeConfig":
         """Return the VAE of FLUX.1: 8×8 pixels to 16 channels, 84 M parameters."""
-        return cls(channels=16, moments=False, latents=False)
+        return cls(channels=16, use_quant_conv=False, use_post_quant_conv=False)
 
     @property
     def stride(self) -> Grid:
@@ -67,27 +73,27 @@ class ImageVae(Vae):
     def __init__(self, config: ImageVaeConfig, *, rngs: nnx.Rngs):
         self.config = config
         levels, channels = config.levels, config.channels
-        self.encoder = ImageEncoder(levels, 2 * channels, rngs=rngs)
-        self.decoder = ImageDecoder(levels, channels, frame_norms(levels), rngs=rngs)
-        self.moments = Linear(2 * channels, 2 * channels, rngs=rngs) if config.moments else None
-        self.latents = Linear(channels, channels, rngs=rngs) if config.latents else None
+        self.encoder = ImageVaeEncoder(levels, 2 * channels, rngs=rngs)
+        self.decoder = ImageVaeDecoder(levels, channels, make_frame_norm_factory(levels), rngs=rngs)
+        self.moments = Linear(2 * channels, 2 * channels, rngs=rngs) if config.use_quant_conv else None
+        self.latents = Linear(channels, channels, rngs=rngs) if config.use_post_quant_conv else None
         self.normalizer = Normalizer(channels)
 
     def posterior(
         self,
         pixels: Float[Array, "B T H W 3"],
-        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
+        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        cache: ConvCache | None = None,
     ) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
-        segments = placed(pixels, self.config.stride, inside, memory)
+        segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
         moments = self.encoder(pixels, segments).astype(jnp.float32)
         moments = moments if self.moments is None else self.moments(moments)
-        return Posterior.of_moments(moments, self.config.std)
+        return Posterior.from_moments(moments, self.config.std)
 
     def reconstruct(
-        self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
+        self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None
     ) -> Float[Array, "B T H W 3"]:
         """Return pixels from latents that are not normalised."""
         x = latents if self.latents is None else self.latents(latents)
-        return self.decoder(x, Beside(memory=memory)).astype(jnp.float32)
+        return self.decoder(x, BlockInputs(cache=cache)).astype(jnp.float32)

@@ -13,11 +13,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.autoencoders.image_blocks import Beside, ImageDecoder, ImageLevels
+from dit_video.autoencoders.image_blocks import BlockInputs, ImageLevels, ImageVaeDecoder
 from dit_video.autoencoders.interface import AutoencoderConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.nn import CausalConv, GroupNorm, checked_params, completed_params, param_shapes
+from dit_video.nn import CausalConv, GroupNorm, check_params, complete_params, get_param_shapes
 from dit_video.tokens import Grid
 
 _TEMPORAL = "/temporal/"
@@ -34,7 +34,7 @@ class InflatedConfig:
 
     image: AutoencoderConfig
     """Configuration of the image autoencoder; its decoder must be an `ImageVaeDecoder`."""
-    span: int = 3
+    kernel_size: int = 3
     """Frames that a temporal convolution sees: its own and those before it."""
 
     def __post_init__(self):
@@ -43,9 +43,9 @@ class InflatedConfig:
                 f"{type(self.image).__name__} has a temporal stride of {self.image.stride.t} and can't be "
                 "inflated; use an image autoencoder, whose temporal stride is 1"
             )
-        if self.span < 2:
+        if self.kernel_size < 2:
             raise UserError(
-                f"kernel_size={self.span} is invalid: a temporal layer must see another frame. Use at least 2"
+                f"kernel_size={self.kernel_size} is invalid: a temporal layer must see another frame. Use at least 2"
             )
 
     @property
@@ -61,7 +61,7 @@ class InflatedConfig:
     @property
     def last_layer(self) -> str:
         """Return the path of the trained parameter closest to the pixels: the last temporal layer's kernel."""
-        paths = flatten(param_shapes(self.make))
+        paths = flatten(get_param_shapes(self.make))
         return [path for path in paths if _TEMPORAL in path and path.endswith("conv_out/kernel")][-1]
 
     def make(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -72,33 +72,33 @@ class InflatedConfig:
         """
         model = self.image.make(rngs)
         decoder = getattr(model, "decoder", None)
-        if not isinstance(decoder, ImageDecoder):
+        if not isinstance(decoder, ImageVaeDecoder):
             raise UserError(
                 f"{type(self.image).__name__} can't be inflated: no decoder of images. Use ImageVaeConfig or similar"
             )
         for level, width in zip(decoder.levels, decoder.config.widths[::-1], strict=True):
             level.temporal = nnx.List(
-                [TemporalResidual(width, self.span, decoder.config, rngs=rngs) for _ in level.blocks]
+                [TemporalResidualBlock(width, self.kernel_size, decoder.config, rngs=rngs) for _ in level.blocks]
             )
         return model
 
 
-class TemporalResidual(nnx.Module):
+class TemporalResidualBlock(nnx.Module):
     """Two times norm, SiLU and a causal convolution in time, added to the identity; the identity at initialisation."""
 
-    def __init__(self, width: int, span: int, levels: ImageLevels, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, kernel_size: int, levels: ImageLevels, *, rngs: nnx.Rngs):
         dtype = levels.dtype
         self.norm_in, self.norm_out = GroupNorm(width, levels.groups), GroupNorm(width, levels.groups)
-        self.conv_in = CausalConv(width, width, (span, 1, 1), dtype=dtype, rngs=rngs)
-        self.conv_out = CausalConv(width, width, (span, 1, 1), init="zero", dtype=dtype, rngs=rngs)
+        self.conv_in = CausalConv(width, width, (kernel_size, 1, 1), dtype=dtype, rngs=rngs)
+        self.conv_out = CausalConv(width, width, (kernel_size, 1, 1), init="zero", dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B t h w D"], beside: Beside) -> Float[Array, "B t h w D"]:
-        y = self.conv_in(jax.nn.silu(self.norm_in(x)), beside.memory)
-        return x + self.conv_out(jax.nn.silu(self.norm_out(y)), beside.memory)
+    def __call__(self, x: Float[Array, "B t h w D"], inputs: BlockInputs) -> Float[Array, "B t h w D"]:
+        y = self.conv_in(jax.nn.silu(self.norm_in(x)), inputs.cache)
+        return x + self.conv_out(jax.nn.silu(self.norm_out(y)), inputs.cache)
 
 
 def inflate(
-    config: AutoencoderConfig, params: dict[str, Any], key: Array, *, span: int = 3
+    config: AutoencoderConfig, params: dict[str, Any], key: Array, *, kernel_size: int = 3
 ) -> tuple[InflatedConfig, dict[str, Any]]:
     """Return a video autoencoder that decodes every frame like the image autoencoder until it is trained.
 
@@ -111,5 +111,5 @@ def inflate(
     Raises:
       UserError: an autoencoder that can't be inflated, or parameters that do not fit it.
     """
-    inflated = InflatedConfig(image=config, span=span)
-    return inflated, completed_params(inflated.make, checked_params(config.make, params), key)
+    inflated = InflatedConfig(image=config, kernel_size=kernel_size)
+    return inflated, complete_params(inflated.make, check_params(config.make, params), key)

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.nn import Memory
+from dit_video.nn import ConvCache
 from dit_video.tokens import Grid
 
 
@@ -17,8 +17,8 @@ class Autoencoder(Protocol):
     def encode(
         self,
         pixels: Float[Array, "B T H W 3"],
-        inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
+        segment_ids: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
+        cache: ConvCache | None = None,
     ) -> Float[Array, "B t h w c"]:
         """Encode a clip, or one chunk of it given the cache left by the previous chunk.
 
@@ -27,7 +27,7 @@ class Autoencoder(Protocol):
         """
         ...
 
-    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
+    def decode(self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None) -> Float[Array, "B T H W 3"]:
         """Decode a clip, or one chunk of it given the cache left by the previous chunk."""
         ...
 
@@ -76,13 +76,13 @@ def latent_grid(clip: Grid, stride: Grid) -> Grid:
     return Grid(1 + (clip.t - 1) // stride.t, clip.h // stride.h, clip.w // stride.w)
 
 
-def chunk_grid(chunk: Grid, stride: Grid, *, begins: bool) -> Grid:
+def chunk_grid(chunk: Grid, stride: Grid, *, is_first: bool) -> Grid:
     """Return the latent size of a chunk of a clip: its first frames, or frames that follow.
 
     Raises:
       UserError: a first chunk that `latent_grid` rejects, or later frames that the temporal stride does not divide.
     """
-    if begins:
+    if is_first:
         return latent_grid(chunk, stride)
     if chunk.t < 1 or chunk.t % stride.t:
         below = max(stride.t, chunk.t - chunk.t % stride.t)

@@ -19,7 +19,7 @@ class Guide(NamedTuple):
     """The latents that modulate a decoder's features."""
 
     latents: Float[Array, "B t h w c"]
-    begins: bool = True
+    is_first: bool = True
     """True for a clip's first latents, whose first latent frame stands for a single frame."""
 
 
@@ -34,22 +34,26 @@ class SpatialNorm(nnx.Module):
         self.shift = Linear(channels, width, init="zero", rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T H W D"], guide: Guide) -> Float[Array, "B T H W D"]:
-        return self.modulated(self.norm(x), guide)
+        return self.modulate(self.norm(x), guide)
 
-    def modulated(self, x: Float[Array, "B T H W D"], guide: Guide) -> Float[Array, "B T H W D"]:
+    def modulate(self, x: Float[Array, "B T H W D"], guide: Guide) -> Float[Array, "B T H W D"]:
         """Modulate features that are already normalised."""
         # The maps act on single positions, so they are computed at the latents' resolution, which is the coarsest.
-        scale, shift = (_spread(part(guide.latents), x.shape, guide.begins) for part in (self.scale, self.shift))
+        scale, shift = (
+            _upsample_latents(part(guide.latents), x.shape, guide.is_first) for part in (self.scale, self.shift)
+        )
         return (x * scale + shift).astype(x.dtype)
 
 
-def _spread(latents: Float[Array, "B t h w D"], shape: tuple[int, ...], begins: bool) -> Float[Array, "B T H W D"]:
+def _upsample_latents(
+    latents: Float[Array, "B t h w D"], shape: tuple[int, ...], is_first: bool
+) -> Float[Array, "B T H W D"]:
     """Repeat each latent over all positions that it stands for."""
     frames, rows, columns = latents.shape[1:4]
     # A clip's first latent frame is a single frame at every resolution.
-    repeats = (shape[1] - 1) // max(1, frames - 1) if begins else shape[1] // frames
+    repeats = (shape[1] - 1) // max(1, frames - 1) if is_first else shape[1] // frames
     if repeats > 1:
-        latents = jnp.repeat(latents, repeats, axis=1)[:, repeats - 1 if begins else 0 :]
+        latents = jnp.repeat(latents, repeats, axis=1)[:, repeats - 1 if is_first else 0 :]
     for axis, factor in ((2, shape[2] // rows), (3, shape[3] // columns)):
         latents = jnp.repeat(latents, factor, axis=axis) if factor > 1 else latents
     return latents

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float
 
 from dit_video.autoencoders import losses
-from dit_video.autoencoders.adversarial import Adversarial
+from dit_video.autoencoders.adversarial import AdversarialConfig
 from dit_video.core.errors import UserError
 
-Judge = Callable[[Float[Array, "B T H W 3"], Float[Array, "B T H W 3"]], Float[Array, " B"]]
+PerceptualNet = Callable[[Float[Array, "B T H W 3"], Float[Array, "B T H W 3"]], Float[Array, " B"]]
 """Distance between decoded and original clips measured by a network, such as LPIPS."""
 
-_OF_ERROR = {
-    "squared": losses.squared,
-    "logarithmic": losses.logarithmic,
-    "absolute": losses.absolute,
-    "charbonnier": losses.charbonnier,
-    "pyramid": losses.pyramid,
-    "frequency": losses.frequency,
-    "temporal": losses.temporal,
+_ERROR_LOSSES = {
+    "squared": losses.squared_error,
+    "logarithmic": losses.log_squared_error,
+    "absolute": losses.absolute_error,
+    "charbonnier": losses.charbonnier_loss,
+    "pyramid": losses.pyramid_loss,
+    "frequency": losses.frequency_loss,
+    "temporal": losses.temporal_loss,
 }
 
 
@@ -57,11 +57,11 @@ class AutoencoderObjective:
     """File of LPIPS' weights; `dit_video.weights.load_lpips` says how to make it."""
     kl: float = 1e-6
     """Weight of the latents' divergence from a standard normal, in nats per latent position."""
-    adversarial: Adversarial | None = None
+    adversarial: AdversarialConfig | None = None
     """Discriminator that the autoencoder is trained against, if any."""
 
     def __post_init__(self):
-        parts = (*_OF_ERROR, "lpips")
+        parts = (*_ERROR_LOSSES, "lpips")
         for name in (*parts, "kl"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)} is invalid: must not be negative. Use 0 or more")
@@ -79,7 +79,10 @@ class AutoencoderObjective:
         return cls(squared=1.0, absolute=0.1, pyramid=0.0, frequency=0.0, temporal=0.0, kl=kl)
 
     def compare(
-        self, decoded: Float[Array, "B T H W 3"], original: Float[Array, "B T H W 3"], judge: Judge | None = None
+        self,
+        decoded: Float[Array, "B T H W 3"],
+        original: Float[Array, "B T H W 3"],
+        perceptual_net: PerceptualNet | None = None,
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
         """Return the weighted sum of the reconstruction terms, and the terms by name.
 
@@ -89,10 +92,10 @@ class AutoencoderObjective:
           perceptual_net: LPIPS, required if it has a weight.
         """
         error = decoded - original
-        parts = {name: measure(error) for name, measure in _OF_ERROR.items() if getattr(self, name)}
+        parts = {name: measure(error) for name, measure in _ERROR_LOSSES.items() if getattr(self, name)}
         if self.lpips:
-            if judge is None:
+            if perceptual_net is None:
                 raise ValueError(f"lpips={self.lpips} needs a network; pass perceptual_net")
-            parts["lpips"] = judge(decoded, original)
+            parts["lpips"] = perceptual_net(decoded, original)
         weighted = [getattr(self, name) * value for name, value in parts.items()]
         return functools.reduce(operator.add, weighted), parts

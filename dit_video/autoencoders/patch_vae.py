@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.autoencoders.blocks import Places, alone, placed
+from dit_video.autoencoders.blocks import CanvasSegments, make_canvas_segments, mask_gaps
 from dit_video.autoencoders.linear import LinearAutoencoder
 from dit_video.autoencoders.patches import from_patches, to_patches
 from dit_video.autoencoders.posterior import Normalizer, Posterior, Vae
 from dit_video.core.errors import UserError
-from dit_video.nn import CausalConv, Linear, Memory, RmsNorm
+from dit_video.nn import CausalConv, ConvCache, Linear, RmsNorm
 from dit_video.tokens import Grid
 
 
@@ -44,7 +44,7 @@ class PatchVaeConfig:
     """True uses blocks of convolutions alone, each after its activation (arXiv 1603.05027), and a small initial output
     of the network next to its linear path. Steps are a fifth cheaper and each gains more: best for training within
     minutes from principal components."""
-    start_std: float = 0.05
+    init_std: float = 0.05
     """Initial standard deviation of the latents' noise, in units of all latents' root mean square; the finest latents
     have less than a tenth of that. Noise that hides a latent from the decoder keeps it from improving."""
     bfloat16: bool = False
@@ -57,10 +57,8 @@ class PatchVaeConfig:
                 f"stride={tuple(self.stride)}, channels={self.channels}, width={self.width}, blocks={self.blocks} is "
                 "invalid: use at least 1 of each, and blocks >= 0"
             )
-        if not 0.0025 <= self.start_std <= 2.7:
-            raise UserError(
-                f"init_std={self.start_std} is invalid: outside of the posterior's range. Use 0.0025 to 2.7"
-            )
+        if not 0.0025 <= self.init_std <= 2.7:
+            raise UserError(f"init_std={self.init_std} is invalid: outside of the posterior's range. Use 0.0025 to 2.7")
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -95,28 +93,28 @@ class PatchVae(Vae):
     def posterior(
         self,
         pixels: Float[Array, "B T H W 3"],
-        inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
+        segment_ids: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
+        cache: ConvCache | None = None,
     ) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
-        segments = placed(pixels, self.config.stride, inside, memory)
-        patches = to_patches(pixels, self.config.stride, begins=memory is None or memory.begins)
+        segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
+        patches = to_patches(pixels, self.config.stride, is_first=cache is None or cache.is_first)
         x = self.encoder_in(patches)
         for block in self.encoder:
-            x = block(x, memory, segments)
+            x = block(x, cache, segments)
         mean, log_variance = jnp.split(self.gains.latents * self.encoder_out(x), 2, axis=-1)
-        init_log_variance = 2 * math.log(self.config.start_std)
+        init_log_variance = 2 * math.log(self.config.init_std)
         return Posterior(self.linear.encode(patches) + mean, jnp.clip(log_variance + init_log_variance, -12.0, 2.0))
 
     def reconstruct(
-        self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
+        self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None
     ) -> Float[Array, "B T H W 3"]:
         """Return pixels from latents that are not normalised."""
         x = self.decoder_in(latents)
         for block in self.decoder:
-            x = block(x, memory)
+            x = block(x, cache)
         patches = self.linear.decode(latents) + self.gains.patches * self.decoder_out(x)
-        return from_patches(patches, self.config.stride, begins=memory is None or memory.begins)
+        return from_patches(patches, self.config.stride, is_first=cache is None or cache.is_first)
 
 
 class _Gains(NamedTuple):
@@ -143,7 +141,7 @@ class _LinearPath(nnx.Module):
         return self.up(latents)
 
 
-def start_from_linear(params: dict[str, Any], linear: LinearAutoencoder) -> dict[str, Any]:
+def init_from_linear(params: dict[str, Any], linear: LinearAutoencoder) -> dict[str, Any]:
     """Return parameters of a `PatchVae` whose linear path is `linear`, scaled to latents of about unit variance.
 
     With the other weights as initialised (the network's output is zero) the autoencoder equals `linear`.
@@ -168,10 +166,10 @@ class _Block(nnx.Module):
         self.out = Linear(width, width, init="zero", rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B t h w D"], memory: Memory | None = None, places: Places | None = None
+        self, x: Float[Array, "B t h w D"], cache: ConvCache | None = None, segments: CanvasSegments | None = None
     ) -> Float[Array, "B t h w D"]:
-        x = x + self.mix(jax.nn.silu(self.space(alone(self.norm_space(x), places))))
-        return x + self.out(jax.nn.silu(self.time(self.norm_time(x), memory)))
+        x = x + self.mix(jax.nn.silu(self.space(mask_gaps(self.norm_space(x), segments))))
+        return x + self.out(jax.nn.silu(self.time(self.norm_time(x), cache)))
 
 
 class _PreactivatedBlock(nnx.Module):
@@ -186,7 +184,7 @@ class _PreactivatedBlock(nnx.Module):
         self.time = CausalConv(width, width, (3, 1, 1), dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B t h w D"], memory: Memory | None = None, places: Places | None = None
+        self, x: Float[Array, "B t h w D"], cache: ConvCache | None = None, segments: CanvasSegments | None = None
     ) -> Float[Array, "B t h w D"]:
-        x = x + self.gain * self.space(alone(jax.nn.silu(self.norm(x)), places))
-        return x + self.gain * self.time(jax.nn.silu(x), memory)
+        x = x + self.gain * self.space(mask_gaps(jax.nn.silu(self.norm(x)), segments))
+        return x + self.gain * self.time(jax.nn.silu(x), cache)

@@ -11,7 +11,7 @@ from dit_video.tokens import Grid
 
 
 def to_patches(
-    pixels: Float[SameArray, "B T H W 3"], stride: Grid, *, begins: bool = True
+    pixels: Float[SameArray, "B T H W 3"], stride: Grid, *, is_first: bool = True
 ) -> Float[SameArray, "B t h w p"]:
     """Return causal patches: the first is frame 0 repeated `stride.t` times, each later one has `stride.t` frames.
 
@@ -20,18 +20,18 @@ def to_patches(
     Raises:
       UserError: a size that does not fit the stride.
     """
-    chunk_grid(Grid(*pixels.shape[1:4]), stride, begins=begins)
-    if begins:
+    chunk_grid(Grid(*pixels.shape[1:4]), stride, is_first=is_first)
+    if is_first:
         xp = np if isinstance(pixels, np.ndarray) else jnp
         pixels = xp.concatenate([xp.repeat(pixels[:, :1], stride.t - 1, axis=1), pixels], axis=1)
     return rearrange(pixels, "B (t pt) (h ph) (w pw) C -> B t h w (pt ph pw C)", pt=stride.t, ph=stride.h, pw=stride.w)
 
 
 def from_patches(
-    patches: Float[SameArray, "B t h w p"], stride: Grid, *, begins: bool = True
+    patches: Float[SameArray, "B t h w p"], stride: Grid, *, is_first: bool = True
 ) -> Float[SameArray, "B T H W 3"]:
     """Invert `to_patches`; only the last frame of a clip's first patch is kept."""
     pixels = rearrange(
         patches, "B t h w (pt ph pw C) -> B (t pt) (h ph) (w pw) C", pt=stride.t, ph=stride.h, pw=stride.w
     )
-    return pixels[:, stride.t - 1 :] if begins else pixels
+    return pixels[:, stride.t - 1 :] if is_first else pixels

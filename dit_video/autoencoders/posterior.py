@@ -9,9 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.nn import Memory
+from dit_video.nn import ConvCache
 
-_LOG_VARIANCE = (-30.0, 20.0)
+_LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 """Bounds of the log variance, as in the open models."""
 
 
@@ -22,12 +22,12 @@ class Posterior(NamedTuple):
     log_variance: Float[Array, "B t h w c"]
 
     @classmethod
-    def of_moments(cls, moments: Float[Array, "B t h w _"], std: float | None) -> "Posterior":
+    def from_moments(cls, moments: Float[Array, "B t h w _"], std: float | None) -> "Posterior":
         """Split moments into mean and log variance; `std` replaces the variance unless it is None."""
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         if std is not None:
             log_variance = jnp.full_like(mean, 2 * math.log(std) if std else -math.inf)
-        return cls(mean, jnp.clip(log_variance, *_LOG_VARIANCE))
+        return cls(mean, jnp.clip(log_variance, *_LOG_VARIANCE_BOUNDS))
 
     def sample(self, noise: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
         """Return latents for standard normal noise."""
@@ -50,7 +50,7 @@ class Normalizer(nnx.Module):
         """Return latents with zero mean and unit variance in every channel."""
         return (latents - self.mean[...]) / self.std[...]
 
-    def restore(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
+    def denormalize(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
         """Return latents in the autoencoder's own scale."""
         return latents * self.std[...] + self.mean[...]
 
@@ -74,22 +74,22 @@ class Vae(nnx.Module):
     def posterior(
         self,
         pixels: Float[Array, "B T H W 3"],
-        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
+        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        cache: ConvCache | None = None,
     ) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
 
     @abc.abstractmethod
     def reconstruct(
-        self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
+        self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None
     ) -> Float[Array, "B T H W 3"]:
         """Return pixels from latents that are not normalised."""
 
     def encode(
         self,
         pixels: Float[Array, "B T H W 3"],
-        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
+        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        cache: ConvCache | None = None,
     ) -> Float[Array, "B t h w c"]:
         """Return normalised latents.
 
@@ -103,8 +103,8 @@ class Vae(nnx.Module):
         Raises:
           UserError: a size that does not fit the stride, or pixels that are not RGB.
         """
-        return self.normalizer.normalize(self.posterior(pixels, inside, memory).mean)
+        return self.normalizer.normalize(self.posterior(pixels, segment_ids, cache).mean)
 
-    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
+    def decode(self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None) -> Float[Array, "B T H W 3"]:
         """Return pixels, approximately in [-1, 1], of the normalised latents of a clip or of one chunk of it."""
-        return self.reconstruct(self.normalizer.restore(latents), memory)
+        return self.reconstruct(self.normalizer.denormalize(latents), cache)

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
 
-_CHUNK = 1024
+_CODES_PER_CHUNK = 1024
 """Number of codes compared with all latents at once."""
-_SHORTEST = 1e-12
+_MIN_LENGTH = 1e-12
 """Lower bound of a vector's length in divisions."""
 
 
@@ -45,7 +45,7 @@ class CodebookConfig:
             raise UserError(f"codes={self.codes}, width={self.width} is invalid: a codebook needs at least 1 of each")
 
 
-class Quantized(NamedTuple):
+class QuantizedLatents(NamedTuple):
     """Latents with their nearest codes and the losses of both."""
 
     latents: Float[Array, "B t h w c"]
@@ -54,9 +54,9 @@ class Quantized(NamedTuple):
     """Nearest codes, with the straight-through gradient to the latents."""
     indices: Int[Array, "B t h w"]
     """Indices of the nearest codes."""
-    commitment: Float[Array, " B"]
+    commitment_loss: Float[Array, " B"]
     """Mean squared distance with a gradient that moves the latents to the codes."""
-    attraction: Float[Array, " B"]
+    codebook_loss: Float[Array, " B"]
     """Mean squared distance with a gradient that moves the codes to the latents."""
 
 
@@ -68,24 +68,24 @@ class Codebook(nnx.Module):
         # Unit variance as a new encoder's latents, so that more than a few codes are the nearest of some latent.
         self.codes = nnx.Param(jax.random.normal(rngs.params(), (config.codes, config.width), jnp.float32))
 
-    def __call__(self, latents: Float[Array, "B t h w c"]) -> Quantized:
+    def __call__(self, latents: Float[Array, "B t h w c"]) -> QuantizedLatents:
         """Return latents, their nearest codes and the losses."""
-        latents = self.comparable(latents.astype(jnp.float32))
-        indices = self.nearest(latents)
-        chosen = self._vectors()[indices]
+        latents = self.normalize(latents.astype(jnp.float32))
+        indices = self.find_nearest(latents)
+        chosen = self._get_vectors()[indices]
         axes = (1, 2, 3, 4)
-        return Quantized(
+        return QuantizedLatents(
             latents=latents,
             vectors=latents + jax.lax.stop_gradient(chosen - latents),
             indices=indices,
-            commitment=jnp.square(latents - jax.lax.stop_gradient(chosen)).mean(axis=axes),
-            attraction=jnp.square(jax.lax.stop_gradient(latents) - chosen).mean(axis=axes),
+            commitment_loss=jnp.square(latents - jax.lax.stop_gradient(chosen)).mean(axis=axes),
+            codebook_loss=jnp.square(jax.lax.stop_gradient(latents) - chosen).mean(axis=axes),
         )
 
-    def nearest(self, latents: Float[Array, "B t h w c"]) -> Int[Array, "B t h w"]:
+    def find_nearest(self, latents: Float[Array, "B t h w c"]) -> Int[Array, "B t h w"]:
         """Return the indices of the nearest codes."""
-        latents, codes = self.comparable(latents), self._vectors()
-        return nearest(jax.lax.stop_gradient(latents), jax.lax.stop_gradient(codes))
+        latents, codes = self.normalize(latents), self._get_vectors()
+        return find_nearest_codes(jax.lax.stop_gradient(latents), jax.lax.stop_gradient(codes))
 
     def look_up(self, indices: Int[AnyArray, "B t h w"]) -> Float[Array, "B t h w c"]:
         """Return the codes of indices. Inside `jax.jit` values are unknown: an index out of range gives NaN.
@@ -103,22 +103,22 @@ class Codebook(nnx.Module):
                 )
         # `jnp.take` would count negative indices from the end; here they are out of range.
         filled_indices = jnp.where(indices < 0, self.config.codes, indices)
-        return jnp.take(self._vectors(), filled_indices, axis=0, mode="fill", fill_value=jnp.nan)
+        return jnp.take(self._get_vectors(), filled_indices, axis=0, mode="fill", fill_value=jnp.nan)
 
-    def _vectors(self) -> Float[Array, "n c"]:
-        return self.comparable(jnp.asarray(self.codes[...]))
+    def _get_vectors(self) -> Float[Array, "n c"]:
+        return self.normalize(jnp.asarray(self.codes[...]))
 
-    def comparable(self, vectors: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+    def normalize(self, vectors: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         """Return vectors as they are compared: of length 1 if the codebook is spherical."""
         if not self.config.spherical:
             return vectors
         # Bounded before the root: the gradient of the length itself is NaN at zero.
         squared = jnp.square(vectors).sum(axis=-1, keepdims=True)
-        return vectors * jax.lax.rsqrt(jnp.maximum(squared, _SHORTEST**2))
+        return vectors * jax.lax.rsqrt(jnp.maximum(squared, _MIN_LENGTH**2))
 
 
-def nearest(
-    latents: Float[Array, "*batch c"], codes: Float[Array, "n c"], *, chunk: int = _CHUNK
+def find_nearest_codes(
+    latents: Float[Array, "*batch c"], codes: Float[Array, "n c"], *, chunk: int = _CODES_PER_CHUNK
 ) -> Int[Array, "*batch"]:
     """Return the index of the nearest code, the first one of a tie.
 

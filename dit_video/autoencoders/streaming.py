@@ -20,12 +20,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, UInt8
 
 from dit_video.autoencoders.interface import AutoencoderConfig, latent_grid
-from dit_video.autoencoders.tiling import Tile, Tiles, cut, weights
+from dit_video.autoencoders.tiling import Tile, Tiles, compute_blend_weights, cut_tiles
 from dit_video.core.errors import UserError
-from dit_video.nn import Memory, graph_of
+from dit_video.nn import ConvCache, get_graph_def
 from dit_video.tokens import Grid
 
-Layout = jax.sharding.Sharding | None
+OptionalSharding = jax.sharding.Sharding | None
 
 
 def decode_stream(
@@ -35,7 +35,7 @@ def decode_stream(
     *,
     chunk: int = 1,
     tiles: Tiles | None = None,
-    sharding: Layout = None,
+    sharding: OptionalSharding = None,
 ) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
     """Yield the frames of latents, one chunk at a time.
 
@@ -56,10 +56,10 @@ def decode_stream(
             f"latents {list(latents.shape)} are invalid: this autoencoder needs [B t h w {config.channels}]. Use "
             "latents that it encoded"
         )
-    _check(chunk, sharding, latents.shape[2], "latent rows")
-    tile_plan = cut(latents.shape[2], latents.shape[3], tiles, config.stride)
+    _check_chunk(chunk, sharding, latents.shape[2], "latent rows")
+    tile_plan = cut_tiles(latents.shape[2], latents.shape[3], tiles, config.stride)
     chunks = (latents[:, start : start + chunk] for start in range(0, latents.shape[1], chunk))
-    for coded, count, is_first in _coded(config, params, chunks, tile_plan, "decode", chunk, sharding):
+    for coded, count, is_first in _run_chunks(config, params, chunks, tile_plan, "decode", chunk, sharding):
         frames = count * config.stride.t - (config.stride.t - 1 if is_first else 0)
         yield np.asarray(coded)[:, :frames]
 
@@ -71,7 +71,7 @@ def encode_stream(
     *,
     chunk: int = 1,
     tiles: Tiles | None = None,
-    sharding: Layout = None,
+    sharding: OptionalSharding = None,
 ) -> Iterator[Float32[np.ndarray, "B _ h w c"]]:
     """Yield the normalised latents of frames that come in portions of any length.
 
@@ -88,19 +88,19 @@ def encode_stream(
         stride (their number when they end), or a height that the number of devices does not divide.
     """
     stride = config.stride
-    portions = _regrouped(frames, stride, chunk)
+    portions = _regroup_frames(frames, stride, chunk)
     first = next(portions, None)
     if first is None:
         raise UserError("frames are empty: there is nothing to encode. Use at least one frame")
-    _check(chunk, sharding, first.shape[2], "rows of pixels")
+    _check_chunk(chunk, sharding, first.shape[2], "rows of pixels")
     grid = latent_grid(Grid(1, *first.shape[2:4]), stride)
-    tile_plan = cut(grid.h, grid.w, tiles, stride)
+    tile_plan = cut_tiles(grid.h, grid.w, tiles, stride)
 
     def all_portions() -> Iterator[np.ndarray]:
         yield first
         yield from portions
 
-    for coded, count, is_first in _coded(config, params, all_portions(), tile_plan, "encode", chunk, sharding):
+    for coded, count, is_first in _run_chunks(config, params, all_portions(), tile_plan, "encode", chunk, sharding):
         yield np.asarray(coded)[:, : 1 + (count - 1) // stride.t if is_first else count // stride.t]
 
 
@@ -113,7 +113,7 @@ class TilingError(NamedTuple):
     """Mean absolute difference."""
 
 
-def tiling_error(
+def measure_tiling_error(
     config: AutoencoderConfig, params: dict[str, Any], latents: Float[np.ndarray, "B t h w c"], tiles: Tiles
 ) -> TilingError:
     """Measure the effect of tiles on decoded frames, in steps of 1/127.5 as frames are uint8."""
@@ -124,7 +124,7 @@ def tiling_error(
     return TilingError(max(float(error.max()) for error in errors), float(np.mean([error.mean() for error in errors])))
 
 
-def _check(chunk: int, sharding: Layout, rows: int, what: str) -> None:
+def _check_chunk(chunk: int, sharding: OptionalSharding, rows: int, unit: str) -> None:
     if chunk < 1:
         raise UserError(f"chunk={chunk} is invalid: use at least 1 latent frame")
     if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) > 2 and sharding.spec[2] is not None:
@@ -132,12 +132,12 @@ def _check(chunk: int, sharding: Layout, rows: int, what: str) -> None:
         devices = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
         if rows % devices:
             raise UserError(
-                f"{rows} {what} are not divisible by the {devices} devices of the sharding; use a height that is, or "
+                f"{rows} {unit} are not divisible by the {devices} devices of the sharding; use a height that is, or "
                 "fewer devices"
             )
 
 
-def _are_pixels(frames: np.ndarray) -> bool:
+def _is_pixel_array(frames: np.ndarray) -> bool:
     if frames.ndim != 5 or frames.shape[-1] != 3:
         return False
     if frames.dtype == np.uint8:
@@ -146,7 +146,7 @@ def _are_pixels(frames: np.ndarray) -> bool:
     return frames.dtype == np.float32 and bool((frames >= 0).all() and (frames <= 255).all())
 
 
-def _regrouped(
+def _regroup_frames(
     frames: Iterable[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]], stride: Grid, chunk: int
 ) -> Iterator[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]]:
     """Yield portions of 1 + (chunk - 1) * stride frames first, then of chunk * stride; the last may be shorter.
@@ -157,7 +157,7 @@ def _regrouped(
     buffer: list[np.ndarray] = []
     needed, total = 1 + (chunk - 1) * stride.t, 0
     for portion in frames:
-        if not _are_pixels(portion):
+        if not _is_pixel_array(portion):
             raise UserError(
                 f"frames {portion.dtype} {list(portion.shape)} are invalid: must be [B T H W 3] in 0..255, uint8 or "
                 "float32. Use dit_video.core.pixels.to_uint8"
@@ -175,14 +175,14 @@ def _regrouped(
         yield rest
 
 
-def _coded(
+def _run_chunks(
     config: AutoencoderConfig,
     params: dict[str, Any],
-    parts: Iterable[np.ndarray],
-    plan: list[Tile],
+    chunks: Iterable[np.ndarray],
+    tiles: list[Tile],
     method: str,
     chunk: int,
-    sharding: Layout,
+    sharding: OptionalSharding,
 ) -> Iterator[tuple[Array, int, bool]]:
     """Yield for each chunk its output including padding, its length before padding, and whether it is the first.
 
@@ -191,28 +191,28 @@ def _coded(
     stride = config.stride
     # Input and output pixels, or latents, per latent position.
     source, target = ((1, 1), (stride.h, stride.w)) if method == "decode" else ((stride.h, stride.w), (1, 1))
-    run = _program(config, method)
-    caches: list[tuple[Array, ...] | None] = [None] * len(plan)  # the cache of each tile; None before the first chunk
-    blend_weights = [jnp.asarray(weights(plan, tile, target)) for tile in plan]
-    height = target[0] * max(tile.row + tile.height for tile in plan)
-    width = target[1] * max(tile.column + tile.width for tile in plan)
+    run = _jit_method(config, method)
+    caches: list[tuple[Array, ...] | None] = [None] * len(tiles)  # the cache of each tile; None before the first chunk
+    blend_weights = [jnp.asarray(compute_blend_weights(tiles, tile, target)) for tile in tiles]
+    height = target[0] * max(tile.row + tile.height for tile in tiles)
+    width = target[1] * max(tile.column + tile.width for tile in tiles)
     previous: tuple[Array, int, bool] | None = None
-    for chunk_values in parts:
+    for chunk_values in chunks:
         is_first = caches[0] is None
         full = chunk if method == "decode" else chunk * stride.t - (stride.t - 1 if is_first else 0)
         padded = np.concatenate([chunk_values, *[chunk_values[:, -1:]] * (full - chunk_values.shape[1])], axis=1)
         blended = None
-        for number, tile in enumerate(plan):
-            tile_values = _window(padded, tile, source)
+        for number, tile in enumerate(tiles):
+            tile_values = _slice_tile(padded, tile, source)
             tile_array = jax.device_put(tile_values, sharding) if sharding is not None else tile_values
             tile_output, caches[number] = run(params, tile_array, caches[number])
-            if len(plan) == 1:
+            if len(tiles) == 1:
                 blended = tile_output
                 continue
             if blended is None:
                 blended = jnp.zeros((*tile_output.shape[:2], height, width, tile_output.shape[-1]))
             corner = jnp.asarray([tile.row * target[0], tile.column * target[1]])
-            blended = _laid(blended, tile_output, blend_weights[number], corner)
+            blended = _add_tile(blended, tile_output, blend_weights[number], corner)
         assert blended is not None
         output = _to_uint8(blended) if method == "decode" else blended
         if previous is not None:
@@ -222,35 +222,35 @@ def _coded(
         yield previous
 
 
-def _window(values: np.ndarray, tile: Tile, scale: tuple[int, int]) -> np.ndarray:
+def _slice_tile(values: np.ndarray, tile: Tile, scale: tuple[int, int]) -> np.ndarray:
     rows = slice(tile.row * scale[0], (tile.row + tile.height) * scale[0])
     columns = slice(tile.column * scale[1], (tile.column + tile.width) * scale[1])
     return values[:, :, rows, columns]
 
 
 @functools.lru_cache(maxsize=16)
-def _program(config: AutoencoderConfig, method: str):
+def _jit_method(config: AutoencoderConfig, method: str):
     """Return a jitted method of the autoencoder on one chunk, which returns its output and the cache for the next."""
-    graph = graph_of(config.make)
+    graph = get_graph_def(config.make)
 
     @functools.partial(jax.jit, donate_argnums=2)
     def run(params, values, previous_cache):
-        cache = Memory(previous_cache)
+        cache = ConvCache(previous_cache)
         model = nnx.merge(graph, params)
         if method == "decode":
-            return model.decode(values, memory=cache), cache.kept
-        return model.encode(values.astype(jnp.float32) * (2 / 255) - 1, memory=cache), cache.kept
+            return model.decode(values, cache=cache), cache.features
+        return model.encode(values.astype(jnp.float32) * (2 / 255) - 1, cache=cache), cache.features
 
     return run
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _laid(canvas: Array, piece: Array, share: Array, corner: Array) -> Array:
+def _add_tile(canvas: Array, values: Array, blend_weights: Array, corner: Array) -> Array:
     """Add a tile's weighted values to the picture."""
     zero = jnp.zeros((), corner.dtype)
     start = (zero, zero, corner[0], corner[1], zero)
-    background = jax.lax.dynamic_slice(canvas, start, piece.shape)
-    return jax.lax.dynamic_update_slice(canvas, background + piece * share[..., None], start)
+    background = jax.lax.dynamic_slice(canvas, start, values.shape)
+    return jax.lax.dynamic_update_slice(canvas, background + values * blend_weights[..., None], start)
 
 
 @jax.jit

@@ -46,7 +46,7 @@ class Tile(NamedTuple):
     width: int
 
 
-def cut(height: int, width: int, tiles: Tiles | None, stride: Grid) -> list[Tile]:
+def cut_tiles(height: int, width: int, tiles: Tiles | None, stride: Grid) -> list[Tile]:
     """Return the tiles of a picture of `height` by `width` latent positions: all of one size, one tile if None.
 
     Raises:
@@ -64,23 +64,25 @@ def cut(height: int, width: int, tiles: Tiles | None, stride: Grid) -> list[Tile
             raise UserError(
                 f"the tiles' {name} {length} is not divisible by the spatial stride {step}; use a multiple of it"
             )
-    rows = _starts(height, tiles.height // stride.h, tiles.overlap // stride.h)
-    columns = _starts(width, tiles.width // stride.w, tiles.overlap // stride.w)
+    rows = _compute_starts(height, tiles.height // stride.h, tiles.overlap // stride.h)
+    columns = _compute_starts(width, tiles.width // stride.w, tiles.overlap // stride.w)
     size = min(height, tiles.height // stride.h), min(width, tiles.width // stride.w)
     return [Tile(row, column, *size) for row in rows for column in columns]
 
 
-def weights(tiles: Sequence[Tile], tile: Tile, scale: tuple[int, int] = (1, 1)) -> Float32[np.ndarray, "H W"]:
+def compute_blend_weights(
+    tiles: Sequence[Tile], tile: Tile, scale: tuple[int, int] = (1, 1)
+) -> Float32[np.ndarray, "H W"]:
     """Return the blend weight of each pixel of a tile, with `scale` pixels (rows, columns) per latent position.
 
     Linear ramps over the overlaps with neighbours (as in diffusers' tiled autoencoders), one elsewhere.
     """
-    rows = _ramp(sorted({other.row for other in tiles}), tile.row, tile.height, scale[0])
-    columns = _ramp(sorted({other.column for other in tiles}), tile.column, tile.width, scale[1])
+    rows = _compute_ramp(sorted({other.row for other in tiles}), tile.row, tile.height, scale[0])
+    columns = _compute_ramp(sorted({other.column for other in tiles}), tile.column, tile.width, scale[1])
     return rows[:, None] * columns[None]
 
 
-def _starts(length: int, size: int, overlap: int) -> list[int]:
+def _compute_starts(length: int, size: int, overlap: int) -> list[int]:
     """Return the first positions of tiles; the last tile ends at the border."""
     if length <= size:
         return [0]
@@ -88,7 +90,7 @@ def _starts(length: int, size: int, overlap: int) -> list[int]:
     return [min(index * (size - overlap), length - size) for index in range(count)]
 
 
-def _ramp(starts: Sequence[int], start: int, size: int, scale: int) -> Float32[np.ndarray, " n"]:
+def _compute_ramp(starts: Sequence[int], start: int, size: int, scale: int) -> Float32[np.ndarray, " n"]:
     """Return the normalised weights along one axis of the tile at `start`."""
 
     def tent(first: int) -> np.ndarray:

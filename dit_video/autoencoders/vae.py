@@ -16,22 +16,22 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.autoencoders.blocks import (
-    Down,
+    CanvasSegments,
+    Downsample,
     FrameAttention,
-    Places,
     ResidualBlock,
-    Up,
-    alone,
-    averaged,
+    Upsample,
+    apply_norm,
+    average_downsample,
+    make_canvas_segments,
     make_norm,
-    normed,
-    placed,
-    repeated,
+    mask_gaps,
+    repeat_upsample,
 )
 from dit_video.autoencoders.modulation import Guide
 from dit_video.autoencoders.posterior import Normalizer, Posterior, Vae, check_std
 from dit_video.core.errors import UserError
-from dit_video.nn import CausalConv, Form, Linear, Memory, choose_form, rematerialised
+from dit_video.nn import CausalConv, ConvCache, ConvForm, Linear, rematerialize, set_conv_form
 from dit_video.tokens import Grid
 
 
@@ -65,7 +65,7 @@ class CausalVaeConfig:
     autoencoder, whose latents have noise of about 3e-7: train it without a divergence."""
     bfloat16: bool = False
     """True stores features in bfloat16, with products summed in float32; parameters, norms and latents stay float32."""
-    form: Form = field(default="auto", metadata={"how": True})
+    form: ConvForm = field(default="auto", metadata={"how": True})
     """Algorithm of convolutions: see `CausalConv`. To find the fastest for a device and width, run
     `tools/benchmark.py autoencoder --config CONFIG --set autoencoder.model.form=FORM`."""
     remat: bool = field(default=False, metadata={"how": True})
@@ -92,9 +92,9 @@ class CausalVaeConfig:
             raise UserError(
                 f"decoder widths {decoder_widths} are invalid: without shortcuts they are halved. Use even widths"
             )
-        if self.form not in get_args(Form):
+        if self.form not in get_args(ConvForm):
             raise UserError(
-                f"form={self.form!r} is invalid: no such convolution. Use one of {', '.join(get_args(Form))}"
+                f"form={self.form!r} is invalid: no such convolution. Use one of {', '.join(get_args(ConvForm))}"
             )
         check_std(self.std)
         self._check_shortcuts()
@@ -161,7 +161,10 @@ class CausalVae(Vae):
     def __init__(self, config: CausalVaeConfig, *, rngs: nnx.Rngs):
         self.config = config
         channels = config.channels
-        self.encoder, self.decoder = Encoder(config, 2 * channels, rngs=rngs), Decoder(config, rngs=rngs)
+        self.encoder, self.decoder = (
+            CausalVaeEncoder(config, 2 * channels, rngs=rngs),
+            CausalVaeDecoder(config, rngs=rngs),
+        )
         self.moments = Linear(2 * channels, 2 * channels, rngs=rngs)
         self.latents = Linear(channels, channels, rngs=rngs)
         self.normalizer = Normalizer(channels)
@@ -169,28 +172,30 @@ class CausalVae(Vae):
     def posterior(
         self,
         pixels: Float[Array, "B T H W 3"],
-        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
+        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        cache: ConvCache | None = None,
     ) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
-        segments = placed(pixels, self.config.stride, inside, memory)
-        moments = self.moments(self.encoder(pixels, memory, segments).astype(jnp.float32))
-        return Posterior.of_moments(moments, self.config.std)
+        segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
+        moments = self.moments(self.encoder(pixels, cache, segments).astype(jnp.float32))
+        return Posterior.from_moments(moments, self.config.std)
 
     def reconstruct(
-        self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
+        self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None
     ) -> Float[Array, "B T H W 3"]:
         """Return pixels from latents that are not normalised."""
-        return self.decoder(self.latents(latents), memory).astype(jnp.float32)
+        return self.decoder(self.latents(latents), cache).astype(jnp.float32)
 
 
-class Encoder(nnx.Module):
+class CausalVaeEncoder(nnx.Module):
     """A causal encoder of pixels to a number of features per latent."""
 
     def __init__(self, config: CausalVaeConfig, features: int, *, rngs: nnx.Rngs):
         self.config, dtype = config, config.dtype
         widths = config.widths(config.width)
-        self.conv_in = CausalConv(3 * config.patch**2, config.width, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
+        self.conv_in = CausalConv(
+            3 * config.patch**2, config.width, (3, 3, 3), temporal_padding="zero", dtype=dtype, rngs=rngs
+        )
         # The first convolution has the base width whatever the first level's multiplier, as in the open models.
         widths_in = (config.width, *widths[:-1])
         self.levels = nnx.List(
@@ -199,47 +204,51 @@ class Encoder(nnx.Module):
                 for width_in, after, factors in zip(widths_in, widths, (*config.factors, None), strict=True)
             ]
         )
-        self.middle = _Middle(widths[-1], dtype=dtype, rngs=rngs)
+        self.middle = _MiddleBlock(widths[-1], dtype=dtype, rngs=rngs)
         self.norm = make_norm(widths[-1], None, rngs)
-        self.conv_out = CausalConv(widths[-1], features, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
-        choose_form(self, config.form)
+        self.conv_out = CausalConv(widths[-1], features, (3, 3, 3), temporal_padding="zero", dtype=dtype, rngs=rngs)
+        set_conv_form(self, config.form)
 
     def __call__(
-        self, pixels: Float[Array, "B T H W 3"], memory: Memory | None = None, places: Places | None = None
+        self, pixels: Float[Array, "B T H W 3"], cache: ConvCache | None = None, segments: CanvasSegments | None = None
     ) -> Float[Array, "B t h w _"]:
         side = self.config.patch
         x = rearrange(pixels, "B T (h a) (w b) C -> B T h w (C b a)", a=side, b=side)
-        x = self.conv_in(alone(x, places), memory)
+        x = self.conv_in(mask_gaps(x, segments), cache)
         for level in self.levels:
-            x = level(x, memory, places)
-        x = jax.nn.silu(self.norm(self.middle(x, memory, places)))
-        return self.conv_out(alone(x, places), memory)
+            x = level(x, cache, segments)
+        x = jax.nn.silu(self.norm(self.middle(x, cache, segments)))
+        return self.conv_out(mask_gaps(x, segments), cache)
 
 
-class Decoder(nnx.Module):
+class CausalVaeDecoder(nnx.Module):
     """A causal decoder of latents to pixels; with `guide_channels`, latents of so many channels modulate its norms."""
 
-    def __init__(self, config: CausalVaeConfig, *, guided: int | None = None, rngs: nnx.Rngs):
+    def __init__(self, config: CausalVaeConfig, *, guide_channels: int | None = None, rngs: nnx.Rngs):
         self.config, dtype = config, config.dtype
         widths = config.widths(config.decoder_width or config.width)[::-1]
-        self.conv_in = CausalConv(config.channels, widths[0], (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
-        self.middle = _Middle(widths[0], guided=guided, dtype=dtype, rngs=rngs)
+        self.conv_in = CausalConv(
+            config.channels, widths[0], (3, 3, 3), temporal_padding="zero", dtype=dtype, rngs=rngs
+        )
+        self.middle = _MiddleBlock(widths[0], guide_channels=guide_channels, dtype=dtype, rngs=rngs)
         levels, width_in = [], widths[0]
         for width, factors in zip(widths, (*config.factors[::-1], None), strict=True):
-            levels.append(_UpLevel(width_in, width, factors, config, guided=guided, rngs=rngs))
+            levels.append(_UpLevel(width_in, width, factors, config, guide_channels=guide_channels, rngs=rngs))
             width_in = width if config.shortcuts else width // 2
         self.levels = nnx.List(levels)
-        self.norm = make_norm(widths[-1], guided, rngs)
-        self.conv_out = CausalConv(widths[-1], 3 * config.patch**2, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
-        choose_form(self, config.form)
+        self.norm = make_norm(widths[-1], guide_channels, rngs)
+        self.conv_out = CausalConv(
+            widths[-1], 3 * config.patch**2, (3, 3, 3), temporal_padding="zero", dtype=dtype, rngs=rngs
+        )
+        set_conv_form(self, config.form)
 
     def __call__(
-        self, latents: Float[Array, "B t h w c"], memory: Memory | None = None, guide: Guide | None = None
+        self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None, guide: Guide | None = None
     ) -> Float[Array, "B T H W 3"]:
-        x = self.middle(self.conv_in(latents, memory), memory, guide=guide)
+        x = self.middle(self.conv_in(latents, cache), cache, guide=guide)
         for level in self.levels:
-            x = level(x, memory, guide)
-        x = self.conv_out(jax.nn.silu(normed(self.norm, x, guide)), memory)
+            x = level(x, cache, guide)
+        x = self.conv_out(jax.nn.silu(apply_norm(self.norm, x, guide)), cache)
         side = self.config.patch
         return rearrange(x, "B T h w (C b a) -> B T (h a) (w b) C", a=side, b=side)
 
@@ -253,19 +262,21 @@ class _DownLevel(nnx.Module):
         self.shortcuts, self.remat = config.shortcuts, config.remat
         widths = (width_in, *[width_out] * config.blocks)
         self.blocks = nnx.List([ResidualBlock(*pair, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)])
-        self.down = None if factors is None else Down(width_out, factors, dtype=dtype, rngs=rngs)
+        self.down = None if factors is None else Downsample(width_out, factors, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T H W i"], memory: Memory | None, places: Places | None
+        self, x: Float[Array, "B T H W i"], cache: ConvCache | None, segments: CanvasSegments | None
     ) -> Float[Array, "B t h w o"]:
         y = x
         for block in self.blocks:
-            y = _through(block, y, memory, places, remat=self.remat)
+            y = _apply_block(block, y, cache, segments, remat=self.remat)
         if self.down is not None:
-            y = self.down(y, memory, places)
+            y = self.down(y, cache, segments)
         if not self.shortcuts:
             return y
-        return y + averaged(x, self.width, self.factors or Grid(1, 1, 1), begins=memory is None or memory.begins)
+        return y + average_downsample(
+            x, self.width, self.factors or Grid(1, 1, 1), is_first=cache is None or cache.is_first
+        )
 
 
 class _UpLevel(nnx.Module):
@@ -278,7 +289,7 @@ class _UpLevel(nnx.Module):
         factors: Grid | None,
         config: CausalVaeConfig,
         *,
-        guided: int | None,
+        guide_channels: int | None,
         rngs: nnx.Rngs,
     ):
         dtype = config.dtype
@@ -286,52 +297,55 @@ class _UpLevel(nnx.Module):
         self.shortcuts, self.remat = config.shortcuts, config.remat
         widths = (width_in, *[width_out] * (config.blocks + 1))
         self.blocks = nnx.List(
-            [ResidualBlock(*pair, guided=guided, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)]
+            [
+                ResidualBlock(*pair, guide_channels=guide_channels, dtype=dtype, rngs=rngs)
+                for pair in itertools.pairwise(widths)
+            ]
         )
         up_width = width_out if config.shortcuts else width_out // 2
-        self.up = None if factors is None else Up(width_out, up_width, factors, dtype=dtype, rngs=rngs)
+        self.up = None if factors is None else Upsample(width_out, up_width, factors, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B t h w i"], memory: Memory | None, guide: Guide | None
+        self, x: Float[Array, "B t h w i"], cache: ConvCache | None, guide: Guide | None
     ) -> Float[Array, "B T H W o"]:
         y = x
         for block in self.blocks:
-            y = _through(block, y, memory, guide=guide, remat=self.remat)
+            y = _apply_block(block, y, cache, guide=guide, remat=self.remat)
         if self.up is None or self.factors is None:
             return y
-        y = self.up(y, memory)
+        y = self.up(y, cache)
         if not self.shortcuts:
             return y
-        return y + repeated(x, self.width, self.factors, begins=memory is None or memory.begins)
+        return y + repeat_upsample(x, self.width, self.factors, is_first=cache is None or cache.is_first)
 
 
-class _Middle(nnx.Module):
-    def __init__(self, width: int, *, guided: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.before = ResidualBlock(width, width, guided=guided, dtype=dtype, rngs=rngs)
-        self.attention = FrameAttention(width, guided=guided, dtype=dtype, rngs=rngs)
-        self.after = ResidualBlock(width, width, guided=guided, dtype=dtype, rngs=rngs)
+class _MiddleBlock(nnx.Module):
+    def __init__(self, width: int, *, guide_channels: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.before = ResidualBlock(width, width, guide_channels=guide_channels, dtype=dtype, rngs=rngs)
+        self.attention = FrameAttention(width, guide_channels=guide_channels, dtype=dtype, rngs=rngs)
+        self.after = ResidualBlock(width, width, guide_channels=guide_channels, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B t h w D"],
-        memory: Memory | None,
-        places: Places | None = None,
+        cache: ConvCache | None,
+        segments: CanvasSegments | None = None,
         guide: Guide | None = None,
     ) -> Float[Array, "B t h w D"]:
-        x = self.attention(self.before(x, memory, places, guide), places, guide)
-        return self.after(x, memory, places, guide)
+        x = self.attention(self.before(x, cache, segments, guide), segments, guide)
+        return self.after(x, cache, segments, guide)
 
 
-def _through(
+def _apply_block(
     block: ResidualBlock,
     x: Float[Array, "B t h w i"],
-    memory: Memory | None,
-    places: Places | None = None,
+    cache: ConvCache | None,
+    segments: CanvasSegments | None = None,
     guide: Guide | None = None,
     *,
     remat: bool,
 ) -> Float[Array, "B t h w o"]:
     """Apply a block; with `remat` and without a cache (as in training) only its input is kept for the backward pass."""
-    if not remat or memory is not None:
-        return block(x, memory, places, guide)
-    return rematerialised(lambda block, x: block(x, None, places, guide), block, x)
+    if not remat or cache is not None:
+        return block(x, cache, segments, guide)
+    return rematerialize(lambda block, x: block(x, None, segments, guide), block, x)

@@ -12,24 +12,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.autoencoders.blocks import placed
+from dit_video.autoencoders.blocks import make_canvas_segments
 from dit_video.autoencoders.image_blocks import (
-    Beside,
+    BlockInputs,
     FrameNorm,
-    ImageDecoder,
-    ImageEncoder,
     ImageLevels,
-    MakeNorm,
-    frame_norms,
+    ImageVaeDecoder,
+    ImageVaeEncoder,
+    NormFactory,
+    make_frame_norm_factory,
 )
 from dit_video.autoencoders.image_vae import ImageVaeConfig
 from dit_video.autoencoders.modulation import Guide, SpatialNorm
 from dit_video.autoencoders.posterior import Normalizer
-from dit_video.autoencoders.quantizer import Codebook, CodebookConfig, Quantized
-from dit_video.autoencoders.vae import CausalVaeConfig, Decoder, Encoder
+from dit_video.autoencoders.quantizer import Codebook, CodebookConfig, QuantizedLatents
+from dit_video.autoencoders.vae import CausalVaeConfig, CausalVaeDecoder, CausalVaeEncoder
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
-from dit_video.nn import Linear, Memory
+from dit_video.nn import ConvCache, Linear
 from dit_video.tokens import Grid
 
 
@@ -52,9 +52,10 @@ class VqConfig:
         network = self.network
         if network.std is not None:
             raise UserError(f"network.std={network.std} is invalid: codes have no variance. Use None")
-        if isinstance(network, ImageVaeConfig) and not (network.moments and network.latents):
+        if isinstance(network, ImageVaeConfig) and not (network.use_quant_conv and network.use_post_quant_conv):
             raise UserError(
-                f"network.use_quant_conv={network.moments}, network.use_post_quant_conv={network.latents} is invalid: "
+                f"network.use_quant_conv={network.use_quant_conv}, "
+                f"network.use_post_quant_conv={network.use_post_quant_conv} is invalid: "
                 "the codebook needs a linear map before and after it. Use True for both"
             )
 
@@ -92,88 +93,92 @@ class VqAutoencoder(nnx.Module):
     def __init__(self, config: VqConfig, *, rngs: nnx.Rngs):
         self.config = config
         network, width = config.network, config.codebook.width
-        self.encoder: ImageEncoder | Encoder
-        self.decoder: ImageDecoder | Decoder
+        self.encoder: ImageVaeEncoder | CausalVaeEncoder
+        self.decoder: ImageVaeDecoder | CausalVaeDecoder
         match network:
             case ImageVaeConfig(levels=levels):
-                norms = _modulated_norms(levels, width) if config.modulated else frame_norms(levels)
-                self.encoder = ImageEncoder(levels, network.channels, rngs=rngs)
-                self.decoder = ImageDecoder(levels, network.channels, norms, rngs=rngs)
+                norms = (
+                    _make_modulated_norm_factory(levels, width) if config.modulated else make_frame_norm_factory(levels)
+                )
+                self.encoder = ImageVaeEncoder(levels, network.channels, rngs=rngs)
+                self.decoder = ImageVaeDecoder(levels, network.channels, norms, rngs=rngs)
             case CausalVaeConfig():
-                self.encoder = Encoder(network, network.channels, rngs=rngs)
-                self.decoder = Decoder(network, guided=width if config.modulated else None, rngs=rngs)
+                self.encoder = CausalVaeEncoder(network, network.channels, rngs=rngs)
+                self.decoder = CausalVaeDecoder(network, guide_channels=width if config.modulated else None, rngs=rngs)
         self.to_codes = Linear(network.channels, width, rngs=rngs)
         self.codebook = Codebook(config.codebook, rngs=rngs)
         self.from_codes = Linear(width, network.channels, rngs=rngs)
         self.normalizer = Normalizer(width)
 
-    def latents(
+    def compute_latents(
         self,
         pixels: Float[Array, "B T H W 3"],
-        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
+        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        cache: ConvCache | None = None,
     ) -> Float[Array, "B t h w c"]:
         """Return latents before quantisation and normalisation. See `encode` for the arguments."""
-        segments = placed(pixels, self.config.stride, inside, memory)
-        if isinstance(self.encoder, ImageEncoder):
+        segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
+        if isinstance(self.encoder, ImageVaeEncoder):
             features = self.encoder(pixels, segments)
         else:
-            features = self.encoder(pixels, memory, segments)
-        return self.codebook.comparable(self.to_codes(features.astype(jnp.float32)))
+            features = self.encoder(pixels, cache, segments)
+        return self.codebook.normalize(self.to_codes(features.astype(jnp.float32)))
 
-    def quantized(self, pixels: Float[Array, "B T H W 3"]) -> Quantized:
+    def quantize(self, pixels: Float[Array, "B T H W 3"]) -> QuantizedLatents:
         """Return the quantised latents of clips, with the straight-through gradient, and their losses, for training."""
-        return self.codebook(self.latents(pixels))
+        return self.codebook(self.compute_latents(pixels))
 
-    def reconstruct(self, codes: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
+    def reconstruct(
+        self, codes: Float[Array, "B t h w c"], cache: ConvCache | None = None
+    ) -> Float[Array, "B T H W 3"]:
         """Return pixels from codes, or from latents that are neither normalised nor quantised."""
         x = self.from_codes(codes)
-        if isinstance(self.decoder, ImageDecoder):
-            return self.decoder(x, Beside(latents=codes, memory=memory)).astype(jnp.float32)
-        guide = Guide(codes, memory is None or memory.begins) if self.config.modulated else None
-        return self.decoder(x, memory, guide).astype(jnp.float32)
+        if isinstance(self.decoder, ImageVaeDecoder):
+            return self.decoder(x, BlockInputs(latents=codes, cache=cache)).astype(jnp.float32)
+        guide = Guide(codes, cache is None or cache.is_first) if self.config.modulated else None
+        return self.decoder(x, cache, guide).astype(jnp.float32)
 
     def encode(
         self,
         pixels: Float[Array, "B T H W 3"],
-        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
+        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        cache: ConvCache | None = None,
     ) -> Float[Array, "B t h w c"]:
         """Return normalised latents that are not quantised; arguments as in `dit_video.autoencoders.posterior.Vae`."""
-        return self.normalizer.normalize(self.latents(pixels, inside, memory))
+        return self.normalizer.normalize(self.compute_latents(pixels, segment_ids, cache))
 
-    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
+    def decode(self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None) -> Float[Array, "B T H W 3"]:
         """Return pixels, approximately in [-1, 1], of the codes nearest to normalised latents of a clip or chunk."""
-        return self.decode_indices(self.codebook.nearest(self.normalizer.restore(latents)), memory)
+        return self.decode_indices(self.codebook.find_nearest(self.normalizer.denormalize(latents)), cache)
 
     def encode_indices(
         self,
         pixels: Float[Array, "B T H W 3"],
-        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
+        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        cache: ConvCache | None = None,
     ) -> Int[Array, "B t h w"]:
         """Return the index of the nearest code of each latent. See `encode` for the arguments."""
-        return self.codebook.nearest(self.latents(pixels, inside, memory))
+        return self.codebook.find_nearest(self.compute_latents(pixels, segment_ids, cache))
 
     def decode_indices(
-        self, indices: Int[AnyArray, "B t h w"], memory: Memory | None = None
+        self, indices: Int[AnyArray, "B t h w"], cache: ConvCache | None = None
     ) -> Float[Array, "B T H W 3"]:
         """Return pixels, approximately in [-1, 1], of codes. Inside `jax.jit` an index out of range gives NaN.
 
         Raises:
           UserError: indices out of range.
         """
-        return self.reconstruct(self.codebook.look_up(indices), memory)
+        return self.reconstruct(self.codebook.look_up(indices), cache)
 
 
 class _FrameSpatialNorm(SpatialNorm):
     """A group norm over each frame, modulated by the frame's latents."""
 
-    def __call__(self, x: Float[Array, "B t h w D"], beside: Beside) -> Float[Array, "B t h w D"]:  # type: ignore[override]
-        assert beside.latents is not None
-        return self.modulated(self.norm(x, beside), Guide(beside.latents))
+    def __call__(self, x: Float[Array, "B t h w D"], inputs: BlockInputs) -> Float[Array, "B t h w D"]:  # type: ignore[override]
+        assert inputs.latents is not None
+        return self.modulate(self.norm(x, inputs), Guide(inputs.latents))
 
 
-def _modulated_norms(levels: ImageLevels, channels: int) -> MakeNorm:
+def _make_modulated_norm_factory(levels: ImageLevels, channels: int) -> NormFactory:
     """Return a factory of an image decoder's norms, modulated by latents of `channels` channels."""
     return lambda width, rngs: _FrameSpatialNorm(FrameNorm(width, levels.groups), width, channels, rngs=rngs)

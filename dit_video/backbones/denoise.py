@@ -13,7 +13,7 @@ from dit_video.core.typing import AnyArray
 from dit_video.tokens import segment_max
 
 
-def packed_denoise(
+def make_denoise_fn(
     dit: Dit | WanDit,
     *,
     segments: Int[AnyArray, "B N"],

@@ -9,21 +9,21 @@ from collections.abc import Sequence
 
 from dit_video.backbones.dit.conditioning import CrossAttention, JointAttention
 from dit_video.backbones.dit.config import DitConfig
-from dit_video.backbones.dit.positions import EndDistances
+from dit_video.backbones.dit.positions import BoundaryEmbedding
 from dit_video.backbones.wan.model import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.nn.attention import Full
 from dit_video.tokens import Grid
 
-Clip = int | Grid
+ClipTokens = int | Grid
 """Size of a clip in tokens: their number, or their grid, which attention patterns other than `Full` need."""
 
-_DISTANCES, _SINES = 6 * 32, 256
+_BOUNDARY_FEATURES, _TIME_FEATURES = 6 * 32, 256
 """Input widths of the linear layers of `BoundaryEmbedding` and of the time embedding of `Dit`."""
 
 
-def forward_flops(
-    config: DitConfig | WanDitConfig, clips: Sequence[Clip], texts: Sequence[int], *, images: Sequence[int] = ()
+def count_forward_flops(
+    config: DitConfig | WanDitConfig, clips: Sequence[ClipTokens], texts: Sequence[int], *, images: Sequence[int] = ()
 ) -> int:
     """Count the operations of one forward pass over clips, which do not depend on their packing.
 
@@ -41,14 +41,14 @@ def forward_flops(
         raise UserError(
             f"{len(clips)} clips need as many texts, not {len(texts)}, and images for all or none, not {len(images)}"
         )
-    count = _wan if isinstance(config, WanDitConfig) else _dit
+    count = _count_wan if isinstance(config, WanDitConfig) else _count_dit
     sizes = zip(clips, texts, images or (0,) * len(clips), strict=True)
     return 2 * sum(count(config, *size) for size in sizes)  # type: ignore[arg-type, misc]
 
 
-def training_flops(
+def count_training_flops(
     config: DitConfig | WanDitConfig,
-    clips: Sequence[Clip],
+    clips: Sequence[ClipTokens],
     texts: Sequence[int],
     *,
     images: Sequence[int] = (),
@@ -60,10 +60,10 @@ def training_flops(
       config, clips, texts, images: as for `count_forward_flops`, which also raises the errors.
       adapters: True if only LoRA adapters are trained.
     """
-    return training_passes(adapters=adapters) * forward_flops(config, clips, texts, images=images)
+    return count_training_passes(adapters=adapters) * count_forward_flops(config, clips, texts, images=images)
 
 
-def training_passes(*, adapters: bool = False) -> int:
+def count_training_passes(*, adapters: bool = False) -> int:
     """Return the operations of a training step in units of a forward pass.
 
     The backward pass has two products for each one of the forward pass: the gradients of the input and of the weights,
@@ -73,51 +73,51 @@ def training_passes(*, adapters: bool = False) -> int:
     return 2 if adapters else 3
 
 
-def attention_flops(config: DitConfig | WanDitConfig, clips: Sequence[Clip], texts: Sequence[int]) -> int:
+def count_attention_flops(config: DitConfig | WanDitConfig, clips: Sequence[ClipTokens], texts: Sequence[int]) -> int:
     """Count the part of the forward pass that grows with the pairs of tokens: the work of the attention kernel."""
-    pairs = sum(_attended(config, clip, text) for clip, text in zip(clips, texts, strict=True))
+    pairs = sum(_count_pairs(config, clip, text) for clip, text in zip(clips, texts, strict=True))
     return 4 * config.width * pairs
 
 
-def _attended(config: DitConfig | WanDitConfig, clip: Clip, text: int) -> int:
+def _count_pairs(config: DitConfig | WanDitConfig, clip: ClipTokens, text: int) -> int:
     """Count the query-key pairs of all layers, including those with the text."""
     if isinstance(config, WanDitConfig):
-        return round(config.layers * (_pairs(config, clip, 0) + _number(clip) * config.text_length))
+        return round(config.layers * (_count_self_pairs(config, clip, 0) + _count_tokens(clip) * config.text_length))
     global_tokens = config.registers + (text if isinstance(config.context, JointAttention) else 0)
-    cross_pairs = (_number(clip) + global_tokens) * text if isinstance(config.context, CrossAttention) else 0
-    return config.layers * cross_pairs + round(config.layers * _pairs(config, clip, global_tokens))
+    cross_pairs = (_count_tokens(clip) + global_tokens) * text if isinstance(config.context, CrossAttention) else 0
+    return config.layers * cross_pairs + round(config.layers * _count_self_pairs(config, clip, global_tokens))
 
 
-def _pairs(config: DitConfig | WanDitConfig, clip: Clip, behind: int) -> float:
+def _count_self_pairs(config: DitConfig | WanDitConfig, clip: ClipTokens, global_tokens: int) -> float:
     """Count the self-attention pairs of an average layer; tokens without a position are assumed to see everything."""
-    tokens = _number(clip)
+    tokens = _count_tokens(clip)
     if config.patterns == (Full(),):
-        return float((tokens + behind) ** 2)
+        return float((tokens + global_tokens) ** 2)
     if not isinstance(clip, Grid):
         raise UserError(
             f"the attention pattern {config.pattern} needs a clip's grid, not its number of tokens, {clip}; give a Grid"
         )
-    return config.pairs(clip) + behind * (2 * tokens + behind)
+    return config.attention_pairs(clip) + global_tokens * (2 * tokens + global_tokens)
 
 
-def _number(clip: Clip) -> int:
+def _count_tokens(clip: ClipTokens) -> int:
     return clip.volume if isinstance(clip, Grid) else clip
 
 
-def _dit(config: DitConfig, clip: Clip, text: int, image: int) -> int:
+def _count_dit(config: DitConfig, clip: ClipTokens, text: int, image: int) -> int:
     """Count the multiplications for one clip."""
     if image:
         raise UserError(f"a DitConfig has no image tokens; leave out images, of which this clip has {image}")
     width, layers, square = config.width, config.layers, config.width**2
-    video_tokens = _number(clip)
+    video_tokens = _count_tokens(clip)
     tokens = video_tokens + config.registers
-    block = 4 * square + (3 if config.mlp == "swiglu" else 2) * width * config.hidden_width
-    temporal = 0 if config.temporal is None else layers // config.temporal.every * config.temporal.layers
-    distances = _DISTANCES * (isinstance(config.added_position, EndDistances) + (temporal > 0))
-    ends = video_tokens * width * (config.token_width + config.given_width + distances + config.head_width)
+    block = 4 * square + (3 if config.mlp == "swiglu" else 2) * width * config.mlp_dim
+    temporal = 0 if config.temporal is None else layers // config.temporal.spatial_layers * config.temporal.layers
+    distances = _BOUNDARY_FEATURES * (isinstance(config.position_embedding, BoundaryEmbedding) + (temporal > 0))
+    ends = video_tokens * width * (config.token_width + config.given_width + distances + config.output_width)
     per_block = config.modulation == "own"
     modulations = 2 + 6 * ((layers + temporal) if per_block else 1)
-    conditions = (tokens if config.time == "token" else 1) * (_SINES * width + square + modulations * square)
+    conditions = (tokens if config.time == "token" else 1) * (_TIME_FEATURES * width + square + modulations * square)
     if config.context.pooled:
         conditions += config.context_width * width
     context = 0
@@ -128,24 +128,28 @@ def _dit(config: DitConfig, clip: Clip, text: int, image: int) -> int:
     if isinstance(config.context, JointAttention):
         context += layers * text * block + (6 * layers * square if per_block else 0)
         if config.time == "token":
-            conditions += _SINES * width + square + (0 if per_block else 6 * square)
+            conditions += _TIME_FEATURES * width + square + (0 if per_block else 6 * square)
     return (
-        tokens * (layers + temporal) * block + ends + conditions + context + 2 * width * _attended(config, clip, text)
+        tokens * (layers + temporal) * block
+        + ends
+        + conditions
+        + context
+        + 2 * width * _count_pairs(config, clip, text)
     )
 
 
-def _wan(config: WanDitConfig, clip: Clip, text: int, image: int) -> int:
+def _count_wan(config: WanDitConfig, clip: ClipTokens, text: int, image: int) -> int:
     """Count the multiplications for one clip."""
     width, layers, square = config.width, config.layers, config.width**2
-    tokens = _number(clip)
+    tokens = _count_tokens(clip)
     if image and config.image_width is None:
         raise UserError(f"image_width=None has no image tokens; leave out images, of which this clip has {image}")
-    block = 6 * square + 2 * width * config.hidden_width
+    block = 6 * square + 2 * width * config.mlp_dim
     ends = tokens * width * (2 * config.token_width + config.given_width)
     times = tokens if config.time == "token" else 1
     conditions = times * (config.time_width * width + 7 * square)
     context = text * (config.context_width * width + square + layers * 2 * square)
     if config.image_width is not None:
         context += image * (config.image_width**2 + config.image_width * width + layers * 2 * square)
-    pairs = _attended(config, clip, text) + layers * tokens * image
+    pairs = _count_pairs(config, clip, text) + layers * tokens * image
     return tokens * layers * block + ends + conditions + context + 2 * width * pairs

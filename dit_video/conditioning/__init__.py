@@ -1,7 +1,14 @@
 """Conditioning: captions, frames and masks as inputs of a denoiser."""
 
-from dit_video.conditioning.frames import blanked, folded
-from dit_video.conditioning.known import KnownFrames, given_latents, known_tokens
+from dit_video.conditioning.frames import fill_unknown_frames, fold_frame_mask
+from dit_video.conditioning.known import KnownFrames, make_cond_latents, mask_known_tokens
 from dit_video.conditioning.prompts import drop_captions
 
-__all__ = ["KnownFrames", "blanked", "drop_captions", "folded", "given_latents", "known_tokens"]
+__all__ = [
+    "KnownFrames",
+    "drop_captions",
+    "fill_unknown_frames",
+    "fold_frame_mask",
+    "make_cond_latents",
+    "mask_known_tokens",
+]

@@ -7,7 +7,7 @@ GREY = 127.5
 """Value in 0..255 of unknown pixels, zero in the models' [-1, 1]."""
 
 
-def blanked(
+def fill_unknown_frames(
     frames: dict[int, UInt8[np.ndarray, "H W 3"]], length: int
 ) -> tuple[Float32[np.ndarray, "T H W 3"], Bool[np.ndarray, " T"]]:
     """Return a clip of `length` frames in 0..255, grey except for `frames` (by number), and the mask of these."""
@@ -18,7 +18,7 @@ def blanked(
     return pixels, known
 
 
-def folded(known: Bool[np.ndarray, " T"], stride: int) -> Float32[np.ndarray, "t s"]:
+def fold_frame_mask(known: Bool[np.ndarray, " T"], stride: int) -> Float32[np.ndarray, "t s"]:
     """Return a mask over frames on the latents' grid: the `stride` frames of each latent frame, as in Wan.
 
     The first latent frame has a single frame, which is repeated `stride` times (arXiv 2503.20314, section 5.1.1).

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
-from dit_video.tokens import segment_max, to_tokens
+from dit_video.tokens import expand_to_tokens, segment_max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +33,20 @@ class KnownFrames:
             raise UserError(f"chance={self.chance} is invalid: a probability must lie in [0, 1]. Use 0.5.")
 
 
-def known_tokens(
+def mask_known_tokens(
     segments: Int[AnyArray, "B N"], coordinates: Float[AnyArray, "B N 3"], known: Bool[Array, "B G"]
 ) -> Bool[Array, "B N"]:
     """Return the mask of the first latent frame's tokens, in segments that are `known` and have other frames too."""
     frame_positions = jnp.asarray(coordinates[..., 0])
     is_video = segment_max(frame_positions, segments, count=known.shape[1]) > 0
-    return to_tokens(known & is_video, segments) & (frame_positions == 0) & (segments > 0)
+    return expand_to_tokens(known & is_video, segments) & (frame_positions == 0) & (segments > 0)
 
 
-def given_latents(
+def make_cond_latents(
     tokens: Float[AnyArray, "B N p"],
     known: Bool[Array, "B N"],
     *,
-    places: int,
+    patch_volume: int,
     channels: int,
     shown: Bool[Array, "B N"] | None = None,
 ) -> Float[Array, "B N g"]:
@@ -62,8 +62,8 @@ def given_latents(
       channels: Number of mask and latent channels together; those that the latents leave belong to the mask.
     """
     rows, length, width = tokens.shape
-    mask_channels = channels - width // places
-    masks = jnp.broadcast_to(known[..., None, None], (rows, length, places, mask_channels)).astype(jnp.float32)
+    mask_channels = channels - width // patch_volume
+    masks = jnp.broadcast_to(known[..., None, None], (rows, length, patch_volume, mask_channels)).astype(jnp.float32)
     latents = jnp.where((known if shown is None else shown)[..., None], tokens, 0)
-    latents = latents.reshape(rows, length, places, width // places)
-    return jnp.concatenate([masks, latents], axis=-1).reshape(rows, length, places * channels)
+    latents = latents.reshape(rows, length, patch_volume, width // patch_volume)
+    return jnp.concatenate([masks, latents], axis=-1).reshape(rows, length, patch_volume * channels)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
 from dit_video.core.typing import AnyArray
-from dit_video.tokens import positions, to_tokens
+from dit_video.tokens import compute_segment_offsets, expand_to_tokens
 
 
 def drop_captions(
@@ -19,8 +19,8 @@ def drop_captions(
     The first tokens of a dropped caption become those of the empty one, the others become padding: exactly the input of
     the unconditional branch of guidance. A caption has at least as many tokens as the empty one.
     """
-    is_dropped = to_tokens(drop, segments) & (segments > 0)
-    index = positions(segments)
+    is_dropped = expand_to_tokens(drop, segments) & (segments > 0)
+    index = compute_segment_offsets(segments)
     is_kept = index < len(empty)
     replacement = jnp.asarray(empty, text.dtype)[jnp.minimum(index, len(empty) - 1)]
     shape = (*segments.shape, *(1,) * (text.ndim - 2))

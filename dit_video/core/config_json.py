@@ -16,7 +16,7 @@ from typing import Any
 from dit_video.core.errors import UserError
 
 _PACKAGE = "dit_video"
-_SHOWN = 8
+_MAX_SHOWN = 8
 """Largest number of differences that a message names."""
 
 
@@ -31,7 +31,7 @@ def to_json(value: Any) -> Any:
         if cls.__module__.split(".")[0] != _PACKAGE:
             raise TypeError(f"{cls.__module__}.{cls.__qualname__} lies outside {_PACKAGE}")
         fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": f"{_home(cls)}:{cls.__qualname__}", **fields}
+        return {"type": f"{_find_home_module(cls)}:{cls.__qualname__}", **fields}
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
     if isinstance(value, dict):
@@ -54,7 +54,7 @@ def from_json(value: Any) -> Any:
         return value
     if "type" not in value:
         return {name: from_json(item) for name, item in value.items()}
-    cls = _resolve(value["type"])
+    cls = _resolve_class(value["type"])
     items = {name: from_json(item) for name, item in value.items() if name != "type"}
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(items.keys() - known):
@@ -67,33 +67,33 @@ def from_json(value: Any) -> Any:
     if missing := sorted(required - items.keys()):
         raise UserError(f"{cls.__qualname__} lacks the field {', '.join(missing)}; use the version that wrote it")
     hints = typing.get_type_hints(cls)
-    values = {name: _named(hints[name], item) for name, item in items.items()}
+    values = {name: _to_named_tuples(hints[name], item) for name, item in items.items()}
     for name, item in values.items():
-        if not _fits(hints[name], item):
+        if not _is_valid(hints[name], item):
             kind = getattr(hints[name], "__name__", None) or str(hints[name])
             raise UserError(f"{name}={item!r} of {cls.__qualname__} is invalid: it must be of type {kind}")
     return cls(**values)
 
 
-def difference(old: Any, new: Any, path: str = "") -> str:
+def describe_difference(old: Any, new: Any, path: str = "") -> str:
     """Describe where two JSON values differ, naming the first few differences; empty if they are equal."""
-    differences = _differences(old, new, path)
-    more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-    return ", ".join(differences[:_SHOWN]) + more
+    differences = _list_differences(old, new, path)
+    more = f" and {len(differences) - _MAX_SHOWN} more" if len(differences) > _MAX_SHOWN else ""
+    return ", ".join(differences[:_MAX_SHOWN]) + more
 
 
-def _differences(old: Any, new: Any, path: str) -> list[str]:
+def _list_differences(old: Any, new: Any, path: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = (*old, *(name for name in new if name not in old))
-        inner = (_differences(old.get(name), new.get(name), f"{path}.{name}" if path else name) for name in names)
+        inner = (_list_differences(old.get(name), new.get(name), f"{path}.{name}" if path else name) for name in names)
         return [difference for each in inner for difference in each]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
-        return [difference for index, items in pairs for difference in _differences(*items, f"{path}[{index}]")]
+        return [difference for index, items in pairs for difference in _list_differences(*items, f"{path}[{index}]")]
     return [] if old == new else [f"{path} is {old!r} there and {new!r} here"]
 
 
-def _home(cls: type) -> str:
+def _find_home_module(cls: type) -> str:
     """Return the module that a class is known by: the outermost package that exports it, or its own."""
     parts = cls.__module__.split(".")
     for length in range(2, len(parts)):
@@ -103,10 +103,10 @@ def _home(cls: type) -> str:
     return cls.__module__
 
 
-def _named(hint: Any, value: Any) -> Any:
+def _to_named_tuples(hint: Any, value: Any) -> Any:
     """Convert a tuple to the NamedTuple that the field is annotated with, or its items for a tuple of them."""
     if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,) and isinstance(value, tuple):
-        return tuple(_named(typing.get_args(hint)[0], item) for item in value)
+        return tuple(_to_named_tuples(typing.get_args(hint)[0], item) for item in value)
     fields = getattr(hint, "_fields", None)
     if fields is None or not isinstance(value, tuple):
         return value
@@ -115,18 +115,18 @@ def _named(hint: Any, value: Any) -> Any:
     return hint(*value)
 
 
-def _fits(hint: Any, value: Any) -> bool:
+def _is_valid(hint: Any, value: Any) -> bool:
     """Return True for a value of the annotated type, and for any type that JSON cannot hold, such as a protocol."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(argument, value) for argument in arguments)
+        return any(_is_valid(argument, value) for argument in arguments)
     if origin is typing.Literal:
         return value in arguments
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
         inner = arguments[:1] * len(value) if arguments[-1:] == (...,) else arguments
-        return len(inner) == len(value) and all(map(_fits, inner, value))
+        return len(inner) == len(value) and all(map(_is_valid, inner, value))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -134,11 +134,11 @@ def _fits(hint: Any, value: Any) -> bool:
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)
     if hints := typing.get_type_hints(hint) if hasattr(hint, "_fields") else {}:
-        return isinstance(value, hint) and all(map(_fits, hints.values(), value))
+        return isinstance(value, hint) and all(map(_is_valid, hints.values(), value))
     return isinstance(value, hint) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else True
 
 
-def _resolve(name: str) -> type:
+def _resolve_class(name: str) -> type:
     module, _, qualname = str(name).partition(":")
     if module.split(".")[0] != _PACKAGE:
         raise UserError(f"config type {name!r} lies outside {_PACKAGE}; only {_PACKAGE} types are rebuilt")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-TRY_AGAIN = 75
+EXIT_TRY_AGAIN = 75
 """Exit code of a run that was ended from outside and can be restarted without loss (`sysexits.h`: EX_TEMPFAIL)."""
 
 
@@ -30,7 +30,7 @@ class DecodeError(UserError):
     """Bytes that are not a readable video or image. Ingest skips such a clip and continues."""
 
 
-class Stopped(KeyboardInterrupt):
+class GracefulStop(KeyboardInterrupt):
     """A run that a signal stopped, with nothing lost. The message says what was stopped, and where."""
 
     code = 0
@@ -47,12 +47,12 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def guarded(*args, **kwargs):
         try:
-            with _insistent_interrupts():
+            with _preserve_interrupts():
                 main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        except Stopped as stopped:
+        except GracefulStop as stopped:
             print(f"\nstopped: {stopped}; the same command continues from there", file=sys.stderr)
             sys.stderr.flush()
             sys.exit(stopped.code)
@@ -69,7 +69,7 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
 _interrupted = threading.Event()
 
 
-def stop_if_interrupted() -> None:
+def raise_if_interrupted() -> None:
     """Raise the KeyboardInterrupt of Ctrl-C again if the code that ran in between swallowed it.
 
     Long-running work calls this now and then (`Progress.update` does).
@@ -79,7 +79,7 @@ def stop_if_interrupted() -> None:
 
 
 @contextmanager
-def _insistent_interrupts() -> Iterator[None]:
+def _preserve_interrupts() -> Iterator[None]:
     """Make sure that a Ctrl-C is not lost.
 
     A KeyboardInterrupt is raised wherever the main thread happens to be. In a finalizer or a weak reference's callback
@@ -96,7 +96,7 @@ def _insistent_interrupts() -> Iterator[None]:
 
     def resend_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
         if unraisable.exc_type is not None and issubclass(unraisable.exc_type, KeyboardInterrupt):
-            _thread.start_new_thread(_interrupt_soon, ())
+            _thread.start_new_thread(_interrupt_after_callback, ())
         else:
             previous_hook(unraisable)
 
@@ -113,7 +113,7 @@ def _insistent_interrupts() -> Iterator[None]:
         _interrupted.clear()
 
 
-def _interrupt_soon() -> None:
+def _interrupt_after_callback() -> None:
     """Interrupt the main thread, once it has left the callback."""
     time.sleep(0.05)
     _thread.interrupt_main()

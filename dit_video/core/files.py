@@ -68,7 +68,7 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}); fix or remove it") from error
 
 
-def read_document(path: str | os.PathLike, *, format: int, what: str, otherwise: str) -> dict[str, Any]:
+def read_document(path: str | os.PathLike, *, format: int, kind: str, fix: str) -> dict[str, Any]:
     """Read the JSON document that describes a folder, after checking its format.
 
     Args:
@@ -85,5 +85,5 @@ def read_document(path: str | os.PathLike, *, format: int, what: str, otherwise:
     version = document.get("format") if isinstance(document, dict) else None
     if version != format:
         folder = Path(path).parent
-        raise UserError(f"{folder} is a {what} of format {version}, this version reads {format}; {otherwise}")
+        raise UserError(f"{folder} is a {kind} of format {version}, this version reads {format}; {fix}")
     return document

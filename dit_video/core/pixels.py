@@ -31,7 +31,7 @@ def resize(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UIn
     if frames.shape[1:3] == (height, width):
         return frames
     source_height, source_width = frames.shape[1:3]
-    rows, columns = _bands(source_height, height, 1), _bands(source_width, width, 3)
+    rows, columns = _make_bands(source_height, height, 1), _make_bands(source_width, width, 3)
     rows_first = height * source_width <= source_height * width  # leaves fewer pixels for the second axis
     resized = np.empty((len(frames), height, width, 3), np.uint8)
     for frame, result in zip(frames, resized, strict=True):
@@ -53,20 +53,20 @@ class _Band(NamedTuple):
     weights: Float32[np.ndarray, "o i"]
 
 
-_BAND = 4
+_BAND_SIZE = 4
 """Number of outputs of a band; more outputs would leave more of its weights zero."""
-_PRODUCTS = 1 << 18
+_MAX_PRODUCTS = 1 << 18
 """Largest number of multiplications in one matrix product.  OpenBLAS divides larger ones among threads
 (interface/gemm.c), which take 20 to 200 times as long, measured, while another computation uses the same cores."""
 
 
 @functools.lru_cache(maxsize=64)
-def _bands(source: int, target: int, channels: int) -> tuple[_Band, ...]:
+def _make_bands(source: int, target: int, channels: int) -> tuple[_Band, ...]:
     """Return a one-dimensional resize of points of `channels` values each: of a frame's rows (1) or columns (3)."""
-    weights, bands = _weights(source, target), []
+    weights, bands = _make_weights(source, target), []
     order: Literal["C", "F"] = "C" if channels == 1 else "F"  # matches the frames, whose columns come transposed
-    for start in range(0, target, _BAND):
-        part = weights[start : start + _BAND]
+    for start in range(0, target, _BAND_SIZE):
+        part = weights[start : start + _BAND_SIZE]
         nonzero = np.flatnonzero(part.any(axis=0)).tolist()
         first, stop = nonzero[0], nonzero[-1] + 1
         bands.append(
@@ -82,7 +82,7 @@ def _bands(source: int, target: int, channels: int) -> tuple[_Band, ...]:
 def _apply(bands: tuple[_Band, ...], values: Float32[np.ndarray, "I X"]) -> Float32[np.ndarray, "O X"]:
     """Resize the first axis. The result has the memory layout of `values`, so that a transposed frame is not copied."""
     result = np.empty_like(values, shape=(bands[-1].outputs.stop, values.shape[1]))
-    step = max(1, _PRODUCTS // max(band.weights.size for band in bands))
+    step = max(1, _MAX_PRODUCTS // max(band.weights.size for band in bands))
     for start in range(0, values.shape[1], step):
         strip = slice(start, start + step)
         for outputs, inputs, weights in bands:
@@ -90,7 +90,7 @@ def _apply(bands: tuple[_Band, ...], values: Float32[np.ndarray, "I X"]) -> Floa
     return result
 
 
-def _weights(source: int, target: int) -> Float32[np.ndarray, "target source"]:
+def _make_weights(source: int, target: int) -> Float32[np.ndarray, "target source"]:
     """Return the matrix of a one-dimensional resize; every row sums to one."""
     scale = source / target
     centres = (np.arange(target) + 0.5) * scale - 0.5

@@ -29,7 +29,7 @@ def example_keys(
     return flat.reshape(examples.shape)
 
 
-def host(seed: int, purpose: str, *ids: int) -> np.random.Generator:
+def make_generator(seed: int, purpose: str, *ids: int) -> np.random.Generator:
     """Return a NumPy generator that is a function of (seed, purpose, ids) alone.
 
     Raises:

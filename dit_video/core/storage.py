@@ -22,36 +22,36 @@ from upath import UPath
 from dit_video.core import files
 from dit_video.core.errors import MissingError, UserError
 
-Place: TypeAlias = Path | UPath
-Address: TypeAlias = str | os.PathLike | UPath
+StoragePath: TypeAlias = Path | UPath
+StoragePathLike: TypeAlias = str | os.PathLike | UPath
 """A storage path, or its name."""
 
-_MANGLED = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
+_MANGLED_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
 """Pattern of an address that `pathlib` has mangled."""
-_LONG = 300
+_MAX_REASON = 300
 """Maximum length of a service's error message in characters, which may be a whole page."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
-def is_remote(path: Address) -> bool:
+def is_remote(path: StoragePathLike) -> bool:
     """Return True for an address, False for a path on this machine."""
-    return "://" in _name(path) and not _name(path).startswith("file://")
+    return "://" in _get_name(path) and not _get_name(path).startswith("file://")
 
 
-def place(path: Address) -> Place:
+def to_storage_path(path: StoragePathLike) -> StoragePath:
     """Return the folder or file of that name, which need not exist, with cached listings of an address discarded.
 
     Raises:
       UserError: the scheme is unknown or its package is not installed; `pathlib` has mangled the address; or the
         service denies access.
     """
-    name = _name(path)
+    name = _get_name(path)
     if not is_remote(path):
-        if (match := _MANGLED.match(name)) and match[1] in known_implementations:
+        if (match := _MANGLED_ADDRESS.match(name)) and match[1] in known_implementations:
             raise UserError(f"{name} is an address that went through pathlib; give {match[1]}://… as a string")
         return Path(name.removeprefix("file://"))
     _check_scheme(name)
-    with reaching(name):
+    with convert_storage_errors(name):
         remote = path if isinstance(path, UPath) else UPath(name)
         remote.fs.invalidate_cache()
         # Not `exists`, which returns False if access is denied.
@@ -61,7 +61,7 @@ def place(path: Address) -> Place:
 
 
 @contextlib.contextmanager
-def reaching(path: Address) -> Iterator[None]:
+def convert_storage_errors(path: StoragePathLike) -> Iterator[None]:
     """Convert errors of a service into `UserError`s of one line; errors of paths on this machine are not changed.
 
     Raises:
@@ -77,13 +77,13 @@ def reaching(path: Address) -> Iterator[None]:
             raise
         if isinstance(error, FileNotFoundError):
             raise MissingError(f"no such file: {path}. Check the address.") from error
-        reason = textwrap.shorten(str(error), _LONG, placeholder=" …") or type(error).__name__
+        reason = textwrap.shorten(str(error), _MAX_REASON, placeholder=" …") or type(error).__name__
         raise UserError(
             f"{path} cannot be opened ({reason}); check the address, the connection and your credentials"
         ) from error
 
 
-def read_document(path: Place) -> Any:
+def read_document(path: StoragePath) -> Any:
     """Read a JSON file.
 
     Raises:
@@ -92,7 +92,7 @@ def read_document(path: Place) -> Any:
     """
     if isinstance(path, Path):
         return files.read_json(path)
-    with reaching(path):
+    with convert_storage_errors(path):
         content = path.read_bytes()
     try:
         return json.loads(content.decode("utf-8"))
@@ -100,7 +100,7 @@ def read_document(path: Place) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}); fix or remove it") from error
 
 
-def write_text(path: Place, text: str) -> None:
+def write_text(path: StoragePath, text: str) -> None:
     """Write UTF-8 text atomically.
 
     Raises:
@@ -109,39 +109,39 @@ def write_text(path: Place, text: str) -> None:
     if isinstance(path, Path):
         files.write_text(path, text)
         return
-    with reaching(path):
+    with convert_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.fs.pipe_file(path.path, text.encode())
 
 
-def write_document(path: Place, value: Any) -> None:
+def write_document(path: StoragePath, value: Any) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def copy_here(source: UPath, target: Path) -> None:
+def download(source: UPath, target: Path) -> None:
     """Copy a file to this machine atomically.
 
     Raises:
       MissingError: the file does not exist.
       UserError: the file cannot be reached, or this machine has no room for it.
     """
-    with reaching(source), files.atomic_path(target) as temporary:
+    with convert_storage_errors(source), files.atomic_path(target) as temporary:
         try:
             source.fs.get_file(source.path, os.fspath(temporary))
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in _DISK_FULL_ERRNOS:
                 raise UserError(f"{target} cannot be written ({error.strerror}). Free disk space there.") from error
             raise
 
 
-def copy_there(source: Path, target: UPath) -> None:
+def upload(source: Path, target: UPath) -> None:
     """Copy a file to an address. In object stores it becomes visible once it is complete.
 
     Raises:
       UserError: the file cannot be written.
     """
-    with reaching(target):
+    with convert_storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.fs.put_file(os.fspath(source), target.path)
 
@@ -151,15 +151,15 @@ def publish(folder: Path, destination: UPath, last: str) -> None:
 
     Existing files at the address are removed first, beginning with `last`. The caller must check that they may be.
     """
-    with reaching(destination):
+    with convert_storage_errors(destination):
         destination.mkdir(parents=True, exist_ok=True)
         for old in sorted(destination.iterdir(), key=lambda path: path.name != last):
             old.unlink()
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name)):
-        copy_there(path, destination / path.name)
+        upload(path, destination / path.name)
 
 
-def _name(path: Address) -> str:
+def _get_name(path: StoragePathLike) -> str:
     return str(path) if isinstance(path, UPath) else os.fspath(path)
 
 

@@ -34,19 +34,19 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     )
 
 
-def size(tree: Any) -> int:
+def count_values(tree: Any) -> int:
     """Return the number of values in all leaves."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def closest(pattern: str, paths: Iterable[str]) -> str:
+def find_closest(pattern: str, paths: Iterable[str]) -> str:
     """Return paths, and beginnings and ends of them, that resemble a pattern: what a misspelt one may have meant."""
     word = re.sub(r"[^\w/]", "", pattern).strip("/")
-    parts = {part for path in paths for part in (path, *_parts(path))}
+    parts = {part for path in paths for part in (path, *_split_path(path))}
     return ", ".join(difflib.get_close_matches(word, sorted(parts), n=3, cutoff=0.0))
 
 
-def _parts(path: str) -> Iterator[str]:
+def _split_path(path: str) -> Iterator[str]:
     names = path.split("/")
     for cut in range(1, len(names)):
         yield "/".join(names[:cut])

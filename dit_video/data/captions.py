@@ -13,16 +13,16 @@ from jaxtyping import Float32, Int32
 from dit_video.core.errors import UserError
 from dit_video.data.latents.cache import LatentSource
 
-Text = Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
+CaptionTokens = Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
 """The tokens of one caption, without padding: ids, or embeddings."""
 Tokenize = Callable[[str], Int32[np.ndarray, " s"]]
 EmbedMany = Callable[[Sequence[str]], list[Float32[np.ndarray, "s E"]]]
-_TOGETHER = 64
+_EMBED_BATCH = 64
 """Number of captions that are embedded per call of the encoder."""
 
 
 @runtime_checkable
-class Texts(Protocol):
+class CaptionSource(Protocol):
     """Captions of a data set as tokens. An example without captions has one, the empty caption."""
 
     @property
@@ -36,15 +36,15 @@ class Texts(Protocol):
         ...
 
     @property
-    def empty(self) -> Text:
+    def empty(self) -> CaptionTokens:
         """Return the empty caption."""
         ...
 
-    def facts(self) -> Iterator[bytes]:
+    def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the bytes that identify these captions in the hash of a plan."""
         ...
 
-    def read(self, example: int, caption: int) -> Text:
+    def read(self, example: int, caption: int) -> CaptionTokens:
         """Return one caption of an example.
 
         Raises:
@@ -53,7 +53,7 @@ class Texts(Protocol):
         ...
 
 
-class TokenizedTexts:
+class TokenizedCaptions:
     """Captions as token ids, all of which are kept in memory.
 
     Args:
@@ -65,23 +65,25 @@ class TokenizedTexts:
     width = 0
 
     def __init__(self, captions: Sequence[tuple[str, ...]], tokenize: Tokenize):
-        distinct = different_captions(captions)
+        distinct = get_distinct_captions(captions)
         tokens = {caption: np.asarray(tokenize(caption), np.int32).reshape(-1) for caption in distinct}
         self.empty = tokens[""]
-        self._texts = [tuple(tokens[caption] for caption in example_captions or ("",)) for example_captions in captions]
-        self.lengths = [tuple(map(len, texts)) for texts in self._texts]
+        self._tokens = [
+            tuple(tokens[caption] for caption in example_captions or ("",)) for example_captions in captions
+        ]
+        self.lengths = [tuple(map(len, texts)) for texts in self._tokens]
 
-    def facts(self) -> Iterator[bytes]:
+    def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the tokens of every example."""
-        for texts in self._texts:
+        for texts in self._tokens:
             yield b"".join(values.astype("<i4").tobytes() + b"|" for values in texts)
 
     def read(self, example: int, caption: int) -> Int32[np.ndarray, " s"]:
         """Return one caption of an example."""
-        return self._texts[example][caption]
+        return self._tokens[example][caption]
 
 
-class CachedTexts:
+class CachedCaptions:
     """Captions as embeddings that are cached with latents.
 
     Raises:
@@ -98,7 +100,7 @@ class CachedTexts:
         self.width: int = self.empty.shape[1]
         self.lengths = [lengths or (len(self.empty),) for lengths in source.text_lengths]
 
-    def facts(self) -> Iterator[bytes]:
+    def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the encoder, the captions and the lengths of the embeddings."""
         identity = self._source.identity
         yield repr(identity if isinstance(identity, str) else identity.get("text")).encode()
@@ -110,10 +112,10 @@ class CachedTexts:
         Raises:
           DecodeError: its record is damaged.
         """
-        return self._source.text(example, caption) if self._source.text_lengths[example] else self.empty
+        return self._source.read_text(example, caption) if self._source.text_lengths[example] else self.empty
 
 
-class EmbeddedTexts:
+class EmbeddedCaptions:
     """Captions that are embedded when they are read, for clips without cached latents.
 
     The constructor embeds all captions once, for their lengths, so `embed` should cache its results on disk. Captions
@@ -138,15 +140,15 @@ class EmbeddedTexts:
         self._captions, self._embed, self._identity = captions, embed, identity
         (self.empty,) = embed([""])
         self.width: int = self.empty.shape[1]
-        distinct, lengths = different_captions(captions), dict[str, int]()
-        for first in range(0, len(distinct), _TOGETHER):
-            batch = distinct[first : first + _TOGETHER]
+        distinct, lengths = get_distinct_captions(captions), dict[str, int]()
+        for first in range(0, len(distinct), _EMBED_BATCH):
+            batch = distinct[first : first + _EMBED_BATCH]
             lengths |= zip(batch, map(len, embed(batch)), strict=True)
             if progress is not None:
                 progress(len(lengths))
         self.lengths = [tuple(lengths[caption] for caption in group or ("",)) for group in captions]
 
-    def facts(self) -> Iterator[bytes]:
+    def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the encoder, the captions and the lengths of the embeddings."""
         yield repr((self._identity, self._captions, self.lengths)).encode()
 
@@ -159,6 +161,6 @@ class EmbeddedTexts:
         return {**self.__dict__, "_embed": None}
 
 
-def different_captions(captions: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+def get_distinct_captions(captions: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """Return the empty caption, and each other caption once."""
     return tuple(dict.fromkeys(("", *(caption for example_captions in captions for caption in example_captions))))

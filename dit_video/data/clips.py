@@ -11,13 +11,20 @@ from etils import epath
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.core.files import write_json
-from dit_video.core.storage import Address, Place, is_remote, place, reaching, read_document
+from dit_video.core.storage import (
+    StoragePath,
+    StoragePathLike,
+    convert_storage_errors,
+    is_remote,
+    read_document,
+    to_storage_path,
+)
 from dit_video.data.records import builder, shards
 
 INDEX = "index.json"
 VERSION = 2
 
-_SERVICE = re.compile("Permanent error|Retry policy exhausted|Retry loop")
+_SERVICE_ERROR = re.compile("Permanent error|Retry policy exhausted|Retry loop")
 """Start of ArrayRecord's message (in an error without a type of its own) when `gs://` refuses or is unreachable."""
 
 
@@ -66,13 +73,15 @@ class ClipSource:
       UserError: a folder is not an ingested data set of this version, or cannot be reached.
     """
 
-    def __init__(self, folders: Address | Mapping[str, Address], *, cache: str | os.PathLike | None = None):
+    def __init__(
+        self, folders: StoragePathLike | Mapping[str, StoragePathLike], *, cache: str | os.PathLike | None = None
+    ):
         named = (
             {f"{name}/": folder for name, folder in folders.items()} if isinstance(folders, Mapping) else {"": folders}
         )
-        self.folders: tuple[Place, ...] = tuple(map(place, named.values()))
+        self.folders: tuple[StoragePath, ...] = tuple(map(to_storage_path, named.values()))
         infos: list[ClipInfo] = []
-        self._sets: list[int] = []
+        self._dataset_numbers: list[int] = []
         self._cache = None if cache is None else Path(cache)
         self._versions: list[str] = []
         for number, (prefix, folder) in enumerate(zip(named, self.folders, strict=True)):
@@ -80,7 +89,7 @@ class ClipSource:
             # The version of the copies; local files are not copied.
             self._versions.append(hashlib.sha256(repr(clips).encode()).hexdigest()[:16] if is_remote(folder) else "")
             infos += [info._replace(name=prefix + info.name) for info in clips]
-            self._sets += [number] * len(clips)
+            self._dataset_numbers += [number] * len(clips)
         self.infos: tuple[ClipInfo, ...] = tuple(infos)
         self._records: dict[int, Sequence[dict[str, Any]]] = {}
 
@@ -94,38 +103,38 @@ class ClipSource:
           MissingError, UserError: the data set cannot be opened or reached.
           DecodeError: the clip's record is damaged.
         """
-        number = self._sets[index]
+        number = self._dataset_numbers[index]
         if number not in self._records:
-            self._records[number] = self._open(number)
+            self._records[number] = self._open_dataset(number)
         try:
             return self._records[number][self.infos[index].record]["clip"]
         except (OSError, UserError):  # the file cannot be copied to this machine
             raise
         except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
-            if _SERVICE.match(str(error)):
-                with reaching(self.folders[number]):
+            if _SERVICE_ERROR.match(str(error)):
+                with convert_storage_errors(self.folders[number]):
                     raise
             raise DecodeError(
                 f"the record of {self.infos[index].name} is damaged ({error}). Ingest it again."
             ) from error
 
-    def _open(self, number: int) -> Sequence[Any]:
+    def _open_dataset(self, number: int) -> Sequence[Any]:
         folder = self.folders[number]
         if str(folder).startswith("gs://"):
             return builder.open_records(epath.Path(str(folder)))
-        return shards.open_anywhere(folder, cache=self._cache, version=self._versions[number])
+        return shards.open_dataset(folder, cache=self._cache, version=self._versions[number])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": {}}
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def dataset_sizes(self) -> tuple[int, ...]:
         """Return the number of clips of each data set."""
-        return tuple(self._sets.count(number) for number in range(len(self.folders)))
+        return tuple(self._dataset_numbers.count(number) for number in range(len(self.folders)))
 
-    def split(self, name: str) -> "ClipSource":
+    def select_split(self, name: str) -> "ClipSource":
         """Return the clips of one split; there may be none."""
-        return self._subset([index for index, info in enumerate(self.infos) if info.split == name])
+        return self._select_indices([index for index, info in enumerate(self.infos) if info.split == name])
 
     def select(self, names: Collection[str]) -> "ClipSource":
         """Return the clips with these names, in the data set's order.
@@ -133,21 +142,21 @@ class ClipSource:
         Raises:
           UserError: the source has no clip of some name.
         """
-        self._check(names)
+        self._check_names(names)
         wanted = frozenset(names)
-        return self._subset([index for index, info in enumerate(self.infos) if info.name in wanted])
+        return self._select_indices([index for index, info in enumerate(self.infos) if info.name in wanted])
 
-    def without(self, names: Collection[str]) -> "ClipSource":
+    def exclude(self, names: Collection[str]) -> "ClipSource":
         """Return all clips but those with these names.
 
         Raises:
           UserError: the source has no clip of some name.
         """
-        self._check(names)
+        self._check_names(names)
         unwanted = frozenset(names)
-        return self._subset([index for index, info in enumerate(self.infos) if info.name not in unwanted])
+        return self._select_indices([index for index, info in enumerate(self.infos) if info.name not in unwanted])
 
-    def _check(self, names: Collection[str]) -> None:
+    def _check_names(self, names: Collection[str]) -> None:
         if absent := sorted(frozenset(names) - {info.name for info in self.infos}):
             first = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
             examples = ", ".join(info.name for info in self.infos[:3])
@@ -156,22 +165,22 @@ class ClipSource:
                 f"use names such as {examples}, or check in the ingest report whether the clip was skipped"
             )
 
-    def _subset(self, indices: Sequence[int]) -> "ClipSource":
+    def _select_indices(self, indices: Sequence[int]) -> "ClipSource":
         subset = object.__new__(ClipSource)
         subset.folders, subset._records = self.folders, self._records
         subset._cache, subset._versions = self._cache, self._versions
         subset.infos = tuple(self.infos[index] for index in indices)
-        subset._sets = [self._sets[index] for index in indices]
+        subset._dataset_numbers = [self._dataset_numbers[index] for index in indices]
         return subset
 
 
-def is_ingested(folder: Address) -> bool:
+def is_ingested(folder: StoragePathLike) -> bool:
     """Return True for an ingested data set, False for a folder of clips that are not ingested yet.
 
     Raises:
       UserError: the address cannot be reached.
     """
-    return (place(folder) / INDEX).is_file()
+    return (to_storage_path(folder) / INDEX).is_file()
 
 
 def write_index(folder: Path, infos: Sequence[ClipInfo], fingerprint: str) -> None:
@@ -180,7 +189,7 @@ def write_index(folder: Path, infos: Sequence[ClipInfo], fingerprint: str) -> No
     write_json(folder / INDEX, {"version": VERSION, "fingerprint": fingerprint, "clips": columns})
 
 
-def read_index(folder: Place) -> tuple[ClipInfo, ...]:
+def read_index(folder: StoragePath) -> tuple[ClipInfo, ...]:
     """Return the metadata of every clip, in the order of the records.
 
     Raises:

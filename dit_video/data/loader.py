@@ -18,26 +18,34 @@ import grain
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.data.captions import Texts
+from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mixture import Mixture
-from dit_video.data.packing.rows import ClipRow, ClipRows, Encode, LatentRows, Layout, encoded_row, latent_grids
-from dit_video.data.prefetch import ENDLESS, prefetch
-from dit_video.data.sizes import SizeLimits, fit
-from dit_video.tokens import Grid, Rows, RowShape, token_grid
+from dit_video.data.packing.rows import (
+    ClipRow,
+    ClipRows,
+    Encode,
+    LatentRows,
+    RowLayout,
+    compute_token_grids,
+    pack_encoded_row,
+)
+from dit_video.data.prefetch import ENDLESS_LENGTH, prefetch
+from dit_video.data.sizes import SizeLimits, fit_size
+from dit_video.tokens import Grid, PackedBatch, PackedShape, compute_token_grid
 
 CACHE_BYTES = 1 << 30
 AHEAD_BYTES = 1 << 29
-_SPARE = 3
+_SPARE_ELEMENTS = 3
 """Elements that are buffered in addition to those that the threads work on."""
-_OF_WORKER = 2
+_WORKER_BUFFER = 2
 """Elements that each worker process has sent and that have not been consumed yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class LoaderConfig:
     """Configuration of a loader: the batches that a process reads, and its threads, workers and memory.
 
     Raises:
@@ -67,7 +75,7 @@ class Reading:
     """Choice of an epoch's examples; None for each example once."""
     balance: Balance | None = None
     """Configuration of the order of rows; None for a random order."""
-    pairs: Callable[[Grid], float] | None = None
+    attention_pairs: Callable[[Grid], float] | None = None
     """Function from a grid of tokens to its token pairs in attention, the cost of rows; None for full attention."""
 
     def __post_init__(self):
@@ -81,19 +89,19 @@ class Reading:
             raise UserError(f"threads={self.threads} and ahead_bytes={self.ahead_bytes} must be at least 1")
 
 
-class Batches(Iterator[Rows]):
+class DenoiserBatches(Iterator[PackedBatch]):
     """An endless iterator over this host's share of the batches."""
 
     hash: str
     """Hash of the plan: with the step, the whole state of the data."""
 
-    def __init__(self, batches: Iterator[Rows], close: Callable[[], None]):
+    def __init__(self, batches: Iterator[PackedBatch], close: Callable[[], None]):
         self._batches, self._close = batches, close
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         return self
 
-    def __next__(self) -> Rows:
+    def __next__(self) -> PackedBatch:
         return next(self._batches)
 
     def close(self) -> None:
@@ -101,38 +109,40 @@ class Batches(Iterator[Rows]):
         self._close()
 
     @abc.abstractmethod
-    def summary(self, *, devices: int) -> dict[str, Any]:
+    def summarize(self, *, devices: int) -> dict[str, Any]:
         """Return a summary of an epoch as JSON values."""
 
 
-class PackedBatches(Batches):
+class PackedBatches(DenoiserBatches):
     """An endless iterator over batches of packed rows."""
 
-    def __init__(self, batches: Iterator[Rows], close: Callable[[], None], layout: Layout, reading: Reading):
+    def __init__(
+        self, batches: Iterator[PackedBatch], close: Callable[[], None], layout: RowLayout, config: LoaderConfig
+    ):
         super().__init__(batches, close)
-        self._layout, self._reading = layout, reading
+        self._layout, self._config = layout, config
         self.hash = layout.hash
         self.rows_per_epoch: int = layout.stream.rows_per_epoch
-        self.padding: float = layout.stream.epoch(0).padding
+        self.padding: float = layout.stream.get_epoch(0).padding
         """Share of video tokens that are padding."""
-        first = layout.stream.epoch(reading.start_step * reading.batch // self.rows_per_epoch)
-        self.left_out: int = len(first.left_out)
+        first = layout.stream.get_epoch(config.start_step * config.batch // self.rows_per_epoch)
+        self.num_dropped: int = len(first.dropped_examples)
         """Number of examples without room in the first epoch that is read. (Later epochs log a warning.)"""
 
     def __str__(self) -> str:
         return (
             f"{len(self._layout.grids)} examples in {self.rows_per_epoch} rows per epoch: {self.padding:.1%} padding, "
-            f"{self.left_out} examples dropped"
+            f"{self.num_dropped} examples dropped"
         )
 
-    def summary(self, *, devices: int) -> dict[str, Any]:
+    def summarize(self, *, devices: int) -> dict[str, Any]:
         """Return a summary of an epoch as JSON values: sizes, padding, and the imbalance of `devices` devices.
 
         `sizes` counts the examples of each grid of tokens, `imbalance` is None if an epoch has no complete step, and
         `sources` holds the share of each data set of a mixture.
         """
-        layout, stream, batch = self._layout, self._layout.stream, self._reading.batch
-        shares = None if stream.draws is None else stream.draws.shares(stream.epoch(0).order)
+        layout, stream, batch = self._layout, self._layout.stream, self._config.batch
+        shares = None if stream.sampler is None else stream.sampler.compute_shares(stream.get_epoch(0).order)
         grids = Counter("x".join(map(str, grid)) for grid in layout.grids)
         cost = Cost() if stream.balance is None else stream.balance.cost
         fits = batch % devices == 0 and stream.rows_per_epoch >= batch
@@ -141,23 +151,25 @@ class PackedBatches(Batches):
             "examples": len(layout.grids),
             "rows_per_epoch": self.rows_per_epoch,
             "padding": round(self.padding, 5),
-            "left_out": self.left_out,
-            "sources": None if shares is None else dict(zip(("examples", "tokens"), _rounded(shares), strict=True)),
+            "left_out": self.num_dropped,
+            "sources": None
+            if shares is None
+            else dict(zip(("examples", "tokens"), _round_shares(shares), strict=True)),
             "cost": str(cost),
             "devices": devices,
-            "imbalance": asdict(stream.imbalance(batch=batch, devices=devices)) if fits else None,
+            "imbalance": asdict(stream.measure_imbalance(batch=batch, devices=devices)) if fits else None,
             "sizes": dict(grids.most_common()),
         }
 
 
-def packed_batches(
+def load_packed_batches(
     source: LatentSource,
-    texts: Texts,
+    captions: CaptionSource,
     *,
     patch: Grid,
-    shape: RowShape,
-    reading: Reading,
-    intervals: Sequence[float] | None = None,
+    shape: PackedShape,
+    config: LoaderConfig,
+    token_dt: Sequence[float] | None = None,
 ) -> PackedBatches:
     """Return batches of rows from cached latents, read ahead.
 
@@ -173,34 +185,34 @@ def packed_batches(
     Raises:
       UserError: the patch does not divide the latents, or an example is larger than a row.
     """
-    layout = Layout(
-        latent_grids(source, patch),
-        texts,
+    layout = RowLayout(
+        compute_token_grids(source, patch),
+        captions,
         shape=shape,
-        seed=reading.seed,
+        seed=config.seed,
         names=source.names,
-        mixture=reading.mixture,
-        balance=reading.balance,
-        intervals=intervals,
-        pairs=reading.pairs,
+        mixture=config.mixture,
+        balance=config.balance,
+        token_dt=token_dt,
+        attention_pairs=config.attention_pairs,
     )
-    rows = LatentRows(source, layout, patch, cache_bytes=reading.cache_bytes // max(1, reading.workers))
-    ahead = read_ahead(_shared(rows, reading, _stacked), reading)
-    return PackedBatches(ahead, ahead.close, layout, reading)
+    rows = LatentRows(source, layout, patch, cache_bytes=config.cache_bytes // max(1, config.workers))
+    ahead = read_ahead(_take_host_share(rows, config, _stack_rows), config)
+    return PackedBatches(ahead, ahead.close, layout, config)
 
 
-def encoded_batches(
+def load_encoded_batches(
     source: ClipSource,
-    texts: Texts,
+    captions: CaptionSource,
     encode: Encode,
     *,
     latent_grid: Callable[[Grid], Grid],
     channels: int,
     limits: SizeLimits,
     patch: Grid,
-    shape: RowShape,
-    reading: Reading,
-    intervals: Sequence[float] | None = None,
+    shape: PackedShape,
+    config: LoaderConfig,
+    token_dt: Sequence[float] | None = None,
 ) -> PackedBatches:
     """Return batches of rows from video files: decoded by threads or workers, encoded in a thread of this process.
 
@@ -219,117 +231,115 @@ def encoded_batches(
     Raises:
       UserError: a clip has no size within the limits, or is larger than a row.
     """
-    sizes = [fit(info, limits) for info in source.infos]
-    grids = [token_grid(latent_grid(size), patch) for size in sizes]
-    layout = Layout(
+    sizes = [fit_size(info, limits) for info in source.infos]
+    grids = [compute_token_grid(latent_grid(size), patch) for size in sizes]
+    layout = RowLayout(
         grids,
-        texts,
+        captions,
         shape=shape,
-        seed=reading.seed,
+        seed=config.seed,
         names=[info.name for info in source.infos],
-        mixture=reading.mixture,
-        balance=reading.balance,
-        intervals=intervals,
-        pairs=reading.pairs,
+        mixture=config.mixture,
+        balance=config.balance,
+        token_dt=token_dt,
+        attention_pairs=config.attention_pairs,
     )
     row_bytes = shape.tokens * max(3 * size.volume / grid.volume for size, grid in zip(sizes, grids, strict=True))
-    decoded = _HostRows(ClipRows(source, layout, limits, seed=reading.seed), reading, row_bytes)
+    decoded = _RowDecoder(ClipRows(source, layout, limits, seed=config.seed), config, row_bytes)
 
-    def batch(rows: list[ClipRow]) -> Rows:
+    def batch(rows: list[ClipRow]) -> PackedBatch:
         latents = iter(encode([clip for row in rows for clip in row.clips if clip is not None]))
-        return _stacked([encoded_row(row, latents, layout, patch, channels=channels) for row in rows])
+        return _stack_rows([pack_encoded_row(row, latents, layout, patch, channels=channels) for row in rows])
 
-    return PackedBatches(*encoded_ahead(decoded, batch, reading), layout, reading)
+    return PackedBatches(*encode_ahead(decoded, batch, config), layout, config)
 
 
-def _shared(rows: Any, reading: Reading, batch_of: Callable[[list], Any]) -> grain.MapDataset:
+def _take_host_share(rows: Any, config: LoaderConfig, stack: Callable[[list], Any]) -> grain.MapDataset:
     """Return this host's share of the batches, from the first step on.
 
     Grain forms batches of one host each, of which every `hosts`-th belongs to this host: so rows are shared among hosts
     in the same order for any number of hosts.
     """
-    batches = grain.MapDataset.source(rows).batch(
-        reading.batch // reading.hosts, drop_remainder=True, batch_fn=batch_of
-    )
-    return batches[reading.host :: reading.hosts][reading.start_step :]
+    batches = grain.MapDataset.source(rows).batch(config.batch // config.hosts, drop_remainder=True, batch_fn=stack)
+    return batches[config.host :: config.hosts][config.start_step :]
 
 
-def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIterator:
+def read_ahead(batches: grain.MapDataset, config: LoaderConfig) -> grain.DatasetIterator:
     """Read batches ahead in order, by threads or worker processes; the returned iterator has a `close` method."""
     if not absl.flags.FLAGS.is_parsed():
         absl.flags.FLAGS.mark_as_parsed()  # otherwise Grain's workers raise UnparsedFlagAccessError
-    options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.threads + _SPARE)
+    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.threads + _SPARE_ELEMENTS)
     ahead = batches.to_iter_dataset(options)
-    if reading.workers:
-        processes = grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=_OF_WORKER)
+    if config.workers:
+        processes = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=_WORKER_BUFFER)
         ahead = ahead.mp_prefetch(processes)
     return iter(ahead)
 
 
-class Pieces(abc.ABC):
+class PieceDecoder(abc.ABC):
     """A decoder of batches of video, piece by piece: a piece is a row, or a clip of a bucket."""
 
-    most: int
+    max_pieces: int
     """Maximum number of pieces of a batch."""
-    most_bytes: float
+    max_bytes: float
     """Maximum size of a decoded batch, in bytes."""
 
     @abc.abstractmethod
-    def decoded(self, step: int, part: int, parts: int) -> list[Any]:
+    def decode(self, step: int, part: int, num_parts: int) -> list[Any]:
         """Decode this host's pieces of part `part` of a batch in `num_parts` parts, see `get_part_range`."""
 
 
-def of_part(count: int, part: int, parts: int) -> range:
+def get_part_range(count: int, part: int, num_parts: int) -> range:
     """Return the indices of the pieces in part `part`, where `count` pieces form `num_parts` nearly equal parts."""
-    return range(count * part // parts, count * (part + 1) // parts)
+    return range(count * part // num_parts, count * (part + 1) // num_parts)
 
 
-class _HostRows(Pieces):
+class _RowDecoder(PieceDecoder):
     """A decoder of the rows of this host's batches."""
 
-    def __init__(self, rows: ClipRows, reading: Reading, row_bytes: float):
-        self._rows, self._host, self._hosts = rows, reading.host, reading.hosts
-        self.most = reading.batch // reading.hosts
-        self.most_bytes = self.most * row_bytes
+    def __init__(self, rows: ClipRows, config: LoaderConfig, row_bytes: float):
+        self._rows, self._host, self._hosts = rows, config.host, config.hosts
+        self.max_pieces = config.batch // config.hosts
+        self.max_bytes = self.max_pieces * row_bytes
 
-    def decoded(self, step: int, part: int, parts: int) -> list[ClipRow]:
-        first = (step * self._hosts + self._host) * self.most
-        return [self._rows[first + index] for index in of_part(self.most, part, parts)]
+    def decode(self, step: int, part: int, num_parts: int) -> list[ClipRow]:
+        first = (step * self._hosts + self._host) * self.max_pieces
+        return [self._rows[first + index] for index in get_part_range(self.max_pieces, part, num_parts)]
 
 
-class _Parts:
+class _BatchParts:
     """A random-access data source of the decoded parts of all batches, one after the other."""
 
-    def __init__(self, pieces: Pieces, parts: int):
-        self._pieces, self._parts = pieces, parts
+    def __init__(self, pieces: PieceDecoder, num_parts: int):
+        self._pieces, self._num_parts = pieces, num_parts
 
     def __len__(self) -> int:
-        return ENDLESS
+        return ENDLESS_LENGTH
 
     def __getitem__(self, number: int) -> list[Any]:
-        step, part = divmod(number, self._parts)
-        return self._pieces.decoded(step, part, self._parts)
+        step, part = divmod(number, self._num_parts)
+        return self._pieces.decode(step, part, self._num_parts)
 
 
-def parts_of(pieces: Pieces, reading: Reading) -> int:
+def count_parts(pieces: PieceDecoder, config: LoaderConfig) -> int:
     """Return the number of parts in which a batch is decoded, so that waiting parts fit into `ahead_bytes` if possible.
 
     Grain buffers elements by number, not by size. With one element per part, the memory of all buffers is bounded.
     """
-    waiting = max(1, reading.workers) * (reading.threads + _SPARE) + reading.workers * _OF_WORKER
-    return min(pieces.most, max(1, math.ceil(pieces.most_bytes * waiting / reading.ahead_bytes)))
+    waiting = max(1, config.workers) * (config.threads + _SPARE_ELEMENTS) + config.workers * _WORKER_BUFFER
+    return min(pieces.max_pieces, max(1, math.ceil(pieces.max_bytes * waiting / config.ahead_bytes)))
 
 
-def encoded_ahead(
-    pieces: Pieces, batch: Callable[[list[Any]], Rows], reading: Reading
-) -> tuple[Iterator[Rows], Callable[[], None]]:
+def encode_ahead(
+    pieces: PieceDecoder, batch: Callable[[list[Any]], PackedBatch], config: LoaderConfig
+) -> tuple[Iterator[PackedBatch], Callable[[], None]]:
     """Decode batches of video by threads or workers, and encode their pieces by a thread of this process.
 
     Returns:
       the batches, and a function that stops all threads and workers.
     """
-    parts = parts_of(pieces, reading)
-    decoded = read_ahead(grain.MapDataset.source(_Parts(pieces, parts))[reading.start_step * parts :], reading)
+    parts = count_parts(pieces, config)
+    decoded = read_ahead(grain.MapDataset.source(_BatchParts(pieces, parts))[config.start_step * parts :], config)
 
     def whole_batches() -> Iterator[list[Any]]:
         while True:
@@ -344,9 +354,9 @@ def encoded_ahead(
     return batches, close
 
 
-def _rounded(shares: Iterable[np.ndarray]) -> list[list[float]]:
+def _round_shares(shares: Iterable[np.ndarray]) -> list[list[float]]:
     return [share.round(5).tolist() for share in shares]
 
 
-def _stacked(rows: list[Rows]) -> Rows:
-    return Rows(*map(np.stack, zip(*rows, strict=True)))
+def _stack_rows(rows: list[PackedBatch]) -> PackedBatch:
+    return PackedBatch(*map(np.stack, zip(*rows, strict=True)))

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
-ENDLESS = 1 << 40
+ENDLESS_LENGTH = 1 << 40
 """Length of endless data sets, as Grain requires a length."""
 
 Value = TypeVar("Value")

@@ -41,18 +41,18 @@ class SizeLimits:
             )
 
 
-def sampled_fps(info: ClipInfo, limits: SizeLimits) -> float:
+def get_sampled_fps(info: ClipInfo, limits: SizeLimits) -> float:
     """Return the frame rate at which a clip is sampled: that of the limits, or its own if lower (never doubled)."""
     return info.fps if limits.fps is None else min(info.fps, limits.fps)
 
 
-def sampled_frames(info: ClipInfo, limits: SizeLimits) -> int:
+def count_sampled_frames(info: ClipInfo, limits: SizeLimits) -> int:
     """Return the number of frames at the sampled rate: those displayed at 0, 1/fps, … up to the start of the last."""
     # The same tolerance as in `decode`, and 1e-6 for the rounding of the product.
-    return 1 + math.floor((info.seconds + TOLERANCE) * sampled_fps(info, limits) + 1e-6)
+    return 1 + math.floor((info.seconds + TOLERANCE) * get_sampled_fps(info, limits) + 1e-6)
 
 
-def fit(info: ClipInfo, limits: SizeLimits) -> Grid:
+def fit_size(info: ClipInfo, limits: SizeLimits) -> Grid:
     """Return the training size of a clip in frames and pixels: the largest one within the limits.
 
     The aspect ratio is kept to within half a multiple: one side follows from the other side and the ratio, by rounding.
@@ -68,13 +68,17 @@ def fit(info: ClipInfo, limits: SizeLimits) -> Grid:
             f"{info.name} has {info.height}x{info.width} pixels, less than one multiple of {h}x{w}. "
             "Remove it, or use a smaller stride or patch."
         )
-    length = 1 + (min(sampled_frames(info, limits), limits.max_frames) - 1) // t * t
+    length = 1 + (min(count_sampled_frames(info, limits), limits.max_frames) - 1) // t * t
     ratio = info.width / info.height
     rows, columns = info.height // h, info.width // w
-    candidates = {(row, _nearest(row * h * ratio / w, columns)) for row in range(1, rows + 1)}
-    candidates |= {(_nearest(column * w / ratio / h, rows), column) for column in range(1, columns + 1)}
+    candidates = {(row, _round_to_range(row * h * ratio / w, columns)) for row in range(1, rows + 1)}
+    candidates |= {(_round_to_range(column * w / ratio / h, rows), column) for column in range(1, columns + 1)}
     sizes = [(row * h, column * w) for row, column in candidates]
-    sizes = [size for size in sizes if size[0] * size[1] <= limits.max_pixels and _keeps(size, ratio, limits.multiple)]
+    sizes = [
+        size
+        for size in sizes
+        if size[0] * size[1] <= limits.max_pixels and _keeps_aspect_ratio(size, ratio, limits.multiple)
+    ]
     if not sizes:
         raise UserError(
             f"{info.name} has {info.height}x{info.width} pixels: no size of at most {limits.max_pixels} pixels in "
@@ -84,7 +88,7 @@ def fit(info: ClipInfo, limits: SizeLimits) -> Grid:
     return Grid(length, height, width)
 
 
-def read_fitted(source: ClipSource, index: int, limits: SizeLimits, *, start: int = 0) -> Clip:
+def read_fitted_clip(source: ClipSource, index: int, limits: SizeLimits, *, start: int = 0) -> Clip:
     """Decode one clip of a source at its training size: `fit_size(...).t` frames from sampled frame `start` on.
 
     Frames are selected by timestamp: for each sampling time the frame displayed then, also for variable frame rates.
@@ -94,7 +98,7 @@ def read_fitted(source: ClipSource, index: int, limits: SizeLimits, *, start: in
       DecodeError: its bytes are damaged.
     """
     info = source.infos[index]
-    size, fps, total = fit(info, limits), sampled_fps(info, limits), sampled_frames(info, limits)
+    size, fps, total = fit_size(info, limits), get_sampled_fps(info, limits), count_sampled_frames(info, limits)
     if not 0 <= start <= total - size.t:
         raise UserError(
             f"start={start} is invalid: {info.name} has {total} frames at {fps:g} fps, and {size.t} are read. Use 0 to "
@@ -110,11 +114,11 @@ def read_fitted(source: ClipSource, index: int, limits: SizeLimits, *, start: in
     return replace(clip, caption=info.caption)
 
 
-def _nearest(value: float, most: int) -> int:
-    return min(max(1, math.floor(value + 0.5)), most)
+def _round_to_range(value: float, maximum: int) -> int:
+    return min(max(1, math.floor(value + 0.5)), maximum)
 
 
-def _keeps(size: tuple[int, int], ratio: float, multiple: Grid) -> bool:
+def _keeps_aspect_ratio(size: tuple[int, int], ratio: float, multiple: Grid) -> bool:
     """Return True if one side differs by at most half a multiple from the value that follows from the other side."""
     height, width = size
     return abs(width - height * ratio) <= multiple.w / 2 or abs(height - width / ratio) <= multiple.h / 2

@@ -16,17 +16,17 @@ from jaxtyping import UInt8
 
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
-from dit_video.data.augmentation import Augmentation, changed, composite
+from dit_video.data.augmentation import Augmentation, augment_window, composite
 from dit_video.data.clips import ClipSource
-from dit_video.data.packing.rows import set_aside
-from dit_video.data.prefetch import ENDLESS
-from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
+from dit_video.data.packing.rows import log_damaged_clip
+from dit_video.data.prefetch import ENDLESS_LENGTH
+from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
 from dit_video.tokens import Grid
 
 CACHE_BYTES = 2 << 30
-_ATTEMPTS = 8
+_MAX_ATTEMPTS = 8
 """Maximum number of clips that are tried in sequence if clips are damaged."""
-THREADS = min(8, os.cpu_count() or 1)
+DECODE_THREADS = min(8, os.cpu_count() or 1)
 """Number of threads that decode: they run in parallel, as PyAV releases Python's lock."""
 
 
@@ -46,7 +46,7 @@ class WindowConfig:
     """Random augmentation of the windows; None for no augmentation."""
 
     def __post_init__(self):
-        if self.augment is not None and self.augment.turned and self.size.h != self.size.w:
+        if self.augment is not None and self.augment.transpose and self.size.h != self.size.w:
             raise UserError(
                 f"transpose=True is invalid: windows of size={tuple(self.size)} are not square. Use transpose=False."
             )
@@ -54,7 +54,7 @@ class WindowConfig:
             raise UserError(f"size={tuple(self.size)}, batch={self.batch} is invalid: each must be at least 1")
 
 
-class Stretches:
+class ClipCrops:
     """A source of clips at their training size, in temporal crops of their training length.
 
     Decoded crops are cached until the memory is full; further ones are decoded at every use. Nothing is evicted: as
@@ -67,28 +67,28 @@ class Stretches:
     """
 
     def __init__(self, source: ClipSource, limits: SizeLimits, *, cache_bytes: int = CACHE_BYTES):
-        self.source, self.limits, self._room = source, limits, cache_bytes
+        self.source, self.limits, self._free_bytes = source, limits, cache_bytes
         fitted = {index: _fit_or_none(source, index, limits) for index in range(len(source))}
         self.sizes: dict[int, Grid] = {index: size for index, size in fitted.items() if size is not None}
         """Training size of every clip that has one, by the clip's number."""
         self._cache: dict[tuple[int, int], np.ndarray] = {}
         self._lock = threading.Lock()
 
-    def count(self, clip: int) -> int:
+    def count_crops(self, clip: int) -> int:
         """Return the number of crops of a clip, of which the last may overlap the one before it."""
-        return -(-sampled_frames(self.source.infos[clip], self.limits) // self.sizes[clip].t)
+        return -(-count_sampled_frames(self.source.infos[clip], self.limits) // self.sizes[clip].t)
 
-    def frames(self, clip: int, stretch: int) -> UInt8[np.ndarray, "T H W 3"]:
+    def read_crop(self, clip: int, crop: int) -> UInt8[np.ndarray, "T H W 3"]:
         """Return the frames of one crop."""
-        frames = self._cache.get((clip, stretch))
+        frames = self._cache.get((clip, crop))
         if frames is None:
             length = self.sizes[clip].t
-            start = min(stretch * length, sampled_frames(self.source.infos[clip], self.limits) - length)
-            frames = read_fitted(self.source, clip, self.limits, start=start).frames
+            start = min(crop * length, count_sampled_frames(self.source.infos[clip], self.limits) - length)
+            frames = read_fitted_clip(self.source, clip, self.limits, start=start).frames
             with self._lock:
-                if frames.nbytes <= self._room and (clip, stretch) not in self._cache:
-                    self._room -= frames.nbytes
-                    self._cache[clip, stretch] = frames
+                if frames.nbytes <= self._free_bytes and (clip, crop) not in self._cache:
+                    self._free_bytes -= frames.nbytes
+                    self._cache[clip, crop] = frames
         return frames
 
 
@@ -109,19 +109,19 @@ class Windows:
       UserError: no clip has room for a window, or the batch does not divide among the hosts.
     """
 
-    def __init__(self, stretches: Stretches, config: WindowConfig, *, seed: int, host: int = 0, hosts: int = 1):
+    def __init__(self, crops: ClipCrops, config: WindowConfig, *, seed: int, host: int = 0, hosts: int = 1):
         if config.batch % hosts:
             raise UserError(f"batch={config.batch} is invalid: it does not divide among hosts={hosts}. Use a multiple.")
-        self._share, self._host = config.batch // hosts, host
-        self._stretches, self._config, self._seed = stretches, config, seed
+        self._host_batch, self._host = config.batch // hosts, host
+        self._crops, self._config, self._seed = crops, config, seed
         self.clips: tuple[int, ...] = tuple(
             index
-            for index, size in stretches.sizes.items()
+            for index, size in crops.sizes.items()
             if all(length >= window for length, window in zip(size, config.size, strict=True))
         )
         """Numbers of the clips that are used."""
-        infos = stretches.source.infos
-        self.left_out: tuple[str, ...] = tuple(
+        infos = crops.source.infos
+        self.excluded_clips: tuple[str, ...] = tuple(
             infos[index].name for index in sorted(set(range(len(infos))) - set(self.clips))
         )
         """Names of the clips that are smaller or shorter than a window at training size."""
@@ -129,47 +129,47 @@ class Windows:
             size = "{}x{}x{}".format(*config.size)
             raise UserError(
                 f"none of the {len(infos)} clips has a window of {size} at its training size "
-                f"({_largest(stretches.sizes.values())}). Use a smaller window, or raise max_pixels or max_frames."
+                f"({_format_largest(crops.sizes.values())}). Use a smaller window, or raise max_pixels or max_frames."
             )
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def __getitem__(self, number: int) -> UInt8[np.ndarray, "B T H W 3"]:
-        first = number * self._config.batch + self._host * self._share
-        return np.stack([self._window(first + index) for index in range(self._share)])
+        first = number * self._config.batch + self._host * self._host_batch
+        return np.stack([self._get_window(first + index) for index in range(self._host_batch)])
 
-    def _window(self, position: int) -> UInt8[np.ndarray, "T H W 3"]:
-        generator = rng.host(self._seed, "windows", position)
-        window = self._cut([self._clip_at(position + attempt) for attempt in range(_ATTEMPTS)], generator)
+    def _get_window(self, position: int) -> UInt8[np.ndarray, "T H W 3"]:
+        generator = rng.make_generator(self._seed, "windows", position)
+        window = self._cut_window([self._get_clip(position + attempt) for attempt in range(_MAX_ATTEMPTS)], generator)
         augment = self._config.augment
-        if augment is None or not augment.composites or generator.random() >= augment.composites:
+        if augment is None or not augment.composite_prob or generator.random() >= augment.composite_prob:
             return window
-        others = [self.clips[index] for index in generator.integers(len(self.clips), size=_ATTEMPTS)]
-        return composite(window, self._cut(others, generator), generator)
+        others = [self.clips[index] for index in generator.integers(len(self.clips), size=_MAX_ATTEMPTS)]
+        return composite(window, self._cut_window(others, generator), generator)
 
-    def _cut(self, clips: Sequence[int], generator: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
+    def _cut_window(self, clips: Sequence[int], generator: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
         """Return a random window of the first of these clips that can be decoded."""
-        frames, size, augment = self._stretch(clips, generator), self._config.size, self._config.augment
+        frames, size, augment = self._read_crop(clips, generator), self._config.size, self._config.augment
         max_zoom = 1 if augment is None else min(2, frames.shape[1] // size.h, frames.shape[2] // size.w)
         zoom = int(generator.integers(max_zoom)) + 1
         size = Grid(size.t, zoom * size.h, zoom * size.w)
         t, h, w = (int(generator.integers(full - part + 1)) for full, part in zip(frames.shape[:3], size, strict=True))
         window = frames[t : t + size.t, h : h + size.h, w : w + size.w]
-        return window if augment is None else changed(window, zoom, augment.turned, generator)
+        return window if augment is None else augment_window(window, zoom, augment.transpose, generator)
 
-    def _stretch(self, clips: Sequence[int], generator: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
+    def _read_crop(self, clips: Sequence[int], generator: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
         """Return a random crop of the first of these clips that can be decoded; a warning is logged for the others."""
         for clip in clips:
             try:
-                return self._stretches.frames(clip, int(generator.integers(self._stretches.count(clip))))
+                return self._crops.read_crop(clip, int(generator.integers(self._crops.count_crops(clip))))
             except DecodeError as error:
-                set_aside(self._stretches.source.infos[clip].name, error)
+                log_damaged_clip(self._crops.source.infos[clip].name, error)
         raise UserError(f"{len(clips)} clips in a row cannot be decoded. Ingest the clips again.")
 
-    def _clip_at(self, position: int) -> int:
+    def _get_clip(self, position: int) -> int:
         epoch, index = divmod(position, len(self.clips))
         order = self._order  # read once: another thread may replace it by the order of another epoch
         if order[0] != epoch:
-            order = (epoch, rng.host(self._seed, "window order", epoch).permutation(len(self.clips)))
+            order = (epoch, rng.make_generator(self._seed, "window order", epoch).permutation(len(self.clips)))
             self._order = order
         return self.clips[order[1][index]]
 
@@ -192,30 +192,29 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
 
     def __init__(
         self,
-        stretches: Stretches,
+        crops: ClipCrops,
         configs: Sequence[WindowConfig],
         *,
         seed: int,
         start_step: int = 0,
         host: int = 0,
         hosts: int = 1,
-        threads: int = THREADS,
+        threads: int = DECODE_THREADS,
     ):
         self.windows = tuple(
-            Windows(stretches, config, seed=seed + number, host=host, hosts=hosts)
-            for number, config in enumerate(configs)
+            Windows(crops, config, seed=seed + number, host=host, hosts=hosts) for number, config in enumerate(configs)
         )
-        content = (stretches.source.infos, stretches.limits, tuple(configs), seed)
+        content = (crops.source.infos, crops.limits, tuple(configs), seed)
         self.hash: str = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
         """Hash of the clips and the configuration: with the step, the whole state of the data."""
-        batches = grain.MapDataset.source(_InTurn(self.windows))[start_step:]
+        batches = grain.MapDataset.source(_RoundRobin(self.windows))[start_step:]
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
         self._batches = iter(batches.to_iter_dataset(ahead))
 
     @property
-    def left_out(self) -> frozenset[str]:
+    def excluded_clips(self) -> frozenset[str]:
         """Return the names of the clips that have no room for a window of any shape."""
-        return frozenset.intersection(*(frozenset(windows.left_out) for windows in self.windows))
+        return frozenset.intersection(*(frozenset(windows.excluded_clips) for windows in self.windows))
 
     def __next__(self) -> UInt8[np.ndarray, "B T H W 3"]:
         return next(self._batches)
@@ -225,14 +224,14 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
         self._batches.close()
 
 
-class _InTurn:
+class _RoundRobin:
     """A data source of the batches of n shapes in turn: step s is batch s // n of shape s % n."""
 
     def __init__(self, windows: Sequence[Windows]):
         self._windows = windows
 
     def __len__(self) -> int:
-        return ENDLESS
+        return ENDLESS_LENGTH
 
     def __getitem__(self, step: int) -> UInt8[np.ndarray, "B T H W 3"]:
         number, shape = divmod(step, len(self._windows))
@@ -241,10 +240,10 @@ class _InTurn:
 
 def _fit_or_none(source: ClipSource, index: int, limits: SizeLimits) -> Grid | None:
     try:
-        return fit(source.infos[index], limits)
+        return fit_size(source.infos[index], limits)
     except UserError:
         return None
 
 
-def _largest(sizes: Collection[Grid]) -> str:
+def _format_largest(sizes: Collection[Grid]) -> str:
     return "all are smaller than one multiple" if not sizes else "the largest is {}x{}x{}".format(*max(sizes))

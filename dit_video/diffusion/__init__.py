@@ -35,147 +35,183 @@ a step of DDPM.
 $q(x_t \mid x_s)\,q(x_s \mid x_0)$ are (`Process.posterior`). A sample of it at $x_0 = \hat x_0$ is a step of DDPM.
 """
 
-from dit_video.diffusion.consistency import consistency_function, consistency_loss, flow_step, multistep
-from dit_video.diffusion.diffusers_schedules import DpmFlowGrid, FlowMatchGrid, LcmGrid, StepGrid, UniPcGrid
-from dit_video.diffusion.dmd import distance, matching_gradient, matching_loss
+from dit_video.diffusion.consistency import consistency_loss, make_consistency_fn, run_multistep, step_along_flow
+from dit_video.diffusion.diffusers_schedules import (
+    DiscreteSchedule,
+    DpmFlowSchedule,
+    FlowMatchSchedule,
+    LcmSchedule,
+    UniPcFlowSchedule,
+)
+from dit_video.diffusion.dmd import compute_distance, matching_gradient, matching_loss
 from dit_video.diffusion.guidance import (
+    AdaptiveProjectedGuidance,
     Branches,
     Guidance,
-    Projected,
-    Strength,
-    apart,
+    GuidanceParams,
+    apply_classifier_free_guidance,
+    apply_guidance,
+    average_per_sample,
     batched,
-    classifier_free,
-    guided,
-    mean_of_each,
+    sequential,
 )
 from dit_video.diffusion.learned_variance import LearnedVariance
-from dit_video.diffusion.likelihood import Divergence, Exact, Hutchinson, Likelihood, log_likelihood
-from dit_video.diffusion.loss_weights import AsPredicted, EdmWeight, MinSnr, SigmoidWeight, Weighting
+from dit_video.diffusion.likelihood import Divergence, ExactTrace, HutchinsonTrace, Likelihood, log_likelihood
+from dit_video.diffusion.loss_weights import EdmWeight, MinSnr, SigmoidWeight, UniformWeighting, Weighting
 from dit_video.diffusion.objective import FlowMatching, Objective
 from dit_video.diffusion.predictions import (
     X0,
-    Denoise,
+    DenoiseFn,
     Epsilon,
     Estimator,
-    Preconditioned,
+    Preconditioning,
     Prediction,
     V,
     Velocity,
-    estimator,
+    make_estimator,
 )
 from dit_video.diffusion.processes.edm import Edm
 from dit_video.diffusion.processes.process import Estimate, Normal, Process
 from dit_video.diffusion.processes.rectified_flow import RectifiedFlow
-from dit_video.diffusion.processes.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
+from dit_video.diffusion.processes.variance_preserving import (
+    BetaSchedule,
+    CosineBetas,
+    LinearBetas,
+    ScaledLinearBetas,
+    VariancePreservingProcess,
+)
 from dit_video.diffusion.sample_times import SampleTimes
 from dit_video.diffusion.samplers.ancestral import Ddim, Ddpm, Lcm
 from dit_video.diffusion.samplers.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.samplers.inversion import Inversion, invert
 from dit_video.diffusion.samplers.momentum import Remembering, RememberingState
-from dit_video.diffusion.samplers.sampler import SAMPLERS, Draw, Sampler, advance, draws, sample, sampler, trace
-from dit_video.diffusion.samplers.solvers import Euler, Heun, Interval, Solver
-from dit_video.diffusion.samplers.traced import Trace, Watched, WatchedState
+from dit_video.diffusion.samplers.sampler import (
+    SAMPLERS,
+    DiffusionSampler,
+    NoiseFn,
+    advance,
+    get_sampler,
+    make_noise_fn,
+    sample,
+    trace,
+)
+from dit_video.diffusion.samplers.solvers import Euler, Heun, Solver, StepInterval
+from dit_video.diffusion.samplers.traced import Trace, TracedSampler, TracedSamplerState
 from dit_video.diffusion.samplers.unipc import UniPc
 from dit_video.diffusion.shift import ClipSize, ExponentialShift, LinearShift, SizeShift
-from dit_video.diffusion.time_distributions import LogitNormal, LogNormalSigma, Mode, Times, Uniform, low_discrepancy
-from dit_video.diffusion.time_schedules import Even, Exponential, Given, Karras, Shifted, TimeGrid, time_grid
+from dit_video.diffusion.time_distributions import (
+    LogitNormal,
+    LogNormalSigma,
+    Mode,
+    TimeDistribution,
+    Uniform,
+    draw_low_discrepancy,
+)
+from dit_video.diffusion.time_schedules import (
+    ExplicitTimes,
+    ExponentialTimes,
+    KarrasTimes,
+    ShiftedTimes,
+    TimeSchedule,
+    UniformTimes,
+    make_uniform_times,
+)
 
 __all__ = [
     "SAMPLERS",
     "X0",
-    "AsPredicted",
-    "Betas",
+    "AdaptiveProjectedGuidance",
+    "BetaSchedule",
     "Branches",
     "ClipSize",
-    "Cosine",
+    "CosineBetas",
     "Ddim",
     "Ddpm",
-    "Denoise",
+    "DenoiseFn",
+    "DiffusionSampler",
+    "DiscreteSchedule",
     "Divergence",
-    "DpmFlowGrid",
+    "DpmFlowSchedule",
     "DpmMultistep",
     "DpmSinglestep",
-    "Draw",
     "Edm",
     "EdmWeight",
     "Epsilon",
     "Estimate",
     "Estimator",
     "Euler",
-    "Even",
-    "Exact",
-    "Exponential",
+    "ExactTrace",
+    "ExplicitTimes",
     "ExponentialShift",
-    "FlowMatchGrid",
+    "ExponentialTimes",
+    "FlowMatchSchedule",
     "FlowMatching",
-    "Given",
     "Guidance",
+    "GuidanceParams",
     "Heun",
-    "Hutchinson",
-    "Interval",
+    "HutchinsonTrace",
     "Inversion",
-    "Karras",
+    "KarrasTimes",
     "Lcm",
-    "LcmGrid",
+    "LcmSchedule",
     "LearnedVariance",
     "Likelihood",
-    "Linear",
+    "LinearBetas",
     "LinearShift",
     "LogNormalSigma",
     "LogitNormal",
     "MinSnr",
     "Mode",
+    "NoiseFn",
     "Normal",
     "Objective",
-    "Preconditioned",
+    "Preconditioning",
     "Prediction",
     "Process",
-    "Projected",
     "RectifiedFlow",
     "Remembering",
     "RememberingState",
     "SampleTimes",
-    "Sampler",
-    "ScaledLinear",
-    "Shifted",
+    "ScaledLinearBetas",
+    "ShiftedTimes",
     "SigmoidWeight",
     "SizeShift",
     "Solver",
-    "StepGrid",
-    "Strength",
-    "TimeGrid",
-    "Times",
+    "StepInterval",
+    "TimeDistribution",
+    "TimeSchedule",
     "Trace",
+    "TracedSampler",
+    "TracedSamplerState",
     "UniPc",
-    "UniPcGrid",
+    "UniPcFlowSchedule",
     "Uniform",
+    "UniformTimes",
+    "UniformWeighting",
     "V",
-    "VariancePreserving",
+    "VariancePreservingProcess",
     "Velocity",
-    "Watched",
-    "WatchedState",
     "Weighting",
     "advance",
-    "apart",
+    "apply_classifier_free_guidance",
+    "apply_guidance",
+    "average_per_sample",
     "batched",
-    "classifier_free",
-    "consistency_function",
+    "compute_distance",
     "consistency_loss",
-    "distance",
-    "draws",
-    "estimator",
-    "flow_step",
-    "guided",
+    "draw_low_discrepancy",
+    "get_sampler",
     "invert",
     "log_likelihood",
-    "low_discrepancy",
+    "make_consistency_fn",
+    "make_estimator",
+    "make_noise_fn",
+    "make_uniform_times",
     "matching_gradient",
     "matching_loss",
-    "mean_of_each",
-    "multistep",
+    "run_multistep",
     "sample",
-    "sampler",
-    "time_grid",
+    "sequential",
+    "step_along_flow",
     "trace",
 ]

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion.predictions import X0, Denoise, Estimator, Prediction, estimator
+from dit_video.diffusion.predictions import X0, DenoiseFn, Estimator, Prediction, make_estimator
 from dit_video.diffusion.processes.process import Process
-from dit_video.diffusion.samplers.sampler import Draw
+from dit_video.diffusion.samplers.sampler import NoiseFn
 
-Consistency = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
+ConsistencyFn = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
 """The function `f(noisy, time) -> data`."""
 
 
-def consistency_function(denoise: Denoise, process: Process, prediction: Prediction) -> Consistency:
+def make_consistency_fn(denoise: DenoiseFn, process: Process, prediction: Prediction) -> ConsistencyFn:
     """Return $f$ of a model: the data that it estimates.
 
     Raises:
@@ -33,29 +33,29 @@ def consistency_function(denoise: Denoise, process: Process, prediction: Predict
             "prediction=X0() is invalid: a model that predicts X0 is no consistency function at time 0. Distil one "
             "that predicts Velocity, V, Epsilon or Preconditioning."
         )
-    estimate = estimator(denoise, process, prediction)
+    estimate = make_estimator(denoise, process, prediction)
     return lambda noisy, time: estimate(noisy, time).data
 
 
-def flow_step(
+def step_along_flow(
     estimate: Estimator,
     process: Process,
     noisy: Float[Array, "*shape"],
     time: Float[Array, "*time"],
-    following: Float[Array, "*time"],
+    next_time: Float[Array, "*time"],
 ) -> Float[Array, "*shape"]:
     """Move along the teacher's flow to the next time by one step of DDIM; times may differ between tokens."""
     prediction = estimate(noisy, time)
-    return process.add_noise(prediction.data, prediction.noise, following)
+    return process.add_noise(prediction.data, prediction.noise, next_time)
 
 
 def consistency_loss(
-    student: Consistency,
-    target: Consistency,
+    student: ConsistencyFn,
+    target: ConsistencyFn,
     noisy: Float[Array, "*batch p"],
-    reached: Float[Array, "*batch p"],
+    next_noisy: Float[Array, "*batch p"],
     time: Float[Array, "*#batch 1"],
-    following: Float[Array, "*#batch 1"],
+    next_time: Float[Array, "*#batch 1"],
     *,
     width: float = 0.03,
 ) -> Float[Array, "*batch"]:
@@ -76,18 +76,18 @@ def consistency_loss(
       next_time: $s$, closer to the data.
       width: $w$; differences far below it are squared.
     """
-    expected = jax.lax.stop_gradient(target(reached, following))
+    expected = jax.lax.stop_gradient(target(next_noisy, next_time))
     difference = (student(noisy, time) - expected).astype(jnp.float32)
     return jnp.sqrt(jnp.square(difference).mean(axis=-1) + width**2) - width
 
 
-def multistep(
-    f: Consistency,
+def run_multistep(
+    f: ConsistencyFn,
     noise: Float[Array, "*shape"],
     times: Float[Array, "times *time"],
     *,
     process: Process,
-    draw: Draw,
+    noise_fn: NoiseFn,
     steps: Int[Array, ""] | int,
 ) -> Float[Array, "*shape"]:
     """Return the input of $f$ at step number `steps`, counted from 0.
@@ -106,6 +106,6 @@ def multistep(
     """
 
     def step(number, x):
-        return process.add_noise(f(x, times[number]), draw(number), times[number + 1])
+        return process.add_noise(f(x, times[number]), noise_fn(number), times[number + 1])
 
-    return jax.lax.stop_gradient(jax.lax.fori_loop(0, steps, step, process.start(noise)))
+    return jax.lax.stop_gradient(jax.lax.fori_loop(0, steps, step, process.scale_initial_noise(noise)))

@@ -12,12 +12,12 @@ from jaxtyping import Float64
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.processes.process import Process
-from dit_video.diffusion.processes.variance_preserving import VariancePreserving
-from dit_video.diffusion.sample_times import SampleTimes, check_steps, ending
+from dit_video.diffusion.processes.variance_preserving import VariancePreservingProcess
+from dit_video.diffusion.sample_times import SampleTimes, append_final_time, check_steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepGrid:
+class DiscreteSchedule:
     """A subset of the noise steps that a model was trained on, spaced as in table 2 of arXiv 2305.08891.
 
     The defaults are those of `DDIMScheduler` and similar ones with trailing steps. Between steps, sigma / alpha is
@@ -29,22 +29,22 @@ class StepGrid:
 
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"
     """Spacing of the steps: `timestep_spacing` of diffusers."""
-    offset: int = 0
+    steps_offset: int = 0
     """Number of steps by which leading steps are moved towards noise."""
-    spare: bool = False
+    has_extra_step: bool = False
     """Adds a step to the spacing and then drops the last one, as for solvers of higher order."""
-    ratios: Literal["spaced", "karras", "exponential"] = "spaced"
+    ratio_spacing: Literal["spaced", "karras", "exponential"] = "spaced"
     """Ratios of noise to data: those of the steps (`spaced`), or ratios from the first to the last of them (of all
     trained steps with `has_extra_step`) whose seventh roots or logarithms are uniformly spaced (`KarrasTimes`,
     `ExponentialTimes`)."""
-    told: Literal["between", "nearest", "below"] = "between"
+    step_rounding: Literal["between", "nearest", "below"] = "between"
     """The step that the model receives for a time between two steps."""
-    last: Literal["data", "first step"] = "data"
+    end: Literal["data", "first step"] = "data"
     """End of the schedule: the data, or the state after the first noise step."""
 
     def __post_init__(self):
-        if self.offset < 0:
-            raise UserError(f"steps_offset={self.offset} is invalid: it must not be negative. Use 0 or more.")
+        if self.steps_offset < 0:
+            raise UserError(f"steps_offset={self.steps_offset} is invalid: it must not be negative. Use 0 or more.")
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times of `steps` steps, computed in float64.
@@ -54,58 +54,63 @@ class StepGrid:
             steps.
         """
         check_steps(steps)
-        total = _trained_steps(process, self)
-        if steps + self.spare > total:
+        total = _count_trained_steps(process, self)
+        if steps + self.has_extra_step > total:
             raise UserError(
-                f"steps={steps} is invalid: the schedule has {total - self.spare} of {total} noise steps. "
-                f"Use steps={total - self.spare} or less."
+                f"steps={steps} is invalid: the schedule has {total - self.has_extra_step} of {total} noise steps. "
+                f"Use steps={total - self.has_extra_step} or less."
             )
         step_ratios = process.sigma(np.arange(1, total + 1) / total) / process.alpha(np.arange(1, total + 1) / total)
-        model_steps = self._chosen(total, steps)
+        model_steps = self._select_steps(total, steps)
         if model_steps[0] > total - 1:
             raise UserError(
-                f"steps={steps}, steps_offset={self.offset} is invalid: the first step is beyond the last of {total} "
+                f"steps={steps}, steps_offset={self.steps_offset} is invalid: the first step is beyond the last of "
+                f"{total} "
                 "noise steps. Use fewer steps or steps_offset=0."
             )
         ratios: np.ndarray = np.interp(model_steps, np.arange(total), step_ratios)
-        if self.ratios != "spaced":
-            max_ratio, min_ratio = (step_ratios[-1], step_ratios[0]) if self.spare else (ratios[0], ratios[-1])
-            ratios = _between(self.ratios, max_ratio, min_ratio, steps)
+        if self.ratio_spacing != "spaced":
+            max_ratio, min_ratio = (step_ratios[-1], step_ratios[0]) if self.has_extra_step else (ratios[0], ratios[-1])
+            ratios = _space_ratios(self.ratio_spacing, max_ratio, min_ratio, steps)
             model_steps = np.interp(np.log(ratios), np.log(step_ratios), np.arange(total))
         # Interpolation returns a trained step only up to rounding: without the margin, `below` would miss it by one.
         rounded = {"between": model_steps, "nearest": np.round(model_steps), "below": np.floor(model_steps + 1e-9)}[
-            self.told
+            self.step_rounding
         ]
-        return ending(process.time_at(ratios), rounded / total, 0.0 if self.last == "data" else 1 / total)
+        return append_final_time(
+            process.ratio_to_time(ratios), rounded / total, 0.0 if self.end == "data" else 1 / total
+        )
 
-    def _chosen(self, trained: int, steps: int) -> Float64[np.ndarray, " {steps}"]:
+    def _select_steps(self, trained_steps: int, steps: int) -> Float64[np.ndarray, " {steps}"]:
         """Return the falling steps, counted from 0."""
-        count = steps + self.spare
+        count = steps + self.has_extra_step
         if self.spacing == "linspace":
-            selected: np.ndarray = np.linspace(0.0, trained - 1.0, count)[::-1]
+            selected: np.ndarray = np.linspace(0.0, trained_steps - 1.0, count)[::-1]
         elif self.spacing == "leading":
-            selected = np.arange(count)[::-1] * float(trained // count) + self.offset
+            selected = np.arange(count)[::-1] * float(trained_steps // count) + self.steps_offset
         else:
             count = steps  # Trailing steps never include the data.
-            selected = np.round(trained - np.arange(count) * (trained / count)) - 1
-        selected = selected if self.told == "between" else np.round(selected)
+            selected = np.round(trained_steps - np.arange(count) * (trained_steps / count)) - 1
+        selected = selected if self.step_rounding == "between" else np.round(selected)
         return selected[:steps]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LcmGrid:
+class LcmSchedule:
     """Times of a latent consistency model, a subset of its distillation steps, as in `LCMScheduler`.
 
     Raises:
       UserError: If there are no distillation steps.
     """
 
-    distilled: int = 50
+    distillation_steps: int = 50
     """Number of the teacher's sampling steps, whose times are those of distillation."""
 
     def __post_init__(self):
-        if self.distilled < 1:
-            raise UserError(f"distillation_steps={self.distilled} is invalid: there must be at least 1 step. Use 50.")
+        if self.distillation_steps < 1:
+            raise UserError(
+                f"distillation_steps={self.distillation_steps} is invalid: there must be at least 1 step. Use 50."
+            )
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times of `steps` steps.
@@ -115,19 +120,20 @@ class LcmGrid:
             no steps.
         """
         check_steps(steps)
-        total = _trained_steps(process, self)
-        if not steps <= self.distilled <= total:
+        total = _count_trained_steps(process, self)
+        if not steps <= self.distillation_steps <= total:
             raise UserError(
-                f"steps={steps}, distillation_steps={self.distilled} is invalid: sampling steps, distillation steps "
-                f"and the {total} noise steps must not fall. Use steps={min(self.distilled, total)} or less."
+                f"steps={steps}, distillation_steps={self.distillation_steps} is invalid: sampling steps, "
+                "distillation steps "
+                f"and the {total} noise steps must not fall. Use steps={min(self.distillation_steps, total)} or less."
             )
-        distilled_steps = np.arange(1, self.distilled + 1) * (total // self.distilled) - 1.0
-        model_steps = distilled_steps[::-1][np.floor(np.arange(steps) * (self.distilled / steps)).astype(int)]
-        return ending((model_steps + 1) / total, model_steps / total)
+        distilled_steps = np.arange(1, self.distillation_steps + 1) * (total // self.distillation_steps) - 1.0
+        model_steps = distilled_steps[::-1][np.floor(np.arange(steps) * (self.distillation_steps / steps)).astype(int)]
+        return append_final_time((model_steps + 1) / total, model_steps / total)
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniPcGrid:
+class UniPcFlowSchedule:
     """Times of diffusers' `UniPCMultistepScheduler` with `use_flow_sigmas`.
 
     Before the shift the times end at `1 / training_steps`, which is replaced by the data. The first time is a millionth
@@ -144,15 +150,15 @@ class UniPcGrid:
           UserError: If there is less than one step.
         """
         check_steps(steps)
-        times = process.shifted(np.linspace(1.0, 1.0 / self.training_steps, steps + 1)[:-1])
+        times = process.shift_time(np.linspace(1.0, 1.0 / self.training_steps, steps + 1)[:-1])
         if abs(times[0] - 1) < 1e-6:
             times[0] -= 1e-6
         model_times = np.floor(times * self.training_steps) / self.training_steps
-        return ending(times, model_times)
+        return append_final_time(times, model_times)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpmFlowGrid:
+class DpmFlowSchedule:
     """Times of diffusers' DPM-Solvers with `use_flow_sigmas`: from `1 - 1 / training_steps`, shifted, to the data.
 
     The model time is rounded down to multiples of `1 / training_steps`.
@@ -168,13 +174,13 @@ class DpmFlowGrid:
           UserError: If there is less than one step.
         """
         check_steps(steps)
-        times = process.shifted(1 - np.linspace(1.0, 1.0 / self.training_steps, steps + 1))[::-1][:-1]
+        times = process.shift_time(1 - np.linspace(1.0, 1.0 / self.training_steps, steps + 1))[::-1][:-1]
         model_times = np.floor(times * self.training_steps) / self.training_steps
-        return ending(times, model_times)
+        return append_final_time(times, model_times)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatchGrid:
+class FlowMatchSchedule:
     """Times of diffusers' `FlowMatchEulerDiscreteScheduler`: from 1 to the shifted `1 / training_steps`, shifted.
 
     The last time before the data is therefore shifted twice.
@@ -190,22 +196,22 @@ class FlowMatchGrid:
           UserError: If there is less than one step.
         """
         check_steps(steps)
-        first, last = process.shifted(np.asarray([1.0, 1.0 / self.training_steps]))
-        times = process.shifted(np.linspace(first, last, steps))
-        return ending(times, times)
+        first, last = process.shift_time(np.asarray([1.0, 1.0 / self.training_steps]))
+        times = process.shift_time(np.linspace(first, last, steps))
+        return append_final_time(times, times)
 
 
-def _trained_steps(process: Process, grid: object) -> int:
-    if not isinstance(process, VariancePreserving):
+def _count_trained_steps(process: Process, schedule: object) -> int:
+    if not isinstance(process, VariancePreservingProcess):
         raise UserError(
-            f"{type(grid).__name__} is invalid: it counts noise steps, and {type(process).__name__} has none. "
+            f"{type(schedule).__name__} is invalid: it counts noise steps, and {type(process).__name__} has none. "
             "Use UniformTimes, ShiftedTimes, KarrasTimes or ExplicitTimes."
         )
     return process.steps
 
 
-def _between(kind: str, most: float, least: float, steps: int) -> Float64[np.ndarray, " {steps}"]:
+def _space_ratios(kind: str, max_ratio: float, min_ratio: float, steps: int) -> Float64[np.ndarray, " {steps}"]:
     """Return falling ratios."""
     if kind == "karras":
-        return np.linspace(most ** (1 / 7), least ** (1 / 7), steps) ** 7
-    return np.exp(np.linspace(np.log(most), np.log(least), steps))
+        return np.linspace(max_ratio ** (1 / 7), min_ratio ** (1 / 7), steps) ** 7
+    return np.exp(np.linspace(np.log(max_ratio), np.log(min_ratio), steps))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_LEAST = 1e-6
+_MIN_NORMALIZER = 1e-6
 """Lower bound of the normalizer."""
 
 
@@ -22,7 +22,7 @@ def matching_gradient(
     generated: Float[Array, "*batch n p"],
     real: Float[Array, "*batch n p"],
     fake: Float[Array, "*batch n p"],
-    size: Float[Array, "*batch n 1"],
+    normalizer: Float[Array, "*batch n 1"],
 ) -> Float[Array, "*batch n p"]:
     r"""Return the gradient of the samples, $(\hat x_{0, fake} - \hat x_{0, real}) / normalizer$ (2311.18828, eq. 8).
 
@@ -32,10 +32,10 @@ def matching_gradient(
       fake: The data that the critic estimates from them.
       normalizer: Mean distance of the teacher's estimate from each sample; see `compute_distance`.
     """
-    return (fake - real) / jnp.maximum(size, _LEAST)
+    return (fake - real) / jnp.maximum(normalizer, _MIN_NORMALIZER)
 
 
-def distance(generated: Float[Array, "*batch p"], real: Float[Array, "*batch p"]) -> Float[Array, "*batch"]:
+def compute_distance(generated: Float[Array, "*batch p"], real: Float[Array, "*batch p"]) -> Float[Array, "*batch"]:
     """Return the mean absolute difference of two tokens; its mean over a sample's tokens is the normalizer above."""
     return jnp.abs(generated - real).mean(axis=-1)
 

@@ -27,19 +27,19 @@ from jaxtyping import Array, Float, Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
-from dit_video.diffusion.predictions import Denoise, Prediction, Velocity
-from dit_video.diffusion.processes.process import LEAST_ALPHA, Process
+from dit_video.diffusion.predictions import DenoiseFn, Prediction, Velocity
+from dit_video.diffusion.processes.process import MIN_ALPHA, Process
 
 Branches = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Sequence[Float[Array, "*shape"]]]
 """The function `branches(noisy, time)`: predictions with all conditions, without the prompt and (of three) without any.
 """
 
-Mean = Callable[[Float[Array, "*shape"]], Float[Array, "*means"]]
+MeanFn = Callable[[Float[Array, "*shape"]], Float[Array, "*means"]]
 """A function that averages each sample's own values, in a shape that broadcasts against them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Projected:
+class AdaptiveProjectedGuidance:
     """Adaptive projected guidance: steps lose their part parallel to the predicted data (arXiv 2410.02416).
 
     The parallel part causes saturation. With `momentum` the steps are a running sum, over sampling steps, of
@@ -50,9 +50,9 @@ class Projected:
       UserError: If `parallel_weight` is not finite, `max_rms` is not positive or `momentum` is not between -1 and 1.
     """
 
-    parallel: float = 0.0
+    parallel_weight: float = 0.0
     """Factor of the parallel part, eta in the paper; 1 keeps all of it."""
-    largest: float | None = None
+    max_rms: float | None = None
     """Largest root mean square of a step over a sample, in units of the data; longer steps are shortened. The paper's r
     is this times the square root of the number of values: its 15 for latents of 4 × 128 × 128 is 0.06."""
     momentum: float = 0.0
@@ -60,27 +60,28 @@ class Projected:
     removes their common part."""
 
     def __post_init__(self):
-        if not math.isfinite(self.parallel):
+        if not math.isfinite(self.parallel_weight):
             raise UserError(
-                f"parallel_weight={self.parallel} is invalid: it must be finite. Use 0 to drop the parallel part."
+                f"parallel_weight={self.parallel_weight} is invalid: it must be finite. Use 0 to drop the parallel "
+                "part."
             )
-        if self.largest is not None and not 0 < self.largest < math.inf:
-            raise UserError(f"max_rms={self.largest} is invalid: it must be positive. Use None for no limit.")
+        if self.max_rms is not None and not 0 < self.max_rms < math.inf:
+            raise UserError(f"max_rms={self.max_rms} is invalid: it must be positive. Use None for no limit.")
         if not -1 < self.momentum < 1:
             raise UserError(
                 f"momentum={self.momentum} is invalid: it must lie between -1 and 1. Use 0 for no momentum."
             )
 
 
-class Strength(NamedTuple):
+class GuidanceParams(NamedTuple):
     """The numbers of guidance that a compiled program takes as arguments; None for options that are off."""
 
     scale: Float[AnyArray, ""]
-    image: Float[AnyArray, ""] | None = None
+    image_scale: Float[AnyArray, ""] | None = None
     interval: tuple[Float[AnyArray, ""], Float[AnyArray, ""]] | None = None
     rescale: Float[AnyArray, ""] | None = None
-    parallel: Float[AnyArray, ""] | None = None
-    largest: Float[AnyArray, ""] | None = None
+    parallel_weight: Float[AnyArray, ""] | None = None
+    max_rms: Float[AnyArray, ""] | None = None
     momentum: Float[AnyArray, ""] | None = None
 
 
@@ -94,18 +95,18 @@ class Guidance:
 
     scale: float | tuple[float, float] = 2.0
     """Scale of the prompt; 1 is no guidance. A pair holds the scales of two experts, that of the noisy times first."""
-    image: float | None = None
+    image_scale: float | None = None
     """Scale of the conditions besides the prompt; None is 1, the model's own prediction, and needs no third branch."""
     interval: tuple[float, float] | None = None
     """First and last time of guidance, both included; None for all times (arXiv 2404.07724)."""
     rescale: float = 0.0
     """Interpolation weight, from 0 to 1, between the guided prediction and one rescaled to the standard deviation of
     the conditional one, which large scales exceed (phi in arXiv 2305.08891, section 3.4)."""
-    projected: Projected | None = None
+    projection: AdaptiveProjectedGuidance | None = None
     """Adaptive projected guidance; None for none."""
 
     def __post_init__(self):
-        scales = [*self.scales, *([] if self.image is None else [self.image])]
+        scales = [*self.scales, *([] if self.image_scale is None else [self.image_scale])]
         if not all(0 <= scale < math.inf for scale in scales):
             raise UserError(
                 f"guidance scales {', '.join(map(str, scales))} are invalid: each must be finite and not negative. "
@@ -119,7 +120,7 @@ class Guidance:
             raise UserError(
                 f"rescale={self.rescale} is invalid: it must lie in [0, 1]. Use 0 for unscaled predictions."
             )
-        if self.remembers and self.branches == 3:
+        if self.has_momentum and self.branch_count == 3:
             raise UserError(
                 "momentum and image_scale are exclusive: momentum applies to the prompt's guidance alone. Use "
                 "image_scale=1 or momentum=0."
@@ -131,47 +132,49 @@ class Guidance:
         return self.scale if isinstance(self.scale, tuple) else (self.scale,)
 
     @property
-    def remembers(self) -> bool:
+    def has_momentum(self) -> bool:
         """Return whether a sampling step depends on those before it; see `Remembering`."""
-        return self.projected is not None and self.projected.momentum != 0 and self.branches > 1
+        return self.projection is not None and self.projection.momentum != 0 and self.branch_count > 1
 
     @property
-    def branches(self) -> int:
+    def branch_count(self) -> int:
         """Return the number of predictions per noisy value; a scale of 1 needs only one."""
-        if self.image not in (None, 1.0):
+        if self.image_scale not in (None, 1.0):
             return 3
         return 1 if set(self.scales) == {1.0} else 2
 
-    def strength(self, expert: int = 0) -> Strength:
+    def get_params(self, expert: int = 0) -> GuidanceParams:
         """Return the parameters of one expert."""
         scale = self.scales[min(expert, len(self.scales) - 1)]
         optional = {
-            "image": self.image if self.branches == 3 else None,
+            "image_scale": self.image_scale if self.branch_count == 3 else None,
             "rescale": self.rescale or None,
-            "parallel": None if self.projected is None else self.projected.parallel,
-            "largest": None if self.projected is None else self.projected.largest,
-            "momentum": self.projected.momentum if self.projected is not None and self.remembers else None,
+            "parallel_weight": None if self.projection is None else self.projection.parallel_weight,
+            "max_rms": None if self.projection is None else self.projection.max_rms,
+            "momentum": self.projection.momentum if self.projection is not None and self.has_momentum else None,
         }
-        interval = None if self.interval is None else (_number(self.interval[0]), _number(self.interval[1]))
-        numbers = {name: None if value is None else _number(value) for name, value in optional.items()}
-        return Strength(_number(scale), interval=interval, **numbers)
+        interval = None if self.interval is None else (_to_float32(self.interval[0]), _to_float32(self.interval[1]))
+        numbers = {name: None if value is None else _to_float32(value) for name, value in optional.items()}
+        return GuidanceParams(_to_float32(scale), interval=interval, **numbers)
 
 
-def _number(value: float) -> Float32[np.ndarray, ""]:
+def _to_float32(value: float) -> Float32[np.ndarray, ""]:
     return np.asarray(value, np.float32)
 
 
-def classifier_free(conditional: Denoise, unconditional: Denoise, scale: Float[Array, ""] | float) -> Denoise:
+def apply_classifier_free_guidance(
+    conditional: DenoiseFn, unconditional: DenoiseFn, scale: Float[Array, ""] | float
+) -> DenoiseFn:
     """Return `u + scale * (c - u)`, with branches evaluated one by one; scale 1 is the conditional model."""
-    return guided(apart(conditional, unconditional), Strength(jnp.asarray(scale)))
+    return apply_guidance(sequential(conditional, unconditional), GuidanceParams(jnp.asarray(scale)))
 
 
-def apart(*branches: Denoise) -> Branches:
+def sequential(*branches: DenoiseFn) -> Branches:
     """Return branches that are evaluated one after the other."""
     return lambda noisy, time: [denoise(noisy, time) for denoise in branches]
 
 
-def batched(denoise: Denoise, count: int) -> Branches:
+def batched(denoise: DenoiseFn, count: int) -> Branches:
     """Return branches that share one evaluation: `denoise` takes them concatenated along the first axis."""
 
     def branches(noisy, time):
@@ -181,20 +184,20 @@ def batched(denoise: Denoise, count: int) -> Branches:
     return branches
 
 
-def mean_of_each(values: Float[Array, "B *shape"]) -> Float[Array, "B *ones"]:
+def average_per_sample(values: Float[Array, "B *shape"]) -> Float[Array, "B *ones"]:
     """Return the mean over all axes but the first."""
     return values.mean(axis=tuple(range(1, values.ndim)), keepdims=True)
 
 
-def guided(
+def apply_guidance(
     branches: Branches,
-    strength: Strength,
+    params: GuidanceParams,
     *,
-    conditional: Denoise | None = None,
-    mean: Mean = mean_of_each,
+    conditional: DenoiseFn | None = None,
+    mean: MeanFn = average_per_sample,
     process: Process | None = None,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
-) -> Denoise:
+) -> DenoiseFn:
     """Return a `denoise` with guidance; with momentum, a `denoise(noisy, time, past)` for `Remembering` solvers.
 
     Args:
@@ -210,30 +213,30 @@ def guided(
       UserError: If projected guidance has no process, or the returned function with momentum is called without a past.
     """
     projection = None
-    if strength.parallel is not None:
+    if params.parallel_weight is not None:
         if process is None:
             raise UserError("process=None is invalid: projected guidance computes the predicted data. Use process=...")
-        projection = _Projection(process, prediction, mean, strength.parallel, strength.largest, strength.momentum)
+        projection = _Projection(process, prediction, mean, params.parallel_weight, params.max_rms, params.momentum)
 
     def combine(noisy, time, past):
         predictions = branches(noisy, time)
-        values = [prediction.values(predicted) for predicted in predictions]
+        values = [prediction.extract_values(predicted) for predicted in predictions]
         variance = predictions[0][..., values[0].shape[-1] :]  # A learned variance, which is not guided.
-        guided_values, next_past = _combined(values, strength, noisy, time, projection, mean, past)
+        guided_values, next_past = _combine(values, params, noisy, time, projection, mean, past)
         output = jnp.concatenate([guided_values, variance], axis=-1) if variance.size else guided_values
         return (output, next_past), (predictions[0], past)
 
     def evaluate(noisy, time, past):
-        if strength.interval is None:
+        if params.interval is None:
             return combine(noisy, time, past)[0]
-        is_inside = (strength.interval[0] <= time) & (time <= strength.interval[1])
+        is_inside = (params.interval[0] <= time) & (time <= params.interval[1])
         if conditional is None:
             pairs = combine(noisy, time, past)
             return jax.tree.map(lambda *pair: jnp.where(is_inside, *pair), *pairs)
         return jax.lax.cond(is_inside, lambda: combine(noisy, time, past)[0], lambda: (conditional(noisy, time), past))
 
     def denoise(noisy, time, *past):
-        if strength.momentum is None:
+        if params.momentum is None:
             return evaluate(noisy, time, None)[0]
         if not past:
             raise UserError(
@@ -247,9 +250,9 @@ def guided(
 class _Projection(NamedTuple):
     process: Process
     prediction: Prediction
-    mean: Mean
-    parallel: AnyArray
-    largest: AnyArray | None
+    mean: MeanFn
+    parallel_weight: AnyArray
+    max_rms: AnyArray | None
     momentum: AnyArray | None
 
     def __call__(
@@ -263,7 +266,7 @@ class _Projection(NamedTuple):
         if past is not None and self.momentum is not None:
             determinant = self.prediction.determinant(self.process, time)
             data_per_prediction = jnp.where(
-                jnp.abs(determinant) > LEAST_ALPHA, self.process.sigma(time) / determinant, 0.0
+                jnp.abs(determinant) > MIN_ALPHA, self.process.sigma(time) / determinant, 0.0
             )
             past = data_per_prediction * step + jnp.asarray(self.momentum) * past
             step = jnp.where(
@@ -272,40 +275,40 @@ class _Projection(NamedTuple):
         x = noisy / self.process.input_scale(time)
         data = Prediction.estimate(self.prediction, self.process, x, predicted, time).data  # of values alone
         parallel = self.mean(step * data) / jnp.maximum(self.mean(data * data), 1e-12)
-        projected = step + (self.parallel - 1) * parallel * data
-        if self.largest is None:
+        projected = step + (self.parallel_weight - 1) * parallel * data
+        if self.max_rms is None:
             return projected, past
-        rms = self.prediction.data_error(self.process, time) * jnp.sqrt(self.mean(step * step))
-        return jnp.minimum(1.0, self.largest / jnp.maximum(rms, 1e-12)) * projected, past
+        rms = self.prediction.data_error_scale(self.process, time) * jnp.sqrt(self.mean(step * step))
+        return jnp.minimum(1.0, self.max_rms / jnp.maximum(rms, 1e-12)) * projected, past
 
 
-def _combined(
+def _combine(
     predictions: Sequence[Array],
-    strength: Strength,
+    params: GuidanceParams,
     noisy: Array,
     time: Array,
     projection: _Projection | None,
-    mean: Mean,
+    mean: MeanFn,
     past: Array | None,
 ) -> tuple[Array, Array | None]:
     """Return the guided prediction (see the module docstring), and the past of the next step."""
     c, u = predictions[:2]
     if projection is None:
-        guided = u + strength.scale * (c - u)
+        guided = u + params.scale * (c - u)
     else:
         step, past = projection(c - u, c, noisy, time, past)
-        guided = c + (strength.scale - 1) * step
-    if strength.image is not None:
+        guided = c + (params.scale - 1) * step
+    if params.image_scale is not None:
         step = u - predictions[2]
-        guided = guided + (strength.image - 1) * (
+        guided = guided + (params.image_scale - 1) * (
             step if projection is None else projection(step, c, noisy, time, None)[0]
         )
-    if strength.rescale is not None:
-        deviation = _deviation(guided, mean)
-        ratio = jnp.where(deviation > 0, _deviation(c, mean) / jnp.where(deviation > 0, deviation, 1.0), 1.0)
-        guided = guided * (strength.rescale * ratio + 1 - strength.rescale)
+    if params.rescale is not None:
+        deviation = _compute_std(guided, mean)
+        ratio = jnp.where(deviation > 0, _compute_std(c, mean) / jnp.where(deviation > 0, deviation, 1.0), 1.0)
+        guided = guided * (params.rescale * ratio + 1 - params.rescale)
     return guided, past
 
 
-def _deviation(values: Array, mean: Mean) -> Array:
+def _compute_std(values: Array, mean: MeanFn) -> Array:
     return jnp.sqrt(mean(jnp.square(values - mean(values))))

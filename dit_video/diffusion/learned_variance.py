@@ -19,10 +19,10 @@ from dit_video.diffusion.predictions import Coefficients, Epsilon, Prediction
 from dit_video.diffusion.processes.process import Estimate, Process
 
 
-class _Step(NamedTuple):
+class _StepBounds(NamedTuple):
     """The next time, and the logarithms of the bounds of a step's variance."""
 
-    following: Float[Array, "*time"]
+    next_time: Float[Array, "*time"]
     lower: Float[Array, "*time"]
     upper: Float[Array, "*time"]
 
@@ -43,7 +43,7 @@ class LearnedVariance(Prediction):
     """The prediction besides the variance."""
     steps: int = 1000
     """Number of steps of the reverse process."""
-    share: float = 0.001
+    bound_weight: float = 0.001
     """Weight of the variational bound, a sum over all steps in bits per value."""
 
     def __post_init__(self):
@@ -52,9 +52,10 @@ class LearnedVariance(Prediction):
                 "prediction=LearnedVariance(...) is invalid: a learned variance must not be beside another learned "
                 "variance. Use Epsilon()."
             )
-        if self.steps < 2 or self.share < 0:
+        if self.steps < 2 or self.bound_weight < 0:
             raise UserError(
-                f"steps={self.steps}, bound_weight={self.share} is invalid: a learned variance needs 2 steps or more "
+                f"steps={self.steps}, bound_weight={self.bound_weight} is invalid: a learned variance needs 2 steps "
+                "or more "
                 "and a bound_weight of 0 or more. Use the defaults 1000 and 0.001."
             )
 
@@ -64,7 +65,7 @@ class LearnedVariance(Prediction):
     def check(self, process: Process) -> None:
         self.prediction.check(process)
 
-    def values(self, predicted: Float[Array, "*batch two"]) -> Float[Array, "*batch p"]:
+    def extract_values(self, predicted: Float[Array, "*batch two"]) -> Float[Array, "*batch p"]:
         return jnp.split(predicted, 2, axis=-1)[0]
 
     def estimate(
@@ -78,7 +79,7 @@ class LearnedVariance(Prediction):
         values, variance = jnp.split(prediction, 2, axis=-1)
         return self.prediction.estimate(process, noisy, values, time)._replace(variance=(variance + 1) / 2)
 
-    def further_loss(
+    def auxiliary_loss(
         self,
         process: Process,
         data: Float[Array, "*batch p"],
@@ -97,9 +98,9 @@ class LearnedVariance(Prediction):
             process, noisy, jnp.concatenate([jax.lax.stop_gradient(values), variance], axis=-1), time
         )
         assert estimate.variance is not None
-        step = self._step(process, time)
-        mean = process.posterior(noisy, estimate.data, time, step.following).mean
-        posterior = process.posterior(noisy, data, time, step.following)
+        step = self._compute_bounds(process, time)
+        mean = process.posterior(noisy, estimate.data, time, step.next_time).mean
+        posterior = process.posterior(noisy, data, time, step.next_time)
         log_variance = estimate.variance * step.upper + (1 - estimate.variance) * step.lower
         divergence = (
             log_variance
@@ -109,10 +110,10 @@ class LearnedVariance(Prediction):
             + jnp.square(posterior.mean - mean) * jnp.exp(-log_variance)
         )
         surprise = log_variance + math.log(2 * math.pi) + jnp.square(data - mean) * jnp.exp(-log_variance)
-        nats = jnp.where(step.following == 0, surprise, divergence).mean(axis=-1) / 2
-        return self.share * self.steps / math.log(2) * nats
+        nats = jnp.where(step.next_time == 0, surprise, divergence).mean(axis=-1) / 2
+        return self.bound_weight * self.steps / math.log(2) * nats
 
-    def _step(self, process: Process, time: Float[Array, "*time"]) -> _Step:
+    def _compute_bounds(self, process: Process, time: Float[Array, "*time"]) -> _StepBounds:
         """Return the step back from a time.
 
         The posterior of the first step has no variance; its lower bound is that of the second.
@@ -121,4 +122,4 @@ class LearnedVariance(Prediction):
         next_time = jnp.where(time < 1.5 * length, 0.0, time - length)
         lower_time = jnp.maximum(time, 2 * length)
         lower = process.posterior(jnp.zeros_like(time), jnp.zeros_like(time), lower_time, lower_time - length).variance
-        return _Step(next_time, jnp.log(lower), jnp.log(process.added_variance(time, next_time)))
+        return _StepBounds(next_time, jnp.log(lower), jnp.log(process.added_variance(time, next_time)))

@@ -24,7 +24,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Key
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion.predictions import Denoise, Prediction, Velocity, estimator
+from dit_video.diffusion.predictions import DenoiseFn, Prediction, Velocity, make_estimator
 from dit_video.diffusion.processes.process import Process
 
 
@@ -37,11 +37,11 @@ class Likelihood(NamedTuple):
     """Negative log-density per value, in bits; for pixels in [-1, 1] with 256 levels add log2(127.5)."""
 
 
-class Exact(NamedTuple):
+class ExactTrace(NamedTuple):
     """The trace itself: as many derivatives as an example has values."""
 
 
-class Hutchinson(NamedTuple):
+class HutchinsonTrace(NamedTuple):
     """An unbiased estimate of the trace: $E[v^T J v]$ over random signs $v$ (arXiv 1810.01367).
 
     The signs are constant along the whole solution, so that it follows one flow, and independent between examples.
@@ -53,17 +53,17 @@ class Hutchinson(NamedTuple):
     """Number of random vectors that the estimate averages."""
 
 
-Divergence = Exact | Hutchinson
+Divergence = ExactTrace | HutchinsonTrace
 
 
 def log_likelihood(
-    denoise: Denoise,
+    denoise: DenoiseFn,
     data: Float[Array, "batch *shape"],
     times: Float[Array, " times"],
     *,
     process: Process,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
-    divergence: Divergence = Exact(),  # noqa: B008 (a value)
+    divergence: Divergence = ExactTrace(),  # noqa: B008 (a value)
 ) -> Likelihood:
     """Return the log-density of every example, by Heun's rule over the intervals of `times`: an error of second order.
 
@@ -83,54 +83,57 @@ def log_likelihood(
             f"times with {times.shape[0]} values are invalid: the likelihood needs at least 1 step, not "
             f"{times.shape[0] - 1}. Use two times or more."
         )
-    if isinstance(divergence, Hutchinson) and divergence.keys.shape != data.shape[:1]:
+    if isinstance(divergence, HutchinsonTrace) and divergence.keys.shape != data.shape[:1]:
         raise UserError(
             f"keys of shape {divergence.keys.shape} are invalid: {data.shape[0]} examples need a key each. Use shape "
             f"({data.shape[0]},)."
         )
-    directions = _directions(divergence, data)
-    estimate = estimator(denoise, process, prediction)
+    directions = _make_directions(divergence, data)
+    estimate = make_estimator(denoise, process, prediction)
 
     def rates(u, time):
-        alpha, sigma, radius = process.alpha(time), process.sigma(time), _size(process, time)
+        alpha, sigma, radius = process.alpha(time), process.sigma(time), _compute_radius(process, time)
 
         def velocity(u):
             predicted = estimate(radius * u, time)
             return (alpha * predicted.noise - sigma * predicted.data) / radius
 
-        return _with_trace(velocity, u, directions)
+        return _compute_with_trace(velocity, u, directions)
 
     def step(state, interval):
         u, log_density = state
         time, next_time = interval
-        rotation = _angle(process, next_time) - _angle(process, time)
+        rotation = _compute_angle(process, next_time) - _compute_angle(process, time)
         slope, trace = rates(u, time)
         next_slope, next_trace = rates(u + rotation * slope, next_time)
         return (u + rotation / 2 * (slope + next_slope), log_density + rotation / 2 * (trace + next_trace)), None
 
     rising = times[::-1]
-    data_scale, radius = process.alpha(rising[0]) / _size(process, rising[0]), _size(process, rising[-1])
+    data_scale, radius = (
+        process.alpha(rising[0]) / _compute_radius(process, rising[0]),
+        _compute_radius(process, rising[-1]),
+    )
     start = data_scale * data, jnp.zeros(data.shape[0])
     (end, log_density), _ = jax.lax.scan(step, start, (rising[:-1], rising[1:]))
     values = math.prod(data.shape[1:])
-    std = process.start(jnp.ones(()))
+    std = process.scale_initial_noise(jnp.ones(()))
     prior = norm.logpdf(radius * end, scale=std).reshape(data.shape[0], -1).sum(axis=1)
     nats = prior + log_density + values * (jnp.log(radius) + jnp.log(data_scale))
     return Likelihood(nats, -nats / (values * math.log(2)))
 
 
-def _size(process: Process, time: Float[Array, ""]) -> Float[Array, ""]:
+def _compute_radius(process: Process, time: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.hypot(process.alpha(time), process.sigma(time))
 
 
-def _angle(process: Process, time: Float[Array, ""]) -> Float[Array, ""]:
+def _compute_angle(process: Process, time: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.arctan2(process.sigma(time), process.alpha(time))
 
 
-def _directions(divergence: Divergence, data: Float[Array, "batch *shape"]) -> Float[Array, "probes batch *shape"]:
+def _make_directions(divergence: Divergence, data: Float[Array, "batch *shape"]) -> Float[Array, "probes batch *shape"]:
     """Return vectors whose squared forms sum to the trace, exactly or on average."""
     shape = data.shape[1:]
-    if isinstance(divergence, Exact):
+    if isinstance(divergence, ExactTrace):
         values = math.prod(shape)
         return jnp.broadcast_to(jnp.eye(values).reshape(values, 1, *shape), (values, *data.shape))
 
@@ -140,7 +143,7 @@ def _directions(divergence: Divergence, data: Float[Array, "batch *shape"]) -> F
     return jnp.swapaxes(jax.vmap(signs)(divergence.keys), 0, 1) / math.sqrt(divergence.probes)
 
 
-def _with_trace(
+def _compute_with_trace(
     function: Callable[[Array], Array], u: Float[Array, "batch *shape"], directions: Float[Array, "probes batch *shape"]
 ) -> tuple[Float[Array, "batch *shape"], Float[Array, " batch"]]:
     """Return the values of a function of each example alone, and the traces of its Jacobians."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dit_video.diffusion.loss_weights import AsPredicted, Weighting
-from dit_video.diffusion.predictions import Denoise, Prediction, Velocity
+from dit_video.diffusion.loss_weights import UniformWeighting, Weighting
+from dit_video.diffusion.predictions import DenoiseFn, Prediction, Velocity
 from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.processes.rectified_flow import RectifiedFlow
 from dit_video.diffusion.shift import ClipSize
-from dit_video.diffusion.time_distributions import LogitNormal, Times, Uniform
+from dit_video.diffusion.time_distributions import LogitNormal, TimeDistribution, Uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,19 +23,19 @@ class Objective:
 
     process: Process
     prediction: Prediction
-    times: Times = field(default_factory=Uniform)
-    weighting: Weighting = field(default_factory=AsPredicted)
+    times: TimeDistribution = field(default_factory=Uniform)
+    weighting: Weighting = field(default_factory=UniformWeighting)
 
     def __post_init__(self):
         self.prediction.check(self.process)
 
-    def time(self, u: Float[Array, "*shape"], size: ClipSize | None = None) -> Float[Array, "*shape"]:
+    def compute_time(self, u: Float[Array, "*shape"], size: ClipSize | None = None) -> Float[Array, "*shape"]:
         """Return training times of clips from uniform numbers in [0, 1)."""
         return self.times(self.process, u, size)
 
     def loss(
         self,
-        denoise: Denoise,
+        denoise: DenoiseFn,
         data: Float[Array, "*batch N p"],
         noise: Float[Array, "*batch N p"],
         time: Float[Array, "*batch N"],
@@ -51,10 +51,12 @@ class Objective:
         if known is not None:
             noisy, model_time = jnp.where(known[..., None], data, noisy), jnp.where(known, 0, time)
         predicted = denoise(self.process.input_scale(model_time[..., None]) * noisy, model_time)
-        error = self.prediction.values(predicted) - self.prediction.target(self.process, data, noise, token_time)
+        error = self.prediction.extract_values(predicted) - self.prediction.target(
+            self.process, data, noise, token_time
+        )
         weight = self.weighting(self.process, self.prediction, time)
         loss = weight * jnp.square(error.astype(jnp.float32)).mean(axis=-1)
-        auxiliary = self.prediction.further_loss(self.process, data, noisy, predicted, token_time)
+        auxiliary = self.prediction.auxiliary_loss(self.process, data, noisy, predicted, token_time)
         loss = loss if auxiliary is None else loss + auxiliary
         return loss if known is None else jnp.where(known, 0, loss)
 
@@ -65,4 +67,4 @@ class FlowMatching(Objective):
 
     process: Process = field(default_factory=RectifiedFlow)
     prediction: Prediction = field(default_factory=Velocity)
-    times: Times = LogitNormal()
+    times: TimeDistribution = LogitNormal()

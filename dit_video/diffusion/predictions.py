@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.processes.edm import Edm
-from dit_video.diffusion.processes.process import LEAST_ALPHA, Estimate, Process
+from dit_video.diffusion.processes.process import MIN_ALPHA, Estimate, Process
 
-Denoise = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
+DenoiseFn = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
 """The function `denoise(noisy, time) -> prediction`: the only interface between diffusion and a model."""
 
 Estimator = Callable[..., Estimate]
@@ -60,11 +60,11 @@ class Prediction(ABC):
         coefficients = self.coefficients(process, time)
         return coefficients.data * data + coefficients.noise * noise
 
-    def values(self, predicted: Float[Array, "*batch o"]) -> Float[Array, "*batch p"]:
+    def extract_values(self, predicted: Float[Array, "*batch o"]) -> Float[Array, "*batch p"]:
         """Return the part of a model's output that is compared with the target."""
         return predicted
 
-    def further_loss(
+    def auxiliary_loss(
         self,
         process: Process,
         data: Float[Array, "*batch p"],
@@ -75,7 +75,7 @@ class Prediction(ABC):
         """Return the loss of the other part of a model's output; None if there is no other part."""
         return None
 
-    def data_error(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def data_error_scale(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
         """Return the size of the error in the data that corresponds to an error of 1 in the prediction."""
         return jnp.abs(process.sigma(time) / self.determinant(process, time))
 
@@ -97,7 +97,7 @@ class Prediction(ABC):
         """Return $d$ of the module docstring, bounded away from 0."""
         coefficients = self.coefficients(process, time)
         value = coefficients.data * process.sigma(time) - coefficients.noise * process.alpha(time)
-        return jnp.where(jnp.abs(value) < LEAST_ALPHA, jnp.where(value < 0, -LEAST_ALPHA, LEAST_ALPHA), value)
+        return jnp.where(jnp.abs(value) < MIN_ALPHA, jnp.where(value < 0, -MIN_ALPHA, MIN_ALPHA), value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,8 @@ class Epsilon(Prediction):
         time: Float[Array, "*time"],
     ) -> Estimate:
         alpha = process.alpha(time)
-        data = (noisy - process.sigma(time) * prediction) / jnp.maximum(alpha, LEAST_ALPHA)
-        return Estimate(jnp.where(alpha < LEAST_ALPHA, 0.0, data), prediction)
+        data = (noisy - process.sigma(time) * prediction) / jnp.maximum(alpha, MIN_ALPHA)
+        return Estimate(jnp.where(alpha < MIN_ALPHA, 0.0, data), prediction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +134,8 @@ class X0(Prediction):
         time: Float[Array, "*time"],
     ) -> Estimate:
         sigma = process.sigma(time)
-        noise = (noisy - process.alpha(time) * prediction) / jnp.maximum(sigma, LEAST_ALPHA)
-        return Estimate(prediction, jnp.where(sigma < LEAST_ALPHA, 0.0, noise))
+        noise = (noisy - process.alpha(time) * prediction) / jnp.maximum(sigma, MIN_ALPHA)
+        return Estimate(prediction, jnp.where(sigma < MIN_ALPHA, 0.0, noise))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ class Velocity(Prediction):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preconditioned(Prediction):
+class Preconditioning(Prediction):
     r"""The value $(x_0 - c_{skip} x_t) / c_{out}$ with unit variance for data of standard deviation $s$ (EDM).
 
     $c_{skip} = \alpha s^2 / (\sigma^2 + \alpha^2 s^2)$ and $c_{out} = \sigma s / \sqrt{\sigma^2 + \alpha^2 s^2}$; in
@@ -183,7 +183,7 @@ class Preconditioned(Prediction):
         return Coefficients(sigma / (size * self.data_std), -alpha * self.data_std / size)
 
 
-def estimator(denoise: Denoise, process: Process, prediction: Prediction) -> Estimator:
+def make_estimator(denoise: DenoiseFn, process: Process, prediction: Prediction) -> Estimator:
     """Return the function that estimates the data and the noise in a noisy value."""
 
     def estimate(noisy, time, *past):

@@ -14,7 +14,7 @@ class SampleTimes(NamedTuple):
 
     times: Float[Array, " times"]
     """Times of the solver's steps."""
-    told: Float[Array, " times"]
+    model_times: Float[Array, " times"]
     """Time that the model receives at each of them."""
 
 
@@ -24,7 +24,7 @@ def check_steps(steps: int) -> None:
         raise UserError(f"steps={steps} is invalid: sampling takes at least 1 step, not {steps}. Use steps=1 or more.")
 
 
-def on_device(values: np.ndarray) -> Float[Array, " times"]:
+def put_on_device(values: np.ndarray) -> Float[Array, " times"]:
     """Return times on the device, in float32, or in float64 if JAX has it.
 
     Other conversions would compile a program for every number of steps.
@@ -32,10 +32,10 @@ def on_device(values: np.ndarray) -> Float[Array, " times"]:
     return jax.device_put(values.astype(jax.dtypes.canonicalize_dtype(np.float64)))
 
 
-def ending(times: np.ndarray, told: np.ndarray, last: float = 0.0) -> SampleTimes:
+def append_final_time(times: np.ndarray, model_times: np.ndarray, final_time: float = 0.0) -> SampleTimes:
     """Return times with the steps' starts followed by a last one, whose model time is 0."""
 
     def append(values: np.ndarray, end: float) -> Float[Array, " times"]:
-        return on_device(np.append(values, end))
+        return put_on_device(np.append(values, end))
 
-    return SampleTimes(append(times, last), append(told, 0.0))
+    return SampleTimes(append(times, final_time), append(model_times, 0.0))

@@ -49,15 +49,17 @@ class LinearShift(SizeShift):
     """Exponent of the number of frames."""
 
     def __post_init__(self):
-        _check(self.tokens)
-        if not (min(self.shifts) > 0 and _line(1, self.tokens, self.shifts) > 0 and self.shifts[0] <= self.shifts[1]):
+        _check_tokens(self.tokens)
+        if not (
+            min(self.shifts) > 0 and _interpolate(1, self.tokens, self.shifts) > 0 and self.shifts[0] <= self.shifts[1]
+        ):
             raise UserError(
                 f"shifts={self.shifts}, tokens={self.tokens} is invalid: shifts must rise and be positive at 1 token "
                 "too. Use shifts that rise more slowly."
             )
 
     def __call__(self, size: ClipSize) -> Number:
-        return _line(size.frame_tokens, self.tokens, self.shifts) * size.frames**self.exponent
+        return _interpolate(size.frame_tokens, self.tokens, self.shifts) * size.frames**self.exponent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +78,19 @@ class ExponentialShift(SizeShift):
     """Logarithms of their shifts."""
 
     def __post_init__(self):
-        _check(self.tokens)
+        _check_tokens(self.tokens)
 
     def __call__(self, size: ClipSize) -> Number:
-        return math.e ** _line(size.frames * size.frame_tokens, self.tokens, self.mu)
+        return math.e ** _interpolate(size.frames * size.frame_tokens, self.tokens, self.mu)
 
 
-def _check(tokens: tuple[int, int]) -> None:
+def _check_tokens(tokens: tuple[int, int]) -> None:
     if not 0 < tokens[0] < tokens[1]:
         raise UserError(
             f"tokens={tokens} is invalid: a shift needs two positive numbers of tokens. Use the smaller first."
         )
 
 
-def _line(at: Number, places: tuple[int, int], values: tuple[float, float]) -> Number:
+def _interpolate(x: Number, points: tuple[int, int], values: tuple[float, float]) -> Number:
     """Return the value at `x` of the line through two points."""
-    return values[0] + (values[1] - values[0]) / (places[1] - places[0]) * (at - places[0])
+    return values[0] + (values[1] - values[0]) / (points[1] - points[0]) * (x - points[0])

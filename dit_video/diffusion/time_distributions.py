@@ -13,12 +13,12 @@ from dit_video.core.typing import AnyArray
 from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.shift import ClipSize
 
-_GOLDEN = 0.6180339887498949
+_GOLDEN_RATIO = 0.6180339887498949
 _MARGIN = 1e-5
 """Distance from the ends of the unit interval, where some times and some targets are infinite."""
 
 
-def low_discrepancy(offset: Float[Array, ""], ranks: Integer[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
+def draw_low_discrepancy(offset: Float[Array, ""], ranks: Integer[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """Return numbers that cover [0, 1) evenly over consecutive ranks: `frac(offset + rank * golden ratio)`.
 
     An example's number depends on its rank in the plan and not on its row, so it is the same on every mesh. Over a
@@ -26,11 +26,11 @@ def low_discrepancy(offset: Float[Array, ""], ranks: Integer[AnyArray, "*shape"]
     reason).
     """
     # The product is reduced modulo 1 in integers: in float32 it would lose its fraction at large ranks.
-    step = jnp.uint32(int(_GOLDEN * 2**32))
+    step = jnp.uint32(int(_GOLDEN_RATIO * 2**32))
     return (offset + (ranks.astype(jnp.uint32) * step).astype(jnp.float32) / 2.0**32) % 1.0
 
 
-class Times(ABC):
+class TimeDistribution(ABC):
     """A distribution of training times, with the shift of the process."""
 
     @abstractmethod
@@ -41,19 +41,19 @@ class Times(ABC):
         self, process: Process, u: Float[Array, "*shape"], size: ClipSize | None = None
     ) -> Float[Array, "*shape"]:
         """Return training times of clips from uniform numbers in [0, 1), with the shift that sampling has."""
-        return process.shifted(self.quantile(u), size)
+        return process.shift_time(self.quantile(u), size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Times):
+class Uniform(TimeDistribution):
     """The uniform distribution, except for the ends."""
 
     def quantile(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        return _inside(u)
+        return _clip_to_margin(u)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitNormal(Times):
+class LogitNormal(TimeDistribution):
     """The distribution of `sigmoid(mean + std * normal)`, which favours the hard middle times (2403.03206, eq. 19).
 
     Raises:
@@ -68,11 +68,11 @@ class LogitNormal(Times):
             raise UserError(f"std={self.std} is invalid: the standard deviation must be positive. Use 1.")
 
     def quantile(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        return 1 / (1 + jnp.exp(-(self.mean + self.std * norm.ppf(_inside(u)))))
+        return 1 / (1 + jnp.exp(-(self.mean + self.std * norm.ppf(_clip_to_margin(u)))))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mode(Times):
+class Mode(TimeDistribution):
     r"""A heavy-tailed distribution around the middle or, for a negative scale, both ends (2403.03206, eq. 20).
 
     $t = u + s\,\big(u - \sin^2(\frac\pi2 u)\big)$, which is the paper's with $1 - u$ for $u$.
@@ -88,12 +88,12 @@ class Mode(Times):
             raise UserError(f"scale={self.scale} is invalid: it must lie between -1 and 1.75. Use 0 for uniform times.")
 
     def quantile(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        clipped = _inside(u)
+        clipped = _clip_to_margin(u)
         return clipped + self.scale * (clipped - jnp.square(jnp.sin(math.pi / 2 * clipped)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogNormalSigma(Times):
+class LogNormalSigma(TimeDistribution):
     r"""The distribution with $\sigma / \alpha$ = `exp(mean + std * normal)`, unshifted (arXiv 2206.00364, table 1).
 
     Raises:
@@ -109,13 +109,13 @@ class LogNormalSigma(Times):
 
     def quantile(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Return quantiles of the ratio of noise to data."""
-        return jnp.exp(self.mean + self.std * norm.ppf(_inside(u)))
+        return jnp.exp(self.mean + self.std * norm.ppf(_clip_to_margin(u)))
 
     def __call__(
         self, process: Process, u: Float[Array, "*shape"], size: ClipSize | None = None
     ) -> Float[Array, "*shape"]:
-        return jnp.minimum(process.time_at(self.quantile(u)), 1.0)
+        return jnp.minimum(process.ratio_to_time(self.quantile(u)), 1.0)
 
 
-def _inside(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _clip_to_margin(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.clip(u, _MARGIN, 1 - _MARGIN)

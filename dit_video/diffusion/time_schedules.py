@@ -10,14 +10,20 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion.diffusers_schedules import DpmFlowGrid, FlowMatchGrid, LcmGrid, StepGrid, UniPcGrid
+from dit_video.diffusion.diffusers_schedules import (
+    DiscreteSchedule,
+    DpmFlowSchedule,
+    FlowMatchSchedule,
+    LcmSchedule,
+    UniPcFlowSchedule,
+)
 from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.processes.rectified_flow import RectifiedFlow
-from dit_video.diffusion.sample_times import SampleTimes, check_steps, ending, on_device
+from dit_video.diffusion.sample_times import SampleTimes, append_final_time, check_steps, put_on_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class Even:
+class UniformTimes:
     """Uniformly spaced times, shifted as in training."""
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
@@ -26,12 +32,12 @@ class Even:
         Raises:
           UserError: If there is less than one step.
         """
-        times = time_grid(process, steps)
+        times = make_uniform_times(process, steps)
         return SampleTimes(times, times)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shifted:
+class ShiftedTimes:
     """Uniformly spaced times, shifted by `shift` (see `RectifiedFlow`) instead of the shift of training.
 
     Raises:
@@ -49,12 +55,12 @@ class Shifted:
         Raises:
           UserError: If there is less than one step.
         """
-        times = time_grid(RectifiedFlow(shift=self.shift), steps)
+        times = make_uniform_times(RectifiedFlow(shift=self.shift), steps)
         return SampleTimes(times, times)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class ExplicitTimes:
     """Explicitly listed times.
 
     Raises:
@@ -81,27 +87,28 @@ class Given:
                 f"steps={steps} is invalid: the explicit times make {len(self.times) - 1} steps. "
                 f"Use steps={len(self.times) - 1}."
             )
-        times = on_device(np.asarray(self.times))
+        times = put_on_device(np.asarray(self.times))
         return SampleTimes(times, times)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Ratios:
+class _RatioTimes:
     r"""Times at falling ratios $\sigma / \alpha$, followed by the data.
 
     Raises:
       UserError: If the ratios are not positive, or `min_ratio` is not below `max_ratio`.
     """
 
-    least: float = 0.002
+    min_ratio: float = 0.002
     """Last ratio before the data."""
-    most: float | None = None
+    max_ratio: float | None = None
     """First ratio; None for the ratio of the process at time 1."""
 
     def __post_init__(self):
-        if not 0 < self.least < (float("inf") if self.most is None else self.most):
+        if not 0 < self.min_ratio < (float("inf") if self.max_ratio is None else self.max_ratio):
             raise UserError(
-                f"min_ratio={self.least}, max_ratio={self.most} is invalid: ratios of noise to data must be positive. "
+                f"min_ratio={self.min_ratio}, max_ratio={self.max_ratio} is invalid: ratios of noise to data must "
+                "be positive. "
                 "Use min_ratio below max_ratio."
             )
 
@@ -115,53 +122,64 @@ class _Ratios:
         one = np.ones(1)
         with np.errstate(divide="ignore"):
             process_ratio = (process.sigma(one) / process.alpha(one)).item()
-        max_ratio = process_ratio if self.most is None else self.most
+        max_ratio = process_ratio if self.max_ratio is None else self.max_ratio
         kind = type(process).__name__
         if not np.isfinite(max_ratio):
             raise UserError(
                 f"max_ratio=None is invalid: the ratio at the noise of {kind} is infinite. Use a finite max_ratio."
             )
-        first = process.time_at(np.asarray([max_ratio], np.float64))
-        size = np.hypot(process.alpha(first), process.sigma(first)) / process.start(one)
+        first = process.ratio_to_time(np.asarray([max_ratio], np.float64))
+        size = np.hypot(process.alpha(first), process.sigma(first)) / process.scale_initial_noise(one)
         # Sampling starts from unit noise scaled by the process. The first time must have that total size (within 10 %).
         if max_ratio > process_ratio * (1 + 1e-6) or abs(size.item() - 1) > 0.1:
             raise UserError(
                 f"max_ratio={max_ratio:g} is invalid: sampling starts from noise, whose ratio to the data in {kind} is "
                 f"{process_ratio:g}. Use max_ratio={process_ratio:g}."
             )
-        times = process.time_at(self.ratios(max_ratio, steps))
-        return ending(times, times)
+        times = process.ratio_to_time(self.compute_ratios(max_ratio, steps))
+        return append_final_time(times, times)
 
-    def ratios(self, most: float, steps: int) -> np.ndarray:
+    def compute_ratios(self, max_ratio: float, steps: int) -> np.ndarray:
         """Return the falling ratios."""
-        return most * (self.least / most) ** np.linspace(0.0, 1.0, steps)
+        return max_ratio * (self.min_ratio / max_ratio) ** np.linspace(0.0, 1.0, steps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exponential(_Ratios):
+class ExponentialTimes(_RatioTimes):
     r"""Times uniformly spaced in the log-SNR: $\sigma / \alpha$ falls by one factor in every step, and then to 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Karras(_Ratios):
+class KarrasTimes(_RatioTimes):
     r"""Times with uniform $(\sigma / \alpha)^{1/\rho}$, $\rho$ = `exponent`, and then 0 (arXiv 2206.00364, eq. 5)."""
 
     exponent: float = 7.0
 
-    def ratios(self, most: float, steps: int) -> np.ndarray:
+    def compute_ratios(self, max_ratio: float, steps: int) -> np.ndarray:
         """Return the falling ratios."""
-        ends = most ** (1 / self.exponent), self.least ** (1 / self.exponent)
+        ends = max_ratio ** (1 / self.exponent), self.min_ratio ** (1 / self.exponent)
         return np.linspace(*ends, steps) ** self.exponent
 
 
-TimeGrid = Even | Shifted | Given | Karras | Exponential | StepGrid | LcmGrid | UniPcGrid | DpmFlowGrid | FlowMatchGrid
+TimeSchedule = (
+    UniformTimes
+    | ShiftedTimes
+    | ExplicitTimes
+    | KarrasTimes
+    | ExponentialTimes
+    | DiscreteSchedule
+    | LcmSchedule
+    | UniPcFlowSchedule
+    | DpmFlowSchedule
+    | FlowMatchSchedule
+)
 
 
-def time_grid(process: Process, steps: int) -> Float[Array, " {steps}+1"]:
+def make_uniform_times(process: Process, steps: int) -> Float[Array, " {steps}+1"]:
     """Return times from 1 (noise) to 0 (data), uniformly spaced and then shifted as in training.
 
     Raises:
       UserError: If there is less than one step.
     """
     check_steps(steps)
-    return on_device(process.shifted(np.linspace(1.0, 0.0, steps + 1)))
+    return put_on_device(process.shift_time(np.linspace(1.0, 0.0, steps + 1)))

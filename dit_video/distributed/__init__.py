@@ -1,18 +1,18 @@
 """Distributed computation: the device mesh, path rules that shard arrays over it, and sharded attention."""
 
 from dit_video.distributed.checks import check_denoiser
-from dit_video.distributed.context_parallel import OverDevices, over_devices
+from dit_video.distributed.context_parallel import ShardedAttention, shard_model
 from dit_video.distributed.mesh import AXES, ContextAttention, MeshConfig, Slices, make_mesh
-from dit_video.distributed.ring import Ring
+from dit_video.distributed.ring import RingAttention
 from dit_video.distributed.sharding_rules import (
     DEFAULT_RULES,
     RowPart,
     ShardingRules,
-    batch_sharding,
-    batch_shardings,
-    row_shards,
+    count_row_shards,
+    make_batch_sharding,
+    make_batch_shardings,
+    make_shardings,
     shard_batch,
-    shardings,
 )
 
 __all__ = [
@@ -20,17 +20,17 @@ __all__ = [
     "DEFAULT_RULES",
     "ContextAttention",
     "MeshConfig",
-    "OverDevices",
-    "Ring",
+    "RingAttention",
     "RowPart",
+    "ShardedAttention",
     "ShardingRules",
     "Slices",
-    "batch_sharding",
-    "batch_shardings",
     "check_denoiser",
+    "count_row_shards",
+    "make_batch_sharding",
+    "make_batch_shardings",
     "make_mesh",
-    "over_devices",
-    "row_shards",
+    "make_shardings",
     "shard_batch",
-    "shardings",
+    "shard_model",
 ]

@@ -5,7 +5,7 @@ from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.distributed.context_parallel import check_ring, check_ulysses
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
-from dit_video.distributed.sharding_rules import row_shards
+from dit_video.distributed.sharding_rules import count_row_shards
 
 
 def check_denoiser(
@@ -28,18 +28,18 @@ def check_denoiser(
     Raises:
       UserError: If something does not divide; the message names it, and values that would.
     """
-    _check(rows, row_shards(mesh), "a batch", "rows", "data x fsdp")
+    _check_divisible(rows, count_row_shards(mesh), "a batch", "rows", "data x fsdp")
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
-    _check(dit.heads, tensor, "the denoiser", "heads", "tensor")
-    _check(dit.hidden_width, tensor, "the denoiser's MLP", "hidden values", "tensor")
-    _check(tokens, context, "a row", "tokens", "context")
+    _check_divisible(dit.heads, tensor, "the denoiser", "heads", "tensor")
+    _check_divisible(dit.mlp_dim, tensor, "the denoiser's MLP", "hidden values", "tensor")
+    _check_divisible(tokens, context, "a row", "tokens", "context")
     if context > 1 and context_attention == "ring":
         check_ring(dit.attention)
     elif context > 1:
         check_ulysses(dit.heads // tensor, context)
 
 
-def _check(number: int, parts: int, owner: str, things: str, axes: str) -> None:
+def _check_divisible(number: int, parts: int, owner: str, things: str, axes: str) -> None:
     if number % parts:
         divisors = [size for size in range(1, number + 1) if number % size == 0 and size <= 2 * parts]
         valid = ", ".join(str(size) for size in divisors)

@@ -31,18 +31,18 @@ from dit_video.backbones.dit import Dit
 from dit_video.backbones.wan import WanDit
 from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
-from dit_video.distributed.ring import Ring
-from dit_video.distributed.sharding_rules import DEFAULT_RULES, FUSED, ROWS
-from dit_video.nn import Linear, Make
-from dit_video.nn.attention import Attention, Chosen, Pattern, Tokens
+from dit_video.distributed.ring import RingAttention
+from dit_video.distributed.sharding_rules import DEFAULT_RULES, FUSED_MAPS, ROW_AXES
+from dit_video.nn import Linear, ModuleFactory
+from dit_video.nn.attention import Attention, AttentionFactory, AttentionInputs, Pattern
 from dit_video.nn.attention.api import Keys, Queries
-from dit_video.nn.attention.key_ranges import padded
+from dit_video.nn.attention.key_ranges import pad_to_blocks
 
-_HEADS = P(ROWS, "context", "tensor", None)
-_WHOLE = P(ROWS, None, "tensor", None)
+_HEAD_SPEC = P(ROW_AXES, "context", "tensor", None)
+_FULL_SPEC = P(ROW_AXES, None, "tensor", None)
 
 
-def over_devices(make: Make, mesh: AnyMesh, context_attention: ContextAttention = "ulysses") -> Make:
+def shard_model(make: ModuleFactory, mesh: AnyMesh, context_attention: ContextAttention = "ulysses") -> ModuleFactory:
     """Return a function that builds the same denoiser with attention over all devices of the mesh.
 
     Its parameters are the same.
@@ -61,20 +61,20 @@ def over_devices(make: Make, mesh: AnyMesh, context_attention: ContextAttention 
                 "WanDit."
             )
         factory = model.attention
-        if mesh.shape["context"] > 1 and context_attention == "ring" and isinstance(factory, Chosen):
+        if mesh.shape["context"] > 1 and context_attention == "ring" and isinstance(factory, AttentionFactory):
             check_ring(factory.backend)
-        model.attention = SelfAttentions(mesh, factory, context_attention)
+        model.attention = SelfAttentionFactory(mesh, factory, context_attention)
         for stack in (model.blocks, getattr(model, "temporal_blocks", None)):
             stream: Any
             for stream in (stack, *(getattr(stack, name, None) for name in ("video", "context"))):
                 if hasattr(stream, "cross"):
-                    stream.cross = OverDevices(mesh, stream.cross, "cross")
-                if hasattr(stream, "fused") and mesh.shape["tensor"] > 1:
-                    stream.fused = ByHeads(mesh)
+                    stream.cross = ShardedAttention(mesh, stream.cross, "cross")
+                if hasattr(stream, "fused_constraint") and mesh.shape["tensor"] > 1:
+                    stream.fused_constraint = HeadSharded(mesh)
         if mesh.shape["fsdp"] > 1:
             for path, part in nnx.iter_modules(model):
                 if isinstance(part, Linear):
-                    part.placed = _whole(mesh, "/".join(map(str, path)))
+                    part.weight_constraint = _make_weight_constraint(mesh, "/".join(map(str, path)))
         return model
 
     return make_sharded
@@ -100,22 +100,22 @@ def check_ulysses(heads: int, ranks: int) -> None:
 
 
 @dataclass(frozen=True)
-class SelfAttentions:
+class SelfAttentionFactory:
     """The factory of a model's self-attention functions, by pattern."""
 
     mesh: AnyMesh
-    choose: Callable[[Pattern], Attention]
+    make_attention: Callable[[Pattern], Attention]
     context_attention: ContextAttention
 
     def __call__(self, pattern: Pattern) -> Attention:
         ranks = self.mesh.shape["context"]
         if ranks > 1 and self.context_attention == "ring":
-            return OverDevices(self.mesh, Ring("context", ranks, pattern), "ring")
-        return OverDevices(self.mesh, self.choose(pattern), "ulysses")
+            return ShardedAttention(self.mesh, RingAttention("context", ranks, pattern), "ring")
+        return ShardedAttention(self.mesh, self.make_attention(pattern), "ulysses")
 
 
 @dataclass(frozen=True)
-class OverDevices:
+class ShardedAttention:
     """An attention function on a mesh: `inner` is what each device computes.
 
     Tokens are padded to a multiple of the devices of `context`.
@@ -123,58 +123,58 @@ class OverDevices:
 
     mesh: AnyMesh
     inner: Attention
-    way: str
+    method: str
     """Method: `ulysses`, `ring`, or `cross`, whose keys are replicated over the devices of `context`."""
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
+    def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         ranks, length = self.mesh.shape["context"], q.shape[1]
         # Padding belongs to no segment, so that no token sees it; its outputs are cut off below.
-        at = _filled(at, ranks, keys=self.way != "cross")
-        q = padded(q, ranks)
-        if self.way != "cross":
-            k, v = padded(k, ranks), padded(v, ranks)
-        keys = _WHOLE if self.way == "cross" else _HEADS
-        on_rank = {"ulysses": self._ulysses, "ring": self.inner, "cross": self._cross}[self.way]
+        inputs = _pad_tokens(inputs, ranks, keys=self.method != "cross")
+        q = pad_to_blocks(q, ranks)
+        if self.method != "cross":
+            k, v = pad_to_blocks(k, ranks), pad_to_blocks(v, ranks)
+        keys = _FULL_SPEC if self.method == "cross" else _HEAD_SPEC
+        on_rank = {"ulysses": self._ulysses, "ring": self.inner, "cross": self._cross}[self.method]
         mixed = jax.shard_map(
             on_rank,
             mesh=self.mesh,
-            in_specs=(_HEADS, keys, keys, _specs(at)),
-            out_specs=_HEADS,
+            in_specs=(_HEAD_SPEC, keys, keys, _make_specs(inputs)),
+            out_specs=_HEAD_SPEC,
             check_vma=False,
-        )(q, k, v, at)
+        )(q, k, v, inputs)
         return mixed[:, :length]
 
-    def _ulysses(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
+    def _ulysses(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         ranks = self.mesh.shape["context"]
         if ranks == 1:
-            return self.inner(q, k, v, at)
+            return self.inner(q, k, v, inputs)
         check_ulysses(q.shape[2], ranks)
         q, k, v = (jax.lax.all_to_all(x, "context", split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
-        if at.bias is not None:
+        if inputs.bias is not None:
             first = jax.lax.axis_index("context") * q.shape[2]
-            table = jax.lax.dynamic_slice_in_dim(at.bias.table, first, q.shape[2], axis=1)
-            at = at._replace(bias=replace(at.bias, table=table))
-        mixed = self.inner(q, k, v, at)
+            table = jax.lax.dynamic_slice_in_dim(inputs.bias.table, first, q.shape[2], axis=1)
+            inputs = inputs._replace(bias=replace(inputs.bias, table=table))
+        mixed = self.inner(q, k, v, inputs)
         return jax.lax.all_to_all(mixed, "context", split_axis=1, concat_axis=2, tiled=True)
 
-    def _cross(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
+    def _cross(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         first = jax.lax.axis_index("context") * q.shape[1]
-        local_segments = jax.lax.dynamic_slice_in_dim(at.q_segments, first, q.shape[1], axis=1)
-        return self.inner(q, k, v, at._replace(q_segments=local_segments))
+        local_segments = jax.lax.dynamic_slice_in_dim(inputs.q_segments, first, q.shape[1], axis=1)
+        return self.inner(q, k, v, inputs._replace(q_segments=local_segments))
 
 
-def _whole(mesh: AnyMesh, path: str) -> "Whole | None":
+def _make_weight_constraint(mesh: AnyMesh, path: str) -> "GatheredWeight | None":
     """Return the sharding of the weights of the module at this path during use; None where `HeadSharded` defines it."""
-    axis = DEFAULT_RULES.tensor_axis(f"{path}/kernel") if mesh.shape["tensor"] > 1 else None
+    axis = DEFAULT_RULES.get_tensor_axis(f"{path}/kernel") if mesh.shape["tensor"] > 1 else None
     if axis is None:
-        return Whole(mesh, P())
-    if path.endswith(FUSED):
+        return GatheredWeight(mesh, P())
+    if path.endswith(FUSED_MAPS):
         return None
-    return Whole(mesh, P(None, "tensor") if axis == -1 else P("tensor", None))
+    return GatheredWeight(mesh, P(None, "tensor") if axis == -1 else P("tensor", None))
 
 
 @dataclass(frozen=True)
-class Whole:
+class GatheredWeight:
     """A weight that `fsdp` shards, gathered before use: once for a forward pass, and once for a backward pass.
 
     Otherwise XLA's partitioner would gather a weight again for each product, in a different layout each time, or might
@@ -187,7 +187,7 @@ class Whole:
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]:
         return jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, self.spec))
 
-    def factors(
+    def constrain_factors(
         self, a: Float[Array, "i r"], b: Float[Array, "r o"]
     ) -> tuple[Float[Array, "i r"], Float[Array, "r o"]]:
         """Shard the factors of a LoRA adapter like their kernel; otherwise XLA would shard the activations instead."""
@@ -200,7 +200,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class ByHeads:
+class HeadSharded:
     """Weights of several fused maps, such as `[D 3D]` of queries, keys and values, sharded within each map.
 
     A shard of `[D 3D]` would hold all queries and some keys. So these weights are sharded along their input, and
@@ -215,29 +215,29 @@ class ByHeads:
         return jax.lax.with_sharding_constraint(maps, NamedSharding(self.mesh, P(None, None, "tensor")))
 
 
-def _filled(at: Tokens, ranks: int, *, keys: bool) -> Tokens:
+def _pad_tokens(inputs: AttentionInputs, ranks: int, *, keys: bool) -> AttentionInputs:
     """Pad tokens to a multiple of the ranks, and the keys too if `keys`."""
 
     def fill(rows, is_padded=True):
-        return rows if rows is None or not is_padded else padded(rows, ranks)
+        return rows if rows is None or not is_padded else pad_to_blocks(rows, ranks)
 
-    bias = at.bias
+    bias = inputs.bias
     if bias is not None:
         positions = fill(bias.q_coordinates), fill(bias.kv_coordinates, keys)
         bias = replace(bias, q_coordinates=positions[0], kv_coordinates=positions[1])
-    return Tokens(
-        fill(at.q_segments),
-        fill(at.context_segments, keys),
-        fill(at.q_indices),
-        fill(at.context_indices, keys),
+    return AttentionInputs(
+        fill(inputs.q_segments),
+        fill(inputs.context_segments, keys),
+        fill(inputs.q_indices),
+        fill(inputs.context_indices, keys),
         bias,
     )
 
 
-def _specs(at: Tokens) -> Any:
+def _make_specs(inputs: AttentionInputs) -> Any:
     """Return specs that replicate token rows, which are small, over `context`, and shard a bias' table by heads."""
-    specs = jax.tree.map(lambda _: P(ROWS), at._replace(bias=None))
-    if at.bias is None:
+    specs = jax.tree.map(lambda _: P(ROW_AXES), inputs._replace(bias=None))
+    if inputs.bias is None:
         return specs
-    bias = replace(jax.tree.map(lambda _: P(ROWS), at.bias), table=P(None, "tensor"))
+    bias = replace(jax.tree.map(lambda _: P(ROW_AXES), inputs.bias), table=P(None, "tensor"))
     return specs._replace(bias=bias)

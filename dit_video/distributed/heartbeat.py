@@ -26,118 +26,122 @@ from typing import Any
 import jax
 
 from dit_video.core import config_json
-from dit_video.core.errors import TRY_AGAIN, Stopped, UserError
-from dit_video.distributed.store import Store
+from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, UserError
+from dit_video.distributed.store import KeyValueStore
 
-_GRACE = 10.0
+_GRACE_SECONDS = 10.0
 """Seconds for the other processes to read a message and end by themselves."""
-_taken = 0
+_step_count = 0
 
 
 def count_step() -> None:
     """Count a step of this process, by which it is compared with the others."""
-    global _taken
-    _taken += 1
+    global _step_count
+    _step_count += 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class TimeoutConfig:
     """Configuration of how long other processes are waited for, in seconds.
 
     Raises:
       UserError: If a time is too short.
     """
 
-    start: float = 300.0
+    startup: float = 300.0
     """Time until all processes have started."""
-    silent: float = 60.0
+    max_silence: float = 60.0
     """Time without a heartbeat of a process."""
-    behind: float = 1800.0
+    max_lag: float = 1800.0
     """Time that a process stays at a step while others are ahead; longer than evaluation or sampling by one process
     takes."""
 
     def __post_init__(self) -> None:
-        for name in ("start", "silent", "behind"):
+        for name in ("startup", "max_silence", "max_lag"):
             if getattr(self, name) < 1:
                 raise UserError(
                     f"{name}={getattr(self, name)} is invalid: it is too short for any process. Use 1 second or more."
                 )
 
 
-class _Seen:
+class _PeerState:
     """The newest heartbeat of another process, and the times of its last changes."""
 
     def __init__(self) -> None:
-        self.beat, self.taken = -1, -1
+        self.beat, self.step_count = -1, -1
         self.restart()
 
     def restart(self) -> None:
-        self.changed = self.moved = time.monotonic()
+        self.beat_time = self.step_time = time.monotonic()
 
-    def take(self, sign: dict[str, Any]) -> None:
+    def update(self, sign: dict[str, Any]) -> None:
         now = time.monotonic()
         if sign["beat"] != self.beat:
-            self.beat, self.changed = sign["beat"], now
-        if sign["taken"] != self.taken:
-            self.taken, self.moved = sign["taken"], now
+            self.beat, self.beat_time = sign["beat"], now
+        if sign["taken"] != self.step_count:
+            self.step_count, self.step_time = sign["taken"], now
 
 
-class Peers:
+class HeartbeatMonitor:
     """A monitor of the other processes, active as a context."""
 
-    def __init__(self, patience: Patience) -> None:
-        self._patience = patience
-        self._store, self._start = Store("peers"), Store("start")
-        self._me, self._count = jax.process_index(), jax.process_count()
-        self._seen = {index: _Seen() for index in range(self._count)}
+    def __init__(self, timeouts: TimeoutConfig) -> None:
+        self._timeouts = timeouts
+        self._store, self._startup_store = KeyValueStore("peers"), KeyValueStore("start")
+        self._index, self._count = jax.process_index(), jax.process_count()
+        self._peers = {index: _PeerState() for index in range(self._count)}
         self._names = dict.fromkeys(range(self._count), "")
-        self._read: dict[str, str] = {}
-        self._answered = time.monotonic()
-        self._over = threading.Event()
+        self._messages: dict[str, str] = {}
+        self._answer_time = time.monotonic()
+        self._finished = threading.Event()
         self._failed = False
         """This process ends with an error of its own, which it reports itself."""
-        self._ending = threading.Lock()
-        self._pause = min(1.0, patience.silent / 10)
-        self._guard: subprocess.Popen | None = None
+        self._end_lock = threading.Lock()
+        self._poll_interval = min(1.0, timeouts.max_silence / 10)
+        self._watchdog: subprocess.Popen | None = None
 
-    def __enter__(self) -> "Peers":
-        self._start.write(f"who/{self._me}", json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        processes = self._all("who", self._patience.start)
+    def __enter__(self) -> "HeartbeatMonitor":
+        self._startup_store.write(f"who/{self._index}", json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        processes = self._wait_for_all("who", self._timeouts.startup)
         for index, text in processes.items():
             info = json.loads(text)
             self._names[index] = f"process {index} ({info['host']}, pid {info['pid']})"
-        if self._me != 0:
-            self._guard = _start_guard(self._names[0], self._me)
-        self._look_anew()  # Waiting for the last process to start must not count as silence.
-        for task in (self._beat, self._judge):
+        if self._index != 0:
+            self._watchdog = _start_watchdog(self._names[0], self._index)
+        self._reset_timers()  # Waiting for the last process to start must not count as silence.
+        for task in (self._send_heartbeats, self._monitor_peers):
             threading.Thread(target=task, name="watch over processes", daemon=True).start()
         return self
 
-    def compare(self, told: dict[str, Any]) -> None:
+    def compare(self, settings: dict[str, Any]) -> None:
         """Stop the run in all processes if one of them has different settings.
 
         Raises:
           UserError: If one differs; the message names the first difference and the processes.
         """
-        text = json.dumps(told, sort_keys=True)
-        self._start.write(f"digest/{self._me}", hashlib.sha256(text.encode()).hexdigest())
-        if len(set(self._all("digest", self._patience.start).values())) == 1:
+        text = json.dumps(settings, sort_keys=True)
+        self._startup_store.write(f"digest/{self._index}", hashlib.sha256(text.encode()).hexdigest())
+        if len(set(self._wait_for_all("digest", self._timeouts.startup).values())) == 1:
             return
-        self._start.write(f"told/{self._me}", text)
-        all_settings = {index: json.loads(text) for index, text in self._all("told", self._patience.start).items()}
+        self._startup_store.write(f"told/{self._index}", text)
+        all_settings = {
+            index: json.loads(text) for index, text in self._wait_for_all("told", self._timeouts.startup).items()
+        }
         for index in range(1, self._count):
-            for name in told:
-                if difference := config_json.difference(all_settings[index][name], all_settings[0][name], name):
+            for name in settings:
+                if difference := config_json.describe_difference(
+                    all_settings[index][name], all_settings[0][name], name
+                ):
                     raise UserError(
                         f"{self._names[index]} was started with another {name} than {self._names[0]}: {difference} "
                         f"(there is the former, here the latter). Use the same {name} for all processes."
                     )
 
-    def _all(self, kind: str, seconds: float) -> dict[int, str]:
+    def _wait_for_all(self, kind: str, seconds: float) -> dict[int, str]:
         """Return the messages of one kind of all processes."""
         names = {f"{kind}/{index}": index for index in range(self._count)}
         try:
-            messages = self._start.wait_for(set(names), seconds)
+            messages = self._startup_store.wait_for(set(names), seconds)
         except TimeoutError as error:
             raise UserError(
                 f"no message from processes within {seconds:g} s: {error}. Start all processes again."
@@ -149,132 +153,144 @@ class Peers:
     ) -> None:
         try:
             if error is None:
-                self._leave()
+                self._wait_for_others()
             else:
-                self._fail(error)
+                self._end_with_error(error)
         finally:
-            self._over.set()
-            if self._guard is not None and self._guard.stdin is not None:
+            self._finished.set()
+            if self._watchdog is not None and self._watchdog.stdin is not None:
                 with contextlib.suppress(OSError):
-                    self._guard.stdin.write(b"bye")
-                    self._guard.stdin.close()
-                self._guard.wait()
+                    self._watchdog.stdin.write(b"bye")
+                    self._watchdog.stdin.close()
+                self._watchdog.wait()
 
-    def _leave(self) -> None:
+    def _wait_for_others(self) -> None:
         """Wait for the others, who may have more to do, while they are monitored."""
-        self._store.write(f"left/{self._me}", "")
+        self._store.write(f"left/{self._index}", "")
         self._store.wait_for({f"left/{index}" for index in range(self._count)}, float("inf"))
 
-    def _fail(self, error: BaseException) -> None:
+    def _end_with_error(self, error: BaseException) -> None:
         """End together with the others, which would wait for this process, and for which JAX would wait at exit."""
         names = set(map(str, range(self._count)))
         try:
             if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):  # JAX raises these as ValueError.
                 # Another process' death breaks connections and should be reported instead of this error. So the error
                 # is reported only if all processes have it.
-                self._store.write(f"trouble/{self._me}", "")
+                self._store.write(f"trouble/{self._index}", "")
                 with contextlib.suppress(TimeoutError):
-                    self._store.wait_for({f"trouble/{name}" for name in names}, self._patience.silent + 2 * _GRACE)
+                    self._store.wait_for(
+                        {f"trouble/{name}" for name in names}, self._timeouts.max_silence + 2 * _GRACE_SECONDS
+                    )
             self._failed = True
-            self._store.write(f"left/{self._me}", f"{type(error).__name__}: {error}")
-            self._store.wait_for({f"left/{name}" for name in names}, 2 * _GRACE)
+            self._store.write(f"left/{self._index}", f"{type(error).__name__}: {error}")
+            self._store.wait_for({f"left/{name}" for name in names}, 2 * _GRACE_SECONDS)
             return  # All have ended, with errors of their own.
         except TimeoutError:
             pass
         except Exception:  # The store fails if process 0, which holds it, is gone.
-            if self._me != 0:
+            if self._index != 0:
                 self._end(f"{self._names[0]}, which keeps the run together, is gone")
-        stop_code = error.code if isinstance(error, Stopped) else 0
-        for kind, code in ((UserError, 2), (Stopped, stop_code), (KeyboardInterrupt, 130)):
+        stop_code = error.code if isinstance(error, GracefulStop) else 0
+        for kind, code in ((UserError, 2), (GracefulStop, stop_code), (KeyboardInterrupt, 130)):
             if isinstance(error, kind):
                 print(f"{'error' if code == 2 else 'stopped'}: {error}", file=sys.stderr)
                 self._end_now(code)
         traceback.print_exception(error)
         self._end_now(1)
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         """Write heartbeats, and read those of the others. Its calls may hang if process 0 does."""
         beat = 0
-        while not self._over.is_set():
+        while not self._finished.is_set():
             with contextlib.suppress(Exception):
                 beat += 1
-                self._store.write(f"alive/{self._me}", json.dumps({"beat": beat, "taken": _taken}))
-                self._read = self._store.read()
-                self._answered = time.monotonic()
-                for index, peer in self._seen.items():
-                    if heartbeat := self._read.get(f"alive/{index}"):
-                        peer.take(json.loads(heartbeat))
-            self._over.wait(self._pause)
+                self._store.write(f"alive/{self._index}", json.dumps({"beat": beat, "taken": _step_count}))
+                self._messages = self._store.read()
+                self._answer_time = time.monotonic()
+                for index, peer in self._peers.items():
+                    if heartbeat := self._messages.get(f"alive/{index}"):
+                        peer.update(json.loads(heartbeat))
+            self._finished.wait(self._poll_interval)
 
-    def _judge(self) -> None:
+    def _monitor_peers(self) -> None:
         """End the run when another process has failed."""
         last_check = time.monotonic()
-        while not self._over.wait(self._pause):
+        while not self._finished.wait(self._poll_interval):
             now = time.monotonic()
-            if now - last_check > self._patience.silent / 2:  # This process was suspended: all heartbeats look old.
-                self._look_anew()
+            if (
+                now - last_check > self._timeouts.max_silence / 2
+            ):  # This process was suspended: all heartbeats look old.
+                self._reset_timers()
             last_check = now
-            if message := self._verdict(time.monotonic()):
+            if message := self._find_failure(time.monotonic()):
                 self._end(message)
 
-    def _look_anew(self) -> None:
-        self._answered = time.monotonic()
-        for peer in self._seen.values():
+    def _reset_timers(self) -> None:
+        self._answer_time = time.monotonic()
+        for peer in self._peers.values():
             peer.restart()
 
-    def _verdict(self, now: float) -> str:
+    def _find_failure(self, now: float) -> str:
         """Return what is wrong with another process; empty if nothing is."""
-        messages, max_silence = self._read, self._patience.silent
+        messages, max_silence = self._messages, self._timeouts.max_silence
         if self._failed:
             return ""
         if "verdict" in messages:
             return messages["verdict"]
-        present = [index for index in self._seen if f"left/{index}" not in messages]
-        for index in self._seen:
-            if (reason := messages.get(f"left/{index}")) and index != self._me and f"left/{self._me}" not in messages:
-                self._over.wait(_GRACE)  # This process may have the same error, and then reports its own.
-                return "" if f"left/{self._me}" in self._read else f"{self._names[index]} has ended ({reason})"
-        if self._me != 0 and now - self._answered > max_silence:
+        present = [index for index in self._peers if f"left/{index}" not in messages]
+        for index in self._peers:
+            if (
+                (reason := messages.get(f"left/{index}"))
+                and index != self._index
+                and f"left/{self._index}" not in messages
+            ):
+                self._finished.wait(_GRACE_SECONDS)  # This process may have the same error, and then reports its own.
+                return "" if f"left/{self._index}" in self._messages else f"{self._names[index]} has ended ({reason})"
+        if self._index != 0 and now - self._answer_time > max_silence:
             return f"{self._names[0]}, which keeps the run together, has not answered for {max_silence:g} s"
         for index in present:
             if (
-                now - self._seen[index].changed > max_silence
-                and now - self._answered <= max_silence
-                and index != self._me
+                now - self._peers[index].beat_time > max_silence
+                and now - self._answer_time <= max_silence
+                and index != self._index
             ):
                 return f"{self._names[index]} has sent no heartbeat for {max_silence:g} s: dead, stopped, or cut off"
-        steps = {index: self._seen[index].taken for index in present}
+        steps = {index: self._peers[index].step_count for index in present}
         for index, step_count in steps.items():
-            if step_count < max(steps.values()) and now - self._seen[index].moved > self._patience.behind:
-                return f"{self._names[index]} has been behind the others for {self._patience.behind:g} s"
+            if step_count < max(steps.values()) and now - self._peers[index].step_time > self._timeouts.max_lag:
+                return f"{self._names[index]} has been behind the others for {self._timeouts.max_lag:g} s"
         return ""
 
     def _end(self, message: str) -> None:
-        with self._ending:
-            if self._over.is_set():
+        with self._end_lock:
+            if self._finished.is_set():
                 return
             with contextlib.suppress(Exception):
-                if "verdict" not in self._read and self._answered > time.monotonic() - self._patience.silent:
+                if (
+                    "verdict" not in self._messages
+                    and self._answer_time > time.monotonic() - self._timeouts.max_silence
+                ):
                     self._store.write("verdict", message)
             print(
-                f"error: {message}; process {self._me} ends too. Checkpoints are complete: start all processes again "
+                f"error: {message}; process {self._index} ends too. Checkpoints are complete: start all processes "
+                "again "
                 "to continue from the newest one.",
                 file=sys.stderr,
             )
-            self._end_now(TRY_AGAIN)
+            self._end_now(EXIT_TRY_AGAIN)
 
     def _end_now(self, code: int) -> None:
         """End the process without JAX's shutdown, which waits for the others."""
-        if self._guard is not None:
-            self._guard.kill()
+        if self._watchdog is not None:
+            self._watchdog.kill()
         sys.stdout.flush()
         sys.stderr.flush()
-        if self._me == 0:
-            time.sleep(_GRACE)  # The store ends with this process; the others have to read the message before.
+        if self._index == 0:
+            time.sleep(_GRACE_SECONDS)  # The store ends with this process; the others have to read the message before.
         os._exit(code)
 
 
-_GUARD = """
+_WATCHDOG_PROGRAM = """
 import socket, sys
 name, host, port, index = sys.argv[1:]
 if not sys.stdin.buffer.read():  # Returns when the parent has ended; it is empty if the parent did not say goodbye.
@@ -289,10 +305,10 @@ if not sys.stdin.buffer.read():  # Returns when the parent has ended; it is empt
 """
 
 
-def _start_guard(first: str, index: int) -> subprocess.Popen:
+def _start_watchdog(first: str, index: int) -> subprocess.Popen:
     from jax._src import distributed  # Private: the address that JAX has found.
 
     host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
-    command = [sys.executable, "-I", "-S", "-c", _GUARD, first, host.strip("[]"), port, str(index)]
+    command = [sys.executable, "-I", "-S", "-c", _WATCHDOG_PROGRAM, first, host.strip("[]"), port, str(index)]
     # It runs in its own session, so that Ctrl-C and the end of a terminal do not reach it.
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, bufsize=0)

@@ -86,16 +86,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(jax.devices() if devices is None else devices)
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    if _slice_count(devices) > 1:
-        return jax.sharding.Mesh(hybrid(config, devices), AXES, axis_types=types)
+    if _count_slices(devices) > 1:
+        return jax.sharding.Mesh(arrange_hybrid_mesh(config, devices), AXES, axis_types=types)
     # `jax.make_mesh` refuses mesh axes that split an axis of a TPU's torus, except on v5e.
     from jax.experimental import mesh_utils
 
-    array = mesh_utils.create_device_mesh(_sizes(config, len(devices)), devices, allow_split_physical_axes=True)
+    array = mesh_utils.create_device_mesh(_resolve_sizes(config, len(devices)), devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(array, AXES, axis_types=types)
 
 
-def hybrid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+def arrange_hybrid_mesh(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """Return devices of several slices in mesh order, with slices as the outer part of each axis.
 
     Raises:
@@ -104,34 +104,36 @@ def hybrid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     # Imported here because runs on a single slice don't need it.
     from jax.experimental import mesh_utils
 
-    sizes, count = _sizes(config, len(devices)), _slice_count(devices)
+    sizes, count = _resolve_sizes(config, len(devices)), _count_slices(devices)
     if len(devices) % count:
         raise UserError(
             f"{len(devices)} devices are invalid: they are no whole number for each of {count} slices. Use all devices "
             "of each slice."
         )
-    outer = _slices(config.slices, sizes, count)
+    outer = _split_slices(config.slices, sizes, count)
     inner = tuple(size // part for size, part in zip(sizes, outer, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
-def _slice_count(devices: Sequence[Any]) -> int:
+def _count_slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
-def _slices(asked: Slices | None, sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
+def _split_slices(requested: Slices | None, sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
     """Return the number of slices along each axis of these sizes."""
-    mesh = _named(sizes)
-    if asked is not None:
-        counts = tuple(getattr(asked, name) for name in AXES)
+    mesh = _format_sizes(sizes)
+    if requested is not None:
+        counts = tuple(getattr(requested, name) for name in AXES)
         if math.prod(counts) != count:
             raise UserError(
-                f"slices {_named(counts)} are invalid: these are {math.prod(counts)}, there are {count}. Use "
+                f"slices {_format_sizes(counts)} are invalid: these are {math.prod(counts)}, there are {count}. Use "
                 f"data={count}."
             )
         for name, size, part in zip(AXES, sizes, counts, strict=True):
             if size % part:
-                raise UserError(f"{part} slices do not divide {name}={size} of the mesh {mesh}. {_would(sizes, count)}")
+                raise UserError(
+                    f"{part} slices do not divide {name}={size} of the mesh {mesh}. {_suggest_data_size(sizes, count)}"
+                )
         return counts
     # Axes in the order of their communication, the least first: slices have the slow network between them.
     remaining, slices = count, dict.fromkeys(AXES, 1)
@@ -139,21 +141,21 @@ def _slices(asked: Slices | None, sizes: tuple[int, ...], count: int) -> tuple[i
         slices[name] = math.gcd(sizes[AXES.index(name)], remaining)
         remaining //= slices[name]
     if remaining > 1:
-        raise UserError(f"{count} slices do not divide the axes of the mesh {mesh}. {_would(sizes, count)}")
+        raise UserError(f"{count} slices do not divide the axes of the mesh {mesh}. {_suggest_data_size(sizes, count)}")
     return tuple(slices.values())
 
 
-def _would(sizes: tuple[int, ...], count: int) -> str:
+def _suggest_data_size(sizes: tuple[int, ...], count: int) -> str:
     """Return advice with a size of `data` that the slices divide."""
     smallest = math.lcm(sizes[0], count)
     return f"Use a mesh whose data is a multiple of {count}, such as data={smallest}."
 
 
-def _named(sizes: tuple[int, ...]) -> str:
+def _format_sizes(sizes: tuple[int, ...]) -> str:
     return " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
 
 
-def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
+def _resolve_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
     """Return the size of every axis, in the order of `AXES`."""
     sizes = {name: getattr(config, name) for name in AXES}
     requested = " x ".join(f"{name}={size}" for name, size in sizes.items())
@@ -180,11 +182,11 @@ def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
     return tuple(sizes.values())
 
 
-def abstract_mesh(config: MeshConfig, count: int) -> jax.sharding.AbstractMesh:
+def make_abstract_mesh(config: MeshConfig, count: int) -> jax.sharding.AbstractMesh:
     """Return a mesh of `count` devices that need not exist: enough to shard shapes.
 
     Raises:
       UserError: If the axes do not divide the number of devices.
     """
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.sharding.AbstractMesh(_sizes(config, count), AXES, axis_types=types)
+    return jax.sharding.AbstractMesh(_resolve_sizes(config, count), AXES, axis_types=types)

@@ -24,20 +24,20 @@ from typing import Any
 
 import jax
 
-from dit_video.core.errors import TRY_AGAIN, UserError
-from dit_video.distributed.heartbeat import Patience, Peers
-from dit_video.distributed.store import Store
+from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
+from dit_video.distributed.heartbeat import HeartbeatMonitor, TimeoutConfig
+from dit_video.distributed.store import KeyValueStore
 
-_SPARE = 60
+_EXTRA_SECONDS = 60
 """Seconds by which JAX's timeout is longer than ours."""
-_NAMES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ProcessInfo:
     """The position of this process among those of its run."""
 
-    found: str
+    source: str
     """Source of this information."""
     count: int
     """Number of processes."""
@@ -47,19 +47,20 @@ class Place:
     """Address host:port of the first process."""
 
 
-def detect(environment: Mapping[str, str] | None = None) -> Place | None:
+def detect_processes(environment: Mapping[str, str] | None = None) -> ProcessInfo | None:
     """Return the process information from the environment; None for a single process.
 
     Raises:
       UserError: If only some of the explicit variables are set, or their values are invalid.
     """
     environment = os.environ if environment is None else environment
-    variables = {name: environment.get(name) or environment.get(f"JAX_{name}") for name in _NAMES}
+    variables = {name: environment.get(name) or environment.get(f"JAX_{name}") for name in _VARIABLES}
     if not any(variables.values()) or (variables["COORDINATOR_ADDRESS"] and not any(list(variables.values())[1:])):
-        return _found_by_jax()  # JAX also supports an address without the other variables.
+        return _detect_with_jax()  # JAX also supports an address without the other variables.
     if missing := [name for name, value in variables.items() if not value]:
         raise UserError(
-            f"{', '.join(missing)} not set, though other variables of several processes are. Set {', '.join(_NAMES)}."
+            f"{', '.join(missing)} not set, though other variables of several processes are. Set "
+            f"{', '.join(_VARIABLES)}."
         )
     address, count, index = (str(value) for value in variables.values())
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
@@ -74,10 +75,10 @@ def detect(environment: Mapping[str, str] | None = None) -> Place | None:
         )
     if int(count) == 1:
         return None
-    return Place(found="the environment", count=int(count), index=int(index), address=address)
+    return ProcessInfo(source="the environment", count=int(count), index=int(index), address=address)
 
 
-def _found_by_jax() -> Place | None:
+def _detect_with_jax() -> ProcessInfo | None:
     from jax._src import clusters  # Private; `jax.distributed.initialize` without arguments uses it.
 
     for cluster in clusters.ClusterEnv._cluster_types:
@@ -91,12 +92,14 @@ def _found_by_jax() -> Place | None:
         except Exception as error:  # A metadata server or an API may not answer.
             print(f"{cluster.__name__} could not be asked for other processes: {error}", file=sys.stderr)
             continue
-        return Place(found=cluster.__name__, count=count) if count > 1 else None
+        return ProcessInfo(source=cluster.__name__, count=count) if count > 1 else None
     return None
 
 
 @contextlib.contextmanager
-def joined(config: Any = None, *, code: Any = None, patience: Patience | None = None) -> Iterator[None]:
+def initialize_distributed(
+    config: Any = None, *, code: Any = None, timeouts: TimeoutConfig | None = None
+) -> Iterator[None]:
     """Connect this process with the others of its run inside the block, which all leave together.
 
     Call it before any computation: JAX initializes its devices then.
@@ -109,24 +112,24 @@ def joined(config: Any = None, *, code: Any = None, patience: Patience | None = 
     Raises:
       UserError: If the others do not start in time, or their config or code differs.
     """
-    info = detect()
+    info = detect_processes()
     if info is None:
         yield
         return
-    patience = patience or Patience()
-    _connect(info, patience)
-    with Peers(patience) as peers:
+    timeouts = timeouts or TimeoutConfig()
+    _connect(info, timeouts)
+    with HeartbeatMonitor(timeouts) as peers:
         peers.compare({"config": config, "code": code})
         if jax.process_index() == 0:
-            print(_told(info), file=sys.stderr)
+            print(_describe_processes(info), file=sys.stderr)
         yield
 
 
-_turns = itertools.count()
+_turn_numbers = itertools.count()
 
 
 @contextlib.contextmanager
-def first_goes_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Run the block in the first process before the others.
 
     It can write files that the others read from a shared disk. All processes must reach the blocks in the same order.
@@ -134,7 +137,7 @@ def first_goes_first() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    turn = Store(f"turn/{next(_turns)}")
+    turn = KeyValueStore(f"turn/{next(_turn_numbers)}")
     if jax.process_index() != 0:
         turn.wait_for({"done"}, math.inf)  # No timeout: the heartbeat notices if the first process dies.
     yield
@@ -142,47 +145,47 @@ def first_goes_first() -> Iterator[None]:
         turn.write("done", "")
 
 
-def _connect(place: Place, patience: Patience) -> None:
+def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
     # The training loop handles SIGTERM. JAX's service would catch it, and only report it when polled.
     jax.config.update("jax_enable_preemption_service", False)
     arguments: dict[str, Any] = {}
-    if place.address is not None:
-        arguments = {"coordinator_address": place.address, "num_processes": place.count, "process_id": place.index}
+    if info.address is not None:
+        arguments = {"coordinator_address": info.address, "num_processes": info.count, "process_id": info.index}
         arguments["cluster_detection_method"] = "deactivate"
     # JAX ends the process at its own timeout, without advice. Ours is shorter and prints some.
-    timer = threading.Timer(patience.start, _nobody, (place, patience))
+    timer = threading.Timer(timeouts.startup, _exit_after_timeout, (info, timeouts))
     timer.daemon = True
     timer.start()
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=math.ceil(patience.start) + _SPARE,
+            initialization_timeout=math.ceil(timeouts.startup) + _EXTRA_SECONDS,
             # `HeartbeatMonitor` should be first, since it names the lost process; JAX's heartbeat is the fallback.
-            heartbeat_timeout_seconds=math.ceil(3 * patience.silent),
-            shutdown_timeout_seconds=math.ceil(patience.silent),
+            heartbeat_timeout_seconds=math.ceil(3 * timeouts.max_silence),
+            shutdown_timeout_seconds=math.ceil(timeouts.max_silence),
         )
     except Exception as error:  # JAX raises many types for a failed connection.
         line = str(error).strip().splitlines()[0]
-        raise UserError(f"{_not_found(place, patience)} ({line})") from error
+        raise UserError(f"{_format_not_found(info, timeouts)} ({line})") from error
     finally:
         timer.cancel()
 
 
-def _not_found(place: Place, patience: Patience) -> str:
+def _format_not_found(info: ProcessInfo, timeouts: TimeoutConfig) -> str:
     return (
-        f"the {place.count} processes of the run did not find each other within {patience.start:g} s. Start all of "
-        f"them, and check that {place.address or 'the first'} can be reached."
+        f"the {info.count} processes of the run did not find each other within {timeouts.startup:g} s. Start all of "
+        f"them, and check that {info.address or 'the first'} can be reached."
     )
 
 
-def _nobody(place: Place, patience: Patience) -> None:
-    print(f"error: {_not_found(place, patience)}", file=sys.stderr, flush=True)
-    os._exit(TRY_AGAIN)
+def _exit_after_timeout(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
+    print(f"error: {_format_not_found(info, timeouts)}", file=sys.stderr, flush=True)
+    os._exit(EXIT_TRY_AGAIN)
 
 
-def _told(place: Place) -> str:
+def _describe_processes(info: ProcessInfo) -> str:
     devices = jax.devices()
     return (
-        f"{jax.process_count()} processes, found by {place.found}; the first on {socket.gethostname()}; "
+        f"{jax.process_count()} processes, found by {info.source}; the first on {socket.gethostname()}; "
         f"{len(devices)} devices ({devices[0].device_kind}), {jax.local_device_count()} here"
     )

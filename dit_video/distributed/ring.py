@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dit_video.nn.attention import Bias, Full, Pattern, RelativeBias, Tokens
-from dit_video.nn.attention.api import Keys, Queries, named
-from dit_video.nn.attention.backends.chunked import NOTHING, attend_part, part_gradients
+from dit_video.nn.attention import AttentionInputs, Bias, Full, Pattern, RelativeBias
+from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint
+from dit_video.nn.attention.backends.chunked import EMPTY_LSE, attend_part, compute_part_gradients
 
-_MOST = int(np.iinfo(np.int32).max)
+_MAX_SEGMENT = int(np.iinfo(np.int32).max)
 
 
 @dataclass(frozen=True)
-class Ring:
+class RingAttention:
     """Attention among the tokens of a row on `ranks` devices along the mesh axis `axis`.
 
     Blocks of `chunk` queries by `chunk` keys are computed as by the backend `chunked`, for every pattern.
@@ -37,155 +37,163 @@ class Ring:
     pattern: Pattern = Full()
     chunk: int = 256
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
+    def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         """Return the attention of this rank's `q`, `k` and `v`; `meta` is that of the whole row."""
-        if at.bias is None:
-            return _ring(self, None, q, k, v, None, at)
-        return _ring(self, at.bias.relative, q, k, v, at.bias.table, at._replace(bias=_untabled(at.bias)))
+        if inputs.bias is None:
+            return _ring_attention(self, None, q, k, v, None, inputs)
+        return _ring_attention(
+            self, inputs.bias.config, q, k, v, inputs.bias.table, inputs._replace(bias=_drop_table(inputs.bias))
+        )
 
-    def hop(self, arrays: PyTree) -> PyTree:
+    def send_to_next(self, arrays: PyTree) -> PyTree:
         """Send arrays to the next rank."""
         pairs = [(rank, (rank + 1) % self.ranks) for rank in range(self.ranks)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), arrays)
 
-    def met(
-        self, relative: RelativeBias | None, table: Array | None, at: Tokens, steps: Int[Array, ""] | int
-    ) -> "_Met":
+    def select_tokens(
+        self, relative: RelativeBias | None, table: Array | None, inputs: AttentionInputs, steps: Int[Array, ""] | int
+    ) -> "_TokenPair":
         """Return the tokens of this rank's queries, and of the keys that started `steps` ranks behind."""
-        rank, size = jax.lax.axis_index(self.axis), at.q_segments.shape[1] // self.ranks
+        rank, size = jax.lax.axis_index(self.axis), inputs.q_segments.shape[1] // self.ranks
         source = (rank - steps) % self.ranks
 
         def part(rows, index):
             return None if rows is None else jax.lax.dynamic_slice_in_dim(rows, index * size, size, axis=1)
 
         bias = None
-        if at.bias is not None:
+        if inputs.bias is not None:
             assert relative is not None
             assert table is not None
-            positions = part(at.bias.q_coordinates, rank), part(at.bias.kv_coordinates, source)
-            bias = Bias(relative=relative, table=table, q_coordinates=positions[0], kv_coordinates=positions[1])
-        return _Met(
-            Tokens(
-                part(at.q_segments, rank),
-                part(at.kv_segments, source),
-                part(at.q_indices, rank),
-                part(at.kv_indices, source),
+            positions = part(inputs.bias.q_coordinates, rank), part(inputs.bias.kv_coordinates, source)
+            bias = Bias(config=relative, table=table, q_coordinates=positions[0], kv_coordinates=positions[1])
+        return _TokenPair(
+            AttentionInputs(
+                part(inputs.q_segments, rank),
+                part(inputs.kv_segments, source),
+                part(inputs.q_indices, rank),
+                part(inputs.kv_indices, source),
                 bias,
             )
         )
 
 
-class _Met(NamedTuple):
+class _TokenPair(NamedTuple):
     """The tokens of two ranks: queries of one, keys of the other."""
 
-    at: Tokens
+    inputs: AttentionInputs
 
-    def related(self) -> Bool[Array, ""]:
+    def has_common_segments(self) -> Bool[Array, ""]:
         """Return whether the ranges of segment ids of both overlap in any row."""
-        min_segment, max_segment = _range(self.at.q_segments)
-        key_min, key_max = _range(self.at.kv_segments)
+        min_segment, max_segment = _get_segment_range(self.inputs.q_segments)
+        key_min, key_max = _get_segment_range(self.inputs.kv_segments)
         return ((min_segment <= key_max) & (key_min <= max_segment)).any()
 
 
-def _range(segments: Int[Array, "B N"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+def _get_segment_range(segments: Int[Array, "B N"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """Return the smallest and the largest segment of each row; the range is empty if there is only padding."""
-    return jnp.where(segments > 0, segments, _MOST).min(axis=1), segments.max(axis=1)
+    return jnp.where(segments > 0, segments, _MAX_SEGMENT).min(axis=1), segments.max(axis=1)
 
 
-def _untabled(bias: Bias) -> Bias:
+def _drop_table(bias: Bias) -> Bias:
     """Return the bias without its table, whose gradient is computed separately."""
     return Bias(
-        relative=bias.relative,
+        config=bias.config,
         table=jnp.zeros((0, 0)),
         q_coordinates=bias.q_coordinates,
         kv_coordinates=bias.kv_coordinates,
     )
 
 
-class _Mixed(NamedTuple):
+class _PartialAttention(NamedTuple):
     """Attention over the keys so far, and the logarithms of the sums of exponentials; float32."""
 
     out: Queries
     lse: Float[Array, "B K N"]
 
-    def and_(self, other: "_Mixed") -> "_Mixed":
+    def merge(self, other: "_PartialAttention") -> "_PartialAttention":
         """Return the attention over the keys of both parts."""
         # The log-sum-exp of no keys is `NOTHING`, a large positive number that makes exp(score - lse) zero in the
         # backward pass. For the weights of the merge it has to be a large negative one.
-        own_lse, other_lse = (jnp.where(lse >= NOTHING, -NOTHING, lse) for lse in (self.lse, other.lse))
+        own_lse, other_lse = (jnp.where(lse >= EMPTY_LSE, -EMPTY_LSE, lse) for lse in (self.lse, other.lse))
         max_lse = jnp.maximum(own_lse, other_lse)
         weights = jnp.exp(own_lse - max_lse), jnp.exp(other_lse - max_lse)
         total = weights[0] + weights[1]
-        out = _of_heads(weights[0] / total) * self.out + _of_heads(weights[1] / total) * other.out
-        return _Mixed(out, jnp.where(max_lse > -NOTHING, max_lse + jnp.log(total), NOTHING))
+        out = _move_heads_last(weights[0] / total) * self.out + _move_heads_last(weights[1] / total) * other.out
+        return _PartialAttention(out, jnp.where(max_lse > -EMPTY_LSE, max_lse + jnp.log(total), EMPTY_LSE))
 
 
-def _of_heads(values: Float[Array, "B K N"]) -> Float[Array, "B N K 1"]:
+def _move_heads_last(values: Float[Array, "B K N"]) -> Float[Array, "B N K 1"]:
     return jnp.moveaxis(values, 1, 2)[..., None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ring(how: Ring, relative: RelativeBias | None, q, k, v, table, at: Tokens):
-    return _forward(how, relative, q, k, v, table, at)[0]
+def _ring_attention(ring: RingAttention, relative: RelativeBias | None, q, k, v, table, inputs: AttentionInputs):
+    return _forward(ring, relative, q, k, v, table, inputs)[0]
 
 
-def _forward(how: Ring, relative: RelativeBias | None, q, k, v, table, at: Tokens):
+def _forward(ring: RingAttention, relative: RelativeBias | None, q, k, v, table, inputs: AttentionInputs):
     def attend_and_merge(steps, keys, values, partial):
-        pair = how.met(relative, table, at, steps)
+        pair = ring.select_tokens(relative, table, inputs, steps)
 
         def attend():
-            return partial.and_(_Mixed(*attend_part(q, keys, values, pair.at, pattern=how.pattern, chunk=how.chunk)))
+            return partial.merge(
+                _PartialAttention(*attend_part(q, keys, values, pair.inputs, pattern=ring.pattern, chunk=ring.chunk))
+            )
 
-        return jax.lax.cond(pair.related(), attend, lambda: partial)
+        return jax.lax.cond(pair.has_common_segments(), attend, lambda: partial)
 
     def step(steps, carry):
         (keys, values), partial = carry
-        return how.hop((keys, values)), attend_and_merge(steps, keys, values, partial)
+        return ring.send_to_next((keys, values)), attend_and_merge(steps, keys, values, partial)
 
     lse_shape = q.shape[0], q.shape[2], q.shape[1]
-    initial = _Mixed(jnp.zeros((*q.shape[:3], v.shape[3])), jnp.full(lse_shape, NOTHING))
+    initial = _PartialAttention(jnp.zeros((*q.shape[:3], v.shape[3])), jnp.full(lse_shape, EMPTY_LSE))
     # The last keys are not sent on: they would only return home.
-    (keys, values), partial = jax.lax.fori_loop(0, how.ranks - 1, step, ((k, v), initial))
-    out, lse = named(attend_and_merge(how.ranks - 1, keys, values, partial), queries=q.shape[1], keys=k.shape[1])
-    return out.astype(v.dtype), (q, k, v, table, at, out, lse)
+    (keys, values), partial = jax.lax.fori_loop(0, ring.ranks - 1, step, ((k, v), initial))
+    out, lse = mark_checkpoint(
+        attend_and_merge(ring.ranks - 1, keys, values, partial), queries=q.shape[1], keys=k.shape[1]
+    )
+    return out.astype(v.dtype), (q, k, v, table, inputs, out, lse)
 
 
-def _backward(how: Ring, relative: RelativeBias | None, saved, d_out):
+def _backward(ring: RingAttention, relative: RelativeBias | None, saved, d_out):
     q, k, v, table, meta, out, lse = saved
     delta = jnp.moveaxis((out * d_out.astype(jnp.float32)).sum(axis=-1), 2, 1)
     zeros = jnp.zeros(q.shape), jnp.zeros(k.shape), jnp.zeros(v.shape), None if table is None else table * 0.0
 
     def gradients(steps, keys, values):
-        pair = how.met(relative, table, meta, steps)
+        pair = ring.select_tokens(relative, table, meta, steps)
 
         def attend():
             saved_results = {"lse": lse, "delta": delta, "d_out": d_out}
-            return part_gradients(q, keys, values, pair.at, pattern=how.pattern, chunk=how.chunk, **saved_results)
+            return compute_part_gradients(
+                q, keys, values, pair.inputs, pattern=ring.pattern, chunk=ring.chunk, **saved_results
+            )
 
-        return jax.lax.cond(pair.related(), attend, lambda: zeros)
+        return jax.lax.cond(pair.has_common_segments(), attend, lambda: zeros)
 
     def add_gradients(steps, keys_values, sums):
         (d_keys, d_values), (d_q, d_table) = sums
         more_q, *more, more_table = gradients(steps, *keys_values)
-        d_keys, d_values = how.hop((d_keys + more[0], d_values + more[1]))
-        return (d_keys, d_values), (d_q + more_q, _sum(d_table, more_table))
+        d_keys, d_values = ring.send_to_next((d_keys + more[0], d_values + more[1]))
+        return (d_keys, d_values), (d_q + more_q, _add_optional(d_table, more_table))
 
     def step(steps, carry):
         keys_values, sums = carry
-        return how.hop(keys_values), add_gradients(steps, keys_values, sums)
+        return ring.send_to_next(keys_values), add_gradients(steps, keys_values, sums)
 
     # A gradient of keys has to visit the same devices as its keys and then return to their owner: the loop starts with
     # the neighbour's keys, and the gradient from this device's own keys is added when the others arrive.
     d_q, *own_gradients, d_table = gradients(0, k, v)
-    initial = how.hop((k, v)), (zeros[1:3], (d_q, d_table))
-    keys_values, sums = jax.lax.fori_loop(1, how.ranks - 1, step, initial)
-    (d_k, d_v), (d_q, d_table) = add_gradients(how.ranks - 1, keys_values, sums)
+    initial = ring.send_to_next((k, v)), (zeros[1:3], (d_q, d_table))
+    keys_values, sums = jax.lax.fori_loop(1, ring.ranks - 1, step, initial)
+    (d_k, d_v), (d_q, d_table) = add_gradients(ring.ranks - 1, keys_values, sums)
     d_k, d_v = d_k + own_gradients[0], d_v + own_gradients[1]
     return *(g.astype(x.dtype) for g, x in zip((d_q, d_k, d_v), (q, k, v), strict=True)), d_table, None
 
 
-_ring.defvjp(_forward, _backward)
+_ring_attention.defvjp(_forward, _backward)
 
 
-def _sum(one: Array | None, other: Array | None) -> Array | None:
+def _add_optional(one: Array | None, other: Array | None) -> Array | None:
     return None if one is None or other is None else one + other

@@ -19,19 +19,19 @@ from dit_video.distributed.mesh import AnyMesh
 Axis = str | tuple[str, ...] | None
 """Sharding of one array axis: a mesh axis, several, or none."""
 
-ROWS = ("data", "fsdp")
+ROW_AXES = ("data", "fsdp")
 """Mesh axes that share the rows of the batch."""
-_TOKENS = r"(^|/)(tokens|segments|coordinates)$"
+_TOKEN_PATTERN = r"(^|/)(tokens|segments|coordinates)$"
 """Arrays of packed rows whose second axis counts tokens."""
 
-_LAYER = r"(^|/)(temporal_)?blocks/(.*/)?"
-_COLUMNS = r"((cross_|image_)?(query|key|value)|up|gate)"
-FUSED = ("qkv", "cross_key_value")
+_LAYER_PATTERN = r"(^|/)(temporal_)?blocks/(.*/)?"
+_COLUMN_PATTERN = r"((cross_|image_)?(query|key|value)|up|gate)"
+FUSED_MAPS = ("qkv", "cross_key_value")
 """Names of maps that fuse several maps, from which a model's heads are made."""
-TENSOR: tuple[tuple[str, int], ...] = (
-    (_LAYER + rf"({'|'.join(FUSED)})/kernel$", -2),
-    (_LAYER + _COLUMNS + r"/(kernel|bias)$", -1),
-    (_LAYER + r"(out|cross_out|down)/kernel$", -2),
+TENSOR_RULES: tuple[tuple[str, int], ...] = (
+    (_LAYER_PATTERN + rf"({'|'.join(FUSED_MAPS)})/kernel$", -2),
+    (_LAYER_PATTERN + _COLUMN_PATTERN + r"/(kernel|bias)$", -1),
+    (_LAYER_PATTERN + r"(out|cross_out|down)/kernel$", -2),
 )
 """Arrays of a transformer's layers that `tensor` shards: maps into heads and hidden widths along their outputs, maps
 out of them along their input (arXiv 1909.08053, section 3). If queries, keys and values are one map, a shard of its
@@ -49,23 +49,23 @@ class ShardingRules:
     rules: tuple[tuple[str, tuple[Axis, ...]], ...] = ()
     """Pairs of a regular expression, found anywhere in the path, and the sharding of the *last* axes. Axes before them
     are not sharded, so that one rule serves a layer and a stack of layers; `()` replicates the array."""
-    tensor: tuple[tuple[str, int], ...] = TENSOR
+    tensor_rules: tuple[tuple[str, int], ...] = TENSOR_RULES
     """Pairs of a regular expression and the axis, counted from the end, that is sharded over `tensor`."""
-    stacked: str = r"(^|/)(temporal_)?blocks/"
+    stacked_pattern: str = r"(^|/)(temporal_)?blocks/"
     """Regular expression of arrays whose first axis counts layers; it is not sharded, since a scan takes one layer at a
     time."""
-    minimum: int = 2**14
+    min_size: int = 2**14
     """Number of values below which arrays without a rule are replicated."""
 
-    def tensor_axis(self, path: str) -> int | None:
+    def get_tensor_axis(self, path: str) -> int | None:
         """Return the axis of an array that is sharded over `tensor`, counted from the end; None for most arrays."""
-        return next((axis for pattern, axis in self.tensor if re.search(pattern, path)), None)
+        return next((axis for pattern, axis in self.tensor_rules if re.search(pattern, path)), None)
 
 
 DEFAULT_RULES = ShardingRules()
 
 
-def shardings(tree: Any, mesh: AnyMesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
+def make_shardings(tree: Any, mesh: AnyMesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
     """Return the layout of every leaf (anything with a `shape`), as a tree of `NamedSharding`.
 
     Raises:
@@ -76,23 +76,23 @@ def shardings(tree: Any, mesh: AnyMesh, rules: ShardingRules = DEFAULT_RULES) ->
         shape = tuple(leaf.shape)
         for pattern, axes in rules.rules:
             if re.search(pattern, path):
-                return NamedSharding(mesh, _by_rule(path, shape, pattern, axes, mesh))
-        return NamedSharding(mesh, _by_default(path, shape, mesh, rules))
+                return NamedSharding(mesh, _apply_rule(path, shape, pattern, axes, mesh))
+        return NamedSharding(mesh, _apply_default(path, shape, mesh, rules))
 
     return trees.map_with_path(layout, tree)
 
 
-def batch_sharding(mesh: AnyMesh) -> NamedSharding:
+def make_batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Return the sharding of rows over `data` and `fsdp`, replicated on every other axis."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def row_shards(mesh: AnyMesh) -> int:
+def count_row_shards(mesh: AnyMesh) -> int:
     """Return the number of shards of a batch's rows."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
-def batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
+def make_batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
     """Return the layout of every array of a batch (anything with a `shape`): of rows, and of tokens in packed rows.
 
     Raises:
@@ -101,14 +101,14 @@ def batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
     ranks = mesh.shape["context"]
 
     def layout(path: str, leaf: Any) -> NamedSharding:
-        if ranks == 1 or not re.search(_TOKENS, path):
-            return batch_sharding(mesh)
+        if ranks == 1 or not re.search(_TOKEN_PATTERN, path):
+            return make_batch_sharding(mesh)
         if leaf.shape[1] % ranks:
             raise UserError(
                 f"rows of {leaf.shape[1]} tokens do not divide among context={ranks} devices. "
                 f"Use rows of {leaf.shape[1] + -leaf.shape[1] % ranks} tokens."
             )
-        return NamedSharding(mesh, PartitionSpec(ROWS, "context"))
+        return NamedSharding(mesh, PartitionSpec(ROW_AXES, "context"))
 
     return trees.map_with_path(layout, batch)
 
@@ -119,15 +119,15 @@ class RowPart(NamedTuple):
     Processes that share rows, because `tensor` or `context` spans several, have the same part.
     """
 
-    number: int
+    part_index: int
     """Number of the part, from 0 on."""
-    parts: int
+    part_count: int
     """Number of parts."""
     shards: tuple[int, ...]
     """Shards of the mesh's `count_row_shards` in this part."""
 
     @staticmethod
-    def of(mesh: Mesh, process: int | None = None) -> "RowPart":
+    def from_mesh(mesh: Mesh, process: int | None = None) -> "RowPart":
         """Return the part of a process, this one if None.
 
         Raises:
@@ -135,10 +135,10 @@ class RowPart(NamedTuple):
         """
         shards: dict[int, set[int]] = {}
         device: Any
-        for device, (rows, *_) in batch_sharding(mesh).devices_indices_map((row_shards(mesh),)).items():
+        for device, (rows, *_) in make_batch_sharding(mesh).devices_indices_map((count_row_shards(mesh),)).items():
             shards.setdefault(device.process_index, set()).add(rows.start or 0)
         parts = sorted({tuple(sorted(process_shards)) for process_shards in shards.values()})
-        if sum(map(len, parts)) != row_shards(mesh) or len({len(part) for part in parts}) > 1:
+        if sum(map(len, parts)) != count_row_shards(mesh) or len({len(part) for part in parts}) > 1:
             raise UserError(
                 f"processes share parts of their rows on the mesh {dict(mesh.shape)}. Use a mesh where the devices of "
                 "a process divide tensor x context, or the other way round."
@@ -156,7 +156,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     Raises:
       UserError: If the rows, or their tokens, do not divide among the devices.
     """
-    part = RowPart.of(mesh)
+    part = RowPart.from_mesh(mesh)
     local = len(part.shards)
     for path, leaf in trees.flatten(batch).items():
         if leaf.shape[0] % local:
@@ -164,7 +164,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
                 f"{path or 'the batch'} has {leaf.shape[0]} rows for {local} devices along data and fsdp. "
                 f"Use a multiple of {local}."
             )
-    layouts = batch_shardings(batch, mesh)
+    layouts = make_batch_shardings(batch, mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, layouts)
 
@@ -176,13 +176,15 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
             first = part.shards.index((index[0].start or 0) // rows) * rows
             return leaf[(slice(first, first + rows), *index[1:])]
 
-        shape = (rows * row_shards(mesh), *leaf.shape[1:])
+        shape = (rows * count_row_shards(mesh), *leaf.shape[1:])
         return jax.make_array_from_callback(shape, layout, read_shard)
 
     return jax.tree.map(make_global, batch, layouts)
 
 
-def _by_rule(path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, ...], mesh: AnyMesh) -> PartitionSpec:
+def _apply_rule(
+    path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, ...], mesh: AnyMesh
+) -> PartitionSpec:
     if len(axes) > len(shape):
         raise UserError(
             f"sharding rule {pattern!r} has {len(axes)} axes, {path} has {len(shape)}. "
@@ -203,12 +205,12 @@ def _by_rule(path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, 
     return PartitionSpec(*(None,) * (len(shape) - len(axes)), *axes)
 
 
-def _by_default(path: str, shape: tuple[int, ...], mesh: AnyMesh, rules: ShardingRules) -> PartitionSpec:
-    if math.prod(shape) < rules.minimum:
+def _apply_default(path: str, shape: tuple[int, ...], mesh: AnyMesh, rules: ShardingRules) -> PartitionSpec:
+    if math.prod(shape) < rules.min_size:
         return PartitionSpec()
-    first = 1 if re.search(rules.stacked, path) else 0
+    first = 1 if re.search(rules.stacked_pattern, path) else 0
     split: dict[int, str] = {}
-    from_end = rules.tensor_axis(path)
+    from_end = rules.get_tensor_axis(path)
     axis = -1 if from_end is None else len(shape) + from_end
     if mesh.shape["tensor"] > 1 and first <= axis and shape[axis] % mesh.shape["tensor"] == 0:
         split[axis] = "tensor"

@@ -3,16 +3,16 @@
 import time
 from typing import Any
 
-_ROOM = "dit_video"
+_PREFIX = "dit_video"
 
 
-class Store:
+class KeyValueStore:
     """Texts by name, shared by all processes of the run. Every call may fail if the first process is gone.
 
     It is the store that JAX opens for its own use, which has no public interface yet; Orbax uses it in the same way.
     """
 
-    def __init__(self, room: str) -> None:
+    def __init__(self, namespace: str) -> None:
         """Open a namespace of the store.
 
         Args:
@@ -21,15 +21,17 @@ class Store:
         from jax._src import distributed  # Private: see the class docstring.
 
         self._client: Any = distributed.global_state.client
-        self._room = f"{_ROOM}/{room}/"
+        self._namespace = f"{_PREFIX}/{namespace}/"
 
     def write(self, name: str, text: str) -> None:
         """Write a text under a name, replacing any earlier one."""
-        self._client.key_value_set(self._room + name, text, allow_overwrite=True)
+        self._client.key_value_set(self._namespace + name, text, allow_overwrite=True)
 
     def read(self) -> dict[str, str]:
         """Return all texts of the namespace."""
-        return {name.removeprefix(self._room): text for name, text in self._client.key_value_dir_get(self._room)}
+        return {
+            name.removeprefix(self._namespace): text for name, text in self._client.key_value_dir_get(self._namespace)
+        }
 
     def wait_for(self, names: set[str], seconds: float) -> dict[str, str]:
         """Return all texts of the namespace, once these names are among them.

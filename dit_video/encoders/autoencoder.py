@@ -8,17 +8,17 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from dit_video.autoencoders import AutoencoderConfig, Tiles, decode_stream, encode_stream, latent_grid
-from dit_video.autoencoders.streaming import Layout
+from dit_video.autoencoders.streaming import OptionalSharding
 from dit_video.core.errors import UserError
-from dit_video.core.trees import size as count
+from dit_video.core.trees import count_values as count
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
-PIXELS = 1 << 24
+CHUNK_PIXELS = 1 << 24
 """Approximate number of pixels that are coded at once, over all frames and clips; longer clips are coded in chunks."""
 
 
-class Codec:
+class LatentCodec:
     """An autoencoder with its parameters.
 
     Long clips are coded in chunks of frames, with the same result as at once; memory does not grow with their length.
@@ -36,7 +36,7 @@ class Codec:
         params: dict[str, Any],
         *,
         tiles: Tiles | None = None,
-        sharding: Layout = None,
+        sharding: OptionalSharding = None,
     ):
         self.config, self.params = config, params
         self._options: dict[str, Any] = {"tiles": tiles, "sharding": sharding}
@@ -54,7 +54,7 @@ class Codec:
     ) -> Float32[np.ndarray, "t h w c"]:
         """Encode pixels in 0..255, not necessarily whole numbers, to normalised latents; raises as `encode` does."""
         grid = latent_grid(Grid(*pixels.shape[:3]), self.config.stride)
-        chunk = self._chunk(1, grid)
+        chunk = self._get_chunk_length(1, grid)
         chunks = encode_stream(self.config, self.params, [pixels[None]], chunk=chunk, **self._options)
         return np.concatenate(list(chunks), axis=1)[0]
 
@@ -73,23 +73,23 @@ class Codec:
 
     def decode_many(self, latents: Float32[np.ndarray, "B t h w c"]) -> UInt8[np.ndarray, "B T H W 3"]:
         """Return the frames of several clips of one size."""
-        return np.concatenate(list(self.stream(latents)), axis=1)
+        return np.concatenate(list(self.decode_chunks(latents)), axis=1)
 
-    def stream(self, latents: Float32[np.ndarray, "B t h w c"]) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
+    def decode_chunks(self, latents: Float32[np.ndarray, "B t h w c"]) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
         """Yield the frames of `decode_many` in chunks, for clips that are written as they are decoded."""
         values = np.asarray(latents, np.float32)
-        chunk = self._chunk(len(values), Grid(*values.shape[1:4]))
+        chunk = self._get_chunk_length(len(values), Grid(*values.shape[1:4]))
         return decode_stream(self.config, self.params, values, chunk=chunk, **self._options)
 
     def reconstruct(self, clip: Clip) -> Clip:
         """Encode and decode a clip."""
         return replace(clip, frames=self.decode(self.encode(clip), fps=clip.fps).frames)
 
-    def parameter_count(self) -> int:
+    def count_parameters(self) -> int:
         """Return the number of parameters."""
         return count(self.params)
 
-    def _chunk(self, clips: int, latents: Grid) -> int:
+    def _get_chunk_length(self, clips: int, latents: Grid) -> int:
         """Return the number of latent frames that are coded at once."""
         frame_pixels = clips * self.config.stride.volume * latents.h * latents.w
-        return min(latents.t, max(1, PIXELS // frame_pixels))
+        return min(latents.t, max(1, CHUNK_PIXELS // frame_pixels))

@@ -13,13 +13,13 @@ from dit_video.core.config_json import to_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.features import FrameEncoder
-from dit_video.weights import load_clip_images, load_clip_vision
+from dit_video.weights import load_clip_image_processor, load_clip_vision
 
-IMAGE_ENCODER = "image_encoder.json"
+IDENTITY_FILE = "image_encoder.json"
 """Name of the file in a run's folder that holds the identity of its image encoder."""
 
 
-class ImageEncoder:
+class FrozenImageEncoder:
     """Image tokens of frames: the penultimate hidden states of a CLIP's vision tower, as in Wan's image-to-video.
 
     It is opened at the first frame.
@@ -35,7 +35,7 @@ class ImageEncoder:
     @property
     def identity(self) -> str:
         """Return the identity that tokens are stamped with; it reads the tower unless the identity was given."""
-        return self._identity or self._opened[1]
+        return self._identity or self._encoder_and_identity[1]
 
     def __call__(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T i F"]:
         """Return the tokens of each frame.
@@ -44,29 +44,29 @@ class ImageEncoder:
           MissingError: the folder does not exist, or lacks parts.
           UserError: a folder of another model, or of another encoder than before.
         """
-        return self._opened[0](frames)
+        return self._encoder_and_identity[0](frames)
 
     @functools.cached_property
-    def _opened(self) -> tuple[FrameEncoder, str]:
-        tower, images = load_clip_vision(self._folder), load_clip_images(self._folder)
+    def _encoder_and_identity(self) -> tuple[FrameEncoder, str]:
+        tower, images = load_clip_vision(self._folder), load_clip_image_processor(self._folder)
         parts = [to_json(tower.config), tower.digest, to_json(images)]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         if self._identity not in ("", digest):
             raise UserError(
                 f"{self._folder} holds the image encoder {digest}, {self._identity} was used before; put that one back"
             )
-        return FrameEncoder(tower.config, tower.params, images, part="before", batch=2), digest
+        return FrameEncoder(tower.config, tower.params, images, feature="penultimate", batch=2), digest
 
 
-def open_image_encoder(folder: str | os.PathLike, *, kept: Path) -> ImageEncoder:
+def open_image_encoder(folder: str | os.PathLike, *, identity_file: Path) -> FrozenImageEncoder:
     """Open an image encoder and record its identity: later it must be the same, and is known without the weights.
 
     Raises:
       MissingError: the folder does not exist, or lacks parts.
       UserError: a folder of another model.
     """
-    if kept.is_file():
-        return ImageEncoder(folder, identity=read_json(kept)["identity"])
-    encoder = ImageEncoder(folder)
-    write_json(kept, {"identity": encoder.identity})
+    if identity_file.is_file():
+        return FrozenImageEncoder(folder, identity=read_json(identity_file)["identity"])
+    encoder = FrozenImageEncoder(folder)
+    write_json(identity_file, {"identity": encoder.identity})
     return encoder

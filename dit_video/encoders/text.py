@@ -12,10 +12,10 @@ from jaxtyping import Float32
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.text import ClassNamesConfig, Embedder, FrozenTextConfig, TextConfig, Tokenizer
-from dit_video.weights import load_embedder, text_encoder_config
+from dit_video.weights import load_embedder, read_text_encoder_config
 
 
-class FrozenEncoder:
+class FrozenTextEncoder:
     """A frozen text encoder, opened when the first text is embedded.
 
     Args:
@@ -32,7 +32,7 @@ class FrozenEncoder:
         return self.config.identity or self._embedder.identity
 
     @property
-    def pinned(self) -> FrozenTextConfig:
+    def pinned_config(self) -> FrozenTextConfig:
         """Return the encoder's config with its identity."""
         return replace(self.config, identity=self.identity)
 
@@ -44,9 +44,9 @@ class FrozenEncoder:
         """
         return self._embedder(text)
 
-    def many(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "s E"]]:
+    def encode_many(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "s E"]]:
         """Return the embedding of each text; faster than one by one."""
-        return self._embedder.many(texts)
+        return self._embedder.embed_many(texts)
 
     @functools.cached_property
     def _embedder(self) -> Embedder:
@@ -68,8 +68,8 @@ class FrozenEncoder:
 
 
 def open_tokenizer(
-    config: TextConfig, *, kept: Path | None = None, cache: str | os.PathLike | None = None
-) -> Tokenizer | FrozenEncoder:
+    config: TextConfig, *, identity_file: Path | None = None, cache: str | os.PathLike | None = None
+) -> Tokenizer | FrozenTextEncoder:
     """Return a tokenizer of captions to token ids or classes, or a frozen encoder of captions to embeddings.
 
     Args:
@@ -79,12 +79,12 @@ def open_tokenizer(
       cache: folder for the embeddings of a frozen encoder.
     """
     if not isinstance(config, FrozenTextConfig):
-        return config.tokenizer()
-    if kept is not None and kept.is_file():
-        return FrozenEncoder(replace(config, identity=read_json(kept)["identity"]), cache=cache)
-    encoder = FrozenEncoder(config, cache=cache)
-    if kept is not None:
-        write_json(kept, {"identity": encoder.identity})
+        return config.make_tokenizer()
+    if identity_file is not None and identity_file.is_file():
+        return FrozenTextEncoder(replace(config, identity=read_json(identity_file)["identity"]), cache=cache)
+    encoder = FrozenTextEncoder(config, cache=cache)
+    if identity_file is not None:
+        write_json(identity_file, {"identity": encoder.identity})
     return encoder
 
 
@@ -95,7 +95,7 @@ def check_width(config: FrozenTextConfig) -> None:
       MissingError: there is no encoder in the folder.
       UserError: it has another width.
     """
-    width = text_encoder_config(config.folder).width
+    width = read_text_encoder_config(config.folder).width
     if width != config.width:
         raise UserError(
             f"the text encoder in {config.folder} makes embeddings of width {width}, the config says {config.width}; "
@@ -103,7 +103,7 @@ def check_width(config: FrozenTextConfig) -> None:
         )
 
 
-def moved(config: TextConfig, folder: str | os.PathLike) -> FrozenTextConfig:
+def set_encoder_folder(config: TextConfig, folder: str | os.PathLike) -> FrozenTextConfig:
     """Return the config of a frozen text encoder in another folder.
 
     Raises:

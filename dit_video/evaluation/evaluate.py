@@ -14,12 +14,12 @@ from dit_video.core import config_json, rng
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path, read_json, write_json
 from dit_video.data.clips import ClipSource
-from dit_video.data.sizes import SizeLimits, fit, read_fitted
+from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.data.synthetic import shapes
-from dit_video.diffusion import SAMPLERS, Guidance, Sampler
-from dit_video.encoders.autoencoder import Codec
+from dit_video.diffusion import SAMPLERS, DiffusionSampler, Guidance
+from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.config import ShapesEvaluation
-from dit_video.evaluation.metrics.prompt_following import Result, examine, prompt_following
+from dit_video.evaluation.metrics.prompt_following import JudgedSample, judge_sample, prompt_following
 from dit_video.evaluation.metrics.reconstruction import psnr, ssim
 from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Pipeline, PipelineConfig, Request
@@ -27,11 +27,11 @@ from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip, decode
 
-PROMPTS = "prompts.json"
-_FIELDS = {"prompt": str, "frames": int, "height": int, "width": int, "seed": int, "negative": str}
+PROMPTS_FILE = "prompts.json"
+_ENTRY_TYPES = {"prompt": str, "frames": int, "height": int, "width": int, "seed": int, "negative": str}
 
 
-class Reconstructed(NamedTuple):
+class ClipReconstruction(NamedTuple):
     """A clip, its reconstruction, and how close they are."""
 
     name: str
@@ -40,31 +40,33 @@ class Reconstructed(NamedTuple):
     psnr: float
     """PSNR of the reconstruction, in dB."""
     ssim: float
-    linear: Clip | None = None
+    linear_decoded: Clip | None = None
     """Reconstruction by the best linear autoencoder with as many latent values, fitted on the training clips."""
     linear_psnr: float | None = None
 
 
-class Sampled(NamedTuple):
+class SavedSample(NamedTuple):
     """A sample's entry in `prompts.json`, and its decoded file."""
 
     entry: dict[str, Any]
     clip: Clip
 
 
-class Measured(NamedTuple):
+class EvaluationResult(NamedTuple):
     """Metrics of an evaluation, with the clips that they were computed on."""
 
     metrics: dict[str, Any]
-    reconstructions: list[Reconstructed]
-    samples: list[Sampled]
-    seen: list[bool]
+    reconstructions: list[ClipReconstruction]
+    samples: list[SavedSample]
+    is_trained_caption: list[bool]
     """True for each sample whose caption belongs to a training clip."""
-    verdicts: list[Result]
+    judgements: list[JudgedSample]
     """Judgement of each sample of the shapes data; empty for other data, which are not judged."""
 
 
-def evaluate(pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | None = None, **sampling: Any) -> Measured:
+def evaluate(
+    pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | None = None, **sampling: Any
+) -> EvaluationResult:
     """Reconstruct held-out clips, sample as the pipeline's config says, and write `samples/` and `metrics.json`.
 
     Args:
@@ -81,13 +83,13 @@ def evaluate(pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | No
     if seed < 0:
         raise UserError(f"seed={seed} is invalid: a seed must be a whole number from 0 on")
     _check_replaceable(folder / "samples")
-    resolved = pipeline.sampling(**sampling)
+    resolved = pipeline.resolve_sampling(**sampling)
     is_shapes = isinstance(pipeline.config.evaluation, ShapesEvaluation)
-    labelled_requests = _asked(pipeline.config, run, seed)
-    metrics: dict[str, Any] = {"parameters": pipeline.parameter_counts()}
-    reconstructions = [] if run is None else _reconstructed(pipeline.codec, run)
+    labelled_requests = _make_requests(pipeline.config, run, seed)
+    metrics: dict[str, Any] = {"parameters": pipeline.count_parameters()}
+    reconstructions = [] if run is None else _reconstruct_held_out(pipeline.codec, run)
     if reconstructions:
-        metrics["reconstruction"] = _reconstruction_figures(reconstructions)
+        metrics["reconstruction"] = _compute_reconstruction_metrics(reconstructions)
     start_time = time.perf_counter()
     with Progress("sampling", len(labelled_requests), unit="clip") as progress:
         requests = [request for request, _ in labelled_requests]
@@ -96,98 +98,103 @@ def evaluate(pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | No
         "samples": len(labelled_requests),
         "seed": seed,
         "steps": resolved.steps,
-        **_guidance_figures(resolved.full_guidance),
-        "sampler": _name(resolved.solver),
+        **_describe_guidance(resolved.full_guidance),
+        "sampler": _get_sampler_name(resolved.solver),
         "seconds": round(time.perf_counter() - start_time, 1),
     }
     samples = read_samples(folder / "samples")
-    verdicts = examine_samples(samples) if is_shapes else []
+    verdicts = judge_samples(samples) if is_shapes else []
     if is_shapes:
         metrics["prompt_following"] = prompt_following(verdicts)
     write_json(folder / "metrics.json", metrics)
-    return Measured(metrics, reconstructions, samples, [seen for _, seen in labelled_requests], verdicts)
+    return EvaluationResult(metrics, reconstructions, samples, [seen for _, seen in labelled_requests], verdicts)
 
 
-def _name(solver: Sampler) -> str:
+def _get_sampler_name(solver: DiffusionSampler) -> str:
     """Return the command line's name of a sampler, else its class."""
     names = [name for name, known in SAMPLERS.items() if known == solver]
     return names[0] if names else type(solver).__name__.lower()
 
 
-def _guidance_figures(guidance: Guidance) -> dict[str, Any]:
+def _describe_guidance(guidance: Guidance) -> dict[str, Any]:
     """Return the guidance scale, and all options if they are not at their defaults."""
     plain = guidance == Guidance(scale=guidance.scale)
     return {"guidance": guidance.scale} | ({} if plain else {"guidance_options": config_json.to_json(guidance)})
 
 
-def evaluate_autoencoder(run: Run, folder: str | Path) -> Measured:
+def evaluate_autoencoder(run: Run, folder: str | Path) -> EvaluationResult:
     """Reconstruct the held-out clips of a run that trains an autoencoder only, and write `metrics.json`.
 
     Raises:
       UserError: no clips are held out.
     """
     codec = run.codec()
-    reconstructions = _reconstructed(codec, run)
+    reconstructions = _reconstruct_held_out(codec, run)
     if not reconstructions:
         raise UserError("no clips are held out to be reconstructed; name some with --data.held-out")
     metrics = {
-        "parameters": {"autoencoder": codec.parameter_count()},
-        "reconstruction": _reconstruction_figures(reconstructions),
+        "parameters": {"autoencoder": codec.count_parameters()},
+        "reconstruction": _compute_reconstruction_metrics(reconstructions),
     }
     write_json(Path(folder) / "metrics.json", metrics)
-    return Measured(metrics, reconstructions, [], [], [])
+    return EvaluationResult(metrics, reconstructions, [], [], [])
 
 
-def _reconstructed(codec: Codec, run: Run) -> list[Reconstructed]:
+def _reconstruct_held_out(codec: LatentCodec, run: Run) -> list[ClipReconstruction]:
     """Reconstruct the held-out clips of a run, if any, also with the best linear autoencoder."""
     if not len(run.held_out_clips):
         return []
     return reconstruct(codec, run.held_out_clips, run.experiment.limits, linear=run.linear_baseline())
 
 
-def _asked(config: PipelineConfig, run: Run | None, seed: int) -> list[tuple[Request, bool]]:
+def _make_requests(config: PipelineConfig, run: Run | None, seed: int) -> list[tuple[Request, bool]]:
     """Return the requests, and for each whether its caption belongs to a training clip."""
     evaluation = config.evaluation
     if isinstance(evaluation, ShapesEvaluation):
-        return [(request, shapes.parse(request.prompt) not in shapes.HELD_OUT) for request in shape_requests(seed)]
+        return [
+            (request, shapes.parse_caption(request.prompt) not in shapes.HELD_OUT)
+            for request in make_shape_requests(seed)
+        ]
     requests: list[tuple[Request, bool]] = []
     if run is not None:
-        common: dict[str, Any] = {"seed": seed, "animated": bool(config.dit.given_channels)}
+        common: dict[str, Any] = {"seed": seed, "use_first_frame": bool(config.dit.given_channels)}
         limits = run.experiment.limits
-        trained = caption_requests(run.training_clips, limits, count=evaluation.trained, **common)
-        held_out = caption_requests(run.held_out_clips, limits, count=evaluation.held_out, first=len(trained), **common)
+        trained = make_caption_requests(run.training_clips, limits, count=evaluation.trained, **common)
+        held_out = make_caption_requests(
+            run.held_out_clips, limits, count=evaluation.held_out, first_index=len(trained), **common
+        )
         requests = [(request, True) for request in trained] + [(request, False) for request in held_out]
     if not requests:
         raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")
     return requests
 
 
-def _reconstruction_figures(reconstructions: Sequence[Reconstructed]) -> dict[str, Any]:
+def _compute_reconstruction_metrics(reconstructions: Sequence[ClipReconstruction]) -> dict[str, Any]:
     metrics = {
-        reconstruction.name: {"psnr": _finite(reconstruction.psnr), "ssim": reconstruction.ssim}
+        reconstruction.name: {"psnr": _cap_psnr(reconstruction.psnr), "ssim": reconstruction.ssim}
         for reconstruction in reconstructions
     }
     for reconstruction in reconstructions:
         if reconstruction.linear_psnr is not None:
-            metrics[reconstruction.name]["linear_psnr"] = _finite(reconstruction.linear_psnr)
+            metrics[reconstruction.name]["linear_psnr"] = _cap_psnr(reconstruction.linear_psnr)
     names = next(iter(metrics.values()))
     return {name: float(np.mean([entry[name] for entry in metrics.values()])) for name in names} | {"clips": metrics}
 
 
-def _finite(value: float) -> float:
+def _cap_psnr(value: float) -> float:
     """Cap a PSNR at 100 dB: that of equal clips is infinite, which JSON cannot hold."""
     return min(value, 100.0)
 
 
 def reconstruct(
-    codec: Codec, clips: ClipSource, limits: SizeLimits, *, linear: LinearAutoencoder | None = None
-) -> list[Reconstructed]:
+    codec: LatentCodec, clips: ClipSource, limits: SizeLimits, *, linear: LinearAutoencoder | None = None
+) -> list[ClipReconstruction]:
     """Encode and decode the start of every clip at its training size, also by a linear autoencoder if one is given."""
     results = []
     for index, info in enumerate(clips.infos):
-        original = read_fitted(clips, index, limits)
+        original = read_fitted_clip(clips, index, limits)
         decoded = codec.reconstruct(original)
-        reconstruction = Reconstructed(
+        reconstruction = ClipReconstruction(
             info.name,
             original,
             decoded,
@@ -197,13 +204,13 @@ def reconstruct(
         if linear is not None:
             frames = linear.reconstruct_clip(original.frames, codec.config.stride)
             reconstruction = reconstruction._replace(
-                linear=replace(original, frames=frames), linear_psnr=psnr(original.frames, frames)
+                linear_decoded=replace(original, frames=frames), linear_psnr=psnr(original.frames, frames)
             )
         results.append(reconstruction)
     return results
 
 
-def shape_requests(seed: int) -> list[Request]:
+def make_shape_requests(seed: int) -> list[Request]:
     """Return all 72 prompts at 17 and 9 frames, and the 18 image prompts, each once at one of three sizes."""
     shapes_and_captions = [
         (Grid(frames, 0, 0), description)
@@ -211,17 +218,19 @@ def shape_requests(seed: int) -> list[Request]:
         for description in descriptions
     ]
     sizes = ((32, 32), (32, 48), (48, 32))
-    size_indices = rng.host(seed, "sample sizes").permutation(np.arange(len(shapes_and_captions)) % len(sizes))
+    size_indices = rng.make_generator(seed, "sample sizes").permutation(
+        np.arange(len(shapes_and_captions)) % len(sizes)
+    )
     return [
-        Request(shapes.caption(description), Grid(frames.t, *sizes[size]), seed=_seed(seed, number))
+        Request(shapes.format_caption(description), Grid(frames.t, *sizes[size]), seed=_make_seed(seed, number))
         for number, ((frames, description), size) in enumerate(
             zip(shapes_and_captions, size_indices.tolist(), strict=True)
         )
     ]
 
 
-def caption_requests(
-    clips: ClipSource, limits: SizeLimits, *, count: int, seed: int, first: int = 0, animated: bool = False
+def make_caption_requests(
+    clips: ClipSource, limits: SizeLimits, *, count: int, seed: int, first_index: int = 0, use_first_frame: bool = False
 ) -> list[Request]:
     """Return requests for up to `count` different captions, spread over the clips, each at its clip's training size.
 
@@ -237,15 +246,15 @@ def caption_requests(
     return [
         Request(
             clips.infos[index].caption,
-            fit(clips.infos[index], limits),
-            seed=_seed(seed, first + number),
-            image=read_fitted(clips, index, limits).frames[0] if animated else None,
+            fit_size(clips.infos[index], limits),
+            seed=_make_seed(seed, first_index + number),
+            image=read_fitted_clip(clips, index, limits).frames[0] if use_first_frame else None,
         )
         for number, index in enumerate(indices)
     ]
 
 
-def _seed(seed: int, number: int) -> int:
+def _make_seed(seed: int, number: int) -> int:
     """Return a seed that differs between the requests of an evaluation, and between evaluations."""
     return (1000 * seed + number) % 2**32
 
@@ -263,7 +272,7 @@ def read_requests(path: str | Path) -> list[Request]:
     requests = []
     for number, entry in enumerate(entries):
         values = {"seed": 0, "negative": "", **entry} if isinstance(entry, dict) else {}
-        for name, kind in _FIELDS.items():
+        for name, kind in _ENTRY_TYPES.items():
             if type(values.get(name)) is not kind:  # `True` is an int to isinstance
                 expected = "a text" if kind is str else "a whole number"
                 raise UserError(f"{path}: {name} of entry {number} must be {expected}, not {values.get(name)!r}")
@@ -299,14 +308,14 @@ def write_samples(
             for request, clip in zip(part, pipeline.generate_many(part, **sampling), strict=True):
                 name = f"{len(entries):03d}-{_slug(request.prompt)}.{'png' if request.size[0] == 1 else 'mp4'}"
                 clip.save(temporary / name)
-                entries.append({"file": name, **_entry(request)})
+                entries.append({"file": name, **_make_entry(request)})
                 if progress is not None:
                     progress(len(entries))
-        write_json(temporary / PROMPTS, entries)
+        write_json(temporary / PROMPTS_FILE, entries)
     return entries
 
 
-def _entry(request: Request) -> dict[str, Any]:
+def _make_entry(request: Request) -> dict[str, Any]:
     """Return the JSON entry of a request, which `read_requests` reads."""
     frames, height, width = request.size
     entry = {"prompt": request.prompt, "frames": frames, "height": height, "width": width, "seed": request.seed}
@@ -320,25 +329,25 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder for the samples")
     present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
-    written = read_json(folder / PROMPTS) if PROMPTS in present else []
+    written = read_json(folder / PROMPTS_FILE) if PROMPTS_FILE in present else []
     samples = {entry["file"] for entry in written if isinstance(entry, dict) and "file" in entry}
-    known = samples | {PROMPTS} if samples else set()
+    known = samples | {PROMPTS_FILE} if samples else set()
     if foreign := sorted(present - known):
         raise UserError(f"{folder} holds other files than samples, such as {foreign[0]}; use another folder")
 
 
-def read_samples(folder: str | Path) -> list[Sampled]:
+def read_samples(folder: str | Path) -> list[SavedSample]:
     """Read the samples that `prompts.json` lists, decoded from their files."""
     folder = Path(folder)
     return [
-        Sampled(entry, replace(decode(folder / entry["file"]), caption=entry["prompt"]))
-        for entry in read_json(folder / PROMPTS)
+        SavedSample(entry, replace(decode(folder / entry["file"]), caption=entry["prompt"]))
+        for entry in read_json(folder / PROMPTS_FILE)
     ]
 
 
-def examine_samples(samples: Sequence[Sampled]) -> list[Result]:
+def judge_samples(samples: Sequence[SavedSample]) -> list[JudgedSample]:
     """Judge samples of the shapes data from the pixels of their files."""
-    return [examine(shapes.parse(sample.entry["prompt"]), sample.clip) for sample in samples]
+    return [judge_sample(shapes.parse_caption(sample.entry["prompt"]), sample.clip) for sample in samples]
 
 
 def _slug(prompt: str) -> str:

@@ -3,19 +3,19 @@
 from dit_video.experiment.config import Experiment
 from dit_video.experiment.training_config import (
     AutoencoderTraining,
-    Data,
+    DataConfig,
     DenoiserTraining,
-    GivenAutoencoder,
-    OneOfTwo,
+    ExpertConfig,
+    PretrainedAutoencoder,
     Stage,
 )
 
 __all__ = [
     "AutoencoderTraining",
-    "Data",
+    "DataConfig",
     "DenoiserTraining",
     "Experiment",
-    "GivenAutoencoder",
-    "OneOfTwo",
+    "ExpertConfig",
+    "PretrainedAutoencoder",
     "Stage",
 ]

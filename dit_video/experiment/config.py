@@ -15,15 +15,21 @@ from dit_video.data.sizes import SizeLimits
 from dit_video.diffusion import LearnedVariance
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
-from dit_video.experiment.training_config import AutoencoderTraining, Data, DenoiserTraining, GivenAutoencoder, Stage
-from dit_video.features.lpips import SMALLEST as LPIPS_SMALLEST
+from dit_video.experiment.training_config import (
+    AutoencoderTraining,
+    DataConfig,
+    DenoiserTraining,
+    PretrainedAutoencoder,
+    Stage,
+)
+from dit_video.features.lpips import MIN_SIDE as LPIPS_SMALLEST
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import check_classes
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid
-from dit_video.training.checkpoint_policy import Keep
-from dit_video.training.hooks.writers import Monitoring
-from dit_video.training.optim.optimizer import OptimizerConfig, learning_rates
+from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.hooks.writers import MonitoringConfig
+from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +41,8 @@ class Experiment:
     """
 
     name: str
-    data: Data
-    autoencoder: AutoencoderTraining | GivenAutoencoder
+    data: DataConfig
+    autoencoder: AutoencoderTraining | PretrainedAutoencoder
     denoiser: DenoiserTraining
     earlier: tuple[Stage, ...] = ()
     """Stages of the denoiser's training before the last one, which `data` and `denoiser` describe: such as on images,
@@ -47,13 +53,13 @@ class Experiment:
     seed: int = 0
     log_every: int = 20
     save_every: int = 500
-    stop_within: float = 300.0
+    preemption_grace: float = 300.0
     """Maximum number of seconds from SIGTERM or Ctrl-C to the end of the process; preempted machines often have 30."""
-    most_skipped: int = 10
+    max_consecutive_skips: int = 10
     """Number of consecutive steps, skipped because of a non-finite loss or gradient, after which the run ends."""
-    monitoring: Monitoring = field(default_factory=Monitoring)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     """Monitoring of the denoiser's training."""
-    keep: Keep = field(default_factory=Keep)
+    keep: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     """Policy for preserving checkpoints."""
 
     def __post_init__(self):
@@ -69,25 +75,25 @@ class Experiment:
             "dit.layers": self.denoiser.dit.layers,
             "dit.patch": min(self.denoiser.dit.patch),
             "rows.segments": self.denoiser.rows.segments,
-            "data.clips_per_video": self.data.stretches,
+            "data.clips_per_video": self.data.clips_per_video,
             "data.resolutions": min(self.data.resolutions, default=1),
             "log_every": self.log_every,
             "save_every": self.save_every,
-            "max_consecutive_skips": self.most_skipped,
-            "preemption_grace": self.stop_within,
-            "denoiser.accumulation_steps": self.denoiser.accumulate,
+            "max_consecutive_skips": self.max_consecutive_skips,
+            "preemption_grace": self.preemption_grace,
+            "denoiser.accumulation_steps": self.denoiser.accumulation_steps,
         }
         if isinstance(self.autoencoder, AutoencoderTraining):
             positive["autoencoder.steps"] = self.autoencoder.steps
         for name, value in positive.items():
             if value < 1:
                 raise UserError(f"{name}={value} is invalid: it must be at least 1.")
-        trainings = [part for part in (self.autoencoder, self.denoiser) if not isinstance(part, GivenAutoencoder)]
+        trainings = [part for part in (self.autoencoder, self.denoiser) if not isinstance(part, PretrainedAutoencoder)]
         for training in trainings:
-            learning_rates(training.optimizer, steps=training.steps)
+            make_learning_rate_schedule(training.optimizer, steps=training.steps)
             if not 0 <= training.ema_decay < 1:
                 raise UserError(f"ema_decay={training.ema_decay} is invalid: it must lie in [0, 1).")
-        self._check_what_is_trained()
+        self._check_training()
         self._check_parts()
         if not 0 <= self.denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout={self.denoiser.caption_dropout} is invalid: it must lie in [0, 1].")
@@ -95,7 +101,7 @@ class Experiment:
             raise UserError(
                 f"weights={self.data.weights} is invalid: weights must be positive. Leave out unwanted data sets."
             )
-        cached = self.data.stretches > 1 or self.data.resolutions or self.data.flips
+        cached = self.data.clips_per_video > 1 or self.data.resolutions or self.data.flips
         if cached and not self.data.cache_latents:
             raise UserError(
                 "data.clips_per_video, data.resolutions and data.flips need cached latents. Leave them out, or set "
@@ -117,42 +123,44 @@ class Experiment:
             raise UserError(
                 "monitoring.validate_every needs packed rows and no distillation. Leave out validate_every."
             )
-        if denoiser.accumulate > 1 and (denoiser.buckets is not None or denoiser.distillation is not None):
+        if denoiser.accumulation_steps > 1 and (denoiser.buckets is not None or denoiser.distillation is not None):
             raise UserError(
                 "denoiser.accumulation_steps needs packed rows and no distillation. Leave out accumulation_steps."
             )
-        if denoiser.batch % denoiser.accumulate:
+        if denoiser.batch % denoiser.accumulation_steps:
             raise UserError(
-                f"batch={denoiser.batch} is not divisible by accumulation_steps={denoiser.accumulate}. Use a multiple."
+                f"batch={denoiser.batch} is not divisible by accumulation_steps={denoiser.accumulation_steps}. Use "
+                "a multiple."
             )
 
-    def _check_what_is_trained(self) -> None:
+    def _check_training(self) -> None:
         if isinstance(self.autoencoder, AutoencoderTraining):
             adversarial = self.autoencoder.loss.adversarial
-            if adversarial is not None and adversarial.start >= self.autoencoder.steps:
+            if adversarial is not None and adversarial.start_step >= self.autoencoder.steps:
                 raise UserError(
-                    f"adversarial.start_step={adversarial.start} is invalid: the autoencoder is trained for only "
+                    f"adversarial.start_step={adversarial.start_step} is invalid: the autoencoder is trained for only "
                     f"{self.autoencoder.steps} steps. Start earlier, or leave out adversarial."
                 )
         denoiser = self.denoiser
-        if denoiser.lora is not None and denoiser.start is None:
+        if denoiser.lora is not None and denoiser.init_from is None:
             raise UserError("denoiser.lora needs pretrained weights. Set denoiser.init_from to their folder.")
-        if denoiser.lora is not None and denoiser.trained != "full":
+        if denoiser.lora is not None and denoiser.train_mode != "full":
             raise UserError(
-                f"denoiser.lora trains adapters instead of weights. Leave out lora, or train_mode={denoiser.trained!r}."
+                f"denoiser.lora trains adapters instead of weights. Leave out lora, or "
+                f"train_mode={denoiser.train_mode!r}."
             )
         if denoiser.distillation is not None:
             self._check_distillation()
-        if denoiser.trained == "temporal" and denoiser.optimizer.trainable:
+        if denoiser.train_mode == "temporal" and denoiser.optimizer.trainable:
             raise UserError(
                 "denoiser.train_mode='temporal' already selects the trained weights. Leave optimizer.trainable empty."
             )
 
     def _check_distillation(self) -> None:
         denoiser = self.denoiser
-        if denoiser.start is None:
+        if denoiser.init_from is None:
             raise UserError("denoiser.distillation needs a teacher. Set denoiser.init_from to its folder.")
-        if denoiser.lora is not None or denoiser.trained != "full":
+        if denoiser.lora is not None or denoiser.train_mode != "full":
             raise UserError(
                 "denoiser.distillation trains all weights. Leave out lora and train_mode, or leave out distillation."
             )
@@ -199,12 +207,12 @@ class Experiment:
                 f"text.max_tokens={denoiser.text.max_tokens} is invalid: the denoiser pads captions to "
                 f"{denoiser.dit.text_length} tokens. Use text.max_tokens={denoiser.dit.text_length} or less."
             )
-        self._check_given()
+        self._check_conditioning()
 
-    def _check_given(self) -> None:
+    def _check_conditioning(self) -> None:
         """Raise if conditioning, times or variance do not fit the denoiser."""
         dit = self.denoiser.dit
-        if self.denoiser.times_of == "frame" and dit.time != "token":
+        if self.denoiser.time_per == "frame" and dit.time != "token":
             raise UserError(
                 "time_per='frame' needs a denoiser with time='token'. Set dit.time, or use time_per='clip'."
             )
@@ -229,10 +237,10 @@ class Experiment:
                 f"dit.patch.t={denoiser.dit.patch.t} is invalid: it divides no clip, because the first latent frame is "
                 "encoded on its own. Use dit.patch.t=1."
             )
-        self._check_fits("max_frames", Grid(self.data.max_frames, *self._multiple[1:]))
+        self._check_fits("max_frames", Grid(self.data.max_frames, *self._size_multiple[1:]))
         if isinstance(self.autoencoder, AutoencoderTraining):
             self._check_windows(self.autoencoder, self.window_limits)
-        max_tokens = self._largest_clip()
+        max_tokens = self._count_max_clip_tokens()
         if max_tokens > denoiser.rows.tokens:
             raise UserError(
                 f"rows.tokens={denoiser.rows.tokens} is invalid: a clip of {self.data.max_pixels} pixels and "
@@ -284,31 +292,32 @@ class Experiment:
                     "data."
                 )
             if stage.optimizer is not None:
-                self._check_carried(stage.name, stage.optimizer)
+                self._check_optimizer_state(stage.name, stage.optimizer)
         for number, stage in enumerate(self.earlier):
             try:
-                self.stage(number)
+                self.get_stage(number)
             except UserError as error:
                 raise UserError(f"stage {stage.name}: {error}") from error
         if self.earlier and self.denoiser.distillation is not None:
             raise UserError("denoiser.distillation takes a single stage. Leave out earlier, or leave out distillation.")
 
-    def _check_carried(self, name: str, optimizer: OptimizerConfig) -> None:
+    def _check_optimizer_state(self, stage_name: str, optimizer: OptimizerConfig) -> None:
         """Raise if the state of a stage's optimizer cannot be carried over to the last stage."""
         last = self.denoiser.optimizer
-        for field_name in ("kind", "matrices", "trainable", "frozen"):
+        for field_name in ("kind", "muon_patterns", "trainable", "frozen"):
             value, last_value = getattr(optimizer, field_name), getattr(last, field_name)
             if value != last_value:
                 raise UserError(
-                    f"stage {name}: optimizer.{field_name}={value!r} is invalid: the last one has {last_value!r}, and "
+                    f"stage {stage_name}: optimizer.{field_name}={value!r} is invalid: the last one has "
+                    f"{last_value!r}, and "
                     "its state could not be carried over. Use the same for all stages."
                 )
 
-    def stage(self, number: int) -> "Experiment":
+    def get_stage(self, index: int) -> "Experiment":
         """Return one stage as an experiment of its own; the last stage comes after all `earlier` ones."""
-        if number == len(self.earlier):
+        if index == len(self.earlier):
             return dataclasses.replace(self, earlier=())
-        stage = self.earlier[number]
+        stage = self.earlier[index]
         data = dataclasses.replace(stage.data, held_out=self.data.held_out, weights=self.data.weights)
         names = ("steps", "rows", "batch", "optimizer", "objective", "known", "caption_dropout")
         overrides: dict[str, Any] = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
@@ -326,13 +335,13 @@ class Experiment:
         )
 
     @property
-    def _multiple(self) -> Grid:
+    def _size_multiple(self) -> Grid:
         stride, patch = self.autoencoder.model.stride, self.denoiser.dit.patch
         return Grid(stride.t, stride.h * patch.h, stride.w * patch.w)
 
-    def _largest_clip(self) -> int:
+    def _count_max_clip_tokens(self) -> int:
         """Return the number of tokens of the largest clip within the limits."""
-        multiple = self._multiple
+        multiple = self._size_multiple
         latents = latent_grid(Grid(self.data.max_frames, *multiple[1:]), self.autoencoder.model.stride)
         return latents.t * (self.data.max_pixels // (multiple.h * multiple.w))
 
@@ -340,14 +349,17 @@ class Experiment:
     def limits(self) -> SizeLimits:
         """Return the limits on the sizes that clips are resized to."""
         return SizeLimits(
-            max_pixels=self.data.max_pixels, max_frames=self.data.max_frames, multiple=self._multiple, fps=self.data.fps
+            max_pixels=self.data.max_pixels,
+            max_frames=self.data.max_frames,
+            multiple=self._size_multiple,
+            fps=self.data.fps,
         )
 
     @property
     def window_limits(self) -> SizeLimits:
         """Return the limits on the sizes that clips are resized to before windows for the autoencoder are cut."""
         training, limits = self.autoencoder, self.limits
-        if isinstance(training, GivenAutoencoder):
+        if isinstance(training, PretrainedAutoencoder):
             return limits
         return dataclasses.replace(
             limits,

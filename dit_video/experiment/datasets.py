@@ -10,19 +10,19 @@ from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json, write_json
-from dit_video.core.storage import Address, Place, is_remote, place
+from dit_video.core.storage import StoragePath, StoragePathLike, is_remote, to_storage_path
 from dit_video.data.clips import ClipSource, is_ingested
 from dit_video.data.ingest import ingest, list_clips
-from dit_video.distributed.processes import first_goes_first
-from dit_video.training.hooks.logging import Progress, remark
+from dit_video.distributed.processes import main_process_first
+from dit_video.training.hooks.logging import Progress, print_on_first_process
 
-_SOURCES = "sources.json"
+_NAMES_FILE = "sources.json"
 """Name of the file with the names of several data sets, in order."""
-_ADDRESS = "address.json"
+_ADDRESS_FILE = "address.json"
 """Name of the only file of a folder that stands for an address, which it holds."""
 
 
-def check(clips: Sequence[Address]) -> None:
+def check_datasets(clips: Sequence[StoragePathLike]) -> None:
     """Check quickly that folders of clips can be ingested and data sets opened, before a run is created.
 
     Raises:
@@ -30,11 +30,11 @@ def check(clips: Sequence[Address]) -> None:
     """
     for folder in clips:
         if not is_ingested(folder):
-            list_clips(_here(folder))
+            list_clips(_get_local_folder(folder))
 
 
-@first_goes_first()
-def take(folder: Path, clips: Sequence[Address], *, weights: Sequence[float] = ()) -> None:
+@main_process_first()
+def link_datasets(folder: Path, clips: Sequence[StoragePathLike], *, weights: Sequence[float] = ()) -> None:
     """Make `folder` a data set, or a folder of several by the names of their folders.
 
     Args:
@@ -48,37 +48,37 @@ def take(folder: Path, clips: Sequence[Address], *, weights: Sequence[float] = (
     """
     if weights and len(weights) != len(clips):
         raise UserError(f"the config weighs {len(weights)} data sets, {len(clips)} were given; give each one weight")
-    locations = [_resolved(place(source)) for source in clips]
+    locations = [_make_absolute(to_storage_path(source)) for source in clips]
     names = [str(source).rstrip("/").rpartition("/")[2] for source in locations]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two data sets are both named {repeated[0]}; rename a folder")
     for name, source in zip(names, locations, strict=True):
         destination = folder / name if len(clips) > 1 else folder
         if is_ingested(source):
-            link(destination, source)
-        elif is_remote(linked := lies(destination)):
-            raise _other(linked, source, "data set")
+            link_folder(destination, source)
+        elif is_remote(linked := resolve(destination)):
+            raise _make_mismatch_error(linked, source, "data set")
         else:
-            _ingest(_here(source), destination)
+            _ingest_folder(_get_local_folder(source), destination)
     if len(clips) > 1:
-        write_json(folder / _SOURCES, names)
+        write_json(folder / _NAMES_FILE, names)
 
 
-def taken(folder: Address) -> ClipSource:
+def open_datasets(folder: StoragePathLike) -> ClipSource:
     """Open all clips of a data set, or of a folder that `link_datasets` made."""
-    location = place(folder)
-    if not isinstance(location, Path) or not (location / _SOURCES).is_file():
-        return ClipSource(lies(location))
-    return ClipSource({name: lies(location / name) for name in read_json(location / _SOURCES)})
+    location = to_storage_path(folder)
+    if not isinstance(location, Path) or not (location / _NAMES_FILE).is_file():
+        return ClipSource(resolve(location))
+    return ClipSource({name: resolve(location / name) for name in read_json(location / _NAMES_FILE)})
 
 
-def sources(folder: Path) -> tuple[Place, ...]:
+def list_datasets(folder: Path) -> tuple[StoragePath, ...]:
     """Return the locations of the data sets that `link_datasets` linked, for another run to use."""
-    names = read_json(folder / _SOURCES) if (folder / _SOURCES).is_file() else []
-    return tuple(lies(folder / name) for name in names) or (lies(folder),)
+    names = read_json(folder / _NAMES_FILE) if (folder / _NAMES_FILE).is_file() else []
+    return tuple(resolve(folder / name) for name in names) or (resolve(folder),)
 
 
-def link(folder: Path, target: Address, what: str = "data set") -> None:
+def link_folder(folder: Path, target: StoragePathLike, kind: str = "data set") -> None:
     """Let `folder` stand for a folder or address elsewhere, which need not exist yet.
 
     Args:
@@ -89,7 +89,7 @@ def link(folder: Path, target: Address, what: str = "data set") -> None:
     Raises:
       UserError: the folder holds something, or stands for another target.
     """
-    target = _resolved(place(target))
+    target = _make_absolute(to_storage_path(target))
     if target == folder.resolve():
         return
     if not folder.exists() and not folder.is_symlink():
@@ -98,29 +98,31 @@ def link(folder: Path, target: Address, what: str = "data set") -> None:
             with contextlib.suppress(FileExistsError):  # another process of the same run was faster
                 folder.symlink_to(target, target_is_directory=True)
         else:
-            write_json(folder / _ADDRESS, str(target))
-    if str(location := lies(folder)) != str(target):
-        raise _other(location, target, what)
+            write_json(folder / _ADDRESS_FILE, str(target))
+    if str(location := resolve(folder)) != str(target):
+        raise _make_mismatch_error(location, target, kind)
 
 
-def lies(folder: Place) -> Place:
+def resolve(folder: StoragePath) -> StoragePath:
     """Return the location that a folder holds or stands for."""
     if not isinstance(folder, Path):
         return folder
-    return place(read_json(folder / _ADDRESS)) if (folder / _ADDRESS).is_file() else folder.resolve()
+    return (
+        to_storage_path(read_json(folder / _ADDRESS_FILE)) if (folder / _ADDRESS_FILE).is_file() else folder.resolve()
+    )
 
 
-def _resolved(found: Place) -> Place:
-    return found.resolve() if isinstance(found, Path) else found
+def _make_absolute(path: StoragePath) -> StoragePath:
+    return path.resolve() if isinstance(path, Path) else path
 
 
-def _other(found: Place, wanted: Place, what: str) -> UserError:
-    return UserError(f"the run was started with the {what} {found}, not {wanted}; name that one")
+def _make_mismatch_error(actual: StoragePath, expected: StoragePath, kind: str) -> UserError:
+    return UserError(f"the run was started with the {kind} {actual}, not {expected}; name that one")
 
 
-def _here(folder: Address) -> Path:
+def _get_local_folder(folder: StoragePathLike) -> Path:
     """Return a folder of clips on this machine."""
-    location = place(folder)
+    location = to_storage_path(folder)
     if isinstance(location, Path):
         return location
     if not location.exists():
@@ -129,7 +131,7 @@ def _here(folder: Address) -> Path:
 
 
 @contextlib.contextmanager
-def ingest_shown() -> Iterator[Callable[[int, int], None]]:
+def show_ingest_progress() -> Iterator[Callable[[int, int], None]]:
     """Yield a `progress` for `ingest`: it shows on stderr how many clips are read, then written, with the time left."""
     with contextlib.ExitStack() as stack:
         bar: Progress | None = None
@@ -145,9 +147,9 @@ def ingest_shown() -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-def _ingest(clips: Path, destination: Path) -> None:
+def _ingest_folder(clips: Path, destination: Path) -> None:
     """Make the data set of a folder of clips, and list on stderr the files that are skipped."""
-    with ingest_shown() as progress:
+    with show_ingest_progress() as progress:
         report = ingest(clips, destination, progress=progress)
     for reason_group, files in (
         ("cannot be decoded and are skipped", report.quarantined),
@@ -155,6 +157,6 @@ def _ingest(clips: Path, destination: Path) -> None:
     ):
         if files:
             name, reason = files[0]
-            remark(f"{len(files)} files {reason_group}, such as {name}: {reason}")
+            print_on_first_process(f"{len(files)} files {reason_group}, such as {name}: {reason}")
     if report.unlisted:
-        remark(f"{len(report.unlisted)} files are not listed as clips by the source and are skipped")
+        print_on_first_process(f"{len(report.unlisted)} files are not listed as clips by the source and are skipped")

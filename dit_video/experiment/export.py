@@ -15,17 +15,17 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.files import atomic_path
 from dit_video.data.clips import ClipInfo
-from dit_video.data.sizes import fit
-from dit_video.encoders.text import FrozenEncoder
+from dit_video.data.sizes import fit_size
+from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
 from dit_video.families import save_denoiser
-from dit_video.families.wan.transformer import wan_modules
+from dit_video.families.wan.transformer import get_wan_modules
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.text import Tokenizer
-from dit_video.weights import own_modules, save_lora
+from dit_video.weights import get_native_modules, save_lora
 
-ADAPTER, LORA = "adapter.safetensors", "pytorch_lora_weights.safetensors"
-TRANSFORMERS = {"dit": "transformer", "low_noise": "transformer_2"}
+ADAPTER_FILE, LORA_FILE = "adapter.safetensors", "pytorch_lora_weights.safetensors"
+TRANSFORMER_FOLDERS = {"dit": "transformer", "low_noise": "transformer_2"}
 """Folders of diffusers, by expert."""
 
 
@@ -46,9 +46,9 @@ def save_adapter(
     adapter_tree, base = (
         {expert if part == "dit" else part: parts[part] for part in parts} for parts in (adapter, params)
     )
-    save_lora(folder / ADAPTER, adapter_tree, own_modules(base))
+    save_lora(folder / ADAPTER_FILE, adapter_tree, get_native_modules(base))
     if isinstance(dit, WanDitConfig) and "dit" in adapter:
-        save_lora(folder / LORA, adapter["dit"], wan_modules(dit))
+        save_lora(folder / LORA_FILE, adapter["dit"], get_wan_modules(dit))
 
 
 def save_transformer(
@@ -57,12 +57,12 @@ def save_transformer(
     """Write a complete transformer of Wan as diffusers reads it: `WanTransformer3DModel.from_pretrained(folder)`."""
     if not isinstance(dit, WanDitConfig) or jax.process_index() != 0:
         return
-    with atomic_path(folder / TRANSFORMERS[expert]) as temporary:
+    with atomic_path(folder / TRANSFORMER_FOLDERS[expert]) as temporary:
         save_denoiser(temporary, dit, params["dit"])
 
 
-def pipeline_config_of(
-    experiment: Experiment, infos: Sequence[ClipInfo], encoder: Tokenizer | FrozenEncoder, *, command: str
+def make_pipeline_config(
+    experiment: Experiment, infos: Sequence[ClipInfo], encoder: Tokenizer | FrozenTextEncoder, *, command: str
 ) -> PipelineConfig:
     """Return the config of a run's pipeline.
 
@@ -73,12 +73,12 @@ def pipeline_config_of(
       command: command that started the run.
     """
     rates = [info.fps for info in infos if info.frames > 1] or [info.fps for info in infos]
-    sizes = [fit(info, experiment.limits) for info in infos]
+    sizes = [fit_size(info, experiment.limits) for info in infos]
     denoiser = experiment.denoiser
     return PipelineConfig(
         autoencoder=experiment.autoencoder.model,
         dit=denoiser.dit,
-        text=encoder.pinned if isinstance(encoder, FrozenEncoder) else denoiser.text,
+        text=encoder.pinned_config if isinstance(encoder, FrozenTextEncoder) else denoiser.text,
         process=denoiser.objective.process,
         prediction=denoiser.objective.prediction,
         caption_dropout=denoiser.caption_dropout,
@@ -90,7 +90,7 @@ def pipeline_config_of(
         image_encoder=denoiser.image_encoder,
         evaluation=experiment.evaluation,
         size=max(sizes, key=lambda size: (size.volume, size)),
-        made_by={
+        provenance={
             "command": command,
             "experiment": experiment.name,
             "seed": str(experiment.seed),

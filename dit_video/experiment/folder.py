@@ -26,7 +26,7 @@ from typing import Literal, TypeVar
 from dit_video.core import config_json
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_document, write_json
-from dit_video.core.storage import Address
+from dit_video.core.storage import StoragePathLike
 from dit_video.data.clips import ClipSource
 from dit_video.experiment import Experiment, datasets
 
@@ -55,7 +55,7 @@ class RunFolder:
         run = cls(folder=folder, experiment=experiment, command=" ".join(["python", *sys.argv]))
         if (folder / CONFIG).is_file():
             existing = cls.open(folder)
-            difference = config_json.difference(
+            difference = config_json.describe_difference(
                 config_json.to_json(existing.experiment), config_json.to_json(experiment)
             )
             if not difference:
@@ -64,14 +64,14 @@ class RunFolder:
                 raise UserError(
                     f"{folder} holds a run of another config ({difference}); use another folder or remove it"
                 )
-            return run._written()  # nothing was trained yet, so that the config may still change
+            return run._write_config()  # nothing was trained yet, so that the config may still change
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; use a folder")
         if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no run; use another folder")
-        return run._written()
+        return run._write_config()
 
-    def _written(self: AnyRun) -> AnyRun:
+    def _write_config(self: AnyRun) -> AnyRun:
         """Write the config, and return the run."""
         document = {
             "format": FORMAT,
@@ -93,13 +93,13 @@ class RunFolder:
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise MissingError(f"no such run: {folder} has no {CONFIG}")
-        document = read_document(folder / CONFIG, format=FORMAT, what="run", otherwise="start it anew")
+        document = read_document(folder / CONFIG, format=FORMAT, kind="run", fix="start it anew")
         experiment = config_json.from_json(document.get("experiment"))
         if not isinstance(experiment, Experiment):
             raise UserError(f"{folder / CONFIG} holds no experiment; start the run anew in another folder")
         return cls(folder=folder, experiment=experiment, command=str(document.get("command")))
 
-    def keep_latents(self, destination: Address) -> None:
+    def link_latents(self, destination: StoragePathLike) -> None:
         """Link to a folder or an address for the cached latents, which need not exist yet.
 
         Raises:
@@ -107,9 +107,9 @@ class RunFolder:
         """
         if not self.experiment.data.cache_latents:
             raise UserError(f"latents={destination} is invalid: the config caches no latents; leave it out")
-        datasets.link(self.folder / "latents", destination, "latents")
+        datasets.link_folder(self.folder / "latents", destination, "latents")
 
-    def keep_checkpoints(self, destination: Address) -> None:
+    def link_checkpoints(self, destination: StoragePathLike) -> None:
         """Link to a folder or an address for the checkpoints, which need not exist yet.
 
         Raises:
@@ -120,27 +120,27 @@ class RunFolder:
                 raise UserError(
                     f"{self.folder} has checkpoints of its {model} already; leave out checkpoints={destination}"
                 )
-        datasets.link(self.folder / "checkpoints", destination, "checkpoints")
+        datasets.link_folder(self.folder / "checkpoints", destination, "checkpoints")
 
-    def checkpoints_of(self, model: Literal["autoencoder", "denoiser"]) -> str | Path:
+    def get_checkpoint_folder(self, model: Literal["autoencoder", "denoiser"]) -> str | Path:
         """Return the folder or address of a model's checkpoints, which need not exist yet."""
         elsewhere = self.folder / "checkpoints"
         if elsewhere.is_symlink() or elsewhere.is_dir():
-            return str(datasets.lies(elsewhere) / model)
+            return str(datasets.resolve(elsewhere) / model)
         return self.folder / model / "checkpoints"
 
     @functools.cached_property
     def clips(self) -> ClipSource:
         """Return all ingested clips."""
-        return datasets.taken(self.folder / "data")
+        return datasets.open_datasets(self.folder / "data")
 
     @property
     def training_clips(self) -> ClipSource:
         """Return the split `train`, without the clips that the config holds out."""
-        return self.clips.without(self.experiment.data.held_out).split("train")
+        return self.clips.exclude(self.experiment.data.held_out).select_split("train")
 
     @property
     def held_out_clips(self) -> ClipSource:
         """Return the held-out clips that the config names; without names, the split `validation`."""
         held_out = self.experiment.data.held_out
-        return self.clips.select(held_out) if held_out else self.clips.split("validation")
+        return self.clips.select(held_out) if held_out else self.clips.select_split("validation")

@@ -20,31 +20,31 @@ from dit_video.core import config_json, rng
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.core.trees import flatten, map_with_path, unflatten
-from dit_video.distributed import over_devices, shardings
+from dit_video.distributed import make_shardings, shard_model
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, GivenAutoencoder
-from dit_video.families import denoiser_config, load_autoencoder, load_denoiser
+from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, PretrainedAutoencoder
+from dit_video.families import load_autoencoder, load_denoiser, read_denoiser_config
 from dit_video.features import Lpips
-from dit_video.nn import LoraConfig, graph_of, init_lora, init_params, merge_lora, scaled
+from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, init_params, merge_lora
 from dit_video.pipelines.pipeline import CONFIG as PIPELINE
 from dit_video.pipelines.pipeline import load_pipeline
 from dit_video.text import FrozenTextConfig
-from dit_video.training.losses.adversarial import Rival
+from dit_video.training.losses.adversarial import DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss
-from dit_video.training.losses.denoiser import TEMPORAL, DenoiserLoss, share_below
+from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, time_quantile
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.losses.vq import VqLoss
 from dit_video.training.optim.optimizer import OptimizerConfig
 from dit_video.training.step import Loss, OwnStep
-from dit_video.weights import clip_vision_config, load_lpips
+from dit_video.weights import load_lpips, read_clip_vision_config
 from dit_video.weights.parameter import Parameter
 
-_OF_TRAINING = ("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity")
+_TRAINING_ONLY_FIELDS = ("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity")
 """Fields of configs that weights do not depend on, so that their files do not hold them."""
 _EMBEDDING = "dit/embed/kernel"
 
 
-def given_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | None:
+def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | None:
     """Load the parameters of `training.model` from the folder `training.init_from`; None without a folder.
 
     An image autoencoder is inflated where the model is an inflated one; `key` initialises its temporal layers.
@@ -53,36 +53,40 @@ def given_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | 
       MissingError: the folder does not exist, or lacks files.
       UserError: weights that cannot be read, or of another autoencoder.
     """
-    if training.start is None:
+    if training.init_from is None:
         return None
     model = training.model
     if not isinstance(model, InflatedConfig):
-        return _autoencoder_params(training.start, model)
-    return inflate(model.image, _autoencoder_params(training.start, model.image), key, span=model.span)[1]
+        return _load_autoencoder_params(training.init_from, model)
+    return inflate(
+        model.image, _load_autoencoder_params(training.init_from, model.image), key, kernel_size=model.kernel_size
+    )[1]
 
 
-def given_autoencoder(given: GivenAutoencoder) -> dict[str, Any]:
+def load_pretrained_autoencoder(config: PretrainedAutoencoder) -> dict[str, Any]:
     """Load the parameters of a pretrained autoencoder.
 
     Raises:
       MissingError: the folder does not exist, or lacks files.
       UserError: weights that cannot be read, or of another autoencoder.
     """
-    return _autoencoder_params(given.folder, given.model)
+    return _load_autoencoder_params(config.folder, config.model)
 
 
-def _autoencoder_params(folder: str, wanted: Any) -> dict[str, Any]:
+def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
     if (Path(folder) / PIPELINE).is_file():
         codec = load_pipeline(folder).codec
         config, params = codec.config, codec.params
     else:
         config, params = load_autoencoder(folder)
-    if difference := config_json.difference(_kept(config_json.to_json(config)), _kept(config_json.to_json(wanted))):
+    if difference := config_json.describe_difference(
+        _drop_training_fields(config_json.to_json(config)), _drop_training_fields(config_json.to_json(expected))
+    ):
         raise UserError(f"{folder} holds another autoencoder than the config's: {difference}")
     return params
 
 
-def loss_parts(training: AutoencoderTraining, seed: int) -> dict[str, Any]:
+def make_autoencoder_loss(training: AutoencoderTraining, seed: int) -> dict[str, Any]:
     """Return the loss of an autoencoder's training, with its networks, as arguments of `Training`.
 
     Raises:
@@ -91,52 +95,55 @@ def loss_parts(training: AutoencoderTraining, seed: int) -> dict[str, Any]:
     """
     objective, file = training.loss, training.loss.lpips_weights
     arguments: dict[str, Any] = {
-        "graph": graph_of(training.model.make),
+        "graph": get_graph_def(training.model.make),
         "objective": objective,
         "seed": seed,
-        "judge": None if file is None else graph_of(lambda rngs: Lpips(rngs=rngs)),
+        "perceptual_net": None if file is None else get_graph_def(lambda rngs: Lpips(rngs=rngs)),
         "optimizer": training.optimizer,
     }
     if isinstance(training.model, VqConfig):
         loss: AutoencoderLoss = VqLoss(learning=training.codebook, **arguments)
     else:
         loss = AutoencoderLoss(**arguments)
-    discriminator = objective.adversarial and Rival(
+    discriminator = objective.adversarial and DiscriminatorTraining(
         config=objective.adversarial,
         last_layer=training.model.last_layer,
         random_key=rng.key(seed, "discriminator"),
     )
-    return {"loss": loss, "constants": () if file is None else (load_lpips(file),), "rival": discriminator}
+    return {"loss": loss, "constants": () if file is None else (load_lpips(file),), "discriminator": discriminator}
 
 
-class TrainedDenoiser(NamedTuple):
+class TrainableDenoiser(NamedTuple):
     """Trained part of a denoiser and its text encoder: all their weights, or adapters to pretrained weights."""
 
     init: Callable[[Array], dict[str, Any]]
     """Initialises the trained parameters from a random key."""
-    start: Callable[[], dict[str, Any]] | None = None
+    load_initial: Callable[[], dict[str, Any]] | None = None
     """Reads the initial weights, sharded over the devices; nothing else holds them."""
-    adapted: dict[str, Any] | None = None
+    base_params: dict[str, Any] | None = None
     """Weights that the adapters change, sharded over the devices."""
     lora: LoraConfig | None = None
     teacher: dict[str, Any] | None = None
     """Weights that a student learns from, sharded over the devices."""
 
-    def loss(self, loss: Loss | OwnStep) -> Loss | OwnStep:
+    def wrap_loss(self, loss: Loss | OwnStep) -> Loss | OwnStep:
         """Return the loss of the trained parameters, from that of the model's parameters."""
         return loss if self.lora is None or isinstance(loss, OwnStep) else LoraLoss(loss=loss, scale=self.lora.scale)
 
-    def arguments(self) -> dict[str, Any]:
+    def make_training_arguments(self) -> dict[str, Any]:
         """Return arguments of `Training`."""
-        return {"start": self.start, "frozen": self.teacher if self.adapted is None else self.adapted}
+        return {
+            "load_params": self.load_initial,
+            "frozen_params": self.teacher if self.base_params is None else self.base_params,
+        }
 
-    def adapter(self, trained: dict[str, Any]) -> dict[str, Any] | None:
+    def get_adapter(self, trained: dict[str, Any]) -> dict[str, Any] | None:
         """Return the trained adapter; None where weights were trained."""
-        return None if self.lora is None else scaled(trained, self.lora.scale)
+        return None if self.lora is None else add_lora_scale(trained, self.lora.scale)
 
-    def whole(self, trained: dict[str, Any]) -> dict[str, Any]:
+    def merge_params(self, trained: dict[str, Any]) -> dict[str, Any]:
         """Return the model's parameters on the host, with an adapter merged into one parameter after the other."""
-        adapter = self.adapter(trained)
+        adapter = self.get_adapter(trained)
         if adapter is None:
             return trained
         factors = flatten(adapter)
@@ -148,7 +155,7 @@ class TrainedDenoiser(NamedTuple):
             module_factors = {f"kernel/{part}": factors[f"{path}/{part}"] for part in ("a", "b", "scale")}
             return np.asarray(merge_lora({"kernel": kernel}, unflatten(module_factors))["kernel"])
 
-        return map_with_path(merge_leaf, self.adapted)
+        return map_with_path(merge_leaf, self.base_params)
 
 
 def init_denoiser(training: DenoiserTraining, key: Array) -> dict[str, Any]:
@@ -159,7 +166,9 @@ def init_denoiser(training: DenoiserTraining, key: Array) -> dict[str, Any]:
     }
 
 
-def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, continues: bool) -> TrainedDenoiser:
+def open_trainable_denoiser(
+    training: DenoiserTraining, folder: Path, mesh: Mesh, *, is_resuming: bool
+) -> TrainableDenoiser:
     """Return the trained part of the denoiser; `is_resuming` is True if `folder` has checkpoints already.
 
     Pretrained weights are read one parameter at a time, to their devices on `mesh`.
@@ -169,23 +178,27 @@ def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, co
       UserError: a folder that holds no denoiser, or one of another model; other base or teacher weights than before.
     """
     init = functools.partial(init_denoiser, training)
-    check_start(training)
+    check_initial_weights(training)
     if training.lora is not None or training.distillation is not None:
-        placing = _Placing(mesh, training)
-        params = _given_denoiser(training, placing)
-        _keep_identity(folder / "start.json", placing.identity, str(training.start))
+        placing = _ParameterPlacer(mesh, training)
+        params = _load_initial_denoiser(training, placing)
+        _record_identity(folder / "start.json", placing.identity, str(training.init_from))
     if training.distillation is not None:
-        return TrainedDenoiser(init, start=lambda: jax.tree.map(jnp.copy, params), teacher=params)
+        return TrainableDenoiser(init, load_initial=lambda: jax.tree.map(jnp.copy, params), teacher=params)
     if training.lora is not None:
         lora = training.lora
         shapes = jax.eval_shape(init, jax.random.key(0))
-        return TrainedDenoiser(lambda key: init_lora(shapes, lora, key), adapted=params, lora=lora)
-    if training.start is None or training.trained == "scratch" or continues:
-        return TrainedDenoiser(init)
-    return TrainedDenoiser(init, start=lambda: _given_denoiser(training, _Placing(mesh, training)))
+        return TrainableDenoiser(lambda key: init_lora(shapes, lora, key), base_params=params, lora=lora)
+    if training.init_from is None or training.train_mode == "scratch" or is_resuming:
+        return TrainableDenoiser(init)
+    return TrainableDenoiser(
+        init, load_initial=lambda: _load_initial_denoiser(training, _ParameterPlacer(mesh, training))
+    )
 
 
-def denoiser_loss(experiment: Experiment, mesh: AnyMesh, *, empty: Shaped[np.ndarray, "s *E"]) -> DenoiserLoss:
+def make_denoiser_loss(
+    experiment: Experiment, mesh: AnyMesh, *, empty_caption: Shaped[np.ndarray, "s *E"]
+) -> DenoiserLoss:
     """Return the loss of the denoiser's training, with its attention sharded over a mesh.
 
     Args:
@@ -195,70 +208,74 @@ def denoiser_loss(experiment: Experiment, mesh: AnyMesh, *, empty: Shaped[np.nda
     """
     config = experiment.denoiser
     return DenoiserLoss(
-        dit=graph_of(over_devices(config.dit.make, mesh, experiment.mesh.context_attention)),
-        text=graph_of(config.text.make),
+        dit=get_graph_def(shard_model(config.dit.make, mesh, experiment.mesh.context_attention)),
+        text=get_graph_def(config.text.make),
         objective=config.objective,
         caption_dropout=config.caption_dropout,
-        empty_caption=empty,
+        empty_caption=empty_caption,
         seed=experiment.seed,
         known=config.known,
-        shares=shares_of(config),
-        times_of=config.times_of,
-        optimizer=optimizer_of(config) if config.lora is None else None,
+        time_quantiles=get_time_range(config),
+        time_per=config.time_per,
+        optimizer=get_optimizer_config(config) if config.lora is None else None,
     )
 
 
-def shares_of(training: DenoiserTraining) -> tuple[float, float]:
+def get_time_range(training: DenoiserTraining) -> tuple[float, float]:
     """Return the range of the objective's times that is trained, as `DenoiserLoss.shares`."""
     if training.expert is None:
         return 0.0, 1.0
-    boundary = share_below(training.objective, training.expert.boundary)
+    boundary = time_quantile(training.objective, training.expert.boundary)
     return (boundary, 1.0) if training.expert.expert == "high" else (0.0, boundary)
 
 
-def with_other(training: DenoiserTraining, params: dict[str, Any]) -> dict[str, Any]:
+def add_other_expert(training: DenoiserTraining, params: dict[str, Any]) -> dict[str, Any]:
     """Return a pipeline's parameters from the trained ones; the other of two experts is read to the host."""
     if (expert_config := training.expert) is None:
         return params
-    trained, kept = experts_of(training)
-    other = load_denoiser(expert_config.other, kernels=_kernels(training))[1]
+    trained, kept = get_expert_names(training)
+    other = load_denoiser(expert_config.other_folder, kernel_dtype=_get_kernel_dtype(training))[1]
     return {trained: params["dit"], kept: other, "text": params["text"]}
 
 
-def experts_of(training: DenoiserTraining) -> tuple[str, str]:
+def get_expert_names(training: DenoiserTraining) -> tuple[str, str]:
     """Return a pipeline's names of the trained expert and of the other one."""
     low = training.expert is not None and training.expert.expert == "low"
     return ("low_noise", "dit") if low else ("dit", "low_noise")
 
 
-def optimizer_of(training: DenoiserTraining) -> OptimizerConfig:
+def get_optimizer_config(training: DenoiserTraining) -> OptimizerConfig:
     """Return the optimizer's config, restricted to the parameters that `training.train_mode` names."""
-    if training.trained != "temporal":
+    if training.train_mode != "temporal":
         return training.optimizer
-    return dataclasses.replace(training.optimizer, trainable=(TEMPORAL,))
+    return dataclasses.replace(training.optimizer, trainable=(TEMPORAL_PATHS,))
 
 
-def check_start(training: DenoiserTraining) -> None:
+def check_initial_weights(training: DenoiserTraining) -> None:
     """Check the initial weights and the trained parameters, without reading weights.
 
     Raises:
       MissingError: `training.init_from` does not exist.
       UserError: a folder with weights of another model, or no temporal layers where only these are trained.
     """
-    if training.trained == "temporal":
+    if training.train_mode == "temporal":
         paths = flatten(jax.eval_shape(lambda key: init_params(training.dit.make, key), jax.random.key(0)))
-        if not any(re.search(TEMPORAL, path) for path in paths):
+        if not any(re.search(TEMPORAL_PATHS, path) for path in paths):
             raise UserError(
                 "train_mode='temporal' is invalid: the denoiser has no temporal layers to train; use "
                 "train_mode='full', or lora"
             )
-    if training.start is not None and training.trained != "scratch" and (folder := _foreign(training.start)):
-        _check_same(str(folder), "the transformer", denoiser_config(folder), training.dit)
+    if (
+        training.init_from is not None
+        and training.train_mode != "scratch"
+        and (folder := _find_transformer(training.init_from))
+    ):
+        _check_same(str(folder), "the transformer", read_denoiser_config(folder), training.dit)
         if training.expert is not None:
-            other = training.expert.other
-            _check_same(other, "the transformer", denoiser_config(other), training.dit)
+            other = training.expert.other_folder
+            _check_same(other, "the transformer", read_denoiser_config(other), training.dit)
         if not isinstance(training.text, FrozenTextConfig):
-            raise UserError(f"{training.start} has no text encoder to train; set text=FrozenTextConfig(...)")
+            raise UserError(f"{training.init_from} has no text encoder to train; set text=FrozenTextConfig(...)")
     targets = () if training.lora is None or not isinstance(training.dit, WanDitConfig) else training.lora.targets
     if any(re.search(pattern, _EMBEDDING) for pattern in targets):
         raise UserError(
@@ -267,7 +284,7 @@ def check_start(training: DenoiserTraining) -> None:
         )
 
 
-def check_image_encoder(training: DenoiserTraining, kept: Path) -> None:
+def check_image_encoder(training: DenoiserTraining, identity_file: Path) -> None:
     """Check that the image encoder, if there is one, makes tokens of the width that the denoiser reads.
 
     Its weights are not read, nor its folder once its identity is recorded.
@@ -277,33 +294,39 @@ def check_image_encoder(training: DenoiserTraining, kept: Path) -> None:
       UserError: it has another width.
     """
     folder, width = training.image_encoder, getattr(training.dit, "image_width", None)
-    if folder is not None and not kept.is_file() and (encoder_width := clip_vision_config(folder).width) != width:
+    if (
+        folder is not None
+        and not identity_file.is_file()
+        and (encoder_width := read_clip_vision_config(folder).width) != width
+    ):
         raise UserError(
             f"the image encoder in {folder} makes tokens of width {encoder_width}, the denoiser reads {width}; set dit "
             f"image_width={encoder_width}, or name another folder"
         )
 
 
-def _given_denoiser(training: DenoiserTraining, placing: "_Placing") -> dict[str, Any]:
+def _load_initial_denoiser(training: DenoiserTraining, placer: "_ParameterPlacer") -> dict[str, Any]:
     """Load the initial parameters, each to its devices as soon as it is read."""
-    assert training.start is not None
-    if folder := _foreign(training.start):
-        kernels = placing.kernels
-        params = load_denoiser(folder, kernels=kernels, place=lambda path, each: placing(f"dit/{path}", each))[1]
+    assert training.init_from is not None
+    if folder := _find_transformer(training.init_from):
+        kernels = placer.kernel_dtype
+        params = load_denoiser(folder, kernel_dtype=kernels, place=lambda path, each: placer(f"dit/{path}", each))[1]
         return {"dit": params, "text": {}}
-    folder = Path(training.start)
+    folder = Path(training.init_from)
     pipeline = load_pipeline(folder if (folder / PIPELINE).is_file() else folder / "pipeline")
     for part in ("dit", "text"):
         _check_same(str(folder), part, getattr(pipeline.config, part), getattr(training, part))
-    return map_with_path(lambda path, leaf: placing(path, Parameter.of(leaf)), pipeline.denoiser_params)
+    return map_with_path(lambda path, leaf: placer(path, Parameter.from_array(leaf)), pipeline.denoiser_params)
 
 
-def _check_same(folder: str, part: str, found: Any, wanted: Any) -> None:
-    if difference := config_json.difference(*(_kept(config_json.to_json(config)) for config in (found, wanted))):
+def _check_same(folder: str, part: str, actual: Any, expected: Any) -> None:
+    if difference := config_json.describe_difference(
+        *(_drop_training_fields(config_json.to_json(config)) for config in (actual, expected))
+    ):
         raise UserError(f"{folder} holds another denoiser than the config's, in {part}: {difference}")
 
 
-def _foreign(start: str) -> Path | None:
+def _find_transformer(start: str) -> Path | None:
     """Return the transformer's folder in a pipeline folder of diffusers, or in its own; None in other folders."""
     folder = Path(start)
     if (folder / "model_index.json").is_file():
@@ -311,7 +334,7 @@ def _foreign(start: str) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def _kernels(training: DenoiserTraining) -> np.dtype:
+def _get_kernel_dtype(training: DenoiserTraining) -> np.dtype:
     """Return the dtype that the kernels of linear maps are read in.
 
     Where only adapters are trained, Wan's kernels are kept in the dtype of its matrix products: half the memory in
@@ -321,24 +344,26 @@ def _kernels(training: DenoiserTraining) -> np.dtype:
     return jnp.dtype(training.dit.dtype if adapts_wan else "float32")
 
 
-class _Placing:
+class _ParameterPlacer:
     """Places parameters on a mesh, and records a digest of each."""
 
     def __init__(self, mesh: Mesh, training: DenoiserTraining):
         self._mesh, self._digests = mesh, dict[str, str]()
-        self.kernels = _kernels(training)
+        self.kernel_dtype = _get_kernel_dtype(training)
 
     def __call__(self, path: str, parameter: Parameter) -> Array:
-        wanted = self.kernels if path.endswith("kernel") else np.dtype(np.float32)
+        wanted = self.kernel_dtype if path.endswith("kernel") else np.dtype(np.float32)
         digest = hashlib.sha256()
 
         def hashed_pieces() -> Iterator[np.ndarray]:
-            for piece in parameter.pieces():
+            for piece in parameter.read_chunks():
                 leaf = np.ascontiguousarray(piece.astype(wanted, copy=False))
                 digest.update(leaf.reshape(-1).view(np.uint8).data)
                 yield leaf
 
-        array = Parameter(parameter.shape, wanted, hashed_pieces).on(shardings({path: parameter}, self._mesh)[path])
+        array = Parameter(parameter.shape, wanted, hashed_pieces).to_device(
+            make_shardings({path: parameter}, self._mesh)[path]
+        )
         self._digests[path] = digest.hexdigest()
         return array
 
@@ -348,7 +373,7 @@ class _Placing:
         return hashlib.sha256(repr(sorted(self._digests.items())).encode()).hexdigest()[:16]
 
 
-def _keep_identity(path: Path, identity: str, start: str) -> None:
+def _record_identity(path: Path, identity: str, start: str) -> None:
     """Record the identity of the initial weights; raise if it differs from the recorded one."""
     if path.is_file() and (before := read_json(path).get("identity")) != identity:
         raise UserError(f"{start} has other weights ({identity}) than before ({before}); put them back")
@@ -356,8 +381,8 @@ def _keep_identity(path: Path, identity: str, start: str) -> None:
         write_json(path, {"start": start, "identity": identity})
 
 
-def _kept(config: Any) -> Any:
+def _drop_training_fields(config: Any) -> Any:
     """Return a config as JSON, without fields that only training uses."""
     if not isinstance(config, dict):
         return config
-    return {name: _kept(value) for name, value in config.items() if name not in _OF_TRAINING}
+    return {name: _drop_training_fields(value) for name, value in config.items() if name not in _TRAINING_ONLY_FIELDS}

@@ -10,59 +10,69 @@ from dit_video.autoencoders import latent_grid
 from dit_video.backbones.dit import DitConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
-from dit_video.data.bucketing.batches import bucket_batches
+from dit_video.data.bucketing.batches import load_bucket_batches
 from dit_video.data.bucketing.buckets import Buckets, plan_buckets
-from dit_video.data.captions import CachedTexts, EmbeddedTexts, Texts, TokenizedTexts, different_captions
+from dit_video.data.captions import (
+    CachedCaptions,
+    CaptionSource,
+    EmbeddedCaptions,
+    TokenizedCaptions,
+    get_distinct_captions,
+)
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.latents.online import LiveEncoder
-from dit_video.data.loader import Batches, Reading, encoded_batches, packed_batches
+from dit_video.data.latents.online import OnlineEncoder
+from dit_video.data.loader import DenoiserBatches, LoaderConfig, load_encoded_batches, load_packed_batches
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.rows import Encode
-from dit_video.data.sizes import fit, sampled_fps
-from dit_video.data.windows import THREADS
-from dit_video.distributed import RowPart, check_denoiser, make_mesh, row_shards
-from dit_video.encoders.text import FrozenEncoder
+from dit_video.data.sizes import fit_size, get_sampled_fps
+from dit_video.data.windows import DECODE_THREADS
+from dit_video.distributed import RowPart, check_denoiser, count_row_shards, make_mesh
+from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
 from dit_video.text import Tokenizer
-from dit_video.tokens import Grid, token_grid
+from dit_video.tokens import Grid, compute_token_grid
 from dit_video.training.hooks.logging import Progress
 
-_BATCHES = 4
+_BATCHES_PER_STEP = 4
 """Number of encoder batches per canvas size that a step's clips are divided into.  The number of clips varies from step
 to step, so the last batch is half empty on average: an eighth of the work."""
 
-Feed = Callable[[int], Batches]
+BatchFactory = Callable[[int], DenoiserBatches]
 """Opens the batches from a step on."""
 
 
-def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource, texts: Texts) -> Feed:
+def make_cached_batches(
+    experiment: Experiment, latents: LatentSource, clips: ClipSource, texts: CaptionSource
+) -> BatchFactory:
     """Return the input of a training on cached latents of these clips; `texts` are the captions of the latents."""
     config = experiment.denoiser
-    mixed = mixture(latents, clips, experiment.data.weights)
-    intervals = _intervals(experiment, clips, latents.clips)
+    mixed = make_mixture(latents, clips, experiment.data.weights)
+    intervals = _compute_token_dt(experiment, clips, latents.clips)
 
-    def feed(start: int) -> Batches:
-        reading = _reading(experiment, start, mixed, threads=1)
-        return packed_batches(
-            latents, texts, patch=config.dit.patch, shape=config.rows, reading=reading, intervals=intervals
+    def feed(start: int) -> DenoiserBatches:
+        reading = _make_loader_config(experiment, start, mixed, threads=1)
+        return load_packed_batches(
+            latents, texts, patch=config.dit.patch, shape=config.rows, config=reading, token_dt=intervals
         )
 
     return feed
 
 
-def _intervals(experiment: Experiment, clips: ClipSource, names: Sequence[str]) -> list[float] | None:
+def _compute_token_dt(experiment: Experiment, clips: ClipSource, names: Sequence[str]) -> list[float] | None:
     """Return the seconds between tokens along time in the clips of these names; None if coordinates count tokens."""
     dit = experiment.denoiser.dit
-    if dit.clock == "tokens":
+    if dit.time_coordinate == "tokens":
         return None
     frames = experiment.autoencoder.model.stride.t * dit.patch.t
-    rates = {info.name: sampled_fps(info, experiment.limits) for info in clips.infos}
+    rates = {info.name: get_sampled_fps(info, experiment.limits) for info in clips.infos}
     return [frames / rates[name] for name in names]
 
 
-def live(experiment: Experiment, clips: ClipSource, texts: Texts, encode: Encode) -> Feed:
+def make_online_batches(
+    experiment: Experiment, clips: ClipSource, texts: CaptionSource, encode: Encode
+) -> BatchFactory:
     """Return rows, or bucket batches where the config has buckets, of clips that are encoded from their video files.
 
     Args:
@@ -75,28 +85,28 @@ def live(experiment: Experiment, clips: ClipSource, texts: Texts, encode: Encode
       UserError: a size of which not one example fits into the memory of a bucket's batch.
     """
     config, model, weights = experiment.denoiser, experiment.autoencoder.model, experiment.data.weights
-    buckets = None if config.buckets is None else buckets_of(experiment, clips)
-    mixed = Mixture(sizes=clips.sizes, weights=weights) if weights else None
+    buckets = None if config.buckets is None else make_buckets(experiment, clips)
+    mixed = Mixture(sizes=clips.dataset_sizes, weights=weights) if weights else None
 
-    def feed(start: int) -> Batches:
-        reading = _reading(experiment, start, mixed, threads=THREADS)
+    def feed(start: int) -> DenoiserBatches:
+        reading = _make_loader_config(experiment, start, mixed, threads=DECODE_THREADS)
         common: dict[str, Any] = {
             "latent_grid": functools.partial(latent_grid, stride=model.stride),
             "channels": model.channels,
             "limits": experiment.limits,
             "patch": config.dit.patch,
-            "reading": reading,
-            "intervals": _intervals(experiment, clips, [info.name for info in clips.infos]),
+            "config": reading,
+            "token_dt": _compute_token_dt(experiment, clips, [info.name for info in clips.infos]),
         }
         if buckets is None:
-            return encoded_batches(clips, texts, encode, shape=config.rows, **common)
+            return load_encoded_batches(clips, texts, encode, shape=config.rows, **common)
         text_length = min(config.rows.text, config.text.max_tokens)
-        return bucket_batches(clips, texts, encode, buckets, text=text_length, **common)
+        return load_bucket_batches(clips, texts, encode, buckets, max_text=text_length, **common)
 
     return feed
 
 
-def live_encoder(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSource) -> LiveEncoder:
+def make_online_encoder(experiment: Experiment, autoencoder_params: dict[str, Any], clips: ClipSource) -> OnlineEncoder:
     """Return an encoder of clips as they are read; `autoencoder` are the autoencoder's parameters.
 
     Raises:
@@ -105,20 +115,20 @@ def live_encoder(experiment: Experiment, autoencoder: dict[str, Any], clips: Cli
     config, model, hosts = (
         experiment.denoiser,
         experiment.autoencoder.model,
-        RowPart.of(make_mesh(experiment.mesh)).parts,
+        RowPart.from_mesh(make_mesh(experiment.mesh)).part_count,
     )
     if config.buckets is not None:
-        buckets = buckets_of(experiment, clips).buckets
-        return LiveEncoder(
-            model, autoencoder, [bucket.size for bucket in buckets for _ in range(bucket.batch // hosts)]
+        buckets = make_buckets(experiment, clips).buckets
+        return OnlineEncoder(
+            model, autoencoder_params, [bucket.size for bucket in buckets for _ in range(bucket.batch // hosts)]
         )
-    sizes = [fit(info, experiment.limits) for info in clips.infos]
-    tokens = sum(token_grid(latent_grid(size, model.stride), config.dit.patch).volume for size in sizes)
+    sizes = [fit_size(info, experiment.limits) for info in clips.infos]
+    tokens = sum(compute_token_grid(latent_grid(size, model.stride), config.dit.patch).volume for size in sizes)
     steps = tokens / (config.rows.tokens * config.batch / hosts)
-    return LiveEncoder(model, autoencoder, sizes, calls=max(1, _BATCHES * steps))
+    return OnlineEncoder(model, autoencoder_params, sizes, calls=max(1, _BATCHES_PER_STEP * steps))
 
 
-def check(experiment: Experiment, clips: ClipSource) -> None:
+def check_inputs(experiment: Experiment, clips: ClipSource) -> None:
     """Check that the denoiser can be trained on these clips, before the autoencoder is trained for hours.
 
     Raises:
@@ -127,31 +137,35 @@ def check(experiment: Experiment, clips: ClipSource) -> None:
     """
     config, mesh, context_attention = experiment.denoiser, make_mesh(experiment.mesh), experiment.mesh.context_attention
     if config.buckets is not None:
-        buckets_of(experiment, clips)
+        make_buckets(experiment, clips)
         if mesh.shape["context"] > 1:
             raise UserError(
                 f"context={mesh.shape['context']} is invalid with buckets: the tokens of a clip may not be divisible "
                 "by it; use packed rows (buckets=None), or context=1"
             )
         check_denoiser(
-            mesh, config.dit, rows=row_shards(mesh), tokens=config.rows.tokens, context_attention=context_attention
+            mesh,
+            config.dit,
+            rows=count_row_shards(mesh),
+            tokens=config.rows.tokens,
+            context_attention=context_attention,
         )
         return
-    if config.batch // config.accumulate % (shards := parts(experiment)):
-        part = "" if config.accumulate == 1 else f", in {config.accumulate} parts,"
+    if config.batch // config.accumulation_steps % (shards := count_experiment_row_shards(experiment)):
+        part = "" if config.accumulation_steps == 1 else f", in {config.accumulation_steps} parts,"
         raise UserError(f"a batch of {config.batch} rows{part} does not divide among {shards} devices; use a multiple")
     check_denoiser(
         mesh,
         config.dit,
-        rows=config.batch // config.accumulate,
+        rows=config.batch // config.accumulation_steps,
         tokens=config.rows.tokens,
         context_attention=context_attention,
     )
     if experiment.data.weights:
-        Mixture(sizes=clips.sizes, weights=experiment.data.weights)
+        Mixture(sizes=clips.dataset_sizes, weights=experiment.data.weights)
 
 
-def buckets_of(experiment: Experiment, clips: ClipSource) -> Buckets:
+def make_buckets(experiment: Experiment, clips: ClipSource) -> Buckets:
     """Plan the buckets of these clips.
 
     Raises:
@@ -162,47 +176,47 @@ def buckets_of(experiment: Experiment, clips: ClipSource) -> Buckets:
         raise UserError("the config has no buckets; give denoiser buckets=BucketConfig(...)")
 
     def tokens(size: Grid) -> int:
-        return token_grid(latent_grid(size, model.stride), config.dit.patch).volume
+        return compute_token_grid(latent_grid(size, model.stride), config.dit.patch).volume
 
     return plan_buckets(
-        np.asarray([fit(info, limits) for info in clips.infos]),
+        np.asarray([fit_size(info, limits) for info in clips.infos]),
         config.buckets.memory,
         budget=config.buckets.budget,
         count=config.buckets.count,
-        devices=parts(experiment),
-        most=config.buckets.most,
-        tokens=tokens,
+        devices=count_experiment_row_shards(experiment),
+        max_batch=config.buckets.max_batch,
+        count_tokens=tokens,
     )
 
 
-def parts(experiment: Experiment) -> int:
+def count_experiment_row_shards(experiment: Experiment) -> int:
     """Return the number of devices that the rows of a batch are divided among."""
-    return row_shards(make_mesh(experiment.mesh))
+    return count_row_shards(make_mesh(experiment.mesh))
 
 
-def texts_of(
-    tokenizer: Tokenizer | FrozenEncoder, captions: Sequence[tuple[str, ...]], *, cached: LatentSource | None = None
-) -> Texts:
+def open_captions(
+    tokenizer: Tokenizer | FrozenTextEncoder, captions: Sequence[tuple[str, ...]], *, cached: LatentSource | None = None
+) -> CaptionSource:
     """Return the captions of every example as rows hold them: token ids, or embeddings, `cached` ones where they exist.
 
     Raises:
       UserError: the latents were encoded without the captions, or embeddings have another width.
     """
-    if not isinstance(tokenizer, FrozenEncoder):
-        return TokenizedTexts(captions, tokenizer)
+    if not isinstance(tokenizer, FrozenTextEncoder):
+        return TokenizedCaptions(captions, tokenizer)
     if cached is not None:
-        texts = CachedTexts(cached)
+        texts = CachedCaptions(cached)
         if texts.width != tokenizer.config.width:
             raise UserError(
                 f"{cached.folder} holds embeddings of width {texts.width}, the config says {tokenizer.config.width}; "
                 f"set text width={texts.width} and dit context_width={texts.width}"
             )
         return texts
-    with Progress("embedding captions", len(different_captions(captions)), unit="caption") as progress:
-        return EmbeddedTexts(captions, tokenizer.many, identity=tokenizer.identity, progress=progress.update)
+    with Progress("embedding captions", len(get_distinct_captions(captions)), unit="caption") as progress:
+        return EmbeddedCaptions(captions, tokenizer.encode_many, identity=tokenizer.identity, progress=progress.update)
 
 
-def mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) -> Mixture | None:
+def make_mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) -> Mixture | None:
     """Return the mixture of an epoch: each clip once, as one of its views, or as often as its data set's weight says.
 
     Returns:
@@ -215,27 +229,27 @@ def mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) 
         return None
     clips = clips.select(views)
     return Mixture(
-        sizes=clips.sizes,
+        sizes=clips.dataset_sizes,
         weights=tuple(weights) or None,
         variants=tuple(tuple(views[info.name]) for info in clips.infos),
     )
 
 
-def _reading(experiment: Experiment, start: int, mixed: Mixture | None, *, threads: int) -> Reading:
-    config, part = experiment.denoiser, RowPart.of(make_mesh(experiment.mesh))
-    return Reading(
+def _make_loader_config(experiment: Experiment, start: int, mixture: Mixture | None, *, threads: int) -> LoaderConfig:
+    config, part = experiment.denoiser, RowPart.from_mesh(make_mesh(experiment.mesh))
+    return LoaderConfig(
         batch=config.batch,
         seed=experiment.seed,
         start_step=start,
-        host=part.number,
-        hosts=part.parts,
+        host=part.part_index,
+        hosts=part.part_count,
         threads=threads,
         workers=experiment.data.workers,
-        mixture=mixed,
-        balance=Balance(cost=_cost(config.dit), batch=config.batch),
-        pairs=config.dit.pairs,
+        mixture=mixture,
+        balance=Balance(cost=_make_cost(config.dit), batch=config.batch),
+        attention_pairs=config.dit.attention_pairs,
     )
 
 
-def _cost(dit: DitConfig | WanDitConfig) -> Cost:
-    return Cost.of_width(dit.width, matrices=dit.matrices)
+def _make_cost(dit: DitConfig | WanDitConfig) -> Cost:
+    return Cost.from_width(dit.width, layer_params=dit.layer_params)

@@ -15,28 +15,28 @@ import numpy as np
 from jaxtyping import Float
 
 from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.flops import training_flops
+from dit_video.backbones.flops import count_training_flops
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.latents.online import LiveEncoder
+from dit_video.data.latents.online import OnlineEncoder
 from dit_video.distributed import make_mesh, shard_batch
-from dit_video.encoders.text import FrozenEncoder
+from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import DenoiserTraining, Experiment, input_pipeline
-from dit_video.experiment.initialization import TrainedDenoiser
+from dit_video.experiment.initialization import TrainableDenoiser
 from dit_video.nn.attention import Full
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.text import Tokenizer
-from dit_video.tokens import Grid, Rows
-from dit_video.training.hooks.writers import Log, Monitoring, TensorBoard, WeightsAndBiases
-from dit_video.training.loop import Periodic
+from dit_video.tokens import Grid, PackedBatch
+from dit_video.training.hooks.writers import Log, MonitoringConfig, TensorBoard, WeightsAndBiases
+from dit_video.training.loop import PeriodicCall
 from dit_video.training.losses.denoiser import DenoiserLoss
-from dit_video.training.optim.ema import DECAY, name_of
-from dit_video.training.optim.posthoc_ema import Snapshots
-from dit_video.training.state import on_host
-from dit_video.training.step import Ratio
+from dit_video.training.optim.ema import DECAY, format_average_name
+from dit_video.training.optim.posthoc_ema import EmaSnapshots
+from dit_video.training.state import to_host
+from dit_video.training.step import Average
 from dit_video.video import Clip
 
-_CLIPS = 4
+_MAX_CLIPS = 4
 """Number of clips in a grid of samples whose prompts the config does not give."""
 
 
@@ -48,11 +48,11 @@ class Watched:
     folder: Path
     """Folder of the training."""
     loss: DenoiserLoss
-    trained: TrainedDenoiser
+    trained: TrainableDenoiser
     clips: ClipSource
     """Training clips."""
     held_out: Callable[[], ClipSource]
-    tokenizer: Callable[[], Tokenizer | FrozenEncoder]
+    tokenizer: Callable[[], Tokenizer | FrozenTextEncoder]
     autoencoder: Callable[[], dict[str, Any]]
     """Returns the autoencoder's parameters."""
     pipeline: Callable[[dict[str, Any]], Pipeline]
@@ -68,7 +68,7 @@ class Watched:
         monitoring, hooks = self.experiment.monitoring, []
         if monitoring.validate_every:
             hooks.append(
-                validation(
+                make_validation(
                     self.experiment, self.held_out(), self.tokenizer(), self.autoencoder(), self.loss, self.trained
                 )
             )
@@ -76,17 +76,17 @@ class Watched:
             captions = [info.captions[0] for info in self.clips.infos if info.captions]
 
             def pipeline(ema_params: dict[str, Any]) -> Pipeline:
-                return self.pipeline(self.trained.whole(ema_params))
+                return self.pipeline(self.trained.merge_params(ema_params))
 
-            hooks.append(samples(self.folder / "samples", monitoring, captions, pipeline))
+            hooks.append(make_sampling(self.folder / "samples", monitoring, captions, pipeline))
         return {
-            "logs": logs(monitoring, self.folder),
+            "logs": open_logs(monitoring, self.folder),
             "periodic": tuple(hooks),
-            "work": work_of(self.experiment.denoiser),
+            "flops_fn": make_flops_fn(self.experiment.denoiser),
         }
 
 
-def logs(monitoring: Monitoring, folder: Path) -> tuple[Log, ...]:
+def open_logs(monitoring: MonitoringConfig, folder: Path) -> tuple[Log, ...]:
     """Open the logs other than the JSON lines, in the folder of a training.
 
     Raises:
@@ -101,14 +101,14 @@ def logs(monitoring: Monitoring, folder: Path) -> tuple[Log, ...]:
     return tuple(opened)
 
 
-def validation(
+def make_validation(
     experiment: Experiment,
     clips: ClipSource,
-    tokenizer: Tokenizer | FrozenEncoder,
+    tokenizer: Tokenizer | FrozenTextEncoder,
     autoencoder: dict[str, Any],
     loss: DenoiserLoss,
-    trained: TrainedDenoiser,
-) -> Periodic:
+    trained: TrainableDenoiser,
+) -> PeriodicCall:
     """Return a hook that computes the loss of the first batches of held-out clips, with the averaged weights.
 
     Args:
@@ -126,18 +126,18 @@ def validation(
         raise UserError("no clips are held out to validate on; name some in data held_out, or leave out validate_every")
     data = dataclasses.replace(experiment.data, weights=(), workers=0)
     validated = dataclasses.replace(experiment, data=data)
-    texts = input_pipeline.texts_of(tokenizer, [info.captions for info in clips.infos])
-    encode: LiveEncoder = input_pipeline.live_encoder(validated, autoencoder, clips)
-    with contextlib.closing(input_pipeline.live(validated, clips, texts, encode)(0)) as batches:
+    texts = input_pipeline.open_captions(tokenizer, [info.captions for info in clips.infos])
+    encode: OnlineEncoder = input_pipeline.make_online_encoder(validated, autoencoder, clips)
+    with contextlib.closing(input_pipeline.make_online_batches(validated, clips, texts, encode)(0)) as batches:
         rows = list(itertools.islice(batches, experiment.monitoring.validation_batches))
-    eval_loss = trained.loss(dataclasses.replace(loss, caption_dropout=0.0))
+    eval_loss = trained.wrap_loss(dataclasses.replace(loss, caption_dropout=0.0))
     assert callable(eval_loss)
-    mesh, constants = make_mesh(experiment.mesh), () if trained.adapted is None else (trained.adapted,)
+    mesh, constants = make_mesh(experiment.mesh), () if trained.base_params is None else (trained.base_params,)
 
     @jax.jit
     def evaluate(params, batch, *constants):
         value, metrics = eval_loss(params, batch, jnp.zeros((), jnp.int32), *constants)
-        return Ratio(value * loss.weight(batch), loss.weight(batch)), {
+        return Average(value * loss.weight(batch), loss.weight(batch)), {
             name: metric for name, metric in metrics.items() if name.startswith("loss_")
         }
 
@@ -149,12 +149,12 @@ def validation(
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(ratio, np.float64)
         return {f"validation_{name}": float(total / count) for name, (total, count) in totals.items() if count}
 
-    return Periodic(every=experiment.monitoring.validate_every, call=call)
+    return PeriodicCall(every=experiment.monitoring.validate_every, call=call)
 
 
-def samples(
-    folder: Path, monitoring: Monitoring, captions: Sequence[str], pipeline: Callable[[Any], Pipeline]
-) -> Periodic:
+def make_sampling(
+    folder: Path, monitoring: MonitoringConfig, captions: Sequence[str], pipeline: Callable[[Any], Pipeline]
+) -> PeriodicCall:
     """Return a hook that saves a grid of clips at the training size, with the same prompts and seeds each time.
 
     Args:
@@ -163,22 +163,22 @@ def samples(
       captions: prompts to use if it has none.
       pipeline: returns a pipeline from averaged weights on the host.
     """
-    prompts = monitoring.prompts or tuple(captions[:_CLIPS])
+    prompts = monitoring.prompts or tuple(captions[:_MAX_CLIPS])
 
     def call(done: int, state: Any) -> dict[str, float]:
-        ema_params = on_host(state.ema)
+        ema_params = to_host(state.ema)
         if jax.process_index() == 0:
             model = pipeline(ema_params)
             requests = [Request(prompt, model.config.size, seed=seed) for seed, prompt in enumerate(prompts)]
             clips = model.generate_many(requests)
             folder.mkdir(parents=True, exist_ok=True)
-            sheet(clips).save(folder / f"{done:08}.{'mp4' if model.config.size.t > 1 else 'png'}")
+            tile_clips(clips).save(folder / f"{done:08}.{'mp4' if model.config.size.t > 1 else 'png'}")
         return {}
 
-    return Periodic(every=monitoring.sample_every, call=call)
+    return PeriodicCall(every=monitoring.sample_every, call=call)
 
 
-def work_of(config: DenoiserTraining) -> Callable[[Rows], float] | None:
+def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | None:
     """Return a function from rows to the FLOPs of the denoiser's step, for utilisation; None for a student.
 
     Padding does not count.
@@ -188,7 +188,7 @@ def work_of(config: DenoiserTraining) -> Callable[[Rows], float] | None:
     dit, adapters = config.dit, config.lora is not None
     needs_grids = dit.patterns != (Full(),) if isinstance(dit, DitConfig) else False
 
-    def work(rows: Rows) -> float:
+    def work(rows: PackedBatch) -> float:
         clips: list[Any] = []
         texts: list[int] = []
         images: list[int] = []
@@ -196,23 +196,23 @@ def work_of(config: DenoiserTraining) -> Callable[[Rows], float] | None:
         for segments, positions, text, image in packed_rows:
             lengths = np.bincount(segments)[1:]
             clips += (
-                [grid_of(positions[segments == i + 1]) for i in range(len(lengths))]
+                [infer_grid(positions[segments == i + 1]) for i in range(len(lengths))]
                 if needs_grids
                 else lengths.tolist()
             )
             for lengths_by_clip, segment_ids in ((texts, text), (images, image)):
                 lengths_by_clip += np.bincount(segment_ids, minlength=len(lengths) + 1)[1:].tolist()
-        return float(training_flops(dit, clips, texts, images=images, adapters=adapters))
+        return float(count_training_flops(dit, clips, texts, images=images, adapters=adapters))
 
     return work
 
 
-def grid_of(places: Float[np.ndarray, "n 3"]) -> Grid:
+def infer_grid(positions: Float[np.ndarray, "n 3"]) -> Grid:
     """Return the token grid of a clip from its tokens' coordinates."""
-    return Grid(*(len(np.unique(axis)) for axis in places.T))
+    return Grid(*(len(np.unique(axis)) for axis in positions.T))
 
 
-def sheet(clips: Sequence[Clip], *, gap: int = 2) -> Clip:
+def tile_clips(clips: Sequence[Clip], *, gap: int = 2) -> Clip:
     """Tile clips of one size, in as many lines as columns or one fewer."""
     columns = math.ceil(math.sqrt(len(clips)))
     lines = math.ceil(len(clips) / columns)
@@ -226,7 +226,7 @@ def sheet(clips: Sequence[Clip], *, gap: int = 2) -> Clip:
     return Clip(np.pad(canvas, ((0, 0), (0, canvas.shape[1] % 2), (0, canvas.shape[2] % 2), (0, 0))), clips[0].fps)
 
 
-def averaged(
+def select_average(
     state: Any, config: DenoiserTraining, folder: Path, *, ema: float | int | None, sigma_rel: float | None
 ) -> dict[str, Any]:
     """Return the requested weights of a training, on the host: those of one of its averages.
@@ -246,12 +246,12 @@ def averaged(
         raise UserError("ema and sigma_rel are both given: an average has a decay or a width; give ema or sigma_rel")
     if sigma_rel is not None:
         shapes = jax.eval_shape(lambda: state.params)
-        return Snapshots(folder / "snapshots").reconstruct(sigma_rel, like=shapes, last=int(state.step))
+        return EmaSnapshots(folder / "snapshots").reconstruct(sigma_rel, like=shapes, max_step=int(state.step))
     if ema is None or ema == config.ema_decay:
-        return on_host(state.ema)
+        return to_host(state.ema)
     if ema == 0:
-        return on_host(state.params)
+        return to_host(state.params)
     if ema not in config.averages.decays:
         kept_decays = ", ".join(map(str, (config.ema_decay, *config.averages.decays)))
         raise UserError(f"the run keeps no average of decay {ema}; use {kept_decays}, or 0 for the weights themselves")
-    return on_host(state.averages[DECAY][name_of(ema)])
+    return to_host(state.averages[DECAY][format_average_name(ema)])

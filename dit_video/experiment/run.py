@@ -15,43 +15,43 @@ import jax
 from dit_video.autoencoders import LinearAutoencoder
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
-from dit_video.core.storage import Address
+from dit_video.core.storage import StoragePathLike
 from dit_video.data.latents.cache import INDEX as LATENTS
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.offline import (
     Encoding,
+    compute_latent_identity,
     encode_latents,
-    encoding_of,
     finish_latents,
-    latent_identity,
+    make_encoding,
     plan_encoding,
 )
-from dit_video.data.loader import Batches
-from dit_video.data.sizes import fit
-from dit_video.distributed import make_mesh, row_shards
-from dit_video.encoders.autoencoder import Codec
-from dit_video.encoders.image import IMAGE_ENCODER, open_image_encoder
-from dit_video.encoders.text import FrozenEncoder, check_width, open_tokenizer
+from dit_video.data.loader import DenoiserBatches
+from dit_video.data.sizes import fit_size
+from dit_video.distributed import count_row_shards, make_mesh
+from dit_video.encoders.autoencoder import LatentCodec
+from dit_video.encoders.image import IDENTITY_FILE, open_image_encoder
+from dit_video.encoders.text import FrozenTextEncoder, check_width, open_tokenizer
 from dit_video.experiment import datasets, export, input_pipeline, monitors, trainers
 from dit_video.experiment.folder import RunFolder
 from dit_video.experiment.initialization import (
-    TrainedDenoiser,
+    TrainableDenoiser,
+    add_other_expert,
     check_image_encoder,
-    check_start,
-    denoiser_loss,
-    experts_of,
-    optimizer_of,
-    trained_denoiser,
-    with_other,
+    check_initial_weights,
+    get_expert_names,
+    get_optimizer_config,
+    make_denoiser_loss,
+    open_trainable_denoiser,
 )
 from dit_video.experiment.trainers import AutoencoderStage
 from dit_video.pipelines.pipeline import Pipeline, PipelineConfig
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.hooks.logging import Progress, remark
-from dit_video.training.losses.distillation import distillation_loss
+from dit_video.training.hooks.logging import Progress, print_on_first_process
+from dit_video.training.losses.distillation import make_distillation_loss
 from dit_video.training.optim.optimizer import make_optimizer
-from dit_video.training.state import on_host, state_shapes
+from dit_video.training.state import get_state_shapes, to_host
 from dit_video.training.step import Loss, OwnStep
 
 
@@ -66,7 +66,12 @@ class Run(RunFolder):
     begin: int = 0
     """Number of steps of the stages before this one."""
 
-    def train(self, *clips: Address, latents: Address | None = None, checkpoints: Address | None = None) -> Pipeline:
+    def train(
+        self,
+        *clips: StoragePathLike,
+        latents: StoragePathLike | None = None,
+        checkpoints: StoragePathLike | None = None,
+    ) -> Pipeline:
         """Train everything, from clips to the finished pipeline.
 
         Args:
@@ -82,30 +87,35 @@ class Run(RunFolder):
         self.prepare(*clips, latents=latents, checkpoints=checkpoints)
         return self.export()
 
-    def prepare(self, *clips: Address, latents: Address | None = None, checkpoints: Address | None = None) -> None:
+    def prepare(
+        self,
+        *clips: StoragePathLike,
+        latents: StoragePathLike | None = None,
+        checkpoints: StoragePathLike | None = None,
+    ) -> None:
         """Link the clips, and check everything that can be checked before training; arguments are as for `train`.
 
         Raises:
           UserError: clips that cannot be used or do not fit the config; other latents or checkpoints than before.
         """
         if latents is not None:
-            self.keep_latents(latents)
+            self.link_latents(latents)
         if checkpoints is not None:
-            self.keep_checkpoints(checkpoints)
+            self.link_checkpoints(checkpoints)
         self.take(*clips)
         self.clips.select(self.experiment.data.held_out)  # raises for an unknown name
         for stage in (*self.earlier, self):  # checks later stages before hours are spent on earlier ones
             for info in self.clips.infos:
-                fit(info, stage.experiment.limits)
-            input_pipeline.check(stage.experiment, self.training_clips)
-        check_start(self.experiment.denoiser)
+                fit_size(info, stage.experiment.limits)
+            input_pipeline.check_inputs(stage.experiment, self.training_clips)
+        check_initial_weights(self.experiment.denoiser)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # only until the identity is recorded: then the run continues without the folder
-        check_image_encoder(self.experiment.denoiser, self.folder / IMAGE_ENCODER)
+        check_image_encoder(self.experiment.denoiser, self.folder / IDENTITY_FILE)
 
-    def take(self, *clips: Address) -> None:
+    def take(self, *clips: StoragePathLike) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `link_datasets`."""
-        datasets.take(self.folder / "data", clips, weights=self.experiment.data.weights)
+        datasets.link_datasets(self.folder / "data", clips, weights=self.experiment.data.weights)
 
     @property
     def _own(self) -> Path:
@@ -118,7 +128,7 @@ class Run(RunFolder):
         return AutoencoderStage(
             experiment=self.experiment,
             folder=self.folder / "autoencoder",
-            checkpoints=self.checkpoints_of("autoencoder"),
+            checkpoints=self.get_checkpoint_folder("autoencoder"),
             clips=lambda: self.training_clips,
             profile=self.profile,
         )
@@ -130,8 +140,8 @@ class Run(RunFolder):
     def encode_latents(self) -> LatentSource:
         """Return the cached latents of the training clips, encoding what `tools/encode_latents.py` has not."""
         encoding, clips = self.encoding(), self.training_clips
-        identity = latent_identity(encoding, clips)
-        destination = datasets.lies(self._own / "latents")
+        identity = compute_latent_identity(encoding, clips)
+        destination = datasets.resolve(self._own / "latents")
         if not (destination / LATENTS).is_file():
             plan = plan_encoding(clips, encoding)
             with Progress("encoding latents", len(plan.views), unit="clip") as progress:
@@ -149,17 +159,19 @@ class Run(RunFolder):
                 time.sleep(1)
                 finished = finish_latents(destination, encoding, plan, identity=identity)
         source = LatentSource(destination, identity=identity)
-        if source.left_out:
-            name, reason = source.left_out[0]
-            remark(f"{len(source.left_out)} clips could not be encoded and are skipped, such as {name}: {reason}")
+        if source.skipped:
+            name, reason = source.skipped[0]
+            print_on_first_process(
+                f"{len(source.skipped)} clips could not be encoded and are skipped, such as {name}: {reason}"
+            )
         return source
 
     def encoding(self) -> Encoding:
         """Return the encoding of this run's clips, after training the autoencoder if that isn't trained yet."""
         config, images = self.experiment.denoiser, None
         if config.image_encoder is not None:
-            images = open_image_encoder(config.image_encoder, kept=self.folder / IMAGE_ENCODER)
-        return encoding_of(self.experiment, self.train_autoencoder(), text=self._tokenizer(), images=images)
+            images = open_image_encoder(config.image_encoder, identity_file=self.folder / IDENTITY_FILE)
+        return make_encoding(self.experiment, self.train_autoencoder(), text=self._tokenizer(), images=images)
 
     @property
     def earlier(self) -> tuple["Run", ...]:
@@ -167,7 +179,7 @@ class Run(RunFolder):
         begin, views = 0, []
         for number, stage in enumerate(self.experiment.earlier):
             views.append(
-                dataclasses.replace(self, experiment=self.experiment.stage(number), stage=stage.name, begin=begin)
+                dataclasses.replace(self, experiment=self.experiment.get_stage(number), stage=stage.name, begin=begin)
             )
             begin += stage.steps
         return tuple(views)
@@ -182,36 +194,38 @@ class Run(RunFolder):
             self.train_autoencoder()
         for stage in self.earlier:
             if (checkpoints.latest() or 0) < stage.begin + stage.experiment.denoiser.steps:
-                remark(f"stage {stage.stage}: up to step {stage.begin + stage.experiment.denoiser.steps}")
+                print_on_first_process(
+                    f"stage {stage.stage}: up to step {stage.begin + stage.experiment.denoiser.steps}"
+                )
                 stage._train_stage()
         state, trained = self._train_stage()
-        ema_params = on_host(state.ema)
+        ema_params = to_host(state.ema)
         del state
         config = self.experiment.denoiser
-        expert, _ = experts_of(config)
-        if (adapter := trained.adapter(ema_params)) is None:
+        expert, _ = get_expert_names(config)
+        if (adapter := trained.get_adapter(ema_params)) is None:
             export.save_transformer(self.folder, config.dit, ema_params, expert=expert)
         else:
-            export.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
-        return trained.whole(ema_params)
+            export.save_adapter(self.folder, config.dit, adapter, trained.base_params or {}, expert=expert)
+        return trained.merge_params(ema_params)
 
-    def _train_stage(self) -> tuple[Any, TrainedDenoiser]:
+    def _train_stage(self) -> tuple[Any, TrainableDenoiser]:
         """Return the state after this stage of the denoiser, and what was trained."""
         config, experiment = self.experiment.denoiser, self.experiment
         if experiment.data.cache_latents:
             latents = self.encode_latents()
-            texts = input_pipeline.texts_of(self._tokenizer(), latents.all_captions, cached=latents)
-            rows = input_pipeline.cached_rows(experiment, latents, self.training_clips, texts)
+            texts = input_pipeline.open_captions(self._tokenizer(), latents.all_captions, cached=latents)
+            rows = input_pipeline.make_cached_batches(experiment, latents, self.training_clips, texts)
         else:
             captions = [info.captions for info in self.training_clips.infos]
-            texts = input_pipeline.texts_of(self._tokenizer(cache=self.folder / "texts"), captions)
-            encode = input_pipeline.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
-            rows = input_pipeline.live(experiment, self.training_clips, texts, encode)
-        base = denoiser_loss(experiment, make_mesh(experiment.mesh), empty=texts.empty)
+            texts = input_pipeline.open_captions(self._tokenizer(cache=self.folder / "texts"), captions)
+            encode = input_pipeline.make_online_encoder(experiment, self.train_autoencoder(), self.training_clips)
+            rows = input_pipeline.make_online_batches(experiment, self.training_clips, texts, encode)
+        base = make_denoiser_loss(experiment, make_mesh(experiment.mesh), empty_caption=texts.empty)
         distillation = config.distillation
-        loss: Loss | OwnStep = base if distillation is None else distillation_loss(distillation, base)
+        loss: Loss | OwnStep = base if distillation is None else make_distillation_loss(distillation, base)
 
-        def batches(start: int) -> Batches:
+        def batches(start: int) -> DenoiserBatches:
             row_batches = rows(start)
             self._note_rows(row_batches)
             return row_batches
@@ -230,30 +244,37 @@ class Run(RunFolder):
             pipeline=self._pipeline,
         )
         begin = self.begin or sum(stage.steps for stage in experiment.earlier)
-        options = {**trained.arguments(), **evaluators.arguments(), "begin": begin, "profile": self.profile}
-        options["checkpoints"] = self.checkpoints_of("denoiser")
-        return trainers.train(experiment, folder, trained.init, trained.loss(loss), batches, **options), trained
+        options = {
+            **trained.make_training_arguments(),
+            **evaluators.arguments(),
+            "begin": begin,
+            "profile": self.profile,
+        }
+        options["checkpoints"] = self.get_checkpoint_folder("denoiser")
+        return trainers.train(experiment, folder, trained.init, trained.wrap_loss(loss), batches, **options), trained
 
     def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
         """Return the pipeline with these denoiser weights."""
-        denoiser = with_other(self.experiment.denoiser, denoiser)
+        denoiser = add_other_expert(self.experiment.denoiser, denoiser)
         return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
 
-    def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
+    def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenTextEncoder:
         """Return the text encoder. The identity of a frozen one is recorded, to be known without its weights."""
-        return open_tokenizer(self.experiment.denoiser.text, kept=self._text_encoder, cache=cache)
+        return open_tokenizer(self.experiment.denoiser.text, identity_file=self._text_encoder, cache=cache)
 
     @property
     def _text_encoder(self) -> Path:
         return self.folder / "text_encoder.json"
 
-    def _note_rows(self, batches: Batches) -> None:
+    def _note_rows(self, batches: DenoiserBatches) -> None:
         """Write `denoiser/rows.json`, and log what an epoch holds."""
-        summary = batches.summary(devices=row_shards(make_mesh(self.experiment.mesh)))
+        summary = batches.summarize(devices=count_row_shards(make_mesh(self.experiment.mesh)))
         if jax.process_index() == 0:
             write_json((self._own if self.stage else self.folder / "denoiser") / "rows.json", summary)
         imbalance = summary.get("imbalance")
-        remark(str(batches) + (f", {imbalance['mean']:.1%} of the time lost by unequal devices" if imbalance else ""))
+        print_on_first_process(
+            str(batches) + (f", {imbalance['mean']:.1%} of the time lost by unequal devices" if imbalance else "")
+        )
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
@@ -277,35 +298,35 @@ class Run(RunFolder):
         if (checkpoints := self._checkpoints).latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
-        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)  # all stages share one state
-        shapes = state_shapes(trained.init, optimizer, averages=config.averages)
+        optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps)  # all stages share one state
+        shapes = get_state_shapes(trained.init, optimizer, averages=config.averages)
         if (distillation := config.distillation) is not None:
-            shapes = jax.eval_shape(lambda state: distillation.begin(state, optimizer), shapes)
+            shapes = jax.eval_shape(lambda state: distillation.init_state(state, optimizer), shapes)
         state, _ = checkpoints.restore(shapes)
-        chosen = monitors.averaged(state, config, self.folder / "denoiser", ema=ema, sigma_rel=sigma_rel)
-        return self._pipeline(trained.whole(chosen))
+        chosen = monitors.select_average(state, config, self.folder / "denoiser", ema=ema, sigma_rel=sigma_rel)
+        return self._pipeline(trained.merge_params(chosen))
 
     def pipeline_config(self) -> PipelineConfig:
         """Return the config of this run's pipeline."""
-        return export.pipeline_config_of(
+        return export.make_pipeline_config(
             self.experiment, self.training_clips.infos, self._tokenizer(), command=self.command
         )
 
     @property
     def _checkpoints(self) -> Checkpoints:
         """Return the checkpoints of the denoiser."""
-        return Checkpoints(self.checkpoints_of("denoiser"))
+        return Checkpoints(self.get_checkpoint_folder("denoiser"))
 
-    def _trained_denoiser(self) -> TrainedDenoiser:
+    def _trained_denoiser(self) -> TrainableDenoiser:
         folder = self.folder / "denoiser"
         continues = self._checkpoints.latest() is not None
         mesh = make_mesh(self.experiment.mesh)
-        return trained_denoiser(self.experiment.denoiser, folder, mesh, continues=continues)
+        return open_trainable_denoiser(self.experiment.denoiser, folder, mesh, is_resuming=continues)
 
-    def codec(self) -> Codec:
+    def codec(self) -> LatentCodec:
         """Return the autoencoder, trained if it isn't yet."""
-        return Codec(self.experiment.autoencoder.model, self.train_autoencoder())
+        return LatentCodec(self.experiment.autoencoder.model, self.train_autoencoder())
 
     def linear_baseline(self) -> LinearAutoencoder | None:
         """Return the best linear autoencoder with as many latent values, if any, as a baseline."""
-        return self.autoencoder.linear_baseline()
+        return self.autoencoder.fit_linear_baseline()

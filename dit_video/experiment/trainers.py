@@ -11,27 +11,32 @@ from typing import Any
 
 from jaxtyping import Array
 
-from dit_video.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
+from dit_video.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear
 from dit_video.core import config_json, pixels, rng
 from dit_video.data.clips import ClipSource
-from dit_video.data.latents.offline import latent_moments
-from dit_video.data.loader import Batches
-from dit_video.data.windows import Stretches, WindowBatches
+from dit_video.data.latents.offline import measure_latent_moments
+from dit_video.data.loader import DenoiserBatches
+from dit_video.data.windows import ClipCrops, WindowBatches
 from dit_video.distributed import RowPart, make_mesh
-from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, GivenAutoencoder
-from dit_video.experiment.initialization import given_autoencoder, given_params, loss_parts, optimizer_of
-from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, PretrainedAutoencoder
+from dit_video.experiment.initialization import (
+    get_optimizer_config,
+    load_initial_params,
+    load_pretrained_autoencoder,
+    make_autoencoder_loss,
+)
+from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.training import loop, trainer
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.hooks.logging import remark
-from dit_video.training.hooks.profiler import Profile
+from dit_video.training.hooks.logging import print_on_first_process
+from dit_video.training.hooks.profiler import TraceConfig
 from dit_video.training.optim.optimizer import make_optimizer
-from dit_video.training.state import on_host
+from dit_video.training.state import to_host
 from dit_video.training.step import Loss, OwnStep
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
-_LINEAR_VALUES = 4096
+_MAX_LINEAR_VALUES = 4096
 """Largest number of values of a patch whose principal components are computed, from a matrix of its square."""
 _LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
 """Numbers of batches of training windows that the linear start, and the latents' mean and deviation, are measured
@@ -43,12 +48,12 @@ def train(
     folder: Path,
     init: Callable[[Array], dict[str, Any]],
     loss: Loss | OwnStep,
-    batches: Callable[[int], Batches | WindowBatches],
+    batches: Callable[[int], DenoiserBatches | WindowBatches],
     *,
     checkpoints: str | Path,
     begin: int = 0,
     profile: tuple[int, int] | None = None,
-    **given: Any,
+    **options: Any,
 ) -> Any:
     """Train one of the two models from its newest checkpoint, or from `init`.
 
@@ -68,32 +73,32 @@ def train(
     """
     name = folder.name
     config = experiment.denoiser if name == "denoiser" else experiment.autoencoder
-    assert not isinstance(config, GivenAutoencoder)  # a pretrained one is not trained
-    optimizer = config.optimizer if isinstance(config, AutoencoderTraining) else optimizer_of(config)
+    assert not isinstance(config, PretrainedAutoencoder)  # a pretrained one is not trained
+    optimizer = config.optimizer if isinstance(config, AutoencoderTraining) else get_optimizer_config(config)
     if isinstance(config, DenoiserTraining):
-        given |= {"accumulate": config.accumulate, "averages": config.averages}
-    return trainer.Training(
+        options |= {"accumulation_steps": config.accumulation_steps, "averages": config.averages}
+    return trainer.Trainer(
         folder=folder,
         checkpoints=checkpoints,
         title=f"training the {name}",
         init=init,
         random_key=rng.key(experiment.seed, name),
         loss=loss,
-        optimizer=make_optimizer(optimizer, steps=config.steps, begin=begin),
+        optimizer=make_optimizer(optimizer, steps=config.steps, start_step=begin),
         ema_decay=config.ema_decay,
-        begin=begin,
-        profile=None if profile is None else Profile(folder / "profile", *profile),
+        start_step=begin,
+        trace=None if profile is None else TraceConfig(folder / "profile", *profile),
         config=loop.LoopConfig(
             steps=begin + config.steps,
             log_every=experiment.log_every,
             save_every=experiment.save_every,
-            most_skipped=experiment.most_skipped,
-            stop_within=experiment.stop_within,
+            max_consecutive_skips=experiment.max_consecutive_skips,
+            preemption_grace=experiment.preemption_grace,
         ),
         mesh=make_mesh(experiment.mesh),
         keep=experiment.keep,
-        resolved=config_json.to_json(experiment),
-        **given,
+        resolved_config=config_json.to_json(experiment),
+        **options,
     ).run(batches)
 
 
@@ -118,73 +123,75 @@ class AutoencoderStage:
         folder.
         """
         config, experiment = self.experiment.autoencoder, self.experiment
-        if isinstance(config, GivenAutoencoder):
-            return given_autoencoder(config)
+        if isinstance(config, PretrainedAutoencoder):
+            return load_pretrained_autoencoder(config)
         path = self.folder / "weights.safetensors"
         if path.is_file():
-            return load_weights(path, like=param_shapes(config.model.make))
-        graph, parts = graph_of(config.model.make), loss_parts(config, experiment.seed)
+            return load_weights(path, like=get_param_shapes(config.model.make))
+        graph, parts = get_graph_def(config.model.make), make_autoencoder_loss(config, experiment.seed)
         continues = Checkpoints(self.checkpoints).latest() is not None
-        crops = Stretches(self.clips(), experiment.window_limits)
-        start = functools.partial(given_params, config, rng.key(experiment.seed, "inflation"))
-        linear = self._linear(crops) if isinstance(config.model, PatchVaeConfig) and not continues else None
+        crops = ClipCrops(self.clips(), experiment.window_limits)
+        start = functools.partial(load_initial_params, config, rng.key(experiment.seed, "inflation"))
+        linear = self._fit_linear(crops) if isinstance(config.model, PatchVaeConfig) and not continues else None
 
         def init(key: Array) -> dict[str, Any]:
             params = init_params(config.model.make, key)
-            return params if linear is None else start_from_linear(params, linear)
+            return params if linear is None else init_from_linear(params, linear)
 
-        batches = functools.partial(self.windows, crops, purpose="autoencoder")
+        batches = functools.partial(self.open_windows, crops, purpose="autoencoder")
         options: dict[str, Any] = {"start": start, "profile": self.profile, "checkpoints": self.checkpoints}
         state = train(experiment, self.folder, init, parts.pop("loss"), batches, **options, **parts)
-        params = on_host(state.ema)
-        if config.optimizer.trains("normalizer/mean"):
-            with contextlib.closing(self.windows(crops, 0, "latent moments")) as windows:
-                mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
+        params = to_host(state.ema)
+        if config.optimizer.is_trained("normalizer/mean"):
+            with contextlib.closing(self.open_windows(crops, 0, "latent moments")) as windows:
+                mean, std = measure_latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
             params["normalizer"] = {"mean": mean, "std": std}
         save_weights(path, params)
         return params
 
-    def windows(self, stretches: Stretches, start: int, purpose: str, *, augment: bool = True) -> WindowBatches:
+    def open_windows(self, crops: ClipCrops, start: int, purpose: str, *, augment: bool = True) -> WindowBatches:
         """Return batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own.
 
         With `augment` they are augmented where the config says so.
         """
         training = self.experiment.autoencoder
         assert isinstance(training, AutoencoderTraining)  # a pretrained one has no windows
-        part = RowPart.of(make_mesh(self.experiment.mesh))
+        part = RowPart.from_mesh(make_mesh(self.experiment.mesh))
         window_batches = WindowBatches(
-            stretches,
+            crops,
             tuple(
                 dataclasses.replace(window, augment=window.augment if augment else None) for window in training.windows
             ),
-            seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
+            seed=int(rng.make_generator(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
             # Each process measures statistics on whole batches, so that all get the same values.
-            host=part.number if purpose == "autoencoder" else 0,
-            hosts=part.parts if purpose == "autoencoder" else 1,
+            host=part.part_index if purpose == "autoencoder" else 0,
+            hosts=part.part_count if purpose == "autoencoder" else 1,
         )
-        if purpose == "autoencoder" and window_batches.left_out:
-            remark(f"{len(window_batches.left_out)} clips are smaller than a window of the autoencoder's training")
+        if purpose == "autoencoder" and window_batches.excluded_clips:
+            print_on_first_process(
+                f"{len(window_batches.excluded_clips)} clips are smaller than a window of the autoencoder's training"
+            )
         return window_batches
 
-    def linear_baseline(self) -> LinearAutoencoder | None:
+    def fit_linear_baseline(self) -> LinearAutoencoder | None:
         """Return the best linear autoencoder with as many latent values, fitted on the training clips, as a baseline.
 
         Returns:
           None where a patch has too many values for it, or where the autoencoder is pretrained.
         """
         config = self.experiment.autoencoder
-        if isinstance(config, GivenAutoencoder) or 3 * config.model.stride.volume > _LINEAR_VALUES:
+        if isinstance(config, PretrainedAutoencoder) or 3 * config.model.stride.volume > _MAX_LINEAR_VALUES:
             return None
-        return self._linear(Stretches(self.clips(), self.experiment.window_limits))
+        return self._fit_linear(ClipCrops(self.clips(), self.experiment.window_limits))
 
-    def _linear(self, stretches: Stretches) -> LinearAutoencoder:
+    def _fit_linear(self, crops: ClipCrops) -> LinearAutoencoder:
         """Return the principal components of the unaugmented training clips, which are cached in the run's folder."""
         model = self.experiment.autoencoder.model
         path = self.folder / "linear.safetensors"
         if path.is_file():
             return LinearAutoencoder(**load_weights(path))
-        with contextlib.closing(self.windows(stretches, 0, "linear start", augment=False)) as batches:
+        with contextlib.closing(self.open_windows(crops, 0, "linear start", augment=False)) as batches:
             first = itertools.islice(batches, _LINEAR_BATCHES)
             fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
         save_weights(path, fitted._asdict())

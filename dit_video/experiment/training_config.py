@@ -21,15 +21,15 @@ from dit_video.diffusion import FlowMatching, Objective
 from dit_video.distributed import MeshConfig
 from dit_video.nn import LoraConfig
 from dit_video.text import TextConfig
-from dit_video.tokens import RowShape
+from dit_video.tokens import PackedShape
 from dit_video.training.losses.codebook import CodebookLearning
 from dit_video.training.losses.distillation import Distillation
-from dit_video.training.optim.ema import Averages
+from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataConfig:
     """Selection, sizes and augmentation of clips."""
 
     max_pixels: int
@@ -42,7 +42,7 @@ class Data:
     """Names of clips that are not trained on, but reconstructed and reported; the split `validation` if empty."""
     weights: tuple[float, ...] = ()
     """Relative number of clips of each data set in an epoch; if empty, all clips have the same weight."""
-    stretches: int = 1
+    clips_per_video: int = 1
     """Number of temporal crops of `max_frames`, spread over its length, that are taken from a longer clip."""
     resolutions: tuple[int, ...] = ()
     """Further, smaller limits on the pixels of a frame, at which each clip is trained on too."""
@@ -74,13 +74,13 @@ class AutoencoderTraining:
     autoencoder is also evaluated."""
     max_frames: int | None = None
     """Maximum number of frames of the clips that windows are cut from; None for that of the data."""
-    start: str | None = None
+    init_from: str | None = None
     """Folder of initial weights in diffusers' layout, of this model or of the image autoencoder that it inflates; None
     for random weights. If `normalizer` is not trained, the latents keep their mean and standard deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenAutoencoder:
+class PretrainedAutoencoder:
     """Config of a pretrained autoencoder, which is not trained.
 
     Raises:
@@ -97,7 +97,7 @@ class GivenAutoencoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneOfTwo:
+class ExpertConfig:
     """Config of the trained one of a model's two experts (Wan 2.2 A14B); the other one is not changed.
 
     Raises:
@@ -108,7 +108,7 @@ class OneOfTwo:
     """Expert that is trained, at its own times only: `high` denoises at times from the boundary on, `low` below it."""
     boundary: float
     """Diffusion time that separates the experts."""
-    other: str
+    other_folder: str
     """Folder of the other expert's transformer, in diffusers' layout."""
 
     def __post_init__(self):
@@ -122,10 +122,10 @@ class DenoiserTraining:
 
     dit: DitConfig | WanDitConfig
     text: TextConfig
-    rows: RowShape
+    rows: PackedShape
     batch: int
     """Number of rows in a step."""
-    accumulate: int = 1
+    accumulation_steps: int = 1
     """Number of microbatches that the rows of a step are divided into, whose gradients are computed sequentially and
     summed. Memory is divided by it, and gradients are the same up to rounding."""
     buckets: BucketConfig | None = None
@@ -134,14 +134,14 @@ class DenoiserTraining:
     optimizer: OptimizerConfig
     steps: int
     objective: Objective = field(default_factory=FlowMatching)
-    times_of: Literal["clip", "frame"] = "clip"
+    time_per: Literal["clip", "frame"] = "clip"
     """Unit that has its own diffusion time. "frame" needs a denoiser with a time per token (diffusion forcing, arXiv
     2407.01392), which then handles frames at any mixture of times, with known frames at time 0."""
     caption_dropout: float = 0.1
     """Probability that a clip's caption is dropped."""
     ema_decay: float = 0.999
     """Decay of the average that is sampled from by default."""
-    averages: Averages = field(default_factory=Averages)
+    averages: EmaConfig = field(default_factory=EmaConfig)
     """Further averages, each as large as the model."""
     known: KnownFrames | None = None
     """Conditioning on known frames, for a denoiser that continues a first frame: by `given_channels`, image embeddings
@@ -149,14 +149,14 @@ class DenoiserTraining:
     image_encoder: str | None = None
     """Folder of the CLIP whose embeddings of a known first frame the denoiser attends to (`image_width`), or of a
     pipeline that contains it; None without it."""
-    start: str | None = None
+    init_from: str | None = None
     """Folder of the initial weights: of a pipeline, a run, or Wan in diffusers' layout; None for random weights."""
-    trained: Literal["full", "temporal", "scratch"] = "full"
+    train_mode: Literal["full", "temporal", "scratch"] = "full"
     """Selection of the trained weights, unless adapters are trained. `full`: all, from the weights in `init_from` if it
     is set. `temporal`: only the temporal layers, those with `temporal` in their paths (Kandinsky Video adds motion to
     an image model in this way, arXiv 2311.13073). `scratch`: all, from random weights; `init_from` is not read. For any
     other selection use the optimizer's `trainable` and `frozen`."""
-    expert: OneOfTwo | None = None
+    expert: ExpertConfig | None = None
     """Expert whose weights `init_from` has, for a model with two; None for a model with one denoiser."""
     lora: LoraConfig | None = None
     """Config of adapters that are trained instead of the weights in `init_from`; paths begin with `dit/` and `text/`.
@@ -178,9 +178,9 @@ class Stage:
     """Name of its folder, `stages/NAME` in the run's."""
     steps: int
     """Number of steps of this stage."""
-    data: Data
+    data: DataConfig
     """Clips and sizes of this stage; `held_out` and `weights` are those of the experiment."""
-    rows: RowShape | None = None
+    rows: PackedShape | None = None
     """Shape of the packed rows."""
     batch: int | None = None
     """Number of rows in a step."""

@@ -1,13 +1,13 @@
 """Open model families: their files, read and written, and the pipelines that they make."""
 
-from dit_video.families.autoencoders import autoencoder_config, load_autoencoder, save_autoencoder
-from dit_video.families.denoisers import denoiser_config, load_denoiser, save_denoiser
+from dit_video.families.autoencoders import load_autoencoder, read_autoencoder_config, save_autoencoder
+from dit_video.families.denoisers import load_denoiser, read_denoiser_config, save_denoiser
 
 __all__ = [
-    "autoencoder_config",
-    "denoiser_config",
     "load_autoencoder",
     "load_denoiser",
+    "read_autoencoder_config",
+    "read_denoiser_config",
     "save_autoencoder",
     "save_denoiser",
 ]

@@ -13,18 +13,18 @@ from dit_video.families.wan import autoencoder as wan_autoencoder
 from dit_video.weights import diffusers, native_format
 from dit_video.weights.tensor_mapping import SHARD_BYTES
 
-_Loaded = tuple[AutoencoderConfig, dict[str, Any]]
-_LOADERS: dict[str, Callable[[Path, dict[str, Any]], _Loaded]] = {
+_LoadedAutoencoder = tuple[AutoencoderConfig, dict[str, Any]]
+_LOADERS: dict[str, Callable[[Path, dict[str, Any]], _LoadedAutoencoder]] = {
     wan_autoencoder.CLASS: wan_autoencoder.load,
     image_autoencoder.CLASS: image_autoencoder.load,
     vq_autoencoder.CLASS: vq_autoencoder.load,
 }
-KINDS = tuple(_LOADERS)
+EXTERNAL_CLASSES = tuple(_LOADERS)
 """Supported model classes of diffusers."""
-KNOWN = (*KINDS, native_format.CLASS)
+SUPPORTED_CLASSES = (*EXTERNAL_CLASSES, native_format.CLASS)
 
 
-def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
+def load_autoencoder(folder: str | os.PathLike) -> _LoadedAutoencoder:
     """Read the config and parameters of an autoencoder from diffusers, or in the native format.
 
     Raises:
@@ -32,19 +32,19 @@ def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
       UserError: the model class or one of its settings is not supported, or the weights do not fit.
     """
     folder = Path(folder)
-    document = _document(folder)
+    document = _read_document(folder)
     if document["_class_name"] != native_format.CLASS:
         return _LOADERS[document["_class_name"]](folder, document)
-    config, params = native_format.read_part(folder, document)
-    return _own(folder, config), params
+    config, params = native_format.read_native(folder, document)
+    return _check_native_config(folder, config), params
 
 
-def autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
+def read_autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
     """Read the config of an autoencoder, without the weights for Wan's; raises as `load_autoencoder` does."""
     folder = Path(folder)
-    document = _document(folder)
+    document = _read_document(folder)
     if document["_class_name"] == native_format.CLASS:
-        return _own(folder, native_format.part_config(folder, document))
+        return _check_native_config(folder, native_format.read_native_config(folder, document))
     return (
         wan_autoencoder.read_config(folder, document)
         if document["_class_name"] == wan_autoencoder.CLASS
@@ -52,19 +52,19 @@ def autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
     )
 
 
-def _own(folder: Path, config: Any) -> AutoencoderConfig:
+def _check_native_config(folder: Path, config: Any) -> AutoencoderConfig:
     """Return a native config; raise UserError if it is not an autoencoder's."""
     if not isinstance(config, AutoencoderConfig):
         raise UserError(f"{folder} has a {type(config).__name__}, which is not an autoencoder's config")
     return config
 
 
-def _document(folder: Path) -> dict[str, Any]:
+def _read_document(folder: Path) -> dict[str, Any]:
     """Read `config.json`; raise UserError if the model class is not supported."""
-    document = diffusers.document_of(folder)
+    document = diffusers.read_document(folder)
     kind = document.get("_class_name")
-    if kind not in KNOWN:
-        raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(KNOWN)}")
+    if kind not in SUPPORTED_CLASSES:
+        raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(SUPPORTED_CLASSES)}")
     return document
 
 
@@ -87,5 +87,6 @@ def save_autoencoder(
             vq_autoencoder.save(folder, config, params, shard_bytes=shard_bytes)
         case _:
             raise UserError(
-                f"diffusers has no class for {type(config).__name__}. Supported classes are {', '.join(KINDS)}"
+                f"diffusers has no class for {type(config).__name__}. Supported classes are "
+                f"{', '.join(EXTERNAL_CLASSES)}"
             )

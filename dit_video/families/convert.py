@@ -14,27 +14,27 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
-from dit_video.families.autoencoders import KINDS as AUTOENCODERS
+from dit_video.families.autoencoders import EXTERNAL_CLASSES as AUTOENCODERS
 from dit_video.families.autoencoders import load_autoencoder, save_autoencoder
-from dit_video.families.denoisers import KINDS as DENOISERS
+from dit_video.families.denoisers import EXTERNAL_CLASSES as DENOISERS
 from dit_video.families.dit import transformer as dit_transformer
 from dit_video.families.wan import transformer as wan_transformer
-from dit_video.families.wan.transformer import wan_modules
-from dit_video.nn import param_shapes
+from dit_video.families.wan.transformer import get_wan_modules
+from dit_video.nn import get_param_shapes
 from dit_video.text import T5Config
 from dit_video.weights import diffusers, native_format, streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora import load_lora, own_modules, save_lora
+from dit_video.weights.lora import get_native_modules, load_lora, save_lora
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_mapping import SHARD_BYTES
-from dit_video.weights.text_encoders import T5_KINDS, t5_config, t5_names, t5_written
+from dit_video.weights.text_encoders import T5_MODEL_TYPES, make_t5_export, make_t5_tensor_map, read_t5_config
 
-To = Literal["diffusers", "authors", "dit_video"]
-KNOWN = (*DENOISERS, *AUTOENCODERS, *T5_KINDS, native_format.CLASS)
+TargetLayout = Literal["diffusers", "authors", "dit_video"]
+SUPPORTED_CLASSES = (*DENOISERS, *AUTOENCODERS, *T5_MODEL_TYPES, native_format.CLASS)
 """Supported classes and model types in `config.json`."""
 
 
-class _Opened(NamedTuple):
+class _OpenModel(NamedTuple):
     """An open model: its config and the source of its parameters."""
 
     config: Any
@@ -46,7 +46,7 @@ def convert(
     source: str | os.PathLike,
     destination: str | os.PathLike,
     *,
-    to: To,
+    layout: TargetLayout,
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -68,30 +68,30 @@ def convert(
     source, destination = Path(source), Path(destination)
     check_destination(destination)
     if source.is_file():
-        with _authors_file(source) as opened:
-            _write(destination, opened, to, dtype, shard_bytes)
+        with _open_authors_file(source) as opened:
+            _write(destination, opened, layout, dtype, shard_bytes)
         return
-    document = diffusers.document_of(source)
+    document = diffusers.read_document(source)
     kind = document.get("_class_name") or document.get("model_type")
-    if kind not in KNOWN:
-        raise UserError(f"{source} has a model of class {kind}. Supported classes are {', '.join(KNOWN)}")
-    native_config = native_format.part_config(source, document) if kind == native_format.CLASS else None
+    if kind not in SUPPORTED_CLASSES:
+        raise UserError(f"{source} has a model of class {kind}. Supported classes are {', '.join(SUPPORTED_CLASSES)}")
+    native_config = native_format.read_native_config(source, document) if kind == native_format.CLASS else None
     if kind in AUTOENCODERS or (
         native_config is not None and not isinstance(native_config, DitConfig | WanDitConfig | T5Config)
     ):
-        _convert_autoencoder(source, destination, document, to, dtype, shard_bytes)
+        _convert_autoencoder(source, destination, document, layout, dtype, shard_bytes)
     else:
-        with _opened(source, document, kind) as opened:
-            _write(destination, opened, to, dtype, shard_bytes)
+        with _open_folder(source, document, kind) as opened:
+            _write(destination, opened, layout, dtype, shard_bytes)
 
 
-def convert_own(
+def convert_native_denoiser(
     file: Path,
     prefix: str,
     config: DitConfig | WanDitConfig,
     destination: str | os.PathLike,
     *,
-    to: To,
+    layout: TargetLayout,
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -101,15 +101,20 @@ def convert_own(
     """
     destination = Path(destination)
     check_destination(destination)
-    shapes = param_shapes(config.make)
+    shapes = get_param_shapes(config.make)
     with TensorFolder(file.parent, stem=file.stem) as tensors:
         others = [name for name in tensors.shapes if not name.startswith(prefix)]
-        source = FolderSource(tensors, FileMap.own(shapes, prefix), shapes, ignored=others)
-        _write(destination, _Opened(config, source, {}), to, dtype, shard_bytes)
+        source = FolderSource(tensors, FileMap.from_params(shapes, prefix), shapes, ignored=others)
+        _write(destination, _OpenModel(config, source, {}), layout, dtype, shard_bytes)
 
 
 def convert_lora(
-    source: str | os.PathLike, destination: str | os.PathLike, model: str | os.PathLike, *, to: To, dtype: Any = None
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    model: str | os.PathLike,
+    *,
+    layout: TargetLayout,
+    dtype: Any = None,
 ) -> None:
     """Rename the tensors of a LoRA adapter of Wan to diffusers' (PEFT) names, the authors' (ComfyUI) or native ones.
 
@@ -125,22 +130,28 @@ def convert_lora(
       UserError: the adapter is of another model, or the model is not a Wan.
     """
     folder = Path(model)
-    document = diffusers.document_of(folder)
-    config = native_format.part_config(folder, document) if document.get("_class_name") == native_format.CLASS else None
+    document = diffusers.read_document(folder)
+    config = (
+        native_format.read_native_config(folder, document)
+        if document.get("_class_name") == native_format.CLASS
+        else None
+    )
     if document.get("_class_name") in wan_transformer.CLASSES:
         config = wan_transformer.read_config(folder, document)
     if not isinstance(config, WanDitConfig):
         raise UserError(
             f"{folder} is not a Wan model. Adapters can be renamed for {', '.join(wan_transformer.CLASSES)}"
         )
-    shapes = {"dit": param_shapes(config.make)}
+    shapes = {"dit": get_param_shapes(config.make)}
     theirs = {
         name: module._replace(path=f"dit/{module.path}")
-        for name, module in wan_modules(config, first="authors" if to == "authors" else "diffusers").items()
+        for name, module in get_wan_modules(
+            config, primary_layout="authors" if layout == "authors" else "diffusers"
+        ).items()
     }
-    lora = load_lora(source, shapes, own_modules(shapes) | theirs, dtype=None)
-    modules = own_modules(shapes) if to == "dit_video" else theirs
-    save_lora(destination, lora, modules, style="comfyui" if to == "authors" else "diffusers", dtype=dtype)
+    lora = load_lora(source, shapes, get_native_modules(shapes) | theirs, dtype=None)
+    modules = get_native_modules(shapes) if layout == "dit_video" else theirs
+    save_lora(destination, lora, modules, style="comfyui" if layout == "authors" else "diffusers", dtype=dtype)
 
 
 def check_destination(folder: Path) -> None:
@@ -150,81 +161,85 @@ def check_destination(folder: Path) -> None:
 
 
 @contextmanager
-def _opened(folder: Path, document: dict[str, Any], kind: str) -> Iterator[_Opened]:
+def _open_folder(folder: Path, document: dict[str, Any], kind: str) -> Iterator[_OpenModel]:
     """Open a folder whose class is converted tensor by tensor."""
-    native, text, wan = kind == native_format.CLASS, kind in T5_KINDS, kind in wan_transformer.CLASSES
+    native, text, wan = kind == native_format.CLASS, kind in T5_MODEL_TYPES, kind in wan_transformer.CLASSES
     with TensorFolder(folder, stem=diffusers.STEM if not native and not text else "model") as tensors:
         ignored: set[str] = set()
         if native:
-            config = native_format.part_config(folder, document)
-            file_map = FileMap.own(param_shapes(config.make))
+            config = native_format.read_native_config(folder, document)
+            file_map = FileMap.from_params(get_param_shapes(config.make))
         elif text:
-            config = t5_config(folder)
-            tensor_map, ignored = t5_names(tensors, config)
-            file_map = FileMap.of(tensor_map)
+            config = read_t5_config(folder)
+            tensor_map, ignored = make_t5_tensor_map(tensors, config)
+            file_map = FileMap.from_tensor_map(tensor_map)
         else:
             authors = kind in (wan_transformer.AUTHORS_CLASS, *dit_transformer.AUTHORS_CLASSES)
             config = (
-                wan_transformer.read_config(folder, document) if wan else dit_transformer.config_of(folder, document)
+                wan_transformer.read_config(folder, document) if wan else dit_transformer.parse_config(folder, document)
             )
-            file_map = _file_map(config, "authors" if authors else "diffusers")
-        shapes = param_shapes(config.make)
-        yield _Opened(config, FolderSource(tensors, file_map, shapes, ignored=ignored), file_map.depths)
+            file_map = _make_file_map(config, "authors" if authors else "diffusers")
+        shapes = get_param_shapes(config.make)
+        yield _OpenModel(config, FolderSource(tensors, file_map, shapes, ignored=ignored), file_map.depths)
 
 
 @contextmanager
-def _authors_file(path: Path) -> Iterator[_Opened]:
+def _open_authors_file(path: Path) -> Iterator[_OpenModel]:
     """Open a checkpoint of the authors of DiT and SiT."""
     with dit_transformer.open_file(path) as tensors:
-        config = dit_transformer.config_of(path, dit_transformer.file_document(path, tensors))
-        file_map = _file_map(config, "authors")
-        yield _Opened(config, FolderSource(tensors, file_map, param_shapes(config.make)), file_map.depths)
+        config = dit_transformer.parse_config(path, dit_transformer.infer_document(path, tensors))
+        file_map = _make_file_map(config, "authors")
+        yield _OpenModel(config, FolderSource(tensors, file_map, get_param_shapes(config.make)), file_map.depths)
 
 
-def _file_map(config: DitConfig | WanDitConfig, layout: wan_transformer.Layout) -> FileMap:
+def _make_file_map(config: DitConfig | WanDitConfig, layout: wan_transformer.WanLayout) -> FileMap:
     if isinstance(config, WanDitConfig):
-        return FileMap.of(wan_transformer.wan_names(config, layout))
-    return dit_transformer.file_map(config, layout)
+        return FileMap.from_tensor_map(wan_transformer.make_wan_tensor_map(config, layout))
+    return dit_transformer.make_file_map(config, layout)
 
 
-def _write(folder: Path, opened: _Opened, to: To, dtype: Any, shard_bytes: int) -> None:
+def _write(folder: Path, model: _OpenModel, layout: TargetLayout, dtype: Any, shard_bytes: int) -> None:
     """Write a denoiser or a text encoder."""
-    config, source = opened.config, opened.source
-    if to == "dit_video":
-        native_format.write_part(folder, config, source, depths=opened.depths, dtype=dtype, shard_bytes=shard_bytes)
+    config, source = model.config, model.source
+    if layout == "dit_video":
+        native_format.write_native(folder, config, source, depths=model.depths, dtype=dtype, shard_bytes=shard_bytes)
         return
     if isinstance(config, T5Config):
-        if to == "authors":
+        if layout == "authors":
             raise UserError(
                 "text encoders have no authors' layout. Use diffusers, which writes that of transformers, or dit_video"
             )
-        tensor_map, document = t5_written(config)
-        file_map, stem = FileMap.of(tensor_map), "model"
+        tensor_map, document = make_t5_export(config)
+        file_map, stem = FileMap.from_tensor_map(tensor_map), "model"
     else:
         is_wan = isinstance(config, WanDitConfig)
-        document = wan_transformer.document_of(config, to) if is_wan else dit_transformer.document_of(config, to)
-        file_map, stem = _file_map(config, to), diffusers.STEM
-    shapes, depths = param_shapes(config.make), {**file_map.depths, **opened.depths}
+        document = (
+            wan_transformer.make_document(config, layout) if is_wan else dit_transformer.make_document(config, layout)
+        )
+        file_map, stem = _make_file_map(config, layout), diffusers.STEM
+    shapes, depths = get_param_shapes(config.make), {**file_map.depths, **model.depths}
     streaming.write(folder, stem, source, file_map, shapes, depths, dtype=dtype, shard_bytes=shard_bytes)
     write_json(folder / "config.json", document)
 
 
 def _convert_autoencoder(
-    folder: Path, destination: Path, document: dict[str, Any], to: To, dtype: Any, shard_bytes: int
+    folder: Path, destination: Path, document: dict[str, Any], layout: TargetLayout, dtype: Any, shard_bytes: int
 ) -> None:
     """Convert an autoencoder between diffusers' and the native layout."""
-    if to == "authors":
+    if layout == "authors":
         raise UserError("the authors' layout of autoencoders is not supported. Use diffusers or dit_video")
     native = document["_class_name"] == native_format.CLASS
-    loaded = native_format.read_part(folder, document, stored=lambda path: None) if native else load_autoencoder(folder)
+    loaded = (
+        native_format.read_native(folder, document, dtype_fn=lambda path: None) if native else load_autoencoder(folder)
+    )
     config, params = loaded
     if dtype is not None:
         # The latents' normalisation keeps its precision, as diffusers stores it in the settings.
         normalizer = params["normalizer"]
-        shapes = param_shapes(config.make)
-        params = streaming.read(ParamsSource(params), shapes, {}, stored=lambda path: dtype)
+        shapes = get_param_shapes(config.make)
+        params = streaming.read(ParamsSource(params), shapes, {}, dtype_fn=lambda path: dtype)
         params["normalizer"] = normalizer
-    if to == "dit_video":
-        native_format.write_part(destination, config, ParamsSource(params), shard_bytes=shard_bytes)
+    if layout == "dit_video":
+        native_format.write_native(destination, config, ParamsSource(params), shard_bytes=shard_bytes)
     else:
         save_autoencoder(destination, config, params, shard_bytes=shard_bytes)

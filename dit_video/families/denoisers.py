@@ -14,23 +14,23 @@ from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.families.dit import transformer as dit_transformer
 from dit_video.families.wan import transformer as wan_transformer
-from dit_video.families.wan.transformer import Layout
+from dit_video.families.wan.transformer import WanLayout
 from dit_video.weights import diffusers, native_format
-from dit_video.weights.parameter import Place, on_host
-from dit_video.weights.tensor_mapping import SHARD_BYTES, stored_as
+from dit_video.weights.parameter import Placement, place_on_host
+from dit_video.weights.tensor_mapping import SHARD_BYTES, make_dtype_fn
 
-_IMAGES = (dit_transformer.CLASS, dit_transformer.OLDER_CLASS, *dit_transformer.AUTHORS_CLASSES)
-KINDS = (*wan_transformer.CLASSES, *_IMAGES)
+_DIT_CLASSES = (dit_transformer.CLASS, dit_transformer.LEGACY_CLASS, *dit_transformer.AUTHORS_CLASSES)
+EXTERNAL_CLASSES = (*wan_transformer.CLASSES, *_DIT_CLASSES)
 """Supported model classes of other projects."""
-KNOWN = (*KINDS, native_format.CLASS)
+SUPPORTED_CLASSES = (*EXTERNAL_CLASSES, native_format.CLASS)
 
 
 def load_denoiser(
     folder: str | os.PathLike,
     *,
     dtype: Any = np.float32,
-    kernels: Any = None,
-    place: Place = on_host,
+    kernel_dtype: Any = None,
+    place: Placement = place_on_host,
 ) -> tuple[DitConfig | WanDitConfig, dict[str, Any]]:
     """Read the config and parameters of a transformer of diffusers, in its authors' layout or in the native format.
 
@@ -47,41 +47,43 @@ def load_denoiser(
     """
     folder = Path(folder)
     if folder.is_file():
-        return dit_transformer.load_file(folder, dtype=dtype, kernels=kernels, place=place)
-    document = _document(folder)
+        return dit_transformer.load_file(folder, dtype=dtype, kernel_dtype=kernel_dtype, place=place)
+    document = _read_document(folder)
     kind = document["_class_name"]
     if kind in wan_transformer.CLASSES:
-        return wan_transformer.load(folder, document, dtype=dtype, kernels=kernels, place=place)
+        return wan_transformer.load(folder, document, dtype=dtype, kernel_dtype=kernel_dtype, place=place)
     if kind != native_format.CLASS:
-        return dit_transformer.load(folder, document, dtype=dtype, kernels=kernels, place=place)
+        return dit_transformer.load(folder, document, dtype=dtype, kernel_dtype=kernel_dtype, place=place)
 
-    config = _own(folder, document)
-    return config, native_format.read_part(folder, document, stored=stored_as(dtype, kernels), place=place)[1]
+    config = _read_native_config(folder, document)
+    return config, native_format.read_native(
+        folder, document, dtype_fn=make_dtype_fn(dtype, kernel_dtype), place=place
+    )[1]
 
 
-def denoiser_config(folder: str | os.PathLike) -> DitConfig | WanDitConfig:
+def read_denoiser_config(folder: str | os.PathLike) -> DitConfig | WanDitConfig:
     """Read the config of a transformer in a folder, without its weights; raises as `load_denoiser` does."""
     folder = Path(folder)
-    document = _document(folder)
+    document = _read_document(folder)
     if document["_class_name"] == native_format.CLASS:
-        return _own(folder, document)
+        return _read_native_config(folder, document)
     if document["_class_name"] in wan_transformer.CLASSES:
         return wan_transformer.read_config(folder, document)
-    return dit_transformer.config_of(folder, document)
+    return dit_transformer.parse_config(folder, document)
 
 
-def _document(folder: Path) -> dict[str, Any]:
+def _read_document(folder: Path) -> dict[str, Any]:
     """Read `config.json`; raise UserError if the model class is not supported."""
-    document = diffusers.document_of(folder)
+    document = diffusers.read_document(folder)
     kind = document.get("_class_name")
-    if kind not in KNOWN:
-        raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(KNOWN)}")
+    if kind not in SUPPORTED_CLASSES:
+        raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(SUPPORTED_CLASSES)}")
     return document
 
 
-def _own(folder: Path, document: dict[str, Any]) -> DitConfig | WanDitConfig:
+def _read_native_config(folder: Path, document: dict[str, Any]) -> DitConfig | WanDitConfig:
     """Return a native config; raise UserError if it is not a denoiser's."""
-    config = native_format.part_config(folder, document)
+    config = native_format.read_native_config(folder, document)
     if not isinstance(config, DitConfig | WanDitConfig):
         raise UserError(f"{folder} has a {type(config).__name__}, which is not a denoiser's config")
     return config
@@ -92,7 +94,7 @@ def save_denoiser(
     config: DitConfig | WanDitConfig,
     params: dict[str, Any],
     *,
-    layout: Layout = "diffusers",
+    layout: WanLayout = "diffusers",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a transformer as diffusers or its authors read it; the inverse of `load_denoiser`.

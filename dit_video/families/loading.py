@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.families.dit.pipeline import holds_classes, load_class_pipeline
-from dit_video.families.wan.pipeline import INDEX, PARTS, Dtype, Place, load_wan
+from dit_video.families.dit.pipeline import is_class_pipeline, load_class_pipeline
+from dit_video.families.wan.pipeline import INDEX, PARTS, Dtype, Placement, load_wan
 from dit_video.pipelines.pipeline import CONFIG, Pipeline, load_pipeline
 
-_FILES = (INDEX, *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors", "model")))
+_HUB_FILES = (INDEX, *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors", "model")))
 """Patterns of the files that are downloaded from the hub."""
 
 
@@ -17,7 +17,7 @@ def load(
     *,
     text_encoder: str | Path | None = None,
     dtype: Dtype | None = None,
-    place: Place | None = None,
+    place: Placement | None = None,
     ema: float | int | None = None,
     sigma_rel: float | None = None,
 ) -> Pipeline:
@@ -42,11 +42,11 @@ def load(
         frozen; a hub that cannot be reached.
     """
     folder = Path(path)
-    if not folder.exists() and _is_name(path):
-        folder = _fetched(str(path))
+    if not folder.exists() and _is_hub_name(path):
+        folder = _download(str(path))
     if not folder.is_dir():
         raise MissingError(f"no such run: {folder}")
-    if holds_classes(folder):
+    if is_class_pipeline(folder):
         if text_encoder is not None:
             raise UserError(f"{folder} is class-conditional and has no text encoder; leave out text_encoder")
         return load_class_pipeline(folder, dtype=dtype or "float32", place=place)
@@ -55,19 +55,19 @@ def load(
     if dtype is not None or place is not None:
         raise UserError(f"dtype and place are for open weights; {folder} has no {INDEX}, leave them out")
     if ema is not None or sigma_rel is not None:
-        return _with_text_encoder(_run_pipeline(folder, ema, sigma_rel), text_encoder)
+        return _with_text_encoder(_load_run(folder, ema, sigma_rel), text_encoder)
     for inner in (folder, folder / "pipeline"):
         if (inner / CONFIG).is_file():
             return load_pipeline(inner, text_encoder=text_encoder)
     if (folder / "experiment.json").is_file():
-        return _with_text_encoder(_run_pipeline(folder, None, None), text_encoder)
+        return _with_text_encoder(_load_run(folder, None, None), text_encoder)
     raise UserError(
         f"{folder} holds neither {CONFIG} nor experiment.json nor {INDEX}; name a folder that train.py made, or one of "
         "open weights in diffusers' layout"
     )
 
 
-def _run_pipeline(folder: Path, ema: float | int | None, sigma_rel: float | None) -> Pipeline:
+def _load_run(folder: Path, ema: float | int | None, sigma_rel: float | None) -> Pipeline:
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run and has one set of weights; leave out ema and sigma_rel")
     # Imported here: sampling a finished pipeline needs nothing of what training imports.
@@ -80,13 +80,13 @@ def _with_text_encoder(pipeline: Pipeline, text_encoder: str | Path | None) -> P
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 
-def _is_name(path: str | Path) -> bool:
+def _is_hub_name(path: str | Path) -> bool:
     """Return True if a missing path may be a name on the hub: two parts, and the first is not a folder here."""
     name = str(path)
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
-def _fetched(name: str) -> Path:
+def _download(name: str) -> Path:
     """Return the local copy of a folder on the hub, downloading it if needed.
 
     Raises:
@@ -100,7 +100,7 @@ def _fetched(name: str) -> Path:
             f"no such folder: {name}; to download it from the Hugging Face hub, pip install huggingface_hub"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # of several libraries: no network, no such name, no permission, no room
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MissingError(

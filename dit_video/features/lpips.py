@@ -14,7 +14,7 @@ from dit_video.nn import CausalConv
 STAGES = (2, 2, 3, 3, 3)
 """Convolutions of VGG16 per stage; stages are separated by halving, and each stage's features are compared."""
 WIDTHS = (64, 128, 256, 512, 512)
-SMALLEST = 16
+MIN_SIDE = 16
 """Minimum pixels of a side, which is halved before every stage but the first."""
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
@@ -57,8 +57,8 @@ class Lpips(nnx.Module):
           UserError: smaller frames.
         """
         height, width = pixels.shape[2:4]
-        if min(height, width) < SMALLEST:
-            raise UserError(f"frames of {height}x{width} are too small for LPIPS: use {SMALLEST}x{SMALLEST} or more")
+        if min(height, width) < MIN_SIDE:
+            raise UserError(f"frames of {height}x{width} are too small for LPIPS: use {MIN_SIDE}x{MIN_SIDE} or more")
         distances = [
             (jnp.square(one - other) * weight[...]).sum(axis=-1).mean(axis=(1, 2, 3))
             for one, other, weight in zip(self._features(pixels), self._features(others), self.weights, strict=True)
@@ -69,21 +69,21 @@ class Lpips(nnx.Module):
         x = (pixels - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE)
         features: list[Array] = []
         for stage in self.stages:
-            x = _halved(x) if features else x
+            x = _max_pool(x) if features else x
             for convolution in stage:
                 x = jax.nn.relu(convolution(x))
-            features.append(_of_length_one(x))
+            features.append(_normalize(x))
         return features
 
 
-def _halved(x: Float[Array, "B T H W D"]) -> Float[Array, "B T h w D"]:
+def _max_pool(x: Float[Array, "B T H W D"]) -> Float[Array, "B T h w D"]:
     """Return the maximum of every 2×2 cell; an odd last row or column is dropped, as in VGG16."""
     height, width = x.shape[2] // 2, x.shape[3] // 2
     cells = x[:, :, : 2 * height, : 2 * width].reshape(*x.shape[:2], height, 2, width, 2, x.shape[-1])
     return cells.max(axis=(3, 5))
 
 
-def _of_length_one(x: Float[Array, "B T h w D"]) -> Float[Array, "B T h w D"]:
+def _normalize(x: Float[Array, "B T h w D"]) -> Float[Array, "B T h w D"]:
     """Return `x / (|x| + epsilon)`, with gradient 0 where `x` is 0 (there `lpips` has none)."""
     square = jnp.square(x).sum(axis=-1, keepdims=True)
     length = jnp.sqrt(jnp.where(square > 0, square, 1))

@@ -6,7 +6,7 @@ from dit_video.generation.text_to_video import (
     Denoiser,
     LatentTrace,
     Sampling,
-    initial_noise,
+    draw_initial_noise,
     sample_latents,
     trace_latents,
 )
@@ -17,7 +17,7 @@ __all__ = [
     "LatentRequest",
     "LatentTrace",
     "Sampling",
-    "initial_noise",
+    "draw_initial_noise",
     "sample_latents",
     "trace_latents",
 ]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from dit_video.backbones.dit import Given
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import Process
-from dit_video.tokens import Grid, RowShape, patchify
+from dit_video.tokens import Grid, PackedShape, patchify
 
 
 class GivenClip(NamedTuple):
@@ -63,7 +63,7 @@ class GivenRows(NamedTuple):
 
 
 def given_rows(
-    members: Sequence[Sequence[tuple[GivenClip, Grid, int]]], *, patch: Grid, shape: RowShape, rows: int
+    members: Sequence[Sequence[tuple[GivenClip, Grid, int]]], *, patch: Grid, shape: PackedShape, rows: int
 ) -> GivenRows:
     """Return the conditioning of `rows` rows of `shape`, from each row's clips with their latent grids and channels."""
     channels = members[0][0][2]

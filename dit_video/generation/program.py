@@ -8,30 +8,45 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from dit_video.backbones.denoise import packed_denoise
-from dit_video.diffusion import Branches, Denoise, Prediction, Process, Watched, advance, apart, batched, guided
+from dit_video.backbones.denoise import make_denoise_fn
+from dit_video.diffusion import (
+    Branches,
+    DenoiseFn,
+    Prediction,
+    Process,
+    TracedSampler,
+    advance,
+    apply_guidance,
+    batched,
+    sequential,
+)
 from dit_video.generation.given import GivenRows
-from dit_video.generation.rows import Batch
-from dit_video.tokens import Rows, packed_noise, segment_mean, to_tokens
+from dit_video.generation.rows import SamplingBatch
+from dit_video.tokens import PackedBatch, expand_to_tokens, sample_packed_noise, segment_mean
 
-LEAST_STEPS = 64
+MIN_PROGRAM_STEPS = 64
 """Smallest number of steps that a program is compiled for."""
 
 
-def steps_of_program(steps: int) -> int:
+def compute_program_steps(steps: int) -> int:
     """Return the number of steps of the compiled program for `steps` steps: a power of two times the minimum.
 
     Steps that are not taken cost nothing; see `TracedSampler`.
     """
-    capacity = LEAST_STEPS
+    capacity = MIN_PROGRAM_STEPS
     while capacity < steps:
         capacity *= 2
     return capacity
 
 
 @functools.lru_cache(maxsize=16)
-def program_of(
-    dit: nnx.GraphDef, text: nnx.GraphDef, process: Process, prediction: Prediction, solver: Watched, together: bool
+def make_program(
+    dit: nnx.GraphDef,
+    text: nnx.GraphDef,
+    process: Process,
+    prediction: Prediction,
+    solver: TracedSampler,
+    is_batched: bool,
 ):
     """Return the jitted `run(params, state, batch, guidance, sample_times, first)`.
 
@@ -40,17 +55,17 @@ def program_of(
     """
 
     @jax.jit
-    def run(params, state, batch: Batch, guidance, sample_times, first):
-        def forward(rows: Rows, conditioning: GivenRows) -> Denoise:
+    def run(params, state, batch: SamplingBatch, guidance, sample_times, first):
+        def forward(rows: PackedBatch, conditioning: GivenRows) -> DenoiseFn:
             context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
-            denoise = packed_denoise(
+            denoise = make_denoise_fn(
                 nnx.merge(dit, params["dit"]),
                 segments=rows.segments,
                 coordinates=rows.coordinates,
                 context=context.values,
                 context_segments=context.segments,
                 count=rows.examples.shape[1],
-                given=conditioning.given._replace(labels=context.classes(rows.examples.shape[1])),
+                given=conditioning.given._replace(labels=context.get_classes(rows.examples.shape[1])),
             )
             return conditioning.held(denoise, process)
 
@@ -60,30 +75,30 @@ def program_of(
         def mean(values):
             """Return the mean of every sample, repeated for its tokens."""
             means = segment_mean(values.mean(axis=-1), rows.segments, count=rows.examples.shape[1])
-            return to_tokens(means, rows.segments)[..., None]
+            return expand_to_tokens(means, rows.segments)[..., None]
 
-        def guided_model() -> Denoise:
+        def guided_model() -> DenoiseFn:
             number = len(batch.branches)
             # Outside of the guidance interval the conditional branch alone is evaluated. With all branches of a request
             # in one row (number == 1) it is the whole row, and guidance only combines tokens of its output.
             conditional = forward(*batch.branches[0]) if guidance.interval is not None or number == 1 else None
             branches: Branches
-            if batch.places is not None:
+            if batch.branch_positions is not None:
                 assert conditional is not None
                 denoise_rows, conditional = conditional, None
-                branches = lambda noisy, time: _counterparts(denoise_rows(noisy, time), batch.places)  # noqa: E731
-            elif together:
+                branches = lambda noisy, time: _gather_branches(denoise_rows(noisy, time), batch.branch_positions)  # noqa: E731
+            elif is_batched:
                 stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
                 branches = batched(forward(*stacked), number)
             else:
-                branches = apart(*(forward(*branch) for branch in batch.branches))
-            return guided(
+                branches = sequential(*(forward(*branch) for branch in batch.branches))
+            return apply_guidance(
                 branches, guidance, conditional=conditional, mean=mean, process=process, prediction=prediction
             )
 
         def draw(number):
             keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
-            return packed_noise(rows, jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys))
+            return sample_packed_noise(rows, jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys))
 
         denoise = forward(*batch.branches[0]) if guidance is None else guided_model()
         return advance(
@@ -93,14 +108,14 @@ def program_of(
             process=process,
             solver=solver,
             prediction=prediction,
-            told=sample_times.told,
-            draw=draw,
-            first=first,
+            model_times=sample_times.model_times,
+            noise_fn=draw,
+            first_step=first,
         )
 
     return run
 
 
-def _counterparts(predicted: Array, places: Any) -> list[Array]:
+def _gather_branches(prediction: Array, positions: Any) -> list[Array]:
     """Return the prediction of each branch at every token."""
-    return [jnp.take_along_axis(predicted, index[..., None], axis=1) for index in places]
+    return [jnp.take_along_axis(prediction, index[..., None], axis=1) for index in positions]

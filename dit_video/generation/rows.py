@@ -17,7 +17,17 @@ from dit_video.core.rng import key
 from dit_video.core.typing import AnyArray
 from dit_video.generation.given import GivenClip, GivenRows, given_rows
 from dit_video.text import TextTokens
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, empty_row, pack, patchify, token_grid
+from dit_video.tokens import (
+    Grid,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_coordinates,
+    compute_token_grid,
+    make_empty_row,
+    pack,
+    patchify,
+)
 
 
 class LatentRequest(NamedTuple):
@@ -63,7 +73,7 @@ class Need(NamedTuple):
 class Group(NamedTuple):
     """Rows of one shape."""
 
-    shape: RowShape
+    shape: PackedShape
     """Shape of a row."""
     inside: bool
     """Puts the branches of a request side by side in its row."""
@@ -71,7 +81,7 @@ class Group(NamedTuple):
     """Requests of each row, by number."""
 
 
-def plan(needs: Sequence[Need], shape: RowShape, *, rows: int, together: bool) -> list[Group]:
+def plan_rows(needs: Sequence[Need], shape: PackedShape, *, rows: int, is_batched: bool) -> list[Group]:
     """Return rows of request numbers by first fit, the largest first.
 
     A request larger than a row gets a row of its own.
@@ -95,20 +105,20 @@ def plan(needs: Sequence[Need], shape: RowShape, *, rows: int, together: bool) -
     large = [index for index in order if needs[index].tokens > shape.tokens]
     small = [index for index in order if needs[index].tokens <= shape.tokens]
     branches = max((len(need.texts) for need in needs), default=1)
-    groups = [Group(shape, False, _first_fit(small, separate, shape))]
+    groups = [Group(shape, False, _pack_first_fit(small, separate, shape))]
     # Requests whose branches fit a row together can have them side by side; the others stay in separate rows. The plan
     # that evaluates fewer rows, padding rows included, is taken.
-    if together and branches > 1:
+    if is_batched and branches > 1:
         bundles = [Need(need.tokens * branches, (sum(need.texts),)) for need in needs]
         fitting = [index for index in small if _fits(bundles[index], shape, branches)]
         remaining = [index for index in small if index not in set(fitting)]
         combined = [
-            Group(shape, True, _first_fit(fitting, bundles, shape, copies=branches)),
-            Group(shape, False, _first_fit(remaining, separate, shape)),
+            Group(shape, True, _pack_first_fit(fitting, bundles, shape, copies=branches)),
+            Group(shape, False, _pack_first_fit(remaining, separate, shape)),
         ]
-        groups = min(combined, groups, key=lambda plan: _evaluated(plan, rows, branches))
+        groups = min(combined, groups, key=lambda plan: _count_evaluated_rows(plan, rows, branches))
     for index in large:
-        row_shape = RowShape(tokens=needs[index].tokens, text=shape.text, segments=shape.segments)
+        row_shape = PackedShape(tokens=needs[index].tokens, text=shape.text, segments=shape.segments)
         if groups[-1].shape == row_shape:
             groups[-1].rows.append([index])
         else:
@@ -116,16 +126,18 @@ def plan(needs: Sequence[Need], shape: RowShape, *, rows: int, together: bool) -
     return [group for group in groups if group.rows]
 
 
-def _fits(need: Need, shape: RowShape, copies: int) -> bool:
+def _fits(need: Need, shape: PackedShape, copies: int) -> bool:
     return need.tokens <= shape.tokens and max(need.texts) <= shape.text and copies <= shape.segments
 
 
-def _evaluated(groups: Sequence[Group], rows: int, branches: int) -> int:
+def _count_evaluated_rows(groups: Sequence[Group], rows: int, branch_count: int) -> int:
     """Return the number of rows that the model evaluates per step, including padding rows of the last batch."""
-    return sum(-(-len(group.rows) // rows) * rows * (1 if group.inside else branches) for group in groups)
+    return sum(-(-len(group.rows) // rows) * rows * (1 if group.inside else branch_count) for group in groups)
 
 
-def _first_fit(order: Sequence[int], needs: Sequence[Need], shape: RowShape, *, copies: int = 1) -> list[list[int]]:
+def _pack_first_fit(
+    order: Sequence[int], needs: Sequence[Need], shape: PackedShape, *, copies: int = 1
+) -> list[list[int]]:
     rows: list[list[int]] = []
     usages: list[list[int]] = []
     for index in order:
@@ -144,12 +156,12 @@ def _first_fit(order: Sequence[int], needs: Sequence[Need], shape: RowShape, *, 
     return rows
 
 
-class Batch(NamedTuple):
+class SamplingBatch(NamedTuple):
     """The inputs of the compiled program."""
 
-    branches: tuple[tuple[Rows, GivenRows], ...]
+    branches: tuple[tuple[PackedBatch, GivenRows], ...]
     """Rows with their conditioning: one of each branch, or a single one with all branches."""
-    places: Int32[AnyArray, "branches B N"] | None
+    branch_positions: Int32[AnyArray, "branches B N"] | None
     """Position of each token's counterpart in every branch, if rows hold all of them."""
     keys: UInt32[AnyArray, "B G words"]
     """Key of each segment, for the noise of stochastic samplers."""
@@ -164,75 +176,77 @@ class Packer(NamedTuple):
     """Tokens of every prompt."""
     patch: Grid
     """Patch size of the denoiser."""
-    interval: float
+    token_dt: float
     """Distance of consecutive tokens along time, in units of coordinates."""
-    branches: int
+    branch_count: int
     """Number of guidance branches."""
     rows: int
     """Number of rows of a batch; padding rows fill it up, so that its shape is constant."""
 
-    def batch(self, group: Group, members: Sequence[Sequence[int]]) -> Batch:
+    def make_batch(self, group: Group, row_requests: Sequence[Sequence[int]]) -> SamplingBatch:
         """Return the batch of the requests in some rows of a group."""
-        kinds = [range(self.branches)] if group.inside else [[branch] for branch in range(self.branches)]
-        packed = tuple(self._packed(group, members, branches) for branches in kinds)
-        positions = self._places(group, members) if group.inside else None
-        return Batch(packed, positions, self._keys(group, members))
+        kinds = [range(self.branch_count)] if group.inside else [[branch] for branch in range(self.branch_count)]
+        packed = tuple(self._pack_branches(group, row_requests, branches) for branches in kinds)
+        positions = self._compute_branch_positions(group, row_requests) if group.inside else None
+        return SamplingBatch(packed, positions, self._make_keys(group, row_requests))
 
-    def _packed(
-        self, group: Group, members: Sequence[Sequence[int]], branches: Sequence[int]
-    ) -> tuple[Rows, GivenRows]:
+    def _pack_branches(
+        self, group: Group, row_requests: Sequence[Sequence[int]], branches: Sequence[int]
+    ) -> tuple[PackedBatch, GivenRows]:
         """Return rows of the requests, with these branches of each."""
-        items: list[list[Item]] = []
+        items: list[list[PackedExample]] = []
         clips: list[list[tuple[GivenClip, Grid, int]]] = []
-        for row in members:
+        for row in row_requests:
             items.append([])
             clips.append([])
             for index in row:
-                request, conditions = self.requests[index], self.requests[index].branches(self.branches)
-                tokens, positions = patchify(request.noise, self.patch), self._coordinates(index)
+                request, conditions = self.requests[index], self.requests[index].branches(self.branch_count)
+                tokens, positions = patchify(request.noise, self.patch), self._compute_coordinates(index)
                 for branch in branches:
                     prompt, conditioning = conditions[branch]
-                    items[-1].append(Item(tokens, positions, self.texts[prompt], index))
+                    items[-1].append(PackedExample(tokens, positions, self.texts[prompt], index))
                     clips[-1].append((conditioning, Grid(*request.noise.shape[:3]), request.noise.shape[3]))
         first = items[0][0]
         widths = {"width": first.tokens.shape[1], "text_width": first.text.shape[1] if first.text.ndim == 2 else 0}
         packed = [pack(row, group.shape, **widths) for row in items]
-        packed += [empty_row(group.shape, **widths)] * (self.rows - len(packed))
+        packed += [make_empty_row(group.shape, **widths)] * (self.rows - len(packed))
         given_to_all = given_rows(clips, patch=self.patch, shape=group.shape, rows=self.rows)
-        return Rows(*map(np.stack, zip(*packed, strict=True))), given_to_all
+        return PackedBatch(*map(np.stack, zip(*packed, strict=True))), given_to_all
 
-    def _coordinates(self, index: int) -> Float32[np.ndarray, "n 3"]:
-        return coordinates(self._grid(index), step=(self.interval, 1.0, 1.0))
+    def _compute_coordinates(self, index: int) -> Float32[np.ndarray, "n 3"]:
+        return compute_coordinates(self._get_token_grid(index), step=(self.token_dt, 1.0, 1.0))
 
-    def _grid(self, index: int) -> Grid:
-        return token_grid(Grid(*self.requests[index].noise.shape[:3]), self.patch)
+    def _get_token_grid(self, index: int) -> Grid:
+        return compute_token_grid(Grid(*self.requests[index].noise.shape[:3]), self.patch)
 
-    def _places(self, group: Group, members: Sequence[Sequence[int]]) -> Int32[np.ndarray, "branches B N"]:
+    def _compute_branch_positions(
+        self, group: Group, row_requests: Sequence[Sequence[int]]
+    ) -> Int32[np.ndarray, "branches B N"]:
         # A token of padding is its own counterpart. In the span of a request, whose branches follow one another, every
         # token maps to the token of the same offset in each branch.
         identity = np.arange(group.shape.tokens, dtype=np.int32)
-        positions = np.tile(identity, (self.branches, self.rows, 1))
-        for number, row in enumerate(members):
+        positions = np.tile(identity, (self.branch_count, self.rows, 1))
+        for number, row in enumerate(row_requests):
             start = 0
             for index in row:
-                length = self._grid(index).volume
-                stop = start + self.branches * length
-                for branch in range(self.branches):
+                length = self._get_token_grid(index).volume
+                stop = start + self.branch_count * length
+                for branch in range(self.branch_count):
                     branch_tokens = start + branch * length + np.arange(length)
-                    positions[branch, number, start:stop] = np.tile(branch_tokens, self.branches)
+                    positions[branch, number, start:stop] = np.tile(branch_tokens, self.branch_count)
                 start = stop
         return positions
 
-    def _keys(self, group: Group, members: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "B G words"]:
+    def _make_keys(self, group: Group, row_requests: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "B G words"]:
         """Return keys of segments; the branches of a request share its noise."""
-        copies = self.branches if group.inside else 1
-        seed_keys = {index: _words(self.requests[index].seed) for row in members for index in row}
+        copies = self.branch_count if group.inside else 1
+        seed_keys = {index: _get_key_words(self.requests[index].seed) for row in row_requests for index in row}
         keys = np.zeros((self.rows, group.shape.segments, len(next(iter(seed_keys.values())))), np.uint32)
-        for number, row in enumerate(members):
+        for number, row in enumerate(row_requests):
             for slot, index in enumerate(row):
                 keys[number, slot * copies : (slot + 1) * copies] = seed_keys[index]
         return keys
 
 
-def _words(seed: int) -> UInt32[np.ndarray, " words"]:
+def _get_key_words(seed: int) -> UInt32[np.ndarray, " words"]:
     return np.asarray(jax.random.key_data(key(seed, "sampler")))

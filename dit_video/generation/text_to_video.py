@@ -20,26 +20,26 @@ from jaxtyping import Float32
 from dit_video.core.errors import UserError
 from dit_video.core.rng import key
 from dit_video.diffusion import (
+    AdaptiveProjectedGuidance,
     ClipSize,
+    DiffusionSampler,
     Euler,
-    Even,
     Guidance,
+    GuidanceParams,
     Prediction,
     Process,
-    Projected,
     Remembering,
-    Sampler,
     SampleTimes,
-    Strength,
-    TimeGrid,
+    TimeSchedule,
+    TracedSampler,
+    TracedSamplerState,
+    UniformTimes,
     Velocity,
-    Watched,
-    WatchedState,
 )
-from dit_video.generation.program import program_of, steps_of_program
-from dit_video.generation.rows import Batch, Group, LatentRequest, Need, Packer, plan
+from dit_video.generation.program import compute_program_steps, make_program
+from dit_video.generation.rows import Group, LatentRequest, Need, Packer, SamplingBatch, plan_rows
 from dit_video.text import Tokenizer
-from dit_video.tokens import Grid, RowShape, token_grid, unpack, unpatchify
+from dit_video.tokens import Grid, PackedShape, compute_token_grid, unpack, unpatchify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,11 @@ class Sampling:
     """Number of sampling steps."""
     guidance: float | tuple[float, float] | Guidance = 2.0
     """Classifier-free guidance; 1 is none. A pair holds the scales of two experts, that of the noisy times first."""
-    solver: Sampler = Euler()
+    solver: DiffusionSampler = Euler()
     """Solver of the probability flow or of the reverse process."""
-    grid: TimeGrid = Even()
+    time_schedule: TimeSchedule = UniformTimes()
     """Times of the steps."""
-    branches: Literal["together", "apart"] = "together"
+    branch_evaluation: Literal["together", "apart"] = "together"
     """Evaluation of guidance branches: all at once, or one after the other, which takes less memory."""
 
     def __post_init__(self):
@@ -71,7 +71,7 @@ class Sampling:
         """Return the guidance with all its options."""
         return self.guidance if isinstance(self.guidance, Guidance) else Guidance(scale=self.guidance)
 
-    def guided(
+    def override_guidance(
         self,
         *,
         scale: float | tuple[float, float] | None = None,
@@ -88,9 +88,9 @@ class Sampling:
             "scale": scale,
             "interval": interval,
             "rescale": rescale,
-            "projected": Projected() if projected else None,
+            "projection": AdaptiveProjectedGuidance() if projected else None,
         }
-        base = replace(self.full_guidance, projected=None) if projected is False else self.full_guidance
+        base = replace(self.full_guidance, projection=None) if projected is False else self.full_guidance
         return replace(base, **{name: value for name, value in changes.items() if value is not None})
 
 
@@ -107,7 +107,7 @@ class Denoiser(NamedTuple):
     prediction: Prediction = Velocity()
     boundary: float | None = None
     """Time below which the second of two experts, `low_noise`, denoises."""
-    interval: float = 1.0
+    token_dt: float = 1.0
     """Distance of consecutive tokens along time, in units of coordinates."""
 
 
@@ -122,13 +122,13 @@ class LatentTrace(NamedTuple):
     """Estimated result at the start of each step."""
 
 
-def initial_noise(seed: int, latents: Grid, channels: int) -> Float32[np.ndarray, "t h w c"]:
+def draw_initial_noise(seed: int, latents: Grid, channels: int) -> Float32[np.ndarray, "t h w c"]:
     """Return standard normal noise, a function of the seed and the size."""
     return np.asarray(jax.random.normal(key(seed, "sample"), (*latents, channels), jnp.float32))
 
 
 def sample_latents(
-    denoiser: Denoiser, requests: Sequence[LatentRequest], *, sampling: Sampling, shape: RowShape, rows: int
+    denoiser: Denoiser, requests: Sequence[LatentRequest], *, sampling: Sampling, shape: PackedShape, rows: int
 ) -> list[Float32[np.ndarray, "t h w c"]]:
     """Return the latents of every request, in order.
 
@@ -140,21 +140,21 @@ def sample_latents(
         guidance scales, or values become NaN or infinite (the message names the step).
     """
     results: dict[int, Float32[np.ndarray, "t h w c"]] = {}
-    for sampled in _runs(denoiser, requests, sampling, shape, rows, recorded=False):
-        results |= sampled.unpacked(sampled.state.x)
+    for sampled in _sample_batches(denoiser, requests, sampling, shape, rows, has_trace=False):
+        results |= sampled.unpack_latents(sampled.state.x)
     return [results[index] for index in range(len(requests))]
 
 
 def trace_latents(
-    denoiser: Denoiser, requests: Sequence[LatentRequest], *, sampling: Sampling, shape: RowShape, rows: int
+    denoiser: Denoiser, requests: Sequence[LatentRequest], *, sampling: Sampling, shape: PackedShape, rows: int
 ) -> list[LatentTrace]:
     """Sample like `sample_latents`, and return trajectories; the program is compiled for this number of steps."""
     results: dict[int, LatentTrace] = {}
-    for sampled in _runs(denoiser, requests, sampling, shape, rows, recorded=True):
-        assert sampled.state.recorded is not None
+    for sampled in _sample_batches(denoiser, requests, sampling, shape, rows, has_trace=True):
+        assert sampled.state.trace is not None
         trajectories = [
-            [sampled.unpacked(tokens) for tokens in np.asarray(sampled.batch.branches[0][1].restored(values))]
-            for values in sampled.state.recorded
+            [sampled.unpack_latents(tokens) for tokens in np.asarray(sampled.batch.branches[0][1].restored(values))]
+            for values in sampled.state.trace
         ]
         for index in trajectories[0][0]:
             latents, data = (np.stack([step[index] for step in steps]) for steps in trajectories)
@@ -162,134 +162,152 @@ def trace_latents(
     return [results[index] for index in range(len(requests))]
 
 
-class _Run(NamedTuple):
+class _SampledBatch(NamedTuple):
     """Rows that were sampled."""
 
     denoiser: Denoiser
     requests: Sequence[LatentRequest]
-    members: Sequence[Sequence[int]]
-    batch: Batch
+    row_requests: Sequence[Sequence[int]]
+    batch: SamplingBatch
     times: np.ndarray
-    state: WatchedState
+    state: TracedSamplerState
 
-    def unpacked(self, tokens: Any) -> dict[int, Float32[np.ndarray, "t h w c"]]:
+    def unpack_latents(self, tokens: Any) -> dict[int, Float32[np.ndarray, "t h w c"]]:
         """Return the latents of every request in rows of tokens, by its number."""
         rows, conditioning = self.batch.branches[0]
         tokens, segments = np.asarray(conditioning.restored(tokens)), np.asarray(rows.segments)
         latents = {}
-        for number, row in enumerate(self.members):
+        for number, row in enumerate(self.row_requests):
             parts = unpack(tokens[number], segments[number])
             for index, part in zip(row, parts[:: len(parts) // len(row)], strict=True):
-                grid = token_grid(Grid(*self.requests[index].noise.shape[:3]), self.denoiser.patch)
+                grid = compute_token_grid(Grid(*self.requests[index].noise.shape[:3]), self.denoiser.patch)
                 latents[index] = unpatchify(part, grid, self.denoiser.patch)
         return latents
 
 
-def _runs(
+def _sample_batches(
     denoiser: Denoiser,
     requests: Sequence[LatentRequest],
     sampling: Sampling,
-    shape: RowShape,
+    shape: PackedShape,
     rows: int,
     *,
-    recorded: bool,
-) -> Iterator[_Run]:
+    has_trace: bool,
+) -> Iterator[_SampledBatch]:
     guidance = sampling.full_guidance
     if denoiser.boundary is None and len(guidance.scales) > 1:
         raise UserError(f"guidance={guidance.scales} is invalid: this model has no second expert. Use one number.")
-    conditions = [request.branches(guidance.branches) for request in requests]
+    conditions = [request.branches(guidance.branch_count) for request in requests]
     prompts = dict.fromkeys(prompt for branches in conditions for prompt, _ in branches)
     texts = {prompt: denoiser.tokenizer(prompt) for prompt in prompts}
     sizes = [
         Need(
-            token_grid(Grid(*request.noise.shape[:3]), denoiser.patch).volume,
+            compute_token_grid(Grid(*request.noise.shape[:3]), denoiser.patch).volume,
             tuple(len(texts[prompt]) for prompt, _ in branches),
         )
         for request, branches in zip(requests, conditions, strict=True)
     ]
-    packer = Packer(requests, texts, denoiser.patch, denoiser.interval, guidance.branches, rows)
-    for process, indices in _by_process(denoiser, requests).items():
-        sample_times = sampling.grid(process, sampling.steps)
-        groups = plan([sizes[index] for index in indices], shape, rows=rows, together=sampling.branches == "together")
+    packer = Packer(requests, texts, denoiser.patch, denoiser.token_dt, guidance.branch_count, rows)
+    for process, indices in _group_by_process(denoiser, requests).items():
+        sample_times = sampling.time_schedule(process, sampling.steps)
+        groups = plan_rows(
+            [sizes[index] for index in indices], shape, rows=rows, is_batched=sampling.branch_evaluation == "together"
+        )
         for group in groups:
             for start in range(0, len(group.rows), rows):
                 members = [[indices[position] for position in row] for row in group.rows[start : start + rows]]
-                batch = packer.batch(group, members)
-                state = _sampled(denoiser, batch, group, sampling, sample_times, recorded=recorded)
-                sampled = _Run(denoiser, requests, members, batch, np.asarray(sample_times.times), state)
+                batch = packer.make_batch(group, members)
+                state = _sample_batch(denoiser, batch, group, sampling, sample_times, has_trace=has_trace)
+                sampled = _SampledBatch(denoiser, requests, members, batch, np.asarray(sample_times.times), state)
                 _check_finite(sampled, sampling)
                 yield sampled
 
 
-def _by_process(denoiser: Denoiser, requests: Sequence[LatentRequest]) -> dict[Process, list[int]]:
+def _group_by_process(denoiser: Denoiser, requests: Sequence[LatentRequest]) -> dict[Process, list[int]]:
     """Group requests that are sampled at the same times: all of them, unless times depend on the size."""
     groups: dict[Process, list[int]] = {}
     for index, request in enumerate(requests):
-        grid = token_grid(Grid(*request.noise.shape[:3]), denoiser.patch)
-        process = denoiser.process.for_size(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
+        grid = compute_token_grid(Grid(*request.noise.shape[:3]), denoiser.patch)
+        process = denoiser.process.specialize(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
         groups.setdefault(process, []).append(index)
     return groups
 
 
-def _check_finite(run: _Run, sampling: Sampling) -> None:
-    step = int(run.state.failed)
-    if step >= 0 and not all(np.isfinite(latents).all() for latents in run.unpacked(run.state.x).values()):
-        time = float(run.times[step])
+def _check_finite(sampled: _SampledBatch, sampling: Sampling) -> None:
+    step = int(sampled.state.failed_step)
+    if step >= 0 and not all(
+        np.isfinite(latents).all() for latents in sampled.unpack_latents(sampled.state.x).values()
+    ):
+        time = float(sampled.times[step])
         raise UserError(
             f"step {step + 1} of {sampling.steps}, at time {time:.4g}, gave NaN or infinity: the weights have "
             "diverged, or the sampling is too coarse for them. Use an earlier checkpoint, or less guidance."
         )
 
 
-def _sampled(
-    denoiser: Denoiser, batch: Batch, group: Group, sampling: Sampling, grid: SampleTimes, *, recorded: bool
-) -> WatchedState:
+def _sample_batch(
+    denoiser: Denoiser,
+    batch: SamplingBatch,
+    group: Group,
+    sampling: Sampling,
+    sample_times: SampleTimes,
+    *,
+    has_trace: bool,
+) -> TracedSamplerState:
     """Return the last state, after each expert in turn."""
-    has_momentum = sampling.full_guidance.remembers
-    solver = Watched(solver=Remembering(solver=sampling.solver) if has_momentum else sampling.solver, recorded=recorded)
-    state = solver.init(denoiser.process.start(jnp.asarray(batch.branches[0][0].tokens)), steps=sampling.steps)
-    is_batched = sampling.branches == "together"
-    program = program_of(denoiser.dit, denoiser.text, denoiser.process, denoiser.prediction, solver, is_batched)
-    capacity = sampling.steps if recorded else steps_of_program(sampling.steps)
-    for stage in _stages(denoiser.boundary, sampling, np.asarray(grid.told)):
+    has_momentum = sampling.full_guidance.has_momentum
+    solver = TracedSampler(
+        solver=Remembering(solver=sampling.solver) if has_momentum else sampling.solver, has_trace=has_trace
+    )
+    state = solver.init(
+        denoiser.process.scale_initial_noise(jnp.asarray(batch.branches[0][0].tokens)), steps=sampling.steps
+    )
+    is_batched = sampling.branch_evaluation == "together"
+    program = make_program(denoiser.dit, denoiser.text, denoiser.process, denoiser.prediction, solver, is_batched)
+    capacity = sampling.steps if has_trace else compute_program_steps(sampling.steps)
+    for stage in _split_by_expert(denoiser.boundary, sampling, np.asarray(sample_times.model_times)):
         params = {"dit": denoiser.params[stage.expert], "text": denoiser.params["text"]}
-        guidance = stage.strength
+        guidance = stage.params
         # An expert whose scale is 1 needs no other branches. Momentum still needs them, and so do rows that hold them.
-        if guidance is not None and not group.inside and stage.alone and not has_momentum:
+        if guidance is not None and not group.inside and stage.conditional_only and not has_momentum:
             guidance = None
         expert_batch = batch if guidance is not None or group.inside else batch._replace(branches=batch.branches[:1])
-        times = SampleTimes(*(jnp.asarray(_padded(values, stage.start, stage.stop, capacity)) for values in grid))
+        times = SampleTimes(
+            *(jnp.asarray(_pad_times(values, stage.start, stage.stop, capacity)) for values in sample_times)
+        )
         state = program(params, state, expert_batch, guidance, times, np.int32(stage.start))
     return state
 
 
-def _padded(times: Any, start: int, stop: int, room: int) -> Float32[np.ndarray, " {room}+1"]:
+def _pad_times(times: Any, start: int, stop: int, capacity: int) -> Float32[np.ndarray, " {room}+1"]:
     """Return the times of some steps, padded with the last one to `capacity` intervals."""
     part = np.asarray(times, np.float32)[start : stop + 1]
-    return np.concatenate([part, np.full(room + 1 - len(part), part[-1], np.float32)])
+    return np.concatenate([part, np.full(capacity + 1 - len(part), part[-1], np.float32)])
 
 
-class _Stage(NamedTuple):
+class _ExpertSteps(NamedTuple):
     """The steps of one expert."""
 
     expert: str
     start: int
     stop: int
-    strength: Strength | None
-    alone: bool
+    params: GuidanceParams | None
+    conditional_only: bool
     """The result is this expert's conditional prediction."""
 
 
-def _stages(boundary: float | None, sampling: Sampling, told: Float32[np.ndarray, " times"]) -> list[_Stage]:
+def _split_by_expert(
+    boundary: float | None, sampling: Sampling, model_times: Float32[np.ndarray, " times"]
+) -> list[_ExpertSteps]:
     guidance = sampling.full_guidance
 
-    def stage(expert: str, number: int, start: int, stop: int) -> _Stage:
-        params = guidance.strength(number) if guidance.branches > 1 else None
-        conditional_only = guidance.branches == 2 and guidance.scales[min(number, len(guidance.scales) - 1)] == 1.0
-        return _Stage(expert, start, stop, params, conditional_only)
+    def stage(expert: str, number: int, start: int, stop: int) -> _ExpertSteps:
+        params = guidance.get_params(number) if guidance.branch_count > 1 else None
+        conditional_only = guidance.branch_count == 2 and guidance.scales[min(number, len(guidance.scales) - 1)] == 1.0
+        return _ExpertSteps(expert, start, stop, params, conditional_only)
 
     if boundary is None:
         return [stage("dit", 0, 0, sampling.steps)]
-    noisy_steps = int((told[:-1] >= np.float32(boundary)).sum())
+    noisy_steps = int((model_times[:-1] >= np.float32(boundary)).sum())
     stages = [stage("dit", 0, 0, noisy_steps), stage("low_noise", 1, noisy_steps, sampling.steps)]
     return [stage for stage in stages if stage.start < stage.stop]

@@ -1,44 +1,51 @@
 """Layers: parameters in Flax NNX modules, computed with plain JAX."""
 
 from dit_video.nn.activations import gelu
-from dit_video.nn.attention import Attention, Backend, Tokens, make_attention
-from dit_video.nn.container import Make, checked_params, completed_params, graph_of, init_params, param_shapes
-from dit_video.nn.conv import CausalConv, Form, Memory, Past, choose_form, with_past
-from dit_video.nn.embeddings import sinusoidal
-from dit_video.nn.linear import Fused, Init, Linear, Placed
-from dit_video.nn.lora import LoraConfig, LowRank, attach_lora, init_lora, merge_lora, scaled
+from dit_video.nn.attention import Attention, AttentionInputs, Backend, make_attention
+from dit_video.nn.container import (
+    ModuleFactory,
+    check_params,
+    complete_params,
+    get_graph_def,
+    get_param_shapes,
+    init_params,
+)
+from dit_video.nn.conv import CausalConv, ConvCache, ConvForm, TemporalPadding, pad_in_time, set_conv_form
+from dit_video.nn.embeddings import sinusoidal_embedding
+from dit_video.nn.linear import FusedConstraint, Init, Linear, WeightConstraint
+from dit_video.nn.lora import LoraConfig, LowRankKernel, add_lora_scale, attach_lora, init_lora, merge_lora
 from dit_video.nn.modulation import modulate
 from dit_video.nn.norms import GroupNorm, LayerNorm, RmsNorm, layer_norm
-from dit_video.nn.stack import Remat, Turns, apply_groups, apply_stack, make_stack, rematerialised
+from dit_video.nn.stack import LayerGroup, Remat, apply_stack, make_stack, rematerialize, scan_layers
 
 __all__ = [
     "Attention",
+    "AttentionInputs",
     "Backend",
     "CausalConv",
-    "Form",
-    "Fused",
+    "ConvCache",
+    "ConvForm",
+    "FusedConstraint",
     "GroupNorm",
     "Init",
+    "LayerGroup",
     "LayerNorm",
     "Linear",
     "LoraConfig",
-    "LowRank",
-    "Make",
-    "Memory",
-    "Past",
-    "Placed",
+    "LowRankKernel",
+    "ModuleFactory",
     "Remat",
     "RmsNorm",
-    "Tokens",
-    "Turns",
-    "apply_groups",
+    "TemporalPadding",
+    "WeightConstraint",
+    "add_lora_scale",
     "apply_stack",
     "attach_lora",
-    "checked_params",
-    "choose_form",
-    "completed_params",
+    "check_params",
+    "complete_params",
     "gelu",
-    "graph_of",
+    "get_graph_def",
+    "get_param_shapes",
     "init_lora",
     "init_params",
     "layer_norm",
@@ -46,9 +53,9 @@ __all__ = [
     "make_stack",
     "merge_lora",
     "modulate",
-    "param_shapes",
-    "rematerialised",
-    "scaled",
-    "sinusoidal",
-    "with_past",
+    "pad_in_time",
+    "rematerialize",
+    "scan_layers",
+    "set_conv_form",
+    "sinusoidal_embedding",
 ]

@@ -10,10 +10,10 @@ from jaxtyping import Array
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
 
-Make = Callable[[nnx.Rngs], nnx.Module]
+ModuleFactory = Callable[[nnx.Rngs], nnx.Module]
 
 
-def graph_of(make: Make) -> nnx.GraphDef:
+def get_graph_def(make: ModuleFactory) -> nnx.GraphDef:
     """Return the structure of the module that `make` builds, without computing a parameter.
 
     `nnx.merge(graph, params)` gives the module back, inside or outside of `jax.jit`.
@@ -21,18 +21,18 @@ def graph_of(make: Make) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(jax.random.key(0)))))
 
 
-def init_params(make: Make, key: Array) -> dict[str, Any]:
+def init_params(make: ModuleFactory, key: Array) -> dict[str, Any]:
     """Return fresh parameters of the module that `make` builds, without Flax types. Can be traced."""
     return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
 
 
-def checked_params(make: Make, params: dict[str, Any]) -> dict[str, Any]:
+def check_params(make: ModuleFactory, params: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters by path, checked against the shapes of the module that `make` builds.
 
     Raises:
       UserError: the parameters are those of another module.
     """
-    leaves, expected = flatten(params), flatten(param_shapes(make))
+    leaves, expected = flatten(params), flatten(get_param_shapes(make))
     for path in (*expected, *leaves):
         shapes = [tuple(tree[path].shape) if path in tree else None for tree in (leaves, expected)]
         if shapes[0] != shapes[1]:
@@ -43,17 +43,17 @@ def checked_params(make: Make, params: dict[str, Any]) -> dict[str, Any]:
     return leaves
 
 
-def completed_params(make: Make, given: dict[str, Any], key: Array) -> dict[str, Any]:
+def complete_params(make: ModuleFactory, existing: dict[str, Any], key: Array) -> dict[str, Any]:
     """Return parameters of the module that `make` builds: existing ones by path, and fresh ones for all others."""
 
     @jax.jit  # jitted, so that the initial values of existing parameters are never computed
     def fresh(key: Array) -> dict[str, Array]:
-        return {path: leaf for path, leaf in flatten(init_params(make, key)).items() if path not in given}
+        return {path: leaf for path, leaf in flatten(init_params(make, key)).items() if path not in existing}
 
-    leaves = given | fresh(key)
-    return map_with_path(lambda path, _: leaves[path], param_shapes(make))
+    leaves = existing | fresh(key)
+    return map_with_path(lambda path, _: leaves[path], get_param_shapes(make))
 
 
-def param_shapes(make: Make) -> dict[str, Any]:
+def get_param_shapes(make: ModuleFactory) -> dict[str, Any]:
     """Return the parameters' shapes and dtypes as a tree of `jax.ShapeDtypeStruct`."""
     return jax.eval_shape(lambda: init_params(make, jax.random.key(0)))

@@ -15,42 +15,42 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dit_video.nn.cpu.im2col import LIMIT, columns, frame_bytes
-from dit_video.nn.cpu.winograd import winograd
-from dit_video.nn.linear import Init, initial
+from dit_video.nn.cpu.im2col import MAX_COLUMN_BYTES, compute_column_bytes, im2col_conv
+from dit_video.nn.cpu.winograd import winograd_conv
+from dit_video.nn.linear import Init, init_weights
 
-Past = Literal["first", "zero"]
+TemporalPadding = Literal["first", "zero"]
 """Padding in time before a clip: its first frame repeated, or zeros."""
-Form = Literal["auto", "offsets", "stacked", "winograd", "columns", "native"]
+ConvForm = Literal["auto", "offsets", "stacked", "winograd", "columns", "native"]
 """Form in which a convolution is computed; see `CausalConv`."""
 
-_NARROW = 48
+_MIN_OFFSETS_CHANNELS = 48
 """Input channels from which on the CPU sums over time offsets instead of stacking them. Stacking was measured 1.6 times
 faster at 32 channels and 1.2 times slower at 64."""
-_WIDE, _LARGE = 96, 1024
+_MIN_WINOGRAD_CHANNELS, _MIN_WINOGRAD_PIXELS = 96, 1024
 """Channels and pixels per frame from which on Winograd is faster on CPU. Measured speedup without and with gradients:
 96 channels at 128x128: 1.2 and 3; 192 at 64x64: 1.6 and 2.1; 384 at 32x32: 1.3 and 1.6, and at 16x16: 0.4 and 0.8."""
 
 
-class Memory:
+class ConvCache:
     """A cache of the last input frames of every causal layer, in the order in which the layers are called.
 
     One object serves one call of a model on one chunk: `ConvCache()` for a clip's first chunk,
     `ConvCache(previous.features)` for the next ones. `features` is a tuple of arrays, so it can cross `jax.jit`.
     """
 
-    def __init__(self, past: Sequence[Array] | None = None):
-        self.begins = past is None
+    def __init__(self, previous: Sequence[Array] | None = None):
+        self.is_first = previous is None
         """True for the first chunk of a clip."""
-        self._past: list[Array] = list(past or ())
-        self._kept: list[Array] = []
+        self._previous: list[Array] = list(previous or ())
+        self._features: list[Array] = []
 
     @property
-    def kept(self) -> tuple[Array, ...]:
+    def features(self) -> tuple[Array, ...]:
         """Return the frames that the next chunk needs, one array per layer."""
-        return tuple(self._kept)
+        return tuple(self._features)
 
-    def exchange(self, start: Array, chunk: Array) -> Array:
+    def prepend(self, padding: Array, chunk: Array) -> Array:
         """Prepend the frames cached from the previous chunk, and cache the last ones for the next chunk.
 
         Args:
@@ -60,29 +60,29 @@ class Memory:
         Returns:
           `n` frames, followed by the chunk.
         """
-        frames = start.shape[1]
-        longer = jnp.concatenate([start if self.begins else self._past.pop(0), chunk], axis=1)
-        self._kept.append(longer[:, longer.shape[1] - frames :])
+        frames = padding.shape[1]
+        longer = jnp.concatenate([padding if self.is_first else self._previous.pop(0), chunk], axis=1)
+        self._features.append(longer[:, longer.shape[1] - frames :])
         return longer
 
 
-def choose_form(module: nnx.Module, form: Form) -> None:
+def set_conv_form(module: nnx.Module, form: ConvForm) -> None:
     """Set the form of all convolutions in a module; see `CausalConv`."""
     for _, part in nnx.iter_modules(module):
         if isinstance(part, CausalConv):
             part.form = form
 
 
-def with_past(
-    x: Float[Array, "B t h w i"], frames: int, memory: Memory | None, past: Past
+def pad_in_time(
+    x: Float[Array, "B t h w i"], frames: int, cache: ConvCache | None, temporal_padding: TemporalPadding
 ) -> Float[Array, "B _ h w i"]:
     """Prepend `frames` frames: padding for a whole clip or a first chunk, cached ones for a later chunk."""
     if frames == 0:
         return x
     start = jnp.repeat(x[:, :1], frames, axis=1)
-    if past == "zero":
+    if temporal_padding == "zero":
         start = jnp.zeros_like(start)
-    return jnp.concatenate([start, x], axis=1) if memory is None else memory.exchange(start, x)
+    return jnp.concatenate([start, x], axis=1) if cache is None else cache.prepend(start, x)
 
 
 class CausalConv(nnx.Module):
@@ -111,8 +111,8 @@ class CausalConv(nnx.Module):
         kernel: tuple[int, int, int],
         *,
         stride: Literal[1, 2] = 1,
-        past: Past = "first",
-        form: Form = "auto",
+        temporal_padding: TemporalPadding = "first",
+        form: ConvForm = "auto",
         init: Init = "xavier",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -120,95 +120,98 @@ class CausalConv(nnx.Module):
         volume = kernel[0] * kernel[1] * kernel[2]
         shape = (*kernel, channels_in, channels_out)
         fan = (volume * channels_in, volume * channels_out)
-        self.kernel = nnx.Param(initial(init, rngs.params(), shape, fan=fan))
+        self.kernel = nnx.Param(init_weights(init, rngs.params(), shape, fan=fan))
         self.bias = nnx.Param(jnp.zeros((channels_out,), jnp.float32))
-        self.stride, self.past, self.form, self.dtype = stride, past, form, dtype
+        self.stride, self.temporal_padding, self.form, self.dtype = stride, temporal_padding, form, dtype
 
-    def __call__(self, x: Float[Array, "B t h w i"], memory: Memory | None = None) -> Float[Array, "B t _ _ o"]:
-        padded = with_past(x.astype(self.dtype), self.kernel.shape[0] - 1, memory, self.past)
-        return self.valid(padded)
+    def __call__(self, x: Float[Array, "B t h w i"], cache: ConvCache | None = None) -> Float[Array, "B t _ _ o"]:
+        padded = pad_in_time(x.astype(self.dtype), self.kernel.shape[0] - 1, cache, self.temporal_padding)
+        return self.convolve_valid(padded)
 
-    def valid(self, x: Float[Array, "B _ h w i"], *, step: int = 1) -> Float[Array, "B _ _ _ o"]:
+    def convolve_valid(self, x: Float[Array, "B _ h w i"], *, step: int = 1) -> Float[Array, "B _ _ _ o"]:
         """Convolve without padding in time, with a stride of `step` frames."""
-        if self._is_of_columns(x, step):
-            return columns(x, self.kernel[...], self.bias[...], self.dtype).astype(self.dtype)
+        if self._uses_im2col(x, step):
+            return im2col_conv(x, self.kernel[...], self.bias[...], self.dtype).astype(self.dtype)
         kernel = jnp.asarray(self.kernel[...], self.dtype)
         x = x.astype(self.dtype)
         length = (x.shape[1] - kernel.shape[0]) // step + 1
         last = (length - 1) * step + 1
         offsets = [x[:, offset : offset + last : step] for offset in range(kernel.shape[0])]
-        match self._form():
+        match self._choose_form():
             case "native":
-                y = self._native(x, kernel, step)
+                y = self._convolve_3d(x, kernel, step)
             case "stacked":
                 merged = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
-                y = self._spatial(jnp.concatenate(offsets, axis=-1), merged)
+                y = self._convolve_frames(jnp.concatenate(offsets, axis=-1), merged)
             case _ if len(offsets) == 1:
-                y = self._spatial(offsets[0], kernel[0])
+                y = self._convolve_frames(offsets[0], kernel[0])
             case _:
-                parts = [self._spatial(x, kernel[offset], sums=jnp.float32) for offset, x in enumerate(offsets)]
+                parts = [
+                    self._convolve_frames(x, kernel[offset], output_dtype=jnp.float32)
+                    for offset, x in enumerate(offsets)
+                ]
                 y = functools.reduce(operator.add, parts).astype(self.dtype)
         return y + self.bias[...].astype(self.dtype)
 
-    def _is_of_columns(self, x: Float[Array, "B _ h w i"], step: int) -> bool:
+    def _uses_im2col(self, x: Float[Array, "B _ h w i"], step: int) -> bool:
         """Return whether im2col is used; this depends on the frame size alone, so that all chunks of a clip agree."""
         _, *size, _, _ = self.kernel.shape
         if self.stride != 1 or step != 1 or not all(length % 2 for length in size):
             return False
         if self.form != "auto":
             return self.form == "columns"
-        column_bytes = self.kernel.shape[0] * frame_bytes(x.shape[2:], size, self.dtype)
-        return self.dtype == jnp.bfloat16 and column_bytes <= LIMIT and jax.default_backend() == "cpu"
+        column_bytes = self.kernel.shape[0] * compute_column_bytes(x.shape[2:], size, self.dtype)
+        return self.dtype == jnp.bfloat16 and column_bytes <= MAX_COLUMN_BYTES and jax.default_backend() == "cpu"
 
-    def _form(self) -> Form:
+    def _choose_form(self) -> ConvForm:
         if self.form != "auto":
             return self.form
         if self.kernel.shape[0] == 1:
             return "offsets"
         if jax.default_backend() != "cpu":
             return "native"
-        return "stacked" if self.kernel.shape[3] < _NARROW else "offsets"
+        return "stacked" if self.kernel.shape[3] < _MIN_OFFSETS_CHANNELS else "offsets"
 
-    def _spatial(
-        self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"], *, sums: DTypeLike | None = None
+    def _convolve_frames(
+        self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"], *, output_dtype: DTypeLike | None = None
     ) -> Float[Array, "B t _ _ o"]:
         """Convolve every frame in space; the output dtype is the kernel's by default."""
         if kernel.shape[:2] == (1, 1):
-            y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], preferred_element_type=sums)
+            y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], preferred_element_type=output_dtype)
             return y.reshape(*x.shape[:-1], kernel.shape[-1])
         batch, length = x.shape[:2]
         frames = x.reshape(batch * length, *x.shape[2:])
-        if self._saves_products(x, kernel):
-            y = winograd(frames, kernel)
+        if self._uses_winograd(x, kernel):
+            y = winograd_conv(frames, kernel)
             return y.reshape(batch, length, *y.shape[1:])
         y = jax.lax.conv_general_dilated(
             frames,
             kernel,
             (self.stride, self.stride),
-            self._padding(kernel.shape[:2]),
+            self._compute_padding(kernel.shape[:2]),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            preferred_element_type=sums,
+            preferred_element_type=output_dtype,
         )
         return y.reshape(batch, length, *y.shape[1:])
 
-    def _saves_products(self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> bool:
+    def _uses_winograd(self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> bool:
         """Return whether Winograd is used; this depends on the frame size alone, so that all chunks of a clip agree."""
         if kernel.shape[:2] != (3, 3) or self.stride != 1 or self.dtype != jnp.float32:
             return False
         if self.form != "auto":
             return self.form == "winograd"
-        large = x.shape[2] * x.shape[3] >= _LARGE and min(kernel.shape[2:]) >= _WIDE
+        large = x.shape[2] * x.shape[3] >= _MIN_WINOGRAD_PIXELS and min(kernel.shape[2:]) >= _MIN_WINOGRAD_CHANNELS
         return large and jax.default_backend() == "cpu"
 
-    def _native(self, x: Float[Array, "B t h w i"], kernel: Array, step: int) -> Float[Array, "B _ _ _ o"]:
+    def _convolve_3d(self, x: Float[Array, "B t h w i"], kernel: Array, step: int) -> Float[Array, "B _ _ _ o"]:
         return jax.lax.conv_general_dilated(
             x,
             kernel,
             (step, self.stride, self.stride),
-            ((0, 0), *self._padding(kernel.shape[1:3])),
+            ((0, 0), *self._compute_padding(kernel.shape[1:3])),
             dimension_numbers=("NTHWC", "THWIO", "NTHWC"),
         )
 
-    def _padding(self, kernel: tuple[int, ...]) -> list[tuple[int, int]]:
+    def _compute_padding(self, kernel: tuple[int, ...]) -> list[tuple[int, int]]:
         totals = [size - self.stride for size in kernel]  # both sides together
         return [(size // 2, size - size // 2) if size > 0 else (0, 0) for size in totals]

@@ -14,24 +14,24 @@ from dit_video.core.typing import AnyArray
 
 Init = Literal["xavier", "zero", "normal"]
 
-Fused = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
+FusedConstraint = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
 """A function that splits the weights of several fused maps and constrains the parts' sharding; no value changes."""
 
 
 @runtime_checkable
-class Placed(Protocol):
+class WeightConstraint(Protocol):
     """A sharding constraint for weights during their use; no value changes."""
 
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]: ...
 
-    def factors(
+    def constrain_factors(
         self, a: Float[Array, "i r"], b: Float[Array, "r o"]
     ) -> tuple[Float[Array, "i r"], Float[Array, "r o"]]:
         """Constrain a LoRA adapter's factors like their kernel."""
         ...
 
 
-def initial(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[int, int]) -> Float[Array, "..."]:
+def init_weights(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[int, int]) -> Float[Array, "..."]:
     """Return initial weights: Xavier uniform over (fan in, fan out), zeros, or a normal distribution of std 0.02."""
     match init:
         case "xavier":
@@ -53,7 +53,7 @@ class Linear(nnx.Module):
     device holds part of the tokens of two rows, and XLA would gather all tokens of both for every product.
     """
 
-    placed: Placed | None = None
+    weight_constraint: WeightConstraint | None = None
     """Constraint on the kernel during its use, when it is sharded over several devices between uses."""
 
     def __init__(
@@ -67,54 +67,60 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shape = (features_in, features_out)
-        self.kernel = nnx.Param(initial(init, rngs.params(), shape, fan=shape))
+        self.kernel = nnx.Param(init_weights(init, rngs.params(), shape, fan=shape))
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
-        return self._of(x.astype(self.dtype), kernel, bias)
+        return self._apply(x.astype(self.dtype), kernel, bias)
 
-    def parts(self, x: Float[Array, "*batch i"], count: int, fused: Fused | None) -> Float[Array, "*batch {count} n"]:
+    def project_parts(
+        self, x: Float[Array, "*batch i"], count: int, fused_constraint: FusedConstraint | None
+    ) -> Float[Array, "*batch {count} n"]:
         """Return the outputs of `count` fused maps of equal width, their weights constrained by `fused_constraint`."""
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...].reshape(count, -1)
-        if fused is None or not isinstance(kernel, jax.Array):  # a LoRA kernel computes its own products
+        if fused_constraint is None or not isinstance(kernel, jax.Array):  # a LoRA kernel computes its own products
             return self(x).reshape(*x.shape[:-1], count, -1)
-        kernels, x = fused(kernel, count), x.astype(self.dtype)
-        parts = [self._of(x, kernels[:, part], None if bias is None else bias[part]) for part in range(count)]
+        kernels, x = fused_constraint(kernel, count), x.astype(self.dtype)
+        parts = [self._apply(x, kernels[:, part], None if bias is None else bias[part]) for part in range(count)]
         return jnp.stack(parts, axis=-2)
 
-    def _of(
+    def _apply(
         self, x: Float[Array, "*batch i"], kernel: Any, bias: Float[AnyArray, " o"] | None
     ) -> Float[Array, "*batch o"]:
         if jax.default_backend() == "cpu" and x.ndim != 2:
-            return self._of(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
+            return self._apply(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
         adapted = not isinstance(kernel, jax.Array)
-        if adapted or (kernel.dtype == self.dtype and self.placed is None):
+        if adapted or (kernel.dtype == self.dtype and self.weight_constraint is None):
             # `LowRankKernel` defines its own product; a kernel in the compute dtype needs no special gradient.
             kernel = kernel.astype(self.dtype)
-            y = x @ (kernel.laid(self.placed) if adapted and self.placed is not None else kernel)
+            y = x @ (
+                kernel.constrain(self.weight_constraint) if adapted and self.weight_constraint is not None else kernel
+            )
             return y if bias is None else y + bias.astype(self.dtype)
-        y = _product(self.placed, x, kernel)
-        return y if bias is None else _sum(y, bias)
+        y = _matmul(self.weight_constraint, x, kernel)
+        return y if bias is None else _add_bias(y, bias)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _product(
-    placed: Placed | None, x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]
+def _matmul(
+    weight_constraint: WeightConstraint | None, x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]
 ) -> Float[Array, "*batch o"]:
     """Multiply in the dtype of `x`; the kernel's gradient is summed in float32, into the kernel's sharding at rest."""
-    return x @ _used(placed, kernel, x.dtype)
+    return x @ _constrain(weight_constraint, kernel, x.dtype)
 
 
-def _used(placed: Placed | None, kernel: Float[Array, "i o"], dtype: Any) -> Float[Array, "i o"]:
+def _constrain(
+    weight_constraint: WeightConstraint | None, kernel: Float[Array, "i o"], dtype: Any
+) -> Float[Array, "i o"]:
     # Rounded before it is gathered, so that devices exchange no more bytes than are used.
     kernel = kernel.astype(dtype)
-    return kernel if placed is None else placed(kernel)
+    return kernel if weight_constraint is None else weight_constraint(kernel)
 
 
-@_product.defjvp
-def _product_jvp(placed, primals, tangents):
+@_matmul.defjvp
+def _matmul_jvp(weight_constraint, primals, tangents):
     (x, kernel), (x_tangent, kernel_tangent) = primals, tangents
 
     def product(x, tangent):
@@ -125,19 +131,19 @@ def _product_jvp(placed, primals, tangents):
         summed = jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
         return summed.astype(kernel.dtype)
 
-    used = _used(placed, kernel, x.dtype)  # gathered once, for the value and for the gradient of `x`
+    used = _constrain(weight_constraint, kernel, x.dtype)  # gathered once, for the value and for the gradient of `x`
     kernel_part = linear_call(product, gradient, x, kernel_tangent)
     return x @ used, x_tangent @ used + kernel_part
 
 
 @jax.custom_jvp
-def _sum(y: Float[Array, "*batch o"], bias: Float[Array, " o"]) -> Float[Array, "*batch o"]:
+def _add_bias(y: Float[Array, "*batch o"], bias: Float[Array, " o"]) -> Float[Array, "*batch o"]:
     """Add a bias in the dtype of `y`; its gradient is summed in float32."""
     return y + bias.astype(y.dtype)
 
 
-@_sum.defjvp
-def _sum_jvp(primals, tangents):
+@_add_bias.defjvp
+def _add_bias_jvp(primals, tangents):
     (y, bias), (y_tangent, bias_tangent) = primals, tangents
 
     def spread(_, tangent):
@@ -147,4 +153,4 @@ def _sum_jvp(primals, tangents):
         rows = tuple(range(cotangent.ndim - 1))
         return cotangent.sum(axis=rows, dtype=jnp.float32).astype(bias.dtype)
 
-    return _sum(y, bias), y_tangent + linear_call(spread, gradient, (), bias_tangent)
+    return _add_bias(y, bias), y_tangent + linear_call(spread, gradient, (), bias_tangent)

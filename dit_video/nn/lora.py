@@ -23,11 +23,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.core.trees import closest, flatten, unflatten
+from dit_video.core.trees import find_closest, flatten, unflatten
 from dit_video.core.typing import AnyArray
-from dit_video.nn.linear import Placed
+from dit_video.nn.linear import WeightConstraint
 
-_SHOWN = 10
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def init_lora(params: Mapping[str, Any], config: LoraConfig, key: Array) -> dict
       UserError: a target that matches no parameter, or one that is not the kernel of a linear layer.
     """
     factors: dict[str, Any] = {}
-    for number, (path, shape) in enumerate(_targets(params, config).items()):
+    for number, (path, shape) in enumerate(_find_targets(params, config).items()):
         *leading, features_in, features_out = shape
         limit = 1 / math.sqrt(features_in)
         path_key = jax.random.fold_in(key, number)
@@ -85,7 +85,7 @@ def init_lora(params: Mapping[str, Any], config: LoraConfig, key: Array) -> dict
     return unflatten(factors)
 
 
-def scaled(factors: Mapping[str, Any], scale: float) -> dict[str, Any]:
+def add_lora_scale(factors: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """Return an adapter: the factors, with the same scale for every kernel."""
     leaves = flatten(factors)
     stacks = {path[:-2]: leaf.shape[:-2] for path, leaf in leaves.items() if path.endswith("/a")}
@@ -101,10 +101,10 @@ def merge_lora(
       UserError: an adapter for kernels that the model does not have.
     """
     leaves = flatten(params)
-    for path, (a, b) in _scaled_factors(leaves, lora, weight).items():
+    for path, (a, b) in _scale_factors(leaves, lora, weight).items():
         kernel = leaves[path]
         leaves[path] = (kernel + a @ b).astype(kernel.dtype)
-    return _like(params, leaves)
+    return _rebuild_tree(params, leaves)
 
 
 def attach_lora(
@@ -115,19 +115,19 @@ def attach_lora(
     Raises:
       UserError: an adapter for kernels that the model does not have.
     """
-    leaves = dict(_leaves(params))
-    for path, (a, b) in _scaled_factors(leaves, lora, weight).items():
+    leaves = dict(_iterate_leaves(params))
+    for path, (a, b) in _scale_factors(leaves, lora, weight).items():
         kernel = leaves[path]
-        if isinstance(kernel, LowRank):  # two adapters equal one whose rank is the sum of theirs
+        if isinstance(kernel, LowRankKernel):  # two adapters equal one whose rank is the sum of theirs
             a, b = jnp.concatenate([kernel.a, a], axis=-1), jnp.concatenate([kernel.b, b], axis=-2)
             kernel = kernel.kernel
-        leaves[path] = LowRank(kernel, a, b)
-    return _like(params, leaves)
+        leaves[path] = LowRankKernel(kernel, a, b)
+    return _rebuild_tree(params, leaves)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LowRank:
+class LowRankKernel:
     """A kernel `kernel + a b` that is never materialised: linear layers only need `x @ kernel`. Scans can slice it."""
 
     kernel: Any
@@ -138,29 +138,29 @@ class LowRank:
     def shape(self) -> tuple[int, ...]:
         return self.kernel.shape
 
-    def __getitem__(self, index: Any) -> "LowRank":
+    def __getitem__(self, index: Any) -> "LowRankKernel":
         if index is not Ellipsis:
             raise TypeError("an adapted kernel can only be indexed with [...]; merge the adapter to read parts of it")
         return self
 
-    def astype(self, dtype: Any) -> "LowRank":
-        return LowRank(self.kernel.astype(dtype), self.a.astype(dtype), self.b.astype(dtype))
+    def astype(self, dtype: Any) -> "LowRankKernel":
+        return LowRankKernel(self.kernel.astype(dtype), self.a.astype(dtype), self.b.astype(dtype))
 
-    def laid(self, placed: Placed) -> "LowRank":
+    def constrain(self, weight_constraint: WeightConstraint) -> "LowRankKernel":
         """Return it with a sharding constraint on the kernel, which is frozen, and on the factors."""
-        return LowRank(placed(self.kernel), *placed.factors(self.a, self.b))
+        return LowRankKernel(weight_constraint(self.kernel), *weight_constraint.constrain_factors(self.a, self.b))
 
     def __rmatmul__(self, x: Array) -> Array:
         return x @ self.kernel + (x @ self.a) @ self.b
 
 
-def _targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
+def _find_targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the adapted kernels by path."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
     for pattern in config.targets:
         if not any(re.search(pattern, path) for path in shapes):
             raise UserError(
-                f"LoRA target {pattern!r} matches no parameter path; the closest are {closest(pattern, shapes)}"
+                f"LoRA target {pattern!r} matches no parameter path; the closest are {find_closest(pattern, shapes)}"
             )
     targets = {path: shape for path, shape in shapes.items() if any(re.search(p, path) for p in config.targets)}
     for path, shape in targets.items():
@@ -172,16 +172,16 @@ def _targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[i
     return targets
 
 
-def _scaled_factors(
+def _scale_factors(
     leaves: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""]
 ) -> dict[str, tuple[Any, Any]]:
     """Return `a`, multiplied by all scales, and `b`, by the path of their kernel."""
     lora_leaves = flatten(lora)
     paths = [path[:-2] for path in lora_leaves if path.endswith("/a")]
     if unknown := [path for path in paths if path not in leaves]:
-        more = f", … {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        more = f", … {len(unknown) - _MAX_LISTED} more" if len(unknown) > _MAX_LISTED else ""
         raise UserError(
-            f"the adapter does not fit the model, which has no kernel {', '.join(unknown[:_SHOWN])}{more}; "
+            f"the adapter does not fit the model, which has no kernel {', '.join(unknown[:_MAX_LISTED])}{more}; "
             "use an adapter of this model"
         )
     factors = {}
@@ -199,18 +199,20 @@ def _scaled_factors(
     return factors
 
 
-def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _iterate_leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves with their paths; an adapted kernel is one leaf."""
     for name, value in params.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{above}{name}/")
+            yield from _iterate_leaves(value, f"{prefix}{name}/")
         else:
-            yield f"{above}{name}", value
+            yield f"{prefix}{name}", value
 
 
-def _like(params: Mapping[str, Any], leaves: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def _rebuild_tree(params: Mapping[str, Any], leaves: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the leaves in the structure of the parameters, keeping empty parts such as a frozen text encoder."""
     return {
-        name: _like(value, leaves, f"{above}{name}/") if isinstance(value, Mapping) else leaves[f"{above}{name}"]
+        name: _rebuild_tree(value, leaves, f"{prefix}{name}/")
+        if isinstance(value, Mapping)
+        else leaves[f"{prefix}{name}"]
         for name, value in params.items()
     }

@@ -13,11 +13,11 @@ from dit_video.core.errors import UserError
 
 def layer_norm(x: Float[Array, "*batch D"], *, eps: float = 1e-6) -> Float[Array, "*batch D"]:
     """Normalise to zero mean and unit variance, without learned scale, as adaptive modulation needs it."""
-    return _normal(x.astype(jnp.float32), eps, True)[0].astype(x.dtype)
+    return _normalize(x.astype(jnp.float32), eps, True)[0].astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _normal(
+def _normalize(
     x: Float[Array, "*batch D"], eps: float, centre: bool
 ) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch 1"]]:
     """Scale to a root mean square of 1, after subtracting the mean if `centre`; also return the factor."""
@@ -27,10 +27,10 @@ def _normal(
     return x * inverse, inverse
 
 
-@_normal.defjvp
-def _normal_jvp(eps, centre, primals, tangents):
+@_normalize.defjvp
+def _normalize_jvp(eps, centre, primals, tangents):
     # Two means at most, where automatic differentiation takes four: half the time on CPU.
-    normal, inverse = _normal(*primals, eps, centre)
+    normal, inverse = _normalize(*primals, eps, centre)
     (tangent,) = tangents
     projection = (normal * tangent).mean(axis=-1, keepdims=True)
     if centre:
@@ -46,7 +46,7 @@ class RmsNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        normal, _ = _normal(x.astype(jnp.float32), self.eps, False)
+        normal, _ = _normalize(x.astype(jnp.float32), self.eps, False)
         return (normal * self.scale[...]).astype(x.dtype)
 
 
@@ -91,14 +91,14 @@ class GroupNorm(nnx.Module):
         rows, columns = segments.shape[1:]
         # Sums are taken within a cell of pixels first, so that few values are left and rounding stays small.
         cells = rearrange(x.astype(jnp.float32), "B t (h a) (w b) D -> B t (h w) (a b) D", h=rows, w=columns)
-        counts = _totals(jnp.ones((x.shape[0], rows * columns, 1)), segments)
+        counts = _sum_segments(jnp.ones((x.shape[0], rows * columns, 1)), segments)
         values = counts * (cells.shape[3] * x.shape[4] // self.groups)
 
         def means(pixels: Float[Array, "B t n p D"]) -> Float[Array, "B t n 1 D"]:
             """Return the mean over each segment's pixels and group's channels, for every cell and channel."""
             frames = pixels.shape[1]
             sums = rearrange(pixels.sum(axis=3), "B t n (G d) -> B t n G d", G=self.groups).sum(axis=4)
-            totals = _totals(rearrange(sums, "B t n G -> B n (t G)"), segments) / values
+            totals = _sum_segments(rearrange(sums, "B t n G -> B n (t G)"), segments) / values
             return repeat(totals, "B n (t G) -> B t n 1 (G d)", t=frames, d=pixels.shape[4] // self.groups)
 
         centred = cells - means(cells)
@@ -107,7 +107,7 @@ class GroupNorm(nnx.Module):
         return rearrange(normal, merge_cells, h=rows, a=x.shape[2] // rows).astype(x.dtype)
 
 
-def _totals(values: Float[Array, "B n V"], segments: Int[Array, "B h w"]) -> Float[Array, "B n V"]:
+def _sum_segments(values: Float[Array, "B n V"], segments: Int[Array, "B h w"]) -> Float[Array, "B n V"]:
     """Return for each position the sum over all positions of its segment."""
     if values.shape[1] == 1:
         return values

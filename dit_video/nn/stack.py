@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from dit_video.nn.attention.api import RESULTS
+from dit_video.nn.attention.api import CHECKPOINT_NAME
 
 Remat = Literal["none", "full", "attention", "dots", "dots_no_batch", "dots_attention", "offload"]
 """Rematerialisation policy: the values of a layer that are kept for the backward pass instead of being recomputed.
@@ -19,7 +19,7 @@ Remat = Literal["none", "full", "attention", "dots", "dots_no_batch", "dots_atte
 - `dots`: the results of all matrix products, including the scores of dense attention.
 
 `attention` has an effect for backends whose backward pass recomputes the scores: `chunked`, `splash` and rings."""
-Carried = TypeVar("Carried")
+Carry = TypeVar("Carry")
 """Type of the value passed from layer to layer: an array, or a tree of arrays."""
 
 
@@ -28,12 +28,12 @@ def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx
     return nnx.vmap(make)(rngs.split(layers))
 
 
-def apply_stack(stack: nnx.Module, x: Carried, *context: PyTree, remat: Remat = "none") -> Carried:
+def apply_stack(stack: nnx.Module, x: Carry, *context: PyTree, remat: Remat = "none") -> Carry:
     """Apply all layers in order: `x = layer(x, *context)`. See `scan_layers`."""
-    return apply_groups(x, [Turns(stack, [context])], remat=remat)
+    return scan_layers(x, [LayerGroup(stack, [context])], remat=remat)
 
 
-class Turns(NamedTuple):
+class LayerGroup(NamedTuple):
     """A stack of layers, and one tuple of arguments for each of its layers in a group.
 
     `len(contexts)` is the number of the stack's layers in a group; the i-th of them is called with `contexts[i]`.
@@ -43,7 +43,7 @@ class Turns(NamedTuple):
     contexts: Sequence[tuple[Any, ...]]
 
 
-def apply_groups(x: Carried, stacks: Sequence[Turns], *, remat: Remat = "none") -> Carried:
+def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none") -> Carry:
     """Apply groups of layers, each with some layers of the first stack, then some of the second, and so on.
 
     The i-th layer of a stack in a group is called as `x = layer(x, *contexts[i])`. So layers can alternate in what is
@@ -54,16 +54,16 @@ def apply_groups(x: Carried, stacks: Sequence[Turns], *, remat: Remat = "none") 
     which is about 1.5 times faster there. With any `remat` other than "none" a scan is used on every platform.
     """
     graphs, grouped = [], []
-    for stack, contexts in stacks:
+    for stack, contexts in groups:
         graph, stacked = nnx.split(stack)
         graphs.append(graph)
         size = len(contexts)
         grouped.append(jax.tree.map(lambda leaf, size=size: leaf.reshape(-1, size, *leaf.shape[1:]), stacked))
 
     def body(x, group):
-        for graph, layers, (_, contexts) in zip(graphs, group, stacks, strict=True):
+        for graph, layers, (_, contexts) in zip(graphs, group, groups, strict=True):
             for turn, context in enumerate(contexts):
-                x = _apply(graph, layers, turn, x, context, remat)
+                x = _apply_layer(graph, layers, turn, x, context, remat)
         return x, None
 
     # In an unrolled loop XLA on CPU would merge a layer's recomputation with its first computation and save no memory.
@@ -71,25 +71,25 @@ def apply_groups(x: Carried, stacks: Sequence[Turns], *, remat: Remat = "none") 
     return jax.lax.scan(body, x, grouped, unroll=unroll)[0]
 
 
-def _apply(
-    graph: nnx.GraphDef, layers: PyTree, turn: int, x: Carried, context: tuple[Any, ...], remat: Remat
-) -> Carried:
+def _apply_layer(
+    graph: nnx.GraphDef, layers: PyTree, index: int, x: Carry, context: tuple[Any, ...], remat: Remat
+) -> Carry:
     """Apply one of a group's layers."""
 
     def call(layers, x):
         # Sliced inside, so that the backward pass keeps the group's parameters and not a copy of the layer's.
-        layer = jax.tree.map(lambda leaf: leaf[turn], layers)
+        layer = jax.tree.map(lambda leaf: leaf[index], layers)
         return nnx.merge(graph, layer)(x, *context)
 
     if remat == "none":
         return call(layers, x)
-    return jax.checkpoint(call, prevent_cse=False, policy=_policy(remat))(layers, x)
+    return jax.checkpoint(call, prevent_cse=False, policy=_get_policy(remat))(layers, x)
 
 
-def _policy(remat: Remat) -> Callable[..., Any] | None:
+def _get_policy(remat: Remat) -> Callable[..., Any] | None:
     """Return the JAX checkpoint policy; None keeps the inputs alone."""
     policies = jax.checkpoint_policies
-    attention = policies.save_only_these_names(RESULTS)
+    attention = policies.save_only_these_names(CHECKPOINT_NAME)
     match remat:
         case "attention":
             return attention
@@ -104,7 +104,7 @@ def _policy(remat: Remat) -> Callable[..., Any] | None:
     return None
 
 
-def rematerialised(call: Callable[[nnx.Module, Array], Array], layer: nnx.Module, x: Array) -> Array:
+def rematerialize(call: Callable[[nnx.Module, Array], Array], layer: nnx.Module, x: Array) -> Array:
     """Return `call(layer, x)`, recomputed in the backward pass; only `x` and the parameters are kept for it.
 
     On CPU it saves nothing: XLA merges the recomputation with the first computation there.

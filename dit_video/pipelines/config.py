@@ -14,9 +14,9 @@ from dit_video.core.errors import UserError
 from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.generation import Sampling
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.text import ClassNamesConfig, TextConfig
-from dit_video.tokens import Grid, RowShape, token_grid
+from dit_video.tokens import Grid, PackedShape, compute_token_grid
 from dit_video.video import Clip
 
 Image = Clip | UInt8[np.ndarray, "H W 3"]
@@ -37,7 +37,7 @@ class PipelineConfig:
     text: TextConfig
     """Text encoder; a frozen one by its folder and identity, because its weights are not part of the pipeline."""
     process: Process
-    rows: RowShape | None
+    rows: PackedShape | None
     """Shape of the rows that the denoiser was trained on; if None, every clip has a row of its own, of its own
     length."""
     batch: int
@@ -58,7 +58,7 @@ class PipelineConfig:
     image_encoder: str | None = None
     """Folder of the frozen CLIP whose image tokens the denoiser attends to, in image-to-video models that use one."""
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
-    made_by: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
     """Command, seed and versions that produced the weights."""
 
     def __post_init__(self):
@@ -68,22 +68,22 @@ class PipelineConfig:
         check_classes(self.text, self.dit)
 
     @property
-    def interval(self) -> float:
+    def token_dt(self) -> float:
         """Return the spacing of tokens along time in the denoiser's coordinates: 1 in tokens, or seconds."""
-        if self.dit.clock == "tokens":
+        if self.dit.time_coordinate == "tokens":
             return 1.0
         return self.autoencoder.stride.t * self.dit.patch.t / self.fps
 
     @property
-    def row_shape(self) -> RowShape:
+    def row_shape(self) -> PackedShape:
         """Return the shape of sampled rows; a larger clip has a row of its own."""
-        return self.rows or RowShape(tokens=1, text=self.text.max_tokens, segments=1)
+        return self.rows or PackedShape(tokens=1, text=self.text.max_tokens, segments=1)
 
     @property
     def denoiser_shapes(self) -> dict[str, Any]:
         """Return the shapes of the denoiser's parameters."""
         experts = ("dit",) if self.boundary is None else ("dit", "low_noise")
-        return {name: param_shapes(self.dit.make) for name in experts} | {"text": param_shapes(self.text.make)}
+        return {name: get_param_shapes(self.dit.make) for name in experts} | {"text": get_param_shapes(self.text.make)}
 
     def latent_grid(self, size: Grid) -> Grid:
         """Return the latent grid of a clip size.
@@ -103,7 +103,7 @@ class PipelineConfig:
                     f"{patch_size}); use {below} or {below + step}"
                 )
         grid = latent_grid(size, stride)
-        token_grid(grid, patch)
+        compute_token_grid(grid, patch)
         return grid
 
 
@@ -136,7 +136,7 @@ class Request(NamedTuple):
     """Last frame of the clip, in models that accept one."""
 
 
-def as_grid(size: Any) -> Grid:
+def to_grid(size: Any) -> Grid:
     """Convert a user's size to a grid."""
     try:
         return Grid(*map(operator.index, size))

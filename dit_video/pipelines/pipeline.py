@@ -21,38 +21,38 @@ from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path, read_document, write_json
+from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten
-from dit_video.core.trees import size as count
 from dit_video.diffusion import Guidance
-from dit_video.diffusion import sampler as sampler_of
-from dit_video.encoders.autoencoder import Codec
-from dit_video.encoders.text import moved, open_tokenizer
-from dit_video.families.wan.transformer import wan_modules
+from dit_video.diffusion import get_sampler as sampler_of
+from dit_video.encoders.autoencoder import LatentCodec
+from dit_video.encoders.text import open_tokenizer, set_encoder_folder
+from dit_video.families.wan.transformer import get_wan_modules
 from dit_video.generation import (
     Denoiser,
     LatentRequest,
     LatentTrace,
     Sampling,
-    initial_noise,
+    draw_initial_noise,
     sample_latents,
     trace_latents,
 )
-from dit_video.generation.tasks.image_to_video import Images
-from dit_video.nn import graph_of, merge_lora, param_shapes
-from dit_video.pipelines.config import Image, PipelineConfig, Request, as_grid
+from dit_video.generation.tasks.image_to_video import ImageConditioner
+from dit_video.nn import get_graph_def, get_param_shapes, merge_lora
+from dit_video.pipelines.config import Image, PipelineConfig, Request, to_grid
 from dit_video.video import Clip
+from dit_video.weights import get_native_modules, load_lora
 from dit_video.weights import load as load_weights
-from dit_video.weights import load_lora, own_modules
 from dit_video.weights import save as save_weights
 
 FORMAT = 1
 CONFIG = "pipeline.json"
 _AUTOENCODER, _DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
-_BATCH = 8
+_DECODE_BATCH = 8
 """Number of clips that are decoded at once."""
 _DTYPES = ("float32", "bfloat16")
-Scale = float | int | tuple[float, float] | Guidance
-Expert = Literal["dit", "low_noise"]
+GuidanceScale = float | int | tuple[float, float] | Guidance
+ExpertName = Literal["dit", "low_noise"]
 
 
 class Pipeline:
@@ -61,19 +61,19 @@ class Pipeline:
     def __init__(self, config: PipelineConfig, *, autoencoder: dict[str, Any], denoiser: dict[str, Any]):
         """Create a pipeline; `autoencoder` and `denoiser` are parameters, nested dictionaries of arrays."""
         self.config = config
-        self.codec = Codec(config.autoencoder, autoencoder)
+        self.codec = LatentCodec(config.autoencoder, autoencoder)
         """Autoencoder with its parameters."""
-        self._images = Images(config, self.codec)
+        self._image_conditioner = ImageConditioner(config, self.codec)
         self._denoiser = Denoiser(
-            dit=graph_of(config.dit.make),
-            text=graph_of(config.text.make),
+            dit=get_graph_def(config.dit.make),
+            text=get_graph_def(config.text.make),
             params=denoiser,
             tokenizer=open_tokenizer(config.text),
             process=config.process,
             prediction=config.prediction,
             patch=config.dit.patch,
             boundary=config.boundary,
-            interval=config.interval,
+            token_dt=config.token_dt,
         )
 
     @overload
@@ -83,7 +83,7 @@ class Pipeline:
         *,
         size: tuple[int, int, int] | None = ...,
         steps: int | None = ...,
-        guidance: Scale | None = ...,
+        guidance: GuidanceScale | None = ...,
         negative: str = ...,
         seed: int = ...,
         sampler: str | None = ...,
@@ -100,7 +100,7 @@ class Pipeline:
         *,
         size: tuple[int, int, int] | None = ...,
         steps: int | None = ...,
-        guidance: Scale | None = ...,
+        guidance: GuidanceScale | None = ...,
         negative: str = ...,
         seed: int = ...,
         sampler: str | None = ...,
@@ -148,44 +148,49 @@ class Pipeline:
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        size = self.config.size if size is None else as_grid(size)
+        size = self.config.size if size is None else to_grid(size)
         request = Request(str(prompt), size, seed, negative, image, last_image)
-        sampling = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        latent_requests = self._latent_requests([request], noise=noise)
-        latents = sample_latents(self._denoiser, latent_requests, **self._how(sampling, 1))
-        return latents[0] if output == "latents" else self._clips(latents, [request])[0]
+        sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
+        latent_requests = self._make_latent_requests([request], noise=noise)
+        latents = sample_latents(self._denoiser, latent_requests, **self._make_sampling_arguments(sampling, 1))
+        return latents[0] if output == "latents" else self._decode_clips(latents, [request])[0]
 
     def trace(
         self,
         request: Request,
         *,
         steps: int | None = None,
-        guidance: Scale | None = None,
+        guidance: GuidanceScale | None = None,
         sampler: str | None = None,
     ) -> LatentTrace:
         """Sample one request and return the latents and the predicted clean latents after every step.
 
         Arguments and errors are as for `generate`; `decode` makes a clip of latents.
         """
-        sampling = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        return trace_latents(self._denoiser, self._latent_requests([request]), **self._how(sampling, 1))[0]
+        sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
+        return trace_latents(
+            self._denoiser, self._make_latent_requests([request]), **self._make_sampling_arguments(sampling, 1)
+        )[0]
 
     def generate_many(
         self,
         requests: Sequence[Request],
         *,
         steps: int | None = None,
-        guidance: Scale | None = None,
+        guidance: GuidanceScale | None = None,
         sampler: str | None = None,
     ) -> list[Clip]:
         """Generate the clips of all requests, of any sizes, packed and sampled together; arguments as for `generate`.
 
         A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`.
         """
-        sampling = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        latent_requests = self._latent_requests(requests)
-        return self._clips(
-            sample_latents(self._denoiser, latent_requests, **self._how(sampling, len(latent_requests))), requests
+        sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
+        latent_requests = self._make_latent_requests(requests)
+        return self._decode_clips(
+            sample_latents(
+                self._denoiser, latent_requests, **self._make_sampling_arguments(sampling, len(latent_requests))
+            ),
+            requests,
         )
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
@@ -213,9 +218,9 @@ class Pipeline:
         """Return `{"dit": ..., "text": ...}`, and `"low_noise"` of models with two experts."""
         return self._denoiser.params
 
-    def parameter_counts(self) -> dict[str, int]:
+    def count_parameters(self) -> dict[str, int]:
         """Return the number of parameters of each part."""
-        return {"autoencoder": self.codec.parameter_count()} | {
+        return {"autoencoder": self.codec.count_parameters()} | {
             name: count(part) for name, part in self._denoiser.params.items()
         }
 
@@ -242,10 +247,10 @@ class Pipeline:
         Raises:
           UserError: the text encoder was trained with the denoiser.
         """
-        config = replace(self.config, text=moved(self.config.text, folder))
+        config = replace(self.config, text=set_encoder_folder(self.config.text, folder))
         return Pipeline(config, autoencoder=self.codec.params, denoiser=self._denoiser.params)
 
-    def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: Expert = "dit") -> "Pipeline":
+    def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: ExpertName = "dit") -> "Pipeline":
         """Return the same pipeline with an adapter merged into its denoiser; this one is unchanged.
 
         Calls are chained to stack several: `pipe.load_lora(style, 0.8).load_lora(motion, 0.5)`. The negative scale
@@ -264,19 +269,19 @@ class Pipeline:
         params = self._denoiser.params
         if expert not in params:
             raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
-        known = own_modules(params)
+        known = get_native_modules(params)
         if isinstance(self.config.dit, WanDitConfig):
             known |= {
                 name: module._replace(path=f"{expert}/{module.path}")
-                for name, module in wan_modules(self.config.dit).items()
+                for name, module in get_wan_modules(self.config.dit).items()
             }
         adapted = copy.copy(self)  # shares the open text encoder
         merged = merge_lora(params, load_lora(path, params, known), float(scale))
         adapted._denoiser = self._denoiser._replace(params=params | merged)  # `merged` lacks parts without parameters
         return adapted
 
-    def sampling(
-        self, *, steps: int | None = None, guidance: Scale | None = None, sampler: str | None = None
+    def resolve_sampling(
+        self, *, steps: int | None = None, guidance: GuidanceScale | None = None, sampler: str | None = None
     ) -> Sampling:
         """Return the pipeline's own sampling with the given values replaced.
 
@@ -287,14 +292,14 @@ class Pipeline:
         if steps is not None:
             changes["steps"] = steps
         if guidance is not None:
-            changes["guidance"] = _guidance(self.config.sampling, guidance)
+            changes["guidance"] = _resolve_guidance(self.config.sampling, guidance)
         if sampler is not None:
             changes["solver"] = sampler_of(sampler)
         return replace(self.config.sampling, **changes)
 
-    def _how(self, sampling: Sampling, count: int) -> dict[str, Any]:
+    def _make_sampling_arguments(self, sampling: Sampling, count: int) -> dict[str, Any]:
         """Return arguments of `sample_latents`; warn if guidance has no trained unconditional branch."""
-        if sampling.full_guidance.branches > 1 and self.config.caption_dropout == 0:
+        if sampling.full_guidance.branch_count > 1 and self.config.caption_dropout == 0:
             warnings.warn(
                 "guidance needs an unconditional model, and this one was trained without caption dropout; use "
                 "guidance=1, or train it with caption_dropout",
@@ -302,7 +307,7 @@ class Pipeline:
             )
         return {"sampling": sampling, "shape": self.config.row_shape, "rows": max(1, min(self.config.batch, count))}
 
-    def _latent_requests(
+    def _make_latent_requests(
         self,
         requests: Sequence[Request],
         *,
@@ -313,29 +318,33 @@ class Pipeline:
         for request in requests:
             if not 0 <= request.seed < 2**32:
                 raise UserError(f"seed={request.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}")
-            grid = config.latent_grid(as_grid(request.size))
+            grid = config.latent_grid(to_grid(request.size))
             shape = (*grid, config.autoencoder.channels)
             initial = (
-                initial_noise(request.seed, grid, config.autoencoder.channels) if noise is None else np.asarray(noise)
+                draw_initial_noise(request.seed, grid, config.autoencoder.channels)
+                if noise is None
+                else np.asarray(noise)
             )
             if initial.shape != shape:
                 raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {initial.shape}")
             if not np.isfinite(initial).all():
                 raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
-            conditioning = self._images(as_grid(request.size), request.image, request.last_image)
+            conditioning = self._image_conditioner(to_grid(request.size), request.image, request.last_image)
             latent_requests.append(
                 LatentRequest(request.prompt, request.negative, initial.astype(np.float32), conditioning, request.seed)
             )
         return latent_requests
 
-    def _clips(self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]) -> list[Clip]:
+    def _decode_clips(
+        self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]
+    ) -> list[Clip]:
         """Decode clips of one size together, so that a size compiles once."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, values in enumerate(latents):
             by_shape.setdefault(values.shape, []).append(index)
         clips: dict[int, Clip] = {}
         for members in by_shape.values():
-            batch = min(_BATCH, len(members))
+            batch = min(_DECODE_BATCH, len(members))
             for start in range(0, len(members), batch):
                 part = members[start : start + batch]
                 stacked = np.stack([latents[index] for index in part] + [latents[part[-1]]] * (batch - len(part)))
@@ -357,31 +366,31 @@ def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None)
         frozen.
     """
     folder = Path(folder)
-    document = read_document(folder / CONFIG, format=FORMAT, what="pipeline", otherwise="export it again")
+    document = read_document(folder / CONFIG, format=FORMAT, kind="pipeline", fix="export it again")
     config = config_json.from_json(document.get("config"))
     if not isinstance(config, PipelineConfig):
         raise UserError(f"{folder / CONFIG} holds no pipeline's config; export it again")
     pipeline = Pipeline(
         config,
-        autoencoder=load_weights(folder / _AUTOENCODER, like=param_shapes(config.autoencoder.make)),
+        autoencoder=load_weights(folder / _AUTOENCODER, like=get_param_shapes(config.autoencoder.make)),
         denoiser=load_weights(folder / _DENOISER, like=config.denoiser_shapes),
     )
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 
-def _guidance(own: Sampling, given: Scale) -> float | tuple[float, float] | Guidance:
+def _resolve_guidance(own: Sampling, override: GuidanceScale) -> float | tuple[float, float] | Guidance:
     """Return the guidance that overrides a pipeline's own, of which numbers replace only the scale."""
-    if isinstance(given, Guidance):
-        return given
-    scale = (float(given[0]), float(given[1])) if isinstance(given, tuple) else float(given)
-    return own.guided(scale=scale) if isinstance(own.guidance, Guidance) else scale
+    if isinstance(override, Guidance):
+        return override
+    scale = (float(override[0]), float(override[1])) if isinstance(override, tuple) else float(override)
+    return own.override_guidance(scale=scale) if isinstance(own.guidance, Guidance) else scale
 
 
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
+def compute_autoencoder_identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
     """Return a hash of an autoencoder's config and weights: latents of one autoencoder are of no use to another.
 
     Options at their default do not count, so that a new option leaves existing latents valid; nor do those that only

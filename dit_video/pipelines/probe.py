@@ -8,19 +8,29 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from dit_video.backbones.denoise import packed_denoise
-from dit_video.backbones.dit import Given, attention_maps
+from dit_video.backbones.denoise import make_denoise_fn
+from dit_video.backbones.dit import Given, compute_attention_maps
 from dit_video.core.errors import UserError
 from dit_video.core.typing import SameArray
 from dit_video.diffusion import ClipSize
 from dit_video.encoders.text import open_tokenizer
-from dit_video.nn import graph_of
-from dit_video.pipelines.config import as_grid
+from dit_video.nn import get_graph_def
+from dit_video.pipelines.config import to_grid
 from dit_video.pipelines.pipeline import Pipeline
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid, unpatchify
+from dit_video.tokens import (
+    Grid,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_coordinates,
+    compute_token_grid,
+    pack,
+    patchify,
+    unpatchify,
+)
 
 
-class ClipDenoiser:
+class DenoiserProbe:
     """A pipeline's denoiser for clips of one size, each in a row of its own with a prompt of its own.
 
     `denoise(noisy, time)` is the denoiser that the estimates, losses and samplers of `diffusion` accept.
@@ -42,19 +52,21 @@ class ClipDenoiser:
             raise UserError(
                 "this model has two experts or conditioning frames; use a text-to-video model with one denoiser"
             )
-        latents = config.latent_grid(config.size if size is None else as_grid(size))
+        latents = config.latent_grid(config.size if size is None else to_grid(size))
         self.patch, self.channels = config.dit.patch, config.autoencoder.channels
-        self.latents, self.grid = latents, token_grid(latents, config.dit.patch)
+        self.latent_grid, self.token_grid = latents, compute_token_grid(latents, config.dit.patch)
         """Latent grid, and token grid, of a clip."""
-        self.process = config.process.for_size(ClipSize(frames=self.grid.t, frame_tokens=self.grid.h * self.grid.w))
+        self.process = config.process.specialize(
+            ClipSize(frames=self.token_grid.t, frame_tokens=self.token_grid.h * self.token_grid.w)
+        )
         """Process that the model was trained on, for clips of this size."""
         params = jax.tree.map(jnp.asarray, pipeline.denoiser_params)
-        self.dit = nnx.merge(graph_of(config.dit.make), params["dit"])
-        self._rows = self._packed(prompts, pipeline)
-        text = nnx.merge(graph_of(config.text.make), params["text"])
+        self.dit = nnx.merge(get_graph_def(config.dit.make), params["dit"])
+        self._rows = self._pack_prompts(prompts, pipeline)
+        text = nnx.merge(get_graph_def(config.text.make), params["text"])
         self._context = text(jnp.asarray(self._rows.text), jnp.asarray(self._rows.text_segments))
-        self._given = Given(labels=self._context.classes(1))
-        self._denoise = packed_denoise(
+        self._given = Given(labels=self._context.get_classes(1))
+        self._denoise = make_denoise_fn(
             self.dit,
             segments=self._rows.segments,
             coordinates=self._rows.coordinates,
@@ -64,30 +76,30 @@ class ClipDenoiser:
             given=self._given,
         )
 
-    def _packed(self, prompts: Sequence[str], pipeline: Pipeline) -> Rows:
+    def _pack_prompts(self, prompts: Sequence[str], pipeline: Pipeline) -> PackedBatch:
         tokenizer = open_tokenizer(pipeline.config.text)
         texts = [tokenizer(prompt) for prompt in prompts]
-        shape = RowShape(tokens=self.grid.volume, text=max(map(len, texts)), segments=1)
-        positions = coordinates(self.grid, step=(pipeline.config.interval, 1.0, 1.0))
+        shape = PackedShape(tokens=self.token_grid.volume, text=max(map(len, texts)), segments=1)
+        positions = compute_coordinates(self.token_grid, step=(pipeline.config.token_dt, 1.0, 1.0))
         width = self.patch.volume * self.channels
         rows = [
             pack(
-                [Item(np.zeros((self.grid.volume, width), np.float32), positions, text, number)],
+                [PackedExample(np.zeros((self.token_grid.volume, width), np.float32), positions, text, number)],
                 shape,
                 width=width,
                 text_width=text.shape[1] if text.ndim == 2 else 0,
             )
             for number, text in enumerate(texts)
         ]
-        return Rows(*map(np.stack, zip(*rows, strict=True)))
+        return PackedBatch(*map(np.stack, zip(*rows, strict=True)))
 
-    def tokens(self, latents: Float[SameArray, "*B t h w c"]) -> Float[SameArray, "*B n p"]:
+    def patchify(self, latents: Float[SameArray, "*B t h w c"]) -> Float[SameArray, "*B n p"]:
         """Convert latents to the denoiser's tokens."""
         return patchify(latents, self.patch)
 
-    def untokens(self, tokens: Float[SameArray, "*B n p"]) -> Float[SameArray, "*B t h w c"]:
+    def unpatchify(self, tokens: Float[SameArray, "*B n p"]) -> Float[SameArray, "*B t h w c"]:
         """Convert tokens to latents."""
-        return unpatchify(tokens, self.grid, self.patch)
+        return unpatchify(tokens, self.token_grid, self.patch)
 
     def denoise(self, noisy: Float[Array, "B n p"], time: Float[Array, "*time"]) -> Float[Array, "B n prediction"]:
         """Predict at one time for all clips, or at times that broadcast to `[B n]`, without guidance.
@@ -97,7 +109,7 @@ class ClipDenoiser:
         """
         return self._denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]))
 
-    def attention_maps(
+    def compute_attention_maps(
         self, noisy: Float[Array, "B n p"], time: Float[Array, ""] | float, *, queries: Sequence[int]
     ) -> Float32[np.ndarray, "L B K Q M"]:
         """Return how much some tokens (Q) attend to every token (M), by layer and head; see `dit.attention_maps`.
@@ -105,7 +117,7 @@ class ClipDenoiser:
         Raises:
           UserError: a query that is not the number of a token.
         """
-        return attention_maps(
+        return compute_attention_maps(
             self.dit,
             noisy,
             jnp.full((noisy.shape[0], 1), time, jnp.float32),
@@ -117,10 +129,12 @@ class ClipDenoiser:
             given=self._given,
         )
 
-    def token_at(self, pixel: tuple[int, float, float]) -> int:
+    def find_token(self, position: tuple[int, float, float]) -> int:
         """Return the number of the token at a latent frame and at fractions of the height and of the width."""
-        frame, y, x = pixel
-        token = Grid(int(frame) // self.patch.t, int(y * self.grid.h), int(x * self.grid.w))
-        if not all(0 <= index < length for index, length in zip(token, self.grid, strict=True)):
-            raise UserError(f"{pixel} lies outside of {self.latents.t} latent frames; fractions are from 0 to below 1")
-        return (token.t * self.grid.h + token.h) * self.grid.w + token.w
+        frame, y, x = position
+        token = Grid(int(frame) // self.patch.t, int(y * self.token_grid.h), int(x * self.token_grid.w))
+        if not all(0 <= index < length for index, length in zip(token, self.token_grid, strict=True)):
+            raise UserError(
+                f"{position} lies outside of {self.latent_grid.t} latent frames; fractions are from 0 to below 1"
+            )
+        return (token.t * self.token_grid.h + token.h) * self.token_grid.w + token.w

@@ -9,28 +9,28 @@ import jax
 from jax.sharding import Mesh
 
 from dit_video.core.errors import UserError
+from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten
-from dit_video.core.trees import size as count
 from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
-from dit_video.distributed.mesh import AnyMesh, abstract_mesh
+from dit_video.distributed.mesh import AnyMesh, make_abstract_mesh
 from dit_video.distributed.planner import (
+    CollectiveTraffic,
     CompiledStep,
-    Memory,
-    Moved,
-    Times,
+    MemoryUsage,
+    StepTimes,
+    StepWork,
     Topology,
-    Work,
-    chip_of,
     compile_step,
-    estimate,
-    held,
-    least_moved,
-    measured_peak,
-    moved_over,
-    step_times,
+    compute_min_collective_bytes,
+    compute_step_times,
+    count_argument_bytes,
+    estimate_step,
+    find_chip,
+    measure_peak_memory,
+    sum_collective_bytes,
 )
 from dit_video.experiment import Experiment
-from dit_video.planning.steps import Part, PlannedStep, clips_of, plan_step
+from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step
 
 _ANALYTIC = "analytic: counted, not compiled"
 _ATTENTION_BACKENDS = {"tpu": "splash", "gpu": "chunked"}
@@ -51,22 +51,22 @@ class Plan:
     """Number of tokens of each clip of a row."""
     remat: str
     parameter_count: int
-    how: Literal["compiled", "analytic"]
+    method: Literal["compiled", "analytic"]
     fits: bool
-    over: str | None
+    overflow: str | None
     """The compiler's reason, where the step does not fit."""
-    memory: Memory
+    memory: MemoryUsage
     limit: int
     """Number of bytes of a device's memory."""
     model_flops: int
     executed_flops: float
     hbm_bytes: float
     """Number of bytes that each device reads and writes in a step."""
-    moved: tuple[Moved, ...]
-    least: dict[str, float]
+    moved: tuple[CollectiveTraffic, ...]
+    min_bytes_moved: dict[str, float]
     """Lower bound on the bytes that must be moved over `fsdp`, and over `context` for attention, where the program was
     compiled and trains all weights."""
-    times: Times | None
+    times: StepTimes | None
     """Times of a step; None where it does not fit."""
     compile_seconds: float
     unknown_loops: int
@@ -83,7 +83,7 @@ class Plan:
 
     def mfu(self, seconds: float) -> float:
         """Return the share of the chips' peak that the model's own operations use, if a step takes `seconds`."""
-        return self.model_flops / (seconds * self.topology.chips * self.topology.chip.flops)
+        return self.model_flops / (seconds * self.topology.num_chips * self.topology.chip.flops)
 
     @property
     def intensity(self) -> float | None:
@@ -92,7 +92,7 @@ class Plan:
 
     def chip_hours(self, seconds: float) -> float:
         """Return the chip-hours of all steps, if each takes `seconds`."""
-        return self.steps * seconds * self.topology.chips / 3600
+        return self.steps * seconds * self.topology.num_chips / 3600
 
     def to_json(self) -> dict[str, Any]:
         """Return the whole plan, in bytes, operations and seconds."""
@@ -118,29 +118,35 @@ class Plan:
         chip = self.topology.chip
         mesh = " ".join(f"{name}={size}" for name, size in self.mesh.items() if size > 1) or "one device"
         yield f"{self.experiment}: {self.part}, {self.parameter_count / 1e9:.3g} billion parameters"
-        rows = f"{self.rows} rows" + (f" of {_clips(self.clips)} tokens" if self.part != "autoencoder" else "")
+        rows = f"{self.rows} rows" + (f" of {_format_clips(self.clips)} tokens" if self.part != "autoencoder" else "")
         remat = f"; remat {self.remat}" if self.part == "denoiser" else ""
         yield f"  on {self.topology}, {self.devices} devices, mesh {mesh}; {rows}{remat}"
         verdict = "fits" if self.fits else "does not fit"
-        method = f"compiled in {self.compile_seconds:.0f} s" if self.how == "compiled" else _ANALYTIC
-        yield f"  {verdict}: {_size(self.memory.peak)} of {_size(self.limit)} on each device ({method})"
-        if self.over:
-            yield f"    {self.over}"
+        method = f"compiled in {self.compile_seconds:.0f} s" if self.method == "compiled" else _ANALYTIC
+        yield f"  {verdict}: {_format_size(self.memory.peak)} of {_format_size(self.limit)} on each device ({method})"
+        if self.overflow:
+            yield f"    {self.overflow}"
         for name in ("parameters", "optimizer", "ema", "other", "activations", "temporary"):
-            yield f"    {name:<12} {_size(getattr(self.memory, name)):>10}"
+            yield f"    {name:<12} {_format_size(getattr(self.memory, name)):>10}"
         if self.device_peak is not None:
-            yield f"    {'measured':<12} {_size(self.device_peak):>10}"
+            yield f"    {'measured':<12} {_format_size(self.device_peak):>10}"
         operations = f"{self.model_flops / 1e12:,.4g} TFLOP of the model, {self.executed_flops / 1e12:,.4g} executed"
         yield f"  operations     {operations}"
         if self.intensity is not None:
-            yield f"  memory traffic {_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations a byte"
+            yield (
+                f"  memory traffic {_format_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations "
+                "a byte"
+            )
         if self.unknown_loops:
             yield f"    {self.unknown_loops} loops with data-dependent length are counted as one iteration"
         for part in self.moved:
-            yield f"  {part.kind:<18} over {_axes(part):<18} {_size(part.bytes):>10}, {part.times} times"
-        for axis, lower_bound in self.least.items():
-            moved_bytes = moved_over(axis, self.moved)
-            yield f"  in all over {axis:<12} {_size(moved_bytes):>10}, {moved_bytes / lower_bound:.2f} times the least"
+            yield f"  {part.kind:<18} over {_format_axes(part):<18} {_format_size(part.bytes):>10}, {part.count} times"
+        for axis, lower_bound in self.min_bytes_moved.items():
+            moved_bytes = sum_collective_bytes(axis, self.moved)
+            yield (
+                f"  in all over {axis:<12} {_format_size(moved_bytes):>10}, {moved_bytes / lower_bound:.2f} times "
+                "the least"
+            )
         if self.times is None:
             return
         unit, units = ("batch", "batches") if self.part == "sampler" else ("step", "steps")
@@ -151,8 +157,8 @@ class Plan:
         workload = f"{self.steps:,} {unit if self.steps == 1 else units}"
         for label, seconds in (("all at once", self.times.overlapped), ("one after the other", self.times.apart)):
             hours = self.chip_hours(seconds)
-            cost = "" if self.price is None else f", ${_round(self.price * hours)} at ${self.price:.2f} an hour"
-            needs = f"{workload}: {_round(hours)} chip-hours{cost}"
+            cost = "" if self.price is None else f", ${_format_number(self.price * hours)} at ${self.price:.2f} an hour"
+            needs = f"{workload}: {_format_number(hours)} chip-hours{cost}"
             yield f"    {label:<20} {seconds:.4g} s, MFU {self.mfu(seconds):.1%}; {needs}"
         yield f"  hardware: {chip.source}{self._price_source()}"
 
@@ -160,63 +166,63 @@ class Plan:
         chip = self.topology.chip
         if self.price is None:
             return f"; no public price of {chip.name} is known: set one with --price"
-        return f"; price: {chip.price_source}" if self.price == chip.price else ""
+        return f"; price: {chip.price_source}" if self.price == chip.hourly_price else ""
 
 
-def _axes(part: Moved) -> str:
+def _format_axes(part: CollectiveTraffic) -> str:
     return " x ".join(part.axes).replace("part of x ", "part of ")
 
 
-def _clips(clips: Sequence[int]) -> str:
+def _format_clips(clips: Sequence[int]) -> str:
     parts = [f"{clips.count(size)}x{size:,}" for size in dict.fromkeys(clips)]
     return " + ".join(parts)
 
 
-def _size(number: int | float) -> str:
+def _format_size(number: int | float) -> str:
     return f"{number / 2**30:,.2f} GiB" if number >= 2**28 else f"{number / 2**20:,.1f} MiB"
 
 
-def _round(number: float) -> str:
+def _format_number(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def devices_of(topology: Topology) -> tuple[list[Any], bool]:
+def find_devices(topology: Topology) -> tuple[list[Any], bool]:
     """Return the devices of a topology, and whether a program can be compiled for them.
 
     TPUs are described by libtpu. GPUs have to be present: else the host's own devices stand for them, and costs are
     counted instead of compiled.
     """
     if topology.chip.kind == "tpu":
-        return topology.devices(), True
+        return topology.get_devices(), True
     local_devices = jax.devices()
-    if len(local_devices) >= topology.chips and chip_of(local_devices[0]) == topology.chip:
-        return list(local_devices[: topology.chips]), True
+    if len(local_devices) >= topology.num_chips and find_chip(local_devices[0]) == topology.chip:
+        return list(local_devices[: topology.num_chips]), True
     return [], False
 
 
-def adapted(experiment: Experiment, topology: Topology) -> Experiment:
+def resolve_attention(experiment: Experiment, topology: Topology) -> Experiment:
     """Return the experiment with the attention kernel of the topology's hardware, where the config is `auto`."""
     dit = experiment.denoiser.dit
     if topology.chip.kind != "tpu" or dit.attention != "auto":
         return experiment
-    return with_dit(experiment, attention=_ATTENTION_BACKENDS["tpu"])
+    return replace_dit(experiment, attention=_ATTENTION_BACKENDS["tpu"])
 
 
-def with_dit(experiment: Experiment, **changes: Any) -> Experiment:
+def replace_dit(experiment: Experiment, **changes: Any) -> Experiment:
     """Return the experiment with other fields of the denoiser's config."""
     denoiser = experiment.denoiser
     dit = dataclasses.replace(denoiser.dit, **changes)
     return dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, dit=dit))
 
 
-def mesh_for(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:
+def make_plan_mesh(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:
     """Return the mesh of a run on a topology, and whether a program can be compiled for it.
 
     Raises:
       UserError: axes that do not divide the devices; rows, heads or tokens that are not divisible by these.
     """
-    devices, present = devices_of(topology)
-    mesh = make_mesh(config, devices) if present else abstract_mesh(config, topology.chips)
+    devices, present = find_devices(topology)
+    mesh = make_mesh(config, devices) if present else make_abstract_mesh(config, topology.num_chips)
     if part != "autoencoder":
         check_mesh(dataclasses.replace(experiment, mesh=config), mesh)
     return mesh, present
@@ -232,7 +238,7 @@ def check_mesh(experiment: Experiment, mesh: AnyMesh) -> None:
     check_denoiser(
         mesh,
         denoiser.dit,
-        rows=denoiser.batch // denoiser.accumulate,
+        rows=denoiser.batch // denoiser.accumulation_steps,
         tokens=denoiser.rows.tokens,
         context_attention=experiment.mesh.context_attention,
     )
@@ -266,30 +272,42 @@ def plan_experiment(
       UserError: a mesh that does not divide the devices, or is not divisible by them; a part that cannot be planned.
     """
     config = experiment.mesh if mesh is None else mesh
-    experiment = adapted(dataclasses.replace(experiment, mesh=config), topology)
-    plan_mesh, present = mesh_for(experiment, topology, config, part)
+    experiment = resolve_attention(dataclasses.replace(experiment, mesh=config), topology)
+    plan_mesh, present = make_plan_mesh(experiment, topology, config, part)
     if part == "autoencoder" and not present:
         raise UserError(f"an autoencoder is planned by compiling: run this on {topology}, or plan for a TPU")
-    rows_of_clips = clips_of(experiment, clips)
+    rows_of_clips = fill_row(experiment, clips)
     planned = plan_step(experiment, part, plan_mesh, clips=rows_of_clips)
     devices = plan_mesh.size
-    limit = topology.chip.memory * topology.chips // devices  # devices of one chip share its memory
+    limit = topology.chip.memory * topology.num_chips // devices  # devices of one chip share its memory
     if present and isinstance(plan_mesh, Mesh):
-        compiled = compile_step(planned.step, planned.arguments, plan_mesh, turns=planned.turns, room=planned.room)
-        executed, hbm, moved = _read(compiled, planned, devices)
-        memory, fits, over = compiled.memory, compiled.over is None and compiled.memory.peak <= limit, compiled.over
+        compiled = compile_step(
+            planned.step,
+            planned.arguments,
+            plan_mesh,
+            outer_trip_count=planned.sampling_steps,
+            max_outer_trip_count=planned.max_steps,
+        )
+        executed, hbm, moved = _read_costs(compiled, planned, devices)
+        memory, fits, over = (
+            compiled.memory,
+            compiled.oom_message is None and compiled.memory.peak <= limit,
+            compiled.oom_message,
+        )
     else:
-        assert planned.known is not None
+        assert planned.costs is not None
         compiled = None
-        memory, work = estimate(planned.known, held(planned.arguments), planned.layer_bytes, dict(plan_mesh.shape))
-        turns = planned.turns
+        memory, work = estimate_step(
+            planned.costs, count_argument_bytes(planned.arguments), planned.layer_bytes, dict(plan_mesh.shape)
+        )
+        turns = planned.sampling_steps
         executed, hbm = work.flops * devices * turns, work.bytes * turns
         moved = tuple(
-            dataclasses.replace(part, bytes=part.bytes * turns, times=part.times * turns) for part in work.moved
+            dataclasses.replace(part, bytes=part.bytes * turns, count=part.count * turns) for part in work.collectives
         )
         fits, over = memory.peak <= limit, None
-    work = Work(flops=executed / devices, bytes=hbm, moved=moved)
-    times = step_times(work, topology, dict(plan_mesh.shape), devices_per_chip=devices // topology.chips)
+    work = StepWork(flops=executed / devices, bytes=hbm, collectives=moved)
+    times = compute_step_times(work, topology, dict(plan_mesh.shape), devices_per_chip=devices // topology.num_chips)
     if steps is None:
         training = experiment.autoencoder if part == "autoencoder" else experiment.denoiser
         steps = 1 if part == "sampler" else int(getattr(training, "steps", 1))
@@ -299,72 +317,78 @@ def plan_experiment(
         topology=topology,
         devices=devices,
         mesh=dict(plan_mesh.shape),
-        rows=_rows_of(planned, part),
+        rows=_count_rows(planned, part),
         clips=tuple(rows_of_clips),
         remat=experiment.denoiser.dit.remat if part == "denoiser" else "none",
-        parameter_count=_parameters(planned),
-        how="compiled" if present else "analytic",
+        parameter_count=_count_parameters(planned),
+        method="compiled" if present else "analytic",
         fits=fits,
-        over=over,
+        overflow=over,
         memory=memory,
         limit=limit,
         model_flops=planned.model_flops,
         executed_flops=executed,
         hbm_bytes=hbm,
         moved=moved,
-        least=_least(experiment, planned, dict(plan_mesh.shape)) if moved and present and part == "denoiser" else {},
+        min_bytes_moved=_compute_lower_bounds(experiment, planned, dict(plan_mesh.shape))
+        if moved and present and part == "denoiser"
+        else {},
         times=times if over is None else None,
-        compile_seconds=0.0 if compiled is None else compiled.seconds,
+        compile_seconds=0.0 if compiled is None else compiled.compile_seconds,
         unknown_loops=0 if compiled is None or compiled.program is None else compiled.program.unknown_loops,
-        device_peak=_measured(planned, plan_mesh, topology, fits) if measure else None,
+        device_peak=_measure_peak(planned, plan_mesh, topology, fits) if measure else None,
         steps=steps,
-        price=topology.chip.price if price is None else price,
+        price=topology.chip.hourly_price if price is None else price,
     )
 
 
-def _measured(planned: PlannedStep, mesh: Any, topology: Topology, fits: bool) -> int | None:
+def _measure_peak(planned: PlannedStep, mesh: Any, topology: Topology, fits: bool) -> int | None:
     is_local = isinstance(mesh, Mesh) and mesh.devices.flat[0] in jax.devices()
     if not is_local:
         raise UserError(
             f"measure is invalid: a step is measured by running it, and {topology} is not here; leave it out"
         )
-    return measured_peak(planned.step, planned.arguments) if fits else None
+    return measure_peak_memory(planned.step, planned.arguments) if fits else None
 
 
-def _least(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[str, float]:
+def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[str, float]:
     denoiser = experiment.denoiser
     if denoiser.lora is not None or denoiser.distillation is not None:
         return {}
-    assert planned.known is not None
-    return least_moved(planned.known, _parameters(planned), mesh, experiment.mesh.context_attention)
+    assert planned.costs is not None
+    return compute_min_collective_bytes(
+        planned.costs, _count_parameters(planned), mesh, experiment.mesh.context_attention
+    )
 
 
-def _rows_of(planned: PlannedStep, part: Part) -> int:
+def _count_rows(planned: PlannedStep, part: Part) -> int:
     if part == "autoencoder":
         return int(planned.arguments[1].shape[0])
-    assert planned.known is not None
-    return planned.known.rows
+    assert planned.costs is not None
+    return planned.costs.rows
 
 
-def _parameters(planned: PlannedStep) -> int:
+def _count_parameters(planned: PlannedStep) -> int:
     # A training state holds the parameters under `params`; a sampler's first argument is the parameters themselves.
     state = planned.arguments[0]
     leaves = {path: leaf for path, leaf in flatten(state).items() if "params" in path.split("/")[:2]}
     return count(leaves or state)
 
 
-def _read(compiled: CompiledStep, planned: PlannedStep, devices: int) -> tuple[float, float, tuple[Moved, ...]]:
+def _read_costs(
+    compiled: CompiledStep, planned: PlannedStep, devices: int
+) -> tuple[float, float, tuple[CollectiveTraffic, ...]]:
     """Return the operations of all devices, the bytes that each reads and writes, and the collectives.
 
     The program's kernels, which are attention, are opaque to the compiler's counts; their known costs are added.
     """
-    program, known = compiled.program, planned.known
+    program, known = compiled.program, planned.costs
     if program is None:
-        executed = float(known.executed * planned.turns if known is not None else planned.model_flops)
+        executed = float(known.executed_flops * planned.sampling_steps if known is not None else planned.model_flops)
         return executed, 0.0, ()
     executed, traffic = program.flops * devices, program.bytes
-    if program.kernels and known is not None:
-        executed += known.attention_executed * planned.turns
-        traffic += known.attention_bytes * planned.turns / devices
-    moved = tuple(sorted(program.moved.values(), key=lambda part: -part.bytes))
+    if program.kernel_calls and known is not None:
+        executed += known.executed_attention_flops * planned.sampling_steps
+        traffic += known.attention_bytes * planned.sampling_steps / devices
+    moved = tuple(sorted(program.collectives.values(), key=lambda part: -part.bytes))
     return executed, traffic, moved

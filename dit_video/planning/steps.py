@@ -15,35 +15,40 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.autoencoders import latent_grid
-from dit_video.backbones.flops import attention_flops, forward_flops, training_passes
+from dit_video.backbones.flops import count_attention_flops, count_forward_flops, count_training_passes
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import SampleTimes, Watched
-from dit_video.distributed import batch_shardings, over_devices, row_shards, shardings
+from dit_video.diffusion import SampleTimes, TracedSampler
+from dit_video.distributed import count_row_shards, make_batch_shardings, make_shardings, shard_model
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.distributed.planner import Step
-from dit_video.experiment import DenoiserTraining, Experiment, GivenAutoencoder
-from dit_video.experiment.initialization import denoiser_loss, init_denoiser, loss_parts, optimizer_of
+from dit_video.distributed.planner import StepSpec
+from dit_video.experiment import DenoiserTraining, Experiment, PretrainedAutoencoder
+from dit_video.experiment.initialization import (
+    get_optimizer_config,
+    init_denoiser,
+    make_autoencoder_loss,
+    make_denoiser_loss,
+)
 from dit_video.generation import LatentRequest
-from dit_video.generation.program import program_of, steps_of_program
+from dit_video.generation.program import compute_program_steps, make_program
 from dit_video.generation.rows import Group, Packer
-from dit_video.nn import graph_of, init_lora, init_params
-from dit_video.nn.attention import default_block
+from dit_video.nn import get_graph_def, init_lora, init_params
+from dit_video.nn.attention import choose_block_size
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
-from dit_video.tokens import Grid, Item, empty_row
-from dit_video.training.losses.adversarial import play
-from dit_video.training.losses.distillation import distillation_loss
+from dit_video.tokens import Grid, PackedExample, make_empty_row
+from dit_video.training.losses.adversarial import make_adversarial_update
+from dit_video.training.losses.distillation import make_distillation_loss
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import make_optimizer
-from dit_video.training.state import init_state, shapes_on_devices
+from dit_video.training.state import get_shapes_on_devices, init_state
 from dit_video.training.step import Loss, OwnStep, StatefulLoss, make_step
-from dit_video.weights import clip_vision_config
+from dit_video.weights import read_clip_vision_config
 
 Part = Literal["denoiser", "autoencoder", "sampler"]
 """Part of an experiment: the training step of one of its two models, or the sampler's program."""
 
-_PADDING = 64
+_MIN_CLIP_DIVISOR = 64
 """Inverse of the smallest share of a row that counts as a further clip; a smaller rest is padding."""
 
 
@@ -56,17 +61,17 @@ class PlannedStep(NamedTuple):
     """Shapes of the arguments, with their shardings."""
     model_flops: int
     """Operations of the model on all devices, without recomputation."""
-    turns: int = 1
+    sampling_steps: int = 1
     """Number of steps of a sampler."""
-    room: int | None = None
+    max_steps: int | None = None
     """Largest number of steps that its program supports."""
-    known: Step | None = None
+    costs: StepSpec | None = None
     """Costs of a denoiser that are counted without compiling."""
     layer_bytes: int = 0
     """Bytes of one layer's parameters."""
 
 
-def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
+def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
     """Return the token counts of the clips that fill a row: `count` equal ones, or as many of the largest as fit.
 
     What is left of the row is one more clip, unless it is so small a part that it is padding.
@@ -85,7 +90,7 @@ def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
     frames = latent_grid(Grid(experiment.data.max_frames, *multiple[1:]), stride).t
     largest = min(frames * (experiment.data.max_pixels // (multiple.h * multiple.w)), rows.tokens)
     full, rest = divmod(rows.tokens, largest)
-    clips = [largest] * full + [rest] * (rest * _PADDING > rows.tokens)
+    clips = [largest] * full + [rest] * (rest * _MIN_CLIP_DIVISOR > rows.tokens)
     return clips[: rows.segments]
 
 
@@ -97,26 +102,26 @@ def plan_step(experiment: Experiment, part: Part, mesh: AnyMesh, *, clips: Seque
     """
     match part:
         case "denoiser":
-            return _denoiser(experiment, mesh, clips)
+            return _plan_denoiser(experiment, mesh, clips)
         case "sampler":
-            return _sampler(experiment, mesh, clips)
+            return _plan_sampler(experiment, mesh, clips)
         case "autoencoder":
-            return _autoencoder(experiment, mesh)
+            return _plan_autoencoder(experiment, mesh)
 
 
-def _denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
+def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
     config = experiment.denoiser
-    base = denoiser_loss(experiment, mesh, empty=_empty_caption(config))
-    optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
-    layout = functools.partial(shardings, mesh=mesh)
+    base = make_denoiser_loss(experiment, mesh, empty_caption=_make_empty_caption(config))
+    optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps)
+    layout = functools.partial(make_shardings, mesh=mesh)
     init: Callable[[Array], dict[str, Any]] = functools.partial(init_denoiser, config)
     loss: Loss | OwnStep = base
     frozen: tuple[PyTree, ...] = ()
     if config.lora is not None or config.distillation is not None:
         weights = jax.eval_shape(init, jax.random.key(0))
-        frozen = (_laid(weights, layout(weights)),)
+        frozen = (_with_shardings(weights, layout(weights)),)
     if config.distillation is not None:
-        loss = distillation_loss(config.distillation, base)
+        loss = make_distillation_loss(config.distillation, base)
     if (lora := config.lora) is not None:
         loss = LoraLoss(loss=base, scale=lora.scale)
         init = lambda key: init_lora(weights, lora, key)  # noqa: E731
@@ -129,167 +134,180 @@ def _denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pl
         if isinstance(loss, OwnStep):
             make_it = loss.make_step
         else:
-            make_it = functools.partial(make_step, loss, accumulate=config.accumulate)
+            make_it = functools.partial(make_step, loss, accumulation_steps=config.accumulation_steps)
         return make_it(optimizer, ema_decay=config.ema_decay, constants=constants)(state, batch)
 
-    batch = _rows(config)
-    arguments = (shapes_on_devices(begin, shardings=layout), _laid(batch, batch_shardings(batch, mesh)), *frozen)
+    batch = _make_batch_shapes(config)
+    arguments = (
+        get_shapes_on_devices(begin, shardings=layout),
+        _with_shardings(batch, make_batch_shardings(batch, mesh)),
+        *frozen,
+    )
     images = batch.image.shape[1] // config.rows.segments
-    known = _known(config, clips, training=True, images=images)
+    known = _count_costs(config, clips, training=True, images=images)
     return PlannedStep(
         jax.jit(step, donate_argnums=0),
         arguments,
-        model_flops=training_passes(adapters=config.lora is not None) * known.forward,
-        known=known,
-        layer_bytes=_layer_bytes(config, init),
+        model_flops=count_training_passes(adapters=config.lora is not None) * known.forward_flops,
+        costs=known,
+        layer_bytes=_count_layer_bytes(config, init),
     )
 
 
-def _layer_bytes(config: DenoiserTraining, init: Callable[[Array], dict[str, Any]]) -> int:
+def _count_layer_bytes(config: DenoiserTraining, init: Callable[[Array], dict[str, Any]]) -> int:
     shapes = flatten(jax.eval_shape(init, jax.random.key(0)))
     stacked = [leaf for path, leaf in shapes.items() if "dit/blocks/" in path]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in stacked) // config.dit.layers
 
 
-def _empty_caption(config: DenoiserTraining) -> np.ndarray:
+def _make_empty_caption(config: DenoiserTraining) -> np.ndarray:
     if isinstance(config.text, FrozenTextConfig):
         return np.zeros((1, config.text.width), np.float32)
-    return config.text.tokenizer()("")
+    return config.text.make_tokenizer()("")
 
 
-def _text_width(config: DenoiserTraining) -> int:
+def _get_text_width(config: DenoiserTraining) -> int:
     return config.text.width if isinstance(config.text, FrozenTextConfig) else 0
 
 
-def _rows(config: DenoiserTraining) -> PyTree:
-    row = empty_row(config.rows, width=config.dit.token_width, text_width=_text_width(config), given=_item(config))
+def _make_batch_shapes(config: DenoiserTraining) -> PyTree:
+    row = make_empty_row(
+        config.rows, width=config.dit.token_width, text_width=_get_text_width(config), given=_make_example(config)
+    )
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((config.batch, *leaf.shape), leaf.dtype), row)
 
 
-def _item(config: DenoiserTraining) -> Item:
+def _make_example(config: DenoiserTraining) -> PackedExample:
     """Return a clip of one token, with all conditioning fields of the training."""
     token, position = np.zeros((1, config.dit.token_width), np.float32), np.zeros((1, 3), np.float32)
     grey = config.known is not None and config.known.rest == "grey"
     image = None
     if config.image_encoder is not None:
-        encoder = clip_vision_config(config.image_encoder)
+        encoder = read_clip_vision_config(config.image_encoder)
         image = np.zeros((encoder.tokens, encoder.width), np.float32)
-    return Item(token, position, np.zeros(0, np.int32), 0, shown=token if grey else None, image=image)
+    return PackedExample(token, position, np.zeros(0, np.int32), 0, shown=token if grey else None, image=image)
 
 
-def _laid(shapes: PyTree, layouts: PyTree) -> PyTree:
+def _with_shardings(shapes: PyTree, sharding_tree: PyTree) -> PyTree:
     return jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), shapes, layouts
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), shapes, sharding_tree
     )
 
 
-def on_mesh(state: PyTree, mesh: AnyMesh) -> PyTree:
+def shard_shapes(state: PyTree, mesh: AnyMesh) -> PyTree:
     """Return the shapes of a state, sharded as in a run."""
-    return _laid(state, shardings(state, mesh))
+    return _with_shardings(state, make_shardings(state, mesh))
 
 
-def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, images: int = 0, copies: int = 1) -> Step:
+def _count_costs(
+    config: DenoiserTraining, clips: Sequence[int], *, training: bool, images: int = 0, copies: int = 1
+) -> StepSpec:
     """Return the counted costs of a denoiser's step, with texts as long as fit and `images` image tokens a clip."""
     dit, text = config.dit, min(config.text.max_tokens, config.rows.text // max(1, len(clips)))
     if isinstance(config.text, ByteEncoderConfig):
         text = -(-text // config.text.patch)
     grids = [Grid(1, 1, clip) for clip in clips]
     texts = [text] * len(clips)
-    return Step(
+    return StepSpec(
         width=dit.width,
-        hidden=dit.hidden_width,
+        mlp_dim=dit.mlp_dim,
         layers=dit.layers,
-        tokens=config.rows.tokens,
+        tokens_per_row=config.rows.tokens,
         rows=config.batch * copies,
         itemsize=jnp.dtype(dit.dtype).itemsize,
         remat=dit.remat,
-        forward=copies * config.batch * forward_flops(dit, grids, texts, images=[images] * len(clips)),
-        attention=copies * config.batch * attention_flops(dit, grids, texts),
-        fused=dit.attention not in ("dense", "auto", "chunked"),
-        block=default_block(config.rows.tokens) if dit.attention == "splash" else None,
+        forward_flops=copies * config.batch * count_forward_flops(dit, grids, texts, images=[images] * len(clips)),
+        attention_flops=copies * config.batch * count_attention_flops(dit, grids, texts),
+        fused_attention=dit.attention not in ("dense", "auto", "chunked"),
+        query_block=choose_block_size(config.rows.tokens) if dit.attention == "splash" else None,
         training=training,
     )
 
 
-def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
+def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
     config, sampling = experiment.denoiser, experiment.sampling
-    make = over_devices(config.dit.make, mesh, experiment.mesh.context_attention)
+    make = shard_model(config.dit.make, mesh, experiment.mesh.context_attention)
     guidance = sampling.full_guidance
-    empty_caption = _empty_caption(config)
+    empty_caption = _make_empty_caption(config)
     patch = config.dit.patch
     noise = [np.zeros((1, patch.h, patch.w * clip, config.dit.channels), np.float32) for clip in clips]
     requests = [LatentRequest("", "", part) for _ in range(config.batch) for part in noise]
-    packer = Packer(requests, {"": empty_caption}, patch, 1.0, guidance.branches, config.batch)
+    packer = Packer(requests, {"": empty_caption}, patch, 1.0, guidance.branch_count, config.batch)
     members = np.arange(len(requests)).reshape(config.batch, -1).tolist()
-    batch = packer.batch(Group(config.rows, False, members), members)
-    process, solver = config.objective.process, Watched(solver=sampling.solver, recorded=False)
-    batched = sampling.branches == "together"
-    program = program_of(
-        graph_of(make), graph_of(config.text.make), process, config.objective.prediction, solver, batched
+    batch = packer.make_batch(Group(config.rows, False, members), members)
+    process, solver = config.objective.process, TracedSampler(solver=sampling.solver, has_trace=False)
+    batched = sampling.branch_evaluation == "together"
+    program = make_program(
+        get_graph_def(make), get_graph_def(config.text.make), process, config.objective.prediction, solver, batched
     )
     state = jax.eval_shape(
-        lambda tokens: solver.init(process.start(tokens), steps=sampling.steps), batch.branches[0][0].tokens
+        lambda tokens: solver.init(process.scale_initial_noise(tokens), steps=sampling.steps),
+        batch.branches[0][0].tokens,
     )
     params = jax.eval_shape(functools.partial(init_denoiser, config), jax.random.key(0))
     replicated = NamedSharding(mesh, PartitionSpec())
-    room = steps_of_program(sampling.steps)
+    room = compute_program_steps(sampling.steps)
     times = jax.ShapeDtypeStruct((room + 1,), jnp.float32, sharding=replicated)
-    strength = guidance.strength(0) if guidance.branches > 1 else None
+    strength = guidance.get_params(0) if guidance.branch_count > 1 else None
     if strength is None:
         batch = batch._replace(branches=batch.branches[:1])
     arguments = (
-        _laid(params, shardings(params, mesh)),
-        _laid_rows(state, mesh, config.batch),
-        _laid_rows(batch, mesh, config.batch),
+        _with_shardings(params, make_shardings(params, mesh)),
+        _shard_rows(state, mesh, config.batch),
+        _shard_rows(batch, mesh, config.batch),
         jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=replicated), strength
         ),
         SampleTimes(times, times),  # type: ignore[arg-type]  # their shapes
         jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
     )
-    known = _known(config, clips, training=False, copies=guidance.branches)
-    layers = _layer_bytes(config, functools.partial(init_denoiser, config))
-    flops = sampling.steps * known.forward
-    return PlannedStep(program, arguments, flops, turns=sampling.steps, room=room, known=known, layer_bytes=layers)
+    known = _count_costs(config, clips, training=False, copies=guidance.branch_count)
+    layers = _count_layer_bytes(config, functools.partial(init_denoiser, config))
+    flops = sampling.steps * known.forward_flops
+    return PlannedStep(
+        program, arguments, flops, sampling_steps=sampling.steps, max_steps=room, costs=known, layer_bytes=layers
+    )
 
 
-def _laid_rows(shapes: PyTree, mesh: AnyMesh, rows: int) -> PyTree:
+def _shard_rows(shapes: PyTree, mesh: AnyMesh, rows: int) -> PyTree:
     """Return shapes whose rows, and tokens, are sharded as a training batch's; all else is replicated."""
 
     def layout(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
         split: NamedSharding = NamedSharding(mesh, PartitionSpec())
-        if leaf.ndim and leaf.shape[0] == rows and rows % row_shards(mesh) == 0:
+        if leaf.ndim and leaf.shape[0] == rows and rows % count_row_shards(mesh) == 0:
             # A solver's state has the shape of the noisy tokens.
             name = "tokens" if leaf.ndim == 3 and path.startswith("solver/") else path
-            split = batch_shardings({name: leaf}, mesh)[name]
+            split = make_batch_shardings({name: leaf}, mesh)[name]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
 
     return map_with_path(layout, shapes)
 
 
-def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
+def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     config = experiment.autoencoder
-    if isinstance(config, GivenAutoencoder):
+    if isinstance(config, PretrainedAutoencoder):
         raise UserError("the autoencoder of this experiment is pretrained; plan its denoiser or its sampler")
-    parts = loss_parts(config, experiment.seed)
-    loss, discriminator, constants = parts["loss"], parts["rival"], parts["constants"]
+    parts = make_autoencoder_loss(config, experiment.seed)
+    loss, discriminator, constants = parts["loss"], parts["discriminator"], parts["constants"]
     optimizer = make_optimizer(config.optimizer, steps=config.steps)
 
     def begin(key: Array) -> Any:
         params = init_params(config.model.make, key)
         extra = loss.start(params, fresh=True) if isinstance(loss, StatefulLoss) else None
         state = init_state(params, optimizer, extra)
-        return state if discriminator is None else discriminator.join(state)
+        return state if discriminator is None else discriminator.init_state(state)
 
     def step(state: Any, clips: Any, *constants: Any) -> Any:
         if discriminator is None:
             return make_step(loss, optimizer, ema_decay=config.ema_decay, constants=constants)(state, clips)
         # The program with the discriminator's penalty is the largest.
-        adversarial_step = play(loss, optimizer, discriminator, ema_decay=config.ema_decay, penalised=True)
+        adversarial_step = make_adversarial_update(
+            loss, optimizer, discriminator, ema_decay=config.ema_decay, penalised=True
+        )
         return adversarial_step(state, clips, *constants)
 
-    window = max(config.windows, key=_pixels)
-    if window.batch % (shards := row_shards(mesh)):
+    window = max(config.windows, key=_count_pixels)
+    if window.batch % (shards := count_row_shards(mesh)):
         raise UserError(
             f"windows in batches of {window.batch} do not divide among {shards} devices along data and fsdp; set "
             f"autoencoder windows of batch={window.batch + -window.batch % shards}, or use fewer chips"
@@ -297,9 +315,9 @@ def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     batch = jax.ShapeDtypeStruct((window.batch, *window.size, 3), jnp.uint8)
     replicated = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), constants)
     arguments = (
-        shapes_on_devices(begin, shardings=functools.partial(shardings, mesh=mesh)),
-        _laid(batch, batch_shardings(batch, mesh)),
-        *_laid(constants, replicated),
+        get_shapes_on_devices(begin, shardings=functools.partial(make_shardings, mesh=mesh)),
+        _with_shardings(batch, make_batch_shardings(batch, mesh)),
+        *_with_shardings(constants, replicated),
     )
     jitted = jax.jit(step, donate_argnums=0)
     unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
@@ -307,5 +325,5 @@ def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     return PlannedStep(jitted, arguments, model_flops=int(flops.get("flops", 0)))
 
 
-def _pixels(window: WindowConfig) -> int:
+def _count_pixels(window: WindowConfig) -> int:
     return window.batch * window.size.volume

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, get_args
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import AXES, MeshConfig, row_shards
-from dit_video.distributed.mesh import abstract_mesh
-from dit_video.distributed.planner import Topology, estimate, held, step_times
+from dit_video.distributed import AXES, MeshConfig, count_row_shards
+from dit_video.distributed.mesh import make_abstract_mesh
+from dit_video.distributed.planner import Topology, compute_step_times, count_argument_bytes, estimate_step
 from dit_video.experiment import Experiment
 from dit_video.nn import Remat
-from dit_video.planning.report import Plan, adapted, check_mesh, devices_of, plan_experiment, with_dit
-from dit_video.planning.steps import Part, clips_of, on_mesh, plan_step
+from dit_video.planning.report import Plan, check_mesh, find_devices, plan_experiment, replace_dit, resolve_attention
+from dit_video.planning.steps import Part, fill_row, plan_step, shard_shapes
 
 _SLACK = 1.1
 """Largest estimate of a candidate's memory relative to a device's; for compiled steps, estimates were at most 5 % too
 high."""
-_ROWS = (1, 2, 4, 8)
-_LIKE_OTHERS = ("dots", "dots_no_batch", "offload")
+_ROWS_PER_SHARD = (1, 2, 4, 8)
+_SKIPPED_REMATS = ("dots", "dots_no_batch", "offload")
 """Policies that are not tried: `dots` also keeps attention scores; the two others keep a little less than
 `dots_attention`, one of them on the host, and recompute all of attention for it."""
 
@@ -30,14 +30,14 @@ class Candidate(NamedTuple):
     rows: int
     """Number of rows of the batch."""
     remat: Remat
-    share: float
+    mfu: float
     """Estimated share of the chips' peak that the model's operations use, by which candidates are ranked."""
-    peak: int
+    peak_bytes: int
     """Estimated peak memory in bytes."""
 
-    def of(self, experiment: Experiment) -> Experiment:
+    def apply_to(self, experiment: Experiment) -> Experiment:
         """Return the experiment with this candidate's settings."""
-        changed = with_dit(experiment, remat=self.remat)
+        changed = replace_dit(experiment, remat=self.remat)
         denoiser = dataclasses.replace(changed.denoiser, batch=self.rows)
         return dataclasses.replace(changed, denoiser=denoiser, mesh=self.mesh)
 
@@ -52,7 +52,7 @@ def suggest(
     clips: int | None = None,
     steps: int | None = None,
     price: float | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Search for the best plan that fits: estimate all candidates, then compile the best few.
 
@@ -74,8 +74,8 @@ def suggest(
         raise UserError(
             "part=autoencoder is invalid: only the denoiser and its sampler are searched; set --mesh for it"
         )
-    experiment = adapted(experiment, topology)
-    ranked = candidates(experiment, topology, part=part, rows=rows, clips=clips)
+    experiment = resolve_attention(experiment, topology)
+    ranked = list_candidates(experiment, topology, part=part, rows=rows, clips=clips)
     if not ranked:
         raise UserError(
             f"nothing on {topology} divides the denoiser's heads, hidden width and rows, or comes near to fitting"
@@ -86,9 +86,9 @@ def suggest(
         if number >= tries * (1 if best else 3):
             break
         options: dict[str, Any] = {"part": part, "mesh": candidate.mesh, "clips": clips, "steps": steps, "price": price}
-        plan = plan_experiment(candidate.of(experiment), topology, **options)
-        say(_line(candidate, plan))
-        if plan.fits and (best is None or _worth(plan) > _worth(best)):
+        plan = plan_experiment(candidate.apply_to(experiment), topology, **options)
+        report(_format_line(candidate, plan))
+        if plan.fits and (best is None or _score(plan) > _score(best)):
             best = plan
     if best is None:
         raise UserError(
@@ -98,19 +98,19 @@ def suggest(
     return best
 
 
-def _worth(plan: Plan) -> float:
+def _score(plan: Plan) -> float:
     assert plan.times is not None
     return plan.mfu(plan.times.apart)
 
 
-def _line(candidate: Candidate, plan: Plan) -> str:
+def _format_line(candidate: Candidate, plan: Plan) -> str:
     mesh = " ".join(f"{name}={getattr(candidate.mesh, name)}" for name in AXES)
     verdict = "does not fit" if not plan.fits or plan.times is None else f"MFU {plan.mfu(plan.times.apart):.1%}"
-    peak = f"{plan.memory.peak / 2**30:.1f} GiB (counted {candidate.peak / 2**30:.1f})"
+    peak = f"{plan.memory.peak / 2**30:.1f} GiB (counted {candidate.peak_bytes / 2**30:.1f})"
     return f"{mesh}, {candidate.rows} rows, remat {candidate.remat}: {peak}, {verdict}"
 
 
-def candidates(
+def list_candidates(
     experiment: Experiment,
     topology: Topology,
     *,
@@ -120,44 +120,46 @@ def candidates(
 ) -> list[Candidate]:
     """Return all candidates that divide the experiment and may fit, best first, and of equals the fewest rows first."""
     results = []
-    devices, present = devices_of(topology)
-    device_count = len(devices) if present else topology.chips
-    limit = topology.chip.memory * topology.chips // device_count
-    remats = [remat for remat in get_args(Remat) if remat not in _LIKE_OTHERS] if part == "denoiser" else ["none"]
-    unsharded = plan_step(experiment, part, abstract_mesh(MeshConfig(), 1), clips=clips_of(experiment, clips))
-    assert unsharded.known is not None
-    for mesh in meshes(experiment, device_count):
-        abstract = abstract_mesh(mesh, device_count)
-        state_shapes = on_mesh(unsharded.arguments[0], abstract)
-        state, parts = held((state_shapes,)), row_shards(abstract)
-        batches = [rows] if rows is not None else [parts * rows_per_shard for rows_per_shard in _ROWS]
+    devices, present = find_devices(topology)
+    device_count = len(devices) if present else topology.num_chips
+    limit = topology.chip.memory * topology.num_chips // device_count
+    remats = [remat for remat in get_args(Remat) if remat not in _SKIPPED_REMATS] if part == "denoiser" else ["none"]
+    unsharded = plan_step(experiment, part, make_abstract_mesh(MeshConfig(), 1), clips=fill_row(experiment, clips))
+    assert unsharded.costs is not None
+    for mesh in list_meshes(experiment, device_count):
+        abstract = make_abstract_mesh(mesh, device_count)
+        state_shapes = shard_shapes(unsharded.arguments[0], abstract)
+        state, parts = count_argument_bytes((state_shapes,)), count_row_shards(abstract)
+        batches = [rows] if rows is not None else [parts * rows_per_shard for rows_per_shard in _ROWS_PER_SHARD]
         for batch, remat in itertools.product(batches, remats):
             try:
-                check_mesh(Candidate(mesh, batch, remat, 0.0, 0).of(experiment), abstract)
+                check_mesh(Candidate(mesh, batch, remat, 0.0, 0).apply_to(experiment), abstract)
             except UserError:
                 continue
-            costs = unsharded.known.resized(batch, remat)
-            memory, work = estimate(costs, state, unsharded.layer_bytes, dict(abstract.shape))
+            costs = unsharded.costs.resize(batch, remat)
+            memory, work = estimate_step(costs, state, unsharded.layer_bytes, dict(abstract.shape))
             if memory.peak > _SLACK * limit:
                 continue
-            times = step_times(work, topology, dict(abstract.shape), devices_per_chip=device_count // topology.chips)
-            flops = costs.forward * (3 if costs.training else 1)
-            share = flops / (times.apart * topology.chips * topology.chip.flops)
+            times = compute_step_times(
+                work, topology, dict(abstract.shape), devices_per_chip=device_count // topology.num_chips
+            )
+            flops = costs.forward_flops * (3 if costs.training else 1)
+            share = flops / (times.apart * topology.num_chips * topology.chip.flops)
             results.append(Candidate(mesh, batch, remat, share, memory.peak))
     # Estimates do not tell shares within one percent apart: there, prefer fewer rows, then more `fsdp`.
-    return sorted(results, key=lambda unsharded: (-round(unsharded.share, 2), unsharded.rows, -unsharded.mesh.fsdp))
+    return sorted(results, key=lambda unsharded: (-round(unsharded.mfu, 2), unsharded.rows, -unsharded.mesh.fsdp))
 
 
-def meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:
+def list_meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:
     """Yield every mesh of the devices, with at most as many along `tensor` and `context` as there are heads."""
     dit = experiment.denoiser.dit
-    for tensor in _divisors(devices):
-        if dit.heads % tensor or dit.hidden_width % tensor:
+    for tensor in _list_divisors(devices):
+        if dit.heads % tensor or dit.mlp_dim % tensor:
             continue
-        for context in _divisors(devices // tensor):
+        for context in _list_divisors(devices // tensor):
             if context > dit.heads // tensor:
                 continue
-            for fsdp in _divisors(devices // (tensor * context)):
+            for fsdp in _list_divisors(devices // (tensor * context)):
                 data = devices // (tensor * context * fsdp)
                 context_attention = experiment.mesh.context_attention
                 yield MeshConfig(
@@ -165,5 +167,5 @@ def meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:
                 )
 
 
-def _divisors(number: int) -> list[int]:
+def _list_divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]

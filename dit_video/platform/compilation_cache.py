@@ -6,11 +6,11 @@ from typing import Any, cast
 
 import jax
 
-LEAST_SECONDS = 0.3
+MIN_COMPILE_SECONDS = 0.3
 """Shortest compilation that is cached, in seconds; anything faster is compiled again."""
 
 
-def keep_programs(folder: Path | None = None) -> Path:
+def enable_compilation_cache(folder: Path | None = None) -> Path:
     """Have JAX cache compiled programs in a folder from now on; returns the folder.
 
     A folder that JAX was given before, for example by `JAX_COMPILATION_CACHE_DIR`, stays. JAX never removes a program;
@@ -24,5 +24,5 @@ def keep_programs(folder: Path | None = None) -> Path:
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video" / "programs"
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     return folder

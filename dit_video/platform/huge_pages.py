@@ -22,7 +22,7 @@ def use_huge_pages(name: str) -> None:
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     skipped = name != "__main__" or "jax" in sys.modules or sys.gettrace() is not None
-    if skipped or _TUNABLE in tunables or not _on_request():
+    if skipped or _TUNABLE in tunables or not _is_available():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_TUNABLE}=1")))
     sys.stdout.flush()
@@ -30,7 +30,7 @@ def use_huge_pages(name: str) -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _on_request() -> bool:
+def _is_available() -> bool:
     """Return True if Linux gives huge pages on request, and this glibc can request them."""
     try:
         library = os.confstr("CS_GNU_LIBC_VERSION") or ""

@@ -11,29 +11,29 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 @functools.cache
-def code_version() -> dict[str, str | None]:
+def get_code_version() -> dict[str, str | None]:
     """Return the versions of the package, Python and JAX, a digest of the package's files, and the git commit, if any.
 
     The digest tells whether two machines run the same code, also without git or with uncommitted changes.
     """
     return {
-        "dit_video": _installed("dit-video"),
-        "sources": _digest(),
-        "commit": _commit(),
+        "dit_video": _get_version("dit-video"),
+        "sources": _compute_digest(),
+        "commit": _read_commit(),
         "python": platform.python_version(),
-        "jax": _installed("jax"),
-        "jaxlib": _installed("jaxlib"),
+        "jax": _get_version("jax"),
+        "jaxlib": _get_version("jaxlib"),
     }
 
 
-def _installed(package: str) -> str | None:
+def _get_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _digest() -> str:
+def _compute_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(f"{path.relative_to(_PACKAGE)}\0".encode())
@@ -41,7 +41,7 @@ def _digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _commit() -> str | None:
+def _read_commit() -> str | None:
     """Return the commit; None where the package is not at the top of a checkout: the repository may be another's."""
     root = _PACKAGE.parent
     if not (root / ".git").exists():

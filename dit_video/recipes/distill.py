@@ -11,24 +11,24 @@ import numpy as np
 from dit_video.core.errors import UserError
 from dit_video.data.synthetic import shapes
 from dit_video.diffusion import FlowMatching, Lcm
-from dit_video.evaluation.evaluate import shape_requests
-from dit_video.evaluation.metrics.prompt_following import Result, examine, prompt_following
-from dit_video.experiment import Data, DenoiserTraining, Experiment, GivenAutoencoder
+from dit_video.evaluation.evaluate import make_shape_requests
+from dit_video.evaluation.metrics.prompt_following import JudgedSample, judge_sample, prompt_following
+from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder
 from dit_video.experiment.folder import CONFIG as RUN
 from dit_video.experiment.run import Run
 from dit_video.generation import Sampling
 from dit_video.pipelines.pipeline import CONFIG as PIPELINE
 from dit_video.pipelines.pipeline import Pipeline, load_pipeline
-from dit_video.tokens import RowShape
+from dit_video.tokens import PackedShape
 from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
 from dit_video.training.optim.optimizer import OptimizerConfig
 
-RATES = {"consistency": 1e-3, "dmd": 3e-4}
+LEARNING_RATES = {"consistency": 1e-3, "dmd": 3e-4}
 ATTRIBUTES = ("colour", "direction", "shape")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distilling:
+class DistillationOptions:
     """Options of the distillation of a teacher."""
 
     method: Literal["consistency", "dmd"] = "consistency"
@@ -57,7 +57,9 @@ class Distilling:
     save_every: int = 200
 
 
-def distilling(folder: str | os.PathLike, options: Distilling = Distilling()) -> Experiment:
+def make_distillation_experiment(
+    folder: str | os.PathLike, options: DistillationOptions = DistillationOptions()
+) -> Experiment:
     """Return the experiment that distils the denoiser of a run or a pipeline, whose autoencoder is used unchanged.
 
     Args:
@@ -82,29 +84,31 @@ def distilling(folder: str | os.PathLike, options: Distilling = Distilling()) ->
         raise UserError(f"guidance={scale} is invalid: a teacher is distilled at one scale; set it with --guidance")
     autoencoder: Any = config.autoencoder
     objective = FlowMatching(process=config.process, prediction=config.prediction)
-    data = Data(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
+    data = DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
     return Experiment(
         name=f"{'shapes' if run is None else run.name}-{options.method}",
         seed=options.seed,
         data=data if run is None else run.data,
-        autoencoder=GivenAutoencoder(model=autoencoder, folder=os.fspath(start)),
+        autoencoder=PretrainedAutoencoder(model=autoencoder, folder=os.fspath(start)),
         denoiser=DenoiserTraining(
             dit=config.dit,
             text=config.text,
-            rows=config.rows or RowShape(tokens=_largest(config), text=config.text.max_tokens, segments=1),
+            rows=config.rows or PackedShape(tokens=_count_max_tokens(config), text=config.text.max_tokens, segments=1),
             batch=options.batch or config.batch,
             optimizer=OptimizerConfig(
                 kind=options.optimizer,
-                learning_rate=RATES[options.method] if options.learning_rate is None else options.learning_rate,
-                matrix_scale=0.5,
+                learning_rate=LEARNING_RATES[options.method]
+                if options.learning_rate is None
+                else options.learning_rate,
+                muon_rms=0.5,
                 schedule="wsd",
                 warmup=min(options.warmup, options.steps - 1),
             ),
             steps=options.steps,
             objective=objective if run is None else run.denoiser.objective,
             ema_decay=options.ema_decay,
-            start=os.fspath(start),
-            distillation=_method(options, scale),
+            init_from=os.fspath(start),
+            distillation=_make_distillation(options, scale),
         ),
         sampling=Sampling(steps=options.sampling_steps, guidance=1.0, solver=Lcm()),
         evaluation=config.evaluation,
@@ -113,13 +117,13 @@ def distilling(folder: str | os.PathLike, options: Distilling = Distilling()) ->
     )
 
 
-def _method(options: Distilling, guidance: float) -> Distillation:
+def _make_distillation(options: DistillationOptions, guidance: float) -> Distillation:
     if options.method == "consistency":
         return ConsistencyDistillation(guidance=guidance, intervals=options.intervals)
     return DistributionMatching(guidance=guidance, steps=options.sampling_steps, critic_steps=options.critic_steps)
 
 
-def _largest(config: Any) -> int:
+def _count_max_tokens(config: Any) -> int:
     grid, patch = config.latent_grid(config.size), config.dit.patch
     return grid.volume // patch.volume
 
@@ -128,8 +132,8 @@ def compare(
     teacher: Pipeline,
     student: Pipeline,
     *,
-    full: int = 50,
-    few: Sequence[int] = (4, 2, 1),
+    reference_steps: int = 50,
+    few_steps: Sequence[int] = (4, 2, 1),
     seeds: Sequence[int] = (0, 1, 2),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -149,29 +153,32 @@ def compare(
     """
     table: dict[str, dict[str, Any]] = {}
     for name, pipeline, steps in (
-        *(("teacher", teacher, steps) for steps in (full, *few)),
-        *(("student", student, steps) for steps in few),
+        *(("teacher", teacher, steps) for steps in (reference_steps, *few_steps)),
+        *(("student", student, steps) for steps in few_steps),
     ):
-        table[f"{name}, {steps} steps"] = {"steps": steps, **_figures(pipeline, steps, seeds)}
+        table[f"{name}, {steps} steps"] = {"steps": steps, **_measure(pipeline, steps, seeds)}
         if progress is not None:
             progress(len(table))
-    reference = table[f"teacher, {full} steps"]
+    reference = table[f"teacher, {reference_steps} steps"]
     for row in table.values():
         for figure in ("following", "spread"):
-            row[f"{figure}_kept"] = _share(row[figure], reference[figure])
+            row[f"{figure}_kept"] = _compute_ratio(row[figure], reference[figure])
     return table
 
 
-def _share(part: float | None, whole: float | None) -> float | None:
-    return None if part is None or not whole else part / whole
+def _compute_ratio(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or not reference else value / reference
 
 
-def _figures(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
-    results: list[Result] = []
+def _measure(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
+    results: list[JudgedSample] = []
     for seed in seeds:
-        requests = shape_requests(seed)
+        requests = make_shape_requests(seed)
         clips = pipeline.generate_many(requests, steps=steps)
-        results += [examine(shapes.parse(request.prompt), clip) for request, clip in zip(requests, clips, strict=True)]
+        results += [
+            judge_sample(shapes.parse_caption(request.prompt), clip)
+            for request, clip in zip(requests, clips, strict=True)
+        ]
     metrics = prompt_following(results)
     rates = {name: metrics["all"][name]["rate"] for name in ATTRIBUTES}
     entries = [entry for entry in metrics["start_spread"].values() if isinstance(entry, dict)]

@@ -11,23 +11,23 @@ from dit_video.conditioning import KnownFrames
 from dit_video.core.errors import UserError
 from dit_video.diffusion import FlowMatching, LogitNormal
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import Data, DenoiserTraining, Experiment, GivenAutoencoder, OneOfTwo
-from dit_video.families import autoencoder_config, denoiser_config
-from dit_video.families.wan.pipeline import checked_index
+from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, ExpertConfig, PretrainedAutoencoder
+from dit_video.families import read_autoencoder_config, read_denoiser_config
+from dit_video.families.wan.pipeline import read_index
 from dit_video.generation import Sampling
 from dit_video.nn import LoraConfig, Remat
 from dit_video.text import FrozenTextConfig
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
-from dit_video.weights import load_scheduler, text_encoder_config
+from dit_video.weights import load_scheduler, read_text_encoder_config
 
-_RATES = {"lora": 1e-4, "full": 1e-5, "temporal": 1e-5, "scratch": 1e-4}
-_CLIPS = 4
+_LEARNING_RATES = {"lora": 1e-4, "full": 1e-5, "temporal": 1e-5, "scratch": 1e-4}
+_MAX_CLIPS_PER_ROW = 4
 """Largest number of clips of a row, when they are smaller than the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuning:
+class FineTuningOptions:
     """Options of the fine-tuning of open weights; defaults follow the original training.
 
     Raises:
@@ -53,9 +53,9 @@ class FineTuning:
     """Largest number of frames; by default 81, for TI2V-5B 121."""
     fps: float | None = None
     """Frame rate of the clips; by default 16, for TI2V-5B 24."""
-    stretches: int = 1
+    clips_per_video: int = 1
     """Number of temporal crops of `max_frames` that are used of a longer clip, spread over its length."""
-    first_frame: float | None = None
+    first_frame_prob: float | None = None
     """Probability that the first frame of a clip is known, so that image-to-video is trained. By default 0.5 for
     TI2V-5B and 1 for I2V, which is trained for nothing else. Other models do not accept it."""
     held_out: tuple[str, ...] = ()
@@ -78,7 +78,9 @@ class FineTuning:
             raise UserError(f"learning_rate={self.learning_rate} is invalid: it must be positive")
 
 
-def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) -> Experiment:
+def make_finetuning_experiment(
+    folder: str | os.PathLike, options: FineTuningOptions = FineTuningOptions()
+) -> Experiment:
     """Return the experiment that fine-tunes the transformer of a Wan folder; no weights are read yet.
 
     The autoencoder and the text encoder are used unchanged. Prediction, shift, solver and sampling times are those of
@@ -94,46 +96,51 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
         it.
     """
     folder = Path(folder)
-    start, expert = _start(folder, options)
-    transformer = denoiser_config(folder / "transformer")
+    start, expert = _select_weights(folder, options)
+    transformer = read_denoiser_config(folder / "transformer")
     if not isinstance(transformer, WanDitConfig):
         raise UserError(f"{folder / 'transformer'} holds no Wan; use a folder of Wan, the only model supported here")
     dit = replace(transformer, dtype=options.dtype, remat=options.remat)
-    autoencoder = autoencoder_config(folder / "vae")
+    autoencoder = read_autoencoder_config(folder / "vae")
     assert isinstance(autoencoder, CausalVaeConfig)
     schedule = load_scheduler(folder / "scheduler")
-    data = _data(options, dit)
+    data = _make_data(options, dit)
     encoder = folder / "text_encoder"
     text = FrozenTextConfig(
         folder=os.fspath(encoder),
-        width=text_encoder_config(encoder).width,
+        width=read_text_encoder_config(encoder).width,
         max_tokens=dit.text_length,
         dtype=options.dtype,
         cleaned=True,
     )
-    learning_rate = _RATES[options.train] if options.learning_rate is None else options.learning_rate
+    learning_rate = _LEARNING_RATES[options.train] if options.learning_rate is None else options.learning_rate
     return Experiment(
         name=folder.resolve().name,
         seed=options.seed,
         data=data,
-        autoencoder=GivenAutoencoder(model=autoencoder, folder=os.fspath(folder / "vae")),
+        autoencoder=PretrainedAutoencoder(model=autoencoder, folder=os.fspath(folder / "vae")),
         denoiser=DenoiserTraining(
             dit=dit,
             text=text,
-            rows=RowShape(tokens=_largest(data, autoencoder, dit), text=2 * dit.text_length, segments=_CLIPS),
+            rows=PackedShape(
+                tokens=_count_max_tokens(data, autoencoder, dit), text=2 * dit.text_length, segments=_MAX_CLIPS_PER_ROW
+            ),
             batch=options.batch,
             optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=min(options.warmup, options.steps - 1)),
             steps=options.steps,
             objective=FlowMatching(process=schedule.process, prediction=schedule.prediction, times=LogitNormal()),
             ema_decay=0.99,
-            known=_known(options, dit),
+            known=_make_known_frames(options, dit),
             image_encoder=None if dit.image_width is None else os.fspath(folder / "image_encoder"),
-            start=os.fspath(start),
+            init_from=os.fspath(start),
             expert=expert,
-            **_trained(options),
+            **_make_training_options(options),
         ),
         sampling=Sampling(
-            steps=options.sampling_steps, guidance=options.guidance, solver=schedule.solver, grid=schedule.grid
+            steps=options.sampling_steps,
+            guidance=options.guidance,
+            solver=schedule.solver,
+            time_schedule=schedule.time_schedule,
         ),
         evaluation=CaptionEvaluation(trained=options.samples, held_out=options.samples),
         log_every=options.log_every,
@@ -141,9 +148,9 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
     )
 
 
-def _start(folder: Path, options: FineTuning) -> tuple[Path, OneOfTwo | None]:
+def _select_weights(folder: Path, options: FineTuningOptions) -> tuple[Path, ExpertConfig | None]:
     """Return the folder of the weights that are trained, and the expert of two that they are."""
-    boundary = checked_index(folder).get("boundary_ratio")
+    boundary = read_index(folder).get("boundary_ratio")
     if boundary is None:
         if options.expert is not None:
             raise UserError(f"expert={options.expert} is invalid: {folder} has one transformer; leave out expert")
@@ -155,38 +162,38 @@ def _start(folder: Path, options: FineTuning) -> tuple[Path, OneOfTwo | None]:
         )
     high, low = folder / "transformer", folder / "transformer_2"
     start, other = (high, low) if options.expert == "high" else (low, high)
-    return start, OneOfTwo(expert=options.expert, boundary=boundary, other=os.fspath(other))
+    return start, ExpertConfig(expert=options.expert, boundary=boundary, other_folder=os.fspath(other))
 
 
-def _data(options: FineTuning, dit: WanDitConfig) -> Data:
+def _make_data(options: FineTuningOptions, dit: WanDitConfig) -> DataConfig:
     size, fps = (Grid(121, 704, 1280), 24.0) if dit.time == "token" else (Grid(81, 480, 832), 16.0)
-    return Data(
+    return DataConfig(
         max_pixels=size.h * size.w if options.max_pixels is None else options.max_pixels,
         max_frames=size.t if options.max_frames is None else options.max_frames,
         fps=fps if options.fps is None else options.fps,
-        stretches=options.stretches,
+        clips_per_video=options.clips_per_video,
         held_out=options.held_out,
     )
 
 
-def _largest(data: Data, autoencoder: CausalVaeConfig, dit: WanDitConfig) -> int:
+def _count_max_tokens(data: DataConfig, autoencoder: CausalVaeConfig, dit: WanDitConfig) -> int:
     """Return the number of tokens of the largest clip."""
     stride, patch = autoencoder.stride, dit.patch
     side = Grid(1, stride.h * patch.h, stride.w * patch.w)
     return latent_grid(side._replace(t=data.max_frames), stride).t * (data.max_pixels // side.volume)
 
 
-def _known(options: FineTuning, dit: WanDitConfig) -> KnownFrames | None:
+def _make_known_frames(options: FineTuningOptions, dit: WanDitConfig) -> KnownFrames | None:
     if dit.time == "token":
-        return KnownFrames() if options.first_frame is None else KnownFrames(chance=options.first_frame)
+        return KnownFrames() if options.first_frame_prob is None else KnownFrames(chance=options.first_frame_prob)
     if dit.given_channels:
-        return KnownFrames(chance=1.0 if options.first_frame is None else options.first_frame, rest="grey")
-    if options.first_frame is not None:
+        return KnownFrames(chance=1.0 if options.first_frame_prob is None else options.first_frame_prob, rest="grey")
+    if options.first_frame_prob is not None:
         raise UserError("first_frame_prob is invalid: this model has no input for a first frame; leave it out")
     return None
 
 
-def _trained(options: FineTuning) -> dict[str, Any]:
+def _make_training_options(options: FineTuningOptions) -> dict[str, Any]:
     if options.train == "lora":
         return {"lora": options.lora}
     return {"trained": options.train}

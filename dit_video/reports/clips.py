@@ -10,14 +10,14 @@ import numpy as np
 from dit_video.reports.markup import Markup, element
 from dit_video.video import Clip, encode
 
-_LOSSLESS_PIXELS = 33 * 64 * 64
+_MAX_LOSSLESS_PIXELS = 33 * 64 * 64
 """Maximum number of pixels over all frames of a clip that is embedded as animated PNG: small, lossless, loops
 everywhere."""
 _CRF = 20
 """Quality of larger clips; a page is for viewing, and the files next to it are the originals."""
-_TINY = 80
+_MAX_TINY_SIDE = 80
 """Maximum shorter side of clips that are enlarged by an integer factor, without interpolation."""
-_TINY_SIDE, _SIDE, _LONGEST = 160, 240, 640
+_TINY_SIDE, _SIDE, _MAX_LONG_SIDE = 160, 240, 640
 """Target lengths of the shorter side for tiny and other clips, and the maximum of the longer side, in CSS pixels."""
 
 
@@ -29,26 +29,26 @@ def embed(clip: Clip, label: str, *, scale: int | float) -> Markup:
     frames, height, width, _ = clip.frames.shape
     kind = "media pixels" if scale >= 2 else "media"
     size = {"width": width, "height": height, "style": f"--w:{round(width * scale)}px;aspect-ratio:{width}/{height}"}
-    if frames == 1 or frames * height * width <= _LOSSLESS_PIXELS:
-        source = _uri("image/png", encode(clip, "png" if frames == 1 else "apng"))
+    if frames == 1 or frames * height * width <= _MAX_LOSSLESS_PIXELS:
+        source = _make_data_uri("image/png", encode(clip, "png" if frames == 1 else "apng"))
         kind += " loop" if frames > 1 else ""
         return element("img", class_=kind, alt=label, title=label, src=source, decoding="async", **size)
     format: Literal["mp4", "webm"] = "webm" if height % 2 or width % 2 else "mp4"
-    source = _uri(f"video/{format}", encode(clip, format, crf=_CRF))
+    source = _make_data_uri(f"video/{format}", encode(clip, format, crf=_CRF))
     flags = {"autoplay": True, "loop": True, "muted": True, "playsinline": True}
     return element("video", class_=kind, aria_label=label, title=label, src=source, **flags, **size)
 
 
-def common_scale(clips: Sequence[Clip]) -> int | float:
+def compute_common_scale(clips: Sequence[Clip]) -> int | float:
     """Return one scale for all clips, so that their sizes can be compared; an integer for tiny clips."""
     short = statistics.median(min(clip.height, clip.width) for clip in clips)
     longest = max(max(clip.height, clip.width) for clip in clips)
-    if short <= _TINY:
-        return max(1, min(_TINY_SIDE // short, _LONGEST // longest))
-    return min(_SIDE / short, _LONGEST / longest)
+    if short <= _MAX_TINY_SIDE:
+        return max(1, min(_TINY_SIDE // short, _MAX_LONG_SIDE // longest))
+    return min(_SIDE / short, _MAX_LONG_SIDE / longest)
 
 
-def side_by_side(first: Clip, *others: Clip) -> tuple[Clip, list[tuple[float, float]]]:
+def join_side_by_side(first: Clip, *others: Clip) -> tuple[Clip, list[tuple[float, float]]]:
     """Return all clips joined into one, so that they stay in sync, and (start, end) of each gap in 0..1."""
     width = first.width
     gap = 2 * max(1, width // 32)
@@ -60,5 +60,5 @@ def side_by_side(first: Clip, *others: Clip) -> tuple[Clip, list[tuple[float, fl
     return joined, [(start, start + gap / total_width) for start in starts]
 
 
-def _uri(kind: str, data: bytes) -> str:
+def _make_data_uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from dit_video.core import files
 from dit_video.reports import clips
-from dit_video.reports.charts import line_chart
+from dit_video.reports.charts import draw_line_chart
 from dit_video.reports.contents import Chart, Command, Figure, Reconstruction, Report, Sample
 from dit_video.reports.markup import Markup, element, join
-from dit_video.reports.tables import json_block, metric_tables
+from dit_video.reports.tables import render_json, render_metrics
 
 
 def write_report(path: str | os.PathLike, report: Report) -> None:
@@ -25,12 +25,12 @@ def render(report: Report) -> Markup:
     sections = [
         section
         for section in (
-            _samples(report.samples),
-            _reconstructions(report.reconstructions),
-            _charts(report.charts),
-            _section("metrics", "Metrics", metric_tables(report.metrics)) if report.metrics else None,
-            _commands(report.commands),
-            _config(report),
+            _render_samples(report.samples),
+            _render_reconstructions(report.reconstructions),
+            _render_charts(report.charts),
+            _make_section("metrics", "Metrics", render_metrics(report.metrics)) if report.metrics else None,
+            _render_commands(report.commands),
+            _render_config(report),
         )
         if section is not None
     ]
@@ -40,19 +40,19 @@ def render(report: Report) -> Markup:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", report.title),
-        element("style", _asset("page.css")),
+        element("style", _read_asset("page.css")),
     )
     header = element(
         "header",
         element("h1", report.title),
         element("p", report.summary, class_="summary") if report.summary else None,
-        _figures(report.figures),
+        _render_figures(report.figures),
     )
     body = element(
         "body",
-        _bar(report, sections),
+        _render_navigation(report, sections),
         element("main", header, *(content for _, _, content in sections)),
-        element("script", _asset("page.js")),
+        element("script", _read_asset("page.js")),
     )
     return join(Markup("<!doctype html>\n"), element("html", head, body, lang="en"), Markup("\n"))
 
@@ -61,12 +61,12 @@ Section = tuple[str, str, Markup]
 """Anchor, name in the navigation, and content of a section."""
 
 
-def _section(anchor: str, title: str, *children: str | None, count: str = "") -> Section:
+def _make_section(anchor: str, title: str, *children: str | None, count: str = "") -> Section:
     heading = element("h2", title, element("span", count, class_="count") if count else None)
     return anchor, title, element("section", heading, *children, id=anchor)
 
 
-def _bar(report: Report, sections: Sequence[Section]) -> Markup:
+def _render_navigation(report: Report, sections: Sequence[Section]) -> Markup:
     links = [element("a", title, href=f"#{anchor}") for anchor, title, _ in sections]
     moving = bool(report.samples or report.reconstructions)
     pause = element("button", "Pause", type="button", id="pause", aria_pressed="false") if moving else None
@@ -76,7 +76,7 @@ def _bar(report: Report, sections: Sequence[Section]) -> Markup:
     )
 
 
-def _figures(figures: Sequence[Figure]) -> Markup | None:
+def _render_figures(figures: Sequence[Figure]) -> Markup | None:
     if not figures:
         return None
     tiles = []
@@ -91,33 +91,33 @@ def _figures(figures: Sequence[Figure]) -> Markup | None:
     return element("dl", *tiles, class_="figures")
 
 
-def _samples(samples: Sequence[Sample]) -> Section | None:
+def _render_samples(samples: Sequence[Sample]) -> Section | None:
     if not samples:
         return None
-    scale = clips.common_scale([sample.clip for sample in samples])
+    scale = clips.compute_common_scale([sample.clip for sample in samples])
     groups = []
-    for frames, group in _by_length(samples):
+    for frames, group in _group_by_length(samples):
         name = "Images" if frames == 1 else f"{frames} frames"
-        duration = "" if frames == 1 else f" · {_seconds(group)}"
+        duration = "" if frames == 1 else f" · {_format_durations(group)}"
         heading = element("h3", name, element("span", f"{len(group)}{duration}", class_="count"))
-        cards = [_card(sample, scale) for sample in group]
+        cards = [_render_card(sample, scale) for sample in group]
         groups.append(element("div", heading, element("div", *cards, class_="grid"), class_="group"))
-    return _section("samples", "Samples", _filters(samples), *groups, count=str(len(samples)))
+    return _make_section("samples", "Samples", _render_filters(samples), *groups, count=str(len(samples)))
 
 
-def _by_length(samples: Sequence[Sample]) -> Iterator[tuple[int, list[Sample]]]:
+def _group_by_length(samples: Sequence[Sample]) -> Iterator[tuple[int, list[Sample]]]:
     """Yield (number of frames, samples), longest first; samples are sorted by size, else in the given order."""
     for frames in sorted({len(sample.clip.frames) for sample in samples}, reverse=True):
         group = [sample for sample in samples if len(sample.clip.frames) == frames]
         yield frames, sorted(group, key=lambda sample: (sample.clip.height, sample.clip.width))
 
 
-def _seconds(samples: Sequence[Sample]) -> str:
+def _format_durations(samples: Sequence[Sample]) -> str:
     durations = sorted({f"{sample.clip.duration:.2g} s" for sample in samples})
     return durations[0] if len(durations) == 1 else f"{durations[0]} to {durations[-1]}"
 
 
-def _filters(samples: Sequence[Sample]) -> Markup | None:
+def _render_filters(samples: Sequence[Sample]) -> Markup | None:
     """Return buttons that show a subset of the samples, if there are subsets."""
     unseen = sum(sample.seen is False for sample in samples)
     wrong = sum(not all(sample.verdict.values()) for sample in samples)
@@ -140,7 +140,7 @@ def _filters(samples: Sequence[Sample]) -> Markup | None:
     return element("div", *buttons, class_="filters", role="group", aria_label="Filter samples")
 
 
-def _card(sample: Sample, scale: int | float) -> Markup:
+def _render_card(sample: Sample, scale: int | float) -> Markup:
     prompt = sample.clip.caption if sample.prompt is None else sample.prompt
     is_correct = all(sample.verdict.values())
     badge = element("span", "not in training", class_="badge", title="No training clip has this prompt")
@@ -149,7 +149,7 @@ def _card(sample: Sample, scale: int | float) -> Markup:
             "li",
             element("span", attribute),
             class_="yes" if is_right else "no",
-            aria_label=_answer(attribute, is_right),
+            aria_label=_format_answer(attribute, is_right),
         )
         for attribute, is_right in sample.verdict.items()
     ]
@@ -175,16 +175,16 @@ def _card(sample: Sample, scale: int | float) -> Markup:
     )
 
 
-def _answer(attribute: str, good: bool) -> str:
+def _format_answer(attribute: str, good: bool) -> str:
     return f"{attribute}: {'as prompted' if good else 'not as prompted'}"
 
 
-def _reconstructions(items: Sequence[Reconstruction]) -> Section | None:
+def _render_reconstructions(items: Sequence[Reconstruction]) -> Section | None:
     if not items:
         return None
     compared = [[item.original, item.decoded, *([] if item.linear is None else [item.linear])] for item in items]
-    pairs = [clips.side_by_side(*clip_group) for clip_group in compared]
-    scale = clips.common_scale([pair for pair, _ in pairs])
+    pairs = [clips.join_side_by_side(*clip_group) for clip_group in compared]
+    scale = clips.compute_common_scale([pair for pair, _ in pairs])
     cards = []
     for item, (pair, gaps) in zip(items, pairs, strict=True):
         name = item.name or item.original.caption
@@ -193,9 +193,9 @@ def _reconstructions(items: Sequence[Reconstruction]) -> Section | None:
             element("span", class_="gap", style=f"left:{100 * start:.2f}%;right:{100 - 100 * stop:.2f}%")
             for start, stop in gaps
         ]
-        quality = [element("b", _decibel(item.psnr)), " dB PSNR"]
+        quality = [element("b", _format_decibels(item.psnr)), " dB PSNR"]
         quality += [" · ", element("b", f"{item.ssim:.3f}"), " SSIM"] if item.ssim is not None else []
-        quality += [" · linear ", _decibel(item.linear_psnr), " dB"] if item.linear_psnr is not None else []
+        quality += [" · linear ", _format_decibels(item.linear_psnr), " dB"] if item.linear_psnr is not None else []
         height, width = item.original.height, item.original.width
         cards.append(
             element(
@@ -215,32 +215,32 @@ def _reconstructions(items: Sequence[Reconstruction]) -> Section | None:
     if any(item.linear is not None for item in items):
         text = "From left to right: the original, the autoencoder's reconstruction, and the best linear autoencoder's."
     note = element("p", text, class_="muted")
-    return _section(
+    return _make_section(
         "reconstructions", "Reconstructions", note, element("div", *cards, class_="grid"), count=str(len(items))
     )
 
 
-def _decibel(value: int | float) -> str:
+def _format_decibels(value: int | float) -> str:
     return "∞" if value == float("inf") else f"{value:.1f}"
 
 
-def _charts(charts: Sequence[Chart]) -> Section | None:
+def _render_charts(charts: Sequence[Chart]) -> Section | None:
     if not charts:
         return None
     panels = [
         element(
             "figure",
             element("h3", chart.title),
-            line_chart(chart.title, [(curve.name, curve.steps, curve.values) for curve in chart.curves]),
+            draw_line_chart(chart.title, [(curve.name, curve.steps, curve.values) for curve in chart.curves]),
             element("figcaption", chart.note, class_="muted") if chart.note else None,
             class_="panel",
         )
         for chart in charts
     ]
-    return _section("curves", "Training", element("div", *panels, class_="panels"))
+    return _make_section("curves", "Training", element("div", *panels, class_="panels"))
 
 
-def _commands(commands: Sequence[Command]) -> Section | None:
+def _render_commands(commands: Sequence[Command]) -> Section | None:
     if not commands:
         return None
     blocks = [
@@ -256,15 +256,15 @@ def _commands(commands: Sequence[Command]) -> Section | None:
         )
         for command in commands
     ]
-    return _section("commands", "Generate more samples", *blocks)
+    return _make_section("commands", "Generate more samples", *blocks)
 
 
-def _config(report: Report) -> Section | None:
+def _render_config(report: Report) -> Section | None:
     if report.config is None:
         return None
-    details = element("details", element("summary", "Resolved config of this run"), json_block(report.config))
-    return _section("config", "Config", details)
+    details = element("details", element("summary", "Resolved config of this run"), render_json(report.config))
+    return _make_section("config", "Config", details)
 
 
-def _asset(name: str) -> Markup:
+def _read_asset(name: str) -> Markup:
     return Markup(importlib.resources.files("dit_video.reports").joinpath(name).read_text(encoding="utf-8"))

@@ -8,22 +8,22 @@ from typing import Any
 
 from dit_video.core import config_json
 from dit_video.evaluation.config import ShapesEvaluation
-from dit_video.evaluation.evaluate import Measured
-from dit_video.evaluation.metrics.prompt_following import Result, score
+from dit_video.evaluation.evaluate import EvaluationResult
+from dit_video.evaluation.metrics.prompt_following import JudgedSample, score
 from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
-from dit_video.training.hooks.logging import read
+from dit_video.training.hooks.logging import read_metrics
 
-_SHOWN = 12
+_MAX_RECONSTRUCTIONS = 12
 """Maximum number of reconstructions on the page; the figures are computed over all."""
 
 
-def report_run(
+def write_run_report(
     path: str | Path,
     pipeline: Pipeline,
-    measured: Measured,
+    evaluation: EvaluationResult,
     *,
     title: str,
     source: Path,
@@ -41,49 +41,49 @@ def report_run(
       config: resolved config, shown as JSON; by default the pipeline's.
       minutes: duration of the whole run.
     """
-    counts, sampling = measured.metrics["parameters"], measured.metrics["sampling"]
+    counts, sampling = evaluation.metrics["parameters"], evaluation.metrics["sampling"]
     summary = (
         f"{sum(counts.values()) / 1e6:.2f} million parameters, created by: "
-        f"{pipeline.config.made_by.get('command', '?')} (seed {pipeline.config.made_by.get('seed', '?')}). "
+        f"{pipeline.config.provenance.get('command', '?')} (seed {pipeline.config.provenance.get('seed', '?')}). "
         f"Samples: {sampling['steps']} steps of {sampling['sampler']}, "
-        f"guidance {_guidance(sampling['guidance'])}, one sample per prompt, not selected."
+        f"guidance {_format_guidance(sampling['guidance'])}, one sample per prompt, not selected."
     )
     report = Report(
         title=title,
         summary=summary,
-        figures=_figures(measured.metrics, minutes),
-        samples=_samples(measured),
-        reconstructions=_reconstructions(measured),
-        charts=_charts(source),
-        metrics=measured.metrics,
+        figures=_make_figures(evaluation.metrics, minutes),
+        samples=_make_samples(evaluation),
+        reconstructions=_make_reconstructions(evaluation),
+        charts=_make_charts(source),
+        metrics=evaluation.metrics,
         config=config_json.to_json(pipeline.config) if config is None else config,
-        commands=_commands(pipeline, source),
+        commands=_make_commands(pipeline, source),
     )
     write_report(path, report)
 
 
-def report_autoencoder(path: str | Path, run: Run, measured: Measured) -> None:
+def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationResult) -> None:
     """Write the report of a run that trains only an autoencoder."""
     experiment = run.experiment
-    count = measured.metrics["parameters"]["autoencoder"]
+    count = evaluation.metrics["parameters"]["autoencoder"]
     report = Report(
         title=f"{experiment.name}: the autoencoder",
         summary=f"{count / 1e6:.2f} million parameters, created by: {run.command} (seed {experiment.seed}).",
-        figures=_figures(measured.metrics, None),
-        reconstructions=_reconstructions(measured),
-        charts=_charts(run.folder),
-        metrics=measured.metrics,
+        figures=_make_figures(evaluation.metrics, None),
+        reconstructions=_make_reconstructions(evaluation),
+        charts=_make_charts(run.folder),
+        metrics=evaluation.metrics,
         config=config_json.to_json(experiment),
     )
     write_report(path, report)
 
 
-def _guidance(scales: float | Sequence[float]) -> str:
+def _format_guidance(scales: float | Sequence[float]) -> str:
     """Return the guidance scale as text, or those of two experts."""
     return " and ".join(f"{scale:g}" for scale in (scales if isinstance(scales, Sequence) else (scales,)))
 
 
-def _reconstructions(measured: Measured) -> tuple[Reconstruction, ...]:
+def _make_reconstructions(evaluation: EvaluationResult) -> tuple[Reconstruction, ...]:
     return tuple(
         Reconstruction(
             original=item.original,
@@ -91,14 +91,14 @@ def _reconstructions(measured: Measured) -> tuple[Reconstruction, ...]:
             psnr=item.psnr,
             ssim=item.ssim,
             name=item.name,
-            linear=item.linear,
+            linear=item.linear_decoded,
             linear_psnr=item.linear_psnr,
         )
-        for item in measured.reconstructions[:_SHOWN]
+        for item in evaluation.reconstructions[:_MAX_RECONSTRUCTIONS]
     )
 
 
-def _figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure, ...]:
+def _make_figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure, ...]:
     figures = []
     if prompt_following := metrics.get("prompt_following"):
         for name in ("colour", "direction", "shape"):
@@ -122,37 +122,38 @@ def _figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure,
     return tuple(figures)
 
 
-def _samples(measured: Measured) -> tuple[Sample, ...]:
+def _make_samples(evaluation: EvaluationResult) -> tuple[Sample, ...]:
     """Return all samples, with the judgement of their attributes if there is one."""
     samples = [
         Sample(clip=item.clip, prompt=item.entry["prompt"], seen=seen, note=f"seed {item.entry['seed']}")
-        for item, seen in zip(measured.samples, measured.seen, strict=True)
+        for item, seen in zip(evaluation.samples, evaluation.is_trained_caption, strict=True)
     ]
-    if not measured.verdicts:
+    if not evaluation.judgements:
         return tuple(samples)
     return tuple(
-        replace(sample, verdict=_answers(result)) for sample, result in zip(samples, measured.verdicts, strict=True)
+        replace(sample, verdict=_get_answers(result))
+        for sample, result in zip(samples, evaluation.judgements, strict=True)
     )
 
 
-def _answers(result: Result) -> dict[str, bool]:
+def _get_answers(result: JudgedSample) -> dict[str, bool]:
     """Return for each attribute of the prompt whether the sample has it."""
-    answers = asdict(score(result.description, result.verdict))
+    answers = asdict(score(result.description, result.judgement))
     return {name: answer for name, answer in answers.items() if answer is not None}
 
 
-def _charts(folder: Path) -> tuple[Chart, ...]:
+def _make_charts(folder: Path) -> tuple[Chart, ...]:
     charts = []
     for name, title in (("autoencoder", "Autoencoder"), ("denoiser", "Denoiser")):
         path = folder / name / "metrics.jsonl"
-        if path.is_file() and (entries := read(path)):
+        if path.is_file() and (entries := read_metrics(path)):
             steps = tuple(entry["step"] for entry in entries)
             curve = Curve(name="loss", steps=steps, values=tuple(entry["loss"] for entry in entries))
             charts.append(Chart(title=title, curves=(curve,), note="training loss per step"))
     return tuple(charts)
 
 
-def _commands(pipeline: Pipeline, source: Path) -> tuple[Command, ...]:
+def _make_commands(pipeline: Pipeline, source: Path) -> tuple[Command, ...]:
     frames, height, width = pipeline.config.size
     size = f"{frames}x{height}x{width}"
     folder = shlex.quote(str(source))

@@ -2,11 +2,11 @@
 
 from dit_video.text.bytes import ByteEncoder, ByteEncoderConfig, ByteTokenizer
 from dit_video.text.classes import ClassNames, ClassNamesConfig, ClassTokenizer
-from dit_video.text.embedder import Embedder, EncoderConfig
+from dit_video.text.embedder import Embedder, FrozenEncoderConfig
 from dit_video.text.frozen import FrozenText, FrozenTextConfig
 from dit_video.text.interface import Context, TextEncoder, TextEncoderConfig, TextTokens, Tokenizer
 from dit_video.text.t5 import T5Config, T5Encoder
-from dit_video.text.tokenizer import TOKENIZER_FILES, PretrainedTokenizer, clean, holds_tokenizer
+from dit_video.text.tokenizer import TOKENIZER_FILES, PretrainedTokenizer, clean, has_tokenizer
 
 TextConfig = ByteEncoderConfig | FrozenTextConfig | ClassNamesConfig
 """Configurations of the text encoders that a denoiser can be trained with."""
@@ -21,7 +21,7 @@ __all__ = [
     "ClassTokenizer",
     "Context",
     "Embedder",
-    "EncoderConfig",
+    "FrozenEncoderConfig",
     "FrozenText",
     "FrozenTextConfig",
     "PretrainedTokenizer",
@@ -33,5 +33,5 @@ __all__ = [
     "TextTokens",
     "Tokenizer",
     "clean",
-    "holds_tokenizer",
+    "has_tokenizer",
 ]

@@ -16,9 +16,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from dit_video.core.errors import UserError
-from dit_video.nn import LayerNorm, Linear, Tokens, apply_stack, gelu, make_attention, make_stack, sinusoidal
+from dit_video.nn import (
+    AttentionInputs,
+    LayerNorm,
+    Linear,
+    apply_stack,
+    gelu,
+    make_attention,
+    make_stack,
+    sinusoidal_embedding,
+)
 from dit_video.text.interface import Context, Tokenizer
-from dit_video.tokens import positions
+from dit_video.tokens import compute_segment_offsets
 
 VOCABULARY = 256 + 3
 
@@ -53,7 +62,7 @@ class ByteEncoderConfig:
     def make(self, rngs: nnx.Rngs) -> "ByteEncoder":
         return ByteEncoder(self, rngs=rngs)
 
-    def tokenizer(self) -> Tokenizer:
+    def make_tokenizer(self) -> Tokenizer:
         return ByteTokenizer(self.max_tokens, self.patch)
 
 
@@ -106,7 +115,7 @@ class ByteEncoder(nnx.Module):
         )
         x = self.merge(gelu(letters + neighbours).reshape(rows, -1, patch * width))
         segments = segments[:, ::patch]
-        x = x + sinusoidal(positions(segments), width)
+        x = x + sinusoidal_embedding(compute_segment_offsets(segments), width)
         return Context(self.norm(apply_stack(self.blocks, x, segments)), segments)
 
 
@@ -122,14 +131,14 @@ class _Block(nnx.Module):
     def __call__(self, x: Float[Array, "B S E"], segments: Int[Array, "B S"]) -> Float[Array, "B S E"]:
         qkv = self.qkv(self.norm_attention(x)).reshape(*x.shape[:2], 3, self.heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        mixed = self.attention(q, k, v, Tokens.among(segments))
+        mixed = self.attention(q, k, v, AttentionInputs.self_attention(segments))
         x = x + self.out(mixed.reshape(x.shape))
         return x + self.down(gelu(self.up(self.norm_mlp(x))))
 
 
-def _shift(x: Float[Array, "B S E"], segments: Int[Array, "B S"], by: int) -> Float[Array, "B S E"]:
+def _shift(x: Float[Array, "B S E"], segments: Int[Array, "B S"], offset: int) -> Float[Array, "B S E"]:
     """Return the token `offset` positions before each, zero if that belongs to another text."""
-    if by == 0:
+    if offset == 0:
         return x
-    same_segment = jnp.pad(segments[:, :-by], ((0, 0), (by, 0))) == segments
-    return jnp.where(same_segment[..., None], jnp.pad(x[:, :-by], ((0, 0), (by, 0), (0, 0))), 0)
+    same_segment = jnp.pad(segments[:, :-offset], ((0, 0), (offset, 0))) == segments
+    return jnp.where(same_segment[..., None], jnp.pad(x[:, :-offset], ((0, 0), (offset, 0), (0, 0))), 0)

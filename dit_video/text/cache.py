@@ -16,9 +16,9 @@ from dit_video.core.files import atomic_path
 class MemoryCache:
     """A cache of the most recently used embeddings, up to a number of bytes. Threads may share it."""
 
-    def __init__(self, limit: int):
+    def __init__(self, max_bytes: int):
         """Create a cache of up to `max_bytes`; an embedding that alone is larger is not kept."""
-        self._limit, self._used = limit, 0
+        self._max_bytes, self._used_bytes = max_bytes, 0
         self._values: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -32,15 +32,15 @@ class MemoryCache:
 
     def put(self, text: str, value: Float32[np.ndarray, "s e"]) -> None:
         """Store an embedding, and drop the least recently used ones over the limit."""
-        if value.nbytes > self._limit:
+        if value.nbytes > self._max_bytes:
             return
         with self._lock:
             if (previous := self._values.pop(text, None)) is not None:
-                self._used -= previous.nbytes
+                self._used_bytes -= previous.nbytes
             self._values[text] = value
-            self._used += value.nbytes
-            while self._used > self._limit:
-                self._used -= self._values.popitem(last=False)[1].nbytes
+            self._used_bytes += value.nbytes
+            while self._used_bytes > self._max_bytes:
+                self._used_bytes -= self._values.popitem(last=False)[1].nbytes
 
 
 class FolderCache:
@@ -52,14 +52,14 @@ class FolderCache:
     def __init__(self, folder: str | os.PathLike, *, identity: str, width: int):
         self._folder, self._width = Path(folder) / identity, width
 
-    def path(self, text: str) -> Path:
+    def get_path(self, text: str) -> Path:
         """Return the file of a text. There are 256 folders, as some file systems are slow with millions of files."""
         name = hashlib.sha256(text.encode()).hexdigest()
         return self._folder / name[:2] / f"{name}.npy"
 
     def get(self, text: str) -> Float32[np.ndarray, "s e"] | None:
         """Return the embedding, or None; a damaged file gives a warning and counts as absent."""
-        path = self.path(text)
+        path = self.get_path(text)
         try:
             value = np.load(path, allow_pickle=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -82,5 +82,5 @@ class FolderCache:
         Raises:
           UserError: the folder cannot be written.
         """
-        with atomic_path(self.path(text)) as temporary:
+        with atomic_path(self.get_path(text)) as temporary:
             np.save(temporary, value, allow_pickle=False)

@@ -43,7 +43,7 @@ class ClassNamesConfig:
     def make(self, rngs: nnx.Rngs) -> "ClassNames":
         return ClassNames()
 
-    def tokenizer(self) -> Tokenizer:
+    def make_tokenizer(self) -> Tokenizer:
         return ClassTokenizer(self)
 
 
@@ -52,10 +52,10 @@ class ClassTokenizer:
 
     def __init__(self, config: ClassNamesConfig):
         self._classes = config.classes
-        self._numbers: dict[str, list[int]] = {}
+        self._classes_by_name: dict[str, list[int]] = {}
         for number, names in enumerate(config.names):
             for name in {synonym.strip() for synonym in (names, *names.split(","))}:
-                self._numbers.setdefault(name, []).append(number)
+                self._classes_by_name.setdefault(name, []).append(number)
 
     def __call__(self, text: str) -> Int32[np.ndarray, " 1"]:
         """Return the class of a caption.
@@ -63,19 +63,23 @@ class ClassTokenizer:
         Raises:
           UserError: no class has this name or number, or several have it.
         """
-        return np.asarray([self._number(text.strip())], np.int32)
+        return np.asarray([self._find_class(text.strip())], np.int32)
 
-    def _number(self, text: str) -> int:
+    def _find_class(self, text: str) -> int:
         if not text:
             return self._classes
-        matches = [int(text)] if text.isdecimal() and int(text) < self._classes else self._numbers.get(text, [])
+        matches = [int(text)] if text.isdecimal() and int(text) < self._classes else self._classes_by_name.get(text, [])
         if len(matches) == 1:
             return matches[0]
         if matches:
             raise UserError(
                 f"the caption {text!r} is ambiguous: it names classes {', '.join(map(str, matches))}. Use the number"
             )
-        known = f", or one of {len(self._numbers)} names such as {next(iter(self._numbers))!r}" if self._numbers else ""
+        known = (
+            f", or one of {len(self._classes_by_name)} names such as {next(iter(self._classes_by_name))!r}"
+            if self._classes_by_name
+            else ""
+        )
         raise UserError(f"the caption {text!r} is no class: use a number from 0 to {self._classes - 1}{known}")
 
 

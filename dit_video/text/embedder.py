@@ -10,18 +10,18 @@ from flax import nnx
 from jaxtyping import Float32, Int32
 
 from dit_video.core.errors import UserError
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.text.cache import FolderCache, MemoryCache
 from dit_video.text.tokenizer import PretrainedTokenizer
 
-_SHORTEST = 32
-_ROWS = 8
+_MIN_LENGTH = 32
+_BATCH_ROWS = 8
 """Rows of a batch, unless it has one. Lengths are a power of two or the limit: a handful of programs for all texts.
 In a batch of eight a caption of 24 tokens takes a third of the CPU time that it takes alone (8 layers of width 512)."""
 
 
 @runtime_checkable
-class EncoderConfig(Protocol):
+class FrozenEncoderConfig(Protocol):
     """The configuration of an encoder for an `Embedder`.
 
     Its module takes token ids and segment ids, one text per row and segment 0 at its padding; `values` [B S width] of
@@ -53,13 +53,13 @@ class Embedder:
 
     def __init__(
         self,
-        config: EncoderConfig,
+        config: FrozenEncoderConfig,
         params: Any,
         tokenizer: PretrainedTokenizer,
         *,
         identity: str,
         cache: str | os.PathLike | None = None,
-        memory: int = 256 * 2**20,
+        memory_bytes: int = 256 * 2**20,
     ):
         """Create an embedder; `weights.load_embedder` makes one from a folder.
 
@@ -74,9 +74,9 @@ class Embedder:
         Raises:
           UserError: the tokenizer has tokens that the encoder has no embedding for.
         """
-        if tokenizer.largest_id >= config.vocabulary:
+        if tokenizer.max_id >= config.vocabulary:
             raise UserError(
-                f"the tokenizer's ids reach {tokenizer.largest_id}, but the encoder has {config.vocabulary} "
+                f"the tokenizer's ids reach {tokenizer.max_id}, but the encoder has {config.vocabulary} "
                 "embeddings; use the tokenizer that it was trained with"
             )
         self.identity = identity
@@ -85,66 +85,66 @@ class Embedder:
         self.max_tokens = tokenizer.max_tokens
         """Maximum tokens of a text; a longer one is cut, with a warning."""
         self._tokenizer, self._params = tokenizer, params
-        self._memory = MemoryCache(memory)
+        self._memory = MemoryCache(memory_bytes)
         self._folder = None if cache is None else FolderCache(cache, identity=identity, width=config.width)
-        graph = graph_of(config.make)
+        graph = get_graph_def(config.make)
         self._encode = jax.jit(lambda params, ids, segments: nnx.merge(graph, params)(ids, segments).values)
 
     def __call__(self, text: str) -> Float32[np.ndarray, "s e"]:
         """Return one vector per token of a text, the last for the end token, which the empty text has too."""
-        return self.many([text])[0]
+        return self.embed_many([text])[0]
 
-    def many(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "s e"]]:
+    def embed_many(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "s e"]]:
         """Return the embeddings of texts in their order; faster than one by one."""
         embeddings: dict[str, np.ndarray] = {}
         missing: dict[str, np.ndarray] = {}
         for text in dict.fromkeys(texts):
-            value = self._recall(text)
+            value = self._look_up(text)
             if value is None:
                 missing[text] = self._tokenizer(text)
             else:
                 embeddings[text] = value
-        for batch, length in self._batches(missing):
-            for text, value in zip(batch, self._compute([missing[text] for text in batch], length), strict=True):
-                embeddings[text] = self._keep(text, value)
+        for batch, length in self._make_batches(missing):
+            for text, value in zip(batch, self._encode_batch([missing[text] for text in batch], length), strict=True):
+                embeddings[text] = self._store(text, value)
                 if self._folder is not None:
                     self._folder.put(text, value)
         return [embeddings[text] for text in texts]
 
-    def _recall(self, text: str) -> np.ndarray | None:
+    def _look_up(self, text: str) -> np.ndarray | None:
         value = self._memory.get(text)
         if value is None and self._folder is not None:
             value = self._folder.get(text)
             if value is not None:
-                value = self._keep(text, value)
+                value = self._store(text, value)
         return value
 
-    def _keep(self, text: str, value: np.ndarray) -> np.ndarray:
+    def _store(self, text: str, value: np.ndarray) -> np.ndarray:
         value.flags.writeable = False
         self._memory.put(text, value)
         return value
 
-    def _batches(self, ids: dict[str, np.ndarray]) -> Iterator[tuple[list[str], int]]:
+    def _make_batches(self, ids: dict[str, np.ndarray]) -> Iterator[tuple[list[str], int]]:
         """Yield the texts of each batch and the length of its rows."""
         groups: dict[int, list[str]] = {}
         for text, tokens in ids.items():
-            groups.setdefault(self._padded(len(tokens)), []).append(text)
+            groups.setdefault(self._round_up_length(len(tokens)), []).append(text)
         for length, group in sorted(groups.items()):
             # Full batches first; the rest one by one, so that there are programs for two batch sizes only.
-            full = len(group) - len(group) % _ROWS
-            for start in range(0, full, _ROWS):
-                yield group[start : start + _ROWS], length
+            full = len(group) - len(group) % _BATCH_ROWS
+            for start in range(0, full, _BATCH_ROWS):
+                yield group[start : start + _BATCH_ROWS], length
             for text in group[full:]:
                 yield [text], length
 
-    def _padded(self, tokens: int) -> int:
-        return min(max(_SHORTEST, 1 << (tokens - 1).bit_length()), self.max_tokens)
+    def _round_up_length(self, tokens: int) -> int:
+        return min(max(_MIN_LENGTH, 1 << (tokens - 1).bit_length()), self.max_tokens)
 
-    def _compute(self, texts: list[Int32[np.ndarray, " _"]], length: int) -> list[np.ndarray]:
-        ids = np.zeros((len(texts), length), np.int32)
-        segments = np.zeros((len(texts), length), np.int32)
-        for row, tokens in enumerate(texts):
+    def _encode_batch(self, token_ids: list[Int32[np.ndarray, " _"]], length: int) -> list[np.ndarray]:
+        ids = np.zeros((len(token_ids), length), np.int32)
+        segments = np.zeros((len(token_ids), length), np.int32)
+        for row, tokens in enumerate(token_ids):
             ids[row, : len(tokens)], segments[row, : len(tokens)] = tokens, 1
         values = np.asarray(self._encode(self._params, ids, segments))
         # Copies: a view would keep the whole batch in memory for as long as one of its texts is cached.
-        return [values[row, : len(tokens)].copy() for row, tokens in enumerate(texts)]
+        return [values[row, : len(tokens)].copy() for row, tokens in enumerate(token_ids)]

@@ -30,7 +30,7 @@ class Context(NamedTuple):
     label_segments: Int[Array, "B S"] | None = None
     """Segment ids of the labels."""
 
-    def classes(self, count: int) -> Int[Array, "B {count}"] | None:
+    def get_classes(self, count: int) -> Int[Array, "B {count}"] | None:
         """Return the class of each of up to `count` segments if captions are classes; 0 for absent segments."""
         if self.labels is None or self.label_segments is None:
             return None

@@ -106,13 +106,13 @@ class _Block(nnx.Module):
         self.up, self.down = linear(config.width, config.mlp_width), linear(config.mlp_width, config.width)
 
     def __call__(
-        self, x: Float[Array, "B S E"], same: Bool[Array, "B S S"], shared: Float[Array, "K S S"] | None
+        self, x: Float[Array, "B S E"], same_segment: Bool[Array, "B S S"], shared_bias: Float[Array, "K S S"] | None
     ) -> Float[Array, "B S E"]:
         y = self.norm_attention(x)
         q, k, v = (linear(y).reshape(*x.shape[:2], self.heads, -1) for linear in (self.query, self.key, self.value))
-        bias = shared if self.position is None else self.position(x.shape[1])
+        bias = shared_bias if self.position is None else self.position(x.shape[1])
         assert bias is not None  # the encoder has a shared table if its layers have none
-        x = x + self.out(_attend(q, k, v, bias=bias, same=same).reshape(*x.shape[:2], -1))
+        x = x + self.out(_attend(q, k, v, bias=bias, same_segment=same_segment).reshape(*x.shape[:2], -1))
         y = self.norm_mlp(x)
         hidden = jax.nn.relu(self.up(y)) if self.gate is None else gelu(self.gate(y)) * self.up(y)
         return x + self.down(hidden)
@@ -126,7 +126,7 @@ class _PositionBias(nnx.Module):
         self.table = nnx.Param(jax.random.normal(rngs.params(), (config.buckets, config.heads)))
 
     def __call__(self, length: int) -> Float[Array, "K S S"]:
-        buckets = relative_buckets(length, buckets=self.buckets, max_distance=self.max_distance)
+        buckets = compute_relative_buckets(length, buckets=self.buckets, max_distance=self.max_distance)
         return self.table[...].astype(jnp.float32).T[:, buckets]
 
 
@@ -136,7 +136,7 @@ def _attend(
     v: Float[Array, "B S K d"],
     *,
     bias: Float[Array, "K S S"],
-    same: Bool[Array, "B S S"],
+    same_segment: Bool[Array, "B S S"],
 ) -> Float[Array, "B S K d"]:
     """Return `softmax(q k^T + bias) v`, with the softmax in float32.
 
@@ -144,11 +144,11 @@ def _attend(
     a few hundred tokens.
     """
     scores = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32) + bias
-    weights = jax.nn.softmax(jnp.where(same[:, None], scores, _MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(same_segment[:, None], scores, _MASKED), axis=-1)
     return jnp.einsum("bknm,bmkd->bnkd", weights.astype(v.dtype), v)
 
 
-def relative_buckets(length: int, *, buckets: int, max_distance: int) -> Int32[np.ndarray, "S S"]:
+def compute_relative_buckets(length: int, *, buckets: int, max_distance: int) -> Int32[np.ndarray, "S S"]:
     """Return the bucket of every (query, key): by direction and distance, exact when near and logarithmic when far.
 
     In each direction, with h = `buckets` / 2 and e = h / 2, distances below e have a bucket each; a distance n of e or

@@ -13,7 +13,7 @@ from jaxtyping import Int32
 
 from dit_video.core.errors import MissingError, UserError
 
-_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+_VOCABULARY_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
 """Files that hold the vocabulary: one of the first two, or both of the last (CLIP's)."""
 TOKENIZER_FILES = "tokenizer.json, spiece.model, or vocab.json and merges.txt"
 
@@ -34,7 +34,7 @@ class PretrainedTokenizer:
         folder = Path(folder)
         if max_tokens < 2:
             raise UserError(f"max_tokens={max_tokens} is invalid: no room for a token and the end token. Use 2 or more")
-        if not holds_tokenizer(folder):
+        if not has_tokenizer(folder):
             raise MissingError(f"no tokenizer in {folder} ({TOKENIZER_FILES}); copy the model's own files there")
         needs_sentencepiece = not (folder / "tokenizer.json").is_file() and (folder / "spiece.model").is_file()
         if needs_sentencepiece and not importlib.util.find_spec("sentencepiece"):
@@ -59,7 +59,7 @@ class PretrainedTokenizer:
         rules = f"{description} of cleaned texts" if cleaned else description
         self.identity = hashlib.sha256(rules.encode()).hexdigest()
         """Hash of the vocabulary and all rules, not of the files: two layouts of one tokenizer have the same."""
-        self.largest_id = max(self._tokenizer.get_vocab().values())
+        self.max_id = max(self._tokenizer.get_vocab().values())
 
     def __call__(self, text: str) -> Int32[np.ndarray, " s"]:
         """Return the token ids of a text; one of more than `max_tokens` tokens is cut, with a warning."""
@@ -76,9 +76,9 @@ class PretrainedTokenizer:
         return np.asarray(ids, np.int32)
 
 
-def holds_tokenizer(folder: str | os.PathLike) -> bool:
+def has_tokenizer(folder: str | os.PathLike) -> bool:
     """Return whether a folder has the files of a `PretrainedTokenizer`."""
-    return any(all((Path(folder) / name).is_file() for name in names) for names in _FILES)
+    return any(all((Path(folder) / name).is_file() for name in names) for names in _VOCABULARY_FILES)
 
 
 def clean(text: str) -> str:

@@ -1,41 +1,41 @@
 """Spacetime patches as token sequences: patchify, coordinates, packing, rotary embedding."""
 
-from dit_video.tokens.coordinates import coordinates
-from dit_video.tokens.noise import packed_noise
+from dit_video.tokens.coordinates import compute_coordinates
+from dit_video.tokens.noise import sample_packed_noise
 from dit_video.tokens.packing import (
-    Item,
-    Rows,
-    RowShape,
-    empty_row,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_segment_offsets,
+    expand_to_tokens,
+    make_empty_row,
     pack,
-    positions,
     segment_max,
     segment_mean,
-    to_tokens,
     unpack,
 )
-from dit_video.tokens.patchify import Grid, patchify, token_grid, unpatchify
-from dit_video.tokens.rotary import Rotary3d, even_split, rotary_angles, rotate
+from dit_video.tokens.patchify import Grid, compute_token_grid, patchify, unpatchify
+from dit_video.tokens.rotary import Rotary3d, compute_rotary_angles, rotate, split_evenly
 
 __all__ = [
     "Grid",
-    "Item",
+    "PackedBatch",
+    "PackedExample",
+    "PackedShape",
     "Rotary3d",
-    "RowShape",
-    "Rows",
-    "coordinates",
-    "empty_row",
-    "even_split",
+    "compute_coordinates",
+    "compute_rotary_angles",
+    "compute_segment_offsets",
+    "compute_token_grid",
+    "expand_to_tokens",
+    "make_empty_row",
     "pack",
-    "packed_noise",
     "patchify",
-    "positions",
-    "rotary_angles",
     "rotate",
+    "sample_packed_noise",
     "segment_max",
     "segment_mean",
-    "to_tokens",
-    "token_grid",
+    "split_evenly",
     "unpack",
     "unpatchify",
 ]

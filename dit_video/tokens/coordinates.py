@@ -6,7 +6,9 @@ from jaxtyping import Float32
 from dit_video.tokens.patchify import Grid
 
 
-def coordinates(grid: Grid, *, step: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Float32[np.ndarray, "n 3"]:
+def compute_coordinates(
+    grid: Grid, *, step: tuple[float, float, float] = (1.0, 1.0, 1.0)
+) -> Float32[np.ndarray, "n 3"]:
     """Return the coordinates of all tokens of a grid, from 0, in the order of `patchify`.
 
     Args:

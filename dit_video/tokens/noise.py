@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dit_video.tokens.packing import Rows, positions
+from dit_video.tokens.packing import PackedBatch, compute_segment_offsets
 
 
-def packed_noise(rows: Rows, keys: Key[Array, "B G"]) -> Float[Array, "B N p"]:
+def sample_packed_noise(batch: PackedBatch, keys: Key[Array, "B G"]) -> Float[Array, "B N p"]:
     """Sample standard normal noise, which depends on an example's key and its tokens' order, but not on its row."""
-    width = rows.tokens.shape[-1]
-    offsets = positions(rows.segments)
+    width = batch.tokens.shape[-1]
+    offsets = compute_segment_offsets(batch.segments)
 
     def sample_token(row_keys, segment, offset):
         return jax.random.normal(jax.random.fold_in(row_keys[jnp.maximum(segment - 1, 0)], offset), (width,))
 
     return jax.vmap(lambda row_keys, ids, offset: jax.vmap(lambda i, n: sample_token(row_keys, i, n))(ids, offset))(
-        keys, rows.segments, offsets
+        keys, batch.segments, offsets
     )

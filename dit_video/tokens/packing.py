@@ -17,7 +17,7 @@ from dit_video.core.typing import AnyArray
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowShape:
+class PackedShape:
     """Capacity of one row: it fixes every array shape of a batch, so one compiled program serves all clips."""
 
     tokens: int
@@ -28,7 +28,7 @@ class RowShape:
     """Maximum number of clips (G)."""
 
 
-class Item(NamedTuple):
+class PackedExample(NamedTuple):
     """One clip, ready to be packed."""
 
     tokens: Float32[np.ndarray, "n p"]
@@ -43,7 +43,7 @@ class Item(NamedTuple):
     """Image encoder's tokens of the clip's first frame."""
 
 
-class Rows(NamedTuple):
+class PackedBatch(NamedTuple):
     """A batch of packed rows; `B` is absent in a single row. Arrays are NumPy in the loader and JAX in the step."""
 
     tokens: Float[AnyArray, "*B N p"]
@@ -63,7 +63,7 @@ class Rows(NamedTuple):
     image_segments: Int[AnyArray, "*B I"]
 
 
-def pack(items: Sequence[Item], shape: RowShape, *, width: int, text_width: int = 0) -> Rows:
+def pack(examples: Sequence[PackedExample], shape: PackedShape, *, width: int, text_width: int = 0) -> PackedBatch:
     """Pack examples into one row (no batch axis), in order.
 
     Args:
@@ -75,10 +75,10 @@ def pack(items: Sequence[Item], shape: RowShape, *, width: int, text_width: int 
     Raises:
       UserError: the examples do not fit into the row, or their conditioning differs in presence or size.
     """
-    used = RowShape(
-        tokens=sum(len(example.tokens) for example in items),
-        text=sum(len(example.text) for example in items),
-        segments=len(items),
+    used = PackedShape(
+        tokens=sum(len(example.tokens) for example in examples),
+        text=sum(len(example.text) for example in examples),
+        segments=len(examples),
     )
     for name in ("tokens", "text", "segments"):
         if getattr(used, name) > getattr(shape, name):
@@ -86,9 +86,9 @@ def pack(items: Sequence[Item], shape: RowShape, *, width: int, text_width: int 
                 f"a row has room for {getattr(shape, name)} {name}, the clips have {getattr(used, name)}; "
                 f"raise the row's {name}, or pack fewer clips into it"
             )
-    row = empty_row(shape, width=width, text_width=text_width, given=items[0] if items else None)
+    row = make_empty_row(shape, width=width, text_width=text_width, given=examples[0] if examples else None)
     start = text_start = 0
-    for index, example in enumerate(items):
+    for index, example in enumerate(examples):
         stop, text_stop = start + len(example.tokens), text_start + len(example.text)
         row.tokens[start:stop] = example.tokens
         row.segments[start:stop] = index + 1
@@ -97,15 +97,15 @@ def pack(items: Sequence[Item], shape: RowShape, *, width: int, text_width: int 
         row.text_segments[text_start:text_stop] = index + 1
         row.examples[index] = example.example
         row.valid[index] = True
-        _put_given(row, index, example, slice(start, stop))
+        _write_conditioning(row, index, example, slice(start, stop))
         start, text_start = stop, text_stop
     return row
 
 
-def _put_given(row: Rows, index: int, item: Item, tokens: slice) -> None:
+def _write_conditioning(row: PackedBatch, index: int, example: PackedExample, tokens: slice) -> None:
     """Write an example's conditioning into the row, whose examples must all have the same kind."""
-    shown = np.zeros((len(item.tokens), 0), np.float32) if item.shown is None else item.shown
-    image = np.zeros((0, row.image.shape[1]), np.float32) if item.image is None else item.image
+    shown = np.zeros((len(example.tokens), 0), np.float32) if example.shown is None else example.shown
+    image = np.zeros((0, row.image.shape[1]), np.float32) if example.image is None else example.image
     count = len(row.image) // len(row.examples)
     if shown.shape[1] != row.shown.shape[1] or image.shape != (count, row.image.shape[1]):
         raise UserError(
@@ -118,11 +118,13 @@ def _put_given(row: Rows, index: int, item: Item, tokens: slice) -> None:
     row.image_segments[index * count : (index + 1) * count] = index + 1
 
 
-def empty_row(shape: RowShape, *, width: int, text_width: int = 0, given: Item | None = None) -> Rows:
+def make_empty_row(
+    shape: PackedShape, *, width: int, text_width: int = 0, given: PackedExample | None = None
+) -> PackedBatch:
     """Return a row of padding with the shapes of `pack`; `given` is an example with the conditioning of other rows."""
     shown = 0 if given is None or given.shown is None else given.shown.shape[1]
     images, image_width = (0, 0) if given is None or given.image is None else given.image.shape
-    return Rows(
+    return PackedBatch(
         tokens=np.zeros((shape.tokens, width), np.float32),
         segments=np.zeros((shape.tokens,), np.int32),
         coordinates=np.zeros((shape.tokens, 3), np.float32),
@@ -141,41 +143,45 @@ def unpack(tokens: Float[np.ndarray, "N p"], segments: Int[np.ndarray, " N"]) ->
     return [tokens[segments == index] for index in range(1, int(segments.max(initial=0)) + 1)]
 
 
-def to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray, "B N"]) -> Shaped[Array, "B N *rest"]:
+def expand_to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray, "B N"]) -> Shaped[Array, "B N *rest"]:
     """Return every token's value from one value per segment; padding gets the first segment's."""
     indices = jax.numpy.maximum(segments - 1, 0)
-    return _read(values, indices) if jax.numpy.issubdtype(values.dtype, jax.numpy.inexact) else _gather(values, indices)
+    return (
+        _gather_differentiable(values, indices)
+        if jax.numpy.issubdtype(values.dtype, jax.numpy.inexact)
+        else _gather(values, indices)
+    )
 
 
-_CHOSEN = 8
+_MAX_SELECTED_SEGMENTS = 8
 """Segments per row up to which accelerators select among the values instead of gathering them. Selection is fused into
 the operation that reads the values, whereas the result of a gather is written to memory first."""
 
 
-def _gather(values: Shaped[Array, "B G *rest"], places: Int[Array, "B N"]) -> Shaped[Array, "B N *rest"]:
-    count, shape = values.shape[1], (*places.shape, *values.shape[2:])
+def _gather(values: Shaped[Array, "B G *rest"], indices: Int[Array, "B N"]) -> Shaped[Array, "B N *rest"]:
+    count, shape = values.shape[1], (*indices.shape, *values.shape[2:])
     if count == 1:
         return jax.numpy.broadcast_to(values, shape)
-    if count > _CHOSEN or jax.default_backend() == "cpu":
-        return jax.vmap(lambda row, index: row[index])(values, places)
-    places = places.reshape(*places.shape, *(1,) * (values.ndim - 2))
+    if count > _MAX_SELECTED_SEGMENTS or jax.default_backend() == "cpu":
+        return jax.vmap(lambda row, index: row[index])(values, indices)
+    indices = indices.reshape(*indices.shape, *(1,) * (values.ndim - 2))
     gathered = jax.numpy.broadcast_to(values[:, :1], shape)
     for segment in range(1, count):
-        gathered = jax.numpy.where(places == segment, values[:, segment : segment + 1], gathered)
+        gathered = jax.numpy.where(indices == segment, values[:, segment : segment + 1], gathered)
     return gathered
 
 
-_read = jax.custom_jvp(_gather)
+_gather_differentiable = jax.custom_jvp(_gather)
 
 
-@_read.defjvp
-def _read_jvp(primals, tangents):
+@_gather_differentiable.defjvp
+def _gather_jvp(primals, tangents):
     # A product with a one-hot matrix, whose transpose is a product too: that of a gather is a scatter, which adds the
     # tokens' gradients one by one.
     values, indices = primals
     one_hot = jax.nn.one_hot(indices, values.shape[1], dtype=values.dtype)
     tangent = jax.numpy.einsum("bng,bg...->bn...", one_hot, tangents[0], precision=jax.lax.Precision.HIGHEST)
-    return _read(values, indices), tangent
+    return _gather_differentiable(values, indices), tangent
 
 
 def segment_mean(
@@ -197,7 +203,7 @@ def segment_max(
     return jax.numpy.where(member.any(axis=1), largest, 0.0)
 
 
-def positions(segments: Int[AnyArray, "B N"]) -> Int[Array, "B N"]:
+def compute_segment_offsets(segments: Int[AnyArray, "B N"]) -> Int[Array, "B N"]:
     """Return the index of every token within its segment, or within its run of padding."""
     index = jax.numpy.arange(segments.shape[1])[None]
     starts = jax.numpy.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1) != segments

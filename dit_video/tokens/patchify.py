@@ -21,7 +21,7 @@ class Grid(NamedTuple):
         return self.t * self.h * self.w
 
 
-def token_grid(latents: Grid, patch: Grid) -> Grid:
+def compute_token_grid(latents: Grid, patch: Grid) -> Grid:
     """Return the number of patches along each axis for latents of this size.
 
     Raises:
@@ -41,7 +41,7 @@ def patchify(latents: Float[SameArray, "*batch t h w c"], patch: Grid) -> Float[
     Raises:
       UserError: the patch does not divide the latents.
     """
-    token_grid(Grid(*latents.shape[-4:-1]), patch)
+    compute_token_grid(Grid(*latents.shape[-4:-1]), patch)
     return rearrange(
         latents,
         "... (t pt) (h ph) (w pw) c -> ... (t h w) (pt ph pw c)",

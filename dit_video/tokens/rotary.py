@@ -53,16 +53,16 @@ class Rotary3d:
     @staticmethod
     def even(head_width: int, *, theta: float = 10_000.0) -> "Rotary3d":
         """Return a config with equal parts for h and w, and the rest for t, as in Wan (44, 42, 42 of 128)."""
-        return Rotary3d(split=even_split(head_width), theta=theta)
+        return Rotary3d(split=split_evenly(head_width), theta=theta)
 
 
-def even_split(width: int) -> tuple[int, int, int]:
+def split_evenly(width: int) -> tuple[int, int, int]:
     """Divide a width among (t, h, w): equal even parts for h and w, and the rest for t."""
     space = width // 6 * 2
     return width - 2 * space, space, space
 
 
-def rotary_angles(coordinates: Float[Array, "*batch N 3"], rotary: Rotary3d) -> Float[Array, "*batch N half"]:
+def compute_rotary_angles(coordinates: Float[Array, "*batch N 3"], rotary: Rotary3d) -> Float[Array, "*batch N half"]:
     """Return the angle of every pair of a head's channels in float32."""
     parts = []
     for axis, width in enumerate(rotary.split):

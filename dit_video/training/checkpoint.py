@@ -29,21 +29,21 @@ from jaxtyping import Array, UInt32
 from dit_video.core import config_json
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
-from dit_video.platform.provenance import code_version
-from dit_video.training.checkpoint_policy import Keep, Preservation
+from dit_video.platform.provenance import get_code_version
+from dit_video.training.checkpoint_policy import CheckpointPolicy, OrbaxPreservationPolicy
 
 FORMAT = 1
 
-_STORAGE = re.compile(
+_STORAGE_ERRORS = re.compile(
     r"OS error|No space left|File too large|Read-only|[Pp]ermission|[Qq]uota|RESOURCE_EXHAUSTED|PERMISSION_DENIED"
     r"|UNAVAILABLE|UNAUTHENTICATED|[Cc]redentials"
 )
 """Messages of tensorstore if storage rejects a write; its errors have no types of their own."""
-_ORBAX = os.path.dirname(ocp.__file__)
+_ORBAX_FOLDER = os.path.dirname(ocp.__file__)
 
 # Orbax reports each of its steps to the logger it shares with other packages, so its records are dropped by origin.
 logging.getLogger("absl").addFilter(
-    lambda record: record.levelno >= logging.WARNING or not record.pathname.startswith(_ORBAX)
+    lambda record: record.levelno >= logging.WARNING or not record.pathname.startswith(_ORBAX_FOLDER)
 )
 
 
@@ -53,12 +53,12 @@ class Checkpoints:
     The folder is neither created nor changed before the first save.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: Keep = Keep()) -> None:  # noqa: B008  # it is frozen
-        self.folder = _place(folder)
+    def __init__(self, folder: str | os.PathLike, *, keep: CheckpointPolicy = CheckpointPolicy()) -> None:  # noqa: B008  # it is frozen
+        self.folder = _resolve_folder(folder)
         self.keep = keep
         self._writer: ocp.CheckpointManager | None = None
         self._unreadable: set[int] = set()
-        self._writing = 0
+        self._writing_step = 0
         self._metrics: dict[int, Mapping[str, float] | None] = {}
 
     def save(
@@ -78,8 +78,8 @@ class Checkpoints:
           TypeError: JSON cannot represent `meta`.
         """
         self.wait()
-        with self._told(step):
-            writer = self._open()
+        with self._raise_user_errors(step):
+            writer = self._open_writer()
             for unreadable in sorted(self._unreadable & set(writer.all_steps())):
                 writer.delete(unreadable)
         self._unreadable.clear()
@@ -90,18 +90,18 @@ class Checkpoints:
                 f"Continue from step {newest}, remove it, or use another folder."
             )
         arrays = trees.flatten(state)
-        digests = _digests(arrays)
-        table = {path: {**_kind(array), "digest": int(digests[path])} for path, array in arrays.items()}
+        digests = _compute_digests(arrays)
+        table = {path: {**_describe(array), "digest": int(digests[path])} for path, array in arrays.items()}
         self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
-        details = {"metrics": self._metrics[step], "code": code_version(), "meta": dict(meta)}
+        details = {"metrics": self._metrics[step], "code": get_code_version(), "meta": dict(meta)}
         document = json.loads(json.dumps({"format": FORMAT, "arrays": table, **details}))
         args = ocp.args.Composite(
             # Orbax cannot write an array without values; its shape and dtype are in the table.
             state=ocp.args.StandardSave(trees.unflatten({path: a for path, a in arrays.items() if a.size})),
             meta=ocp.args.JsonSave(document),
         )
-        self._writing = step
-        with self._told(step):
+        self._writing_step = step
+        with self._raise_user_errors(step):
             saved = writer.save(step, args=args, force=True)
         if not saved:
             raise RuntimeError(f"the checkpoint of step {step} was not saved")
@@ -109,30 +109,31 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait until all saves are on disk, and raise their errors."""
         if self._writer is not None:
-            with self._told(self._writing):
+            with self._raise_user_errors(self._writing_step):
                 self._writer.wait_until_finished()
 
     @contextlib.contextmanager
-    def _told(self, step: int) -> Iterator[None]:
+    def _raise_user_errors(self, step: int) -> Iterator[None]:
         """Turn errors of the disk or the remote storage into user errors. Earlier checkpoints are not affected."""
         try:
             yield
         except Exception as error:  # an OSError, or the orbax or tensorstore error that it was turned into
             is_jax_error = isinstance(error, jax.errors.JaxRuntimeError)  # such as the failure of another process
-            if is_jax_error or not (isinstance(error, OSError) or _STORAGE.search(str(error))):
+            if is_jax_error or not (isinstance(error, OSError) or _STORAGE_ERRORS.search(str(error))):
                 raise
             raise UserError(
-                f"cannot write the checkpoint of step {step} to {self.folder} ({_line(error)}). Those before it are "
+                f"cannot write the checkpoint of step {step} to {self.folder} ({_format_error(error)}). Those "
+                "before it are "
                 "intact: free disk space or grant write permission, then run the same command to resume from them."
             ) from error
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint that is not known to be unreadable, or None."""
-        return max(self._steps(), default=None)
+        return max(self._list_steps(), default=None)
 
-    def document(self, step: int) -> dict[str, Any]:
+    def read_document(self, step: int) -> dict[str, Any]:
         """Return the JSON document of a checkpoint: `metrics`, `code` (see `code_version`), `meta` and `arrays`."""
-        with self._reader() as reader:
+        with self._open_reader() as reader:
             return reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def restore(self, like: Any, step: int | None = None, *, config: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -152,7 +153,7 @@ class Checkpoints:
           MissingError: There is no checkpoint, or none of this step.
           UserError: The checkpoint has another config or format, or nothing can be read.
         """
-        steps = sorted(self._steps(), reverse=True)
+        steps = sorted(self._list_steps(), reverse=True)
         if not steps or (step is not None and step not in steps):
             which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             has = f" Available steps: {', '.join(map(str, reversed(steps)))}." if steps else " Train first."
@@ -171,75 +172,75 @@ class Checkpoints:
             if problem is not None:
                 warnings.warn(
                     f"checkpoint {', '.join(map(str, sorted(self._unreadable)))} in {self.folder} cannot be read "
-                    f"({_line(problem)}); continuing from step {candidate}",
+                    f"({_format_error(problem)}); continuing from step {candidate}",
                     stacklevel=2,
                 )
             return result
         which = f"step {step}" if step is not None else "any checkpoint"
         raise UserError(
-            f"cannot read {which} in {self.folder} ({_line(problem)}). Remove the folder to start from scratch."
+            f"cannot read {which} in {self.folder} ({_format_error(problem)}). Remove the folder to start from scratch."
         ) from problem
 
     def _read(self, step: int, like: Any, config: Any) -> tuple[Any, dict[str, Any]]:
-        document = self.document(step)
+        document = self.read_document(step)
         checkpoint_path = self.folder / str(step)
         if document.get("format") != FORMAT:
             raise UserError(
                 f"{checkpoint_path} has checkpoint format {document.get('format')}, but this version reads {FORMAT}. "
                 "Use the version that wrote it."
             )
-        expected = {path: _placed(leaf) for path, leaf in trees.flatten(like).items()}
-        fields = "" if config is None else config_json.difference(document["meta"].get("config"), config)
-        _match(checkpoint_path, document["arrays"], expected, fields)
+        expected = {path: _with_sharding(leaf) for path, leaf in trees.flatten(like).items()}
+        fields = "" if config is None else config_json.describe_difference(document["meta"].get("config"), config)
+        _check_arrays(checkpoint_path, document["arrays"], expected, fields)
         empty = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in expected.items() if 0 in leaf.shape}
         args = ocp.args.StandardRestore(trees.unflatten({path: s for path, s in expected.items() if path not in empty}))
-        with self._reader() as reader:
+        with self._open_reader() as reader:
             arrays = empty | trees.flatten(reader.restore(step, args=ocp.args.Composite(state=args)).state)
-        digests = _digests(arrays)
+        digests = _compute_digests(arrays)
         for path, digest in digests.items():
             if int(digest) != document["arrays"][path]["digest"]:
                 raise ValueError(f"the digest of {path} does not match: its values were lost or changed after writing")
         return trees.map_with_path(lambda path, _: arrays[path], like), document["meta"]
 
-    def _steps(self) -> set[int]:
+    def _list_steps(self) -> set[int]:
         """Return the steps of complete checkpoints that are not known to be unreadable."""
         if not self.folder.is_dir():
             return set()
         self.wait()
-        with self._reader() as reader:
+        with self._open_reader() as reader:
             return set(reader.all_steps()) - self._unreadable
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[ocp.CheckpointManager]:
+    def _open_reader(self) -> Iterator[ocp.CheckpointManager]:
         """Yield the writing manager if there is one, else a temporary one with the folder's current contents."""
         if self._writer is not None:
             yield self._writer
             return
-        manager = self._manager()
+        manager = self._make_manager()
         try:
             yield manager
         finally:
             manager.close()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open_writer(self) -> ocp.CheckpointManager:
         """Return the writing manager, which removes the remains of interrupted saves; only the run itself may do so."""
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._writer = self._manager(
-                preservation_policy=Preservation(self.keep, self._metrics_of), cleanup_tmp_directories=True
+            self._writer = self._make_manager(
+                preservation_policy=OrbaxPreservationPolicy(self.keep, self._get_metrics), cleanup_tmp_directories=True
             )
         return self._writer
 
-    def _metrics_of(self, step: int) -> Mapping[str, float] | None:
+    def _get_metrics(self, step: int) -> Mapping[str, float] | None:
         """Return the metrics stored with a checkpoint; None if its document cannot be read."""
         if step not in self._metrics:
             try:
-                self._metrics[step] = self.document(step).get("metrics")
+                self._metrics[step] = self.read_document(step).get("metrics")
             except Exception:  # a damaged file, see `restore`
                 self._metrics[step] = None
         return self._metrics[step]
 
-    def _manager(self, **options: Any) -> ocp.CheckpointManager:
+    def _make_manager(self, **options: Any) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(create=False, **options),
@@ -247,7 +248,7 @@ class Checkpoints:
         )
 
 
-def _place(folder: str | os.PathLike) -> Path:
+def _resolve_folder(folder: str | os.PathLike) -> Path:
     """Return the path of a local folder, or of a URL such as gs://bucket/run that Orbax can write to.
 
     Raises:
@@ -260,19 +261,20 @@ def _place(folder: str | os.PathLike) -> Path:
         place.exists()
     except (ImportError, KeyError, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"cannot open {folder} ({_line(error)}). Install the package for such URLs, such as gcsfs for gs://, or "
+            f"cannot open {folder} ({_format_error(error)}). Install the package for such URLs, such as gcsfs for "
+            "gs://, or "
             "use a local folder."
         ) from error
     return cast(Path, place)
 
 
-def _digests(arrays: Mapping[str, Array]) -> dict[str, int]:
+def _compute_digests(arrays: Mapping[str, Array]) -> dict[str, int]:
     # One array at a time: on CPUs, concurrent multi-device programs may deadlock.
-    return {path: int(_digest(array)) for path, array in arrays.items()}
+    return {path: int(_compute_digest(array)) for path, array in arrays.items()}
 
 
 @jax.jit
-def _digest(array: Array) -> UInt32[Array, ""]:
+def _compute_digest(array: Array) -> UInt32[Array, ""]:
     """Return the sum of the bits of all values, weighted by position, modulo 2^32: the same on every mesh."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
@@ -287,38 +289,42 @@ def _digest(array: Array) -> UInt32[Array, ""]:
     return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
 
 
-def _kind(leaf: Any) -> dict[str, Any]:
+def _describe(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _match(where: Path, given: Mapping[str, Any], wanted: Mapping[str, Any], fields: str) -> None:
+def _check_arrays(
+    folder: Path, stored_arrays: Mapping[str, Any], expected_arrays: Mapping[str, Any], config_difference: str
+) -> None:
     """Raise a user error with the first difference between the arrays of a checkpoint and those of the state.
 
     `config_difference` names the fields of the config that differ, or is empty.
     """
-    differences = [f"it lacks {path}" for path in wanted if path not in given]
-    differences += [f"it has {path}, which this run does not" for path in given if path not in wanted]
-    for path, leaf in wanted.items():
-        if path in given and (stored := {name: given[path][name] for name in ("shape", "dtype")}) != _kind(leaf):
-            expected = _kind(leaf)
+    differences = [f"it lacks {path}" for path in expected_arrays if path not in stored_arrays]
+    differences += [f"it has {path}, which this run does not" for path in stored_arrays if path not in expected_arrays]
+    for path, leaf in expected_arrays.items():
+        if path in stored_arrays and (
+            stored := {name: stored_arrays[path][name] for name in ("shape", "dtype")}
+        ) != _describe(leaf):
+            expected = _describe(leaf)
             differences.append(
                 f"{path} is {stored['dtype']}{stored['shape']} there and {expected['dtype']}{expected['shape']} here"
             )
     if differences:
         count_note = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
-        config_note = f"; config: {fields}" if fields else ""
+        config_note = f"; config: {config_difference}" if config_difference else ""
         raise UserError(
-            f"checkpoint {where} has another config: {differences[0]}{count_note}{config_note}. "
+            f"checkpoint {folder} has another config: {differences[0]}{count_note}{config_note}. "
             "Use the config of its run, or another folder."
         )
 
 
-def _line(error: Exception | None) -> str:
+def _format_error(error: Exception | None) -> str:
     """Return the beginning of an error's message on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:120]}{'…' if len(text) > 120 else ''}"

@@ -10,7 +10,7 @@ from dit_video.core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep:
+class CheckpointPolicy:
     """Policy for preserving checkpoints: one that matches any of the rules is kept.
 
     Raises:
@@ -38,13 +38,13 @@ class Keep:
             )
 
 
-class Preservation:
+class OrbaxPreservationPolicy:
     """A `CheckpointPolicy` as a policy of Orbax.
 
     `get_metrics` returns the metrics of the checkpoint of a step, or None.
     """
 
-    def __init__(self, keep: Keep, metrics_of: Callable[[int], Mapping[str, float] | None]) -> None:
+    def __init__(self, keep: CheckpointPolicy, get_metrics: Callable[[int], Mapping[str, float] | None]) -> None:
         from orbax.checkpoint import checkpoint_managers as orbax  # slow import, not needed for configs
 
         policies: list[orbax.PreservationPolicy] = [orbax.LatestN(keep.newest)]
@@ -59,20 +59,21 @@ class Preservation:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._any = orbax.AnyPreservationPolicy(policies)
+        self._policy = orbax.AnyPreservationPolicy(policies)
         self._keep = keep
-        self._metrics_of = metrics_of
+        self._get_metrics = get_metrics
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Return whether to keep each of the checkpoints, which are in the order of their steps."""
         checkpoints_with_metrics = [
-            SimpleNamespace(step=info.step, time=info.time, metrics=self._measured(info.step)) for info in checkpoints
+            SimpleNamespace(step=info.step, time=info.time, metrics=self._read_metrics(info.step))
+            for info in checkpoints
         ]
-        return self._any.should_preserve(checkpoints_with_metrics, context=context)
+        return self._policy.should_preserve(checkpoints_with_metrics, context=context)
 
-    def _measured(self, step: int) -> Mapping[str, float] | None:
+    def _read_metrics(self, step: int) -> Mapping[str, float] | None:
         if not self._keep.best:
             return None
-        metrics = self._metrics_of(step)
+        metrics = self._get_metrics(step)
         value = None if metrics is None else metrics.get(self._keep.metric)
         return metrics if value is not None and math.isfinite(value) else None

@@ -15,10 +15,10 @@ import jax
 
 from dit_video.core.errors import UserError
 
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 
 
-class _Held:
+class _LockRegistry:
     """Reference-counted locks that this process holds.
 
     `_files` has the open file of each lock, or None on file systems without locks.
@@ -26,28 +26,28 @@ class _Held:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._times: dict[Path, int] = {}
+        self._counts: dict[Path, int] = {}
         self._files: dict[Path, int | None] = {}
 
-    def take(self, path: Path) -> None:
+    def acquire(self, path: Path) -> None:
         with self._guard:
-            if not self._times.get(path):
-                self._files[path] = _lock(path)
-            self._times[path] = self._times.get(path, 0) + 1
+            if not self._counts.get(path):
+                self._files[path] = _open_lock(path)
+            self._counts[path] = self._counts.get(path, 0) + 1
 
-    def leave(self, path: Path) -> None:
+    def release(self, path: Path) -> None:
         with self._guard:
-            self._times[path] -= 1
+            self._counts[path] -= 1
             # The file is not removed: otherwise one process could lock the old file and another process a new one.
-            if not self._times[path] and (file := self._files.pop(path)) is not None:
+            if not self._counts[path] and (file := self._files.pop(path)) is not None:
                 os.close(file)
 
 
-_held = _Held()
+_locks = _LockRegistry()
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other processes out of a folder, which is created if it does not exist.
 
     The lock is the operating system's (`flock`), on the file `.lock` in the folder, so that it ends with its process
@@ -60,15 +60,15 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    path = Path(folder).absolute() / LOCK
-    _held.take(path)
+    path = Path(folder).absolute() / LOCK_FILE
+    _locks.acquire(path)
     try:
         yield
     finally:
-        _held.leave(path)
+        _locks.release(path)
 
 
-def _lock(path: Path) -> int | None:
+def _open_lock(path: Path) -> int | None:
     """Return the open file that holds the lock; None on file systems without locks."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def _lock(path: Path) -> int | None:
     except BlockingIOError as error:
         os.close(file)
         raise UserError(
-            f"{path.parent} is in use by {_holder(path)}. Stop it, wait for it, or use another folder."
+            f"{path.parent} is in use by {_describe_holder(path)}. Stop it, wait for it, or use another folder."
         ) from error
     except OSError as error:  # some network file systems have no locks
         os.close(file)
@@ -98,7 +98,7 @@ def _lock(path: Path) -> int | None:
     return file
 
 
-def _holder(path: Path) -> str:
+def _describe_holder(path: Path) -> str:
     """Return a description of the process that holds the lock."""
     try:
         holder = json.loads(path.read_text())

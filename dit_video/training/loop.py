@@ -27,14 +27,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from dit_video.core import trees as trees
-from dit_video.core.errors import Stopped, UserError
+from dit_video.core.errors import GracefulStop, UserError
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.hooks.log_interval import Identify, Interval, NotFinite, TooManySkipped
+from dit_video.training.hooks.log_interval import (
+    BatchIdentifier,
+    MetricAccumulator,
+    NonFiniteLossError,
+    TooManySkipsError,
+)
 from dit_video.training.hooks.logging import Progress
-from dit_video.training.hooks.profiler import Profile, Tracer
+from dit_video.training.hooks.profiler import TraceConfig, Tracer
 from dit_video.training.hooks.skipped_steps import SkippedLog
 from dit_video.training.hooks.writers import Log
-from dit_video.training.preemption import signals
+from dit_video.training.preemption import handle_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +53,13 @@ class LoopConfig:
     steps: int
     log_every: int = 20
     save_every: int = 500
-    most_skipped: int = 10
+    max_consecutive_skips: int = 10
     """Number of consecutive steps with a non-finite loss or gradient after which the run ends."""
-    stop_within: float = 300.0
+    preemption_grace: float = 300.0
     """Maximum number of seconds from a signal to the end of the process; preempted machines usually have about 30."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "save_every", "most_skipped"):
+        for name in ("steps", "log_every", "save_every", "max_consecutive_skips"):
             if getattr(self, name) < 1:
                 raise UserError(
                     f"{name}={getattr(self, name)} is invalid: it must be at least 1. Use a positive number of steps."
@@ -62,7 +67,7 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Periodic:
+class PeriodicCall:
     """A function that is called at an interval of steps, and after the last one."""
 
     every: int
@@ -71,23 +76,23 @@ class Periodic:
     """Function of the number of steps done and the state, to which it must not keep references. Its result is logged.
     All processes call it."""
 
-    def due(self, done: int, steps: int) -> bool:
-        return done % self.every == 0 or done == steps
+    def is_due(self, steps_done: int, steps: int) -> bool:
+        return steps_done % self.every == 0 or steps_done == steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
     """Optional monitoring of a run, besides its log."""
 
-    identify: Identify | None = None
+    identify: BatchIdentifier | None = None
     """Function that identifies a batch."""
     skipped: SkippedLog | None = None
     """Log of skipped steps and their batches."""
     derive: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
     """Function from the metrics of an entry of the log to further metrics."""
-    periodic: tuple[Periodic, ...] = ()
+    periodic: tuple[PeriodicCall, ...] = ()
     """Functions that are called at intervals of steps."""
-    profile: Profile | None = None
+    profile: TraceConfig | None = None
     """Steps that are traced; None for none."""
 
 
@@ -139,56 +144,65 @@ def run(
         watch.skipped.resume(steps_done)
     if steps_done == config.steps:
         return state
-    accumulator = Interval(steps_done, most=config.most_skipped, identify=watch.identify, skipped=watch.skipped)
+    accumulator = MetricAccumulator(
+        steps_done,
+        max_consecutive_skips=config.max_consecutive_skips,
+        identify=watch.identify,
+        skipped_log=watch.skipped,
+    )
     with (
-        signals(steps_done, within=config.stop_within) as stop,
-        _closing(batches(steps_done)) as iterator,
-        Progress(title, config.steps, start=steps_done, shown=jax.process_index() == 0) as progress,
+        handle_signals(steps_done, grace=config.preemption_grace) as stop,
+        _close_at_end(batches(steps_done)) as iterator,
+        Progress(title, config.steps, start=steps_done, visible=jax.process_index() == 0) as progress,
         contextlib.closing(Tracer(watch.profile)) as tracer,
     ):
-        while steps_done < config.steps and not stop.now():
-            batch = accumulator.next(iterator, stop.now)
-            if stop.now():
+        while steps_done < config.steps and not stop.should_stop():
+            batch = accumulator.next(iterator, stop.should_stop)
+            if stop.should_stop():
                 break
             with tracer.step(steps_done + 1):
                 state, metrics = step(state, batch)
             steps_done += 1
-            tracer.after(steps_done, metrics)
-            with saver.guarded(steps_done, state, accumulator):
+            tracer.after_step(steps_done, metrics)
+            with saver.handle_failures(steps_done, state, accumulator):
                 accumulator.add(batch, metrics)
             loss = None
-            with accumulator.settled() if (due_calls := _due(watch, steps_done, config)) else contextlib.nullcontext():
+            with (
+                accumulator.sync_and_pause_timer()
+                if (due_calls := _get_due_calls(watch, steps_done, config))
+                else contextlib.nullcontext()
+            ):
                 periodic_metrics = {
                     name: value for periodic in due_calls for name, value in periodic.call(steps_done, state).items()
                 }
             if steps_done % config.log_every == 0 or steps_done == config.steps or periodic_metrics:
-                with saver.guarded(steps_done, state, accumulator):
-                    values = accumulator.entry()
+                with saver.handle_failures(steps_done, state, accumulator):
+                    values = accumulator.compute_and_reset()
                 values |= {} if watch.derive is None else watch.derive(values)
-                values |= {**periodic_metrics, **device_memory()}
+                values |= {**periodic_metrics, **get_device_memory()}
                 loss = values["loss"]
                 saver.metrics = values
                 if log is not None:
                     log.write(steps_done, values)
-            stop.passed(steps_done)
+            stop.record_step(steps_done)
             progress.update(steps_done, loss)
             if on_step is not None:
-                with accumulator.paused():
+                with accumulator.pause_timer():
                     on_step(steps_done, state)
             if steps_done % config.save_every == 0:
                 saver.save(steps_done, state, accumulator)
         saver.save(steps_done, state, accumulator)
         saver.wait()
-        if stop.ended():
-            raise Stopped(f"{title}, by {stop.asked} after step {steps_done}, which is saved")
+        if stop.acknowledge():
+            raise GracefulStop(f"{title}, by {stop.signal_name} after step {steps_done}, which is saved")
     return state
 
 
-def _due(watch: Watch, done: int, config: LoopConfig) -> list[Periodic]:
-    return [periodic for periodic in watch.periodic if periodic.due(done, config.steps)]
+def _get_due_calls(watch: Watch, steps_done: int, config: LoopConfig) -> list[PeriodicCall]:
+    return [periodic for periodic in watch.periodic if periodic.is_due(steps_done, config.steps)]
 
 
-def device_memory() -> dict[str, float]:
+def get_device_memory() -> dict[str, float]:
     """Return current and peak bytes in use on this process's first device; empty if it has no statistics (CPUs)."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "device_memory_bytes", "peak_bytes_in_use": "device_memory_peak_bytes"}
@@ -198,96 +212,98 @@ def device_memory() -> dict[str, float]:
 class _Saver:
     """Writer of checkpoints that saves each step once, and only finite states."""
 
-    def __init__(self, checkpoints: Checkpoints | None, meta: dict[str, Any], done: int) -> None:
+    def __init__(self, checkpoints: Checkpoints | None, meta: dict[str, Any], steps_done: int) -> None:
         self._checkpoints = checkpoints
         self._meta = meta
-        self._saved = done
+        self._saved_step = steps_done
         self.metrics: Mapping[str, float] = {}
         """Newest entry of the log."""
 
     def check_start(self, steps: int) -> None:
         """Raise if the run cannot continue from its state, before anything is computed."""
-        if self._saved > steps:
+        if self._saved_step > steps:
             raise UserError(
-                f"steps={steps} is invalid: the run is already at step {self._saved}. Use steps={self._saved} or more."
+                f"steps={steps} is invalid: the run is already at step {self._saved_step}. Use "
+                f"steps={self._saved_step} or more."
             )
         newest = None if self._checkpoints is None else self._checkpoints.latest()
-        if newest is not None and newest > self._saved:
+        if newest is not None and newest > self._saved_step:
             raise UserError(
-                f"the run starts at step {self._saved}, but its folder has a checkpoint of step {newest}. "
+                f"the run starts at step {self._saved_step}, but its folder has a checkpoint of step {newest}. "
                 "Restore that one, remove it, or use another folder."
             )
 
-    def save(self, done: int, state: Any, interval: Interval) -> None:
+    def save(self, steps_done: int, state: Any, accumulator: MetricAccumulator) -> None:
         """Save a state, unless it is saved already.
 
         Raises:
           UserError: The loss or the state is not finite.
           ValueError: The step function does not increment `state.step`.
         """
-        if done == self._saved:
+        if steps_done == self._saved_step:
             return
-        with self.guarded(done, state, interval):
-            interval.check()
-        self._save(done, state, interval)
+        with self.handle_failures(steps_done, state, accumulator):
+            accumulator.fetch_metrics()
+        self._save(steps_done, state, accumulator)
 
-    def _save(self, done: int, state: Any, interval: Interval) -> None:
-        with interval.paused():
-            if int(state.step) != done:
+    def _save(self, steps_done: int, state: Any, accumulator: MetricAccumulator) -> None:
+        with accumulator.pause_timer():
+            if int(state.step) != steps_done:
                 raise ValueError(
-                    f"state.step={int(state.step)} is wrong after {done} steps: each step must increment it by 1."
+                    f"state.step={int(state.step)} is wrong after {steps_done} steps: each step must increment it by 1."
                 )
-            if (path := _not_finite(state)) is not None:
-                raise self._error(f"{path} is not finite after step {done}")
+            if (path := _find_nonfinite(state)) is not None:
+                raise self._make_error(f"{path} is not finite after step {steps_done}")
             if self._checkpoints is not None:
-                self._checkpoints.save(done, state, self._meta, metrics=self.metrics)
-            self._saved = done
+                self._checkpoints.save(steps_done, state, self._meta, metrics=self.metrics)
+            self._saved_step = steps_done
 
     def wait(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.wait()
 
     @contextlib.contextmanager
-    def guarded(self, done: int, state: Any, interval: Interval) -> Iterator[None]:
+    def handle_failures(self, steps_done: int, state: Any, accumulator: MetricAccumulator) -> Iterator[None]:
         """Turn training failures into user errors, saving the last good state first if there is one."""
         try:
             yield
-        except NotFinite as error:
-            raise self._error(str(error)) from error
-        except TooManySkipped as error:
+        except NonFiniteLossError as error:
+            raise self._make_error(str(error)) from error
+        except TooManySkipsError as error:
             # Skipped steps leave the state unchanged, so it is still that from before the first of them.
-            if done != self._saved:
-                self._save(done, state, interval)
+            if steps_done != self._saved_step:
+                self._save(steps_done, state, accumulator)
             self.wait()
-            saved_note = "" if self._checkpoints is None else f" and is saved as step {done}"
+            saved_note = "" if self._checkpoints is None else f" and is saved as step {steps_done}"
             raise UserError(
                 f"{error}; the state is that from before them{saved_note}. Inspect the batches in skipped.jsonl. The "
                 "same command resumes after them; a lower learning rate or stronger gradient clipping needs a new run."
             ) from error
 
-    def _error(self, what: str) -> UserError:
+    def _make_error(self, problem: str) -> UserError:
         newest = None if self._checkpoints is None else self._checkpoints.latest()
         checkpoint_note = "nothing is saved yet" if newest is None else f"the last saved checkpoint is step {newest}"
         return UserError(
-            f"{what}; {checkpoint_note}. Restart from there with a lower learning rate or stronger gradient clipping."
+            f"{problem}; {checkpoint_note}. Restart from there with a lower learning rate or stronger gradient "
+            "clipping."
         )
 
 
 @jax.jit
-def _finite(array: Array) -> Bool[Array, ""]:
+def _is_finite(array: Array) -> Bool[Array, ""]:
     # Some optimizers initialize scalars with infinity (the best loss so far), so only NaN counts there.
     return jnp.all(jnp.isfinite(array)) if array.ndim else ~jnp.isnan(array)
 
 
-def _not_finite(state: Any) -> str | None:
+def _find_nonfinite(state: Any) -> str | None:
     """Return the path of the first array with NaN or infinity, or None."""
     arrays = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     # One array at a time, see `checkpoint._digests`.
-    return next((path for path, array in arrays.items() if not _finite(array)), None)
+    return next((path for path, array in arrays.items() if not _is_finite(array)), None)
 
 
 @contextlib.contextmanager
-def _closing(iterator: Iterator[Any]) -> Iterator[Iterator[Any]]:
+def _close_at_end(iterator: Iterator[Any]) -> Iterator[Iterator[Any]]:
     """Close a generator, or a data loader's iterator with its processes, at the end of the run."""
     try:
         yield iterator

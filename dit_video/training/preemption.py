@@ -18,116 +18,118 @@ from typing import Any
 
 import jax
 
-from dit_video.core.errors import TRY_AGAIN, Stopped
+from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop
 from dit_video.distributed.heartbeat import count_step
-from dit_video.distributed.store import Store
+from dit_video.distributed.store import KeyValueStore
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_POLL = 0.25
+_POLL_SECONDS = 0.25
 """Seconds between two polls for a signal in another process."""
-_AGREEMENT = 60.0
+_AGREEMENT_TIMEOUT = 60.0
 """Timeout in seconds for the steps of the other processes, whose threads publish them immediately."""
-_END = 3600.0
+_END_TIMEOUT = 3600.0
 """Timeout in seconds for all processes to end a run that all have saved. Processes that hang are detected by
 `distributed.heartbeat`."""
-_numbers = itertools.count()
+_run_numbers = itertools.count()
 
 
-class Stop:
+class StopRequest:
     """The request of a signal to stop the run."""
 
     def __init__(self) -> None:
-        self.asked = ""
+        self.signal_name = ""
         """Name of the signal; empty without one."""
-        self.told = False
+        self.acknowledged = False
         """True once the loop has seen the signal; a later signal is re-raised after the run."""
 
-    def now(self) -> bool:
+    def should_stop(self) -> bool:
         """Return True if the loop must not start another step."""
-        return bool(self.asked)
+        return bool(self.signal_name)
 
-    def passed(self, done: int) -> None:
+    def record_step(self, steps_done: int) -> None:
         """Record the number of steps done; the next step begins unless `should_stop`."""
 
-    def ended(self) -> bool:
+    def acknowledge(self) -> bool:
         """Return True if a signal came before the end of the run, in which case nothing is started after it."""
-        self.told = bool(self.asked)
-        return self.told
+        self.acknowledged = bool(self.signal_name)
+        return self.acknowledged
 
     def close(self) -> None:
         """Release resources at the end of the run."""
 
 
-class StopTogether(Stop):
+class SharedStopRequest(StopRequest):
     """A stop request shared by several processes, which all create one for each of their runs, in the same order."""
 
-    def __init__(self, done: int) -> None:
+    def __init__(self, steps_done: int) -> None:
         """Start the polling thread; `steps_done` is the number of steps done at the start."""
         super().__init__()
-        self._store = Store(f"stop/{next(_numbers)}")
-        self._bound = done + 1
+        self._store = KeyValueStore(f"stop/{next(_run_numbers)}")
+        self._committed_step = steps_done + 1
         """Step that this process reaches in any case."""
-        self._last: int | None = None
-        self._holds = False
+        self._last_step: int | None = None
+        self._is_stopping = False
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="stop together", daemon=True)
+        self._thread = threading.Thread(target=self._poll, name="stop together", daemon=True)
         self._thread.start()
 
-    def now(self) -> bool:
-        return self._holds
+    def should_stop(self) -> bool:
+        return self._is_stopping
 
-    def passed(self, done: int) -> None:
+    def record_step(self, steps_done: int) -> None:
         count_step()
         with self._lock:  # blocks while the processes agree, so that the published step stays true
-            if self._last is None:
-                self._bound = done + 1
+            if self._last_step is None:
+                self._committed_step = steps_done + 1
             else:
-                self._holds = done >= self._last
+                self._is_stopping = steps_done >= self._last_step
 
-    def ended(self) -> bool:
-        self._store.write(f"end/{jax.process_index()}", self.asked)
-        values = self._store.wait_for({f"end/{index}" for index in range(jax.process_count())}, _END)
+    def acknowledge(self) -> bool:
+        self._store.write(f"end/{jax.process_index()}", self.signal_name)
+        values = self._store.wait_for({f"end/{index}" for index in range(jax.process_count())}, _END_TIMEOUT)
         signal_names = {name: text for name, text in values.items() if name.startswith("end/") and text}
-        self.asked = self.asked or next(iter(signal_names.values()), "")
-        self.told = bool(signal_names)
-        return self.told
+        self.signal_name = self.signal_name or next(iter(signal_names.values()), "")
+        self.acknowledged = bool(signal_names)
+        return self.acknowledged
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join(_AGREEMENT)
+        self._thread.join(_AGREEMENT_TIMEOUT)
         # Another process may still wait for this one's step. The first process, which keeps the store, may be gone.
         with contextlib.suppress(Exception):
-            self._answer()
+            self._publish_committed_step()
 
-    def _listen(self) -> None:
+    def _poll(self) -> None:
         process, is_published = jax.process_index(), False
-        while not self._closed.wait(_POLL):
+        while not self._closed.wait(_POLL_SECONDS):
             try:
-                if self.asked and not is_published:
-                    self._store.write(f"asked/{process}", self.asked)
+                if self.signal_name and not is_published:
+                    self._store.write(f"asked/{process}", self.signal_name)
                     is_published = True
                 values = self._store.read()
                 if requests := sorted(name for name in values if name.startswith("asked/")):
-                    self.asked = self.asked or f"{values[requests[0]]} in process {requests[0].removeprefix('asked/')}"
-                    self._agree()
+                    self.signal_name = (
+                        self.signal_name or f"{values[requests[0]]} in process {requests[0].removeprefix('asked/')}"
+                    )
+                    self._agree_on_last_step()
                     return
             except Exception:  # the process that keeps the store is gone, so this one cannot go on for long either
                 return
 
-    def _answer(self) -> None:
-        self._store.write(f"bound/{jax.process_index()}", str(self._bound))
+    def _publish_committed_step(self) -> None:
+        self._store.write(f"bound/{jax.process_index()}", str(self._committed_step))
 
-    def _agree(self) -> None:
+    def _agree_on_last_step(self) -> None:
         with self._lock:
-            self._answer()
+            self._publish_committed_step()
             names = {f"bound/{index}" for index in range(jax.process_count())}
-            values = self._store.wait_for(names, _AGREEMENT)
-            self._last = max(int(values[name]) for name in names)
+            values = self._store.wait_for(names, _AGREEMENT_TIMEOUT)
+            self._last_step = max(int(values[name]) for name in names)
 
 
 @contextlib.contextmanager
-def signals(done: int, *, within: float) -> Iterator[Stop]:
+def handle_signals(steps_done: int, *, grace: float) -> Iterator[StopRequest]:
     """Record the first SIGINT or SIGTERM and raise KeyboardInterrupt on the second; restore the handlers at the end.
 
     Python allows handlers in the main thread only; in other threads signals are left to the caller.
@@ -137,7 +139,7 @@ def signals(done: int, *, within: float) -> Iterator[Stop]:
       grace: Seconds after the first signal within which the block has to end. Otherwise, such as if a step or a disk
         hangs, the process exits with code `TRY_AGAIN`.
     """
-    stop = Stop() if jax.process_count() == 1 else StopTogether(done)
+    stop = StopRequest() if jax.process_count() == 1 else SharedStopRequest(steps_done)
     timers: list[threading.Timer] = []
     previous: dict[signal.Signals, Any] = {}
     received: list[int] = []
@@ -147,8 +149,8 @@ def signals(done: int, *, within: float) -> Iterator[Stop]:
             raise KeyboardInterrupt
         received.append(number)
         name = signal.Signals(number).name
-        stop.asked = stop.asked or name
-        timers.append(threading.Timer(within, _too_late, (name, within)))
+        stop.signal_name = stop.signal_name or name
+        timers.append(threading.Timer(grace, _exit_after_grace, (name, grace)))
         timers[0].daemon = True
         timers[0].start()
 
@@ -162,16 +164,16 @@ def signals(done: int, *, within: float) -> Iterator[Stop]:
         for timer in timers:
             timer.cancel()
         stop.close()
-    if received and not stop.told:
+    if received and not stop.acknowledged:
         signal.raise_signal(received[0])
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
+def raise_on_sigterm() -> Iterator[None]:
     """Raise `Stopped` on SIGTERM, so that code around a training run ends as orderly as after Ctrl-C."""
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        raise Stopped("received SIGTERM; completed work is kept")
+        raise GracefulStop("received SIGTERM; completed work is kept")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -183,11 +185,11 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _too_late(name: str, within: float) -> None:
+def _exit_after_grace(name: str, grace: float) -> None:
     print(
-        f"error: the state was not saved within {within:g} s after {name}. Earlier checkpoints are intact; run the "
+        f"error: the state was not saved within {grace:g} s after {name}. Earlier checkpoints are intact; run the "
         "same command to resume from them.",
         file=sys.stderr,
         flush=True,
     )
-    os._exit(TRY_AGAIN)
+    os._exit(EXIT_TRY_AGAIN)

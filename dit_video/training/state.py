@@ -11,7 +11,7 @@ from flax.struct import dataclass
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from dit_video.training.optim.ema import Averages, copied
+from dit_video.training.optim.ema import EmaConfig, copy_float32
 
 
 @dataclass
@@ -30,7 +30,7 @@ class TrainState:
     """Further averages of `params`, by kind and value; see `EmaConfig`."""
 
 
-class WithModel:
+class CompositeState:
     """A state that combines the model's with that of a second network; its step and averages are the model's."""
 
     model: TrainState
@@ -52,14 +52,14 @@ class WithModel:
         return self.model.averages
 
 
-def with_step(state: Any, step: Array) -> Any:
+def replace_step(state: Any, step: Array) -> Any:
     """Return the state with another step counter."""
-    if isinstance(state, WithModel):
+    if isinstance(state, CompositeState):
         return replace(state, model=replace(state.model, step=step))  # type: ignore[type-var]  # of flax.struct
     return replace(state, step=step)
 
 
-Start = Callable[[dict[str, Any]], dict[str, Any]]
+ExtraInit = Callable[[dict[str, Any]], dict[str, Any]]
 """Function from the parameters of a new state to its `extra`."""
 
 
@@ -67,25 +67,25 @@ def init_state(
     params: dict[str, Any],
     optimizer: optax.GradientTransformation,
     extra: dict[str, Any] | None = None,
-    averages: Averages | None = None,
+    averages: EmaConfig | None = None,
 ) -> TrainState:
     """Return the state before the first step, whose averages are the parameters. Traceable."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=copied(params),
+        ema=copy_float32(params),
         opt_state=optimizer.init(params),
         extra=extra or {},
-        averages={} if averages is None else averages.start(params),
+        averages={} if averages is None else averages.init_averages(params),
     )
 
 
-def new_state(
+def create_state(
     init: Callable[[Array], dict[str, Any]],
     optimizer: optax.GradientTransformation,
     random_key: Array,
     *,
-    start: Start | None = None,
+    init_extra: ExtraInit | None = None,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
     """Return the state of a new run, initialized on the devices: each computes its own shard.
@@ -98,30 +98,30 @@ def new_state(
       shardings: Function from the state's shapes to its shardings; None leaves them to JAX.
     """
 
-    return make_on_devices(_make(init, optimizer, start), random_key, shardings=shardings)
+    return make_on_devices(_make_init(init, optimizer, init_extra), random_key, shardings=shardings)
 
 
-def state_shapes(
+def get_state_shapes(
     init: Callable[[Array], dict[str, Any]],
     optimizer: optax.GradientTransformation,
     *,
-    start: Start | None = None,
-    averages: Averages | None = None,
+    init_extra: ExtraInit | None = None,
+    averages: EmaConfig | None = None,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
     """Return the shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
-    return shapes_on_devices(_make(init, optimizer, start, averages), shardings=shardings)
+    return get_shapes_on_devices(_make_init(init, optimizer, init_extra, averages), shardings=shardings)
 
 
-def _make(
+def _make_init(
     init: Callable[[Array], dict[str, Any]],
     optimizer: optax.GradientTransformation,
-    start: Start | None,
-    averages: Averages | None = None,
+    init_extra: ExtraInit | None,
+    averages: EmaConfig | None = None,
 ) -> Callable[[Array], TrainState]:
     def make(key: Array) -> TrainState:
         params = init(key)
-        return init_state(params, optimizer, None if start is None else start(params), averages)
+        return init_state(params, optimizer, None if init_extra is None else init_extra(params), averages)
 
     return make
 
@@ -129,16 +129,16 @@ def _make(
 def make_on_devices(
     make: Callable[..., PyTree],
     random_key: Array,
-    *given: PyTree,
+    *args: PyTree,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> Any:
     """Return the state `make(random_key, *args)`, of which each device computes its own shard; `args` are donated."""
-    layout = None if shardings is None else shardings(jax.eval_shape(make, random_key, *given))
-    donated = tuple(range(1, 1 + len(given)))
-    return jax.jit(make, out_shardings=layout, donate_argnums=donated)(random_key, *given)
+    layout = None if shardings is None else shardings(jax.eval_shape(make, random_key, *args))
+    donated = tuple(range(1, 1 + len(args)))
+    return jax.jit(make, out_shardings=layout, donate_argnums=donated)(random_key, *args)
 
 
-def shapes_on_devices(
+def get_shapes_on_devices(
     make: Callable[[Array], PyTree], *, shardings: Callable[[PyTree], PyTree] | None = None
 ) -> PyTree:
     """Return the shapes, dtypes and shardings of the state that `make` returns for a random key."""
@@ -150,7 +150,7 @@ def shapes_on_devices(
     )
 
 
-def on_host(tree: PyTree) -> PyTree:
+def to_host(tree: PyTree) -> PyTree:
     """Return NumPy arrays with all values in every process; in a run of several processes, all call this."""
     if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)

@@ -9,20 +9,20 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from dit_video.training.optim.ema import update_averages, update_ema
-from dit_video.training.optim.optimizer import own_average
-from dit_video.training.state import TrainState, with_step
+from dit_video.training.optim.optimizer import get_schedule_free_average
+from dit_video.training.state import TrainState, replace_step
 
 
-class Ratio(NamedTuple):
-    """A metric stored as (total, count), so that averages over batches are exact even if a batch has no examples."""
+class Average(NamedTuple):
+    """A metric stored as (total, number), so that averages over batches are exact even if a batch has no examples."""
 
     total: Float[Array, ""]
     number: Float[Array, ""]
 
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 """Scalar arrays or `Average`s by name."""
-Loss = Callable[..., tuple[Float[Array, ""], Figures]]
+Loss = Callable[..., tuple[Float[Array, ""], Metrics]]
 """Function `loss(params, batch, step, *constants) -> (mean loss, metrics)`."""
 
 
@@ -45,11 +45,11 @@ class StatefulLoss(Protocol):
 
     def observed(
         self, params: PyTree, batch: PyTree, step: Array, *constants: PyTree
-    ) -> tuple[Float[Array, ""], tuple[Figures, Any]]:
+    ) -> tuple[Float[Array, ""], tuple[Metrics, Any]]:
         """Return the mean loss, its metrics, and the auxiliary output that is passed to `after`."""
         ...
 
-    def after(self, state: TrainState, seen: Any) -> tuple[TrainState, Figures]:
+    def after(self, state: TrainState, seen: Any) -> tuple[TrainState, Metrics]:
         """Return the state after the update without gradients, which follows the gradient update, and metrics."""
         ...
 
@@ -64,12 +64,12 @@ class OwnStep(Protocol):
 
     def make_step(
         self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...]
-    ) -> "Step":
+    ) -> "StepFn":
         """Return the jitted `step(state, batch) -> (state, metrics)`; arguments are as for `step.make_step`."""
         ...
 
 
-Step = Callable[[TrainState, PyTree], tuple[TrainState, Figures]]
+StepFn = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
 """Jitted function `(state, batch) -> (state, metrics)`."""
 
 
@@ -79,8 +79,8 @@ def make_step(
     *,
     ema_decay: float,
     constants: tuple[PyTree, ...] = (),
-    accumulate: int = 1,
-) -> Step:
+    accumulation_steps: int = 1,
+) -> StepFn:
     """Return the jitted `step(state, batch) -> (state, metrics)`, which donates the state.
 
     A step whose loss or gradient is not finite changes nothing but the step counter, bit for bit. The metric `skipped`
@@ -98,9 +98,10 @@ def make_step(
     Raises:
       TypeError: Gradient accumulation with a loss that is no `WeighedLoss`, or that is a `StatefulLoss`.
     """
-    if accumulate > 1 and not _comes_in_parts(loss):
+    if accumulation_steps > 1 and not _can_accumulate(loss):
         raise TypeError(
-            f"accumulation_steps={accumulate} is invalid for {type(loss).__name__}, which does not report the weight "
+            f"accumulation_steps={accumulation_steps} is invalid for {type(loss).__name__}, which does not report "
+            "the weight "
             "of a microbatch. Use accumulation_steps=1."
         )
 
@@ -112,26 +113,26 @@ def make_step(
 
     def step(state, batch, *constants):
         args = (state.params, batch, state.step, *constants)
-        if accumulate == 1:
+        if accumulation_steps == 1:
             (value, (metrics, seen)), gradients = jax.value_and_grad(observed, has_aux=True)(*args)
         else:
-            value, metrics, gradients = accumulated(loss, accumulate, *args)
+            value, metrics, gradients = accumulate_gradients(loss, accumulation_steps, *args)
             seen = None
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **metrics}
-        next_state = following(state, gradients, optimizer, ema_decay=ema_decay)
-        next_state, loss_metrics = noted(loss, next_state, seen)
-        return unless_broken(state, next_state, metrics | loss_metrics)
+        next_state = apply_updates(state, gradients, optimizer, ema_decay=ema_decay)
+        next_state, loss_metrics = update_loss_state(loss, next_state, seen)
+        return skip_nonfinite(state, next_state, metrics | loss_metrics)
 
-    return with_constants(jax.jit(step, donate_argnums=0), constants)
+    return bind_constants(jax.jit(step, donate_argnums=0), constants)
 
 
-def _comes_in_parts(loss: Any) -> bool:
+def _can_accumulate(loss: Any) -> bool:
     return isinstance(loss, WeighedLoss) and not isinstance(loss, StatefulLoss)
 
 
-def accumulated(
-    loss: Any, number: int, params: PyTree, batch: PyTree, step: Array, *constants: PyTree
-) -> tuple[Float[Array, ""], Figures, PyTree]:
+def accumulate_gradients(
+    loss: Any, num_parts: int, params: PyTree, batch: PyTree, step: Array, *constants: PyTree
+) -> tuple[Float[Array, ""], Metrics, PyTree]:
     """Return loss, metrics and gradients of a batch, accumulated in float32 over microbatches.
 
     Microbatch m has the rows m, m + num_parts, …, so that each device has equally many rows of every microbatch and no
@@ -146,7 +147,7 @@ def accumulated(
       *constants: Further arguments of the loss.
     """
     microbatches = jax.tree.map(
-        lambda leaf: jnp.moveaxis(leaf.reshape(leaf.shape[0] // number, number, *leaf.shape[1:]), 1, 0),
+        lambda leaf: jnp.moveaxis(leaf.reshape(leaf.shape[0] // num_parts, num_parts, *leaf.shape[1:]), 1, 0),
         jax.tree.map(jnp.asarray, batch),
     )
     total_weight = jnp.maximum(loss.weight(batch), 1)
@@ -161,25 +162,25 @@ def accumulated(
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
     gradients, (values, metrics) = jax.lax.scan(add, zeros, microbatches)
-    return values.sum(), {name: _put_together(metric) for name, metric in metrics.items()}, gradients
+    return values.sum(), {name: _combine_metric(metric) for name, metric in metrics.items()}, gradients
 
 
-def _put_together(figure: Any) -> Any:
-    return Ratio(figure.total.sum(), figure.number.sum()) if isinstance(figure, Ratio) else figure.mean()
+def _combine_metric(metric: Any) -> Any:
+    return Average(metric.total.sum(), metric.number.sum()) if isinstance(metric, Average) else metric.mean()
 
 
-def unless_broken(before: Any, after: Any, figures: Figures, *watched: str) -> tuple[Any, Figures]:
+def skip_nonfinite(state: Any, next_state: Any, metrics: Metrics, *names: str) -> tuple[Any, Metrics]:
     """Return the next state, or the previous one if the step is not finite, and float32 metrics with `skipped`.
 
     A step is not finite if the loss, the gradient norm or one of the metrics `names` is NaN or infinite. The step
     counter increases in any case, so that the next step has another batch and other noise.
     """
-    is_finite = jnp.all(jnp.stack([jnp.isfinite(figures[name]) for name in ("loss", "gradient_norm", *watched)]))
-    selected_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, before)
-    return with_step(selected_state, after.step), float_figures(figures | {"skipped": ~is_finite})
+    is_finite = jnp.all(jnp.stack([jnp.isfinite(metrics[name]) for name in ("loss", "gradient_norm", *names)]))
+    selected_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), next_state, state)
+    return replace_step(selected_state, next_state.step), cast_metrics(metrics | {"skipped": ~is_finite})
 
 
-def following(
+def apply_updates(
     state: TrainState, gradients: PyTree, optimizer: optax.GradientTransformation, *, ema_decay: float
 ) -> TrainState:
     """Return the state after one gradient update.
@@ -188,7 +189,7 @@ def following(
     """
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    optimizer_average = own_average(params, opt_state)
+    optimizer_average = get_schedule_free_average(params, opt_state)
     return TrainState(
         step=state.step + 1,
         params=params,
@@ -203,16 +204,16 @@ def following(
     )
 
 
-def noted(loss: Loss | StatefulLoss, state: TrainState, seen: Any) -> tuple[TrainState, Figures]:
+def update_loss_state(loss: Loss | StatefulLoss, state: TrainState, seen: Any) -> tuple[TrainState, Metrics]:
     """Return the state after the update of a `StatefulLoss` and its metrics; other losses do not change the state."""
     return loss.after(state, seen) if isinstance(loss, StatefulLoss) else (state, {})
 
 
-def float_figures(figures: Figures) -> Figures:
+def cast_metrics(metrics: Metrics) -> Metrics:
     """Cast metrics to float32 for logging."""
-    return jax.tree.map(lambda metric: metric.astype(jnp.float32), figures)
+    return jax.tree.map(lambda metric: metric.astype(jnp.float32), metrics)
 
 
-def with_constants(step: Callable[..., Any], constants: tuple[PyTree, ...]) -> Step:
+def bind_constants(step: Callable[..., Any], constants: tuple[PyTree, ...]) -> StepFn:
     """Bind the constants of a jitted step, which are its last arguments."""
     return (lambda state, batch: step(state, batch, *constants)) if constants else step

@@ -15,27 +15,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import shard_batch, shardings
-from dit_video.distributed.planner.hardware import peak_flops
+from dit_video.distributed import make_shardings, shard_batch
+from dit_video.distributed.planner.hardware import get_peak_flops
 from dit_video.training import loop
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.checkpoint_policy import Keep
-from dit_video.training.folder_lock import locked
+from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.folder_lock import lock_folder
 from dit_video.training.hooks.logging import MetricsLog
-from dit_video.training.hooks.profiler import Profile
-from dit_video.training.hooks.skipped_steps import SkippedLog, examples_of
-from dit_video.training.hooks.throughput import Meter
-from dit_video.training.hooks.writers import Log, Logs
-from dit_video.training.losses.adversarial import Rival, make_adversarial_step
+from dit_video.training.hooks.profiler import TraceConfig
+from dit_video.training.hooks.skipped_steps import SkippedLog, get_example_ids
+from dit_video.training.hooks.throughput import ThroughputMeter
+from dit_video.training.hooks.writers import CombinedLog, Log
+from dit_video.training.losses.adversarial import DiscriminatorTraining, make_adversarial_step
 from dit_video.training.losses.autoencoder import AutoencoderLoss
-from dit_video.training.optim.ema import Averages
-from dit_video.training.optim.posthoc_ema import Snapshots
-from dit_video.training.state import init_state, make_on_devices, shapes_on_devices
-from dit_video.training.step import Loss, OwnStep, StatefulLoss, Step, make_step
+from dit_video.training.optim.ema import EmaConfig
+from dit_video.training.optim.posthoc_ema import EmaSnapshots
+from dit_video.training.state import get_shapes_on_devices, init_state, make_on_devices
+from dit_video.training.step import Loss, OwnStep, StatefulLoss, StepFn, make_step
 
 
 @runtime_checkable
-class Batches(Protocol):
+class BatchIterator(Protocol):
     """An endless iterator over batches of host arrays."""
 
     @property
@@ -51,7 +51,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Trainer:
     """A model's training run: loss, optimizer, data layout and outputs."""
 
     folder: Path
@@ -64,43 +64,43 @@ class Training:
     """Traceable function from a random key to parameters."""
     random_key: Array
     """Random key for `init`."""
-    start: Callable[[], dict[str, Any] | None] | None = None
+    load_params: Callable[[], dict[str, Any] | None] | None = None
     """Function that loads the initial parameters of a new run, used instead of `init` unless it returns None. The
     parameters are freed as soon as the state is made. (Arrays that `init` holds itself would be compiled into the
     program and make it large.)"""
     loss: Loss | StatefulLoss | OwnStep
     constants: tuple[PyTree, ...] = ()
     """Arrays passed to the loss as further arguments, replicated on every device; see `make_step`."""
-    frozen: dict[str, Any] | None = None
+    frozen_params: dict[str, Any] | None = None
     """Parameters that are not trained, such as those of an adapted model or of a teacher: the last argument of the
     loss. They are sharded like parameters, while constants are replicated."""
     optimizer: optax.GradientTransformation
     ema_decay: float
-    averages: Averages | None = None
+    averages: EmaConfig | None = None
     """Further averages of the parameters; None for none."""
-    accumulate: int = 1
+    accumulation_steps: int = 1
     """Number of microbatches that a batch is divided into; see `make_step`."""
-    rival: Rival | None = None
+    discriminator: DiscriminatorTraining | None = None
     """Discriminator that an autoencoder is trained against; None for none."""
     config: loop.LoopConfig
     logs: tuple[Log, ...] = ()
     """Logs besides `metrics.jsonl`."""
-    periodic: tuple[loop.Periodic, ...] = ()
+    periodic: tuple[loop.PeriodicCall, ...] = ()
     """Functions that are called at intervals of steps."""
-    work: Callable[[Any], float] | None = None
+    flops_fn: Callable[[Any], float] | None = None
     """Function from a batch of host arrays to the floating-point operations of its step, as counted for MFU."""
-    profile: Profile | None = None
+    trace: TraceConfig | None = None
     """Steps that are traced; None for none."""
     mesh: Mesh
     """Mesh on which state and batches are sharded."""
-    begin: int = 0
+    start_step: int = 0
     """Step at which this stage begins: the last step of the earlier stage, whose checkpoint it continues."""
-    keep: Keep = dataclasses.field(default_factory=Keep)
+    keep: CheckpointPolicy = dataclasses.field(default_factory=CheckpointPolicy)
     """Policy for preserving checkpoints."""
-    resolved: Any = None
+    resolved_config: Any = None
     """The whole config as JSON, which is stored in each checkpoint."""
 
-    def run(self, batches: Callable[[int], Batches]) -> Any:
+    def run(self, batches: Callable[[int], BatchIterator]) -> Any:
         """Train to `config.steps` and return the last state.
 
         Args:
@@ -110,24 +110,26 @@ class Training:
           UserError: The data differ from those that the checkpoint was trained on, or another process trains in the
             folder.
         """
-        with locked(self.folder):
+        with lock_folder(self.folder):
             return self._run(batches)
 
-    def _run(self, batches: Callable[[int], Batches]) -> Any:
-        layout = functools.partial(shardings, mesh=self.mesh)
+    def _run(self, batches: Callable[[int], BatchIterator]) -> Any:
+        layout = functools.partial(make_shardings, mesh=self.mesh)
         checkpoints = Checkpoints(self.checkpoints or self.folder / "checkpoints", keep=self.keep)
         meta: dict[str, Any] = {}
-        if checkpoints.latest() is None and not self.begin:
-            state = make_on_devices(self._begin, self.random_key, *self._given(), shardings=layout)
+        if checkpoints.latest() is None and not self.start_step:
+            state = make_on_devices(self._init_state, self.random_key, *self._shard_loaded_params(), shardings=layout)
         else:
-            state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout), config=self.resolved)
+            state, meta = checkpoints.restore(
+                get_shapes_on_devices(self._init_state, shardings=layout), config=self.resolved_config
+            )
         if int(state.step) >= self.config.steps:
             return state
-        stage_steps_done = int(state.step) - self.begin
+        stage_steps_done = int(state.step) - self.start_step
         if stage_steps_done < 0:
             raise UserError(
                 f"the newest readable checkpoint of {self.folder} has step {int(state.step)}, but this stage begins at "
-                f"step {self.begin}. Remove the later checkpoints to continue the earlier stage."
+                f"step {self.start_step}. Remove the later checkpoints to continue the earlier stage."
             )
         data = batches(stage_steps_done)
         if stage_steps_done and meta.get("plan", data.hash) != data.hash:
@@ -136,53 +138,56 @@ class Training:
                 f"the data of {self.folder.parent} differ from those of its checkpoint at step {int(state.step)} (plan "
                 f"{meta['plan']}, now {data.hash}). Restore the data, or start another run."
             )
-        meter = Meter(self.work, peak=peak_flops)
-        with contextlib.closing(Logs((MetricsLog(self.folder / "metrics.jsonl"), *self.logs))) as log:
+        meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops)
+        with contextlib.closing(CombinedLog((MetricsLog(self.folder / "metrics.jsonl"), *self.logs))) as log:
             return loop.run(
-                self._step(),
+                self._make_step(),
                 state,
-                lambda _: _sharded(data, self.mesh, meter),
+                lambda _: _shard_batches(data, self.mesh, meter),
                 config=self.config,
                 checkpoints=checkpoints,
                 log=log,
                 title=self.title,
-                meta={"plan": data.hash, "config": self.resolved},
-                watch=self._watch(meter),
+                meta={"plan": data.hash, "config": self.resolved_config},
+                watch=self._make_watch(meter),
             )
 
-    def _watch(self, meter: Meter) -> loop.Watch:
+    def _make_watch(self, meter: ThroughputMeter) -> loop.Watch:
         periodic = self.periodic
         if self.averages is not None and self.averages.sigmas:
-            snapshots = Snapshots(self.folder / "snapshots")
-            periodic = (loop.Periodic(every=self.averages.snapshot_every, call=snapshots.write), *periodic)
+            snapshots = EmaSnapshots(self.folder / "snapshots")
+            periodic = (loop.PeriodicCall(every=self.averages.snapshot_every, call=snapshots.write), *periodic)
         return loop.Watch(
-            identify=examples_of,
+            identify=get_example_ids,
             skipped=SkippedLog(self.folder / "skipped.jsonl"),
-            derive=meter.figures,
+            derive=meter.compute_and_reset,
             periodic=periodic,
-            profile=self.profile,
+            profile=self.trace,
         )
 
-    def _given(self) -> Iterator[dict[str, Any]]:
+    def _shard_loaded_params(self) -> Iterator[dict[str, Any]]:
         """Yield the loaded parameters, if there are any, sharded like the state."""
-        params = None if self.start is None else self.start()
+        params = None if self.load_params is None else self.load_params()
         if params is not None:
-            yield jax.device_put(params, shardings(params, self.mesh))
+            yield jax.device_put(params, make_shardings(params, self.mesh))
 
-    def _begin(self, key: Array, *given: dict[str, Any]) -> Any:
+    def _init_state(self, key: Array, *loaded_params: dict[str, Any]) -> Any:
         """Return the initial state of the step: a `TrainState`, or the composite state of the loss."""
-        params = given[0] if given else self.init(key)
-        extra = self.loss.start(params, fresh=not given) if isinstance(self.loss, StatefulLoss) else None
+        params = loaded_params[0] if loaded_params else self.init(key)
+        extra = self.loss.start(params, fresh=not loaded_params) if isinstance(self.loss, StatefulLoss) else None
         state = init_state(params, self.optimizer, extra, self.averages)
         if isinstance(self.loss, OwnStep):
             return self.loss.begin(state, self.optimizer)
-        return state if self.rival is None else self.rival.join(state)
+        return state if self.discriminator is None else self.discriminator.init_state(state)
 
-    def _step(self) -> Step:
+    def _make_step(self) -> StepFn:
         constants = jax.device_put(self.constants, NamedSharding(self.mesh, PartitionSpec()))
-        if self.rival is None:
-            if self.frozen is not None:
-                constants = (*constants, jax.device_put(self.frozen, shardings(self.frozen, self.mesh)))
+        if self.discriminator is None:
+            if self.frozen_params is not None:
+                constants = (
+                    *constants,
+                    jax.device_put(self.frozen_params, make_shardings(self.frozen_params, self.mesh)),
+                )
             if isinstance(self.loss, OwnStep):
                 return self.loss.make_step(self.optimizer, ema_decay=self.ema_decay, constants=constants)
             return make_step(
@@ -190,18 +195,18 @@ class Training:
                 self.optimizer,
                 ema_decay=self.ema_decay,
                 constants=constants,
-                accumulate=self.accumulate,
+                accumulation_steps=self.accumulation_steps,
             )
         if not isinstance(self.loss, AutoencoderLoss):
             raise TypeError(
                 f"loss={type(self.loss).__name__} is invalid: only an autoencoder is trained against a discriminator."
             )
         return make_adversarial_step(
-            self.loss, self.optimizer, self.rival, ema_decay=self.ema_decay, constants=constants
+            self.loss, self.optimizer, self.discriminator, ema_decay=self.ema_decay, constants=constants
         )
 
 
-def _sharded(batches: Batches, mesh: Mesh, meter: Meter) -> Iterator[Any]:
+def _shard_batches(batches: BatchIterator, mesh: Mesh, meter: ThroughputMeter) -> Iterator[Any]:
     """Yield batches sharded on the mesh; closing the generator ends the threads that read ahead.
 
     The loop requests a batch while the devices still work on up to two earlier steps, and transfers are asynchronous.
@@ -209,5 +214,5 @@ def _sharded(batches: Batches, mesh: Mesh, meter: Meter) -> Iterator[Any]:
     """
     with contextlib.closing(batches):
         for batch in batches:
-            meter.note(batch)
+            meter.add(batch)
             yield shard_batch(batch, mesh)

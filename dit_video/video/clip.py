@@ -12,7 +12,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
 from dit_video.video.encode import FORMATS, encode_frames
 
-DISPLAY_HEIGHT = 192
+MIN_DISPLAY_HEIGHT = 192
 """Pixels: a clip of less height is displayed enlarged by a whole number."""
 
 
@@ -76,18 +76,18 @@ class Clip:
 
     def _repr_html_(self) -> str:
         """Return HTML with the looping clip, enlarged without smoothing to at least 192 pixels of height."""
-        scale = max(1, -(-DISPLAY_HEIGHT // self.height))
+        scale = max(1, -(-MIN_DISPLAY_HEIGHT // self.height))
         style = f"width:{self.width * scale}px;height:{self.height * scale}px;image-rendering:pixelated"
         title = html.escape(self.caption, quote=True)
         if len(self.frames) == 1:
-            source = _inline(encode_frames(self.frames, self.fps, "png"), "image/png")
+            source = _make_data_url(encode_frames(self.frames, self.fps, "png"), "image/png")
             return f'<img src="{source}" alt="{title}" title="{title}" style="{style}">'
         format = "webm" if self.height % 2 or self.width % 2 else "mp4"
-        source = _inline(encode_frames(self.frames, self.fps, format), f"video/{format}")
+        source = _make_data_url(encode_frames(self.frames, self.fps, format), f"video/{format}")
         return (
             f'<video src="{source}" title="{title}" style="{style}" autoplay loop muted playsinline controls></video>'
         )
 
 
-def _inline(content: bytes, kind: str) -> str:
+def _make_data_url(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -11,16 +11,16 @@ import numpy as np
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.tokens import Grid
 from dit_video.video.clip import Clip
-from dit_video.video.interlaced import progressive
-from dit_video.video.reader import TOLERANCE, Timed, Video
-from dit_video.video.to_rgb import Pictures, shown_size
+from dit_video.video.interlaced import deinterlace
+from dit_video.video.reader import TOLERANCE, TimedFrame, Video
+from dit_video.video.to_rgb import RgbConverter, compute_display_size
 
 MAX_BYTES = 1 << 34
 """Maximum bytes of a clip's frames: more raises an error instead of exhausting the machine's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class VideoInfo:
     """Properties of a file's video, as `decode` returns it at native size and rate."""
 
     height: int
@@ -29,7 +29,7 @@ class Facts:
     """Number of frames."""
     fps: float
     """Average frames per second."""
-    seconds: float
+    last_time: float
     """Time of the last frame, in seconds after the first."""
     codec: str
     """Name of ffmpeg's decoder."""
@@ -63,12 +63,12 @@ def decode(
       DecodeError: not a readable video or image, or damaged: the message says at which second.
       UserError: fewer frames than requested, or arguments that are out of range or contradict each other.
     """
-    count = _wanted(size, frames, start, fps)
+    count = _check_request(size, frames, start, fps)
     with Video(source) as video:
-        convert = Pictures(video.name, video.sample_aspect, None if size is None else (size.h, size.w))
+        convert = RgbConverter(video.name, video.sample_aspect, None if size is None else (size.h, size.w))
         pictures: list[np.ndarray] = []
         last = None
-        for timed in sampled(progressive(video.frames(start), video.name), start, fps, count):
+        for timed in sample_frames(deinterlace(video.read_frames(start), video.name), start, fps, count):
             # A frame that is sampled twice is the same object twice and is converted once.
             pictures.append(pictures[-1] if timed is last else convert(timed.frame, timed.time))
             last = timed
@@ -77,9 +77,9 @@ def decode(
                     f"a clip of {video.name} would exceed {MAX_BYTES >> 30} GiB of frames; use fewer frames, a lower "
                     "fps or a smaller size"
                 )
-        rate = video.rate(len(pictures))
+        rate = video.get_rate(len(pictures))
     if not pictures:
-        raise _no_frames(video.name, start)
+        raise _make_no_frames_error(video.name, start)
     if count is not None and len(pictures) < count:
         raise UserError(
             f"{video.name} has {len(pictures)} frames from {start:g} s on, but {count} were requested; use fewer"
@@ -89,7 +89,7 @@ def decode(
     return Clip(frames=np.stack(pictures), fps=float(rate if fps is None else fps))
 
 
-def probe(source: Path | bytes, *, see: Callable[[float, av.VideoFrame], None] | None = None) -> Facts:
+def probe(source: Path | bytes, *, on_frame: Callable[[float, av.VideoFrame], None] | None = None) -> VideoInfo:
     """Return the properties of `decode(source)`; decodes the whole file, as not all containers count their frames.
 
     Args:
@@ -103,24 +103,24 @@ def probe(source: Path | bytes, *, see: Callable[[float, av.VideoFrame], None] |
     """
     with Video(source) as video:
         count, display_size, last_time = 0, (0, 0), 0.0
-        for timed in video.frames():
+        for timed in video.read_frames():
             if not count:
-                display_size = shown_size(timed.frame, video.sample_aspect, video.name)
-                Pictures(video.name, video.sample_aspect, (8, 8))(
+                display_size = compute_display_size(timed.frame, video.sample_aspect, video.name)
+                RgbConverter(video.name, video.sample_aspect, (8, 8))(
                     timed.frame, timed.time
                 )  # raises the errors of decode
-            if see is not None:
-                see(timed.time, timed.frame)
+            if on_frame is not None:
+                on_frame(timed.time, timed.frame)
             count, last_time = count + 1, timed.time
     if not count:
-        raise _no_frames(video.name, 0.0)
-    fps = average_rate(count, last_time, video.rate(count))
-    return Facts(
-        height=display_size[0], width=display_size[1], frames=count, fps=fps, seconds=last_time, codec=video.codec
+        raise _make_no_frames_error(video.name, 0.0)
+    fps = compute_average_fps(count, last_time, video.get_rate(count))
+    return VideoInfo(
+        height=display_size[0], width=display_size[1], frames=count, fps=fps, last_time=last_time, codec=video.codec
     )
 
 
-def average_rate(frames: int, seconds: float, said: float) -> float:
+def compute_average_fps(frames: int, last_time: float, container_fps: float) -> float:
     """Return frames per second: the container's, if its frames' times agree with it to half a frame.
 
     Args:
@@ -128,11 +128,11 @@ def average_rate(frames: int, seconds: float, said: float) -> float:
       last_time: time of the last frame, in seconds after the first.
       container_fps: frames per second that the container states.
     """
-    agrees = abs(seconds - (frames - 1) / said) <= 0.5 / said
-    return said if agrees or frames < 2 or seconds <= 0 else (frames - 1) / seconds
+    agrees = abs(last_time - (frames - 1) / container_fps) <= 0.5 / container_fps
+    return container_fps if agrees or frames < 2 or last_time <= 0 else (frames - 1) / last_time
 
 
-def _wanted(size: Grid | None, frames: int | None, start: float, fps: float | int | None) -> int | None:
+def _check_request(size: Grid | None, frames: int | None, start: float, fps: float | int | None) -> int | None:
     if size is not None and frames is not None and size.t != frames:
         raise UserError(f"size={size.t}x{size.h}x{size.w} and frames={frames} disagree; use one of them")
     count = frames if size is None else size.t
@@ -145,23 +145,25 @@ def _wanted(size: Grid | None, frames: int | None, start: float, fps: float | in
     return count
 
 
-def _no_frames(name: str, start: float) -> UserError:
+def _make_no_frames_error(name: str, start: float) -> UserError:
     if start > 0:
         return UserError(f"{name} ends before {start:g} s; use an earlier start")
     return DecodeError(f"{name} has no complete frame, and a clip has at least one; remove it or replace it")
 
 
-def sampled(
-    frames: Iterator[Timed], start: float, fps: float | int | None, wanted: int | None = None
-) -> Iterator[Timed]:
+def sample_frames(
+    frames: Iterator[TimedFrame], start: float, fps: float | int | None, count: int | None = None
+) -> Iterator[TimedFrame]:
     """Yield the latest frame at or before every sampling time; without `fps` all from the one shown at `start`.
 
     A frame that is sampled twice is the same object twice.
     """
-    return itertools.islice(_from(frames, start) if fps is None else _at_rate(frames, start, float(fps)), wanted)
+    return itertools.islice(
+        _skip_to_start(frames, start) if fps is None else _sample_at_rate(frames, start, float(fps)), count
+    )
 
 
-def _from(frames: Iterator[Timed], start: float) -> Iterator[Timed]:
+def _skip_to_start(frames: Iterator[TimedFrame], start: float) -> Iterator[TimedFrame]:
     if not start:  # the rule below would drop all but the last of several frames at time 0
         yield from frames
         return
@@ -174,22 +176,22 @@ def _from(frames: Iterator[Timed], start: float) -> Iterator[Timed]:
             yield timed
         else:
             shown = timed
-    if shown is not None and _ends_after(shown, start):
+    if shown is not None and _is_shown_at(shown, start):
         yield shown
 
 
-def _at_rate(frames: Iterator[Timed], start: float, fps: float) -> Iterator[Timed]:
+def _sample_at_rate(frames: Iterator[TimedFrame], start: float, fps: float) -> Iterator[TimedFrame]:
     count, shown = 0, None
     for timed in frames:
         while shown is not None and start + count / fps < timed.time - TOLERANCE:
             yield shown
             count += 1
         shown = timed
-    while shown is not None and _ends_after(shown, start + count / fps):
+    while shown is not None and _is_shown_at(shown, start + count / fps):
         yield shown
         count += 1
 
 
-def _ends_after(last: Timed, moment: float) -> bool:
+def _is_shown_at(last: TimedFrame, time: float) -> bool:
     """Return whether a stream's last frame is still shown at `time`."""
-    return moment <= last.time + TOLERANCE or moment < last.time + last.seconds - TOLERANCE
+    return time <= last.time + TOLERANCE or time < last.time + last.duration - TOLERANCE

@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 Format = Literal["mp4", "webm", "gif", "png", "apng"]
 FORMATS: tuple[str, ...] = get_args(Format)
-CRF = {"mp4": 12, "webm": 12}
+DEFAULT_CRF = {"mp4": 12, "webm": 12}
 """Default quality: no visible loss on clips of few pixels."""
-WORST_CRF = {"mp4": 51, "webm": 63}
+MAX_CRF = {"mp4": 51, "webm": 63}
 """Lowest quality."""
 
-TICKS = 360_000
+TICKS_PER_SECOND = 360_000
 """Resolution in which `encode_timed` writes times: a whole number of ticks per frame at 23.976, 24, 25, 29.97, 30, 60 …
 fps."""
 _JPEG_QUALITY = 2
 """Quality of JPEG in ffmpeg's scale, 1 (best) to 31."""
 
-ACCURATE = (
+ACCURATE_FLAGS = (
     Interpolation.BICUBIC
     | Interpolation.FULL_CHR_H_INT
     | Interpolation.FULL_CHR_H_INP
@@ -59,35 +59,35 @@ def encode_frames(frames: UInt8[np.ndarray, "T H W 3"], fps: float, format: str,
     """Encode frames that are not a `Clip`; see `encode`."""
     if format not in FORMATS:
         raise UserError(f"format={format!r} is invalid: use one of {', '.join(FORMATS)}")
-    if crf is not None and format not in CRF:
-        raise UserError(f"crf={crf} is invalid for {format}: only {' and '.join(CRF)} have it. Leave it out")
-    if crf is not None and not 0 <= crf <= WORST_CRF[format]:
-        raise UserError(f"crf={crf} is invalid for {format}: use 0 to {WORST_CRF[format]}, where 0 is best")
+    if crf is not None and format not in DEFAULT_CRF:
+        raise UserError(f"crf={crf} is invalid for {format}: only {' and '.join(DEFAULT_CRF)} have it. Leave it out")
+    if crf is not None and not 0 <= crf <= MAX_CRF[format]:
+        raise UserError(f"crf={crf} is invalid for {format}: use 0 to {MAX_CRF[format]}, where 0 is best")
     if format == "png":
-        return _png(frames)
+        return _encode_png(frames)
     if format == "gif":
-        return _gif(frames, fps)
+        return _encode_gif(frames, fps)
     if format == "apng":
         options = {"pred": "mixed"}
-        return _mux(_rgb(frames), "apng", "apng", "rgb24", fps, options, container={"plays": "0"})
-    quality = CRF[format] if crf is None else crf
+        return _mux(_make_rgb_frames(frames), "apng", "apng", "rgb24", fps, options, container={"plays": "0"})
+    quality = DEFAULT_CRF[format] if crf is None else crf
     if format == "mp4":
-        return _h264(frames, fps, quality)
+        return _encode_h264(frames, fps, quality)
     options = {"crf": str(quality), "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "0", "threads": "1"}
-    return _mux(_yuv(frames), "webm", "libvpx-vp9", "yuv420p", fps, options)
+    return _mux(_make_yuv_frames(frames), "webm", "libvpx-vp9", "yuv420p", fps, options)
 
 
-class Shown(NamedTuple):
+class TimedPicture(NamedTuple):
     """A picture and the time at which it is shown."""
 
     time: float
     """Start in seconds."""
-    seconds: float
+    duration: float
     """Duration in seconds; used for the last picture only, the others are shown until the next one."""
     picture: UInt8[np.ndarray, "H W 3"]
 
 
-def encode_shown(pictures: Iterable[Shown], fps: float | int, *, crf: int) -> bytes:
+def encode_timed(pictures: Iterable[TimedPicture], fps: float | int, *, crf: int) -> bytes:
     """Return an mp4 like `encode`, of pictures shown at any times; one picture at a time is in memory.
 
     Times are rounded to 1 / 360,000 s; a picture with the time of the one before is shown that much later. There are no
@@ -101,8 +101,10 @@ def encode_shown(pictures: Iterable[Shown], fps: float | int, *, crf: int) -> by
     Raises:
       UserError: an odd height or width.
     """
-    options = {**_x264(crf), "bf": "0"}
-    return _mux(_timed(pictures), "mp4", "libx264", "yuv420p", fps, options, time_base=Fraction(1, TICKS))
+    options = {**_make_x264_options(crf), "bf": "0"}
+    return _mux(
+        _make_timed_frames(pictures), "mp4", "libx264", "yuv420p", fps, options, time_base=Fraction(1, TICKS_PER_SECOND)
+    )
 
 
 def encode_jpeg(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
@@ -113,26 +115,26 @@ def encode_jpeg(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
     context.qmin = context.qmax = _JPEG_QUALITY
     context.options = {"flags": "+bitexact"}
     frame = VideoReformatter().reformat(
-        next(_rgb(picture[None])),
+        next(_make_rgb_frames(picture[None])),
         format="yuvj444p",
         src_color_range=ColorRange.JPEG,
         dst_colorspace=Colorspace.ITU601,
         dst_color_range=ColorRange.JPEG,
-        interpolation=ACCURATE,
+        interpolation=ACCURATE_FLAGS,
         threads=1,
     )
     frame.pts, frame.time_base = 0, Fraction(1, 1)
     return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
 
 
-def _x264(crf: int) -> dict[str, str]:
+def _make_x264_options(crf: int) -> dict[str, str]:
     # x264's macroblock-tree rate control (mbtree) gave other bytes in about one of seventy encodes of one clip.
     return {"crf": str(crf), "preset": "medium", "threads": "1", "mbtree": "0"}
 
 
-def _h264(frames: UInt8[np.ndarray, "T H W 3"], fps: float, crf: int) -> bytes:
+def _encode_h264(frames: UInt8[np.ndarray, "T H W 3"], fps: float, crf: int) -> bytes:
     _check_even(*frames.shape[1:3])
-    return _mux(_yuv(frames), "mp4", "libx264", "yuv420p", fps, _x264(crf))
+    return _mux(_make_yuv_frames(frames), "mp4", "libx264", "yuv420p", fps, _make_x264_options(crf))
 
 
 def _check_even(height: int, width: int) -> None:
@@ -143,14 +145,14 @@ def _check_even(height: int, width: int) -> None:
         )
 
 
-def _timed(pictures: Iterable[Shown]) -> Iterator[av.VideoFrame]:
+def _make_timed_frames(pictures: Iterable[TimedPicture]) -> Iterator[av.VideoFrame]:
     """Yield frames with their times in ticks."""
     reformatter, ticks = VideoReformatter(), -1
     for time, seconds, picture in pictures:
         _check_even(*picture.shape[:2])
-        ticks = max(round(time * TICKS), ticks + 1)
-        frame = _limited(reformatter, picture)
-        frame.pts, frame.duration = ticks, max(1, round(seconds * TICKS))
+        ticks = max(round(time * TICKS_PER_SECOND), ticks + 1)
+        frame = _convert_to_yuv420(reformatter, picture)
+        frame.pts, frame.duration = ticks, max(1, round(seconds * TICKS_PER_SECOND))
         yield frame
 
 
@@ -195,18 +197,18 @@ def _tag_bt709(context) -> None:
     context.color_range = int(ColorRange.MPEG)
 
 
-def _rgb(frames: UInt8[np.ndarray, "T H W 3"]):
+def _make_rgb_frames(frames: UInt8[np.ndarray, "T H W 3"]):
     for frame in frames:
         yield av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
 
 
-def _yuv(frames: UInt8[np.ndarray, "T H W 3"]):
+def _make_yuv_frames(frames: UInt8[np.ndarray, "T H W 3"]):
     reformatter = VideoReformatter()
     for frame in frames:
-        yield _limited(reformatter, frame)
+        yield _convert_to_yuv420(reformatter, frame)
 
 
-def _limited(reformatter: VideoReformatter, picture: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
+def _convert_to_yuv420(reformatter: VideoReformatter, picture: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
     """Convert a picture to 4:2:0 in BT.709, limited range."""
     return reformatter.reformat(
         av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"),
@@ -214,12 +216,12 @@ def _limited(reformatter: VideoReformatter, picture: UInt8[np.ndarray, "H W 3"])
         src_color_range=ColorRange.JPEG,
         dst_colorspace=Colorspace.ITU709,
         dst_color_range=ColorRange.MPEG,
-        interpolation=ACCURATE,
+        interpolation=ACCURATE_FLAGS,
         threads=1,
     )
 
 
-def _png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
+def _encode_png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
     if len(frames) != 1:
         raise UserError(
             f"a clip of {len(frames)} frames is invalid for png: use one frame, or .apng, .gif, .mp4, .webm"
@@ -227,12 +229,12 @@ def _png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
     context = av.CodecContext.create("png", "w")
     context.height, context.width, context.pix_fmt = frames.shape[1], frames.shape[2], "rgb24"
     context.time_base, context.thread_count = Fraction(1, 1), 1
-    frame = next(_rgb(frames))
+    frame = next(_make_rgb_frames(frames))
     frame.pts, frame.time_base = 0, Fraction(1, 1)
     return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
 
 
-def _gif(frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> bytes:
+def _encode_gif(frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> bytes:
     """Encode with one palette for the whole clip and without dithering, which would shimmer."""
     rate, size = Fraction(fps).limit_denominator(60_000), f"{frames.shape[2]}x{frames.shape[1]}"
     graph = av.filter.Graph()
@@ -247,7 +249,7 @@ def _gif(frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> bytes:
     palette.link_to(palette_use, 0, 1)
     palette_use.link_to(sink)
     graph.configure()
-    for index, frame in enumerate(_rgb(frames)):
+    for index, frame in enumerate(_make_rgb_frames(frames)):
         frame.pts, frame.time_base = index, 1 / rate
         source.push(frame)
     source.push(None)

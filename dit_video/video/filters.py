@@ -6,14 +6,14 @@ import av
 from av.filter import Graph
 
 
-def shape_of(frame: av.VideoFrame) -> tuple[int, int, str, int, int]:
+def get_frame_format(frame: av.VideoFrame) -> tuple[int, int, str, int, int]:
     """Return the properties common to all frames of a graph: width, height, format, color matrix and range."""
     return frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range)
 
 
-def chain(frame: av.VideoFrame, *filters: tuple[str, str]) -> Graph:
+def make_filter_graph(frame: av.VideoFrame, *filters: tuple[str, str]) -> Graph:
     """Return a graph of filters, by name and arguments, applied in order to frames of the same format as `frame`."""
-    width, height, format, space, color_range = shape_of(frame)
+    width, height, format, space, color_range = get_frame_format(frame)
     graph = Graph()
     graph.threads = 1
     source = graph.add(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dit_video.core.errors import DecodeError
 
-_MOST_BOXES = 100_000
+_MAX_BOXES = 100_000
 """Maximum number of boxes read inside another: enough for hours of fragmented video, and read at once."""
 
 
@@ -18,7 +18,7 @@ class _Box(NamedTuple):
     """Offset of the end of the box."""
 
 
-def check_promises(file: BytesIO | FileIO, name: str) -> None:
+def check_mp4_header(file: BytesIO | FileIO, name: str) -> None:
     """Raise `DecodeError` if a video track claims more frames of one size than the file has bytes for.
 
     A few bytes of header can claim any number of frames of one size, and ffmpeg keeps an entry of tens of bytes for
@@ -27,11 +27,11 @@ def check_promises(file: BytesIO | FileIO, name: str) -> None:
     length = file.seek(0, 2)
     file.seek(4)
     if file.read(4) in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
-        for track in _find(file, _Box(b"", 0, length), b"moov", b"trak", b"mdia"):
-            handlers = [_content(file, box, 12) for box in _boxes(file, track) if box.kind == b"hdlr"]
+        for track in _find_boxes(file, _Box(b"", 0, length), b"moov", b"trak", b"mdia"):
+            handlers = [_read_content(file, box, 12) for box in _read_boxes(file, track) if box.kind == b"hdlr"]
             if any(handler[8:] == b"vide" for handler in handlers):
-                for box in _find(file, track, b"minf", b"stbl", b"stsz"):
-                    content = _content(file, box, 12)
+                for box in _find_boxes(file, track, b"minf", b"stbl", b"stsz"):
+                    content = _read_content(file, box, 12)
                     size, count = int.from_bytes(content[4:8], "big"), int.from_bytes(content[8:12], "big")
                     if size * count > length:
                         raise DecodeError(
@@ -40,18 +40,18 @@ def check_promises(file: BytesIO | FileIO, name: str) -> None:
     file.seek(0)
 
 
-def _find(file: BytesIO | FileIO, box: _Box, *path: bytes) -> Iterator[_Box]:
+def _find_boxes(file: BytesIO | FileIO, box: _Box, *path: bytes) -> Iterator[_Box]:
     if not path:
         yield box
         return
-    for inner in _boxes(file, box):
+    for inner in _read_boxes(file, box):
         if inner.kind == path[0]:
-            yield from _find(file, inner, *path[1:])
+            yield from _find_boxes(file, inner, *path[1:])
 
 
-def _boxes(file: BytesIO | FileIO, outer: _Box) -> Iterator[_Box]:
+def _read_boxes(file: BytesIO | FileIO, outer: _Box) -> Iterator[_Box]:
     offset = outer.start
-    for _ in range(_MOST_BOXES):
+    for _ in range(_MAX_BOXES):
         if offset + 8 > outer.stop:
             return
         file.seek(offset)
@@ -66,6 +66,6 @@ def _boxes(file: BytesIO | FileIO, outer: _Box) -> Iterator[_Box]:
         offset = stop
 
 
-def _content(file: BytesIO | FileIO, box: _Box, count: int) -> bytes:
+def _read_content(file: BytesIO | FileIO, box: _Box, count: int) -> bytes:
     file.seek(box.start)
     return file.read(min(count, box.stop - box.start))

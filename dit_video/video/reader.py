@@ -13,47 +13,47 @@ from av.container import Flags
 from av.stream import Discard, Disposition
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.video.mp4_header import check_promises
+from dit_video.video.mp4_header import check_mp4_header
 
 MAX_PIXELS = 1 << 28
 """Maximum pixels of a frame, stored or displayed: a damaged header may claim any size, and memory for it."""
-LONGEST_FRAME = 3600.0
+MAX_FRAME_SECONDS = 3600.0
 """Maximum seconds between timestamps: greater ones are damaged, and would be sampled without end."""
 TOLERANCE = 1e-3
 """Seconds by which a frame may be late: containers round timestamps to as much as a millisecond."""
 IMAGE_CODECS = {"png", "mjpeg", "bmp", "tiff", "jpeg2000", "webp"}
 """Codecs of images: a file with one frame in one of these has an fps of 1."""
 
-_MARGIN = 1.0
+_SEEK_MARGIN = 1.0
 """Seconds before the target at which a seek aims, as the index of some containers is coarse."""
-_BUFFER = 1 << 18
+_BUFFER_BYTES = 1 << 18
 """Bytes per read; each read is a call into Python."""
-_COMPLAINTS = (av.FFmpegError, ValueError, ArithmeticError, LookupError, MemoryError, EOFError, OSError)
+_DECODE_EXCEPTIONS = (av.FFmpegError, ValueError, ArithmeticError, LookupError, MemoryError, EOFError, OSError)
 """Exceptions of PyAV for damaged files: ffmpeg's errors, text that is not UTF-8, rates of n/0, sizes that overflow."""
-_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Decoders of transparency, which ffmpeg's own decoders of these codecs ignore."""
 
 
-class Timed(NamedTuple):
+class TimedFrame(NamedTuple):
     """A decoded frame and its time."""
 
     time: float
     """Seconds from the start of the file's first frame to this one's."""
-    seconds: float
+    duration: float
     """Duration in seconds; 0 if the file does not say it."""
     frame: av.VideoFrame
 
 
 @contextlib.contextmanager
-def complaints(name: str, when: str = "") -> Iterator[None]:
+def wrap_decode_errors(name: str, location: str = "") -> Iterator[None]:
     """Convert exceptions of ffmpeg and PyAV about a file to a `DecodeError` of one line."""
     try:
         yield
     except UserError:
         raise
-    except _COMPLAINTS as error:
+    except _DECODE_EXCEPTIONS as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
-        problem = f"is damaged {when}" if when else "is not a readable video or image"
+        problem = f"is damaged {location}" if location else "is not a readable video or image"
         raise DecodeError(f"{name} {problem} ({reason}); remove it or replace it") from error
 
 
@@ -87,7 +87,7 @@ class Video:
         """Open the file, or open it again to return to its beginning."""
         self.close()
         try:
-            with complaints(self.name):
+            with wrap_decode_errors(self.name):
                 self._read_header(self._open())
         except BaseException:
             self.close()
@@ -98,10 +98,10 @@ class Video:
         source = self._source
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
         self._resources.callback(file.close)
-        check_promises(file, self.name)
+        check_mp4_header(file, self.name)
         # Without the whitelist a playlist in place of a video could open further files, or network addresses.
         options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
-        container = av.open(file, "r", options=options, buffer_size=_BUFFER, metadata_errors="replace")
+        container = av.open(file, "r", options=options, buffer_size=_BUFFER_BYTES, metadata_errors="replace")
         self._resources.callback(container.close)
         # ffmpeg generates wrong timestamps for reordered frames without them (H.264 in AVI).
         container.flags &= ~cast(int, Flags.gen_pts.value)
@@ -119,13 +119,13 @@ class Video:
         stream = streams[0]
         context = stream.codec_context
         self.codec: str = context.name
-        if stream.metadata.get("alpha_mode") == "1" and self.codec in _WITH_ALPHA:
-            context = cast(av.VideoCodecContext, av.CodecContext.create(_WITH_ALPHA[self.codec], "r"))
+        if stream.metadata.get("alpha_mode") == "1" and self.codec in _ALPHA_DECODERS:
+            context = cast(av.VideoCodecContext, av.CodecContext.create(_ALPHA_DECODERS[self.codec], "r"))
         context.thread_count = 1
         context.options = {"max_pixels": str(MAX_PIXELS)}
         self._container, self._stream, self._context = container, stream, context
-        self._start: int | None = stream.start_time
-        self._where = "at its start"
+        self._start_time: int | None = stream.start_time
+        self._error_location = "at its start"
         for other in container.streams:
             if other is not stream:
                 other.discard = Discard.all
@@ -134,13 +134,15 @@ class Video:
         """Width of a stored pixel divided by its height."""
         # Without timestamps, the average rate is ffmpeg's default of 25.
         rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
-        self._rate = next((float(rate) for rate in (rates if self._start is not None else rates[1:]) if rate), 25.0)
+        self._rate = next(
+            (float(rate) for rate in (rates if self._start_time is not None else rates[1:]) if rate), 25.0
+        )
 
-    def rate(self, frames: int) -> float:
+    def get_rate(self, frames: int) -> float:
         """Return the average frames per second of a file with this number of frames; 1 for an image."""
         return 1.0 if frames == 1 and self.codec in IMAGE_CODECS else self._rate
 
-    def frames(self, start: float = 0.0) -> Iterator[Timed]:
+    def read_frames(self, start: float = 0.0) -> Iterator[TimedFrame]:
         """Yield the frames shown from `start` seconds on, and some before them: from a key frame on, or all.
 
         Times never decrease. Frames are as stored, interlaced ones too.
@@ -148,7 +150,7 @@ class Video:
         Raises:
           DecodeError: the file is damaged; says where.
         """
-        frames, origin = self._sought(start) if start > _MARGIN else (self._decoded(), None)
+        frames, origin = self._seek(start) if start > _SEEK_MARGIN else (self._decode_frames(), None)
         spacing, previous = 1 / self._rate, None
         for frame in frames:
             base = frame.time_base or Fraction(1, 1000)
@@ -158,58 +160,59 @@ class Video:
             if timestamp is not None and origin is not None:
                 time = float((timestamp - origin) * base)
             else:
-                time = 0.0 if previous is None else previous.time + (previous.seconds or spacing)
+                time = 0.0 if previous is None else previous.time + (previous.duration or spacing)
             if previous is not None:
-                time = self._checked(time, previous.time)
-            self._where = f"after {time:.2f} s"
+                time = self._check_time(time, previous.time)
+            self._error_location = f"after {time:.2f} s"
             if frame.is_corrupt and time + spacing > start:
                 raise DecodeError(f"{self.name} is damaged at {time:.2f} s; remove it or replace it")
-            previous = Timed(time, float((frame.duration or 0) * base), frame)
-            self._checked(time + previous.seconds, time)
+            previous = TimedFrame(time, float((frame.duration or 0) * base), frame)
+            self._check_time(time + previous.duration, time)
             yield previous
 
-    def _checked(self, time: float, last: float) -> float:
-        if not last - _MARGIN <= time <= last + LONGEST_FRAME:
+    def _check_time(self, time: float, previous: float) -> float:
+        if not previous - _SEEK_MARGIN <= time <= previous + MAX_FRAME_SECONDS:
             raise DecodeError(
-                f"{self.name} has timestamps that jump from {last:.2f} s to {time:.2f} s; remove it, or write it again "
+                f"{self.name} has timestamps that jump from {previous:.2f} s to {time:.2f} s; remove it, or write "
+                "it again "
                 "with continuous times"
             )
-        return max(time, last)
+        return max(time, previous)
 
-    def _sought(self, start: float) -> tuple[Iterator[av.VideoFrame], int | None]:
+    def _seek(self, start: float) -> tuple[Iterator[av.VideoFrame], int | None]:
         """Return frames from a key frame before `start` on, and the first frame's timestamp; all frames on failure.
 
         A seek is exact only if frames have timestamps, and goes too far in files with a bad index.
         """
-        origin, base = self._first_stamp(), self._stream.time_base
+        origin, base = self._read_first_timestamp(), self._stream.time_base
         if origin is not None and base:
-            frames, first = self._decoded(), None
-            with contextlib.suppress(*_COMPLAINTS):
-                target = origin + int((start - _MARGIN) / base)
+            frames, first = self._decode_frames(), None
+            with contextlib.suppress(*_DECODE_EXCEPTIONS):
+                target = origin + int((start - _SEEK_MARGIN) / base)
                 self._container.seek(target, stream=self._stream, backward=True)
                 self._context.flush_buffers()
                 first = next(frames, None)
             if first is not None and first.pts is not None and float((first.pts - origin) * base) <= start + TOLERANCE:
                 return itertools.chain([first], frames), origin
         self._reopen()
-        return self._decoded(), None
+        return self._decode_frames(), None
 
-    def _first_stamp(self) -> int | None:
+    def _read_first_timestamp(self) -> int | None:
         """Return the timestamp of the first frame, which is decoded only if its packet does not have it."""
-        with complaints(self.name, self._where):
+        with wrap_decode_errors(self.name, self._error_location):
             packet = next(self._container.demux(self._stream), None)
         if packet is None:
             return None
-        if packet.is_keyframe and not packet.is_discard and packet.pts is not None and packet.pts == self._start:
+        if packet.is_keyframe and not packet.is_discard and packet.pts is not None and packet.pts == self._start_time:
             return packet.pts
         self._reopen()
-        first = next(self._decoded(), None)
+        first = next(self._decode_frames(), None)
         return None if first is None else first.pts
 
-    def _decoded(self) -> Iterator[av.VideoFrame]:
+    def _decode_frames(self) -> Iterator[av.VideoFrame]:
         packets, more = self._container.demux(self._stream), True
         while more:
-            with complaints(self.name, self._where):
+            with wrap_decode_errors(self.name, self._error_location):
                 packet = next(packets, None)
                 more = packet is not None
                 if packet is not None and not packet.size:

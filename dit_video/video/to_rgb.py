@@ -11,11 +11,11 @@ from jaxtyping import UInt8
 
 from dit_video.core import pixels
 from dit_video.core.errors import DecodeError
-from dit_video.video.encode import ACCURATE
-from dit_video.video.filters import chain
-from dit_video.video.reader import MAX_PIXELS, complaints
+from dit_video.video.encode import ACCURATE_FLAGS
+from dit_video.video.filters import make_filter_graph
+from dit_video.video.reader import MAX_PIXELS, wrap_decode_errors
 
-RESIZING = ACCURATE & ~Interpolation.BICUBIC | Interpolation.BILINEAR
+RESIZE_FLAGS = ACCURATE_FLAGS & ~Interpolation.BICUBIC | Interpolation.BILINEAR
 """Flags of swscale's triangle filter, which is widened when downsampling like that of `pixels.resize`."""
 
 _BT709, _BT601 = 1, 6
@@ -28,31 +28,38 @@ _COLORSPACES = {
     9: Colorspace.BT2020,
 }
 """Colour spaces by ISO/IEC 23091-2's number for matrix coefficients."""
-_UNKNOWN = {8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "ST 2085", 12: "derived", 13: "derived", 14: "ICtCp"}
+_UNSUPPORTED_COLORSPACES = {
+    8: "YCgCo",
+    10: "BT.2020 with constant luminance",
+    11: "ST 2085",
+    12: "derived",
+    13: "derived",
+    14: "ICtCp",
+}
 """Matrix coefficients that ffmpeg's scaler does not support either."""
-_STRANGE = sorted(set(range(64)) - {kind.value for kind in Type})
+_UNNAMED_SIDE_DATA = sorted(set(range(64)) - {kind.value for kind in Type})
 """Numbers of side data that PyAV has no name for."""
 
 
 class Orientation(NamedTuple):
     """The steps that make a picture upright: transpose it, then flip its rows, then its columns."""
 
-    turned: bool
+    transposed: bool
     flip_rows: bool
     flip_columns: bool
 
 
-def orientation(frame: av.VideoFrame) -> Orientation:
+def read_orientation(frame: av.VideoFrame) -> Orientation:
     """Return the orientation of a frame.
 
     The display matrix of ISO/IEC 14496-12 maps a stored point (x, y) to (a x + c y, b x + d y), in 16.16 fixed point.
     """
     try:
-        matrix = _display_matrix(frame)
+        matrix = _read_display_matrix(frame)
     except ValueError:  # PyAV reads no side data of a frame with an unknown kind of it: EXIF, view id, LCEVC …
-        graph = chain(frame, *(("sidedata", f"mode=delete:type={kind}") for kind in _STRANGE))
+        graph = make_filter_graph(frame, *(("sidedata", f"mode=delete:type={kind}") for kind in _UNNAMED_SIDE_DATA))
         graph.vpush(frame)
-        matrix = _display_matrix(graph.vpull())
+        matrix = _read_display_matrix(graph.vpull())
     if matrix is None:
         return Orientation(False, False, False)
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
@@ -60,32 +67,34 @@ def orientation(frame: av.VideoFrame) -> Orientation:
     return Orientation(transposed, bool((b if transposed else d) < 0), bool((c if transposed else a) < 0))
 
 
-def _display_matrix(frame: av.VideoFrame) -> SideData | None:
+def _read_display_matrix(frame: av.VideoFrame) -> SideData | None:
     # PyAV's stub gives the attribute another type, with a single key.
     return cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
 
 
-def shown_size(frame: av.VideoFrame, sample_aspect: Fraction, name: str) -> tuple[int, int]:
+def compute_display_size(frame: av.VideoFrame, sample_aspect: Fraction, name: str) -> tuple[int, int]:
     """Return height and width of the upright picture in square pixels; a width is `round(width * sample_aspect)`.
 
     Raises:
       DecodeError: the picture exceeds `MAX_PIXELS`, or ffmpeg can't read its orientation.
     """
-    with complaints(name):
-        transposed = orientation(frame).turned
-    return _shown_size(frame, sample_aspect, transposed, name)
+    with wrap_decode_errors(name):
+        transposed = read_orientation(frame).transposed
+    return _compute_display_size(frame, sample_aspect, transposed, name)
 
 
-def _shown_size(frame: av.VideoFrame, sample_aspect: Fraction, turned: bool, name: str) -> tuple[int, int]:
+def _compute_display_size(
+    frame: av.VideoFrame, sample_aspect: Fraction, transposed: bool, name: str
+) -> tuple[int, int]:
     width = max(1, round(frame.width * sample_aspect))
     if width * frame.height > MAX_PIXELS:
         raise DecodeError(
             f"{name} has frames of {frame.height}x{width} pixels, over the limit of {MAX_PIXELS}; make them smaller"
         )
-    return (width, frame.height) if turned else (frame.height, width)
+    return (width, frame.height) if transposed else (frame.height, width)
 
 
-class Pictures:
+class RgbConverter:
     """A converter of a file's frames to RGB pictures.
 
     Args:
@@ -96,7 +105,7 @@ class Pictures:
 
     def __init__(self, name: str, sample_aspect: Fraction, size: tuple[int, int] | None):
         self._name, self._aspect, self._size = name, sample_aspect, size
-        self._convert = VideoReformatter()
+        self._reformatter = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame, time: float) -> UInt8[np.ndarray, "H W 3"]:
         """Convert a frame that is shown at `time`, in seconds.
@@ -104,26 +113,26 @@ class Pictures:
         Raises:
           DecodeError: the frame is too large, or ffmpeg can't convert its colours or format.
         """
-        with complaints(self._name, f"at {time:.2f} s"):
-            transposed, flip_rows, flip_columns = orientation(frame)
-            display_size = _shown_size(frame, self._aspect, transposed, self._name)
+        with wrap_decode_errors(self._name, f"at {time:.2f} s"):
+            transposed, flip_rows, flip_columns = read_orientation(frame)
+            display_size = _compute_display_size(frame, self._aspect, transposed, self._name)
             height, width = self._size or display_size
-            picture = self._stored(frame, *((width, height) if transposed else (height, width)))
+            picture = self._convert_stored(frame, *((width, height) if transposed else (height, width)))
         if transposed:
             picture = picture.swapaxes(0, 1)
         return np.ascontiguousarray(picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
 
-    def _stored(self, frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    def _convert_stored(self, frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
         """Return the picture before it is made upright."""
         if is_transparent(frame):
-            image = over_black(self._converted(frame, "gbrap"))
+            image = blend_over_black(self._reformat(frame, "gbrap"))
         elif frame.format.is_rgb:
-            image = self._converted(frame, "gbrp")
+            image = self._reformat(frame, "gbrp")
         else:  # swscale resizes YUV without converting it, with no more rounding than `pixels.resize`.
-            return self._converted(frame, "gbrp", height, width)
+            return self._reformat(frame, "gbrp", height, width)
         return pixels.resize(image[None], height, width)[0]
 
-    def _converted(
+    def _reformat(
         self, frame: av.VideoFrame, format: str, height: int | None = None, width: int | None = None
     ) -> UInt8[np.ndarray, "H W C"]:
         is_same_size = (height or frame.height, width or frame.width) == (frame.height, frame.width)
@@ -131,29 +140,30 @@ class Pictures:
         if frame.format.name.startswith("gray") and not full_range:
             # swscale takes all gray for full range, so limited-range gray is converted as YUV.
             yuv_format = "yuv444p" if frame.format.name == "gray" else "yuv444p16le"
-            frame = self._convert.reformat(
+            frame = self._reformatter.reformat(
                 frame, format=yuv_format, src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.JPEG, threads=1
             )
         # swscale writes planar RGB of YUV four times as fast as packed RGB, with the same values.
-        return self._convert.reformat(
+        return self._reformatter.reformat(
             frame,
             width,
             height,
             format,
-            src_colorspace=self._matrix(frame),
+            src_colorspace=self._get_colorspace(frame),
             src_color_range=ColorRange.JPEG if full_range else ColorRange.MPEG,
             dst_color_range=ColorRange.JPEG,
-            interpolation=ACCURATE if is_same_size else RESIZING,
+            interpolation=ACCURATE_FLAGS if is_same_size else RESIZE_FLAGS,
             threads=1,
         ).to_ndarray()
 
-    def _matrix(self, frame: av.VideoFrame) -> Colorspace | None:
+    def _get_colorspace(self, frame: av.VideoFrame) -> Colorspace | None:
         space = int(frame.colorspace)
         if frame.format.is_rgb or frame.format.has_palette:
             return None
-        if space in _UNKNOWN:
+        if space in _UNSUPPORTED_COLORSPACES:
             raise DecodeError(
-                f"{self._name} has colours in {_UNKNOWN[space]}, which ffmpeg can't convert; convert the file to BT.709"
+                f"{self._name} has colours in {_UNSUPPORTED_COLORSPACES[space]}, which ffmpeg can't convert; "
+                "convert the file to BT.709"
             )
         if space not in _COLORSPACES:
             # Players' assumption (mpv's mp_csp_guess_colorspace): high definition is BT.709, the rest BT.601.
@@ -166,7 +176,7 @@ def is_transparent(frame: av.VideoFrame) -> bool:
     return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
 
 
-def over_black(image: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
+def blend_over_black(image: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
     """Return colours times alpha / 255, rounded to nearest, as ffmpeg's overlay does."""
     colours, alpha = image[..., :3], image[..., 3:]
     if alpha.min() == 255:

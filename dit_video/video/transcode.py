@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 
-from dit_video.video.decode import sampled
-from dit_video.video.encode import Shown, encode_shown
-from dit_video.video.interlaced import progressive
-from dit_video.video.reader import Timed, Video
-from dit_video.video.to_rgb import Pictures
+from dit_video.video.decode import sample_frames
+from dit_video.video.encode import TimedPicture, encode_timed
+from dit_video.video.interlaced import deinterlace
+from dit_video.video.reader import TimedFrame, Video
+from dit_video.video.to_rgb import RgbConverter
 
 
 def transcode(
-    encoded: bytes, *, height: int, width: int, average: float | int, fps: float | int | None = None, crf: int
+    encoded: bytes, *, height: int, width: int, average_fps: float | int, fps: float | int | None = None, crf: int
 ) -> bytes:
     """Return an H.264 mp4 of a file's frames: upright, in square pixels, resized, 4:2:0 in BT.709, limited range.
 
@@ -30,30 +30,32 @@ def transcode(
       UserError: an odd height or width.
     """
     with Video(encoded) as video:
-        convert = Pictures(video.name, video.sample_aspect, (height, width))
-        frames = progressive(video.frames(), video.name)
-        scheduled = _as_they_are(frames, 1 / average) if fps is None else _at_rate(frames, float(fps))
-        return encode_shown(_pictures(scheduled, convert), float(average if fps is None else fps), crf=crf)
+        convert = RgbConverter(video.name, video.sample_aspect, (height, width))
+        frames = deinterlace(video.read_frames(), video.name)
+        scheduled = (
+            _schedule_as_stored(frames, 1 / average_fps) if fps is None else _schedule_at_rate(frames, float(fps))
+        )
+        return encode_timed(_convert_frames(scheduled, convert), float(average_fps if fps is None else fps), crf=crf)
 
 
-_Place = tuple[float, float, Timed]
+_ScheduledFrame = tuple[float, float, TimedFrame]
 """Start and duration in seconds of a frame, and the frame."""
 
 
-def _as_they_are(frames: Iterator[Timed], spacing: float) -> Iterator[_Place]:
+def _schedule_as_stored(frames: Iterator[TimedFrame], spacing: float) -> Iterator[_ScheduledFrame]:
     for timed in frames:
-        yield timed.time, timed.seconds or spacing, timed
+        yield timed.time, timed.duration or spacing, timed
 
 
-def _at_rate(frames: Iterator[Timed], fps: float) -> Iterator[_Place]:
-    for count, timed in enumerate(sampled(frames, 0.0, fps)):
+def _schedule_at_rate(frames: Iterator[TimedFrame], fps: float) -> Iterator[_ScheduledFrame]:
+    for count, timed in enumerate(sample_frames(frames, 0.0, fps)):
         yield count / fps, 1 / fps, timed
 
 
-def _pictures(places: Iterator[_Place], convert: Pictures) -> Iterator[Shown]:
+def _convert_frames(scheduled: Iterator[_ScheduledFrame], convert: RgbConverter) -> Iterator[TimedPicture]:
     last = picture = None
-    for time, seconds, timed in places:
+    for time, seconds, timed in scheduled:
         if picture is None or timed is not last:
             picture = convert(timed.frame, timed.time)
         last = timed
-        yield Shown(time, seconds, picture)
+        yield TimedPicture(time, seconds, picture)

@@ -2,34 +2,34 @@
 
 from dit_video.weights.clip import (
     LoadedClip,
-    clip_text_config,
-    clip_vision_config,
     load_clip,
     load_clip_text,
     load_clip_vision,
+    read_clip_text_config,
+    read_clip_vision_config,
     save_clip,
 )
-from dit_video.weights.clip_images import load_clip_images, save_clip_images
-from dit_video.weights.embedders import load_embedder, text_encoder_config
+from dit_video.weights.clip_images import load_clip_image_processor, save_clip_image_processor
+from dit_video.weights.embedders import load_embedder, read_text_encoder_config
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora import Module, Modules, load_lora, numbered, own_modules, save_lora
+from dit_video.weights.lora import LoraModule, LoraModules, expand_layers, get_native_modules, load_lora, save_lora
 from dit_video.weights.lpips import load_lpips, open_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
-from dit_video.weights.scheduler import Schedule, load_scheduler
-from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, save_text_encoder, t5_config
+from dit_video.weights.scheduler import LoadedScheduler, load_scheduler
+from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, read_t5_config, save_text_encoder
 
 __all__ = [
     "LoadedClip",
     "LoadedEncoder",
-    "Module",
-    "Modules",
-    "Schedule",
+    "LoadedScheduler",
+    "LoraModule",
+    "LoraModules",
     "TensorFolder",
-    "clip_text_config",
-    "clip_vision_config",
+    "expand_layers",
+    "get_native_modules",
     "load",
     "load_clip",
-    "load_clip_images",
+    "load_clip_image_processor",
     "load_clip_text",
     "load_clip_vision",
     "load_embedder",
@@ -38,14 +38,14 @@ __all__ = [
     "load_metadata",
     "load_scheduler",
     "load_text_encoder",
-    "numbered",
     "open_lpips",
-    "own_modules",
+    "read_clip_text_config",
+    "read_clip_vision_config",
+    "read_t5_config",
+    "read_text_encoder_config",
     "save",
     "save_clip",
-    "save_clip_images",
+    "save_clip_image_processor",
     "save_lora",
     "save_text_encoder",
-    "t5_config",
-    "text_encoder_config",
 ]

@@ -8,17 +8,24 @@ from typing import Any, Generic, TypeVar
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
-from dit_video.features.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipTower, ClipVisionConfig
-from dit_video.nn import param_shapes
-from dit_video.weights.folders import TensorFolder, model_folder, transformers_config
-from dit_video.weights.io import read_encoder, write_foreign
-from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign
+from dit_video.features.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
+from dit_video.nn import get_param_shapes
+from dit_video.weights.folders import TensorFolder, find_model_folder, read_transformers_config
+from dit_video.weights.io import read_encoder_params, write_params
+from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMapping
 
-_BOTH = "CLIPModel"
-_TEXT, _VISION = ("CLIPTextModel", "CLIPTextModelWithProjection"), ("CLIPVisionModel", "CLIPVisionModelWithProjection")
-_KINDS = {_BOTH: "clip"} | dict.fromkeys(_TEXT, "clip_text_model") | dict.fromkeys(_VISION, "clip_vision_model")
+_CLIP_CLASS = "CLIPModel"
+_TEXT_CLASSES, _VISION_CLASSES = (
+    ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+)
+_MODEL_TYPES = (
+    {_CLIP_CLASS: "clip"}
+    | dict.fromkeys(_TEXT_CLASSES, "clip_text_model")
+    | dict.fromkeys(_VISION_CLASSES, "clip_vision_model")
+)
 """Model type of each model class."""
-TEXT_KINDS = ("clip", "clip_text_model")
+CLIP_TEXT_MODEL_TYPES = ("clip", "clip_text_model")
 """Model types with a text tower."""
 _TEXT_ROOT, _VISION_ROOT = "text_model.", "vision_model."
 _DENSE = "o i -> i o"
@@ -33,14 +40,14 @@ _LINEAR = {
 _NORMS = {"norm_attention": "layer_norm1", "norm_mlp": "layer_norm2"}
 """Our names below `blocks/`, and theirs below `encoder.layers.<layer>.`."""
 
-Config = TypeVar("Config", ClipConfig, ClipTextConfig, ClipVisionConfig)
+ClipConfigT = TypeVar("ClipConfigT", ClipConfig, ClipTextConfig, ClipVisionConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedClip(Generic[Config]):
+class LoadedClip(Generic[ClipConfigT]):
     """The config and parameters of a CLIP or one of its towers, as read from a folder."""
 
-    config: Config
+    config: ClipConfigT
     params: dict[str, Any]
     digest: str
     """Digest of the tensors as they are stored, however they are split into files."""
@@ -57,8 +64,10 @@ def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedCli
       MissingError: the config or the weights do not exist.
       UserError: the model class is not supported, tensors do not fit the config, or files are pickled or damaged.
     """
-    path, name, theirs = _open(Path(folder), [_BOTH])
-    config = ClipConfig(text=_text_config(path, name, theirs, dtype), vision=_vision_config(path, name, theirs, dtype))
+    path, name, theirs = _read_config(Path(folder), [_CLIP_CLASS])
+    config = ClipConfig(
+        text=_parse_text_config(path, name, theirs, dtype), vision=_parse_vision_config(path, name, theirs, dtype)
+    )
     return _read(path.parent, config, dtype)
 
 
@@ -67,8 +76,8 @@ def load_clip_text(folder: str | os.PathLike, *, dtype: str = "float32") -> Load
 
     `folder` may be a pipeline's, whose `text_encoder` is read; otherwise as `load_clip`.
     """
-    folder = model_folder(folder, "text_encoder")
-    return _read(folder, clip_text_config(folder, dtype=dtype), dtype)
+    folder = find_model_folder(folder, "text_encoder")
+    return _read(folder, read_clip_text_config(folder, dtype=dtype), dtype)
 
 
 def load_clip_vision(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedClip[ClipVisionConfig]:
@@ -76,23 +85,27 @@ def load_clip_vision(folder: str | os.PathLike, *, dtype: str = "float32") -> Lo
 
     `folder` may be a pipeline's, whose `image_encoder` is read; otherwise as `load_clip`.
     """
-    folder = model_folder(folder, "image_encoder")
-    return _read(folder, clip_vision_config(folder, dtype=dtype), dtype)
+    folder = find_model_folder(folder, "image_encoder")
+    return _read(folder, read_clip_vision_config(folder, dtype=dtype), dtype)
 
 
-def clip_text_config(folder: str | os.PathLike, *, dtype: str = "float32") -> ClipTextConfig:
+def read_clip_text_config(folder: str | os.PathLike, *, dtype: str = "float32") -> ClipTextConfig:
     """Read the config of a folder's text tower, without its weights.
 
     Raises:
       MissingError: the config does not exist.
       UserError: the model class or a setting is not supported.
     """
-    return _text_config(*_open(model_folder(folder, "text_encoder"), [_BOTH, *_TEXT]), dtype)
+    return _parse_text_config(
+        *_read_config(find_model_folder(folder, "text_encoder"), [_CLIP_CLASS, *_TEXT_CLASSES]), dtype
+    )
 
 
-def clip_vision_config(folder: str | os.PathLike, *, dtype: str = "float32") -> ClipVisionConfig:
+def read_clip_vision_config(folder: str | os.PathLike, *, dtype: str = "float32") -> ClipVisionConfig:
     """Read the config of a folder's vision tower, without its weights; raises as `read_clip_text_config` does."""
-    return _vision_config(*_open(model_folder(folder, "image_encoder"), [_BOTH, *_VISION]), dtype)
+    return _parse_vision_config(
+        *_read_config(find_model_folder(folder, "image_encoder"), [_CLIP_CLASS, *_VISION_CLASSES]), dtype
+    )
 
 
 def save_clip(
@@ -112,39 +125,41 @@ def save_clip(
       dtype: dtype of all tensors in the file; None keeps theirs.
       shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
-    write_foreign(folder, "model", _names(config, nested=True), params, dtype=dtype, shard_bytes=shard_bytes)
-    write_json(Path(folder) / "config.json", _their_config(config))
+    write_params(folder, "model", _make_tensor_map(config, nested=True), params, dtype=dtype, shard_bytes=shard_bytes)
+    write_json(Path(folder) / "config.json", _make_their_config(config))
 
 
-def _open(folder: Path, classes: Collection[str]) -> tuple[Path, str, Any]:
+def _read_config(folder: Path, classes: Collection[str]) -> tuple[Path, str, Any]:
     """Return the path of a folder's config, the model class, and the config as `transformers` reads it."""
     path = folder / "config.json"
-    kind, theirs = transformers_config(path, "CLIP models", dict.fromkeys(_KINDS.values()))
+    kind, theirs = read_transformers_config(path, "CLIP models", dict.fromkeys(_MODEL_TYPES.values()))
     name = next(iter(theirs.architectures or ()), None)
-    if not isinstance(name, str) or name not in classes or _KINDS[name] != kind:
+    if not isinstance(name, str) or name not in classes or _MODEL_TYPES[name] != kind:
         raise UserError(
             f"{path} has the class {name} and model_type={kind!r}. Supported are "
-            f"{', '.join(f'{supported} ({_KINDS[supported]!r})' for supported in classes)}"
+            f"{', '.join(f'{supported} ({_MODEL_TYPES[supported]!r})' for supported in classes)}"
         )
     return path, name, theirs
 
 
-def _text_config(path: Path, name: str, theirs: Any, dtype: str) -> ClipTextConfig:
-    tower = theirs.text_config if name == _BOTH else theirs
+def _parse_text_config(path: Path, name: str, theirs: Any, dtype: str) -> ClipTextConfig:
+    tower = theirs.text_config if name == _CLIP_CLASS else theirs
     if not isinstance(tower.eos_token_id, int):
         raise UserError(
             f"{path} has eos_token_id={tower.eos_token_id}, but texts are pooled at a single token id. Use that id"
         )
     return ClipTextConfig(
-        **_tower(path, tower, projection=None if name == _TEXT[0] else theirs.projection_dim, dtype=dtype),
+        **_parse_tower(
+            path, tower, projection=None if name == _TEXT_CLASSES[0] else theirs.projection_dim, dtype=dtype
+        ),
         vocabulary=tower.vocab_size,
         positions=tower.max_position_embeddings,
         end_token=tower.eos_token_id,
     )
 
 
-def _vision_config(path: Path, name: str, theirs: Any, dtype: str) -> ClipVisionConfig:
-    tower = theirs.vision_config if name == _BOTH else theirs
+def _parse_vision_config(path: Path, name: str, theirs: Any, dtype: str) -> ClipVisionConfig:
+    tower = theirs.vision_config if name == _CLIP_CLASS else theirs
     for field, value in (("image_size", tower.image_size), ("patch_size", tower.patch_size)):
         if not isinstance(value, int):
             raise UserError(f"{path} has {field}={value}. Only squares, given by one integer, are supported")
@@ -153,43 +168,45 @@ def _vision_config(path: Path, name: str, theirs: Any, dtype: str) -> ClipVision
             f"{path} has num_channels={tower.num_channels}. Only RGB images with num_channels=3 are supported"
         )
     return ClipVisionConfig(
-        **_tower(path, tower, projection=None if name == _VISION[0] else theirs.projection_dim, dtype=dtype),
+        **_parse_tower(
+            path, tower, projection=None if name == _VISION_CLASSES[0] else theirs.projection_dim, dtype=dtype
+        ),
         size=tower.image_size,
         patch=tower.patch_size,
     )
 
 
-def _tower(path: Path, own: Any, *, projection: int | None, dtype: str) -> dict[str, Any]:
-    if own.hidden_act not in ACTIVATIONS:
-        raise UserError(f"{path} has hidden_act={own.hidden_act!r}. Supported are {' and '.join(ACTIVATIONS)}")
+def _parse_tower(path: Path, tower: Any, *, projection: int | None, dtype: str) -> dict[str, Any]:
+    if tower.hidden_act not in ACTIVATIONS:
+        raise UserError(f"{path} has hidden_act={tower.hidden_act!r}. Supported are {' and '.join(ACTIVATIONS)}")
     return {
-        "width": own.hidden_size,
-        "layers": own.num_hidden_layers,
-        "heads": own.num_attention_heads,
-        "mlp_width": own.intermediate_size,
-        "activation": own.hidden_act,
-        "eps": own.layer_norm_eps,
+        "width": tower.hidden_size,
+        "layers": tower.num_hidden_layers,
+        "heads": tower.num_attention_heads,
+        "mlp_width": tower.intermediate_size,
+        "activation": tower.hidden_act,
+        "eps": tower.layer_norm_eps,
         "projection": projection,
         "dtype": dtype,
     }
 
 
-def _read(folder: Path, config: Config, dtype: str) -> LoadedClip[Config]:
+def _read(folder: Path, config: ClipConfigT, dtype: str) -> LoadedClip[ClipConfigT]:
     with TensorFolder(folder) as tensors:
         # Names of a tower that was saved alone have the root or not, depending on the version that wrote it.
         nested = any(name.startswith((_TEXT_ROOT, _VISION_ROOT)) for name in tensors.shapes)
-        ignored = [name for name in tensors.shapes if _unread(name, config)]
-        params, digest = read_encoder(
+        ignored = [name for name in tensors.shapes if _is_ignored(name, config)]
+        params, digest = read_encoder_params(
             tensors,
-            _names(config, nested=nested),
-            param_shapes(config.make),
+            _make_tensor_map(config, nested=nested),
+            get_param_shapes(config.make),
             ignored=ignored,
             dtype=dtype,
         )
     return LoadedClip(config=config, params=params, digest=digest, ignored=tuple(ignored))
 
 
-def _unread(name: str, config: ClipConfig | ClipTextConfig | ClipVisionConfig) -> bool:
+def _is_ignored(name: str, config: ClipConfig | ClipTextConfig | ClipVisionConfig) -> bool:
     """Return True if a tensor is not part of what is read."""
     if name.endswith("embeddings.position_ids"):  # 0, 1, 2, …
         return True
@@ -199,58 +216,60 @@ def _unread(name: str, config: ClipConfig | ClipTextConfig | ClipVisionConfig) -
     return isinstance(config, ClipVisionConfig) and name.startswith((*text, "logit_scale"))
 
 
-def _names(config: ClipConfig | ClipTextConfig | ClipVisionConfig, *, nested: bool) -> dict[str, Foreign]:
+def _make_tensor_map(
+    config: ClipConfig | ClipTextConfig | ClipVisionConfig, *, nested: bool
+) -> dict[str, TensorMapping]:
     """Return the tensor map of a config; `nested` if the names of a single tower start with its root."""
     if isinstance(config, ClipConfig):
-        names: dict[str, Foreign] = {"logit_scale": Foreign("logit_scale")}
+        names: dict[str, TensorMapping] = {"logit_scale": TensorMapping("logit_scale")}
         for part, tower in (("text", config.text), ("vision", config.vision)):
-            names |= {f"{part}/{path}": foreign for path, foreign in _names(tower, nested=nested).items()}
+            names |= {f"{part}/{path}": foreign for path, foreign in _make_tensor_map(tower, nested=nested).items()}
         return names
     if isinstance(config, ClipTextConfig):
         root = _TEXT_ROOT if nested else ""
-        names = _norm("norm", f"{root}final_layer_norm")
-        names["embedding"] = Foreign(f"{root}embeddings.token_embedding.weight")
+        names = _map_norm("norm", f"{root}final_layer_norm")
+        names["embedding"] = TensorMapping(f"{root}embeddings.token_embedding.weight")
         projection = "text_projection.weight"
     else:
         root = _VISION_ROOT if nested else ""
-        names = _norm("norm_in", f"{root}pre_layrnorm") | _norm("norm_pooled", f"{root}post_layernorm")
-        names["whole"] = Foreign(f"{root}embeddings.class_embedding")
-        names["patch_kernel"] = Foreign(f"{root}embeddings.patch_embedding.weight", "o i h w -> h w i o")
+        names = _map_norm("norm_in", f"{root}pre_layrnorm") | _map_norm("norm_pooled", f"{root}post_layernorm")
+        names["whole"] = TensorMapping(f"{root}embeddings.class_embedding")
+        names["patch_kernel"] = TensorMapping(f"{root}embeddings.patch_embedding.weight", "o i h w -> h w i o")
         projection = "visual_projection.weight"
-    names["position"] = Foreign(f"{root}embeddings.position_embedding.weight")
-    names |= _layers(f"{root}encoder.layers.{{}}", config.layers)
-    return names if config.projection is None else names | {"projection/kernel": Foreign(projection, _DENSE)}
+    names["position"] = TensorMapping(f"{root}embeddings.position_embedding.weight")
+    names |= _map_layers(f"{root}encoder.layers.{{}}", config.layers)
+    return names if config.projection is None else names | {"projection/kernel": TensorMapping(projection, _DENSE)}
 
 
-def _norm(ours: str, theirs: str) -> dict[str, Foreign]:
-    return {f"{ours}/scale": Foreign(f"{theirs}.weight"), f"{ours}/shift": Foreign(f"{theirs}.bias")}
+def _map_norm(ours: str, theirs: str) -> dict[str, TensorMapping]:
+    return {f"{ours}/scale": TensorMapping(f"{theirs}.weight"), f"{ours}/shift": TensorMapping(f"{theirs}.bias")}
 
 
-def _layers(theirs: str, layers: int) -> dict[str, Foreign]:
-    names: dict[str, Foreign] = {}
+def _map_layers(theirs: str, layers: int) -> dict[str, TensorMapping]:
+    names: dict[str, TensorMapping] = {}
     for ours, name in _LINEAR.items():
-        names[f"blocks/{ours}/kernel"] = Foreign(f"{theirs}.{name}.weight", _DENSE, layers=layers)
-        names[f"blocks/{ours}/bias"] = Foreign(f"{theirs}.{name}.bias", layers=layers)
+        names[f"blocks/{ours}/kernel"] = TensorMapping(f"{theirs}.{name}.weight", _DENSE, layers=layers)
+        names[f"blocks/{ours}/bias"] = TensorMapping(f"{theirs}.{name}.bias", layers=layers)
     for ours, name in _NORMS.items():
-        names[f"blocks/{ours}/scale"] = Foreign(f"{theirs}.{name}.weight", layers=layers)
-        names[f"blocks/{ours}/shift"] = Foreign(f"{theirs}.{name}.bias", layers=layers)
+        names[f"blocks/{ours}/scale"] = TensorMapping(f"{theirs}.{name}.weight", layers=layers)
+        names[f"blocks/{ours}/shift"] = TensorMapping(f"{theirs}.{name}.bias", layers=layers)
     return names
 
 
-def _their_config(config: ClipConfig | ClipTextConfig | ClipVisionConfig) -> dict[str, Any]:
+def _make_their_config(config: ClipConfig | ClipTextConfig | ClipVisionConfig) -> dict[str, Any]:
     if isinstance(config, ClipConfig):
         return {
-            "architectures": [_BOTH],
-            "model_type": _KINDS[_BOTH],
+            "architectures": [_CLIP_CLASS],
+            "model_type": _MODEL_TYPES[_CLIP_CLASS],
             "projection_dim": config.text.projection,
-            "text_config": _their_tower(config.text),
-            "vision_config": _their_tower(config.vision),
+            "text_config": _make_their_tower(config.text),
+            "vision_config": _make_their_tower(config.vision),
         }
-    classes = _TEXT if isinstance(config, ClipTextConfig) else _VISION
-    return {"architectures": [classes[config.projection is not None]], **_their_tower(config)}
+    classes = _TEXT_CLASSES if isinstance(config, ClipTextConfig) else _VISION_CLASSES
+    return {"architectures": [classes[config.projection is not None]], **_make_their_tower(config)}
 
 
-def _their_tower(config: ClipTower) -> dict[str, Any]:
+def _make_their_tower(config: ClipTowerConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,
@@ -262,7 +281,11 @@ def _their_tower(config: ClipTower) -> dict[str, Any]:
     if config.projection is not None:
         fields["projection_dim"] = config.projection
     if isinstance(config, ClipTextConfig):
-        fields |= {"model_type": _KINDS[_TEXT[0]], "vocab_size": config.vocabulary}
+        fields |= {"model_type": _MODEL_TYPES[_TEXT_CLASSES[0]], "vocab_size": config.vocabulary}
         return fields | {"max_position_embeddings": config.positions, "eos_token_id": config.end_token}
     assert isinstance(config, ClipVisionConfig)
-    return fields | {"model_type": _KINDS[_VISION[0]], "image_size": config.size, "patch_size": config.patch}
+    return fields | {
+        "model_type": _MODEL_TYPES[_VISION_CLASSES[0]],
+        "image_size": config.size,
+        "patch_size": config.patch,
+    }

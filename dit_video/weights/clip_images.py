@@ -7,11 +7,11 @@ from typing import Any
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json, write_json
-from dit_video.features.clip import ClipImages
+from dit_video.features.clip import ClipImageProcessor
 
-_FILE, _WITH_TOKENIZER = "preprocessor_config.json", "processor_config.json"
+_FILE, _PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 """Files of an image processor alone, and of one that was saved with a tokenizer."""
-_PARTS = ("image_processor", "feature_extractor")
+_SUBFOLDERS = ("image_processor", "feature_extractor")
 """Names of its folder in pipelines."""
 _CLASSES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 _BICUBIC = 3
@@ -24,21 +24,21 @@ _DEFAULTS: dict[str, Any] = {
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": list(ClipImages().mean),
-    "image_std": list(ClipImages().std),
+    "image_mean": list(ClipImageProcessor().mean),
+    "image_std": list(ClipImageProcessor().std),
 }
 
 
-def load_clip_images(folder: str | os.PathLike) -> ClipImages:
+def load_clip_image_processor(folder: str | os.PathLike) -> ClipImageProcessor:
     """Read the image preprocessing from a folder, a pipeline's folder, or next to a pipeline's `image_encoder`.
 
     Raises:
       MissingError: there is no config of an image processor.
       UserError: the class of the image processor or one of its settings is not supported.
     """
-    path = _find(Path(folder))
+    path = _find_file(Path(folder))
     values = read_json(path)
-    if isinstance(values, dict) and path.name == _WITH_TOKENIZER:
+    if isinstance(values, dict) and path.name == _PROCESSOR_FILE:
         values = values.get("image_processor")
     if not isinstance(values, dict):
         raise UserError(f"{path} has no settings of an image processor. Copy or download it again")
@@ -54,15 +54,15 @@ def load_clip_images(folder: str | os.PathLike) -> ClipImages:
     if settings["do_resize"] and settings["resample"] != _BICUBIC:
         raise UserError(f"{path} has resample={settings['resample']}. Only {_BICUBIC} (bicubic) is supported")
     normalized = settings["do_normalize"]
-    return ClipImages(
-        resize=_resize(path, settings["size"]) if settings["do_resize"] else None,
-        crop=_crop(path, settings["crop_size"]) if settings["do_center_crop"] else None,
-        mean=_three(path, settings["image_mean"]) if normalized else (0.0, 0.0, 0.0),
-        std=_three(path, settings["image_std"]) if normalized else (1.0, 1.0, 1.0),
+    return ClipImageProcessor(
+        resize=_parse_resize(path, settings["size"]) if settings["do_resize"] else None,
+        crop=_parse_crop(path, settings["crop_size"]) if settings["do_center_crop"] else None,
+        mean=_parse_rgb(path, settings["image_mean"]) if normalized else (0.0, 0.0, 0.0),
+        std=_parse_rgb(path, settings["image_std"]) if normalized else (1.0, 1.0, 1.0),
     )
 
 
-def save_clip_images(folder: str | os.PathLike, images: ClipImages) -> None:
+def save_clip_image_processor(folder: str | os.PathLike, images: ClipImageProcessor) -> None:
     """Write `preprocessor_config.json`; the inverse of `load_clip_images`."""
     values: dict[str, Any] = {
         "image_processor_type": _CLASSES[0],
@@ -81,34 +81,36 @@ def save_clip_images(folder: str | os.PathLike, images: ClipImages) -> None:
     write_json(Path(folder) / _FILE, values)
 
 
-def _find(folder: Path) -> Path:
-    places = [folder, *(folder / part for part in _PARTS), *(folder.parent / part for part in _PARTS)]
-    paths = [place / file for place in places for file in (_FILE, _WITH_TOKENIZER)]
+def _find_file(folder: Path) -> Path:
+    places = [folder, *(folder / part for part in _SUBFOLDERS), *(folder.parent / part for part in _SUBFOLDERS)]
+    paths = [place / file for place in places for file in (_FILE, _PROCESSOR_FILE)]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
-        raise MissingError(f"{folder} has no {_FILE}, nor has {' or '.join(_PARTS)} in it or next to it. Copy it there")
+        raise MissingError(
+            f"{folder} has no {_FILE}, nor has {' or '.join(_SUBFOLDERS)} in it or next to it. Copy it there"
+        )
     return found
 
 
-def _resize(path: Path, size: Any) -> int | tuple[int, int]:
+def _parse_resize(path: Path, size: Any) -> int | tuple[int, int]:
     if isinstance(size, int):  # Older versions have the size of the shorter side.
         return size
     if isinstance(size, Mapping) and {key for key, value in size.items() if value is not None} == {"shortest_edge"}:
         return int(size["shortest_edge"])
-    return _sides(path, "size", size)
+    return _parse_height_width(path, "size", size)
 
 
-def _crop(path: Path, size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else _sides(path, "crop_size", size)
+def _parse_crop(path: Path, size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else _parse_height_width(path, "crop_size", size)
 
 
-def _sides(path: Path, name: str, size: Any) -> tuple[int, int]:
+def _parse_height_width(path: Path, name: str, size: Any) -> tuple[int, int]:
     if isinstance(size, Mapping) and {key for key, value in size.items() if value is not None} == {"height", "width"}:
         return int(size["height"]), int(size["width"])
     raise UserError(f"{path} has {name}={size}. Supported are height and width and, for size, shortest_edge")
 
 
-def _three(path: Path, values: Any) -> tuple[float, float, float]:
+def _parse_rgb(path: Path, values: Any) -> tuple[float, float, float]:
     if not isinstance(values, list) or len(values) != 3 or not all(isinstance(value, int | float) for value in values):
         raise UserError(
             f"{path} has the mean or standard deviation {values}. Use one number for each of red, green and blue"

@@ -10,19 +10,19 @@ import numpy as np
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.io import read_foreign, write_foreign
-from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names
+from dit_video.weights.io import read_params, write_params
+from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping
 
 STEM = "diffusion_pytorch_model"
-PICTURE = "o i h w -> 1 h w i o"
+CONV_2D = "o i h w -> 1 h w i o"
 """Layout of a 2D convolution's kernel."""
 DENSE = "o i -> i o"
 """Layout of a linear map's kernel."""
-DENSE_PICTURE = "o i 1 1 -> i o"
+CONV_1X1 = "o i 1 1 -> i o"
 """Layout of a linear map's kernel that is stored as a 1x1 convolution."""
 
 
-def document_of(folder: Path) -> dict[str, Any]:
+def read_document(folder: Path) -> dict[str, Any]:
     """Read a folder's `config.json`.
 
     Raises:
@@ -37,7 +37,7 @@ def document_of(folder: Path) -> dict[str, Any]:
     return document
 
 
-def settings(folder: Path, document: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def get_settings(folder: Path, document: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model's class: its defaults, updated by the document.
 
     Raises:
@@ -49,23 +49,26 @@ def settings(folder: Path, document: Mapping[str, Any], defaults: Mapping[str, A
     return values
 
 
-def check_fixed(folder: Path, given: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+def check_supported(folder: Path, settings: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
     """Check that settings have the only values that are supported.
 
     Raises:
       UserError: a setting has another value; the first one is named.
     """
-    for name, value in fixed.items():
-        if given[name] != value:
-            raise UserError(f"{folder / 'config.json'}: {name}={given[name]} is not supported, only {value}")
+    for name, value in supported.items():
+        if settings[name] != value:
+            raise UserError(f"{folder / 'config.json'}: {name}={settings[name]} is not supported, only {value}")
 
 
-def both(ours: str, theirs: str, pattern: str) -> dict[str, Foreign]:
+def map_kernel_and_bias(ours: str, theirs: str, pattern: str) -> dict[str, TensorMapping]:
     """Return the mappings of the kernel and the bias of a convolution or a linear map."""
-    return {f"{ours}/kernel": Foreign(f"{theirs}.weight", pattern), f"{ours}/bias": Foreign(f"{theirs}.bias")}
+    return {
+        f"{ours}/kernel": TensorMapping(f"{theirs}.weight", pattern),
+        f"{ours}/bias": TensorMapping(f"{theirs}.bias"),
+    }
 
 
-def tensor_names(folder: Path) -> set[str]:
+def list_tensor_names(folder: Path) -> set[str]:
     """Return the names of all tensors in a folder.
 
     Raises:
@@ -76,15 +79,15 @@ def tensor_names(folder: Path) -> set[str]:
         return set(tensors.shapes)
 
 
-def read(folder: Path, names: Names, like: Any) -> dict[str, Any]:
+def read(folder: Path, tensor_map: TensorMap, like: Any) -> dict[str, Any]:
     """Read parameters of the shapes `like`; see `read_params`."""
-    return read_foreign(folder, STEM, names, like)
+    return read_params(folder, STEM, tensor_map, like)
 
 
 def write(
     folder: str | os.PathLike,
     document: dict[str, Any],
-    names: Names,
+    tensor_map: TensorMap,
     params: Mapping[str, Any],
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -94,10 +97,10 @@ def write(
     The latents' normalisation is part of the settings, so it is left out of the weights.
     """
     weights = {name: part for name, part in params.items() if name != "normalizer"}
-    write_foreign(folder, STEM, names, weights, shard_bytes=shard_bytes)
+    write_params(folder, STEM, tensor_map, weights, shard_bytes=shard_bytes)
     write_json(Path(folder) / "config.json", document)
 
 
-def decimal(value: Any) -> float:
+def compute_shortest_decimal(value: Any) -> float:
     """Return the shortest decimal that rounds to the same float32."""
     return float(str(np.float32(value)))

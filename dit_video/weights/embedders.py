@@ -8,13 +8,13 @@ from pathlib import Path
 from dit_video.core.config_json import to_json
 from dit_video.core.errors import MissingError, UserError
 from dit_video.features import ClipTextConfig
-from dit_video.text import TOKENIZER_FILES, Embedder, PretrainedTokenizer, T5Config, holds_tokenizer
-from dit_video.weights.clip import TEXT_KINDS, LoadedClip, clip_text_config, load_clip_text
-from dit_video.weights.folders import model_folder, transformers_config
-from dit_video.weights.text_encoders import T5_KINDS, LoadedEncoder, load_text_encoder, t5_config
+from dit_video.text import TOKENIZER_FILES, Embedder, PretrainedTokenizer, T5Config, has_tokenizer
+from dit_video.weights.clip import CLIP_TEXT_MODEL_TYPES, LoadedClip, load_clip_text, read_clip_text_config
+from dit_video.weights.folders import find_model_folder, read_transformers_config
+from dit_video.weights.text_encoders import T5_MODEL_TYPES, LoadedEncoder, load_text_encoder, read_t5_config
 
-_PART = "text_encoder"
-_WAN = 512
+_SUBFOLDER = "text_encoder"
+_WAN_MAX_TOKENS = 512
 
 
 def load_embedder(
@@ -42,18 +42,18 @@ def load_embedder(
       MissingError: the encoder or the tokenizer does not exist.
       UserError: the folder has another model or can't be read, or the model has fewer than `max_tokens` positions.
     """
-    folder = model_folder(folder, _PART)
-    config = text_encoder_config(folder)
+    folder = find_model_folder(folder, _SUBFOLDER)
+    config = read_text_encoder_config(folder)
     max_positions = config.positions if isinstance(config, ClipTextConfig) else None
     if max_tokens is None:
-        max_tokens = max_positions or _WAN
+        max_tokens = max_positions or _WAN_MAX_TOKENS
     if max_positions is not None and max_tokens > max_positions:
         raise UserError(
             f"max_tokens={max_tokens} is invalid: the text encoder in {folder} has {max_positions} positions. "
             f"Use max_tokens={max_positions}"
         )
     # Errors of the tokenizer are raised first: it loads in a second, the weights in minutes.
-    tokenizer = PretrainedTokenizer(_tokenizer_folder(folder), max_tokens=max_tokens, cleaned=cleaned)
+    tokenizer = PretrainedTokenizer(_find_tokenizer_folder(folder), max_tokens=max_tokens, cleaned=cleaned)
     encoder: LoadedEncoder | LoadedClip[ClipTextConfig]
     if isinstance(config, ClipTextConfig):
         encoder = load_clip_text(folder, dtype=dtype)
@@ -64,22 +64,28 @@ def load_embedder(
     return Embedder(encoder.config, encoder.params, tokenizer, identity=identity, cache=cache)
 
 
-def text_encoder_config(folder: str | os.PathLike) -> T5Config | ClipTextConfig:
+def read_text_encoder_config(folder: str | os.PathLike) -> T5Config | ClipTextConfig:
     """Read the config of a folder's text encoder, without its weights.
 
     Raises:
       MissingError: the config does not exist.
       UserError: the model type or a setting is not supported.
     """
-    folder = model_folder(folder, _PART)
-    kind, _ = transformers_config(folder / "config.json", "text encoders", (*T5_KINDS, *TEXT_KINDS))
-    return t5_config(folder) if kind in T5_KINDS else clip_text_config(folder)
+    folder = find_model_folder(folder, _SUBFOLDER)
+    kind, _ = read_transformers_config(
+        folder / "config.json", "text encoders", (*T5_MODEL_TYPES, *CLIP_TEXT_MODEL_TYPES)
+    )
+    return read_t5_config(folder) if kind in T5_MODEL_TYPES else read_clip_text_config(folder)
 
 
-def _tokenizer_folder(encoder: Path) -> Path:
-    sibling = encoder.name.replace(_PART, "tokenizer") if encoder.name.startswith(_PART) else "tokenizer"
-    candidates = (encoder, encoder.parent / sibling)
-    folder = next(filter(holds_tokenizer, candidates), None)
+def _find_tokenizer_folder(encoder_folder: Path) -> Path:
+    sibling = (
+        encoder_folder.name.replace(_SUBFOLDER, "tokenizer")
+        if encoder_folder.name.startswith(_SUBFOLDER)
+        else "tokenizer"
+    )
+    candidates = (encoder_folder, encoder_folder.parent / sibling)
+    folder = next(filter(has_tokenizer, candidates), None)
     if folder is None:
         raise MissingError(f"no {TOKENIZER_FILES} in {' or '.join(map(str, candidates))}. Copy the model's there")
     return folder

@@ -15,12 +15,12 @@ import safetensors
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
-from dit_video.weights.safetensors import NUMPY, corrupt, refuse, unread_dtype
+from dit_video.weights.safetensors import NUMPY_DTYPES, check_safetensors_file, make_corrupt_error, make_dtype_error
 
-_SHOWN = 3
+_MAX_LISTED = 3
 
 
-class _Place(NamedTuple):
+class _TensorLocation(NamedTuple):
     """Location of a tensor: a file, an offset and a dtype."""
 
     path: Path
@@ -47,32 +47,34 @@ class TensorFolder:
         """
         self.folder = Path(folder)
         self._open = contextlib.ExitStack()
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _TensorLocation] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shapes of all tensors, by name."""
         with contextlib.ExitStack() as on_error:
             on_error.enter_context(self._open)
-            for path, names in _listed(self.folder, stem).items():
-                self._add(path, names)
+            for path, names in _list_files(self.folder, stem).items():
+                self._add_file(path, names)
             self._open = on_error.pop_all()
 
-    def _add(self, path: Path, names: set[str] | None) -> None:
+    def _add_file(self, path: Path, names: set[str] | None) -> None:
         """Open one file and locate its tensors: those that an index lists, or all if `names` is None."""
-        refuse(path)
+        check_safetensors_file(path)
         try:
             with safetensors.safe_open(os.fspath(path), framework="np"):  # Checks that the file is complete.
                 file = self._open.enter_context(path.open("rb", buffering=0))
         except safetensors.SafetensorError as error:
-            raise corrupt(path, error) from error
+            raise make_corrupt_error(path, error) from error
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         if names is not None and (missing := sorted(names - header.keys())):
-            raise UserError(f"{path} lacks {_some(missing)}, which its index lists. Copy or download both again")
+            raise UserError(
+                f"{path} lacks {_format_names(missing)}, which its index lists. Copy or download both again"
+            )
         for name in sorted(header.keys() if names is None else names):
             entry = header[name]
             self.shapes[name] = tuple(entry["shape"])
-            self._places[name] = _Place(path, file, 8 + length + entry["data_offsets"][0], entry["dtype"])
+            self._locations[name] = _TensorLocation(path, file, 8 + length + entry["data_offsets"][0], entry["dtype"])
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor, in the dtype of the file.
@@ -80,43 +82,43 @@ class TensorFolder:
         Raises:
           UserError: the file is damaged, or has a dtype that NumPy lacks.
         """
-        return self._read(name, 0, self.shapes[name])
+        return self._read_rows(name, 0, self.shapes[name])
 
-    def dtype(self, name: str) -> np.dtype:
+    def get_dtype(self, name: str) -> np.dtype:
         """Return the dtype of one tensor in the file.
 
         Raises:
           UserError: NumPy lacks the dtype.
         """
-        location = self._places[name]
-        if location.dtype not in NUMPY:
-            raise unread_dtype(location.path, location.dtype)
-        return NUMPY[location.dtype]
+        location = self._locations[name]
+        if location.dtype not in NUMPY_DTYPES:
+            raise make_dtype_error(location.path, location.dtype)
+        return NUMPY_DTYPES[location.dtype]
 
-    def row(self, name: str, index: int) -> np.ndarray:
+    def read_row(self, name: str, index: int) -> np.ndarray:
         """Read one row of a tensor, `read(name)[index]`, without the others."""
-        return self._read(name, index, self.shapes[name][1:])
+        return self._read_rows(name, index, self.shapes[name][1:])
 
-    def stretches(self, name: str, size: int) -> Iterator[np.ndarray]:
+    def read_chunks(self, name: str, chunk_bytes: int) -> Iterator[np.ndarray]:
         """Yield a tensor in chunks of its first axis, each of at most `chunk_bytes` bytes but at least one row."""
         shape = self.shapes[name]
         if not shape:
             yield self.read(name)
             return
-        rows = max(1, size // max(1, math.prod(shape[1:]) * self.dtype(name).itemsize))
+        rows = max(1, chunk_bytes // max(1, math.prod(shape[1:]) * self.get_dtype(name).itemsize))
         for start in range(0, shape[0], rows):
-            yield self._read(name, start, (min(rows, shape[0] - start), *shape[1:]))
+            yield self._read_rows(name, start, (min(rows, shape[0] - start), *shape[1:]))
 
-    def _read(self, name: str, row: int, shape: tuple[int, ...]) -> np.ndarray:
+    def _read_rows(self, name: str, row: int, shape: tuple[int, ...]) -> np.ndarray:
         """Read an array of this shape from a tensor, starting at a row."""
-        location = self._places[name]
-        array = np.empty(shape, self.dtype(name))
+        location = self._locations[name]
+        array = np.empty(shape, self.get_dtype(name))
         location.file.seek(location.start + row * math.prod(self.shapes[name][1:]) * array.itemsize)
         buffer = array.reshape(-1).view(np.uint8).data
         while buffer.nbytes and (count := location.file.readinto(buffer)):
             buffer = buffer[count:]
         if buffer.nbytes:
-            raise corrupt(location.path, f"it ends inside tensor {name}")
+            raise make_corrupt_error(location.path, f"it ends inside tensor {name}")
         return array
 
     def __enter__(self) -> "TensorFolder":
@@ -128,14 +130,14 @@ class TensorFolder:
         self._open.close()
 
 
-def model_folder(folder: str | os.PathLike, part: str) -> Path:
+def find_model_folder(folder: str | os.PathLike, subfolder: str) -> Path:
     """Return the folder itself, or the subfolder of a pipeline's folder, such as its `text_encoder`."""
     folder = Path(folder)
-    inner = folder / part
+    inner = folder / subfolder
     return inner if not (folder / "config.json").is_file() and inner.is_dir() else folder
 
 
-def transformers_config(path: Path, what: str, kinds: Collection[str]) -> tuple[str, Any]:
+def read_transformers_config(path: Path, description: str, model_types: Collection[str]) -> tuple[str, Any]:
     """Return the model type and the config of a `config.json`, with the defaults of `transformers`.
 
     Args:
@@ -149,8 +151,8 @@ def transformers_config(path: Path, what: str, kinds: Collection[str]) -> tuple[
     """
     values = read_json(path)
     kind = values.get("model_type") if isinstance(values, dict) else None
-    if not isinstance(kind, str) or kind not in kinds:
-        raise UserError(f"{path} has model_type={kind!r}. Supported {what} are {', '.join(kinds)}")
+    if not isinstance(kind, str) or kind not in model_types:
+        raise UserError(f"{path} has model_type={kind!r}. Supported {description} are {', '.join(model_types)}")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoConfig
 
@@ -163,13 +165,13 @@ def transformers_config(path: Path, what: str, kinds: Collection[str]) -> tuple[
         ) from error
 
 
-def _listed(folder: Path, stem: str) -> Mapping[Path, set[str] | None]:
+def _list_files(folder: Path, stem: str) -> Mapping[Path, set[str] | None]:
     """Return a folder's files with the tensors that an index lists in each; a single file (None) takes precedence."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         return {single: None}
     if not index.is_file():
-        raise _no_weights(folder, stem)
+        raise _make_missing_error(folder, stem)
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
@@ -177,24 +179,26 @@ def _listed(folder: Path, stem: str) -> Mapping[Path, set[str] | None]:
     files: dict[Path, set[str] | None] = {folder / file: set() for file in sorted(set(names.values()))}
     if missing := sorted(path.name for path in files if not path.is_file()):
         raise MissingError(
-            f"{folder} lacks {len(missing)} of {len(files)} files that {index.name} lists ({_some(missing)}). Copy or "
+            f"{folder} lacks {len(missing)} of {len(files)} files that {index.name} lists "
+            f"({_format_names(missing)}). Copy or "
             "download them too"
         )
     return {path: {name for name, file in names.items() if folder / file == path} for path in files}
 
 
-def _no_weights(folder: Path, stem: str) -> UserError:
+def _make_missing_error(folder: Path, stem: str) -> UserError:
     if not folder.is_dir():
         return MissingError(f"no such folder: {folder}. Use the folder of a model")
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
         return UserError(
-            f"{folder} has its weights in pickles ({_some(pickles)}), which can run any code when they are read. "
-            f"To convert it where torch is installed, run in that folder: {_conversion(folder)}"
+            f"{folder} has its weights in pickles ({_format_names(pickles)}), which can run any code when they are "
+            "read. "
+            f"To convert it where torch is installed, run in that folder: {_make_conversion_command(folder)}"
         )
     return MissingError(f"{folder} has neither {stem}.safetensors nor {stem}.safetensors.index.json. Copy them there")
 
 
-def _conversion(folder: Path) -> str:
+def _make_conversion_command(folder: Path) -> str:
     """Return a shell command that writes a folder's weights as safetensors."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     config = config if isinstance(config, dict) else {}
@@ -209,6 +213,6 @@ def _conversion(folder: Path) -> str:
     return "load them with the library that wrote them, and save them with safe_serialization=True"
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _format_names(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more

@@ -13,20 +13,20 @@ import numpy as np
 
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.parameter import Place, on_device, on_host
+from dit_video.weights.parameter import Placement, place_on_device, place_on_host
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
-from dit_video.weights.tensor_mapping import SHARD_BYTES, Names, stored_as
+from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, make_dtype_fn
 
 
-def read_foreign(
+def read_params(
     folder: str | os.PathLike,
     stem: str,
-    names: Names,
+    tensor_map: TensorMap,
     like: Any,
     *,
     ignored: Collection[str] = (),
     dtype: Any = np.float32,
-    place: Place = on_host,
+    place: Placement = place_on_host,
 ) -> Any:
     """Read our parameters from another project's folder, one tensor at a time.
 
@@ -46,12 +46,12 @@ def read_foreign(
         several dtypes that nothing casts.
     """
     with TensorFolder(folder, stem=stem) as tensors:
-        source = FolderSource(tensors, FileMap.of(names), like, ignored=ignored)
-        return streaming.read(source, like, source.depths, stored=stored_as(dtype), place=place)
+        source = FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored)
+        return streaming.read(source, like, source.depths, dtype_fn=make_dtype_fn(dtype), place=place)
 
 
-def read_encoder(
-    tensors: TensorFolder, names: Names, like: Any, *, ignored: Collection[str], dtype: str
+def read_encoder_params(
+    tensors: TensorFolder, tensor_map: TensorMap, like: Any, *, ignored: Collection[str], dtype: str
 ) -> tuple[Any, str]:
     """Read a frozen encoder's parameters to the device; return them and a digest of the tensors as they are stored.
 
@@ -65,21 +65,21 @@ def read_encoder(
       dtype: dtype of kernels and embeddings, the inputs of matrix products; all other parameters are float32.
     """
     digest = hashlib.sha256()
-    source = FolderSource(tensors, FileMap.of(names), like, ignored=ignored, digest=digest)
+    source = FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored, digest=digest)
     params = streaming.read(
         source,
         like,
         source.depths,
-        stored=lambda path: jnp.dtype(dtype) if path.endswith(("kernel", "embedding")) else np.float32,
-        place=on_device,
+        dtype_fn=lambda path: jnp.dtype(dtype) if path.endswith(("kernel", "embedding")) else np.float32,
+        place=place_on_device,
     )
     return params, digest.hexdigest()
 
 
-def write_foreign(
+def write_params(
     folder: str | os.PathLike,
     stem: str,
-    names: Names,
+    tensor_map: TensorMap,
     params: Mapping[str, Any],
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -89,5 +89,5 @@ def write_foreign(
 
     Files that would be larger than `shard_bytes` are split, with an index.
     """
-    file_map, source = FileMap.of(names), ParamsSource(params)
+    file_map, source = FileMap.from_tensor_map(tensor_map), ParamsSource(params)
     streaming.write(folder, stem, source, file_map, params, file_map.depths, dtype=dtype, shard_bytes=shard_bytes)

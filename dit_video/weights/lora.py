@@ -27,24 +27,24 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.weights import safetensors as ours
 
-Style = Literal["diffusers", "comfyui", "kohya"]
-_FACTORS: dict[Style, tuple[str, str]] = {
+NamingStyle = Literal["diffusers", "comfyui", "kohya"]
+_FACTORS: dict[NamingStyle, tuple[str, str]] = {
     "diffusers": ("lora_A", "lora_B"),
     "comfyui": ("lora_down", "lora_up"),
     "kohya": ("lora_down", "lora_up"),
 }
-_OTHER = {"lora_A": "lora_B", "lora_B": "lora_A", "lora_down": "lora_up", "lora_up": "lora_down"}
-_NAME = re.compile(
+_COUNTERPART = {"lora_A": "lora_B", "lora_B": "lora_A", "lora_down": "lora_up", "lora_up": "lora_down"}
+_TENSOR_NAME = re.compile(
     r"(?P<module>.+)\.(?:(?P<part>lora_A|lora_B|lora_down|lora_up)(?P<rest>(?:\.default)?\.weight)|(?P<alpha>alpha))"
 )
-_DOTTED = ("base_model.model.", "transformer.", "diffusion_model.")
-_FLAT = ("lora_unet_", "lora_transformer_")
+_DOTTED_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
+_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_HEADER = "lora_adapter_metadata"
+_METADATA_KEY = "lora_adapter_metadata"
 """Metadata key of an adapter's config in diffusers' files; its keys begin with the component's name."""
 
 
-class Module(NamedTuple):
+class LoraModule(NamedTuple):
     """The kernel of ours that another project's linear map corresponds to."""
 
     path: str
@@ -57,11 +57,11 @@ class Module(NamedTuple):
     """Index of their output for each of ours, if they are ordered differently."""
 
 
-Modules = Mapping[str, Module]
+LoraModules = Mapping[str, LoraModule]
 """Modules by their name; if a module has several names, the first is written."""
 
 
-def own_modules(params: Mapping[str, Any]) -> dict[str, Module]:
+def get_native_modules(params: Mapping[str, Any]) -> dict[str, LoraModule]:
     """Return the modules of all kernels of linear maps under native names.
 
     For example, `dit.blocks.0.qkv` is layer 0 of `dit/blocks/qkv/kernel`.
@@ -75,25 +75,25 @@ def own_modules(params: Mapping[str, Any]) -> dict[str, Module]:
         if not path.endswith("/kernel"):
             continue
         if len(leaf.shape) == 2:
-            modules[module] = Module(path)
+            modules[module] = LoraModule(path)
         elif len(leaf.shape) == 3 and stack is not None:
             name = f"{module[: stack.end()]}.{{}}{module[stack.end() :]}"
-            modules |= numbered({path: name}, params)
+            modules |= expand_layers({path: name}, params)
     return modules
 
 
-def numbered(names: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, Module]:
+def expand_layers(names: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, LoraModule]:
     """Return the modules for names such as `blocks.{}.attn1.to_q` (`{}` is the layer), given by our kernels' paths."""
     shapes = {path: leaf.shape for path, leaf in trees.flatten(params).items()}
     return {
-        name.format(layer): Module(path, layer if "{}" in name else None)
+        name.format(layer): LoraModule(path, layer if "{}" in name else None)
         for path, name in names.items()
         for layer in (range(shapes[path][0]) if "{}" in name else [0])
     }
 
 
 def load_lora(
-    path: str | os.PathLike, params: Mapping[str, Any], modules: Modules, *, dtype: Any = np.float32
+    path: str | os.PathLike, params: Mapping[str, Any], modules: LoraModules, *, dtype: Any = np.float32
 ) -> dict[str, Any]:
     """Read the adapter in a file, for `merge_lora` and `attach_lora`.
 
@@ -111,29 +111,29 @@ def load_lora(
       UserError: the file is pickled or corrupt, is not a LoRA of this model (tensors are missing, unexpected or of
         another shape), or is of an unsupported kind (DoRA).
     """
-    file = _file(Path(path))
+    file = _find_file(Path(path))
     arrays = ours.load(file, dtype=None)
     shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
-    found = _parsed(file, arrays, shapes, modules)
-    settings = _settings(file)
+    found = _match_tensors(file, arrays, shapes, modules)
+    settings = _read_settings(file)
     parts = collections.defaultdict(list)
     for name, tensors in found.items():
         a, b = (_cast(arrays[tensors[factor]].T, dtype) for factor in "ab")
         alpha = float(arrays[tensors["alpha"]].reshape(())) if "alpha" in tensors else None
         module = modules[name]
         b = b if module.order is None else b[:, list(module.order)]
-        parts[module.path].append(_Part(module, a, b, settings.scale(name, rank=a.shape[1], alpha=alpha)))
+        parts[module.path].append(_ModuleFactors(module, a, b, settings.get_scale(name, rank=a.shape[1], alpha=alpha)))
     return trees.unflatten(
-        {f"{path}/{leaf}": value for path in parts for leaf, value in _joined(shapes[path], parts[path]).items()}
+        {f"{path}/{leaf}": value for path in parts for leaf, value in _join_factors(shapes[path], parts[path]).items()}
     )
 
 
 def save_lora(
     path: str | os.PathLike,
     lora: Mapping[str, Any],
-    modules: Modules,
+    modules: LoraModules,
     *,
-    style: Style = "diffusers",
+    style: NamingStyle = "diffusers",
     dtype: Any = None,
 ) -> None:
     """Write an adapter; the inverse of `load_lora`.
@@ -155,14 +155,14 @@ def save_lora(
     known = {module.path for module in modules.values()}
     if unmapped := [name for name in paths if name not in known]:
         raise UserError(
-            f"{path}: there are no names for adapters of {ours.listing(unmapped)}. Use modules= with these kernels"
+            f"{path}: there are no names for adapters of {ours.format_names(unmapped)}. Use modules= with these kernels"
         )
     tensors: dict[str, np.ndarray] = {}
     alphas: dict[str, tuple[int, float]] = {}
     first, second = _FACTORS[style]
-    for name, part in _divided(leaves, modules):
+    for name, part in _split_factors(leaves, modules):
         rank = part.a.shape[1]
-        prefix = f"lora_unet_{name.replace('.', '_')}" if style == "kohya" else f"{_PREFIX[style]}{name}"
+        prefix = f"lora_unet_{name.replace('.', '_')}" if style == "kohya" else f"{_PREFIXES[style]}{name}"
         tensors |= {
             f"{prefix}.{first}.weight": _cast(part.a.T, dtype),
             f"{prefix}.{second}.weight": _cast(part.b.T, dtype),
@@ -170,17 +170,17 @@ def save_lora(
         alphas[name] = rank, part.scale * rank
         if style != "diffusers":
             tensors[f"{prefix}.alpha"] = np.asarray(part.scale * rank, np.float32)
-    header = {_HEADER: _packed(alphas)} if style == "diffusers" else {}
+    header = {_METADATA_KEY: _make_metadata(alphas)} if style == "diffusers" else {}
     ours.save(path, tensors, metadata={"format": "pt", **header})
 
 
-_PREFIX: dict[Style, str] = {"diffusers": "transformer.", "comfyui": "diffusion_model."}
+_PREFIXES: dict[NamingStyle, str] = {"diffusers": "transformer.", "comfyui": "diffusion_model."}
 
 
-class _Part(NamedTuple):
+class _ModuleFactors(NamedTuple):
     """The factors of one of their modules."""
 
-    module: Module
+    module: LoraModule
     a: np.ndarray
     """First factor, `[i, r]`."""
     b: np.ndarray
@@ -188,50 +188,50 @@ class _Part(NamedTuple):
     scale: float
 
 
-class _Settings(NamedTuple):
+class _ScaleSettings(NamedTuple):
     """The scales of a file's modules."""
 
     alpha: float | None = None
-    patterns: Mapping[str, float] = {}
-    by_root: bool = False
+    alpha_patterns: Mapping[str, float] = {}
+    is_rank_stabilized: bool = False
 
-    def scale(self, module: str, *, rank: int, alpha: float | None) -> float:
+    def get_scale(self, module: str, *, rank: int, alpha: float | None) -> float:
         """Return the scale of one module, whose own alpha takes precedence; without any alpha it is 1."""
         if alpha is None:
-            matching = [value for key, value in self.patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)]
+            matching = [value for key, value in self.alpha_patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)]
             alpha = next(iter(matching), self.alpha)
-        return 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if self.by_root else rank)
+        return 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
     """Cast a factor; alphas keep their precision."""
-    return array.astype(ours.stored(array.dtype, dtype), copy=False)
+    return array.astype(ours.cast_dtype(array.dtype, dtype), copy=False)
 
 
-def _file(path: Path) -> Path:
+def _find_file(path: Path) -> Path:
     """Return the adapter's file for a path to it or to its folder."""
     return next((path / name for name in _FILES if (path / name).is_file()), path)
 
 
-def _settings(file: Path) -> _Settings:
+def _read_settings(file: Path) -> _ScaleSettings:
     """Read the scales from the header, or from the config next to the file."""
-    text = ours.load_metadata(file).get(_HEADER)
+    text = ours.load_metadata(file).get(_METADATA_KEY)
     try:
         config = {} if text is None else json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{file} has a header that is not valid JSON ({error}). Write the file again") from error
     if not isinstance(config, dict):
-        raise UserError(f"{file} has a header whose {_HEADER} is not a JSON object. Write the file again")
+        raise UserError(f"{file} has a header whose {_METADATA_KEY} is not a JSON object. Write the file again")
     config = {name.split(".", 1)[-1]: value for name, value in config.items()}
     if not config and file.name == _FILES[0] and (file.parent / "adapter_config.json").is_file():
         config = read_json(file.parent / "adapter_config.json")
     if config.get("use_dora"):
         raise UserError(f"{file} is a DoRA adapter, which is not supported. Use a LoRA")
-    return _Settings(config.get("lora_alpha"), config.get("alpha_pattern") or {}, bool(config.get("use_rslora")))
+    return _ScaleSettings(config.get("lora_alpha"), config.get("alpha_pattern") or {}, bool(config.get("use_rslora")))
 
 
-def _parsed(
-    file: Path, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], modules: Modules
+def _match_tensors(
+    file: Path, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], modules: LoraModules
 ) -> dict[str, dict[str, str]]:
     """Return the names of tensors by module and by `a`, `b`, `alpha`.
 
@@ -244,8 +244,8 @@ def _parsed(
     tensor_names: dict[str, dict[str, str]] = collections.defaultdict(dict)
     expected: dict[str, tuple[int, ...]] = {}
     for name, array in arrays.items():
-        parsed = _NAME.fullmatch(name)
-        module = parsed and _module(parsed["module"], modules, flat)
+        parsed = _TENSOR_NAME.fullmatch(name)
+        module = parsed and _find_module(parsed["module"], modules, flat)
         if not parsed or not module:
             continue
         is_down = parsed["part"] in ("lora_A", "lora_down")
@@ -255,7 +255,7 @@ def _parsed(
         if kind == "alpha":
             expected[name] = array.shape if array.size == 1 else ()
             continue
-        counterpart = f"{parsed['module']}.{_OTHER[parsed['part']]}{parsed['rest']}"
+        counterpart = f"{parsed['module']}.{_COUNTERPART[parsed['part']]}{parsed['rest']}"
         # The rank is that of the first factor, so that only the second is reported if they differ.
         rank = next(iter((array if is_down else arrays.get(counterpart, array.T)).shape), 1)
         target = modules[module]
@@ -267,33 +267,34 @@ def _parsed(
     actual = {name: tuple(array.shape) for name, array in arrays.items()}
     if actual and not expected:
         raise UserError(
-            f"{file} is not a LoRA of this model: none of its tensors, such as {ours.listing(sorted(actual)[:3])}, "
+            f"{file} is not a LoRA of this model: none of its tensors, such as "
+            f"{ours.format_names(sorted(actual)[:3])}, "
             "belongs to one of the model's modules"
         )
-    ours.match(file, actual, expected)
+    ours.check_tensors_match(file, actual, expected)
     orphaned = [tensors["alpha"] for tensors in tensor_names.values() if "a" not in tensors]
     if orphaned:
-        raise UserError(f"{file} has {ours.listing(orphaned)} without the factors that they scale")
+        raise UserError(f"{file} has {ours.format_names(orphaned)} without the factors that they scale")
     return tensor_names
 
 
-def _module(name: str, modules: Modules, flat: Mapping[str, str]) -> str | None:
+def _find_module(name: str, modules: LoraModules, flat: Mapping[str, str]) -> str | None:
     """Return the module that the front of a tensor's name stands for, or None."""
-    for prefix in _FLAT:
+    for prefix in _FLAT_PREFIXES:
         if name.startswith(prefix):
             return flat.get(name.removeprefix(prefix))
     while name not in modules:
-        shorter = next((name.removeprefix(prefix) for prefix in _DOTTED if name.startswith(prefix)), None)
+        shorter = next((name.removeprefix(prefix) for prefix in _DOTTED_PREFIXES if name.startswith(prefix)), None)
         if shorter is None:
             return None
         name = shorter
     return name
 
 
-def _joined(shape: tuple[int, ...], parts: list[_Part]) -> dict[str, np.ndarray]:
+def _join_factors(shape: tuple[int, ...], parts: list[_ModuleFactors]) -> dict[str, np.ndarray]:
     """Return the factors of one of our kernels, from all modules that correspond to it."""
     leading, (features_in, features_out) = shape[:-2], shape[-2:]
-    layers: dict[int | None, list[_Part]] = collections.defaultdict(list)
+    layers: dict[int | None, list[_ModuleFactors]] = collections.defaultdict(list)
     for part in parts:
         layers[part.module.layer].append(part)
     rank = max(sum(part.a.shape[1] for part in layer_parts) for layer_parts in layers.values())
@@ -315,9 +316,9 @@ def _joined(shape: tuple[int, ...], parts: list[_Part]) -> dict[str, np.ndarray]
     return {"a": a, "b": b, "scale": scale}
 
 
-def _divided(leaves: Mapping[str, np.ndarray], modules: Modules) -> Iterator[tuple[str, _Part]]:
+def _split_factors(leaves: Mapping[str, np.ndarray], modules: LoraModules) -> Iterator[tuple[str, _ModuleFactors]]:
     """Yield the modules that an adapter changes, with their names; the inverse of `_join_factors`."""
-    written: set[Module] = set()
+    written: set[LoraModule] = set()
     for name, module in modules.items():
         if f"{module.path}/a" not in leaves or module in written:
             continue
@@ -335,10 +336,10 @@ def _divided(leaves: Mapping[str, np.ndarray], modules: Modules) -> Iterator[tup
         if not used.any():
             continue
         b = b if module.order is None else b[:, np.argsort(module.order)]
-        yield name, _Part(module, a[:, used], b[used], float(scale))
+        yield name, _ModuleFactors(module, a[:, used], b[used], float(scale))
 
 
-def _packed(alphas: Mapping[str, tuple[int, float]]) -> str:
+def _make_metadata(alphas: Mapping[str, tuple[int, float]]) -> str:
     """Return the header that diffusers passes to PEFT's `LoraConfig`: the commonest rank and alpha, and exceptions."""
     ranks, values = [rank for rank, _ in alphas.values()], [alpha for _, alpha in alphas.values()]
     rank, alpha = max(ranks, key=ranks.count, default=1), max(values, key=values.count, default=1)

@@ -9,12 +9,12 @@ from flax import nnx
 from dit_video.core.errors import MissingError, UserError
 from dit_video.features import Lpips
 from dit_video.features.lpips import STAGES
-from dit_video.nn import graph_of, param_shapes
-from dit_video.weights.io import read_foreign
-from dit_video.weights.safetensors import refuse
-from dit_video.weights.tensor_mapping import Foreign
+from dit_video.nn import get_graph_def, get_param_shapes
+from dit_video.weights.io import read_params
+from dit_video.weights.safetensors import check_safetensors_file
+from dit_video.weights.tensor_mapping import TensorMapping
 
-COMMAND = (
+EXPORT_COMMAND = (
     'python -c "import lpips, safetensors.torch as s; '
     "s.save_file({n: v for n, v in lpips.LPIPS(net='vgg').state_dict().items() if 'lins.' not in n}, "
     "'lpips.safetensors')\""
@@ -31,7 +31,7 @@ def open_lpips(path: str | os.PathLike | None) -> tuple[nnx.GraphDef | None, tup
     if path is None:
         return None, ()
     params = load_lpips(path)
-    return graph_of(lambda rngs: Lpips(rngs=rngs)), (params,)
+    return get_graph_def(lambda rngs: Lpips(rngs=rngs)), (params,)
 
 
 def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
@@ -50,29 +50,35 @@ def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingError(f"no such file of LPIPS weights: {path}. Where lpips is installed, make it with: {COMMAND}")
-    refuse(path)
+        raise MissingError(
+            f"no such file of LPIPS weights: {path}. Where lpips is installed, make it with: {EXPORT_COMMAND}"
+        )
+    check_safetensors_file(path)
     if path.suffix != _SUFFIX:
-        raise UserError(f"{path} is not a {_SUFFIX} file. Where lpips is installed, make one with: {COMMAND}")
+        raise UserError(f"{path} is not a {_SUFFIX} file. Where lpips is installed, make one with: {EXPORT_COMMAND}")
     ignored = ("scaling_layer.shift", "scaling_layer.scale")  # These are constants.
-    return read_foreign(
-        path.parent, path.stem, lpips_names(), param_shapes(lambda rngs: Lpips(rngs=rngs)), ignored=ignored
+    return read_params(
+        path.parent,
+        path.stem,
+        make_lpips_tensor_map(),
+        get_param_shapes(lambda rngs: Lpips(rngs=rngs)),
+        ignored=ignored,
     )
 
 
-def lpips_names() -> dict[str, Foreign]:
+def make_lpips_tensor_map() -> dict[str, TensorMapping]:
     """Return the names of our parameters in the package `lpips`.
 
     It numbers VGG16's layers as torchvision does, including activations and pools.
     """
-    names: dict[str, Foreign] = {}
+    names: dict[str, TensorMapping] = {}
     layer = 0
     for stage, convolutions in enumerate(STAGES):
         layer += 1 if stage else 0  # The pool is a layer, too.
         for convolution in range(convolutions):
             ours, theirs = f"stages/{stage}/{convolution}", f"net.slice{stage + 1}.{layer}"
-            names[f"{ours}/kernel"] = Foreign(f"{theirs}.weight", "o i h w -> 1 h w i o")
-            names[f"{ours}/bias"] = Foreign(f"{theirs}.bias")
+            names[f"{ours}/kernel"] = TensorMapping(f"{theirs}.weight", "o i h w -> 1 h w i o")
+            names[f"{ours}/bias"] = TensorMapping(f"{theirs}.bias")
             layer += 2
-        names[f"weights/{stage}"] = Foreign(f"lin{stage}.model.1.weight", "1 d 1 1 -> d")
+        names[f"weights/{stage}"] = TensorMapping(f"lin{stage}.model.1.weight", "1 d 1 1 -> d")
     return names

@@ -10,22 +10,22 @@ import numpy as np
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.parameter import Place, on_host
-from dit_video.weights.streaming import FileMap, FolderSource, Source
+from dit_video.weights.parameter import Placement, place_on_host
+from dit_video.weights.streaming import FileMap, FolderSource, ParamSource
 from dit_video.weights.tensor_mapping import SHARD_BYTES
 
 CLASS, STEM = "dit_video", "model"
 
 
-def read_part(
+def read_native(
     folder: Path,
     document: Mapping[str, Any],
     *,
-    stored: Callable[[str], Any] = lambda path: np.float32,
-    place: Place = on_host,
+    dtype_fn: Callable[[str], Any] = lambda path: np.float32,
+    place: Placement = place_on_host,
 ) -> tuple[Any, dict[str, Any]]:
     """Read the config and parameters of a folder in the native format.
 
@@ -39,14 +39,14 @@ def read_part(
       MissingError: files are missing.
       UserError: the config is of another version, or the weights do not fit it.
     """
-    config = part_config(folder, document)
-    shapes = param_shapes(config.make)
+    config = read_native_config(folder, document)
+    shapes = get_param_shapes(config.make)
     with TensorFolder(folder, stem=STEM) as tensors:
-        source = FolderSource(tensors, FileMap.own(shapes), shapes)
-        return config, streaming.read(source, shapes, {}, stored=stored, place=place)
+        source = FolderSource(tensors, FileMap.from_params(shapes), shapes)
+        return config, streaming.read(source, shapes, {}, dtype_fn=dtype_fn, place=place)
 
 
-def part_config(folder: Path, document: Mapping[str, Any]) -> Any:
+def read_native_config(folder: Path, document: Mapping[str, Any]) -> Any:
     """Return the config in a folder's `config.json`.
 
     Raises:
@@ -58,10 +58,10 @@ def part_config(folder: Path, document: Mapping[str, Any]) -> Any:
     return config
 
 
-def write_part(
+def write_native(
     folder: str | os.PathLike,
     config: Any,
-    source: Source,
+    source: ParamSource,
     *,
     depths: Mapping[str, int] = {},
     dtype: Any = None,
@@ -77,8 +77,16 @@ def write_part(
       dtype: dtype that floating tensors are cast to; None keeps the source's.
       shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
-    shapes = param_shapes(config.make)
+    shapes = get_param_shapes(config.make)
     streaming.write(
-        folder, STEM, source, FileMap.own(shapes), shapes, depths, dtype=dtype, shard_bytes=shard_bytes, metadata={}
+        folder,
+        STEM,
+        source,
+        FileMap.from_params(shapes),
+        shapes,
+        depths,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        metadata={},
     )
     write_json(Path(folder) / "config.json", {"_class_name": CLASS, "config": config_json.to_json(config)})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-_AT_ONCE = 16_000_000
+_MAX_HOST_BYTES = 16_000_000
 """Maximum size in bytes of a parameter that is assembled on the host.
 
 Compiling a device program that joins the chunks would take longer.
@@ -24,11 +24,11 @@ class Parameter:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: Callable[[], Iterator[np.ndarray]]
+    read_chunks: Callable[[], Iterator[np.ndarray]]
     """Returns the chunks along the first axis, each read when it is reached: layers, some rows, or the whole array."""
 
     @staticmethod
-    def of(array: Any) -> "Parameter":
+    def from_array(array: Any) -> "Parameter":
         """Return the parameter of an array in memory."""
         return Parameter(tuple(array.shape), np.dtype(array.dtype), lambda: iter([np.asarray(array)]))
 
@@ -37,51 +37,53 @@ class Parameter:
         """Return the size of the parameter in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def array(self) -> np.ndarray:
+    def to_host(self) -> np.ndarray:
         """Read the parameter to the host."""
-        return self._joined(self._stretches())
+        return self._join(self._iterate_chunks())
 
-    def on(self, sharding: Sharding | None = None) -> jax.Array:
+    def to_device(self, sharding: Sharding | None = None) -> jax.Array:
         """Read the parameter to devices; without a sharding to the default device.
 
         A large parameter is allocated there and filled with one chunk after the other, each before the next one is
         read.
         """
-        remaining = self._stretches()
+        remaining = self._iterate_chunks()
         first = next(remaining)
         chunks = itertools.chain([first], remaining)
-        if self.nbytes <= _AT_ONCE or first[1].shape == self.shape:
-            array = self._joined(chunks)
+        if self.nbytes <= _MAX_HOST_BYTES or first[1].shape == self.shape:
+            array = self._join(chunks)
             if sharding is None:
                 return jax.block_until_ready(jnp.asarray(array))
             return jax.block_until_ready(jax.make_array_from_callback(self.shape, sharding, lambda index: array[index]))
         if sharding is None:
-            return self._written({None: (slice(None),) * len(self.shape)}, chunks)[None]
-        shards = self._written(sharding.addressable_devices_indices_map(self.shape), chunks)
+            return self._write_shards({None: (slice(None),) * len(self.shape)}, chunks)[None]
+        shards = self._write_shards(sharding.addressable_devices_indices_map(self.shape), chunks)
         return jax.make_array_from_single_device_arrays(self.shape, sharding, list(shards.values()))
 
-    def _written(self, places: Any, stretches: Iterator[tuple[int, np.ndarray]]) -> dict[Any, jax.Array]:
+    def _write_shards(self, shard_indices: Any, chunks: Iterator[tuple[int, np.ndarray]]) -> dict[Any, jax.Array]:
         """Return the shard of every device, given the index of each shard in the parameter."""
         shards: dict[Any, jax.Array] = {}
         rows: dict[Any, tuple[int, int]] = {}
-        for device, shard_index in places.items():
+        for device, shard_index in shard_indices.items():
             bounds = [axis.indices(size)[:2] for axis, size in zip(shard_index, self.shape, strict=True)]
             shards[device] = jnp.zeros([end - begin for begin, end in bounds], self.dtype, device=device)
             rows[device] = bounds[0]
-        for start, chunk in stretches:
+        for start, chunk in chunks:
             for device, (first, last) in rows.items():
                 # The rows that the chunk and the shard have in common, counted in the parameter.
                 begin, end = max(first, start), min(last, start + len(chunk))
                 if begin < end:
-                    overlap = chunk[(slice(begin - start, end - start), *places[device][1:])]
-                    shards[device] = _write(shards[device], jax.device_put(overlap, device), np.int32(begin - first))
+                    overlap = chunk[(slice(begin - start, end - start), *shard_indices[device][1:])]
+                    shards[device] = _update_rows(
+                        shards[device], jax.device_put(overlap, device), np.int32(begin - first)
+                    )
             # Otherwise transfers queue up, and the host would hold many chunks.
             jax.block_until_ready(list(shards.values()))
         return shards
 
-    def _joined(self, stretches: Iterator[tuple[int, np.ndarray]]) -> np.ndarray:
+    def _join(self, chunks: Iterator[tuple[int, np.ndarray]]) -> np.ndarray:
         joined: np.ndarray | None = None
-        for start, chunk in stretches:
+        for start, chunk in chunks:
             if chunk.shape == self.shape:
                 return np.asarray(chunk, order="C")
             if joined is None:
@@ -90,28 +92,28 @@ class Parameter:
         assert joined is not None
         return joined
 
-    def _stretches(self) -> Iterator[tuple[int, np.ndarray]]:
+    def _iterate_chunks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the chunks in the parameter's dtype, each with the row at which it starts."""
         start = 0
-        for chunk in self.pieces():
+        for chunk in self.read_chunks():
             yield start, chunk.astype(self.dtype, copy=False)
             start += len(chunk) if chunk.ndim else 1
 
 
-Place = Callable[[str, Parameter], Any]
+Placement = Callable[[str, Parameter], Any]
 """Function that reads a parameter to its destination, given its path and the parameter."""
 
 
-def on_host(path: str, parameter: Parameter) -> np.ndarray:
+def place_on_host(path: str, parameter: Parameter) -> np.ndarray:
     """Read a parameter to host memory; the default placement."""
-    return parameter.array()
+    return parameter.to_host()
 
 
-def on_device(path: str, parameter: Parameter) -> jax.Array:
+def place_on_device(path: str, parameter: Parameter) -> jax.Array:
     """Read a parameter to the default device."""
-    return parameter.on()
+    return parameter.to_device()
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write(whole: jax.Array, part: jax.Array, start: Any) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
+def _update_rows(array: jax.Array, rows: jax.Array, start: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, start, axis=0)

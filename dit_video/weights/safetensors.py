@@ -37,21 +37,21 @@ _DTYPES = {
 }
 """Names of dtypes in safetensors files by NumPy's name (https://huggingface.co/docs/safetensors, "Format")."""
 
-NUMPY = {theirs: np.dtype(ours) for ours, theirs in _DTYPES.items()}
+NUMPY_DTYPES = {theirs: np.dtype(ours) for ours, theirs in _DTYPES.items()}
 """NumPy's dtypes by their name in safetensors files."""
 
-_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-_SHOWN = 10
+_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
-class Streamed:
+class StreamedArray:
     """An array that is read while it is written, in chunks of its first axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     """Dtype that the chunks are cast to."""
-    read: Callable[[], Iterator[np.ndarray]]
+    read_chunks: Callable[[], Iterator[np.ndarray]]
     """Returns the chunks, each read when it is reached."""
 
     @property
@@ -79,7 +79,7 @@ def save(
     arrays = trees.flatten(tree)
     if len(arrays) != len(jax.tree.leaves(tree)):
         raise ValueError("two arrays have the same name: keys must not contain '/'")
-    dtypes = {name: stored(array.dtype, dtype) for name, array in arrays.items()}
+    dtypes = {name: cast_dtype(array.dtype, dtype) for name, array in arrays.items()}
     for name, array_dtype in dtypes.items():
         if array_dtype.name not in _DTYPES:
             raise ValueError(f"{name} has dtype {array_dtype.name}, which safetensors files don't support")
@@ -100,7 +100,7 @@ def save(
         _write_header(file, header)
         for name in order:
             array = arrays[name]
-            for chunk in array.read() if isinstance(array, Streamed) else (array,):
+            for chunk in array.read_chunks() if isinstance(array, StreamedArray) else (array,):
                 values = np.asarray(jax.device_get(chunk)).astype(dtypes[name], order="C", copy=False)
                 file.write(values.reshape(-1).view(np.uint8).data)
 
@@ -119,21 +119,23 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
       UserError: the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
     """
     path = Path(path)
-    refuse(path)
+    check_safetensors_file(path)
     arrays: dict[str, np.ndarray] = {}
     try:
         with safetensors.safe_open(os.fspath(path), framework="np") as file:
             names = list(file.keys())
             if like is not None:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-                match(path, shapes, {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()})
+                check_tensors_match(
+                    path, shapes, {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()}
+                )
             for name in names:
                 array = file.get_tensor(name)
-                arrays[name] = array.astype(stored(array.dtype, dtype), copy=False)
+                arrays[name] = array.astype(cast_dtype(array.dtype, dtype), copy=False)
     except safetensors.SafetensorError as error:
-        raise corrupt(path, error) from error
+        raise make_corrupt_error(path, error) from error
     except AttributeError as error:
-        raise unread_dtype(path, error) from error
+        raise make_dtype_error(path, error) from error
     if like is None:
         return trees.unflatten(arrays)
     return trees.map_with_path(lambda name, _: arrays[name], like)
@@ -147,17 +149,17 @@ def load_metadata(path: str | os.PathLike) -> dict[str, str]:
       UserError: the file is pickled, truncated or corrupt.
     """
     path = Path(path)
-    refuse(path)
+    check_safetensors_file(path)
     try:
         with safetensors.safe_open(os.fspath(path), framework="np") as file:
             return dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
-        raise corrupt(path, error) from error
+        raise make_corrupt_error(path, error) from error
 
 
-def stored(given: Any, cast: Any) -> np.dtype:
+def cast_dtype(dtype: Any, floating_dtype: Any) -> np.dtype:
     """Return an array's dtype after casting floating arrays to `floating_dtype`; None casts none."""
-    return np.dtype(given if cast is None or not jnp.issubdtype(given, jnp.floating) else cast)
+    return np.dtype(dtype if floating_dtype is None or not jnp.issubdtype(dtype, jnp.floating) else floating_dtype)
 
 
 def _write_header(file: BinaryIO, header: dict[str, Any]) -> None:
@@ -167,7 +169,7 @@ def _write_header(file: BinaryIO, header: dict[str, Any]) -> None:
     file.write(text)
 
 
-def refuse(path: Path) -> None:
+def check_safetensors_file(path: Path) -> None:
     """Check that a file exists and is not a pickle, as reading a pickle can run any code.
 
     Raises:
@@ -181,7 +183,7 @@ def refuse(path: Path) -> None:
     # A pickle of protocol 2 to 5 starts with 0x80 and the protocol's number. So does a safetensors file whose header
     # has, say, 640 bytes, but its ninth byte is the brace that opens the JSON.
     pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and start[8:] != b"{"
-    if path.suffix.lower() in _PICKLED or pickled or start[:4] == b"PK\x03\x04":
+    if path.suffix.lower() in _PICKLE_SUFFIXES or pickled or start[:4] == b"PK\x03\x04":
         raise UserError(
             f"{path} is a pickled file, which can run any code when it is read. Convert it where torch is installed: "
             'python -c "import torch, safetensors.torch as s; '
@@ -189,23 +191,23 @@ def refuse(path: Path) -> None:
         )
 
 
-def match(path: Path, given: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+def check_tensors_match(path: Path, actual: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     """Check that a file has the expected tensors.
 
     Raises:
       UserError: tensors are missing, unexpected or misshapen; one error lists all three kinds.
     """
-    missing = [name for name in wanted if name not in given]
-    unexpected = sorted(given.keys() - wanted.keys())
+    missing = [name for name in expected if name not in actual]
+    unexpected = sorted(actual.keys() - expected.keys())
     misshapen = [
-        f"{name} {list(given[name])} instead of {list(wanted[name])}"
-        for name in wanted
-        if name in given and given[name] != wanted[name]
+        f"{name} {list(actual[name])} instead of {list(expected[name])}"
+        for name in expected
+        if name in actual and actual[name] != expected[name]
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(kinds.values()):
         parts = [
-            f"{len(tensor_names)} {kind} ({listing(tensor_names)})"
+            f"{len(tensor_names)} {kind} ({format_names(tensor_names)})"
             for kind, tensor_names in kinds.items()
             if tensor_names
         ]
@@ -214,17 +216,17 @@ def match(path: Path, given: dict[str, tuple[int, ...]], wanted: dict[str, tuple
         )
 
 
-def listing(names: list[str]) -> str:
+def format_names(names: list[str]) -> str:
     """Return the first names, comma-separated, and the number of the remaining ones."""
-    more = [f"… {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-    return ", ".join(names[:_SHOWN] + more)
+    more = [f"… {len(names) - _MAX_LISTED} more"] if len(names) > _MAX_LISTED else []
+    return ", ".join(names[:_MAX_LISTED] + more)
 
 
-def unread_dtype(path: Path, error: object) -> UserError:
+def make_dtype_error(path: Path, error: object) -> UserError:
     """Return the error for a dtype that NumPy lacks."""
     return UserError(f"{path} has a dtype that is not supported ({error}). Convert it to bfloat16 first")
 
 
-def corrupt(path: Path, error: object) -> UserError:
+def make_corrupt_error(path: Path, error: object) -> UserError:
     """Return the error for a damaged file."""
     return UserError(f"{path} is not a complete safetensors file ({error}). Copy or download it again")

@@ -19,54 +19,54 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.weights import safetensors as ours
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.parameter import Parameter, Place, on_host
-from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names, their_shape
+from dit_video.weights.parameter import Parameter, Placement, place_on_host
+from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping, get_their_shape
 
-_ROWS_BYTES = 16_000_000
+_CHUNK_BYTES = 16_000_000
 """Size of the chunks in which tensors are copied, in bytes."""
 
 
-class Fixed(NamedTuple):
+class ConstantTensor(NamedTuple):
     """A tensor that is a function of the config, not a parameter."""
 
     array: np.ndarray
-    beside: str
+    dtype_path: str
     """Path of the parameter whose dtype it has."""
 
 
 class FileMap(NamedTuple):
     """Locations of our parameters in some project's files, by our path."""
 
-    parts: Mapping[str, tuple[Foreign, ...]]
+    parts: Mapping[str, tuple[TensorMapping, ...]]
     """Tensors whose concatenation along our last axis is the parameter; mostly one."""
-    copies: Mapping[str, tuple[Foreign, ...]] = {}
+    copies: Mapping[str, tuple[TensorMapping, ...]] = {}
     """Tensors that repeat the parameter."""
-    fixed: Mapping[str, "Fixed"] = {}
+    constants: Mapping[str, "ConstantTensor"] = {}
     """Tensors that are not parameters, by name."""
 
     @staticmethod
-    def of(names: Names) -> "FileMap":
+    def from_tensor_map(tensor_map: TensorMap) -> "FileMap":
         """Return the file map of a tensor map, where each parameter is one tensor, or one per layer."""
-        return FileMap({path: (foreign,) for path, foreign in names.items()})
+        return FileMap({path: (foreign,) for path, foreign in tensor_map.items()})
 
     @staticmethod
-    def own(like: Any, prefix: str = "") -> "FileMap":
+    def from_params(like: Any, prefix: str = "") -> "FileMap":
         """Return the file map of our native format, where tensors have our paths and layers are stacked."""
-        return FileMap.of({path: Foreign(prefix + path) for path in trees.flatten(like)})
+        return FileMap.from_tensor_map({path: TensorMapping(prefix + path) for path in trees.flatten(like)})
 
     @property
     def depths(self) -> dict[str, int]:
         """Return the number of layers of each parameter that stacks one tensor per layer."""
         return {path: part.layers for path, (part, *_) in self.parts.items() if part.layers is not None}
 
-    def shapes(self, like: Any) -> dict[str, tuple[int, ...]]:
+    def compute_shapes(self, like: Any) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all tensors in the files, by name."""
-        shapes = {name: fixed.array.shape for name, fixed in self.fixed.items()}
+        shapes = {name: fixed.array.shape for name, fixed in self.constants.items()}
         for path, leaf in trees.flatten(like).items():
             parts, copies = self.parts[path], self.copies.get(path, ())
             part_shape = (*leaf.shape[:-1], leaf.shape[-1] // len(parts)) if leaf.shape else ()
-            shapes |= {name: their_shape(part, part_shape) for part in parts for name in part.names}
-            shapes |= {name: their_shape(copy, leaf.shape) for copy in copies for name in copy.names}
+            shapes |= {name: get_their_shape(part, part_shape) for part in parts for name in part.names}
+            shapes |= {name: get_their_shape(copy, leaf.shape) for copy in copies for name in copy.names}
         return shapes
 
 
@@ -76,20 +76,20 @@ class ParamsSource:
     def __init__(self, params: Mapping[str, Any]):
         self._leaves = trees.flatten(params)
 
-    def dtype(self, path: str, layer: int | None) -> np.dtype:
+    def get_dtype(self, path: str, layer: int | None) -> np.dtype:
         """Return the dtype of a block."""
         return np.dtype(self._leaves[path].dtype)
 
-    def block(self, path: str, layer: int | None) -> np.ndarray:
+    def read_block(self, path: str, layer: int | None) -> np.ndarray:
         """Return a block in our layout."""
         leaf = self._leaves[path]
         return np.asarray(leaf if layer is None else leaf[layer])
 
-    def pieces(self, path: str, depth: int | None) -> Iterator[np.ndarray]:
+    def read_chunks(self, path: str, depth: int | None) -> Iterator[np.ndarray]:
         """Return the chunks of a parameter along its first axis; a stack of `depth` layers layer by layer."""
-        return iter([self.block(path, None)])
+        return iter([self.read_block(path, None)])
 
-    def rows(self, path: str, layer: int | None, like: Foreign) -> Iterator[np.ndarray] | None:
+    def read_raw_chunks(self, path: str, layer: int | None, like: TensorMapping) -> Iterator[np.ndarray] | None:
         """Return None: parameters in memory have no chunks that could be copied without conversion."""
         return None
 
@@ -102,7 +102,7 @@ class FolderSource:
     """
 
     def __init__(
-        self, tensors: TensorFolder, names: FileMap, like: Any, *, ignored: Collection[str] = (), digest: Any = None
+        self, tensors: TensorFolder, file_map: FileMap, like: Any, *, ignored: Collection[str] = (), digest: Any = None
     ):
         """Check the folder's tensors against a map.
 
@@ -113,20 +113,20 @@ class FolderSource:
           ignored: names of tensors to skip; all others must be mapped.
           digest: `hashlib` object that is updated with every block that is read, as it is stored.
         """
-        self._tensors, self._names, self._digest = tensors, names, digest
+        self._tensors, self._file_map, self._digest = tensors, file_map, digest
         shapes = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
-        ours.match(tensors.folder, shapes, names.shapes(like))
-        for path, copies in names.copies.items():
-            (first,) = names.parts[path]
+        ours.check_tensors_match(tensors.folder, shapes, file_map.compute_shapes(like))
+        for path, copies in file_map.copies.items():
+            (first,) = file_map.parts[path]
             for name in itertools.chain.from_iterable(copy.names for copy in copies):
                 if not np.array_equal(tensors.read(name), tensors.read(first.name)):
                     raise UserError(
                         f"{tensors.folder}: {name} differs from {first.name}, but they are one parameter here: only "
                         "models whose layers share it are supported"
                     )
-        for name, constant in names.fixed.items():
+        for name, constant in file_map.constants.items():
             table = tensors.read(name)
-            if not np.allclose(table.astype(np.float32), constant.array, atol=2 * _resolution(table.dtype)):
+            if not np.allclose(table.astype(np.float32), constant.array, atol=2 * _get_resolution(table.dtype)):
                 raise UserError(
                     f"{tensors.folder}: {name} differs from the table computed from the config, and it can't be kept"
                 )
@@ -134,72 +134,75 @@ class FolderSource:
     @property
     def depths(self) -> dict[str, int]:
         """Return the number of layers of each parameter that stacks one tensor per layer."""
-        return self._names.depths
+        return self._file_map.depths
 
-    def dtype(self, path: str, layer: int | None) -> np.dtype:
+    def get_dtype(self, path: str, layer: int | None) -> np.dtype:
         """Return the dtype of a block."""
-        return self._tensors.dtype(self._parts(path, layer)[0][0])
+        return self._tensors.get_dtype(self._list_tensors(path, layer)[0][0])
 
-    def block(self, path: str, layer: int | None) -> np.ndarray:
+    def read_block(self, path: str, layer: int | None) -> np.ndarray:
         """Return a block in our layout."""
-        parts = [foreign.to_ours(self._read(path, name, foreign, layer)) for name, foreign in self._parts(path, layer)]
+        parts = [
+            foreign.to_ours(self._read_tensor(path, name, foreign, layer))
+            for name, foreign in self._list_tensors(path, layer)
+        ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
-    def pieces(self, path: str, depth: int | None) -> Iterator[np.ndarray]:
+    def read_chunks(self, path: str, depth: int | None) -> Iterator[np.ndarray]:
         """Return the chunks of a parameter along its first axis; a stack of `depth` layers layer by layer."""
         if depth is not None:
-            return (self.block(path, layer)[None] for layer in range(depth))
-        (name, foreign), *more = self._parts(path, None)
+            return (self.read_block(path, layer)[None] for layer in range(depth))
+        (name, foreign), *more = self._list_tensors(path, None)
         if more or foreign.pattern:
-            return iter([self.block(path, None)])
-        return self._noted(path, name)
+            return iter([self.read_block(path, None)])
+        return self._read_hashed_chunks(path, name)
 
-    def rows(self, path: str, layer: int | None, like: Foreign) -> Iterator[np.ndarray] | None:
+    def read_raw_chunks(self, path: str, layer: int | None, like: TensorMapping) -> Iterator[np.ndarray] | None:
         """Return the chunks of a block's tensor if its layout is that of `like`, else None."""
-        (name, foreign), *more = self._parts(path, layer)
+        (name, foreign), *more = self._list_tensors(path, layer)
         stacked = layer is not None and foreign.layers is None
-        if more or stacked or (foreign.pattern, foreign.sizes) != (like.pattern, like.sizes):
+        if more or stacked or (foreign.pattern, foreign.axis_sizes) != (like.pattern, like.axis_sizes):
             return None
-        return self._tensors.stretches(name, _ROWS_BYTES)
+        return self._tensors.read_chunks(name, _CHUNK_BYTES)
 
-    def _parts(self, path: str, layer: int | None) -> list[tuple[str, Foreign]]:
+    def _list_tensors(self, path: str, layer: int | None) -> list[tuple[str, TensorMapping]]:
         """Return the tensors of one block, with their names."""
         return [
             (foreign.name if layer is None or foreign.layers is None else foreign.names[layer], foreign)
-            for foreign in self._names.parts[path]
+            for foreign in self._file_map.parts[path]
         ]
 
-    def _read(self, path: str, name: str, foreign: Foreign, layer: int | None) -> np.ndarray:
-        if layer is None or foreign.layers is not None:
+    def _read_tensor(self, path: str, name: str, mapping: TensorMapping, layer: int | None) -> np.ndarray:
+        if layer is None or mapping.layers is not None:
             tensor = self._tensors.read(name)
         else:
-            tensor = self._tensors.row(name, layer)
-        self._note(f"{path} {layer or 0} {tensor.dtype} {tensor.shape} ".encode())
-        self._note(tensor.reshape(-1).view(np.uint8).data)
+            tensor = self._tensors.read_row(name, layer)
+        self._update_digest(f"{path} {layer or 0} {tensor.dtype} {tensor.shape} ".encode())
+        self._update_digest(tensor.reshape(-1).view(np.uint8).data)
         return tensor
 
-    def _noted(self, path: str, name: str) -> Iterator[np.ndarray]:
+    def _read_hashed_chunks(self, path: str, name: str) -> Iterator[np.ndarray]:
         """Yield a tensor in chunks and update the digest, as `_read_tensor` does for whole tensors."""
-        self._note(f"{path} 0 {self._tensors.dtype(name)} {self._tensors.shapes[name]} ".encode())
-        for chunk in self._tensors.stretches(name, _ROWS_BYTES):
-            self._note(chunk.reshape(-1).view(np.uint8).data)
+        self._update_digest(f"{path} 0 {self._tensors.get_dtype(name)} {self._tensors.shapes[name]} ".encode())
+        for chunk in self._tensors.read_chunks(name, _CHUNK_BYTES):
+            self._update_digest(chunk.reshape(-1).view(np.uint8).data)
             yield chunk
 
-    def _note(self, content: Any) -> None:
+    def _update_digest(self, content: Any) -> None:
         if self._digest is not None:
             self._digest.update(content)
 
 
-Source = ParamsSource | FolderSource
+ParamSource = ParamsSource | FolderSource
 
 
 def read(
-    source: Source,
+    source: ParamSource,
     like: Any,
     depths: Mapping[str, int],
     *,
-    stored: Callable[[str], Any],
-    place: Place = on_host,
+    dtype_fn: Callable[[str], Any],
+    place: Placement = place_on_host,
 ) -> Any:
     """Read parameters to their destination, in the structure of `like`; one layer of a stack is in memory at a time.
 
@@ -216,9 +219,11 @@ def read(
 
     def parameter(path: str, leaf: Any) -> Any:
         depth = depths.get(path)
-        source_dtype = source.dtype(path, None) if depth is None else _one_dtype(source, path, depth, stored(path))
-        pieces = functools.partial(source.pieces, path, depth)
-        return place(path, Parameter(tuple(leaf.shape), ours.stored(source_dtype, stored(path)), pieces))
+        source_dtype = (
+            source.get_dtype(path, None) if depth is None else _get_stack_dtype(source, path, depth, dtype_fn(path))
+        )
+        pieces = functools.partial(source.read_chunks, path, depth)
+        return place(path, Parameter(tuple(leaf.shape), ours.cast_dtype(source_dtype, dtype_fn(path)), pieces))
 
     return trees.map_with_path(parameter, like)
 
@@ -226,8 +231,8 @@ def read(
 def write(
     folder: str | os.PathLike,
     stem: str,
-    source: Source,
-    names: FileMap,
+    source: ParamSource,
+    file_map: FileMap,
     like: Any,
     depths: Mapping[str, int],
     *,
@@ -250,7 +255,7 @@ def write(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(sorted(_tensors(source, names, like, depths, dtype).items()))
+    tensors = dict(sorted(_stream_tensors(source, file_map, like, depths, dtype).items()))
     shards: list[list[str]] = [[]]
     shard_size = 0
     for name, tensor in tensors.items():
@@ -275,62 +280,62 @@ def write(
     (folder / f"{stem}.safetensors").unlink(missing_ok=True)  # An older file would be read before the index.
 
 
-def _tensors(
-    source: Source, names: FileMap, like: Any, depths: Mapping[str, int], dtype: Any
-) -> dict[str, ours.Streamed]:
+def _stream_tensors(
+    source: ParamSource, file_map: FileMap, like: Any, depths: Mapping[str, int], dtype: Any
+) -> dict[str, ours.StreamedArray]:
     """Return all tensors of a layout, none of them read yet."""
-    shapes = names.shapes(like)
-    tensors: dict[str, ours.Streamed] = {}
+    shapes = file_map.compute_shapes(like)
+    tensors: dict[str, ours.StreamedArray] = {}
 
     def add(name: str, read: Callable[[], Iterator[np.ndarray]], source_dtype: Any) -> None:
-        tensors[name] = ours.Streamed(shapes[name], ours.stored(source_dtype, dtype), read)
+        tensors[name] = ours.StreamedArray(shapes[name], ours.cast_dtype(source_dtype, dtype), read)
 
     for path in trees.flatten(like):
-        parts = names.parts[path]
+        parts = file_map.parts[path]
         for index, foreign in enumerate(parts):
             for number, name in enumerate(foreign.names):
                 depth, layer = depths.get(path), None if foreign.layers is None else number
                 if layer is None and depth is not None:
-                    block_dtype = _one_dtype(source, path, depth, dtype)
+                    block_dtype = _get_stack_dtype(source, path, depth, dtype)
                 else:
-                    block_dtype = source.dtype(path, layer)
-                add(name, _blocks(source, path, foreign, layer, depth, (index, len(parts))), block_dtype)
-        for copy in names.copies.get(path, ()):
+                    block_dtype = source.get_dtype(path, layer)
+                add(name, _make_reader(source, path, foreign, layer, depth, (index, len(parts))), block_dtype)
+        for copy in file_map.copies.get(path, ()):
             for name in copy.names:
-                add(name, _blocks(source, path, copy, None, None, (0, 1)), source.dtype(path, None))
-    for name, constant in names.fixed.items():
-        add(name, functools.partial(iter, [constant.array]), source.dtype(constant.beside, None))
+                add(name, _make_reader(source, path, copy, None, None, (0, 1)), source.get_dtype(path, None))
+    for name, constant in file_map.constants.items():
+        add(name, functools.partial(iter, [constant.array]), source.get_dtype(constant.dtype_path, None))
     return tensors
 
 
-def _blocks(
-    source: Source, path: str, foreign: Foreign, layer: int | None, depth: int | None, part: tuple[int, int]
+def _make_reader(
+    source: ParamSource, path: str, mapping: TensorMapping, layer: int | None, depth: int | None, part: tuple[int, int]
 ) -> Callable[[], Iterator[np.ndarray]]:
     """Return a function that reads one of their tensors in chunks of its first axis."""
     index, count = part
 
     def theirs(array: np.ndarray) -> np.ndarray:
         width = array.shape[-1] // count if array.ndim else 0
-        return foreign.to_theirs(array[..., index * width : (index + 1) * width] if count > 1 else array)
+        return mapping.to_theirs(array[..., index * width : (index + 1) * width] if count > 1 else array)
 
     def read() -> Iterator[np.ndarray]:
         if layer is None and depth is not None:
-            return (theirs(source.block(path, number)) for number in range(depth))
-        raw_chunks = source.rows(path, layer, foreign) if count == 1 else None
-        return iter([theirs(source.block(path, layer))]) if raw_chunks is None else raw_chunks
+            return (theirs(source.read_block(path, number)) for number in range(depth))
+        raw_chunks = source.read_raw_chunks(path, layer, mapping) if count == 1 else None
+        return iter([theirs(source.read_block(path, layer))]) if raw_chunks is None else raw_chunks
 
     return read
 
 
-def _one_dtype(source: Source, path: str, depth: int, dtype: Any) -> np.dtype:
+def _get_stack_dtype(source: ParamSource, path: str, depth: int, dtype: Any) -> np.dtype:
     """Return the common dtype of a stack's layers, or that of the first layer if they are cast to `dtype` anyway."""
-    dtypes = [source.dtype(path, layer) for layer in range(depth)]
+    dtypes = [source.get_dtype(path, layer) for layer in range(depth)]
     if dtype is None and len(set(dtypes)) > 1:
         names = ", ".join(sorted({layer_dtype.name for layer_dtype in dtypes}))
         raise UserError(f"layers of {path} have dtypes {names}, but a stack has a single one. Use dtype= to cast them")
     return dtypes[0]
 
 
-def _resolution(dtype: np.dtype) -> float:
+def _get_resolution(dtype: np.dtype) -> float:
     """Return the spacing of a dtype's numbers around one."""
     return {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(dtype.name, 2.0**-22)

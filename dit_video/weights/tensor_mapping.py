@@ -12,14 +12,14 @@ from einops import rearrange
 SHARD_BYTES = 5_000_000_000
 
 
-class Foreign(NamedTuple):
+class TensorMapping(NamedTuple):
     """The name and layout of one of our parameters in another project's files."""
 
     name: str
     """Name of the tensor; contains `{}` for the layer's number if the parameter stacks layers."""
     pattern: str = ""
     """Einops pattern from their layout to ours, such as `o i -> i o`; empty if the layouts are equal."""
-    sizes: tuple[tuple[str, int], ...] = ()
+    axis_sizes: tuple[tuple[str, int], ...] = ()
     """Sizes of axes that the pattern splits or joins, if the shapes don't determine them."""
     layers: int | None = None
     """Number of layers along our parameter's first axis, each a tensor of theirs; None for a single tensor."""
@@ -31,30 +31,30 @@ class Foreign(NamedTuple):
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         """Return one of their tensors in our layout."""
-        return rearrange(array, self.pattern, **dict(self.sizes)) if self.pattern else array
+        return rearrange(array, self.pattern, **dict(self.axis_sizes)) if self.pattern else array
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """Return our parameter, or one layer of a stack, in their layout; the inverse of `to_ours`."""
         if not self.pattern:
             return array
         theirs, ours = self.pattern.split("->")
-        return rearrange(array, f"{ours} -> {theirs}", **dict(self.sizes))
+        return rearrange(array, f"{ours} -> {theirs}", **dict(self.axis_sizes))
 
 
-Names = Mapping[str, Foreign]
+TensorMap = Mapping[str, TensorMapping]
 """Mappings of a model's parameters, by our path."""
 
 
-def stored_as(dtype: Any, kernels: Any = None) -> Callable[[str], Any]:
+def make_dtype_fn(dtype: Any, kernel_dtype: Any = None) -> Callable[[str], Any]:
     """Return a function from a parameter's path to the dtype that it is cast to.
 
     That is `kernel_dtype` for the kernels of linear maps if it is given, and `dtype` for all others; None keeps the
     file's.
     """
-    return lambda path: kernels if kernels is not None and path.endswith("kernel") else dtype
+    return lambda path: kernel_dtype if kernel_dtype is not None and path.endswith("kernel") else dtype
 
 
-def their_shape(foreign: Foreign, shape: tuple[int, ...]) -> tuple[int, ...]:
+def get_their_shape(mapping: TensorMapping, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape that their tensor must have for a parameter of ours, or for each layer of a stack."""
-    layer_shape = shape if foreign.layers is None else shape[1:]
-    return foreign.to_theirs(np.broadcast_to(np.zeros((), np.int8), layer_shape)).shape
+    layer_shape = shape if mapping.layers is None else shape[1:]
+    return mapping.to_theirs(np.broadcast_to(np.zeros((), np.int8), layer_shape)).shape

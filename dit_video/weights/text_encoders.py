@@ -9,17 +9,17 @@ import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.text import T5Config
-from dit_video.weights.folders import TensorFolder, model_folder, transformers_config
-from dit_video.weights.io import read_encoder, write_foreign
-from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names
+from dit_video.weights.folders import TensorFolder, find_model_folder, read_transformers_config
+from dit_video.weights.io import read_encoder_params, write_params
+from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping
 
-_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
+_EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")
 """The names of the token embedding, which a file has under either or both."""
-_IGNORED = ("decoder.", "lm_head.")
+_IGNORED_PREFIXES = ("decoder.", "lm_head.")
 """Prefixes of the decoder's tensors in a full checkpoint, which are skipped."""
-_NORM = "encoder.final_layer_norm.weight"
+_FINAL_NORM = "encoder.final_layer_norm.weight"
 _PER_LAYER = {
     "norm_attention/scale": "layer.0.layer_norm.weight",
     "query/kernel": "layer.0.SelfAttention.q.weight",
@@ -34,9 +34,9 @@ _PER_LAYER = {
 }
 """Our names below `blocks/`, and theirs below `encoder.block.<layer>.`."""
 _UNGATED_UP = "layer.1.DenseReluDense.wi.weight"
-_BIASES: dict[str, Literal["each layer", "shared"]] = {"t5": "shared", "umt5": "each layer"}
+_POSITION_BIASES: dict[str, Literal["each layer", "shared"]] = {"t5": "shared", "umt5": "each layer"}
 """Position biases of the model types, which differ only in them."""
-T5_KINDS = tuple(_BIASES)
+T5_MODEL_TYPES = tuple(_POSITION_BIASES)
 
 
 class LoadedEncoder(NamedTuple):
@@ -60,40 +60,42 @@ def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> L
       MissingError: the config or the weights do not exist.
       UserError: the model type is not supported, tensors do not fit the config, or files are pickled or damaged.
     """
-    folder = model_folder(folder, "text_encoder")
-    config = t5_config(folder, dtype=dtype)
+    folder = find_model_folder(folder, "text_encoder")
+    config = read_t5_config(folder, dtype=dtype)
     with TensorFolder(folder) as tensors:
-        names, skipped = t5_names(tensors, config)
-        params, digest = read_encoder(tensors, names, param_shapes(config.make), ignored=skipped, dtype=dtype)
-        ignored = tuple(name for name in tensors.shapes if name.startswith(_IGNORED))
+        names, skipped = make_t5_tensor_map(tensors, config)
+        params, digest = read_encoder_params(
+            tensors, names, get_param_shapes(config.make), ignored=skipped, dtype=dtype
+        )
+        ignored = tuple(name for name in tensors.shapes if name.startswith(_IGNORED_PREFIXES))
     return LoadedEncoder(config, params, digest, ignored)
 
 
-def t5_names(tensors: TensorFolder, config: T5Config) -> tuple[Names, set[str]]:
+def make_t5_tensor_map(tensors: TensorFolder, config: T5Config) -> tuple[TensorMap, set[str]]:
     """Return the map of a folder's tensors, and the names of the tensors to skip.
 
     Raises:
       UserError: the embedding has two names, with different values.
     """
-    embedding = _embedding_name(tensors)
-    decoder = {name for name in tensors.shapes if name.startswith(_IGNORED)}
-    return {**_names(config), "embedding": Foreign(embedding)}, {*decoder, *_EMBEDDINGS} - {embedding}
+    embedding = _find_embedding_name(tensors)
+    decoder = {name for name in tensors.shapes if name.startswith(_IGNORED_PREFIXES)}
+    return {**_map_encoder(config), "embedding": TensorMapping(embedding)}, {*decoder, *_EMBEDDING_NAMES} - {embedding}
 
 
-def t5_written(config: T5Config) -> tuple[Names, dict[str, Any]]:
+def make_t5_export(config: T5Config) -> tuple[TensorMap, dict[str, Any]]:
     """Return the map of the tensors to write, and the content of `config.json`."""
-    return {**_names(config), "embedding": Foreign(_EMBEDDINGS[0])}, _their_config(config)
+    return {**_map_encoder(config), "embedding": TensorMapping(_EMBEDDING_NAMES[0])}, _make_their_config(config)
 
 
-def t5_config(folder: str | os.PathLike, *, dtype: str = "float32") -> T5Config:
+def read_t5_config(folder: str | os.PathLike, *, dtype: str = "float32") -> T5Config:
     """Read the config of a folder's encoder, without its weights and with the defaults of `transformers`.
 
     Raises:
       MissingError: the config does not exist.
       UserError: the model type or a setting is not supported.
     """
-    path = model_folder(folder, "text_encoder") / "config.json"
-    kind, theirs = transformers_config(path, "T5 encoders", T5_KINDS)
+    path = find_model_folder(folder, "text_encoder") / "config.json"
+    kind, theirs = read_transformers_config(path, "T5 encoders", T5_MODEL_TYPES)
     if theirs.feed_forward_proj not in ("gated-gelu", "relu"):
         raise UserError(f"{path} has feed_forward_proj={theirs.feed_forward_proj!r}. Supported are gated-gelu and relu")
     return T5Config(
@@ -106,7 +108,7 @@ def t5_config(folder: str | os.PathLike, *, dtype: str = "float32") -> T5Config:
         activation=theirs.feed_forward_proj,
         buckets=theirs.relative_attention_num_buckets,
         max_distance=theirs.relative_attention_max_distance,
-        position_bias=_BIASES[kind],
+        position_bias=_POSITION_BIASES[kind],
         eps=theirs.layer_norm_epsilon,
         dtype=dtype,
     )
@@ -129,42 +131,42 @@ def save_text_encoder(
       dtype: dtype of all tensors in the file; None keeps theirs.
       shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
-    names, document = t5_written(config)
-    write_foreign(folder, "model", names, params, dtype=dtype, shard_bytes=shard_bytes)
+    names, document = make_t5_export(config)
+    write_params(folder, "model", names, params, dtype=dtype, shard_bytes=shard_bytes)
     write_json(Path(folder) / "config.json", document)
 
 
-def _names(config: T5Config) -> Names:
+def _map_encoder(config: T5Config) -> TensorMap:
     """Return the map of all parameters except the embedding."""
-    names = {"norm/scale": Foreign(_NORM)}
+    names = {"norm/scale": TensorMapping(_FINAL_NORM)}
     per_layer = dict(_PER_LAYER)
     if config.activation == "relu":
         del per_layer["gate/kernel"]
         per_layer["up/kernel"] = _UNGATED_UP
     if config.position_bias == "shared":
-        names["position/table"] = Foreign(f"encoder.block.0.{per_layer.pop('position/table')}")
+        names["position/table"] = TensorMapping(f"encoder.block.0.{per_layer.pop('position/table')}")
     for path, name in per_layer.items():
         pattern = "o i -> i o" if path.endswith("kernel") else ""
-        names[f"blocks/{path}"] = Foreign(f"encoder.block.{{}}.{name}", pattern, layers=config.layers)
+        names[f"blocks/{path}"] = TensorMapping(f"encoder.block.{{}}.{name}", pattern, layers=config.layers)
     return names
 
 
-def _embedding_name(tensors: TensorFolder) -> str:
+def _find_embedding_name(tensors: TensorFolder) -> str:
     """Return the name of the token embedding in a folder.
 
     Raises:
       UserError: it has both names, with different values.
     """
-    present = [name for name in _EMBEDDINGS if name in tensors.shapes]
+    present = [name for name in _EMBEDDING_NAMES if name in tensors.shapes]
     if len(present) == 2 and not np.array_equal(tensors.read(present[0]), tensors.read(present[1])):
         raise UserError(
             f"{tensors.folder} has different values in {' and '.join(present)}, which are one tensor. Remove one"
         )
-    return present[0] if present else _EMBEDDINGS[0]
+    return present[0] if present else _EMBEDDING_NAMES[0]
 
 
-def _their_config(config: T5Config) -> dict[str, Any]:
-    kind = next(kind for kind, bias in _BIASES.items() if bias == config.position_bias)
+def _make_their_config(config: T5Config) -> dict[str, Any]:
+    kind = next(kind for kind, bias in _POSITION_BIASES.items() if bias == config.position_bias)
     return {
         "architectures": [f"{kind.upper()}EncoderModel"],
         "model_type": kind,

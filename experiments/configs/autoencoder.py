@@ -25,17 +25,17 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.data.augmentation import Augmentation
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
-from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
-AUGMENT = Augmentation(turned=True, composites=0.35)
+AUGMENTATION = Augmentation(transpose=True, composite_prob=0.35)
 
 EXPERIMENT = Experiment(
     name="autoencoder",
-    data=Data(max_pixels=192 * 256, max_frames=17, stretches=4),
+    data=DataConfig(max_pixels=192 * 256, max_frames=17, clips_per_video=4),
     autoencoder=AutoencoderTraining(
         model=PatchVaeConfig(
             stride=Grid(4, 8, 8),
@@ -43,18 +43,18 @@ EXPERIMENT = Experiment(
             width=192,
             blocks=3,
             preactivated=True,
-            start_std=0.01,
+            init_std=0.01,
             bfloat16=True,
         ),
         windows=(
-            WindowConfig(size=Grid(9, 64, 64), batch=8, augment=AUGMENT),
-            WindowConfig(size=Grid(17, 64, 64), batch=5, augment=AUGMENT),
+            WindowConfig(size=Grid(9, 64, 64), batch=8, augment=AUGMENTATION),
+            WindowConfig(size=Grid(17, 64, 64), batch=5, augment=AUGMENTATION),
         ),
         optimizer=OptimizerConfig(
             kind="muon",
             learning_rate=2e-3,
-            matrix_scale=0.5,
-            matrices=("coder",),
+            muon_rms=0.5,
+            muon_patterns=("coder",),
             b2=0.95,
             weight_decay=0.1,
             schedule="cosine",
@@ -67,7 +67,7 @@ EXPERIMENT = Experiment(
     denoiser=DenoiserTraining(
         dit=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
         text=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
-        rows=RowShape(tokens=960, text=512, segments=8),
+        rows=PackedShape(tokens=960, text=512, segments=8),
         batch=4,
         optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50),
         steps=400,

@@ -16,19 +16,19 @@ The following numbers are computed from shapes and from XLA's count for the lowe
 200,000 steps take about 6×10^19 FLOP, with twice as many clips per step as there.
 """
 
-from dit_video.autoencoders import Adversarial, AutoencoderObjective, CausalVaeConfig, LeCam
+from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig, LeCam
 from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
-from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 BATCH = 16
 
 EXPERIMENT = Experiment(
     name="autoencoder-4x16x16",
-    data=Data(max_pixels=256 * 256, max_frames=17, fps=16.0, stretches=4),
+    data=DataConfig(max_pixels=256 * 256, max_frames=17, fps=16.0, clips_per_video=4),
     autoencoder=AutoencoderTraining(
         model=CausalVaeConfig(channels=48, width=128, patch=2, shortcuts=True, bfloat16=True, remat=True),
         windows=(
@@ -42,14 +42,14 @@ EXPERIMENT = Experiment(
         steps=200_000,
         loss=AutoencoderObjective(
             kl=1e-6,
-            adversarial=Adversarial(start=100_000, regulariser=LeCam()),
+            adversarial=AdversarialConfig(start_step=100_000, regulariser=LeCam()),
         ),
         ema_decay=0.999,
     ),
     denoiser=DenoiserTraining(
         dit=DitConfig(channels=48, context_width=512, width=768, layers=12, heads=12),
         text=ByteEncoderConfig(width=512, layers=6, max_tokens=256),
-        rows=RowShape(tokens=2560, text=2048, segments=16),
+        rows=PackedShape(tokens=2560, text=2048, segments=16),
         batch=16,
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup=1000),
         steps=200_000,

@@ -13,19 +13,19 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
     name="clips",
-    data=Data(
+    data=DataConfig(
         max_pixels=96 * 128,
         max_frames=17,
         fps=8.0,
-        stretches=4,
+        clips_per_video=4,
     ),
     autoencoder=AutoencoderTraining(
         model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=4),
@@ -37,7 +37,7 @@ EXPERIMENT = Experiment(
     denoiser=DenoiserTraining(
         dit=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
         text=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
-        rows=RowShape(tokens=480, text=512, segments=8),
+        rows=PackedShape(tokens=480, text=512, segments=8),
         batch=4,
         optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50),
         steps=400,

@@ -22,20 +22,22 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
     name="inflation",
-    data=Data(max_pixels=256 * 256, max_frames=9, fps=8.0),
+    data=DataConfig(max_pixels=256 * 256, max_frames=9, fps=8.0),
     autoencoder=AutoencoderTraining(
         model=InflatedConfig(
-            image=ImageVaeConfig(channels=16, moments=False, latents=False, levels=ImageLevels(bfloat16=True))
+            image=ImageVaeConfig(
+                channels=16, use_quant_conv=False, use_post_quant_conv=False, levels=ImageLevels(bfloat16=True)
+            )
         ),
-        start="FLUX/vae",
+        init_from="FLUX/vae",
         windows=(WindowConfig(size=Grid(9, 256, 256), batch=8), WindowConfig(size=Grid(9, 192, 320), batch=8)),
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup=500, trainable=("/temporal/",)),
         steps=20_000,
@@ -45,7 +47,7 @@ EXPERIMENT = Experiment(
     denoiser=DenoiserTraining(
         dit=DitConfig(channels=16, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
         text=ByteEncoderConfig(width=256, layers=4, heads=4, max_tokens=256),
-        rows=RowShape(tokens=4608, text=1024, segments=16),
+        rows=PackedShape(tokens=4608, text=1024, segments=16),
         batch=16,
         optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=500, weight_decay=0.01),
         steps=50_000,

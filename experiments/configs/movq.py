@@ -15,21 +15,21 @@ bfloat16, as configured here, two devices with 80 GB are more than enough. The d
 starting point.
 """
 
-from dit_video.autoencoders import Adversarial, AutoencoderObjective, CausalVaeConfig, CodebookConfig, VqConfig
+from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig, CodebookConfig, VqConfig
 from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training.losses.codebook import CodebookLearning
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
     name="movq",
-    data=Data(max_pixels=256 * 256, max_frames=17, fps=8.0),
+    data=DataConfig(max_pixels=256 * 256, max_frames=17, fps=8.0),
     autoencoder=AutoencoderTraining(
         model=VqConfig(
             network=CausalVaeConfig(channels=16, width=64, bfloat16=True),
@@ -39,14 +39,14 @@ EXPERIMENT = Experiment(
         windows=(WindowConfig(size=Grid(9, 128, 128), batch=16), WindowConfig(size=Grid(1, 256, 256), batch=32)),
         optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup=1000),
         steps=100_000,
-        loss=AutoencoderObjective(kl=0.0, adversarial=Adversarial(start=20_000)),
+        loss=AutoencoderObjective(kl=0.0, adversarial=AdversarialConfig(start_step=20_000)),
         codebook=CodebookLearning(decay=0.99, restart_after=200),
         ema_decay=0.999,
     ),
     denoiser=DenoiserTraining(
         dit=DitConfig(channels=8, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
         text=ByteEncoderConfig(width=256, layers=4, heads=4, max_tokens=256),
-        rows=RowShape(tokens=2560, text=1024, segments=16),
+        rows=PackedShape(tokens=2560, text=1024, segments=16),
         batch=16,
         optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=500, weight_decay=0.01),
         steps=50_000,

@@ -9,33 +9,33 @@ from dit_video.data.synthetic import shapes
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import ShapesEvaluation
-from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
-CLIPS = 4000
-HELD_OUT = 24
+NUM_CLIPS = 4000
+NUM_HELD_OUT = 24
 """Number of clips, the last ones, that are not trained on but reconstructed for the report."""
 
 
-def clips(*, brief: bool = False) -> int:
+def count_clips(*, brief: bool = False) -> int:
     """Return the number of clips to render."""
-    return 200 if brief else CLIPS
+    return 200 if brief else NUM_CLIPS
 
 
-def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
+def make_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
     """Return the experiment with a seed; `brief` makes it a smoke test of one minute that learns too little."""
-    count = clips(brief=brief)
+    count = count_clips(brief=brief)
     autoencoder_steps, denoiser_steps = (60, 60) if brief else (1500, 2400)
     return Experiment(
         name="shapes",
         seed=seed,
-        data=Data(
+        data=DataConfig(
             max_pixels=32 * 48,
             max_frames=17,
-            held_out=tuple(shapes.file_name(index, seed=seed) for index in range(count - HELD_OUT, count)),
+            held_out=tuple(shapes.get_file_name(index, seed=seed) for index in range(count - NUM_HELD_OUT, count)),
         ),
         autoencoder=AutoencoderTraining(
             model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=72, blocks=2),
@@ -51,10 +51,10 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
         denoiser=DenoiserTraining(
             dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
             text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
-            rows=RowShape(tokens=120, text=224, segments=12),
+            rows=PackedShape(tokens=120, text=224, segments=12),
             batch=8,
             optimizer=OptimizerConfig(
-                kind="muon", learning_rate=3e-3, matrix_scale=0.5, schedule="wsd", warmup=50, b2=0.99
+                kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99
             ),
             steps=denoiser_steps,
             objective=FlowMatching(process=RectifiedFlow(shift=5.0), times=LogitNormal()),
@@ -66,4 +66,4 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
     )
 
 
-EXPERIMENT = experiment()
+EXPERIMENT = make_experiment()

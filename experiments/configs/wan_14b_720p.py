@@ -16,22 +16,22 @@ from dit_video.autoencoders import CausalVaeConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
-from dit_video.experiment import Data, DenoiserTraining, Experiment, GivenAutoencoder
+from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder
 from dit_video.generation import Sampling
 from dit_video.text import FrozenTextConfig
-from dit_video.tokens import RowShape
+from dit_video.tokens import PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 WAN = "Wan2.1-T2V-14B-Diffusers"
 
 EXPERIMENT = Experiment(
     name="wan_14b_720p",
-    data=Data(max_pixels=720 * 1280, max_frames=81, fps=16.0, workers=8),
-    autoencoder=GivenAutoencoder(model=CausalVaeConfig.wan21(), folder=f"{WAN}/vae"),
+    data=DataConfig(max_pixels=720 * 1280, max_frames=81, fps=16.0, workers=8),
+    autoencoder=PretrainedAutoencoder(model=CausalVaeConfig.wan21(), folder=f"{WAN}/vae"),
     denoiser=DenoiserTraining(
         dit=WanDitConfig.t2v_14b(dtype="bfloat16", remat="attention"),
         text=FrozenTextConfig(folder=WAN, width=4096, max_tokens=512, dtype="bfloat16", cleaned=True),
-        rows=RowShape(tokens=75_776, text=2048, segments=4),
+        rows=PackedShape(tokens=75_776, text=2048, segments=4),
         batch=32,
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup=2000, b2=0.95, weight_decay=0.01),
         steps=100_000,

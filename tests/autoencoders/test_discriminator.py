@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.autoencoders import Adversarial
-from dit_video.nn import graph_of, init_params
+from dit_video.autoencoders import AdversarialConfig
+from dit_video.nn import get_graph_def, init_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIG = Adversarial(width=4, layers=2)
+CONFIG = AdversarialConfig(width=4, layers=2)
 PARAMS = jax.jit(init_params, static_argnums=0)(CONFIG.make, jax.random.key(0))
 CLIP = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 5, 12, 8, 3)), jnp.float32)
 
 
 @jax.jit
 def judge(pixels):
-    return nnx.merge(graph_of(CONFIG.make), PARAMS)(pixels)
+    return nnx.merge(get_graph_def(CONFIG.make), PARAMS)(pixels)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from flax import nnx
 from dit_video.autoencoders import Autoencoder, AutoencoderConfig, ImageLevels, ImageVaeConfig
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.core.trees import flatten, size
-from dit_video.nn import graph_of, param_shapes
+from dit_video.core.trees import count_values, flatten
+from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
 from support.rough import rough_params
 
@@ -26,7 +26,7 @@ SIDE = CONFIG.stride.h
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="config")
 def call(method, params, *arrays, config=CONFIG):
-    return getattr(nnx.merge(graph_of(config.make), params), method)(*arrays)
+    return getattr(nnx.merge(get_graph_def(config.make), params), method)(*arrays)
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +106,18 @@ def test_bfloat16_is_close_and_float32_outside(params):
 def test_the_open_models():
     stable, flux = ImageVaeConfig.stable_diffusion(), ImageVaeConfig.flux()
     assert stable.stride == flux.stride == Grid(1, 8, 8)
-    assert size(param_shapes(stable.make)) == 83_653_863 + 8  # diffusers counts no normalisation
-    assert (flux.channels, flux.moments, flux.latents) == (16, False, False)
+    assert count_values(get_param_shapes(stable.make)) == 83_653_863 + 8  # diffusers counts no normalisation
+    assert (flux.channels, flux.use_quant_conv, flux.use_post_quant_conv) == (16, False, False)
     assert isinstance(stable, AutoencoderConfig)
     assert isinstance(nnx.eval_shape(lambda: CONFIG.make(nnx.Rngs(0))), Autoencoder)
 
 
 def test_attention_is_where_it_is_asked_for():
     levels = ImageLevels(widths=(4, 8), groups=2, middle_attention=False)
-    plain = param_shapes(ImageVaeConfig(levels=levels, moments=False, latents=False).make)
+    plain = get_param_shapes(ImageVaeConfig(levels=levels, use_quant_conv=False, use_post_quant_conv=False).make)
     assert set(plain) == {"encoder", "decoder", "normalizer"}
     assert not [path for path in flatten(plain) if "attention" in path]
-    some = [path for path in flatten(param_shapes(CONFIG.make)) if "attentions/" in path and "query/kernel" in path]
+    some = [path for path in flatten(get_param_shapes(CONFIG.make)) if "attentions/" in path and "query/kernel" in path]
     assert some == [
         "decoder/levels/1/attentions/0/query/kernel",
         "decoder/levels/1/attentions/1/query/kernel",

@@ -23,7 +23,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.pixels import to_float
 from dit_video.core.trees import flatten
-from dit_video.nn import graph_of, param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
 from support.rough import rough_params
 
@@ -45,7 +45,7 @@ def inflated(image):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def call(config, method, params, *arrays):
-    return getattr(nnx.merge(graph_of(config.make), params), method)(*arrays)
+    return getattr(nnx.merge(get_graph_def(config.make), params), method)(*arrays)
 
 
 def test_it_starts_as_the_image_autoencoder_frame_by_frame(image, inflated):
@@ -113,10 +113,10 @@ def test_what_it_is(inflated):
     assert config.last_layer == "decoder/levels/1/temporal/1/conv_out/kernel"
     assert config.last_layer in flatten(params)
     assert isinstance(config, AutoencoderConfig)
-    assert isinstance(nnx.merge(graph_of(config.make), params), Autoencoder)
+    assert isinstance(nnx.merge(get_graph_def(config.make), params), Autoencoder)
     assert config_json.from_json(config_json.to_json(config)) == config
-    assert jax.tree.structure(params) == jax.tree.structure(param_shapes(config.make))
-    wide = flatten(param_shapes(InflatedConfig(image=IMAGE, span=5).make))
+    assert jax.tree.structure(params) == jax.tree.structure(get_param_shapes(config.make))
+    wide = flatten(get_param_shapes(InflatedConfig(image=IMAGE, kernel_size=5).make))
     assert wide[config.last_layer].shape == (5, 1, 1, 4, 4)
 
 
@@ -132,9 +132,9 @@ def test_parameters_of_another_model(image):
     ("make", "message"),
     [
         (lambda: InflatedConfig(image=CausalVaeConfig()), "CausalVaeConfig has a temporal stride of 4"),
-        (lambda: InflatedConfig(image=IMAGE, span=1), "kernel_size=1 .*at least 2"),
+        (lambda: InflatedConfig(image=IMAGE, kernel_size=1), "kernel_size=1 .*at least 2"),
         (
-            lambda: graph_of(InflatedConfig(image=PatchVaeConfig(stride=Grid(1, 4, 4), channels=3, width=4)).make),
+            lambda: get_graph_def(InflatedConfig(image=PatchVaeConfig(stride=Grid(1, 4, 4), channels=3, width=4)).make),
             "PatchVaeConfig .*no decoder of images.*ImageVaeConfig",
         ),
     ],

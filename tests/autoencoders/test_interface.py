@@ -25,7 +25,7 @@ from dit_video.autoencoders import (
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.nn import graph_of, param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
 
 STRIDE = Grid(4, 8, 16)
@@ -93,7 +93,7 @@ def test_every_kind_keeps_the_interface(name):
     config = KINDS[name]
     assert isinstance(config, AutoencoderConfig)
     assert isinstance(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))), Autoencoder)
-    shapes, graph = param_shapes(config.make), graph_of(config.make)
+    shapes, graph = get_param_shapes(config.make), get_graph_def(config.make)
     assert config.last_layer in flatten(shapes)
     latents = Grid(3, 2, 3)
     clip = jax.ShapeDtypeStruct((2, *clip_grid(latents, config.stride), 3), jnp.float32)

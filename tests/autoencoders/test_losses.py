@@ -10,13 +10,13 @@ from dit_video.autoencoders import losses
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MEASURES = (
-    losses.absolute,
-    losses.squared,
-    losses.logarithmic,
-    losses.charbonnier,
-    losses.pyramid,
-    losses.frequency,
-    losses.temporal,
+    losses.absolute_error,
+    losses.squared_error,
+    losses.log_squared_error,
+    losses.charbonnier_loss,
+    losses.pyramid_loss,
+    losses.frequency_loss,
+    losses.temporal_loss,
 )
 
 
@@ -40,7 +40,7 @@ def test_one_value_a_clip_for_any_size_with_finite_gradients(measure, size):
     assert value.shape == (2,)
     assert np.isfinite(value).all()
     assert np.isfinite(gradient).all()
-    still = measure is losses.temporal and size[0] == 1
+    still = measure is losses.temporal_loss and size[0] == 1
     assert (np.abs(gradient).max() > 0) == (not still)
 
 
@@ -56,22 +56,22 @@ def test_a_clip_s_value_is_its_own_and_without_error_it_is_zero(measure):
 
 def test_the_errors_of_pixels():
     error = jnp.full((1, 2, 3, 4, 3), -0.5, jnp.float32)
-    assert losses.absolute(error)[0] == pytest.approx(0.5)
-    assert losses.squared(error)[0] == pytest.approx(0.25)
-    assert losses.charbonnier(error, epsilon=1.2)[0] == pytest.approx(1.3)
+    assert losses.absolute_error(error)[0] == pytest.approx(0.5)
+    assert losses.squared_error(error)[0] == pytest.approx(0.25)
+    assert losses.charbonnier_loss(error, epsilon=1.2)[0] == pytest.approx(1.3)
 
 
 def test_a_logarithm_counts_a_tenth_less_error_the_same_in_every_clip():
     sizes = jnp.asarray([0.1, 0.8], jnp.float32)[:, None, None, None, None] * jnp.ones((2, 2, 3, 4, 3))
-    better = losses.logarithmic(sizes) - losses.logarithmic(sizes * np.float32(np.sqrt(0.9)))
-    np.testing.assert_allclose(better, -losses.LOGARITHMIC_FLOOR * np.log(0.9), rtol=0.04)
+    better = losses.log_squared_error(sizes) - losses.log_squared_error(sizes * np.float32(np.sqrt(0.9)))
+    np.testing.assert_allclose(better, -losses.LOG_FLOOR * np.log(0.9), rtol=0.04)
     small = jnp.full((1, 2, 3, 4, 3), 1e-4, jnp.float32)  # below the floor it is the squared error
-    np.testing.assert_allclose(losses.logarithmic(small), losses.squared(small), rtol=1e-4)
+    np.testing.assert_allclose(losses.log_squared_error(small), losses.squared_error(small), rtol=1e-4)
 
 
 def test_a_pyramid_of_a_constant_error_is_its_last_level():
     error = jnp.full((1, 1, 16, 16, 3), 0.25, jnp.float32)
-    np.testing.assert_allclose(losses.pyramid(error), [0.25], rtol=1e-6)
+    np.testing.assert_allclose(losses.pyramid_loss(error), [0.25], rtol=1e-6)
 
 
 def test_a_pyramid_adds_what_its_levels_leave():
@@ -83,7 +83,7 @@ def test_a_pyramid_adds_what_its_levels_leave():
         padded = np.pad(blurred, [(2, 2) if dim == axis else (0, 0) for dim in range(5)], mode="edge")
         blurred = sum(tap * np.take(padded, range(at, at + error.shape[axis]), axis) for at, tap in enumerate(taps))
     expected = np.abs(error - blurred).mean() + np.abs(blurred[:, :, ::2, ::2]).mean()
-    np.testing.assert_allclose(jax.jit(functools.partial(losses.pyramid, levels=2))(error), [expected], rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(functools.partial(losses.pyramid_loss, levels=2))(error), [expected], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (5, 8), (8, 5), (6, 2)])
@@ -92,17 +92,17 @@ def test_frequencies_are_those_of_the_fast_transform(height, width):
     power = np.abs(np.fft.fft2(error, axes=(2, 3), norm="ortho")) ** 2
     weight = np.sqrt(power / power.max(axis=(2, 3), keepdims=True))
     expected = (weight * power).mean(axis=(1, 2, 3, 4))
-    np.testing.assert_allclose(jax.jit(losses.frequency)(error), expected, rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(losses.frequency_loss)(error), expected, rtol=1e-4)
 
 
 def test_frequencies_without_focus_are_the_squared_error():
     np.testing.assert_allclose(
-        jax.jit(functools.partial(losses.frequency, focus=0.0))(ERROR), losses.squared(ERROR), rtol=1e-5
+        jax.jit(functools.partial(losses.frequency_loss, focus=0.0))(ERROR), losses.squared_error(ERROR), rtol=1e-5
     )
 
 
 def test_the_focus_has_no_gradient_of_its_own():
-    gradient = with_gradient(losses.frequency)(ERROR)[1]
+    gradient = with_gradient(losses.frequency_loss)(ERROR)[1]
     spectrum = np.fft.fft2(ERROR, axes=(2, 3), norm="ortho")
     weight = np.abs(spectrum) / np.abs(spectrum).max(axis=(2, 3), keepdims=True)
     expected = 2 * np.fft.ifft2(weight * spectrum, axes=(2, 3), norm="ortho").real / ERROR[0].size
@@ -112,6 +112,6 @@ def test_the_focus_has_no_gradient_of_its_own():
 def test_what_flickers_is_seen_by_the_temporal_measure_alone():
     still = jnp.full((1, 4, 2, 2, 3), 0.5, jnp.float32)
     flickering = still * jnp.asarray([1.0, -1, 1, -1])[:, None, None, None]
-    assert losses.absolute(still) == losses.absolute(flickering)
-    assert losses.temporal(still)[0] == 0
-    assert losses.temporal(flickering)[0] == 1
+    assert losses.absolute_error(still) == losses.absolute_error(flickering)
+    assert losses.temporal_loss(still)[0] == 0
+    assert losses.temporal_loss(flickering)[0] == 1

@@ -20,8 +20,8 @@ def test_the_parts_are_weighed_and_named():
     value, parts = jax.jit(objective.compare)(DECODED, ORIGINAL)
     assert parts.keys() == {"absolute", "charbonnier", "frequency", "temporal"}
     error = DECODED - ORIGINAL
-    expected = 0.5 * losses.absolute(error) + 2 * losses.charbonnier(error)
-    expected += 3 * losses.frequency(error) + 0.25 * losses.temporal(error)
+    expected = 0.5 * losses.absolute_error(error) + 2 * losses.charbonnier_loss(error)
+    expected += 3 * losses.frequency_loss(error) + 0.25 * losses.temporal_loss(error)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 

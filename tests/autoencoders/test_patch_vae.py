@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.autoencoders import PatchVaeConfig, Posterior, fit_linear, from_patches, start_from_linear, to_patches
+from dit_video.autoencoders import PatchVaeConfig, Posterior, fit_linear, from_patches, init_from_linear, to_patches
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
 from support.rough import rough_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PLAIN = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=2)
-CONFIGS = {"plain": PLAIN, "preactivated": dataclasses.replace(PLAIN, preactivated=True, start_std=0.01)}
+CONFIGS = {"plain": PLAIN, "preactivated": dataclasses.replace(PLAIN, preactivated=True, init_std=0.01)}
 CLIPS = np.tanh(np.random.default_rng(0).normal(size=(2, 7, 6, 8, 3)).cumsum(axis=2)).astype(np.float32)
 
 
@@ -42,7 +42,7 @@ class Model:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _call(config, method, params, *arrays):
-    return getattr(nnx.merge(graph_of(config.make), params), method)(*arrays)
+    return getattr(nnx.merge(get_graph_def(config.make), params), method)(*arrays)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -123,11 +123,11 @@ def test_a_start_from_principal_components_is_the_linear_autoencoder(model):
     linear = fit_linear([CLIPS], stride=model.config.stride, channels=model.config.channels)
     # What decides is that the networks' outputs are zero at first.
     fresh = jax.jit(init_params, static_argnums=0)(dataclasses.replace(model.config, blocks=0).make, jax.random.key(0))
-    params = start_from_linear(
+    params = init_from_linear(
         model.params | fresh | {name: model.params[name] for name in ("encoder", "decoder")}, linear
     )
     assert {path: leaf.shape for path, leaf in flatten(params).items()} == {
-        path: leaf.shape for path, leaf in flatten(param_shapes(model.config.make)).items()
+        path: leaf.shape for path, leaf in flatten(get_param_shapes(model.config.make)).items()
     }
     latents = model.call("encode", params, CLIPS)
     assert np.sqrt(np.square(latents).mean()) == pytest.approx(1, rel=1e-3)
@@ -135,7 +135,7 @@ def test_a_start_from_principal_components_is_the_linear_autoencoder(model):
     np.testing.assert_allclose(model.call("decode", params, latents), expected, atol=1e-5)
     # It stands before training: what the network learns is a change of this.
     assert np.exp(0.5 * model.call("posterior", params, CLIPS).log_variance).max() == pytest.approx(
-        model.config.start_std, rel=1e-3
+        model.config.init_std, rel=1e-3
     )
 
 
@@ -145,7 +145,7 @@ def test_convolutions_in_bfloat16_change_what_is_rounded_alone(model):
     assert latents.dtype == jnp.float32
     difference = np.abs(latents - model.latents)
     assert 0 < difference.mean() < 0.01 * np.std(model.latents)
-    assert param_shapes(config.make) == param_shapes(model.config.make)  # float32
+    assert get_param_shapes(config.make) == get_param_shapes(model.config.make)  # float32
 
 
 def test_a_sample_of_the_posterior():
@@ -171,4 +171,4 @@ def test_a_clip_that_does_not_fit(model):
 
 def test_a_start_that_the_posterior_cannot_have():
     with pytest.raises(UserError, match=r"init_std=0.001 .* 0.0025 to 2.7"):
-        PatchVaeConfig(start_std=0.001)
+        PatchVaeConfig(init_std=0.001)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from dit_video.autoencoders import Codebook, CodebookConfig
-from dit_video.autoencoders.quantizer import nearest
+from dit_video.autoencoders.quantizer import find_nearest_codes
 from dit_video.core.errors import UserError
 
 DRAW = np.random.default_rng(0)
@@ -26,20 +26,22 @@ def test_the_nearest_of_all_codes_whatever_the_chunk(chunk):
     latents = DRAW.normal(size=(2, 3, 5, 3)).astype(np.float32)
     distances = np.square(latents[..., None, :] - codes).sum(axis=-1)
     np.testing.assert_array_equal(
-        nearest(jnp.asarray(latents), jnp.asarray(codes), chunk=chunk), distances.argmin(axis=-1)
+        find_nearest_codes(jnp.asarray(latents), jnp.asarray(codes), chunk=chunk), distances.argmin(axis=-1)
     )
 
 
 def test_the_first_of_equal_codes():
     codes = jnp.ones((7, 2))
     for chunk in (2, 7):
-        assert (np.asarray(nearest(jnp.zeros((4, 2)), codes, chunk=chunk)) == 0).all()
+        assert (np.asarray(find_nearest_codes(jnp.zeros((4, 2)), codes, chunk=chunk)) == 0).all()
 
 
 def test_memory_grows_with_the_chunk_and_not_with_the_codes():
     def temporary(codes, chunk):
         shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4096, 4), (codes, 4))]
-        compiled = jax.jit(lambda latents, codes: nearest(latents, codes, chunk=chunk)).lower(*shapes).compile()
+        compiled = (
+            jax.jit(lambda latents, codes: find_nearest_codes(latents, codes, chunk=chunk)).lower(*shapes).compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(4096, 4096) > 4096**2 * 4
@@ -53,10 +55,10 @@ def test_a_quantised_latent_is_its_code_and_passes_gradients_on():
     found = codes(latents)
     np.testing.assert_array_equal(found.indices.reshape(-1), [1, 0])
     np.testing.assert_allclose(found.vectors.reshape(2, 2), [[4, 0], [0, 0]], atol=1e-6)
-    assert found.commitment.shape == (1,)
+    assert found.commitment_loss.shape == (1,)
     # Squared distances 1 + 1 and 0.25 + 1, over four values.
-    np.testing.assert_allclose(found.commitment, [3.25 / 4])
-    np.testing.assert_array_equal(found.commitment, found.attraction)
+    np.testing.assert_allclose(found.commitment_loss, [3.25 / 4])
+    np.testing.assert_array_equal(found.commitment_loss, found.codebook_loss)
     weights = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
     graph, _ = nnx.split(codes)
 
@@ -64,7 +66,9 @@ def test_a_quantised_latent_is_its_code_and_passes_gradients_on():
         def value(latents, codes):
             quantized = nnx.merge(graph, {"codes": codes})(latents)
             values = {"vectors": quantized.vectors.reshape(2, 2) * weights}
-            return {**values, "commitment": quantized.commitment, "attraction": quantized.attraction}[part].sum()
+            return {**values, "commitment": quantized.commitment_loss, "attraction": quantized.codebook_loss}[
+                part
+            ].sum()
 
         return jax.grad(value, argnums=(0, 1))(latents, codes.codes[...])
 
@@ -86,7 +90,7 @@ def test_spherical_codes_are_compared_by_their_direction():
     np.testing.assert_array_equal(found.indices.reshape(-1)[:2], [1, 0])
     np.testing.assert_allclose(found.vectors.reshape(3, 2)[:2], [[0, 1], [1, 0]], atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(found.latents.reshape(3, 2)[:2], axis=-1), 1, rtol=1e-6)
-    gradient = jax.grad(lambda x: codes(x).commitment.sum())(latents)
+    gradient = jax.grad(lambda x: codes(x).commitment_loss.sum())(latents)
     assert np.isfinite(gradient).all()
 
 
@@ -95,7 +99,7 @@ def test_indices_and_back():
     indices = np.asarray([[4, 0], [2, 2]], np.int32).reshape(1, 1, 2, 2)
     vectors = codes.look_up(indices)
     np.testing.assert_array_equal(vectors, np.asarray(codes.codes[...])[indices])
-    np.testing.assert_array_equal(codes.nearest(vectors), indices)
+    np.testing.assert_array_equal(codes.find_nearest(vectors), indices)
 
 
 @pytest.mark.parametrize("wrong", [5, -1])

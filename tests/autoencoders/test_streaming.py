@@ -18,14 +18,14 @@ from dit_video.autoencoders import (
     decode_stream,
     encode_stream,
     fit_linear,
-    start_from_linear,
+    init_from_linear,
+    measure_tiling_error,
     streaming,
-    tiling_error,
 )
-from dit_video.autoencoders.tiling import cut, weights
+from dit_video.autoencoders.tiling import compute_blend_weights, cut_tiles
 from dit_video.core import pixels
 from dit_video.core.errors import UserError
-from dit_video.nn import graph_of, init_params
+from dit_video.nn import get_graph_def, init_params
 from dit_video.tokens import Grid
 from support.devices import check_on_eight_devices
 from support.rough import rough_params
@@ -47,7 +47,7 @@ def setting(name):
     """Config, parameters, and the clip's latents and frames when it is taken whole."""
     config = CONFIGS[name]
     params = rough_params(config.make)
-    graph = graph_of(config.make)
+    graph = get_graph_def(config.make)
     latents = jax.jit(lambda params, x: nnx.merge(graph, params).encode(x))(params, pixels.to_float(FRAMES))
     decoded = jax.jit(lambda params, x: nnx.merge(graph, params).decode(x))(params, latents)
     return config, params, np.asarray(latents), pixels.to_uint8(np.asarray(decoded))
@@ -82,19 +82,19 @@ def test_two_programs_for_any_length():
     params = rough_params(other.make)
     for length in (1, 2, 3, 5):
         list(decode_stream(other, params, latents[:, :length], chunk=2))
-    assert streaming._program(other, "decode")._cache_size() == 2
+    assert streaming._jit_method(other, "decode")._cache_size() == 2
 
 
 def test_pixels_go_to_the_device_and_come_from_it_as_uint8(monkeypatch):
     config, params, latents, _ = setting("patches")
-    whole = cut(*latents.shape[2:4], None, config.stride)
-    decoded, _, _ = next(streaming._coded(config, params, [latents[:, :2]], whole, "decode", 2, None))
+    whole = cut_tiles(*latents.shape[2:4], None, config.stride)
+    decoded, _, _ = next(streaming._run_chunks(config, params, [latents[:, :2]], whole, "decode", 2, None))
     assert isinstance(decoded, jax.Array)
     assert decoded.dtype == np.uint8
-    given, run = [], streaming._program(config, "encode")
+    given, run = [], streaming._jit_method(config, "encode")
     monkeypatch.setattr(
         streaming,
-        "_program",
+        "_jit_method",
         lambda *_: lambda params, frames, past: given.append(frames.dtype) or run(params, frames, past),
     )
     list(encode_stream(config, params, iter([FRAMES]), chunk=2))
@@ -124,14 +124,14 @@ def test_frames_and_latents_that_are_none():
 def test_weights_of_tiles_sum_to_one():
     stride = Grid(1, 4, 4)
     for height, width in ((4, 6), (7, 9), (23, 10)):
-        plan = cut(height, width, Tiles(height=20, width=24, overlap=8), stride)
+        plan = cut_tiles(height, width, Tiles(height=20, width=24, overlap=8), stride)
         total = np.zeros((height * 4, width * 4), np.float32)
         for tile in plan:
             rows, columns = (
                 slice(tile.row * 4, (tile.row + tile.height) * 4),
                 slice(tile.column * 4, (tile.column + tile.width) * 4),
             )
-            total[rows, columns] += weights(plan, tile, (4, 4))
+            total[rows, columns] += compute_blend_weights(plan, tile, (4, 4))
         np.testing.assert_allclose(total, 1, atol=1e-6)
         assert len({(tile.height, tile.width) for tile in plan}) == 1
     assert len(plan) == 7 * 2
@@ -163,7 +163,7 @@ def test_tiles_leave_no_seam_on_a_ramp():
     )
     assert tiled.shape == whole.shape
     assert 0 < seam(tiled - whole) < 0.4 * seam(butted - whole)
-    error = tiling_error(config, params, latents, TILES)
+    error = measure_tiling_error(config, params, latents, TILES)
     assert error.largest == pytest.approx(np.abs(tiled - whole).max() / 127.5)
     assert 0 < error.mean < 0.02
 
@@ -173,9 +173,9 @@ def test_a_blend_of_equal_tiles_is_exact():
     _, _, clip, _ = ramp()
     config = CONFIGS["patches"]
     linear = fit_linear([pixels.to_float(clip)], stride=config.stride, channels=config.channels)
-    params = start_from_linear(jax.jit(init_params, static_argnums=0)(config.make, jax.random.key(0)), linear)
+    params = init_from_linear(jax.jit(init_params, static_argnums=0)(config.make, jax.random.key(0)), linear)
     latents = np.concatenate(list(encode_stream(config, params, [clip])), axis=1)
-    assert tiling_error(config, params, latents, TILES).largest <= 1 / 127.5
+    assert measure_tiling_error(config, params, latents, TILES).largest <= 1 / 127.5
 
 
 def test_tiles_of_latents():
@@ -188,7 +188,7 @@ def test_tiles_of_latents():
 def test_a_wider_overlap_is_nearer():
     config, params, _, latents = ramp()
     errors = [
-        tiling_error(config, params, latents, Tiles(height=48, width=48, overlap=overlap)).mean
+        measure_tiling_error(config, params, latents, Tiles(height=48, width=48, overlap=overlap)).mean
         for overlap in (0, 8, 20)
     ]
     assert errors[0] > errors[1] > errors[2] > 0

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 from dit_video.autoencoders import CausalVaeConfig
-from dit_video.autoencoders.blocks import placed
+from dit_video.autoencoders.blocks import make_canvas_segments
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.core.trees import flatten, size
-from dit_video.nn import Memory, graph_of, param_shapes
+from dit_video.core.trees import count_values, flatten
+from dit_video.nn import ConvCache, get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
 from support.rough import rough_params
 
@@ -30,9 +30,9 @@ CONFIGS = {"plain": PLAIN, "shortcuts": SHORTCUTS, "time alone": ODD}
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def call(config, method, params, past, *arrays):
     """A method on a chunk, with what it keeps."""
-    memory = Memory(past)
-    model = nnx.merge(graph_of(config.make), params)
-    return getattr(model, method)(*arrays, memory=memory), memory.kept
+    memory = ConvCache(past)
+    model = nnx.merge(get_graph_def(config.make), params)
+    return getattr(model, method)(*arrays, cache=memory), memory.features
 
 
 @functools.cache
@@ -91,7 +91,7 @@ def test_strides_and_channels_of_any_size(stride, channels, options):
         **options,
     )
     assert config.stride == stride
-    graph, params = graph_of(config.make), param_shapes(config.make)
+    graph, params = get_graph_def(config.make), get_param_shapes(config.make)
     clip = jax.ShapeDtypeStruct((1, 1 + 2 * stride.t, stride.h, 3 * stride.w, 3), jnp.float32)
     latents = jax.eval_shape(lambda params, clip: nnx.merge(graph, params).encode(clip), params, clip)
     assert latents.shape == (1, 3, 1, 3, channels)
@@ -100,8 +100,8 @@ def test_strides_and_channels_of_any_size(stride, channels, options):
 
 
 def test_sizes_of_the_open_models():
-    assert round(size(param_shapes(CausalVaeConfig.wan21().make)) / 1e6) == 127
-    assert round(size(param_shapes(CausalVaeConfig.wan22().make)) / 1e6) == 705
+    assert round(count_values(get_param_shapes(CausalVaeConfig.wan21().make)) / 1e6) == 127
+    assert round(count_values(get_param_shapes(CausalVaeConfig.wan22().make)) / 1e6) == 705
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,9 @@ def test_forms_of_the_convolution_agree(form):
     config, params, clip, latents, _ = setting("plain")
     chosen = dataclasses.replace(config, form=form)
     forms = {
-        part.form for _, part in nnx.iter_modules(nnx.merge(graph_of(chosen.make), params)) if hasattr(part, "form")
+        part.form
+        for _, part in nnx.iter_modules(nnx.merge(get_graph_def(chosen.make), params))
+        if hasattr(part, "form")
     }
     assert forms == {form}
     np.testing.assert_allclose(call(chosen, "encode", params, None, clip)[0], latents, atol=1e-5)
@@ -176,7 +178,7 @@ def squared_error(config, clip):
     """Of the reconstruction of a clip, as a function of the parameters."""
 
     def error(params):
-        model = nnx.merge(graph_of(config.make), params)
+        model = nnx.merge(get_graph_def(config.make), params)
         return jnp.square(model.decode(model.encode(jnp.asarray(clip))) - clip).mean()
 
     return error
@@ -188,7 +190,7 @@ def test_rematerialisation_keeps_less(name):
 
     def kept(config):  # by the backward pass, beside the parameters
         shapes = jax.eval_shape(lambda params: jax.vjp(squared_error(config, clip), params)[1], params)
-        return sum(leaf.size for leaf in jax.tree.leaves(shapes)) - size(params)
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes)) - count_values(params)
 
     assert kept(dataclasses.replace(config, remat=True)) < 0.6 * kept(config)
 
@@ -255,12 +257,12 @@ def test_bad_configs(options, message):
 def test_clips_that_do_not_fit(shape, message):
     config, params, *_ = setting("plain")
     with pytest.raises(UserError, match=message):
-        nnx.merge(graph_of(config.make), params).encode(jnp.zeros(shape))
+        nnx.merge(get_graph_def(config.make), params).encode(jnp.zeros(shape))
 
 
 def test_pixels_of_other_channels():
     with pytest.raises(UserError, match=r"4 channels.* use 3"):
-        placed(jnp.zeros((1, 1, 8, 8, 4)), PLAIN.stride, None, None)
+        make_canvas_segments(jnp.zeros((1, 1, 8, 8, 4)), PLAIN.stride, None, None)
 
 
 def test_a_chunk_that_does_not_fit():

@@ -23,8 +23,8 @@ from dit_video.autoencoders import (
 from dit_video.autoencoders.modulation import Guide, SpatialNorm
 from dit_video.core import config_json, pixels
 from dit_video.core.errors import UserError
-from dit_video.core.trees import flatten, size
-from dit_video.nn import RmsNorm, graph_of, init_params, param_shapes
+from dit_video.core.trees import count_values, flatten
+from dit_video.nn import RmsNorm, get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
 from support.rough import rough_params
 
@@ -42,7 +42,7 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (2, 7, 4, 6, 3), np.uint8)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def call(config, method, params, *arrays):
-    return getattr(nnx.merge(graph_of(config.make), params), method)(*arrays)
+    return getattr(nnx.merge(get_graph_def(config.make), params), method)(*arrays)
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def test_indices_stand_for_the_latents(name):
 
 def test_an_index_out_of_range():
     config, params, _, _, _ = setting("video")
-    model = nnx.merge(graph_of(config.make), params)
+    model = nnx.merge(get_graph_def(config.make), params)
     with pytest.raises(UserError, match=r"index 32 .* 0 to 31.* Use the codebook"):
         model.decode_indices(np.full((1, 1, 2, 3), 32))
 
@@ -121,19 +121,19 @@ def test_latents_modulate_the_frames_and_places_that_they_stand_for():
         expected = norm.norm(x)[0, t, h, w] * norm.scale(latent) + norm.shift(latent)
         np.testing.assert_allclose(whole[0, t, h, w], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(norm(x[:, :1], Guide(latents[:, :1])), whole[:, :1], atol=1e-6)
-    np.testing.assert_allclose(norm(x[:, 1:], Guide(latents[:, 1:], begins=False)), whole[:, 1:], atol=1e-6)
+    np.testing.assert_allclose(norm(x[:, 1:], Guide(latents[:, 1:], is_first=False)), whole[:, 1:], atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "norms"), [("video", 2 * 6 + 2), ("image", 2 * 6 + 2 + 2)])
 def test_codes_modulate_all_norms_of_the_decoder_alone(name, norms):
     """Two norms in each of 6 residual blocks, one in each attention, and the last."""
-    paths = [path.split("/") for path in flatten(param_shapes(CONFIGS[name].make)) if path.endswith("shift/kernel")]
+    paths = [path.split("/") for path in flatten(get_param_shapes(CONFIGS[name].make)) if path.endswith("shift/kernel")]
     assert {path[0] for path in paths} == {"decoder"}
     assert len(paths) == norms
 
 
 def test_the_size_of_kandinskys():
-    assert round(size(param_shapes(VqConfig.kandinsky().make)) / 1e6) == 68
+    assert round(count_values(get_param_shapes(VqConfig.kandinsky().make)) / 1e6) == 68
 
 
 def test_a_fresh_autoencoder_is_finite_and_its_codes_differ():

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dit_video.backbones.dit import DitConfig, JointAttention, Temporal
-from dit_video.backbones.flops import attention_flops, forward_flops, training_flops
+from dit_video.backbones.dit import DitConfig, JointAttention, TemporalLayers
+from dit_video.backbones.flops import count_attention_flops, count_forward_flops, count_training_flops
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
-from dit_video.nn import graph_of, param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.nn.attention import SpaceOnly
 from dit_video.tokens import Grid
 
@@ -22,12 +22,12 @@ MODELS = {
         64,
     ),
     "registers": (DitConfig(channels=16, context_width=256, registers=64, **WIDE), 128, 64),
-    "wan": (WanDitConfig(context_width=256, hidden_width=4096, text_length=64, **WIDE), 192, 64),
+    "wan": (WanDitConfig(context_width=256, mlp_dim=4096, text_length=64, **WIDE), 192, 64),
 }
 
 
 def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
-    graph, shapes = graph_of(config.make), param_shapes(config.make)
+    graph, shapes = get_graph_def(config.make), get_param_shapes(config.make)
 
     def loss(params, row):
         return nnx.merge(graph, params)(**row).sum()
@@ -49,30 +49,33 @@ def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_count_is_xlas(name, backward):
     config, tokens, text = MODELS[name]
-    counted = (training_flops if backward else forward_flops)(config, [tokens], [text])
+    counted = (count_training_flops if backward else count_forward_flops)(config, [tokens], [text])
     assert by_xla(config, tokens, text, backward=backward) == pytest.approx(counted, rel=0.02)
 
 
 def test_clips_of_a_row_do_not_attend_to_each_other():
     config = MODELS["cross"][0]
-    apart, together = (attention_flops(config, clips, texts) for clips, texts in (([8, 8], [4, 4]), ([16], [8])))
+    apart, together = (count_attention_flops(config, clips, texts) for clips, texts in (([8, 8], [4, 4]), ([16], [8])))
     assert together == 2 * apart
-    difference = forward_flops(config, [16], [4]) - 2 * forward_flops(config, [8], [2])
-    conditions = forward_flops(config, [0], [0])
-    assert difference == attention_flops(config, [16], [4]) - 2 * attention_flops(config, [8], [2]) - conditions
+    difference = count_forward_flops(config, [16], [4]) - 2 * count_forward_flops(config, [8], [2])
+    conditions = count_forward_flops(config, [0], [0])
+    assert (
+        difference
+        == count_attention_flops(config, [16], [4]) - 2 * count_attention_flops(config, [8], [2]) - conditions
+    )
 
 
 def test_patterns_count_on_the_grid():
     frames = DitConfig(channels=4, context_width=8, width=48, heads=2, pattern=SpaceOnly())
-    assert attention_flops(frames, [Grid(4, 2, 2)], [0]) == 4 * 48 * frames.layers * 4 * 16
-    both = DitConfig(channels=4, context_width=8, width=48, heads=2, pattern=SpaceOnly(), temporal=Temporal())
-    assert attention_flops(both, [Grid(4, 2, 2)], [0]) == 4 * 48 * both.layers * (4 * 16 + 4 * 16)
+    assert count_attention_flops(frames, [Grid(4, 2, 2)], [0]) == 4 * 48 * frames.layers * 4 * 16
+    both = DitConfig(channels=4, context_width=8, width=48, heads=2, pattern=SpaceOnly(), temporal=TemporalLayers())
+    assert count_attention_flops(both, [Grid(4, 2, 2)], [0]) == 4 * 48 * both.layers * (4 * 16 + 4 * 16)
     with pytest.raises(UserError, match="grid"):
-        forward_flops(frames, [16], [0])
+        count_forward_flops(frames, [16], [0])
 
 
 def test_bad_input():
     with pytest.raises(UserError, match="2 clips need as many texts"):
-        forward_flops(MODELS["wan"][0], [4, 4], [1])
+        count_forward_flops(MODELS["wan"][0], [4, 4], [1])
     with pytest.raises(UserError, match="image_width"):
-        forward_flops(MODELS["wan"][0], [4], [1], images=[3])
+        count_forward_flops(MODELS["wan"][0], [4], [1], images=[3])

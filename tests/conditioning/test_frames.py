@@ -1,12 +1,12 @@
 import numpy as np
 
-from dit_video.conditioning import blanked, folded
+from dit_video.conditioning import fill_unknown_frames, fold_frame_mask
 from dit_video.core.pixels import to_float
 
 
 def test_what_is_not_given_is_grey_and_grey_is_zero():
     first, last = (np.random.default_rng(seed).integers(0, 256, (2, 3, 3), dtype=np.uint8) for seed in range(2))
-    pixels, known = blanked({0: first, 4: last}, 5)
+    pixels, known = fill_unknown_frames({0: first, 4: last}, 5)
     np.testing.assert_array_equal(known, [True, False, False, False, True])
     np.testing.assert_array_equal(pixels[0], first)
     np.testing.assert_array_equal(pixels[4], last)
@@ -16,6 +16,6 @@ def test_what_is_not_given_is_grey_and_grey_is_zero():
 
 def test_a_mask_is_folded_with_the_first_frame_repeated():
     known = np.asarray([True, False, False, True, False, False, False, False, True])
-    np.testing.assert_array_equal(folded(known, 4), [[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]])
-    np.testing.assert_array_equal(folded(known[:1], 4), [[1, 1, 1, 1]])
-    np.testing.assert_array_equal(folded(known[:3], 1), [[1], [0], [0]])
+    np.testing.assert_array_equal(fold_frame_mask(known, 4), [[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]])
+    np.testing.assert_array_equal(fold_frame_mask(known[:1], 4), [[1, 1, 1, 1]])
+    np.testing.assert_array_equal(fold_frame_mask(known[:3], 1), [[1], [0], [0]])

@@ -4,19 +4,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.conditioning import KnownFrames, given_latents, known_tokens
+from dit_video.conditioning import KnownFrames, make_cond_latents, mask_known_tokens
 from dit_video.core.errors import UserError
-from dit_video.tokens import Grid, coordinates, patchify
+from dit_video.tokens import Grid, compute_coordinates, patchify
 
 CLIP, IMAGE = Grid(3, 1, 2), Grid(1, 2, 1)
 SEGMENTS = np.asarray([[1] * 6 + [2] * 2 + [3] * 6 + [0] * 2])
-PLACES = np.concatenate([coordinates(CLIP), coordinates(IMAGE), coordinates(CLIP), np.zeros((2, 3), np.float32)])[None]
+PLACES = np.concatenate(
+    [compute_coordinates(CLIP), compute_coordinates(IMAGE), compute_coordinates(CLIP), np.zeros((2, 3), np.float32)]
+)[None]
 
 
 def test_the_first_frame_of_clips_is_known_and_nothing_of_images():
-    found = known_tokens(SEGMENTS, PLACES, jnp.asarray([[True, True, False]]))
+    found = mask_known_tokens(SEGMENTS, PLACES, jnp.asarray([[True, True, False]]))
     np.testing.assert_array_equal(found[0], np.arange(16) < 2)
-    assert not known_tokens(SEGMENTS, PLACES, jnp.zeros((1, 3), bool)).any()
+    assert not mask_known_tokens(SEGMENTS, PLACES, jnp.zeros((1, 3), bool)).any()
 
 
 def test_beside_noisy_tokens_are_the_mask_and_clean_latents():
@@ -28,7 +30,7 @@ def test_beside_noisy_tokens_are_the_mask_and_clean_latents():
     expected = patchify(np.concatenate([mask, known * latents], axis=-1), patch)
     tokens = patchify(latents, patch)
     of_tokens = jnp.arange(len(tokens)) < len(tokens) // 2
-    found = given_latents(tokens[None], of_tokens[None], places=patch.volume, channels=8)
+    found = make_cond_latents(tokens[None], of_tokens[None], patch_volume=patch.volume, channels=8)
     np.testing.assert_array_equal(found[0], expected)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dit_video.core import config_json, files, pixels, rng, trees
 from dit_video.core.errors import DecodeError, MissingError, UserError, script
-from dit_video.tokens import RowShape
+from dit_video.tokens import PackedShape
 
 # --- errors ---------------------------------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ def test_a_traced_step_gives_the_same_keys():
 
 
 def test_the_host_generator_is_a_function_of_its_arguments():
-    draw = lambda *arguments: rng.host(*arguments).integers(0, 2**62, 4).tolist()  # noqa: E731
+    draw = lambda *arguments: rng.make_generator(*arguments).integers(0, 2**62, 4).tolist()  # noqa: E731
     assert draw(0, "plan", 1) == draw(0, "plan", 1)
     assert len({tuple(draw(*a)) for a in [(0, "plan"), (0, "plan", 1), (0, "plan", 1, 2), (1, "plan"), (0, "a")]}) == 5
 
@@ -200,7 +200,7 @@ def test_paths_of_a_tree_and_back():
     back = trees.unflatten(leaves)
     assert jax.tree.structure(back) == jax.tree.structure(value)
     assert back["blocks"]["scale"] is value["blocks"]["scale"]
-    assert trees.size(value) == 11
+    assert trees.count_values(value) == 11
 
 
 def test_map_with_path():
@@ -213,7 +213,7 @@ def test_map_with_path():
 
 def test_a_config_comes_back_through_json():
     value = {
-        "row": RowShape(tokens=1, text=2, segments=3),
+        "row": PackedShape(tokens=1, text=2, segments=3),
         "sizes": ((17, 32, 48), (1, 32, 32)),
         "name": "x",
         "no": None,
@@ -315,7 +315,7 @@ def test_resize_keeps_a_constant_and_the_same_size():
 def test_resize_is_a_product_with_the_filter_on_each_axis(source, target):
     frames = np.random.default_rng(1).integers(0, 256, (2, *source, 3), np.uint8)
     rows, columns = (
-        pixels._weights(before, after).astype(np.float64) for before, after in zip(source, target, strict=True)
+        pixels._make_weights(before, after).astype(np.float64) for before, after in zip(source, target, strict=True)
     )
     exact = np.einsum("hH,wW,THWc->Thwc", rows, columns, frames)
     assert np.abs(pixels.resize(frames, *target) - exact).max() < 0.5 + 1e-3

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dit_video.core.errors import Stopped, UserError, script, stop_if_interrupted
+from dit_video.core.errors import GracefulStop, UserError, raise_if_interrupted, script
 from dit_video.training.hooks.logging import Progress
 
 
@@ -43,11 +43,11 @@ def test_other_errors_keep_their_traceback():
 
 @pytest.mark.parametrize("code", [0, 75])
 def test_a_run_that_was_stopped_ends_with_the_code_that_was_asked_for(capsys, monkeypatch, code):
-    monkeypatch.setattr(Stopped, "code", code)
+    monkeypatch.setattr(GracefulStop, "code", code)
 
     @script
     def main():
-        raise Stopped("training, by SIGTERM after step 7, which is saved")
+        raise GracefulStop("training, by SIGTERM after step 7, which is saved")
 
     with pytest.raises(SystemExit) as ended:
         main()
@@ -100,7 +100,7 @@ def test_a_ctrl_c_that_is_dropped_stops_the_script_at_its_next_progress(capsys):
     assert ended.value.code == 130
     assert reached == ["dropped"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    stop_if_interrupted()  # nothing is left of it
+    raise_if_interrupted()  # nothing is left of it
     capsys.readouterr()
 
 

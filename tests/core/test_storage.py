@@ -15,12 +15,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.core.storage import place, publish, read_document, write_text
+from dit_video.core.storage import publish, read_document, to_storage_path, write_text
 from dit_video.data.clips import INDEX, ClipSource, is_ingested
 from dit_video.data.ingest import engine, ingest
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.records.cluster import Beam
+from dit_video.data.records.cluster import BeamOptions
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.video import Clip
 
@@ -139,27 +139,27 @@ def test_a_copy_that_is_interrupted(clips, tmp_path, bucket, monkeypatch):
     ingest(clips, "gs://bucket/data")
     assert "bucket/data/clips-train.array_record-00000-of-00007" not in bucket
     assert len(ClipSource("gs://bucket/data")) == 3
-    write_text(place("gs://bucket/other/letter.txt"), "keep")
+    write_text(to_storage_path("gs://bucket/other/letter.txt"), "keep")
     with pytest.raises(UserError, match="not an ingested data set"):
         ingest(clips, "gs://bucket/other")
 
 
 def test_beam_does_not_write_to_buckets(clips, bucket):
     with pytest.raises(UserError, match="all its machines share"):
-        ingest(clips, "gs://bucket/data", beam=Beam())
+        ingest(clips, "gs://bucket/data", beam=BeamOptions())
 
 
 def test_beam_takes_some_names_for_patterns(clips, tmp_path):
     with pytest.raises(UserError, match=r"data\[1\] has one of"):
-        ingest(clips, tmp_path / "data[1]", beam=Beam())
+        ingest(clips, tmp_path / "data[1]", beam=BeamOptions())
 
 
 def test_of_an_older_copy_the_index_goes_first(tmp_path, bucket, monkeypatch):
     (tmp_path / "made").mkdir()
     for name in ("a", INDEX, "z"):
         (tmp_path / "made" / name).write_text("new")
-        write_text(place("gs://bucket/data") / name, "old")
-    destination, gone = place("gs://bucket/data"), []
+        write_text(to_storage_path("gs://bucket/data") / name, "old")
+    destination, gone = to_storage_path("gs://bucket/data"), []
     unlink = type(destination).unlink
     monkeypatch.setattr(type(destination), "unlink", lambda path: (gone.append(path.name), unlink(path)))
     publish(tmp_path / "made", destination, INDEX)
@@ -174,7 +174,7 @@ def test_what_came_to_the_destination_meanwhile_stays(clips, bucket, monkeypatch
 
     def slowly(*arguments):
         real(*arguments)
-        write_text(place("gs://bucket/data/letter.txt"), "keep")
+        write_text(to_storage_path("gs://bucket/data/letter.txt"), "keep")
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_write", slowly)
@@ -184,7 +184,7 @@ def test_what_came_to_the_destination_meanwhile_stays(clips, bucket, monkeypatch
 
     def overtaken(*arguments):
         real(*arguments)
-        publish(arguments[0], place("gs://bucket/other"), INDEX)
+        publish(arguments[0], to_storage_path("gs://bucket/other"), INDEX)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_write", overtaken)
@@ -216,10 +216,10 @@ def test_a_data_set_at_any_address(clips, memory, bucket, tmp_path, monkeypatch,
     assert copied() == ["clips-test.array_record-00000-of-00001"]  # only what was read
     assert [source[0], source[1]] == [(clips / name).read_bytes() for name in ("0.mp4", "2.mp4")]
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
-    assert ClipSource(place(folder), cache=tmp_path / "other").infos == source.infos
+    assert ClipSource(to_storage_path(folder), cache=tmp_path / "other").infos == source.infos
     assert write_ingest_report(folder).is_file()
     # Of another data set at the same address nothing is taken from the copies.
-    place(folder).rmdir(recursive=True)
+    to_storage_path(folder).rmdir(recursive=True)
     (clips / "0.mp4").unlink()
     (clips / "1.mp4").unlink()
     ingest(clips, folder)
@@ -250,7 +250,7 @@ def test_no_room_for_the_copies(clips, memory, monkeypatch):
 def test_addresses_that_nothing_opens(monkeypatch, name, message):
     for package in ("gcsfs", "s3fs"):
         monkeypatch.setitem(sys.modules, package, None)
-    for use in (place, ClipSource, is_ingested, LatentSource):
+    for use in (to_storage_path, ClipSource, is_ingested, LatentSource):
         with pytest.raises(UserError, match=message):
             use(name)
 
@@ -271,13 +271,13 @@ def test_a_bucket_that_refuses(clips, memory, monkeypatch):
             ClipSource(f"{memory}/data")
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "info", refuse)
-        for use in (place, ClipSource, is_ingested, LatentSource):
+        for use in (to_storage_path, ClipSource, is_ingested, LatentSource):
             with pytest.raises(UserError, match=refused):
                 use(f"{memory}/data")
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "pipe_file", refuse)
         with pytest.raises(UserError, match=refused):
-            write_text(place(f"{memory}/page.html"), "text")
+            write_text(to_storage_path(f"{memory}/page.html"), "text")
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
@@ -292,13 +292,15 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def test_places(tmp_path, bucket):
-    assert place(tmp_path) == place(str(tmp_path)) == place(f"file://{tmp_path}") == tmp_path
-    assert str(place("gs://bucket/data/")) == "gs://bucket/data"
+    assert (
+        to_storage_path(tmp_path) == to_storage_path(str(tmp_path)) == to_storage_path(f"file://{tmp_path}") == tmp_path
+    )
+    assert str(to_storage_path("gs://bucket/data/")) == "gs://bucket/data"
     with pytest.raises(MissingError, match="no such file: gs://bucket/none"):
-        read_document(place("gs://bucket/none"))
-    write_text(place("gs://bucket/broken"), "{")
+        read_document(to_storage_path("gs://bucket/none"))
+    write_text(to_storage_path("gs://bucket/broken"), "{")
     with pytest.raises(UserError, match="not valid JSON"):
-        read_document(place("gs://bucket/broken"))
+        read_document(to_storage_path("gs://bucket/broken"))
     with pytest.raises(MissingError, match="no such data set"):
         ClipSource("gs://bucket/nowhere")
     for source, message in (("gs://bucket/clips", "is an address"), ("gs:/bucket/clips", "through pathlib")):

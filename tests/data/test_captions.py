@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.core.storage import place
-from dit_video.data.captions import CachedTexts, EmbeddedTexts, Texts, TokenizedTexts
+from dit_video.core.storage import to_storage_path
+from dit_video.data.captions import CachedCaptions, CaptionSource, EmbeddedCaptions, TokenizedCaptions
 from dit_video.data.latents.cache import LatentExample, LatentSource
-from dit_video.data.latents.writer import LatentFiles, write_latents
-from dit_video.data.loader import Reading, packed_batches
-from dit_video.tokens import Grid, RowShape
+from dit_video.data.latents.writer import LatentWriter, write_latents
+from dit_video.data.loader import LoaderConfig, load_packed_batches
+from dit_video.tokens import Grid, PackedShape
 from support.stand_ins import Embedder, tokenize
 
 CAPTIONS = [("a red ball", "it"), (), ("a blue box moves",), ("", "it")] * 5
@@ -33,7 +33,7 @@ def cached(folder, embedder, *, identity="t", captions=CAPTIONS):
             yield LatentExample(f"{number}.mp4", of_example, latents, text=tuple(map(embedder, of_example)))
 
     stamp = {"autoencoder": "a", "text": identity}
-    made = LatentFiles(folder=place(folder), identity=stamp, files=1, dtype="float32")
+    made = LatentWriter(folder=to_storage_path(folder), identity=stamp, num_files=1, dtype="float32")
     made.write(0, examples())
     made.finish(empty_text=embedder(""))
     return LatentSource(folder)
@@ -47,11 +47,11 @@ def source(tmp_path_factory, embedder):
 def test_all_kinds_know_the_lengths_and_read_any_caption(source, embedder):
     assert embedder("a red ball").shape == (4, 8)
     for texts, text_of in (
-        (TokenizedTexts(CAPTIONS, tokenize), tokenize),
-        (CachedTexts(source), embedder),
-        (EmbeddedTexts(CAPTIONS, embedder.many, identity="t"), embedder),
+        (TokenizedCaptions(CAPTIONS, tokenize), tokenize),
+        (CachedCaptions(source), embedder),
+        (EmbeddedCaptions(CAPTIONS, embedder.many, identity="t"), embedder),
     ):
-        assert isinstance(texts, Texts)
+        assert isinstance(texts, CaptionSource)
         np.testing.assert_array_equal(texts.empty, text_of(""))
         assert texts.width == (0 if texts.empty.ndim == 1 else 8)
         for example, captions in enumerate(CAPTIONS):
@@ -66,12 +66,12 @@ def test_facts_tell_texts_apart(source, embedder, tmp_path):
         return b"".join(texts.facts())
 
     others = [*CAPTIONS[:-1], ("something else",)]
-    first = told(CachedTexts(source))
-    assert told(CachedTexts(cached(tmp_path / "same", embedder))) == first
-    assert told(CachedTexts(cached(tmp_path / "identity", embedder, identity="u"))) != first
-    assert told(CachedTexts(cached(tmp_path / "captions", embedder, captions=others))) != first
+    first = told(CachedCaptions(source))
+    assert told(CachedCaptions(cached(tmp_path / "same", embedder))) == first
+    assert told(CachedCaptions(cached(tmp_path / "identity", embedder, identity="u"))) != first
+    assert told(CachedCaptions(cached(tmp_path / "captions", embedder, captions=others))) != first
     made = [
-        told(EmbeddedTexts(captions, embedder.many, identity=identity))
+        told(EmbeddedCaptions(captions, embedder.many, identity=identity))
         for captions, identity in ((CAPTIONS, "t"), (CAPTIONS, "u"), (others, "t"), (CAPTIONS, "t"))
     ]
     assert len(set(made)) == 3
@@ -81,17 +81,17 @@ def test_facts_tell_texts_apart(source, embedder, tmp_path):
 def test_each_different_caption_is_embedded_once_for_its_length(embedder):
     embedder.asked.clear()
     done = []
-    texts = EmbeddedTexts(CAPTIONS, embedder.many, identity="t", progress=done.append)
+    texts = EmbeddedCaptions(CAPTIONS, embedder.many, identity="t", progress=done.append)
     assert embedder.asked == ["", "", "a red ball", "it", "a blue box moves"]
     assert done == [4]
     # Worker processes get the lengths alone: an encoder on a device can't go there.
-    copy = pickle.loads(pickle.dumps(EmbeddedTexts(CAPTIONS, lambda many: embedder.many(many), identity="t")))
+    copy = pickle.loads(pickle.dumps(EmbeddedCaptions(CAPTIONS, lambda many: embedder.many(many), identity="t")))
     assert copy.lengths == texts.lengths
 
 
 def rows_of(source, texts, **reading):
-    shape, reading = RowShape(tokens=16, text=24, segments=4), Reading(batch=2, seed=0, **reading)
-    batches = packed_batches(source, texts, patch=Grid(1, 2, 2), shape=shape, reading=reading)
+    shape, reading = PackedShape(tokens=16, text=24, segments=4), LoaderConfig(batch=2, seed=0, **reading)
+    batches = load_packed_batches(source, texts, patch=Grid(1, 2, 2), shape=shape, config=reading)
     taken = [next(batches) for _ in range(6)]
     batches.close()
     return taken, batches
@@ -103,7 +103,7 @@ def assert_equal(one, other):
 
 
 def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
-    found, batches = rows_of(source, CachedTexts(source))
+    found, batches = rows_of(source, CachedCaptions(source))
     drawn = set()
     for rows in found:
         assert rows.text.shape == (2, 24, 8)
@@ -116,8 +116,8 @@ def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
         assert not rows.text[rows.text_segments == 0].any()
     assert drawn == {(number, caption) for number in range(4) for caption in CAPTIONS[number] or ("",)}
     # From the encoder, from the middle, and by worker processes the same.
-    live, _ = rows_of(source, EmbeddedTexts(CAPTIONS, embedder.many, identity="t"))
-    resumed, again = rows_of(source, CachedTexts(source), start_step=2, workers=1)
+    live, _ = rows_of(source, EmbeddedCaptions(CAPTIONS, embedder.many, identity="t"))
+    resumed, again = rows_of(source, CachedCaptions(source), start_step=2, workers=1)
     for one, other in (*zip(found, live, strict=True), *zip(found[2:], resumed[:4], strict=True)):
         assert_equal(one, other)
     assert again.hash == batches.hash
@@ -125,19 +125,19 @@ def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
 
 def test_a_plan_of_the_same_lengths_is_another_one_with_another_encoder(source, embedder, tmp_path):
     other = cached(tmp_path / "l", embedder, identity="u")
-    assert rows_of(source, CachedTexts(source))[1].hash != rows_of(other, CachedTexts(other))[1].hash
+    assert rows_of(source, CachedCaptions(source))[1].hash != rows_of(other, CachedCaptions(other))[1].hash
 
 
 def test_an_example_whose_text_is_damaged_keeps_its_place_and_does_not_count(source, monkeypatch, caplog):
-    whole, _ = rows_of(source, CachedTexts(source))
-    read = LatentSource._values
+    whole, _ = rows_of(source, CachedCaptions(source))
+    read = LatentSource._read_values
 
     def damaged(self, index, field):
         values = read(self, index, field)
         return values[:-1] if field == "text" and self.names[index] == "4.mp4" else values
 
     monkeypatch.setattr(LatentSource, "_values", damaged)
-    found, _ = rows_of(source, CachedTexts(source))
+    found, _ = rows_of(source, CachedCaptions(source))
     lost = 0
     for rows, expected in zip(found, whole, strict=True):
         np.testing.assert_array_equal(rows.segments, expected.segments)
@@ -149,4 +149,4 @@ def test_an_example_whose_text_is_damaged_keeps_its_place_and_does_not_count(sou
 def test_latents_without_embeddings_are_refused(tmp_path):
     write_latents(tmp_path / "l", [LatentExample("a", "a", np.ones((1, 2, 2, 2), np.float32))], identity="x")
     with pytest.raises(UserError, match="holds no embeddings of captions; encode the clips with a text encoder"):
-        CachedTexts(LatentSource(tmp_path / "l"))
+        CachedCaptions(LatentSource(tmp_path / "l"))

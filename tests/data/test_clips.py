@@ -37,11 +37,11 @@ def test_infos_and_bytes(dataset):
 
 def test_select_and_without_are_complements(dataset):
     source = ClipSource(dataset / "data")
-    held_out, rest = source.select(["2.mp4", "0.mp4"]), source.without({"2.mp4", "0.mp4"})
+    held_out, rest = source.select(["2.mp4", "0.mp4"]), source.exclude({"2.mp4", "0.mp4"})
     assert [info.name for info in held_out.infos] == ["0.mp4", "2.mp4"]
     assert [info.name for info in rest.infos] == ["1.mp4", "3.mp4"]
     assert held_out[1] == source[2]
-    assert rest.without(["1.mp4"])[0] == source[3]
+    assert rest.exclude(["1.mp4"])[0] == source[3]
     assert len(source) == 4
 
 
@@ -52,7 +52,7 @@ def test_names_that_are_not_there(dataset, method):
 
 
 def test_pickled_after_use(dataset):
-    source = ClipSource(dataset / "data").without(["0.mp4"])
+    source = ClipSource(dataset / "data").exclude(["0.mp4"])
     first = source[0]
     copy = pickle.loads(pickle.dumps(source))
     assert copy.infos == source.infos
@@ -65,11 +65,11 @@ def test_several_data_sets_are_one(dataset, tmp_path):
     ingest(tmp_path / "clips", tmp_path / "data")
     both = ClipSource({"dark": dataset / "data", "light": tmp_path / "data"})
     assert [info.name for info in both.infos] == [f"dark/{index}.mp4" for index in range(4)] + ["light/0.mp4"]
-    assert both.sizes == (4, 1)
+    assert both.dataset_sizes == (4, 1)
     alone = ClipSource(dataset / "data")
     assert [both[index] for index in range(4)] == [alone[index] for index in range(4)]
     assert both[4] == ClipSource(tmp_path / "data")[0]
-    rest = pickle.loads(pickle.dumps(both.without(["dark/1.mp4", "dark/3.mp4"])))
+    rest = pickle.loads(pickle.dumps(both.exclude(["dark/1.mp4", "dark/3.mp4"])))
     assert rest.sizes == (2, 1)
     assert rest[2] == both[4]
 
@@ -77,9 +77,9 @@ def test_several_data_sets_are_one(dataset, tmp_path):
 def test_splits(dataset):
     source = ClipSource(dataset / "data")
     source.infos = (*source.infos[:3], source.infos[3]._replace(split="test"))
-    assert len(source.split("train")) == 3
-    assert source.split("test")[0] == source[3]
-    assert len(source.split("validation")) == 0
+    assert len(source.select_split("train")) == 3
+    assert source.select_split("test")[0] == source[3]
+    assert len(source.select_split("validation")) == 0
 
 
 def test_folders_that_hold_no_data_set(tmp_path):

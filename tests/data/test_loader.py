@@ -7,22 +7,30 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import DecodeError, UserError
-from dit_video.data.captions import TokenizedTexts
+from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import ingest
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import write_latents
-from dit_video.data.loader import Pieces, Reading, encoded_ahead, encoded_batches, of_part, packed_batches, parts_of
+from dit_video.data.loader import (
+    LoaderConfig,
+    PieceDecoder,
+    count_parts,
+    encode_ahead,
+    get_part_range,
+    load_encoded_batches,
+    load_packed_batches,
+)
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mixture import Mixture
-from dit_video.data.packing.rows import Layout
+from dit_video.data.packing.rows import RowLayout
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.synthetic import shapes
-from dit_video.tokens import Grid, RowShape, coordinates, patchify, unpack
+from dit_video.tokens import Grid, PackedShape, compute_coordinates, patchify, unpack
 from support.stand_ins import pooled, tokenize
 
 PATCH = Grid(1, 2, 2)
-SHAPE = RowShape(tokens=64, text=256, segments=16)
+SHAPE = PackedShape(tokens=64, text=256, segments=16)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def source(tmp_path_factory):
 
 
 def texts_of(source):
-    return TokenizedTexts(source.all_captions, tokenize)
+    return TokenizedCaptions(source.all_captions, tokenize)
 
 
 def take(source, count, **options):
@@ -50,10 +58,10 @@ def take(source, count, **options):
         for name in ("start_step", "host", "hosts", "workers", "cache_bytes", "ahead_bytes")
         if name in options
     }
-    reading = Reading(batch=options.pop("batch", 4), seed=options.pop("seed", 0), **given)
+    reading = LoaderConfig(batch=options.pop("batch", 4), seed=options.pop("seed", 0), **given)
     options = {"patch": PATCH, "shape": SHAPE, **options}
-    texts = TokenizedTexts(source.all_captions, options.pop("tokenize", tokenize))
-    batches = packed_batches(source, texts, reading=reading, **options)
+    texts = TokenizedCaptions(source.all_captions, options.pop("tokenize", tokenize))
+    batches = load_packed_batches(source, texts, config=reading, **options)
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
@@ -71,7 +79,9 @@ def assert_equal(one, two):
 
 
 def test_batches_hold_the_examples(source):
-    batches = packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0))
+    batches = load_packed_batches(
+        source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
+    )
     seen = {}
     for _ in range(2 * batches.rows_per_epoch // 4 + 1):
         rows = next(batches)
@@ -94,7 +104,7 @@ def test_batches_hold_the_examples(source):
         for rank, example in enumerate(found):
             _, place, caption = seen[epoch * 50 + rank]
             t, h, w = source.sizes[example]
-            np.testing.assert_array_equal(place, coordinates(Grid(t, h // 2, w // 2)))
+            np.testing.assert_array_equal(place, compute_coordinates(Grid(t, h // 2, w // 2)))
             np.testing.assert_array_equal(caption, tokenize(source.captions[example]))
 
 
@@ -128,7 +138,7 @@ def test_resumes_at_any_step(source):
 
 def test_seed_and_plan_hash(source):
     first, again, other = (
-        packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=seed))
+        load_packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=seed))
         for seed in (0, 0, 1)
     )
     assert first.hash == again.hash != other.hash
@@ -137,11 +147,11 @@ def test_seed_and_plan_hash(source):
 
 
 def test_the_summary_counts_sizes_and_costs(source):
-    balance = Balance(cost=Cost.of_width(32), batch=4)
-    batches = packed_batches(
-        source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0, balance=balance)
+    balance = Balance(cost=Cost.from_width(32), batch=4)
+    batches = load_packed_batches(
+        source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0, balance=balance)
     )
-    summary = json.loads(json.dumps(batches.summary(devices=2)))
+    summary = json.loads(json.dumps(batches.summarize(devices=2)))
     batches.close()
     assert summary["sizes"] == {"1x2x2": 10, "1x2x3": 10, "3x2x2": 10, "3x3x2": 10, "5x2x2": 10}
     assert summary["examples"] == 50
@@ -149,21 +159,23 @@ def test_the_summary_counts_sizes_and_costs(source):
     assert summary["padding"] == pytest.approx(batches.padding, abs=1e-5)
     assert 0 <= summary["imbalance"]["mean"] <= summary["imbalance"]["worst"]
     assert summary["cost"] == "28672 * tokens of the row + 128 * pairs in attention"
-    assert batches.summary(devices=3)["imbalance"] is None
+    assert batches.summarize(devices=3)["imbalance"] is None
     assert summary["left_out"] == 0
     assert "0 examples dropped" in str(batches)
     assert summary["sources"] is None
-    within = Reading(batch=4, seed=0, balance=balance, pairs=lambda grid: grid.t * (grid.h * grid.w) ** 2)
-    frames = packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, reading=within)
-    assert frames.summary(devices=2)["imbalance"]["mean"] < summary["imbalance"]["mean"]
+    within = LoaderConfig(
+        batch=4, seed=0, balance=balance, attention_pairs=lambda grid: grid.t * (grid.h * grid.w) ** 2
+    )
+    frames = load_packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, config=within)
+    assert frames.summarize(devices=2)["imbalance"]["mean"] < summary["imbalance"]["mean"]
     assert frames.hash != batches.hash
     frames.close()
 
 
 def test_a_mixture_is_drawn_by_weight(source):
     mixture = Mixture(sizes=(25, 25), weights=(4, 1), length=50)
-    batches = packed_batches(
-        source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=1, seed=0, mixture=mixture)
+    batches = load_packed_batches(
+        source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=1, seed=0, mixture=mixture)
     )
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     drawn = []
@@ -172,7 +184,7 @@ def test_a_mixture_is_drawn_by_weight(source):
         drawn += [patches[part.tobytes()] for part in unpack(rows.tokens[0], rows.segments[0])]
     batches.close()
     assert np.mean(np.asarray(drawn) < 25) == pytest.approx(0.8, abs=0.02)
-    sources = batches.summary(devices=1)["sources"]
+    sources = batches.summarize(devices=1)["sources"]
     assert sources["examples"] == pytest.approx([0.8, 0.2], abs=0.001)
     assert sum(sources["tokens"]) == pytest.approx(1, abs=1e-4)
 
@@ -193,8 +205,8 @@ def test_a_data_set_smaller_than_a_batch(source, tmp_path):
         ({"start_step": -1}, "start_step=-1"),
         ({"cache_bytes": 0, "ahead_bytes": 0}, "ahead_bytes=0"),
         ({"patch": Grid(2, 2, 2)}, "0.mp4: latents of 1x4x4 are not divisible by the patch 2x2x2"),
-        ({"shape": RowShape(tokens=8, text=256, segments=4)}, "20 video tokens"),
-        ({"shape": RowShape(tokens=64, text=5, segments=4)}, "shorten its caption"),
+        ({"shape": PackedShape(tokens=8, text=256, segments=4)}, "20 video tokens"),
+        ({"shape": PackedShape(tokens=64, text=5, segments=4)}, "shorten its caption"),
     ],
 )
 def test_refusals(source, options, message):
@@ -204,19 +216,19 @@ def test_refusals(source, options, message):
 
 def test_captions_are_drawn_by_epoch():
     captions = [("a", "bb", "ccc"), ("d",), ()] * 4
-    texts = TokenizedTexts(captions, tokenize)
-    layout = Layout([Grid(1, 2, 2)] * 12, texts, shape=SHAPE, seed=0, names=[str(index) for index in range(12)])
+    texts = TokenizedCaptions(captions, tokenize)
+    layout = RowLayout([Grid(1, 2, 2)] * 12, texts, shape=SHAPE, seed=0, names=[str(index) for index in range(12)])
     drawn = {example: [] for example in range(12)}
     for number in range(40 * layout.stream.rows_per_epoch):
-        for member in layout.members(number):
+        for member in layout.get_entries(number):
             text = texts.read(member.example, member.caption)
             drawn[member.example].append(bytes(text.astype(np.uint8) - 3).decode())
     for example, texts in drawn.items():
         assert len(texts) == 40
         assert set(texts) == set(captions[example] or ("",))
     assert drawn[0] != drawn[3]
-    again = layout.members(7)
-    assert [member.caption for member in layout.members(7)] == [member.caption for member in again]
+    again = layout.get_entries(7)
+    assert [member.caption for member in layout.get_entries(7)] == [member.caption for member in again]
 
 
 def test_a_damaged_example_keeps_its_place_and_does_not_count(source, monkeypatch, caplog):
@@ -255,7 +267,7 @@ def test_rows_hold_what_stands_beside_latents(tmp_path, monkeypatch):
 
     write_latents(tmp_path / "l", examples(), identity="x", dtype="float32")
     source = LatentSource(tmp_path / "l")
-    shape = RowShape(tokens=24, text=256, segments=4)
+    shape = PackedShape(tokens=24, text=256, segments=4)
 
     whole = take(source, 1, batch=1, shape=shape)[0]
     assert whole.image.shape == (1, 4 * 5, 6)
@@ -293,17 +305,17 @@ def clips(tmp_path_factory):
 
 
 def encoded(clips, count, encode=pooled, intervals=None, **reading):
-    batches = encoded_batches(
+    batches = load_encoded_batches(
         clips,
-        TokenizedTexts([info.captions for info in clips.infos], tokenize),
+        TokenizedCaptions([info.captions for info in clips.infos], tokenize),
         encode,
         latent_grid=lambda size: Grid(1 + size.t // 4, size.h // 8, size.w // 8),
         channels=3,
         limits=LIMITS,
         patch=PATCH,
-        shape=RowShape(tokens=32, text=256, segments=8),
-        reading=Reading(batch=2, seed=0, **reading),
-        intervals=intervals,
+        shape=PackedShape(tokens=32, text=256, segments=8),
+        config=LoaderConfig(batch=2, seed=0, **reading),
+        token_dt=intervals,
     )
     taken = [next(batches) for _ in range(count)]
     batches.close()
@@ -330,12 +342,16 @@ def test_coordinates_along_time_in_seconds(source, clips):
         for tokens, at in zip(*both, strict=True):
             example = patches[tokens.tobytes()]
             t, h, w = source.sizes[example]
-            np.testing.assert_array_equal(at, coordinates(Grid(t, h // 2, w // 2), step=(0.25 + example, 1.0, 1.0)))
+            np.testing.assert_array_equal(
+                at, compute_coordinates(Grid(t, h // 2, w // 2), step=(0.25 + example, 1.0, 1.0))
+            )
     [live] = encoded(clips, 1, intervals=[0.5] * len(clips))
     assert set(live.coordinates[..., 0].flat) == {0.0, 0.5}
-    counted = packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0))
-    timed = packed_batches(
-        source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0), intervals=[0.5] * 50
+    counted = load_packed_batches(
+        source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
+    )
+    timed = load_packed_batches(
+        source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0), token_dt=[0.5] * 50
     )
     assert counted.hash != timed.hash
     counted.close()
@@ -367,7 +383,7 @@ def test_rows_are_the_same_in_parts(clips):
         assert_equal(batch, expected)
 
 
-class Counted(Pieces):
+class Counted(PieceDecoder):
     """Batches of six numbers. Counts those that are made and not yet encoded."""
 
     most, most_bytes = 6, 600
@@ -378,8 +394,8 @@ class Counted(Pieces):
     def count(self, step):
         return 6 if step % 2 else 4
 
-    def decoded(self, step, part, parts):
-        pieces = [10 * step + index for index in of_part(self.count(step), part, parts)]
+    def decode(self, step, part, num_parts):
+        pieces = [10 * step + index for index in get_part_range(self.count(step), part, num_parts)]
         with self.lock:
             self.waiting += len(pieces)
             self.peak = max(self.peak, self.waiting)
@@ -393,9 +409,9 @@ class Counted(Pieces):
 
 @pytest.mark.parametrize(("ahead_bytes", "parts"), [(100, 6), (500, 6), (1500, 2), (3000, 1)])
 def test_what_waits_is_bounded(ahead_bytes, parts):
-    counted, reading = Counted(), Reading(batch=6, seed=0, threads=2, start_step=3, ahead_bytes=ahead_bytes)
-    assert parts_of(counted, reading) == parts
-    batches, close = encoded_ahead(counted, counted.encoded, reading)
+    counted, reading = Counted(), LoaderConfig(batch=6, seed=0, threads=2, start_step=3, ahead_bytes=ahead_bytes)
+    assert count_parts(counted, reading) == parts
+    batches, close = encode_ahead(counted, counted.encoded, reading)
     for step in range(3, 9):
         assert next(batches) == [10 * step + index for index in range(counted.count(step))]
     close()

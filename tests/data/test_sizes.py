@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.ingest import ingest
-from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_fps, sampled_frames
+from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, get_sampled_fps, read_fitted_clip
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -42,7 +42,7 @@ def limits(max_pixels=10**9, max_frames=10**6, multiple=STRIDE, fps=None):
     ],
 )
 def test_known_sizes(clip, limit, expected):
-    assert fit(clip, limit) == expected
+    assert fit_size(clip, limit) == expected
 
 
 @settings(max_examples=200, deadline=None)
@@ -57,14 +57,14 @@ def test_known_sizes(clip, limit, expected):
 def test_limits_hold(height, width, frames, max_pixels, max_frames, fps):
     clip, limit = info(frames, height, width), limits(max_pixels, max_frames, fps=fps)
     try:
-        size = fit(clip, limit)
+        size = fit_size(clip, limit)
     except UserError:
         # Only where no size of one multiple along the short side keeps the shape.
         assert max(height, width) / min(height, width) > max_pixels / 256 - 1
         return
-    assert size.t <= min(sampled_frames(clip, limit), max_frames)
+    assert size.t <= min(count_sampled_frames(clip, limit), max_frames)
     assert (size.t - 1) % 4 == 0
-    assert size.t + 4 > min(sampled_frames(clip, limit), max_frames)
+    assert size.t + 4 > min(count_sampled_frames(clip, limit), max_frames)
     assert size.h % 16 == size.w % 16 == 0
     assert size.h <= height
     assert size.w <= width
@@ -77,9 +77,9 @@ def test_limits_hold(height, width, frames, max_pixels, max_frames, fps):
 
 def test_refusals():
     with pytest.raises(UserError, match="8x640 pixels, less than one multiple of 16x16"):
-        fit(info(height=8), limits())
+        fit_size(info(height=8), limits())
     with pytest.raises(UserError, match="keeps its aspect ratio"):
-        fit(info(height=32, width=3200), limits(max_pixels=1024))
+        fit_size(info(height=32, width=3200), limits(max_pixels=1024))
     with pytest.raises(UserError, match="max_pixels=100"):
         limits(max_pixels=100)
     with pytest.raises(UserError, match="max_frames=0"):
@@ -98,16 +98,16 @@ def test_read_fitted(tmp_path):
     ingest(tmp_path / "clips", tmp_path / "data")
     source = ClipSource(tmp_path / "data")
     limit = limits(max_pixels=16 * 16, max_frames=5, fps=10.0)
-    assert sampled_fps(source.infos[0], limit) == 10
-    clip = read_fitted(source, 0, limit)
+    assert get_sampled_fps(source.infos[0], limit) == 10
+    clip = read_fitted_clip(source, 0, limit)
     assert clip.fps == 10
     assert clip.frames.shape == (5, 16, 16, 3)
     assert clip.frames[:, 0, 0, 0].tolist() == [0, 24, 48, 72, 96]
-    clip = read_fitted(source, 0, limit, start=4)
+    clip = read_fitted_clip(source, 0, limit, start=4)
     assert clip.frames[:, 0, 0, 0].tolist() == [96, 120, 144, 168, 192]
-    assert read_fitted(source, 1, limit).frames[:, 0, 0, 0].tolist() == [60]
+    assert read_fitted_clip(source, 1, limit).frames[:, 0, 0, 0].tolist() == [60]
     with pytest.raises(UserError, match=r"start=6 .* 5 are read"):
-        read_fitted(source, 0, limit, start=6)
+        read_fitted_clip(source, 0, limit, start=6)
 
 
 def test_a_variable_rate_is_sampled_by_time(tmp_path):
@@ -129,6 +129,6 @@ def test_a_variable_rate_is_sampled_by_time(tmp_path):
     assert source.infos[0].frames == len(moments)
     assert source.infos[0].fps == pytest.approx(6.0)  # on average, not what the container says
     limit = limits(max_frames=9, fps=5.0, multiple=Grid(2, 16, 16))
-    assert sampled_frames(source.infos[0], limit) == 11
-    clip = read_fitted(source, 0, limit, start=2)
+    assert count_sampled_frames(source.infos[0], limit) == 11
+    clip = read_fitted_clip(source, 0, limit, start=2)
     assert clip.frames[:, 0, 0, 0].tolist() == [40, 60, 80, 100, 100, 100, 110, 110, 120]

@@ -8,7 +8,7 @@ from dit_video.data.augmentation import Augmentation, composite
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import ingest
 from dit_video.data.sizes import SizeLimits
-from dit_video.data.windows import Stretches, WindowBatches, WindowConfig, Windows
+from dit_video.data.windows import ClipCrops, WindowBatches, WindowConfig, Windows
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -38,7 +38,7 @@ def source(tmp_path_factory):
 
 
 def take(source, count, *, seed=0, start_step=0, cache_bytes=1 << 30, threads=3, configs=(CONFIG,)):
-    stretches = Stretches(source, LIMITS, cache_bytes=cache_bytes)
+    stretches = ClipCrops(source, LIMITS, cache_bytes=cache_bytes)
     batches = WindowBatches(stretches, configs, seed=seed, start_step=start_step, threads=threads)
     taken = [next(batches) for _ in range(count)]
     batches.close()
@@ -46,11 +46,11 @@ def take(source, count, *, seed=0, start_step=0, cache_bytes=1 << 30, threads=3,
 
 
 def test_shape_and_clips_left_out(source):
-    windows = Windows(Stretches(source, LIMITS), CONFIG, seed=0)
+    windows = Windows(ClipCrops(source, LIMITS), CONFIG, seed=0)
     assert windows[0].shape == (3, 5, 16, 16, 3)
     assert windows[0].dtype == np.uint8
     assert windows.clips == (0, 1, 2, 5)
-    assert windows.left_out == ("3.apng", "4.apng")
+    assert windows.excluded_clips == ("3.apng", "4.apng")
 
 
 def test_shapes_take_turns(source):
@@ -61,11 +61,11 @@ def test_shapes_take_turns(source):
         np.testing.assert_array_equal(one, other)
     for one, other in zip(taken[3:], take(source, 3, configs=(CONFIG, image), start_step=3), strict=True):
         np.testing.assert_array_equal(one, other)
-    both = WindowBatches(Stretches(source, LIMITS), (CONFIG, image), seed=0)
-    assert both.left_out == frozenset()
+    both = WindowBatches(ClipCrops(source, LIMITS), (CONFIG, image), seed=0)
+    assert both.excluded_clips == frozenset()
     both.close()
-    alone = WindowBatches(Stretches(source, LIMITS), (CONFIG,), seed=0)
-    assert alone.left_out == {"3.apng", "4.apng"}
+    alone = WindowBatches(ClipCrops(source, LIMITS), (CONFIG,), seed=0)
+    assert alone.excluded_clips == {"3.apng", "4.apng"}
     alone.close()
 
 
@@ -113,25 +113,25 @@ class Counted(ClipSource):
 
 def test_cache_decodes_once(source):
     counted = Counted(source.folders[0])
-    windows = Windows(Stretches(counted, LIMITS), CONFIG, seed=0)
+    windows = Windows(ClipCrops(counted, LIMITS), CONFIG, seed=0)
     for number in range(60):
         windows[number]
     assert sorted(counted.reads) == [0, 1, 2, 2, 2, 2, 5]  # three short clips, and four stretches of the long one
     uncached = Counted(source.folders[0])
-    windows = Windows(Stretches(uncached, LIMITS, cache_bytes=0), CONFIG, seed=0)
+    windows = Windows(ClipCrops(uncached, LIMITS, cache_bytes=0), CONFIG, seed=0)
     for number in range(4):
         windows[number]
     assert len(uncached.reads) == 12
 
 
 def test_a_data_set_smaller_than_a_batch(source):
-    windows = Windows(Stretches(source.select(["5.apng"]), LIMITS), CONFIG, seed=0)
+    windows = Windows(ClipCrops(source.select(["5.apng"]), LIMITS), CONFIG, seed=0)
     np.testing.assert_array_equal(windows[0], np.stack([numbered(5, 16, 16, 5)] * 3))
 
 
 def test_hosts_share_a_batch(source):
     whole = take(source, 4)
-    stretches = Stretches(source, LIMITS)
+    stretches = ClipCrops(source, LIMITS)
     shares = [Windows(stretches, CONFIG, seed=0, host=host, hosts=3) for host in range(3)]
     for number, batch in enumerate(whole):
         np.testing.assert_array_equal(np.concatenate([share[number] for share in shares]), batch)
@@ -148,18 +148,18 @@ def test_instead_of_a_damaged_clip_the_next_one_is_taken(source, monkeypatch):
         np.testing.assert_array_equal(numbers[expected != 1], expected[expected != 1])
     monkeypatch.setattr(ClipSource, "__getitem__", lambda self, index: b"x")
     with pytest.raises(UserError, match="8 clips in a row cannot be decoded"):
-        Windows(Stretches(source, LIMITS), CONFIG, seed=0)[0]
+        Windows(ClipCrops(source, LIMITS), CONFIG, seed=0)[0]
 
 
 def test_refusals(source):
     with pytest.raises(UserError, match=r"none of the 6 clips has a window of 17x16x16"):
-        Windows(Stretches(source, LIMITS), WindowConfig(size=Grid(17, 16, 16), batch=1), seed=0)
+        Windows(ClipCrops(source, LIMITS), WindowConfig(size=Grid(17, 16, 16), batch=1), seed=0)
     with pytest.raises(UserError, match="at least 1"):
         WindowConfig(size=Grid(1, 16, 16), batch=0)
     with pytest.raises(UserError, match="are not square"):
-        WindowConfig(size=Grid(1, 16, 32), batch=1, augment=Augmentation(turned=True))
+        WindowConfig(size=Grid(1, 16, 32), batch=1, augment=Augmentation(transpose=True))
     with pytest.raises(UserError, match=r"composite_prob=1\.5"):
-        Augmentation(composites=1.5)
+        Augmentation(composite_prob=1.5)
 
 
 def test_augmented_windows_are_views_of_clips(source):
@@ -192,7 +192,7 @@ def test_augmented_windows_are_views_of_clips(source):
 
 
 def test_turned_windows_have_height_for_width(source):
-    config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=Augmentation(turned=True))
+    config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=Augmentation(transpose=True))
     turned = [
         bool(np.abs(np.diff(window[0].astype(int), axis=0)).max() > 0)  # columns differ, as these clips are made
         for batch in take(source, 20, configs=(config,))
@@ -221,7 +221,7 @@ def test_a_composite_shows_another_window_within_a_moving_blob():
 def test_the_share_of_composites(source):
     shares = {}
     for share in (0.0, 0.5):
-        config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=Augmentation(composites=share))
+        config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=Augmentation(composite_prob=share))
         batches = list(take(source, 30, configs=(config,)))
         # A clip's own channel is constant in its windows; with a blob of another clip none is.
         constant = [any(np.ptp(window[..., c]) == 0 for c in range(3)) for batch in batches for window in batch]

@@ -12,17 +12,17 @@ from dit_video.diffusion import (
     X0,
     Edm,
     Epsilon,
-    Even,
-    Preconditioned,
+    Preconditioning,
     RectifiedFlow,
+    UniformTimes,
     V,
-    VariancePreserving,
+    VariancePreservingProcess,
     Velocity,
-    consistency_function,
     consistency_loss,
-    estimator,
-    flow_step,
-    multistep,
+    make_consistency_fn,
+    make_estimator,
+    run_multistep,
+    step_along_flow,
 )
 
 PROCESS = RectifiedFlow(shift=3.0)
@@ -61,18 +61,18 @@ def test_the_loss_of_the_exact_consistency_function_is_zero():
     loss = consistency_loss(exact, exact, NOISY, reached, TIME, FOLLOWING)
     assert loss.shape == (64,)
     np.testing.assert_allclose(loss, 0, atol=1e-6)
-    one_step = consistency_function(gaussian, PROCESS, Velocity())
+    one_step = make_consistency_fn(gaussian, PROCESS, Velocity())
     assert consistency_loss(one_step, one_step, NOISY, reached, TIME, FOLLOWING).mean() > 0.01
 
 
 def test_the_exact_function_is_a_fixed_point_of_distillation():
     """It has no gradient but for the error of the teacher's step, which is of second order."""
-    estimate = estimator(gaussian, PROCESS, Velocity())
+    estimate = make_estimator(gaussian, PROCESS, Velocity())
 
     def off(intervals):
         times = jnp.linspace(1.0, 0.0, intervals + 1)[: intervals // 2 + 1, None]  # where there is noise enough
         noisy = jnp.full((intervals // 2, 1), 0.7)
-        reached = flow_step(estimate, PROCESS, noisy, times[:-1], times[1:])
+        reached = step_along_flow(estimate, PROCESS, noisy, times[:-1], times[1:])
         return np.abs(exact(reached, times[1:]) - exact(noisy, times[:-1])).max()
 
     errors = [off(intervals) for intervals in (16, 32, 64)]
@@ -85,20 +85,20 @@ def test_the_exact_function_is_a_fixed_point_of_distillation():
     ("process", "prediction"),
     [
         (RectifiedFlow(), Velocity()),
-        (VariancePreserving(), Epsilon()),
-        (VariancePreserving(), V()),
-        (Edm(), Preconditioned()),
+        (VariancePreservingProcess(), Epsilon()),
+        (VariancePreservingProcess(), V()),
+        (Edm(), Preconditioning()),
     ],
 )
 def test_at_time_0_it_is_what_the_model_is_given_whatever_that_says(process, prediction):
-    f = consistency_function(lambda noisy, time: 5 * jnp.sin(noisy), process, prediction)
+    f = make_consistency_fn(lambda noisy, time: 5 * jnp.sin(noisy), process, prediction)
     np.testing.assert_allclose(f(NOISY, jnp.zeros(())), NOISY, atol=1e-5)
     assert np.abs(f(NOISY, jnp.full((), 0.5)) - NOISY).max() > 0.1
 
 
 def test_a_model_of_the_data_is_refused():
     with pytest.raises(UserError, match="Velocity"):
-        consistency_function(gaussian, PROCESS, X0())
+        make_consistency_fn(gaussian, PROCESS, X0())
 
 
 def test_no_gradient_reaches_the_target():
@@ -119,34 +119,36 @@ def test_large_differences_count_by_their_size_and_small_ones_by_their_squares()
 
 
 def test_steps_are_noised_again_to_the_next_time():
-    times, noise = Even()(PROCESS, 3).times, NOISY
+    times, noise = UniformTimes()(PROCESS, 3).times, NOISY
     drawn = jax.random.normal(jax.random.key(9), (3, *noise.shape))
-    steps = {n: multistep(exact, noise, times, process=PROCESS, draw=lambda i: drawn[i], steps=n) for n in (0, 1, 2)}
+    steps = {
+        n: run_multistep(exact, noise, times, process=PROCESS, noise_fn=lambda i: drawn[i], steps=n) for n in (0, 1, 2)
+    }
     np.testing.assert_array_equal(steps[0], noise)
     for number in (0, 1):
         data = exact(steps[number], times[number])
         expected = PROCESS.add_noise(data, drawn[number], times[number + 1])
         np.testing.assert_allclose(steps[number + 1], expected, rtol=1e-4, atol=1e-6)
     traced = jax.jit(
-        lambda n: multistep(exact, noise, times, process=PROCESS, draw=lambda i: jnp.asarray(drawn)[i], steps=n)
+        lambda n: run_multistep(exact, noise, times, process=PROCESS, noise_fn=lambda i: jnp.asarray(drawn)[i], steps=n)
     )
     np.testing.assert_allclose(traced(2), steps[2], rtol=1e-4, atol=1e-6)
 
 
 def test_a_student_makes_a_mixture_in_one_step():
     times = jnp.linspace(1.0, 0.0, 17)
-    taught = estimator(mixture.denoise, mixture.PROCESS, mixture.PREDICTION)
+    taught = make_estimator(mixture.denoise, mixture.PROCESS, mixture.PREDICTION)
     optimizer = optax.adam(optax.linear_schedule(3e-3, 0.0, 600))
 
     def f(params):
-        return consistency_function(mixture.student(params), mixture.PROCESS, mixture.PREDICTION)
+        return make_consistency_fn(mixture.student(params), mixture.PROCESS, mixture.PREDICTION)
 
     def loss(params, average, key):
         index, time_index = jax.random.split(key)
         which = jax.random.randint(time_index, (256, 1), 0, 16)
         time, following = times[which], times[which + 1]
         noisy = mixture.PROCESS.add_noise(mixture.data(index, 256), jax.random.normal(key, (256, 2)), time)
-        reached = flow_step(taught, mixture.PROCESS, noisy, time, following)
+        reached = step_along_flow(taught, mixture.PROCESS, noisy, time, following)
         return consistency_loss(f(params), f(average), noisy, reached, time, following).mean()
 
     def step(carry, key):

@@ -7,9 +7,9 @@ import support.known_mixture as mixture
 from dit_video.diffusion import (
     FlowMatching,
     RectifiedFlow,
-    consistency_function,
-    distance,
-    estimator,
+    compute_distance,
+    make_consistency_fn,
+    make_estimator,
     matching_gradient,
     matching_loss,
 )
@@ -32,7 +32,7 @@ def gradient(samples, real, fake, key):
     time = jax.random.uniform(key, (len(samples), 1, 1), minval=0.02, maxval=0.98)
     noisy = PROCESS.add_noise(samples, jax.random.normal(key, samples.shape), time)
     found = estimate(real)(noisy, time)
-    size = distance(samples, found).mean(axis=-1)[:, None, None]
+    size = compute_distance(samples, found).mean(axis=-1)[:, None, None]
     return matching_gradient(samples, found, estimate(fake)(noisy, time), size)
 
 
@@ -58,7 +58,7 @@ def test_following_it_ends_at_the_real_distribution():
 def test_size_is_taken_out():
     real, fake = SAMPLES + 1, SAMPLES - 1
     np.testing.assert_allclose(matching_gradient(SAMPLES, real, fake, jnp.full((512, 1, 1), 4.0)), -0.5, rtol=1e-5)
-    np.testing.assert_allclose(distance(SAMPLES, real), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(compute_distance(SAMPLES, real), 1.0, rtol=1e-5)
     assert np.isfinite(matching_gradient(SAMPLES, SAMPLES, fake, jnp.zeros((512, 1, 1)))).all()
 
 
@@ -74,15 +74,15 @@ def test_a_student_makes_a_mixture_in_one_step():
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.0, b2=0.99))
         for rate in (optax.linear_schedule(1e-3, 0.0, 800), 5e-3)
     )
-    real = estimator(mixture.denoise, process, mixture.PREDICTION)
+    real = make_estimator(mixture.denoise, process, mixture.PREDICTION)
 
     def generated(params, key):
-        f = consistency_function(mixture.student(params), process, mixture.PREDICTION)
+        f = make_consistency_fn(mixture.student(params), process, mixture.PREDICTION)
         return f(jax.random.normal(key, (256, 2)), jnp.ones((256, 1)))
 
     def critic_loss(critic, samples, key):
         key = jax.random.fold_in(key, 1)
-        time = objective.time(jax.random.uniform(key, (256,)))
+        time = objective.compute_time(jax.random.uniform(key, (256,)))
         denoise = lambda noisy, at: mixture.student(critic)(noisy, at[:, None])  # noqa: E731
         return objective.loss(denoise, samples, jax.random.normal(key, samples.shape), time).mean()
 
@@ -91,8 +91,8 @@ def test_a_student_makes_a_mixture_in_one_step():
         time = jax.random.uniform(key, (256, 1), minval=0.02, maxval=0.98)
         noisy = process.add_noise(samples, jax.random.normal(key, samples.shape), time)
         found = real(noisy, time).data
-        fake = estimator(mixture.student(critic), process, mixture.PREDICTION)(noisy, time).data
-        moved = matching_gradient(samples, found, fake, distance(samples, found)[:, None])
+        fake = make_estimator(mixture.student(critic), process, mixture.PREDICTION)(noisy, time).data
+        moved = matching_gradient(samples, found, fake, compute_distance(samples, found)[:, None])
         return matching_loss(samples, jax.lax.stop_gradient(moved)).mean()
 
     def updated(optimizer, loss, params, state, *given):

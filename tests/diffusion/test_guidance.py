@@ -7,18 +7,18 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     X0,
+    AdaptiveProjectedGuidance,
     Epsilon,
     Guidance,
     LearnedVariance,
-    Projected,
     RectifiedFlow,
     V,
-    VariancePreserving,
+    VariancePreservingProcess,
     Velocity,
-    apart,
+    apply_classifier_free_guidance,
+    apply_guidance,
     batched,
-    classifier_free,
-    guided,
+    sequential,
 )
 
 NOISY = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
@@ -34,20 +34,20 @@ def unconditional(noisy, time):
 
 
 def test_scale_1_is_conditional_and_0_unconditional():
-    one, zero = (classifier_free(conditional, unconditional, scale)(NOISY, TIME) for scale in (1.0, 0.0))
+    one, zero = (apply_classifier_free_guidance(conditional, unconditional, scale)(NOISY, TIME) for scale in (1.0, 0.0))
     np.testing.assert_allclose(one, conditional(NOISY, TIME), atol=1e-6)
     np.testing.assert_array_equal(zero, unconditional(NOISY, TIME))
 
 
 @pytest.mark.parametrize("scale", [2.0, 7.5, -1.0])
 def test_guidance_is_linear_in_the_scale(scale):
-    found = classifier_free(conditional, unconditional, jnp.asarray(scale))(NOISY, TIME)
+    found = apply_classifier_free_guidance(conditional, unconditional, jnp.asarray(scale))(NOISY, TIME)
     expected = scale * conditional(NOISY, TIME) + (1 - scale) * unconditional(NOISY, TIME)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_equal_branches_are_not_moved_by_any_scale():
-    found = classifier_free(conditional, conditional, 9.0)(NOISY, TIME)
+    found = apply_classifier_free_guidance(conditional, conditional, 9.0)(NOISY, TIME)
     np.testing.assert_allclose(found, conditional(NOISY, TIME), rtol=1e-6)
 
 
@@ -57,15 +57,15 @@ PROCESS = RectifiedFlow()
 
 def of(guidance, branches=ALL, **options):
     """The guided prediction of NOISY."""
-    chosen = apart(*branches[: guidance.branches])
-    return guided(chosen, guidance.strength(), process=PROCESS, **options)(NOISY, TIME)
+    chosen = sequential(*branches[: guidance.branches])
+    return apply_guidance(chosen, guidance.strength(), process=PROCESS, **options)(NOISY, TIME)
 
 
 def test_image_and_text_have_a_scale_each():
     c, u, b = (np.asarray(branch(NOISY, TIME)) for branch in ALL)
-    found = of(Guidance(scale=7.5, image=1.5))
+    found = of(Guidance(scale=7.5, image_scale=1.5))
     np.testing.assert_allclose(found, b + 1.5 * (u - b) + 7.5 * (c - u), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(of(Guidance(scale=1.0, image=0.0)), c - u + b, atol=1e-5)
+    np.testing.assert_allclose(of(Guidance(scale=1.0, image_scale=0.0)), c - u + b, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_image_and_text_have_a_scale_each():
     [
         (Guidance(scale=1.0), 1),
         (Guidance(scale=(1.0, 2.0)), 2),
-        (Guidance(scale=3.0, image=1.0), 2),
-        (Guidance(scale=1.0, image=2.0), 3),
+        (Guidance(scale=3.0, image_scale=1.0), 2),
+        (Guidance(scale=1.0, image_scale=2.0), 3),
     ],
 )
 def test_no_more_branches_than_count(guidance, branches):
@@ -88,15 +88,15 @@ def test_all_branches_in_one_evaluation():
         asked.append(noisy.shape)
         return jnp.concatenate([branch(part, time) for branch, part in zip(ALL, jnp.split(noisy, 3), strict=True)])
 
-    guidance = Guidance(scale=4.0, image=2.0)
-    found = guided(batched(together, 3), guidance.strength())(NOISY, TIME)
+    guidance = Guidance(scale=4.0, image_scale=2.0)
+    found = apply_guidance(batched(together, 3), guidance.get_params())(NOISY, TIME)
     np.testing.assert_allclose(found, of(guidance), atol=1e-6)
     assert asked == [(6, 3, 4)]
 
 
 @pytest.mark.parametrize("time", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_guidance_at_some_times_and_none_at_others(time):
-    strength = Guidance(scale=5.0, interval=(0.3, 0.7)).strength()
+    strength = Guidance(scale=5.0, interval=(0.3, 0.7)).get_params()
     now = jnp.asarray(time, jnp.float32)
     counted = []
 
@@ -104,15 +104,15 @@ def test_guidance_at_some_times_and_none_at_others(time):
         jax.debug.callback(lambda: counted.append(1))
         return unconditional(noisy, time)
 
-    either = apart(conditional, second)
-    found = jax.jit(guided(either, strength, conditional=conditional))(NOISY, now)
+    either = sequential(conditional, second)
+    found = jax.jit(apply_guidance(either, strength, conditional=conditional))(NOISY, now)
     jax.effects_barrier()
     inside = 0.3 <= time <= 0.7
     scale = 5.0 if inside else 1.0
-    expected = classifier_free(conditional, unconditional, scale)(NOISY, now)
+    expected = apply_classifier_free_guidance(conditional, unconditional, scale)(NOISY, now)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert len(counted) == inside  # outside it the second branch is not evaluated
-    np.testing.assert_allclose(guided(either, strength)(NOISY, now), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(apply_guidance(either, strength)(NOISY, now), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rescaled_predictions_have_the_deviation_of_the_conditional_one():
@@ -125,7 +125,9 @@ def test_rescaled_predictions_have_the_deviation_of_the_conditional_one():
 
 
 def test_equal_values_have_no_deviation_to_divide_by():
-    still = guided(apart(lambda x, t: 0 * x, lambda x, t: 0 * x), Guidance(rescale=1.0, scale=3.0).strength())
+    still = apply_guidance(
+        sequential(lambda x, t: 0 * x, lambda x, t: 0 * x), Guidance(rescale=1.0, scale=3.0).get_params()
+    )
     np.testing.assert_array_equal(still(NOISY, TIME), 0 * NOISY)
 
 
@@ -135,24 +137,24 @@ def data_of(velocity):
 
 def test_projected_steps_keep_away_from_the_data():
     c, u = (branch(NOISY, TIME) for branch in (conditional, unconditional))
-    found = data_of(of(Guidance(scale=9.0, projected=Projected())))
+    found = data_of(of(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance())))
     data, step = data_of(c), found - data_of(c)
     np.testing.assert_allclose((step * data).sum(axis=(1, 2)), 0, atol=1e-3)
     assert (np.linalg.norm(step, axis=(1, 2)) > 1).all()
-    everything = of(Guidance(scale=9.0, projected=Projected(parallel=1.0)))
+    everything = of(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance(parallel_weight=1.0)))
     np.testing.assert_allclose(everything, u + 9.0 * (c - u), rtol=1e-4, atol=1e-4)
 
 
 def test_projected_steps_have_a_largest_length():
-    found = data_of(of(Guidance(scale=3.0, projected=Projected(parallel=1.0, largest=0.1))))
+    found = data_of(of(Guidance(scale=3.0, projection=AdaptiveProjectedGuidance(parallel_weight=1.0, max_rms=0.1))))
     step = found - data_of(conditional(NOISY, TIME))
     np.testing.assert_allclose(np.sqrt(np.square(step).mean(axis=(1, 2))), 2 * 0.1, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", [X0(), Epsilon(), V(), Velocity()], ids=lambda kind: type(kind).__name__)
 def test_projection_is_of_the_data_whatever_is_predicted(prediction):
-    process = VariancePreserving()
-    guidance = Guidance(scale=4.0, projected=Projected(largest=0.3))
+    process = VariancePreservingProcess()
+    guidance = Guidance(scale=4.0, projection=AdaptiveProjectedGuidance(max_rms=0.3))
 
     def data(denoise, kind):
         return kind.estimate(process, NOISY, denoise(NOISY, TIME), TIME).data
@@ -165,7 +167,7 @@ def test_projection_is_of_the_data_whatever_is_predicted(prediction):
         return denoise
 
     def run(branches, kind):
-        whole = guided(apart(*branches), guidance.strength(), process=process, prediction=kind)
+        whole = apply_guidance(sequential(*branches), guidance.get_params(), process=process, prediction=kind)
         return data(whole, kind)
 
     expected = run((conditional, unconditional), X0())
@@ -177,11 +179,13 @@ def test_a_variance_beside_the_prediction_is_not_guided():
     def beside(branch, variance):
         return lambda x, t: jnp.concatenate([branch(x, t), jnp.full_like(x, variance)], axis=-1)
 
-    guidance = Guidance(scale=4.0, rescale=0.5, projected=Projected(largest=0.3))
+    guidance = Guidance(scale=4.0, rescale=0.5, projection=AdaptiveProjectedGuidance(max_rms=0.3))
 
     def run(branches, prediction):
-        process = VariancePreserving()
-        return guided(apart(*branches), guidance.strength(), process=process, prediction=prediction)(NOISY, TIME)
+        process = VariancePreservingProcess()
+        return apply_guidance(sequential(*branches), guidance.get_params(), process=process, prediction=prediction)(
+            NOISY, TIME
+        )
 
     found = run((beside(conditional, 0.3), beside(unconditional, -0.8)), LearnedVariance())
     values, variance = jnp.split(found, 2, axis=-1)
@@ -189,10 +193,12 @@ def test_a_variance_beside_the_prediction_is_not_guided():
     np.testing.assert_array_equal(variance, jnp.full_like(NOISY, 0.3))
 
 
-@pytest.mark.parametrize("guidance", [Guidance(scale=6.0, rescale=0.7), Guidance(projected=Projected(largest=0.2))])
+@pytest.mark.parametrize(
+    "guidance", [Guidance(scale=6.0, rescale=0.7), Guidance(projection=AdaptiveProjectedGuidance(max_rms=0.2))]
+)
 def test_samples_of_a_batch_do_not_matter_to_each_other(guidance):
     def run(noisy):
-        return guided(apart(conditional, unconditional), guidance.strength(), process=PROCESS)(noisy, TIME)
+        return apply_guidance(sequential(conditional, unconditional), guidance.strength(), process=PROCESS)(noisy, TIME)
 
     changed = run(NOISY.at[1].mul(50.0))
     np.testing.assert_allclose(changed[0], run(NOISY)[0], rtol=1e-5)
@@ -203,13 +209,16 @@ def test_samples_of_a_batch_do_not_matter_to_each_other(guidance):
     [
         (lambda: Guidance(scale=-1.0), "guidance scales -1.0 are invalid"),
         (lambda: Guidance(scale=(2.0, float("nan"))), "guidance scales 2.0, nan are invalid"),
-        (lambda: Guidance(image=float("inf")), "guidance scales 2.0, inf are invalid"),
+        (lambda: Guidance(image_scale=float("inf")), "guidance scales 2.0, inf are invalid"),
         (lambda: Guidance(interval=(0.7, 0.3)), r"interval=\(0.7, 0.3\) is invalid"),
         (lambda: Guidance(interval=(0.0, 1.5)), "Use two rising times"),
         (lambda: Guidance(rescale=1.5), r"rescale=1.5 is invalid: it must lie in \[0, 1\]"),
-        (lambda: Projected(largest=0.0), "max_rms=0.0 is invalid"),
-        (lambda: Projected(parallel=float("inf")), "parallel_weight=inf is invalid"),
-        (lambda: guided(apart(*ALL), Guidance(projected=Projected()).strength()), "Use process="),
+        (lambda: AdaptiveProjectedGuidance(max_rms=0.0), "max_rms=0.0 is invalid"),
+        (lambda: AdaptiveProjectedGuidance(parallel_weight=float("inf")), "parallel_weight=inf is invalid"),
+        (
+            lambda: apply_guidance(sequential(*ALL), Guidance(projection=AdaptiveProjectedGuidance()).get_params()),
+            "Use process=",
+        ),
     ],
 )
 def test_guidance_that_there_is_not(make, message):
@@ -219,6 +228,9 @@ def test_guidance_that_there_is_not(make, message):
 
 def test_a_config_comes_back():
     guidance = Guidance(
-        scale=(3.0, 2.0), interval=(0.2, 0.9), rescale=0.5, projected=Projected(largest=0.06, momentum=-0.5)
+        scale=(3.0, 2.0),
+        interval=(0.2, 0.9),
+        rescale=0.5,
+        projection=AdaptiveProjectedGuidance(max_rms=0.06, momentum=-0.5),
     )
     assert config_json.from_json(config_json.to_json(guidance)) == guidance

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import X0, Guidance, Projected, RectifiedFlow, apart, guided
+from dit_video.diffusion import X0, AdaptiveProjectedGuidance, Guidance, RectifiedFlow, apply_guidance, sequential
 
 pytestmark = pytest.mark.parity
 
@@ -13,8 +13,8 @@ TIME = jnp.asarray(0.6)
 
 
 def ours(guidance):
-    branches = apart(lambda *_: jnp.asarray(COND), lambda *_: jnp.asarray(UNCOND))
-    denoise = guided(branches, guidance.strength(), process=RectifiedFlow(), prediction=X0())
+    branches = sequential(lambda *_: jnp.asarray(COND), lambda *_: jnp.asarray(UNCOND))
+    denoise = apply_guidance(branches, guidance.strength(), process=RectifiedFlow(), prediction=X0())
     return denoise(jnp.asarray(NOISY), TIME)
 
 
@@ -31,7 +31,7 @@ def test_projected(parallel, largest):
         norm_threshold=threshold,
         use_original_formulation=True,
     )
-    found = ours(Guidance(scale=5.0, projected=Projected(parallel=parallel, largest=largest)))
+    found = ours(Guidance(scale=5.0, projection=AdaptiveProjectedGuidance(parallel_weight=parallel, max_rms=largest)))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -41,14 +41,16 @@ def test_projected_with_momentum(momentum):
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
     buffer, past = module.MomentumBuffer(momentum), jnp.zeros(NOISY.shape)
-    strength = Guidance(scale=5.0, projected=Projected(parallel=0.3, largest=1.5, momentum=momentum)).strength()
+    strength = Guidance(
+        scale=5.0, projection=AdaptiveProjectedGuidance(parallel_weight=0.3, max_rms=1.5, momentum=momentum)
+    ).get_params()
     for c, u in np.random.default_rng(1).normal(size=(4, 2, *NOISY.shape)).astype(np.float32):
         threshold = 1.5 * np.sqrt(NOISY[0].size)
         expected = module.normalized_guidance(
             torch.from_numpy(c), torch.from_numpy(u), 4.0, buffer, 0.3, threshold, use_original_formulation=True
         )
-        branches = apart(lambda *_, c=c: jnp.asarray(c), lambda *_, u=u: jnp.asarray(u))
-        denoise = guided(branches, strength, process=RectifiedFlow(), prediction=X0())
+        branches = sequential(lambda *_, c=c: jnp.asarray(c), lambda *_, u=u: jnp.asarray(u))
+        denoise = apply_guidance(branches, strength, process=RectifiedFlow(), prediction=X0())
         found, past = denoise(jnp.asarray(NOISY), TIME, past)
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(past, buffer.running_average.numpy(), rtol=1e-4, atol=1e-4)

@@ -4,20 +4,29 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.backbones.denoise import packed_denoise
+from dit_video.backbones.denoise import make_denoise_fn
 from dit_video.backbones.dit import Given
 from dit_video.core.errors import UserError
-from dit_video.diffusion import Ddpm, Epsilon, LearnedVariance, Objective, VariancePreserving, draws, sample, time_grid
-from dit_video.nn import graph_of
-from dit_video.tokens import Grid, coordinates
+from dit_video.diffusion import (
+    Ddpm,
+    Epsilon,
+    LearnedVariance,
+    Objective,
+    VariancePreservingProcess,
+    make_noise_fn,
+    make_uniform_times,
+    sample,
+)
+from dit_video.nn import get_graph_def
+from dit_video.tokens import Grid, compute_coordinates
 from support.rough import rough_params
 from support.tiny_class_dit import DIT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS = 100
-PROCESS = VariancePreserving(steps=STEPS)
-LEARNED = LearnedVariance(steps=STEPS, share=0.02)
+PROCESS = VariancePreservingProcess(steps=STEPS)
+LEARNED = LearnedVariance(steps=STEPS, bound_weight=0.02)
 OBJECTIVE, PLAIN = (Objective(process=PROCESS, prediction=prediction) for prediction in (LEARNED, Epsilon()))
 DRAW = np.random.default_rng(0)
 DATA, NOISE, VALUES = (DRAW.normal(size=(4, 6)).astype(np.float32) for _ in range(3))
@@ -110,7 +119,7 @@ def test_the_variance_that_is_learned_is_that_of_the_step_back(number):
 GRID = Grid(1, 4, 4)
 ROW = {
     "segments": jnp.ones((2, GRID.volume), jnp.int32),
-    "coordinates": jnp.tile(jnp.asarray(coordinates(GRID))[None], (2, 1, 1)),
+    "coordinates": jnp.tile(jnp.asarray(compute_coordinates(GRID))[None], (2, 1, 1)),
     "context": None,
     "context_segments": None,
 }
@@ -119,7 +128,7 @@ WIDTH = DIT.token_width
 
 def denoiser(params):
     labels = Given(labels=jnp.asarray([[1], [3]]))
-    denoise = packed_denoise(nnx.merge(graph_of(DIT.make), params), **ROW, count=1, given=labels)
+    denoise = make_denoise_fn(nnx.merge(get_graph_def(DIT.make), params), **ROW, count=1, given=labels)
     return lambda noisy, time: denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]))
 
 
@@ -142,17 +151,17 @@ def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
             return sample(
                 denoise,
                 noise,
-                time_grid(PROCESS, 4),
+                make_uniform_times(PROCESS, 4),
                 process=PROCESS,
                 solver=Ddpm(),
                 prediction=prediction,
-                draw=draws(jax.random.split(jax.random.key(5)), shape[1:]),
+                noise_fn=make_noise_fn(jax.random.split(jax.random.key(5)), shape[1:]),
             )
 
         whole = denoiser(params)
         first = (
             whole(noise, jnp.asarray(0.3)),
-            nnx.merge(graph_of(DIT.make), params)(
+            nnx.merge(get_graph_def(DIT.make), params)(
                 noise, jnp.full((2, 1), 0.3), **ROW, given=Given(labels=jnp.asarray([[1], [3]]))
             ),
         )
@@ -172,7 +181,7 @@ def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
     [
         (lambda: LearnedVariance(prediction=LearnedVariance()), "must not be beside another learned variance"),
         (lambda: LearnedVariance(steps=1), "steps=1, .* 2 steps or more"),
-        (lambda: LearnedVariance(share=-0.1), "bound_weight=-0.1 .* bound_weight of 0 or more"),
+        (lambda: LearnedVariance(bound_weight=-0.1), "bound_weight=-0.1 .* bound_weight of 0 or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):

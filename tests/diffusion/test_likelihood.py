@@ -11,18 +11,18 @@ from scipy import stats
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     X0,
-    Cosine,
+    CosineBetas,
     Edm,
     Epsilon,
     Estimate,
-    Hutchinson,
-    Preconditioned,
+    HutchinsonTrace,
+    Preconditioning,
     RectifiedFlow,
     V,
-    VariancePreserving,
+    VariancePreservingProcess,
     Velocity,
     log_likelihood,
-    time_grid,
+    make_uniform_times,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,22 +59,22 @@ def nats(process, prediction, times, **options):
 CASES = {
     "flow": (RectifiedFlow(), Velocity(), 64),
     "shifted-flow-v": (RectifiedFlow(shift=3.0), V(), 64),
-    "ddpm": (VariancePreserving(), Epsilon(), 64),
-    "cosine": (VariancePreserving(betas=Cosine()), V(), 64),
-    "edm": (Edm(), Preconditioned(), 96),
+    "ddpm": (VariancePreservingProcess(), Epsilon(), 64),
+    "cosine": (VariancePreservingProcess(betas=CosineBetas()), V(), 64),
+    "edm": (Edm(), Preconditioning(), 96),
 }
 
 
 @pytest.mark.parametrize(("process", "prediction", "steps"), CASES.values(), ids=CASES)
 def test_the_likelihood_of_normal_data_is_exact(process, prediction, steps):
-    found = nats(process, prediction, time_grid(process, steps))
+    found = nats(process, prediction, make_uniform_times(process, steps))
     np.testing.assert_allclose(found.nats, NATS, atol=0.03)
     np.testing.assert_allclose(found.bits_per_dimension, -found.nats / (3 * math.log(2)), rtol=1e-6)
 
 
 def test_the_error_is_of_second_order():
     errors = [
-        np.abs(nats(RectifiedFlow(), Velocity(), time_grid(RectifiedFlow(), steps)).nats - NATS).mean()
+        np.abs(nats(RectifiedFlow(), Velocity(), make_uniform_times(RectifiedFlow(), steps)).nats - NATS).mean()
         for steps in (16, 32)
     ]
     assert np.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.3)
@@ -83,7 +83,7 @@ def test_the_error_is_of_second_order():
 def test_a_model_that_says_nothing_of_the_noise_in_clean_data_begins_later():
     """With a thousandth of noise in the data."""
     process = RectifiedFlow()
-    times = jnp.append(time_grid(process, 128)[:-1], 1e-3)
+    times = jnp.append(make_uniform_times(process, 128)[:-1], 1e-3)
     np.testing.assert_allclose(nats(process, X0(), times).nats, NATS, atol=0.03)
 
 
@@ -99,13 +99,13 @@ def mixed(noisy, time):
 
 @jax.jit
 def estimated(keys, data=DATA[:2]):
-    divergence = Hutchinson(keys=keys)
-    times = time_grid(RectifiedFlow(), 8)
+    divergence = HutchinsonTrace(keys=keys)
+    times = make_uniform_times(RectifiedFlow(), 8)
     return log_likelihood(mixed, data, times, process=RectifiedFlow(), divergence=divergence).nats
 
 
 def test_hutchinsons_estimate_is_unbiased():
-    exact = log_likelihood(mixed, DATA[:2], time_grid(RectifiedFlow(), 8), process=RectifiedFlow()).nats
+    exact = log_likelihood(mixed, DATA[:2], make_uniform_times(RectifiedFlow(), 8), process=RectifiedFlow()).nats
     keys = jax.random.split(jax.random.key(0), (4000, 2))
     draws = np.asarray(jax.jit(jax.vmap(estimated))(keys))
     assert (draws.std(axis=0) > 0.1).all()
@@ -129,5 +129,5 @@ def test_what_makes_no_sense_is_refused():
             RectifiedFlow(),
             Velocity(),
             jnp.linspace(1, 0, 3),
-            divergence=Hutchinson(keys=jax.random.split(jax.random.key(0), 4)),
+            divergence=HutchinsonTrace(keys=jax.random.split(jax.random.key(0), 4)),
         )

@@ -8,25 +8,25 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     X0,
-    AsPredicted,
-    Cosine,
+    CosineBetas,
     Edm,
     EdmWeight,
     Epsilon,
     MinSnr,
     Objective,
-    Preconditioned,
+    Preconditioning,
     RectifiedFlow,
     SigmoidWeight,
+    UniformWeighting,
     V,
-    VariancePreserving,
+    VariancePreservingProcess,
     Velocity,
 )
 
 TIMES = jnp.asarray([0.2505, 0.5005, 0.9505])
-FLOW, DDPM, EDM = RectifiedFlow(), VariancePreserving(), Edm()
-PROCESSES = {"flow": FLOW, "ddpm": DDPM, "cosine": VariancePreserving(betas=Cosine()), "edm": EDM}
-PREDICTIONS = {"x0": X0(), "v": V(), "velocity": Velocity(), "edm": Preconditioned()}
+FLOW, DDPM, EDM = RectifiedFlow(), VariancePreservingProcess(), Edm()
+PROCESSES = {"flow": FLOW, "ddpm": DDPM, "cosine": VariancePreservingProcess(betas=CosineBetas()), "edm": EDM}
+PREDICTIONS = {"x0": X0(), "v": V(), "velocity": Velocity(), "edm": Preconditioning()}
 WEIGHTINGS = {"min-snr": MinSnr(), "edm": EdmWeight(), "sigmoid": SigmoidWeight(bias=-1.0)}
 
 each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -41,7 +41,7 @@ def snr(process, time=TIMES):
 @each_weighting
 @pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
 def test_a_weighting_says_the_same_of_every_prediction(process, weighting, prediction):
-    error = prediction.data_error(process, TIMES)
+    error = prediction.data_error_scale(process, TIMES)
     of_data = weighting(process, prediction, TIMES) / jnp.square(error)
     of_noise = weighting(process, Epsilon(), TIMES) * snr(process)
     np.testing.assert_allclose(of_data, of_noise, rtol=1e-4)
@@ -52,7 +52,7 @@ def test_min_snr(process):
     ratio = snr(process)
     np.testing.assert_allclose(MinSnr(gamma=2.0)(process, X0(), TIMES), jnp.minimum(ratio, 2), rtol=1e-4)
     np.testing.assert_allclose(MinSnr(gamma=2.0)(process, Epsilon(), TIMES), jnp.minimum(1, 2 / ratio), rtol=1e-4)
-    if isinstance(process, VariancePreserving):  # the paper's form of v
+    if isinstance(process, VariancePreservingProcess):  # the paper's form of v
         found = MinSnr(gamma=2.0)(process, V(), TIMES)
         np.testing.assert_allclose(found, jnp.minimum(ratio, 2) / (ratio + 1), rtol=1e-4)
 
@@ -61,7 +61,7 @@ def test_the_weight_of_edm():
     sigma = EDM.sigma(TIMES)
     np.testing.assert_allclose(EdmWeight()(EDM, X0(), TIMES), (sigma**2 + 0.25) / (0.5 * sigma) ** 2, rtol=1e-5)
     for process in PROCESSES.values():
-        found = EdmWeight(data_std=2.0)(process, Preconditioned(data_std=2.0), TIMES)
+        found = EdmWeight(data_std=2.0)(process, Preconditioning(data_std=2.0), TIMES)
         np.testing.assert_allclose(found, 1, rtol=1e-4)
 
 
@@ -102,7 +102,7 @@ def objective(weighting):
     return Objective(process=DDPM, prediction=Epsilon(), weighting=weighting)
 
 
-@pytest.mark.parametrize("weighting", [AsPredicted(), MinSnr()])
+@pytest.mark.parametrize("weighting", [UniformWeighting(), MinSnr()])
 def test_a_loss_does_not_depend_on_the_rest_of_the_batch(weighting):
     """Weights that are normalised over a batch give a batch of one no loss, or a sample of two."""
     loss = jax.jit(lambda *batch: objective(weighting).loss(lambda noisy, time: 0 * noisy, *batch))
@@ -116,7 +116,7 @@ def test_a_loss_does_not_depend_on_the_rest_of_the_batch(weighting):
 def test_the_loss_is_weighted_by_the_time_of_its_token():
     plain, weighted = (
         objective(weighting).loss(lambda noisy, time: 0 * noisy, DATA, NOISE, TIME)
-        for weighting in (AsPredicted(), MinSnr())
+        for weighting in (UniformWeighting(), MinSnr())
     )
     np.testing.assert_allclose(weighted, plain * jnp.minimum(1, 5 / snr(DDPM, TIME)), rtol=1e-5)
 

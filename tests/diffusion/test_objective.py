@@ -41,4 +41,4 @@ def test_a_bfloat16_prediction_is_compared_in_float32():
 def test_the_shift_and_the_distribution_of_times_meet_in_one_place():
     objective = FlowMatching(process=RectifiedFlow(shift=4.0))
     # The median of logit-normal times of mean 0 is 1/2; shifted by 4 it is 4/5.
-    np.testing.assert_allclose(objective.time(jnp.asarray([0.5])), [0.8], rtol=1e-5)
+    np.testing.assert_allclose(objective.compute_time(jnp.asarray([0.5])), [0.8], rtol=1e-5)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import Euler, Interval, RectifiedFlow, Velocity, estimator, time_grid
+from dit_video.diffusion import Euler, RectifiedFlow, StepInterval, Velocity, make_estimator, make_uniform_times
 
 pytestmark = pytest.mark.parity
 
@@ -17,7 +17,7 @@ def test_euler_equals_flow_match_euler(shift, steps):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps))
     process = RectifiedFlow(shift=shift)
-    times = time_grid(process, steps)
+    times = make_uniform_times(process, steps)
     np.testing.assert_allclose(np.asarray(times), scheduler.sigmas.numpy(), atol=1e-6)
 
     def velocity(x, time):
@@ -30,6 +30,8 @@ def test_euler_equals_flow_match_euler(shift, steps):
         sigma = float(scheduler.sigmas[index])
         prediction = torch.from_numpy(velocity(theirs.numpy(), sigma).astype(np.float32))
         theirs = scheduler.step(prediction, timestep, theirs).prev_sample
-        estimate = estimator(lambda x, time: jnp.asarray(velocity(np.asarray(x), float(time))), process, Velocity())
-        state = Euler().step(estimate, process, state, Interval(times[index], times[index + 1]))
+        estimate = make_estimator(
+            lambda x, time: jnp.asarray(velocity(np.asarray(x), float(time))), process, Velocity()
+        )
+        state = Euler().step(estimate, process, state, StepInterval(times[index], times[index + 1]))
         np.testing.assert_allclose(np.asarray(state.x), theirs.numpy(), rtol=1e-5, atol=1e-5)

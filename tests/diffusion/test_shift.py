@@ -5,24 +5,32 @@ import pytest
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.diffusion import ClipSize, ExponentialShift, FlowMatching, LinearShift, RectifiedFlow, Uniform, time_grid
+from dit_video.diffusion import (
+    ClipSize,
+    ExponentialShift,
+    FlowMatching,
+    LinearShift,
+    RectifiedFlow,
+    Uniform,
+    make_uniform_times,
+)
 
-LINEAR, EXPONENTIAL = RectifiedFlow(by_size=LinearShift()), RectifiedFlow(by_size=ExponentialShift())
+LINEAR, EXPONENTIAL = RectifiedFlow(size_shift=LinearShift()), RectifiedFlow(size_shift=ExponentialShift())
 
 
 def test_the_shifts_of_the_papers():
     # Open-Sora: 1 for images of 256 tokens, 3 for those of 4,096, times the root of the number of frames.
     sizes = [ClipSize(1, 256), ClipSize(1, 4096), ClipSize(16, 4096), ClipSize(9, 2176)]
-    np.testing.assert_allclose([LINEAR.for_size(size).shift for size in sizes], [1, 3, 12, 6])
+    np.testing.assert_allclose([LINEAR.specialize(size).shift for size in sizes], [1, 3, 12, 6])
     # LTX-Video: e^.95 for 1,024 tokens, e^2.05 for 4,096.
     sizes = [ClipSize(4, 256), ClipSize(1, 4096), ClipSize(10, 256)]
-    np.testing.assert_allclose([EXPONENTIAL.for_size(size).shift for size in sizes], np.exp([0.95, 2.05, 1.5]))
+    np.testing.assert_allclose([EXPONENTIAL.specialize(size).shift for size in sizes], np.exp([0.95, 2.05, 1.5]))
 
 
 def test_a_constant_shift_multiplies_that_of_the_size():
-    both = RectifiedFlow(shift=2.0, by_size=LinearShift())
-    assert both.for_size(ClipSize(4, 4096)) == RectifiedFlow(shift=12.0)
-    assert RectifiedFlow(shift=2.0).for_size(ClipSize(4, 4096)) == RectifiedFlow(shift=2.0)
+    both = RectifiedFlow(shift=2.0, size_shift=LinearShift())
+    assert both.specialize(ClipSize(4, 4096)) == RectifiedFlow(shift=12.0)
+    assert RectifiedFlow(shift=2.0).specialize(ClipSize(4, 4096)) == RectifiedFlow(shift=2.0)
 
 
 @pytest.mark.parametrize("process", [LINEAR, EXPONENTIAL], ids=["linear", "exponential"])
@@ -31,15 +39,15 @@ def test_training_and_sampling_have_the_same_shift(process):
     objective = FlowMatching(process=process, times=Uniform())
     sizes = ClipSize(jnp.asarray([1, 4, 16]), jnp.asarray([256, 1024, 4096]))
     for u in (0.25, 0.5, 0.75):
-        trained = jax.jit(objective.time)(jnp.full((3,), u), sizes)
+        trained = jax.jit(objective.compute_time)(jnp.full((3,), u), sizes)
         for index, size in enumerate(zip(*sizes, strict=True)):
-            sampled = time_grid(process.for_size(ClipSize(*map(int, size))), 4)
+            sampled = make_uniform_times(process.specialize(ClipSize(*map(int, size))), 4)
             assert trained[index] == pytest.approx(float(sampled[4 - round(4 * u)]), rel=1e-5)
 
 
 def test_a_shift_by_size_without_a_size():
     with pytest.raises(UserError, match="depends on a clip's size"):
-        time_grid(LINEAR, 4)
+        make_uniform_times(LINEAR, 4)
 
 
 def test_a_config_keeps_it():

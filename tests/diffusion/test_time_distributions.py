@@ -12,8 +12,8 @@ from dit_video.diffusion import (
     Mode,
     RectifiedFlow,
     Uniform,
-    VariancePreserving,
-    low_discrepancy,
+    VariancePreservingProcess,
+    draw_low_discrepancy,
 )
 
 OFFSET = jnp.asarray(0.3)
@@ -22,7 +22,7 @@ OFFSET = jnp.asarray(0.3)
 @pytest.mark.parametrize("start", [0, 123_457, 2**32 - 1000])
 def test_consecutive_ranks_cover_the_unit_interval_evenly(start):
     ranks = jnp.asarray(np.arange(start, start + 1000, dtype=np.uint64) % 2**32, jnp.uint32)
-    numbers = np.sort(low_discrepancy(OFFSET, ranks))
+    numbers = np.sort(draw_low_discrepancy(OFFSET, ranks))
     assert numbers[0] >= 0
     assert numbers[-1] < 1
     # The three-gap theorem: distances of n points take three values, the largest below 2.7 / n. Of independent draws
@@ -33,28 +33,28 @@ def test_consecutive_ranks_cover_the_unit_interval_evenly(start):
 
 
 def test_a_small_batch_is_even_too():
-    numbers = np.sort(low_discrepancy(OFFSET, jnp.arange(8, dtype=jnp.uint32)))
+    numbers = np.sort(draw_low_discrepancy(OFFSET, jnp.arange(8, dtype=jnp.uint32)))
     assert stats.kstest(numbers, "uniform").statistic < 0.2
 
 
 def test_a_number_belongs_to_the_rank_and_not_to_the_batch():
     ranks = jnp.asarray([2**32 - 1, 7, 2**31, 0, 2**24 + 1], jnp.uint32)
-    whole = low_discrepancy(OFFSET, ranks)
-    one_by_one = [low_discrepancy(OFFSET, rank) for rank in ranks]
+    whole = draw_low_discrepancy(OFFSET, ranks)
+    one_by_one = [draw_low_discrepancy(OFFSET, rank) for rank in ranks]
     np.testing.assert_array_equal(whole, one_by_one)
-    np.testing.assert_array_equal(low_discrepancy(OFFSET, ranks[::-1].reshape(5, 1))[::-1, 0], whole)
+    np.testing.assert_array_equal(draw_low_discrepancy(OFFSET, ranks[::-1].reshape(5, 1))[::-1, 0], whole)
 
 
 def test_large_ranks_keep_their_fraction():
     for rank in (2**24 + 1, 2**31 + 5, 2**32 - 1):
         exact = (0.25 + rank * int(0.6180339887498949 * 2**32) % 2**32 / 2**32) % 1
-        found = low_discrepancy(jnp.asarray(0.25), jnp.asarray(rank, jnp.uint32))
+        found = draw_low_discrepancy(jnp.asarray(0.25), jnp.asarray(rank, jnp.uint32))
         assert found == pytest.approx(exact, abs=1e-6)
 
 
 def test_the_offset_moves_all_numbers_around_the_circle():
     ranks = jnp.arange(50, dtype=jnp.uint32)
-    moved = low_discrepancy(jnp.asarray(0.999), ranks) - low_discrepancy(jnp.asarray(0.0), ranks)
+    moved = draw_low_discrepancy(jnp.asarray(0.999), ranks) - draw_low_discrepancy(jnp.asarray(0.0), ranks)
     np.testing.assert_allclose(np.asarray(moved) % 1, 0.999, atol=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_quantiles_at_the_ends_are_finite_times():
 
 
 def test_logit_normal_times_lie_in_the_middle():
-    u = low_discrepancy(OFFSET, jnp.arange(1000, dtype=jnp.uint32))
+    u = draw_low_discrepancy(OFFSET, jnp.arange(1000, dtype=jnp.uint32))
     times = jax.jit(LogitNormal().quantile)(u)
     assert np.mean((times > 0.25) & (times < 0.75)) == pytest.approx(2 * stats.norm.cdf(np.log(3)) - 1, abs=0.01)
 
@@ -96,7 +96,7 @@ def test_mode_times(scale):
         assert (np.mean((found > 0.25) & (found < 0.75)) > 0.5) == (scale > 0)
 
 
-@pytest.mark.parametrize("process", [Edm(), RectifiedFlow(shift=3.0), VariancePreserving()])
+@pytest.mark.parametrize("process", [Edm(), RectifiedFlow(shift=3.0), VariancePreservingProcess()])
 def test_log_normal_noise_is_the_same_of_every_process(process):
     u = jnp.linspace(0.01, 0.99, 99)
     times = LogNormalSigma(mean=-0.5, std=0.8)(process, u)

@@ -6,19 +6,19 @@ import pytest
 from dit_video.core.config_json import from_json, to_json
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
+    DiscreteSchedule,
     Edm,
-    Even,
-    Exponential,
-    Given,
-    Karras,
-    LcmGrid,
+    ExplicitTimes,
+    ExponentialTimes,
+    KarrasTimes,
+    LcmSchedule,
     RectifiedFlow,
-    Shifted,
-    StepGrid,
-    VariancePreserving,
+    ShiftedTimes,
+    UniformTimes,
+    VariancePreservingProcess,
 )
 
-DDPM, FLOW, EDM = VariancePreserving(), RectifiedFlow(), Edm()
+DDPM, FLOW, EDM = VariancePreservingProcess(), RectifiedFlow(), Edm()
 
 
 def steps_of(grid, steps, process=DDPM):
@@ -31,18 +31,20 @@ def steps_of(grid, steps, process=DDPM):
 
 
 def test_a_ddpm_is_told_the_step_before():
-    np.testing.assert_allclose(steps_of(StepGrid(), 4), [999, 749, 499, 249], atol=1e-3)
-    np.testing.assert_allclose(steps_of(StepGrid(spacing="leading"), 4), [750, 500, 250, 0], atol=1e-3)
-    np.testing.assert_allclose(steps_of(StepGrid(spacing="leading", offset=1), 4), [751, 501, 251, 1], atol=1e-3)
-    np.testing.assert_allclose(steps_of(StepGrid(spacing="linspace"), 4), [999, 666, 333, 0], atol=1e-3)
-    spare = StepGrid(spacing="linspace", spare=True, told="nearest")
+    np.testing.assert_allclose(steps_of(DiscreteSchedule(), 4), [999, 749, 499, 249], atol=1e-3)
+    np.testing.assert_allclose(steps_of(DiscreteSchedule(spacing="leading"), 4), [750, 500, 250, 0], atol=1e-3)
+    np.testing.assert_allclose(
+        steps_of(DiscreteSchedule(spacing="leading", steps_offset=1), 4), [751, 501, 251, 1], atol=1e-3
+    )
+    np.testing.assert_allclose(steps_of(DiscreteSchedule(spacing="linspace"), 4), [999, 666, 333, 0], atol=1e-3)
+    spare = DiscreteSchedule(spacing="linspace", has_extra_step=True, step_rounding="nearest")
     np.testing.assert_allclose(steps_of(spare, 4), [999, 749, 500, 250], atol=1e-3)
-    np.testing.assert_allclose(steps_of(LcmGrid(), 4), [999, 759, 499, 259], atol=1e-3)
+    np.testing.assert_allclose(steps_of(LcmSchedule(), 4), [999, 759, 499, 259], atol=1e-3)
 
 
 @pytest.mark.parametrize(("last", "end"), [("data", 0.0), ("first step", 0.001)])
 def test_where_it_ends(last, end):
-    assert StepGrid(last=last)(DDPM, 5).times[-1] == pytest.approx(end)
+    assert DiscreteSchedule(end=last)(DDPM, 5).times[-1] == pytest.approx(end)
 
 
 @pytest.mark.parametrize("process", [EDM, DDPM], ids=["edm", "vp"])
@@ -52,7 +54,7 @@ def test_karras_and_exponential_space_the_ratio_of_noise_to_data(process):
         return process.sigma(times) / process.alpha(times)
 
     most = float((process.sigma(np.ones(1)) / process.alpha(np.ones(1)))[0])
-    karras, exponential = ratios(Karras(least=0.02)), ratios(Exponential(least=0.02))
+    karras, exponential = ratios(KarrasTimes(min_ratio=0.02)), ratios(ExponentialTimes(min_ratio=0.02))
     for found in (karras, exponential):
         np.testing.assert_allclose(found[[0, -1]], [most, 0.02], rtol=1e-3)
     np.testing.assert_allclose(np.diff(karras ** (1 / 7)), np.diff(karras ** (1 / 7)).mean(), rtol=1e-2)
@@ -60,27 +62,42 @@ def test_karras_and_exponential_space_the_ratio_of_noise_to_data(process):
 
 
 def test_of_a_flow_they_start_where_they_are_told():
-    found = Karras(least=0.01, most=99.0)(FLOW, 5).times
+    found = KarrasTimes(min_ratio=0.01, max_ratio=99.0)(FLOW, 5).times
     np.testing.assert_allclose(found[np.asarray([0, -2, -1])], [0.99, 0.01 / 1.01, 0], atol=1e-5)
 
 
 def test_shifted_and_given_times():
-    np.testing.assert_allclose(Shifted(shift=3.0)(RectifiedFlow(shift=8.0), 2).times, [1, 0.75, 0], atol=1e-6)
-    found = Given(times=(1.0, 0.4, 0.1))(FLOW, 2)
+    np.testing.assert_allclose(ShiftedTimes(shift=3.0)(RectifiedFlow(shift=8.0), 2).times, [1, 0.75, 0], atol=1e-6)
+    found = ExplicitTimes(times=(1.0, 0.4, 0.1))(FLOW, 2)
     np.testing.assert_allclose(found.times, [1, 0.4, 0.1], atol=1e-6)
-    np.testing.assert_array_equal(found.told, found.times)
+    np.testing.assert_array_equal(found.model_times, found.times)
 
 
 @pytest.mark.parametrize(
     "grid",
-    [Given(times=(1.0, 0.0)), Shifted(shift=2.0), Karras(most=9.0), StepGrid(spacing="leading", offset=1), LcmGrid()],
+    [
+        ExplicitTimes(times=(1.0, 0.0)),
+        ShiftedTimes(shift=2.0),
+        KarrasTimes(max_ratio=9.0),
+        DiscreteSchedule(spacing="leading", steps_offset=1),
+        LcmSchedule(),
+    ],
 )
 def test_a_grid_is_written_and_read(grid):
     assert from_json(to_json(grid)) == grid
 
 
 @pytest.mark.parametrize(
-    "grid", [Even(), Shifted(shift=2.0), Given(times=(1.0, 0.0)), Karras(), Exponential(), StepGrid(), LcmGrid()]
+    "grid",
+    [
+        UniformTimes(),
+        ShiftedTimes(shift=2.0),
+        ExplicitTimes(times=(1.0, 0.0)),
+        KarrasTimes(),
+        ExponentialTimes(),
+        DiscreteSchedule(),
+        LcmSchedule(),
+    ],
 )
 def test_less_than_one_step(grid):
     with pytest.raises(UserError, match=r"at least 1 step, not 0|steps=0 is invalid: .* Use steps=1"):
@@ -90,21 +107,24 @@ def test_less_than_one_step(grid):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: StepGrid()(FLOW, 4), "RectifiedFlow has none. Use UniformTimes, ShiftedTimes, KarrasTimes or"),
-        (lambda: LcmGrid()(EDM, 4), "Edm has none"),
-        (lambda: LcmGrid()(DDPM, 51), "steps=51, distillation_steps=50 .* 1000 noise .* Use steps=50"),
-        (lambda: StepGrid()(DDPM, 1001), "steps=1001 is invalid.* Use steps=1000"),
-        (lambda: StepGrid(spacing="leading", offset=1)(DDPM, 1000), "steps_offset=1 .* beyond the last of 1000"),
-        (lambda: StepGrid(offset=-1), "steps_offset=-1 is invalid"),
-        (lambda: Karras()(FLOW, 4), "is infinite. Use a finite max_ratio"),
-        (lambda: Karras(most=1.0)(FLOW, 4), "sampling starts from noise"),
-        (lambda: Karras(most=81.0)(EDM, 4), "max_ratio=81 .* ratio to the data in Edm is 80"),
-        (lambda: Karras(most=40.0)(EDM, 4), "max_ratio=40 .* ratio to the data in Edm is 80"),
-        (lambda: Exponential(least=0.0), "min_ratio=0.0.* must be positive"),
-        (lambda: Shifted(shift=0.0), "shift=0.0 is invalid"),
-        (lambda: Given(times=(0.5, 0.5)), r"times=\(0.5, 0.5\) is invalid"),
-        (lambda: Given(times=(1.2, 0.5)), r"times=\(1.2, 0.5\) is invalid"),
-        (lambda: Given(times=(1.0, 0.5))(FLOW, 2), "steps=2 is invalid: .* Use steps=1"),
+        (lambda: DiscreteSchedule()(FLOW, 4), "RectifiedFlow has none. Use UniformTimes, ShiftedTimes, KarrasTimes or"),
+        (lambda: LcmSchedule()(EDM, 4), "Edm has none"),
+        (lambda: LcmSchedule()(DDPM, 51), "steps=51, distillation_steps=50 .* 1000 noise .* Use steps=50"),
+        (lambda: DiscreteSchedule()(DDPM, 1001), "steps=1001 is invalid.* Use steps=1000"),
+        (
+            lambda: DiscreteSchedule(spacing="leading", steps_offset=1)(DDPM, 1000),
+            "steps_offset=1 .* beyond the last of 1000",
+        ),
+        (lambda: DiscreteSchedule(steps_offset=-1), "steps_offset=-1 is invalid"),
+        (lambda: KarrasTimes()(FLOW, 4), "is infinite. Use a finite max_ratio"),
+        (lambda: KarrasTimes(max_ratio=1.0)(FLOW, 4), "sampling starts from noise"),
+        (lambda: KarrasTimes(max_ratio=81.0)(EDM, 4), "max_ratio=81 .* ratio to the data in Edm is 80"),
+        (lambda: KarrasTimes(max_ratio=40.0)(EDM, 4), "max_ratio=40 .* ratio to the data in Edm is 80"),
+        (lambda: ExponentialTimes(min_ratio=0.0), "min_ratio=0.0.* must be positive"),
+        (lambda: ShiftedTimes(shift=0.0), "shift=0.0 is invalid"),
+        (lambda: ExplicitTimes(times=(0.5, 0.5)), r"times=\(0.5, 0.5\) is invalid"),
+        (lambda: ExplicitTimes(times=(1.2, 0.5)), r"times=\(1.2, 0.5\) is invalid"),
+        (lambda: ExplicitTimes(times=(1.0, 0.5))(FLOW, 2), "steps=2 is invalid: .* Use steps=1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):

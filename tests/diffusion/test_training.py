@@ -9,20 +9,20 @@ from diffusion import mixture
 
 from dit_video.diffusion import (
     X0,
-    Cosine,
+    CosineBetas,
     Edm,
     Epsilon,
     Euler,
     LogNormalSigma,
     MinSnr,
     Objective,
-    Preconditioned,
+    Preconditioning,
     RectifiedFlow,
-    ScaledLinear,
+    ScaledLinearBetas,
     V,
-    VariancePreserving,
+    VariancePreservingProcess,
     Velocity,
-    low_discrepancy,
+    draw_low_discrepancy,
     sample,
 )
 
@@ -30,9 +30,9 @@ WIDTH, BATCH, STEPS, SAMPLES = 64, 256, 1200, 2000
 DATA_STD = float(np.sqrt(np.trace(mixture.COVARIANCE) / 2))
 PROCESSES = {
     "flow": RectifiedFlow(shift=2.0),
-    "linear": VariancePreserving(),
-    "scaled-linear": VariancePreserving(betas=ScaledLinear()),
-    "cosine": VariancePreserving(betas=Cosine()),
+    "linear": VariancePreservingProcess(),
+    "scaled-linear": VariancePreservingProcess(betas=ScaledLinearBetas()),
+    "cosine": VariancePreservingProcess(betas=CosineBetas()),
     "edm": Edm(sigma_max=20.0, data_std=DATA_STD),
 }
 PREDICTIONS = {
@@ -40,7 +40,7 @@ PREDICTIONS = {
     "x0": X0(),
     "v": V(),
     "velocity": Velocity(),
-    "preconditioned": Preconditioned(data_std=DATA_STD),
+    "preconditioned": Preconditioning(data_std=DATA_STD),
 }
 BOUND = 0.015
 """on the energy distance: of two fresh samples of the mixture it is below 0.004, of an untrained network above 0.1"""
@@ -77,7 +77,7 @@ def trained(objective, data):
         keys = jax.random.split(jax.random.fold_in(key, number), 3)
         x = data[jax.random.randint(keys[0], (1, BATCH), 0, len(data))]
         noise = jax.random.normal(keys[1], x.shape)
-        u = low_discrepancy(jax.random.uniform(keys[2]), jnp.arange(BATCH))[None]
+        u = draw_low_discrepancy(jax.random.uniform(keys[2]), jnp.arange(BATCH))[None]
         loss, gradient = jax.value_and_grad(
             lambda params: objective.loss(network(params), x, noise, objective.time(u)).mean(axis=(0, 1))
         )(params)
@@ -94,7 +94,7 @@ def distances(process, prediction):
     times = {"times": LogNormalSigma(mean=-0.5, std=1.3)} if isinstance(process, Edm) else {}
     objective = Objective(process=process, prediction=prediction, weighting=MinSnr(), **times)
     # Of noise alone the noise says nothing of the data, and a model's small error of it is a large one of theirs.
-    grid = process.shifted(jnp.linspace(0.985, 0.0, 101))
+    grid = process.shift_time(jnp.linspace(0.985, 0.0, 101))
     if isinstance(process, Edm):  # from the least noise that it is trained at, a sigma of 0.013, straight to the data
         grid = jnp.append(jnp.linspace(1.0, 0.35, 100), 0.0)
 

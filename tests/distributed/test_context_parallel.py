@@ -13,10 +13,10 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, ShardingRules, check_denoiser, over_devices, shardings
-from dit_video.nn import graph_of, param_shapes
-from dit_video.nn.attention import Dense, Full, SlidingWindow, Tokens
-from dit_video.nn.attention.backends.chunked import attend_part, part_gradients
+from dit_video.distributed import MeshConfig, ShardingRules, check_denoiser, make_shardings, shard_model
+from dit_video.nn import get_graph_def, get_param_shapes
+from dit_video.nn.attention import AttentionInputs, DenseAttention, Full, SlidingWindow
+from dit_video.nn.attention.backends.chunked import attend_part, compute_part_gradients
 from support.devices import check_on_eight_devices, run_together
 
 SIZES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
@@ -227,13 +227,15 @@ def test_parts_of_the_keys_add_up():
     draw = np.random.default_rng(1)
     q, k, v, d_out = (jnp.asarray(draw.normal(size=(1, 12, 2, 4)), jnp.float32) for _ in range(4))
     segments = jnp.asarray([[1] * 5 + [2] * 6 + [0]], jnp.int32)
-    at = Tokens.among(segments)
-    expected, back = jax.vjp(lambda q, k, v: Dense()(q, k, v, at), q, k, v)
+    at = AttentionInputs.self_attention(segments)
+    expected, back = jax.vjp(lambda q, k, v: DenseAttention()(q, k, v, at), q, k, v)
     out, lse = attend_part(q, k, v, at, pattern=Full(), chunk=5)
     np.testing.assert_allclose(out, expected, atol=1e-6)
     told = {"lse": lse, "delta": jnp.moveaxis((out * d_out).sum(-1), 2, 1), "d_out": d_out}
     halves = [
-        part_gradients(q, k[:, part], v[:, part], Tokens(segments, segments[:, part]), pattern=Full(), chunk=5, **told)
+        compute_part_gradients(
+            q, k[:, part], v[:, part], AttentionInputs(segments, segments[:, part]), pattern=Full(), chunk=5, **told
+        )
         for part in (slice(0, 7), slice(7, 12))
     ]
     d_q, d_k, d_v = back(d_out)
@@ -266,15 +268,15 @@ def test_what_does_not_fit_a_mesh_is_named_with_what_would(fields, batch, way, m
 def test_what_fits_a_mesh_passes():
     dit = DitConfig(channels=1, context_width=8, width=64, heads=8, pattern=SlidingWindow(radius=(1, None, None)))
     check_denoiser(MESH, dit, **FITS, context_attention="ring")
-    wan = WanDitConfig(width=128, hidden_width=64, heads=16)
+    wan = WanDitConfig(width=128, mlp_dim=64, heads=16)
     check_denoiser(MESH, wan, **FITS, context_attention="ulysses")
 
 
 def test_heads_and_hidden_widths_are_split_and_moments_follow():
-    fits = ShardingRules(minimum=1)
+    fits = ShardingRules(min_size=1)
     dit = DitConfig(channels=1, context_width=8, width=64, heads=8, layers=2)
-    shapes = jax.eval_shape(optax.adam(1e-3).init, param_shapes(dit.make))
-    moments = trees.flatten(shardings(shapes, MESH, fits))
+    shapes = jax.eval_shape(optax.adam(1e-3).init, get_param_shapes(dit.make))
+    moments = trees.flatten(make_shardings(shapes, MESH, fits))
     expected = {
         "blocks/qkv/kernel": P(None, "tensor", "fsdp"),  # laid by heads where it is used
         "blocks/cross_query/kernel": P(None, "fsdp", "tensor"),
@@ -284,7 +286,7 @@ def test_heads_and_hidden_widths_are_split_and_moments_follow():
         "blocks/down/kernel": P(None, "tensor", "fsdp"),
     }
     assert {path: moments[f"0/mu/{path}"].spec for path in expected} == expected
-    wan = trees.flatten(shardings(param_shapes(WanDitConfig(width=64, heads=8).make), MESH, fits))
+    wan = trees.flatten(make_shardings(get_param_shapes(WanDitConfig(width=64, heads=8).make), MESH, fits))
     assert wan["blocks/query/kernel"].spec == wan["blocks/cross_value/kernel"].spec == P(None, "fsdp", "tensor")
     assert wan["blocks/cross_out/kernel"].spec == P(None, "tensor", "fsdp")
 
@@ -292,5 +294,5 @@ def test_heads_and_hidden_widths_are_split_and_moments_follow():
 def test_one_device_computes_with_the_model_as_it_is():
     dit = DitConfig(channels=1, context_width=8, width=8, heads=2)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH.axis_names)
-    assert graph_of(over_devices(dit.make, mesh)) == graph_of(dit.make)
+    assert get_graph_def(shard_model(dit.make, mesh)) == get_graph_def(dit.make)
     assert MeshConfig().context_attention == "ulysses"

@@ -6,7 +6,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.distributed import AXES, MeshConfig, Slices, make_mesh
-from dit_video.distributed.mesh import _sizes, hybrid
+from dit_video.distributed.mesh import _resolve_sizes, arrange_hybrid_mesh
 
 
 def test_one_device_makes_a_mesh_in_auto_mode():
@@ -27,7 +27,7 @@ def test_one_device_makes_a_mesh_in_auto_mode():
     ],
 )
 def test_the_free_axis_takes_what_is_left(config, count, sizes):
-    assert _sizes(config, count) == sizes
+    assert _resolve_sizes(config, count) == sizes
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_the_free_axis_takes_what_is_left(config, count, sizes):
 )
 def test_a_mesh_that_does_not_fit_says_what_would(config, message):
     with pytest.raises(UserError, match=message):
-        _sizes(config, 8)
+        _resolve_sizes(config, 8)
 
 
 def test_sizes_are_checked_where_they_are_given():
@@ -70,7 +70,7 @@ CHIPS = [Chip(number, number // 4) for number in range(16)]
 
 
 def of_slices(config: MeshConfig) -> np.ndarray:
-    return np.vectorize(lambda chip: chip.slice_index)(hybrid(config, CHIPS))
+    return np.vectorize(lambda chip: chip.slice_index)(arrange_hybrid_mesh(config, CHIPS))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_slices_lie_along_the_outer_part_of_the_outermost_axes(config, along):
     for axis, count in enumerate(along):
         blocks = np.repeat(blocks, found.shape[axis] // count, axis=axis)
     np.testing.assert_array_equal(found, blocks)
-    assert sorted(chip.id for chip in hybrid(config, CHIPS).flat) == list(range(16))
+    assert sorted(chip.id for chip in arrange_hybrid_mesh(config, CHIPS).flat) == list(range(16))
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_slices_lie_along_the_outer_part_of_the_outermost_axes(config, along):
 )
 def test_slices_that_do_not_lie_along_a_mesh_say_what_would(config, message):
     with pytest.raises(UserError, match=message):
-        hybrid(config, CHIPS)
+        arrange_hybrid_mesh(config, CHIPS)
     with pytest.raises(UserError, match="data=0 is invalid"):
         Slices(data=0)
     odd = [Chip(number, number // 3) for number in range(9)]
     with pytest.raises(UserError, match=r"9 devices are invalid: .* each of 2 slices"):
-        hybrid(MeshConfig(data=1, fsdp=9), [Chip(n, n % 2) for n in range(9)])
-    assert hybrid(MeshConfig(fsdp=3), odd).shape == (3, 3, 1, 1)
+        arrange_hybrid_mesh(MeshConfig(data=1, fsdp=9), [Chip(n, n % 2) for n in range(9)])
+    assert arrange_hybrid_mesh(MeshConfig(fsdp=3), odd).shape == (3, 3, 1, 1)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from dit_video.core.errors import TRY_AGAIN, UserError
-from dit_video.distributed.heartbeat import Patience
-from dit_video.distributed.processes import Place, detect
+from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
+from dit_video.distributed.heartbeat import TimeoutConfig
+from dit_video.distributed.processes import ProcessInfo, detect_processes
 from support.devices import HANG, _environment, _free_port
 
 EXPLICIT = {"COORDINATOR_ADDRESS": "node0:1234", "NUM_PROCESSES": "4", "PROCESS_ID": "2"}
-GIVEN = Place(found="the environment", count=4, index=2, address="node0:1234")
+GIVEN = ProcessInfo(source="the environment", count=4, index=2, address="node0:1234")
 SLURM = {
     "SLURM_JOB_ID": "77",
     "SLURM_STEP_NODELIST": "node[03-05]",
@@ -46,16 +46,16 @@ def alone(monkeypatch):
         (EXPLICIT, GIVEN),
         ({f"JAX_{name}": value for name, value in EXPLICIT.items()}, GIVEN),
         ({**EXPLICIT, "NUM_PROCESSES": "1", "PROCESS_ID": "0"}, None),
-        (SLURM, Place(found="SlurmCluster", count=3)),
+        (SLURM, ProcessInfo(source="SlurmCluster", count=3)),
         ({**SLURM, "SLURM_NTASKS": "1"}, None),
-        (OPEN_MPI, Place(found="OmpiCluster", count=2)),
+        (OPEN_MPI, ProcessInfo(source="OmpiCluster", count=2)),
         ({**SLURM, **EXPLICIT}, GIVEN),
     ],
 )
 def test_the_environment_says_who_is_there(alone, environment, place):
     for name, value in environment.items():
         alone.setenv(name, value)
-    assert detect() == place
+    assert detect_processes() == place
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_the_environment_says_who_is_there(alone, environment, place):
 )
 def test_an_environment_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message):
-        detect({**EXPLICIT, **changes})
+        detect_processes({**EXPLICIT, **changes})
 
 
 def test_too_little_patience():
     with pytest.raises(UserError, match=r"=0\.5 is invalid: .* Use 1 second"):
-        Patience(silent=0.5)
+        TimeoutConfig(max_silence=0.5)
 
 
 CODE = """
@@ -188,7 +188,9 @@ def test_a_lost_process_is_named_in_time(how):
         began = time.monotonic()
         _, err = other.communicate(timeout=HANG)
         took = time.monotonic() - began
-        assert other.returncode in ((TRY_AGAIN,) if who == 1 or "stopped" in how else (TRY_AGAIN, -signal.SIGABRT)), err
+        assert other.returncode in (
+            (EXIT_TRY_AGAIN,) if who == 1 or "stopped" in how else (EXIT_TRY_AGAIN, -signal.SIGABRT)
+        ), err
         assert f"error: process {who} ({os.uname().nodename}, pid {lost.pid})" in err
         assert message in err
         assert took < 120  # 15 alone; on a busy machine everything takes longer
@@ -206,5 +208,5 @@ def test_a_lost_process_is_named_in_time(how):
 def test_one_that_never_comes():
     process = start(0, _free_port(), "", START=5)
     ((code, _, err),) = ends([process])
-    assert code == TRY_AGAIN, err
+    assert code == EXIT_TRY_AGAIN, err
     assert "error: the 2 processes of the run did not find each other within 5 s" in err

@@ -4,7 +4,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, shard_batch, shardings
+from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_shardings, shard_batch
 from support.devices import check_on_eight_devices, run_together
 
 
@@ -124,7 +124,7 @@ def test_two_processes_give_one_global_batch():
 def test_one_device_keeps_everything_whole():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     leaf = jax.ShapeDtypeStruct((512, 512), np.float32)
-    assert shardings({"kernel": leaf}, mesh)["kernel"].spec == PartitionSpec()
+    assert make_shardings({"kernel": leaf}, mesh)["kernel"].spec == PartitionSpec()
     batch = (np.ones((3, 2)), {"y": np.zeros(3)})
     placed = shard_batch(batch, mesh)
     assert jax.tree.structure(placed) == jax.tree.structure(batch)
@@ -134,6 +134,6 @@ def test_rules_that_cannot_apply_say_so():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     leaf = {"bias": jax.ShapeDtypeStruct((8,), np.float32)}
     with pytest.raises(UserError, match="names model; the mesh has data, fsdp, tensor, context"):
-        shardings(leaf, mesh, ShardingRules(rules=(("bias", ("model",)),)))
+        make_shardings(leaf, mesh, ShardingRules(rules=(("bias", ("model",)),)))
     with pytest.raises(UserError, match=r"has 2 axes, bias has 1\. Put a rule for bias before it"):
-        shardings(leaf, mesh, ShardingRules(rules=(("bias", (None, "fsdp")),)))
+        make_shardings(leaf, mesh, ShardingRules(rules=(("bias", (None, "fsdp")),)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.encoders.text import FrozenEncoder, check_width, moved, open_tokenizer
+from dit_video.encoders.text import FrozenTextEncoder, check_width, open_tokenizer, set_encoder_folder
 from dit_video.text import ByteEncoderConfig, ByteTokenizer, FrozenTextConfig
 from dit_video.weights import load_embedder
 from support import tiny_clip
@@ -23,26 +23,26 @@ def config(tmp_path, monkeypatch):
     """Of an encoder in a folder."""
     use_embedder(monkeypatch)
     (tmp_path / "seed.txt").write_text("1")
-    return moved(CONFIG, tmp_path)
+    return set_encoder_folder(CONFIG, tmp_path)
 
 
 def test_it_is_opened_at_the_first_text(config, tmp_path):
-    encoder = FrozenEncoder(config)
+    encoder = FrozenTextEncoder(config)
     (tmp_path / "seed.txt").write_text("2")  # not read yet
     expected = Embedder(tmp_path, max_tokens=5)
     np.testing.assert_array_equal(encoder("a red ball"), expected("a red ball"))
     assert encoder("word " * 20).shape == (5, 8)
-    assert [len(values) for values in encoder.many(["", "one two"])] == [1, 3]
-    assert encoder.identity == encoder.pinned.identity == expected.identity
+    assert [len(values) for values in encoder.encode_many(["", "one two"])] == [1, 3]
+    assert encoder.identity == encoder.pinned_config.identity == expected.identity
     (tmp_path / "seed.txt").unlink()
     encoder("still open")
 
 
 def test_another_encoder_is_refused(config, tmp_path):
-    pinned = FrozenEncoder(config).pinned
+    pinned = FrozenTextEncoder(config).pinned_config
     (tmp_path / "seed.txt").write_text("2")
     other = Embedder(tmp_path, max_tokens=5).identity
-    encoder = FrozenEncoder(pinned)
+    encoder = FrozenTextEncoder(pinned)
     assert encoder.identity == pinned.identity  # known without opening it
     with pytest.raises(UserError, match=f"holds the text encoder {other}, {pinned.identity} was asked for") as error:
         encoder("a red ball")
@@ -52,7 +52,7 @@ def test_another_encoder_is_refused(config, tmp_path):
 def test_another_width_is_refused(config):
     narrow = FrozenTextConfig(folder=config.folder, width=4)
     with pytest.raises(UserError, match="embeddings of width 8, the config says 4; set text width=8"):
-        FrozenEncoder(narrow)("a red ball")
+        FrozenTextEncoder(narrow)("a red ball")
 
 
 def test_a_t5_in_its_folder(tmp_path):
@@ -60,7 +60,10 @@ def test_a_t5_in_its_folder(tmp_path):
     write_tokenizer(tmp_path / "t5")
     config = FrozenTextConfig(folder=str(tmp_path / "t5"), width=TINY_T5.width, max_tokens=8)
     check_width(config)
-    encoder, expected = FrozenEncoder(config, cache=tmp_path / "cache"), load_embedder(tmp_path / "t5", max_tokens=8)
+    encoder, expected = (
+        FrozenTextEncoder(config, cache=tmp_path / "cache"),
+        load_embedder(tmp_path / "t5", max_tokens=8),
+    )
     np.testing.assert_array_equal(encoder("a red ball"), expected("a red ball"))
     assert encoder.identity == expected.identity
     assert list((tmp_path / "cache").rglob("*.npy"))
@@ -74,18 +77,18 @@ def test_a_clip_in_its_folder(tmp_path):
     tiny_clip.write_tokenizer(tmp_path)
     config = FrozenTextConfig(folder=str(tmp_path), width=tiny_clip.TEXT.width, max_tokens=12)
     check_width(config)
-    encoder = FrozenEncoder(config)
+    encoder = FrozenTextEncoder(config)
     np.testing.assert_array_equal(encoder("red ball"), load_embedder(tmp_path)("red ball"))
     with pytest.raises(UserError, match=r"max_tokens=512 .* has 12 positions.* max_tokens=12"):
-        FrozenEncoder(dataclasses.replace(config, max_tokens=512))("red ball")
+        FrozenTextEncoder(dataclasses.replace(config, max_tokens=512))("red ball")
 
 
 def test_the_identity_is_kept_in_a_file(config, tmp_path):
     kept = tmp_path / "run" / "text_encoder.json"
-    first = open_tokenizer(config, kept=kept)
+    first = open_tokenizer(config, identity_file=kept)
     assert json.loads(kept.read_text()) == {"identity": first.identity}
     (tmp_path / "seed.txt").write_text("2")
-    again = open_tokenizer(config, kept=kept, cache=tmp_path / "cache")
+    again = open_tokenizer(config, identity_file=kept, cache=tmp_path / "cache")
     assert again.identity == first.identity
     with pytest.raises(UserError, match="was asked for"):
         again("a red ball")
@@ -93,7 +96,7 @@ def test_the_identity_is_kept_in_a_file(config, tmp_path):
 
 def test_a_trained_encoder_has_a_tokenizer_and_no_folder(tmp_path):
     trained = ByteEncoderConfig(width=8, heads=2, max_tokens=8)
-    assert isinstance(open_tokenizer(trained, kept=tmp_path / "text_encoder.json"), ByteTokenizer)
+    assert isinstance(open_tokenizer(trained, identity_file=tmp_path / "text_encoder.json"), ByteTokenizer)
     assert not (tmp_path / "text_encoder.json").exists()
     with pytest.raises(UserError, match="was trained with the denoiser; leave out text_encoder=/there"):
-        moved(trained, "/there")
+        set_encoder_folder(trained, "/there")

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.data.sizes import read_fitted
+from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.synthetic import shapes
-from dit_video.encoders.autoencoder import Codec
+from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.evaluate import Sampled
+from dit_video.evaluation.evaluate import SavedSample
 from dit_video.evaluation.metrics.prompt_following import prompt_following
 from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Pipeline, Request
-from dit_video.reports.run_report import report_autoencoder
+from dit_video.reports.run_report import write_autoencoder_report
 from dit_video.tokens import Grid
 from dit_video.video import decode
 
@@ -39,10 +39,10 @@ def limits(tiny):
 
 
 def test_every_prompt_is_asked_once_at_each_length_and_at_all_sizes():
-    requests = evaluate.shape_requests(0)
+    requests = evaluate.make_shape_requests(0)
     asked = {t: sorted(request.prompt for request in requests if request.size.t == t) for t in (1, 9, 17)}
-    videos = sorted(map(shapes.caption, shapes.COMBINATIONS))
-    assert asked == {17: videos, 9: videos, 1: sorted(map(shapes.caption, shapes.IMAGES))}
+    videos = sorted(map(shapes.format_caption, shapes.COMBINATIONS))
+    assert asked == {17: videos, 9: videos, 1: sorted(map(shapes.format_caption, shapes.IMAGES))}
     assert len(requests) == 72 + 72 + 18
     sizes = [request.size[1:] for request in requests]
     assert {size: sizes.count(size) for size in set(sizes)} == {(32, 32): 54, (32, 48): 54, (48, 32): 54}
@@ -50,23 +50,23 @@ def test_every_prompt_is_asked_once_at_each_length_and_at_all_sizes():
 
 
 def test_seeds_of_two_evaluations_are_apart():
-    first, second = evaluate.shape_requests(0), evaluate.shape_requests(1)
+    first, second = evaluate.make_shape_requests(0), evaluate.make_shape_requests(1)
     assert not {request.seed for request in first} & {request.seed for request in second}
     assert [request.size for request in first] != [request.size for request in second]
-    assert all(0 <= request.seed < 2**32 for request in evaluate.shape_requests(2**32 - 1))
+    assert all(0 <= request.seed < 2**32 for request in evaluate.make_shape_requests(2**32 - 1))
 
 
 def test_captions_are_spread_over_the_clips_at_their_sizes(held_out, limits):
-    requests = evaluate.caption_requests(held_out, limits, count=2, seed=3, first=4)
+    requests = evaluate.make_caption_requests(held_out, limits, count=2, seed=3, first_index=4)
     ends = held_out.infos[0], held_out.infos[-1]
     assert [request.prompt for request in requests] == [info.caption for info in ends]
     assert [request.size for request in requests] == [Grid(info.frames, info.height, info.width) for info in ends]
     assert [request.seed for request in requests] == [3004, 3005]
     assert [request.image for request in requests] == [None, None]
-    animated = evaluate.caption_requests(held_out, limits, count=2, seed=3, animated=True)
+    animated = evaluate.make_caption_requests(held_out, limits, count=2, seed=3, use_first_frame=True)
     for request, index in zip(animated, (0, len(held_out) - 1), strict=True):
-        np.testing.assert_array_equal(request.image, read_fitted(held_out, index, limits).frames[0])
-    assert len(evaluate.caption_requests(held_out, limits, count=99, seed=3)) == len(
+        np.testing.assert_array_equal(request.image, read_fitted_clip(held_out, index, limits).frames[0])
+    assert len(evaluate.make_caption_requests(held_out, limits, count=99, seed=3)) == len(
         {info.caption for info in held_out.infos}
     )
 
@@ -188,10 +188,10 @@ def test_reconstructions_are_of_the_held_out_clips_at_their_training_sizes(tiny_
 
 
 def test_the_psnr_of_equal_clips_is_written_as_100_db(tiny_pipeline, held_out, limits, monkeypatch):
-    monkeypatch.setattr(Codec, "reconstruct", lambda _, clip: clip)
+    monkeypatch.setattr(LatentCodec, "reconstruct", lambda _, clip: clip)
     results = evaluate.reconstruct(tiny_pipeline.codec, held_out, limits)
     assert all(math.isinf(one.psnr) for one in results)
-    figures = evaluate._reconstruction_figures(results)
+    figures = evaluate._compute_reconstruction_metrics(results)
     assert figures["psnr"] == 100.0
     assert figures["ssim"] == pytest.approx(1.0)
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
@@ -202,11 +202,11 @@ def test_the_best_linear_autoencoder_stands_beside(tiny_pipeline, tiny_run, held
     linear = run.linear_baseline()
     assert linear.basis.shape[1] == tiny_pipeline.config.autoencoder.channels
     results = evaluate.reconstruct(tiny_pipeline.codec, held_out, limits, linear=linear)
-    figures = evaluate._reconstruction_figures(results)
+    figures = evaluate._compute_reconstruction_metrics(results)
     assert figures["linear_psnr"] == pytest.approx(np.mean([one.linear_psnr for one in results]))
     for one in results:
-        assert one.linear.frames.shape == one.original.frames.shape
-        assert one.linear_psnr == evaluate.psnr(one.original.frames, one.linear.frames)
+        assert one.linear_decoded.frames.shape == one.original.frames.shape
+        assert one.linear_psnr == evaluate.psnr(one.original.frames, one.linear_decoded.frames)
         assert 10 < one.linear_psnr < 60
 
 
@@ -215,15 +215,15 @@ def test_an_autoencoder_alone_is_measured_and_reported(tiny_run, held_out, tmp_p
     measured = evaluate.evaluate_autoencoder(run, tmp_path)
     assert measured.metrics["reconstruction"]["clips"].keys() == {info.name for info in held_out.infos}
     assert json.loads((tmp_path / "metrics.json").read_text()) == measured.metrics
-    report_autoencoder(tmp_path / "report.html", run, measured)
+    write_autoencoder_report(tmp_path / "report.html", run, measured)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "the best linear autoencoder" in page
     assert page.count("dB PSNR") == len(held_out)
 
 
 def test_the_judge_finds_rendered_samples_right():
-    clips = [shapes.example(index, seed=4) for index in range(12)]
-    results = evaluate.examine_samples([Sampled({"prompt": clip.caption}, clip) for clip in clips])
+    clips = [shapes.render_example(index, seed=4) for index in range(12)]
+    results = evaluate.judge_samples([SavedSample({"prompt": clip.caption}, clip) for clip in clips])
     rates = prompt_following(results)["all"]
     assert [rates[name]["rate"] for name in ("colour", "shape", "direction")] == [1.0, 1.0, 1.0]
     assert rates["colour"]["count"] == 12
@@ -231,17 +231,19 @@ def test_the_judge_finds_rendered_samples_right():
 
 
 def test_an_evaluation_of_shapes(tiny_pipeline, tiny_run, held_out, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "shape_requests", lambda seed: REQUESTS)
+    monkeypatch.setattr(evaluate, "make_shape_requests", lambda seed: REQUESTS)
     measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=7, run=Run.open(tiny_run), guidance=1.0)
     assert json.loads((tmp_path / "metrics.json").read_text()) == measured.metrics
-    assert measured.metrics["parameters"] == tiny_pipeline.parameter_counts()
+    assert measured.metrics["parameters"] == tiny_pipeline.count_parameters()
     assert measured.metrics["reconstruction"]["clips"].keys() == {info.name for info in held_out.infos}
     assert measured.metrics["prompt_following"]["all"]["colour"]["count"] == len(REQUESTS)
     seconds = measured.metrics["sampling"].pop("seconds")
     assert seconds >= 0
     assert measured.metrics["sampling"] == {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "sampler": "euler"}
     assert len(measured.samples) == 3
-    assert [result.description for result in measured.verdicts] == [shapes.parse(one.prompt) for one in REQUESTS]
+    assert [result.description for result in measured.judgements] == [
+        shapes.parse_caption(one.prompt) for one in REQUESTS
+    ]
     assert len(measured.reconstructions) == len(held_out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "samples"]
 
@@ -252,18 +254,18 @@ def test_an_evaluation_by_captions(tiny_pipeline, tiny_run, tmp_path):
     run = Run.open(tiny_run)
     measured = evaluate.evaluate(pipeline, tmp_path, seed=0, run=run)
     prompts = [sample.entry["prompt"] for sample in measured.samples]
-    assert measured.seen == [True, True, True, False, False]
+    assert measured.is_trained_caption == [True, True, True, False, False]
     assert set(prompts[:3]) <= {info.caption for info in run.training_clips.infos}
     assert set(prompts[3:]) <= {info.caption for info in run.held_out_clips.infos}
     assert len({sample.entry["seed"] for sample in measured.samples}) == 5
     assert "prompt_following" not in measured.metrics
-    assert not measured.verdicts
+    assert not measured.judgements
     with pytest.raises(UserError, match="there are no captions to sample"):
         evaluate.evaluate(pipeline, tmp_path / "other", seed=0)
 
 
 def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "shape_requests", lambda seed: REQUESTS[1:2])
+    monkeypatch.setattr(evaluate, "make_shape_requests", lambda seed: REQUESTS[1:2])
     measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=0)
     assert "reconstruction" not in measured.metrics
     assert measured.reconstructions == []

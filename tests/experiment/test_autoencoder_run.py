@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dit_video.autoencoders import Adversarial, AutoencoderObjective, CausalVaeConfig
+from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig
 from dit_video.core.errors import MissingError
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment.run import Run
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(scope="module")
 def convolutional(tiny):
     """A causal convolutional autoencoder against a discriminator, on images and videos in turn."""
-    loss = AutoencoderObjective(adversarial=Adversarial(width=4, layers=1))
+    loss = AutoencoderObjective(adversarial=AdversarialConfig(width=4, layers=1))
     autoencoder = replace(
         tiny.EXPERIMENT.autoencoder,
         model=CausalVaeConfig(channels=4, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1),
@@ -38,7 +38,7 @@ def test_any_autoencoder_is_trained_against_a_discriminator(convolutional, tiny_
     params = run.train_autoencoder()
     assert params["normalizer"]["std"].shape == (4,)
     assert (params["normalizer"]["std"] != 1).all()
-    entries = logging.read(tmp_path / "run" / "autoencoder" / "metrics.jsonl")
+    entries = logging.read_metrics(tmp_path / "run" / "autoencoder" / "metrics.jsonl")
     assert [entry["step"] for entry in entries] == [1, 2, 3]
     for entry in entries:
         assert np.isfinite(list(entry.values())).all()

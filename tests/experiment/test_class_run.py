@@ -12,7 +12,7 @@ from dit_video.backbones.dit import ClassLabels, NoContext
 from dit_video.core.errors import UserError
 from dit_video.experiment.run import Run
 from dit_video.text import ClassNamesConfig
-from dit_video.tokens import RowShape
+from dit_video.tokens import PackedShape
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 SIZE = (5, 16, 16)
@@ -28,7 +28,7 @@ def experiment(tiny, names):
     """The tiny one, where every caption names a class."""
     labels = ClassLabels(classes=len(names))
     dit = dataclasses.replace(tiny.EXPERIMENT.denoiser.dit, context=NoContext(), context_width=0, labels=labels)
-    text, rows = ClassNamesConfig(classes=len(names), names=names), RowShape(tokens=12, text=3, segments=3)
+    text, rows = ClassNamesConfig(classes=len(names), names=names), PackedShape(tokens=12, text=3, segments=3)
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, dit=dit, text=text, rows=rows)
     return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dit_video.autoencoders import Adversarial, AutoencoderObjective, PatchVaeConfig
+from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, PatchVaeConfig
 from dit_video.backbones.dit import DitConfig
 from dit_video.conditioning import KnownFrames
 from dit_video.core import config_json
@@ -14,7 +14,7 @@ from dit_video.distributed import MeshConfig
 from dit_video.experiment import Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs").glob("*.py"))
@@ -51,42 +51,42 @@ DISAGREEMENTS = [
         "channels=16 is invalid: a patch of (4, 1, 1) pixels has only 12 values",
     ),
     # rows
-    ("denoiser.rows", RowShape(tokens=5, text=96, segments=3), "Use rows.tokens=6,"),
-    ("denoiser.rows", RowShape(tokens=12, text=28, segments=3), "Use text.max_tokens=28 or less"),
+    ("denoiser.rows", PackedShape(tokens=5, text=96, segments=3), "Use rows.tokens=6,"),
+    ("denoiser.rows", PackedShape(tokens=12, text=28, segments=3), "Use text.max_tokens=28 or less"),
     (
         "denoiser.rows",
-        RowShape(tokens=12, text=97, segments=3),
+        PackedShape(tokens=12, text=97, segments=3),
         "rows.text=97 is invalid: it is not divisible by the text encoder's patch",
     ),
-    ("denoiser.rows", RowShape(tokens=12, text=96, segments=0), "rows.segments=0 is invalid"),
+    ("denoiser.rows", PackedShape(tokens=12, text=96, segments=0), "rows.segments=0 is invalid"),
     ("denoiser.dit.patch", Grid(2, 2, 2), "dit.patch.t=2 is invalid"),
     ("denoiser.dit.patch", Grid(1, 0, 2), "dit.patch=0 is invalid"),
     ("data.max_pixels", 15 * 16, "less than one multiple of 16x16"),
     ("data.max_pixels", 64 * 64, "lower data.max_pixels"),
     ("data.fps", 0.0, "fps=0.0 .*must be positive"),
-    ("data.stretches", 0, "data.clips_per_video=0 is invalid"),
+    ("data.clips_per_video", 0, "data.clips_per_video=0 is invalid"),
     # trainings
     ("autoencoder.steps", 2, "warmup=2 is invalid for steps=2"),
     ("denoiser.steps", 1, "warmup=2 is invalid for steps=1"),
     ("denoiser.steps", 0, "denoiser.steps=0 is invalid"),
     ("denoiser.batch", 0, "denoiser.batch=0 is invalid"),
-    ("denoiser.accumulate", 0, "denoiser.accumulation_steps=0 is invalid"),
-    ("denoiser.accumulate", 3, "batch=2 is not divisible by accumulation_steps=3"),
+    ("denoiser.accumulation_steps", 0, "denoiser.accumulation_steps=0 is invalid"),
+    ("denoiser.accumulation_steps", 3, "batch=2 is not divisible by accumulation_steps=3"),
     ("denoiser.caption_dropout", 1.5, "caption_dropout=1.5 is invalid: it must lie in [0, 1]"),
     ("denoiser.caption_dropout", float("nan"), "caption_dropout=nan is invalid"),
     ("denoiser.ema_decay", 1.0, "ema_decay=1.0 is invalid: it must lie in [0, 1)"),
     (
         "autoencoder.loss.adversarial",
-        Adversarial(start=8),
+        AdversarialConfig(start_step=8),
         "adversarial.start_step=8 is invalid: the autoencoder is trained for only 8 steps",
     ),
-    ("autoencoder.loss.adversarial", Adversarial(layers=5), "windows of 32 pixels or more, but one has 16"),
-    ("denoiser.times_of", "frame", "a denoiser with time='token'"),
+    ("autoencoder.loss.adversarial", AdversarialConfig(layers=5), "windows of 32 pixels or more, but one has 16"),
+    ("denoiser.time_per", "frame", "a denoiser with time='token'"),
     ("denoiser.dit.variance", "predicted", "variance='predicted' of the denoiser and a LearnedVariance"),
     ("denoiser.image_encoder", "clip", "attends to no image tokens; leave out image_encoder"),
     ("denoiser.known", KnownFrames(), "no input for known frames; leave out known"),
     ("log_every", 0, "log_every=0 is invalid"),
-    ("most_skipped", 0, "max_consecutive_skips=0 is invalid"),
+    ("max_consecutive_skips", 0, "max_consecutive_skips=0 is invalid"),
     ("save_every", -5, "save_every=-5 is invalid"),
     ("seed", -1, "seed=-1 is invalid"),
     ("seed", 2**32, "seed=4294967296 is invalid: it must be a whole number from 0 to 4294967295"),
@@ -154,7 +154,7 @@ def test_the_quickstart_holds_out_clips_that_it_renders(load_file):
     quickstart = load_file(next(path for path in CONFIGS if path.stem == "quickstart"))
     for brief in (False, True):
         experiment, count = quickstart.experiment(3, brief=brief), quickstart.clips(brief=brief)
-        last = [shapes.file_name(index, seed=3) for index in range(count - quickstart.HELD_OUT, count)]
+        last = [shapes.get_file_name(index, seed=3) for index in range(count - quickstart.HELD_OUT, count)]
         assert list(experiment.data.held_out) == last
         assert len(set(last)) == quickstart.HELD_OUT
     assert quickstart.experiment(3).seed == 3

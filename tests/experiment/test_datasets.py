@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.storage import place, write_text
+from dit_video.core.storage import to_storage_path, write_text
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import ingest
 from dit_video.experiment import datasets
@@ -37,48 +37,50 @@ def data(clips, memory):
 
 
 def test_an_address_is_written_down(clips, data, tmp_path):
-    datasets.check([data])
+    datasets.check_datasets([data])
     folder = tmp_path / "run" / "data"
     for spelled in (data, f"{data}/"):
-        datasets.take(folder, [spelled])
+        datasets.link_datasets(folder, [spelled])
     assert [path.name for path in folder.iterdir()] == ["address.json"]
     assert json.loads((folder / "address.json").read_text()) == data
-    source = datasets.taken(folder)
-    assert source.infos == datasets.taken(data).infos == ClipSource(data).infos
+    source = datasets.open_datasets(folder)
+    assert source.infos == datasets.open_datasets(data).infos == ClipSource(data).infos
     assert [source[index] for index in range(2)] == [path.read_bytes() for path in sorted(clips.iterdir())]
 
 
 def test_other_data_than_the_run_s_are_refused(clips, data, memory, tmp_path):
     ingest(clips, f"{memory}/other")
     ingest(clips, tmp_path / "here")
-    datasets.take(tmp_path / "far", [data])
+    datasets.link_datasets(tmp_path / "far", [data])
     for other in (f"{memory}/other", tmp_path / "here", clips):
         with pytest.raises(UserError, match=f"was started with the data set {data}, not {other}; name that one"):
-            datasets.take(tmp_path / "far", [other])
-    datasets.take(tmp_path / "near", [tmp_path / "here"])
+            datasets.link_datasets(tmp_path / "far", [other])
+    datasets.link_datasets(tmp_path / "near", [tmp_path / "here"])
     with pytest.raises(UserError, match=f"was started with the data set {tmp_path / 'here'}, not {data}"):
-        datasets.take(tmp_path / "near", [data])
+        datasets.link_datasets(tmp_path / "near", [data])
     assert (tmp_path / "near").is_symlink()
 
 
 def test_several_of_which_one_lies_elsewhere(clips, data, memory, tmp_path):
     folder = tmp_path / "run" / "data"
     for _ in range(2):
-        datasets.take(folder, [clips, data])
-    source = datasets.taken(folder)
+        datasets.link_datasets(folder, [clips, data])
+    source = datasets.open_datasets(folder)
     assert [info.name for info in source.infos] == [f"{name}/{n}.mp4" for name in ("clips", "data") for n in (0, 1)]
     assert source[3] == source[1]
-    datasets.take(tmp_path / "next" / "data", datasets.sources(folder))  # another run's, from those of this one
-    assert datasets.taken(tmp_path / "next" / "data").infos == source.infos
-    assert datasets.sources(tmp_path / "next" / "data") == datasets.sources(folder)
+    datasets.link_datasets(
+        tmp_path / "next" / "data", datasets.list_datasets(folder)
+    )  # another run's, from those of this one
+    assert datasets.open_datasets(tmp_path / "next" / "data").infos == source.infos
+    assert datasets.list_datasets(tmp_path / "next" / "data") == datasets.list_datasets(folder)
     with pytest.raises(UserError, match="two data sets are both named data"):
-        datasets.take(tmp_path / "other", [data, f"{memory}/more/data/"])
+        datasets.link_datasets(tmp_path / "other", [data, f"{memory}/more/data/"])
     assert not (tmp_path / "other").exists()
 
 
 def test_addresses_that_hold_no_data_set(clips, memory, tmp_path):
-    write_text(place(f"{memory}/raw/0.txt"), "a clip")
-    for use in (datasets.check, lambda named: datasets.take(tmp_path / "data", named)):
+    write_text(to_storage_path(f"{memory}/raw/0.txt"), "a clip")
+    for use in (datasets.check_datasets, lambda named: datasets.link_datasets(tmp_path / "data", named)):
         with pytest.raises(MissingError, match=f"no such data set: {memory}/none"):
             use([f"{memory}/none"])
         with pytest.raises(UserError, match=f"{memory}/raw is not an ingested data set; make one of clips on this"):
@@ -91,12 +93,12 @@ def test_addresses_that_hold_no_data_set(clips, memory, tmp_path):
 def test_a_folder_links_to_what_is_not_there_yet(memory, tmp_path):
     for target in (tmp_path / "large disk", f"{memory}/latents"):
         folder = tmp_path / str(len(str(target)))
-        datasets.link(folder, target, "latents")
-        datasets.link(folder, target, "latents")
-        assert str(datasets.lies(folder)) == str(target)
+        datasets.link_folder(folder, target, "latents")
+        datasets.link_folder(folder, target, "latents")
+        assert str(datasets.resolve(folder)) == str(target)
         with pytest.raises(UserError, match=f"started with the latents {target}, not {tmp_path / 'else'}"):
-            datasets.link(folder, tmp_path / "else", "latents")
-    datasets.link(tmp_path / "own", tmp_path / "own", "latents")
+            datasets.link_folder(folder, tmp_path / "else", "latents")
+    datasets.link_folder(tmp_path / "own", tmp_path / "own", "latents")
     assert not (tmp_path / "own").is_symlink()
 
 
@@ -141,15 +143,15 @@ def test_data_and_latents_at_an_address_make_the_same_pipeline(tiny, tiny_run, t
 def test_latents_elsewhere_are_refused_where_none_are_cached_or_others_are_there(tiny, tiny_run, tmp_path):
     copy = shutil.copytree(tiny_run, tmp_path / "copy")
     with pytest.raises(UserError, match=f"started with the latents {copy / 'latents'}, not {tmp_path / 'x'}; name"):
-        Run.open(copy).keep_latents(tmp_path / "x")
+        Run.open(copy).link_latents(tmp_path / "x")
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
     started = Run.create(tmp_path / "uncached", dataclasses.replace(tiny.EXPERIMENT, data=data))
     with pytest.raises(UserError, match="caches no latents"):
-        started.keep_latents(tmp_path / "x")
+        started.link_latents(tmp_path / "x")
 
 
 def test_both_passes_of_an_ingest_are_shown(capsys):
-    with datasets.ingest_shown() as progress:
+    with datasets.show_ingest_progress() as progress:
         for done in (2, 3, 4):  # two were known from a run before
             progress(done, 4)
         for done in (1, 2, 3):

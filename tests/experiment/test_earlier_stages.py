@@ -12,15 +12,15 @@ from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import FlowMatching, RectifiedFlow
-from dit_video.experiment import Data, Stage
+from dit_video.experiment import DataConfig, Stage
 from dit_video.experiment.run import Run
 from dit_video.nn import init_params
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training import trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging
-from dit_video.training.optim.optimizer import learning_rates, make_optimizer
-from dit_video.training.state import state_shapes
+from dit_video.training.optim.optimizer import make_learning_rate_schedule, make_optimizer
+from dit_video.training.state import get_state_shapes
 from support.devices import wait_until
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -28,11 +28,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 IMAGES = Stage(
     name="images",
     steps=4,
-    data=Data(max_pixels=16 * 16, max_frames=1),
-    rows=RowShape(tokens=3, text=96, segments=3),
+    data=DataConfig(max_pixels=16 * 16, max_frames=1),
+    rows=PackedShape(tokens=3, text=96, segments=3),
     objective=FlowMatching(process=RectifiedFlow(shift=0.5)),
 )
-SMALL = Stage(name="small", steps=3, data=Data(max_pixels=16 * 16, max_frames=5), batch=4)
+SMALL = Stage(name="small", steps=3, data=DataConfig(max_pixels=16 * 16, max_frames=5), batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,9 @@ def test_each_stage_has_data_of_its_own(uninterrupted, staged):
 
 def test_steps_count_on_and_checkpoints_are_of_one_training(uninterrupted):
     run, _ = uninterrupted
-    assert [entry["step"] for entry in logging.read(run.folder / "denoiser" / "metrics.jsonl")] == [*range(1, 12)]
+    assert [entry["step"] for entry in logging.read_metrics(run.folder / "denoiser" / "metrics.jsonl")] == [
+        *range(1, 12)
+    ]
     assert Checkpoints(run.folder / "denoiser" / "checkpoints").latest() == 11
 
 
@@ -95,7 +97,7 @@ def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, m
         return watched
 
     seen = {}
-    real_run = trainer.Training.run
+    real_run = trainer.Trainer.run
 
     def noted(self, batches):
         before = states.get(self.begin)
@@ -104,7 +106,7 @@ def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, m
         return state
 
     monkeypatch.setattr(trainer, "make_step", make_step)
-    monkeypatch.setattr(trainer.Training, "run", noted)
+    monkeypatch.setattr(trainer.Trainer, "run", noted)
     run = begun(tiny_run, tmp_path / "run", staged)
     params = run.train_denoiser()
     for begin in (4, 7):
@@ -121,7 +123,7 @@ def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, m
 def test_a_schedule_is_of_its_own_stage(staged, monkeypatch):
     images, last = staged.stage(0), staged.stage(2)
     assert images.denoiser.optimizer.learning_rate == 4e-3
-    rates = learning_rates(last.denoiser.optimizer, steps=last.denoiser.steps)
+    rates = make_learning_rate_schedule(last.denoiser.optimizer, steps=last.denoiser.steps)
     assert [float(rates(step)) for step in (0, 1)] == pytest.approx([1e-3, 1e-3])
     assert float(rates(3)) == pytest.approx(1e-3)
 
@@ -176,11 +178,11 @@ def test_stages_that_do_not_fit(staged, tiny):
     refused("name='small' is invalid", SMALL, SMALL)
     refused(
         "stage small: rows.tokens=.* is invalid: a clip of",
-        dataclasses.replace(SMALL, data=Data(max_pixels=256, max_frames=65)),
+        dataclasses.replace(SMALL, data=DataConfig(max_pixels=256, max_frames=65)),
     )
     refused(
         "stage small: held_out and weights apply to all stages",
-        dataclasses.replace(SMALL, data=Data(max_pixels=256, max_frames=5, held_out=("a",))),
+        dataclasses.replace(SMALL, data=DataConfig(max_pixels=256, max_frames=5, held_out=("a",))),
     )
     adamw = dataclasses.replace(staged.denoiser.optimizer, kind="adamw")
     refused("kind='adamw' is invalid: the last one has 'muon'", dataclasses.replace(SMALL, optimizer=adamw))
@@ -191,7 +193,7 @@ def test_all_stages_have_one_state(staged):
     shapes = []
     for number in range(3):
         config = staged.stage(number).denoiser
-        optimizer = make_optimizer(config.optimizer, steps=config.steps, begin=number)
+        optimizer = make_optimizer(config.optimizer, steps=config.steps, start_step=number)
         init = functools.partial(init_params, config.dit.make)
-        shapes.append(jax.tree.leaves(state_shapes(init, optimizer)))
+        shapes.append(jax.tree.leaves(get_state_shapes(init, optimizer)))
     assert shapes[0] == shapes[1] == shapes[2]

@@ -80,8 +80,8 @@ def test_latents_lie_beside_the_embeddings_of_their_captions(frozen_run, encoder
     np.testing.assert_array_equal(latents.empty_text, embedder(""))
     for example, captions in enumerate(latents.all_captions):
         for number, caption in enumerate(captions):
-            np.testing.assert_allclose(latents.text(example, number), embedder(caption), rtol=2**-8)
-    losses = [entry["loss"] for entry in logging.read(frozen_run / "denoiser" / "metrics.jsonl")]
+            np.testing.assert_allclose(latents.read_text(example, number), embedder(caption), rtol=2**-8)
+    losses = [entry["loss"] for entry in logging.read_metrics(frozen_run / "denoiser" / "metrics.jsonl")]
     assert np.isfinite(losses).all()
     assert not (frozen_run / "texts").exists()
 
@@ -112,7 +112,7 @@ def test_a_pipeline_opens_the_encoder_at_the_first_prompt(frozen_run, encoder, t
     moved = shutil.copytree(encoder, tmp_path / "moved")
     for again in (dit_video.load(tmp_path / "saved"), dit_video.load(tmp_path / "saved", text_encoder=moved)):
         np.testing.assert_array_equal(again.generate(PROMPT, size=SIZE, output="latents"), latents)
-    assert pipeline.parameter_counts()["text"] == 0
+    assert pipeline.count_parameters()["text"] == 0
 
 
 def test_prompts_are_embedded_once(frozen_run, opened):
@@ -187,7 +187,7 @@ def test_the_tool_stores_embeddings(tiny, tiny_run, encoder, tmp_path, script, m
     embedder, latents = Embedder(encoder, max_tokens=3), LatentSource(tmp_path / "l")
     assert latents.identity["text"] == embedder.identity
     assert {max(lengths, default=0) for lengths in latents.text_lengths} == {3}
-    np.testing.assert_allclose(latents.text(0), embedder(latents.captions[0]), rtol=2**-8)
+    np.testing.assert_allclose(latents.read_text(0), embedder(latents.captions[0]), rtol=2**-8)
     assert len(ClipSource(data)) == tiny.COUNT
     refused = script(tool, tiny_run, data, tmp_path / "m", "--max-text-tokens", 3)
     assert refused.code == 2
@@ -204,7 +204,7 @@ def test_the_tool_stores_embeddings_of_a_clip(tiny_run, tmp_path, script):
     embedder, latents = load_embedder(tmp_path / "clip"), LatentSource(tmp_path / "l")
     assert latents.identity["text"] == embedder.identity
     assert max(max(lengths, default=0) for lengths in latents.text_lengths) == tiny_clip.TEXT.positions
-    np.testing.assert_allclose(latents.text(0), embedder(latents.captions[0]), rtol=2**-8, atol=2**-8)
+    np.testing.assert_allclose(latents.read_text(0), embedder(latents.captions[0]), rtol=2**-8, atol=2**-8)
 
 
 def test_the_tool_makes_what_a_run_with_a_frozen_encoder_asks_for(frozen_run, copy, tmp_path, script, opened):

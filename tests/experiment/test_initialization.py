@@ -20,10 +20,10 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import AutoencoderTraining
-from dit_video.experiment.initialization import given_params
+from dit_video.experiment.initialization import load_initial_params
 from dit_video.experiment.run import Run
 from dit_video.families import save_autoencoder
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support.rough import rough_params
 
@@ -36,7 +36,7 @@ def training(model, start=None):
         windows=(WindowConfig(size=Grid(5, 16, 16), batch=2),),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup=1, weight_decay=0.1, trainable=("/temporal/",)),
         steps=4,
-        start=None if start is None else str(start),
+        init_from=None if start is None else str(start),
     )
 
 
@@ -48,18 +48,20 @@ def folder(tmp_path_factory):
 
 
 def test_without_a_folder_nothing_is_given():
-    assert given_params(training(IMAGE), jax.random.key(0)) is None
+    assert load_initial_params(training(IMAGE), jax.random.key(0)) is None
 
 
 def test_the_same_autoencoder(folder):
     faster = dataclasses.replace(IMAGE, levels=dataclasses.replace(IMAGE.levels, bfloat16=True))
     for model in (IMAGE, faster):
-        given = given_params(training(model, folder), jax.random.key(0))
+        given = load_initial_params(training(model, folder), jax.random.key(0))
         np.testing.assert_array_equal(given["moments"]["bias"], rough_params(IMAGE.make)["moments"]["bias"])
 
 
 def test_the_image_autoencoder_that_is_inflated(folder):
-    given = flatten(given_params(training(InflatedConfig(image=IMAGE, span=2), folder), jax.random.key(0)))
+    given = flatten(
+        load_initial_params(training(InflatedConfig(image=IMAGE, kernel_size=2), folder), jax.random.key(0))
+    )
     image = flatten(rough_params(IMAGE.make))
     for path in image:
         np.testing.assert_array_equal(given[path], image[path])
@@ -80,21 +82,21 @@ def test_the_image_autoencoder_that_is_inflated(folder):
 )
 def test_a_folder_of_another_autoencoder(folder, model, message):
     with pytest.raises(UserError, match=message) as error:
-        given_params(training(model, folder), jax.random.key(0))
+        load_initial_params(training(model, folder), jax.random.key(0))
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_no_folder(tmp_path):
     with pytest.raises(MissingError):
-        given_params(training(IMAGE, tmp_path / "none"), jax.random.key(0))
+        load_initial_params(training(IMAGE, tmp_path / "none"), jax.random.key(0))
 
 
 def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_clips, tmp_path, quick_compilation):
     experiment = dataclasses.replace(
         tiny.EXPERIMENT,
         autoencoder=training(InflatedConfig(image=IMAGE), folder),
-        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, rows=RowShape(tokens=512, text=96, segments=3)),
+        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, rows=PackedShape(tokens=512, text=96, segments=3)),
     )
     run = Run.create(tmp_path / "run", experiment)
     run.take(tiny_clips)
@@ -127,7 +129,7 @@ def test_a_codebook_starts_among_the_latents_unless_it_is_given(given, tiny, tin
             windows=(WindowConfig(size=Grid(1, 16, 16), batch=4),),
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup=1),
         ),
-        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, rows=RowShape(tokens=512, text=96, segments=3)),
+        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, rows=PackedShape(tokens=512, text=96, segments=3)),
         log_every=1,
     )
     run = Run.create(tmp_path / "run", experiment)

@@ -7,8 +7,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.bucketing.batches import BucketConfig
-from dit_video.data.bucketing.buckets import Memory
-from dit_video.data.captions import TokenizedTexts
+from dit_video.data.bucketing.buckets import BatchMemory
+from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.synthetic import shapes
@@ -21,7 +21,7 @@ from support.stand_ins import tokenize
     ("changes", "message"),
     [
         (
-            {"buckets": BucketConfig(memory=Memory(fixed=1, per_token=10), budget=12)},
+            {"buckets": BucketConfig(memory=BatchMemory(fixed=1, per_token=10), budget=12)},
             "takes .* bytes, but the budget is 12",
         ),
         ({"batch": 3}, "a batch of 3 rows does not divide among 2 devices"),
@@ -32,7 +32,7 @@ def test_what_the_denoiser_cannot_be_fed_with_is_refused_before_any_training(
 ):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, **changes)
-    monkeypatch.setattr(input_pipeline, "row_shards", lambda mesh: 2 if "batch" in changes else 1)
+    monkeypatch.setattr(input_pipeline, "count_row_shards", lambda mesh: 2 if "batch" in changes else 1)
     started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser))
     with pytest.raises(UserError, match=message):
         started.train(tiny_clips)
@@ -42,7 +42,7 @@ def test_what_the_denoiser_cannot_be_fed_with_is_refused_before_any_training(
 def test_a_data_set_without_training_clips_is_refused_before_any_training(tiny, tiny_clips, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(tiny_clips, tmp_path / name)
-    every = tuple(f"two/{shapes.file_name(index, seed=0, sizes=tiny.SIZES)}" for index in range(tiny.COUNT))
+    every = tuple(f"two/{shapes.get_file_name(index, seed=0, sizes=tiny.SIZES)}" for index in range(tiny.COUNT))
     data = dataclasses.replace(tiny.EXPERIMENT.data, held_out=every, weights=(1.0, 3.0))
     started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))
     with pytest.raises(UserError, match="sources with at least one clip each"):
@@ -58,7 +58,9 @@ def test_rows_are_told_the_seconds_of_each_clip(tiny, tiny_run):
     denoiser = tiny.EXPERIMENT.denoiser
     timed = dataclasses.replace(denoiser, dit=dataclasses.replace(denoiser.dit, clock="seconds"))
     experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=timed)
-    batches = input_pipeline.cached_rows(experiment, latents, clips, TokenizedTexts(latents.all_captions, tokenize))(0)
+    batches = input_pipeline.make_cached_batches(
+        experiment, latents, clips, TokenizedCaptions(latents.all_captions, tokenize)
+    )(0)
     found = {at for _ in range(4) for at in next(batches).coordinates[..., 0].flat}
     batches.close()
     assert found == {0.0, 0.5, 1.0}

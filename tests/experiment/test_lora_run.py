@@ -16,8 +16,8 @@ from dit_video.nn import LoraConfig, merge_lora
 from dit_video.training import trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.weights import get_native_modules, load_lora, save
 from dit_video.weights import load as load_weights
-from dit_video.weights import load_lora, own_modules, save
 from support.devices import wait_until
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -39,7 +39,7 @@ def adapting(tiny, tiny_run, folder, **changes):
     experiment = dataclasses.replace(
         tiny.EXPERIMENT, denoiser=dataclasses.replace(denoiser, **changes), save_every=2, log_every=2
     )
-    return Run(folder=folder, experiment=experiment, command="python train.py")._written()
+    return Run(folder=folder, experiment=experiment, command="python train.py")._write_config()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_adapters_alone_are_trained_and_the_result_is_merged(tiny_run, adapted):
 
 def test_the_adapters_file_changes_what_it_started_from_into_the_pipeline(tiny_run, adapted):
     start = load_weights(tiny_run / "pipeline" / "denoiser.safetensors")
-    lora = load_lora(adapted / "adapter.safetensors", start, own_modules(start))
+    lora = load_lora(adapted / "adapter.safetensors", start, get_native_modules(start))
     found = trees.flatten(merge_lora(start, lora))
     for path, leaf in leaves(adapted).items():
         np.testing.assert_allclose(found[path], leaf, atol=1e-6, err_msg=path)

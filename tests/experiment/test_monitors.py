@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.backbones.flops import training_flops
+from dit_video.backbones.flops import count_training_flops
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.experiment import monitors
 from dit_video.experiment.run import Run
 from dit_video.nn import LoraConfig
-from dit_video.tokens import Grid, Item, RowShape, coordinates, pack
+from dit_video.tokens import Grid, PackedExample, PackedShape, compute_coordinates, pack
 from dit_video.training.hooks import logging
-from dit_video.training.hooks.writers import Monitoring
-from dit_video.training.optim.ema import Averages
+from dit_video.training.hooks.writers import MonitoringConfig
+from dit_video.training.optim.ema import EmaConfig
 from dit_video.video import Clip, decode
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def test_a_sheet_of_clips():
     clips = [Clip(np.full((2, 4, 6, 3), 10 * index, np.uint8), 8.0) for index in range(3)]
-    sheet = monitors.sheet(clips, gap=2)
+    sheet = monitors.tile_clips(clips, gap=2)
     assert sheet.frames.shape == (2, 10, 14, 3)
     for index, (top, left) in enumerate(((0, 0), (0, 8), (6, 0))):
         np.testing.assert_array_equal(sheet.frames[:, top : top + 4, left : left + 6], 10 * index)
@@ -36,25 +36,27 @@ def test_a_sheet_of_clips():
 
 def test_work_of_rows_is_that_of_their_clips(tiny):
     config = tiny.EXPERIMENT.denoiser
-    shape = RowShape(tokens=20, text=9, segments=3)
+    shape = PackedShape(tokens=20, text=9, segments=3)
     grids, texts = (Grid(2, 2, 2), Grid(1, 2, 3), Grid(1, 1, 4)), (4, 2, 3)
     items = [
-        Item(np.zeros((grid.volume, 4), np.float32), coordinates(grid), np.zeros(text, np.int32), 0)
+        PackedExample(np.zeros((grid.volume, 4), np.float32), compute_coordinates(grid), np.zeros(text, np.int32), 0)
         for grid, text in zip(grids, texts, strict=True)
     ]
     rows = [pack(part, shape, width=4) for part in (items[:2], items[2:])]
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-    work = monitors.work_of(config)
+    work = monitors.make_flops_fn(config)
     assert work is not None
-    assert work(batch) == training_flops(config.dit, [grid.volume for grid in grids], texts)
-    adapted = monitors.work_of(dataclasses.replace(config, start="somewhere", lora=LoraConfig()))
+    assert work(batch) == count_training_flops(config.dit, [grid.volume for grid in grids], texts)
+    adapted = monitors.make_flops_fn(dataclasses.replace(config, start="somewhere", lora=LoraConfig()))
     assert adapted is not None
     assert adapted(batch) == work(batch) * 2 // 3
-    assert [monitors.grid_of(coordinates(grid)) for grid in grids] == list(grids)
+    assert [monitors.infer_grid(compute_coordinates(grid)) for grid in grids] == list(grids)
 
 
-WATCHED = Monitoring(validate_every=3, validation_batches=2, sample_every=6, prompts=("a red circle", "a square", "x"))
-AVERAGES = Averages(decays=(0.2,), sigmas=(0.05, 0.1), snapshot_every=1)
+WATCHED = MonitoringConfig(
+    validate_every=3, validation_batches=2, sample_every=6, prompts=("a red circle", "a square", "x")
+)
+AVERAGES = EmaConfig(decays=(0.2,), sigmas=(0.05, 0.1), snapshot_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +66,13 @@ def watched(tiny, tiny_run, tiny_clips, tmp_path_factory):
     for part in ("denoiser", "pipeline"):
         shutil.rmtree(folder / part)
     experiment = tiny.EXPERIMENT
-    denoiser = dataclasses.replace(experiment.denoiser, steps=6, accumulate=2, averages=AVERAGES)
+    denoiser = dataclasses.replace(experiment.denoiser, steps=6, accumulation_steps=2, averages=AVERAGES)
     experiment = dataclasses.replace(experiment, denoiser=denoiser, monitoring=WATCHED)
     opened = dataclasses.replace(Run.open(folder), experiment=experiment, profile=(3, 3))
-    opened._written()
+    opened._write_config()
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        real = monitors.validation
+        real = monitors.make_validation
         patch.setattr(monitors, "validation", lambda *given: kept.append(real(*given)) or kept[-1])
         opened.train(tiny_clips)
     return SimpleNamespace(run=opened, validation=kept[0], folder=folder)
@@ -78,7 +80,7 @@ def watched(tiny, tiny_run, tiny_clips, tmp_path_factory):
 
 @pytest.mark.slow
 def test_held_out_clips_are_judged_the_same_each_time(watched):
-    entries = {entry["step"]: entry for entry in logging.read(watched.folder / "denoiser" / "metrics.jsonl")}
+    entries = {entry["step"]: entry for entry in logging.read_metrics(watched.folder / "denoiser" / "metrics.jsonl")}
     assert sorted(entries) == [3, 6]
     found = [entries[step]["validation_loss"] for step in (3, 6)]
     assert np.isfinite(found).all()
@@ -126,7 +128,10 @@ def test_each_average_can_be_sampled_from(watched):
 
 def test_a_config_of_before_averages_is_read(tiny):
     document = config_json.to_json(tiny.EXPERIMENT)
-    for part, names in ((document, ("monitoring", "most_skipped")), (document["denoiser"], ("averages", "accumulate"))):
+    for part, names in (
+        (document, ("monitoring", "max_consecutive_skips")),
+        (document["denoiser"], ("averages", "accumulation_steps")),
+    ):
         for name in names:
             del part[name]
     assert config_json.from_json(document) == tiny.EXPERIMENT

@@ -34,13 +34,13 @@ def test_a_run_whose_folder_is_lost_goes_on_from_checkpoints_elsewhere(
     again.train(tiny_clips, checkpoints=elsewhere)
     for name in ("autoencoder/weights.safetensors", "pipeline/denoiser.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tiny_run / name).read_bytes()
-    assert logging.read(tmp_path / "again" / "denoiser" / "metrics.jsonl")[0]["step"] > 3
+    assert logging.read_metrics(tmp_path / "again" / "denoiser" / "metrics.jsonl")[0]["step"] > 3
     with pytest.raises(UserError, match="has checkpoints of its autoencoder already"):
-        Run.open(tiny_run).keep_checkpoints(elsewhere)
+        Run.open(tiny_run).link_checkpoints(elsewhere)
 
 
 def test_checkpoints_at_an_address(tiny, tmp_path, memory):
     run = Run.create(tmp_path / "run", tiny.EXPERIMENT)
-    run.keep_checkpoints(memory)
-    run.keep_checkpoints(memory)  # the same command again
-    assert Run.open(tmp_path / "run").checkpoints_of("denoiser") == f"{memory}/denoiser"
+    run.link_checkpoints(memory)
+    run.link_checkpoints(memory)  # the same command again
+    assert Run.open(tmp_path / "run").get_checkpoint_folder("denoiser") == f"{memory}/denoiser"

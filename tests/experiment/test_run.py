@@ -13,10 +13,10 @@ from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.augmentation import Augmentation
 from dit_video.data.bucketing.batches import BucketConfig
-from dit_video.data.bucketing.buckets import Memory
+from dit_video.data.bucketing.buckets import BatchMemory
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.synthetic import shapes
-from dit_video.data.windows import Stretches, WindowConfig
+from dit_video.data.windows import ClipCrops, WindowConfig
 from dit_video.experiment import input_pipeline, trainers
 from dit_video.experiment.run import Run
 from dit_video.tokens import Grid
@@ -65,7 +65,7 @@ def test_a_run_leaves_all_its_files(tiny, tiny_run):
     assert expected <= files.keys()
     assert not [name for name in files if "partial" in name or name.endswith((".pkl", ".pickle"))]
     for stage, training in (("autoencoder", tiny.EXPERIMENT.autoencoder), ("denoiser", tiny.EXPERIMENT.denoiser)):
-        entries = logging.read(tiny_run / stage / "metrics.jsonl")
+        entries = logging.read_metrics(tiny_run / stage / "metrics.jsonl")
         every = tiny.EXPERIMENT.log_every
         assert [entry["step"] for entry in entries] == [*range(every, training.steps, every), training.steps]
         assert all(np.isfinite(entry["loss"]) for entry in entries)
@@ -146,7 +146,10 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
         names = ["pipeline/denoiser.safetensors", "pipeline/pipeline.json"]
     for name in names:
         assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
-    steps = [[entry["step"] for entry in logging.read(folder / stage / "metrics.jsonl")] for folder in (copy, tiny_run)]
+    steps = [
+        [entry["step"] for entry in logging.read_metrics(folder / stage / "metrics.jsonl")]
+        for folder in (copy, tiny_run)
+    ]
     assert steps[0] == steps[1]
 
 
@@ -179,8 +182,8 @@ def test_the_linear_start_is_fitted_on_clips_as_they_are(tiny, tiny_run, copy):
         experiment, autoencoder=dataclasses.replace(experiment.autoencoder, windows=windows)
     )
     (copy / "autoencoder" / "linear.safetensors").unlink()
-    again = dataclasses.replace(Run.open(copy), experiment=augmented).autoencoder.linear_baseline()
-    for left, right in zip(again, Run.open(tiny_run).autoencoder.linear_baseline(), strict=True):
+    again = dataclasses.replace(Run.open(copy), experiment=augmented).autoencoder.fit_linear_baseline()
+    for left, right in zip(again, Run.open(tiny_run).autoencoder.fit_linear_baseline(), strict=True):
         np.testing.assert_array_equal(left, right)
 
 
@@ -273,7 +276,7 @@ def test_what_cannot_be_decoded_is_set_aside_and_counted_and_the_run_goes_on(tin
 def test_a_clip_that_is_too_small_ends_the_run_before_it_trains(tiny, clips, tmp_path):
 
     name = sorted((clips / "clips").glob("*.png"))[0]
-    small = shapes.example(0, seed=1, sizes=(Grid(1, 8, 16),))
+    small = shapes.render_example(0, seed=1, sizes=(Grid(1, 8, 16),))
     small.save(name)
     with pytest.raises(UserError, match="8x16 pixels, less than one multiple of 16x16"):
         Run.create(tmp_path / "run", tiny.EXPERIMENT).train(clips)
@@ -306,7 +309,7 @@ def two_windows(tiny, tiny_run):
 
 
 def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
-    stretches = Stretches(two_windows.training_clips, two_windows.experiment.limits)
+    stretches = ClipCrops(two_windows.training_clips, two_windows.experiment.limits)
     whole = list(itertools.islice(two_windows.autoencoder.windows(stretches, 0, "autoencoder"), 7))
     assert [batch.shape[:2] for batch in whole] == [(2, 5), (1, 9), (2, 5), (1, 9), (2, 5), (1, 9), (2, 5)]
     for start in (1, 2, 5):
@@ -317,7 +320,7 @@ def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
 
 
 def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
-    stretches = Stretches(two_windows.training_clips, two_windows.experiment.limits)
+    stretches = ClipCrops(two_windows.training_clips, two_windows.experiment.limits)
     two_windows.autoencoder.windows(stretches, 0, "autoencoder").close()
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
@@ -336,11 +339,11 @@ def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
         started.take(tmp_path / "one", tmp_path / "one")
     started.take(tmp_path / "one", tmp_path / "two")
     count = len(Run.open(tiny_run).clips)
-    assert started.clips.sizes == (count, count)
+    assert started.clips.dataset_sizes == (count, count)
     assert [info.name for info in started.held_out_clips.infos] == sorted(held_out)
     (tmp_path / "run" / "autoencoder").mkdir()
     shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
-    mixture = input_pipeline.mixture(started.encode_latents(), started.training_clips, data.weights)
+    mixture = input_pipeline.make_mixture(started.encode_latents(), started.training_clips, data.weights)
     assert mixture.sizes == (count - len(held_out), count)
     assert mixture.weights == (1.0, 3.0)
     assert len(mixture.variants) == 2 * count - len(held_out)
@@ -369,14 +372,14 @@ def test_a_run_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, tmp_path):
     summary = json.loads((tmp_path / "run" / "denoiser" / "rows.json").read_text())
     assert summary["examples"] == len(started.training_clips)
     assert all(np.isfinite(leaf).all() for leaf in trees.flatten(params).values())
-    entries = logging.read(tmp_path / "run" / "denoiser" / "metrics.jsonl")
+    entries = logging.read_metrics(tmp_path / "run" / "denoiser" / "metrics.jsonl")
     assert all(0 <= entry["padding"] < 1 and entry["masked"] == 0 for entry in entries)
 
 
 @pytest.mark.slow
 def test_a_run_in_buckets(tiny, tiny_run, tiny_clips, tmp_path, capsys):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
-    buckets = BucketConfig(memory=Memory(fixed=0, per_token=1), budget=24, count=2)
+    buckets = BucketConfig(memory=BatchMemory(fixed=0, per_token=1), budget=24, count=2)
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, buckets=buckets)
     experiment = dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser)
     assert config_json.from_json(config_json.to_json(experiment)) == experiment
@@ -391,7 +394,7 @@ def test_a_run_in_buckets(tiny, tiny_run, tiny_clips, tmp_path, capsys):
     summary = json.loads((tmp_path / "run" / "denoiser" / "rows.json").read_text())
     assert 1 <= len(summary["buckets"]) <= 2
     assert "0 dropped" in capsys.readouterr().err
-    entries = logging.read(tmp_path / "run" / "denoiser" / "metrics.jsonl")
+    entries = logging.read_metrics(tmp_path / "run" / "denoiser" / "metrics.jsonl")
     assert all(entry["padding"] == 0 for entry in entries)
 
 
@@ -411,6 +414,6 @@ def test_a_pipeline_s_defaults_are_the_data_s(tiny, tiny_run):
     config = Run.open(tiny_run).pipeline_config()
     assert config.size == Grid(9, 16, 32)
     assert config.fps == 8.0
-    assert config.made_by["seed"] == "0"
-    assert config.made_by["experiment"] == "tiny"
-    assert {"command", "jax", "dit_video"} <= config.made_by.keys()
+    assert config.provenance["seed"] == "0"
+    assert config.provenance["experiment"] == "tiny"
+    assert {"command", "jax", "dit_video"} <= config.provenance.keys()

@@ -10,7 +10,7 @@ import pytest
 import dit_video
 from dit_video.core.trees import flatten
 from dit_video.data.synthetic import shapes
-from dit_video.experiment.export import ADAPTER, LORA, TRANSFORMERS
+from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE, TRANSFORMER_FOLDERS
 from dit_video.families import load_denoiser
 from dit_video.tokens import Grid
 from dit_video.training.hooks import logging
@@ -59,7 +59,7 @@ def finetuned(process, model, clips, tmp_path):
         run = tmp_path / "run"
         ended = process("experiments/finetune.py", model, "--data", clips, "--workdir", run, *COMMON, *options)
         assert ended.code == 0, ended.err
-        losses = [entry["loss"] for entry in logging.read(run / "denoiser" / "metrics.jsonl")]
+        losses = [entry["loss"] for entry in logging.read_metrics(run / "denoiser" / "metrics.jsonl")]
         assert len(losses) == STEPS
         assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:3]), losses
         samples = sorted((run / "samples").glob("*.mp4"))
@@ -77,9 +77,9 @@ def finetuned(process, model, clips, tmp_path):
 
 def test_adapters(finetuned, model):
     run = finetuned("--learning-rate", 3e-2, "--lora.rank", 4)
-    assert not (run / TRANSFORMERS["dit"]).exists()
+    assert not (run / TRANSFORMER_FOLDERS["dit"]).exists()
     start, trained = dit_video.load(model), flatten(dit_video.load(run).denoiser_params)
-    for name in (LORA, ADAPTER):
+    for name in (LORA_FILE, ADAPTER_FILE):
         loaded = flatten(start.load_lora(run / name).denoiser_params)
         for path, leaf in trained.items():
             np.testing.assert_allclose(loaded[path], leaf, atol=1e-5, err_msg=path)
@@ -90,9 +90,9 @@ def test_adapters(finetuned, model):
 
 def test_all_weights(finetuned, model):
     run = finetuned("--train", "full", "--learning-rate", 3e-3)
-    assert not (run / LORA).exists()
-    assert not (run / ADAPTER).exists()
-    config, written = load_denoiser(run / TRANSFORMERS["dit"])
+    assert not (run / LORA_FILE).exists()
+    assert not (run / ADAPTER_FILE).exists()
+    config, written = load_denoiser(run / TRANSFORMER_FOLDERS["dit"])
     before_config, before = load_denoiser(model / "transformer")
     assert config == before_config
     trained, before = flatten(dit_video.load(run).denoiser_params["dit"]), flatten(before)
@@ -120,9 +120,9 @@ def test_a_model_that_animates_an_image(finetuned, animating, train):
         changed = train == "full" or (path.startswith("dit/blocks/") and path.endswith("kernel"))
         assert (np.abs(trained[path] - leaf).max() > 1e-6) == changed, path
     if train == "lora":
-        loaded = flatten(start.load_lora(run / LORA).denoiser_params)
+        loaded = flatten(start.load_lora(run / LORA_FILE).denoiser_params)
     else:
-        loaded = flatten({"dit": load_denoiser(run / TRANSFORMERS["dit"])[1]})
+        loaded = flatten({"dit": load_denoiser(run / TRANSFORMER_FOLDERS["dit"])[1]})
     assert {"dit/blocks/image_key/kernel", "dit/blocks/image_value/kernel"} <= loaded.keys()
     for path, leaf in loaded.items():
         np.testing.assert_allclose(leaf, trained[path], atol=1e-5, err_msg=path)
@@ -132,11 +132,11 @@ def test_one_of_two_experts(finetuned, tmp_path):
     """Samples come from both: that which was trained, and the other as it was."""
     write_wan(tmp_path / "two", **TWO | {"boundary_ratio": 0.5})
     run = finetuned("--expert", "low", "--learning-rate", 3e-2, "--lora.rank", 4, model=tmp_path / "two")
-    assert not any((run / name).exists() for name in TRANSFORMERS.values())
+    assert not any((run / name).exists() for name in TRANSFORMER_FOLDERS.values())
     start, pipeline = dit_video.load(tmp_path / "two"), dit_video.load(run)
     assert pipeline.config.boundary == 0.5
     trained, before = flatten(pipeline.denoiser_params), flatten(start.denoiser_params)
-    for name in (LORA, ADAPTER):
+    for name in (LORA_FILE, ADAPTER_FILE):
         loaded = flatten(start.load_lora(run / name, expert="low_noise").denoiser_params)
         for path, leaf in trained.items():
             np.testing.assert_allclose(loaded[path], leaf, atol=1e-5, err_msg=path)

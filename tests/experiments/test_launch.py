@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dit_video.core.errors import TRY_AGAIN
-from dit_video.distributed.processes import _NAMES
+from dit_video.core.errors import EXIT_TRY_AGAIN
+from dit_video.distributed.processes import _VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
@@ -63,8 +63,8 @@ def test_a_slurm_job_is_told_before_it_ends_and_starts_again():
     assert options["signal"].startswith("TERM@")
     assert "requeue" in options
     assert options["ntasks-per-node"] == options["gpus-per-node"]  # JAX gives each process of a step one device
-    assert f'"$code" -eq {TRY_AGAIN}' in text
-    assert f"--stopped-code {TRY_AGAIN}" in text
+    assert f'"$code" -eq {EXIT_TRY_AGAIN}' in text
+    assert f"--stopped-code {EXIT_TRY_AGAIN}" in text
 
 
 def test_the_jobset_fits_its_slice_and_the_exit_codes():
@@ -84,15 +84,15 @@ def test_the_jobset_fits_its_slice_and_the_exit_codes():
     (rule,) = spec["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["values"] == [2]
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    assert f"--stopped-code={TRY_AGAIN}" in container["args"]
+    assert f"--stopped-code={EXIT_TRY_AGAIN}" in container["args"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
 def test_the_variables_are_those_that_are_read():
     for name in ("processes.sh", "jobset.yaml"):
         text = (LAUNCH / name).read_text()
-        assert all(variable in text for variable in _NAMES)
+        assert all(variable in text for variable in _VARIABLES)
     commented = (LAUNCH / "jobset.yaml").read_text().split("#   env:\n")[1].replace("#     ", "")
     variables = yaml.safe_load(commented)
-    assert {variable["name"] for variable in variables} == set(_NAMES)
+    assert {variable["name"] for variable in variables} == set(_VARIABLES)
     assert shlex.split(variables[-1]["value"])[0].startswith("dit-video-slice-0-0.dit-video:")

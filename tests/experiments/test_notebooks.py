@@ -202,6 +202,6 @@ def test_the_checkpoint_that_comes_with_the_repository_samples_what_is_asked():
     assert sum(path.stat().st_size for path in files) <= 6_000_000
     assert {"pipeline.json", "autoencoder.safetensors", "denoiser.safetensors"} <= {path.name for path in files}
     pipeline = dit_video.load(PRETRAINED)
-    assert {"command", "seed"} <= pipeline.config.made_by.keys()
+    assert {"command", "seed"} <= pipeline.config.provenance.keys()
     clip = pipeline.generate("a red circle moving left", seed=3)
     assert judge(clip).colour == "red"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_video.core.storage import copy_there, place
+from dit_video.core.storage import to_storage_path, upload
 from dit_video.data.ingest import ingest
 from dit_video.data.synthetic import shapes
 from dit_video.evaluation import evaluate
@@ -42,7 +42,7 @@ def copy(tiny_run, tmp_path):
 @pytest.fixture
 def few_samples(monkeypatch):
     """An evaluation of three samples instead of all 162."""
-    monkeypatch.setattr(evaluate, "shape_requests", lambda seed: REQUESTS)
+    monkeypatch.setattr(evaluate, "make_shape_requests", lambda seed: REQUESTS)
 
 
 def assert_one_line(ended, message):
@@ -193,7 +193,7 @@ def test_train_takes_addresses(script, copy, tiny_clips, memory, few_samples):
     copy_of = copy / "latents"
     for path in copy_of.rglob("*.*"):
         if path.is_file():
-            copy_there(path, place(f"{memory}/latents") / path.relative_to(copy_of).as_posix())
+            upload(path, to_storage_path(f"{memory}/latents") / path.relative_to(copy_of).as_posix())
     shutil.rmtree(copy_of)
     before = (copy / "pipeline" / "denoiser.safetensors").read_bytes()
     arguments = ("experiments/train.py", ROOT / TINY, "--workdir", copy, "--data", f"{memory}/data")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dit_video.training.hooks.logging import read
+from dit_video.training.hooks.logging import read_metrics
 from support.devices import HANG, _environment, _free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
@@ -47,6 +47,6 @@ def test_two_processes_train_and_report_what_one_does(tiny_clips, tiny_run, tmp_
     assert (run / "report.html").is_file()
     assert (run / "pipeline").is_dir()
     for stage in ("autoencoder", "denoiser"):
-        alone, together = (read(folder / stage / "metrics.jsonl") for folder in (tiny_run, run))
+        alone, together = (read_metrics(folder / stage / "metrics.jsonl") for folder in (tiny_run, run))
         assert [entry["step"] for entry in together] == [entry["step"] for entry in alone]
         assert [entry["loss"] for entry in together] == pytest.approx([entry["loss"] for entry in alone], rel=1e-3)

@@ -11,8 +11,8 @@ from flax import nnx
 from dit_video.autoencoders import VqConfig
 from dit_video.core.trees import flatten
 from dit_video.families import load_autoencoder, save_autoencoder
-from dit_video.families.kandinsky.autoencoder import names_of
-from dit_video.nn import graph_of, param_shapes
+from dit_video.families.kandinsky.autoencoder import make_vq_tensor_map
+from dit_video.nn import get_graph_def, get_param_shapes
 
 pytestmark = pytest.mark.parity
 
@@ -66,7 +66,7 @@ def test_image_autoencoder(tmp_path, arguments):
             parameter.add_(0.05 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path / "in")
     config, params = load_autoencoder(tmp_path / "in")
-    model = nnx.merge(graph_of(config.make), params)
+    model = nnx.merge(get_graph_def(config.make), params)
 
     images = np.tanh(np.random.default_rng(0).normal(size=(2, 24, 32, 3))).astype(np.float32)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_vq_model(tmp_path, arguments):
         theirs.quantize.embedding.weight.normal_(std=0.5)
     theirs.save_pretrained(tmp_path / "in")
     config, params = load_autoencoder(tmp_path / "in")
-    model = nnx.merge(graph_of(config.make), params)
+    model = nnx.merge(get_graph_def(config.make), params)
 
     images = np.tanh(np.random.default_rng(0).normal(size=(2, 24, 32, 3))).astype(np.float32)
     with torch.no_grad():
@@ -166,8 +166,8 @@ def test_kandinskys_movq_has_these_tensors():
             norm_type="spatial",
         )
     config = VqConfig.kandinsky()
-    shapes = flatten(param_shapes(config.make))
-    names = names_of(config)
+    shapes = flatten(get_param_shapes(config.make))
+    names = make_vq_tensor_map(config)
     ours = {
         names[path].name: names[path].to_theirs(np.broadcast_to(np.int8(0), leaf.shape)).shape
         for path, leaf in shapes.items()
@@ -192,7 +192,7 @@ def test_wan_autoencoder(tmp_path, arguments):
             parameter.add_(0.05 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path / "in")
     config, params = load_autoencoder(tmp_path / "in")
-    model = nnx.merge(graph_of(config.make), params)
+    model = nnx.merge(get_graph_def(config.make), params)
 
     clip = np.tanh(np.random.default_rng(0).normal(size=(1, 17, 32, 48, 3))).astype(np.float32)
     with torch.no_grad():

@@ -16,11 +16,11 @@ from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.families import load_autoencoder, load_denoiser, save_autoencoder, save_denoiser
-from dit_video.families.convert import convert, convert_lora, convert_own
-from dit_video.families.wan.transformer import wan_modules
-from dit_video.nn import param_shapes
+from dit_video.families.convert import convert, convert_lora, convert_native_denoiser
+from dit_video.families.wan.transformer import get_wan_modules
+from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid
-from dit_video.weights import load_lora, own_modules, save, save_lora
+from dit_video.weights import get_native_modules, load_lora, save, save_lora
 from support.devices import HANG
 from support.rough import rough_params
 from support.tiny_class_dit import DIT, SIT
@@ -28,7 +28,7 @@ from support.tiny_t5 import CONFIG as TEXT
 from support.tiny_t5 import write_encoder
 
 WAN = WanDitConfig(
-    channels=4, given_channels=5, image_width=7, context_width=6, width=16, hidden_width=24, layers=3, heads=2
+    channels=4, given_channels=5, image_width=7, context_width=6, width=16, mlp_dim=24, layers=3, heads=2
 )
 VAE = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
 FILE = "diffusion_pytorch_model.safetensors"
@@ -72,11 +72,11 @@ def test_denoisers_between_all_layouts(tmp_path, config, layouts):
     first = tmp_path / layouts[0]
     save_denoiser(first, config, params, layout=layouts[0], shard_bytes=9000)
     for layout in layouts[1:]:
-        convert(first, tmp_path / layout, to=layout, shard_bytes=9000)
+        convert(first, tmp_path / layout, layout=layout, shard_bytes=9000)
         assert len(list((tmp_path / layout).glob("*.safetensors"))) > 1
         read = load_denoiser(tmp_path / layout, dtype=None)[1]
         assert_same_params(read, params)
-        convert(tmp_path / layout, tmp_path / f"{layout} back", to=layouts[0], shard_bytes=9000)
+        convert(tmp_path / layout, tmp_path / f"{layout} back", layout=layouts[0], shard_bytes=9000)
         files = sorted(path.name for path in first.iterdir())
         assert sorted(path.name for path in (tmp_path / f"{layout} back").iterdir()) == files
         for name in files:
@@ -86,7 +86,7 @@ def test_denoisers_between_all_layouts(tmp_path, config, layouts):
 def test_the_dtype_is_what_is_asked_for(tmp_path):
     params = rough_params(WAN.make)
     save_denoiser(tmp_path / "in", WAN, params)
-    convert(tmp_path / "in", tmp_path / "out", to="dit_video", dtype=np.dtype("bfloat16"))
+    convert(tmp_path / "in", tmp_path / "out", layout="dit_video", dtype=np.dtype("bfloat16"))
     assert {str(array.dtype) for array in tensors(tmp_path / "out").values()} == {"bfloat16"}
     found, read = load_denoiser(tmp_path / "out")
     assert found == WAN
@@ -97,8 +97,8 @@ def test_a_checkpoint_file_of_the_authors(tmp_path):
     config = dataclasses.replace(SIT, width=384, heads=6, layers=12, channels=1)
     save_denoiser(tmp_path / "folder", config, rough_params(config.make), layout="authors")
     path = (tmp_path / "folder" / FILE).rename(tmp_path / "SiT-S-2-256x256.safetensors")
-    convert(path, tmp_path / "own", to="dit_video")
-    convert(tmp_path / "own", tmp_path / "again", to="authors")
+    convert(path, tmp_path / "own", layout="dit_video")
+    convert(tmp_path / "own", tmp_path / "again", layout="authors")
     assert load_denoiser(tmp_path / "again")[0] == config
     assert_same_tensors(tensors(tmp_path / "again"), safetensors.numpy.load_file(path))
 
@@ -106,12 +106,12 @@ def test_a_checkpoint_file_of_the_authors(tmp_path):
 def test_autoencoders(tmp_path):
     params = rough_params(VAE.make)
     save_autoencoder(tmp_path / "vae", VAE, params)
-    convert(tmp_path / "vae", tmp_path / "own", to="dit_video")
+    convert(tmp_path / "vae", tmp_path / "own", layout="dit_video")
     assert load_autoencoder(tmp_path / "own")[0] == VAE
-    convert(tmp_path / "own", tmp_path / "again", to="diffusers")
+    convert(tmp_path / "own", tmp_path / "again", layout="diffusers")
     assert_same_tensors(tensors(tmp_path / "again"), tensors(tmp_path / "vae"))
     assert_same_params(load_autoencoder(tmp_path / "again")[1], params)
-    convert(tmp_path / "vae", tmp_path / "half", to="diffusers", dtype=np.dtype("float16"))
+    convert(tmp_path / "vae", tmp_path / "half", layout="diffusers", dtype=np.dtype("float16"))
     assert {str(array.dtype) for array in tensors(tmp_path / "half").values()} == {"float16"}
     np.testing.assert_array_equal(
         load_autoencoder(tmp_path / "half")[1]["normalizer"]["std"], params["normalizer"]["std"]
@@ -121,18 +121,18 @@ def test_autoencoders(tmp_path):
 @pytest.mark.parametrize("position_bias", ["shared", "each layer"])
 def test_text_encoders(tmp_path, position_bias):
     write_encoder(tmp_path / "t5", dataclasses.replace(TEXT, position_bias=position_bias))
-    convert(tmp_path / "t5", tmp_path / "own", to="dit_video")
-    convert(tmp_path / "own", tmp_path / "again", to="diffusers")
+    convert(tmp_path / "t5", tmp_path / "own", layout="dit_video")
+    convert(tmp_path / "own", tmp_path / "again", layout="diffusers")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "t5" / name).read_bytes()
     with pytest.raises(UserError, match=r"text encoders .* Use diffusers"):
-        convert(tmp_path / "t5", tmp_path / "authors", to="authors")
+        convert(tmp_path / "t5", tmp_path / "authors", layout="authors")
 
 
 def test_one_denoiser_of_a_pipelines_file(tmp_path):
     own, other = rough_params(WAN.make), rough_params(WAN.make, seed=1)
     save(tmp_path / "denoiser.safetensors", {"dit": own, "low_noise": other})
-    convert_own(tmp_path / "denoiser.safetensors", "low_noise/", WAN, tmp_path / "out", to="diffusers")
+    convert_native_denoiser(tmp_path / "denoiser.safetensors", "low_noise/", WAN, tmp_path / "out", layout="diffusers")
     assert_same_params(load_denoiser(tmp_path / "out")[1], other)
 
 
@@ -150,37 +150,37 @@ def test_names_of_adapters(tmp_path):
         for name in ("query", "cross_out")
     }
     lora = {"blocks": factors}
-    save_lora(tmp_path / "theirs.safetensors", lora, wan_modules(WAN))
+    save_lora(tmp_path / "theirs.safetensors", lora, get_wan_modules(WAN))
     steps = ("authors", "dit_video", "diffusers")
     paths = [tmp_path / "theirs.safetensors", *(tmp_path / f"{to}.safetensors" for to in steps)]
     for before, after, to in zip(paths, paths[1:], steps, strict=False):
-        convert_lora(before, after, tmp_path / "wan", to=to)
+        convert_lora(before, after, tmp_path / "wan", layout=to)
     names = [set(safetensors.numpy.load_file(path)) for path in paths]
     assert "diffusion_model.blocks.2.self_attn.q.lora_down.weight" in names[1]
     assert "transformer.dit.blocks.2.query.lora_A.weight" in names[2]
     assert paths[3].read_bytes() == paths[0].read_bytes()
-    shapes = {"dit": param_shapes(WAN.make)}
-    assert_same_params(load_lora(paths[2], shapes, own_modules(shapes))["dit"], lora)
+    shapes = {"dit": get_param_shapes(WAN.make)}
+    assert_same_params(load_lora(paths[2], shapes, get_native_modules(shapes))["dit"], lora)
     save_denoiser(tmp_path / "sit", SIT, rough_params(SIT.make), layout="authors")
     with pytest.raises(UserError, match=r"is not a Wan model.*WanTransformer3DModel"):
-        convert_lora(paths[0], tmp_path / "none.safetensors", tmp_path / "sit", to="authors")
+        convert_lora(paths[0], tmp_path / "none.safetensors", tmp_path / "sit", layout="authors")
 
 
 def test_what_is_not_known_lists_what_is(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     for kind in ("WanTransformer3DModel", "DiTTransformer2DModel", "AutoencoderKLWan", "VQModel", "umt5", "SiT"):
         with pytest.raises(UserError, match=rf"class FluxTransformer2DModel\. Supported classes are .*{kind}"):
-            convert(tmp_path, tmp_path / "out", to="authors")
+            convert(tmp_path, tmp_path / "out", layout="authors")
     with pytest.raises(MissingError, match=r"config\.json"):
-        convert(tmp_path / "nowhere", tmp_path / "out", to="authors")
+        convert(tmp_path / "nowhere", tmp_path / "out", layout="authors")
 
 
 def test_what_is_there_is_not_written_over(tmp_path):
     save_denoiser(tmp_path, SIT, rough_params(SIT.make), layout="authors")
     with pytest.raises(UserError, match="exists and is not empty"):
-        convert(tmp_path, tmp_path, to="dit_video")
+        convert(tmp_path, tmp_path, layout="dit_video")
     with pytest.raises(UserError, match="a SiT can't be written in its layout"):
-        convert(tmp_path, tmp_path / "out", to="diffusers")
+        convert(tmp_path, tmp_path / "out", layout="diffusers")
     assert not (tmp_path / "out").exists()
 
 
@@ -193,11 +193,11 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path, to):
     held["surplus"] = held["scale_shift_table"] = np.zeros((1, 2, 15), np.float32)
     safetensors.numpy.save_file(held, tmp_path / "in" / FILE)
     with pytest.raises(UserError, match=r"12 missing \(.*… 2 more\); 1 unexpected \(surplus\); 1 misshapen \(scale_"):
-        convert(tmp_path / "in", tmp_path / "out", to=to)
+        convert(tmp_path / "in", tmp_path / "out", layout=to)
     assert not (tmp_path / "out").exists()
 
 
-LARGE = dataclasses.replace(WAN, width=768, hidden_width=3072, layers=10, heads=6)
+LARGE = dataclasses.replace(WAN, width=768, mlp_dim=3072, layers=10, heads=6)
 MEASURE = """
 import sys
 from pathlib import Path
@@ -224,7 +224,7 @@ print(resident("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads peaks from Linux's /proc")
 @pytest.mark.parametrize("to", ["authors", "dit_video"])
 def test_memory_is_that_of_a_file_at_most(tmp_path, to):
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), param_shapes(LARGE.make))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), get_param_shapes(LARGE.make))
     save_denoiser(tmp_path / "in", LARGE, params, shard_bytes=60_000_000)
     save_denoiser(tmp_path / "small", WAN, rough_params(WAN.make))
     files = [path.stat().st_size for path in (tmp_path / "in").glob("*.safetensors")]

@@ -12,14 +12,14 @@ from dit_video.core.errors import UserError
 from dit_video.families import load_autoencoder, load_denoiser, save_autoencoder, save_denoiser
 from dit_video.tokens import Grid
 from dit_video.weights import load_clip, load_text_encoder, save_clip, save_text_encoder
-from dit_video.weights.native_format import write_part
+from dit_video.weights.native_format import write_native
 from dit_video.weights.streaming import ParamsSource
 from support.rough import rough_params
 from support.tiny_class_dit import DIT
 from support.tiny_clip import CONFIG as CLIP
 from support.tiny_t5 import CONFIG as T5
 
-WAN = WanDitConfig(channels=4, context_width=6, width=16, hidden_width=24, layers=2, heads=2, time_width=8)
+WAN = WanDitConfig(channels=4, context_width=6, width=16, mlp_dim=24, layers=2, heads=2, time_width=8)
 WAN_VAE = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
 IMAGE_VAE = ImageVaeConfig(levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
 VQ = VqConfig(
@@ -33,7 +33,7 @@ def authors(folder, config, params):
 
 
 def own(folder, config, params):
-    write_part(folder, config, ParamsSource(params))
+    write_native(folder, config, ParamsSource(params))
 
 
 KINDS = {

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion import Ddim, ExponentialShift, Guidance, Projected, RectifiedFlow
-from dit_video.generation import GivenClip, LatentRequest, Sampling, initial_noise, sample_latents, trace_latents
-from dit_video.generation.rows import Need, plan
-from dit_video.nn import graph_of
-from dit_video.tokens import Grid, RowShape
+from dit_video.diffusion import AdaptiveProjectedGuidance, Ddim, ExponentialShift, Guidance, RectifiedFlow
+from dit_video.generation import GivenClip, LatentRequest, Sampling, draw_initial_noise, sample_latents, trace_latents
+from dit_video.generation.rows import Need, plan_rows
+from dit_video.nn import get_graph_def
+from dit_video.tokens import Grid, PackedShape
 from support.rough import rough_params
 from support.tiny_denoiser import DENOISER, DIT, SHAPE, SMALL, request
 
@@ -19,7 +19,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 TWO = [SMALL, request("a box", (1, 4, 6), seed=2, negative="red")]
 """of 2 and 6 tokens: with both branches of each a row of 16 is full"""
 EVERYTHING = Guidance(
-    scale=4.0, interval=(0.3, 1.0), rescale=0.6, projected=Projected(parallel=0.2, largest=0.5, momentum=-0.5)
+    scale=4.0,
+    interval=(0.3, 1.0),
+    rescale=0.6,
+    projection=AdaptiveProjectedGuidance(parallel_weight=0.2, max_rms=0.5, momentum=-0.5),
 )
 
 
@@ -32,7 +35,7 @@ def test_branches_are_the_same_wherever_they_lie():
     asked = Sampling(steps=3, guidance=EVERYTHING)
     inside = sampled(TWO, asked)
     below = sampled(TWO, asked, shape=replace(SHAPE, segments=1))
-    apart = sampled(TWO, replace(asked, branches="apart"), shape=replace(SHAPE, segments=1))
+    apart = sampled(TWO, replace(asked, branch_evaluation="apart"), shape=replace(SHAPE, segments=1))
     for one, two, three in zip(inside, below, apart, strict=True):
         assert np.abs(one).max() > 0.1
         np.testing.assert_allclose(one, three, atol=5e-5)
@@ -54,7 +57,7 @@ def test_noise_on_the_way_is_of_the_seed_whatever_shares_the_row():
     first, second = (asked._replace(seed=seed) for seed, asked in enumerate(TWO))
     both = sampled([first, second], NOISY)
     np.testing.assert_allclose(sampled([second, first], NOISY)[1], both[0], atol=5e-5)
-    apart = sampled([second], replace(NOISY, branches="apart"), shape=replace(SHAPE, segments=1))
+    apart = sampled([second], replace(NOISY, branch_evaluation="apart"), shape=replace(SHAPE, segments=1))
     np.testing.assert_allclose(apart[0], both[1], atol=5e-5)
     again = sampled([first, second._replace(seed=7)], NOISY)
     np.testing.assert_allclose(again[0], both[0], atol=5e-5)
@@ -74,7 +77,7 @@ def test_the_trace_ends_at_the_sample():
 
 
 def test_clips_of_each_size_have_their_times():
-    process = RectifiedFlow(by_size=ExponentialShift(tokens=(2, 6)))
+    process = RectifiedFlow(size_shift=ExponentialShift(tokens=(2, 6)))
     sized = DENOISER._replace(process=process)
     traces = trace_latents(sized, TWO, sampling=NOISY, shape=SHAPE, rows=2)
     assert np.abs(traces[0].times - traces[1].times).max() > 1e-3
@@ -95,10 +98,10 @@ GIVEN = replace(DIT, given_channels=3)
 
 def test_the_image_has_a_scale_of_its_own():
     denoiser = DENOISER._replace(
-        dit=graph_of(GIVEN.make), params={"dit": rough_params(GIVEN.make), "text": DENOISER.params["text"]}
+        dit=get_graph_def(GIVEN.make), params={"dit": rough_params(GIVEN.make), "text": DENOISER.params["text"]}
     )
     beside = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    asked = LatentRequest("red", "", initial_noise(0, Grid(2, 4, 4), 2), GivenClip(beside=beside))
+    asked = LatentRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), GivenClip(beside=beside))
     blind = asked._replace(given=GivenClip(beside=np.zeros_like(beside)))
 
     def one_step(request, guidance):
@@ -107,11 +110,11 @@ def test_the_image_has_a_scale_of_its_own():
     text, image = 3.0, 2.5
     c, u = one_step(asked, 1.0), one_step(asked._replace(prompt=""), 1.0)
     b = one_step(blind._replace(prompt=""), 1.0)
-    found = one_step(asked, Guidance(scale=text, image=image))
+    found = one_step(asked, Guidance(scale=text, image_scale=image))
     np.testing.assert_allclose(found, b + image * (u - b) + text * (c - u), atol=2e-4)
     assert np.abs(found - one_step(asked, text)).max() > 1e-2
     with pytest.raises(UserError, match=r"conditioning latents. Use image_scale=None"):
-        sampled([SMALL], Sampling(guidance=Guidance(image=2.0)))
+        sampled([SMALL], Sampling(guidance=Guidance(image_scale=2.0)))
 
 
 def test_two_scales_are_for_two_experts():
@@ -119,7 +122,7 @@ def test_two_scales_are_for_two_experts():
         sampled([SMALL], Sampling(guidance=Guidance(scale=(2.0, 3.0))))
 
 
-ROW = RowShape(tokens=120, text=224, segments=12)
+ROW = PackedShape(tokens=120, text=224, segments=12)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +138,13 @@ ROW = RowShape(tokens=120, text=224, segments=12)
     ],
 )
 def test_branches_lie_where_they_take_fewer_rows(tokens, expected):
-    groups = plan([Need(count, (10, 4)) for count in tokens], ROW, rows=1, together=True)
+    groups = plan_rows([Need(count, (10, 4)) for count in tokens], ROW, rows=1, is_batched=True)
     assert [(group.inside, len(group.rows)) for group in groups] == expected
     assert sorted(index for group in groups for row in group.rows for index in row) == list(range(len(tokens)))
 
 
 def test_branches_side_by_side_have_room_for_their_texts():
     long = [Need(10, (150, 100))]
-    assert not plan(long, ROW, rows=1, together=True)[0].inside
-    assert plan([Need(10, (150, 60))], ROW, rows=1, together=True)[0].inside
-    assert not plan([Need(10, (20,))], ROW, rows=1, together=True)[0].inside
+    assert not plan_rows(long, ROW, rows=1, is_batched=True)[0].inside
+    assert plan_rows([Need(10, (150, 60))], ROW, rows=1, is_batched=True)[0].inside
+    assert not plan_rows([Need(10, (20,))], ROW, rows=1, is_batched=True)[0].inside

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion import Heun, Watched
-from dit_video.generation import LatentRequest, Sampling, initial_noise, sample_latents
-from dit_video.generation.program import program_of
-from dit_video.tokens import Grid, coordinates, patchify, token_grid, unpatchify
+from dit_video.diffusion import Heun, TracedSampler
+from dit_video.generation import LatentRequest, Sampling, draw_initial_noise, sample_latents
+from dit_video.generation.program import make_program
+from dit_video.tokens import Grid, compute_coordinates, compute_token_grid, patchify, unpatchify
 from support.tiny_denoiser import DENOISER, DIT, SAMPLING, SHAPE, SMALL, request
 
 MIXED = [request("red"), SMALL, request("a box", (1, 4, 6), seed=2), request("", (3, 2, 2), seed=3)]
@@ -45,8 +45,8 @@ def velocity(params, tokens, time, text, at):
 
 def by_hand(request: LatentRequest, *, interval: float = 1.0):
     """Two Euler steps with guidance 2 over the shifted times 1, 2/3, 0."""
-    grid = token_grid(Grid(*request.noise.shape[:3]), DIT.patch)
-    x, at = patchify(request.noise, DIT.patch), coordinates(grid, step=(interval, 1.0, 1.0))
+    grid = compute_token_grid(Grid(*request.noise.shape[:3]), DIT.patch)
+    x, at = patchify(request.noise, DIT.patch), compute_coordinates(grid, step=(interval, 1.0, 1.0))
     for time, following in ((1.0, 2 / 3), (2 / 3, 0.0)):
         c, u = (
             np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), DENOISER.tokenizer(text), at))
@@ -64,7 +64,7 @@ def test_packed_samples_are_those_of_a_loop_over_the_unpacked_model():
 
 
 def test_coordinates_along_time_may_count_seconds():
-    timed = DENOISER._replace(interval=0.25)
+    timed = DENOISER._replace(token_dt=0.25)
     result = sample_latents(timed, MIXED, sampling=SAMPLING, shape=SHAPE, rows=2)[0]
     np.testing.assert_allclose(result, by_hand(MIXED[0], interval=0.25), atol=5e-5)
     assert np.abs(result - mixed()[0]).max() > 1e-3
@@ -101,8 +101,8 @@ def test_one_program_serves_every_prompt_size_seed_guidance_and_number_of_steps(
     mixed()
     five = [request("", (2, 2, 2), seed=10)] * 5  # rows with room for three clips: branches lie in rows of their own
     sampled(five)
-    program = program_of(
-        DENOISER.dit, DENOISER.text, DENOISER.process, DENOISER.prediction, Watched(solver=SAMPLING.solver), True
+    program = make_program(
+        DENOISER.dit, DENOISER.text, DENOISER.process, DENOISER.prediction, TracedSampler(solver=SAMPLING.solver), True
     )
     before = program._cache_size()
     assert before >= 2
@@ -134,7 +134,7 @@ def test_guidance():
 def test_a_solver_is_chosen_with_the_request():
     """Heun's first of two steps, from 1 to 2/3; one to the data is Euler's."""
     heun = sampled([SMALL], Sampling(steps=2, guidance=1.0, solver=Heun()))[0]
-    x, at, text = patchify(SMALL.noise, DIT.patch), coordinates(Grid(1, 1, 2)), DENOISER.tokenizer("dot")
+    x, at, text = patchify(SMALL.noise, DIT.patch), compute_coordinates(Grid(1, 1, 2)), DENOISER.tokenizer("dot")
 
     def slope(x, time):
         return np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), text, at))
@@ -160,9 +160,9 @@ def test_requests_that_cannot_be_made():
 
 
 def test_noise_is_a_function_of_seed_and_size():
-    noise = initial_noise(5, Grid(4, 8, 8), 3)
+    noise = draw_initial_noise(5, Grid(4, 8, 8), 3)
     assert (noise.shape, noise.dtype) == ((4, 8, 8, 3), np.float32)
-    np.testing.assert_array_equal(noise, initial_noise(5, Grid(4, 8, 8), 3))
-    assert (noise != initial_noise(6, Grid(4, 8, 8), 3)).all()
+    np.testing.assert_array_equal(noise, draw_initial_noise(5, Grid(4, 8, 8), 3))
+    assert (noise != draw_initial_noise(6, Grid(4, 8, 8), 3)).all()
     assert noise.mean() == pytest.approx(0, abs=0.15)
     assert noise.std() == pytest.approx(1, abs=0.1)

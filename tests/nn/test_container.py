@@ -4,7 +4,7 @@ import numpy as np
 from flax import nnx
 
 from dit_video.core.trees import flatten
-from dit_video.nn import Linear, RmsNorm, graph_of, init_params, make_stack, param_shapes
+from dit_video.nn import Linear, RmsNorm, get_graph_def, get_param_shapes, init_params, make_stack
 
 
 class Net(nnx.Module):
@@ -43,7 +43,7 @@ def test_parameters_are_a_plain_dictionary_of_arrays():
 
 def test_merged_parameters_are_the_module():
     net = Net(nnx.Rngs(jax.random.key(3)))
-    merged = nnx.merge(graph_of(Net), init_params(Net, jax.random.key(3)))
+    merged = nnx.merge(get_graph_def(Net), init_params(Net, jax.random.key(3)))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
     np.testing.assert_array_equal(merged(x), net(x))
 
@@ -68,8 +68,8 @@ def test_shapes_and_structure_compute_no_parameter():
         # A parameter of a terabyte: whoever computes it fails.
         return Linear(2**20, 2**18, rngs=rngs)
 
-    assert param_shapes(make)["kernel"].shape == (2**20, 2**18)
-    assert param_shapes(make)["kernel"].dtype == jnp.float32
-    assert hash(graph_of(make)) == hash(graph_of(make))
-    assert graph_of(make) == graph_of(make)
-    assert graph_of(Net) != graph_of(make)
+    assert get_param_shapes(make)["kernel"].shape == (2**20, 2**18)
+    assert get_param_shapes(make)["kernel"].dtype == jnp.float32
+    assert hash(get_graph_def(make)) == hash(get_graph_def(make))
+    assert get_graph_def(make) == get_graph_def(make)
+    assert get_graph_def(Net) != get_graph_def(make)

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from dit_video.nn import Linear
-from dit_video.nn.linear import initial
+from dit_video.nn.linear import init_weights
 
 
 def rough(features_in: int, features_out: int, **options) -> Linear:
@@ -94,9 +94,9 @@ def test_gradients_of_weights_are_summed_in_float32(platform, batch, monkeypatch
 
 def test_initial_weights():
     key, shape, fan = jax.random.key(1), (200, 300), (200, 300)
-    xavier = initial("xavier", key, shape, fan=fan)
+    xavier = init_weights("xavier", key, shape, fan=fan)
     limit = np.sqrt(6 / 500)
     assert np.abs(xavier).max() <= limit
     assert np.std(xavier) == pytest.approx(limit / np.sqrt(3), rel=0.01)
-    assert np.std(initial("normal", key, shape, fan=fan)) == pytest.approx(0.02, rel=0.01)
-    assert not initial("zero", key, shape, fan=fan).any()
+    assert np.std(init_weights("normal", key, shape, fan=fan)) == pytest.approx(0.02, rel=0.01)
+    assert not init_weights("zero", key, shape, fan=fan).any()

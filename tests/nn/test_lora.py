@@ -10,15 +10,15 @@ from dit_video.core.trees import flatten, map_with_path
 from dit_video.nn import (
     Linear,
     LoraConfig,
+    add_lora_scale,
     apply_stack,
     attach_lora,
-    graph_of,
+    get_graph_def,
+    get_param_shapes,
     init_lora,
     init_params,
     make_stack,
     merge_lora,
-    param_shapes,
-    scaled,
 )
 
 
@@ -33,7 +33,7 @@ class Net(nnx.Module):
         return apply_stack(self.blocks, self.embed(x))
 
 
-GRAPH, PARAMS = graph_of(Net), init_params(Net, rng.key(0, "net"))
+GRAPH, PARAMS = get_graph_def(Net), init_params(Net, rng.key(0, "net"))
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
 CONFIG = LoraConfig(rank=2, alpha=3.0, targets=("kernel$",))
 
@@ -47,7 +47,9 @@ def adapter(seed, config=CONFIG):
     """One that changes something: as after training."""
     fresh = init_lora(PARAMS, config, rng.key(seed, "lora"))
     noise = np.random.default_rng(seed)
-    return scaled(map_with_path(lambda _, leaf: leaf + 0.3 * noise.normal(size=leaf.shape), fresh), config.scale)
+    return add_lora_scale(
+        map_with_path(lambda _, leaf: leaf + 0.3 * noise.normal(size=leaf.shape), fresh), config.scale
+    )
 
 
 def assert_trees_close(found, expected, atol):
@@ -57,7 +59,7 @@ def assert_trees_close(found, expected, atol):
 
 
 def test_a_fresh_adapter_has_the_targets_shapes_and_changes_nothing():
-    fresh = init_lora(param_shapes(Net), CONFIG, rng.key(1, "lora"))
+    fresh = init_lora(get_param_shapes(Net), CONFIG, rng.key(1, "lora"))
     assert {path: leaf.shape for path, leaf in flatten(fresh).items()} == {
         "embed/kernel/a": (4, 2),
         "embed/kernel/b": (2, 6),
@@ -65,8 +67,8 @@ def test_a_fresh_adapter_has_the_targets_shapes_and_changes_nothing():
         "blocks/kernel/b": (3, 2, 6),
     }
     for change in (merge_lora, attach_lora):
-        np.testing.assert_array_equal(run(change(PARAMS, scaled(fresh, 7.0))), run(PARAMS))
-    a = np.asarray(init_lora(param_shapes(Net), LoraConfig(rank=4000), rng.key(1, "lora"))["blocks"]["kernel"]["a"])
+        np.testing.assert_array_equal(run(change(PARAMS, add_lora_scale(fresh, 7.0))), run(PARAMS))
+    a = np.asarray(init_lora(get_param_shapes(Net), LoraConfig(rank=4000), rng.key(1, "lora"))["blocks"]["kernel"]["a"])
     assert a.std() == pytest.approx((1 / (3 * 6)) ** 0.5, rel=0.02)  # as PEFT's: uniform in 1 / sqrt(i)
     assert len(np.unique(a)) > 0.9 * a.size
 
@@ -100,7 +102,7 @@ def test_gradients_are_those_of_the_merged_kernels_and_reach_targets_alone():
     factors = {"blocks": {"kernel": {name: lora["blocks"]["kernel"][name] for name in ("a", "b")}}}
 
     def loss(change):
-        return lambda factors: jnp.square(run(change(PARAMS, scaled(factors, config.scale)))).sum()
+        return lambda factors: jnp.square(run(change(PARAMS, add_lora_scale(factors, config.scale)))).sum()
 
     found = jax.grad(loss(attach_lora))(factors)
     assert set(flatten(found)) == {"blocks/kernel/a", "blocks/kernel/b"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.nn import CausalConv, Tokens, make_attention
+from dit_video.nn import AttentionInputs, CausalConv, make_attention
 
 pytestmark = pytest.mark.parity
 
@@ -23,7 +23,7 @@ def test_attention_equals_torch(backend):
     q_segments = np.repeat([[1, 2, 3]], 8, axis=1).repeat(2, axis=0).astype(np.int32)
     kv_segments = np.sort(np.repeat([[1, 2, 3, 3]], 4, axis=1), axis=1).repeat(2, axis=0).astype(np.int32)
     attention = make_attention(backend, chunk=10)
-    at = Tokens(jnp.asarray(q_segments), jnp.asarray(kv_segments))
+    at = AttentionInputs(jnp.asarray(q_segments), jnp.asarray(kv_segments))
 
     def loss(q, k, v):
         return (attention(q, k, v, at) * weight).sum()

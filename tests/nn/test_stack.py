@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.nn import Linear, Remat, Turns, apply_groups, apply_stack, graph_of, init_params, make_stack
+from dit_video.nn import LayerGroup, Linear, Remat, apply_stack, get_graph_def, init_params, make_stack, scan_layers
 from support.jaxprs import times
 
 WIDTH, LAYERS = 8, 3
@@ -24,7 +24,7 @@ def make(rngs):
     return make_stack(Layer, LAYERS, rngs=rngs)
 
 
-GRAPH = graph_of(make)
+GRAPH = get_graph_def(make)
 PARAMS = jax.jit(init_params, static_argnums=0)(make, jax.random.key(0))
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, WIDTH)), jnp.float32)
 SHIFT, CONTEXT = X[:, :1] / 2, {"scale": jnp.asarray(0.5)}
@@ -35,7 +35,7 @@ def stacked(params, x, **options):
 
 
 def loop(params, x):
-    layer = graph_of(Layer)
+    layer = get_graph_def(Layer)
     for index in range(LAYERS):
         x = nnx.merge(layer, jax.tree.map(lambda leaf, index=index: leaf[index], params))(x, SHIFT, CONTEXT)
     return x
@@ -90,7 +90,7 @@ def test_groups_take_turns_and_kinds_of_layers_alternate(monkeypatch, platform, 
 
     def grouped(params, x):
         merged = [nnx.merge(graph, each) for graph, each in zip(graphs, params, strict=True)]
-        return (apply_groups(x, [Turns(*pair) for pair in zip(merged, turns, strict=True)], remat=remat) ** 2).sum()
+        return (scan_layers(x, [LayerGroup(*pair) for pair in zip(merged, turns, strict=True)], remat=remat) ** 2).sum()
 
     expected = jax.tree.leaves(jax.jit(jax.value_and_grad(one_by_one))(params, X / 9))
     monkeypatch.setattr(jax, "default_backend", lambda: platform)

@@ -9,10 +9,19 @@ from dit_video.autoencoders import CausalVaeConfig
 from dit_video.core import config_json
 from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
-from dit_video.diffusion import Edm, Euler, Guidance, Heun, Projected, RectifiedFlow, UniPc, UniPcGrid
+from dit_video.diffusion import (
+    AdaptiveProjectedGuidance,
+    Edm,
+    Euler,
+    Guidance,
+    Heun,
+    RectifiedFlow,
+    UniPc,
+    UniPcFlowSchedule,
+)
 from dit_video.generation import text_to_video
 from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import Pipeline, Request, identity
+from dit_video.pipelines.pipeline import Pipeline, Request, compute_autoencoder_identity
 from dit_video.tokens import Grid
 from dit_video.weights import load as load_weights
 
@@ -65,8 +74,8 @@ def test_the_interval_of_tokens_is_that_of_the_training(tiny):
         fps=16.0,
         size=Grid(5, 16, 16),
     )
-    assert counted.interval == 1.0
-    assert replace(counted, dit=replace(counted.dit, clock="seconds")).interval == 0.25
+    assert counted.token_dt == 1.0
+    assert replace(counted, dit=replace(counted.dit, time_coordinate="seconds")).token_dt == 0.25
 
 
 def test_the_seed_decides(pipeline, latents):
@@ -85,7 +94,7 @@ def test_the_prompt_and_the_negative_prompt_decide(pipeline, latents):
 
 def test_guidance_of_one_asks_the_model_once(pipeline, monkeypatch):
     asked = []
-    real = text_to_video.program_of
+    real = text_to_video.make_program
 
     def program_of(*form):
         def run(params, state, batch, strength, *rest):
@@ -105,7 +114,7 @@ def test_guidance_of_one_asks_the_model_once(pipeline, monkeypatch):
 
 
 def test_given_noise_is_the_starting_point(pipeline, latents):
-    noise = text_to_video.initial_noise(0, Grid(2, 2, 2), 4)
+    noise = text_to_video.draw_initial_noise(0, Grid(2, 2, 2), 4)
     again = pipeline.generate(PROMPT, size=SMALL, seed=77, noise=noise, output="latents")
     np.testing.assert_array_equal(again, latents)
 
@@ -132,7 +141,7 @@ def test_samplers_by_name(pipeline, latents):
     assert np.abs(unipc[1] - four).max() > 1e-3
     chosen = pipeline.sampling(steps=7, guidance=3, sampler="heun")
     assert (chosen.steps, chosen.guidance, chosen.solver) == (7, 3.0, Heun())
-    kept = replace(chosen, solver=UniPc(order=3, uncorrected=(0,)), grid=UniPcGrid())
+    kept = replace(chosen, solver=UniPc(order=3, uncorrected_steps=(0,)), grid=UniPcFlowSchedule())
     assert config_json.from_json(config_json.to_json(kept)) == kept
 
 
@@ -236,7 +245,7 @@ def test_guidance_with_all_that_it_has(pipeline, latents):
     plain = pipeline.generate(PROMPT, size=SMALL, guidance=Guidance(scale=2.0), output="latents")
     np.testing.assert_array_equal(plain, latents)
     asked = pipeline.config.sampling.guided(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projected=True)
-    assert asked == Guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projected=Projected())
+    assert asked == Guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projection=AdaptiveProjectedGuidance())
     other = pipeline.generate(PROMPT, size=SMALL, guidance=asked, output="latents")
     assert np.abs(other - pipeline.generate(PROMPT, size=SMALL, guidance=4.0, output="latents")).max() > 1e-3
     kept = replace(pipeline.config.sampling, guidance=asked)
@@ -257,7 +266,7 @@ def test_a_trace_ends_at_the_clip(pipeline, latents):
 def test_encode_gives_latents_and_reconstruct_keeps_size_rate_and_caption(pipeline):
     from dit_video.data.synthetic import shapes
 
-    clip = replace(shapes.example(3, seed=9, sizes=(Grid(*SMALL),)), fps=5)
+    clip = replace(shapes.render_example(3, seed=9, sizes=(Grid(*SMALL),)), fps=5)
     assert pipeline.encode(clip).shape == (2, 2, 2, 4)
     again = pipeline.reconstruct(clip)
     assert again.frames.shape == clip.frames.shape
@@ -338,25 +347,25 @@ def test_saving_replaces_a_pipeline_and_nothing_else(tiny_pipeline, tmp_path):
 
 
 def test_parameters_are_counted_by_part(tiny_pipeline):
-    counts = tiny_pipeline.parameter_counts()
+    counts = tiny_pipeline.count_parameters()
     assert counts.keys() == {"autoencoder", "dit", "text"}
     assert counts["dit"] == sum(leaf.size for leaf in trees.flatten(tiny_pipeline._denoiser.params["dit"]).values())
 
 
 def test_the_identity_of_an_autoencoder_is_its_config_and_weights(tiny_pipeline):
     config, params = tiny_pipeline.config.autoencoder, tiny_pipeline.codec.params
-    mark = identity(config, params)
-    assert identity(config, {**params}) == mark
-    assert identity(replace(config, width=16), params) != mark
+    mark = compute_autoencoder_identity(config, params)
+    assert compute_autoencoder_identity(config, {**params}) == mark
+    assert compute_autoencoder_identity(replace(config, width=16), params) != mark
     other = {"normalizer": {"mean": np.ones(4, np.float32), "std": np.ones(4, np.float32)}}
-    assert identity(config, params | other) != mark
+    assert compute_autoencoder_identity(config, params | other) != mark
 
 
 def test_how_an_autoencoder_is_computed_is_not_what_it_is():
     config, params = CausalVaeConfig.wan21(), {"kernel": np.ones(3, np.float32)}
-    mark = identity(config, params)
-    assert identity(replace(config, form="native", remat=True), params) == mark
-    assert identity(replace(config, bfloat16=True), params) != mark
+    mark = compute_autoencoder_identity(config, params)
+    assert compute_autoencoder_identity(replace(config, form="native", remat=True), params) == mark
+    assert compute_autoencoder_identity(replace(config, bfloat16=True), params) != mark
 
 
 # In a notebook.

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion import Euler, Even, classifier_free, sample
+from dit_video.diffusion import Euler, UniformTimes, apply_classifier_free_guidance, sample
 from dit_video.pipelines.pipeline import Pipeline
-from dit_video.pipelines.probe import ClipDenoiser
+from dit_video.pipelines.probe import DenoiserProbe
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -19,44 +19,44 @@ PROMPTS, SIZE = ["a red circle moving left", "a blue square"], (9, 16, 32)
 
 def test_sampled_with_the_diffusion_library_it_is_what_the_pipeline_generates(tiny_pipeline):
     config = tiny_pipeline.config
-    inside, empty = ClipDenoiser(tiny_pipeline, PROMPTS), ClipDenoiser(tiny_pipeline, ["", ""])
-    drawn = np.random.default_rng(0).normal(size=(2, *inside.latents, inside.channels)).astype(np.float32)
-    denoise = classifier_free(inside.denoise, empty.denoise, 2.0)
-    times = Even()(config.process, 2).times
-    found = sample(denoise, jnp.asarray(inside.tokens(drawn)), times, process=config.process, solver=Euler())
-    latents = np.asarray(inside.untokens(found))
+    inside, empty = DenoiserProbe(tiny_pipeline, PROMPTS), DenoiserProbe(tiny_pipeline, ["", ""])
+    drawn = np.random.default_rng(0).normal(size=(2, *inside.latent_grid, inside.channels)).astype(np.float32)
+    denoise = apply_classifier_free_guidance(inside.denoise, empty.denoise, 2.0)
+    times = UniformTimes()(config.process, 2).times
+    found = sample(denoise, jnp.asarray(inside.patchify(drawn)), times, process=config.process, solver=Euler())
+    latents = np.asarray(inside.unpatchify(found))
     assert latents.shape == drawn.shape
     expected = tiny_pipeline.generate(PROMPTS[1], noise=drawn[1], steps=2, guidance=2.0, output="latents")
     np.testing.assert_allclose(latents[1], expected, atol=1e-5)
 
 
 def test_each_clip_has_a_time_and_a_prompt_of_its_own(tiny_pipeline):
-    inside = ClipDenoiser(tiny_pipeline, PROMPTS, SIZE)
-    noisy = jax.random.normal(jax.random.key(0), (2, inside.grid.volume, 4 * inside.channels))
+    inside = DenoiserProbe(tiny_pipeline, PROMPTS, SIZE)
+    noisy = jax.random.normal(jax.random.key(0), (2, inside.token_grid.volume, 4 * inside.channels))
     both = inside.denoise(noisy, jnp.asarray([[0.2], [0.9]]))
-    alone = ClipDenoiser(tiny_pipeline, PROMPTS[1:], SIZE).denoise(noisy[1:], jnp.asarray(0.9))
+    alone = DenoiserProbe(tiny_pipeline, PROMPTS[1:], SIZE).denoise(noisy[1:], jnp.asarray(0.9))
     np.testing.assert_allclose(both[1], alone[0], atol=1e-6)
 
 
 def test_attention_maps_are_of_its_clips(tiny_pipeline):
-    inside = ClipDenoiser(tiny_pipeline, PROMPTS, SIZE)
-    noisy = jnp.zeros((2, inside.grid.volume, 4 * inside.channels))
-    queries = [inside.token_at((2, 0.9, 0.1)), inside.token_at((0, 0.0, 0.99))]
+    inside = DenoiserProbe(tiny_pipeline, PROMPTS, SIZE)
+    noisy = jnp.zeros((2, inside.token_grid.volume, 4 * inside.channels))
+    queries = [inside.find_token((2, 0.9, 0.1)), inside.find_token((0, 0.0, 0.99))]
     assert queries == [4, 1]  # of 3 x 1 x 2 tokens
-    maps = inside.attention_maps(noisy, 0.5, queries=queries)
-    assert maps.shape == (1, 2, 2, 2, inside.grid.volume)
+    maps = inside.compute_attention_maps(noisy, 0.5, queries=queries)
+    assert maps.shape == (1, 2, 2, 2, inside.token_grid.volume)
     np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-5)
 
 
 def test_what_it_cannot_take_apart(tiny_pipeline):
     with pytest.raises(UserError, match="name one"):
-        ClipDenoiser(tiny_pipeline, [])
+        DenoiserProbe(tiny_pipeline, [])
     with pytest.raises(UserError, match="divisible"):
-        ClipDenoiser(tiny_pipeline, PROMPTS, (9, 16, 20))
+        DenoiserProbe(tiny_pipeline, PROMPTS, (9, 16, 20))
     with pytest.raises(UserError, match="outside"):
-        ClipDenoiser(tiny_pipeline, PROMPTS).token_at((0, 1.0, 0.5))
+        DenoiserProbe(tiny_pipeline, PROMPTS).find_token((0, 1.0, 0.5))
     config = dataclasses.replace(tiny_pipeline.config, boundary=0.5)
     params = tiny_pipeline.denoiser_params
     two = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=params | {"low_noise": params["dit"]})
     with pytest.raises(UserError, match=r"two experts .*; use a text-to-video model with one denoiser"):
-        ClipDenoiser(two, PROMPTS)
+        DenoiserProbe(two, PROMPTS)

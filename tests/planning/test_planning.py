@@ -6,18 +6,18 @@ import json
 import jax
 import pytest
 
-from dit_video.autoencoders import Adversarial, AutoencoderObjective
-from dit_video.backbones.flops import forward_flops
+from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective
+from dit_video.backbones.flops import count_forward_flops
 from dit_video.core.errors import UserError
-from dit_video.core.trees import flatten, size
+from dit_video.core.trees import count_values, flatten
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.distributed.mesh import abstract_mesh
+from dit_video.distributed.mesh import make_abstract_mesh
 from dit_video.distributed.planner import Topology, compile_step
 from dit_video.planning import plan_experiment, suggest
-from dit_video.planning.report import with_dit
-from dit_video.planning.steps import clips_of, plan_step
-from dit_video.planning.suggest import candidates
-from dit_video.recipes.finetune_wan import FineTuning, finetuning
+from dit_video.planning.report import replace_dit
+from dit_video.planning.steps import fill_row, plan_step
+from dit_video.planning.suggest import list_candidates
+from dit_video.recipes.finetune_wan import FineTuningOptions, make_finetuning_experiment
 from support.devices import check_on_eight_devices
 from support.tiny_clip import VISION
 from support.tiny_wan import write_animating_wan
@@ -38,7 +38,7 @@ def eight_rows(two_rows):
 def test_what_is_not_here_is_counted(eight_rows):
     mesh = MeshConfig(fsdp=2)
     plan = plan_experiment(eight_rows, GPUS, mesh=mesh, steps=3600, price=2.0)
-    assert (plan.how, plan.fits, plan.devices, plan.rows) == ("analytic", True, 8, 8)
+    assert (plan.method, plan.fits, plan.devices, plan.rows) == ("analytic", True, 8, 8)
     assert plan.mesh == {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
     memory = plan.memory
     assert memory.peak == memory.state + memory.activations + memory.temporary
@@ -71,7 +71,7 @@ def test_where_a_price_is_from_is_said(eight_rows, topology, price, says):
 
 
 def test_recomputation_is_executed_but_not_the_models(eight_rows):
-    once, twice = (plan_experiment(with_dit(eight_rows, remat=remat), GPUS) for remat in ("none", "full"))
+    once, twice = (plan_experiment(replace_dit(eight_rows, remat=remat), GPUS) for remat in ("none", "full"))
     assert twice.model_flops == once.model_flops
     assert once.executed_flops < twice.executed_flops <= once.executed_flops * 4 / 3
 
@@ -80,13 +80,13 @@ def test_recomputation_is_executed_but_not_the_models(eight_rows):
 def test_fine_tuning_of_a_model_that_animates_an_image(tmp_path, train, passes):
     """Rows hold grey-backed latents and image tokens too; of adapters no gradients of the weights are made."""
     write_animating_wan(tmp_path / "wan")
-    tuning = FineTuning(max_pixels=32 * 48, max_frames=5, dtype="float32", train=train)
-    experiment = finetuning(tmp_path / "wan", tuning)
+    tuning = FineTuningOptions(max_pixels=32 * 48, max_frames=5, dtype="float32", train=train)
+    experiment = make_finetuning_experiment(tmp_path / "wan", tuning)
     plan = plan_experiment(experiment, Topology.parse("h100:1"), clips=2)
     dit, rows = experiment.denoiser.dit, experiment.denoiser.rows
     text = min(experiment.denoiser.text.max_tokens, rows.text // 2)
     shown = {"texts": [text] * 2, "images": [VISION.tokens] * 2}
-    forward = forward_flops(dit, [rows.tokens // 2] * 2, **shown)
+    forward = count_forward_flops(dit, [rows.tokens // 2] * 2, **shown)
     assert plan.model_flops == passes * forward * experiment.denoiser.batch
     compiled = plan_step(experiment, "denoiser", make_mesh(MeshConfig()), clips=[rows.tokens])
     batch = compiled.arguments[1]
@@ -125,19 +125,19 @@ def test_meshes_that_do_not_divide(mesh, says, eight_rows, two_rows):
 
 
 def test_clips_of_a_row(two_rows):
-    assert clips_of(two_rows) == [6, 6]
-    assert clips_of(two_rows, 3) == [4, 4, 4]
+    assert fill_row(two_rows) == [6, 6]
+    assert fill_row(two_rows, 3) == [4, 4, 4]
     with pytest.raises(UserError, match=r"clips=4 is invalid: .* room for 1 to 3"):
-        clips_of(two_rows, 4)
+        fill_row(two_rows, 4)
 
 
 def test_the_best_of_those_that_fit_is_suggested(two_rows):
-    found = candidates(two_rows, GPUS)
+    found = list_candidates(two_rows, GPUS)
     assert len({(one.mesh, one.rows, one.remat) for one in found}) == len(found)
     assert {"none", "full"} <= {one.remat for one in found} <= {"none", "full", "attention", "dots_attention"}
     assert all(one.mesh.tensor <= 2 and one.mesh.context <= 2 for one in found)  # there are two heads
     told = []
-    best = suggest(two_rows, GPUS, tries=3, say=told.append)
+    best = suggest(two_rows, GPUS, tries=3, report=told.append)
     assert best.fits
     assert len(told) == 3
     assert best.times is not None
@@ -162,14 +162,14 @@ def test_an_autoencoder_is_compiled(eight_rows, two_rows):
 
 def test_an_autoencoder_with_a_discriminator(two_rows):
     """Planned is a step in which both players move."""
-    loss = AutoencoderObjective(adversarial=Adversarial(width=4, layers=1, start=1))
+    loss = AutoencoderObjective(adversarial=AdversarialConfig(width=4, layers=1, start_step=1))
     autoencoder = dataclasses.replace(two_rows.autoencoder, loss=loss)
     experiment = dataclasses.replace(two_rows, autoencoder=autoencoder)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     alone, both = (plan_step(each, "autoencoder", mesh, clips=[]) for each in (two_rows, experiment))
     assert both.model_flops > alone.model_flops > 0
     compiled = compile_step(both.step, both.arguments, mesh)
-    assert compiled.memory.parameters == 4 * size(both.arguments[0].model.params) + 4 * size(
+    assert compiled.memory.parameters == 4 * count_values(both.arguments[0].model.params) + 4 * count_values(
         both.arguments[0].discriminator.params
     )
 
@@ -177,7 +177,7 @@ def test_an_autoencoder_with_a_discriminator(two_rows):
 def test_of_a_sampler_tokens_are_split_and_texts_are_whole(eight_rows):
     rows = dataclasses.replace(eight_rows.denoiser.rows, tokens=16, text=256)
     experiment = dataclasses.replace(eight_rows, denoiser=dataclasses.replace(eight_rows.denoiser, rows=rows))
-    mesh = abstract_mesh(MeshConfig(data=1, context=2), 2)
+    mesh = make_abstract_mesh(MeshConfig(data=1, context=2), 2)
     _, state, batch, *_ = plan_step(experiment, "sampler", mesh, clips=[16]).arguments
     split = {path: leaf.sharding.spec for path, leaf in flatten((state, batch)).items() if leaf.ndim > 1}
     along = {path.split("/")[-1] for path, spec in split.items() if "context" in spec}

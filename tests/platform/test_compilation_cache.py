@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from dit_video.platform.compilation_cache import keep_programs
+from dit_video.platform.compilation_cache import enable_compilation_cache
 
 PROGRAM = """
 import jax, sys
@@ -37,5 +37,5 @@ def test_the_second_start_finds_what_the_first_compiled(tmp_path):
 
 
 def test_a_folder_that_is_set_stays(tmp_path):
-    assert keep_programs(tmp_path) == Path(jax.config.jax_compilation_cache_dir)
+    assert enable_compilation_cache(tmp_path) == Path(jax.config.jax_compilation_cache_dir)
     assert not list(tmp_path.iterdir())

@@ -85,7 +85,7 @@ def test_not_with_another_library(started, monkeypatch, library):
 
 
 def test_a_script(tmp_path):
-    if not huge_pages._on_request():
+    if not huge_pages._is_available():
         pytest.skip("this system does not give huge pages to those who ask")
     script = tmp_path / "script.py"
     script.write_text(

@@ -12,10 +12,10 @@ import dit_video
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import Lcm
-from dit_video.experiment import GivenAutoencoder
+from dit_video.experiment import PretrainedAutoencoder
 from dit_video.experiment.run import Run
 from dit_video.nn import LoraConfig
-from dit_video.recipes.distill import Distilling, compare, distilling
+from dit_video.recipes.distill import DistillationOptions, compare, make_distillation_experiment
 from dit_video.training import trainer
 from dit_video.training.losses.distillation import ConsistencyDistillation, DistributionMatching
 from dit_video.weights import load as load_weights
@@ -23,8 +23,10 @@ from dit_video.weights import load as load_weights
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 OPTIONS = {
-    "consistency": Distilling(method="consistency", steps=6, intervals=4, warmup=1, log_every=2, save_every=2),
-    "dmd": Distilling(method="dmd", steps=4, sampling_steps=2, critic_steps=2, warmup=1, log_every=2, save_every=2),
+    "consistency": DistillationOptions(method="consistency", steps=6, intervals=4, warmup=1, log_every=2, save_every=2),
+    "dmd": DistillationOptions(
+        method="dmd", steps=4, sampling_steps=2, critic_steps=2, warmup=1, log_every=2, save_every=2
+    ),
 }
 
 
@@ -35,15 +37,17 @@ def weights(folder):
 @pytest.fixture(scope="module", params=["consistency", pytest.param("dmd", marks=pytest.mark.slow)])
 def distilled(request, tiny_run, tmp_path_factory):
     """The folder of a finished one. Read only."""
-    run = Run.create(tmp_path_factory.mktemp("distilled") / "run", distilling(tiny_run, OPTIONS[request.param]))
+    run = Run.create(
+        tmp_path_factory.mktemp("distilled") / "run", make_distillation_experiment(tiny_run, OPTIONS[request.param])
+    )
     run.train(tiny_run / "data")
     return run.folder
 
 
 def test_a_run_says_all_that_its_student_needs(tiny_run):
-    experiment = distilling(tiny_run, OPTIONS["dmd"])
+    experiment = make_distillation_experiment(tiny_run, OPTIONS["dmd"])
     teacher = dit_video.load(tiny_run).config
-    assert experiment.autoencoder == GivenAutoencoder(model=teacher.autoencoder, folder=str(tiny_run / "pipeline"))
+    assert experiment.autoencoder == PretrainedAutoencoder(model=teacher.autoencoder, folder=str(tiny_run / "pipeline"))
     assert experiment.denoiser.distillation == DistributionMatching(guidance=2.0, steps=2, critic_steps=2)
     assert experiment.denoiser.optimizer.learning_rate == 3e-4
     assert experiment.denoiser.dit == teacher.dit
@@ -54,7 +58,9 @@ def test_a_run_says_all_that_its_student_needs(tiny_run):
 
 
 def test_a_pipeline_says_it_too(tiny_run):
-    experiment = distilling(tiny_run / "pipeline", dataclasses.replace(OPTIONS["consistency"], guidance=1.5))
+    experiment = make_distillation_experiment(
+        tiny_run / "pipeline", dataclasses.replace(OPTIONS["consistency"], guidance=1.5)
+    )
     teacher = dit_video.load(tiny_run).config
     assert experiment.denoiser.distillation == ConsistencyDistillation(guidance=1.5, intervals=4)
     assert experiment.denoiser.optimizer.learning_rate == 1e-3
@@ -104,7 +110,7 @@ def test_another_teacher_does_not_go_on(distilled, tmp_path):
 def test_teacher_and_student_are_compared(tiny_run):
     teacher = dit_video.load(tiny_run)
     done = []
-    table = compare(teacher, teacher, full=3, few=(2,), seeds=(0,), progress=done.append)
+    table = compare(teacher, teacher, reference_steps=3, few_steps=(2,), seeds=(0,), progress=done.append)
     assert list(table) == ["teacher, 3 steps", "teacher, 2 steps", "student, 2 steps"]
     assert done == [1, 2, 3]
     assert table["teacher, 2 steps"] == table["student, 2 steps"]
@@ -115,7 +121,7 @@ def test_teacher_and_student_are_compared(tiny_run):
 
 def test_what_cannot_be_distilled(tiny, tiny_run, tmp_path):
     with pytest.raises(MissingError, match="nowhere"):
-        distilling(tmp_path / "nowhere")
+        make_distillation_experiment(tmp_path / "nowhere")
     make = functools.partial(dataclasses.replace, tiny.EXPERIMENT.denoiser, distillation=ConsistencyDistillation())
     for denoiser, message in (
         (make(), "Set denoiser.init_from"),

@@ -12,13 +12,13 @@ from dit_video.core.rng import key
 from dit_video.core.trees import map_with_path
 from dit_video.experiment import export
 from dit_video.families import save_denoiser
-from dit_video.nn import LoraConfig, graph_of, init_lora, merge_lora, scaled
-from dit_video.tokens import Grid, coordinates, patchify, unpatchify
+from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, merge_lora
+from dit_video.tokens import Grid, compute_coordinates, patchify, unpatchify
 from support.rough import rough_params
 
 pytestmark = pytest.mark.parity
 
-DIT = WanDitConfig(channels=4, context_width=16, width=32, hidden_width=40, layers=2, heads=2, time_width=8)
+DIT = WanDitConfig(channels=4, context_width=16, width=32, mlp_dim=40, layers=2, heads=2, time_width=8)
 GRID, TEXT, TIME = Grid(2, 3, 2), 5, 0.7
 PARAMS = {"dit": rough_params(DIT.make), "text": {}}
 LORA = LoraConfig(rank=3, alpha=4.5, targets=(r"^dit/blocks/.*kernel$", "dit/head/kernel"))
@@ -35,11 +35,11 @@ def torch():
 
 
 def ours(params):
-    prediction = nnx.merge(graph_of(DIT.make), params["dit"])(
+    prediction = nnx.merge(get_graph_def(DIT.make), params["dit"])(
         jnp.asarray(patchify(LATENTS, DIT.patch)[None]),
         jnp.full((1, 1), TIME),
         segments=jnp.ones((1, GRID.volume), jnp.int32),
-        coordinates=jnp.asarray(coordinates(GRID)[None]),
+        coordinates=jnp.asarray(compute_coordinates(GRID)[None]),
         context=jnp.asarray(CONTEXT)[None],
         context_segments=jnp.ones((1, TEXT), jnp.int32),
     )
@@ -66,7 +66,7 @@ def test_adapters(torch, tmp_path):
     factors = map_with_path(
         lambda _, leaf: DRAW.normal(size=leaf.shape).astype(np.float32) * 0.3, init_lora(PARAMS, LORA, key(0, "lora"))
     )
-    adapter = scaled(factors, LORA.scale)
+    adapter = add_lora_scale(factors, LORA.scale)
     save_denoiser(tmp_path / "transformer", DIT, PARAMS["dit"])
     export.save_adapter(tmp_path, DIT, adapter, PARAMS)
     model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer").eval()
@@ -83,5 +83,5 @@ def test_all_weights(torch, tmp_path):
 
     trained = dataclasses.replace(DIT, dtype="bfloat16", remat="full")
     export.save_transformer(tmp_path, trained, PARAMS)
-    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / export.TRANSFORMERS["dit"]).eval()
+    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / export.TRANSFORMER_FOLDERS["dit"]).eval()
     np.testing.assert_allclose(ours(PARAMS), theirs(torch, model), atol=1e-4)

@@ -14,35 +14,35 @@ from dit_video.conditioning import KnownFrames
 from dit_video.core import config_json
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
-from dit_video.data.captions import CachedTexts
+from dit_video.data.captions import CachedCaptions
 from dit_video.data.latents.offline import plan_encoding
-from dit_video.data.sizes import read_fitted
+from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.synthetic import shapes
-from dit_video.diffusion import RectifiedFlow, UniPc, UniPcGrid
+from dit_video.diffusion import RectifiedFlow, UniPc, UniPcFlowSchedule
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.encoders.image import ImageEncoder, open_image_encoder
-from dit_video.experiment import GivenAutoencoder, OneOfTwo, input_pipeline
+from dit_video.encoders.image import FrozenImageEncoder, open_image_encoder
+from dit_video.experiment import ExpertConfig, PretrainedAutoencoder, input_pipeline
 from dit_video.experiment.initialization import (
+    add_other_expert,
     check_image_encoder,
-    check_start,
-    experts_of,
-    given_autoencoder,
-    optimizer_of,
-    shares_of,
-    trained_denoiser,
-    with_other,
+    check_initial_weights,
+    get_expert_names,
+    get_optimizer_config,
+    get_time_range,
+    load_pretrained_autoencoder,
+    open_trainable_denoiser,
 )
 from dit_video.experiment.run import Run
 from dit_video.families import load_denoiser
 from dit_video.nn import LoraConfig
-from dit_video.recipes.finetune_wan import FineTuning, finetuning
+from dit_video.recipes.finetune_wan import FineTuningOptions, make_finetuning_experiment
 from dit_video.tokens import Grid
-from dit_video.training.losses.denoiser import TEMPORAL
+from dit_video.training.losses.denoiser import TEMPORAL_PATHS
 from support.rough import rough_params
 from support.tiny_clip import VISION, write_clip
 from support.tiny_wan import ANIMATING, DIT, TWO, VAE, write_animating_wan, write_wan
 
-OPTIONS = FineTuning(max_pixels=32 * 48, max_frames=5, dtype="float32", steps=4)
+OPTIONS = FineTuningOptions(max_pixels=32 * 48, max_frames=5, dtype="float32", steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +59,14 @@ def mesh():
 
 
 def training_of(folder, **options):
-    return finetuning(folder, dataclasses.replace(OPTIONS, **options)).denoiser
+    return make_finetuning_experiment(folder, dataclasses.replace(OPTIONS, **options)).denoiser
 
 
 def test_what_a_folder_gives(folder):
-    experiment = finetuning(folder, OPTIONS)
+    experiment = make_finetuning_experiment(folder, OPTIONS)
     denoiser = experiment.denoiser
     assert experiment.name == "tiny"
-    assert experiment.autoencoder == GivenAutoencoder(model=VAE, folder=str(folder / "vae"))
+    assert experiment.autoencoder == PretrainedAutoencoder(model=VAE, folder=str(folder / "vae"))
     assert denoiser.dit == dataclasses.replace(DIT, remat="full")
     assert training_of(folder, remat="attention").dit == dataclasses.replace(DIT, remat="attention")
     assert (denoiser.text.folder, denoiser.text.width, denoiser.text.cleaned) == (
@@ -75,20 +75,22 @@ def test_what_a_folder_gives(folder):
         True,
     )
     assert denoiser.objective.process == RectifiedFlow(shift=3.0)
-    assert (experiment.sampling.solver, experiment.sampling.grid) == (UniPc(), UniPcGrid())
+    assert (experiment.sampling.solver, experiment.sampling.time_schedule) == (UniPc(), UniPcFlowSchedule())
     assert (denoiser.rows.tokens, experiment.data.fps) == (2 * 4 * 6, 16.0)
-    assert (denoiser.lora, denoiser.trained, denoiser.known) == (OPTIONS.lora, "full", None)
+    assert (denoiser.lora, denoiser.train_mode, denoiser.known) == (OPTIONS.lora, "full", None)
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
 def test_the_defaults_are_the_models_own(folder, tmp_path):
-    data = finetuning(folder).data
+    data = make_finetuning_experiment(folder).data
     assert (data.max_pixels, data.max_frames, data.fps) == (480 * 832, 81, 16.0)
     write_wan(tmp_path / "told", dit=dataclasses.replace(DIT, time="token"))
-    experiment = finetuning(tmp_path / "told")
+    experiment = make_finetuning_experiment(tmp_path / "told")
     assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (704 * 1280, 121, 24.0)
     assert experiment.denoiser.known == KnownFrames()
-    assert finetuning(tmp_path / "told", FineTuning(first_frame=0.2)).denoiser.known == KnownFrames(chance=0.2)
+    assert make_finetuning_experiment(
+        tmp_path / "told", FineTuningOptions(first_frame_prob=0.2)
+    ).denoiser.known == KnownFrames(chance=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -100,26 +102,26 @@ def animating(tmp_path_factory):
 
 
 def test_of_a_model_that_animates_an_image_the_first_frame_is_always_known(animating):
-    experiment = finetuning(animating, OPTIONS)
+    experiment = make_finetuning_experiment(animating, OPTIONS)
     denoiser = experiment.denoiser
     assert denoiser.dit == dataclasses.replace(ANIMATING, remat="full")
     assert denoiser.known == KnownFrames(chance=1.0, rest="grey")
     assert denoiser.image_encoder == str(animating / "image_encoder")
-    assert training_of(animating, first_frame=0.9).known == KnownFrames(chance=0.9, rest="grey")
+    assert training_of(animating, first_frame_prob=0.9).known == KnownFrames(chance=0.9, rest="grey")
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
 def test_what_training_is_given_is_what_sampling_is_given(animating, tmp_path):
     """Of a stretch that begins within its clip, and of its mirror image."""
     clips = shapes.write_folder(tmp_path / "clips", count=2, seed=0, sizes=(Grid(9, 32, 48), Grid(9, 32, 32)))
-    experiment = finetuning(animating, dataclasses.replace(OPTIONS, stretches=2))
+    experiment = make_finetuning_experiment(animating, dataclasses.replace(OPTIONS, clips_per_video=2))
     data = dataclasses.replace(experiment.data, flips=True)
     run = Run.create(tmp_path / "run", dataclasses.replace(experiment, data=data))
     run.prepare(clips)
     latents, encoding = run.encode_latents(), run.encoding()
-    assert latents.identity["image"] == ImageEncoder(animating).identity
+    assert latents.identity["image"] == FrozenImageEncoder(animating).identity
     assert latents.identity["behind"] == "grey"
-    given = dit_video.load(animating)._images
+    given = dit_video.load(animating)._image_conditioner
     views = {view.name: view for view in plan_encoding(run.training_clips, encoding).views}
     assert {view.start > 0 for view in views.values()} == {True, False} == {view.flipped for view in views.values()}
     chosen = [
@@ -127,17 +129,19 @@ def test_what_training_is_given_is_what_sampling_is_given(animating, tmp_path):
     ]
     for view in chosen:
         index = latents.names.index(view.name)
-        frame = read_fitted(run.training_clips, view.clip, view.limits, start=view.start).frames[0]
+        frame = read_fitted_clip(run.training_clips, view.clip, view.limits, start=view.start).frames[0]
         expected = given(view.size, frame[:, ::-1] if view.flipped else frame, None)
         scale = np.abs(expected.image).max()
-        np.testing.assert_allclose(latents.image(index), expected.image, atol=2**-8 * scale)
+        np.testing.assert_allclose(latents.read_image(index), expected.image, atol=2**-8 * scale)
         shown = expected.beside[..., -VAE.channels :]
         np.testing.assert_allclose(latents.shown(index), shown, atol=2**-8 * np.abs(shown).max() + 1e-4)
         assert np.abs(latents.shown(index)[1:] - latents[index][1:]).max() > 1e-2
-    rows = next(input_pipeline.cached_rows(run.experiment, latents, run.training_clips, CachedTexts(latents))(0))
+    rows = next(
+        input_pipeline.make_cached_batches(run.experiment, latents, run.training_clips, CachedCaptions(latents))(0)
+    )
     tokens = VISION.tokens
     assert rows.image.shape == (1, 4 * tokens, VISION.width)
-    kept = [latents.image(index) for index in range(len(latents))]
+    kept = [latents.read_image(index) for index in range(len(latents))]
     for segment in range(1, rows.segments.max() + 1):
         own = rows.image[0, rows.image_segments[0] == segment]
         assert any(np.array_equal(own, image) for image in kept)
@@ -146,9 +150,9 @@ def test_what_training_is_given_is_what_sampling_is_given(animating, tmp_path):
 def test_another_image_encoder_is_refused(animating, tmp_path):
     moved = shutil.copytree(animating / "image_encoder", tmp_path / "image_encoder")
     shutil.copytree(animating / "image_processor", tmp_path / "image_processor")
-    first = open_image_encoder(moved, kept=tmp_path / "kept.json")
+    first = open_image_encoder(moved, identity_file=tmp_path / "kept.json")
     write_clip(moved, VISION, seed=1)
-    again = open_image_encoder(moved, kept=tmp_path / "kept.json")
+    again = open_image_encoder(moved, identity_file=tmp_path / "kept.json")
     assert again.identity == first.identity  # known without the weights
     with pytest.raises(UserError, match="was used before; put that one back"):
         again(np.zeros((1, 16, 16, 3), np.uint8))
@@ -169,33 +173,33 @@ def test_another_image_encoder_is_refused(animating, tmp_path):
 )
 def test_what_is_trained_is_one_option(folder, train, expected, rate):
     training = training_of(folder, train=train)
-    assert (training.trained, training.lora is not None) == expected
+    assert (training.train_mode, training.lora is not None) == expected
     assert training.optimizer.learning_rate == rate
-    assert optimizer_of(training).trainable == ((TEMPORAL,) if train == "temporal" else ())
+    assert get_optimizer_config(training).trainable == ((TEMPORAL_PATHS,) if train == "temporal" else ())
 
 
 def test_weights_are_the_folders_and_go_to_the_devices(folder, mesh, tmp_path):
-    trained = trained_denoiser(training_of(folder, train="full"), tmp_path, mesh, continues=False)
+    trained = open_trainable_denoiser(training_of(folder, train="full"), tmp_path, mesh, is_resuming=False)
     expected = flatten(load_denoiser(folder / "transformer")[1])
-    found = flatten(trained.start()["dit"])
-    assert trained.adapted is None
+    found = flatten(trained.load_initial()["dit"])
+    assert trained.base_params is None
     for path, leaf in expected.items():
         assert isinstance(found[path], jax.Array)
         np.testing.assert_array_equal(found[path], leaf)
     for choice, continues in (("full", True), ("scratch", False)):
-        started = trained_denoiser(training_of(folder, train=choice), tmp_path, mesh, continues=continues)
-        assert started.start is None
+        started = open_trainable_denoiser(training_of(folder, train=choice), tmp_path, mesh, is_resuming=continues)
+        assert started.load_initial is None
 
 
 def test_adapted_weights_are_kept_in_the_dtype_of_the_products(folder, mesh, tmp_path):
     training = training_of(folder, dtype="bfloat16", lora=LoraConfig(rank=2, alpha=3.0, targets=("query/kernel$",)))
-    trained = trained_denoiser(training, tmp_path, mesh, continues=False)
-    adapted = flatten(trained.adapted)
+    trained = open_trainable_denoiser(training, tmp_path, mesh, is_resuming=False)
+    adapted = flatten(trained.base_params)
     assert adapted["dit/blocks/up/kernel"].dtype == jnp.bfloat16
     assert adapted["dit/blocks/up/bias"].dtype == adapted["dit/blocks/query_norm/scale"].dtype == jnp.float32
     factors = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), trained.init(jax.random.key(0)))
     assert set(flatten(factors)) == {f"dit/blocks/{path}/kernel/{part}" for path in QUERIES for part in "ab"}
-    whole = flatten(trained.whole(factors))
+    whole = flatten(trained.merge_params(factors))
     for path, leaf in adapted.items():
         changed = path.removeprefix("dit/blocks/").removesuffix("/kernel") in QUERIES
         np.testing.assert_allclose(whole[path] - np.asarray(leaf), 0.03 if changed else 0, atol=0.02 if changed else 0)
@@ -205,7 +209,7 @@ QUERIES = ("query", "cross_query")
 
 
 def test_the_autoencoder_is_read_where_it_lies(folder, tmp_path):
-    run = Run(folder=tmp_path, experiment=finetuning(folder, OPTIONS), command="")
+    run = Run(folder=tmp_path, experiment=make_finetuning_experiment(folder, OPTIONS), command="")
     expected = flatten(rough_params(VAE.make))
     for path, leaf in flatten(run.train_autoencoder()).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
@@ -214,17 +218,17 @@ def test_the_autoencoder_is_read_where_it_lies(folder, tmp_path):
     given = run.experiment.autoencoder
     other = dataclasses.replace(given, model=dataclasses.replace(VAE, width=16))
     with pytest.raises(UserError, match="holds another autoencoder than the config's: width is 8 there and 16 here"):
-        given_autoencoder(other)
+        load_pretrained_autoencoder(other)
 
 
 def test_what_cannot_be_trained_is_said_before_anything_is(folder):
     with pytest.raises(UserError, match=r"train_mode='temporal' is invalid: .*; use train_mode='full', or lora"):
-        check_start(training_of(folder, train="temporal"))
+        check_initial_weights(training_of(folder, train="temporal"))
     with pytest.raises(UserError, match="adapters of dit/embed/kernel can't be written"):
-        check_start(training_of(folder, lora=LoraConfig(targets=("kernel$",))))
+        check_initial_weights(training_of(folder, lora=LoraConfig(targets=("kernel$",))))
     deeper = dataclasses.replace(training_of(folder), dit=dataclasses.replace(DIT, layers=3))
     with pytest.raises(UserError, match="holds another denoiser than the config's, in the transformer: layers is 2"):
-        check_start(deeper)
+        check_initial_weights(deeper)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ def test_a_pipeline_that_cannot_be_fine_tuned(folder, tmp_path, change, error, m
     index = json.loads((copied / "model_index.json").read_text())
     (copied / "model_index.json").write_text(json.dumps(index | change))
     with pytest.raises(error, match=message):
-        finetuning(copied, OPTIONS)
+        make_finetuning_experiment(copied, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -256,16 +260,16 @@ def two(tmp_path_factory):
 def test_one_of_two_experts_is_trained_at_its_times(two, mesh, tmp_path, expert, names):
     training = training_of(two, expert=expert)
     own, other = (str(two / name) for name in names)
-    assert training.start == own
-    assert training.expert == OneOfTwo(expert=expert, boundary=0.875, other=other)
-    first, last = shares_of(training)
+    assert training.init_from == own
+    assert training.expert == ExpertConfig(expert=expert, boundary=0.875, other_folder=other)
+    first, last = get_time_range(training)
     boundary, end, whole = (first, last, 1.0) if expert == "high" else (last, first, 0.0)
     assert end == whole
-    assert float(training.objective.time(jnp.float32(boundary))) == pytest.approx(0.875, abs=1e-5)
-    check_start(training)
-    trained = trained_denoiser(training, tmp_path, mesh, continues=False)
-    both = with_other(training, trained.adapted)
-    for name, path in zip(experts_of(training), (own, other), strict=True):
+    assert float(training.objective.compute_time(jnp.float32(boundary))) == pytest.approx(0.875, abs=1e-5)
+    check_initial_weights(training)
+    trained = open_trainable_denoiser(training, tmp_path, mesh, is_resuming=False)
+    both = add_other_expert(training, trained.base_params)
+    for name, path in zip(get_expert_names(training), (own, other), strict=True):
         expected = flatten(load_denoiser(path)[1])
         for leaf, value in flatten(both[name]).items():
             np.testing.assert_array_equal(value, expected[leaf], err_msg=leaf)
@@ -277,20 +281,20 @@ def test_two_experts_are_trained_one_at_a_time(folder, two, tmp_path):
     with pytest.raises(UserError, match=r"expert=low is invalid: .* one transformer; leave out expert"):
         training_of(folder, expert="low")
     with pytest.raises(UserError, match="a time between 0 and 1, not 875"):
-        OneOfTwo(expert="low", boundary=875.0, other="transformer")
+        ExpertConfig(expert="low", boundary=875.0, other_folder="transformer")
     write_wan(tmp_path / "other", dit=dataclasses.replace(DIT, layers=3))
     training = training_of(two, expert="low")
     unlike = dataclasses.replace(training.expert, other=str(tmp_path / "other" / "transformer"))
     with pytest.raises(UserError, match="other/transformer holds another denoiser"):
-        check_start(dataclasses.replace(training, expert=unlike))
+        check_initial_weights(dataclasses.replace(training, expert=unlike))
 
 
 def test_options_that_do_not_fit(folder, tmp_path):
     with pytest.raises(MissingError, match="no such file"):
-        finetuning(tmp_path)
+        make_finetuning_experiment(tmp_path)
     with pytest.raises(UserError, match="no input for a first frame; leave it out"):
-        training_of(folder, first_frame=0.5)
+        training_of(folder, first_frame_prob=0.5)
     with pytest.raises(UserError, match="must be positive"):
-        FineTuning(learning_rate=-1.0)
+        FineTuningOptions(learning_rate=-1.0)
     with pytest.raises(UserError, match=r"T=6 is not 1 \+ 4k"):
         training_of(folder, max_frames=6)

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from dit_video.reports.charts import line_chart, linear_ticks, log_ticks, number, smooth
+from dit_video.reports.charts import compute_linear_ticks, compute_log_ticks, draw_line_chart, format_number, smooth
 
 
 @pytest.mark.parametrize(
@@ -17,13 +17,13 @@ from dit_video.reports.charts import line_chart, linear_ticks, log_ticks, number
     ],
 )
 def test_linear_ticks(low, high, expected):
-    np.testing.assert_allclose(linear_ticks(low, high), expected, atol=1e-12)
+    np.testing.assert_allclose(compute_linear_ticks(low, high), expected, atol=1e-12)
 
 
 def test_log_ticks():
-    np.testing.assert_allclose(log_ticks(0.01, 0.3), [0.01, 0.02, 0.05, 0.1, 0.2])
-    np.testing.assert_allclose(log_ticks(1e-4, 1.0), [1e-4, 1e-3, 1e-2, 1e-1, 1])
-    assert len(log_ticks(1e-30, 1.0)) <= 8
+    np.testing.assert_allclose(compute_log_ticks(0.01, 0.3), [0.01, 0.02, 0.05, 0.1, 0.2])
+    np.testing.assert_allclose(compute_log_ticks(1e-4, 1.0), [1e-4, 1e-3, 1e-2, 1e-1, 1])
+    assert len(compute_log_ticks(1e-30, 1.0)) <= 8
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_log_ticks():
     [(0.0, "0"), (0.00123456, "0.001235"), (3000, "3000"), (12_000, "12k"), (12_340_000, "12.34M"), (-1.5, "-1.5")],
 )
 def test_number(value, text):
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_smoothing_keeps_lines_and_lowers_noise():
@@ -49,7 +49,7 @@ def polyline(svg, kind):
 
 
 def test_a_falling_loss_falls_on_the_page():
-    svg = line_chart("loss", [("train", range(1, 101), [1 / step for step in range(1, 101)])])
+    svg = draw_line_chart("loss", [("train", range(1, 101), [1 / step for step in range(1, 101)])])
     points = polyline(svg, "raw")
     assert (np.diff(points[:, 0]) > 0).all()
     assert (np.diff(points[:, 1]) > 0).all()
@@ -57,18 +57,18 @@ def test_a_falling_loss_falls_on_the_page():
 
 
 def test_the_axis_is_linear_within_a_decade_and_with_values_below_zero():
-    assert "log scale" not in line_chart("loss", [("train", (1, 2), (1.0, 2.0))])
-    assert "log scale" not in line_chart("loss", [("train", (1, 2), (-100.0, 200.0))])
+    assert "log scale" not in draw_line_chart("loss", [("train", (1, 2), (1.0, 2.0))])
+    assert "log scale" not in draw_line_chart("loss", [("train", (1, 2), (-100.0, 200.0))])
 
 
 def test_long_curves_are_averaged_in_bins():
     steps = np.arange(10_001)
-    points = polyline(line_chart("loss", [("train", steps.tolist(), np.ones(10_001).tolist())]), "raw")
+    points = polyline(draw_line_chart("loss", [("train", steps.tolist(), np.ones(10_001).tolist())]), "raw")
     assert len(points) == 400
     assert np.ptp(points[:, 1]) == 0
 
 
 def test_constant_and_single_values_are_drawn():
     for steps, values in [((1,), (0.0,)), ((0, 1), (0.0, 0.0)), ((5, 5), (1.0, 1.0))]:
-        svg = line_chart("loss", [("train", steps, values)])
+        svg = draw_line_chart("loss", [("train", steps, values)])
         assert np.isfinite(polyline(svg, "line")).all()

@@ -7,10 +7,10 @@ from dit_video.core import config_json
 from dit_video.data.synthetic import shapes
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.evaluate import Measured, Reconstructed, Sampled
+from dit_video.evaluation.evaluate import ClipReconstruction, EvaluationResult, SavedSample
 from dit_video.evaluation.metrics.prompt_following import prompt_following
 from dit_video.pipelines.pipeline import Pipeline
-from dit_video.reports.run_report import report_run
+from dit_video.reports.run_report import write_run_report
 from dit_video.video import Clip
 
 
@@ -26,19 +26,21 @@ def measured(tiny_pipeline):
     samples = []
     for number, description in enumerate(descriptions):
         frames = 1 if description.direction is None else 9
-        geometry = shapes.sample_geometry(shapes.rng.host(0, "report", number), description, height=32, width=32)
+        geometry = shapes.sample_geometry(
+            shapes.rng.make_generator(0, "report", number), description, height=32, width=32
+        )
         clip = shapes.render(description, geometry, frames=frames, height=32, width=32)
-        samples.append(Sampled(entry(clip, f"{number}.mp4", 40 + number), clip))
+        samples.append(SavedSample(entry(clip, f"{number}.mp4", 40 + number), clip))
     original = samples[0].clip
-    verdicts = evaluate.examine_samples(samples)
-    reconstruction = Reconstructed("clips/7.mp4", original, original, float("inf"), 1.0)
+    verdicts = evaluate.judge_samples(samples)
+    reconstruction = ClipReconstruction("clips/7.mp4", original, original, float("inf"), 1.0)
     metrics = {
-        "parameters": tiny_pipeline.parameter_counts(),
-        "reconstruction": evaluate._reconstruction_figures([reconstruction]),
+        "parameters": tiny_pipeline.count_parameters(),
+        "reconstruction": evaluate._compute_reconstruction_metrics([reconstruction]),
         "sampling": {"samples": 3, "seed": 0, "steps": 5, "guidance": 1.5, "sampler": "heun", "seconds": 1.0},
         "prompt_following": prompt_following(verdicts),
     }
-    return Measured(metrics, [reconstruction], samples, [True, False, True], verdicts)
+    return EvaluationResult(metrics, [reconstruction], samples, [True, False, True], verdicts)
 
 
 def page(path):
@@ -48,12 +50,12 @@ def page(path):
 def test_two_experts_have_their_guidance_each(tiny_pipeline, measured, tmp_path):
     drawn = measured.metrics["sampling"] | {"guidance": (4.0, 3.5)}
     measured = measured._replace(metrics=measured.metrics | {"sampling": drawn})
-    report_run(tmp_path / "report.html", tiny_pipeline, measured, title="A run", source=tmp_path)
+    write_run_report(tmp_path / "report.html", tiny_pipeline, measured, title="A run", source=tmp_path)
     assert "guidance 4 and 3.5, one sample" in page(tmp_path / "report.html")
 
 
 def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, measured, tmp_path):
-    report_run(
+    write_run_report(
         tmp_path / "report.html",
         tiny_pipeline,
         measured,
@@ -82,7 +84,7 @@ def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, meas
 
 
 def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measured, tmp_path):
-    report_run(tmp_path / "report.html", tiny_pipeline, measured, title="Alone", source=tiny_run / "pipeline")
+    write_run_report(tmp_path / "report.html", tiny_pipeline, measured, title="Alone", source=tiny_run / "pipeline")
     text = page(tmp_path / "report.html")
     assert ">Training" not in text
     assert "whole run" not in text
@@ -95,8 +97,8 @@ def test_nobody_judges_captions(tiny_run, tiny_pipeline, measured, tmp_path):
     pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline._denoiser.params)
     clip = Clip(measured.samples[0].clip.frames, 8, "a dog, which is no shape")
     metrics = {name: value for name, value in measured.metrics.items() if name != "prompt_following"}
-    captions = Measured(metrics, [], [Sampled(entry(clip, "0.mp4", 1), clip)], [False], [])
-    report_run(tmp_path / "report.html", pipeline, captions, title="Captions", source=tiny_run)
+    captions = EvaluationResult(metrics, [], [SavedSample(entry(clip, "0.mp4", 1), clip)], [False], [])
+    write_run_report(tmp_path / "report.html", pipeline, captions, title="Captions", source=tiny_run)
     text = page(tmp_path / "report.html")
     assert "a dog, which is no shape" in text
     assert text.count("not in training</span>") == 1
@@ -105,7 +107,7 @@ def test_nobody_judges_captions(tiny_run, tiny_pipeline, measured, tmp_path):
 
 
 def test_a_folder_with_a_space_is_quoted(tiny_pipeline, measured, tmp_path):
-    report_run(tmp_path / "report.html", tiny_pipeline, measured, title="Alone", source=tmp_path / "my run")
+    write_run_report(tmp_path / "report.html", tiny_pipeline, measured, title="Alone", source=tmp_path / "my run")
     text = page(tmp_path / "report.html").replace("&#x27;", "'").replace("&#39;", "'")
     assert f"sample.py '{tmp_path / 'my run'}' --prompt" in text
 

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from dit_video.reports.tables import json_block, metric_tables, readable
+from dit_video.reports.tables import format_value, render_json, render_metrics
 
 
 @pytest.mark.parametrize(
@@ -18,11 +18,11 @@ from dit_video.reports.tables import json_block, metric_tables, readable
     ],
 )
 def test_readable(value, text):
-    assert readable(value) == text
+    assert format_value(value) == text
 
 
 def test_groups_with_the_same_names_are_one_table():
-    table = metric_tables(
+    table = render_metrics(
         {"following": {"seen": {"colour": 1.0, "shape": 0.5}, "unseen": {"colour": 0.9, "shape": 0.4}}}
     )
     assert table.count("<table>") == 1
@@ -31,16 +31,16 @@ def test_groups_with_the_same_names_are_one_table():
 
 
 def test_other_groups_stand_under_headings():
-    table = metric_tables({"steps": 3, "a": {"b": {"x": 1}, "c": {"y": 2}, "d": 4}})
+    table = render_metrics({"steps": 3, "a": {"b": {"x": 1}, "c": {"y": 2}, "d": 4}})
     assert table.count("<table>") == 4
     assert re.findall(r"<h(\d)>(\w+)", table) == [("3", "a"), ("4", "b"), ("4", "c")]
 
 
 def test_an_empty_group():
-    assert "<table>" not in metric_tables({"a": {}, "b": {}})
+    assert "<table>" not in render_metrics({"a": {}, "b": {}})
 
 
 def test_json_marks_keys_only():
-    block = json_block({"width": 192, "name": 'a "key": <b>'})
+    block = render_json({"width": 192, "name": 'a "key": <b>'})
     assert re.findall(r'<span class="key">&quot;(\w+)', block) == ["width", "name"]
     assert "&lt;b&gt;" in block

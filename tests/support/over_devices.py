@@ -10,31 +10,29 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import trees as trees
 from dit_video.diffusion import FlowMatching
-from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, over_devices, shard_batch, shardings
+from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_shardings, shard_batch, shard_model
 from dit_video.distributed.planner import read_program
-from dit_video.nn import LoraConfig, graph_of, init_lora
+from dit_video.nn import LoraConfig, get_graph_def, init_lora
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_coordinates, pack
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import new_state
+from dit_video.training.state import create_state
 from dit_video.training.step import make_step
 from support.rough import rough_params
 
 TEXT = ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=16)
 DIT = DitConfig(channels=1, context_width=16, patch=Grid(1, 2, 2), width=64, layers=2, heads=8, mlp_ratio=2.0)
-WAN = WanDitConfig(
-    channels=1, context_width=16, text_length=16, width=64, hidden_width=96, layers=2, heads=8, time_width=16
-)
-TOKENIZE = TEXT.tokenizer()
-SHAPE = RowShape(tokens=64, text=64, segments=4)
-RULES = ShardingRules(minimum=1)
+WAN = WanDitConfig(channels=1, context_width=16, text_length=16, width=64, mlp_dim=96, layers=2, heads=8, time_width=16)
+TOKENIZE = TEXT.make_tokenizer()
+SHAPE = PackedShape(tokens=64, text=64, segments=4)
+RULES = ShardingRules(min_size=1)
 STEPS = 5
 ROWS = 8
 
 
-def packed(start: int) -> Rows:
+def packed(start: int) -> PackedBatch:
     """Eight rows of 64 tokens: of one segment, of several with padding, and with segments that lie on two devices."""
     of = [Grid(2, 4, 6), Grid(1, 3, 4), Grid(3, 3, 3), Grid(2, 2, 5), Grid(4, 4, 4), Grid(1, 5, 5)]
     rows = [(0, 1), (2, 3), (4,), (5, 5, 1), (1, 2, 1), (), (3, 3, 1), (1, 0)]
@@ -44,10 +42,10 @@ def packed(start: int) -> Rows:
         for size in row:
             draw = np.random.default_rng(number)
             tokens = draw.normal(size=(of[size].volume, 4)).astype(np.float32)
-            items.append(Item(tokens, coordinates(of[size]), TOKENIZE(f"clip {size}"), number))
+            items.append(PackedExample(tokens, compute_coordinates(of[size]), TOKENIZE(f"clip {size}"), number))
             number += 1
         made.append(pack(items, SHAPE, width=4))
-    return Rows(*map(np.stack, zip(*made, strict=True)))
+    return PackedBatch(*map(np.stack, zip(*made, strict=True)))
 
 
 def optimizer_of(name: str) -> optax.GradientTransformation:
@@ -62,19 +60,19 @@ def begin(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, lor
     mesh = make_mesh(mesh_config, devices)
     chosen = optimizer_of(optimizer)
     loss = DenoiserLoss(
-        dit=graph_of(over_devices(dit.make, mesh, mesh_config.context_attention)),
-        text=graph_of(TEXT.make),
+        dit=get_graph_def(shard_model(dit.make, mesh, mesh_config.context_attention)),
+        text=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.2,
         empty_caption=TOKENIZE(""),
         seed=3,
     )
     params = {"dit": rough_params(dit.make), "text": rough_params(TEXT.make)}
-    layout = functools.partial(shardings, mesh=mesh, rules=RULES)
+    layout = functools.partial(make_shardings, mesh=mesh, rules=RULES)
     if lora is None:
-        state = new_state(lambda key: params, chosen, jax.random.key(0), shardings=layout)
+        state = create_state(lambda key: params, chosen, jax.random.key(0), shardings=layout)
         return mesh, state, make_step(loss, chosen, ema_decay=0.9), ()
-    state = new_state(lambda key: rough_factors(params, lora), chosen, jax.random.key(0), shardings=layout)
+    state = create_state(lambda key: rough_factors(params, lora), chosen, jax.random.key(0), shardings=layout)
     frozen = jax.device_put(params, layout(params))
     adapting = LoraLoss(loss=loss, scale=lora.scale)
 
@@ -95,7 +93,7 @@ def moved(mesh_config: MeshConfig, dit, *, lora: LoraConfig | None = None):
     jax.default_backend = lambda: "tpu"
     mesh, state, step, frozen = begin(mesh_config, dit, optimizer="adamw", lora=lora)
     compiled = step.lower(state, shard_batch(packed(0), mesh), *frozen).compile()
-    return read_program(compiled.as_text(), dict(mesh.shape)).moved, trees.size((state.params, frozen))
+    return read_program(compiled.as_text(), dict(mesh.shape)).collectives, trees.count_values((state.params, frozen))
 
 
 def train(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, steps: int = STEPS, lora=None):

@@ -11,8 +11,8 @@ from jax import Array
 
 from dit_video.backbones.dit import Given
 from dit_video.core.trees import flatten
-from dit_video.nn import graph_of
-from dit_video.tokens import Grid, coordinates
+from dit_video.nn import get_graph_def
+from dit_video.tokens import Grid, compute_coordinates
 
 GRIDS = (Grid(2, 2, 2), Grid(1, 2, 3))
 TEXTS = (3, 2)
@@ -84,7 +84,7 @@ def _row(numbers: tuple[int, ...]) -> Batch:
         found.weights[tokens] = draw.normal(size=(grid.volume, TOKEN_WIDTH))
         found.time[index] = draw.uniform()
         found.segments[tokens] = index + 1
-        found.coordinates[tokens] = coordinates(grid)
+        found.coordinates[tokens] = compute_coordinates(grid)
         found.context[text] = draw.normal(size=(TEXTS[number], TEXT_WIDTH))
         found.context_segments[text] = index + 1
         frames = np.full(grid, found.time[index])
@@ -100,7 +100,7 @@ def _row(numbers: tuple[int, ...]) -> Batch:
 
 @functools.partial(jax.jit, static_argnums=2)
 def predict(params, batch: Batch, config) -> Array:
-    return nnx.merge(graph_of(config.make), params)(
+    return nnx.merge(get_graph_def(config.make), params)(
         batch.noisy,
         batch.time,
         segments=batch.segments,

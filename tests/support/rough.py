@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_video.core.trees import map_with_path
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 
 
 def rough_params(make, seed=0):
@@ -29,4 +29,4 @@ def _rough_params(make, seed):
             values = 0.5 * noise
         return jnp.asarray(values, jnp.float32)
 
-    return map_with_path(value, param_shapes(make))
+    return map_with_path(value, get_param_shapes(make))

@@ -34,7 +34,7 @@ def use_embedder(patch):
         return opened[-1]
 
     patch.setattr(text_encoder, "load_embedder", load)
-    patch.setattr(text_encoder, "text_encoder_config", lambda _folder: SimpleNamespace(width=Embedder.width))
+    patch.setattr(text_encoder, "read_text_encoder_config", lambda _folder: SimpleNamespace(width=Embedder.width))
     return opened
 
 
@@ -50,9 +50,9 @@ class Embedder(text.Embedder):
         self.asked = []
 
     def __call__(self, text):
-        return self.many([text])[0]
+        return self.embed_many([text])[0]
 
-    def many(self, texts):
+    def embed_many(self, texts):
         self.asked += texts
         return [np.stack([self.vector(word) for word in [*text.split(), ""][-self.max_tokens :]]) for text in texts]
 

@@ -11,10 +11,10 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.data.synthetic import shapes
 from dit_video.data.windows import WindowConfig
 from dit_video.evaluation.config import ShapesEvaluation
-from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 COUNT = 24
@@ -27,10 +27,12 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
     return Experiment(
         name="tiny" if not brief else "tiny-brief",
         seed=seed,
-        data=Data(
+        data=DataConfig(
             max_pixels=16 * 32,
             max_frames=9,
-            held_out=tuple(shapes.file_name(index, seed=seed, sizes=SIZES) for index in range(COUNT - HELD_OUT, COUNT)),
+            held_out=tuple(
+                shapes.get_file_name(index, seed=seed, sizes=SIZES) for index in range(COUNT - HELD_OUT, COUNT)
+            ),
         ),
         autoencoder=AutoencoderTraining(
             model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=4, width=8, blocks=1),
@@ -42,7 +44,7 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
         denoiser=DenoiserTraining(
             dit=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2),
             text=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
-            rows=RowShape(tokens=12, text=96, segments=3),
+            rows=PackedShape(tokens=12, text=96, segments=3),
             batch=2,
             optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=2),
             steps=10,

@@ -7,9 +7,9 @@ from pathlib import Path
 from dit_video.autoencoders import CausalVaeConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.families import save_autoencoder, save_denoiser
-from dit_video.features import ClipImages
+from dit_video.features import ClipImageProcessor
 from dit_video.tokens import Grid
-from dit_video.weights import save_clip_images
+from dit_video.weights import save_clip_image_processor
 from support.rough import rough_params
 from support.tiny_clip import VISION, write_clip
 from support.tiny_t5 import CONFIG as TEXT
@@ -18,7 +18,7 @@ from support.tiny_t5 import write_encoder, write_tokenizer
 VAE = CausalVaeConfig(
     channels=4, width=8, multipliers=(1, 1, 1), factors=(Grid(2, 2, 2), Grid(2, 2, 2)), blocks=1
 )  # strides of 4
-DIT = WanDitConfig(channels=4, context_width=TEXT.width, width=16, hidden_width=24, layers=2, heads=2, time_width=8)
+DIT = WanDitConfig(channels=4, context_width=TEXT.width, width=16, mlp_dim=24, layers=2, heads=2, time_width=8)
 UNIPC = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
@@ -59,4 +59,6 @@ def write_animating_wan(folder: Path, *, dit: WanDitConfig = ANIMATING) -> None:
     write_wan(folder, dit=dit, _class_name="WanImageToVideoPipeline", **parts)
     write_clip(folder / "image_encoder", VISION)
     (folder / "image_processor").mkdir()
-    save_clip_images(folder / "image_processor", ClipImages(resize=VISION.size, crop=(VISION.size, VISION.size)))
+    save_clip_image_processor(
+        folder / "image_processor", ClipImageProcessor(resize=VISION.size, crop=(VISION.size, VISION.size))
+    )

@@ -8,12 +8,12 @@ from flax import nnx
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.nn import graph_of, init_params
+from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoder, ByteEncoderConfig, ByteTokenizer, TextEncoder, TextEncoderConfig
 from support.rough import rough_params
 
 CONFIG = ByteEncoderConfig(width=16, layers=2, heads=2, max_tokens=32, patch=4)
-TOKENIZE = CONFIG.tokenizer()
+TOKENIZE = CONFIG.make_tokenizer()
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def test_the_empty_caption_has_a_token():
 # --- encoder --------------------------------------------------------------------------------------------------------
 
 
-GRAPH, PARAMS = graph_of(CONFIG.make), rough_params(CONFIG.make)
+GRAPH, PARAMS = get_graph_def(CONFIG.make), rough_params(CONFIG.make)
 TEXTS = ["a red ball", "moves left"]
 LENGTH = 32
 WEIGHTS = np.random.default_rng(1).normal(size=(2, 12, 16)).astype(np.float32)

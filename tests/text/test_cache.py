@@ -46,5 +46,5 @@ def test_any_text_has_a_file(tmp_path, text):
     assert cache.get(text) is None
     cache.put(text, value)
     np.testing.assert_array_equal(cache.get(text), value)
-    assert cache.path(text).parent.parent == tmp_path / "one"
+    assert cache.get_path(text).parent.parent == tmp_path / "one"
     assert FolderCache(tmp_path, identity="two", width=3).get(text) is None

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import UserError
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.text import Embedder, PretrainedTokenizer
 from dit_video.text.cache import FolderCache
 from support.rough import rough_params
@@ -52,7 +52,7 @@ def counted(make, monkeypatch):
 
 
 def test_a_text_has_the_vectors_of_the_encoder_alone(embed, tokenizer):
-    graph = graph_of(CONFIG.make)
+    graph = get_graph_def(CONFIG.make)
     encoder = jax.jit(lambda ids: nnx.merge(graph, PARAMS)(ids, jnp.ones_like(ids)).values[0])
     for text in TEXTS[:3]:
         ids = jnp.asarray(tokenizer(text))[None]
@@ -130,7 +130,7 @@ def test_encoders_do_not_mix_on_disk(counted, tmp_path):
 def test_a_damaged_file_is_written_anew(counted, tmp_path, damage):
     first, _ = counted(cache=tmp_path)
     expected = first("red ball")
-    path = FolderCache(tmp_path, identity="one", width=16).path("red ball")
+    path = FolderCache(tmp_path, identity="one", width=16).get_path("red ball")
     match damage:
         case "cut off":
             path.write_bytes(path.read_bytes()[:-5])

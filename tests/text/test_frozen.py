@@ -9,7 +9,7 @@ from flax import nnx
 
 from dit_video.core import config_json, rng
 from dit_video.core.errors import UserError
-from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.text import FrozenTextConfig, TextEncoder, TextEncoderConfig
 
 CONFIG = FrozenTextConfig(folder="encoders/umt5", width=6, max_tokens=9, dtype="bfloat16", identity="abc")
@@ -19,8 +19,8 @@ def test_embeddings_are_the_context():
     values = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
     segments = np.asarray([[1, 1, 2, 0, 0], [1, 2, 2, 2, 3]], np.int32)
     params = init_params(CONFIG.make, rng.key(0, "text"))
-    assert params == param_shapes(CONFIG.make) == {}
-    encoder = nnx.merge(graph_of(CONFIG.make), params)
+    assert params == get_param_shapes(CONFIG.make) == {}
+    encoder = nnx.merge(get_graph_def(CONFIG.make), params)
     context = encoder(jnp.asarray(values), jnp.asarray(segments))
     np.testing.assert_array_equal(context.values, values)
     np.testing.assert_array_equal(context.segments, segments)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.text import clean
-from dit_video.text.t5 import relative_buckets
+from dit_video.text.t5 import compute_relative_buckets
 from dit_video.weights import load_embedder, load_text_encoder, save_text_encoder
 from support.tiny_t5 import write_tokenizer
 
@@ -83,7 +83,7 @@ def states_of(model, dtype="float32"):
 
 
 def encode(loaded, ids, segments):
-    graph = graph_of(loaded.config.make)
+    graph = get_graph_def(loaded.config.make)
     run = jax.jit(lambda params, ids, segments: nnx.merge(graph, params)(ids, segments).values)
     return np.asarray(run(loaded.params, jnp.asarray(ids, jnp.int32), jnp.asarray(segments, jnp.int32)))
 
@@ -110,7 +110,7 @@ def test_gradients_equal_transformers(model, folder):
     import torch
 
     loaded = load_text_encoder(folder)
-    graph, weight = graph_of(loaded.config.make), np.random.default_rng(1).normal(size=(*IDS.shape, 24))
+    graph, weight = get_graph_def(loaded.config.make), np.random.default_rng(1).normal(size=(*IDS.shape, 24))
     weight = (weight * MASK[..., None]).astype(np.float32)
 
     @jax.jit
@@ -183,7 +183,7 @@ def test_buckets_equal_transformers(buckets, distance):
 
     offset = torch.arange(600)[None, :] - torch.arange(600)[:, None]
     theirs = T5Attention._relative_position_bucket(offset, num_buckets=buckets, max_distance=distance)
-    np.testing.assert_array_equal(relative_buckets(600, buckets=buckets, max_distance=distance), theirs.numpy())
+    np.testing.assert_array_equal(compute_relative_buckets(600, buckets=buckets, max_distance=distance), theirs.numpy())
 
 
 TEXTS = ["a  red ball &amp; a green cube", "", "moves left " * 40, "\u3000the table\n"]
@@ -207,7 +207,7 @@ def test_texts_are_embedded_as_wan_does(tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     pipe = diffusers.WanPipeline(tokenizer=tokenizer, text_encoder=model, vae=None, scheduler=None, transformer=None)
     theirs, _ = pipe.encode_prompt(TEXTS, do_classifier_free_guidance=False, max_sequence_length=48, device="cpu")
-    ours = load_embedder(tmp_path, max_tokens=48).many([clean(text) for text in TEXTS])
+    ours = load_embedder(tmp_path, max_tokens=48).embed_many([clean(text) for text in TEXTS])
     assert [len(value) for value in ours][1:3] == [1, 48]
     for value, other in zip(ours, theirs.detach().numpy(), strict=True):
         np.testing.assert_allclose(value, other[: len(value)], atol=1e-5)

@@ -9,9 +9,9 @@ from flax import nnx
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.text import T5Config, TextEncoder
-from dit_video.text.t5 import relative_buckets
+from dit_video.text.t5 import compute_relative_buckets
 from support.rough import rough_params
 
 UMT5 = T5Config(vocabulary=40, width=16, layers=3, heads=3, head_width=4, mlp_width=24, buckets=8, max_distance=12)
@@ -24,7 +24,7 @@ IDS = [np.random.default_rng(index).integers(3, 40, length).astype(np.int32) for
 @pytest.fixture(scope="module", params=[UMT5, T5], ids=["umt5", "t5"])
 def encode(request):
     """Values and the gradient of a weighted sum, of rows of texts."""
-    graph, params = graph_of(request.param.make), rough_params(request.param.make)
+    graph, params = get_graph_def(request.param.make), rough_params(request.param.make)
 
     @jax.jit
     def run(ids, segments, weights):
@@ -85,8 +85,8 @@ def test_every_token_of_a_text_counts_and_so_does_its_place(encode):
 
 
 def test_bfloat16_is_close():
-    graph = graph_of(UMT5.make)
-    half = graph_of(dataclasses.replace(UMT5, dtype="bfloat16").make)
+    graph = get_graph_def(UMT5.make)
+    half = get_graph_def(dataclasses.replace(UMT5, dtype="bfloat16").make)
     params, (ids, segments, _) = rough_params(UMT5.make), rows((0, 1))
     exact = nnx.merge(graph, params)(ids, segments).values
     rounded = nnx.merge(half, params)(ids, segments).values
@@ -98,23 +98,23 @@ def test_bfloat16_is_close():
 
 def test_the_table_of_t5_is_in_the_buckets_of_the_paper():
     """32 buckets up to distance 128: known values of the original code."""
-    row = relative_buckets(300, buckets=32, max_distance=128)[0]  # a query that looks ahead
+    row = compute_relative_buckets(300, buckets=32, max_distance=128)[0]  # a query that looks ahead
     assert row[:9].tolist() == [0, 17, 18, 19, 20, 21, 22, 23, 24]
     first = {bucket: int(np.argmax(row == bucket)) for bucket in range(24, 32)}
     # 8 * 16 ** (i / 8): 8, 11.3, 16, 22.6, 32, 45.3, 64, 90.5
     assert first == {24: 8, 25: 12, 26: 16, 27: 23, 28: 32, 29: 46, 30: 64, 31: 91}
-    back = relative_buckets(300, buckets=32, max_distance=128)[:, 0]
+    back = compute_relative_buckets(300, buckets=32, max_distance=128)[:, 0]
     np.testing.assert_array_equal(back[1:], row[1:] - 16)
 
 
 def test_a_bucket_depends_on_the_distance_alone():
-    table = relative_buckets(20, buckets=8, max_distance=12)
+    table = compute_relative_buckets(20, buckets=8, max_distance=12)
     np.testing.assert_array_equal(table[1:, 1:], table[:-1, :-1])
     assert set(table.ravel().tolist()) == {0, 1, 2, 3, 5, 6, 7}  # 4 would be distance 0 ahead
 
 
 def test_the_parts_fit_the_protocol_and_configs_go_to_json_and_back():
-    assert isinstance(nnx.merge(graph_of(T5.make), rough_params(T5.make)), TextEncoder)
+    assert isinstance(nnx.merge(get_graph_def(T5.make), rough_params(T5.make)), TextEncoder)
     for config in (UMT5, T5):
         assert config_json.from_json(config_json.to_json(config)) == config
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.text import PretrainedTokenizer, clean, holds_tokenizer
+from dit_video.text import PretrainedTokenizer, clean, has_tokenizer
 from support import tiny_clip
 from support.tiny_t5 import WORDS, write_tokenizer
 
@@ -31,7 +31,7 @@ def test_words_and_an_end(folder):
     assert all(len(word) == 2 for word in words)
     assert len({int(word[0]) for word in words}) == len(words)
     assert tokenizer("").tolist() == [1]
-    assert tokenizer.largest_id == 3 + len(words) + 26
+    assert tokenizer.max_id == 3 + len(words) + 26
 
 
 def test_a_long_text_is_cut_still_ends_and_is_warned_of(folder):
@@ -63,8 +63,8 @@ def test_identity_is_of_the_rules(folder, tmp_path):
 
 
 def test_absent_and_damaged_files(folder, tmp_path):
-    assert holds_tokenizer(folder)
-    assert not holds_tokenizer(tmp_path)
+    assert has_tokenizer(folder)
+    assert not has_tokenizer(tmp_path)
     with pytest.raises(
         MissingError, match=r"no tokenizer in .* \(tokenizer.json, spiece.model, or vocab.json and merges.txt\)"
     ):
@@ -95,7 +95,7 @@ def test_the_real_vocabulary_of_t5():
         *(6536, 43, 118, 2008, 24, 293, 53, 3, 9, 1782, 19, 207, 21, 25),
         1,
     ]
-    assert tokenizer.largest_id == 32099
+    assert tokenizer.max_id == 32099
 
 
 @needs_real
@@ -105,7 +105,7 @@ def test_the_real_vocabulary_of_clip():
     assert tokenizer("A photo  of a CAT").tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer("hello world!").tolist() == [49406, 3306, 1002, 256, 49407]
     assert tokenizer("").tolist() == [49406, 49407]
-    assert tokenizer.largest_id == 49407
+    assert tokenizer.max_id == 49407
     with pytest.warns(UserWarning, match="a text of 102 tokens is cut to 77: 'dog dog") as caught:
         ids = tokenizer("dog " * 100)
     assert len(caught) == 1
@@ -122,7 +122,7 @@ def test_vocabulary_and_merges_in_two_files(tmp_path):
     assert len({ids[1] for ids in words}) == len(words)
     assert tokenizer("Red  ab").tolist() == [start, words[0][1], 0, 27, end]  # "a", and "b" as the last letter
     (tmp_path / "merges.txt").unlink()
-    assert not holds_tokenizer(tmp_path)
+    assert not has_tokenizer(tmp_path)
     with pytest.raises(MissingError, match="no tokenizer in"):
         PretrainedTokenizer(tmp_path, max_tokens=12)
 

@@ -8,33 +8,33 @@ from hypothesis import strategies as st
 from dit_video.core.errors import UserError
 from dit_video.tokens import (
     Grid,
-    Item,
-    RowShape,
-    coordinates,
-    empty_row,
+    PackedExample,
+    PackedShape,
+    compute_coordinates,
+    compute_segment_offsets,
+    expand_to_tokens,
+    make_empty_row,
     pack,
-    positions,
     segment_max,
     segment_mean,
-    to_tokens,
     unpack,
 )
 
 WIDTH = 3
 
 
-def item(grid: Grid, text: int, example: int) -> Item:
+def item(grid: Grid, text: int, example: int) -> PackedExample:
     draw = np.random.default_rng(example)
-    return Item(
+    return PackedExample(
         tokens=draw.normal(size=(grid.volume, WIDTH)).astype(np.float32),
-        coordinates=coordinates(grid),
+        coordinates=compute_coordinates(grid),
         text=draw.integers(1, 99, text).astype(np.int32),
         example=example,
     )
 
 
 ITEMS = [item(Grid(2, 2, 2), 3, 7), item(Grid(1, 2, 3), 5, 2**32 - 1)]
-SHAPE = RowShape(tokens=20, text=10, segments=3)
+SHAPE = PackedShape(tokens=20, text=10, segments=3)
 
 
 def test_a_row_holds_items_in_order_and_then_padding():
@@ -53,7 +53,7 @@ def test_a_row_holds_items_in_order_and_then_padding():
 
 
 def test_a_row_that_is_exactly_full():
-    row = pack(ITEMS, RowShape(tokens=14, text=8, segments=2), width=WIDTH)
+    row = pack(ITEMS, PackedShape(tokens=14, text=8, segments=2), width=WIDTH)
     assert row.segments.min() == 1
     assert row.valid.all()
 
@@ -67,13 +67,13 @@ def test_embeddings_lie_where_token_ids_do():
     assert row.text.dtype == np.float32
     for name in ("tokens", "segments", "text_segments", "examples", "valid"):
         np.testing.assert_array_equal(getattr(row, name), getattr(ids, name))
-    assert empty_row(SHAPE, width=WIDTH, text_width=5).text.shape == (10, 5)
+    assert make_empty_row(SHAPE, width=WIDTH, text_width=5).text.shape == (10, 5)
     with pytest.raises(UserError, match=r"room for 7 text, .* 8; raise the row's text"):
-        pack(embedded, RowShape(tokens=20, text=7, segments=3), width=WIDTH, text_width=5)
+        pack(embedded, PackedShape(tokens=20, text=7, segments=3), width=WIDTH, text_width=5)
 
 
 def test_an_empty_row_is_a_row_of_no_items():
-    for left, right in zip(pack([], SHAPE, width=WIDTH), empty_row(SHAPE, width=WIDTH), strict=True):
+    for left, right in zip(pack([], SHAPE, width=WIDTH), make_empty_row(SHAPE, width=WIDTH), strict=True):
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
 
@@ -82,7 +82,7 @@ def test_an_empty_row_is_a_row_of_no_items():
 @given(st.lists(st.tuples(*[st.integers(1, 3)] * 3), max_size=4))
 def test_unpack_inverts_pack(sizes):
     items = [item(Grid(*size), 1, index) for index, size in enumerate(sizes)]
-    row = pack(items, RowShape(tokens=120, text=8, segments=4), width=WIDTH)
+    row = pack(items, PackedShape(tokens=120, text=8, segments=4), width=WIDTH)
     found = unpack(row.tokens, row.segments)
     assert len(found) == len(items)
     for tokens, packed in zip(found, items, strict=True):
@@ -92,9 +92,9 @@ def test_unpack_inverts_pack(sizes):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (RowShape(tokens=13, text=10, segments=3), r"room for 13 tokens, .* 14; raise the row's tokens"),
-        (RowShape(tokens=20, text=7, segments=3), r"room for 7 text, .* 8; raise the row's text"),
-        (RowShape(tokens=20, text=10, segments=1), r"room for 1 segments, .* 2; raise the row's segments"),
+        (PackedShape(tokens=13, text=10, segments=3), r"room for 13 tokens, .* 14; raise the row's tokens"),
+        (PackedShape(tokens=20, text=7, segments=3), r"room for 7 text, .* 8; raise the row's text"),
+        (PackedShape(tokens=20, text=10, segments=1), r"room for 1 segments, .* 2; raise the row's segments"),
     ],
 )
 def test_items_that_do_not_fit(shape, message):
@@ -106,7 +106,7 @@ def test_values_of_segments_reach_their_tokens_and_their_mean_comes_back():
     row = pack(ITEMS, SHAPE, width=WIDTH)
     segments = jnp.asarray(row.segments)[None]
     values = jnp.asarray([[[1.0, 10.0], [2.0, 20.0], [9.0, 90.0]]])
-    spread = to_tokens(values, segments)
+    spread = expand_to_tokens(values, segments)
     assert spread.shape == (1, 20, 2)
     np.testing.assert_array_equal(spread[0, :8], np.tile([1.0, 10.0], (8, 1)))
     np.testing.assert_array_equal(spread[0, 8:14], np.tile([2.0, 20.0], (6, 1)))
@@ -137,7 +137,7 @@ def test_the_derivatives_of_to_tokens_are_those_of_reading_one_by_one(monkeypatc
         return jnp.stack([row[jnp.maximum(ids - 1, 0)] for row, ids in zip(values, segments, strict=True)])
 
     def ours(values):
-        return to_tokens(values, segments)
+        return expand_to_tokens(values, segments)
 
     found, expected = (jax.vjp(f, values)[1](weights)[0] for f in (ours, one_by_one))
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -150,7 +150,7 @@ def test_to_tokens_takes_any_dtype_and_gives_padding_the_first_segments_value(mo
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     for values in ([[5, 6, 7], [8, 9, 1]], [[True, False, True], [False, True, True]]):
         values = jnp.asarray(values)
-        found = to_tokens(values, SEGMENTS)
+        found = expand_to_tokens(values, SEGMENTS)
         assert found.dtype == values.dtype
         np.testing.assert_array_equal(found, [values[0, [0, 0, 0, 2, 2, 0, 0]], values[1, [0, 0, 0, 1, 1, 1, 1]]])
 
@@ -164,7 +164,7 @@ def test_the_largest_of_each_segment_bit_for_bit():
 
 def test_values_of_segments_come_back_from_their_tokens_bit_for_bit():
     values = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 3)), jnp.float32)
-    found = segment_max(to_tokens(values, SEGMENTS), SEGMENTS, count=3)
+    found = segment_max(expand_to_tokens(values, SEGMENTS), SEGMENTS, count=3)
     present = np.asarray([[True, False, True], [True, True, False]])
     np.testing.assert_array_equal(found, np.where(present, values, 0))
 
@@ -178,8 +178,8 @@ def test_the_mean_of_a_segment_without_tokens_is_zero_and_its_gradient_finite():
 
 
 def test_positions_count_from_zero_in_every_segment_and_run_of_padding():
-    found = positions(SEGMENTS)
+    found = compute_segment_offsets(SEGMENTS)
     np.testing.assert_array_equal(found, [[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 0, 1, 2, 3]])
     row = pack(ITEMS, SHAPE, width=WIDTH)
-    found = positions(jnp.asarray(row.segments)[None])
+    found = compute_segment_offsets(jnp.asarray(row.segments)[None])
     np.testing.assert_array_equal(found[0], [*range(8), *range(6), *range(6)])

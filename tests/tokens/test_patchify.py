@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
-from dit_video.tokens import Grid, patchify, token_grid, unpatchify
+from dit_video.tokens import Grid, compute_token_grid, patchify, unpatchify
 
 SIDES = st.integers(1, 3)
 GRIDS = st.builds(Grid, SIDES, SIDES, SIDES)
@@ -42,13 +42,13 @@ def test_numpy_and_jax_agree():
 
 
 def test_token_grid():
-    assert token_grid(Grid(5, 8, 12), Grid(1, 2, 4)) == Grid(5, 4, 3)
+    assert compute_token_grid(Grid(5, 8, 12), Grid(1, 2, 4)) == Grid(5, 4, 3)
     assert Grid(5, 4, 3).volume == 60
 
 
 @pytest.mark.parametrize("latents", [Grid(3, 4, 4), Grid(4, 5, 4), Grid(4, 4, 7)])
 def test_a_patch_that_does_not_divide(latents):
     with pytest.raises(UserError, match=r"not divisible by the patch 2x2x2; use"):
-        token_grid(latents, Grid(2, 2, 2))
+        compute_token_grid(latents, Grid(2, 2, 2))
     with pytest.raises(UserError, match=f"{latents.t}x{latents.h}x{latents.w}"):
         patchify(np.zeros((*latents, 3), np.float32), Grid(2, 2, 2))

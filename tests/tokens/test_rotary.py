@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.tokens import Rotary3d, rotary_angles, rotate
+from dit_video.tokens import Rotary3d, compute_rotary_angles, rotate
 
 ROTARY = Rotary3d(split=(4, 6, 2), theta=100.0)
 DRAW = np.random.default_rng(0)
@@ -13,7 +13,7 @@ AT = jnp.asarray(DRAW.uniform(-20, 20, size=(5, 3)), jnp.float32)
 
 def products(q_at, k_at):
     """Of every query with every key, `[N M K]`."""
-    q, k = rotate(Q, rotary_angles(q_at, ROTARY)), rotate(K, rotary_angles(k_at, ROTARY))
+    q, k = rotate(Q, compute_rotary_angles(q_at, ROTARY)), rotate(K, compute_rotary_angles(k_at, ROTARY))
     return np.einsum("nkd,mkd->nmk", q, k)
 
 
@@ -27,7 +27,7 @@ def test_a_product_depends_on_the_difference_of_coordinates_only():
 
 
 def test_pairs_turn_as_complex_numbers():
-    angles = rotary_angles(AT, ROTARY)
+    angles = compute_rotary_angles(AT, ROTARY)
     expected = np.concatenate(
         [AT[:, [axis]] * 100.0 ** (-np.arange(0, width, 2) / width) for axis, width in enumerate(ROTARY.split)], axis=1
     )
@@ -37,7 +37,7 @@ def test_pairs_turn_as_complex_numbers():
 
 
 def test_halves_are_neighbouring_pairs_after_a_permutation():
-    angles = rotary_angles(AT, ROTARY)
+    angles = compute_rotary_angles(AT, ROTARY)
     interleaved = Q.reshape(5, 2, 6, 2)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     first, second = interleaved[..., 0], interleaved[..., 1]
@@ -47,14 +47,14 @@ def test_halves_are_neighbouring_pairs_after_a_permutation():
 
 
 def test_zero_turns_nothing_and_no_coordinate_changes_a_length():
-    np.testing.assert_array_equal(rotate(Q, rotary_angles(0 * AT, ROTARY)), Q)
-    turned = rotate(Q, rotary_angles(AT, ROTARY))
+    np.testing.assert_array_equal(rotate(Q, compute_rotary_angles(0 * AT, ROTARY)), Q)
+    turned = rotate(Q, compute_rotary_angles(AT, ROTARY))
     np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(Q, axis=-1), rtol=1e-5)
 
 
 def test_bfloat16_is_turned_in_float32():
     # The angle 1000 is 1000 in float32, and off by up to 4 in bfloat16.
-    angles = rotary_angles(jnp.full((5, 3), 1001.0), ROTARY)
+    angles = compute_rotary_angles(jnp.full((5, 3), 1001.0), ROTARY)
     found = rotate(Q.astype(jnp.bfloat16), angles)
     assert angles.dtype == jnp.float32
     assert found.dtype == jnp.bfloat16
@@ -77,13 +77,13 @@ def test_a_split_that_does_not_fit(split, width):
 
 def test_scale_interpolates_between_positions():
     half = Rotary3d(split=ROTARY.split, theta=ROTARY.theta, scale=(0.5, 1.0, 0.25))
-    found = rotary_angles(AT * jnp.asarray([2.0, 1.0, 4.0]), half)
-    np.testing.assert_allclose(found, rotary_angles(AT, ROTARY), rtol=1e-6)
+    found = compute_rotary_angles(AT * jnp.asarray([2.0, 1.0, 4.0]), half)
+    np.testing.assert_allclose(found, compute_rotary_angles(AT, ROTARY), rtol=1e-6)
 
 
 def test_stretch_slows_the_slowest_pair_and_leaves_the_fastest():
     longer = Rotary3d(split=ROTARY.split, theta=ROTARY.theta, stretch=(4.0, 1.0, 3.0))
-    before, after = rotary_angles(AT, ROTARY), rotary_angles(AT, longer)
+    before, after = compute_rotary_angles(AT, ROTARY), compute_rotary_angles(AT, longer)
     np.testing.assert_allclose(after[:, 0], before[:, 0], rtol=1e-6)
     np.testing.assert_allclose(after[:, 1], before[:, 1] / 4, rtol=1e-5)
     np.testing.assert_array_equal(after[:, 2:5], before[:, 2:5])

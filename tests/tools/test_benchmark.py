@@ -222,13 +222,13 @@ def test_models_are_measured_where_only_jax_flax_and_optax_are_installed():
 
 
 def test_the_default_is_the_quickstart(benchmark, quickstart, monkeypatch):
-    assert benchmark.default_setting() == quickstart
+    assert benchmark.load_default_setting() == quickstart
     monkeypatch.setitem(sys.modules, "dit_video.experiment", None)  # as if a package that it needs were missing
-    assert benchmark.default_setting() is benchmark.BUILT_IN
+    assert benchmark.load_default_setting() is benchmark.BUILT_IN
 
 
 def test_rows_of_the_quickstart_are_nearly_full(benchmark, quickstart):
-    packed = benchmark.Packed(quickstart, 400)
+    packed = benchmark.SyntheticBatches(quickstart, 400)
     assert packed.sizes == 9
     assert packed.padding < 0.01
     rows = next(iter(packed))
@@ -239,7 +239,7 @@ def test_rows_of_the_quickstart_are_nearly_full(benchmark, quickstart):
 
 def test_sizes_are_within_the_limits_and_fit_the_model(benchmark, quickstart, tiny):
     for setting in (quickstart, tiny.EXPERIMENT):
-        for size in benchmark.clip_sizes(setting):
+        for size in benchmark.get_clip_sizes(setting):
             assert size.h * size.w <= setting.data.max_pixels
             assert size.t <= setting.data.max_frames
             benchmark.latent_grid(size, setting.autoencoder.model.stride)
@@ -250,7 +250,9 @@ def test_sizes_are_within_the_limits_and_fit_the_model(benchmark, quickstart, ti
 @pytest.mark.parametrize("caption", ["", "a red circle", "a cirçle", 100 * "long "])
 def test_captions_are_tokenised_as_in_training(benchmark, caption):
     tokenizer = benchmark.BUILT_IN.denoiser.text.tokenizer()
-    np.testing.assert_array_equal(benchmark.byte_tokens(benchmark.BUILT_IN.denoiser.text, caption), tokenizer(caption))
+    np.testing.assert_array_equal(
+        benchmark.tokenize_bytes(benchmark.BUILT_IN.denoiser.text, caption), tokenizer(caption)
+    )
 
 
 def test_settings_can_be_changed_by_name(benchmark, quickstart):

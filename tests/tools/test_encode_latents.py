@@ -66,7 +66,7 @@ def test_data_and_latents_at_an_address(tiny, tiny_run, tiny_clips, memory, tmp_
     ignored = shutil.ignore_patterns("data", "latents", "denoiser", "pipeline")
     run = Run.open(shutil.copytree(tiny_run, tmp_path / "run", ignore=ignored))
     run.take(f"{memory}/data")
-    run.keep_latents(f"{memory}/latents")
+    run.link_latents(f"{memory}/latents")
     own = values(tiny_run / "latents")
     # A run's data and latents are named by its folders or by the addresses that these stand for.
     for data, destination in ((f"{memory}/data", f"{memory}/latents"), (run.folder / "data", run.folder / "latents")):

@@ -19,9 +19,9 @@ import optax
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.platform.provenance import code_version
+from dit_video.platform.provenance import get_code_version
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.checkpoint_policy import Keep
+from dit_video.training.checkpoint_policy import CheckpointPolicy
 from support.devices import HANG
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def saved(folder: Path, steps: tuple[int, ...], **changes: Any) -> Checkpoints:
-    checkpoints = Checkpoints(folder, keep=Keep(newest=len(steps)))
+    checkpoints = Checkpoints(folder, keep=CheckpointPolicy(newest=len(steps)))
     for step in steps:
         meta = {"at": step, "config": {"dit": {"width": 5}, "steps": 4, "name": "a"}}
         checkpoints.save(step, example(step, **changes), meta)
@@ -122,7 +122,7 @@ def test_a_state_may_be_donated_at_once(tmp_path):
 
 
 def test_the_newest_stay(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=Keep(newest=2))
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=CheckpointPolicy(newest=2))
     assert checkpoints.latest() is None
     assert not (tmp_path / "run").exists()
     for step in (5, 10, 15):
@@ -136,11 +136,11 @@ def test_the_newest_stay(tmp_path):
 @pytest.mark.parametrize(
     ("keep", "stay"),
     [
-        (Keep(newest=1), {6}),
-        (Keep(newest=1, every=2), {2, 4, 6}),
-        (Keep(newest=1, best=2), {3, 5, 6}),
-        (Keep(newest=1, best=1, better="higher"), {1, 6}),
-        (Keep(newest=2, best=1, metric="validation"), {2, 5, 6}),
+        (CheckpointPolicy(newest=1), {6}),
+        (CheckpointPolicy(newest=1, every=2), {2, 4, 6}),
+        (CheckpointPolicy(newest=1, best=2), {3, 5, 6}),
+        (CheckpointPolicy(newest=1, best=1, better="higher"), {1, 6}),
+        (CheckpointPolicy(newest=2, best=1, metric="validation"), {2, 5, 6}),
     ],
 )
 def test_each_rule_keeps_its_checkpoints(tmp_path, keep, stay):
@@ -157,20 +157,20 @@ def test_each_rule_keeps_its_checkpoints(tmp_path, keep, stay):
 
 def test_what_cannot_be_kept():
     with pytest.raises(UserError, match=r"keep.newest=0 is invalid: it must be at least 1"):
-        Keep(newest=0)
+        CheckpointPolicy(newest=0)
     with pytest.raises(UserError, match=r"keep.every=0 is invalid: it must be at least 1"):
-        Keep(every=0)
+        CheckpointPolicy(every=0)
 
 
 def test_a_checkpoint_says_what_made_it(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"x": jnp.ones(2)}, {"plan": "a"}, metrics={"loss": 2.0})
     checkpoints.wait()
-    document = Checkpoints(tmp_path).document(1)
+    document = Checkpoints(tmp_path).read_document(1)
     assert document["metrics"] == {"loss": 2.0}
     assert document["meta"] == {"plan": "a"}
     assert document["code"]["jax"] == jax.__version__
-    assert document["code"] == code_version()
+    assert document["code"] == get_code_version()
     assert len(document["code"]["sources"]) == 16
 
 

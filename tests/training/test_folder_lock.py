@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.training.folder_lock import locked
+from dit_video.training.folder_lock import lock_folder
 from support.devices import HANG
 
 ROOT = Path(__file__).parents[2]
@@ -40,19 +40,19 @@ def test_a_folder_in_use_names_who_uses_it_until_that_one_is_dead(tmp_path):
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         where = f"is in use by process {other.pid} on {socket.gethostname()} since 2"
-        with pytest.raises(UserError, match=where), locked(tmp_path / "run"):
+        with pytest.raises(UserError, match=where), lock_folder(tmp_path / "run"):
             pass
-        with locked(tmp_path / "other"):
+        with lock_folder(tmp_path / "other"):
             pass
         other.send_signal(signal.SIGKILL)
         other.wait()
-        with locked(tmp_path / "run"), locked(tmp_path / "run"):  # the same process may, again
+        with lock_folder(tmp_path / "run"), lock_folder(tmp_path / "run"):  # the same process may, again
             third = holder(tmp_path / "run", 0)
             _, err = third.communicate(timeout=HANG)
         assert third.returncode == 2
         assert err.startswith(f"error: {tmp_path / 'run'} is in use by process {os.getpid()} on")
         assert len(err.splitlines()) == 1
-        with locked(tmp_path / "run"):
+        with lock_folder(tmp_path / "run"):
             pass
     finally:
         other.kill()
@@ -63,7 +63,7 @@ def test_without_locks_it_goes_on_with_a_warning(tmp_path, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", none)
-    with pytest.warns(UserWarning, match="No locks available.*no other process trains there"), locked(tmp_path):
+    with pytest.warns(UserWarning, match="No locks available.*no other process trains there"), lock_folder(tmp_path):
         pass
 
 
@@ -71,6 +71,6 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\). Use a writable folder"),
-        locked(tmp_path / "file" / "run"),
+        lock_folder(tmp_path / "file" / "run"),
     ):
         pass

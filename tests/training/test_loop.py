@@ -18,9 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from dit_video.core.errors import Stopped, UserError
+from dit_video.core.errors import GracefulStop, UserError
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.hooks.logging import MetricsLog, read
+from dit_video.training.hooks.logging import MetricsLog, read_metrics
 from dit_video.training.loop import LoopConfig, run
 from support.devices import HANG, run_together
 
@@ -80,7 +80,9 @@ def train(folder: Path, config: LoopConfig, **options: Any) -> State:
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    return [{name: entry[name] for name in entry if name not in TIMES} for entry in read(folder / "metrics.jsonl")]
+    return [
+        {name: entry[name] for name in entry if name not in TIMES} for entry in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def assert_same(left: Any, right: Any) -> None:
@@ -112,7 +114,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, number):
     config = LoopConfig(steps=20, log_every=1, save_every=5)
     whole = train(tmp_path / "whole", config)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(Stopped, match=rf"training, by {signal.Signals(number).name} after step 7, which is saved"):
+    with pytest.raises(GracefulStop, match=rf"training, by {signal.Signals(number).name} after step 7, which is saved"):
         train(tmp_path / "parts", config, on_step=interrupt_at(7, number))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert Checkpoints(tmp_path / "parts" / "checkpoints").latest() == 7
@@ -146,7 +148,7 @@ def test_entries_are_means_over_their_interval(tmp_path):
     assert [entry["step"] for entry in entries] == [4, 8, 10]
     for entry, values in zip(entries, (losses[:4], losses[4:8], losses[8:]), strict=True):
         assert entry["loss"] == np.mean(values)
-    first, second, _ = read(tmp_path / "some" / "metrics.jsonl")
+    first, second, _ = read_metrics(tmp_path / "some" / "metrics.jsonl")
     assert first["first_step_seconds"] > 0
     assert TIMES - second.keys() == {"first_step_seconds"}
     assert second["steps_per_second"] == pytest.approx(1 / second["step_seconds"])
@@ -179,7 +181,7 @@ def clock(monkeypatch) -> Clock:
 def test_waiting_for_data_is_seen(tmp_path, clock):
     # Where the step is done before the next batch is asked for, all time is waiting.
     train(tmp_path, LoopConfig(steps=12, log_every=6), data=clock.slow, on_step=lambda _, s: jax.block_until_ready(s))
-    entry = read(tmp_path / "metrics.jsonl")[-1]
+    entry = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert entry["data_wait"] == pytest.approx(1)
     assert entry["step_seconds"] == pytest.approx(0.02)
 
@@ -189,7 +191,7 @@ def test_pauses_are_not_step_time(tmp_path, clock):
         clock.now += 0.05
 
     train(tmp_path, LoopConfig(steps=12, log_every=6, save_every=3), data=clock.slow, on_step=pause)
-    assert read(tmp_path / "metrics.jsonl")[-1]["step_seconds"] == pytest.approx(0.02)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step_seconds"] == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(("bad", "last"), [(1, None), (8, 5), (11, 10)])

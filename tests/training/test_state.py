@@ -4,7 +4,7 @@ import numpy as np
 import optax
 
 from dit_video.core.trees import flatten
-from dit_video.training.state import TrainState, init_state, new_state, state_shapes
+from dit_video.training.state import TrainState, create_state, get_state_shapes, init_state
 
 OPTIMIZER = optax.adam(1e-3)
 
@@ -19,19 +19,19 @@ def layouts(tree):
 
 
 def test_a_new_state_starts_its_average_at_the_parameters():
-    state = new_state(init, OPTIMIZER, jax.random.key(1))
+    state = create_state(init, OPTIMIZER, jax.random.key(1))
     assert state.step == 0
     assert state.extra == {}
     for path, leaf in flatten(state.params).items():
         np.testing.assert_array_equal(flatten(state.ema)[path], leaf)
     np.testing.assert_array_equal(state.params["w"], init(jax.random.key(1))["w"])
-    assert (state.params["w"] != new_state(init, OPTIMIZER, jax.random.key(2)).params["w"]).any()
+    assert (state.params["w"] != create_state(init, OPTIMIZER, jax.random.key(2)).params["w"]).any()
 
 
 def test_parameters_and_their_average_are_different_memory():
     # One buffer for both could not be donated to a step.
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
-    for state in (new_state(init, OPTIMIZER, jax.random.key(1)), init_state(init(jax.random.key(1)), OPTIMIZER)):
+    for state in (create_state(init, OPTIMIZER, jax.random.key(1)), init_state(init(jax.random.key(1)), OPTIMIZER)):
         assert state.params["w"].unsafe_buffer_pointer() != state.ema["w"].unsafe_buffer_pointer()
         assert step(state).step == 1
 
@@ -43,8 +43,8 @@ def test_the_average_of_bfloat16_parameters_is_float32():
 
 def test_shapes_are_those_of_a_new_state():
     for shardings in (None, layouts):
-        state = new_state(init, OPTIMIZER, jax.random.key(0), shardings=shardings)
-        shapes = state_shapes(init, OPTIMIZER, shardings=shardings)
+        state = create_state(init, OPTIMIZER, jax.random.key(0), shardings=shardings)
+        shapes = get_state_shapes(init, OPTIMIZER, shardings=shardings)
         assert jax.tree.structure(state) == jax.tree.structure(shapes)
         for leaf, shape in zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True):
             assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
@@ -52,7 +52,7 @@ def test_shapes_are_those_of_a_new_state():
 
 
 def test_a_state_is_a_tree_of_arrays_with_paths():
-    state = new_state(init, OPTIMIZER, jax.random.key(0))
+    state = create_state(init, OPTIMIZER, jax.random.key(0))
     paths = flatten(state)
     assert {"step", "params/w", "params/b/bias", "ema/w", "ema/b/bias", "opt_state/0/mu/w"} <= set(paths)
     assert all(isinstance(leaf, jax.Array) for leaf in paths.values())

@@ -4,10 +4,10 @@ import numpy as np
 import optax
 import pytest
 
-from dit_video.training.optim.ema import Averages, gamma_of
-from dit_video.training.optim.optimizer import OptimizerConfig, learning_rates, make_optimizer
-from dit_video.training.state import init_state, new_state
-from dit_video.training.step import Ratio, make_step
+from dit_video.training.optim.ema import EmaConfig, gamma_from_sigma
+from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule, make_optimizer
+from dit_video.training.state import create_state, init_state
+from dit_video.training.step import Average, make_step
 
 DRAW = np.random.default_rng(0)
 X = jnp.asarray(DRAW.normal(size=(32, 4)), jnp.float32)
@@ -24,7 +24,7 @@ def loss(params, batch, step):
 
 
 def start(optimizer):
-    return new_state(init, optimizer, jax.random.key(0))
+    return create_state(init, optimizer, jax.random.key(0))
 
 
 def test_the_loss_falls_to_zero():
@@ -104,7 +104,7 @@ class Counted:
         error = jnp.square(batch["x"] @ params["w"] + params["b"] - batch["y"])[:, 0]
         counts = batch["counts"]
         mean = (error * counts).sum() / jnp.maximum(counts.sum(), 1)
-        return mean, {"far": Ratio(((error > 4) * counts).sum(), counts.sum()), "none": Ratio(0 * mean, 0 * mean)}
+        return mean, {"far": Average(((error > 4) * counts).sum(), counts.sum()), "none": Average(0 * mean, 0 * mean)}
 
 
 COUNTED = BATCH | {"counts": jnp.asarray((np.arange(32) * 7 % 11 < 5) * (1 + np.arange(32) // 8), jnp.float32)}
@@ -114,7 +114,7 @@ COUNTED = BATCH | {"counts": jnp.asarray((np.arange(32) * 7 % 11 < 5) * (1 + np.
 def test_parts_of_a_batch_make_its_step(parts):
     optimizer = optax.sgd(0.1)
     whole, expected = make_step(Counted(), optimizer, ema_decay=0.9)(start(optimizer), COUNTED)
-    state, figures = make_step(Counted(), optimizer, ema_decay=0.9, accumulate=parts)(start(optimizer), COUNTED)
+    state, figures = make_step(Counted(), optimizer, ema_decay=0.9, accumulation_steps=parts)(start(optimizer), COUNTED)
     for name in ("w", "b"):
         np.testing.assert_allclose(state.params[name], whole.params[name], rtol=1e-6, atol=1e-7)
     for name in ("loss", "gradient_norm"):
@@ -130,7 +130,7 @@ def test_parts_of_a_batch_make_its_step(parts):
 
 def test_a_loss_that_does_not_say_what_parts_weigh():
     with pytest.raises(TypeError, match="Use accumulation_steps=1"):
-        make_step(loss, optax.sgd(0.1), ema_decay=0.9, accumulate=2)
+        make_step(loss, optax.sgd(0.1), ema_decay=0.9, accumulation_steps=2)
 
 
 # --- averages -------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_a_loss_that_does_not_say_what_parts_weigh():
 def test_further_averages_are_those_of_their_own_decay():
     optimizer = optax.sgd(0.1)
     step = make_step(loss, optimizer, ema_decay=0.9)
-    averages = Averages(decays=(0.5, 0.99), sigmas=(0.1,))
+    averages = EmaConfig(decays=(0.5, 0.99), sigmas=(0.1,))
     state = init_state(init(jax.random.key(0)), optimizer, averages=averages)
     alone = {decay: start(optimizer) for decay in (0.5, 0.99)}
     seen = []
@@ -152,7 +152,7 @@ def test_further_averages_are_those_of_their_own_decay():
             one, _ = own(one, BATCH)
         name = str(decay).replace(".", "_")
         np.testing.assert_allclose(state.averages["decay"][name]["w"], one.ema["w"], rtol=1e-6)
-    power = gamma_of(0.1) + 1
+    power = gamma_from_sigma(0.1) + 1
     weights = np.diff(np.arange(21.0) ** power) / 20**power
     expected = np.tensordot(weights, np.stack(seen), 1)
     np.testing.assert_allclose(state.averages["power"]["0_1"]["w"], expected, rtol=1e-4)
@@ -160,13 +160,13 @@ def test_further_averages_are_those_of_their_own_decay():
 
 def test_a_schedule_free_optimizer_is_evaluated_at_its_own_average():
     """Against the method as the paper writes it (arXiv 2405.15682, eq. 3 to 5), with steps of Adam."""
-    config = OptimizerConfig(kind="schedule_free", learning_rate=0.05, warmup=4, b1=0.8, clip=1e9)
+    config = OptimizerConfig(kind="schedule_free", learning_rate=0.05, warmup=4, b1=0.8, max_grad_norm=1e9)
     optimizer = make_optimizer(config, steps=50)
     step, state = make_step(loss, optimizer, ema_decay=0.9), start(optimizer)
     adam = optax.scale_by_adam(b1=0.0, b2=config.b2)
     x = y = z = jax.tree.map(jnp.array, state.params)
     moments, total = adam.init(x), 0.0
-    rates = learning_rates(config, steps=50)
+    rates = make_learning_rate_schedule(config, steps=50)
     for number in range(12):
         state, _ = step(state, BATCH)
         gradients = jax.grad(lambda params: loss(params, BATCH, 0)[0])(y)

@@ -18,7 +18,7 @@ import pytest
 
 from dit_video.core.errors import DecodeError
 from dit_video.tokens import Grid
-from dit_video.video import Facts, decode, probe
+from dit_video.video import VideoInfo, decode, probe
 from dit_video.video.reader import MAX_PIXELS
 from support.devices import HANG
 
@@ -105,7 +105,7 @@ def test_a_file_that_may_not_be_read(tmp_path, mp4, monkeypatch):
 def test_a_video_of_one_frame(write_video, textured):
     content = write_video(textured(1, 32, 48), **X264)
     assert probe(content).frames == len(decode(content).frames) == 1
-    assert probe(content).seconds == 0
+    assert probe(content).last_time == 0
     assert decode(content, size=Grid(1, 16, 24)).frames.shape == (1, 16, 24, 3)
     assert decode(content, fps=8).fps == 8
 
@@ -174,7 +174,7 @@ def test_other_headers_that_promise_frames(mp4, write_video, textured, read):
     avi = write_video(textured(12, 32, 48), codec="mjpeg", pixel_format="yuvj420p", format="avi")
     avi = write(write(avi, b"avih", 20, 10**9, "<"), b"strh", 36, 10**9, "<")
     found = within(avi, read)
-    assert (found.frames if isinstance(found, Facts) else len(found.frames)) in (10, 12)
+    assert (found.frames if isinstance(found, VideoInfo) else len(found.frames)) in (10, 12)
 
 
 def test_a_gif_whose_frames_last(write_video, textured):
@@ -183,7 +183,7 @@ def test_a_gif_whose_frames_last(write_video, textured):
     at = 0
     while (at := content.find(b"\x21\xf9\x04", at + 1)) > 0:
         content[at + 4 : at + 6] = b"\xff\xff"
-    assert probe(bytes(content)).seconds == pytest.approx(3 * 655.35)
+    assert probe(bytes(content)).last_time == pytest.approx(3 * 655.35)
     assert len(within(bytes(content), lambda file: decode(file, fps=8)).frames) > 4 * 655 * 7
 
 
@@ -325,12 +325,14 @@ def originals(write_video, textured):
 
 def test_mutations(originals, tmp_path):
     outcomes = survive(tmp_path / "mutations", originals, 66, seed=1)
-    assert set(outcomes) <= {"Facts", "Clip", "DecodeError", "UserError"}
-    assert all(outcomes[kind] >= 20 for kind in ("Facts", "Clip", "DecodeError"))  # neither all nor none are damaged
+    assert set(outcomes) <= {"VideoInfo", "Clip", "DecodeError", "UserError"}
+    assert all(
+        outcomes[kind] >= 20 for kind in ("VideoInfo", "Clip", "DecodeError")
+    )  # neither all nor none are damaged
 
 
 @pytest.mark.slow
 def test_a_thousand_mutations(originals, tmp_path):
     outcomes = survive(tmp_path / "mutations", originals, 1001, seed=2)
-    assert set(outcomes) <= {"Facts", "Clip", "DecodeError", "UserError"}
+    assert set(outcomes) <= {"VideoInfo", "Clip", "DecodeError", "UserError"}
     assert outcomes["DecodeError"] >= 500

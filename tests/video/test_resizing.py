@@ -7,7 +7,7 @@ from av.video.reformatter import Interpolation
 from dit_video.core import pixels
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
-from dit_video.video.to_rgb import RESIZING
+from dit_video.video.to_rgb import RESIZE_FLAGS
 
 SIZES = [(48, 64), (25, 43), (124, 204), (32, 128), (96, 40), (11, 17)]
 
@@ -76,5 +76,5 @@ def test_a_frame_of_60_000_by_2(write_video):
 
 def test_the_filter_has_no_other_algorithm():
     algorithms = [Interpolation.BICUBIC, Interpolation.AREA, Interpolation.LANCZOS, Interpolation.POINT]
-    assert RESIZING & Interpolation.BILINEAR
-    assert not any(RESIZING & other for other in algorithms)
+    assert RESIZE_FLAGS & Interpolation.BILINEAR
+    assert not any(RESIZE_FLAGS & other for other in algorithms)

@@ -13,7 +13,7 @@ from dit_video.core import pixels
 from dit_video.core.errors import DecodeError
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
-from dit_video.video.to_rgb import over_black
+from dit_video.video.to_rgb import blend_over_black
 
 FLAGS = "accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
 MATRICES = {"bt601": 6, "bt709": 1, "bt2020": 9}
@@ -100,7 +100,7 @@ def test_odd_sizes(write_video, textured, pixel_format, height, width):
 
 def test_10_bit_in_two_planes():
     """p010 comes from hardware decoders; none is here, so the frame is made and converted without a file."""
-    from dit_video.video.to_rgb import Pictures
+    from dit_video.video.to_rgb import RgbConverter
 
     rng = np.random.default_rng(0)
     planar = av.VideoFrame(32, 16, "yuv420p10le")
@@ -110,7 +110,7 @@ def test_10_bit_in_two_planes():
     planar.colorspace, planar.color_range, planar.pts, planar.time_base = 1, 1, 0, Fraction(1, 10)
     packed = planar.reformat(format="p010le")
     expected = filtered([packed], scale("bt709", "tv"))[0]
-    np.testing.assert_array_equal(Pictures("a clip", Fraction(1), None)(packed, 0.0), expected)
+    np.testing.assert_array_equal(RgbConverter("a clip", Fraction(1), None)(packed, 0.0), expected)
 
 
 def test_high_definition_is_bt709_where_nothing_is_said(write_video, textured):
@@ -174,7 +174,7 @@ def test_colours_times_alpha_are_those_of_ffmpeg():
     """All 65,536 pairs: rounded to nearest, as ffmpeg lays a picture over a black one."""
     colour, alpha = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     image = np.stack([colour, colour, colour, alpha], axis=-1).astype(np.uint8)
-    found = over_black(image)
+    found = blend_over_black(image)
     np.testing.assert_array_equal(found[..., 1], np.rint(colour * alpha / 255))
     graph = av.filter.Graph()
     source = graph.add("buffer", "video_size=256x256:pix_fmt=rgba:time_base=1/1:pixel_aspect=1/1")

@@ -10,7 +10,7 @@ import pytest
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
-from dit_video.video.encode import Shown, encode_jpeg, encode_shown
+from dit_video.video.encode import TimedPicture, encode_jpeg, encode_timed
 from dit_video.video.reader import Video
 from dit_video.video.transcode import transcode
 
@@ -25,7 +25,7 @@ def similarity(first: np.ndarray, second: np.ndarray) -> float:
 
 def times_of(content: bytes) -> list[float]:
     times: list[float] = []
-    probe(content, see=lambda time, _: times.append(time))
+    probe(content, on_frame=lambda time, _: times.append(time))
     return times
 
 
@@ -46,7 +46,7 @@ def test_pictures_are_those_of_decode(write_video, textured, kind):
     """To 36 dB, of which the most is lost to the colours' half resolution; in BT.709 whatever they came in."""
     frames = textured(4, 96, 128, channels=4 if "yuva" in kind["pixel_format"] else 3)
     content = write_video(frames, **kind)
-    found = transcode(content, height=48, width=64, average=10, crf=6)
+    found = transcode(content, height=48, width=64, average_fps=10, crf=6)
     expected = decode(content, size=Grid(4, 48, 64)).frames
     assert similarity(decode(found).frames, expected) > 36
     with av.open(io.BytesIO(found)) as container:
@@ -59,21 +59,21 @@ def test_pictures_are_those_of_decode(write_video, textured, kind):
 def test_varying_times_are_kept(write_video, textured):
     times = [0, 40, 41, 500, 900, 1000, 1033, 1067, 3000, 3001, 9000, 9040]
     content = write_video(textured(12, 64, 64), times=times)
-    found = transcode(content, height=64, width=64, average=probe(content).fps, crf=18)
+    found = transcode(content, height=64, width=64, average_fps=probe(content).fps, crf=18)
     np.testing.assert_allclose(times_of(found), np.array(times) / 1000, atol=1e-5, rtol=0)
     assert similarity(decode(found).frames, decode(content).frames) > 30  # nothing is exchanged: they move
 
 
 def test_the_last_frame_is_shown_as_long_as_before():
     picture = np.full((32, 32, 3), 90, np.uint8)
-    content = encode_shown([Shown(time, 1.5, picture) for time in (0.0, 0.25, 0.25, 1.0)], 3.0, crf=20)
-    again = transcode(content, height=32, width=32, average=3, crf=20)
+    content = encode_timed([TimedPicture(time, 1.5, picture) for time in (0.0, 0.25, 0.25, 1.0)], 3.0, crf=20)
+    again = transcode(content, height=32, width=32, average_fps=3, crf=20)
     for encoded in (content, again):
         with Video(encoded) as video:
-            frames = list(video.frames())
+            frames = list(video.read_frames())
         assert [frame.time for frame in frames] == pytest.approx([0, 0.25, 0.25, 1], abs=1e-5)
         assert frames[2].time > frames[1].time
-        assert frames[-1].seconds == pytest.approx(1.5)
+        assert frames[-1].duration == pytest.approx(1.5)
         assert len(decode(encoded, fps=4).frames) == 10
 
 
@@ -81,7 +81,7 @@ def test_the_last_frame_is_shown_as_long_as_before():
 def test_sampled_at_a_rate(write_video, textured, fps):
     """As `decode` samples, of times that vary; a rate above the file's repeats frames."""
     content = write_video(textured(12, 64, 64), times=[0, 40, 80, 500, 900, 940, 980, 1020, 1060, 1100, 1140, 1900])
-    found = transcode(content, height=64, width=64, average=6, fps=fps, crf=12)
+    found = transcode(content, height=64, width=64, average_fps=6, fps=fps, crf=12)
     expected = decode(content, fps=fps)
     facts = probe(found)
     assert (facts.frames, facts.fps) == (len(expected.frames), pytest.approx(fps, rel=1e-5))
@@ -91,17 +91,17 @@ def test_sampled_at_a_rate(write_video, textured, fps):
 
 def test_the_same_file_gives_the_same_bytes(write_video, textured):
     content = write_video(textured(24, 128, 128), **LOSSLESS, pixel_format="yuv420p")
-    first, *others = (transcode(content, height=96, width=96, average=10, crf=23) for _ in range(4))
+    first, *others = (transcode(content, height=96, width=96, average_fps=10, crf=23) for _ in range(4))
     assert all(other == first for other in others)
-    assert transcode(content, height=96, width=96, average=10, crf=24) != first
+    assert transcode(content, height=96, width=96, average_fps=10, crf=24) != first
 
 
 def test_what_cannot_be_written(write_video, textured):
     content = write_video(textured(4, 64, 64), **LOSSLESS, pixel_format="yuv420p")
     with pytest.raises(UserError, match=r"33x64 .*even height and width"):
-        transcode(content, height=33, width=64, average=10, crf=18)
+        transcode(content, height=33, width=64, average_fps=10, crf=18)
     with pytest.raises(DecodeError):
-        transcode(content[: len(content) // 2], height=32, width=32, average=10, crf=18)
+        transcode(content[: len(content) // 2], height=32, width=32, average_fps=10, crf=18)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (33, 47), (1, 1)])

@@ -9,14 +9,14 @@ import pytest
 import safetensors.numpy
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.trees import flatten, size
-from dit_video.nn import param_shapes
+from dit_video.core.trees import count_values, flatten
+from dit_video.nn import get_param_shapes
 from dit_video.weights import (
-    clip_text_config,
-    clip_vision_config,
     load_clip,
     load_clip_text,
     load_clip_vision,
+    read_clip_text_config,
+    read_clip_vision_config,
     save_clip,
 )
 from support.tiny_clip import CONFIG, TEXT, VISION, write_clip
@@ -133,7 +133,7 @@ def test_a_pipeline_s_folder(tmp_path):
     text, vision = write_clip(tmp_path / "text_encoder", BARE_TEXT), write_clip(tmp_path / "image_encoder", BARE_VISION)
     assert_same(load_clip_text(tmp_path).params, text)
     assert_same(load_clip_vision(tmp_path).params, vision)
-    assert clip_vision_config(tmp_path) == BARE_VISION
+    assert read_clip_vision_config(tmp_path) == BARE_VISION
 
 
 def test_one_error_names_all_kinds_of_difference(copied):
@@ -203,9 +203,9 @@ def test_the_image_encoder_of_wan(tmp_path):
     values |= {"num_hidden_layers": 32, "patch_size": 14, "projection_dim": 1024, "torch_dtype": "float32"}
     values |= {"attention_dropout": 0.0, "dropout": 0.0, "initializer_factor": 1.0, "num_channels": 3}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    config = clip_vision_config(tmp_path)
+    config = read_clip_vision_config(tmp_path)
     assert (config.tokens, config.activation, config.projection) == (257, "gelu", None)
-    assert size(param_shapes(config.make)) == 630_766_080
+    assert count_values(get_param_shapes(config.make)) == 630_766_080
 
 
 def test_the_text_tower_of_openai(tmp_path):
@@ -217,7 +217,7 @@ def test_the_text_tower_of_openai(tmp_path):
     values = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 768, "text_config": text}
     values |= {"text_config_dict": text, "vision_config": vision, "vision_config_dict": vision}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    config = clip_text_config(tmp_path)
+    config = read_clip_text_config(tmp_path)
     assert (config.vocabulary, config.positions, config.end_token, config.projection) == (49408, 77, 2, 768)
-    assert size(param_shapes(config.make)) == 123_650_304
-    assert clip_vision_config(tmp_path).projection == 768
+    assert count_values(get_param_shapes(config.make)) == 123_650_304
+    assert read_clip_vision_config(tmp_path).projection == 768

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.features import ClipImages
-from dit_video.weights import load_clip_images, save_clip_images
+from dit_video.features import ClipImageProcessor
+from dit_video.weights import load_clip_image_processor, save_clip_image_processor
 
 # As openai/clip-vit-large-patch14 and Wan 2.1 have it.
 OLD = {"crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 224}
@@ -21,36 +21,40 @@ def write(folder, values, name="preprocessor_config.json"):
 @pytest.mark.parametrize("values", [OLD, NEW], ids=["old", "new"])
 def test_published_settings(tmp_path, values):
     write(tmp_path, values)
-    assert load_clip_images(tmp_path) == ClipImages()
+    assert load_clip_image_processor(tmp_path) == ClipImageProcessor()
 
 
 def test_places(tmp_path):
     write(tmp_path / "image_processor", NEW | {"size": {"shortest_edge": 30}})
     write(tmp_path / "other", {"image_processor": NEW, "processor_class": "CLIPProcessor"}, "processor_config.json")
     (tmp_path / "image_encoder").mkdir()
-    assert load_clip_images(tmp_path) == load_clip_images(tmp_path / "image_encoder") == ClipImages(resize=30)
-    assert load_clip_images(tmp_path / "other") == ClipImages()
+    assert (
+        load_clip_image_processor(tmp_path)
+        == load_clip_image_processor(tmp_path / "image_encoder")
+        == ClipImageProcessor(resize=30)
+    )
+    assert load_clip_image_processor(tmp_path / "other") == ClipImageProcessor()
     with pytest.raises(MissingError, match=r"has no preprocessor_config.json, nor has image_processor or feature"):
-        load_clip_images(tmp_path / "image_encoder" / "deeper")
+        load_clip_image_processor(tmp_path / "image_encoder" / "deeper")
 
 
 @pytest.mark.parametrize(
     "images",
     [
-        ClipImages(),
-        ClipImages(resize=(30, 40), crop=None, mean=(0.5, 0.25, 0.1), std=(0.5, 0.5, 0.3)),
-        ClipImages(resize=None, crop=(20, 30)),
+        ClipImageProcessor(),
+        ClipImageProcessor(resize=(30, 40), crop=None, mean=(0.5, 0.25, 0.1), std=(0.5, 0.5, 0.3)),
+        ClipImageProcessor(resize=None, crop=(20, 30)),
     ],
 )
 def test_a_round_trip(tmp_path, images):
-    save_clip_images(tmp_path / "new", images)
-    assert load_clip_images(tmp_path / "new") == images
+    save_clip_image_processor(tmp_path / "new", images)
+    assert load_clip_image_processor(tmp_path / "new") == images
 
 
 def test_without_scaled_colours(tmp_path):
     write(tmp_path, NEW | {"do_normalize": False, "do_resize": False, "do_center_crop": False})
-    found = load_clip_images(tmp_path)
-    assert found == ClipImages(resize=None, crop=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    found = load_clip_image_processor(tmp_path)
+    assert found == ClipImageProcessor(resize=None, crop=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -74,5 +78,5 @@ def test_without_scaled_colours(tmp_path):
 def test_settings_that_are_not_known(tmp_path, change, message):
     write(tmp_path, NEW | change)
     with pytest.raises(UserError, match=message) as caught:
-        load_clip_images(tmp_path)
+        load_clip_image_processor(tmp_path)
     assert "\n" not in str(caught.value)

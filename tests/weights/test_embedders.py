@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.text import PretrainedTokenizer
-from dit_video.weights import load_clip_text, load_embedder, save_clip, text_encoder_config
+from dit_video.weights import load_clip_text, load_embedder, read_text_encoder_config, save_clip
 from support import tiny_clip
 from support.tiny_t5 import CONFIG, change_json, write_encoder, write_tokenizer
 
@@ -84,7 +84,7 @@ def test_folders_that_hold_no_encoder(tmp_path):
 def test_embeddings_of_a_clip_end_with_the_pooled_one(clip):
     embed, tokenize = load_embedder(clip), PretrainedTokenizer(clip, max_tokens=12)
     loaded = load_clip_text(clip)
-    tower = nnx.merge(graph_of(loaded.config.make), loaded.params)
+    tower = nnx.merge(get_graph_def(loaded.config.make), loaded.params)
     assert (embed.width, embed.max_tokens) == (16, 12)
     for text in ("red ball", "", "left abc"):
         ids = jnp.asarray(tokenize(text))[None]
@@ -93,7 +93,7 @@ def test_embeddings_of_a_clip_end_with_the_pooled_one(clip):
         np.testing.assert_allclose(found, expected.values[0], atol=1e-5)
         np.testing.assert_allclose(found[-1], expected.pooled[0], atol=1e-5)
     with pytest.warns(UserWarning, match="is cut to 12") as caught:
-        assert embed.many(["red " * 30] * 2)[0].shape == (12, 16)
+        assert embed.embed_many(["red " * 30] * 2)[0].shape == (12, 16)
     assert len(caught) == 1
 
 
@@ -113,8 +113,8 @@ def test_the_second_of_two_encoders_has_the_second_tokenizer(clip, tmp_path):
 
 
 def test_the_config_says_which_encoder_it_is(model, clip, tmp_path):
-    assert text_encoder_config(model) == CONFIG
-    assert text_encoder_config(clip) == tiny_clip.TEXT
+    assert read_text_encoder_config(model) == CONFIG
+    assert read_text_encoder_config(clip) == tiny_clip.TEXT
     write_encoder(tmp_path)
     change_json(tmp_path / "config.json", model_type="bert")
     with pytest.raises(UserError, match=r"'bert'\. Supported text encoders are t5, umt5, clip, clip_text_model"):

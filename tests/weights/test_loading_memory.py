@@ -11,7 +11,7 @@ import pytest
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.trees import map_with_path
 from dit_video.families import save_denoiser
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from support.devices import HANG
 
 pytestmark = [
@@ -23,13 +23,13 @@ SHAPE = {
     "channels": 4,
     "context_width": 64,
     "width": 1024,
-    "hidden_width": 4096,
+    "mlp_dim": 4096,
     "layers": 6,
     "heads": 8,
     "time_width": 32,
 }
 CONFIG = WanDitConfig(**SHAPE)
-STACK = CONFIG.layers * CONFIG.width * CONFIG.hidden_width * 4
+STACK = CONFIG.layers * CONFIG.width * CONFIG.mlp_dim * 4
 """bytes of the largest parameter, one linear map of all layers"""
 
 
@@ -82,7 +82,7 @@ def test_reading_takes_less_than_one_and_a_fifth_of_the_largest_file(tmp_path, d
     Pages of files count, so that a reader that maps all of them fails, as does one that holds a parameter of all
     layers beside its place.
     """
-    save_denoiser(tmp_path, CONFIG, map_with_path(numbers, param_shapes(CONFIG.make)), shard_bytes=60_000_000)
+    save_denoiser(tmp_path, CONFIG, map_with_path(numbers, get_param_shapes(CONFIG.make)), shard_bytes=60_000_000)
     largest = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert 1.2 * largest < STACK
     tests = Path(__file__).parents[1]

@@ -9,15 +9,24 @@ import pytest
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten, unflatten
 from dit_video.nn import merge_lora
-from dit_video.weights import Module, load, load_lora, load_metadata, numbered, own_modules, save, save_lora
+from dit_video.weights import (
+    LoraModule,
+    expand_layers,
+    get_native_modules,
+    load,
+    load_lora,
+    load_metadata,
+    save,
+    save_lora,
+)
 
 NOISE = np.random.default_rng(0)
 PARAMS = {
     "embed": {"kernel": NOISE.normal(size=(4, 6)).astype(np.float32), "bias": np.zeros(6, np.float32)},
     "blocks": {"qk": {"kernel": NOISE.normal(size=(3, 6, 10)).astype(np.float32)}},
 }
-MODULES = {"patch_embedding": Module("embed/kernel")} | {
-    f"blocks.{layer}.attn.{name}": Module("blocks/qk/kernel", layer, columns)
+MODULES = {"patch_embedding": LoraModule("embed/kernel")} | {
+    f"blocks.{layer}.attn.{name}": LoraModule("blocks/qk/kernel", layer, columns)
     for layer in range(3)
     for name, columns in (("to_q", (0, 4)), ("to_k", (4, 10)))
 }
@@ -134,12 +143,12 @@ def test_there_and_back_is_bit_for_bit(tmp_path, style, dtype):
 
 
 def test_our_own_names(tmp_path):
-    modules = own_modules(PARAMS)
-    expected = {f"blocks.{layer}.qk": Module("blocks/qk/kernel", layer) for layer in range(3)}
-    assert modules == {"embed": Module("embed/kernel")} | expected
-    assert numbered({"blocks/qk/kernel": "b.{}", "embed/kernel": "e"}, PARAMS) == {
-        "e": Module("embed/kernel"),
-        **{f"b.{layer}": Module("blocks/qk/kernel", layer) for layer in range(3)},
+    modules = get_native_modules(PARAMS)
+    expected = {f"blocks.{layer}.qk": LoraModule("blocks/qk/kernel", layer) for layer in range(3)}
+    assert modules == {"embed": LoraModule("embed/kernel")} | expected
+    assert expand_layers({"blocks/qk/kernel": "b.{}", "embed/kernel": "e"}, PARAMS) == {
+        "e": LoraModule("embed/kernel"),
+        **{f"b.{layer}": LoraModule("blocks/qk/kernel", layer) for layer in range(3)},
     }
     factors = theirs(modules=modules)
     lora = load_lora(file_of(tmp_path / "a.safetensors", factors), PARAMS, modules)
@@ -219,7 +228,7 @@ def test_no_file_and_no_names(tmp_path):
         load_lora(tmp_path / "a.safetensors", PARAMS, MODULES)
     lora = load_lora(file_of(tmp_path / "a.safetensors", theirs()), PARAMS, MODULES)
     with pytest.raises(UserError, match=r"no names for adapters of blocks/qk/kernel. Use modules="):
-        save_lora(tmp_path / "b.safetensors", lora, {"patch_embedding": Module("embed/kernel")})
+        save_lora(tmp_path / "b.safetensors", lora, {"patch_embedding": LoraModule("embed/kernel")})
     assert not (tmp_path / "b.safetensors").exists()
 
 
@@ -261,7 +270,7 @@ def test_a_peft_adapter_gives_equal_outputs(tmp_path):
     adapted.save_pretrained(tmp_path)
 
     params = {"embed": {"kernel": kernels[0]}, "blocks": {"up": {"kernel": np.stack(kernels[1:])}}}
-    modules = numbered({"embed/kernel": "patch_embedding", "blocks/up/kernel": "blocks.{}.up"}, params)
+    modules = expand_layers({"embed/kernel": "patch_embedding", "blocks/up/kernel": "blocks.{}.up"}, params)
     merged = merge_lora(params, load_lora(tmp_path, params, modules))
     x = NOISE.normal(size=(5, 4)).astype(np.float32)
     y = x @ merged["embed"]["kernel"] + biases[0]
@@ -292,7 +301,7 @@ WAN = {
 def wan_modules(style):
     names = {theirs: theirs if style == "diffusers" else wans for theirs, wans in NAMES.items()}
     paths = {f"blocks/{theirs.replace('.', '_')}/kernel": f"blocks.{{}}.{name}" for theirs, name in names.items()}
-    return numbered(paths, WAN)
+    return expand_layers(paths, WAN)
 
 
 @pytest.mark.parity

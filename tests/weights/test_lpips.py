@@ -8,16 +8,16 @@ from flax import nnx
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.features import Lpips
-from dit_video.nn import graph_of, param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.weights import load_lpips
-from dit_video.weights.lpips import lpips_names
+from dit_video.weights.lpips import make_lpips_tensor_map
 
-SHAPES = trees.flatten(param_shapes(lambda rngs: Lpips(rngs=rngs)))
+SHAPES = trees.flatten(get_param_shapes(lambda rngs: Lpips(rngs=rngs)))
 
 
 def written(path, **changes):
     """A file with the package's names, the constants of its first layer too; None leaves a tensor out."""
-    names = lpips_names()
+    names = make_lpips_tensor_map()
     arrays = {names[name].name: names[name].to_theirs(np.full(leaf.shape, 0.5, "f4")) for name, leaf in SHAPES.items()}
     arrays |= {"scaling_layer.shift": np.zeros((1, 3, 1, 1), np.float32)} | changes
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
@@ -26,7 +26,7 @@ def written(path, **changes):
 
 
 def test_every_parameter_has_a_tensor_of_its_own():
-    names = lpips_names()
+    names = make_lpips_tensor_map()
     assert names.keys() == SHAPES.keys()
     assert len({foreign.name for foreign in names.values()}) == len(names) == 31
     assert names["stages/4/2/kernel"].name == "net.slice5.28.weight"  # the last convolution of torchvision's VGG16
@@ -120,7 +120,7 @@ def test_it_is_the_package_s_distance_and_its_gradients(tmp_path):
     torch.manual_seed(0)
     theirs = package(torch)
     save_file(theirs.state_dict(), tmp_path / "lpips.safetensors")
-    ours = nnx.merge(graph_of(lambda rngs: Lpips(rngs=rngs)), load_lpips(tmp_path / "lpips.safetensors"))
+    ours = nnx.merge(get_graph_def(lambda rngs: Lpips(rngs=rngs)), load_lpips(tmp_path / "lpips.safetensors"))
     one, other = np.random.default_rng(0).uniform(-1, 1, (2, 2, 1, 35, 32, 3)).astype(np.float32)
     weights = np.array([1.0, 2.0], np.float32)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dit_video.weights import parameter
-from dit_video.weights.parameter import Parameter, on_device, on_host
+from dit_video.weights.parameter import Parameter, place_on_device, place_on_host
 from support.devices import check_on_eight_devices
 
 WHOLE = np.random.default_rng(0).normal(size=(5, 8, 16)).astype(np.float32)
@@ -16,15 +16,15 @@ def in_pieces(array, *sizes):
 
 @pytest.mark.parametrize("sizes", [(), (1, 1, 1, 1), (2, 2)], ids=["whole", "layers", "rows"])
 def test_pieces_are_one_parameter(monkeypatch, sizes):
-    monkeypatch.setattr(parameter, "_AT_ONCE", 0)
+    monkeypatch.setattr(parameter, "_MAX_HOST_BYTES", 0)
     given = in_pieces(WHOLE, *sizes)
-    for placed in (on_host("path", given), on_device("path", given)):
+    for placed in (place_on_host("path", given), place_on_device("path", given)):
         assert placed.dtype == np.float32
         np.testing.assert_array_equal(placed, WHOLE)
 
 
 def test_pieces_are_cast_one_by_one(monkeypatch):
-    monkeypatch.setattr(parameter, "_AT_ONCE", 0)
+    monkeypatch.setattr(parameter, "_MAX_HOST_BYTES", 0)
     held = []
 
     def pieces():
@@ -33,15 +33,15 @@ def test_pieces_are_cast_one_by_one(monkeypatch):
             yield each[None]
 
     given = Parameter(WHOLE.shape, np.dtype(np.float32), pieces)
-    np.testing.assert_array_equal(given.on(), WHOLE.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(given.to_device(), WHOLE.astype(np.float16).astype(np.float32))
     assert len(held) == 5
 
 
 def test_a_single_number_and_what_is_in_memory():
-    assert Parameter.of(np.float32(3)).on() == 3
-    transposed = Parameter.of(WHOLE[0].T)
-    assert transposed.array().flags.c_contiguous
-    np.testing.assert_array_equal(transposed.on(), WHOLE[0].T)
+    assert Parameter.from_array(np.float32(3)).to_device() == 3
+    transposed = Parameter.from_array(WHOLE[0].T)
+    assert transposed.to_host().flags.c_contiguous
+    np.testing.assert_array_equal(transposed.to_device(), WHOLE[0].T)
 
 
 ON_EIGHT_DEVICES = """
@@ -51,7 +51,7 @@ ON_EIGHT_DEVICES = """
     from weights.test_parameter import WHOLE, in_pieces
     from dit_video.weights import parameter
 
-    parameter._AT_ONCE = 0
+    parameter._MAX_HOST_BYTES = 0
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
     rows = np.swapaxes(WHOLE, 0, 1)
     stacked = [(WHOLE, P(None, None, "fsdp")), (WHOLE, P(None, "data", "fsdp")), (WHOLE, P())]

@@ -13,27 +13,27 @@ from dit_video.diffusion import (
     X0,
     Ddim,
     Ddpm,
-    DpmFlowGrid,
+    DiscreteSchedule,
+    DpmFlowSchedule,
     DpmMultistep,
     Epsilon,
     Euler,
-    FlowMatchGrid,
+    FlowMatchSchedule,
     Heun,
-    Interval,
     Lcm,
-    LcmGrid,
+    LcmSchedule,
     LearnedVariance,
     RectifiedFlow,
-    ScaledLinear,
-    StepGrid,
+    ScaledLinearBetas,
+    StepInterval,
     UniPc,
-    UniPcGrid,
+    UniPcFlowSchedule,
     V,
-    VariancePreserving,
+    VariancePreservingProcess,
     Velocity,
-    estimator,
+    make_estimator,
 )
-from dit_video.weights import Schedule, load_scheduler
+from dit_video.weights import LoadedScheduler, load_scheduler
 
 # The scheduler of Wan 2.1's folders, without what is at its default.
 WAN = {
@@ -51,14 +51,16 @@ def load(folder, document):
 
 
 def test_wans(tmp_path):
-    assert load(tmp_path, WAN) == Schedule(UniPc(), RectifiedFlow(shift=3.0), UniPcGrid())
+    assert load(tmp_path, WAN) == LoadedScheduler(UniPc(), RectifiedFlow(shift=3.0), UniPcFlowSchedule())
     changed = WAN | {"solver_order": 3, "solver_type": "bh1", "lower_order_final": False, "disable_corrector": [0, 1]}
-    assert load(tmp_path, changed).solver == UniPc(order=3, kind="bh1", lower_order_final=False, uncorrected=(0, 1))
+    assert load(tmp_path, changed).solver == UniPc(
+        order=3, kind="bh1", lower_order_final=False, uncorrected_steps=(0, 1)
+    )
 
 
 def test_flow_matching(tmp_path):
     found = load(tmp_path, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5})
-    assert found == Schedule(Euler(), RectifiedFlow(shift=5.0), FlowMatchGrid())
+    assert found == LoadedScheduler(Euler(), RectifiedFlow(shift=5.0), FlowMatchSchedule())
 
 
 @pytest.mark.parametrize(
@@ -142,19 +144,21 @@ STABLE = {
     ids=lambda value: value["_class_name"] if isinstance(value, dict) and "_class_name" in value else "",
 )
 def test_of_a_ddpm(tmp_path, document, solver, grid, prediction):
-    process = VariancePreserving(betas=ScaledLinear())
-    expected = Schedule(solver, process, StepGrid(offset=1, **grid), prediction)
+    process = VariancePreservingProcess(betas=ScaledLinearBetas())
+    expected = LoadedScheduler(solver, process, DiscreteSchedule(steps_offset=1, **grid), prediction)
     assert load(tmp_path, STABLE | document) == expected
 
 
 def test_a_latent_consistency_model(tmp_path):
     found = load(tmp_path, {"_class_name": "LCMScheduler", "original_inference_steps": 25})
-    assert found == Schedule(Lcm(), VariancePreserving(betas=ScaledLinear()), LcmGrid(distilled=25), Epsilon())
+    assert found == LoadedScheduler(
+        Lcm(), VariancePreservingProcess(betas=ScaledLinearBetas()), LcmSchedule(distillation_steps=25), Epsilon()
+    )
 
 
 def test_a_flow_for_dpm_solver(tmp_path):
     found = load(tmp_path, WAN | {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"})
-    assert found == Schedule(DpmMultistep(kind="heun"), RectifiedFlow(shift=3.0), DpmFlowGrid())
+    assert found == LoadedScheduler(DpmMultistep(kind="heun"), RectifiedFlow(shift=3.0), DpmFlowSchedule())
 
 
 def test_clipping_is_not_known(tmp_path):
@@ -180,17 +184,17 @@ def compare(folder, scheduler, steps):
     scheduler.set_timesteps(steps)
     scheduler.save_config(folder)
     found = load_scheduler(folder)
-    grid = found.grid(found.process, steps)
+    grid = found.time_schedule(found.process, steps)
     np.testing.assert_allclose(np.asarray(grid.times), scheduler.sigmas.numpy(), atol=1e-7)
-    told = np.asarray(grid.told[:-1]) * scheduler.config.num_train_timesteps
+    told = np.asarray(grid.model_times[:-1]) * scheduler.config.num_train_timesteps
     np.testing.assert_allclose(told, scheduler.timesteps.numpy(), rtol=2e-7)
 
     step = jax.jit(
         lambda state, time, following: found.solver.step(
-            estimator(lambda x, t: jnp.sin(3 * x) + t * x, found.process, Velocity()),
+            make_estimator(lambda x, t: jnp.sin(3 * x) + t * x, found.process, Velocity()),
             found.process,
             state,
-            Interval(time, following),
+            StepInterval(time, following),
         )
     )
     ours, theirs = found.solver.init(jnp.asarray(NOISE), steps=steps), torch.from_numpy(NOISE.copy())

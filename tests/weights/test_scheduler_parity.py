@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import Ddim, Interval, LearnedVariance, estimator
+from dit_video.diffusion import Ddim, LearnedVariance, StepInterval, make_estimator
 from dit_video.weights import load_scheduler
 
 pytestmark = pytest.mark.parity
@@ -81,14 +81,17 @@ def of_diffusers(scheduler, drawn, model, steps, **options):
 def of_ours(folder, model, steps, noises, *, solver=None):
     """The samples after each step, and the times that the model was told."""
     found = load_scheduler(folder)
-    solver, grid = solver or found.solver, found.grid(found.process, steps)
+    solver, grid = solver or found.solver, found.time_schedule(found.process, steps)
 
     def denoise(x, time):
-        return model(x, grid.told[jnp.argmin(jnp.abs(grid.times - time))])
+        return model(x, grid.model_times[jnp.argmin(jnp.abs(grid.times - time))])
 
     step = jax.jit(
         lambda state, time, following, noise: solver.step(
-            estimator(denoise, found.process, found.prediction), found.process, state, Interval(time, following, noise)
+            make_estimator(denoise, found.process, found.prediction),
+            found.process,
+            state,
+            StepInterval(time, following, noise),
         )
     )
     dtype = grid.times.dtype
@@ -96,7 +99,7 @@ def of_ours(folder, model, steps, noises, *, solver=None):
     for index in range(steps):
         state = step(state, grid.times[index], grid.times[index + 1], jnp.asarray(noises[index], dtype))
         samples.append(np.asarray(state.x))
-    return samples, np.asarray(grid.told[:-1])
+    return samples, np.asarray(grid.model_times[:-1])
 
 
 def compare(folder, made, models, steps, *, tolerance=1e-6, solver=None, **options):

@@ -11,9 +11,9 @@ import pytest
 import safetensors.numpy
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.trees import flatten, size
-from dit_video.nn import param_shapes
-from dit_video.weights import load_text_encoder, save_text_encoder, t5_config
+from dit_video.core.trees import count_values, flatten
+from dit_video.nn import get_param_shapes
+from dit_video.weights import load_text_encoder, read_t5_config, save_text_encoder
 from support.rough import rough_params
 from support.tiny_t5 import CONFIG, change_json, write_encoder
 
@@ -201,14 +201,14 @@ def test_the_encoder_of_wan(tmp_path):
     values |= {"relative_attention_num_buckets": 32, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     values |= {"transformers_version": "4.48.0.dev0", "tokenizer_class": "T5Tokenizer", "_name_or_path": "umt5-xxl"}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    config = t5_config(tmp_path)
+    config = read_t5_config(tmp_path)
     assert (config.activation, config.position_bias, config.max_distance, config.eps) == (
         "gated-gelu",
         "each layer",
         128,
         1e-6,
     )
-    assert size(param_shapes(config.make)) == 5_680_910_336
+    assert count_values(get_param_shapes(config.make)) == 5_680_910_336
 
 
 def test_a_folder_that_holds_no_encoder(tmp_path):

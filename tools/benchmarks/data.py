@@ -16,77 +16,77 @@ from typing import Any
 
 import av
 
-from benchmarks.setting import Setting, make_examples, values_of
-from benchmarks.steps import Trained, compilations, peak_memory
-from dit_video.data.captions import TokenizedTexts
+from benchmarks.setting import Setting, make_examples, make_latents
+from benchmarks.steps import TrainingSetup, count_compilations, get_peak_memory
+from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import ingest, list_clips
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import write_latents
-from dit_video.data.loader import Reading, packed_batches
-from dit_video.data.sizes import SizeLimits, fit, sampled_frames
+from dit_video.data.loader import LoaderConfig, load_packed_batches
+from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size
 from dit_video.data.synthetic import shapes
-from dit_video.data.windows import CACHE_BYTES, THREADS, Stretches, WindowBatches
+from dit_video.data.windows import CACHE_BYTES, DECODE_THREADS, ClipCrops, WindowBatches
 from dit_video.tokens import Grid
 from dit_video.training import loop
-from dit_video.training.hooks.logging import MetricsLog, read
+from dit_video.training.hooks.logging import MetricsLog, read_metrics
 from dit_video.video import decode
 
-_RENDERED = (Grid(33, 240, 320), Grid(33, 320, 240), Grid(17, 360, 640))
+_RENDERED_SIZES = (Grid(33, 240, 320), Grid(33, 320, 240), Grid(17, 360, 640))
 """Sizes of the rendered clips, if no folder of clips is set."""
 
 
 @contextlib.contextmanager
-def clips_of(folder: Path | None, count: int) -> Iterator[Path]:
+def provide_clips(folder: Path | None, count: int) -> Iterator[Path]:
     """Yield `folder`, or a temporary folder of `count` rendered clips if it is None."""
     if folder is not None:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as temporary:
-        yield shapes.write_folder(Path(temporary) / "clips", count=count, seed=0, sizes=_RENDERED)
+        yield shapes.write_folder(Path(temporary) / "clips", count=count, seed=0, sizes=_RENDERED_SIZES)
 
 
-def measure_latents(setting: Setting, trained: Trained, number: int) -> tuple[dict[str, Any], Trained]:
+def measure_latents(setting: Setting, setup: TrainingSetup, num_examples: int) -> tuple[dict[str, Any], TrainingSetup]:
     """Measure an epoch of cached latents through the real loader and loop, with a denoiser's compiled step."""
-    config, examples = setting.denoiser, enumerate(make_examples(setting, number))
-    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, compilations() as compiled:
+    config, examples = setting.denoiser, enumerate(make_examples(setting, num_examples))
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, count_compilations() as compiled:
         encoded = (
-            LatentExample(str(index), example.caption, values_of(setting, index, example))
+            LatentExample(str(index), example.caption, make_latents(setting, index, example))
             for index, example in examples
         )
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
         source = LatentSource(Path(folder) / "latents")
-        reading = Reading(batch=config.batch, seed=0)
-        texts = TokenizedTexts(source.all_captions, config.text.tokenizer())
-        batches = packed_batches(source, texts, patch=config.dit.patch, shape=config.rows, reading=reading)
+        reading = LoaderConfig(batch=config.batch, seed=0)
+        texts = TokenizedCaptions(source.all_captions, config.text.tokenizer())
+        batches = load_packed_batches(source, texts, patch=config.dit.patch, shape=config.rows, config=reading)
         epoch = -(-batches.rows_per_epoch // config.batch)
-        last = int(trained.state.step) + epoch
+        last = int(setup.state.step) + epoch
         log = MetricsLog(Path(folder) / "metrics.jsonl")
         compile_counts: list[int] = []
         with contextlib.closing(batches):
             state = loop.run(
-                trained.step,
-                trained.state,
-                lambda _: map(trained.place, batches),
+                setup.step,
+                setup.state,
+                lambda _: map(setup.place_batch, batches),
                 config=loop.LoopConfig(steps=last, log_every=last, save_every=last),
                 log=log,
                 title="an epoch",
                 on_step=lambda _done, _state: compile_counts.append(compiled()),
             )
-        entry = read(log.path)[-1]
+        entry = read_metrics(log.path)[-1]
     figures = {
-        "examples": number,
+        "examples": num_examples,
         "steps": epoch,
         "step_ms": round(1000 * entry["step_seconds"], 3),
         "waiting_share": round(entry["data_wait"], 4),
         "padding_share": round(batches.padding, 4),
         "compilations": compile_counts[-1],
-        "peak_memory": peak_memory(),
+        "peak_memory": get_peak_memory(),
     }
-    return figures, trained._replace(state=state)
+    return figures, setup._replace(state=state)
 
 
-def measure_videos(setting: Setting, trained: Trained, clips: Path, steps: int) -> dict[str, Any]:
+def measure_videos(setting: Setting, setup: TrainingSetup, clips: Path, steps: int) -> dict[str, Any]:
     """Measure the autoencoder's training from video files, with decoded frames cached in memory or not."""
     window = setting.autoencoder.windows[0]
     limits = SizeLimits(
@@ -98,30 +98,30 @@ def measure_videos(setting: Setting, trained: Trained, clips: Path, steps: int) 
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         ingest(clips, Path(folder) / "data")
         source = ClipSource(Path(folder) / "data")
-        state = trained.state
+        state = setup.state
         for name, cache_bytes in (("kept", CACHE_BYTES), ("decoded at every use", 0)):
-            clip_crops = Stretches(source, limits, cache_bytes=cache_bytes)
+            clip_crops = ClipCrops(source, limits, cache_bytes=cache_bytes)
             first = int(state.step)
             log = MetricsLog(Path(folder) / f"{name}.jsonl")
             with contextlib.closing(WindowBatches(clip_crops, [window], seed=0)) as batches:
                 state = loop.run(
-                    trained.step,
+                    setup.step,
                     state,
-                    functools.partial(_placed, trained, batches),
+                    functools.partial(_place_batches, setup, batches),
                     config=loop.LoopConfig(steps=first + 2 * steps, log_every=steps, save_every=1 << 30),
                     log=log,
                     title=f"training from videos, {name}",
                 )
-            entry = read(log.path)[-1]  # the second half, as the first one fills the cache
+            entry = read_metrics(log.path)[-1]  # the second half, as the first one fills the cache
             figures[name] = {
                 "step_ms": round(1000 * entry["step_seconds"], 3),
                 "waiting_share": round(entry["data_wait"], 4),
             }
-    return {"clips": len(source), "steps": steps, "threads": THREADS, **figures}
+    return {"clips": len(source), "steps": steps, "threads": DECODE_THREADS, **figures}
 
 
-def _placed(trained: Trained, batches: Iterator[Any], _start: int) -> Iterator[Any]:
-    return map(trained.place, batches)
+def _place_batches(setup: TrainingSetup, batches: Iterator[Any], _start: int) -> Iterator[Any]:
+    return map(setup.place_batch, batches)
 
 
 def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, An
     multiple = Grid(1, stride.h * patch.h, stride.w * patch.w)
     limits = SizeLimits(max_pixels=max(setting.data.max_pixels, 96 * 128), max_frames=1 << 30, multiple=multiple)
     files = [(Path(path), infos[name]) for path in names if (name := os.path.relpath(path, clips)) in infos]
-    sizes = {info.name: fit(info, limits) for _, info in files}
+    sizes = {info.name: fit_size(info, limits) for _, info in files}
 
     def bare() -> None:
         for path, info in files:
@@ -149,11 +149,11 @@ def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, An
     def ours(fps: float | None) -> None:
         for path, info in files:
             height, width = sizes[info.name][1:]
-            frames = info.frames if fps is None else sampled_frames(info, replace(limits, fps=fps))
+            frames = info.frames if fps is None else count_sampled_frames(info, replace(limits, fps=fps))
             decode(path, size=Grid(frames, height, width), fps=None if fps is None else min(fps, info.fps))
 
-    with one_core():
-        best = in_turn({"bare": bare, "ours": lambda: ours(None), "ours at 8 fps": lambda: ours(8.0)}, rounds)
+    with pin_to_one_core():
+        best = time_best({"bare": bare, "ours": lambda: ours(None), "ours at 8 fps": lambda: ours(8.0)}, rounds)
     frames = sum(info.frames for _, info in files)
     return {
         "files": len(files),
@@ -163,19 +163,19 @@ def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, An
     }
 
 
-def measure_ingest(clips: Path, rounds: int, *, least: int = 200) -> dict[str, Any]:
+def measure_ingest(clips: Path, rounds: int, *, min_clips: int = 200) -> dict[str, Any]:
     """Measure ingested clips per second with one and with two decoding processes; few clips are repeated."""
     listed = [clip for clip in list_clips(clips).clips if clip.offset is None]
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         source, numbers = Path(folder) / "source", itertools.count()
         source.mkdir()
-        for number, clip in zip(range(max(least, len(listed))), itertools.cycle(listed), strict=False):
+        for number, clip in zip(range(max(min_clips, len(listed))), itertools.cycle(listed), strict=False):
             (source / f"{number:06d}{Path(clip.name).suffix}").symlink_to(Path(clip.path).resolve())
 
         def run(workers: int) -> None:
             ingest(source, Path(folder) / str(next(numbers)), workers=workers)
 
-        best = in_turn({"one": lambda: run(1), "two": lambda: run(2)}, rounds, clock=time.perf_counter)
+        best = time_best({"one": lambda: run(1), "two": lambda: run(2)}, rounds, clock=time.perf_counter)
         count = sum(1 for _ in source.iterdir())
     return {
         "clips": count,
@@ -184,33 +184,33 @@ def measure_ingest(clips: Path, rounds: int, *, least: int = 200) -> dict[str, A
     }
 
 
-def measure_memory(setting: Setting, number: int, batches: int) -> dict[str, Any]:
+def measure_memory(setting: Setting, num_examples: int, batches: int) -> dict[str, Any]:
     """Measure the resident memory after a tenth of the batches and at the end."""
-    config, examples = setting.denoiser, enumerate(make_examples(setting, number))
+    config, examples = setting.denoiser, enumerate(make_examples(setting, num_examples))
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         encoded = (
-            LatentExample(str(index), example.caption, values_of(setting, index, example))
+            LatentExample(str(index), example.caption, make_latents(setting, index, example))
             for index, example in examples
         )
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
         source = LatentSource(Path(folder) / "latents")
-        loader = packed_batches(
+        loader = load_packed_batches(
             source,
-            TokenizedTexts(source.all_captions, config.text.tokenizer()),
+            TokenizedCaptions(source.all_captions, config.text.tokenizer()),
             patch=config.dit.patch,
             shape=config.rows,
-            reading=Reading(batch=config.batch, seed=0),
+            config=LoaderConfig(batch=config.batch, seed=0),
         )
         memory = {}
         with contextlib.closing(loader):
             for done in range(1, batches + 1):
                 next(loader)
                 if done in (max(1, batches // 10), batches):
-                    memory[done] = resident()
+                    memory[done] = get_resident_memory()
     return {"batches": batches, "bytes": {str(done): size for done, size in memory.items()}}
 
 
-def resident() -> int:
+def get_resident_memory() -> int:
     """Return the resident memory of this process in bytes, or 0 if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -220,7 +220,7 @@ def resident() -> int:
 
 
 @contextlib.contextmanager
-def one_core() -> Iterator[None]:
+def pin_to_one_core() -> Iterator[None]:
     """Pin this thread, and those that it starts, to one core if the system supports it."""
     if not hasattr(os, "sched_setaffinity"):
         yield
@@ -233,7 +233,7 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def in_turn(
+def time_best(
     runs: Mapping[str, Callable[[], None]], rounds: int, *, clock: Callable[[], float] = time.process_time
 ) -> dict[str, float]:
     """Return the minimum seconds of each, by default of CPU time, which other programs on the core do not affect."""

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.data import resident
+from benchmarks.data import get_resident_memory
 from benchmarks.setting import Setting
-from benchmarks.steps import Trained
+from benchmarks.steps import TrainingSetup
 from dit_video.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.core import rng
 from dit_video.data.bucketing.batches import BucketConfig
-from dit_video.data.bucketing.buckets import Memory
-from dit_video.data.captions import TokenizedTexts
+from dit_video.data.bucketing.buckets import BatchMemory
+from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import ingest
 from dit_video.data.packing.rows import Encode
@@ -26,13 +26,13 @@ from dit_video.experiment import input_pipeline
 from dit_video.nn import init_params
 from dit_video.tokens import Grid
 from dit_video.training import loop
-from dit_video.training.hooks.logging import MetricsLog, read
+from dit_video.training.hooks.logging import MetricsLog, read_metrics
 
-_BUCKETS = 2
+_NUM_BUCKETS = 2
 """Number of bucket sizes, each of which compiles its own step."""
 
 
-class Timed:
+class TimedEncoder:
     """An encoder that adds up the seconds it takes."""
 
     def __init__(self, encode: Encode):
@@ -45,13 +45,13 @@ class Timed:
         return latents
 
 
-def zeros(model: AutoencoderConfig, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+def encode_zeros(model: AutoencoderConfig, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Return zeros instead of latents, which leaves the cost of reading, decoding, resizing and packing."""
     grids = [latent_grid(Grid(*clip.shape[:3]), model.stride) for clip in clips]
     return [np.zeros((*grid, model.channels), np.float32) for grid in grids]
 
 
-def measure_live(setting: Setting, trained: Trained, clips: Path, steps: int) -> dict[str, Any]:
+def measure_online(setting: Setting, setup: TrainingSetup, clips: Path, steps: int) -> dict[str, Any]:
     """Measure the time of steps, the share of it spent waiting for data, and the share the encoder is busy.
 
     `encoded` is training as usual. `given` replaces latents by zeros, which cost nothing, so that the remaining wait is
@@ -62,9 +62,9 @@ def measure_live(setting: Setting, trained: Trained, clips: Path, steps: int) ->
     rows = replace(setting, data=data, denoiser=replace(setting.denoiser, buckets=None))
     # As many tokens per step as the rows have, so that both layouts are comparable.
     config = BucketConfig(
-        memory=Memory(fixed=0, per_token=1),
-        budget=setting.denoiser.rows.tokens * setting.denoiser.batch / input_pipeline.parts(rows),
-        count=_BUCKETS,
+        memory=BatchMemory(fixed=0, per_token=1),
+        budget=setting.denoiser.rows.tokens * setting.denoiser.batch / input_pipeline.count_row_shards(rows),
+        count=_NUM_BUCKETS,
     )
     buckets = replace(rows, denoiser=replace(rows.denoiser, buckets=config))
     model, figures = setting.autoencoder.model, {}
@@ -75,20 +75,20 @@ def measure_live(setting: Setting, trained: Trained, clips: Path, steps: int) ->
         for name, experiment in (("rows", rows), ("buckets", buckets)):
             figures[name] = {}
             for mode, encode in (
-                ("encoded", input_pipeline.live_encoder(experiment, params, source)),
-                ("given", functools.partial(zeros, model)),
+                ("encoded", input_pipeline.make_online_encoder(experiment, params, source)),
+                ("given", functools.partial(encode_zeros, model)),
             ):
-                figures[name][mode], trained = _train(experiment, trained, source, Timed(encode), steps)
+                figures[name][mode], setup = _train(experiment, setup, source, TimedEncoder(encode), steps)
     return {"clips": len(source), "steps": steps, **figures}
 
 
 def _train(
-    experiment: Setting, trained: Trained, source: ClipSource, encode: Timed, steps: int
-) -> tuple[dict[str, Any], Trained]:
+    experiment: Setting, setup: TrainingSetup, source: ClipSource, encode: TimedEncoder, steps: int
+) -> tuple[dict[str, Any], TrainingSetup]:
     """Train for twice the steps; new programs are compiled in the first half, and the second half is measured."""
-    first, warmup_seconds = int(trained.state.step), [0.0]
-    texts = TokenizedTexts([info.captions for info in source.infos], experiment.denoiser.text.tokenizer())
-    batches = input_pipeline.live(experiment, source, texts, encode)(0)
+    first, warmup_seconds = int(setup.state.step), [0.0]
+    texts = TokenizedCaptions([info.captions for info in source.infos], experiment.denoiser.text.tokenizer())
+    batches = input_pipeline.make_online_batches(experiment, source, texts, encode)(0)
 
     def record_warmup(done: int, _state: Any) -> None:
         if done == first + steps:
@@ -97,19 +97,19 @@ def _train(
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, contextlib.closing(batches):
         log = MetricsLog(Path(folder) / "metrics.jsonl")
         state = loop.run(
-            trained.step,
-            trained.state,
-            lambda _: map(trained.place, batches),
+            setup.step,
+            setup.state,
+            lambda _: map(setup.place_batch, batches),
             config=loop.LoopConfig(steps=first + 2 * steps, log_every=steps, save_every=1 << 30),
             log=log,
             title="training from video files",
             on_step=record_warmup,
         )
-        memory, entry = resident(), read(log.path)[-1]
+        memory, entry = get_resident_memory(), read_metrics(log.path)[-1]
     figures = {
         "step_ms": round(1000 * entry["step_seconds"], 3),
         "waiting_share": round(entry["data_wait"], 4),
         "encoding_share": round((encode.seconds - warmup_seconds[0]) / (steps * entry["step_seconds"]), 4),
         "bytes": memory,
     }
-    return figures, trained._replace(state=state)
+    return figures, setup._replace(state=state)

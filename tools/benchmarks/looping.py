@@ -16,24 +16,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.setting import Packed, Setting
-from benchmarks.steps import Trained, denoiser_parts, trainable
+from benchmarks.setting import Setting, SyntheticBatches
+from benchmarks.steps import TrainingSetup, make_denoiser_parts, make_training_setup
 from dit_video.core.errors import UserError
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.logging import MetricsLog
 from dit_video.training.loop import LoopConfig, run
-from dit_video.training.state import with_step
+from dit_video.training.state import replace_step
 
-_WARM = 3
+_WARMUP_STEPS = 3
 """Number of untimed steps at the start of every measurement."""
-_EVERY = 500
+_DEFAULT_SAVE_EVERY = 500
 """Number of steps between two saves, if the config does not set it."""
-_SAVED = 6
+_STEPS_BEFORE_KILL = 6
 """Number of steps after the first one until a checkpoint is complete."""
 _WORKER = Path(__file__).with_name("restarting.py")
 
 
-def measure(setting: Setting, steps: int, number: int, rounds: int, command: Sequence[str] = ()) -> dict[str, Any]:
+def measure(
+    setting: Setting, steps: int, num_examples: int, rounds: int, worker_arguments: Sequence[str] = ()
+) -> dict[str, Any]:
     """Measure everything, with the denoiser of a setting on random latents.
 
     Args:
@@ -43,17 +45,17 @@ def measure(setting: Setting, steps: int, number: int, rounds: int, command: Seq
       rounds: number of rounds of interleaved measurements.
       command: command-line arguments that select the same setting in the worker whose starts are timed.
     """
-    trained = trainable(setting, *denoiser_parts(setting))
-    batches = list(itertools.islice(Packed(setting, number), 8))
+    trained = make_training_setup(setting, *make_denoiser_parts(setting))
+    batches = list(itertools.islice(SyntheticBatches(setting, num_examples), 8))
     figures: dict[str, Any] = {"steps": steps, "rounds": rounds}
     with tempfile.TemporaryDirectory() as folder:
         kinds = {
-            "bare": lambda trained: _bare(trained, batches, steps),
-            "loop": lambda trained: _looped(trained, batches, steps, Path(folder), save=False),
-            "saving": lambda trained: _looped(trained, batches, steps, Path(folder), save=True),
+            "bare": lambda trained: _time_bare_step(trained, batches, steps),
+            "loop": lambda trained: _time_loop(trained, batches, steps, Path(folder), save=False),
+            "saving": lambda trained: _time_loop(trained, batches, steps, Path(folder), save=True),
         }
-        seconds, trained = _in_turn(kinds, trained, rounds)
-    save_every = getattr(setting, "save_every", _EVERY)
+        seconds, trained = _time_alternately(kinds, trained, rounds)
+    save_every = getattr(setting, "save_every", _DEFAULT_SAVE_EVERY)
     loop_overhead = statistics.median(
         looped / bare - 1 for bare, looped in zip(seconds["bare"], seconds["loop"], strict=True)
     )
@@ -68,12 +70,12 @@ def measure(setting: Setting, steps: int, number: int, rounds: int, command: Seq
         "save_seconds": round(save_seconds, 4),
         "save_overhead": {f"every {n} steps": round(save_seconds / n / looped, 4) for n in sorted({steps, save_every})},
     }
-    return figures | measure_starts(command)
+    return figures | measure_starts(worker_arguments)
 
 
-def _in_turn(
-    kinds: dict[str, Callable[[Trained], tuple[float, Trained]]], trained: Trained, rounds: int
-) -> tuple[dict[str, list[float]], Trained]:
+def _time_alternately(
+    kinds: dict[str, Callable[[TrainingSetup], tuple[float, TrainingSetup]]], setup: TrainingSetup, rounds: int
+) -> tuple[dict[str, list[float]], TrainingSetup]:
     """Return the seconds per step of every kind in every round, in alternating order.
 
     Other load on the machine affects all kinds of a round alike, so kinds are compared within each round.
@@ -81,18 +83,18 @@ def _in_turn(
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds):
         for kind in list(kinds)[:: -1 if number % 2 else 1]:
-            each, trained = kinds[kind](trained)
+            each, setup = kinds[kind](setup)
             seconds[kind].append(each)
-    return seconds, trained
+    return seconds, setup
 
 
-def _bare(trained: Trained, batches: list[Any], steps: int) -> tuple[float, Trained]:
+def _time_bare_step(setup: TrainingSetup, batches: list[Any], steps: int) -> tuple[float, TrainingSetup]:
     """Time the step and the transfer of its batch, at most two steps ahead as in the loop."""
-    step, state, place = trained.step, trained.state, trained.place
+    step, state, place = setup.step, setup.state, setup.place_batch
     pending: list[Any] = []
     start_time = 0.0
-    for number in range(_WARM + steps):
-        if number == _WARM:
+    for number in range(_WARMUP_STEPS + steps):
+        if number == _WARMUP_STEPS:
             jax.block_until_ready(state)
             start_time = time.perf_counter()
         state, metrics = step(state, place(batches[number % len(batches)]))
@@ -100,15 +102,17 @@ def _bare(trained: Trained, batches: list[Any], steps: int) -> tuple[float, Trai
         if len(pending) > 2:
             jax.block_until_ready(pending[-3])
     jax.block_until_ready(state)
-    return (time.perf_counter() - start_time) / steps, trained._replace(state=state)
+    return (time.perf_counter() - start_time) / steps, setup._replace(state=state)
 
 
-def _looped(trained: Trained, batches: list[Any], steps: int, folder: Path, *, save: bool) -> tuple[float, Trained]:
+def _time_loop(
+    setup: TrainingSetup, batches: list[Any], steps: int, folder: Path, *, save: bool
+) -> tuple[float, TrainingSetup]:
     """Time the loop with its log; with `save`, one save is within the timed steps and one before, which compiles."""
     run_folder = folder / "run"
     shutil.rmtree(run_folder, ignore_errors=True)
     checkpoints = Checkpoints(run_folder / "checkpoints") if save else None
-    first = steps + steps // 2 if save else _WARM
+    first = steps + steps // 2 if save else _WARMUP_STEPS
     last, marks = first + steps, dict[int, float]()
 
     def mark(done: int, state: Any) -> None:
@@ -120,21 +124,21 @@ def _looped(trained: Trained, batches: list[Any], steps: int, folder: Path, *, s
 
     def endless(_start: int) -> Iterator[Any]:
         for number in itertools.count():
-            yield trained.place(batches[number % len(batches)])
+            yield setup.place_batch(batches[number % len(batches)])
 
     state = run(
-        trained.step,
-        with_step(trained.state, jnp.zeros((), jnp.int32)),
+        setup.step,
+        replace_step(setup.state, jnp.zeros((), jnp.int32)),
         endless,
         config=LoopConfig(steps=last + 1, log_every=20, save_every=steps if save else last + 1),
         checkpoints=checkpoints,
         log=MetricsLog(run_folder / "metrics.jsonl"),
         on_step=mark,
     )
-    return (marks[last] - marks[first]) / steps, trained._replace(state=state)
+    return (marks[last] - marks[first]) / steps, setup._replace(state=state)
 
 
-def measure_starts(command: Sequence[str]) -> dict[str, Any]:
+def measure_starts(worker_arguments: Sequence[str]) -> dict[str, Any]:
     """Measure the seconds from a process's start to the end of its first step, of a new run and of a killed one.
 
     The first process compiles; the second one uses the kept programs and restores a checkpoint.
@@ -143,8 +147,8 @@ def measure_starts(command: Sequence[str]) -> dict[str, Any]:
       command: command-line arguments of the worker that select the setting.
     """
     with tempfile.TemporaryDirectory() as folder:
-        start, _ = _until_step(folder, command, more=_SAVED)
-        restart, step = _until_step(folder, command, more=0)
+        start, _ = _run_until_step(folder, worker_arguments, extra_steps=_STEPS_BEFORE_KILL)
+        restart, step = _run_until_step(folder, worker_arguments, extra_steps=0)
     return {
         "start_to_first_step_seconds": start,
         "restart_to_first_step_seconds": restart,
@@ -152,13 +156,13 @@ def measure_starts(command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _until_step(folder: str, command: Sequence[str], *, more: int) -> tuple[float, int]:
+def _run_until_step(folder: str, worker_arguments: Sequence[str], *, extra_steps: int) -> tuple[float, int]:
     """Return the seconds to the first step and its number; the process is killed after `more` further steps."""
     # With programs kept by an earlier process, the first start would not compile.
     inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     start_time = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, str(_WORKER), folder, *command],
+        [sys.executable, str(_WORKER), folder, *worker_arguments],
         stdout=subprocess.PIPE,
         text=True,
         env={**inherited, "PYTHONPATH": os.pathsep.join([str(_WORKER.parents[2]), str(_WORKER.parents[1])])},
@@ -169,7 +173,7 @@ def _until_step(folder: str, command: Sequence[str], *, more: int) -> tuple[floa
         for line in process.stdout:
             if line.startswith("step "):
                 steps.append((time.perf_counter() - start_time, int(line.split()[1])))
-            if len(steps) > more:
+            if len(steps) > extra_steps:
                 break
         else:
             raise UserError("the timed run failed before it was killed; see its error above")

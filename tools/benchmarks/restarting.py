@@ -9,24 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.setting import Packed, Setting, chosen_setting
-from benchmarks.steps import denoiser_parts
+from benchmarks.setting import Setting, SyntheticBatches, resolve_setting
+from benchmarks.steps import make_denoiser_parts
 from dit_video.core import rng
 from dit_video.distributed import make_mesh
-from dit_video.platform.compilation_cache import keep_programs
+from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.training import loop, trainer
 from dit_video.training.optim.optimizer import make_optimizer
 
 _STEPS, _SAVE_EVERY, _EXAMPLES = 10_000, 2, 200
 
 
-class _Batches:
+class _RowIterator:
     """Iterator of the rows of a setting, from a step on."""
 
     hash = "benchmark"
 
     def __init__(self, setting: Setting, start: int):
-        self._rows = itertools.islice(itertools.cycle(itertools.islice(Packed(setting, _EXAMPLES), 4)), start, None)
+        self._rows = itertools.islice(
+            itertools.cycle(itertools.islice(SyntheticBatches(setting, _EXAMPLES), 4)), start, None
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -44,15 +46,15 @@ def main() -> None:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
-    keep_programs(arguments.folder / "programs")
-    setting = chosen_setting(arguments.config, arguments.set)
-    init, loss, optimizer = denoiser_parts(setting)
+    enable_compilation_cache(arguments.folder / "programs")
+    setting = resolve_setting(arguments.config, arguments.set)
+    init, loss, optimizer = make_denoiser_parts(setting)
 
     def print_step(done: int, _state: Any) -> dict[str, float]:
         print(f"step {done}", flush=True)
         return {}
 
-    trainer.Training(
+    trainer.Trainer(
         folder=arguments.folder / "denoiser",
         title="training",
         init=init,
@@ -62,8 +64,8 @@ def main() -> None:
         ema_decay=0.999,
         config=loop.LoopConfig(steps=_STEPS, save_every=_SAVE_EVERY),
         mesh=make_mesh(setting.mesh),
-        periodic=(loop.Periodic(every=1, call=print_step),),
-    ).run(lambda start: _Batches(setting, start))
+        periodic=(loop.PeriodicCall(every=1, call=print_step),),
+    ).run(lambda start: _RowIterator(setting, start))
 
 
 if __name__ == "__main__":

@@ -22,23 +22,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.setting import byte_tokens
-from benchmarks.steps import compilations
-from benchmarks.turns import in_turn
-from dit_video.backbones.denoise import packed_denoise
+from benchmarks.setting import tokenize_bytes
+from benchmarks.steps import count_compilations
+from benchmarks.turns import time_median
+from dit_video.backbones.denoise import make_denoise_fn
 from dit_video.backbones.dit import DitConfig
 from dit_video.core import rng
 from dit_video.diffusion import RectifiedFlow
-from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
-from dit_video.nn import graph_of, init_params
+from dit_video.generation import Denoiser, LatentRequest, Sampling, draw_initial_noise, sample_latents
+from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid
+from dit_video.tokens import (
+    Grid,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_coordinates,
+    compute_token_grid,
+    pack,
+    patchify,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class SamplingShape:
     """Shape of a model with random parameters and of the sampled clips, each of which fills a row."""
 
     width: int = 384
@@ -46,24 +55,26 @@ class Shape:
     heads: int = 6
     latents: Grid = Grid(5, 24, 32)
     channels: int = 16
-    text: int = 64
-    clips: int = 2
+    text_tokens: int = 64
+    num_clips: int = 2
     """Number of clips that are sampled at once."""
     steps: int = 8
 
 
-QUICKSTART = Shape(width=176, layers=4, heads=4, latents=Grid(5, 12, 8), channels=8, clips=8, steps=32)
+QUICKSTART = SamplingShape(width=176, layers=4, heads=4, latents=Grid(5, 12, 8), channels=8, num_clips=8, steps=32)
 """Shape of the shipped model, with rows of 120 tokens."""
-SMALL = Shape(width=16, layers=1, heads=2, latents=Grid(1, 4, 4), channels=2, text=16, clips=2, steps=3)
+SMALL = SamplingShape(
+    width=16, layers=1, heads=2, latents=Grid(1, 4, 4), channels=2, text_tokens=16, num_clips=2, steps=3
+)
 """Tiny shape, to try the command."""
 
 
-class Model:
+class SamplingModel:
     """A denoiser with random parameters, and its sampling requests."""
 
-    def __init__(self, shape: Shape):
-        self.shape, self.rows = shape, shape.clips
-        text = ByteEncoderConfig(width=64, layers=1, heads=2, max_tokens=shape.text)
+    def __init__(self, shape: SamplingShape):
+        self.shape, self.num_rows = shape, shape.num_clips
+        text = ByteEncoderConfig(width=64, layers=1, heads=2, max_tokens=shape.text_tokens)
         self._config = DitConfig(
             channels=shape.channels,
             context_width=text.width,
@@ -77,47 +88,47 @@ class Model:
             "dit": init_params(self._config.make, rng.key(0, "benchmark model")),
             "text": init_params(text.make, rng.key(0, "benchmark text")),
         }
-        self.row = RowShape(tokens=self.tokens, text=2 * shape.text, segments=4)
+        self.row_shape = PackedShape(tokens=self.num_tokens, text=2 * shape.text_tokens, segments=4)
         self.denoiser = Denoiser(
-            dit=graph_of(self._config.make),
-            text=graph_of(text.make),
+            dit=get_graph_def(self._config.make),
+            text=get_graph_def(text.make),
             params=params,
-            tokenizer=lambda prompt: byte_tokens(text, prompt),
+            tokenizer=lambda prompt: tokenize_bytes(text, prompt),
             process=RectifiedFlow(),
             patch=self._config.patch,
         )
 
     @property
-    def tokens(self) -> int:
-        return token_grid(self.shape.latents, self._config.patch).volume
+    def num_tokens(self) -> int:
+        return compute_token_grid(self.shape.latents, self._config.patch).volume
 
     def sample(self, sampling: Sampling, *, seed: int = 0, prompt: str = "a red circle") -> Any:
         """Sample as many clips as there are rows."""
-        return self._sample(sampling, self.row, self.rows, seed, prompt)
+        return self._sample(sampling, self.row_shape, self.num_rows, seed, prompt)
 
     def sample_one(self, sampling: Sampling) -> Any:
         """Sample one clip in a row with room for two."""
-        return self._sample(sampling, replace(self.row, tokens=2 * self.row.tokens), 1, 0, "a red circle")
+        return self._sample(sampling, replace(self.row_shape, tokens=2 * self.row_shape.tokens), 1, 0, "a red circle")
 
-    def _sample(self, sampling: Sampling, row: RowShape, rows: int, seed: int, prompt: str) -> Any:
-        noise = initial_noise(seed, self.shape.latents, self.shape.channels)
-        requests = [LatentRequest(f"{prompt} {number}", "", noise, seed=seed) for number in range(rows)]
-        return sample_latents(self.denoiser, requests, sampling=sampling, shape=row, rows=rows)
+    def _sample(self, sampling: Sampling, row_shape: PackedShape, num_rows: int, seed: int, prompt: str) -> Any:
+        noise = draw_initial_noise(seed, self.shape.latents, self.shape.channels)
+        requests = [LatentRequest(f"{prompt} {number}", "", noise, seed=seed) for number in range(num_rows)]
+        return sample_latents(self.denoiser, requests, sampling=sampling, shape=row_shape, rows=num_rows)
 
-    def forward(self) -> Callable[[], Any]:
+    def make_forward(self) -> Callable[[], Any]:
         """Return a function that calls the denoiser on those rows. The text encoder, which runs once, is excluded."""
         shape, graph = self.shape, self.denoiser.dit
-        noise = initial_noise(0, shape.latents, shape.channels)
-        text = byte_tokens(self._text, "a red circle 0")
-        positions = coordinates(token_grid(shape.latents, self._config.patch))
-        example = Item(patchify(noise, self._config.patch), positions, text, 0)
-        packed = [pack([example], self.row, width=example.tokens.shape[1])] * self.rows
-        rows = jax.device_put(Rows(*map(np.stack, zip(*packed, strict=True))))
+        noise = draw_initial_noise(0, shape.latents, shape.channels)
+        text = tokenize_bytes(self._text, "a red circle 0")
+        positions = compute_coordinates(compute_token_grid(shape.latents, self._config.patch))
+        example = PackedExample(patchify(noise, self._config.patch), positions, text, 0)
+        packed = [pack([example], self.row_shape, width=example.tokens.shape[1])] * self.num_rows
+        rows = jax.device_put(PackedBatch(*map(np.stack, zip(*packed, strict=True))))
         context = nnx.merge(self.denoiser.text, self.denoiser.params["text"])(rows.text, rows.text_segments)
 
         @jax.jit
         def predict(params, noisy, time, values, segments):
-            denoise = packed_denoise(
+            denoise = make_denoise_fn(
                 nnx.merge(graph, params),
                 segments=rows.segments,
                 coordinates=rows.coordinates,
@@ -131,19 +142,19 @@ class Model:
         return lambda: jax.block_until_ready(predict(params, rows.tokens, time, context.values, context.segments))
 
 
-def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+def measure(shape: SamplingShape, rounds: int) -> dict[str, Any]:
     """Measure sampling with one model."""
-    model = Model(shape)
+    model = SamplingModel(shape)
     once = Sampling(steps=shape.steps, guidance=1.0)
-    forward = model.forward()
+    forward = model.make_forward()
 
     def forwards() -> None:
         for _ in range(shape.steps):
             forward()
 
     batched = Sampling(steps=shape.steps, guidance=2.0)
-    sequential = replace(batched, branches="apart")
-    seconds = in_turn(
+    sequential = replace(batched, branch_evaluation="apart")
+    seconds = time_median(
         {
             "forwards": forwards,
             "steps": lambda: model.sample(once),
@@ -155,8 +166,8 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         rounds,
     )
     figures = {
-        "clips": shape.clips,
-        "tokens": model.tokens,
+        "clips": shape.num_clips,
+        "tokens": model.num_tokens,
         "width": shape.width,
         "steps": shape.steps,
         "rounds": rounds,
@@ -164,7 +175,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         "steps_of_forwards": round(seconds["steps"] / seconds["forwards"], 3),
         "together_of_apart": round(seconds["together"] / seconds["apart"], 3),
         "one_clip_together_of_apart": round(seconds["one clip, together"] / seconds["one clip, apart"], 3),
-        "compilations": compiled(model, batched),
+        "compilations": count_recompilations(model, batched),
     }
     print(
         f"{shape.steps} steps take {figures['steps_of_forwards']} of the forward passes; batched guidance takes "
@@ -174,10 +185,10 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     return figures
 
 
-def compiled(model: Model, sampling: Sampling) -> int:
+def count_recompilations(model: SamplingModel, sampling: Sampling) -> int:
     """Count the programs compiled for other prompts, seeds, scales and numbers of steps after a first sample."""
     model.sample(sampling)
-    with compilations() as count:
+    with count_compilations() as count:
         model.sample(sampling, seed=3)
         model.sample(sampling, prompt="a blue square moving up")
         model.sample(replace(sampling, guidance=4.5))
@@ -186,7 +197,7 @@ def compiled(model: Model, sampling: Sampling) -> int:
         return count()
 
 
-_FIRST = """
+_FIRST_RESULT_SCRIPT = """
 import sys, time
 began = time.perf_counter()
 import dit_video
@@ -199,14 +210,14 @@ print(time.perf_counter() - began)
 """
 
 
-def first_result(run: Path) -> dict[str, Any]:
+def measure_first_result(run: Path) -> dict[str, Any]:
     """Measure the seconds from a process's start to its first clip: import, load, compile, sample and decode."""
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         environment |= {"XDG_CACHE_HOME": folder, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
 
         def start(keep: str) -> float:
-            command = [sys.executable, "-c", _FIRST, str(run), keep]
+            command = [sys.executable, "-c", _FIRST_RESULT_SCRIPT, str(run), keep]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(done.stderr)

@@ -19,7 +19,16 @@ from dit_video.data.packing.plan import RowStream
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid
+from dit_video.tokens import (
+    Grid,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_coordinates,
+    compute_token_grid,
+    pack,
+    patchify,
+)
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 _WORDS = (
@@ -27,7 +36,7 @@ _WORDS = (
     ("circle", "square", "triangle"),
     (" moving left", " moving right", " moving up", " moving down"),
 )
-CONFIG = Path(__file__).resolve().parents[2] / "experiments" / "configs" / "quickstart.py"
+DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "experiments" / "configs" / "quickstart.py"
 # Models of about the same size, for when the imports of the quickstart's config are not installed.
 BUILT_IN = SimpleNamespace(
     name="built in",
@@ -41,11 +50,9 @@ BUILT_IN = SimpleNamespace(
     denoiser=SimpleNamespace(
         dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
         text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
-        rows=RowShape(tokens=120, text=224, segments=12),
+        rows=PackedShape(tokens=120, text=224, segments=12),
         batch=8,
-        optimizer=OptimizerConfig(
-            kind="muon", learning_rate=3e-3, matrix_scale=0.5, schedule="wsd", warmup=50, b2=0.99
-        ),
+        optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99),
         objective=FlowMatching(process=RectifiedFlow(shift=5.0), times=LogitNormal()),
     ),
     mesh=MeshConfig(),
@@ -54,10 +61,10 @@ Setting = Any
 """An `Experiment`, or `BUILT_IN`, which has the fields that the benchmarks use."""
 
 
-def default_setting() -> Setting:
+def load_default_setting() -> Setting:
     """Load the quickstart's experiment, or return `BUILT_IN` if its imports are not installed."""
     try:
-        return runpy.run_path(str(CONFIG))["EXPERIMENT"]
+        return runpy.run_path(str(DEFAULT_CONFIG))["EXPERIMENT"]
     except ModuleNotFoundError:
         return BUILT_IN
 
@@ -80,7 +87,7 @@ def read_setting(path: Path) -> Setting:
     return experiment
 
 
-def chosen_setting(config: Path | None, changes: Sequence[str]) -> Setting:
+def resolve_setting(config: Path | None, changes: Sequence[str]) -> Setting:
     """Read a setting from a config file, or the default one, and apply changes of the form `NAME=VALUE`.
 
     Raises:
@@ -88,42 +95,44 @@ def chosen_setting(config: Path | None, changes: Sequence[str]) -> Setting:
       UserError: if the file defines no experiment or imports a package that is not installed, or if a field does not
         exist.
     """
-    setting = default_setting() if config is None else read_setting(config)
+    setting = load_default_setting() if config is None else read_setting(config)
     for assignment in changes:
         name, _, text = assignment.partition("=")
         try:
             value = ast.literal_eval(text)
         except (SyntaxError, ValueError):
             value = text
-        setting = changed(setting, name, value)
+        setting = replace_field(setting, name, value)
     return setting
 
 
-def changed(value: Any, path: str, new: Any) -> Any:
+def replace_field(config: Any, path: str, new_value: Any) -> Any:
     """Return a nested config with one field replaced: `replace_field(setting, "denoiser.dit.width", 1024)`.
 
     Raises:
       UserError: if the field does not exist.
     """
     name, _, rest = path.partition(".")
-    fields = {field: getattr(value, field) for field in getattr(value, "__dict__", {})}
+    fields = {field: getattr(config, field) for field in getattr(config, "__dict__", {})}
     if name not in fields:
         raise UserError(f"field {name!r} does not exist; use one of {', '.join(fields)}")
     old = fields[name]
-    new = changed(old, rest, new) if rest else Grid(*new) if isinstance(old, Grid) else new
+    new_value = (
+        replace_field(old, rest, new_value) if rest else Grid(*new_value) if isinstance(old, Grid) else new_value
+    )
     # Another width or number of heads needs another split of the rotary channels.
-    dependent = {"rotary": "even"} if isinstance(value, DitConfig) and name in ("width", "heads") else {}
-    return type(value)(**fields | {name: new} | dependent)
+    dependent = {"rotary": "even"} if isinstance(config, DitConfig) and name in ("width", "heads") else {}
+    return type(config)(**fields | {name: new_value} | dependent)
 
 
-class Example(NamedTuple):
+class SyntheticExample(NamedTuple):
     """A synthetic training example of the denoiser: a latent grid and a caption."""
 
     latents: Grid
     caption: str
 
 
-def clip_sizes(setting: Setting) -> list[Grid]:
+def make_clip_sizes(setting: Setting) -> list[Grid]:
     """Return sizes within the limits: an image, half the length and the full length, each square, wide and high."""
     stride, patch = setting.autoencoder.model.stride, setting.denoiser.dit.patch
     step_h, step_w = stride.h * patch.h, stride.w * patch.w
@@ -137,55 +146,57 @@ def clip_sizes(setting: Setting) -> list[Grid]:
     return sizes
 
 
-def make_examples(setting: Setting, number: int) -> list[Example]:
+def make_examples(setting: Setting, num_examples: int) -> list[SyntheticExample]:
     """Make examples of mixed sizes and captions, 15 % of them images, as in the quickstart's data."""
-    generator = rng.host(0, "benchmark")
-    grids = [latent_grid(size, setting.autoencoder.model.stride) for size in clip_sizes(setting)]
+    generator = rng.make_generator(0, "benchmark")
+    grids = [latent_grid(size, setting.autoencoder.model.stride) for size in make_clip_sizes(setting)]
     images, videos = [grid for grid in grids if grid.t == 1], [grid for grid in grids if grid.t > 1]
     examples = []
-    for _ in range(number):
+    for _ in range(num_examples):
         image = generator.random() < 0.15 or not videos
         candidates = images if image else videos
         caption = [part[int(generator.integers(len(part)))] for part in (*_WORDS[:2], ("",) if image else _WORDS[2])]
-        examples.append(Example(candidates[int(generator.integers(len(candidates)))], "a {} {}{}".format(*caption)))
+        examples.append(
+            SyntheticExample(candidates[int(generator.integers(len(candidates)))], "a {} {}{}".format(*caption))
+        )
     return examples
 
 
-def values_of(setting: Setting, index: int, example: Example) -> np.ndarray:
+def make_latents(setting: Setting, index: int, example: SyntheticExample) -> np.ndarray:
     """Return random latents of an example."""
     shape = (*example.latents, setting.denoiser.dit.channels)
-    return rng.host(0, "benchmark latents", index).standard_normal(shape, np.float32)
+    return rng.make_generator(0, "benchmark latents", index).standard_normal(shape, np.float32)
 
 
-def byte_tokens(config: ByteEncoderConfig, caption: str) -> np.ndarray:
+def tokenize_bytes(config: ByteEncoderConfig, caption: str) -> np.ndarray:
     """Tokenize a caption like the byte encoder's tokenizer, without `transformers`."""
     tokens = [*(byte + 3 for byte in caption.encode()[: config.max_tokens - 1]), 1]
     return np.asarray(tokens + [0] * (-len(tokens) % config.patch), np.int32)
 
 
-class Packed:
+class SyntheticBatches:
     """Endless batches of packed rows, from examples in memory."""
 
-    def __init__(self, setting: Setting, number: int):
-        self._setting, self._examples = setting, make_examples(setting, number)
+    def __init__(self, setting: Setting, num_examples: int):
+        self._setting, self._examples = setting, make_examples(setting, num_examples)
         self._config = config = setting.denoiser
-        grids = [token_grid(example.latents, config.dit.patch) for example in self._examples]
-        text = [len(byte_tokens(config.text, example.caption)) for example in self._examples]
+        grids = [compute_token_grid(example.latents, config.dit.patch) for example in self._examples]
+        text = [len(tokenize_bytes(config.text, example.caption)) for example in self._examples]
         self._stream = RowStream(np.asarray([grid.volume for grid in grids]), np.asarray(text), config.rows, seed=0)
-        self.padding = self._stream.epoch(0).padding
-        self.sizes = len({example.latents for example in self._examples})
+        self.padding = self._stream.get_epoch(0).padding
+        self.num_sizes = len({example.latents for example in self._examples})
 
-    def __iter__(self) -> Iterator[Rows]:
-        rows = (self._row(number) for number in itertools.count())
+    def __iter__(self) -> Iterator[PackedBatch]:
+        rows = (self._pack_row(number) for number in itertools.count())
         while True:
-            yield Rows(*map(np.stack, zip(*itertools.islice(rows, self._config.batch), strict=True)))
+            yield PackedBatch(*map(np.stack, zip(*itertools.islice(rows, self._config.batch), strict=True)))
 
-    def _row(self, number: int) -> Rows:
+    def _pack_row(self, row_index: int) -> PackedBatch:
         patch = self._config.dit.patch
         examples = []
-        for index, rank in zip(*self._stream.row(number), strict=True):
+        for index, rank in zip(*self._stream.get_row(row_index), strict=True):
             example = self._examples[index]
-            tokens = patchify(values_of(self._setting, int(index), example), patch)
-            positions = coordinates(token_grid(example.latents, patch))
-            examples.append(Item(tokens, positions, byte_tokens(self._config.text, example.caption), rank))
+            tokens = patchify(make_latents(self._setting, int(index), example), patch)
+            positions = compute_coordinates(compute_token_grid(example.latents, patch))
+            examples.append(PackedExample(tokens, positions, tokenize_bytes(self._config.text, example.caption), rank))
         return pack(examples, self._config.rows, width=self._config.dit.token_width)

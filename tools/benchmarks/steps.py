@@ -11,31 +11,31 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.setting import Packed, Setting, byte_tokens
+from benchmarks.setting import Setting, SyntheticBatches, tokenize_bytes
 from dit_video.autoencoders import latent_grid
 from dit_video.core import rng
-from dit_video.core.trees import size as count
-from dit_video.distributed import make_mesh, shard_batch, shardings
-from dit_video.nn import graph_of, init_params
+from dit_video.core.trees import count_values as count
+from dit_video.distributed import make_mesh, make_shardings, shard_batch
+from dit_video.nn import get_graph_def, init_params
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import TrainState, new_state
-from dit_video.training.step import Loss, Step, make_step
+from dit_video.training.state import TrainState, create_state
+from dit_video.training.step import Loss, StepFn, make_step
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
-_HORIZON = 100_000
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_SCHEDULE_STEPS = 100_000
 """Number of steps of the learning rate schedule, which does not affect its cost."""
 
 
 @contextlib.contextmanager
-def compilations() -> Iterator[Callable[[], int]]:
+def count_compilations() -> Iterator[Callable[[], int]]:
     """Yield a function that counts the programs XLA has compiled since the block was entered."""
     compiled = 0
 
     def listen(event: str, _seconds: float, **_: Any) -> None:
         nonlocal compiled
-        compiled += event == _COMPILED
+        compiled += event == _COMPILE_EVENT
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -44,30 +44,30 @@ def compilations() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-class Trained(NamedTuple):
+class TrainingSetup(NamedTuple):
     """A training step, its latest state and the function that places a batch on devices."""
 
-    step: Step
+    step: StepFn
     state: TrainState
-    place: Callable[[Any], Any]
+    place_batch: Callable[[Any], Any]
 
 
-def trainable(setting: Setting, init: Callable, loss: Loss, config: OptimizerConfig) -> Trained:
+def make_training_setup(setting: Setting, init: Callable, loss: Loss, config: OptimizerConfig) -> TrainingSetup:
     """Initialize a model on the mesh."""
     mesh = make_mesh(setting.mesh)
-    optimizer = make_optimizer(config, steps=_HORIZON + config.warmup)
-    layout = functools.partial(shardings, mesh=mesh)
-    state = new_state(init, optimizer, rng.key(0, "benchmark"), shardings=layout)
+    optimizer = make_optimizer(config, steps=_SCHEDULE_STEPS + config.warmup)
+    layout = functools.partial(make_shardings, mesh=mesh)
+    state = create_state(init, optimizer, rng.key(0, "benchmark"), shardings=layout)
     jax.block_until_ready(state)
-    return Trained(make_step(loss, optimizer, ema_decay=0.999), state, functools.partial(shard_batch, mesh=mesh))
+    return TrainingSetup(make_step(loss, optimizer, ema_decay=0.999), state, functools.partial(shard_batch, mesh=mesh))
 
 
-def time_steps(trained: Trained, batches: Sequence[Any], steps: int) -> tuple[dict[str, Any], Trained]:
+def time_steps(setup: TrainingSetup, batches: Sequence[Any], steps: int) -> tuple[dict[str, Any], TrainingSetup]:
     """Compile, warm up and time `steps` steps on batches that are on the device already."""
-    step, state = trained.step, trained.state
-    placed = [trained.place(batch) for batch in batches]
+    step, state = setup.step, setup.state
+    placed = [setup.place_batch(batch) for batch in batches]
     jax.block_until_ready(placed)
-    with compilations() as compiled:
+    with count_compilations() as compiled:
         start_time = time.perf_counter()
         state, metrics = step(state, placed[0])
         jax.block_until_ready(metrics)
@@ -89,18 +89,18 @@ def time_steps(trained: Trained, batches: Sequence[Any], steps: int) -> tuple[di
         "compilations": total,
         "loss": float(metrics["loss"]),
     }
-    return figures, trained._replace(state=state)
+    return figures, setup._replace(state=state)
 
 
-def denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, OptimizerConfig]:
+def make_denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, OptimizerConfig]:
     """Return the init function, the loss and the optimizer config of the denoiser with its text encoder."""
     config = setting.denoiser
     loss = DenoiserLoss(
-        dit=graph_of(config.dit.make),
-        text=graph_of(config.text.make),
+        dit=get_graph_def(config.dit.make),
+        text=get_graph_def(config.text.make),
         objective=config.objective,
         caption_dropout=0.1,
-        empty_caption=byte_tokens(setting.denoiser.text, ""),
+        empty_caption=tokenize_bytes(setting.denoiser.text, ""),
         seed=0,
     )
 
@@ -111,31 +111,31 @@ def denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, OptimizerC
     return init, loss, config.optimizer
 
 
-def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[str, Any], Trained]:
+def measure_denoiser(setting: Setting, steps: int, num_examples: int) -> tuple[dict[str, Any], TrainingSetup]:
     """Measure the packed training step of the denoiser with its text encoder."""
     config = setting.denoiser
-    packed = Packed(setting, number)
+    packed = SyntheticBatches(setting, num_examples)
     batches = list(itertools.islice(packed, 8))
-    figures, setup = time_steps(trainable(setting, *denoiser_parts(setting)), batches, steps)
+    figures, setup = time_steps(make_training_setup(setting, *make_denoiser_parts(setting)), batches, steps)
     tokens = config.batch * config.rows.tokens
     real = float(np.mean([(batch.segments > 0).sum(axis=(0, 1)) for batch in batches]))
     figures |= {
         "tokens_per_step": tokens,
         "tokens_per_second": round(1000 * tokens / figures["step_ms"]),
         "tokens_per_second_without_padding": round(1000 * real / figures["step_ms"]),
-        "sizes": packed.sizes,
+        "sizes": packed.num_sizes,
         "padding_share": round(packed.padding, 4),
-        "peak_memory": peak_memory(),
+        "peak_memory": get_peak_memory(),
     }
     return figures, setup
 
 
-def measure_autoencoder(setting: Setting, steps: int) -> tuple[dict[str, Any], Trained]:
+def measure_autoencoder(setting: Setting, steps: int) -> tuple[dict[str, Any], TrainingSetup]:
     """Measure the autoencoder's training step on windows of pixels; its tokens are latent positions."""
     config, model, window = setting.autoencoder, setting.autoencoder.model, setting.autoencoder.windows[0]
-    loss = AutoencoderLoss(graph=graph_of(model.make), objective=config.loss, seed=0)
-    setup = trainable(setting, functools.partial(init_params, model.make), loss, config.optimizer)
-    generator = rng.host(0, "benchmark windows")
+    loss = AutoencoderLoss(graph=get_graph_def(model.make), objective=config.loss, seed=0)
+    setup = make_training_setup(setting, functools.partial(init_params, model.make), loss, config.optimizer)
+    generator = rng.make_generator(0, "benchmark windows")
     batches = [generator.integers(0, 256, (window.batch, *window.size, 3), dtype=np.uint8) for _ in range(2)]
     figures, setup = time_steps(setup, batches, steps)
     latents = latent_grid(window.size, model.stride)
@@ -143,12 +143,12 @@ def measure_autoencoder(setting: Setting, steps: int) -> tuple[dict[str, Any], T
         "windows": f"{window.batch} of {'x'.join(map(str, window.size))}",
         "tokens_per_second": round(1000 * window.batch * latents.volume / figures["step_ms"]),
         "pixels_per_second": round(1000 * window.batch * window.size.volume / figures["step_ms"]),
-        "peak_memory": peak_memory(),
+        "peak_memory": get_peak_memory(),
     }
     return figures, setup
 
 
-def peak_memory() -> dict[str, Any]:
+def get_peak_memory() -> dict[str, Any]:
     """Return the peak memory in bytes, of the first device if it reports that, else of this process."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:

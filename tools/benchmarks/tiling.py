@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 
 import dit_video
-from benchmarks.data import clips_of
-from dit_video.autoencoders import Tiles, tiling_error
+from benchmarks.data import provide_clips
+from dit_video.autoencoders import Tiles, measure_tiling_error
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import ingest
-from dit_video.data.sizes import SizeLimits, fit, read_fitted
-from dit_video.encoders.autoencoder import Codec
+from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
+from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.experiment.run import Run
 from dit_video.tokens import Grid
 
-_TILE = 8
+_TILE_SIZE = 8
 """Side length of a tile, in latent positions."""
 _OVERLAPS = (0, 1, 2, 3)
 """Overlaps of the tiles, in latent positions."""
-_CHUNKS = 4
+_NUM_CHUNKS = 4
 """Number of latent frames after a clip's first."""
-_PIXELS = 192 * 256
-_RENDERED = 4
+_MAX_PIXELS = 192 * 256
+_NUM_RENDERED_CLIPS = 4
 """Number of rendered clips, if no folder of clips is set."""
 
 
@@ -40,26 +40,29 @@ def measure(run: Path, clips: Path | None) -> dict[str, Any]:
     codec = Run.open(run).codec() if is_run else dit_video.load(run).codec
     stride = codec.config.stride
     limits = SizeLimits(
-        max_pixels=_PIXELS, max_frames=1 + _CHUNKS * stride.t, multiple=Grid(stride.t, stride.h, stride.w)
+        max_pixels=_MAX_PIXELS, max_frames=1 + _NUM_CHUNKS * stride.t, multiple=Grid(stride.t, stride.h, stride.w)
     )
-    with clips_of(clips, _RENDERED) as folder, tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as temporary:
+    with (
+        provide_clips(clips, _NUM_RENDERED_CLIPS) as folder,
+        tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as temporary,
+    ):
         ingest(folder, Path(temporary) / "data")
         source = ClipSource(Path(temporary) / "data")
-        latents = [codec.encode(read_fitted(source, index, limits))[None] for index in range(len(source))]
-        sizes = {fit(info, limits)[1:] for info in source.infos}
+        latents = [codec.encode(read_fitted_clip(source, index, limits))[None] for index in range(len(source))]
+        sizes = {fit_size(info, limits)[1:] for info in source.infos}
     return {
         "run": run.name,
         "clips": len(latents),
         "sizes": sorted(f"{height}x{width}" for height, width in sizes),
-        "tile": f"{_TILE * stride.h}x{_TILE * stride.w}",
-        "overlaps": {str(overlap * stride.h): _errors(codec, latents, overlap) for overlap in _OVERLAPS},
+        "tile": f"{_TILE_SIZE * stride.h}x{_TILE_SIZE * stride.w}",
+        "overlaps": {str(overlap * stride.h): _measure_errors(codec, latents, overlap) for overlap in _OVERLAPS},
     }
 
 
-def _errors(codec: Codec, latents: list[np.ndarray], overlap: int) -> dict[str, float]:
+def _measure_errors(codec: LatentCodec, latents: list[np.ndarray], overlap: int) -> dict[str, float]:
     stride = codec.config.stride
-    tiles = Tiles(height=_TILE * stride.h, width=_TILE * stride.w, overlap=overlap * stride.h)
-    errors = [tiling_error(codec.config, codec.params, values, tiles) for values in latents]
+    tiles = Tiles(height=_TILE_SIZE * stride.h, width=_TILE_SIZE * stride.w, overlap=overlap * stride.h)
+    errors = [measure_tiling_error(codec.config, codec.params, values, tiles) for values in latents]
     steps = 127.5  # steps of 0..255 per unit of pixels in [-1, 1]
     return {
         "largest": round(steps * max(error.largest for error in errors), 1),

@@ -6,20 +6,20 @@ from typing import Any
 import jax
 import optax
 
-RATE, DECAY = 1e-4, 0.01
-_OPTIMIZER = optax.adamw(RATE, weight_decay=DECAY)
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+_OPTIMIZER = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
-def start(params: Any) -> tuple[Any, Any]:
+def init_train_state(params: Any) -> tuple[Any, Any]:
     """Return a copy of the parameters and the optimizer's state, the first arguments of a training step."""
     return jax.jit(lambda params: (jax.tree.map(jax.numpy.copy, params), _OPTIMIZER.init(params)))(params)
 
 
-def step_of(error: Callable[..., jax.Array]) -> Callable[..., tuple[Any, Any, jax.Array]]:
+def make_train_step(loss_fn: Callable[..., jax.Array]) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """Make a jitted `params, state, loss = step(params, state, *inputs)`; parameters and state are donated."""
 
-    def step(params: Any, state: Any, *given: Any) -> tuple[Any, Any, jax.Array]:
-        loss, gradients = jax.value_and_grad(error)(params, *given)
+    def step(params: Any, state: Any, *inputs: Any) -> tuple[Any, Any, jax.Array]:
+        loss, gradients = jax.value_and_grad(loss_fn)(params, *inputs)
         updates, state = _OPTIMIZER.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def time_median(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Return the median seconds of every function, over rounds that call all of them in alternating order.
 
     In every round each function is called once before the call that counts, so that caches and memory are as in a

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 
-from benchmarks.model import TIME, Calls, Inputs
-from benchmarks.peers import cores
-from benchmarks.training import DECAY, RATE
+from benchmarks.model import TIME, Inputs, ModelFunctions
+from benchmarks.peers import count_cores
+from benchmarks.training import LEARNING_RATE, WEIGHT_DECAY
 
 
-def forms(folder: Path, inputs: Inputs) -> dict[str, Calls]:
+def make_peer_functions(folder: Path, inputs: Inputs) -> dict[str, ModelFunctions]:
     """Make the eager model and, if it works, the one under `torch.compile`, each with its own weights."""
-    torch.set_num_threads(cores())
-    calls = {"diffusers": _calls(_read(folder), lambda model: model, inputs)}
+    torch.set_num_threads(count_cores())
+    calls = {"diffusers": _make_functions(_load_model(folder), lambda model: model, inputs)}
     try:
-        compiled = _calls(_read(folder), torch.compile, inputs)
+        compiled = _make_functions(_load_model(folder), torch.compile, inputs)
         compiled.forward()
     except Exception as error:  # a missing or outdated compiler can raise anything
         print(f"torch.compile: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -27,14 +27,14 @@ def forms(folder: Path, inputs: Inputs) -> dict[str, Calls]:
     return calls | {"diffusers, compiled": compiled}
 
 
-def _read(folder: Path) -> WanTransformer3DModel:
+def _load_model(folder: Path) -> WanTransformer3DModel:
     return WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32)
 
 
-def _calls(model: WanTransformer3DModel, form: Callable[..., Any], inputs: Inputs) -> Calls:
-    called = form(model.eval())  # eval mode changes nothing, as the model has no dropout
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
-    latents, target = (_channels_first(array) for array in (inputs.latents, inputs.target))
+def _make_functions(model: WanTransformer3DModel, transform: Callable[..., Any], inputs: Inputs) -> ModelFunctions:
+    called = transform(model.eval())  # eval mode changes nothing, as the model has no dropout
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    latents, target = (_to_channels_first(array) for array in (inputs.latents, inputs.target))
     text, time = torch.from_numpy(inputs.text)[None], torch.full((1,), 1000 * TIME)
 
     def predict() -> torch.Tensor:
@@ -51,8 +51,8 @@ def _calls(model: WanTransformer3DModel, form: Callable[..., Any], inputs: Input
         optimizer.step()
         return loss.item()
 
-    return Calls(forward, step, lambda: np.ascontiguousarray(forward()[0].permute(1, 2, 3, 0).numpy()))
+    return ModelFunctions(forward, step, lambda: np.ascontiguousarray(forward()[0].permute(1, 2, 3, 0).numpy()))
 
 
-def _channels_first(array: np.ndarray) -> torch.Tensor:
+def _to_channels_first(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array).permute(3, 0, 1, 2)[None].contiguous()

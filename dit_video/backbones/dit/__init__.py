@@ -1,6 +1,6 @@
 """Diffusion transformers over packed rows, their configs, and their cost."""
 
-from dit_video.backbones.dit.attention_maps import attention_maps
+from dit_video.backbones.dit.attention_maps import compute_attention_maps
 from dit_video.backbones.dit.conditioning import (
     ClassLabels,
     CrossAttention,
@@ -10,27 +10,27 @@ from dit_video.backbones.dit.conditioning import (
     PooledContext,
     TimeEmbedding,
 )
-from dit_video.backbones.dit.config import DitConfig, Temporal
-from dit_video.backbones.dit.conversion import image_to_video, with_given
+from dit_video.backbones.dit.config import DitConfig, TemporalLayers
+from dit_video.backbones.dit.conversion import add_cond_channels, add_temporal_layers
 from dit_video.backbones.dit.model import Dit
-from dit_video.backbones.dit.positions import EndDistances, Factorised, ImageSineCosine, SineCosine
+from dit_video.backbones.dit.positions import BoundaryEmbedding, FactorizedEmbedding, ImageSineCosine, SineCosine
 
 __all__ = [
+    "BoundaryEmbedding",
     "ClassLabels",
     "CrossAttention",
     "Dit",
     "DitConfig",
-    "EndDistances",
-    "Factorised",
+    "FactorizedEmbedding",
     "Given",
     "ImageSineCosine",
     "JointAttention",
     "NoContext",
     "PooledContext",
     "SineCosine",
-    "Temporal",
+    "TemporalLayers",
     "TimeEmbedding",
-    "attention_maps",
-    "image_to_video",
-    "with_given",
+    "add_cond_channels",
+    "add_temporal_layers",
+    "compute_attention_maps",
 ]

@@ -13,10 +13,10 @@ from dit_video.backbones.dit.conditioning import Given
 from dit_video.backbones.dit.model import Dit
 from dit_video.backbones.wan.model import WanDit
 from dit_video.core.errors import UserError
-from dit_video.nn.attention import Pattern, Recorded
+from dit_video.nn.attention import Pattern, RecordedAttention
 
 
-def attention_maps(
+def compute_attention_maps(
     dit: Dit | WanDit,
     noisy: Float[Array, "B N p"],
     time: Float[Array, "B G"],
@@ -54,8 +54,8 @@ def attention_maps(
     weights: list[Float32[np.ndarray, "B K Q M"]] = []
     model = nnx.merge(*nnx.split(dit))  # a copy with the same parameters, so that `dit` is not changed
 
-    def record_attention(pattern: Pattern) -> Recorded:
-        return Recorded(
+    def record_attention(pattern: Pattern) -> RecordedAttention:
+        return RecordedAttention(
             attention=dit.attention(pattern), pattern=pattern, queries=tuple(queries), record=weights.append
         )
 

@@ -41,7 +41,7 @@ class NoContext:
     pooled: ClassVar[bool] = False
 
 
-Context = CrossAttention | JointAttention | PooledContext | NoContext
+ContextConfig = CrossAttention | JointAttention | PooledContext | NoContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +69,19 @@ class TimeEmbedding:
 
     scale: float = TIME_SCALE
     """Factor from diffusion time to model time."""
-    period: float = 10_000.0
+    max_period: float = 10_000.0
     """Inverse of the lowest frequency, approximately."""
     reversed: bool = False
     """True if the model time runs from noise to data (SiT): the model receives `1 - time`, and its prediction, a
     velocity along its own time, is negated."""
 
     def __post_init__(self):
-        if not (self.scale > 0 and self.period > 0):
+        if not (self.scale > 0 and self.max_period > 0):
             raise UserError(
-                f"time embedding scale={self.scale} and period={self.period} are invalid; use positive values"
+                f"time embedding scale={self.scale} and period={self.max_period} are invalid; use positive values"
             )
 
-    def told(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    def model_time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """Return the model time, of which sines and cosines are computed."""
         return self.scale * (1 - time if self.reversed else time)
 

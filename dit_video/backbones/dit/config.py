@@ -7,13 +7,13 @@ from flax import nnx
 
 from dit_video.backbones.dit.conditioning import (
     ClassLabels,
-    Context,
+    ContextConfig,
     CrossAttention,
     JointAttention,
     NoContext,
     TimeEmbedding,
 )
-from dit_video.backbones.dit.positions import AbsolutePosition, EndDistances
+from dit_video.backbones.dit.positions import AbsolutePosition, BoundaryEmbedding
 from dit_video.core.errors import UserError
 from dit_video.nn import Backend, Remat
 from dit_video.nn.attention import (
@@ -23,9 +23,9 @@ from dit_video.nn.attention import (
     RelativeBias,
     SpaceOnly,
     TimeOnly,
-    WithPlaceless,
+    WithGlobalTokens,
     check_attention,
-    pair_count,
+    count_pairs,
 )
 from dit_video.tokens import Grid, Rotary3d
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Temporal:
+class TemporalLayers:
     """Configuration of temporal layers: in them a token sees the same position in all frames; other layers are spatial.
 
     `layers` temporal layers follow every group of `spatial_layers` spatial ones: 1 and 1 alternate (Latte, arXiv
@@ -46,7 +46,7 @@ class Temporal:
       UserError: fewer than 1 layer of a kind.
     """
 
-    every: int = 1
+    spatial_layers: int = 1
     """Number of spatial layers in a group."""
     layers: int = 1
     """Number of temporal layers after each group."""
@@ -56,9 +56,9 @@ class Temporal:
     """Factor of the time coordinate in their rotary embedding; see `Rotary3d`."""
 
     def __post_init__(self):
-        if self.every < 1 or self.layers < 1:
+        if self.spatial_layers < 1 or self.layers < 1:
             raise UserError(
-                f"{self.layers} temporal layers after every {self.every} spatial ones is invalid; "
+                f"{self.layers} temporal layers after every {self.spatial_layers} spatial ones is invalid; "
                 "use at least 1 of each"
             )
 
@@ -90,11 +90,11 @@ class DitConfig:
     """RMS norm of queries and keys: over each head, or over the full width before the split into heads."""
     order: Literal["sequential", "parallel"] = "sequential"
     """Order of a block's attention and MLP: one after the other, or both on the same input (arXiv 2302.05442)."""
-    clock: Literal["tokens", "seconds"] = "tokens"
+    time_coordinate: Literal["tokens", "seconds"] = "tokens"
     """Unit of the time coordinate; with seconds, `Rotary3d.scale` sets the number of steps per second."""
     rotary: Rotary3d | Literal["even", "none"] | None = "even"
     """Rotary embedding; "even" is `Rotary3d.even` of the head width, and so is None, which older files contain."""
-    absolute_position: AbsolutePosition | Literal["sinusoidal", "none"] | None = EndDistances()
+    absolute_position: AbsolutePosition | Literal["sinusoidal", "none"] | None = BoundaryEmbedding()
     """Position embedding added to the tokens; "sinusoidal" and "none" are old names for `BoundaryEmbedding()`, None."""
     relative_bias: RelativeBias | None = None
     """Relative position bias, learned per layer; it needs the attention backend auto, dense or chunked."""
@@ -102,9 +102,9 @@ class DitConfig:
     """Pattern of self-attention, or several that the layers use in turn: `(SpaceOnly(), TimeOnly())` is factorised
     attention. Registers and the text of joint attention are in no frame: all tokens of the clip see them, and they see
     the whole clip. With a causal pattern they see only each other, as frames would otherwise depend on later ones."""
-    temporal: Temporal | None = None
+    temporal: TemporalLayers | None = None
     """Additional temporal layers between the layers of `pattern`, which must then be `SpaceOnly()`."""
-    context: Context = CrossAttention()
+    context: ContextConfig = CrossAttention()
     labels: ClassLabels | None = None
     modulation: Literal["shared", "own"] = "shared"
     """Modulation: projected once, with a table per block (PixArt, Wan), or with a projection per block (DiT)."""
@@ -134,10 +134,10 @@ class DitConfig:
         if isinstance(self.rotary, Rotary3d):
             self.rotary.check(self.width // self.heads)
         if isinstance(self.absolute_position, str):
-            embedding = EndDistances() if self.absolute_position == "sinusoidal" else None
+            embedding = BoundaryEmbedding() if self.absolute_position == "sinusoidal" else None
             object.__setattr__(self, "absolute_position", embedding)
-        if self.added_position is not None:
-            self.added_position.check(self.width)
+        if self.position_embedding is not None:
+            self.position_embedding.check(self.width)
         for name in ("given_channels", "registers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}")
@@ -151,7 +151,7 @@ class DitConfig:
         if self.temporal is not None:
             self._check_temporal(self.temporal)
 
-    def _check_temporal(self, temporal: Temporal) -> None:
+    def _check_temporal(self, temporal: TemporalLayers) -> None:
         if self.pattern != SpaceOnly():
             raise UserError(f"temporal layers need spatial ones: set pattern=SpaceOnly(), not {self.pattern}")
         if self.registers or isinstance(self.context, JointAttention):
@@ -159,9 +159,9 @@ class DitConfig:
                 "temporal layers do not work with registers or joint attention, which connect frames; "
                 "use registers=0 and another context"
             )
-        if self.layers % temporal.every:
+        if self.layers % temporal.spatial_layers:
             raise UserError(
-                f"{self.layers} layers cannot have temporal layers after every {temporal.every}; use a divisor"
+                f"{self.layers} layers cannot have temporal layers after every {temporal.spatial_layers}; use a divisor"
             )
         self.time_rotary.check(self.width // self.heads)
 
@@ -177,7 +177,7 @@ class DitConfig:
             return self.patterns
         seeing = not any(pattern.causal for pattern in self.patterns)
         return tuple(
-            pattern if isinstance(pattern, Full) else WithPlaceless(pattern=pattern, seeing=seeing)
+            pattern if isinstance(pattern, Full) else WithGlobalTokens(pattern=pattern, globals_see_all=seeing)
             for pattern in self.patterns
         )
 
@@ -194,13 +194,13 @@ class DitConfig:
         return self.patch.volume * self.channels
 
     @property
-    def added_position(self) -> AbsolutePosition | None:
+    def position_embedding(self) -> AbsolutePosition | None:
         """Return `absolute_position`, which is an embedding or None after old names are replaced."""
         assert not isinstance(self.absolute_position, str)  # names are replaced above
         return self.absolute_position
 
     @property
-    def head_width(self) -> int:
+    def output_width(self) -> int:
         """Return the number of values that the head computes for one token."""
         return self.token_width * (1 if self.variance == "none" else 2)
 
@@ -210,29 +210,33 @@ class DitConfig:
         return self.patch.volume * self.given_channels
 
     @property
-    def hidden_width(self) -> int:
+    def mlp_dim(self) -> int:
         """Return the hidden width of the MLP."""
         return int(self.width * self.mlp_ratio)
 
     @property
-    def matrices(self) -> float:
+    def layer_params(self) -> float:
         """Return the weights of attention and MLP in a layer that act on each video token, in units of width².
 
         The weights of temporal layers are divided equally among the spatial layers.
         """
         cross = 2 if isinstance(self.context, CrossAttention) else 0
         block = 4 + (3 if self.mlp == "swiglu" else 2) * self.mlp_ratio
-        return block + cross + (0 if self.temporal is None else self.temporal.layers / self.temporal.every * block)
+        return (
+            block
+            + cross
+            + (0 if self.temporal is None else self.temporal.layers / self.temporal.spatial_layers * block)
+        )
 
-    def pairs(self, grid: Grid) -> float:
+    def attention_pairs(self, grid: Grid) -> float:
         """Return the average number of token pairs per layer that attend to each other in a clip, the attention's cost.
 
         Temporal layers are divided as in `layer_params`; registers and the text of joint attention are not counted.
         """
-        spatial = sum(pair_count(pattern, grid) for pattern in self.patterns) / len(self.patterns)
+        spatial = sum(count_pairs(pattern, grid) for pattern in self.patterns) / len(self.patterns)
         if self.temporal is None:
             return spatial
-        return spatial + self.temporal.layers / self.temporal.every * pair_count(TimeOnly(), grid)
+        return spatial + self.temporal.layers / self.temporal.spatial_layers * count_pairs(TimeOnly(), grid)
 
     def make(self, rngs: nnx.Rngs) -> "Dit":
         from dit_video.backbones.dit.model import Dit  # imported here because the model module imports this one
@@ -260,17 +264,17 @@ class DitConfig:
         return cls(**{"width": 1152, "layers": 28, "heads": 16} | fields)
 
     @classmethod
-    def billion_1(cls, **fields: Any) -> "DitConfig":
+    def dit_1b(cls, **fields: Any) -> "DitConfig":
         """Return a config with 1.1 billion parameters, including cross-attention."""
         return cls(**{"width": 1536, "layers": 28, "heads": 12} | fields)
 
     @classmethod
-    def billion_5(cls, **fields: Any) -> "DitConfig":
+    def dit_5b(cls, **fields: Any) -> "DitConfig":
         """Return a config with 5 billion parameters, including cross-attention."""
         return cls(**{"width": 3072, "layers": 32, "heads": 24} | fields)
 
     @classmethod
-    def billion_14(cls, **fields: Any) -> "DitConfig":
+    def dit_14b(cls, **fields: Any) -> "DitConfig":
         """Return a config with 14 billion parameters, including cross-attention."""
         return cls(**{"width": 5120, "layers": 33, "heads": 40} | fields)
 

@@ -6,18 +6,18 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dit_video.backbones.dit.config import DitConfig, Temporal
+from dit_video.backbones.dit.config import DitConfig, TemporalLayers
 from dit_video.backbones.wan.model import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import unflatten
-from dit_video.nn import checked_params, completed_params
+from dit_video.nn import check_params, complete_params
 from dit_video.nn.attention import Full, SpaceOnly
 
-Config = TypeVar("Config", DitConfig, WanDitConfig)
+ConfigT = TypeVar("ConfigT", DitConfig, WanDitConfig)
 
 
-def image_to_video(
-    config: DitConfig, params: dict[str, Any], temporal: Temporal, key: Array
+def add_temporal_layers(
+    config: DitConfig, params: dict[str, Any], temporal: TemporalLayers, key: Array
 ) -> tuple[DitConfig, dict[str, Any]]:
     """Extend an image model to a video model, which predicts every frame as the image model does until it is trained.
 
@@ -40,10 +40,10 @@ def image_to_video(
             "use one with pattern Full() or SpaceOnly(), and without temporal layers"
         )
     grown = dataclasses.replace(config, pattern=SpaceOnly(), temporal=temporal)
-    return grown, completed_params(grown.make, checked_params(config.make, params), key)
+    return grown, complete_params(grown.make, check_params(config.make, params), key)
 
 
-def with_given(config: Config, params: dict[str, Any], channels: int) -> tuple[Config, dict[str, Any]]:
+def add_cond_channels(config: ConfigT, params: dict[str, Any], channels: int) -> tuple[ConfigT, dict[str, Any]]:
     """Extend a model to `channels` channels of clean latents and masks, with zero weights for the new ones.
 
     This turns a text-to-video model into an image-to-video model; Wan's have 4 mask channels and 16 latent channels.
@@ -56,16 +56,16 @@ def with_given(config: Config, params: dict[str, Any], channels: int) -> tuple[C
             f"{channels} channels do not extend a model that has {config.given_channels} already; give more channels"
         )
     grown = dataclasses.replace(config, given_channels=channels)
-    leaves, patch_volume = checked_params(config.make, params), config.patch.volume
+    leaves, patch_volume = check_params(config.make, params), config.patch.volume
     if isinstance(config, WanDitConfig):
-        leaves["embed/kernel"] = _widened(leaves["embed/kernel"], patch_volume, config.channels + channels)
+        leaves["embed/kernel"] = _widen_kernel(leaves["embed/kernel"], patch_volume, config.channels + channels)
     else:
         old = leaves.get("given/kernel", jnp.zeros((0, config.width), jnp.float32))
-        leaves["given/kernel"] = _widened(old, patch_volume, channels)
+        leaves["given/kernel"] = _widen_kernel(old, patch_volume, channels)
     return grown, unflatten(leaves)
 
 
-def _widened(kernel: Float[Array, "i D"], places: int, channels: int) -> Float[Array, "o D"]:
+def _widen_kernel(kernel: Float[Array, "i D"], patch_volume: int, channels: int) -> Float[Array, "o D"]:
     """Add zero weights for new channels, which follow the old ones at each position in a patch."""
-    by_position = jnp.reshape(kernel, (places, -1, kernel.shape[1]))
+    by_position = jnp.reshape(kernel, (patch_volume, -1, kernel.shape[1]))
     return jnp.pad(by_position, ((0, 0), (0, channels - by_position.shape[1]), (0, 0))).reshape(-1, kernel.shape[1])

@@ -12,15 +12,24 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.backbones.dit.blocks import Row, TemporalBlock, make_block
+from dit_video.backbones.dit.blocks import BlockMetadata, TemporalBlock, make_block
 from dit_video.backbones.dit.conditioning import CrossAttention, Given, JointAttention
 from dit_video.backbones.dit.config import DitConfig
-from dit_video.backbones.dit.positions import EndDistances
-from dit_video.nn import Attention, Linear, Tokens, Turns, apply_groups, make_stack, modulate, sinusoidal
-from dit_video.nn.attention import NOWHERE, Chosen, Full, Pattern, TimeOnly, grid_indices
-from dit_video.tokens import Rotary3d, rotary_angles, segment_mean, to_tokens
+from dit_video.backbones.dit.positions import BoundaryEmbedding
+from dit_video.nn import (
+    Attention,
+    AttentionInputs,
+    LayerGroup,
+    Linear,
+    make_stack,
+    modulate,
+    scan_layers,
+    sinusoidal_embedding,
+)
+from dit_video.nn.attention import GLOBAL, AttentionFactory, Full, Pattern, TimeOnly, compute_grid_indices
+from dit_video.tokens import Rotary3d, compute_rotary_angles, expand_to_tokens, segment_mean
 
-_TIME = np.asarray([1, 0, 0], np.float32)
+_TIME_AXIS = np.asarray([1, 0, 0], np.float32)
 """Mask of the time axis in coordinates (t, h, w)."""
 
 
@@ -38,11 +47,11 @@ class Dit(nnx.Module):
 
     def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.attention: Callable[[Pattern], Attention] = Chosen(config.attention)
+        self.attention: Callable[[Pattern], Attention] = AttentionFactory(config.attention)
         width, dtype = config.width, jnp.dtype(config.dtype)
         self.embed = Linear(config.token_width, width, dtype=dtype, rngs=rngs)
-        if config.added_position is not None:
-            self.position = config.added_position.make(width, dtype=dtype, rngs=rngs)
+        if config.position_embedding is not None:
+            self.position = config.position_embedding.make(width, dtype=dtype, rngs=rngs)
         self.time_in, self.time_out = Linear(256, width, rngs=rngs), Linear(width, width, rngs=rngs)
         if isinstance(config.context, CrossAttention | JointAttention):
             self.context_in = Linear(config.context_width, width, dtype=dtype, rngs=rngs)
@@ -52,7 +61,7 @@ class Dit(nnx.Module):
             self.modulation = Linear(width, 6 * width, init="zero", rngs=rngs)
         self.blocks = make_stack(lambda r: make_block(config, rngs=r), config.layers, rngs=rngs)
         self.head_modulation = Linear(width, 2 * width, init="zero", rngs=rngs)
-        self.head = Linear(width, config.head_width, init="zero", rngs=rngs)
+        self.head = Linear(width, config.output_width, init="zero", rngs=rngs)
         normal = nnx.initializers.normal(0.02)
         if config.given_channels:
             # Zero weights, so that a trained model that is extended by this input predicts as before.
@@ -62,8 +71,8 @@ class Dit(nnx.Module):
         if config.labels is not None:
             self.labels = nnx.Param(normal(rngs.params(), (config.labels.classes + 1, width), jnp.float32))
         if config.temporal is not None:
-            self.temporal_position = EndDistances().make(width, init="zero", dtype=dtype, rngs=rngs)
-            temporal_layers = config.layers // config.temporal.every * config.temporal.layers
+            self.temporal_position = BoundaryEmbedding().make(width, init="zero", dtype=dtype, rngs=rngs)
+            temporal_layers = config.layers // config.temporal.spatial_layers * config.temporal.layers
             self.temporal_blocks = make_stack(lambda r: TemporalBlock(config, rngs=r), temporal_layers, rngs=rngs)
 
     def __call__(
@@ -85,20 +94,20 @@ class Dit(nnx.Module):
         Raises:
           UserError: an input that the config requires is missing, or one that it does not use is present.
         """
-        given.check(*self._wanted())
-        static = self._steady((time.shape[0], time.shape[1]), context, context_segments, given.labels)
-        segment_condition = token_condition = nnx.silu(self._time(time) + static)
-        row = self._sequence(noisy, time, segments, coordinates, given)
+        given.check(*self._list_required())
+        static = self._embed_static_condition((time.shape[0], time.shape[1]), context, context_segments, given.labels)
+        segment_condition = token_condition = nnx.silu(self._embed_time(time) + static)
+        row = self._embed_tokens(noisy, time, segments, coordinates, given)
         if row.token_time is not None:
-            token_condition = nnx.silu(self._time(row.token_time) + to_tokens(static, row.segments))
-        x = self._through_blocks(row, noisy.shape[1], segment_condition, token_condition, context, context_segments)
+            token_condition = nnx.silu(self._embed_time(row.token_time) + expand_to_tokens(static, row.segments))
+        x = self._apply_blocks(row, noisy.shape[1], segment_condition, token_condition, context, context_segments)
         shift_scale = self.head_modulation(token_condition)
         if row.token_time is None:
-            shift_scale = to_tokens(shift_scale, segments)
+            shift_scale = expand_to_tokens(shift_scale, segments)
         shift, scale = jnp.split(shift_scale[:, : noisy.shape[1]], 2, axis=-1)
-        return self._predicted(self.head(modulate(x[:, : noisy.shape[1]], shift, scale)))
+        return self._finish_prediction(self.head(modulate(x[:, : noisy.shape[1]], shift, scale)))
 
-    def _predicted(self, head: Float[Array, "B N o"]) -> Float[Array, "B N prediction"]:
+    def _finish_prediction(self, head: Float[Array, "B N o"]) -> Float[Array, "B N prediction"]:
         """Drop the variance from the head's output and negate it, if the config says so."""
         config = self.config
         if config.variance == "dropped":
@@ -106,7 +115,7 @@ class Dit(nnx.Module):
             head = by_position[..., : config.channels].reshape(*head.shape[:2], -1)
         return -head if config.time_embedding.reversed else head
 
-    def _wanted(self) -> list[str]:
+    def _list_required(self) -> list[str]:
         config = self.config
         required = {
             "token_time": config.time == "token",
@@ -115,11 +124,15 @@ class Dit(nnx.Module):
         }
         return [name for name, is_required in required.items() if is_required]
 
-    def _time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    def _embed_time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:
         embedding = self.config.time_embedding
-        return self.time_out(nnx.silu(self.time_in(sinusoidal(embedding.told(time), 256, period=embedding.period))))
+        return self.time_out(
+            nnx.silu(
+                self.time_in(sinusoidal_embedding(embedding.model_time(time), 256, max_period=embedding.max_period))
+            )
+        )
 
-    def _steady(
+    def _embed_static_condition(
         self,
         shape: tuple[int, int],
         context: Float[Array, "B S E"] | None,
@@ -139,7 +152,7 @@ class Dit(nnx.Module):
             condition = condition + self.labels[...].at[labels].get(mode="fill", fill_value=jnp.nan)
         return condition
 
-    def _sequence(
+    def _embed_tokens(
         self,
         noisy: Float[Array, "B N p"],
         time: Float[Array, "B G"],
@@ -154,16 +167,18 @@ class Dit(nnx.Module):
         count = time.shape[1]
         if config.temporal is not None:
             # Time has an embedding of its own, so that all other parts process every frame as an image.
-            time_features = EndDistances().features(coordinates * _TIME, segments, count=count, width=config.width)
+            time_features = BoundaryEmbedding().compute_features(
+                coordinates * _TIME_AXIS, segments, count=count, width=config.width
+            )
             x = x + self.temporal_position(time_features)
-        if config.added_position is not None:
-            embedded = coordinates if config.temporal is None else coordinates * (1 - _TIME)
-            features = config.added_position.features(embedded, segments, count=count, width=config.width)
+        if config.position_embedding is not None:
+            embedded = coordinates if config.temporal is None else coordinates * (1 - _TIME_AXIS)
+            features = config.position_embedding.compute_features(embedded, segments, count=count, width=config.width)
             x = x + (features if self.position is None else self.position(features))
         row = _Sequence(x.astype(jnp.float32), segments, coordinates, given.token_time)
-        return self._with_registers(row, time) if config.registers else row
+        return self._append_registers(row, time) if config.registers else row
 
-    def _with_registers(self, row: _Sequence, time: Float[Array, "B G"]) -> _Sequence:
+    def _append_registers(self, row: _Sequence, time: Float[Array, "B G"]) -> _Sequence:
         """Append the registers of every segment, at its time and with coordinates of zero, which rotate nothing."""
         rows, count = time.shape
         ids = jnp.repeat(jnp.arange(1, count + 1, dtype=row.segments.dtype), self.config.registers)
@@ -171,7 +186,7 @@ class Dit(nnx.Module):
         zeros = jnp.zeros((*ids.shape, 3), row.coordinates.dtype)
         token_time = row.token_time
         if token_time is not None:
-            token_time = jnp.concatenate([token_time, to_tokens(time, ids)], axis=1)
+            token_time = jnp.concatenate([token_time, expand_to_tokens(time, ids)], axis=1)
         return _Sequence(
             jnp.concatenate([row.x, jnp.tile(self.registers[...], (rows, count, 1))], axis=1),
             jnp.concatenate([row.segments, ids], axis=1),
@@ -179,18 +194,18 @@ class Dit(nnx.Module):
             token_time,
         )
 
-    def _through_blocks(
+    def _apply_blocks(
         self,
         row: _Sequence,
         length: int,
-        of_segments: Float[Array, "B G D"],
-        of_tokens: Float[Array, "B M D"],
+        segment_condition: Float[Array, "B G D"],
+        token_condition: Float[Array, "B M D"],
         context: Float[Array, "B S E"] | None,
         context_segments: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
         """Apply all blocks to the row's tokens, of which the first `length` have a position, and to a joint context."""
         config = self.config
-        modulation = self._modulation(of_tokens)
+        modulation = self._project_modulation(token_condition)
         # Blocks take the embedded context, or, if it is part of the sequence, the modulation of its tokens.
         x, context_input = row.x, None
         if isinstance(config.context, CrossAttention | JointAttention):
@@ -199,24 +214,28 @@ class Dit(nnx.Module):
             context_input = self.context_in(context)
             if isinstance(config.context, JointAttention):
                 x = jnp.concatenate([x, context_input.astype(jnp.float32)], axis=1)
-                context_input = self._modulation(of_segments)
-        metadata = self._told(row, length, context_segments if isinstance(config.context, JointAttention) else None)
+                context_input = self._project_modulation(segment_condition)
+        metadata = self._make_block_metadata(
+            row, length, context_segments if isinstance(config.context, JointAttention) else None
+        )
         attentions = [self.attention(pattern) for pattern in config.layer_patterns]
         spatial = [(modulation, metadata, context_input, context_segments, attention) for attention in attentions]
         if config.temporal is None:
-            return apply_groups(x, [Turns(self.blocks, spatial)], remat=config.remat)
-        temporal_metadata = metadata._replace(angles=rotary_angles(row.coordinates, config.time_rotary))
+            return scan_layers(x, [LayerGroup(self.blocks, spatial)], remat=config.remat)
+        temporal_metadata = metadata._replace(angles=compute_rotary_angles(row.coordinates, config.time_rotary))
         temporal = (modulation, temporal_metadata, self.attention(TimeOnly()))
         groups = [
-            Turns(self.blocks, spatial * config.temporal.every),
-            Turns(self.temporal_blocks, [temporal] * config.temporal.layers),
+            LayerGroup(self.blocks, spatial * config.temporal.spatial_layers),
+            LayerGroup(self.temporal_blocks, [temporal] * config.temporal.layers),
         ]
-        return apply_groups(x, groups, remat=config.remat)
+        return scan_layers(x, groups, remat=config.remat)
 
-    def _told(self, row: _Sequence, length: int, joint_segments: Int[Array, "B S"] | None) -> Row:
+    def _make_block_metadata(
+        self, row: _Sequence, length: int, joint_segments: Int[Array, "B S"] | None
+    ) -> BlockMetadata:
         """Return the metadata that all blocks share: segments, grid indices, rotary angles and bias coordinates."""
         config = self.config
-        coordinates = row.coordinates if config.temporal is None else row.coordinates * (1 - _TIME)
+        coordinates = row.coordinates if config.temporal is None else row.coordinates * (1 - _TIME_AXIS)
         segments = row.segments
         if joint_segments is not None:
             segments = jnp.concatenate([segments, joint_segments], axis=1)
@@ -227,15 +246,15 @@ class Dit(nnx.Module):
 
         indices = None
         if config.layer_patterns != (Full(),):
-            indices = pad(grid_indices(row.coordinates[:, :length], row.segments[:, :length]), NOWHERE)
-        return Row(
+            indices = pad(compute_grid_indices(row.coordinates[:, :length], row.segments[:, :length]), GLOBAL)
+        return BlockMetadata(
             row.segments,
-            Tokens.among(segments, indices),
-            rotary_angles(coordinates, config.rotary) if isinstance(config.rotary, Rotary3d) else None,
+            AttentionInputs.self_attention(segments, indices),
+            compute_rotary_angles(coordinates, config.rotary) if isinstance(config.rotary, Rotary3d) else None,
             None if config.relative_bias is None else pad(coordinates[:, :length], jnp.inf),
         )
 
-    def _modulation(self, condition: Float[Array, "B M D"]) -> Float[Array, "B M 6 D"] | Float[Array, "B M D"]:
+    def _project_modulation(self, condition: Float[Array, "B M D"]) -> Float[Array, "B M 6 D"] | Float[Array, "B M D"]:
         """Return the shared modulation, or the condition if each block projects it itself."""
         if self.config.modulation == "own":
             return condition

@@ -11,15 +11,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.nn import Init, Linear, sinusoidal
-from dit_video.tokens import even_split, segment_max, to_tokens
+from dit_video.nn import Init, Linear, sinusoidal_embedding
+from dit_video.tokens import expand_to_tokens, segment_max, split_evenly
 
 _DISTANCE_WIDTH = 32
 """Number of sines and cosines for one distance."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndDistances:
+class BoundaryEmbedding:
     """Embedding of the distances to both ends of a clip along each axis: sines and cosines, then a linear layer."""
 
     def check(self, width: int) -> None:
@@ -28,12 +28,12 @@ class EndDistances:
     def make(self, width: int, *, init: Init = "xavier", dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
         return Linear(6 * _DISTANCE_WIDTH, width, init=init, dtype=dtype, rngs=rngs)
 
-    def features(
+    def compute_features(
         self, coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
     ) -> Float[Array, "B N position"]:
-        from_end = _extents(coordinates, segments, count=count) - coordinates
+        from_end = _compute_extents(coordinates, segments, count=count) - coordinates
         distances = jnp.concatenate([coordinates, from_end], axis=-1)
-        return sinusoidal(distances, _DISTANCE_WIDTH, period=100.0).reshape(*distances.shape[:2], -1)
+        return sinusoidal_embedding(distances, _DISTANCE_WIDTH, max_period=100.0).reshape(*distances.shape[:2], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class SineCosine:
     Coordinates count patches, so a clip larger than those in training has values that were not trained.
     """
 
-    period: float = 10_000.0
+    max_period: float = 10_000.0
 
     def check(self, width: int) -> None:
         """Check that the width is even.
@@ -57,12 +57,12 @@ class SineCosine:
     def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
         return None
 
-    def features(
+    def compute_features(
         self, coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
     ) -> Float[Array, "B N {width}"]:
         parts = [
-            sinusoidal(coordinates[..., axis], part, period=self.period)
-            for axis, part in enumerate(even_split(width))
+            sinusoidal_embedding(coordinates[..., axis], part, max_period=self.max_period)
+            for axis, part in enumerate(split_evenly(width))
             if part
         ]
         return jnp.concatenate(parts, axis=-1)
@@ -81,7 +81,7 @@ class ImageSineCosine:
 
     side: int = 16
     """Height and width of the training images, in tokens."""
-    period: float = 10_000.0
+    max_period: float = 10_000.0
 
     def __post_init__(self):
         if self.side < 1:
@@ -99,19 +99,21 @@ class ImageSineCosine:
     def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
         return None
 
-    def features(
+    def compute_features(
         self, coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
     ) -> Float[Array, "B N {width}"]:
-        scaled = coordinates * (self.side / (_extents(coordinates, segments, count=count) + 1))
+        scaled = coordinates * (self.side / (_compute_extents(coordinates, segments, count=count) + 1))
         parts = []
         for axis in (2, 1):
-            cosines, sines = jnp.split(sinusoidal(scaled[..., axis], width // 2, period=self.period), 2, axis=-1)
+            cosines, sines = jnp.split(
+                sinusoidal_embedding(scaled[..., axis], width // 2, max_period=self.max_period), 2, axis=-1
+            )
             parts += [sines, cosines]
         return jnp.concatenate(parts, axis=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factorised:
+class FactorizedEmbedding:
     """Learned tables, one per axis, read at the token's fractional position in its clip.
 
     Between two entries the tables are interpolated linearly, so clips of all sizes share them, including larger ones
@@ -134,15 +136,15 @@ class Factorised:
     def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
         return AxisTables(self.sizes, width, rngs=rngs)
 
-    def features(
+    def compute_features(
         self, coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
     ) -> Float[Array, "B N 3"]:
-        extents = _extents(coordinates, segments, count=count)
+        extents = _compute_extents(coordinates, segments, count=count)
         # A single frame, row or column has fraction 0. Padding has arbitrary coordinates, so the result is clipped.
         return jnp.clip(coordinates / jnp.where(extents > 0, extents, 1.0), 0.0, 1.0)
 
 
-AbsolutePosition = EndDistances | SineCosine | ImageSineCosine | Factorised
+AbsolutePosition = BoundaryEmbedding | SineCosine | ImageSineCosine | FactorizedEmbedding
 
 
 class AxisTables(nnx.Module):
@@ -162,7 +164,9 @@ class AxisTables(nnx.Module):
         return parts[0] + parts[1] + parts[2]
 
 
-def _extents(coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int) -> Float[Array, "B N 3"]:
+def _compute_extents(
+    coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int
+) -> Float[Array, "B N 3"]:
     """Return for every token the largest coordinate along each axis in its segment."""
     extents = jnp.stack([segment_max(coordinates[..., axis], segments, count=count) for axis in range(3)], axis=-1)
-    return to_tokens(extents, segments)
+    return expand_to_tokens(extents, segments)

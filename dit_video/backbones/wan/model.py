@@ -14,28 +14,28 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.backbones.dit.blocks import Row, into_heads, spread
+from dit_video.backbones.dit.blocks import BlockMetadata, expand_modulation, split_heads
 from dit_video.backbones.dit.conditioning import TIME_SCALE, Given
 from dit_video.backbones.dit.config import check_patterns
 from dit_video.core.errors import UserError
 from dit_video.nn import (
     Attention,
+    AttentionInputs,
     Backend,
+    LayerGroup,
     LayerNorm,
     Linear,
     Remat,
     RmsNorm,
-    Tokens,
-    Turns,
-    apply_groups,
     gelu,
     make_attention,
     make_stack,
     modulate,
-    sinusoidal,
+    scan_layers,
+    sinusoidal_embedding,
 )
-from dit_video.nn.attention import Chosen, Full, Pattern, PatternChoice, check_attention, grid_indices
-from dit_video.tokens import Grid, Rotary3d, positions, rotary_angles, rotate, to_tokens
+from dit_video.nn.attention import AttentionFactory, Full, Pattern, PatternChoice, check_attention, compute_grid_indices
+from dit_video.tokens import Grid, Rotary3d, compute_rotary_angles, compute_segment_offsets, expand_to_tokens, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class WanDitConfig:
     """Number of learned positions of image tokens, those of the first and the last frame together."""
     patch: Grid = Grid(1, 2, 2)
     width: int = 1536
-    hidden_width: int = 8960
+    mlp_dim: int = 8960
     """Hidden width of the MLP."""
     layers: int = 30
     heads: int = 12
@@ -71,7 +71,7 @@ class WanDitConfig:
     """Diffusion time per segment, or per token as in TI2V-5B, whose first latent frame can be known and at time 0."""
     pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
     """Pattern of self-attention, or several that the layers use in turn."""
-    clock: ClassVar[Literal["tokens"]] = "tokens"
+    time_coordinate: ClassVar[Literal["tokens"]] = "tokens"
     """Unit of the time coordinate."""
     attention: Backend = "auto"
     dtype: str = "float32"
@@ -110,11 +110,11 @@ class WanDitConfig:
         return Rotary3d.even(self.width // self.heads)
 
     @property
-    def matrices(self) -> float:
+    def layer_params(self) -> float:
         """Return the weights of attention and MLP in a layer that act on each video token, in units of width²."""
-        return 6 + 2 * self.hidden_width / self.width
+        return 6 + 2 * self.mlp_dim / self.width
 
-    def pairs(self, grid: Grid) -> float:
+    def attention_pairs(self, grid: Grid) -> float:
         """Return the number of token pairs in a clip."""
         return float(grid.volume**2)
 
@@ -129,7 +129,7 @@ class WanDitConfig:
     @classmethod
     def t2v_14b(cls, **fields: Any) -> "WanDitConfig":
         """Return the config of Wan 2.1 T2V 14B, and of both experts of Wan 2.2 T2V A14B."""
-        return cls(**{"width": 5120, "hidden_width": 13824, "layers": 40, "heads": 40} | fields)
+        return cls(**{"width": 5120, "mlp_dim": 13824, "layers": 40, "heads": 40} | fields)
 
     @classmethod
     def i2v_14b(cls, **fields: Any) -> "WanDitConfig":
@@ -139,7 +139,7 @@ class WanDitConfig:
     @classmethod
     def ti2v_5b(cls, **fields: Any) -> "WanDitConfig":
         """Return the config of Wan 2.2 TI2V 5B."""
-        shape = {"channels": 48, "width": 3072, "hidden_width": 14336, "layers": 30, "heads": 24}
+        shape = {"channels": 48, "width": 3072, "mlp_dim": 14336, "layers": 30, "heads": 24}
         return cls(**shape | {"time": "token"} | fields)
 
 
@@ -148,7 +148,7 @@ class WanDit(nnx.Module):
 
     def __init__(self, config: WanDitConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.attention: Callable[[Pattern], Attention] = Chosen(config.attention)
+        self.attention: Callable[[Pattern], Attention] = AttentionFactory(config.attention)
         width, dtype = config.width, jnp.dtype(config.dtype)
         self.embed = Linear(config.token_width + config.given_width, width, dtype=dtype, rngs=rngs)
         self.text_in = Linear(config.context_width, width, init="normal", dtype=dtype, rngs=rngs)
@@ -156,9 +156,9 @@ class WanDit(nnx.Module):
         self.time_in = Linear(config.time_width, width, init="normal", rngs=rngs)
         self.time_out = Linear(width, width, init="normal", rngs=rngs)
         self.modulation = Linear(width, 6 * width, rngs=rngs)
-        self.image = None if config.image_width is None else ImageTokens(config, rngs=rngs)
+        self.image = None if config.image_width is None else WanImageEmbedding(config, rngs=rngs)
         self.blocks = make_stack(lambda r: WanBlock(config, rngs=r), config.layers, rngs=rngs)
-        self.head_table = _table(2, width, rngs)
+        self.head_table = _make_table(2, width, rngs)
         self.head = Linear(width, config.token_width, init="zero", rngs=rngs)
 
     def __call__(
@@ -180,32 +180,38 @@ class WanDit(nnx.Module):
         Raises:
           UserError: an input that the config requires is missing, or one that it does not use is present.
         """
-        given.check(*self._wanted())
+        given.check(*self._list_required())
         input_time = time if given.token_time is None else given.token_time
-        embedded = self.time_out(nnx.silu(self.time_in(sinusoidal(TIME_SCALE * input_time, self.config.time_width))))
+        embedded = self.time_out(
+            nnx.silu(self.time_in(sinusoidal_embedding(TIME_SCALE * input_time, self.config.time_width)))
+        )
         modulation = self.modulation(nnx.silu(embedded)).reshape(*input_time.shape, 6, -1)
         head = embedded[:, :, None] + self.head_table[...]
         if given.token_time is None:
-            head = to_tokens(head, segments)
-        text, fits = self._text(context, context_segments, count=time.shape[1])
+            head = expand_to_tokens(head, segments)
+        text, fits = self._embed_text(context, context_segments, count=time.shape[1])
         image = None
         if self.image is not None:
             assert given.image is not None  # by `given.check`
             assert given.image_segments is not None
             image = (self.image(given.image, given.image_segments), given.image_segments)
         patterns = self.config.patterns
-        indices = None if patterns == (Full(),) else grid_indices(coordinates, segments)
-        metadata = Row(segments, Tokens.among(segments, indices), rotary_angles(coordinates, self.config.rotary))
+        indices = None if patterns == (Full(),) else compute_grid_indices(coordinates, segments)
+        metadata = BlockMetadata(
+            segments,
+            AttentionInputs.self_attention(segments, indices),
+            compute_rotary_angles(coordinates, self.config.rotary),
+        )
         attentions = [self.attention(pattern) for pattern in patterns]
-        x = apply_groups(
+        x = scan_layers(
             self.embed(self._beside(noisy, given.latents)).astype(jnp.float32),
-            [Turns(self.blocks, [(modulation, metadata, text, image, attention) for attention in attentions])],
+            [LayerGroup(self.blocks, [(modulation, metadata, text, image, attention) for attention in attentions])],
             remat=self.config.remat,
         )
         prediction = self.head(modulate(x, head[:, :, 0], head[:, :, 1]))
-        return jnp.where(to_tokens(fits, segments)[..., None], prediction, jnp.nan)
+        return jnp.where(expand_to_tokens(fits, segments)[..., None], prediction, jnp.nan)
 
-    def _wanted(self) -> list[str]:
+    def _list_required(self) -> list[str]:
         config, images = self.config, ["image", "image_segments"]
         return [
             *(["token_time"] if config.time == "token" else []),
@@ -221,7 +227,7 @@ class WanDit(nnx.Module):
         both = jnp.concatenate([noisy.reshape(shape), given.reshape(shape)], axis=-1)
         return both.reshape(*noisy.shape[:2], -1)
 
-    def _text(
+    def _embed_text(
         self, context: Float[Array, "B S E"], segments: Int[Array, "B S"], *, count: int
     ) -> tuple["PaddedText", Bool[Array, "B {count}"]]:
         """Embed the text; also return for each segment whether its text fits into `text_length` tokens.
@@ -233,7 +239,7 @@ class WanDit(nnx.Module):
         zeros = jnp.zeros((rows, 1, context.shape[2]), context.dtype)
         values = self.text_in(jnp.concatenate([context, zeros], axis=1))
         values = self.text_out(gelu(values))
-        offset = positions(segments)
+        offset = compute_segment_offsets(segments)
         is_kept = (segments > 0) & (offset < length)
         # Tokens that are not kept get a slot beyond the end, which `mode="drop"` ignores; empty slots read padding.
         slots = jnp.where(is_kept, (segments - 1) * length + offset, count * length)
@@ -251,7 +257,7 @@ PaddedText = tuple[Float[Array, "B _ D"], Int[Array, "B M"], Int[Array, "B M"]]
 """Embedded tokens followed by one of padding; for each slot of the padded texts the index of its token; its segment."""
 
 
-class ImageTokens(nnx.Module):
+class WanImageEmbedding(nnx.Module):
     """Projection of an image encoder's tokens to the model's width: norm, linear, GELU, linear, norm."""
 
     def __init__(self, config: WanDitConfig, *, rngs: nnx.Rngs):
@@ -266,7 +272,7 @@ class ImageTokens(nnx.Module):
     def __call__(self, tokens: Float[Array, "B I F"], segments: Int[Array, "B I"]) -> Float[Array, "B I D"]:
         if self.positions is not None:
             # Tokens beyond the learned positions give NaN, but padding, which may be longer, must not.
-            index = jnp.where(segments > 0, positions(segments), 0)
+            index = jnp.where(segments > 0, compute_segment_offsets(segments), 0)
             tokens = tokens + self.positions[...].at[index].get(mode="fill", fill_value=jnp.nan)
         return self.norm_out(self.down(jax.nn.gelu(self.up(self.norm_in(tokens)), approximate=False)))
 
@@ -285,57 +291,59 @@ class WanBlock(nnx.Module):
 
         self.heads, self.per_token = config.heads, config.time == "token"
         self.cross: Attention = make_attention(config.attention)
-        self.table = _table(6, width, rngs)
+        self.table = _make_table(6, width, rngs)
         self.query, self.key, self.value, self.out = square(), square(), square(), square()
         self.query_norm, self.key_norm = RmsNorm(width), RmsNorm(width)
         self.cross_norm = LayerNorm(width)
         self.cross_query, self.cross_key, self.cross_value, self.cross_out = square(), square(), square(), square()
         self.cross_query_norm, self.cross_key_norm = RmsNorm(width), RmsNorm(width)
-        self.sees_image = config.image_width is not None
-        if self.sees_image:
+        self.has_image = config.image_width is not None
+        if self.has_image:
             self.image_key, self.image_value, self.image_key_norm = square(), square(), RmsNorm(width)
-        self.up = Linear(width, config.hidden_width, dtype=dtype, rngs=rngs)
-        self.down = Linear(config.hidden_width, width, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, config.mlp_dim, dtype=dtype, rngs=rngs)
+        self.down = Linear(config.mlp_dim, width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B N D"],
         modulation: Float[Array, "B _ 6 D"],
-        row: Row,
+        metadata: BlockMetadata,
         text: PaddedText,
         image: tuple[Float[Array, "B I D"], Int[Array, "B I"]] | None,
         attention: Attention,
     ) -> Float[Array, "B N D"]:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            spread(modulation[:, :, index] + self.table[...][index], row.segments, per_token=self.per_token)
+            expand_modulation(
+                modulation[:, :, index] + self.table[...][index], metadata.segments, per_token=self.per_token
+            )
             for index in range(6)
         )
-        x = x + gate * self._self_attention(modulate(x, shift, scale), row, attention)
-        x = x + self._cross_attention(self.cross_norm(x), row.segments, text, image)
+        x = x + gate * self._self_attention(modulate(x, shift, scale), metadata, attention)
+        x = x + self._cross_attention(self.cross_norm(x), metadata.segments, text, image)
         hidden = gelu(self.up(modulate(x, mlp_shift, mlp_scale)))
         return x + mlp_gate * self.down(hidden).astype(jnp.float32)
 
-    def _self_attention(self, x, row, attention):
-        q = rotate(into_heads(self.query(x), self.query_norm, self.heads), row.angles)
-        k = rotate(into_heads(self.key(x), self.key_norm, self.heads), row.angles)
-        v = into_heads(self.value(x), None, self.heads)
-        mixed = attention(q, k, v, row.at)
+    def _self_attention(self, x, metadata, attention):
+        q = rotate(split_heads(self.query(x), self.query_norm, self.heads), metadata.angles)
+        k = rotate(split_heads(self.key(x), self.key_norm, self.heads), metadata.angles)
+        v = split_heads(self.value(x), None, self.heads)
+        mixed = attention(q, k, v, metadata.attention_inputs)
         return self.out(mixed.reshape(x.shape)).astype(jnp.float32)
 
     def _cross_attention(self, x, segments, text, image):
-        q = into_heads(self.cross_query(x), self.cross_query_norm, self.heads)
+        q = split_heads(self.cross_query(x), self.cross_query_norm, self.heads)
         values, sources, text_segments = text
-        k = into_heads(self.cross_key(values), self.cross_key_norm, self.heads)
-        v = into_heads(self.cross_value(values), None, self.heads)
+        k = split_heads(self.cross_key(values), self.cross_key_norm, self.heads)
+        v = split_heads(self.cross_value(values), None, self.heads)
         k, v = (jax.vmap(lambda row, index: row[index])(projected, sources) for projected in (k, v))
-        mixed = self.cross(q, k, v, Tokens(segments, text_segments))
-        if self.sees_image:
+        mixed = self.cross(q, k, v, AttentionInputs(segments, text_segments))
+        if self.has_image:
             tokens, image_segments = image
-            k = into_heads(self.image_key(tokens), self.image_key_norm, self.heads)
-            v = into_heads(self.image_value(tokens), None, self.heads)
-            mixed = mixed + self.cross(q, k, v, Tokens(segments, image_segments))
+            k = split_heads(self.image_key(tokens), self.image_key_norm, self.heads)
+            v = split_heads(self.image_value(tokens), None, self.heads)
+            mixed = mixed + self.cross(q, k, v, AttentionInputs(segments, image_segments))
         return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
 
 
-def _table(entries: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+def _make_table(entries: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
     return nnx.Param(jax.random.normal(rngs.params(), (entries, width), jnp.float32) / width**0.5)

@@ -10,13 +10,22 @@ from jaxtyping import UInt8
 
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
-from dit_video.data.bucketing.buckets import Buckets, BucketStream, Memory
-from dit_video.data.captions import Text, Texts
+from dit_video.data.bucketing.buckets import BatchMemory, Buckets, BucketStream
+from dit_video.data.captions import CaptionSource, CaptionTokens
 from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.loader import Batches, Pieces, Reading, encoded_ahead, of_part
-from dit_video.data.packing.rows import Encode, read_text, set_aside
-from dit_video.data.sizes import SizeLimits, sampled_fps, sampled_frames
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid
+from dit_video.data.loader import DenoiserBatches, LoaderConfig, PieceDecoder, encode_ahead, get_part_range
+from dit_video.data.packing.rows import Encode, log_damaged_clip, read_caption
+from dit_video.data.sizes import SizeLimits, count_sampled_frames, get_sampled_fps
+from dit_video.tokens import (
+    Grid,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_coordinates,
+    compute_token_grid,
+    pack,
+    patchify,
+)
 from dit_video.video import decode
 
 
@@ -28,12 +37,12 @@ class BucketConfig:
       UserError: there is no bucket, or the budget does not exceed the fixed part of the memory.
     """
 
-    memory: Memory
+    memory: BatchMemory
     budget: float | int
     """Memory of a device, in bytes."""
     count: int = 8
     """Maximum number of buckets: a program is compiled for each."""
-    most: int | None = None
+    max_batch: int | None = None
     """Maximum number of examples per batch; None for as many as fit."""
 
     def __post_init__(self):
@@ -44,22 +53,22 @@ class BucketConfig:
             )
 
 
-class BucketBatches(Batches):
+class BucketBatches(DenoiserBatches):
     """An endless iterator over this host's share of the batches, with one clip per row and no padding."""
 
-    def __init__(self, batches: Iterator[Rows], close: Callable[[], None], buckets: Buckets, plan: str):
+    def __init__(self, batches: Iterator[PackedBatch], close: Callable[[], None], buckets: Buckets, plan_hash: str):
         super().__init__(batches, close)
-        self.hash, self._buckets = plan, buckets
+        self.hash, self._buckets = plan_hash, buckets
 
-    def summary(self, *, devices: int) -> dict[str, Any]:
+    def summarize(self, *, devices: int) -> dict[str, Any]:
         """Return the buckets as JSON values: their sizes, numbers of examples, and what resizing and cropping keeps."""
         buckets = self._buckets
         return {
             "plan": self.hash,
-            "examples": len(buckets.of),
+            "examples": len(buckets.assignment),
             "devices": devices,
-            "kept": round(buckets.kept, 5),
-            "shown": round(buckets.shown, 5),
+            "kept": round(buckets.token_retention, 5),
+            "shown": round(buckets.frame_coverage, 5),
             "dropped": 0,
             "buckets": [{**vars(bucket), "size": "x".join(map(str, bucket.size))} for bucket in buckets.buckets],
         }
@@ -68,9 +77,9 @@ class BucketBatches(Batches):
         return self._buckets.report()
 
 
-def bucket_batches(
+def load_bucket_batches(
     source: ClipSource,
-    texts: Texts,
+    captions: CaptionSource,
     encode: Encode,
     buckets: Buckets,
     *,
@@ -78,9 +87,9 @@ def bucket_batches(
     channels: int,
     limits: SizeLimits,
     patch: Grid,
-    text: int,
-    reading: Reading,
-    intervals: Sequence[float] | None = None,
+    max_text: int,
+    config: LoaderConfig,
+    token_dt: Sequence[float] | None = None,
 ) -> BucketBatches:
     """Return batches of clips that are resized to cover their bucket's size, cropped to it, and encoded online.
 
@@ -102,45 +111,45 @@ def bucket_batches(
     Raises:
       UserError: a caption is longer than `max_text`.
     """
-    longest, index = max((max(lengths), -number) for number, lengths in enumerate(texts.lengths))
-    if longest > text:
+    longest, index = max((max(lengths), -number) for number, lengths in enumerate(captions.lengths))
+    if longest > max_text:
         raise UserError(
-            f"{source.infos[-index].name} has {longest} text tokens, but a row has room for {text}; "
+            f"{source.infos[-index].name} has {longest} text tokens, but a row has room for {max_text}; "
             "raise the row's text or shorten its caption"
         )
-    stream = BucketStream(buckets, seed=reading.seed)
-    clips = _Clips(source, stream, limits, reading)
+    stream = BucketStream(buckets, seed=config.seed)
+    clips = _BucketDecoder(source, stream, limits, config)
 
-    def batch(clips: list[_Decoded]) -> Rows:
+    def batch(clips: list[_DecodedClip]) -> PackedBatch:
         # Captions are read here and not where clips are decoded, as they need not be picklable to worker processes.
-        drawn = [_drawn(texts, source.infos, clip, seed=reading.seed) for clip in clips]
+        drawn = [_draw_caption(captions, source.infos, clip, seed=config.seed) for clip in clips]
         frames = [None if caption is None else clip.frames for clip, caption in zip(clips, drawn, strict=True)]
         latents = iter(encode([clip_frames for clip_frames in frames if clip_frames is not None]))
         tokens = [None if clip_frames is None else patchify(next(latents), patch) for clip_frames in frames]
-        grid, width = token_grid(latent_grid(clips[0].size), patch), patch.volume * channels
-        shape = RowShape(tokens=grid.volume, text=text, segments=1)
+        grid, width = compute_token_grid(latent_grid(clips[0].size), patch), patch.volume * channels
+        shape = PackedShape(tokens=grid.volume, text=max_text, segments=1)
         rows = []
         for clip, values, caption in zip(clips, tokens, drawn, strict=True):
-            item = Item(
+            item = PackedExample(
                 np.zeros((grid.volume, width), np.float32) if values is None else values,
-                coordinates(grid, step=(1.0 if intervals is None else intervals[clip.example], 1.0, 1.0)),
-                texts.empty if caption is None else caption,
+                compute_coordinates(grid, step=(1.0 if token_dt is None else token_dt[clip.example], 1.0, 1.0)),
+                captions.empty if caption is None else caption,
                 clip.rank,
             )
-            row = pack([item], shape, width=width, text_width=texts.width)
+            row = pack([item], shape, width=width, text_width=captions.width)
             row.valid[0] = values is not None
             rows.append(row)
-        return Rows(*map(np.stack, zip(*rows, strict=True)))
+        return PackedBatch(*map(np.stack, zip(*rows, strict=True)))
 
     plan = hashlib.sha256(repr((stream.hash, source.infos, limits, patch)).encode())
-    if intervals is not None:
-        plan.update(repr(tuple(intervals)).encode())
-    for facts in texts.facts():
+    if token_dt is not None:
+        plan.update(repr(tuple(token_dt)).encode())
+    for facts in captions.iter_hash_bytes():
         plan.update(facts)
-    return BucketBatches(*encoded_ahead(clips, batch, reading), buckets, plan.hexdigest()[:16])
+    return BucketBatches(*encode_ahead(clips, batch, config), buckets, plan.hexdigest()[:16])
 
 
-class _Decoded(NamedTuple):
+class _DecodedClip(NamedTuple):
     """A clip at the size of its bucket, not encoded yet."""
 
     size: Grid
@@ -151,45 +160,47 @@ class _Decoded(NamedTuple):
     """Running number of the example in the stream."""
 
 
-class _Clips(Pieces):
+class _BucketDecoder(PieceDecoder):
     """A decoder of the clips of this host's batches."""
 
-    def __init__(self, source: ClipSource, stream: BucketStream, limits: SizeLimits, reading: Reading):
-        self._source, self._stream, self._limits, self._reading = source, stream, limits, reading
+    def __init__(self, source: ClipSource, stream: BucketStream, limits: SizeLimits, config: LoaderConfig):
+        self._source, self._stream, self._limits, self._config = source, stream, limits, config
         buckets = stream.buckets.buckets
-        self.most = max(bucket.batch for bucket in buckets) // reading.hosts
-        self.most_bytes = max(3 * bucket.size.volume * bucket.batch for bucket in buckets) / reading.hosts
+        self.max_pieces = max(bucket.batch for bucket in buckets) // config.hosts
+        self.max_bytes = max(3 * bucket.size.volume * bucket.batch for bucket in buckets) / config.hosts
 
-    def decoded(self, step: int, part: int, parts: int) -> list[_Decoded]:
-        size, examples, ranks = self._stream.batch(step, host=self._reading.host, hosts=self._reading.hosts)
-        chosen = of_part(len(examples), part, parts)
+    def decode(self, step: int, part: int, num_parts: int) -> list[_DecodedClip]:
+        size, examples, ranks = self._stream.get_batch(step, host=self._config.host, hosts=self._config.hosts)
+        chosen = get_part_range(len(examples), part, num_parts)
         pairs = [(int(examples[index]), int(ranks[index])) for index in chosen]
-        return [_Decoded(size, self._frames(*pair, size), *pair) for pair in pairs]
+        return [_DecodedClip(size, self._decode_frames(*pair, size), *pair) for pair in pairs]
 
-    def _frames(self, example: int, rank: int, size: Grid) -> UInt8[np.ndarray, "T H W 3"] | None:
-        info, generator = self._source.infos[example], rng.host(self._reading.seed, "bucket", rank)
-        fps = sampled_fps(info, self._limits)
-        start = int(generator.integers(sampled_frames(info, self._limits) - size.t + 1))
-        height, width = covering(info, size)
+    def _decode_frames(self, example: int, rank: int, size: Grid) -> UInt8[np.ndarray, "T H W 3"] | None:
+        info, generator = self._source.infos[example], rng.make_generator(self._config.seed, "bucket", rank)
+        fps = get_sampled_fps(info, self._limits)
+        start = int(generator.integers(count_sampled_frames(info, self._limits) - size.t + 1))
+        height, width = compute_covering_size(info, size)
         top, left = (int(generator.integers(spare + 1)) for spare in (height - size.h, width - size.w))
         try:
             frames = decode(
                 self._source[example], size=Grid(size.t, height, width), start=info.start + start / fps, fps=fps
             ).frames
         except DecodeError as error:
-            set_aside(info.name, error)
+            log_damaged_clip(info.name, error)
             return None
         # Copy the crop, so that the memory of the whole frames is freed.
         return np.ascontiguousarray(frames[:, top : top + size.h, left : left + size.w])
 
 
-def covering(info: ClipInfo, size: Grid) -> tuple[int, int]:
+def compute_covering_size(info: ClipInfo, size: Grid) -> tuple[int, int]:
     """Return the smallest height and width of the clip's own aspect ratio that cover a size."""
     scale = max(size.h / info.height, size.w / info.width)
     return max(size.h, round(info.height * scale)), max(size.w, round(info.width * scale))
 
 
-def _drawn(texts: Texts, infos: Sequence[ClipInfo], clip: _Decoded, *, seed: int) -> Text | None:
+def _draw_caption(
+    captions: CaptionSource, infos: Sequence[ClipInfo], clip: _DecodedClip, *, seed: int
+) -> CaptionTokens | None:
     """Read a random caption of the clip; None if its record is damaged."""
-    caption = rng.host(seed, "caption", clip.rank).integers(len(texts.lengths[clip.example]))
-    return read_text(texts, clip.example, int(caption), infos[clip.example].name)
+    caption = rng.make_generator(seed, "caption", clip.rank).integers(len(captions.lengths[clip.example]))
+    return read_caption(captions, clip.example, int(caption), infos[clip.example].name)

@@ -22,14 +22,14 @@ from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.tokens import Grid
 
-VALUES = 16
+MAX_LENGTHS = 16
 """Maximum number of candidate lengths along each axis: quantiles, if the data have more lengths."""
-SWAPS = 3
+MAX_SWAP_ROUNDS = 3
 """Maximum number of rounds in which every bucket is compared with all candidate sizes again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class BatchMemory:
     """A model of a device's memory: `fixed + batch * (per_token * n + per_pair * n**2)` bytes for n tokens per example.
 
     Raises:
@@ -50,11 +50,11 @@ class Memory:
                 "be negative, and per_token positive"
             )
 
-    def batch(self, tokens: int, budget: float | int) -> int:
+    def compute_max_batch(self, tokens: int, budget: float | int) -> int:
         """Return the maximum number of examples of `tokens` tokens that fit into `budget` bytes."""
-        return max(0, math.floor((budget - self.fixed) / self.example(tokens)))
+        return max(0, math.floor((budget - self.fixed) / self.compute_example_bytes(tokens)))
 
-    def example(self, tokens: int) -> float | int:
+    def compute_example_bytes(self, tokens: int) -> float | int:
         """Return the bytes that each further example of `tokens` tokens takes."""
         return self.per_token * tokens + self.per_pair * tokens**2
 
@@ -69,9 +69,9 @@ class Bucket:
     examples: int
     share: float
     """Share of the bucket's examples in all examples."""
-    kept: float
+    token_retention: float
     """Share of the tokens of the bucket's examples that remains after resizing and cropping."""
-    shown: float
+    frame_coverage: float
     """Mean share of the frame area of the bucket's examples that is not cropped."""
 
 
@@ -80,11 +80,11 @@ class Buckets:
     """A set of buckets, to one of which every example is assigned."""
 
     buckets: tuple[Bucket, ...]
-    of: Int[np.ndarray, " n"]
+    assignment: Int[np.ndarray, " n"]
     """Index of the bucket of every example."""
-    kept: float
+    token_retention: float
     """Share of all tokens that remains after resizing and cropping."""
-    shown: float
+    frame_coverage: float
     """Mean share of the frame area that is not cropped."""
 
     def report(self) -> str:
@@ -92,20 +92,26 @@ class Buckets:
         lines = [f"{'size':>14} {'batch':>6} {'examples':>9} {'share':>7} {'tokens kept':>12} {'frame shown':>12}"]
         for b in self.buckets:
             size = "{}x{}x{}".format(*b.size)
-            lines.append(f"{size:>14} {b.batch:6} {b.examples:9} {b.share:7.1%} {b.kept:12.1%} {b.shown:12.1%}")
-        lines.append(f"{'all':>14} {'':6} {len(self.of):9} {1:7.1%} {self.kept:12.1%} {self.shown:12.1%}; 0 dropped")
+            lines.append(
+                f"{size:>14} {b.batch:6} {b.examples:9} {b.share:7.1%} {b.token_retention:12.1%} "
+                f"{b.frame_coverage:12.1%}"
+            )
+        lines.append(
+            f"{'all':>14} {'':6} {len(self.assignment):9} {1:7.1%} {self.token_retention:12.1%} "
+            f"{self.frame_coverage:12.1%}; 0 dropped"
+        )
         return "\n".join(lines)
 
 
 def plan_buckets(
     sizes: Int[np.ndarray, "n 3"],
-    memory: Memory,
+    memory: BatchMemory,
     *,
     budget: float | int,
     count: int = 8,
     devices: int = 1,
-    most: int | None = None,
-    tokens: Callable[[Grid], int] = lambda size: size.volume,
+    max_batch: int | None = None,
+    count_tokens: Callable[[Grid], int] = lambda size: size.volume,
 ) -> Buckets:
     """Choose sizes that keep most of the data, and their batch sizes.
 
@@ -131,23 +137,26 @@ def plan_buckets(
         raise UserError(
             f"sizes are invalid, {len(sizes)} were given: buckets need examples with at least one frame and pixel"
         )
-    if count < 1 or devices < 1 or (most is not None and most < devices):
+    if count < 1 or devices < 1 or (max_batch is not None and max_batch < devices):
         raise UserError(
-            f"count={count}, devices={devices}, max_batch={most} is invalid: the first two must be at least 1, "
+            f"count={count}, devices={devices}, max_batch={max_batch} is invalid: the first two must be at least 1, "
             "max_batch at least as large as devices. Use None for no maximum."
         )
     distinct, inverse, weights = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
     inverse = inverse.reshape(-1)
-    chosen = _choose(distinct, weights, tokens, count)
-    assigned = _best(chosen, distinct, tokens)
+    chosen = _choose_sizes(distinct, weights, count_tokens, count)
+    assigned = _assign(chosen, distinct, count_tokens)
     # Candidates were a selection of lengths, so a bucket can grow to the smallest lengths of its members. Then some
     # examples may prefer another bucket, so all are assigned again, and unused buckets are removed.
     chosen = np.stack([distinct[assigned == index].min(axis=0) for index in np.unique(assigned)])
-    assigned = _best(chosen, distinct, tokens)
+    assigned = _assign(chosen, distinct, count_tokens)
     used = np.unique(assigned)
     chosen, assigned = chosen[used], np.searchsorted(used, assigned)
-    kept, total = _tokens(chosen, tokens)[assigned] * weights, _tokens(distinct, tokens) * weights
-    shown = _shown(chosen[assigned], distinct) * weights
+    kept, total = (
+        _count_tokens(chosen, count_tokens)[assigned] * weights,
+        _count_tokens(distinct, count_tokens) * weights,
+    )
+    shown = _compute_frame_coverage(chosen[assigned], distinct) * weights
     buckets = []
     for index, size in enumerate(Grid(*row) for row in chosen.tolist()):
         members = assigned == index
@@ -155,18 +164,18 @@ def plan_buckets(
         buckets.append(
             Bucket(
                 size=size,
-                batch=_batch(size, tokens(size), memory, budget, examples, devices, most),
+                batch=_compute_batch(size, count_tokens(size), memory, budget, examples, devices, max_batch),
                 examples=examples,
                 share=examples / len(sizes),
-                kept=float(kept[members].sum() / total[members].sum()),
-                shown=float(shown[members].sum() / examples),
+                token_retention=float(kept[members].sum() / total[members].sum()),
+                frame_coverage=float(shown[members].sum() / examples),
             )
         )
     return Buckets(
         buckets=tuple(buckets),
-        of=assigned[inverse],
-        kept=float(kept.sum() / total.sum()),
-        shown=float(shown.sum() / len(sizes)),
+        assignment=assigned[inverse],
+        token_retention=float(kept.sum() / total.sum()),
+        frame_coverage=float(shown.sum() / len(sizes)),
     )
 
 
@@ -179,7 +188,7 @@ class BucketStream:
 
     def __init__(self, buckets: Buckets, *, seed: int):
         self.buckets, self._seed = buckets, seed
-        self._members = [np.flatnonzero(buckets.of == index) for index in range(len(buckets.buckets))]
+        self._members = [np.flatnonzero(buckets.assignment == index) for index in range(len(buckets.buckets))]
         self._batches = [bucket.batch for bucket in buckets.buckets]
         # The most recent permutation of the steps (key -1) and of each bucket, with its number.
         self._recent: dict[int, tuple[int, np.ndarray]] = {}
@@ -192,7 +201,7 @@ class BucketStream:
         """Return the average number of steps per epoch."""
         return sum(len(members) / batch for members, batch in zip(self._members, self._batches, strict=True))
 
-    def batch(
+    def get_batch(
         self, step: int, *, host: int = 0, hosts: int = 1
     ) -> tuple[Grid, Int[np.ndarray, " b"], UInt32[np.ndarray, " b"]]:
         """Return a host's share of a batch: the size, the examples, and their running numbers modulo 2**32.
@@ -200,7 +209,7 @@ class BucketStream:
         Raises:
           UserError: the batch does not divide among the hosts.
         """
-        bucket, number, before = self._at(step)
+        bucket, number, before = self._locate(step)
         size = self._batches[bucket]
         if not 0 <= host < hosts or size % hosts:
             raise UserError(
@@ -209,7 +218,7 @@ class BucketStream:
                 f"plan the buckets with devices={hosts} or a multiple"
             )
         share = size // hosts
-        examples = self._stretch(bucket, number * size + host * share, share)
+        examples = self._get_examples(bucket, number * size + host * share, share)
         ranks = np.arange(before + host * share, before + (host + 1) * share, dtype=np.uint64)
         return self.buckets.buckets[bucket].size, examples, (ranks & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 
@@ -217,73 +226,81 @@ class BucketStream:
     def hash(self) -> str:
         """Return a hash that is equal for streams that yield equal batches."""
         constants = ([(bucket.size, bucket.batch) for bucket in self.buckets.buckets], self._seed)
-        return hashlib.sha256(self.buckets.of.astype("<i8").tobytes() + repr(constants).encode()).hexdigest()[:16]
+        return hashlib.sha256(self.buckets.assignment.astype("<i8").tobytes() + repr(constants).encode()).hexdigest()[
+            :16
+        ]
 
-    def _at(self, step: int) -> tuple[int, int, int]:
+    def _locate(self, step: int) -> tuple[int, int, int]:
         """Return the bucket of a step, the number of its batch in the bucket, and the examples of all earlier steps."""
         # Epochs differ by a few steps from the mean: begin with an estimate, and correct it.
         epoch = int(step / self.steps_per_epoch)
-        while sum(self._done(epoch)) > step:
+        while sum(self._count_batches_before(epoch)) > step:
             epoch -= 1
-        while sum(self._done(epoch + 1)) <= step:
+        while sum(self._count_batches_before(epoch + 1)) <= step:
             epoch += 1
-        done = self._done(epoch)
-        order = self._order(epoch)[: step - sum(done) + 1]
+        done = self._count_batches_before(epoch)
+        order = self._get_order(epoch)[: step - sum(done) + 1]
         counts = np.bincount(order, minlength=len(done)) + np.asarray(done)
         bucket = int(order[-1])
         counts[bucket] -= 1
         return bucket, int(counts[bucket]), int(sum(c * b for c, b in zip(counts.tolist(), self._batches, strict=True)))
 
-    def _done(self, epoch: int) -> list[int]:
+    def _count_batches_before(self, epoch: int) -> list[int]:
         """Return the number of batches of each bucket before an epoch: those that the examples up to then fill."""
         return [epoch * len(members) // size for members, size in zip(self._members, self._batches, strict=True)]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        counts = np.asarray(self._done(epoch + 1)) - np.asarray(self._done(epoch))
+    def _get_order(self, epoch: int) -> np.ndarray:
+        counts = np.asarray(self._count_batches_before(epoch + 1)) - np.asarray(self._count_batches_before(epoch))
         steps = np.repeat(np.arange(len(counts)), counts)
-        return self._permuted(-1, epoch, steps)
+        return self._permute(-1, epoch, steps)
 
-    def _stretch(self, bucket: int, first: int, count: int) -> np.ndarray:
+    def _get_examples(self, bucket: int, first: int, count: int) -> np.ndarray:
         members, parts = self._members[bucket], []
         while count:
             number, offset = divmod(first, len(members))
-            part = self._permuted(bucket, number, members)[offset : offset + count]
+            part = self._permute(bucket, number, members)[offset : offset + count]
             parts.append(part)
             first, count = first + len(part), count - len(part)
         return np.concatenate(parts)
 
-    def _permuted(self, what: int, number: int, values: np.ndarray) -> np.ndarray:
-        recent = self._recent.get(what)
+    def _permute(self, key: int, number: int, values: np.ndarray) -> np.ndarray:
+        recent = self._recent.get(key)
         if recent is None or recent[0] != number:
-            recent = number, rng.host(self._seed, "buckets", what + 1, number).permutation(values)
-            self._recent[what] = recent
+            recent = number, rng.make_generator(self._seed, "buckets", key + 1, number).permutation(values)
+            self._recent[key] = recent
         return recent[1]
 
 
-def _batch(
-    size: Grid, tokens: int, memory: Memory, budget: float | int, examples: int, devices: int, most: int | None
+def _compute_batch(
+    size: Grid,
+    tokens: int,
+    memory: BatchMemory,
+    budget: float | int,
+    examples: int,
+    devices: int,
+    max_batch: int | None,
 ) -> int:
     """Return the batch size over all devices: as many examples as fit, but no more than the bucket has."""
-    per_device = memory.batch(tokens, budget)
+    per_device = memory.compute_max_batch(tokens, budget)
     if per_device < 1:
-        needs = memory.fixed + memory.example(tokens)
+        needs = memory.fixed + memory.compute_example_bytes(tokens)
         raise UserError(
             f"one example of {'x'.join(map(str, size))} ({tokens} tokens) takes {needs:.3g} bytes, but the budget is "
             f"{budget:.3g}. Use smaller clips, more devices per example, or a larger budget."
         )
     limit = max(1, examples // devices)
-    if most is not None:
-        limit = min(limit, most // devices)
+    if max_batch is not None:
+        limit = min(limit, max_batch // devices)
     return devices * min(per_device, limit)
 
 
-def _choose(
-    sizes: np.ndarray, weights: np.ndarray, tokens: Callable[[Grid], int], count: int
+def _choose_sizes(
+    sizes: np.ndarray, weights: np.ndarray, count_tokens: Callable[[Grid], int], count: int
 ) -> Int[np.ndarray, "k 3"]:
     """Choose bucket sizes among all combinations of the data's lengths, so that every example covers one of them."""
-    axes = [_lengths(sizes[:, axis], weights) for axis in range(3)]
+    axes = [_choose_lengths(sizes[:, axis], weights) for axis in range(3)]
     candidates = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    value = _kept(candidates, sizes, tokens) * weights
+    value = _compute_values(candidates, sizes, count_tokens) * weights
     # Begin with the smallest length along each axis, the only size that every example is sure to cover.
     chosen = [int(np.flatnonzero((candidates == sizes.min(axis=0)).all(axis=1))[0])]
     current = value[chosen[0]]
@@ -294,7 +311,7 @@ def _choose(
             break
         chosen.append(best)
         current = np.maximum(current, value[best])
-    for _ in range(SWAPS):
+    for _ in range(MAX_SWAP_ROUNDS):
         before = list(chosen)
         for slot in range(len(chosen)):
             others = value[[*chosen[:slot], *chosen[slot + 1 :]]].max(axis=0, initial=-np.inf)
@@ -308,33 +325,35 @@ def _choose(
     return candidates[chosen]
 
 
-def _lengths(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _choose_lengths(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     distinct = np.unique(values)
-    if len(distinct) <= VALUES:
+    if len(distinct) <= MAX_LENGTHS:
         return distinct
     order = np.argsort(values, kind="stable")
     shares = (np.cumsum(weights[order]) - weights[order]) / weights.sum()
-    return np.unique(values[order][np.searchsorted(shares, np.arange(VALUES) / VALUES, side="right") - 1])
+    return np.unique(values[order][np.searchsorted(shares, np.arange(MAX_LENGTHS) / MAX_LENGTHS, side="right") - 1])
 
 
-def _kept(buckets: np.ndarray, sizes: np.ndarray, tokens: Callable[[Grid], int]) -> Float[np.ndarray, "k n"]:
+def _compute_values(
+    buckets: np.ndarray, sizes: np.ndarray, count_tokens: Callable[[Grid], int]
+) -> Float[np.ndarray, "k n"]:
     """Return the tokens of each bucket times the uncropped share of each example's frame; -inf if it is not covered."""
     fits = np.ones((len(buckets), len(sizes)), bool)
     for axis in range(3):
         fits &= buckets[:, None, axis] <= sizes[:, axis]
-    value = _tokens(buckets, tokens)[:, None] * _shown(buckets[:, None], sizes)
+    value = _count_tokens(buckets, count_tokens)[:, None] * _compute_frame_coverage(buckets[:, None], sizes)
     return np.where(fits, value, -np.inf)
 
 
-def _best(buckets: np.ndarray, sizes: np.ndarray, tokens: Callable[[Grid], int]) -> Int[np.ndarray, " n"]:
-    return np.argmax(_kept(buckets, sizes, tokens), axis=0)
+def _assign(buckets: np.ndarray, sizes: np.ndarray, count_tokens: Callable[[Grid], int]) -> Int[np.ndarray, " n"]:
+    return np.argmax(_compute_values(buckets, sizes, count_tokens), axis=0)
 
 
-def _shown(buckets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _compute_frame_coverage(buckets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return the share of a frame that remains after it is resized to cover the bucket and cropped to it."""
     ratio = buckets[..., 1] * sizes[..., 2] / (sizes[..., 1] * buckets[..., 2])  # quotient of the aspect ratios
     return np.minimum(ratio, 1 / ratio)
 
 
-def _tokens(sizes: np.ndarray, tokens: Callable[[Grid], int]) -> np.ndarray:
-    return np.asarray([tokens(Grid(*size)) for size in sizes.tolist()], np.float64)
+def _count_tokens(sizes: np.ndarray, count_tokens: Callable[[Grid], int]) -> np.ndarray:
+    return np.asarray([count_tokens(Grid(*size)) for size in sizes.tolist()], np.float64)

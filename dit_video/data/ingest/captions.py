@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST = 20
+MAX_LISTED = 20
 """Number of the most frequent words and captions that are listed."""
-SHOWN = 200
+MAX_SHOWN_CHARACTERS = 200
 """Number of characters of a repeated caption that are listed; the rest is replaced by an ellipsis."""
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
@@ -50,7 +50,7 @@ class CaptionStatistics:
     """The twenty most frequent captions that occur more than once, cut to 200 characters, with their counts."""
 
 
-def caption_statistics(captions: Sequence[tuple[str, ...]]) -> CaptionStatistics:
+def compute_caption_statistics(captions: Sequence[tuple[str, ...]]) -> CaptionStatistics:
     """Return statistics of the captions of all clips; blank captions do not count.
 
     Args:
@@ -66,23 +66,23 @@ def caption_statistics(captions: Sequence[tuple[str, ...]]) -> CaptionStatistics
         captions=len(texts),
         uncaptioned=sum(not clip for clip in non_blank),
         per_clip=tuple(sorted(collections.Counter(len(clip) for clip in non_blank).items())),
-        words=_quantiles([len(caption_words) for caption_words in words]),
-        characters=_quantiles([len(text) for text in texts]),
+        words=_compute_quantiles([len(caption_words) for caption_words in words]),
+        characters=_compute_quantiles([len(text) for text in texts]),
         vocabulary=len(vocabulary),
-        frequent_words=tuple(_most(vocabulary.items())),
+        frequent_words=tuple(_get_most_frequent(vocabulary.items())),
         distinct=len(repeats),
         repeated=tuple(
-            (text if len(text) <= SHOWN else text[:SHOWN] + "…", count)
-            for text, count in _most((text, count) for text, count in repeats.items() if count > 1)
+            (text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…", count)
+            for text, count in _get_most_frequent((text, count) for text, count in repeats.items() if count > 1)
         ),
     )
 
 
-def _most(counts: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    return sorted(counts, key=lambda entry: (-entry[1], entry[0]))[:MOST]
+def _get_most_frequent(counts: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    return sorted(counts, key=lambda entry: (-entry[1], entry[0]))[:MAX_LISTED]
 
 
-def _quantiles(values: list[int]) -> Quantiles | None:
+def _compute_quantiles(values: list[int]) -> Quantiles | None:
     if not values:
         return None
     smallest, q10, median, q90, largest = np.quantile(values, [0, 0.1, 0.5, 0.9, 1], method="inverted_cdf").tolist()

@@ -10,9 +10,9 @@ from jaxtyping import Int64, UInt64
 
 from dit_video.core.errors import UserError
 
-BITS = 64
+HASH_BITS = 64
 """Bits of a perceptual hash."""
-BANDED = 8
+MAX_BANDED_DISTANCE = 8
 """Maximum distance in bits for which bands are used: up to here they select less than a tenth of the clips."""
 
 
@@ -37,33 +37,37 @@ def drop_duplicates(hashes: Sequence[tuple[int, ...] | None], *, distance: int) 
     Raises:
       UserError: the distance is outside 0 to 64.
     """
-    if not 0 <= distance <= BITS:
+    if not 0 <= distance <= HASH_BITS:
         raise UserError(
-            f"distance={distance} is invalid: it is a number of differing bits. Use 0 to {BITS}, typically 4"
+            f"distance={distance} is invalid: it is a number of differing bits. Use 0 to {HASH_BITS}, typically 4"
         )
-    tables: dict[int, _Kept] = {}
+    tables: dict[int, _HashTable] = {}
     originals: list[int | None] = []
     for number, bits in enumerate(hashes):
         if not bits:
             originals.append(None)
             continue
-        table = tables.setdefault(len(bits), _Kept(len(bits), distance))
+        table = tables.setdefault(len(bits), _HashTable(len(bits), distance))
         hash_bits = np.array(bits, np.uint64)
-        original = table.first_near(hash_bits)
+        original = table.find_first(hash_bits)
         originals.append(original)
         if original is None:
             table.add(number, hash_bits)
     return originals
 
 
-class _Kept:
+class _HashTable:
     """The hashes of kept clips with one number of hashes, indexed by the bands of the first hash."""
 
     def __init__(self, length: int, distance: int):
         self._distance, self._count = distance, 0
         self._hashes = np.empty((length, 16), np.uint64)
         self._numbers = np.empty(16, np.int64)
-        edges = [BITS * band // (distance + 1) for band in range(distance + 2)] if distance <= BANDED else []
+        edges = (
+            [HASH_BITS * band // (distance + 1) for band in range(distance + 2)]
+            if distance <= MAX_BANDED_DISTANCE
+            else []
+        )
         self._bands = [(start, (1 << stop - start) - 1) for start, stop in itertools.pairwise(edges)]
         self._buckets: dict[tuple[int, int], array[int]] = defaultdict(lambda: array("q"))
 
@@ -72,23 +76,25 @@ class _Kept:
             self._hashes = np.concatenate([self._hashes, self._hashes], axis=1)
             self._numbers = np.concatenate([self._numbers, self._numbers])
         self._hashes[:, self._count], self._numbers[self._count] = bits, number
-        for key in self._keys(int(bits[0])):
+        for key in self._get_band_keys(int(bits[0])):
             self._buckets[key].append(self._count)
         self._count += 1
 
-    def first_near(self, bits: UInt64[np.ndarray, " L"]) -> int | None:
+    def find_first(self, bits: UInt64[np.ndarray, " L"]) -> int | None:
         """Return the number of the first clip within the distance, or None."""
-        columns = self._candidates(int(bits[0]))
+        columns = self._find_candidates(int(bits[0]))
         for index, hash_bits in enumerate(bits):
             columns = columns[np.bitwise_count(self._hashes[index, columns] ^ hash_bits) <= self._distance]
         return int(self._numbers[columns.min()]) if len(columns) else None
 
-    def _candidates(self, bits: int) -> Int64[np.ndarray, " n"]:
+    def _find_candidates(self, bits: int) -> Int64[np.ndarray, " n"]:
         if not self._bands:
             return np.arange(self._count)
-        buckets = [np.frombuffer(self._buckets[key], np.int64) for key in self._keys(bits) if key in self._buckets]
+        buckets = [
+            np.frombuffer(self._buckets[key], np.int64) for key in self._get_band_keys(bits) if key in self._buckets
+        ]
         return np.concatenate(buckets) if buckets else np.empty(0, np.int64)
 
-    def _keys(self, bits: int) -> Iterator[tuple[int, int]]:
+    def _get_band_keys(self, bits: int) -> Iterator[tuple[int, int]]:
         for start, mask in self._bands:
             yield start, bits >> start & mask

@@ -34,32 +34,32 @@ import tensorflow_datasets as tfds
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.core.storage import Address, Place, place, publish, read_document
+from dit_video.core.storage import StoragePath, StoragePathLike, publish, read_document, to_storage_path
 from dit_video.data.clips import INDEX, ClipInfo, write_index
-from dit_video.data.ingest.formats import Format, Listed, Listing, list_clips
-from dit_video.data.ingest.inspection import Inspected, InspectionConfig
+from dit_video.data.ingest.formats import ListedClip, Listing, ListingFormat, list_clips
+from dit_video.data.ingest.inspection import Inspection, InspectionConfig
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.ingest.quality_filter import ScreeningConfig
-from dit_video.data.ingest.reencoder import Reencode
-from dit_video.data.ingest.report import REPORT, IngestReport, summarise
+from dit_video.data.ingest.reencoder import ReencodeConfig
+from dit_video.data.ingest.report import REPORT, IngestReport, make_report
 from dit_video.data.ingest.selection import Selection, select
-from dit_video.data.ingest.workers import Workers, cores, worth
+from dit_video.data.ingest.workers import Workers, count_cores, count_useful_processes
 from dit_video.data.records import builder
-from dit_video.data.records.cluster import Beam
+from dit_video.data.records.cluster import BeamOptions
 from dit_video.data.records.reference import ChangedError
 
-WORK = ".ingest"
+WORK_SUFFIX = ".ingest"
 """Suffix of the name of the work folder next to the destination."""
-_ANEW = "reencoded"
+_REENCODED_FOLDER = "reencoded"
 """Folder of re-encoded files in the work folder."""
 
-_COPIED = re.compile(
+_PARTIAL_COPY = re.compile(
     rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)}|REPORT\.html)$"
 )
 """Files that a copy to a bucket has while it has no index: before it is complete, or while a complete one is
 replaced."""
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """A function that is called with (done, total)."""
 
 
@@ -67,13 +67,13 @@ Progress = Callable[[int, int], None]
 class IngestConfig:
     """Configuration of an ingest; raises `UserError` if the time limit is not positive."""
 
-    format: Format | Literal["auto"] = "auto"
+    format: ListingFormat | Literal["auto"] = "auto"
     """Format of the source; "auto" detects it."""
     ucf101_split: Literal[1, 2, 3] = 1
     """Number of UCF-101's pair of train and test lists."""
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
     """Steps of the screening; all are disabled by default."""
-    reencode: Reencode = dataclasses.field(default_factory=Reencode)
+    reencode: ReencodeConfig = dataclasses.field(default_factory=ReencodeConfig)
     """Limits above which files are re-encoded; none by default."""
     time_limit: float | int = 120.0
     """Seconds that the inspection of a file may take, plus ten times as much per gigabyte; three times as long if
@@ -84,19 +84,19 @@ class IngestConfig:
             raise UserError(f"time_limit={self.time_limit} is invalid: use a positive number of seconds")
 
     @property
-    def patience(self) -> float | int:
+    def scaled_time_limit(self) -> float | int:
         """Return the seconds that a small file may take."""
-        return self.time_limit * (3 if self.reencode.asked else 1)
+        return self.time_limit * (3 if self.reencode.is_enabled else 1)
 
 
 def ingest(
     source: str | os.PathLike,
-    destination: Address,
+    destination: StoragePathLike,
     *,
     config: IngestConfig = IngestConfig(),
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     workers: int | None = None,
-    beam: Beam | None = None,
+    beam: BeamOptions | None = None,
     retry: bool = False,
 ) -> IngestReport:
     """Read every clip of `source`, and write the data set, its index and `report.json` into the folder `destination`.
@@ -123,36 +123,36 @@ def ingest(
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} is invalid: use 1 or more processes, or omit it")
-    destination = place(destination)
+    destination = to_storage_path(destination)
     if isinstance(destination, Path):
         destination = destination.resolve()  # a link to a large disk, or `.`
     if beam is not None:
-        _check_for_beam(destination)
+        _check_beam_destination(destination)
     listing = list_clips(source, format=config.format, ucf101_split=config.ucf101_split)
     if beam is not None:  # its workers have other current folders
-        listing = _absolute(listing)
-    fingerprint = _fingerprint(listing, config)
-    old_report = IngestReport.read(destination) if _holds(destination, fingerprint, source) else None
+        listing = _make_absolute(listing)
+    fingerprint = _compute_fingerprint(listing, config)
+    old_report = IngestReport.read(destination) if _has_data_set(destination, fingerprint, source) else None
     if old_report is not None and not (retry and old_report.passing):
         return dataclasses.replace(old_report, reused=True)
-    work = _work(destination)
+    work = _get_work_folder(destination)
     try:
         with Journal(work, (config.screening, config.reencode)) as journal:
-            verdicts = _inspect_all(listing.clips, config, journal, progress, workers or cores(), beam)
+            verdicts = _inspect_all(listing.clips, config, journal, progress, workers or count_cores(), beam)
             selection = select(listing.clips, verdicts, config.screening)
             if not selection.infos:
                 shutil.rmtree(work)
-                raise UserError(_nothing(source, listing, verdicts, selection))
-            passing = sum(verdict.passing for verdict in verdicts)
+                raise UserError(_explain_no_clips(source, listing, verdicts, selection))
+            passing = sum(verdict.transient for verdict in verdicts)
             if old_report is not None and passing >= len(old_report.passing):
                 return dataclasses.replace(old_report, reused=True)
             try:
                 _write(work / "data", listing, verdicts, selection, config, fingerprint, progress, beam)
                 # Hours may have passed: a data set that another process wrote meanwhile is not replaced.
-                if _holds(place(destination), fingerprint, source) and old_report is None:
+                if _has_data_set(to_storage_path(destination), fingerprint, source) and old_report is None:
                     report = dataclasses.replace(IngestReport.read(destination), reused=True)
                 else:
-                    report = _put(work / "data", destination)
+                    report = _move_to_destination(work / "data", destination)
             except ChangedError as error:
                 journal.forget(clip for clip in listing.clips if clip.path == error.path)
                 raise
@@ -170,14 +170,14 @@ def ingest(
     return report
 
 
-def _check_for_beam(destination: Place) -> None:
+def _check_beam_destination(destination: StoragePath) -> None:
     if not isinstance(destination, Path):
         raise UserError(f"{destination} is a bucket; with Beam use a folder on a disk that all its machines share")
     if set("*?[") & set(os.fspath(destination)):
         raise UserError(f"{destination} contains one of * ? [, which Beam takes for a pattern; use another folder")
 
 
-def _absolute(listing: Listing) -> Listing:
+def _make_absolute(listing: Listing) -> Listing:
     clips = [
         clip if "://" in clip.path else clip._replace(path=os.fspath(Path(clip.path).absolute()))
         for clip in listing.clips
@@ -185,40 +185,40 @@ def _absolute(listing: Listing) -> Listing:
     return listing._replace(clips=tuple(clips))
 
 
-def _put(made: Path, destination: Place) -> IngestReport:
+def _move_to_destination(folder: Path, destination: StoragePath) -> IngestReport:
     """Move the new data set to the destination, replacing an older one, and return its report."""
-    report = IngestReport.read(made)
+    report = IngestReport.read(folder)
     if not isinstance(destination, Path):
-        publish(made, destination, INDEX)
+        publish(folder, destination, INDEX)
         return report
-    old = made.with_name("old")
+    old = folder.with_name("old")
     shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed here; the journal has all to rebuild it
     if destination.is_dir() and any(destination.iterdir()):
         destination.rename(old)
-    made.rename(destination)  # replaces an empty folder
+    folder.rename(destination)  # replaces an empty folder
     shutil.rmtree(old, ignore_errors=True)
     return report
 
 
-def _work(destination: Place) -> Path:
+def _get_work_folder(destination: StoragePath) -> Path:
     """Return the work folder: next to the destination, so that a rename suffices; for a bucket a temporary folder."""
     if isinstance(destination, Path):
-        return destination.with_name(destination.name + WORK)
+        return destination.with_name(destination.name + WORK_SUFFIX)
     name = hashlib.sha256(str(destination).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"dit_video.{name}{WORK}"
+    return Path(tempfile.gettempdir()) / f"dit_video.{name}{WORK_SUFFIX}"
 
 
-def _fingerprint(listing: Listing, config: IngestConfig) -> str:
+def _compute_fingerprint(listing: Listing, config: IngestConfig) -> str:
     """Return a hash of names, captions, sizes, splits and settings, but not of the source's path or the time limit."""
     facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listing.clips]
     settings = [config_json.to_json(config.screening)]
-    if config.reencode.asked:
+    if config.reencode.is_enabled:
         settings.append(config_json.to_json(config.reencode))
     document = json.dumps([facts, *settings], ensure_ascii=True)
     return hashlib.sha256(document.encode()).hexdigest()
 
 
-def _holds(destination: Place, fingerprint: str, source: str | os.PathLike) -> bool:
+def _has_data_set(destination: StoragePath, fingerprint: str, source: str | os.PathLike) -> bool:
     """Return whether the destination holds the data set already; raise if it holds something else."""
     if not destination.exists():
         return False
@@ -226,7 +226,7 @@ def _holds(destination: Place, fingerprint: str, source: str | os.PathLike) -> b
         raise UserError(f"{destination} is a file; use a folder that does not exist")
     if not any(destination.iterdir()):
         return False
-    if not isinstance(destination, Path) and all(_COPIED.match(path.name) for path in destination.iterdir()):
+    if not isinstance(destination, Path) and all(_PARTIAL_COPY.match(path.name) for path in destination.iterdir()):
         return False  # an incomplete copy to a bucket
     if not (destination / INDEX).is_file():
         raise UserError(f"{destination} exists and is not an ingested data set; use a folder that does not exist")
@@ -239,41 +239,41 @@ def _holds(destination: Place, fingerprint: str, source: str | os.PathLike) -> b
 
 
 def _inspect_all(
-    clips: Sequence[Listed],
+    clips: Sequence[ListedClip],
     config: IngestConfig,
     journal: Journal,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     workers: int,
-    how: Beam | None,
-) -> list[Inspected]:
+    beam_config: BeamOptions | None,
+) -> list[Inspection]:
     """Return the verdict on every clip, from the journal or by inspection, whose verdicts are added to the journal."""
-    folder = journal.folder / _ANEW
+    folder = journal.folder / _REENCODED_FOLDER
     verdicts = {
         number: verdict
         for number, clip in enumerate(clips)
-        if (verdict := journal.get(clip)) is not None and (verdict.stored is None or verdict.stored.lies_in(folder))
+        if (verdict := journal.get(clip)) is not None and (verdict.stored is None or verdict.stored.is_in(folder))
     }
     remaining = [(number, clip) for number, clip in enumerate(clips) if number not in verdicts]
     if progress is not None:
         progress(len(verdicts), len(clips))
     inspection = InspectionConfig(screening=config.screening, reencode=config.reencode, folder=str(folder))
 
-    def store(number: int, verdict: Inspected) -> None:
+    def store(number: int, verdict: Inspection) -> None:
         journal.put(clips[number], verdict)
         verdicts[number] = verdict
         if progress is not None:
             progress(len(verdicts), len(clips))
 
     retried = []
-    with Workers(worth(remaining, workers), inspection, config.patience) as processes:
-        if how is None or not remaining:
+    with Workers(count_useful_processes(remaining, workers), inspection, config.scaled_time_limit) as processes:
+        if beam_config is None or not remaining:
             results = processes.inspect(remaining)
         else:
             from dit_video.data.ingest import beam
 
-            results = beam.inspect(remaining, journal, how, inspection, config.patience)
+            results = beam.inspect(remaining, journal, beam_config, inspection, config.scaled_time_limit)
         for number, verdict in results:
-            if verdict.passing:
+            if verdict.transient:
                 retried.append((number, clips[number]))
             else:
                 store(number, verdict)
@@ -282,13 +282,15 @@ def _inspect_all(
     return [verdicts[number] for number in range(len(clips))]
 
 
-def _nothing(source: str | os.PathLike, listing: Listing, verdicts: Sequence[Inspected], chosen: Selection) -> str:
+def _explain_no_clips(
+    source: str | os.PathLike, listing: Listing, verdicts: Sequence[Inspection], selection: Selection
+) -> str:
     failed = [(clip.name, verdict) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason]
     if failed:
         name, (reason, *_) = failed[0]
-        fix = "fix that and run the command again" if failed[0][1].passing else "use files that a video player opens"
+        fix = "fix that and run the command again" if failed[0][1].transient else "use files that a video player opens"
     else:
-        name, reason = chosen.dropped[0]
+        name, reason = selection.dropped[0]
         fix = "relax the limits of the screening"
     return f"none of the {len(listing.clips)} clips in {source} can be used (first: {name}: {reason}); {fix}"
 
@@ -296,38 +298,38 @@ def _nothing(source: str | os.PathLike, listing: Listing, verdicts: Sequence[Ins
 def _write(
     folder: Path,
     listing: Listing,
-    verdicts: Sequence[Inspected],
-    chosen: Selection,
+    verdicts: Sequence[Inspection],
+    selection: Selection,
     config: IngestConfig,
     fingerprint: str,
-    progress: Progress | None,
-    beam: Beam | None,
+    progress: ProgressCallback | None,
+    beam: BeamOptions | None,
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     shutil.rmtree(folder.with_name(folder.name + ".tfds"), ignore_errors=True)
-    used = [(listing.clips[number], verdicts[number]) for number in chosen.in_order]
-    references = [_reference(clip, verdict, folder.with_name(_ANEW)) for clip, verdict in used]
+    used = [(listing.clips[number], verdicts[number]) for number in selection.record_files]
+    references = [_make_reference(clip, verdict, folder.with_name(_REENCODED_FOLDER)) for clip, verdict in used]
     sizes = [reference.size for reference in references]
     reencoded_sizes = [clip.size for clip, verdict in used if verdict.stored is not None]
     infos_by_record: dict[int, list[ClipInfo]] = {}
-    for info in chosen.infos:
+    for info in selection.infos:
         infos_by_record.setdefault(info.record, []).append(info)
     records = (
-        _record(*pair, reference, infos_by_record[number])
+        _make_record(*pair, reference, infos_by_record[number])
         for number, (pair, reference) in enumerate(zip(used, references, strict=True))
     )
     builder.write_clips(
         folder,
-        features=_features(),
-        records={split: list(itertools.islice(records, len(numbers))) for split, numbers in chosen.files.items()},
+        features=_make_features(),
+        records={split: list(itertools.islice(records, len(numbers))) for split, numbers in selection.files.items()},
         mean_bytes=sum(sizes) // len(sizes),
-        count=None if progress is None else (lambda done: progress(done, len(sizes))),
+        progress=None if progress is None else (lambda done: progress(done, len(sizes))),
         beam=beam,
     )
-    write_index(folder, chosen.infos, fingerprint)
-    report = summarise(
-        chosen.infos,
-        [verdicts[number].codec for number in chosen.in_order],
+    write_index(folder, selection.infos, fingerprint)
+    report = make_report(
+        selection.infos,
+        [verdicts[number].codec for number in selection.record_files],
         files=len(listing.clips) + len(listing.rejected),
         usable_files=len(sizes),
         bytes=sum(sizes),
@@ -337,24 +339,24 @@ def _write(
         quarantined=tuple(
             (clip.name, verdict.reason) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason
         ),
-        passing=tuple(clip.name for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.passing),
-        dropped=chosen.dropped,
-        dropped_files=chosen.dropped_files,
+        passing=tuple(clip.name for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.transient),
+        dropped=selection.dropped,
+        dropped_files=selection.dropped_files,
         rejected=listing.rejected,
         unlisted=listing.unlisted,
         format=listing.format,
         settings={
             **dataclasses.asdict(config.screening),
-            **({"reencode": dataclasses.asdict(config.reencode)} if config.reencode.asked else {}),
+            **({"reencode": dataclasses.asdict(config.reencode)} if config.reencode.is_enabled else {}),
         },
     )
     report.write(folder)
 
 
-def _features() -> dict[str, Any]:
+def _make_features() -> dict[str, Any]:
     """Return the features of a record: the bytes of a file, and the facts of its clips."""
     return {
-        "clip": builder.content(),
+        "clip": builder.make_bytes_feature(),
         "name": tfds.features.Text(),
         "captions": tfds.features.Sequence(tfds.features.Text()),
         "height": np.int32,
@@ -370,16 +372,16 @@ def _features() -> dict[str, Any]:
     }
 
 
-def _reference(clip: Listed, verdict: Inspected, anew: Path) -> builder.Reference:
+def _make_reference(clip: ListedClip, verdict: Inspection, reencoded_folder: Path) -> builder.ClipReference:
     """Return the location of a record's bytes: in the source, or in the folder of re-encoded files."""
     if verdict.stored is None:
-        return builder.Reference(clip.path, clip.offset, clip.size, verdict.sha256)
+        return builder.ClipReference(clip.path, clip.offset, clip.size, verdict.sha256)
     name, size, sha256 = verdict.stored
-    return builder.Reference(str(anew / name), None, size, sha256)
+    return builder.ClipReference(str(reencoded_folder / name), None, size, sha256)
 
 
-def _record(
-    clip: Listed, verdict: Inspected, reference: builder.Reference, infos: Sequence[ClipInfo]
+def _make_record(
+    clip: ListedClip, verdict: Inspection, reference: builder.ClipReference, infos: Sequence[ClipInfo]
 ) -> dict[str, Any]:
     """Return a record with the location of its bytes; its facts are those of all its used clips together."""
     first, last = infos[0], infos[-1]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core.errors import DecodeError, UserError
-from dit_video.data.ingest.formats import Listed
+from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.quality_filter import Screened, ScreeningConfig, Shot, screen
-from dit_video.data.ingest.reencoder import Reencode, Stored, reencode
+from dit_video.data.ingest.quality_filter import ScreeningConfig, ScreeningResult, Shot, screen
+from dit_video.data.ingest.reencoder import ReencodeConfig, StoredFile, reencode
 from dit_video.data.records import builder
 
 
@@ -21,13 +21,13 @@ class InspectionConfig:
 
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
     """Steps of the screening."""
-    reencode: Reencode = dataclasses.field(default_factory=Reencode)
+    reencode: ReencodeConfig = dataclasses.field(default_factory=ReencodeConfig)
     """Limits above which files are re-encoded."""
     folder: str = ""
     """Folder of re-encoded files."""
 
 
-class Inspected(NamedTuple):
+class Inspection(NamedTuple):
     """Verdict on a clip, and its facts."""
 
     reason: str = ""
@@ -38,9 +38,9 @@ class Inspected(NamedTuple):
     """Shots that are kept, as in the file that is stored."""
     dropped: tuple[tuple[str, str], ...] = ()
     """Name and reason of each shot that the screening dropped."""
-    stored: Stored | None = None
+    stored: StoredFile | None = None
     """Re-encoded file that replaces the original; None if the original is used."""
-    passing: bool = False
+    transient: bool = False
     """True if the reason is transient rather than the clip's own fault: a file that could not be read or was being
     written, too little memory, too little time. Such a clip is inspected again, and its verdict is not stored in
     the journal."""
@@ -57,15 +57,15 @@ class Inspected(NamedTuple):
         return {**self._asdict(), "shots": [dataclasses.asdict(shot) for shot in self.shots]}
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> "Inspected":
+    def from_json(value: dict[str, Any]) -> "Inspection":
         """Return the verdict that `to_json` wrote."""
         dropped = tuple((name, reason) for name, reason in value["dropped"])
-        stored = None if value["stored"] is None else Stored(*value["stored"])
-        changed = {"shots": tuple(map(_shot, value["shots"])), "dropped": dropped, "stored": stored}
-        return Inspected(**{**value, **changed})
+        stored = None if value["stored"] is None else StoredFile(*value["stored"])
+        changed = {"shots": tuple(map(_parse_shot, value["shots"])), "dropped": dropped, "stored": stored}
+        return Inspection(**{**value, **changed})
 
 
-def _shot(fields: dict[str, Any]) -> Shot:
+def _parse_shot(fields: dict[str, Any]) -> Shot:
     letterbox, bits = fields["letterbox"], fields["hash"]
     return Shot(
         **{
@@ -76,7 +76,7 @@ def _shot(fields: dict[str, Any]) -> Shot:
     )
 
 
-def inspect(clip: Listed, config: InspectionConfig) -> Inspected:
+def inspect(clip: ListedClip, config: InspectionConfig) -> Inspection:
     """Read, decode and screen a clip, and re-encode it if the config says so; every failure becomes its verdict.
 
     The verdict is for the bytes that the file had at its `modified` time; a file that changes while it is read has no
@@ -87,44 +87,46 @@ def inspect(clip: Listed, config: InspectionConfig) -> Inspected:
     """
     try:
         modified = os.stat(clip.path).st_mtime_ns
-        if clip.size > builder.MAX_BYTES:
+        if clip.size > builder.MAX_EXAMPLE_BYTES:
             too_large = f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips"
-            return Inspected(too_large, modified=modified)
+            return Inspection(too_large, modified=modified)
         encoded = clip.read()
         has_changed = os.stat(clip.path).st_mtime_ns != modified
     except OSError as error:
-        return Inspected(f"cannot be read ({error.strerror or error})", passing=True)
+        return Inspection(f"cannot be read ({error.strerror or error})", transient=True)
     except MemoryError:
-        return Inspected("needs more memory to read than there is", passing=True)
+        return Inspection("needs more memory to read than there is", transient=True)
     if len(encoded) != clip.size:
         size = f"changed from {clip.size} to {len(encoded)} bytes since it was listed; leave it alone"
-        return Inspected(size, passing=True)
+        return Inspection(size, transient=True)
     if has_changed:
-        return Inspected("changed while it was read; leave it alone", passing=True)
-    return _screened(encoded, clip.name, config)._replace(modified=modified)
+        return Inspection("changed while it was read; leave it alone", transient=True)
+    return _screen_clip(encoded, clip.name, config)._replace(modified=modified)
 
 
-def _screened(encoded: bytes, name: str, config: InspectionConfig) -> Inspected:
+def _screen_clip(encoded: bytes, name: str, config: InspectionConfig) -> Inspection:
     operation = "decode"
     try:
         screened = screen(encoded, name, config.screening)
-        verdict = Inspected("", hashlib.sha256(encoded).hexdigest(), screened.shots, screened.dropped)
+        verdict = Inspection("", hashlib.sha256(encoded).hexdigest(), screened.shots, screened.dropped)
         operation = "re-encode"
-        return _stored_anew(encoded, screened, verdict, config)
+        return _reencode_clip(encoded, screened, verdict, config)
     except DecodeError as error:
-        return Inspected(str(error), passing=_lacks_memory(error.__cause__))
+        return Inspection(str(error), transient=_is_out_of_memory(error.__cause__))
     except UserError:
         raise
     except Exception as error:  # from a decoder or encoder: an unforeseen kind of clip must not end the run
-        if _lacks_memory(error):
-            return Inspected(f"needs more memory to {operation} than there is", passing=True)
+        if _is_out_of_memory(error):
+            return Inspection(f"needs more memory to {operation} than there is", transient=True)
         message = " ".join(str(error).split())
-        return Inspected(f"cannot be {operation}d ({type(error).__name__}: {message})")
+        return Inspection(f"cannot be {operation}d ({type(error).__name__}: {message})")
 
 
-def _stored_anew(encoded: bytes, screened: Screened, verdict: Inspected, config: InspectionConfig) -> Inspected:
+def _reencode_clip(
+    encoded: bytes, screened: ScreeningResult, verdict: Inspection, config: InspectionConfig
+) -> Inspection:
     """Return the verdict on the re-encoded file, or `verdict` if the clip is not re-encoded."""
-    if not screened.shots or not config.reencode.asked:
+    if not screened.shots or not config.reencode.is_enabled:
         return verdict
     reencoded = reencode(encoded, screened.facts, screened.shots, config.reencode, Path(config.folder))
     if reencoded is None:
@@ -134,5 +136,5 @@ def _stored_anew(encoded: bytes, screened: Screened, verdict: Inspected, config:
     )
 
 
-def _lacks_memory(error: BaseException | None) -> bool:
+def _is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM

@@ -21,11 +21,11 @@ import av
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.data.ingest.formats import Listed
-from dit_video.data.ingest.inspection import Inspected
+from dit_video.data.ingest.formats import ListedClip
+from dit_video.data.ingest.inspection import Inspection
 
-FILE = "journal.jsonl"
-PARTS = "parts"
+JOURNAL_FILE = "journal.jsonl"
+PARTS_FOLDER = "parts"
 """Folder of the workers' parts."""
 _VERSION = 2
 
@@ -50,7 +50,7 @@ class Journal:
         """Hash of the settings, part of the key of every line."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._file = (folder / FILE).open("a+b")
+        self._file = (folder / JOURNAL_FILE).open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -62,8 +62,8 @@ class Journal:
             raise UserError(
                 f"{folder} cannot be locked ({error.strerror}); use a destination on a file system that supports locks"
             ) from error
-        self._known = self._read()
-        self._take_over()
+        self._verdicts = self._read()
+        self._merge_parts()
 
     def __enter__(self) -> "Journal":
         return self
@@ -71,49 +71,49 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def get(self, clip: Listed) -> Inspected | None:
+    def get(self, clip: ListedClip) -> Inspection | None:
         """Return a clip's verdict if it belongs to the bytes that are there now, else None."""
-        verdict = self._known.get(_key(self.settings, clip))
+        verdict = self._verdicts.get(_make_key(self.settings, clip))
         try:
             return verdict if verdict and verdict.modified == os.stat(clip.path).st_mtime_ns else None
         except OSError:
             return None
 
-    def put(self, clip: Listed, inspected: Inspected) -> None:
+    def put(self, clip: ListedClip, verdict: Inspection) -> None:
         """Store a verdict, unless its reason is transient."""
-        if not inspected.passing:
-            self._write(_line(self.settings, clip, inspected))
+        if not verdict.transient:
+            self._write(_format_line(self.settings, clip, verdict))
 
-    def forget(self, clips: Iterable[Listed]) -> None:
+    def forget(self, clips: Iterable[ListedClip]) -> None:
         """Mark clips as not inspected, because their verdicts are wrong although the modification time is unchanged."""
         for clip in clips:
-            self._write(_line(self.settings, clip, None))
+            self._write(_format_line(self.settings, clip, None))
 
     def _write(self, line: bytes) -> None:
         self._file.write(line)
         self._file.flush()
 
-    def _read(self) -> dict[str, Inspected]:
+    def _read(self) -> dict[str, Inspection]:
         """Read all complete lines, and truncate an incomplete last line that a killed process left."""
         self._file.seek(0)
-        verdicts, end = _parse(self._file)
+        verdicts, end = _parse_lines(self._file)
         self._file.truncate(end)
         return {key: verdict for key, verdict in verdicts.items() if verdict is not None}
 
-    def _take_over(self) -> None:
+    def _merge_parts(self) -> None:
         """Merge and remove the parts that the workers of a killed run wrote."""
-        for path in _parts(self.folder):
+        for path in _list_parts(self.folder):
             with path.open("rb") as file:
                 for line in file:
-                    verdicts, _ = _parse([line])
-                    permanent = {key: verdict for key, verdict in verdicts.items() if verdict and not verdict.passing}
+                    verdicts, _ = _parse_lines([line])
+                    permanent = {key: verdict for key, verdict in verdicts.items() if verdict and not verdict.transient}
                     if permanent:
                         self._write(line)
-                        self._known.update(permanent)
+                        self._verdicts.update(permanent)
             path.unlink()
 
 
-class Part:
+class JournalPart:
     """Journal file of one worker, in the folder of the run's journal.
 
     Args:
@@ -123,12 +123,12 @@ class Part:
 
     def __init__(self, folder: Path, settings: str):
         self._settings = settings
-        (folder / PARTS).mkdir(exist_ok=True)
-        self._file = (folder / PARTS / f"{uuid.uuid4().hex}.jsonl").open("ab")
+        (folder / PARTS_FOLDER).mkdir(exist_ok=True)
+        self._file = (folder / PARTS_FOLDER / f"{uuid.uuid4().hex}.jsonl").open("ab")
 
-    def put(self, clip: Listed, inspected: Inspected) -> None:
+    def put(self, clip: ListedClip, verdict: Inspection) -> None:
         """Store a verdict such that it survives this process, though not yet a crash of this machine."""
-        self._file.write(_line(self._settings, clip, inspected))
+        self._file.write(_format_line(self._settings, clip, verdict))
         self._file.flush()
 
     def sync(self) -> None:
@@ -139,31 +139,31 @@ class Part:
         self._file.close()
 
 
-def read_parts(folder: Path, settings: str, clips: Iterable[Listed]) -> list[Inspected | None]:
+def read_parts(folder: Path, settings: str, clips: Iterable[ListedClip]) -> list[Inspection | None]:
     """Return the verdicts that workers stored, transient ones too; None for a clip without one."""
-    verdicts: dict[str, Inspected | None] = {}
-    for path in _parts(folder):
+    verdicts: dict[str, Inspection | None] = {}
+    for path in _list_parts(folder):
         with path.open("rb") as file:
-            verdicts.update(_parse(file)[0])
-    return [verdicts.get(_key(settings, clip)) for clip in clips]
+            verdicts.update(_parse_lines(file)[0])
+    return [verdicts.get(_make_key(settings, clip)) for clip in clips]
 
 
-def _parts(folder: Path) -> list[Path]:
-    return sorted((folder / PARTS).glob("*.jsonl"))
+def _list_parts(folder: Path) -> list[Path]:
+    return sorted((folder / PARTS_FOLDER).glob("*.jsonl"))
 
 
-def _key(settings: str, clip: Listed) -> str:
+def _make_key(settings: str, clip: ListedClip) -> str:
     return json.dumps([settings, clip.name, clip.offset, clip.size])
 
 
-def _line(settings: str, clip: Listed, inspected: Inspected | None) -> bytes:
-    value = None if inspected is None else inspected.to_json()
-    return json.dumps({"clip": _key(settings, clip), "inspected": value}).encode() + b"\n"
+def _format_line(settings: str, clip: ListedClip, verdict: Inspection | None) -> bytes:
+    value = None if verdict is None else verdict.to_json()
+    return json.dumps({"clip": _make_key(settings, clip), "inspected": value}).encode() + b"\n"
 
 
-def _parse(lines: Iterable[bytes] | BinaryIO) -> tuple[dict[str, Inspected | None], int]:
+def _parse_lines(lines: Iterable[bytes] | BinaryIO) -> tuple[dict[str, Inspection | None], int]:
     """Return the last verdict on each clip in complete lines (None: forgotten), and the byte count of these lines."""
-    verdicts: dict[str, Inspected | None] = {}
+    verdicts: dict[str, Inspection | None] = {}
     end = 0
     for line in lines:
         if not line.endswith(b"\n"):
@@ -172,7 +172,7 @@ def _parse(lines: Iterable[bytes] | BinaryIO) -> tuple[dict[str, Inspected | Non
         try:
             entry = json.loads(line)
             key, value = entry["clip"], entry["inspected"]
-            verdicts[key] = None if value is None else Inspected.from_json(value)
+            verdicts[key] = None if value is None else Inspection.from_json(value)
         except (ValueError, KeyError, TypeError):
             continue  # damaged, or written by another version: the clip is inspected again
     return verdicts, end

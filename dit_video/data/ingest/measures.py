@@ -6,20 +6,20 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
 """Weights of red, green and blue: ITU-R BT.601."""
 
 BLACK_LEVEL, BLACK_PIXELS = 25.5, 0.98
 """A frame is black if this share of its pixels is darker than this level: the defaults of ffmpeg's `blackdetect`."""
 
-STILL = 0.255
+MAX_STILL_DIFFERENCE = 0.255
 """Mean difference of luma, in levels, below which two frames are the same: the default (-60 dB) of ffmpeg's
 `freezedetect`."""
 
 BORDER_LEVEL, BORDER_PIXELS = 16, 0.99
 """A row or column belongs to a border if this share of its pixels is not brighter than this level."""
 
-TEXTURE = 2.0
+MIN_TEXTURE = 2.0
 """Standard deviation of luma, in levels, below which a frame has no hash, as its bits would be noise."""
 
 
@@ -31,17 +31,17 @@ class Borders(NamedTuple):
     left: int
     right: int
 
-    def share(self, height: int, width: int) -> float:
+    def compute_area_share(self, height: int, width: int) -> float:
         """Return the share of the area of a frame of this size that the bars cover."""
         return 1 - (height - self.top - self.bottom) * (width - self.left - self.right) / (height * width)
 
 
 def luma(picture: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w"]:
     """Return Y' = 0.299 R' + 0.587 G' + 0.114 B', 0..255."""
-    return picture.astype(np.float32) @ LUMA
+    return picture.astype(np.float32) @ LUMA_WEIGHTS
 
 
-def difference(first: Float[np.ndarray, "h w"], second: Float[np.ndarray, "h w"]) -> float:
+def mean_difference(first: Float[np.ndarray, "h w"], second: Float[np.ndarray, "h w"]) -> float:
     """Return mean |Y₁ − Y₂|, in levels of 255."""
     return float(np.abs(first - second).mean(dtype=np.float64))
 
@@ -62,7 +62,7 @@ def sharpness(picture: Float[np.ndarray, "h w"]) -> float:
     return float((neighbours - 4 * centre).var(dtype=np.float64))
 
 
-def borders(picture: UInt8[np.ndarray, "H W"]) -> Borders | None:
+def find_borders(picture: UInt8[np.ndarray, "H W"]) -> Borders | None:
     """Return the black bars around a frame, or None if the whole frame is black.
 
     A row or column is dark if 99 % of its pixels are at most 16 of 255; bars are the dark ones next to the edges.
@@ -89,14 +89,14 @@ def perceptual_hash(picture: Float[np.ndarray, "h w"]) -> int | None:
     Returns:
       0 ≤ bits < 2⁶⁴; None for a frame without texture, whose bits would be noise.
     """
-    if picture.std(dtype=np.float64) < TEXTURE:
+    if picture.std(dtype=np.float64) < MIN_TEXTURE:
         return None
     height, width = picture.shape
-    coefficients = (_cosines(height) @ picture @ _cosines(width).T).ravel()
+    coefficients = (_dct_rows(height) @ picture @ _dct_rows(width).T).ravel()
     return int.from_bytes(np.packbits(coefficients > np.median(coefficients), bitorder="little").tobytes(), "little")
 
 
 @functools.lru_cache(maxsize=64)
-def _cosines(size: int) -> Float[np.ndarray, "8 size"]:
+def _dct_rows(size: int) -> Float[np.ndarray, "8 size"]:
     """Return the DCT-II's rows of frequencies 1 to 8: cos(π k (2 x + 1) / 2 size)."""
     return np.cos(np.pi / (2 * size) * np.outer(np.arange(1, 9), 2 * np.arange(size) + 1))

@@ -12,15 +12,15 @@ import av
 from dit_video.core.errors import UserError
 from dit_video.data.ingest import samples
 from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.samples import Sample, Sampler
-from dit_video.data.ingest.shots import Cuts, Detector, Span, spans
-from dit_video.data.ingest.thumbnails import Pictures
-from dit_video.video import TOLERANCE, Facts, average_rate, probe
+from dit_video.data.ingest.samples import FrameSample, FrameSampler
+from dit_video.data.ingest.shots import CutDetector, DetectorName, Span, split_at_cuts
+from dit_video.data.ingest.thumbnails import ThumbnailMaker
+from dit_video.video import TOLERANCE, VideoInfo, compute_average_fps, probe
 from dit_video.video.reader import IMAGE_CODECS
 
-Number = float | int
+Threshold = float | int
 
-SHORTEST_SHOT = 0.2
+MIN_SHOT_SECONDS = 0.2
 """Minimum length of a shot in seconds; every shot of this length is shown at one of the times that are sampled."""
 
 
@@ -36,35 +36,35 @@ class ScreeningConfig:
       UserError: a limit is out of range, or a minimum is above its maximum.
     """
 
-    shots: Detector | None = None
+    shots: DetectorName | None = None
     """PySceneDetect detector by which files are split at shot boundaries (needs the extra `ingest`)."""
-    shot_threshold: Number | None = None
+    shot_threshold: Threshold | None = None
     """Threshold of the detector; by default PySceneDetect's: 27 levels of 255 for "content", a ratio of 3 for
     "adaptive"."""
-    min_shot: Number = 0.5
+    min_shot: Threshold = 0.5
     """Minimum length of a shot in seconds, at least 0.2; shorter shots are dropped, fades and flashes among them."""
-    min_seconds: Number | None = None
+    min_seconds: Threshold | None = None
     """Minimum duration of a clip: the time between its first and last frame plus one frame at the clip's rate, to the
     millisecond, as containers round."""
-    max_seconds: Number | None = None
+    max_seconds: Threshold | None = None
     """Maximum duration of a clip in seconds."""
     min_size: int | None = None
     """Minimum length of the shorter side in pixels, as shown."""
     max_size: int | None = None
     """Maximum length of the shorter side in pixels, as shown."""
-    min_motion: Number | None = None
+    min_motion: Threshold | None = None
     """Minimum average change of luma, in levels of 255 per second: 14 to 36 for one person signing, 60 to 105 for a
     moving camera."""
-    max_motion: Number | None = None
+    max_motion: Threshold | None = None
     """Maximum average change of luma, in levels of 255 per second."""
-    max_black: Number | None = None
+    max_black: Threshold | None = None
     """Maximum share of time, 0 to 1, in which the frame is black."""
-    max_frozen: Number | None = None
+    max_frozen: Threshold | None = None
     """Maximum share of time, 0 to 1, in which the frame stands still for a second or longer, or throughout."""
-    max_letterbox: Number | None = None
+    max_letterbox: Threshold | None = None
     """Maximum share of the area, 0 to 1, that black bars cover. Nothing is cropped; a shot's `letterbox` holds
     the bars."""
-    min_sharpness: Number | None = None
+    min_sharpness: Threshold | None = None
     """Minimum variance of the Laplacian (levels²) of luma at 256 pixels of the longer side: 60 to 800 in 21 sharp
     clips, 4 to 40 in copies of eight clips that had been shrunk to 96×64 pixels."""
     duplicates: int | None = None
@@ -78,7 +78,7 @@ class ScreeningConfig:
         for name in ("min_seconds", "max_seconds", "min_size", "max_size", "min_motion", "max_motion", "min_sharpness"):
             self._check(name, 0, float("inf"), "a number")
         self._check("duplicates", 0, 64, "a number of bits")
-        self._check("min_shot", SHORTEST_SHOT, float("inf"), "a number of seconds")
+        self._check("min_shot", MIN_SHOT_SECONDS, float("inf"), "a number of seconds")
         self._check("shot_threshold", 0, float("inf"), "a number")
         if self.shot_threshold is not None and self.shots is None:
             raise UserError(f"shot_threshold={self.shot_threshold} needs a shot detector; set shots to one")
@@ -89,11 +89,12 @@ class ScreeningConfig:
                     f"min_{name}={minimum} is above max_{name}={maximum}, so no clip would be kept; lower it"
                 )
 
-    def _check(self, name: str, least: Number, most: Number, kind: str) -> None:
+    def _check(self, name: str, minimum: Threshold, maximum: Threshold, kind: str) -> None:
         value = getattr(self, name)
-        if value is not None and not least <= value <= most:
+        if value is not None and not minimum <= value <= maximum:
             raise UserError(
-                f"{name}={value} is invalid: it must be {kind} from {least:g} to {most:g}. Use None to disable the step"
+                f"{name}={value} is invalid: it must be {kind} from {minimum:g} to {maximum:g}. Use None to disable "
+                "the step"
             )
 
     @property
@@ -102,7 +103,7 @@ class ScreeningConfig:
         return self.min_motion is not None or self.max_motion is not None
 
     @property
-    def looks_at_frames(self) -> bool:
+    def needs_frames(self) -> bool:
         """Return whether frames must be decoded, as the file's facts are not enough."""
         others = (self.shots, self.max_black, self.max_frozen, self.max_letterbox, self.min_sharpness, self.duplicates)
         return self.measures_motion or any(value is not None for value in others)
@@ -147,15 +148,15 @@ class Shot:
         return self.seconds + 1 / self.fps
 
 
-class Screened(NamedTuple):
+class ScreeningResult(NamedTuple):
     """Shots of a file that are kept, (name, reason) of those that are dropped, and the facts of the file."""
 
     shots: tuple[Shot, ...]
     dropped: tuple[tuple[str, str], ...]
-    facts: Facts
+    facts: VideoInfo
 
 
-def screen(encoded: bytes, name: str, config: ScreeningConfig) -> Screened:
+def screen(encoded: bytes, name: str, config: ScreeningConfig) -> ScreeningResult:
     """Apply the steps of `config` to one file, decoding it once; every shot is either kept or dropped.
 
     Memory grows with the file's length only by its timestamps and eight rows of numbers per second.
@@ -169,98 +170,100 @@ def screen(encoded: bytes, name: str, config: ScreeningConfig) -> Screened:
       DecodeError: the file is damaged, or is not a readable video or image.
       UserError: `config.shots` is set, and PySceneDetect is not installed.
     """
-    if config.looks_at_frames:
-        analyzer = _Watcher(encoded, config)
-        facts, judged_shots = analyzer.facts, list(_judged_shots(name, analyzer, config))
+    if config.needs_frames:
+        analyzer = _FileAnalyzer(encoded, config)
+        facts, judged_shots = analyzer.facts, list(_judge_shots(name, analyzer, config))
     else:
         facts = probe(encoded)
-        shot = _whole(name, facts)
-        judged_shots = [(shot, _reason(shot, config))]
-    return Screened(
+        shot = _make_whole_shot(name, facts)
+        judged_shots = [(shot, _find_exclusion(shot, config))]
+    return ScreeningResult(
         shots=tuple(shot for shot, reason in judged_shots if reason is None),
         dropped=tuple((shot.name, reason) for shot, reason in judged_shots if reason is not None),
         facts=facts,
     )
 
 
-class _Watcher:
+class _FileAnalyzer:
     """Frame times, cuts and samples of a file, collected in one pass over its frames."""
 
     def __init__(self, encoded: bytes, config: ScreeningConfig):
         self.times = array("d")
         """Time of every frame in seconds; a frame with a time before its predecessor's gets the predecessor's time."""
-        self._pictures = Pictures(f"video of {len(encoded)} bytes")
-        self._cuts = None if config.shots is None else Cuts(config.shots, config.shot_threshold)
-        self._sampler = Sampler(self._pictures, letterbox=config.max_letterbox is not None)
-        self.facts = probe(encoded, see=self._see)
-        self._sampler.finish(self.time(self.facts.frames))
-        self.samples: Sequence[Sample] = self._sampler.samples
+        self._thumbnail_maker = ThumbnailMaker(f"video of {len(encoded)} bytes")
+        self._cut_detector = None if config.shots is None else CutDetector(config.shots, config.shot_threshold)
+        self._sampler = FrameSampler(self._thumbnail_maker, letterbox=config.max_letterbox is not None)
+        self.facts = probe(encoded, on_frame=self._add_frame)
+        self._sampler.finish(self.get_frame_time(self.facts.frames))
+        self.samples: Sequence[FrameSample] = self._sampler.samples
 
-    def _see(self, time: float, frame: av.VideoFrame) -> None:
+    def _add_frame(self, time: float, frame: av.VideoFrame) -> None:
         number = len(self.times)
         self.times.append(max(time, self.times[-1] if number else 0.0))
         thumbnail = None
-        if self._cuts is not None:
-            thumbnail = self._pictures.thumbnail(frame)
-            self._cuts.see(thumbnail)
-        self._sampler.see(number, self.times[number], frame, thumbnail)
+        if self._cut_detector is not None:
+            thumbnail = self._thumbnail_maker.make_thumbnail(frame)
+            self._cut_detector.add_frame(thumbnail)
+        self._sampler.add_frame(number, self.times[number], frame, thumbnail)
 
-    def time(self, number: int) -> float:
+    def get_frame_time(self, number: int) -> float:
         """Return the time of a frame; for the number after the last frame, the end of the last frame."""
         return self.times[number] if number < self.facts.frames else self.times[-1] + 1 / self.facts.fps
 
     @functools.cached_property
     def spans(self) -> tuple[Span, ...]:
-        return spans(() if self._cuts is None else self._cuts.numbers, self.facts.frames)
+        return split_at_cuts(() if self._cut_detector is None else self._cut_detector.frame_numbers, self.facts.frames)
 
 
-def _judged_shots(name: str, watcher: _Watcher, config: ScreeningConfig) -> Iterator[tuple[Shot, str | None]]:
+def _judge_shots(name: str, analyzer: _FileAnalyzer, config: ScreeningConfig) -> Iterator[tuple[Shot, str | None]]:
     """Yield the shots, each with the reason why it is dropped, or None."""
-    if len(watcher.spans) == 1:
-        shot = _measured(_whole(name, watcher.facts), watcher.samples, config)
-        yield shot, _reason(shot, config)
+    if len(analyzer.spans) == 1:
+        shot = _measure_shot(_make_whole_shot(name, analyzer.facts), analyzer.samples, config)
+        yield shot, _find_exclusion(shot, config)
         return
-    for number, span in enumerate(watcher.spans):
-        shot = _part(f"{name}#{number}", watcher, span)
-        shown_seconds = watcher.time(span.stop) - watcher.time(span.first)
+    for number, span in enumerate(analyzer.spans):
+        shot = _make_part_shot(f"{name}#{number}", analyzer, span)
+        shown_seconds = analyzer.get_frame_time(span.stop) - analyzer.get_frame_time(span.first)
         if (length := min(shown_seconds, shot.duration)) < config.min_shot - TOLERANCE:
             yield shot, f"shot of {length:.4g} s is below {config.min_shot:g} s"
             continue
-        first = bisect.bisect_left(watcher.samples, span.first, key=lambda sample: sample.frame)
-        stop = bisect.bisect_left(watcher.samples, span.stop, key=lambda sample: sample.frame)
-        shot = _measured(shot, watcher.samples[first:stop], config)
-        yield shot, _reason(shot, config)
+        first = bisect.bisect_left(analyzer.samples, span.first, key=lambda sample: sample.frame)
+        stop = bisect.bisect_left(analyzer.samples, span.stop, key=lambda sample: sample.frame)
+        shot = _measure_shot(shot, analyzer.samples[first:stop], config)
+        yield shot, _find_exclusion(shot, config)
 
 
-def _whole(name: str, facts: Facts) -> Shot:
+def _make_whole_shot(name: str, facts: VideoInfo) -> Shot:
     return Shot(name=name, start=0.0, **dataclasses.asdict(facts))
 
 
-def _part(name: str, watcher: _Watcher, span: Span) -> Shot:
+def _make_part_shot(name: str, analyzer: _FileAnalyzer, span: Span) -> Shot:
     """Return the shot of a part of the file's frames."""
-    facts, start, frames = watcher.facts, watcher.times[span.first], span.stop - span.first
-    seconds = watcher.times[span.stop - 1] - start
-    fps = average_rate(frames, seconds, facts.fps)
-    return dataclasses.replace(_whole(name, facts), start=start, frames=frames, fps=fps, seconds=seconds)
+    facts, start, frames = analyzer.facts, analyzer.times[span.first], span.stop - span.first
+    seconds = analyzer.times[span.stop - 1] - start
+    fps = compute_average_fps(frames, seconds, facts.fps)
+    return dataclasses.replace(_make_whole_shot(name, facts), start=start, frames=frames, fps=fps, seconds=seconds)
 
 
-def _measured(shot: Shot, taken: Sequence[Sample], config: ScreeningConfig) -> Shot:
+def _measure_shot(shot: Shot, frame_samples: Sequence[FrameSample], config: ScreeningConfig) -> Shot:
     return dataclasses.replace(
         shot,
-        motion=samples.motion(taken) if config.measures_motion else None,
-        black=None if config.max_black is None else samples.black(taken),
-        frozen=None if config.max_frozen is None else samples.frozen(taken),
-        sharpness=None if config.min_sharpness is None else samples.sharpness(taken),
-        letterbox=None if config.max_letterbox is None else samples.letterbox(taken, shot.height, shot.width),
-        hash=None if config.duplicates is None else samples.hashes(taken),
+        motion=samples.compute_motion(frame_samples) if config.measures_motion else None,
+        black=None if config.max_black is None else samples.compute_black_share(frame_samples),
+        frozen=None if config.max_frozen is None else samples.compute_frozen_share(frame_samples),
+        sharpness=None if config.min_sharpness is None else samples.compute_median_sharpness(frame_samples),
+        letterbox=None
+        if config.max_letterbox is None
+        else samples.find_letterbox(frame_samples, shot.height, shot.width),
+        hash=None if config.duplicates is None else samples.select_hashes(frame_samples),
     )
 
 
-def _reason(shot: Shot, config: ScreeningConfig) -> str | None:
+def _find_exclusion(shot: Shot, config: ScreeningConfig) -> str | None:
     """Return the first rule that excludes a shot, with its value and its limit; None if the shot is kept."""
     is_image = shot.frames == 1 and shot.codec in IMAGE_CODECS
-    letterbox_area = None if shot.letterbox is None else shot.letterbox.share(shot.height, shot.width)
-    rules: list[tuple[str, Number | None, str, Number | None, Number | None]] = [
+    letterbox_area = None if shot.letterbox is None else shot.letterbox.compute_area_share(shot.height, shot.width)
+    rules: list[tuple[str, Threshold | None, str, Threshold | None, Threshold | None]] = [
         ("size", min(shot.height, shot.width), "px", config.min_size, config.max_size),
         ("duration", None if is_image else shot.duration, "s", config.min_seconds, config.max_seconds),
         ("black", shot.black, "of the time", None, config.max_black),

@@ -16,19 +16,19 @@ from dit_video.core.files import atomic_path
 from dit_video.data.ingest.measures import Borders
 from dit_video.data.ingest.quality_filter import Shot
 from dit_video.tokens import Grid
-from dit_video.video import TOLERANCE, Facts, average_rate, decode, probe
-from dit_video.video.encode import WORST_CRF, encode_frames, encode_jpeg
+from dit_video.video import TOLERANCE, VideoInfo, compute_average_fps, decode, probe
+from dit_video.video.encode import MAX_CRF, encode_frames, encode_jpeg
 from dit_video.video.reader import IMAGE_CODECS
 from dit_video.video.transcode import transcode
 
-FASTER = 1.001
+FPS_TOLERANCE = 1.001
 """Factor above the requested rate from which a file is resampled; smaller excesses are rounding of the container."""
 _VERSION = 1
 """Version of everything that the bytes depend on besides the options and PyAV."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reencode:
+class ReencodeConfig:
     """Limits above which files are re-encoded, and the quality; by default no file is re-encoded.
 
     A file within the limits keeps its bytes. Others become H.264 in mp4 without sound, upright, in square pixels, of
@@ -54,16 +54,16 @@ class Reencode:
             raise UserError(
                 f"fps={self.fps} is invalid: use a positive number of frames per second, or omit it for no limit"
             )
-        if not 0 <= self.crf <= WORST_CRF["mp4"]:
-            raise UserError(f"crf={self.crf} is outside the range of H.264; use 0 (best) to {WORST_CRF['mp4']}")
+        if not 0 <= self.crf <= MAX_CRF["mp4"]:
+            raise UserError(f"crf={self.crf} is outside the range of H.264; use 0 (best) to {MAX_CRF['mp4']}")
 
     @property
-    def asked(self) -> bool:
+    def is_enabled(self) -> bool:
         """Return whether any file may be re-encoded."""
         return self.max_pixels is not None or self.fps is not None
 
 
-class Stored(NamedTuple):
+class StoredFile(NamedTuple):
     """A re-encoded file."""
 
     name: str
@@ -73,16 +73,16 @@ class Stored(NamedTuple):
     sha256: str
     """SHA-256 of the file's bytes, in hexadecimal."""
 
-    def lies_in(self, folder: Path) -> bool:
+    def is_in(self, folder: Path) -> bool:
         """Return whether the folder holds the complete file."""
         path = folder / self.name
         return path.is_file() and path.stat().st_size == self.size
 
 
-class Reencoded(NamedTuple):
+class ReencodedFile(NamedTuple):
     """A re-encoded file and its shots."""
 
-    stored: Stored
+    stored: StoredFile
     """File that was written."""
     shots: tuple[Shot, ...]
     """Shots with the facts that they have in the new file."""
@@ -90,7 +90,9 @@ class Reencoded(NamedTuple):
     """Name and reason of each shot without a frame in the new file."""
 
 
-def reencode(encoded: bytes, facts: Facts, shots: Sequence[Shot], how: Reencode, folder: Path) -> Reencoded | None:
+def reencode(
+    encoded: bytes, facts: VideoInfo, shots: Sequence[Shot], config: ReencodeConfig, folder: Path
+) -> ReencodedFile | None:
     """Re-encode a file into a folder if it exceeds a limit; the same input gives the same bytes.
 
     Args:
@@ -108,22 +110,22 @@ def reencode(encoded: bytes, facts: Facts, shots: Sequence[Shot], how: Reencode,
       UserError: the folder cannot be written.
     """
     is_image = facts.frames == 1 and facts.codec in IMAGE_CODECS
-    is_large = how.max_pixels is not None and facts.height * facts.width > how.max_pixels
-    is_fast = how.fps is not None and facts.frames > 1 and facts.fps > how.fps * FASTER
+    is_large = config.max_pixels is not None and facts.height * facts.width > config.max_pixels
+    is_fast = config.fps is not None and facts.frames > 1 and facts.fps > config.fps * FPS_TOLERANCE
     if not is_large and not is_fast:
         return None
-    height, width = _fitted(facts.height, facts.width, how.max_pixels if is_large else None, 1 if is_image else 2)
+    height, width = _fit_size(facts.height, facts.width, config.max_pixels if is_large else None, 1 if is_image else 2)
     if is_image:
         suffix = "jpg" if facts.codec == "mjpeg" else "png"
         frames = decode(encoded, size=Grid(1, height, width)).frames
         content = encode_jpeg(frames[0]) if suffix == "jpg" else encode_frames(frames, 1.0, "png")
     else:
-        suffix, rate = "mp4", how.fps if is_fast else None
-        content = transcode(encoded, height=height, width=width, average=facts.fps, fps=rate, crf=how.crf)
+        suffix, rate = "mp4", config.fps if is_fast else None
+        content = transcode(encoded, height=height, width=width, average_fps=facts.fps, fps=rate, crf=config.crf)
     times: list[float] = []
-    new_facts = probe(content, see=lambda time, _: times.append(time))
-    kept, dropped = _moved(shots, facts, new_facts, times)
-    identity = json.dumps([_VERSION, av.__version__, config_json.to_json(how), hashlib.sha256(encoded).hexdigest()])
+    new_facts = probe(content, on_frame=lambda time, _: times.append(time))
+    kept, dropped = _map_shots(shots, facts, new_facts, times)
+    identity = json.dumps([_VERSION, av.__version__, config_json.to_json(config), hashlib.sha256(encoded).hexdigest()])
     name = f"{hashlib.sha256(identity.encode()).hexdigest()}.{suffix}"
     try:
         with atomic_path(folder / name) as temporary:
@@ -133,30 +135,30 @@ def reencode(encoded: bytes, facts: Facts, shots: Sequence[Shot], how: Reencode,
             f"{folder} cannot be written ({error.strerror or error}); free disk space or make it writable, and run the "
             "command again"
         ) from error
-    return Reencoded(Stored(name, len(content), hashlib.sha256(content).hexdigest()), kept, dropped)
+    return ReencodedFile(StoredFile(name, len(content), hashlib.sha256(content).hexdigest()), kept, dropped)
 
 
-def _fitted(height: int, width: int, most: int | None, step: int) -> tuple[int, int]:
+def _fit_size(height: int, width: int, max_pixels: int | None, step: int) -> tuple[int, int]:
     """Return the largest size of this aspect ratio with at most `max_pixels` pixels, in multiples of `step`."""
     short, long = sorted((height, width))
-    scale = 1.0 if most is None else min(1.0, math.sqrt(most / (short * long)))
+    scale = 1.0 if max_pixels is None else min(1.0, math.sqrt(max_pixels / (short * long)))
     short_side = int(short * scale) // step * step
     if short_side < step:
-        raise DecodeError(f"frames of {height}x{width} cannot be shrunk to {most} pixels at their aspect ratio")
+        raise DecodeError(f"frames of {height}x{width} cannot be shrunk to {max_pixels} pixels at their aspect ratio")
     long_side = min(round(long * short_side / short / step), long // step) * step
-    while most is not None and short_side * long_side > most:
+    while max_pixels is not None and short_side * long_side > max_pixels:
         long_side -= step
     return (short_side, long_side) if height <= width else (long_side, short_side)
 
 
-def _moved(
-    shots: Sequence[Shot], before: Facts, after: Facts, times: Sequence[float]
+def _map_shots(
+    shots: Sequence[Shot], before: VideoInfo, after: VideoInfo, times: Sequence[float]
 ) -> tuple[tuple[Shot, ...], tuple[tuple[str, str], ...]]:
     """Return the shots with their facts in a new file, whose frames have these times, and the dropped shots."""
     kept: list[Shot] = []
     dropped: list[tuple[str, str]] = []
     for shot in shots:
-        shot_times = list(times) if shot.frames == before.frames else _within(shot, times)
+        shot_times = list(times) if shot.frames == before.frames else _select_times(shot, times)
         if not shot_times:
             dropped.append((shot.name, f"shot of {shot.duration:.4g} s lies between two frames at {after.fps:g} fps"))
             continue
@@ -167,24 +169,29 @@ def _moved(
                 start=shot_times[0],
                 frames=len(shot_times),
                 seconds=seconds,
-                fps=after.fps if len(shot_times) == after.frames else average_rate(len(shot_times), seconds, after.fps),
+                fps=after.fps
+                if len(shot_times) == after.frames
+                else compute_average_fps(len(shot_times), seconds, after.fps),
                 height=after.height,
                 width=after.width,
                 codec=after.codec,
-                letterbox=None if shot.letterbox is None else _scaled(shot.letterbox, before, after),
+                letterbox=None if shot.letterbox is None else _scale_borders(shot.letterbox, before, after),
             )
         )
     return tuple(kept), tuple(dropped)
 
 
-def _within(shot: Shot, times: Sequence[float]) -> list[float]:
+def _select_times(shot: Shot, times: Sequence[float]) -> list[float]:
     """Return the times at which the shot is certainly shown; after its last frame the next shot may have begun."""
     first, last = shot.start - TOLERANCE, shot.start + shot.seconds + TOLERANCE
     return [time for time in times if first <= time <= last]
 
 
-def _scaled(bars: Borders, before: Facts, after: Facts) -> Borders:
+def _scale_borders(borders: Borders, before: VideoInfo, after: VideoInfo) -> Borders:
     rows, columns = after.height / before.height, after.width / before.width
     return Borders(
-        round(bars.top * rows), round(bars.bottom * rows), round(bars.left * columns), round(bars.right * columns)
+        round(borders.top * rows),
+        round(borders.bottom * rows),
+        round(borders.left * columns),
+        round(borders.right * columns),
     )

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from dit_video.core.files import write_json
-from dit_video.core.storage import Place, read_document
+from dit_video.core.storage import StoragePath, read_document
 from dit_video.data.clips import ClipInfo
-from dit_video.data.ingest.captions import caption_statistics
+from dit_video.data.ingest.captions import compute_caption_statistics
 
 REPORT = "report.json"
 
 Reasons = tuple[tuple[str, str], ...]
 """Pairs of (name, reason)."""
 
-_DURATIONS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
+_LENGTH_EDGES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 """Upper edges of the bins of lengths, in seconds."""
-_SHAPES = ((0.5, "1:2 and narrower"), (0.9, "upright"), (1.1, "square"), (1.6, "4:3 to 8:5"), (2.0, "16:9"))
+_SHAPE_EDGES = ((0.5, "1:2 and narrower"), (0.9, "upright"), (1.1, "square"), (1.6, "4:3 to 8:5"), (2.0, "16:9"))
 """Upper edges of the bins of width over height, with their names."""
 _NUMBER = re.compile(r"(?<![A-Z][.-])(?<!\d)\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 """Numbers in a reason, except those in words such as H.264 and UTF-8."""
@@ -102,7 +102,7 @@ class IngestReport:
         write_json(folder / REPORT, document)
 
     @staticmethod
-    def read(folder: Place) -> "IngestReport":
+    def read(folder: StoragePath) -> "IngestReport":
         """Return the report that `write` wrote."""
         field_names = {field.name for field in dataclasses.fields(IngestReport)}
         fields = {name: value for name, value in read_document(folder / REPORT).items() if name in field_names}
@@ -113,7 +113,7 @@ class IngestReport:
         return IngestReport(**fields)
 
 
-def summarise(infos: Sequence[ClipInfo], codecs: Iterable[str], **given: Any) -> IngestReport:
+def make_report(infos: Sequence[ClipInfo], codecs: Iterable[str], **fields: Any) -> IngestReport:
     """Return the report of a data set.
 
     Args:
@@ -121,71 +121,75 @@ def summarise(infos: Sequence[ClipInfo], codecs: Iterable[str], **given: Any) ->
       codecs: codecs of its files.
       fields: all other fields of `IngestReport`.
     """
-    reasons = {kind: _kinds(given[kind]) for kind in ("quarantined", "dropped", "rejected") if given[kind]}
+    reasons = {kind: _count_kinds(fields[kind]) for kind in ("quarantined", "dropped", "rejected") if fields[kind]}
     return IngestReport(
         usable=len(infos),
         frames=sum(info.frames for info in infos),
-        seconds=round(sum(duration(info) for info in infos), 3),
+        seconds=round(sum(compute_duration(info) for info in infos), 3),
         uncaptioned=sum(not info.captions for info in infos),
-        splits=_counted(info.split for info in infos),
+        splits=_count_values(info.split for info in infos),
         reasons=reasons,
         histograms={
-            "sizes": _counted(f"{info.height}×{info.width}" for info in infos),
-            "shapes": _binned((info.width / info.height for info in infos), _shape, _shapes()),
-            "lengths": _binned((duration(info) for info in infos if info.frames > 1), _length, _lengths()),
-            "frames": _binned((info.frames for info in infos), _frames, _frame_counts()),
-            "rates": _counted(f"{info.fps:.4g} fps" for info in infos if info.frames > 1),
-            "codecs": _counted(codecs),
+            "sizes": _count_values(f"{info.height}×{info.width}" for info in infos),
+            "shapes": _count_bins((info.width / info.height for info in infos), _find_shape_bin, _get_shape_bins()),
+            "lengths": _count_bins(
+                (compute_duration(info) for info in infos if info.frames > 1), _find_length_bin, _get_length_bins()
+            ),
+            "frames": _count_bins((info.frames for info in infos), _find_frame_bin, _get_frame_bins()),
+            "rates": _count_values(f"{info.fps:.4g} fps" for info in infos if info.frames > 1),
+            "codecs": _count_values(codecs),
         },
-        captions=dataclasses.asdict(caption_statistics([info.captions for info in infos])),
-        **given,
+        captions=dataclasses.asdict(compute_caption_statistics([info.captions for info in infos])),
+        **fields,
     ).check()
 
 
-def duration(info: ClipInfo) -> float:
+def compute_duration(info: ClipInfo) -> float:
     """Return the seconds for which a clip is shown, its last frame for an average frame's time."""
     return info.seconds + (1 / info.fps if info.frames > 1 else 0.0)
 
 
-def _counted(values: Iterable[str]) -> dict[str, int]:
+def _count_values(values: Iterable[str]) -> dict[str, int]:
     """Return the counts of values, sorted by count, then by name."""
     return dict(sorted(collections.Counter(values).items(), key=lambda entry: (-entry[1], entry[0])))
 
 
-def _binned(values: Iterable[float | int], bin: Callable[[float | int], str], names: Sequence[str]) -> dict[str, int]:
+def _count_bins(
+    values: Iterable[float | int], bin: Callable[[float | int], str], names: Sequence[str]
+) -> dict[str, int]:
     """Return the counts of bins in their order, without empty bins at the ends."""
     counts = collections.Counter(map(bin, values))
     occupied = [index for index, name in enumerate(names) if counts[name]]
     return {name: counts[name] for name in names[occupied[0] : occupied[-1] + 1]} if occupied else {}
 
 
-def _lengths() -> list[str]:
+def _get_length_bins() -> list[str]:
     """Return the names of the bins: '< 1 s', '1–2 s', …, '≥ 3600 s'."""
-    between = [f"{low}–{high} s" for low, high in itertools.pairwise(_DURATIONS)]
-    return [f"< {_DURATIONS[0]} s", *between, f"≥ {_DURATIONS[-1]} s"]
+    between = [f"{low}–{high} s" for low, high in itertools.pairwise(_LENGTH_EDGES)]
+    return [f"< {_LENGTH_EDGES[0]} s", *between, f"≥ {_LENGTH_EDGES[-1]} s"]
 
 
-def _length(seconds: float | int) -> str:
-    return _lengths()[sum(seconds >= end for end in _DURATIONS)]
+def _find_length_bin(seconds: float | int) -> str:
+    return _get_length_bins()[sum(seconds >= end for end in _LENGTH_EDGES)]
 
 
-def _frame_counts() -> list[str]:
+def _get_frame_bins() -> list[str]:
     """Return the names of the bins, powers of two: '1', '2', '3–4', '5–8', …."""
     return ["1", "2", *(f"{2**power + 1}–{2 ** (power + 1)}" for power in range(1, 32))]
 
 
-def _frames(count: float | int) -> str:
-    return _frame_counts()[(int(count) - 1).bit_length()]
+def _find_frame_bin(count: float | int) -> str:
+    return _get_frame_bins()[(int(count) - 1).bit_length()]
 
 
-def _shapes() -> list[str]:
-    return [*(name for _, name in _SHAPES), "wider"]
+def _get_shape_bins() -> list[str]:
+    return [*(name for _, name in _SHAPE_EDGES), "wider"]
 
 
-def _shape(ratio: float | int) -> str:
-    return _shapes()[sum(ratio >= end for end, _ in _SHAPES)]
+def _find_shape_bin(ratio: float | int) -> str:
+    return _get_shape_bins()[sum(ratio >= end for end, _ in _SHAPE_EDGES)]
 
 
-def _kinds(pairs: Reasons) -> dict[str, int]:
+def _count_kinds(pairs: Reasons) -> dict[str, int]:
     """Return the counts of reasons; those that differ only in numbers and quoted words are of one kind."""
-    return _counted(_NUMBER.sub("N", _QUOTED.sub("'…'", reason)) for _, reason in pairs)
+    return _count_values(_NUMBER.sub("N", _QUOTED.sub("'…'", reason)) for _, reason in pairs)

@@ -10,20 +10,20 @@ from jaxtyping import Float32, UInt8
 
 from dit_video.data.ingest import measures
 from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.thumbnails import Pictures
+from dit_video.data.ingest.thumbnails import ThumbnailMaker
 from dit_video.video import TOLERANCE
 
-RATE = 8
+SAMPLE_RATE = 8
 """Samples per second: the frames shown at the times k / 8 s of the file are measured."""
 
-FREEZE = 8
+MIN_FREEZE_STEPS = 8
 """Minimum number of steps of 1 / 8 s for which a frozen frame stands still; shorter ones are due to low frame rates."""
 
-HASHES = 4
+NUM_HASHES = 4
 """Number of hashed frames of a clip: those at 1/8, 3/8, 5/8 and 7/8 of its length."""
 
 
-class Sample(NamedTuple):
+class FrameSample(NamedTuple):
     """Measures of one frame."""
 
     frame: int
@@ -46,7 +46,7 @@ class Sample(NamedTuple):
     """Width of the frame in which `borders` are measured, in pixels."""
 
 
-class _Shown(NamedTuple):
+class _PendingFrame(NamedTuple):
     """A frame that is measured once the time of the next frame is known, which ends the time for which it is shown."""
 
     number: int
@@ -55,7 +55,7 @@ class _Shown(NamedTuple):
     thumbnail: UInt8[np.ndarray, "h w 3"] | None
 
 
-class Sampler:
+class FrameSampler:
     """A sampler of a file's frames, which keeps at most one frame, and the measures.
 
     Frames are added in order.
@@ -65,96 +65,99 @@ class Sampler:
       letterbox: also measure black bars, at the stored size.
     """
 
-    def __init__(self, pictures: Pictures, *, letterbox: bool):
-        self.samples: list[Sample] = []
+    def __init__(self, pictures: ThumbnailMaker, *, letterbox: bool):
+        self.samples: list[FrameSample] = []
         self._pictures, self._letterbox = pictures, letterbox
-        self._shown: _Shown | None = None
-        self._before: Float32[np.ndarray, "h w"] | None = None
+        self._pending: _PendingFrame | None = None
+        self._previous_luma: Float32[np.ndarray, "h w"] | None = None
 
-    def see(
+    def add_frame(
         self, number: int, time: float, frame: av.VideoFrame, thumbnail: UInt8[np.ndarray, "h w 3"] | None = None
     ) -> None:
         """Add the next frame; `time` (seconds) must not decrease. `thumbnail` is passed if it exists already."""
-        self._until(time)
-        self._shown = _Shown(number, time, frame, thumbnail)
+        self._measure_until(time)
+        self._pending = _PendingFrame(number, time, frame, thumbnail)
 
     def finish(self, end: float) -> None:
         """End the last frame at `end` (seconds); a file with a frame has at least one sample."""
-        self._until(end)
-        if self._shown is not None and not self.samples:
-            self._measure(self._shown, 1)
-        self._shown = None
+        self._measure_until(end)
+        if self._pending is not None and not self.samples:
+            self._measure(self._pending, 1)
+        self._pending = None
 
-    def _until(self, time: float) -> None:
-        if self._shown is not None and (steps := _step(time) - _step(self._shown.time)) > 0:
-            self._measure(self._shown, steps)
+    def _measure_until(self, time: float) -> None:
+        if (
+            self._pending is not None
+            and (steps := _count_steps_before(time) - _count_steps_before(self._pending.time)) > 0
+        ):
+            self._measure(self._pending, steps)
 
-    def _measure(self, shown: _Shown, steps: int) -> None:
-        thumbnail = self._pictures.thumbnail(shown.frame) if shown.thumbnail is None else shown.thumbnail
+    def _measure(self, pending: _PendingFrame, steps: int) -> None:
+        thumbnail = self._pictures.make_thumbnail(pending.frame) if pending.thumbnail is None else pending.thumbnail
         luma = measures.luma(thumbnail)
         black = measures.is_black(luma)
         bars, height, width = None, 0, 0
         if self._letterbox and not black:
-            luma_upright = self._pictures.upright(self._pictures.luma(shown.frame), shown.frame)
-            bars, (height, width) = measures.borders(luma_upright), luma_upright.shape
+            luma_upright = self._pictures.turn_upright(self._pictures.make_luma(pending.frame), pending.frame)
+            bars, (height, width) = measures.find_borders(luma_upright), luma_upright.shape
         self.samples.append(
-            Sample(
-                frame=shown.number,
+            FrameSample(
+                frame=pending.number,
                 steps=steps,
-                difference=0.0 if self._before is None else measures.difference(luma, self._before),
+                difference=0.0 if self._previous_luma is None else measures.mean_difference(luma, self._previous_luma),
                 black=black,
                 sharpness=measures.sharpness(luma),
-                hash=measures.perceptual_hash(self._pictures.upright(luma, shown.frame)),
+                hash=measures.perceptual_hash(self._pictures.turn_upright(luma, pending.frame)),
                 borders=bars,
                 height=height,
                 width=width,
             )
         )
-        self._before = luma
+        self._previous_luma = luma
 
 
-def _step(time: float) -> int:
+def _count_steps_before(time: float) -> int:
     """Return the number of times k / 8 s, k ≥ 0, before `time`."""
-    return max(0, math.ceil(RATE * (time - TOLERANCE)))
+    return max(0, math.ceil(SAMPLE_RATE * (time - TOLERANCE)))
 
 
-def motion(samples: Sequence[Sample]) -> float:
+def compute_motion(samples: Sequence[FrameSample]) -> float:
     """Return the speed of change in levels of 255 a second: Σ mean |Yₖ − Yₖ₋₁| / (n / 8 s) over n steps of 1/8 s.
 
     The motion of a single frame is 0.
     """
-    steps = _steps(samples)
-    return RATE * sum(sample.difference for sample in samples[1:]) / steps if steps else 0.0
+    steps = _count_steps(samples)
+    return SAMPLE_RATE * sum(sample.difference for sample in samples[1:]) / steps if steps else 0.0
 
 
-def black(samples: Sequence[Sample]) -> float:
+def compute_black_share(samples: Sequence[FrameSample]) -> float:
     """Return the share of time in which the frame is black."""
     return sum(sample.steps for sample in samples if sample.black) / sum(sample.steps for sample in samples)
 
 
-def frozen(samples: Sequence[Sample]) -> float:
+def compute_frozen_share(samples: Sequence[FrameSample]) -> float:
     """Return the share of time in still runs of at least one second, or of the whole clip; 0 for a single frame."""
-    steps = _steps(samples)
+    steps = _count_steps(samples)
     if not steps:
         return 0.0
     runs, run = [], samples[0].steps - 1
     for sample in samples[1:]:
-        if sample.difference < measures.STILL:
+        if sample.difference < measures.MAX_STILL_DIFFERENCE:
             run += sample.steps
         else:
             runs.append(run)
             run = sample.steps - 1
     runs.append(run)
-    return sum(run for run in runs if run >= min(FREEZE, steps)) / steps
+    return sum(run for run in runs if run >= min(MIN_FREEZE_STEPS, steps)) / steps
 
 
-def sharpness(samples: Sequence[Sample]) -> float:
+def compute_median_sharpness(samples: Sequence[FrameSample]) -> float:
     """Return the median sharpness of frames that are not black; 0 if all are black."""
     values = [sample.sharpness for sample in samples if not sample.black]
     return float(np.median(values)) if values else 0.0
 
 
-def letterbox(samples: Sequence[Sample], height: int, width: int) -> Borders:
+def find_letterbox(samples: Sequence[FrameSample], height: int, width: int) -> Borders:
     """Return the bars that the frames have in common, in pixels of a clip shown at this height and width.
 
     Each bar has the width that at least nine of ten frames have: bars that come and go, or contain subtitles for a
@@ -172,7 +175,7 @@ def letterbox(samples: Sequence[Sample], height: int, width: int) -> Borders:
     return Borders(*(round(side) for side in sides.tolist()))
 
 
-def hashes(samples: Sequence[Sample]) -> tuple[int, ...] | None:
+def select_hashes(samples: Sequence[FrameSample]) -> tuple[int, ...] | None:
     """Return four perceptual hashes: of the frames with texture nearest to (2 k + 1) / 8 of the length.
 
     None if no frame has texture.
@@ -181,12 +184,12 @@ def hashes(samples: Sequence[Sample]) -> tuple[int, ...] | None:
     usable = [(starts[i], starts[i + 1], sample.hash) for i, sample in enumerate(samples) if sample.hash is not None]
     if not usable:
         return None
-    targets = starts[-1] * (2 * np.arange(HASHES) + 1) / (2 * HASHES)
+    targets = starts[-1] * (2 * np.arange(NUM_HASHES) + 1) / (2 * NUM_HASHES)
     return tuple(
         min(usable, key=lambda interval: max(interval[0] - target, target - interval[1], 0))[2] for target in targets
     )
 
 
-def _steps(samples: Sequence[Sample]) -> int:
+def _count_steps(samples: Sequence[FrameSample]) -> int:
     """Return the number of steps between the first time and the last."""
     return sum(sample.steps for sample in samples) - 1

@@ -7,11 +7,11 @@ from typing import NamedTuple
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipInfo
 from dit_video.data.ingest.duplicates import drop_duplicates
-from dit_video.data.ingest.formats import Listed
-from dit_video.data.ingest.formats.listed import quoted
-from dit_video.data.ingest.inspection import Inspected
+from dit_video.data.ingest.formats import ListedClip
+from dit_video.data.ingest.formats.listed import quote_name
+from dit_video.data.ingest.inspection import Inspection
 from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot
-from dit_video.data.records.builder import in_order
+from dit_video.data.records.builder import sort_splits
 
 
 class Selection(NamedTuple):
@@ -27,12 +27,12 @@ class Selection(NamedTuple):
     """Names of files of which no clip is used."""
 
     @property
-    def in_order(self) -> list[int]:
+    def record_files(self) -> list[int]:
         """Return the files of all splits in the order of their records."""
         return [number for numbers in self.files.values() for number in numbers]
 
 
-def select(clips: Sequence[Listed], verdicts: Sequence[Inspected], config: ScreeningConfig) -> Selection:
+def select(clips: Sequence[ListedClip], verdicts: Sequence[Inspection], config: ScreeningConfig) -> Selection:
     """Drop duplicates if the config says so, and number the records split by split, in the order of the listing.
 
     Args:
@@ -43,12 +43,12 @@ def select(clips: Sequence[Listed], verdicts: Sequence[Inspected], config: Scree
     Raises:
       UserError: two clips have the same name.
     """
-    kept_shots, duplicates = _without_duplicates(verdicts, config)
+    kept_shots, duplicates = _drop_duplicates(verdicts, config)
     used = [number for number, shots in enumerate(kept_shots) if shots]
-    splits = in_order(clips[number].split for number in used)
+    splits = sort_splits(clips[number].split for number in used)
     files = {split: tuple(number for number in used if clips[number].split == split) for split in splits}
     infos = [
-        _info(clips[number], shot, record)
+        _make_info(clips[number], shot, record)
         for record, number in enumerate(number for numbers in files.values() for number in numbers)
         for shot in kept_shots[number]
     ]
@@ -65,8 +65,8 @@ def select(clips: Sequence[Listed], verdicts: Sequence[Inspected], config: Scree
     )
 
 
-def _without_duplicates(
-    verdicts: Sequence[Inspected], config: ScreeningConfig
+def _drop_duplicates(
+    verdicts: Sequence[Inspection], config: ScreeningConfig
 ) -> tuple[list[list[Shot]], list[list[tuple[str, str]]]]:
     """Return for every file the clips that are kept, and (name, reason) of those that are dropped."""
     shots = [(number, shot) for number, verdict in enumerate(verdicts) for shot in verdict.shots]
@@ -80,11 +80,11 @@ def _without_duplicates(
         if original is None:
             kept[number].append(shot)
         else:
-            dropped[number].append((shot.name, f"shows what {quoted(shots[original][1].name)} shows"))
+            dropped[number].append((shot.name, f"shows what {quote_name(shots[original][1].name)} shows"))
     return kept, dropped
 
 
-def _info(clip: Listed, shot: Shot, record: int) -> ClipInfo:
+def _make_info(clip: ListedClip, shot: Shot, record: int) -> ClipInfo:
     return ClipInfo(
         name=shot.name,
         captions=tuple(clip.captions),

@@ -13,12 +13,12 @@ from jaxtyping import UInt8
 
 from dit_video.core.errors import UserError
 
-Detector = Literal["content", "adaptive"]
-THRESHOLDS: dict[Detector, float] = {"content": 27.0, "adaptive": 3.0}
+DetectorName = Literal["content", "adaptive"]
+DEFAULT_THRESHOLDS: dict[DetectorName, float] = {"content": 27.0, "adaptive": 3.0}
 """Default thresholds of PySceneDetect."""
 
 
-class Cuts:
+class CutDetector:
     """A detector of cuts in a stream of frames.
 
     Args:
@@ -31,14 +31,14 @@ class Cuts:
       UserError: PySceneDetect is not installed.
     """
 
-    def __init__(self, detector: Detector, threshold: float | int | None = None):
+    def __init__(self, detector: DetectorName, threshold: float | int | None = None):
         try:
             from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
         except ModuleNotFoundError as error:
             raise UserError(
                 f"splitting at shot boundaries needs PySceneDetect ({error}); run pip install -e '.[ingest]'"
             ) from error
-        level = THRESHOLDS[detector] if threshold is None else float(threshold)
+        level = DEFAULT_THRESHOLDS[detector] if threshold is None else float(threshold)
         self._detector: Any
         if detector == "content":
             self._detector = ContentDetector(threshold=level, min_scene_len=0)
@@ -46,15 +46,15 @@ class Cuts:
             self._detector = AdaptiveDetector(adaptive_threshold=level, min_scene_len=0)
         self._timecode = FrameTimecode
         self._count = 0
-        self.numbers: list[int] = []
+        self.frame_numbers: list[int] = []
         """Numbers of the frames that begin a new shot."""
 
-    def see(self, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+    def add_frame(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
         """Add the next frame, RGB; all frames have the same size."""
         # PySceneDetect requires a frame rate to compute times; only frame numbers are used here, so any rate will do.
         timecode = self._timecode(self._count, 25.0)
-        cuts = self._detector.process_frame(timecode, np.ascontiguousarray(picture[..., ::-1]))
-        self.numbers.extend(cut.frame_num for cut in cuts if cut.frame_num > 0)
+        cuts = self._detector.process_frame(timecode, np.ascontiguousarray(frame[..., ::-1]))
+        self.frame_numbers.extend(cut.frame_num for cut in cuts if cut.frame_num > 0)
         self._count += 1
 
 
@@ -65,7 +65,7 @@ class Span(NamedTuple):
     stop: int
 
 
-def spans(cuts: Sequence[int], frames: int) -> tuple[Span, ...]:
+def split_at_cuts(cuts: Sequence[int], frames: int) -> tuple[Span, ...]:
     """Return the shots of a file with this many frames: each begins at frame 0 or at a cut."""
     starts = sorted({0, *cuts})
     return tuple(Span(first, stop) for first, stop in zip(starts, [*starts[1:], frames], strict=True))

@@ -5,20 +5,22 @@ import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from jaxtyping import Real, UInt8
 
-from dit_video.video.reader import complaints
-from dit_video.video.to_rgb import is_full_range, is_transparent, orientation, over_black
+from dit_video.video.reader import wrap_decode_errors
+from dit_video.video.to_rgb import blend_over_black, is_full_range, is_transparent, read_orientation
 
 LONG_SIDE = 256
 """Length of a thumbnail's longer side in pixels. Smaller frames are enlarged, so that measures are comparable."""
-SHORT_SIDE = 16
+MIN_SHORT_SIDE = 16
 """Minimum length of the shorter side in pixels; frames longer than 16:1 are squeezed."""
 
-_TRIANGLE = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+_INTERPOLATION = (
+    Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+)
 """The bilinear filter of swscale widens with the scale, so that shrinking does not alias; these flags give the same
 values on all processors."""
 
 
-class Pictures:
+class ThumbnailMaker:
     """A converter of one file's frames to thumbnails and luma, as stored: not turned, with pixels taken as square.
 
     Its methods raise `DecodeError` for a frame that ffmpeg cannot convert.
@@ -30,46 +32,51 @@ class Pictures:
     def __init__(self, name: str) -> None:
         self._name = name
         # Each caches swscale's context for one size of output, so there is one per size.
-        self._small, self._whole = VideoReformatter(), VideoReformatter()
+        self._thumbnail_reformatter, self._full_size_reformatter = VideoReformatter(), VideoReformatter()
         self._size: tuple[int, int] | None = None
         self._orientation: tuple[bool, bool, bool] | None = None
 
-    def thumbnail(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+    def make_thumbnail(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
         """Return full-range RGB with the longer side `LONG_SIDE`, all of one size; transparency is over black."""
         if self._size is None:
             scale = LONG_SIDE / max(frame.height, frame.width)
-            self._size = max(SHORT_SIDE, round(frame.height * scale)), max(SHORT_SIDE, round(frame.width * scale))
-        picture = self._converted(self._small, frame, "rgb24", *self._size)
-        return over_black(picture) if is_transparent(frame) else picture
+            self._size = (
+                max(MIN_SHORT_SIDE, round(frame.height * scale)),
+                max(MIN_SHORT_SIDE, round(frame.width * scale)),
+            )
+        picture = self._convert(self._thumbnail_reformatter, frame, "rgb24", *self._size)
+        return blend_over_black(picture) if is_transparent(frame) else picture
 
-    def luma(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W"]:
+    def make_luma(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W"]:
         """Return full-range luma at the stored size; transparency is over black."""
         if is_transparent(frame):
-            picture = over_black(self._converted(self._whole, frame, "rgba", frame.height, frame.width))
+            picture = blend_over_black(
+                self._convert(self._full_size_reformatter, frame, "rgba", frame.height, frame.width)
+            )
             return np.rint(picture @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
-        return self._converted(self._whole, frame, "gray", frame.height, frame.width)
+        return self._convert(self._full_size_reformatter, frame, "gray", frame.height, frame.width)
 
-    def upright(self, picture: Real[np.ndarray, "H W"], frame: av.VideoFrame) -> Real[np.ndarray, "h w"]:
+    def turn_upright(self, picture: Real[np.ndarray, "H W"], frame: av.VideoFrame) -> Real[np.ndarray, "h w"]:
         """Return a frame as it is shown, by quarter turns and reflections."""
         if self._orientation is None:
             # Read from the first frame alone: a frame whose side data were read refers to itself, and would stay in
             # memory until the garbage collector runs, which counts objects and not bytes.
-            self._orientation = orientation(frame)
+            self._orientation = read_orientation(frame)
         is_transposed, flip_rows, flip_columns = self._orientation
         picture = picture.swapaxes(0, 1) if is_transposed else picture
         return picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
-    def _converted(
-        self, convert: VideoReformatter, frame: av.VideoFrame, format: str, height: int, width: int
+    def _convert(
+        self, reformatter: VideoReformatter, frame: av.VideoFrame, format: str, height: int, width: int
     ) -> UInt8[np.ndarray, "h w *channels"]:
-        with complaints(self._name):
-            return convert.reformat(
+        with wrap_decode_errors(self._name):
+            return reformatter.reformat(
                 frame,
                 width,
                 height,
                 format="rgba" if is_transparent(frame) else format,
                 src_color_range=ColorRange.JPEG if is_full_range(frame) else ColorRange.MPEG,
                 dst_color_range=ColorRange.JPEG,
-                interpolation=_TRIANGLE,
+                interpolation=_INTERPOLATION,
                 threads=1,
             ).to_ndarray()

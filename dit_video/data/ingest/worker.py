@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.data.ingest.formats import Listed
+from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.inspection import inspect
 
 
@@ -22,23 +22,23 @@ def serve(requests: Iterable[bytes], answers: BinaryIO) -> None:
     """Answer every clip with its verdict, or with the error that ends the run."""
     requests = iter(requests)
     config = config_json.from_json(json.loads(next(requests)))
-    _answer(answers, {"ready": True})
+    _write_answer(answers, {"ready": True})
     for line in requests:
         name, captions, *location = json.loads(line)
         answer: dict[str, Any]
         try:
-            answer = {"inspected": inspect(Listed(name, tuple(captions), *location), config).to_json()}
+            answer = {"inspected": inspect(ListedClip(name, tuple(captions), *location), config).to_json()}
         except UserError as error:
             answer = {"error": str(error)}
-        _answer(answers, answer)
+        _write_answer(answers, answer)
 
 
-def _answer(answers: BinaryIO, value: dict) -> None:
+def _write_answer(answers: BinaryIO, value: dict) -> None:
     answers.write(json.dumps(value).encode() + b"\n")
     answers.flush()
 
 
-def _lines(stream: BinaryIO) -> Iterable[bytes]:
+def _read_lines(stream: BinaryIO) -> Iterable[bytes]:
     """Yield lines as they arrive, and end this process, even inside a decoder, when the parent process ends."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
@@ -58,7 +58,7 @@ def main() -> None:
     # Output that a decoder prints is sent to stderr, as it must not appear between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    serve(_lines(sys.stdin.buffer), answers)
+    serve(_read_lines(sys.stdin.buffer), answers)
 
 
 if __name__ == "__main__":

@@ -22,46 +22,54 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.data.ingest.formats import Listed
-from dit_video.data.ingest.inspection import Inspected, InspectionConfig
+from dit_video.data.ingest.formats import ListedClip
+from dit_video.data.ingest.inspection import Inspection, InspectionConfig
 
 MODULE = "dit_video.data.ingest.worker"
-_STARTING = 300.0
+_START_TIMEOUT = 300.0
 """Seconds within which a process must finish its imports, on the slowest disk."""
 _MEGABYTE, _GIGABYTE = 1 << 20, 1 << 30
 
-Task = tuple[int, Listed]
+Task = tuple[int, ListedClip]
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def worth(clips: Sequence[Task], most: int) -> int:
+def count_useful_processes(clips: Sequence[Task], max_count: int) -> int:
     """Return how many processes, up to `max_count`, are worth their start of one second: one per megabyte of clips."""
-    return min(most, len(clips), 1 + sum(clip.size for _, clip in clips) // _MEGABYTE)
+    return min(max_count, len(clips), 1 + sum(clip.size for _, clip in clips) // _MEGABYTE)
 
 
-def limit_of(clip: Listed, time_limit: float | int) -> float:
+def compute_time_limit(clip: ListedClip, time_limit: float | int) -> float:
     """Return the seconds that a clip may take: `time_limit`, plus ten times as much per gigabyte."""
     return time_limit * (1 + 10 * clip.size / _GIGABYTE)
 
 
-_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
+_CRASH_SIGNALS = (
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGABRT,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGTRAP,
+    signal.SIGSYS,
+)
 """Signals by which a crashing decoder ends its process. Other signals come from outside, such as SIGKILL when the
 machine is out of memory."""
 
 
-class _Lost(Exception):
+class _WorkerLostError(Exception):
     """A lost process, with the reason and whether that is transient."""
 
-    def __init__(self, reason: str, *, passing: bool = True):
+    def __init__(self, reason: str, *, transient: bool = True):
         super().__init__(reason)
-        self.passing = passing
+        self.transient = transient
 
 
-class _Process:
+class _WorkerProcess:
     def __init__(self, config: InspectionConfig):
         # Import the same modules as this process, but nothing from the current folder (hence -P and no empty path).
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -70,16 +78,16 @@ class _Process:
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self._requests, self.answers = self.process.stdin, self.process.stdout
+        self._requests, self.answer_pipe = self.process.stdin, self.process.stdout
         self._buffer = b""
         self.task: Task | None = None
         self.ready = False
-        self.limit = _STARTING
-        self.deadline = time.monotonic() + _STARTING
+        self.limit = _START_TIMEOUT
+        self.deadline = time.monotonic() + _START_TIMEOUT
         self._send(config_json.to_json(config))
 
-    def give(self, task: Task, time_limit: float | int) -> None:
-        self.task, self.limit = task, limit_of(task[1], time_limit)
+    def assign(self, task: Task, time_limit: float | int) -> None:
+        self.task, self.limit = task, compute_time_limit(task[1], time_limit)
         self.deadline = time.monotonic() + self.limit
         self._send(list(task[1]))
 
@@ -88,17 +96,17 @@ class _Process:
             self._requests.write(json.dumps(value).encode() + b"\n")
             self._requests.flush()
 
-    def read(self) -> dict | None:
+    def read_answer(self) -> dict | None:
         """Return the process's answer, or None while it is incomplete.
 
         Raises:
           _WorkerLostError: the process has ended.
         """
-        chunk = os.read(self.answers.fileno(), 1 << 20)
+        chunk = os.read(self.answer_pipe.fileno(), 1 << 20)
         if not chunk:
             code = self.process.wait()
             ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-            raise _Lost(ending, passing=code < 0 and -code not in _CRASHES)
+            raise _WorkerLostError(ending, transient=code < 0 and -code not in _CRASH_SIGNALS)
         self._buffer += chunk
         if not chunk.endswith(b"\n"):
             return None
@@ -106,10 +114,10 @@ class _Process:
         self.deadline = math.inf
         return answer
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.answers.close()
+        self.answer_pipe.close()
         with contextlib.suppress(BrokenPipeError):
             self._requests.close()
 
@@ -125,7 +133,7 @@ class Workers:
 
     def __init__(self, count: int, config: InspectionConfig, time_limit: float | int):
         self._count, self._config, self._time_limit = count, config, time_limit
-        self._processes: list[_Process] = []
+        self._processes: list[_WorkerProcess] = []
         self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> "Workers":
@@ -135,16 +143,16 @@ class Workers:
         self._stop()
         self._selector.close()
 
-    def inspect(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspected]]:
+    def inspect(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspection]]:
         """Yield (number, verdict) of numbered clips as they complete; a lost process is always a transient reason.
 
         Raises:
           UserError: the screening cannot work for any clip, or a process cannot be started.
         """
-        for (number, _), answer in self._ask(deque(clips), self._count):
-            yield number, Inspected(str(answer), passing=True) if isinstance(answer, _Lost) else answer
+        for (number, _), answer in self._run_tasks(deque(clips), self._count):
+            yield number, Inspection(str(answer), transient=True) if isinstance(answer, _WorkerLostError) else answer
 
-    def inspect_again(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspected]]:
+    def inspect_again(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspection]]:
         """Yield (number, verdict) of clips that failed for a transient reason, inspected one by one in new processes.
 
         Raises:
@@ -152,20 +160,20 @@ class Workers:
         """
         for task in clips:
             self._stop()
-            ((_, answer),) = self._ask(deque([task]), 1)
-            if isinstance(answer, _Lost):
-                fix = "" if answer.passing else "; remove it or replace it"
-                answer = Inspected(f"{answer}, also when tried again alone{fix}", passing=answer.passing)
-            elif answer.passing:
+            ((_, answer),) = self._run_tasks(deque([task]), 1)
+            if isinstance(answer, _WorkerLostError):
+                fix = "" if answer.transient else "; remove it or replace it"
+                answer = Inspection(f"{answer}, also when tried again alone{fix}", transient=answer.transient)
+            elif answer.transient:
                 answer = answer._replace(reason=f"{answer.reason}, also when tried again alone")
             yield task[0], answer
 
-    def _ask(self, tasks: deque[Task], count: int) -> Iterator[tuple[Task, Inspected | _Lost]]:
+    def _run_tasks(self, tasks: deque[Task], count: int) -> Iterator[tuple[Task, Inspection | _WorkerLostError]]:
         """Yield the tasks with their answers or losses."""
         while True:
             for process in self._processes:
                 if tasks and process.ready and process.task is None:
-                    process.give(tasks.popleft(), self._time_limit)
+                    process.assign(tasks.popleft(), self._time_limit)
             # Processes are started for waiting tasks alone: those that still import modules will take one each.
             starting = sum(not process.ready for process in self._processes)
             while len(self._processes) < count and starting < len(tasks):
@@ -175,21 +183,23 @@ class Workers:
                 return
             yield from self._wait()
 
-    def _wait(self) -> Iterator[tuple[Task, Inspected | _Lost]]:
+    def _wait(self) -> Iterator[tuple[Task, Inspection | _WorkerLostError]]:
         timeout = min(process.deadline for process in self._processes) - time.monotonic()
         events = self._selector.select(None if math.isinf(timeout) else max(timeout, 0))
         for key, _ in events:
-            yield from self._hear(key.data)
+            yield from self._receive_answer(key.data)
         for process in [*self._processes]:
             if time.monotonic() > process.deadline:
-                yield from self._lose(process, _Lost(f"takes more than {process.limit:g} s to decode"))
+                yield from self._handle_loss(
+                    process, _WorkerLostError(f"takes more than {process.limit:g} s to decode")
+                )
 
-    def _hear(self, process: _Process) -> Iterator[tuple[Task, Inspected | _Lost]]:
+    def _receive_answer(self, process: _WorkerProcess) -> Iterator[tuple[Task, Inspection | _WorkerLostError]]:
         try:
-            answer = process.read()
-        except _Lost as lost:
+            answer = process.read_answer()
+        except _WorkerLostError as lost:
             reason = f"ends the process that decodes it ({lost})"
-            yield from self._lose(process, _Lost(reason, passing=lost.passing))
+            yield from self._handle_loss(process, _WorkerLostError(reason, transient=lost.transient))
             return
         if answer is None:
             return
@@ -200,10 +210,10 @@ class Workers:
             return
         assert process.task is not None
         task, process.task = process.task, None
-        yield task, Inspected.from_json(answer["inspected"])
+        yield task, Inspection.from_json(answer["inspected"])
 
-    def _lose(self, process: _Process, lost: _Lost) -> Iterator[tuple[Task, _Lost]]:
-        self._end(process)
+    def _handle_loss(self, process: _WorkerProcess, lost: _WorkerLostError) -> Iterator[tuple[Task, _WorkerLostError]]:
+        self._remove(process)
         if not process.ready:
             raise UserError(f"a process that inspects clips could not start ({lost}); see its message above")
         if process.task is not None:
@@ -211,7 +221,7 @@ class Workers:
 
     def _start(self) -> None:
         try:
-            process = _Process(self._config)
+            process = _WorkerProcess(self._config)
         except OSError as error:  # the system's limits, on processes, memory or open files
             running = len(self._processes)
             fix = f"use --workers {running}" if running else "end other programs"
@@ -220,13 +230,13 @@ class Workers:
                 f"({error.strerror or error}); {fix}, or raise the limits that `ulimit -a` shows"
             ) from error
         self._processes.append(process)
-        self._selector.register(process.answers, selectors.EVENT_READ, process)
+        self._selector.register(process.answer_pipe, selectors.EVENT_READ, process)
 
     def _stop(self) -> None:
         for process in [*self._processes]:
-            self._end(process)
+            self._remove(process)
 
-    def _end(self, process: _Process) -> None:
+    def _remove(self, process: _WorkerProcess) -> None:
         self._processes.remove(process)
-        self._selector.unregister(process.answers)
-        process.end()
+        self._selector.unregister(process.answer_pipe)
+        process.kill()

@@ -20,17 +20,17 @@ import numpy as np
 from jaxtyping import Float32
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.core.storage import Address, Place, is_remote, place, read_document
+from dit_video.core.storage import StoragePath, StoragePathLike, is_remote, read_document, to_storage_path
 from dit_video.data.records import shards
 from dit_video.tokens import Grid
 
-NAME = "latents"
+DATASET_NAME = "latents"
 INDEX, PLAN = "latents.json", "plan.json"
 VERSION = 2
 Identity = str | Mapping[str, Any]
 """Identity of latents, as JSON values: the autoencoder's weights, the sizes, and all else that latents depend on. The
 parts of a mapping are compared one by one, e.g. `autoencoder`, `text` (the encoder of cached embeddings), `image`."""
-Storage = Literal["bfloat16", "float32"]
+StorageDtype = Literal["bfloat16", "float32"]
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 
@@ -52,14 +52,14 @@ class LatentExample(NamedTuple):
     """Tokens of the first frame from an image encoder."""
 
 
-class LeftOut(NamedTuple):
+class Skipped(NamedTuple):
     """An example that could not be encoded, with the reason."""
 
     name: str
     reason: str
 
 
-def identity_hash(identity: Identity) -> str:
+def hash_identity(identity: Identity) -> str:
     """Return a hash that does not depend on the order of keys."""
     text = identity if isinstance(identity, str) else json.dumps(identity, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -81,8 +81,10 @@ class LatentSource:
         encoder.
     """
 
-    def __init__(self, folder: Address, *, identity: Identity | None = None, cache: str | os.PathLike | None = None):
-        self.folder: Place = place(folder)
+    def __init__(
+        self, folder: StoragePathLike, *, identity: Identity | None = None, cache: str | os.PathLike | None = None
+    ):
+        self.folder: StoragePath = to_storage_path(folder)
         self._cache = None if cache is None else Path(cache)
         index = _read_index(self.folder)
         if identity is not None:
@@ -113,12 +115,12 @@ class LatentSource:
         """True if there are latents of clips whose frames after the first are grey."""
         self.image_shape: tuple[int, int] | None = None if index.get("image") is None else tuple(index["image"])
         """Number of image tokens of an example, and their width; None if there are none."""
-        self.left_out: tuple[LeftOut, ...] = tuple(LeftOut(*one) for one in index["left_out"])
+        self.skipped: tuple[Skipped, ...] = tuple(Skipped(*one) for one in index["left_out"])
         """Clips that could not be encoded, with the reasons."""
         self._dtype = DTYPES[index["dtype"]]
-        self._version = identity_hash(index) if is_remote(self.folder) else ""
+        self._version = hash_identity(index) if is_remote(self.folder) else ""
         self._records: Sequence[dict[str, Any]] | None = None
-        self._read: tuple[int, dict[str, Any]] | None = None
+        self._last_record: tuple[int, dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -129,17 +131,17 @@ class LatentSource:
         Raises:
           DecodeError: its record is damaged.
         """
-        return self._shaped(index, "latents", (*self.sizes[index], self.channels))
+        return self._read_field(index, "latents", (*self.sizes[index], self.channels))
 
     def shown(self, index: int) -> Float32[np.ndarray, "t h w c"] | None:
         """Return the latents of the clip whose frames after the first are grey, if any; raises like `source[index]`."""
-        return self._shaped(index, "shown", (*self.sizes[index], self.channels)) if self.has_shown else None
+        return self._read_field(index, "shown", (*self.sizes[index], self.channels)) if self.has_shown else None
 
-    def image(self, index: int) -> Float32[np.ndarray, "i F"] | None:
+    def read_image(self, index: int) -> Float32[np.ndarray, "i F"] | None:
         """Return the image tokens of one example's first frame, if any; raises like `source[index]`."""
-        return None if self.image_shape is None else self._shaped(index, "image", self.image_shape)
+        return None if self.image_shape is None else self._read_field(index, "image", self.image_shape)
 
-    def text(self, index: int, caption: int = 0) -> Float32[np.ndarray, "s e"]:
+    def read_text(self, index: int, caption: int = 0) -> Float32[np.ndarray, "s e"]:
         """Return the embedding of one caption of an example.
 
         Raises:
@@ -152,7 +154,7 @@ class LatentSource:
                 f"caption={caption} is invalid: {self.names[index]} has {len(lengths)} embedded captions. Use a number "
                 "from 0 on, or encode the clips with a text encoder."
             )
-        values, shape = self._values(index, "text"), (sum(lengths), self.text_width)
+        values, shape = self._read_values(index, "text"), (sum(lengths), self.text_width)
         if values.size != math.prod(shape):
             raise DecodeError(
                 f"the embeddings of {self.names[index]} have {values.size} values, not {math.prod(shape)}. Encode the "
@@ -160,24 +162,24 @@ class LatentSource:
             )
         return values.reshape(shape)[sum(lengths[:caption]) : sum(lengths[: caption + 1])]
 
-    def _shaped(self, index: int, field: str, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
-        values = self._values(index, field)
+    def _read_field(self, index: int, field: str, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+        values = self._read_values(index, field)
         if values.size != math.prod(shape):
             raise DecodeError(
                 f"{self.names[index]} has {values.size} values of {field}, not {math.prod(shape)}. Encode it again."
             )
         return values.reshape(shape)
 
-    def _values(self, index: int, field: str) -> Float32[np.ndarray, " n"]:
+    def _read_values(self, index: int, field: str) -> Float32[np.ndarray, " n"]:
         if self._records is None:  # outside of the try: a data set that cannot be opened is no damaged record
-            self._records = shards.open_anywhere(self.folder, cache=self._cache, version=self._version)
+            self._records = shards.open_dataset(self.folder, cache=self._cache, version=self._version)
         try:
-            last_record = self._read
+            last_record = self._last_record
             # Latents, text and image of an example are usually read one after the other: keep the last record.
             if last_record is None or last_record[0] != index:
-                self._read = last_record = index, self._records[index]
+                self._last_record = last_record = index, self._records[index]
             stored = last_record[1][field]
-            return little_endian(np.frombuffer(stored, self._dtype)).astype(np.float32)
+            return to_little_endian(np.frombuffer(stored, self._dtype)).astype(np.float32)
         except (OSError, UserError):  # the file cannot be copied to this machine
             raise
         except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
@@ -187,39 +189,39 @@ class LatentSource:
         return {**self.__dict__, "_records": None, "_read": None}
 
 
-def check_identity(folder: Address, found: Identity, wanted: Identity) -> None:
+def check_identity(folder: StoragePathLike, actual: Identity, expected: Identity) -> None:
     """Check that latents have the expected identity.
 
     Raises:
       UserError: a part of the identity differs; the message names both values.
     """
     parts: list[tuple[str, Any, Any]]
-    if isinstance(found, str) or isinstance(wanted, str):
-        parts = [("autoencoder", found, wanted)] if identity_hash(found) != identity_hash(wanted) else []
+    if isinstance(actual, str) or isinstance(expected, str):
+        parts = [("autoencoder", actual, expected)] if hash_identity(actual) != hash_identity(expected) else []
     else:
-        parts = [(name, found.get(name), value) for name, value in wanted.items() if found.get(name) != value]
+        parts = [(name, actual.get(name), value) for name, value in expected.items() if actual.get(name) != value]
     for name, old, new in parts:
         raise UserError(
-            f"{folder} holds latents of {name} {_named(old)}, but {_named(new)} was requested. "
+            f"{folder} holds latents of {name} {_format_identity(old)}, but {_format_identity(new)} was requested. "
             "Encode the clips again, into another folder."
         )
 
 
-def little_endian(values: np.ndarray) -> np.ndarray:
+def to_little_endian(values: np.ndarray) -> np.ndarray:
     """Convert values from or to little-endian byte order, that of files; the conversion is its own inverse."""
     return values if sys.byteorder == "little" else values.byteswap()
 
 
-def _named(identity: Any) -> str:
+def _format_identity(identity: Any) -> str:
     if identity is None:
         return "none"
     if isinstance(identity, str):
-        return identity if len(identity) <= 64 else f"{identity[:48]}… ({identity_hash(identity)})"
+        return identity if len(identity) <= 64 else f"{identity[:48]}… ({hash_identity(identity)})"
     text = json.dumps(identity, sort_keys=True)
-    return text if len(text) <= 64 else f"{text[:48]}… ({identity_hash({'': identity})})"
+    return text if len(text) <= 64 else f"{text[:48]}… ({hash_identity({'': identity})})"
 
 
-def _read_index(folder: Place) -> dict[str, Any]:
+def _read_index(folder: StoragePath) -> dict[str, Any]:
     if not (folder / INDEX).exists():  # checked before the folder, as object stores need not have folders
         if not folder.exists():
             raise MissingError(f"there is no folder of latents at {folder}. Encode clips first.")

@@ -19,18 +19,25 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from dit_video.autoencoders import AutoencoderConfig, Canvas, arrange, latent_grid, occupied, padding
-from dit_video.autoencoders.canvas import PIXELS
+from dit_video.autoencoders import (
+    AutoencoderConfig,
+    Canvas,
+    compute_padding_share,
+    compute_segment_ids,
+    latent_grid,
+    pack_canvases,
+)
+from dit_video.autoencoders.canvas import CANVAS_PIXELS
 from dit_video.core import config_json, pixels
 from dit_video.core.errors import DecodeError, UserError
-from dit_video.core.storage import Address, place
+from dit_video.core.storage import StoragePathLike, to_storage_path
 from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.latents.cache import Identity, LatentExample, LeftOut, Storage, identity_hash
+from dit_video.data.latents.cache import Identity, LatentExample, Skipped, StorageDtype, hash_identity
 from dit_video.data.latents.online import CanvasEncoder
-from dit_video.data.latents.writer import LatentFiles
-from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
-from dit_video.encoders.image import ImageEncoder
-from dit_video.encoders.text import FrozenEncoder
+from dit_video.data.latents.writer import LatentWriter
+from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
+from dit_video.encoders.image import FrozenImageEncoder
+from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
 from dit_video.pipelines import pipeline
 from dit_video.text import Tokenizer
@@ -39,8 +46,8 @@ from dit_video.tokens import Grid
 EncodeText = Callable[[str], Float32[np.ndarray, "s e"]]
 EncodeImage = Callable[[UInt8[np.ndarray, "T H W 3"]], Float32[np.ndarray, "T i F"]]
 """Maps frames to the image tokens that a denoiser attends to."""
-First = UInt8[np.ndarray, "1 _ _ 3"]
-_TEXTS = 64
+FirstFrame = UInt8[np.ndarray, "1 _ _ 3"]
+_MAX_CACHED_TEXTS = 64
 """Number of cached embeddings: views of a clip and clips of a class share captions. One may take 8 MB."""
 
 
@@ -52,7 +59,7 @@ class Augmentations:
       UserError: no crop, or a resolution without pixels.
     """
 
-    stretches: int = 1
+    clips_per_video: int = 1
     """Largest number of temporal crops of the training length, spread over the clip."""
     resolutions: tuple[int, ...] = ()
     """Further, smaller limits on the pixels of a frame, at each of which every clip is encoded too."""
@@ -60,9 +67,10 @@ class Augmentations:
     """True to encode each view mirrored too. Captions that say left or right are then wrong."""
 
     def __post_init__(self):
-        if self.stretches < 1 or any(resolution < 1 for resolution in self.resolutions):
+        if self.clips_per_video < 1 or any(resolution < 1 for resolution in self.resolutions):
             raise UserError(
-                f"clips_per_video={self.stretches} and resolutions={list(self.resolutions)} must be at least 1 each"
+                f"clips_per_video={self.clips_per_video} and resolutions={list(self.resolutions)} must be at least "
+                "1 each"
             )
 
 
@@ -78,7 +86,7 @@ class View(NamedTuple):
     flipped: bool
 
 
-def views(infos: Sequence[ClipInfo], limits: SizeLimits, augmentations: Augmentations) -> list[View]:
+def list_views(infos: Sequence[ClipInfo], limits: SizeLimits, augmentations: Augmentations) -> list[View]:
     """Return the views of every clip, without a smaller resolution that equals the clip's own.
 
     A view is named `clip.mp4@0`, by its first frame, followed by `~64x96` in a smaller resolution and by `~flipped`.
@@ -88,12 +96,14 @@ def views(infos: Sequence[ClipInfo], limits: SizeLimits, augmentations: Augmenta
     """
     clip_views = []
     for number, info in enumerate(infos):
-        sizes = {fit(info, limits): limits}
+        sizes = {fit_size(info, limits): limits}
         for resolution in augmentations.resolutions:
             smaller = replace(limits, max_pixels=min(resolution, limits.max_pixels))
-            sizes.setdefault(fit(info, smaller), smaller)
+            sizes.setdefault(fit_size(info, smaller), smaller)
         for (size, size_limits), start, flipped in itertools.product(
-            sizes.items(), _starts(info, limits, augmentations.stretches), (False, True)[: 1 + augmentations.flips]
+            sizes.items(),
+            _get_crop_starts(info, limits, augmentations.clips_per_video),
+            (False, True)[: 1 + augmentations.flips],
         ):
             smaller_name = f"~{size.h}x{size.w}" if size_limits is not limits else ""
             name = f"{info.name}@{start}{smaller_name}" + "~flipped" * flipped
@@ -119,8 +129,8 @@ class Encoding:
     image_identity: str = ""
     shown: bool = False
     """True to also encode each view with all frames after the first set to grey."""
-    storage: Storage = "bfloat16"
-    canvas_pixels: int = PIXELS
+    storage: StorageDtype = "bfloat16"
+    canvas_pixels: int = CANVAS_PIXELS
     """Approximate number of pixels of a canvas over its frames, which a device encodes at once."""
     views_per_file: int = 512
     threads: int = min(4, os.cpu_count() or 1)
@@ -130,17 +140,23 @@ class Encoding:
             raise UserError(f"views_per_file={self.views_per_file} and threads={self.threads} must be at least 1")
 
 
-def encoding_of(
-    experiment: Experiment, params: dict[str, Any], *, text: Tokenizer | FrozenEncoder, images: ImageEncoder | None
+def make_encoding(
+    experiment: Experiment,
+    params: dict[str, Any],
+    *,
+    text: Tokenizer | FrozenTextEncoder,
+    images: FrozenImageEncoder | None,
 ) -> Encoding:
     """Return the encoding of an experiment, with the parameters of its autoencoder and its frozen encoders."""
     data, known = experiment.data, experiment.denoiser.known
-    frozen = text if isinstance(text, FrozenEncoder) else None
+    frozen = text if isinstance(text, FrozenTextEncoder) else None
     return Encoding(
         autoencoder=experiment.autoencoder.model,
         params=params,
         limits=experiment.limits,
-        augmentations=Augmentations(stretches=data.stretches, resolutions=data.resolutions, flips=data.flips),
+        augmentations=Augmentations(
+            clips_per_video=data.clips_per_video, resolutions=data.resolutions, flips=data.flips
+        ),
         encode_text=frozen,
         text_identity="" if frozen is None else frozen.identity,
         encode_image=images,
@@ -163,18 +179,18 @@ class EncodingPlan:
         return hashlib.sha256(repr((self.views, self.canvases, self.files)).encode()).hexdigest()[:16]
 
     @property
-    def programs(self) -> int:
+    def num_canvas_sizes(self) -> int:
         """Return the number of canvas sizes, each of which is compiled once."""
         return len({canvas.size for canvas in self.canvases})
 
     @property
-    def padding(self) -> float:
+    def padding_share(self) -> float:
         """Return the share of the encoded pixels that belong to no clip."""
-        return padding(self.canvases, [view.size for view in self.views])
+        return compute_padding_share(self.canvases, [view.size for view in self.views])
 
-    def count(self, file: int) -> int:
+    def count_views(self, file: int) -> int:
         """Return the number of views in a file."""
-        return sum(len(self.canvases[canvas].places) for canvas in self.files[file])
+        return sum(len(self.canvases[canvas].slots) for canvas in self.files[file])
 
 
 def plan_encoding(clips: ClipSource, encoding: Encoding) -> EncodingPlan:
@@ -183,34 +199,34 @@ def plan_encoding(clips: ClipSource, encoding: Encoding) -> EncodingPlan:
     Raises:
       UserError: no clips, or one without a size within the limits.
     """
-    clip_views = views(clips.infos, encoding.limits, encoding.augmentations)
+    clip_views = list_views(clips.infos, encoding.limits, encoding.augmentations)
     if not clip_views:
         raise UserError("there are no clips to encode; ingest at least one")
-    canvases = arrange(
+    canvases = pack_canvases(
         [view.size for view in clip_views], stride=encoding.autoencoder.stride, pixels=encoding.canvas_pixels
     )
     files, first, count = [], 0, 0
     for number, canvas in enumerate(canvases):
-        if count and count + len(canvas.places) > encoding.views_per_file:
+        if count and count + len(canvas.slots) > encoding.views_per_file:
             files.append(range(first, number))
             first, count = number, 0
-        count += len(canvas.places)
+        count += len(canvas.slots)
     return EncodingPlan(views=tuple(clip_views), canvases=tuple(canvases), files=(*files, range(first, len(canvases))))
 
 
-def latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
+def compute_latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
     """Return the identity that the denoiser's training asks of the latents: everything that they depend on."""
     optional = {"text": encoding.text_identity, "image": encoding.image_identity, "behind": "grey" * encoding.shown}
     return {name: value for name, value in optional.items() if value} | {
-        "autoencoder": pipeline.identity(encoding.autoencoder, encoding.params),
+        "autoencoder": pipeline.compute_autoencoder_identity(encoding.autoencoder, encoding.params),
         "limits": config_json.to_json(encoding.limits),
         "augmentations": config_json.to_json(encoding.augmentations),
-        "clips": identity_hash({"infos": [list(info) for info in clips.infos]}),
+        "clips": hash_identity({"infos": [list(info) for info in clips.infos]}),
     }
 
 
 def encode_latents(
-    destination: Address,
+    destination: StoragePathLike,
     clips: ClipSource,
     encoding: Encoding,
     plan: EncodingPlan,
@@ -238,32 +254,40 @@ def encode_latents(
         raise UserError("identity lacks the part text: texts are embedded, so give the identity of the text encoder")
     if encoding.encode_image is not None and (isinstance(identity, str) or "image" not in identity):
         raise UserError("identity lacks the part image: first frames are encoded, so give that of the image encoder")
-    files = LatentFiles(
-        folder=place(destination), identity=identity, files=len(plan.files), plan=plan.hash, dtype=encoding.storage
+    files = LatentWriter(
+        folder=to_storage_path(destination),
+        identity=identity,
+        num_files=len(plan.files),
+        plan_hash=plan.hash,
+        dtype=encoding.storage,
     )
     encoder = _Encoder(clips, encoding, plan)
     done = 0
     for number in range(shard, len(plan.files), shards):
-        if (view_count := files.done(number)) is None:
+        if (view_count := files.count_examples(number)) is None:
 
-            def counted_examples(number: int = number, before: int = done) -> Iterator[LatentExample | LeftOut]:
+            def counted_examples(number: int = number, before: int = done) -> Iterator[LatentExample | Skipped]:
                 for count, example in enumerate(encoder.examples(plan.files[number]), before + 1):
                     yield example
                     if progress is not None:
                         progress(count)
 
             files.write(number, counted_examples())
-            view_count = plan.count(number)
+            view_count = plan.count_views(number)
         done += view_count
         if progress is not None:
             progress(done)
     return finish_latents(destination, encoding, plan, identity=identity)
 
 
-def finish_latents(destination: Address, encoding: Encoding, plan: EncodingPlan, *, identity: Identity) -> bool:
+def finish_latents(destination: StoragePathLike, encoding: Encoding, plan: EncodingPlan, *, identity: Identity) -> bool:
     """Write the index if all files exist; returns True if they do."""
-    files = LatentFiles(
-        folder=place(destination), identity=identity, files=len(plan.files), plan=plan.hash, dtype=encoding.storage
+    files = LatentWriter(
+        folder=to_storage_path(destination),
+        identity=identity,
+        num_files=len(plan.files),
+        plan_hash=plan.hash,
+        dtype=encoding.storage,
     )
     return files.finish(empty_text=None if encoding.encode_text is None else encoding.encode_text(""))
 
@@ -273,87 +297,87 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
         self._clips, self._encoding, self._plan = clips, encoding, plan
         self._sizes = [view.size for view in plan.views]
         self._encode = CanvasEncoder(encoding.autoencoder, encoding.params, canvas_pixels=encoding.canvas_pixels)
-        self._text = None if encoding.encode_text is None else lru_cache(_TEXTS)(encoding.encode_text)
+        self._text = None if encoding.encode_text is None else lru_cache(_MAX_CACHED_TEXTS)(encoding.encode_text)
         self._count = {size: len(list(same)) for size, same in itertools.groupby(plan.canvases, lambda one: one.size)}
 
-    def examples(self, canvases: Sequence[int]) -> Iterator[LatentExample | LeftOut]:
+    def examples(self, canvases: Sequence[int]) -> Iterator[LatentExample | Skipped]:
         if not canvases:
             return
         # Read one clip here, so that a data set that cannot be opened raises instead of skipping each of its clips.
         with contextlib.suppress(DecodeError):
-            self._clips[self._plan.views[self._plan.canvases[canvases[0]].places[0].clip].clip]
-        batches = list(self._batches(canvases))
+            self._clips[self._plan.views[self._plan.canvases[canvases[0]].slots[0].clip].clip]
+        batches = list(self._make_batches(canvases))
         pool = ThreadPoolExecutor(self._encoding.threads, thread_name_prefix="decode")
         try:
-            decoded, computed = self._begin(pool, batches[0]), None
+            decoded, computed = self._submit_decoding(pool, batches[0]), None
             for number, batch in enumerate(batches):
                 current = decoded
-                decoded = self._begin(pool, batches[number + 1]) if number + 1 < len(batches) else {}
-                arrays, firsts = self._drawn(batch, current)
+                decoded = self._submit_decoding(pool, batches[number + 1]) if number + 1 < len(batches) else {}
+                arrays, firsts = self._draw_canvases(batch, current)
                 latents = self._encode(*arrays)
-                shown = self._encode(*arrays, first=True) if self._encoding.shown else None
+                shown = self._encode(*arrays, first_frame_only=True) if self._encoding.shown else None
                 if computed is not None:  # read the previous batch back while the devices encode this one
-                    yield from self._cut(*computed)
+                    yield from self._extract_latents(*computed)
                 computed = batch, latents, shown, firsts
             if computed is not None:
-                yield from self._cut(*computed)
+                yield from self._extract_latents(*computed)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _rows(self, size: Grid) -> int:
-        return self._encode.together(size, self._count[size])
+    def _get_batch_size(self, size: Grid) -> int:
+        return self._encode.compute_batch_size(size, self._count[size])
 
-    def _batches(self, canvases: Sequence[int]) -> Iterator[list[Canvas]]:
+    def _make_batches(self, canvases: Sequence[int]) -> Iterator[list[Canvas]]:
         chosen = [self._plan.canvases[number] for number in canvases]
         for size, same in itertools.groupby(chosen, lambda one: one.size):
-            members, rows = list(same), self._rows(size)
+            members, rows = list(same), self._get_batch_size(size)
             yield from (members[first : first + rows] for first in range(0, len(members), rows))
 
-    def _begin(self, pool: ThreadPoolExecutor, batch: Sequence[Canvas]) -> dict[int, Future]:
-        return {slot.clip: pool.submit(self._frames, slot.clip) for canvas in batch for slot in canvas.places}
+    def _submit_decoding(self, pool: ThreadPoolExecutor, batch: Sequence[Canvas]) -> dict[int, Future]:
+        return {slot.clip: pool.submit(self._decode_view, slot.clip) for canvas in batch for slot in canvas.slots}
 
-    def _frames(self, number: int) -> UInt8[np.ndarray, "T H W 3"] | LeftOut:
+    def _decode_view(self, number: int) -> UInt8[np.ndarray, "T H W 3"] | Skipped:
         view = self._plan.views[number]
         try:
-            frames = read_fitted(self._clips, view.clip, view.limits, start=view.start).frames
+            frames = read_fitted_clip(self._clips, view.clip, view.limits, start=view.start).frames
         except DecodeError as error:
-            return LeftOut(view.name, str(error))
+            return Skipped(view.name, str(error))
         if frames.shape[:3] != view.size:
             decoded_size = "x".join(map(str, frames.shape[:3]))
-            return LeftOut(
+            return Skipped(
                 view.name, f"decoded size {decoded_size} is not {view.size.t}x{view.size.h}x{view.size.w} of the index"
             )
         return frames[:, :, ::-1] if view.flipped else frames
 
-    def _drawn(
+    def _draw_canvases(
         self, batch: Sequence[Canvas], decoded: dict[int, Future]
-    ) -> tuple[tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]], dict[int, First | LeftOut]]:
+    ) -> tuple[tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]], dict[int, FirstFrame | Skipped]]:
         size, stride = batch[0].size, self._encoding.autoencoder.stride
-        rows = self._rows(size)
+        rows = self._get_batch_size(size)
         canvases = np.zeros((rows, *size, 3), np.uint8)
         inside = np.zeros((rows, size.h // stride.h, size.w // stride.w), np.int32)
         firsts = {}
         for row, canvas in enumerate(batch):
-            inside[row] = occupied(canvas, self._sizes, stride)
-            for clip, top, left in canvas.places:
+            inside[row] = compute_segment_ids(canvas, self._sizes, stride)
+            for clip, top, left in canvas.slots:
                 frames = decoded[clip].result()
                 firsts[clip] = frames
-                if not isinstance(frames, LeftOut):
+                if not isinstance(frames, Skipped):
                     firsts[clip] = frames[:1].copy()
                     t, h, w = frames.shape[:3]
                     canvases[row, :t, top : top + h, left : left + w] = frames
         return (canvases, inside), firsts
 
-    def _cut(
-        self, batch: Sequence[Canvas], latents: Array, shown: Array | None, firsts: dict[int, First | LeftOut]
-    ) -> Iterator[LatentExample | LeftOut]:
+    def _extract_latents(
+        self, batch: Sequence[Canvas], latents: Array, shown: Array | None, firsts: dict[int, FirstFrame | Skipped]
+    ) -> Iterator[LatentExample | Skipped]:
         stride, encode_image = self._encoding.autoencoder.stride, self._encoding.encode_image
         values, cond_latents = (None if array is None else np.asarray(array, np.float32) for array in (latents, shown))
         assert values is not None
         for row, canvas in enumerate(batch):
-            for clip, top, left in canvas.places:
+            for clip, top, left in canvas.slots:
                 first = firsts[clip]
-                if isinstance(first, LeftOut):
+                if isinstance(first, Skipped):
                     yield first
                     continue
                 view = self._plan.views[clip]
@@ -372,13 +396,13 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 )
 
 
-def _starts(info: ClipInfo, limits: SizeLimits, most: int) -> list[int]:
-    spare = sampled_frames(info, limits) - fit(info, limits).t
-    count = min(most, spare + 1)
+def _get_crop_starts(info: ClipInfo, limits: SizeLimits, max_crops: int) -> list[int]:
+    spare = count_sampled_frames(info, limits) - fit_size(info, limits).t
+    count = min(max_crops, spare + 1)
     return sorted({round(spare * index / max(1, count - 1)) for index in range(count)})
 
 
-def latent_moments(
+def measure_latent_moments(
     autoencoder: nnx.GraphDef, params: dict[str, Any], batches: Iterable[UInt8[np.ndarray, "_ _ _ _ 3"]]
 ) -> tuple[Float32[np.ndarray, " c"], Float32[np.ndarray, " c"]]:
     """Measure the mean and standard deviation of each latent channel, before normalisation, over batches of clips."""
@@ -386,7 +410,7 @@ def latent_moments(
     @jax.jit
     def encode_batch(params, batch):
         model = nnx.merge(autoencoder, params)
-        return model.normalizer.restore(model.encode(pixels.to_float(batch)))
+        return model.normalizer.denormalize(model.encode(pixels.to_float(batch)))
 
     total, squares, count = np.float64(0), np.float64(0), 0
     for batch in batches:

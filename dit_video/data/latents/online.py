@@ -15,12 +15,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from dit_video.autoencoders import AutoencoderConfig, covers, latent_grid
-from dit_video.autoencoders.canvas import PIXELS
+from dit_video.autoencoders import AutoencoderConfig, latent_grid, merge_sizes
+from dit_video.autoencoders.canvas import CANVAS_PIXELS
 from dit_video.core import pixels
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, batch_sharding, make_mesh
-from dit_video.nn import graph_of
+from dit_video.distributed import MeshConfig, make_batch_sharding, make_mesh
+from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid
 
 
@@ -33,13 +33,13 @@ class CanvasEncoder:
       canvas_pixels: approximate number of pixels that a device encodes at once, over all frames of its canvases.
     """
 
-    def __init__(self, autoencoder: AutoencoderConfig, params: dict[str, Any], *, canvas_pixels: int = PIXELS):
+    def __init__(self, autoencoder: AutoencoderConfig, params: dict[str, Any], *, canvas_pixels: int = CANVAS_PIXELS):
         mesh = make_mesh(MeshConfig(), jax.local_devices())
-        self._devices, self._split, self._pixels = mesh.size, batch_sharding(mesh), canvas_pixels
-        self._graph = graph_of(autoencoder.make)
+        self._devices, self._split, self._pixels = mesh.size, make_batch_sharding(mesh), canvas_pixels
+        self._graph = get_graph_def(autoencoder.make)
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
-    def together(self, size: Grid, count: int) -> int:
+    def compute_batch_size(self, size: Grid, count: int) -> int:
         """Return the number of canvases of a size in a batch, if there are `count`: a multiple of the devices.
 
         All batches of a size have that number, so that the size is compiled once.
@@ -49,25 +49,33 @@ class CanvasEncoder:
         return self._devices * -(-on_device // batches)
 
     def __call__(
-        self, canvases: UInt8[np.ndarray, "B T H W 3"], inside: Int32[np.ndarray, "B h w"], *, first: bool = False
+        self,
+        canvases: UInt8[np.ndarray, "B T H W 3"],
+        segment_ids: Int32[np.ndarray, "B h w"],
+        *,
+        first_frame_only: bool = False,
     ) -> Array:
         """Return the latents [B t h w c] of canvases, without blocking.
 
         `segment_ids` are nonzero where a latent position belongs to a clip. With `first_frame_only` all other frames
         are grey.
         """
-        return _encoded(self._graph, first, self._params, *jax.device_put((canvases, inside), self._split))
+        return _encode_canvases(
+            self._graph, first_frame_only, self._params, *jax.device_put((canvases, segment_ids), self._split)
+        )
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _encoded(graph: nnx.GraphDef, first: bool, params: dict[str, Any], canvases: Array, inside: Array) -> Array:
+def _encode_canvases(
+    graph: nnx.GraphDef, first_frame_only: bool, params: dict[str, Any], canvases: Array, segment_ids: Array
+) -> Array:
     clips = pixels.to_float(canvases)
-    if first:
+    if first_frame_only:
         clips = clips.at[:, 1:].set(0)
-    return nnx.merge(graph, params).encode(clips, inside)
+    return nnx.merge(graph, params).encode(clips, segment_ids)
 
 
-class LiveEncoder:
+class OnlineEncoder:
     """Encoder of clips of any sizes, by at most eight programs.
 
     A clip lies in the corner of the smallest canvas that holds it; the rest of the canvas is masked, so that its
@@ -89,17 +97,18 @@ class LiveEncoder:
         sizes: Sequence[Grid],
         *,
         calls: float | int = 1,
-        canvas_pixels: int = PIXELS,
+        canvas_pixels: int = CANVAS_PIXELS,
     ):
-        self.canvases = covers(sizes)
+        self.canvases = merge_sizes(sizes)
         """Sizes of the canvases, by increasing volume."""
         self._encode = CanvasEncoder(autoencoder, params, canvas_pixels=canvas_pixels)
         self._stride = autoencoder.stride
         counts: Counter[Grid] = Counter()
         for size, count in Counter(sizes).items():
-            counts[self._canvas(size)] += count
-        self.together = {
-            canvas: self._encode.together(canvas, math.ceil(count / calls)) for canvas, count in counts.items()
+            counts[self._find_canvas(size)] += count
+        self.batch_sizes = {
+            canvas: self._encode.compute_batch_size(canvas, math.ceil(count / calls))
+            for canvas, count in counts.items()
         }
         """Number of canvases of each size in a batch."""
 
@@ -111,33 +120,33 @@ class LiveEncoder:
         """
         by_canvas: dict[Grid, list[int]] = {}
         for number, clip in enumerate(clips):
-            by_canvas.setdefault(self._canvas(Grid(*clip.shape[:3])), []).append(number)
+            by_canvas.setdefault(self._find_canvas(Grid(*clip.shape[:3])), []).append(number)
         results: dict[int, np.ndarray] = {}
         computed: tuple[list[int], Array] | None = None
-        for canvas, part in self._batches(by_canvas):
-            latents = self._encode(*self._drawn(canvas, [clips[number] for number in part]))
+        for canvas, part in self._make_batches(by_canvas):
+            latents = self._encode(*self._draw_canvases(canvas, [clips[number] for number in part]))
             if computed is not None:  # read the previous batch back while the devices encode this one
-                results |= self._cut(*computed, clips)
+                results |= self._extract_latents(*computed, clips)
             computed = part, latents
         if computed is not None:
-            results |= self._cut(*computed, clips)
+            results |= self._extract_latents(*computed, clips)
         return [results[number] for number in range(len(clips))]
 
-    def _canvas(self, size: Grid) -> Grid:
+    def _find_canvas(self, size: Grid) -> Grid:
         for canvas in self.canvases:
             if all(have >= want for have, want in zip(canvas, size, strict=True)):
                 return canvas
         raise UserError(f"a clip of {size.t}x{size.h}x{size.w} is larger than all in sizes; include its size")
 
-    def _batches(self, by_canvas: dict[Grid, list[int]]) -> Iterator[tuple[Grid, list[int]]]:
+    def _make_batches(self, by_canvas: dict[Grid, list[int]]) -> Iterator[tuple[Grid, list[int]]]:
         for canvas, members in by_canvas.items():
-            rows = self.together[canvas]
+            rows = self.batch_sizes[canvas]
             yield from ((canvas, members[first : first + rows]) for first in range(0, len(members), rows))
 
-    def _drawn(
+    def _draw_canvases(
         self, canvas: Grid, clips: Sequence[np.ndarray]
     ) -> tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]]:
-        rows, grid = self.together[canvas], latent_grid(canvas, self._stride)
+        rows, grid = self.batch_sizes[canvas], latent_grid(canvas, self._stride)
         drawn, inside = np.zeros((rows, *canvas, 3), np.uint8), np.zeros((rows, grid.h, grid.w), np.int32)
         for row, clip in enumerate(clips):
             grid_size = latent_grid(Grid(*clip.shape[:3]), self._stride)
@@ -145,7 +154,7 @@ class LiveEncoder:
             inside[row, : grid_size.h, : grid_size.w] = 1
         return drawn, inside
 
-    def _cut(self, part: list[int], latents: Array, clips: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+    def _extract_latents(self, part: list[int], latents: Array, clips: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
         values = np.asarray(latents, np.float32)
         results = {}
         for row, number in enumerate(part):

@@ -12,47 +12,47 @@ from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
-from dit_video.core.storage import Place, is_remote, read_document, write_document
+from dit_video.core.storage import StoragePath, is_remote, read_document, write_document
 from dit_video.data.latents.cache import (
+    DATASET_NAME,
     DTYPES,
     INDEX,
-    NAME,
     PLAN,
     VERSION,
     Identity,
     LatentExample,
-    LeftOut,
-    Storage,
+    Skipped,
+    StorageDtype,
     check_identity,
-    identity_hash,
-    little_endian,
+    hash_identity,
+    to_little_endian,
 )
 from dit_video.data.records import builder, shards
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentFiles:
+class LatentWriter:
     """A writer of a data set of latents. Any number of processes write its files, in any order, each file once.
 
     Raises:
       UserError: the folder holds something else, or files of another encoding.
     """
 
-    folder: Place
+    folder: StoragePath
     identity: Identity
     """Identity of the autoencoder and of all else that latents depend on; `LatentSource` checks it."""
-    files: int
-    plan: str = ""
+    num_files: int
+    plan_hash: str = ""
     """Hash of the examples of each file."""
-    dtype: Storage = "bfloat16"
+    dtype: StorageDtype = "bfloat16"
 
     def __post_init__(self):
         expected = {
             "version": VERSION,
             "identity": self.identity if isinstance(self.identity, str) else dict(self.identity),
             "dtype": self.dtype,
-            "files": self.files,
-            "plan": self.plan,
+            "files": self.num_files,
+            "plan": self.plan_hash,
         }
         if not (self.folder / PLAN).exists():
             # A name that begins with a dot is a file that another process is writing at this moment.
@@ -68,34 +68,35 @@ class LatentFiles:
         if written != expected:
             raise UserError(
                 f"{self.folder} was started with other options ({written['files']} files of {written['dtype']}, plan "
-                f"{written['plan']}; now {self.files} of {self.dtype}, plan {self.plan}). Use the same options or "
+                f"{written['plan']}; now {self.num_files} of {self.dtype}, plan {self.plan_hash}). Use the same "
+                "options or "
                 "another folder."
             )
 
-    def done(self, number: int) -> int | None:
+    def count_examples(self, number: int) -> int | None:
         """Return the number of examples of a finished file, with skipped ones; None if it is not finished."""
-        part = self._part(number)
+        part = self._get_part_path(number)
         if not part.exists():
             return None
         written = read_document(part)
         return len(written["examples"]["name"]) + len(written["left_out"])
 
-    def write(self, number: int, examples: Iterable[LatentExample | LeftOut]) -> None:
+    def write(self, number: int, examples: Iterable[LatentExample | Skipped]) -> None:
         """Write one file atomically.
 
         Raises:
           UserError: latents are empty, not finite, or differ in channels from those before them.
         """
         columns: dict[str, list] = {name: [] for name in ("name", "clip", "captions", "size", "text")}
-        skipped: list[LeftOut] = []
-        widths = _Widths()
+        skipped: list[Skipped] = []
+        widths = _ExampleShapes()
 
         def records() -> Iterator[dict[str, Any]]:
             for example in examples:
-                if isinstance(example, LeftOut):
+                if isinstance(example, Skipped):
                     skipped.append(example)
                     continue
-                captions = _captions(example)
+                captions = _get_captions(example)
                 widths.check(example, captions)
                 columns["name"].append(example.name)
                 columns["clip"].append(example.clip or example.name)
@@ -103,19 +104,21 @@ class LatentFiles:
                 columns["size"].append(list(example.latents.shape[:3]))
                 columns["text"].append([len(text) for text in example.text])
                 yield {
-                    "latents": self._stored(example.latents),
+                    "latents": self._to_bytes(example.latents),
                     "shape": np.asarray(example.latents.shape, np.int32),
-                    "text": b"".join(self._stored(text) for text in example.text),
-                    "shown": b"" if example.shown is None else self._stored(example.shown),
-                    "image": b"" if example.image is None else self._stored(example.image),
+                    "text": b"".join(self._to_bytes(text) for text in example.text),
+                    "shown": b"" if example.shown is None else self._to_bytes(example.shown),
+                    "image": b"" if example.image is None else self._to_bytes(example.image),
                     "name": example.name,
                     "captions": list(captions),
                 }
 
-        shards.write_file(self.folder, NAME, number, self.files, features=_features(), examples=records())
+        shards.write_file(
+            self.folder, DATASET_NAME, number, self.num_files, features=_make_features(), examples=records()
+        )
         # Written last: its existence marks the file as finished.
         write_document(
-            self._part(number),
+            self._get_part_path(number),
             {
                 "channels": widths.channels,
                 "text_width": widths.text,
@@ -140,9 +143,9 @@ class LatentFiles:
         """
         if (self.folder / INDEX).exists():
             return True
-        if not all(self._part(number).exists() for number in range(self.files)):
+        if not all(self._get_part_path(number).exists() for number in range(self.num_files)):
             return False
-        parts = [read_document(self._part(number)) for number in range(self.files)]
+        parts = [read_document(self._get_part_path(number)) for number in range(self.num_files)]
         columns = {name: [value for part in parts for value in part["examples"][name]] for name in _COLUMNS}
         skipped = [one for part in parts for one in part["left_out"]]
         if not columns["name"]:
@@ -162,12 +165,12 @@ class LatentFiles:
                 f"({sorted(text_widths)}). Encode the clips again, into another folder."
             )
         counts = [len(part["examples"]["name"]) for part in parts]
-        shards.remove_partial(self.folder)
-        shards.finish(self.folder, NAME, counts, features=_features())
+        shards.remove_partial_files(self.folder)
+        shards.write_metadata(self.folder, DATASET_NAME, counts, features=_make_features())
         index = {
             "version": VERSION,
             "identity": self.identity if isinstance(self.identity, str) else dict(self.identity),
-            "hash": identity_hash(self.identity),
+            "hash": hash_identity(self.identity),
             "dtype": self.dtype,
             "channels": channels.pop(),
             "text_width": max(text_widths, default=0),
@@ -180,11 +183,11 @@ class LatentFiles:
         write_document(self.folder / INDEX, index)
         return True
 
-    def _part(self, number: int) -> Place:
+    def _get_part_path(self, number: int) -> StoragePath:
         return self.folder / "shards" / f"{number:05d}.json"
 
-    def _stored(self, values: np.ndarray) -> bytes:
-        return little_endian(np.ascontiguousarray(values.astype(DTYPES[self.dtype]))).tobytes()
+    def _to_bytes(self, values: np.ndarray) -> bytes:
+        return to_little_endian(np.ascontiguousarray(values.astype(DTYPES[self.dtype]))).tobytes()
 
 
 def write_latents(
@@ -192,7 +195,7 @@ def write_latents(
     examples: Iterable[LatentExample],
     *,
     identity: Identity,
-    dtype: Storage = "bfloat16",
+    dtype: StorageDtype = "bfloat16",
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the data set `destination` in one file, atomically. Latents in that folder are replaced.
@@ -224,7 +227,7 @@ def write_latents(
             raise UserError(f"there are no latents to write to {destination}. Encode at least one clip.")
 
     with atomic_path(destination) as folder:
-        writer = LatentFiles(folder=folder, identity=identity, files=1, dtype=dtype)
+        writer = LatentWriter(folder=folder, identity=identity, num_files=1, dtype=dtype)
         writer.write(0, counted())
         writer.finish()
 
@@ -232,13 +235,13 @@ def write_latents(
 _COLUMNS = ("name", "clip", "captions", "size", "text")
 
 
-def _features() -> dict[str, Any]:
+def _make_features() -> dict[str, Any]:
     return {
-        "latents": builder.content(),
+        "latents": builder.make_bytes_feature(),
         "shape": tfds.features.Tensor(shape=(4,), dtype=np.int32),
-        "text": builder.content(),
-        "shown": builder.content(),
-        "image": builder.content(),
+        "text": builder.make_bytes_feature(),
+        "shown": builder.make_bytes_feature(),
+        "image": builder.make_bytes_feature(),
         "name": tfds.features.Text(),
         "captions": tfds.features.Sequence(tfds.features.Text()),
     }
@@ -248,13 +251,13 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _captions(example: LatentExample) -> tuple[str, ...]:
+def _get_captions(example: LatentExample) -> tuple[str, ...]:
     if isinstance(example.captions, str):
         return (example.captions,) if example.captions else ()
     return tuple(example.captions)
 
 
-class _Widths:
+class _ExampleShapes:
     """Sizes that must be equal for all examples.
 
     They are the channels of the latents, the width of caption embeddings (0 without any), and the presence and shape of

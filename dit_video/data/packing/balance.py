@@ -29,11 +29,11 @@ from jaxtyping import Float, Int
 
 from dit_video.core.errors import UserError
 
-_CANDIDATES = 1 << 18
+_MAX_CANDIDATES = 1 << 18
 """Maximum number of blocks that are considered for an exchange: it bounds the time of one exchange."""
-_EXCHANGES = 4096
+_MAX_EXCHANGES = 4096
 """Maximum number of exchanges per epoch: without it, planning takes minutes where costs cannot be evened out."""
-METHOD = 2
+ORDER_VERSION = 2
 """Version of the ordering algorithm. It is part of a plan's hash: increase it with every change of the order."""
 
 
@@ -66,7 +66,7 @@ class Cost:
             )
 
     @classmethod
-    def of_width(cls, width: int, *, matrices: float | int = 14) -> "Cost":
+    def from_width(cls, width: int, *, layer_params: float | int = 14) -> "Cost":
         """Return the cost in forward operations of one layer.
 
         Args:
@@ -74,14 +74,14 @@ class Cost:
           layer_params: weights of a layer that every token is multiplied by, in units of D²: 4 for attention, 8 for an
             MLP of four times the width, 2 for the query and output of cross-attention.
         """
-        return cls(linear=2 * matrices * width**2, attention=4 * width)
+        return cls(linear=2 * layer_params * width**2, attention=4 * width)
 
     def __str__(self) -> str:
         return f"{self.linear:g} * tokens of the row + {self.attention:g} * pairs in attention"
 
-    def rows(self, pairs: Float[np.ndarray, "*r"], tokens: int) -> Float[np.ndarray, "*r"]:
+    def compute(self, attention_pairs: Float[np.ndarray, "*r"], tokens: int) -> Float[np.ndarray, "*r"]:
         """Return the costs of rows of `tokens` tokens from the attention pairs of each row."""
-        return self.linear * tokens + self.attention * pairs
+        return self.linear * tokens + self.attention * attention_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +118,13 @@ class Imbalance:
     1."""
     worst: float
     """Largest imbalance of one step: the costliest device's cost divided by the mean, minus 1."""
-    above: float
+    share_above_5_percent: float
     """Share of steps whose costliest device is more than 5 % above the mean."""
-    steps: float
+    step_std: float
     """Standard deviation of the cost of a step, divided by its mean."""
 
 
-def arrange(
+def order_rows(
     costs: Float[np.ndarray, " r"], balance: Balance, generator: np.random.Generator, *, first: int = 0
 ) -> Int[np.ndarray, " r"]:
     """Return the order of an epoch's rows.
@@ -141,30 +141,30 @@ def arrange(
     # The other rows of these two steps are planned elsewhere, so rows close to the median fit best there.
     head = min(rows, -first % batch)
     tail = (rows - head) % batch
-    bins = _bins(costs, balance.tolerance)
+    bins = _compute_bins(costs, balance.tolerance)
     order = generator.permutation(rows)
     # The median is in bin 0. The sort is stable, so rows of equal distance to it stay in random order.
     order = order[np.argsort(np.abs(bins[order]), kind="stable")]
     edge, inner = generator.permutation(order[: head + tail]), order[head + tail :]
-    blocks = _blocks(costs, inner, balance.block)
+    blocks = _make_blocks(costs, inner, balance.block)
     # Shuffle, then sort by bin: blocks of one bin are interchangeable, so they end up in a step at random.
     blocks = blocks[generator.permutation(len(blocks))]
     if len(blocks):
-        block_bins = _bins(costs[blocks].sum(axis=1), balance.tolerance)
+        block_bins = _compute_bins(costs[blocks].sum(axis=1), balance.tolerance)
         blocks = blocks[np.argsort(block_bins, kind="stable")]
     # Steps are slices of the sorted blocks, of shape [steps, blocks of a step, rows of a block].
-    steps = _shuffled(blocks.reshape(-1, batch // balance.block, balance.block), generator)
+    steps = _shuffle(blocks.reshape(-1, batch // balance.block, balance.block), generator)
     loads = costs[steps].sum(axis=2)
     if loads.shape[1] > 1:
-        loads = _evened(steps, loads, balance.tolerance)
-    for step in np.flatnonzero(_exceed(loads, balance.tolerance)):
+        loads = _even_out(steps, loads, balance.tolerance)
+    for step in np.flatnonzero(_exceeds_tolerance(loads, balance.tolerance)):
         # No exchange has brought this step within the tolerance. Alternating costly and cheap blocks at least balances
         # it for fewer devices, which hold several consecutive blocks each.
-        steps[step] = steps[step][_blocks(loads[step], np.arange(len(loads[step])), len(loads[step]))[0]]
+        steps[step] = steps[step][_make_blocks(loads[step], np.arange(len(loads[step])), len(loads[step]))[0]]
     return np.concatenate([edge[:head], steps.reshape(-1), edge[head:]])
 
 
-def imbalance(costs: Float[np.ndarray, " r"], *, batch: int, devices: int, first: int = 0) -> Imbalance:
+def measure_imbalance(costs: Float[np.ndarray, " r"], *, batch: int, devices: int, first: int = 0) -> Imbalance:
     """Measure rows in their order, from running number `first` on; only complete steps count.
 
     Raises:
@@ -182,12 +182,12 @@ def imbalance(costs: Float[np.ndarray, " r"], *, batch: int, devices: int, first
         devices=devices,
         mean=float(costliest.sum() / mean.sum() - 1),
         worst=float((costliest / mean).max() - 1),
-        above=float((costliest > 1.05 * mean).mean()),
-        steps=float(mean.std() / mean.mean()),
+        share_above_5_percent=float((costliest > 1.05 * mean).mean()),
+        step_std=float(mean.std() / mean.mean()),
     )
 
 
-def _bins(costs: np.ndarray, tolerance: float) -> np.ndarray:
+def _compute_bins(costs: np.ndarray, tolerance: float) -> np.ndarray:
     """Return logarithmic bins, so narrow that rows of two neighbouring bins keep the tolerance; 0 holds the median."""
     if not len(costs):
         return np.zeros(0, np.int64)
@@ -195,7 +195,7 @@ def _bins(costs: np.ndarray, tolerance: float) -> np.ndarray:
     return np.rint(np.log(costs / np.median(costs)) / np.log1p(tolerance / 2.1)).astype(np.int64)
 
 
-def _blocks(costs: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
+def _make_blocks(costs: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
     """Group rows into blocks, costly rows with cheap ones: in pairs, then in pairs of pairs, and so on.
 
     A size with odd factors ends with one round in which the remaining factor of blocks is joined at once.
@@ -212,23 +212,25 @@ def _blocks(costs: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
     return blocks
 
 
-def _evened(steps: np.ndarray, loads: np.ndarray, tolerance: float) -> np.ndarray:
+def _even_out(steps: np.ndarray, loads: np.ndarray, tolerance: float) -> np.ndarray:
     """Exchange blocks between steps, in place, until steps keep the tolerance; returns the costs of the blocks.
 
     A cheap block among costly ones does little harm: only its own device waits. A costly block among cheap ones makes
     all other devices wait. So a step that holds both kinds repeatedly gives away its cheapest block, and receives a
     costly block from another step that still keeps the tolerance afterwards.
     """
-    loads, remaining = loads.copy(), _EXCHANGES
-    nearby = max(2, _CANDIDATES // loads.shape[1])
-    for step in np.flatnonzero(_exceed(loads, tolerance)).tolist():
+    loads, remaining = loads.copy(), _MAX_EXCHANGES
+    nearby = max(2, _MAX_CANDIDATES // loads.shape[1])
+    for step in np.flatnonzero(_exceeds_tolerance(loads, tolerance)).tolist():
         means = loads.mean(axis=1)
         # Only steps of similar cost can help, and the limit bounds the time. This step itself comes first, as index 0.
         distance = np.where(np.arange(len(means)) == step, -1, np.abs(means - means[step]))
         nearest = np.argsort(distance, kind="stable")[:nearby]
         for _ in range(loads.shape[1]):
             exchanges = (
-                _exchanges(loads[nearest], tolerance) if remaining and _exceed(loads[[step]], tolerance).any() else []
+                _find_exchanges(loads[nearest], tolerance)
+                if remaining and _exceeds_tolerance(loads[[step]], tolerance).any()
+                else []
             )
             for (one, block), (other, other_block) in exchanges:
                 source, target = (nearest[one], block), (nearest[other], other_block)
@@ -240,11 +242,11 @@ def _evened(steps: np.ndarray, loads: np.ndarray, tolerance: float) -> np.ndarra
     return loads
 
 
-_Place = tuple[int, int]
+_BlockIndex = tuple[int, int]
 """Indices of a step, and of a block in it."""
 
 
-def _exchanges(loads: np.ndarray, tolerance: float) -> list[tuple[_Place, _Place]]:
+def _find_exchanges(loads: np.ndarray, tolerance: float) -> list[tuple[_BlockIndex, _BlockIndex]]:
     """Return exchanges that bring step 0 closer to the tolerance and keep it in the other steps; empty if none do.
 
     Either one exchange, or two that pass a block on: the costly block that another step can spare is too costly for
@@ -264,28 +266,28 @@ def _exchanges(loads: np.ndarray, tolerance: float) -> list[tuple[_Place, _Place
     spared = (rest_max <= (1 + tolerance) * means) & (loads > cost)
     spared[0] = False
     if (helps & spared).any():
-        return [((0, cheap), _least(excess, helps & spared))]
+        return [((0, cheap), _argmin_among(excess, helps & spared))]
     if not spared.any():
         return []
     # Every block that can be spared is too costly for step 0. Let the cheapest of these replace a block in a step that
     # already holds one at least as costly, so that it raises no maximum; step 0 takes the block that it replaces.
-    spare_block = _least(loads, spared)
+    spare_block = _argmin_among(loads, spared)
     helps[spare_block[0]] = False
     helps &= two_costliest[:, 1:] >= loads[spare_block]
-    return [((0, cheap), spare_block), ((0, cheap), _least(excess, helps))] if helps.any() else []
+    return [((0, cheap), spare_block), ((0, cheap), _argmin_among(excess, helps))] if helps.any() else []
 
 
-def _exceed(loads: np.ndarray, tolerance: float) -> np.ndarray:
+def _exceeds_tolerance(loads: np.ndarray, tolerance: float) -> np.ndarray:
     """Return which steps exceed the tolerance."""
     return loads.max(axis=-1) > (1 + tolerance) * loads.mean(axis=-1)
 
 
-def _least(values: np.ndarray, among: np.ndarray) -> _Place:
-    step, block = np.unravel_index(np.argmin(np.where(among, values, np.inf)), values.shape)
+def _argmin_among(values: np.ndarray, mask: np.ndarray) -> _BlockIndex:
+    step, block = np.unravel_index(np.argmin(np.where(mask, values, np.inf)), values.shape)
     return int(step), int(block)
 
 
-def _shuffled(steps: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _shuffle(steps: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Shuffle the steps, and the blocks within each step."""
     steps = steps[generator.permutation(len(steps))]
     order = np.argsort(generator.random(steps.shape[:2]), axis=1)

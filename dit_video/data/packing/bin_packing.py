@@ -21,29 +21,29 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from dit_video.tokens import RowShape
+from dit_video.tokens import PackedShape
 
-CHUNK = 2000
+CHUNK_ROWS = 2000
 """Rows that are filled together, from a random part of the examples: it bounds the time of the search."""
-JITTER = 0.1
+LENGTH_JITTER = 0.1
 """Random relative error of each length in the longest-first order, so that examples meet others in every epoch."""
-PADDING = 0.005
+TARGET_PADDING = 0.005
 """Share of padding that is aimed at in each chunk."""
-POOLS = (0, 4, 16)
+POOL_FACTORS = (0, 4, 16)
 """Numbers of rows that are emptied to fill the gaps of others, per row that all gaps together would make. The first of
 them that reaches `TARGET_PADDING` is used: larger ones make rows fuller, but their costs less equal."""
-LOOK = 64
+MAX_TRIED = 64
 """Maximum number of rows that are tried until one has room for text and segments, before a new row is opened."""
-CONSTANTS = (CHUNK, JITTER, PADDING, POOLS, LOOK)
+CONSTANTS = (CHUNK_ROWS, LENGTH_JITTER, TARGET_PADDING, POOL_FACTORS, MAX_TRIED)
 
 
 def fill_rows(
     examples: Int[np.ndarray, " m"],
     tokens: Int[np.ndarray, " n"],
     text: Int[np.ndarray, " n"],
-    shape: RowShape,
+    shape: PackedShape,
     generator: np.random.Generator,
-    pairs: Float[np.ndarray, " n"],
+    attention_pairs: Float[np.ndarray, " n"],
 ) -> list[list[int]]:
     """Shuffle the examples and pack each into one row; no row exceeds one of the budgets.
 
@@ -58,15 +58,17 @@ def fill_rows(
     order = generator.permutation(examples)
     sizes = tokens[order].astype(np.float64)
     # The cost of every row, were all rows full and the cost spread evenly: the target of each row.
-    cost = float(pairs[order].sum() / sizes.sum()) * shape.tokens
-    chunks = max(1, round(sizes.sum() / (CHUNK * shape.tokens)))
+    cost = float(attention_pairs[order].sum() / sizes.sum()) * shape.tokens
+    chunks = max(1, round(sizes.sum() / (CHUNK_ROWS * shape.tokens)))
     cuts = np.searchsorted(np.cumsum(sizes), sizes.sum() * np.arange(1, chunks) / chunks)
     rows: list[list[int]] = []
     method = None
     for chunk in np.split(order, cuts):
-        longest_first = np.argsort(-tokens[chunk] * generator.uniform(1 - JITTER, 1 + JITTER, len(chunk)))
+        longest_first = np.argsort(-tokens[chunk] * generator.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(chunk)))
         # Chunks are alike: what is best for the first is used for all.
-        filled, method = _fill_chunk(chunk[longest_first], tokens, text, shape, (pairs, cost), generator, method)
+        filled, method = _fill_chunk(
+            chunk[longest_first], tokens, text, shape, (attention_pairs, cost), generator, method
+        )
         rows += filled
     return rows
 
@@ -75,7 +77,7 @@ def _fill_chunk(
     order: np.ndarray,
     tokens: np.ndarray,
     text: np.ndarray,
-    shape: RowShape,
+    shape: PackedShape,
     costs: tuple[np.ndarray, float],
     generator: np.random.Generator,
     method: int | None,
@@ -90,19 +92,19 @@ def _fill_chunk(
     # Longest first is worst where text or segments run out before tokens do: its last rows hold many short clips. A
     # random order mixes long and short ones.
     orders = [order, generator.permutation(order)]
-    balanced, unplaced = _balanced(order, tokens, text, shape, *costs)
+    balanced, unplaced = _fill_balanced(order, tokens, text, shape, *costs)
 
     def fill(method: int) -> list[list[int]]:
-        if method < len(POOLS):
-            return _tightened(balanced, unplaced, tokens, text, shape, pool=POOLS[method])
-        return _best_fit(orders[method - len(POOLS)], tokens, text, shape)
+        if method < len(POOL_FACTORS):
+            return _tighten(balanced, unplaced, tokens, text, shape, pool_factor=POOL_FACTORS[method])
+        return _fill_best_fit(orders[method - len(POOL_FACTORS)], tokens, text, shape)
 
     if method is not None:
         return fill(method), method
     best, best_method = fill(0), 0
-    for other in range(1, len(POOLS) + len(orders)):
+    for other in range(1, len(POOL_FACTORS) + len(orders)):
         # Stop if no packing has fewer rows, or if the padding is small enough.
-        if (len(best) - 1) * shape.tokens < total or 1 - total / (len(best) * shape.tokens) <= PADDING:
+        if (len(best) - 1) * shape.tokens < total or 1 - total / (len(best) * shape.tokens) <= TARGET_PADDING:
             break
         rows = fill(other)
         if len(rows) < len(best):
@@ -110,8 +112,13 @@ def _fill_chunk(
     return best, best_method
 
 
-def _balanced(
-    order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: RowShape, pairs: np.ndarray, cost: float
+def _fill_balanced(
+    order: np.ndarray,
+    tokens: np.ndarray,
+    text: np.ndarray,
+    shape: PackedShape,
+    attention_pairs: np.ndarray,
+    cost: float,
 ) -> tuple[list[list[int]], list[int]]:
     """Return rows of similar cost from examples in descending order of length, and the examples that had no room.
 
@@ -128,14 +135,14 @@ def _balanced(
     # jitter), so these rows are looked at again only once an example is short enough.
     full_rows: list[tuple[int, int]] = []
     unplaced: list[int] = []
-    columns = (values.tolist() for values in (order, tokens[order], text[order], pairs[order]))
+    columns = (values.tolist() for values in (order, tokens[order], text[order], attention_pairs[order]))
     for example, size, text_size, example_pairs in zip(*columns, strict=True):
         while full_rows and -full_rows[0][0] >= size:
             row = heapq.heappop(full_rows)[1]
             heapq.heappush(open_rows, (-cost_room[row] / room[row], row))
         rejected: list[tuple[float, int]] = []  # rows with room for the example's tokens, but not for its text
         row = -1
-        while open_rows and len(rejected) < LOOK:
+        while open_rows and len(rejected) < MAX_TRIED:
             candidate = heapq.heappop(open_rows)
             if room[candidate[1]] < size:
                 heapq.heappush(full_rows, (-room[candidate[1]], candidate[1]))
@@ -159,8 +166,14 @@ def _balanced(
     return [row for row in rows if row], unplaced
 
 
-def _tightened(
-    rows: list[list[int]], left: list[int], tokens: np.ndarray, text: np.ndarray, shape: RowShape, *, pool: int
+def _tighten(
+    rows: list[list[int]],
+    unplaced: list[int],
+    tokens: np.ndarray,
+    text: np.ndarray,
+    shape: PackedShape,
+    *,
+    pool_factor: int,
 ) -> list[list[int]]:
     """Pack the same examples into fewer rows: empty the rows with the largest gaps to fill the gaps of the others.
 
@@ -169,21 +182,21 @@ def _tightened(
     """
     gaps = shape.tokens - np.asarray([int(tokens[row].sum()) for row in rows])
     widest_first = np.argsort(-gaps, kind="stable").tolist()
-    emptied = min(len(rows), pool * -(-int(gaps.sum()) // shape.tokens))
-    freed = left + [example for index in widest_first[:emptied] for example in rows[index]]
+    emptied = min(len(rows), pool_factor * -(-int(gaps.sum()) // shape.tokens))
+    freed = unplaced + [example for index in widest_first[:emptied] for example in rows[index]]
     # Sorted by length, so that the longest one that fits a gap is found by bisection.
     free = sorted(zip(tokens[freed].tolist(), freed, strict=True))
     kept = [list(rows[index]) for index in widest_first[emptied:]]
-    if pool:
+    if pool_factor:
         for row in kept:
             _fill_gap(row, free, tokens, text, shape)
     if free:
-        kept += _best_fit(np.asarray([example for _, example in reversed(free)]), tokens, text, shape)
+        kept += _fill_best_fit(np.asarray([example for _, example in reversed(free)]), tokens, text, shape)
     return kept
 
 
 def _fill_gap(
-    row: list[int], free: list[tuple[int, int]], tokens: np.ndarray, text: np.ndarray, shape: RowShape
+    row: list[int], free: list[tuple[int, int]], tokens: np.ndarray, text: np.ndarray, shape: PackedShape
 ) -> None:
     """Fill the gap of a row, in place, by adding free examples or exchanging examples for longer free ones.
 
@@ -193,7 +206,7 @@ def _fill_gap(
     sizes, text_sizes = tokens[row].tolist(), text[row].tolist()
     gap, text_room = shape.tokens - sum(sizes), shape.text - sum(text_sizes)
     # Rows may differ by their last tokens: gaps well below the target padding are not worth the search.
-    while free and gap > PADDING / 4 * shape.tokens:
+    while free and gap > TARGET_PADDING / 4 * shape.tokens:
         best, best_free, best_slot = 0, -1, -1
         slots = [*range(len(row)), len(row)] if len(row) < shape.segments else range(len(row))
         for slot in slots:
@@ -217,7 +230,7 @@ def _fill_gap(
         gap -= best
 
 
-def _best_fit(order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: RowShape) -> list[list[int]]:
+def _fill_best_fit(order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: PackedShape) -> list[list[int]]:
     """Put each example, in order, into the fullest open row that has room for it, or open a new row."""
     min_tokens, min_text = int(tokens[order].min()), int(text[order].min())
     rows: list[list[int]] = []
@@ -225,7 +238,7 @@ def _best_fit(order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: Ro
     open_rows: list[tuple[int, int]] = []  # (room for video tokens, row), sorted
     for example, size, text_size in zip(order.tolist(), tokens[order].tolist(), text[order].tolist(), strict=True):
         start = bisect.bisect_left(open_rows, (size, -1))
-        for index in range(start, min(start + LOOK, len(open_rows))):
+        for index in range(start, min(start + MAX_TRIED, len(open_rows))):
             if text_room[open_rows[index][1]] >= text_size:
                 room, row = open_rows.pop(index)
                 break
@@ -241,22 +254,22 @@ def _best_fit(order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: Ro
     return rows
 
 
-def exchanged(
+def swap_equal_sizes(
     rows: Sequence[Sequence[int]], tokens: np.ndarray, text: np.ndarray, generator: np.random.Generator
 ) -> list[list[int]]:
     """Return rows of the same sizes in which examples of equal video and text size have swapped at random."""
-    order, offsets = flat(rows)
+    order, offsets = flatten_rows(rows)
     slots = np.lexsort((text[order], tokens[order]))
     examples = order[np.lexsort((generator.random(len(order)), text[order], tokens[order]))]
     order[slots] = examples
     return [order[start:stop].tolist() for start, stop in itertools.pairwise(offsets)]
 
 
-def split(plan: list[list[int]], rows: int) -> list[list[int]]:
+def split_rows(plan: list[list[int]], count: int) -> list[list[int]]:
     """Halve the rows with the most examples until there are `count` rows."""
     plan = sorted(plan, key=len, reverse=True)
-    while len(plan) < rows:
-        missing = rows - len(plan)
+    while len(plan) < count:
+        missing = count - len(plan)
         halves = []
         for row in plan[:missing]:
             halves += [row[: len(row) // 2], row[len(row) // 2 :]] if len(row) > 1 else [row]
@@ -264,13 +277,13 @@ def split(plan: list[list[int]], rows: int) -> list[list[int]]:
     return plan
 
 
-def fullest(rows: Sequence[Sequence[int]], count: int, tokens: np.ndarray) -> tuple[list[list[int]], list[int]]:
+def keep_fullest(rows: Sequence[Sequence[int]], count: int, tokens: np.ndarray) -> tuple[list[list[int]], list[int]]:
     """Return the `count` rows with the most tokens, and the examples of all other rows."""
     ranked = sorted(rows, key=lambda row: -int(tokens[list(row)].sum()))
     return [list(row) for row in ranked[:count]], [example for row in ranked[count:] for example in row]
 
 
-def flat(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " R1"]]:
+def flatten_rows(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " R1"]]:
     """Return the examples row after row, and the offset at which each row starts, then that of the end."""
     order = np.concatenate([np.asarray(row, np.int64) for row in rows])
     return order, np.cumsum([0, *map(len, rows)])

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from dit_video.core import rng
 from dit_video.core.errors import UserError
 
-_GOLDEN = (math.sqrt(5) - 1) / 2
-_SPREAD = 0.2
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+_SIZE_JITTER = 0.2
 """Relative perturbation of the sizes by which a source is ordered, so that its passes differ in more than the start."""
 
 
@@ -37,7 +37,7 @@ class Mixture:
     """Number of clips of each source."""
     weights: tuple[float | int, ...] | None = None
     """Relative weight of each source; None gives all clips the same weight."""
-    by: Literal["examples", "tokens"] = "examples"
+    weight_unit: Literal["examples", "tokens"] = "examples"
     """Unit of the weights: shares of the clips of an epoch, or of its video tokens (that is, of the work, and of a loss
     that averages over tokens)."""
     length: int | None = None
@@ -56,22 +56,22 @@ class Mixture:
                 f"weights={self.weights} is invalid for {len(self.sizes)} sources: a mixture needs one positive weight "
                 "per source. Remove sources that are not wanted."
             )
-        if self.by not in ("examples", "tokens"):
-            raise UserError(f"weight_unit={self.by!r} is invalid. Use 'examples' or 'tokens'.")
+        if self.weight_unit not in ("examples", "tokens"):
+            raise UserError(f"weight_unit={self.weight_unit!r} is invalid. Use 'examples' or 'tokens'.")
         if self.length is not None and self.length < 1:
             raise UserError(f"length={self.length} is invalid: an epoch has at least one clip. Use None or 1 and more.")
         if self.variants is not None:
             self._check_variants(self.variants)
 
     @property
-    def clips(self) -> int:
+    def num_clips(self) -> int:
         """Return the number of clips of all sources."""
         return sum(self.sizes)
 
     def _check_variants(self, variants: tuple[tuple[int, ...], ...]) -> None:
-        if len(variants) != self.clips:
+        if len(variants) != self.num_clips:
             raise UserError(
-                f"{len(variants)} groups of variants were given for {self.clips} clips. Give one group per clip."
+                f"{len(variants)} groups of variants were given for {self.num_clips} clips. Give one group per clip."
             )
         if not all(variants):
             raise UserError(f"clip {next(i for i, group in enumerate(variants) if not group)} has no variant")
@@ -80,7 +80,7 @@ class Mixture:
             raise UserError("variants are invalid: every example, numbered from 0, must belong to exactly one clip")
 
 
-class Draws:
+class MixtureSampler:
     """A sampler that draws the examples of every epoch.
 
     Args:
@@ -94,7 +94,7 @@ class Draws:
 
     def __init__(self, mixture: Mixture, tokens: Int[np.ndarray, " n"], *, seed: int):
         groups = mixture.variants
-        number = mixture.clips if groups is None else sum(map(len, groups))
+        number = mixture.num_clips if groups is None else sum(map(len, groups))
         if number != len(tokens):
             raise UserError(
                 f"the mixture has {number} examples, but the index has {len(tokens)}. Make both from the same clips."
@@ -106,23 +106,25 @@ class Draws:
             self._counts = np.asarray([len(group) for group in groups])
             self._starts = np.cumsum([0, *self._counts[:-1]])
         self._bounds = np.cumsum([0, *mixture.sizes])
-        self._rates = self._rate()
-        self.least: int = sum(map(math.floor, self._rates))
+        self._rates = self._compute_rates()
+        self.min_examples: int = sum(map(math.floor, self._rates))
         """Minimum number of examples of an epoch."""
-        if self.least < 1:
+        if self.min_examples < 1:
             raise UserError(
                 f"length={sum(self._rates):g} is invalid: some epochs would have no clip of any source; raise length"
             )
 
-    def start(self, epoch: int) -> int:
+    def count_before(self, epoch: int) -> int:
         """Return the number of examples that are drawn before this epoch."""
-        return sum(self._position(source, epoch) for source in range(len(self._rates)))
+        return sum(self._get_position(source, epoch) for source in range(len(self._rates)))
 
-    def epoch(self, number: int) -> Int[np.ndarray, " n"]:
+    def draw_epoch(self, number: int) -> Int[np.ndarray, " n"]:
         """Return the examples of one epoch, source after source; an example may occur several times."""
-        return np.concatenate([self._stretch(source, number) for source in range(len(self._rates))])
+        return np.concatenate([self._draw_source(source, number) for source in range(len(self._rates))])
 
-    def shares(self, examples: Int[np.ndarray, " m"]) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
+    def compute_shares(
+        self, examples: Int[np.ndarray, " m"]
+    ) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
         """Return the share of each source in these examples: by number, and by video tokens."""
         if self.mixture.variants is None:
             clips = examples
@@ -138,52 +140,52 @@ class Draws:
     @functools.cached_property
     def hash(self) -> str:
         """Return a hash that is equal for mixtures that draw the same examples, given equal sizes and seeds."""
-        constants = (self.mixture, _GOLDEN, _SPREAD)
+        constants = (self.mixture, _GOLDEN_RATIO, _SIZE_JITTER)
         return hashlib.sha256(repr(constants).encode()).hexdigest()[:16]
 
-    def _rate(self) -> list[float]:
+    def _compute_rates(self) -> list[float]:
         """Return the clips of each source per epoch; a fraction means one more clip every few epochs."""
         mixture = self.mixture
         weights = np.asarray(mixture.sizes if mixture.weights is None else mixture.weights, np.float64)
-        if mixture.by == "tokens" and mixture.weights is not None:
+        if mixture.weight_unit == "tokens" and mixture.weights is not None:
             sizes = self._tokens.astype(np.float64)
             if mixture.variants is not None:
                 sizes = np.add.reduceat(sizes[self._examples], self._starts) / self._counts
             weights = weights / (np.add.reduceat(sizes, self._bounds[:-1]) / np.asarray(mixture.sizes))
-        return (weights / weights.sum() * (mixture.length or mixture.clips)).tolist()
+        return (weights / weights.sum() * (mixture.length or mixture.num_clips)).tolist()
 
-    def _position(self, source: int, epoch: int) -> int:
+    def _get_position(self, source: int, epoch: int) -> int:
         # Rates are subject to rounding, and a source that is read once per epoch must not lose a clip to `floor`.
         exact = epoch * self._rates[source]
         return math.floor(exact * (1 + 1e-12) + 1e-9)
 
-    def _stretch(self, source: int, epoch: int) -> np.ndarray:
+    def _draw_source(self, source: int, epoch: int) -> np.ndarray:
         size = self.mixture.sizes[source]
-        first, last = self._position(source, epoch), self._position(source, epoch + 1)
+        first, last = self._get_position(source, epoch), self._get_position(source, epoch + 1)
         parts = [np.zeros(0, np.int64)]
         while first < last:
             number, offset = divmod(first, size)
             stop = min(size, offset + last - first)
-            parts.append(self._pass(source, number)[offset:stop])
+            parts.append(self._order_pass(source, number)[offset:stop])
             first += stop - offset
         return np.concatenate(parts)
 
-    def _pass(self, source: int, number: int) -> np.ndarray:
+    def _order_pass(self, source: int, number: int) -> np.ndarray:
         """Return all clips of a source in an order in which every slice has nearly the same distribution of sizes.
 
         The clips, sorted by (perturbed) size, are visited in steps of the golden ratio modulo 1, a low-discrepancy
         sequence. So epochs that hold a part of the source need about the same number of rows.
         """
-        generator = rng.host(self._seed, "mixture", source, number)
-        examples = self._variant(source, number)
+        generator = rng.make_generator(self._seed, "mixture", source, number)
+        examples = self._choose_variants(source, number)
         size = len(examples)
-        sizes = self._tokens[examples] * generator.uniform(1 - _SPREAD, 1 + _SPREAD, size)
-        steps = np.mod(np.arange(size) * _GOLDEN + generator.random(), 1)
+        sizes = self._tokens[examples] * generator.uniform(1 - _SIZE_JITTER, 1 + _SIZE_JITTER, size)
+        steps = np.mod(np.arange(size) * _GOLDEN_RATIO + generator.random(), 1)
         order = np.empty(size, np.int64)
         order[np.argsort(steps, kind="stable")] = np.argsort(sizes, kind="stable")
         return examples[order]
 
-    def _variant(self, source: int, number: int) -> np.ndarray:
+    def _choose_variants(self, source: int, number: int) -> np.ndarray:
         """Return the example that represents each clip of a source in one pass over it."""
         # A pass uses one variant of each clip: column `index` of a random permutation of its variants, which is drawn
         # anew once all of them have been used. Clips with equally many variants are handled at once.
@@ -194,6 +196,6 @@ class Draws:
         for count in np.unique(counts).tolist():
             same_count = np.flatnonzero(counts == count)
             cycle, index = divmod(number, count)
-            generator = rng.host(self._seed, "variants", source, count, cycle)
+            generator = rng.make_generator(self._seed, "variants", source, count, cycle)
             chosen[same_count] = np.argsort(generator.random((len(same_count), count)), axis=1)[:, index]
         return self._examples[self._starts[clips] + chosen]

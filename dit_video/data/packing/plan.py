@@ -20,14 +20,14 @@ from dit_video.core.errors import UserError
 from dit_video.data.packing import balance as balancing
 from dit_video.data.packing import bin_packing
 from dit_video.data.packing.balance import Balance, Imbalance
-from dit_video.data.packing.mixture import Draws, Mixture
-from dit_video.tokens import RowShape
+from dit_video.data.packing.mixture import Mixture, MixtureSampler
+from dit_video.tokens import PackedShape
 
 ATTEMPTS = 4
 """Maximum number of shuffles that are tried until the rows of an epoch fit."""
 SLACK = 1000
 """Number of rows per spare row: one spare row in 1,000 lets nearly every shuffle fit into the same number of rows."""
-FORESEEN = 8
+COUNTED_EPOCHS = 8
 """Epochs of a mixture whose tokens are counted before the number of rows is fixed."""
 
 
@@ -41,22 +41,22 @@ class RowPlan:
     """Start of each row in `order`, then the end: row r holds `order[offsets[r]:offsets[r + 1]]`."""
     padding: float
     """Share of video tokens that are padding."""
-    cost: Float[np.ndarray, " R"]
+    attention_cost: Float[np.ndarray, " R"]
     """Token pairs in the attention of each row, in millions: proportional to the cost of attention."""
-    left_out: tuple[int, ...] = ()
+    dropped_examples: tuple[int, ...] = ()
     """Indices of a mixture's examples that had no room in this epoch."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def row(self, index: int) -> Int[np.ndarray, " G"]:
+    def get_row(self, index: int) -> Int[np.ndarray, " G"]:
         """Return the examples of one row."""
         return self.order[self.offsets[index] : self.offsets[index + 1]]
 
     @property
     def rows(self) -> list[list[int]]:
         """Return the examples of every row."""
-        return [self.row(index).tolist() for index in range(len(self))]
+        return [self.get_row(index).tolist() for index in range(len(self))]
 
     @functools.cached_property
     def hash(self) -> str:
@@ -95,102 +95,114 @@ class RowStream:
         self,
         tokens: Int[np.ndarray, " n"],
         text: Int[np.ndarray, " n"],
-        shape: RowShape,
+        shape: PackedShape,
         *,
         seed: int,
         names: Sequence[str] | None = None,
         mixture: Mixture | None = None,
         balance: Balance | None = None,
-        pairs: Float[np.ndarray, " n"] | None = None,
+        attention_pairs: Float[np.ndarray, " n"] | None = None,
     ):
-        _check(tokens, text, shape, names)
+        _check_sizes(tokens, text, shape, names)
         self.tokens, self.text, self.shape, self.balance = tokens, text, shape, balance
         """Sizes of every example. An example that cannot be read keeps its segment of the row."""
         all_pairs = tokens.astype(np.float64) ** 2
-        self.pairs = all_pairs if pairs is None else pairs
-        self._sparse = not np.array_equal(self.pairs, all_pairs)
+        self.attention_pairs = all_pairs if attention_pairs is None else attention_pairs
+        self._sparse = not np.array_equal(self.attention_pairs, all_pairs)
         self._seed = seed
-        self.draws: Draws | None = None if mixture is None else Draws(mixture, tokens, seed=seed)
-        self._first = self._shuffled(0, 0)[0]
-        self.rows_per_epoch = self._number_of_rows()
-        self._plans = _Recent(self._plan_epoch)
+        self.sampler: MixtureSampler | None = None if mixture is None else MixtureSampler(mixture, tokens, seed=seed)
+        self._first_rows = self._fill_rows(0, 0)[0]
+        self.rows_per_epoch = self._count_rows()
+        self._plans = _RecentPlans(self._plan_epoch)
 
-    def epoch(self, number: int) -> RowPlan:
+    def get_epoch(self, number: int) -> RowPlan:
         """Return the plan of one epoch; the most recent plans are cached."""
         return self._plans(number)
 
-    def row(self, number: int) -> tuple[Int[np.ndarray, " G"], UInt32[np.ndarray, " G"]]:
+    def get_row(self, number: int) -> tuple[Int[np.ndarray, " G"], UInt32[np.ndarray, " G"]]:
         """Return the examples of a row, and the running number of each over the whole stream, modulo 2**32."""
         epoch, index = divmod(number, self.rows_per_epoch)
-        plan = self.epoch(epoch)
-        examples = plan.row(index)
-        start = epoch * len(self.tokens) if self.draws is None else self.draws.start(epoch)
+        plan = self.get_epoch(epoch)
+        examples = plan.get_row(index)
+        start = epoch * len(self.tokens) if self.sampler is None else self.sampler.count_before(epoch)
         first = start + int(plan.offsets[index])
         ranks = (np.arange(first, first + len(examples), dtype=np.uint64) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
         return examples, ranks
 
-    def imbalance(self, *, batch: int, devices: int, epoch: int = 0) -> Imbalance:
+    def measure_imbalance(self, *, batch: int, devices: int, epoch: int = 0) -> Imbalance:
         """Return the differences between the devices' costs over the complete steps of an epoch.
 
         Raises:
           UserError: the batch does not divide among the devices, or the epoch has no complete step.
         """
         cost = balancing.Cost() if self.balance is None else self.balance.cost
-        costs = cost.rows(self.epoch(epoch).cost * 1e6, self.shape.tokens)
-        return balancing.imbalance(costs, batch=batch, devices=devices, first=epoch * self.rows_per_epoch)
+        costs = cost.compute(self.get_epoch(epoch).attention_cost * 1e6, self.shape.tokens)
+        return balancing.measure_imbalance(costs, batch=batch, devices=devices, first=epoch * self.rows_per_epoch)
 
     @functools.cached_property
     def hash(self) -> str:
         """Return a hash that is equal for streams of equal rows; with the step it is the whole state of the data."""
         sizes = np.stack([self.tokens, self.text]).astype("<i8").tobytes()
-        constants = (self.shape, self._seed, self.rows_per_epoch, bin_packing.CONSTANTS, ATTEMPTS, SLACK, FORESEEN)
-        options = (self.balance, balancing.METHOD, None if self.draws is None else self.draws.hash)
+        constants = (
+            self.shape,
+            self._seed,
+            self.rows_per_epoch,
+            bin_packing.CONSTANTS,
+            ATTEMPTS,
+            SLACK,
+            COUNTED_EPOCHS,
+        )
+        options = (self.balance, balancing.ORDER_VERSION, None if self.sampler is None else self.sampler.hash)
         content = sizes + repr((constants, options)).encode()
-        return hashlib.sha256(content + (self.pairs.astype("<f8").tobytes() if self._sparse else b"")).hexdigest()[:16]
+        return hashlib.sha256(
+            content + (self.attention_pairs.astype("<f8").tobytes() if self._sparse else b"")
+        ).hexdigest()[:16]
 
-    def _examples(self, epoch: int) -> Int[np.ndarray, " m"]:
-        return np.arange(len(self.tokens)) if self.draws is None else self.draws.epoch(epoch)
+    def _get_examples(self, epoch: int) -> Int[np.ndarray, " m"]:
+        return np.arange(len(self.tokens)) if self.sampler is None else self.sampler.draw_epoch(epoch)
 
-    def _number_of_rows(self) -> int:
-        first = len(self._first)
-        if self.draws is None:
+    def _count_rows(self) -> int:
+        first = len(self._first_rows)
+        if self.sampler is None:
             return min(len(self.tokens), first + first // SLACK)
-        totals = [int(self.tokens[self._examples(epoch)].sum()) for epoch in range(FORESEEN)]
+        totals = [int(self.tokens[self._get_examples(epoch)].sum()) for epoch in range(COUNTED_EPOCHS)]
         # Rows are full, so their number grows with the tokens; one standard deviation covers most later epochs.
         estimate = math.ceil(first * (max(totals) + float(np.std(totals))) / totals[0])
-        return min(self.draws.least, estimate + estimate // SLACK)  # more rows than examples would leave some empty
+        return min(
+            self.sampler.min_examples, estimate + estimate // SLACK
+        )  # more rows than examples would leave some empty
 
-    def _shuffled(self, epoch: int, attempt: int) -> tuple[list[list[int]], np.random.Generator]:
-        generator = rng.host(self._seed, "row plan", epoch, attempt)
+    def _fill_rows(self, epoch: int, attempt: int) -> tuple[list[list[int]], np.random.Generator]:
+        generator = rng.make_generator(self._seed, "row plan", epoch, attempt)
         sizes = self.tokens, self.text, self.shape
-        return bin_packing.fill_rows(self._examples(epoch), *sizes, generator, self.pairs), generator
+        return bin_packing.fill_rows(self._get_examples(epoch), *sizes, generator, self.attention_pairs), generator
 
     def _plan_epoch(self, epoch: int) -> RowPlan:
         left_out: list[int] = []
         for attempt in range(ATTEMPTS):
-            rows, generator = self._shuffled(epoch, attempt)
+            rows, generator = self._fill_rows(epoch, attempt)
             if len(rows) <= self.rows_per_epoch:
                 break
         else:
-            if self.draws is None:
-                rows = bin_packing.exchanged(self._first, self.tokens, self.text, generator)
+            if self.sampler is None:
+                rows = bin_packing.swap_equal_sizes(self._first_rows, self.tokens, self.text, generator)
             else:
-                rows, left_out = bin_packing.fullest(rows, self.rows_per_epoch, self.tokens)
+                rows, left_out = bin_packing.keep_fullest(rows, self.rows_per_epoch, self.tokens)
                 logging.getLogger(__name__).warning(
                     "epoch %d drops %d of its %d examples, for which its %d rows have no room",
-                    *(epoch, len(left_out), len(self._examples(epoch)), self.rows_per_epoch),
+                    *(epoch, len(left_out), len(self._get_examples(epoch)), self.rows_per_epoch),
                 )
         # Every epoch must have the same number of rows: the row of a step is found by division.
-        rows = bin_packing.split(rows, self.rows_per_epoch)
+        rows = bin_packing.split_rows(rows, self.rows_per_epoch)
         if self.balance is None:
             order = generator.permutation(len(rows))
         else:
-            costs = self.balance.cost.rows(_summed(rows, self.pairs), self.shape.tokens)
-            order = balancing.arrange(costs, self.balance, generator, first=epoch * self.rows_per_epoch)
-        return _plan(rows, order, self.tokens, self.pairs, self.shape, left_out=tuple(left_out))
+            costs = self.balance.cost.compute(_sum_pairs(rows, self.attention_pairs), self.shape.tokens)
+            order = balancing.order_rows(costs, self.balance, generator, first=epoch * self.rows_per_epoch)
+        return _make_plan(rows, order, self.tokens, self.attention_pairs, self.shape, dropped_examples=tuple(left_out))
 
 
-class _Recent:
+class _RecentPlans:
     """A cache of the most recent values of a function, which can be pickled to workers (`functools.lru_cache` cannot).
 
     Thread-safe: one thread computes a value while the others wait for it.
@@ -219,7 +231,7 @@ class _Recent:
         self.__init__(state["_function"], keep=state["_keep"])  # type: ignore[misc]
 
 
-def _check(tokens: np.ndarray, text: np.ndarray, shape: RowShape, names: Sequence[str] | None) -> None:
+def _check_sizes(tokens: np.ndarray, text: np.ndarray, shape: PackedShape, names: Sequence[str] | None) -> None:
     if not len(tokens) or len(tokens) != len(text):
         raise UserError(
             f"{len(tokens)} video and {len(text)} text sizes are invalid: a plan needs examples with both. Use as many "
@@ -244,26 +256,26 @@ def _check(tokens: np.ndarray, text: np.ndarray, shape: RowShape, names: Sequenc
         raise UserError(f"{name} has no tokens; leave it out")
 
 
-def _plan(
+def _make_plan(
     rows: list[list[int]],
     order: np.ndarray,
     tokens: np.ndarray,
-    pairs: np.ndarray,
-    shape: RowShape,
+    attention_pairs: np.ndarray,
+    shape: PackedShape,
     *,
-    left_out: tuple[int, ...] = (),
+    dropped_examples: tuple[int, ...] = (),
 ) -> RowPlan:
     rows = [rows[index] for index in order]
-    examples, offsets = bin_packing.flat(rows)
+    examples, offsets = bin_packing.flatten_rows(rows)
     return RowPlan(
         order=examples,
         offsets=offsets,
         padding=1 - int(tokens[examples].sum()) / (len(rows) * shape.tokens),
-        cost=_summed(rows, pairs) / 1e6,
-        left_out=left_out,
+        attention_cost=_sum_pairs(rows, attention_pairs) / 1e6,
+        dropped_examples=dropped_examples,
     )
 
 
-def _summed(rows: list[list[int]], pairs: np.ndarray) -> np.ndarray:
-    examples, offsets = bin_packing.flat(rows)
-    return np.add.reduceat(pairs[examples], offsets[:-1])
+def _sum_pairs(rows: list[list[int]], attention_pairs: np.ndarray) -> np.ndarray:
+    examples, offsets = bin_packing.flatten_rows(rows)
+    return np.add.reduceat(attention_pairs[examples], offsets[:-1])

@@ -27,33 +27,33 @@ from tensorflow_datasets.core.utils.shard_utils import ShardConfig, get_shard_bo
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.data.records.cluster import NOTE, Beam, note_errors, pipeline_errors
-from dit_video.data.records.reference import Reference
+from dit_video.data.records.cluster import ERROR_FILE, BeamOptions, raise_worker_errors, save_worker_errors
+from dit_video.data.records.reference import ClipReference
 
 SPLIT = "train"
 SPLITS = (SPLIT, "validation", "test")
 """Standard splits, in the order in which their records are numbered; other splits follow by name."""
-MAX_BYTES = (1 << 31) - (1 << 20)
+MAX_EXAMPLE_BYTES = (1 << 31) - (1 << 20)
 """Maximum size of a clip: an example is one protocol buffer, which holds less than 2 GiB."""
 SHARD_BYTES = 1 << 30
 """Approximate size of one file of a data set of clips, in bytes."""
 
-_REFUSED = re.compile(r"\b(?:open|write|close)\(\) failed: ([^;]+)")
+_WRITE_ERROR = re.compile(r"\b(?:open|write|close)\(\) failed: ([^;]+)")
 """Pattern of ArrayRecord's message (in an error without a type of its own) when the system refuses to write."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def content() -> tfds.features.Tensor:
+def make_bytes_feature() -> tfds.features.Tensor:
     """Return the TFDS feature of raw bytes."""
     return tfds.features.Tensor(shape=(), dtype=np.object_)
 
 
-def in_order(splits: Iterable[str]) -> list[str]:
+def sort_splits(splits: Iterable[str]) -> list[str]:
     """Return the splits in the order in which their records are numbered."""
     return sorted(set(splits), key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
 
 
-class _Info(tfds.core.DatasetInfo):
+class _DatasetInfo(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
         """Do nothing: no bucket of TFDS describes these data, and looking would leave an empty temporary folder."""
 
@@ -78,39 +78,39 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         *,
         features: Mapping[str, Any],
         records: Mapping[str, Path],
-        count: Callable[[int], None] | None = None,
-        beam: Beam | None = None,
+        progress: Callable[[int], None] | None = None,
+        beam: BeamOptions | None = None,
         **kwargs,
     ):
-        self._given_features = features
+        self._record_features = features
         self._records = records
-        self._count = count
+        self._progress = progress
         self._beam = beam
-        self._writer: _Fetching | None = None
+        self._writer: _FetchingWriter | None = None
         super().__init__(**kwargs)
 
     @property
-    def failure(self) -> UserError | OSError | None:
+    def write_error(self) -> UserError | OSError | None:
         """Return the error of a record that could not be written in this process, if any."""
-        return None if self._writer is None else self._writer.failure
+        return None if self._writer is None else self._writer.write_error
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(dict(self._given_features))
-        return _Info(builder=self, features=features, disable_shuffling=True)
+        features = tfds.features.FeaturesDict(dict(self._record_features))
+        return _DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(path) for split, path in self._records.items()}
 
     def _generate_examples(self, path: Path):
         if self._beam is None:
-            return _parsed(path)
+            return _read_lines(path)
         import apache_beam as beam
 
-        return "Read" >> beam.io.ReadFromText(str(path)) | beam.Map(_parse)
+        return "Read" >> beam.io.ReadFromText(str(path)) | beam.Map(_parse_line)
 
     def _example_writer(self) -> tfds_writer.ExampleWriter:
-        note = None if self._beam is None else next(iter(self._records.values())).with_name(NOTE)
-        self._writer = _Fetching(self.info.file_format, None if self._beam else self._count, note)
+        note = None if self._beam is None else next(iter(self._records.values())).with_name(ERROR_FILE)
+        self._writer = _FetchingWriter(self.info.file_format, None if self._beam else self._progress, note)
         return self._writer
 
     def _generate_splits(self, dl_manager, download_config):
@@ -126,70 +126,72 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         """Log nothing, as nothing is downloaded."""
 
 
-class _Fetching(tfds_writer.ExampleWriter):
+class _FetchingWriter(tfds_writer.ExampleWriter):
     """A writer of records that replaces the reference in `clip` by the bytes that it refers to."""
 
-    def __init__(self, file_format: tfds.core.FileFormat, count: Callable[[int], None] | None, note: Path | None):
+    def __init__(
+        self, file_format: tfds.core.FileFormat, progress: Callable[[int], None] | None, error_path: Path | None
+    ):
         super().__init__(file_format=file_format)
-        self._count = count
-        self._note = note
+        self._progress = progress
+        self._error_path = error_path
         self._written = 0
-        self.failure: UserError | OSError | None = None
+        self.write_error: UserError | OSError | None = None
 
     def write(self, path, examples):
-        with contextlib.nullcontext() if self._note is None else note_errors(self._note):
+        with contextlib.nullcontext() if self._error_path is None else save_worker_errors(self._error_path):
             try:
-                super().write(path, ((key, self._whole(example)) for key, example in examples))
+                super().write(path, ((key, self._insert_bytes(example)) for key, example in examples))
             except (UserError, OSError) as error:
-                self.failure = error
+                self.write_error = error
                 raise
             except Exception as error:
-                if (match := _REFUSED.search(str(error))) is None:
+                if (match := _WRITE_ERROR.search(str(error))) is None:
                     raise
-                number = next((n for n in _FULL if os.strerror(n) == match[1]), errno.EIO)
-                self.failure = OSError(number, match[1])
-                raise self.failure from error
+                number = next((n for n in _DISK_FULL_ERRNOS if os.strerror(n) == match[1]), errno.EIO)
+                self.write_error = OSError(number, match[1])
+                raise self.write_error from error
 
-    def _whole(self, serialized: bytes) -> bytes:
+    def _insert_bytes(self, serialized: bytes) -> bytes:
         example = tf_example_pb2.Example.FromString(serialized)
         (reference,) = example.features.feature["clip"].bytes_list.value
-        example.features.feature["clip"].bytes_list.value[0] = Reference(*json.loads(reference)).read()
+        example.features.feature["clip"].bytes_list.value[0] = ClipReference(*json.loads(reference)).read()
         self._written += 1
-        if self._count is not None:
-            self._count(self._written)
+        if self._progress is not None:
+            self._progress(self._written)
         # The features are a map without an order: by default the bytes differ from process to process.
         return example.SerializeToString(deterministic=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shards(ShardConfig):
+class _ShardConfig(ShardConfig):
     """A shard configuration with files of about `SHARD_BYTES`, where TFDS would count the bytes of references."""
 
     mean_bytes: int = 0
 
     def get_number_shards(self, total_size: int, num_examples: int, uses_precise_sharding: bool = True) -> int:
-        return shards_of(num_examples, self.mean_bytes)
+        return count_shards(num_examples, self.mean_bytes)
 
 
 @dataclasses.dataclass(eq=False)
-class _Download(tfds.download.DownloadConfig):
+class _DownloadConfig(tfds.download.DownloadConfig):
     mean_bytes: int = 0
 
     def get_shard_config(self) -> ShardConfig:
-        return _Shards(mean_bytes=self.mean_bytes)
+        return _ShardConfig(mean_bytes=self.mean_bytes)
 
 
-def shards_of(records: int, mean_bytes: int) -> int:
+def count_shards(num_records: int, mean_bytes: int) -> int:
     """Return the number of files for this number of records."""
-    return max(1, min(records, round(records * mean_bytes / SHARD_BYTES)))
+    return max(1, min(num_records, round(num_records * mean_bytes / SHARD_BYTES)))
 
 
-def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8") as file:
-        yield from map(_parse, file)
+        yield from map(_parse_line, file)
 
 
-def _parse(line: str) -> tuple[int, dict[str, Any]]:
+def _parse_line(line: str) -> tuple[int, dict[str, Any]]:
     key, example = json.loads(line)
     return key, {**example, "clip": json.dumps(example["clip"]).encode()}
 
@@ -215,8 +217,8 @@ def write_clips(
     features: Mapping[str, Any],
     records: Mapping[str, Sequence[Mapping[str, Any]]],
     mean_bytes: int,
-    count: Callable[[int], None] | None = None,
-    beam: Beam | None = None,
+    progress: Callable[[int], None] | None = None,
+    beam: BeamOptions | None = None,
 ) -> None:
     """Write a data set of clips into `folder`, which must not exist yet.
 
@@ -236,20 +238,22 @@ def write_clips(
     work = folder.with_name(folder.name + ".tfds")
     try:
         work.mkdir(parents=True)
-        lines = {split: work / f"{split}.jsonl" for split in in_order(records)}
+        lines = {split: work / f"{split}.jsonl" for split in sort_splits(records)}
         for split, path in lines.items():
-            _write_lines(path, records[split], shards_of(len(records[split]), mean_bytes))
+            _write_lines(path, records[split], count_shards(len(records[split]), mean_bytes))
         dataset_builder = Clips(
-            features=features, records=lines, count=count, beam=beam, data_dir=work, file_format="array_record"
+            features=features, records=lines, progress=progress, beam=beam, data_dir=work, file_format="array_record"
         )
         beam_options = {"beam_runner": beam.runner, "beam_options": beam.options} if beam else {}
         tfds.disable_progress_bar()  # `progress` reports instead
         try:
-            with contextlib.nullcontext() if beam is None else pipeline_errors(work / NOTE):
-                dataset_builder.download_and_prepare(download_config=_Download(mean_bytes=mean_bytes, **beam_options))
+            with contextlib.nullcontext() if beam is None else raise_worker_errors(work / ERROR_FILE):
+                dataset_builder.download_and_prepare(
+                    download_config=_DownloadConfig(mean_bytes=mean_bytes, **beam_options)
+                )
         except Exception as error:
-            if dataset_builder.failure is not None:  # TFDS wraps it in a message of its own
-                raise dataset_builder.failure from error
+            if dataset_builder.write_error is not None:  # TFDS wraps it in a message of its own
+                raise dataset_builder.write_error from error
             raise
         Path(dataset_builder.data_dir).rename(folder)
     finally:
@@ -267,7 +271,7 @@ def open_records(folder: Path | epath.Path) -> Sequence[Any]:
         raise MissingError(f"no such data set: {folder}")
     try:
         dataset_builder = tfds.builder_from_directory(folder)
-        return dataset_builder.as_data_source("+".join(in_order(dataset_builder.info.splits)))
+        return dataset_builder.as_data_source("+".join(sort_splits(dataset_builder.info.splits)))
     except Exception as error:  # TFDS raises many types, depending on which file is missing or damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -15,12 +15,12 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.data.records.reference import ChangedError
 
-NOTE = "error.json"
+ERROR_FILE = "error.json"
 """Name of the file with the error that stopped a Beam worker, in the temporary folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Beam:
+class BeamOptions:
     """Options of Apache Beam: runner and pipeline options as TFDS accepts them; requires the `[beam]` extra."""
 
     runner: Any = None
@@ -28,30 +28,30 @@ class Beam:
 
 
 @contextlib.contextmanager
-def note_errors(note: Path) -> Iterator[None]:
+def save_worker_errors(path: Path) -> Iterator[None]:
     """Write an error that a user can act on into the file `path`; for use in a worker."""
     try:
         yield
     except (UserError, OSError) as error:
         with contextlib.suppress(UserError, OSError):  # a full disk cannot hold the file either
-            write_json(note, _noted(error))
+            write_json(path, _error_to_json(error))
         raise
 
 
 @contextlib.contextmanager
-def pipeline_errors(note: Path) -> Iterator[None]:
+def raise_worker_errors(path: Path) -> Iterator[None]:
     """Raise the error that a worker wrote, or else one line of Beam's own; for use where a pipeline is started.
 
     Raises:
       UserError: the pipeline failed.
       OSError: a worker or this process could not write.
     """
-    note.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     try:
         yield
     except Exception as error:  # raised by Beam, its runner, or an RPC
-        if note.is_file():
-            raise _as_it_was(read_json(note)) from error
+        if path.is_file():
+            raise _error_from_json(read_json(path)) from error
         if isinstance(error, OSError) and error.filename is not None:  # a local file, which no worker wrote
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -61,7 +61,7 @@ def pipeline_errors(note: Path) -> Iterator[None]:
         ) from error
 
 
-def _noted(error: UserError | OSError) -> dict[str, Any]:
+def _error_to_json(error: UserError | OSError) -> dict[str, Any]:
     if isinstance(error, ChangedError):
         return {"changed": error.path, "reason": error.reason}
     if isinstance(error, OSError):
@@ -69,9 +69,9 @@ def _noted(error: UserError | OSError) -> dict[str, Any]:
     return {"reason": str(error)}
 
 
-def _as_it_was(noted: Mapping[str, Any]) -> UserError | OSError:
-    if "changed" in noted:
-        return ChangedError(noted["changed"], noted["reason"])
-    if "errno" in noted:
-        return OSError(noted["errno"], noted["reason"])
-    return UserError(noted["reason"])
+def _error_from_json(values: Mapping[str, Any]) -> UserError | OSError:
+    if "changed" in values:
+        return ChangedError(values["changed"], values["reason"])
+    if "errno" in values:
+        return OSError(values["errno"], values["reason"])
+    return UserError(values["reason"])

@@ -24,7 +24,7 @@ class ChangedError(UserError):
         self.path, self.reason = path, reason
 
 
-class Reference(NamedTuple):
+class ClipReference(NamedTuple):
     """A reference to the bytes of a clip, with their SHA-256 hash."""
 
     path: str

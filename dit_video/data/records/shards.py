@@ -22,22 +22,22 @@ from upath import UPath
 
 from dit_video.core.errors import MissingError
 from dit_video.core.files import atomic_path
-from dit_video.core.storage import Place, copy_here, copy_there
-from dit_video.data.records.builder import SPLIT, in_order, open_records
+from dit_video.core.storage import StoragePath, download, upload
+from dit_video.data.records.builder import SPLIT, open_records, sort_splits
 
 FORMAT = file_adapters.FileFormat.ARRAY_RECORD
 
 
-def default_cache() -> Path:
+def get_default_cache() -> Path:
     """Return the folder to which remote files are copied: `dit_video` in `$XDG_CACHE_HOME` (by default `~/.cache`)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video"
 
 
 def write_file(
-    folder: Place,
+    folder: StoragePath,
     name: str,
     number: int,
-    files: int,
+    num_files: int,
     *,
     features: Mapping[str, Any],
     examples: Iterable[Mapping[str, Any]],
@@ -56,12 +56,12 @@ def write_file(
             count += 1
 
     # Not TFDS's ShardWriter, which keeps all examples of a file in memory to count them.
-    with _local_file(folder / _file_name(name, number, files)) as path:
+    with _open_local_file(folder / _get_file_name(name, number, num_files)) as path:
         writer.ExampleWriter(FORMAT).write(path, serialized())
     return count
 
 
-def finish(folder: Place, name: str, counts: Sequence[int], *, features: Mapping[str, Any]) -> None:
+def write_metadata(folder: StoragePath, name: str, counts: Sequence[int], *, features: Mapping[str, Any]) -> None:
     """Write TFDS's metadata for existing files, which `tfds.builder_from_directory(folder)` then reads in order.
 
     Args:
@@ -70,12 +70,12 @@ def finish(folder: Place, name: str, counts: Sequence[int], *, features: Mapping
       counts: number of examples of each file.
       features: features with which the files were written.
     """
-    names = [_file_name(name, number, len(counts)) for number in range(len(counts))]
+    names = [_get_file_name(name, number, len(counts)) for number in range(len(counts))]
     size = sum((folder / file).stat().st_size for file in names)
     # Written to a temporary folder and then copied, so that the metadata files are complete or absent too. TFDS looks
     # for the files of records by name, so empty ones stand in for them.
     with tempfile.TemporaryDirectory() as work:
-        template = _template(name, Path(work))
+        template = _make_template(name, Path(work))
         split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(counts), num_bytes=size, filename_template=template)
         for file in names:
             (Path(work) / file).touch()
@@ -87,19 +87,19 @@ def finish(folder: Place, name: str, counts: Sequence[int], *, features: Mapping
             version="1.0.0",
             check_data=False,
         )
-        for name in _METADATA:
-            with _local_file(folder / name) as local:
+        for name in _METADATA_FILES:
+            with _open_local_file(folder / name) as local:
                 shutil.copyfile(Path(work) / name, local)
 
 
-def remove_partial(folder: Place) -> None:
+def remove_partial_files(folder: StoragePath) -> None:
     """Remove incomplete files of killed processes, which leave none at addresses."""
     if isinstance(folder, Path):
         for path in folder.glob(".*.partial.array_record*"):  # not the JSON files that another process may be writing
             path.unlink(missing_ok=True)
 
 
-def open_anywhere(folder: Place, *, cache: Path | None = None, version: str = "") -> Sequence[Any]:
+def open_dataset(folder: StoragePath, *, cache: Path | None = None, version: str = "") -> Sequence[Any]:
     """Open a local or remote data set for random access to the examples of all splits, in the order of `sort_splits`.
 
     Args:
@@ -113,22 +113,22 @@ def open_anywhere(folder: Place, *, cache: Path | None = None, version: str = ""
     """
     if isinstance(folder, Path):
         return open_records(folder)
-    return _Copied(folder, (cache or default_cache()) / str(folder).replace("://", "/") / version)
+    return _RemoteRecords(folder, (cache or get_default_cache()) / str(folder).replace("://", "/") / version)
 
 
-class _Copied(Sequence[dict[str, Any]]):
+class _RemoteRecords(Sequence[dict[str, Any]]):
     """A remote data set, whose files are copied to this machine when their first example is read."""
 
     def __init__(self, folder: UPath, local: Path):
         try:
-            for name in _METADATA:
-                copy_here(folder / name, local / name)
+            for name in _METADATA_FILES:
+                download(folder / name, local / name)
         except MissingError as error:
             raise MissingError(f"no such data set: {folder}. Check the address.") from error
         self._remote, self._local = folder, local
         self._records = open_records(local)
         dataset_builder = tfds.builder_from_directory(local)
-        splits = [dataset_builder.info.splits[name] for name in in_order(dataset_builder.info.splits)]
+        splits = [dataset_builder.info.splits[name] for name in sort_splits(dataset_builder.info.splits)]
         self._names = [path.name for split in splits for path in split.filepaths]
         self._ends = list(itertools.accumulate(length for split in splits for length in split.shard_lengths))
         self._present: set[int] = set()
@@ -141,27 +141,27 @@ class _Copied(Sequence[dict[str, Any]]):
         if file not in self._present:
             path = self._local / self._names[file]
             if not path.is_file():
-                copy_here(self._remote / path.name, path)
+                download(self._remote / path.name, path)
             self._present.add(file)
         return self._records[index]
 
 
-_METADATA = ("features.json", "dataset_info.json")
+_METADATA_FILES = ("features.json", "dataset_info.json")
 """Names of TFDS's metadata files, in the folder of the records."""
 
 
-def _file_name(dataset: str, number: int, files: int) -> str:
-    return _template(dataset, Path()).sharded_filepath(shard_index=number, num_shards=files).name
+def _get_file_name(dataset: str, number: int, num_files: int) -> str:
+    return _make_template(dataset, Path()).sharded_filepath(shard_index=number, num_shards=num_files).name
 
 
-def _template(dataset: str, folder: Path) -> Any:
+def _make_template(dataset: str, folder: Path) -> Any:
     return tfds.core.ShardedFileTemplate(
         data_dir=epath.Path(folder), dataset_name=dataset, split=SPLIT, filetype_suffix=FORMAT.file_suffix
     )
 
 
 @contextlib.contextmanager
-def _local_file(path: Place) -> Iterator[Path]:
+def _open_local_file(path: StoragePath) -> Iterator[Path]:
     """Yield a local path to write to; the file is then moved or uploaded to `path` if no error was raised."""
     if isinstance(path, Path):
         with atomic_path(path) as temporary:
@@ -170,4 +170,4 @@ def _local_file(path: Place) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as work:
         local = Path(work) / path.name
         yield local
-        copy_there(local, path)
+        upload(local, path)

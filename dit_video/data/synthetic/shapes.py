@@ -23,7 +23,7 @@ from dit_video.video import Clip
 FPS = 8.0
 FREE_FRAMES = 17
 """Number of first frames in which no shape touches the border."""
-SMALLEST_SIDE = 8
+MIN_SIDE = 8
 
 BACKGROUND = (16, 18, 28)
 COLOURS = {
@@ -72,7 +72,7 @@ COMBINATIONS = tuple(
 )
 
 
-def _held_out() -> tuple[Description, ...]:
+def _choose_held_out() -> tuple[Description, ...]:
     """Return every (shape, direction) once and every colour twice, with two shapes and two directions per colour."""
     shapes, directions = SHAPES, tuple(DIRECTIONS)
     chosen = []
@@ -82,18 +82,18 @@ def _held_out() -> tuple[Description, ...]:
     return tuple(chosen)
 
 
-HELD_OUT = _held_out()
+HELD_OUT = _choose_held_out()
 TRAINING = tuple(combination for combination in COMBINATIONS if combination not in HELD_OUT)
 IMAGES = tuple(Description(colour=colour, shape=shape) for colour, shape in itertools.product(COLOURS, SHAPES))
 
 
-def caption(description: Description) -> str:
+def format_caption(description: Description) -> str:
     """Return the caption, e.g. `a red circle moving left`, or `a red circle` if there is no direction."""
     subject = f"a {description.colour} {description.shape}"
     return subject if description.direction is None else f"{subject} moving {description.direction}"
 
 
-def parse(prompt: str) -> Description:
+def parse_caption(prompt: str) -> Description:
     """Parse a caption, the inverse of `format_caption`; letter case and additional spaces are ignored.
 
     Raises:
@@ -127,9 +127,9 @@ def sample_geometry(generator: np.random.Generator, description: Description, *,
     Raises:
       UserError: the frame is too small.
     """
-    if min(height, width) < SMALLEST_SIDE:
+    if min(height, width) < MIN_SIDE:
         raise UserError(
-            f"size={height}x{width} is invalid: a shape needs frames of at least {SMALLEST_SIDE}x{SMALLEST_SIDE} "
+            f"size={height}x{width} is invalid: a shape needs frames of at least {MIN_SIDE}x{MIN_SIDE} "
             "pixels. Use a larger size."
         )
     scale = min(1.0, min(height, width) / 32)
@@ -142,7 +142,7 @@ def sample_geometry(generator: np.random.Generator, description: Description, *,
     return Geometry(row=start[0], column=start[1], radius=radius, speed=speed)
 
 
-def centres(
+def compute_centres(
     description: Description, geometry: Geometry, *, frames: int, height: int, width: int
 ) -> Float[np.ndarray, "T 2"]:
     """Return the (row, column) of the bounding box's centre in every frame; the shape bounces at the border."""
@@ -171,18 +171,18 @@ def render(description: Description, geometry: Geometry, *, frames: int, height:
             f"a shape of radius={radius:.2f} at row={geometry.row:.2f}, column={geometry.column:.2f} leaves the frame "
             f"of {height}x{width}. Move it inside."
         )
-    positions = centres(description, geometry, frames=frames, height=height, width=width)
-    alpha = _coverage(description.shape, positions, radius, height, width)[..., None]
+    positions = compute_centres(description, geometry, frames=frames, height=height, width=width)
+    alpha = _compute_coverage(description.shape, positions, radius, height, width)[..., None]
     background = np.asarray(BACKGROUND, np.float64)
     pixels = background + alpha * (np.asarray(COLOURS[description.colour], np.float64) - background)
-    return Clip(frames=np.rint(pixels).astype(np.uint8), fps=FPS, caption=caption(description))
+    return Clip(frames=np.rint(pixels).astype(np.uint8), fps=FPS, caption=format_caption(description))
 
 
-def _coverage(
-    shape: str, at: Float[np.ndarray, "T 2"], radius: float, height: int, width: int, *, lines: int = 16
+def _compute_coverage(
+    shape: str, centres: Float[np.ndarray, "T 2"], radius: float, height: int, width: int, *, lines: int = 16
 ) -> Float[np.ndarray, "T H W"]:
     """Return the share of each pixel that the shape covers: a scan line crosses a convex shape in one interval."""
-    y = (np.arange(height * lines) + 0.5) / lines - at[:, :1]  # [T, H*lines], relative to the centre
+    y = (np.arange(height * lines) + 0.5) / lines - centres[:, :1]  # [T, H*lines], relative to the centre
     # A line at the top or bottom edge counts by the part of its thickness that is inside.
     thickness = np.clip((radius - np.abs(y)) * lines + 0.5, 0.0, 1.0)
     y = np.clip(y, -radius, radius)
@@ -194,29 +194,29 @@ def _coverage(
         half = (y + radius) / 2
     else:
         raise UserError(f"shape={shape!r} is invalid. Use one of {', '.join(SHAPES)}.")
-    left, right = (at[:, 1:] - half)[..., None], (at[:, 1:] + half)[..., None]
+    left, right = (centres[:, 1:] - half)[..., None], (centres[:, 1:] + half)[..., None]
     column = np.arange(width)
     covered = np.maximum(np.minimum(right, column + 1) - np.maximum(left, column), 0.0) * thickness[..., None]
-    return covered.reshape(len(at), height, lines, width).mean(axis=2)
+    return covered.reshape(len(centres), height, lines, width).mean(axis=2)
 
 
-def centroid_below_centre(shape: str, radius: float) -> float:
+def get_centroid_offset(shape: str, radius: float) -> float:
     """Return the rows from the bounding box's centre down to the centroid; a triangle's is at 2/3 of its height."""
     return radius / 3 if shape == "triangle" else 0.0
 
 
-def example(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> Clip:
+def render_example(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> Clip:
     """Render clip `index` of the data set `seed`; the clip is a function of these alone.
 
     15 % of the clips are images if `sizes` has sizes of one frame as well as of several frames.
     """
-    description, geometry, size = draw(index, seed=seed, sizes=sizes)
+    description, geometry, size = draw_example(index, seed=seed, sizes=sizes)
     return render(description, geometry, frames=size.t, height=size.h, width=size.w)
 
 
-def draw(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> tuple[Description, Geometry, Grid]:
+def draw_example(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> tuple[Description, Geometry, Grid]:
     """Draw the description, geometry and size of the clip that `render_example` renders."""
-    generator = rng.host(seed, "shapes", index)
+    generator = rng.make_generator(seed, "shapes", index)
     images = tuple(size for size in sizes if size.t == 1)
     videos = tuple(size for size in sizes if size.t > 1)
     image = generator.random() < IMAGE_SHARE
@@ -226,9 +226,9 @@ def draw(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> tuple[Des
     return description, sample_geometry(generator, description, height=size.h, width=size.w), size
 
 
-def file_name(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> str:
+def get_file_name(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> str:
     """Return the file name under which `write_folder` writes clip `index`."""
-    frames = draw(index, seed=seed, sizes=sizes)[2].t
+    frames = draw_example(index, seed=seed, sizes=sizes)[2].t
     return f"clips/{index:06d}.{'png' if frames == 1 else 'mp4'}"
 
 
@@ -257,11 +257,11 @@ def write_folder(
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("file_name", "text"))
     for index in range(count):
-        description, geometry, size = draw(index, seed=seed, sizes=sizes)
-        name = file_name(index, seed=seed, sizes=sizes)
+        description, geometry, size = draw_example(index, seed=seed, sizes=sizes)
+        name = get_file_name(index, seed=seed, sizes=sizes)
         if not (folder / name).exists():
             render(description, geometry, frames=size.t, height=size.h, width=size.w).save(folder / name)
-        writer.writerow((name, caption(description)))
+        writer.writerow((name, format_caption(description)))
         progress(index + 1, count)
     files.write_text(folder / "metadata.csv", table.getvalue())
     return folder

@@ -39,11 +39,11 @@ class Edm(Process):
     def sigma(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         return self.sigma_max * time**self.exponent
 
-    def time_at(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+    def ratio_to_time(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         return (ratio / self.sigma_max) ** (1 / self.exponent)
 
     def input_scale(self, time: Float[Array, "*time"]) -> Float[Array, "*time"] | float:
         return 1 / jnp.sqrt(self.sigma(time) ** 2 + self.data_std**2)
 
-    def start(self, noise: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+    def scale_initial_noise(self, noise: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         return self.sigma_max * noise

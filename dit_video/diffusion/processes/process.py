@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from dit_video.core.typing import SameArray
 from dit_video.diffusion.shift import ClipSize
 
-LEAST_ALPHA = 1e-6
+MIN_ALPHA = 1e-6
 """Lower bound of alpha in divisions and logarithms; at pure noise it is 0."""
 
 
@@ -36,11 +36,11 @@ class Normal(NamedTuple):
     variance: Float[Array, "*scale"]
 
 
-class Path(NamedTuple):
+class FlowCoordinates(NamedTuple):
     r"""The coordinates in which the probability flow is solved: $d(x / scale) = slope \; d(integration\_time)$."""
 
     scale: Float[Array, "*shape"]
-    clock: Float[Array, "*shape"]
+    integration_time: Float[Array, "*shape"]
 
 
 class Process(ABC):
@@ -58,17 +58,17 @@ class Process(ABC):
         """Return the coefficient of the noise in $x_t$."""
 
     @abstractmethod
-    def time_at(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+    def ratio_to_time(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         r"""Return the time at which noise and data have a ratio: the inverse of $\sigma / \alpha$."""
 
-    def shifted(self, time: Float[SameArray, "*shape"], size: ClipSize | None = None) -> Float[SameArray, "*shape"]:
+    def shift_time(self, time: Float[SameArray, "*shape"], size: ClipSize | None = None) -> Float[SameArray, "*shape"]:
         """Return uniformly spaced times with the spacing of this process, the same in training and in sampling.
 
         If the shift depends on the size of a clip, `size` is the size of each clip that has these times.
         """
         return time
 
-    def for_size(self, size: ClipSize) -> "Process":
+    def specialize(self, size: ClipSize) -> "Process":
         """Return the process for clips of one size."""
         return self
 
@@ -76,7 +76,7 @@ class Process(ABC):
         """Return the factor of the noisy value in a model's input."""
         return 1.0
 
-    def start(self, noise: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+    def scale_initial_noise(self, noise: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         """Return the start of sampling, at time 1, from standard normal noise."""
         return noise
 
@@ -88,7 +88,7 @@ class Process(ABC):
 
     def half_log_snr(self, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
         r"""Return $\lambda = \log(\alpha / \sigma)$."""
-        return jnp.log(jnp.maximum(self.alpha(time), LEAST_ALPHA)) - jnp.log(self.sigma(time))
+        return jnp.log(jnp.maximum(self.alpha(time), MIN_ALPHA)) - jnp.log(self.sigma(time))
 
     def rates(self, time: Float[Array, "*time"]) -> tuple[Float[Array, "*time"], Float[Array, "*time"]]:
         r"""Return $\alpha'(t)$ and $\sigma'(t)$."""
@@ -108,7 +108,7 @@ class Process(ABC):
     def drift_and_diffusion(self, time: Float[Array, "*time"]) -> tuple[Float[Array, "*time"], Float[Array, "*time"]]:
         r"""Return $f = \alpha' / \alpha$ and $g^2 = 2 \sigma (\sigma' - f \sigma)$ of $dx = f x\,dt + g\,dw$."""
         alpha_rate, sigma_rate = self.rates(time)
-        drift = alpha_rate / jnp.maximum(self.alpha(time), LEAST_ALPHA)
+        drift = alpha_rate / jnp.maximum(self.alpha(time), MIN_ALPHA)
         sigma = self.sigma(time)
         return drift, 2 * sigma * (sigma_rate - drift * sigma)
 
@@ -117,7 +117,7 @@ class Process(ABC):
         noisy: Float[Array, "*shape"],
         data: Float[Array, "*shape"],
         time: Float[Array, "*time"],
-        following: Float[Array, "*time"],
+        next_time: Float[Array, "*time"],
     ) -> Normal:
         r"""Return $q(x_s \mid x_t, x_0)$ at a time $s$ = `next_time` before $t$ = `time`.
 
@@ -125,21 +125,21 @@ class Process(ABC):
         is $(\alpha_{t|s} \sigma_s^2\,x_t + \alpha_s \sigma^2_{t|s}\,x_0)/\sigma_t^2$ and its variance
         $\sigma^2_{t|s} \sigma_s^2 / \sigma_t^2$ (arXiv 2107.00630, appendix A).
         """
-        alpha, sigma, current_sigma = self.alpha(following), self.sigma(following), self.sigma(time)
-        alpha_ratio, added_variance = self.alpha(time) / alpha, self.added_variance(time, following)
+        alpha, sigma, current_sigma = self.alpha(next_time), self.sigma(next_time), self.sigma(time)
+        alpha_ratio, added_variance = self.alpha(time) / alpha, self.added_variance(time, next_time)
         mean = (alpha_ratio * sigma**2 * noisy + alpha * added_variance * data) / current_sigma**2
         return Normal(mean, added_variance * sigma**2 / current_sigma**2)
 
-    def added_variance(self, time: Float[Array, "*time"], following: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def added_variance(self, time: Float[Array, "*time"], next_time: Float[Array, "*time"]) -> Float[Array, "*time"]:
         r"""Return $\sigma^2_{t|s}$ of `posterior`: the noise added from `next_time` to `time` (DDPM's beta)."""
-        alpha_ratio = self.alpha(time) / self.alpha(following)
-        return jnp.maximum(self.sigma(time) ** 2 - (alpha_ratio * self.sigma(following)) ** 2, 0.0)
+        alpha_ratio = self.alpha(time) / self.alpha(next_time)
+        return jnp.maximum(self.sigma(time) ** 2 - (alpha_ratio * self.sigma(next_time)) ** 2, 0.0)
 
-    def path(self, time: Float[Array, "*time"]) -> Path:
+    def flow_coordinates(self, time: Float[Array, "*time"]) -> FlowCoordinates:
         r"""Return $x/\alpha$ as a function of $\sigma/\alpha$, which has slope $\epsilon$ (arXiv 2206.00364, eq. 1)."""
         alpha = self.alpha(time)
-        return Path(alpha, self.sigma(time) / alpha)
+        return FlowCoordinates(alpha, self.sigma(time) / alpha)
 
-    def slope(self, estimate: Estimate) -> Float[Array, "*shape"]:
+    def flow_slope(self, estimate: Estimate) -> Float[Array, "*shape"]:
         """Return the slope in the coordinates of `flow_coordinates`."""
         return estimate.noise

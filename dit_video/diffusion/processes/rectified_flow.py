@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import SameArray
-from dit_video.diffusion.processes.process import Estimate, Path, Process
+from dit_video.diffusion.processes.process import Estimate, FlowCoordinates, Process
 from dit_video.diffusion.shift import ClipSize, ExponentialShift, LinearShift
 
 
@@ -27,32 +27,32 @@ class RectifiedFlow(Process):
     """
 
     shift: float = 1.0
-    by_size: LinearShift | ExponentialShift | None = None
+    size_shift: LinearShift | ExponentialShift | None = None
     """Factor of the shift that depends on the size of a clip; each clip then has times of its own."""
 
     def __post_init__(self):
         if not self.shift > 0:
             raise UserError(f"shift={self.shift} is invalid: it must be positive. Use 1 for unshifted times.")
 
-    def shifted(self, time: Float[SameArray, "*shape"], size: ClipSize | None = None) -> Float[SameArray, "*shape"]:
+    def shift_time(self, time: Float[SameArray, "*shape"], size: ClipSize | None = None) -> Float[SameArray, "*shape"]:
         """Return $t'$ of the class docstring.
 
         Raises:
           UserError: If the shift depends on the size and none is passed.
         """
         shift: Any = self.shift
-        if self.by_size is not None:
+        if self.size_shift is not None:
             if size is None:
                 raise UserError(
                     "size=None is invalid: the shift depends on a clip's size. Use process.specialize(size)."
                 )
-            shift = shift * self.by_size(size)
+            shift = shift * self.size_shift(size)
         return shift * time / (1 + (shift - 1) * time)
 
-    def for_size(self, size: ClipSize) -> "RectifiedFlow":
-        if self.by_size is None:
+    def specialize(self, size: ClipSize) -> "RectifiedFlow":
+        if self.size_shift is None:
             return self
-        return RectifiedFlow(shift=float(self.shift * self.by_size(size)))
+        return RectifiedFlow(shift=float(self.shift * self.size_shift(size)))
 
     def alpha(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         return 1 - time
@@ -60,15 +60,15 @@ class RectifiedFlow(Process):
     def sigma(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         return time
 
-    def time_at(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+    def ratio_to_time(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         return ratio / (1 + ratio)
 
     def velocity(self, estimate: Estimate, time: Float[Array, "*time"]) -> Float[Array, "*shape"]:
         return estimate.noise - estimate.data
 
-    def path(self, time: Float[Array, "*time"]) -> Path:
+    def flow_coordinates(self, time: Float[Array, "*time"]) -> FlowCoordinates:
         """Return the flow itself: dividing by alpha, as other processes do, would divide by 0 at pure noise."""
-        return Path(jnp.ones_like(time), time)
+        return FlowCoordinates(jnp.ones_like(time), time)
 
-    def slope(self, estimate: Estimate) -> Float[Array, "*shape"]:
+    def flow_slope(self, estimate: Estimate) -> Float[Array, "*shape"]:
         return estimate.noise - estimate.data

@@ -15,64 +15,64 @@ from dit_video.diffusion.processes.process import Process
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear:
+class LinearBetas:
     """Betas with uniform steps from the first to the last (arXiv 2006.11239, section 4)."""
 
-    first: float = 1e-4
-    last: float = 0.02
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
 
     def __post_init__(self):
-        _check_ends(self.first, self.last)
+        _check_ends(self.beta_start, self.beta_end)
 
     def __call__(self, steps: int) -> Float64[np.ndarray, " steps"]:
         """Return the betas of `steps` noise steps."""
-        return np.linspace(self.first, self.last, steps)
+        return np.linspace(self.beta_start, self.beta_end, steps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaledLinear:
+class ScaledLinearBetas:
     """Betas with uniformly spaced square roots, as in Stable Diffusion (arXiv 2112.10752)."""
 
-    first: float = 0.00085
-    last: float = 0.012
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
 
     def __post_init__(self):
-        _check_ends(self.first, self.last)
+        _check_ends(self.beta_start, self.beta_end)
 
     def __call__(self, steps: int) -> Float64[np.ndarray, " steps"]:
         """Return the betas of `steps` noise steps."""
-        return np.linspace(math.sqrt(self.first), math.sqrt(self.last), steps) ** 2
+        return np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), steps) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
+class CosineBetas:
     r"""Betas with $\alpha^2 \approx \cos^2\big(\frac{t + s}{1 + s}\frac\pi2\big)$ (arXiv 2102.09672, eq. 17)."""
 
     offset: float = 0.008
     """Offset $s$ of the cosine."""
-    most: float = 0.999
+    max_beta: float = 0.999
     """Largest beta."""
 
     def __call__(self, steps: int) -> Float64[np.ndarray, " steps"]:
         """Return the betas of `steps` noise steps."""
         angles = (np.arange(steps + 1) / steps + self.offset) / (1 + self.offset) * math.pi / 2
         alpha_squared = np.cos(angles) ** 2
-        return np.minimum(1 - alpha_squared[1:] / alpha_squared[:-1], self.most)
+        return np.minimum(1 - alpha_squared[1:] / alpha_squared[:-1], self.max_beta)
 
 
-Betas = Linear | ScaledLinear | Cosine
+BetaSchedule = LinearBetas | ScaledLinearBetas | CosineBetas
 
 
-def _check_ends(first: float, last: float) -> None:
-    if not 0 < first <= last < 1:
+def _check_ends(beta_start: float, beta_end: float) -> None:
+    if not 0 < beta_start <= beta_end < 1:
         raise UserError(
-            f"beta_start={first}, beta_end={last} is invalid: betas must rise, from above 0 to below 1. Use "
+            f"beta_start={beta_start}, beta_end={beta_end} is invalid: betas must rise, from above 0 to below 1. Use "
             "0 < beta_start <= beta_end < 1."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class VariancePreserving(Process):
+class VariancePreservingProcess(Process):
     r"""DDPM's process: $\alpha^2 + \sigma^2 = 1$, and $\alpha^2 = \prod_{i \le n} (1 - \beta_i)$ after $n$ steps.
 
     The time after $n$ of $N$ steps is $n / N$, while DDPM's papers count from 0 and call it step $n - 1$. Between two
@@ -82,7 +82,7 @@ class VariancePreserving(Process):
       UserError: If there are no steps.
     """
 
-    betas: Betas = Linear()
+    betas: BetaSchedule = LinearBetas()
     """Variances of the noise steps."""
     steps: int = 1000
     """Number of noise steps."""
@@ -99,22 +99,22 @@ class VariancePreserving(Process):
         return np.concatenate([[0.0], np.cumsum(np.log1p(-self.betas(self.steps)))])
 
     def alpha(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
-        xp = _library(time)
-        return xp.exp(self._log_alpha_squared_at(time) / 2)
+        xp = _get_array_module(time)
+        return xp.exp(self._interpolate_log_alpha_squared(time) / 2)
 
     def sigma(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
-        xp = _library(time)
-        return xp.sqrt(-xp.expm1(self._log_alpha_squared_at(time)))
+        xp = _get_array_module(time)
+        return xp.sqrt(-xp.expm1(self._interpolate_log_alpha_squared(time)))
 
-    def time_at(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
-        xp = _library(ratio)
+    def ratio_to_time(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        xp = _get_array_module(ratio)
         rising = -self.log_alpha_squared
         return xp.interp(xp.log1p(ratio**2), xp.asarray(rising), xp.linspace(0.0, 1.0, self.steps + 1))
 
-    def _log_alpha_squared_at(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
-        xp = _library(time)
+    def _interpolate_log_alpha_squared(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        xp = _get_array_module(time)
         return xp.interp(time, xp.linspace(0.0, 1.0, self.steps + 1), xp.asarray(self.log_alpha_squared))
 
 
-def _library(value: Array | np.ndarray) -> Any:
+def _get_array_module(value: Array | np.ndarray) -> Any:
     return np if isinstance(value, np.ndarray) else jnp

@@ -18,14 +18,14 @@ from jaxtyping import Array, Float
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.processes.process import Process
-from dit_video.diffusion.samplers.solvers import Interval, OneStep, SolverState
+from dit_video.diffusion.samplers.solvers import OneStepSolver, SolverState, StepInterval
 
-_LEAST_VARIANCE = 1e-20
+_MIN_VARIANCE = 1e-20
 """Lower bound of variances before their logarithm is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ddim(OneStep):
+class Ddim(OneStepSolver):
     """DDIM; the fresh noise has `eta` times the standard deviation of the posterior (arXiv 2010.02502, eq. 12, 16).
 
     With `eta` 0 it is Euler's method, with 1 ancestral sampling. A larger eta adds more noise than DDPM; it is limited
@@ -47,24 +47,24 @@ class Ddim(OneStep):
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def step(self, estimate: Estimator, process: Process, state: SolverState, interval: Interval) -> SolverState:
+    def step(self, estimate: Estimator, process: Process, state: SolverState, interval: StepInterval) -> SolverState:
         """Take the step described in the module docstring."""
         prediction = estimate(state.x, interval.time)
         if not self.stochastic:
-            return SolverState(process.add_noise(prediction.data, prediction.noise, interval.following))
-        sigma = process.sigma(interval.following)
-        variance = process.posterior(state.x, prediction.data, interval.time, interval.following).variance
+            return SolverState(process.add_noise(prediction.data, prediction.noise, interval.next_time))
+        sigma = process.sigma(interval.next_time)
+        variance = process.posterior(state.x, prediction.data, interval.time, interval.next_time).variance
         fresh = jnp.minimum(self.eta * jnp.sqrt(variance), sigma)
         remaining = jnp.sqrt(jnp.maximum(sigma**2 - fresh**2, 0.0))
         return SolverState(
-            process.alpha(interval.following) * prediction.data
+            process.alpha(interval.next_time) * prediction.data
             + remaining * prediction.noise
-            + fresh * _noise(interval)
+            + fresh * _get_noise(interval)
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ddpm(OneStep):
+class Ddpm(OneStepSolver):
     """A sample from the posterior at the estimated data (arXiv 2006.11239, algorithm 2).
 
     Its variance is the posterior's (`small`, exact if the data are a single point), or that of the noise added between
@@ -78,22 +78,22 @@ class Ddpm(OneStep):
     def stochastic(self) -> bool:
         return True
 
-    def step(self, estimate: Estimator, process: Process, state: SolverState, interval: Interval) -> SolverState:
+    def step(self, estimate: Estimator, process: Process, state: SolverState, interval: StepInterval) -> SolverState:
         """Take the step described in the module docstring."""
         time, next_time, _ = interval
         prediction = estimate(state.x, time)
         mean, small = process.posterior(state.x, prediction.data, time, next_time)
         large = process.added_variance(time, next_time)
         if prediction.variance is not None:
-            low, high = (jnp.log(jnp.maximum(bound, _LEAST_VARIANCE)) for bound in (small, large))
+            low, high = (jnp.log(jnp.maximum(bound, _MIN_VARIANCE)) for bound in (small, large))
             variance = jnp.exp(prediction.variance * high + (1 - prediction.variance) * low)
         else:
             variance = small if self.variance == "small" else large
-        return SolverState(mean + jnp.where(next_time == 0, 0.0, jnp.sqrt(variance)) * _noise(interval))
+        return SolverState(mean + jnp.where(next_time == 0, 0.0, jnp.sqrt(variance)) * _get_noise(interval))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lcm(OneStep):
+class Lcm(OneStepSolver):
     r"""The sampler of a consistency model: jumps to the data, then returns to the next time with fresh noise only.
 
     The data are $c_{skip} x + c_{out} \hat x_0$ with $c_{skip} = d^2 / (u^2 + d^2)$ and
@@ -119,15 +119,15 @@ class Lcm(OneStep):
     def stochastic(self) -> bool:
         return True
 
-    def step(self, estimate: Estimator, process: Process, state: SolverState, interval: Interval) -> SolverState:
+    def step(self, estimate: Estimator, process: Process, state: SolverState, interval: StepInterval) -> SolverState:
         """Estimate the data and add fresh noise for the next time."""
         scaled = self.scaling * interval.time
         size = scaled**2 + self.data_std**2
         prediction = estimate(state.x, interval.time).data
         data = self.data_std**2 / size * state.x + scaled / jnp.sqrt(size) * prediction
-        return SolverState(process.add_noise(data, _noise(interval), interval.following))
+        return SolverState(process.add_noise(data, _get_noise(interval), interval.next_time))
 
 
-def _noise(interval: Interval) -> Float[Array, "*shape"]:
+def _get_noise(interval: StepInterval) -> Float[Array, "*shape"]:
     assert interval.noise is not None, "the sampling loop passes noise to stochastic solvers"
     return interval.noise

@@ -20,11 +20,11 @@ from jaxtyping import Array, Float, Int
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.processes.process import Process
-from dit_video.diffusion.samplers.solvers import Interval, Solver
+from dit_video.diffusion.samplers.solvers import Solver, StepInterval
 
-Kind = Literal["midpoint", "heun"]
+DpmKind = Literal["midpoint", "heun"]
 
-_FEW_STEPS = 15
+_LOWER_ORDER_STEP_LIMIT = 15
 """Number of steps below which a last step of first order is more stable."""
 
 
@@ -33,26 +33,26 @@ class DpmState(NamedTuple):
 
     x: Float[Array, "*shape"]
     """The current sample."""
-    start: Float[Array, "*shape"]
+    start_x: Float[Array, "*shape"]
     """The sample at the start of the last step."""
     data: Float[Array, "*shape"]
     """The data estimated at the start of the last step."""
     time: Float[Array, ""]
     """The time at the start of the last step."""
-    done: Int[Array, ""]
+    steps_done: Int[Array, ""]
     """Number of steps that are done."""
-    left: Int[Array, ""]
+    steps_left: Int[Array, ""]
     """Number of steps that remain."""
 
 
-class _Dpm(Solver):
+class _DpmSolver(Solver):
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> DpmState:
         nothing = jnp.zeros((), jnp.int32)
         return DpmState(noisy, noisy, jnp.zeros_like(noisy), jnp.ones(()), nothing, nothing + steps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpmMultistep(_Dpm):
+class DpmMultistep(_DpmSolver):
     """DPM-Solver++(2M), or its SDE form with `eta` 1; one evaluation per step.
 
     The line goes through the previous evaluation. The first step is of first order, and so is a step to time 0, where
@@ -63,7 +63,7 @@ class DpmMultistep(_Dpm):
     """
 
     order: Literal[1, 2] = 2
-    kind: Kind = "midpoint"
+    kind: DpmKind = "midpoint"
     eta: float = 0.0
     """Amount of fresh noise: 0 is the probability flow, 1 the reverse SDE."""
     lower_order_final: bool = True
@@ -79,63 +79,63 @@ class DpmMultistep(_Dpm):
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def step(self, estimate: Estimator, process: Process, state: DpmState, interval: Interval) -> DpmState:
+    def step(self, estimate: Estimator, process: Process, state: DpmState, interval: StepInterval) -> DpmState:
         """Take a step of algorithm 2 of arXiv 2211.01095."""
         time, next_time, noise = interval
         data = estimate(state.x, time).data
-        is_first_order = (state.done == 0) | (next_time == 0) | (self.order == 1)
+        is_first_order = (state.steps_done == 0) | (next_time == 0) | (self.order == 1)
         if self.lower_order_final:
-            is_first_order |= (state.left == 1) & (state.done + state.left < _FEW_STEPS)
+            is_first_order |= (state.steps_left == 1) & (state.steps_done + state.steps_left < _LOWER_ORDER_STEP_LIMIT)
         # The slope of the line needs the step lengths before and after this evaluation. A first-order step has no
         # previous evaluation: any length but 0 avoids a division by zero there, and `length` 0 removes the slope.
-        previous_length = jnp.where(is_first_order, 1.0, _length(process, state.time, time))
-        length = jnp.where(is_first_order, 0.0, _length(process, time, next_time))
+        previous_length = jnp.where(is_first_order, 1.0, _compute_length(process, state.time, time))
+        length = jnp.where(is_first_order, 0.0, _compute_length(process, time, next_time))
         rise = length / previous_length * (data - state.data)
-        x = _advance(process, state.x, Interval(time, next_time, noise), data, rise, self.kind, self.eta)
-        return DpmState(x, state.x, data, _like(time, state.time), state.done + 1, state.left - 1)
+        x = _advance(process, state.x, StepInterval(time, next_time, noise), data, rise, self.kind, self.eta)
+        return DpmState(x, state.x, data, _cast_like(time, state.time), state.steps_done + 1, state.steps_left - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpmSinglestep(_Dpm):
+class DpmSinglestep(_DpmSolver):
     """DPM-Solver++(2S): a step spans two intervals and evaluates at the time between them; one evaluation per interval.
 
     The first interval is a first-order step to the midpoint. The second one restarts from the step's start, now along
     the line. A last interval without a second one is of first order, and so is one to time 0.
     """
 
-    kind: Kind = "midpoint"
+    kind: DpmKind = "midpoint"
     lower_order_final: bool = True
     """Makes the last interval first order."""
 
-    def step(self, estimate: Estimator, process: Process, state: DpmState, interval: Interval) -> DpmState:
+    def step(self, estimate: Estimator, process: Process, state: DpmState, interval: StepInterval) -> DpmState:
         """Take half a step of algorithm 1 of arXiv 2211.01095, with one evaluation."""
         time, next_time, _ = interval
         data = estimate(state.x, time).data
-        is_first_order = (state.done % 2 == 0) | (next_time == 0)
+        is_first_order = (state.steps_done % 2 == 0) | (next_time == 0)
         if self.lower_order_final:
-            is_first_order |= state.left == 1
-        start = jnp.where(is_first_order, state.x, state.start)
+            is_first_order |= state.steps_left == 1
+        start = jnp.where(is_first_order, state.x, state.start_x)
         start_data = jnp.where(is_first_order, data, state.data)
-        start_time = jnp.where(is_first_order, _like(time, state.time), state.time)
-        previous_length = jnp.where(is_first_order, 1.0, _length(process, start_time, time))
-        length = jnp.where(is_first_order, 0.0, _length(process, start_time, next_time))
+        start_time = jnp.where(is_first_order, _cast_like(time, state.time), state.time)
+        previous_length = jnp.where(is_first_order, 1.0, _compute_length(process, start_time, time))
+        length = jnp.where(is_first_order, 0.0, _compute_length(process, start_time, next_time))
         rise = length / previous_length * (data - start_data)
-        x = _advance(process, start, Interval(start_time, next_time), start_data, rise, self.kind, 0.0)
-        return DpmState(x, start, start_data, start_time, state.done + 1, state.left - 1)
+        x = _advance(process, start, StepInterval(start_time, next_time), start_data, rise, self.kind, 0.0)
+        return DpmState(x, start, start_data, start_time, state.steps_done + 1, state.steps_left - 1)
 
 
 def _advance(
     process: Process,
     x: Float[Array, "*shape"],
-    interval: Interval,
+    interval: StepInterval,
     data: Float[Array, "*shape"],
     rise: Float[Array, "*shape"],
-    kind: Kind,
+    kind: DpmKind,
     eta: float,
 ) -> Float[Array, "*shape"]:
     """Return the solution of the module docstring for data that change by `rise` over the interval."""
     time, next_time, noise = interval
-    alpha, sigma, h = process.alpha(next_time), process.sigma(next_time), _length(process, time, next_time)
+    alpha, sigma, h = process.alpha(next_time), process.sigma(next_time), _compute_length(process, time, next_time)
     rate = 1 + eta**2
     share = -jnp.expm1(-rate * h)
     slope_term = alpha * (share / 2 if kind == "midpoint" else 1 - share / (rate * h)) * rise
@@ -148,10 +148,10 @@ def _advance(
     return deterministic + decay + sigma * jnp.sqrt(-jnp.expm1(-2 * eta**2 * h)) * noise
 
 
-def _length(process: Process, time: Float[Array, ""], following: Float[Array, ""]) -> Float[Array, ""]:
+def _compute_length(process: Process, time: Float[Array, ""], next_time: Float[Array, ""]) -> Float[Array, ""]:
     """Return $h$, the difference of log-SNRs between two times."""
-    return process.half_log_snr(following) - process.half_log_snr(time)
+    return process.half_log_snr(next_time) - process.half_log_snr(time)
 
 
-def _like(value: Float[Array, ""], other: Float[Array, ""]) -> Float[Array, ""]:
+def _cast_like(value: Float[Array, ""], other: Float[Array, ""]) -> Float[Array, ""]:
     return value.astype(other.dtype)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion.predictions import X0, Denoise, Prediction, Velocity
+from dit_video.diffusion.predictions import X0, DenoiseFn, Prediction, Velocity
 from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.samplers.ancestral import Ddim
-from dit_video.diffusion.samplers.sampler import Sampler, advance, sample
+from dit_video.diffusion.samplers.sampler import DiffusionSampler, advance, sample
 from dit_video.diffusion.samplers.solvers import Euler, Heun
 
 
@@ -28,14 +28,14 @@ class Inversion(NamedTuple):
 
 
 def invert(
-    denoise: Denoise,
+    denoise: DenoiseFn,
     data: Float[Array, "B *shape"],
     times: Float[Array, " times"],
     *,
     process: Process,
-    solver: Sampler = Euler(),  # noqa: B008 (a value)
+    solver: DiffusionSampler = Euler(),  # noqa: B008 (a value)
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
-    told: Float[Array, " times"] | None = None,
+    model_times: Float[Array, " times"] | None = None,
 ) -> Inversion:
     """Return the noise of data, and the data sampled from that noise. Costs twice as much as sampling.
 
@@ -64,8 +64,10 @@ def invert(
             "model with another prediction."
         )
     start = solver.init(data, steps=times.shape[0] - 1)
-    end = advance(denoise, start, times, process=process, solver=solver, prediction=prediction, told=told).x
-    noise = end / process.start(jnp.ones(()))
+    end = advance(
+        denoise, start, times, process=process, solver=solver, prediction=prediction, model_times=model_times
+    ).x
+    noise = end / process.scale_initial_noise(jnp.ones(()))
     reconstruction = sample(
         denoise,
         noise,
@@ -73,7 +75,7 @@ def invert(
         process=process,
         solver=solver,
         prediction=prediction,
-        told=None if told is None else told[::-1],
+        model_times=None if model_times is None else model_times[::-1],
     )
     error = jnp.sqrt(jnp.square(reconstruction - data).mean(axis=tuple(range(1, data.ndim))))
     return Inversion(noise, reconstruction, error)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.processes.process import Process
-from dit_video.diffusion.samplers.solvers import Interval, SolverOf
+from dit_video.diffusion.samplers.solvers import SolverWrapper, StepInterval
 
 
 class RememberingState(NamedTuple):
@@ -24,7 +24,7 @@ class RememberingState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remembering(SolverOf):
+class Remembering(SolverWrapper):
     """A wrapper of a solver for a `denoise(noisy, time, past)` that returns a prediction and the next past.
 
     All evaluations within a step get the same past. The past returned by the first one is kept, so that a solver with
@@ -36,7 +36,7 @@ class Remembering(SolverOf):
         return RememberingState(self.solver.init(noisy, steps=steps), jnp.zeros_like(noisy))
 
     def step(
-        self, estimate: Estimator, process: Process, state: RememberingState, interval: Interval
+        self, estimate: Estimator, process: Process, state: RememberingState, interval: StepInterval
     ) -> RememberingState:
         """Take a step of the wrapped solver."""
         estimates = []

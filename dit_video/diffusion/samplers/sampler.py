@@ -12,20 +12,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion.predictions import Denoise, Estimator, Prediction, Velocity, estimator
+from dit_video.diffusion.predictions import DenoiseFn, Estimator, Prediction, Velocity, make_estimator
 from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.samplers.ancestral import Ddim, Ddpm, Lcm
 from dit_video.diffusion.samplers.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.samplers.momentum import Remembering
-from dit_video.diffusion.samplers.solvers import Euler, Heun, Interval, Solver
-from dit_video.diffusion.samplers.traced import Trace, Watched
+from dit_video.diffusion.samplers.solvers import Euler, Heun, Solver, StepInterval
+from dit_video.diffusion.samplers.traced import Trace, TracedSampler
 from dit_video.diffusion.samplers.unipc import UniPc
 
-Draw = Callable[[Int[Array, ""]], Float[Array, "*shape"]]
+NoiseFn = Callable[[Int[Array, ""]], Float[Array, "*shape"]]
 """Standard normal noise of a step, by its number from 0 on, in the shape of the sample."""
 
-Sampler = Euler | Heun | Ddim | Ddpm | DpmMultistep | DpmSinglestep | UniPc | Lcm
-SAMPLERS: dict[str, Sampler] = {
+DiffusionSampler = Euler | Heun | Ddim | Ddpm | DpmMultistep | DpmSinglestep | UniPc | Lcm
+SAMPLERS: dict[str, DiffusionSampler] = {
     "ddim": Ddim(),
     "ddpm": Ddpm(),
     "dpm++2m": DpmMultistep(),
@@ -39,7 +39,7 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def sampler(name: str) -> Sampler:
+def get_sampler(name: str) -> DiffusionSampler:
     """Return the sampler with this name.
 
     Raises:
@@ -50,7 +50,7 @@ def sampler(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
-def draws(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Draw:
+def make_noise_fn(keys: Key[Array, " B"], shape: tuple[int, ...]) -> NoiseFn:
     """Return a function that draws each sample's noise with its own key, independent of the rest of the batch.
 
     Args:
@@ -61,15 +61,15 @@ def draws(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Draw:
 
 
 def sample(
-    denoise: Denoise,
+    denoise: DenoiseFn,
     noise: Float[Array, "*shape"],
     times: Float[Array, " times"],
     *,
     process: Process,
-    solver: Sampler | Remembering,
+    solver: DiffusionSampler | Remembering,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
-    told: Float[Array, " times"] | None = None,
-    draw: Draw | None = None,
+    model_times: Float[Array, " times"] | None = None,
+    noise_fn: NoiseFn | None = None,
 ) -> Float[Array, "*shape"]:
     """Run `solver` over the intervals of `times`, from noise to data. `denoise` gets the time as a scalar.
 
@@ -86,73 +86,91 @@ def sample(
     Raises:
       UserError: If a stochastic solver gets no noise, or the solver can't follow the process.
     """
-    start = solver.init(process.start(noise), steps=times.shape[0] - 1)
-    return advance(denoise, start, times, process=process, solver=solver, prediction=prediction, told=told, draw=draw).x
+    start = solver.init(process.scale_initial_noise(noise), steps=times.shape[0] - 1)
+    return advance(
+        denoise,
+        start,
+        times,
+        process=process,
+        solver=solver,
+        prediction=prediction,
+        model_times=model_times,
+        noise_fn=noise_fn,
+    ).x
 
 
 def trace(
-    denoise: Denoise,
+    denoise: DenoiseFn,
     noise: Float[Array, "*shape"],
     times: Float[Array, " times"],
     *,
     process: Process,
-    solver: Sampler | Remembering,
+    solver: DiffusionSampler | Remembering,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
-    told: Float[Array, " times"] | None = None,
-    draw: Draw | None = None,
+    model_times: Float[Array, " times"] | None = None,
+    noise_fn: NoiseFn | None = None,
 ) -> Trace:
     """Run `sample` and return all intermediate results; `x[-1]` of the trace is the sample.
 
     Arguments and errors are those of `sample`.
     """
-    traced_solver = Watched(solver=solver, recorded=True)
-    start = traced_solver.init(process.start(noise), steps=times.shape[0] - 1)
+    traced_solver = TracedSampler(solver=solver, has_trace=True)
+    start = traced_solver.init(process.scale_initial_noise(noise), steps=times.shape[0] - 1)
     end = advance(
-        denoise, start, times, process=process, solver=traced_solver, prediction=prediction, told=told, draw=draw
+        denoise,
+        start,
+        times,
+        process=process,
+        solver=traced_solver,
+        prediction=prediction,
+        model_times=model_times,
+        noise_fn=noise_fn,
     )
-    return end.recorded
+    return end.trace
 
 
 def advance(
-    denoise: Denoise,
+    denoise: DenoiseFn,
     state: Any,
     times: Float[Array, " times"],
     *,
     process: Process,
     solver: Solver,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
-    told: Float[Array, " times"] | None = None,
-    draw: Draw | None = None,
-    first: Int[Array, ""] | int = 0,
+    model_times: Float[Array, " times"] | None = None,
+    noise_fn: NoiseFn | None = None,
+    first_step: Int[Array, ""] | int = 0,
 ) -> Any:
     """Advance a solver's state to the last of `times`; arguments are as for `sample`.
 
     Consecutive calls are equivalent to a single one, even with different models: the state knows the number of steps,
     and `first` is the number of the first step of this call.
     """
-    _check(solver, process, draw)
-    estimate: Estimator = estimator(_told(denoise, times, told), process, prediction)
+    _check_solver(solver, process, noise_fn)
+    estimate: Estimator = make_estimator(_replace_time(denoise, times, model_times), process, prediction)
 
     def step(state, interval):
         time, next_time, number = interval
-        noise = draw(number) if draw is not None and solver.stochastic else None
-        return solver.step(estimate, process, state, Interval(time, next_time, noise)), None
+        noise = noise_fn(number) if noise_fn is not None and solver.stochastic else None
+        return solver.step(estimate, process, state, StepInterval(time, next_time, noise)), None
 
-    numbers = first + jnp.arange(times.shape[0] - 1)
+    numbers = first_step + jnp.arange(times.shape[0] - 1)
     return jax.lax.scan(step, state, (times[:-1], times[1:], numbers))[0]
 
 
-def _check(solver: Solver, process: Process, draw: Draw | None) -> None:
+def _check_solver(solver: Solver, process: Process, noise_fn: NoiseFn | None) -> None:
     solver.check(process)
-    if solver.stochastic and draw is None:
+    if solver.stochastic and noise_fn is None:
         raise UserError(
             f"noise_fn=None is invalid: {solver.name} draws noise in every step. Use "
             "noise_fn=make_noise_fn(keys, shape)."
         )
 
 
-def _told(denoise: Denoise, times: Float[Array, " times"], told: Float[Array, " times"] | None) -> Denoise:
+def _replace_time(
+    denoise: DenoiseFn, times: Float[Array, " times"], model_times: Float[Array, " times"] | None
+) -> DenoiseFn:
     """Return `denoise` with the model time in place of the time; solvers evaluate it at the schedule's times only."""
-    if told is None:
+    if model_times is None:
         return denoise
-    return lambda noisy, time, *past: denoise(noisy, told[jnp.argmin(jnp.abs(times - time), axis=0)], *past)
+    return lambda noisy, time, *past: denoise(noisy, model_times[jnp.argmin(jnp.abs(times - time), axis=0)], *past)

@@ -13,11 +13,11 @@ from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.processes.process import Process
 
 
-class Interval(NamedTuple):
+class StepInterval(NamedTuple):
     """The times of one step, and its noise."""
 
     time: Float[Array, ""]
-    following: Float[Array, ""]
+    next_time: Float[Array, ""]
     noise: Float[Array, "*shape"] | None = None
     """Standard normal noise of this step."""
 
@@ -50,12 +50,12 @@ class Solver(ABC):
         """Return the state before the first of `steps` steps; its `x` is the sample."""
 
     @abstractmethod
-    def step(self, estimate: Estimator, process: Process, state: Any, interval: Interval) -> Any:
+    def step(self, estimate: Estimator, process: Process, state: Any, interval: StepInterval) -> Any:
         """Return the state after one step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverOf(Solver):
+class SolverWrapper(Solver):
     """A wrapper of another solver, with its name, noise and processes."""
 
     solver: Solver
@@ -78,7 +78,7 @@ class SolverState(NamedTuple):
     x: Float[Array, "*shape"]
 
 
-class OneStep(Solver):
+class OneStepSolver(Solver):
     """A solver without memory of earlier steps."""
 
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> SolverState:
@@ -86,17 +86,17 @@ class OneStep(Solver):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Euler(OneStep):
+class Euler(OneStepSolver):
     """First order, with one evaluation per step. For every process it is DDIM without noise (arXiv 2010.02502)."""
 
-    def step(self, estimate: Estimator, process: Process, state: SolverState, interval: Interval) -> SolverState:
+    def step(self, estimate: Estimator, process: Process, state: SolverState, interval: StepInterval) -> SolverState:
         """Combine the estimated data and noise in the proportions of the next time."""
         prediction = estimate(state.x, interval.time)
-        return SolverState(process.add_noise(prediction.data, prediction.noise, interval.following))
+        return SolverState(process.add_noise(prediction.data, prediction.noise, interval.next_time))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heun(OneStep):
+class Heun(OneStepSolver):
     """Second order: the mean of the slopes at both ends of a step in `flow_coordinates`; two evaluations per step.
 
     A step to the data is Euler's, since few models predict the noise in data without noise.
@@ -105,22 +105,22 @@ class Heun(OneStep):
     def check(self, process: Process) -> None:
         """Check that alpha is not 0 at time 1."""
         with jax.ensure_compile_time_eval():
-            is_finite = bool(jnp.isfinite(process.path(jnp.ones(())).clock))
+            is_finite = bool(jnp.isfinite(process.flow_coordinates(jnp.ones(())).integration_time))
         if not is_finite:
             raise UserError(
                 f"solver heun is invalid: it solves {type(process).__name__} in x / alpha, and alpha is 0 at its "
                 "noise. Use euler, ddim, dpm++2m or unipc."
             )
 
-    def step(self, estimate: Estimator, process: Process, state: SolverState, interval: Interval) -> SolverState:
+    def step(self, estimate: Estimator, process: Process, state: SolverState, interval: StepInterval) -> SolverState:
         """Apply the explicit trapezoidal rule (arXiv 2206.00364, algorithm 1)."""
-        start, end = process.path(interval.time), process.path(interval.following)
-        x, length = state.x / start.scale, end.clock - start.clock
-        slope = process.slope(estimate(state.x, interval.time))
+        start, end = process.flow_coordinates(interval.time), process.flow_coordinates(interval.next_time)
+        x, length = state.x / start.scale, end.integration_time - start.integration_time
+        slope = process.flow_slope(estimate(state.x, interval.time))
         proposal = end.scale * (x + length * slope)
 
         def corrected() -> Array:
-            next_slope = process.slope(estimate(proposal, interval.following))
+            next_slope = process.flow_slope(estimate(proposal, interval.next_time))
             return end.scale * (x + length * (slope + next_slope) / 2)
 
-        return SolverState(jax.lax.cond(interval.following == 0, lambda: proposal, corrected))
+        return SolverState(jax.lax.cond(interval.next_time == 0, lambda: proposal, corrected))

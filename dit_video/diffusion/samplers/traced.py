@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.processes.process import Process
-from dit_video.diffusion.samplers.solvers import Interval, SolverOf
+from dit_video.diffusion.samplers.solvers import SolverWrapper, StepInterval
 
 
 class Trace(NamedTuple):
@@ -21,15 +21,15 @@ class Trace(NamedTuple):
     """The data estimated at the start of each step."""
 
 
-class WatchedState(NamedTuple):
+class TracedSamplerState(NamedTuple):
     """The wrapped solver's state, and what was recorded."""
 
     solver: Any
-    done: Int[Array, ""]
+    steps_done: Int[Array, ""]
     """Number of steps that are done."""
-    failed: Int[Array, ""]
+    failed_step: Int[Array, ""]
     """Number of the first step, from 0 on, after which a value was not finite; -1 if there is none."""
-    recorded: Trace | None
+    trace: Trace | None
     """Trajectory so far; None if it is not kept."""
 
     @property
@@ -39,37 +39,41 @@ class WatchedState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watched(SolverOf):
+class TracedSampler(SolverWrapper):
     """A wrapper of a solver that skips steps of length 0, records the first non-finite one, and may keep a trace.
 
     Steps of length 0 cost nothing: times may be padded with their last one, so that one program serves several numbers
     of steps.
     """
 
-    recorded: bool = False
+    has_trace: bool = False
     """Keeps all states in a `Trace`."""
 
-    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> WatchedState:
+    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> TracedSamplerState:
         """Return the state before the first of `steps` steps, not counting those of length 0."""
         trace = None
-        if self.recorded:
+        if self.has_trace:
             trace = Trace(*(jnp.zeros((steps, *noisy.shape), noisy.dtype) for _ in range(2)))
-        return WatchedState(
+        return TracedSamplerState(
             solver=self.solver.init(noisy, steps=steps),
-            done=jnp.zeros((), jnp.int32),
-            failed=jnp.full((), -1, jnp.int32),
-            recorded=trace,
+            steps_done=jnp.zeros((), jnp.int32),
+            failed_step=jnp.full((), -1, jnp.int32),
+            trace=trace,
         )
 
-    def step(self, estimate: Estimator, process: Process, state: WatchedState, interval: Interval) -> WatchedState:
+    def step(
+        self, estimate: Estimator, process: Process, state: TracedSamplerState, interval: StepInterval
+    ) -> TracedSamplerState:
         """Take a step of the wrapped solver if the interval has a length."""
         return jax.lax.cond(
-            interval.time != interval.following,
+            interval.time != interval.next_time,
             lambda: self._step(estimate, process, state, interval),
             lambda: state,
         )
 
-    def _step(self, estimate: Estimator, process: Process, state: WatchedState, interval: Interval) -> WatchedState:
+    def _step(
+        self, estimate: Estimator, process: Process, state: TracedSamplerState, interval: StepInterval
+    ) -> TracedSamplerState:
         estimates = []
 
         def estimate_and_record(noisy, time, *past):
@@ -77,8 +81,12 @@ class Watched(SolverOf):
             return estimates[-1]
 
         solver_state = self.solver.step(estimate_and_record, process, state.solver, interval)
-        trace = state.recorded
+        trace = state.trace
         if trace is not None:
-            trace = Trace(trace.x.at[state.done].set(solver_state.x), trace.data.at[state.done].set(estimates[0].data))
-        is_first_failure = (state.failed < 0) & ~jnp.isfinite(solver_state.x).all(axis=None)
-        return WatchedState(solver_state, state.done + 1, jnp.where(is_first_failure, state.done, state.failed), trace)
+            trace = Trace(
+                trace.x.at[state.steps_done].set(solver_state.x), trace.data.at[state.steps_done].set(estimates[0].data)
+            )
+        is_first_failure = (state.failed_step < 0) & ~jnp.isfinite(solver_state.x).all(axis=None)
+        return TracedSamplerState(
+            solver_state, state.steps_done + 1, jnp.where(is_first_failure, state.steps_done, state.failed_step), trace
+        )

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.processes.process import Process
-from dit_video.diffusion.samplers.solvers import Interval, Solver
+from dit_video.diffusion.samplers.solvers import Solver, StepInterval
 
 
 class UniPcState(NamedTuple):
@@ -35,15 +35,15 @@ class UniPcState(NamedTuple):
 
     x: Float[Array, "*shape"]
     """The current (predicted) sample."""
-    before: Float[Array, "*shape"]
+    start_x: Float[Array, "*shape"]
     """The (corrected) sample at the start of the last step."""
     predictions: Float[Array, "M *shape"]
     """Predictions of the data."""
     times: Float[Array, " M"]
     """Times of the predictions."""
-    done: Int[Array, ""]
+    steps_done: Int[Array, ""]
     """Number of steps that are done."""
-    left: Int[Array, ""]
+    steps_left: Int[Array, ""]
     """Number of steps that remain."""
     order: Int[Array, ""]
     """Order of the last step."""
@@ -66,7 +66,7 @@ class UniPc(Solver):
     """Form of $B(h)$ in the module docstring: `solver_type` of diffusers."""
     lower_order_final: bool = True
     """Lowers the order of the last steps to ..., 2, 1, which is more stable with few steps."""
-    uncorrected: tuple[int, ...] = ()
+    uncorrected_steps: tuple[int, ...] = ()
     """Steps, counted from 0, whose result is not corrected."""
 
     def __post_init__(self):
@@ -78,18 +78,18 @@ class UniPc(Solver):
         zero = jnp.zeros((), jnp.int32)
         return UniPcState(
             x=noisy,
-            before=noisy,
+            start_x=noisy,
             predictions=jnp.zeros((self.order, *noisy.shape), noisy.dtype),
             times=jnp.ones((self.order,)),
-            done=zero,
-            left=zero + steps,
+            steps_done=zero,
+            steps_left=zero + steps,
             order=zero,
         )
 
-    def step(self, estimate: Estimator, process: Process, state: UniPcState, interval: Interval) -> UniPcState:
+    def step(self, estimate: Estimator, process: Process, state: UniPcState, interval: StepInterval) -> UniPcState:
         """Evaluate at `x`, correct `x` by it, and predict the sample at the next time."""
         advance = partial(_advance, process, self.kind)
-        time, next_time = interval.time, interval.following
+        time, next_time = interval.time, interval.next_time
         prediction = estimate(state.x, time).data
 
         def make_corrector(order: int) -> Callable[[], Array]:
@@ -98,10 +98,10 @@ class UniPc(Solver):
                 [time, *(state.times[k] for k in indices)],
                 [prediction, *(state.predictions[k] for k in indices)],
             )
-            return lambda: advance(state.before, state.times[0], time, state.predictions[0], nodes, values)
+            return lambda: advance(state.start_x, state.times[0], time, state.predictions[0], nodes, values)
 
         orders = range(1, self.order + 1)
-        is_uncorrected = jnp.isin(state.done - 1, jnp.asarray(self.uncorrected, jnp.int32))
+        is_uncorrected = jnp.isin(state.steps_done - 1, jnp.asarray(self.uncorrected_steps, jnp.int32))
         x = jax.lax.switch(jnp.where(is_uncorrected, 0, state.order), [lambda: state.x, *map(make_corrector, orders)])
 
         predictions = jnp.concatenate([prediction[None], state.predictions[:-1]])
@@ -112,17 +112,17 @@ class UniPc(Solver):
             nodes, values = [times[k] for k in indices], [predictions[k] for k in indices]
             return lambda: advance(x, time, next_time, prediction, nodes, values)
 
-        order = jnp.minimum(self.order, state.done + 1)
+        order = jnp.minimum(self.order, state.steps_done + 1)
         if self.lower_order_final:
-            order = jnp.minimum(order, state.left)
+            order = jnp.minimum(order, state.steps_left)
         order = jnp.where(next_time == 0, 1, order)
         return UniPcState(
             x=jax.lax.switch(order - 1, [make_predictor(number) for number in orders]),
-            before=x,
+            start_x=x,
             predictions=predictions,
             times=times,
-            done=state.done + 1,
-            left=state.left - 1,
+            steps_done=state.steps_done + 1,
+            steps_left=state.steps_left - 1,
             order=order,
         )
 
@@ -142,12 +142,12 @@ def _advance(
     change = jnp.expm1(-h) * prediction
     if nodes:
         ratios = [(process.half_log_snr(node) - process.half_log_snr(start)) / h for node in nodes]
-        for weight, ratio, value in zip(_weights(kind, h, ratios), ratios, values, strict=True):
+        for weight, ratio, value in zip(_compute_weights(kind, h, ratios), ratios, values, strict=True):
             change = change + weight * (value - prediction) / ratio
     return process.sigma(end) / process.sigma(start) * x - process.alpha(end) * change
 
 
-def _weights(kind: str, h: Float[Array, ""], ratios: Sequence[Float[Array, ""]]) -> list[Float[Array, ""]]:
+def _compute_weights(kind: str, h: Float[Array, ""], ratios: Sequence[Float[Array, ""]]) -> list[Float[Array, ""]]:
     """Return $w$ of the module docstring.
 
     With several nodes, the weight of a node is the sum of the moments over the powers of its Lagrange polynomial, which

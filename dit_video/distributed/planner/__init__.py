@@ -2,39 +2,39 @@
 
 from dit_video.distributed.planner.compiled_program import (
     CompiledStep,
-    Memory,
+    MemoryUsage,
     compile_step,
-    held,
-    measured_peak,
-    peak_of,
+    compute_peak_memory,
+    count_argument_bytes,
+    measure_peak_memory,
 )
-from dit_video.distributed.planner.estimate import Step, estimate
-from dit_video.distributed.planner.hardware import CHIPS, Chip, Topology, chip_of, peak_flops
-from dit_video.distributed.planner.hlo import Moved, Program, read_program
-from dit_video.distributed.planner.lower_bounds import least_moved, moved_over
-from dit_video.distributed.planner.roofline import Times, Work, link_of, step_times
+from dit_video.distributed.planner.estimate import StepSpec, estimate_step
+from dit_video.distributed.planner.hardware import CHIPS, Chip, Topology, find_chip, get_peak_flops
+from dit_video.distributed.planner.hlo import CollectiveTraffic, Program, read_program
+from dit_video.distributed.planner.lower_bounds import compute_min_collective_bytes, sum_collective_bytes
+from dit_video.distributed.planner.roofline import StepTimes, StepWork, compute_step_times, get_link_bandwidth
 
 __all__ = [
     "CHIPS",
     "Chip",
+    "CollectiveTraffic",
     "CompiledStep",
-    "Memory",
-    "Moved",
+    "MemoryUsage",
     "Program",
-    "Step",
-    "Times",
+    "StepSpec",
+    "StepTimes",
+    "StepWork",
     "Topology",
-    "Work",
-    "chip_of",
     "compile_step",
-    "estimate",
-    "held",
-    "least_moved",
-    "link_of",
-    "measured_peak",
-    "moved_over",
-    "peak_flops",
-    "peak_of",
+    "compute_min_collective_bytes",
+    "compute_peak_memory",
+    "compute_step_times",
+    "count_argument_bytes",
+    "estimate_step",
+    "find_chip",
+    "get_link_bandwidth",
+    "get_peak_flops",
+    "measure_peak_memory",
     "read_program",
-    "step_times",
+    "sum_collective_bytes",
 ]

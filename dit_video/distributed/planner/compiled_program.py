@@ -17,7 +17,7 @@ from dit_video.distributed.planner.hlo import Program, read_program
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class MemoryUsage:
     """Memory of a step, in bytes on the device that needs the most."""
 
     parameters: int
@@ -42,17 +42,17 @@ class Memory:
 class CompiledStep:
     """Memory and operations of a step, as the compiler reports them."""
 
-    memory: Memory
+    memory: MemoryUsage
     program: Program | None
     """Operations of the program; None if it does not fit into memory and was not compiled."""
-    seconds: float
+    compile_seconds: float
     """Seconds that compilation took."""
-    over: str | None = None
+    oom_message: str | None = None
     """Error message of the compiler if the program does not fit into memory, else None."""
 
 
 @contextlib.contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
+def override_default_backend(platform: str) -> Iterator[None]:
     """Override JAX's default backend in a context: layers choose their loops and kernels by it."""
     default_backend = jax.default_backend
     jax.default_backend = lambda: platform  # type: ignore[assignment]
@@ -67,8 +67,8 @@ def compile_step(
     arguments: tuple[PyTree, ...],
     mesh: jax.sharding.Mesh,
     *,
-    turns: int = 1,
-    room: int | None = None,
+    outer_trip_count: int = 1,
+    max_outer_trip_count: int | None = None,
 ) -> CompiledStep:
     """Compile a jitted step for the devices of a mesh, and read its memory and operations.
 
@@ -82,29 +82,36 @@ def compile_step(
     """
     platform = mesh.devices.flat[0].platform
     start = time.perf_counter()
-    with compiling_for(platform):
+    with override_default_backend(platform):
         lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))  # type: ignore[attr-defined]
-    state_bytes = held(arguments)
+    state_bytes = count_argument_bytes(arguments)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason, required = over_the_limit(str(error), arguments=sum(state_bytes.values()))
+        reason, required = parse_oom_message(str(error), argument_bytes=sum(state_bytes.values()))
         temporary = max(0, required - sum(state_bytes.values()))
-        memory = Memory(**state_bytes, activations=0, temporary=temporary, peak=required)
-        return CompiledStep(memory=memory, program=None, seconds=time.perf_counter() - start, over=reason)
+        memory = MemoryUsage(**state_bytes, activations=0, temporary=temporary, peak=required)
+        return CompiledStep(
+            memory=memory, program=None, compile_seconds=time.perf_counter() - start, oom_message=reason
+        )
     seconds = time.perf_counter() - start
-    program = read_program(compiled.as_text(), dict(mesh.shape), turns=turns, room=room)
+    program = read_program(
+        compiled.as_text(),
+        dict(mesh.shape),
+        outer_trip_count=outer_trip_count,
+        max_outer_trip_count=max_outer_trip_count,
+    )
     analysis = compiled.memory_analysis()
-    peak = peak_of(analysis)
+    peak = compute_peak_memory(analysis)
     temporary = max(0, peak - sum(state_bytes.values()))
-    activations = min(int(program.kept), temporary)
-    memory = Memory(**state_bytes, activations=activations, temporary=temporary - activations, peak=peak)
-    return CompiledStep(memory=memory, program=program, seconds=seconds)
+    activations = min(int(program.saved_bytes), temporary)
+    memory = MemoryUsage(**state_bytes, activations=activations, temporary=temporary - activations, peak=peak)
+    return CompiledStep(memory=memory, program=program, compile_seconds=seconds)
 
 
-def measured_peak(step: Callable[..., Any], arguments: tuple[PyTree, ...]) -> int | None:
+def measure_peak_memory(step: Callable[..., Any], arguments: tuple[PyTree, ...]) -> int | None:
     """Run a step once on the devices of its arguments' shardings, with zeros, and return their peak memory in bytes.
 
     Returns None if the devices don't report it, as CPUs don't.
@@ -121,7 +128,7 @@ def measured_peak(step: Callable[..., Any], arguments: tuple[PyTree, ...]) -> in
     return max(device_stats["peak_bytes_in_use"] for device_stats in stats) if all(stats) else None
 
 
-def peak_of(analysis: Any) -> int:
+def compute_peak_memory(analysis: Any) -> int:
     """Return a program's peak memory in bytes, from `compiled.memory_analysis()`.
 
     Donated arguments are counted once, as results take their place.
@@ -134,19 +141,19 @@ def peak_of(analysis: Any) -> int:
     )
 
 
-def held(arguments: tuple[PyTree, ...]) -> dict[str, int]:
+def count_argument_bytes(arguments: tuple[PyTree, ...]) -> dict[str, int]:
     """Return the bytes of a step's arguments on one device, by kind: parameters, optimizer, ema, other."""
     sizes = {"parameters": 0, "optimizer": 0, "ema": 0, "other": 0}
     for number, argument in enumerate(arguments):
         leaves = flatten(argument)
         bare_parameters = number == 0 and not any("step" in path.split("/")[:2] for path in leaves)
         for path, leaf in leaves.items():
-            kind = "parameters" if bare_parameters else _part(path) if number == 0 else "other"
-            sizes[kind] += local_bytes(leaf)
+            kind = "parameters" if bare_parameters else _classify_leaf(path) if number == 0 else "other"
+            sizes[kind] += count_local_bytes(leaf)
     return sizes
 
 
-def _part(path: str) -> str:
+def _classify_leaf(path: str) -> str:
     names = path.split("/")
     if "opt_state" in names:
         return "optimizer"
@@ -155,7 +162,7 @@ def _part(path: str) -> str:
     return "parameters" if "params" in names else "other"
 
 
-def local_bytes(leaf: Any) -> int:
+def count_local_bytes(leaf: Any) -> int:
     """Return the bytes of an array's shard on one device."""
     sharding = getattr(leaf, "sharding", None)
     shape = tuple(leaf.shape) if sharding is None else sharding.shard_shape(tuple(leaf.shape))
@@ -165,12 +172,12 @@ def local_bytes(leaf: Any) -> int:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-_SIZE = r"([\d.]+)\s*([KMGT]?)i?B?\b"
-_TEMPORARY = rf"HLO temporaries \({_SIZE}\)"
-_WHOLE = rf"(?:Used|allocate|requires?|needs?|total of)[^\d]{{0,40}}{_SIZE}"
+_SIZE_PATTERN = r"([\d.]+)\s*([KMGT]?)i?B?\b"
+_TEMPORARY_PATTERN = rf"HLO temporaries \({_SIZE_PATTERN}\)"
+_TOTAL_PATTERN = rf"(?:Used|allocate|requires?|needs?|total of)[^\d]{{0,40}}{_SIZE_PATTERN}"
 
 
-def over_the_limit(message: str, *, arguments: int) -> tuple[str, int]:
+def parse_oom_message(message: str, *, argument_bytes: int) -> tuple[str, int]:
     """Parse the compiler's out-of-memory message and return its main sentence and the required peak memory in bytes.
 
     Args:
@@ -179,7 +186,7 @@ def over_the_limit(message: str, *, arguments: int) -> tuple[str, int]:
         temporaries alone exceed the memory.
     """
     lines = [line.strip().removeprefix("RESOURCE_EXHAUSTED: ") for line in message.splitlines()]
-    for pattern, extra in ((_TEMPORARY, arguments), (_WHOLE, 0)):
+    for pattern, extra in ((_TEMPORARY_PATTERN, argument_bytes), (_TOTAL_PATTERN, 0)):
         for line in lines:
             if size := re.search(pattern, line):
                 return line, int(float(size[1]) * _UNITS[size[2]]) + extra

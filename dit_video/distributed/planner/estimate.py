@@ -6,11 +6,11 @@ Plans are ranked by these estimates, so that only the promising ones have to be 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from dit_video.distributed.planner.compiled_program import Memory
-from dit_video.distributed.planner.hlo import Moved
-from dit_video.distributed.planner.roofline import Work
+from dit_video.distributed.planner.compiled_program import MemoryUsage
+from dit_video.distributed.planner.hlo import CollectiveTraffic
+from dit_video.distributed.planner.roofline import StepWork
 
-_KERNEL_BACKWARD = 3.5
+_FUSED_BACKWARD_RATIO = 3.5
 """FLOPs of a fused attention kernel's backward pass, in units of its forward pass (2 matrix products).
 
 The gradient of the queries takes 3 products and that of keys and values 4, as both recompute the scores
@@ -19,61 +19,63 @@ The gradient of the queries takes 3 products and that of keys and values 4, as b
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepSpec:
     """Sizes and FLOPs of a training or sampling step, as its config defines them."""
 
     width: int
-    hidden: int
+    mlp_dim: int
     layers: int
-    tokens: int
+    tokens_per_row: int
     """Tokens of one packed row, including padding."""
     rows: int
     """Rows of the global batch."""
     itemsize: int
     """Bytes per value of the inputs of matrix products."""
     remat: str
-    forward: int
+    forward_flops: int
     """FLOPs of the forward pass over the global batch, including attention."""
-    attention: int
-    fused: bool = True
+    attention_flops: int
+    fused_attention: bool = True
     """Attention uses a fused kernel, which doesn't store the scores."""
-    block: int | None = None
+    query_block: int | None = None
     """Queries per block of a fused kernel, which reads all keys and values once a block; None if unknown or unfused."""
     training: bool = True
 
-    def resized(self, rows: int, remat: str) -> "Step":
+    def resize(self, rows: int, remat: str) -> "StepSpec":
         """Return the step of the same model for another number of rows and another recomputation policy."""
-        forward, attention = self.forward // self.rows * rows, self.attention // self.rows * rows
-        return replace(self, rows=rows, remat=remat, forward=forward, attention=attention)
+        forward, attention = self.forward_flops // self.rows * rows, self.attention_flops // self.rows * rows
+        return replace(self, rows=rows, remat=remat, forward_flops=forward, attention_flops=attention)
 
     @property
-    def again(self) -> bool:
+    def is_recomputed(self) -> bool:
         """Return True if the backward pass recomputes activations, which repeats the forward pass's collectives."""
         return self.training and self.remat != "none"
 
     @property
-    def attention_again(self) -> bool:
+    def is_attention_recomputed(self) -> bool:
         """Return True if the backward pass recomputes attention."""
-        return self.again and self.remat not in ("attention", "dots_attention")
+        return self.is_recomputed and self.remat not in ("attention", "dots_attention")
 
     @property
-    def products_again(self) -> bool:
+    def is_matmul_recomputed(self) -> bool:
         """Return True if the backward pass recomputes the products with weights, as none of their results are kept."""
-        return self.again and self.remat in ("full", "attention")
+        return self.is_recomputed and self.remat in ("full", "attention")
 
     @property
-    def executed(self) -> int:
+    def executed_flops(self) -> int:
         """Return the FLOPs that are executed, including recomputation."""
-        products = self.forward - self.attention
-        return products * ((4 if self.products_again else 3) if self.training else 1) + self.attention_executed
+        products = self.forward_flops - self.attention_flops
+        return (
+            products * ((4 if self.is_matmul_recomputed else 3) if self.training else 1) + self.executed_attention_flops
+        )
 
     @property
-    def attention_executed(self) -> int:
+    def executed_attention_flops(self) -> int:
         """Return the FLOPs that attention executes, including recomputation."""
         if not self.training:
-            return self.attention
-        backward = _KERNEL_BACKWARD if self.fused else 2.0
-        return round(((2 if self.attention_again else 1) + backward) * self.attention)
+            return self.attention_flops
+        backward = _FUSED_BACKWARD_RATIO if self.fused_attention else 2.0
+        return round(((2 if self.is_attention_recomputed else 1) + backward) * self.attention_flops)
 
     @property
     def attention_bytes(self) -> int:
@@ -82,13 +84,15 @@ class Step:
         The forward pass and the gradient of the queries read all keys and values for each block of queries; the
         gradient of keys and values reads all queries and their gradients for each block of keys.
         """
-        if self.block is None:
+        if self.query_block is None:
             return 0
-        passes = (4 if self.attention_again else 3) if self.training else 1
-        return passes * self.attention * self.itemsize // (2 * self.block)
+        passes = (4 if self.is_attention_recomputed else 3) if self.training else 1
+        return passes * self.attention_flops * self.itemsize // (2 * self.query_block)
 
 
-def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int]) -> tuple[Memory, Work]:
+def estimate_step(
+    step: StepSpec, state_bytes: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int]
+) -> tuple[MemoryUsage, StepWork]:
     """Estimate the memory and the work of a step on one device.
 
     Args:
@@ -101,12 +105,12 @@ def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mappi
     for size in mesh.values():
         devices *= size
     tensor = mesh["tensor"]
-    local_tokens = step.rows * step.tokens // (mesh["data"] * mesh["fsdp"] * mesh["context"])
+    local_tokens = step.rows * step.tokens_per_row // (mesh["data"] * mesh["fsdp"] * mesh["context"])
     residual = 4 * local_tokens * step.width
     # One layer stores the residual stream and its six modulations in float32 and, in the dtype of products,
     # queries, keys, values, attention's output and the hidden layer of the MLP.
-    layer_activations = 10 * residual + local_tokens * (8 * step.width + 3 * step.hidden) * step.itemsize // tensor
-    product_results = local_tokens * (8 * step.width + step.hidden) * step.itemsize // tensor
+    layer_activations = 10 * residual + local_tokens * (8 * step.width + 3 * step.mlp_dim) * step.itemsize // tensor
+    product_results = local_tokens * (8 * step.width + step.mlp_dim) * step.itemsize // tensor
     attention_output = local_tokens * step.width * step.itemsize // tensor
     saved = {
         "full": 0,
@@ -117,42 +121,48 @@ def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mappi
     layer_saved = layer_activations if step.remat == "none" else residual + saved.get(step.remat, product_results)
     activations = step.layers * layer_saved if step.training else 0
     gathered = 2 * layer_bytes // 4 * step.itemsize // tensor
-    gradients = parts["parameters"] if step.training else 0
+    gradients = state_bytes["parameters"] if step.training else 0
     temporary = gradients + gathered + (2 * layer_activations if step.training else layer_activations)
-    memory = Memory(
-        parameters=parts["parameters"],
-        optimizer=parts["optimizer"],
-        ema=parts["ema"],
-        other=parts["other"],
+    memory = MemoryUsage(
+        parameters=state_bytes["parameters"],
+        optimizer=state_bytes["optimizer"],
+        ema=state_bytes["ema"],
+        other=state_bytes["other"],
         activations=activations,
         temporary=temporary,
-        peak=sum(parts.values()) + activations + temporary,
+        peak=sum(state_bytes.values()) + activations + temporary,
     )
     # The state is read and written once; the activations of a layer about twice in each pass.
-    passes = (4 if step.products_again else 3) if step.training else 1
+    passes = (4 if step.is_matmul_recomputed else 3) if step.training else 1
     traffic = (
-        2 * sum(parts.values())
+        2 * sum(state_bytes.values())
         + passes * step.layers * (2 * layer_activations + gathered)
         + step.attention_bytes / devices
     )
-    collectives = tuple(part for part in _moved(step, parts, layer_bytes, mesh, local_tokens) if part.bytes)
-    return memory, Work(flops=step.executed / devices, bytes=float(traffic), moved=collectives)
+    collectives = tuple(
+        part for part in _list_collectives(step, state_bytes, layer_bytes, mesh, local_tokens) if part.bytes
+    )
+    return memory, StepWork(flops=step.executed_flops / devices, bytes=float(traffic), collectives=collectives)
 
 
-def _moved(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int], local: int) -> list[Moved]:
+def _list_collectives(
+    step: StepSpec, state_bytes: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int], local_tokens: int
+) -> list[CollectiveTraffic]:
     """Return the unavoidable collectives, with the bytes that each device receives."""
     fsdp, tensor, context, data = (mesh[name] for name in ("fsdp", "tensor", "context", "data"))
-    passes = (3 if step.again else 2) if step.training else 1
+    passes = (3 if step.is_recomputed else 2) if step.training else 1
 
     def remote_share(size: int) -> float:
         return (size - 1) / size
 
     weights = step.layers * layer_bytes // tensor
-    local_values = local * step.width
+    local_values = local_tokens * step.width
     collectives = [
-        Moved("all-gather", ("fsdp",), passes * remote_share(fsdp) * weights / 4 * step.itemsize, passes * step.layers),
+        CollectiveTraffic(
+            "all-gather", ("fsdp",), passes * remote_share(fsdp) * weights / 4 * step.itemsize, passes * step.layers
+        ),
         # Queries, keys, values and attention's output (arXiv 2309.14509), and their gradients in the backward pass.
-        Moved(
+        CollectiveTraffic(
             "all-to-all",
             ("context",),
             4
@@ -165,7 +175,7 @@ def _moved(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mapping
             4 * passes * step.layers,
         ),
         # Sums after attention and MLP, and of the gradients of their inputs (arXiv 1909.08053, section 3).
-        Moved(
+        CollectiveTraffic(
             "all-reduce",
             ("tensor",),
             2 * 3 * passes * step.layers * remote_share(tensor) * local_values * 4,
@@ -174,8 +184,8 @@ def _moved(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mapping
     ]
     if step.training:
         collectives += [
-            Moved("reduce-scatter", ("fsdp",), remote_share(fsdp) * weights, step.layers),
-            Moved("all-reduce", ("data",), 2 * remote_share(data) * parts["parameters"], 1),
-            Moved("all-reduce", ("context",), 2 * remote_share(context) * parts["parameters"], 1),
+            CollectiveTraffic("reduce-scatter", ("fsdp",), remote_share(fsdp) * weights, step.layers),
+            CollectiveTraffic("all-reduce", ("data",), 2 * remote_share(data) * state_bytes["parameters"], 1),
+            CollectiveTraffic("all-reduce", ("context",), 2 * remote_share(context) * state_bytes["parameters"], 1),
         ]
     return collectives

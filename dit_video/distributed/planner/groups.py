@@ -4,7 +4,7 @@ import math
 import re
 
 
-def lists(text: str, name: str) -> list[list[int]]:
+def parse_lists(text: str, name: str) -> list[list[int]]:
     """Parse an attribute such as `name={{0,1},{2,3}}`; return an empty list if it is absent."""
     match = re.search(name + r"=\{(\{.*?\})\}", text)
     return (
@@ -14,7 +14,7 @@ def lists(text: str, name: str) -> list[list[int]]:
     )
 
 
-def replica_groups(text: str, devices: int) -> list[list[int]]:
+def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
     """Parse the groups of devices among which a collective communicates.
 
     HLO has three notations: `{{0,1},{2,3}}`; `[2,2]<=[2,2]T(1,0)`, an array of all devices that is transposed and cut
@@ -22,18 +22,18 @@ def replica_groups(text: str, devices: int) -> list[list[int]]:
     first group is returned.
     """
     if mesh_form := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        group = _along(mesh_form[1], mesh_form[2])
+        group = _get_first_group(mesh_form[1], mesh_form[2])
         order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", mesh_form[0])
-        ids = list(range(devices)) if order is None else _transposed(order[1], order[2])
+        ids = list(range(devices)) if order is None else _transpose_devices(order[1], order[2])
         return [[ids[index] for index in group]]
     iota_form = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota_form is None:
-        return lists(text, "replica_groups") or [list(range(devices))]
-    rows, length, ids = int(iota_form[1]), int(iota_form[2]), _transposed(iota_form[3], iota_form[4])
+        return parse_lists(text, "replica_groups") or [list(range(devices))]
+    rows, length, ids = int(iota_form[1]), int(iota_form[2]), _transpose_devices(iota_form[3], iota_form[4])
     return [ids[row * length : (row + 1) * length] for row in range(rows)]
 
 
-def _transposed(sizes_text: str, axes: str | None) -> list[int]:
+def _transpose_devices(sizes_text: str, axes: str | None) -> list[int]:
     """Return all device ids, laid out in an array of these sizes and transposed."""
     sizes = [int(size) for size in sizes_text.split(",")]
     order = [int(axis) for axis in axes.split(",")] if axes else list(range(len(sizes)))
@@ -44,7 +44,7 @@ def _transposed(sizes_text: str, axes: str | None) -> list[int]:
     return ids
 
 
-def _along(mesh: str, axes: str) -> list[int]:
+def _get_first_group(mesh: str, axes: str) -> list[int]:
     """Return the first group along some axes of a mesh such as `'a'=2,'b'=8`.
 
     An axis may be split: `'b':(2)4` is its middle factor of size 4, with 2 blocks outside and the rest of the axis
@@ -63,7 +63,7 @@ def _along(mesh: str, axes: str) -> list[int]:
     return ids
 
 
-def axes_of(group: list[int], mesh: dict[str, int], *, permuted: bool = False) -> tuple[str, ...]:
+def find_mesh_axes(group: list[int], mesh: dict[str, int], *, permuted: bool = False) -> tuple[str, ...]:
     """Return the mesh axes that a group spans; `('part of', …)` if the group doesn't span them completely."""
     sizes = list(mesh.values())
     steps = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]

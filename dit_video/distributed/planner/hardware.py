@@ -23,29 +23,29 @@ class Chip:
     """Bytes of HBM."""
     bandwidth: float
     """Bytes per second that HBM transfers."""
-    link: float
+    link_bandwidth: float
     """Bytes per second that a ring of chips transfers, both directions together.
 
     For a TPU these are the two links along one axis of its torus, for a GPU all of its NVLink in one direction.
     """
-    domain: int | None = None
+    nvlink_domain: int | None = None
     """Number of GPUs that NVLink connects; None for TPUs, whose slices are fully connected."""
-    network: float = 50e9
+    network_bandwidth: float = 50e9
     """Bytes per second from a GPU to those of other domains, by default through a 400 Gbit/s adapter for each GPU."""
-    price: float | None = None
+    hourly_price: float | None = None
     """US dollars per chip and hour; None if unknown."""
     source: str
     price_source: str = ""
-    topology: str = ""
+    libtpu_name: str = ""
     """Name of the chip in libtpu, if it differs from `name`."""
-    devices: tuple[str, ...] = ()
+    device_kinds: tuple[str, ...] = ()
     """Substrings of the `device_kind` that JAX reports for these chips."""
 
 
 _DOCS = "docs.cloud.google.com/tpu/docs"
 _BOOK = "links: jax-ml.github.io/scaling-book/tpus"
 _PRICES = "cloud.google.com/tpu/pricing, on demand in the cheapest US region, 2025"
-_BLOCKS = "aws.amazon.com/ec2/capacityblocks/pricing, US East, January 2025"
+_CAPACITY_BLOCK_PRICES = "aws.amazon.com/ec2/capacityblocks/pricing, US East, January 2025"
 
 CHIPS = {
     chip.name: chip
@@ -56,11 +56,11 @@ CHIPS = {
             flops=275e12,
             memory=32 * GIB,
             bandwidth=1228e9,
-            link=90e9,
-            price=3.22,
+            link_bandwidth=90e9,
+            hourly_price=3.22,
             source=f"{_DOCS}/v4; {_BOOK}",
             price_source=_PRICES,
-            devices=("TPU v4",),
+            device_kinds=("TPU v4",),
         ),
         Chip(
             name="v5e",
@@ -68,11 +68,11 @@ CHIPS = {
             flops=197e12,
             memory=16 * GIB,
             bandwidth=819e9,
-            link=90e9,
-            price=1.20,
+            link_bandwidth=90e9,
+            hourly_price=1.20,
             source=f"{_DOCS}/v5e; {_BOOK}",
             price_source=_PRICES,
-            devices=("TPU v5 lite", "TPU v5e"),
+            device_kinds=("TPU v5 lite", "TPU v5e"),
         ),
         Chip(
             name="v5p",
@@ -80,11 +80,11 @@ CHIPS = {
             flops=459e12,
             memory=95 * GIB,
             bandwidth=2765e9,
-            link=180e9,
-            price=4.20,
+            link_bandwidth=180e9,
+            hourly_price=4.20,
             source=f"{_DOCS}/v5p; {_BOOK}",
             price_source=_PRICES,
-            devices=("TPU v5p", "TPU v5"),
+            device_kinds=("TPU v5p", "TPU v5"),
         ),
         Chip(
             name="v6e",
@@ -92,11 +92,11 @@ CHIPS = {
             flops=918e12,
             memory=32 * GIB,
             bandwidth=1638e9,
-            link=180e9,
-            price=2.70,
+            link_bandwidth=180e9,
+            hourly_price=2.70,
             source=f"{_DOCS}/v6e; {_BOOK}",
             price_source=_PRICES,
-            devices=("TPU v6 lite", "TPU v6e"),
+            device_kinds=("TPU v6 lite", "TPU v6e"),
         ),
         Chip(
             name="v7x",
@@ -104,10 +104,10 @@ CHIPS = {
             flops=2307e12,
             memory=192 * GIB,
             bandwidth=7380e9,
-            link=200e9,
+            link_bandwidth=200e9,
             source=f"{_DOCS}/tpu7x (1,200 GB/s of links in both directions, over the six of a torus)",
-            topology="tpu7x",
-            devices=("TPU7x",),
+            libtpu_name="tpu7x",
+            device_kinds=("TPU7x",),
         ),
         Chip(
             name="a100",
@@ -115,11 +115,11 @@ CHIPS = {
             flops=312e12,
             memory=80 * GB,
             bandwidth=2039e9,
-            link=300e9,
-            domain=8,
-            network=25e9,
+            link_bandwidth=300e9,
+            nvlink_domain=8,
+            network_bandwidth=25e9,
             source="NVIDIA A100 80GB SXM data sheet; network: DGX A100 with 200 Gbit/s for each GPU",
-            devices=("A100",),
+            device_kinds=("A100",),
         ),
         Chip(
             name="h100",
@@ -127,12 +127,12 @@ CHIPS = {
             flops=989e12,
             memory=80 * GB,
             bandwidth=3350e9,
-            link=450e9,
-            domain=8,
-            price=4.92,
+            link_bandwidth=450e9,
+            nvlink_domain=8,
+            hourly_price=4.92,
             source="NVIDIA H100 SXM data sheet, without sparsity",
-            price_source=_BLOCKS,
-            devices=("H100 80GB HBM3",),  # Other H100 models are slower.
+            price_source=_CAPACITY_BLOCK_PRICES,
+            device_kinds=("H100 80GB HBM3",),  # Other H100 models are slower.
         ),
         Chip(
             name="h200",
@@ -140,12 +140,12 @@ CHIPS = {
             flops=989e12,
             memory=141 * GB,
             bandwidth=4800e9,
-            link=450e9,
-            domain=8,
-            price=5.41,
+            link_bandwidth=450e9,
+            nvlink_domain=8,
+            hourly_price=5.41,
             source="NVIDIA H200 SXM data sheet, without sparsity",
-            price_source=_BLOCKS,
-            devices=("H200", "GH200"),
+            price_source=_CAPACITY_BLOCK_PRICES,
+            device_kinds=("H200", "GH200"),
         ),
         Chip(
             name="b200",
@@ -153,10 +153,10 @@ CHIPS = {
             flops=2250e12,
             memory=180 * GB,
             bandwidth=7700e9,
-            link=900e9,
-            domain=8,
+            link_bandwidth=900e9,
+            nvlink_domain=8,
             source="NVIDIA HGX B200 data sheet, without sparsity",
-            devices=("B200",),
+            device_kinds=("B200",),
         ),
     )
 }
@@ -171,7 +171,7 @@ class Topology:
     """Shape of a TPU's torus, or the number of GPUs."""
 
     @property
-    def chips(self) -> int:
+    def num_chips(self) -> int:
         return math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -185,7 +185,7 @@ class Topology:
           UserError: the chip is not in the table, or the shape has the wrong number of sizes.
         """
         name, _, shape = text.lower().partition(":")
-        chip = next((chip for chip in CHIPS.values() if name in (chip.name, chip.topology or chip.name)), None)
+        chip = next((chip for chip in CHIPS.values() if name in (chip.name, chip.libtpu_name or chip.name)), None)
         if chip is None:
             raise UserError(f"chip {name!r} is not supported. Use one of {', '.join(CHIPS)}, as in v5e:4x4 or h100:8")
         parts = shape.split("x")
@@ -197,7 +197,7 @@ class Topology:
             )
         return Topology(chip, tuple(map(int, parts)))
 
-    def devices(self) -> list[Any]:
+    def get_devices(self) -> list[Any]:
         """Return descriptions of TPU devices from libtpu, for which programs can be compiled without the hardware.
 
         Raises:
@@ -205,7 +205,7 @@ class Topology:
           UserError: these chips don't come in this shape.
         """
         # libtpu queries its host and claims the chips exclusively; here there are none.
-        for name, value in _NO_HARDWARE.items():
+        for name, value in _NO_HARDWARE_ENV.items():
             os.environ.setdefault(name, value)
         try:
             import libtpu  # noqa: F401
@@ -213,14 +213,14 @@ class Topology:
             raise MissingError("libtpu, which compiles for TPUs, is not installed. Use pip install libtpu") from error
         from jax.experimental import topologies
 
-        name = f"{self.chip.topology or self.chip.name}:{'x'.join(map(str, self.shape))}"
+        name = f"{self.chip.libtpu_name or self.chip.name}:{'x'.join(map(str, self.shape))}"
         try:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
         except Exception as error:
             raise UserError(f"libtpu has no topology {name}: {str(error).splitlines()[0]}") from error
 
 
-_NO_HARDWARE = {
+_NO_HARDWARE_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5e-16",
@@ -230,24 +230,26 @@ _NO_HARDWARE = {
 }
 
 
-def chip_of(device: Any) -> Chip | None:
+def find_chip(device: Any) -> Chip | None:
     """Return the chip of a JAX device, or None if it is not in the table."""
     kind = device.device_kind
     # The longest matching name wins: "TPU v5 lite" also contains "TPU v5".
-    matches = [(len(part), chip) for chip in CHIPS.values() for part in chip.devices if part in kind]
+    matches = [(len(part), chip) for chip in CHIPS.values() for part in chip.device_kinds if part in kind]
     return max(matches, key=lambda match: match[0])[1] if matches else None
 
 
-def peak_flops(devices: Sequence[Any]) -> float | None:
+def get_peak_flops(devices: Sequence[Any]) -> float | None:
     """Return the devices' total peak FLOPs per second in bfloat16, or None if one is not in the table."""
-    chips = [chip_of(device) for device in devices]
+    chips = [find_chip(device) for device in devices]
     return (
         None
         if None in chips
-        else sum(chip.flops / _share(device) for chip, device in zip(chips, devices, strict=True) if chip)
+        else sum(
+            chip.flops / _count_devices_per_chip(device) for chip, device in zip(chips, devices, strict=True) if chip
+        )
     )
 
 
-def _share(device: Any) -> int:
+def _count_devices_per_chip(device: Any) -> int:
     """Return the number of JAX devices per chip: two where JAX reports a chip's cores."""
     return 2 if device.device_kind in ("TPU7x", "TPU v2", "TPU v3") else 1

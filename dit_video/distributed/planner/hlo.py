@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dit_video.distributed.planner.groups import axes_of, lists, replica_groups
-from dit_video.distributed.planner.products import convolution_flops, dot_flops
+from dit_video.distributed.planner.groups import find_mesh_axes, parse_lists, parse_replica_groups
+from dit_video.distributed.planner.products import count_convolution_flops, count_dot_flops
 
 _BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+\w*|c\d+)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _NAMES = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLEES = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CHAIN = re.compile(r'"?chain_id"?[:=]"?(\w+)"?')
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHAIN_ID = re.compile(r'"?chain_id"?[:=]"?(\w+)"?')
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 """Kinds of collectives; a ragged all-to-all counts as an all-to-all, a broadcast as a permutation."""
-_KIND = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
+_KIND_ALIASES = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
 
 
 class Shape(NamedTuple):
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
     dtype: str
     sizes: tuple[int, ...]
-    near: bool
+    is_in_vmem: bool
     """The array is in the processor's on-chip memory (VMEM), not in HBM."""
 
     @property
@@ -49,20 +49,20 @@ class Instruction(NamedTuple):
     """An instruction: one line of a computation."""
 
     name: str
-    kind: str
+    opcode: str
     shapes: tuple[Shape, ...]
     """Shapes of the result, or of the parts of a tuple."""
     operands: tuple[str, ...]
     rest: str
     """Operands and attributes as text."""
-    root: bool
+    is_root: bool
 
 
 Computation = dict[str, Instruction]
 
 
 @dataclass
-class Moved:
+class CollectiveTraffic:
     """Traffic of one kind of collective over some mesh axes, in one step."""
 
     kind: str
@@ -72,7 +72,7 @@ class Moved:
 
     `(n - 1) / n` of what is gathered, scattered or exchanged among `n` devices, and twice that for an all-reduce.
     """
-    times: int = 0
+    count: int = 0
     """Number of executions in one step."""
 
 
@@ -84,22 +84,24 @@ class Program:
     """FLOPs of matrix products and convolutions, without those inside kernels."""
     bytes: float = 0.0
     """Bytes that instructions read from HBM and write to it, assuming that no operand is cached."""
-    kernels: int = 0
+    kernel_calls: int = 0
     """Calls of custom kernels, whose FLOPs the text doesn't contain."""
-    moved: dict[tuple[str, tuple[str, ...]], Moved] = field(default_factory=dict)
+    collectives: dict[tuple[str, tuple[str, ...]], CollectiveTraffic] = field(default_factory=dict)
     """Traffic by kind of collective and mesh axes."""
-    kept: float = 0.0
+    saved_bytes: float = 0.0
     """Bytes that loops over layers stack up for the backward pass."""
     unknown_loops: int = 0
     """Number of loops whose trip count is unknown, each counted once."""
 
     @property
-    def sent(self) -> float:
+    def collective_bytes(self) -> float:
         """Return the bytes that a device receives from all collectives."""
-        return sum((part.bytes for part in self.moved.values()), start=0.0)
+        return sum((part.bytes for part in self.collectives.values()), start=0.0)
 
 
-def read_program(text: str, mesh: dict[str, int], *, turns: int = 1, room: int | None = None) -> Program:
+def read_program(
+    text: str, mesh: dict[str, int], *, outer_trip_count: int = 1, max_outer_trip_count: int | None = None
+) -> Program:
     """Read the operations of a compiled program from `compiled.as_text()`.
 
     Args:
@@ -109,14 +111,14 @@ def read_program(text: str, mesh: dict[str, int], *, turns: int = 1, room: int |
         one with an unknown trip count, or with `max_outer_trip_count`, most of whose iterations may do nothing.
       max_outer_trip_count: upper bound of that loop's trip count.
     """
-    computations, entry = _computations(text)
-    reader = _Reader(computations, mesh, turns, room)
+    computations, entry = _parse_computations(text)
+    reader = _CostReader(computations, mesh, outer_trip_count, max_outer_trip_count)
     if entry is not None:
-        reader.walk(entry, 1, inside=False)
-    return reader.found
+        reader.walk(entry, 1, in_fusion=False)
+    return reader.program
 
 
-def _computations(text: str) -> tuple[dict[str, Computation], str | None]:
+def _parse_computations(text: str) -> tuple[dict[str, Computation], str | None]:
     computations: dict[str, Computation] = {}
     current: Computation = {}
     entry = None
@@ -125,17 +127,17 @@ def _computations(text: str) -> tuple[dict[str, Computation], str | None]:
             if header := _HEADER.match(line):
                 current = computations[header[2]] = {}
                 entry = header[2] if header[1] else entry
-        elif (instruction := _instruction(line)) is not None:
+        elif (instruction := _parse_instruction(line)) is not None:
             current[instruction.name] = instruction
     return computations, entry
 
 
-def _instruction(line: str) -> Instruction | None:
+def _parse_instruction(line: str) -> Instruction | None:
     name, separator, definition = line.strip().partition(" = ")
     if not separator:
         return None
     root = name.startswith("ROOT ")
-    end = _closing(definition, 0) + 1 if definition.startswith("(") else definition.find(" ")
+    end = _find_closing_bracket(definition, 0) + 1 if definition.startswith("(") else definition.find(" ")
     kind, opening, rest = definition[end:].strip().partition("(")
     if end <= 0 or not opening or " " in kind:
         return None
@@ -143,11 +145,11 @@ def _instruction(line: str) -> Instruction | None:
         Shape(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(1)" in (layout or ""))
         for dtype, sizes, layout in _ARRAY.findall(definition[:end])
     )
-    inner = rest[: _closing("(" + rest, 0) - 1]
+    inner = rest[: _find_closing_bracket("(" + rest, 0) - 1]
     return Instruction(name.removeprefix("ROOT ").lstrip("%"), kind, shapes, tuple(_NAMES.findall(inner)), rest, root)
 
 
-def _closing(text: str, start: int) -> int:
+def _find_closing_bracket(text: str, start: int) -> int:
     """Return the index of the bracket that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
@@ -157,7 +159,7 @@ def _closing(text: str, start: int) -> int:
     return len(text) - 1
 
 
-_FREE = frozenset(
+_NO_TRAFFIC = frozenset(
     {
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
         *("while", "conditional", "call", "opt-barrier", "async-start", "async-update", "async-done"),
@@ -166,192 +168,219 @@ _FREE = frozenset(
 """Opcodes that don't access memory themselves."""
 
 
-_SLICES = frozenset({"slice", "slice-start", "dynamic-slice", "gather"})
+_SLICE_OPCODES = frozenset({"slice", "slice-start", "dynamic-slice", "gather"})
 """Opcodes that read no more of their first operand than they return."""
 
 
-class _Reader:
+class _CostReader:
     """Accumulates the costs of a program while walking through its computations."""
 
-    def __init__(self, computations: dict[str, Computation], mesh: dict[str, int], outermost: int, room: int | None):
-        self.computations, self.mesh, self.outermost, self.room = computations, mesh, outermost, room
-        self.found = Program()
+    def __init__(
+        self,
+        computations: dict[str, Computation],
+        mesh: dict[str, int],
+        outer_trip_count: int,
+        max_outer_trip_count: int | None,
+    ):
+        self.computations, self.mesh, self.outer_trip_count, self.max_outer_trip_count = (
+            computations,
+            mesh,
+            outer_trip_count,
+            max_outer_trip_count,
+        )
+        self.program = Program()
         self._chains: set[tuple[str, str]] = set()
 
-    def walk(self, name: str, times: int, *, inside: bool) -> None:
+    def walk(self, name: str, executions: int, *, in_fusion: bool) -> None:
         """Count a computation that runs `executions` times; nothing inside a fusion accesses memory."""
         computation = self.computations.get(name, {})
         for instruction in computation.values():
-            self._count(instruction, computation, times, inside)
+            self._count(instruction, computation, executions, in_fusion)
 
-    def _count(self, each: Instruction, computation: Computation, times: int, inside: bool) -> None:
-        if each.kind == "while":
-            self._loop(each, times)
+    def _count(self, instruction: Instruction, computation: Computation, executions: int, in_fusion: bool) -> None:
+        if instruction.opcode == "while":
+            self._count_loop(instruction, executions)
             return
-        if each.kind.endswith(("-done", "-update")):  # Counted at its start.
+        if instruction.opcode.endswith(("-done", "-update")):  # Counted at its start.
             return
-        if each.kind == "dot":
-            self.found.flops += times * dot_flops(each, computation)
-        elif each.kind == "convolution":
-            self.found.flops += times * convolution_flops(each, computation)
-        elif each.kind == "custom-call" and "tpu_custom_call" in each.rest:
-            self.found.kernels += times
-        self._collective(each, computation, times)
-        if not inside and each.kind not in _FREE:
-            self.found.bytes += times * self._traffic(each, computation)
-        fused = inside or each.kind == "fusion"
-        for kind, callee in _CALLED.findall(each.rest):
-            if kind != "to_apply" or each.kind == "call":
-                self.walk(callee, times, inside=fused)
-        for branches in _BRANCHES.findall(each.rest):
+        if instruction.opcode == "dot":
+            self.program.flops += executions * count_dot_flops(instruction, computation)
+        elif instruction.opcode == "convolution":
+            self.program.flops += executions * count_convolution_flops(instruction, computation)
+        elif instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.rest:
+            self.program.kernel_calls += executions
+        self._count_collective(instruction, computation, executions)
+        if not in_fusion and instruction.opcode not in _NO_TRAFFIC:
+            self.program.bytes += executions * self._count_traffic(instruction, computation)
+        fused = in_fusion or instruction.opcode == "fusion"
+        for kind, callee in _CALLEES.findall(instruction.rest):
+            if kind != "to_apply" or instruction.opcode == "call":
+                self.walk(callee, executions, in_fusion=fused)
+        for branches in _BRANCHES.findall(instruction.rest):
             for callee in re.findall(r"[\w.\-]+", branches):
-                self.walk(callee, times, inside=fused)
+                self.walk(callee, executions, in_fusion=fused)
 
-    def _loop(self, each: Instruction, times: int) -> None:
-        callees = dict(_CALLED.findall(each.rest))
-        trip_count = self._turns(each, callees.get("condition", ""))
+    def _count_loop(self, instruction: Instruction, executions: int) -> None:
+        callees = dict(_CALLEES.findall(instruction.rest))
+        trip_count = self._read_trip_count(instruction, callees.get("condition", ""))
         # A loop with the maximum trip count may end earlier, so the assumed trip count replaces it.
-        if trip_count is not None and trip_count == self.room and times == 1:
-            trip_count = self.outermost
+        if trip_count is not None and trip_count == self.max_outer_trip_count and executions == 1:
+            trip_count = self.outer_trip_count
         if trip_count is None:
-            trip_count = self.outermost if times == 1 else 1
-            self.found.unknown_loops += trip_count == 1
+            trip_count = self.outer_trip_count if executions == 1 else 1
+            self.program.unknown_loops += trip_count == 1
         body = callees.get("body", "")
         # Backward loops ("transpose") only consume what the forward loops have stacked up.
-        if "transpose(" not in each.rest and times == 1:
-            self.found.kept += _stacked(self.computations, body, trip_count)
-        self.walk(body, times * trip_count, inside=False)
+        if "transpose(" not in instruction.rest and executions == 1:
+            self.program.saved_bytes += _count_stacked_bytes(self.computations, body, trip_count)
+        self.walk(body, executions * trip_count, in_fusion=False)
 
-    def _turns(self, each: Instruction, condition: str) -> int | None:
-        if known := _TRIPS.search(each.rest):
+    def _read_trip_count(self, instruction: Instruction, condition: str) -> int | None:
+        if known := _TRIP_COUNT.search(instruction.rest):
             return int(known[1])
         # A loop that counts up compares its counter with the largest scalar constant of its condition.
         instructions = self.computations.get(condition, {})
-        if any(part.kind == "compare" and "direction=LT" in part.rest for part in self._within(instructions)):
+        if any(
+            part.opcode == "compare" and "direction=LT" in part.rest
+            for part in self._iterate_instructions(instructions)
+        ):
             limits = [
-                part for part in self._within(instructions) if part.kind == "constant" and part.shapes[0].values == 1
+                part
+                for part in self._iterate_instructions(instructions)
+                if part.opcode == "constant" and part.shapes[0].values == 1
             ]
             numbers = [int(part.rest.split(")")[0]) for part in limits if re.match(r"\d+\)", part.rest)]
             return max(numbers) if numbers else None
         return None
 
-    def _within(self, computation: Computation) -> Iterator[Instruction]:
+    def _iterate_instructions(self, computation: Computation) -> Iterator[Instruction]:
         for instruction in computation.values():
             yield instruction
-            for kind, callee in _CALLED.findall(instruction.rest):
+            for kind, callee in _CALLEES.findall(instruction.rest):
                 if kind == "calls":
-                    yield from self._within(self.computations.get(callee, {}))
+                    yield from self._iterate_instructions(self.computations.get(callee, {}))
 
-    def _collective(self, each: Instruction, computation: Computation, times: int) -> None:
-        kind = each.kind.removesuffix("-start")
-        kind = _KIND.get(kind, kind)
+    def _count_collective(self, instruction: Instruction, computation: Computation, executions: int) -> None:
+        kind = instruction.opcode.removesuffix("-start")
+        kind = _KIND_ALIASES.get(kind, kind)
         if kind not in COLLECTIVES:
             return
-        if chain := _CHAIN.search(each.rest):
+        if chain := _CHAIN_ID.search(instruction.rest):
             # One asynchronous collective is printed in the computations of its start, its middle and its end.
             if (kind, chain[1]) in self._chains:
                 return
             self._chains.add((kind, chain[1]))
-        sources = [computation[name] for name in each.operands if name in computation]
+        sources = [computation[name] for name in instruction.operands if name in computation]
         operand_bytes = sum(shape.bytes for source in sources for shape in source.shapes)
         if kind == "collective-permute":
-            pairs = lists(each.rest, "source_target_pairs")
+            pairs = parse_lists(instruction.rest, "source_target_pairs")
             group = next((pair for pair in pairs if pair[0] != pair[1]), [])
             remote_share = 1.0
         else:
-            groups = replica_groups(each.rest, math.prod(self.mesh.values()))
+            groups = parse_replica_groups(instruction.rest, math.prod(self.mesh.values()))
             group = groups[0] if groups else []
             remote_share = (len(group) - 1) / max(1, len(group))
         if len(group) < 2:
             return
-        if kind == "all-reduce" and self._scatters(each, computation):
+        if kind == "all-reduce" and self._is_reduce_scatter(instruction, computation):
             kind = "reduce-scatter"
         received = {"all-gather": operand_bytes * len(group), "all-reduce": 2 * operand_bytes}.get(
             kind, operand_bytes
         ) * remote_share
-        axes = axes_of(group, self.mesh, permuted=kind == "collective-permute")
-        traffic = self.found.moved.setdefault((kind, axes), Moved(kind, axes))
-        traffic.bytes += times * received
-        traffic.times += times
+        axes = find_mesh_axes(group, self.mesh, permuted=kind == "collective-permute")
+        traffic = self.program.collectives.setdefault((kind, axes), CollectiveTraffic(kind, axes))
+        traffic.bytes += executions * received
+        traffic.count += executions
 
-    def _scatters(self, each: Instruction, computation: Computation) -> bool:
+    def _is_reduce_scatter(self, instruction: Instruction, computation: Computation) -> bool:
         """Return True if only slices of an all-reduce are used: a compiler pass turns it into a reduce-scatter."""
-        users = list(_users(each.name, computation))
-        return bool(users) and not each.root and all(user.kind == "dynamic-slice" for user in users)
+        users = list(_find_users(instruction.name, computation))
+        return bool(users) and not instruction.is_root and all(user.opcode == "dynamic-slice" for user in users)
 
-    def _traffic(self, each: Instruction, computation: Computation) -> int:
+    def _count_traffic(self, instruction: Instruction, computation: Computation) -> int:
         """Return the bytes that an instruction reads and writes."""
-        callee = dict(_CALLED.findall(each.rest)).get("calls") if each.kind == "fusion" else None
+        callee = dict(_CALLEES.findall(instruction.rest)).get("calls") if instruction.opcode == "fusion" else None
         fused = self.computations.get(callee, {}) if callee else {}
-        return sum(self._read(each, fused, computation)) + self._written(each, fused, computation)
+        return sum(self._count_read_bytes(instruction, fused, computation)) + self._count_written_bytes(
+            instruction, fused, computation
+        )
 
-    def _read(self, each: Instruction, fused: Computation, computation: Computation) -> Iterator[int]:
-        parameters = {part.rest.split(")")[0]: part.name for part in fused.values() if part.kind == "parameter"}
-        for number, name in enumerate(each.operands):
+    def _count_read_bytes(
+        self, instruction: Instruction, fused: Computation, computation: Computation
+    ) -> Iterator[int]:
+        parameters = {part.rest.split(")")[0]: part.name for part in fused.values() if part.opcode == "parameter"}
+        for number, name in enumerate(instruction.operands):
             source = computation.get(name)
-            if source is None or len(source.shapes) != 1 or source.shapes[0].near:
+            if source is None or len(source.shapes) != 1 or source.shapes[0].is_in_vmem:
                 continue
-            if each.kind in _SLICES:
-                yield sum(shape.bytes for shape in _made(each)) if number == 0 else 0
+            if instruction.opcode in _SLICE_OPCODES:
+                yield sum(shape.bytes for shape in _get_result_shapes(instruction)) if number == 0 else 0
                 continue
-            if each.kind == "dynamic-update-slice" and number == 0:
+            if instruction.opcode == "dynamic-update-slice" and number == 0:
                 continue
             parameter = parameters.get(str(number))
             users = [part for part in fused.values() if parameter is not None and parameter in part.operands]
-            slices = [part for part in users if part.kind in _SLICES and part.operands[0] == parameter]
-            updates = [part for part in users if part.kind == "dynamic-update-slice" and part.operands[0] == parameter]
+            slices = [part for part in users if part.opcode in _SLICE_OPCODES and part.operands[0] == parameter]
+            updates = [
+                part for part in users if part.opcode == "dynamic-update-slice" and part.operands[0] == parameter
+            ]
             # A fusion that only slices an operand, or updates it in place, doesn't read the rest of it.
             if users and len(slices) + len(updates) == len(users):
                 yield sum(part.shapes[0].bytes for part in slices)
             else:
                 yield source.shapes[0].bytes
 
-    def _written(self, each: Instruction, fused: Computation, computation: Computation) -> int:
-        root = next((part for part in fused.values() if part.root), None)
-        update = root if root is not None else each
-        if update.kind == "dynamic-update-slice":
+    def _count_written_bytes(self, instruction: Instruction, fused: Computation, computation: Computation) -> int:
+        root = next((part for part in fused.values() if part.is_root), None)
+        update = root if root is not None else instruction
+        if update.opcode == "dynamic-update-slice":
             value = (fused if root is not None else computation).get(update.operands[1])
             return value.shapes[0].bytes if value is not None and value.shapes else 0
-        return sum(shape.bytes for shape in _made(each) if not shape.near)
+        return sum(shape.bytes for shape in _get_result_shapes(instruction) if not shape.is_in_vmem)
 
 
-def _made(each: Instruction) -> tuple[Shape, ...]:
+def _get_result_shapes(instruction: Instruction) -> tuple[Shape, ...]:
     """Return the shapes of an instruction's results; asynchronous starts list those of their operands, too."""
-    if each.kind == "copy-start":  # (destination, source, context); the others list their operands first
-        return each.shapes[:1]
-    if each.kind in ("slice-start", "all-gather-start", "collective-permute-start"):
-        operands = len(each.operands)
-        return each.shapes[operands : 2 * operands]
-    return each.shapes
+    if instruction.opcode == "copy-start":  # (destination, source, context); the others list their operands first
+        return instruction.shapes[:1]
+    if instruction.opcode in ("slice-start", "all-gather-start", "collective-permute-start"):
+        operands = len(instruction.operands)
+        return instruction.shapes[operands : 2 * operands]
+    return instruction.shapes
 
 
-def _users(name: str, computation: Computation) -> Iterator[Instruction]:
+def _find_users(name: str, computation: Computation) -> Iterator[Instruction]:
     """Yield the instructions that read an instruction's result, or a part of it."""
     for user in computation.values():
         if name not in user.operands:
             continue
-        if user.kind == "get-tuple-element":
-            yield from _users(user.name, computation)
+        if user.opcode == "get-tuple-element":
+            yield from _find_users(user.name, computation)
         else:
             yield user
 
 
-def _stacked(computations: dict[str, Computation], body: str, turns: int) -> float:
+def _count_stacked_bytes(computations: dict[str, Computation], body: str, trip_count: int) -> float:
     """Return the bytes of the arrays into which a loop writes one slice per iteration."""
     computation = computations.get(body, {})
-    root = next((instruction for instruction in computation.values() if instruction.root), None)
+    root = next((instruction for instruction in computation.values() if instruction.is_root), None)
     total = 0.0
     for name in root.operands if root is not None else ():
         instruction = computation.get(name)
         while (
             instruction is not None
-            and instruction.kind in ("bitcast", "copy", "get-tuple-element")
+            and instruction.opcode in ("bitcast", "copy", "get-tuple-element")
             and instruction.operands
         ):
             instruction = computation.get(instruction.operands[0])
-        if instruction is None or not instruction.shapes or instruction.shapes[0].sizes[:1] != (turns,) or turns < 2:
+        if (
+            instruction is None
+            or not instruction.shapes
+            or instruction.shapes[0].sizes[:1] != (trip_count,)
+            or trip_count < 2
+        ):
             continue
-        inner = computations.get(dict(_CALLED.findall(instruction.rest)).get("calls", ""), {"": instruction})
-        if any(part.kind == "dynamic-update-slice" for part in inner.values()):
+        inner = computations.get(dict(_CALLEES.findall(instruction.rest)).get("calls", ""), {"": instruction})
+        if any(part.opcode == "dynamic-update-slice" for part in inner.values()):
             total += sum(shape.bytes for shape in instruction.shapes)
     return total

@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 
 from dit_video.distributed.mesh import ContextAttention
-from dit_video.distributed.planner.estimate import Step
-from dit_video.distributed.planner.hlo import Moved
+from dit_video.distributed.planner.estimate import StepSpec
+from dit_video.distributed.planner.hlo import CollectiveTraffic
 
-_ATTENTION = ("all-to-all", "collective-permute")
+_ATTENTION_KINDS = ("all-to-all", "collective-permute")
 """Collectives that attention uses over `context`; all-reduces over it sum gradients and don't count."""
 
 
-def least_moved(step: Step, parameters: int, mesh: Mapping[str, int], way: ContextAttention) -> dict[str, float]:
+def compute_min_collective_bytes(
+    step: StepSpec, parameters: int, mesh: Mapping[str, int], context_attention: ContextAttention
+) -> dict[str, float]:
     """Return the bytes that a device must receive over `fsdp`, and over `context` for attention; skip axes of size 1.
 
     - `fsdp` (arXiv 1910.02054): `(n - 1) / n` of all weights in the dtype of products, and of their gradients in
@@ -28,9 +30,9 @@ def least_moved(step: Step, parameters: int, mesh: Mapping[str, int], way: Conte
       context_attention: how attention is parallelised over `context`.
     """
     fsdp, tensor, context = (mesh[name] for name in ("fsdp", "tensor", "context"))
-    forwards = 2 if step.again else 1
-    values = step.layers * step.rows * step.tokens // (mesh["data"] * fsdp * context) * step.width // tensor
-    if way == "ulysses":
+    forwards = 2 if step.is_recomputed else 1
+    values = step.layers * step.rows * step.tokens_per_row // (mesh["data"] * fsdp * context) * step.width // tensor
+    if context_attention == "ulysses":
         attention = 4 * (forwards + 1) * (context - 1) / context * values * step.itemsize
     else:
         attention = (context - 1) * values * 2 * ((forwards + 1) * step.itemsize + 4)
@@ -38,7 +40,7 @@ def least_moved(step: Step, parameters: int, mesh: Mapping[str, int], way: Conte
     return {name: size for name, size in (("fsdp", weights), ("context", attention)) if mesh[name] > 1}
 
 
-def moved_over(axis: str, moved: Sequence[Moved]) -> float:
+def sum_collective_bytes(axis: str, collectives: Sequence[CollectiveTraffic]) -> float:
     """Return the bytes of a program's collectives over one axis that `compute_min_collective_bytes` bounds."""
-    over = [part for part in moved if part.axes == (axis,)]
-    return sum(part.bytes for part in over if axis == "fsdp" or part.kind in _ATTENTION)
+    over = [part for part in collectives if part.axes == (axis,)]
+    return sum(part.bytes for part in over if axis == "fsdp" or part.kind in _ATTENTION_KINDS)

@@ -4,22 +4,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dit_video.distributed.planner.hardware import Topology
-from dit_video.distributed.planner.hlo import Moved
+from dit_video.distributed.planner.hlo import CollectiveTraffic
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class StepWork:
     """Operations, memory traffic and collectives of a step on one device."""
 
     flops: float
     """FLOPs that are executed, including recomputation."""
     bytes: float
     """Bytes read from and written to the device's memory."""
-    moved: tuple[Moved, ...]
+    collectives: tuple[CollectiveTraffic, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Times:
+class StepTimes:
     """Seconds that a step spends on computing, on memory traffic and on collectives."""
 
     compute: float
@@ -37,32 +37,38 @@ class Times:
         return max(self.compute, self.memory) + self.collectives
 
 
-def step_times(work: Work, topology: Topology, mesh: Mapping[str, int], *, devices_per_chip: int = 1) -> Times:
+def compute_step_times(
+    work: StepWork, topology: Topology, mesh: Mapping[str, int], *, devices_per_chip: int = 1
+) -> StepTimes:
     """Return the times of a step on each device of a topology.
 
     Collectives run one after the other, each on the links of one torus axis. Collectives of GPUs use NVLink if they
     stay inside its domain, else the network.
     """
     chip = topology.chip
-    return Times(
+    return StepTimes(
         compute=work.flops * devices_per_chip / chip.flops,
         memory=work.bytes * devices_per_chip / chip.bandwidth,
         collectives=sum(
-            (part.bytes * devices_per_chip / link_of(topology, mesh, part.axes) for part in work.moved), start=0.0
+            (
+                part.bytes * devices_per_chip / get_link_bandwidth(topology, mesh, part.axes)
+                for part in work.collectives
+            ),
+            start=0.0,
         ),
     )
 
 
-def link_of(topology: Topology, mesh: Mapping[str, int], axes: Iterable[str]) -> float:
+def get_link_bandwidth(topology: Topology, mesh: Mapping[str, int], axes: Iterable[str]) -> float:
     """Return the bytes per second that a chip receives from the others along some axes of the mesh.
 
     Devices of inner axes are adjacent, so that a group extends over its outermost axis and all axes inside it.
     """
     chip, names = topology.chip, list(mesh)
-    if chip.domain is None:
-        return chip.link
+    if chip.nvlink_domain is None:
+        return chip.link_bandwidth
     outermost = min((names.index(name) for name in axes if name in mesh), default=0)
     extent = 1
     for name in names[outermost:]:
         extent *= mesh[name]
-    return chip.link if extent <= chip.domain else min(chip.link, chip.network)
+    return chip.link_bandwidth if extent <= chip.nvlink_domain else min(chip.link_bandwidth, chip.network_bandwidth)

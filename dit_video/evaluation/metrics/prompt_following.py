@@ -18,29 +18,29 @@ from dit_video.data.synthetic.shapes import (
     FREE_FRAMES,
     HELD_OUT,
     Description,
-    centroid_below_centre,
+    get_centroid_offset,
     sample_geometry,
 )
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
-FAINTEST = 70.0
+MIN_STRENGTH = 70.0
 """Minimum distance of a foreground pixel from the background in RGB; the palette's colours have distances of 190
 to 390."""
-NEAR, ALIKE = 0.96, 0.93
+MIN_PALETTE_COSINE, MIN_FOREGROUND_COSINE = 0.96, 0.93
 """Minimum cosine between a colour's direction from the background and that of the nearest colour of the palette, and
 between pixels of one shape. No two colours of the palette have more than 0.89."""
-FILLS = {"triangle": (0.40, 0.76), "circle": (0.70, 0.88), "square": (0.88, 1.15)}
+FILL_RANGES = {"triangle": (0.40, 0.76), "circle": (0.70, 0.88), "square": (0.88, 1.15)}
 """Ranges of area over bounding box: 1/2, pi/4 and 1, and the effects of 4:2:0 chroma, blur and noise on them."""
-LEAN = 0.06
+MIN_LEAN = 0.06
 """Minimum distance of a triangle's centroid below the middle of its box, as a share of its height (1/6 without
 blur)."""
-STILL = 1.0
+MIN_MOTION = 1.0
 """Minimum motion of a centroid over the whole clip, in pixels; a shape that moves less has no direction."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """Attributes of the shape that a clip shows; None if an attribute cannot be determined."""
 
     colour: str | None = None
@@ -63,29 +63,29 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class JudgedSample:
     """A sample's prompt, the judgement of the sample, and its size in pixels."""
 
     description: Description
-    verdict: Verdict
+    judgement: Judgement
     size: Grid
 
 
-def examine(description: Description, clip: Clip) -> Result:
+def judge_sample(description: Description, clip: Clip) -> JudgedSample:
     """Judge a sample of `description`."""
-    return Result(description=description, verdict=judge(clip), size=Grid(*clip.frames.shape[:3]))
+    return JudgedSample(description=description, judgement=judge(clip), size=Grid(*clip.frames.shape[:3]))
 
 
-def score(description: Description, verdict: Verdict) -> Score:
+def score(description: Description, judgement: Judgement) -> Score:
     """Compare the description with the judgement."""
     return Score(
-        colour=verdict.colour == description.colour,
-        shape=verdict.shape == description.shape,
-        direction=None if description.direction is None else verdict.direction == description.direction,
+        colour=judgement.colour == description.colour,
+        shape=judgement.shape == description.shape,
+        direction=None if description.direction is None else judgement.direction == description.direction,
     )
 
 
-def judge(clip: Clip) -> Verdict:
+def judge(clip: Clip) -> Judgement:
     """Return colour, shape and direction of the single shape in a clip.
 
     Colour: the colour of the palette nearest to the foreground's brightest part. Shape: by fill, the soft area over
@@ -94,38 +94,40 @@ def judge(clip: Clip) -> Verdict:
     """
     light = clip.frames.astype(np.float64) - np.asarray(BACKGROUND, np.float64)
     strength = np.linalg.norm(light, axis=-1)
-    tone = _tone(light, strength)
+    tone = _estimate_tone(light, strength)
     if tone is None:
-        return Verdict()
-    colour = _colour(tone, light, strength)
+        return Judgement()
+    colour = _classify_colour(tone, light, strength)
     coverage = np.clip(light @ tone / (tone @ tone), 0.0, 1.0)
-    body = _body(coverage)
+    body = _find_body(coverage)
     bodies = coverage * body
     area = bodies.sum(axis=(1, 2))
     stray_area = ((strength > np.linalg.norm(tone) / 2) & ~body).sum(axis=(1, 2))
     is_valid = (area >= 4) & (area <= 0.45 * clip.height * clip.width) & (stray_area <= 0.25 * area)
     if is_valid.mean() < 0.75:  # no shape, several shapes, or a shape in some frames only
-        return Verdict(colour=colour)
-    centroids = _centroids(bodies)
+        return Judgement(colour=colour)
+    centroids = _compute_centroids(bodies)
     start = centroids[0] / (clip.height, clip.width) if is_valid[0] else None
-    return Verdict(
+    return Judgement(
         colour=colour,
-        shape=_shape(bodies[is_valid]),
-        direction=_direction(centroids[:FREE_FRAMES], is_valid[:FREE_FRAMES]),
+        shape=_classify_shape(bodies[is_valid]),
+        direction=_classify_direction(centroids[:FREE_FRAMES], is_valid[:FREE_FRAMES]),
         start=None if start is None else (float(start[0]), float(start[1])),
     )
 
 
-def _tone(light: Float[np.ndarray, "T H W 3"], strength: Float[np.ndarray, "T H W"]) -> Float[np.ndarray, "3"] | None:
+def _estimate_tone(
+    light: Float[np.ndarray, "T H W 3"], strength: Float[np.ndarray, "T H W"]
+) -> Float[np.ndarray, "3"] | None:
     """Return the foreground's colour minus the background's, from its brightest part; None without a foreground."""
-    bright = strength[strength > FAINTEST]
+    bright = strength[strength > MIN_STRENGTH]
     if len(bright) < 4 * len(light):
         return None
     core = strength > 0.8 * np.quantile(bright, 0.8)
     return np.median(light[core], axis=0)
 
 
-def _colour(
+def _classify_colour(
     tone: Float[np.ndarray, "3"], light: Float[np.ndarray, "T H W 3"], strength: Float[np.ndarray, "T H W"]
 ) -> str | None:
     """Return the palette's nearest colour, if direction and brightness match and most of the foreground has it."""
@@ -134,20 +136,20 @@ def _colour(
     cosines = palette @ tone / (length * lengths)
     best = int(np.argmax(cosines))
     foreground = strength > length / 2
-    is_similar = (light[foreground] @ tone) / (strength[foreground] * length) > ALIKE
-    if cosines[best] < NEAR or not 0.55 < length / lengths[best] < 1.3 or is_similar.mean() < 0.7:
+    is_similar = (light[foreground] @ tone) / (strength[foreground] * length) > MIN_FOREGROUND_COSINE
+    if cosines[best] < MIN_PALETTE_COSINE or not 0.55 < length / lengths[best] < 1.3 or is_similar.mean() < 0.7:
         return None
     return list(COLOURS)[best]
 
 
-def _grown(mask: Bool[np.ndarray, "T H W"]) -> Bool[np.ndarray, "T H W"]:
+def _dilate(mask: Bool[np.ndarray, "T H W"]) -> Bool[np.ndarray, "T H W"]:
     """Return the mask with every pixel's eight neighbours."""
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
     rows = padded[:, :-2] | padded[:, 1:-1] | padded[:, 2:]
     return rows[:, :, :-2] | rows[:, :, 1:-1] | rows[:, :, 2:]
 
 
-def _body(coverage: Float[np.ndarray, "T H W"]) -> Bool[np.ndarray, "T H W"]:
+def _find_body(coverage: Float[np.ndarray, "T H W"]) -> Bool[np.ndarray, "T H W"]:
     """Return in every frame the connected part around the densest pixel, and two pixels around it for its soft edge."""
     padded = np.pad(coverage, ((0, 0), (1, 1), (1, 1)))
     rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
@@ -156,13 +158,13 @@ def _body(coverage: Float[np.ndarray, "T H W"]) -> Bool[np.ndarray, "T H W"]:
     densest = density.reshape(len(density), -1).argmax(axis=1)
     body = (np.arange(density[0].size) == densest[:, None]).reshape(density.shape) & solid
     while True:
-        grown = _grown(body) & solid
+        grown = _dilate(body) & solid
         if (grown == body).all():
-            return _grown(_grown(body))
+            return _dilate(_dilate(body))
         body = grown
 
 
-def _centroids(bodies: Float[np.ndarray, "T H W"]) -> Float[np.ndarray, "T 2"]:
+def _compute_centroids(bodies: Float[np.ndarray, "T H W"]) -> Float[np.ndarray, "T 2"]:
     """Return (row, column) from the frame's top left corner; nan in an empty frame."""
     rows, columns = np.arange(bodies.shape[1]) + 0.5, np.arange(bodies.shape[2]) + 0.5
     with np.errstate(invalid="ignore"):
@@ -170,10 +172,10 @@ def _centroids(bodies: Float[np.ndarray, "T H W"]) -> Float[np.ndarray, "T 2"]:
         return moments / bodies.sum(axis=(1, 2))[:, None]
 
 
-def _shape(bodies: Float[np.ndarray, "T H W"]) -> str | None:
+def _classify_shape(bodies: Float[np.ndarray, "T H W"]) -> str | None:
     """Return the shape by the means of fill and lean over frames; None if no shape matches."""
     fills, leans, aspects = [], [], []
-    for body, centroid in zip(bodies, _centroids(bodies), strict=True):
+    for body, centroid in zip(bodies, _compute_centroids(bodies), strict=True):
         rows, columns = body.max(axis=1), body.max(axis=0)
         rows, columns = np.where(rows > 0.2, rows, 0.0), np.where(columns > 0.2, columns, 0.0)
         height, width = rows.sum(axis=0), columns.sum(axis=0)
@@ -183,59 +185,59 @@ def _shape(bodies: Float[np.ndarray, "T H W"]) -> str | None:
         aspects.append(height / width)
     if not 0.7 < np.mean(aspects) < 1.4:
         return None
-    fill, heavier_below = np.mean(fills), np.mean(leans) > LEAN
-    for name, (low, high) in FILLS.items():
+    fill, heavier_below = np.mean(fills), np.mean(leans) > MIN_LEAN
+    for name, (low, high) in FILL_RANGES.items():
         if low <= fill < high and (name == "triangle") == heavier_below:
             return name
     return None
 
 
-def _direction(centroids: Float[np.ndarray, "T 2"], found: Bool[np.ndarray, " T"]) -> str | None:
+def _classify_direction(centroids: Float[np.ndarray, "T 2"], is_valid: Bool[np.ndarray, " T"]) -> str | None:
     """Return the direction of the displacement of a line through the centroids; None if it is small or diagonal."""
-    frames = np.flatnonzero(found)
+    frames = np.flatnonzero(is_valid)
     if len(frames) < 2:
         return None
-    displacement = np.polyfit(frames, centroids[frames], 1)[0] * (len(found) - 1)
+    displacement = np.polyfit(frames, centroids[frames], 1)[0] * (len(is_valid) - 1)
     axis = int(np.argmax(np.abs(displacement)))
-    if np.abs(displacement[axis]) < STILL or np.abs(displacement[1 - axis]) > np.tan(np.pi / 6) * np.abs(
+    if np.abs(displacement[axis]) < MIN_MOTION or np.abs(displacement[1 - axis]) > np.tan(np.pi / 6) * np.abs(
         displacement[axis]
     ):
         return None
     return next(name for name, signs in DIRECTIONS.items() if signs[axis] == np.sign(displacement[axis]))
 
 
-def prompt_following(results: Sequence[Result]) -> dict:
+def prompt_following(results: Sequence[JudgedSample]) -> dict:
     """Return the rates of prompts that were followed, and the spread of the samples' start positions.
 
     `all`, `seen` (videos of combinations that occur in training), `never_seen` and `images` each hold for `colour`,
     `shape` and `direction` the `rate` with its Wilson 95 % interval (`low`, `high`) over `count` prompts; a rate is
     None if no prompt has the attribute. `start_spread` is `start_spread(results)`.
     """
-    groups: dict[str, Callable[[Result], bool]] = {
+    groups: dict[str, Callable[[JudgedSample], bool]] = {
         "all": lambda result: True,
         "seen": lambda result: result.description.direction is not None and result.description not in HELD_OUT,
         "never_seen": lambda result: result.description in HELD_OUT,
         "images": lambda result: result.size.t == 1,
     }
     table: dict = {
-        name: _rates([result for result in results if is_member(result)]) for name, is_member in groups.items()
+        name: _compute_rates([result for result in results if is_member(result)]) for name, is_member in groups.items()
     }
     return {**table, "start_spread": start_spread(results)}
 
 
-def _rates(results: Sequence[Result]) -> dict:
-    scores = [score(result.description, result.verdict) for result in results]
+def _compute_rates(results: Sequence[JudgedSample]) -> dict:
+    scores = [score(result.description, result.judgement) for result in results]
     rates = {}
     for name in ("colour", "shape", "direction"):
         answers = [answer for entry in scores if (answer := getattr(entry, name)) is not None]
         correct = sum(answers)
-        low, high = wilson(correct, len(answers))
+        low, high = compute_wilson_interval(correct, len(answers))
         rate = correct / len(answers) if answers else None
         rates[name] = {"rate": rate, "low": low, "high": high, "count": len(answers)}
     return rates
 
 
-def wilson(right: int, count: int, *, z: float = 1.959964) -> tuple[float, float]:
+def compute_wilson_interval(right: int, count: int, *, z: float = 1.959964) -> tuple[float, float]:
     """Return Wilson's interval of a rate (1927), 95 % by default; (0, 1) if the count is 0."""
     if count == 0:
         return 0.0, 1.0
@@ -245,7 +247,7 @@ def wilson(right: int, count: int, *, z: float = 1.959964) -> tuple[float, float
     return max(0.0, float(middle - half_width)), min(1.0, float(middle + half_width))
 
 
-def start_spread(results: Sequence[Result], *, draws: int = 100) -> dict:
+def start_spread(results: Sequence[JudgedSample], *, draws: int = 100) -> dict:
     """Return standard deviations of start positions, of samples and of data, for each direction.
 
     `{direction: {"vertical" | "horizontal": {"samples", "data", "ratio"}, "count"}, "lowest_ratio"}`, images under
@@ -260,12 +262,12 @@ def start_spread(results: Sequence[Result], *, draws: int = 100) -> dict:
         group = [
             result
             for result in results
-            if result.description.direction == direction and result.verdict.start is not None
+            if result.description.direction == direction and result.judgement.start is not None
         ]
         entry: dict = {"count": len(group)}
-        starts = np.asarray([result.verdict.start for result in group]).reshape(-1, 2)
+        starts = np.asarray([result.judgement.start for result in group]).reshape(-1, 2)
         data = np.concatenate(
-            [np.zeros((0, 2)), *(_data_starts(result, index, draws) for index, result in enumerate(group))]
+            [np.zeros((0, 2)), *(_draw_data_starts(result, index, draws) for index, result in enumerate(group))]
         )
         for axis, label in enumerate(("vertical", "horizontal")):
             if len(group) < 2:
@@ -278,11 +280,11 @@ def start_spread(results: Sequence[Result], *, draws: int = 100) -> dict:
     return {**spreads, "lowest_ratio": min(ratios, default=None)}
 
 
-def _data_starts(result: Result, index: int, draws: int) -> Float[np.ndarray, "n 2"]:
+def _draw_data_starts(result: JudgedSample, index: int, draws: int) -> Float[np.ndarray, "n 2"]:
     """Return first centroids, as fractions of the frame, of renderings of a sample's prompt at its size."""
-    generator, size, starts = rng.host(0, "start spread", index), result.size, []
+    generator, size, starts = rng.make_generator(0, "start spread", index), result.size, []
     for _ in range(draws):
         geometry = sample_geometry(generator, result.description, height=size.h, width=size.w)
-        below = centroid_below_centre(result.description.shape, geometry.radius)
+        below = get_centroid_offset(result.description.shape, geometry.radius)
         starts.append(((geometry.row + below) / size.h, geometry.column / size.w))
     return np.asarray(starts)

@@ -16,7 +16,7 @@ def psnr(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]
     Raises:
       UserError: the shapes differ.
     """
-    _check_alike(original, other)
+    _check_same_shape(original, other)
     error = np.mean(np.square(original.astype(np.float64) - other.astype(np.float64)), axis=(0, 1, 2, 3))
     return float("inf") if error == 0 else float(10 * np.log10(PEAK**2 / error))
 
@@ -29,28 +29,28 @@ def ssim(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]
     Raises:
       UserError: the shapes differ, or the frames are smaller than the window.
     """
-    _check_alike(original, other)
+    _check_same_shape(original, other)
     height, width = original.shape[1:3]
     if min(height, width) < WINDOW:
         raise UserError(
             f"SSIM needs frames of at least {WINDOW}x{WINDOW} pixels, these have {height}x{width}; use PSNR"
         )
-    return float(np.mean([_ssim_of_frame(a, b) for a, b in zip(original, other, strict=True)]))
+    return float(np.mean([_compute_frame_ssim(a, b) for a, b in zip(original, other, strict=True)]))
 
 
-def _ssim_of_frame(a: UInt8[np.ndarray, "H W 3"], b: UInt8[np.ndarray, "H W 3"]) -> float:
+def _compute_frame_ssim(a: UInt8[np.ndarray, "H W 3"], b: UInt8[np.ndarray, "H W 3"]) -> float:
     a, b = a.astype(np.float64), b.astype(np.float64)
-    mean_a, mean_b = _window_mean(a), _window_mean(b)
-    variance_a = _window_mean(a * a) - mean_a**2
-    variance_b = _window_mean(b * b) - mean_b**2
-    covariance = _window_mean(a * b) - mean_a * mean_b
+    mean_a, mean_b = _compute_window_mean(a), _compute_window_mean(b)
+    variance_a = _compute_window_mean(a * a) - mean_a**2
+    variance_b = _compute_window_mean(b * b) - mean_b**2
+    covariance = _compute_window_mean(a * b) - mean_a * mean_b
     c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
     return float((luminance * structure).mean(axis=(0, 1, 2)))
 
 
-def _window_mean(plane: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w 3"]:
+def _compute_window_mean(plane: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w 3"]:
     """Return the Gaussian mean around every position at which the window fits."""
     offsets = np.arange(WINDOW) - WINDOW // 2
     weights = np.exp(-(offsets**2) / (2 * SIGMA**2))
@@ -63,7 +63,7 @@ def _window_mean(plane: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w 3"
     return plane
 
 
-def _check_alike(original: UInt8[np.ndarray, "..."], other: UInt8[np.ndarray, "..."]) -> None:
+def _check_same_shape(original: UInt8[np.ndarray, "..."], other: UInt8[np.ndarray, "..."]) -> None:
     if original.shape != other.shape:
         raise UserError(
             f"clips of shapes {list(original.shape)} and {list(other.shape)} cannot be compared; "

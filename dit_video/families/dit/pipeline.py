@@ -25,14 +25,14 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import (
     Ddpm,
+    DiscreteSchedule,
     Epsilon,
-    Even,
     Heun,
     LearnedVariance,
     Prediction,
     RectifiedFlow,
-    StepGrid,
-    VariancePreserving,
+    UniformTimes,
+    VariancePreservingProcess,
     Velocity,
 )
 from dit_video.families import load_autoencoder, load_denoiser
@@ -42,15 +42,17 @@ from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import ClassNamesConfig
 from dit_video.tokens import Grid
-from dit_video.weights import Schedule, load_scheduler
-from dit_video.weights.parameter import Parameter, Place, on_device
+from dit_video.weights import LoadedScheduler, load_scheduler
+from dit_video.weights.parameter import Parameter, Placement, place_on_device
 
 CLASS = "DiTPipeline"
 _PARTS = ("transformer", "vae")
 _STEPS, _AUTHORS_STEPS, _GUIDANCE, _BATCH = 50, 250, 4.0, 8
 
 
-def load_class_pipeline(folder: str | os.PathLike, *, dtype: Dtype = "float32", place: Place | None = None) -> Pipeline:
+def load_class_pipeline(
+    folder: str | os.PathLike, *, dtype: Dtype = "float32", place: Placement | None = None
+) -> Pipeline:
     """Load a class-conditional image pipeline; its solver and number of steps are those of its scheduler.
 
     Args:
@@ -69,25 +71,25 @@ def load_class_pipeline(folder: str | os.PathLike, *, dtype: Dtype = "float32", 
     required = (*_PARTS, "scheduler") if index else _PARTS
     if missing := [part for part in required if not (folder / part).is_dir()]:
         raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
-    put = place or on_device
+    put = place or place_on_device
     dit, params = load_denoiser(
-        _denoiser(folder / "transformer"),
-        kernels=jnp.dtype(dtype),
+        _find_denoiser(folder / "transformer"),
+        kernel_dtype=jnp.dtype(dtype),
         place=lambda path, parameter: put(f"dit/{path}", parameter),
     )
-    position = dit.added_position if isinstance(dit, DitConfig) else None
+    position = dit.position_embedding if isinstance(dit, DitConfig) else None
     if not isinstance(dit, DitConfig) or dit.labels is None or not isinstance(position, ImageSineCosine):
         raise UserError(f"{folder / 'transformer'} holds no class-conditional DiT, which a {CLASS} needs")
     autoencoder, autoencoder_params = load_autoencoder(folder / "vae")
     if autoencoder.channels != dit.channels:
         raise UserError(f"{folder}: the transformer has {dit.channels} channels, the vae {autoencoder.channels}")
-    schedule = load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _of_its_authors(dit)
+    schedule = load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(dit)
     side, stride, classes = position.side, autoencoder.stride, dit.labels.classes
-    dit, prediction = _predicted(folder, replace(dit, dtype=dtype), schedule)
+    dit, prediction = _match_schedule(folder, replace(dit, dtype=dtype), schedule)
     config = PipelineConfig(
         autoencoder=autoencoder,
         dit=dit,
-        text=ClassNamesConfig(classes=classes, names=_names(index.get("id2label"), classes)),
+        text=ClassNamesConfig(classes=classes, names=_read_class_names(index.get("id2label"), classes)),
         process=schedule.process,
         prediction=prediction,
         rows=None,
@@ -96,17 +98,19 @@ def load_class_pipeline(folder: str | os.PathLike, *, dtype: Dtype = "float32", 
             steps=_AUTHORS_STEPS if schedule.solver == Ddpm() and not index else _STEPS,
             guidance=_GUIDANCE,
             solver=schedule.solver,
-            grid=schedule.grid,
+            time_schedule=schedule.time_schedule,
         ),
         fps=1.0,
         size=Grid(1, side * dit.patch.h * stride.h, side * dit.patch.w * stride.w),
-        made_by={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
+        provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
     )
-    placed = trees.map_with_path(lambda path, leaf: put(f"autoencoder/{path}", Parameter.of(leaf)), autoencoder_params)
+    placed = trees.map_with_path(
+        lambda path, leaf: put(f"autoencoder/{path}", Parameter.from_array(leaf)), autoencoder_params
+    )
     return Pipeline(config, autoencoder=placed, denoiser={"dit": params, "text": {}})
 
 
-def holds_classes(folder: Path) -> bool:
+def is_class_pipeline(folder: Path) -> bool:
     """Return True for a class-conditional pipeline: one of diffusers, or a `transformer` next to a `vae`."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
@@ -114,21 +118,23 @@ def holds_classes(folder: Path) -> bool:
     return all((folder / part).is_dir() for part in _PARTS)
 
 
-def _denoiser(folder: Path) -> Path:
+def _find_denoiser(folder: Path) -> Path:
     """Return the model's folder, or the file in it where that is all there is."""
     files = sorted(folder.glob("*.safetensors"))
     return files[0] if len(files) == 1 and not (folder / "config.json").is_file() else folder
 
 
-def _of_its_authors(dit: DitConfig) -> Schedule:
+def _get_default_schedule(dit: DitConfig) -> LoadedScheduler:
     """Return the sampling schedule of a model that comes without a scheduler."""
     if dit.time_embedding.reversed:
-        return Schedule(Heun(), RectifiedFlow(), Even(), Velocity())
+        return LoadedScheduler(Heun(), RectifiedFlow(), UniformTimes(), Velocity())
     prediction: Prediction = LearnedVariance() if dit.variance == "predicted" else Epsilon()
-    return Schedule(Ddpm(), VariancePreserving(), StepGrid(spacing="linspace", told="nearest"), prediction)
+    return LoadedScheduler(
+        Ddpm(), VariancePreservingProcess(), DiscreteSchedule(spacing="linspace", step_rounding="nearest"), prediction
+    )
 
 
-def _predicted(folder: Path, dit: DitConfig, schedule: Schedule) -> tuple[DitConfig, Prediction]:
+def _match_schedule(folder: Path, dit: DitConfig, schedule: LoadedScheduler) -> tuple[DitConfig, Prediction]:
     """Return the model with the schedule's number of steps, with or without its variance, and its prediction type."""
     flow = isinstance(schedule.process, RectifiedFlow)
     if flow != dit.time_embedding.reversed:
@@ -140,7 +146,7 @@ def _predicted(folder: Path, dit: DitConfig, schedule: Schedule) -> tuple[DitCon
     learned = isinstance(prediction, LearnedVariance)
     if learned and dit.variance != "predicted":
         raise UserError(f"{folder}: the scheduler asks for a learned variance, which the transformer doesn't predict")
-    if isinstance(schedule.process, VariancePreserving):
+    if isinstance(schedule.process, VariancePreservingProcess):
         steps = schedule.process.steps
         dit = replace(dit, time_embedding=replace(dit.time_embedding, scale=float(steps)))
         if dit.variance == "predicted" and isinstance(schedule.solver, Ddpm) and not learned:
@@ -150,6 +156,6 @@ def _predicted(folder: Path, dit: DitConfig, schedule: Schedule) -> tuple[DitCon
     return dit, prediction
 
 
-def _names(given: Mapping[str, Any] | None, classes: int) -> tuple[str, ...]:
+def _read_class_names(id2label: Mapping[str, Any] | None, classes: int) -> tuple[str, ...]:
     """Return the names of all classes, in order; the number where a class has none."""
-    return tuple(str((given or {}).get(str(number), number)) for number in range(classes)) if given else ()
+    return tuple(str((id2label or {}).get(str(number), number)) for number in range(classes)) if id2label else ()

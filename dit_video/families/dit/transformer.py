@@ -23,18 +23,18 @@ import numpy as np
 from dit_video.backbones.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers, streaming
 from dit_video.weights.diffusers import DENSE
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.parameter import Place, on_host
-from dit_video.weights.safetensors import refuse
-from dit_video.weights.streaming import FileMap, Fixed, FolderSource, ParamsSource
-from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, stored_as
+from dit_video.weights.parameter import Placement, place_on_host
+from dit_video.weights.safetensors import check_safetensors_file
+from dit_video.weights.streaming import ConstantTensor, FileMap, FolderSource, ParamsSource
+from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMapping, make_dtype_fn
 
-CLASS, OLDER_CLASS, AUTHORS_CLASSES = "DiTTransformer2DModel", "Transformer2DModel", ("DiT", "SiT")
-Layout = Literal["diffusers", "authors"]
+CLASS, LEGACY_CLASS, AUTHORS_CLASSES = "DiTTransformer2DModel", "Transformer2DModel", ("DiT", "SiT")
+DitLayout = Literal["diffusers", "authors"]
 
 _PERIOD = 10_000.0
 _DIFFUSERS_PERIOD = _PERIOD ** (128 / 127)
@@ -57,7 +57,7 @@ _DEFAULTS: dict[str, Any] = {
     "norm_elementwise_affine": False,
     "norm_eps": 1e-5,
 }
-_OLDER: dict[str, Any] = {
+_LEGACY_SETTINGS: dict[str, Any] = {
     "num_vector_embeds": None,
     "cross_attention_dim": None,
     "only_cross_attention": False,
@@ -69,14 +69,14 @@ _OLDER: dict[str, Any] = {
     "use_additional_conditions": None,
 }
 """Settings of `Transformer2DModel`, the class that the published folders' files still name."""
-_OLDER_DEFAULTS = {
+_LEGACY_DEFAULTS = {
     "norm_type": "layer_norm",
     "attention_bias": False,
     "activation_fn": "geglu",
     "norm_elementwise_affine": True,
     "num_embeds_ada_norm": None,
 }
-_FIXED = {
+_SUPPORTED = {
     "dropout": 0.0,
     "attention_bias": True,
     "activation_fn": "gelu-approximate",
@@ -96,20 +96,20 @@ _AUTHORS_DEFAULTS: dict[str, Any] = {
     "learn_sigma": True,
 }
 _SIZES = {"XL": (1152, 28, 16), "L": (1024, 24, 16), "B": (768, 12, 12), "S": (384, 12, 6)}
-_FILE = re.compile(r"(?P<kind>DiT|SiT)-(?P<size>XL|L|B|S)-(?P<patch>\d+)(-(?P<height>\d+)(x\d+)?)?.*")
+_FILE_PATTERN = re.compile(r"(?P<kind>DiT|SiT)-(?P<size>XL|L|B|S)-(?P<patch>\d+)(-(?P<height>\d+)(x\d+)?)?.*")
 
 # Our name, the authors', diffusers'; below a block, then once.
-_BLOCK = (
+_BLOCK_LINEAR = (
     ("out", "attn.proj", "attn1.to_out.0"),
     ("up", "mlp.fc1", "ff.net.0.proj"),
     ("down", "mlp.fc2", "ff.net.2"),
     ("own", "adaLN_modulation.1", "norm1.linear"),
 )
-_ONCE = (
+_HEAD_LINEAR = (
     ("head_modulation", "final_layer.adaLN_modulation.1", "proj_out_1"),
     ("head", "final_layer.linear", "proj_out_2"),
 )
-_SHARED = (
+_TIME_LINEAR = (
     ("time_in", "t_embedder.mlp.0", "timestep_embedder.linear_1"),
     ("time_out", "t_embedder.mlp.2", "timestep_embedder.linear_2"),
 )
@@ -121,25 +121,25 @@ def load(
     document: dict[str, Any],
     *,
     dtype: Any = np.float32,
-    kernels: Any = None,
-    place: Place = on_host,
+    kernel_dtype: Any = None,
+    place: Placement = place_on_host,
 ) -> tuple[DitConfig, dict[str, Any]]:
     """Read the config and parameters of a folder in either layout, whose config file is `document`.
 
     `dtype`, `kernel_dtype`, `place` and the errors are as for `load_denoiser`.
     """
-    config = config_of(folder, document)
+    config = parse_config(folder, document)
     authors = document.get("_class_name") in AUTHORS_CLASSES
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
-        return config, _read(tensors, config, "authors" if authors else "diffusers", dtype, kernels, place)
+        return config, _read_params(tensors, config, "authors" if authors else "diffusers", dtype, kernel_dtype, place)
 
 
 def load_file(
     path: Path,
     *,
     dtype: Any = np.float32,
-    kernels: Any = None,
-    place: Place = on_host,
+    kernel_dtype: Any = None,
+    place: Placement = place_on_host,
 ) -> tuple[DitConfig, dict[str, Any]]:
     """Read the config and parameters of the authors' single-file checkpoint, such as `SiT-XL-2-256.safetensors`.
 
@@ -150,8 +150,8 @@ def load_file(
       UserError: the name has another form, the file is pickled or corrupt, or the weights do not fit.
     """
     with open_file(path) as tensors:
-        config = config_of(path, file_document(path, tensors))
-        return config, _read(tensors, config, "authors", dtype, kernels, place)
+        config = parse_config(path, infer_document(path, tensors))
+        return config, _read_params(tensors, config, "authors", dtype, kernel_dtype, place)
 
 
 def open_file(path: Path) -> TensorFolder:
@@ -161,7 +161,7 @@ def open_file(path: Path) -> TensorFolder:
       MissingError: the file does not exist.
       UserError: the file is pickled or corrupt.
     """
-    refuse(path)
+    check_safetensors_file(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is neither a .safetensors file nor the folder of a model. Use one of them")
     return TensorFolder(path.parent, stem=path.stem)
@@ -172,7 +172,7 @@ def save(
     config: DitConfig,
     params: dict[str, Any],
     *,
-    layout: Layout = "diffusers",
+    layout: DitLayout = "diffusers",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a config and parameters as a folder, with tensors in their own dtypes; the inverse of `load`.
@@ -180,46 +180,46 @@ def save(
     Raises:
       UserError: the layout can't express the config.
     """
-    document, shapes = document_of(config, layout), param_shapes(config.make)
-    names = file_map(config, layout)
+    document, shapes = make_document(config, layout), get_param_shapes(config.make)
+    names = make_file_map(config, layout)
     streaming.write(folder, diffusers.STEM, ParamsSource(params), names, shapes, names.depths, shard_bytes=shard_bytes)
     write_json(Path(folder) / "config.json", document)
 
 
-def file_map(config: DitConfig, layout: Layout) -> FileMap:
+def make_file_map(config: DitConfig, layout: DitLayout) -> FileMap:
     """Return the file map of a layout."""
     column = 1 if layout == "authors" else 2
     authors = layout == "authors"
     block = "blocks.{}" if authors else "transformer_blocks.{}"
-    parts: dict[str, tuple[Foreign, ...]] = {}
+    parts: dict[str, tuple[TensorMapping, ...]] = {}
 
     def add(ours: str, *theirs: str, layers: int | None = None) -> None:
-        parts[f"{ours}/kernel"] = tuple(Foreign(f"{name}.weight", DENSE, layers=layers) for name in theirs)
-        parts[f"{ours}/bias"] = tuple(Foreign(f"{name}.bias", layers=layers) for name in theirs)
+        parts[f"{ours}/kernel"] = tuple(TensorMapping(f"{name}.weight", DENSE, layers=layers) for name in theirs)
+        parts[f"{ours}/bias"] = tuple(TensorMapping(f"{name}.bias", layers=layers) for name in theirs)
 
-    for row in _BLOCK:
+    for row in _BLOCK_LINEAR:
         add(f"blocks/{row[0]}", f"{block}.{row[column]}", layers=config.layers)
     attention = ("attn.qkv",) if authors else ("attn1.to_q", "attn1.to_k", "attn1.to_v")
     add("blocks/qkv", *(f"{block}.{name}" for name in attention), layers=config.layers)
-    for row in _ONCE:
+    for row in _HEAD_LINEAR:
         add(row[0], row[column])
     embed = "x_embedder.proj" if authors else "pos_embed.proj"
     patch_sizes = (("h", config.patch.h), ("w", config.patch.w))
-    parts["embed/kernel"] = (Foreign(f"{embed}.weight", "o c h w -> (h w c) o", patch_sizes),)
-    parts["embed/bias"] = (Foreign(f"{embed}.bias"),)
+    parts["embed/kernel"] = (TensorMapping(f"{embed}.weight", "o c h w -> (h w c) o", patch_sizes),)
+    parts["embed/bias"] = (TensorMapping(f"{embed}.bias"),)
     if authors:
-        for row in _SHARED:
+        for row in _TIME_LINEAR:
             add(row[0], row[1])
-        parts["labels"] = (Foreign("y_embedder.embedding_table.weight"),)
-        return FileMap(parts, fixed={"pos_embed": Fixed(_table(config), "embed/kernel")})
+        parts["labels"] = (TensorMapping("y_embedder.embedding_table.weight"),)
+        return FileMap(parts, constants={"pos_embed": ConstantTensor(_make_position_table(config), "embed/kernel")})
     embedder = "transformer_blocks.{}.norm1.emb"
-    for row in _SHARED:
+    for row in _TIME_LINEAR:
         add(row[0], f"{embedder.format(0)}.{row[2]}")
-    parts["labels"] = (Foreign(f"{embedder.format(0)}.class_embedder.embedding_table.weight"),)
-    return FileMap(parts, copies=_copies(parts, config.layers))
+    parts["labels"] = (TensorMapping(f"{embedder.format(0)}.class_embedder.embedding_table.weight"),)
+    return FileMap(parts, copies=_list_copies(parts, config.layers))
 
 
-def config_of(path: Path, document: dict[str, Any]) -> DitConfig:
+def parse_config(path: Path, document: dict[str, Any]) -> DitConfig:
     """Return the config for the settings of either layout; `path` is that of the folder, or of the authors' file.
 
     Raises:
@@ -227,10 +227,10 @@ def config_of(path: Path, document: dict[str, Any]) -> DitConfig:
     """
     kind = document["_class_name"]
     if kind not in AUTHORS_CLASSES:
-        settings = diffusers.settings(
-            path, document, _DEFAULTS | _OLDER | (_OLDER_DEFAULTS if kind == OLDER_CLASS else {})
+        settings = diffusers.get_settings(
+            path, document, _DEFAULTS | _LEGACY_SETTINGS | (_LEGACY_DEFAULTS if kind == LEGACY_CLASS else {})
         )
-        diffusers.check_fixed(path, settings, _FIXED | _OLDER)
+        diffusers.check_supported(path, settings, _SUPPORTED | _LEGACY_SETTINGS)
         width, heads = settings["num_attention_heads"] * settings["attention_head_dim"], settings["num_attention_heads"]
         size, layers, classes = settings["sample_size"], settings["num_layers"], settings["num_embeds_ada_norm"]
         channels, ratio, eps, period = settings["in_channels"], 4.0, settings["norm_eps"], _DIFFUSERS_PERIOD
@@ -238,9 +238,9 @@ def config_of(path: Path, document: dict[str, Any]) -> DitConfig:
         if (settings["out_channels"] or channels) == channels:
             variance = "none"
         else:
-            diffusers.check_fixed(path, settings, {"out_channels": 2 * channels})
+            diffusers.check_supported(path, settings, {"out_channels": 2 * channels})
     else:
-        settings = diffusers.settings(path, document, _AUTHORS_DEFAULTS)
+        settings = diffusers.get_settings(path, document, _AUTHORS_DEFAULTS)
         if not settings["class_dropout_prob"] > 0:
             raise UserError(
                 f"{path}: class_dropout_prob={settings['class_dropout_prob']} is not supported, "
@@ -274,12 +274,12 @@ def config_of(path: Path, document: dict[str, Any]) -> DitConfig:
         absolute_position=ImageSineCosine(side=size // patch),
         modulation="own",
         mlp_norm_eps=eps,
-        time_embedding=TimeEmbedding(scale=1.0 if velocity else 1000.0, period=period, reversed=velocity),
+        time_embedding=TimeEmbedding(scale=1.0 if velocity else 1000.0, max_period=period, reversed=velocity),
         variance=variance,
     )
 
 
-def document_of(config: DitConfig, layout: Layout) -> dict[str, Any]:
+def make_document(config: DitConfig, layout: DitLayout) -> dict[str, Any]:
     """Return the settings of a config; the inverse of `parse_config`.
 
     Raises:
@@ -289,7 +289,7 @@ def document_of(config: DitConfig, layout: Layout) -> dict[str, Any]:
     kind = CLASS if layout == "diffusers" else "SiT" if velocity else "DiT"
     if layout == "diffusers" and velocity:
         raise UserError(f"{CLASS} predicts noise, so a SiT can't be written in its layout. Use the authors' layout")
-    position, labels, patch = config.added_position, config.labels, config.patch
+    position, labels, patch = config.position_embedding, config.labels, config.patch
     if not isinstance(position, ImageSineCosine) or labels is None:
         raise UserError(
             f"{kind} has class labels and sine-cosine image positions. Without them a config can't be written as one"
@@ -318,23 +318,23 @@ def document_of(config: DitConfig, layout: Layout) -> dict[str, Any]:
             "sample_size": size,
             "patch_size": patch.h,
             "num_embeds_ada_norm": labels.classes,
-            "norm_eps": config.mlp_norm_eps if config.time_embedding.period == _DIFFUSERS_PERIOD else 1e-5,
+            "norm_eps": config.mlp_norm_eps if config.time_embedding.max_period == _DIFFUSERS_PERIOD else 1e-5,
         }
     document = {"_class_name": kind, **document}
     # A config can be written if reading it back gives the same model.
-    restored = _kept(config_of(Path(kind), document))
-    if unsupported := [name for name, value in _kept(config).items() if restored[name] != value]:
+    restored = _get_preserved_fields(parse_config(Path(kind), document))
+    if unsupported := [name for name, value in _get_preserved_fields(config).items() if restored[name] != value]:
         raise UserError(f"{kind} does not support the config's {', '.join(unsupported)}, so it can't be written as one")
     return document
 
 
-def file_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
+def infer_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
     """Infer the settings of the authors' checkpoint from its name and its tensors' shapes.
 
     Raises:
       UserError: the name has another form.
     """
-    match = _FILE.fullmatch(path.stem)
+    match = _FILE_PATTERN.fullmatch(path.stem)
     if not match:
         raise UserError(
             f"{path} does not name its model. Name it as its authors do, such as DiT-XL-2-256x256.safetensors or "
@@ -359,25 +359,29 @@ def file_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
     }
 
 
-def _read(
-    tensors: TensorFolder, config: DitConfig, layout: Layout, dtype: Any, kernels: Any, place: Place
+def _read_params(
+    tensors: TensorFolder, config: DitConfig, layout: DitLayout, dtype: Any, kernel_dtype: Any, place: Placement
 ) -> dict[str, Any]:
-    names, shapes = file_map(config, layout), param_shapes(config.make)
+    names, shapes = make_file_map(config, layout), get_param_shapes(config.make)
 
     return streaming.read(
-        FolderSource(tensors, names, shapes), shapes, names.depths, stored=stored_as(dtype, kernels), place=place
+        FolderSource(tensors, names, shapes),
+        shapes,
+        names.depths,
+        dtype_fn=make_dtype_fn(dtype, kernel_dtype),
+        place=place,
     )
 
 
-def _kept(config: DitConfig) -> dict[str, Any]:
+def _get_preserved_fields(config: DitConfig) -> dict[str, Any]:
     """Return the fields that a folder must preserve: not how the model is computed, nor where the layouts differ."""
     ignored = ("attention", "dtype", "remat", "mlp_norm_eps")
     fields = {name: value for name, value in vars(config).items() if name not in ignored}
-    embedding = replace(config.time_embedding, period=_PERIOD)
+    embedding = replace(config.time_embedding, max_period=_PERIOD)
     return fields | {"variance": config.variance != "none", "time_embedding": embedding}
 
 
-def _copies(parts: dict[str, tuple[Foreign, ...]], layers: int) -> dict[str, tuple[Foreign, ...]]:
+def _list_copies(parts: dict[str, tuple[TensorMapping, ...]], layers: int) -> dict[str, tuple[TensorMapping, ...]]:
     """Return the other blocks' copies of the tensors that the first block has for all."""
     first = "transformer_blocks.0.norm1.emb."
     return {
@@ -387,9 +391,9 @@ def _copies(parts: dict[str, tuple[Foreign, ...]], layers: int) -> dict[str, tup
     }
 
 
-def _table(config: DitConfig) -> np.ndarray:
+def _make_position_table(config: DitConfig) -> np.ndarray:
     """Return the authors' table of positions: sines and cosines that depend on the sizes alone, computed in float64."""
-    position = config.added_position
+    position = config.position_embedding
     assert isinstance(position, ImageSineCosine)
     quarter = config.width // 4
     angles = np.arange(position.side)[:, None] / _PERIOD ** (np.arange(quarter) / quarter)

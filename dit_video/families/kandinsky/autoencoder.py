@@ -7,13 +7,13 @@ from typing import Any
 from dit_video.autoencoders import CodebookConfig, ImageVaeConfig, VqConfig
 from dit_video.core.errors import UserError
 from dit_video.families.stable_diffusion import autoencoder as image_autoencoder
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.weights import diffusers
-from dit_video.weights.diffusers import DENSE_PICTURE, both
-from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names
+from dit_video.weights.diffusers import CONV_1X1, map_kernel_and_bias
+from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping
 
 CLASS = "VQModel"
-_GROUPS = 32
+_SPATIAL_NORM_GROUPS = 32
 """Number of groups in diffusers' modulated norms, whatever the settings say."""
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
@@ -38,14 +38,14 @@ _DEFAULTS: dict[str, Any] = {
     "latents_mean": None,
     "latents_std": None,
 }
-_SPATIAL_NORM = image_autoencoder.NormNames(
+_SPATIAL_NORM = image_autoencoder.NormMapping(
     "spatial_norm",
     {
         "norm/scale": ("norm_layer.weight", ""),
         "norm/shift": ("norm_layer.bias", ""),
-        "scale/kernel": ("conv_y.weight", DENSE_PICTURE),
+        "scale/kernel": ("conv_y.weight", CONV_1X1),
         "scale/bias": ("conv_y.bias", ""),
-        "shift/kernel": ("conv_b.weight", DENSE_PICTURE),
+        "shift/kernel": ("conv_b.weight", CONV_1X1),
         "shift/bias": ("conv_b.bias", ""),
     },
 )
@@ -61,22 +61,22 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[VqConfig, dict[str, An
       MissingError: files are missing.
       UserError: a setting is not supported, or the weights do not fit.
     """
-    settings = diffusers.settings(folder, document, _DEFAULTS)
+    settings = diffusers.get_settings(folder, document, _DEFAULTS)
     if settings["norm_type"] not in ("group", "spatial"):
         raise UserError(
             f"{folder / 'config.json'}: norm_type={settings['norm_type']} is not supported, only group, spatial"
         )
     channels, width = settings["latent_channels"], settings["vq_embed_dim"]
     config = VqConfig(
-        network=ImageVaeConfig(channels=channels, levels=image_autoencoder.levels_of(folder, settings)),
+        network=ImageVaeConfig(channels=channels, levels=image_autoencoder.parse_levels(folder, settings)),
         codebook=CodebookConfig(codes=settings["num_vq_embeddings"], width=channels if width is None else width),
         modulated=settings["norm_type"] == "spatial",
     )
     _check_modulation(config, str(folder / "config.json"))
-    shapes = param_shapes(config.make)
+    shapes = get_param_shapes(config.make)
     del shapes["normalizer"]
-    params = diffusers.read(folder, image_autoencoder.as_found(folder, names_of(config)), shapes)
-    return config, params | {"normalizer": image_autoencoder.normalizer_of(folder, settings, config.channels)}
+    params = diffusers.read(folder, image_autoencoder.apply_legacy_names(folder, make_vq_tensor_map(config)), shapes)
+    return config, params | {"normalizer": image_autoencoder.parse_normalizer(folder, settings, config.channels)}
 
 
 def save(
@@ -99,38 +99,43 @@ def save(
     _check_modulation(config, CLASS)
     document = {
         "_class_name": CLASS,
-        **image_autoencoder.settings_of(network.levels),
+        **image_autoencoder.make_level_settings(network.levels),
         "latent_channels": network.channels,
         "num_vq_embeddings": config.codebook.codes,
         "vq_embed_dim": config.codebook.width,
         "norm_type": "spatial" if config.modulated else "group",
         **{
             name: value
-            for name, value in image_autoencoder.scales_of(params["normalizer"]).items()
+            for name, value in image_autoencoder.make_normalizer_settings(params["normalizer"]).items()
             if value is not None
         },
     }
-    diffusers.write(folder, document, names_of(config), params, shard_bytes=shard_bytes)
+    diffusers.write(folder, document, make_vq_tensor_map(config), params, shard_bytes=shard_bytes)
 
 
-def _check_modulation(config: VqConfig, where: str) -> None:
+def _check_modulation(config: VqConfig, location: str) -> None:
     """Raise UserError for modulated norms that diffusers' settings can't express."""
     assert isinstance(config.network, ImageVaeConfig)
     channels, groups = config.network.channels, config.network.levels.groups
     if config.modulated and channels != config.codebook.width:
         raise UserError(
-            f"{where}: norms are modulated by latents of {channels} channels, but codes have {config.codebook.width}. "
+            f"{location}: norms are modulated by latents of {channels} channels, but codes have "
+            f"{config.codebook.width}. "
             "Use the same number"
         )
-    if config.modulated and groups != _GROUPS:
-        raise UserError(f"{where}: groups={groups} is invalid: modulated norms of {CLASS} have {_GROUPS} groups")
+    if config.modulated and groups != _SPATIAL_NORM_GROUPS:
+        raise UserError(
+            f"{location}: groups={groups} is invalid: modulated norms of {CLASS} have {_SPATIAL_NORM_GROUPS} groups"
+        )
 
 
-def names_of(config: VqConfig) -> Names:
+def make_vq_tensor_map(config: VqConfig) -> TensorMap:
     """Return the tensor map of diffusers' `VQModel`."""
     assert isinstance(config.network, ImageVaeConfig)
     levels = config.network.levels
     norm = _SPATIAL_NORM if config.modulated else image_autoencoder.GROUP_NORM
-    names = image_autoencoder.encoder_names(levels) | image_autoencoder.decoder_names(levels, norm)
-    names |= both("to_codes", "quant_conv", DENSE_PICTURE) | both("from_codes", "post_quant_conv", DENSE_PICTURE)
-    return names | {"codebook/codes": Foreign("quantize.embedding.weight")}
+    names = image_autoencoder.make_encoder_tensor_map(levels) | image_autoencoder.make_decoder_tensor_map(levels, norm)
+    names |= map_kernel_and_bias("to_codes", "quant_conv", CONV_1X1) | map_kernel_and_bias(
+        "from_codes", "post_quant_conv", CONV_1X1
+    )
+    return names | {"codebook/codes": TensorMapping("quantize.embedding.weight")}

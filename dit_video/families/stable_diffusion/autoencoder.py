@@ -13,14 +13,14 @@ import numpy as np
 
 from dit_video.autoencoders import ImageLevels, ImageVaeConfig
 from dit_video.core.errors import UserError
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.weights import diffusers
-from dit_video.weights.diffusers import DENSE, DENSE_PICTURE, PICTURE, both
-from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names
+from dit_video.weights.diffusers import CONV_1X1, CONV_2D, DENSE, map_kernel_and_bias
+from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping
 
 CLASS = "AutoencoderKL"
 _DOWN, _UP = "EncoderBlock2D", "DecoderBlock2D"
-_OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_LEGACY_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 """Names of attention's linear maps in diffusers before 2023, which it still reads."""
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
@@ -53,17 +53,17 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[ImageVaeConfig, dict[s
       MissingError: files are missing.
       UserError: a setting is not supported, or the weights do not fit.
     """
-    settings = diffusers.settings(folder, document, _DEFAULTS)
+    settings = diffusers.get_settings(folder, document, _DEFAULTS)
     config = ImageVaeConfig(
         channels=settings["latent_channels"],
-        levels=levels_of(folder, settings),
-        moments=settings["use_quant_conv"],
-        latents=settings["use_post_quant_conv"],
+        levels=parse_levels(folder, settings),
+        use_quant_conv=settings["use_quant_conv"],
+        use_post_quant_conv=settings["use_post_quant_conv"],
     )
-    shapes = param_shapes(config.make)
+    shapes = get_param_shapes(config.make)
     del shapes["normalizer"]
-    params = diffusers.read(folder, as_found(folder, _names(config)), shapes)
-    return config, params | {"normalizer": normalizer_of(folder, settings, config.channels)}
+    params = diffusers.read(folder, apply_legacy_names(folder, _make_tensor_map(config)), shapes)
+    return config, params | {"normalizer": parse_normalizer(folder, settings, config.channels)}
 
 
 def save(
@@ -72,43 +72,43 @@ def save(
     """Write a config and parameters as a folder; the inverse of `load`."""
     document = {
         "_class_name": CLASS,
-        **settings_of(config.levels),
+        **make_level_settings(config.levels),
         "latent_channels": config.channels,
-        "use_quant_conv": config.moments,
-        "use_post_quant_conv": config.latents,
-        **scales_of(params["normalizer"]),
+        "use_quant_conv": config.use_quant_conv,
+        "use_post_quant_conv": config.use_post_quant_conv,
+        **make_normalizer_settings(params["normalizer"]),
     }
-    diffusers.write(folder, document, _names(config), params, shard_bytes=shard_bytes)
+    diffusers.write(folder, document, _make_tensor_map(config), params, shard_bytes=shard_bytes)
 
 
-def levels_of(folder: Path, given: Mapping[str, Any]) -> ImageLevels:
+def parse_levels(folder: Path, settings: Mapping[str, Any]) -> ImageLevels:
     """Return the levels of encoder and decoder for a folder's settings.
 
     Raises:
       UserError: a kind of block is not supported, or the decoder's kinds differ from the encoder's.
     """
-    diffusers.check_fixed(folder, given, {"in_channels": 3, "out_channels": 3, "act_fn": "silu"})
-    count = len(given["block_out_channels"])
-    down, up = list(given["down_block_types"]), list(given["up_block_types"])
+    diffusers.check_supported(folder, settings, {"in_channels": 3, "out_channels": 3, "act_fn": "silu"})
+    count = len(settings["block_out_channels"])
+    down, up = list(settings["down_block_types"]), list(settings["up_block_types"])
     attention = tuple(level for level, kind in enumerate(down) if kind == f"AttnDown{_DOWN}")
-    supported = _blocks(count, attention)
-    diffusers.check_fixed(folder, {"down_block_types": down, "up_block_types": up}, supported)
+    supported = _make_block_types(count, attention)
+    diffusers.check_supported(folder, {"down_block_types": down, "up_block_types": up}, supported)
     return ImageLevels(
-        widths=tuple(given["block_out_channels"]),
-        blocks=given["layers_per_block"],
-        groups=given["norm_num_groups"],
-        middle_attention=given["mid_block_add_attention"],
+        widths=tuple(settings["block_out_channels"]),
+        blocks=settings["layers_per_block"],
+        groups=settings["norm_num_groups"],
+        middle_attention=settings["mid_block_add_attention"],
         attention=attention,
     )
 
 
-def settings_of(levels: ImageLevels) -> dict[str, Any]:
+def make_level_settings(levels: ImageLevels) -> dict[str, Any]:
     """Return the settings of levels; the inverse of `parse_levels`."""
     return {
         "in_channels": 3,
         "out_channels": 3,
         "act_fn": "silu",
-        **_blocks(len(levels.widths), levels.attention),
+        **_make_block_types(len(levels.widths), levels.attention),
         "block_out_channels": list(levels.widths),
         "layers_per_block": levels.blocks,
         "norm_num_groups": levels.groups,
@@ -116,7 +116,7 @@ def settings_of(levels: ImageLevels) -> dict[str, Any]:
     }
 
 
-def _blocks(count: int, attention: tuple[int, ...]) -> dict[str, list[str]]:
+def _make_block_types(count: int, attention: tuple[int, ...]) -> dict[str, list[str]]:
     """Return the settings with the kinds of the levels' blocks."""
     kinds = ["Attn" if level in attention else "" for level in range(count)]
     return {
@@ -125,95 +125,102 @@ def _blocks(count: int, attention: tuple[int, ...]) -> dict[str, list[str]]:
     }
 
 
-class NormNames(NamedTuple):
+class NormMapping(NamedTuple):
     """Names of a kind of norm in diffusers."""
 
-    attention: str
+    attention_name: str
     """Name of the norm inside attention."""
-    parts: Mapping[str, tuple[str, str]]
+    params: Mapping[str, tuple[str, str]]
     """Name and einops pattern in diffusers of each of our parameters."""
 
-    def at(self, ours: str, theirs: str) -> dict[str, Foreign]:
+    def make_tensor_map(self, ours: str, theirs: str) -> dict[str, TensorMapping]:
         """Return the tensor map of one norm."""
         return {
-            f"{ours}/{param}": Foreign(f"{theirs}.{name}", pattern) for param, (name, pattern) in self.parts.items()
+            f"{ours}/{param}": TensorMapping(f"{theirs}.{name}", pattern)
+            for param, (name, pattern) in self.params.items()
         }
 
 
-GROUP_NORM = NormNames("group_norm", {"scale": ("weight", ""), "shift": ("bias", "")})
+GROUP_NORM = NormMapping("group_norm", {"scale": ("weight", ""), "shift": ("bias", "")})
 
 
-def encoder_names(levels: ImageLevels) -> dict[str, Foreign]:
+def make_encoder_tensor_map(levels: ImageLevels) -> dict[str, TensorMapping]:
     """Return the tensor map of an `ImageEncoder` in diffusers."""
-    names = _ends("encoder", GROUP_NORM)
+    names = _map_ends("encoder", GROUP_NORM)
     for level in range(len(levels.widths)):
         ours, theirs = f"encoder/levels/{level}", f"encoder.down_blocks.{level}"
-        names |= _level(ours, theirs, levels.blocks, GROUP_NORM)
-        names |= both(f"{ours}/down/space", f"{theirs}.downsamplers.0.conv", PICTURE)
+        names |= _map_level(ours, theirs, levels.blocks, GROUP_NORM)
+        names |= map_kernel_and_bias(f"{ours}/down/space", f"{theirs}.downsamplers.0.conv", CONV_2D)
     return names
 
 
-def decoder_names(levels: ImageLevels, norm: NormNames) -> dict[str, Foreign]:
+def make_decoder_tensor_map(levels: ImageLevels, norm: NormMapping) -> dict[str, TensorMapping]:
     """Return the tensor map of an `ImageDecoder` in diffusers, with a kind of norm."""
-    names = _ends("decoder", norm)
+    names = _map_ends("decoder", norm)
     for level in range(len(levels.widths)):
         ours, theirs = f"decoder/levels/{level}", f"decoder.up_blocks.{level}"
-        names |= _level(ours, theirs, levels.blocks + 1, norm)
-        names |= both(f"{ours}/up/space", f"{theirs}.upsamplers.0.conv", PICTURE)
+        names |= _map_level(ours, theirs, levels.blocks + 1, norm)
+        names |= map_kernel_and_bias(f"{ours}/up/space", f"{theirs}.upsamplers.0.conv", CONV_2D)
     return names
 
 
-def as_found(folder: Path, names: Names) -> Names:
+def apply_legacy_names(folder: Path, tensor_map: TensorMap) -> TensorMap:
     """Return a tensor map with the names that a folder uses for attention's linear maps, older or current."""
-    if not any(name.endswith(".proj_attn.weight") for name in diffusers.tensor_names(folder)):
-        return names
+    if not any(name.endswith(".proj_attn.weight") for name in diffusers.list_tensor_names(folder)):
+        return tensor_map
 
     def older(name: str) -> str:
-        for new, old in _OLDER.items():
+        for new, old in _LEGACY_NAMES.items():
             name = name.replace(f".{new}.", f".{old}.")
         return name
 
-    return {path: foreign._replace(name=older(foreign.name)) for path, foreign in names.items()}
+    return {path: foreign._replace(name=older(foreign.name)) for path, foreign in tensor_map.items()}
 
 
-def _names(config: ImageVaeConfig) -> Names:
-    names = encoder_names(config.levels) | decoder_names(config.levels, GROUP_NORM)
-    names |= both("moments", "quant_conv", DENSE_PICTURE)
-    return names | both("latents", "post_quant_conv", DENSE_PICTURE)
+def _make_tensor_map(config: ImageVaeConfig) -> TensorMap:
+    names = make_encoder_tensor_map(config.levels) | make_decoder_tensor_map(config.levels, GROUP_NORM)
+    names |= map_kernel_and_bias("moments", "quant_conv", CONV_1X1)
+    return names | map_kernel_and_bias("latents", "post_quant_conv", CONV_1X1)
 
 
-def _ends(side: str, norm: NormNames) -> dict[str, Foreign]:
+def _map_ends(side: str, norm: NormMapping) -> dict[str, TensorMapping]:
     """Return the tensor map of the first and last layers, and of the middle block."""
-    names = both(f"{side}/conv_in", f"{side}.conv_in", PICTURE) | both(f"{side}/conv_out", f"{side}.conv_out", PICTURE)
-    names |= norm.at(f"{side}/norm", f"{side}.conv_norm_out")
+    names = map_kernel_and_bias(f"{side}/conv_in", f"{side}.conv_in", CONV_2D) | map_kernel_and_bias(
+        f"{side}/conv_out", f"{side}.conv_out", CONV_2D
+    )
+    names |= norm.make_tensor_map(f"{side}/norm", f"{side}.conv_norm_out")
     ours, theirs = f"{side}/middle", f"{side}.mid_block"
-    names |= _residual(f"{ours}/before", f"{theirs}.resnets.0", norm)
-    names |= _residual(f"{ours}/after", f"{theirs}.resnets.1", norm)
-    return names | _attention(f"{ours}/attention", f"{theirs}.attentions.0", norm)
+    names |= _map_residual(f"{ours}/before", f"{theirs}.resnets.0", norm)
+    names |= _map_residual(f"{ours}/after", f"{theirs}.resnets.1", norm)
+    return names | _map_attention(f"{ours}/attention", f"{theirs}.attentions.0", norm)
 
 
-def _level(ours: str, theirs: str, blocks: int, norm: NormNames) -> dict[str, Foreign]:
-    names: dict[str, Foreign] = {}
+def _map_level(ours: str, theirs: str, blocks: int, norm: NormMapping) -> dict[str, TensorMapping]:
+    names: dict[str, TensorMapping] = {}
     for block in range(blocks):
-        names |= _residual(f"{ours}/blocks/{block}", f"{theirs}.resnets.{block}", norm)
-        names |= _attention(f"{ours}/attentions/{block}", f"{theirs}.attentions.{block}", norm)
+        names |= _map_residual(f"{ours}/blocks/{block}", f"{theirs}.resnets.{block}", norm)
+        names |= _map_attention(f"{ours}/attentions/{block}", f"{theirs}.attentions.{block}", norm)
     return names
 
 
-def _residual(ours: str, theirs: str, norm: NormNames) -> dict[str, Foreign]:
-    names = both(f"{ours}/conv_in", f"{theirs}.conv1", PICTURE) | both(f"{ours}/conv_out", f"{theirs}.conv2", PICTURE)
-    names |= norm.at(f"{ours}/norm_in", f"{theirs}.norm1") | norm.at(f"{ours}/norm_out", f"{theirs}.norm2")
-    return names | both(f"{ours}/shortcut", f"{theirs}.conv_shortcut", DENSE_PICTURE)
+def _map_residual(ours: str, theirs: str, norm: NormMapping) -> dict[str, TensorMapping]:
+    names = map_kernel_and_bias(f"{ours}/conv_in", f"{theirs}.conv1", CONV_2D) | map_kernel_and_bias(
+        f"{ours}/conv_out", f"{theirs}.conv2", CONV_2D
+    )
+    names |= norm.make_tensor_map(f"{ours}/norm_in", f"{theirs}.norm1") | norm.make_tensor_map(
+        f"{ours}/norm_out", f"{theirs}.norm2"
+    )
+    return names | map_kernel_and_bias(f"{ours}/shortcut", f"{theirs}.conv_shortcut", CONV_1X1)
 
 
-def _attention(ours: str, theirs: str, norm: NormNames) -> dict[str, Foreign]:
-    names = norm.at(f"{ours}/norm", f"{theirs}.{norm.attention}")
+def _map_attention(ours: str, theirs: str, norm: NormMapping) -> dict[str, TensorMapping]:
+    names = norm.make_tensor_map(f"{ours}/norm", f"{theirs}.{norm.attention_name}")
     for linear, name in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out.0")):
-        names |= both(f"{ours}/{linear}", f"{theirs}.{name}", DENSE)
+        names |= map_kernel_and_bias(f"{ours}/{linear}", f"{theirs}.{name}", DENSE)
     return names
 
 
-def normalizer_of(folder: Path, given: Mapping[str, Any], channels: int) -> dict[str, np.ndarray]:
+def parse_normalizer(folder: Path, settings: Mapping[str, Any], channels: int) -> dict[str, np.ndarray]:
     """Return the mean and the standard deviation of each channel, from a folder's settings.
 
     Diffusion models see `(latents - mean) * scaling_factor / latents_std`. The settings have either a scalar mean
@@ -222,8 +229,8 @@ def normalizer_of(folder: Path, given: Mapping[str, Any], channels: int) -> dict
     Raises:
       UserError: the settings contradict each other, or don't fit the channels.
     """
-    scale = given["scaling_factor"]
-    mean, std, shift = given["latents_mean"], given["latents_std"], given["shift_factor"]
+    scale = settings["scaling_factor"]
+    mean, std, shift = settings["latents_mean"], settings["latents_std"], settings["shift_factor"]
     if (mean is None) != (std is None) or (mean is not None and shift is not None):
         raise UserError(
             f"{folder / 'config.json'}: use both latents_mean and latents_std without shift_factor, or neither of them"
@@ -240,7 +247,7 @@ def normalizer_of(folder: Path, given: Mapping[str, Any], channels: int) -> dict
     return {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
 
 
-def scales_of(normalizer: Mapping[str, Any]) -> dict[str, Any]:
+def make_normalizer_settings(normalizer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a normalizer; the inverse of `parse_normalizer`.
 
     Values are the shortest decimals that round to the same float32.
@@ -248,7 +255,9 @@ def scales_of(normalizer: Mapping[str, Any]) -> dict[str, Any]:
     mean, std = (np.asarray(normalizer[name], np.float32) for name in ("mean", "std"))
     if len(np.unique(mean)) > 1 or len(np.unique(std)) > 1:
         values = {"latents_mean": mean, "latents_std": std}
-        return {"scaling_factor": 1.0} | {key: [diffusers.decimal(x) for x in array] for key, array in values.items()}
+        return {"scaling_factor": 1.0} | {
+            key: [diffusers.compute_shortest_decimal(x) for x in array] for key, array in values.items()
+        }
     scales = (float(f"{1 / float(std[0]):.{digits}g}") for digits in range(1, 18))
     scale = next(scale for scale in scales if np.float32(1 / scale) == std[0])
-    return {"scaling_factor": scale, "shift_factor": diffusers.decimal(mean[0]) if mean[0] else None}
+    return {"scaling_factor": scale, "shift_factor": diffusers.compute_shortest_decimal(mean[0]) if mean[0] else None}

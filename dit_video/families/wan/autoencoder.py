@@ -8,14 +8,14 @@ import numpy as np
 
 from dit_video.autoencoders import CausalVaeConfig
 from dit_video.core.errors import UserError
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
-from dit_video.weights.diffusers import DENSE_PICTURE, PICTURE, both
-from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign
+from dit_video.weights.diffusers import CONV_1X1, CONV_2D, map_kernel_and_bias
+from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMapping
 
 CLASS = "AutoencoderKLWan"
-_VOLUME, _DENSE_VOLUME = "o i t h w -> t h w i o", "o i 1 1 1 -> i o"
+_CONV_3D, _CONV_1X1X1 = "o i t h w -> t h w i o", "o i 1 1 1 -> i o"
 
 # Statistics of Wan 2.1's latents (`wan/modules/vae.py` of Wan-Video/Wan2.1), which are diffusers' defaults.
 _MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
@@ -49,10 +49,10 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[CausalVaeConfig, dict[
       MissingError: files are missing.
       UserError: a setting is not supported, or the weights do not fit.
     """
-    settings, config = diffusers.settings(folder, document, _DEFAULTS), read_config(folder, document)
-    shapes = param_shapes(config.make)
+    settings, config = diffusers.get_settings(folder, document, _DEFAULTS), read_config(folder, document)
+    shapes = get_param_shapes(config.make)
     normalizer = shapes.pop("normalizer")
-    params = diffusers.read(folder, wan_names(config), shapes)
+    params = diffusers.read(folder, make_wan_vae_tensor_map(config), shapes)
     for name, key in (("mean", "latents_mean"), ("std", "latents_std")):
         values = np.asarray(settings[key], np.float32)
         if values.shape != normalizer[name].shape:
@@ -67,7 +67,7 @@ def read_config(folder: Path, document: dict[str, Any]) -> CausalVaeConfig:
     Raises:
       UserError: a setting is not supported.
     """
-    return _config(folder, diffusers.settings(folder, document, _DEFAULTS))
+    return _parse_config(folder, diffusers.get_settings(folder, document, _DEFAULTS))
 
 
 def save(
@@ -78,81 +78,87 @@ def save(
     Raises:
       UserError: diffusers' class can't express the config.
     """
-    document = _document(config)
+    document = _make_document(config)
     for name, key in (("mean", "latents_mean"), ("std", "latents_std")):
-        document[key] = [diffusers.decimal(value) for value in np.asarray(params["normalizer"][name])]
-    diffusers.write(folder, document, wan_names(config), params, shard_bytes=shard_bytes)
+        document[key] = [diffusers.compute_shortest_decimal(value) for value in np.asarray(params["normalizer"][name])]
+    diffusers.write(folder, document, make_wan_vae_tensor_map(config), params, shard_bytes=shard_bytes)
 
 
-def wan_names(config: CausalVaeConfig) -> dict[str, Foreign]:
+def make_wan_vae_tensor_map(config: CausalVaeConfig) -> dict[str, TensorMapping]:
     """Return the tensor map of diffusers' `AutoencoderKLWan`."""
-    names: dict[str, Foreign] = {}
-    names |= _conv("encoder/conv_in", "encoder.conv_in") | _conv("encoder/conv_out", "encoder.conv_out")
-    names |= _conv("decoder/conv_in", "decoder.conv_in") | _conv("decoder/conv_out", "decoder.conv_out")
-    names |= both("moments", "quant_conv", _DENSE_VOLUME) | both("latents", "post_quant_conv", _DENSE_VOLUME)
+    names: dict[str, TensorMapping] = {}
+    names |= _map_conv("encoder/conv_in", "encoder.conv_in") | _map_conv("encoder/conv_out", "encoder.conv_out")
+    names |= _map_conv("decoder/conv_in", "decoder.conv_in") | _map_conv("decoder/conv_out", "decoder.conv_out")
+    names |= map_kernel_and_bias("moments", "quant_conv", _CONV_1X1X1) | map_kernel_and_bias(
+        "latents", "post_quant_conv", _CONV_1X1X1
+    )
     for side in ("encoder", "decoder"):
-        names[f"{side}/norm/scale"] = Foreign(f"{side}.norm_out.gamma", "d 1 1 1 -> d")
-        names |= _middle(f"{side}/middle", f"{side}.mid_block")
+        names[f"{side}/norm/scale"] = TensorMapping(f"{side}.norm_out.gamma", "d 1 1 1 -> d")
+        names |= _map_middle(f"{side}/middle", f"{side}.mid_block")
     offset = 0
     for level in range(len(config.multipliers)):
         # Without shortcuts diffusers numbers blocks and downsamplers of all levels consecutively.
         ours, theirs = f"encoder/levels/{level}", "encoder.down_blocks"
         for block in range(config.blocks):
             block_name = f"{theirs}.{level}.resnets.{block}" if config.shortcuts else f"{theirs}.{offset + block}"
-            names |= _residual(f"{ours}/blocks/{block}", block_name)
+            names |= _map_residual(f"{ours}/blocks/{block}", block_name)
         block_name = f"{theirs}.{level}.downsampler" if config.shortcuts else f"{theirs}.{offset + config.blocks}"
-        names |= _resample(f"{ours}/down", block_name)
+        names |= _map_resample(f"{ours}/down", block_name)
         offset += config.blocks + 1
         ours, theirs = f"decoder/levels/{level}", f"decoder.up_blocks.{level}"
         for block in range(config.blocks + 1):
-            names |= _residual(f"{ours}/blocks/{block}", f"{theirs}.resnets.{block}")
-        names |= _resample(f"{ours}/up", f"{theirs}.upsampler" if config.shortcuts else f"{theirs}.upsamplers.0")
+            names |= _map_residual(f"{ours}/blocks/{block}", f"{theirs}.resnets.{block}")
+        names |= _map_resample(f"{ours}/up", f"{theirs}.upsampler" if config.shortcuts else f"{theirs}.upsamplers.0")
     return names
 
 
-def _conv(ours: str, theirs: str) -> dict[str, Foreign]:
-    return both(ours, theirs, _VOLUME)
+def _map_conv(ours: str, theirs: str) -> dict[str, TensorMapping]:
+    return map_kernel_and_bias(ours, theirs, _CONV_3D)
 
 
-def _residual(ours: str, theirs: str) -> dict[str, Foreign]:
-    names = _conv(f"{ours}/conv_in", f"{theirs}.conv1") | _conv(f"{ours}/conv_out", f"{theirs}.conv2")
-    names |= both(f"{ours}/shortcut", f"{theirs}.conv_shortcut", _DENSE_VOLUME)
-    names[f"{ours}/norm_in/scale"] = Foreign(f"{theirs}.norm1.gamma", "d 1 1 1 -> d")
-    names[f"{ours}/norm_out/scale"] = Foreign(f"{theirs}.norm2.gamma", "d 1 1 1 -> d")
+def _map_residual(ours: str, theirs: str) -> dict[str, TensorMapping]:
+    names = _map_conv(f"{ours}/conv_in", f"{theirs}.conv1") | _map_conv(f"{ours}/conv_out", f"{theirs}.conv2")
+    names |= map_kernel_and_bias(f"{ours}/shortcut", f"{theirs}.conv_shortcut", _CONV_1X1X1)
+    names[f"{ours}/norm_in/scale"] = TensorMapping(f"{theirs}.norm1.gamma", "d 1 1 1 -> d")
+    names[f"{ours}/norm_out/scale"] = TensorMapping(f"{theirs}.norm2.gamma", "d 1 1 1 -> d")
     return names
 
 
-def _middle(ours: str, theirs: str) -> dict[str, Foreign]:
-    names = _residual(f"{ours}/before", f"{theirs}.resnets.0") | _residual(f"{ours}/after", f"{theirs}.resnets.1")
+def _map_middle(ours: str, theirs: str) -> dict[str, TensorMapping]:
+    names = _map_residual(f"{ours}/before", f"{theirs}.resnets.0") | _map_residual(
+        f"{ours}/after", f"{theirs}.resnets.1"
+    )
     attention = f"{theirs}.attentions.0"
-    names[f"{ours}/attention/norm/scale"] = Foreign(f"{attention}.norm.gamma", "d 1 1 -> d")
-    names |= both(f"{ours}/attention/qkv", f"{attention}.to_qkv", DENSE_PICTURE)
-    return names | both(f"{ours}/attention/out", f"{attention}.proj", DENSE_PICTURE)
+    names[f"{ours}/attention/norm/scale"] = TensorMapping(f"{attention}.norm.gamma", "d 1 1 -> d")
+    names |= map_kernel_and_bias(f"{ours}/attention/qkv", f"{attention}.to_qkv", CONV_1X1)
+    return names | map_kernel_and_bias(f"{ours}/attention/out", f"{attention}.proj", CONV_1X1)
 
 
-def _resample(ours: str, theirs: str) -> dict[str, Foreign]:
-    return both(f"{ours}/space", f"{theirs}.resample.1", PICTURE) | _conv(f"{ours}/time", f"{theirs}.time_conv")
-
-
-def _config(folder: Path, given: dict[str, Any]) -> CausalVaeConfig:
-    fixed = {"attn_scales": [], "dropout": 0.0}
-    patch = given["patch_size"] or 1
-    fixed |= {"in_channels": 3 * patch**2, "out_channels": 3 * patch**2}
-    diffusers.check_fixed(folder, given, fixed)
-    levels = len(given["dim_mult"]) - 1
-    return CausalVaeConfig(
-        channels=given["z_dim"],
-        width=given["base_dim"],
-        decoder_width=given["decoder_base_dim"],
-        multipliers=tuple(given["dim_mult"]),
-        factors=tuple(Grid(1 + bool(time), 2, 2) for time in given["temperal_downsample"][:levels]),
-        blocks=given["num_res_blocks"],
-        patch=patch,
-        shortcuts=given["is_residual"],
+def _map_resample(ours: str, theirs: str) -> dict[str, TensorMapping]:
+    return map_kernel_and_bias(f"{ours}/space", f"{theirs}.resample.1", CONV_2D) | _map_conv(
+        f"{ours}/time", f"{theirs}.time_conv"
     )
 
 
-def _document(config: CausalVaeConfig) -> dict[str, Any]:
+def _parse_config(folder: Path, settings: dict[str, Any]) -> CausalVaeConfig:
+    fixed = {"attn_scales": [], "dropout": 0.0}
+    patch = settings["patch_size"] or 1
+    fixed |= {"in_channels": 3 * patch**2, "out_channels": 3 * patch**2}
+    diffusers.check_supported(folder, settings, fixed)
+    levels = len(settings["dim_mult"]) - 1
+    return CausalVaeConfig(
+        channels=settings["z_dim"],
+        width=settings["base_dim"],
+        decoder_width=settings["decoder_base_dim"],
+        multipliers=tuple(settings["dim_mult"]),
+        factors=tuple(Grid(1 + bool(time), 2, 2) for time in settings["temperal_downsample"][:levels]),
+        blocks=settings["num_res_blocks"],
+        patch=patch,
+        shortcuts=settings["is_residual"],
+    )
+
+
+def _make_document(config: CausalVaeConfig) -> dict[str, Any]:
     if any(factors.h != 2 for factors in config.factors):
         raise UserError(
             "AutoencoderKLWan halves height and width at every level, so factors of (2, 1, 1) can't be written"

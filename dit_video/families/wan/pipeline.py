@@ -23,13 +23,13 @@ from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
-from dit_video.weights import clip_vision_config, load_scheduler, text_encoder_config
-from dit_video.weights.parameter import Parameter, Place, on_device, on_host
+from dit_video.weights import load_scheduler, read_clip_vision_config, read_text_encoder_config
+from dit_video.weights.parameter import Parameter, Placement, place_on_device, place_on_host
 
 INDEX = "model_index.json"
-_TWO_EXPERTS, _IMAGE_PARTS = "transformer_2", ("image_encoder", "image_processor")
-_ALWAYS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-PARTS = (*_ALWAYS, _TWO_EXPERTS, *_IMAGE_PARTS)
+_SECOND_EXPERT, _IMAGE_PARTS = "transformer_2", ("image_encoder", "image_processor")
+_REQUIRED_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+PARTS = (*_REQUIRED_PARTS, _SECOND_EXPERT, *_IMAGE_PARTS)
 """Subfolders of a pipeline that are read."""
 CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
 _STEPS, _GUIDANCE, _SIZE = 50, 5.0, Grid(81, 480, 832)
@@ -43,7 +43,7 @@ def load_wan(
     *,
     text_encoder: str | os.PathLike | None = None,
     dtype: Dtype = "float32",
-    place: Place | None = None,
+    place: Placement | None = None,
 ) -> Pipeline:
     """Load a pipeline from a folder of diffusers; solver, shift and time schedule are those of its scheduler.
 
@@ -62,22 +62,24 @@ def load_wan(
       UserError: a pipeline or a model of an unknown class, unsupported settings, or weights that do not fit.
     """
     folder = Path(folder)
-    index = checked_index(folder)
+    index = read_index(folder)
     schedule = load_scheduler(folder / "scheduler")
     encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
-    width = text_encoder_config(encoder).width
-    boundary = index.get("boundary_ratio") if _named(index, _TWO_EXPERTS) else None
-    read = functools.partial(_read_denoiser, dtype=dtype, place=place or (on_device if boundary is None else on_host))
+    width = read_text_encoder_config(encoder).width
+    boundary = index.get("boundary_ratio") if _has_part(index, _SECOND_EXPERT) else None
+    read = functools.partial(
+        _read_denoiser, dtype=dtype, place=place or (place_on_device if boundary is None else place_on_host)
+    )
     dit, params = read(folder / "transformer", "dit")
     denoiser = {"dit": params, "text": {}}
     if boundary is not None:
-        second, denoiser["low_noise"] = read(folder / _TWO_EXPERTS, "low_noise")
+        second, denoiser["low_noise"] = read(folder / _SECOND_EXPERT, "low_noise")
         if second != dit:
             raise UserError(f"{folder} has two experts of different shapes, {dit} and {second}; they must be equal")
     if width != dit.context_width:
         raise UserError(f"{encoder} makes embeddings of width {width}, the transformer reads {dit.context_width}")
     images = folder / "image_encoder" if dit.image_width is not None else None
-    if images is not None and (image_width := clip_vision_config(images).width) != dit.image_width:
+    if images is not None and (image_width := read_clip_vision_config(images).width) != dit.image_width:
         raise UserError(f"{images} makes tokens of width {image_width}, the transformer reads {dit.image_width}")
     autoencoder, autoencoder_params = load_autoencoder(folder / "vae")
     if autoencoder.channels != dit.channels:
@@ -92,19 +94,23 @@ def load_wan(
         prediction=schedule.prediction,
         rows=None,
         batch=1,
-        sampling=Sampling(steps=_STEPS, guidance=_GUIDANCE, solver=schedule.solver, grid=schedule.grid),
+        sampling=Sampling(
+            steps=_STEPS, guidance=_GUIDANCE, solver=schedule.solver, time_schedule=schedule.time_schedule
+        ),
         fps=_FPS_PER_TOKEN if dit.time == "token" else _FPS,
         size=_SIZE,
         boundary=boundary,
         image_encoder=None if images is None else os.fspath(images),
-        made_by={"loaded from": os.fspath(folder), "class": index["_class_name"]},
+        provenance={"loaded from": os.fspath(folder), "class": index["_class_name"]},
     )
-    put = place or on_device
-    placed = trees.map_with_path(lambda path, leaf: put(f"autoencoder/{path}", Parameter.of(leaf)), autoencoder_params)
+    put = place or place_on_device
+    placed = trees.map_with_path(
+        lambda path, leaf: put(f"autoencoder/{path}", Parameter.from_array(leaf)), autoencoder_params
+    )
     return Pipeline(config, autoencoder=placed, denoiser=denoiser)
 
 
-def checked_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
     """Return `model_index.json` after checking that all its parts exist; two experts have a `boundary_ratio` in it.
 
     Raises:
@@ -115,7 +121,7 @@ def checked_index(folder: Path) -> dict[str, Any]:
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in CLASSES:
         raise UserError(f"{folder} holds a pipeline of class {name}; known here: {', '.join(CLASSES)}, DiTPipeline")
-    has_two_experts = _named(index, _TWO_EXPERTS)
+    has_two_experts = _has_part(index, _SECOND_EXPERT)
     if has_two_experts != (index.get("boundary_ratio") is not None):
         entries = (
             "two experts without a boundary_ratio between them"
@@ -123,21 +129,21 @@ def checked_index(folder: Path) -> dict[str, Any]:
             else "a boundary_ratio, but one expert alone"
         )
         raise UserError(f"{folder / INDEX} names {entries}; copy or download it again")
-    required = [part for part in PARTS if part in _ALWAYS or _named(index, part)]
+    required = [part for part in PARTS if part in _REQUIRED_PARTS or _has_part(index, part)]
     if missing := [part for part in required if not (folder / part).is_dir()]:
         raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
     return index
 
 
-def _named(index: dict[str, Any], part: str) -> bool:
+def _has_part(index: dict[str, Any], part: str) -> bool:
     """Return True if a pipeline has a part: others are missing, or listed as two nulls."""
     return bool(index.get(part)) and None not in index[part]
 
 
-def _read_denoiser(folder: Path, name: str, *, dtype: Dtype, place: Place) -> tuple[WanDitConfig, dict[str, Any]]:
+def _read_denoiser(folder: Path, name: str, *, dtype: Dtype, place: Placement) -> tuple[WanDitConfig, dict[str, Any]]:
     """Read one expert, with the weights of matrix products in `dtype` and all others in float32."""
     config, params = load_denoiser(
-        folder, kernels=jnp.dtype(dtype), place=lambda path, parameter: place(f"{name}/{path}", parameter)
+        folder, kernel_dtype=jnp.dtype(dtype), place=lambda path, parameter: place(f"{name}/{path}", parameter)
     )
     if not isinstance(config, WanDitConfig):
         raise UserError(f"{folder} holds no Wan, which a {' or '.join(CLASSES)} needs; copy it again")

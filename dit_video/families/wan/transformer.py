@@ -13,19 +13,19 @@ import numpy as np
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers, streaming
 from dit_video.weights.diffusers import DENSE
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora import Module
-from dit_video.weights.parameter import Place, on_host
+from dit_video.weights.lora import LoraModule
+from dit_video.weights.parameter import Placement, place_on_host
 from dit_video.weights.streaming import FileMap, FolderSource
-from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names, stored_as
+from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping, make_dtype_fn
 
 CLASS, AUTHORS_CLASS = CLASSES = "WanTransformer3DModel", "WanModel"
-Layout = Literal["diffusers", "authors"]
-_LAYOUTS: tuple[Layout, ...] = ("diffusers", "authors")
+WanLayout = Literal["diffusers", "authors"]
+_LAYOUTS: tuple[WanLayout, ...] = ("diffusers", "authors")
 
 _QK_NORM = "rms_norm_across_heads"
 _DEFAULTS: dict[str, Any] = {
@@ -63,8 +63,8 @@ _AUTHORS_DEFAULTS: dict[str, Any] = {
     "cross_attn_norm": True,
     "eps": 1e-6,
 }
-_FIXED = {"cross_attn_norm": True, "eps": 1e-6}
-_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
+_SUPPORTED = {"cross_attn_norm": True, "eps": 1e-6}
+_MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 
 # Names below a block: ours, diffusers', the authors'. Linear maps come first, then those with reordered channels.
 _LINEAR = (
@@ -77,8 +77,8 @@ _LINEAR = (
     ("up", "ffn.net.0.proj", "ffn.0"),
     ("down", "ffn.net.2", "ffn.2"),
 )
-_TURNED = (("query", "attn1.to_q", "self_attn.q"), ("key", "attn1.to_k", "self_attn.k"))
-_TURNED_SCALES = (
+_ROTARY_LINEAR = (("query", "attn1.to_q", "self_attn.q"), ("key", "attn1.to_k", "self_attn.k"))
+_ROTARY_SCALES = (
     ("query_norm", "attn1.norm_q", "self_attn.norm_q"),
     ("key_norm", "attn1.norm_k", "self_attn.norm_k"),
 )
@@ -90,7 +90,7 @@ _IMAGE_LINEAR = (
     ("image_key", "attn2.add_k_proj", "cross_attn.k_img"),
     ("image_value", "attn2.add_v_proj", "cross_attn.v_img"),
 )
-_ONCE = (
+_TOP_LEVEL_LINEAR = (
     ("text_in", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
     ("text_out", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
     ("time_in", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
@@ -98,11 +98,11 @@ _ONCE = (
     ("modulation", "condition_embedder.time_proj", "time_projection.1"),
     ("head", "proj_out", "head.head"),
 )
-_IMAGE_ONCE = (
+_IMAGE_EMBEDDER_LINEAR = (
     ("image/up", "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
     ("image/down", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
 )
-_IMAGE_NORMS = (
+_IMAGE_EMBEDDER_NORMS = (
     ("image/norm_in", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
     ("image/norm_out", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
 )
@@ -113,8 +113,8 @@ def load(
     document: dict[str, Any],
     *,
     dtype: Any = np.float32,
-    kernels: Any = None,
-    place: Place = on_host,
+    kernel_dtype: Any = None,
+    place: Placement = place_on_host,
 ) -> tuple[WanDitConfig, dict[str, Any]]:
     """Read the config and parameters of a folder in either layout, whose config file is `document`.
 
@@ -126,11 +126,13 @@ def load(
       UserError: a setting is not supported, or the weights do not fit.
     """
     config = read_config(folder, document)
-    shapes = param_shapes(config.make)
-    file_map = FileMap.of(wan_names(config, _layout(document)))
+    shapes = get_param_shapes(config.make)
+    file_map = FileMap.from_tensor_map(make_wan_tensor_map(config, _detect_layout(document)))
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
         source = FolderSource(tensors, file_map, shapes)
-        return config, streaming.read(source, shapes, file_map.depths, stored=stored_as(dtype, kernels), place=place)
+        return config, streaming.read(
+            source, shapes, file_map.depths, dtype_fn=make_dtype_fn(dtype, kernel_dtype), place=place
+        )
 
 
 def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
@@ -140,10 +142,14 @@ def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
       MissingError: files are missing.
       UserError: a setting is not supported.
     """
-    return _authors_config(folder, document) if _layout(document) == "authors" else _config(folder, document)
+    return (
+        _parse_authors_config(folder, document)
+        if _detect_layout(document) == "authors"
+        else _parse_diffusers_config(folder, document)
+    )
 
 
-def _layout(document: dict[str, Any]) -> Layout:
+def _detect_layout(document: dict[str, Any]) -> WanLayout:
     return "authors" if document.get("_class_name") == AUTHORS_CLASS else "diffusers"
 
 
@@ -152,7 +158,7 @@ def save(
     config: WanDitConfig,
     params: dict[str, Any],
     *,
-    layout: Layout = "diffusers",
+    layout: WanLayout = "diffusers",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a config and parameters as a folder, with tensors in their own dtypes; the inverse of `load`.
@@ -160,75 +166,77 @@ def save(
     Raises:
       UserError: the layout can't express the config.
     """
-    diffusers.write(folder, document_of(config, layout), wan_names(config, layout), params, shard_bytes=shard_bytes)
+    diffusers.write(
+        folder, make_document(config, layout), make_wan_tensor_map(config, layout), params, shard_bytes=shard_bytes
+    )
 
 
-def document_of(config: WanDitConfig, layout: Layout) -> dict[str, Any]:
+def make_document(config: WanDitConfig, layout: WanLayout) -> dict[str, Any]:
     """Return the settings of a config in a layout, raising as `save` does; the inverse of `read_config`."""
-    return _document(config) if layout == "diffusers" else _authors_document(config)
+    return _make_diffusers_document(config) if layout == "diffusers" else _make_authors_document(config)
 
 
-def wan_names(config: WanDitConfig, layout: Layout) -> Names:
+def make_wan_tensor_map(config: WanDitConfig, layout: WanLayout) -> TensorMap:
     """Return the tensor map of a layout."""
     column = 1 if layout == "diffusers" else 2
     has_image = config.image_width is not None
-    names: dict[str, Foreign] = {}
-    for row in (*_ONCE, *(_IMAGE_ONCE if has_image else ())):
-        names |= diffusers.both(row[0], row[column], DENSE)
-    for row in _IMAGE_NORMS if has_image else ():
-        names[f"{row[0]}/scale"] = Foreign(f"{row[column]}.weight")
-        names[f"{row[0]}/shift"] = Foreign(f"{row[column]}.bias")
+    names: dict[str, TensorMapping] = {}
+    for row in (*_TOP_LEVEL_LINEAR, *(_IMAGE_EMBEDDER_LINEAR if has_image else ())):
+        names |= diffusers.map_kernel_and_bias(row[0], row[column], DENSE)
+    for row in _IMAGE_EMBEDDER_NORMS if has_image else ():
+        names[f"{row[0]}/scale"] = TensorMapping(f"{row[column]}.weight")
+        names[f"{row[0]}/shift"] = TensorMapping(f"{row[column]}.bias")
     if config.image_positions is not None:
         theirs = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")[column - 1]
-        names["image/positions"] = Foreign(theirs, "1 n f -> n f")
+        names["image/positions"] = TensorMapping(theirs, "1 n f -> n f")
     patch = config.patch
     patch_sizes = (("t", patch.t), ("h", patch.h), ("w", patch.w))
-    names["embed/kernel"] = Foreign("patch_embedding.weight", "o c t h w -> (t h w c) o", patch_sizes)
-    names["embed/bias"] = Foreign("patch_embedding.bias")
+    names["embed/kernel"] = TensorMapping("patch_embedding.weight", "o c t h w -> (t h w c) o", patch_sizes)
+    names["embed/bias"] = TensorMapping("patch_embedding.bias")
     table = ("scale_shift_table", "head.modulation")[column - 1]
-    names["head_table"] = Foreign(table, "1 n d -> n d")
-    return names | _block_names(config, column, image=has_image)
+    names["head_table"] = TensorMapping(table, "1 n d -> n d")
+    return names | _map_blocks(config, column, has_image=has_image)
 
 
-def wan_modules(config: WanDitConfig, *, first: Layout = "diffusers") -> dict[str, Module]:
+def get_wan_modules(config: WanDitConfig, *, primary_layout: WanLayout = "diffusers") -> dict[str, LoraModule]:
     """Return the linear maps that a LoRA of Wan may adapt, under the names of both layouts, `primary_layout`'s first.
 
     diffusers' (PEFT) files use diffusers' names, those of ComfyUI and kohya the authors'. Files are written with the
     names of `primary_layout`.
     """
-    reordered = {f"blocks/{ours}/kernel" for ours, *_ in _TURNED}
-    mapping = Foreign("", "(heads j two) -> (heads two j)", (("heads", config.heads), ("two", 2)))
+    reordered = {f"blocks/{ours}/kernel" for ours, *_ in _ROTARY_LINEAR}
+    mapping = TensorMapping("", "(heads j two) -> (heads two j)", (("heads", config.heads), ("two", 2)))
     order = tuple(map(int, mapping.to_ours(np.arange(config.width))))
-    modules: dict[str, Module] = {}
-    for layout in sorted(_LAYOUTS, key=lambda layout: layout != first):
-        for path, foreign in wan_names(config, layout).items():
+    modules: dict[str, LoraModule] = {}
+    for layout in sorted(_LAYOUTS, key=lambda layout: layout != primary_layout):
+        for path, foreign in make_wan_tensor_map(config, layout).items():
             if not path.endswith("/kernel") or path == "embed/kernel":  # The patch embedding is a convolution there.
                 continue
             for layer, name in enumerate(foreign.names):
-                modules[name.removesuffix(".weight")] = Module(
+                modules[name.removesuffix(".weight")] = LoraModule(
                     path, None if foreign.layers is None else layer, order=order if path in reordered else None
                 )
     return modules
 
 
-def _block_names(config: WanDitConfig, column: int, *, image: bool) -> dict[str, Foreign]:
-    names: dict[str, Foreign] = {}
+def _map_blocks(config: WanDitConfig, column: int, *, has_image: bool) -> dict[str, TensorMapping]:
+    names: dict[str, TensorMapping] = {}
     axis_sizes = (("heads", config.heads), ("two", 2))
 
     def add(ours: str, theirs: str, pattern: str = "", sizes: tuple[tuple[str, int], ...] = ()) -> None:
-        names[f"blocks/{ours}"] = Foreign(f"blocks.{{}}.{theirs}", pattern, sizes, config.layers)
+        names[f"blocks/{ours}"] = TensorMapping(f"blocks.{{}}.{theirs}", pattern, sizes, config.layers)
 
-    for row in (*_LINEAR, *(_IMAGE_LINEAR if image else ())):
+    for row in (*_LINEAR, *(_IMAGE_LINEAR if has_image else ())):
         add(f"{row[0]}/kernel", f"{row[column]}.weight", DENSE)
         add(f"{row[0]}/bias", f"{row[column]}.bias")
-    for row in _TURNED:
+    for row in _ROTARY_LINEAR:
         add(f"{row[0]}/kernel", f"{row[column]}.weight", "(heads j two) i -> i (heads two j)", axis_sizes)
         add(f"{row[0]}/bias", f"{row[column]}.bias", "(heads j two) -> (heads two j)", axis_sizes)
-    for row in _TURNED_SCALES:
+    for row in _ROTARY_SCALES:
         add(f"{row[0]}/scale", f"{row[column]}.weight", "(heads j two) -> (heads two j)", axis_sizes)
     for row in _SCALES:
         add(f"{row[0]}/scale", f"{row[column]}.weight")
-    if image:
+    if has_image:
         add("image_key_norm/scale", ("attn2.norm_added_k", "cross_attn.norm_k_img")[column - 1] + ".weight")
     norm = ("norm2", "norm3")[column - 1]
     add("cross_norm/scale", f"{norm}.weight")
@@ -237,12 +245,12 @@ def _block_names(config: WanDitConfig, column: int, *, image: bool) -> dict[str,
     return names
 
 
-def _config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
-    settings = diffusers.settings(folder, document, _DEFAULTS)
-    diffusers.check_fixed(folder, settings, _FIXED | {"qk_norm": _QK_NORM})
+def _parse_diffusers_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
+    settings = diffusers.get_settings(folder, document, _DEFAULTS)
+    diffusers.check_supported(folder, settings, _SUPPORTED | {"qk_norm": _QK_NORM})
     width = settings["num_attention_heads"] * settings["attention_head_dim"]
     image_projection = None if settings["image_dim"] is None else width
-    diffusers.check_fixed(folder, settings, {"added_kv_proj_dim": image_projection})
+    diffusers.check_supported(folder, settings, {"added_kv_proj_dim": image_projection})
     channels = settings["out_channels"] or settings["in_channels"]
     pipeline = folder.parent / "model_index.json"
     per_token = pipeline.is_file() and read_json(pipeline).get("expand_timesteps") is True
@@ -254,7 +262,7 @@ def _config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
         image_positions=settings["pos_embed_seq_len"],
         patch=Grid(*settings["patch_size"]),
         width=width,
-        hidden_width=settings["ffn_dim"],
+        mlp_dim=settings["ffn_dim"],
         layers=settings["num_layers"],
         heads=settings["num_attention_heads"],
         time_width=settings["freq_dim"],
@@ -262,7 +270,7 @@ def _config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
     )
 
 
-def _document(config: WanDitConfig) -> dict[str, Any]:
+def _make_diffusers_document(config: WanDitConfig) -> dict[str, Any]:
     if config.text_length != 512:
         raise UserError(f"{CLASS} pads texts to 512 tokens, so text_length={config.text_length} can't be written")
     return {
@@ -275,7 +283,7 @@ def _document(config: WanDitConfig) -> dict[str, Any]:
         "out_channels": config.channels,
         "text_dim": config.context_width,
         "freq_dim": config.time_width,
-        "ffn_dim": config.hidden_width,
+        "ffn_dim": config.mlp_dim,
         "num_layers": config.layers,
         "image_dim": config.image_width,
         "added_kv_proj_dim": None if config.image_width is None else config.width,
@@ -283,15 +291,15 @@ def _document(config: WanDitConfig) -> dict[str, Any]:
     }
 
 
-def _authors_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
+def _parse_authors_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
     """Return the config of a folder in the authors' layout.
 
     Their files omit the settings that a model type doesn't need, so the widths of text and image come from the weights.
     """
-    settings = diffusers.settings(folder, document, _AUTHORS_DEFAULTS)
-    diffusers.check_fixed(folder, settings, _FIXED | {"qk_norm": True, "window_size": [-1, -1]})
-    if settings["model_type"] not in _TYPES:
-        types = ", ".join(_TYPES)
+    settings = diffusers.get_settings(folder, document, _AUTHORS_DEFAULTS)
+    diffusers.check_supported(folder, settings, _SUPPORTED | {"qk_norm": True, "window_size": [-1, -1]})
+    if settings["model_type"] not in _MODEL_TYPES:
+        types = ", ".join(_MODEL_TYPES)
         raise UserError(f"{folder / 'config.json'}: model_type={settings['model_type']} is not supported, only {types}")
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
         shapes = tensors.shapes
@@ -306,7 +314,7 @@ def _authors_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
         image_positions=positions[1] if len(positions) == 3 else None,
         patch=Grid(*settings["patch_size"]),
         width=settings["dim"],
-        hidden_width=settings["ffn_dim"],
+        mlp_dim=settings["ffn_dim"],
         layers=settings["num_layers"],
         heads=settings["num_heads"],
         time_width=settings["freq_dim"],
@@ -314,14 +322,14 @@ def _authors_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
     )
 
 
-def _authors_document(config: WanDitConfig) -> dict[str, Any]:
+def _make_authors_document(config: WanDitConfig) -> dict[str, Any]:
     return {
         "_class_name": AUTHORS_CLASS,
-        "model_type": _authors_type(config),
+        "model_type": _get_authors_type(config),
         "text_len": config.text_length,
         "in_dim": config.channels + config.given_channels,
         "dim": config.width,
-        "ffn_dim": config.hidden_width,
+        "ffn_dim": config.mlp_dim,
         "freq_dim": config.time_width,
         "out_dim": config.channels,
         "num_heads": config.heads,
@@ -330,7 +338,7 @@ def _authors_document(config: WanDitConfig) -> dict[str, Any]:
     }
 
 
-def _authors_type(config: WanDitConfig) -> str:
+def _get_authors_type(config: WanDitConfig) -> str:
     if config.patch != Grid(1, 2, 2):
         raise UserError(
             f"{AUTHORS_CLASS}'s files don't say the patch, which is 1x2x2, so {config.patch} can't be written"

@@ -8,11 +8,11 @@ from flax import nnx
 from jaxtyping import Float32, UInt8
 
 from dit_video.core.errors import UserError
-from dit_video.features.clip.images import ClipImages, prepare
+from dit_video.features.clip.images import ClipImageProcessor, preprocess_frames
 from dit_video.features.clip.vision import ClipVisionConfig
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 
-Part = Literal["values", "before", "pooled", "projected"]
+FeatureName = Literal["values", "penultimate", "pooled", "projected"]
 """Name of a field of `VisionFeatures`."""
 
 
@@ -20,7 +20,13 @@ class FrameEncoder:
     """A function `encode(frames)` that returns one feature of each frame. Threads may share it."""
 
     def __init__(
-        self, config: ClipVisionConfig, params: Any, images: ClipImages, *, part: Part = "projected", batch: int = 16
+        self,
+        config: ClipVisionConfig,
+        params: Any,
+        processor: ClipImageProcessor,
+        *,
+        feature: FeatureName = "projected",
+        batch: int = 16,
     ):
         """Create an encoder; `weights.load_clip_vision` reads config and parameters.
 
@@ -34,19 +40,19 @@ class FrameEncoder:
         Raises:
           UserError: a projection that the tower does not have, images of another size than it reads, or an empty batch.
         """
-        if part == "projected" and config.projection is None:
+        if feature == "projected" and config.projection is None:
             raise UserError(
                 "feature='projected' is invalid: this tower has no projection. Use 'pooled', or a folder with one"
             )
-        if images.crop not in (None, (config.size, config.size)):
+        if processor.crop not in (None, (config.size, config.size)):
             raise UserError(
-                f"crop={images.crop} is invalid: the vision tower reads {config.size}x{config.size}. Use that crop"
+                f"crop={processor.crop} is invalid: the vision tower reads {config.size}x{config.size}. Use that crop"
             )
         if batch < 1:
             raise UserError(f"batch={batch} is invalid: use at least one frame")
-        graph = graph_of(config.make)
-        self._params, self._images, self._batch = params, images, batch
-        self._encode = jax.jit(lambda params, images: getattr(nnx.merge(graph, params)(images), part))
+        graph = get_graph_def(config.make)
+        self._params, self._processor, self._batch = params, processor, batch
+        self._encode = jax.jit(lambda params, images: getattr(nnx.merge(graph, params)(images), feature))
 
     def __call__(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T *part"]:
         """Return the feature of each frame: a vector, or one vector per token.
@@ -57,11 +63,11 @@ class FrameEncoder:
         if not len(frames):
             raise UserError("frames are empty: there is nothing to encode. Use at least one frame")
         return np.concatenate(
-            [self._of(frames[start : start + self._batch]) for start in range(0, len(frames), self._batch)]
+            [self._encode_batch(frames[start : start + self._batch]) for start in range(0, len(frames), self._batch)]
         )
 
-    def _of(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T *part"]:
-        images = prepare(frames, self._images)
+    def _encode_batch(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T *part"]:
+        images = preprocess_frames(frames, self._processor)
         # Padded for the computation only: one image and a full batch are two programs for clips of any length.
         missing = 0 if len(images) == 1 else self._batch - len(images)
         images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))

@@ -10,7 +10,7 @@ from dit_video.features.clip.resize import resize_bicubic
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipImages:
+class ClipImageProcessor:
     """Options of `transformers`' `CLIPImageProcessor`; `weights.load_clip_images` reads them from a folder.
 
     Raises:
@@ -33,7 +33,7 @@ class ClipImages:
         if min(self.std) <= 0:
             raise UserError(f"std={self.std} is invalid: use values above 0")
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
+    def compute_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width that frames of a size are resized to."""
         if self.resize is None:
             return height, width
@@ -43,20 +43,22 @@ class ClipImages:
         return (long, self.resize) if width <= height else (self.resize, long)
 
 
-def prepare(frames: UInt8[np.ndarray, "T H W 3"], images: ClipImages) -> Float32[np.ndarray, "T h w 3"]:
+def preprocess_frames(
+    frames: UInt8[np.ndarray, "T H W 3"], processor: ClipImageProcessor
+) -> Float32[np.ndarray, "T h w 3"]:
     """Return `(cropped / 255 - mean) / std` of the resized frames.
 
     Raises:
       UserError: frames that are smaller than the crop.
     """
-    resized = resize_bicubic(frames, *images.resized(*frames.shape[1:3]))
-    if images.crop is not None:
-        resized = _centre(resized, *images.crop)
-    mean, std = np.asarray(images.mean, np.float32), np.asarray(images.std, np.float32)
+    resized = resize_bicubic(frames, *processor.compute_size(*frames.shape[1:3]))
+    if processor.crop is not None:
+        resized = _crop_centre(resized, *processor.crop)
+    mean, std = np.asarray(processor.mean, np.float32), np.asarray(processor.std, np.float32)
     return (resized.astype(np.float32) / np.float32(255) - mean) / std
 
 
-def _centre(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:
+def _crop_centre(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:
     frame_height, frame_width = frames.shape[1:3]
     if frame_height < height or frame_width < width:
         raise UserError(

@@ -20,7 +20,7 @@ _MASKED = -1e30
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipTower:
+class ClipTowerConfig:
     """Configuration common to both towers.
 
     Raises:
@@ -56,18 +56,18 @@ class ClipTower:
             raise UserError(f"{', '.join(small)} of a CLIP tower is invalid: use at least 1")
 
 
-class States(NamedTuple):
+class LayerStates(NamedTuple):
     """Values passed from layer to layer: the hidden states, and those before the last layer."""
 
-    last: Float[Array, "B S E"]
-    before: Float[Array, "B S E"]
+    hidden: Float[Array, "B S E"]
+    penultimate: Float[Array, "B S E"]
     """Input of the last layer: the penultimate hidden states."""
 
 
 class ClipLayer(nnx.Module):
     """A pre-norm transformer layer with biases: `x += attention(norm(x))`, `x += mlp(norm(x))`."""
 
-    def __init__(self, config: ClipTower, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipTowerConfig, *, rngs: nnx.Rngs):
         dtype, width = jnp.dtype(config.dtype), config.width
         self.heads, self.activation = config.heads, config.activation
         self.norm_attention = LayerNorm(width, eps=config.eps)
@@ -77,17 +77,17 @@ class ClipLayer(nnx.Module):
         self.up = Linear(width, config.mlp_width, dtype=dtype, rngs=rngs)
         self.down = Linear(config.mlp_width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, states: States, seen: Bool[Array, "B S S"] | None) -> States:
+    def __call__(self, states: LayerStates, mask: Bool[Array, "B S S"] | None) -> LayerStates:
         """Apply the layer; `mask` is true for the keys that each query sees, None if it sees all."""
-        x = states.last
+        x = states.hidden
         y = self.norm_attention(x)
         q, k, v = (linear(y).reshape(*x.shape[:2], self.heads, -1) for linear in (self.query, self.key, self.value))
-        attended = x + self.out(_attend(q, k, v, seen=seen).reshape(x.shape))
+        attended = x + self.out(_attend(q, k, v, mask=mask).reshape(x.shape))
         hidden = self.up(self.norm_mlp(attended))
-        return States(last=attended + self.down(_activate(hidden, self.activation)), before=x)
+        return LayerStates(hidden=attended + self.down(_activate(hidden, self.activation)), penultimate=x)
 
 
-def make_projection(config: ClipTower, *, rngs: nnx.Rngs) -> Linear | None:
+def make_projection(config: ClipTowerConfig, *, rngs: nnx.Rngs) -> Linear | None:
     """Return the map into the space that both towers share, or None for a tower without one."""
     if config.projection is None:
         return None
@@ -103,13 +103,13 @@ def _attend(
     k: Float[Array, "B S K d"],
     v: Float[Array, "B S K d"],
     *,
-    seen: Bool[Array, "B S S"] | None,
+    mask: Bool[Array, "B S S"] | None,
 ) -> Float[Array, "B S K d"]:
     """Return `softmax(q k^T / sqrt(d)) v`, with the softmax in float32.
 
     Not `nn.Attention`, which is for the patterns of videos: a text is a few dozen tokens, an image a few hundred.
     """
     scores = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if seen is not None:
-        scores = jnp.where(seen[:, None], scores, _MASKED)
+    if mask is not None:
+        scores = jnp.where(mask[:, None], scores, _MASKED)
     return jnp.einsum("bknm,bmkd->bnkd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)

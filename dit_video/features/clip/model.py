@@ -46,10 +46,10 @@ class ClipTowers(nnx.Module):
 
         Its softmax over texts is the probability of each text as the image's caption.
         """
-        return jnp.exp(self.logit_scale[...]) * unit(texts) @ unit(images).T
+        return jnp.exp(self.logit_scale[...]) * l2_normalize(texts) @ l2_normalize(images).T
 
 
-def unit(x: Float[Array, "*batch P"]) -> Float[Array, "*batch P"]:
+def l2_normalize(x: Float[Array, "*batch P"]) -> Float[Array, "*batch P"]:
     """Return `x / |x|` in float32, so that products of such vectors are cosines."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

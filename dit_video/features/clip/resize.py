@@ -26,13 +26,15 @@ def resize_bicubic(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int
     """Resize each frame as `PIL.Image.resize((width, height), BICUBIC)` does."""
     resized = np.empty((len(frames), height, width, 3), np.uint8)
     for frame, result in zip(frames, resized, strict=True):
-        narrow = frame if frame.shape[1] == width else _apply(_taps(frame.shape[1], width), frame, axis=1)
-        result[...] = narrow if frame.shape[0] == height else _apply(_taps(frame.shape[0], height), narrow, axis=0)
+        narrow = frame if frame.shape[1] == width else _apply_taps(_compute_taps(frame.shape[1], width), frame, axis=1)
+        result[...] = (
+            narrow if frame.shape[0] == height else _apply_taps(_compute_taps(frame.shape[0], height), narrow, axis=0)
+        )
     return resized
 
 
 @functools.lru_cache(maxsize=64)
-def _taps(source: int, target: int) -> _Taps:
+def _compute_taps(source: int, target: int) -> _Taps:
     scale = source / target
     stretch = max(scale, 1.0)
     centres = (np.arange(target) + 0.5) * scale
@@ -52,7 +54,7 @@ def _cubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-def _apply(taps: _Taps, picture: UInt8[np.ndarray, "H W 3"], *, axis: int) -> UInt8[np.ndarray, "h w 3"]:
+def _apply_taps(taps: _Taps, picture: UInt8[np.ndarray, "H W 3"], *, axis: int) -> UInt8[np.ndarray, "h w 3"]:
     # No overflow: the weights' magnitudes sum to less than 2 * 2²², and 2 * 2²² * 255 < 2³¹.
     total: np.ndarray = np.asarray(1 << (_BITS - 1), np.int32)
     shape = (-1, 1, 1) if axis == 0 else (-1, 1)

@@ -9,14 +9,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.features.clip.layers import ClipLayer, ClipTower, States, make_projection
+from dit_video.features.clip.layers import ClipLayer, ClipTowerConfig, LayerStates, make_projection
 from dit_video.nn import LayerNorm, apply_stack, make_stack
 
-_MISTAKEN_END = 2
+_LEGACY_END_TOKEN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipTextConfig(ClipTower):
+class ClipTextConfig(ClipTowerConfig):
     """Configuration of a text tower; `weights.load_clip_text` reads one from a folder."""
 
     vocabulary: int = 49408
@@ -39,7 +39,7 @@ class TextFeatures(NamedTuple):
 
     values: Float[Array, "B S E"]
     """Features of every token after the last norm, which a denoiser attends to."""
-    before: Float[Array, "B S E"]
+    penultimate: Float[Array, "B S E"]
     """Penultimate hidden states: the input of the last layer, without a norm."""
     pooled: Float[Array, "B E"]
     """Element of `values` at the end token."""
@@ -71,12 +71,14 @@ class ClipText(nnx.Module):
             )
         x = self.embedding[...][ids].astype(jnp.float32) + self.position[...][:length]
         visible = jnp.tril(jnp.ones((length, length), bool)) & (mask != 0)[:, None, :]
-        states = apply_stack(self.blocks, States(last=x, before=x), visible)
-        values = self.norm(states.last)
-        pooled = jnp.take_along_axis(values, self._end(ids)[:, None, None], axis=1)[:, 0]
-        return TextFeatures(values, states.before, pooled, None if self.projection is None else self.projection(pooled))
+        states = apply_stack(self.blocks, LayerStates(hidden=x, penultimate=x), visible)
+        values = self.norm(states.hidden)
+        pooled = jnp.take_along_axis(values, self._find_end(ids)[:, None, None], axis=1)[:, 0]
+        return TextFeatures(
+            values, states.penultimate, pooled, None if self.projection is None else self.projection(pooled)
+        )
 
-    def _end(self, ids: Int[Array, "B S"]) -> Int[Array, " B"]:
+    def _find_end(self, ids: Int[Array, "B S"]) -> Int[Array, " B"]:
         """Return the position of each text's first end token: texts may be padded with more of them."""
         end = self.config.end_token
-        return jnp.argmax(ids if end == _MISTAKEN_END else ids == end, axis=1)
+        return jnp.argmax(ids if end == _LEGACY_END_TOKEN else ids == end, axis=1)

@@ -10,12 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.features.clip.layers import ClipLayer, ClipTower, States, make_projection
+from dit_video.features.clip.layers import ClipLayer, ClipTowerConfig, LayerStates, make_projection
 from dit_video.nn import LayerNorm, apply_stack, make_stack
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipVisionConfig(ClipTower):
+class ClipVisionConfig(ClipTowerConfig):
     """Configuration of a vision tower; `weights.load_clip_vision` reads one from a folder.
 
     Raises:
@@ -47,7 +47,7 @@ class VisionFeatures(NamedTuple):
 
     values: Float[Array, "B S E"]
     """Features of every token after all layers, without a norm."""
-    before: Float[Array, "B S E"]
+    penultimate: Float[Array, "B S E"]
     """Penultimate hidden states, the input of the last layer: the image tokens of Wan's image-to-video."""
     pooled: Float[Array, "B E"]
     """First element of `values`, after a norm."""
@@ -87,7 +87,7 @@ class ClipVision(nnx.Module):
         patches = patches @ self.patch_kernel[...].astype(dtype).reshape(-1, self.config.width)
         class_token = jnp.broadcast_to(self.whole[...], (len(images), 1, self.config.width))
         x = self.norm_in(jnp.concatenate([class_token, patches.astype(jnp.float32)], axis=1) + self.position[...])
-        states = apply_stack(self.blocks, States(last=x, before=x), None)
-        pooled = self.norm_pooled(states.last[:, 0])
+        states = apply_stack(self.blocks, LayerStates(hidden=x, penultimate=x), None)
+        pooled = self.norm_pooled(states.hidden[:, 0])
         projected = None if self.projection is None else self.projection(pooled)
-        return VisionFeatures(states.last, states.before, pooled, projected)
+        return VisionFeatures(states.hidden, states.penultimate, pooled, projected)

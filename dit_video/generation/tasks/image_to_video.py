@@ -10,23 +10,23 @@ import functools
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from dit_video.conditioning import blanked, folded
+from dit_video.conditioning import fill_unknown_frames, fold_frame_mask
 from dit_video.core.errors import UserError
-from dit_video.encoders.autoencoder import Codec
-from dit_video.encoders.image import ImageEncoder
+from dit_video.encoders.autoencoder import LatentCodec
+from dit_video.encoders.image import FrozenImageEncoder
 from dit_video.generation import GivenClip
 from dit_video.pipelines.config import Image, PipelineConfig
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
 
-class Images:
+class ImageConditioner:
     """Conditioning of clips on their first and last image; the image encoder is read when the first image arrives."""
 
-    def __init__(self, config: PipelineConfig, codec: Codec):
+    def __init__(self, config: PipelineConfig, codec: LatentCodec):
         self._config, self._codec = config, codec
 
-    def __call__(self, size: Grid, image: Image | None, last: Image | None) -> GivenClip:
+    def __call__(self, size: Grid, image: Image | None, last_image: Image | None) -> GivenClip:
         """Return the conditioning of a clip of `size`, in pixels, from its first and its last image.
 
         Raises:
@@ -36,25 +36,27 @@ class Images:
         dit = self._config.dit
         accepted = {"first": bool(dit.given_channels) or dit.time == "token", "last": bool(dit.given_channels)}
         frames = {}
-        for name, pixels, index in (("first", image, 0), ("last", last, size.t - 1)):
+        for name, pixels, index in (("first", image, 0), ("last", last_image, size.t - 1)):
             if pixels is None:
                 continue
             if not accepted[name]:
                 raise UserError(f"this model does not accept a clip's {name} image; use one that was trained with it")
-            frames[index] = _pixels(pixels, size)
+            frames[index] = _check_image(pixels, size)
         if dit.given_channels:
             if image is None:
                 raise UserError("this model needs an image; give image=, a clip of one frame or pixels [H W 3]")
-            return GivenClip(beside=self._beside(frames, size), image=self._tokens(list(frames.values())))
+            return GivenClip(
+                beside=self._encode_with_mask(frames, size), image=self._encode_tokens(list(frames.values()))
+            )
         if not frames:
             return GivenClip()
         return GivenClip(known=self._codec.encode(Clip(frames[0][None], self._config.fps)))
 
-    def _beside(self, frames: dict[int, np.ndarray], size: Grid) -> Float32[np.ndarray, "t h w g"]:
+    def _encode_with_mask(self, frames: dict[int, np.ndarray], size: Grid) -> Float32[np.ndarray, "t h w g"]:
         """Return the mask's channels, followed by the latents of the frames."""
-        pixels, known = blanked(frames, size.t)
+        pixels, known = fill_unknown_frames(frames, size.t)
         latents = self._codec.encode_pixels(pixels)
-        mask = folded(known, self._config.autoencoder.stride.t)
+        mask = fold_frame_mask(known, self._config.autoencoder.stride.t)
         cond_latents = np.concatenate(
             [np.broadcast_to(mask[:, None, None], (*latents.shape[:3], mask.shape[1])), latents], -1
         )
@@ -65,27 +67,27 @@ class Images:
             )
         return cond_latents
 
-    def _tokens(self, frames: list[np.ndarray]) -> Float32[np.ndarray, "i F"] | None:
+    def _encode_tokens(self, frames: list[np.ndarray]) -> Float32[np.ndarray, "i F"] | None:
         if self._config.image_encoder is None:
             return None
-        count = 1 if self._positions is None else 2
+        count = 1 if self._image_positions is None else 2
         if len(frames) != count:
             kinds = ("the first image alone", "the first and the last image (image= and last_image=)")
             raise UserError(f"this model was trained with {kinds[count - 1]}; give exactly that")
         return np.concatenate(list(self._encoder(np.stack(frames))))
 
     @property
-    def _positions(self) -> int | None:
+    def _image_positions(self) -> int | None:
         return getattr(self._config.dit, "image_positions", None)
 
     @functools.cached_property
-    def _encoder(self) -> ImageEncoder:
+    def _encoder(self) -> FrozenImageEncoder:
         assert self._config.image_encoder is not None
-        return ImageEncoder(self._config.image_encoder)
+        return FrozenImageEncoder(self._config.image_encoder)
 
 
-def _pixels(given: Image, size: Grid) -> UInt8[np.ndarray, "H W 3"]:
-    frames = given.frames if isinstance(given, Clip) else np.asarray(given)[None]
+def _check_image(image: Image, size: Grid) -> UInt8[np.ndarray, "H W 3"]:
+    frames = image.frames if isinstance(image, Clip) else np.asarray(image)[None]
     if frames.shape != (1, size.h, size.w, 3) or frames.dtype != np.uint8:
         raise UserError(
             f"an image must be a clip of one frame or uint8 pixels, [{size.h} {size.w} 3] for this size, not "

@@ -5,12 +5,12 @@ tokens attend to each other. Every backend is tested against `DenseAttention`, w
 """
 
 from dit_video.nn.attention.api import Attention
-from dit_video.nn.attention.backends.chunked import Chunked
-from dit_video.nn.attention.backends.dense import Dense
-from dit_video.nn.attention.backends.gpu import Cudnn, Tokamax
-from dit_video.nn.attention.backends.splash import Splash, default_block
+from dit_video.nn.attention.backends.chunked import ChunkedAttention
+from dit_video.nn.attention.backends.dense import DenseAttention
+from dit_video.nn.attention.backends.gpu import CudnnAttention, TokamaxAttention
+from dit_video.nn.attention.backends.splash import SplashAttention, choose_block_size
 from dit_video.nn.attention.bias import Bias, BiasTable, RelativeBias
-from dit_video.nn.attention.dispatch import Auto, Backend, Chosen, check_attention, make_attention
+from dit_video.nn.attention.dispatch import AttentionFactory, AutoAttention, Backend, check_attention, make_attention
 from dit_video.nn.attention.masks import (
     CausalFrames,
     Full,
@@ -20,42 +20,42 @@ from dit_video.nn.attention.masks import (
     SpaceOnly,
     SparseCausal,
     TimeOnly,
-    WithPlaceless,
+    WithGlobalTokens,
 )
-from dit_video.nn.attention.pairs import pair_count
-from dit_video.nn.attention.tokens import NOWHERE, Coordinates, Tokens, grid_indices
-from dit_video.nn.attention.weights import Recorded, attention_weights
+from dit_video.nn.attention.pairs import count_pairs
+from dit_video.nn.attention.tokens import GLOBAL, AttentionInputs, Coordinates, compute_grid_indices
+from dit_video.nn.attention.weights import RecordedAttention, compute_attention_weights
 
 __all__ = [
-    "NOWHERE",
+    "GLOBAL",
     "Attention",
-    "Auto",
+    "AttentionFactory",
+    "AttentionInputs",
+    "AutoAttention",
     "Backend",
     "Bias",
     "BiasTable",
     "CausalFrames",
-    "Chosen",
-    "Chunked",
+    "ChunkedAttention",
     "Coordinates",
-    "Cudnn",
-    "Dense",
+    "CudnnAttention",
+    "DenseAttention",
     "Full",
     "Pattern",
     "PatternChoice",
-    "Recorded",
+    "RecordedAttention",
     "RelativeBias",
     "SlidingWindow",
     "SpaceOnly",
     "SparseCausal",
-    "Splash",
+    "SplashAttention",
     "TimeOnly",
-    "Tokamax",
-    "Tokens",
-    "WithPlaceless",
-    "attention_weights",
+    "TokamaxAttention",
+    "WithGlobalTokens",
     "check_attention",
-    "default_block",
-    "grid_indices",
+    "choose_block_size",
+    "compute_attention_weights",
+    "compute_grid_indices",
+    "count_pairs",
     "make_attention",
-    "pair_count",
 ]

@@ -6,27 +6,27 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dit_video.nn.attention.tokens import Tokens
+from dit_video.nn.attention.tokens import AttentionInputs
 
 Queries = Float[Array, "B N K d"]
 Keys = Float[Array, "B M K d"]
 """Keys, or values."""
-RESULTS = "attention"
+CHECKPOINT_NAME = "attention"
 """Checkpoint name of attention's output and of the other residuals of its backward pass, for `nn.Remat`."""
-Named = TypeVar("Named")
+Arrays = TypeVar("Arrays")
 
 
-def name_of(*, queries: int, keys: int) -> str | None:
+def get_checkpoint_name(*, queries: int, keys: int) -> str | None:
     """Return the checkpoint name of the output; None for attention to fewer keys than queries.
 
     Such cross-attention to short text is cheaper to recompute than to keep.
     """
-    return RESULTS if keys >= queries else None
+    return CHECKPOINT_NAME if keys >= queries else None
 
 
-def named(results: Named, *, queries: int, keys: int) -> Named:
+def mark_checkpoint(results: Arrays, *, queries: int, keys: int) -> Arrays:
     """Mark arrays with the checkpoint name, so that a remat policy can keep them for the backward pass."""
-    name = name_of(queries=queries, keys=keys)
+    name = get_checkpoint_name(queries=queries, keys=keys)
     return results if name is None else jax.tree.map(lambda x: checkpoint_name(x, name), results)
 
 
@@ -38,4 +38,4 @@ class Attention(Protocol):
     sees nothing gets zeros.
     """
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries: ...
+    def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries: ...

@@ -29,7 +29,7 @@ class RelativeBias:
     """
 
     buckets: tuple[int, int, int] = (32, 32, 32)
-    distance: tuple[int | None, int | None, int | None] = (128, 128, 128)
+    max_distance: tuple[int | None, int | None, int | None] = (128, 128, 128)
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Steps per unit of the coordinates: 1 for frames and patches, the resolution in steps per second for seconds."""
 
@@ -38,7 +38,7 @@ class RelativeBias:
             raise UserError(
                 f"relative bias buckets {self.buckets} are invalid; use an even number of at least 4 for each axis"
             )
-        for count, distance in zip(self.buckets, self.distance, strict=True):
+        for count, distance in zip(self.buckets, self.max_distance, strict=True):
             if distance is not None and distance <= count // 4:
                 raise UserError(
                     f"{count} relative bias buckets cover {count // 4} single steps, which the maximum distance "
@@ -48,29 +48,33 @@ class RelativeBias:
             raise UserError(f"relative bias scale {self.scale} is invalid; use positive numbers")
 
     @property
-    def entries(self) -> int:
+    def num_entries(self) -> int:
         """Return the number of values in a head's table (T): the buckets of all axes, concatenated."""
         return sum(self.buckets)
 
-    def find(self, q: Float[Array, "*B N 3"], kv: Float[Array, "*B M 3"]) -> list[Int[Array, "*B N M"]]:
+    def find_entries(self, q: Float[Array, "*B N 3"], kv: Float[Array, "*B M 3"]) -> list[Int[Array, "*B N M"]]:
         """Return each pair's table entry for every axis; it is beyond the table if a coordinate is not finite."""
         finite = jnp.isfinite(q).all(axis=-1)[..., :, None] & jnp.isfinite(kv).all(axis=-1)[..., None, :]
         q, kv = jnp.where(jnp.isfinite(q), q, 0), jnp.where(jnp.isfinite(kv), kv, 0)
         starts = itertools.accumulate(self.buckets[:-1], initial=0)
         return [
-            jnp.where(finite, start + self._bucket(kv[..., None, :, axis] - q[..., :, None, axis], axis), self.entries)
+            jnp.where(
+                finite,
+                start + self._compute_bucket(kv[..., None, :, axis] - q[..., :, None, axis], axis),
+                self.num_entries,
+            )
             for axis, start in enumerate(starts)
         ]
 
-    def _bucket(self, difference: Float[Array, "*B N M"], axis: int) -> Int[Array, "*B N M"]:
-        buckets = self._near(axis)
+    def _compute_bucket(self, difference: Float[Array, "*B N M"], axis: int) -> Int[Array, "*B N M"]:
+        buckets = self._list_buckets(axis)
         steps = jnp.round(difference * self.scale[axis])
         distance = jnp.minimum(jnp.abs(steps), len(buckets) - 1).astype(jnp.int32)
         return jnp.asarray(buckets)[distance] + self.buckets[axis] // 2 * (steps > 0)
 
-    def _near(self, axis: int) -> Int32[np.ndarray, " n"]:
+    def _list_buckets(self, axis: int) -> Int32[np.ndarray, " n"]:
         """Return the buckets of 0, 1, 2, … steps in one direction; the last entry is for all larger distances."""
-        half, distance = self.buckets[axis] // 2, self.distance[axis]
+        half, distance = self.buckets[axis] // 2, self.max_distance[axis]
         if distance is None:
             return np.arange(half, dtype=np.int32)
         steps, exact = np.arange(distance + 1), half // 2
@@ -78,12 +82,14 @@ class RelativeBias:
         far = np.minimum(exact + (ratio.astype(np.float32) * (half - exact)).astype(np.int32), half - 1)
         return np.where(steps < exact, steps, far).astype(np.int32)
 
-    def read(self, table: Float[Array, " T"], found: list[Int[Array, "*B N M"]]) -> Float[Array, "*B N M"]:
+    def read_bias(self, table: Float[Array, " T"], entries: list[Int[Array, "*B N M"]]) -> Float[Array, "*B N M"]:
         """Return the bias of one head's scores; zero where an entry is beyond the table."""
-        parts = [table.at[axis_entries].get(mode="fill", fill_value=0) for axis_entries in found]
+        parts = [table.at[axis_entries].get(mode="fill", fill_value=0) for axis_entries in entries]
         return parts[0] + parts[1] + parts[2]
 
-    def gradient(self, scores: Float[Array, "N M"], found: list[Int[Array, "N M"]]) -> Float[Array, " T"]:
+    def compute_table_gradient(
+        self, scores: Float[Array, "N M"], entries: list[Int[Array, "N M"]]
+    ) -> Float[Array, " T"]:
         """Return the gradient of a head's table from the gradients of its scores.
 
         It is computed by sums: the transpose of `read` would scatter N × M values to a few entries, which is slow.
@@ -91,7 +97,7 @@ class RelativeBias:
         starts = list(itertools.accumulate(self.buckets, initial=0))
         sums = [
             jax.vmap(lambda entry, pairs=pairs: jnp.where(pairs == entry, scores, 0).sum())(jnp.arange(*ends))
-            for pairs, ends in zip(found, itertools.pairwise(starts), strict=True)
+            for pairs, ends in zip(entries, itertools.pairwise(starts), strict=True)
         ]
         return jnp.concatenate(sums)
 
@@ -101,7 +107,7 @@ class RelativeBias:
 class Bias:
     """A relative bias with its learned table and the tokens' coordinates, for any block of queries and keys."""
 
-    relative: RelativeBias = field(metadata={"static": True})
+    config: RelativeBias = field(metadata={"static": True})
     table: Float[Array, "T K"]
     q_coordinates: Float[Array, "B N 3"]
     """Coordinates of the queries; infinite for tokens without a position, whose scores get no bias."""
@@ -111,13 +117,11 @@ class Bias:
 class BiasTable(nnx.Module):
     """The learned table of a relative bias."""
 
-    def __init__(self, relative: RelativeBias, heads: int, *, rngs: nnx.Rngs):
-        self.relative = relative
+    def __init__(self, config: RelativeBias, heads: int, *, rngs: nnx.Rngs):
+        self.config = config
         normal = nnx.initializers.normal(0.02)
-        self.table = nnx.Param(normal(rngs.params(), (relative.entries, heads), jnp.float32))
+        self.table = nnx.Param(normal(rngs.params(), (config.num_entries, heads), jnp.float32))
 
     def __call__(self, coordinates: Float[Array, "B N 3"]) -> Bias:
         """Return the bias for self-attention among tokens with these coordinates."""
-        return Bias(
-            relative=self.relative, table=self.table[...], q_coordinates=coordinates, kv_coordinates=coordinates
-        )
+        return Bias(config=self.config, table=self.table[...], q_coordinates=coordinates, kv_coordinates=coordinates)

@@ -5,13 +5,13 @@ from typing import Literal
 
 from dit_video.core.errors import UserError
 from dit_video.nn.attention.api import Attention, Keys, Queries
-from dit_video.nn.attention.backends.chunked import Chunked
-from dit_video.nn.attention.backends.dense import Dense
-from dit_video.nn.attention.backends.gpu import Cudnn, Tokamax
-from dit_video.nn.attention.backends.splash import Splash
-from dit_video.nn.attention.key_ranges import require_stretches
+from dit_video.nn.attention.backends.chunked import ChunkedAttention
+from dit_video.nn.attention.backends.dense import DenseAttention
+from dit_video.nn.attention.backends.gpu import CudnnAttention, TokamaxAttention
+from dit_video.nn.attention.backends.splash import SplashAttention
+from dit_video.nn.attention.key_ranges import require_key_ranges
 from dit_video.nn.attention.masks import Full, Pattern
-from dit_video.nn.attention.tokens import Tokens
+from dit_video.nn.attention.tokens import AttentionInputs
 
 Backend = Literal["auto", "dense", "chunked", "splash", "cudnn", "tokamax"]
 
@@ -37,24 +37,28 @@ def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chun
     """
     match backend:
         case "dense":
-            return Dense(pattern=pattern)
+            return DenseAttention(pattern=pattern)
         case "chunked":
-            return Chunked(pattern=pattern, chunk=chunk)
+            return ChunkedAttention(pattern=pattern, chunk=chunk)
         case "auto":
-            return Auto(limit=4 * chunk, short=Dense(pattern=pattern), long=Chunked(pattern=pattern, chunk=chunk))
+            return AutoAttention(
+                max_dense_tokens=4 * chunk,
+                dense=DenseAttention(pattern=pattern),
+                chunked=ChunkedAttention(pattern=pattern, chunk=chunk),
+            )
         case "splash":
-            return Splash(pattern=pattern)
+            return SplashAttention(pattern=pattern)
         case "cudnn":
-            return Cudnn(pattern=pattern)
+            return CudnnAttention(pattern=pattern)
         case "tokamax":
-            return Tokamax(pattern=pattern)
+            return TokamaxAttention(pattern=pattern)
     raise UserError(
         f"attention backend {backend!r} is unknown; use auto, dense, chunked, splash (TPU), cudnn or tokamax (GPU)"
     )
 
 
 @dataclass(frozen=True)
-class Chosen:
+class AttentionFactory:
     """A factory of a model's attention functions, by pattern.
 
     A model holds one factory; replacing it with another function of a pattern changes how the model computes attention
@@ -75,18 +79,18 @@ def check_attention(backend: Backend, *patterns: Pattern, biased: bool = False) 
     """
     if backend in ("splash", "tokamax"):
         for pattern in patterns:
-            require_stretches(pattern, backend)
+            require_key_ranges(pattern, backend)
     if biased and backend not in ("auto", "dense", "chunked"):
         raise UserError(f"{backend} attention cannot add a bias to its scores; use the backend chunked or dense")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Auto:
+class AutoAttention:
     """Attention that is dense for up to `max_dense_tokens`² scores, and chunked above."""
 
-    limit: int
-    short: Dense
-    long: Chunked
+    max_dense_tokens: int
+    dense: DenseAttention
+    chunked: ChunkedAttention
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
-        return (self.short if q.shape[1] * k.shape[1] <= self.limit**2 else self.long)(q, k, v, at)
+    def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
+        return (self.dense if q.shape[1] * k.shape[1] <= self.max_dense_tokens**2 else self.chunked)(q, k, v, inputs)

@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from dit_video.core.errors import UserError
-from dit_video.nn.attention.tokens import Tokens
+from dit_video.nn.attention.tokens import AttentionInputs
 
-BEFORE_ALL, AFTER_ALL = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
+OPEN_LOW, OPEN_HIGH = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
 """Lower and upper end of a box that is unbounded along an axis."""
 
-Reach = Literal["group", "prefix", "boxes"]
+Locality = Literal["group", "prefix", "boxes"]
 """Locality of a pattern: the keys that a query sees once keys are sorted by their values. They are all with the query's
 own value ("group"), these and all earlier ones in its segment ("prefix"), or anything else ("boxes"). Kernels that take
 one range of keys for every query support the first two."""
@@ -36,16 +36,16 @@ class Pattern(Protocol):
     """A rule for which tokens see each other, from which `MaskBoxes` are made: `A` axes, and one or more boxes."""
 
     @property
-    def reach(self) -> Reach: ...
+    def locality(self) -> Locality: ...
 
     @property
     def causal(self) -> bool:
         """Return whether no frame sees a later one outside its chunk."""
 
-    def axes(self, indices: Int[Array, "B N 3"]) -> tuple[Int[Array, "B N"], ...]:
+    def compute_axes(self, indices: Int[Array, "B N 3"]) -> tuple[Int[Array, "B N"], ...]:
         """Return the values along the pattern's axes; without axes a query sees its whole segment."""
 
-    def boxes(self, value: Int[Array, "B N A"]) -> tuple[tuple[Int[Array, "B N A"], Int[Array, "B N A"]], ...]:
+    def compute_boxes(self, values: Int[Array, "B N A"]) -> tuple[tuple[Int[Array, "B N A"], Int[Array, "B N A"]], ...]:
         """Return (low, high), both inclusive, of every box of queries with these values."""
 
 
@@ -53,42 +53,42 @@ class Pattern(Protocol):
 class Full:
     """Full spacetime attention: a token sees its whole clip. The only pattern that needs no grid indices."""
 
-    reach: ClassVar[Reach] = "group"
+    locality: ClassVar[Locality] = "group"
     causal: ClassVar[bool] = False
 
-    def axes(self, indices):
+    def compute_axes(self, indices):
         return ()
 
-    def boxes(self, value):
-        return ((value, value),)
+    def compute_boxes(self, values):
+        return ((values, values),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceOnly:
     """Spatial attention within a frame: the spatial half of factorised attention (Latte, arXiv 2401.03048)."""
 
-    reach: ClassVar[Reach] = "group"
+    locality: ClassVar[Locality] = "group"
     causal: ClassVar[bool] = False
 
-    def axes(self, indices):
+    def compute_axes(self, indices):
         return (indices[..., 0],)
 
-    def boxes(self, value):
-        return ((value, value),)
+    def compute_boxes(self, values):
+        return ((values, values),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeOnly:
     """Temporal attention among the tokens at the same (h, w): the temporal half of factorised attention."""
 
-    reach: ClassVar[Reach] = "group"
+    locality: ClassVar[Locality] = "group"
     causal: ClassVar[bool] = False
 
-    def axes(self, indices):
+    def compute_axes(self, indices):
         return indices[..., 1], indices[..., 2]
 
-    def boxes(self, value):
-        return ((value, value),)
+    def compute_boxes(self, values):
+        return ((values, values),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,34 +100,34 @@ class CausalFrames:
     """
 
     chunk: int = 1
-    reach: ClassVar[Reach] = "prefix"
+    locality: ClassVar[Locality] = "prefix"
     causal: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.chunk < 1:
             raise UserError(f"chunk={self.chunk} of causal attention is invalid; use at least 1 frame")
 
-    def axes(self, indices):
+    def compute_axes(self, indices):
         return (indices[..., 0] // self.chunk,)
 
-    def boxes(self, value):
-        return ((jnp.full_like(value, BEFORE_ALL), value),)
+    def compute_boxes(self, values):
+        return ((jnp.full_like(values, OPEN_LOW), values),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseCausal:
     """Attention to the own, the previous and the first frame (Tune-A-Video, arXiv 2212.11565, plus the own frame)."""
 
-    reach: ClassVar[Reach] = "boxes"
+    locality: ClassVar[Locality] = "boxes"
     causal: ClassVar[bool] = True
 
-    def axes(self, indices):
+    def compute_axes(self, indices):
         return (indices[..., 0],)
 
-    def boxes(self, value):
+    def compute_boxes(self, values):
         # The first frame's box is empty where the other box contains that frame, so that no key is in two boxes.
-        first = jnp.zeros_like(value)
-        return (value - 1, value), (first, jnp.where(value > 1, first, first - 1))
+        first = jnp.zeros_like(values)
+        return (values - 1, values), (first, jnp.where(values > 1, first, first - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,25 +151,25 @@ class SlidingWindow:
             raise UserError(f"sliding window radius {self.radius} must not be negative; use None for no limit")
         if min(self.tile) < 1:
             raise UserError(f"sliding window tile {self.tile} must be at least 1 along each axis")
-        if not self._limited:
+        if not self._limited_axes:
             raise UserError(
                 f"sliding window radius {self.radius} limits no axis; give a radius for one, or use pattern Full()"
             )
 
     @property
-    def _limited(self) -> list[int]:
+    def _limited_axes(self) -> list[int]:
         return [axis for axis, radius in enumerate(self.radius) if radius is not None]
 
     @property
-    def reach(self) -> Reach:
+    def locality(self) -> Locality:
         return "boxes" if any(self.radius) else "group"
 
-    def axes(self, indices):
-        return tuple(indices[..., axis] // self.tile[axis] for axis in self._limited)
+    def compute_axes(self, indices):
+        return tuple(indices[..., axis] // self.tile[axis] for axis in self._limited_axes)
 
-    def boxes(self, value):
-        radius = jnp.asarray([self.radius[axis] for axis in self._limited], value.dtype)
-        return ((value - radius, value + radius),)
+    def compute_boxes(self, values):
+        radius = jnp.asarray([self.radius[axis] for axis in self._limited_axes], values.dtype)
+        return ((values - radius, values + radius),)
 
 
 PatternChoice = Full | SpaceOnly | TimeOnly | CausalFrames | SparseCausal | SlidingWindow
@@ -177,7 +177,7 @@ PatternChoice = Full | SpaceOnly | TimeOnly | CausalFrames | SparseCausal | Slid
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithPlaceless:
+class WithGlobalTokens:
     """A pattern extended to tokens without a position (`GLOBAL`): registers, and text in joint attention.
 
     All tokens of their segment see global tokens. Global tokens see their whole segment; or, in causal patterns, only
@@ -185,39 +185,39 @@ class WithPlaceless:
     """
 
     pattern: Pattern
-    seeing: bool
+    globals_see_all: bool
 
-    reach: ClassVar[Reach] = "boxes"
+    locality: ClassVar[Locality] = "boxes"
 
     @property
     def causal(self) -> bool:
-        return self.pattern.causal and not self.seeing
+        return self.pattern.causal and not self.globals_see_all
 
-    def axes(self, indices):
+    def compute_axes(self, indices):
         has_position = indices[..., 0] >= 0
-        return has_position.astype(jnp.int32), *self.pattern.axes(indices)
+        return has_position.astype(jnp.int32), *self.pattern.compute_axes(indices)
 
-    def boxes(self, value):
+    def compute_boxes(self, values):
         # The first axis is 1 for tokens with a position and 0 for global ones.
-        kind = value[..., :1]
-        zeros = jnp.zeros_like(value[..., 1:])
-        lowest, highest = zeros + BEFORE_ALL, zeros + AFTER_ALL
+        kind = values[..., :1]
+        zeros = jnp.zeros_like(values[..., 1:])
+        lowest, highest = zeros + OPEN_LOW, zeros + OPEN_HIGH
         has_position = kind > 0
         # The pattern's boxes, along the first axis from 1 to 1; for a global token that must not look, from 1 to 0.
-        kind_end = jnp.where(has_position | self.seeing, 1, 0)
+        kind_end = jnp.where(has_position | self.globals_see_all, 1, 0)
         boxes = [
             (
                 jnp.concatenate([jnp.ones_like(kind), jnp.where(has_position, low, lowest)], axis=-1),
                 jnp.concatenate([kind_end, jnp.where(has_position, high, highest)], axis=-1),
             )
-            for low, high in self.pattern.boxes(value[..., 1:])
+            for low, high in self.pattern.compute_boxes(values[..., 1:])
         ]
         # One more box with all global tokens, which every query has.
         is_global = jnp.zeros_like(kind)
         return *boxes, (jnp.concatenate([is_global, lowest], axis=-1), jnp.concatenate([is_global, highest], axis=-1))
 
 
-class Sight(NamedTuple):
+class MaskBoxes(NamedTuple):
     """The mask in the form of boxes: query `i` sees key `j` if `values[j]` is in one of its `U` boxes along all axes.
 
     The first of the A axes is the segment.
@@ -225,27 +225,32 @@ class Sight(NamedTuple):
 
     low: Int[Array, "B N U A"]
     high: Int[Array, "B N U A"]
-    at: Int[Array, "B M A"]
+    values: Int[Array, "B M A"]
 
 
-def sight(pattern: Pattern, at: Tokens) -> Sight:
+def mask_boxes(pattern: Pattern, inputs: AttentionInputs) -> MaskBoxes:
     """Return the boxes of queries and the values of keys; a pattern with axes needs the tokens' grid indices.
 
     Padding among the keys has segment -1, padding among the queries has an empty box, from 1 to 0.
     """
-    queries, keys = _axes(pattern, at.q_segments, at.q_indices), _axes(pattern, at.kv_segments, at.kv_indices)
-    q_segments = at.q_segments[..., None]
+    queries, keys = (
+        _stack_axes(pattern, inputs.q_segments, inputs.q_indices),
+        _stack_axes(pattern, inputs.kv_segments, inputs.kv_indices),
+    )
+    q_segments = inputs.q_segments[..., None]
     first, last = jnp.where(q_segments > 0, q_segments, 1), jnp.where(q_segments > 0, q_segments, 0)
     boxes = [
         (jnp.concatenate([first, low], axis=-1), jnp.concatenate([last, high], axis=-1))
-        for low, high in pattern.boxes(queries)
+        for low, high in pattern.compute_boxes(queries)
     ]
     low, high = (jnp.stack(ends, axis=-2) for ends in zip(*boxes, strict=True))
-    kv_segments = jnp.where(at.kv_segments > 0, at.kv_segments, -1)[..., None]
-    return Sight(low, high, jnp.concatenate([kv_segments, keys], axis=-1))
+    kv_segments = jnp.where(inputs.kv_segments > 0, inputs.kv_segments, -1)[..., None]
+    return MaskBoxes(low, high, jnp.concatenate([kv_segments, keys], axis=-1))
 
 
-def _axes(pattern: Pattern, segments: Int[Array, "B N"], indices: Int[Array, "B N 3"] | None) -> Int[Array, "B N A"]:
+def _stack_axes(
+    pattern: Pattern, segments: Int[Array, "B N"], indices: Int[Array, "B N 3"] | None
+) -> Int[Array, "B N A"]:
     if isinstance(pattern, Full):
         return jnp.zeros((*segments.shape, 0), jnp.int32)
     if indices is None:
@@ -253,19 +258,19 @@ def _axes(pattern: Pattern, segments: Int[Array, "B N"], indices: Int[Array, "B 
             f"the attention pattern {type(pattern).__name__} needs the tokens' grid indices, which are None; "
             "give q_indices, and context_indices for other keys"
         )
-    return jnp.stack(pattern.axes(indices), axis=-1)
+    return jnp.stack(pattern.compute_axes(indices), axis=-1)
 
 
-def visible(seen: Sight) -> Bool[Array, "B N M"]:
+def dense_mask(boxes: MaskBoxes) -> Bool[Array, "B N M"]:
     """Return the dense mask."""
     # Box by box and axis by axis: XLA fuses such two-dimensional comparisons into the operation that uses the mask.
     box_masks = (
-        functools.reduce(operator.and_, (_between(seen, box, axis) for axis in range(seen.at.shape[-1])))
-        for box in range(seen.low.shape[-2])
+        functools.reduce(operator.and_, (_is_between(boxes, box, axis) for axis in range(boxes.values.shape[-1])))
+        for box in range(boxes.low.shape[-2])
     )
     return functools.reduce(operator.or_, box_masks)
 
 
-def _between(seen: Sight, box: int, axis: int) -> Bool[Array, "B N M"]:
-    values = seen.at[:, None, :, axis]
-    return (seen.low[:, :, None, box, axis] <= values) & (values <= seen.high[:, :, None, box, axis])
+def _is_between(boxes: MaskBoxes, box: int, axis: int) -> Bool[Array, "B N M"]:
+    values = boxes.values[:, None, :, axis]
+    return (boxes.low[:, :, None, box, axis] <= values) & (values <= boxes.high[:, :, None, box, axis])

@@ -10,14 +10,14 @@ from dit_video.nn.attention.masks import Pattern
 
 
 @functools.lru_cache(maxsize=65_536)
-def pair_count(pattern: Pattern, grid: tuple[int, int, int]) -> int:
+def count_pairs(pattern: Pattern, grid: tuple[int, int, int]) -> int:
     """Count the visible (query, key) pairs in a clip of (t, h, w) tokens, which are the ones of its dense mask.
 
     Keys are counted by their values along the pattern's A axes, and the counts accumulated along each axis; the number
     of keys in a query's box is then a signed sum of 2^A entries. Time and memory are linear in the tokens.
     """
     indices = jnp.asarray(np.indices(grid, np.int32).reshape(3, 1, -1).transpose(1, 2, 0))
-    axes = pattern.axes(indices)
+    axes = pattern.compute_axes(indices)
     if not axes:
         return int(np.prod(grid, dtype=np.int64)) ** 2
     values = jnp.stack(axes, axis=-1)
@@ -28,7 +28,7 @@ def pair_count(pattern: Pattern, grid: tuple[int, int, int]) -> int:
     for axis in range(counts.ndim):
         counts = counts.cumsum(axis=axis)
     total = 0
-    for low, high in pattern.boxes(values):
+    for low, high in pattern.compute_boxes(values):
         begin = np.clip(np.asarray(low, np.int64)[0] - first, 0, size)
         end = np.maximum(np.clip(np.asarray(high, np.int64)[0] - first + 1, 0, size), begin)
         # Inclusion-exclusion over the corners of every query's box.

@@ -12,11 +12,11 @@ from dit_video.nn.attention.bias import Bias
 Coordinates = Float[Array, "B N 3"] | Int[Array, "B N 3"]
 """Coordinates (t, h, w) of tokens, in any unit."""
 
-NOWHERE = -1
+GLOBAL = -1
 """Grid index, along all axes, of tokens without a position in a clip: registers, and text in joint attention."""
 
 
-class Tokens(NamedTuple):
+class AttentionInputs(NamedTuple):
     """The metadata of attention's queries and keys.
 
     Segment id 0 is padding. Grid indices are those of `compute_grid_indices`, queries and keys on one grid; only
@@ -33,9 +33,9 @@ class Tokens(NamedTuple):
     """Bias that is added to the scores, for backends that support it."""
 
     @classmethod
-    def among(
+    def self_attention(
         cls, segments: Int[Array, "B N"], indices: Int[Array, "B N 3"] | None = None, *, bias: Bias | None = None
-    ) -> "Tokens":
+    ) -> "AttentionInputs":
         """Return the inputs of self-attention, whose queries and keys are the same tokens."""
         return cls(segments, q_indices=indices, bias=bias)
 
@@ -47,7 +47,7 @@ class Tokens(NamedTuple):
     def kv_indices(self) -> Int[Array, "B M 3"] | None:
         return self.q_indices if self.context_segments is None else self.context_indices
 
-    def without_bias(self, backend: str) -> "Tokens":
+    def require_no_bias(self, backend: str) -> "AttentionInputs":
         """Return these inputs unchanged.
 
         Raises:
@@ -58,7 +58,7 @@ class Tokens(NamedTuple):
         return self
 
 
-def grid_indices(coordinates: Coordinates, segments: Int[Array, "B N"]) -> Int[Array, "B N 3"]:
+def compute_grid_indices(coordinates: Coordinates, segments: Int[Array, "B N"]) -> Int[Array, "B N 3"]:
     """Return the index of every token along t, h and w, from 0 in each segment.
 
     Integer coordinates are returned as they are. Real ones (seconds, fractions of the frame size) become ranks: the
@@ -67,11 +67,11 @@ def grid_indices(coordinates: Coordinates, segments: Int[Array, "B N"]) -> Int[A
     """
     if jnp.issubdtype(coordinates.dtype, jnp.integer):
         return coordinates
-    ranks = jax.vmap(jax.vmap(_ranks, in_axes=(-1, None), out_axes=-1))
+    ranks = jax.vmap(jax.vmap(_compute_ranks, in_axes=(-1, None), out_axes=-1))
     return ranks(coordinates, segments)
 
 
-def _ranks(values: Float[Array, " N"], ids: Int[Array, " N"]) -> Int[Array, " N"]:
+def _compute_ranks(values: Float[Array, " N"], ids: Int[Array, " N"]) -> Int[Array, " N"]:
     order = jnp.lexsort((values, ids))
     values, ids = values[order], ids[order]
     begins = jnp.pad(ids[1:] != ids[:-1], (1, 0), constant_values=True)

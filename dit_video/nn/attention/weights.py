@@ -10,32 +10,34 @@ from jax.experimental import io_callback
 from jaxtyping import Array, Float, Float32, Int
 
 from dit_video.nn.attention.api import Attention, Keys, Queries
-from dit_video.nn.attention.backends.dense import MASKED
+from dit_video.nn.attention.backends.dense import MASK_VALUE
 from dit_video.nn.attention.bias import Bias
-from dit_video.nn.attention.masks import Full, Pattern, sight, visible
-from dit_video.nn.attention.tokens import Tokens
+from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
+from dit_video.nn.attention.tokens import AttentionInputs
 
-Record = Callable[[Float32[np.ndarray, "B K Q M"]], None]
+WeightsCallback = Callable[[Float32[np.ndarray, "B K Q M"]], None]
 """A callback that receives the weights of one attention layer."""
 
 
-def attention_weights(q: Queries, k: Keys, at: Tokens, *, pattern: Pattern = Full()) -> Float[Array, "B K N M"]:
+def compute_attention_weights(
+    q: Queries, k: Keys, inputs: AttentionInputs, *, pattern: Pattern = Full()
+) -> Float[Array, "B K N M"]:
     """Return the softmax of `Attention` in float32; a query's weights sum to 1, or are zero if it sees nothing."""
-    mask = visible(sight(pattern, at))[:, None]
+    mask = dense_mask(mask_boxes(pattern, inputs))[:, None]
     scores = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if at.bias is not None:
-        scores = scores + _added(at.bias)
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+    if inputs.bias is not None:
+        scores = scores + _compute_bias(inputs.bias)
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASK_VALUE), axis=-1)
     return jnp.where(mask, weights, 0.0)
 
 
-def _added(bias: Bias) -> Float[Array, "B K N M"]:
-    entries = bias.relative.find(bias.q_coordinates, bias.kv_coordinates)
-    return jax.vmap(lambda table: bias.relative.read(table, entries), in_axes=1, out_axes=1)(bias.table)
+def _compute_bias(bias: Bias) -> Float[Array, "B K N M"]:
+    entries = bias.config.find_entries(bias.q_coordinates, bias.kv_coordinates)
+    return jax.vmap(lambda table: bias.config.read_bias(table, entries), in_axes=1, out_axes=1)(bias.table)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded:
+class RecordedAttention:
     """A wrapper around an attention function that also reports the weights of some queries.
 
     The weights are computed separately, so any backend can be wrapped. It works inside loops and compiled programs:
@@ -46,23 +48,23 @@ class Recorded:
     pattern: Pattern
     queries: tuple[int, ...]
     """Indices in the row of the Q tokens whose weights are recorded."""
-    record: Record
+    record: WeightsCallback
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
+    def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         indices = jnp.asarray(self.queries, jnp.int32)
-        weights = attention_weights(q[:, indices], k, _of_queries(at, indices), pattern=self.pattern)
+        weights = compute_attention_weights(q[:, indices], k, _select_queries(inputs, indices), pattern=self.pattern)
         io_callback(lambda values: self.record(np.asarray(values)), None, weights, ordered=True)
-        return self.attention(q, k, v, at)
+        return self.attention(q, k, v, inputs)
 
 
-def _of_queries(at: Tokens, chosen: Int[Array, " Q"]) -> Tokens:
-    bias = at.bias
+def _select_queries(inputs: AttentionInputs, queries: Int[Array, " Q"]) -> AttentionInputs:
+    bias = inputs.bias
     if bias is not None:
         bias = Bias(
-            relative=bias.relative,
+            config=bias.config,
             table=bias.table,
-            q_coordinates=bias.q_coordinates[:, chosen],
+            q_coordinates=bias.q_coordinates[:, queries],
             kv_coordinates=bias.kv_coordinates,
         )
-    indices = None if at.q_indices is None else at.q_indices[:, chosen]
-    return Tokens(at.q_segments[:, chosen], at.kv_segments, indices, at.kv_indices, bias)
+    indices = None if inputs.q_indices is None else inputs.q_indices[:, queries]
+    return AttentionInputs(inputs.q_segments[:, queries], inputs.kv_segments, indices, inputs.kv_indices, bias)

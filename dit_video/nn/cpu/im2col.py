@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-LIMIT = 2**26
+MAX_COLUMN_BYTES = 2**26
 """Bytes of columns in memory at once; a single frame is never split, so it may take more."""
 
 
-def columns(
+def im2col_conv(
     x: Float[Array, "B T h w i"],
     kernel: Float[Array, "kt kh kw i o"],
     bias: Float[Array, " o"],
@@ -38,18 +38,18 @@ def columns(
     Returns:
       The output in float32; so are the gradients of the kernel and the bias.
     """
-    return _convolution(x, kernel, bias, jnp.dtype(dtype))
+    return _convolve(x, kernel, bias, jnp.dtype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _convolution(x: Array, kernel: Array, bias: Array, dtype: jnp.dtype) -> Array:
+def _convolve(x: Array, kernel: Array, bias: Array, dtype: jnp.dtype) -> Array:
     return _forward(x, kernel, bias, dtype)[0]
 
 
 def _forward(x: Array, kernel: Array, bias: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array, Array]]:
     rounded = x.astype(dtype)
     merged = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
-    y = _spatial(_stacked(rounded, kernel.shape[0]), merged) + bias
+    y = _convolve_frames(_stack_frames(rounded, kernel.shape[0]), merged) + bias
     return y, (rounded, kernel, jnp.zeros((0,), x.dtype))
 
 
@@ -61,7 +61,7 @@ def _backward(dtype: jnp.dtype, kept: tuple[Array, Array, Array], gradient: Arra
     d_bias = jnp.dot(jnp.ones((1, len(positions)), positions.dtype), positions)[0]
     gradient = gradient.astype(dtype)
     flipped = kernel[:, ::-1, ::-1].transpose(1, 2, 4, 0, 3).reshape(kernel_h, kernel_w, out, frames * width)
-    d_stacked = _spatial(gradient, flipped)
+    d_stacked = _convolve_frames(gradient, flipped)
     extra = x.shape[1] - gradient.shape[1]
     # A frame was stacked once at every time offset: its gradient is the sum over the offsets.
     d_x = functools.reduce(
@@ -71,39 +71,39 @@ def _backward(dtype: jnp.dtype, kept: tuple[Array, Array, Array], gradient: Arra
             for offset, part in enumerate(jnp.split(d_stacked, frames, axis=-1))
         ),
     )
-    d_merged = _of_kernel(_stacked(x, frames), gradient, (kernel_h, kernel_w))
+    d_merged = _compute_kernel_gradient(_stack_frames(x, frames), gradient, (kernel_h, kernel_w))
     d_kernel = jnp.moveaxis(d_merged.reshape(kernel_h, kernel_w, frames, width, out), 2, 0)
     return d_x.astype(like.dtype), d_kernel, d_bias
 
 
-_convolution.defvjp(_forward, _backward)
+_convolve.defvjp(_forward, _backward)
 
 
-def _spatial(x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> Float[Array, "B t h w o"]:
+def _convolve_frames(x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> Float[Array, "B t h w o"]:
     """Convolve every frame in space."""
     factor = kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
 
     def product(frames: Array) -> Array:
-        return _dot(_columns(frames, kernel.shape[:2]), factor)
+        return _dot(_gather_columns(frames, kernel.shape[:2]), factor)
 
-    parts = _parts(x, kernel.shape[:2])
+    parts = _split_frames(x, kernel.shape[:2])
     y = product(parts[0]) if len(parts) == 1 else jax.lax.map(product, parts)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def _of_kernel(
-    x: Float[Array, "B t h w i"], gradient: Float[Array, "B t h w o"], size: tuple[int, int]
+def _compute_kernel_gradient(
+    x: Float[Array, "B t h w i"], gradient: Float[Array, "B t h w o"], kernel_size: tuple[int, int]
 ) -> Float[Array, "k o"]:
     """Return the gradient of the 2-D convolution's kernel from that of its output."""
-    parts = _parts(x, size)
+    parts = _split_frames(x, kernel_size)
     gradients = gradient.reshape(len(parts), -1, gradient.shape[-1])
 
     def product(part: tuple[Array, Array]) -> Array:
-        return _dot(_transposed(part[1]), _columns(part[0], size))
+        return _dot(_transpose(part[1]), _gather_columns(part[0], kernel_size))
 
     if len(parts) == 1:
         return product((parts[0], gradients[0])).T
-    start = jnp.zeros((gradient.shape[-1], size[0] * size[1] * x.shape[-1]), jnp.float32)
+    start = jnp.zeros((gradient.shape[-1], kernel_size[0] * kernel_size[1] * x.shape[-1]), jnp.float32)
     return jax.lax.scan(lambda total, part: (total + product(part), None), start, (parts, gradients))[0].T
 
 
@@ -112,7 +112,7 @@ def _dot(left: Float[Array, "p k"], right: Float[Array, "k o"]) -> Float[Array, 
     return jax.lax.optimization_barrier(jnp.dot(left, right, preferred_element_type=jnp.float32))
 
 
-def _transposed(x: Float[Array, "p o"]) -> Float[Array, "o p"]:
+def _transpose(x: Float[Array, "p o"]) -> Float[Array, "o p"]:
     """Transpose in two halves.
 
     XLA would fold a whole transpose into the following product, which is slow in bfloat16.
@@ -121,42 +121,44 @@ def _transposed(x: Float[Array, "p o"]) -> Float[Array, "o p"]:
     return jnp.concatenate([x[:, :half].T, x[:, half:].T])
 
 
-def _parts(x: Float[Array, "B t h w i"], size: Sequence[int]) -> Float[Array, "parts n h w i"]:
+def _split_frames(x: Float[Array, "B t h w i"], kernel_size: Sequence[int]) -> Float[Array, "parts n h w i"]:
     """Divide the frames into equal parts whose columns are within the limit."""
     count = x.shape[0] * x.shape[1]
-    frame = frame_bytes(x.shape[2:], size, x.dtype)
-    at_once = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * frame <= LIMIT))
+    frame = compute_column_bytes(x.shape[2:], kernel_size, x.dtype)
+    at_once = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * frame <= MAX_COLUMN_BYTES))
     return x.reshape(count // at_once, at_once, *x.shape[2:])
 
 
-def frame_bytes(frame: Sequence[int], kernel: Sequence[int], dtype: DTypeLike = jnp.bfloat16) -> int:
+def compute_column_bytes(
+    frame_shape: Sequence[int], kernel_size: Sequence[int], dtype: DTypeLike = jnp.bfloat16
+) -> int:
     """Return the bytes of the columns of one frame `[h w i]`."""
-    return math.prod((*frame, *kernel)) * jnp.dtype(dtype).itemsize
+    return math.prod((*frame_shape, *kernel_size)) * jnp.dtype(dtype).itemsize
 
 
-def _columns(x: Float[Array, "n h w i"], size: Sequence[int]) -> Float[Array, "p k"]:
+def _gather_columns(x: Float[Array, "n h w i"], kernel_size: Sequence[int]) -> Float[Array, "p k"]:
     """Gather the values that every output position sees, zeros beyond the edges, in (row, column, channel) order."""
-    (kernel_h, kernel_w), (height, width) = size, x.shape[1:3]
-    moved = _as_integers(x)
+    (kernel_h, kernel_w), (height, width) = kernel_size, x.shape[1:3]
+    moved = _to_integers(x)
     padded = jnp.pad(moved, ((0, 0), (kernel_h // 2, kernel_h // 2), (kernel_w // 2, kernel_w // 2), (0, 0)))
     shifted = [
         padded[:, row : row + height, column : column + width] for row in range(kernel_h) for column in range(kernel_w)
     ]
-    gathered = _as_floats(jnp.concatenate(shifted, axis=-1), x.dtype)
+    gathered = _to_floats(jnp.concatenate(shifted, axis=-1), x.dtype)
     return jax.lax.optimization_barrier(gathered.reshape(-1, gathered.shape[-1]))
 
 
-def _stacked(x: Float[Array, "B T h w i"], frames: int) -> Float[Array, "B t h w c"]:
+def _stack_frames(x: Float[Array, "B T h w i"], frames: int) -> Float[Array, "B t h w c"]:
     """Stack every run of `frames` consecutive frames along the channels."""
     if frames == 1:
         return x
-    moved, length = _as_integers(x), x.shape[1] - frames + 1
-    return _as_floats(
+    moved, length = _to_integers(x), x.shape[1] - frames + 1
+    return _to_floats(
         jnp.concatenate([moved[:, offset : offset + length] for offset in range(frames)], axis=-1), x.dtype
     )
 
 
-def _as_integers(x: Float[Array, "*positions i"]) -> Array:
+def _to_integers(x: Float[Array, "*positions i"]) -> Array:
     """Reinterpret bfloat16 as integers, two channels in one if their number is even.
 
     XLA on CPU converts bfloat16 to float32 and back merely to move it; integers are copied as they are.
@@ -168,7 +170,7 @@ def _as_integers(x: Float[Array, "*positions i"]) -> Array:
     return jax.lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), jnp.uint32)
 
 
-def _as_floats(x: Array, dtype: jnp.dtype) -> Array:
+def _to_floats(x: Array, dtype: jnp.dtype) -> Array:
     """Invert `_to_integers`."""
     if x.dtype == dtype:
         return x

@@ -16,19 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from dit_video.nn.attention.api import Keys, Queries, named
-from dit_video.nn.attention.backends.dense import MASKED
+from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint
+from dit_video.nn.attention.backends.dense import MASK_VALUE
 
-_NOBODY, _PADDING = -2, -1
+_NO_SEGMENT, _PADDING = -2, -1
 """Segment ids of tokens to ignore in the outer and the inner loop; they differ, so that no pair of them matches."""
-_FILLED = 0.75
+_MIN_FILL = 0.75
 """Fraction of a block that must be filled for its size to be chosen over a smaller one."""
-_MOST = int(np.iinfo(np.int32).max)
-Carried = TypeVar("Carried")
+_MAX_ID = int(np.iinfo(np.int32).max)
+State = TypeVar("State")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockSizes:
     """Block sizes of the outer and the inner loop, largest first; a block has the first of these sizes that it fills.
 
     Products of a narrow block with a wide one are the fastest in XLA's CPU backend, which gains little from threads in
@@ -39,14 +39,14 @@ class Blocks:
     wide: tuple[int, ...]
 
     @staticmethod
-    def of(length: int, other: int, chunk: int) -> "Blocks":
+    def choose(length: int, other_length: int, chunk: int) -> "BlockSizes":
         number = max(1, round(length / (2 * chunk)))
         largest = -(-length // number)
-        sizes = {min(size, other) for size in (8 * chunk, chunk, -(-chunk // 4))}
-        return Blocks(_descending({largest, -(-largest // 4)}), _descending(sizes))
+        sizes = {min(size, other_length) for size in (8 * chunk, chunk, -(-chunk // 4))}
+        return BlockSizes(_sort_descending({largest, -(-largest // 4)}), _sort_descending(sizes))
 
 
-def _descending(sizes: set[int]) -> tuple[int, ...]:
+def _sort_descending(sizes: set[int]) -> tuple[int, ...]:
     return tuple(sorted(sizes, reverse=True))
 
 
@@ -54,40 +54,40 @@ def attend(
     q: Queries, k: Keys, v: Keys, q_segments: Int[Array, "B N"], kv_segments: Int[Array, "B M"], *, chunk: int
 ) -> Queries:
     """Compute attention of every token to those of its own segment; `q` is already scaled."""
-    return _mixed(chunk, q, k, v, q_segments, kv_segments)
+    return _attend(chunk, q, k, v, q_segments, kv_segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed(chunk: int, q: Queries, k: Keys, v: Keys, q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B M"]) -> Queries:
+def _attend(chunk: int, q: Queries, k: Keys, v: Keys, q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B M"]) -> Queries:
     return _forward(chunk, q, k, v, q_ids, kv_ids)[0]
 
 
 def _forward(chunk, q, k, v, q_ids, kv_ids):
-    blocks = Blocks.of(q.shape[1], k.shape[1], chunk)
-    out, lse = jax.lax.map(lambda row: _row(blocks, *row), (q, k, v, q_ids, kv_ids))
-    out, lse = named((out, lse), queries=q.shape[1], keys=k.shape[1])
+    blocks = BlockSizes.choose(q.shape[1], k.shape[1], chunk)
+    out, lse = jax.lax.map(lambda row: _attend_row(blocks, *row), (q, k, v, q_ids, kv_ids))
+    out, lse = mark_checkpoint((out, lse), queries=q.shape[1], keys=k.shape[1])
     return out.astype(v.dtype), (q, k, v, q_ids, kv_ids, out, lse)
 
 
 def _backward(chunk, saved, d_out):
     q, k, v, q_ids, kv_ids, out, lse = saved
-    blocks = Blocks.of(k.shape[1], q.shape[1], chunk)
+    blocks = BlockSizes.choose(k.shape[1], q.shape[1], chunk)
     delta = jnp.moveaxis((out * d_out.astype(jnp.float32)).sum(axis=-1), 2, 1)
     rows = q, k, v, lse, delta, d_out, q_ids, kv_ids
-    gradients = jax.lax.map(lambda row: _row_backward(blocks, *row), rows)
+    gradients = jax.lax.map(lambda row: _attend_row_backward(blocks, *row), rows)
     return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None, None
 
 
-_mixed.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
-def _walk(
-    blocks: Blocks,
+def _scan_blocks(
+    sizes: BlockSizes,
     ids: Int[Array, " N"],
     other_ids: Int[Array, " M"],
-    block: Callable[..., Carried],
-    carried: Carried,
-) -> Carried:
+    block_fn: Callable[..., State],
+    carried: State,
+) -> State:
     """Run `carried = block(size, start, own, scan_others, carried)` for all blocks of a row, in order.
 
     `own` marks the tokens from `start` on that belong to the block. `scan_others(step, state)` runs
@@ -111,10 +111,10 @@ def _walk(
         first, carried = state
         stop = find_stop(first, size)
         start = jnp.minimum(first, length - size)
-        own = _at((index[:-1] >= first) & (index[:-1] < stop), start, size)
-        block_ids = _at(ids, start, size)
-        block_ids = jnp.where(own & (block_ids > 0), block_ids, _NOBODY)
-        lowest, highest = jnp.where(block_ids > 0, block_ids, _MOST).min(), block_ids.max()
+        own = _slice_tokens((index[:-1] >= first) & (index[:-1] < stop), start, size)
+        block_ids = _slice_tokens(ids, start, size)
+        block_ids = jnp.where(own & (block_ids > 0), block_ids, _NO_SEGMENT)
+        lowest, highest = jnp.where(block_ids > 0, block_ids, _MAX_ID).min(), block_ids.max()
         # Index of every token of the other row whose id is in the block's range, `other_length` for all others: the
         # inner loop jumps to the smallest of them instead of visiting every block.
         candidates = jnp.where((lowest <= other_ids) & (other_ids <= highest), other_index, other_length)
@@ -124,35 +124,37 @@ def _walk(
 
         def is_well_filled(first, size):
             is_inside = (candidates >= first) & (candidates < jnp.minimum(first + size, other_length))
-            return jnp.where(is_inside, 1.0, 0.0).sum() > _FILLED * size
+            return jnp.where(is_inside, 1.0, 0.0).sum() > _MIN_FILL * size
 
         def scan_others(step, state):
             first = find_next(0)
             # One loop for every block size, as XLA's shapes are static: large blocks while they are well filled, then
             # smaller ones for the rest.
-            for size in blocks.wide:
+            for size in sizes.wide:
 
                 def continues(state, size=size):
-                    return (state[0] < other_length) & (size == blocks.wide[-1] or is_well_filled(state[0], size))
+                    return (state[0] < other_length) & (size == sizes.wide[-1] or is_well_filled(state[0], size))
 
                 def run_step(state, size=size):
                     first, state = state
                     start = jnp.minimum(first, other_length - size)
-                    step_ids = _at(other_ids, start, size)
-                    step_ids = jnp.where((_at(other_index, start, size) >= first) & (step_ids > 0), step_ids, _PADDING)
+                    step_ids = _slice_tokens(other_ids, start, size)
+                    step_ids = jnp.where(
+                        (_slice_tokens(other_index, start, size) >= first) & (step_ids > 0), step_ids, _PADDING
+                    )
                     return find_next(first + size), step(start, block_ids[:, None] == step_ids, state)
 
                 first, state = jax.lax.while_loop(continues, run_step, (first, state))
             return state
 
-        return stop, block(size, start, own, scan_others, carried)
+        return stop, block_fn(size, start, own, scan_others, carried)
 
     def choose_size(first):
-        is_filled = [find_stop(first, size) - first > _FILLED * size for size in blocks.narrow[:-1]]
+        is_filled = [find_stop(first, size) - first > _MIN_FILL * size for size in sizes.narrow[:-1]]
         return jnp.argmax(jnp.array([*is_filled, True]))
 
     def run_all_sizes(state):
-        for choice, size in enumerate(blocks.narrow):
+        for choice, size in enumerate(sizes.narrow):
 
             def continues(state, choice=choice):
                 return (state[0] < length) & (choose_size(state[0]) == choice)
@@ -163,8 +165,8 @@ def _walk(
     return jax.lax.while_loop(lambda state: state[0] < length, run_all_sizes, (jnp.int32(0), carried))[1]
 
 
-def _row(
-    blocks: Blocks,
+def _attend_row(
+    sizes: BlockSizes,
     q: Float[Array, "N K d"],
     k: Float[Array, "M K d"],
     v: Float[Array, "M K d"],
@@ -175,38 +177,40 @@ def _row(
 
     def head(index, carried):
         def block(size, start, own, scan_keys, carried):
-            queries = _of_head(q, start, size, index)
+            queries = _slice_head(q, start, size, index)
 
             def step(key_start, mask, state):
                 maximum, total, mixed = state
-                keys, values = (_of_head(x, key_start, mask.shape[1], index) for x in (k, v))
-                scores = jnp.where(mask, _dot(queries, keys, 1, 1), MASKED)
+                keys, values = (_slice_head(x, key_start, mask.shape[1], index) for x in (k, v))
+                scores = jnp.where(mask, _dot(queries, keys, 1, 1), MASK_VALUE)
                 new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
                 weights = jnp.exp(scores - new_maximum[:, None])
                 rescale = jnp.exp(maximum - new_maximum)
                 part = _dot(weights.astype(v.dtype), values, 1, 0)
                 return new_maximum, total * rescale + weights.sum(axis=-1), mixed * rescale[:, None] + part
 
-            initial = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
+            initial = jnp.full(size, MASK_VALUE), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
             maximum, total, mixed = scan_keys(step, initial)
-            sees_any = maximum > MASKED
+            sees_any = maximum > MASK_VALUE
             out, lse = carried
             mixed = jnp.where(sees_any[:, None], mixed / total[:, None], 0.0)
             # Queries that see nothing get a value so far above all scores that the backward pass gives weights of zero.
-            block_lse = jnp.where(sees_any, maximum + jnp.log(total), -MASKED)
+            block_lse = jnp.where(sees_any, maximum + jnp.log(total), -MASK_VALUE)
             # Tokens that are not the block's own keep the result of the previous block.
             previous_lse = jax.lax.dynamic_slice(lse, (index, start), (1, size))
             lse = jax.lax.dynamic_update_slice(lse, jnp.where(own, block_lse, previous_lse), (index, start))
-            return _put(out, jnp.where(own[:, None], mixed, _of_head(out, start, size, index)), start, index), lse
+            return _update_head(
+                out, jnp.where(own[:, None], mixed, _slice_head(out, start, size, index)), start, index
+            ), lse
 
-        return _walk(blocks, q_ids, kv_ids, block, carried)
+        return _scan_blocks(sizes, q_ids, kv_ids, block, carried)
 
     heads = q.shape[1]
     return jax.lax.fori_loop(0, heads, head, (jnp.zeros((*q.shape[:2], v.shape[2])), jnp.zeros((heads, q.shape[0]))))
 
 
-def _row_backward(
-    blocks: Blocks,
+def _attend_row_backward(
+    sizes: BlockSizes,
     q: Float[Array, "N K d"],
     k: Float[Array, "M K d"],
     v: Float[Array, "M K d"],
@@ -225,31 +229,31 @@ def _row_backward(
     def head(index, carried):
         def block(size, start, own, scan_queries, carried):
             del own
-            keys, values = (_of_head(x, start, size, index) for x in (k, v))
+            keys, values = (_slice_head(x, start, size, index) for x in (k, v))
 
             def step(query_start, mask, state):
                 d_q, d_keys, d_values = state
                 count = mask.shape[1]
-                queries, d_mixed = (_of_head(x, query_start, count, index) for x in (q, d_out))
+                queries, d_mixed = (_slice_head(x, query_start, count, index) for x in (q, d_out))
                 step_lse, step_delta = (
                     jax.lax.dynamic_slice(x, (index, query_start), (1, count)) for x in (lse, delta)
                 )
-                scores = jnp.where(mask, _dot(keys, queries, 1, 1), MASKED)
+                scores = jnp.where(mask, _dot(keys, queries, 1, 1), MASK_VALUE)
                 weights = jnp.exp(scores - step_lse)
                 d_scores = (weights * (_dot(values, d_mixed, 1, 1) - step_delta)).astype(k.dtype)
                 d_values = d_values + _dot(weights.astype(v.dtype), d_mixed, 1, 0)
                 d_keys = d_keys + _dot(d_scores, queries, 1, 0)
-                d_queries = _of_head(d_q, query_start, count, index) + _dot(keys, d_scores, 0, 0).T
-                return _put(d_q, d_queries, query_start, index), d_keys, d_values
+                d_queries = _slice_head(d_q, query_start, count, index) + _dot(keys, d_scores, 0, 0).T
+                return _update_head(d_q, d_queries, query_start, index), d_keys, d_values
 
             d_q, d_k, d_v = carried
             initial = d_q, jnp.zeros(keys.shape), jnp.zeros(values.shape)
             d_q, d_keys, d_values = scan_queries(step, initial)
             # Tokens that are not the block's own have gradients of zero here, so adding is safe.
-            d_k = _put(d_k, _of_head(d_k, start, size, index) + d_keys, start, index)
-            return d_q, d_k, _put(d_v, _of_head(d_v, start, size, index) + d_values, start, index)
+            d_k = _update_head(d_k, _slice_head(d_k, start, size, index) + d_keys, start, index)
+            return d_q, d_k, _update_head(d_v, _slice_head(d_v, start, size, index) + d_values, start, index)
 
-        return _walk(blocks, kv_ids, q_ids, block, carried)
+        return _scan_blocks(sizes, kv_ids, q_ids, block, carried)
 
     return jax.lax.fori_loop(0, q.shape[1], head, tuple(jnp.zeros(x.shape) for x in (q, k, v)))
 
@@ -260,17 +264,17 @@ def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, 
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
-def _at(row: Shaped[Array, " N"], start: Int[Array, ""], size: int) -> Shaped[Array, " n"]:
+def _slice_tokens(row: Shaped[Array, " N"], start: Int[Array, ""], size: int) -> Shaped[Array, " n"]:
     return jax.lax.dynamic_slice_in_dim(row, start, size)
 
 
-def _of_head(
+def _slice_head(
     rows: Float[Array, "N K d"], start: Int[Array, ""], size: int, head: Int[Array, ""]
 ) -> Float[Array, "{size} d"]:
     return jax.lax.dynamic_slice(rows, (start, head, 0), (size, 1, rows.shape[2]))[:, 0]
 
 
-def _put(
+def _update_head(
     rows: Float[Array, "N K d"], block: Float[Array, "n d"], start: Int[Array, ""], head: Int[Array, ""]
 ) -> Float[Array, "N K d"]:
     return jax.lax.dynamic_update_slice(rows, block[:, None], (start, head, 0))

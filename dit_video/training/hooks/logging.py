@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 
 import jax
 
-from dit_video.core.errors import MissingError, UserError, stop_if_interrupted
+from dit_video.core.errors import MissingError, UserError, raise_if_interrupted
 from dit_video.core.files import write_text
 
 
@@ -21,22 +21,22 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._whole = False
+        self._is_repaired = False
 
     def resume(self, step: int) -> None:
         """Remove the entries after `step`, which the run writes again, and a half-written last line."""
         if self.path.is_file():
-            entries = [entry for entry in read(self.path) if entry["step"] <= step]
-            write_text(self.path, "".join(_line(entry) for entry in entries))
-        self._whole = True
+            entries = [entry for entry in read_metrics(self.path) if entry["step"] <= step]
+            write_text(self.path, "".join(_format_line(entry) for entry in entries))
+        self._is_repaired = True
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Append one entry. NaN and infinity are written as null, as JSON has neither."""
-        if not self._whole:
+        if not self._is_repaired:
             self._repair()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line({"step": step, **{name: float(value) for name, value in values.items()}}))
+            file.write(_format_line({"step": step, **{name: float(value) for name, value in values.items()}}))
 
     def _repair(self) -> None:
         """Remove a half-written last line, so that the next entry starts on a line of its own."""
@@ -44,10 +44,10 @@ class MetricsLog:
             data = self.path.read_bytes()
             if data and not data.endswith(b"\n"):
                 write_text(self.path, data[: data.rfind(b"\n") + 1].decode())
-        self._whole = True
+        self._is_repaired = True
 
 
-def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the entries of a `MetricsLog`, without a half-written last line; null is read as NaN.
 
     Raises:
@@ -69,7 +69,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     return entries
 
 
-def _line(entry: Mapping[str, Any]) -> str:
+def _format_line(entry: Mapping[str, Any]) -> str:
     encoded = {name: value if math.isfinite(value) else None for name, value in entry.items()}
     return json.dumps(encoded) + "\n"
 
@@ -87,9 +87,9 @@ class Progress:
         *,
         start: int = 0,
         unit: str = "step",
-        seconds: float | int = 10,
+        line_seconds: float | int = 10,
         stream: io.TextIOBase | None = None,
-        shown: bool = True,
+        visible: bool = True,
     ) -> None:
         """Initialize the progress display.
 
@@ -105,23 +105,23 @@ class Progress:
         self.title, self.total, self.start, self.unit = title, total, start, unit
         # Type checkers see the standard streams as TextIO, which is not a TextIOBase.
         self._stream = cast(io.TextIOBase, sys.stderr) if stream is None else stream
-        self._visible = shown
-        self._terminal = shown and self._stream.isatty()
-        self._pause = 0.2 if self._terminal else seconds
+        self._visible = visible
+        self._is_terminal = visible and self._stream.isatty()
+        self._draw_seconds = 0.2 if self._is_terminal else line_seconds
         self._bar: Any = None
-        self._drawn = -math.inf
-        self._step = self._drawn_step = start
+        self._last_draw_time = -math.inf
+        self._step = self._last_drawn_step = start
         self._loss = math.nan
-        self._first: tuple[int, float] | None = None
+        self._first_update: tuple[int, float] | None = None
 
     def __enter__(self) -> "Progress":
-        if self._terminal:
-            self._bar, self._task = _bar(self._stream, self.title, self.total, self.start)
+        if self._is_terminal:
+            self._bar, self._task = _make_bar(self._stream, self.title, self.total, self.start)
             self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._step != self._drawn_step:
+        if self._step != self._last_drawn_step:
             self._draw(time.perf_counter())
         if self._bar is not None:
             self._bar.stop()
@@ -137,38 +137,38 @@ class Progress:
         Raises:
           KeyboardInterrupt: Ctrl-C was pressed in a script, and the code that ran meanwhile ignored it.
         """
-        stop_if_interrupted()
+        raise_if_interrupted()
         self._step = step
         if loss is not None:
             self._loss = loss
         now = time.perf_counter()
-        if self._first is None:  # the first step includes compilation, so it is not used for the speed
-            self._first = (step, now)
-        if now - self._drawn >= self._pause or (step == self.total != self._drawn_step):
+        if self._first_update is None:  # the first step includes compilation, so it is not used for the speed
+            self._first_update = (step, now)
+        if now - self._last_draw_time >= self._draw_seconds or (step == self.total != self._last_drawn_step):
             self._draw(now)
 
     def _draw(self, now: float) -> None:
-        self._drawn, self._drawn_step = now, self._step
+        self._last_draw_time, self._last_drawn_step = now, self._step
         if not self._visible:
             return
         loss = "" if math.isnan(self._loss) else f"loss {self._loss:.4f}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._step, loss=loss, left=self._left(now))
+            self._bar.update(self._task, completed=self._step, loss=loss, left=self._format_time_left(now))
             return
         share = self._step / self.total
-        parts = [f"{self.title} {self._step}/{self.total} ({share:.0%})", loss, self._left(now)]
+        parts = [f"{self.title} {self._step}/{self.total} ({share:.0%})", loss, self._format_time_left(now)]
         print(" · ".join(part for part in parts if part), file=self._stream, flush=True)
 
-    def _left(self, now: float) -> str:
+    def _format_time_left(self, now: float) -> str:
         """Return the speed so far and the time left at this speed."""
-        if self._first is None or self._step <= self._first[0]:
+        if self._first_update is None or self._step <= self._first_update[0]:
             return ""
-        seconds = (now - self._first[1]) / (self._step - self._first[0])
+        seconds = (now - self._first_update[1]) / (self._step - self._first_update[0])
         speed = f"{1 / seconds:.1f} {self.unit}s/s" if seconds < 1 else f"{seconds:.1f} s/{self.unit}"
-        return f"{speed} · {_duration(seconds * (self.total - self._step))} left"
+        return f"{speed} · {_format_duration(seconds * (self.total - self._step))} left"
 
 
-def _bar(stream: io.TextIOBase, title: str, total: int, start: int) -> tuple[Any, Any]:
+def _make_bar(stream: io.TextIOBase, title: str, total: int, start: int) -> tuple[Any, Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
@@ -184,13 +184,13 @@ def _bar(stream: io.TextIOBase, title: str, total: int, start: int) -> tuple[Any
     return bar, bar.add_task(title, total=total, completed=start, loss="", left="")
 
 
-def remark(text: str) -> None:
+def print_on_first_process(text: str) -> None:
     """Print a line on stderr, in the first process only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr)
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     """Return a duration as 1:02:03, or 2:03 if it is shorter than an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

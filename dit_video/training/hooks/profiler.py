@@ -12,7 +12,7 @@ from dit_video.core.errors import UserError
 
 
 @dataclass(frozen=True)
-class Profile:
+class TraceConfig:
     """Configuration of a profiler trace. Steps are counted from 1.
 
     Raises:
@@ -36,30 +36,30 @@ class Profile:
 class Tracer:
     """A profiler trace that starts before its first step and ends after its last, or at the end of the run."""
 
-    def __init__(self, profile: Profile | None) -> None:
-        self._profile, self._running = profile, False
+    def __init__(self, config: TraceConfig | None) -> None:
+        self._config, self._is_running = config, False
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Annotate the step of this number inside the context, and start the trace if it is the first."""
-        profile = self._profile
+        profile = self._config
         if profile is None or not profile.first <= number <= profile.last:
             yield
             return
-        if not self._running:
+        if not self._is_running:
             jax.profiler.start_trace(str(profile.folder))
-            self._running = True
+            self._is_running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
-    def after(self, number: int, result: Any) -> None:
+    def after_step(self, number: int, result: Any) -> None:
         """End the trace if this was its last step, once the step's result is available."""
-        if self._running and self._profile is not None and number >= self._profile.last:
+        if self._is_running and self._config is not None and number >= self._config.last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
         """End the trace if it is running."""
-        if self._running:
-            self._running = False
+        if self._is_running:
+            self._is_running = False
             jax.profiler.stop_trace()

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from dit_video.core.files import write_text
 from dit_video.core.typing import AnyArray
-from dit_video.tokens import Rows
+from dit_video.tokens import PackedBatch
 
 
 class SkippedLog:
@@ -29,26 +29,26 @@ class SkippedLog:
 
     def write(self, step: int, metrics: Mapping[str, Any], batch: Mapping[str, AnyArray]) -> None:
         """Append one entry; all processes call this, each with its part of the batch's arrays."""
-        arrays = {name: _whole(array).tolist() for name, array in batch.items()}
+        arrays = {name: _gather(array).tolist() for name, array in batch.items()}
         if jax.process_index():
             return
-        logged = {name: _number(metrics[name]) for name in ("loss", "gradient_norm") if name in metrics}
+        logged = {name: _to_json_number(metrics[name]) for name in ("loss", "gradient_norm") if name in metrics}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **logged, **arrays}) + "\n")
 
 
-def examples_of(batch: Any) -> dict[str, AnyArray]:
+def get_example_ids(batch: Any) -> dict[str, AnyArray]:
     """Return the ranks in the data plan of the examples of packed rows, `[B G]`, and which of them are valid."""
-    return {"examples": batch.examples, "valid": batch.valid} if isinstance(batch, Rows) else {}
+    return {"examples": batch.examples, "valid": batch.valid} if isinstance(batch, PackedBatch) else {}
 
 
-def _whole(array: AnyArray) -> np.ndarray:
+def _gather(array: AnyArray) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
-def _number(value: Any) -> float | str:
+def _to_json_number(value: Any) -> float | str:
     """Return a number, or its name if it is NaN or infinite, which JSON cannot represent."""
     return float(value) if np.isfinite(value) else str(float(value))

@@ -10,12 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from dit_video.core.errors import MissingError, UserError
 
-_SECONDS = 10
+_FLUSH_SECONDS = 10
 """Seconds until an entry is flushed to TensorBoard's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Monitoring:
+class MonitoringConfig:
     """Configuration of monitoring during the training of a denoiser, besides `metrics.jsonl`.
 
     Raises:
@@ -62,7 +62,7 @@ class Log(Protocol):
         ...
 
 
-class Logs:
+class CombinedLog:
     """A log that writes to several logs."""
 
     def __init__(self, logs: Iterable[Log]) -> None:
@@ -98,7 +98,7 @@ class TensorBoard:
                 "monitoring.tensorboard needs tensorboardX, which is not installed. Run pip install "
                 "'dit-video[tensorboard]', or leave out monitoring.tensorboard."
             ) from error
-        self._make = tensorboardX.SummaryWriter
+        self._make_writer = tensorboardX.SummaryWriter
         self._folder = Path(folder)
         self._writer: Any = None
 
@@ -108,7 +108,9 @@ class TensorBoard:
         # Names of event files contain the time in seconds, so that two files of one second would collide.
         suffix = f".{uuid.uuid4().hex[:8]}"
         purge_step = step + 1 if step else None
-        self._writer = self._make(str(self._folder), purge_step=purge_step, filename_suffix=suffix, flush_secs=_SECONDS)
+        self._writer = self._make_writer(
+            str(self._folder), purge_step=purge_step, filename_suffix=suffix, flush_secs=_FLUSH_SECONDS
+        )
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Write one scalar for each finite value."""

@@ -20,24 +20,24 @@ from jaxtyping import Array, Float, PyTree
 
 from dit_video.autoencoders.adversarial import (
     R1,
-    Adversarial,
+    AdversarialConfig,
     LeCam,
-    adaptive_weight,
+    compute_adaptive_weight,
     discriminator_loss,
     generator_loss,
-    lecam,
-    r1,
+    lecam_loss,
+    r1_penalty,
 )
 from dit_video.core.trees import flatten
-from dit_video.nn import graph_of, init_params
-from dit_video.training.losses.autoencoder import AutoencoderLoss, Figures
-from dit_video.training.state import TrainState, WithModel
-from dit_video.training.step import Step, following, make_step, noted, unless_broken, with_constants
+from dit_video.nn import get_graph_def, init_params
+from dit_video.training.losses.autoencoder import AutoencoderLoss, ScalarMetrics
+from dit_video.training.state import CompositeState, TrainState
+from dit_video.training.step import StepFn, apply_updates, bind_constants, make_step, skip_nonfinite, update_loss_state
 
-_CLIP = 1.0
+_MAX_GRAD_NORM = 1.0
 _BETAS = (0.5, 0.9)
 """Adam's b1 and b2: low momentum, because the autoencoder changes too (CompVis/taming-transformers)."""
-_FIGURES = ("against", "adversarial_weight", "discriminator", "penalty", "verdict_real", "verdict_decoded")
+_METRIC_NAMES = ("against", "adversarial_weight", "discriminator", "penalty", "verdict_real", "verdict_decoded")
 
 
 @dataclass
@@ -51,7 +51,7 @@ class DiscriminatorState:
 
 
 @dataclass
-class AdversarialState(WithModel):
+class AdversarialState(CompositeState):
     """State of the autoencoder and its discriminator, saved in one checkpoint so that a run resumes exactly."""
 
     model: TrainState
@@ -59,32 +59,34 @@ class AdversarialState(WithModel):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rival:
+class DiscriminatorTraining:
     """The discriminator that an autoencoder is trained against, before it has parameters."""
 
-    config: Adversarial
+    config: AdversarialConfig
     last_layer: str
     """Path of the kernel of the autoencoder's last layer, whose gradients give the adaptive weight."""
     random_key: Array
     """Random key for the discriminator's initial parameters."""
 
-    def join(self, model: TrainState) -> AdversarialState:
+    def init_state(self, model: TrainState) -> AdversarialState:
         """Return the state of an autoencoder together with a newly initialized discriminator. Traceable."""
         params = init_params(self.config.make, self.random_key)
         has_means = isinstance(self.config.regulariser, LeCam)
         means = {"real": jnp.zeros(()), "decoded": jnp.zeros(())} if has_means else {}
-        discriminator = DiscriminatorState(params=params, opt_state=_optimizer(self.config).init(params), means=means)
+        discriminator = DiscriminatorState(
+            params=params, opt_state=_make_optimizer(self.config).init(params), means=means
+        )
         return AdversarialState(model=model, discriminator=discriminator)
 
 
 def make_adversarial_step(
     loss: AutoencoderLoss,
     optimizer: optax.GradientTransformation,
-    rival: Rival,
+    discriminator: DiscriminatorTraining,
     *,
     ema_decay: float,
     constants: tuple[PyTree, ...] = (),
-) -> Step:
+) -> StepFn:
     """Return `step(state, clips) -> (state, metrics)` for an `AdversarialState`, which is donated.
 
     Autoencoder and discriminator are updated simultaneously, both from their parameters before the step. Before step
@@ -103,30 +105,34 @@ def make_adversarial_step(
       ema_decay: Decay of the moving average of the autoencoder's parameters.
       constants: Further arguments of the loss; see `make_step`.
     """
-    config, count, zero = rival.config, HostCount(), jnp.zeros(())
+    config, count, zero = discriminator.config, HostStepCounter(), jnp.zeros(())
     plain_step = make_step(loss, optimizer, ema_decay=ema_decay, constants=constants)
     programs = {
-        penalised: with_constants(
-            jax.jit(play(loss, optimizer, rival, ema_decay=ema_decay, penalised=penalised), donate_argnums=0), constants
+        penalised: bind_constants(
+            jax.jit(
+                make_adversarial_update(loss, optimizer, discriminator, ema_decay=ema_decay, penalised=penalised),
+                donate_argnums=0,
+            ),
+            constants,
         )
         for penalised in (False, True)
     }
 
     def step(state, clips):
         number = count(state.step)
-        if number >= config.start:
+        if number >= config.start_step:
             state, metrics = programs[_is_penalised(config, number)](state, clips)
         else:
             model, metrics = plain_step(state.model, clips)
             state = AdversarialState(model=model, discriminator=state.discriminator)
-            metrics |= dict.fromkeys(_FIGURES, zero)
+            metrics |= dict.fromkeys(_METRIC_NAMES, zero)
         count.advance(state.step)
         return state, metrics
 
     return step
 
 
-class HostCount:
+class HostStepCounter:
     """A host copy of a state's step counter, which avoids a device read in every step.
 
     The counter is read from the device only if the state is not the one that the previous step returned.
@@ -146,13 +152,18 @@ class HostCount:
         self._number += 1
 
 
-def _is_penalised(config: Adversarial, step: int) -> bool:
+def _is_penalised(config: AdversarialConfig, step: int) -> bool:
     return not isinstance(config.regulariser, R1) or step % config.regulariser.every == 0
 
 
-def play(
-    loss: AutoencoderLoss, optimizer: optax.GradientTransformation, rival: Rival, *, ema_decay: float, penalised: bool
-) -> Callable[..., tuple[AdversarialState, Figures]]:
+def make_adversarial_update(
+    loss: AutoencoderLoss,
+    optimizer: optax.GradientTransformation,
+    discriminator: DiscriminatorTraining,
+    *,
+    ema_decay: float,
+    penalised: bool,
+) -> Callable[..., tuple[AdversarialState, ScalarMetrics]]:
     """Return `(state, clips, *constants) -> (state, metrics)`, a traceable update of both networks.
 
     Args:
@@ -162,24 +173,24 @@ def play(
       ema_decay: Decay of the moving average of the autoencoder's parameters.
       penalised: True if the discriminator's loss includes R1.
     """
-    return functools.partial(_play, loss, optimizer, rival, ema_decay, penalised)
+    return functools.partial(_update_both, loss, optimizer, discriminator, ema_decay, penalised)
 
 
-def _play(
+def _update_both(
     loss: AutoencoderLoss,
     optimizer: optax.GradientTransformation,
-    rival: Rival,
+    discriminator: DiscriminatorTraining,
     ema_decay: float,
     penalised: bool,
     state: AdversarialState,
     clips: Any,
     *constants: PyTree,
-) -> tuple[AdversarialState, Figures]:
-    config, model, pixels = rival.config, state.model, loss.pixels(clips)
+) -> tuple[AdversarialState, ScalarMetrics]:
+    config, model, pixels = discriminator.config, state.model, loss.to_pixels(clips)
 
     def decode(params):
         decoded = loss.decode(params, pixels, model.step)
-        return (decoded.pixels, decoded.bottleneck.mean()), (decoded.figures, decoded.seen)
+        return (decoded.pixels, decoded.bottleneck.mean()), (decoded.metrics, decoded.seen)
 
     def compare(decoded):
         value, metrics = loss.compare(decoded, pixels, *constants)
@@ -190,9 +201,9 @@ def _play(
 
     def last_layer_gradient(gradient):
         (gradients,) = pull_back((gradient, jnp.zeros_like(bottleneck)))
-        return flatten(gradients)[rival.last_layer]
+        return flatten(gradients)[discriminator.last_layer]
 
-    discriminator_state, generator_gradient, adversarial_metrics = _move(
+    discriminator_state, generator_gradient, adversarial_metrics = _update_discriminator(
         config, state.discriminator, decoded, pixels, reconstruction_gradient, last_layer_gradient, penalised
     )
     (gradients,) = pull_back((reconstruction_gradient + generator_gradient, jnp.ones_like(bottleneck)))
@@ -203,26 +214,26 @@ def _play(
         **compare_metrics,
         **adversarial_metrics,
     }
-    model = following(model, gradients, optimizer, ema_decay=ema_decay)
-    model, loss_metrics = noted(loss, model, seen)
+    model = apply_updates(model, gradients, optimizer, ema_decay=ema_decay)
+    model, loss_metrics = update_loss_state(loss, model, seen)
     next_state = AdversarialState(model=model, discriminator=discriminator_state)
-    return unless_broken(state, next_state, metrics | loss_metrics, "discriminator", "penalty")
+    return skip_nonfinite(state, next_state, metrics | loss_metrics, "discriminator", "penalty")
 
 
-def _move(
-    config: Adversarial,
+def _update_discriminator(
+    config: AdversarialConfig,
     state: DiscriminatorState,
     decoded: Float[Array, "B T H W 3"],
     pixels: Float[Array, "B T H W 3"],
-    wanted: Float[Array, "B T H W 3"],
-    at_last_layer: Callable[[Array], Array],
+    reconstruction_gradient: Float[Array, "B T H W 3"],
+    last_layer_gradient: Callable[[Array], Array],
     penalised: bool,
-) -> tuple[DiscriminatorState, Float[Array, "B T H W 3"], Figures]:
+) -> tuple[DiscriminatorState, Float[Array, "B T H W 3"], ScalarMetrics]:
     """Return the updated discriminator, the weighted gradient of the generator loss in the decoded pixels, and metrics.
 
     The generator loss is that of the discriminator before its update.
     """
-    graph, optimizer = graph_of(config.make), _optimizer(config)
+    graph, optimizer = get_graph_def(config.make), _make_optimizer(config)
 
     def discriminate(params, clips):
         return nnx.merge(graph, params)(clips)
@@ -230,34 +241,36 @@ def _move(
     generator_value, gradient = jax.value_and_grad(
         lambda clips: generator_loss(discriminate(state.params, clips)).mean()
     )(decoded)
-    weight = config.weight * adaptive_weight(at_last_layer(wanted), at_last_layer(gradient))
-    own_loss = functools.partial(_own_loss, config, discriminate, state.means, decoded, pixels, penalised)
+    weight = config.weight * compute_adaptive_weight(
+        last_layer_gradient(reconstruction_gradient), last_layer_gradient(gradient)
+    )
+    own_loss = functools.partial(_discriminator_loss, config, discriminate, state.means, decoded, pixels, penalised)
     (_, metrics), gradients = jax.value_and_grad(own_loss, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     next_state = DiscriminatorState(
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
-        means=_moved_means(config, state.means, metrics),
+        means=_update_means(config, state.means, metrics),
     )
     return next_state, weight * gradient, {"against": generator_value, "adversarial_weight": weight, **metrics}
 
 
-def _own_loss(
-    config: Adversarial,
-    judge: Callable[[PyTree, Array], Array],
+def _discriminator_loss(
+    config: AdversarialConfig,
+    discriminate: Callable[[PyTree, Array], Array],
     means: dict[str, Array],
     decoded: Array,
     pixels: Array,
     penalised: bool,
     params: PyTree,
-) -> tuple[Float[Array, ""], Figures]:
+) -> tuple[Float[Array, ""], ScalarMetrics]:
     """Return the loss of the discriminator with its penalty, and metrics."""
-    real, fake = judge(params, pixels), judge(params, decoded)
+    real, fake = discriminate(params, pixels), discriminate(params, decoded)
     match config.regulariser:
         case LeCam(weight=weight):
-            penalty = weight * lecam(real, fake, real_mean=means["real"], decoded_mean=means["decoded"]).mean()
+            penalty = weight * lecam_loss(real, fake, real_mean=means["real"], fake_mean=means["decoded"]).mean()
         case R1(weight=weight, every=every) if penalised:
-            penalty = 0.5 * weight * every * r1(functools.partial(judge, params), pixels).mean()
+            penalty = 0.5 * weight * every * r1_penalty(functools.partial(discriminate, params), pixels).mean()
         case _:
             penalty = jnp.zeros(())
     value = discriminator_loss(real, fake).mean()
@@ -265,13 +278,13 @@ def _own_loss(
     return value + penalty, metrics
 
 
-def _moved_means(config: Adversarial, means: dict[str, Array], figures: Figures) -> dict[str, Array]:
+def _update_means(config: AdversarialConfig, means: dict[str, Array], metrics: ScalarMetrics) -> dict[str, Array]:
     if not isinstance(config.regulariser, LeCam):
         return means
     decay = config.regulariser.decay
-    return {name: decay * mean + (1 - decay) * figures[f"verdict_{name}"] for name, mean in means.items()}
+    return {name: decay * mean + (1 - decay) * metrics[f"verdict_{name}"] for name, mean in means.items()}
 
 
-def _optimizer(config: Adversarial) -> optax.GradientTransformation:
+def _make_optimizer(config: AdversarialConfig) -> optax.GradientTransformation:
     b1, b2 = _BETAS
-    return optax.chain(optax.clip_by_global_norm(_CLIP), optax.adam(config.learning_rate, b1=b1, b2=b2))
+    return optax.chain(optax.clip_by_global_norm(_MAX_GRAD_NORM), optax.adam(config.learning_rate, b1=b1, b2=b2))

@@ -10,18 +10,18 @@ from jaxtyping import Array, Float, UInt8
 
 from dit_video.autoencoders import AutoencoderObjective
 from dit_video.core.rng import key
-from dit_video.training.optim.optimizer import OptimizerConfig, hold_still
+from dit_video.training.optim.optimizer import OptimizerConfig, freeze
 
-Figures = dict[str, Float[Array, ""]]
+ScalarMetrics = dict[str, Float[Array, ""]]
 
 
-class Decoded(NamedTuple):
+class DecodedClips(NamedTuple):
     """Reconstructed clips of a training batch."""
 
     pixels: Float[Array, "B T H W 3"]
     bottleneck: Float[Array, " B"]
     """Weighted regularization loss of each clip's latents."""
-    figures: Figures
+    metrics: ScalarMetrics
     seen: Any = None
     """Auxiliary output that the loss uses after the step; see `StatefulLoss`."""
 
@@ -33,14 +33,14 @@ class AutoencoderLoss:
     graph: nnx.GraphDef
     objective: AutoencoderObjective
     seed: int
-    judge: nnx.GraphDef | None = None
+    perceptual_net: nnx.GraphDef | None = None
     """Graph of the LPIPS network, whose parameters are an argument of each call; None if LPIPS is not used."""
     optimizer: OptimizerConfig | None = None
     """Optimizer whose untrained parameters get no gradients; None if all parameters are trained."""
 
     def __call__(
-        self, params, clips: UInt8[Array, "B T H W 3"], step: Array, judge: Any = None
-    ) -> tuple[Float[Array, ""], Figures]:
+        self, params, clips: UInt8[Array, "B T H W 3"], step: Array, perceptual_params: Any = None
+    ) -> tuple[Float[Array, ""], ScalarMetrics]:
         """Return the mean loss over the clips, and its terms as metrics.
 
         Args:
@@ -49,41 +49,41 @@ class AutoencoderLoss:
           step: Training step, from which random numbers are derived.
           perceptual_params: Parameters of LPIPS if the objective uses it.
         """
-        value, (metrics, _) = self.observed(params, clips, step, judge)
+        value, (metrics, _) = self.observed(params, clips, step, perceptual_params)
         return value, metrics
 
     def observed(
-        self, params, clips: UInt8[Array, "B T H W 3"], step: Array, judge: Any = None
-    ) -> tuple[Float[Array, ""], tuple[Figures, Any]]:
+        self, params, clips: UInt8[Array, "B T H W 3"], step: Array, perceptual_params: Any = None
+    ) -> tuple[Float[Array, ""], tuple[ScalarMetrics, Any]]:
         """Return the mean loss, its terms as metrics, and the auxiliary output of `decode`."""
-        pixels = self.pixels(clips)
+        pixels = self.to_pixels(clips)
         decoded = self.decode(params, pixels, step)
-        value, metrics = self.compare(decoded.pixels, pixels, judge)
-        return (value + decoded.bottleneck).mean(), (decoded.figures | metrics, decoded.seen)
+        value, metrics = self.compare(decoded.pixels, pixels, perceptual_params)
+        return (value + decoded.bottleneck).mean(), (decoded.metrics | metrics, decoded.seen)
 
     @staticmethod
-    def pixels(clips: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
+    def to_pixels(clips: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
         """Map uint8 values 0..255 to [-1, 1]."""
         return clips.astype(jnp.float32) / 127.5 - 1
 
-    def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> Decoded:
+    def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> DecodedClips:
         """Encode and decode clips, with latents sampled from their posterior."""
-        model = nnx.merge(self.graph, self.held(params))
+        model = nnx.merge(self.graph, self.freeze_untrained(params))
         posterior = model.posterior(pixels)
         random_key = jax.random.fold_in(key(self.seed, "latents"), step)
         latents = posterior.sample(jax.random.normal(random_key, posterior.mean.shape))
         kl = posterior.kl()
-        return Decoded(model.reconstruct(latents), self.objective.kl * kl, {"kl": kl.mean()})
+        return DecodedClips(model.reconstruct(latents), self.objective.kl * kl, {"kl": kl.mean()})
 
-    def held(self, params):
+    def freeze_untrained(self, params):
         """Return the parameters with gradients stopped at those that are not trained."""
-        return params if self.optimizer is None else hold_still(self.optimizer, params)
+        return params if self.optimizer is None else freeze(self.optimizer, params)
 
     def compare(
-        self, decoded: Float[Array, "B T H W 3"], pixels: Float[Array, "B T H W 3"], judge: Any = None
-    ) -> tuple[Float[Array, " B"], Figures]:
+        self, decoded: Float[Array, "B T H W 3"], pixels: Float[Array, "B T H W 3"], perceptual_params: Any = None
+    ) -> tuple[Float[Array, " B"], ScalarMetrics]:
         """Return the objective of each clip, and the means of its terms as metrics."""
-        perceptual_distance = None if self.judge is None else nnx.merge(self.judge, judge)
+        perceptual_distance = None if self.perceptual_net is None else nnx.merge(self.perceptual_net, perceptual_params)
         value, terms = self.objective.compare(decoded, pixels, perceptual_distance)
         mse = jnp.square(decoded - pixels).mean(axis=(1, 2, 3, 4)).mean()
         term_means = {name: term.mean() for name, term in terms.items() if name != "squared"}

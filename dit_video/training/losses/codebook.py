@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from dit_video.core.errors import UserError
 
 
-class Learned(NamedTuple):
+class CodebookUpdate(NamedTuple):
     """Result of one codebook update."""
 
     codes: Float[Array, "n c"]
@@ -27,7 +27,7 @@ class Learned(NamedTuple):
     """True for codes that were restarted."""
     moments: dict[str, Array]
     """State of the update, for the next step."""
-    figures: dict[str, Float[Array, ""]]
+    metrics: dict[str, Float[Array, ""]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class CodebookLearning:
                 f"restart_after={self.restart_after} is invalid: it must be at least 1. Use None to disable restarts."
             )
 
-    def start(self, codes: Float[Array, "n c"], *, fresh: bool = True) -> dict[str, Array]:
+    def init_moments(self, codes: Float[Array, "n c"], *, fresh: bool = True) -> dict[str, Array]:
         """Return the initial state of the update.
 
         Codes of a fresh codebook count as long unused, so that those that the first batch does not use are restarted
@@ -72,14 +72,14 @@ class CodebookLearning:
             moments |= {"counts": jnp.ones(len(codes), jnp.float32), "sums": jnp.array(codes, jnp.float32)}
         return moments
 
-    def follow(
+    def update(
         self,
         codes: Float[Array, "n c"],
         moments: dict[str, Array],
         latents: Float[Array, "B t h w c"],
         indices: Int[Array, "B t h w"],
-        random: Key[Array, ""],
-    ) -> Learned:
+        random_key: Key[Array, ""],
+    ) -> CodebookUpdate:
         """Return the codebook updated by a batch of latents.
 
         The metrics are `usage`, the share of the codes that the batch used; `usage_recent`, the share that the last
@@ -97,7 +97,7 @@ class CodebookLearning:
         counts = jnp.zeros(len(codes), jnp.float32).at[flat_indices].add(1.0)
         moments = dict(moments)
         if self.decay is not None:
-            codes, averages = self._averaged(
+            codes, averages = self._update_averages(
                 self.decay, counts, jnp.zeros_like(codes).at[flat_indices].add(flat_latents), moments
             )
             moments |= averages
@@ -111,21 +111,21 @@ class CodebookLearning:
             metrics |= {"usage_recent": 1 - dead.mean(dtype=jnp.float32), "restarts": dead.sum(dtype=jnp.float32)}
             # Each dead code gets a different latent if the batch has enough of them.
             sources = jax.random.choice(
-                random, len(flat_latents), (len(codes),), replace=len(flat_latents) < len(codes)
+                random_key, len(flat_latents), (len(codes),), replace=len(flat_latents) < len(codes)
             )
             codes = jnp.where(dead[:, None], flat_latents[sources], codes)
             ages = jnp.where(dead, 0, ages)
             if self.decay is not None:
                 moments["counts"] = jnp.where(dead, 1.0, moments["counts"])
                 moments["sums"] = jnp.where(dead[:, None], codes, moments["sums"])
-        return Learned(codes, dead, moments | {"ages": ages}, metrics)
+        return CodebookUpdate(codes, dead, moments | {"ages": ages}, metrics)
 
-    def _averaged(
-        self, decay: float, used: Float[Array, " n"], summed: Float[Array, "n c"], moments: dict[str, Array]
+    def _update_averages(
+        self, decay: float, batch_counts: Float[Array, " n"], batch_sums: Float[Array, "n c"], moments: dict[str, Array]
     ) -> tuple[Float[Array, "n c"], dict[str, Array]]:
         """Return the codes and the moving averages that they are computed from."""
-        counts = decay * moments["counts"] + (1 - decay) * used
-        sums = decay * moments["sums"] + (1 - decay) * summed
+        counts = decay * moments["counts"] + (1 - decay) * batch_counts
+        sums = decay * moments["sums"] + (1 - decay) * batch_sums
         total = counts.sum()
         smoothed = (counts + self.smoothing) / (total + len(counts) * self.smoothing) * total
         return sums / smoothed[:, None], {"counts": counts, "sums": sums}

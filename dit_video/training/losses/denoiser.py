@@ -9,18 +9,25 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dit_video.backbones.denoise import packed_denoise
+from dit_video.backbones.denoise import make_denoise_fn
 from dit_video.backbones.dit import DitConfig, Given
 from dit_video.backbones.wan import WanDitConfig
-from dit_video.conditioning import KnownFrames, drop_captions, given_latents, known_tokens
+from dit_video.conditioning import KnownFrames, drop_captions, make_cond_latents, mask_known_tokens
 from dit_video.core.rng import example_keys, key
 from dit_video.core.typing import AnyArray
-from dit_video.diffusion import ClipSize, Objective, low_discrepancy
-from dit_video.tokens import Rows, packed_noise, positions, segment_max, segment_mean, to_tokens
-from dit_video.training.optim.optimizer import OptimizerConfig, hold_still
-from dit_video.training.step import Figures, Ratio
+from dit_video.diffusion import ClipSize, Objective, draw_low_discrepancy
+from dit_video.tokens import (
+    PackedBatch,
+    compute_segment_offsets,
+    expand_to_tokens,
+    sample_packed_noise,
+    segment_max,
+    segment_mean,
+)
+from dit_video.training.optim.optimizer import OptimizerConfig, freeze
+from dit_video.training.step import Average, Metrics
 
-TEMPORAL = r"(^|/)temporal"
+TEMPORAL_PATHS = r"(^|/)temporal"
 """Regular expression for the paths of the temporal layers, which mix frames only."""
 
 
@@ -45,92 +52,96 @@ class DenoiserLoss:
     """Frame conditioning of an image-to-video model; None without it. Known frames are passed as latents in further
     channels or, if each token has its own time, as noise-free tokens at time 0, which do not count in the loss. Image
     embeddings of the first frame are zeroed for clips whose first frame is not known."""
-    shares: tuple[float, float] = (0.0, 1.0)
+    time_quantiles: tuple[float, float] = (0.0, 1.0)
     """Lower and upper quantile of the objective's times that this model is trained at, such as those of one of two
     experts; see `time_quantile`."""
-    times_of: Literal["clip", "frame"] = "clip"
+    time_per: Literal["clip", "frame"] = "clip"
     """Unit that has its own diffusion time; "frame" requires a denoiser with `time="token"`."""
     optimizer: OptimizerConfig | None = None
     """Optimizer whose untrained parameters get no gradients; None if all parameters are trained."""
-    bins: int = 4
+    time_bins: int = 4
     """Number of equally wide bins of diffusion times whose losses are logged separately."""
 
-    def weight(self, rows: Rows) -> Float[Array, ""]:
+    def weight(self, rows: PackedBatch) -> Float[Array, ""]:
         """Return the number of valid clips."""
         return jnp.asarray(rows.valid).sum().astype(jnp.float32)
 
-    def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], Figures]:
+    def __call__(self, params, rows: PackedBatch, step: Array) -> tuple[Float[Array, ""], Metrics]:
         count = rows.examples.shape[1]
-        noise = packed_noise(rows, example_keys(key(self.seed, "noise"), step, rows.examples))
+        noise = sample_packed_noise(rows, example_keys(key(self.seed, "noise"), step, rows.examples))
         keys = example_keys(key(self.seed, "caption dropout"), step, rows.examples)
         drop = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.caption_dropout
         text, text_segments = drop_captions(rows.text, rows.text_segments, drop, empty=self.empty_caption)
 
-        params = params if self.optimizer is None else hold_still(self.optimizer, params)
+        params = params if self.optimizer is None else freeze(self.optimizer, params)
         dit = nnx.merge(self.dit, params["dit"])
         known = self.known_tokens(rows, step)
         context = nnx.merge(self.text, params["text"])(text, text_segments)
-        denoise = packed_denoise(
+        denoise = make_denoise_fn(
             dit,
             segments=rows.segments,
             coordinates=rows.coordinates,
             context=context.values,
             context_segments=context.segments,
             count=count,
-            given=_given(dit.config, rows, known, count=count)._replace(labels=context.classes(count)),
+            given=_given(dit.config, rows, known, count=count)._replace(labels=context.get_classes(count)),
         )
         clean = known if dit.config.time == "token" else None
-        data, time = jnp.asarray(rows.tokens), self.token_times(rows, step)
+        data, time = jnp.asarray(rows.tokens), self.draw_token_times(rows, step)
         per_token = self.objective.loss(denoise, data, noise, time, known=clean)
         counted = rows.segments if clean is None else jnp.where(clean, 0, rows.segments)
         per_example = segment_mean(per_token, counted, count=count)
         num_clips = rows.segments.max(axis=1).sum()
         metrics = {
             "padding": (rows.segments == 0).mean(axis=(0, 1)),
-            "masked": Ratio(num_clips - rows.valid.sum(), num_clips),
-            **self.by_time(per_token, time, counted, rows.valid),
+            "masked": Average(num_clips - rows.valid.sum(), num_clips),
+            **self.loss_by_time(per_token, time, counted, rows.valid),
         }
         return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1), metrics
 
-    def by_time(
+    def loss_by_time(
         self,
         per_token: Float[Array, "B N"],
         time: Float[Array, "B N"],
         counted: Int[AnyArray, "B N"],
         valid: Bool[AnyArray, "B G"],
-    ) -> dict[str, Ratio]:
+    ) -> dict[str, Average]:
         """Return the mean loss in each bin of diffusion times; a clip with times in several bins counts in parts."""
         is_member = counted[..., None] == jnp.arange(1, valid.shape[1] + 1)
         # Each token weighs 1 / tokens of its clip, so that every valid clip has a total weight of 1.
         weight = jnp.where(is_member, (valid / jnp.maximum(is_member.sum(axis=1), 1))[:, None], 0).sum(axis=-1)
-        time_bin = jnp.clip(jnp.floor(time * self.bins), 0, self.bins - 1)
+        time_bin = jnp.clip(jnp.floor(time * self.time_bins), 0, self.time_bins - 1)
         metrics = {}
-        for index in range(self.bins):
+        for index in range(self.time_bins):
             bin_weight = jnp.where(time_bin == index, weight, 0)
-            name = f"loss_t{index / self.bins:g}-{(index + 1) / self.bins:g}"
-            metrics[name] = Ratio((bin_weight * jax.lax.stop_gradient(per_token)).sum(), bin_weight.sum())
+            name = f"loss_t{index / self.time_bins:g}-{(index + 1) / self.time_bins:g}"
+            metrics[name] = Average((bin_weight * jax.lax.stop_gradient(per_token)).sum(), bin_weight.sum())
         return metrics
 
-    def known_tokens(self, rows: Rows, step: Array) -> Bool[Array, "B N"]:
+    def known_tokens(self, rows: PackedBatch, step: Array) -> Bool[Array, "B N"]:
         """Return True for tokens of known frames, drawn per example and independently of the mesh."""
         if self.known is None:
             return jnp.zeros(rows.segments.shape, bool)
         keys = example_keys(key(self.seed, "known frames"), step, rows.examples)
         known = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.known.chance
-        return known_tokens(rows.segments, rows.coordinates, known)
+        return mask_known_tokens(rows.segments, rows.coordinates, known)
 
-    def times(self, rows: Rows, step: Array) -> Float[Array, "B G"]:
+    def draw_times(self, rows: PackedBatch, step: Array) -> Float[Array, "B G"]:
         """Return diffusion times of clips, low-discrepancy over consecutive ranks of the data plan."""
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, "time"), step))
-        return self.objective.time(self._shared(low_discrepancy(offset, rows.examples)), clip_sizes(rows))
+        return self.objective.compute_time(
+            self._to_time_quantiles(draw_low_discrepancy(offset, rows.examples)), get_clip_sizes(rows)
+        )
 
-    def token_times(self, rows: Rows, step: Array) -> Float[Array, "B N"]:
+    def draw_token_times(self, rows: PackedBatch, step: Array) -> Float[Array, "B N"]:
         """Return the diffusion time of each token: that of its clip, or of its frame (arXiv 2407.01392)."""
-        if self.times_of == "clip":
-            return to_tokens(self.times(rows, step), rows.segments)
-        sizes = clip_sizes(rows)
+        if self.time_per == "clip":
+            return expand_to_tokens(self.draw_times(rows, step), rows.segments)
+        sizes = get_clip_sizes(rows)
         segment_indices = jnp.maximum(rows.segments - 1, 0)
-        frames = positions(rows.segments) // to_tokens(jnp.asarray(sizes.frame_tokens), rows.segments)
+        frames = compute_segment_offsets(rows.segments) // expand_to_tokens(
+            jnp.asarray(sizes.frame_tokens), rows.segments
+        )
         keys = example_keys(key(self.seed, "frame time"), step, rows.examples)
 
         def draw(row_keys, segment_index, frame):
@@ -139,17 +150,18 @@ class DenoiserLoss:
         u = jax.vmap(lambda row_keys, *at: jax.vmap(lambda *one: draw(row_keys, *one))(*at))(
             keys, segment_indices, frames
         )
-        return self.objective.time(
-            self._shared(u), ClipSize(*(to_tokens(jnp.asarray(part), rows.segments) for part in sizes))
+        return self.objective.compute_time(
+            self._to_time_quantiles(u),
+            ClipSize(*(expand_to_tokens(jnp.asarray(part), rows.segments) for part in sizes)),
         )
 
-    def _shared(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    def _to_time_quantiles(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Map uniform numbers in [0, 1) to the quantiles of times that this model is trained at."""
-        first, last = self.shares
+        first, last = self.time_quantiles
         return first + (last - first) * u
 
 
-def clip_sizes(rows: Rows) -> ClipSize:
+def get_clip_sizes(rows: PackedBatch) -> ClipSize:
     """Return the size of each segment `[B G]`; 1 frame of 1 token for segments that do not exist."""
     is_member = rows.segments[..., None] == jnp.arange(1, rows.examples.shape[1] + 1)
     is_first_frame = is_member & (rows.coordinates[..., :1] == 0)
@@ -157,28 +169,30 @@ def clip_sizes(rows: Rows) -> ClipSize:
     return ClipSize(frames=jnp.maximum(is_member.sum(axis=1), 1) // frame_tokens, frame_tokens=frame_tokens)
 
 
-def share_below(objective: Objective, time: float) -> float:
+def time_quantile(objective: Objective, time: float) -> float:
     """Return the share of an objective's training times below `time`: the inverse of `objective.time`."""
     low, high = 0.0, 1.0
     for _ in range(24):  # bisection to the precision of float32
         middle = (low + high) / 2
-        below = float(objective.time(jnp.float32(middle))) < time
+        below = float(objective.compute_time(jnp.float32(middle))) < time
         low, high = (middle, high) if below else (low, middle)
     return high
 
 
-def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"], *, count: int) -> Given:
+def _given(dit: DitConfig | WanDitConfig, rows: PackedBatch, known: Bool[Array, "B N"], *, count: int) -> Given:
     """Return the conditioning on known frames, which is zero for clips whose first frame is not known."""
     is_conditioned = segment_max(known.astype(jnp.float32), rows.segments, count=count) > 0
     fields: dict[str, Array] = {}
     if dit.given_channels and rows.shown.shape[-1]:
-        shown = to_tokens(is_conditioned, rows.segments)
-        fields["latents"] = given_latents(
-            rows.shown, known, shown=shown, places=dit.patch.volume, channels=dit.given_channels
+        shown = expand_to_tokens(is_conditioned, rows.segments)
+        fields["latents"] = make_cond_latents(
+            rows.shown, known, shown=shown, patch_volume=dit.patch.volume, channels=dit.given_channels
         )
     elif dit.given_channels:
-        fields["latents"] = given_latents(rows.tokens, known, places=dit.patch.volume, channels=dit.given_channels)
+        fields["latents"] = make_cond_latents(
+            rows.tokens, known, patch_volume=dit.patch.volume, channels=dit.given_channels
+        )
     if isinstance(dit, WanDitConfig) and dit.image_width is not None:
-        fields["image"] = jnp.where(to_tokens(is_conditioned, rows.image_segments)[..., None], rows.image, 0)
+        fields["image"] = jnp.where(expand_to_tokens(is_conditioned, rows.image_segments)[..., None], rows.image, 0)
         fields["image_segments"] = jnp.asarray(rows.image_segments)
     return Given(**fields)

@@ -17,32 +17,32 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from dit_video.backbones.denoise import packed_denoise
+from dit_video.backbones.denoise import make_denoise_fn
 from dit_video.backbones.dit import Given
 from dit_video.conditioning import drop_captions
 from dit_video.core.errors import UserError
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import (
-    Denoise,
+    DenoiseFn,
     Estimator,
     Objective,
-    classifier_free,
-    consistency_function,
+    apply_classifier_free_guidance,
+    compute_distance,
     consistency_loss,
-    distance,
-    estimator,
-    flow_step,
-    low_discrepancy,
+    draw_low_discrepancy,
+    make_consistency_fn,
+    make_estimator,
     matching_gradient,
     matching_loss,
-    multistep,
+    run_multistep,
+    step_along_flow,
 )
-from dit_video.tokens import Rows, segment_mean, to_tokens
-from dit_video.training.losses.denoiser import DenoiserLoss, clip_sizes, packed_noise
-from dit_video.training.state import TrainState, WithModel
-from dit_video.training.step import Step, following, unless_broken, with_constants
+from dit_video.tokens import PackedBatch, expand_to_tokens, segment_mean
+from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes, sample_packed_noise
+from dit_video.training.state import CompositeState, TrainState
+from dit_video.training.step import StepFn, apply_updates, bind_constants, skip_nonfinite
 
-_EDGE = 0.02
+_TIME_MARGIN = 0.02
 """Distance from times 0 and 1 at which the scores of samples are not compared (arXiv 2311.18828)."""
 
 
@@ -72,7 +72,7 @@ class ConsistencyDistillation:
                 "interval and a positive width."
             )
 
-    def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
+    def init_state(self, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
         """Return the state before the first step."""
         return state
 
@@ -102,7 +102,7 @@ class DistributionMatching:
                 "least 1 step of the student and of the critic."
             )
 
-    def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> "MatchingState":
+    def init_state(self, state: TrainState, optimizer: optax.GradientTransformation) -> "MatchingState":
         """Return the state before the first step, with a critic that is initialized from the teacher too."""
         params = jax.tree.map(jnp.copy, state.params)
         return MatchingState(model=state, critic=CriticState(params=params, opt_state=optimizer.init(params)))
@@ -120,14 +120,14 @@ class CriticState:
 
 
 @flax.struct.dataclass
-class MatchingState(WithModel):
+class MatchingState(CompositeState):
     """State of student and critic, saved in one checkpoint so that a run resumes exactly."""
 
     model: TrainState
     critic: CriticState
 
 
-def paced(critic: CriticState, student: TrainState) -> CriticState:
+def with_student_learning_rate(critic: CriticState, student: TrainState) -> CriticState:
     """Return the critic with the schedule state of the student, so that both have the same learning rate.
 
     The critic is updated several times for each update of the student. A schedule over its own updates would end long
@@ -146,7 +146,7 @@ def paced(critic: CriticState, student: TrainState) -> CriticState:
     return CriticState(params=critic.params, opt_state=opt_state)
 
 
-def distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyLoss | MatchingLoss":
+def make_distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyLoss | MatchingLoss":
     """Return the loss of a student, from the loss that its teacher was trained with."""
     parts: dict[str, Any] = {
         "dit": loss.dit,
@@ -161,7 +161,7 @@ def distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyL
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Taught:
+class _DistillationLoss:
     """A student and its teacher, one model with two sets of parameters, on rows. Times are `[B N 1]`.
 
     Noise and times are functions of the seed, the step and the example.
@@ -173,66 +173,70 @@ class _Taught:
     empty_caption: Shaped[np.ndarray, "s *E"]
     seed: int
 
-    def denoise(self, params: PyTree, rows: Rows, *, silent: bool = False) -> Denoise:
+    def make_denoise(self, params: PyTree, rows: PackedBatch, *, unconditional: bool = False) -> DenoiseFn:
         """Return the denoiser conditioned on its captions, or on empty ones if `unconditional`."""
         text, text_segments = jnp.asarray(rows.text), jnp.asarray(rows.text_segments)
-        if silent:
+        if unconditional:
             drop = jnp.ones(rows.examples.shape, bool)
             text, text_segments = drop_captions(text, text_segments, drop, empty=self.empty_caption)
         context, count = nnx.merge(self.text, params["text"])(text, text_segments), rows.examples.shape[1]
-        denoise = packed_denoise(
+        denoise = make_denoise_fn(
             nnx.merge(self.dit, params["dit"]),
             segments=rows.segments,
             coordinates=rows.coordinates,
             context=context.values,
             context_segments=context.segments,
             count=count,
-            given=Given(labels=context.classes(count)),
+            given=Given(labels=context.get_classes(count)),
         )
         return lambda noisy, time: denoise(noisy, jnp.broadcast_to(time, (*noisy.shape[:-1], 1))[..., 0])
 
-    def guided(self, params: PyTree, rows: Rows, scale: float) -> Denoise:
+    def make_guided_denoise(self, params: PyTree, rows: PackedBatch, scale: float) -> DenoiseFn:
         """Return the teacher with classifier-free guidance."""
-        denoise = self.denoise(params, rows)
-        return denoise if scale == 1 else classifier_free(denoise, self.denoise(params, rows, silent=True), scale)
+        denoise = self.make_denoise(params, rows)
+        return (
+            denoise
+            if scale == 1
+            else apply_classifier_free_guidance(denoise, self.make_denoise(params, rows, unconditional=True), scale)
+        )
 
-    def consistency(self, params: PyTree, rows: Rows) -> Callable[[Array, Array], Array]:
-        return consistency_function(self.denoise(params, rows), self.objective.process, self.objective.prediction)
+    def make_consistency_function(self, params: PyTree, rows: PackedBatch) -> Callable[[Array, Array], Array]:
+        return make_consistency_fn(self.make_denoise(params, rows), self.objective.process, self.objective.prediction)
 
-    def estimate(self, denoise: Denoise) -> Estimator:
-        return estimator(denoise, self.objective.process, self.objective.prediction)
+    def make_estimator(self, denoise: DenoiseFn) -> Estimator:
+        return make_estimator(denoise, self.objective.process, self.objective.prediction)
 
-    def noise(self, purpose: str, rows: Rows, step: Array, number: Array | int = 0) -> Float[Array, "B N p"]:
-        purpose_key = jax.random.fold_in(key(self.seed, purpose), number)
-        return packed_noise(rows, example_keys(purpose_key, step, rows.examples))
+    def draw_noise(self, purpose: str, rows: PackedBatch, step: Array, index: Array | int = 0) -> Float[Array, "B N p"]:
+        purpose_key = jax.random.fold_in(key(self.seed, purpose), index)
+        return sample_packed_noise(rows, example_keys(purpose_key, step, rows.examples))
 
-    def uniform(self, purpose: str, rows: Rows, step: Array) -> Float[Array, "B G"]:
+    def draw_uniform(self, purpose: str, rows: PackedBatch, step: Array) -> Float[Array, "B G"]:
         """Return uniform numbers in [0, 1), low-discrepancy over consecutive examples."""
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, purpose), step))
-        return low_discrepancy(offset, rows.examples)
+        return draw_low_discrepancy(offset, rows.examples)
 
-    def shifted(self, time: Float[Array, "B G"], rows: Rows) -> Float[Array, "B N 1"]:
+    def shift_times(self, time: Float[Array, "B G"], rows: PackedBatch) -> Float[Array, "B N 1"]:
         """Return the shifted times of clips' tokens, from evenly spaced times of clips."""
-        return to_tokens(self.objective.process.shifted(time, clip_sizes(rows)), rows.segments)[..., None]
+        return expand_to_tokens(self.objective.process.shift_time(time, get_clip_sizes(rows)), rows.segments)[..., None]
 
-    def mean(self, per_token: Float[Array, "B N"], rows: Rows) -> Float[Array, ""]:
+    def mean_over_clips(self, per_token: Float[Array, "B N"], rows: PackedBatch) -> Float[Array, ""]:
         """Return the mean over the clips of a batch of each clip's mean."""
         per_example = segment_mean(per_token, rows.segments, count=rows.examples.shape[1])
         return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyLoss(_Taught):
+class ConsistencyLoss(_DistillationLoss):
     """Loss and step of `ConsistencyDistillation`, on a plain `TrainState`."""
 
     config: ConsistencyDistillation
 
     def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
-        return self.config.begin(state, optimizer)
+        return self.config.init_state(state, optimizer)
 
     def make_step(
         self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...]
-    ) -> Step:
+    ) -> StepFn:
         """Return `step(state, rows) -> (state, metrics)`, which donates the state.
 
         The teacher's parameters are in `constants`. The target network is the moving average that is also sampled from.
@@ -241,37 +245,39 @@ class ConsistencyLoss(_Taught):
         def step(state, rows, teacher):
             value, gradients = jax.value_and_grad(self)(state.params, state.ema, rows, state.step, teacher)
             metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
-            next_state = following(state, gradients, optimizer, ema_decay=ema_decay)
-            return unless_broken(state, next_state, metrics)
+            next_state = apply_updates(state, gradients, optimizer, ema_decay=ema_decay)
+            return skip_nonfinite(state, next_state, metrics)
 
-        return with_constants(jax.jit(step, donate_argnums=0), constants)
+        return bind_constants(jax.jit(step, donate_argnums=0), constants)
 
-    def __call__(self, params: PyTree, average: PyTree, rows: Rows, step: Array, teacher: PyTree) -> Float[Array, ""]:
+    def __call__(
+        self, params: PyTree, ema: PyTree, rows: PackedBatch, step: Array, teacher: PyTree
+    ) -> Float[Array, ""]:
         """Return the mean loss over the clips, each at its own time."""
         process, intervals = self.objective.process, self.config.intervals
-        index = jnp.minimum(jnp.floor(self.uniform("time", rows, step) * intervals), intervals - 1)
-        time, next_time = (self.shifted(1 - (index + offset) / intervals, rows) for offset in (0, 1))
-        noisy = process.add_noise(jnp.asarray(rows.tokens), self.noise("noise", rows, step), time)
-        teacher_estimator = self.estimate(self.guided(teacher, rows, self.config.guidance))
-        next_noisy = jax.lax.stop_gradient(flow_step(teacher_estimator, process, noisy, time, next_time))
-        student, target = self.consistency(params, rows), self.consistency(average, rows)
-        return self.mean(
+        index = jnp.minimum(jnp.floor(self.draw_uniform("time", rows, step) * intervals), intervals - 1)
+        time, next_time = (self.shift_times(1 - (index + offset) / intervals, rows) for offset in (0, 1))
+        noisy = process.add_noise(jnp.asarray(rows.tokens), self.draw_noise("noise", rows, step), time)
+        teacher_estimator = self.make_estimator(self.make_guided_denoise(teacher, rows, self.config.guidance))
+        next_noisy = jax.lax.stop_gradient(step_along_flow(teacher_estimator, process, noisy, time, next_time))
+        student, target = self.make_consistency_function(params, rows), self.make_consistency_function(ema, rows)
+        return self.mean_over_clips(
             consistency_loss(student, target, noisy, next_noisy, time, next_time, width=self.config.width), rows
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingLoss(_Taught):
+class MatchingLoss(_DistillationLoss):
     """Loss and step of `DistributionMatching`, which uses only the captions and sizes of the data."""
 
     config: DistributionMatching
 
     def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> MatchingState:
-        return self.config.begin(state, optimizer)
+        return self.config.init_state(state, optimizer)
 
     def make_step(
         self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...]
-    ) -> Step:
+    ) -> StepFn:
         """Return `step(state, rows) -> (state, metrics)` for a `MatchingState`, which is donated.
 
         The critic is updated `critic_steps` times, then the student once, with the same optimizer and learning rate.
@@ -284,61 +290,63 @@ class MatchingLoss(_Taught):
 
             def improve(critic, index):
                 critic_step = student_step * self.config.critic_steps + index
-                samples = jax.lax.stop_gradient(self.generated(params, rows, *self.noised(params, rows, critic_step)))
+                samples = jax.lax.stop_gradient(
+                    self.generate(params, rows, *self.draw_student_inputs(params, rows, critic_step))
+                )
                 value, gradients = jax.value_and_grad(self.critic_loss)(critic.params, samples, rows, critic_step)
                 updates, opt_state = optimizer.update(gradients, critic.opt_state, critic.params)
                 next_critic = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
-                return paced(next_critic, state.model), value
+                return with_student_learning_rate(next_critic, state.model), value
 
             indices = jnp.arange(self.config.critic_steps)
-            critic, losses = jax.lax.scan(improve, paced(state.critic, state.model), indices)
-            student_inputs = self.noised(params, rows, student_step, purpose="student ")
+            critic, losses = jax.lax.scan(improve, with_student_learning_rate(state.critic, state.model), indices)
+            student_inputs = self.draw_student_inputs(params, rows, student_step, purpose="student ")
             (value, metrics), gradients = jax.value_and_grad(self, has_aux=True)(
                 params, critic.params, student_inputs, rows, student_step, teacher
             )
             metrics |= {"loss": value, "gradient_norm": optax.tree.norm(gradients), "critic": losses.mean()}
-            model = following(state.model, gradients, optimizer, ema_decay=ema_decay)
-            return unless_broken(state, MatchingState(model=model, critic=critic), metrics, "critic")
+            model = apply_updates(state.model, gradients, optimizer, ema_decay=ema_decay)
+            return skip_nonfinite(state, MatchingState(model=model, critic=critic), metrics, "critic")
 
-        return with_constants(jax.jit(step, donate_argnums=0), constants)
+        return bind_constants(jax.jit(step, donate_argnums=0), constants)
 
     def __call__(
         self,
         params: PyTree,
         critic: PyTree,
-        noised: tuple[Float[Array, "B N p"], Float[Array, "B N 1"]],
-        rows: Rows,
+        student_inputs: tuple[Float[Array, "B N p"], Float[Array, "B N 1"]],
+        rows: PackedBatch,
         step: Array,
         teacher: PyTree,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Return the student's loss, a mean over clips whose scores are compared at their own times, and metrics."""
         process, count = self.objective.process, rows.examples.shape[1]
-        generated = self.generated(params, rows, *noised)
+        generated = self.generate(params, rows, *student_inputs)
         samples = jax.lax.stop_gradient(generated)
-        time = self.shifted(_EDGE + (1 - 2 * _EDGE) * self.uniform("time", rows, step), rows)
-        noisy = process.add_noise(samples, self.noise("noise", rows, step), time)
-        real = self.estimate(self.guided(teacher, rows, self.config.guidance))(noisy, time).data
-        fake = self.estimate(self.denoise(critic, rows))(noisy, time).data
-        distances = segment_mean(distance(samples, real), rows.segments, count=count)
-        gradient = matching_gradient(samples, real, fake, to_tokens(distances, rows.segments)[..., None])
+        time = self.shift_times(_TIME_MARGIN + (1 - 2 * _TIME_MARGIN) * self.draw_uniform("time", rows, step), rows)
+        noisy = process.add_noise(samples, self.draw_noise("noise", rows, step), time)
+        real = self.make_estimator(self.make_guided_denoise(teacher, rows, self.config.guidance))(noisy, time).data
+        fake = self.make_estimator(self.make_denoise(critic, rows))(noisy, time).data
+        distances = segment_mean(compute_distance(samples, real), rows.segments, count=count)
+        gradient = matching_gradient(samples, real, fake, expand_to_tokens(distances, rows.segments)[..., None])
         metrics = {"distance": (distances * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1)}
-        return self.mean(matching_loss(generated, jax.lax.stop_gradient(gradient)), rows), metrics
+        return self.mean_over_clips(matching_loss(generated, jax.lax.stop_gradient(gradient)), rows), metrics
 
     def critic_loss(
-        self, critic: PyTree, generated: Float[Array, "B N p"], rows: Rows, step: Array
+        self, critic: PyTree, samples: Float[Array, "B N p"], rows: PackedBatch, step: Array
     ) -> Float[Array, ""]:
         """Return the loss of the critic: denoising of samples at the times that the teacher was trained at."""
-        time = self.objective.time(self.uniform("critic time", rows, step), clip_sizes(rows))
-        time = to_tokens(time, rows.segments)
-        noise = self.noise("critic noise", rows, step)
-        denoise = self.denoise(critic, rows)
+        time = self.objective.compute_time(self.draw_uniform("critic time", rows, step), get_clip_sizes(rows))
+        time = expand_to_tokens(time, rows.segments)
+        noise = self.draw_noise("critic noise", rows, step)
+        denoise = self.make_denoise(critic, rows)
         per_token = self.objective.loss(
-            lambda noisy, model_time: denoise(noisy, model_time[..., None]), generated, noise, time
+            lambda noisy, model_time: denoise(noisy, model_time[..., None]), samples, noise, time
         )
-        return self.mean(per_token, rows)
+        return self.mean_over_clips(per_token, rows)
 
-    def noised(
-        self, params: PyTree, rows: Rows, step: Array, *, purpose: str = ""
+    def draw_student_inputs(
+        self, params: PyTree, rows: PackedBatch, step: Array, *, purpose: str = ""
     ) -> tuple[Float[Array, "B N p"], Float[Array, "B N 1"]]:
         """Return the input of one of the student's steps, drawn for the whole batch, and its time.
 
@@ -346,20 +354,22 @@ class MatchingLoss(_Taught):
         """
         process, steps = self.objective.process, self.config.steps
         ones = jnp.ones(rows.examples.shape)
-        times = jnp.stack([self.shifted((1 - number / steps) * ones, rows) for number in range(steps + 1)])
+        times = jnp.stack([self.shift_times((1 - number / steps) * ones, rows) for number in range(steps + 1)])
         index: Int[Array, ""] = jax.random.randint(
             jax.random.fold_in(key(self.seed, f"{purpose}generator step"), step), (), 0, steps
         )
 
         def draw(number):
-            return self.noise(f"{purpose}generator noise", rows, step, number + 1)
+            return self.draw_noise(f"{purpose}generator noise", rows, step, number + 1)
 
-        initial_noise = self.noise(f"{purpose}generator noise", rows, step)
-        consistency = self.consistency(params, rows)
-        return multistep(consistency, initial_noise, times, process=process, draw=draw, steps=index), times[index]
+        initial_noise = self.draw_noise(f"{purpose}generator noise", rows, step)
+        consistency = self.make_consistency_function(params, rows)
+        return run_multistep(consistency, initial_noise, times, process=process, noise_fn=draw, steps=index), times[
+            index
+        ]
 
-    def generated(
-        self, params: PyTree, rows: Rows, noisy: Float[Array, "B N p"], time: Float[Array, "B N 1"]
+    def generate(
+        self, params: PyTree, rows: PackedBatch, noisy: Float[Array, "B N p"], time: Float[Array, "B N 1"]
     ) -> Float[Array, "B N p"]:
         """Return the samples that one step of the student makes of its input."""
-        return self.consistency(params, rows)(noisy, time)
+        return self.make_consistency_function(params, rows)(noisy, time)

@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxtyping import Array, Float, PyTree
 
-from dit_video.nn import attach_lora, scaled
-from dit_video.training.step import Figures, Loss, WeighedLoss
+from dit_video.nn import add_lora_scale, attach_lora
+from dit_video.training.step import Loss, Metrics, WeighedLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,9 @@ class LoraLoss:
 
     def __call__(
         self, factors: PyTree, batch: PyTree, step: Array, *constants: PyTree
-    ) -> tuple[Float[Array, ""], Figures]:
+    ) -> tuple[Float[Array, ""], Metrics]:
         *others, params = constants
-        return self.loss(attach_lora(params, scaled(factors, self.scale)), batch, step, *others)
+        return self.loss(attach_lora(params, add_lora_scale(factors, self.scale)), batch, step, *others)
 
     def weight(self, batch: PyTree) -> Float[Array, ""]:
         """Return the weight of a batch in the loss."""

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_video.core.rng import key
-from dit_video.training.losses.autoencoder import AutoencoderLoss, Decoded, Figures
+from dit_video.training.losses.autoencoder import AutoencoderLoss, DecodedClips, ScalarMetrics
 from dit_video.training.losses.codebook import CodebookLearning
 from dit_video.training.state import TrainState
 
@@ -24,33 +24,35 @@ class VqLoss(AutoencoderLoss):
     learning: CodebookLearning = field(default_factory=CodebookLearning)
     """Update rule of the codebook. The codebook loss has weight 1 if the codes are learned by gradient."""
 
-    def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> Decoded:
+    def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> DecodedClips:
         """Encode, quantize and decode clips."""
-        model = nnx.merge(self.graph, self.held(params))
-        quantized = model.quantized(pixels)
-        cost = self.learning.commitment * quantized.commitment
+        model = nnx.merge(self.graph, self.freeze_untrained(params))
+        quantized = model.quantize(pixels)
+        cost = self.learning.commitment * quantized.commitment_loss
         if self.learning.decay is None:
-            cost = cost + quantized.attraction
-        return Decoded(
+            cost = cost + quantized.codebook_loss
+        return DecodedClips(
             model.reconstruct(quantized.vectors),
             cost,
-            {"commitment": quantized.commitment.mean()},
+            {"commitment": quantized.commitment_loss.mean()},
             seen=jax.lax.stop_gradient((quantized.latents, quantized.indices)),
         )
 
     def start(self, params: dict[str, Any], *, fresh: bool = True) -> dict[str, Any]:
         """Return the initial state of the codebook update."""
-        return {"codebook": self._followed.start(params["codebook"]["codes"], fresh=fresh)}
+        return {"codebook": self._effective_learning.init_moments(params["codebook"]["codes"], fresh=fresh)}
 
-    def after(self, state: TrainState, seen: Any) -> tuple[TrainState, Figures]:
+    def after(self, state: TrainState, seen: Any) -> tuple[TrainState, ScalarMetrics]:
         """Return the state with the codebook updated by the latents `seen`, and metrics of its use."""
         latents, indices = seen
         # The gradient update has already incremented the step counter; the noise is that of the step itself.
         random_key = jax.random.fold_in(key(self.seed, "codebook"), state.step - 1)
         moments = state.extra["codebook"]
-        update = self._followed.follow(state.params["codebook"]["codes"], moments, latents, indices, random_key)
+        update = self._effective_learning.update(
+            state.params["codebook"]["codes"], moments, latents, indices, random_key
+        )
         # Codes that are moving averages need no second average. A restarted code is not ema_codes with its old value.
-        is_replaced = update.restarted[:, None] if self._followed.decay is None else True
+        is_replaced = update.restarted[:, None] if self._effective_learning.decay is None else True
         ema_codes = jnp.where(is_replaced, update.codes, state.ema["codebook"]["codes"])
         return (
             replace(
@@ -59,12 +61,12 @@ class VqLoss(AutoencoderLoss):
                 ema=state.ema | {"codebook": {"codes": ema_codes}},
                 extra=state.extra | {"codebook": update.moments},
             ),
-            update.figures,
+            update.metrics,
         )
 
     @property
-    def _followed(self) -> CodebookLearning:
+    def _effective_learning(self) -> CodebookLearning:
         """Return the codebook update; codes that are not trained do not change, but their use is still measured."""
-        if self.optimizer is None or self.optimizer.trains("codebook/codes"):
+        if self.optimizer is None or self.optimizer.is_trained("codebook/codes"):
             return self.learning
         return replace(self.learning, decay=None, restart_after=None)

@@ -21,7 +21,7 @@ DECAY, POWER = "decay", "power"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Averages:
+class EmaConfig:
     """Configuration of further averages of the parameters, each as large as the parameters.
 
     Raises:
@@ -40,7 +40,7 @@ class Averages:
             if not 0 < decay < 1:
                 raise UserError(f"decays={self.decays} is invalid: {decay} does not lie between 0 and 1.")
         for sigma in self.sigmas:
-            gamma_of(sigma)
+            gamma_from_sigma(sigma)
         if len(set(self.decays)) < len(self.decays) or len(set(self.sigmas)) < len(self.sigmas):
             raise UserError(
                 f"decays={self.decays}, sigmas={self.sigmas} is invalid: a value is given twice. Use distinct values."
@@ -48,13 +48,17 @@ class Averages:
         if self.snapshot_every < 1:
             raise UserError(f"snapshot_every={self.snapshot_every} is invalid: it must be at least 1 step.")
 
-    def start(self, params: PyTree) -> dict[str, Any]:
+    def init_averages(self, params: PyTree) -> dict[str, Any]:
         """Return the averages before the first step, copies of the parameters by kind and value. Traceable."""
         kinds = {DECAY: self.decays, POWER: self.sigmas}
-        return {kind: {name_of(value): copied(params) for value in values} for kind, values in kinds.items() if values}
+        return {
+            kind: {format_average_name(value): copy_float32(params) for value in values}
+            for kind, values in kinds.items()
+            if values
+        }
 
 
-def copied(params: PyTree) -> PyTree:
+def copy_float32(params: PyTree) -> PyTree:
     """Return float32 copies of the parameters in memory of their own."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
 
@@ -65,16 +69,16 @@ def update_ema(ema: PyTree, params: PyTree, step: Int[Array, ""], *, decay: floa
     The average of parameters that do not change is exactly constant, without rounding errors.
     """
     warm_decay = jnp.minimum(decay, (1 + step) / (10 + step)).astype(jnp.float32)
-    return _toward(ema, params, 1 - warm_decay)
+    return _interpolate(ema, params, 1 - warm_decay)
 
 
-def update_power(average: PyTree, params: PyTree, step: Int[Array, ""], *, gamma: float) -> PyTree:
+def update_power_average(average: PyTree, params: PyTree, step: Int[Array, ""], *, gamma: float) -> PyTree:
     """Return `b average + (1 - b) params` with `b = (1 - 1 / t)^(gamma + 1)`, t = step + 1 (arXiv 2312.02696, eq. 127).
 
     After t steps the weight of step s is `(s^(gamma + 1) - (s - 1)^(gamma + 1)) / t^(gamma + 1)`.
     """
     share = -jnp.expm1((gamma + 1) * jnp.log1p(-1 / (step + 1).astype(jnp.float32)))
-    return _toward(average, params, share)
+    return _interpolate(average, params, share)
 
 
 def update_averages(
@@ -83,15 +87,16 @@ def update_averages(
     """Return the averages of `EmaConfig.init_averages`, updated by the parameters after a step."""
     decays, powers = averages.get(DECAY, {}), averages.get(POWER, {})
     updated = {
-        DECAY: {name: update_ema(tree, params, step, decay=value_of(name)) for name, tree in decays.items()},
+        DECAY: {name: update_ema(tree, params, step, decay=parse_average_name(name)) for name, tree in decays.items()},
         POWER: {
-            name: update_power(tree, params, step, gamma=gamma_of(value_of(name))) for name, tree in powers.items()
+            name: update_power_average(tree, params, step, gamma=gamma_from_sigma(parse_average_name(name)))
+            for name, tree in powers.items()
         },
     }
     return {kind: trees for kind, trees in updated.items() if trees}
 
 
-def gamma_of(sigma_rel: float) -> float:
+def gamma_from_sigma(sigma_rel: float) -> float:
     """Return the exponent of the power function of a relative width (arXiv 2312.02696, eq. 126 and algorithm 2).
 
     It is the non-negative root of `sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1`.
@@ -108,20 +113,20 @@ def gamma_of(sigma_rel: float) -> float:
     return max(0.0, float(roots.real.max()))
 
 
-def sigma_of(gamma: float) -> float:
+def sigma_from_gamma(gamma: float) -> float:
     """Return the relative width of an exponent."""
     return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
 
 
-def value_of(name: str) -> float:
+def parse_average_name(name: str) -> float:
     """Return the decay or `sigma_rel` of an average from its name in the state."""
     return float(name.replace("_", "."))
 
 
-def name_of(value: float) -> str:
+def format_average_name(value: float) -> str:
     """Return the name in the state of an average, without the point that separates names in checkpoints."""
     return repr(float(value)).replace(".", "_")
 
 
-def _toward(average: PyTree, params: PyTree, share: Array) -> PyTree:
+def _interpolate(average: PyTree, params: PyTree, share: Array) -> PyTree:
     return jax.tree.map(lambda mean, value: mean + share * (value.astype(jnp.float32) - mean), average, params)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
-_LONG = 2.0
+_MIN_GRAM_RATIO = 2.0
 """Ratio of rows to columns from which the iteration on the Gram matrix is cheaper: it takes 17 + 2 m/n products of
 n x n matrices instead of 5 + 10 m/n."""
 
@@ -53,50 +53,50 @@ def scale_by_muon(rms: float, *, beta: float = 0.95, eps: float = 1e-8) -> optax
             momentum = beta / next_correction * mean + (1 - beta) / correction * gradient
             matrices = momentum.reshape(-1, momentum.shape[-1]) if momentum.ndim == 5 else momentum
             scale = rms * max(matrices.shape[-2:]) ** 0.5
-            return (scale * orthogonalised(matrices, eps=eps)).reshape(momentum.shape)
+            return (scale * orthogonalize(matrices, eps=eps)).reshape(momentum.shape)
 
         return jax.tree.map(orthogonalize_momentum, mu, gradients), MuonState(step, mu)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalised(x: Float[Array, "*L m n"], *, eps: float = 1e-8) -> Float[Array, "*L m n"]:
+def orthogonalize(x: Float[Array, "*L m n"], *, eps: float = 1e-8) -> Float[Array, "*L m n"]:
     """Return matrices with the same singular vectors, and singular values of about 0.7 to 1.2."""
     if x.shape[-2] < x.shape[-1]:
-        return jnp.swapaxes(orthogonalised(jnp.swapaxes(x, -2, -1), eps=eps), -2, -1)
-    if x.shape[-2] < _LONG * x.shape[-1]:
-        return _iterated(x, eps)
-    gram = _gram(x)
+        return jnp.swapaxes(orthogonalize(jnp.swapaxes(x, -2, -1), eps=eps), -2, -1)
+    if x.shape[-2] < _MIN_GRAM_RATIO * x.shape[-1]:
+        return _iterate(x, eps)
+    gram = _compute_gram(x)
     # The squared Frobenius norm of X is the trace of its Gram matrix.
     scale = 1 / (jnp.sqrt(jnp.trace(gram, axis1=-2, axis2=-1))[..., None, None] + eps)
-    return x @ (_of_gram(gram * scale**2) * scale)
+    return x @ (_iterate_gram(gram * scale**2) * scale)
 
 
-def _gram(x: Float[Array, "*L m n"]) -> Float[Array, "*L n n"]:
+def _compute_gram(x: Float[Array, "*L m n"]) -> Float[Array, "*L n n"]:
     return jnp.swapaxes(x, -2, -1) @ x
 
 
-def _factor(gram: Float[Array, "*L n n"]) -> Float[Array, "*L n n"]:
+def _compute_factor(gram: Float[Array, "*L n n"]) -> Float[Array, "*L n n"]:
     """Return the factor B of an iteration, from the Gram matrix."""
     a, b, c = _COEFFICIENTS
     return a * jnp.eye(gram.shape[-1]) + b * gram + c * gram @ gram
 
 
-def _iterated(x: Float[Array, "*L m n"], eps: float) -> Float[Array, "*L m n"]:
+def _iterate(x: Float[Array, "*L m n"], eps: float) -> Float[Array, "*L m n"]:
     """Return the result of the iteration on X itself."""
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + eps)
     for _ in range(_ITERATIONS):
-        x = x @ _factor(_gram(x))
+        x = x @ _compute_factor(_compute_gram(x))
     return x
 
 
-def _of_gram(gram: Float[Array, "*L n n"]) -> Float[Array, "*L n n"]:
+def _iterate_gram(gram: Float[Array, "*L n n"]) -> Float[Array, "*L n n"]:
     """Return the product of all factors B, by the iteration on the Gram matrix."""
-    product = _factor(gram)
+    product = _compute_factor(gram)
     factor = product
     for _ in range(_ITERATIONS - 1):
         gram = factor @ gram @ factor
         gram = (gram + jnp.swapaxes(gram, -2, -1)) / 2  # keeps it symmetric; otherwise rounding errors accumulate
-        factor = _factor(gram)
+        factor = _compute_factor(gram)
         product = product @ factor
     return product

@@ -13,7 +13,7 @@ import optax.contrib
 from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
-from dit_video.core.trees import closest, flatten, map_with_path
+from dit_video.core.trees import find_closest, flatten, map_with_path
 from dit_video.training.optim.muon import scale_by_muon
 
 
@@ -42,15 +42,15 @@ class OptimizerConfig:
     """Schedule after the warmup; `wsd` is constant, then falls linearly to zero over the last fifth of the run."""
     warmup: int = 100
     """Number of steps of linear warmup."""
-    matrix_scale: float = 0.2
+    muon_rms: float = 0.2
     """Root mean square of Muon's update of a matrix, relative to the learning rate."""
-    matrices: tuple[str, ...] = ("blocks/",)
+    muon_patterns: tuple[str, ...] = ("blocks/",)
     """Regular expressions, searched in the paths of linear kernels, that select those updated by Muon. Kernels of
     convolutions always are."""
     b1: float = 0.9
     b2: float = 0.99
     weight_decay: float = 0.0
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Largest global norm of the gradients; larger gradients are scaled down to it."""
     trainable: tuple[str, ...] = ()
     """Regular expressions, searched in parameter paths, that select the parameters to train; all if empty."""
@@ -63,9 +63,10 @@ class OptimizerConfig:
                 f"learning_rate={self.learning_rate}, warmup={self.warmup} is invalid: the learning rate must be "
                 "positive, and the warmup not negative."
             )
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.weight_decay >= 0 and self.clip > 0):
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.weight_decay >= 0 and self.max_grad_norm > 0):
             raise UserError(
-                f"b1={self.b1}, b2={self.b2}, weight_decay={self.weight_decay}, max_grad_norm={self.clip} is invalid: "
+                f"b1={self.b1}, b2={self.b2}, weight_decay={self.weight_decay}, max_grad_norm={self.max_grad_norm} "
+                "is invalid: "
                 "b1 and b2 must lie in [0, 1), with weight_decay >= 0 and max_grad_norm > 0."
             )
         if self.kind == "schedule_free" and (self.schedule != "constant" or self.b1 == 0):
@@ -73,19 +74,19 @@ class OptimizerConfig:
                 f"schedule={self.schedule!r}, b1={self.b1} is invalid for kind='schedule_free', which averages instead "
                 "of lowering its learning rate. Use schedule='constant' and a positive b1."
             )
-        for pattern in (*self.trainable, *self.frozen, *self.matrices):
+        for pattern in (*self.trainable, *self.frozen, *self.muon_patterns):
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"{pattern!r} is not a regular expression for parameter paths: {error}") from error
 
-    def trains(self, path: str) -> bool:
+    def is_trained(self, path: str) -> bool:
         """Return True if the parameter with this path is trained."""
         is_selected = not self.trainable or any(re.search(pattern, path) for pattern in self.trainable)
         return is_selected and not any(re.search(pattern, path) for pattern in self.frozen)
 
 
-def learning_rates(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
+def make_learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     """Return the learning rate schedule of a run of `steps` steps.
 
     Raises:
@@ -108,7 +109,7 @@ def learning_rates(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup])
 
 
-def make_optimizer(config: OptimizerConfig, *, steps: int, begin: int = 0) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, *, steps: int, start_step: int = 0) -> optax.GradientTransformation:
     """Return the optax transformation of a config, for `steps` steps.
 
     Args:
@@ -120,8 +121,8 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, begin: int = 0) -> op
       UserError: The run is not longer than its warmup; or, raised by `init`, a trainable or frozen pattern matches no
         parameter.
     """
-    schedule = learning_rates(config, steps=steps)
-    rates: optax.Schedule = lambda count: schedule(count - begin)  # noqa: E731
+    schedule = make_learning_rate_schedule(config, steps=steps)
+    rates: optax.Schedule = lambda count: schedule(count - start_step)  # noqa: E731
     match config.kind:
         case "adamw":
             main = _adamw(config, rates)
@@ -132,12 +133,12 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, begin: int = 0) -> op
         case "muon":
             main = optax.partition(
                 {"matrix": _muon(config, rates), "other": _adamw(config, rates, nesterov=True)},
-                functools.partial(_matrices, config.matrices),
+                functools.partial(_label_matrices, config.muon_patterns),
             )
-    chain = optax.chain(optax.clip_by_global_norm(config.clip), main)
+    chain = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), main)
     if not (config.trainable or config.frozen):
         return chain
-    return optax.partition({"train": chain, "frozen": _STILL}, lambda params: _labels(config, params))
+    return optax.partition({"train": chain, "frozen": _SET_TO_ZERO}, lambda params: _label_trained(config, params))
 
 
 def _adamw(config: OptimizerConfig, rates: optax.Schedule, *, nesterov: bool = False) -> optax.GradientTransformation:
@@ -163,7 +164,7 @@ def _schedule_free(config: OptimizerConfig, rates: optax.Schedule) -> optax.Grad
     return optax.contrib.schedule_free(base, lambda step: rates(step - 1), b1=config.b1)
 
 
-def own_average(params: PyTree, opt_state: PyTree) -> PyTree | None:
+def get_schedule_free_average(params: PyTree, opt_state: PyTree) -> PyTree | None:
     """Return the average of the parameters kept by a schedule-free optimizer; None for other optimizers."""
 
     def is_schedule_free(node: Any) -> bool:
@@ -182,32 +183,34 @@ def own_average(params: PyTree, opt_state: PyTree) -> PyTree | None:
 
 def _muon(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:
     return optax.chain(
-        scale_by_muon(config.matrix_scale),
+        scale_by_muon(config.muon_rms),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(rates),
     )
 
 
-def hold_still(config: OptimizerConfig, params: PyTree) -> PyTree:
+def freeze(config: OptimizerConfig, params: PyTree) -> PyTree:
     """Stop the gradients at parameters that are not trained, so that none are computed for them."""
-    return map_with_path(lambda path, leaf: leaf if config.trains(path) else jax.lax.stop_gradient(leaf), params)
+    return map_with_path(lambda path, leaf: leaf if config.is_trained(path) else jax.lax.stop_gradient(leaf), params)
 
 
 # The update is -0 rather than 0, because -0 + 0 would turn a parameter of -0 into 0.
-_STILL = optax.stateless(lambda updates, _: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates))
+_SET_TO_ZERO = optax.stateless(lambda updates, _: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates))
 
 
-def _labels(config: OptimizerConfig, params: PyTree) -> PyTree:
+def _label_trained(config: OptimizerConfig, params: PyTree) -> PyTree:
     """Return the label `frozen` or `train` of each parameter."""
     paths = list(flatten(params))
     for kind, patterns in (("trainable", config.trainable), ("frozen", config.frozen)):
         for pattern in patterns:
             if not any(re.search(pattern, path) for path in paths):
-                raise UserError(f"{kind}={pattern!r} matches no parameter. Closest paths: {closest(pattern, paths)}.")
-    return map_with_path(lambda path, _: "train" if config.trains(path) else "frozen", params)
+                raise UserError(
+                    f"{kind}={pattern!r} matches no parameter. Closest paths: {find_closest(pattern, paths)}."
+                )
+    return map_with_path(lambda path, _: "train" if config.is_trained(path) else "frozen", params)
 
 
-def _matrices(patterns: Sequence[str], params: PyTree) -> PyTree:
+def _label_matrices(patterns: Sequence[str], params: PyTree) -> PyTree:
     """Return the label `matrix` of each parameter that Muon updates, and `other` of the rest."""
 
     def choose(path: str, leaf: Array) -> str:

@@ -17,19 +17,19 @@ import numpy as np
 from jaxtyping import Float
 
 from dit_video.core.errors import MissingError
-from dit_video.training.optim.ema import POWER, gamma_of, value_of
-from dit_video.training.state import on_host
+from dit_video.training.optim.ema import POWER, gamma_from_sigma, parse_average_name
+from dit_video.training.state import to_host
 from dit_video.weights import load, save
 
 
-class Profile(NamedTuple):
+class WeightProfile(NamedTuple):
     """Weights `(gamma + 1) s^gamma / t^(gamma + 1)` of an average at step t over the steps s up to t."""
 
     step: float
     gamma: float
 
 
-class Snapshots:
+class EmaSnapshots:
     """Snapshots of the averages of one training run, in one folder as `STEP-SIGMA.safetensors`."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -41,13 +41,13 @@ class Snapshots:
         All processes call this; the first one writes.
         """
         for name, tree in state.averages.get(POWER, {}).items():
-            host = on_host(tree)
+            host = to_host(tree)
             if jax.process_index() == 0:
                 save(self.folder / f"{step:08}-{name}.safetensors", host)
         return {}
 
     def reconstruct(
-        self, sigma_rel: float, *, like: Any = None, step: int | None = None, last: int | None = None
+        self, sigma_rel: float, *, like: Any = None, step: int | None = None, max_step: int | None = None
     ) -> dict[str, Any]:
         """Return the average of a relative width.
 
@@ -62,41 +62,45 @@ class Snapshots:
           MissingError: There are no snapshots.
           UserError: No average has this width.
         """
-        gamma = gamma_of(sigma_rel)
-        files = {profile: path for profile, path in self._files().items() if last is None or profile.step <= last}
+        gamma = gamma_from_sigma(sigma_rel)
+        files = {
+            profile: path
+            for profile, path in self._list_files().items()
+            if max_step is None or profile.step <= max_step
+        }
         if not files:
             raise MissingError(
                 f"{self.folder} has no snapshots of averages. Train with averages=EmaConfig(sigmas=(0.05, 0.1))."
             )
         profiles = sorted(files)
-        target = Profile(max(profile.step for profile in profiles) if step is None else step, gamma)
+        target = WeightProfile(max(profile.step for profile in profiles) if step is None else step, gamma)
         total: dict[str, Any] | None = None
-        for weight, profile in zip(solve(profiles, target), profiles, strict=True):
+        for weight, profile in zip(solve_coefficients(profiles, target), profiles, strict=True):
             scaled = jax.tree.map(
                 lambda leaf, weight=weight: weight * leaf.astype(np.float64), load(files[profile], like=like)
             )
             total = scaled if total is None else jax.tree.map(np.add, total, scaled)
         return jax.tree.map(lambda leaf: leaf.astype(np.float32), total)
 
-    def _files(self) -> dict[Profile, Path]:
+    def _list_files(self) -> dict[WeightProfile, Path]:
         paths = {}
         for path in self.folder.glob("*.safetensors"):
             if match := re.fullmatch(r"(\d+)-([\d_e-]+)", path.stem):
-                paths[Profile(int(match[1]), gamma_of(value_of(match[2])))] = path
+                paths[WeightProfile(int(match[1]), gamma_from_sigma(parse_average_name(match[2])))] = path
         return paths
 
 
-def solve(profiles: Sequence[Profile], wanted: Profile) -> Float[np.ndarray, " n"]:
+def solve_coefficients(profiles: Sequence[WeightProfile], target: WeightProfile) -> Float[np.ndarray, " n"]:
     """Return the coefficients of the combination of profiles that is closest to the target profile."""
-    gram = np.array([[inner(left, right) for right in profiles] for left in profiles])
-    products = np.array([inner(profile, wanted) for profile in profiles])
+    gram = np.array([[inner_product(left, right) for right in profiles] for left in profiles])
+    products = np.array([inner_product(profile, target) for profile in profiles])
     # Profiles are normalized, as late ones have much smaller norms: this improves the conditioning a lot.
     scale = 1 / np.sqrt(np.diag(gram))
     solution, *_ = np.linalg.lstsq(gram * scale[:, None] * scale[None], products * scale, rcond=1e-14)
     return solution * scale
 
 
-def inner(left: Profile, right: Profile) -> float:
+def inner_product(left: WeightProfile, right: WeightProfile) -> float:
     """Return the integral of the product of two profiles.
 
     `(a + 1)(b + 1) / (a + b + 1) m^(a + b + 1) / (s^(a + 1) t^(b + 1))` for profiles of steps s and t, m being the

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.backbones.dit import DitConfig, JointAttention, Temporal, attention_maps
+from dit_video.backbones.dit import DitConfig, JointAttention, TemporalLayers, compute_attention_maps
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.nn.attention import CausalFrames, SpaceOnly
 from support.packed_rows import TEXT_WIDTH, TOKENS, batch, predict
 from support.rough import rough_params
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
 WAN = WanDitConfig(
-    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, hidden_width=40, layers=2, heads=2, time_width=32
+    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
 )
 FRAME = np.arange(8) // 4
 """of the tokens of the first clip"""
@@ -27,8 +27,8 @@ FRAME = np.arange(8) // 4
 
 def maps(config, params, queries, given=None):
     given = batch((0, 1)) if given is None else given
-    dit = nnx.merge(graph_of(config.make), params)
-    return attention_maps(
+    dit = nnx.merge(get_graph_def(config.make), params)
+    return compute_attention_maps(
         dit,
         given.noisy,
         given.time,
@@ -47,7 +47,7 @@ def maps(config, params, queries, given=None):
         (CONFIG, 2, 0),
         (dataclasses.replace(CONFIG, remat="full", attention="chunked"), 2, 0),
         (dataclasses.replace(CONFIG, registers=1, context=JointAttention()), 2, 3 + 7),
-        (dataclasses.replace(CONFIG, pattern=SpaceOnly(), temporal=Temporal()), 4, 0),
+        (dataclasses.replace(CONFIG, pattern=SpaceOnly(), temporal=TemporalLayers()), 4, 0),
         (WAN, 2, 0),
     ],
     ids=["plain", "recomputed", "joint", "temporal", "wan"],
@@ -75,10 +75,10 @@ def test_a_map_shows_what_a_layer_does_not_see():
 def test_a_model_that_was_watched_predicts_as_before():
     params, given = rough_params(CONFIG.make), batch((0, 1))
     before = predict(params, given, CONFIG)
-    dit = nnx.merge(graph_of(CONFIG.make), params)
+    dit = nnx.merge(get_graph_def(CONFIG.make), params)
     maps(CONFIG, params, [0])
-    assert dit.attention == nnx.merge(graph_of(CONFIG.make), params).attention
-    assert graph_of(CONFIG.make) == graph_of(CONFIG.make)
+    assert dit.attention == nnx.merge(get_graph_def(CONFIG.make), params).attention
+    assert get_graph_def(CONFIG.make) == get_graph_def(CONFIG.make)
     np.testing.assert_array_equal(jax.block_until_ready(predict(params, given, CONFIG)), before)
 
 

@@ -7,21 +7,21 @@ import pytest
 import safetensors
 
 from dit_video.backbones.dit import (
+    BoundaryEmbedding,
     ClassLabels,
     CrossAttention,
     DitConfig,
-    EndDistances,
-    Factorised,
+    FactorizedEmbedding,
     JointAttention,
     NoContext,
     SineCosine,
-    Temporal,
+    TemporalLayers,
 )
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.core.trees import flatten, size
-from dit_video.nn import param_shapes
+from dit_video.core.trees import count_values, flatten
+from dit_video.nn import get_param_shapes
 from dit_video.nn.attention import RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
 from dit_video.tokens import Grid, Rotary3d
 
@@ -36,21 +36,21 @@ def made(**fields) -> DitConfig:
 def test_what_is_filled_in():
     assert CONFIG.token_width == 8
     assert CONFIG.rotary == Rotary3d(split=(4, 4, 4))
-    assert CONFIG.absolute_position == EndDistances()
+    assert CONFIG.absolute_position == BoundaryEmbedding()
     assert made(given_channels=3).given_width == 12
 
 
 def test_what_a_layer_costs_is_counted_from_who_sees_whom():
     grid = Grid(5, 2, 3)
     whole, space, time = 30.0**2, 5 * 6.0**2, 6 * 5.0**2
-    assert made(layers=3).pairs(grid) == whole
-    assert made(layers=4, pattern=(SpaceOnly(), TimeOnly())).pairs(grid) == (space + time) / 2
-    latte = made(layers=4, pattern=SpaceOnly(), temporal=Temporal(every=2))
-    assert latte.pairs(grid) == space + time / 2
+    assert made(layers=3).attention_pairs(grid) == whole
+    assert made(layers=4, pattern=(SpaceOnly(), TimeOnly())).attention_pairs(grid) == (space + time) / 2
+    latte = made(layers=4, pattern=SpaceOnly(), temporal=TemporalLayers(spatial_layers=2))
+    assert latte.attention_pairs(grid) == space + time / 2
     spatial = made(layers=4, pattern=SpaceOnly())
-    assert latte.matrices == spatial.matrices + (4 + 2 * latte.mlp_ratio) / 2
-    wan = WanDitConfig(channels=4, context_width=6, width=16, hidden_width=24, layers=2, heads=2, time_width=8)
-    assert wan.pairs(grid) == whole
+    assert latte.layer_params == spatial.layer_params + (4 + 2 * latte.mlp_ratio) / 2
+    wan = WanDitConfig(channels=4, context_width=6, width=16, mlp_dim=24, layers=2, heads=2, time_width=8)
+    assert wan.attention_pairs(grid) == whole
 
 
 def test_names_of_earlier_versions():
@@ -69,7 +69,7 @@ def test_the_shipped_model_is_one_of_the_default_options():
             for name in file.keys()  # noqa: SIM118  (the file isn't a dictionary)
             if name.startswith("dit/")
         }
-    assert held == {path: leaf.shape for path, leaf in flatten(param_shapes(config.make)).items()}
+    assert held == {path: leaf.shape for path, leaf in flatten(get_param_shapes(config.make)).items()}
 
 
 @pytest.mark.parametrize(
@@ -77,11 +77,11 @@ def test_the_shipped_model_is_one_of_the_default_options():
     [
         CONFIG,
         made(rotary="none", absolute_position=None, context=CrossAttention(pooled=False)),
-        made(context=JointAttention(), absolute_position=Factorised(sizes=(4, 5, 6)), registers=2),
+        made(context=JointAttention(), absolute_position=FactorizedEmbedding(sizes=(4, 5, 6)), registers=2),
         made(context=NoContext(), context_width=0, labels=ClassLabels(classes=7), absolute_position=SineCosine()),
         made(rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0)), time="token"),
         made(pattern=(SpaceOnly(), TimeOnly()), relative_bias=RelativeBias(), registers=1),
-        made(pattern=SpaceOnly(), temporal=Temporal(every=3, layers=2)),
+        made(pattern=SpaceOnly(), temporal=TemporalLayers(spatial_layers=3, layers=2)),
         WanDitConfig.ti2v_5b(pattern=SlidingWindow(radius=(1, None, None))),
     ],
 )
@@ -96,9 +96,9 @@ def test_configs_survive_json(config):
         (DitConfig.base, 0.13),
         (DitConfig.large, 0.42),
         (DitConfig.extra_large, 0.62),
-        (DitConfig.billion_1, 1.1),
-        (DitConfig.billion_5, 5.0),
-        (DitConfig.billion_14, 14.0),
+        (DitConfig.dit_1b, 1.1),
+        (DitConfig.dit_5b, 5.0),
+        (DitConfig.dit_14b, 14.0),
         (WanDitConfig.t2v_1_3b, 1.42),
         (WanDitConfig.t2v_14b, 14.3),
         (WanDitConfig.i2v_14b, 16.4),
@@ -107,15 +107,15 @@ def test_configs_survive_json(config):
 )
 def test_sizes(make, billions):
     config = make(channels=16, context_width=4096)
-    assert size(param_shapes(config.make)) == pytest.approx(billions * 1e9, rel=0.05)
+    assert count_values(get_param_shapes(config.make)) == pytest.approx(billions * 1e9, rel=0.05)
     assert make(channels=16, context_width=4096, layers=1).layers == 1
 
 
 def test_the_cost_of_a_layer():
-    assert made(mlp_ratio=4.0).matrices == 14
-    assert made(mlp_ratio=4.0, mlp="swiglu").matrices == 18
-    assert made(mlp_ratio=4.0, context=JointAttention()).matrices == 12
-    assert WanDitConfig(width=128, heads=1, hidden_width=512).matrices == 14
+    assert made(mlp_ratio=4.0).layer_params == 14
+    assert made(mlp_ratio=4.0, mlp="swiglu").layer_params == 18
+    assert made(mlp_ratio=4.0, context=JointAttention()).layer_params == 12
+    assert WanDitConfig(width=128, heads=1, mlp_dim=512).layer_params == 14
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_the_cost_of_a_layer():
         (lambda: Rotary3d(split=(4, 4, 4), scale=(1.0, 0.0, 1.0)), "must be positive"),
         (lambda: Rotary3d(split=(4, 4, 4), stretch=(1.0, -2.0, 1.0)), "must be positive"),
         (lambda: made(width=3, heads=3, rotary="none", absolute_position=SineCosine()), "even width, not 3"),
-        (lambda: Factorised(sizes=(1, 4, 4)), r"\(1, 4, 4\) .* use at least 2"),
+        (lambda: FactorizedEmbedding(sizes=(1, 4, 4)), r"\(1, 4, 4\) .* use at least 2"),
         (lambda: made(registers=-1), "registers must be 0 or more, not -1"),
         (lambda: made(given_channels=-1), "given_channels must be 0 or more"),
         (lambda: made(context=NoContext()), "context_width=6 .* NoContext; use 0"),
@@ -139,10 +139,16 @@ def test_the_cost_of_a_layer():
         (lambda: made(attention="splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
         (lambda: made(attention="tokamax", pattern=SpaceOnly(), registers=1), "tokamax attention cannot do With"),
         (lambda: made(attention="cudnn", relative_bias=RelativeBias()), "cudnn attention cannot add a bias"),
-        (lambda: made(temporal=Temporal()), r"set pattern=SpaceOnly\(\), not Full"),
-        (lambda: made(temporal=Temporal(), pattern=SpaceOnly(), registers=1), "use registers=0 and another context"),
-        (lambda: made(temporal=Temporal(every=4), pattern=SpaceOnly()), "6 layers .* after every 4; use a divisor"),
-        (lambda: Temporal(layers=0), "0 temporal .* 1 spatial .* use at least 1 of each"),
+        (lambda: made(temporal=TemporalLayers()), r"set pattern=SpaceOnly\(\), not Full"),
+        (
+            lambda: made(temporal=TemporalLayers(), pattern=SpaceOnly(), registers=1),
+            "use registers=0 and another context",
+        ),
+        (
+            lambda: made(temporal=TemporalLayers(spatial_layers=4), pattern=SpaceOnly()),
+            "6 layers .* after every 4; use a divisor",
+        ),
+        (lambda: TemporalLayers(layers=0), "0 temporal .* 1 spatial .* use at least 1 of each"),
         (lambda: WanDitConfig(layers=4, pattern=(SpaceOnly(), TimeOnly(), SpaceOnly())), "4 layers .* 3 patterns"),
         (lambda: WanDitConfig(attention="splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
         (lambda: WanDitConfig(width=36, heads=5), "width 36 .* 5 heads into parts of even width"),

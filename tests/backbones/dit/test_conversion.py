@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from dit_video.backbones.dit import (
+    BoundaryEmbedding,
     ClassLabels,
     DitConfig,
-    EndDistances,
     JointAttention,
     SineCosine,
-    Temporal,
-    image_to_video,
-    with_given,
+    TemporalLayers,
+    add_cond_channels,
+    add_temporal_layers,
 )
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 IMAGE = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
 WAN = WanDitConfig(
-    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, hidden_width=40, layers=2, heads=2, time_width=32
+    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
 )
 KEY = jax.random.key(0)
 
@@ -51,7 +51,7 @@ def as_images(given):
 @pytest.mark.parametrize(
     ("config", "temporal"),
     [
-        (dataclasses.replace(IMAGE, absolute_position=EndDistances()), Temporal()),
+        (dataclasses.replace(IMAGE, absolute_position=BoundaryEmbedding()), TemporalLayers()),
         (
             # As DiT-XL/2's image models are.
             dataclasses.replace(
@@ -61,14 +61,14 @@ def as_images(given):
                 modulation="own",
                 labels=ClassLabels(classes=CLASSES),
             ),
-            Temporal(every=2, layers=3),
+            TemporalLayers(spatial_layers=2, layers=3),
         ),
     ],
     ids=["alternating", "in a block"],
 )
 def test_a_fresh_video_model_is_the_image_model_of_every_frame(config, temporal):
     params, given = rough_params(config.make), batch((0,))
-    video, grown = image_to_video(config, params, temporal, KEY)
+    video, grown = add_temporal_layers(config, params, temporal, KEY)
     expected = predict(params, as_images(given), config)[:, FIRST]
     found, gradients, _ = run(grown, given, video)
     np.testing.assert_allclose(found[:, FIRST], expected, atol=1e-6)
@@ -85,9 +85,9 @@ def test_a_fresh_video_model_is_the_image_model_of_every_frame(config, temporal)
 
 
 def test_temporal_layers_alone_are_trained_by_their_name():
-    video, grown = image_to_video(IMAGE, rough_params(IMAGE.make), Temporal(), KEY)
-    assert video == dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=Temporal())
-    trains = OptimizerConfig(trainable=("temporal",)).trains
+    video, grown = add_temporal_layers(IMAGE, rough_params(IMAGE.make), TemporalLayers(), KEY)
+    assert video == dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=TemporalLayers())
+    trains = OptimizerConfig(trainable=("temporal",)).is_trained
     new = {path for path in flatten(grown) if path not in flatten(rough_params(IMAGE.make))}
     assert new
     assert {path for path in flatten(grown) if trains(path)} == new
@@ -95,7 +95,7 @@ def test_temporal_layers_alone_are_trained_by_their_name():
 
 def test_a_video_model_from_nothing_trains_its_temporal_layers():
     """Its gates are zero, too: of two zeros one after the other neither would ever learn."""
-    video = dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=Temporal())
+    video = dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=TemporalLayers())
     params = jax.jit(init_params, static_argnums=0)(video.make, KEY)
     params["head"]["kernel"] = params["head"]["kernel"] + 0.1 * rough_params(video.make)["head"]["kernel"]
     _, gradients, _ = run(params, batch((0,)), video)
@@ -112,7 +112,7 @@ def test_a_model_that_is_given_more_begins_as_it_was(config):
         expected = predict(params, given._replace(latents=old.reshape(*old.shape[:2], -1)), config)
     else:
         expected = predict(params, given, config)
-    grown_config, grown = with_given(config, params, 3)
+    grown_config, grown = add_cond_channels(config, params, 3)
     assert grown_config == dataclasses.replace(config, given_channels=3)
     assert grown_config.given_width == GIVEN_WIDTH
     found, gradients, _ = run(grown, given, grown_config)
@@ -124,16 +124,24 @@ def test_a_model_that_is_given_more_begins_as_it_was(config):
 @pytest.mark.parametrize(
     ("grow", "message"),
     [
-        (lambda params: image_to_video(IMAGE, params | {"more": params["head"]}, Temporal(), KEY), "more/bias has "),
-        (lambda params: with_given(IMAGE, {"head": params["head"]}, 3), "has shape None, the config implies"),
-        (lambda params: with_given(dataclasses.replace(IMAGE, given_channels=3), params, 3), "3 channels .* give more"),
         (
-            lambda params: image_to_video(dataclasses.replace(IMAGE, pattern=TimeOnly()), params, Temporal(), KEY),
+            lambda params: add_temporal_layers(IMAGE, params | {"more": params["head"]}, TemporalLayers(), KEY),
+            "more/bias has ",
+        ),
+        (lambda params: add_cond_channels(IMAGE, {"head": params["head"]}, 3), "has shape None, the config implies"),
+        (
+            lambda params: add_cond_channels(dataclasses.replace(IMAGE, given_channels=3), params, 3),
+            "3 channels .* give more",
+        ),
+        (
+            lambda params: add_temporal_layers(
+                dataclasses.replace(IMAGE, pattern=TimeOnly()), params, TemporalLayers(), KEY
+            ),
             r"TimeOnly\(\) .* use one with pattern Full\(\) or SpaceOnly\(\)",
         ),
         (
-            lambda params: image_to_video(
-                dataclasses.replace(IMAGE, context=JointAttention()), params, Temporal(), KEY
+            lambda params: add_temporal_layers(
+                dataclasses.replace(IMAGE, context=JointAttention()), params, TemporalLayers(), KEY
             ),
             "use registers=0 and another context",
         ),

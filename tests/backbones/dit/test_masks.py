@@ -9,7 +9,7 @@ import pytest
 
 from dit_video.backbones.dit import DitConfig, JointAttention
 from dit_video.backbones.wan import WanDitConfig
-from dit_video.nn.attention import CausalFrames, Chosen, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
+from dit_video.nn.attention import AttentionFactory, CausalFrames, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
 from support.packed_rows import FIRST, TEXT_WIDTH, TOKENS, assert_trees_are_close, batch, predict, run
 from support.rough import rough_params
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
 WAN = WanDitConfig(
-    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, hidden_width=40, layers=2, heads=2, time_width=32
+    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
 )
 FRAME, PLACE = np.arange(8) // 4, np.arange(8) % 4
 SAME_FRAME, SAME_PLACE = FRAME[:, None] == FRAME, PLACE[:, None] == PLACE
@@ -66,7 +66,7 @@ def test_patterns_are_their_dense_masks_in_values_and_gradients(monkeypatch, fie
     params, given = rough_params(config.make), batch((0, 1), (1, 0))
     found = run(params, given, config)
     explicit = iter([_explicit(given, config, sees) for sees in masks])
-    monkeypatch.setattr(Chosen, "__call__", lambda self, pattern: next(explicit))
+    monkeypatch.setattr(AttentionFactory, "__call__", lambda self, pattern: next(explicit))
     # Another config, so that nothing that is traced already serves; with it layers are scanned in groups.
     expected = run(params, given, dataclasses.replace(config, remat="full"))
     np.testing.assert_allclose(found[0][:, :14], expected[0][:, :14], atol=1e-5)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_video.backbones.denoise import packed_denoise
-from dit_video.backbones.dit import DitConfig, EndDistances
+from dit_video.backbones.denoise import make_denoise_fn
+from dit_video.backbones.dit import BoundaryEmbedding, DitConfig
 from dit_video.core.trees import flatten
-from dit_video.nn import graph_of, init_params, param_shapes, sinusoidal
-from dit_video.tokens import Grid, coordinates, to_tokens
+from dit_video.nn import get_graph_def, get_param_shapes, init_params, sinusoidal_embedding
+from dit_video.tokens import Grid, compute_coordinates, expand_to_tokens
 from support.packed_rows import (
     FIRST,
     GRIDS,
@@ -82,7 +82,7 @@ def test_the_order_of_tokens_says_nothing():
 def test_without_absolute_positions_only_differences_of_coordinates_count():
     config = dataclasses.replace(CONFIG, absolute_position="none")
     params = {path: leaf for path, leaf in PARAMS.items() if path != "position"}
-    assert flatten(param_shapes(config.make)).keys() == flatten(params).keys()
+    assert flatten(get_param_shapes(config.make)).keys() == flatten(params).keys()
     given = batch((0, 1), ())
     moved = given._replace(coordinates=given.coordinates + jnp.asarray([3.0, -8.0, 20.0]))
     predicted = jax.jit(lambda batch: predict(params, batch, config))
@@ -92,11 +92,13 @@ def test_without_absolute_positions_only_differences_of_coordinates_count():
 
 def test_absolute_positions_are_distances_to_the_first_and_to_the_last_token():
     given = batch((0, 1), (1, 0))
-    found = EndDistances().features(given.coordinates, given.segments, count=SEGMENTS, width=24)
+    found = BoundaryEmbedding().compute_features(given.coordinates, given.segments, count=SEGMENTS, width=24)
     for place, grid in (((0, FIRST), GRIDS[0]), ((0, SECOND), GRIDS[1]), ((1, slice(6, 14)), GRIDS[0])):
-        at = coordinates(grid)
+        at = compute_coordinates(grid)
         both = jnp.asarray(np.concatenate([at, np.asarray(grid, np.float32) - 1 - at], axis=-1))
-        np.testing.assert_allclose(found[place], sinusoidal(both, 32, period=100.0).reshape(len(at), -1), atol=1e-6)
+        np.testing.assert_allclose(
+            found[place], sinusoidal_embedding(both, 32, max_period=100.0).reshape(len(at), -1), atol=1e-6
+        )
 
 
 def test_a_fresh_denoiser_predicts_zero_and_learns():
@@ -122,7 +124,7 @@ def test_bfloat16_products_of_float32_parameters():
     assert found.dtype == jnp.float32
     error = np.abs(found - exact)[0, :14].mean() / np.abs(exact)[0, :14].mean()
     assert 1e-4 < error < 0.05
-    assert {leaf.dtype for leaf in jax.tree.leaves(param_shapes(config.make))} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(get_param_shapes(config.make))} == {jnp.dtype("float32")}
 
 
 def test_denoise_takes_the_time_of_every_token():
@@ -130,8 +132,8 @@ def test_denoise_takes_the_time_of_every_token():
 
     @jax.jit
     def denoised(time):
-        denoise = packed_denoise(
-            nnx.merge(graph_of(CONFIG.make), PARAMS),
+        denoise = make_denoise_fn(
+            nnx.merge(get_graph_def(CONFIG.make), PARAMS),
             segments=given.segments,
             coordinates=given.coordinates,
             context=given.context,
@@ -140,6 +142,6 @@ def test_denoise_takes_the_time_of_every_token():
         )
         return denoise(given.noisy, time)
 
-    time = jnp.where(given.segments > 0, to_tokens(given.time, given.segments), 0.123)
+    time = jnp.where(given.segments > 0, expand_to_tokens(given.time, given.segments), 0.123)
     expected, _, _ = run(PARAMS, given, CONFIG)
     np.testing.assert_allclose(denoised(time)[0, :14], expected[0, :14], atol=1e-5)

@@ -8,25 +8,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.backbones.denoise import packed_denoise
+from dit_video.backbones.denoise import make_denoise_fn
 from dit_video.backbones.dit import (
     ClassLabels,
     CrossAttention,
     DitConfig,
-    Factorised,
+    FactorizedEmbedding,
     Given,
     ImageSineCosine,
     JointAttention,
     NoContext,
     PooledContext,
     SineCosine,
-    Temporal,
+    TemporalLayers,
     TimeEmbedding,
 )
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.nn.attention import CausalFrames, RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
 from dit_video.tokens import Rotary3d
 from support.packed_rows import (
@@ -47,11 +47,15 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
 WAN = WanDitConfig(
-    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, hidden_width=40, layers=2, heads=2, time_width=32
+    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
 )
 OPTIONS = {
     "sine-cosine, no norm": {"absolute_position": SineCosine(), "rotary": "none", "qk_norm": "none"},
-    "factorised, full norm": {"absolute_position": Factorised(sizes=(3, 4, 5)), "rotary": "none", "qk_norm": "full"},
+    "factorised, full norm": {
+        "absolute_position": FactorizedEmbedding(sizes=(3, 4, 5)),
+        "rotary": "none",
+        "qk_norm": "full",
+    },
     "rotary, own modulation": {
         "absolute_position": None,
         "rotary": Rotary3d(split=(2, 6, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0)),
@@ -63,7 +67,7 @@ OPTIONS = {
         "labels": ClassLabels(classes=CLASSES),
         "absolute_position": ImageSineCosine(side=2),
         "variance": "dropped",
-        "time_embedding": TimeEmbedding(scale=1.0, period=100.0, reversed=True),
+        "time_embedding": TimeEmbedding(scale=1.0, max_period=100.0, reversed=True),
         "mlp_norm_eps": 0.1,
     },
     "parallel": {"order": "parallel", "mlp": "swiglu", "bias": False},
@@ -78,7 +82,7 @@ OPTIONS = {
         "pattern": (SpaceOnly(), TimeOnly()),
         "attention": "chunked",
     },
-    "temporal": {"pattern": SpaceOnly(), "temporal": Temporal(every=2), "modulation": "own"},
+    "temporal": {"pattern": SpaceOnly(), "temporal": TemporalLayers(spatial_layers=2), "modulation": "own"},
     "most": {
         "context": JointAttention(pooled=False),
         "order": "parallel",
@@ -87,7 +91,7 @@ OPTIONS = {
         "given_channels": 3,
         "registers": 1,
         "pattern": (CausalFrames(), SparseCausal()),
-        "relative_bias": RelativeBias(buckets=(4, 4, 4), distance=(None, None, None)),
+        "relative_bias": RelativeBias(buckets=(4, 4, 4), max_distance=(None, None, None)),
         "labels": ClassLabels(classes=CLASSES),
     },
 }
@@ -148,8 +152,8 @@ def test_denoise_gives_every_token_its_time():
     config = CONFIGS["wan with a time per token"]
     params = rough_params(config.make)
     given = batch((0, 1), ())
-    denoise = packed_denoise(
-        nnx.merge(graph_of(config.make), params),
+    denoise = make_denoise_fn(
+        nnx.merge(get_graph_def(config.make), params),
         segments=given.segments,
         coordinates=given.coordinates,
         context=given.context,
@@ -182,7 +186,7 @@ def test_a_text_longer_than_wans_padding_is_not_cut_in_silence():
 
 def test_what_is_given_is_what_the_config_says():
     params = rough_params(CONFIG.make)
-    model, given = nnx.merge(graph_of(CONFIG.make), params), batch((0, 1), ())
+    model, given = nnx.merge(get_graph_def(CONFIG.make), params), batch((0, 1), ())
     rows = {
         "segments": given.segments,
         "coordinates": given.coordinates,
@@ -192,20 +196,20 @@ def test_what_is_given_is_what_the_config_says():
     with pytest.raises(UserError, match="does not take labels"):
         model(given.noisy, given.time, **rows, given=Given(labels=given.labels))
     wan = CONFIGS["wan with images"]
-    model = nnx.merge(graph_of(wan.make), rough_params(wan.make))
+    model = nnx.merge(get_graph_def(wan.make), rough_params(wan.make))
     with pytest.raises(UserError, match="needs latents"):
         model(given.noisy, given.time, **rows)
 
 
 def test_parameters_of_options():
     def paths(name):
-        return flatten(param_shapes(CONFIGS[name].make)).keys()
+        return flatten(get_param_shapes(CONFIGS[name].make)).keys()
 
     assert not any(path.endswith("_norm/scale") for path in paths("sine-cosine, no norm"))
     assert "blocks/gate/kernel" in paths("parallel")
     assert not any(path.startswith("blocks") and path.endswith("bias") for path in paths("parallel"))
     assert {"blocks/video/own/kernel", "blocks/context/own/kernel"} <= paths("most")
-    assert param_shapes(CONFIGS["factorised, full norm"].make)["blocks"]["query_norm"]["scale"].shape == (2, 24)
+    assert get_param_shapes(CONFIGS["factorised, full norm"].make)["blocks"]["query_norm"]["scale"].shape == (2, 24)
 
 
 def test_interpolated_positions_are_those_of_a_smaller_clip():
@@ -243,12 +247,12 @@ def test_a_variance_comes_beside_the_prediction():
 def test_a_reversed_time_reverses_the_velocity():
     config = CONFIGS["pooled, labels"]
     params, given = rough_params(config.make), batch((0, 1), ())
-    forward = dataclasses.replace(config, time_embedding=TimeEmbedding(scale=1.0, period=100.0))
+    forward = dataclasses.replace(config, time_embedding=TimeEmbedding(scale=1.0, max_period=100.0))
     expected = -predict(params, given._replace(time=1 - given.time), forward)
     np.testing.assert_allclose(predict(params, given, config)[0, :14], expected[0, :14], atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{"scale": 0.0}, {"period": -1.0}])
+@pytest.mark.parametrize("fields", [{"scale": 0.0}, {"max_period": -1.0}])
 def test_time_embeddings_that_are_none(fields):
     with pytest.raises(UserError, match="use positive values"):
         TimeEmbedding(**fields)

@@ -4,32 +4,32 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.backbones.dit.positions import AxisTables, Factorised, ImageSineCosine, SineCosine
+from dit_video.backbones.dit.positions import AxisTables, FactorizedEmbedding, ImageSineCosine, SineCosine
 from dit_video.core.errors import UserError
-from dit_video.nn import sinusoidal
-from dit_video.tokens import even_split, to_tokens
+from dit_video.nn import sinusoidal_embedding
+from dit_video.tokens import expand_to_tokens, split_evenly
 from support.packed_rows import SEGMENTS, batch
 
 GIVEN = batch((0, 1), (1, 0))
 
 
 def test_sines_and_cosines_of_each_axis_side_by_side():
-    found = SineCosine(period=50.0).features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=20)
+    found = SineCosine(max_period=50.0).compute_features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=20)
     assert found.shape == (2, 18, 20)
     start = 0
-    for axis, width in enumerate(even_split(20)):
-        expected = sinusoidal(GIVEN.coordinates[..., axis], width, period=50.0)
+    for axis, width in enumerate(split_evenly(20)):
+        expected = sinusoidal_embedding(GIVEN.coordinates[..., axis], width, max_period=50.0)
         np.testing.assert_array_equal(found[..., start : start + width], expected)
         start += width
 
 
 def test_narrow_widths_leave_axes_out():
-    found = SineCosine().features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=4)
-    np.testing.assert_array_equal(found, sinusoidal(GIVEN.coordinates[..., 0], 4))
+    found = SineCosine().compute_features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=4)
+    np.testing.assert_array_equal(found, sinusoidal_embedding(GIVEN.coordinates[..., 0], 4))
 
 
 def test_an_images_columns_go_first_and_cover_what_was_trained():
-    found = ImageSineCosine(side=4).features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=16)
+    found = ImageSineCosine(side=4).compute_features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=16)
     side = jnp.asarray([4 / 2, 4 / 3])  # of 1x2x3: rows are twice as far apart as trained, columns 4/3
     for start, axis, stretch in ((0, 2, side[1]), (8, 1, side[0])):
         angles = stretch * GIVEN.coordinates[0, 8:14, axis, None] * 10_000.0 ** -(jnp.arange(4) / 4)
@@ -42,9 +42,9 @@ def test_an_images_columns_go_first_and_cover_what_was_trained():
 
 
 def test_fractions_go_from_the_first_to_the_last_token():
-    found = Factorised().features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=8)
+    found = FactorizedEmbedding().compute_features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=8)
     extents = jnp.asarray([[1.0, 1.0, 1.0], [1.0, 1.0, 2.0]])  # of 2x2x2 and 1x2x3: a single frame is at 0
-    expected = GIVEN.coordinates[0, :14] / to_tokens(extents[None], GIVEN.segments[:1])[0, :14]
+    expected = GIVEN.coordinates[0, :14] / expand_to_tokens(extents[None], GIVEN.segments[:1])[0, :14]
     np.testing.assert_allclose(found[0, :14], expected, rtol=1e-6)
     assert (found >= 0).all()
     assert (found <= 1).all()

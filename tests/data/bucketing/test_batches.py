@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.bucketing.batches import BucketConfig, bucket_batches, covering
-from dit_video.data.bucketing.buckets import Memory, plan_buckets
-from dit_video.data.captions import EmbeddedTexts, TokenizedTexts
+from dit_video.data.bucketing.batches import BucketConfig, compute_covering_size, load_bucket_batches
+from dit_video.data.bucketing.buckets import BatchMemory, plan_buckets
+from dit_video.data.captions import EmbeddedCaptions, TokenizedCaptions
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.ingest import ingest
-from dit_video.data.loader import Reading
-from dit_video.data.sizes import SizeLimits, fit
+from dit_video.data.loader import LoaderConfig
+from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.data.synthetic import shapes
-from dit_video.tokens import Grid, coordinates, token_grid, unpatchify
+from dit_video.tokens import Grid, compute_coordinates, compute_token_grid, unpatchify
 from support.stand_ins import Embedder, pooled, tokenize
 
 PATCH = Grid(1, 2, 2)
@@ -36,28 +36,28 @@ def clips(tmp_path_factory):
 @pytest.fixture(scope="module")
 def buckets(clips):
     return plan_buckets(
-        np.asarray([fit(info, LIMITS) for info in clips.infos]),
-        Memory(fixed=0, per_token=1),
+        np.asarray([fit_size(info, LIMITS) for info in clips.infos]),
+        BatchMemory(fixed=0, per_token=1),
         budget=36,
         count=3,
         devices=2,
-        tokens=lambda size: token_grid(latents_of(size), PATCH).volume,
+        count_tokens=lambda size: compute_token_grid(latents_of(size), PATCH).volume,
     )
 
 
 def taken(clips, buckets, count, encode=pooled, texts=None, intervals=None, **reading):
-    batches = bucket_batches(
+    batches = load_bucket_batches(
         clips,
-        texts or TokenizedTexts([info.captions for info in clips.infos], tokenize),
+        texts or TokenizedCaptions([info.captions for info in clips.infos], tokenize),
         encode,
         buckets,
         latent_grid=latents_of,
         channels=3,
         limits=LIMITS,
         patch=PATCH,
-        text=TEXT,
-        reading=Reading(batch=2, seed=0, **reading),
-        intervals=intervals,
+        max_text=TEXT,
+        config=LoaderConfig(batch=2, seed=0, **reading),
+        token_dt=intervals,
     )
     found = [next(batches) for _ in range(count)]
     batches.close()
@@ -74,20 +74,20 @@ def test_coordinates_along_time_in_seconds(clips, buckets):
 
 def test_a_batch_has_one_size_and_no_padding(clips, buckets):
     found, batches = taken(clips, buckets, 20)
-    sizes = {token_grid(latents_of(bucket.size), PATCH): bucket.batch for bucket in buckets.buckets}
+    sizes = {compute_token_grid(latents_of(bucket.size), PATCH): bucket.batch for bucket in buckets.buckets}
     seen = set()
     for rows in found:
         grid = next(grid for grid in sizes if grid.volume == rows.tokens.shape[1])
         assert len(rows.tokens) == sizes[grid]
         assert (rows.segments == 1).all()
         assert rows.valid.all()
-        np.testing.assert_array_equal(rows.coordinates[0], coordinates(grid))
+        np.testing.assert_array_equal(rows.coordinates[0], compute_coordinates(grid))
         for row in range(len(rows.tokens)):
             caption = bytes((rows.text[row][rows.text_segments[row] == 1] - 3).astype(np.uint8)).decode()
-            shapes.parse(caption)
+            shapes.parse_caption(caption)
         seen |= set(rows.examples[:, 0].tolist())
     assert len(seen) == sum(len(rows.examples) for rows in found)  # running numbers: none comes twice
-    summary = batches.summary(devices=1)
+    summary = batches.summarize(devices=1)
     assert sum(bucket["examples"] for bucket in summary["buckets"]) == summary["examples"] == 24
     assert summary["dropped"] == 0
     assert "0 dropped" in str(batches)
@@ -97,15 +97,15 @@ def test_clips_show_the_colour_of_their_caption(clips, buckets):
     """The latents are of the clip whose caption stands beside them."""
     for rows in taken(clips, buckets, 8)[0]:
         grid = next(
-            token_grid(latents_of(bucket.size), PATCH)
+            compute_token_grid(latents_of(bucket.size), PATCH)
             for bucket in buckets.buckets
-            if token_grid(latents_of(bucket.size), PATCH).volume == rows.tokens.shape[1]
+            if compute_token_grid(latents_of(bucket.size), PATCH).volume == rows.tokens.shape[1]
         )
         for tokens, text in zip(rows.tokens, rows.text, strict=True):
             caption = bytes((text[text > 0] - 3).astype(np.uint8)).decode()
             picture = unpatchify(tokens, grid, PATCH)
             light = (picture - np.asarray(shapes.BACKGROUND)).reshape(-1, 3).max(axis=0)
-            asked = np.asarray(shapes.COLOURS[shapes.parse(caption).colour], np.float64) - shapes.BACKGROUND
+            asked = np.asarray(shapes.COLOURS[shapes.parse_caption(caption).colour], np.float64) - shapes.BACKGROUND
             assert light @ asked / np.linalg.norm(light) / np.linalg.norm(asked) > 0.95
 
 
@@ -128,7 +128,7 @@ def test_embeddings_stand_where_token_ids_do(clips, buckets, tmp_path):
     embedder, captions = Embedder(tmp_path), [info.captions for info in clips.infos]
     ids, plain = taken(clips, buckets, 4)
     # Its encoder can't be pickled to the workers, which don't need it.
-    texts = EmbeddedTexts(captions, lambda many: embedder.many(many), identity="t")
+    texts = EmbeddedCaptions(captions, lambda many: embedder.embed_many(many), identity="t")
     found, batches = taken(clips, buckets, 4, texts=texts, workers=1)
     for rows, expected in zip(found, ids, strict=True):
         np.testing.assert_array_equal(rows.tokens, expected.tokens)
@@ -138,7 +138,7 @@ def test_embeddings_stand_where_token_ids_do(clips, buckets, tmp_path):
             np.testing.assert_array_equal(text[segments == 1], embedder(caption))
             assert not text[segments == 0].any()
     assert batches.hash != plain.hash
-    other = EmbeddedTexts(captions, embedder.many, identity="u")
+    other = EmbeddedCaptions(captions, embedder.embed_many, identity="u")
     assert taken(clips, buckets, 0, texts=other)[1].hash != batches.hash
 
 
@@ -167,7 +167,7 @@ def test_a_batch_of_which_nothing_can_be_read_does_not_count(clips, buckets, mon
 def test_a_clip_covers_its_bucket_in_its_own_shape(height, width):
     info = ClipInfo("a", (), height, width, 9, 8.0, 1.0)
     for size in (Grid(9, 32, 32), Grid(9, 32, 48), Grid(1, 16, 96)):
-        rows, columns = covering(info, size)
+        rows, columns = compute_covering_size(info, size)
         assert rows >= size.h
         assert columns >= size.w
         assert rows == size.h or columns == size.w
@@ -176,17 +176,17 @@ def test_a_clip_covers_its_bucket_in_its_own_shape(height, width):
 
 def test_refusals(clips, buckets):
     with pytest.raises(UserError, match="text tokens, but a row has room for 4"):
-        bucket_batches(
+        load_bucket_batches(
             clips,
-            TokenizedTexts([info.captions for info in clips.infos], tokenize),
+            TokenizedCaptions([info.captions for info in clips.infos], tokenize),
             pooled,
             buckets,
             latent_grid=latents_of,
             channels=3,
             limits=LIMITS,
             patch=PATCH,
-            text=4,
-            reading=Reading(batch=1, seed=0),
+            max_text=4,
+            config=LoaderConfig(batch=1, seed=0),
         )
     with pytest.raises(UserError, match="above the fixed 100 bytes"):
-        BucketConfig(memory=Memory(fixed=100, per_token=1), budget=100)
+        BucketConfig(memory=BatchMemory(fixed=100, per_token=1), budget=100)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
-from dit_video.data.bucketing.buckets import BucketStream, Memory, plan_buckets
+from dit_video.data.bucketing.buckets import BatchMemory, BucketStream, plan_buckets
 from dit_video.tokens import Grid
 
-MEMORY = Memory(fixed=1000, per_token=10)
+MEMORY = BatchMemory(fixed=1000, per_token=10)
 some_sizes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=40).map(
     np.array
 )
@@ -43,17 +43,17 @@ def kept(sizes: np.ndarray, buckets: list[tuple[int, ...]]) -> float:
 def test_all_examples_are_held_none_enlarged_within_the_budget(sizes, count, devices, budget):
     plan = plan_buckets(sizes, MEMORY, budget=budget, count=count, devices=devices)
     assert 1 <= len(plan.buckets) <= count
-    assert sum(bucket.examples for bucket in plan.buckets) == len(sizes) == len(plan.of)
+    assert sum(bucket.examples for bucket in plan.buckets) == len(sizes) == len(plan.assignment)
     for index, bucket in enumerate(plan.buckets):
-        members = sizes[plan.of == index]
+        members = sizes[plan.assignment == index]
         assert len(members) == bucket.examples >= 1
         np.testing.assert_array_equal(members.min(axis=0), bucket.size)  # as large as its members allow
         assert bucket.batch % devices == 0
         assert 1000 + bucket.batch // devices * 10 * bucket.size.volume <= budget
         assert bucket.batch == devices or bucket.batch <= bucket.examples
-    lost = sum(int(np.prod(size)) for size in sizes) * plan.kept
-    assert lost == pytest.approx(sum(plan.buckets[index].size.volume for index in plan.of))
-    assert all(0 < bucket.kept <= 1 and 0 < bucket.shown <= 1 + 1e-12 for bucket in plan.buckets)
+    lost = sum(int(np.prod(size)) for size in sizes) * plan.token_retention
+    assert lost == pytest.approx(sum(plan.buckets[index].size.volume for index in plan.assignment))
+    assert all(0 < bucket.token_retention <= 1 and 0 < bucket.frame_coverage <= 1 + 1e-12 for bucket in plan.buckets)
 
 
 @settings(max_examples=25, deadline=None)
@@ -85,19 +85,19 @@ def test_enough_buckets_lose_nothing():
     sizes = mixed()
     distinct = len(np.unique(sizes, axis=0))
     plan = plan_buckets(sizes, MEMORY, budget=1e6, count=distinct)
-    assert (plan.kept, plan.shown) == (1, 1)
+    assert (plan.token_retention, plan.frame_coverage) == (1, 1)
     few = plan_buckets(sizes, MEMORY, budget=1e6, count=6)
     assert len(few.buckets) == 6
-    assert plan_buckets(sizes, MEMORY, budget=1e6, count=1).kept < few.kept < 1
-    assert few.kept > 0.7
+    assert plan_buckets(sizes, MEMORY, budget=1e6, count=1).token_retention < few.token_retention < 1
+    assert few.token_retention > 0.7
 
 
 def test_many_lengths_are_thinned_and_still_hold_all():
     generator = np.random.default_rng(0)
     sizes = np.stack([generator.integers(1, 200, 500) for _ in range(3)], axis=1)
     plan = plan_buckets(sizes, MEMORY, budget=1e12, count=12)
-    assert all((plan.buckets[index].size <= size).all() for index, size in zip(plan.of, sizes, strict=True))
-    assert plan.kept > plan_buckets(sizes, MEMORY, budget=1e12, count=4).kept > 0.02
+    assert all((plan.buckets[index].size <= size).all() for index, size in zip(plan.assignment, sizes, strict=True))
+    assert plan.token_retention > plan_buckets(sizes, MEMORY, budget=1e12, count=4).token_retention > 0.02
 
 
 def test_large_sizes_do_not_force_small_batches_on_small_ones():
@@ -105,10 +105,10 @@ def test_large_sizes_do_not_force_small_batches_on_small_ones():
     plan = plan_buckets(sizes, MEMORY, budget=1000 + 10 * 9 * 64 * 2, count=2)
     batches = {bucket.size: bucket.batch for bucket in plan.buckets}
     assert batches == {Grid(9, 8, 8): 2, Grid(1, 4, 4): 72}
-    quadratic = Memory(fixed=0, per_token=1, per_pair=1)
+    quadratic = BatchMemory(fixed=0, per_token=1, per_pair=1)
     batches = {b.size: b.batch for b in plan_buckets(sizes, quadratic, budget=576 + 576**2, count=2).buckets}
     assert batches == {Grid(9, 8, 8): 1, Grid(1, 4, 4): 500}
-    assert max(b.batch for b in plan_buckets(sizes, MEMORY, budget=1e9, most=32, devices=4).buckets) == 32
+    assert max(b.batch for b in plan_buckets(sizes, MEMORY, budget=1e9, max_batch=32, devices=4).buckets) == 32
 
 
 def test_a_size_that_runs_out_of_memory_is_refused_before_training():
@@ -125,18 +125,18 @@ def test_every_example_comes_equally_often_and_no_batch_is_empty(sizes, seed, de
     seen = np.zeros(len(sizes), int)
     running = 0
     for step in range(int(3 * stream.steps_per_epoch) + 2):
-        size, examples, ranks = stream.batch(step)
+        size, examples, ranks = stream.get_batch(step)
         bucket = plan.buckets[size_of[size]]
         assert len(examples) == bucket.batch >= 1
-        assert {int(index) for index in plan.of[examples]} == {size_of[size]}
+        assert {int(index) for index in plan.assignment[examples]} == {size_of[size]}
         assert ranks.tolist() == list(range(running, running + len(ranks)))
         running += len(ranks)
         np.add.at(seen, examples, 1)
-        parts = [stream.batch(step, host=host, hosts=devices) for host in range(devices)]
+        parts = [stream.get_batch(step, host=host, hosts=devices) for host in range(devices)]
         np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), examples)
         np.testing.assert_array_equal(np.concatenate([part[2] for part in parts]), ranks)
     for index in range(len(plan.buckets)):  # without replacement within a bucket
-        times = seen[plan.of == index]
+        times = seen[plan.assignment == index]
         assert times.max() - times.min() <= 1
     assert seen.min() >= 1 or any(bucket.batch > 1 for bucket in plan.buckets)
 
@@ -146,7 +146,7 @@ def test_an_epoch_is_an_epoch_in_every_bucket():
     stream = BucketStream(plan_buckets(sizes, MEMORY, budget=30_000, count=5), seed=0)
     seen = np.zeros(len(sizes), int)
     for step in range(round(20 * stream.steps_per_epoch)):
-        np.add.at(seen, stream.batch(step)[1], 1)
+        np.add.at(seen, stream.get_batch(step)[1], 1)
     assert seen.min() >= 19
     assert seen.max() <= 21
 
@@ -154,7 +154,7 @@ def test_an_epoch_is_an_epoch_in_every_bucket():
 def test_stream_is_a_function_of_seed_and_step():
     plan = plan_buckets(mixed(), MEMORY, budget=30_000, count=5, devices=2)
     stream = BucketStream(plan, seed=1)
-    forward = [stream.batch(step) for step in range(200)]
+    forward = [stream.get_batch(step) for step in range(200)]
     fresh = pickle.loads(pickle.dumps(stream))
     for step in (199, 3, 120):
         size, examples, ranks = fresh.batch(step)
@@ -162,11 +162,11 @@ def test_stream_is_a_function_of_seed_and_step():
         np.testing.assert_array_equal(examples, forward[step][1])
         np.testing.assert_array_equal(ranks, forward[step][2])
     other = BucketStream(plan, seed=2)
-    assert any(not np.array_equal(other.batch(step)[1], forward[step][1]) for step in range(5))
+    assert any(not np.array_equal(other.get_batch(step)[1], forward[step][1]) for step in range(5))
     assert len({stream.hash, other.hash, BucketStream(plan_buckets(mixed(), MEMORY, budget=20_000), seed=1).hash}) == 3
     assert fresh.hash == stream.hash
     with pytest.raises(UserError, match="plan the buckets with devices=7"):
-        stream.batch(0, hosts=7)
+        stream.get_batch(0, hosts=7)
 
 
 def test_report_counts_all():
@@ -191,4 +191,4 @@ def test_refusals(arguments, message):
     with pytest.raises(UserError, match=message):
         plan_buckets(**{"sizes": mixed(), "memory": MEMORY, "budget": 1e6} | arguments)
     with pytest.raises(UserError, match="per_token positive"):
-        Memory(fixed=1, per_token=0)
+        BatchMemory(fixed=1, per_token=0)

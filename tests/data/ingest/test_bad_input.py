@@ -18,7 +18,7 @@ SHARED = Path(__file__).parents[4] / "shared" / "clips"
 
 
 def clip(frames: int = 24, height: int = 48, width: int = 64, seed: int = 0) -> Clip:
-    pixels = rng.host(seed, "test clip").integers(0, 255, (frames, height // 8, width // 8, 3), np.uint8)
+    pixels = rng.make_generator(seed, "test clip").integers(0, 255, (frames, height // 8, width // 8, 3), np.uint8)
     return Clip(frames=pixels.repeat(8, 1).repeat(8, 2), fps=12)
 
 
@@ -43,7 +43,7 @@ def with_noise(encoded: bytes) -> bytes:
     """The middle fifth of the pictures' bytes replaced."""
     start = encoded.index(b"mdat") + 4
     first, length = start + (len(encoded) - start) * 2 // 5, (len(encoded) - start) // 5
-    noise = rng.host(0, "noise").bytes(length)
+    noise = rng.make_generator(0, "noise").bytes(length)
     return encoded[:first] + noise + encoded[first + length :]
 
 
@@ -203,7 +203,7 @@ def test_a_file_named_as_the_shot_of_another(tmp_path):
 
 def mutate(encoded: bytes, other: bytes, seed: int) -> bytes:
     """Bytes flipped, a piece cut out, the end cut off, a piece of another file put in, or noise over a piece."""
-    generator = rng.host(seed, "mutation")
+    generator = rng.make_generator(seed, "mutation")
     data = bytearray(encoded)
     for _ in range(int(generator.integers(1, 4))):
         at = int(generator.integers(0, len(data)))

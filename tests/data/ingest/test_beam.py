@@ -19,7 +19,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import IngestConfig, ingest, workers
 from dit_video.data.records import builder
-from dit_video.data.records.cluster import Beam
+from dit_video.data.records.cluster import BeamOptions
 from dit_video.video import Clip
 from support.devices import HANG
 
@@ -34,7 +34,7 @@ def how(monkeypatch):
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
     monkeypatch.setattr(sys, "argv", sys.argv[:1])  # Beam reads them
-    return Beam(runner=FnApiRunner(), options=PipelineOptions([]))
+    return BeamOptions(runner=FnApiRunner(), options=PipelineOptions([]))
 
 
 @pytest.fixture

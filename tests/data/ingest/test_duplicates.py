@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest.duplicates import BANDED, drop_duplicates
+from dit_video.data.ingest.duplicates import MAX_BANDED_DISTANCE, drop_duplicates
 
 
 def brute_force(hashes, distance):
@@ -38,12 +38,12 @@ def families(draw):
 
 
 @settings(max_examples=300, deadline=None)
-@given(families(), st.sampled_from([0, 1, 2, 3, 5, 6, BANDED, BANDED + 1, 20, 63, 64]))
+@given(families(), st.sampled_from([0, 1, 2, 3, 5, 6, MAX_BANDED_DISTANCE, MAX_BANDED_DISTANCE + 1, 20, 63, 64]))
 def test_equals_all_pairs(hashes, distance):
     assert drop_duplicates(hashes, distance=distance) == brute_force(hashes, distance)
 
 
-@pytest.mark.parametrize("distance", [0, 4, BANDED, BANDED + 1])
+@pytest.mark.parametrize("distance", [0, 4, MAX_BANDED_DISTANCE, MAX_BANDED_DISTANCE + 1])
 def test_equals_all_pairs_among_many(distance):
     generator = np.random.default_rng(distance)
     parents = generator.integers(0, 2**64, (200, 2), np.uint64)

@@ -108,7 +108,7 @@ def test_splits(tmp_path):
 
 
 def test_order_of_splits():
-    assert builder.in_order(["test", "extra", "validation", "train", "test", "a"]) == [
+    assert builder.sort_splits(["test", "extra", "validation", "train", "test", "a"]) == [
         "train",
         "validation",
         "test",
@@ -214,10 +214,10 @@ def test_shards_keep_the_order(clips, tmp_path, monkeypatch):
 
 
 def test_how_many_shards():
-    assert builder.shards_of(10, 0) == 1
-    assert builder.shards_of(10, builder.SHARD_BYTES) == 10
-    assert builder.shards_of(3, 10 * builder.SHARD_BYTES) == 3
-    assert builder.shards_of(1000, builder.SHARD_BYTES // 100) == 10
+    assert builder.count_shards(10, 0) == 1
+    assert builder.count_shards(10, builder.SHARD_BYTES) == 10
+    assert builder.count_shards(3, 10 * builder.SHARD_BYTES) == 3
+    assert builder.count_shards(1000, builder.SHARD_BYTES // 100) == 10
 
 
 def test_many_references_are_written_without_tensorflow(tmp_path, monkeypatch):

@@ -14,9 +14,9 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import IngestConfig, Listed, ScreeningConfig, ingest, workers
-from dit_video.data.ingest.inspection import Inspected, InspectionConfig
-from dit_video.data.ingest.journal import FILE, PARTS, Journal, Part, read_parts
+from dit_video.data.ingest import IngestConfig, ListedClip, ScreeningConfig, ingest, workers
+from dit_video.data.ingest.inspection import Inspection, InspectionConfig
+from dit_video.data.ingest.journal import JOURNAL_FILE, PARTS_FOLDER, Journal, JournalPart, read_parts
 from dit_video.video import Clip
 from support.devices import HANG, wait_until
 
@@ -50,7 +50,7 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_lost_workers_name_their_clips(tmp_path, log, monkeypatch):
     # The others may take as long as a busy machine needs.
-    monkeypatch.setattr(workers, "limit_of", lambda clip, limit: limit if "hang" in clip.name else HANG)
+    monkeypatch.setattr(workers, "compute_time_limit", lambda clip, limit: limit if "hang" in clip.name else HANG)
     names = ["a.mp4", "b_killed.mp4", "c_once.mp4", "d_crash.mp4", "e_raise.mp4", "f_hang.mp4", "g.mp4"]
     write_clips(tmp_path / "clips", *names)
     report = ingest(tmp_path / "clips", tmp_path / "out", config=IngestConfig(time_limit=3), workers=2)
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log):
     before = log.read_text().split()
     assert 4 <= len(before) < 7
     assert not out.exists()
-    with (tmp_path / "out.ingest" / FILE).open("ab") as journal:
+    with (tmp_path / "out.ingest" / JOURNAL_FILE).open("ab") as journal:
         journal.write(b'{"clip": "torn')
     seen = []
     ingest(clips, out, workers=1, progress=lambda done, total: seen.append(done))
@@ -201,14 +201,14 @@ def journal_of(folder, config=ScreeningConfig()):  # noqa: B008
 def test_journal(tmp_path):
     path = tmp_path / "clip"
     path.write_text("x")
-    clip = Listed("clip", (), 1, str(path))
-    verdict = Inspected("", "00", (), (("clip#1", "too short"),), modified=path.stat().st_mtime_ns)
+    clip = ListedClip("clip", (), 1, str(path))
+    verdict = Inspection("", "00", (), (("clip#1", "too short"),), modified=path.stat().st_mtime_ns)
     with journal_of(tmp_path / "work") as journal:
         assert journal.get(clip) is None
         journal.put(clip, verdict)
         with pytest.raises(UserError, match="another process"):
             journal_of(tmp_path / "work")
-    with (tmp_path / "work" / FILE).open("ab") as file:
+    with (tmp_path / "work" / JOURNAL_FILE).open("ab") as file:
         file.write(b'not json\n{"clip": 3}\n[]\n{"torn": ')
     with journal_of(tmp_path / "work") as journal:
         assert journal.get(clip) == verdict
@@ -226,7 +226,7 @@ def test_journal(tmp_path):
     os.utime(path, ns=(1, 1))
     with journal_of(tmp_path / "work") as journal:
         assert journal.get(clip) is None
-        journal.put(clip, verdict._replace(reason="no memory", passing=True, modified=1))
+        journal.put(clip, verdict._replace(reason="no memory", transient=True, modified=1))
     with journal_of(tmp_path / "work") as journal:
         assert journal.get(clip) is None
         journal.put(clip, verdict._replace(modified=1))
@@ -239,20 +239,20 @@ def test_parts_of_a_journal(tmp_path):
     clips = []
     for name in ("a", "b", "c"):
         (tmp_path / name).write_text("x")
-        clips.append(Listed(name, (), 1, str(tmp_path / name)))
-    verdicts = [Inspected("", name, modified=(tmp_path / name).stat().st_mtime_ns) for name in ("a", "b")]
-    failed = Inspected("cannot be read", passing=True)
+        clips.append(ListedClip(name, (), 1, str(tmp_path / name)))
+    verdicts = [Inspection("", name, modified=(tmp_path / name).stat().st_mtime_ns) for name in ("a", "b")]
+    failed = Inspection("cannot be read", transient=True)
     with journal_of(tmp_path / "work") as journal:
-        parts = [Part(tmp_path / "work", journal.settings) for _ in range(2)]
+        parts = [JournalPart(tmp_path / "work", journal.settings) for _ in range(2)]
         parts[0].put(clips[0], verdicts[0])
         parts[1].put(clips[1], failed)
         assert read_parts(tmp_path / "work", journal.settings, clips) == [verdicts[0], failed, None]
         parts[0].put(clips[1], verdicts[1])
-    with next((tmp_path / "work" / PARTS).iterdir()).open("ab") as file:
+    with next((tmp_path / "work" / PARTS_FOLDER).iterdir()).open("ab") as file:
         file.write(b'{"clip": "torn')
     with journal_of(tmp_path / "work") as journal:
         assert [journal.get(clip) for clip in clips] == [*verdicts, None]
-    assert list((tmp_path / "work" / PARTS).iterdir()) == []
+    assert list((tmp_path / "work" / PARTS_FOLDER).iterdir()) == []
     with journal_of(tmp_path / "work") as journal:
         assert [journal.get(clip) for clip in clips] == [*verdicts, None]
 
@@ -263,12 +263,12 @@ def test_a_verdict_comes_back_from_the_journal_whole(tmp_path):
     size = (tmp_path / "a.mp4").stat().st_size
     config = ScreeningConfig(min_motion=0, max_letterbox=1, duplicates=6, min_sharpness=0, max_black=1, max_frozen=1)
     with workers.Workers(1, InspectionConfig(screening=config), 60) as processes:
-        ((number, verdict),) = processes.inspect([(5, Listed("a.mp4", ("x",), size, str(tmp_path / "a.mp4")))])
+        ((number, verdict),) = processes.inspect([(5, ListedClip("a.mp4", ("x",), size, str(tmp_path / "a.mp4")))])
     assert number == 5
     (shot,) = verdict.shots
     assert shot.hash is not None
     assert shot.letterbox is not None
-    assert Inspected.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
+    assert Inspection.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
     assert type(shot.letterbox).__name__ == "Borders"
 
 
@@ -298,8 +298,8 @@ def test_a_full_disk(tmp_path, kind):
             ingest(tmp_path / "clips", disk / "out")
         assert "\n" not in str(raised.value)
         assert [path.name for path in disk.iterdir()] == ["out.ingest"]
-        assert [path.name for path in (disk / "out.ingest").iterdir()] == [FILE]
-        assert len((disk / "out.ingest" / FILE).read_text().splitlines()) == 1
+        assert [path.name for path in (disk / "out.ingest").iterdir()] == [JOURNAL_FILE]
+        assert len((disk / "out.ingest" / JOURNAL_FILE).read_text().splitlines()) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         if mounted:
@@ -309,8 +309,8 @@ def test_a_full_disk(tmp_path, kind):
 
 
 def test_how_many_processes():
-    clips = [(number, Listed(str(number), (), 300_000, "")) for number in range(100)]
-    assert workers.worth(clips, 4) == 4
-    assert workers.worth(clips[:2], 4) == 1
-    assert workers.worth(clips[:8], 4) == 3
-    assert workers.limit_of(clips[0][1]._replace(size=1 << 30), 100) == 1100
+    clips = [(number, ListedClip(str(number), (), 300_000, "")) for number in range(100)]
+    assert workers.count_useful_processes(clips, 4) == 4
+    assert workers.count_useful_processes(clips[:2], 4) == 1
+    assert workers.count_useful_processes(clips[:8], 4) == 3
+    assert workers.compute_time_limit(clips[0][1]._replace(size=1 << 30), 100) == 1100

@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as arrays
 
 from dit_video.core import pixels
 from dit_video.data.ingest import measures, samples
-from dit_video.data.ingest.captions import caption_statistics
+from dit_video.data.ingest.captions import compute_caption_statistics
 from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.samples import Sample
+from dit_video.data.ingest.samples import FrameSample
 
 lumas = arrays.arrays(
     np.float64,
@@ -36,8 +36,8 @@ def test_luma_of_colours():
 
 @given(lumas, st.floats(-50, 50))
 def test_difference_of_a_brightened_picture(luma, change):
-    assert measures.difference(luma, luma) == 0
-    assert measures.difference(luma, luma + change) == pytest.approx(abs(change), abs=1e-9)
+    assert measures.mean_difference(luma, luma) == 0
+    assert measures.mean_difference(luma, luma + change) == pytest.approx(abs(change), abs=1e-9)
 
 
 def test_black_needs_nearly_all_pixels():
@@ -67,20 +67,20 @@ def test_borders_of_any_width(top, bottom, left, right):
     picture = np.full((64, 80), 100, np.uint8)
     picture[:top] = picture[64 - bottom :] = 16
     picture[:, :left] = picture[:, 80 - right :] = 0
-    found = measures.borders(picture)
+    found = measures.find_borders(picture)
     assert found == Borders(top, bottom, left, right)
-    assert found.share(64, 80) == pytest.approx((picture != 100).mean())
+    assert found.compute_area_share(64, 80) == pytest.approx((picture != 100).mean())
 
 
 def test_borders_pass_over_specks_and_stop_at_dark_scenes():
     picture = np.full((50, 200), 17, np.uint8)
     picture[:10] = 3
     picture[4, 7] = 255
-    assert measures.borders(picture) == Borders(10, 0, 0, 0)
+    assert measures.find_borders(picture) == Borders(10, 0, 0, 0)
     picture[4, :3] = 255
-    assert measures.borders(picture) == Borders(4, 0, 0, 0)
-    assert measures.borders(np.full((50, 200), 16, np.uint8)) is None
-    assert Borders(1, 2, 3, 4).share(50, 200) == pytest.approx(1 - 47 * 193 / 10_000)
+    assert measures.find_borders(picture) == Borders(4, 0, 0, 0)
+    assert measures.find_borders(np.full((50, 200), 16, np.uint8)) is None
+    assert Borders(1, 2, 3, 4).compute_area_share(50, 200) == pytest.approx(1 - 47 * 193 / 10_000)
 
 
 @given(st.integers(0, 1000))
@@ -114,58 +114,62 @@ def test_a_plain_picture_has_no_hash():
 
 
 def sample(steps=1, difference=0.0, *, black=False, sharpness=0.0, hash=None, borders=None):
-    return Sample(0, steps, difference, black, sharpness, hash, borders, 100, 200)
+    return FrameSample(0, steps, difference, black, sharpness, hash, borders, 100, 200)
 
 
 def test_motion_is_change_a_second():
     # 8 differences in 1 s; what came before the first sample is another shot's.
-    assert samples.motion([sample(difference=200.0), *[sample(difference=3.0)] * 8]) == pytest.approx(24)
+    assert samples.compute_motion([sample(difference=200.0), *[sample(difference=3.0)] * 8]) == pytest.approx(24)
     # The same change in pictures that are shown longer.
-    assert samples.motion([sample(4), sample(4, 12.0), sample(1, 12.0)]) == pytest.approx(24)
-    assert samples.motion([sample(difference=9.0)]) == 0
+    assert samples.compute_motion([sample(4), sample(4, 12.0), sample(1, 12.0)]) == pytest.approx(24)
+    assert samples.compute_motion([sample(difference=9.0)]) == 0
 
 
 def test_frozen_time():
     moving, still = sample(difference=5.0), sample(difference=0.1)
-    assert samples.frozen([moving] * 9) == 0
-    assert samples.frozen([moving, *[still] * 8, *[moving] * 8]) == pytest.approx(8 / 16)
-    assert samples.frozen([moving, *[still] * 7, *[moving] * 9]) == 0  # below a second
-    assert samples.frozen([moving, *[still] * 3]) == 1  # all of it
-    assert samples.frozen([moving, sample(9, 5.0), *[moving] * 7]) == pytest.approx(8 / 16)  # one frame, long shown
-    assert samples.frozen([sample(2, 5.0)] * 20) == 0  # four frames a second
-    assert samples.frozen([moving]) == 0
+    assert samples.compute_frozen_share([moving] * 9) == 0
+    assert samples.compute_frozen_share([moving, *[still] * 8, *[moving] * 8]) == pytest.approx(8 / 16)
+    assert samples.compute_frozen_share([moving, *[still] * 7, *[moving] * 9]) == 0  # below a second
+    assert samples.compute_frozen_share([moving, *[still] * 3]) == 1  # all of it
+    assert samples.compute_frozen_share([moving, sample(9, 5.0), *[moving] * 7]) == pytest.approx(
+        8 / 16
+    )  # one frame, long shown
+    assert samples.compute_frozen_share([sample(2, 5.0)] * 20) == 0  # four frames a second
+    assert samples.compute_frozen_share([moving]) == 0
 
 
 def test_black_time_is_weighted():
-    assert samples.black([sample(3, black=True), sample(1)]) == pytest.approx(0.75)
+    assert samples.compute_black_share([sample(3, black=True), sample(1)]) == pytest.approx(0.75)
 
 
 def test_sharpness_is_of_pictures_that_are_not_black():
     values = [sample(sharpness=value) for value in (1.0, 50.0, 900.0)]
-    assert samples.sharpness([*values, *[sample(black=True, sharpness=0.0)] * 9]) == 50
-    assert samples.sharpness([sample(black=True)]) == 0
+    assert samples.compute_median_sharpness([*values, *[sample(black=True, sharpness=0.0)] * 9]) == 50
+    assert samples.compute_median_sharpness([sample(black=True)]) == 0
 
 
 def test_letterbox_is_what_nine_pictures_of_ten_have():
     barred, subtitled = sample(borders=Borders(10, 12, 0, 0)), sample(borders=Borders(10, 2, 0, 0))
     black = sample(black=True)
-    assert samples.letterbox([barred] * 19 + [subtitled] + [black] * 9, 100, 200) == Borders(10, 12, 0, 0)
-    assert samples.letterbox([barred] * 8 + [subtitled] * 2, 100, 200) == Borders(10, 2, 0, 0)
-    assert samples.letterbox([barred], 50, 300) == Borders(5, 6, 0, 0)  # shown at another size
-    assert samples.letterbox([black], 100, 200) == Borders(0, 0, 0, 0)
+    assert samples.find_letterbox([barred] * 19 + [subtitled] + [black] * 9, 100, 200) == Borders(10, 12, 0, 0)
+    assert samples.find_letterbox([barred] * 8 + [subtitled] * 2, 100, 200) == Borders(10, 2, 0, 0)
+    assert samples.find_letterbox([barred], 50, 300) == Borders(5, 6, 0, 0)  # shown at another size
+    assert samples.find_letterbox([black], 100, 200) == Borders(0, 0, 0, 0)
 
 
 def test_hashes_are_spread_over_the_clip():
     one_each = [sample(hash=number) for number in range(80)]
-    assert samples.hashes(one_each) == (9, 29, 49, 69)
-    assert samples.hashes([sample(70, hash=1), sample(10, hash=2)]) == (1, 1, 1, 1)
-    assert samples.hashes([sample(50, hash=1), sample(20, hash=None), sample(10, hash=2)]) == (1, 1, 1, 2)
-    assert samples.hashes([sample(hash=7)]) == (7, 7, 7, 7)
-    assert samples.hashes([sample(), sample()]) is None
+    assert samples.select_hashes(one_each) == (9, 29, 49, 69)
+    assert samples.select_hashes([sample(70, hash=1), sample(10, hash=2)]) == (1, 1, 1, 1)
+    assert samples.select_hashes([sample(50, hash=1), sample(20, hash=None), sample(10, hash=2)]) == (1, 1, 1, 2)
+    assert samples.select_hashes([sample(hash=7)]) == (7, 7, 7, 7)
+    assert samples.select_hashes([sample(), sample()]) is None
 
 
 def test_caption_statistics():
-    found = caption_statistics([("A dog runs.", "The dog's run"), (), ("a DOG runs.",), ("A dog runs.",), ("  ",)])
+    found = compute_caption_statistics(
+        [("A dog runs.", "The dog's run"), (), ("a DOG runs.",), ("A dog runs.",), ("  ",)]
+    )
     assert dataclasses.asdict(found) == {
         "clips": 5,
         "captions": 4,
@@ -181,9 +185,9 @@ def test_caption_statistics():
 
 
 def test_captions_long_and_none():
-    none = caption_statistics([(), ()])
+    none = compute_caption_statistics([(), ()])
     assert (none.captions, none.words, none.characters, none.frequent_words) == (0, None, None, ())
-    long = caption_statistics([("word " * 20_000,)] * 2)
+    long = compute_caption_statistics([("word " * 20_000,)] * 2)
     assert long.characters.most == 100_000
     assert long.words.most == 20_000
     assert long.repeated == (("word " * 40 + "…", 2),)
@@ -191,10 +195,10 @@ def test_captions_long_and_none():
 
 @given(st.lists(st.lists(st.text(max_size=20), max_size=4).map(tuple), max_size=12))
 def test_caption_statistics_add_up_and_are_json(captions):
-    found = caption_statistics(captions)
+    found = compute_caption_statistics(captions)
     assert sum(count for _, count in found.per_clip) == found.clips == len(captions)
     assert sum(number * count for number, count in found.per_clip) == found.captions
     assert sum(count - 1 for _, count in found.repeated) <= found.captions - found.distinct
     text = json.dumps(dataclasses.asdict(found), ensure_ascii=True)
     # The order of clips doesn't matter.
-    assert text == json.dumps(dataclasses.asdict(caption_statistics(captions[::-1])), ensure_ascii=True)
+    assert text == json.dumps(dataclasses.asdict(compute_caption_statistics(captions[::-1])), ensure_ascii=True)

@@ -91,7 +91,7 @@ def test_facts_are_as_probed(kind, monkeypatch):
     for name in ("frames", "fps", "seconds", "height", "width", "codec", "start", "name"):
         assert getattr(measured, name) == getattr(expected, name), name
     # Nothing is measured, and no picture is made, where no step asks for it.
-    monkeypatch.setattr(quality_filter, "Pictures", None)
+    monkeypatch.setattr(quality_filter, "ThumbnailMaker", None)
     screened = screen(content, "clip", ScreeningConfig())
     assert (screened.shots, screened.dropped) == ((expected,), ())
     assert only(content, ScreeningConfig(min_size=2, max_seconds=3)) == expected
@@ -110,7 +110,7 @@ def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
             if len(frames) % 10 == 1:
                 alive.append(sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()))
 
-        return probe(encoded, see=look)
+        return probe(encoded, on_frame=look)
 
     monkeypatch.setattr(quality_filter, "probe", counted)
     gc.collect()
@@ -169,7 +169,7 @@ def test_letterbox_in_pixels_as_shown():
     # Clockwise: what was on the left is above, what was below is on the left.
     np.testing.assert_allclose(only(rotated(content)).letterbox, (6, 0, 10, 12), atol=1)
     share = 1 - 68 * 154 / (90 * 160)
-    assert shot.letterbox.share(90, 160) == pytest.approx(share, abs=0.02)
+    assert shot.letterbox.compute_area_share(90, 160) == pytest.approx(share, abs=0.02)
     assert only(content, ScreeningConfig(max_letterbox=share + 0.03)).letterbox == shot.letterbox
     assert screen(content, "a", ScreeningConfig(max_letterbox=share - 0.03)).dropped[0][1].startswith("letterbox 0.2")
     assert only(mp4(drifting(8))).letterbox == Borders(0, 0, 0, 0)

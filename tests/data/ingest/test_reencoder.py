@@ -13,17 +13,17 @@ import pytest
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import IngestConfig, IngestReport, Reencode, ScreeningConfig, engine, ingest, reencoder
-from dit_video.data.ingest.formats import Listed, list_clips
+from dit_video.data.ingest import IngestConfig, IngestReport, ReencodeConfig, ScreeningConfig, engine, ingest, reencoder
+from dit_video.data.ingest.formats import ListedClip, list_clips
 from dit_video.data.ingest.inspection import InspectionConfig, inspect
-from dit_video.data.ingest.reencoder import _fitted
+from dit_video.data.ingest.reencoder import _fit_size
 from dit_video.data.records import builder
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode, encode, probe
-from dit_video.video.encode import Shown, encode_jpeg, encode_shown
+from dit_video.video.encode import TimedPicture, encode_jpeg, encode_timed
 
-LIMITS = Reencode(max_pixels=48 * 64, fps=8, crf=10)
+LIMITS = ReencodeConfig(max_pixels=48 * 64, fps=8, crf=10)
 
 
 def smooth(frames: int, height: int, width: int) -> np.ndarray:
@@ -61,8 +61,10 @@ def sources() -> dict[str, bytes]:
         "small.jpg": encode_jpeg(smooth(1, 40, 60)[0]),
         "small.mp4": encode(Clip(frames=smooth(6, 48, 64), fps=8), "mp4"),
         "upright.mp4": turned(encode(Clip(frames=smooth(6, 96, 128), fps=8), "mp4")),
-        "varying.mp4": encode_shown(
-            [Shown(time, 0.5, picture) for time, picture in zip(varying, smooth(5, 96, 128), strict=True)], 3, crf=10
+        "varying.mp4": encode_timed(
+            [TimedPicture(time, 0.5, picture) for time, picture in zip(varying, smooth(5, 96, 128), strict=True)],
+            3,
+            crf=10,
         ),
     }
 
@@ -103,13 +105,13 @@ def test_what_is_over_a_limit_is_stored_anew(made):
     assert codecs == {name: images.get(name, "h264") for name in stored}
     for name, (content, info) in stored.items():
         facts = probe(content)
-        assert (info.fps, info.seconds) == (pytest.approx(facts.fps), pytest.approx(facts.seconds)), name
+        assert (info.fps, info.seconds) == (pytest.approx(facts.fps), pytest.approx(facts.last_time)), name
         fps = 8 if name == "fast.mp4" else None
         expected = decode(before[name], size=Grid(info.frames, info.height, info.width), fps=fps).frames
         errors = ((decode(content).frames.astype(float) - expected) ** 2).mean(axis=(1, 2, 3))
         assert errors.max() < 255**2 / 10**3.6, name  # 36 dB
     times: list[float] = []
-    probe(stored["varying.mp4"][0], see=lambda time, _: times.append(time))
+    probe(stored["varying.mp4"][0], on_frame=lambda time, _: times.append(time))
     assert times == pytest.approx([0.0, 0.1, 0.5, 0.55, 2.0], abs=1e-5)
     assert (
         decode(stored["picture.png"][0]).frames.tobytes()
@@ -154,7 +156,7 @@ def test_the_same_bytes_by_beam(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", sys.argv[:1])  # Beam reads them
     root, report = made
-    how = builder.Beam(runner=FnApiRunner(), options=PipelineOptions([]))
+    how = builder.BeamOptions(runner=FnApiRunner(), options=PipelineOptions([]))
     again = ingest(root / "clips", tmp_path / "again", config=IngestConfig(reencode=LIMITS), beam=how)
     assert again == report
     first, second = ClipSource(root / "data"), ClipSource(tmp_path / "again")
@@ -165,7 +167,7 @@ def test_the_same_bytes_by_beam(made, tmp_path, monkeypatch):
 def test_another_option_is_another_data_set(made):
     root, _ = made
     assert ingest(root / "clips", root / "data", config=IngestConfig(reencode=LIMITS)).reused
-    for other in (Reencode(), dataclasses.replace(LIMITS, crf=11), Reencode(max_pixels=48 * 64)):
+    for other in (ReencodeConfig(), dataclasses.replace(LIMITS, crf=11), ReencodeConfig(max_pixels=48 * 64)):
         with pytest.raises(UserError, match="holds another data set"):
             ingest(root / "clips", root / "data", config=IngestConfig(reencode=other))
 
@@ -189,7 +191,7 @@ def test_a_killed_run_does_not_do_it_again(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.Workers, "inspect", inspected)
     monkeypatch.setattr(engine, "_write", killed)
     for crf in (30, 30, 31):
-        config = IngestConfig(reencode=Reencode(max_pixels=48 * 64, crf=crf))
+        config = IngestConfig(reencode=ReencodeConfig(max_pixels=48 * 64, crf=crf))
         with pytest.raises(KeyboardInterrupt):
             ingest(tmp_path / "clips", tmp_path / "out", config=config)
     assert asked == [names, [], names]
@@ -222,7 +224,7 @@ def test_shots_begin_where_they_did(tmp_path):
         (None, [0, 13 / 24, 30 / 24, 42 / 24], lengths),
         (8, [0, 5 / 8, 10 / 8, 14 / 8], [5, 5, 4, 10]),
     ):
-        config = IngestConfig(screening=screening, reencode=Reencode(max_pixels=48 * 64, fps=fps))
+        config = IngestConfig(screening=screening, reencode=ReencodeConfig(max_pixels=48 * 64, fps=fps))
         report = ingest(tmp_path / "clips", tmp_path / f"out{fps}", config=config)
         source = ClipSource(tmp_path / f"out{fps}")
         assert (report.usable, report.usable_files, report.reencoded) == (4, 1, 1)
@@ -239,19 +241,19 @@ def test_a_shot_between_two_sampling_times_is_dropped(tmp_path):
     frames = np.concatenate([np.full((n, 48, 64, 3), level, np.uint8) for n, level in ((13, 20), (6, 220), (24, 90))])
     (tmp_path / "a.mp4").write_bytes(encode(Clip(frames=frames, fps=24), "mp4"))
     screening = ScreeningConfig(shots="content", min_shot=0.2)
-    config = IngestConfig(screening=screening, reencode=Reencode(fps=1))
+    config = IngestConfig(screening=screening, reencode=ReencodeConfig(fps=1))
     report = ingest(tmp_path, tmp_path.with_name("out"), config=config)
     assert report.dropped == (("a.mp4#1", "shot of 0.25 s lies between two frames at 1 fps"),)
     assert [info.name for info in ClipSource(tmp_path.with_name("out")).infos] == ["a.mp4#0", "a.mp4#2"]
 
 
-def one(folder: Path, name: str, content: bytes) -> Listed:
+def one(folder: Path, name: str, content: bytes) -> ListedClip:
     (folder / name).write_bytes(content)
     return next(clip for clip in list_clips(folder).clips if clip.name == name)
 
 
 def test_what_cannot_be_stored_anew_is_quarantined(tmp_path, monkeypatch):
-    config = InspectionConfig(reencode=Reencode(max_pixels=1000), folder=str(tmp_path / "anew"))
+    config = InspectionConfig(reencode=ReencodeConfig(max_pixels=1000), folder=str(tmp_path / "anew"))
     wide = one(tmp_path, "wide.png", encode(Clip(frames=np.zeros((1, 2, 60_000, 3), np.uint8), fps=1), "png"))
     assert inspect(wide, config).reason == "frames of 2x60000 cannot be shrunk to 1000 pixels at their aspect ratio"
     large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
@@ -268,7 +270,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path):
     """A full disk is not the clip's fault."""
     large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
     (tmp_path / "file").write_bytes(b"")
-    config = InspectionConfig(reencode=Reencode(max_pixels=1000), folder=str(tmp_path / "file" / "anew"))
+    config = InspectionConfig(reencode=ReencodeConfig(max_pixels=1000), folder=str(tmp_path / "file" / "anew"))
     with pytest.raises(UserError, match=r"anew/.*\.mp4 cannot be written \(Not a directory\)"):
         inspect(large, config)
 
@@ -287,14 +289,14 @@ def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path):
     ],
 )
 def test_sizes(size, most, step, expected):
-    assert _fitted(*size, most, step) == expected
+    assert _fit_size(*size, most, step) == expected
 
 
 def test_sizes_keep_their_shape():
     generator = np.random.default_rng(0)
     for _ in range(500):
         height, width, most = (int(value) for value in generator.integers((64, 64, 4096), (4000, 4000, 400_000)))
-        fitted = _fitted(height, width, most, 2)
+        fitted = _fit_size(height, width, most, 2)
         scale = max(fitted) / max(height, width)
         assert fitted[0] * fitted[1] <= most
         assert all(side % 2 == 0 for side in fitted)
@@ -306,18 +308,18 @@ def test_sizes_keep_their_shape():
 @pytest.mark.parametrize("wrong", [{"max_pixels": 3}, {"fps": 0}, {"fps": float("inf")}, {"crf": -1}, {"crf": 52}])
 def test_options_out_of_range(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
-        Reencode(**wrong)
+        ReencodeConfig(**wrong)
 
 
 def test_too_narrow():
     with pytest.raises(DecodeError, match="at their aspect ratio"):
-        _fitted(4, 4000, 1000, 2)
+        _fit_size(4, 4000, 1000, 2)
 
 
 def test_the_verdict_comes_back_from_the_journal(tmp_path):
     large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
-    verdict = inspect(large, InspectionConfig(reencode=Reencode(max_pixels=1000), folder=str(tmp_path / "anew")))
+    verdict = inspect(large, InspectionConfig(reencode=ReencodeConfig(max_pixels=1000), folder=str(tmp_path / "anew")))
     assert verdict.stored is not None
     assert type(verdict).from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
-    assert verdict.stored.lies_in(tmp_path / "anew")
-    assert not verdict.stored.lies_in(tmp_path)
+    assert verdict.stored.is_in(tmp_path / "anew")
+    assert not verdict.stored.is_in(tmp_path)

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from dit_video.data.clips import ClipInfo
-from dit_video.data.ingest.formats.listed import quoted
-from dit_video.data.ingest.report import IngestReport, summarise
+from dit_video.data.ingest.formats.listed import quote_name
+from dit_video.data.ingest.report import IngestReport, make_report
 
 
 def info(name, height, width, frames, fps, captions=("x",), split="train"):
@@ -31,7 +31,7 @@ GIVEN = {
 
 
 def test_histograms():
-    report = summarise(INFOS, ["h264", "h264", "png", "vp9"], **GIVEN)
+    report = make_report(INFOS, ["h264", "h264", "png", "vp9"], **GIVEN)
     assert (report.usable, report.frames, report.uncaptioned) == (4, 20_331, 1)
     assert report.seconds == pytest.approx(1 + 10 + 0 + 800)
     assert report.splits == {"train": 3, "test": 1}
@@ -61,10 +61,10 @@ def test_histograms():
 def test_reasons_that_differ_in_numbers_and_names_are_of_one_kind():
     names = ["a.mp4", "it's.mp4", 'say "x".mp4', "both'\".mp4", "\udce9.mp4", "a b\n日本.mp4"]
     rejected = [
-        ("x", f"links to {quoted(name)}, {1.5 * number:g}e-05 of 1,000 bytes") for number, name in enumerate(names)
+        ("x", f"links to {quote_name(name)}, {1.5 * number:g}e-05 of 1,000 bytes") for number, name in enumerate(names)
     ]
     rejected += [("x", "ffmpeg doesn't read it and can't"), ("x", "convert it to H.264")]
-    report = summarise(INFOS, [], **{**GIVEN, "rejected": tuple(rejected), "files": 15})
+    report = make_report(INFOS, [], **{**GIVEN, "rejected": tuple(rejected), "files": 15})
     assert report.reasons["rejected"] == {
         "links to '…', N of N bytes": 6,
         "convert it to H.264": 1,
@@ -74,11 +74,11 @@ def test_reasons_that_differ_in_numbers_and_names_are_of_one_kind():
 
 def test_counts_that_do_not_add_up():
     with pytest.raises(AssertionError, match="9 files came in, and 8"):
-        summarise(INFOS, [], **{**GIVEN, "files": 9})
+        make_report(INFOS, [], **{**GIVEN, "files": 9})
 
 
 def test_written_and_read(tmp_path):
-    report = summarise(INFOS, ["h264"], **GIVEN)
+    report = make_report(INFOS, ["h264"], **GIVEN)
     report.write(tmp_path)
     again = IngestReport.read(tmp_path)
     assert dataclasses.replace(again, captions={}) == dataclasses.replace(report, captions={})

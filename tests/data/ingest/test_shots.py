@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.quality_filter import ScreeningConfig, screen
-from dit_video.data.ingest.shots import Cuts, Span, spans
+from dit_video.data.ingest.shots import CutDetector, Span, split_at_cuts
 from dit_video.video import Clip, decode, encode
 
 COLOURS = [(90, 10, 10), (120, 230, 140), (20, 30, 120), (250, 240, 120)]
@@ -35,10 +35,10 @@ def test_a_missing_package_is_one_line(monkeypatch):
 @given(st.lists(st.integers(1, 50)), st.integers(1, 60))
 def test_spans_cover_every_frame_once(cuts, more):
     frames = max([0, *cuts]) + more
-    found = spans(cuts, frames)
+    found = split_at_cuts(cuts, frames)
     assert [number for span in found for number in range(span.first, span.stop)] == list(range(frames))
     assert {span.first for span in found} == {0, *cuts}
-    assert spans([], 3) == (Span(0, 3),)
+    assert split_at_cuts([], 3) == (Span(0, 3),)
 
 
 @pytest.fixture(params=["content", "adaptive"])
@@ -48,10 +48,10 @@ def detector(request):
 
 
 def test_cuts_are_found_to_the_frame(detector):
-    cuts = Cuts(detector)
+    cuts = CutDetector(detector)
     for picture in scenes(7, 11, 9, 5):
-        cuts.see(picture)
-    assert cuts.numbers == [7, 18, 27]
+        cuts.add_frame(picture)
+    assert cuts.frame_numbers == [7, 18, 27]
 
 
 def test_a_file_without_a_cut_is_one_clip_of_its_own_name(detector):

@@ -13,7 +13,7 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import IngestConfig, ingest, workers
-from dit_video.data.ingest.journal import FILE
+from dit_video.data.ingest.journal import JOURNAL_FILE
 from dit_video.video import Clip
 
 HERE = Path(__file__).parents[2] / "support" / "programs"
@@ -59,7 +59,7 @@ def test_they_are_quarantined_apart_and_tried_again_when_asked(tmp_path, log):
     assert list(reasons) == ["b_unreadable.mp4", "c_memory.mp4", "e_own.mp4", "f_always_rewritten.mp4"]
     assert report.passing == ("b_unreadable.mp4", "c_memory.mp4", "f_always_rewritten.mp4")
     assert log.read_text().split() == ["a.mp4", "c_memory.mp4", "d.mp4", "e_own.mp4", "c_memory.mp4"]
-    kept = [json.loads(line)["clip"] for line in (tmp_path / "out.ingest" / FILE).read_text().splitlines()]
+    kept = [json.loads(line)["clip"] for line in (tmp_path / "out.ingest" / JOURNAL_FILE).read_text().splitlines()]
     assert [json.loads(key)[1] for key in kept] == ["a.mp4", "d.mp4", "e_own.mp4"]
 
     before = digests(out)

@@ -10,9 +10,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.core.storage import place
-from dit_video.data.latents.cache import LatentExample, LatentSource, LeftOut, identity_hash
-from dit_video.data.latents.writer import LatentFiles, write_latents
+from dit_video.core.storage import to_storage_path
+from dit_video.data.latents.cache import LatentExample, LatentSource, Skipped, hash_identity
+from dit_video.data.latents.writer import LatentWriter, write_latents
 from dit_video.tokens import Grid
 
 
@@ -55,10 +55,10 @@ def test_what_stands_beside_latents_is_read_as_it_was_written(tmp_path):
     for index, one in enumerate(given):
         np.testing.assert_array_equal(source[index], one.latents)
         np.testing.assert_array_equal(source.shown(index), one.shown)
-        np.testing.assert_array_equal(source.image(index), one.image)
+        np.testing.assert_array_equal(source.read_image(index), one.image)
     write_latents(tmp_path / "plain", examples(), identity="x")
     plain = LatentSource(tmp_path / "plain")
-    assert (plain.shown(0), plain.image(0), plain.image_shape) == (None, None, None)
+    assert (plain.shown(0), plain.read_image(0), plain.image_shape) == (None, None, None)
     for changed in ({"image": None}, {"image": np.zeros((4, 6), np.float32)}, {"shown": None}):
         with pytest.raises(UserError, match=r"1\.mp4 has image conditioning .*Encode all clips with the same options"):
             write_latents(tmp_path / "m", [given[0], given[1]._replace(**changed)], identity="x")
@@ -75,7 +75,7 @@ def test_another_identity_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"autoencoder-1, but autoencoder-2 was requested"):
         LatentSource(tmp_path / "l", identity="autoencoder-2")
     assert LatentSource(tmp_path / "l").identity == "autoencoder-1"
-    assert identity_hash({"a": 1, "b": 2}) == identity_hash({"b": 2, "a": 1}) != identity_hash({"a": 1, "b": 3})
+    assert hash_identity({"a": 1, "b": 2}) == hash_identity({"b": 2, "a": 1}) != hash_identity({"a": 1, "b": 3})
     # Long identities are told apart by their hash, and of a mapping each part is compared that is asked for.
     long = {"autoencoder": {"configuration": "x" * 100, "step": 1}, "text": "encoder-1"}
     write_latents(tmp_path / "m", examples(), identity=long)
@@ -147,7 +147,7 @@ def test_every_caption_is_kept_and_views_are_grouped_by_their_clip(tmp_path):
     assert source.captions == ("one", "", "one", "three")
     assert source.clips == ("a", "b", "a", "c")
     assert source.groups == (0, 1, 0, 2)
-    assert (source.text_width, source.empty_text, source.left_out) == (0, None, ())
+    assert (source.text_width, source.empty_text, source.skipped) == (0, None, ())
 
 
 def test_embeddings_are_kept_with_their_lengths(tmp_path):
@@ -161,7 +161,7 @@ def test_embeddings_are_kept_with_their_lengths(tmp_path):
     assert source.text_lengths == ((3, 1), (), (2,))
     for index, of_example in enumerate(texts):
         for caption, expected in enumerate(of_example):
-            np.testing.assert_array_equal(source.text(index, caption), expected)
+            np.testing.assert_array_equal(source.read_text(index, caption), expected)
     for wrong, message in (
         ((texts[0][0],), "2 captions and 1 embeddings"),
         ((texts[0][0], texts[0][1][:, :4]), r"shape \[1, 4\]"),
@@ -172,13 +172,13 @@ def test_embeddings_are_kept_with_their_lengths(tmp_path):
 
 
 def in_three_files(folder):
-    files = LatentFiles(folder=place(folder), identity="x", files=3, dtype="float32")
-    of_file = [list(examples(2)), [LeftOut("bad.mp4", "it is damaged")], list(examples(3))]
+    files = LatentWriter(folder=to_storage_path(folder), identity="x", num_files=3, dtype="float32")
+    of_file = [list(examples(2)), [Skipped("bad.mp4", "it is damaged")], list(examples(3))]
     for number in (2, 0, 1):
-        assert files.done(number) is None
+        assert files.count_examples(number) is None
         assert not files.finish()
         files.write(number, of_file[number])
-        assert files.done(number) == len(of_file[number])
+        assert files.count_examples(number) == len(of_file[number])
     assert files.finish()
     return [*of_file[0], *of_file[2]]
 
@@ -188,7 +188,7 @@ def test_files_are_a_tfds_data_set_be_one_of_them_empty(tmp_path):
     records = tfds.builder_from_directory(tmp_path / "l").as_data_source("train")
     assert [record["name"].decode() for record in records] == [example.name for example in expected]
     source = LatentSource(tmp_path / "l")
-    assert source.left_out == (LeftOut("bad.mp4", "it is damaged"),)
+    assert source.skipped == (Skipped("bad.mp4", "it is damaged"),)
     for index, example in enumerate(expected):
         np.testing.assert_array_equal(source[index], example.latents)
 
@@ -212,8 +212,8 @@ def test_latents_may_lie_at_an_address(memory, tmp_path):
     with pytest.raises(UserError, match="y was requested"):
         LatentSource(address, identity="y")
     # What is written there again is read again.
-    place(address).rmdir(recursive=True)
-    files = LatentFiles(folder=place(address), identity="y", files=1, dtype="float32")
+    to_storage_path(address).rmdir(recursive=True)
+    files = LatentWriter(folder=to_storage_path(address), identity="y", num_files=1, dtype="float32")
     files.write(0, [example._replace(latents=example.latents + 1) for example in expected])
     assert files.finish()
     again = LatentSource(address, identity="y", cache=tmp_path / "cache")
@@ -221,7 +221,7 @@ def test_latents_may_lie_at_an_address(memory, tmp_path):
     with pytest.raises(MissingError, match="no folder of latents at memory://bucket/nothing"):
         LatentSource(f"{memory}/nothing")
     with pytest.raises(UserError, match="other options"):
-        LatentFiles(folder=place(address), identity="y", files=4, dtype="float32")
+        LatentWriter(folder=to_storage_path(address), identity="y", num_files=4, dtype="float32")
     with pytest.raises(UserError, match="is an address"):
         write_latents(f"{memory}/more", examples(), identity="x")
 
@@ -230,7 +230,7 @@ def test_a_file_that_cannot_be_copied_here_is_no_damaged_record(memory):
     in_three_files(f"{memory}/latents")
     source = LatentSource(f"{memory}/latents")
     source[0]
-    (file,) = place(f"{memory}/latents").glob("*-00002-of-00003")
+    (file,) = to_storage_path(f"{memory}/latents").glob("*-00002-of-00003")
     file.unlink()
     with pytest.raises(MissingError, match="no such file: memory://bucket/latents/latents-train"):
         source[3]

@@ -25,12 +25,12 @@ from dit_video.data.latents.offline import (
     Encoding,
     encode_latents,
     finish_latents,
-    latent_moments,
+    list_views,
+    measure_latent_moments,
     plan_encoding,
-    views,
 )
-from dit_video.data.sizes import SizeLimits, read_fitted
-from dit_video.nn import graph_of, init_params
+from dit_video.data.sizes import SizeLimits, read_fitted_clip
+from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid
 from dit_video.video.encode import encode_frames
@@ -86,14 +86,14 @@ def encoded(folder, source, encoding):
 
 def alone(source, view):
     """The latents of a view at its native size, encoded by itself."""
-    frames = read_fitted(source, view.clip, view.limits, start=view.start).frames
+    frames = read_fitted_clip(source, view.clip, view.limits, start=view.start).frames
     frames = frames[:, :, ::-1] if view.flipped else frames
     return np.asarray(_alone(pixels.to_float(frames)[None]))[0]
 
 
 @jax.jit
 def _alone(frames):
-    return nnx.merge(graph_of(MODEL.make), PARAMS).encode(frames)
+    return nnx.merge(get_graph_def(MODEL.make), PARAMS).encode(frames)
 
 
 MIXED = [Grid(t, h, w) for t in (1, 4, 9) for h, w in ((16, 22), (10, 30), (34, 18), (26, 26))]
@@ -101,9 +101,9 @@ MIXED = [Grid(t, h, w) for t in (1, 4, 9) for h, w in ((16, 22), (10, 30), (34, 
 
 def test_views_are_stretches_resolutions_and_flips_named_apart():
     source = source_of([Grid(1, 16, 16), Grid(9, 32, 32)])
-    plain = views(source.infos, LIMITS, Augmentations(stretches=3))
+    plain = list_views(source.infos, LIMITS, Augmentations(clips_per_video=3))
     assert [view.name for view in plain] == ["0.png@0", "1.apng@0", "1.apng@2", "1.apng@4"]
-    all_of = views(source.infos, LIMITS, Augmentations(resolutions=(16 * 16,), flips=True))
+    all_of = list_views(source.infos, LIMITS, Augmentations(resolutions=(16 * 16,), flips=True))
     assert [(view.name, view.size) for view in all_of] == [
         ("0.png@0", Grid(1, 16, 16)),  # its smaller resolution is the same
         ("0.png@0~flipped", Grid(1, 16, 16)),
@@ -126,10 +126,10 @@ def test_views_are_stretches_resolutions_and_flips_named_apart():
 def test_every_view_is_encoded_as_it_would_be_alone(canvas_pixels, tmp_path):
     source = source_of(MIXED)
     encoding = encoding_of(
-        canvas_pixels=canvas_pixels, augmentations=Augmentations(stretches=2, resolutions=(300,), flips=True)
+        canvas_pixels=canvas_pixels, augmentations=Augmentations(clips_per_video=2, resolutions=(300,), flips=True)
     )
     plan = plan_encoding(source, encoding)
-    assert plan.programs <= 8
+    assert plan.num_canvas_sizes <= 8
     examples = encoded(tmp_path / "l", source, encoding)
     assert len(examples) == len(plan.views) > 3 * len(MIXED)
     for view in plan.views[::7]:
@@ -156,9 +156,9 @@ def test_500_native_sizes_compile_at_most_8_programs(tmp_path):
         examples = encoded(tmp_path / "l", source, encoding)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert 1 <= len(compiled) <= plan.programs <= 8
+    assert 1 <= len(compiled) <= plan.num_canvas_sizes <= 8
     assert len(examples) == 500
-    assert plan.padding < 0.15
+    assert plan.padding_share < 0.15
     draw = np.random.default_rng(0)
     for number in draw.choice(500, 5, replace=False):
         np.testing.assert_allclose(
@@ -179,7 +179,7 @@ def test_files_of_several_processes_are_one_data_set(tmp_path):
             assert not finish_latents(tmp_path / "l", encoding, plan, identity={"autoencoder": "a"})
             with pytest.raises(UserError, match=r"not finished, \d of \d files"):
                 LatentSource(tmp_path / "l")
-        assert done[-1] == sum(plan.count(file) for file in range(shard, len(plan.files), 3))
+        assert done[-1] == sum(plan.count_views(file) for file in range(shard, len(plan.files), 3))
     latents = LatentSource(tmp_path / "l", identity={"autoencoder": "a"})
     assert len(latents) == len(MIXED)
     assert sorted(latents.clips) == sorted(info.name for info in source.infos)
@@ -214,8 +214,8 @@ def test_a_clip_that_is_damaged_is_left_out_with_its_reason(tmp_path):
         np.testing.assert_array_equal(example.latents, whole[name].latents)
     latents = LatentSource(tmp_path / "l")
     assert len(latents) == len(MIXED) - 2
-    assert {one.name for one in latents.left_out} == {"2.png@0", "7.apng@0"}
-    assert any("not a readable video or image" in one.reason for one in latents.left_out)
+    assert {one.name for one in latents.skipped} == {"2.png@0", "7.apng@0"}
+    assert any("not a readable video or image" in one.reason for one in latents.skipped)
 
     source.contents = [b""] * len(MIXED)
     with pytest.raises(UserError, match=f"{len(MIXED)} clips could not be read"):
@@ -228,8 +228,8 @@ def test_a_clip_that_is_damaged_is_left_out_with_its_reason(tmp_path):
 
 def test_texts_are_embedded_once_with_their_real_tokens_only(tmp_path):
     config = ByteEncoderConfig(width=8, layers=1, heads=2, max_tokens=64)
-    tokenizer, params = config.tokenizer(), rough_params(config.make)
-    encoder = jax.jit(lambda ids: nnx.merge(graph_of(config.make), params)(ids, jnp.ones_like(ids)).values)
+    tokenizer, params = config.make_tokenizer(), rough_params(config.make)
+    encoder = jax.jit(lambda ids: nnx.merge(get_graph_def(config.make), params)(ids, jnp.ones_like(ids)).values)
     asked = []
 
     def encode_text(caption):
@@ -252,11 +252,11 @@ def test_texts_are_embedded_once_with_their_real_tokens_only(tmp_path):
         for number, caption in enumerate(captions):
             expected = encode_text(caption)
             assert len(expected) == latents.text_lengths[index][number] == len(tokenizer(caption)) // 4
-            np.testing.assert_allclose(latents.text(index, number), expected, rtol=1e-2, atol=1e-2)
+            np.testing.assert_allclose(latents.read_text(index, number), expected, rtol=1e-2, atol=1e-2)
     np.testing.assert_allclose(latents.empty_text, encode_text(""), atol=1e-6)
     assert latents.all_captions[latents.names.index("0.png@0")] == ()
     with pytest.raises(UserError, match="0 embedded captions"):
-        latents.text(latents.names.index("0.png@0"))
+        latents.read_text(latents.names.index("0.png@0"))
     with pytest.raises(UserError, match="holds latents of text t, but u was requested"):
         LatentSource(tmp_path / "l", identity={"autoencoder": "a", "text": "u"})
     assert LatentSource(tmp_path / "l", identity={"autoencoder": "a"}).hash == latents.hash
@@ -288,7 +288,7 @@ def worker(folder, held=-1, **environment):
 def test_a_killed_process_continues_where_it_was(tmp_path):
     source, encoding = source_of(MIXED), encoding_of(views_per_file=3)
     plan = plan_encoding(source, encoding)
-    held = plan.count(0) + 2  # in the middle of the second file
+    held = plan.count_views(0) + 2  # in the middle of the second file
     killed = worker(tmp_path / "l", held)
     assert any(int(line) == held for line in killed.stdout)
     killed.send_signal(signal.SIGKILL)
@@ -297,7 +297,7 @@ def test_a_killed_process_continues_where_it_was(tmp_path):
     assert [name for name in made if name.startswith("shards/")] == ["shards/00000.json"]
     before = {name: (tmp_path / "l" / name).stat().st_mtime_ns for name in made if "00000" in name}
     assert encode_latents(tmp_path / "l", source, encoding, plan, identity="a")
-    first = {place.clip for canvas in plan.files[0] for place in plan.canvases[canvas].places}
+    first = {place.clip for canvas in plan.files[0] for place in plan.canvases[canvas].slots}
     assert set(source.read) == set(range(len(MIXED))) - first
     assert {name: (tmp_path / "l" / name).stat().st_mtime_ns for name in before} == before
     encode_latents(tmp_path / "m", source, encoding, plan, identity="a")
@@ -321,14 +321,14 @@ def test_batches_are_split_over_the_devices_of_a_process(tmp_path):
 @pytest.fixture
 def autoencoder(tiny):
     make = tiny.EXPERIMENT.autoencoder.model.make
-    return graph_of(make), jax.jit(init_params, static_argnums=0)(make, rng.key(0, "autoencoder"))
+    return get_graph_def(make), jax.jit(init_params, static_argnums=0)(make, rng.key(0, "autoencoder"))
 
 
 def test_moments_are_those_of_all_positions(autoencoder):
     generator = np.random.default_rng(0)
     batches = [generator.integers(0, 256, (4, frames, 16, 16, 3), np.uint8) for frames in (5, 9, 1)]
     graph, params = autoencoder
-    mean, std = latent_moments(graph, params, batches)
+    mean, std = measure_latent_moments(graph, params, batches)
     model = nnx.merge(graph, params)
     latents = np.concatenate(
         [
@@ -343,6 +343,6 @@ def test_moments_are_those_of_all_positions(autoencoder):
 def test_a_channel_without_variance_is_no_division_by_zero(autoencoder):
     graph, params = autoencoder
     params["linear"]["down"]["kernel"] = jnp.zeros_like(params["linear"]["down"]["kernel"])
-    _mean, std = latent_moments(graph, params, [np.full((4, 5, 16, 16, 3), 90, np.uint8)] * 3)
+    _mean, std = measure_latent_moments(graph, params, [np.full((4, 5, 16, 16, 3), 90, np.uint8)] * 3)
     assert np.isfinite(std).all()
     assert (std > 0).all()

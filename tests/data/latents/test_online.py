@@ -13,8 +13,8 @@ from flax import nnx
 from dit_video.autoencoders import PatchVaeConfig
 from dit_video.core import pixels
 from dit_video.core.errors import UserError
-from dit_video.data.latents.online import CanvasEncoder, LiveEncoder
-from dit_video.nn import graph_of
+from dit_video.data.latents.online import CanvasEncoder, OnlineEncoder
+from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid
 from support.devices import HANG
 from support.rough import rough_params
@@ -35,13 +35,13 @@ def some_clips():
 def alone():
     """The latents that each clip has alone."""
     params = rough_params(CONFIG.make)
-    encode = jax.jit(lambda frames: nnx.merge(graph_of(CONFIG.make), params).encode(frames))
+    encode = jax.jit(lambda frames: nnx.merge(get_graph_def(CONFIG.make), params).encode(frames))
     return [np.asarray(encode(pixels.to_float(clip[None])))[0] for clip in some_clips()]
 
 
 @pytest.mark.parametrize("options", [{}, {"calls": 3}, {"canvas_pixels": 1}])
 def test_latents_are_those_of_each_clip_alone(alone, options):
-    encoder, clips = LiveEncoder(CONFIG, rough_params(CONFIG.make), SIZES, **options), some_clips()
+    encoder, clips = OnlineEncoder(CONFIG, rough_params(CONFIG.make), SIZES, **options), some_clips()
     assert len(encoder.canvases) <= 8
     for found, expected in zip(encoder(clips), alone, strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -52,14 +52,14 @@ def test_latents_are_those_of_each_clip_alone(alone, options):
 
 def test_as_many_are_computed_together_as_come_or_as_the_device_holds():
     params, size = rough_params(CONFIG.make), Grid(3, 8, 8)
-    assert LiveEncoder(CONFIG, params, [size] * 12).together == {size: 12}
-    assert LiveEncoder(CONFIG, params, [size] * 12, calls=2.5).together == {size: 5}
+    assert OnlineEncoder(CONFIG, params, [size] * 12).batch_sizes == {size: 12}
+    assert OnlineEncoder(CONFIG, params, [size] * 12, calls=2.5).batch_sizes == {size: 5}
     # 12 in batches of at most 5 are three of 4.
-    assert LiveEncoder(CONFIG, params, [size] * 12, canvas_pixels=5 * size.volume).together == {size: 4}
-    assert LiveEncoder(CONFIG, params, [size] * 12, canvas_pixels=1).together == {size: 1}
-    merged = LiveEncoder(CONFIG, params, SIZES * 2, calls=2)
-    assert sum(merged.together.values()) == 12
-    assert CanvasEncoder(CONFIG, params).together(size, 1) == jax.local_device_count()
+    assert OnlineEncoder(CONFIG, params, [size] * 12, canvas_pixels=5 * size.volume).batch_sizes == {size: 4}
+    assert OnlineEncoder(CONFIG, params, [size] * 12, canvas_pixels=1).batch_sizes == {size: 1}
+    merged = OnlineEncoder(CONFIG, params, SIZES * 2, calls=2)
+    assert sum(merged.batch_sizes.values()) == 12
+    assert CanvasEncoder(CONFIG, params).compute_batch_size(size, 1) == jax.local_device_count()
 
 
 WORKER = """
@@ -98,6 +98,6 @@ def test_batches_are_split_over_the_devices_of_a_process(alone, tmp_path):
 
 
 def test_a_clip_that_was_not_announced():
-    encoder = LiveEncoder(CONFIG, rough_params(CONFIG.make), [Grid(3, 8, 8)])
+    encoder = OnlineEncoder(CONFIG, rough_params(CONFIG.make), [Grid(3, 8, 8)])
     with pytest.raises(UserError, match="a clip of 5x8x8 is larger than all in sizes"):
         encoder([np.zeros((5, 8, 8, 3), np.uint8)])

@@ -6,17 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
-from dit_video.data.packing.mixture import Draws, Mixture
+from dit_video.data.packing.mixture import Mixture, MixtureSampler
 
 weights = st.floats(0.1, 10.0)
 sources = st.lists(st.tuples(st.integers(1, 60), weights), min_size=1, max_size=4)
 
 
-def draws(mixture: Mixture, *, seed: int = 0, tokens: np.ndarray | None = None) -> Draws:
+def draws(mixture: Mixture, *, seed: int = 0, tokens: np.ndarray | None = None) -> MixtureSampler:
     if tokens is None:
-        count = mixture.clips if mixture.variants is None else sum(map(len, mixture.variants))
+        count = mixture.num_clips if mixture.variants is None else sum(map(len, mixture.variants))
         tokens = np.random.default_rng(9).integers(1, 100, count)
-    return Draws(mixture, tokens, seed=seed)
+    return MixtureSampler(mixture, tokens, seed=seed)
 
 
 @settings(max_examples=60, deadline=None)
@@ -24,9 +24,9 @@ def draws(mixture: Mixture, *, seed: int = 0, tokens: np.ndarray | None = None) 
 def test_shares_by_number_and_without_replacement(given_sources, length, seed, epochs):
     sizes, by_weight = zip(*given_sources, strict=True)
     mixture = Mixture(sizes=sizes, weights=by_weight, length=length)
-    drawn = [draws(mixture, seed=seed).epoch(epoch) for epoch in range(epochs)]
+    drawn = [draws(mixture, seed=seed).draw_epoch(epoch) for epoch in range(epochs)]
     everything = np.concatenate(drawn)
-    counts = np.rint(draws(mixture).shares(everything)[0] * len(everything))
+    counts = np.rint(draws(mixture).compute_shares(everything)[0] * len(everything))
     expected = epochs * length * np.asarray(by_weight) / sum(by_weight)
     assert (np.abs(counts - expected) <= 1).all()
     first = 0
@@ -35,33 +35,35 @@ def test_shares_by_number_and_without_replacement(given_sources, length, seed, e
         assert times.max() - times.min() <= 1
         first += size
     starts = np.cumsum([0, *map(len, drawn)])
-    assert [draws(mixture).start(epoch) for epoch in range(epochs + 1)] == starts.tolist()
-    assert min(map(len, drawn)) >= draws(mixture).least
+    assert [draws(mixture).count_before(epoch) for epoch in range(epochs + 1)] == starts.tolist()
+    assert min(map(len, drawn)) >= draws(mixture).min_examples
 
 
 def test_shares_by_tokens():
     tokens = np.concatenate([np.full(1000, 64), np.random.default_rng(0).integers(400, 2000, 300)])
-    mixture = Mixture(sizes=(1000, 300), weights=(1, 3), by="tokens")
+    mixture = Mixture(sizes=(1000, 300), weights=(1, 3), weight_unit="tokens")
     mixed = draws(mixture, tokens=tokens)
     for epoch in range(4):
-        number, share = mixed.shares(mixed.epoch(epoch))
+        number, share = mixed.compute_shares(mixed.draw_epoch(epoch))
         np.testing.assert_allclose(share, [0.25, 0.75], atol=0.01)
         assert number[0] > 0.8
-    number, share = (mixed := draws(Mixture(sizes=(1000, 300), weights=(1, 3)), tokens=tokens)).shares(mixed.epoch(0))
+    number, share = (mixed := draws(Mixture(sizes=(1000, 300), weights=(1, 3)), tokens=tokens)).compute_shares(
+        mixed.draw_epoch(0)
+    )
     np.testing.assert_allclose(number, [0.25, 0.75], atol=0.002)
     assert share[1] > 0.97
 
 
 def test_no_weights_are_every_clip_once():
     for epoch in range(5):
-        assert sorted(draws(Mixture(sizes=(7, 40, 3))).epoch(epoch).tolist()) == list(range(50))
-        assert sorted(draws(Mixture(sizes=(50,), by="tokens")).epoch(epoch).tolist()) == list(range(50))
+        assert sorted(draws(Mixture(sizes=(7, 40, 3))).draw_epoch(epoch).tolist()) == list(range(50))
+        assert sorted(draws(Mixture(sizes=(50,), weight_unit="tokens")).draw_epoch(epoch).tolist()) == list(range(50))
 
 
 def test_a_part_of_a_source_has_the_sizes_of_the_whole():
     tokens = np.round(np.exp(np.random.default_rng(0).normal(5, 1, 20_000))).astype(np.int64) + 1
     mixed = draws(Mixture(sizes=(20_000,), length=500), tokens=tokens)
-    totals = np.array([tokens[mixed.epoch(epoch)].sum() for epoch in range(40)])
+    totals = np.array([tokens[mixed.draw_epoch(epoch)].sum() for epoch in range(40)])
     assert totals.std() / totals.mean() < 0.025
     permuted = np.random.default_rng(1).permutation(tokens).reshape(40, 500).sum(axis=1)
     assert totals.std() < permuted.std() / 2.5
@@ -69,9 +71,9 @@ def test_a_part_of_a_source_has_the_sizes_of_the_whole():
 
 def test_epochs_and_seeds_differ():
     mixture = Mixture(sizes=(30, 50), weights=(1, 1))
-    seen = {draws(mixture, seed=seed).epoch(epoch).tobytes() for seed in range(3) for epoch in range(3)}
+    seen = {draws(mixture, seed=seed).draw_epoch(epoch).tobytes() for seed in range(3) for epoch in range(3)}
     assert len(seen) == 9
-    np.testing.assert_array_equal(draws(mixture).epoch(2), draws(mixture).epoch(2))
+    np.testing.assert_array_equal(draws(mixture).draw_epoch(2), draws(mixture).draw_epoch(2))
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,7 +84,7 @@ def test_each_variant_once_before_one_comes_again(counts, seed, split):
     at = min(split, len(counts) - 1)
     mixture = Mixture(sizes=(at, len(counts) - at) if at else (len(counts),), variants=groups)
     mixed = draws(mixture, seed=seed)
-    seen = np.stack([np.sort(mixed.epoch(epoch)) for epoch in range(12)])  # 12 = the least common multiple
+    seen = np.stack([np.sort(mixed.draw_epoch(epoch)) for epoch in range(12)])  # 12 = the least common multiple
     for clip, group in enumerate(groups):
         drawn = seen[:, clip]
         assert set(drawn) <= set(group)
@@ -93,15 +95,15 @@ def test_each_variant_once_before_one_comes_again(counts, seed, split):
 def test_variants_of_clips_are_drawn_independently():
     groups = tuple((2 * clip, 2 * clip + 1) for clip in range(400))
     mixed = draws(Mixture(sizes=(400,), variants=groups))
-    second = (np.sort(mixed.epoch(0)) % 2).mean()
+    second = (np.sort(mixed.draw_epoch(0)) % 2).mean()
     assert 0.4 < second < 0.6
 
 
 def test_variants_of_several_sources():
     mixed = draws(Mixture(sizes=(2, 2), weights=(1, 1), variants=((0, 1), (2,), (3,), (5, 4))), tokens=np.ones(6, int))
-    number, tokens = mixed.shares(np.array([1, 2, 2, 3, 4]))
+    number, tokens = mixed.compute_shares(np.array([1, 2, 2, 3, 4]))
     assert number.tolist() == tokens.tolist() == [0.6, 0.4]
-    assert set(mixed.epoch(0).tolist()) | set(mixed.epoch(1).tolist()) == set(range(6))
+    assert set(mixed.draw_epoch(0).tolist()) | set(mixed.draw_epoch(1).tolist()) == set(range(6))
 
 
 def test_hash_changes_with_every_option():
@@ -110,7 +112,7 @@ def test_hash_changes_with_every_option():
         {},
         {"sizes": (5, 3)},
         {"weights": (2, 1)},
-        {"by": "tokens"},
+        {"weight_unit": "tokens"},
         {"length": 9},
         {"variants": ((0,), (1,), (2,), (3,), (4,), (5,), (7,), (6,))},
     ]

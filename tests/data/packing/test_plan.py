@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
 from dit_video.data.packing import plan as plan_module
-from dit_video.data.packing.balance import Balance, Cost, imbalance
+from dit_video.data.packing.balance import Balance, Cost, measure_imbalance
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream
-from dit_video.tokens import RowShape
+from dit_video.tokens import PackedShape
 
-SHAPE = RowShape(tokens=1024, text=1024, segments=64)
+SHAPE = PackedShape(tokens=1024, text=1024, segments=64)
 
 
 def mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +26,7 @@ def mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return sizes[generator.integers(len(sizes), size=count)], generator.integers(5, 60, size=count)
 
 
-def check(rows: list[list[int]], tokens: np.ndarray, text: np.ndarray, shape: RowShape) -> None:
+def check(rows: list[list[int]], tokens: np.ndarray, text: np.ndarray, shape: PackedShape) -> None:
     assert sorted(example for row in rows for example in row) == list(range(len(tokens)))
     for row in rows:
         assert 1 <= len(row) <= shape.segments
@@ -35,17 +35,17 @@ def check(rows: list[list[int]], tokens: np.ndarray, text: np.ndarray, shape: Ro
 
 
 sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 20)), min_size=1, max_size=80)
-shapes = st.builds(RowShape, tokens=st.integers(50, 120), text=st.integers(20, 60), segments=st.integers(1, 9))
+shapes = st.builds(PackedShape, tokens=st.integers(50, 120), text=st.integers(20, 60), segments=st.integers(1, 9))
 
 
 @settings(max_examples=150, deadline=None)
 @given(sizes=sizes, shape=shapes, seed=st.integers(0, 5), epoch=st.integers(0, 5))
 def test_every_example_once_within_three_budgets(sizes, shape, seed, epoch):
     tokens, text = np.array(sizes).T
-    plan = RowStream(tokens, text, shape, seed=seed).epoch(epoch)
+    plan = RowStream(tokens, text, shape, seed=seed).get_epoch(epoch)
     check(plan.rows, tokens, text, shape)
     assert plan.padding == pytest.approx(1 - tokens.sum() / (len(plan) * shape.tokens))
-    again = RowStream(tokens.copy(), text.copy(), shape, seed=seed).epoch(epoch)
+    again = RowStream(tokens.copy(), text.copy(), shape, seed=seed).get_epoch(epoch)
     assert again.rows == plan.rows
     assert again.hash == plan.hash
 
@@ -57,7 +57,7 @@ def test_every_epoch_has_the_same_number_of_rows(sizes, shape, seed):
     balance = Balance(cost=Cost(linear=seed), batch=2 + seed) if seed else None
     stream = RowStream(tokens, text, shape, seed=seed, balance=balance)
     for epoch in range(4):
-        plan = stream.epoch(epoch)
+        plan = stream.get_epoch(epoch)
         assert len(plan) == stream.rows_per_epoch
         check(plan.rows, tokens, text, shape)
 
@@ -66,43 +66,43 @@ def test_shuffles_that_do_not_fit_use_the_rows_of_epoch_0(monkeypatch):
     tokens, text = mix(400)
     monkeypatch.setattr(plan_module, "ATTEMPTS", 1)
     stream = RowStream(tokens, text, SHAPE, seed=0)
-    monkeypatch.setattr(stream, "rows_per_epoch", len(stream._first))
+    monkeypatch.setattr(stream, "rows_per_epoch", len(stream._first_rows))
     monkeypatch.setattr(plan_module.bins, "fill_rows", lambda examples, *_: [[int(i)] for i in examples])
-    plan = stream.epoch(7)
+    plan = stream.get_epoch(7)
     check(plan.rows, tokens, text, SHAPE)
 
     def pattern(rows):
         return sorted(sorted(zip(tokens[row].tolist(), text[row].tolist(), strict=True)) for row in rows)
 
-    assert pattern(plan.rows) == pattern(stream._first)
-    assert sorted(map(sorted, plan.rows)) != sorted(map(sorted, stream._first))
+    assert pattern(plan.rows) == pattern(stream._first_rows)
+    assert sorted(map(sorted, plan.rows)) != sorted(map(sorted, stream._first_rows))
 
 
 @pytest.mark.parametrize("count", [3000, 20_000])
 def test_padding_below_one_percent(count):
     tokens, text = mix(count)
     stream = RowStream(tokens, text, SHAPE, seed=0)
-    assert RowStream(tokens, text, SHAPE, seed=0).epoch(0).padding < 0.01
-    assert max(stream.epoch(epoch).padding for epoch in range(3)) < 0.01
+    assert RowStream(tokens, text, SHAPE, seed=0).get_epoch(0).padding < 0.01
+    assert max(stream.get_epoch(epoch).padding for epoch in range(3)) < 0.01
 
 
 def test_epochs_and_seeds_differ():
     tokens, text = mix(500)
-    hashes = {RowStream(tokens, text, SHAPE, seed=s).epoch(e).hash for s in range(3) for e in range(3)}
+    hashes = {RowStream(tokens, text, SHAPE, seed=s).get_epoch(e).hash for s in range(3) for e in range(3)}
     assert len(hashes) == 9
 
 
 def test_cost_is_the_sum_of_squares():
     tokens, text = mix(300)
-    plan = RowStream(tokens, text, SHAPE, seed=0).epoch(0)
+    plan = RowStream(tokens, text, SHAPE, seed=0).get_epoch(0)
     expected = [sum(int(tokens[example]) ** 2 for example in row) / 1e6 for row in plan.rows]
-    np.testing.assert_allclose(plan.cost, expected)
+    np.testing.assert_allclose(plan.attention_cost, expected)
 
 
 def test_stream_is_random_access_and_ranks_count_on():
     tokens, text = mix(300)
     stream = RowStream(tokens, text, SHAPE, seed=3)
-    forward = [stream.row(number) for number in range(3 * stream.rows_per_epoch)]
+    forward = [stream.get_row(number) for number in range(3 * stream.rows_per_epoch)]
     assert np.concatenate([ranks for _, ranks in forward]).tolist() == list(range(900))
     fresh = pickle.loads(pickle.dumps(stream))
     for number in (2 * stream.rows_per_epoch + 1, 0, stream.rows_per_epoch):
@@ -116,7 +116,7 @@ def test_stream_is_random_access_and_ranks_count_on():
 def test_ranks_wrap_at_32_bits():
     stream = RowStream(np.array([4, 4, 4]), np.array([1, 1, 1]), SHAPE, seed=0)
     epoch = 2**32 // 3
-    ranks = stream.row(epoch * stream.rows_per_epoch)[1]
+    ranks = stream.get_row(epoch * stream.rows_per_epoch)[1]
     assert ranks.dtype == np.uint32
     assert ranks.tolist() == [2**32 - 1, 0, 1]
 
@@ -148,34 +148,36 @@ def histogram(kind: str, count: int, row: int = 8192) -> np.ndarray:
 def test_99_percent_real_and_devices_within_5_percent(kind, rows):
     tokens = histogram(kind, 10_000)
     text = np.random.default_rng(1).integers(5, 60, len(tokens))
-    shape = RowShape(tokens=8192, text=16_384, segments=256)
-    balance = Balance(cost=Cost.of_width(1152), batch=8 * rows, block=rows)
+    shape = PackedShape(tokens=8192, text=16_384, segments=256)
+    balance = Balance(cost=Cost.from_width(1152), batch=8 * rows, block=rows)
     stream = RowStream(tokens, text, shape, seed=0, balance=balance)
     for epoch in range(2):
-        check(stream.epoch(epoch).rows, tokens, text, shape)
-        assert stream.epoch(epoch).padding < 0.01
+        check(stream.get_epoch(epoch).rows, tokens, text, shape)
+        assert stream.get_epoch(epoch).padding < 0.01
         for devices in (1, 2, 4, 8):
-            measured = stream.imbalance(batch=8 * rows, devices=devices, epoch=epoch)
+            measured = stream.measure_imbalance(batch=8 * rows, devices=devices, epoch=epoch)
             assert measured.mean < 0.02
-            assert measured.above == 0  # though costs of `heavy` jump three times
-    assert RowStream(tokens, text, shape, seed=0).imbalance(batch=8 * rows, devices=8).mean > 3 * measured.mean
+            assert measured.share_above_5_percent == 0  # though costs of `heavy` jump three times
+    assert RowStream(tokens, text, shape, seed=0).measure_imbalance(batch=8 * rows, devices=8).mean > 3 * measured.mean
 
 
 @pytest.mark.parametrize("kind", ["mixed", "heavy", "long"])
 def test_no_step_of_2000_clips_waits_for_a_device(kind):
     tokens = np.random.default_rng(2).permutation(histogram(kind, 10_000))[:2000]
     text = np.random.default_rng(1).integers(5, 60, len(tokens))
-    balance = Balance(cost=Cost.of_width(1152), batch=8)
-    stream = RowStream(tokens, text, RowShape(tokens=8192, text=16_384, segments=256), seed=0, balance=balance)
+    balance = Balance(cost=Cost.from_width(1152), batch=8)
+    stream = RowStream(tokens, text, PackedShape(tokens=8192, text=16_384, segments=256), seed=0, balance=balance)
     # The steps that two epochs share, too.
-    costs = np.concatenate([balance.cost.rows(stream.epoch(epoch).cost * 1e6, 8192) for epoch in range(4)])
-    assert imbalance(costs, batch=8, devices=8).worst <= 0.05
+    costs = np.concatenate(
+        [balance.cost.compute(stream.get_epoch(epoch).attention_cost * 1e6, 8192) for epoch in range(4)]
+    )
+    assert measure_imbalance(costs, batch=8, devices=8).worst <= 0.05
 
 
 def test_rows_cost_alike_where_short_clips_can_fill_them():
     tokens = histogram("mixed", 10_000)
-    text, shape = np.full(len(tokens), 20), RowShape(tokens=8192, text=16_384, segments=256)
-    cost = RowStream(tokens, text, shape, seed=0).epoch(0).cost
+    text, shape = np.full(len(tokens), 20), PackedShape(tokens=8192, text=16_384, segments=256)
+    cost = RowStream(tokens, text, shape, seed=0).get_epoch(0).attention_cost
     order = np.random.default_rng(0).permutation(tokens)
     starts = np.flatnonzero(np.diff(np.cumsum(order) // 8192, prepend=-1))
     at_random = np.add.reduceat(order.astype(float) ** 2, starts)
@@ -186,8 +188,8 @@ def test_rows_cost_alike_where_short_clips_can_fill_them():
 @pytest.mark.parametrize("tight", [{"text": 220}, {"segments": 8}])
 def test_rows_that_text_or_segments_fill_first(tight):
     tokens, text = mix(2000)
-    shape = RowShape(**{"tokens": 1024, "text": 1024, "segments": 64} | tight)
-    plan = RowStream(tokens, text, shape, seed=0).epoch(0)
+    shape = PackedShape(**{"tokens": 1024, "text": 1024, "segments": 64} | tight)
+    plan = RowStream(tokens, text, shape, seed=0).get_epoch(0)
     check(plan.rows, tokens, text, shape)
     least = max(tokens.sum() / 1024, text.sum() / shape.text, len(tokens) / shape.segments)
     assert len(plan) < 1.1 * least
@@ -196,7 +198,7 @@ def test_rows_that_text_or_segments_fill_first(tight):
 def test_the_fullest_rows_need_exchanges():
     """Without short clips, longest first leaves gaps: three of five lengths fill a row only with their own kind."""
     tokens = np.random.default_rng(0).choice([512, 682, 1024, 1638, 2730], 5000)
-    plan = RowStream(tokens, np.ones_like(tokens), RowShape(tokens=8192, text=64, segments=64), seed=0).epoch(0)
+    plan = RowStream(tokens, np.ones_like(tokens), PackedShape(tokens=8192, text=64, segments=64), seed=0).get_epoch(0)
     assert plan.padding < 0.006
 
 
@@ -206,27 +208,27 @@ def test_mixture_draws_the_rows_of_every_epoch():
     stream = RowStream(tokens, text, SHAPE, seed=0, mixture=mixture)
     running = 0
     for epoch in range(12):
-        plan = stream.epoch(epoch)
+        plan = stream.get_epoch(epoch)
         assert len(plan) == stream.rows_per_epoch
-        expected = stream.draws.epoch(epoch)
-        assert sorted([*plan.order.tolist(), *plan.left_out]) == sorted(expected.tolist())
-        assert len(plan.left_out) <= 0.001 * len(expected)
+        expected = stream.sampler.draw_epoch(epoch)
+        assert sorted([*plan.order.tolist(), *plan.dropped_examples]) == sorted(expected.tolist())
+        assert len(plan.dropped_examples) <= 0.001 * len(expected)
         assert plan.padding < 0.05
-        np.testing.assert_allclose(stream.draws.shares(plan.order)[0], [0.25, 0.75], atol=0.002)
-        assert stream.row(epoch * stream.rows_per_epoch)[1][0] == running
+        np.testing.assert_allclose(stream.sampler.compute_shares(plan.order)[0], [0.25, 0.75], atol=0.002)
+        assert stream.get_row(epoch * stream.rows_per_epoch)[1][0] == running
         running += len(expected)
-    assert set(range(1500)) == {e for epoch in range(12) for e in stream.epoch(epoch).order.tolist()}
+    assert set(range(1500)) == {e for epoch in range(12) for e in stream.get_epoch(epoch).order.tolist()}
 
 
 def test_what_has_no_room_in_an_epoch_is_named(monkeypatch, caplog):
     tokens, text = mix(300)
     stream = RowStream(tokens, text, SHAPE, seed=0, mixture=Mixture(sizes=(300,)))
     monkeypatch.setattr(stream, "rows_per_epoch", stream.rows_per_epoch - 3)
-    plan = stream.epoch(1)
+    plan = stream.get_epoch(1)
     assert len(plan) == stream.rows_per_epoch
-    assert plan.left_out
-    assert sorted([*plan.order.tolist(), *plan.left_out]) == list(range(300))
-    assert f"epoch 1 drops {len(plan.left_out)} of its 300 examples" in caplog.text
+    assert plan.dropped_examples
+    assert sorted([*plan.order.tolist(), *plan.dropped_examples]) == list(range(300))
+    assert f"epoch 1 drops {len(plan.dropped_examples)} of its 300 examples" in caplog.text
 
 
 def test_an_epoch_is_planned_once_for_all_threads():
@@ -235,26 +237,27 @@ def test_an_epoch_is_planned_once_for_all_threads():
     plan_epoch = stream._plans._function
     stream._plans._function = lambda epoch: planned.append(epoch) or plan_epoch(epoch)
     with ThreadPoolExecutor(4) as pool:
-        rows = list(pool.map(stream.row, [0, 1, stream.rows_per_epoch, 2, stream.rows_per_epoch + 1, 3] * 4))
+        rows = list(pool.map(stream.get_row, [0, 1, stream.rows_per_epoch, 2, stream.rows_per_epoch + 1, 3] * 4))
     assert sorted(planned) == [0, 1]
-    np.testing.assert_array_equal(rows[0][0], RowStream(tokens, text, SHAPE, seed=0).row(0)[0])
+    np.testing.assert_array_equal(rows[0][0], RowStream(tokens, text, SHAPE, seed=0).get_row(0)[0])
 
 
 def test_pairs_in_attention_are_what_rows_cost():
     """Images beside clips of 16 frames that see themselves alone: as many tokens, a sixteenth of the pairs."""
     tokens = np.full(400, 256)
     pairs = tokens**2.0 / np.random.default_rng(0).choice([1, 16], len(tokens))
-    arguments = tokens, np.ones_like(tokens), RowShape(tokens=1024, text=64, segments=8)
+    arguments = tokens, np.ones_like(tokens), PackedShape(tokens=1024, text=64, segments=8)
     balance = Balance(cost=Cost(), batch=4)
-    blind, told = (RowStream(*arguments, seed=0, balance=balance, pairs=each) for each in (None, pairs))
+    blind, told = (RowStream(*arguments, seed=0, balance=balance, attention_pairs=each) for each in (None, pairs))
     for stream in (blind, told):
         np.testing.assert_allclose(
-            stream.epoch(0).cost, [stream.pairs[row].sum() / 1e6 for row in stream.epoch(0).rows]
+            stream.get_epoch(0).attention_cost,
+            [stream.attention_pairs[row].sum() / 1e6 for row in stream.get_epoch(0).rows],
         )
-    costs = np.array([pairs[row].sum() for row in blind.epoch(0).rows])
-    assert told.imbalance(batch=4, devices=4).mean < 0.2 * imbalance(costs, batch=4, devices=4).mean
+    costs = np.array([pairs[row].sum() for row in blind.get_epoch(0).rows])
+    assert told.measure_imbalance(batch=4, devices=4).mean < 0.2 * measure_imbalance(costs, batch=4, devices=4).mean
     assert told.hash != blind.hash
-    assert RowStream(*arguments, seed=0, balance=balance, pairs=tokens**2.0).hash == blind.hash
+    assert RowStream(*arguments, seed=0, balance=balance, attention_pairs=tokens**2.0).hash == blind.hash
 
 
 def test_hash_changes_with_every_option(monkeypatch):
@@ -285,10 +288,10 @@ def test_refusals():
     ):
         RowStream(tokens, text, SHAPE, seed=0, names=["a", "b", "c"])
     with pytest.raises(UserError, match=r"example 1 has .* \(1 examples are too large\); raise the row's text"):
-        RowStream(np.array([1, 1]), np.array([1, 1025]), SHAPE, seed=0).epoch(0)
+        RowStream(np.array([1, 1]), np.array([1, 1025]), SHAPE, seed=0).get_epoch(0)
     with pytest.raises(UserError, match="needs examples"):
         RowStream(np.zeros(0, int), np.zeros(0, int), SHAPE, seed=0)
     with pytest.raises(UserError, match="no tokens"):
         RowStream(np.array([0]), np.array([1]), SHAPE, seed=0)
     with pytest.raises(UserError, match="segments=0"):
-        RowStream(np.array([1]), np.array([1]), RowShape(tokens=8, text=8, segments=0), seed=0)
+        RowStream(np.array([1]), np.array([1]), PackedShape(tokens=8, text=8, segments=0), seed=0)

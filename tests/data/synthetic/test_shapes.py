@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.core.rng import host
+from dit_video.core.rng import make_generator
 from dit_video.data.synthetic import shapes
 from dit_video.data.synthetic.shapes import COLOURS, DIRECTIONS, SHAPES, Description, Geometry
 from dit_video.tokens import Grid
@@ -40,13 +40,15 @@ def test_held_out_combinations_are_balanced():
 
 @pytest.mark.parametrize("description", [*shapes.COMBINATIONS, *shapes.IMAGES])
 def test_parse_inverts_caption(description):
-    assert shapes.parse(shapes.caption(description)) == description
-    assert shapes.parse(f"  {shapes.caption(description).upper()} ") == description
+    assert shapes.parse_caption(shapes.format_caption(description)) == description
+    assert shapes.parse_caption(f"  {shapes.format_caption(description).upper()} ") == description
 
 
 def test_captions_read_as_stated():
-    assert shapes.caption(Description(colour="red", shape="circle", direction="left")) == "a red circle moving left"
-    assert shapes.caption(Description(colour="red", shape="circle")) == "a red circle"
+    assert (
+        shapes.format_caption(Description(colour="red", shape="circle", direction="left")) == "a red circle moving left"
+    )
+    assert shapes.format_caption(Description(colour="red", shape="circle")) == "a red circle"
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_captions_read_as_stated():
 )
 def test_parse_refuses_other_prompts(prompt):
     with pytest.raises(UserError, match=r"a COLOUR SHAPE \[moving DIRECTION\]"):
-        shapes.parse(prompt)
+        shapes.parse_caption(prompt)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_shapes_have_their_area_and_place(shape, area, place):
     assert lit.sum() == pytest.approx(area(radius), rel=0.004)
     row = (lit.sum(axis=1) @ (np.arange(32) + 0.5)) / lit.sum()
     column = (lit.sum(axis=0) @ (np.arange(32) + 0.5)) / lit.sum()
-    assert row == pytest.approx(place[0] + shapes.centroid_below_centre(shape, radius), abs=0.02)
+    assert row == pytest.approx(place[0] + shapes.get_centroid_offset(shape, radius), abs=0.02)
     assert column == pytest.approx(place[1], abs=0.02)
 
 
@@ -89,8 +91,8 @@ def test_motion_is_exact_below_a_pixel(direction):
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 48), (48, 32), (16, 24), (8, 8), (240, 320)])
 def test_bounces_later_but_never_in_the_first_17_frames(height, width):
     for index, description in enumerate(shapes.COMBINATIONS):
-        geometry = shapes.sample_geometry(host(0, "test", index), description, height=height, width=width)
-        at = shapes.centres(description, geometry, frames=1500, height=height, width=width)
+        geometry = shapes.sample_geometry(make_generator(0, "test", index), description, height=height, width=width)
+        at = shapes.compute_centres(description, geometry, frames=1500, height=height, width=width)
         sign = np.asarray(DIRECTIONS[description.direction])
         axis = int(np.argmax(np.abs(sign)))
         np.testing.assert_allclose(np.diff(at[:17], axis=0), np.broadcast_to(geometry.speed * sign, (16, 2)), atol=1e-9)
@@ -117,7 +119,7 @@ def test_a_long_clip_shows_the_bounce():
 @pytest.mark.parametrize("direction", [*DIRECTIONS, None])
 def test_starts_are_uniform_over_what_is_free(direction):
     description = Description(colour="red", shape="circle", direction=direction)
-    generator = host(1, "test")
+    generator = make_generator(1, "test")
     places = [shapes.sample_geometry(generator, description, height=32, width=48) for _ in range(4000)]
     sign = DIRECTIONS[direction] if direction else (0, 0)
     for axis, side in enumerate((32, 48)):
@@ -138,7 +140,7 @@ def test_impossible_renderings():
     description = Description(colour="red", shape="circle")
     inside = Geometry(row=10.0, column=10.0, radius=5.0, speed=0.6)
     with pytest.raises(UserError, match="at least 8x8"):
-        shapes.sample_geometry(host(0, "test"), description, height=7, width=32)
+        shapes.sample_geometry(make_generator(0, "test"), description, height=7, width=32)
     with pytest.raises(UserError, match="leaves the frame"):
         shapes.render(description, inside, frames=1, height=14, width=32)
     with pytest.raises(UserError, match="at least one frame"):
@@ -148,7 +150,7 @@ def test_impossible_renderings():
 
 
 def test_examples_are_a_mixture_and_never_held_out():
-    drawn = [shapes.draw(index, seed=0) for index in range(3000)]
+    drawn = [shapes.draw_example(index, seed=0) for index in range(3000)]
     sizes = Counter(size for _, _, size in drawn)
     assert set(sizes) == set(shapes.SIZES)
     assert sum(count for size, count in sizes.items() if size.t == 1) / 3000 == pytest.approx(0.15, abs=0.02)
@@ -158,10 +160,10 @@ def test_examples_are_a_mixture_and_never_held_out():
 
 
 def test_an_example_is_a_function_of_seed_and_index():
-    again = shapes.example(7, seed=3)
-    np.testing.assert_array_equal(shapes.example(7, seed=3).frames, again.frames)
-    assert shapes.draw(7, seed=3) != shapes.draw(7, seed=4)
-    assert shapes.draw(7, seed=3) != shapes.draw(8, seed=3)
+    again = shapes.render_example(7, seed=3)
+    np.testing.assert_array_equal(shapes.render_example(7, seed=3).frames, again.frames)
+    assert shapes.draw_example(7, seed=3) != shapes.draw_example(7, seed=4)
+    assert shapes.draw_example(7, seed=3) != shapes.draw_example(8, seed=3)
 
 
 def table(folder):
@@ -178,7 +180,7 @@ def test_write_folder(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"clips", "metadata.csv", "recipe.json"}
     assert len(list((folder / "clips").iterdir())) == 40
     for index, row in enumerate(rows):
-        clip, back = shapes.example(index, seed=5), decode(folder / row["file_name"])
+        clip, back = shapes.render_example(index, seed=5), decode(folder / row["file_name"])
         assert row["text"] == clip.caption
         assert row["file_name"].endswith(".png" if len(clip.frames) == 1 else ".mp4")
         assert back.frames.shape == clip.frames.shape
@@ -221,5 +223,5 @@ def test_write_folder_refuses_another_recipe(tmp_path):
 def test_a_circle_is_finite_where_two_ways_to_square_its_radius_differ():
     radius = 5.931428627780212  # pow(radius, 2) < radius * radius by a bit
     geometry = shapes.Geometry(row=16.0, column=16.0, radius=radius, speed=0.6)
-    clip = shapes.render(shapes.parse("a red circle"), geometry, frames=1, height=32, width=32)
+    clip = shapes.render(shapes.parse_caption("a red circle"), geometry, frames=1, height=32, width=32)
     assert (clip.frames[0, 0] == shapes.BACKGROUND).all()

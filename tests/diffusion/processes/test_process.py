@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion import FlowMatching, RectifiedFlow, Uniform, Velocity, time_grid
+from dit_video.diffusion import FlowMatching, RectifiedFlow, Uniform, Velocity, make_uniform_times
 
 DRAW = np.random.default_rng(0)
 DATA, NOISE = (jnp.asarray(DRAW.normal(size=(3, 4, 5)), jnp.float32) for _ in range(2))
@@ -41,24 +41,24 @@ def test_the_velocity_is_the_derivative_along_the_path():
 
 def test_a_shift_moves_times_towards_noise_and_keeps_the_ends():
     times = jnp.linspace(0, 1, 11)
-    np.testing.assert_array_equal(PROCESS.shifted(times), times)
-    shifted = RectifiedFlow(shift=3.0).shifted(times)
+    np.testing.assert_array_equal(PROCESS.shift_time(times), times)
+    shifted = RectifiedFlow(shift=3.0).shift_time(times)
     assert (shifted[1:-1] > times[1:-1]).all()
     assert (jnp.diff(shifted) > 0).all()
     np.testing.assert_allclose(shifted[jnp.asarray([0, 5, 10])], [0, 0.75, 1], atol=1e-6)
     # Two shifts are one by their product; the inverse shift undoes it.
-    twice = RectifiedFlow(shift=2.0).shifted(RectifiedFlow(shift=1.5).shifted(times))
+    twice = RectifiedFlow(shift=2.0).shift_time(RectifiedFlow(shift=1.5).shift_time(times))
     np.testing.assert_allclose(twice, shifted, atol=1e-6)
-    np.testing.assert_allclose(RectifiedFlow(shift=1 / 3).shifted(shifted), times, atol=1e-6)
+    np.testing.assert_allclose(RectifiedFlow(shift=1 / 3).shift_time(shifted), times, atol=1e-6)
 
 
 def test_the_shift_holds_for_training_and_for_sampling():
     plain, shifted = (FlowMatching(process=RectifiedFlow(shift=shift), times=Uniform()) for shift in (1.0, 3.0))
     u = jnp.linspace(0, 1, 9)[1:-1]
-    np.testing.assert_allclose(plain.time(u), u, atol=1e-6)
-    np.testing.assert_allclose(shifted.time(u), 3 * u / (1 + 2 * u), rtol=1e-6)
+    np.testing.assert_allclose(plain.compute_time(u), u, atol=1e-6)
+    np.testing.assert_allclose(shifted.compute_time(u), 3 * u / (1 + 2 * u), rtol=1e-6)
     # So a model is sampled at quantiles of the times that it was trained at.
-    np.testing.assert_allclose(time_grid(shifted.process, 8)[1:-1], shifted.time(u)[::-1], atol=1e-6)
+    np.testing.assert_allclose(make_uniform_times(shifted.process, 8)[1:-1], shifted.compute_time(u)[::-1], atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, float("nan")])

@@ -8,28 +8,28 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     X0,
-    Cosine,
+    CosineBetas,
     Edm,
     Epsilon,
     FlowMatching,
-    Linear,
-    Preconditioned,
+    LinearBetas,
+    Preconditioning,
     RectifiedFlow,
-    ScaledLinear,
+    ScaledLinearBetas,
     V,
-    VariancePreserving,
+    VariancePreservingProcess,
     Velocity,
-    estimator,
+    make_estimator,
 )
 
 PROCESSES = {
     "flow": RectifiedFlow(shift=3.0),
-    "linear": VariancePreserving(),
-    "scaled-linear": VariancePreserving(betas=ScaledLinear()),
-    "cosine": VariancePreserving(betas=Cosine()),
+    "linear": VariancePreservingProcess(),
+    "scaled-linear": VariancePreservingProcess(betas=ScaledLinearBetas()),
+    "cosine": VariancePreservingProcess(betas=CosineBetas()),
     "edm": Edm(data_std=1.0),
 }
-PREDICTIONS = {"epsilon": Epsilon(), "x0": X0(), "v": V(), "velocity": Velocity(), "edm": Preconditioned(data_std=1.0)}
+PREDICTIONS = {"epsilon": Epsilon(), "x0": X0(), "v": V(), "velocity": Velocity(), "edm": Preconditioning(data_std=1.0)}
 TIMES = jnp.asarray([[0.2], [0.5], [0.9]])
 DATA, NOISE = (jnp.asarray(np.random.default_rng(seed).normal(size=(3, 8)), jnp.float32) for seed in (0, 1))
 
@@ -47,14 +47,14 @@ def test_a_prediction_is_taken_apart_into_data_and_noise(process, prediction):
     # An error of the prediction comes back as one of the data, of the size that is promised.
     wrong = prediction.estimate(process, noisy, target + 0.1, TIMES)
     error = jnp.abs(wrong.data - found.data).mean(axis=1)
-    np.testing.assert_allclose(error, 0.1 * prediction.data_error(process, TIMES)[:, 0], rtol=1e-2)
+    np.testing.assert_allclose(error, 0.1 * prediction.data_error_scale(process, TIMES)[:, 0], rtol=1e-2)
 
 
 @each_process
 def test_the_ratio_of_noise_to_data_tells_the_time(process):
     times = jnp.linspace(0.05, 0.95, 19)
     ratio = process.sigma(times) / process.alpha(times)
-    np.testing.assert_allclose(process.time_at(ratio), times, rtol=1e-4)
+    np.testing.assert_allclose(process.ratio_to_time(ratio), times, rtol=1e-4)
     np.testing.assert_allclose(process.half_log_snr(times), -jnp.log(ratio), rtol=1e-4, atol=1e-5)
     assert (jnp.diff(ratio) > 0).all()
     assert process.alpha(jnp.zeros(())) == 1
@@ -104,7 +104,9 @@ def test_what_a_prediction_says_nothing_of_counts_as_zero():
 
 
 def test_the_schedules_of_noise_are_those_of_the_papers():
-    linear, scaled, cosine = (VariancePreserving(betas=betas) for betas in (Linear(), ScaledLinear(), Cosine()))
+    linear, scaled, cosine = (
+        VariancePreservingProcess(betas=betas) for betas in (LinearBetas(), ScaledLinearBetas(), CosineBetas())
+    )
     # The last alpha-bar of DDPM (4.04e-5), of Stable Diffusion (0.00466) and of improved DDPM's cosine (2.4e-9).
     found = [float(process.alpha(jnp.ones(()))) ** 2 for process in (linear, scaled, cosine)]
     np.testing.assert_allclose(found, [4.036e-5, 4.660e-3, 2.428e-9], rtol=2e-3)
@@ -113,19 +115,19 @@ def test_the_schedules_of_noise_are_those_of_the_papers():
 
 def test_a_model_of_edm_is_given_values_of_unit_variance():
     process, seen = Edm(data_std=0.5), []
-    estimate = estimator(lambda noisy, time: seen.append(noisy) or noisy, process, Preconditioned(data_std=0.5))
+    estimate = make_estimator(lambda noisy, time: seen.append(noisy) or noisy, process, Preconditioning(data_std=0.5))
     for time in (0.1, 0.5, 1.0):
         estimate(process.add_noise(0.5 * DATA / DATA.std(), NOISE / NOISE.std(), jnp.asarray(time)), jnp.asarray(time))
     np.testing.assert_allclose([value.std() for value in seen], 1, atol=0.25)
-    assert process.start(NOISE).std() == pytest.approx(float(80 * NOISE.std()), rel=1e-5)
+    assert process.scale_initial_noise(NOISE).std() == pytest.approx(float(80 * NOISE.std()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: VariancePreserving(steps=0), "at least 1 step, not 0"),
-        (lambda: Linear(first=0.1, last=0.01), "beta_start=0.1, beta_end=0.01 is invalid"),
-        (lambda: ScaledLinear(last=1.5), "beta_end=1.5 is invalid.* beta_end < 1"),
+        (lambda: VariancePreservingProcess(steps=0), "at least 1 step, not 0"),
+        (lambda: LinearBetas(beta_start=0.1, beta_end=0.01), "beta_start=0.1, beta_end=0.01 is invalid"),
+        (lambda: ScaledLinearBetas(beta_end=1.5), "beta_end=1.5 is invalid.* beta_end < 1"),
         (lambda: Edm(sigma_max=-1.0), "sigma_max=-1.0.* must be positive"),
         (lambda: FlowMatching(process=Edm()), "Predict Epsilon, V or Preconditioning"),
     ],

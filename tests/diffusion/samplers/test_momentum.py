@@ -9,22 +9,22 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     X0,
+    AdaptiveProjectedGuidance,
     Ddim,
     Epsilon,
     Euler,
     Guidance,
     Heun,
-    Projected,
     RectifiedFlow,
     Remembering,
+    TracedSampler,
     V,
-    VariancePreserving,
+    VariancePreservingProcess,
     Velocity,
-    Watched,
     advance,
-    apart,
-    guided,
+    apply_guidance,
     sample,
+    sequential,
 )
 
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
@@ -43,11 +43,13 @@ def unconditional(noisy, time):
 
 
 def remembering(guidance, *, branches=(conditional, unconditional), process=RectifiedFlow(), prediction=X0()):  # noqa: B008
-    return guided(apart(*branches), guidance.strength(), process=process, prediction=prediction)
+    return apply_guidance(sequential(*branches), guidance.strength(), process=process, prediction=prediction)
 
 
 def of(scale=3.0, momentum=BETA, **options):
-    return Guidance(scale=scale, projected=Projected(parallel=1.0, momentum=momentum), **options)
+    return Guidance(
+        scale=scale, projection=AdaptiveProjectedGuidance(parallel_weight=1.0, momentum=momentum), **options
+    )
 
 
 def test_steps_add_up_over_the_steps_of_sampling():
@@ -60,14 +62,14 @@ def test_steps_add_up_over_the_steps_of_sampling():
     run = {"process": process, "prediction": X0(), "solver": Remembering(solver=Euler())}
     found = sample(remembering(of()), NOISE, TIMES, **run)
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
-    plain = guided(apart(conditional, unconditional), Guidance(scale=3.0).strength())
+    plain = apply_guidance(sequential(conditional, unconditional), Guidance(scale=3.0).get_params())
     without = sample(plain, NOISE, TIMES, process=process, prediction=X0(), solver=Euler())
     assert np.abs(found - without).max() > 0.1
 
 
 @pytest.mark.parametrize("prediction", [Epsilon(), V(), Velocity()], ids=lambda kind: type(kind).__name__)
 def test_what_adds_up_is_of_the_data_whatever_is_predicted(prediction):
-    process = VariancePreserving()
+    process = VariancePreservingProcess()
 
     def as_predicted(branch):
         def denoise(noisy, time):
@@ -92,7 +94,7 @@ def test_a_step_is_remembered_once_and_only_where_there_is_guidance(solver, inte
     """Whatever evaluations it takes. At 0.98, 0.8, 0.6, 0.4 and 0.2 steps start."""
     branches = (lambda noisy, time: 0 * noisy + STEP, lambda noisy, time: 0 * noisy)
     denoise = remembering(of(interval=interval), branches=branches)
-    watched = Watched(solver=Remembering(solver=solver))
+    watched = TracedSampler(solver=Remembering(solver=solver))
     state = watched.init(NOISE, steps=5)
     for part in (TIMES[:3], TIMES[2:]):  # the past goes from one part of the way to the next
         state = advance(denoise, state, part, process=RectifiedFlow(), prediction=X0(), solver=watched)
@@ -103,8 +105,8 @@ def test_what_there_is_not():
     with pytest.raises(UserError, match=r"sample it with Remembering\(solver=...\)"):
         sample(remembering(of()), NOISE, TIMES, process=RectifiedFlow(), prediction=X0(), solver=Euler())
     with pytest.raises(UserError, match=r"momentum=1\.0 is invalid: .* between -1 and 1"):
-        Projected(momentum=1.0)
+        AdaptiveProjectedGuidance(momentum=1.0)
     with pytest.raises(UserError, match="Use image_scale=1 or momentum=0"):
         of(image=2.0)
-    assert not of(scale=1.0).remembers
-    assert not of(momentum=0.0).remembers
+    assert not of(scale=1.0).has_momentum
+    assert not of(momentum=0.0).has_momentum

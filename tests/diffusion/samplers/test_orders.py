@@ -17,26 +17,26 @@ from dit_video.diffusion import (
     Edm,
     Epsilon,
     Euler,
-    Even,
     Heun,
-    Interval,
-    Karras,
-    Preconditioned,
+    KarrasTimes,
+    Preconditioning,
     RectifiedFlow,
+    StepInterval,
+    UniformTimes,
     UniPc,
     V,
-    VariancePreserving,
+    VariancePreservingProcess,
     Velocity,
-    draws,
-    estimator,
     invert,
+    make_estimator,
+    make_noise_fn,
     sample,
 )
 
 SETTINGS = {
     "flow": (RectifiedFlow(), Velocity(), (0.9, 0.1)),
-    "vp": (VariancePreserving(), V(), (0.8, 0.1)),
-    "edm": (Edm(data_std=1.0), Preconditioned(data_std=1.0), (0.6, 0.25)),
+    "vp": (VariancePreservingProcess(), V(), (0.8, 0.1)),
+    "edm": (Edm(data_std=1.0), Preconditioning(data_std=1.0), (0.6, 0.25)),
 }
 ORDERS = {
     "euler": (Euler(), 1),
@@ -53,7 +53,7 @@ ORDERS = {
 @functools.cache
 def stepper(solver, setting):
     process, prediction, _ = SETTINGS[setting]
-    estimate = estimator(mixture.denoiser(process, prediction), process, prediction)
+    estimate = make_estimator(mixture.denoiser(process, prediction), process, prediction)
     return jax.jit(lambda state, interval: solver.step(estimate, process, state, interval))
 
 
@@ -66,7 +66,7 @@ def end(solver, setting, steps):
         x = process.add_noise(jnp.asarray(mixture.drawn(0, 16)), noise, jnp.asarray(first))
         state, times = solver.init(x, steps=steps), jnp.linspace(first, last, steps + 1)
         for time, following in itertools.pairwise(times):
-            state = stepper(solver, setting)(state, Interval(time, following))
+            state = stepper(solver, setting)(state, StepInterval(time, following))
         return np.asarray(state.x)
 
 
@@ -100,10 +100,16 @@ STOCHASTIC = {
 def test_with_noise_the_samples_come_to_be_those_of_the_mixture(name):
     solver, setting = STOCHASTIC[name]
     process, prediction, _ = SETTINGS[setting]
-    denoise, grid = mixture.denoiser(process, prediction), Karras() if setting == "edm" else Even()
+    denoise, grid = mixture.denoiser(process, prediction), KarrasTimes() if setting == "edm" else UniformTimes()
     run = jax.jit(
         lambda times: sample(
-            denoise, NOISE, times, process=process, solver=solver, prediction=prediction, draw=draws(KEYS, (2,))
+            denoise,
+            NOISE,
+            times,
+            process=process,
+            solver=solver,
+            prediction=prediction,
+            noise_fn=make_noise_fn(KEYS, (2,)),
         )
     )
     exact = mixture.drawn(7, COUNT)
@@ -127,7 +133,7 @@ def test_noise_leads_back_to_the_data_the_better_the_more_steps(setting, solver,
     data = jnp.asarray(mixture.drawn(0, 64), jnp.float32)
     errors = []
     for steps in (20, 40, 80):
-        found = run(data, Even()(process, steps).times[::-1])
+        found = run(data, UniformTimes()(process, steps).times[::-1])
         np.testing.assert_allclose(found.error, np.sqrt(np.square(found.data - data).mean(axis=1)), rtol=1e-4)
         errors.append(float(found.error.mean()))
     assert np.log2(errors[0] / errors[2]) / 2 == pytest.approx(order, abs=0.4)

@@ -22,16 +22,16 @@ from dit_video.diffusion import (
     Estimate,
     Euler,
     Heun,
-    Interval,
     Lcm,
     RectifiedFlow,
+    StepInterval,
     UniPc,
-    VariancePreserving,
-    draws,
+    VariancePreservingProcess,
+    get_sampler,
     invert,
+    make_noise_fn,
+    make_uniform_times,
     sample,
-    sampler,
-    time_grid,
     trace,
 )
 
@@ -47,8 +47,10 @@ def denoise(noisy, time):
 def run(solver, steps, process=RectifiedFlow(), noise=NOISE, seed=0):  # noqa: B008
     keys = jax.random.split(jax.random.key(seed), len(noise))
     return jax.jit(
-        lambda x, keys, times: sample(denoise, x, times, process=process, solver=solver, draw=draws(keys, x.shape[1:]))
-    )(noise, keys, time_grid(process, steps))
+        lambda x, keys, times: sample(
+            denoise, x, times, process=process, solver=solver, noise_fn=make_noise_fn(keys, x.shape[1:])
+        )
+    )(noise, keys, make_uniform_times(process, steps))
 
 
 def error(solver, steps):
@@ -67,8 +69,8 @@ def test_order_of_convergence(solver, order, steps):
 )
 def test_samples_have_the_mean_and_deviation_of_the_data(name, shift):
     noise = jnp.asarray(stats.norm.ppf((np.arange(4000) + 0.5) / 4000), jnp.float32)
-    found = run(sampler(name), 100, RectifiedFlow(shift=shift), noise)
-    exact = not sampler(name).stochastic
+    found = run(get_sampler(name), 100, RectifiedFlow(shift=shift), noise)
+    exact = not get_sampler(name).stochastic
     assert found.mean() == pytest.approx(MEAN, abs=0.01 if exact else 0.02)
     assert found.std() == pytest.approx(STD, rel=0.05)
     assert stats.kstest((found - MEAN) / STD, "norm").statistic < (0.02 if exact else 0.035)
@@ -84,17 +86,17 @@ def test_a_consistency_model_needs_few_steps(steps):
         return (noisy - data) / time
 
     noise = jax.random.normal(jax.random.key(2), (4000, 1))
-    draw = draws(jax.random.split(jax.random.key(3), 4000), (1,))
-    times = time_grid(RectifiedFlow(), steps)
-    found = sample(consistent, noise, times, process=RectifiedFlow(), solver=Lcm(), draw=draw)
+    draw = make_noise_fn(jax.random.split(jax.random.key(3), 4000), (1,))
+    times = make_uniform_times(RectifiedFlow(), steps)
+    found = sample(consistent, noise, times, process=RectifiedFlow(), solver=Lcm(), noise_fn=draw)
     assert stats.kstest((found[:, 0] - MEAN) / STD, "norm").statistic < 0.03
 
 
 def test_ancestral_steps_are_one():
     """Of any process DDPM, DDIM with eta 1 and the SDE's first order are the same step."""
-    for process in (RectifiedFlow(), VariancePreserving()):
+    for process in (RectifiedFlow(), VariancePreservingProcess()):
         noise, found = NOISE[::-1] / 2, Estimate(NOISE / 3 + 1, NOISE)
-        interval = Interval(jnp.asarray(0.7), jnp.asarray(0.4), noise)
+        interval = StepInterval(jnp.asarray(0.7), jnp.asarray(0.4), noise)
         x = process.add_noise(found.data, found.noise, interval.time)
         ends = [
             solver.step(lambda x, time, found=found: found, process, solver.init(x, steps=3), interval).x
@@ -106,7 +108,10 @@ def test_ancestral_steps_are_one():
 
 @pytest.mark.parametrize(("share", "name"), [(0.0, "small"), (1.0, "large"), (0.5, None)])
 def test_a_learned_variance_lies_between_the_two_in_logarithms(share, name):
-    process, interval = VariancePreserving(), Interval(jnp.asarray(0.5), jnp.asarray(0.45), jnp.ones_like(NOISE))
+    process, interval = (
+        VariancePreservingProcess(),
+        StepInterval(jnp.asarray(0.5), jnp.asarray(0.45), jnp.ones_like(NOISE)),
+    )
 
     def spread(variance, solver):
         state = solver.init(jnp.zeros_like(NOISE), steps=2)
@@ -124,7 +129,7 @@ def test_a_learned_variance_lies_between_the_two_in_logarithms(share, name):
 def test_a_constant_velocity_is_followed_exactly_in_one_step(solver):
     data = 3 * NOISE + 1
     process = RectifiedFlow()
-    found = sample(lambda x, t: NOISE - data, NOISE, time_grid(process, 1), process=process, solver=solver)
+    found = sample(lambda x, t: NOISE - data, NOISE, make_uniform_times(process, 1), process=process, solver=solver)
     np.testing.assert_allclose(found, data, atol=1e-5)
 
 
@@ -137,15 +142,18 @@ def test_evaluations_and_their_times():
 
     with jax.disable_jit():
         for solver in (Euler(), Heun()):
-            sample(recorded, NOISE[:1], time_grid(RectifiedFlow(), 2), process=RectifiedFlow(), solver=solver)
+            sample(recorded, NOISE[:1], make_uniform_times(RectifiedFlow(), 2), process=RectifiedFlow(), solver=solver)
     # The model is never asked what the noise is in data without any.
     assert times == [1.0, 0.5, 1.0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_trace_is_what_a_sample_went_through(name):
-    times, draw = time_grid(RectifiedFlow(), 4), draws(jax.random.split(jax.random.key(0), len(NOISE)), (4,))
-    rest = {"process": RectifiedFlow(), "solver": sampler(name), "draw": draw}
+    times, draw = (
+        make_uniform_times(RectifiedFlow(), 4),
+        make_noise_fn(jax.random.split(jax.random.key(0), len(NOISE)), (4,)),
+    )
+    rest = {"process": RectifiedFlow(), "solver": get_sampler(name), "draw": draw}
     found = trace(denoise, NOISE, times, **rest)
     assert found.x.shape == found.data.shape == (4, *NOISE.shape)
     np.testing.assert_allclose(found.x[-1], sample(denoise, NOISE, times, **rest), rtol=1e-5, atol=1e-6)
@@ -153,14 +161,19 @@ def test_a_trace_is_what_a_sample_went_through(name):
     np.testing.assert_allclose(found.data[2], found.x[1] - 0.5 * denoise(found.x[1], 0.5), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if sampler(name).stochastic))
+@pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if get_sampler(name).stochastic))
 def test_noise_is_a_samples_own(name):
     keys = jax.random.split(jax.random.key(1), len(NOISE))
 
     def drawn(noise, keys):
-        times = time_grid(RectifiedFlow(), 4)
+        times = make_uniform_times(RectifiedFlow(), 4)
         return sample(
-            denoise, noise, times, process=RectifiedFlow(), solver=sampler(name), draw=draws(keys, noise.shape[1:])
+            denoise,
+            noise,
+            times,
+            process=RectifiedFlow(),
+            solver=get_sampler(name),
+            noise_fn=make_noise_fn(keys, noise.shape[1:]),
         )
 
     together = drawn(NOISE, keys)
@@ -179,7 +192,7 @@ def test_one_program_serves_all_times_of_one_length():
         return sample(denoise, noise, times, process=RectifiedFlow(), solver=DpmMultistep())
 
     for shift in (1.0, 2.0, 5.0):
-        program(NOISE, time_grid(RectifiedFlow(shift=shift), 4))
+        program(NOISE, make_uniform_times(RectifiedFlow(shift=shift), 4))
     assert traced == [(5,)]
 
 
@@ -193,7 +206,7 @@ def test_samples_of_a_batch_do_not_depend_on_each_other():
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.7])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_the_grid_falls_from_noise_to_data(steps, shift):
-    times = np.asarray(time_grid(RectifiedFlow(shift=shift), steps))
+    times = np.asarray(make_uniform_times(RectifiedFlow(shift=shift), steps))
     assert times.shape == (steps + 1,)
     assert times[0] == pytest.approx(1, abs=1e-6)
     assert times[-1] == 0
@@ -202,34 +215,36 @@ def test_the_grid_falls_from_noise_to_data(steps, shift):
 
 def test_the_grid_has_the_shift_of_training():
     # 3 t / (1 + 2 t) at 1, 1/2 and 0.
-    np.testing.assert_allclose(time_grid(RectifiedFlow(shift=3.0), 2), [1, 0.75, 0], atol=1e-6)
+    np.testing.assert_allclose(make_uniform_times(RectifiedFlow(shift=3.0), 2), [1, 0.75, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [0, -3])
 def test_less_than_one_step(steps):
     with pytest.raises(UserError, match=f"at least 1 step, not {steps}"):
-        time_grid(RectifiedFlow(), steps)
+        make_uniform_times(RectifiedFlow(), steps)
 
 
 def test_samplers_by_name():
-    assert sampler("euler") == Euler()
-    assert sampler("euler-ancestral") == Ddim(eta=1.0)
-    assert sampler("dpm++sde") == DpmMultistep(eta=1.0)
+    assert get_sampler("euler") == Euler()
+    assert get_sampler("euler-ancestral") == Ddim(eta=1.0)
+    assert get_sampler("dpm++sde") == DpmMultistep(eta=1.0)
     with pytest.raises(UserError, match=r"unknown sampler 'plms'; use one of ddim, ddpm, dpm.*2m, "):
-        sampler("plms")
+        get_sampler("plms")
 
 
-class WithoutDataAtItsNoise(VariancePreserving):
+class WithoutDataAtItsNoise(VariancePreservingProcess):
     """As the schedules with no signal at the end of arXiv 2305.08891."""
 
     def alpha(self, time):
         return 1 - time
 
 
-@pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if sampler(name).stochastic))
+@pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if get_sampler(name).stochastic))
 def test_a_stochastic_solver_without_noise(name):
     with pytest.raises(UserError, match=r"draws noise in every step\. Use noise_fn=make_noise_fn"):
-        sample(denoise, NOISE, time_grid(RectifiedFlow(), 2), process=RectifiedFlow(), solver=sampler(name))
+        sample(
+            denoise, NOISE, make_uniform_times(RectifiedFlow(), 2), process=RectifiedFlow(), solver=get_sampler(name)
+        )
 
 
 @pytest.mark.parametrize(
@@ -250,5 +265,5 @@ def test_what_cannot_be_done_is_refused(make, message):
 
 
 def inverted(solver, prediction=Epsilon()):  # noqa: B008
-    times = time_grid(RectifiedFlow(), 2)[::-1]
+    times = make_uniform_times(RectifiedFlow(), 2)[::-1]
     return invert(denoise, NOISE, times, process=RectifiedFlow(), solver=solver, prediction=prediction)

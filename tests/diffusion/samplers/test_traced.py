@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import SAMPLERS, Euler, Heun, RectifiedFlow, advance, sample, time_grid
-from dit_video.diffusion.samplers.traced import Watched
+from dit_video.diffusion import SAMPLERS, Euler, Heun, RectifiedFlow, advance, make_uniform_times, sample
+from dit_video.diffusion.samplers.traced import TracedSampler
 
 PROCESS = RectifiedFlow()
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5)), jnp.float32)
@@ -16,9 +16,9 @@ def denoise(noisy, time):
 
 def run(solver, steps, padded, model=denoise):
     """`steps` of them, in a program for `padded`."""
-    times = time_grid(PROCESS, steps)
+    times = make_uniform_times(PROCESS, steps)
     times = jnp.concatenate([times, jnp.full(padded - steps, times[-1])])
-    program = jax.jit(lambda state, times: advance(model, state, times, process=PROCESS, solver=solver, draw=draw))
+    program = jax.jit(lambda state, times: advance(model, state, times, process=PROCESS, solver=solver, noise_fn=draw))
     return program(solver.init(NOISE, steps=steps), times)
 
 
@@ -29,8 +29,8 @@ def draw(number):
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_steps_of_no_length_change_nothing(name):
     solver = SAMPLERS[name]
-    plain = sample(denoise, NOISE, time_grid(PROCESS, 3), process=PROCESS, solver=solver, draw=draw)
-    state = run(Watched(solver=solver), 3, 8)
+    plain = sample(denoise, NOISE, make_uniform_times(PROCESS, 3), process=PROCESS, solver=solver, noise_fn=draw)
+    state = run(TracedSampler(solver=solver), 3, 8)
     np.testing.assert_allclose(state.x, plain, rtol=1e-5, atol=1e-5)
     assert (int(state.done), int(state.failed)) == (3, -1)
     assert state.recorded is None
@@ -38,11 +38,11 @@ def test_steps_of_no_length_change_nothing(name):
 
 @pytest.mark.parametrize("solver", [Euler(), Heun()], ids=["euler", "heun"])
 def test_what_is_recorded(solver):
-    state = run(Watched(solver=solver, recorded=True), 4, 4)
+    state = run(TracedSampler(solver=solver, has_trace=True), 4, 4)
     assert state.recorded.x.shape == state.recorded.data.shape == (4, *NOISE.shape)
     np.testing.assert_array_equal(state.recorded.x[-1], state.x)
     for steps in (1, 2):
-        part = sample(denoise, NOISE, time_grid(PROCESS, 4)[: steps + 1], process=PROCESS, solver=solver)
+        part = sample(denoise, NOISE, make_uniform_times(PROCESS, 4)[: steps + 1], process=PROCESS, solver=solver)
         np.testing.assert_allclose(state.recorded.x[steps - 1], part, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state.recorded.data[0], NOISE - denoise(NOISE, 1.0), rtol=1e-5, atol=1e-5)
 
@@ -52,4 +52,4 @@ def test_the_first_step_that_is_not_finite_is_noted(broken, step):
     def model(noisy, time):
         return jnp.where(time <= broken, jnp.full_like(noisy, jnp.nan).at[1].set(0), noisy)
 
-    assert int(run(Watched(solver=Euler()), 4, 6, model).failed) == step
+    assert int(run(TracedSampler(solver=Euler()), 4, 6, model).failed) == step

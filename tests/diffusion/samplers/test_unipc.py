@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion import Euler, RectifiedFlow, UniPc, UniPcGrid, sample, time_grid
+from dit_video.diffusion import Euler, RectifiedFlow, UniPc, UniPcFlowSchedule, make_uniform_times, sample
 
 MEAN, STD = 2.0, 0.3
 NOISE = np.random.default_rng(0).normal(size=(8, 3))
@@ -50,7 +50,7 @@ def test_order_of_convergence_with_the_corrector(order, expected, kind):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_order_of_convergence_of_the_predictor_alone(order):
-    solver = UniPc(order=order, lower_order_final=False, uncorrected=tuple(range(160)))
+    solver = UniPc(order=order, lower_order_final=False, uncorrected_steps=tuple(range(160)))
     errors = [error(solver, np.linspace(0.9, 0.1, steps + 1)) for steps in (40, 80, 160)]
     np.testing.assert_allclose(np.log2(np.asarray(errors[:-1]) / errors[1:]), order, atol=0.2)
 
@@ -63,7 +63,7 @@ def test_a_higher_order_is_closer():
 
 def test_from_noise_to_data_it_needs_fewer_evaluations_than_euler():
     def whole(solver, steps):
-        return error(solver, np.asarray(time_grid(FLOW, steps), np.float64))
+        return error(solver, np.asarray(make_uniform_times(FLOW, steps), np.float64))
 
     assert whole(UniPc(), 20) < whole(UniPc(), 10) / 4
     assert whole(UniPc(), 10) < whole(Euler(), 20) / 1.5
@@ -78,7 +78,9 @@ def test_one_evaluation_a_step_at_the_times_of_the_grid():
         return denoise(noisy, time)
 
     with jax.disable_jit():
-        sample(recorded, jnp.asarray(NOISE, jnp.float32), time_grid(FLOW, 4), process=FLOW, solver=UniPc(order=3))
+        sample(
+            recorded, jnp.asarray(NOISE, jnp.float32), make_uniform_times(FLOW, 4), process=FLOW, solver=UniPc(order=3)
+        )
     assert asked == [1.0, 0.75, 0.5, 0.25]
 
 
@@ -89,10 +91,10 @@ def test_the_model_is_told_the_times_of_the_grid():
         asked.append(float(time))
         return denoise(noisy, time)
 
-    grid = UniPcGrid()(RectifiedFlow(shift=3.0), 5)
+    grid = UniPcFlowSchedule()(RectifiedFlow(shift=3.0), 5)
     with jax.disable_jit():
         noise = jnp.asarray(NOISE, jnp.float32)
-        sample(recorded, noise, grid.times, process=FLOW, solver=UniPc(), told=grid.told)
+        sample(recorded, noise, grid.times, process=FLOW, solver=UniPc(), model_times=grid.model_times)
     # 3 u / (1 + 2 u) of u = 1, .8002, .6004, .4006, .2008, down to whole thousandths
     np.testing.assert_allclose(asked, [0.999, 0.923, 0.818, 0.667, 0.429], atol=1e-6)
 
@@ -103,13 +105,13 @@ def test_the_model_is_told_the_times_of_the_grid():
 def test_a_constant_velocity_is_followed_exactly(steps, order, kind):
     noise = jnp.asarray(NOISE, jnp.float32)
     data = jnp.asarray(3 * NOISE + 1, jnp.float32)
-    solver, times = UniPc(order=order, kind=kind), time_grid(FLOW, steps)
+    solver, times = UniPc(order=order, kind=kind), make_uniform_times(FLOW, steps)
     found = jax.jit(lambda noise: sample(lambda x, t: noise - data, noise, times, process=FLOW, solver=solver))(noise)
     np.testing.assert_allclose(found, data, atol=2e-5)
 
 
 def test_samples_of_a_batch_do_not_depend_on_each_other():
-    noise, times = jnp.asarray(NOISE, jnp.float32), time_grid(FLOW, 6)
+    noise, times = jnp.asarray(NOISE, jnp.float32), make_uniform_times(FLOW, 6)
     run = jax.jit(lambda noise: sample(denoise, noise, times, process=FLOW, solver=UniPc(order=3)))
     together = run(noise)
     np.testing.assert_array_equal(run(noise.at[3:].mul(100.0))[:3], together[:3])
@@ -117,7 +119,7 @@ def test_samples_of_a_batch_do_not_depend_on_each_other():
 
 
 def test_a_sample_has_a_gradient():
-    times = time_grid(FLOW, 16)
+    times = make_uniform_times(FLOW, 16)
     noise = jnp.asarray(NOISE, jnp.float32)
     gradient = jax.jit(jax.grad(lambda x: sample(denoise, x, times, process=FLOW, solver=UniPc()).sum()))(noise)
     np.testing.assert_allclose(gradient, STD, rtol=0.05)  # the data are m + s times the noise

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dit_video.distributed.planner.compiled_program import over_the_limit
+from dit_video.distributed.planner.compiled_program import parse_oom_message
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from dit_video.distributed.planner.compiled_program import over_the_limit
     ],
 )
 def test_a_program_that_does_not_fit(message, sentence, gibibytes):
-    said, peak = over_the_limit(message, arguments=3 * 2**30)
+    said, peak = parse_oom_message(message, argument_bytes=3 * 2**30)
     assert said.startswith(sentence)
     assert "\n" not in said
     assert peak == gibibytes * 2**30

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dit_video.distributed.planner import read_program
-from dit_video.distributed.planner.groups import axes_of, replica_groups
+from dit_video.distributed.planner.groups import find_mesh_axes, parse_replica_groups
 
 MESH = {"data": 1, "fsdp": 2, "tensor": 1, "context": 4}
 
@@ -31,8 +31,8 @@ def in_a_module(*lines: str, rest: str = "") -> str:
 )
 def test_collectives(line, kind, axes, moved):
     program = read_program(in_a_module(f"%c = f32[8]{{0}} {line}"), MESH)
-    (found,) = program.moved.values()
-    assert (found.kind, found.axes, found.bytes, found.times) == (kind, axes, moved, 1)
+    (found,) = program.collectives.values()
+    assert (found.kind, found.axes, found.bytes, found.count) == (kind, axes, moved, 1)
 
 
 LOOP = """
@@ -57,8 +57,8 @@ def test_what_a_loop_does_counts_as_often_as_it_turns():
     text = in_a_module("%w = (s32[], f32[64,32]{1,0}) while(%p), condition=%condition, body=%body", rest=LOOP)
     program = read_program(text, MESH)
     assert program.flops == 24 * 2 * 64 * 64 * 32
-    (moved,) = program.moved.values()
-    assert (moved.times, moved.bytes) == (24, 24 * 8192 * 3 / 4)
+    (moved,) = program.collectives.values()
+    assert (moved.count, moved.bytes) == (24, 24 * 8192 * 3 / 4)
     config = 'body=%body, backend_config={"known_trip_count":{"n":"5"}}'
     assert read_program(text.replace("body=%body", config), MESH).flops == 5 * 2 * 64 * 64 * 32
 
@@ -68,11 +68,11 @@ def test_a_loop_that_the_data_end():
     text = in_a_module("%w = (s32[], f32[64,32]{1,0}) while(%p), condition=%condition, body=%body", rest=rest)
     assert read_program(text, MESH).unknown_loops == 1
     assert read_program(text, MESH).flops == 2 * 64 * 64 * 32
-    assert read_program(text, MESH, turns=50).flops == 50 * 2 * 64 * 64 * 32
+    assert read_program(text, MESH, outer_trip_count=50).flops == 50 * 2 * 64 * 64 * 32
     # A sampler's loop has room for more steps than are taken.
     text = text.replace(rest, LOOP)
-    assert read_program(text, MESH, turns=5).flops == 24 * 2 * 64 * 64 * 32
-    assert read_program(text, MESH, turns=5, room=24).flops == 5 * 2 * 64 * 64 * 32
+    assert read_program(text, MESH, outer_trip_count=5).flops == 24 * 2 * 64 * 64 * 32
+    assert read_program(text, MESH, outer_trip_count=5, max_outer_trip_count=24).flops == 5 * 2 * 64 * 64 * 32
 
 
 def test_asynchronous_collectives_count_once():
@@ -80,20 +80,22 @@ def test_asynchronous_collectives_count_once():
         "%s = (f32[64,32]{1,0}, f32[256,32]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}",
         "%d = f32[256,32]{1,0} all-gather-done(%s)",
     ]
-    (moved,) = read_program(in_a_module(*pair), MESH).moved.values()
-    assert (moved.times, moved.bytes) == (1, 3 * 8192)
+    (moved,) = read_program(in_a_module(*pair), MESH).collectives.values()
+    assert (moved.count, moved.bytes) == (1, 3 * 8192)
     fused = "%{0} (q: f32[64,32]) -> f32[256,32] {{\n  %q = f32[64,32]{{1,0}} parameter(0)\n  ROOT %g.{0} = "
     fused += "f32[256,32]{{1,0}} "
     fused += 'all-gather(%q), replica_groups=[2,4]<=[8], frontend_attributes={{chain_id="7"}}\n}}\n'
     calls = [f"%f.{name} = f32[256,32]{{1,0}} fusion(%p), kind=kOutput, calls=%{name}" for name in ("start", "end")]
-    (moved,) = read_program(in_a_module(*calls, rest=fused.format("start") + fused.format("end")), MESH).moved.values()
-    assert (moved.times, moved.bytes) == (1, 3 * 8192)
+    (moved,) = read_program(
+        in_a_module(*calls, rest=fused.format("start") + fused.format("end")), MESH
+    ).collectives.values()
+    assert (moved.count, moved.bytes) == (1, 3 * 8192)
 
 
 def test_a_sum_of_which_a_slice_is_taken_is_a_scatter():
     lines = ["%s = f32[64,32]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add"]
     lines += ["ROOT %d = f32[16,32]{1,0} dynamic-slice(%s), dynamic_slice_sizes={16,32}"]
-    (moved,) = read_program(in_a_module(*lines), MESH).moved.values()
+    (moved,) = read_program(in_a_module(*lines), MESH).collectives.values()
     assert (moved.kind, moved.bytes) == ("reduce-scatter", 8192 * 3 / 4)
 
 
@@ -107,7 +109,7 @@ def test_sums_of_several_arrays_of_which_slices_are_taken_are_scatters():
     found = []
     for whole in ("", "%w = f32[64,32]{1,0} negate(%g0)"):
         text = in_a_module(*lines, *parts, whole, "ROOT %r = (f32[16,32]{1,0}, f32[16,32]{1,0}) tuple(%d0, %d1)")
-        found += read_program(text, MESH).moved.values()
+        found += read_program(text, MESH).collectives.values()
     assert [part.kind for part in found] == ["reduce-scatter", "all-reduce"]
     assert [part.bytes for part in found] == [2 * 8192 * 3 / 4, 2 * 2 * 8192 * 3 / 4]
 
@@ -159,12 +161,12 @@ def test_what_is_started_is_read_and_written_once():
 
 
 def test_groups():
-    assert replica_groups("replica_groups=[4,2]<=[2,4]T(1,0)", 8) == [[0, 4], [1, 5], [2, 6], [3, 7]]
-    assert replica_groups("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", 8) == [[0, 1]]
-    assert replica_groups("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", 8) == [[0, 2, 4, 6]]
+    assert parse_replica_groups("replica_groups=[4,2]<=[2,4]T(1,0)", 8) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert parse_replica_groups("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", 8) == [[0, 1]]
+    assert parse_replica_groups("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", 8) == [[0, 2, 4, 6]]
     laid = "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,2,2]T(1,0,2)) {'a'}"
-    assert replica_groups(laid, 8) == [[0, 4, 2, 6]]
-    assert axes_of([0, 4], MESH) == ("fsdp",)
+    assert parse_replica_groups(laid, 8) == [[0, 4, 2, 6]]
+    assert find_mesh_axes([0, 4], MESH) == ("fsdp",)
 
 
 def test_a_program_of_this_machine():

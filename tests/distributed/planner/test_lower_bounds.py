@@ -1,14 +1,29 @@
 import pytest
 
-from dit_video.distributed.planner import Moved, Step, least_moved, moved_over
+from dit_video.distributed.planner import (
+    CollectiveTraffic,
+    StepSpec,
+    compute_min_collective_bytes,
+    sum_collective_bytes,
+)
 
-STEP = Step(width=64, hidden=256, layers=3, tokens=1024, rows=8, itemsize=2, remat="none", forward=1, attention=1)
+STEP = StepSpec(
+    width=64,
+    mlp_dim=256,
+    layers=3,
+    tokens_per_row=1024,
+    rows=8,
+    itemsize=2,
+    remat="none",
+    forward_flops=1,
+    attention_flops=1,
+)
 MESH = {"data": 2, "fsdp": 4, "tensor": 2, "context": 8}
 
 
 @pytest.mark.parametrize(("remat", "times"), [("full", 2), ("none", 1)])
 def test_weights_for_every_forward_pass_and_gradients_once(remat, times):
-    found = least_moved(STEP.resized(8, remat), 1000, MESH, "ulysses")["fsdp"]
+    found = compute_min_collective_bytes(STEP.resize(8, remat), 1000, MESH, "ulysses")["fsdp"]
     assert found == 3 / 4 * 1000 / 2 * (2 * times + 4)
 
 
@@ -23,19 +38,21 @@ def test_weights_for_every_forward_pass_and_gradients_once(remat, times):
 )
 def test_tokens_meet(way, remat, of_a_value):
     values = 3 * (8 * 1024 // (2 * 4 * 8)) * 64 // 2
-    assert least_moved(STEP.resized(8, remat), 1000, MESH, way)["context"] == pytest.approx(values * of_a_value)
+    assert compute_min_collective_bytes(STEP.resize(8, remat), 1000, MESH, way)["context"] == pytest.approx(
+        values * of_a_value
+    )
 
 
 def test_axes_of_one_move_nothing():
-    assert least_moved(STEP, 1000, {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}, "ring") == {}
+    assert compute_min_collective_bytes(STEP, 1000, {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}, "ring") == {}
 
 
 def test_sums_of_gradients_over_context_are_no_part_of_attention():
     moved = [
-        Moved("all-to-all", ("context",), 5.0, 1),
-        Moved("all-reduce", ("context",), 7.0, 1),
-        Moved("all-gather", ("fsdp",), 2.0, 1),
-        Moved("reduce-scatter", ("fsdp",), 3.0, 1),
-        Moved("all-gather", ("data", "fsdp"), 11.0, 1),
+        CollectiveTraffic("all-to-all", ("context",), 5.0, 1),
+        CollectiveTraffic("all-reduce", ("context",), 7.0, 1),
+        CollectiveTraffic("all-gather", ("fsdp",), 2.0, 1),
+        CollectiveTraffic("reduce-scatter", ("fsdp",), 3.0, 1),
+        CollectiveTraffic("all-gather", ("data", "fsdp"), 11.0, 1),
     ]
-    assert (moved_over("context", moved), moved_over("fsdp", moved)) == (5.0, 5.0)
+    assert (sum_collective_bytes("context", moved), sum_collective_bytes("fsdp", moved)) == (5.0, 5.0)

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from dit_video.core.rng import host
+from dit_video.core.rng import make_generator
 from dit_video.data.synthetic.shapes import (
     BACKGROUND,
     COLOURS,
@@ -14,21 +14,21 @@ from dit_video.data.synthetic.shapes import (
     TRAINING,
     Description,
     Geometry,
-    caption,
-    parse,
+    format_caption,
+    parse_caption,
     render,
     sample_geometry,
 )
 from dit_video.evaluation.metrics.prompt_following import (
-    Result,
+    JudgedSample,
+    Judgement,
     Score,
-    Verdict,
-    examine,
+    compute_wilson_interval,
     judge,
+    judge_sample,
     prompt_following,
     score,
     start_spread,
-    wilson,
 )
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
@@ -38,7 +38,7 @@ RED = Description(colour="red", shape="circle", direction="left")
 
 
 def clip_of(description, *, seed=0, frames=9, height=32, width=48):
-    generator = host(seed, "judge", height, width, frames, *caption(description).encode())
+    generator = make_generator(seed, "judge", height, width, frames, *format_caption(description).encode())
     geometry = sample_geometry(generator, description, height=height, width=width)
     return render(description, geometry, frames=frames, height=height, width=width)
 
@@ -82,7 +82,7 @@ def test_blurred_and_noisy_clips_are_mostly_judged_right():
     for index, description in enumerate(descriptions):
         height, width = SIZES[index % 3]
         clip = clip_of(description, seed=1, frames=9 if description.direction else 1, height=height, width=width)
-        noise = host(2, "noise", index).normal(0, 12, clip.frames.shape)
+        noise = make_generator(2, "noise", index).normal(0, 12, clip.frames.shape)
         soft = np.clip(np.rint(blurred(clip.frames) + noise), 0, 255).astype(np.uint8)
         verdict = judge(Clip(soft, fps=8))
         if not right(description, verdict):
@@ -108,16 +108,16 @@ def test_start_is_the_first_centroid():
 
 @pytest.mark.parametrize("frames", [1, 9])
 def test_nothing_is_found_in_an_empty_clip(frames):
-    assert judge(Clip(empty(frames), fps=8)) == Verdict()
-    assert judge(Clip(np.zeros((frames, 32, 32, 3), np.uint8), fps=8)) == Verdict()
+    assert judge(Clip(empty(frames), fps=8)) == Judgement()
+    assert judge(Clip(np.zeros((frames, 32, 32, 3), np.uint8), fps=8)) == Judgement()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_nothing_is_found_in_noise(seed):
     noise = np.random.default_rng(seed).integers(0, 256, (9, 32, 32, 3)).astype(np.uint8)
-    assert judge(Clip(noise, fps=8)) == Verdict()
+    assert judge(Clip(noise, fps=8)) == Judgement()
     faint = np.clip(empty() + np.random.default_rng(seed).normal(0, 15, (9, 32, 48, 3)), 0, 255).astype(np.uint8)
-    assert judge(Clip(faint, fps=8)) == Verdict()
+    assert judge(Clip(faint, fps=8)) == Judgement()
 
 
 def test_a_frame_full_of_colour_is_no_shape():
@@ -153,7 +153,9 @@ def test_swapped_colours_and_mirrored_motion_are_seen():
 
 def test_a_still_clip_has_no_direction():
     still = Clip(clip_of(RED).frames[:1].repeat(9, axis=0), fps=8)
-    noisy = np.clip(still.frames + host(0, "noise").normal(0, 12, still.frames.shape), 0, 255).astype(np.uint8)
+    noisy = np.clip(still.frames + make_generator(0, "noise").normal(0, 12, still.frames.shape), 0, 255).astype(
+        np.uint8
+    )
     for clip in (still, Clip(noisy, fps=8)):
         verdict = judge(clip)
         assert (verdict.colour, verdict.shape, verdict.direction) == ("red", "circle", None)
@@ -223,22 +225,22 @@ def test_other_shapes_have_no_name(draw):
 
 
 def test_wilson_interval():
-    assert wilson(0, 0) == (0.0, 1.0)
-    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert compute_wilson_interval(0, 0) == (0.0, 1.0)
+    assert compute_wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert compute_wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert compute_wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
 def found(description, **changes):
     values = {"colour": description.colour, "shape": description.shape, "direction": description.direction, **changes}
-    return Verdict(**values, start=(0.5, 0.5))
+    return Judgement(**values, start=(0.5, 0.5))
 
 
 def test_rates_by_group():
     size = Grid(9, 32, 32)
-    results = [Result(description=one, verdict=found(one), size=size) for one in TRAINING]
-    results += [Result(description=one, verdict=found(one, colour="white"), size=size) for one in HELD_OUT]
-    results += [Result(description=one, verdict=Verdict(), size=Grid(1, 32, 32)) for one in IMAGES]
+    results = [JudgedSample(description=one, judgement=found(one), size=size) for one in TRAINING]
+    results += [JudgedSample(description=one, judgement=found(one, colour="white"), size=size) for one in HELD_OUT]
+    results += [JudgedSample(description=one, judgement=Judgement(), size=Grid(1, 32, 32)) for one in IMAGES]
     table = prompt_following(results)
     assert json.loads(json.dumps(table)) == table
     seen, never_seen, images = table["seen"], table["never_seen"], table["images"]
@@ -267,9 +269,9 @@ def test_spread_of_data_is_that_of_data():
             words = f"a {list(COLOURS)[index % 6]} {SHAPES[index // 3 % 3]}" + (
                 f" moving {direction}" if direction else ""
             )
-            description = parse(words)
+            description = parse_caption(words)
             clip = clip_of(description, seed=index, frames=1, height=height, width=width)
-            results.append(examine(description, clip))
+            results.append(judge_sample(description, clip))
     spread = start_spread(results, draws=30)
     assert spread["left"]["count"] == 150
     for name in ("left", "right", "up", "down", "image"):
@@ -280,7 +282,7 @@ def test_spread_of_data_is_that_of_data():
 
 def test_collapsed_starts_are_seen():
     collapsed = [
-        examine(
+        judge_sample(
             RED, render(RED, Geometry(row=16.0, column=column, radius=6.0, speed=0.6), frames=9, height=32, width=32)
         )
         for column in np.linspace(17, 25, 20)

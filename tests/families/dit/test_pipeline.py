@@ -11,10 +11,19 @@ import pytest
 import dit_video
 from dit_video.autoencoders import ImageLevels, ImageVaeConfig
 from dit_video.core.errors import MissingError, UserError
-from dit_video.diffusion import Ddim, Ddpm, Epsilon, Heun, LearnedVariance, RectifiedFlow, VariancePreserving, Velocity
+from dit_video.diffusion import (
+    Ddim,
+    Ddpm,
+    Epsilon,
+    Heun,
+    LearnedVariance,
+    RectifiedFlow,
+    VariancePreservingProcess,
+    Velocity,
+)
 from dit_video.families import save_autoencoder, save_denoiser
 from dit_video.pipelines.pipeline import Request
-from dit_video.pipelines.probe import ClipDenoiser
+from dit_video.pipelines.probe import DenoiserProbe
 from dit_video.text import ByteEncoderConfig, ClassNamesConfig
 from support.rough import rough_params
 from support.tiny_class_dit import DIT, SIT
@@ -56,7 +65,7 @@ def drawn(pipeline, label, **options):
 def test_what_a_folder_says(pipeline):
     config = pipeline.config
     assert config.text == ClassNamesConfig(classes=5, names=(*NAMES.values(), "4"))
-    assert config.process == VariancePreserving()
+    assert config.process == VariancePreservingProcess()
     assert config.prediction == LearnedVariance()
     assert (config.sampling.solver, config.sampling.guidance, config.size) == (Ddim(), 4.0, (1, SIDE, SIDE))
 
@@ -75,11 +84,11 @@ def test_a_class_by_its_name_is_that_by_its_number(pipeline):
 
 
 def test_taken_apart_it_is_told_of_the_class(pipeline):
-    inside = ClipDenoiser(pipeline, ["goldfinch", "tench"])
-    noisy = jnp.zeros((2, inside.grid.volume, inside.patch.volume * inside.channels))
+    inside = DenoiserProbe(pipeline, ["goldfinch", "tench"])
+    noisy = jnp.zeros((2, inside.token_grid.volume, inside.patch.volume * inside.channels))
     first, second = np.asarray(inside.denoise(noisy, jnp.asarray(0.5)))
     assert np.abs(first - second).max() > 1e-3
-    maps = inside.attention_maps(noisy, 0.5, queries=[0])
+    maps = inside.compute_attention_maps(noisy, 0.5, queries=[0])
     assert np.abs(maps[-1, 0] - maps[-1, 1]).max() > 1e-6
 
 

@@ -10,7 +10,17 @@ import pytest
 
 import dit_video
 from dit_video.core.rng import key
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, packed_noise, patchify, unpatchify
+from dit_video.tokens import (
+    Grid,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_coordinates,
+    pack,
+    patchify,
+    sample_packed_noise,
+    unpatchify,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -65,10 +75,10 @@ def on_the_way(number):
     """`[c h w]`: the noise that our sampler draws in a step."""
     grid = Grid(1, SIDE // 2, SIDE // 2)
     zeros = patchify(np.zeros((1, SIDE, SIDE, CHANNELS), np.float32), PATCH)
-    item = Item(zeros, coordinates(grid), np.zeros(1, np.int32), 0)
-    row = pack([item], RowShape(tokens=grid.volume, text=1, segments=1), width=zeros.shape[1])
+    item = PackedExample(zeros, compute_coordinates(grid), np.zeros(1, np.int32), 0)
+    row = pack([item], PackedShape(tokens=grid.volume, text=1, segments=1), width=zeros.shape[1])
     keys = jax.random.fold_in(key(SEED, "sampler"), number)[None, None]
-    noise = packed_noise(Rows(*(jnp.asarray(value)[None] for value in row)), keys)
+    noise = sample_packed_noise(PackedBatch(*(jnp.asarray(value)[None] for value in row)), keys)
     return unpatchify(np.asarray(noise[0]), grid, PATCH)[0].transpose(2, 0, 1)
 
 

@@ -17,7 +17,7 @@ from support.rough import rough_params
 from support.tiny_class_dit import DIT, SIT
 
 DIFFUSERS = dataclasses.replace(
-    DIT, mlp_norm_eps=1e-5, time_embedding=TimeEmbedding(period=10_000 ** (128 / 127)), patch=Grid(1, 4, 4)
+    DIT, mlp_norm_eps=1e-5, time_embedding=TimeEmbedding(max_period=10_000 ** (128 / 127)), patch=Grid(1, 4, 4)
 )
 FILE = "diffusion_pytorch_model.safetensors"
 

@@ -11,14 +11,14 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from dit_video.backbones.denoise import packed_denoise
+from dit_video.backbones.denoise import make_denoise_fn
 from dit_video.backbones.dit import Given
 from dit_video.core.trees import flatten
-from dit_video.diffusion import Euler, Even, RectifiedFlow, classifier_free, sample
+from dit_video.diffusion import Euler, RectifiedFlow, UniformTimes, apply_classifier_free_guidance, sample
 from dit_video.families import load_denoiser, save_denoiser
-from dit_video.families.dit.transformer import file_map
-from dit_video.nn import graph_of, param_shapes
-from dit_video.tokens import Grid, coordinates, patchify, unpatchify
+from dit_video.families.dit.transformer import make_file_map
+from dit_video.nn import get_graph_def, get_param_shapes
+from dit_video.tokens import Grid, compute_coordinates, patchify, unpatchify
 
 pytestmark = pytest.mark.parity
 
@@ -150,7 +150,7 @@ def tokens(images):
 
 ROW = {
     "segments": jnp.repeat(jnp.asarray([[1, 2]]), GRID.volume, axis=1),
-    "coordinates": jnp.tile(jnp.asarray(coordinates(GRID)), (2, 1))[None],
+    "coordinates": jnp.tile(jnp.asarray(compute_coordinates(GRID)), (2, 1))[None],
     "context": None,
     "context_segments": None,
 }
@@ -160,7 +160,7 @@ def assert_same_function(config, params, theirs, expected_gradients, names):
     """Predictions of a row of two images, and the gradients of their weighted sum, of each of their tensors."""
     channels = theirs.shape[1]
     images, times, weights = given(channels)
-    graph = graph_of(config.make)
+    graph = get_graph_def(config.make)
 
     def loss(params):
         labels = Given(labels=jnp.asarray([LABELS]))
@@ -202,7 +202,7 @@ def test_the_authors_values_and_gradients(tmp_path, torch, kind):
     authors_folder(tmp_path / "model", torch, values, kind)
     config, params = load_denoiser(tmp_path / "model")
     gradients = {name: value.grad.numpy() for name, value in values.items()}
-    assert_same_function(config, params, theirs.detach().numpy(), gradients, file_map(config, "authors"))
+    assert_same_function(config, params, theirs.detach().numpy(), gradients, make_file_map(config, "authors"))
 
     save_denoiser(tmp_path / "again", config, params, layout="authors")
     before, after = (safetensors.numpy.load_file(tmp_path / name / FILE) for name in ("model", "again"))
@@ -237,7 +237,7 @@ def test_diffusers_values_and_gradients(tmp_path, torch):
     model.save_pretrained(tmp_path / "model")
     config, params = load_denoiser(tmp_path / "model")
     gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-    assert_same_function(config, params, theirs.detach().numpy(), gradients, file_map(config, "diffusers"))
+    assert_same_function(config, params, theirs.detach().numpy(), gradients, make_file_map(config, "diffusers"))
 
     save_denoiser(tmp_path / "again", config, params)
     again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "again")
@@ -260,20 +260,23 @@ def test_a_guided_sampling_is_the_authors(tmp_path, torch):
 
     authors_folder(tmp_path / "model", torch, values, "SiT")
     config, params = load_denoiser(tmp_path / "model")
-    assert flatten(params).keys() == flatten(param_shapes(config.make)).keys()
+    assert flatten(params).keys() == flatten(get_param_shapes(config.make)).keys()
     row = {name: value if value is None else value[:, : GRID.volume] for name, value in ROW.items()}
 
     @jax.jit
     def sampled(params):
         def branch(label):
-            denoise = packed_denoise(
-                nnx.merge(graph_of(config.make), params), **row, count=1, given=Given(labels=jnp.asarray([[label]]))
+            denoise = make_denoise_fn(
+                nnx.merge(get_graph_def(config.make), params),
+                **row,
+                count=1,
+                given=Given(labels=jnp.asarray([[label]])),
             )
             return lambda noisy, time: denoise(noisy, jnp.full(noisy.shape[:2], time))
 
         process = RectifiedFlow()
-        guided = classifier_free(branch(LABELS[0]), branch(LABELS[1]), scale)
-        return sample(guided, tokens(noise), Even()(process, steps).times, process=process, solver=Euler())
+        guided = apply_classifier_free_guidance(branch(LABELS[0]), branch(LABELS[1]), scale)
+        return sample(guided, tokens(noise), UniformTimes()(process, steps).times, process=process, solver=Euler())
 
     found = unpatchify(np.asarray(sampled(params)[0]), GRID, PATCH)[0].transpose(2, 0, 1)
     assert np.abs(x.numpy() - noise).max() > 0.5

@@ -16,8 +16,8 @@ CONFIG = ImageVaeConfig(levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
 PARTS = ImageVaeConfig(
     channels=3,
     levels=ImageLevels(widths=(4, 8), blocks=1, groups=2, middle_attention=False, attention=(1,)),
-    moments=False,
-    latents=False,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
 )
 FILE = "diffusion_pytorch_model.safetensors"
 

@@ -12,8 +12,8 @@ import pytest
 import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
-from dit_video.diffusion import UniPc, UniPcGrid
-from dit_video.families.wan.transformer import wan_modules
+from dit_video.diffusion import UniPc, UniPcFlowSchedule
+from dit_video.families.wan.transformer import get_wan_modules
 from dit_video.nn import merge_lora
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.weights import load, load_lora, save, save_lora
@@ -57,10 +57,10 @@ def test_what_a_folder_says(pipeline, folder):
     config = pipeline.config
     assert (config.dit, config.boundary, config.autoencoder) == (DIT, 0.875, VAE)
     assert (config.text.folder, config.text.max_tokens) == (str(folder / "text_encoder"), 512)
-    assert (config.process.shift, config.sampling.solver, config.sampling.grid) == (3.0, UniPc(), UniPcGrid())
+    assert (config.process.shift, config.sampling.solver, config.sampling.grid) == (3.0, UniPc(), UniPcFlowSchedule())
     assert (config.sampling.steps, config.sampling.guidance) == (50, 5.0)
     assert (config.size, config.fps) == ((81, 480, 832), 16.0)
-    assert pipeline.parameter_counts().keys() == {"autoencoder", "dit", "low_noise", "text"}
+    assert pipeline.count_parameters().keys() == {"autoencoder", "dit", "low_noise", "text"}
 
 
 def test_a_clip(one):
@@ -166,7 +166,7 @@ def test_adapters_are_stacked_and_written(one, tmp_path):
     before = drawn(one)
     assert np.abs(drawn(stacked) - before).max() > 1e-3
     assert stacked._denoiser.tokenizer is one._denoiser.tokenizer
-    params, modules = one.denoiser_params["dit"], wan_modules(DIT)
+    params, modules = one.denoiser_params["dit"], get_wan_modules(DIT)
     for name, weight in (("a", 0.5), ("b", 2.0)):
         adapter = load_lora(tmp_path / f"{name}.safetensors", params, modules)
         params = merge_lora(params, adapter, weight)
@@ -183,7 +183,7 @@ def test_adapters_are_stacked_and_written(one, tmp_path):
     ],
 )
 def test_adapters_go_out_as_they_came(one, tmp_path, first, style, name):
-    modules = wan_modules(DIT, first=first)
+    modules = get_wan_modules(DIT, primary_layout=first)
     lora_file(tmp_path / "a.safetensors", style, [name.split(".", 1)[1].rsplit(".", 2)[0]])
     adapter = load_lora(tmp_path / "a.safetensors", one.denoiser_params["dit"], modules)
     save_lora(tmp_path / "b.safetensors", adapter, modules, style=style)

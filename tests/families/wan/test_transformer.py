@@ -14,11 +14,11 @@ from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.families import load_denoiser, save_denoiser
-from dit_video.nn import param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid, rotate
 from support.rough import rough_params
 
-CONFIG = WanDitConfig(channels=4, context_width=6, width=16, hidden_width=24, layers=3, heads=2, time_width=8)
+CONFIG = WanDitConfig(channels=4, context_width=6, width=16, mlp_dim=24, layers=3, heads=2, time_width=8)
 IMAGES = dataclasses.replace(CONFIG, given_channels=5, image_width=7)
 FIRST_AND_LAST = dataclasses.replace(IMAGES, image_positions=4)
 FILE = "diffusion_pytorch_model.safetensors"
@@ -80,11 +80,11 @@ def test_several_files_and_parameters_that_go_to_their_place_at_once(tmp_path):
 
     def place(path, parameter):
         placed.append((path, parameter.shape))
-        return parameter.on()
+        return parameter.to_device()
 
     _, read = load_denoiser(tmp_path, place=place)
     assert_same(read, params)
-    assert dict(placed) == {path: leaf.shape for path, leaf in flatten(param_shapes(CONFIG.make)).items()}
+    assert dict(placed) == {path: leaf.shape for path, leaf in flatten(get_param_shapes(CONFIG.make)).items()}
     next(tmp_path.glob("*-00002-of-*")).unlink()
     with pytest.raises(MissingError, match="lacks 1 of"):
         load_denoiser(tmp_path)

@@ -11,9 +11,9 @@ from flax import nnx
 from dit_video.backbones.dit import Given
 from dit_video.core.trees import flatten
 from dit_video.families import load_denoiser, save_denoiser
-from dit_video.families.wan.transformer import wan_names
-from dit_video.nn import graph_of
-from dit_video.tokens import Grid, coordinates, patchify
+from dit_video.families.wan.transformer import make_wan_tensor_map
+from dit_video.nn import get_graph_def
+from dit_video.tokens import Grid, compute_coordinates, patchify
 
 pytestmark = pytest.mark.parity
 
@@ -101,7 +101,7 @@ def packed(clips, config):
         "noisy": [patchify(clip.latents[..., :channels], PATCH) for clip in clips],
         "latents": [patchify(clip.latents[..., channels:], PATCH) for clip in clips],
         "weights": [patchify(clip.weights, PATCH) for clip in clips],
-        "coordinates": [coordinates(clip.grid) for clip in clips],
+        "coordinates": [compute_coordinates(clip.grid) for clip in clips],
         "token_time": [clip.times for clip in clips],
         "context": [clip.text for clip in clips],
         "image": [clip.image for clip in clips],
@@ -123,7 +123,7 @@ def ours_on(config, params, row, clips):
         image=row["image"] if config.image_width is not None else None,
         image_segments=row["image segments"] if config.image_width is not None else None,
     )
-    graph = graph_of(config.make)
+    graph = get_graph_def(config.make)
 
     def loss(params):
         prediction = nnx.merge(graph, params)(
@@ -161,7 +161,7 @@ def test_values_and_gradients(tmp_path, torch, kind):
         np.testing.assert_allclose(prediction[start : start + len(expected)], expected, atol=1e-4)
         start += len(expected)
 
-    names = wan_names(config, "diffusers")
+    names = make_wan_tensor_map(config, "diffusers")
     expected_gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for path, leaf in flatten(gradient).items():
         foreign = names[path]

@@ -6,15 +6,15 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import UserError
-from dit_video.features import ClipImages, FrameEncoder
-from dit_video.features.clip import prepare
-from dit_video.nn import graph_of
+from dit_video.features import ClipImageProcessor, FrameEncoder
+from dit_video.features.clip import preprocess_frames
+from dit_video.nn import get_graph_def
 from support.rough import rough_params
 from support.tiny_clip import VISION
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-IMAGES = ClipImages(resize=12, crop=(12, 12))
+IMAGES = ClipImageProcessor(resize=12, crop=(12, 12))
 PARAMS = rough_params(VISION.make)
 FRAMES = np.random.default_rng(0).integers(0, 256, (7, 20, 31, 3), dtype=np.uint8)
 
@@ -22,12 +22,12 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (7, 20, 31, 3), dtype=np.uint
 @pytest.fixture(scope="module")
 def expected():
     """Of all frames at once."""
-    return nnx.merge(graph_of(VISION.make), PARAMS)(jnp.asarray(prepare(FRAMES, IMAGES)))
+    return nnx.merge(get_graph_def(VISION.make), PARAMS)(jnp.asarray(preprocess_frames(FRAMES, IMAGES)))
 
 
-@pytest.mark.parametrize(("part", "shape"), [("values", (10, 12)), ("before", (10, 12)), ("projected", (6,))])
+@pytest.mark.parametrize(("part", "shape"), [("values", (10, 12)), ("penultimate", (10, 12)), ("projected", (6,))])
 def test_batches_give_each_frame_s_features(expected, part, shape):
-    encode = FrameEncoder(VISION, PARAMS, IMAGES, part=part, batch=3)
+    encode = FrameEncoder(VISION, PARAMS, IMAGES, feature=part, batch=3)
     found = encode(FRAMES)  # two batches and a single frame
     assert found.shape == (7, *shape)
     assert found.dtype == np.float32
@@ -37,12 +37,12 @@ def test_batches_give_each_frame_s_features(expected, part, shape):
 
 def test_what_does_not_fit():
     with pytest.raises(UserError, match=r"crop=\(224, 224\) .*12x12"):
-        FrameEncoder(VISION, PARAMS, ClipImages())
+        FrameEncoder(VISION, PARAMS, ClipImageProcessor())
     with pytest.raises(UserError, match=r"no projection. Use 'pooled'"):
         FrameEncoder(dataclasses.replace(VISION, projection=None), PARAMS, IMAGES)
     with pytest.raises(UserError, match=r"batch=0 .*at least one frame"):
         FrameEncoder(VISION, PARAMS, IMAGES, batch=0)
     with pytest.raises(UserError, match=r"12x18 .*12x12"):
-        FrameEncoder(VISION, PARAMS, ClipImages(resize=12, crop=None))(FRAMES)
+        FrameEncoder(VISION, PARAMS, ClipImageProcessor(resize=12, crop=None))(FRAMES)
     with pytest.raises(UserError, match="at least one frame"):
         FrameEncoder(VISION, PARAMS, IMAGES)(FRAMES[:0])

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.features import ClipImages
-from dit_video.features.clip import prepare
+from dit_video.features import ClipImageProcessor
+from dit_video.features.clip import preprocess_frames
 from dit_video.features.clip.resize import resize_bicubic
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
 
 
 def plain(**fields):
-    return ClipImages(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **fields)
+    return ClipImageProcessor(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **fields)
 
 
 def test_resizing_keeps_what_is_flat_and_what_is_straight():
@@ -37,33 +37,33 @@ def test_an_impulse_gives_the_kernel():
 
 def test_the_shorter_side_and_the_centre():
     images = plain(resize=20, crop=(20, 20))
-    assert images.resized(40, 60) == (20, 30)
-    assert images.resized(60, 40) == (30, 20)
-    assert images.resized(37, 50) == (20, 27)  # 27.03
-    assert images.resized(30, 30) == (20, 20)
+    assert images.compute_size(40, 60) == (20, 30)
+    assert images.compute_size(60, 40) == (30, 20)
+    assert images.compute_size(37, 50) == (20, 27)  # 27.03
+    assert images.compute_size(30, 30) == (20, 20)
     expected = resize_bicubic(FRAMES, 20, 30)[:, :, 5:25].astype(np.float32) / 255
-    np.testing.assert_allclose(prepare(FRAMES, images), expected, atol=1e-6)
+    np.testing.assert_allclose(preprocess_frames(FRAMES, images), expected, atol=1e-6)
 
 
 def test_other_sizes():
-    squashed = prepare(FRAMES, plain(resize=(16, 24), crop=None))
+    squashed = preprocess_frames(FRAMES, plain(resize=(16, 24), crop=None))
     np.testing.assert_allclose(squashed * 255, resize_bicubic(FRAMES, 16, 24), atol=1e-4)
-    cropped = prepare(FRAMES, plain(resize=None, crop=(31, 20)))
+    cropped = preprocess_frames(FRAMES, plain(resize=None, crop=(31, 20)))
     np.testing.assert_allclose(cropped * 255, FRAMES[:, 4:35, 20:40], atol=1e-4)
 
 
 def test_colours():
-    images = ClipImages(resize=None, crop=None, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
-    found = prepare(FRAMES, images)
+    images = ClipImageProcessor(resize=None, crop=None, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
+    found = preprocess_frames(FRAMES, images)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, (FRAMES / 255 - [0.1, 0.2, 0.3]) / [1, 2, 4], atol=1e-6)
 
 
 def test_settings_and_frames_that_cannot_be():
     with pytest.raises(UserError, match=r"crop=50x20 .*40x60"):
-        prepare(FRAMES, plain(resize=None, crop=(50, 20)))
+        preprocess_frames(FRAMES, plain(resize=None, crop=(50, 20)))
     for change in ({"resize": 0}, {"resize": (4, 0)}, {"crop": (0, 4)}):
         with pytest.raises(UserError, match=r"resize=.*crop=.*at least 1"):
-            dataclasses.replace(ClipImages(), **change)
+            dataclasses.replace(ClipImageProcessor(), **change)
     with pytest.raises(UserError, match=r"std=\(1.0, 0.0, 1.0\) .*above 0"):
-        ClipImages(std=(1.0, 0.0, 1.0))
+        ClipImageProcessor(std=(1.0, 0.0, 1.0))

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.features import ClipImages, FrameEncoder
-from dit_video.features.clip import prepare
+from dit_video.features import ClipImageProcessor, FrameEncoder
+from dit_video.features.clip import preprocess_frames
 from dit_video.features.clip.resize import resize_bicubic
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.weights import (
     load_clip,
-    load_clip_images,
+    load_clip_image_processor,
     load_clip_text,
     load_clip_vision,
     load_embedder,
     save_clip,
-    save_clip_images,
+    save_clip_image_processor,
 )
 from support import tiny_clip
 
@@ -109,7 +109,7 @@ def folder_of(model, tmp_path):
 
 
 def features(loaded, *inputs):
-    graph = graph_of(loaded.config.make)
+    graph = get_graph_def(loaded.config.make)
     return jax.jit(lambda params, inputs: nnx.merge(graph, params)(*inputs))(loaded.params, inputs)
 
 
@@ -166,7 +166,7 @@ def test_similarity(both, tmp_path):
     import torch
 
     loaded = load_clip(folder_of(both, tmp_path))
-    graph = graph_of(loaded.config.make)
+    graph = get_graph_def(loaded.config.make)
 
     @jax.jit
     def similarity(params):
@@ -202,7 +202,7 @@ def test_gradients(both, tmp_path):
     import torch
 
     loaded = load_clip(folder_of(both, tmp_path))
-    graph = graph_of(loaded.config.make)
+    graph = get_graph_def(loaded.config.make)
     weights = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
 
     @jax.jit
@@ -298,10 +298,10 @@ def test_frames_are_prepared(settings, size, tmp_path):
     frames = np.random.default_rng(3).integers(0, 256, (2, *size, 3), dtype=np.uint8)
     processor = transformers.CLIPImageProcessorPil(**settings)
     processor.save_pretrained(tmp_path)
-    images = load_clip_images(tmp_path)
+    images = load_clip_image_processor(tmp_path)
     theirs = np.stack(processor(list(frames), return_tensors="np").pixel_values).transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(prepare(frames, images), theirs, atol=1e-5)
-    save_clip_images(tmp_path / "back", images)
+    np.testing.assert_allclose(preprocess_frames(frames, images), theirs, atol=1e-5)
+    save_clip_image_processor(tmp_path / "back", images)
     again = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / "back")
     np.testing.assert_array_equal(
         np.stack(again(list(frames), return_tensors="np").pixel_values).transpose(0, 2, 3, 1), theirs
@@ -323,13 +323,15 @@ def test_image_tokens_are_those_of_wan(tmp_path):
     frames = np.random.default_rng(4).integers(0, 256, (5, 33, 47, 3), dtype=np.uint8)
     theirs = pipe.encode_image([Image.fromarray(frame) for frame in frames], "cpu").detach().numpy()
     loaded = load_clip_vision(tmp_path)
-    encode = FrameEncoder(loaded.config, loaded.params, load_clip_images(tmp_path), part="before", batch=2)
+    encode = FrameEncoder(
+        loaded.config, loaded.params, load_clip_image_processor(tmp_path), feature="penultimate", batch=2
+    )
     assert theirs.shape == (5, loaded.config.tokens, 24)
     np.testing.assert_allclose(encode(frames), theirs, atol=1e-5)
     assert (
-        load_clip_images(tmp_path / "image_encoder")
-        == load_clip_images(tmp_path)
-        == ClipImages(resize=20, crop=(20, 20))
+        load_clip_image_processor(tmp_path / "image_encoder")
+        == load_clip_image_processor(tmp_path)
+        == ClipImageProcessor(resize=20, crop=(20, 20))
     )
 
 
@@ -348,7 +350,7 @@ def test_texts_are_embedded_as_pipelines_do(tmp_path):
     with torch.no_grad():
         theirs = model(ids)
     with pytest.warns(UserWarning, match="is cut to 12"):
-        ours = load_embedder(tmp_path).many(texts)
+        ours = load_embedder(tmp_path).embed_many(texts)
     assert [len(value) for value in ours] == [4, 2, 12]
     for value, states, pooled in zip(ours, theirs.last_hidden_state.numpy(), theirs.pooler_output.numpy(), strict=True):
         np.testing.assert_allclose(value, states[: len(value)], atol=1e-5)

@@ -9,14 +9,14 @@ from flax import nnx
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.features import ClipConfig
-from dit_video.nn import graph_of, param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes
 from support.rough import rough_params
 from support.tiny_clip import CONFIG, END, START, TEXT, VISION
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PARAMS = rough_params(CONFIG.make)
-CLIP = graph_of(CONFIG.make)
+CLIP = get_graph_def(CONFIG.make)
 IDS = jnp.asarray([[START, 3, 9, 4, END, 0, 0, 0], [START, 7, END, 0, 0, 0, 0, 0]], jnp.int32)
 MASK = (jnp.arange(8) < jnp.asarray([[5], [3]])).astype(jnp.int32)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 12, 3)), jnp.float32)
@@ -64,7 +64,7 @@ def test_a_text_is_pooled_at_its_first_end():
 
 def test_folders_of_before_2023_end_at_the_largest_id():
     old = dataclasses.replace(TEXT, end_token=2)
-    features = nnx.merge(graph_of(old.make), PARAMS["text"])(IDS.at[0, 1].set(2), MASK)
+    features = nnx.merge(get_graph_def(old.make), PARAMS["text"])(IDS.at[0, 1].set(2), MASK)
     np.testing.assert_array_equal(features.pooled, jnp.stack([features.values[0, 4], features.values[1, 2]]))
 
 
@@ -85,7 +85,7 @@ def test_places_of_patches_count():
 def test_the_penultimate_states_enter_the_last_layer():
     fewer = dataclasses.replace(VISION, layers=2)
     params = PARAMS["vision"] | {"blocks": jax.tree.map(lambda value: value[:2], PARAMS["vision"]["blocks"])}
-    values = nnx.merge(graph_of(fewer.make), params)(IMAGES).values
+    values = nnx.merge(get_graph_def(fewer.make), params)(IMAGES).values
     np.testing.assert_allclose(look(IMAGES).before, values, atol=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_bfloat16_is_close():
     half = ClipConfig(
         text=dataclasses.replace(TEXT, dtype="bfloat16"), vision=dataclasses.replace(VISION, dtype="bfloat16")
     )
-    clip = nnx.merge(graph_of(half.make), PARAMS)
+    clip = nnx.merge(get_graph_def(half.make), PARAMS)
     for rounded, exact in (
         (clip.text(IDS, MASK).values, read(IDS, MASK).values),
         (clip.vision(IMAGES).values, look(IMAGES).values),
@@ -116,7 +116,7 @@ def test_sizes_are_those_of_the_published_models():
         VISION, width=1280, layers=32, heads=16, mlp_width=5120, size=224, patch=14, projection=None
     )
     assert large.tokens == 257  # Wan's
-    shapes = param_shapes(large.make)
+    shapes = get_param_shapes(large.make)
     assert shapes["position"].shape == (257, 1280)
     assert shapes["blocks"]["up"]["kernel"].shape == (32, 1280, 5120)
 

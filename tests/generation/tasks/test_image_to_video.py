@@ -39,7 +39,7 @@ def drawn(pipeline, **options):
 
 
 def test_the_image_is_given_beside_the_noise_and_as_tokens(animating):
-    given = animating._images(Grid(*SIZE), IMAGES[0], None)
+    given = animating._image_conditioner(Grid(*SIZE), IMAGES[0], None)
     assert given.beside.shape == (2, 4, 4, 8)
     np.testing.assert_array_equal(given.beside[0, ..., :4], np.ones((4, 4, 4)))
     np.testing.assert_array_equal(given.beside[1, ..., :4], np.zeros((4, 4, 4)))

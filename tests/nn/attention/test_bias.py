@@ -6,27 +6,39 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.nn.attention import Bias, Chunked, Cudnn, Dense, Full, RelativeBias, Splash, TimeOnly, Tokens
-from dit_video.nn.attention.masks import sight, visible
-from dit_video.text.t5 import relative_buckets
-from dit_video.tokens import Grid, coordinates
+from dit_video.nn.attention import (
+    AttentionInputs,
+    Bias,
+    ChunkedAttention,
+    CudnnAttention,
+    DenseAttention,
+    Full,
+    RelativeBias,
+    SplashAttention,
+    TimeOnly,
+)
+from dit_video.nn.attention.masks import dense_mask, mask_boxes
+from dit_video.text.t5 import compute_relative_buckets
+from dit_video.tokens import Grid, compute_coordinates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-RELATIVE = RelativeBias(buckets=(8, 4, 6), distance=(6, None, None), scale=(2.0, 1.0, 1.0))
+RELATIVE = RelativeBias(buckets=(8, 4, 6), max_distance=(6, None, None), scale=(2.0, 1.0, 1.0))
 SEGMENTS = jnp.asarray([[1] * 12 + [2] * 6 + [0] * 2])
-INDICES = np.concatenate([coordinates(Grid(3, 2, 2)), coordinates(Grid(1, 2, 3)), np.zeros((2, 3))])[None]
+INDICES = np.concatenate([compute_coordinates(Grid(3, 2, 2)), compute_coordinates(Grid(1, 2, 3)), np.zeros((2, 3))])[
+    None
+]
 PLACES = np.where(np.arange(20)[:, None] == 5, np.inf, INDICES * np.float32([0.5, 1, 1])).astype(np.float32)
 """time in seconds, two frames in one; and a register"""
 HEADS, WIDTH = 2, 4
 draw = np.random.default_rng(0)
-TABLE = draw.normal(size=(RELATIVE.entries, HEADS)).astype(np.float32)
+TABLE = draw.normal(size=(RELATIVE.num_entries, HEADS)).astype(np.float32)
 ARRAYS = [jnp.asarray(draw.normal(size=(1, 20, HEADS, WIDTH)), jnp.float32) for _ in range(3)]
 
 
 def at(table):
-    bias = Bias(relative=RELATIVE, table=table, q_coordinates=jnp.asarray(PLACES), kv_coordinates=jnp.asarray(PLACES))
-    return Tokens.among(SEGMENTS, jnp.asarray(INDICES, jnp.int32), bias=bias)
+    bias = Bias(config=RELATIVE, table=table, q_coordinates=jnp.asarray(PLACES), kv_coordinates=jnp.asarray(PLACES))
+    return AttentionInputs.self_attention(SEGMENTS, jnp.asarray(INDICES, jnp.int32), bias=bias)
 
 
 def explicit(pattern):
@@ -45,7 +57,7 @@ def explicit(pattern):
 
     def attend(q, k, v, at):
         added = jnp.moveaxis(at.bias.table[entries].sum(axis=0), -1, 0)[None] * (known[:, None] & known[None])
-        mask = visible(sight(pattern, at))
+        mask = dense_mask(mask_boxes(pattern, at))
         mixed = jax.nn.dot_product_attention(q, k, v, bias=added, mask=mask[:, None])
         return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)
 
@@ -69,13 +81,13 @@ def value_and_gradients(attention):
 def test_backends_add_what_the_definition_says_in_values_and_gradients(pattern):
     expected = value_and_gradients(explicit(pattern))
     assert np.abs(np.asarray(expected[-1])).max() > 0.1
-    for attention in (Dense(pattern=pattern), Chunked(pattern=pattern, chunk=6)):
+    for attention in (DenseAttention(pattern=pattern), ChunkedAttention(pattern=pattern, chunk=6)):
         for ours, theirs in zip(value_and_gradients(attention), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=3e-6, err_msg=str(attention))
 
 
 def test_accelerators_add_the_same(monkeypatch):
-    attentions = Dense(), Chunked(chunk=6)
+    attentions = DenseAttention(), ChunkedAttention(chunk=6)
     expected = [value_and_gradients(attention) for attention in attentions]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for attention, values in zip(attentions, expected, strict=True):
@@ -84,10 +96,10 @@ def test_accelerators_add_the_same(monkeypatch):
 
 
 def test_buckets_are_those_of_t5():
-    relative = RelativeBias(buckets=(32, 4, 4), distance=(128, None, None))
+    relative = RelativeBias(buckets=(32, 4, 4), max_distance=(128, None, None))
     places = jnp.zeros((200, 3)).at[:, 0].set(jnp.arange(200))
-    found = relative.find(places, places)
-    np.testing.assert_array_equal(found[0], relative_buckets(200, buckets=32, max_distance=128))
+    found = relative.find_entries(places, places)
+    np.testing.assert_array_equal(found[0], compute_relative_buckets(200, buckets=32, max_distance=128))
     assert (np.asarray(found[1]) == 32).all()
     assert (np.asarray(found[2]) == 36).all()
 
@@ -98,17 +110,17 @@ def test_memory_is_linear_in_the_row():
         ids, places = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length, 3), jnp.float32)
 
         def loss(q, k, v, table, ids, places):
-            bias = Bias(relative=RELATIVE, table=table, q_coordinates=places, kv_coordinates=places)
-            return Chunked(chunk=64)(q, k, v, Tokens.among(ids, bias=bias)).sum()
+            bias = Bias(config=RELATIVE, table=table, q_coordinates=places, kv_coordinates=places)
+            return ChunkedAttention(chunk=64)(q, k, v, AttentionInputs.self_attention(ids, bias=bias)).sum()
 
-        table = jax.ShapeDtypeStruct((RELATIVE.entries, 1), jnp.float32)
+        table = jax.ShapeDtypeStruct((RELATIVE.num_entries, 1), jnp.float32)
         compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(array, array, array, table, ids, places).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(4096) < 2.2 * temporary_bytes(2048)
 
 
-@pytest.mark.parametrize("attention", [Splash(), Cudnn(implementation="xla")], ids=str)
+@pytest.mark.parametrize("attention", [SplashAttention(), CudnnAttention(implementation="xla")], ids=str)
 def test_kernels_refuse_a_bias(attention):
     with pytest.raises(UserError, match="cannot add a bias to its scores; use the backend chunked or dense"):
         attention(*ARRAYS, at(jnp.asarray(TABLE)))
@@ -119,7 +131,7 @@ def test_kernels_refuse_a_bias(attention):
     [
         ({"buckets": (7, 8, 8)}, r"\(7, 8, 8\) .* use an even number"),
         ({"buckets": (2, 8, 8)}, r"\(2, 8, 8\) .* at least 4"),
-        ({"buckets": (32, 8, 8), "distance": (8, None, None)}, "32 .* 8 single steps.* raise the distance"),
+        ({"buckets": (32, 8, 8), "max_distance": (8, None, None)}, "32 .* 8 single steps.* raise the distance"),
         ({"scale": (1.0, 0.0, 1.0)}, r"\(1\.0, 0\.0, 1\.0\) .* use positive numbers"),
     ],
 )

@@ -9,26 +9,26 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.nn import attention
 from dit_video.nn.attention import (
-    NOWHERE,
+    GLOBAL,
+    AttentionInputs,
     CausalFrames,
     Full,
     SlidingWindow,
     SpaceOnly,
     SparseCausal,
     TimeOnly,
-    Tokens,
-    WithPlaceless,
+    WithGlobalTokens,
     check_attention,
-    grid_indices,
+    compute_grid_indices,
+    count_pairs,
     make_attention,
-    pair_count,
 )
-from dit_video.nn.attention.masks import sight, visible
-from dit_video.tokens import Grid, coordinates
+from dit_video.nn.attention.masks import dense_mask, mask_boxes
+from dit_video.tokens import Grid, compute_coordinates
 
 GRIDS = Grid(3, 2, 3), Grid(2, 3, 2), Grid(1, 2, 2)
 SEGMENTS = jnp.asarray([[index + 1 for index, grid in enumerate(GRIDS) for _ in range(grid.volume)] + [0] * 3])
-INDICES = np.concatenate([*(coordinates(grid) for grid in GRIDS), np.zeros((3, 3))]).astype(np.int32)
+INDICES = np.concatenate([*(compute_coordinates(grid) for grid in GRIDS), np.zeros((3, 3))]).astype(np.int32)
 
 TILE = np.array([1, 2, 2])
 DEFINITIONS = [
@@ -56,13 +56,15 @@ def expected_mask(sees):
 @pytest.mark.parametrize("pattern", [pattern for pattern, _ in DEFINITIONS], ids=str)
 def test_pairs_are_those_of_the_dense_mask(pattern):
     for grid in (Grid(5, 3, 4), *GRIDS):
-        at = Tokens.among(jnp.ones((1, grid.volume), jnp.int32), jnp.asarray(coordinates(grid), jnp.int32)[None])
-        assert pair_count(pattern, grid) == int(visible(sight(pattern, at)).sum())
+        at = AttentionInputs.self_attention(
+            jnp.ones((1, grid.volume), jnp.int32), jnp.asarray(compute_coordinates(grid), jnp.int32)[None]
+        )
+        assert count_pairs(pattern, grid) == int(dense_mask(mask_boxes(pattern, at)).sum())
 
 
 @pytest.mark.parametrize(("pattern", "sees"), DEFINITIONS, ids=lambda value: str(value) if "(" in str(value) else "")
 def test_a_pattern_sees_what_it_says(pattern, sees):
-    mask = visible(sight(pattern, Tokens.among(SEGMENTS, jnp.asarray(INDICES)[None])))
+    mask = dense_mask(mask_boxes(pattern, AttentionInputs.self_attention(SEGMENTS, jnp.asarray(INDICES)[None])))
     np.testing.assert_array_equal(mask[0], expected_mask(sees))
 
 
@@ -74,7 +76,7 @@ REGISTER = INDICES[:, 1] + INDICES[:, 2] == 2
 @pytest.mark.parametrize("number", [1, 3, 5, 6], ids=lambda number: type(DEFINITIONS[number][0]).__name__)
 def test_what_lies_nowhere_is_seen_by_all_and_sees_all_or_only_its_like(number, seeing):
     pattern, sees = DEFINITIONS[number]
-    indices = np.where(REGISTER[:, None], NOWHERE, INDICES)
+    indices = np.where(REGISTER[:, None], GLOBAL, INDICES)
     ids = np.asarray(SEGMENTS)[0]
     expected = [
         [
@@ -83,8 +85,8 @@ def test_what_lies_nowhere_is_seen_by_all_and_sees_all_or_only_its_like(number, 
         ]
         for i in range(len(ids))
     ]
-    beside = WithPlaceless(pattern=pattern, seeing=seeing)
-    mask = visible(sight(beside, Tokens.among(SEGMENTS, jnp.asarray(indices)[None])))
+    beside = WithGlobalTokens(pattern=pattern, globals_see_all=seeing)
+    mask = dense_mask(mask_boxes(beside, AttentionInputs.self_attention(SEGMENTS, jnp.asarray(indices)[None])))
     np.testing.assert_array_equal(mask[0], expected)
     assert beside.causal == (pattern.causal and not seeing)
 
@@ -93,24 +95,24 @@ def test_real_coordinates_are_indices_by_rank():
     seconds = INDICES * np.float32([0.32, 1 / 3, 7.5]) + np.float32([0, -4, 0.1])
     order = np.random.default_rng(0).permutation(len(INDICES))
     for rows in (np.arange(len(INDICES)), order):
-        found = jax.jit(grid_indices)(jnp.asarray(seconds[rows])[None], SEGMENTS[:, rows])
+        found = jax.jit(compute_grid_indices)(jnp.asarray(seconds[rows])[None], SEGMENTS[:, rows])
         np.testing.assert_array_equal(found[0], INDICES[rows])
 
 
 def test_whole_coordinates_are_indices_as_they_are():
     late = jnp.asarray(INDICES)[None] + 5
-    assert grid_indices(late, SEGMENTS) is late
+    assert compute_grid_indices(late, SEGMENTS) is late
 
 
 def test_queries_may_be_some_of_the_tokens():
     """Two frames' queries among the keys of all frames, with real times."""
     times = jnp.asarray([[0.0, 0.5, 2.0, 2.5]])
     ids = jnp.ones((1, 4), jnp.int32)
-    indices = grid_indices(jnp.stack([times, 0 * times, 0 * times], axis=-1), ids)
-    seen = sight(CausalFrames(), Tokens(ids[:, :2], ids, indices[:, ::3], indices))
-    np.testing.assert_array_equal(visible(seen)[0], [[True, False, False, False], [True, True, True, True]])
-    seen = sight(SparseCausal(), Tokens(ids[:, :1], ids, indices[:, 3:], indices))
-    np.testing.assert_array_equal(visible(seen)[0], [[True, False, True, True]])
+    indices = compute_grid_indices(jnp.stack([times, 0 * times, 0 * times], axis=-1), ids)
+    seen = mask_boxes(CausalFrames(), AttentionInputs(ids[:, :2], ids, indices[:, ::3], indices))
+    np.testing.assert_array_equal(dense_mask(seen)[0], [[True, False, False, False], [True, True, True, True]])
+    seen = mask_boxes(SparseCausal(), AttentionInputs(ids[:, :1], ids, indices[:, 3:], indices))
+    np.testing.assert_array_equal(dense_mask(seen)[0], [[True, False, True, True]])
 
 
 @pytest.mark.parametrize(
@@ -121,11 +123,14 @@ def test_queries_may_be_some_of_the_tokens():
         (lambda: SlidingWindow(radius=(1, 1, 1), tile=(1, 0, 1)), "at least 1 along each axis"),
         (lambda: SlidingWindow(radius=(None, None, None)), "use pattern Full()"),
         (lambda: make_attention("chunked", chunk=0), "chunk=0 of attention is invalid; use at least 1 token"),
-        (lambda: attention.Splash(block=100), "block of 100 tokens is invalid; use a multiple of 128"),
+        (lambda: attention.SplashAttention(block_size=100), "block of 100 tokens is invalid; use a multiple of 128"),
         (lambda: make_attention("splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
         (lambda: make_attention("splash", pattern=SlidingWindow(radius=(1, None, None))), "cannot do SlidingWindow"),
         (lambda: make_attention("tokamax", pattern=SparseCausal()), "tokamax attention cannot do SparseCausal"),
-        (lambda: check_attention("splash", WithPlaceless(pattern=SpaceOnly(), seeing=True)), "cannot do With"),
+        (
+            lambda: check_attention("splash", WithGlobalTokens(pattern=SpaceOnly(), globals_see_all=True)),
+            "cannot do With",
+        ),
         (lambda: check_attention("cudnn", Full(), biased=True), "cudnn attention cannot add a bias"),
         (lambda: inspect.unwrap(make_attention)("flash"), "'flash' is unknown; use auto, dense"),
     ],
@@ -142,7 +147,7 @@ def test_a_pattern_that_reads_coordinates_needs_them():
     ids = jnp.ones((1, 4), jnp.int32)
     for backend in ("dense", "chunked", "splash", "cudnn"):
         with pytest.raises(UserError, match=r"SpaceOnly needs .* give q_indices"):
-            make_attention(backend, pattern=SpaceOnly())(array, array, array, Tokens.among(ids))
+            make_attention(backend, pattern=SpaceOnly())(array, array, array, AttentionInputs.self_attention(ids))
 
 
 def test_patterns_are_values_that_a_config_can_hold():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.distributed import MeshConfig, OverDevices, Ring, make_mesh
+from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, make_mesh
 from dit_video.nn import Linear, apply_stack, make_stack
-from dit_video.nn.attention import CausalFrames, Chunked, Splash, Tokens
+from dit_video.nn.attention import AttentionInputs, CausalFrames, ChunkedAttention, SplashAttention
 from support.jaxprs import times
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -19,12 +19,12 @@ HEADS, WIDTH, LENGTH = 2, 8, 24
 SEGMENTS = jnp.asarray([[1] * 10 + [2] * 8 + [0] * 6, [1] * 3 + [2] * 21], jnp.int32)
 PLACES = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None] // 4, (2, 1, 3))
 BACKENDS = {
-    "of segments": Chunked(chunk=8, platform="cpu"),
-    "of blocks": Chunked(chunk=8, platform="gpu"),
-    "of a pattern": Chunked(chunk=8, pattern=CausalFrames()),
-    "splash": Splash(block=128, interpret=True),
-    "over devices": OverDevices(make_mesh(MeshConfig(), jax.devices()[:1]), Chunked(chunk=8), "ulysses"),
-    "ring": OverDevices(make_mesh(MeshConfig(), jax.devices()[:1]), Ring("context", 1, chunk=8), "ring"),
+    "of segments": ChunkedAttention(chunk=8, platform="cpu"),
+    "of blocks": ChunkedAttention(chunk=8, platform="gpu"),
+    "of a pattern": ChunkedAttention(chunk=8, pattern=CausalFrames()),
+    "splash": SplashAttention(block_size=128, interpret=True),
+    "over devices": ShardedAttention(make_mesh(MeshConfig(), jax.devices()[:1]), ChunkedAttention(chunk=8), "ulysses"),
+    "ring": ShardedAttention(make_mesh(MeshConfig(), jax.devices()[:1]), RingAttention("context", 1, chunk=8), "ring"),
 }
 
 
@@ -45,7 +45,7 @@ def gradients(attention, remat, params):
     graph, _ = nnx.split(STACK)
 
     def value(params):
-        at = Tokens.among(SEGMENTS, PLACES)
+        at = AttentionInputs.self_attention(SEGMENTS, PLACES)
         return jnp.cos(apply_stack(nnx.merge(graph, params), X, attention, at, remat=remat)).sum()
 
     return jax.grad(value)(params)
@@ -77,11 +77,15 @@ def test_gradients_are_the_same(name):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [Chunked(chunk=8, platform="cpu"), Chunked(chunk=8, platform="gpu"), Splash()])
+@pytest.mark.parametrize(
+    "backend", [ChunkedAttention(chunk=8, platform="cpu"), ChunkedAttention(chunk=8, platform="gpu"), SplashAttention()]
+)
 def test_of_attention_to_a_text_nothing_is_kept(backend):
     def names(keys):
         def value(q, k):
-            at = Tokens(q_segments=SEGMENTS, context_segments=None if keys is X else SEGMENTS[:, : keys.shape[1]])
+            at = AttentionInputs(
+                q_segments=SEGMENTS, context_segments=None if keys is X else SEGMENTS[:, : keys.shape[1]]
+            )
             return backend(q, k, k, at).sum()
 
         heads = [x.reshape(*x.shape[:2], HEADS, WIDTH) for x in (X, keys)]

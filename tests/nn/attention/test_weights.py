@@ -6,50 +6,52 @@ import numpy as np
 import pytest
 
 from dit_video.nn.attention import (
+    AttentionInputs,
     Bias,
-    Chunked,
-    Dense,
+    ChunkedAttention,
+    DenseAttention,
     Full,
-    Recorded,
+    RecordedAttention,
     RelativeBias,
     SparseCausal,
-    Tokens,
-    attention_weights,
+    compute_attention_weights,
 )
-from dit_video.tokens import Grid, coordinates
+from dit_video.tokens import Grid, compute_coordinates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SEGMENTS = jnp.asarray([[1] * 12 + [2] * 6 + [0] * 2])
-PLACES = np.concatenate([coordinates(Grid(3, 2, 2)), coordinates(Grid(1, 2, 3)), np.zeros((2, 3))])[None]
+PLACES = np.concatenate([compute_coordinates(Grid(3, 2, 2)), compute_coordinates(Grid(1, 2, 3)), np.zeros((2, 3))])[
+    None
+]
 draw = np.random.default_rng(0)
 Q, K, V = (jnp.asarray(draw.normal(size=(1, 20, 2, 4)), jnp.float32) for _ in range(3))
-RELATIVE = RelativeBias(buckets=(4, 4, 4), distance=(None, None, None))
-TABLE = jnp.asarray(draw.normal(size=(RELATIVE.entries, 2)), jnp.float32)
+RELATIVE = RelativeBias(buckets=(4, 4, 4), max_distance=(None, None, None))
+TABLE = jnp.asarray(draw.normal(size=(RELATIVE.num_entries, 2)), jnp.float32)
 
 
 def at(*, biased=False):
     bias = None
     if biased:
         where = jnp.asarray(PLACES, jnp.float32)
-        bias = Bias(relative=RELATIVE, table=TABLE, q_coordinates=where, kv_coordinates=where)
-    return Tokens.among(SEGMENTS, jnp.asarray(PLACES, jnp.int32), bias=bias)
+        bias = Bias(config=RELATIVE, table=TABLE, q_coordinates=where, kv_coordinates=where)
+    return AttentionInputs.self_attention(SEGMENTS, jnp.asarray(PLACES, jnp.int32), bias=bias)
 
 
 @pytest.mark.parametrize("pattern", [Full(), SparseCausal()], ids=repr)
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 def test_the_weights_mix_values_as_attention_does(pattern, biased):
-    weights = attention_weights(Q, K, at(biased=biased), pattern=pattern)
+    weights = compute_attention_weights(Q, K, at(biased=biased), pattern=pattern)
     mixed = jnp.einsum("bknm,bmkd->bnkd", weights, V)
-    np.testing.assert_allclose(mixed, Dense(pattern=pattern)(Q, K, V, at(biased=biased)), atol=2e-6)
+    np.testing.assert_allclose(mixed, DenseAttention(pattern=pattern)(Q, K, V, at(biased=biased)), atol=2e-6)
     np.testing.assert_allclose(weights[:, :, :18].sum(axis=-1), 1, atol=1e-6)
     assert (weights[:, :, 18:] == 0).all()
 
 
 def test_a_record_is_of_the_chosen_queries_and_changes_nothing():
     found = []
-    attention = Chunked(pattern=SparseCausal(), chunk=8)
-    recorded = Recorded(attention=attention, pattern=SparseCausal(), queries=(3, 9, 19), record=found.append)
+    attention = ChunkedAttention(pattern=SparseCausal(), chunk=8)
+    recorded = RecordedAttention(attention=attention, pattern=SparseCausal(), queries=(3, 9, 19), record=found.append)
 
     @jax.jit
     def twice(q):
@@ -62,5 +64,5 @@ def test_a_record_is_of_the_chosen_queries_and_changes_nothing():
     np.testing.assert_allclose(after, attention(once, K, V, at(biased=True)), atol=1e-6)
     assert len(found) == 2
     for weights, queries in zip(found, (Q, once), strict=True):
-        expected = attention_weights(queries, K, at(biased=True), pattern=SparseCausal())
+        expected = compute_attention_weights(queries, K, at(biased=True), pattern=SparseCausal())
         np.testing.assert_allclose(weights, expected[:, :, np.asarray([3, 9, 19])], atol=1e-6)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dit_video.nn.cpu import im2col as module
-from dit_video.nn.cpu.im2col import columns
+from dit_video.nn.cpu.im2col import im2col_conv
 
 SHAPES = {
     "space and time": ((3, 3, 3), 4, 6),
@@ -40,7 +40,7 @@ def values(function, x, kernel, bias, gradient):
 def test_it_is_the_convolution_in_values_and_gradients(case, dtype, limit, monkeypatch):
     monkeypatch.setattr(module, "LIMIT", limit)
     given = arrays(*SHAPES[case])
-    found = jax.jit(lambda *given: values(lambda *given: columns(*given, dtype), *given))(*given)
+    found = jax.jit(lambda *given: values(lambda *given: im2col_conv(*given, dtype), *given))(*given)
     for left, right in zip(found, values(three_dimensional, *given), strict=True):
         assert left.dtype == jnp.float32
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=2e-5)
@@ -48,12 +48,12 @@ def test_it_is_the_convolution_in_values_and_gradients(case, dtype, limit, monke
 
 def test_the_gradient_of_the_input_has_its_dtype_and_that_of_the_kernel_is_float32():
     x, *rest = arrays((3, 3, 3), 4, 6)
-    found = jax.jit(lambda *given: values(columns, *given))(x.astype(jnp.bfloat16), *rest)
+    found = jax.jit(lambda *given: values(im2col_conv, *given))(x.astype(jnp.bfloat16), *rest)
     assert [array.dtype for array in found] == [jnp.float32, jnp.bfloat16, jnp.float32, jnp.float32]
 
 
 def test_what_is_computed_again_in_the_backward_pass_is_the_same():
     given = arrays((3, 3, 3), 4, 6)
-    kept = jax.jit(lambda *given: values(columns, *given))(*given)
-    again = jax.jit(lambda *given: values(jax.checkpoint(columns), *given))(*given)
+    kept = jax.jit(lambda *given: values(im2col_conv, *given))(*given)
+    again = jax.jit(lambda *given: values(jax.checkpoint(im2col_conv), *given))(*given)
     jax.tree.map(np.testing.assert_array_equal, kept, again)

@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from dit_video.data.ingest import Listed, inspection, worker
+from dit_video.data.ingest import ListedClip, inspection, worker
 
-folder, screen, read = Path(os.environ["DIT_VIDEO_TEST_LOG"]), inspection.screen, Listed.read
+folder, screen, read = Path(os.environ["DIT_VIDEO_TEST_LOG"]), inspection.screen, ListedClip.read
 
 
 def screen_or_not(encoded, name, config):
@@ -51,5 +51,5 @@ def read_or_not(clip):
 
 
 inspection.screen = screen_or_not
-Listed.read = read_or_not
+ListedClip.read = read_or_not
 worker.main()

@@ -7,14 +7,14 @@ import time
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.training.hooks.logging import MetricsLog, Progress, read
+from dit_video.training.hooks.logging import MetricsLog, Progress, read_metrics
 
 
 def test_entries_come_back_exactly(tmp_path):
     log = MetricsLog(tmp_path / "deep" / "metrics.jsonl")
     log.write(20, {"loss": 0.1, "norm": 1 / 3})
     log.write(40, {"loss": 1e-30, "norm": math.inf})
-    first, second = read(log.path)
+    first, second = read_metrics(log.path)
     assert first == {"step": 20, "loss": 0.1, "norm": 1 / 3}
     assert second["loss"] == 1e-30
     assert math.isnan(second["norm"])
@@ -28,9 +28,9 @@ def test_resume_cuts_what_is_written_again(tmp_path):
     again = MetricsLog(log.path)
     again.resume(25)
     again.write(30, {"loss": -1})
-    assert [(entry["step"], entry["loss"]) for entry in read(log.path)] == [(10, 10), (20, 20), (30, -1)]
+    assert [(entry["step"], entry["loss"]) for entry in read_metrics(log.path)] == [(10, 10), (20, 20), (30, -1)]
     MetricsLog(log.path).resume(0)
-    assert read(log.path) == []
+    assert read_metrics(log.path) == []
 
 
 @pytest.mark.parametrize("resumed", [True, False])
@@ -39,31 +39,31 @@ def test_a_half_written_last_line_is_dropped(tmp_path, resumed):
     MetricsLog(path).write(1, {"loss": 2.0})
     with path.open("a") as file:
         file.write('{"step": 2, "lo')
-    assert [entry["step"] for entry in read(path)] == [1]
+    assert [entry["step"] for entry in read_metrics(path)] == [1]
     log = MetricsLog(path)
     if resumed:
         log.resume(5)
     log.write(3, {"loss": 1.0})
-    assert [entry["step"] for entry in read(path)] == [1, 3]
+    assert [entry["step"] for entry in read_metrics(path)] == [1, 3]
 
 
 def test_a_damaged_line_and_a_missing_file(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\nnonsense\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2 is not a metrics entry"):
-        read(path)
+        read_metrics(path)
     path.write_text('{"loss": 1.0}\n')
     with pytest.raises(UserError, match="line 1"):
-        read(path)
+        read_metrics(path)
     with pytest.raises(MissingError):
-        read(tmp_path / "none.jsonl")
+        read_metrics(tmp_path / "none.jsonl")
     MetricsLog(tmp_path / "none.jsonl").resume(3)
     assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_progress_without_a_terminal_prints_lines():
     stream = io.StringIO()
-    with Progress("autoencoder", 4, seconds=0, stream=stream) as progress:
+    with Progress("autoencoder", 4, line_seconds=0, stream=stream) as progress:
         progress.update(1)
         progress.update(2, 0.25)
         progress.update(4)
@@ -77,7 +77,7 @@ def test_progress_without_a_terminal_prints_lines():
 
 def test_progress_names_what_it_counts():
     stream = io.StringIO()
-    with Progress("sampling", 40, unit="clip", seconds=0, stream=stream) as progress:
+    with Progress("sampling", 40, unit="clip", line_seconds=0, stream=stream) as progress:
         progress.update(1)
         time.sleep(0.01)
         progress.update(40)
@@ -86,11 +86,11 @@ def test_progress_names_what_it_counts():
 
 def test_progress_is_rare_but_always_tells_the_end():
     stream = io.StringIO()
-    with Progress("t", 1000, start=500, seconds=60, stream=stream) as progress:
+    with Progress("t", 1000, start=500, line_seconds=60, stream=stream) as progress:
         for step in range(501, 801):
             progress.update(step, 1.0)
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["501/1000", "800/1000"]
-    with Progress("t", 10, stream=stream, shown=False) as progress:
+    with Progress("t", 10, stream=stream, visible=False) as progress:
         progress.update(10)
     assert "10/10" not in stream.getvalue()
 

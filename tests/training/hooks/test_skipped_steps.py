@@ -11,10 +11,10 @@ import optax
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.tokens import RowShape, empty_row
+from dit_video.tokens import PackedShape, make_empty_row
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.hooks.logging import MetricsLog, read
-from dit_video.training.hooks.skipped_steps import SkippedLog, examples_of
+from dit_video.training.hooks.logging import MetricsLog, read_metrics
+from dit_video.training.hooks.skipped_steps import SkippedLog, get_example_ids
 from dit_video.training.loop import LoopConfig, Watch, run
 from dit_video.training.state import init_state
 from dit_video.training.step import make_step
@@ -90,7 +90,7 @@ def test_a_run_goes_on_and_says_which_batch_it_was(tmp_path):
         plain, _ = STEP(plain, GOOD)
     assert_same(state.params, plain.params)
     assert state.step == 9
-    entries = read(tmp_path / "metrics.jsonl")
+    entries = read_metrics(tmp_path / "metrics.jsonl")
     assert [entry["skipped"] for entry in entries] == [0, 1, 1]
     assert all(math.isfinite(entry["loss"]) for entry in entries)
     assert [entry["step"] for entry in skipped(tmp_path)] == [4, 8]
@@ -99,7 +99,7 @@ def test_a_run_goes_on_and_says_which_batch_it_was(tmp_path):
 
 
 def test_after_too_many_in_a_row_the_good_state_is_saved(tmp_path):
-    config = LoopConfig(steps=20, log_every=50, save_every=50, most_skipped=3)
+    config = LoopConfig(steps=20, log_every=50, save_every=50, max_consecutive_skips=3)
     with pytest.raises(
         UserError, match="not finite at 3 consecutive steps, 6 to 8; the state is that from before them"
     ):
@@ -128,11 +128,11 @@ def test_what_is_written_again_is_cut(tmp_path):
 
 
 def test_packed_rows_are_known_by_their_examples():
-    rows = jax.tree.map(lambda leaf: leaf[None], empty_row(RowShape(tokens=4, text=2, segments=3), width=2))
+    rows = jax.tree.map(lambda leaf: leaf[None], make_empty_row(PackedShape(tokens=4, text=2, segments=3), width=2))
     rows.examples[0, :2], rows.valid[0, :2] = (7, 9), True
-    found = examples_of(rows)
+    found = get_example_ids(rows)
     assert {name: np.asarray(array).tolist() for name, array in found.items()} == {
         "examples": [[7, 9, 0]],
         "valid": [[True, True, False]],
     }
-    assert examples_of(np.zeros((2, 3))) == {}
+    assert get_example_ids(np.zeros((2, 3))) == {}

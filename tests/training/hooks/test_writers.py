@@ -13,14 +13,14 @@ import optax
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.tokens import RowShape, empty_row
-from dit_video.training.hooks.logging import MetricsLog, read
-from dit_video.training.hooks.profiler import Profile
-from dit_video.training.hooks.throughput import Meter
-from dit_video.training.hooks.writers import Logs, Monitoring, TensorBoard, WeightsAndBiases
-from dit_video.training.loop import LoopConfig, Periodic, Watch, run
+from dit_video.tokens import PackedShape, make_empty_row
+from dit_video.training.hooks.logging import MetricsLog, read_metrics
+from dit_video.training.hooks.profiler import TraceConfig
+from dit_video.training.hooks.throughput import ThroughputMeter
+from dit_video.training.hooks.writers import CombinedLog, MonitoringConfig, TensorBoard, WeightsAndBiases
+from dit_video.training.loop import LoopConfig, PeriodicCall, Watch, run
 from dit_video.training.state import init_state
-from dit_video.training.step import Ratio, make_step
+from dit_video.training.step import Average, make_step
 
 OPTIMIZER = optax.sgd(0.1)
 
@@ -28,7 +28,7 @@ OPTIMIZER = optax.sgd(0.1)
 def loss(params, batch, step):
     error = jnp.square(params["w"] - batch["x"])
     # Only every third step has something in this bin.
-    return error.mean(), {"bin": Ratio(jnp.where(step % 3 == 0, step, 0), jnp.where(step % 3 == 0, 1, 0))}
+    return error.mean(), {"bin": Average(jnp.where(step % 3 == 0, step, 0), jnp.where(step % 3 == 0, 1, 0))}
 
 
 STEP = make_step(loss, OPTIMIZER, ema_decay=0.9)
@@ -63,7 +63,7 @@ def test_event_files_hold_the_entries(tmp_path):
     again = TensorBoard(tmp_path / "tensorboard")
     again.resume(30)
     again.write(40, {"loss": 0.5})
-    Logs((MetricsLog(tmp_path / "m.jsonl"), again)).close()
+    CombinedLog((MetricsLog(tmp_path / "m.jsonl"), again)).close()
     found = events(tmp_path / "tensorboard")
     scalars = [(event.step, value.tag, value.simple_value) for event in found for value in event.summary.value]
     assert sorted(scalars) == [(20, "loss", 0.25), (40, "loss", 0.125), (40, "loss", 0.5)]
@@ -117,11 +117,11 @@ def test_what_is_missing_is_told_with_how_to_get_it(tmp_path, monkeypatch, packa
 
 def test_a_config_that_disagrees():
     with pytest.raises(UserError, match=r"sample_every=0. Set sample_every"):
-        Monitoring(prompts=("a ball",))
+        MonitoringConfig(prompts=("a ball",))
     with pytest.raises(UserError, match=r"validate_every=-1 is invalid.* Use 0 for never"):
-        Monitoring(validate_every=-1)
+        MonitoringConfig(validate_every=-1)
     with pytest.raises(UserError, match="validation_batches"):
-        Monitoring(validation_batches=0)
+        MonitoringConfig(validation_batches=0)
 
 
 def test_periodic_calls_are_logged_where_they_find_something(tmp_path):
@@ -137,12 +137,12 @@ def test_periodic_calls_are_logged_where_they_find_something(tmp_path):
 
     other: list[tuple[int, set[str]]] = []
     second = SimpleNamespace(resume=lambda step: None, write=lambda step, values: other.append((step, set(values))))
-    log = Logs((MetricsLog(tmp_path / "m.jsonl"), second))
-    watch = Watch(periodic=(Periodic(every=4, call=validate), Periodic(every=3, call=snapshot)))
+    log = CombinedLog((MetricsLog(tmp_path / "m.jsonl"), second))
+    watch = Watch(periodic=(PeriodicCall(every=4, call=validate), PeriodicCall(every=3, call=snapshot)))
     state = train(LoopConfig(steps=10, log_every=5), watch, log)
     assert called == [(name, at) for at, names in [(3, "s"), (4, "v"), (6, "s"), (8, "v"), (9, "s"), (10, "vs")]
                       for name in [{"s": "snapshot", "v": "validate"}[letter] for letter in names]]  # fmt: skip
-    entries = read(tmp_path / "m.jsonl")
+    entries = read_metrics(tmp_path / "m.jsonl")
     assert [entry["step"] for entry in entries] == [4, 5, 8, 10]
     assert [entry["step"] for entry in entries if "validation_loss" in entry] == [4, 8, 10]
     assert entries[-1]["validation_loss"] == pytest.approx(float(state.ema["w"][0]))
@@ -152,30 +152,32 @@ def test_periodic_calls_are_logged_where_they_find_something(tmp_path):
 
 
 def test_tokens_and_utilisation():
-    shape = RowShape(tokens=8, text=2, segments=2)
+    shape = PackedShape(tokens=8, text=2, segments=2)
 
     def rows(tokens):
-        one = empty_row(shape, width=2)
+        one = make_empty_row(shape, width=2)
         one.segments[:tokens] = 1
         return jax.tree.map(lambda leaf: leaf[None], one)
 
-    meter = Meter(lambda batch: 1e9 * float((batch.segments > 0).sum()), peak=lambda devices: 4e9 * len(devices))
+    meter = ThroughputMeter(
+        lambda batch: 1e9 * float((batch.segments > 0).sum()), peak_flops_fn=lambda devices: 4e9 * len(devices)
+    )
     for tokens in (6, 8):
-        meter.note(rows(tokens))
-    found = meter.figures({"step_seconds": 2.0})
+        meter.add(rows(tokens))
+    found = meter.compute_and_reset({"step_seconds": 2.0})
     devices = jax.local_device_count()
     assert found == pytest.approx(
         {"tokens_per_second": 3.5, "model_flops_per_second": 3.5e9, "mfu": 3.5e9 / (4e9 * devices)}
     )
-    assert meter.figures({"step_seconds": 2.0}) == {}  # counted anew
-    meter.note(rows(4))
-    assert meter.figures({"loss": 1.0}) == {}  # the first step alone has no time of its own
-    unknown = Meter(lambda batch: 1.0)
-    unknown.note(rows(4))
-    assert set(unknown.figures({"step_seconds": 1.0})) == {"tokens_per_second", "model_flops_per_second"}
-    pixels = Meter()
-    pixels.note(np.zeros((2, 3, 4, 4, 3), np.uint8))
-    assert pixels.figures({"step_seconds": 1.0}) == {}
+    assert meter.compute_and_reset({"step_seconds": 2.0}) == {}  # counted anew
+    meter.add(rows(4))
+    assert meter.compute_and_reset({"loss": 1.0}) == {}  # the first step alone has no time of its own
+    unknown = ThroughputMeter(lambda batch: 1.0)
+    unknown.add(rows(4))
+    assert set(unknown.compute_and_reset({"step_seconds": 1.0})) == {"tokens_per_second", "model_flops_per_second"}
+    pixels = ThroughputMeter()
+    pixels.add(np.zeros((2, 3, 4, 4, 3), np.uint8))
+    assert pixels.compute_and_reset({"step_seconds": 1.0}) == {}
 
 
 def test_what_is_derived_and_the_memory_are_in_the_entries(tmp_path, monkeypatch):
@@ -183,7 +185,7 @@ def test_what_is_derived_and_the_memory_are_in_the_entries(tmp_path, monkeypatch
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     log = MetricsLog(tmp_path / "m.jsonl")
     train(LoopConfig(steps=4, log_every=2), Watch(derive=lambda values: {"twice": 2 * values["loss"]}), log)
-    for entry in read(tmp_path / "m.jsonl"):
+    for entry in read_metrics(tmp_path / "m.jsonl"):
         assert entry["twice"] == 2 * entry["loss"]
         assert (entry["device_memory_bytes"], entry["device_memory_peak_bytes"]) == (5, 7)
 
@@ -198,17 +200,17 @@ def test_some_steps_are_traced(tmp_path, monkeypatch):
         "StepTraceAnnotation",
         lambda name, step_num: told.append(step_num) or real(name, step_num=step_num),
     )
-    train(LoopConfig(steps=8), Watch(profile=Profile(tmp_path / "trace", 3, 5)))
+    train(LoopConfig(steps=8), Watch(profile=TraceConfig(tmp_path / "trace", 3, 5)))
     assert told == [("start", str(tmp_path / "trace")), 3, 4, 5, "stop"]
     told.clear()
-    train(LoopConfig(steps=4), Watch(profile=Profile(tmp_path / "trace", 3, 50)))
+    train(LoopConfig(steps=4), Watch(profile=TraceConfig(tmp_path / "trace", 3, 50)))
     assert told == [("start", str(tmp_path / "trace")), 3, 4, "stop"]
     with pytest.raises(UserError, match="cannot trace steps 5 to 3"):
-        Profile(tmp_path, 5, 3)
+        TraceConfig(tmp_path, 5, 3)
 
 
 def test_a_trace_is_written(tmp_path):
-    train(LoopConfig(steps=4), Watch(profile=Profile(tmp_path / "trace", 3, 3)))
+    train(LoopConfig(steps=4), Watch(profile=TraceConfig(tmp_path / "trace", 3, 3)))
     assert [
         path for path in (tmp_path / "trace").rglob("*") if path.name.endswith(".xplane.pb") and path.stat().st_size
     ]

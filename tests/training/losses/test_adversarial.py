@@ -10,21 +10,21 @@ import optax
 import pytest
 from flax import nnx
 
-from dit_video.autoencoders import R1, Adversarial, AutoencoderObjective, LeCam, PatchVaeConfig
-from dit_video.autoencoders.adversarial import adaptive_weight, generator_loss
+from dit_video.autoencoders import R1, AdversarialConfig, AutoencoderObjective, LeCam, PatchVaeConfig
+from dit_video.autoencoders.adversarial import compute_adaptive_weight, generator_loss
 from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid
 from dit_video.training import trainer
 from dit_video.training.hooks import logging
 from dit_video.training.loop import LoopConfig
-from dit_video.training.losses.adversarial import HostCount, Rival, make_adversarial_step
+from dit_video.training.losses.adversarial import DiscriminatorTraining, HostStepCounter, make_adversarial_step
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.state import init_state
 from dit_video.training.step import make_step
-from dit_video.training.trainer import Training
+from dit_video.training.trainer import Trainer
 from support.devices import check_on_eight_devices
 from support.rough import rough_params
 
@@ -33,17 +33,19 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
 PARAMS = rough_params(CONFIG.make)
-LOSS = AutoencoderLoss(graph=graph_of(CONFIG.make), objective=AutoencoderObjective.pixels(), seed=1)
+LOSS = AutoencoderLoss(graph=get_graph_def(CONFIG.make), objective=AutoencoderObjective.pixels(), seed=1)
 SGD = optax.sgd(1e-2)
-LECAM = Adversarial(weight=0.5, start=2, width=4, layers=1, learning_rate=1e-2, regulariser=LeCam(weight=0.1))
+LECAM = AdversarialConfig(
+    weight=0.5, start_step=2, width=4, layers=1, learning_rate=1e-2, regulariser=LeCam(weight=0.1)
+)
 
 
 def rival(config):
-    return Rival(config=config, last_layer=CONFIG.last_layer, random_key=jax.random.key(3))
+    return DiscriminatorTraining(config=config, last_layer=CONFIG.last_layer, random_key=jax.random.key(3))
 
 
 def begin(config):
-    return rival(config).join(init_state(jax.tree.map(jnp.array, PARAMS), SGD))
+    return rival(config).init_state(init_state(jax.tree.map(jnp.array, PARAMS), SGD))
 
 
 @functools.cache
@@ -88,8 +90,8 @@ def test_the_step_descends_the_weighted_sum(played):
     """Against the plain gradient of the whole sum, with the weight computed from two whole gradients."""
     states, figures = played
     before, after = states[2], states[3]
-    judge = nnx.merge(graph_of(LECAM.make), before.discriminator.params)
-    pixels = LOSS.pixels(jnp.asarray(CLIPS))
+    judge = nnx.merge(get_graph_def(LECAM.make), before.discriminator.params)
+    pixels = LOSS.to_pixels(jnp.asarray(CLIPS))
 
     @jax.jit
     def parts(params):
@@ -99,7 +101,7 @@ def test_the_step_descends_the_weighted_sum(played):
 
     jacobian = jax.jit(jax.jacrev(parts))(before.model.params)
     last = trees.flatten(jacobian)[CONFIG.last_layer]
-    weight = 0.5 * adaptive_weight(last[0], last[1])
+    weight = 0.5 * compute_adaptive_weight(last[0], last[1])
     assert figures[2]["adversarial_weight"] == pytest.approx(float(weight), rel=1e-4)
     expected = jax.tree.map(
         lambda value, rows: value - 1e-2 * (rows[0] + weight * rows[1] + rows[2]), before.model.params, jacobian
@@ -121,7 +123,7 @@ def test_lecam_keeps_running_means_of_the_verdicts(played):
 
 def test_the_discriminator_learns_to_tell_them_apart_with_r1_on_every_kth_step():
     regulariser = R1(weight=0.1, every=3)
-    config = Adversarial(weight=1e-3, width=8, layers=1, learning_rate=1e-2, regulariser=regulariser)
+    config = AdversarialConfig(weight=1e-3, width=8, layers=1, learning_rate=1e-2, regulariser=regulariser)
     states, figures = run(config, 25)
     gaps = [found["verdict_real"] - found["verdict_decoded"] for found in figures]
     assert abs(gaps[0]) < 0.5
@@ -140,7 +142,7 @@ def test_the_device_is_asked_for_its_step_only_where_states_do_not_follow_each_o
             self.asked += 1
             return self.number
 
-    count, steps = HostCount(), [Step(number) for number in (7, 8, 9)]
+    count, steps = HostStepCounter(), [Step(number) for number in (7, 8, 9)]
     for step, after in itertools.pairwise(steps):
         assert count(step) == step.number
         count.advance(after)
@@ -165,7 +167,7 @@ class Repeated:
 
 
 def train(folder, steps, batches=Repeated):
-    training = Training(
+    training = Trainer(
         folder=folder,
         title="training",
         init=lambda key: PARAMS,
@@ -173,7 +175,7 @@ def train(folder, steps, batches=Repeated):
         loss=LOSS,
         optimizer=SGD,
         ema_decay=0.9,
-        rival=rival(LECAM),
+        discriminator=rival(LECAM),
         config=LoopConfig(steps=steps, log_every=1, save_every=2),
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
     )
@@ -189,7 +191,7 @@ def test_an_interrupted_game_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path,
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts), jax.device_get(whole))
     figures = [
         [{name: entry[name] for name in ("loss", "discriminator", "penalty", "psnr")} for entry in entries]
-        for entries in (logging.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+        for entries in (logging.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     ]
     assert figures[0] == figures[1]
     assert len(figures[0]) == 6

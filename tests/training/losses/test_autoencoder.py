@@ -11,16 +11,16 @@ from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.core.rng import key
 from dit_video.core.trees import flatten
 from dit_video.features import Lpips
-from dit_video.nn import graph_of, init_params
+from dit_video.nn import get_graph_def, init_params
 from dit_video.tokens import Grid
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import new_state
+from dit_video.training.state import create_state
 from dit_video.training.step import make_step
 from support.rough import rough_params
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
-GRAPH = graph_of(CONFIG.make)
+GRAPH = get_graph_def(CONFIG.make)
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 6, 3), np.uint8)
 
 
@@ -81,7 +81,7 @@ def test_a_batch_of_one_is_a_batch():
 def test_a_few_steps_on_one_batch_reconstruct_it_better():
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
     step = make_step(loss_of(AutoencoderObjective.pixels(kl=1e-4)), optimizer, ema_decay=0.9)
-    state = new_state(lambda key: PARAMS, optimizer, jax.random.key(0))
+    state = create_state(lambda key: PARAMS, optimizer, jax.random.key(0))
     smooth = np.broadcast_to(np.arange(0, 240, 40, dtype=np.uint8)[None, None, None, :, None], CLIPS.shape).copy()
     first = None
     for _ in range(60):
@@ -106,7 +106,7 @@ def test_the_objective_of_pixels_is_bit_for_bit_the_sum_that_measured_runs_were_
     states, figures = {}, {}
     for name, loss in (("before", before), ("now", now)):
         step = make_step(loss, optimizer, ema_decay=0.9)
-        states[name] = new_state(lambda key: jax.tree.map(jnp.copy, PARAMS), optimizer, jax.random.key(0))
+        states[name] = create_state(lambda key: jax.tree.map(jnp.copy, PARAMS), optimizer, jax.random.key(0))
         for _ in range(3):
             states[name], figures[name] = step(states[name], CLIPS)
     for name in ("loss", "mse", "kl", "gradient_norm"):
@@ -136,7 +136,9 @@ def test_lpips_counts_with_weights_that_are_arguments_of_the_program():
     judge = functools.partial(Lpips, widths=(2, 2, 2, 2, 2))
     weights = init_params(lambda rngs: judge(rngs=rngs), jax.random.key(1))
     objective = dataclasses.replace(AutoencoderObjective.pixels(), lpips=0.5, lpips_weights="lpips.safetensors")
-    loss = AutoencoderLoss(graph=GRAPH, objective=objective, seed=1, judge=graph_of(lambda rngs: judge(rngs=rngs)))
+    loss = AutoencoderLoss(
+        graph=GRAPH, objective=objective, seed=1, perceptual_net=get_graph_def(lambda rngs: judge(rngs=rngs))
+    )
     clips = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 1, 16, 16, 3), np.uint8))
     value, figures = jax.jit(loss)(PARAMS, clips, jnp.asarray(0), weights)
     plain = figures["mse"] + 0.1 * figures["absolute"] + objective.kl * figures["kl"]
@@ -146,5 +148,5 @@ def test_lpips_counts_with_weights_that_are_arguments_of_the_program():
 
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
     step = make_step(loss, optimizer, ema_decay=0.9, constants=(weights,))
-    state = new_state(lambda key: jax.tree.map(jnp.copy, PARAMS), optimizer, jax.random.key(0))
+    state = create_state(lambda key: jax.tree.map(jnp.copy, PARAMS), optimizer, jax.random.key(0))
     assert step(state, clips)[1]["loss"] == pytest.approx(float(value), rel=1e-5)

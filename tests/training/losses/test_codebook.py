@@ -56,7 +56,7 @@ def test_without_decay_the_codes_are_the_gradients():
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_a_code_that_is_not_used_comes_back_among_the_latents(decay):
     learning = CodebookLearning(decay=decay, restart_after=3)
-    moments = learning.start(CODES) | {"ages": jnp.zeros(4, jnp.int32)}
+    moments = learning.init_moments(CODES) | {"ages": jnp.zeros(4, jnp.int32)}
     codes = CODES
     for step in range(1, 4):
         found = follow(learning, codes, moments)
@@ -82,15 +82,15 @@ def test_a_new_codebook_starts_at_the_first_latents():
     assert len(np.unique(np.concatenate(places))) == 3  # a latent each
     again = follow(learning, codes, latents=latents, indices=jnp.zeros((2, 1, 4, 4), jnp.int32))
     np.testing.assert_array_equal(again.codes, found.codes)
-    other = learning.follow(
-        codes, learning.start(codes), latents, jnp.zeros((2, 1, 4, 4), jnp.int32), jax.random.key(5)
+    other = learning.update(
+        codes, learning.init_moments(codes), latents, jnp.zeros((2, 1, 4, 4), jnp.int32), jax.random.key(5)
     )
     assert (other.codes != found.codes).any()
 
 
 def test_a_learned_codebook_stays_where_it_is():
     learning = CodebookLearning(decay=None)
-    found = follow(learning, moments=learning.start(CODES, fresh=False))
+    found = follow(learning, moments=learning.init_moments(CODES, fresh=False))
     np.testing.assert_array_equal(found.codes, CODES)
     assert found.figures["restarts"] == 0
 
@@ -113,7 +113,7 @@ def test_figures():
     assert figures["perplexity"] == pytest.approx(4)
     assert (figures["usage"], figures["usage_recent"], figures["restarts"]) == (1, 1, 0)
     learning = CodebookLearning(restart_after=5)
-    moments = learning.start(CODES) | {"ages": jnp.asarray([9, 9, 9, 2])}
+    moments = learning.init_moments(CODES) | {"ages": jnp.asarray([9, 9, 9, 2])}
     assert follow(learning, moments=moments).figures["usage_recent"] == 1  # the last was used three steps ago
 
 

@@ -13,21 +13,29 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.core import rng
 from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
-from dit_video.nn import graph_of, init_params
+from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, packed_noise
-from dit_video.training.losses.denoiser import DenoiserLoss, share_below
-from dit_video.training.step import accumulated
+from dit_video.tokens import (
+    Grid,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_coordinates,
+    pack,
+    sample_packed_noise,
+)
+from dit_video.training.losses.denoiser import DenoiserLoss, time_quantile
+from dit_video.training.step import accumulate_gradients
 from support.devices import check_on_eight_devices
 from support.rough import rough_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
-TOKENIZE = TEXT.tokenizer()
-SHAPE = RowShape(tokens=20, text=28, segments=3)
+TOKENIZE = TEXT.make_tokenizer()
+SHAPE = PackedShape(tokens=20, text=28, segments=3)
 LOSS = DenoiserLoss(
-    dit=graph_of(DIT.make),
-    text=graph_of(TEXT.make),
+    dit=get_graph_def(DIT.make),
+    text=get_graph_def(TEXT.make),
     objective=FlowMatching(),
     caption_dropout=0.5,
     empty_caption=TOKENIZE(""),
@@ -38,16 +46,16 @@ LOSS = DenoiserLoss(
 PARAMS = {"dit": rough_params(DIT.make), "text": rough_params(TEXT.make)}
 
 
-def item(grid: Grid, caption: str, example: int) -> Item:
+def item(grid: Grid, caption: str, example: int) -> PackedExample:
     tokens = np.random.default_rng(example).normal(size=(grid.volume, 4)).astype(np.float32)
-    return Item(tokens, coordinates(grid), TOKENIZE(caption), example)
+    return PackedExample(tokens, compute_coordinates(grid), TOKENIZE(caption), example)
 
 
 A, B, C = item(Grid(2, 2, 2), "red ball", 5), item(Grid(1, 2, 3), "box", 6), item(Grid(1, 1, 4), "a dot", 2**32 - 1)
 
 
-def batch(*rows) -> Rows:
-    return Rows(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
+def batch(*rows) -> PackedBatch:
+    return PackedBatch(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
 
 
 @jax.jit
@@ -85,7 +93,7 @@ def test_an_example_has_the_same_loss_wherever_and_with_whatever_it_is_packed():
 
 FROZEN = FrozenTextConfig(folder="nowhere", width=8, max_tokens=16)
 TABLE = np.random.default_rng(7).normal(size=(300, 8)).astype(np.float32)
-FROZEN_LOSS = dataclasses.replace(LOSS, text=graph_of(FROZEN.make), empty_caption=TABLE[TOKENIZE("")])
+FROZEN_LOSS = dataclasses.replace(LOSS, text=get_graph_def(FROZEN.make), empty_caption=TABLE[TOKENIZE("")])
 
 
 @jax.jit
@@ -94,9 +102,9 @@ def run_frozen(params, rows):
     return jax.value_and_grad(lambda params: FROZEN_LOSS(params, rows, jnp.asarray(2))[0])(params)
 
 
-def embedded(*rows) -> Rows:
+def embedded(*rows) -> PackedBatch:
     packed = (pack([one._replace(text=TABLE[one.text]) for one in row], SHAPE, width=4, text_width=8) for row in rows)
-    return Rows(*map(np.stack, zip(*packed, strict=True)))
+    return PackedBatch(*map(np.stack, zip(*packed, strict=True)))
 
 
 def test_embeddings_have_the_same_loss_wherever_they_are_packed():
@@ -128,7 +136,7 @@ def test_parts_of_a_batch_make_its_gradients_and_figures():
     valid = rows.valid.copy()
     valid[2] = False
     rows, step = rows._replace(valid=valid), jnp.asarray(3)
-    value, figures, gradients = jax.jit(functools.partial(accumulated, LOSS, 4))(PARAMS, rows, step)
+    value, figures, gradients = jax.jit(functools.partial(accumulate_gradients, LOSS, 4))(PARAMS, rows, step)
     whole = jax.jit(jax.value_and_grad(LOSS, has_aux=True))
     (expected, named), reference = whole(PARAMS, rows, step)
     assert_close((value, gradients), (expected, reference))
@@ -188,10 +196,10 @@ def test_captions_are_dropped_as_often_as_asked_and_apart_from_each_other():
 # --- randomness -----------------------------------------------------------------------------------------------------
 
 
-def noise_of(rows: Rows, step: int = 0):
+def noise_of(rows: PackedBatch, step: int = 0):
     """By example, its noise."""
     keys = rng.example_keys(rng.key(3, "noise"), step, rows.examples)
-    noise = np.asarray(jax.jit(packed_noise)(rows, keys))
+    noise = np.asarray(jax.jit(sample_packed_noise)(rows, keys))
     return {
         int(rows.examples[row, index]): noise[row][rows.segments[row] == index + 1]
         for row, index in zip(*np.nonzero(rows.valid), strict=True)
@@ -218,7 +226,7 @@ def test_no_two_values_of_noise_are_the_same_and_they_are_normal():
 
 
 def test_times_belong_to_examples_cover_the_batch_and_move_with_the_step():
-    times = jax.jit(LOSS.times)
+    times = jax.jit(LOSS.draw_times)
     there, here = times(batch([A, B], [C]), jnp.asarray(4)), times(batch([C], [B, A]), jnp.asarray(4))
     np.testing.assert_array_equal([there[0, 0], there[0, 1], there[1, 0]], [here[1, 1], here[1, 0], here[0, 0]])
     rows = batch([], [])
@@ -279,15 +287,17 @@ def test_eight_devices_have_the_losses_of_one():
 
 def test_a_model_for_some_times_is_trained_at_those_alone():
     objective = FlowMatching(process=RectifiedFlow(shift=3.0))
-    share = share_below(objective, 0.6)
-    assert float(objective.time(jnp.float32(share))) == pytest.approx(0.6, abs=1e-5)
+    share = time_quantile(objective, 0.6)
+    assert float(objective.compute_time(jnp.float32(share))) == pytest.approx(0.6, abs=1e-5)
     rows = batch(*([item(Grid(1, 2, 2), "a dot", number)] for number in range(64)))
     both = {
-        shares: dataclasses.replace(LOSS, objective=objective, shares=shares).times(rows, jnp.asarray(3))[:, 0]
+        shares: dataclasses.replace(LOSS, objective=objective, time_quantiles=shares).draw_times(rows, jnp.asarray(3))[
+            :, 0
+        ]
         for shares in ((0.0, 1.0), (0.0, share), (share, 1.0))
     }
     every, low, high = both.values()
     assert low.max() <= 0.6 + 1e-5
     assert high.min() >= 0.6 - 1e-5
     assert float((every < 0.6).mean()) == pytest.approx(share, abs=0.05)
-    np.testing.assert_allclose(jnp.sort(low)[32], objective.time(jnp.float32(share / 2)), atol=0.02)
+    np.testing.assert_allclose(jnp.sort(low)[32], objective.compute_time(jnp.float32(share / 2)), atol=0.02)

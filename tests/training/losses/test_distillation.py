@@ -12,16 +12,16 @@ from dit_video.backbones.dit import ClassLabels, DitConfig, NoContext
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig, ClassNamesConfig
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_coordinates, pack
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.distillation import (
     ConsistencyDistillation,
     CriticState,
     DistributionMatching,
-    distillation_loss,
-    paced,
+    make_distillation_loss,
+    with_student_learning_rate,
 )
 from dit_video.training.state import init_state
 from dit_video.training.step import OwnStep
@@ -31,18 +31,18 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
-TOKENIZE = TEXT.tokenizer()
-SHAPE = RowShape(tokens=20, text=28, segments=3)
+TOKENIZE = TEXT.make_tokenizer()
+SHAPE = PackedShape(tokens=20, text=28, segments=3)
 LOSS = DenoiserLoss(
-    dit=graph_of(DIT.make),
-    text=graph_of(TEXT.make),
+    dit=get_graph_def(DIT.make),
+    text=get_graph_def(TEXT.make),
     objective=FlowMatching(process=RectifiedFlow(shift=2.0)),
     caption_dropout=0.5,
     empty_caption=TOKENIZE(""),
     seed=3,
 )
-CONSISTENCY = distillation_loss(ConsistencyDistillation(guidance=2.0, intervals=4), LOSS)
-MATCHING = distillation_loss(DistributionMatching(guidance=2.0, steps=3, critic_steps=2), LOSS)
+CONSISTENCY = make_distillation_loss(ConsistencyDistillation(guidance=2.0, intervals=4), LOSS)
+MATCHING = make_distillation_loss(DistributionMatching(guidance=2.0, steps=3, critic_steps=2), LOSS)
 
 
 def params(seed):
@@ -52,16 +52,16 @@ def params(seed):
 TEACHER = params(0)
 
 
-def item(grid: Grid, caption: str, example: int) -> Item:
+def item(grid: Grid, caption: str, example: int) -> PackedExample:
     tokens = np.random.default_rng(example).normal(size=(grid.volume, 4)).astype(np.float32)
-    return Item(tokens, coordinates(grid), TOKENIZE(caption), example)
+    return PackedExample(tokens, compute_coordinates(grid), TOKENIZE(caption), example)
 
 
 A, B, C = item(Grid(2, 2, 2), "red ball", 5), item(Grid(1, 2, 3), "box", 6), item(Grid(1, 1, 4), "a dot", 7)
 
 
-def batch(*rows) -> Rows:
-    return Rows(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
+def batch(*rows) -> PackedBatch:
+    return PackedBatch(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
 
 
 @jax.jit
@@ -73,7 +73,7 @@ def consistency(student, average, rows, step=0):
 def matching(student, critic, rows, step=1):
     """At a step whose batch is given what the student has made already."""
     step = jnp.asarray(step)
-    noised = MATCHING.noised(student, rows, step)
+    noised = MATCHING.draw_student_inputs(student, rows, step)
     return MATCHING(student, critic, noised, rows, step, TEACHER), noised
 
 
@@ -102,7 +102,7 @@ def test_where_the_critic_is_the_unguided_teacher_nothing_moves():
 
     @jax.jit
     def judged(student):
-        noised = unguided.noised(student, rows, step)
+        noised = unguided.draw_student_inputs(student, rows, step)
         return unguided(student, TEACHER, noised, rows, step, TEACHER)
 
     value, figures = judged(student)
@@ -168,14 +168,16 @@ def test_options_out_of_range():
 def test_players_are_told_of_the_class():
     text = ClassNamesConfig(classes=3)
     dit = dataclasses.replace(DIT, context=NoContext(), context_width=0, labels=ClassLabels(classes=3))
-    empty = text.tokenizer()("")
-    loss = dataclasses.replace(CONSISTENCY, dit=graph_of(dit.make), text=graph_of(text.make), empty_caption=empty)
+    empty = text.make_tokenizer()("")
+    loss = dataclasses.replace(
+        CONSISTENCY, dit=get_graph_def(dit.make), text=get_graph_def(text.make), empty_caption=empty
+    )
     weights = {"dit": rough_params(dit.make), "text": {}}
 
     def prediction(label, *, silent=False):
-        clip = A._replace(text=text.tokenizer()(label))
-        rows = Rows(*(np.stack([part]) for part in pack([clip], SHAPE, width=4)))
-        return loss.denoise(weights, rows, silent=silent)(jnp.asarray(rows.tokens), jnp.ones((1, 1, 1)))
+        clip = A._replace(text=text.make_tokenizer()(label))
+        rows = PackedBatch(*(np.stack([part]) for part in pack([clip], SHAPE, width=4)))
+        return loss.make_denoise(weights, rows, unconditional=silent)(jnp.asarray(rows.tokens), jnp.ones((1, 1, 1)))
 
     none = prediction("")
     assert min(np.abs(prediction(label) - other).max() for label, other in (("0", none), ("0", prediction("1")))) > 1e-3
@@ -192,7 +194,7 @@ def test_the_critics_learning_rate_is_that_of_the_students_step():
     for rate in (1, 1 / 4):
         updates, _ = optimizer.update(gradients, critic.opt_state, critic.params)
         np.testing.assert_allclose(updates["x"], -rate, rtol=1e-4)
-        critic = paced(critic, student)
+        critic = with_student_learning_rate(critic, student)
 
 
 @pytest.mark.slow

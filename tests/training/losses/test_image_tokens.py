@@ -9,14 +9,14 @@ from dit_video.conditioning import KnownFrames
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.text import FrozenTextConfig
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_coordinates, pack
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.rough import rough_params
 from support.tiny_wan import ANIMATING
 
-SHAPE = RowShape(tokens=20, text=6, segments=2)
+SHAPE = PackedShape(tokens=20, text=6, segments=2)
 TEXT = FrozenTextConfig(folder="none", width=ANIMATING.context_width)
 PARAMS = {"dit": rough_params(ANIMATING.make), "text": {}}
 WIDTH, IMAGE = ANIMATING.token_width, (3, ANIMATING.image_width)
@@ -25,8 +25,8 @@ STEP = jnp.zeros((), jnp.int32)
 
 def loss_of(chance):
     return DenoiserLoss(
-        dit=graph_of(ANIMATING.make),
-        text=graph_of(TEXT.make),
+        dit=get_graph_def(ANIMATING.make),
+        text=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.0,
         empty_caption=np.zeros((1, TEXT.width), np.float32),
@@ -35,19 +35,21 @@ def loss_of(chance):
     )
 
 
-def item(grid: Grid, example: int) -> Item:
+def item(grid: Grid, example: int) -> PackedExample:
     draw = np.random.default_rng(example)
 
     def normal(*shape):
         return draw.normal(size=shape).astype(np.float32)
 
     text, tokens = normal(2, TEXT.width), normal(grid.volume, WIDTH)
-    return Item(tokens, coordinates(grid), text, example, shown=normal(*tokens.shape), image=normal(*IMAGE))
+    return PackedExample(
+        tokens, compute_coordinates(grid), text, example, shown=normal(*tokens.shape), image=normal(*IMAGE)
+    )
 
 
-def batch(*rows) -> Rows:
+def batch(*rows) -> PackedBatch:
     packed = [pack(row, SHAPE, width=WIDTH, text_width=TEXT.width) for row in rows]
-    return Rows(*map(np.stack, zip(*packed, strict=True)))
+    return PackedBatch(*map(np.stack, zip(*packed, strict=True)))
 
 
 CLIPS = [item(Grid(3, 1, 2), 5), item(Grid(2, 2, 2), 6)]

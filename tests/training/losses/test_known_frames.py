@@ -10,15 +10,23 @@ from dit_video.backbones.dit import Dit, DitConfig
 from dit_video.conditioning import KnownFrames
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import FlowMatching
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, packed_noise
+from dit_video.tokens import (
+    Grid,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_coordinates,
+    pack,
+    sample_packed_noise,
+)
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.rough import rough_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
-TOKENIZE = TEXT.tokenizer()
-SHAPE = RowShape(tokens=20, text=56, segments=3)
+TOKENIZE = TEXT.make_tokenizer()
+SHAPE = PackedShape(tokens=20, text=56, segments=3)
 TOLD = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
 BESIDE = dataclasses.replace(TOLD, time="segment", given_channels=3)
 PARAMS = {"dit": {}, "text": rough_params(TEXT.make)}
@@ -37,9 +45,9 @@ class StandIn(Dit):
 
 
 def loss_of(config, **fields):
-    made = {"dit": graph_of(lambda rngs: StandIn(config)), "known": KnownFrames(chance=1.0)} | fields
+    made = {"dit": get_graph_def(lambda rngs: StandIn(config)), "known": KnownFrames(chance=1.0)} | fields
     return DenoiserLoss(
-        text=graph_of(TEXT.make),
+        text=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.0,
         empty_caption=TOKENIZE(""),
@@ -48,13 +56,13 @@ def loss_of(config, **fields):
     )
 
 
-def item(grid: Grid, example: int) -> Item:
+def item(grid: Grid, example: int) -> PackedExample:
     tokens = np.random.default_rng(example).normal(size=(grid.volume, 4)).astype(np.float32)
-    return Item(tokens, coordinates(grid), TOKENIZE("a"), example)
+    return PackedExample(tokens, compute_coordinates(grid), TOKENIZE("a"), example)
 
 
-def batch(*rows) -> Rows:
-    return Rows(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
+def batch(*rows) -> PackedBatch:
+    return PackedBatch(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
 
 
 CLIP, IMAGE = item(Grid(3, 1, 2), 5), item(Grid(1, 1, 3), 6)
@@ -66,7 +74,7 @@ STEP = jnp.zeros((), jnp.int32)
 
 def drawn(loss, step=STEP):
     """Noise and time of the clip's tokens, and of the image's."""
-    noise = np.asarray(packed_noise(ROWS, example_keys(key(loss.seed, "noise"), step, ROWS.examples)))[0]
+    noise = np.asarray(sample_packed_noise(ROWS, example_keys(key(loss.seed, "noise"), step, ROWS.examples)))[0]
     times = np.asarray(loss.times(ROWS, step))[0]
     return (noise[:6], times[0]), (noise[6:9], times[1])
 

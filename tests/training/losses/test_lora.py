@@ -9,13 +9,13 @@ from flax import nnx
 
 from dit_video.core import rng
 from dit_video.core.trees import flatten
-from dit_video.nn import Linear, LoraConfig, graph_of, init_lora, init_params, merge_lora, scaled
+from dit_video.nn import Linear, LoraConfig, add_lora_scale, get_graph_def, init_lora, init_params, merge_lora
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.state import init_state
 from dit_video.training.step import make_step
 
 CONFIG = LoraConfig(rank=2, alpha=4.0, targets=("kernel$",))
-GRAPH = graph_of(lambda rngs: Linear(6, 5, rngs=rngs))
+GRAPH = get_graph_def(lambda rngs: Linear(6, 5, rngs=rngs))
 BASE = init_params(lambda rngs: Linear(6, 5, rngs=rngs), rng.key(0, "base"))
 NOISE = np.random.default_rng(0)
 X = jnp.asarray(NOISE.normal(size=(64, 6)), jnp.float32)
@@ -52,7 +52,7 @@ def test_it_starts_at_the_models_loss_and_finds_a_low_rank_change():
     assert losses[0] == pytest.approx(float(loss(BASE, X, 0, 1.0)[0]), rel=1e-6)
     assert losses[-1] < 1e-3 * losses[0]
     assert set(flatten(state.params)) == {"kernel/a", "kernel/b"}
-    merged = merge_lora(BASE, scaled(state.ema, CONFIG.scale))
+    merged = merge_lora(BASE, add_lora_scale(state.ema, CONFIG.scale))
     np.testing.assert_allclose(merged["kernel"] - BASE["kernel"], CHANGE, atol=0.1)
     np.testing.assert_array_equal(merged["bias"], BASE["bias"])
 
@@ -60,7 +60,7 @@ def test_it_starts_at_the_models_loss_and_finds_a_low_rank_change():
 def test_its_gradients_are_those_of_the_merged_model():
     factors = jax.tree.map(lambda leaf: leaf + 0.1, fresh())
     found = jax.grad(lambda f: ADAPTED(f, X, jnp.zeros((), jnp.int32), 1.0, BASE)[0])(factors)
-    expected = jax.grad(lambda f: loss(merge_lora(BASE, scaled(f, CONFIG.scale)), X, 0, 1.0)[0])(factors)
+    expected = jax.grad(lambda f: loss(merge_lora(BASE, add_lora_scale(f, CONFIG.scale)), X, 0, 1.0)[0])(factors)
     for path, leaf in flatten(expected).items():
         assert np.abs(leaf).max() > 1e-3
         np.testing.assert_allclose(flatten(found)[path], leaf, rtol=1e-4, atol=1e-6)

@@ -12,15 +12,15 @@ from dit_video.backbones.dit import Dit, DitConfig
 from dit_video.conditioning import KnownFrames
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import ClipSize, FlowMatching, LinearShift, RectifiedFlow, Uniform
-from dit_video.nn import graph_of
+from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
-from dit_video.training.losses.denoiser import DenoiserLoss, clip_sizes, packed_noise
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_coordinates, pack
+from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes, sample_packed_noise
 from support.rough import rough_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
-TOKENIZE = TEXT.tokenizer()
-SHAPE = RowShape(tokens=24, text=56, segments=3)
+TOKENIZE = TEXT.make_tokenizer()
+SHAPE = PackedShape(tokens=24, text=56, segments=3)
 DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
 PARAMS = {"dit": {}, "text": rough_params(TEXT.make)}
 STEP = jnp.zeros((), jnp.int32)
@@ -38,24 +38,24 @@ class StandIn(Dit):
 
 def loss_of(times_of="frame", **fields):
     return DenoiserLoss(
-        dit=graph_of(lambda rngs: StandIn(DIT)),
-        text=graph_of(TEXT.make),
+        dit=get_graph_def(lambda rngs: StandIn(DIT)),
+        text=get_graph_def(TEXT.make),
         caption_dropout=0.0,
         empty_caption=TOKENIZE(""),
         seed=3,
-        times_of=times_of,
+        time_per=times_of,
         **({"objective": FlowMatching()} | fields),
     )
 
 
-def item(grid: Grid, example: int, interval: float = 1.0) -> Item:
+def item(grid: Grid, example: int, interval: float = 1.0) -> PackedExample:
     tokens = np.random.default_rng(example).normal(size=(grid.volume, 4)).astype(np.float32)
-    return Item(tokens, coordinates(grid, step=(interval, 1.0, 1.0)), TOKENIZE("a"), example)
+    return PackedExample(tokens, compute_coordinates(grid, step=(interval, 1.0, 1.0)), TOKENIZE("a"), example)
 
 
-def batch(*rows) -> Rows:
+def batch(*rows) -> PackedBatch:
     packed = (pack(row, SHAPE, width=4) for row in rows)
-    return jax.tree.map(jnp.asarray, Rows(*map(np.stack, zip(*packed, strict=True))))
+    return jax.tree.map(jnp.asarray, PackedBatch(*map(np.stack, zip(*packed, strict=True))))
 
 
 CLIP, IMAGE, LONG = item(Grid(3, 1, 2), 5), item(Grid(1, 1, 3), 6), item(Grid(4, 1, 3), 7, interval=0.4)
@@ -90,7 +90,7 @@ def test_the_times_of_frames_are_those_of_the_objective():
 
 def test_the_loss_is_of_every_frame_at_its_own_time():
     loss = loss_of(known=KnownFrames(chance=1.0))
-    noise = np.asarray(packed_noise(ROWS, example_keys(key(3, "noise"), STEP, ROWS.examples)))[0]
+    noise = np.asarray(sample_packed_noise(ROWS, example_keys(key(3, "noise"), STEP, ROWS.examples)))[0]
     time = token_times(loss, ROWS)[0, :, None]
     data = np.asarray(ROWS.tokens)[0]
     error = np.square((1 - time) * data + time * noise - (noise - data))
@@ -107,17 +107,17 @@ SHIFT = LinearShift(tokens=(2, 3), shifts=(1.0, 1.5))
 
 
 def test_the_size_of_every_clip_of_a_row_is_known():
-    sizes = clip_sizes(ROWS)
+    sizes = get_clip_sizes(ROWS)
     np.testing.assert_array_equal(sizes.frames, [[3, 1, 4], [1, 1, 1]])
     np.testing.assert_array_equal(sizes.frame_tokens, [[2, 3, 3], [3, 1, 1]])
 
 
 @pytest.mark.parametrize("times_of", ["clip", "frame"])
 def test_clips_of_one_row_are_trained_at_the_shift_of_their_own_size(times_of):
-    by_size = RectifiedFlow(shift=2.0, by_size=SHIFT)
+    by_size = RectifiedFlow(shift=2.0, size_shift=SHIFT)
     found = token_times(loss_of(times_of, objective=FlowMatching(process=by_size)), ROWS)
     for tokens, size in ((slice(0, 6), (3, 2)), (slice(6, 9), (1, 3)), (slice(9, 21), (4, 3))):
-        constant = by_size.for_size(ClipSize(*size))
+        constant = by_size.specialize(ClipSize(*size))
         assert constant.shift == pytest.approx(2 * (1.0 if size[1] == 2 else 1.5) * size[0] ** 0.5)
         expected = token_times(loss_of(times_of, objective=FlowMatching(process=constant)), ROWS)
         np.testing.assert_allclose(found[0, tokens], expected[0, tokens], rtol=1e-6)
@@ -132,7 +132,7 @@ def test_training_does_not_ignore_the_shift():
 
 
 def test_clips_have_one_time_if_nothing_else_is_said():
-    loss = dataclasses.replace(loss_of(), times_of=DenoiserLoss.times_of)
+    loss = dataclasses.replace(loss_of(), times_of=DenoiserLoss.time_per)
     times = token_times(loss, ROWS)[0, :21]
-    of_clips = np.asarray(loss.times(ROWS, STEP))[0]
+    of_clips = np.asarray(loss.draw_times(ROWS, STEP))[0]
     np.testing.assert_array_equal(times, np.repeat(of_clips, [6, 3, 12]))

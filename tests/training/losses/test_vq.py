@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import nnx
 
 from dit_video.autoencoders import (
-    Adversarial,
+    AdversarialConfig,
     AutoencoderObjective,
     Codebook,
     CodebookConfig,
@@ -21,22 +21,22 @@ from dit_video.autoencoders import (
 )
 from dit_video.core.trees import flatten
 from dit_video.data.synthetic import shapes
-from dit_video.nn import Linear, graph_of, init_params
+from dit_video.nn import Linear, get_graph_def, init_params
 from dit_video.tokens import Grid
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.losses.adversarial import Rival, make_adversarial_step
+from dit_video.training.losses.adversarial import DiscriminatorTraining, make_adversarial_step
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.codebook import CodebookLearning
 from dit_video.training.losses.vq import VqLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import new_state, state_shapes
+from dit_video.training.state import create_state, get_state_shapes
 from dit_video.training.step import StatefulLoss, make_step
 from support.devices import check_on_eight_devices
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 BOOK = CodebookConfig(codes=16, width=4)
 NETWORK = ImageVaeConfig(channels=8, levels=ImageLevels(widths=(8, 16), blocks=1, groups=4, middle_attention=False))
-CLIPS = np.stack([shapes.example(index, seed=0, sizes=(Grid(1, 16, 16),)).frames for index in range(8)])
+CLIPS = np.stack([shapes.render_example(index, seed=0, sizes=(Grid(1, 16, 16),)).frames for index in range(8)])
 AVERAGES, GRADIENTS = CodebookLearning(decay=0.95, restart_after=10), CodebookLearning(decay=None, restart_after=10)
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=5), steps=80)
 
@@ -56,7 +56,7 @@ class Patches(nnx.Module):
 
 
 def loss_of(learning, make=Patches):
-    return VqLoss(graph=graph_of(make), objective=AutoencoderObjective.pixels(), seed=3, learning=learning)
+    return VqLoss(graph=get_graph_def(make), objective=AutoencoderObjective.pixels(), seed=3, learning=learning)
 
 
 def init(key, make=Patches):
@@ -75,7 +75,7 @@ def setting(learning, make=Patches):
 def train(learning, steps, *, make=Patches, state=None):
     loss, step = setting(learning, make)
     if state is None:
-        state = new_state(functools.partial(init, make=make), OPTIMIZER, jax.random.key(0), start=loss.start)
+        state = create_state(functools.partial(init, make=make), OPTIMIZER, jax.random.key(0), init_extra=loss.start)
     history = []
     while state.step < steps:
         state, figures = step(state, CLIPS)
@@ -129,7 +129,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(7, half, {})
     checkpoints.wait()
-    restored, _ = checkpoints.restore(state_shapes(init, OPTIMIZER, start=loss_of(AVERAGES).start))
+    restored, _ = checkpoints.restore(get_state_shapes(init, OPTIMIZER, init_extra=loss_of(AVERAGES).start))
     assert int(restored.extra["codebook"]["ages"].max()) > 0
     resumed, _ = train(AVERAGES, 14, state=restored)
     for path, leaf in flatten(whole).items():
@@ -138,17 +138,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
 
 def test_a_loss_without_a_codebook_keeps_no_state():
     assert isinstance(loss_of(AVERAGES), StatefulLoss)
-    graph = graph_of(PatchVaeConfig().make)
+    graph = get_graph_def(PatchVaeConfig().make)
     assert not isinstance(AutoencoderLoss(graph=graph, objective=AutoencoderObjective.pixels(), seed=0), StatefulLoss)
 
 
 def test_codes_that_are_not_trained_stay_and_their_use_is_told():
     frozen = OptimizerConfig(learning_rate=3e-3, warmup=5, frozen=("codebook",))
     loss = VqLoss(
-        graph=graph_of(Patches), objective=AutoencoderObjective.pixels(), seed=3, learning=AVERAGES, optimizer=frozen
+        graph=get_graph_def(Patches),
+        objective=AutoencoderObjective.pixels(),
+        seed=3,
+        learning=AVERAGES,
+        optimizer=frozen,
     )
     optimizer = make_optimizer(frozen, steps=80)
-    state = new_state(init, optimizer, jax.random.key(0), start=loss.start)
+    state = create_state(init, optimizer, jax.random.key(0), init_extra=loss.start)
     codes = np.asarray(state.params["codebook"]["codes"])
     state, figures = make_step(loss, optimizer, ema_decay=0.9)(state, CLIPS)
     np.testing.assert_array_equal(state.params["codebook"]["codes"], codes)
@@ -159,14 +163,16 @@ def test_codes_that_are_not_trained_stay_and_their_use_is_told():
 
 def test_against_a_discriminator_the_codebook_is_learned_alike():
     loss, step = setting(AVERAGES)
-    rival = Rival(
-        config=Adversarial(start=0, width=4, layers=1), last_layer="from_codes/kernel", random_key=jax.random.key(1)
+    rival = DiscriminatorTraining(
+        config=AdversarialConfig(start_step=0, width=4, layers=1),
+        last_layer="from_codes/kernel",
+        random_key=jax.random.key(1),
     )
-    state = new_state(init, OPTIMIZER, jax.random.key(0), start=loss.start)
-    both, figures = make_adversarial_step(loss, OPTIMIZER, rival, ema_decay=0.9)(rival.join(state), CLIPS)
+    state = create_state(init, OPTIMIZER, jax.random.key(0), init_extra=loss.start)
+    both, figures = make_adversarial_step(loss, OPTIMIZER, rival, ema_decay=0.9)(rival.init_state(state), CLIPS)
     assert figures["adversarial_weight"] != 0
     assert figures["restarts"] == 15
-    alone, _ = step(new_state(init, OPTIMIZER, jax.random.key(0), start=loss.start), CLIPS)
+    alone, _ = step(create_state(init, OPTIMIZER, jax.random.key(0), init_extra=loss.start), CLIPS)
     np.testing.assert_allclose(both.model.params["codebook"]["codes"], alone.params["codebook"]["codes"], rtol=1e-5)
     assert both.model.extra["codebook"]["ages"].max() == 0
 

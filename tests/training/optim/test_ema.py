@@ -5,8 +5,8 @@ import optax
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.training.optim.ema import Averages, gamma_of, sigma_of, update_averages, update_ema
-from dit_video.training.optim.posthoc_ema import Profile, Snapshots, inner, solve
+from dit_video.training.optim.ema import EmaConfig, gamma_from_sigma, sigma_from_gamma, update_averages, update_ema
+from dit_video.training.optim.posthoc_ema import EmaSnapshots, WeightProfile, inner_product, solve_coefficients
 from dit_video.training.state import init_state
 from dit_video.weights import load
 
@@ -43,34 +43,37 @@ def test_small_changes_add_up_in_float32():
 
 def test_widths_and_exponents():
     # The paper's two (arXiv 2312.02696, section 3.2).
-    assert gamma_of(0.05) == pytest.approx(16.97, abs=5e-3)
-    assert gamma_of(0.10) == pytest.approx(6.94, abs=5e-3)
+    assert gamma_from_sigma(0.05) == pytest.approx(16.97, abs=5e-3)
+    assert gamma_from_sigma(0.10) == pytest.approx(6.94, abs=5e-3)
     for gamma in (0.0, 0.5, 3.0, 40.0):
-        assert gamma_of(sigma_of(gamma)) == pytest.approx(gamma, abs=1e-6)
+        assert gamma_from_sigma(sigma_from_gamma(gamma)) == pytest.approx(gamma, abs=1e-6)
         # The deviation of the weights themselves.
         s = (np.arange(100_000) + 0.5) / 100_000
         weights = s**gamma / (s**gamma).sum()
         mean = (weights * s).sum()
-        assert sigma_of(gamma) == pytest.approx(np.sqrt((weights * (s - mean) ** 2).sum()), rel=1e-4)
+        assert sigma_from_gamma(gamma) == pytest.approx(np.sqrt((weights * (s - mean) ** 2).sum()), rel=1e-4)
     for wrong in (0.0, -0.1, 0.3):
         with pytest.raises(UserError, match="sigma_rel"):
-            gamma_of(wrong)
+            gamma_from_sigma(wrong)
     for options in ({"decays": (1.0,)}, {"sigmas": (0.4,)}, {"decays": (0.9, 0.9)}, {"snapshot_every": 0}):
         with pytest.raises(UserError):
-            Averages(**options)
+            EmaConfig(**options)
 
 
 def test_products_of_profiles_are_their_integrals():
-    for left, right in [(Profile(40, 6.94), Profile(100, 16.97)), (Profile(100, 2.0), Profile(100, 7.0))]:
+    for left, right in [
+        (WeightProfile(40, 6.94), WeightProfile(100, 16.97)),
+        (WeightProfile(100, 2.0), WeightProfile(100, 7.0)),
+    ]:
         s = (np.arange(400_000) + 0.5) * (100 / 400_000)
         values = [(g + 1) * np.where(s <= t, s, 0) ** g / t ** (g + 1) for t, g in (left, right)]
-        assert inner(left, right) == pytest.approx((values[0] * values[1]).sum() * 100 / 400_000, rel=1e-4)
-        assert inner(left, right) == pytest.approx(inner(right, left), rel=1e-12)
+        assert inner_product(left, right) == pytest.approx((values[0] * values[1]).sum() * 100 / 400_000, rel=1e-4)
+        assert inner_product(left, right) == pytest.approx(inner_product(right, left), rel=1e-12)
 
 
 def test_a_kept_profile_is_its_own_combination():
-    profiles = [Profile(t, gamma_of(s)) for t in (100, 200, 300) for s in (0.05, 0.1)]
-    np.testing.assert_allclose(solve(profiles, profiles[3]), [0, 0, 0, 1, 0, 0], atol=1e-6)
+    profiles = [WeightProfile(t, gamma_from_sigma(s)) for t in (100, 200, 300) for s in (0.05, 0.1)]
+    np.testing.assert_allclose(solve_coefficients(profiles, profiles[3]), [0, 0, 0, 1, 0, 0], atol=1e-6)
 
 
 STEPS, EVERY = 400, 25
@@ -84,7 +87,7 @@ def training(tmp_path_factory):
     folder = tmp_path_factory.mktemp("snapshots")
     widths = (0.05, 0.1, 0.07, 0.15, 0.03)
     start = {"dit": {"w": jnp.zeros(5)}}
-    kept, tracked = (init_state(start, optax.sgd(1.0), averages=Averages(sigmas=s)) for s in (widths[:2], widths[2:]))
+    kept, tracked = (init_state(start, optax.sgd(1.0), averages=EmaConfig(sigmas=s)) for s in (widths[:2], widths[2:]))
     update = jax.jit(update_averages)
     halfway = None
     for step, value in enumerate(path):
@@ -92,10 +95,10 @@ def training(tmp_path_factory):
         kept = kept.replace(averages=update(kept.averages, params, jnp.asarray(step)))
         tracked = tracked.replace(averages=update(tracked.averages, params, jnp.asarray(step)))
         if (step + 1) % EVERY == 0:
-            Snapshots(folder).write(step + 1, kept)
+            EmaSnapshots(folder).write(step + 1, kept)
         if step + 1 == STEPS // 2:
             halfway = jax.device_get(tracked.averages)
-    return Snapshots(folder), path, halfway, tracked.averages
+    return EmaSnapshots(folder), path, halfway, tracked.averages
 
 
 def test_an_average_of_another_width_is_put_together(training):
@@ -121,4 +124,4 @@ def test_a_width_that_was_kept_comes_back(training):
 
 def test_no_snapshots(tmp_path):
     with pytest.raises(MissingError, match="no snapshots of averages"):
-        Snapshots(tmp_path).reconstruct(0.1)
+        EmaSnapshots(tmp_path).reconstruct(0.1)

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from dit_video.training.optim.muon import orthogonalised, scale_by_muon
+from dit_video.training.optim.muon import orthogonalize, scale_by_muon
 
 DRAW = np.random.default_rng(0)
 STEPS = 4
@@ -58,12 +58,12 @@ def test_each_singular_value_follows_the_polynomial_however_small_it_is(shape):
     for _ in range(5):
         singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
     expected = left * singular @ right
-    found = jax.jit(orthogonalised)(matrix)
+    found = jax.jit(orthogonalize)(matrix)
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 def test_the_size_of_a_gradient_does_not_matter_and_none_gives_no_update():
     matrix = conditioned((48, 12), 10)
-    run = jax.jit(orthogonalised)
+    run = jax.jit(orthogonalize)
     np.testing.assert_allclose(run(1e3 * matrix), run(matrix), atol=1e-4)
     assert not run(jnp.zeros((48, 12))).any()

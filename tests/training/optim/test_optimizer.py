@@ -10,7 +10,13 @@ import pytest
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
-from dit_video.training.optim.optimizer import OptimizerConfig, hold_still, learning_rates, make_optimizer, own_average
+from dit_video.training.optim.optimizer import (
+    OptimizerConfig,
+    freeze,
+    get_schedule_free_average,
+    make_learning_rate_schedule,
+    make_optimizer,
+)
 
 DRAW = np.random.default_rng(0)
 SHAPES = {
@@ -65,7 +71,7 @@ def updates_of(config, gradients=(GRADIENTS,), params=PARAMS):
 
 
 def rates(steps, **options):
-    schedule = learning_rates(OptimizerConfig(learning_rate=1.0, **options), steps=steps)
+    schedule = make_learning_rate_schedule(OptimizerConfig(learning_rate=1.0, **options), steps=steps)
     return np.asarray(jax.vmap(schedule)(jnp.arange(steps + 1)))
 
 
@@ -92,7 +98,7 @@ def test_a_long_warmup_leaves_the_rest_to_the_decay():
 
 def test_a_run_that_is_not_longer_than_its_warmup():
     with pytest.raises(UserError, match="warmup=100 is invalid for steps=100"):
-        learning_rates(OptimizerConfig(), steps=100)
+        make_learning_rate_schedule(OptimizerConfig(), steps=100)
     with pytest.raises(UserError, match="Use a shorter warmup"):
         make_optimizer(OptimizerConfig(warmup=7), steps=5)
 
@@ -101,7 +107,7 @@ def test_a_run_that_is_not_longer_than_its_warmup():
 
 
 def test_adamw_is_that_of_optax():
-    config = OptimizerConfig(learning_rate=0.01, warmup=0, weight_decay=0.1, clip=1e9)
+    config = OptimizerConfig(learning_rate=0.01, warmup=0, weight_decay=0.1, max_grad_norm=1e9)
     reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1)
     expected, found = updates_of(reference, [GRADIENTS, PARAMS]), updates_of(config, [GRADIENTS, PARAMS])
     for path in SHAPES:
@@ -109,20 +115,20 @@ def test_adamw_is_that_of_optax():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    config = OptimizerConfig(learning_rate=0.01, warmup=0, clip=0.5)
+    config = OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=0.5)
     params, gradients = (jax.tree.map(np.asarray, tree) for tree in (PARAMS, GRADIENTS))
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradients)))
     small = jax.tree.map(lambda leaf: leaf * 0.1 / norm, params)
     clipped = jax.tree.map(lambda leaf: leaf * 0.5 / norm, gradients)
     huge = jax.tree.map(lambda leaf: leaf * 1e4, gradients)
     found, expected = updates_of(config, [small, huge]), updates_of(config, [small, clipped])
-    unclipped = updates_of(OptimizerConfig(learning_rate=0.01, warmup=0, clip=1e9), [small, huge])
+    unclipped = updates_of(OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=1e9), [small, huge])
     for path in SHAPES:
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-4, atol=1e-7)
         assert np.abs(found[path] - unclipped[path]).max() > 1e-4
 
 
-MUON = OptimizerConfig(kind="muon", learning_rate=0.01, warmup=0, clip=1e9)
+MUON = OptimizerConfig(kind="muon", learning_rate=0.01, warmup=0, max_grad_norm=1e9)
 MATRICES = ["blocks/qkv/kernel", "text/blocks/up/kernel", "plain/blocks/up/kernel"]
 
 
@@ -167,8 +173,8 @@ def test_muon_takes_a_convolution_for_the_matrix_from_what_it_sees():
 
 
 def test_muon_takes_the_matrices_that_it_is_told_to():
-    chosen = updates_of(dataclasses.replace(MUON, matrices=("qkv",)))
-    plain, usual = updates_of(dataclasses.replace(MUON, matrices=())), updates_of(MUON)
+    chosen = updates_of(dataclasses.replace(MUON, muon_patterns=("qkv",)))
+    plain, usual = updates_of(dataclasses.replace(MUON, muon_patterns=())), updates_of(MUON)
     for path in MATRICES:
         expected = usual if "qkv" in path else plain
         np.testing.assert_allclose(chosen[path], expected[path], rtol=1e-3)
@@ -182,7 +188,7 @@ def test_frozen_paths_do_not_move_and_the_others_do(kind):
 
 
 def test_frozen_gradients_do_not_count_in_the_clipped_norm():
-    config = OptimizerConfig(learning_rate=0.01, warmup=0, clip=0.5, frozen=("^text/",))
+    config = OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=0.5, frozen=("^text/",))
     loud = map_with_path(lambda path, leaf: leaf * 1e4 if path.startswith("text") else leaf, GRADIENTS)
     found, expected = updates_of(config, [PARAMS, loud]), updates_of(config, [PARAMS, GRADIENTS])
     for path in SHAPES:
@@ -202,7 +208,7 @@ def test_only_trainable_paths_move(kind):
 
 
 def test_adafactor_is_the_published_one_and_keeps_little():
-    config = OptimizerConfig(kind="adafactor", learning_rate=0.01, warmup=0, clip=1e9)
+    config = OptimizerConfig(kind="adafactor", learning_rate=0.01, warmup=0, max_grad_norm=1e9)
     draw = np.random.default_rng(3)
     params = {"kernel": jnp.asarray(draw.normal(size=(2, 160, 256)), jnp.float32), "bias": jnp.ones(256)}
     ours, theirs = (
@@ -229,11 +235,11 @@ def test_an_average_of_the_optimizer_leaves_what_is_frozen():
     for _ in range(3):
         updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = optax.apply_updates(params, updates)
-    average = own_average(params, state)
+    average = get_schedule_free_average(params, state)
     assert average is not None
     assert np.asarray(average["still"]).tobytes() == np.asarray([-0.0, np.pi], np.float32).tobytes()
     assert (average["w"] > params["w"]).all()
-    assert own_average(params, make_optimizer(OptimizerConfig(), steps=1000).init(params)) is None
+    assert get_schedule_free_average(params, make_optimizer(OptimizerConfig(), steps=1000).init(params)) is None
 
 
 def test_what_is_frozen_keeps_every_bit():
@@ -247,7 +253,7 @@ def test_what_is_frozen_keeps_every_bit():
 
 def test_frozen_parameters_get_no_gradient():
     config = OptimizerConfig(trainable=("w",))
-    gradient = jax.grad(lambda params: sum(x.sum() for x in hold_still(config, params).values()))
+    gradient = jax.grad(lambda params: sum(x.sum() for x in freeze(config, params).values()))
     found = gradient({"still": jnp.ones(2), "w": jnp.ones(2)})
     np.testing.assert_array_equal(found["still"], 0)
     np.testing.assert_array_equal(found["w"], 1)

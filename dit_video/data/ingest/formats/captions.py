@@ -9,19 +9,19 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dit_video.data.ingest.formats.listed import Unusable, quoted
+from dit_video.data.ingest.formats.listed import UnusableClipError, quote_name
 
-LONGEST = 64 << 10
+MAX_CAPTION_BYTES = 64 << 10
 """Maximum size of a caption in bytes of UTF-8, about 10,000 words."""
-LARGEST_FILE = 16 << 20
+MAX_FILE_BYTES = 16 << 20
 """Maximum size of a caption file in bytes; its JSON may hold much more than captions."""
-FIELDS = ("text", "caption", "captions")
+CAPTION_FIELDS = ("text", "caption", "captions")
 """Columns and JSON fields that hold captions; each is a string or, in JSON, a list of strings."""
-FILES = (".txt", ".caption", ".json")
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 """Suffixes of caption files, in the order in which a clip's captions are read from several files."""
 
 
-def tidy(texts: Iterable[str]) -> tuple[str, ...]:
+def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
     """Return the captions stripped, without empty ones and duplicates.
 
     Raises:
@@ -32,29 +32,29 @@ def tidy(texts: Iterable[str]) -> tuple[str, ...]:
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:
-            raise Unusable("its caption is not UTF-8") from error
-        if size > LONGEST:
-            raise Unusable(f"its caption has {size:,} bytes, {LONGEST:,} is the limit")
+            raise UnusableClipError("its caption is not UTF-8") from error
+        if size > MAX_CAPTION_BYTES:
+            raise UnusableClipError(f"its caption has {size:,} bytes, {MAX_CAPTION_BYTES:,} is the limit")
     return tuple(unique)
 
 
-def of_fields(fields: Mapping[str, Any]) -> list[str]:
+def read_fields(fields: Mapping[str, Any]) -> list[str]:
     """Return all captions of a JSON object, which may have other fields too.
 
     Raises:
       UnusableClipError: a caption is neither a string nor a list of strings.
     """
     texts: list[str] = []
-    for field in FIELDS:
+    for field in CAPTION_FIELDS:
         value = fields.get(field)
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str | None):
-                raise Unusable(f"its {field} is {type(text).__name__}, not text")
+                raise UnusableClipError(f"its {field} is {type(text).__name__}, not text")
             texts += [text] if text is not None else []
     return texts
 
 
-def of_file(name: str, content: bytes) -> list[str]:
+def read_file(name: str, content: bytes) -> list[str]:
     """Return the captions of a caption file; a text file is one caption, however many lines it has.
 
     Raises:
@@ -63,13 +63,13 @@ def of_file(name: str, content: bytes) -> list[str]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Unusable(f"{quoted(name)} is not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise UnusableClipError(f"{quote_name(name)} is not UTF-8 ({error.reason} at byte {error.start})") from error
     if not name.lower().endswith(".json"):
         return [text]
     try:
         fields = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise Unusable(f"{quoted(name)} is not JSON ({error})") from error
+        raise UnusableClipError(f"{quote_name(name)} is not JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise Unusable(f'{quoted(name)} holds a {type(fields).__name__}; write {{"caption": "…"}}')
-    return of_fields(fields)
+        raise UnusableClipError(f'{quote_name(name)} holds a {type(fields).__name__}; write {{"caption": "…"}}')
+    return read_fields(fields)

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Literal
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.storage import place
+from dit_video.core.storage import to_storage_path
 from dit_video.data.ingest.formats.folder import METADATA, list_folder
-from dit_video.data.ingest.formats.listed import Format, Listing
-from dit_video.data.ingest.formats.msrvtt import annotations, list_msrvtt
-from dit_video.data.ingest.formats.rows import TABLES, is_list
-from dit_video.data.ingest.formats.scan import Scan, scan, suffix_of
+from dit_video.data.ingest.formats.listed import Listing, ListingFormat
+from dit_video.data.ingest.formats.msrvtt import find_annotations, list_msrvtt
+from dit_video.data.ingest.formats.rows import TABLE_SUFFIXES, is_list
+from dit_video.data.ingest.formats.scan import FolderScan, get_suffix, scan_folder
 from dit_video.data.ingest.formats.tables import list_table
 from dit_video.data.ingest.formats.tars import is_tar, list_tar, list_tars
 from dit_video.data.ingest.formats.ucf101 import list_ucf101
 
 
 def list_clips(
-    source: str | os.PathLike, *, format: Format | Literal["auto"] = "auto", ucf101_split: Literal[1, 2, 3] = 1
+    source: str | os.PathLike, *, format: ListingFormat | Literal["auto"] = "auto", ucf101_split: Literal[1, 2, 3] = 1
 ) -> Listing:
     """Return the clips of a source with their captions and splits; see the package for the formats.
 
@@ -33,7 +33,7 @@ def list_clips(
       MissingError: `source`, or a list that the format requires, does not exist.
       UserError: there are no clips; the format is ambiguous, or is not the source's; a list is unusable as a whole.
     """
-    storage_path = place(source)
+    storage_path = to_storage_path(source)
     if not isinstance(storage_path, Path):
         raise UserError(
             f"{source} is an address; clips are ingested from local files only, so copy them to this machine first"
@@ -48,8 +48,8 @@ def list_clips(
             f"{source} is a folder, and format='table' needs a list; give the list itself, such as "
             f"{source / 'clips.csv'}"
         )
-    folder = scan(source)
-    match _recognised(folder) if format == "auto" else format:
+    folder = scan_folder(source)
+    match _detect_format(folder) if format == "auto" else format:
         case "webdataset":
             return list_tars(folder)
         case "ucf101":
@@ -61,7 +61,7 @@ def list_clips(
 
 
 def _list_file(source: Path, format: str) -> Listing:
-    if format in ("auto", "table") and suffix_of(source.name) in TABLES:
+    if format in ("auto", "table") and get_suffix(source.name) in TABLE_SUFFIXES:
         return list_table(source)
     if format in ("auto", "webdataset") and is_tar(source.name):
         return list_tar(source)
@@ -71,42 +71,42 @@ def _list_file(source: Path, format: str) -> Listing:
     raise UserError(f"{source} is a file, and format={format!r} needs a folder; give the folder that holds the clips")
 
 
-def _recognised(found: Scan) -> Format:
+def _detect_format(folder: FolderScan) -> ListingFormat:
     """Return the one format whose characteristic files the folder has.
 
     Raises:
       UserError: the folder has those of several formats.
     """
-    marks: dict[Format, str] = {}
-    for name in found.files:
+    marks: dict[ListingFormat, str] = {}
+    for name in folder.files:
         if re.fullmatch(r"(?:.*/)?trainlist0[1-3]\.txt", name):
             marks.setdefault("ucf101", name)
         elif is_tar(name):
             marks.setdefault("webdataset", name)
-    for name in annotations(found)[:1]:
+    for name in find_annotations(folder)[:1]:
         marks["msrvtt"] = name
-    media = found.media
-    if metadata_files := [name for name in METADATA if name in found.files]:
+    media = folder.media
+    if metadata_files := [name for name in METADATA if name in folder.files]:
         marks["folder"] = metadata_files[0]
     elif media and not {"ucf101", "msrvtt"} & marks.keys():  # these two formats have loose clips too
         marks["folder"] = media[0]
     if len(marks) > 1:
         formats = " or ".join(f"{kind!r} ({name})" for kind, name in marks.items())
         raise UserError(
-            f"{found.source} may be read as {formats}; pass one of these as the format, or put each into a folder "
+            f"{folder.source} may be read as {formats}; pass one of these as the format, or put each into a folder "
             "of its own"
         )
     other_lists = (
-        [] if metadata_files else [name for name in found.files if "/" not in name and is_list(found.source / name)]
+        [] if metadata_files else [name for name in folder.files if "/" not in name and is_list(folder.source / name)]
     )
     if other_lists and not marks:
         raise UserError(
-            f"{found.source} holds no clips, but a list of clips; give {found.source / other_lists[0]} instead"
+            f"{folder.source} holds no clips, but a list of clips; give {folder.source / other_lists[0]} instead"
         )
     if other_lists and "folder" in marks:
         # Otherwise the captions would be silently lost, only because their list has another name than metadata.csv.
         raise UserError(
-            f"{found.source} holds clips and the list {other_lists[0]}; give {found.source / other_lists[0]}, or "
-            f"rename it to metadata{suffix_of(other_lists[0])}, or pass the format 'folder' to ignore the list"
+            f"{folder.source} holds clips and the list {other_lists[0]}; give {folder.source / other_lists[0]}, or "
+            f"rename it to metadata{get_suffix(other_lists[0])}, or pass the format 'folder' to ignore the list"
         )
     return next(iter(marks), "folder")

@@ -6,14 +6,21 @@ from pathlib import Path
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.listed import Listed, Listing, Rejected, Unusable, finished, quoted
-from dit_video.data.ingest.formats.scan import Scan, list_file, reason_of, size_of, suffix_of
+from dit_video.data.ingest.formats.listed import (
+    ListedClip,
+    Listing,
+    Rejection,
+    UnusableClipError,
+    make_listing,
+    quote_name,
+)
+from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix, list_file
 from dit_video.data.ingest.formats.tables import find_clips, read_table
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 
 
-def list_folder(scan: Scan) -> Listing:
+def list_folder(scan: FolderScan) -> Listing:
     """Return the clips that `metadata.csv` or `.jsonl` names, in its order; without such a list all clips, by name.
 
     Raises:
@@ -23,70 +30,72 @@ def list_folder(scan: Scan) -> Listing:
     if len(lists) > 1:
         raise UserError(f"{scan.source} holds both {' and '.join(lists)}; keep one of them")
     if lists:
-        return _listed(scan, scan.source / lists[0])
-    clips: list[Listed] = []
-    rejected: list[Rejected] = []
-    caption_files, used_names = _caption_files(scan), set(scan.media)
+        return _list_metadata(scan, scan.source / lists[0])
+    clips: list[ListedClip] = []
+    rejected: list[Rejection] = []
+    caption_files, used_names = _find_caption_files(scan), set(scan.media)
     for name in scan.media:
         caption_names = [*caption_files.get(os.path.splitext(name)[0], ()), *caption_files.get(name, ())]
         used_names.update(caption_names)
         try:
             texts = _read_captions(scan, caption_names)
-            clips.append(scan.listed(name, texts))
-        except Unusable as error:
+            clips.append(scan.make_clip(name, texts))
+        except UnusableClipError as error:
             rejected.append((name, str(error)))
     unlisted = [name for name in scan.files if name not in used_names]
-    return finished(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
+    return make_listing(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
-def _caption_files(scan: Scan) -> Mapping[str, Sequence[str]]:
+def _find_caption_files(scan: FolderScan) -> Mapping[str, Sequence[str]]:
     """Return the caption files by their name without suffix.
 
     `clip.txt` and `clip.TXT` are under `clip`, and `clip.mp4.txt` is under `clip.mp4`.
     """
     files_by_stem: dict[str, list[str]] = {}
     for name in scan.files:
-        if suffix_of(name) in captions.FILES:
+        if get_suffix(name) in captions.CAPTION_SUFFIXES:
             files_by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
     for names in files_by_stem.values():
-        names.sort(key=lambda name: (captions.FILES.index(suffix_of(name)), name))
+        names.sort(key=lambda name: (captions.CAPTION_SUFFIXES.index(get_suffix(name)), name))
     return files_by_stem
 
 
-def _read_captions(scan: Scan, names: Sequence[str]) -> tuple[str, ...]:
+def _read_captions(scan: FolderScan, names: Sequence[str]) -> tuple[str, ...]:
     texts: list[str] = []
     for name in names:
         try:
-            size = size_of(scan.files[name].stat())  # first, as opening a pipe would block forever
-            if size > captions.LARGEST_FILE:
-                raise Unusable(f"has {size:,} bytes, {captions.LARGEST_FILE:,} is the limit of a caption file")
+            size = get_file_size(scan.files[name].stat())  # first, as opening a pipe would block forever
+            if size > captions.MAX_FILE_BYTES:
+                raise UnusableClipError(
+                    f"has {size:,} bytes, {captions.MAX_FILE_BYTES:,} is the limit of a caption file"
+                )
             with open(scan.files[name].path, "rb") as file:
                 content = file.read()
         except OSError as error:
-            raise Unusable(f"{quoted(name)} {reason_of(error)}") from error
-        except Unusable as error:
-            raise Unusable(f"{quoted(name)} {error}") from error
-        texts += captions.of_file(name, content)
-    return captions.tidy(texts)
+            raise UnusableClipError(f"{quote_name(name)} {describe_os_error(error)}") from error
+        except UnusableClipError as error:
+            raise UnusableClipError(f"{quote_name(name)} {error}") from error
+        texts += captions.read_file(name, content)
+    return captions.clean_captions(texts)
 
 
-def _listed(scan: Scan, path: Path) -> Listing:
-    table = read_table(path, _inside)
-    clips, rejected = find_clips(table, lambda name: _named(scan, name))
+def _list_metadata(scan: FolderScan, path: Path) -> Listing:
+    table = read_table(path, _normalize_name)
+    clips, rejected = find_clips(table, lambda name: _find_clip(scan, name))
     unlisted = [name for name in scan.media if name not in table.rows]
-    return finished(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
+    return make_listing(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
-def _named(scan: Scan, name: str) -> Listed:
+def _find_clip(scan: FolderScan, name: str) -> ListedClip:
     if name in scan.files:
-        return scan.listed(name)
+        return scan.make_clip(name)
     # The scan has no such name: the file is hidden, or behind a link to a folder that was read under another name.
     return list_file(name, str(scan.source / name))
 
 
-def _inside(name: str) -> str:
+def _normalize_name(name: str) -> str:
     # Rows are grouped by the normalised path, so that `a.mp4` and `./a.mp4` are one clip.
     normal = os.path.normpath(name).replace(os.sep, "/")
     if os.path.isabs(normal) or normal.split("/")[0] == "..":
-        raise Unusable("lies outside the folder; use paths inside it")
+        raise UnusableClipError("lies outside the folder; use paths inside it")
     return normal

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from dit_video.core.errors import UserError
 
-Format = Literal["folder", "table", "webdataset", "ucf101", "msrvtt"]
+ListingFormat = Literal["folder", "table", "webdataset", "ucf101", "msrvtt"]
 
 VIDEOS = frozenset(
     ".mp4 .m4v .mov .3gp .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .wmv .flv".split()  # noqa: SIM905
@@ -13,11 +13,11 @@ VIDEOS = frozenset(
 IMAGES = frozenset(".gif .apng .png .jpg .jpeg .webp .bmp .tif .tiff".split())  # noqa: SIM905
 MEDIA = VIDEOS | IMAGES
 
-Rejected = tuple[str, str]
+Rejection = tuple[str, str]
 """Name and reason of an entry that cannot be a clip."""
 
 
-class Listed(NamedTuple):
+class ListedClip(NamedTuple):
     """A clip of a source, before it is ingested."""
 
     name: str
@@ -53,27 +53,27 @@ class Listed(NamedTuple):
 class Listing(NamedTuple):
     """All clips of a source, and the files and entries that are left out."""
 
-    clips: tuple[Listed, ...]
+    clips: tuple[ListedClip, ...]
     """Clips in the order of the source's list, else sorted by name: the same on every machine."""
     unlisted: tuple[str, ...] = ()
     """Files that are left out: media that the source's list does not name; without a list, files that are neither clips
     (by suffix) nor captions of a clip."""
-    rejected: tuple[Rejected, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
     """Entries that cannot be clips, such as tar entries outside of their tar, and malformed rows of a list."""
-    format: Format = "folder"
+    format: ListingFormat = "folder"
     """Format in which the source was read."""
 
 
-class Unusable(Exception):
+class UnusableClipError(Exception):
     """An error that rejects one clip or entry of a source; caught while the source is listed, never shown to a user."""
 
 
-def shown(name: str) -> str:
+def escape_name(name: str) -> str:
     r"""Return a name with bytes that are not UTF-8 (surrogates in Python) written as `\udcXX`."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def quoted(name: str) -> str:
+def quote_name(name: str) -> str:
     """Return a name quoted for a reason; reasons that differ only inside quotes are counted as one kind."""
     return repr(name)
 
@@ -84,19 +84,19 @@ def check_name(name: str) -> None:
     Raises:
       UnusableClipError: the name is invalid.
     """
-    if shown(name) != name:
-        raise Unusable("its name is not UTF-8; rename it")
+    if escape_name(name) != name:
+        raise UnusableClipError("its name is not UTF-8; rename it")
     if "\0" in name:
-        raise Unusable("its name holds a null byte")
+        raise UnusableClipError("its name holds a null byte")
 
 
-def finished(
+def make_listing(
     source: object,
-    format: Format,
-    clips: Iterable[Listed],
+    format: ListingFormat,
+    clips: Iterable[ListedClip],
     *,
     unlisted: Iterable[str] = (),
-    rejected: Iterable[Rejected] = (),
+    rejected: Iterable[Rejection] = (),
 ) -> Listing:
     """Return the listing if it has at least one clip.
 
@@ -104,7 +104,10 @@ def finished(
       UserError: there is no clip.
     """
     listing = Listing(
-        tuple(clips), tuple(map(shown, unlisted)), tuple((shown(n), shown(r)) for n, r in rejected), format
+        tuple(clips),
+        tuple(map(escape_name, unlisted)),
+        tuple((escape_name(n), escape_name(r)) for n, r in rejected),
+        format,
     )
     if listing.clips:
         return listing

@@ -21,14 +21,22 @@ from typing import Any
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.listed import VIDEOS, Listed, Listing, Rejected, Unusable, finished, quoted
-from dit_video.data.ingest.formats.scan import Scan, suffix_of
+from dit_video.data.ingest.formats.listed import (
+    VIDEOS,
+    ListedClip,
+    Listing,
+    Rejection,
+    UnusableClipError,
+    make_listing,
+    quote_name,
+)
+from dit_video.data.ingest.formats.scan import FolderScan, get_suffix
 
 ANNOTATIONS = re.compile(r"(?i)(?:.*videodatainfo.*|msr[-_]?vtt[^/]*)\.json")
 _SPLITS = {"train": "train", "validate": "validation", "val": "validation", "validation": "validation", "test": "test"}
 
 
-def annotations(scan: Scan) -> list[str]:
+def find_annotations(scan: FolderScan) -> list[str]:
     """Return the files named like MSR-VTT's annotations, except JSON captions of a clip with the same name."""
     candidates = [name for name in scan.files if ANNOTATIONS.fullmatch(name.rsplit("/", 1)[-1])]
     if not candidates:
@@ -37,82 +45,86 @@ def annotations(scan: Scan) -> list[str]:
     return [name for name in candidates if os.path.splitext(name)[0] not in stems]
 
 
-def list_msrvtt(scan: Scan) -> Listing:
+def list_msrvtt(scan: FolderScan) -> Listing:
     """Return the clips that the annotations name, in their order.
 
     Raises:
       MissingError: there are no annotations.
       UserError: there is no clip, or the annotations have another format.
     """
-    paths = [scan.source / name for name in annotations(scan)]
+    paths = [scan.source / name for name in find_annotations(scan)]
     if not paths:
         raise MissingError(
             f"{scan.source} holds no annotations of MSR-VTT; add train_val_videodatainfo.json and "
             "test_videodatainfo.json, or MSRVTT_data.json"
         )
-    files, rejected = _videos(scan)
+    files, rejected = _find_videos(scan)
     splits: dict[str, str] = {}
     sentences: dict[str, list[str]] = {}
     for path in paths:
-        rejected += _read(path, splits, sentences)
-    clips: list[Listed] = []
+        rejected += _read_annotations(path, splits, sentences)
+    clips: list[ListedClip] = []
     for video, split in splits.items():
         try:
             if video not in files:
-                raise Unusable("the annotations name it, but it is not there")
-            clips.append(scan.listed(files[video], captions.tidy(sentences.get(video, ())), split))
-        except Unusable as error:
+                raise UnusableClipError("the annotations name it, but it is not there")
+            clips.append(scan.make_clip(files[video], captions.clean_captions(sentences.get(video, ())), split))
+        except UnusableClipError as error:
             rejected.append((files.get(video, video), str(error)))
     rejected += [(video, "has sentences, but is not among the videos") for video in sentences if video not in splits]
     listed_names = {files[video] for video in splits if video in files}
     rejected_names = {name for name, _ in rejected}
     unlisted = [name for name in scan.media if name not in listed_names | rejected_names]
-    return finished(scan.source, "msrvtt", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
+    return make_listing(scan.source, "msrvtt", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
-def _videos(scan: Scan) -> tuple[dict[str, str], list[Rejected]]:
+def _find_videos(scan: FolderScan) -> tuple[dict[str, str], list[Rejection]]:
     """Return the file names of the videos by id, and rejections of videos whose id occurred before."""
     files: dict[str, str] = {}
-    rejected: list[Rejected] = []
+    rejected: list[Rejection] = []
     for name in scan.files:
-        if suffix_of(name) in VIDEOS:
+        if get_suffix(name) in VIDEOS:
             first_name = files.setdefault(os.path.splitext(name.rsplit("/", 1)[-1])[0], name)
             if first_name != name:
-                rejected.append((name, f"is the same clip of MSR-VTT as {quoted(first_name)}"))
+                rejected.append((name, f"is the same clip of MSR-VTT as {quote_name(first_name)}"))
     return files, rejected
 
 
-def _read(path: Path, splits: dict[str, str], sentences: dict[str, list[str]]) -> list[Rejected]:
+def _read_annotations(path: Path, splits: dict[str, str], sentences: dict[str, list[str]]) -> list[Rejection]:
     """Add one annotation file to `splits` and `sentences`; return the entries that cannot be used."""
     try:
         # Bytes that are not UTF-8 become surrogates here, so that only the caption with them is rejected later.
         content: Any = json.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); download it again") from error
-    rejected: list[Rejected] = []
-    for location, video in _entries(path, content, "videos", ("video_id", "split"), rejected):
+    rejected: list[Rejection] = []
+    for location, video in _read_entries(path, content, "videos", ("video_id", "split"), rejected):
         name, split = video["video_id"], _SPLITS.get(video["split"])
         if split is None:
-            rejected.append((location, f"has the split {quoted(video['split'])}; it must be train, validate or test"))
+            rejected.append(
+                (location, f"has the split {quote_name(video['split'])}; it must be train, validate or test")
+            )
         elif splits.setdefault(name, split) != split:
-            rejected.append((location, f"has {quoted(name)} for {split}, which was named already for {splits[name]}"))
-    for _, sentence in _entries(path, content, "sentences", ("video_id", "caption"), rejected):
+            rejected.append(
+                (location, f"has {quote_name(name)} for {split}, which was named already for {splits[name]}")
+            )
+    for _, sentence in _read_entries(path, content, "sentences", ("video_id", "caption"), rejected):
         sentences.setdefault(sentence["video_id"], []).append(sentence["caption"])
     return rejected
 
 
-def _entries(
-    path: Path, content: Any, part: str, fields: tuple[str, ...], rejected: list[Rejected]
+def _read_entries(
+    path: Path, content: Any, list_name: str, fields: tuple[str, ...], rejected: list[Rejection]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (location, entry) of the entries that have all `fields` as strings, and reject the others."""
-    entries = content.get(part) if isinstance(content, dict) else None
+    entries = content.get(list_name) if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise UserError(
-            f"{path} has no list {part!r}; use MSR-VTT's own files, which have 'videos' and 'sentences', such as "
+            f"{path} has no list {list_name!r}; use MSR-VTT's own files, which have 'videos' and 'sentences', such as "
             "train_val_videodatainfo.json"
         )
     for index, entry in enumerate(entries):
-        location = f"{path.name}, {part}[{index}]"
+        location = f"{path.name}, {list_name}[{index}]"
         missing = [field for field in fields if not isinstance(entry, dict) or not isinstance(entry.get(field), str)]
         if missing:
             rejected.append((location, f"has no text {missing[0]!r}"))

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.listed import Unusable, shown
+from dit_video.data.ingest.formats.listed import UnusableClipError, escape_name
 
-TABLES = (".csv", ".jsonl")
+TABLE_SUFFIXES = (".csv", ".jsonl")
 """Suffixes of lists of clips."""
-NAMES = ("file_name", "path")
+NAME_COLUMNS = ("file_name", "path")
 """Columns that may hold the clip's path; the first one that exists is used."""
 
 
-class Row(NamedTuple):
+class ListRow(NamedTuple):
     """A row of a list of clips."""
 
     line: int
@@ -38,18 +38,18 @@ class Row(NamedTuple):
     problem: str = ""
     """Reason why the row cannot be used, empty if it can. If the row has a name, the problem is about its captions."""
 
-    def captions(self) -> tuple[str, ...]:
+    def clean_captions(self) -> tuple[str, ...]:
         """Return the cleaned captions.
 
         Raises:
           UnusableClipError: the captions cannot be used.
         """
         if self.problem:
-            raise Unusable(self.problem)
-        return captions.tidy(self.texts)
+            raise UnusableClipError(self.problem)
+        return captions.clean_captions(self.texts)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[ListRow]:
     """Yield the rows of a list in its order.
 
     Bytes that are not UTF-8 become surrogates in names and captions, and are rejected later, clip by clip.
@@ -60,46 +60,48 @@ def read_rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise UserError(f"{path} is not a regular file; write the list into a regular file")
     try:
-        yield from _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+        yield from _read_csv_rows(path) if path.suffix.lower() == ".csv" else _read_json_rows(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
 
 
 def is_list(path: Path) -> bool:
     """Return whether the first line of a file is that of a list of clips and captions."""
-    if path.suffix.lower() not in TABLES or not path.is_file():
+    if path.suffix.lower() not in TABLE_SUFFIXES or not path.is_file():
         return False
     try:
         with path.open("rb") as file:
             line = file.readline(1 << 20).decode("utf-8-sig", "replace")
-        header: Iterable[str] = _json_object(line) if path.suffix.lower() == ".jsonl" else next(csv.reader([line]), [])
-    except (OSError, Unusable, csv.Error):
+        header: Iterable[str] = (
+            _parse_json_object(line) if path.suffix.lower() == ".jsonl" else next(csv.reader([line]), [])
+        )
+    except (OSError, UnusableClipError, csv.Error):
         return False
     columns = {column.strip() for column in header}
-    return not columns.isdisjoint(NAMES) and not columns.isdisjoint(captions.FIELDS)
+    return not columns.isdisjoint(NAME_COLUMNS) and not columns.isdisjoint(captions.CAPTION_FIELDS)
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _read_csv_rows(path: Path) -> Iterator[ListRow]:
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    rows = _csv_fields(list(io.StringIO(text, newline="")))  # newline="" keeps line ends inside quoted captions
+    rows = _parse_csv(list(io.StringIO(text, newline="")))  # newline="" keeps line ends inside quoted captions
     _, header = next(rows, (1, []))
     columns = [column.strip() for column in header] if isinstance(header, list) else []
-    name_index, text_indices = _columns(path, columns)
+    name_index, text_indices = _find_columns(path, columns)
     for line, fields in rows:
         if isinstance(fields, csv.Error):
-            yield Row(
+            yield ListRow(
                 line, "", problem=f'is not a valid CSV row ({fields}); write captions in double quotes, "" for a quote'
             )
         elif len(fields) != len(columns):
             problem = f"fields: {len(fields)}, columns: {len(columns)}; put captions that hold commas in double quotes"
-            yield Row(line, "", problem=problem)
+            yield ListRow(line, "", problem=problem)
         elif not (name := fields[name_index].strip()):
-            yield Row(line, "", problem=f"names no file: its {columns[name_index]} is empty")
+            yield ListRow(line, "", problem=f"names no file: its {columns[name_index]} is empty")
         else:
-            yield Row(line, name, tuple(fields[index] for index in text_indices))
+            yield ListRow(line, name, tuple(fields[index] for index in text_indices))
 
 
-def _csv_fields(lines: list[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
+def _parse_csv(lines: list[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Yield (number of the first line, fields or the error) of every row that is not blank."""
     start = 0
     while start < len(lines):
@@ -116,20 +118,23 @@ def _csv_fields(lines: list[str]) -> Iterator[tuple[int, list[str] | csv.Error]]
             start += 1
 
 
-def _columns(path: Path, columns: list[str]) -> tuple[int, list[int]]:
+def _find_columns(path: Path, columns: list[str]) -> tuple[int, list[int]]:
     """Return the index of the column of names, and those of the columns of captions."""
-    name_indices = [columns.index(name) for name in NAMES if name in columns]
-    text_indices = [index for field in captions.FIELDS for index, column in enumerate(columns) if column == field]
+    name_indices = [columns.index(name) for name in NAME_COLUMNS if name in columns]
+    text_indices = [
+        index for field in captions.CAPTION_FIELDS for index, column in enumerate(columns) if column == field
+    ]
     missing = ([] if name_indices else ["file_name"]) + ([] if text_indices else ["text"])
     if missing:
         raise UserError(
-            f"{path} has no column {' and '.join(missing)}, its first line is {shown(','.join(columns))[:200]!r}; "
+            f"{path} has no column {' and '.join(missing)}, its first line is "
+            f"{escape_name(','.join(columns))[:200]!r}; "
             "name the columns file_name,text or path,text, in UTF-8"
         )
     return name_indices[0], text_indices
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _read_json_rows(path: Path) -> Iterator[ListRow]:
     count, has_captions = 0, False
     with path.open("rb") as file:
         for line, content in enumerate(file, 1):
@@ -137,13 +142,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
             if not text.strip():
                 continue
             try:
-                fields = _json_object(text)
-            except Unusable as error:
-                yield Row(line, "", problem=str(error))
+                fields = _parse_json_object(text)
+            except UnusableClipError as error:
+                yield ListRow(line, "", problem=str(error))
                 continue
             count += 1
-            has_captions = has_captions or any(field in fields for field in captions.FIELDS)
-            yield _json_row(line, fields)
+            has_captions = has_captions or any(field in fields for field in captions.CAPTION_FIELDS)
+            yield _parse_json_row(line, fields)
     if count and not has_captions:
         raise UserError(
             f'{path} has no field text in any of its {count} objects; write {{"file_name": "…", "text": "…"}} '
@@ -151,21 +156,21 @@ def _json_rows(path: Path) -> Iterator[Row]:
         )
 
 
-def _json_row(line: int, fields: dict[str, Any]) -> Row:
-    name = next((fields[field] for field in NAMES if fields.get(field)), None)
+def _parse_json_row(line: int, fields: dict[str, Any]) -> ListRow:
+    name = next((fields[field] for field in NAME_COLUMNS if fields.get(field)), None)
     if not isinstance(name, str) or not name.strip():
-        return Row(line, "", problem='names no file; write {"file_name": "…", "text": "…"}')
+        return ListRow(line, "", problem='names no file; write {"file_name": "…", "text": "…"}')
     try:
-        return Row(line, name.strip(), tuple(captions.of_fields(fields)))
-    except Unusable as error:
-        return Row(line, name.strip(), problem=str(error))
+        return ListRow(line, name.strip(), tuple(captions.read_fields(fields)))
+    except UnusableClipError as error:
+        return ListRow(line, name.strip(), problem=str(error))
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _parse_json_object(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Unusable(f"is not JSON ({error}); it must be one object") from error
+        raise UnusableClipError(f"is not JSON ({error}); it must be one object") from error
     if not isinstance(fields, dict):
-        raise Unusable(f'is a {type(fields).__name__}; write {{"file_name": "…", "text": "…"}}')
+        raise UnusableClipError(f'is a {type(fields).__name__}; write {{"file_name": "…", "text": "…"}}')
     return fields

@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest.formats.listed import MEDIA, Listed, Rejected, Unusable, check_name
+from dit_video.data.ingest.formats.listed import MEDIA, ListedClip, Rejection, UnusableClipError, check_name
 
 
-class Scan(NamedTuple):
+class FolderScan(NamedTuple):
     """Files of a folder by name; no other property of a file is queried until it is used."""
 
     source: Path
     """Folder that was scanned."""
     files: dict[str, os.DirEntry[str]]
     """Files by their path inside the folder, with forward slashes; sorted."""
-    rejected: tuple[Rejected, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
     """Folders that were not entered, with reasons."""
 
     @property
     def media(self) -> list[str]:
         """Return the names of files with the suffix of a video or image."""
-        return [name for name in self.files if suffix_of(name) in MEDIA]
+        return [name for name in self.files if get_suffix(name) in MEDIA]
 
-    def listed(self, name: str, captions: tuple[str, ...] = (), split: str = "train") -> Listed:
+    def make_clip(self, name: str, captions: tuple[str, ...] = (), split: str = "train") -> ListedClip:
         """Return the clip with a name.
 
         Raises:
@@ -36,11 +36,11 @@ class Scan(NamedTuple):
         try:
             status = entry.stat()
         except OSError as error:
-            raise Unusable(reason_of(error)) from error
-        return Listed(name, captions, size_of(status), str(self.source / name), split=split)
+            raise UnusableClipError(describe_os_error(error)) from error
+        return ListedClip(name, captions, get_file_size(status), str(self.source / name), split=split)
 
 
-def list_file(name: str, path: str) -> Listed:
+def list_file(name: str, path: str) -> ListedClip:
     """Return the file at `path` as a clip called `name`.
 
     Raises:
@@ -49,37 +49,37 @@ def list_file(name: str, path: str) -> Listed:
     """
     check_name(name)
     try:
-        return Listed(name, (), size_of(os.stat(path)), path)
+        return ListedClip(name, (), get_file_size(os.stat(path)), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(path) from error
     except OSError as error:
-        raise Unusable(reason_of(error)) from error
+        raise UnusableClipError(describe_os_error(error)) from error
 
 
-def suffix_of(name: str) -> str:
+def get_suffix(name: str) -> str:
     """Return the suffix of a name in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()
 
 
-def size_of(status: os.stat_result) -> int:
+def get_file_size(status: os.stat_result) -> int:
     """Return the size of a regular file in bytes.
 
     Raises:
       UnusableClipError: the status is that of a folder, a pipe or a device.
     """
     if not stat.S_ISREG(status.st_mode):
-        raise Unusable("is not a regular file")
+        raise UnusableClipError("is not a regular file")
     return status.st_size
 
 
-def reason_of(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """Return the reason why an existing directory entry cannot be read."""
     if error.errno == errno.ENOENT:
         return "is a link to a file that does not exist"
     return f"cannot be read ({error.strerror})"
 
 
-def scan(source: Path) -> Scan:
+def scan_folder(source: Path) -> FolderScan:
     """Scan the folder and its subfolders, each once.
 
     Files and folders whose name begins with a dot are ignored. Links are followed; a link to a folder that was scanned
@@ -89,9 +89,9 @@ def scan(source: Path) -> Scan:
       UserError: the folder itself cannot be read.
     """
     files: dict[str, os.DirEntry[str]] = {}
-    rejected: list[Rejected] = []
+    rejected: list[Rejection] = []
     visited: set[tuple[int, int]] = set()
-    links: list[Rejected] = []
+    links: list[Rejection] = []
     folders = [("", str(source))]
     while folders or links:
         if not folders:
@@ -110,7 +110,7 @@ def scan(source: Path) -> Scan:
         except OSError as error:
             if not prefix:
                 raise UserError(f"{source} cannot be read ({error.strerror}); make it readable") from error
-            rejected.append((prefix.rstrip("/"), reason_of(error)))
+            rejected.append((prefix.rstrip("/"), describe_os_error(error)))
             continue
         for entry in visible:
             name = prefix + entry.name
@@ -120,7 +120,7 @@ def scan(source: Path) -> Scan:
                 links.append((name + "/", entry.path))
             else:
                 folders.append((name + "/", entry.path))
-    return Scan(source, dict(sorted(files.items())), tuple(sorted(rejected)))
+    return FolderScan(source, dict(sorted(files.items())), tuple(sorted(rejected)))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -6,21 +6,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.listed import Listed, Listing, Rejected, Unusable, check_name, finished
-from dit_video.data.ingest.formats.rows import Row, read_rows
+from dit_video.data.ingest.formats.listed import (
+    ListedClip,
+    Listing,
+    Rejection,
+    UnusableClipError,
+    check_name,
+    make_listing,
+)
+from dit_video.data.ingest.formats.rows import ListRow, read_rows
 from dit_video.data.ingest.formats.scan import list_file
 
 
-class Table(NamedTuple):
+class ClipTable(NamedTuple):
     """Rows of a list, grouped by clip."""
 
-    rows: Mapping[str, list[Row]]
+    rows: Mapping[str, list[ListRow]]
     """Rows of each clip by its normalised name, in the order in which clips are first named."""
-    rejected: list[Rejected]
+    rejected: list[Rejection]
     """Rows that belong to no clip, by file and line."""
 
 
-def read_table(path: Path, key: Callable[[str], str]) -> Table:
+def read_table(path: Path, key: Callable[[str], str]) -> ClipTable:
     """Return the rows of a list, grouped by clip.
 
     Args:
@@ -30,8 +37,8 @@ def read_table(path: Path, key: Callable[[str], str]) -> Table:
     Raises:
       UserError: the list is unusable as a whole, see `read_rows`.
     """
-    rows: dict[str, list[Row]] = {}
-    rejected: list[Rejected] = []
+    rows: dict[str, list[ListRow]] = {}
+    rejected: list[Rejection] = []
     for row in read_rows(path):
         if not row.name:
             rejected.append((f"{path.name}, line {row.line}", row.problem))
@@ -39,19 +46,19 @@ def read_table(path: Path, key: Callable[[str], str]) -> Table:
         try:
             check_name(row.name)
             rows.setdefault(key(row.name), []).append(row)
-        except Unusable as error:
+        except UnusableClipError as error:
             rejected.append((row.name, f"line {row.line}: {error}"))
-    return Table(rows, rejected)
+    return ClipTable(rows, rejected)
 
 
-def find_clips(table: Table, find: Callable[[str], Listed]) -> tuple[list[Listed], list[Rejected]]:
+def find_clips(table: ClipTable, find: Callable[[str], ListedClip]) -> tuple[list[ListedClip], list[Rejection]]:
     """Return the clips of a list with their captions, and the entries of the list that cannot be used.
 
     Args:
       table: the list.
       find: returns the clip of a key of the table; raises `FileNotFoundError` or `UnusableClipError`.
     """
-    clips: list[Listed] = []
+    clips: list[ListedClip] = []
     rejected = [*table.rejected]
     for key, rows in table.rows.items():
         line = rows[0].line
@@ -60,11 +67,11 @@ def find_clips(table: Table, find: Callable[[str], Listed]) -> tuple[list[Listed
             texts: list[str] = []
             for row in rows:
                 line = row.line
-                texts += row.captions()
-            clips.append(clip._replace(captions=captions.tidy(texts)))
+                texts += row.clean_captions()
+            clips.append(clip._replace(captions=captions.clean_captions(texts)))
         except FileNotFoundError:
             rejected.append((rows[0].name, f"line {line} names it, but it is not there"))
-        except Unusable as error:
+        except UnusableClipError as error:
             rejected.append((rows[0].name, f"line {line}: {error}"))
     return clips, rejected
 
@@ -80,19 +87,19 @@ def list_table(source: Path) -> Listing:
     """
     root = os.path.abspath(source.parent)
     table = read_table(source, lambda name: os.path.normpath(os.path.join(root, name)))
-    found_clips, rejected = find_clips(table, lambda path: list_file(_relative(path, root), path))
+    found_clips, rejected = find_clips(table, lambda path: list_file(_make_relative(path, root), path))
     folders = {os.path.dirname(clip.path) for clip in found_clips}
     if found_clips and os.path.commonpath([root, *folders]) != root:
         root = os.path.commonpath(folders)
-    clips: list[Listed] = []
+    clips: list[ListedClip] = []
     for clip in found_clips:
         try:
-            check_name(name := _relative(clip.path, root))
+            check_name(name := _make_relative(clip.path, root))
             clips.append(clip._replace(name=name))
-        except Unusable as error:  # a folder between the root and the clip has an invalid name
+        except UnusableClipError as error:  # a folder between the root and the clip has an invalid name
             rejected.append((clip.name, str(error)))
-    return finished(source, "table", clips, rejected=rejected)
+    return make_listing(source, "table", clips, rejected=rejected)
 
 
-def _relative(path: str, home: str) -> str:
+def _make_relative(path: str, home: str) -> str:
     return os.path.relpath(path, home).replace(os.sep, "/")

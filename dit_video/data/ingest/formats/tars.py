@@ -17,18 +17,18 @@ from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import captions
 from dit_video.data.ingest.formats.listed import (
     MEDIA,
-    Listed,
+    ListedClip,
     Listing,
-    Rejected,
-    Unusable,
+    Rejection,
+    UnusableClipError,
     check_name,
-    finished,
-    quoted,
+    make_listing,
+    quote_name,
 )
-from dit_video.data.ingest.formats.scan import Scan, reason_of, size_of, suffix_of
+from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix
 
-TAR = ".tar"
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+TAR_SUFFIX = ".tar"
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -45,57 +45,57 @@ def list_tar(source: Path) -> Listing:
       UserError: the file is compressed, or is not a tar.
     """
     try:
-        size_of(source.stat())  # first, as opening a pipe would block forever
+        get_file_size(source.stat())  # first, as opening a pipe would block forever
         clips, rejected = _list_shard(source, "")
-    except Unusable as error:
+    except UnusableClipError as error:
         raise UserError(f"{source} {error}; make it readable") from error
-    return finished(source, "webdataset", clips, rejected=rejected)
+    return make_listing(source, "webdataset", clips, rejected=rejected)
 
 
-def list_tars(scan: Scan) -> Listing:
+def list_tars(scan: FolderScan) -> Listing:
     """Return the clips of a folder of tars, named `shard.tar/path/in/it`; media next to the tars are left out.
 
     Raises:
       UserError: a tar is compressed.
     """
-    clips: list[Listed] = []
-    rejected: list[Rejected] = []
+    clips: list[ListedClip] = []
+    rejected: list[Rejection] = []
     for name in scan.files:
         if not is_tar(name):
             continue
         try:
-            scan.listed(name)
+            scan.make_clip(name)
             shard_clips, shard_rejected = _list_shard(scan.source / name, name + "/")
-        except Unusable as error:
+        except UnusableClipError as error:
             rejected.append((name, str(error)))
             continue
         clips += shard_clips
         rejected += shard_rejected
-    return finished(scan.source, "webdataset", clips, unlisted=scan.media, rejected=[*rejected, *scan.rejected])
+    return make_listing(scan.source, "webdataset", clips, unlisted=scan.media, rejected=[*rejected, *scan.rejected])
 
 
 def is_tar(name: str) -> bool:
     """Return whether a name has the suffix of a tar, compressed or not."""
-    return name.lower().endswith((TAR, *COMPRESSED))
+    return name.lower().endswith((TAR_SUFFIX, *COMPRESSED_SUFFIXES))
 
 
-def _list_shard(path: Path, prefix: str) -> tuple[list[Listed], list[Rejected]]:
+def _list_shard(path: Path, prefix: str) -> tuple[list[ListedClip], list[Rejection]]:
     """Return the clips and the rejected members, in the order of the tar."""
     try:
         with path.open("rb") as file:
-            _refuse_compressed(path, file)
-            rejected: list[Rejected] = []
-            members = _members(path, file, rejected)
-            clips = _clips(path, file, members, rejected)
+            _check_not_compressed(path, file)
+            rejected: list[Rejection] = []
+            members = _read_members(path, file, rejected)
+            clips = _make_clips(path, file, members, rejected)
     except OSError as error:
-        raise Unusable(reason_of(error)) from error
+        raise UnusableClipError(describe_os_error(error)) from error
     return (
         [clip._replace(name=prefix + clip.name) for clip in clips],
         [((prefix + name) if name else (prefix.rstrip("/") or path.name), reason) for name, reason in rejected],
     )
 
 
-def _refuse_compressed(path: Path, file: BinaryIO) -> None:
+def _check_not_compressed(path: Path, file: BinaryIO) -> None:
     head = file.read(512)
     file.seek(0)
     kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
@@ -106,29 +106,29 @@ def _refuse_compressed(path: Path, file: BinaryIO) -> None:
         )
 
 
-def _members(path: Path, file: BinaryIO, rejected: list[Rejected]) -> dict[str, _Member]:
+def _read_members(path: Path, file: BinaryIO, rejected: list[Rejection]) -> dict[str, _Member]:
     """Return the tar's media and caption files by normalised path; reject entries that might have been one."""
     end = os.fstat(file.fileno()).st_size
     members: dict[str, _Member] = {}
-    for entry in _entries(file, rejected):
+    for entry in _read_entries(file, rejected):
         name = posixpath.normpath(entry.name)
         if entry.isdir() or any(part.startswith(".") and part != ".." for part in name.split("/")):
             continue
         # Links and devices are rejected whatever their suffix, as their content is unknown.
-        if entry.isreg() and suffix_of(name) not in MEDIA and suffix_of(name) not in captions.FILES:
+        if entry.isreg() and get_suffix(name) not in MEDIA and get_suffix(name) not in captions.CAPTION_SUFFIXES:
             continue
         try:
             check_name(entry.name)
             _check_entry(entry, name, end)
             if name in members:
-                raise Unusable("another entry before it has the same name")
+                raise UnusableClipError("another entry before it has the same name")
             members[name] = _Member(name, entry.offset_data, entry.size)
-        except Unusable as error:
+        except UnusableClipError as error:
             rejected.append((entry.name, str(error)))
     return members
 
 
-def _entries(file: BinaryIO, rejected: list[Rejected]) -> Iterator[tarfile.TarInfo]:
+def _read_entries(file: BinaryIO, rejected: list[Rejection]) -> Iterator[tarfile.TarInfo]:
     """Yield the tar's entries up to the first damage, which is rejected under an empty name."""
     last_offset = -1
     try:
@@ -160,48 +160,48 @@ def _check_end(file: BinaryIO, end: int) -> None:
 
 def _check_entry(entry: tarfile.TarInfo, name: str, end: int) -> None:
     if entry.name.startswith("/") or name.split("/")[0] == "..":
-        raise Unusable("its path lies outside of the tar")
+        raise UnusableClipError("its path lies outside of the tar")
     if entry.issym() or entry.islnk():
-        raise Unusable(f"is a link to {quoted(entry.linkname)}")
+        raise UnusableClipError(f"is a link to {quote_name(entry.linkname)}")
     if not entry.isreg():
-        raise Unusable("is not a regular file")
+        raise UnusableClipError("is not a regular file")
     if entry.issparse():
-        raise Unusable("is a sparse entry, which cannot be read in place; make the tar without --sparse")
+        raise UnusableClipError("is a sparse entry, which cannot be read in place; make the tar without --sparse")
     if entry.size < 0 or entry.offset_data + entry.size > end:
-        raise Unusable("ends after the tar's end; the tar is truncated")
+        raise UnusableClipError("ends after the tar's end; the tar is truncated")
 
 
-def _key(name: str) -> str:
+def _get_key(name: str) -> str:
     """Return the path up to the first dot of its last part."""
     folder, base = posixpath.split(name)
     return posixpath.join(folder, base.split(".", 1)[0])
 
 
-def _clips(path: Path, file: BinaryIO, members: dict[str, _Member], rejected: list[Rejected]) -> list[Listed]:
+def _make_clips(path: Path, file: BinaryIO, members: dict[str, _Member], rejected: list[Rejection]) -> list[ListedClip]:
     """Return a clip for each media member, with the captions of its key; reject captions without media."""
-    media = [member for member in members.values() if suffix_of(member.name) in MEDIA]
+    media = [member for member in members.values() if get_suffix(member.name) in MEDIA]
     caption_files: dict[str, list[_Member]] = {}
     for member in members.values():
-        if suffix_of(member.name) in captions.FILES:
+        if get_suffix(member.name) in captions.CAPTION_SUFFIXES:
             caption_files.setdefault(os.path.splitext(member.name)[0], []).append(member)
-    clips: list[Listed] = []
+    clips: list[ListedClip] = []
     for member in media:
         # By WebDataset's rule `a.left.mp4` has the captions of the key `a`; `a.left.txt` is accepted too, so that data
         # sets that break the rule lose no captions.
-        stems = dict.fromkeys((os.path.splitext(member.name)[0], _key(member.name)))
+        stems = dict.fromkeys((os.path.splitext(member.name)[0], _get_key(member.name)))
         try:
             texts = _read_captions(
                 file, [caption_file for stem in stems for caption_file in caption_files.get(stem, ())]
             )
-            clips.append(Listed(member.name, texts, member.size, str(path), member.offset))
-        except Unusable as error:
+            clips.append(ListedClip(member.name, texts, member.size, str(path), member.offset))
+        except UnusableClipError as error:
             rejected.append((member.name, str(error)))
-    keys = {_key(member.name) for member in media}
+    keys = {_get_key(member.name) for member in media}
     orphans = [
         caption_file.name
         for caption_members in caption_files.values()
         for caption_file in caption_members
-        if _key(caption_file.name) not in keys
+        if _get_key(caption_file.name) not in keys
     ]
     rejected += [(name, "no video or image has its key") for name in orphans]
     return clips
@@ -209,10 +209,10 @@ def _clips(path: Path, file: BinaryIO, members: dict[str, _Member], rejected: li
 
 def _read_captions(file: BinaryIO, members: list[_Member]) -> tuple[str, ...]:
     texts: list[str] = []
-    for member in sorted(members, key=lambda member: captions.FILES.index(suffix_of(member.name))):
-        if member.size > captions.LARGEST_FILE:
-            too_large = f"has {member.size:,} bytes, {captions.LARGEST_FILE:,} is the limit of a caption file"
-            raise Unusable(f"{quoted(member.name)} {too_large}")
+    for member in sorted(members, key=lambda member: captions.CAPTION_SUFFIXES.index(get_suffix(member.name))):
+        if member.size > captions.MAX_FILE_BYTES:
+            too_large = f"has {member.size:,} bytes, {captions.MAX_FILE_BYTES:,} is the limit of a caption file"
+            raise UnusableClipError(f"{quote_name(member.name)} {too_large}")
         file.seek(member.offset)
-        texts += captions.of_file(member.name, file.read(member.size))
-    return captions.tidy(texts)
+        texts += captions.read_file(member.name, file.read(member.size))
+    return captions.clean_captions(texts)

@@ -16,71 +16,78 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.data.ingest.formats.listed import Listed, Listing, Rejected, Unusable, finished, quoted
-from dit_video.data.ingest.formats.scan import Scan
+from dit_video.data.ingest.formats.listed import (
+    ListedClip,
+    Listing,
+    Rejection,
+    UnusableClipError,
+    make_listing,
+    quote_name,
+)
+from dit_video.data.ingest.formats.scan import FolderScan
 
 CLASSES = "classInd.txt"
 
 
-def list_ucf101(scan: Scan, number: int) -> Listing:
+def list_ucf101(scan: FolderScan, number: int) -> Listing:
     """Return the clips that train and test list `number` (1 to 3) name, in their order; the caption is the class name.
 
     Raises:
       MissingError: a list does not exist.
       UserError: there is no clip; a list exists twice, or cannot be read.
     """
-    files, rejected = _clips(scan)
-    classes, class_rejected = _classes(scan)
+    files, rejected = _find_clips(scan)
+    classes, class_rejected = _read_classes(scan)
     rejected += class_rejected
-    clips: list[Listed] = []
+    clips: list[ListedClip] = []
     splits: dict[str, str] = {}
     for split in ("train", "test"):
-        path = _file(scan, f"{split}list{number:02d}.txt")
-        for line, row in _lines(path):
+        path = _find_file(scan, f"{split}list{number:02d}.txt")
+        for line, row in _read_lines(path):
             entry = row.split()[0]
-            key = _key(entry)
+            key = _get_key(entry)
             label = classes.get(key.split("/")[0])
             if label is None or key in splits:
                 reason = f"was named already, for {splits[key]}" if label else f"lies in no class of {CLASSES}"
-                rejected.append((f"{path.name}, line {line}", f"{quoted(entry)} {reason}"))
+                rejected.append((f"{path.name}, line {line}", f"{quote_name(entry)} {reason}"))
                 continue
             splits[key] = split
             try:
                 if key not in files:
-                    raise Unusable(f"{path.name} names it, but it is not there")
-                clips.append(scan.listed(files[key], (phrase(label),), split))
-            except Unusable as error:
+                    raise UnusableClipError(f"{path.name} names it, but it is not there")
+                clips.append(scan.make_clip(files[key], (format_class_name(label),), split))
+            except UnusableClipError as error:
                 rejected.append((files.get(key, entry), str(error)))
     unlisted = [name for key, name in files.items() if key not in splits]
-    return finished(scan.source, "ucf101", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
+    return make_listing(scan.source, "ucf101", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
-def phrase(label: str) -> str:
+def format_class_name(label: str) -> str:
     """Return a class name as words: `ApplyEyeMakeup` -> `apply eye makeup`."""
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", label)).lower()
 
 
-def _key(path: str) -> str:
+def _get_key(path: str) -> str:
     """Return `class/clip` in lower case: the lists have v_HandstandPushups, but the files v_HandStandPushups."""
     return "/".join(os.path.splitext(path)[0].split("/")[-2:]).casefold()
 
 
-def _clips(scan: Scan) -> tuple[dict[str, str], list[Rejected]]:
+def _find_clips(scan: FolderScan) -> tuple[dict[str, str], list[Rejection]]:
     """Return the media by key, and rejections of those whose key occurred before."""
     files: dict[str, str] = {}
     rejected = []
     for name in scan.media:
-        first_name = files.setdefault(_key(name), name)
+        first_name = files.setdefault(_get_key(name), name)
         if first_name != name:
-            rejected.append((name, f"is the same clip of UCF-101 as {quoted(first_name)}"))
+            rejected.append((name, f"is the same clip of UCF-101 as {quote_name(first_name)}"))
     return files, rejected
 
 
-def _classes(scan: Scan) -> tuple[dict[str, str], list[Rejected]]:
+def _read_classes(scan: FolderScan) -> tuple[dict[str, str], list[Rejection]]:
     """Return the class names by their lower-case names, and rejections of malformed lines."""
-    path = _file(scan, CLASSES)
+    path = _find_file(scan, CLASSES)
     classes, rejected = {}, []
-    for line, row in _lines(path):
+    for line, row in _read_lines(path):
         match row.split():
             case [number, label] if number.isdigit():
                 classes[label.casefold()] = label
@@ -89,7 +96,7 @@ def _classes(scan: Scan) -> tuple[dict[str, str], list[Rejected]]:
     return classes, rejected
 
 
-def _file(scan: Scan, name: str) -> Path:
+def _find_file(scan: FolderScan, name: str) -> Path:
     matches = [path for path in scan.files if path.rsplit("/", 1)[-1] == name]
     if not matches:
         raise MissingError(
@@ -100,7 +107,7 @@ def _file(scan: Scan, name: str) -> Path:
     return scan.source / matches[0]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number, text) of the lines that are not blank; a line that is not UTF-8 matches no file."""
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")

@@ -18,21 +18,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dit_video.core.errors import UserError
-from dit_video.nn.attention.api import Keys, Queries, named
-from dit_video.nn.attention.backends.dense import MASKED
+from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint
+from dit_video.nn.attention.backends.dense import MASK_VALUE
 from dit_video.nn.attention.bias import Bias, RelativeBias
-from dit_video.nn.attention.key_ranges import given_back, padded, sorting, stretches, taken
-from dit_video.nn.attention.masks import Full, Pattern, Sight, sight, visible
-from dit_video.nn.attention.tokens import Tokens
+from dit_video.nn.attention.key_ranges import compute_sort_order, find_key_ranges, pad_to_blocks, reorder, restore_order
+from dit_video.nn.attention.masks import Full, MaskBoxes, Pattern, dense_mask, mask_boxes
+from dit_video.nn.attention.tokens import AttentionInputs
 from dit_video.nn.cpu import segment_blocks
 
-NOTHING = -MASKED
+EMPTY_LSE = -MASK_VALUE
 """Log-sum-exp of a query that sees nothing, so far above all scores that the backward pass gives weights of zero."""
-_LEAST, _MOST = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
+_MIN_INT, _MAX_INT = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunked:
+class ChunkedAttention:
     """Attention in blocks of `chunk` queries by `chunk` keys in plain XLA, for every pattern and platform.
 
     It has a backward pass, but no forward-mode derivative (`jax.jvp`); `DenseAttention` has both.
@@ -50,50 +50,50 @@ class Chunked:
         if self.chunk < 1:
             raise UserError(f"chunk={self.chunk} of attention is invalid; use at least 1 token")
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
+    def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         q = q * q.shape[-1] ** -0.5
-        if isinstance(self.pattern, Full) and at.bias is None and self.platform == "cpu":
-            return segment_blocks.attend(q, k, v, at.q_segments, at.kv_segments, chunk=self.chunk)
-        boxes, bias = sight(self.pattern, at), at.bias
+        if isinstance(self.pattern, Full) and inputs.bias is None and self.platform == "cpu":
+            return segment_blocks.attend(q, k, v, inputs.q_segments, inputs.kv_segments, chunk=self.chunk)
+        boxes, bias = mask_boxes(self.pattern, inputs), inputs.bias
         if isinstance(self.pattern, Full):
             return _attend(q, k, v, boxes, bias, self.chunk)
-        if self.pattern.reach == "boxes":
+        if self.pattern.locality == "boxes":
             # Sorted by the first box's upper end, which lies at a constant distance from the query's own value: so
             # queries get the order of the keys.
-            order, key_order = sorting(boxes.high[:, :, 0]), sorting(boxes.at)
-            boxes = Sight(taken(boxes.low, order), taken(boxes.high, order), taken(boxes.at, key_order))
+            order, key_order = compute_sort_order(boxes.high[:, :, 0]), compute_sort_order(boxes.values)
+            boxes = MaskBoxes(reorder(boxes.low, order), reorder(boxes.high, order), reorder(boxes.values, key_order))
         else:
-            order, key_order, start, stop, _ = stretches(self.pattern, boxes)
+            order, key_order, start, stop, _ = find_key_ranges(self.pattern, boxes)
             # The key's index becomes the only axis: blocks have narrower extremes, and the mask takes one comparison.
             index = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
-            boxes = Sight(start[..., None, None], (stop - 1)[..., None, None], index[..., None])
+            boxes = MaskBoxes(start[..., None, None], (stop - 1)[..., None, None], index[..., None])
         if bias is not None:
-            q_coordinates, kv_coordinates = taken(bias.q_coordinates, order), taken(bias.kv_coordinates, key_order)
+            q_coordinates, kv_coordinates = reorder(bias.q_coordinates, order), reorder(bias.kv_coordinates, key_order)
             bias = replace(bias, q_coordinates=q_coordinates, kv_coordinates=kv_coordinates)
-        out = _attend(taken(q, order), taken(k, key_order), taken(v, key_order), boxes, bias, self.chunk)
-        return given_back(out, order)
+        out = _attend(reorder(q, order), reorder(k, key_order), reorder(v, key_order), boxes, bias, self.chunk)
+        return restore_order(out, order)
 
 
 def attend_part(
-    q: Queries, k: Keys, v: Keys, at: Tokens, *, pattern: Pattern, chunk: int
+    q: Queries, k: Keys, v: Keys, inputs: AttentionInputs, *, pattern: Pattern, chunk: int
 ) -> tuple[Queries, Float[Array, "B K N"]]:
     """Return attention to these keys alone, and the log-sum-exp of every query's scores, both float32.
 
     Parts with different keys of a row are combined to its attention by weights `exp(lse)`. For a query that sees none
     of these keys the output is zero and the log-sum-exp is `EMPTY_LSE`.
     """
-    arrays = _Ready.of(q * q.shape[-1] ** -0.5, k, v, sight(pattern, at), at.bias, chunk)
-    row = functools.partial(_row, arrays.relative, dtype=jnp.float32)
-    out, lse = _each_head(row, arrays.blocks, arrays.q, arrays.k, arrays.v, arrays.table)
+    arrays = _BlockedArrays.create(q * q.shape[-1] ** -0.5, k, v, mask_boxes(pattern, inputs), inputs.bias, chunk)
+    row = functools.partial(_attend_head, arrays.bias_config, dtype=jnp.float32)
+    out, lse = _map_heads(row, arrays.blocks, arrays.q, arrays.k, arrays.v, arrays.table)
     length = q.shape[1]
     return jnp.moveaxis(out[:, :, :length], 1, 2), lse[:, :, :length]
 
 
-def part_gradients(
+def compute_part_gradients(
     q: Queries,
     k: Keys,
     v: Keys,
-    at: Tokens,
+    inputs: AttentionInputs,
     *,
     pattern: Pattern,
     chunk: int,
@@ -106,30 +106,30 @@ def part_gradients(
     `lse` is the log-sum-exp over all keys, `delta` the sum of `out * d_out` over a head's width.
     """
     scale = q.shape[-1] ** -0.5
-    arrays = _Ready.of(q * scale, k, v, sight(pattern, at), at.bias, chunk)
+    arrays = _BlockedArrays.create(q * scale, k, v, mask_boxes(pattern, inputs), inputs.bias, chunk)
     size = arrays.blocks.low.shape[2]
     missing = -q.shape[1] % size
-    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, missing)), constant_values=NOTHING)
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, missing)), constant_values=EMPTY_LSE)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, missing)))
-    d_heads = jnp.moveaxis(padded(d_out, size, 0), 2, 1)
-    row = functools.partial(_row_backward, arrays.relative)
-    *heads, d_table = _each_head(row, arrays.blocks, arrays.q, arrays.k, arrays.v, arrays.table, lse, delta, d_heads)
+    d_heads = jnp.moveaxis(pad_to_blocks(d_out, size, 0), 2, 1)
+    row = functools.partial(_attend_head_backward, arrays.bias_config)
+    *heads, d_table = _map_heads(row, arrays.blocks, arrays.q, arrays.k, arrays.v, arrays.table, lse, delta, d_heads)
     lengths = q.shape[1], k.shape[1], k.shape[1]
     d_q, d_k, d_v = (jnp.moveaxis(x[:, :, :n], 1, 2) for x, n in zip(heads, lengths, strict=True))
     return d_q * scale, d_k, d_v, None if d_table is None else d_table.sum(axis=0).T
 
 
-def _attend(q: Queries, k: Keys, v: Keys, seen: Sight, bias: Bias | None, chunk: int) -> Queries:
+def _attend(q: Queries, k: Keys, v: Keys, boxes: MaskBoxes, bias: Bias | None, chunk: int) -> Queries:
     """Compute attention; `q` is already scaled."""
-    arrays = _Ready.of(q, k, v, seen, bias, chunk)
-    mixed = _blockwise(arrays.relative, arrays.q, arrays.k, arrays.v, arrays.table, arrays.blocks)
+    arrays = _BlockedArrays.create(q, k, v, boxes, bias, chunk)
+    mixed = _attend_blocks(arrays.bias_config, arrays.q, arrays.k, arrays.v, arrays.table, arrays.blocks)
     return jnp.moveaxis(mixed[:, :, : q.shape[1]], 1, 2)
 
 
-class _Ready(NamedTuple):
+class _BlockedArrays(NamedTuple):
     """Arrays padded to whole blocks, with the heads' axis before the tokens' axis."""
 
-    relative: RelativeBias | None
+    bias_config: RelativeBias | None
     q: Float[Array, "B K N d"]
     k: Float[Array, "B K M d"]
     v: Float[Array, "B K M d"]
@@ -137,20 +137,22 @@ class _Ready(NamedTuple):
     blocks: "_Blocks"
 
     @staticmethod
-    def of(q: Queries, k: Keys, v: Keys, seen: Sight, bias: Bias | None, chunk: int) -> "_Ready":
+    def create(q: Queries, k: Keys, v: Keys, boxes: MaskBoxes, bias: Bias | None, chunk: int) -> "_BlockedArrays":
         q_chunk, kv_chunk = min(chunk, q.shape[1]), min(chunk, k.shape[1])
-        low, high = (padded(ends, q_chunk, fill) for ends, fill in ((seen.low, 1), (seen.high, 0)))
+        low, high = (pad_to_blocks(ends, q_chunk, fill) for ends, fill in ((boxes.low, 1), (boxes.high, 0)))
         # Keys are padded with -1: it is the segment of padding, and as a key index it is in no range.
-        blocks = _in_blocks(Sight(low, high, padded(seen.at, kv_chunk, -1)), q_chunk, kv_chunk)
+        blocks = _split_blocks(MaskBoxes(low, high, pad_to_blocks(boxes.values, kv_chunk, -1)), q_chunk, kv_chunk)
         table = relative = None
         if bias is not None:
-            relative, heads = bias.relative, bias.table.T
+            relative, heads = bias.config, bias.table.T
             table = jnp.broadcast_to(heads, (q.shape[0], *heads.shape))
             pairs = (bias.q_coordinates, q_chunk), (bias.kv_coordinates, kv_chunk)
-            coordinates = [padded(x, size).reshape(x.shape[0], -1, size, 3) for x, size in pairs]
-            blocks = blocks._replace(q_places=coordinates[0], kv_places=coordinates[1])
-        q, k, v = (jnp.moveaxis(padded(x, size, 0), 2, 1) for x, size in ((q, q_chunk), (k, kv_chunk), (v, kv_chunk)))
-        return _Ready(relative, q, k, v, table, blocks)
+            coordinates = [pad_to_blocks(x, size).reshape(x.shape[0], -1, size, 3) for x, size in pairs]
+            blocks = blocks._replace(q_coordinates=coordinates[0], kv_coordinates=coordinates[1])
+        q, k, v = (
+            jnp.moveaxis(pad_to_blocks(x, size, 0), 2, 1) for x, size in ((q, q_chunk), (k, kv_chunk), (v, kv_chunk))
+        )
+        return _BlockedArrays(relative, q, k, v, table, blocks)
 
 
 class _Blocks(NamedTuple):
@@ -158,97 +160,99 @@ class _Blocks(NamedTuple):
 
     low: Int[Array, "*B n b U A"]
     high: Int[Array, "*B n b U A"]
-    at: Int[Array, "*B m c A"]
-    lowest: Int[Array, "*B n U A"]
-    highest: Int[Array, "*B n U A"]
-    least: Int[Array, "*B m A"]
-    most: Int[Array, "*B m A"]
-    q_places: Float[Array, "*B n b 3"] | None = None
-    kv_places: Float[Array, "*B m c 3"] | None = None
+    values: Int[Array, "*B m c A"]
+    query_min: Int[Array, "*B n U A"]
+    query_max: Int[Array, "*B n U A"]
+    key_min: Int[Array, "*B m A"]
+    key_max: Int[Array, "*B m A"]
+    q_coordinates: Float[Array, "*B n b 3"] | None = None
+    kv_coordinates: Float[Array, "*B m c 3"] | None = None
     """Coordinates of the keys, like `q_coordinates` only present with a bias."""
 
-    def needed(self, index: Int[Array, ""]) -> tuple[Int[Array, " m"], Int[Array, ""]]:
+    def find_key_blocks(self, index: Int[Array, ""]) -> tuple[Int[Array, " m"], Int[Array, ""]]:
         """Return the key blocks of one row, those that a query block may see first, and the number of these."""
-        overlaps = (self.lowest[index] <= self.most[:, None]) & (self.least[:, None] <= self.highest[index])
+        overlaps = (self.query_min[index] <= self.key_max[:, None]) & (self.key_min[:, None] <= self.query_max[index])
         needed = overlaps.all(axis=-1).any(axis=-1)
         return jnp.argsort(~needed, stable=True).astype(jnp.int32), needed.sum(dtype=jnp.int32)
 
-    def mask(self, query_block: Int[Array, ""], key_block: Int[Array, ""]) -> Bool[Array, "b c"]:
+    def compute_mask(self, query_block: Int[Array, ""], key_block: Int[Array, ""]) -> Bool[Array, "b c"]:
         """Return the dense mask between two blocks of one row."""
-        pair = (self.low[query_block], self.high[query_block], self.at[key_block])
-        return visible(Sight(*(part[None] for part in pair)))[0]
+        pair = (self.low[query_block], self.high[query_block], self.values[key_block])
+        return dense_mask(MaskBoxes(*(part[None] for part in pair)))[0]
 
-    def found(
-        self, relative: RelativeBias | None, query_block: Int[Array, ""], key_block: Int[Array, ""]
+    def find_bias_entries(
+        self, bias_config: RelativeBias | None, query_block: Int[Array, ""], key_block: Int[Array, ""]
     ) -> list[Int[Array, "b c"]]:
         """Return the bias table's entries for the pairs of two blocks of one row."""
-        if relative is None:
+        if bias_config is None:
             return []
-        assert self.q_places is not None
-        assert self.kv_places is not None
-        return relative.find(self.q_places[query_block], self.kv_places[key_block])
+        assert self.q_coordinates is not None
+        assert self.kv_coordinates is not None
+        return bias_config.find_entries(self.q_coordinates[query_block], self.kv_coordinates[key_block])
 
 
-def _in_blocks(seen: Sight, q_chunk: int, kv_chunk: int) -> _Blocks:
-    low, high = (ends.reshape(ends.shape[0], -1, q_chunk, *ends.shape[2:]) for ends in (seen.low, seen.high))
-    values = seen.at.reshape(seen.at.shape[0], -1, kv_chunk, seen.at.shape[-1])
+def _split_blocks(boxes: MaskBoxes, q_chunk: int, kv_chunk: int) -> _Blocks:
+    low, high = (ends.reshape(ends.shape[0], -1, q_chunk, *ends.shape[2:]) for ends in (boxes.low, boxes.high))
+    values = boxes.values.reshape(boxes.values.shape[0], -1, kv_chunk, boxes.values.shape[-1])
     # Padding must not widen the extremes of its block, which would then overlap more blocks than it sees.
     empty = (low > high).any(axis=-1, keepdims=True)
     is_padding = values[..., :1] < 0
     return _Blocks(
         low=low,
         high=high,
-        at=values,
-        lowest=jnp.where(empty, _MOST, low).min(axis=2),
-        highest=jnp.where(empty, _LEAST, high).max(axis=2),
-        least=jnp.where(is_padding, _MOST, values).min(axis=2),
-        most=jnp.where(is_padding, _LEAST, values).max(axis=2),
+        values=values,
+        query_min=jnp.where(empty, _MAX_INT, low).min(axis=2),
+        query_max=jnp.where(empty, _MIN_INT, high).max(axis=2),
+        key_min=jnp.where(is_padding, _MAX_INT, values).min(axis=2),
+        key_max=jnp.where(is_padding, _MIN_INT, values).max(axis=2),
     )
 
 
-def _each_head(row: Callable[..., Any], blocks: _Blocks, *arrays: Shaped[Array, "B K ..."] | None) -> Any:
+def _map_heads(attend_head: Callable[..., Any], blocks: _Blocks, *arrays: Shaped[Array, "B K ..."] | None) -> Any:
     """Return `row(blocks, ...)` for the heads of every row.
 
     Heads run one at a time on CPU, where products of 2-D matrices are the fastest, and together on other platforms.
     Rows run in sequence, because they need different blocks: a loop has the length of one row, not of the longest.
     """
     if jax.default_backend() != "cpu":
-        heads = jax.vmap(row, in_axes=(None, *(0 for _ in arrays)))
+        heads = jax.vmap(attend_head, in_axes=(None, *(0 for _ in arrays)))
         return jax.lax.map(lambda inputs: heads(*inputs), (blocks, *arrays))
-    return jax.lax.map(lambda inputs: jax.lax.map(lambda head: row(inputs[0], *head), inputs[1:]), (blocks, *arrays))
+    return jax.lax.map(
+        lambda inputs: jax.lax.map(lambda head: attend_head(inputs[0], *head), inputs[1:]), (blocks, *arrays)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(
-    relative: RelativeBias | None,
+def _attend_blocks(
+    bias_config: RelativeBias | None,
     q: Float[Array, "B K N d"],
     k: Float[Array, "B K M d"],
     v: Float[Array, "B K M d"],
     table: Float[Array, "B K T"] | None,
     blocks: _Blocks,
 ) -> Float[Array, "B K N d"]:
-    return _each_head(functools.partial(_row, relative), blocks, q, k, v, table)[0]
+    return _map_heads(functools.partial(_attend_head, bias_config), blocks, q, k, v, table)[0]
 
 
-def _forward(relative, q, k, v, table, blocks):
-    out, lse = _each_head(functools.partial(_row, relative), blocks, q, k, v, table)
-    out, lse = named((out, lse), queries=q.shape[2], keys=k.shape[2])
+def _forward(bias_config, q, k, v, table, blocks):
+    out, lse = _map_heads(functools.partial(_attend_head, bias_config), blocks, q, k, v, table)
+    out, lse = mark_checkpoint((out, lse), queries=q.shape[2], keys=k.shape[2])
     return out, (q, k, v, table, blocks, out, lse)
 
 
-def _backward(relative, saved, d_out):
+def _backward(bias_config, saved, d_out):
     q, k, v, table, blocks, out, lse = saved
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1)
-    row = functools.partial(_row_backward, relative)
-    *gradients, d_table = _each_head(row, blocks, q, k, v, table, lse, delta, d_out)
+    row = functools.partial(_attend_head_backward, bias_config)
+    *gradients, d_table = _map_heads(row, blocks, q, k, v, table, lse, delta, d_out)
     return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), d_table, None
 
 
-_blockwise.defvjp(_forward, _backward)
+_attend_blocks.defvjp(_forward, _backward)
 
 
-def _row(
-    relative: RelativeBias | None,
+def _attend_head(
+    bias_config: RelativeBias | None,
     blocks: _Blocks,
     q: Float[Array, "N d"],
     k: Float[Array, "M d"],
@@ -263,34 +267,34 @@ def _row(
     number, size = blocks.low.shape[:2]
 
     def block(index):
-        queries = _block(q, index, size)
-        key_blocks, count = blocks.needed(index)
+        queries = _slice_block(q, index, size)
+        key_blocks, count = blocks.find_key_blocks(index)
 
         def step(step_index, state):
             maximum, total, mixed = state
             key_block = key_blocks[step_index]
-            entries = blocks.found(relative, index, key_block)
-            scores = _scores(relative, table, entries, queries, _key_block(k, blocks, key_block))
-            scores = jnp.where(blocks.mask(index, key_block), scores, MASKED)
+            entries = blocks.find_bias_entries(bias_config, index, key_block)
+            scores = _compute_scores(bias_config, table, entries, queries, _slice_key_block(k, blocks, key_block))
+            scores = jnp.where(blocks.compute_mask(index, key_block), scores, MASK_VALUE)
             new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
             weights = jnp.exp(scores - new_maximum[:, None])
             rescale = jnp.exp(maximum - new_maximum)
             total = total * rescale + weights.sum(axis=-1)
-            part = _dot(weights.astype(v.dtype), _key_block(v, blocks, key_block), 1, 0)
+            part = _dot(weights.astype(v.dtype), _slice_key_block(v, blocks, key_block), 1, 0)
             return new_maximum, total, mixed * rescale[:, None] + part
 
-        initial = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
+        initial = jnp.full(size, MASK_VALUE), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
         maximum, total, mixed = jax.lax.fori_loop(0, count, step, initial)
-        sees_any = maximum > MASKED
+        sees_any = maximum > MASK_VALUE
         out = jnp.where(sees_any[:, None], mixed / total[:, None], 0.0).astype(dtype or v.dtype)
-        return out, jnp.where(sees_any, maximum + jnp.log(total), NOTHING)
+        return out, jnp.where(sees_any, maximum + jnp.log(total), EMPTY_LSE)
 
     out, lse = jax.lax.map(block, jnp.arange(number))
     return out.reshape(number * size, -1), lse.reshape(-1)
 
 
-def _row_backward(
-    relative: RelativeBias | None,
+def _attend_head_backward(
+    bias_config: RelativeBias | None,
     blocks: _Blocks,
     q: Float[Array, "N d"],
     k: Float[Array, "M d"],
@@ -304,24 +308,24 @@ def _row_backward(
     number, size = blocks.low.shape[:2]
 
     def block(gradients, index):
-        queries, d_mixed = _block(q, index, size), _block(d_out, index, size)
-        block_lse, block_delta = _block(lse, index, size), _block(delta, index, size)
-        key_blocks, count = blocks.needed(index)
+        queries, d_mixed = _slice_block(q, index, size), _slice_block(d_out, index, size)
+        block_lse, block_delta = _slice_block(lse, index, size), _slice_block(delta, index, size)
+        key_blocks, count = blocks.find_key_blocks(index)
 
         def step(step_index, state):
             d_q, d_k, d_v, d_table = state
             key_block = key_blocks[step_index]
-            keys, values = _key_block(k, blocks, key_block), _key_block(v, blocks, key_block)
-            entries = blocks.found(relative, index, key_block)
-            scores = _scores(relative, table, entries, queries, keys)
-            scores = jnp.where(blocks.mask(index, key_block), scores, MASKED)
+            keys, values = _slice_key_block(k, blocks, key_block), _slice_key_block(v, blocks, key_block)
+            entries = blocks.find_bias_entries(bias_config, index, key_block)
+            scores = _compute_scores(bias_config, table, entries, queries, keys)
+            scores = jnp.where(blocks.compute_mask(index, key_block), scores, MASK_VALUE)
             weights = jnp.exp(scores - block_lse[:, None])
             d_scores = weights * (_dot(d_mixed, values, 1, 1) - block_delta[:, None])
-            if relative is not None:
-                d_table = d_table + relative.gradient(d_scores, entries)
+            if bias_config is not None:
+                d_table = d_table + bias_config.compute_table_gradient(d_scores, entries)
             weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
-            d_v = _added(d_v, blocks, key_block, _dot(weights, d_mixed, 0, 0))
-            d_k = _added(d_k, blocks, key_block, _dot(d_scores, queries, 0, 0))
+            d_v = _add_to_block(d_v, blocks, key_block, _dot(weights, d_mixed, 0, 0))
+            d_k = _add_to_block(d_k, blocks, key_block, _dot(d_scores, queries, 0, 0))
             return d_q + _dot(d_scores, keys, 1, 0), d_k, d_v, d_table
 
         d_q, *gradients = jax.lax.fori_loop(0, count, step, (jnp.zeros(queries.shape), *gradients))
@@ -332,18 +336,18 @@ def _row_backward(
     return d_q.reshape(q.shape), *gradients
 
 
-def _scores(
-    relative: RelativeBias | None,
+def _compute_scores(
+    bias_config: RelativeBias | None,
     table: Float[Array, " T"] | None,
-    found: list[Int[Array, "b c"]],
+    entries: list[Int[Array, "b c"]],
     queries: Float[Array, "b d"],
     keys: Float[Array, "c d"],
 ) -> Float[Array, "b c"]:
     scores = _dot(queries, keys, 1, 1)
-    if relative is None:
+    if bias_config is None:
         return scores
     assert table is not None
-    return scores + relative.read(table, found)
+    return scores + bias_config.read_bias(table, entries)
 
 
 def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, right_axis: int) -> Float[Array, "_ _"]:
@@ -352,16 +356,18 @@ def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, 
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
-def _block(rows: Shaped[Array, "N *rest"], index: Int[Array, ""], size: int) -> Shaped[Array, "b *rest"]:
+def _slice_block(rows: Shaped[Array, "N *rest"], index: Int[Array, ""], size: int) -> Shaped[Array, "b *rest"]:
     return jax.lax.dynamic_slice_in_dim(rows, index * size, size)
 
 
-def _key_block(rows: Shaped[Array, "M *rest"], blocks: _Blocks, index: Int[Array, ""]) -> Shaped[Array, "c *rest"]:
-    return _block(rows, index, blocks.at.shape[1])
+def _slice_key_block(
+    rows: Shaped[Array, "M *rest"], blocks: _Blocks, index: Int[Array, ""]
+) -> Shaped[Array, "c *rest"]:
+    return _slice_block(rows, index, blocks.values.shape[1])
 
 
-def _added(
+def _add_to_block(
     rows: Float[Array, "M d"], blocks: _Blocks, index: Int[Array, ""], block: Float[Array, "c d"]
 ) -> Float[Array, "M d"]:
-    start = index * blocks.at.shape[1]
-    return jax.lax.dynamic_update_slice_in_dim(rows, _key_block(rows, blocks, index) + block, start, axis=0)
+    start = index * blocks.values.shape[1]
+    return jax.lax.dynamic_update_slice_in_dim(rows, _slice_key_block(rows, blocks, index) + block, start, axis=0)

@@ -10,24 +10,24 @@ from jaxtyping import Array, Bool, Float
 
 from dit_video.nn.attention.api import Keys, Queries
 from dit_video.nn.attention.bias import Bias
-from dit_video.nn.attention.masks import Full, Pattern, sight, visible
-from dit_video.nn.attention.tokens import Tokens
+from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
+from dit_video.nn.attention.tokens import AttentionInputs
 
 # Finite instead of -inf: the weights of a query that sees nothing are then not NaN, and its output is set to zero.
-MASKED = -1e30
+MASK_VALUE = -1e30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense:
+class DenseAttention:
     """Attention with materialised scores and softmax in float32, the fastest for rows of up to about 1,000 tokens."""
 
     pattern: Pattern = Full()
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
-        mask = visible(sight(self.pattern, at))
+    def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
+        mask = dense_mask(mask_boxes(self.pattern, inputs))
         q = q * q.shape[-1] ** -0.5
-        attend = functools.partial(_attend, mask, _bias(at.bias))
-        table = None if at.bias is None else at.bias.table
+        attend = functools.partial(_attend, mask, _make_bias_reader(inputs.bias))
+        table = None if inputs.bias is None else inputs.bias.table
         if jax.default_backend() == "cpu":
             # One head at a time takes a third less time in the backward pass than all heads together.
             heads = range(q.shape[2])
@@ -36,11 +36,13 @@ class Dense:
         return jax.vmap(attend, in_axes=(2, 2, 2, 1), out_axes=2)(q, k, v, table)
 
 
-def _bias(bias: Bias | None) -> Callable[[Float[Array, " T"]], Float[Array, "B N M"]] | None:
+def _make_bias_reader(bias: Bias | None) -> Callable[[Float[Array, " T"]], Float[Array, "B N M"]] | None:
     """Return the function from a head's table to the bias of its scores; the table entries are found once for all."""
     if bias is None:
         return None
-    return functools.partial(bias.relative.read, found=bias.relative.find(bias.q_coordinates, bias.kv_coordinates))
+    return functools.partial(
+        bias.config.read_bias, entries=bias.config.find_entries(bias.q_coordinates, bias.kv_coordinates)
+    )
 
 
 def _attend(
@@ -56,7 +58,7 @@ def _attend(
     if bias is not None:
         assert table is not None
         scores = scores + bias(table)
-    scores = scores + jnp.where(mask, 0.0, MASKED)
+    scores = scores + jnp.where(mask, 0.0, MASK_VALUE)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = jnp.einsum("bnm,bmd->bnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     sees_any = mask.any(axis=-1, keepdims=True)

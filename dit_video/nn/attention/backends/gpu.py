@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 from dit_video.core.errors import UserError
 from dit_video.nn.attention.api import Keys, Queries
-from dit_video.nn.attention.key_ranges import given_back, require_stretches, stretches, taken
-from dit_video.nn.attention.masks import Full, Pattern, sight, visible
-from dit_video.nn.attention.tokens import Tokens
+from dit_video.nn.attention.key_ranges import find_key_ranges, reorder, require_key_ranges, restore_order
+from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
+from dit_video.nn.attention.tokens import AttentionInputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cudnn:
+class CudnnAttention:
     """cuDNN's fused attention with the dense mask, in bfloat16 or float16, for every pattern; it skips no block.
 
     JAX passes the mask to cuDNN as a bias of N × M values, shared by all heads, so memory is quadratic in the row.
@@ -28,16 +28,16 @@ class Cudnn:
     implementation: Literal["cudnn", "xla"] = "cudnn"
     """Implementation in JAX; "xla" runs on any platform and is meant for tests."""
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
+    def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         if self.implementation == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
             raise UserError(f"cuDNN attention supports bfloat16 or float16, not {q.dtype}; set the model's dtype")
-        mask = visible(sight(self.pattern, at.without_bias("cudnn")))
+        mask = dense_mask(mask_boxes(self.pattern, inputs.require_no_bias("cudnn")))
         mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=self.implementation)
         return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokamax:
+class TokamaxAttention:
     """tokamax's attention kernels with one range of keys per query: other blocks are skipped, and memory is linear.
 
     `mosaic_gpu` is for Hopper and Blackwell, and its backward pass supports key ranges too (that of `triton`, as of
@@ -52,26 +52,26 @@ class Tokamax:
     implementation: Literal["mosaic_gpu", "triton", "xla"] = "mosaic_gpu"
 
     def __post_init__(self):
-        require_stretches(self.pattern, "tokamax")
-        _operations()
+        require_key_ranges(self.pattern, "tokamax")
+        _load_operations()
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
-        ranges = stretches(self.pattern, sight(self.pattern, at.without_bias("tokamax")))
+    def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
+        ranges = find_key_ranges(self.pattern, mask_boxes(self.pattern, inputs.require_no_bias("tokamax")))
         sees_any = ranges.start < ranges.stop
         # The kernel must not compute the softmax of no scores: queries without keys see the first key, and are set to
         # zero afterwards.
         start, stop = jnp.where(sees_any, ranges.start, 0), jnp.where(sees_any, ranges.stop, 1)
-        operations, mask = _operations()
+        operations, mask = _load_operations()
         mixed = operations[self.implementation](
-            taken(q, ranges.order),
-            taken(k, ranges.key_order),
-            taken(v, ranges.key_order),
+            reorder(q, ranges.query_order),
+            reorder(k, ranges.key_order),
+            reorder(v, ranges.key_order),
             mask=mask(k_start=start[:, None], k_end=stop[:, None]),
         )
-        return given_back(jnp.where(sees_any[..., None, None], mixed, 0), ranges.order)
+        return restore_order(jnp.where(sees_any[..., None, None], mixed, 0), ranges.query_order)
 
 
-def _operations() -> tuple[Any, Any]:
+def _load_operations() -> tuple[Any, Any]:
     """Return tokamax's implementations by name, and its mask class."""
     try:
         from tokamax._src.ops.attention import api, base

@@ -17,19 +17,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.nn.attention.api import Keys, Queries, name_of
-from dit_video.nn.attention.key_ranges import given_back, padded, require_stretches, stretches, taken
-from dit_video.nn.attention.masks import Full, Pattern, sight
-from dit_video.nn.attention.tokens import Tokens
+from dit_video.nn.attention.api import Keys, Queries, get_checkpoint_name
+from dit_video.nn.attention.key_ranges import find_key_ranges, pad_to_blocks, reorder, require_key_ranges, restore_order
+from dit_video.nn.attention.masks import Full, Pattern, mask_boxes
+from dit_video.nn.attention.tokens import AttentionInputs
 
 _LANES = 128
-_LONG = 8192
+_MIN_LARGE_BLOCK_TOKENS = 8192
 _NO_QUERY, _NO_KEY = -1, -2
 """Ids of queries that see nothing, and of keys that no query sees; they differ, so that they never match."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Splash:
+class SplashAttention:
     """Attention by the splash kernel, in blocks of queries by blocks of keys.
 
     Raises:
@@ -37,36 +37,40 @@ class Splash:
     """
 
     pattern: Pattern = Full()
-    block: int | None = None
+    block_size: int | None = None
     """Number of queries, and of keys, in a block; None uses `choose_block_size` for each."""
     interpret: bool = False
     """True to run in Pallas' interpreter, slowly and on any platform, for tests."""
 
     def __post_init__(self):
-        if self.block is not None and (self.block < 1 or self.block % _LANES):
-            raise UserError(f"splash attention block of {self.block} tokens is invalid; use a multiple of {_LANES}")
-        require_stretches(self.pattern, "splash")
+        if self.block_size is not None and (self.block_size < 1 or self.block_size % _LANES):
+            raise UserError(
+                f"splash attention block of {self.block_size} tokens is invalid; use a multiple of {_LANES}"
+            )
+        require_key_ranges(self.pattern, "splash")
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
-        at = at.without_bias("splash")
+    def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
+        inputs = inputs.require_no_bias("splash")
         q = q * q.shape[-1] ** -0.5
         if isinstance(self.pattern, Full):
             # The kernel needs nothing but segment ids, so the tokens are not sorted.
-            ids = jnp.where(at.q_segments > 0, at.q_segments, _NO_QUERY)
-            key_ids = jnp.where(at.kv_segments > 0, at.kv_segments, _NO_KEY)
+            ids = jnp.where(inputs.q_segments > 0, inputs.q_segments, _NO_QUERY)
+            key_ids = jnp.where(inputs.kv_segments > 0, inputs.kv_segments, _NO_KEY)
             sees_any = ids >= 0
-            if at.context_segments is not None:
+            if inputs.context_segments is not None:
                 # All pairs are compared in one fused loop; sorting both would take longer than the attention itself.
                 sees_any = (ids[:, :, None] == key_ids[:, None, :]).any(axis=2)
-            return jnp.where(sees_any[..., None, None], self._rows(q, k, v, ids, key_ids, jnp.zeros_like(ids)), 0)
-        ranges = stretches(self.pattern, sight(self.pattern, at))
+            return jnp.where(
+                sees_any[..., None, None], self._attend_rows(q, k, v, ids, key_ids, jnp.zeros_like(ids)), 0
+            )
+        ranges = find_key_ranges(self.pattern, mask_boxes(self.pattern, inputs))
         sees_any = ranges.start < ranges.stop
         ids = jnp.where(sees_any, ranges.start, _NO_QUERY)
-        q, k, v = taken(q, ranges.order), taken(k, ranges.key_order), taken(v, ranges.key_order)
-        mixed = self._rows(q, k, v, ids, ranges.groups, ranges.stop)
-        return given_back(jnp.where(sees_any[..., None, None], mixed, 0), ranges.order)
+        q, k, v = reorder(q, ranges.query_order), reorder(k, ranges.key_order), reorder(v, ranges.key_order)
+        mixed = self._attend_rows(q, k, v, ids, ranges.group_starts, ranges.stop)
+        return restore_order(jnp.where(sees_any[..., None, None], mixed, 0), ranges.query_order)
 
-    def _rows(
+    def _attend_rows(
         self,
         q: Float[Array, "B N K d"],
         k: Float[Array, "B M K d"],
@@ -77,20 +81,24 @@ class Splash:
     ) -> Float[Array, "B N K d"]:
         """Compute attention of all rows, padded to whole blocks, in sequence, because each has its own block table."""
         length = q.shape[1]
-        size, key_size = (self._block(number) for number in (length, k.shape[1]))
-        heads = [jnp.moveaxis(padded(x, block), 2, 1) for x, block in ((q, size), (k, key_size), (v, key_size))]
-        token_data = padded(ids, size, _NO_QUERY), padded(key_ids, key_size, _NO_KEY), padded(ends, size)
-        name = name_of(queries=length, keys=k.shape[1])
-        mixed = jax.lax.map(lambda row: self._row(row[:3], row[3:], size, key_size, name), (*heads, *token_data))
+        size, key_size = (self._choose_block_size(number) for number in (length, k.shape[1]))
+        heads = [jnp.moveaxis(pad_to_blocks(x, block), 2, 1) for x, block in ((q, size), (k, key_size), (v, key_size))]
+        token_data = (
+            pad_to_blocks(ids, size, _NO_QUERY),
+            pad_to_blocks(key_ids, key_size, _NO_KEY),
+            pad_to_blocks(ends, size),
+        )
+        name = get_checkpoint_name(queries=length, keys=k.shape[1])
+        mixed = jax.lax.map(lambda row: self._attend_row(row[:3], row[3:], size, key_size, name), (*heads, *token_data))
         return jnp.moveaxis(mixed, 1, 2)[:, :length]
 
-    def _block(self, tokens: int) -> int:
-        return min(self.block or default_block(tokens), tokens + -tokens % _LANES)
+    def _choose_block_size(self, tokens: int) -> int:
+        return min(self.block_size or choose_block_size(tokens), tokens + -tokens % _LANES)
 
-    def _row(
+    def _attend_row(
         self,
         heads: tuple[Float[Array, "K N d"], Float[Array, "K M d"], Float[Array, "K M d"]],
-        of_tokens: tuple[Int[Array, " N"], Int[Array, " M"], Int[Array, " N"]],
+        token_data: tuple[Int[Array, " N"], Int[Array, " M"], Int[Array, " N"]],
         size: int,
         key_size: int,
         name: str | None,
@@ -107,15 +115,15 @@ class Splash:
         # Imported here because it takes half a second and is only needed on a TPU.
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds, splash_attention_kernel
 
-        ids, key_ids, ends = of_tokens
-        prefix = self.pattern.reach == "prefix"
-        overlaps = _meeting(ids, key_ids, ends if prefix else None, size, key_size)
+        ids, key_ids, ends = token_data
+        prefix = self.pattern.locality == "prefix"
+        overlaps = _find_overlaps(ids, key_ids, ends if prefix else None, size, key_size)
         # A block of queries that sees nothing still visits one block of keys: the kernel divides by the sum of weights.
         visited = overlaps | (~overlaps.any(axis=1, keepdims=True) & (jnp.arange(overlaps.shape[1]) == 0))
         kernel: Any = splash_attention_kernel.SplashAttentionKernel(
-            _table(visited, ends if prefix else None, axis=1),
-            _table(visited, ends if prefix else None, axis=1),
-            _table(overlaps, ends if prefix else None, axis=0),
+            _build_block_table(visited, ends if prefix else None, axis=1),
+            _build_block_table(visited, ends if prefix else None, axis=1),
+            _build_block_table(overlaps, ends if prefix else None, axis=0),
             block_sizes=splash_attention_kernel.BlockSizes(
                 block_q=size,
                 block_kv=key_size,
@@ -131,13 +139,13 @@ class Splash:
             mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
             attn_logits_soft_cap=None,
             residual_checkpoint_name=name,
-            mask_function=_before_the_end if prefix else None,
+            mask_function=_is_before_end if prefix else None,
             interpret=self.interpret,
         )
         return kernel(*heads, SegmentIds(ids, key_ids))
 
 
-def default_block(tokens: int) -> int:
+def choose_block_size(tokens: int) -> int:
     """Return the number of queries or keys in a block for a row with this many tokens.
 
     Keys and values are read once per block of queries. Blocks of 512 have 512 operations per byte, blocks of 1,024
@@ -145,33 +153,33 @@ def default_block(tokens: int) -> int:
     Blocks above 1,024 need more on-chip memory than v5e and v5p give a kernel. Short rows have short clips, of which
     large blocks would mix several.
     """
-    return 1024 if tokens >= _LONG else 512
+    return 1024 if tokens >= _MIN_LARGE_BLOCK_TOKENS else 512
 
 
-def _before_the_end(end: Array, place: Array) -> Array:
-    return place < end
+def _is_before_end(end: Array, position: Array) -> Array:
+    return position < end
 
 
-def _meeting(
+def _find_overlaps(
     ids: Int[Array, " N"], key_ids: Int[Array, " M"], ends: Int[Array, " N"] | None, size: int, key_size: int
 ) -> Bool[Array, "n m"]:
     """Return which pairs of a query block and a key block may contain visible pairs, by the ranges of their ids."""
-    lowest, highest = _range(ids.reshape(-1, size))
-    key_lowest, key_highest = _range(key_ids.reshape(-1, key_size))
+    lowest, highest = _compute_id_range(ids.reshape(-1, size))
+    key_lowest, key_highest = _compute_id_range(key_ids.reshape(-1, key_size))
     overlaps = (lowest[:, None] <= key_highest) & (key_lowest <= highest[:, None])
     if ends is not None:
         overlaps &= jnp.arange(key_lowest.shape[0]) * key_size < ends.reshape(-1, size).max(axis=1)[:, None]
     return overlaps
 
 
-def _range(ids: Int[Array, "n b"]) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
+def _compute_id_range(ids: Int[Array, "n b"]) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
     """Return the minimum and the maximum of the real ids in each block; an empty range if there are none."""
     real = ids >= 0
     limits = np.iinfo(np.int32)
     return jnp.where(real, ids, limits.max).min(axis=1), jnp.where(real, ids, limits.min).max(axis=1)
 
 
-def _table(hit: Bool[Array, "n m"], ends: Int[Array, " N"] | None, *, axis: int) -> Any:
+def _build_block_table(overlaps: Bool[Array, "n m"], ends: Int[Array, " N"] | None, *, axis: int) -> Any:
     """Return the kernel's table of blocks.
 
     It says whether to compute a block, and which block of keys (axis 1) or queries (axis 0) to prefetch: the next one
@@ -180,17 +188,17 @@ def _table(hit: Bool[Array, "n m"], ends: Int[Array, " N"] | None, *, axis: int)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
 
     table: Any = splash_attention_mask_info.MaskInfo
-    number = hit.shape[axis]
-    index = jax.lax.broadcasted_iota(jnp.int32, hit.shape, axis)
-    upcoming = jax.lax.cummin(jnp.where(hit, index, number), axis=axis, reverse=True)
-    last = jnp.where(hit, index, 0).max(axis=axis, keepdims=True)
+    number = overlaps.shape[axis]
+    index = jax.lax.broadcasted_iota(jnp.int32, overlaps.shape, axis)
+    upcoming = jax.lax.cummin(jnp.where(overlaps, index, number), axis=axis, reverse=True)
+    last = jnp.where(overlaps, index, 0).max(axis=axis, keepdims=True)
     next_block = jnp.where(upcoming == number, last, upcoming)
     # The smallest integer type, because tables are kept in scalar memory, which is small.
     dtype = next(kind for kind in (jnp.int8, jnp.int16, jnp.int32) if number <= jnp.iinfo(kind).max)
     return table(
         data_next=next_block.astype(dtype)[None],
         mask_next=None,
-        block_mask=hit.astype(jnp.int8)[None],
+        block_mask=overlaps.astype(jnp.int8)[None],
         partial_mask_blocks=None,
         q_sequence=ends,
     )

@@ -6,7 +6,7 @@ import pytest
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.ingest import Listing, list_clips
-from dit_video.data.ingest.formats.ucf101 import phrase
+from dit_video.data.ingest.formats.ucf101 import format_class_name
 from support.clip_folders import fill
 
 
@@ -117,7 +117,7 @@ def test_lists_of_ucf101_that_cannot_be_used(tmp_path, name, content, message):
     ],
 )
 def test_phrase(label, text):
-    assert phrase(label) == text
+    assert format_class_name(label) == text
 
 
 def annotations(videos: list[tuple[str, str]], sentences: list[tuple[str, str]]) -> str:

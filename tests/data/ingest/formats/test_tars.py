@@ -12,7 +12,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest import list_clips
-from dit_video.data.ingest.formats.tars import _key
+from dit_video.data.ingest.formats.tars import _get_key
 from support.clip_folders import captions
 
 Entry = tuple[str, bytes] | tarfile.TarInfo
@@ -85,7 +85,7 @@ def test_a_tar_is_read_in_place(tmp_path, format):
 def test_keys_are_those_of_webdataset(name):
     rule = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)  # WebDataset's base_plus_ext
     assert rule is not None
-    assert _key(name) == rule.group(1)
+    assert _get_key(name) == rule.group(1)
 
 
 def test_a_folder_of_shards(tmp_path):

@@ -9,25 +9,25 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.nn.attention import (
-    Auto,
+    AttentionInputs,
+    AutoAttention,
     CausalFrames,
-    Chunked,
-    Cudnn,
-    Dense,
+    ChunkedAttention,
+    CudnnAttention,
+    DenseAttention,
     Full,
     SlidingWindow,
     SpaceOnly,
     SparseCausal,
-    Splash,
+    SplashAttention,
     TimeOnly,
-    Tokamax,
-    Tokens,
-    WithPlaceless,
-    default_block,
+    TokamaxAttention,
+    WithGlobalTokens,
+    choose_block_size,
     make_attention,
 )
-from dit_video.nn.attention.masks import sight, visible
-from dit_video.tokens import Grid, coordinates
+from dit_video.nn.attention.masks import dense_mask, mask_boxes
+from dit_video.tokens import Grid, compute_coordinates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -37,19 +37,19 @@ PATTERNS = [
     TimeOnly(),
     CausalFrames(),
     CausalFrames(chunk=2),
-    WithPlaceless(pattern=CausalFrames(), seeing=False),
+    WithGlobalTokens(pattern=CausalFrames(), globals_see_all=False),
     SparseCausal(),
     SlidingWindow(radius=(1, 1, 1)),
     SlidingWindow(radius=(None, 0, 0), tile=(1, 2, 2)),
 ]
 BACKENDS = {
-    "chunked": Chunked(chunk=5),
-    "one block": Chunked(chunk=64),
-    "splash": Splash(block=128, interpret=True),
-    "cudnn": Cudnn(implementation="xla"),
+    "chunked": ChunkedAttention(chunk=5),
+    "one block": ChunkedAttention(chunk=64),
+    "splash": SplashAttention(block_size=128, interpret=True),
+    "cudnn": CudnnAttention(implementation="xla"),
 }
 if importlib.util.find_spec("tokamax") is not None:
-    BACKENDS["tokamax"] = Tokamax(implementation="xla")
+    BACKENDS["tokamax"] = TokamaxAttention(implementation="xla")
 
 GRIDS = [[Grid(3, 2, 3), Grid(2, 2, 2), Grid(1, 1, 2)], [Grid(4, 2, 3), Grid(1, 2, 2)]]
 LENGTH, HEADS, WIDTH = 31, 2, 4
@@ -63,7 +63,7 @@ def rows():
         end = 0
         for number, grid in enumerate(grids):
             start, end = end, end + grid.volume
-            segments[row, start:end], places[row, start:end] = number + 1, coordinates(grid)
+            segments[row, start:end], places[row, start:end] = number + 1, compute_coordinates(grid)
     shuffled = draw.permutation(LENGTH)
     segments[1], places[1] = segments[1, shuffled], places[1, shuffled]
     return jnp.asarray(segments), jnp.asarray(places)
@@ -74,7 +74,7 @@ CONTEXT_SEGMENTS = jnp.asarray([[1, 1, 2, 4, 4, 4, 0], [2] * 7])
 """of a text: the third clip of the first row and the first of the second have none"""
 NOWHERE = np.random.default_rng(1).uniform(size=(2, LENGTH, 1)) < 0.2
 """tokens that lie nowhere, for the patterns that know of such"""
-AMONG, CONTEXT = Tokens.among(SEGMENTS, INDICES), Tokens(SEGMENTS, CONTEXT_SEGMENTS)
+AMONG, CONTEXT = AttentionInputs.self_attention(SEGMENTS, INDICES), AttentionInputs(SEGMENTS, CONTEXT_SEGMENTS)
 
 
 def inputs(keys: int = LENGTH, width: int = WIDTH, seed: int = 0):
@@ -86,7 +86,7 @@ def reference(pattern):
     """JAX's own attention under the dense mask; what sees nothing gets zeros."""
 
     def attend(q, k, v, at):
-        mask = visible(sight(pattern, at))
+        mask = dense_mask(mask_boxes(pattern, at))
         mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
         return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)
 
@@ -116,16 +116,16 @@ def same(left, right, *, atol=2e-6, about=""):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_every_backend_equals_the_dense_mask_in_values_and_gradients(pattern):
     arrays, at = inputs(), AMONG
-    if isinstance(pattern, WithPlaceless):
-        at = Tokens.among(SEGMENTS, jnp.where(NOWHERE, -1, INDICES))
+    if isinstance(pattern, WithGlobalTokens):
+        at = AttentionInputs.self_attention(SEGMENTS, jnp.where(NOWHERE, -1, INDICES))
     expected = value_and_gradients(reference(pattern), arrays, at)
-    same(value_and_gradients(Dense(pattern=pattern), arrays, at), expected, about="dense")
+    same(value_and_gradients(DenseAttention(pattern=pattern), arrays, at), expected, about="dense")
     for name, backend in BACKENDS.items():
         try:
             attention = dataclasses.replace(backend, pattern=pattern)
         except UserError:
             assert name in ("splash", "tokamax")
-            assert pattern.reach == "boxes"
+            assert pattern.locality == "boxes"
             continue
         same(value_and_gradients(attention, arrays, at), expected, about=name)
 
@@ -133,7 +133,7 @@ def test_every_backend_equals_the_dense_mask_in_values_and_gradients(pattern):
 def test_texts_are_seen_by_their_own_segments_and_a_segment_without_text_gets_zeros():
     arrays = inputs(CONTEXT_SEGMENTS.shape[1])
     expected = value_and_gradients(reference(Full()), arrays, CONTEXT)
-    for name, attention in {"dense": Dense(), **BACKENDS}.items():
+    for name, attention in {"dense": DenseAttention(), **BACKENDS}.items():
         found = value_and_gradients(attention, arrays, CONTEXT)
         same(found, expected, about=name)
         without = np.asarray((jnp.asarray([[3], [1]]) == SEGMENTS) | (SEGMENTS == 0))
@@ -144,14 +144,14 @@ def test_texts_are_seen_by_their_own_segments_and_a_segment_without_text_gets_ze
 @pytest.mark.parametrize("pattern", [Full(), CausalFrames()], ids=str)
 def test_packed_clips_equal_each_clip_alone(pattern):
     arrays = inputs()
-    packed = value_and_gradients(Chunked(pattern=pattern, chunk=5), arrays)
+    packed = value_and_gradients(ChunkedAttention(pattern=pattern, chunk=5), arrays)
     weights = jnp.asarray(np.random.default_rng(9).normal(size=arrays[0].shape), jnp.float32)
 
     @jax.jit
     def alone(clip, places, weights):
         def loss(clip):
             ids = jnp.ones((1, places.shape[1]), jnp.int32)
-            out = Dense(pattern=pattern)(*clip, Tokens.among(ids, places))
+            out = DenseAttention(pattern=pattern)(*clip, AttentionInputs.self_attention(ids, places))
             return (out * weights).sum(), out
 
         return jax.grad(loss, has_aux=True)(clip)
@@ -165,11 +165,11 @@ def test_packed_clips_equal_each_clip_alone(pattern):
 @pytest.mark.parametrize(
     "attention",
     [
-        Dense(),
-        Chunked(chunk=5),
-        Chunked(chunk=5, pattern=SparseCausal()),
-        Splash(block=128, interpret=True),
-        Splash(block=128, interpret=True, pattern=CausalFrames()),
+        DenseAttention(),
+        ChunkedAttention(chunk=5),
+        ChunkedAttention(chunk=5, pattern=SparseCausal()),
+        SplashAttention(block_size=128, interpret=True),
+        SplashAttention(block_size=128, interpret=True, pattern=CausalFrames()),
     ],
     ids=str,
 )
@@ -186,9 +186,9 @@ def test_a_segment_sees_no_other_bit_for_bit(attention):
 
 def test_the_branches_for_accelerators_equal_those_for_cpu(monkeypatch):
     arrays = inputs()
-    expected = [value_and_gradients(attention, arrays) for attention in (Dense(), Chunked(chunk=5))]
+    expected = [value_and_gradients(attention, arrays) for attention in (DenseAttention(), ChunkedAttention(chunk=5))]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for attention, values in zip((Dense(), Chunked(chunk=5)), expected, strict=True):
+    for attention, values in zip((DenseAttention(), ChunkedAttention(chunk=5)), expected, strict=True):
         same(value_and_gradients(attention, arrays), values, about=str(attention))
 
 
@@ -198,11 +198,15 @@ def test_blocks_that_begin_with_segments_equal_the_dense_mask(lengths):
     arrays, weights = inputs(), jnp.asarray(np.random.default_rng(9).normal(size=(2, LENGTH, HEADS, WIDTH)))
 
     def gradients(attention):
-        return jax.jit(jax.value_and_grad(lambda *x: (attention(*x, Tokens.among(ids)) * weights).sum(), (0, 1, 2)))
+        return jax.jit(
+            jax.value_and_grad(
+                lambda *x: (attention(*x, AttentionInputs.self_attention(ids)) * weights).sum(), (0, 1, 2)
+            )
+        )
 
-    value, expected = gradients(Dense())(*arrays)
+    value, expected = gradients(DenseAttention())(*arrays)
     for chunk in (2, 4):
-        found, theirs = gradients(Chunked(chunk=chunk, platform="cpu"))(*arrays)
+        found, theirs = gradients(ChunkedAttention(chunk=chunk, platform="cpu"))(*arrays)
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
         for left, right in zip(theirs, expected, strict=True):
             np.testing.assert_allclose(left, right, atol=2e-6)
@@ -212,18 +216,18 @@ def test_a_known_answer():
     q = jnp.zeros((1, 3, 1, 4))
     v = jnp.arange(12.0).reshape(1, 3, 1, 4)
     segments = jnp.asarray([[1, 1, 2]])
-    out = Dense()(q, v, v, Tokens.among(segments))
+    out = DenseAttention()(q, v, v, AttentionInputs.self_attention(segments))
     np.testing.assert_allclose(out[0, :, 0], [[2, 3, 4, 5], [2, 3, 4, 5], [8, 9, 10, 11]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("attention", [Dense(), Chunked(chunk=5)], ids=str)
+@pytest.mark.parametrize("attention", [DenseAttention(), ChunkedAttention(chunk=5)], ids=str)
 def test_large_scores_stay_finite(attention):
     q, k, v = inputs()
     for x in value_and_gradients(attention, [1e3 * q, 1e3 * k, v]):
         assert np.isfinite(x).all()
 
 
-@pytest.mark.parametrize("attention", [Dense(), Chunked(chunk=5)], ids=str)
+@pytest.mark.parametrize("attention", [DenseAttention(), ChunkedAttention(chunk=5)], ids=str)
 def test_bfloat16_has_a_float32_softmax(attention):
     arrays = [x.astype(jnp.bfloat16) for x in inputs()]
     found = value_and_gradients(attention, arrays)
@@ -241,12 +245,12 @@ def test_memory_is_linear_in_the_row(pattern):
         places = jax.ShapeDtypeStruct((1, length, 3), jnp.int32)
 
         def loss(q, k, v, ids, places):
-            return attention(q, k, v, Tokens.among(ids, places)).sum()
+            return attention(q, k, v, AttentionInputs.self_attention(ids, places)).sum()
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array, array, array, ids, places).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    chunked, dense = Chunked(pattern=pattern, chunk=64), Dense(pattern=pattern)
+    chunked, dense = ChunkedAttention(pattern=pattern, chunk=64), DenseAttention(pattern=pattern)
     assert temporary_bytes(dense, 2048) > 3.5 * temporary_bytes(dense, 1024)
     assert temporary_bytes(chunked, 4096) < 2.2 * temporary_bytes(chunked, 2048)
     assert temporary_bytes(chunked, 2048) < temporary_bytes(dense, 2048) / 8
@@ -257,19 +261,21 @@ def test_foreign_blocks_are_not_computed():
     segments = jnp.repeat(jnp.asarray([[1, 2, 1, 3]]), 8, axis=1)
     q, k, v = (jnp.asarray(np.random.default_rng(1).normal(size=(1, 32, 1, 4)), jnp.float32) for _ in range(3))
     poisoned = jnp.where((segments == 2)[..., None, None], jnp.nan, v)
-    out = Chunked(chunk=4)(q, k, poisoned, Tokens.among(segments))
+    out = ChunkedAttention(chunk=4)(q, k, poisoned, AttentionInputs.self_attention(segments))
     assert np.isnan(out[0, 8:16]).all()
     assert np.isfinite(np.delete(out[0], np.s_[8:16], axis=0)).all()
 
 
 def test_backends_by_name():
-    assert make_attention("dense") == Dense()
-    assert make_attention("chunked", chunk=64) == Chunked(chunk=64)
-    assert make_attention("auto", chunk=64) == Auto(limit=256, short=Dense(), long=Chunked(chunk=64))
+    assert make_attention("dense") == DenseAttention()
+    assert make_attention("chunked", chunk=64) == ChunkedAttention(chunk=64)
+    assert make_attention("auto", chunk=64) == AutoAttention(
+        max_dense_tokens=256, dense=DenseAttention(), chunked=ChunkedAttention(chunk=64)
+    )
     assert make_attention() == make_attention("auto")
-    assert make_attention("splash", pattern=TimeOnly()) == Splash(pattern=TimeOnly())
-    assert (default_block(8191), default_block(8192)) == (512, 1024)
-    assert make_attention("cudnn", pattern=SparseCausal()) == Cudnn(pattern=SparseCausal())
+    assert make_attention("splash", pattern=TimeOnly()) == SplashAttention(pattern=TimeOnly())
+    assert (choose_block_size(8191), choose_block_size(8192)) == (512, 1024)
+    assert make_attention("cudnn", pattern=SparseCausal()) == CudnnAttention(pattern=SparseCausal())
     # Equal models have equal graphs, so that a program is compiled once: an attention is a value.
     assert hash(make_attention()) == hash(make_attention())
 
@@ -278,14 +284,14 @@ def test_auto_is_dense_for_short_rows_and_chunked_for_long_ones():
     def program(attention):
         return str(jax.make_jaxpr(lambda *arrays: attention(*arrays, AMONG))(*inputs()))
 
-    short, long = Dense(pattern=SpaceOnly()), Chunked(pattern=SpaceOnly(), chunk=5)
-    assert program(Auto(limit=LENGTH, short=short, long=long)) == program(short)
-    assert program(Auto(limit=LENGTH - 1, short=short, long=long)) != program(short)
+    short, long = DenseAttention(pattern=SpaceOnly()), ChunkedAttention(pattern=SpaceOnly(), chunk=5)
+    assert program(AutoAttention(max_dense_tokens=LENGTH, dense=short, chunked=long)) == program(short)
+    assert program(AutoAttention(max_dense_tokens=LENGTH - 1, dense=short, chunked=long)) != program(short)
 
 
 def test_cudnn_takes_16_bits():
     with pytest.raises(UserError, match="bfloat16 or float16, not float32"):
-        Cudnn()(*inputs(), AMONG)
+        CudnnAttention()(*inputs(), AMONG)
 
 
 def test_tokamax_that_is_not_installed(monkeypatch):
