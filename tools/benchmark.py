@@ -56,8 +56,8 @@ import jax
 sys.path.insert(0, str(Path(__file__).parent))
 
 import dit_video
-from benchmarks import mfu, sampling
-from benchmarks.setting import Setting, resolve_setting
+from benchmarks import mfu, sampler
+from benchmarks.settings import Setting, resolve_setting
 from benchmarks.steps import TrainingSetup, measure_autoencoder, measure_denoiser
 from dit_video.core.errors import MissingError, UserError, script
 from dit_video.nn import Backend
@@ -163,10 +163,10 @@ def run_benchmarks(
 def measure_loop(setting: Setting, size: BenchmarkSize, setting_arguments: Sequence[str]) -> dict[str, Any]:
     """Measure the overhead of the training loop."""
     try:
-        from benchmarks import looping
+        from benchmarks import train_loop
     except ModuleNotFoundError as error:
         return {"skipped": f"{error.name} is not installed"}
-    return looping.measure(setting, size.steps, size.examples, size.rounds, setting_arguments)
+    return train_loop.measure(setting, size.steps, size.examples, size.rounds, setting_arguments)
 
 
 def measure_peers(rounds: int) -> dict[str, Any]:
@@ -212,11 +212,11 @@ def measure_model(size: BenchmarkSize, *, peers: bool) -> dict[str, Any]:
 
 def measure_sampling(size: BenchmarkSize, run: Path) -> dict[str, Any]:
     """Measure steps and guidance against forward passes for two sizes of model, and the time to the first clip."""
-    shapes = {"small": sampling.SMALL}
+    shapes = {"small": sampler.SMALL}
     if not size.small:
-        shapes = {"quickstart": sampling.QUICKSTART, "larger": sampling.SamplingShape()}
-    figures = {name: sampling.measure(shape, size.rounds) for name, shape in shapes.items()}
-    return figures | ({} if size.small else {"first result": sampling.measure_first_result(run)})
+        shapes = {"quickstart": sampler.QUICKSTART, "larger": sampler.SamplingShape()}
+    figures = {name: sampler.measure(shape, size.rounds) for name, shape in shapes.items()}
+    return figures | ({} if size.small else {"first result": sampler.measure_first_result(run)})
 
 
 def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def measure_data(
 ) -> dict[str, Any]:
     """Measure everything that needs the packages for reading clips."""
     try:
-        from benchmarks import data, live
+        from benchmarks import data, online_training
     except ModuleNotFoundError as error:
         return {"skipped": f"{error.name} is not installed"}
     print("timing an epoch of the loader", file=sys.stderr)
@@ -244,7 +244,7 @@ def measure_data(
     with data.provide_clips(clips, 48) as folder:
         print("timing training from video files", file=sys.stderr)
         document["videos"] = data.measure_videos(setting, autoencoder, folder, size.steps)
-        document["live"] = live.measure_online(setting, denoiser, folder, size.steps)
+        document["live"] = online_training.measure_online(setting, denoiser, folder, size.steps)
         print("timing decoding", file=sys.stderr)
         document["decoding"] = data.measure_decoding(setting, folder, size.rounds)
         print("timing ingest", file=sys.stderr)

@@ -25,7 +25,7 @@ if "JAX_PLATFORMS" not in os.environ and not any(Path("/dev").glob("nvidia[0-9]"
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmarks.setting import read_setting, replace_field
+from benchmarks.settings import read_setting, replace_field
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
 from dit_video.distributed import AXES, MeshConfig

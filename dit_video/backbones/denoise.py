@@ -17,7 +17,7 @@ def make_denoise_fn(
     dit: Dit | WanDit,
     *,
     segments: Int[AnyArray, "B N"],
-    coordinates: Float[AnyArray, "B N 3"],
+    positions: Float[AnyArray, "B N 3"],
     context: Float[Array, "B S E"] | None,
     context_segments: Int[Array, "B S"] | None,
     count: int,
@@ -31,7 +31,7 @@ def make_denoise_fn(
     """
     row: dict[str, Any] = {
         "segments": jnp.asarray(segments),
-        "coordinates": jnp.asarray(coordinates),
+        "positions": jnp.asarray(positions),
         "context": context,
         "context_segments": context_segments,
     }

@@ -34,10 +34,10 @@ class KnownFrames:
 
 
 def mask_known_tokens(
-    segments: Int[AnyArray, "B N"], coordinates: Float[AnyArray, "B N 3"], known: Bool[Array, "B G"]
+    segments: Int[AnyArray, "B N"], positions: Float[AnyArray, "B N 3"], known: Bool[Array, "B G"]
 ) -> Bool[Array, "B N"]:
     """Return the mask of the first latent frame's tokens, in segments that are `known` and have other frames too."""
-    frame_positions = jnp.asarray(coordinates[..., 0])
+    frame_positions = jnp.asarray(positions[..., 0])
     is_video = segment_max(frame_positions, segments, count=known.shape[1]) > 0
     return expand_to_tokens(known & is_video, segments) & (frame_positions == 0) & (segments > 0)
 

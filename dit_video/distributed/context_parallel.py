@@ -223,8 +223,8 @@ def _pad_tokens(inputs: AttentionInputs, ranks: int, *, keys: bool) -> Attention
 
     bias = inputs.bias
     if bias is not None:
-        positions = fill(bias.q_coordinates), fill(bias.kv_coordinates, keys)
-        bias = replace(bias, q_coordinates=positions[0], kv_coordinates=positions[1])
+        positions = fill(bias.q_positions), fill(bias.kv_positions, keys)
+        bias = replace(bias, q_positions=positions[0], kv_positions=positions[1])
     return AttentionInputs(
         fill(inputs.q_segments),
         fill(inputs.context_segments, keys),

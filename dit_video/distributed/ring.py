@@ -64,8 +64,8 @@ class RingAttention:
         if inputs.bias is not None:
             assert relative is not None
             assert table is not None
-            positions = part(inputs.bias.q_coordinates, rank), part(inputs.bias.kv_coordinates, source)
-            bias = Bias(config=relative, table=table, q_coordinates=positions[0], kv_coordinates=positions[1])
+            positions = part(inputs.bias.q_positions, rank), part(inputs.bias.kv_positions, source)
+            bias = Bias(config=relative, table=table, q_positions=positions[0], kv_positions=positions[1])
         return _TokenPair(
             AttentionInputs(
                 part(inputs.q_segments, rank),
@@ -99,8 +99,8 @@ def _drop_table(bias: Bias) -> Bias:
     return Bias(
         config=bias.config,
         table=jnp.zeros((0, 0)),
-        q_coordinates=bias.q_coordinates,
-        kv_coordinates=bias.kv_coordinates,
+        q_positions=bias.q_positions,
+        kv_positions=bias.kv_positions,
     )
 
 

@@ -21,7 +21,7 @@ Axis = str | tuple[str, ...] | None
 
 ROW_AXES = ("data", "fsdp")
 """Mesh axes that share the rows of the batch."""
-_TOKEN_PATTERN = r"(^|/)(tokens|segments|coordinates)$"
+_TOKEN_PATTERN = r"(^|/)(tokens|segments|positions)$"
 """Arrays of packed rows whose second axis counts tokens."""
 
 _LAYER_PATTERN = r"(^|/)(temporal_)?blocks/(.*/)?"

@@ -28,7 +28,7 @@ from dit_video.pipelines.config import check_classes
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid
 from dit_video.training.checkpoint_policy import CheckpointPolicy
-from dit_video.training.hooks.writers import MonitoringConfig
+from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule
 
 

@@ -61,7 +61,7 @@ def make_cached_batches(
 
 
 def _compute_token_dt(experiment: Experiment, clips: ClipSource, names: Sequence[str]) -> list[float] | None:
-    """Return the seconds between tokens along time in the clips of these names; None if coordinates count tokens."""
+    """Return the seconds between tokens along time in the clips of these names; None if positions count tokens."""
     dit = experiment.denoiser.dit
     if dit.time_coordinate == "tokens":
         return None

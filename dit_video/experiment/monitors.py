@@ -27,7 +27,7 @@ from dit_video.nn.attention import Full
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.text import Tokenizer
 from dit_video.tokens import Grid, PackedBatch
-from dit_video.training.hooks.writers import Log, MonitoringConfig, TensorBoard, WeightsAndBiases
+from dit_video.training.hooks.metric_logs import Log, MonitoringConfig, TensorBoard, WeightsAndBiases
 from dit_video.training.loop import PeriodicCall
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.optim.ema import DECAY, format_average_name
@@ -192,7 +192,7 @@ def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | 
         clips: list[Any] = []
         texts: list[int] = []
         images: list[int] = []
-        packed_rows = zip(rows.segments, rows.coordinates, rows.text_segments, rows.image_segments, strict=True)
+        packed_rows = zip(rows.segments, rows.positions, rows.text_segments, rows.image_segments, strict=True)
         for segments, positions, text, image in packed_rows:
             lengths = np.bincount(segments)[1:]
             clips += (
@@ -208,7 +208,7 @@ def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | 
 
 
 def infer_grid(positions: Float[np.ndarray, "n 3"]) -> Grid:
-    """Return the token grid of a clip from its tokens' coordinates."""
+    """Return the token grid of a clip from its tokens' positions."""
     return Grid(*(len(np.unique(axis)) for axis in positions.T))
 
 

@@ -171,7 +171,7 @@ class Stage:
     """Config of a stage of the denoiser's training before the last one. None stands for the experiment's own value.
 
     Weights, optimizer state and averages are carried over from stage to stage. Sizes and lengths may change, because
-    tokens have real-valued coordinates.
+    tokens have real-valued positions.
     """
 
     name: str

@@ -11,7 +11,7 @@ from dit_video.families.kandinsky import autoencoder as vq_autoencoder
 from dit_video.families.stable_diffusion import autoencoder as image_autoencoder
 from dit_video.families.wan import autoencoder as wan_autoencoder
 from dit_video.weights import diffusers, native_format
-from dit_video.weights.tensor_mapping import SHARD_BYTES
+from dit_video.weights.tensor_map import SHARD_BYTES
 
 _LoadedAutoencoder = tuple[AutoencoderConfig, dict[str, Any]]
 _LOADERS: dict[str, Callable[[Path, dict[str, Any]], _LoadedAutoencoder]] = {

@@ -26,7 +26,7 @@ from dit_video.weights import diffusers, native_format, streaming
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import get_native_modules, load_lora, save_lora
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
-from dit_video.weights.tensor_mapping import SHARD_BYTES
+from dit_video.weights.tensor_map import SHARD_BYTES
 from dit_video.weights.text_encoders import T5_MODEL_TYPES, make_t5_export, make_t5_tensor_map, read_t5_config
 
 TargetLayout = Literal["diffusers", "authors", "dit_video"]

@@ -17,7 +17,7 @@ from dit_video.families.wan import transformer as wan_transformer
 from dit_video.families.wan.transformer import WanLayout
 from dit_video.weights import diffusers, native_format
 from dit_video.weights.parameter import Placement, place_on_host
-from dit_video.weights.tensor_mapping import SHARD_BYTES, make_dtype_fn
+from dit_video.weights.tensor_map import SHARD_BYTES, make_dtype_fn
 
 _DIT_CLASSES = (dit_transformer.CLASS, dit_transformer.LEGACY_CLASS, *dit_transformer.AUTHORS_CLASSES)
 EXTERNAL_CLASSES = (*wan_transformer.CLASSES, *_DIT_CLASSES)

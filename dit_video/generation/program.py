@@ -61,7 +61,7 @@ def make_program(
             denoise = make_denoise_fn(
                 nnx.merge(dit, params["dit"]),
                 segments=rows.segments,
-                coordinates=rows.coordinates,
+                positions=rows.positions,
                 context=context.values,
                 context_segments=context.segments,
                 count=rows.examples.shape[1],

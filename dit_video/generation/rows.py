@@ -22,7 +22,7 @@ from dit_video.tokens import (
     PackedBatch,
     PackedExample,
     PackedShape,
-    compute_coordinates,
+    compute_positions,
     compute_token_grid,
     make_empty_row,
     pack,
@@ -177,7 +177,7 @@ class Packer(NamedTuple):
     patch: Grid
     """Patch size of the denoiser."""
     token_dt: float
-    """Distance of consecutive tokens along time, in units of coordinates."""
+    """Distance of consecutive tokens along time, in units of positions."""
     branch_count: int
     """Number of guidance branches."""
     rows: int
@@ -201,7 +201,7 @@ class Packer(NamedTuple):
             clips.append([])
             for index in row:
                 request, conditions = self.requests[index], self.requests[index].branches(self.branch_count)
-                tokens, positions = patchify(request.noise, self.patch), self._compute_coordinates(index)
+                tokens, positions = patchify(request.noise, self.patch), self._compute_positions(index)
                 for branch in branches:
                     prompt, conditioning = conditions[branch]
                     items[-1].append(PackedExample(tokens, positions, self.texts[prompt], index))
@@ -213,8 +213,8 @@ class Packer(NamedTuple):
         given_to_all = given_rows(clips, patch=self.patch, shape=group.shape, rows=self.rows)
         return PackedBatch(*map(np.stack, zip(*packed, strict=True))), given_to_all
 
-    def _compute_coordinates(self, index: int) -> Float32[np.ndarray, "n 3"]:
-        return compute_coordinates(self._get_token_grid(index), step=(self.token_dt, 1.0, 1.0))
+    def _compute_positions(self, index: int) -> Float32[np.ndarray, "n 3"]:
+        return compute_positions(self._get_token_grid(index), step=(self.token_dt, 1.0, 1.0))
 
     def _get_token_grid(self, index: int) -> Grid:
         return compute_token_grid(Grid(*self.requests[index].noise.shape[:3]), self.patch)

@@ -108,7 +108,7 @@ class Denoiser(NamedTuple):
     boundary: float | None = None
     """Time below which the second of two experts, `low_noise`, denoises."""
     token_dt: float = 1.0
-    """Distance of consecutive tokens along time, in units of coordinates."""
+    """Distance of consecutive tokens along time, in units of positions."""
 
 
 class LatentTrace(NamedTuple):
@@ -279,7 +279,7 @@ def _sample_batch(
     return state
 
 
-def _pad_times(times: Any, start: int, stop: int, capacity: int) -> Float32[np.ndarray, " {room}+1"]:
+def _pad_times(times: Any, start: int, stop: int, capacity: int) -> Float32[np.ndarray, " {capacity}+1"]:
     """Return the times of some steps, padded with the last one to `capacity` intervals."""
     part = np.asarray(times, np.float32)[start : stop + 1]
     return np.concatenate([part, np.full(capacity + 1 - len(part), part[-1], np.float32)])

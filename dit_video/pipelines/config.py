@@ -69,7 +69,7 @@ class PipelineConfig:
 
     @property
     def token_dt(self) -> float:
-        """Return the spacing of tokens along time in the denoiser's coordinates: 1 in tokens, or seconds."""
+        """Return the spacing of tokens along time in the denoiser's positions: 1 in tokens, or seconds."""
         if self.dit.time_coordinate == "tokens":
             return 1.0
         return self.autoencoder.stride.t * self.dit.patch.t / self.fps

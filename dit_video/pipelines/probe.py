@@ -22,7 +22,7 @@ from dit_video.tokens import (
     PackedBatch,
     PackedExample,
     PackedShape,
-    compute_coordinates,
+    compute_positions,
     compute_token_grid,
     pack,
     patchify,
@@ -69,7 +69,7 @@ class DenoiserProbe:
         self._denoise = make_denoise_fn(
             self.dit,
             segments=self._rows.segments,
-            coordinates=self._rows.coordinates,
+            positions=self._rows.positions,
             context=self._context.values,
             context_segments=self._context.segments,
             count=1,
@@ -80,7 +80,7 @@ class DenoiserProbe:
         tokenizer = open_tokenizer(pipeline.config.text)
         texts = [tokenizer(prompt) for prompt in prompts]
         shape = PackedShape(tokens=self.token_grid.volume, text=max(map(len, texts)), segments=1)
-        positions = compute_coordinates(self.token_grid, step=(pipeline.config.token_dt, 1.0, 1.0))
+        positions = compute_positions(self.token_grid, step=(pipeline.config.token_dt, 1.0, 1.0))
         width = self.patch.volume * self.channels
         rows = [
             pack(
@@ -123,7 +123,7 @@ class DenoiserProbe:
             jnp.full((noisy.shape[0], 1), time, jnp.float32),
             queries=queries,
             segments=jnp.asarray(self._rows.segments),
-            coordinates=jnp.asarray(self._rows.coordinates),
+            positions=jnp.asarray(self._rows.positions),
             context=self._context.values,
             context_segments=self._context.segments,
             given=self._given,

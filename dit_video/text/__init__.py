@@ -1,6 +1,6 @@
 """Tokenizers and text encoders."""
 
-from dit_video.text.bytes import ByteEncoder, ByteEncoderConfig, ByteTokenizer
+from dit_video.text.byte_encoder import ByteEncoder, ByteEncoderConfig, ByteTokenizer
 from dit_video.text.classes import ClassNames, ClassNamesConfig, ClassTokenizer
 from dit_video.text.embedder import Embedder, FrozenEncoderConfig
 from dit_video.text.frozen import FrozenText, FrozenTextConfig

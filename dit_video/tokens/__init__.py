@@ -1,6 +1,5 @@
-"""Spacetime patches as token sequences: patchify, coordinates, packing, rotary embedding."""
+"""Spacetime patches as token sequences: patchify, positions, packing, rotary embedding."""
 
-from dit_video.tokens.coordinates import compute_coordinates
 from dit_video.tokens.noise import sample_packed_noise
 from dit_video.tokens.packing import (
     PackedBatch,
@@ -15,6 +14,7 @@ from dit_video.tokens.packing import (
     unpack,
 )
 from dit_video.tokens.patchify import Grid, compute_token_grid, patchify, unpatchify
+from dit_video.tokens.positions import compute_positions
 from dit_video.tokens.rotary import Rotary3d, compute_rotary_angles, rotate, split_evenly
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "PackedExample",
     "PackedShape",
     "Rotary3d",
-    "compute_coordinates",
+    "compute_positions",
     "compute_rotary_angles",
     "compute_segment_offsets",
     "compute_token_grid",

@@ -32,7 +32,7 @@ class PackedExample(NamedTuple):
     """One clip, ready to be packed."""
 
     tokens: Float32[np.ndarray, "n p"]
-    coordinates: Float32[np.ndarray, "n 3"]
+    positions: Float32[np.ndarray, "n 3"]
     text: Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
     """Token ids, or embeddings of a frozen text encoder."""
     example: int
@@ -48,7 +48,7 @@ class PackedBatch(NamedTuple):
 
     tokens: Float[AnyArray, "*B N p"]
     segments: Int[AnyArray, "*B N"]
-    coordinates: Float[AnyArray, "*B N 3"]
+    positions: Float[AnyArray, "*B N 3"]
     text: Int[AnyArray, "*B S"] | Float[AnyArray, "*B S E"]
     """Token ids, or embeddings."""
     text_segments: Int[AnyArray, "*B S"]
@@ -92,7 +92,7 @@ def pack(examples: Sequence[PackedExample], shape: PackedShape, *, width: int, t
         stop, text_stop = start + len(example.tokens), text_start + len(example.text)
         row.tokens[start:stop] = example.tokens
         row.segments[start:stop] = index + 1
-        row.coordinates[start:stop] = example.coordinates
+        row.positions[start:stop] = example.positions
         row.text[text_start:text_stop] = example.text
         row.text_segments[text_start:text_stop] = index + 1
         row.examples[index] = example.example
@@ -127,7 +127,7 @@ def make_empty_row(
     return PackedBatch(
         tokens=np.zeros((shape.tokens, width), np.float32),
         segments=np.zeros((shape.tokens,), np.int32),
-        coordinates=np.zeros((shape.tokens, 3), np.float32),
+        positions=np.zeros((shape.tokens, 3), np.float32),
         text=np.zeros((shape.text, text_width), np.float32) if text_width else np.zeros((shape.text,), np.int32),
         text_segments=np.zeros((shape.text,), np.int32),
         examples=np.zeros((shape.segments,), np.uint32),

@@ -1,4 +1,4 @@
-"""Rotary position embedding for real-valued coordinates (RoPE, arXiv 2104.09864, extended to three axes)."""
+"""Rotary position embedding for real-valued positions (RoPE, arXiv 2104.09864, extended to three axes)."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Rotary3d:
     """Configuration of rotary embedding: the division of a head's width among (t, h, w), and the frequencies.
 
     Pair `j` of an axis with `d_a` channels is rotated by `scale_a * coordinate * theta_a^(-2j / d_a)`; so the product
-    of a query and a key depends on the difference of their coordinates alone.
+    of a query and a key depends on the difference of their positions alone.
 
     For clips longer or larger than those in training, `scale` below 1 interpolates between the trained positions
     (arXiv 2306.15595), and `stretch` above 1 slows the slow pairs but not the fast ones, which distinguish neighbours
@@ -28,7 +28,7 @@ class Rotary3d:
     theta: float = 10_000.0
     """Base of the frequencies, which range from 1 down to about `1 / theta`."""
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Factor of the coordinates: trained extent / new extent; for time in seconds also the steps per second."""
+    """Factor of the positions: trained extent / new extent; for time in seconds also the steps per second."""
     stretch: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Ratio new extent / trained extent in `theta_a = theta * stretch_a^(d_a / (d_a - 2))`: the slowest pair then turns
     as far over the new extent as over the trained one."""
@@ -62,7 +62,7 @@ def split_evenly(width: int) -> tuple[int, int, int]:
     return width - 2 * space, space, space
 
 
-def compute_rotary_angles(coordinates: Float[Array, "*batch N 3"], rotary: Rotary3d) -> Float[Array, "*batch N half"]:
+def compute_rotary_angles(positions: Float[Array, "*batch N 3"], rotary: Rotary3d) -> Float[Array, "*batch N half"]:
     """Return the angle of every pair of a head's channels in float32."""
     parts = []
     for axis, width in enumerate(rotary.split):
@@ -70,7 +70,7 @@ def compute_rotary_angles(coordinates: Float[Array, "*batch N 3"], rotary: Rotar
         if width > 2:  # the only pair of an axis with two channels has frequency 1, whatever theta is
             theta *= rotary.stretch[axis] ** (width / (width - 2))
         frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-        scaled = coordinates[..., axis, None].astype(jnp.float32) * rotary.scale[axis]
+        scaled = positions[..., axis, None].astype(jnp.float32) * rotary.scale[axis]
         parts.append(scaled * frequencies)
     return jnp.concatenate(parts, axis=-1)
 

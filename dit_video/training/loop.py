@@ -29,16 +29,16 @@ from jaxtyping import Array, Bool
 from dit_video.core import trees as trees
 from dit_video.core.errors import GracefulStop, UserError
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.hooks.log_interval import (
+from dit_video.training.hooks.logging import Progress
+from dit_video.training.hooks.metric_accumulator import (
     BatchIdentifier,
     MetricAccumulator,
     NonFiniteLossError,
     TooManySkipsError,
 )
-from dit_video.training.hooks.logging import Progress
+from dit_video.training.hooks.metric_logs import Log
 from dit_video.training.hooks.profiler import TraceConfig, Tracer
 from dit_video.training.hooks.skipped_steps import SkippedLog
-from dit_video.training.hooks.writers import Log
 from dit_video.training.preemption import handle_signals
 
 

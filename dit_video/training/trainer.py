@@ -22,10 +22,10 @@ from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
 from dit_video.training.folder_lock import lock_folder
 from dit_video.training.hooks.logging import MetricsLog
+from dit_video.training.hooks.metric_logs import CombinedLog, Log
 from dit_video.training.hooks.profiler import TraceConfig
 from dit_video.training.hooks.skipped_steps import SkippedLog, get_example_ids
 from dit_video.training.hooks.throughput import ThroughputMeter
-from dit_video.training.hooks.writers import CombinedLog, Log
 from dit_video.training.losses.adversarial import DiscriminatorTraining, make_adversarial_step
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.optim.ema import EmaConfig

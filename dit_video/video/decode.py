@@ -11,7 +11,7 @@ import numpy as np
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.tokens import Grid
 from dit_video.video.clip import Clip
-from dit_video.video.interlaced import deinterlace
+from dit_video.video.deinterlace import deinterlace
 from dit_video.video.reader import TOLERANCE, TimedFrame, Video
 from dit_video.video.to_rgb import RgbConverter, compute_display_size
 
@@ -29,7 +29,7 @@ class VideoInfo:
     """Number of frames."""
     fps: float
     """Average frames per second."""
-    last_time: float
+    seconds: float
     """Time of the last frame, in seconds after the first."""
     codec: str
     """Name of ffmpeg's decoder."""
@@ -116,7 +116,7 @@ def probe(source: Path | bytes, *, on_frame: Callable[[float, av.VideoFrame], No
         raise _make_no_frames_error(video.name, 0.0)
     fps = compute_average_fps(count, last_time, video.get_rate(count))
     return VideoInfo(
-        height=display_size[0], width=display_size[1], frames=count, fps=fps, last_time=last_time, codec=video.codec
+        height=display_size[0], width=display_size[1], frames=count, fps=fps, seconds=last_time, codec=video.codec
     )
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from dit_video.video.decode import sample_frames
+from dit_video.video.deinterlace import deinterlace
 from dit_video.video.encode import TimedPicture, encode_timed
-from dit_video.video.interlaced import deinterlace
 from dit_video.video.reader import TimedFrame, Video
 from dit_video.video.to_rgb import RgbConverter
 

@@ -9,7 +9,7 @@ from dit_video.weights.clip import (
     read_clip_vision_config,
     save_clip,
 )
-from dit_video.weights.clip_images import load_clip_image_processor, save_clip_image_processor
+from dit_video.weights.clip_image_processor import load_clip_image_processor, save_clip_image_processor
 from dit_video.weights.embedders import load_embedder, read_text_encoder_config
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import LoraModule, LoraModules, expand_layers, get_native_modules, load_lora, save_lora

@@ -12,7 +12,7 @@ from dit_video.features.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, Cli
 from dit_video.nn import get_param_shapes
 from dit_video.weights.folders import TensorFolder, find_model_folder, read_transformers_config
 from dit_video.weights.io import read_encoder_params, write_params
-from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMapping
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMapping
 
 _CLIP_CLASS = "CLIPModel"
 _TEXT_CLASSES, _VISION_CLASSES = (

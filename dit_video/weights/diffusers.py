@@ -11,7 +11,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.io import read_params, write_params
-from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 
 STEM = "diffusion_pytorch_model"
 CONV_2D = "o i h w -> 1 h w i o"

@@ -15,7 +15,7 @@ from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.parameter import Placement, place_on_device, place_on_host
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
-from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, make_dtype_fn
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, make_dtype_fn
 
 
 def read_params(

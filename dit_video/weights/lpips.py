@@ -12,7 +12,7 @@ from dit_video.features.lpips import STAGES
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.weights.io import read_params
 from dit_video.weights.safetensors import check_safetensors_file
-from dit_video.weights.tensor_mapping import TensorMapping
+from dit_video.weights.tensor_map import TensorMapping
 
 EXPORT_COMMAND = (
     'python -c "import lpips, safetensors.torch as s; '

@@ -20,7 +20,7 @@ from dit_video.core.files import write_json
 from dit_video.weights import safetensors as ours
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.parameter import Parameter, Placement, place_on_host
-from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping, get_their_shape
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping, get_their_shape
 
 _CHUNK_BYTES = 16_000_000
 """Size of the chunks in which tensors are copied, in bytes."""

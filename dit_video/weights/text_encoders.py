@@ -13,7 +13,7 @@ from dit_video.nn import get_param_shapes
 from dit_video.text import T5Config
 from dit_video.weights.folders import TensorFolder, find_model_folder, read_transformers_config
 from dit_video.weights.io import read_encoder_params, write_params
-from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 
 _EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")
 """The names of the token embedding, which a file has under either or both."""

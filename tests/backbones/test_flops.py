@@ -37,7 +37,7 @@ def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
         "noisy": jax.ShapeDtypeStruct((1, tokens, config.token_width), jnp.float32),
         "time": jax.ShapeDtypeStruct((1, 1), jnp.float32),
         "segments": ids,
-        "coordinates": jax.ShapeDtypeStruct((1, tokens, 3), jnp.float32),
+        "positions": jax.ShapeDtypeStruct((1, tokens, 3), jnp.float32),
         "context": jax.ShapeDtypeStruct((1, text, config.context_width), jnp.float32),
         "context_segments": jnp.ones((1, text), jnp.int32),
     }

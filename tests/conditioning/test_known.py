@@ -6,12 +6,12 @@ import pytest
 
 from dit_video.conditioning import KnownFrames, make_cond_latents, mask_known_tokens
 from dit_video.core.errors import UserError
-from dit_video.tokens import Grid, compute_coordinates, patchify
+from dit_video.tokens import Grid, compute_positions, patchify
 
 CLIP, IMAGE = Grid(3, 1, 2), Grid(1, 2, 1)
 SEGMENTS = np.asarray([[1] * 6 + [2] * 2 + [3] * 6 + [0] * 2])
 PLACES = np.concatenate(
-    [compute_coordinates(CLIP), compute_coordinates(IMAGE), compute_coordinates(CLIP), np.zeros((2, 3), np.float32)]
+    [compute_positions(CLIP), compute_positions(IMAGE), compute_positions(CLIP), np.zeros((2, 3), np.float32)]
 )[None]
 
 

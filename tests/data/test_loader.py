@@ -26,7 +26,7 @@ from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.rows import RowLayout
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.synthetic import shapes
-from dit_video.tokens import Grid, PackedShape, compute_coordinates, patchify, unpack
+from dit_video.tokens import Grid, PackedShape, compute_positions, patchify, unpack
 from support.stand_ins import pooled, tokenize
 
 PATCH = Grid(1, 2, 2)
@@ -104,7 +104,7 @@ def test_batches_hold_the_examples(source):
         for rank, example in enumerate(found):
             _, place, caption = seen[epoch * 50 + rank]
             t, h, w = source.sizes[example]
-            np.testing.assert_array_equal(place, compute_coordinates(Grid(t, h // 2, w // 2)))
+            np.testing.assert_array_equal(place, compute_positions(Grid(t, h // 2, w // 2)))
             np.testing.assert_array_equal(caption, tokenize(source.captions[example]))
 
 
@@ -244,7 +244,7 @@ def test_a_damaged_example_keeps_its_place_and_does_not_count(source, monkeypatc
     batches = take(source, 4)
     missing = 0
     for batch, whole in zip(batches, expected, strict=True):
-        for name in ("segments", "coordinates", "text", "text_segments", "examples"):
+        for name in ("segments", "positions", "text", "text_segments", "examples"):
             np.testing.assert_array_equal(getattr(batch, name), getattr(whole, name))
         lost = whole.valid & ~batch.valid
         missing += lost.sum()
@@ -325,7 +325,7 @@ def encoded(clips, count, encode=pooled, intervals=None, **reading):
 def test_rows_of_video_files(clips):
     batches = encoded(clips, 8)
     assert all(batch.valid.sum() and batch.tokens.shape == (2, 32, 12) for batch in batches)
-    assert {at for batch in batches for at in batch.coordinates[..., 0].flat} == {0.0, 1.0}
+    assert {at for batch in batches for at in batch.positions[..., 0].flat} == {0.0, 1.0}
     for start in (1, 6):
         assert_equal(encoded(clips, 1, start_step=start)[0], batches[start])
     shares = [encoded(clips, 2, host=host, hosts=2, workers=host) for host in range(2)]
@@ -338,15 +338,15 @@ def test_coordinates_along_time_in_seconds(source, clips):
     [cached] = take(source, 1, intervals=[0.25 + example for example in range(50)])
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     for row in range(4):
-        both = [unpack(values[row], cached.segments[row]) for values in (cached.tokens, cached.coordinates)]
+        both = [unpack(values[row], cached.segments[row]) for values in (cached.tokens, cached.positions)]
         for tokens, at in zip(*both, strict=True):
             example = patches[tokens.tobytes()]
             t, h, w = source.sizes[example]
             np.testing.assert_array_equal(
-                at, compute_coordinates(Grid(t, h // 2, w // 2), step=(0.25 + example, 1.0, 1.0))
+                at, compute_positions(Grid(t, h // 2, w // 2), step=(0.25 + example, 1.0, 1.0))
             )
     [live] = encoded(clips, 1, intervals=[0.5] * len(clips))
-    assert set(live.coordinates[..., 0].flat) == {0.0, 0.5}
+    assert set(live.positions[..., 0].flat) == {0.0, 0.5}
     counted = load_packed_batches(
         source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
     )

@@ -18,7 +18,7 @@ from dit_video.diffusion import (
     sample,
 )
 from dit_video.nn import get_graph_def
-from dit_video.tokens import Grid, compute_coordinates
+from dit_video.tokens import Grid, compute_positions
 from support.rough import rough_params
 from support.tiny_class_dit import DIT
 
@@ -119,7 +119,7 @@ def test_the_variance_that_is_learned_is_that_of_the_step_back(number):
 GRID = Grid(1, 4, 4)
 ROW = {
     "segments": jnp.ones((2, GRID.volume), jnp.int32),
-    "coordinates": jnp.tile(jnp.asarray(compute_coordinates(GRID))[None], (2, 1, 1)),
+    "positions": jnp.tile(jnp.asarray(compute_positions(GRID))[None], (2, 1, 1)),
     "context": None,
     "context_segments": None,
 }

@@ -47,7 +47,7 @@ ATTENTION = """
             if biased:
                 places = jnp.asarray(indices, jnp.float32)
                 at = at._replace(
-                    bias=Bias(relative=relative, table=table, q_coordinates=places, kv_coordinates=places)
+                    bias=Bias(relative=relative, table=table, q_positions=places, kv_positions=places)
                 )
             out = attention(q, k, v, at)
             return (out * weight).sum(), out

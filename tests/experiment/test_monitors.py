@@ -16,9 +16,9 @@ from dit_video.core.trees import flatten
 from dit_video.experiment import monitors
 from dit_video.experiment.run import Run
 from dit_video.nn import LoraConfig
-from dit_video.tokens import Grid, PackedExample, PackedShape, compute_coordinates, pack
+from dit_video.tokens import Grid, PackedExample, PackedShape, compute_positions, pack
 from dit_video.training.hooks import logging
-from dit_video.training.hooks.writers import MonitoringConfig
+from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.video import Clip, decode
 
@@ -39,7 +39,7 @@ def test_work_of_rows_is_that_of_their_clips(tiny):
     shape = PackedShape(tokens=20, text=9, segments=3)
     grids, texts = (Grid(2, 2, 2), Grid(1, 2, 3), Grid(1, 1, 4)), (4, 2, 3)
     items = [
-        PackedExample(np.zeros((grid.volume, 4), np.float32), compute_coordinates(grid), np.zeros(text, np.int32), 0)
+        PackedExample(np.zeros((grid.volume, 4), np.float32), compute_positions(grid), np.zeros(text, np.int32), 0)
         for grid, text in zip(grids, texts, strict=True)
     ]
     rows = [pack(part, shape, width=4) for part in (items[:2], items[2:])]
@@ -50,7 +50,7 @@ def test_work_of_rows_is_that_of_their_clips(tiny):
     adapted = monitors.make_flops_fn(dataclasses.replace(config, start="somewhere", lora=LoraConfig()))
     assert adapted is not None
     assert adapted(batch) == work(batch) * 2 // 3
-    assert [monitors.infer_grid(compute_coordinates(grid)) for grid in grids] == list(grids)
+    assert [monitors.infer_grid(compute_positions(grid)) for grid in grids] == list(grids)
 
 
 WATCHED = MonitoringConfig(

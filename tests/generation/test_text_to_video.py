@@ -13,7 +13,7 @@ from dit_video.core.errors import UserError
 from dit_video.diffusion import Heun, TracedSampler
 from dit_video.generation import LatentRequest, Sampling, draw_initial_noise, sample_latents
 from dit_video.generation.program import make_program
-from dit_video.tokens import Grid, compute_coordinates, compute_token_grid, patchify, unpatchify
+from dit_video.tokens import Grid, compute_positions, compute_token_grid, patchify, unpatchify
 from support.tiny_denoiser import DENOISER, DIT, SAMPLING, SHAPE, SMALL, request
 
 MIXED = [request("red"), SMALL, request("a box", (1, 4, 6), seed=2), request("", (3, 2, 2), seed=3)]
@@ -37,7 +37,7 @@ def velocity(params, tokens, time, text, at):
         tokens[None],
         time.reshape(1, 1),
         segments=segments,
-        coordinates=at[None],
+        positions=at[None],
         context=context.values,
         context_segments=context.segments,
     )[0]
@@ -46,7 +46,7 @@ def velocity(params, tokens, time, text, at):
 def by_hand(request: LatentRequest, *, interval: float = 1.0):
     """Two Euler steps with guidance 2 over the shifted times 1, 2/3, 0."""
     grid = compute_token_grid(Grid(*request.noise.shape[:3]), DIT.patch)
-    x, at = patchify(request.noise, DIT.patch), compute_coordinates(grid, step=(interval, 1.0, 1.0))
+    x, at = patchify(request.noise, DIT.patch), compute_positions(grid, step=(interval, 1.0, 1.0))
     for time, following in ((1.0, 2 / 3), (2 / 3, 0.0)):
         c, u = (
             np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), DENOISER.tokenizer(text), at))
@@ -134,7 +134,7 @@ def test_guidance():
 def test_a_solver_is_chosen_with_the_request():
     """Heun's first of two steps, from 1 to 2/3; one to the data is Euler's."""
     heun = sampled([SMALL], Sampling(steps=2, guidance=1.0, solver=Heun()))[0]
-    x, at, text = patchify(SMALL.noise, DIT.patch), compute_coordinates(Grid(1, 1, 2)), DENOISER.tokenizer("dot")
+    x, at, text = patchify(SMALL.noise, DIT.patch), compute_positions(Grid(1, 1, 2)), DENOISER.tokenizer("dot")
 
     def slope(x, time):
         return np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), text, at))

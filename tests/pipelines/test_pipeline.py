@@ -61,7 +61,7 @@ def test_the_default_size_is_the_training_size(pipeline):
 
 
 def test_the_interval_of_tokens_is_that_of_the_training(tiny):
-    """Of 4 pixel frames at 16 a second, where coordinates count seconds."""
+    """Of 4 pixel frames at 16 a second, where positions count seconds."""
     experiment = tiny.EXPERIMENT
     counted = PipelineConfig(
         autoencoder=experiment.autoencoder.model,

@@ -181,7 +181,7 @@ def test_of_a_sampler_tokens_are_split_and_texts_are_whole(eight_rows):
     _, state, batch, *_ = plan_step(experiment, "sampler", mesh, clips=[16]).arguments
     split = {path: leaf.sharding.spec for path, leaf in flatten((state, batch)).items() if leaf.ndim > 1}
     along = {path.split("/")[-1] for path, spec in split.items() if "context" in spec}
-    assert along == {"x", "tokens", "segments", "coordinates"}
+    assert along == {"x", "tokens", "segments", "positions"}
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from dit_video.core.trees import map_with_path
 from dit_video.experiment import export
 from dit_video.families import save_denoiser
 from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, merge_lora
-from dit_video.tokens import Grid, compute_coordinates, patchify, unpatchify
+from dit_video.tokens import Grid, compute_positions, patchify, unpatchify
 from support.rough import rough_params
 
 pytestmark = pytest.mark.parity
@@ -39,7 +39,7 @@ def ours(params):
         jnp.asarray(patchify(LATENTS, DIT.patch)[None]),
         jnp.full((1, 1), TIME),
         segments=jnp.ones((1, GRID.volume), jnp.int32),
-        coordinates=jnp.asarray(compute_coordinates(GRID)[None]),
+        positions=jnp.asarray(compute_positions(GRID)[None]),
         context=jnp.asarray(CONTEXT)[None],
         context_segments=jnp.ones((1, TEXT), jnp.int32),
     )

@@ -14,7 +14,7 @@ from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_sha
 from dit_video.distributed.planner import read_program
 from dit_video.nn import LoraConfig, get_graph_def, init_lora
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_coordinates, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
@@ -42,7 +42,7 @@ def packed(start: int) -> PackedBatch:
         for size in row:
             draw = np.random.default_rng(number)
             tokens = draw.normal(size=(of[size].volume, 4)).astype(np.float32)
-            items.append(PackedExample(tokens, compute_coordinates(of[size]), TOKENIZE(f"clip {size}"), number))
+            items.append(PackedExample(tokens, compute_positions(of[size]), TOKENIZE(f"clip {size}"), number))
             number += 1
         made.append(pack(items, SHAPE, width=4))
     return PackedBatch(*map(np.stack, zip(*made, strict=True)))

@@ -12,7 +12,7 @@ from jax import Array
 from dit_video.backbones.dit import Given
 from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def
-from dit_video.tokens import Grid, compute_coordinates
+from dit_video.tokens import Grid, compute_positions
 
 GRIDS = (Grid(2, 2, 2), Grid(1, 2, 3))
 TEXTS = (3, 2)
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     noisy: Array
     time: Array
     segments: Array
-    coordinates: Array
+    positions: Array
     context: Array
     context_segments: Array
     token_time: Array
@@ -64,7 +64,7 @@ def _row(numbers: tuple[int, ...]) -> Batch:
         noisy=np.full((TOKENS, TOKEN_WIDTH), 9, np.float32),
         time=np.full(SEGMENTS, 0.9, np.float32),
         segments=np.zeros(TOKENS, np.int32),
-        coordinates=np.full((TOKENS, 3), 5, np.float32),
+        positions=np.full((TOKENS, 3), 5, np.float32),
         context=np.full((TEXT, TEXT_WIDTH), 9, np.float32),
         context_segments=np.zeros(TEXT, np.int32),
         token_time=np.full(TOKENS, 0.4, np.float32),
@@ -84,7 +84,7 @@ def _row(numbers: tuple[int, ...]) -> Batch:
         found.weights[tokens] = draw.normal(size=(grid.volume, TOKEN_WIDTH))
         found.time[index] = draw.uniform()
         found.segments[tokens] = index + 1
-        found.coordinates[tokens] = compute_coordinates(grid)
+        found.positions[tokens] = compute_positions(grid)
         found.context[text] = draw.normal(size=(TEXTS[number], TEXT_WIDTH))
         found.context_segments[text] = index + 1
         frames = np.full(grid, found.time[index])
@@ -104,7 +104,7 @@ def predict(params, batch: Batch, config) -> Array:
         batch.noisy,
         batch.time,
         segments=batch.segments,
-        coordinates=batch.coordinates,
+        positions=batch.positions,
         context=batch.context,
         context_segments=batch.context_segments,
         given=batch.given(config),
@@ -134,7 +134,7 @@ def with_others_changed(batch: Batch, segment: int) -> Batch:
     return batch._replace(
         noisy=other(batch.segments, batch.noisy),
         time=jnp.where(ids == segment, batch.time, 0.5 * batch.time),
-        coordinates=other(batch.segments, batch.coordinates),
+        positions=other(batch.segments, batch.positions),
         context=other(batch.context_segments, batch.context),
         token_time=jnp.where(batch.segments == segment, batch.token_time, 0.5 * batch.token_time),
         latents=other(batch.segments, batch.latents),

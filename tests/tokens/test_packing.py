@@ -10,7 +10,7 @@ from dit_video.tokens import (
     Grid,
     PackedExample,
     PackedShape,
-    compute_coordinates,
+    compute_positions,
     compute_segment_offsets,
     expand_to_tokens,
     make_empty_row,
@@ -27,7 +27,7 @@ def item(grid: Grid, text: int, example: int) -> PackedExample:
     draw = np.random.default_rng(example)
     return PackedExample(
         tokens=draw.normal(size=(grid.volume, WIDTH)).astype(np.float32),
-        coordinates=compute_coordinates(grid),
+        positions=compute_positions(grid),
         text=draw.integers(1, 99, text).astype(np.int32),
         example=example,
     )
@@ -45,10 +45,10 @@ def test_a_row_holds_items_in_order_and_then_padding():
     assert row.examples[:2].tolist() == [7, 2**32 - 1]
     np.testing.assert_array_equal(row.tokens[:8], ITEMS[0].tokens)
     np.testing.assert_array_equal(row.tokens[8:14], ITEMS[1].tokens)
-    np.testing.assert_array_equal(row.coordinates[8:14], ITEMS[1].coordinates)
+    np.testing.assert_array_equal(row.positions[8:14], ITEMS[1].positions)
     np.testing.assert_array_equal(row.text[3:8], ITEMS[1].text)
     assert not row.tokens[14:].any()
-    assert not row.coordinates[14:].any()
+    assert not row.positions[14:].any()
     assert not row.text[8:].any()
 
 

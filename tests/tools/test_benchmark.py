@@ -23,7 +23,7 @@ TINY = ROOT / "tests" / "support" / "tiny.py"
 def benchmark(load_file):
     """What the command is made of."""
     load_file(ROOT / "tools" / "benchmark.py")  # puts its folder on the path
-    return importlib.import_module("benchmarks.setting")
+    return importlib.import_module("benchmarks.settings")
 
 
 @pytest.fixture(scope="module")

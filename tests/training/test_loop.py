@@ -174,7 +174,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("dit_video.training.hooks.log_interval.time", clock)
+    monkeypatch.setattr("dit_video.training.hooks.metric_accumulator.time", clock)
     return clock
 
 

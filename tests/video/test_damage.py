@@ -105,7 +105,7 @@ def test_a_file_that_may_not_be_read(tmp_path, mp4, monkeypatch):
 def test_a_video_of_one_frame(write_video, textured):
     content = write_video(textured(1, 32, 48), **X264)
     assert probe(content).frames == len(decode(content).frames) == 1
-    assert probe(content).last_time == 0
+    assert probe(content).seconds == 0
     assert decode(content, size=Grid(1, 16, 24)).frames.shape == (1, 16, 24, 3)
     assert decode(content, fps=8).fps == 8
 
@@ -183,7 +183,7 @@ def test_a_gif_whose_frames_last(write_video, textured):
     at = 0
     while (at := content.find(b"\x21\xf9\x04", at + 1)) > 0:
         content[at + 4 : at + 6] = b"\xff\xff"
-    assert probe(bytes(content)).last_time == pytest.approx(3 * 655.35)
+    assert probe(bytes(content)).seconds == pytest.approx(3 * 655.35)
     assert len(within(bytes(content), lambda file: decode(file, fps=8)).frames) > 4 * 655 * 7
 
 

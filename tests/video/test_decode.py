@@ -54,7 +54,7 @@ def test_images_have_a_rate_of_one(tmp_path):
     clip = Clip(np.random.default_rng(0).integers(0, 256, (1, 9, 7, 3)).astype(np.uint8), fps=8)
     clip.save(tmp_path / "image.png")
     assert decode(tmp_path / "image.png").fps == 1.0
-    assert probe(tmp_path / "image.png") == VideoInfo(height=9, width=7, frames=1, fps=1.0, last_time=0.0, codec="png")
+    assert probe(tmp_path / "image.png") == VideoInfo(height=9, width=7, frames=1, fps=1.0, seconds=0.0, codec="png")
 
 
 def test_reads_jpeg():

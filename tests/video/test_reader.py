@@ -10,7 +10,7 @@ import pytest
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.video import decode, probe
-from dit_video.video.interlaced import deinterlace
+from dit_video.video.deinterlace import deinterlace
 from dit_video.video.reader import Video
 
 COUNT = 40
@@ -77,7 +77,7 @@ def test_every_frame_comes_once_in_order(file):
     assert numbers(clip) == list(range(COUNT))
     assert clip.fps == facts.fps == pytest.approx(rate)
     assert facts.frames == COUNT
-    assert facts.last_time == pytest.approx((COUNT - 1) / rate, abs=2e-3)
+    assert facts.seconds == pytest.approx((COUNT - 1) / rate, abs=2e-3)
 
 
 def test_any_start_gives_the_frame_shown_then(file):
@@ -107,7 +107,7 @@ def test_a_recording_that_begins_between_key_frames(write_video):
         assert not earlier.is_keyframe
     assert numbers(decode(cut)) == list(range(10, COUNT))
     assert numbers(decode(cut, start=1.54, frames=2)) == [25, 26]
-    assert probe(cut).last_time == pytest.approx(2.9, abs=2e-3)
+    assert probe(cut).seconds == pytest.approx(2.9, abs=2e-3)
 
 
 def test_empty_packets_repeat_a_frame(write_video):
@@ -138,7 +138,7 @@ def test_timestamps_that_jump(write_video, gap):
 
 def test_a_frame_may_stand_for_minutes(write_video):
     content = write_video(counted(3), times=[0, 100, 600_100])
-    assert probe(content).last_time == pytest.approx(600.1)
+    assert probe(content).seconds == pytest.approx(600.1)
     assert numbers(decode(content, fps=1 / 100, frames=7)) == [0, 1, 1, 1, 1, 1, 1]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.turns import time_median
+from benchmarks.timer import time_median
 from dit_video.core import rng
 from dit_video.nn import Attention, AttentionInputs, make_attention
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import av
 
-from benchmarks.setting import Setting, make_examples, make_latents
+from benchmarks.settings import Setting, make_examples, make_latents
 from benchmarks.steps import TrainingSetup, count_compilations, get_peak_memory
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource

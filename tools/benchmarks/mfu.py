@@ -16,14 +16,14 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.steps import count_compilations, get_peak_memory
-from benchmarks.training import init_train_state, make_train_step
+from benchmarks.train_step import init_train_state, make_train_step
 from dit_video.backbones.dit import DitConfig
 from dit_video.backbones.flops import count_attention_flops, count_training_flops, count_training_passes
 from dit_video.core import rng
 from dit_video.core.trees import count_values as count
 from dit_video.distributed.planner import get_peak_flops
 from dit_video.nn import Backend, get_graph_def, init_params
-from dit_video.tokens import Grid, compute_coordinates
+from dit_video.tokens import Grid, compute_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +132,12 @@ def _make_inputs(shape: TrainingShape, config: DitConfig) -> dict[str, Any]:
     number, used = len(shape.clip_grids), sum(clip.volume for clip in shape.clip_grids)
     segments, positions = np.zeros((1, shape.row_tokens), np.int32), np.zeros((1, shape.row_tokens, 3), np.float32)
     segments[0, :used] = np.repeat(np.arange(number) + 1, [clip.volume for clip in shape.clip_grids])
-    positions[0, :used] = np.concatenate([compute_coordinates(clip) for clip in shape.clip_grids])
+    positions[0, :used] = np.concatenate([compute_positions(clip) for clip in shape.clip_grids])
     return {
         "noisy": draw.normal(size=(1, shape.row_tokens, config.token_width)).astype(np.float32),
         "time": np.linspace(0.05, 0.95, number, dtype=np.float32)[None],
         "segments": segments,
-        "coordinates": positions,
+        "positions": positions,
         "context": draw.normal(size=(1, number * shape.text_tokens, shape.text_width)).astype(np.float32),
         "context_segments": np.repeat(np.arange(number) + 1, shape.text_tokens)[None].astype(np.int32),
     }

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.training import init_train_state, make_train_step
-from benchmarks.turns import time_median
+from benchmarks.timer import time_median
+from benchmarks.train_step import init_train_state, make_train_step
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import rng
 from dit_video.core.trees import count_values as count
 from dit_video.families import save_denoiser
 from dit_video.nn import get_graph_def, get_param_shapes, init_params
-from dit_video.tokens import Grid, compute_coordinates, patchify, unpatchify
+from dit_video.tokens import Grid, compute_positions, patchify, unpatchify
 
 TIME = 0.6
 
@@ -198,7 +198,7 @@ def _make_prediction_fn(config: WanDitConfig, shape: WanShape) -> Callable[..., 
             patchify(latents[None], config.patch),
             time,
             segments=segments,
-            coordinates=positions,
+            positions=positions,
             context=text,
             context_segments=text_segments,
         )
@@ -214,6 +214,6 @@ def _make_model_inputs(shape: WanShape, inputs: Inputs) -> tuple[np.ndarray, ...
         inputs.text[None],
         np.full((1, 1), TIME, np.float32),
         np.ones((1, tokens), np.int32),
-        compute_coordinates(shape.grid)[None],
+        compute_positions(shape.grid)[None],
         np.ones((1, shape.text_tokens), np.int32),
     )

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from flax import nnx
 
-from benchmarks.turns import time_median
+from benchmarks.timer import time_median
 from dit_video.families import load_autoencoder
 from dit_video.nn import get_graph_def
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.setting import Setting, SyntheticBatches, tokenize_bytes
+from benchmarks.settings import Setting, SyntheticBatches, tokenize_bytes
 from dit_video.autoencoders import latent_grid
 from dit_video.core import rng
 from dit_video.core.trees import count_values as count

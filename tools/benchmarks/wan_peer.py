@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 
 from benchmarks.model import TIME, Inputs, ModelFunctions
 from benchmarks.peers import count_cores
-from benchmarks.training import LEARNING_RATE, WEIGHT_DECAY
+from benchmarks.train_step import LEARNING_RATE, WEIGHT_DECAY
 
 
 def make_peer_functions(folder: Path, inputs: Inputs) -> dict[str, ModelFunctions]:

@@ -23,7 +23,7 @@ def compute_attention_maps(
     *,
     queries: Sequence[int],
     segments: Int[Array, "B N"],
-    coordinates: Float[Array, "B N 3"],
+    positions: Float[Array, "B N 3"],
     context: Float[Array, "B S E"] | None,
     context_segments: Int[Array, "B S"] | None,
     given: Given = Given(),
@@ -39,7 +39,7 @@ def compute_attention_maps(
       time: diffusion time, one value per segment.
       queries: indices in the row of the Q tokens whose weights are returned.
       segments: segment id of each token.
-      coordinates: coordinates of each token.
+      positions: positions of each token.
       context: context tokens of each row.
       context_segments: segment id of each context token.
       given: further inputs of the model.
@@ -62,7 +62,7 @@ def compute_attention_maps(
     model.attention = record_attention
     row: dict[str, Any] = {"context": context, "context_segments": context_segments}
     prediction = model(
-        noisy, time, segments=jnp.asarray(segments), coordinates=jnp.asarray(coordinates), given=given, **row
+        noisy, time, segments=jnp.asarray(segments), positions=jnp.asarray(positions), given=given, **row
     )
     jax.block_until_ready(prediction)
     jax.effects_barrier()  # the weights arrive by callbacks, which may be later than the prediction

@@ -34,7 +34,7 @@ class BlockMetadata(NamedTuple):
     attention_inputs: AttentionInputs
     """Metadata for self-attention; the tokens of a joint context follow those of the row."""
     angles: Float[Array, "B N half"] | None
-    bias_coordinates: Float[Array, "B T 3"] | None = None
+    bias_positions: Float[Array, "B T 3"] | None = None
     """Coordinates for a relative bias, of all tokens in self-attention."""
 
 
@@ -253,8 +253,8 @@ def _make_bias_table(config: DitConfig, rngs: nnx.Rngs) -> BiasTable | None:
 def _add_bias(metadata: BlockMetadata, bias_table: BiasTable | None) -> AttentionInputs:
     if bias_table is None:
         return metadata.attention_inputs
-    assert metadata.bias_coordinates is not None
-    return metadata.attention_inputs._replace(bias=bias_table(metadata.bias_coordinates))
+    assert metadata.bias_positions is not None
+    return metadata.attention_inputs._replace(bias=bias_table(metadata.bias_positions))
 
 
 def _make_qk_norm(config: DitConfig) -> RmsNorm | None:

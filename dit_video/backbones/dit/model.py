@@ -30,7 +30,7 @@ from dit_video.nn.attention import GLOBAL, AttentionFactory, Full, Pattern, Time
 from dit_video.tokens import Rotary3d, compute_rotary_angles, expand_to_tokens, segment_mean
 
 _TIME_AXIS = np.asarray([1, 0, 0], np.float32)
-"""Mask of the time axis in coordinates (t, h, w)."""
+"""Mask of the time axis in positions (t, h, w)."""
 
 
 class _Sequence(NamedTuple):
@@ -38,7 +38,7 @@ class _Sequence(NamedTuple):
 
     x: Float[Array, "B N D"]
     segments: Int[Array, "B N"]
-    coordinates: Float[Array, "B N 3"]
+    positions: Float[Array, "B N 3"]
     token_time: Float[Array, "B N"] | None
 
 
@@ -81,7 +81,7 @@ class Dit(nnx.Module):
         time: Float[Array, "B G"],
         *,
         segments: Int[Array, "B N"],
-        coordinates: Float[Array, "B N 3"],
+        positions: Float[Array, "B N 3"],
         context: Float[Array, "B S E"] | None,
         context_segments: Int[Array, "B S"] | None,
         given: Given = Given(),
@@ -97,7 +97,7 @@ class Dit(nnx.Module):
         given.check(*self._list_required())
         static = self._embed_static_condition((time.shape[0], time.shape[1]), context, context_segments, given.labels)
         segment_condition = token_condition = nnx.silu(self._embed_time(time) + static)
-        row = self._embed_tokens(noisy, time, segments, coordinates, given)
+        row = self._embed_tokens(noisy, time, segments, positions, given)
         if row.token_time is not None:
             token_condition = nnx.silu(self._embed_time(row.token_time) + expand_to_tokens(static, row.segments))
         x = self._apply_blocks(row, noisy.shape[1], segment_condition, token_condition, context, context_segments)
@@ -157,7 +157,7 @@ class Dit(nnx.Module):
         noisy: Float[Array, "B N p"],
         time: Float[Array, "B G"],
         segments: Int[Array, "B N"],
-        coordinates: Float[Array, "B N 3"],
+        positions: Float[Array, "B N 3"],
         given: Given,
     ) -> _Sequence:
         config = self.config
@@ -168,29 +168,29 @@ class Dit(nnx.Module):
         if config.temporal is not None:
             # Time has an embedding of its own, so that all other parts process every frame as an image.
             time_features = BoundaryEmbedding().compute_features(
-                coordinates * _TIME_AXIS, segments, count=count, width=config.width
+                positions * _TIME_AXIS, segments, count=count, width=config.width
             )
             x = x + self.temporal_position(time_features)
         if config.position_embedding is not None:
-            embedded = coordinates if config.temporal is None else coordinates * (1 - _TIME_AXIS)
+            embedded = positions if config.temporal is None else positions * (1 - _TIME_AXIS)
             features = config.position_embedding.compute_features(embedded, segments, count=count, width=config.width)
             x = x + (features if self.position is None else self.position(features))
-        row = _Sequence(x.astype(jnp.float32), segments, coordinates, given.token_time)
+        row = _Sequence(x.astype(jnp.float32), segments, positions, given.token_time)
         return self._append_registers(row, time) if config.registers else row
 
     def _append_registers(self, row: _Sequence, time: Float[Array, "B G"]) -> _Sequence:
-        """Append the registers of every segment, at its time and with coordinates of zero, which rotate nothing."""
+        """Append the registers of every segment, at its time and with positions of zero, which rotate nothing."""
         rows, count = time.shape
         ids = jnp.repeat(jnp.arange(1, count + 1, dtype=row.segments.dtype), self.config.registers)
         ids = jnp.tile(ids, (rows, 1))
-        zeros = jnp.zeros((*ids.shape, 3), row.coordinates.dtype)
+        zeros = jnp.zeros((*ids.shape, 3), row.positions.dtype)
         token_time = row.token_time
         if token_time is not None:
             token_time = jnp.concatenate([token_time, expand_to_tokens(time, ids)], axis=1)
         return _Sequence(
             jnp.concatenate([row.x, jnp.tile(self.registers[...], (rows, count, 1))], axis=1),
             jnp.concatenate([row.segments, ids], axis=1),
-            jnp.concatenate([row.coordinates, zeros], axis=1),
+            jnp.concatenate([row.positions, zeros], axis=1),
             token_time,
         )
 
@@ -222,7 +222,7 @@ class Dit(nnx.Module):
         spatial = [(modulation, metadata, context_input, context_segments, attention) for attention in attentions]
         if config.temporal is None:
             return scan_layers(x, [LayerGroup(self.blocks, spatial)], remat=config.remat)
-        temporal_metadata = metadata._replace(angles=compute_rotary_angles(row.coordinates, config.time_rotary))
+        temporal_metadata = metadata._replace(angles=compute_rotary_angles(row.positions, config.time_rotary))
         temporal = (modulation, temporal_metadata, self.attention(TimeOnly()))
         groups = [
             LayerGroup(self.blocks, spatial * config.temporal.spatial_layers),
@@ -233,9 +233,9 @@ class Dit(nnx.Module):
     def _make_block_metadata(
         self, row: _Sequence, length: int, joint_segments: Int[Array, "B S"] | None
     ) -> BlockMetadata:
-        """Return the metadata that all blocks share: segments, grid indices, rotary angles and bias coordinates."""
+        """Return the metadata that all blocks share: segments, grid indices, rotary angles and bias positions."""
         config = self.config
-        coordinates = row.coordinates if config.temporal is None else row.coordinates * (1 - _TIME_AXIS)
+        positions = row.positions if config.temporal is None else row.positions * (1 - _TIME_AXIS)
         segments = row.segments
         if joint_segments is not None:
             segments = jnp.concatenate([segments, joint_segments], axis=1)
@@ -246,12 +246,12 @@ class Dit(nnx.Module):
 
         indices = None
         if config.layer_patterns != (Full(),):
-            indices = pad(compute_grid_indices(row.coordinates[:, :length], row.segments[:, :length]), GLOBAL)
+            indices = pad(compute_grid_indices(row.positions[:, :length], row.segments[:, :length]), GLOBAL)
         return BlockMetadata(
             row.segments,
             AttentionInputs.self_attention(segments, indices),
-            compute_rotary_angles(coordinates, config.rotary) if isinstance(config.rotary, Rotary3d) else None,
-            None if config.relative_bias is None else pad(coordinates[:, :length], jnp.inf),
+            compute_rotary_angles(positions, config.rotary) if isinstance(config.rotary, Rotary3d) else None,
+            None if config.relative_bias is None else pad(positions[:, :length], jnp.inf),
         )
 
     def _project_modulation(self, condition: Float[Array, "B M D"]) -> Float[Array, "B M 6 D"] | Float[Array, "B M D"]:

@@ -1,7 +1,7 @@
 """Absolute position embeddings, which are added to the tokens.
 
 Rotary embedding is relative: attention alone cannot tell the absolute position of a token in pure noise. Each class
-computes features from a row's coordinates, and makes the layer that maps them to the model's width, if there is one.
+computes features from a row's positions, and makes the layer that maps them to the model's width, if there is one.
 """
 
 from dataclasses import dataclass
@@ -29,16 +29,16 @@ class BoundaryEmbedding:
         return Linear(6 * _DISTANCE_WIDTH, width, init=init, dtype=dtype, rngs=rngs)
 
     def compute_features(
-        self, coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
+        self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
     ) -> Float[Array, "B N position"]:
-        from_end = _compute_extents(coordinates, segments, count=count) - coordinates
-        distances = jnp.concatenate([coordinates, from_end], axis=-1)
+        from_end = _compute_extents(positions, segments, count=count) - positions
+        distances = jnp.concatenate([positions, from_end], axis=-1)
         return sinusoidal_embedding(distances, _DISTANCE_WIDTH, max_period=100.0).reshape(*distances.shape[:2], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SineCosine:
-    """Sines and cosines of the coordinates, without parameters; the width is divided among the axes (arXiv 2212.09748).
+    """Sines and cosines of the positions, without parameters; the width is divided among the axes (arXiv 2212.09748).
 
     Coordinates count patches, so a clip larger than those in training has values that were not trained.
     """
@@ -58,10 +58,10 @@ class SineCosine:
         return None
 
     def compute_features(
-        self, coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
+        self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
     ) -> Float[Array, "B N {width}"]:
         parts = [
-            sinusoidal_embedding(coordinates[..., axis], part, max_period=self.max_period)
+            sinusoidal_embedding(positions[..., axis], part, max_period=self.max_period)
             for axis, part in enumerate(split_evenly(width))
             if part
         ]
@@ -100,9 +100,9 @@ class ImageSineCosine:
         return None
 
     def compute_features(
-        self, coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
+        self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
     ) -> Float[Array, "B N {width}"]:
-        scaled = coordinates * (self.side / (_compute_extents(coordinates, segments, count=count) + 1))
+        scaled = positions * (self.side / (_compute_extents(positions, segments, count=count) + 1))
         parts = []
         for axis in (2, 1):
             cosines, sines = jnp.split(
@@ -117,7 +117,7 @@ class FactorizedEmbedding:
     """Learned tables, one per axis, read at the token's fractional position in its clip.
 
     Between two entries the tables are interpolated linearly, so clips of all sizes share them, including larger ones
-    than in training (NaViT's factorised positions with fractional coordinates, arXiv 2307.06304, section 2.1).
+    than in training (NaViT's factorised positions with fractional positions, arXiv 2307.06304, section 2.1).
 
     Raises:
       UserError: a table of fewer than two entries.
@@ -137,11 +137,11 @@ class FactorizedEmbedding:
         return AxisTables(self.sizes, width, rngs=rngs)
 
     def compute_features(
-        self, coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
+        self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
     ) -> Float[Array, "B N 3"]:
-        extents = _compute_extents(coordinates, segments, count=count)
-        # A single frame, row or column has fraction 0. Padding has arbitrary coordinates, so the result is clipped.
-        return jnp.clip(coordinates / jnp.where(extents > 0, extents, 1.0), 0.0, 1.0)
+        extents = _compute_extents(positions, segments, count=count)
+        # A single frame, row or column has fraction 0. Padding has arbitrary positions, so the result is clipped.
+        return jnp.clip(positions / jnp.where(extents > 0, extents, 1.0), 0.0, 1.0)
 
 
 AbsolutePosition = BoundaryEmbedding | SineCosine | ImageSineCosine | FactorizedEmbedding
@@ -165,8 +165,8 @@ class AxisTables(nnx.Module):
 
 
 def _compute_extents(
-    coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int
+    positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int
 ) -> Float[Array, "B N 3"]:
     """Return for every token the largest coordinate along each axis in its segment."""
-    extents = jnp.stack([segment_max(coordinates[..., axis], segments, count=count) for axis in range(3)], axis=-1)
+    extents = jnp.stack([segment_max(positions[..., axis], segments, count=count) for axis in range(3)], axis=-1)
     return expand_to_tokens(extents, segments)

@@ -167,7 +167,7 @@ class WanDit(nnx.Module):
         time: Float[Array, "B G"],
         *,
         segments: Int[Array, "B N"],
-        coordinates: Float[Array, "B N 3"],
+        positions: Float[Array, "B N 3"],
         context: Float[Array, "B S E"],
         context_segments: Int[Array, "B S"],
         given: Given = Given(),
@@ -196,11 +196,11 @@ class WanDit(nnx.Module):
             assert given.image_segments is not None
             image = (self.image(given.image, given.image_segments), given.image_segments)
         patterns = self.config.patterns
-        indices = None if patterns == (Full(),) else compute_grid_indices(coordinates, segments)
+        indices = None if patterns == (Full(),) else compute_grid_indices(positions, segments)
         metadata = BlockMetadata(
             segments,
             AttentionInputs.self_attention(segments, indices),
-            compute_rotary_angles(coordinates, self.config.rotary),
+            compute_rotary_angles(positions, self.config.rotary),
         )
         attentions = [self.attention(pattern) for pattern in patterns]
         x = scan_layers(

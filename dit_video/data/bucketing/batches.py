@@ -21,7 +21,7 @@ from dit_video.tokens import (
     PackedBatch,
     PackedExample,
     PackedShape,
-    compute_coordinates,
+    compute_positions,
     compute_token_grid,
     pack,
     patchify,
@@ -132,7 +132,7 @@ def load_bucket_batches(
         for clip, values, caption in zip(clips, tokens, drawn, strict=True):
             item = PackedExample(
                 np.zeros((grid.volume, width), np.float32) if values is None else values,
-                compute_coordinates(grid, step=(1.0 if token_dt is None else token_dt[clip.example], 1.0, 1.0)),
+                compute_positions(grid, step=(1.0 if token_dt is None else token_dt[clip.example], 1.0, 1.0)),
                 captions.empty if caption is None else caption,
                 clip.rank,
             )

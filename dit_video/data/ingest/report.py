@@ -12,7 +12,7 @@ from typing import Any
 from dit_video.core.files import write_json
 from dit_video.core.storage import StoragePath, read_document
 from dit_video.data.clips import ClipInfo
-from dit_video.data.ingest.captions import compute_caption_statistics
+from dit_video.data.ingest.caption_statistics import compute_caption_statistics
 
 REPORT = "report.json"
 

@@ -8,7 +8,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipInfo
 from dit_video.data.ingest.duplicates import drop_duplicates
 from dit_video.data.ingest.formats import ListedClip
-from dit_video.data.ingest.formats.listed import quote_name
+from dit_video.data.ingest.formats.types import quote_name
 from dit_video.data.ingest.inspection import Inspection
 from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot
 from dit_video.data.records.builder import sort_splits

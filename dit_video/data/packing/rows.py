@@ -29,7 +29,7 @@ from dit_video.tokens import (
     PackedBatch,
     PackedExample,
     PackedShape,
-    compute_coordinates,
+    compute_positions,
     compute_token_grid,
     pack,
     patchify,
@@ -288,4 +288,4 @@ def log_damaged_clip(name: str, error: UserError) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _get_positions(grid: Grid, interval: float) -> Float32[np.ndarray, "n 3"]:
-    return compute_coordinates(grid, step=(interval, 1.0, 1.0))
+    return compute_positions(grid, step=(interval, 1.0, 1.0))

@@ -37,7 +37,7 @@ class Normal(NamedTuple):
 
 
 class FlowCoordinates(NamedTuple):
-    r"""The coordinates in which the probability flow is solved: $d(x / scale) = slope \; d(integration\_time)$."""
+    r"""The positions in which the probability flow is solved: $d(x / scale) = slope \; d(integration\_time)$."""
 
     scale: Float[Array, "*shape"]
     integration_time: Float[Array, "*shape"]
@@ -141,5 +141,5 @@ class Process(ABC):
         return FlowCoordinates(alpha, self.sigma(time) / alpha)
 
     def flow_slope(self, estimate: Estimate) -> Float[Array, "*shape"]:
-        """Return the slope in the coordinates of `flow_coordinates`."""
+        """Return the slope in the positions of `flow_coordinates`."""
         return estimate.noise

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dit_video.distributed.planner.groups import find_mesh_axes, parse_lists, parse_replica_groups
-from dit_video.distributed.planner.products import count_convolution_flops, count_dot_flops
+from dit_video.distributed.planner.matmul_flops import count_convolution_flops, count_dot_flops
+from dit_video.distributed.planner.replica_groups import find_mesh_axes, parse_lists, parse_replica_groups
 
 _BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+\w*|c\d+)\[([\d,]*)\](\{[^}]*\})?")

@@ -31,7 +31,7 @@ from dit_video.weights.folders import TensorFolder
 from dit_video.weights.parameter import Placement, place_on_host
 from dit_video.weights.safetensors import check_safetensors_file
 from dit_video.weights.streaming import ConstantTensor, FileMap, FolderSource, ParamsSource
-from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMapping, make_dtype_fn
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMapping, make_dtype_fn
 
 CLASS, LEGACY_CLASS, AUTHORS_CLASSES = "DiTTransformer2DModel", "Transformer2DModel", ("DiT", "SiT")
 DitLayout = Literal["diffusers", "authors"]

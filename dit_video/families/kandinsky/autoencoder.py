@@ -10,7 +10,7 @@ from dit_video.families.stable_diffusion import autoencoder as image_autoencoder
 from dit_video.nn import get_param_shapes
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import CONV_1X1, map_kernel_and_bias
-from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 
 CLASS = "VQModel"
 _SPATIAL_NORM_GROUPS = 32

@@ -16,7 +16,7 @@ from dit_video.core.errors import UserError
 from dit_video.nn import get_param_shapes
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import CONV_1X1, CONV_2D, DENSE, map_kernel_and_bias
-from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 
 CLASS = "AutoencoderKL"
 _DOWN, _UP = "EncoderBlock2D", "DecoderBlock2D"

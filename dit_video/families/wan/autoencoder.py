@@ -12,7 +12,7 @@ from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import CONV_1X1, CONV_2D, map_kernel_and_bias
-from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMapping
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMapping
 
 CLASS = "AutoencoderKLWan"
 _CONV_3D, _CONV_1X1X1 = "o i t h w -> t h w i o", "o i 1 1 1 -> i o"

@@ -21,7 +21,7 @@ from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import LoraModule
 from dit_video.weights.parameter import Placement, place_on_host
 from dit_video.weights.streaming import FileMap, FolderSource
-from dit_video.weights.tensor_mapping import SHARD_BYTES, TensorMap, TensorMapping, make_dtype_fn
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping, make_dtype_fn
 
 CLASS, AUTHORS_CLASS = CLASSES = "WanTransformer3DModel", "WanModel"
 WanLayout = Literal["diffusers", "authors"]

@@ -11,6 +11,7 @@ from dit_video.nn.attention.backends.gpu import CudnnAttention, TokamaxAttention
 from dit_video.nn.attention.backends.splash import SplashAttention, choose_block_size
 from dit_video.nn.attention.bias import Bias, BiasTable, RelativeBias
 from dit_video.nn.attention.dispatch import AttentionFactory, AutoAttention, Backend, check_attention, make_attention
+from dit_video.nn.attention.inputs import GLOBAL, AttentionInputs, Coordinates, compute_grid_indices
 from dit_video.nn.attention.masks import (
     CausalFrames,
     Full,
@@ -23,7 +24,6 @@ from dit_video.nn.attention.masks import (
     WithGlobalTokens,
 )
 from dit_video.nn.attention.pairs import count_pairs
-from dit_video.nn.attention.tokens import GLOBAL, AttentionInputs, Coordinates, compute_grid_indices
 from dit_video.nn.attention.weights import RecordedAttention, compute_attention_weights
 
 __all__ = [

@@ -6,7 +6,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dit_video.nn.attention.tokens import AttentionInputs
+from dit_video.nn.attention.inputs import AttentionInputs
 
 Queries = Float[Array, "B N K d"]
 Keys = Float[Array, "B M K d"]

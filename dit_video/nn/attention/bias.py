@@ -17,7 +17,7 @@ from dit_video.core.errors import UserError
 class RelativeBias:
     """Configuration of a relative position bias: per head, the sum over the axes of one learned value each.
 
-    The value of an axis is chosen by the bucket of the difference of two tokens' coordinates, counted in steps; half of
+    The value of an axis is chosen by the bucket of the difference of two tokens' positions, counted in steps; half of
     an axis' buckets are for each direction. The first half of those hold one step each, the others grow by a constant
     factor up to `max_distance`, and the last one holds all larger differences (T5, arXiv 1910.10683, section 2.1). With
     `max_distance` None every bucket holds one step, as in a Swin window (arXiv 2103.14030, section 3.2), and the last
@@ -31,7 +31,7 @@ class RelativeBias:
     buckets: tuple[int, int, int] = (32, 32, 32)
     max_distance: tuple[int | None, int | None, int | None] = (128, 128, 128)
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Steps per unit of the coordinates: 1 for frames and patches, the resolution in steps per second for seconds."""
+    """Steps per unit of the positions: 1 for frames and patches, the resolution in steps per second for seconds."""
 
     def __post_init__(self):
         if any(count < 4 or count % 2 for count in self.buckets):
@@ -105,13 +105,13 @@ class RelativeBias:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Bias:
-    """A relative bias with its learned table and the tokens' coordinates, for any block of queries and keys."""
+    """A relative bias with its learned table and the tokens' positions, for any block of queries and keys."""
 
     config: RelativeBias = field(metadata={"static": True})
     table: Float[Array, "T K"]
-    q_coordinates: Float[Array, "B N 3"]
+    q_positions: Float[Array, "B N 3"]
     """Coordinates of the queries; infinite for tokens without a position, whose scores get no bias."""
-    kv_coordinates: Float[Array, "B M 3"]
+    kv_positions: Float[Array, "B M 3"]
 
 
 class BiasTable(nnx.Module):
@@ -122,6 +122,6 @@ class BiasTable(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         self.table = nnx.Param(normal(rngs.params(), (config.num_entries, heads), jnp.float32))
 
-    def __call__(self, coordinates: Float[Array, "B N 3"]) -> Bias:
-        """Return the bias for self-attention among tokens with these coordinates."""
-        return Bias(config=self.config, table=self.table[...], q_coordinates=coordinates, kv_coordinates=coordinates)
+    def __call__(self, positions: Float[Array, "B N 3"]) -> Bias:
+        """Return the bias for self-attention among tokens with these positions."""
+        return Bias(config=self.config, table=self.table[...], q_positions=positions, kv_positions=positions)

@@ -9,9 +9,9 @@ from dit_video.nn.attention.backends.chunked import ChunkedAttention
 from dit_video.nn.attention.backends.dense import DenseAttention
 from dit_video.nn.attention.backends.gpu import CudnnAttention, TokamaxAttention
 from dit_video.nn.attention.backends.splash import SplashAttention
+from dit_video.nn.attention.inputs import AttentionInputs
 from dit_video.nn.attention.key_ranges import require_key_ranges
 from dit_video.nn.attention.masks import Full, Pattern
-from dit_video.nn.attention.tokens import AttentionInputs
 
 Backend = Literal["auto", "dense", "chunked", "splash", "cudnn", "tokamax"]
 

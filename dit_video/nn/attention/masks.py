@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from dit_video.core.errors import UserError
-from dit_video.nn.attention.tokens import AttentionInputs
+from dit_video.nn.attention.inputs import AttentionInputs
 
 OPEN_LOW, OPEN_HIGH = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
 """Lower and upper end of a box that is unbounded along an axis."""

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Float32, Int
 from dit_video.nn.attention.api import Attention, Keys, Queries
 from dit_video.nn.attention.backends.dense import MASK_VALUE
 from dit_video.nn.attention.bias import Bias
+from dit_video.nn.attention.inputs import AttentionInputs
 from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
-from dit_video.nn.attention.tokens import AttentionInputs
 
 WeightsCallback = Callable[[Float32[np.ndarray, "B K Q M"]], None]
 """A callback that receives the weights of one attention layer."""
@@ -32,7 +32,7 @@ def compute_attention_weights(
 
 
 def _compute_bias(bias: Bias) -> Float[Array, "B K N M"]:
-    entries = bias.config.find_entries(bias.q_coordinates, bias.kv_coordinates)
+    entries = bias.config.find_entries(bias.q_positions, bias.kv_positions)
     return jax.vmap(lambda table: bias.config.read_bias(table, entries), in_axes=1, out_axes=1)(bias.table)
 
 
@@ -63,8 +63,8 @@ def _select_queries(inputs: AttentionInputs, queries: Int[Array, " Q"]) -> Atten
         bias = Bias(
             config=bias.config,
             table=bias.table,
-            q_coordinates=bias.q_coordinates[:, queries],
-            kv_coordinates=bias.kv_coordinates,
+            q_positions=bias.q_positions[:, queries],
+            kv_positions=bias.kv_positions,
         )
     indices = None if inputs.q_indices is None else inputs.q_indices[:, queries]
     return AttentionInputs(inputs.q_segments[:, queries], inputs.kv_segments, indices, inputs.kv_indices, bias)

@@ -80,7 +80,7 @@ class DenoiserLoss:
         denoise = make_denoise_fn(
             dit,
             segments=rows.segments,
-            coordinates=rows.coordinates,
+            positions=rows.positions,
             context=context.values,
             context_segments=context.segments,
             count=count,
@@ -124,7 +124,7 @@ class DenoiserLoss:
             return jnp.zeros(rows.segments.shape, bool)
         keys = example_keys(key(self.seed, "known frames"), step, rows.examples)
         known = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.known.chance
-        return mask_known_tokens(rows.segments, rows.coordinates, known)
+        return mask_known_tokens(rows.segments, rows.positions, known)
 
     def draw_times(self, rows: PackedBatch, step: Array) -> Float[Array, "B G"]:
         """Return diffusion times of clips, low-discrepancy over consecutive ranks of the data plan."""
@@ -164,7 +164,7 @@ class DenoiserLoss:
 def get_clip_sizes(rows: PackedBatch) -> ClipSize:
     """Return the size of each segment `[B G]`; 1 frame of 1 token for segments that do not exist."""
     is_member = rows.segments[..., None] == jnp.arange(1, rows.examples.shape[1] + 1)
-    is_first_frame = is_member & (rows.coordinates[..., :1] == 0)
+    is_first_frame = is_member & (rows.positions[..., :1] == 0)
     frame_tokens = jnp.maximum(is_first_frame.sum(axis=1), 1)
     return ClipSize(frames=jnp.maximum(is_member.sum(axis=1), 1) // frame_tokens, frame_tokens=frame_tokens)
 

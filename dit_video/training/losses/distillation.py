@@ -183,7 +183,7 @@ class _DistillationLoss:
         denoise = make_denoise_fn(
             nnx.merge(self.dit, params["dit"]),
             segments=rows.segments,
-            coordinates=rows.coordinates,
+            positions=rows.positions,
             context=context.values,
             context_segments=context.segments,
             count=count,

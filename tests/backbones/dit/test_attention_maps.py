@@ -34,7 +34,7 @@ def maps(config, params, queries, given=None):
         given.time,
         queries=queries,
         segments=given.segments,
-        coordinates=given.coordinates,
+        positions=given.positions,
         context=given.context,
         context_segments=given.context_segments,
         given=given.given(config),

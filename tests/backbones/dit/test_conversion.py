@@ -40,7 +40,7 @@ def as_images(given):
     halves = jnp.where(jnp.arange(18) < 4, 1, jnp.where(jnp.arange(18) < 8, 2, 0))[None]
     return given._replace(
         segments=halves,
-        coordinates=given.coordinates * jnp.asarray([0.0, 1.0, 1.0]),
+        positions=given.positions * jnp.asarray([0.0, 1.0, 1.0]),
         time=given.time.at[:, 1].set(given.time[:, 0]),
         labels=given.labels.at[:, 1].set(given.labels[:, 0]),
         context=given.context.at[:, 3:6].set(given.context[:, :3]),

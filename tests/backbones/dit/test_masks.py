@@ -76,7 +76,7 @@ def test_patterns_are_their_dense_masks_in_values_and_gradients(monkeypatch, fie
 
 def _explicit(given, config, sees):
     """JAX's own attention with a mask that is written out, pair by pair."""
-    at, ids = np.asarray(given.coordinates), np.asarray(given.segments)
+    at, ids = np.asarray(given.positions), np.asarray(given.segments)
     if config.registers:
         ids = np.concatenate([ids, np.tile(np.arange(1, 4), (2, 1))], axis=1)
     if isinstance(config.context, JointAttention):

@@ -11,7 +11,7 @@ from dit_video.backbones.denoise import make_denoise_fn
 from dit_video.backbones.dit import BoundaryEmbedding, DitConfig
 from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def, get_param_shapes, init_params, sinusoidal_embedding
-from dit_video.tokens import Grid, compute_coordinates, expand_to_tokens
+from dit_video.tokens import Grid, compute_positions, expand_to_tokens
 from support.packed_rows import (
     FIRST,
     GRIDS,
@@ -46,7 +46,7 @@ def test_padding_says_nothing_bit_for_bit():
     padding, text_padding = (given.segments == 0)[..., None], (given.context_segments == 0)[..., None]
     changed = given._replace(
         noisy=jnp.where(padding, -50.0, given.noisy),
-        coordinates=jnp.where(padding, 99.0, given.coordinates),
+        positions=jnp.where(padding, 99.0, given.positions),
         context=jnp.where(text_padding, -50.0, given.context),
     )
     after, after_gradients, _ = run(PARAMS, changed, CONFIG)
@@ -62,7 +62,7 @@ def test_everything_that_is_given_counts():
     for changed in (
         given._replace(time=given.time.at[0, 0].add(0.1)),
         given._replace(context=given.context.at[0, 2, 0].add(1.0)),
-        given._replace(coordinates=given.coordinates.at[0, 3, 0].add(1.0)),
+        given._replace(positions=given.positions.at[0, 3, 0].add(1.0)),
         given._replace(noisy=given.noisy.at[0, 3, 0].add(1.0)),
     ):
         after, _, _ = run(PARAMS, changed, CONFIG)
@@ -74,7 +74,7 @@ def test_the_order_of_tokens_says_nothing():
     before, _, _ = run(PARAMS, given, CONFIG)
     order = np.concatenate([np.random.default_rng(0).permutation(8), np.arange(8, TOKENS)])
     shuffled, _, _ = run(
-        PARAMS, given._replace(noisy=given.noisy[:, order], coordinates=given.coordinates[:, order]), CONFIG
+        PARAMS, given._replace(noisy=given.noisy[:, order], positions=given.positions[:, order]), CONFIG
     )
     np.testing.assert_allclose(shuffled[0, :14], before[0, order[:14]], atol=2e-5)
 
@@ -84,7 +84,7 @@ def test_without_absolute_positions_only_differences_of_coordinates_count():
     params = {path: leaf for path, leaf in PARAMS.items() if path != "position"}
     assert flatten(get_param_shapes(config.make)).keys() == flatten(params).keys()
     given = batch((0, 1), ())
-    moved = given._replace(coordinates=given.coordinates + jnp.asarray([3.0, -8.0, 20.0]))
+    moved = given._replace(positions=given.positions + jnp.asarray([3.0, -8.0, 20.0]))
     predicted = jax.jit(lambda batch: predict(params, batch, config))
     np.testing.assert_allclose(predicted(moved)[0, :14], predicted(given)[0, :14], atol=2e-5)
     assert np.abs(run(PARAMS, moved, CONFIG)[0] - run(PARAMS, given, CONFIG)[0])[0, :14].max() > 0.01
@@ -92,9 +92,9 @@ def test_without_absolute_positions_only_differences_of_coordinates_count():
 
 def test_absolute_positions_are_distances_to_the_first_and_to_the_last_token():
     given = batch((0, 1), (1, 0))
-    found = BoundaryEmbedding().compute_features(given.coordinates, given.segments, count=SEGMENTS, width=24)
+    found = BoundaryEmbedding().compute_features(given.positions, given.segments, count=SEGMENTS, width=24)
     for place, grid in (((0, FIRST), GRIDS[0]), ((0, SECOND), GRIDS[1]), ((1, slice(6, 14)), GRIDS[0])):
-        at = compute_coordinates(grid)
+        at = compute_positions(grid)
         both = jnp.asarray(np.concatenate([at, np.asarray(grid, np.float32) - 1 - at], axis=-1))
         np.testing.assert_allclose(
             found[place], sinusoidal_embedding(both, 32, max_period=100.0).reshape(len(at), -1), atol=1e-6
@@ -135,7 +135,7 @@ def test_denoise_takes_the_time_of_every_token():
         denoise = make_denoise_fn(
             nnx.merge(get_graph_def(CONFIG.make), PARAMS),
             segments=given.segments,
-            coordinates=given.coordinates,
+            positions=given.positions,
             context=given.context,
             context_segments=given.context_segments,
             count=SEGMENTS,

@@ -155,7 +155,7 @@ def test_denoise_gives_every_token_its_time():
     denoise = make_denoise_fn(
         nnx.merge(get_graph_def(config.make), params),
         segments=given.segments,
-        coordinates=given.coordinates,
+        positions=given.positions,
         context=given.context,
         context_segments=given.context_segments,
         count=SEGMENTS,
@@ -189,7 +189,7 @@ def test_what_is_given_is_what_the_config_says():
     model, given = nnx.merge(get_graph_def(CONFIG.make), params), batch((0, 1), ())
     rows = {
         "segments": given.segments,
-        "coordinates": given.coordinates,
+        "positions": given.positions,
         "context": given.context,
         "context_segments": given.context_segments,
     }
@@ -218,7 +218,7 @@ def test_interpolated_positions_are_those_of_a_smaller_clip():
     )
     plain = dataclasses.replace(stretched, rotary="even")
     params, given = rough_params(plain.make), batch((0, 1), ())
-    larger = given._replace(coordinates=given.coordinates * jnp.asarray([2.0, 4.0, 1.0]))
+    larger = given._replace(positions=given.positions * jnp.asarray([2.0, 4.0, 1.0]))
     np.testing.assert_allclose(
         predict(params, larger, stretched)[0, :14], predict(params, given, plain)[0, :14], atol=1e-5
     )
@@ -227,7 +227,7 @@ def test_interpolated_positions_are_those_of_a_smaller_clip():
 def test_factorised_positions_are_fractions_of_the_clip():
     config = CONFIGS["factorised, full norm"]
     params, given = rough_params(config.make), batch((0, 1), ())
-    larger = given._replace(coordinates=7 * given.coordinates)
+    larger = given._replace(positions=7 * given.positions)
     np.testing.assert_allclose(
         predict(params, larger, config)[0, :14], predict(params, given, config)[0, :14], atol=1e-5
     )

@@ -12,7 +12,7 @@ from dit_video.data.ingest import ingest
 from dit_video.data.loader import LoaderConfig
 from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.data.synthetic import shapes
-from dit_video.tokens import Grid, compute_coordinates, compute_token_grid, unpatchify
+from dit_video.tokens import Grid, compute_positions, compute_token_grid, unpatchify
 from support.stand_ins import Embedder, pooled, tokenize
 
 PATCH = Grid(1, 2, 2)
@@ -68,8 +68,8 @@ def test_coordinates_along_time_in_seconds(clips, buckets):
     counted, _ = taken(clips, buckets, 3)
     timed, _ = taken(clips, buckets, 3, intervals=[0.5] * len(clips))
     for rows, same in zip(counted, timed, strict=True):
-        np.testing.assert_array_equal(same.coordinates, rows.coordinates * np.float32([0.5, 1, 1]))
-    assert any(rows.coordinates[..., 0].any() for rows in counted)
+        np.testing.assert_array_equal(same.positions, rows.positions * np.float32([0.5, 1, 1]))
+    assert any(rows.positions[..., 0].any() for rows in counted)
 
 
 def test_a_batch_has_one_size_and_no_padding(clips, buckets):
@@ -81,7 +81,7 @@ def test_a_batch_has_one_size_and_no_padding(clips, buckets):
         assert len(rows.tokens) == sizes[grid]
         assert (rows.segments == 1).all()
         assert rows.valid.all()
-        np.testing.assert_array_equal(rows.coordinates[0], compute_coordinates(grid))
+        np.testing.assert_array_equal(rows.positions[0], compute_positions(grid))
         for row in range(len(rows.tokens)):
             caption = bytes((rows.text[row][rows.text_segments[row] == 1] - 3).astype(np.uint8)).decode()
             shapes.parse_caption(caption)

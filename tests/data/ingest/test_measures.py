@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 
 from dit_video.core import pixels
 from dit_video.data.ingest import measures, samples
-from dit_video.data.ingest.captions import compute_caption_statistics
+from dit_video.data.ingest.caption_statistics import compute_caption_statistics
 from dit_video.data.ingest.measures import Borders
 from dit_video.data.ingest.samples import FrameSample
 

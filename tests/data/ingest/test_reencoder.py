@@ -105,7 +105,7 @@ def test_what_is_over_a_limit_is_stored_anew(made):
     assert codecs == {name: images.get(name, "h264") for name in stored}
     for name, (content, info) in stored.items():
         facts = probe(content)
-        assert (info.fps, info.seconds) == (pytest.approx(facts.fps), pytest.approx(facts.last_time)), name
+        assert (info.fps, info.seconds) == (pytest.approx(facts.fps), pytest.approx(facts.seconds)), name
         fps = 8 if name == "fast.mp4" else None
         expected = decode(before[name], size=Grid(info.frames, info.height, info.width), fps=fps).frames
         errors = ((decode(content).frames.astype(float) - expected) ** 2).mean(axis=(1, 2, 3))

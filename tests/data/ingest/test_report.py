@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dit_video.data.clips import ClipInfo
-from dit_video.data.ingest.formats.listed import quote_name
+from dit_video.data.ingest.formats.types import quote_name
 from dit_video.data.ingest.report import IngestReport, make_report
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dit_video.distributed.planner import read_program
-from dit_video.distributed.planner.groups import find_mesh_axes, parse_replica_groups
+from dit_video.distributed.planner.replica_groups import find_mesh_axes, parse_replica_groups
 
 MESH = {"data": 1, "fsdp": 2, "tensor": 1, "context": 4}
 

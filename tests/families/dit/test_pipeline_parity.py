@@ -15,7 +15,7 @@ from dit_video.tokens import (
     PackedBatch,
     PackedExample,
     PackedShape,
-    compute_coordinates,
+    compute_positions,
     pack,
     patchify,
     sample_packed_noise,
@@ -75,7 +75,7 @@ def on_the_way(number):
     """`[c h w]`: the noise that our sampler draws in a step."""
     grid = Grid(1, SIDE // 2, SIDE // 2)
     zeros = patchify(np.zeros((1, SIDE, SIDE, CHANNELS), np.float32), PATCH)
-    item = PackedExample(zeros, compute_coordinates(grid), np.zeros(1, np.int32), 0)
+    item = PackedExample(zeros, compute_positions(grid), np.zeros(1, np.int32), 0)
     row = pack([item], PackedShape(tokens=grid.volume, text=1, segments=1), width=zeros.shape[1])
     keys = jax.random.fold_in(key(SEED, "sampler"), number)[None, None]
     noise = sample_packed_noise(PackedBatch(*(jnp.asarray(value)[None] for value in row)), keys)

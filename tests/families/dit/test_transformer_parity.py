@@ -18,7 +18,7 @@ from dit_video.diffusion import Euler, RectifiedFlow, UniformTimes, apply_classi
 from dit_video.families import load_denoiser, save_denoiser
 from dit_video.families.dit.transformer import make_file_map
 from dit_video.nn import get_graph_def, get_param_shapes
-from dit_video.tokens import Grid, compute_coordinates, patchify, unpatchify
+from dit_video.tokens import Grid, compute_positions, patchify, unpatchify
 
 pytestmark = pytest.mark.parity
 
@@ -150,7 +150,7 @@ def tokens(images):
 
 ROW = {
     "segments": jnp.repeat(jnp.asarray([[1, 2]]), GRID.volume, axis=1),
-    "coordinates": jnp.tile(jnp.asarray(compute_coordinates(GRID)), (2, 1))[None],
+    "positions": jnp.tile(jnp.asarray(compute_positions(GRID)), (2, 1))[None],
     "context": None,
     "context_segments": None,
 }

@@ -13,7 +13,7 @@ from dit_video.core.trees import flatten
 from dit_video.families import load_denoiser, save_denoiser
 from dit_video.families.wan.transformer import make_wan_tensor_map
 from dit_video.nn import get_graph_def
-from dit_video.tokens import Grid, compute_coordinates, patchify
+from dit_video.tokens import Grid, compute_positions, patchify
 
 pytestmark = pytest.mark.parity
 
@@ -101,7 +101,7 @@ def packed(clips, config):
         "noisy": [patchify(clip.latents[..., :channels], PATCH) for clip in clips],
         "latents": [patchify(clip.latents[..., channels:], PATCH) for clip in clips],
         "weights": [patchify(clip.weights, PATCH) for clip in clips],
-        "coordinates": [compute_coordinates(clip.grid) for clip in clips],
+        "positions": [compute_positions(clip.grid) for clip in clips],
         "token_time": [clip.times for clip in clips],
         "context": [clip.text for clip in clips],
         "image": [clip.image for clip in clips],
@@ -130,7 +130,7 @@ def ours_on(config, params, row, clips):
             row["noisy"],
             jnp.asarray([[clip.time for clip in clips] + [0.5]]),
             segments=row["noisy segments"],
-            coordinates=row["coordinates"],
+            positions=row["positions"],
             context=row["context"],
             context_segments=row["context segments"],
             given=given,

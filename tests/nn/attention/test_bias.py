@@ -19,15 +19,13 @@ from dit_video.nn.attention import (
 )
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
 from dit_video.text.t5 import compute_relative_buckets
-from dit_video.tokens import Grid, compute_coordinates
+from dit_video.tokens import Grid, compute_positions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RELATIVE = RelativeBias(buckets=(8, 4, 6), max_distance=(6, None, None), scale=(2.0, 1.0, 1.0))
 SEGMENTS = jnp.asarray([[1] * 12 + [2] * 6 + [0] * 2])
-INDICES = np.concatenate([compute_coordinates(Grid(3, 2, 2)), compute_coordinates(Grid(1, 2, 3)), np.zeros((2, 3))])[
-    None
-]
+INDICES = np.concatenate([compute_positions(Grid(3, 2, 2)), compute_positions(Grid(1, 2, 3)), np.zeros((2, 3))])[None]
 PLACES = np.where(np.arange(20)[:, None] == 5, np.inf, INDICES * np.float32([0.5, 1, 1])).astype(np.float32)
 """time in seconds, two frames in one; and a register"""
 HEADS, WIDTH = 2, 4
@@ -37,7 +35,7 @@ ARRAYS = [jnp.asarray(draw.normal(size=(1, 20, HEADS, WIDTH)), jnp.float32) for 
 
 
 def at(table):
-    bias = Bias(config=RELATIVE, table=table, q_coordinates=jnp.asarray(PLACES), kv_coordinates=jnp.asarray(PLACES))
+    bias = Bias(config=RELATIVE, table=table, q_positions=jnp.asarray(PLACES), kv_positions=jnp.asarray(PLACES))
     return AttentionInputs.self_attention(SEGMENTS, jnp.asarray(INDICES, jnp.int32), bias=bias)
 
 
@@ -110,7 +108,7 @@ def test_memory_is_linear_in_the_row():
         ids, places = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length, 3), jnp.float32)
 
         def loss(q, k, v, table, ids, places):
-            bias = Bias(config=RELATIVE, table=table, q_coordinates=places, kv_coordinates=places)
+            bias = Bias(config=RELATIVE, table=table, q_positions=places, kv_positions=places)
             return ChunkedAttention(chunk=64)(q, k, v, AttentionInputs.self_attention(ids, bias=bias)).sum()
 
         table = jax.ShapeDtypeStruct((RELATIVE.num_entries, 1), jnp.float32)

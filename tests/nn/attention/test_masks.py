@@ -24,11 +24,11 @@ from dit_video.nn.attention import (
     make_attention,
 )
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
-from dit_video.tokens import Grid, compute_coordinates
+from dit_video.tokens import Grid, compute_positions
 
 GRIDS = Grid(3, 2, 3), Grid(2, 3, 2), Grid(1, 2, 2)
 SEGMENTS = jnp.asarray([[index + 1 for index, grid in enumerate(GRIDS) for _ in range(grid.volume)] + [0] * 3])
-INDICES = np.concatenate([*(compute_coordinates(grid) for grid in GRIDS), np.zeros((3, 3))]).astype(np.int32)
+INDICES = np.concatenate([*(compute_positions(grid) for grid in GRIDS), np.zeros((3, 3))]).astype(np.int32)
 
 TILE = np.array([1, 2, 2])
 DEFINITIONS = [
@@ -57,7 +57,7 @@ def expected_mask(sees):
 def test_pairs_are_those_of_the_dense_mask(pattern):
     for grid in (Grid(5, 3, 4), *GRIDS):
         at = AttentionInputs.self_attention(
-            jnp.ones((1, grid.volume), jnp.int32), jnp.asarray(compute_coordinates(grid), jnp.int32)[None]
+            jnp.ones((1, grid.volume), jnp.int32), jnp.asarray(compute_positions(grid), jnp.int32)[None]
         )
         assert count_pairs(pattern, grid) == int(dense_mask(mask_boxes(pattern, at)).sum())
 

@@ -16,14 +16,12 @@ from dit_video.nn.attention import (
     SparseCausal,
     compute_attention_weights,
 )
-from dit_video.tokens import Grid, compute_coordinates
+from dit_video.tokens import Grid, compute_positions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SEGMENTS = jnp.asarray([[1] * 12 + [2] * 6 + [0] * 2])
-PLACES = np.concatenate([compute_coordinates(Grid(3, 2, 2)), compute_coordinates(Grid(1, 2, 3)), np.zeros((2, 3))])[
-    None
-]
+PLACES = np.concatenate([compute_positions(Grid(3, 2, 2)), compute_positions(Grid(1, 2, 3)), np.zeros((2, 3))])[None]
 draw = np.random.default_rng(0)
 Q, K, V = (jnp.asarray(draw.normal(size=(1, 20, 2, 4)), jnp.float32) for _ in range(3))
 RELATIVE = RelativeBias(buckets=(4, 4, 4), max_distance=(None, None, None))
@@ -34,7 +32,7 @@ def at(*, biased=False):
     bias = None
     if biased:
         where = jnp.asarray(PLACES, jnp.float32)
-        bias = Bias(config=RELATIVE, table=TABLE, q_coordinates=where, kv_coordinates=where)
+        bias = Bias(config=RELATIVE, table=TABLE, q_positions=where, kv_positions=where)
     return AttentionInputs.self_attention(SEGMENTS, jnp.asarray(PLACES, jnp.int32), bias=bias)
 
 

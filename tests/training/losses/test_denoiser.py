@@ -15,15 +15,7 @@ from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
 from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
-from dit_video.tokens import (
-    Grid,
-    PackedBatch,
-    PackedExample,
-    PackedShape,
-    compute_coordinates,
-    pack,
-    sample_packed_noise,
-)
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, sample_packed_noise
 from dit_video.training.losses.denoiser import DenoiserLoss, time_quantile
 from dit_video.training.step import accumulate_gradients
 from support.devices import check_on_eight_devices
@@ -48,7 +40,7 @@ PARAMS = {"dit": rough_params(DIT.make), "text": rough_params(TEXT.make)}
 
 def item(grid: Grid, caption: str, example: int) -> PackedExample:
     tokens = np.random.default_rng(example).normal(size=(grid.volume, 4)).astype(np.float32)
-    return PackedExample(tokens, compute_coordinates(grid), TOKENIZE(caption), example)
+    return PackedExample(tokens, compute_positions(grid), TOKENIZE(caption), example)
 
 
 A, B, C = item(Grid(2, 2, 2), "red ball", 5), item(Grid(1, 2, 3), "box", 6), item(Grid(1, 1, 4), "a dot", 2**32 - 1)
@@ -160,7 +152,7 @@ def test_padding_says_nothing_bit_for_bit():
     rows = batch([A, B], [C])
     loud = rows._replace(
         tokens=np.where((rows.segments == 0)[..., None], 30, rows.tokens).astype(np.float32),
-        coordinates=np.where((rows.segments == 0)[..., None], 7, rows.coordinates).astype(np.float32),
+        positions=np.where((rows.segments == 0)[..., None], 7, rows.positions).astype(np.float32),
         text=np.where(rows.text_segments == 0, 99, rows.text),
         examples=np.where(rows.valid, rows.examples, 12345).astype(np.uint32),
     )

@@ -14,7 +14,7 @@ from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig, ClassNamesConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_coordinates, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.distillation import (
     ConsistencyDistillation,
@@ -54,7 +54,7 @@ TEACHER = params(0)
 
 def item(grid: Grid, caption: str, example: int) -> PackedExample:
     tokens = np.random.default_rng(example).normal(size=(grid.volume, 4)).astype(np.float32)
-    return PackedExample(tokens, compute_coordinates(grid), TOKENIZE(caption), example)
+    return PackedExample(tokens, compute_positions(grid), TOKENIZE(caption), example)
 
 
 A, B, C = item(Grid(2, 2, 2), "red ball", 5), item(Grid(1, 2, 3), "box", 6), item(Grid(1, 1, 4), "a dot", 7)

@@ -11,7 +11,7 @@ from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching
 from dit_video.nn import get_graph_def
 from dit_video.text import FrozenTextConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_coordinates, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.rough import rough_params
 from support.tiny_wan import ANIMATING
@@ -43,7 +43,7 @@ def item(grid: Grid, example: int) -> PackedExample:
 
     text, tokens = normal(2, TEXT.width), normal(grid.volume, WIDTH)
     return PackedExample(
-        tokens, compute_coordinates(grid), text, example, shown=normal(*tokens.shape), image=normal(*IMAGE)
+        tokens, compute_positions(grid), text, example, shown=normal(*tokens.shape), image=normal(*IMAGE)
     )
 
 

@@ -12,15 +12,7 @@ from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import FlowMatching
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import (
-    Grid,
-    PackedBatch,
-    PackedExample,
-    PackedShape,
-    compute_coordinates,
-    pack,
-    sample_packed_noise,
-)
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, sample_packed_noise
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.rough import rough_params
 
@@ -58,7 +50,7 @@ def loss_of(config, **fields):
 
 def item(grid: Grid, example: int) -> PackedExample:
     tokens = np.random.default_rng(example).normal(size=(grid.volume, 4)).astype(np.float32)
-    return PackedExample(tokens, compute_coordinates(grid), TOKENIZE("a"), example)
+    return PackedExample(tokens, compute_positions(grid), TOKENIZE("a"), example)
 
 
 def batch(*rows) -> PackedBatch:

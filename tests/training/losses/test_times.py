@@ -14,7 +14,7 @@ from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import ClipSize, FlowMatching, LinearShift, RectifiedFlow, Uniform
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_coordinates, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
 from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes, sample_packed_noise
 from support.rough import rough_params
 
@@ -50,7 +50,7 @@ def loss_of(times_of="frame", **fields):
 
 def item(grid: Grid, example: int, interval: float = 1.0) -> PackedExample:
     tokens = np.random.default_rng(example).normal(size=(grid.volume, 4)).astype(np.float32)
-    return PackedExample(tokens, compute_coordinates(grid, step=(interval, 1.0, 1.0)), TOKENIZE("a"), example)
+    return PackedExample(tokens, compute_positions(grid, step=(interval, 1.0, 1.0)), TOKENIZE("a"), example)
 
 
 def batch(*rows) -> PackedBatch:

@@ -16,6 +16,6 @@ An error is raised only if a source is unusable as a whole: a list lacks require
 """  # noqa: E501
 
 from dit_video.data.ingest.formats.detect import list_clips
-from dit_video.data.ingest.formats.listed import IMAGES, MEDIA, VIDEOS, ListedClip, Listing, ListingFormat
+from dit_video.data.ingest.formats.types import IMAGES, MEDIA, VIDEOS, ListedClip, Listing, ListingFormat
 
 __all__ = ["IMAGES", "MEDIA", "VIDEOS", "ListedClip", "Listing", "ListingFormat", "list_clips"]

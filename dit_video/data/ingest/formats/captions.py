@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dit_video.data.ingest.formats.listed import UnusableClipError, quote_name
+from dit_video.data.ingest.formats.types import UnusableClipError, quote_name
 
 MAX_CAPTION_BYTES = 64 << 10
 """Maximum size of a caption in bytes of UTF-8, about 10,000 words."""

@@ -8,12 +8,12 @@ from typing import Literal
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.storage import to_storage_path
 from dit_video.data.ingest.formats.folder import METADATA, list_folder
-from dit_video.data.ingest.formats.listed import Listing, ListingFormat
 from dit_video.data.ingest.formats.msrvtt import find_annotations, list_msrvtt
 from dit_video.data.ingest.formats.rows import TABLE_SUFFIXES, is_list
 from dit_video.data.ingest.formats.scan import FolderScan, get_suffix, scan_folder
 from dit_video.data.ingest.formats.tables import list_table
 from dit_video.data.ingest.formats.tars import is_tar, list_tar, list_tars
+from dit_video.data.ingest.formats.types import Listing, ListingFormat
 from dit_video.data.ingest.formats.ucf101 import list_ucf101
 
 

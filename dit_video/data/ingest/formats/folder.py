@@ -6,7 +6,9 @@ from pathlib import Path
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.listed import (
+from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix, list_file
+from dit_video.data.ingest.formats.tables import find_clips, read_table
+from dit_video.data.ingest.formats.types import (
     ListedClip,
     Listing,
     Rejection,
@@ -14,8 +16,6 @@ from dit_video.data.ingest.formats.listed import (
     make_listing,
     quote_name,
 )
-from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix, list_file
-from dit_video.data.ingest.formats.tables import find_clips, read_table
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 

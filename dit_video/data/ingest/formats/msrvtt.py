@@ -21,7 +21,8 @@ from typing import Any
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.listed import (
+from dit_video.data.ingest.formats.scan import FolderScan, get_suffix
+from dit_video.data.ingest.formats.types import (
     VIDEOS,
     ListedClip,
     Listing,
@@ -30,7 +31,6 @@ from dit_video.data.ingest.formats.listed import (
     make_listing,
     quote_name,
 )
-from dit_video.data.ingest.formats.scan import FolderScan, get_suffix
 
 ANNOTATIONS = re.compile(r"(?i)(?:.*videodatainfo.*|msr[-_]?vtt[^/]*)\.json")
 _SPLITS = {"train": "train", "validate": "validation", "val": "validation", "validation": "validation", "test": "test"}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.listed import UnusableClipError, escape_name
+from dit_video.data.ingest.formats.types import UnusableClipError, escape_name
 
 TABLE_SUFFIXES = (".csv", ".jsonl")
 """Suffixes of lists of clips."""

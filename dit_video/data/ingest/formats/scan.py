@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest.formats.listed import MEDIA, ListedClip, Rejection, UnusableClipError, check_name
+from dit_video.data.ingest.formats.types import MEDIA, ListedClip, Rejection, UnusableClipError, check_name
 
 
 class FolderScan(NamedTuple):

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.listed import (
+from dit_video.data.ingest.formats.rows import ListRow, read_rows
+from dit_video.data.ingest.formats.scan import list_file
+from dit_video.data.ingest.formats.types import (
     ListedClip,
     Listing,
     Rejection,
@@ -14,8 +16,6 @@ from dit_video.data.ingest.formats.listed import (
     check_name,
     make_listing,
 )
-from dit_video.data.ingest.formats.rows import ListRow, read_rows
-from dit_video.data.ingest.formats.scan import list_file
 
 
 class ClipTable(NamedTuple):

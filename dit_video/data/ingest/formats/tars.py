@@ -15,7 +15,8 @@ from typing import BinaryIO, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.listed import (
+from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix
+from dit_video.data.ingest.formats.types import (
     MEDIA,
     ListedClip,
     Listing,
@@ -25,7 +26,6 @@ from dit_video.data.ingest.formats.listed import (
     make_listing,
     quote_name,
 )
-from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.data.ingest.formats.listed import (
+from dit_video.data.ingest.formats.scan import FolderScan
+from dit_video.data.ingest.formats.types import (
     ListedClip,
     Listing,
     Rejection,
@@ -24,7 +25,6 @@ from dit_video.data.ingest.formats.listed import (
     make_listing,
     quote_name,
 )
-from dit_video.data.ingest.formats.scan import FolderScan
 
 CLASSES = "classInd.txt"
 

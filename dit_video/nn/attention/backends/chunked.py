@@ -21,9 +21,9 @@ from dit_video.core.errors import UserError
 from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint
 from dit_video.nn.attention.backends.dense import MASK_VALUE
 from dit_video.nn.attention.bias import Bias, RelativeBias
+from dit_video.nn.attention.inputs import AttentionInputs
 from dit_video.nn.attention.key_ranges import compute_sort_order, find_key_ranges, pad_to_blocks, reorder, restore_order
 from dit_video.nn.attention.masks import Full, MaskBoxes, Pattern, dense_mask, mask_boxes
-from dit_video.nn.attention.tokens import AttentionInputs
 from dit_video.nn.cpu import segment_blocks
 
 EMPTY_LSE = -MASK_VALUE
@@ -68,8 +68,8 @@ class ChunkedAttention:
             index = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
             boxes = MaskBoxes(start[..., None, None], (stop - 1)[..., None, None], index[..., None])
         if bias is not None:
-            q_coordinates, kv_coordinates = reorder(bias.q_coordinates, order), reorder(bias.kv_coordinates, key_order)
-            bias = replace(bias, q_coordinates=q_coordinates, kv_coordinates=kv_coordinates)
+            q_positions, kv_positions = reorder(bias.q_positions, order), reorder(bias.kv_positions, key_order)
+            bias = replace(bias, q_positions=q_positions, kv_positions=kv_positions)
         out = _attend(reorder(q, order), reorder(k, key_order), reorder(v, key_order), boxes, bias, self.chunk)
         return restore_order(out, order)
 
@@ -146,9 +146,9 @@ class _BlockedArrays(NamedTuple):
         if bias is not None:
             relative, heads = bias.config, bias.table.T
             table = jnp.broadcast_to(heads, (q.shape[0], *heads.shape))
-            pairs = (bias.q_coordinates, q_chunk), (bias.kv_coordinates, kv_chunk)
-            coordinates = [pad_to_blocks(x, size).reshape(x.shape[0], -1, size, 3) for x, size in pairs]
-            blocks = blocks._replace(q_coordinates=coordinates[0], kv_coordinates=coordinates[1])
+            pairs = (bias.q_positions, q_chunk), (bias.kv_positions, kv_chunk)
+            positions = [pad_to_blocks(x, size).reshape(x.shape[0], -1, size, 3) for x, size in pairs]
+            blocks = blocks._replace(q_positions=positions[0], kv_positions=positions[1])
         q, k, v = (
             jnp.moveaxis(pad_to_blocks(x, size, 0), 2, 1) for x, size in ((q, q_chunk), (k, kv_chunk), (v, kv_chunk))
         )
@@ -165,9 +165,9 @@ class _Blocks(NamedTuple):
     query_max: Int[Array, "*B n U A"]
     key_min: Int[Array, "*B m A"]
     key_max: Int[Array, "*B m A"]
-    q_coordinates: Float[Array, "*B n b 3"] | None = None
-    kv_coordinates: Float[Array, "*B m c 3"] | None = None
-    """Coordinates of the keys, like `q_coordinates` only present with a bias."""
+    q_positions: Float[Array, "*B n b 3"] | None = None
+    kv_positions: Float[Array, "*B m c 3"] | None = None
+    """Coordinates of the keys, like `q_positions` only present with a bias."""
 
     def find_key_blocks(self, index: Int[Array, ""]) -> tuple[Int[Array, " m"], Int[Array, ""]]:
         """Return the key blocks of one row, those that a query block may see first, and the number of these."""
@@ -186,9 +186,9 @@ class _Blocks(NamedTuple):
         """Return the bias table's entries for the pairs of two blocks of one row."""
         if bias_config is None:
             return []
-        assert self.q_coordinates is not None
-        assert self.kv_coordinates is not None
-        return bias_config.find_entries(self.q_coordinates[query_block], self.kv_coordinates[key_block])
+        assert self.q_positions is not None
+        assert self.kv_positions is not None
+        return bias_config.find_entries(self.q_positions[query_block], self.kv_positions[key_block])
 
 
 def _split_blocks(boxes: MaskBoxes, q_chunk: int, kv_chunk: int) -> _Blocks:

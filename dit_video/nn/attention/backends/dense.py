@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from dit_video.nn.attention.api import Keys, Queries
 from dit_video.nn.attention.bias import Bias
+from dit_video.nn.attention.inputs import AttentionInputs
 from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
-from dit_video.nn.attention.tokens import AttentionInputs
 
 # Finite instead of -inf: the weights of a query that sees nothing are then not NaN, and its output is set to zero.
 MASK_VALUE = -1e30
@@ -41,7 +41,7 @@ def _make_bias_reader(bias: Bias | None) -> Callable[[Float[Array, " T"]], Float
     if bias is None:
         return None
     return functools.partial(
-        bias.config.read_bias, entries=bias.config.find_entries(bias.q_coordinates, bias.kv_coordinates)
+        bias.config.read_bias, entries=bias.config.find_entries(bias.q_positions, bias.kv_positions)
     )
 
 

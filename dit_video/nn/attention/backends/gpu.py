@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from dit_video.core.errors import UserError
 from dit_video.nn.attention.api import Keys, Queries
+from dit_video.nn.attention.inputs import AttentionInputs
 from dit_video.nn.attention.key_ranges import find_key_ranges, reorder, require_key_ranges, restore_order
 from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
-from dit_video.nn.attention.tokens import AttentionInputs
 
 
 @dataclass(frozen=True, kw_only=True)

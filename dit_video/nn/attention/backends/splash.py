@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.errors import UserError
 from dit_video.nn.attention.api import Keys, Queries, get_checkpoint_name
+from dit_video.nn.attention.inputs import AttentionInputs
 from dit_video.nn.attention.key_ranges import find_key_ranges, pad_to_blocks, reorder, require_key_ranges, restore_order
 from dit_video.nn.attention.masks import Full, Pattern, mask_boxes
-from dit_video.nn.attention.tokens import AttentionInputs
 
 _LANES = 128
 _MIN_LARGE_BLOCK_TOKENS = 8192

@@ -27,7 +27,7 @@ from dit_video.nn.attention import (
     make_attention,
 )
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
-from dit_video.tokens import Grid, compute_coordinates
+from dit_video.tokens import Grid, compute_positions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -63,7 +63,7 @@ def rows():
         end = 0
         for number, grid in enumerate(grids):
             start, end = end, end + grid.volume
-            segments[row, start:end], places[row, start:end] = number + 1, compute_coordinates(grid)
+            segments[row, start:end], places[row, start:end] = number + 1, compute_positions(grid)
     shuffled = draw.permutation(LENGTH)
     segments[1], places[1] = segments[1, shuffled], places[1, shuffled]
     return jnp.asarray(segments), jnp.asarray(places)

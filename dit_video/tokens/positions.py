@@ -1,4 +1,4 @@
-"""Real-valued coordinates (t, h, w) of tokens."""
+"""Real-valued positions (t, h, w) of tokens."""
 
 import numpy as np
 from jaxtyping import Float32
@@ -6,10 +6,8 @@ from jaxtyping import Float32
 from dit_video.tokens.patchify import Grid
 
 
-def compute_coordinates(
-    grid: Grid, *, step: tuple[float, float, float] = (1.0, 1.0, 1.0)
-) -> Float32[np.ndarray, "n 3"]:
-    """Return the coordinates of all tokens of a grid, from 0, in the order of `patchify`.
+def compute_positions(grid: Grid, *, step: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Float32[np.ndarray, "n 3"]:
+    """Return the positions of all tokens of a grid, from 0, in the order of `patchify`.
 
     Args:
       grid: number of patches along each axis.

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.setting import Setting, SyntheticBatches
+from benchmarks.settings import Setting, SyntheticBatches
 from benchmarks.steps import TrainingSetup, make_denoiser_parts, make_training_setup
 from dit_video.core.errors import UserError
 from dit_video.training.checkpoint import Checkpoints
@@ -30,7 +30,7 @@ _DEFAULT_SAVE_EVERY = 500
 """Number of steps between two saves, if the config does not set it."""
 _STEPS_BEFORE_KILL = 6
 """Number of steps after the first one until a checkpoint is complete."""
-_WORKER = Path(__file__).with_name("restarting.py")
+_WORKER = Path(__file__).with_name("restart_worker.py")
 
 
 def measure(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.setting import Setting, SyntheticBatches, resolve_setting
+from benchmarks.settings import Setting, SyntheticBatches, resolve_setting
 from benchmarks.steps import make_denoiser_parts
 from dit_video.core import rng
 from dit_video.distributed import make_mesh

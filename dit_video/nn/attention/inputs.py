@@ -58,17 +58,17 @@ class AttentionInputs(NamedTuple):
         return self
 
 
-def compute_grid_indices(coordinates: Coordinates, segments: Int[Array, "B N"]) -> Int[Array, "B N 3"]:
+def compute_grid_indices(positions: Coordinates, segments: Int[Array, "B N"]) -> Int[Array, "B N 3"]:
     """Return the index of every token along t, h and w, from 0 in each segment.
 
-    Integer coordinates are returned as they are. Real ones (seconds, fractions of the frame size) become ranks: the
-    number of distinct smaller coordinates along that axis in the token's segment. So neighbouring frames differ by 1,
+    Integer positions are returned as they are. Real ones (seconds, fractions of the frame size) become ranks: the
+    number of distinct smaller positions along that axis in the token's segment. So neighbouring frames differ by 1,
     however far apart they are in time.
     """
-    if jnp.issubdtype(coordinates.dtype, jnp.integer):
-        return coordinates
+    if jnp.issubdtype(positions.dtype, jnp.integer):
+        return positions
     ranks = jax.vmap(jax.vmap(_compute_ranks, in_axes=(-1, None), out_axes=-1))
-    return ranks(coordinates, segments)
+    return ranks(positions, segments)
 
 
 def _compute_ranks(values: Float[Array, " N"], ids: Int[Array, " N"]) -> Int[Array, " N"]:

@@ -24,7 +24,7 @@ from dit_video.tokens import (
     PackedBatch,
     PackedExample,
     PackedShape,
-    compute_coordinates,
+    compute_positions,
     compute_token_grid,
     pack,
     patchify,
@@ -197,6 +197,6 @@ class SyntheticBatches:
         for index, rank in zip(*self._stream.get_row(row_index), strict=True):
             example = self._examples[index]
             tokens = patchify(make_latents(self._setting, int(index), example), patch)
-            positions = compute_coordinates(compute_token_grid(example.latents, patch))
+            positions = compute_positions(compute_token_grid(example.latents, patch))
             examples.append(PackedExample(tokens, positions, tokenize_bytes(self._config.text, example.caption), rank))
         return pack(examples, self._config.rows, width=self._config.dit.token_width)

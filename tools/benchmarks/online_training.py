@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data import get_resident_memory
-from benchmarks.setting import Setting
+from benchmarks.settings import Setting
 from benchmarks.steps import TrainingSetup
 from dit_video.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.core import rng

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.setting import tokenize_bytes
+from benchmarks.settings import tokenize_bytes
 from benchmarks.steps import count_compilations
-from benchmarks.turns import time_median
+from benchmarks.timer import time_median
 from dit_video.backbones.denoise import make_denoise_fn
 from dit_video.backbones.dit import DitConfig
 from dit_video.core import rng
@@ -37,7 +37,7 @@ from dit_video.tokens import (
     PackedBatch,
     PackedExample,
     PackedShape,
-    compute_coordinates,
+    compute_positions,
     compute_token_grid,
     pack,
     patchify,
@@ -120,7 +120,7 @@ class SamplingModel:
         shape, graph = self.shape, self.denoiser.dit
         noise = draw_initial_noise(0, shape.latents, shape.channels)
         text = tokenize_bytes(self._text, "a red circle 0")
-        positions = compute_coordinates(compute_token_grid(shape.latents, self._config.patch))
+        positions = compute_positions(compute_token_grid(shape.latents, self._config.patch))
         example = PackedExample(patchify(noise, self._config.patch), positions, text, 0)
         packed = [pack([example], self.row_shape, width=example.tokens.shape[1])] * self.num_rows
         rows = jax.device_put(PackedBatch(*map(np.stack, zip(*packed, strict=True))))
@@ -131,7 +131,7 @@ class SamplingModel:
             denoise = make_denoise_fn(
                 nnx.merge(graph, params),
                 segments=rows.segments,
-                coordinates=rows.coordinates,
+                positions=rows.positions,
                 context=values,
                 context_segments=segments,
                 count=rows.examples.shape[1],

@@ -15,9 +15,9 @@ import pytest
 from dit_video.core.errors import MissingError, UserError
 from dit_video.tokens import PackedShape, make_empty_row
 from dit_video.training.hooks.logging import MetricsLog, read_metrics
+from dit_video.training.hooks.metric_logs import CombinedLog, MonitoringConfig, TensorBoard, WeightsAndBiases
 from dit_video.training.hooks.profiler import TraceConfig
 from dit_video.training.hooks.throughput import ThroughputMeter
-from dit_video.training.hooks.writers import CombinedLog, MonitoringConfig, TensorBoard, WeightsAndBiases
 from dit_video.training.loop import LoopConfig, PeriodicCall, Watch, run
 from dit_video.training.state import init_state
 from dit_video.training.step import Average, make_step

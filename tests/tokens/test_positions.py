@@ -1,30 +1,30 @@
 import numpy as np
 
-from dit_video.tokens import Grid, compute_coordinates, patchify
+from dit_video.tokens import Grid, compute_positions, patchify
 
 
 def test_coordinates_are_in_the_order_of_patchify():
     grid = Grid(2, 3, 4)
     index = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).astype(np.float32)
-    np.testing.assert_array_equal(compute_coordinates(grid), patchify(index, Grid(1, 1, 1)))
+    np.testing.assert_array_equal(compute_positions(grid), patchify(index, Grid(1, 1, 1)))
 
 
 def test_known_coordinates():
     expected = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1]]
-    found = compute_coordinates(Grid(2, 2, 2))
+    found = compute_positions(Grid(2, 2, 2))
     assert found.dtype == np.float32
     assert found.tolist() == expected
 
 
 def test_an_image_has_time_zero():
-    found = compute_coordinates(Grid(1, 4, 6))
+    found = compute_positions(Grid(1, 4, 6))
     assert found.shape == (24, 3)
     assert not found[:, 0].any()
     assert found.max(axis=0).tolist() == [0, 3, 5]
 
 
 def test_steps_such_as_seconds():
-    found = compute_coordinates(Grid(3, 1, 2), step=(4 / 24, 1.0, 0.5))
+    found = compute_positions(Grid(3, 1, 2), step=(4 / 24, 1.0, 0.5))
     assert found.dtype == np.float32
     np.testing.assert_allclose(np.unique(found[:, 0]), [0, 1 / 6, 1 / 3], rtol=1e-6)
     assert np.unique(found[:, 2]).tolist() == [0, 0.5]
