@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dit_video.platform.tpu import skip_missing_tpu
 from dit_video.platform.xla_flags import set_xla_flags
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Clip", "Pipeline", "Request", "__version__", "load"]
 
+skip_missing_tpu()
 set_xla_flags()
 
 _LAZY = {

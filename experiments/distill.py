@@ -25,6 +25,7 @@ import tyro
 
 import dit_video
 from dit_video.core import config_json
+from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
 from dit_video.core.storage import StoragePathLike
@@ -51,7 +52,7 @@ class Arguments:
         python experiments/distill.py runs/mine --method consistency --workdir runs/mine-few
     """
 
-    teacher: Annotated[Path, tyro.conf.Positional]
+    teacher: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TEACHER")]
     """Folder of the teacher: a run or a pipeline."""
     workdir: Path = Path("runs/distilled")
     """Folder of the student's run."""
@@ -69,7 +70,11 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments)
+    arguments = parse_arguments(Arguments)
+    options = arguments.options
+    check_minimum(1, clips=arguments.clips, full=arguments.full)
+    check_minimum(1, steps=options.steps, sampling_steps=options.sampling_steps, batch=options.batch)
+    check_minimum(0, seeds=arguments.seeds, seed=options.seed)
     if arguments.cache:
         enable_compilation_cache()
     start_time = time.perf_counter()

@@ -11,6 +11,7 @@ import tyro
 
 import dit_video
 from dit_video.core import config_json
+from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.evaluation import evaluate
 from dit_video.experiment.folder import CONFIG
@@ -20,7 +21,7 @@ from dit_video.reports.run_report import write_run_report
 
 
 def main(
-    run: Annotated[Path, tyro.conf.Positional],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     out: Path | None = None,
     seed: int = 0,
     steps: int | None = None,
@@ -56,6 +57,8 @@ def main(
         sigma_rel: Relative width of a post-hoc average, reconstructed from the snapshots of a run.
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
+    check_minimum(1, steps=steps)
+    check_minimum(0, seed=seed)
     if cache:
         enable_compilation_cache()
     pipeline = dit_video.load(run, ema=ema, sigma_rel=sigma_rel)
@@ -90,4 +93,4 @@ def main(
 
 
 if __name__ == "__main__":
-    script(tyro.cli)(main)
+    script(parse_arguments)(main)

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from train import train
 
+from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.experiment import datasets
 from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE, TRANSFORMER_FOLDERS
@@ -55,7 +56,7 @@ class Arguments:
         python experiments/finetune.py Wan2.2-T2V-A14B-Diffusers --data CLIPS --train full --expert low
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of a Wan model in the diffusers layout."""
     data: tuple[str, ...]
     """Folders of clips, or data sets written by tools/ingest.py."""
@@ -69,7 +70,10 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments)
+    arguments = parse_arguments(Arguments)
+    options = arguments.options
+    check_minimum(1, steps=options.steps, batch=options.batch, sampling_steps=options.sampling_steps)
+    check_minimum(0, samples=options.samples, seed=options.seed)
     if arguments.cache:
         enable_compilation_cache()
     if not arguments.data:

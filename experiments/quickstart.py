@@ -12,12 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 from configs import quickstart
 from dit_video.core import config_json
+from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import script
 from dit_video.core.files import read_json, write_json
 from dit_video.data.synthetic import shapes
@@ -46,6 +45,7 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
         brief: Run a smoke test of about one minute, whose samples are of no use.
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
+    check_minimum(0, seed=seed)
     if cache:
         enable_compilation_cache()
     start_time = time.perf_counter()
@@ -87,4 +87,4 @@ def _print_summary(workdir: Path, metrics: dict, minutes: float | None) -> None:
 
 
 if __name__ == "__main__":
-    script(tyro.cli)(main)
+    script(parse_arguments)(main)

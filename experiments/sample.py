@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 import dit_video
+from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.evaluation import evaluate
 from dit_video.platform.compilation_cache import enable_compilation_cache
@@ -22,7 +23,7 @@ from dit_video.video.encode import FORMATS
 
 
 def main(
-    run: Annotated[Path, tyro.conf.Positional],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     out: Path,
     prompt: str | None = None,
     prompts: Path | None = None,
@@ -77,6 +78,8 @@ def main(
     """
     if (prompt is None) == (prompts is None):
         raise UserError("exactly one of --prompt and --prompts is needed; use --prompt TEXT or --prompts FILE")
+    check_minimum(1, steps=steps)
+    check_minimum(0, seed=seed)
     if cache:
         enable_compilation_cache()
     start_time = time.perf_counter()
@@ -123,9 +126,9 @@ def parse_size(text: str) -> Grid:
       UserError: for any other text.
     """
     if not re.fullmatch(r"\d+x\d+x\d+", text):
-        raise UserError(f"--size {text} is invalid: use FRAMESxHEIGHTxWIDTH, such as 17x32x48")
+        raise UserError(f"--size {text} is invalid: it must be FRAMESxHEIGHTxWIDTH. Use --size 17x32x48")
     return Grid(*map(int, text.split("x")))
 
 
 if __name__ == "__main__":
-    script(tyro.cli)(main)
+    script(parse_arguments)(main)

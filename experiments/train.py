@@ -24,18 +24,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import jax
 import tyro
 
 from dit_video.core import config_json
+from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import GracefulStop, MissingError, UserError, script
+from dit_video.diffusion import Guidance
 from dit_video.distributed.heartbeat import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed, main_process_first
 from dit_video.evaluation import evaluate
 from dit_video.experiment import Experiment, datasets
 from dit_video.experiment.run import Run
+from dit_video.generation import Sampling
 from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.platform.provenance import get_code_version
 from dit_video.reports.run_report import write_autoencoder_report, write_run_report
@@ -82,12 +85,14 @@ def main() -> None:
         return
     if not config or config.startswith("-"):
         raise UserError("the first argument must be a config; use train.py experiments/configs/clips.py --data CLIPS")
-    arguments = tyro.cli(
+    experiment = load_experiment(Path(config))
+    arguments = parse_arguments(
         Arguments,
         args=rest,
-        default=Arguments(experiment=load_experiment(Path(config)), data=tyro.MISSING),
+        default=Arguments(experiment=experiment, data=tyro.MISSING),
         prog=f"train.py {config}",
         config=(tyro.conf.AvoidSubcommands,),
+        registry=None if isinstance(experiment.sampling.guidance, Guidance) else make_registry(),
     )
     if arguments.cache:
         enable_compilation_cache()
@@ -145,6 +150,28 @@ def train(
         config=config_json.to_json(experiment),
     )
     return evaluation.metrics
+
+
+def make_registry() -> tyro.constructors.ConstructorRegistry:
+    """Return the rule that makes guidance an option of one scale or two; tyro would make it a positional argument.
+
+    It is not for configs whose guidance is a `Guidance`, each of whose fields is an option.
+    """
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def parse_scales(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type != get_type_hints(Sampling)["guidance"]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=(1, 2),
+            metavar="FLOAT [FLOAT]",
+            instance_from_str=lambda texts: float(texts[0]) if len(texts) == 1 else tuple(map(float, texts)),
+            is_instance=lambda value: isinstance(value, float | int | tuple),
+            str_from_instance=lambda value: [str(scale) for scale in (value if isinstance(value, tuple) else (value,))],
+        )
+
+    return registry
 
 
 def load_experiment(path: Path) -> Experiment:

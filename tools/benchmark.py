@@ -41,7 +41,6 @@ from dit_video.platform.huge_pages import use_huge_pages
 
 use_huge_pages(__name__)
 
-import argparse
 import json
 import os
 import platform
@@ -59,6 +58,7 @@ import dit_video
 from benchmarks import mfu, sampler
 from benchmarks.settings import Setting, resolve_setting
 from benchmarks.steps import TrainingSetup, measure_autoencoder, measure_denoiser
+from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import MissingError, UserError, script
 from dit_video.nn import Backend
 
@@ -91,8 +91,8 @@ class BenchmarkSize:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if name != "small" and value < 1:
-                raise UserError(f"--{name} {value} is invalid: it must be at least 1")
+            if name != "small":
+                check_minimum(1, **{name: value})
 
 
 def describe_machine() -> dict[str, Any]:
@@ -253,7 +253,7 @@ def measure_data(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "parts",
         nargs="*",
@@ -281,7 +281,9 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="Also time other projects' models.")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in DEFAULT_PARTS + OPTIONAL_PARTS]:
-        raise UserError(f"part {unknown[0]!r} does not exist; use {', '.join(DEFAULT_PARTS + OPTIONAL_PARTS)}")
+        raise UserError(
+            f"part {unknown[0]!r} is invalid: it does not exist. Use {', '.join(DEFAULT_PARTS + OPTIONAL_PARTS)}."
+        )
     size = BenchmarkSize(**{field.name: getattr(arguments, field.name) for field in fields(BenchmarkSize)})
     if arguments.clips is not None and not arguments.clips.is_dir():
         raise MissingError(

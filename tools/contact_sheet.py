@@ -6,6 +6,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.evaluation import evaluate
 from dit_video.video import Clip
@@ -15,8 +16,8 @@ _BACKGROUND = 255
 
 
 def main(
-    samples: Annotated[Path, tyro.conf.Positional],
-    out: Annotated[Path, tyro.conf.Positional],
+    samples: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
     columns: int = 12,
     frames: int = 17,
     scale: int = 2,
@@ -35,6 +36,7 @@ def main(
         frames: Number of frames of the samples to show; others are skipped.
         scale: Integer factor by which frames are enlarged.
     """
+    check_minimum(1, columns=columns, frames=frames, scale=scale)
     clips = [clip for entry, clip in evaluate.read_samples(samples) if entry["frames"] == frames]
     if not clips:
         raise UserError(
@@ -53,4 +55,4 @@ def main(
 
 
 if __name__ == "__main__":
-    script(tyro.cli)(main)
+    script(parse_arguments)(main)

@@ -8,6 +8,7 @@ import tyro
 
 import dit_video
 from dit_video.core import config_json
+from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import read_json
 from dit_video.families import save_autoencoder
@@ -19,8 +20,8 @@ from dit_video.weights import load
 
 
 def main(
-    source: Annotated[Path, tyro.conf.Positional],
-    destination: Annotated[Path, tyro.conf.Positional],
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")],
     to: TargetLayout,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     model: Path | None = None,
@@ -77,4 +78,4 @@ def _convert_pipeline(source: Path, destination: Path, to: TargetLayout, dtype: 
 
 
 if __name__ == "__main__":
-    script(tyro.cli)(main)
+    script(parse_arguments)(main)

@@ -1,5 +1,9 @@
 """Encode a data set of clips with a trained autoencoder, in any number of processes."""
 
+from dit_video.platform.huge_pages import use_huge_pages
+
+use_huge_pages(__name__)
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -7,18 +11,19 @@ from typing import Annotated
 import jax
 import tyro
 
+from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.core.storage import to_storage_path
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource, StorageDtype
 from dit_video.data.latents.offline import (
-    Augmentations,
     Encoding,
     compute_latent_identity,
     encode_latents,
     finish_latents,
     plan_encoding,
 )
+from dit_video.data.latents.views import Augmentations
 from dit_video.data.sizes import SizeLimits
 from dit_video.encoders.image import FrozenImageEncoder
 from dit_video.encoders.text import FrozenTextEncoder
@@ -49,7 +54,7 @@ class Views:
     """Maximum number of frames of a view: 1 + k * temporal stride."""
     fps: float | None = None
     """Maximum frame rate; faster clips are resampled to it."""
-    stretches: int | None = None
+    clips_per_video: Annotated[int | None, tyro.conf.arg(name="stretches")] = None
     """Maximum number of views of --max-frames frames that are taken from a longer video."""
     resolutions: tuple[int, ...] | None = None
     """Additional, smaller limits on the number of pixels of a frame; each adds a view."""
@@ -61,7 +66,6 @@ class Views:
         return replace(data, **{name: value for name, value in vars(self).items() if value is not None})
 
 
-@script
 def main(
     model: Model,
     data: Clips,
@@ -109,8 +113,14 @@ def main(
         text_encoder: Folder of a T5, UMT5 or CLIP to use instead of the config's text encoder.
         max_text_tokens: Length to which captions are truncated; by default the config's, the encoder's maximum or 512.
     """
+    check_minimum(0, shard=shard)
+    check_minimum(
+        1, shards=shards, views_per_file=views_per_file, canvas_pixels=canvas_pixels, max_text_tokens=max_text_tokens
+    )
     if (shard is None) != (shards is None):
-        raise UserError(f"--shard {shard} and --shards {shards} are invalid: use both, or neither")
+        raise UserError(
+            f"--shard {shard} and --shards {shards} are invalid: they belong together. Use both, or neither."
+        )
     number = jax.process_index() if shard is None else shard
     count = jax.process_count() if shards is None else shards
     target = resolve(to_storage_path(destination))
@@ -207,4 +217,4 @@ def _print_summary(latents: LatentSource) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    script(parse_arguments)(main)

@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 import tyro
 
 import dit_video
+from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import script
 
 
 def main(
-    run: Annotated[Path, tyro.conf.Positional],
-    destination: Annotated[Path, tyro.conf.Positional],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")],
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     ema: float | None = None,
     sigma_rel: float | None = None,
@@ -36,4 +37,4 @@ def main(
 
 
 if __name__ == "__main__":
-    script(tyro.cli)(main)
+    script(parse_arguments)(main)

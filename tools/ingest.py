@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.core.storage import to_storage_path
 from dit_video.data.ingest import REPORT, IngestConfig, IngestReport, ingest
@@ -18,7 +19,6 @@ Destination = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTIN
 Config = Annotated[IngestConfig, tyro.conf.arg(name="")]
 
 
-@script
 def main(
     source: Source,
     destination: Destination,
@@ -50,6 +50,7 @@ def main(
         beam: Options of Apache Beam, which then builds the data set: --beam="--runner=FlinkRunner --parallelism=64".
         retry: Try clips again that failed for a temporary reason, such as a file that could not be read.
     """
+    check_minimum(1, workers=workers)
     with show_ingest_progress() as progress:
         report = ingest(
             source,
@@ -113,4 +114,4 @@ def _print_summary(destination: str, report: IngestReport) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    script(parse_arguments)(main)

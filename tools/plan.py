@@ -13,7 +13,6 @@ are not present, everything is computed analytically and marked `analytic`. `--s
 rematerialization. `--set` changes any scalar of the config: `--set denoiser.dit.layers=20`.
 """
 
-import argparse
 import ast
 import os
 import sys
@@ -26,6 +25,7 @@ if "JAX_PLATFORMS" not in os.environ and not any(Path("/dev").glob("nvidia[0-9]"
 sys.path.insert(0, str(Path(__file__).parent))
 
 from benchmarks.settings import read_setting, replace_field
+from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
 from dit_video.distributed import AXES, MeshConfig
@@ -35,7 +35,7 @@ from dit_video.planning import plan_experiment, suggest
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "config", type=Path, help="Config file of an experiment, such as experiments/configs/wan_1_3b_480p.py."
     )
@@ -62,9 +62,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="JSON file to write the whole plan to.")
     arguments = parser.parse_args()
-    for name in ("steps", "tries", "rows"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name} {value} is invalid: it must be at least 1")
+    check_minimum(1, steps=arguments.steps, tries=arguments.tries, rows=arguments.rows, clips=arguments.clips)
+    check_minimum(0, price=arguments.price)
     topology = Topology.parse(arguments.topology)
     mesh = None if arguments.mesh is None else parse_mesh(arguments.mesh)
     experiment = read_experiment(arguments.config, arguments.set, rows=arguments.rows)

@@ -3,6 +3,7 @@
 import _thread
 import functools
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -40,6 +41,8 @@ class GracefulStop(KeyboardInterrupt):
 def script(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a script's `main` so that errors that a user can act on become one line on stderr.
 
+    The line after a `GracefulStop` or Ctrl-C ends with the command that continues.
+
     Exit codes: 2 after a `UserError`; 0 after a `GracefulStop`, because a preempted run did all that it could; 130
     after Ctrl-C anywhere else.
     """
@@ -53,17 +56,24 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except GracefulStop as stopped:
-            print(f"\nstopped: {stopped}; the same command continues from there", file=sys.stderr)
+            print(f"\nstopped: {stopped}; the same command continues from there: {get_command()}", file=sys.stderr)
             sys.stderr.flush()
             sys.exit(stopped.code)
         except KeyboardInterrupt:
-            print("\ninterrupted: the same command continues with the remaining work", file=sys.stderr)
+            print(
+                f"\ninterrupted: the same command continues with the remaining work: {get_command()}", file=sys.stderr
+            )
             sys.stderr.flush()
             sys.exit(130)
         except BrokenPipeError:
             os._exit(141)
 
     return guarded
+
+
+def get_command() -> str:
+    """Return the command that started this script, as a shell takes it."""
+    return shlex.join(["python", *sys.argv])
 
 
 _interrupted = threading.Event()

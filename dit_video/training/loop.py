@@ -185,7 +185,7 @@ def run(
                 if log is not None:
                     log.write(steps_done, values)
             stop.record_step(steps_done)
-            progress.update(steps_done, loss)
+            progress.update(steps_done, loss, is_timed=accumulator.is_timed)
             if on_step is not None:
                 with accumulator.pause_timer():
                     on_step(steps_done, state)

@@ -23,7 +23,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 # JAX would connect to the other nodes through a proxy.
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
 
-# Bitwise reproducible runs need these flags; the README gives their cost.
+# Bitwise reproducible runs need these flags; they cost speed.
 # export XLA_FLAGS="--xla_gpu_deterministic_ops=true --xla_gpu_exclude_nondeterministic_ops=true"
 
 # With --kill-on-bad-exit, a process that fails (exit code 2) ends the whole step. Exit code 75 asks for a retry: a

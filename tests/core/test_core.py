@@ -1,4 +1,4 @@
-"""The single files under all rooms: errors, files, rng, tree, configs, pixels."""
+"""The core modules: errors, files, random keys, trees, configs and pixels."""
 
 import json
 import subprocess
@@ -50,17 +50,17 @@ def test_a_bug_keeps_its_traceback():
         main()
 
 
-def test_script_hands_over_arguments_and_keeps_the_name():
+def test_script_passes_arguments_and_keeps_the_name():
     seen = []
 
     @script
     def train(run, *, seed):
-        """What it does."""
+        """Train a model."""
         seen.append((run, seed))
 
     train("runs/x", seed=3)
     assert seen == [("runs/x", 3)]
-    assert (train.__name__, train.__doc__) == ("train", "What it does.")
+    assert (train.__name__, train.__doc__) == ("train", "Train a model.")
 
 
 def test_a_closed_pipe_ends_quietly():
@@ -69,7 +69,7 @@ def test_a_closed_pipe_ends_quietly():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_errors_that_a_user_can_act_on():
+def test_missing_files_and_damaged_clips_are_user_errors():
     assert issubclass(MissingError, UserError)
     assert issubclass(DecodeError, UserError)
     assert not issubclass(UserError, ValueError)  # which argument parsers catch, and print in a frame
@@ -108,7 +108,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, error):
     assert names(tmp_path) == ["a.json"]
 
 
-def test_a_folder_replaces_a_folder(tmp_path):
+def test_a_written_folder_replaces_the_old_one(tmp_path):
     for content in ("old", "new"):
         with files.atomic_path(tmp_path / "run") as temporary:
             temporary.mkdir()
@@ -117,7 +117,7 @@ def test_a_folder_replaces_a_folder(tmp_path):
     assert names(tmp_path / "run") == ["new"]
 
 
-def test_a_failed_folder_leaves_the_old_one(tmp_path):
+def test_a_failed_write_leaves_the_old_folder(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "old").touch()
 
@@ -133,13 +133,13 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
     assert names(tmp_path / "run") == ["old"]
 
 
-def test_json_comes_back(tmp_path):
+def test_json_is_read_as_it_was_written(tmp_path):
     value = {"prompt": "ein roter Kreis →", "frames": [1, 9], "share": 0.25, "none": None}
     files.write_json(tmp_path / "a.json", value)
     assert files.read_json(tmp_path / "a.json") == value
 
 
-def test_json_that_is_missing_or_broken(tmp_path):
+def test_missing_or_broken_json_is_refused(tmp_path):
     with pytest.raises(MissingError, match=r"no such file: .*a\.json"):
         files.read_json(tmp_path / "a.json")
     for content in (b'{"half": ', b"\xff\xfe"):
@@ -161,7 +161,7 @@ def test_keys_differ_by_seed_and_purpose_and_nothing_else():
     assert (bits(rng.key(0, "noise")) != bits(rng.key(1, "noise"))).any()
 
 
-def test_an_example_has_its_key_wherever_it_lies():
+def test_the_key_of_an_example_does_not_depend_on_its_place():
     purpose = rng.key(0, "noise")
     examples = jnp.asarray([[3, 1, 4], [1, 5, 9]], jnp.uint32)
     keys = rng.example_keys(purpose, 7, examples)
@@ -193,7 +193,7 @@ def test_the_host_generator_is_a_function_of_its_arguments():
 # --- tree -----------------------------------------------------------------------------------------------------------
 
 
-def test_paths_of_a_tree_and_back():
+def test_a_flattened_tree_can_be_restored():
     value = {"blocks": {"attention": {"kernel": np.ones((2, 3))}, "scale": np.ones(4)}, "embed": np.zeros(())}
     leaves = trees.flatten(value)
     assert list(leaves) == ["blocks/attention/kernel", "blocks/scale", "embed"]
@@ -211,7 +211,7 @@ def test_map_with_path():
 # --- configs --------------------------------------------------------------------------------------------------------
 
 
-def test_a_config_comes_back_through_json():
+def test_a_config_is_the_same_after_json():
     value = {
         "row": PackedShape(tokens=1, text=2, segments=3),
         "sizes": ((17, 32, 48), (1, 32, 32)),
@@ -219,7 +219,7 @@ def test_a_config_comes_back_through_json():
         "no": None,
     }
     written = json.loads(json.dumps(config_json.to_json(value)))
-    assert written["row"]["type"] == "dit_video.tokens:RowShape"
+    assert written["row"]["type"] == "dit_video.tokens:PackedShape"
     assert config_json.from_json(written) == value
 
 
@@ -228,7 +228,7 @@ class Foreign:
     width: int = 1
 
 
-def test_what_is_no_config_is_not_written():
+def test_values_that_are_no_config_are_not_written():
     with pytest.raises(TypeError, match="outside dit_video"):
         config_json.to_json(Foreign())
     for value in ([1], {1}, np.ones(2), len):
@@ -244,24 +244,33 @@ def test_what_is_no_config_is_not_written():
         ({"type": "dit_video.tokens.packing:Missing"}, "does not exist in this version"),
         ({"type": "dit_video.nowhere:Config"}, "does not exist in this version"),
         ({"type": "dit_video.tokens.packing:pack"}, "is not a dataclass"),
-        ({"type": "dit_video.tokens.packing:Rows"}, "is not a dataclass"),
+        ({"type": "dit_video.tokens.packing:PackedBatch"}, "is not a dataclass"),
         ({"type": "dit_video.core.files:os.system"}, "is not a dataclass"),
-        ({"type": "dit_video.tokens.packing:RowShape", "tokens": 1, "text": 1}, "lacks the field segments"),
+        ({"type": "dit_video.tokens.packing:PackedShape", "tokens": 1, "text": 1}, "lacks the field segments"),
         (
-            {"type": "dit_video.tokens.packing:RowShape", "tokens": 1, "text": 1, "segments": 1, "heads": 2},
+            {"type": "dit_video.tokens.packing:PackedShape", "tokens": 1, "text": 1, "segments": 1, "heads": 2},
             "has no field heads; use the version",
         ),
         (
-            {"type": "dit_video.tokens.packing:RowShape", "tokens": "1", "text": 1, "segments": 1},
+            {"type": "dit_video.tokens.packing:PackedShape", "tokens": "1", "text": 1, "segments": 1},
             "tokens='1' of .* must be of type int",
         ),
         (
-            {"type": "dit_video.tokens.packing:RowShape", "tokens": True, "text": 1, "segments": 1},
+            {"type": "dit_video.tokens.packing:PackedShape", "tokens": True, "text": 1, "segments": 1},
             "must be of type int",
         ),
-        ({"type": "dit_video.experiment:Data", "max_pixels": 1, "max_frames": 1, "fps": "x"}, "fps of Data"),
-        ({"type": "dit_video.experiment:Data", "max_pixels": 1, "max_frames": 1, "held_out": [1]}, "held_out of Data"),
-        ({"type": "dit_video.data.windows:WindowConfig", "size": [1, "a", 2], "batch": 1}, "size of WindowConfig"),
+        (
+            {"type": "dit_video.experiment:DataConfig", "max_pixels": 1, "max_frames": 1, "fps": "x"},
+            "of DataConfig is invalid",
+        ),
+        (
+            {"type": "dit_video.experiment:DataConfig", "max_pixels": 1, "max_frames": 1, "held_out": [1]},
+            "of DataConfig is invalid",
+        ),
+        (
+            {"type": "dit_video.data.windows:WindowConfig", "size": [1, "a", 2], "batch": 1},
+            "of WindowConfig is invalid",
+        ),
         (
             {
                 "type": "dit_video.backbones.dit.model:DitConfig",
@@ -271,10 +280,13 @@ def test_what_is_no_config_is_not_written():
             },
             "absolute",
         ),
-        ({"type": "dit_video.training.optim.optimizer:OptimizerConfig", "kind": "sgdx"}, "kind of OptimizerConfig"),
+        (
+            {"type": "dit_video.training.optim.optimizer:OptimizerConfig", "kind": "sgdx"},
+            "of OptimizerConfig is invalid",
+        ),
     ],
 )
-def test_a_config_that_cannot_be_rebuilt(written, message):
+def test_a_config_that_cannot_be_rebuilt_is_refused(written, message):
     with pytest.raises(UserError, match=message):
         config_json.from_json({"inside": [written]})
 
@@ -282,7 +294,7 @@ def test_a_config_that_cannot_be_rebuilt(written, message):
 # --- pixels ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_byte_survives_the_way_to_floats_and_back():
+def test_every_uint8_value_is_the_same_after_conversion_to_float_and_back():
     frames = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     floats = pixels.to_float(frames)
     assert floats.dtype == np.float32
@@ -295,7 +307,7 @@ def test_pixels_out_of_range_are_clipped():
     assert pixels.to_uint8(values).tolist() == [[[0, 128, 255]]]
 
 
-def test_pixels_that_are_no_numbers_are_no_picture():
+def test_pixels_that_are_not_finite_are_refused():
     with pytest.raises(UserError, match="1 of 3 pixel values are NaN"):
         pixels.to_uint8(np.array([[[0.0, np.nan, 1.0]]], np.float32))
 
@@ -323,10 +335,10 @@ def test_resize_is_a_product_with_the_filter_on_each_axis(source, target):
     assert np.abs(upright - exact).max() < 0.5 + 1e-3
 
 
-def test_resize_in_strips(monkeypatch):
+def test_resizing_in_strips_gives_the_same_result(monkeypatch):
     frames = np.random.default_rng(2).integers(0, 256, (1, 40, 30, 3), np.uint8)
     whole = pixels.resize(frames, 21, 13)
-    monkeypatch.setattr(pixels, "_PRODUCTS", 1000)
+    monkeypatch.setattr(pixels, "_MAX_PRODUCTS", 1000)
     np.testing.assert_allclose(pixels.resize(frames, 21, 13).astype(int), whole, atol=1)
 
 

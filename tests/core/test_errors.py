@@ -1,4 +1,4 @@
-"""How a script ends on an error and on Ctrl-C."""
+"""Ends of scripts after errors and Ctrl-C."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from dit_video.training.hooks.logging import Progress
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C as in a terminal: what a shell starts in the background ignores it, and these tests may be."""
+    """Handle Ctrl-C as in a terminal; processes in the background of a shell, such as these tests, may ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -44,6 +44,7 @@ def test_other_errors_keep_their_traceback():
 @pytest.mark.parametrize("code", [0, 75])
 def test_a_run_that_was_stopped_ends_with_the_code_that_was_asked_for(capsys, monkeypatch, code):
     monkeypatch.setattr(GracefulStop, "code", code)
+    monkeypatch.setattr(sys, "argv", ["experiments/train.py", "my config.py", "--data", "clips"])
 
     @script
     def main():
@@ -52,7 +53,23 @@ def test_a_run_that_was_stopped_ends_with_the_code_that_was_asked_for(capsys, mo
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == code
-    message = "stopped: training, by SIGTERM after step 7, which is saved; the same command continues from there"
+    message = "stopped: training, by SIGTERM after step 7, which is saved; the same command continues from there: "
+    command = "python experiments/train.py 'my config.py' --data clips"
+    assert capsys.readouterr().err.strip() == message + command
+
+
+@pytest.mark.parametrize("path", ["experiments/quickstart.py", "tools/ingest.py", "tools/encode_latents.py"])
+def test_ctrl_c_ends_with_one_line_and_the_command_that_continues(capsys, monkeypatch, path):
+    monkeypatch.setattr(sys, "argv", [path, "a", "--b", "c d"])
+
+    @script
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    message = f"interrupted: the same command continues with the remaining work: python {path} a --b 'c d'"
     assert capsys.readouterr().err.strip() == message
 
 
@@ -105,7 +122,7 @@ def test_a_ctrl_c_that_is_dropped_stops_the_script_at_its_next_progress(capsys):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_other_errors_in_finalizers_do_not(capsys):
+def test_other_errors_in_finalizers_do_not_stop_the_script(capsys):
     class Finalized:
         def __del__(self):
             raise ZeroDivisionError

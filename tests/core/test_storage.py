@@ -26,7 +26,7 @@ from dit_video.video import Clip
 
 
 class Memory(MemoryFileSystem):
-    """Of its own: `gs://bucket/x` and `s3://bucket/x` are `bucket/x`, as gcsfs and s3fs have it."""
+    """A file system in memory, in which `gs://bucket/x` and `s3://bucket/x` are `bucket/x`, as in gcsfs and s3fs."""
 
     protocol = ("gs", "gcs", "s3")
     root_marker = ""
@@ -51,7 +51,7 @@ def bucket(monkeypatch, tmp_path):
 
 @pytest.fixture
 def server(bucket, monkeypatch):
-    """Google Cloud Storage's way to read a part of an object."""
+    """Start a server that returns parts of objects as Google Cloud Storage does."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -93,7 +93,7 @@ def clips(tmp_path):
     return tmp_path / "clips"
 
 
-def test_a_data_set_in_a_bucket(clips, tmp_path, bucket, server):
+def test_a_data_set_can_be_written_to_and_read_from_a_bucket(clips, tmp_path, bucket, server):
     report = ingest(clips, "gs://bucket/data")
     ingest(clips, tmp_path / "here")
     assert {name.removeprefix("bucket/data/"): file.getvalue() for name, file in bucket.items()} == {
@@ -111,7 +111,7 @@ def test_a_data_set_in_a_bucket(clips, tmp_path, bucket, server):
 
 
 @pytest.mark.parametrize("code", [403, 404])
-def test_a_service_that_refuses_a_record_is_no_damaged_record(clips, bucket, server, monkeypatch, code):
+def test_a_record_that_the_service_refuses_is_not_taken_for_damaged(clips, bucket, server, monkeypatch, code):
     ingest(clips, "gs://bucket/data")
     source = ClipSource("gs://bucket/data")
     with monkeypatch.context() as patch:
@@ -124,7 +124,7 @@ def test_a_service_that_refuses_a_record_is_no_damaged_record(clips, bucket, ser
     assert "\n" not in str(found.value)
 
 
-def test_a_copy_that_is_interrupted(clips, tmp_path, bucket, monkeypatch):
+def test_an_interrupted_copy_is_no_data_set_and_can_be_repeated(clips, tmp_path, bucket, monkeypatch):
     def interrupted(folder, destination, last):
         write_text(destination / "clips-train.array_record-00000-of-00007", "half")
         raise KeyboardInterrupt
@@ -149,12 +149,12 @@ def test_beam_does_not_write_to_buckets(clips, bucket):
         ingest(clips, "gs://bucket/data", beam=BeamOptions())
 
 
-def test_beam_takes_some_names_for_patterns(clips, tmp_path):
-    with pytest.raises(UserError, match=r"data\[1\] has one of"):
+def test_beam_refuses_names_that_it_would_take_for_patterns(clips, tmp_path):
+    with pytest.raises(UserError, match=r"data\[1\] contains one of"):
         ingest(clips, tmp_path / "data[1]", beam=BeamOptions())
 
 
-def test_of_an_older_copy_the_index_goes_first(tmp_path, bucket, monkeypatch):
+def test_the_index_of_an_older_copy_is_removed_first(tmp_path, bucket, monkeypatch):
     (tmp_path / "made").mkdir()
     for name in ("a", INDEX, "z"):
         (tmp_path / "made" / name).write_text("new")
@@ -168,8 +168,8 @@ def test_of_an_older_copy_the_index_goes_first(tmp_path, bucket, monkeypatch):
     assert {file.getvalue() for file in bucket.values()} == {b"new"}
 
 
-def test_what_came_to_the_destination_meanwhile_stays(clips, bucket, monkeypatch):
-    """Between the first look at a bucket and the copy may lie hours."""
+def test_files_that_appeared_at_the_destination_meanwhile_are_kept(clips, bucket, monkeypatch):
+    """Hours may pass between the first check of a bucket and the copy."""
     real = engine._write
 
     def slowly(*arguments):
@@ -194,17 +194,17 @@ def test_what_came_to_the_destination_meanwhile_stays(clips, bucket, monkeypatch
 
 
 @pytest.mark.parametrize("folder", ["memory://bucket/data", "s3://bucket/data"])
-def test_a_data_set_at_any_address(clips, memory, bucket, tmp_path, monkeypatch, folder):
+def test_a_data_set_can_be_at_any_address(clips, memory, bucket, tmp_path, monkeypatch, folder):
     real = engine.list_clips
 
-    def in_two_splits(*arguments, **keywords):
+    def list_two_splits(*arguments, **keywords):
         listing = real(*arguments, **keywords)
         splits = ("train", "test", "train")
         parted = (clip._replace(split=split) for clip, split in zip(listing.clips, splits, strict=True))
         return listing._replace(clips=tuple(parted))
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "list_clips", in_two_splits)
+        patch.setattr(engine, "list_clips", list_two_splits)
         ingest(clips, folder)
     source = ClipSource(folder)
     assert [info.split for info in source.infos] == ["train", "train", "test"]
@@ -226,7 +226,7 @@ def test_a_data_set_at_any_address(clips, memory, bucket, tmp_path, monkeypatch,
     assert ClipSource(folder)[0] == (clips / "2.mp4").read_bytes()
 
 
-def test_no_room_for_the_copies(clips, memory, monkeypatch):
+def test_a_full_disk_for_the_local_copies_is_reported(clips, memory, monkeypatch):
     ingest(clips, f"{memory}/data")
     source = ClipSource(f"{memory}/data")
 
@@ -247,7 +247,7 @@ def test_no_room_for_the_copies(clips, memory, monkeypatch):
         ("gs:/bucket/x", r"^gs:/bucket/x is an address that went through pathlib; give gs://… as a string$"),
     ],
 )
-def test_addresses_that_nothing_opens(monkeypatch, name, message):
+def test_addresses_without_a_file_system_are_refused(monkeypatch, name, message):
     for package in ("gcsfs", "s3fs"):
         monkeypatch.setitem(sys.modules, package, None)
     for use in (to_storage_path, ClipSource, is_ingested, LatentSource):
@@ -255,7 +255,7 @@ def test_addresses_that_nothing_opens(monkeypatch, name, message):
             use(name)
 
 
-def test_a_bucket_that_refuses(clips, memory, monkeypatch):
+def test_a_bucket_without_permission_is_reported(clips, memory, monkeypatch):
     ingest(clips, f"{memory}/data")
     source = ClipSource(f"{memory}/data")
 
@@ -280,18 +280,18 @@ def test_a_bucket_that_refuses(clips, memory, monkeypatch):
             write_text(to_storage_path(f"{memory}/page.html"), "text")
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     with Journal(tmp_path / "work", ()), pytest.raises(UserError, match="another process is writing"):
         Journal(tmp_path / "work", ())
     monkeypatch.setattr(fcntl, "flock", none)
-    with pytest.raises(UserError, match=r"work cannot be locked \(No locks available\); name a destination on"):
+    with pytest.raises(UserError, match=r"work cannot be locked \(No locks available\); use a destination on"):
         Journal(tmp_path / "work", ())
 
 
-def test_places(tmp_path, bucket):
+def test_paths_and_addresses_become_storage_paths(tmp_path, bucket):
     assert (
         to_storage_path(tmp_path) == to_storage_path(str(tmp_path)) == to_storage_path(f"file://{tmp_path}") == tmp_path
     )

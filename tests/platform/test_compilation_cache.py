@@ -5,22 +5,12 @@ from pathlib import Path
 import jax
 
 from dit_video.platform.compilation_cache import enable_compilation_cache
-
-PROGRAM = """
-import jax, sys
-import dit_video.platform.compilation_cache as compiled
-compiled.LEAST_SECONDS = 0.0
-folder = compiled.keep_programs()
-counted = []
-jax.monitoring.register_event_listener(lambda name, **_: counted.append(name))
-jax.jit(lambda x: x * 2 + 1)(1.0)
-print(folder, sum(name.endswith("/cache_hits") for name in counted))
-"""
+from support.devices import PROGRAMS
 
 
 def start(home: Path, **environment: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-P", str(PROGRAMS / "cached_compilation.py")],
         env={"PYTHONPATH": str(Path(__file__).parents[2]), "XDG_CACHE_HOME": str(home), **environment},
         capture_output=True,
         text=True,
@@ -36,6 +26,6 @@ def test_the_second_start_finds_what_the_first_compiled(tmp_path):
     assert int(start(tmp_path)[1]) >= 1
 
 
-def test_a_folder_that_is_set_stays(tmp_path):
+def test_a_compilation_cache_that_is_set_stays(tmp_path):
     assert enable_compilation_cache(tmp_path) == Path(jax.config.jax_compilation_cache_dir)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Memory in pages of 2 MB."""
+"""Processes that start again with memory in pages of 2 MB."""
 
 import os
 import subprocess
@@ -7,13 +7,14 @@ import sys
 import pytest
 
 from dit_video.platform import huge_pages
+from support.devices import PROGRAMS
 
 TUNABLE = "glibc.malloc.hugetlb=1"
 
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """What is executed in the process' place, on a system that gives huge pages to those who ask."""
+    """Return the list of commands that replace this process, on a system that gives huge pages on request."""
     found = []
     setting = tmp_path / "enabled"
     setting.write_text("always [madvise] never\n")
@@ -27,7 +28,7 @@ def started(monkeypatch, tmp_path):
     return found
 
 
-def test_started_again_as_it_was(started):
+def test_a_process_starts_again_with_its_own_command(started):
     huge_pages.use_huge_pages("__main__")
     assert started == [(sys.executable, [sys.executable, "-X", "dev", "train.py", "--steps", "3"])]
     assert os.environ["GLIBC_TUNABLES"] == TUNABLE
@@ -35,45 +36,45 @@ def test_started_again_as_it_was(started):
     assert len(started) == 1
 
 
-def test_other_tunables_stay(started, monkeypatch):
+def test_other_tunables_of_glibc_stay(started, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
     huge_pages.use_huge_pages("__main__")
     assert started
     assert os.environ["GLIBC_TUNABLES"] == f"glibc.malloc.arena_max=2:{TUNABLE}"
 
 
-def test_not_in_a_module(started):
+def test_an_imported_module_does_not_start_the_process_again(started):
     huge_pages.use_huge_pages("train")
     assert not started
 
 
-def test_not_where_jax_is(started, monkeypatch):
+def test_a_process_that_imported_jax_is_not_started_again(started, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", sys)
     huge_pages.use_huge_pages("__main__")
     assert not started
 
 
-def test_a_choice_stays(started, monkeypatch):
+def test_a_huge_page_setting_of_the_user_stays(started, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
     huge_pages.use_huge_pages("__main__")
     assert not started
 
 
-def test_not_under_a_debugger(started, monkeypatch):
+def test_a_process_under_a_debugger_is_not_started_again(started, monkeypatch):
     monkeypatch.setattr(sys, "gettrace", lambda: print)
     huge_pages.use_huge_pages("__main__")
     assert not started
 
 
 @pytest.mark.parametrize("setting", ["[always] madvise never", "always madvise [never]", None])
-def test_not_where_linux_gives_them_to_all_or_to_nobody(started, tmp_path, setting):
+def test_a_system_that_gives_huge_pages_to_all_or_to_nobody_is_left_alone(started, tmp_path, setting):
     (tmp_path / "enabled").unlink() if setting is None else (tmp_path / "enabled").write_text(setting)
     huge_pages.use_huge_pages("__main__")
     assert not started
 
 
 @pytest.mark.parametrize("library", ["glibc 2.31", "musl 1.2", ValueError("unrecognized configuration name")])
-def test_not_with_another_library(started, monkeypatch, library):
+def test_an_old_or_other_c_library_is_left_alone(started, monkeypatch, library):
     def confstr(_):
         if isinstance(library, Exception):
             raise library
@@ -84,18 +85,10 @@ def test_not_with_another_library(started, monkeypatch, library):
     assert not started
 
 
-def test_a_script(tmp_path):
+def test_a_real_script_starts_again_with_its_arguments():
     if not huge_pages._is_available():
         pytest.skip("this system does not give huge pages to those who ask")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from dit_video.platform.huge_pages import use_huge_pages\n"
-        "print('before', flush=True)\n"
-        "use_huge_pages(__name__)\n"
-        "import os, sys\n"
-        "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])\n"
-    )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    command = [sys.executable, str(script), "--steps", "3"]
+    command = [sys.executable, str(PROGRAMS / "huge_pages.py"), "--steps", "3"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["before", "before", f"{TUNABLE} ['--steps', '3']"]

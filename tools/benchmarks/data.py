@@ -57,7 +57,7 @@ def measure_latents(setting: Setting, setup: TrainingSetup, num_examples: int) -
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
         source = LatentSource(Path(folder) / "latents")
         reading = LoaderConfig(batch=config.batch, seed=0)
-        texts = TokenizedCaptions(source.all_captions, config.text.tokenizer())
+        texts = TokenizedCaptions(source.all_captions, config.text.make_tokenizer())
         batches = load_packed_batches(source, texts, patch=config.dit.patch, shape=config.rows, config=reading)
         epoch = -(-batches.rows_per_epoch // config.batch)
         last = int(setup.state.step) + epoch
@@ -196,7 +196,7 @@ def measure_memory(setting: Setting, num_examples: int, batches: int) -> dict[st
         source = LatentSource(Path(folder) / "latents")
         loader = load_packed_batches(
             source,
-            TokenizedCaptions(source.all_captions, config.text.tokenizer()),
+            TokenizedCaptions(source.all_captions, config.text.make_tokenizer()),
             patch=config.dit.patch,
             shape=config.rows,
             config=LoaderConfig(batch=config.batch, seed=0),

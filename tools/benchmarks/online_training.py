@@ -87,7 +87,7 @@ def _train(
 ) -> tuple[dict[str, Any], TrainingSetup]:
     """Train for twice the steps; new programs are compiled in the first half, and the second half is measured."""
     first, warmup_seconds = int(setup.state.step), [0.0]
-    texts = TokenizedCaptions([info.captions for info in source.infos], experiment.denoiser.text.tokenizer())
+    texts = TokenizedCaptions([info.captions for info in source.infos], experiment.denoiser.text.make_tokenizer())
     batches = input_pipeline.make_online_batches(experiment, source, texts, encode)(0)
 
     def record_warmup(done: int, _state: Any) -> None:

@@ -112,7 +112,8 @@ class Progress:
         self._last_draw_time = -math.inf
         self._step = self._last_drawn_step = start
         self._loss = math.nan
-        self._first_update: tuple[int, float] | None = None
+        self._last_update: tuple[int, float] | None = None
+        self._timed_steps, self._timed_seconds = 0, 0.0
 
     def __enter__(self) -> "Progress":
         if self._is_terminal:
@@ -131,8 +132,15 @@ class Progress:
         """Return the number of steps done."""
         return self._step
 
-    def update(self, step: int, loss: float | None = None) -> None:
-        """Set the number of steps done; `loss` is shown until the next one is passed.
+    def update(self, step: int, loss: float | None = None, *, is_timed: bool = True) -> None:
+        """Set the number of steps done, from which the time left is estimated.
+
+        The steps up to the first call never count for the estimate, as they include compilation.
+
+        Args:
+          step: Number of steps done.
+          loss: Newest loss, which is shown until the next one is passed.
+          is_timed: False if the time since the last call is not that of steps, because it includes compilation.
 
         Raises:
           KeyboardInterrupt: Ctrl-C was pressed in a script, and the code that ran meanwhile ignored it.
@@ -142,8 +150,10 @@ class Progress:
         if loss is not None:
             self._loss = loss
         now = time.perf_counter()
-        if self._first_update is None:  # the first step includes compilation, so it is not used for the speed
-            self._first_update = (step, now)
+        if self._last_update is not None and is_timed:
+            self._timed_steps += step - self._last_update[0]
+            self._timed_seconds += now - self._last_update[1]
+        self._last_update = (step, now)
         if now - self._last_draw_time >= self._draw_seconds or (step == self.total != self._last_drawn_step):
             self._draw(now)
 
@@ -153,17 +163,17 @@ class Progress:
             return
         loss = "" if math.isnan(self._loss) else f"loss {self._loss:.4f}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._step, loss=loss, left=self._format_time_left(now))
+            self._bar.update(self._task, completed=self._step, loss=loss, left=self._format_time_left())
             return
         share = self._step / self.total
-        parts = [f"{self.title} {self._step}/{self.total} ({share:.0%})", loss, self._format_time_left(now)]
+        parts = [f"{self.title} {self._step}/{self.total} ({share:.0%})", loss, self._format_time_left()]
         print(" · ".join(part for part in parts if part), file=self._stream, flush=True)
 
-    def _format_time_left(self, now: float) -> str:
-        """Return the speed so far and the time left at this speed."""
-        if self._first_update is None or self._step <= self._first_update[0]:
+    def _format_time_left(self) -> str:
+        """Return the mean speed of the timed steps and the time left at this speed; empty before there are any."""
+        if not self._timed_steps:
             return ""
-        seconds = (now - self._first_update[1]) / (self._step - self._first_update[0])
+        seconds = self._timed_seconds / self._timed_steps
         speed = f"{1 / seconds:.1f} {self.unit}s/s" if seconds < 1 else f"{seconds:.1f} s/{self.unit}"
         return f"{speed} · {_format_duration(seconds * (self.total - self._step))} left"
 

@@ -61,6 +61,12 @@ class MetricAccumulator:
         self._identify, self._skipped_log = identify, skipped_log
         self._newest_loss: Array | None = None
         self._first_step_seconds: float | None = None
+        self._compiled_shapes: set[tuple[Any, ...]] = set()
+        self._untimed_steps_left = 0
+        self.is_timed = False
+        """True if the host spent the time since the step before the newest one on that of a step. It did not if the
+        newest step or one of the two before was the first with its shapes, which compiles it: meanwhile the device
+        empties its queue, which is then filled without waiting."""
         self._restart_timer()
 
     def _restart_timer(self) -> None:
@@ -95,6 +101,7 @@ class MetricAccumulator:
         Raises:
           TooManySkipped: as many steps in a row as may be.
         """
+        self._record_shapes(batch)
         self._pending_metrics.append(metrics)
         self._batch_ids.append({} if self._identify is None else self._identify(batch))
         self._newest_loss = metrics["loss"]  # type: ignore[assignment]  # a loss is no ratio
@@ -109,6 +116,15 @@ class MetricAccumulator:
         if len(self._pending_metrics) > _MAX_QUEUED_STEPS:
             jax.block_until_ready(self._pending_metrics[-1 - _MAX_QUEUED_STEPS]["loss"])
             self._check_skips(len(self._pending_metrics) - _MAX_QUEUED_STEPS)
+
+    def _record_shapes(self, batch: Any) -> None:
+        """Set `is_timed` for the step of this batch."""
+        shapes = tuple(getattr(leaf, "shape", None) for leaf in jax.tree.leaves(batch))
+        if shapes not in self._compiled_shapes:
+            self._compiled_shapes.add(shapes)
+            self._untimed_steps_left = 1 + _MAX_QUEUED_STEPS
+        self.is_timed = self._untimed_steps_left == 0
+        self._untimed_steps_left = max(0, self._untimed_steps_left - 1)
 
     def _check_skips(self, num_finished: int) -> None:
         """Check whether the first `number` pending steps, which have finished, were skipped."""

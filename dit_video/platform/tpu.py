@@ -1,0 +1,93 @@
+"""Selection of JAX's backends on machines that have `libtpu` but no TPU."""
+
+import importlib.util
+import os
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
+_DEV = Path("/dev")
+_GOOGLE = "0x1ae0"
+_PCI_STORAGE, _PCI_NETWORK = "0x01", "0x02"
+_TPU_VARIABLES = ("TPU_", "CLOUD_TPU_", "MEGASCALE_", "JAX_FORCE_TPU_INIT", "JAX_PLATFORM_NAME", "PJRT_")
+"""Beginnings of the environment variables by which pods and users select TPUs, or any backend."""
+_UNRELATED_VARIABLES = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
+"""Variables that JAX and libtpu set themselves, also without a TPU."""
+_GPU_BACKENDS = {"xla_cuda": "cuda", "xla_rocm": "rocm"}
+"""Beginnings of the names of JAX's GPU plugins, and the names of their backends."""
+_GPU_DEVICES = {"cuda": ("nvidia0", "nvidiactl", "dxg"), "rocm": ("kfd", "dxg")}
+_GPU_CHOICES = {
+    "cuda": ("CUDA_VISIBLE_DEVICES",),
+    "rocm": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+}
+"""Environment variables that hide GPUs if they are empty or -1."""
+
+
+def skip_missing_tpu() -> None:
+    """Keep JAX from searching for a TPU on a machine without one, where `libtpu` is installed for planning.
+
+    The search prints a page of errors of libtpu. Programs can still be compiled for TPUs without it: see
+    `tools/plan.py`.
+
+    `JAX_PLATFORMS` becomes "cpu", or for example "cuda,cpu" if the plugin of a GPU is installed and the GPU is present.
+    A choice of the user stays. Nothing happens after JAX has started its backends, where a plugin of another kind is
+    installed, or where a device or the environment suggests that there is a TPU.
+    """
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    if _has_tpu_variables() or _has_tpu_device():
+        return
+    gpus = _find_gpu_backends()
+    jax = sys.modules.get("jax")
+    if gpus is None or (jax is not None and (jax.config.jax_platforms or _has_started())):
+        return
+    platforms = ",".join([*gpus, "cpu"])
+    os.environ["JAX_PLATFORMS"] = platforms
+    if jax is not None:  # it has read its environment before
+        jax.config.update("jax_platforms", platforms)
+
+
+def _has_tpu_variables() -> bool:
+    return any(name.startswith(_TPU_VARIABLES) and name not in _UNRELATED_VARIABLES for name in os.environ)
+
+
+def _has_tpu_device() -> bool:
+    """Return True if a TPU may be attached.
+
+    That is a PCI device of Google which is neither storage nor network, as virtual machines in its cloud have those.
+    (JAX's table of device ids would not include TPUs that are newer than this function.)
+    """
+    if any(_DEV.glob("accel*")) or any(_DEV.glob("vfio/[0-9]*")):
+        return True
+    for device in _PCI_DEVICES.glob("*"):
+        try:
+            is_google = (device / "vendor").read_text().strip() == _GOOGLE
+            if is_google and not (device / "class").read_text().startswith((_PCI_STORAGE, _PCI_NETWORK)):
+                return True
+        except OSError:  # a device that is being removed
+            continue
+    return False
+
+
+def _find_gpu_backends() -> list[str] | None:
+    """Return the backends of the GPUs that JAX can use; None if there is a plugin whose backend is not known."""
+    names = {entry.name for entry in entry_points(group="jax_plugins")}
+    namespace = importlib.util.find_spec("jax_plugins")
+    for folder in (namespace and namespace.submodule_search_locations) or ():
+        names |= {path.name for path in Path(folder).glob("[!_]*") if path.is_dir() or path.suffix == ".py"}
+    found = set()
+    for name in names:
+        backend = next((backend for start, backend in _GPU_BACKENDS.items() if name.startswith(start)), None)
+        if backend is None:
+            return None
+        hidden = any(os.environ.get(variable) in ("", "-1") for variable in _GPU_CHOICES[backend])
+        if not hidden and any((_DEV / device).exists() for device in _GPU_DEVICES[backend]):
+            found.add(backend)
+    return sorted(found)
+
+
+def _has_started() -> bool:
+    """Return True if JAX, which is imported, has started its backends."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bridge is None or bridge.backends_are_initialized()
