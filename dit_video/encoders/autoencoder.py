@@ -1,16 +1,19 @@
 """Trained autoencoder in use: clips to latents and back."""
 
+import hashlib
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
 from dit_video.autoencoders import AutoencoderConfig, Tiles, decode_stream, encode_stream, latent_grid
 from dit_video.autoencoders.streaming import OptionalSharding
+from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values as count
+from dit_video.core.trees import flatten
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -93,3 +96,21 @@ class LatentCodec:
         """Return the number of latent frames that are coded at once."""
         frame_pixels = clips * self.config.stride.volume * latents.h * latents.w
         return min(latents.t, max(1, CHUNK_PIXELS // frame_pixels))
+
+
+def compute_autoencoder_identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
+    """Return a hash of an autoencoder's config and weights: latents of one autoencoder are of no use to another.
+
+    Options at their default do not count, so that a new option leaves existing latents valid; nor do those that only
+    change how the same values are computed (the field's metadata has `how`).
+    """
+    chosen = {
+        field.name: config_json.to_json(getattr(config, field.name))
+        for field in fields(cast(Any, config))
+        if not field.metadata.get("how") and getattr(config, field.name) != field.default
+    }
+    digest = hashlib.sha256(f"{type(config).__qualname__} {chosen}".encode())
+    for name, leaf in sorted(flatten(params).items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]

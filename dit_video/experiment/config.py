@@ -87,7 +87,7 @@ class Experiment:
             positive["autoencoder.steps"] = self.autoencoder.steps
         for name, value in positive.items():
             if value < 1:
-                raise UserError(f"{name}={value} is invalid: it must be at least 1.")
+                raise UserError(f"{name}={value} is invalid: it must be at least 1. Use {name}=1 or more.")
         trainings = [part for part in (self.autoencoder, self.denoiser) if not isinstance(part, PretrainedAutoencoder)]
         for training in trainings:
             make_learning_rate_schedule(training.optimizer, steps=training.steps)

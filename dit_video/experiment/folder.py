@@ -17,14 +17,13 @@ pipeline/                 the result, which `dit_video.load` reads
 """
 
 import functools
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from dit_video.core import config_json
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError, get_command
 from dit_video.core.files import read_document, write_json
 from dit_video.core.storage import StoragePathLike
 from dit_video.data.clips import ClipSource
@@ -52,7 +51,7 @@ class RunFolder:
           UserError: the folder holds a run of another config or version, or something else.
         """
         folder = Path(folder)
-        run = cls(folder=folder, experiment=experiment, command=" ".join(["python", *sys.argv]))
+        run = cls(folder=folder, experiment=experiment, command=get_command())
         if (folder / CONFIG).is_file():
             existing = cls.open(folder)
             difference = config_json.describe_difference(

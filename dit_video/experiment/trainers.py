@@ -139,7 +139,7 @@ class AutoencoderStage:
             return params if linear is None else init_from_linear(params, linear)
 
         batches = functools.partial(self.open_windows, crops, purpose="autoencoder")
-        options: dict[str, Any] = {"start": start, "profile": self.profile, "checkpoints": self.checkpoints}
+        options: dict[str, Any] = {"load_params": start, "profile": self.profile, "checkpoints": self.checkpoints}
         state = train(experiment, self.folder, init, parts.pop("loss"), batches, **options, **parts)
         params = to_host(state.ema)
         if config.optimizer.is_trained("normalizer/mean"):

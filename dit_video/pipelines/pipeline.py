@@ -5,24 +5,21 @@ and nothing of the training state.
 """
 
 import copy
-import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from dit_video.autoencoders import AutoencoderConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path, read_document, write_json
 from dit_video.core.trees import count_values as count
-from dit_video.core.trees import flatten
 from dit_video.diffusion import Guidance
 from dit_video.diffusion import get_sampler as sampler_of
 from dit_video.encoders.autoencoder import LatentCodec
@@ -388,21 +385,3 @@ def _resolve_guidance(own: Sampling, override: GuidanceScale) -> float | tuple[f
 
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
-
-
-def compute_autoencoder_identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
-    """Return a hash of an autoencoder's config and weights: latents of one autoencoder are of no use to another.
-
-    Options at their default do not count, so that a new option leaves existing latents valid; nor do those that only
-    change how the same values are computed (the field's metadata has `how`).
-    """
-    chosen = {
-        field.name: config_json.to_json(getattr(config, field.name))
-        for field in fields(cast(Any, config))
-        if not field.metadata.get("how") and getattr(config, field.name) != field.default
-    }
-    digest = hashlib.sha256(f"{type(config).__qualname__} {chosen}".encode())
-    for name, leaf in sorted(flatten(params).items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]

@@ -8,8 +8,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from dit_video.backbones.attention_maps import compute_attention_maps
 from dit_video.backbones.denoise import make_denoise_fn
-from dit_video.backbones.dit import Given, compute_attention_maps
+from dit_video.backbones.dit import Given
 from dit_video.core.errors import UserError
 from dit_video.core.typing import SameArray
 from dit_video.diffusion import ClipSize

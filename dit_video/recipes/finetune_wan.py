@@ -196,4 +196,4 @@ def _make_known_frames(options: FineTuningOptions, dit: WanDitConfig) -> KnownFr
 def _make_training_options(options: FineTuningOptions) -> dict[str, Any]:
     if options.train == "lora":
         return {"lora": options.lora}
-    return {"trained": options.train}
+    return {"train_mode": options.train}

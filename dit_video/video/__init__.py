@@ -1,8 +1,8 @@
 """Reading and writing of clips as video and image files (PyAV: no system ffmpeg)."""
 
-from dit_video.video.clip import Clip
+from dit_video.video.clip import Clip, encode
 from dit_video.video.decode import VideoInfo, compute_average_fps, decode, probe
-from dit_video.video.encode import Format, encode
+from dit_video.video.encode import Format
 from dit_video.video.reader import TOLERANCE
 
 __all__ = ["TOLERANCE", "Clip", "Format", "VideoInfo", "compute_average_fps", "decode", "encode", "probe"]

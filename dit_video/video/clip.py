@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
-from dit_video.video.encode import FORMATS, encode_frames
+from dit_video.video.encode import FORMATS, Format, encode_frames
 
 MIN_DISPLAY_HEIGHT = 192
 """Pixels: a clip of less height is displayed enlarged by a whole number."""
@@ -91,3 +91,20 @@ class Clip:
 
 def _make_data_url(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def encode(clip: Clip, format: Format, *, crf: int | None = None) -> bytes:
+    """Return the bytes of a file.
+
+    mp4 is H.264 and webm is VP9, both 4:2:0 in BT.709, limited range, which every browser plays; gif has one palette of
+    256 colours and shows frames for whole hundredths of a second; png (one frame) and apng are lossless.
+
+    Args:
+      clip: clip to encode.
+      format: format of the file.
+      crf: quality of mp4 and webm, 0 (best) to 51 (mp4) or 63 (webm).
+
+    Raises:
+      UserError: frames that the format does not support: an odd height or width as mp4, several frames as png.
+    """
+    return encode_frames(clip.frames, clip.fps, format, crf=crf)

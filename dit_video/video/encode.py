@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import av
 import numpy as np
@@ -11,9 +11,6 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from jaxtyping import UInt8
 
 from dit_video.core.errors import UserError
-
-if TYPE_CHECKING:
-    from dit_video.video.clip import Clip
 
 Format = Literal["mp4", "webm", "gif", "png", "apng"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -38,25 +35,8 @@ ACCURATE_FLAGS = (
 """Flags of swscale: without them colours are off by several of 255 steps, and differ between processors."""
 
 
-def encode(clip: "Clip", format: Format, *, crf: int | None = None) -> bytes:
-    """Return the bytes of a file.
-
-    mp4 is H.264 and webm is VP9, both 4:2:0 in BT.709, limited range, which every browser plays; gif has one palette of
-    256 colours and shows frames for whole hundredths of a second; png (one frame) and apng are lossless.
-
-    Args:
-      clip: clip to encode.
-      format: format of the file.
-      crf: quality of mp4 and webm, 0 (best) to 51 (mp4) or 63 (webm).
-
-    Raises:
-      UserError: frames that the format does not support: an odd height or width as mp4, several frames as png.
-    """
-    return encode_frames(clip.frames, clip.fps, format, crf=crf)
-
-
 def encode_frames(frames: UInt8[np.ndarray, "T H W 3"], fps: float, format: str, *, crf: int | None = None) -> bytes:
-    """Encode frames that are not a `Clip`; see `encode`."""
+    """Return the bytes of a file of these frames; formats and `crf` are those of `clip.encode`."""
     if format not in FORMATS:
         raise UserError(f"format={format!r} is invalid: use one of {', '.join(FORMATS)}")
     if crf is not None and format not in DEFAULT_CRF:

@@ -1,6 +1,5 @@
 """Diffusion transformers over packed rows, their configs, and their cost."""
 
-from dit_video.backbones.dit.attention_maps import compute_attention_maps
 from dit_video.backbones.dit.conditioning import (
     ClassLabels,
     CrossAttention,
@@ -11,7 +10,6 @@ from dit_video.backbones.dit.conditioning import (
     TimeEmbedding,
 )
 from dit_video.backbones.dit.config import DitConfig, TemporalLayers
-from dit_video.backbones.dit.conversion import add_cond_channels, add_temporal_layers
 from dit_video.backbones.dit.model import Dit
 from dit_video.backbones.dit.positions import BoundaryEmbedding, FactorizedEmbedding, ImageSineCosine, SineCosine
 
@@ -30,7 +28,4 @@ __all__ = [
     "SineCosine",
     "TemporalLayers",
     "TimeEmbedding",
-    "add_cond_channels",
-    "add_temporal_layers",
-    "compute_attention_maps",
 ]

@@ -56,8 +56,7 @@ _REENCODED_FOLDER = "reencoded"
 _PARTIAL_COPY = re.compile(
     rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)}|REPORT\.html)$"
 )
-"""Files that a copy to a bucket has while it has no index: before it is complete, or while a complete one is
-replaced."""
+"""Files of a copy to a bucket without an index: before it is complete, or while a complete one is replaced."""
 
 ProgressCallback = Callable[[int, int], None]
 """A function that is called with (done, total)."""

@@ -10,9 +10,9 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,15 +31,16 @@ from dit_video.autoencoders.canvas import CANVAS_PIXELS
 from dit_video.core import config_json, pixels
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePathLike, to_storage_path
-from dit_video.data.clips import ClipInfo, ClipSource
+from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import Identity, LatentExample, Skipped, StorageDtype, hash_identity
 from dit_video.data.latents.online import CanvasEncoder
+from dit_video.data.latents.views import Augmentations, View, list_views
 from dit_video.data.latents.writer import LatentWriter
-from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
+from dit_video.data.sizes import SizeLimits, read_fitted_clip
+from dit_video.encoders.autoencoder import compute_autoencoder_identity
 from dit_video.encoders.image import FrozenImageEncoder
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
-from dit_video.pipelines import pipeline
 from dit_video.text import Tokenizer
 from dit_video.tokens import Grid
 
@@ -49,66 +50,6 @@ EncodeImage = Callable[[UInt8[np.ndarray, "T H W 3"]], Float32[np.ndarray, "T i 
 FirstFrame = UInt8[np.ndarray, "1 _ _ 3"]
 _MAX_CACHED_TEXTS = 64
 """Number of cached embeddings: views of a clip and clips of a class share captions. One may take 8 MB."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentations:
-    """Selection of the views of every clip.
-
-    Raises:
-      UserError: no crop, or a resolution without pixels.
-    """
-
-    clips_per_video: int = 1
-    """Largest number of temporal crops of the training length, spread over the clip."""
-    resolutions: tuple[int, ...] = ()
-    """Further, smaller limits on the pixels of a frame, at each of which every clip is encoded too."""
-    flips: bool = False
-    """True to encode each view mirrored too. Captions that say left or right are then wrong."""
-
-    def __post_init__(self):
-        if self.clips_per_video < 1 or any(resolution < 1 for resolution in self.resolutions):
-            raise UserError(
-                f"clips_per_video={self.clips_per_video} and resolutions={list(self.resolutions)} must be at least "
-                "1 each"
-            )
-
-
-class View(NamedTuple):
-    """One of the ways in which a clip is encoded."""
-
-    name: str
-    clip: int
-    start: int
-    """First of the sampled frames that the view shows."""
-    limits: SizeLimits
-    size: Grid
-    flipped: bool
-
-
-def list_views(infos: Sequence[ClipInfo], limits: SizeLimits, augmentations: Augmentations) -> list[View]:
-    """Return the views of every clip, without a smaller resolution that equals the clip's own.
-
-    A view is named `clip.mp4@0`, by its first frame, followed by `~64x96` in a smaller resolution and by `~flipped`.
-
-    Raises:
-      UserError: a clip without a size within the limits.
-    """
-    clip_views = []
-    for number, info in enumerate(infos):
-        sizes = {fit_size(info, limits): limits}
-        for resolution in augmentations.resolutions:
-            smaller = replace(limits, max_pixels=min(resolution, limits.max_pixels))
-            sizes.setdefault(fit_size(info, smaller), smaller)
-        for (size, size_limits), start, flipped in itertools.product(
-            sizes.items(),
-            _get_crop_starts(info, limits, augmentations.clips_per_video),
-            (False, True)[: 1 + augmentations.flips],
-        ):
-            smaller_name = f"~{size.h}x{size.w}" if size_limits is not limits else ""
-            name = f"{info.name}@{start}{smaller_name}" + "~flipped" * flipped
-            clip_views.append(View(name, number, start, size_limits, size, flipped))
-    return clip_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +159,7 @@ def compute_latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, 
     """Return the identity that the denoiser's training asks of the latents: everything that they depend on."""
     optional = {"text": encoding.text_identity, "image": encoding.image_identity, "behind": "grey" * encoding.shown}
     return {name: value for name, value in optional.items() if value} | {
-        "autoencoder": pipeline.compute_autoencoder_identity(encoding.autoencoder, encoding.params),
+        "autoencoder": compute_autoencoder_identity(encoding.autoencoder, encoding.params),
         "limits": config_json.to_json(encoding.limits),
         "augmentations": config_json.to_json(encoding.augmentations),
         "clips": hash_identity({"infos": [list(info) for info in clips.infos]}),
@@ -394,12 +335,6 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                     shown=None if cond_latents is None else cond_latents[region],
                     image=None if encode_image is None else encode_image(first)[0],
                 )
-
-
-def _get_crop_starts(info: ClipInfo, limits: SizeLimits, max_crops: int) -> list[int]:
-    spare = count_sampled_frames(info, limits) - fit_size(info, limits).t
-    count = min(max_crops, spare + 1)
-    return sorted({round(spare * index / max(1, count - 1)) for index in range(count)})
 
 
 def measure_latent_moments(

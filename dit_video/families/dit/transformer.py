@@ -1,14 +1,11 @@
 """Class-conditional image transformers: DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740).
 
-The layouts are diffusers' `DiTTransformer2DModel` and the authors' state dict, which is the same for both models; the
-latter has a `config.json` with the arguments of the model class, or is a single file with the authors' name.
+Layouts: diffusers' `DiTTransformer2DModel`, and the authors' state dict, the same for both models, with a `config.json`
+of the model class's arguments or as one file of the authors' name.
 
 DiT predicts noise, at `1000 * time` rounded to whole steps of its schedule, and a variance. SiT predicts a velocity
-from noise at 0 to data at 1, so that time and velocity are reversed here; the variance that it computes is dropped.
-
-diffusers computes DiT slightly differently from its authors: the lowest frequency of the time embedding is lower by a
-factor of `10000 ** (1 / 127)`, and the norm before the MLP has its own eps. Each layout is computed as its own project
-does; conversion only moves the weights, as diffusers' own conversion did.
+from noise at 0 to data at 1: time and velocity are reversed here, and its variance is dropped. diffusers' DiT has a
+lower lowest frequency of the time embedding, by a factor of `10000 ** (1 / 127)`, and another eps of the MLP's norm.
 """
 
 import math

@@ -1,0 +1,77 @@
+"""Views of clips that are encoded: crops in time, resolutions, and mirrored copies."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from dit_video.core.errors import UserError
+from dit_video.data.clips import ClipInfo
+from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size
+from dit_video.tokens import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentations:
+    """Selection of the views of every clip.
+
+    Raises:
+      UserError: no crop, or a resolution without pixels.
+    """
+
+    clips_per_video: int = 1
+    """Largest number of temporal crops of the training length, spread over the clip."""
+    resolutions: tuple[int, ...] = ()
+    """Further, smaller limits on the pixels of a frame, at each of which every clip is encoded too."""
+    flips: bool = False
+    """True to encode each view mirrored too. Captions that say left or right are then wrong."""
+
+    def __post_init__(self):
+        if self.clips_per_video < 1 or any(resolution < 1 for resolution in self.resolutions):
+            raise UserError(
+                f"clips_per_video={self.clips_per_video} and resolutions={list(self.resolutions)} must be at least "
+                "1 each"
+            )
+
+
+class View(NamedTuple):
+    """One of the ways in which a clip is encoded."""
+
+    name: str
+    clip: int
+    start: int
+    """First of the sampled frames that the view shows."""
+    limits: SizeLimits
+    size: Grid
+    flipped: bool
+
+
+def list_views(infos: Sequence[ClipInfo], limits: SizeLimits, augmentations: Augmentations) -> list[View]:
+    """Return the views of every clip, without a smaller resolution that equals the clip's own.
+
+    A view is named `clip.mp4@0`, by its first frame, followed by `~64x96` in a smaller resolution and by `~flipped`.
+
+    Raises:
+      UserError: a clip without a size within the limits.
+    """
+    clip_views = []
+    for number, info in enumerate(infos):
+        sizes = {fit_size(info, limits): limits}
+        for resolution in augmentations.resolutions:
+            smaller = replace(limits, max_pixels=min(resolution, limits.max_pixels))
+            sizes.setdefault(fit_size(info, smaller), smaller)
+        for (size, size_limits), start, flipped in itertools.product(
+            sizes.items(),
+            _get_crop_starts(info, limits, augmentations.clips_per_video),
+            (False, True)[: 1 + augmentations.flips],
+        ):
+            smaller_name = f"~{size.h}x{size.w}" if size_limits is not limits else ""
+            name = f"{info.name}@{start}{smaller_name}" + "~flipped" * flipped
+            clip_views.append(View(name, number, start, size_limits, size, flipped))
+    return clip_views
+
+
+def _get_crop_starts(info: ClipInfo, limits: SizeLimits, max_crops: int) -> list[int]:
+    spare = count_sampled_frames(info, limits) - fit_size(info, limits).t
+    count = min(max_crops, spare + 1)
+    return sorted({round(spare * index / max(1, count - 1)) for index in range(count)})
