@@ -1,4 +1,4 @@
-"""A tiny run, trained once a session, and the scripts as a user starts them."""
+"""Fixtures: a tiny run, trained once a session, and scripts run the way users run them."""
 
 import atexit
 import importlib.util
@@ -22,25 +22,28 @@ ROOT = Path(__file__).resolve().parents[1]
 
 _DEFAULT = "not slow and not parity"
 _QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-"""Of what remains without most optimisations, the generation of code for fusions by way of MLIR takes two thirds."""
+"""XLA flags that compile faster.
+
+Without most optimisations, two thirds of the compilation are the generation of code for fusions through MLIR.
+"""
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile every program once a session: for tests that train anew, for scripts, and for workers of pytest-xdist."""
+    """Compile every program once a session, also for scripts and workers of pytest-xdist."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as in a worker
-        # Where pytest keeps the folders of its last sessions and removes older ones, however those ended.
+        # In the folder of pytest, which removes those of older sessions, however they ended.
         folder = config._tmp_path_factory.mktemp("compiled")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
-    # JAX has read its environment before.
+    # JAX has already read its environment.
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update(
         "jax_persistent_cache_min_compile_time_secs",
         float(os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 1.0)),
     )
-    _compile_quickly(True)  # what is computed while tests are collected
+    _compile_quickly(True)  # for computations while tests are collected
     flags = os.environ.get("XLA_FLAGS", "")
     if config.option.markexpr == _DEFAULT and _QUICK not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_QUICK}"  # read when JAX first computes
@@ -48,16 +51,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Programs are compiled without most optimisations: where models are tiny, compilation is what takes time.
+    """Compile programs without most optimisations: with tiny models, compilation takes most of the time.
 
-    Not in tests that compute for long, and not where the figures of another project are to be met.
+    Tests with long computations and comparisons with other projects are compiled normally.
     """
     quick = not any(map(item.get_closest_marker, ("slow", "parity")))
     _compile_quickly(quick or "quick_compilation" in getattr(item, "fixturenames", ()))
 
 
 def _compile_quickly(quick: bool) -> None:
-    """In this process and in those that it starts."""
+    """Choose the kind of compilation in this process and in those that it starts."""
     jax.config.update("jax_disable_most_optimizations", quick)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))
 
@@ -73,12 +76,12 @@ def _load_file(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def load_file() -> Callable[[Path], ModuleType]:
-    """Imports a Python file that lies in no package, such as a script."""
+    """Return a function that imports a Python file outside of packages, such as a script."""
     return _load_file
 
 
 class Ended(NamedTuple):
-    """How a script ended."""
+    """Exit code and outputs of a script."""
 
     code: int
     out: str
@@ -87,18 +90,18 @@ class Ended(NamedTuple):
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> None:
-    """For slow tests of tiny models; all that are not slow are compiled quickly."""
+    """Compile quickly in slow tests of tiny models, as in all tests that are not slow."""
 
 
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
-    """The config file of the tiny experiment."""
+    """Return the config file of the tiny experiment."""
     return _load_file(ROOT / "tests" / "support" / "tiny.py")
 
 
 @pytest.fixture(scope="session")
 def tiny_clips(tiny, tmp_path_factory) -> Path:
-    """The folder of rendered clips that the tiny experiment is for. Read only."""
+    """Return the folder of rendered clips for the tiny experiment. It is read only."""
     from dit_video.data.synthetic import shapes
 
     folder = tmp_path_factory.mktemp("tiny") / "clips"
@@ -107,12 +110,12 @@ def tiny_clips(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny, tiny_clips, tmp_path_factory) -> Path:
-    """The folder of a finished run. Read only: copy it to change it."""
+    """Return the folder of a finished run. It is read only: copy it to change it."""
     from dit_video.experiment.run import Run
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
     quick = jax.config.read("jax_disable_most_optimizations")
-    _compile_quickly(True)  # be it a slow test that asks for it first
+    _compile_quickly(True)  # even if a slow test uses this fixture first
     Run.create(folder, tiny.EXPERIMENT).train(tiny_clips)
     _compile_quickly(quick)
     return folder
@@ -120,7 +123,7 @@ def tiny_run(tiny, tiny_clips, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_run):
-    """The pipeline of that run."""
+    """Return the pipeline of that run."""
     import dit_video
 
     return dit_video.load(tiny_run)
@@ -128,7 +131,7 @@ def tiny_pipeline(tiny_run):
 
 @pytest.fixture
 def memory(monkeypatch, tmp_path) -> str:
-    """An address with nothing at it: a bucket in fsspec's own memory. What is copied here lies in `tmp_path/cache`."""
+    """Return the address of an empty bucket in fsspec's memory. Downloads are stored in `tmp_path/cache`."""
     from fsspec.implementations.memory import MemoryFileSystem
 
     monkeypatch.setattr(MemoryFileSystem, "store", {})
@@ -139,9 +142,9 @@ def memory(monkeypatch, tmp_path) -> str:
 
 @pytest.fixture
 def script(monkeypatch, capsys) -> Callable[..., Ended]:
-    """Runs a script in this process, as `python script …` would: `script("experiments/sample.py", …)`.
+    """Return a function that runs a script in this process: `script("experiments/sample.py", …)`.
 
-    That is faster than a process of its own, which would import everything again.
+    That is faster than another process, which would import everything again.
     """
 
     def start(path: str, *arguments: object) -> Ended:
@@ -160,7 +163,7 @@ def script(monkeypatch, capsys) -> Callable[..., Ended]:
 
 @pytest.fixture
 def process() -> Callable[..., Ended]:
-    """Runs a script in a process of its own."""
+    """Return a function that runs a script in another process."""
 
     def start(path: str, *arguments: object, **environment: str) -> Ended:
         command = [sys.executable, str(ROOT / path), *map(str, arguments)]

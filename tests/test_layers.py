@@ -30,7 +30,6 @@ LEVELS = (
 """Folders of dit_video/, from the highest level to the lowest. Those of one level do not import each other."""
 UPWARD = {
     ("data.latents.offline", "experiment"),
-    ("data.latents.offline", "pipelines.pipeline"),
     ("evaluation.evaluate", "experiment.run"),
     ("families.loading", "experiment.run"),
     ("generation.tasks.image_to_video", "pipelines.config"),
@@ -64,7 +63,7 @@ def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[s
             yield from (f"{name}.{alias.name}" for alias in node.names)
 
 
-def folder_of(module: str) -> str:
+def get_folder(module: str) -> str:
     """Return the folder of a module: `data` for `dit_video.data.packing.plan`."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in HEIGHT else ROOT_PACKAGE
@@ -72,7 +71,7 @@ def folder_of(module: str) -> str:
 
 def violations(source: str, module: str, *, is_package: bool = False) -> list[str]:
     """Return the imports of `module` that its level forbids."""
-    folder = folder_of(module)
+    folder = get_folder(module)
     if folder == ROOT_PACKAGE:
         return [] if module == ROOT_PACKAGE else [f"{module} lies in no folder of the table of levels"]
     forbidden = []
@@ -81,7 +80,7 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
             forbidden.append(f"{module} imports {name}: diffusion does not depend on Flax")
         if name.split(".")[0] != ROOT_PACKAGE:
             continue
-        target = folder_of(name)
+        target = get_folder(name)
         if target == ROOT_PACKAGE:
             forbidden.append(f"{module} imports {name}: the package root, or no folder of the table")
         elif target != folder and HEIGHT[folder] <= HEIGHT[target] and not is_exception(module, name):
@@ -90,7 +89,7 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
 
 
 def is_exception(module: str, name: str) -> bool:
-    """Whether the list of imports that run up holds this one; `name` may be of the module or in it."""
+    """Return True if the list of upward imports holds this one; `name` may be of the module or in it."""
     return any(module == f"dit_video.{a}" and f"{name}.".startswith(f"dit_video.{b}.") for a, b in UPWARD)
 
 
@@ -115,7 +114,7 @@ def test_imports_point_downwards():
 
 
 def test_every_exception_is_needed():
-    """An import that no longer runs up leaves the list."""
+    """An import that no longer runs up has to leave the list."""
     seen = {
         (a, b)
         for path in sources("dit_video")
@@ -133,7 +132,7 @@ def test_the_root_holds_no_module():
 
 
 def test_no_modules_import_each_other_in_a_cycle():
-    """Counted by files: a package's `__init__` is left out, as it imports what it exports."""
+    """The `__init__` of a package is left out, because it imports its own modules."""
     modules = {module_name(path): path for path in sources("dit_video") if path.name != "__init__.py"}
     edges = {
         module: {
@@ -209,15 +208,15 @@ def banned(path: Path, packages: set[str]) -> list[str]:
     return [f"{path.relative_to(ROOT)} imports {name}" for name in names if name.split(".")[0] in packages]
 
 
-def test_neither_torch_nor_pickle():
+def test_the_package_uses_neither_torch_nor_pickle():
     unwanted = {"torch", "torchvision", "tensorflow", "pickle", "cloudpickle", "dill"}
-    # Which time other projects' models, where they are installed.
+    # These measure the models of other projects.
     peers = [ROOT / "tools" / "benchmarks" / name for name in ("peers.py", "wan_peer.py")]
     files = [path for path in sources("dit_video", "experiments", "tools") if path not in peers]
     assert [line for path in files for line in banned(path, unwanted)] == []
 
 
-def test_files_are_short():
+def test_files_have_few_lines():
     files = sources("dit_video", "experiments", "tools", "tests")
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
@@ -242,7 +241,7 @@ def test_the_package_imports_nothing_heavy():
 
 def test_models_and_the_step_import_without_video_and_data():
     modules = [module_name(path) for folder in LIGHT_FOLDERS for path in sources(f"dit_video/{folder}")]
-    assert {folder_of(module) for module in modules} == set(LIGHT_FOLDERS)
+    assert {get_folder(module) for module in modules} == set(LIGHT_FOLDERS)
     lines = [f"import {module}" for module in [*modules, *LIGHT_MODULES]]
     python(without("av", "grain", "tensorflow_datasets", "tyro", "torch", "tensorflow") + "\n".join(lines))
 

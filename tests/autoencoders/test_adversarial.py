@@ -17,18 +17,18 @@ from dit_video.core.errors import UserError
 
 
 def verdicts(*values):
-    """Of two clips, each with the same verdicts."""
+    """Return logits of two clips, equal within each clip."""
     return jnp.broadcast_to(jnp.asarray(values, jnp.float32)[None, :, None, None], (2, len(values), 1, 1))
 
 
-def test_the_hinge_asks_for_no_more_than_one():
+def test_the_hinge_loss_is_zero_beyond_a_margin_of_one():
     assert discriminator_loss(verdicts(1.0, 3.0), verdicts(-1.0, -2.0)).tolist() == [0, 0]
     assert discriminator_loss(verdicts(0.0, 3.0), verdicts(0.5, -2.0)).tolist() == [0.5 * (0.5 + 0.75)] * 2
     assert generator_loss(verdicts(1.0, 2.0)).tolist() == [-1.5, -1.5]
 
 
 def test_lecam_holds_verdicts_to_the_mean_of_the_other_kind():
-    means = {"real_mean": jnp.asarray(0.5), "decoded_mean": jnp.asarray(-0.25)}
+    means = {"real_mean": jnp.asarray(0.5), "fake_mean": jnp.asarray(-0.25)}
     assert lecam_loss(verdicts(-0.25), verdicts(0.5), **means).tolist() == [0, 0]
     assert lecam_loss(verdicts(-5.0), verdicts(5.0), **means).tolist() == [0, 0]  # as in the authors' code
     np.testing.assert_allclose(lecam_loss(verdicts(0.75), verdicts(-0.5), **means), [2.0, 2.0])
@@ -67,6 +67,6 @@ def test_wrong_values_are_refused(make, message):
 
 
 @pytest.mark.parametrize("regulariser", [None, R1(every=4), LeCam(weight=0.3)], ids=str)
-def test_it_comes_back_from_json(regulariser):
+def test_a_config_is_the_same_after_json(regulariser):
     objective = AutoencoderObjective(adversarial=AdversarialConfig(start_step=100, regulariser=regulariser))
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(objective)))) == objective

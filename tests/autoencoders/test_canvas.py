@@ -1,4 +1,4 @@
-"""Clips on shared canvases: none lost, none overlapping, few sizes, and the latents that each clip has alone."""
+"""Clips on shared canvases: none is lost, none overlap, sizes are few, and latents equal those of each clip alone."""
 
 import jax
 import numpy as np
@@ -18,11 +18,11 @@ from dit_video.autoencoders import (
 from dit_video.core.errors import UserError
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 STRIDE = Grid(2, 2, 4)
 CONFIG = PatchVaeConfig(stride=STRIDE, channels=3, width=8, blocks=2)
-GRAPH, PARAMS = get_graph_def(CONFIG.make), rough_params(CONFIG.make)
+GRAPH, PARAMS = get_graph_def(CONFIG.make), make_random_params(CONFIG.make)
 
 
 @jax.jit
@@ -31,7 +31,7 @@ def encode(frames, inside=None):
 
 
 def random_sizes(count, seed=0, most=12):
-    """Odd and even numbers of latents."""
+    """Return sizes with odd and even numbers of latents."""
     draw = np.random.default_rng(seed)
     return [
         Grid(1 + 2 * int(t), 2 * int(h), 4 * int(w))
@@ -127,8 +127,8 @@ def test_a_clip_larger_than_a_canvas_gets_a_larger_one():
     assert any(canvas.size.h >= 200 and canvas.size.w >= 400 for canvas in canvases)
 
 
-@pytest.mark.parametrize("options", [{"programs": 0}, {"pixels": 0}])
-def test_refusals(options):
+@pytest.mark.parametrize("options", [{"max_programs": 0}, {"pixels": 0}])
+def test_numbers_below_one_are_refused(options):
     with pytest.raises(UserError, match="at least 1"):
         pack_canvases([Grid(1, 2, 4)], stride=STRIDE, **options)
 
@@ -147,7 +147,7 @@ def test_covers_hold_every_clip(sizes, programs):
         assert set(found) == set(sizes)
 
 
-def test_covers_merge_what_is_alike():
+def test_similar_sizes_are_merged_into_one_cover():
     found = merge_sizes([Grid(1, 8, 8), Grid(1, 8, 9), Grid(9, 90, 10), Grid(9, 91, 10)], max_programs=2)
     assert found == [Grid(1, 8, 9), Grid(9, 91, 10)]
     with pytest.raises(UserError, match="programs=0"):

@@ -33,7 +33,7 @@ def test_a_verdict_depends_on_its_own_clip_and_on_frames_before_and_after():
         assert (judge(CLIP.at[:, frame].set(0))[:, seen] != verdicts[:, seen]).any()
 
 
-def test_places_are_judged_alike_but_for_the_borders():
+def test_all_places_but_the_borders_are_judged_alike():
     wide = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (1, 1, 64, 64, 3)), jnp.float32)
     moved = jnp.roll(wide, 4, axis=3)
     np.testing.assert_allclose(judge(moved)[..., 8:10], judge(wide)[..., 7:9], rtol=1e-5, atol=1e-6)

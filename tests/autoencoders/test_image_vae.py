@@ -1,5 +1,7 @@
-"""The VAE of images from random parameters: sizes, frames apart, canvases, configs. Equality with diffusers' is held
-in tests/families/test_autoencoder_parity.py."""
+"""The VAE of images with random parameters: sizes, independent frames, canvases, configs.
+
+Equality with diffusers is tested in tests/families/test_autoencoder_parity.py.
+"""
 
 import dataclasses
 import functools
@@ -16,7 +18,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -31,7 +33,7 @@ def call(method, params, *arrays, config=CONFIG):
 
 @pytest.fixture(scope="module")
 def params():
-    return rough_params(CONFIG.make)
+    return make_random_params(CONFIG.make)
 
 
 def clip(frames, height, width, seed=0):
@@ -80,7 +82,7 @@ def test_latents_are_normalised(params):
     np.testing.assert_allclose(call("decode", params, normal), call("decode", plain, latents), atol=1e-4)
 
 
-def test_a_fixed_variance_and_none(params):
+def test_a_fixed_or_zero_variance_keeps_the_mean(params):
     images = clip(1, 4, 6)
     learned = call("posterior", params, images)
     for std in (0.3, 0.0):
@@ -93,7 +95,7 @@ def test_a_fixed_variance_and_none(params):
         ImageVaeConfig(std=-1.0)
 
 
-def test_bfloat16_is_close_and_float32_outside(params):
+def test_bfloat16_is_close_and_results_are_float32(params):
     pixels = clip(1, 2, 2)
     rounded = ImageVaeConfig(levels=ImageLevels(widths=(4, 8), blocks=1, groups=2, attention=(0,), bfloat16=True))
     latents = call("encode", params, pixels, config=rounded)
@@ -103,7 +105,7 @@ def test_bfloat16_is_close_and_float32_outside(params):
     assert 0 < error.max() < 0.3
 
 
-def test_the_open_models():
+def test_configs_of_open_models_have_their_sizes():
     stable, flux = ImageVaeConfig.stable_diffusion(), ImageVaeConfig.flux()
     assert stable.stride == flux.stride == Grid(1, 8, 8)
     assert count_values(get_param_shapes(stable.make)) == 83_653_863 + 8  # diffusers counts no normalisation
@@ -112,7 +114,7 @@ def test_the_open_models():
     assert isinstance(nnx.eval_shape(lambda: CONFIG.make(nnx.Rngs(0))), Autoencoder)
 
 
-def test_attention_is_where_it_is_asked_for():
+def test_only_configured_places_have_attention():
     levels = ImageLevels(widths=(4, 8), groups=2, middle_attention=False)
     plain = get_param_shapes(ImageVaeConfig(levels=levels, use_quant_conv=False, use_post_quant_conv=False).make)
     assert set(plain) == {"encoder", "decoder", "normalizer"}
@@ -125,7 +127,7 @@ def test_attention_is_where_it_is_asked_for():
     ]
 
 
-def test_a_config_is_written_and_read():
+def test_a_config_is_the_same_after_json():
     assert config_json.from_json(config_json.to_json(CONFIG)) == CONFIG
 
 
@@ -139,11 +141,11 @@ def test_a_config_is_written_and_read():
         (lambda: ImageVaeConfig(channels=0), "channels=0 .*at least 1"),
     ],
 )
-def test_configs_that_do_not_fit(make, message):
+def test_inconsistent_configs_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
-def test_sizes_that_the_stride_does_not_divide(params):
+def test_sizes_that_the_stride_does_not_divide_are_refused(params):
     with pytest.raises(UserError, match=r"width 5 is not divisible by the spatial stride 2; use 4 or 6"):
         call("encode", params, np.zeros((1, 1, 4, 5, 3), np.float32))

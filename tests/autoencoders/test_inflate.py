@@ -1,4 +1,4 @@
-"""An inflated image autoencoder: the image's at first, causal, of which only the temporal layers are trained."""
+"""An inflated image autoencoder: at first equal to the image autoencoder, causal, with only temporal layers trained."""
 
 import functools
 
@@ -25,7 +25,7 @@ from dit_video.core.pixels import to_float
 from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -35,7 +35,7 @@ LATENTS = np.random.default_rng(0).normal(size=(1, 5, 3, 4, 3)).astype(np.float3
 
 @pytest.fixture(scope="module")
 def image():
-    return rough_params(IMAGE.make)
+    return make_random_params(IMAGE.make)
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +72,13 @@ def test_the_image_parameters_are_shared_and_only_temporal_ones_are_new(image, i
 
 @pytest.fixture(scope="module")
 def rough(inflated):
-    """With temporal layers that do something."""
+    """Return an inflated autoencoder whose temporal layers have an effect."""
     config, params = inflated
-    return config, rough_params(config.make) | {"normalizer": params["normalizer"]}
+    return config, make_random_params(config.make) | {"normalizer": params["normalizer"]}
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
-def test_streams_are_the_whole(rough, chunk):
+def test_streamed_chunks_equal_the_whole_clip(rough, chunk):
     config, params = rough
     whole = np.asarray(call(config, "decode", params, LATENTS))
     frames = np.concatenate(list(decode_stream(config, params, LATENTS, chunk=chunk)), axis=1)
@@ -90,7 +90,7 @@ def test_streams_are_the_whole(rough, chunk):
     assert np.abs(alone[:, 1:] - whole[:, 1:]).max() > 0.1
 
 
-def test_no_frame_sees_those_that_follow_it(rough):
+def test_no_frame_depends_on_later_ones(rough):
     config, params = rough
     changed = LATENTS.copy()
     changed[:, 3:] *= -1
@@ -107,7 +107,7 @@ def test_each_temporal_layer_learns_from_the_start(inflated):
     assert all(np.abs(gradients[path]).max() > 1e-6 for path in last)
 
 
-def test_what_it_is(inflated):
+def test_an_inflated_autoencoder_has_the_interface_of_autoencoders(inflated):
     config, params = inflated
     assert (config.stride, config.channels) == (Grid(1, 2, 2), 3)
     assert config.last_layer == "decoder/levels/1/temporal/1/conv_out/kernel"
@@ -120,7 +120,7 @@ def test_what_it_is(inflated):
     assert wide[config.last_layer].shape == (5, 1, 1, 4, 4)
 
 
-def test_parameters_of_another_model(image):
+def test_parameters_of_another_model_are_refused(image):
     other = ImageVaeConfig(channels=3, levels=ImageLevels(widths=(4, 4), blocks=1, groups=2))
     with pytest.raises(UserError, match=r"decoder/conv_in/bias has shape \(8,\), the config implies \(4,\)"):
         inflate(other, image, jax.random.key(0))
@@ -139,6 +139,6 @@ def test_parameters_of_another_model(image):
         ),
     ],
 )
-def test_what_cannot_be_inflated(make, message):
+def test_configs_that_cannot_be_inflated_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""What every kind of autoencoder is to the rest, and the sizes of clips and latents."""
+"""The interface of all autoencoders, and the sizes of clips and latents."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_the_size_of_a_clip_and_of_its_latents(latents, stride):
     assert latent_grid(clip_grid(latents, stride), stride) == latents
 
 
-def test_known_sizes():
+def test_latent_and_clip_sizes_follow_from_the_stride():
     assert latent_grid(Grid(1, 8, 16), STRIDE) == Grid(1, 1, 1)
     assert latent_grid(Grid(81, 480, 832), Grid(4, 8, 8)) == Grid(21, 60, 104)
     assert clip_grid(Grid(21, 60, 104), Grid(4, 8, 8)) == Grid(81, 480, 832)
@@ -64,7 +64,7 @@ def test_a_size_that_does_not_fit_names_the_rule_the_value_and_the_fix(clip, mes
 @pytest.mark.parametrize(
     "clip", [Grid(16, 64, 64), Grid(0, 64, 64), Grid(17, 60, 64), Grid(17, 5, 64), Grid(17, 64, 72)]
 )
-def test_the_sizes_that_are_named_fit(clip):
+def test_the_sizes_that_an_error_suggests_fit(clip):
     with pytest.raises(UserError) as raised:
         latent_grid(clip, STRIDE)
     message = str(raised.value)

@@ -9,7 +9,7 @@ STRIDE, CHANNELS = Grid(2, 2, 2), 5
 
 
 def clips():
-    """Correlated pixels, off centre."""
+    """Return clips of correlated pixels whose mean is not zero."""
     draw = np.random.default_rng(0)
     noise = draw.normal(size=(6, 5, 6, 8, 3)).cumsum(axis=1).cumsum(axis=2).cumsum(axis=3)
     return np.tanh(0.3 + 0.2 * noise).astype(np.float32)
@@ -52,7 +52,7 @@ def test_the_scale_is_the_root_mean_square_of_the_latents():
     assert LINEAR.scale == pytest.approx(np.sqrt(np.square(latents).mean()), rel=1e-4)
 
 
-def test_batches_are_summed_up():
+def test_statistics_accumulate_over_batches():
     parts = fit_linear((CLIPS[index : index + 1] for index in range(6)), stride=STRIDE, channels=CHANNELS)
     np.testing.assert_allclose(parts.basis @ parts.basis.T, LINEAR.basis @ LINEAR.basis.T, atol=1e-5)
     np.testing.assert_allclose(parts.mean, LINEAR.mean, atol=1e-6)
@@ -70,7 +70,7 @@ def test_constant_clips_have_a_finite_scale():
     np.testing.assert_allclose(flat.reconstruct(np.full((1, 24), 0.5, np.float32)), 0.5, atol=1e-6)
 
 
-def test_more_channels_than_a_patch_has_values():
+def test_more_channels_than_values_of_a_patch_are_refused():
     with pytest.raises(UserError, match=r"channels=25 .* at most 24"):
         fit_linear([CLIPS], stride=STRIDE, channels=25)
     with pytest.raises(UserError, match="at least one clip"):

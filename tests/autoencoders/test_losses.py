@@ -54,7 +54,7 @@ def test_a_clip_s_value_is_its_own_and_without_error_it_is_zero(measure):
     assert np.isfinite(gradient).all()
 
 
-def test_the_errors_of_pixels():
+def test_pixel_losses_equal_their_definitions():
     error = jnp.full((1, 2, 3, 4, 3), -0.5, jnp.float32)
     assert losses.absolute_error(error)[0] == pytest.approx(0.5)
     assert losses.squared_error(error)[0] == pytest.approx(0.25)
@@ -75,7 +75,7 @@ def test_a_pyramid_of_a_constant_error_is_its_last_level():
 
 
 def test_a_pyramid_adds_what_its_levels_leave():
-    """Two levels, by NumPy."""
+    """Two levels, compared with NumPy."""
     error = ERROR[:1, :1]
     taps = np.array([1, 4, 6, 4, 1]) / 16
     blurred = np.asarray(error, np.float64)
@@ -109,7 +109,7 @@ def test_the_focus_has_no_gradient_of_its_own():
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
-def test_what_flickers_is_seen_by_the_temporal_measure_alone():
+def test_only_the_temporal_loss_depends_on_flicker():
     still = jnp.full((1, 4, 2, 2, 3), 0.5, jnp.float32)
     flickering = still * jnp.asarray([1.0, -1, 1, -1])[:, None, None, None]
     assert losses.absolute_error(still) == losses.absolute_error(flickering)

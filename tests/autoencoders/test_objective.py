@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 DECODED, ORIGINAL = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 2, 3, 8, 8, 3)), jnp.float32)
 
 
-def test_the_parts_are_weighed_and_named():
+def test_an_objective_returns_its_weighted_parts_by_name():
     objective = AutoencoderObjective(absolute=0.5, charbonnier=2.0, pyramid=0.0, frequency=3.0, temporal=0.25)
     value, parts = jax.jit(objective.compare)(DECODED, ORIGINAL)
     assert parts.keys() == {"absolute", "charbonnier", "frequency", "temporal"}
@@ -35,7 +35,7 @@ def test_the_default_sees_edges_frequencies_and_flicker():
     assert jax.eval_shape(AutoencoderObjective.pixels().compare, DECODED, ORIGINAL)[1].keys() == {"squared", "absolute"}
 
 
-def test_a_judge_sees_both_clips():
+def test_a_perceptual_net_sees_both_clips():
     objective = AutoencoderObjective.pixels()
     judged = dataclasses.replace(objective, lpips=0.5, lpips_weights="lpips.safetensors")
     plain, _ = objective.compare(DECODED, ORIGINAL)
@@ -62,6 +62,6 @@ def test_a_wrong_objective_is_refused(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_it_comes_back_from_json():
+def test_an_objective_is_the_same_after_json():
     objective = AutoencoderObjective(lpips=0.5, lpips_weights="a.safetensors", kl=1e-8)
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(objective)))) == objective

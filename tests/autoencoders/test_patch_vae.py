@@ -1,4 +1,4 @@
-"""The patch autoencoder from random parameters: the network of a fresh one adds nothing to its linear path."""
+"""The patch autoencoder with random parameters: the network of a new one adds nothing to its linear path."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -24,10 +24,10 @@ CLIPS = np.tanh(np.random.default_rng(0).normal(size=(2, 7, 6, 8, 3)).cumsum(axi
 
 
 class Model:
-    """An autoencoder from rough parameters, and the latents of the clips."""
+    """An autoencoder with random parameters, and the latents of the clips."""
 
     def __init__(self, config):
-        self.config, self.params = config, rough_params(config.make)
+        self.config, self.params = config, make_random_params(config.make)
         self.latents = np.asarray(self.encode(CLIPS))
 
     def encode(self, clips):
@@ -50,7 +50,7 @@ def model(request):
     return Model(CONFIGS[request.param])
 
 
-def test_sizes(model):
+def test_latents_and_frames_have_the_expected_sizes(model):
     assert model.latents.shape == (2, 4, 3, 4, 3)
     assert model.decode(model.latents).shape == CLIPS.shape
     assert np.std(model.latents) > 0.3
@@ -61,7 +61,7 @@ def test_an_image_is_the_first_frame_of_a_video(model):
     np.testing.assert_allclose(model.decode(model.latents[:, :1]), model.decode(model.latents)[:, :1], atol=1e-5)
 
 
-def test_the_start_of_a_video_is_a_video(model):
+def test_the_start_of_a_video_is_coded_the_same_without_the_rest(model):
     np.testing.assert_allclose(model.encode(CLIPS[:, :5]), model.latents[:, :3], atol=1e-5)
     np.testing.assert_allclose(model.decode(model.latents[:, :3]), model.decode(model.latents)[:, :5], atol=1e-5)
 
@@ -82,7 +82,7 @@ def test_latents_see_no_later_frame_and_frames_no_later_latents_bit_for_bit(mode
     assert (np.abs(after[:, 3:] - before[:, 3:]).max(axis=(0, 2, 3, 4)) > 1e-3).all()
 
 
-def test_the_past_and_the_neighbours_count(model):
+def test_a_latent_depends_on_past_and_neighbouring_pixels(model):
     changed = CLIPS.copy()
     changed[:, 0, 0, 0] += 1.0
     difference = np.abs(np.asarray(model.encode(changed)) - model.latents).max(axis=(0, 4))
@@ -119,7 +119,7 @@ def test_encoding_is_the_normalised_mean_and_decoding_restores_it(model):
     assert -12 <= posterior.log_variance.min() < posterior.log_variance.max() <= 2
 
 
-def test_a_start_from_principal_components_is_the_linear_autoencoder(model):
+def test_an_autoencoder_initialised_from_principal_components_is_linear(model):
     linear = fit_linear([CLIPS], stride=model.config.stride, channels=model.config.channels)
     # What decides is that the networks' outputs are zero at first.
     fresh = jax.jit(init_params, static_argnums=0)(dataclasses.replace(model.config, blocks=0).make, jax.random.key(0))
@@ -148,7 +148,7 @@ def test_convolutions_in_bfloat16_change_what_is_rounded_alone(model):
     assert get_param_shapes(config.make) == get_param_shapes(model.config.make)  # float32
 
 
-def test_a_sample_of_the_posterior():
+def test_a_posterior_sample_is_the_mean_plus_scaled_noise():
     mean, log_variance = jnp.full((1, 1, 2, 2, 3), 2.0), jnp.full((1, 1, 2, 2, 3), np.log(0.25))
     posterior = Posterior(mean, log_variance)
     np.testing.assert_array_equal(posterior.sample(jnp.zeros_like(mean)), mean)
@@ -162,13 +162,13 @@ def test_the_divergence_is_that_of_a_normal_from_the_standard_one():
     np.testing.assert_allclose(Posterior(mean, log_variance).kl(), [0, 3 * one_channel], rtol=1e-5)
 
 
-def test_a_clip_that_does_not_fit(model):
+def test_a_clip_that_the_stride_does_not_divide_is_refused(model):
     with pytest.raises(UserError, match=r"T=6 .* use 5 or 7"):
         model.encode(CLIPS[:, :6])
     with pytest.raises(UserError, match=r"height 5 .* use 4 or 6"):
         model.encode(CLIPS[:, :, :5])
 
 
-def test_a_start_that_the_posterior_cannot_have():
+def test_an_initial_deviation_outside_the_posteriors_range_is_refused():
     with pytest.raises(UserError, match=r"init_std=0.001 .* 0.0025 to 2.7"):
         PatchVaeConfig(init_std=0.001)

@@ -35,7 +35,7 @@ def test_an_image_is_the_first_patch_of_a_video():
     np.testing.assert_array_equal(to_patches(pixels[:, :5], stride), to_patches(pixels, stride)[:, :2])
 
 
-def test_a_clip_that_does_not_fit():
+def test_a_clip_that_the_patch_does_not_divide_is_refused():
     with pytest.raises(UserError, match=r"T=8 .* use 5 or 9"):
         to_patches(clip(8), Grid(4, 4, 4))
     with pytest.raises(UserError, match=r"width 12 .* use 8 or 16"):

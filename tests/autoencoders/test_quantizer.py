@@ -1,4 +1,4 @@
-"""Nearest codes, the straight-through gradient, indices in and out."""
+"""Quantisation: nearest codes, the straight-through gradient, and indices."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def book(codes, **options):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 10, 11, 64])
-def test_the_nearest_of_all_codes_whatever_the_chunk(chunk):
+def test_the_nearest_code_is_chosen_whatever_the_chunk(chunk):
     codes = DRAW.normal(size=(11, 3)).astype(np.float32)
     latents = DRAW.normal(size=(2, 3, 5, 3)).astype(np.float32)
     distances = np.square(latents[..., None, :] - codes).sum(axis=-1)
@@ -30,7 +30,7 @@ def test_the_nearest_of_all_codes_whatever_the_chunk(chunk):
     )
 
 
-def test_the_first_of_equal_codes():
+def test_the_first_of_equal_codes_is_chosen():
     codes = jnp.ones((7, 2))
     for chunk in (2, 7):
         assert (np.asarray(find_nearest_codes(jnp.zeros((4, 2)), codes, chunk=chunk)) == 0).all()
@@ -94,7 +94,7 @@ def test_spherical_codes_are_compared_by_their_direction():
     assert np.isfinite(gradient).all()
 
 
-def test_indices_and_back():
+def test_looked_up_codes_are_found_again():
     codes = book(DRAW.normal(size=(5, 3)))
     indices = np.asarray([[4, 0], [2, 2]], np.int32).reshape(1, 1, 2, 2)
     vectors = codes.look_up(indices)
@@ -103,7 +103,7 @@ def test_indices_and_back():
 
 
 @pytest.mark.parametrize("wrong", [5, -1])
-def test_an_index_out_of_range(wrong):
+def test_an_index_out_of_range_is_refused(wrong):
     codes = book(DRAW.normal(size=(5, 3)))
     indices = np.asarray([0, wrong], np.int32).reshape(1, 1, 1, 2)
     with pytest.raises(UserError, match=f"index {wrong} .* 0 to 4.* Use the codebook"):
@@ -114,6 +114,6 @@ def test_an_index_out_of_range(wrong):
 
 
 @pytest.mark.parametrize(("codes", "width"), [(0, 4), (8, 0)])
-def test_a_codebook_of_nothing(codes, width):
+def test_an_empty_codebook_is_refused(codes, width):
     with pytest.raises(UserError, match=f"codes={codes}, width={width} .*at least 1"):
         CodebookConfig(codes=codes, width=width)

@@ -1,4 +1,4 @@
-"""Chunks and tiles against the whole, on models with random parameters."""
+"""Streams in chunks and tiles, compared with whole clips, for models with random parameters."""
 
 import dataclasses
 import functools
@@ -12,8 +12,6 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video.autoencoders import (
-    CausalVaeConfig,
-    PatchVaeConfig,
     Tiles,
     decode_stream,
     encode_stream,
@@ -27,44 +25,30 @@ from dit_video.core import pixels
 from dit_video.core.errors import UserError
 from dit_video.nn import get_graph_def, init_params
 from dit_video.tokens import Grid
-from support.devices import check_on_eight_devices
-from support.rough import rough_params
+from support.devices import PROGRAMS, check_on_eight_devices, make_environment
+from support.random_params import make_random_params
+from support.tiny_autoencoders import CONFIGS, assert_frames_are_close
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIGS = {
-    "patches": PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1),
-    "preactivated patches": PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1, preactivated=True),
-    "levels": CausalVaeConfig(
-        channels=3, width=4, multipliers=(1, 2, 2), factors=(Grid(1, 2, 2), Grid(2, 2, 2)), blocks=1
-    ),
-}
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 9, 16, 24, 3), np.uint8)
 
 
 @functools.cache
 def setting(name):
-    """Config, parameters, and the clip's latents and frames when it is taken whole."""
+    """Return a config, parameters, and the latents and frames of the whole clip."""
     config = CONFIGS[name]
-    params = rough_params(config.make)
+    params = make_random_params(config.make)
     graph = get_graph_def(config.make)
     latents = jax.jit(lambda params, x: nnx.merge(graph, params).encode(x))(params, pixels.to_float(FRAMES))
     decoded = jax.jit(lambda params, x: nnx.merge(graph, params).decode(x))(params, latents)
     return config, params, np.asarray(latents), pixels.to_uint8(np.asarray(decoded))
 
 
-def close(left, right):
-    """uint8 that rounding may part by one."""
-    assert left.shape == right.shape
-    difference = np.abs(left.astype(int) - right)
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 0.01
-
-
 @pytest.mark.parametrize(
     ("name", "chunk"), [("patches", 2), ("patches", 7), ("preactivated patches", 2), ("levels", 2)], ids=str
 )
-def test_streams_are_the_whole(name, chunk):
+def test_streamed_chunks_equal_the_whole_clip(name, chunk):
     config, params, latents, decoded = setting(name)
     portions = (FRAMES[:, start : start + 4] for start in range(0, 9, 4))  # no multiple of what is asked for
     encoded = list(encode_stream(config, params, portions, chunk=chunk))
@@ -73,13 +57,13 @@ def test_streams_are_the_whole(name, chunk):
     frames = list(decode_stream(config, params, latents, chunk=chunk))
     assert frames[0].dtype == np.uint8
     assert frames[0].shape[1] == 1 + 2 * (min(chunk, 5) - 1)
-    close(np.concatenate(frames, axis=1), decoded)
+    assert_frames_are_close(np.concatenate(frames, axis=1), decoded)
 
 
-def test_two_programs_for_any_length():
+def test_clips_of_any_length_need_two_programs():
     config, params, latents, _ = setting("patches")
     other = dataclasses.replace(config, width=10)  # a program of its own
-    params = rough_params(other.make)
+    params = make_random_params(other.make)
     for length in (1, 2, 3, 5):
         list(decode_stream(other, params, latents[:, :length], chunk=2))
     assert streaming._jit_method(other, "decode")._cache_size() == 2
@@ -101,7 +85,7 @@ def test_pixels_go_to_the_device_and_come_from_it_as_uint8(monkeypatch):
     assert set(given) == {np.dtype(np.uint8)}
 
 
-def test_frames_of_another_number():
+def test_frame_counts_and_chunks_that_do_not_fit_are_refused():
     config, params, *_ = setting("patches")
     with pytest.raises(UserError, match=r"T=8 is not 1 \+ 2k"):
         list(encode_stream(config, params, [FRAMES[:, :8]], chunk=2))
@@ -111,7 +95,7 @@ def test_frames_of_another_number():
         list(decode_stream(config, params, np.zeros((1, 1, 4, 6, 3), np.float32), chunk=0))
 
 
-def test_frames_and_latents_that_are_none():
+def test_arrays_that_are_no_frames_or_latents_are_refused():
     config, params, _, _ = setting("patches")
     real = FRAMES.astype(np.float32)
     for frames in (FRAMES[..., :2], FRAMES[0], real - 128, real * np.nan, real.astype(np.float64)):
@@ -142,7 +126,7 @@ TILES = Tiles(height=48, width=48, overlap=16)
 
 @functools.cache
 def ramp():
-    """Latents of a smooth ramp of brightness, and the frames that they are."""
+    """Return the latents of a smooth ramp of brightness, and their frames."""
     config, params, *_ = setting("levels")
     rising = np.linspace(0, 255, 96)[None, :, None] * np.linspace(0.3, 1, 112)[None, None]
     clip = np.broadcast_to(rising.astype(np.uint8)[..., None], (1, 3, 96, 112, 3)).copy()
@@ -151,7 +135,7 @@ def ramp():
 
 
 def seam(difference):
-    """The largest step of an error from a row, or column, to the next: what the eye sees of a tile's border."""
+    """Return the largest step of an error between neighbouring rows or columns, which makes a tile's border visible."""
     return max(np.abs(np.diff(difference, axis=axis)).max() for axis in (2, 3))
 
 
@@ -169,7 +153,7 @@ def test_tiles_leave_no_seam_on_a_ramp():
 
 
 def test_a_blend_of_equal_tiles_is_exact():
-    """The principal components of patches see no neighbours: what is left is the blend."""
+    """A decoder of principal components sees no neighbouring patches, so that only the blend could differ."""
     _, _, clip, _ = ramp()
     config = CONFIGS["patches"]
     linear = fit_linear([pixels.to_float(clip)], stride=config.stride, channels=config.channels)
@@ -185,7 +169,7 @@ def test_tiles_of_latents():
     assert np.abs(tiled - latents).mean() < 0.05 * np.abs(latents).mean()
 
 
-def test_a_wider_overlap_is_nearer():
+def test_a_wider_overlap_is_closer_to_the_whole():
     config, params, _, latents = ramp()
     errors = [
         measure_tiling_error(config, params, latents, Tiles(height=48, width=48, overlap=overlap)).mean
@@ -201,53 +185,22 @@ def test_a_wider_overlap_is_nearer():
         ({"height": 20, "width": 24, "overlap": -1}, "less than half a side"),
     ],
 )
-def test_bad_tiles(tiles, message):
+def test_invalid_tiles_are_refused(tiles, message):
     with pytest.raises(UserError, match=message):
         Tiles(**tiles)
 
 
-def test_tiles_that_the_stride_does_not_divide():
+def test_tiles_that_the_stride_does_not_divide_are_refused():
     config, params, latents, _ = setting("patches")
     with pytest.raises(UserError, match="overlap 2 is not divisible by the spatial stride 4"):
         list(decode_stream(config, params, latents, tiles=Tiles(height=8, width=8, overlap=2)))
 
 
-ON_EIGHT_DEVICES = """
-import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-
-from autoencoder.test_streaming import CONFIGS, close
-from dit_video.autoencoders import decode_stream, encode_stream
-from dit_video.autoencoders.streaming import _program
-from dit_video.distributed import MeshConfig, make_mesh
-from support.rough import rough_params
-
-assert jax.device_count() == 8
-rows = NamedSharding(make_mesh(MeshConfig(data=1, context=8)), PartitionSpec(None, None, "context"))
-clip = np.random.default_rng(1).integers(0, 256, (1, 5, 64, 16, 3), np.uint8)
-joined = lambda parts: np.concatenate(list(parts), axis=1)
-for config in (CONFIGS["patches"], CONFIGS["levels"]):
-    params = rough_params(config.make)
-    whole = joined(encode_stream(config, params, [clip]))
-    np.testing.assert_allclose(joined(encode_stream(config, params, [clip], sharding=rows)), whole, atol=1e-5)
-    frames = joined(decode_stream(config, params, whole))
-    close(joined(decode_stream(config, params, whole, sharding=rows)), frames)
-    # Rows at the borders travel, and no device has the whole picture at full resolution.
-    placed = jax.device_put(whole[:, :1], rows)
-    text = _program(config, "decode").lower(params, placed, None).compile().as_text()
-    assert "collective-permute" in text
-    gathered = [line for line in text.splitlines() if "all-gather(" in line]
-    assert not any("64,16" in line.split(" all-gather(")[0] for line in gathered), gathered
-print("done")
-"""
+def test_a_height_over_eight_devices_gives_the_same_stream():
+    check_on_eight_devices("streaming_over_devices.py")
 
 
-def test_height_over_eight_devices():
-    check_on_eight_devices(ON_EIGHT_DEVICES)
-
-
-def test_height_that_the_devices_do_not_divide():
+def test_a_height_that_the_devices_do_not_divide_is_refused():
     config, params, *_ = setting("patches")
     mesh = jax.sharding.AbstractMesh((8,), ("context",))
     rows = NamedSharding(mesh, PartitionSpec(None, None, "context"))
@@ -255,30 +208,11 @@ def test_height_that_the_devices_do_not_divide():
         list(decode_stream(config, params, np.zeros((1, 1, 12, 4, 3), np.float32), sharding=rows))
 
 
-_PEAK = """
-import resource, sys
-import numpy as np
-from dit_video.autoencoders import CausalVaeConfig, decode_stream
-from dit_video.nn import init_params
-from dit_video.tokens import Grid
-import jax
-config = CausalVaeConfig(channels=4, width=16, multipliers=(1, 2, 2, 2), blocks=1)
-params = init_params(config.make, jax.random.key(0))
-latents = np.random.default_rng(0).normal(size=(1, 1 + (int(sys.argv[1]) - 1) // 4, 16, 16, 4)).astype(np.float32)
-count = sum(frames.shape[1] for frames in decode_stream(config, params, latents))
-assert count == int(sys.argv[1]), count
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
 @pytest.mark.slow
-def test_a_minute_takes_the_memory_of_a_few_seconds():
-    peaks = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", _PEAK, str(frames)], check=True, capture_output=True, text=True
-            ).stdout
-        )
-        for frames in (81, 1441)
-    ]
+def test_a_minute_of_video_needs_the_memory_of_a_few_seconds():
+    command, environment = [sys.executable, str(PROGRAMS / "streaming_memory.py")], make_environment(1)
+    peaks = []
+    for frames in ("81", "1441"):
+        process = subprocess.run([*command, frames], env=environment, check=True, capture_output=True, text=True)
+        peaks.append(int(process.stdout))
     assert peaks[1] <= 1.1 * peaks[0], peaks

@@ -1,4 +1,4 @@
-"""The convolutional VAE from random parameters: sizes, causality, chunks, canvases, configs."""
+"""The convolutional VAE with random parameters: sizes, causality, chunks, canvases, configs."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
 from dit_video.nn import ConvCache, get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -29,7 +29,7 @@ CONFIGS = {"plain": PLAIN, "shortcuts": SHORTCUTS, "time alone": ODD}
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def call(config, method, params, past, *arrays):
-    """A method on a chunk, with what it keeps."""
+    """Call a method on a chunk; return its result and its cache."""
     memory = ConvCache(past)
     model = nnx.merge(get_graph_def(config.make), params)
     return getattr(model, method)(*arrays, cache=memory), memory.features
@@ -37,9 +37,9 @@ def call(config, method, params, past, *arrays):
 
 @functools.cache
 def setting(name):
-    """Config, parameters, a clip, its latents and their pixels."""
+    """Return a config, parameters, a clip, its latents and their pixels."""
     config = CONFIGS[name]
-    params = rough_params(config.make)
+    params = make_random_params(config.make)
     stride = config.stride
     shape = (2, 1 + 3 * stride.t, 2 * stride.h, 3 * stride.w, 3)
     clip = np.tanh(np.random.default_rng(0).normal(size=shape).cumsum(axis=2)).astype(np.float32)
@@ -49,7 +49,7 @@ def setting(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_sizes(name):
+def test_latents_and_frames_have_the_expected_sizes(name):
     _, _, clip, latents, decoded = setting(name)
     assert latents.shape == (2, 4, 2, 3, 4)
     assert decoded.shape == clip.shape
@@ -57,7 +57,7 @@ def test_sizes(name):
     assert np.std(decoded) > 0.1
 
 
-def test_strides():
+def test_strides_follow_from_the_factors():
     assert PLAIN.stride == Grid(2, 4, 4)
     assert SHORTCUTS.stride == Grid(2, 8, 8)
     assert ODD.stride == Grid(4, 2, 2)
@@ -77,7 +77,7 @@ def test_strides():
     ids=str,
 )
 def test_strides_and_channels_of_any_size(stride, channels, options):
-    """Halves height and width first, and time in the last levels."""
+    """The first levels halve height and width, the last ones time."""
     space = int(math.log2(stride.h // options.get("patch", 1)))
     time = int(math.log2(stride.t))
     levels = max(space, time)
@@ -99,7 +99,7 @@ def test_strides_and_channels_of_any_size(stride, channels, options):
     assert decoded.shape == clip.shape
 
 
-def test_sizes_of_the_open_models():
+def test_configs_of_open_models_have_their_sizes():
     assert round(count_values(get_param_shapes(CausalVaeConfig.wan21().make)) / 1e6) == 127
     assert round(count_values(get_param_shapes(CausalVaeConfig.wan22().make)) / 1e6) == 705
 
@@ -107,7 +107,7 @@ def test_sizes_of_the_open_models():
 @pytest.mark.parametrize(
     ("name", "cuts"), [("plain", (1, 2, 3)), ("shortcuts", (2,)), ("time alone", (1, 2, 3))], ids=str
 )
-def test_chunks_are_the_whole(name, cuts):
+def test_streamed_chunks_equal_the_whole_clip(name, cuts):
     config, params, clip, latents, decoded = setting(name)
     stride = config.stride.t
     past, encoded = None, []
@@ -124,7 +124,7 @@ def test_chunks_are_the_whole(name, cuts):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_nothing_sees_the_future(name):
+def test_no_value_depends_on_later_frames(name):
     config, params, clip, latents, decoded = setting(name)
     stride = config.stride.t
     later = clip.copy()
@@ -167,7 +167,7 @@ def test_forms_of_the_convolution_agree(form):
     np.testing.assert_allclose(call(chosen, "encode", params, None, clip)[0], latents, atol=1e-5)
 
 
-def test_bfloat16_is_near():
+def test_bfloat16_is_close_to_float32():
     config, params, clip, latents, _ = setting("plain")
     near, _ = call(dataclasses.replace(config, bfloat16=True), "encode", params, None, clip)
     assert near.dtype == jnp.float32
@@ -175,7 +175,7 @@ def test_bfloat16_is_near():
 
 
 def squared_error(config, clip):
-    """Of the reconstruction of a clip, as a function of the parameters."""
+    """Return the squared error of a clip's reconstruction as a function of the parameters."""
 
     def error(params):
         model = nnx.merge(get_graph_def(config.make), params)
@@ -185,19 +185,19 @@ def squared_error(config, clip):
 
 
 @pytest.mark.parametrize("name", ["plain", "shortcuts"])
-def test_rematerialisation_keeps_less(name):
+def test_rematerialisation_stores_less_for_the_backward_pass(name):
     config, params, clip, *_ = setting(name)
 
-    def kept(config):  # by the backward pass, beside the parameters
+    def count_stored_values(config):  # by the backward pass, beside the parameters
         shapes = jax.eval_shape(lambda params: jax.vjp(squared_error(config, clip), params)[1], params)
         return sum(leaf.size for leaf in jax.tree.leaves(shapes)) - count_values(params)
 
-    assert kept(dataclasses.replace(config, remat=True)) < 0.6 * kept(config)
+    assert count_stored_values(dataclasses.replace(config, remat=True)) < 0.6 * count_stored_values(config)
 
 
 def test_rematerialisation_changes_no_gradient():
     config, clip = dataclasses.replace(PLAIN, multipliers=(1,), factors=()), setting("plain")[2][:, :3, :4, :4]
-    params = rough_params(config.make)
+    params = make_random_params(config.make)
     expected, found = (
         flatten(jax.jit(jax.grad(squared_error(one, clip)))(params))
         for one in (config, dataclasses.replace(config, remat=True))
@@ -206,7 +206,7 @@ def test_rematerialisation_changes_no_gradient():
         np.testing.assert_allclose(found[path], gradient, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
-def test_a_fixed_variance():
+def test_a_fixed_variance_is_that_of_the_config():
     config, params, clip, _, _ = setting("plain")
     fixed = dataclasses.replace(config, std=0.3)
     posterior, _ = call(fixed, "posterior", params, None, clip[:1, :1])
@@ -222,7 +222,7 @@ def test_no_variance_is_a_plain_autoencoder():
     assert np.isfinite(posterior.kl()).all()
 
 
-def test_a_config_survives_json():
+def test_a_config_is_the_same_after_json():
     written = config_json.to_json(SHORTCUTS)
     assert written["type"] == "dit_video.autoencoders:CausalVaeConfig"
     assert config_json.from_json(written) == SHORTCUTS
@@ -242,7 +242,7 @@ def test_a_config_survives_json():
         ({"width": 3, "multipliers": (1, 2, 1)}, "even widths"),
     ],
 )
-def test_bad_configs(options, message):
+def test_invalid_configs_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(PLAIN, **options)
 
@@ -254,18 +254,18 @@ def test_bad_configs(options, message):
         ((1, 3, 6, 8, 3), "height 6 is not divisible"),
     ],
 )
-def test_clips_that_do_not_fit(shape, message):
+def test_clips_that_the_stride_does_not_divide_are_refused(shape, message):
     config, params, *_ = setting("plain")
     with pytest.raises(UserError, match=message):
         nnx.merge(get_graph_def(config.make), params).encode(jnp.zeros(shape))
 
 
-def test_pixels_of_other_channels():
+def test_pixels_without_three_channels_are_refused():
     with pytest.raises(UserError, match=r"4 channels.* use 3"):
         make_canvas_segments(jnp.zeros((1, 1, 8, 8, 4)), PLAIN.stride, None, None)
 
 
-def test_a_chunk_that_does_not_fit():
+def test_a_chunk_of_invalid_length_is_refused():
     config, params, clip, *_ = setting("plain")
     _, past = call(config, "encode", params, None, clip[:, :1])
     with pytest.raises(UserError, match=r"a chunk of 3 frames .* use 2 or 4"):

@@ -1,4 +1,4 @@
-"""Vector-quantised autoencoders from random parameters: sizes, indices, chunks, canvases, modulated norms."""
+"""Vector-quantised autoencoders with random parameters: sizes, indices, chunks, canvases, modulated norms."""
 
 import functools
 
@@ -26,7 +26,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
 from dit_video.nn import RmsNorm, get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 VIDEO = CausalVaeConfig(channels=5, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
 IMAGE = ImageVaeConfig(channels=6, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2, attention=(1,)))
@@ -47,16 +47,16 @@ def call(config, method, params, *arrays):
 
 @functools.cache
 def setting(name):
-    """Config, parameters, and what a clip and its codes become."""
+    """Return a config, parameters, a clip, its latents and their pixels."""
     config = CONFIGS[name]
-    params = rough_params(config.make)
+    params = make_random_params(config.make)
     clip = jnp.asarray(pixels.to_float(FRAMES))
     latents = call(config, "encode", params, clip)
     return config, params, clip, latents, call(config, "decode", params, latents)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_interface(name):
+def test_every_network_has_the_interface_of_autoencoders(name):
     config, _, clip, latents, decoded = setting(name)
     assert isinstance(config, AutoencoderConfig)
     assert issubclass(VqAutoencoder, Autoencoder)
@@ -67,20 +67,20 @@ def test_the_interface(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_indices_stand_for_the_latents(name):
+def test_indices_determine_the_latents(name):
     config, params, clip, latents, decoded = setting(name)
     indices = call(config, "encode_indices", params, clip)
     assert indices.shape == latents.shape[:-1]
     assert len(np.unique(indices)) > 2
     np.testing.assert_allclose(call(config, "decode_indices", params, indices), decoded, atol=1e-5)
-    quantized = call(config, "quantized", params, clip)
+    quantized = call(config, "quantize", params, clip)
     np.testing.assert_array_equal(quantized.indices, indices)
     np.testing.assert_allclose(call(config, "reconstruct", params, quantized.vectors), decoded, atol=1e-4)
     # Latents that are not codes give other pixels.
     assert np.abs(call(config, "reconstruct", params, quantized.latents) - decoded).max() > 0.1
 
 
-def test_an_index_out_of_range():
+def test_an_index_out_of_range_is_refused():
     config, params, _, _, _ = setting("video")
     model = nnx.merge(get_graph_def(config.make), params)
     with pytest.raises(UserError, match=r"index 32 .* 0 to 31.* Use the codebook"):
@@ -88,7 +88,7 @@ def test_an_index_out_of_range():
 
 
 @pytest.mark.parametrize(("name", "chunk"), [("video", 1), ("video", 3), ("image", 2)])
-def test_streams_are_the_whole(name, chunk):
+def test_streamed_chunks_equal_the_whole_clip(name, chunk):
     config, params, _, latents, decoded = setting(name)
     encoded = list(encode_stream(config, params, [FRAMES[:, :4], FRAMES[:, 4:]], chunk=chunk))
     np.testing.assert_allclose(np.concatenate(encoded, axis=1), latents, atol=1e-5)
@@ -108,7 +108,7 @@ def test_clips_on_a_canvas_do_not_see_each_other(name):
     np.testing.assert_allclose(together[0, :, :, 4:], latents[1], atol=1e-5)
 
 
-def test_latents_modulate_the_frames_and_places_that_they_stand_for():
+def test_frames_are_modulated_by_the_latents_of_their_places():
     norm = SpatialNorm(RmsNorm(4), 4, 3, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 5, 4, 6, 4))
     latents = jax.random.normal(jax.random.key(1), (1, 3, 2, 3, 3))
@@ -126,30 +126,30 @@ def test_latents_modulate_the_frames_and_places_that_they_stand_for():
 
 @pytest.mark.parametrize(("name", "norms"), [("video", 2 * 6 + 2), ("image", 2 * 6 + 2 + 2)])
 def test_codes_modulate_all_norms_of_the_decoder_alone(name, norms):
-    """Two norms in each of 6 residual blocks, one in each attention, and the last."""
+    """There are two norms in each of 6 residual blocks, one in each attention, and a last one."""
     paths = [path.split("/") for path in flatten(get_param_shapes(CONFIGS[name].make)) if path.endswith("shift/kernel")]
     assert {path[0] for path in paths} == {"decoder"}
     assert len(paths) == norms
 
 
-def test_the_size_of_kandinskys():
+def test_the_config_of_kandinsky_has_its_size():
     assert round(count_values(get_param_shapes(VqConfig.kandinsky().make)) / 1e6) == 68
 
 
 def test_a_fresh_autoencoder_is_finite_and_its_codes_differ():
     config = CONFIGS["video"]
     params = jax.jit(lambda key: init_params(config.make, key))(jax.random.key(0))
-    found = call(config, "quantized", params, jnp.asarray(pixels.to_float(FRAMES)))
+    found = call(config, "quantize", params, jnp.asarray(pixels.to_float(FRAMES)))
     assert np.isfinite(found.vectors).all()
     assert len(np.unique(found.indices)) > 2
 
 
-def test_a_config_survives_json():
+def test_a_config_is_the_same_after_json():
     config = CONFIGS["spherical"]
     assert config_json.from_json(config_json.to_json(config)) == config
 
 
-def test_networks_that_do_not_fit():
+def test_networks_that_cannot_be_quantised_are_refused():
     with pytest.raises(UserError, match=r"network.std=0\.1 .*Use None"):
         VqConfig(network=CausalVaeConfig(std=0.1))
     with pytest.raises(UserError, match=r"network.std=0\.0 .*Use None"):
@@ -158,7 +158,7 @@ def test_networks_that_do_not_fit():
         VqConfig(network=ImageVaeConfig.flux())
 
 
-def test_sizes_that_do_not_fit():
+def test_clips_that_the_stride_does_not_divide_are_refused():
     config, params, clip, _, _ = setting("video")
     with pytest.raises(UserError, match=r"T=6 is not 1 \+ 2k"):
         call(config, "encode_indices", params, clip[:, :6])

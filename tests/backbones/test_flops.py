@@ -1,4 +1,4 @@
-"""FLOPs counted from configs, against XLA's count of the program, which is lowered but never compiled or run."""
+"""FLOPs counted from configs, compared with XLA's count of the program, which is lowered but not compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_count_is_xlas(name, backward):
+def test_counted_flops_equal_those_of_xla(name, backward):
     config, tokens, text = MODELS[name]
     counted = (count_training_flops if backward else count_forward_flops)(config, [tokens], [text])
     assert by_xla(config, tokens, text, backward=backward) == pytest.approx(counted, rel=0.02)
@@ -65,7 +65,7 @@ def test_clips_of_a_row_do_not_attend_to_each_other():
     )
 
 
-def test_patterns_count_on_the_grid():
+def test_pairs_of_a_pattern_are_counted_on_the_grid():
     frames = DitConfig(channels=4, context_width=8, width=48, heads=2, pattern=SpaceOnly())
     assert count_attention_flops(frames, [Grid(4, 2, 2)], [0]) == 4 * 48 * frames.layers * 4 * 16
     both = DitConfig(channels=4, context_width=8, width=48, heads=2, pattern=SpaceOnly(), temporal=TemporalLayers())
@@ -74,7 +74,7 @@ def test_patterns_count_on_the_grid():
         count_forward_flops(frames, [16], [0])
 
 
-def test_bad_input():
+def test_invalid_input_is_refused():
     with pytest.raises(UserError, match="2 clips need as many texts"):
         count_forward_flops(MODELS["wan"][0], [4, 4], [1])
     with pytest.raises(UserError, match="image_width"):

@@ -1,4 +1,4 @@
-"""What a denoiser takes of a first frame, and what training would give it."""
+"""Checks that a denoiser gets the first frames that it needs."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ def check(dit=ANIMATING, known=ALWAYS, image_encoder="clip", cached=True):
     check_given_frames(dit, VAE, known, image_encoder, cached=cached)
 
 
-def test_what_fits():
+def test_consistent_settings_of_first_frames_are_accepted():
     check()
     check(known=KnownFrames(chance=0.5))
     check(dit=replace(ANIMATING, image_width=None), image_encoder=None)
@@ -38,6 +38,6 @@ def test_what_fits():
         ({"dit": DIT, "image_encoder": None, "known": KnownFrames()}, "no input for known frames; leave out known"),
     ],
 )
-def test_what_does_not(changes, message):
+def test_inconsistent_settings_of_first_frames_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         check(**changes)

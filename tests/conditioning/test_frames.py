@@ -4,7 +4,7 @@ from dit_video.conditioning import fill_unknown_frames, fold_frame_mask
 from dit_video.core.pixels import to_float
 
 
-def test_what_is_not_given_is_grey_and_grey_is_zero():
+def test_unknown_frames_are_grey_which_is_zero():
     first, last = (np.random.default_rng(seed).integers(0, 256, (2, 3, 3), dtype=np.uint8) for seed in range(2))
     pixels, known = fill_unknown_frames({0: first, 4: last}, 5)
     np.testing.assert_array_equal(known, [True, False, False, False, True])

@@ -1,4 +1,4 @@
-"""First frames that are known in training: which tokens they are, and what stands beside the noisy ones."""
+"""First frames that are known in training: their tokens, and the conditioning channels."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +21,8 @@ def test_the_first_frame_of_clips_is_known_and_nothing_of_images():
     assert not mask_known_tokens(SEGMENTS, PLACES, jnp.zeros((1, 3), bool)).any()
 
 
-def test_beside_noisy_tokens_are_the_mask_and_clean_latents():
-    """As patches of the channels side by side have it."""
+def test_conditioning_channels_are_the_mask_and_clean_latents():
+    """The channels are in the order of patches of concatenated channels."""
     patch, draw = Grid(1, 2, 2), np.random.default_rng(0)
     latents = draw.normal(size=(2, 4, 6, 5)).astype(np.float32)
     known = np.asarray([1, 0], np.float32)[:, None, None, None]
@@ -35,6 +35,6 @@ def test_beside_noisy_tokens_are_the_mask_and_clean_latents():
 
 
 @pytest.mark.parametrize("chance", [-0.1, 1.5, float("nan")])
-def test_a_chance_that_is_none(chance):
+def test_a_chance_outside_0_to_1_is_refused(chance):
     with pytest.raises(UserError, match="is invalid: a probability must lie in"):
         KnownFrames(chance=chance)

@@ -33,7 +33,7 @@ def test_a_dropped_caption_is_the_tokenised_empty_one():
         assert found == [TOKENIZE(caption).tolist() for caption in expected]
 
 
-def test_what_is_left_of_a_dropped_caption_is_padding():
+def test_the_rest_of_a_dropped_caption_is_padding():
     text, segments = row(CAPTIONS)
     found_text, found_segments = DROP(text, segments, jnp.asarray([[True, False, True]]), empty=EMPTY)
     assert found_segments[0].tolist() == [1] * 4 + [0] * 8 + [2] * 4 + [3] * 4 + [0] * 28
@@ -41,13 +41,13 @@ def test_what_is_left_of_a_dropped_caption_is_padding():
     assert (found_text.dtype, found_segments.dtype) == (text.dtype, segments.dtype)
 
 
-def test_nothing_dropped_is_nothing_changed():
+def test_a_dropout_of_zero_changes_nothing():
     text, segments = row(CAPTIONS)
     for left, right in zip(DROP(text, segments, jnp.zeros((1, 3), bool), empty=EMPTY), (text, segments), strict=True):
         np.testing.assert_array_equal(left, right)
 
 
-def test_rows_are_dropped_apart():
+def test_captions_of_rows_are_dropped_independently():
     text, segments = (jnp.concatenate([array, array]) for array in row(CAPTIONS))
     drop = jnp.asarray([[True, False, False], [False, False, True]])
     found_text, found_segments = DROP(text, segments, drop, empty=EMPTY)
@@ -57,7 +57,7 @@ def test_rows_are_dropped_apart():
         np.testing.assert_array_equal(found_segments[index], alone[1][0])
 
 
-def test_an_empty_caption_of_several_tokens():
+def test_an_empty_caption_may_have_several_tokens():
     text, segments = jnp.arange(10, 22)[None], jnp.asarray([[1] * 6 + [2] * 6])
     found = DROP(text, segments, jnp.asarray([[False, True]]), empty=jnp.asarray([7, 8, 9]))
     assert found[0][0].tolist() == [*range(10, 16), 7, 8, 9, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""The captions of rows: their lengths at once, one text at a time."""
+"""Captions of rows: all lengths at once, texts one at a time."""
 
 import pickle
 
@@ -12,7 +12,7 @@ from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import LatentWriter, write_latents
 from dit_video.data.loader import LoaderConfig, load_packed_batches
 from dit_video.tokens import Grid, PackedShape
-from support.stand_ins import Embedder, tokenize
+from support.fakes import FakeEmbedder, tokenize
 
 CAPTIONS = [("a red ball", "it"), (), ("a blue box moves",), ("", "it")] * 5
 
@@ -21,11 +21,11 @@ CAPTIONS = [("a red ball", "it"), (), ("a blue box moves",), ("", "it")] * 5
 def embedder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     (folder / "seed.txt").write_text("1")
-    return Embedder(folder)
+    return FakeEmbedder(folder)
 
 
-def cached(folder, embedder, *, identity="t", captions=CAPTIONS):
-    """Latents whose values are the example's number, with the embeddings of the captions."""
+def write_cache(folder, embedder, *, identity="t", captions=CAPTIONS):
+    """Write latents whose values are the example's number, with the embeddings of the captions."""
 
     def examples():
         for number, of_example in enumerate(captions):
@@ -41,7 +41,7 @@ def cached(folder, embedder, *, identity="t", captions=CAPTIONS):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, embedder):
-    return cached(tmp_path_factory.mktemp("cached") / "latents", embedder)
+    return write_cache(tmp_path_factory.mktemp("cached") / "latents", embedder)
 
 
 def test_all_kinds_know_the_lengths_and_read_any_caption(source, embedder):
@@ -49,7 +49,7 @@ def test_all_kinds_know_the_lengths_and_read_any_caption(source, embedder):
     for texts, text_of in (
         (TokenizedCaptions(CAPTIONS, tokenize), tokenize),
         (CachedCaptions(source), embedder),
-        (EmbeddedCaptions(CAPTIONS, embedder.many, identity="t"), embedder),
+        (EmbeddedCaptions(CAPTIONS, embedder.embed_many, identity="t"), embedder),
     ):
         assert isinstance(texts, CaptionSource)
         np.testing.assert_array_equal(texts.empty, text_of(""))
@@ -61,35 +61,35 @@ def test_all_kinds_know_the_lengths_and_read_any_caption(source, embedder):
                 assert texts.lengths[example][number] == len(text_of(caption))
 
 
-def test_facts_tell_texts_apart(source, embedder, tmp_path):
-    def told(texts):
-        return b"".join(texts.facts())
+def test_identities_tell_captions_apart(source, embedder, tmp_path):
+    def join_hash_bytes(texts):
+        return b"".join(texts.iter_hash_bytes())
 
     others = [*CAPTIONS[:-1], ("something else",)]
-    first = told(CachedCaptions(source))
-    assert told(CachedCaptions(cached(tmp_path / "same", embedder))) == first
-    assert told(CachedCaptions(cached(tmp_path / "identity", embedder, identity="u"))) != first
-    assert told(CachedCaptions(cached(tmp_path / "captions", embedder, captions=others))) != first
-    made = [
-        told(EmbeddedCaptions(captions, embedder.many, identity=identity))
+    first = join_hash_bytes(CachedCaptions(source))
+    assert join_hash_bytes(CachedCaptions(write_cache(tmp_path / "same", embedder))) == first
+    assert join_hash_bytes(CachedCaptions(write_cache(tmp_path / "identity", embedder, identity="u"))) != first
+    assert join_hash_bytes(CachedCaptions(write_cache(tmp_path / "captions", embedder, captions=others))) != first
+    identities = [
+        join_hash_bytes(EmbeddedCaptions(captions, embedder.embed_many, identity=identity))
         for captions, identity in ((CAPTIONS, "t"), (CAPTIONS, "u"), (others, "t"), (CAPTIONS, "t"))
     ]
-    assert len(set(made)) == 3
-    assert made[0] == made[3]
+    assert len(set(identities)) == 3
+    assert identities[0] == identities[3]
 
 
 def test_each_different_caption_is_embedded_once_for_its_length(embedder):
-    embedder.asked.clear()
+    embedder.texts.clear()
     done = []
-    texts = EmbeddedCaptions(CAPTIONS, embedder.many, identity="t", progress=done.append)
-    assert embedder.asked == ["", "", "a red ball", "it", "a blue box moves"]
+    texts = EmbeddedCaptions(CAPTIONS, embedder.embed_many, identity="t", progress=done.append)
+    assert embedder.texts == ["", "", "a red ball", "it", "a blue box moves"]
     assert done == [4]
     # Worker processes get the lengths alone: an encoder on a device can't go there.
-    copy = pickle.loads(pickle.dumps(EmbeddedCaptions(CAPTIONS, lambda many: embedder.many(many), identity="t")))
+    copy = pickle.loads(pickle.dumps(EmbeddedCaptions(CAPTIONS, lambda many: embedder.embed_many(many), identity="t")))
     assert copy.lengths == texts.lengths
 
 
-def rows_of(source, texts, **reading):
+def load_rows(source, texts, **reading):
     shape, reading = PackedShape(tokens=16, text=24, segments=4), LoaderConfig(batch=2, seed=0, **reading)
     batches = load_packed_batches(source, texts, patch=Grid(1, 2, 2), shape=shape, config=reading)
     taken = [next(batches) for _ in range(6)]
@@ -103,7 +103,7 @@ def assert_equal(one, other):
 
 
 def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
-    found, batches = rows_of(source, CachedCaptions(source))
+    found, batches = load_rows(source, CachedCaptions(source))
     drawn = set()
     for rows in found:
         assert rows.text.shape == (2, 24, 8)
@@ -116,28 +116,28 @@ def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
         assert not rows.text[rows.text_segments == 0].any()
     assert drawn == {(number, caption) for number in range(4) for caption in CAPTIONS[number] or ("",)}
     # From the encoder, from the middle, and by worker processes the same.
-    live, _ = rows_of(source, EmbeddedCaptions(CAPTIONS, embedder.many, identity="t"))
-    resumed, again = rows_of(source, CachedCaptions(source), start_step=2, workers=1)
+    live, _ = load_rows(source, EmbeddedCaptions(CAPTIONS, embedder.embed_many, identity="t"))
+    resumed, again = load_rows(source, CachedCaptions(source), start_step=2, workers=1)
     for one, other in (*zip(found, live, strict=True), *zip(found[2:], resumed[:4], strict=True)):
         assert_equal(one, other)
     assert again.hash == batches.hash
 
 
 def test_a_plan_of_the_same_lengths_is_another_one_with_another_encoder(source, embedder, tmp_path):
-    other = cached(tmp_path / "l", embedder, identity="u")
-    assert rows_of(source, CachedCaptions(source))[1].hash != rows_of(other, CachedCaptions(other))[1].hash
+    other = write_cache(tmp_path / "l", embedder, identity="u")
+    assert load_rows(source, CachedCaptions(source))[1].hash != load_rows(other, CachedCaptions(other))[1].hash
 
 
 def test_an_example_whose_text_is_damaged_keeps_its_place_and_does_not_count(source, monkeypatch, caplog):
-    whole, _ = rows_of(source, CachedCaptions(source))
+    whole, _ = load_rows(source, CachedCaptions(source))
     read = LatentSource._read_values
 
     def damaged(self, index, field):
         values = read(self, index, field)
         return values[:-1] if field == "text" and self.names[index] == "4.mp4" else values
 
-    monkeypatch.setattr(LatentSource, "_values", damaged)
-    found, _ = rows_of(source, CachedCaptions(source))
+    monkeypatch.setattr(LatentSource, "_read_values", damaged)
+    found, _ = load_rows(source, CachedCaptions(source))
     lost = 0
     for rows, expected in zip(found, whole, strict=True):
         np.testing.assert_array_equal(rows.segments, expected.segments)

@@ -24,7 +24,7 @@ def dataset(tmp_path_factory):
     return root
 
 
-def test_infos_and_bytes(dataset):
+def test_a_source_has_infos_and_bytes(dataset):
     source = ClipSource(dataset / "data")
     assert len(source) == 4
     assert [(info.name, info.caption, info.frames) for info in source.infos] == [
@@ -45,13 +45,13 @@ def test_select_and_without_are_complements(dataset):
     assert len(source) == 4
 
 
-@pytest.mark.parametrize("method", ["select", "without"])
-def test_names_that_are_not_there(dataset, method):
+@pytest.mark.parametrize("method", ["select", "exclude"])
+def test_unknown_names_are_refused(dataset, method):
     with pytest.raises(UserError, match=r"no clip named nine\.mp4 \(1 of 2 names\)"):
         getattr(ClipSource(dataset / "data"), method)(["0.mp4", "nine.mp4"])
 
 
-def test_pickled_after_use(dataset):
+def test_a_source_can_be_pickled_after_use(dataset):
     source = ClipSource(dataset / "data").exclude(["0.mp4"])
     first = source[0]
     copy = pickle.loads(pickle.dumps(source))
@@ -59,7 +59,7 @@ def test_pickled_after_use(dataset):
     assert copy[0] == first
 
 
-def test_several_data_sets_are_one(dataset, tmp_path):
+def test_several_data_sets_can_be_one_source(dataset, tmp_path):
     (tmp_path / "clips").mkdir()
     Clip(frames=np.full((2, 16, 16, 3), 200, np.uint8), fps=8).save(tmp_path / "clips" / "0.mp4")
     ingest(tmp_path / "clips", tmp_path / "data")
@@ -70,11 +70,11 @@ def test_several_data_sets_are_one(dataset, tmp_path):
     assert [both[index] for index in range(4)] == [alone[index] for index in range(4)]
     assert both[4] == ClipSource(tmp_path / "data")[0]
     rest = pickle.loads(pickle.dumps(both.exclude(["dark/1.mp4", "dark/3.mp4"])))
-    assert rest.sizes == (2, 1)
+    assert rest.dataset_sizes == (2, 1)
     assert rest[2] == both[4]
 
 
-def test_splits(dataset):
+def test_splits_are_sources_of_their_own(dataset):
     source = ClipSource(dataset / "data")
     source.infos = (*source.infos[:3], source.infos[3]._replace(split="test"))
     assert len(source.select_split("train")) == 3
@@ -82,7 +82,7 @@ def test_splits(dataset):
     assert len(source.select_split("validation")) == 0
 
 
-def test_folders_that_hold_no_data_set(tmp_path):
+def test_folders_without_a_data_set_are_refused(tmp_path):
     with pytest.raises(MissingError, match="no such data set"):
         ClipSource(tmp_path / "nowhere")
     with pytest.raises(UserError, match="not an ingested data set"):

@@ -1,7 +1,6 @@
-"""Batches of rows: the same on any number of hosts and workers, from any step."""
+"""Batches of rows: the same for any number of hosts and workers, and from any step."""
 
 import json
-import threading
 
 import numpy as np
 import pytest
@@ -14,10 +13,6 @@ from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import write_latents
 from dit_video.data.loader import (
     LoaderConfig,
-    PieceDecoder,
-    count_parts,
-    encode_ahead,
-    get_part_range,
     load_encoded_batches,
     load_packed_batches,
 )
@@ -27,7 +22,7 @@ from dit_video.data.packing.rows import RowLayout
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.synthetic import shapes
 from dit_video.tokens import Grid, PackedShape, compute_positions, patchify, unpack
-from support.stand_ins import pooled, tokenize
+from support.fakes import average_patches, tokenize
 
 PATCH = Grid(1, 2, 2)
 SHAPE = PackedShape(tokens=64, text=256, segments=16)
@@ -48,7 +43,7 @@ def source(tmp_path_factory):
     return LatentSource(folder)
 
 
-def texts_of(source):
+def make_captions(source):
     return TokenizedCaptions(source.all_captions, tokenize)
 
 
@@ -67,8 +62,8 @@ def take(source, count, **options):
     return taken
 
 
-def joined(shares):
-    """One global batch of the hosts' shares."""
+def join_shares(shares):
+    """Join the hosts' parts into one global batch."""
     return type(shares[0])(*(np.concatenate(parts) for parts in zip(*shares, strict=True)))
 
 
@@ -78,9 +73,9 @@ def assert_equal(one, two):
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-def test_batches_hold_the_examples(source):
+def test_batches_hold_the_examples_of_the_plan(source):
     batches = load_packed_batches(
-        source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
+        source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
     )
     seen = {}
     for _ in range(2 * batches.rows_per_epoch // 4 + 1):
@@ -114,7 +109,7 @@ def test_hosts_share_one_batch(source, hosts):
     shares = [take(source, 5, host=host, hosts=hosts) for host in range(hosts)]
     for step in range(5):
         assert shares[0][step].tokens.shape[0] == 4 // hosts
-        assert_equal(joined([share[step] for share in shares]), expected[step])
+        assert_equal(join_shares([share[step] for share in shares]), expected[step])
 
 
 def test_workers_give_the_same_batches(source):
@@ -126,19 +121,21 @@ def test_workers_give_the_same_batches(source):
     assert sorted(counted) == sorted({"", *source.captions})
     shares = [take(source, 3, workers=workers, host=host, hosts=2, start_step=5) for host, workers in ((0, 0), (1, 2))]
     for step in range(3):
-        assert_equal(joined([share[step] for share in shares]), expected[5 + step])
+        assert_equal(join_shares([share[step] for share in shares]), expected[5 + step])
 
 
-def test_resumes_at_any_step(source):
+def test_batches_resume_at_any_step(source):
     expected = take(source, 30)
     for start in (1, 7, 29):
         assert_equal(take(source, 1, start_step=start)[0], expected[start])
     assert_equal(take(source, 1, cache_bytes=0, start_step=7)[0], expected[7])
 
 
-def test_seed_and_plan_hash(source):
+def test_the_hash_and_the_batches_depend_on_the_seed(source):
     first, again, other = (
-        load_packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=seed))
+        load_packed_batches(
+            source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=seed)
+        )
         for seed in (0, 0, 1)
     )
     assert first.hash == again.hash != other.hash
@@ -149,7 +146,7 @@ def test_seed_and_plan_hash(source):
 def test_the_summary_counts_sizes_and_costs(source):
     balance = Balance(cost=Cost.from_width(32), batch=4)
     batches = load_packed_batches(
-        source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0, balance=balance)
+        source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0, balance=balance)
     )
     summary = json.loads(json.dumps(batches.summarize(devices=2)))
     batches.close()
@@ -166,7 +163,7 @@ def test_the_summary_counts_sizes_and_costs(source):
     within = LoaderConfig(
         batch=4, seed=0, balance=balance, attention_pairs=lambda grid: grid.t * (grid.h * grid.w) ** 2
     )
-    frames = load_packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, config=within)
+    frames = load_packed_batches(source, make_captions(source), patch=PATCH, shape=SHAPE, config=within)
     assert frames.summarize(devices=2)["imbalance"]["mean"] < summary["imbalance"]["mean"]
     assert frames.hash != batches.hash
     frames.close()
@@ -175,7 +172,7 @@ def test_the_summary_counts_sizes_and_costs(source):
 def test_a_mixture_is_drawn_by_weight(source):
     mixture = Mixture(sizes=(25, 25), weights=(4, 1), length=50)
     batches = load_packed_batches(
-        source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=1, seed=0, mixture=mixture)
+        source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=1, seed=0, mixture=mixture)
     )
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     drawn = []
@@ -189,7 +186,7 @@ def test_a_mixture_is_drawn_by_weight(source):
     assert sum(sources["tokens"]) == pytest.approx(1, abs=1e-4)
 
 
-def test_a_data_set_smaller_than_a_batch(source, tmp_path):
+def test_a_data_set_smaller_than_a_batch_is_repeated(source, tmp_path):
     latents = np.ones((1, 4, 4, 4), np.float32)
     write_latents(tmp_path / "one", [LatentExample("a", "", latents)], identity="x")
     rows = take(LatentSource(tmp_path / "one"), 2)
@@ -209,12 +206,12 @@ def test_a_data_set_smaller_than_a_batch(source, tmp_path):
         ({"shape": PackedShape(tokens=64, text=5, segments=4)}, "shorten its caption"),
     ],
 )
-def test_refusals(source, options, message):
+def test_invalid_arguments_are_refused(source, options, message):
     with pytest.raises(UserError, match=message):
         take(source, 1, **options)
 
 
-def test_captions_are_drawn_by_epoch():
+def test_captions_are_drawn_anew_every_epoch():
     captions = [("a", "bb", "ccc"), ("d",), ()] * 4
     texts = TokenizedCaptions(captions, tokenize)
     layout = RowLayout([Grid(1, 2, 2)] * 12, texts, shape=SHAPE, seed=0, names=[str(index) for index in range(12)])
@@ -256,7 +253,7 @@ def test_a_damaged_example_keeps_its_place_and_does_not_count(source, monkeypatc
     assert f"{damaged} is damaged" in caplog.text
 
 
-def test_rows_hold_what_stands_beside_latents(tmp_path, monkeypatch):
+def test_rows_hold_conditioning_latents(tmp_path, monkeypatch):
     draw = np.random.default_rng(3)
     latents = [draw.standard_normal((size, 4, 4, 4)).astype(np.float32) for size in (1, 2, 3)]
     images = [draw.standard_normal((5, 6)).astype(np.float32) for _ in latents]
@@ -283,7 +280,7 @@ def test_rows_hold_what_stands_beside_latents(tmp_path, monkeypatch):
     def damaged(self, index):
         raise DecodeError("record 1 is damaged")
 
-    monkeypatch.setattr(LatentSource, "image", damaged)
+    monkeypatch.setattr(LatentSource, "read_image", damaged)
     lost = take(LatentSource(tmp_path / "l"), 1, batch=1, shape=shape)[0]
     assert not lost.valid.any()
     assert not any(values.any() for values in (lost.tokens, lost.shown, lost.image))
@@ -304,7 +301,7 @@ def clips(tmp_path_factory):
     return ClipSource(folder / "data")
 
 
-def encoded(clips, count, encode=pooled, intervals=None, **reading):
+def encoded(clips, count, encode=average_patches, token_dt=None, **reading):
     batches = load_encoded_batches(
         clips,
         TokenizedCaptions([info.captions for info in clips.infos], tokenize),
@@ -315,14 +312,14 @@ def encoded(clips, count, encode=pooled, intervals=None, **reading):
         patch=PATCH,
         shape=PackedShape(tokens=32, text=256, segments=8),
         config=LoaderConfig(batch=2, seed=0, **reading),
-        token_dt=intervals,
+        token_dt=token_dt,
     )
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
 
 
-def test_rows_of_video_files(clips):
+def test_rows_can_be_made_from_video_files(clips):
     batches = encoded(clips, 8)
     assert all(batch.valid.sum() and batch.tokens.shape == (2, 32, 12) for batch in batches)
     assert {at for batch in batches for at in batch.positions[..., 0].flat} == {0.0, 1.0}
@@ -330,12 +327,12 @@ def test_rows_of_video_files(clips):
         assert_equal(encoded(clips, 1, start_step=start)[0], batches[start])
     shares = [encoded(clips, 2, host=host, hosts=2, workers=host) for host in range(2)]
     for step in range(2):
-        assert_equal(joined([share[step] for share in shares]), batches[step])
+        assert_equal(join_shares([share[step] for share in shares]), batches[step])
 
 
-def test_coordinates_along_time_in_seconds(source, clips):
-    """Of cached latents and of video files; how many seconds lie between two tokens is every example's own."""
-    [cached] = take(source, 1, intervals=[0.25 + example for example in range(50)])
+def test_coordinates_along_time_are_in_seconds(source, clips):
+    """This holds for cached latents and video files; the seconds between two tokens differ between examples."""
+    [cached] = take(source, 1, token_dt=[0.25 + example for example in range(50)])
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     for row in range(4):
         both = [unpack(values[row], cached.segments[row]) for values in (cached.tokens, cached.positions)]
@@ -345,13 +342,18 @@ def test_coordinates_along_time_in_seconds(source, clips):
             np.testing.assert_array_equal(
                 at, compute_positions(Grid(t, h // 2, w // 2), step=(0.25 + example, 1.0, 1.0))
             )
-    [live] = encoded(clips, 1, intervals=[0.5] * len(clips))
+    [live] = encoded(clips, 1, token_dt=[0.5] * len(clips))
     assert set(live.positions[..., 0].flat) == {0.0, 0.5}
     counted = load_packed_batches(
-        source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
+        source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
     )
     timed = load_packed_batches(
-        source, texts_of(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0), token_dt=[0.5] * 50
+        source,
+        make_captions(source),
+        patch=PATCH,
+        shape=SHAPE,
+        config=LoaderConfig(batch=4, seed=0),
+        token_dt=[0.5] * 50,
     )
     assert counted.hash != timed.hash
     counted.close()
@@ -381,42 +383,6 @@ def test_rows_are_the_same_in_parts(clips):
         encoded(clips, 3, ahead_bytes=1, threads=2, start_step=2), encoded(clips, 5)[2:], strict=True
     ):
         assert_equal(batch, expected)
-
-
-class Counted(PieceDecoder):
-    """Batches of six numbers. Counts those that are made and not yet encoded."""
-
-    most, most_bytes = 6, 600
-
-    def __init__(self):
-        self.lock, self.waiting, self.peak = threading.Lock(), 0, 0
-
-    def count(self, step):
-        return 6 if step % 2 else 4
-
-    def decode(self, step, part, num_parts):
-        pieces = [10 * step + index for index in get_part_range(self.count(step), part, num_parts)]
-        with self.lock:
-            self.waiting += len(pieces)
-            self.peak = max(self.peak, self.waiting)
-        return pieces
-
-    def encoded(self, pieces):
-        with self.lock:
-            self.waiting -= len(pieces)
-        return pieces
-
-
-@pytest.mark.parametrize(("ahead_bytes", "parts"), [(100, 6), (500, 6), (1500, 2), (3000, 1)])
-def test_what_waits_is_bounded(ahead_bytes, parts):
-    counted, reading = Counted(), LoaderConfig(batch=6, seed=0, threads=2, start_step=3, ahead_bytes=ahead_bytes)
-    assert count_parts(counted, reading) == parts
-    batches, close = encode_ahead(counted, counted.encoded, reading)
-    for step in range(3, 9):
-        assert next(batches) == [10 * step + index for index in range(counted.count(step))]
-    close()
-    # Of 2 threads 5 elements, each a part of a batch, and the batch that is put together.
-    assert counted.peak <= 5 * 6 // parts + 6
 
 
 def test_errors_of_the_encoder_are_raised(clips):

@@ -1,4 +1,4 @@
-"""Values made ahead by a thread."""
+"""Prefetching of values in a thread."""
 
 import threading
 
@@ -9,7 +9,7 @@ from dit_video.data.prefetch import prefetch
 from support.devices import wait_until
 
 
-def test_prefetch_keeps_order_errors_and_ends():
+def test_prefetching_keeps_order_errors_and_the_end():
     def values():
         yield from range(5)
         raise UserError("broken")

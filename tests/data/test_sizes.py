@@ -1,4 +1,4 @@
-"""Training sizes: within the limits, never enlarged, the shape kept."""
+"""Training sizes: within the limits, never enlarged, with the same aspect ratio."""
 
 from fractions import Fraction
 
@@ -41,7 +41,7 @@ def limits(max_pixels=10**9, max_frames=10**6, multiple=STRIDE, fps=None):
         (info(height=1280, width=720), limits(max_pixels=144 * 256), (17, 256, 144)),
     ],
 )
-def test_known_sizes(clip, limit, expected):
+def test_clips_get_the_largest_size_within_the_limits(clip, limit, expected):
     assert fit_size(clip, limit) == expected
 
 
@@ -54,7 +54,7 @@ def test_known_sizes(clip, limit, expected):
     max_frames=st.integers(1, 200),
     fps=st.sampled_from([None, 8.0, 24.0, 60.0]),
 )
-def test_limits_hold(height, width, frames, max_pixels, max_frames, fps):
+def test_fitted_sizes_never_exceed_the_limits(height, width, frames, max_pixels, max_frames, fps):
     clip, limit = info(frames, height, width), limits(max_pixels, max_frames, fps=fps)
     try:
         size = fit_size(clip, limit)
@@ -75,7 +75,7 @@ def test_limits_hold(height, width, frames, max_pixels, max_frames, fps):
     assert (size.h + 16) * (size.w + 16) > max_pixels or size.h + 16 > height or size.w + 16 > width
 
 
-def test_refusals():
+def test_impossible_sizes_and_limits_are_refused():
     with pytest.raises(UserError, match="8x640 pixels, less than one multiple of 16x16"):
         fit_size(info(height=8), limits())
     with pytest.raises(UserError, match="keeps its aspect ratio"):
@@ -90,7 +90,7 @@ def test_refusals():
         limits(multiple=Grid(0, 8, 8))
 
 
-def test_read_fitted(tmp_path):
+def test_fitted_clips_are_read_at_their_sizes(tmp_path):
     (tmp_path / "clips").mkdir()
     frames = np.repeat(np.arange(20, dtype=np.uint8) * 12, 32 * 32 * 3).reshape(20, 32, 32, 3)
     Clip(frames=frames, fps=20).save(tmp_path / "clips" / "a.apng")
@@ -111,7 +111,7 @@ def test_read_fitted(tmp_path):
 
 
 def test_a_variable_rate_is_sampled_by_time(tmp_path):
-    """Ten frames in the first second, two in the second one: the picture of every fifth of a second."""
+    """A clip with ten frames in the first second and two in the second one is sampled every fifth of a second."""
     (tmp_path / "clips").mkdir()
     moments = [*range(0, 1000, 100), 1000, 1500, 2000]
     with av.open(str(tmp_path / "clips" / "a.mkv"), "w") as container:

@@ -1,4 +1,4 @@
-"""Windows for the autoencoder: a function of seed and step, whatever is cached."""
+"""Windows of clips for the autoencoder: a function of seed and step, whatever is cached."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ CONFIG = WindowConfig(size=Grid(5, 16, 16), batch=3)
 
 
 def numbered(frames: int, height: int, width: int, number: int) -> np.ndarray:
-    """Red says which clip, green which frame, blue which column."""
+    """Return frames whose red is the clip's number, green the frame's and blue the column's."""
     clip = np.zeros((frames, height, width, 3), np.uint8)
     clip[..., 0] = number
     clip[..., 1] = np.arange(frames)[:, None, None]
@@ -45,7 +45,7 @@ def take(source, count, *, seed=0, start_step=0, cache_bytes=1 << 30, threads=3,
     return taken
 
 
-def test_shape_and_clips_left_out(source):
+def test_clips_without_a_window_are_left_out(source):
     windows = Windows(ClipCrops(source, LIMITS), CONFIG, seed=0)
     assert windows[0].shape == (3, 5, 16, 16, 3)
     assert windows[0].dtype == np.uint8
@@ -53,7 +53,7 @@ def test_shape_and_clips_left_out(source):
     assert windows.excluded_clips == ("3.apng", "4.apng")
 
 
-def test_shapes_take_turns(source):
+def test_window_sizes_alternate(source):
     image = WindowConfig(size=Grid(1, 8, 32), batch=2)
     taken = take(source, 6, configs=(CONFIG, image))
     assert [batch.shape for batch in taken] == [(3, 5, 16, 16, 3), (2, 1, 8, 32, 3)] * 3
@@ -85,14 +85,14 @@ def test_windows_are_cut_out_of_clips(source):
     assert len(columns) > 10
 
 
-def test_every_clip_once_an_epoch(source):
+def test_every_clip_is_drawn_once_in_each_epoch(source):
     numbers = np.concatenate([batch[:, 0, 0, 0, 0] for batch in take(source, 8)])
     for epoch in numbers.reshape(-1, 4):
         assert sorted(epoch.tolist()) == [0, 1, 2, 5]
     assert len({tuple(epoch) for epoch in numbers.reshape(-1, 4).tolist()}) > 1
 
 
-def test_a_function_of_seed_and_step(source):
+def test_windows_are_a_function_of_seed_and_step(source):
     batches = take(source, 6)
     for resumed, batch in zip(take(source, 2, start_step=4), batches[4:], strict=True):
         np.testing.assert_array_equal(resumed, batch)
@@ -104,14 +104,14 @@ def test_a_function_of_seed_and_step(source):
 
 
 class Counted(ClipSource):
-    """Says which clips were read; its own reads alone, as threads of other readers may still be ending."""
+    """A source that lists the clips read from it, without those of other readers' threads that are still ending."""
 
     def __getitem__(self, index):
         self.__dict__.setdefault("reads", []).append(index)
         return super().__getitem__(index)
 
 
-def test_cache_decodes_once(source):
+def test_cached_clips_are_decoded_once(source):
     counted = Counted(source.folders[0])
     windows = Windows(ClipCrops(counted, LIMITS), CONFIG, seed=0)
     for number in range(60):
@@ -124,7 +124,7 @@ def test_cache_decodes_once(source):
     assert len(uncached.reads) == 12
 
 
-def test_a_data_set_smaller_than_a_batch(source):
+def test_a_data_set_smaller_than_a_batch_is_repeated(source):
     windows = Windows(ClipCrops(source.select(["5.apng"]), LIMITS), CONFIG, seed=0)
     np.testing.assert_array_equal(windows[0], np.stack([numbered(5, 16, 16, 5)] * 3))
 
@@ -139,7 +139,7 @@ def test_hosts_share_a_batch(source):
         Windows(stretches, CONFIG, seed=0, hosts=2)
 
 
-def test_instead_of_a_damaged_clip_the_next_one_is_taken(source, monkeypatch):
+def test_a_damaged_clip_is_replaced_by_the_next_one(source, monkeypatch):
     whole, read = take(source, 6, cache_bytes=0), ClipSource.__getitem__
     monkeypatch.setattr(ClipSource, "__getitem__", lambda self, index: b"x" if index == 1 else read(self, index))
     for batch, before in zip(take(source, 6, cache_bytes=0), whole, strict=True):
@@ -151,7 +151,7 @@ def test_instead_of_a_damaged_clip_the_next_one_is_taken(source, monkeypatch):
         Windows(ClipCrops(source, LIMITS), CONFIG, seed=0)[0]
 
 
-def test_refusals(source):
+def test_invalid_windows_are_refused(source):
     with pytest.raises(UserError, match=r"none of the 6 clips has a window of 17x16x16"):
         Windows(ClipCrops(source, LIMITS), WindowConfig(size=Grid(17, 16, 16), batch=1), seed=0)
     with pytest.raises(UserError, match="at least 1"):
@@ -191,7 +191,7 @@ def test_augmented_windows_are_views_of_clips(source):
         np.testing.assert_array_equal(resumed, batch)
 
 
-def test_turned_windows_have_height_for_width(source):
+def test_transposed_windows_swap_height_and_width(source):
     config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=Augmentation(transpose=True))
     turned = [
         bool(np.abs(np.diff(window[0].astype(int), axis=0)).max() > 0)  # columns differ, as these clips are made
@@ -218,7 +218,7 @@ def test_a_composite_shows_another_window_within_a_moving_blob():
     np.testing.assert_array_equal(window, 0)  # which is not written to
 
 
-def test_the_share_of_composites(source):
+def test_composites_have_the_configured_share(source):
     shares = {}
     for share in (0.0, 0.5):
         config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=Augmentation(composite_prob=share))

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-import support.known_mixture as mixture
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     X0,
@@ -24,29 +23,30 @@ from dit_video.diffusion import (
     run_multistep,
     step_along_flow,
 )
+from support import mixture_teacher as mixture
 
 PROCESS = RectifiedFlow(shift=3.0)
 MEAN, STD = 1.5, 0.4
-"""of a Gaussian, whose flow is known"""
+"""Standard deviation of a Gaussian, whose flow is known."""
 
 
 def spread(time):
     return jnp.sqrt((PROCESS.alpha(time) * STD) ** 2 + PROCESS.sigma(time) ** 2)
 
 
-def exact(noisy, time):
-    """Where the flow through `noisy` ends."""
+def exact_consistency(noisy, time):
+    """Return the end of the flow through `noisy`."""
     return MEAN + STD / spread(time) * (noisy - PROCESS.alpha(time) * MEAN)
 
 
-def along(noisy, time, following):
-    """Where it is at another time."""
+def follow_flow(noisy, time, following):
+    """Return the point of that flow at another time."""
     standard = (noisy - PROCESS.alpha(time) * MEAN) / spread(time)
     return PROCESS.alpha(following) * MEAN + spread(following) * standard
 
 
 def gaussian(noisy, time):
-    """The velocity, exact."""
+    """Return the exact velocity."""
     alpha, sigma = PROCESS.alpha(time), PROCESS.sigma(time)
     data = MEAN + alpha * STD**2 / spread(time) ** 2 * (noisy - alpha * MEAN)
     return (noisy - alpha * data) / sigma - data
@@ -57,8 +57,8 @@ TIME, FOLLOWING = jnp.linspace(0.1, 1.0, 64)[:, None], jnp.linspace(0.05, 0.8, 6
 
 
 def test_the_loss_of_the_exact_consistency_function_is_zero():
-    reached = along(NOISY, TIME, FOLLOWING)
-    loss = consistency_loss(exact, exact, NOISY, reached, TIME, FOLLOWING)
+    reached = follow_flow(NOISY, TIME, FOLLOWING)
+    loss = consistency_loss(exact_consistency, exact_consistency, NOISY, reached, TIME, FOLLOWING)
     assert loss.shape == (64,)
     np.testing.assert_allclose(loss, 0, atol=1e-6)
     one_step = make_consistency_fn(gaussian, PROCESS, Velocity())
@@ -66,14 +66,14 @@ def test_the_loss_of_the_exact_consistency_function_is_zero():
 
 
 def test_the_exact_function_is_a_fixed_point_of_distillation():
-    """It has no gradient but for the error of the teacher's step, which is of second order."""
+    """Its gradient comes only from the error of the teacher's step, which is of second order."""
     estimate = make_estimator(gaussian, PROCESS, Velocity())
 
     def off(intervals):
         times = jnp.linspace(1.0, 0.0, intervals + 1)[: intervals // 2 + 1, None]  # where there is noise enough
         noisy = jnp.full((intervals // 2, 1), 0.7)
         reached = step_along_flow(estimate, PROCESS, noisy, times[:-1], times[1:])
-        return np.abs(exact(reached, times[1:]) - exact(noisy, times[:-1])).max()
+        return np.abs(exact_consistency(reached, times[1:]) - exact_consistency(noisy, times[:-1])).max()
 
     errors = [off(intervals) for intervals in (16, 32, 64)]
     assert errors[0] < 0.02
@@ -90,7 +90,7 @@ def test_the_exact_function_is_a_fixed_point_of_distillation():
         (Edm(), Preconditioning()),
     ],
 )
-def test_at_time_0_it_is_what_the_model_is_given_whatever_that_says(process, prediction):
+def test_at_time_0_a_consistency_function_returns_its_input(process, prediction):
     f = make_consistency_fn(lambda noisy, time: 5 * jnp.sin(noisy), process, prediction)
     np.testing.assert_allclose(f(NOISY, jnp.zeros(())), NOISY, atol=1e-5)
     assert np.abs(f(NOISY, jnp.full((), 0.5)) - NOISY).max() > 0.1
@@ -103,13 +103,13 @@ def test_a_model_of_the_data_is_refused():
 
 def test_no_gradient_reaches_the_target():
     def loss(scale):
-        f = lambda noisy, time: scale * exact(noisy, time)  # noqa: E731
-        return consistency_loss(exact, f, NOISY, NOISY, TIME, FOLLOWING).sum()
+        f = lambda noisy, time: scale * exact_consistency(noisy, time)  # noqa: E731
+        return consistency_loss(exact_consistency, f, NOISY, NOISY, TIME, FOLLOWING).sum()
 
     assert jax.grad(loss)(1.1) == 0
 
 
-def test_large_differences_count_by_their_size_and_small_ones_by_their_squares():
+def test_the_loss_is_linear_in_large_differences_and_quadratic_in_small_ones():
     def loss(difference):
         at = jnp.zeros((1, 1))
         return float(consistency_loss(lambda x, t: x + difference, lambda x, t: x, at, at, at, at, width=0.1)[0])
@@ -122,32 +122,35 @@ def test_steps_are_noised_again_to_the_next_time():
     times, noise = UniformTimes()(PROCESS, 3).times, NOISY
     drawn = jax.random.normal(jax.random.key(9), (3, *noise.shape))
     steps = {
-        n: run_multistep(exact, noise, times, process=PROCESS, noise_fn=lambda i: drawn[i], steps=n) for n in (0, 1, 2)
+        n: run_multistep(exact_consistency, noise, times, process=PROCESS, noise_fn=lambda i: drawn[i], steps=n)
+        for n in (0, 1, 2)
     }
     np.testing.assert_array_equal(steps[0], noise)
     for number in (0, 1):
-        data = exact(steps[number], times[number])
+        data = exact_consistency(steps[number], times[number])
         expected = PROCESS.add_noise(data, drawn[number], times[number + 1])
         np.testing.assert_allclose(steps[number + 1], expected, rtol=1e-4, atol=1e-6)
     traced = jax.jit(
-        lambda n: run_multistep(exact, noise, times, process=PROCESS, noise_fn=lambda i: jnp.asarray(drawn)[i], steps=n)
+        lambda n: run_multistep(
+            exact_consistency, noise, times, process=PROCESS, noise_fn=lambda i: jnp.asarray(drawn)[i], steps=n
+        )
     )
     np.testing.assert_allclose(traced(2), steps[2], rtol=1e-4, atol=1e-6)
 
 
-def test_a_student_makes_a_mixture_in_one_step():
+def test_a_student_learns_to_sample_a_mixture_in_one_step():
     times = jnp.linspace(1.0, 0.0, 17)
     taught = make_estimator(mixture.denoise, mixture.PROCESS, mixture.PREDICTION)
     optimizer = optax.adam(optax.linear_schedule(3e-3, 0.0, 600))
 
     def f(params):
-        return make_consistency_fn(mixture.student(params), mixture.PROCESS, mixture.PREDICTION)
+        return make_consistency_fn(mixture.make_student(params), mixture.PROCESS, mixture.PREDICTION)
 
     def loss(params, average, key):
         index, time_index = jax.random.split(key)
         which = jax.random.randint(time_index, (256, 1), 0, 16)
         time, following = times[which], times[which + 1]
-        noisy = mixture.PROCESS.add_noise(mixture.data(index, 256), jax.random.normal(key, (256, 2)), time)
+        noisy = mixture.PROCESS.add_noise(mixture.sample(index, 256), jax.random.normal(key, (256, 2)), time)
         reached = step_along_flow(taught, mixture.PROCESS, noisy, time, following)
         return consistency_loss(f(params), f(average), noisy, reached, time, following).mean()
 
@@ -158,10 +161,10 @@ def test_a_student_makes_a_mixture_in_one_step():
         average = jax.tree.map(lambda mean, new: 0.95 * mean + 0.05 * new, average, params)
         return (params, average, state), None
 
-    first = mixture.student_params(jax.random.key(1))
+    first = mixture.init_student(jax.random.key(1))
     train = jax.jit(lambda params: jax.lax.scan(step, (params, params, optimizer.init(params)), keys)[0][1])
     keys = jax.random.split(jax.random.key(2), 600)
-    noise, wanted = jax.random.normal(jax.random.key(3), (800, 2)), mixture.data(jax.random.key(4), 800)
+    noise, wanted = jax.random.normal(jax.random.key(3), (800, 2)), mixture.sample(jax.random.key(4), 800)
     before, after = (
         mixture.energy_distance(f(params)(noise, jnp.ones((1, 1))), wanted) for params in (first, train(first))
     )

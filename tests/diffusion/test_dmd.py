@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import support.known_mixture as mixture
 from dit_video.diffusion import (
     FlowMatching,
     RectifiedFlow,
@@ -13,13 +12,14 @@ from dit_video.diffusion import (
     matching_gradient,
     matching_loss,
 )
+from support import mixture_teacher as mixture
 
 PROCESS = RectifiedFlow()
 SAMPLES = jax.random.normal(jax.random.key(0), (512, 1, 2)) - 1
 
 
 def estimate(mean):
-    """The data of a standard normal around `mean`, of what is noised."""
+    """Estimate the data from noisy values, for data of a standard normal around `mean`."""
 
     def data(noisy, time):
         alpha, sigma = PROCESS.alpha(time), PROCESS.sigma(time)
@@ -36,7 +36,7 @@ def gradient(samples, real, fake, key):
     return matching_gradient(samples, found, estimate(fake)(noisy, time), size)
 
 
-def test_where_both_scores_are_the_same_nothing_moves():
+def test_equal_scores_have_no_gradient():
     np.testing.assert_array_equal(gradient(SAMPLES, 2.0, 2.0, jax.random.key(1)), 0)
 
 
@@ -45,8 +45,8 @@ def test_samples_move_from_the_fake_distribution_to_the_real_one():
     assert (gradient(SAMPLES, -4.0, -1.0, jax.random.key(1)) > 0).all()
 
 
-def test_following_it_ends_at_the_real_distribution():
-    """With a critic that is exact at every step: the samples are shifted to the teacher's mean, and no further."""
+def test_gradient_descent_ends_at_the_real_distribution():
+    """With a critic that is exact at every step, samples shift to the teacher's mean and not further."""
     mean, means = jnp.asarray(-1.0), []
     for key in jax.random.split(jax.random.key(1), 60):
         mean = mean - 0.2 * gradient(SAMPLES + (mean + 1), 2.0, mean, key).mean()
@@ -55,20 +55,20 @@ def test_following_it_ends_at_the_real_distribution():
     np.testing.assert_allclose(means[-10:], 2.0, atol=0.05)
 
 
-def test_size_is_taken_out():
+def test_the_gradient_is_normalised():
     real, fake = SAMPLES + 1, SAMPLES - 1
     np.testing.assert_allclose(matching_gradient(SAMPLES, real, fake, jnp.full((512, 1, 1), 4.0)), -0.5, rtol=1e-5)
     np.testing.assert_allclose(compute_distance(SAMPLES, real), 1.0, rtol=1e-5)
     assert np.isfinite(matching_gradient(SAMPLES, SAMPLES, fake, jnp.zeros((512, 1, 1)))).all()
 
 
-def test_the_loss_has_the_gradient_that_it_is_given():
+def test_the_loss_has_the_given_gradient():
     wanted = jax.random.normal(jax.random.key(5), SAMPLES.shape)
     found = jax.grad(lambda scale: matching_loss(scale * SAMPLES, scale * wanted).sum())(1.0)
     np.testing.assert_allclose(found, (wanted * SAMPLES).sum() / 2, rtol=1e-4)  # over the two values of each
 
 
-def test_a_student_makes_a_mixture_in_one_step():
+def test_a_student_learns_to_sample_a_mixture_in_one_step():
     objective, process = FlowMatching(), mixture.PROCESS
     slow, fast = (
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.0, b2=0.99))
@@ -77,13 +77,13 @@ def test_a_student_makes_a_mixture_in_one_step():
     real = make_estimator(mixture.denoise, process, mixture.PREDICTION)
 
     def generated(params, key):
-        f = make_consistency_fn(mixture.student(params), process, mixture.PREDICTION)
+        f = make_consistency_fn(mixture.make_student(params), process, mixture.PREDICTION)
         return f(jax.random.normal(key, (256, 2)), jnp.ones((256, 1)))
 
     def critic_loss(critic, samples, key):
         key = jax.random.fold_in(key, 1)
         time = objective.compute_time(jax.random.uniform(key, (256,)))
-        denoise = lambda noisy, at: mixture.student(critic)(noisy, at[:, None])  # noqa: E731
+        denoise = lambda noisy, at: mixture.make_student(critic)(noisy, at[:, None])  # noqa: E731
         return objective.loss(denoise, samples, jax.random.normal(key, samples.shape), time).mean()
 
     def student_loss(params, critic, key):
@@ -91,7 +91,7 @@ def test_a_student_makes_a_mixture_in_one_step():
         time = jax.random.uniform(key, (256, 1), minval=0.02, maxval=0.98)
         noisy = process.add_noise(samples, jax.random.normal(key, samples.shape), time)
         found = real(noisy, time).data
-        fake = make_estimator(mixture.student(critic), process, mixture.PREDICTION)(noisy, time).data
+        fake = make_estimator(mixture.make_student(critic), process, mixture.PREDICTION)(noisy, time).data
         moved = matching_gradient(samples, found, fake, compute_distance(samples, found)[:, None])
         return matching_loss(samples, jax.lax.stop_gradient(moved)).mean()
 
@@ -107,11 +107,11 @@ def test_a_student_makes_a_mixture_in_one_step():
         params, state = updated(slow, student_loss, params, state, critic, key)
         return (params, state, critic, critic_state), None
 
-    first, critic = (mixture.student_params(jax.random.key(seed)) for seed in (1, 2))
+    first, critic = (mixture.init_student(jax.random.key(seed)) for seed in (1, 2))
     keys = jax.random.split(jax.random.key(3), 800)
     start = (first, slow.init(first), critic, fast.init(critic))
     trained = jax.jit(lambda start: jax.lax.scan(step, start, keys)[0][0])(start)
-    wanted = mixture.data(jax.random.key(4), 256)
+    wanted = mixture.sample(jax.random.key(4), 256)
     before, after = (
         mixture.energy_distance(generated(params, jax.random.key(5)), wanted) for params in (first, trained)
     )

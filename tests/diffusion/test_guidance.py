@@ -55,17 +55,17 @@ ALL = (conditional, unconditional, lambda noisy, time: jnp.cos(noisy) * time)
 PROCESS = RectifiedFlow()
 
 
-def of(guidance, branches=ALL, **options):
-    """The guided prediction of NOISY."""
-    chosen = sequential(*branches[: guidance.branches])
-    return apply_guidance(chosen, guidance.strength(), process=PROCESS, **options)(NOISY, TIME)
+def guide(guidance, branches=ALL, **options):
+    """Return the guided prediction of NOISY."""
+    chosen = sequential(*branches[: guidance.branch_count])
+    return apply_guidance(chosen, guidance.get_params(), process=PROCESS, **options)(NOISY, TIME)
 
 
-def test_image_and_text_have_a_scale_each():
+def test_image_and_text_have_separate_scales():
     c, u, b = (np.asarray(branch(NOISY, TIME)) for branch in ALL)
-    found = of(Guidance(scale=7.5, image_scale=1.5))
+    found = guide(Guidance(scale=7.5, image_scale=1.5))
     np.testing.assert_allclose(found, b + 1.5 * (u - b) + 7.5 * (c - u), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(of(Guidance(scale=1.0, image_scale=0.0)), c - u + b, atol=1e-5)
+    np.testing.assert_allclose(guide(Guidance(scale=1.0, image_scale=0.0)), c - u + b, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -77,25 +77,25 @@ def test_image_and_text_have_a_scale_each():
         (Guidance(scale=1.0, image_scale=2.0), 3),
     ],
 )
-def test_no_more_branches_than_count(guidance, branches):
-    assert guidance.branches == branches
+def test_only_needed_branches_are_counted(guidance, branches):
+    assert guidance.branch_count == branches
 
 
-def test_all_branches_in_one_evaluation():
+def test_all_branches_are_computed_in_one_evaluation():
     asked = []
 
-    def together(noisy, time):
+    def denoise_all(noisy, time):
         asked.append(noisy.shape)
         return jnp.concatenate([branch(part, time) for branch, part in zip(ALL, jnp.split(noisy, 3), strict=True)])
 
     guidance = Guidance(scale=4.0, image_scale=2.0)
-    found = apply_guidance(batched(together, 3), guidance.get_params())(NOISY, TIME)
-    np.testing.assert_allclose(found, of(guidance), atol=1e-6)
+    found = apply_guidance(batched(denoise_all, 3), guidance.get_params())(NOISY, TIME)
+    np.testing.assert_allclose(found, guide(guidance), atol=1e-6)
     assert asked == [(6, 3, 4)]
 
 
 @pytest.mark.parametrize("time", [0.1, 0.3, 0.5, 0.7, 0.9])
-def test_guidance_at_some_times_and_none_at_others(time):
+def test_guidance_is_limited_to_an_interval_of_times(time):
     strength = Guidance(scale=5.0, interval=(0.3, 0.7)).get_params()
     now = jnp.asarray(time, jnp.float32)
     counted = []
@@ -117,8 +117,8 @@ def test_guidance_at_some_times_and_none_at_others(time):
 
 def test_rescaled_predictions_have_the_deviation_of_the_conditional_one():
     c = np.asarray(conditional(NOISY, TIME))
-    guided_alone = np.asarray(of(Guidance(scale=6.0)))
-    whole, half = (np.asarray(of(Guidance(scale=6.0, rescale=phi))) for phi in (1.0, 0.5))
+    guided_alone = np.asarray(guide(Guidance(scale=6.0)))
+    whole, half = (np.asarray(guide(Guidance(scale=6.0, rescale=phi))) for phi in (1.0, 0.5))
     assert (guided_alone.std(axis=(1, 2)) > 1.5 * c.std(axis=(1, 2))).all()
     np.testing.assert_allclose(whole.std(axis=(1, 2)), c.std(axis=(1, 2)), rtol=1e-4)
     np.testing.assert_allclose(half, (whole + guided_alone) / 2, rtol=1e-4, atol=1e-5)
@@ -131,23 +131,25 @@ def test_equal_values_have_no_deviation_to_divide_by():
     np.testing.assert_array_equal(still(NOISY, TIME), 0 * NOISY)
 
 
-def data_of(velocity):
+def predict_data(velocity):
     return np.asarray(NOISY - TIME * velocity)
 
 
-def test_projected_steps_keep_away_from_the_data():
+def test_projected_steps_are_orthogonal_to_the_data():
     c, u = (branch(NOISY, TIME) for branch in (conditional, unconditional))
-    found = data_of(of(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance())))
-    data, step = data_of(c), found - data_of(c)
+    found = predict_data(guide(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance())))
+    data, step = predict_data(c), found - predict_data(c)
     np.testing.assert_allclose((step * data).sum(axis=(1, 2)), 0, atol=1e-3)
     assert (np.linalg.norm(step, axis=(1, 2)) > 1).all()
-    everything = of(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance(parallel_weight=1.0)))
+    everything = guide(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance(parallel_weight=1.0)))
     np.testing.assert_allclose(everything, u + 9.0 * (c - u), rtol=1e-4, atol=1e-4)
 
 
-def test_projected_steps_have_a_largest_length():
-    found = data_of(of(Guidance(scale=3.0, projection=AdaptiveProjectedGuidance(parallel_weight=1.0, max_rms=0.1))))
-    step = found - data_of(conditional(NOISY, TIME))
+def test_projected_steps_have_a_maximum_length():
+    found = predict_data(
+        guide(Guidance(scale=3.0, projection=AdaptiveProjectedGuidance(parallel_weight=1.0, max_rms=0.1)))
+    )
+    step = found - predict_data(conditional(NOISY, TIME))
     np.testing.assert_allclose(np.sqrt(np.square(step).mean(axis=(1, 2))), 2 * 0.1, rtol=1e-4)
 
 
@@ -175,7 +177,7 @@ def test_projection_is_of_the_data_whatever_is_predicted(prediction):
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_a_variance_beside_the_prediction_is_not_guided():
+def test_a_learned_variance_is_not_guided():
     def beside(branch, variance):
         return lambda x, t: jnp.concatenate([branch(x, t), jnp.full_like(x, variance)], axis=-1)
 
@@ -196,9 +198,11 @@ def test_a_variance_beside_the_prediction_is_not_guided():
 @pytest.mark.parametrize(
     "guidance", [Guidance(scale=6.0, rescale=0.7), Guidance(projection=AdaptiveProjectedGuidance(max_rms=0.2))]
 )
-def test_samples_of_a_batch_do_not_matter_to_each_other(guidance):
+def test_samples_of_a_batch_do_not_depend_on_each_other(guidance):
     def run(noisy):
-        return apply_guidance(sequential(conditional, unconditional), guidance.strength(), process=PROCESS)(noisy, TIME)
+        return apply_guidance(sequential(conditional, unconditional), guidance.get_params(), process=PROCESS)(
+            noisy, TIME
+        )
 
     changed = run(NOISY.at[1].mul(50.0))
     np.testing.assert_allclose(changed[0], run(NOISY)[0], rtol=1e-5)
@@ -221,12 +225,12 @@ def test_samples_of_a_batch_do_not_matter_to_each_other(guidance):
         ),
     ],
 )
-def test_guidance_that_there_is_not(make, message):
+def test_invalid_guidance_is_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
-def test_a_config_comes_back():
+def test_a_config_is_the_same_after_json():
     guidance = Guidance(
         scale=(3.0, 2.0),
         interval=(0.2, 0.9),

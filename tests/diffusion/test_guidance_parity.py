@@ -14,12 +14,12 @@ TIME = jnp.asarray(0.6)
 
 def ours(guidance):
     branches = sequential(lambda *_: jnp.asarray(COND), lambda *_: jnp.asarray(UNCOND))
-    denoise = apply_guidance(branches, guidance.strength(), process=RectifiedFlow(), prediction=X0())
+    denoise = apply_guidance(branches, guidance.get_params(), process=RectifiedFlow(), prediction=X0())
     return denoise(jnp.asarray(NOISY), TIME)
 
 
 @pytest.mark.parametrize(("parallel", "largest"), [(0.0, None), (0.3, None), (1.0, 0.5), (0.0, 5.0), (0.4, 0.05)])
-def test_projected(parallel, largest):
+def test_projected_guidance_equals_diffusers(parallel, largest):
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
     threshold = 0.0 if largest is None else largest * np.sqrt(NOISY[0].size)
@@ -36,8 +36,8 @@ def test_projected(parallel, largest):
 
 
 @pytest.mark.parametrize("momentum", [-0.5, 0.8])
-def test_projected_with_momentum(momentum):
-    """Over four steps, of which each has other predictions."""
+def test_projected_guidance_with_momentum_equals_diffusers(momentum):
+    """There are four steps with different predictions."""
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
     buffer, past = module.MomentumBuffer(momentum), jnp.zeros(NOISY.shape)
@@ -57,7 +57,7 @@ def test_projected_with_momentum(momentum):
 
 
 @pytest.mark.parametrize("rescale", [0.3, 1.0])
-def test_rescaled(rescale):
+def test_rescaled_guidance_equals_diffusers(rescale):
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("diffusers.guiders.guider_utils")
     cond, uncond = torch.from_numpy(COND), torch.from_numpy(UNCOND)

@@ -19,7 +19,7 @@ from dit_video.diffusion import (
 )
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, compute_positions
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_class_dit import DIT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -32,7 +32,7 @@ DRAW = np.random.default_rng(0)
 DATA, NOISE, VALUES = (DRAW.normal(size=(4, 6)).astype(np.float32) for _ in range(3))
 SHARES = DRAW.uniform(-1, 1, size=(4, 6)).astype(np.float32)
 NUMBERS = np.asarray([1, 2, 37, STEPS])
-"""of steps of noise"""
+"""Indices of diffusion steps."""
 TIME = jnp.asarray(NUMBERS / STEPS, jnp.float32)
 
 
@@ -48,7 +48,7 @@ def plain(values):
 
 
 def bound():
-    """As improved DDPM has it, of betas and their products: what each step is in bits."""
+    """Compute the bound of improved DDPM from betas and their products: each step in bits."""
     betas = np.linspace(1e-4, 0.02, STEPS)
     kept = np.cumprod(1 - betas)
     before = np.append(1.0, kept[:-1])
@@ -56,15 +56,15 @@ def bound():
     lower = np.log(np.append(posterior[1], posterior[1:]))
     of_data, of_noisy = betas * np.sqrt(before) / (1 - kept), (1 - before) * np.sqrt(1 - betas) / (1 - kept)
 
-    def at(table):
+    def look_up(table):
         return table[NUMBERS - 1][:, None]
 
-    noisy = np.sqrt(at(kept)) * DATA + np.sqrt(1 - at(kept)) * NOISE
-    guessed = (noisy - np.sqrt(1 - at(kept)) * VALUES) / np.sqrt(at(kept))
-    own = (SHARES + 1) / 2 * np.log(at(betas)) + (1 - SHARES) / 2 * at(lower)
-    off = (at(of_data) * (DATA - guessed)) ** 2 * np.exp(-own)
-    divergence = (own - at(lower) - 1 + np.exp(at(lower) - own) + off) / 2
-    mean = at(of_data) * guessed + at(of_noisy) * noisy
+    noisy = np.sqrt(look_up(kept)) * DATA + np.sqrt(1 - look_up(kept)) * NOISE
+    guessed = (noisy - np.sqrt(1 - look_up(kept)) * VALUES) / np.sqrt(look_up(kept))
+    own = (SHARES + 1) / 2 * np.log(look_up(betas)) + (1 - SHARES) / 2 * look_up(lower)
+    off = (look_up(of_data) * (DATA - guessed)) ** 2 * np.exp(-own)
+    divergence = (own - look_up(lower) - 1 + np.exp(look_up(lower) - own) + off) / 2
+    mean = look_up(of_data) * guessed + look_up(of_noisy) * noisy
     surprise = (own + np.log(2 * np.pi) + (DATA - mean) ** 2 * np.exp(-own)) / 2
     return np.where(NUMBERS[:, None] == 1, surprise, divergence).mean(axis=1) / np.log(2)
 
@@ -76,7 +76,7 @@ def test_the_hybrid_loss_is_that_of_improved_ddpm():
     np.testing.assert_allclose(found, 0.02 * STEPS * expected, rtol=2e-3)
 
 
-def test_the_bound_trains_the_variance_alone():
+def test_the_bound_has_gradients_to_the_variance_alone():
     of_values, of_shares = jax.grad(lambda *both: hybrid(*both).sum(), (0, 1))(VALUES, SHARES)
     np.testing.assert_allclose(of_values, jax.grad(lambda values: plain(values).sum())(VALUES), atol=1e-6)
     assert (np.abs(of_shares) > 1e-7).all()
@@ -89,7 +89,7 @@ def test_between_steps_the_loss_is_finite():
 
 @pytest.mark.parametrize("number", [3, 20])
 def test_the_variance_that_is_learned_is_that_of_the_step_back(number):
-    """Of normal data, whose best prediction is known, and so is the variance of a step from it."""
+    """The data are normal, so that the best prediction and the variance of a step from it are known."""
     std, time = 0.7, jnp.asarray([number / STEPS])
     alpha, sigma = (float(part(time)[0]) for part in (PROCESS.alpha, PROCESS.sigma))
     alpha_before, sigma_before = (float(part(time - 1 / STEPS)[0]) for part in (PROCESS.alpha, PROCESS.sigma))
@@ -98,14 +98,14 @@ def test_the_variance_that_is_learned_is_that_of_the_step_back(number):
     data, noise = std * jax.random.normal(keys[0], (1, 100_000)), jax.random.normal(keys[1], (1, 100_000))
 
     @jax.jit
-    def of_share(share):
+    def bound_for_share(share):
         def denoise(noisy, time):
             return jnp.concatenate([sigma / size * noisy, jnp.full_like(noisy, share)], axis=-1)
 
         return OBJECTIVE.loss(denoise, data, noise, time)[0]
 
     shares = jnp.linspace(-1, 1, 81)
-    best = float(shares[jnp.argmin(jax.lax.map(of_share, shares))])
+    best = float(shares[jnp.argmin(jax.lax.map(bound_for_share, shares))])
     # Cov(x_s, x_t) = alpha_s alpha_t std^2 + (alpha_t / alpha_s) sigma_s^2.
     shared = alpha_before * alpha * std**2 + alpha / alpha_before * sigma_before**2
     true = alpha_before**2 * std**2 + sigma_before**2 - shared**2 / size
@@ -133,7 +133,7 @@ def denoiser(params):
 
 
 def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
-    params, shape = rough_params(DIT.make), (2, GRID.volume, WIDTH)
+    params, shape = make_random_params(DIT.make), (2, GRID.volume, WIDTH)
     data, noise = (jax.random.normal(jax.random.key(seed), shape) for seed in (0, 1))
     time = jnp.full(shape[:2], 0.37)
 
@@ -184,6 +184,6 @@ def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
         (lambda: LearnedVariance(bound_weight=-0.1), "bound_weight=-0.1 .* bound_weight of 0 or more"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, message):
+def test_invalid_settings_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

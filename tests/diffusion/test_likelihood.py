@@ -1,4 +1,4 @@
-"""The likelihood that a model gives is known where the data are normal, as the best prediction is."""
+"""The likelihood of normal data, for which the best prediction is known."""
 
 import math
 
@@ -32,8 +32,8 @@ DATA = MEAN + STD * jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jn
 NATS = stats.norm.logpdf(DATA, MEAN, STD).sum(axis=1)
 
 
-def denoise_of(process, prediction):
-    """The best prediction: of the noise it is the share of x that is noise."""
+def make_denoise_fn(process, prediction):
+    """Return a denoiser with the best prediction."""
 
     def denoise(noisy, time):
         noisy = noisy / process.input_scale(time)
@@ -50,7 +50,7 @@ def nats(process, prediction, times, **options):
     @jax.jit
     def run(data, times):
         return log_likelihood(
-            denoise_of(process, prediction), data, times, process=process, prediction=prediction, **options
+            make_denoise_fn(process, prediction), data, times, process=process, prediction=prediction, **options
         )
 
     return run(DATA, times)
@@ -80,8 +80,8 @@ def test_the_error_is_of_second_order():
     assert np.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.3)
 
 
-def test_a_model_that_says_nothing_of_the_noise_in_clean_data_begins_later():
-    """With a thousandth of noise in the data."""
+def test_predictions_undefined_at_time_0_are_integrated_from_a_later_time():
+    """Integration begins with a thousandth of noise in the data."""
     process = RectifiedFlow()
     times = jnp.append(make_uniform_times(process, 128)[:-1], 1e-3)
     np.testing.assert_allclose(nats(process, X0(), times).nats, NATS, atol=0.03)
@@ -93,7 +93,7 @@ MIX = jnp.asarray([[1.0, 0.8, 0.0], [-0.5, 1.0, 0.3], [0.0, 0.6, 1.0]])
 
 
 def mixed(noisy, time):
-    """A velocity whose derivative is not diagonal."""
+    """Return a velocity whose derivative is not diagonal."""
     return jnp.tanh(noisy @ MIX) * (1 - time)
 
 
@@ -112,7 +112,7 @@ def test_hutchinsons_estimate_is_unbiased():
     assert (np.abs(draws.mean(axis=0) - exact) < 4 * draws.std(axis=0) / math.sqrt(4000)).all()
 
 
-def test_an_estimate_is_the_examples_own():
+def test_an_estimate_does_not_depend_on_the_rest_of_the_batch():
     keys = jax.random.split(jax.random.key(1), 2)
     together = estimated(keys)
     np.testing.assert_allclose(estimated(keys[::-1], DATA[:2][::-1]), together[::-1], rtol=1e-6)
@@ -121,7 +121,7 @@ def test_an_estimate_is_the_examples_own():
     assert other[1] != together[1]
 
 
-def test_what_makes_no_sense_is_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(UserError, match="at least 1 step, not 0"):
         nats(RectifiedFlow(), Velocity(), jnp.ones(1))
     with pytest.raises(UserError, match="5 examples need a key each"):

@@ -1,4 +1,4 @@
-"""A weighting is a function of the schedule, and the same one whatever a model predicts."""
+"""Loss weightings: functions of the schedule, equivalent for every prediction."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def snr(process, time=TIMES):
 @each_process
 @each_weighting
 @pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
-def test_a_weighting_says_the_same_of_every_prediction(process, weighting, prediction):
+def test_a_weighting_is_equivalent_for_every_prediction(process, weighting, prediction):
     error = prediction.data_error_scale(process, TIMES)
     of_data = weighting(process, prediction, TIMES) / jnp.square(error)
     of_noise = weighting(process, Epsilon(), TIMES) * snr(process)
@@ -48,7 +48,7 @@ def test_a_weighting_says_the_same_of_every_prediction(process, weighting, predi
 
 
 @each_process
-def test_min_snr(process):
+def test_min_snr_weights_are_those_of_the_paper(process):
     ratio = snr(process)
     np.testing.assert_allclose(MinSnr(gamma=2.0)(process, X0(), TIMES), jnp.minimum(ratio, 2), rtol=1e-4)
     np.testing.assert_allclose(MinSnr(gamma=2.0)(process, Epsilon(), TIMES), jnp.minimum(1, 2 / ratio), rtol=1e-4)
@@ -57,7 +57,7 @@ def test_min_snr(process):
         np.testing.assert_allclose(found, jnp.minimum(ratio, 2) / (ratio + 1), rtol=1e-4)
 
 
-def test_the_weight_of_edm():
+def test_edm_weights_are_those_of_the_paper():
     sigma = EDM.sigma(TIMES)
     np.testing.assert_allclose(EdmWeight()(EDM, X0(), TIMES), (sigma**2 + 0.25) / (0.5 * sigma) ** 2, rtol=1e-5)
     for process in PROCESSES.values():
@@ -66,8 +66,8 @@ def test_the_weight_of_edm():
 
 
 @each_process
-def test_the_sigmoid_weighting_is_of_even_log_snrs(process):
-    """The weights over time, as an integral, are those over the log-SNR, which ends where the process does."""
+def test_the_sigmoid_weighting_is_defined_over_uniform_log_snrs(process):
+    """The integral of the weights over time is that over the log-SNR, which ends at the ends of the process."""
     bias = 0.5
     times = jnp.linspace(0.0, 1.0, 8001)[1:-1] + 1e-5
     found = jnp.sum(SigmoidWeight(bias=bias)(process, Epsilon(), times)) / 8000
@@ -84,7 +84,7 @@ def test_the_sigmoid_weighting_is_of_even_log_snrs(process):
 
 @each_process
 @each_weighting
-def test_weights_are_finite_and_not_negative_wherever_training_goes(process, weighting):
+def test_weights_are_finite_and_not_negative_at_all_training_times(process, weighting):
     time = jnp.asarray([1e-5, 1e-3, 0.5, 0.999, 1 - 1e-5])
     for prediction in (Epsilon(), *PREDICTIONS.values()):
         found = weighting(process, prediction, time)
@@ -104,7 +104,7 @@ def objective(weighting):
 
 @pytest.mark.parametrize("weighting", [UniformWeighting(), MinSnr()])
 def test_a_loss_does_not_depend_on_the_rest_of_the_batch(weighting):
-    """Weights that are normalised over a batch give a batch of one no loss, or a sample of two."""
+    """Weights that are normalised over a batch would make the loss of a sample depend on it."""
     loss = jax.jit(lambda *batch: objective(weighting).loss(lambda noisy, time: 0 * noisy, *batch))
     together = loss(DATA, NOISE, TIME)
     assert (together > 0).all()
@@ -129,6 +129,6 @@ def test_the_loss_is_weighted_by_the_time_of_its_token():
         (lambda: SigmoidWeight(bias=float("inf")), "must be a finite number"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, message):
+def test_invalid_weightings_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

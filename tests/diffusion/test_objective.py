@@ -9,7 +9,7 @@ TIME = jnp.asarray(DRAW.uniform(size=(2, 4)), jnp.float32)
 OBJECTIVE = FlowMatching()
 
 
-def test_the_model_is_given_noisy_tokens_and_their_times():
+def test_the_model_gets_noisy_tokens_and_their_times():
     seen = {}
 
     def denoise(noisy, time):
@@ -38,7 +38,7 @@ def test_a_bfloat16_prediction_is_compared_in_float32():
     assert (found < 1e-4).all()
 
 
-def test_the_shift_and_the_distribution_of_times_meet_in_one_place():
+def test_the_shift_is_applied_to_drawn_times_once():
     objective = FlowMatching(process=RectifiedFlow(shift=4.0))
     # The median of logit-normal times of mean 0 is 1/2; shifted by 4 it is 4/5.
     np.testing.assert_allclose(objective.compute_time(jnp.asarray([0.5])), [0.8], rtol=1e-5)

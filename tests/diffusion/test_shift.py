@@ -18,7 +18,7 @@ from dit_video.diffusion import (
 LINEAR, EXPONENTIAL = RectifiedFlow(size_shift=LinearShift()), RectifiedFlow(size_shift=ExponentialShift())
 
 
-def test_the_shifts_of_the_papers():
+def test_shifts_by_size_are_those_of_the_papers():
     # Open-Sora: 1 for images of 256 tokens, 3 for those of 4,096, times the root of the number of frames.
     sizes = [ClipSize(1, 256), ClipSize(1, 4096), ClipSize(16, 4096), ClipSize(9, 2176)]
     np.testing.assert_allclose([LINEAR.specialize(size).shift for size in sizes], [1, 3, 12, 6])
@@ -35,7 +35,7 @@ def test_a_constant_shift_multiplies_that_of_the_size():
 
 @pytest.mark.parametrize("process", [LINEAR, EXPONENTIAL], ids=["linear", "exponential"])
 def test_training_and_sampling_have_the_same_shift(process):
-    """In training the sizes are arrays in a compiled step, in sampling numbers."""
+    """In training the sizes are arrays in a compiled step; in sampling they are numbers."""
     objective = FlowMatching(process=process, times=Uniform())
     sizes = ClipSize(jnp.asarray([1, 4, 16]), jnp.asarray([256, 1024, 4096]))
     for u in (0.25, 0.5, 0.75):
@@ -45,12 +45,12 @@ def test_training_and_sampling_have_the_same_shift(process):
             assert trained[index] == pytest.approx(float(sampled[4 - round(4 * u)]), rel=1e-5)
 
 
-def test_a_shift_by_size_without_a_size():
+def test_a_shift_by_size_without_a_size_is_refused():
     with pytest.raises(UserError, match="depends on a clip's size"):
         make_uniform_times(LINEAR, 4)
 
 
-def test_a_config_keeps_it():
+def test_a_shift_is_the_same_after_json():
     assert config_json.from_json(config_json.to_json(FlowMatching(process=EXPONENTIAL))) == FlowMatching(
         process=EXPONENTIAL
     )
@@ -64,6 +64,6 @@ def test_a_config_keeps_it():
         (lambda: LinearShift(shifts=(0.01, 5.0)), "positive at 1 token too"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, message):
+def test_invalid_shifts_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

@@ -59,7 +59,7 @@ def test_the_offset_moves_all_numbers_around_the_circle():
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.7), (1.2, 2.0)])
-def test_logit_normal_quantiles(mean, std):
+def test_logit_normal_times_have_the_right_quantiles(mean, std):
     u = np.linspace(0.001, 0.999, 201)
     expected = 1 / (1 + np.exp(-stats.norm.ppf(u, loc=mean, scale=std)))
     found = LogitNormal(mean=mean, std=std).quantile(jnp.asarray(u, jnp.float32))
@@ -79,14 +79,14 @@ def test_logit_normal_times_lie_in_the_middle():
 
 
 @pytest.mark.parametrize("std", [0.0, -1.0, float("nan")])
-def test_a_deviation_that_is_not_positive(std):
+def test_a_deviation_that_is_not_positive_is_refused(std):
     with pytest.raises(UserError, match="must be positive"):
         LogitNormal(std=std)
 
 
 @pytest.mark.parametrize("scale", [-1.0, -0.3, 0.0, 1.29, 1.75])
-def test_mode_times(scale):
-    """Of the paper's equation 20, which falls with its u."""
+def test_mode_times_follow_the_papers_equation(scale):
+    """Equation 20 of the paper falls with its u."""
     u = np.linspace(0.001, 0.999, 201)
     expected = 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
     found = np.asarray(Mode(scale=scale).quantile(jnp.asarray(1 - u, jnp.float32)))
@@ -97,14 +97,14 @@ def test_mode_times(scale):
 
 
 @pytest.mark.parametrize("process", [Edm(), RectifiedFlow(shift=3.0), VariancePreservingProcess()])
-def test_log_normal_noise_is_the_same_of_every_process(process):
+def test_log_normal_noise_levels_are_the_same_for_every_process(process):
     u = jnp.linspace(0.01, 0.99, 99)
     times = LogNormalSigma(mean=-0.5, std=0.8)(process, u)
     ratio = np.log(process.sigma(times) / process.alpha(times))
     np.testing.assert_allclose(ratio, stats.norm.ppf(u, loc=-0.5, scale=0.8), atol=2e-3)
 
 
-def test_noise_beyond_the_process_is_its_last():
+def test_noise_beyond_the_range_of_the_process_is_clipped():
     found = LogNormalSigma(mean=6.0)(Edm(), jnp.asarray([0.5, 1 - 2**-24]))
     np.testing.assert_array_equal(found, 1)
 
@@ -117,6 +117,6 @@ def test_noise_beyond_the_process_is_its_last():
         (lambda: LogNormalSigma(std=0.0), "must be positive"),
     ],
 )
-def test_distributions_that_are_none(make, message):
+def test_invalid_distributions_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Where samplers stop, and what the model is told there."""
+"""Times at which samplers stop, and the corresponding inputs of the model."""
 
 import numpy as np
 import pytest
@@ -21,29 +21,29 @@ from dit_video.diffusion import (
 DDPM, FLOW, EDM = VariancePreservingProcess(), RectifiedFlow(), Edm()
 
 
-def steps_of(grid, steps, process=DDPM):
-    """What is told, in steps counted from 0; the times are one more."""
+def get_steps(grid, steps, process=DDPM):
+    """Return the model's inputs as steps counted from 0; the times are one more."""
     found = grid(process, steps)
-    told = np.asarray(found.told[:-1]) * 1000
-    np.testing.assert_allclose(np.asarray(found.times[:-1]) * 1000, told + 1, atol=1e-2)
-    assert found.times.shape == found.told.shape == (steps + 1,)
-    return told
+    model_times = np.asarray(found.model_times[:-1]) * 1000
+    np.testing.assert_allclose(np.asarray(found.times[:-1]) * 1000, model_times + 1, atol=1e-2)
+    assert found.times.shape == found.model_times.shape == (steps + 1,)
+    return model_times
 
 
-def test_a_ddpm_is_told_the_step_before():
-    np.testing.assert_allclose(steps_of(DiscreteSchedule(), 4), [999, 749, 499, 249], atol=1e-3)
-    np.testing.assert_allclose(steps_of(DiscreteSchedule(spacing="leading"), 4), [750, 500, 250, 0], atol=1e-3)
+def test_a_ddpm_model_gets_the_previous_step_index():
+    np.testing.assert_allclose(get_steps(DiscreteSchedule(), 4), [999, 749, 499, 249], atol=1e-3)
+    np.testing.assert_allclose(get_steps(DiscreteSchedule(spacing="leading"), 4), [750, 500, 250, 0], atol=1e-3)
     np.testing.assert_allclose(
-        steps_of(DiscreteSchedule(spacing="leading", steps_offset=1), 4), [751, 501, 251, 1], atol=1e-3
+        get_steps(DiscreteSchedule(spacing="leading", steps_offset=1), 4), [751, 501, 251, 1], atol=1e-3
     )
-    np.testing.assert_allclose(steps_of(DiscreteSchedule(spacing="linspace"), 4), [999, 666, 333, 0], atol=1e-3)
+    np.testing.assert_allclose(get_steps(DiscreteSchedule(spacing="linspace"), 4), [999, 666, 333, 0], atol=1e-3)
     spare = DiscreteSchedule(spacing="linspace", has_extra_step=True, step_rounding="nearest")
-    np.testing.assert_allclose(steps_of(spare, 4), [999, 749, 500, 250], atol=1e-3)
-    np.testing.assert_allclose(steps_of(LcmSchedule(), 4), [999, 759, 499, 259], atol=1e-3)
+    np.testing.assert_allclose(get_steps(spare, 4), [999, 749, 500, 250], atol=1e-3)
+    np.testing.assert_allclose(get_steps(LcmSchedule(), 4), [999, 759, 499, 259], atol=1e-3)
 
 
 @pytest.mark.parametrize(("last", "end"), [("data", 0.0), ("first step", 0.001)])
-def test_where_it_ends(last, end):
+def test_the_last_time_follows_from_the_end_setting(last, end):
     assert DiscreteSchedule(end=last)(DDPM, 5).times[-1] == pytest.approx(end)
 
 
@@ -61,12 +61,12 @@ def test_karras_and_exponential_space_the_ratio_of_noise_to_data(process):
     np.testing.assert_allclose(exponential[1:] / exponential[:-1], (0.02 / most) ** (1 / 8), rtol=1e-2)
 
 
-def test_of_a_flow_they_start_where_they_are_told():
+def test_schedules_of_a_flow_start_at_the_configured_noise():
     found = KarrasTimes(min_ratio=0.01, max_ratio=99.0)(FLOW, 5).times
     np.testing.assert_allclose(found[np.asarray([0, -2, -1])], [0.99, 0.01 / 1.01, 0], atol=1e-5)
 
 
-def test_shifted_and_given_times():
+def test_shifted_and_explicit_times_are_returned():
     np.testing.assert_allclose(ShiftedTimes(shift=3.0)(RectifiedFlow(shift=8.0), 2).times, [1, 0.75, 0], atol=1e-6)
     found = ExplicitTimes(times=(1.0, 0.4, 0.1))(FLOW, 2)
     np.testing.assert_allclose(found.times, [1, 0.4, 0.1], atol=1e-6)
@@ -83,7 +83,7 @@ def test_shifted_and_given_times():
         LcmSchedule(),
     ],
 )
-def test_a_grid_is_written_and_read(grid):
+def test_a_schedule_is_the_same_after_json(grid):
     assert from_json(to_json(grid)) == grid
 
 
@@ -99,7 +99,7 @@ def test_a_grid_is_written_and_read(grid):
         LcmSchedule(),
     ],
 )
-def test_less_than_one_step(grid):
+def test_less_than_one_step_is_refused(grid):
     with pytest.raises(UserError, match=r"at least 1 step, not 0|steps=0 is invalid: .* Use steps=1"):
         grid(DDPM, 0)
 
@@ -127,6 +127,6 @@ def test_less_than_one_step(grid):
         (lambda: ExplicitTimes(times=(1.0, 0.5))(FLOW, 2), "steps=2 is invalid: .* Use steps=1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, message):
+def test_invalid_schedules_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

@@ -1,11 +1,10 @@
-"""A small network that is trained on a mixture of normal distributions makes samples of it, whatever it predicts."""
+"""Training of a small network on a mixture of normal distributions, with every kind of prediction."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from diffusion import mixture
 
 from dit_video.diffusion import (
     X0,
@@ -25,6 +24,7 @@ from dit_video.diffusion import (
     draw_low_discrepancy,
     sample,
 )
+from support import gaussian_mixture as mixture
 
 WIDTH, BATCH, STEPS, SAMPLES = 64, 256, 1200, 2000
 DATA_STD = float(np.sqrt(np.trace(mixture.COVARIANCE) / 2))
@@ -43,7 +43,7 @@ PREDICTIONS = {
     "preconditioned": Preconditioning(data_std=DATA_STD),
 }
 BOUND = 0.015
-"""on the energy distance: of two fresh samples of the mixture it is below 0.004, of an untrained network above 0.1"""
+"""Bound on the energy distance. Two samples of the mixture have less than 0.004, an untrained network more than 0.1."""
 
 
 def init(key):
@@ -54,7 +54,7 @@ def init(key):
 
 
 def network(params):
-    """`denoise` of points `[batch 2]`, or of tokens of one batch, each with its time."""
+    """Return a `denoise` of points `[batch 2]`, or of tokens of one batch, each with its time."""
 
     def denoise(noisy, time):
         at = jnp.broadcast_to(time, noisy.shape[:-1])[..., None]
@@ -67,8 +67,8 @@ def network(params):
     return denoise
 
 
-def trained(objective, data):
-    """Parameters before and after training, one on top of the other."""
+def train(objective, data):
+    """Return parameters before and after training, stacked."""
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, STEPS))
     key = jax.random.key(0)
 
@@ -90,7 +90,7 @@ def trained(objective, data):
 
 
 def distances(process, prediction):
-    """Of samples to fresh ones of the mixture: before training, and after."""
+    """Return the distances of samples to new ones of the mixture, before and after training."""
     times = {"times": LogNormalSigma(mean=-0.5, std=1.3)} if isinstance(process, Edm) else {}
     objective = Objective(process=process, prediction=prediction, weighting=MinSnr(), **times)
     # Of noise alone the noise says nothing of the data, and a model's small error of it is a large one of theirs.
@@ -103,11 +103,11 @@ def distances(process, prediction):
         def samples(params):
             return sample(network(params), noise, grid, process=process, solver=Euler(), prediction=prediction)
 
-        return jax.vmap(samples)(trained(objective, data))
+        return jax.vmap(samples)(train(objective, data))
 
     noise = jax.random.normal(jax.random.key(2), (SAMPLES, 2))
-    fresh = mixture.drawn(1, SAMPLES)
-    found = run(jnp.asarray(mixture.drawn(0, 20_000), jnp.float32), noise)
+    fresh = mixture.sample(1, SAMPLES)
+    found = run(jnp.asarray(mixture.sample(0, 20_000), jnp.float32), noise)
     return [mixture.energy_distance(np.asarray(points), fresh) for points in found]
 
 
@@ -130,8 +130,8 @@ def test_training_recovers_the_mixture(process, prediction):
     assert after < BOUND
 
 
-def test_the_bound_tells_distributions_apart():
-    fresh, again = (mixture.drawn(seed, SAMPLES) for seed in (1, 2))
+def test_the_energy_distance_tells_distributions_apart():
+    fresh, again = (mixture.sample(seed, SAMPLES) for seed in (1, 2))
     assert mixture.energy_distance(fresh, again) < BOUND / 3
     assert mixture.energy_distance(fresh, again + 0.15) > BOUND
     assert mixture.energy_distance(fresh, mixture.MEAN + 1.15 * (again - mixture.MEAN)) > BOUND / 3

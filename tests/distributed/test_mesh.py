@@ -42,12 +42,12 @@ def test_the_free_axis_takes_what_is_left(config, count, sizes):
         (MeshConfig(data=16), "data=16 does not divide the 8 devices"),
     ],
 )
-def test_a_mesh_that_does_not_fit_says_what_would(config, message):
+def test_a_mesh_that_does_not_fit_is_refused_with_sizes_that_do(config, message):
     with pytest.raises(UserError, match=message):
         _resolve_sizes(config, 8)
 
 
-def test_sizes_are_checked_where_they_are_given():
+def test_invalid_sizes_are_refused_in_the_config():
     with pytest.raises(UserError, match="tensor=0 is invalid"):
         MeshConfig(tensor=0)
     with pytest.raises(UserError, match="data=-1, fsdp=-1 is invalid: only one"):
@@ -56,7 +56,7 @@ def test_sizes_are_checked_where_they_are_given():
 
 @dataclass(frozen=True)
 class Chip:
-    """A device of a TPU pod, as far as a mesh asks."""
+    """A device of a TPU pod, with the attributes that a mesh reads."""
 
     id: int
     slice_index: int
@@ -66,10 +66,10 @@ class Chip:
 
 
 CHIPS = [Chip(number, number // 4) for number in range(16)]
-"""four slices of four"""
+"""Four slices of four devices."""
 
 
-def of_slices(config: MeshConfig) -> np.ndarray:
+def get_slice_indices(config: MeshConfig) -> np.ndarray:
     return np.vectorize(lambda chip: chip.slice_index)(arrange_hybrid_mesh(config, CHIPS))
 
 
@@ -84,7 +84,7 @@ def of_slices(config: MeshConfig) -> np.ndarray:
     ],
 )
 def test_slices_lie_along_the_outer_part_of_the_outermost_axes(config, along):
-    found = of_slices(config)
+    found = get_slice_indices(config)
     blocks = np.arange(4).reshape(along)
     for axis, count in enumerate(along):
         blocks = np.repeat(blocks, found.shape[axis] // count, axis=axis)
@@ -99,7 +99,7 @@ def test_slices_lie_along_the_outer_part_of_the_outermost_axes(config, along):
         (MeshConfig(data=2, fsdp=8, slices=Slices(data=4)), r"4 slices do not divide data=2 .* multiple of 4"),
     ],
 )
-def test_slices_that_do_not_lie_along_a_mesh_say_what_would(config, message):
+def test_slices_that_do_not_fit_a_mesh_are_refused_with_sizes_that_do(config, message):
     with pytest.raises(UserError, match=message):
         arrange_hybrid_mesh(config, CHIPS)
     with pytest.raises(UserError, match="data=0 is invalid"):

@@ -1,4 +1,4 @@
-"""Opening text encoders: frozen ones late, once, and only the one that was asked for."""
+"""Opening of text encoders: frozen ones are opened late, once, and only the requested one."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from dit_video.encoders.text import FrozenTextEncoder, check_width, open_tokeniz
 from dit_video.text import ByteEncoderConfig, ByteTokenizer, FrozenTextConfig
 from dit_video.weights import load_embedder
 from support import tiny_clip
-from support.stand_ins import Embedder, use_embedder
+from support.fakes import FakeEmbedder, use_fake_embedder
 from support.tiny_t5 import CONFIG as TINY_T5
 from support.tiny_t5 import write_encoder, write_tokenizer
 
@@ -20,16 +20,16 @@ CONFIG = FrozenTextConfig(folder="set by the fixture", width=8, max_tokens=5)
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Of an encoder in a folder."""
-    use_embedder(monkeypatch)
+    """Return the config of an encoder in a folder."""
+    use_fake_embedder(monkeypatch)
     (tmp_path / "seed.txt").write_text("1")
     return set_encoder_folder(CONFIG, tmp_path)
 
 
-def test_it_is_opened_at_the_first_text(config, tmp_path):
+def test_a_frozen_encoder_is_opened_at_the_first_text(config, tmp_path):
     encoder = FrozenTextEncoder(config)
     (tmp_path / "seed.txt").write_text("2")  # not read yet
-    expected = Embedder(tmp_path, max_tokens=5)
+    expected = FakeEmbedder(tmp_path, max_tokens=5)
     np.testing.assert_array_equal(encoder("a red ball"), expected("a red ball"))
     assert encoder("word " * 20).shape == (5, 8)
     assert [len(values) for values in encoder.encode_many(["", "one two"])] == [1, 3]
@@ -41,7 +41,7 @@ def test_it_is_opened_at_the_first_text(config, tmp_path):
 def test_another_encoder_is_refused(config, tmp_path):
     pinned = FrozenTextEncoder(config).pinned_config
     (tmp_path / "seed.txt").write_text("2")
-    other = Embedder(tmp_path, max_tokens=5).identity
+    other = FakeEmbedder(tmp_path, max_tokens=5).identity
     encoder = FrozenTextEncoder(pinned)
     assert encoder.identity == pinned.identity  # known without opening it
     with pytest.raises(UserError, match=f"holds the text encoder {other}, {pinned.identity} was asked for") as error:
@@ -55,7 +55,7 @@ def test_another_width_is_refused(config):
         FrozenTextEncoder(narrow)("a red ball")
 
 
-def test_a_t5_in_its_folder(tmp_path):
+def test_a_t5_is_opened_from_its_folder(tmp_path):
     write_encoder(tmp_path / "t5")
     write_tokenizer(tmp_path / "t5")
     config = FrozenTextConfig(folder=str(tmp_path / "t5"), width=TINY_T5.width, max_tokens=8)
@@ -72,7 +72,7 @@ def test_a_t5_in_its_folder(tmp_path):
         check_width(dataclasses.replace(config, width=8))
 
 
-def test_a_clip_in_its_folder(tmp_path):
+def test_a_clip_encoder_is_opened_from_its_folder(tmp_path):
     tiny_clip.write_clip(tmp_path)
     tiny_clip.write_tokenizer(tmp_path)
     config = FrozenTextConfig(folder=str(tmp_path), width=tiny_clip.TEXT.width, max_tokens=12)
@@ -83,7 +83,7 @@ def test_a_clip_in_its_folder(tmp_path):
         FrozenTextEncoder(dataclasses.replace(config, max_tokens=512))("red ball")
 
 
-def test_the_identity_is_kept_in_a_file(config, tmp_path):
+def test_the_identity_is_stored_in_a_file(config, tmp_path):
     kept = tmp_path / "run" / "text_encoder.json"
     first = open_tokenizer(config, identity_file=kept)
     assert json.loads(kept.read_text()) == {"identity": first.identity}

@@ -49,7 +49,7 @@ def test_every_prompt_is_asked_once_at_each_length_and_at_all_sizes():
     assert len({request.seed for request in requests}) == len(requests)
 
 
-def test_seeds_of_two_evaluations_are_apart():
+def test_two_evaluations_use_different_seeds():
     first, second = evaluate.make_shape_requests(0), evaluate.make_shape_requests(1)
     assert not {request.seed for request in first} & {request.seed for request in second}
     assert [request.size for request in first] != [request.size for request in second]
@@ -166,7 +166,7 @@ def test_seed_and_negative_prompt_may_be_absent(tmp_path):
         (json.dumps([{name: value for name, value in GOOD.items() if name != "width"}]), "width of entry 0"),
     ],
 )
-def test_lists_of_prompts_that_are_none(tmp_path, content, message):
+def test_invalid_lists_of_prompts_are_refused(tmp_path, content, message):
     (tmp_path / "list.json").write_text(content)
     with pytest.raises(UserError, match=message) as error:
         evaluate.read_requests(tmp_path / "list.json")
@@ -197,7 +197,7 @@ def test_the_psnr_of_equal_clips_is_written_as_100_db(tiny_pipeline, held_out, l
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
 
 
-def test_the_best_linear_autoencoder_stands_beside(tiny_pipeline, tiny_run, held_out, limits):
+def test_the_best_linear_autoencoder_is_reported_for_comparison(tiny_pipeline, tiny_run, held_out, limits):
     run = Run.open(tiny_run)
     linear = run.linear_baseline()
     assert linear.basis.shape[1] == tiny_pipeline.config.autoencoder.channels
@@ -230,7 +230,7 @@ def test_the_judge_finds_rendered_samples_right():
     assert prompt_following([])["all"]["colour"]["rate"] is None
 
 
-def test_an_evaluation_of_shapes(tiny_pipeline, tiny_run, held_out, tmp_path, monkeypatch):
+def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_run, held_out, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "make_shape_requests", lambda seed: REQUESTS)
     measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=7, run=Run.open(tiny_run), guidance=1.0)
     assert json.loads((tmp_path / "metrics.json").read_text()) == measured.metrics
@@ -248,9 +248,9 @@ def test_an_evaluation_of_shapes(tiny_pipeline, tiny_run, held_out, tmp_path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "samples"]
 
 
-def test_an_evaluation_by_captions(tiny_pipeline, tiny_run, tmp_path):
+def test_an_evaluation_by_captions_uses_held_out_captions(tiny_pipeline, tiny_run, tmp_path):
     config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation(trained=3, held_out=2))
-    pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline._denoiser.params)
+    pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline.denoiser_params)
     run = Run.open(tiny_run)
     measured = evaluate.evaluate(pipeline, tmp_path, seed=0, run=run)
     prompts = [sample.entry["prompt"] for sample in measured.samples]

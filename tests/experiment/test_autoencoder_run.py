@@ -1,4 +1,4 @@
-"""Runs of the autoencoder's training alone, with other models and losses than the tiny run's."""
+"""Training runs of other autoencoders and losses than those of the tiny run."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def convolutional(tiny):
-    """A causal convolutional autoencoder against a discriminator, on images and videos in turn."""
+    """Return an experiment whose convolutional autoencoder meets a discriminator, on images and videos in turn."""
     loss = AutoencoderObjective(adversarial=AdversarialConfig(width=4, layers=1))
     autoencoder = replace(
         tiny.EXPERIMENT.autoencoder,
@@ -44,7 +44,7 @@ def test_any_autoencoder_is_trained_against_a_discriminator(convolutional, tiny_
         assert np.isfinite(list(entry.values())).all()
         assert entry["adversarial_weight"] > 0
         assert (entry["temporal"] > 0) == (entry["step"] % 2 == 1)  # the other batches are images
-    # The weights are the autoencoder's alone; the discriminator is in the checkpoint beside it.
+    # The weights are those of the autoencoder; the discriminator is in the checkpoint.
     assert params.keys() == {"encoder", "decoder", "moments", "latents", "normalizer"}
     assert Checkpoints(tmp_path / "run" / "autoencoder" / "checkpoints").latest() == 3
     assert Run.open(tmp_path / "run").experiment == convolutional

@@ -25,7 +25,7 @@ def names(tiny_clips):
 
 
 def experiment(tiny, names):
-    """The tiny one, where every caption names a class."""
+    """Return the tiny experiment with captions that name classes."""
     labels = ClassLabels(classes=len(names))
     dit = dataclasses.replace(tiny.EXPERIMENT.denoiser.dit, context=NoContext(), context_width=0, labels=labels)
     text, rows = ClassNamesConfig(classes=len(names), names=names), PackedShape(tokens=12, text=3, segments=3)
@@ -34,7 +34,7 @@ def experiment(tiny, names):
 
 
 def begun(folder, experiment, tiny_run):
-    """With the tiny run's clips and its autoencoder."""
+    """Return a run with the clips and the autoencoder of the tiny run."""
     run = Run.create(folder, experiment)
     run.take((tiny_run / "data").resolve())
     (folder / "autoencoder").mkdir()
@@ -49,12 +49,12 @@ def test_classes_are_learned_and_sampled_by_name(tiny, tiny_run, names, tmp_path
     label = np.asarray(pipeline.denoiser_params["dit"]["labels"])
     assert label.shape == (len(names) + 1, tiny.EXPERIMENT.denoiser.dit.width)
 
-    def drawn(prompt):
+    def sample_latents(prompt):
         return pipeline.generate(prompt, size=SIZE, steps=2, guidance=1.0, output="latents")
 
-    first = drawn(0)
-    np.testing.assert_array_equal(drawn(names[0]), first)
-    assert min(np.abs(drawn(other) - first).max() for other in (1, "")) > 1e-4
+    first = sample_latents(0)
+    np.testing.assert_array_equal(sample_latents(names[0]), first)
+    assert min(np.abs(sample_latents(other) - first).max() for other in (1, "")) > 1e-4
 
 
 def test_captions_that_are_no_classes_are_refused(tiny, tiny_run, names, tmp_path):

@@ -20,13 +20,13 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs").glob("*.py"))
 
 
-def changed(value, path, new):
-    """A nested dataclass with one field changed: `changed(experiment, "denoiser.dit.channels", 3)`."""
+def change_field(value, path, new):
+    """Change one field of a nested dataclass, as in `change_field(experiment, "denoiser.dit.channels", 3)`."""
     name, _, rest = path.partition(".")
-    return replace(value, **{name: changed(getattr(value, name), rest, new) if rest else new})
+    return replace(value, **{name: change_field(getattr(value, name), rest, new) if rest else new})
 
 
-def test_limits_are_whole_patches(tiny):
+def test_the_limits_of_data_are_multiples_of_whole_patches(tiny):
     limits = tiny.EXPERIMENT.limits
     assert limits.multiple == Grid(4, 16, 16)
     assert (limits.max_pixels, limits.max_frames, limits.fps) == (16 * 32, 9, None)
@@ -42,7 +42,7 @@ DISAGREEMENTS = [
     ("autoencoder.windows", (WindowConfig(size=Grid(13, 16, 16), batch=4),), "larger than any clip"),
     ("autoencoder.windows", (WindowConfig(size=Grid(9, 32, 32), batch=4),), "larger than any clip"),
     ("autoencoder.model", PatchVaeConfig(stride=Grid(3, 8, 8), channels=4), "T=9 is not 1 + 3k"),
-    # one part makes what the other doesn't take
+    # output of one part that the other refuses
     ("denoiser.dit.channels", 5, "Use dit.channels=4."),
     ("denoiser.dit.context_width", 8, "Use dit.context_width=16."),
     (
@@ -63,7 +63,7 @@ DISAGREEMENTS = [
     ("denoiser.dit.patch", Grid(1, 0, 2), "dit.patch=0 is invalid"),
     ("data.max_pixels", 15 * 16, "less than one multiple of 16x16"),
     ("data.max_pixels", 64 * 64, "lower data.max_pixels"),
-    ("data.fps", 0.0, "fps=0.0 .*must be positive"),
+    ("data.fps", 0.0, "fps=0.0 is invalid: it must be positive"),
     ("data.clips_per_video", 0, "data.clips_per_video=0 is invalid"),
     # trainings
     ("autoencoder.steps", 2, "warmup=2 is invalid for steps=2"),
@@ -96,16 +96,16 @@ DISAGREEMENTS = [
 @pytest.mark.parametrize(("path", "value", "message"), DISAGREEMENTS)
 def test_parts_that_disagree_are_refused(tiny, path, value, message):
     with pytest.raises(UserError) as error:
-        changed(tiny.EXPERIMENT, path, value)
+        change_field(tiny.EXPERIMENT, path, value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_windows_that_lpips_cannot_see_are_refused(tiny):
     judged = AutoencoderObjective(lpips=0.5, lpips_weights="lpips.safetensors")
-    experiment = changed(tiny.EXPERIMENT, "autoencoder.loss", judged)
+    experiment = change_field(tiny.EXPERIMENT, "autoencoder.loss", judged)
     with pytest.raises(UserError, match="LPIPS needs windows of 16 pixels or more, but one has 8"):
-        changed(experiment, "autoencoder.windows", (WindowConfig(size=Grid(5, 8, 16), batch=4),))
+        change_field(experiment, "autoencoder.windows", (WindowConfig(size=Grid(5, 8, 16), batch=4),))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_part_that_is_wrong_by_itself_is_refused(make, message):
         make()
 
 
-def test_it_comes_back_from_json(tiny):
+def test_an_experiment_comes_back_from_json(tiny):
     written = json.dumps(config_json.to_json(tiny.EXPERIMENT))
     assert config_json.from_json(json.loads(written)) == tiny.EXPERIMENT
 
@@ -144,7 +144,7 @@ def test_every_config_file_defines_an_experiment_that_comes_back_from_json(load_
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
-def test_there_are_config_files():
+def test_the_folder_of_configs_is_not_empty():
     assert {"quickstart", "clips"} <= {path.stem for path in CONFIGS}
 
 
@@ -153,8 +153,8 @@ def test_the_quickstart_holds_out_clips_that_it_renders(load_file):
 
     quickstart = load_file(next(path for path in CONFIGS if path.stem == "quickstart"))
     for brief in (False, True):
-        experiment, count = quickstart.experiment(3, brief=brief), quickstart.clips(brief=brief)
-        last = [shapes.get_file_name(index, seed=3) for index in range(count - quickstart.HELD_OUT, count)]
+        experiment, count = quickstart.make_experiment(3, brief=brief), quickstart.count_clips(brief=brief)
+        last = [shapes.get_file_name(index, seed=3) for index in range(count - quickstart.NUM_HELD_OUT, count)]
         assert list(experiment.data.held_out) == last
-        assert len(set(last)) == quickstart.HELD_OUT
-    assert quickstart.experiment(3).seed == 3
+        assert len(set(last)) == quickstart.NUM_HELD_OUT
+    assert quickstart.make_experiment(3).seed == 3

@@ -1,4 +1,4 @@
-"""Links from a run's folder to data sets and latents that lie elsewhere, and what is shown of an ingest."""
+"""Links from a run folder to data sets and latents elsewhere, and progress of an ingest."""
 
 import dataclasses
 import json
@@ -31,12 +31,12 @@ def clips(tmp_path):
 
 @pytest.fixture
 def data(clips, memory):
-    """The clips at an address."""
+    """Return the address of a data set made of the clips."""
     ingest(clips, f"{memory}/data")
     return f"{memory}/data"
 
 
-def test_an_address_is_written_down(clips, data, tmp_path):
+def test_the_address_of_a_data_set_is_written_to_the_run_folder(clips, data, tmp_path):
     datasets.check_datasets([data])
     folder = tmp_path / "run" / "data"
     for spelled in (data, f"{data}/"):
@@ -61,16 +61,14 @@ def test_other_data_than_the_run_s_are_refused(clips, data, memory, tmp_path):
     assert (tmp_path / "near").is_symlink()
 
 
-def test_several_of_which_one_lies_elsewhere(clips, data, memory, tmp_path):
+def test_a_run_links_to_local_and_remote_data_sets_together(clips, data, memory, tmp_path):
     folder = tmp_path / "run" / "data"
     for _ in range(2):
         datasets.link_datasets(folder, [clips, data])
     source = datasets.open_datasets(folder)
     assert [info.name for info in source.infos] == [f"{name}/{n}.mp4" for name in ("clips", "data") for n in (0, 1)]
     assert source[3] == source[1]
-    datasets.link_datasets(
-        tmp_path / "next" / "data", datasets.list_datasets(folder)
-    )  # another run's, from those of this one
+    datasets.link_datasets(tmp_path / "next" / "data", datasets.list_datasets(folder))  # a link of another run
     assert datasets.open_datasets(tmp_path / "next" / "data").infos == source.infos
     assert datasets.list_datasets(tmp_path / "next" / "data") == datasets.list_datasets(folder)
     with pytest.raises(UserError, match="two data sets are both named data"):
@@ -78,7 +76,7 @@ def test_several_of_which_one_lies_elsewhere(clips, data, memory, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_addresses_that_hold_no_data_set(clips, memory, tmp_path):
+def test_addresses_without_a_data_set_are_refused(clips, memory, tmp_path):
     write_text(to_storage_path(f"{memory}/raw/0.txt"), "a clip")
     for use in (datasets.check_datasets, lambda named: datasets.link_datasets(tmp_path / "data", named)):
         with pytest.raises(MissingError, match=f"no such data set: {memory}/none"):
@@ -90,7 +88,7 @@ def test_addresses_that_hold_no_data_set(clips, memory, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_folder_links_to_what_is_not_there_yet(memory, tmp_path):
+def test_a_folder_can_link_to_a_target_that_does_not_exist_yet(memory, tmp_path):
     for target in (tmp_path / "large disk", f"{memory}/latents"):
         folder = tmp_path / str(len(str(target)))
         datasets.link_folder(folder, target, "latents")
@@ -128,7 +126,7 @@ def test_data_and_latents_at_an_address_make_the_same_pipeline(tiny, tiny_run, t
     weights = (tmp_path / "run" / "pipeline" / "denoiser.safetensors").read_bytes()
     assert weights == (tiny_run / "pipeline" / "denoiser.safetensors").read_bytes()
 
-    again = Run.open(tmp_path / "run")  # where the latents lie need not be said again
+    again = Run.open(tmp_path / "run")  # the address of the latents is remembered
     assert str(again.encode_latents().folder) == f"{memory}/latents"
     with pytest.raises(UserError, match=f"started with the latents {memory}/latents, not {memory}/other; name that"):
         again.train(f"{memory}/data", latents=f"{memory}/other")
@@ -140,7 +138,7 @@ def test_data_and_latents_at_an_address_make_the_same_pipeline(tiny, tiny_run, t
         again.encode_latents()
 
 
-def test_latents_elsewhere_are_refused_where_none_are_cached_or_others_are_there(tiny, tiny_run, tmp_path):
+def test_linked_latents_are_refused_if_the_run_caches_none_or_has_other_latents(tiny, tiny_run, tmp_path):
     copy = shutil.copytree(tiny_run, tmp_path / "copy")
     with pytest.raises(UserError, match=f"started with the latents {copy / 'latents'}, not {tmp_path / 'x'}; name"):
         Run.open(copy).link_latents(tmp_path / "x")
@@ -150,9 +148,9 @@ def test_latents_elsewhere_are_refused_where_none_are_cached_or_others_are_there
         started.link_latents(tmp_path / "x")
 
 
-def test_both_passes_of_an_ingest_are_shown(capsys):
+def test_progress_shows_both_passes_of_an_ingest(capsys):
     with datasets.show_ingest_progress() as progress:
-        for done in (2, 3, 4):  # two were known from a run before
+        for done in (2, 3, 4):  # two were known from an earlier run
             progress(done, 4)
         for done in (1, 2, 3):
             progress(done, 3)

@@ -46,7 +46,7 @@ def staged(tiny):
 
 
 def begun(tiny_run, folder, staged):
-    """A run whose autoencoder is trained."""
+    """Return a run whose autoencoder is trained."""
     shutil.copytree(tiny_run, folder, ignore=lambda _, names: {"latents", "denoiser", "pipeline"} & set(names))
     return dataclasses.replace(Run.open(folder), experiment=staged)
 
@@ -120,7 +120,7 @@ def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, m
         np.testing.assert_array_equal(leaf, trees.flatten(params)[path], err_msg=path)
 
 
-def test_a_schedule_is_of_its_own_stage(staged, monkeypatch):
+def test_every_stage_has_its_own_learning_rate_schedule(staged, monkeypatch):
     images, last = staged.stage(0), staged.stage(2)
     assert images.denoiser.optimizer.learning_rate == 4e-3
     rates = make_learning_rate_schedule(last.denoiser.optimizer, steps=last.denoiser.steps)
@@ -157,7 +157,7 @@ def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
         np.testing.assert_array_equal(leaf, trees.flatten(params)[path], err_msg=path)
 
 
-def test_a_lost_end_of_a_stage_is_told(uninterrupted, tmp_path, staged):
+def test_a_stage_whose_predecessor_lost_its_last_checkpoint_is_refused(uninterrupted, tmp_path, staged):
     folder = shutil.copytree(uninterrupted[0].folder, tmp_path / "run")
     moved = dataclasses.replace(staged, earlier=(dataclasses.replace(IMAGES, steps=8), SMALL))  # the last begins at 11
     shutil.rmtree(folder / "denoiser" / "checkpoints" / "11" / "state")
@@ -169,7 +169,7 @@ def test_a_lost_end_of_a_stage_is_told(uninterrupted, tmp_path, staged):
         run.train_denoiser()
 
 
-def test_stages_that_do_not_fit(staged, tiny):
+def test_invalid_stages_are_refused(staged, tiny):
     def refused(match, *stages):
         with pytest.raises(UserError, match=match):
             dataclasses.replace(staged, earlier=stages)
@@ -189,7 +189,7 @@ def test_stages_that_do_not_fit(staged, tiny):
     refused("stage small: denoiser.steps=0 is invalid", dataclasses.replace(SMALL, steps=0))
 
 
-def test_all_stages_have_one_state(staged):
+def test_all_stages_share_one_training_state(staged):
     shapes = []
     for number in range(3):
         config = staged.stage(number).denoiser

@@ -1,4 +1,4 @@
-"""A run with a frozen text encoder, from clips to samples: embeddings from the cache, and made on the way."""
+"""A run with a frozen text encoder, from clips to samples, with cached embeddings or without."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from dit_video.tokens import Grid
 from dit_video.training.hooks import logging
 from dit_video.weights import load_embedder
 from support import tiny_clip
-from support.stand_ins import Embedder, use_embedder
+from support.fakes import FakeEmbedder, use_fake_embedder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "opened")
 PROMPT, SIZE = "a red circle moving left", (5, 16, 16)
@@ -27,12 +27,12 @@ PROMPT, SIZE = "a red circle moving left", (5, 16, 16)
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The encoders that were opened, of which the stand-in is the only kind."""
-    return use_embedder(monkeypatch)
+    """Return the list of opened encoders, all of which are fakes."""
+    return use_fake_embedder(monkeypatch)
 
 
 def experiment(tiny, folder, **data):
-    """The tiny one, with a frozen text encoder."""
+    """Return the tiny experiment with a frozen text encoder."""
     denoiser = tiny.EXPERIMENT.denoiser
     text = FrozenTextConfig(folder=str(folder), width=8, max_tokens=6)
     dit = dataclasses.replace(denoiser.dit, context_width=8)
@@ -42,7 +42,7 @@ def experiment(tiny, folder, **data):
 
 
 def start(folder, experiment, tiny_run):
-    """A run that has its clips and its autoencoder."""
+    """Return a run that has its clips and its autoencoder."""
     begun = Run.create(folder, experiment)
     begun.take((tiny_run / "data").resolve())
     (folder / "autoencoder").mkdir()
@@ -59,10 +59,10 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def frozen_run(tiny, tiny_run, encoder, tmp_path_factory):
-    """A finished run. Read only."""
+    """Return the folder of a finished run, to be read only."""
     folder = tmp_path_factory.mktemp("frozen") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        opened = use_embedder(patch)
+        opened = use_fake_embedder(patch)
         start(folder, experiment(tiny, encoder), tiny_run).export()
         assert len(opened) == 1, "its weights are read once"
     return folder
@@ -70,12 +70,12 @@ def frozen_run(tiny, tiny_run, encoder, tmp_path_factory):
 
 @pytest.fixture
 def copy(frozen_run, tmp_path):
-    """A copy of the run, which may be changed."""
+    """Return a copy of the run that a test may change."""
     return shutil.copytree(frozen_run, tmp_path / "run", symlinks=True)
 
 
-def test_latents_lie_beside_the_embeddings_of_their_captions(frozen_run, encoder):
-    latents, embedder = LatentSource(frozen_run / "latents"), Embedder(encoder, max_tokens=6)
+def test_latents_are_stored_with_the_embeddings_of_their_captions(frozen_run, encoder):
+    latents, embedder = LatentSource(frozen_run / "latents"), FakeEmbedder(encoder, max_tokens=6)
     assert latents.identity["text"] == embedder.identity
     np.testing.assert_array_equal(latents.empty_text, embedder(""))
     for example, captions in enumerate(latents.all_captions):
@@ -86,7 +86,7 @@ def test_latents_lie_beside_the_embeddings_of_their_captions(frozen_run, encoder
     assert not (frozen_run / "texts").exists()
 
 
-def test_it_continues_without_the_encoder_bit_for_bit(frozen_run, copy, opened):
+def test_a_run_with_cached_embeddings_continues_without_the_encoder_bit_for_bit(frozen_run, copy, opened):
     shutil.rmtree(copy / "pipeline")
     for checkpoint in (copy / "denoiser" / "checkpoints").iterdir():
         if int(checkpoint.name) > 4:
@@ -101,12 +101,12 @@ def test_a_pipeline_opens_the_encoder_at_the_first_prompt(frozen_run, encoder, t
     pipeline = dit_video.load(frozen_run)
     assert opened == []
     text = pipeline.config.text
-    assert (text.folder, text.identity) == (str(encoder), Embedder(encoder, max_tokens=6).identity)
+    assert (text.folder, text.identity) == (str(encoder), FakeEmbedder(encoder, max_tokens=6).identity)
     latents = pipeline.generate(PROMPT, size=SIZE, output="latents")
     assert len(opened) == 1
     other = pipeline.generate("a blue square", size=SIZE, output="latents")
     assert np.abs(latents - other).max() > 1e-3
-    # What was saved makes the same, also where the encoder has moved.
+    # The saved pipeline gives the same, even after the encoder has moved.
     pipeline.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "pipeline.json").read_text())["config"]["text"] == config_json.to_json(text)
     moved = shutil.copytree(encoder, tmp_path / "moved")
@@ -119,20 +119,20 @@ def test_prompts_are_embedded_once(frozen_run, opened):
     from dit_video import Request
 
     dit_video.load(frozen_run).generate_many([Request(PROMPT, Grid(*SIZE), seed=seed) for seed in range(3)])
-    assert sorted(opened[0].asked) == ["", PROMPT]
+    assert sorted(opened[0].texts) == ["", PROMPT]
 
 
 def test_a_pipeline_refuses_another_encoder(frozen_run, tiny_run, encoder, tmp_path):
     (tmp_path / "seed.txt").write_text("2")
     pipeline = load_pipeline(frozen_run / "pipeline", text_encoder=tmp_path)
-    found, wanted = (Embedder(folder, max_tokens=6).identity for folder in (tmp_path, encoder))
+    found, wanted = (FakeEmbedder(folder, max_tokens=6).identity for folder in (tmp_path, encoder))
     with pytest.raises(UserError, match=f"holds the text encoder {found}, {wanted} was asked for"):
         pipeline.generate(PROMPT, size=SIZE)
     with pytest.raises(UserError, match="the text encoder was trained with the denoiser"):
         dit_video.load(tiny_run, text_encoder=encoder)
 
 
-def test_an_unfinished_run_is_sampled_with_an_encoder_that_moved(frozen_run, copy, encoder, tmp_path, opened):
+def test_an_unfinished_run_can_be_sampled_with_a_moved_encoder(frozen_run, copy, encoder, tmp_path, opened):
     shutil.rmtree(copy / "pipeline")
     moved = shutil.copytree(encoder, tmp_path / "moved")
     latents = dit_video.load(copy, text_encoder=moved).generate(PROMPT, size=SIZE, output="latents")
@@ -145,7 +145,7 @@ def test_latents_of_another_encoder_or_of_none_are_refused(tiny, tiny_run, froze
     (tmp_path / "seed.txt").write_text("2")
     begun = start(tmp_path / "run", experiment(tiny, tmp_path), tiny_run)
     shutil.copytree(frozen_run / "latents", tmp_path / "run" / "latents")
-    identities = LatentSource(frozen_run / "latents").identity["text"], Embedder(tmp_path, max_tokens=6).identity
+    identities = LatentSource(frozen_run / "latents").identity["text"], FakeEmbedder(tmp_path, max_tokens=6).identity
     with pytest.raises(UserError, match="holds latents of text {}, but {} was requested".format(*identities)) as error:
         begun.train_denoiser()
     assert "\n" not in str(error.value)
@@ -161,11 +161,11 @@ def test_captions_of_clips_without_a_cache_are_embedded_and_kept(tiny, tiny_run,
     assert params["text"] == {}
     assert opened[-1].cache == tmp_path / "run" / "texts"
     captions = {caption for info in begun.training_clips.infos for caption in info.captions}
-    assert set(opened[-1].asked) == {"", *captions}
+    assert set(opened[-1].texts) == {"", *captions}
     assert not (tmp_path / "run" / "latents").exists()
 
 
-def test_the_config_is_checked(tiny):
+def test_a_frozen_encoder_with_the_wrong_width_or_too_many_tokens_is_refused(tiny):
     frozen = experiment(tiny, "encoder")
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(frozen)))) == frozen
     wide = dataclasses.replace(frozen.denoiser.text, width=16)
@@ -176,15 +176,15 @@ def test_the_config_is_checked(tiny):
         dataclasses.replace(frozen, denoiser=dataclasses.replace(frozen.denoiser, text=long))
 
 
-def test_the_tool_stores_embeddings(tiny, tiny_run, encoder, tmp_path, script, monkeypatch):
-    """Of an encoder that is named, as the run's own is trained with the denoiser."""
+def test_the_encode_tool_stores_embeddings_of_a_named_encoder(tiny, tiny_run, encoder, tmp_path, script, monkeypatch):
+    """The command names the encoder, because the run trains its own together with the denoiser."""
     from dit_video import weights
 
-    monkeypatch.setattr(weights, "load_embedder", Embedder)
+    monkeypatch.setattr(weights, "load_embedder", FakeEmbedder)
     tool, data = "tools/encode_latents.py", (tiny_run / "data").resolve()
     done = script(tool, tiny_run, data, tmp_path / "l", "--text-encoder", encoder, "--max-text-tokens", 3)
     assert done.code == 0, done.err
-    embedder, latents = Embedder(encoder, max_tokens=3), LatentSource(tmp_path / "l")
+    embedder, latents = FakeEmbedder(encoder, max_tokens=3), LatentSource(tmp_path / "l")
     assert latents.identity["text"] == embedder.identity
     assert {max(lengths, default=0) for lengths in latents.text_lengths} == {3}
     np.testing.assert_allclose(latents.read_text(0), embedder(latents.captions[0]), rtol=2**-8)
@@ -195,7 +195,7 @@ def test_the_tool_stores_embeddings(tiny, tiny_run, encoder, tmp_path, script, m
 
 
 @pytest.mark.filterwarnings("ignore:a text of")
-def test_the_tool_stores_embeddings_of_a_clip(tiny_run, tmp_path, script):
+def test_the_encode_tool_stores_embeddings_of_a_clip_text_encoder(tiny_run, tmp_path, script):
     tiny_clip.write_clip(tmp_path / "clip")
     tiny_clip.write_tokenizer(tmp_path / "clip")
     data = (tiny_run / "data").resolve()
@@ -207,7 +207,7 @@ def test_the_tool_stores_embeddings_of_a_clip(tiny_run, tmp_path, script):
     np.testing.assert_allclose(latents.read_text(0), embedder(latents.captions[0]), rtol=2**-8, atol=2**-8)
 
 
-def test_the_tool_makes_what_a_run_with_a_frozen_encoder_asks_for(frozen_run, copy, tmp_path, script, opened):
+def test_the_encode_tool_makes_the_latents_of_a_run_with_a_frozen_encoder(frozen_run, copy, tmp_path, script, opened):
     shutil.rmtree(copy / "latents")
     done = script("tools/encode_latents.py", copy, copy / "data", copy / "latents")
     assert done.code == 0, done.err

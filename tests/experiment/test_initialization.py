@@ -1,4 +1,4 @@
-"""Weights that a training starts from: of the same autoencoder, or of the image one that it inflates."""
+"""Initial weights of a training, from the same autoencoder or from an image one that is inflated."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from dit_video.experiment.run import Run
 from dit_video.families import save_autoencoder
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 IMAGE = ImageVaeConfig(channels=4, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
 
@@ -43,26 +43,26 @@ def training(model, start=None):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("image")
-    save_autoencoder(place, IMAGE, rough_params(IMAGE.make))
+    save_autoencoder(place, IMAGE, make_random_params(IMAGE.make))
     return place
 
 
-def test_without_a_folder_nothing_is_given():
+def test_training_without_a_start_folder_has_no_initial_params():
     assert load_initial_params(training(IMAGE), jax.random.key(0)) is None
 
 
-def test_the_same_autoencoder(folder):
+def test_training_starts_from_the_weights_of_the_same_autoencoder(folder):
     faster = dataclasses.replace(IMAGE, levels=dataclasses.replace(IMAGE.levels, bfloat16=True))
     for model in (IMAGE, faster):
         given = load_initial_params(training(model, folder), jax.random.key(0))
-        np.testing.assert_array_equal(given["moments"]["bias"], rough_params(IMAGE.make)["moments"]["bias"])
+        np.testing.assert_array_equal(given["moments"]["bias"], make_random_params(IMAGE.make)["moments"]["bias"])
 
 
-def test_the_image_autoencoder_that_is_inflated(folder):
+def test_an_inflated_autoencoder_starts_from_the_image_weights(folder):
     given = flatten(
         load_initial_params(training(InflatedConfig(image=IMAGE, kernel_size=2), folder), jax.random.key(0))
     )
-    image = flatten(rough_params(IMAGE.make))
+    image = flatten(make_random_params(IMAGE.make))
     for path in image:
         np.testing.assert_array_equal(given[path], image[path])
     assert given["decoder/levels/0/temporal/0/conv_in/kernel"].shape == (2, 1, 1, 8, 8)
@@ -80,14 +80,14 @@ def test_the_image_autoencoder_that_is_inflated(folder):
         (CausalVaeConfig(), "type is 'dit_video.autoencoders:ImageVaeConfig' there"),
     ],
 )
-def test_a_folder_of_another_autoencoder(folder, model, message):
+def test_a_start_folder_with_another_autoencoder_is_refused(folder, model, message):
     with pytest.raises(UserError, match=message) as error:
         load_initial_params(training(model, folder), jax.random.key(0))
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_no_folder(tmp_path):
+def test_a_missing_start_folder_is_refused(tmp_path):
     with pytest.raises(MissingError):
         load_initial_params(training(IMAGE, tmp_path / "none"), jax.random.key(0))
 
@@ -100,26 +100,28 @@ def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_
     )
     run = Run.create(tmp_path / "run", experiment)
     run.take(tiny_clips)
-    trained, image = flatten(run.train_autoencoder()), flatten(rough_params(IMAGE.make))
+    trained, image = flatten(run.train_autoencoder()), flatten(make_random_params(IMAGE.make))
     assert len(trained) > len(image)
     for path, value in trained.items():
         if path in image:  # the latents' mean and deviation too
             assert value.tobytes() == np.asarray(image[path]).tobytes(), path
     moved = {path: np.abs(value).max() for path, value in trained.items() if path.endswith("conv_out/kernel")}
     assert all(most > 0 for path, most in moved.items() if "/temporal/" in path)
-    # Continued, it neither needs the folder nor starts again.
+    # A continued run neither needs the folder nor starts again.
     (run.folder / "autoencoder" / "weights.safetensors").unlink()
     again = Run.open(run.folder)
-    elsewhere = dataclasses.replace(experiment.autoencoder, start=str(tmp_path / "gone"))
+    elsewhere = dataclasses.replace(experiment.autoencoder, init_from=str(tmp_path / "gone"))
     again = dataclasses.replace(again, experiment=dataclasses.replace(experiment, autoencoder=elsewhere))
     for path, value in flatten(again.train_autoencoder()).items():
         np.testing.assert_array_equal(value, trained[path])
 
 
 @pytest.mark.parametrize("given", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fresh", "given"])
-def test_a_codebook_starts_among_the_latents_unless_it_is_given(given, tiny, tiny_clips, tmp_path, quick_compilation):
+def test_a_codebook_starts_at_latents_unless_its_weights_are_loaded(
+    given, tiny, tiny_clips, tmp_path, quick_compilation
+):
     model = VqConfig(network=IMAGE, codebook=CodebookConfig(codes=64, width=4))
-    parameters = rough_params(model.make)
+    parameters = make_random_params(model.make)
     if given:
         save_autoencoder(tmp_path / "given", model, parameters)
     experiment = dataclasses.replace(

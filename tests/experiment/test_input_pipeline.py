@@ -1,4 +1,4 @@
-"""What the denoiser can't be fed with is refused before the autoencoder is trained."""
+"""Invalid batches of the denoiser are refused before the autoencoder is trained."""
 
 import dataclasses
 import shutil
@@ -14,7 +14,7 @@ from dit_video.data.latents.cache import LatentSource
 from dit_video.data.synthetic import shapes
 from dit_video.experiment import input_pipeline
 from dit_video.experiment.run import Run
-from support.stand_ins import tokenize
+from support.fakes import tokenize
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from support.stand_ins import tokenize
         ({"batch": 3}, "a batch of 3 rows does not divide among 2 devices"),
     ],
 )
-def test_what_the_denoiser_cannot_be_fed_with_is_refused_before_any_training(
+def test_invalid_batches_of_the_denoiser_are_refused_before_any_training(
     tiny, tiny_clips, tmp_path, monkeypatch, changes, message
 ):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
@@ -52,8 +52,8 @@ def test_a_data_set_without_training_clips_is_refused_before_any_training(tiny, 
         dataclasses.replace(tiny.EXPERIMENT, data=dataclasses.replace(data, weights=(1.0, 0.0)))
 
 
-def test_rows_are_told_the_seconds_of_each_clip(tiny, tiny_run):
-    """The clips have 8 frames a second, a latent frame stands for 4 of them."""
+def test_positions_of_rows_count_the_seconds_of_each_clip(tiny, tiny_run):
+    """The clips have 8 frames a second, and a latent frame stands for 4 of them."""
     clips, latents = ClipSource(tiny_run / "data"), LatentSource(tiny_run / "latents")
     denoiser = tiny.EXPERIMENT.denoiser
     timed = dataclasses.replace(denoiser, dit=dataclasses.replace(denoiser.dit, clock="seconds"))

@@ -26,12 +26,12 @@ LORA = LoraConfig(rank=2, alpha=3.0, targets=(r"^dit/blocks/.*kernel$",))
 
 
 def adapting(tiny, tiny_run, folder, **changes):
-    """A run with the clips, the autoencoder and the latents of the tiny one, whose denoiser is adapted."""
+    """Return a run with the data and autoencoder of the tiny run that trains adapters of its denoiser."""
     shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("denoiser", "pipeline"))
     (folder / "experiment.json").unlink()
     denoiser = dataclasses.replace(
         tiny.EXPERIMENT.denoiser,
-        start=str(tiny_run),
+        init_from=str(tiny_run),
         lora=LORA,
         steps=6,
         optimizer=OptimizerConfig(learning_rate=3e-2, warmup=1),
@@ -44,7 +44,7 @@ def adapting(tiny, tiny_run, folder, **changes):
 
 @pytest.fixture(scope="module")
 def adapted(tiny, tiny_run, tiny_clips, tmp_path_factory):
-    """The folder of a finished one. Read only."""
+    """Return the folder of a finished adapter run, to be read only."""
     run = adapting(tiny, tiny_run, tmp_path_factory.mktemp("adapted") / "run")
     run.train(tiny_clips)
     return run.folder
@@ -71,7 +71,7 @@ def test_adapters_alone_are_trained_and_the_result_is_merged(tiny_run, adapted):
     assert max(np.prod(entry["shape"]) for entry in table.values()) < largest / 4
 
 
-def test_the_adapters_file_changes_what_it_started_from_into_the_pipeline(tiny_run, adapted):
+def test_loading_the_adapter_file_into_the_base_model_gives_the_pipeline(tiny_run, adapted):
     start = load_weights(tiny_run / "pipeline" / "denoiser.safetensors")
     lora = load_lora(adapted / "adapter.safetensors", start, get_native_modules(start))
     found = trees.flatten(merge_lora(start, lora))
@@ -81,7 +81,7 @@ def test_the_adapters_file_changes_what_it_started_from_into_the_pipeline(tiny_r
     assert clip.frames.shape == (1, 16, 16, 3)
 
 
-def test_an_interrupted_one_ends_bit_for_bit_where_the_uninterrupted_one_does(
+def test_an_interrupted_adapter_run_ends_bit_for_bit_like_the_uninterrupted_one(
     tiny, tiny_run, tiny_clips, adapted, tmp_path, monkeypatch
 ):
     run, calls, real = adapting(tiny, tiny_run, tmp_path / "run"), itertools.count(1), trainer.make_step
@@ -90,7 +90,7 @@ def test_an_interrupted_one_ends_bit_for_bit_where_the_uninterrupted_one_does(
         step = real(*arguments, **given)
 
         def interrupted(state, batch):
-            if next(calls) == 4:  # as if it were killed
+            if next(calls) == 4:  # like a kill
                 raise KeyboardInterrupt
             return step(state, batch)
 
@@ -109,9 +109,9 @@ def test_an_interrupted_one_ends_bit_for_bit_where_the_uninterrupted_one_does(
         assert (run.folder / name).read_bytes() == (adapted / name).read_bytes()
 
 
-def test_other_weights_than_those_that_were_adapted_are_refused(tiny, tiny_run, adapted, tmp_path):
+def test_continuing_from_other_base_weights_is_refused(tiny, tiny_run, adapted, tmp_path):
     start = shutil.copytree(tiny_run / "pipeline", tmp_path / "start")
-    run = adapting(tiny, tiny_run, tmp_path / "run", start=str(start))
+    run = adapting(tiny, tiny_run, tmp_path / "run", init_from=str(start))
     run._trained_denoiser()
     weights = load_weights(start / "denoiser.safetensors")
     weights["dit"]["head"]["bias"] = weights["dit"]["head"]["bias"] + 1
@@ -120,17 +120,17 @@ def test_other_weights_than_those_that_were_adapted_are_refused(tiny, tiny_run, 
         run._trained_denoiser()
 
 
-def test_a_start_that_cannot_be(tiny, tiny_run, tmp_path):
+def test_a_missing_or_mismatched_base_model_is_refused(tiny, tiny_run, tmp_path):
     with pytest.raises(UserError, match=r"Set denoiser.init_from to their folder"):
-        adapting(tiny, tiny_run, tmp_path / "a", start=None)
+        adapting(tiny, tiny_run, tmp_path / "a", init_from=None)
     with pytest.raises(MissingError, match="no such file"):
-        adapting(tiny, tiny_run, tmp_path / "b", start=str(tmp_path / "nowhere"))._trained_denoiser()
+        adapting(tiny, tiny_run, tmp_path / "b", init_from=str(tmp_path / "nowhere"))._trained_denoiser()
     deep = dataclasses.replace(tiny.EXPERIMENT.denoiser.dit, layers=2)
     with pytest.raises(UserError, match="holds another denoiser than the config's, in dit: layers is 1 there and 2"):
         adapting(tiny, tiny_run, tmp_path / "c", dit=deep)._trained_denoiser()
 
 
-def test_the_whole_can_be_trained_on_from_there(tiny, tiny_run, tiny_clips, tmp_path):
+def test_all_weights_can_be_trained_on_from_another_run(tiny, tiny_run, tiny_clips, tmp_path):
     run = adapting(tiny, tiny_run, tmp_path / "run", lora=None, steps=2)
     run.train(tiny_clips)
     before, after = leaves(tiny_run), leaves(run.folder)
@@ -138,6 +138,6 @@ def test_the_whole_can_be_trained_on_from_there(tiny, tiny_run, tiny_clips, tmp_
     assert 1e-4 < drift < 0.2  # two steps of .03 from there, not from another start
     assert not (run.folder / "adapter.safetensors").exists()
     shutil.rmtree(run.folder / "pipeline")
-    moved = dataclasses.replace(run.experiment.denoiser, start=str(tmp_path / "nowhere"))  # not needed any more
+    moved = dataclasses.replace(run.experiment.denoiser, init_from=str(tmp_path / "nowhere"))  # not needed any more
     kept = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, denoiser=moved))
     kept._trained_denoiser()

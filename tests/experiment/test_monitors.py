@@ -1,4 +1,4 @@
-"""A run that is watched: parts of a batch, several averages, the loss of held-out clips, samples, and a trace."""
+"""Monitors of a run: accumulated batches, several averages, the loss of held-out clips, samples and a trace."""
 
 import dataclasses
 import shutil
@@ -25,7 +25,7 @@ from dit_video.video import Clip, decode
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def test_a_sheet_of_clips():
+def test_clips_are_tiled_into_one_sheet():
     clips = [Clip(np.full((2, 4, 6, 3), 10 * index, np.uint8), 8.0) for index in range(3)]
     sheet = monitors.tile_clips(clips, gap=2)
     assert sheet.frames.shape == (2, 10, 14, 3)
@@ -34,7 +34,7 @@ def test_a_sheet_of_clips():
     assert (sheet.frames[:, 4:6] == 255).all()
 
 
-def test_work_of_rows_is_that_of_their_clips(tiny):
+def test_the_flops_of_rows_are_those_of_their_clips(tiny):
     config = tiny.EXPERIMENT.denoiser
     shape = PackedShape(tokens=20, text=9, segments=3)
     grids, texts = (Grid(2, 2, 2), Grid(1, 2, 3), Grid(1, 1, 4)), (4, 2, 3)
@@ -47,7 +47,7 @@ def test_work_of_rows_is_that_of_their_clips(tiny):
     work = monitors.make_flops_fn(config)
     assert work is not None
     assert work(batch) == count_training_flops(config.dit, [grid.volume for grid in grids], texts)
-    adapted = monitors.make_flops_fn(dataclasses.replace(config, start="somewhere", lora=LoraConfig()))
+    adapted = monitors.make_flops_fn(dataclasses.replace(config, init_from="somewhere", lora=LoraConfig()))
     assert adapted is not None
     assert adapted(batch) == work(batch) * 2 // 3
     assert [monitors.infer_grid(compute_positions(grid)) for grid in grids] == list(grids)
@@ -61,7 +61,7 @@ AVERAGES = EmaConfig(decays=(0.2,), sigmas=(0.05, 0.1), snapshot_every=1)
 
 @pytest.fixture(scope="module")
 def watched(tiny, tiny_run, tiny_clips, tmp_path_factory):
-    """The tiny run's autoencoder and latents, and a denoiser that is watched."""
+    """Return a finished run with the autoencoder and latents of the tiny run and all monitors of a denoiser."""
     folder = shutil.copytree(tiny_run, tmp_path_factory.mktemp("watched") / "run")
     for part in ("denoiser", "pipeline"):
         shutil.rmtree(folder / part)
@@ -90,13 +90,13 @@ def test_held_out_clips_are_judged_the_same_each_time(watched):
     assert entries[6]["tokens_per_second"] > 0
     assert entries[6]["model_flops_per_second"] > 0
     assert entries[6]["skipped"] == 0
-    # With the weights of the end the figure of the end is found again: noise and times are the same.
+    # The final weights give the final figure again, because noise and times are the same.
     state = SimpleNamespace(ema=watched.run.newest_pipeline().denoiser_params)
     assert watched.validation.call(1000, state)["validation_loss"] == pytest.approx(found[1], rel=1e-6)
 
 
 @pytest.mark.slow
-def test_samples_and_a_trace_are_in_the_folder(watched):
+def test_a_run_leaves_samples_and_a_trace_in_its_folder(watched):
     (path,) = (watched.folder / "denoiser" / "samples").iterdir()
     assert path.name == "00000006.mp4"
     size = watched.run.pipeline_config().size
@@ -110,7 +110,7 @@ def test_each_average_can_be_sampled_from(watched):
     folder = watched.folder
     usual, own, short, none = (flatten(dit_video.load(folder, ema=ema).denoiser_params) for ema in (None, 0.9, 0.2, 0))
     wide, narrow = (flatten(dit_video.load(folder, sigma_rel=s).denoiser_params) for s in (0.1, 0.05))
-    path = max(usual, key=lambda name: np.abs(usual[name] - none[name]).max())  # which has moved most
+    path = max(usual, key=lambda name: np.abs(usual[name] - none[name]).max())  # the parameter that moved most
     np.testing.assert_array_equal(usual[path], own[path])
     for one, other in ((usual, short), (short, none), (wide, narrow), (wide, usual)):
         assert one.keys() == other.keys()
@@ -126,7 +126,7 @@ def test_each_average_can_be_sampled_from(watched):
         dit_video.load(folder / "pipeline", ema=0.9)
 
 
-def test_a_config_of_before_averages_is_read(tiny):
+def test_a_config_written_before_averages_existed_is_read(tiny):
     document = config_json.to_json(tiny.EXPERIMENT)
     for part, names in (
         (document, ("monitoring", "max_consecutive_skips")),

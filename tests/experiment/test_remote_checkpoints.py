@@ -1,4 +1,4 @@
-"""A run whose checkpoints lie elsewhere, from where another machine goes on."""
+"""A run with remote checkpoints, from which another machine continues."""
 
 import shutil
 
@@ -13,7 +13,7 @@ from support.interruptions import interrupt
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_run_whose_folder_is_lost_goes_on_from_checkpoints_elsewhere(
+def test_a_run_that_lost_its_folder_continues_from_remote_checkpoints(
     tiny, tiny_run, tiny_clips, tmp_path, monkeypatch
 ):
     elsewhere = tmp_path / "bucket" / "run"
@@ -39,7 +39,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_checkpoints_elsewhere(
         Run.open(tiny_run).link_checkpoints(elsewhere)
 
 
-def test_checkpoints_at_an_address(tiny, tmp_path, memory):
+def test_a_run_remembers_the_address_of_its_checkpoints(tiny, tmp_path, memory):
     run = Run.create(tmp_path / "run", tiny.EXPERIMENT)
     run.link_checkpoints(memory)
     run.link_checkpoints(memory)  # the same command again

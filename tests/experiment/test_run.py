@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.core import config_json
-from dit_video.core import trees as trees
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core import config_json, trees
+from dit_video.core.errors import UserError
 from dit_video.data.augmentation import Augmentation
 from dit_video.data.bucketing.batches import BucketConfig
 from dit_video.data.bucketing.buckets import BatchMemory
@@ -31,13 +30,15 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture
 def copy(tiny_run, tmp_path):
-    """A copy of the finished run, which may be changed."""
+    """Return a copy of the finished run that a test may change."""
     return shutil.copytree(tiny_run, tmp_path / "run")
 
 
 def content(folder):
-    """Every file with its time of writing and its bytes. (A log of metrics is written again when it is opened, and a
-    lock says who has it.)"""
+    """Return the time of writing and the bytes of every file.
+
+    A log of metrics is an exception, because it is written again when it is opened, and so is a lock.
+    """
     return {
         path.relative_to(folder).as_posix(): (
             0 if path.name == "metrics.jsonl" else path.stat().st_mtime_ns,
@@ -81,7 +82,7 @@ def test_the_config_and_the_command_are_kept(tiny, tiny_run):
     )
 
 
-def test_training_again_does_nothing_anew(tiny, tiny_run, tiny_clips, copy):
+def test_training_a_finished_run_again_recomputes_nothing(tiny, tiny_run, tiny_clips, copy):
     before = content(copy)
     pipeline = Run.create(copy, tiny.EXPERIMENT).train(tiny_clips)
     assert content(copy) == before
@@ -103,11 +104,11 @@ def test_latents_are_those_of_the_training_clips_and_normalised(tiny, tiny_run):
 
 
 STAGES = {"autoencoder": ("autoencoder", "latents", "denoiser", "pipeline"), "denoiser": ("denoiser", "pipeline")}
-"""What is to be made again if a stage's result goes."""
+"""Results to be made again if the result of a stage is removed."""
 
 
 def begin(copy, tiny_clips, monkeypatch, *, stage, at, how):
-    """Remove the results from `stage` on, and run until the interruption."""
+    """Remove the results from `stage` on, and train until the interruption."""
     for folder in STAGES[stage]:
         shutil.rmtree(copy / folder)
     with monkeypatch.context() as patch:
@@ -117,8 +118,8 @@ def begin(copy, tiny_clips, monkeypatch, *, stage, at, how):
 
 
 def assert_is_unfinished(pipeline, final):
-    """What was loaded has the newest checkpoint's averaged weights, which are not the last ones."""
-    weights, last = trees.flatten(pipeline._denoiser.params), trees.flatten(final._denoiser.params)
+    """Assert that the loaded weights are the averages of the newest checkpoint, which are not the final ones."""
+    weights, last = trees.flatten(pipeline.denoiser_params), trees.flatten(final.denoiser_params)
     assert weights.keys() == last.keys()
     assert any(not np.array_equal(weights[path], last[path]) for path in weights)
     assert pipeline.config == final.config
@@ -196,7 +197,7 @@ def test_latents_of_another_autoencoder_are_refused(copy):
         Run.open(copy).encode_latents()
 
 
-# Folders that are no run, or not this one.
+# Folders without a run, or with another one.
 
 
 def test_the_same_config_continues_and_another_is_refused(tiny, copy):
@@ -210,55 +211,13 @@ def test_the_same_config_continues_and_another_is_refused(tiny, copy):
         Run.create(copy, other)
 
 
-def test_a_folder_with_other_files_is_refused_and_left_alone(tiny, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
-        Run.create(tmp_path, tiny.EXPERIMENT)
-    with pytest.raises(UserError, match="is a file"):
-        Run.create(tmp_path / "thesis.tex", tiny.EXPERIMENT)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_rendered_clips_may_lie_in_a_new_run_s_folder(tiny, tmp_path):
-    (tmp_path / "clips").mkdir()
-    Run.create(tmp_path, tiny.EXPERIMENT)
-    assert (tmp_path / "experiment.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        ({"format": 0, "experiment": {}}, "run of format 0, this version reads 1"),
-        ([], "run of format None"),
-        ({"format": 1}, "holds no experiment"),
-        ({"format": 1, "experiment": {"type": "os:system", "command": "x"}}, "lies outside dit_video"),
-        ({"format": 1, "experiment": {"type": "dit_video.generation:Sampling"}}, "holds no experiment"),
-        ({"format": 1, "experiment": {"type": "dit_video.experiment:Gone"}}, "does not exist in this version"),
-        ({"format": 1, "experiment": {"type": "dit_video.experiment:Data", "pixels": 1}}, "no field pixels"),
-    ],
-)
-def test_another_version_s_run_is_refused(tmp_path, document, message):
-    (tmp_path / "experiment.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=message) as error:
-        Run.open(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_no_such_run(tmp_path):
-    with pytest.raises(MissingError, match="no such run"):
-        Run.open(tmp_path / "nowhere")
-
-
-# Clips.
-
-
 @pytest.fixture
 def clips(tiny_clips, tmp_path):
-    """A copy of the clips, which may be changed."""
+    """Return a copy of the clips that a test may change."""
     return shutil.copytree(tiny_clips, tmp_path / "clips")
 
 
-def test_what_cannot_be_decoded_is_set_aside_and_counted_and_the_run_goes_on(tiny, clips, tmp_path, capsys):
+def test_files_that_cannot_be_decoded_are_skipped_and_counted(tiny, clips, tmp_path, capsys):
     damaged, cut = sorted((clips / "clips").glob("*.mp4"))[:2]
     damaged.write_bytes(b"not a video at all")
     cut.write_bytes(cut.read_bytes()[:200])
@@ -297,12 +256,12 @@ def test_a_held_out_clip_that_does_not_exist_is_named(tiny, tiny_clips, tmp_path
         started.train(tiny_clips)
 
 
-# What the stages are made of.
+# Parts of the stages.
 
 
 @pytest.fixture
 def two_windows(tiny, tiny_run):
-    """The run with windows of two shapes, for a look at its batches."""
+    """Return the trainer of a run with windows of two shapes."""
     windows = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
     autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=windows)
     return Run(folder=tiny_run, experiment=dataclasses.replace(tiny.EXPERIMENT, autoencoder=autoencoder), command="")
@@ -310,18 +269,18 @@ def two_windows(tiny, tiny_run):
 
 def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
     stretches = ClipCrops(two_windows.training_clips, two_windows.experiment.limits)
-    whole = list(itertools.islice(two_windows.autoencoder.windows(stretches, 0, "autoencoder"), 7))
+    whole = list(itertools.islice(two_windows.autoencoder.open_windows(stretches, 0, "autoencoder"), 7))
     assert [batch.shape[:2] for batch in whole] == [(2, 5), (1, 9), (2, 5), (1, 9), (2, 5), (1, 9), (2, 5)]
     for start in (1, 2, 5):
-        rest = list(itertools.islice(two_windows.autoencoder.windows(stretches, start, "autoencoder"), 7 - start))
+        rest = list(itertools.islice(two_windows.autoencoder.open_windows(stretches, start, "autoencoder"), 7 - start))
         assert all(np.array_equal(*pair) for pair in zip(rest, whole[start:], strict=True))
-    other = next(two_windows.autoencoder.windows(stretches, 0, "another purpose"))
+    other = next(two_windows.autoencoder.open_windows(stretches, 0, "another purpose"))
     assert not np.array_equal(other, whole[0])
 
 
-def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
+def test_clips_smaller_than_every_window_are_reported(two_windows, capsys):
     stretches = ClipCrops(two_windows.training_clips, two_windows.experiment.limits)
-    two_windows.autoencoder.windows(stretches, 0, "autoencoder").close()
+    two_windows.autoencoder.open_windows(stretches, 0, "autoencoder").close()
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
     assert f"{images} clips are smaller than a window" in capsys.readouterr().err
@@ -361,7 +320,7 @@ def test_a_start_that_failed_can_be_corrected(tiny, tiny_clips, tmp_path):
         Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=wrong))
 
 
-def test_a_run_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, tmp_path):
+def test_a_run_can_train_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, tmp_path):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
     started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))
     started.take(tiny_clips)
@@ -377,7 +336,7 @@ def test_a_run_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_in_buckets(tiny, tiny_run, tiny_clips, tmp_path, capsys):
+def test_a_run_can_train_on_bucketed_batches(tiny, tiny_run, tiny_clips, tmp_path, capsys):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
     buckets = BucketConfig(memory=BatchMemory(fixed=0, per_token=1), budget=24, count=2)
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, buckets=buckets)
@@ -410,7 +369,7 @@ def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
         Run.open(copy).train_denoiser()
 
 
-def test_a_pipeline_s_defaults_are_the_data_s(tiny, tiny_run):
+def test_the_defaults_of_a_pipeline_come_from_its_training_data(tiny, tiny_run):
     config = Run.open(tiny_run).pipeline_config()
     assert config.size == Grid(9, 16, 32)
     assert config.fps == 8.0

@@ -1,4 +1,4 @@
-"""One command from a run, or from a pipeline alone, to a student of few steps, its table and its report."""
+"""The command that distills a run or a pipeline to a student of few steps, with a table and a report."""
 
 import json
 
@@ -13,7 +13,7 @@ COMMON = ["--log-every", 1, "--warmup", 1, "--seeds", 1, "--full", 3]
 
 
 @pytest.mark.parametrize("method", ["consistency", "dmd"])
-def test_a_run_is_distilled(script, tiny_run, tmp_path, method):
+def test_one_command_distills_a_run(script, tiny_run, tmp_path, method):
     options = ["--method", method, "--steps", 4, "--critic-steps", 2, *COMMON]
     ended = script("experiments/distill.py", tiny_run, "--workdir", tmp_path / "run", *options)
     assert ended.code == 0, ended.err
@@ -27,12 +27,12 @@ def test_a_run_is_distilled(script, tiny_run, tmp_path, method):
     ]
     assert ended.out.count("of the teacher's following and spread") == 7
     assert "few_steps" in (tmp_path / "run" / "report.html").read_text()
-    # Again: nothing is left to be done, and the student is the same.
+    # A repetition has nothing to do, and the student is the same.
     assert script("experiments/distill.py", tiny_run, "--workdir", tmp_path / "run", *options).code == 0
     assert json.loads((tmp_path / "run" / "few_steps.json").read_text()) == table
 
 
-def test_a_pipeline_is_distilled_on_clips_that_are_rendered(script, tiny_run, tmp_path):
+def test_one_command_distills_a_pipeline_on_rendered_clips(script, tiny_run, tmp_path):
     options = ["--steps", 2, "--clips", 30, *COMMON[:-4], "--seeds", 0]
     ended = script("experiments/distill.py", tiny_run / "pipeline", "--workdir", tmp_path / "run", *options)
     assert ended.code == 0, ended.err
@@ -41,7 +41,7 @@ def test_a_pipeline_is_distilled_on_clips_that_are_rendered(script, tiny_run, tm
     dit_video.load(tmp_path / "run").generate("a red circle", size=(1, 16, 16))
 
 
-def test_a_teacher_that_is_not_there(script, tmp_path):
+def test_a_missing_teacher_is_named(script, tmp_path):
     ended = script("experiments/distill.py", tmp_path / "nowhere")
     assert ended.code == 2
     assert "nowhere" in ended.err

@@ -1,4 +1,4 @@
-"""One command from a folder of Wan and three clips to adapters or weights, samples and a report."""
+"""The command that fine-tunes a folder of Wan on three clips, with samples and a report."""
 
 import csv
 import shutil
@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Three real clips with their captions; where they are not at hand, rendered ones."""
+    """Return a folder of three real clips with captions, or of rendered ones if the real ones are absent."""
     folder = tmp_path_factory.mktemp("data") / "clips"
     if not SHARED.is_dir():
         return shapes.write_folder(folder, count=3, seed=0, sizes=(Grid(9, 32, 48), Grid(5, 32, 32), Grid(9, 48, 32)))
@@ -53,7 +53,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture
 def finetuned(process, model, clips, tmp_path):
-    """Runs the command; returns the run's folder, after a look at what every such run has."""
+    """Return a function that runs the command, checks the common results and returns the run folder."""
 
     def start(*options, model=model):
         run = tmp_path / "run"
@@ -75,7 +75,7 @@ def finetuned(process, model, clips, tmp_path):
     return start
 
 
-def test_adapters(finetuned, model):
+def test_fine_tuning_with_lora_writes_adapters_that_reproduce_the_run(finetuned, model):
     run = finetuned("--learning-rate", 3e-2, "--lora.rank", 4)
     assert not (run / TRANSFORMER_FOLDERS["dit"]).exists()
     start, trained = dit_video.load(model), flatten(dit_video.load(run).denoiser_params)
@@ -88,7 +88,7 @@ def test_adapters(finetuned, model):
         assert (np.abs(trained[path] - before).max() > 1e-4) == adapted, path
 
 
-def test_all_weights(finetuned, model):
+def test_full_fine_tuning_writes_and_changes_every_weight(finetuned, model):
     run = finetuned("--train", "full", "--learning-rate", 3e-3)
     assert not (run / LORA_FILE).exists()
     assert not (run / ADAPTER_FILE).exists()
@@ -109,8 +109,8 @@ def animating(tmp_path_factory):
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_a_model_that_animates_an_image(finetuned, animating, train):
-    """Of all weights, and of adapters those of every block, are those that read the image's tokens."""
+def test_fine_tuning_an_image_to_video_model_trains_the_layers_of_image_tokens(finetuned, animating, train):
+    """Both ways of training change the layers that read the tokens of the image."""
     rate = {"lora": 3e-2, "full": 3e-3}[train]
     run = finetuned("--train", train, "--learning-rate", rate, "--lora.rank", 4, model=animating)
     start, pipeline = dit_video.load(animating), dit_video.load(run)
@@ -128,8 +128,8 @@ def test_a_model_that_animates_an_image(finetuned, animating, train):
         np.testing.assert_allclose(leaf, trained[path], atol=1e-5, err_msg=path)
 
 
-def test_one_of_two_experts(finetuned, tmp_path):
-    """Samples come from both: that which was trained, and the other as it was."""
+def test_one_of_two_experts_is_trained_and_the_other_stays(finetuned, tmp_path):
+    """Samples come from both experts, the trained one and the other."""
     write_wan(tmp_path / "two", **TWO | {"boundary_ratio": 0.5})
     run = finetuned("--expert", "low", "--learning-rate", 3e-2, "--lora.rank", 4, model=tmp_path / "two")
     assert not any((run / name).exists() for name in TRANSFORMER_FOLDERS.values())

@@ -17,7 +17,7 @@ SHELL = sorted(path.name for path in LAUNCH.glob("*.sh"))
 
 
 @pytest.mark.parametrize("name", SHELL)
-def test_a_shell_script_is_one_and_starts_the_same_training(name):
+def test_every_shell_script_is_valid_bash_and_starts_the_same_training(name):
     path = LAUNCH / name
     assert path.stat().st_mode & 0o111
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
@@ -29,19 +29,19 @@ def test_a_shell_script_is_one_and_starts_the_same_training(name):
     assert "experiments/train.py" in started
 
 
-def test_every_file_is_looked_at():
+def test_the_tests_cover_every_launch_file():
     assert {path.name for path in LAUNCH.iterdir()} == {*SHELL, "jobset.yaml"}
 
 
-def test_a_script_without_arguments_says_what_it_takes():
+def test_a_script_without_arguments_prints_its_usage():
     for name in ("processes.sh", "tpu_vm.sh"):
         done = subprocess.run(["bash", str(LAUNCH / name)], capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert done.stderr.startswith("usage:")
 
 
-def test_processes_are_given_their_places(tmp_path):
-    """With a stand-in for Python that says what it was given; the last one fails."""
+def test_every_process_gets_its_index_and_the_coordinator(tmp_path):
+    """A fake Python prints its arguments, and the one of the last process fails."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$COORDINATOR_ADDRESS $NUM_PROCESSES $PROCESS_ID $*"\nexit "$PROCESS_ID"\n')
     python.chmod(0o755)
@@ -57,7 +57,7 @@ def test_processes_are_given_their_places(tmp_path):
     assert sorted(done.stdout.splitlines()) == given
 
 
-def test_a_slurm_job_is_told_before_it_ends_and_starts_again():
+def test_a_slurm_job_is_signalled_before_its_end_and_requeued():
     text = (LAUNCH / "slurm.sh").read_text()
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", text, re.MULTILINE))
     assert options["signal"].startswith("TERM@")
@@ -88,7 +88,7 @@ def test_the_jobset_fits_its_slice_and_the_exit_codes():
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
-def test_the_variables_are_those_that_are_read():
+def test_the_launch_files_set_the_variables_that_the_package_reads():
     for name in ("processes.sh", "jobset.yaml"):
         text = (LAUNCH / name).read_text()
         assert all(variable in text for variable in _VARIABLES)

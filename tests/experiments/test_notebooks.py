@@ -30,16 +30,16 @@ SPIRAL = {
     "right": "right",
     "spread": "spread",
 }
-"""what the spiral is asked"""
+"""Expressions to be evaluated after the spiral notebook."""
 
 
-def executed(name, monkeypatch, **environment):
-    """The notebook after all its cells ran, in its own folder, with these variables in its environment."""
-    return asked(name, monkeypatch, {}, **environment)[0]
+def execute_notebook(name, monkeypatch, **environment):
+    """Execute a notebook in its own folder, with these environment variables, and return it."""
+    return evaluate_notebook(name, monkeypatch, {}, **environment)[0]
 
 
-def asked(name, monkeypatch, questions, **environment):
-    """The notebook after all its cells ran, and the values of these expressions at its end."""
+def evaluate_notebook(name, monkeypatch, questions, **environment):
+    """Execute a notebook and return it with the values of these expressions at its end."""
     path = ROOT / "experiments" / "notebooks" / f"{name}.ipynb"
     found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     for variable, value in {"PYTHONPATH": os.pathsep.join(found), **environment}.items():
@@ -57,7 +57,7 @@ def asked(name, monkeypatch, questions, **environment):
 
 
 def pictures(notebook):
-    """How many pictures each cell shows that shows some, by the cell's id."""
+    """Count the pictures of each cell that shows some, by its id."""
     counts = {
         cell.id: sum("image/png" in output.get("data", {}) for output in cell.outputs)
         for cell in notebook.cells
@@ -67,7 +67,7 @@ def pictures(notebook):
 
 
 def shown(notebook):
-    """The HTML of every cell that shows some, by the cell's id."""
+    """Return the HTML output of each cell that has some, by its id."""
     return {
         cell.id: "".join(output.data["text/html"] for output in cell.outputs if "text/html" in output.get("data", {}))
         for cell in notebook.cells
@@ -89,7 +89,7 @@ def test_a_notebook_is_valid_and_holds_no_outputs(path):
 
 
 def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
-    notebook = executed("sample", monkeypatch, DIT_VIDEO_RUN=tiny_run, **QUICK)
+    notebook = execute_notebook("sample", monkeypatch, DIT_VIDEO_RUN=tiny_run, **QUICK)
     pages = shown(notebook)
     assert pages["one-clip"].count("<video") == 1
     assert pages["many-clips"].count("<video") == 3
@@ -104,8 +104,8 @@ def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-def test_the_spiral_notebook_shows_what_it_says(monkeypatch):
-    notebook, found = asked("spiral", monkeypatch, SPIRAL, **BRIEF)
+def test_the_spiral_notebook_shows_the_results_that_its_text_states(monkeypatch):
+    notebook, found = evaluate_notebook("spiral", monkeypatch, SPIRAL, **BRIEF)
     assert pictures(notebook) == {
         "process": 1,
         "loss-by-time": 1,
@@ -120,7 +120,7 @@ def test_the_spiral_notebook_shows_what_it_says(monkeypatch):
     }
     assert all(aware < blind for aware, blind in found["fields"])  # the network's errors with the time, and without
     exact, trained, _ = (np.asarray(values) for values in found["losses"])
-    assert (exact < 1.01 * trained).all()  # nothing is better but by chance, in so many draws
+    assert (exact < 1.01 * trained).all()  # a better result would be chance
     assert found["ddpm"] < 1e-3
     for solver in ("Heun", "DPM-Solver++ 2M", "UniPC"):
         assert found["errors"][solver][-1] < found["errors"]["Euler (DDIM)"][-1]
@@ -129,9 +129,9 @@ def test_the_spiral_notebook_shows_what_it_says(monkeypatch):
 
 @pytest.mark.slow
 def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
-    _, found = asked("spiral", monkeypatch, SPIRAL)
+    _, found = evaluate_notebook("spiral", monkeypatch, SPIRAL)
     floor = found["floor"]
-    assert found["aware"] < 4 * floor  # its mistakes: 3.0 was measured
+    assert found["aware"] < 4 * floor  # 3.0 was measured
     assert found["placed"][0] > 0.8  # of data 0.95 are on an arm
     assert found["placed"][1] < found["placed"][0] - 0.1
     assert max(aware for aware, _ in found["fields"]) < 0.25
@@ -141,7 +141,7 @@ def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
     smooth, carried, healed = found["mistake"]
     assert min(smooth, healed) > carried + 0.03
     without_noise, *with_noise = found["reached"]
-    assert max(with_noise) < 2 * floor  # which heals the network's mistakes
+    assert max(with_noise) < 2 * floor  # noise corrects the mistakes of the network
     assert max(with_noise) < without_noise < 4 * floor
     errors = found["errors"]
     for solver, share in (("Heun", 0.6), ("DPM-Solver++ 2M", 0.3), ("UniPC", 0.3)):  # .53, .19 and .18 were measured
@@ -154,7 +154,7 @@ def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_notebook_that_looks_inside_a_run(tiny_run, monkeypatch):
+def test_the_inside_a_run_notebook_runs_and_shows_pictures(tiny_run, monkeypatch):
     questions = {
         "losses": "{name: values.tolist() for name, values in losses.items()}",
         "distance": "distance.tolist()",
@@ -162,7 +162,7 @@ def test_the_notebook_that_looks_inside_a_run(tiny_run, monkeypatch):
         "maps": "maps.sum(axis=-1).tolist()",
         "shares": "[table.sum(axis=-1).tolist() for table in distances.values()]",
     }
-    notebook, found = asked("inside_a_run", monkeypatch, questions, DIT_VIDEO_RUN=tiny_run, **BRIEF)
+    notebook, found = evaluate_notebook("inside_a_run", monkeypatch, questions, DIT_VIDEO_RUN=tiny_run, **BRIEF)
     assert pictures(notebook) == {
         "schedules-pictures": 1,
         "times-picture": 1,
@@ -182,21 +182,21 @@ def test_the_notebook_that_looks_inside_a_run(tiny_run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_model_that_comes_with_the_repository_seen_from_inside(monkeypatch):
+def test_the_bundled_model_shows_the_effects_that_the_inside_a_run_notebook_describes(monkeypatch):
     questions = {
         "losses": "{name: values.mean(axis=1).tolist() for name, values in losses.items()}",
         "found": "found",
         "distance": "distance.mean(axis=1).tolist()",
     }
-    _, found = asked("inside_a_run", monkeypatch, questions)
+    _, found = evaluate_notebook("inside_a_run", monkeypatch, questions)
     own, none, other = (np.asarray(found["losses"][name]) for name in ("its caption", "no caption", "another caption"))
     assert own.mean() < none.mean() < other.mean()
-    assert own[0] > own[len(own) // 2]  # of little noise little can be said
+    assert own[0] > own[len(own) // 2]  # little noise is hard to predict
     assert all(found["found"][what][-1] > 0.8 for what in ("colour", "direction"))
     assert found["distance"][0] > found["distance"][len(found["distance"]) // 2] > found["distance"][-1] == 0
 
 
-def test_the_checkpoint_that_comes_with_the_repository_samples_what_is_asked():
+def test_the_bundled_checkpoint_samples_the_prompted_colour():
     assert PRETRAINED.is_dir(), "experiments/pretrained/shapes is missing; the quickstart makes it"
     files = [path for path in PRETRAINED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 6_000_000

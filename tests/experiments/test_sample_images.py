@@ -12,7 +12,7 @@ SAMPLE = "experiments/sample.py"
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Two, of another size than what is sampled."""
+    """Write two pictures of another size than the samples."""
     paths = [tmp_path / f"{seed}.png" for seed in range(2)]
     for seed, path in enumerate(paths):
         frames = np.random.default_rng(seed).integers(0, 256, (1, 20, 24, 3), dtype=np.uint8)
@@ -33,7 +33,7 @@ def test_a_clip_begins_with_an_image(script, tmp_path, pictures):
     assert (clips[0] != clips[1]).any()
 
 
-def test_images_that_do_not_go(script, tmp_path, pictures):
+def test_images_that_a_model_cannot_use_are_refused(script, tmp_path, pictures):
     write_wan(tmp_path / "wan")
     given = ("--image", pictures[0], "--size", "5x16x16", "--steps", 2, "--out", tmp_path / "x.gif")
     done = script(SAMPLE, tmp_path / "wan", "--prompt", "a dog", *given)

@@ -1,4 +1,4 @@
-"""The scripts as a user starts them. What needs no process of its own runs in this one, which is much faster."""
+"""The scripts as a user starts them, most of them within this process, which is much faster."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def copy(tiny_run, tmp_path):
 
 @pytest.fixture
 def few_samples(monkeypatch):
-    """An evaluation of three samples instead of all 162."""
+    """Restrict evaluations to three samples instead of all 162."""
     monkeypatch.setattr(evaluate, "make_shape_requests", lambda seed: REQUESTS)
 
 
@@ -67,7 +67,7 @@ def test_sample_writes_a_file(process, tiny_run, tmp_path):
     assert decode(out).frames.shape == (5, 16, 16, 3)
 
 
-def test_sample_a_list_of_prompts(script, tiny_run, tmp_path):
+def test_sample_writes_the_clips_of_a_list_of_prompts(script, tiny_run, tmp_path):
     listed = [
         {"prompt": PROMPT, "frames": 9, "height": 16, "width": 32, "seed": 1},
         {"prompt": "a blue square", "frames": 1, "height": 16, "width": 16},
@@ -86,7 +86,7 @@ def test_sample_a_list_of_prompts(script, tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webm", "apng"])
-def test_sample_in_other_formats(script, tiny_run, tmp_path, suffix):
+def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
     out = tmp_path / f"clip.{suffix}"
     assert script("experiments/sample.py", tiny_run, "--prompt", PROMPT, "--size", "5x16x16", "--out", out).code == 0
     assert decode(out).frames.shape == (5, 16, 16, 3)
@@ -95,12 +95,12 @@ def test_sample_in_other_formats(script, tiny_run, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", PROMPT, "--size", "17x32"], "--size 17x32 is invalid: use FRAMESxHEIGHTxWIDTH"),
-        (["--prompt", PROMPT, "--size", "big"], "--size big is invalid: use FRAMESxHEIGHTxWIDTH"),
+        (["--prompt", PROMPT, "--size", "17x32"], "--size 17x32 is invalid: it must be FRAMESxHEIGHTxWIDTH"),
+        (["--prompt", PROMPT, "--size", "big"], "--size big is invalid: it must be FRAMESxHEIGHTxWIDTH"),
         (["--prompt", PROMPT, "--size", "8x16x16"], "T=8 is not 1 + 4k for temporal stride 4; use 5 or 9"),
         (["--prompt", PROMPT, "--size", "5x16x24"], "width 24 is not divisible by 16"),
         (["--prompt", PROMPT, "--sampler", "plms"], "unknown sampler 'plms'; use one of ddim, ddpm"),
-        (["--prompt", PROMPT, "--steps", "0"], "at least 1 step"),
+        (["--prompt", PROMPT, "--steps", "0"], "--steps 0 is invalid: it must be at least 1"),
         (["--prompt", PROMPT, "--rescale", "2"], "rescale=2.0 is invalid: it must lie in [0, 1]"),
         (["--prompt", PROMPT, "--interval", "0.8", "0.2"], "interval=(0.8, 0.2) is invalid"),
         (["--prompt", PROMPT, "--prompts", "list.json"], "use --prompt TEXT or --prompts FILE"),
@@ -109,7 +109,7 @@ def test_sample_in_other_formats(script, tiny_run, tmp_path, suffix):
         (["--prompts", "nowhere.json", "--size", "5x16x16"], "need --prompt; drop them"),
     ],
 )
-def test_sample_says_what_is_wrong(script, tiny_run, tmp_path, arguments, message):
+def test_sample_explains_wrong_arguments_in_one_line(script, tiny_run, tmp_path, arguments, message):
     assert_one_line(script("experiments/sample.py", tiny_run, "--out", tmp_path / "clip.mp4", *arguments), message)
     assert list(tmp_path.iterdir()) == []
 
@@ -119,12 +119,12 @@ def test_sample_refuses_an_unknown_format_before_it_samples(script, tiny_run, tm
     assert_one_line(ended, "clip.avi has no known suffix; use one of .mp4")
 
 
-def test_no_such_run(process, tmp_path):
+def test_sample_names_a_run_that_does_not_exist(process, tmp_path):
     ended = process("experiments/sample.py", tmp_path / "nowhere", "--prompt", PROMPT, "--out", tmp_path / "clip.mp4")
     assert_one_line(ended, f"no such run: {tmp_path / 'nowhere'}")
 
 
-def test_a_folder_that_is_no_run(script, tmp_path):
+def test_sample_and_evaluate_refuse_a_folder_that_is_no_run(script, tmp_path):
     ended = script("experiments/sample.py", tmp_path, "--prompt", PROMPT, "--out", tmp_path / "clip.mp4")
     assert_one_line(ended, "holds neither pipeline.json nor experiment.json")
     assert_one_line(script("experiments/evaluate.py", tmp_path), "holds neither")
@@ -133,7 +133,7 @@ def test_a_folder_that_is_no_run(script, tmp_path):
 # evaluate.py
 
 
-def test_evaluate_a_run(script, copy, few_samples):
+def test_evaluate_writes_the_metrics_and_the_report_of_a_run(script, copy, few_samples):
     ended = script("experiments/evaluate.py", copy, "--seed", 5, "--steps", 1, "--sampler", "heun")
     assert ended.code == 0, ended.err
     metrics = json.loads((copy / "metrics.json").read_text())
@@ -148,9 +148,9 @@ def test_evaluate_a_run(script, copy, few_samples):
     assert f"sample.py {copy} --prompt" in page
 
 
-def test_evaluate_a_pipeline_elsewhere(script, tiny_run, tmp_path, few_samples):
+def test_evaluate_writes_the_figures_of_a_pipeline_to_another_folder(script, tiny_run, tmp_path, few_samples):
     alone = shutil.copytree(tiny_run / "pipeline", tmp_path / "shapes")
-    assert_one_line(script("experiments/evaluate.py", alone), "say where the files go with --out")
+    assert_one_line(script("experiments/evaluate.py", alone), "use --out FOLDER")
     ended = script("experiments/evaluate.py", alone, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "report.html", "samples"]
@@ -173,7 +173,7 @@ def test_train_continues_a_run_samples_it_and_reports(script, copy, tiny_clips, 
     assert "reconstruction of held-out clips" in ended.out
 
 
-def test_train_takes_scalars_from_the_command_line(script, copy, tiny_clips):
+def test_train_accepts_scalar_settings_on_the_command_line(script, copy, tiny_clips):
     ended = script("experiments/train.py", ROOT / TINY, "--data", tiny_clips, "--workdir", copy, "--denoiser.steps", 12)
     assert_one_line(ended, "another config (denoiser.steps is 10 there and 12 here)")
 
@@ -187,7 +187,7 @@ def test_train_refuses_clips_that_do_not_exist(process, tiny_clips, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_train_takes_addresses(script, copy, tiny_clips, memory, few_samples):
+def test_train_accepts_addresses_of_data_sets(script, copy, tiny_clips, memory, few_samples):
     ingest(tiny_clips, f"{memory}/data")
     shutil.rmtree(copy / "data")
     copy_of = copy / "latents"
@@ -232,7 +232,7 @@ def test_train_refuses_folders_without_clips(script, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_train_refuses_configs_that_are_none(script, tmp_path):
+def test_train_refuses_files_that_are_no_configs(script, tmp_path):
     def start(*arguments):
         return script("experiments/train.py", *arguments, "--data", tmp_path, "--workdir", tmp_path / "run")
 
@@ -259,8 +259,8 @@ def test_train_explains_itself(script):
 
 @pytest.fixture
 def tiny_quickstart(tiny, tiny_run, monkeypatch, few_samples):
-    """The quickstart with the tiny experiment in place of its own, whose training is a copy of the tiny run's."""
-    quickstart = types.SimpleNamespace(experiment=tiny.experiment, clips=lambda *, brief: tiny.COUNT)
+    """Replace the experiment of the quickstart by the tiny one, and its training by a copy of the tiny run."""
+    quickstart = types.SimpleNamespace(make_experiment=tiny.experiment, count_clips=lambda *, brief: tiny.COUNT)
     monkeypatch.setitem(sys.modules, "configs", types.SimpleNamespace(quickstart=quickstart))
     render = shapes.write_folder
     monkeypatch.setattr(shapes, "write_folder", lambda *args, **given: render(*args, **given, sizes=tiny.SIZES))
@@ -276,7 +276,7 @@ def tiny_quickstart(tiny, tiny_run, monkeypatch, few_samples):
     return trained
 
 
-def test_quickstart_goes_from_nothing_to_a_report_and_again(script, tiny_quickstart, tmp_path):
+def test_the_quickstart_makes_a_report_and_can_be_repeated(script, tiny_quickstart, tmp_path):
     work = tmp_path / "work"
     first = script("experiments/quickstart.py", "--workdir", work)
     assert first.code == 0, first.err
@@ -303,7 +303,7 @@ def test_quickstart_goes_from_nothing_to_a_report_and_again(script, tiny_quickst
     )
 
 
-def test_the_minutes_of_a_run_of_several_starts_are_not_known(script, tiny_quickstart, tiny, tmp_path):
+def test_the_report_of_a_resumed_run_states_no_duration(script, tiny_quickstart, tiny, tmp_path):
     Run.create(tmp_path / "work", tiny.EXPERIMENT)  # a start that was interrupted at once
     ended = script("experiments/quickstart.py", "--workdir", tmp_path / "work")
     assert ended.code == 0, ended.err
@@ -312,20 +312,20 @@ def test_the_minutes_of_a_run_of_several_starts_are_not_known(script, tiny_quick
 
 
 def newest(checkpoints):
-    """The newest checkpoint's step, seen from outside; 0 without one."""
+    """Return the step of the newest checkpoint as another process sees it, or 0."""
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def interrupted(command, run, stage, *, step, environment):
-    """Start a command, and press Ctrl-C once a stage has a checkpoint of at least `step`: its exit code and errors."""
+    """Interrupt a command once a stage has a checkpoint of at least `step`; return its exit code and errors."""
     process = subprocess.Popen(
         command,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # What a shell starts in the background ignores Ctrl-C, and so do its children, these tests' too.
+        # Commands that a shell starts in the background ignore Ctrl-C, and so do their children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -381,7 +381,7 @@ def test_a_brief_quickstart_survives_ctrl_c(tmp_path):
         "--workdir",
         str(tmp_path / "run"),
     ]
-    # So short a training saves its end alone: this one is interrupted between the two trainings, or in the second.
+    # A short training saves its end alone, so the interruption is between the trainings or in the second one.
     code, err = interrupted(command, tmp_path / "run", "autoencoder", step=1, environment=environment)
     if code == 130:
         assert "interrupted: the same command continues with the remaining work" in err

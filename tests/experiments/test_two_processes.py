@@ -1,4 +1,4 @@
-"""The whole of experiments/train.py as two processes, and as one."""
+"""All stages of experiments/train.py in two processes and in one."""
 
 import importlib.util
 import os
@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from dit_video.training.hooks.logging import read_metrics
-from support.devices import HANG, _environment, _free_port
+from support.devices import HANG, find_free_port, make_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 def test_two_processes_train_and_report_what_one_does(tiny_clips, tiny_run, tmp_path):
-    port, run = _free_port(), tmp_path / "run"
+    port, run = find_free_port(), tmp_path / "run"
     command = [sys.executable, "experiments/train.py", "tests/support/tiny.py"]
     options = ["--data", str(tiny_clips), "--workdir", str(run), "--patience.silent", "300"]
     logged = importlib.util.find_spec("wandb") is not None
@@ -23,7 +23,7 @@ def test_two_processes_train_and_report_what_one_does(tiny_clips, tiny_run, tmp_
     try:
         for index in range(2):
             place = {"COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": str(index)}
-            environment = {**_environment(1), **place, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
+            environment = {**make_environment(1), **place, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
             environment["WANDB_MODE"] = "offline"
             output = (tmp_path / f"{index}.txt").open("w")
             processes.append(

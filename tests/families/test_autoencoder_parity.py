@@ -1,4 +1,4 @@
-"""Our models equal diffusers', on small random weights that went through its folders."""
+"""Autoencoders equal those of diffusers, on small random weights from its folders."""
 
 import json
 
@@ -57,7 +57,7 @@ ATTENTION = SMALL | {
 
 
 @pytest.mark.parametrize("arguments", [STABLE_DIFFUSION, FLUX, ATTENTION], ids=["sd", "flux", "attention"])
-def test_image_autoencoder(tmp_path, arguments):
+def test_image_autoencoders_equal_diffusers(tmp_path, arguments):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKL(**arguments).eval()
@@ -100,7 +100,7 @@ VQ = {
     "scaling_factor": 0.5,
 }
 MOVQ = {
-    # As Kandinsky's: attention at the level of the lowest resolution, norms that the codes modulate.
+    # Like Kandinsky's: attention at the lowest resolution, and norms that the codes modulate.
     "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
     "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
     "block_out_channels": [32, 64],
@@ -113,7 +113,7 @@ MOVQ = {
 
 
 @pytest.mark.parametrize("arguments", [VQ, MOVQ], ids=["group", "spatial"])
-def test_vq_model(tmp_path, arguments):
+def test_vq_models_equal_diffusers(tmp_path, arguments):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.VQModel(**arguments).eval()
@@ -153,7 +153,7 @@ def test_vq_model(tmp_path, arguments):
         assert again.config[name] == theirs.config[name], name
 
 
-def test_kandinskys_movq_has_these_tensors():
+def test_kandinskys_movq_has_the_tensors_of_diffusers():
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     with torch.device("meta"):
         theirs = diffusers.VQModel(
@@ -177,13 +177,13 @@ def test_kandinskys_movq_has_these_tensors():
 
 
 def config_scale(arguments):
-    """What diffusion multiplies latents by."""
+    """Return the factor by which diffusion multiplies latents."""
     return np.float32(arguments.get("scaling_factor", 0.18215))
 
 
 @pytest.mark.parametrize("arguments", [WAN21, WAN22], ids=["2.1", "2.2"])
-def test_wan_autoencoder(tmp_path, arguments):
-    """17 frames are five chunks of diffusers' encoder and of its decoder."""
+def test_wan_autoencoders_equal_diffusers(tmp_path, arguments):
+    """The 17 frames are five chunks for the encoder and the decoder of diffusers."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKLWan(**arguments).eval()

@@ -1,4 +1,4 @@
-"""Autoencoders in diffusers' layout: out and in again, and what is refused. Equality with diffusers: test_parity.py."""
+"""Autoencoders are written in the layout of diffusers, read again, and refused if they do not fit."""
 
 import json
 
@@ -11,7 +11,7 @@ from dit_video.autoencoders import CausalVaeConfig
 from dit_video.core.errors import MissingError, UserError
 from dit_video.families import load_autoencoder, save_autoencoder
 from dit_video.tokens import Grid
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 CONFIG = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
 SHORTCUTS = CausalVaeConfig(
@@ -28,7 +28,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 
 @pytest.mark.parametrize("config", [CONFIG, SHORTCUTS], ids=["plain", "shortcuts"])
 def test_round_trip_is_bit_exact(tmp_path, config):
-    params = rough_params(config.make)
+    params = make_random_params(config.make)
     save_autoencoder(tmp_path, config, params)
     read_config, read = load_autoencoder(tmp_path)
     assert read_config == config
@@ -38,7 +38,7 @@ def test_round_trip_is_bit_exact(tmp_path, config):
 
 
 def test_the_names_and_layouts_are_diffusers(tmp_path):
-    save_autoencoder(tmp_path, CONFIG, rough_params(CONFIG.make))
+    save_autoencoder(tmp_path, CONFIG, make_random_params(CONFIG.make))
     tensors = safetensors.numpy.load_file(tmp_path / FILE)
     assert tensors["encoder.down_blocks.1.resample.1.weight"].shape == (4, 4, 3, 3)
     assert tensors["encoder.down_blocks.1.time_conv.weight"].shape == (4, 4, 3, 1, 1)
@@ -48,7 +48,7 @@ def test_the_names_and_layouts_are_diffusers(tmp_path):
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):
-    save_autoencoder(tmp_path, CONFIG, rough_params(CONFIG.make))
+    save_autoencoder(tmp_path, CONFIG, make_random_params(CONFIG.make))
     tensors = safetensors.numpy.load_file(tmp_path / FILE)
     del tensors["quant_conv.weight"]
     tensors["decoder.conv_in.bias"] = np.zeros(5, np.float32)
@@ -58,8 +58,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         load_autoencoder(tmp_path)
 
 
-def test_an_index_of_several_files(tmp_path):
-    params = rough_params(CONFIG.make)
+def test_an_autoencoder_in_several_files_is_read_by_its_index(tmp_path):
+    params = make_random_params(CONFIG.make)
     save_autoencoder(tmp_path, CONFIG, params, shard_bytes=2000)
     assert not (tmp_path / FILE).exists()
     assert len(list(tmp_path.glob("diffusion_pytorch_model-*.safetensors"))) > 2
@@ -70,7 +70,7 @@ def test_an_index_of_several_files(tmp_path):
         load_autoencoder(tmp_path)
 
 
-def _edited(folder, **changes):
+def edit_config(folder, **changes):
     document = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(document | changes))
 
@@ -87,20 +87,20 @@ def _edited(folder, **changes):
         ({"latents_mean": [0.0]}, "latents_mean has 1 values for 4 channels"),
     ],
 )
-def test_configs_that_are_not_known(tmp_path, changes, message):
-    save_autoencoder(tmp_path, CONFIG, rough_params(CONFIG.make))
-    _edited(tmp_path, **changes)
+def test_unsupported_configs_are_refused(tmp_path, changes, message):
+    save_autoencoder(tmp_path, CONFIG, make_random_params(CONFIG.make))
+    edit_config(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
         load_autoencoder(tmp_path)
 
 
 def test_a_pickled_folder_is_refused_with_the_conversion(tmp_path):
-    save_autoencoder(tmp_path, CONFIG, rough_params(CONFIG.make))
+    save_autoencoder(tmp_path, CONFIG, make_random_params(CONFIG.make))
     (tmp_path / FILE).rename(tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="convert it where torch is installed"):
         load_autoencoder(tmp_path)
 
 
-def test_no_folder(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(MissingError):
         load_autoencoder(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""From one layout to another and back, bit for bit, and what is refused."""
+"""Models are converted from one layout to another and back, bit for bit."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ from dit_video.families.wan.transformer import get_wan_modules
 from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import get_native_modules, load_lora, save, save_lora
-from support.devices import HANG
-from support.rough import rough_params
+from support.devices import HANG, PROGRAMS, make_environment
+from support.random_params import make_random_params
 from support.tiny_class_dit import DIT, SIT
 from support.tiny_t5 import CONFIG as TEXT
 from support.tiny_t5 import write_encoder
@@ -35,7 +35,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 
 
 def tensors(folder):
-    """Of all files, by name."""
+    """Return the tensors of all files, by name."""
     return {
         name: array
         for path in folder.glob("*.safetensors")
@@ -65,9 +65,9 @@ def assert_same_params(found, expected):
     ],
     ids=["Wan", "DiT", "SiT"],
 )
-def test_denoisers_between_all_layouts(tmp_path, config, layouts):
-    """What comes from another layout is, file for file, what is written in this one, also of mixed dtypes."""
-    params = rough_params(config.make)
+def test_denoisers_are_converted_between_all_layouts_bit_for_bit(tmp_path, config, layouts):
+    """A file converted from another layout equals the one written directly, also with mixed dtypes."""
+    params = make_random_params(config.make)
     params["blocks"] = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params["blocks"])
     first = tmp_path / layouts[0]
     save_denoiser(first, config, params, layout=layouts[0], shard_bytes=9000)
@@ -84,7 +84,7 @@ def test_denoisers_between_all_layouts(tmp_path, config, layouts):
 
 
 def test_the_dtype_is_what_is_asked_for(tmp_path):
-    params = rough_params(WAN.make)
+    params = make_random_params(WAN.make)
     save_denoiser(tmp_path / "in", WAN, params)
     convert(tmp_path / "in", tmp_path / "out", layout="dit_video", dtype=np.dtype("bfloat16"))
     assert {str(array.dtype) for array in tensors(tmp_path / "out").values()} == {"bfloat16"}
@@ -93,9 +93,9 @@ def test_the_dtype_is_what_is_asked_for(tmp_path):
     assert_same_params(read, jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype(np.float32), params))
 
 
-def test_a_checkpoint_file_of_the_authors(tmp_path):
+def test_a_single_checkpoint_file_of_the_authors_is_converted(tmp_path):
     config = dataclasses.replace(SIT, width=384, heads=6, layers=12, channels=1)
-    save_denoiser(tmp_path / "folder", config, rough_params(config.make), layout="authors")
+    save_denoiser(tmp_path / "folder", config, make_random_params(config.make), layout="authors")
     path = (tmp_path / "folder" / FILE).rename(tmp_path / "SiT-S-2-256x256.safetensors")
     convert(path, tmp_path / "own", layout="dit_video")
     convert(tmp_path / "own", tmp_path / "again", layout="authors")
@@ -103,8 +103,8 @@ def test_a_checkpoint_file_of_the_authors(tmp_path):
     assert_same_tensors(tensors(tmp_path / "again"), safetensors.numpy.load_file(path))
 
 
-def test_autoencoders(tmp_path):
-    params = rough_params(VAE.make)
+def test_autoencoders_are_converted_there_and_back(tmp_path):
+    params = make_random_params(VAE.make)
     save_autoencoder(tmp_path / "vae", VAE, params)
     convert(tmp_path / "vae", tmp_path / "own", layout="dit_video")
     assert load_autoencoder(tmp_path / "own")[0] == VAE
@@ -119,7 +119,7 @@ def test_autoencoders(tmp_path):
 
 
 @pytest.mark.parametrize("position_bias", ["shared", "each layer"])
-def test_text_encoders(tmp_path, position_bias):
+def test_text_encoders_are_converted_there_and_back(tmp_path, position_bias):
     write_encoder(tmp_path / "t5", dataclasses.replace(TEXT, position_bias=position_bias))
     convert(tmp_path / "t5", tmp_path / "own", layout="dit_video")
     convert(tmp_path / "own", tmp_path / "again", layout="diffusers")
@@ -129,15 +129,15 @@ def test_text_encoders(tmp_path, position_bias):
         convert(tmp_path / "t5", tmp_path / "authors", layout="authors")
 
 
-def test_one_denoiser_of_a_pipelines_file(tmp_path):
-    own, other = rough_params(WAN.make), rough_params(WAN.make, seed=1)
+def test_one_expert_of_a_pipeline_file_is_converted(tmp_path):
+    own, other = make_random_params(WAN.make), make_random_params(WAN.make, seed=1)
     save(tmp_path / "denoiser.safetensors", {"dit": own, "low_noise": other})
     convert_native_denoiser(tmp_path / "denoiser.safetensors", "low_noise/", WAN, tmp_path / "out", layout="diffusers")
     assert_same_params(load_denoiser(tmp_path / "out")[1], other)
 
 
-def test_names_of_adapters(tmp_path):
-    save_denoiser(tmp_path / "wan", WAN, rough_params(WAN.make))
+def test_the_names_of_adapters_are_converted(tmp_path):
+    save_denoiser(tmp_path / "wan", WAN, make_random_params(WAN.make))
     draw = np.random.default_rng(0)
     factors = {
         name: {
@@ -161,12 +161,12 @@ def test_names_of_adapters(tmp_path):
     assert paths[3].read_bytes() == paths[0].read_bytes()
     shapes = {"dit": get_param_shapes(WAN.make)}
     assert_same_params(load_lora(paths[2], shapes, get_native_modules(shapes))["dit"], lora)
-    save_denoiser(tmp_path / "sit", SIT, rough_params(SIT.make), layout="authors")
+    save_denoiser(tmp_path / "sit", SIT, make_random_params(SIT.make), layout="authors")
     with pytest.raises(UserError, match=r"is not a Wan model.*WanTransformer3DModel"):
         convert_lora(paths[0], tmp_path / "none.safetensors", tmp_path / "sit", layout="authors")
 
 
-def test_what_is_not_known_lists_what_is(tmp_path):
+def test_an_unknown_class_is_refused_with_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     for kind in ("WanTransformer3DModel", "DiTTransformer2DModel", "AutoencoderKLWan", "VQModel", "umt5", "SiT"):
         with pytest.raises(UserError, match=rf"class FluxTransformer2DModel\. Supported classes are .*{kind}"):
@@ -175,8 +175,8 @@ def test_what_is_not_known_lists_what_is(tmp_path):
         convert(tmp_path / "nowhere", tmp_path / "out", layout="authors")
 
 
-def test_what_is_there_is_not_written_over(tmp_path):
-    save_denoiser(tmp_path, SIT, rough_params(SIT.make), layout="authors")
+def test_a_folder_with_files_is_not_written_over(tmp_path):
+    save_denoiser(tmp_path, SIT, make_random_params(SIT.make), layout="authors")
     with pytest.raises(UserError, match="exists and is not empty"):
         convert(tmp_path, tmp_path, layout="dit_video")
     with pytest.raises(UserError, match="a SiT can't be written in its layout"):
@@ -186,7 +186,7 @@ def test_what_is_there_is_not_written_over(tmp_path):
 
 @pytest.mark.parametrize("to", ["authors", "dit_video"])
 def test_tensors_that_do_not_fit_are_all_named(tmp_path, to):
-    save_denoiser(tmp_path / "in", WAN, rough_params(WAN.make))
+    save_denoiser(tmp_path / "in", WAN, make_random_params(WAN.make))
     held = safetensors.numpy.load_file(tmp_path / "in" / FILE)
     for name in [name for name in held if name.startswith("blocks.1.")][:12]:
         del held[name]
@@ -198,40 +198,26 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path, to):
 
 
 LARGE = dataclasses.replace(WAN, width=768, mlp_dim=3072, layers=10, heads=6)
-MEASURE = """
-import sys
-from pathlib import Path
-
-from dit_video.nn import param_shapes
-from dit_video.families.convert import convert
-from dit_video.families.denoisers import load_denoiser
-
-
-def resident(name):
-    return 1024 * int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
-
-
-source, warm, destination, to = sys.argv[1:]
-convert(warm, warm + " out", to=to)  # imports and traces what is needed
-Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
-before = resident("VmRSS")
-convert(source, destination, to=to, shard_bytes=60_000_000)
-print(resident("VmHWM") - before)
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads peaks from Linux's /proc")
 @pytest.mark.parametrize("to", ["authors", "dit_video"])
-def test_memory_is_that_of_a_file_at_most(tmp_path, to):
+def test_converting_takes_the_memory_of_one_file_at_most(tmp_path, to):
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), get_param_shapes(LARGE.make))
     save_denoiser(tmp_path / "in", LARGE, params, shard_bytes=60_000_000)
-    save_denoiser(tmp_path / "small", WAN, rough_params(WAN.make))
+    save_denoiser(tmp_path / "small", WAN, make_random_params(WAN.make))
     files = [path.stat().st_size for path in (tmp_path / "in").glob("*.safetensors")]
     assert sum(files) > 3 * 1.2 * max(files)
+    program = [sys.executable, "-P", str(PROGRAMS / "conversion_memory.py")]
     arguments = [str(tmp_path / "in"), str(tmp_path / "small"), str(tmp_path / "out"), to]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False, timeout=HANG
+        [*program, *arguments],
+        env=make_environment(1),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 1.2 * max(files)

@@ -10,32 +10,32 @@ from dit_video.core.errors import MissingError, UserError
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def drawn(pipeline):
+def sample_latents(pipeline):
     return pipeline.generate("a red circle", size=(1, 16, 16), seed=5, output="latents")
 
 
 def test_a_run_and_its_pipeline_folder_are_the_same_pipeline(tiny_run, tiny_pipeline):
     alone = dit_video.load(tiny_run / "pipeline")
     assert alone.config == tiny_pipeline.config
-    np.testing.assert_array_equal(drawn(alone), drawn(tiny_pipeline))
+    np.testing.assert_array_equal(sample_latents(alone), sample_latents(tiny_pipeline))
 
 
-def test_a_path_may_be_a_text(tiny_run, tiny_pipeline):
+def test_a_path_may_be_a_string(tiny_run, tiny_pipeline):
     assert dit_video.load(str(tiny_run)).config == tiny_pipeline.config
 
 
-def test_a_finished_run_that_was_not_exported_gives_the_same(tiny_run, tiny_pipeline, tmp_path):
+def test_a_finished_run_without_an_export_gives_the_same_pipeline(tiny_run, tiny_pipeline, tmp_path):
     copy = shutil.copytree(tiny_run, tmp_path / "run")
     shutil.rmtree(copy / "pipeline")
-    np.testing.assert_array_equal(drawn(dit_video.load(copy)), drawn(tiny_pipeline))
+    np.testing.assert_array_equal(sample_latents(dit_video.load(copy)), sample_latents(tiny_pipeline))
 
 
 def test_a_pipeline_needs_nothing_else_of_its_run(tiny_run, tiny_pipeline, tmp_path):
     copy = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
-    np.testing.assert_array_equal(drawn(dit_video.load(copy)), drawn(tiny_pipeline))
+    np.testing.assert_array_equal(sample_latents(dit_video.load(copy)), sample_latents(tiny_pipeline))
 
 
-def test_no_such_folder(tmp_path):
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(MissingError, match="no such run"):
         dit_video.load(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
@@ -43,7 +43,7 @@ def test_no_such_folder(tmp_path):
         dit_video.load(tmp_path / "file")
 
 
-def test_a_folder_that_is_no_run(tmp_path):
+def test_a_folder_without_a_run_or_pipeline_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds neither pipeline\.json nor experiment\.json"):
         dit_video.load(tmp_path)
 
@@ -74,7 +74,7 @@ def document(tiny_run):
         (lambda written: written | {"config": written["config"] | {"size": [17, 32]}}, "2 values .* Grid has 3"),
     ],
 )
-def test_a_pipeline_of_another_version_or_of_foreign_types(tiny_run, tmp_path, change, message):
+def test_a_pipeline_of_another_version_or_of_foreign_types_is_refused(tiny_run, tmp_path, change, message):
     copy = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     (copy / "pipeline.json").write_text(json.dumps(change(document(tiny_run))))
     with pytest.raises(UserError, match=message) as error:
@@ -82,7 +82,7 @@ def test_a_pipeline_of_another_version_or_of_foreign_types(tiny_run, tmp_path, c
     assert "\n" not in str(error.value)
 
 
-def test_a_pipeline_that_is_not_whole(tiny_run, tmp_path):
+def test_an_incomplete_pipeline_is_refused(tiny_run, tmp_path):
     copy = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     weights = copy / "denoiser.safetensors"
     whole = weights.read_bytes()

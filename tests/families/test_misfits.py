@@ -1,4 +1,4 @@
-"""Files whose tensors are not the model's: every loader names them all, the first ten of each kind."""
+"""Errors of all loaders for files that do not fit, which name the first ten tensors of each kind."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from dit_video.tokens import Grid
 from dit_video.weights import load_clip, load_text_encoder, save_clip, save_text_encoder
 from dit_video.weights.native_format import write_native
 from dit_video.weights.streaming import ParamsSource
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_class_dit import DIT
 from support.tiny_clip import CONFIG as CLIP
 from support.tiny_t5 import CONFIG as T5
@@ -51,9 +51,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_that_do_not_fit_are_named(tmp_path, kind):
+def test_every_loader_names_all_tensors_that_do_not_fit(tmp_path, kind):
     config, write, load = KINDS[kind]
-    write(tmp_path, config, rough_params(config.make))
+    write(tmp_path, config, make_random_params(config.make))
     (file,) = tmp_path.glob("*.safetensors")
     held = safetensors.numpy.load_file(file)
     *lost, wrong = sorted(held)[:13]

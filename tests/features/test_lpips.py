@@ -25,7 +25,7 @@ def gradient(one, other):
     return jax.grad(lambda x: nnx.merge(GRAPH, PARAMS)(x, other).sum())(one)
 
 
-def test_it_is_a_distance_of_each_clip():
+def test_lpips_is_a_distance_for_each_clip():
     values = distance(ONE, OTHER)
     assert values.shape == (2,)
     assert (values > 0).all()

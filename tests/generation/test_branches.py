@@ -1,4 +1,4 @@
-"""What guidance combines: evaluated at once or one after the other, in one row or in several, each clip by itself."""
+"""Branches of guidance, evaluated at once or one after the other, in one row or in several."""
 
 from dataclasses import replace
 
@@ -11,13 +11,13 @@ from dit_video.generation import GivenClip, LatentRequest, Sampling, draw_initia
 from dit_video.generation.rows import Need, plan_rows
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedShape
-from support.rough import rough_params
-from support.tiny_denoiser import DENOISER, DIT, SHAPE, SMALL, request
+from support.random_params import make_random_params
+from support.tiny_denoiser import DENOISER, DIT, SHAPE, SMALL, make_request
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-TWO = [SMALL, request("a box", (1, 4, 6), seed=2, negative="red")]
-"""of 2 and 6 tokens: with both branches of each a row of 16 is full"""
+TWO = [SMALL, make_request("a box", (1, 4, 6), seed=2, negative="red")]
+"""Requests of 2 and 6 tokens: both branches of each fill a row of 16."""
 EVERYTHING = Guidance(
     scale=4.0,
     interval=(0.3, 1.0),
@@ -26,57 +26,57 @@ EVERYTHING = Guidance(
 )
 
 
-def sampled(requests, sampling, *, denoiser=DENOISER, rows=1, shape=SHAPE):
+def sample_requests(requests, sampling, *, denoiser=DENOISER, rows=1, shape=SHAPE):
     return sample_latents(denoiser, requests, sampling=sampling, shape=shape, rows=rows)
 
 
-def test_branches_are_the_same_wherever_they_lie():
-    """Side by side in a row, in as many rows (one segment a row), and one after the other."""
+def test_branches_give_the_same_result_in_any_row_or_order():
+    """They may share a row, have a row each, or be evaluated one after the other."""
     asked = Sampling(steps=3, guidance=EVERYTHING)
-    inside = sampled(TWO, asked)
-    below = sampled(TWO, asked, shape=replace(SHAPE, segments=1))
-    apart = sampled(TWO, replace(asked, branch_evaluation="apart"), shape=replace(SHAPE, segments=1))
+    inside = sample_requests(TWO, asked)
+    below = sample_requests(TWO, asked, shape=replace(SHAPE, segments=1))
+    apart = sample_requests(TWO, replace(asked, branch_evaluation="apart"), shape=replace(SHAPE, segments=1))
     for one, two, three in zip(inside, below, apart, strict=True):
         assert np.abs(one).max() > 0.1
         np.testing.assert_allclose(one, three, atol=5e-5)
         np.testing.assert_allclose(two, three, atol=5e-5)
 
 
-def test_what_is_taken_over_a_clip_is_of_that_clip_alone():
-    both = sampled(TWO, Sampling(steps=3, guidance=EVERYTHING))
+def test_statistics_of_guidance_are_of_each_clip_alone():
+    both = sample_requests(TWO, Sampling(steps=3, guidance=EVERYTHING))
     louder = TWO[1]._replace(noise=20 * TWO[1].noise)
-    beside = sampled([SMALL, louder], Sampling(steps=3, guidance=EVERYTHING))
+    beside = sample_requests([SMALL, louder], Sampling(steps=3, guidance=EVERYTHING))
     np.testing.assert_allclose(beside[0], both[0], atol=5e-5)
-    assert np.abs(both[0] - sampled([SMALL], Sampling(steps=3, guidance=4.0))[0]).max() > 1e-3
+    assert np.abs(both[0] - sample_requests([SMALL], Sampling(steps=3, guidance=4.0))[0]).max() > 1e-3
 
 
 NOISY = Sampling(steps=3, guidance=2.0, solver=Ddim(eta=1.0))
 
 
-def test_noise_on_the_way_is_of_the_seed_whatever_shares_the_row():
+def test_noise_between_steps_depends_on_the_seed_alone():
     first, second = (asked._replace(seed=seed) for seed, asked in enumerate(TWO))
-    both = sampled([first, second], NOISY)
-    np.testing.assert_allclose(sampled([second, first], NOISY)[1], both[0], atol=5e-5)
-    apart = sampled([second], replace(NOISY, branch_evaluation="apart"), shape=replace(SHAPE, segments=1))
+    both = sample_requests([first, second], NOISY)
+    np.testing.assert_allclose(sample_requests([second, first], NOISY)[1], both[0], atol=5e-5)
+    apart = sample_requests([second], replace(NOISY, branch_evaluation="apart"), shape=replace(SHAPE, segments=1))
     np.testing.assert_allclose(apart[0], both[1], atol=5e-5)
-    again = sampled([first, second._replace(seed=7)], NOISY)
+    again = sample_requests([first, second._replace(seed=7)], NOISY)
     np.testing.assert_allclose(again[0], both[0], atol=5e-5)
     assert np.abs(again[1] - both[1]).max() > 0.1
 
 
 def test_the_trace_ends_at_the_sample():
     asked = Sampling(steps=3, guidance=2.0)
-    plain = sampled(TWO, asked)
+    plain = sample_requests(TWO, asked)
     for trace, latents in zip(trace_latents(DENOISER, TWO, sampling=asked, shape=SHAPE, rows=1), plain, strict=True):
         assert trace.times.shape == (4,)
         assert trace.latents.shape == trace.data.shape == (3, *latents.shape)
         np.testing.assert_allclose(trace.latents[-1], latents, atol=5e-5)
-        # A last step to the data is to what they were thought to be.
+        # The last step goes to the predicted data.
         np.testing.assert_allclose(trace.data[-1], latents, atol=5e-5)
         assert np.abs(trace.data[0] - latents).max() > 1e-2
 
 
-def test_clips_of_each_size_have_their_times():
+def test_every_clip_is_sampled_at_the_times_of_its_size():
     process = RectifiedFlow(size_shift=ExponentialShift(tokens=(2, 6)))
     sized = DENOISER._replace(process=process)
     traces = trace_latents(sized, TWO, sampling=NOISY, shape=SHAPE, rows=2)
@@ -86,26 +86,26 @@ def test_clips_of_each_size_have_their_times():
     np.testing.assert_allclose(alone.latents, traces[1].latents, atol=5e-5)
 
 
-def test_weights_that_diverged_are_said_with_the_step():
+def test_diverged_weights_are_reported_with_the_step():
     head = DENOISER.params["dit"]["head"]
     spoiled = DENOISER.params["dit"] | {"head": head | {"bias": np.full_like(head["bias"], np.nan)}}
     with pytest.raises(UserError, match="step 1 of 3, at time 1, gave NaN or infinity: the weights have diverged"):
-        sampled(TWO, Sampling(steps=3), denoiser=DENOISER._replace(params=DENOISER.params | {"dit": spoiled}))
+        sample_requests(TWO, Sampling(steps=3), denoiser=DENOISER._replace(params=DENOISER.params | {"dit": spoiled}))
 
 
 GIVEN = replace(DIT, given_channels=3)
 
 
-def test_the_image_has_a_scale_of_its_own():
+def test_the_image_has_its_own_guidance_scale():
     denoiser = DENOISER._replace(
-        dit=get_graph_def(GIVEN.make), params={"dit": rough_params(GIVEN.make), "text": DENOISER.params["text"]}
+        dit=get_graph_def(GIVEN.make), params={"dit": make_random_params(GIVEN.make), "text": DENOISER.params["text"]}
     )
     beside = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
     asked = LatentRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), GivenClip(beside=beside))
     blind = asked._replace(given=GivenClip(beside=np.zeros_like(beside)))
 
     def one_step(request, guidance):
-        return sampled([request], Sampling(steps=1, guidance=guidance), denoiser=denoiser)[0]
+        return sample_requests([request], Sampling(steps=1, guidance=guidance), denoiser=denoiser)[0]
 
     text, image = 3.0, 2.5
     c, u = one_step(asked, 1.0), one_step(asked._replace(prompt=""), 1.0)
@@ -114,12 +114,12 @@ def test_the_image_has_a_scale_of_its_own():
     np.testing.assert_allclose(found, b + image * (u - b) + text * (c - u), atol=2e-4)
     assert np.abs(found - one_step(asked, text)).max() > 1e-2
     with pytest.raises(UserError, match=r"conditioning latents. Use image_scale=None"):
-        sampled([SMALL], Sampling(guidance=Guidance(image_scale=2.0)))
+        sample_requests([SMALL], Sampling(guidance=Guidance(image_scale=2.0)))
 
 
 def test_two_scales_are_for_two_experts():
     with pytest.raises(UserError, match=r"guidance=\(2\.0, 3\.0\) is invalid: .* Use one number"):
-        sampled([SMALL], Sampling(guidance=Guidance(scale=(2.0, 3.0))))
+        sample_requests([SMALL], Sampling(guidance=Guidance(scale=(2.0, 3.0))))
 
 
 ROW = PackedShape(tokens=120, text=224, segments=12)
@@ -137,7 +137,7 @@ ROW = PackedShape(tokens=120, text=224, segments=12)
         ([130, 130, 10], [(True, 1), (False, 2)]),
     ],
 )
-def test_branches_lie_where_they_take_fewer_rows(tokens, expected):
+def test_branches_are_packed_where_they_take_fewer_rows(tokens, expected):
     groups = plan_rows([Need(count, (10, 4)) for count in tokens], ROW, rows=1, is_batched=True)
     assert [(group.inside, len(group.rows)) for group in groups] == expected
     assert sorted(index for group in groups for row in group.rows for index in row) == list(range(len(tokens)))

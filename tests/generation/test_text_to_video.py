@@ -1,4 +1,4 @@
-"""Sampling from random parameters, held to a loop over the unpacked model."""
+"""Samples from random parameters, compared with a loop over the unpacked model."""
 
 import functools
 from dataclasses import replace
@@ -14,23 +14,23 @@ from dit_video.diffusion import Heun, TracedSampler
 from dit_video.generation import LatentRequest, Sampling, draw_initial_noise, sample_latents
 from dit_video.generation.program import make_program
 from dit_video.tokens import Grid, compute_positions, compute_token_grid, patchify, unpatchify
-from support.tiny_denoiser import DENOISER, DIT, SAMPLING, SHAPE, SMALL, request
+from support.tiny_denoiser import DENOISER, DIT, SAMPLING, SHAPE, SMALL, make_request
 
-MIXED = [request("red"), SMALL, request("a box", (1, 4, 6), seed=2), request("", (3, 2, 2), seed=3)]
+MIXED = [make_request("red"), SMALL, make_request("a box", (1, 4, 6), seed=2), make_request("", (3, 2, 2), seed=3)]
 
 
-def sampled(requests, sampling=SAMPLING, shape=SHAPE, rows=2):
+def sample_requests(requests, sampling=SAMPLING, shape=SHAPE, rows=2):
     return sample_latents(DENOISER, requests, sampling=sampling, shape=shape, rows=rows)
 
 
 @functools.cache
 def mixed():
-    return sampled(MIXED)
+    return sample_requests(MIXED)
 
 
 @jax.jit
 def velocity(params, tokens, time, text, at):
-    """Of one clip alone, without packing or padding."""
+    """Return the velocity of one clip alone, without packing or padding."""
     segments, text_segments = jnp.ones((1, tokens.shape[0]), jnp.int32), jnp.ones((1, text.shape[0]), jnp.int32)
     context = nnx.merge(DENOISER.text, params["text"])(text[None], text_segments)
     return nnx.merge(DENOISER.dit, params["dit"])(
@@ -43,8 +43,8 @@ def velocity(params, tokens, time, text, at):
     )[0]
 
 
-def by_hand(request: LatentRequest, *, interval: float = 1.0):
-    """Two Euler steps with guidance 2 over the shifted times 1, 2/3, 0."""
+def sample_by_hand(request: LatentRequest, *, interval: float = 1.0):
+    """Take two Euler steps with guidance 2 over the shifted times 1, 2/3, 0."""
     grid = compute_token_grid(Grid(*request.noise.shape[:3]), DIT.patch)
     x, at = patchify(request.noise, DIT.patch), compute_positions(grid, step=(interval, 1.0, 1.0))
     for time, following in ((1.0, 2 / 3), (2 / 3, 0.0)):
@@ -60,80 +60,81 @@ def test_packed_samples_are_those_of_a_loop_over_the_unpacked_model():
     results = mixed()
     for index in (0, 1):
         assert np.std(results[index] - MIXED[index].noise) > 0.1
-        np.testing.assert_allclose(results[index], by_hand(MIXED[index]), atol=5e-5)
+        np.testing.assert_allclose(results[index], sample_by_hand(MIXED[index]), atol=5e-5)
 
 
 def test_coordinates_along_time_may_count_seconds():
     timed = DENOISER._replace(token_dt=0.25)
     result = sample_latents(timed, MIXED, sampling=SAMPLING, shape=SHAPE, rows=2)[0]
-    np.testing.assert_allclose(result, by_hand(MIXED[0], interval=0.25), atol=5e-5)
+    np.testing.assert_allclose(result, sample_by_hand(MIXED[0], interval=0.25), atol=5e-5)
     assert np.abs(result - mixed()[0]).max() > 1e-3
 
 
-def test_results_are_in_order_and_of_the_sizes_that_were_asked_for():
+def test_results_come_in_order_and_in_the_requested_sizes():
     for result, asked in zip(mixed(), MIXED, strict=True):
         assert (result.shape, result.dtype) == (asked.noise.shape, np.float32)
         assert np.isfinite(result).all()
 
 
-def test_a_result_does_not_depend_on_what_else_is_asked_for():
+def test_a_result_does_not_depend_on_the_other_requests():
     for index, asked in enumerate(MIXED):
-        np.testing.assert_allclose(sampled([asked])[0], mixed()[index], atol=2e-5)
-    for index, result in zip((2, 0, 3, 1), sampled([MIXED[index] for index in (2, 0, 3, 1)]), strict=True):
+        np.testing.assert_allclose(sample_requests([asked])[0], mixed()[index], atol=2e-5)
+    for index, result in zip((2, 0, 3, 1), sample_requests([MIXED[index] for index in (2, 0, 3, 1)]), strict=True):
         np.testing.assert_allclose(result, mixed()[index], atol=2e-5)
 
 
-def test_another_prompt_beside_it_changes_nothing_bit_for_bit():
+def test_another_prompt_in_the_same_row_changes_nothing_bit_for_bit():
     others = [asked._replace(prompt="blue") if index != 1 else asked for index, asked in enumerate(MIXED)]
-    results = sampled(others)
+    results = sample_requests(others)
     np.testing.assert_array_equal(results[1], mixed()[1])
     assert all((results[index] != mixed()[index]).any() for index in (0, 2, 3))
 
 
-def test_more_requests_than_rows_have_room_for():
-    requests = [request(f"{index}", (1, 2, 4), seed=index) for index in range(8)]
-    results = sampled(requests)
+def test_more_requests_than_fit_the_rows_are_sampled_in_turns():
+    requests = [make_request(f"{index}", (1, 2, 4), seed=index) for index in range(8)]
+    results = sample_requests(requests)
     for index in (0, 3, 7):
-        np.testing.assert_allclose(results[index], sampled(requests[index : index + 1])[0], atol=2e-5)
+        np.testing.assert_allclose(results[index], sample_requests(requests[index : index + 1])[0], atol=2e-5)
 
 
 def test_one_program_serves_every_prompt_size_seed_guidance_and_number_of_steps():
     mixed()
-    five = [request("", (2, 2, 2), seed=10)] * 5  # rows with room for three clips: branches lie in rows of their own
-    sampled(five)
+    # A row has room for three clips: the branches are in separate rows.
+    five = [make_request("", (2, 2, 2), seed=10)] * 5
+    sample_requests(five)
     program = make_program(
         DENOISER.dit, DENOISER.text, DENOISER.process, DENOISER.prediction, TracedSampler(solver=SAMPLING.solver), True
     )
     before = program._cache_size()
     assert before >= 2
-    sampled([request("other words", (1, 4, 4), seed=9, negative="no")], Sampling(steps=2, guidance=5.5))
-    sampled([request("", (2, 2, 2), seed=11)] * 4)
+    sample_requests([make_request("other words", (1, 4, 4), seed=9, negative="no")], Sampling(steps=2, guidance=5.5))
+    sample_requests([make_request("", (2, 2, 2), seed=11)] * 4)
     for steps in (1, 3, 64):
-        sampled([SMALL], replace(SAMPLING, steps=steps))
+        sample_requests([SMALL], replace(SAMPLING, steps=steps))
     assert program._cache_size() == before
 
 
-def test_a_request_that_is_larger_than_a_row():
-    large = request("wide", (3, 4, 6), seed=4)
-    results = sampled([SMALL, large])
+def test_a_request_larger_than_a_row_is_sampled_too():
+    large = make_request("wide", (3, 4, 6), seed=4)
+    results = sample_requests([SMALL, large])
     np.testing.assert_allclose(results[0], mixed()[1], atol=2e-5)
-    np.testing.assert_allclose(results[1], by_hand(large), atol=5e-5)
+    np.testing.assert_allclose(results[1], sample_by_hand(large), atol=5e-5)
 
 
-def test_guidance():
+def test_guidance_follows_the_prompt_and_the_negative_prompt_by_its_scale():
     unguided = Sampling(steps=2, guidance=1.0)
-    plain = sampled([SMALL], unguided)[0]
-    np.testing.assert_array_equal(sampled([SMALL._replace(negative="red")], unguided)[0], plain)
+    plain = sample_requests([SMALL], unguided)[0]
+    np.testing.assert_array_equal(sample_requests([SMALL._replace(negative="red")], unguided)[0], plain)
     # At scale 0 the prompt says nothing, and the negative prompt is the prompt.
     swapped = SMALL._replace(prompt="whatever", negative=SMALL.prompt)
-    np.testing.assert_allclose(sampled([swapped], Sampling(steps=2, guidance=0.0))[0], plain, atol=2e-5)
-    assert np.abs(sampled([SMALL._replace(negative="red")])[0] - mixed()[1]).max() > 1e-3
+    np.testing.assert_allclose(sample_requests([swapped], Sampling(steps=2, guidance=0.0))[0], plain, atol=2e-5)
+    assert np.abs(sample_requests([SMALL._replace(negative="red")])[0] - mixed()[1]).max() > 1e-3
     assert np.abs(plain - mixed()[1]).max() > 1e-3
 
 
 def test_a_solver_is_chosen_with_the_request():
-    """Heun's first of two steps, from 1 to 2/3; one to the data is Euler's."""
-    heun = sampled([SMALL], Sampling(steps=2, guidance=1.0, solver=Heun()))[0]
+    """Heun corrects the first of two steps, from 1 to 2/3; the step to the data is one of Euler."""
+    heun = sample_requests([SMALL], Sampling(steps=2, guidance=1.0, solver=Heun()))[0]
     x, at, text = patchify(SMALL.noise, DIT.patch), compute_positions(Grid(1, 1, 2)), DENOISER.tokenizer("dot")
 
     def slope(x, time):
@@ -145,18 +146,18 @@ def test_a_solver_is_chosen_with_the_request():
     np.testing.assert_allclose(heun, unpatchify(x, Grid(1, 1, 2), DIT.patch), atol=5e-5)
 
 
-def test_a_prompt_that_is_longer_than_a_rows_text():
-    for asked in (request("x" * 25), request("", negative="x" * 25), request("x" * 25, (5, 4, 4))):
+def test_a_prompt_longer_than_the_text_of_a_row_is_refused():
+    for asked in (make_request("x" * 25), make_request("", negative="x" * 25), make_request("x" * 25, (5, 4, 4))):
         with pytest.raises(UserError, match="a prompt of 28 text tokens is longer than a row's 20; shorten the prompt"):
-            sampled([asked])
+            sample_requests([asked])
 
 
-def test_requests_that_cannot_be_made():
+def test_invalid_requests_are_refused_and_no_requests_make_nothing():
     with pytest.raises(UserError, match="not divisible by the patch"):
-        sampled([request("red", (1, 3, 4))])
+        sample_requests([make_request("red", (1, 3, 4))])
     with pytest.raises(UserError, match="at least 1 step, not 0"):
         Sampling(steps=0)
-    assert sampled([]) == []
+    assert sample_requests([]) == []
 
 
 def test_noise_is_a_function_of_seed_and_size():

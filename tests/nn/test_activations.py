@@ -1,4 +1,4 @@
-"""Activations against JAX's own, and what they keep."""
+"""Activations against JAX's own, and the arrays they keep for the backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from dit_video.nn import gelu
 X = jnp.linspace(-6, 6, 97, dtype=jnp.float32)
 
 
-def test_gelu_is_jaxs():
+def test_gelu_equals_jax():
     np.testing.assert_array_equal(gelu(X), jax.nn.gelu(X, approximate=True))
     ours, theirs = (jax.grad(lambda x, of=of: jnp.sin(of(x)).sum())(X) for of in (gelu, jax.nn.gelu))
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -19,7 +19,7 @@ def test_gelu_is_jaxs():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_it_keeps_its_dtype_and_one_array(dtype):
+def test_gelu_keeps_the_dtype_and_one_array_for_the_backward_pass(dtype):
     x = X.astype(dtype)
     value, pull = jax.vjp(gelu, x)
     assert value.dtype == dtype

@@ -65,7 +65,7 @@ def test_every_matrix_has_weights_of_its_own():
 
 def test_shapes_and_structure_compute_no_parameter():
     def make(rngs):
-        # A parameter of a terabyte: whoever computes it fails.
+        # Nobody can compute this parameter, which is a terabyte.
         return Linear(2**20, 2**18, rngs=rngs)
 
     assert get_param_shapes(make)["kernel"].shape == (2**20, 2**18)

@@ -20,7 +20,7 @@ def video(frames=5, channels=3, seed=0):
 
 
 def three_dimensional(x, kernel, bias):
-    """The 3-D primitive on a clip padded with its first frame in the past."""
+    """Apply the 3-D primitive to a clip preceded by copies of its first frame."""
     past = kernel.shape[0] - 1
     padded = jnp.concatenate([x[:, :1]] * past + [x], axis=1)
     space = [(size // 2, size // 2) for size in kernel.shape[1:3]]
@@ -33,7 +33,7 @@ def three_dimensional(x, kernel, bias):
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_it_is_the_three_dimensional_convolution_in_values_and_gradients(kernel):
+def test_causal_convolution_equals_the_3d_primitive_in_values_and_gradients(kernel):
     layer, x = make(kernel), video()
     graph = nnx.graphdef(layer)
     arguments = (x, layer.kernel[...], layer.bias[...])
@@ -72,7 +72,7 @@ def test_an_image_is_the_first_frame_and_a_still_video_is_still():
     np.testing.assert_allclose(still, jnp.repeat(image, 5, axis=1), atol=1e-5)
 
 
-def test_parameters_and_dtype():
+def test_convolutions_have_float32_kernels_and_compute_in_their_dtype():
     layer = make((3, 3, 3), dtype=jnp.dtype("bfloat16"))
     assert layer.kernel[...].shape == (3, 3, 3, 3, 4)
     assert layer.kernel[...].dtype == jnp.float32

@@ -9,7 +9,7 @@ from dit_video.nn.linear import init_weights
 
 
 def rough(features_in: int, features_out: int, **options) -> Linear:
-    """With a bias that is not zero."""
+    """Return a layer whose bias is not zero."""
     layer = Linear(features_in, features_out, rngs=nnx.Rngs(jax.random.key(0)), **options)
     if layer.bias is not None:
         layer.bias[...] = jnp.arange(1.0, features_out + 1)
@@ -63,7 +63,7 @@ def test_bfloat16_is_computed_in_bfloat16_from_float32_weights():
 
 @pytest.mark.parametrize(("platform", "batch"), [("cpu", (300,)), ("tpu", (3, 100))])
 def test_gradients_of_weights_are_summed_in_float32(platform, batch, monkeypatch):
-    """Where products are in bfloat16, a sum in that over devices would lose what is small beside the rest."""
+    """A sum over devices in bfloat16 would lose small terms."""
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     layer = rough(8, 6, dtype=jnp.dtype("bfloat16"))
     graph, draw = nnx.graphdef(layer), np.random.default_rng(0)
@@ -85,14 +85,14 @@ def test_gradients_of_weights_are_summed_in_float32(platform, batch, monkeypatch
     kernel = np.asarray(weights["kernel"].astype(jnp.bfloat16), np.float32)
     assert of_x.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(of_x, np.float32), above @ kernel.T, rtol=0.02, atol=0.05)
-    # Forwards too, as a likelihood needs it.
+    # Likelihoods need forward mode.
     tangents = jax.tree.map(jnp.ones_like, (weights, x))
     _, tangent = jax.jvp(lambda weights, x: nnx.merge(graph, weights)(x), (weights, x), tangents)
     expected = wide.sum(axis=1, keepdims=True) + np.asarray(weights["kernel"]).sum(axis=0) + 1
     np.testing.assert_allclose(np.asarray(tangent, np.float32), expected, rtol=0.02, atol=0.2)
 
 
-def test_initial_weights():
+def test_initial_weights_follow_their_named_distribution():
     key, shape, fan = jax.random.key(1), (200, 300), (200, 300)
     xavier = init_weights("xavier", key, shape, fan=fan)
     limit = np.sqrt(6 / 500)

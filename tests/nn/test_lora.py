@@ -23,7 +23,7 @@ from dit_video.nn import (
 
 
 class Net(nnx.Module):
-    """A linear map, and three of a stack."""
+    """A linear map and a stack of three."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.embed = Linear(4, 6, rngs=rngs)
@@ -44,7 +44,7 @@ def run(params):
 
 
 def adapter(seed, config=CONFIG):
-    """One that changes something: as after training."""
+    """Return an adapter that changes the model, as after training."""
     fresh = init_lora(PARAMS, config, rng.key(seed, "lora"))
     noise = np.random.default_rng(seed)
     return add_lora_scale(
@@ -73,7 +73,7 @@ def test_a_fresh_adapter_has_the_targets_shapes_and_changes_nothing():
     assert len(np.unique(a)) > 0.9 * a.size
 
 
-def test_merged_is_the_sum_and_attached_the_same():
+def test_merging_an_adapter_adds_it_and_attaching_gives_the_same():
     lora = adapter(2)
     merged = merge_lora(PARAMS, lora, 0.5)
     for layer in range(3):
@@ -84,7 +84,7 @@ def test_merged_is_the_sum_and_attached_the_same():
     np.testing.assert_allclose(run(attach_lora(PARAMS, lora, 0.5)), run(merged), rtol=1e-5, atol=2e-6)
 
 
-def test_two_stacked_are_the_sum_with_their_weights():
+def test_two_stacked_adapters_are_their_weighted_sum():
     first, second = adapter(3), adapter(4, LoraConfig(rank=3, alpha=1.0, targets=("blocks/kernel$",)))
     both = merge_lora(merge_lora(PARAMS, first, 0.7), second, -1.3)
     changes = [jax.tree.map(lambda x, y: x - y, merge_lora(PARAMS, one), PARAMS) for one in (first, second)]
@@ -124,7 +124,7 @@ def test_kernels_keep_their_dtype():
         (("blocks",), r"blocks/bias \[3, 6\] .* use targets that end in kernel\$"),
     ],
 )
-def test_targets_that_cannot_be(targets, words):
+def test_targets_without_kernels_are_refused(targets, words):
     with pytest.raises(UserError, match=words):
         init_lora(PARAMS, LoraConfig(targets=targets), rng.key(0, "lora"))
 
@@ -138,13 +138,13 @@ def test_targets_that_cannot_be(targets, words):
         ({"targets": ("(",)}, r"'\(' is not a valid regular expression"),
     ],
 )
-def test_configs_that_cannot_be(changes, words):
+def test_invalid_lora_configs_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         LoraConfig(**changes)
 
 
 @pytest.mark.parametrize("change", [merge_lora, attach_lora])
-def test_an_adapter_of_another_model(change):
+def test_an_adapter_of_another_model_is_refused(change):
     lora = adapter(7)
     with pytest.raises(UserError, match=r"embed/kernel; use an adapter of this model"):
         change({"blocks": PARAMS["blocks"]}, lora)
@@ -161,7 +161,7 @@ def test_parts_of_an_adapted_kernel_cannot_be_taken():
 
 
 def test_a_part_of_the_model_without_parameters_stays():
-    """Such as a text encoder that is frozen."""
+    """A frozen text encoder is such a part."""
     for change in (merge_lora, attach_lora):
         whole = change({"net": PARAMS, "text": {}}, {"net": adapter(2)})
         assert whole["text"] == {}

@@ -7,7 +7,7 @@ DRAW = np.random.default_rng(0)
 X, SHIFT, SCALE = (jnp.asarray(DRAW.normal(size=(2, 3, 16)), jnp.float32) for _ in range(3))
 
 
-def test_modulate():
+def test_modulation_scales_and_shifts_the_norm():
     np.testing.assert_allclose(modulate(X, SHIFT, SCALE), layer_norm(X) * (1 + SCALE) + SHIFT, rtol=1e-6, atol=1e-6)
 
 
@@ -15,7 +15,7 @@ def test_zero_modulation_is_the_norm():
     np.testing.assert_array_equal(modulate(X, 0 * SHIFT, 0 * SCALE), layer_norm(X))
 
 
-def test_it_is_computed_in_float32_and_keeps_the_dtype():
+def test_modulation_is_computed_in_float32_and_keeps_the_dtype():
     x = X.astype(jnp.bfloat16)
     found = modulate(x, SHIFT, SCALE)
     assert found.dtype == jnp.bfloat16

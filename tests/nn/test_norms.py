@@ -9,7 +9,7 @@ from dit_video.nn import GroupNorm, LayerNorm, RmsNorm, layer_norm
 X = np.random.default_rng(0).normal(3.0, 2.0, size=(2, 3, 32)).astype(np.float32)
 
 
-def test_layer_norm():
+def test_layer_norm_has_zero_mean_and_unit_deviation():
     expected = (X - X.mean(-1, keepdims=True)) / X.std(-1, keepdims=True)
     np.testing.assert_allclose(layer_norm(jnp.asarray(X)), expected, atol=1e-5)
 
@@ -35,7 +35,7 @@ def test_layer_norm_ignores_shift_and_scale_of_its_input():
     np.testing.assert_allclose(layer_norm(jnp.asarray(5 * X + 7)), normal, atol=1e-5)
 
 
-def test_rms_norm():
+def test_rms_norm_divides_by_the_root_mean_square_and_scales():
     layer = RmsNorm(32)
     np.testing.assert_allclose(layer(jnp.asarray(X)), X / np.sqrt((X**2).mean(-1, keepdims=True)), rtol=1e-5)
     layer.scale[...] = jnp.arange(32.0)
@@ -92,6 +92,6 @@ def test_group_norm_of_segments_is_that_of_each_alone():
     np.testing.assert_allclose(together[:, :, :6, 6:], jax.jit(lambda x: layer(x))(x[:, :, :6, 6:]), atol=1e-5)
 
 
-def test_group_norm_of_groups_that_do_not_divide():
+def test_group_norm_refuses_groups_that_do_not_divide_the_channels():
     with pytest.raises(UserError, match="6 channels are not divisible by 4 groups"):
         GroupNorm(6, 4)

@@ -1,4 +1,4 @@
-"""Layers equal torch's, values and gradients."""
+"""Layers equal those of torch in values and gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from dit_video.nn import LayerGroup, Linear, Remat, apply_stack, get_graph_def, init_params, make_stack, scan_layers
-from support.jaxprs import times
+from support.jaxprs import count_primitive
 
 WIDTH, LAYERS = 8, 3
 
@@ -74,7 +74,7 @@ class Twice(nnx.Module):
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("platform", ["cpu", "gpu"], ids=["unrolled", "scan"])
 def test_groups_take_turns_and_kinds_of_layers_alternate(monkeypatch, platform, remat):
-    """2 groups of 3 layers that differ in a function, with 2 of another kind after them."""
+    """Two groups of 3 layers that differ in a function are followed by 2 layers of another kind."""
     stacks = [make_stack(Twice, 6, rngs=nnx.Rngs(0)), make_stack(Twice, 4, rngs=nnx.Rngs(1))]
     graphs, params = zip(*(nnx.split(stack) for stack in stacks), strict=True)
     turns = [[(jnp.tanh,), (jnp.sin,), (jnp.cos,)], [(jnp.square,), (jnp.abs,)]]
@@ -107,7 +107,7 @@ def test_layers_have_parameters_of_their_own_along_a_first_axis():
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"], ids=["unrolled", "scan"])
-def test_remat_keeps_less(monkeypatch, platform):
+def test_remat_keeps_fewer_bytes(monkeypatch, platform):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x = jnp.zeros((256, WIDTH))
 
@@ -117,7 +117,7 @@ def test_remat_keeps_less(monkeypatch, platform):
 
         return jax.jit(jax.grad(loss)).lower(PARAMS, x).compile().memory_analysis().temp_size_in_bytes
 
-    # Of 3 layers 256 x 32 hidden values are kept without, of one layer at a time with recomputation.
+    # 256 x 32 hidden values are kept for 3 layers without recomputation, and for one layer with it.
     assert temporary_bytes("full") < temporary_bytes("none") - 256 * 32 * 4
 
 
@@ -133,11 +133,11 @@ def test_remat_keeps_less(monkeypatch, platform):
         ("offload", 2),
     ],
 )
-def test_what_is_computed_again(remat, products):
-    """Products of a layer's forward pass, in the program of the gradients: kept results are not computed again."""
+def test_each_remat_policy_recomputes_only_the_products_it_does_not_keep(remat, products):
+    """Products of the forward pass are counted in the program of the gradients: kept ones occur once."""
 
     class Squares(nnx.Module):
-        """A product with weights, and one of a batch of matrices with themselves."""
+        """A product with weights and one of activations with themselves."""
 
         def __init__(self, rngs):
             self.up = Linear(WIDTH, WIDTH, rngs=rngs)
@@ -153,6 +153,6 @@ def test_what_is_computed_again(remat, products):
     def loss(params, x):
         return apply_stack(nnx.merge(graph, params), x, remat=remat).sum()
 
-    again = products + (remat in ("dots_no_batch", "dots_attention", "offload"))  # that of the batch
-    # Each product has two more in the backward pass.
-    assert times("dot_general", jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr) == again + 4
+    again = products + (remat in ("dots_no_batch", "dots_attention", "offload"))  # the product of a batch
+    # The backward pass adds two products for each.
+    assert count_primitive("dot_general", jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr) == again + 4

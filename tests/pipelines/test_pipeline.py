@@ -19,9 +19,10 @@ from dit_video.diffusion import (
     UniPc,
     UniPcFlowSchedule,
 )
+from dit_video.encoders.autoencoder import compute_autoencoder_identity
 from dit_video.generation import text_to_video
 from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import Pipeline, Request, compute_autoencoder_identity
+from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
 from dit_video.weights import load as load_weights
 
@@ -33,17 +34,17 @@ SMALL = (5, 16, 16)
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_pipeline):
-    """The tiny model with weights large enough that prompts matter: after ten steps its outputs hardly differ."""
+    """Return the tiny model with larger weights, so that prompts matter, which they hardly do after ten steps."""
     denoiser = trees.map_with_path(
         lambda path, leaf: leaf + 0.3 * np.random.default_rng(len(path)).standard_normal(leaf.shape).astype(leaf.dtype),
-        tiny_pipeline._denoiser.params,
+        tiny_pipeline.denoiser_params,
     )
     return Pipeline(tiny_pipeline.config, autoencoder=tiny_pipeline.codec.params, denoiser=denoiser)
 
 
 @pytest.fixture(scope="module")
 def latents(pipeline):
-    """What `generate` makes of PROMPT at SMALL, as latents."""
+    """Return the latents that `generate` makes of PROMPT at the size SMALL."""
     return pipeline.generate(PROMPT, size=SMALL, output="latents")
 
 
@@ -61,7 +62,7 @@ def test_the_default_size_is_the_training_size(pipeline):
 
 
 def test_the_interval_of_tokens_is_that_of_the_training(tiny):
-    """Of 4 pixel frames at 16 a second, where positions count seconds."""
+    """A token stands for 4 pixel frames at 16 a second, and positions count seconds."""
     experiment = tiny.EXPERIMENT
     counted = PipelineConfig(
         autoencoder=experiment.autoencoder.model,
@@ -78,12 +79,12 @@ def test_the_interval_of_tokens_is_that_of_the_training(tiny):
     assert replace(counted, dit=replace(counted.dit, time_coordinate="seconds")).token_dt == 0.25
 
 
-def test_the_seed_decides(pipeline, latents):
+def test_another_seed_gives_another_clip(pipeline, latents):
     np.testing.assert_array_equal(pipeline.generate(PROMPT, size=SMALL, seed=0, output="latents"), latents)
     assert np.abs(pipeline.generate(PROMPT, size=SMALL, seed=1, output="latents") - latents).max() > 0.1
 
 
-def test_the_prompt_and_the_negative_prompt_decide(pipeline, latents):
+def test_the_prompt_and_the_negative_prompt_change_the_clip(pipeline, latents):
     for other in (
         pipeline.generate("a blue square", size=SMALL, output="latents"),
         pipeline.generate(PROMPT, size=SMALL, negative="a blue square", output="latents"),
@@ -92,18 +93,18 @@ def test_the_prompt_and_the_negative_prompt_decide(pipeline, latents):
         assert np.abs(other - latents).max() > 1e-3
 
 
-def test_guidance_of_one_asks_the_model_once(pipeline, monkeypatch):
+def test_guidance_of_one_evaluates_the_model_once(pipeline, monkeypatch):
     asked = []
     real = text_to_video.make_program
 
-    def program_of(*form):
+    def make_recording_program(*form):
         def run(params, state, batch, strength, *rest):
             asked.append(strength is not None)
             return real(*form)(params, state, batch, strength, *rest)
 
         return run
 
-    monkeypatch.setattr(text_to_video, "program_of", program_of)
+    monkeypatch.setattr(text_to_video, "make_program", make_recording_program)
     alone = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, output="latents")
     other = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, negative="a blue square", output="latents")
     assert asked == [False, False]
@@ -113,7 +114,7 @@ def test_guidance_of_one_asks_the_model_once(pipeline, monkeypatch):
     np.testing.assert_allclose(near, alone, atol=1e-3)
 
 
-def test_given_noise_is_the_starting_point(pipeline, latents):
+def test_noise_from_the_caller_is_the_starting_point(pipeline, latents):
     noise = text_to_video.draw_initial_noise(0, Grid(2, 2, 2), 4)
     again = pipeline.generate(PROMPT, size=SMALL, seed=77, noise=noise, output="latents")
     np.testing.assert_array_equal(again, latents)
@@ -128,20 +129,20 @@ def test_latents_have_the_stride_s_size_and_decode_to_the_clip(pipeline, latents
     assert (decoded.fps, decoded.caption) == (clip.fps, clip.caption)
 
 
-def test_samplers_by_name(pipeline, latents):
+def test_samplers_are_chosen_by_name(pipeline, latents):
     assert isinstance(pipeline.config.sampling.solver, Euler)
     np.testing.assert_array_equal(pipeline.generate(PROMPT, size=SMALL, sampler="euler", output="latents"), latents)
     heun = pipeline.generate(PROMPT, size=SMALL, sampler="heun", output="latents")
     assert np.abs(heun - latents).max() > 1e-3
-    # In two steps, both of first order, UniPC is Euler: what is corrected has no step left to matter in.
+    # With two steps, both of first order, UniPC is Euler: no step follows the correction.
     unipc = [pipeline.generate(PROMPT, size=SMALL, sampler="unipc", steps=n, output="latents") for n in (2, 4)]
     np.testing.assert_allclose(unipc[0], latents, rtol=1e-4, atol=1e-3)
     assert np.abs(unipc[1] - latents).max() > 1e-2
     four = pipeline.generate(PROMPT, size=SMALL, sampler="euler", steps=4, output="latents")
     assert np.abs(unipc[1] - four).max() > 1e-3
-    chosen = pipeline.sampling(steps=7, guidance=3, sampler="heun")
+    chosen = pipeline.resolve_sampling(steps=7, guidance=3, sampler="heun")
     assert (chosen.steps, chosen.guidance, chosen.solver) == (7, 3.0, Heun())
-    kept = replace(chosen, solver=UniPc(order=3, uncorrected_steps=(0,)), grid=UniPcFlowSchedule())
+    kept = replace(chosen, solver=UniPc(order=3, uncorrected_steps=(0,)), time_schedule=UniPcFlowSchedule())
     assert config_json.from_json(config_json.to_json(kept)) == kept
 
 
@@ -155,7 +156,7 @@ MIXED = [
 ]
 
 
-def test_many_are_the_same_as_each_alone(pipeline):
+def test_many_clips_at_once_are_the_same_as_each_alone(pipeline):
     together = pipeline.generate_many(MIXED)
     for request, clip in zip(MIXED, together, strict=True):
         alone = pipeline.generate(request.prompt, size=request.size, seed=request.seed, negative=request.negative)
@@ -209,12 +210,12 @@ def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
         ({"noise": np.zeros((1, 2, 2, 4), np.float32)}, r"has shape \(2, 2, 2, 4\), not \(1, 2, 2, 4\)"),
     ],
 )
-def test_other_wrong_arguments(pipeline, arguments, message):
+def test_invalid_arguments_are_refused(pipeline, arguments, message):
     with pytest.raises(UserError, match=message):
         pipeline.generate(PROMPT, size=SMALL, **arguments)
 
 
-def test_guidance_of_a_model_that_always_had_captions(pipeline):
+def test_guiding_a_model_trained_without_caption_dropout_warns(pipeline):
     always = Pipeline(
         replace(pipeline.config, caption_dropout=0.0),
         autoencoder=pipeline.codec.params,
@@ -228,12 +229,12 @@ def test_guidance_of_a_model_that_always_had_captions(pipeline):
         pipeline.generate(PROMPT, size=SMALL, output="latents")
 
 
-def test_what_a_run_hands_over(tiny, pipeline):
+def test_a_run_hands_its_caption_dropout_and_prediction_to_the_pipeline(tiny, pipeline):
     assert pipeline.config.caption_dropout == tiny.EXPERIMENT.denoiser.caption_dropout
     assert pipeline.config.prediction == tiny.EXPERIMENT.denoiser.objective.prediction
 
 
-def test_a_config_of_before_predictions_were_said(pipeline):
+def test_a_config_without_a_prediction_predicts_velocity(pipeline):
     document = config_json.to_json(pipeline.config)
     del document["prediction"], document["caption_dropout"]
     assert config_json.from_json(document) == replace(pipeline.config, caption_dropout=None)
@@ -241,16 +242,16 @@ def test_a_config_of_before_predictions_were_said(pipeline):
         replace(pipeline.config, process=Edm())
 
 
-def test_guidance_with_all_that_it_has(pipeline, latents):
+def test_guidance_accepts_all_its_options(pipeline, latents):
     plain = pipeline.generate(PROMPT, size=SMALL, guidance=Guidance(scale=2.0), output="latents")
     np.testing.assert_array_equal(plain, latents)
-    asked = pipeline.config.sampling.guided(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projected=True)
+    asked = pipeline.config.sampling.override_guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projected=True)
     assert asked == Guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projection=AdaptiveProjectedGuidance())
     other = pipeline.generate(PROMPT, size=SMALL, guidance=asked, output="latents")
     assert np.abs(other - pipeline.generate(PROMPT, size=SMALL, guidance=4.0, output="latents")).max() > 1e-3
     kept = replace(pipeline.config.sampling, guidance=asked)
     assert config_json.from_json(config_json.to_json(kept)) == kept
-    assert kept.guided(scale=1.5, projected=False) == replace(asked, scale=1.5, projected=None)
+    assert kept.override_guidance(scale=1.5, projected=False) == replace(asked, scale=1.5, projection=None)
 
 
 def test_a_trace_ends_at_the_clip(pipeline, latents):
@@ -301,7 +302,7 @@ def test_float32_files_come_back_bit_for_bit(pipeline, latents, tmp_path):
     loaded = dit_video.load(tmp_path / "saved")
     assert loaded.config == pipeline.config
     for mine, theirs in (
-        (pipeline._denoiser.params, loaded._denoiser.params),
+        (pipeline.denoiser_params, loaded.denoiser_params),
         (pipeline.codec.params, loaded.codec.params),
     ):
         mine, theirs = trees.flatten(mine), trees.flatten(theirs)
@@ -321,9 +322,9 @@ def test_bfloat16_files_take_half_and_come_back_close(pipeline, latents, tmp_pat
     bytes_of = {
         name: sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors")) for name in ("whole", "half")
     }
-    assert 0.4 < bytes_of["half"] / bytes_of["whole"] < 0.65  # names take room too
+    assert 0.4 < bytes_of["half"] / bytes_of["whole"] < 0.65  # names take space too
     loaded = dit_video.load(tmp_path / "half")
-    mine, theirs = trees.flatten(pipeline._denoiser.params), trees.flatten(loaded._denoiser.params)
+    mine, theirs = trees.flatten(pipeline.denoiser_params), trees.flatten(loaded.denoiser_params)
     for path in mine:
         np.testing.assert_allclose(theirs[path], mine[path], rtol=2**-8)
     assert (
@@ -349,7 +350,7 @@ def test_saving_replaces_a_pipeline_and_nothing_else(tiny_pipeline, tmp_path):
 def test_parameters_are_counted_by_part(tiny_pipeline):
     counts = tiny_pipeline.count_parameters()
     assert counts.keys() == {"autoencoder", "dit", "text"}
-    assert counts["dit"] == sum(leaf.size for leaf in trees.flatten(tiny_pipeline._denoiser.params["dit"]).values())
+    assert counts["dit"] == sum(leaf.size for leaf in trees.flatten(tiny_pipeline.denoiser_params["dit"]).values())
 
 
 def test_the_identity_of_an_autoencoder_is_its_config_and_weights(tiny_pipeline):
@@ -361,7 +362,7 @@ def test_the_identity_of_an_autoencoder_is_its_config_and_weights(tiny_pipeline)
     assert compute_autoencoder_identity(config, params | other) != mark
 
 
-def test_how_an_autoencoder_is_computed_is_not_what_it_is():
+def test_the_identity_of_an_autoencoder_ignores_its_form_and_remat_but_not_its_dtype():
     config, params = CausalVaeConfig.wan21(), {"kernel": np.ones(3, np.float32)}
     mark = compute_autoencoder_identity(config, params)
     assert compute_autoencoder_identity(replace(config, form="native", remat=True), params) == mark

@@ -1,4 +1,4 @@
-"""A trained model taken apart."""
+"""Probes of a trained model."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS, SIZE = ["a red circle moving left", "a blue square"], (9, 16, 32)
 
 
-def test_sampled_with_the_diffusion_library_it_is_what_the_pipeline_generates(tiny_pipeline):
+def test_sampling_the_probe_gives_the_clip_of_the_pipeline(tiny_pipeline):
     config = tiny_pipeline.config
     inside, empty = DenoiserProbe(tiny_pipeline, PROMPTS), DenoiserProbe(tiny_pipeline, ["", ""])
     drawn = np.random.default_rng(0).normal(size=(2, *inside.latent_grid, inside.channels)).astype(np.float32)
@@ -38,7 +38,7 @@ def test_each_clip_has_a_time_and_a_prompt_of_its_own(tiny_pipeline):
     np.testing.assert_allclose(both[1], alone[0], atol=1e-6)
 
 
-def test_attention_maps_are_of_its_clips(tiny_pipeline):
+def test_attention_maps_cover_the_tokens_of_every_clip(tiny_pipeline):
     inside = DenoiserProbe(tiny_pipeline, PROMPTS, SIZE)
     noisy = jnp.zeros((2, inside.token_grid.volume, 4 * inside.channels))
     queries = [inside.find_token((2, 0.9, 0.1)), inside.find_token((0, 0.0, 0.99))]
@@ -48,7 +48,7 @@ def test_attention_maps_are_of_its_clips(tiny_pipeline):
     np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-5)
 
 
-def test_what_it_cannot_take_apart(tiny_pipeline):
+def test_models_and_inputs_that_a_probe_cannot_take_are_refused(tiny_pipeline):
     with pytest.raises(UserError, match="name one"):
         DenoiserProbe(tiny_pipeline, [])
     with pytest.raises(UserError, match="divisible"):

@@ -1,4 +1,4 @@
-"""Plans of a tiny experiment: counted for hardware that is not here, and compiled for devices that are simulated."""
+"""Plans of a tiny experiment: analytic for absent hardware, and compiled for simulated devices."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def eight_rows(two_rows):
     return dataclasses.replace(two_rows, denoiser=dataclasses.replace(two_rows.denoiser, batch=8))
 
 
-def test_what_is_not_here_is_counted(eight_rows):
+def test_absent_hardware_is_planned_analytically(eight_rows):
     mesh = MeshConfig(fsdp=2)
     plan = plan_experiment(eight_rows, GPUS, mesh=mesh, steps=3600, price=2.0)
     assert (plan.method, plan.fits, plan.devices, plan.rows) == ("analytic", True, 8, 8)
@@ -64,21 +64,21 @@ def test_what_is_not_here_is_counted(eight_rows):
         ("b200:8", 6.0, "at $6.00 an hour"),
     ],
 )
-def test_where_a_price_is_from_is_said(eight_rows, topology, price, says):
+def test_a_plan_states_the_source_of_its_price(eight_rows, topology, price, says):
     text = str(plan_experiment(eight_rows, Topology.parse(topology), price=price))
     assert says in text
     assert price is None or "price:" not in text
 
 
-def test_recomputation_is_executed_but_not_the_models(eight_rows):
+def test_recomputation_counts_as_executed_but_not_as_model_flops(eight_rows):
     once, twice = (plan_experiment(replace_dit(eight_rows, remat=remat), GPUS) for remat in ("none", "full"))
     assert twice.model_flops == once.model_flops
     assert once.executed_flops < twice.executed_flops <= once.executed_flops * 4 / 3
 
 
 @pytest.mark.parametrize(("train", "passes"), [("full", 3), ("lora", 2)])
-def test_fine_tuning_of_a_model_that_animates_an_image(tmp_path, train, passes):
-    """Rows hold grey-backed latents and image tokens too; of adapters no gradients of the weights are made."""
+def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(tmp_path, train, passes):
+    """Rows hold image latents and image tokens too, and adapters need no gradients of the weights."""
     write_animating_wan(tmp_path / "wan")
     tuning = FineTuningOptions(max_pixels=32 * 48, max_frames=5, dtype="float32", train=train)
     experiment = make_finetuning_experiment(tmp_path / "wan", tuning)
@@ -116,7 +116,7 @@ def test_the_sampler_is_planned_too(eight_rows):
         (MeshConfig(data=8), "2 rows, which data x fsdp=8"),
     ],
 )
-def test_meshes_that_do_not_divide(mesh, says, eight_rows, two_rows):
+def test_meshes_that_do_not_divide_the_model_or_batch_are_refused(mesh, says, eight_rows, two_rows):
     if says is None:
         assert plan_experiment(eight_rows, GPUS, mesh=mesh).fits
         return
@@ -124,7 +124,7 @@ def test_meshes_that_do_not_divide(mesh, says, eight_rows, two_rows):
         plan_experiment(two_rows, GPUS, mesh=mesh)
 
 
-def test_clips_of_a_row(two_rows):
+def test_the_tokens_of_a_row_are_divided_among_its_clips(two_rows):
     assert fill_row(two_rows) == [6, 6]
     assert fill_row(two_rows, 3) == [4, 4, 4]
     with pytest.raises(UserError, match=r"clips=4 is invalid: .* room for 1 to 3"):
@@ -136,10 +136,10 @@ def test_the_best_of_those_that_fit_is_suggested(two_rows):
     assert len({(one.mesh, one.rows, one.remat) for one in found}) == len(found)
     assert {"none", "full"} <= {one.remat for one in found} <= {"none", "full", "attention", "dots_attention"}
     assert all(one.mesh.tensor <= 2 and one.mesh.context <= 2 for one in found)  # there are two heads
-    told = []
-    best = suggest(two_rows, GPUS, tries=3, report=told.append)
+    reports = []
+    best = suggest(two_rows, GPUS, tries=3, report=reports.append)
     assert best.fits
-    assert len(told) == 3
+    assert len(reports) == 3
     assert best.times is not None
     kept = suggest(two_rows, GPUS, rows=4, tries=1)
     assert kept.rows == 4
@@ -147,21 +147,21 @@ def test_the_best_of_those_that_fit_is_suggested(two_rows):
         suggest(two_rows, GPUS, part="autoencoder")
 
 
-def test_what_never_fits_is_said(two_rows):
+def test_a_search_without_a_fitting_plan_says_so(two_rows):
     small = dataclasses.replace(GPUS.chip, memory=1000)
     with pytest.raises(UserError, match="nothing on h100:8"):
         suggest(two_rows, dataclasses.replace(GPUS, chip=small))
 
 
-def test_an_autoencoder_is_compiled(eight_rows, two_rows):
+def test_plans_that_need_absent_hardware_are_refused(eight_rows, two_rows):
     with pytest.raises(UserError, match="run this on h100:8, or plan for a TPU"):
         plan_experiment(two_rows, GPUS, part="autoencoder")
     with pytest.raises(UserError, match="h100:8 is not here; leave it out"):
         plan_experiment(eight_rows, GPUS, measure=True)
 
 
-def test_an_autoencoder_with_a_discriminator(two_rows):
-    """Planned is a step in which both players move."""
+def test_a_discriminator_adds_to_the_plan_of_an_autoencoder(two_rows):
+    """The plan is for a step in which both players move."""
     loss = AutoencoderObjective(adversarial=AdversarialConfig(width=4, layers=1, start_step=1))
     autoencoder = dataclasses.replace(two_rows.autoencoder, loss=loss)
     experiment = dataclasses.replace(two_rows, autoencoder=autoencoder)
@@ -174,7 +174,7 @@ def test_an_autoencoder_with_a_discriminator(two_rows):
     )
 
 
-def test_of_a_sampler_tokens_are_split_and_texts_are_whole(eight_rows):
+def test_a_sampler_splits_tokens_over_the_context_axis_and_keeps_texts_whole(eight_rows):
     rows = dataclasses.replace(eight_rows.denoiser.rows, tokens=16, text=256)
     experiment = dataclasses.replace(eight_rows, denoiser=dataclasses.replace(eight_rows.denoiser, rows=rows))
     mesh = make_abstract_mesh(MeshConfig(data=1, context=2), 2)
@@ -185,47 +185,6 @@ def test_of_a_sampler_tokens_are_split_and_texts_are_whole(eight_rows):
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_the_program_that_runs():
-    """The state of a run on simulated devices, its step and the step's own analysis, beside the plan of it."""
-    check_on_eight_devices("""
-        import dataclasses, functools
-        import jax
-        import numpy as np
-        from dit_video.distributed import MeshConfig, make_mesh, shard_batch, shardings
-        from dit_video.distributed.planner import compile_step, measured_peak, peak_of
-        from dit_video.planning.steps import clips_of, plan_step
-        from dit_video.training.state import make_on_devices, init_state
-        from dit_video.training.optim.optimizer import make_optimizer
-        from dit_video.experiment.initialization import init_denoiser, optimizer_of
-        from experiments.tiny import experiment
-
-        tiny = experiment()
-        shape = {"width": 128, "layers": 2, "rotary": "even", "attention": "dense", "remat": "full"}
-        dit = dataclasses.replace(tiny.denoiser.dit, **shape)
-        tiny = dataclasses.replace(tiny, denoiser=dataclasses.replace(tiny.denoiser, batch=4, dit=dit))
-        mesh = make_mesh(MeshConfig(data=1, fsdp=4, context=2))
-        planned = plan_step(tiny, "denoiser", mesh, clips=clips_of(tiny))
-        compiled = compile_step(planned.step, planned.arguments, mesh)
-        memory, program = compiled.memory, compiled.program
-        assert measured_peak(planned.step, planned.arguments) is None  # it ran, and CPUs do not tell
-
-        config = tiny.denoiser
-        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
-        begin = lambda key: init_state(init_denoiser(config, key), optimizer)
-        state = make_on_devices(begin, jax.random.key(0), shardings=functools.partial(shardings, mesh=mesh))
-        batch = shard_batch(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), planned.arguments[1]), mesh)
-        first = lambda leaf: next(part.data for part in leaf.addressable_shards if part.device == jax.devices()[0])
-        here = lambda tree: sum(first(leaf).nbytes for leaf in jax.tree.leaves(tree))
-        assert memory.parameters == here(state.params), (memory, here(state.params))
-        assert memory.optimizer == here(state.opt_state)
-        assert memory.ema == here(state.ema) + here(state.averages)
-        executed = planned.step.lower(state, batch).compile()
-        analysis = executed.memory_analysis()
-        assert abs(memory.peak - peak_of(analysis)) <= 0.1 * peak_of(analysis), (memory, analysis)
-        executed(state, batch)
-
-        axes = {part.axes for part in program.moved.values()}
-        assert ("fsdp",) in axes, axes
-        assert ("all-to-all", ("context",)) in program.moved, program.moved
-        print("done")
-    """)
+def test_the_planned_memory_is_that_of_the_program_that_runs():
+    """The plan is compared with the state of a run on simulated devices and the analysis of its compiled step."""
+    check_on_eight_devices("planned_memory.py")

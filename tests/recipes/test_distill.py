@@ -1,4 +1,4 @@
-"""Distillation as a run: the tiny model as a teacher, from its pipeline to a student's."""
+"""Runs of distillation, from the pipeline of the tiny model to that of a student."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ def weights(folder):
 
 @pytest.fixture(scope="module", params=["consistency", pytest.param("dmd", marks=pytest.mark.slow)])
 def distilled(request, tiny_run, tmp_path_factory):
-    """The folder of a finished one. Read only."""
+    """Return the folder of a finished distillation, to be read only."""
     run = Run.create(
         tmp_path_factory.mktemp("distilled") / "run", make_distillation_experiment(tiny_run, OPTIONS[request.param])
     )
@@ -44,7 +44,7 @@ def distilled(request, tiny_run, tmp_path_factory):
     return run.folder
 
 
-def test_a_run_says_all_that_its_student_needs(tiny_run):
+def test_the_experiment_of_a_student_follows_from_a_run(tiny_run):
     experiment = make_distillation_experiment(tiny_run, OPTIONS["dmd"])
     teacher = dit_video.load(tiny_run).config
     assert experiment.autoencoder == PretrainedAutoencoder(model=teacher.autoencoder, folder=str(tiny_run / "pipeline"))
@@ -57,7 +57,7 @@ def test_a_run_says_all_that_its_student_needs(tiny_run):
     assert experiment.evaluation == teacher.evaluation
 
 
-def test_a_pipeline_says_it_too(tiny_run):
+def test_the_experiment_of_a_student_follows_from_a_pipeline(tiny_run):
     experiment = make_distillation_experiment(
         tiny_run / "pipeline", dataclasses.replace(OPTIONS["consistency"], guidance=1.5)
     )
@@ -70,7 +70,7 @@ def test_a_pipeline_says_it_too(tiny_run):
     assert experiment.denoiser.objective.process == teacher.process
 
 
-def test_the_student_is_another_than_the_teacher_and_the_autoencoder_is_its(tiny_run, distilled):
+def test_the_student_differs_from_the_teacher_and_shares_its_autoencoder(tiny_run, distilled):
     before, after = weights(tiny_run), weights(distilled)
     assert before.keys() == after.keys()
     assert {path.split("/")[0] for path in before if (before[path] != after[path]).any()} == {"dit", "text"}
@@ -81,7 +81,7 @@ def test_the_student_is_another_than_the_teacher_and_the_autoencoder_is_its(tiny
     assert all(np.isfinite(entry["loss"]) for entry in entries)
 
 
-def test_a_student_that_was_interrupted_ends_the_same(distilled, tmp_path, monkeypatch):
+def test_an_interrupted_distillation_ends_with_the_same_student(distilled, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(distilled, folder, ignore=shutil.ignore_patterns("denoiser", "pipeline"), symlinks=True)
     loop_run = trainer.loop.run
@@ -99,7 +99,7 @@ def test_a_student_that_was_interrupted_ends_the_same(distilled, tmp_path, monke
         np.testing.assert_array_equal(leaf, weights(distilled)[path])
 
 
-def test_another_teacher_does_not_go_on(distilled, tmp_path):
+def test_continuing_with_another_teacher_is_refused(distilled, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(distilled, folder, ignore=shutil.ignore_patterns("pipeline"), symlinks=True)
     (folder / "denoiser" / "start.json").write_text('{"start": "another", "identity": "0"}')
@@ -119,14 +119,14 @@ def test_teacher_and_student_are_compared(tiny_run):
         assert row["following"] == pytest.approx(np.mean([row[name] for name in ("colour", "direction", "shape")]))
 
 
-def test_what_cannot_be_distilled(tiny, tiny_run, tmp_path):
+def test_invalid_distillations_are_refused(tiny, tiny_run, tmp_path):
     with pytest.raises(MissingError, match="nowhere"):
         make_distillation_experiment(tmp_path / "nowhere")
     make = functools.partial(dataclasses.replace, tiny.EXPERIMENT.denoiser, distillation=ConsistencyDistillation())
     for denoiser, message in (
         (make(), "Set denoiser.init_from"),
-        (make(start=str(tiny_run), lora=LoraConfig(rank=2)), "Leave out lora and train_mode"),
-        (make(start=str(tiny_run), trained="temporal"), "Leave out lora and train_mode"),
+        (make(init_from=str(tiny_run), lora=LoraConfig(rank=2)), "Leave out lora and train_mode"),
+        (make(init_from=str(tiny_run), train_mode="temporal"), "Leave out lora and train_mode"),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)

@@ -1,4 +1,4 @@
-"""What fine-tuning writes is what diffusers reads: the same predictions from adapters, and from all weights."""
+"""Files that fine-tuning writes give the same predictions in diffusers."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ from dit_video.experiment import export
 from dit_video.families import save_denoiser
 from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, merge_lora
 from dit_video.tokens import Grid, compute_positions, patchify, unpatchify
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.parity
 
 DIT = WanDitConfig(channels=4, context_width=16, width=32, mlp_dim=40, layers=2, heads=2, time_width=8)
 GRID, TEXT, TIME = Grid(2, 3, 2), 5, 0.7
-PARAMS = {"dit": rough_params(DIT.make), "text": {}}
+PARAMS = {"dit": make_random_params(DIT.make), "text": {}}
 LORA = LoraConfig(rank=3, alpha=4.5, targets=(r"^dit/blocks/.*kernel$", "dit/head/kernel"))
 DRAW = np.random.default_rng(0)
 LATENTS = DRAW.normal(size=(2, 6, 4, 4)).astype(np.float32)
@@ -59,7 +59,7 @@ def theirs(torch, model):
     return prediction.permute(1, 2, 3, 0).numpy()
 
 
-def test_adapters(torch, tmp_path):
+def test_diffusers_gives_the_same_predictions_from_written_adapters(torch, tmp_path):
     pytest.importorskip("peft")
     import diffusers
 
@@ -78,7 +78,7 @@ def test_adapters(torch, tmp_path):
     np.testing.assert_allclose(ours(merge_lora(PARAMS, adapter)), expected, atol=1e-4)
 
 
-def test_all_weights(torch, tmp_path):
+def test_diffusers_gives_the_same_predictions_from_written_weights(torch, tmp_path):
     import diffusers
 
     trained = dataclasses.replace(DIT, dtype="bfloat16", remat="full")

@@ -1,4 +1,4 @@
-"""The experiment that a folder of Wan gives, and what is trained of it."""
+"""Experiments made from a folder of Wan, and the parameters that they train."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ from dit_video.nn import LoraConfig
 from dit_video.recipes.finetune_wan import FineTuningOptions, make_finetuning_experiment
 from dit_video.tokens import Grid
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_clip import VISION, write_clip
 from support.tiny_wan import ANIMATING, DIT, TWO, VAE, write_animating_wan, write_wan
 
@@ -58,17 +58,17 @@ def mesh():
     return make_mesh(MeshConfig())
 
 
-def training_of(folder, **options):
+def get_training(folder, **options):
     return make_finetuning_experiment(folder, dataclasses.replace(OPTIONS, **options)).denoiser
 
 
-def test_what_a_folder_gives(folder):
+def test_the_experiment_of_fine_tuning_follows_from_the_folder(folder):
     experiment = make_finetuning_experiment(folder, OPTIONS)
     denoiser = experiment.denoiser
     assert experiment.name == "tiny"
     assert experiment.autoencoder == PretrainedAutoencoder(model=VAE, folder=str(folder / "vae"))
     assert denoiser.dit == dataclasses.replace(DIT, remat="full")
-    assert training_of(folder, remat="attention").dit == dataclasses.replace(DIT, remat="attention")
+    assert get_training(folder, remat="attention").dit == dataclasses.replace(DIT, remat="attention")
     assert (denoiser.text.folder, denoiser.text.width, denoiser.text.cleaned) == (
         str(folder / "text_encoder"),
         16,
@@ -81,7 +81,7 @@ def test_what_a_folder_gives(folder):
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
-def test_the_defaults_are_the_models_own(folder, tmp_path):
+def test_the_defaults_of_fine_tuning_are_the_models(folder, tmp_path):
     data = make_finetuning_experiment(folder).data
     assert (data.max_pixels, data.max_frames, data.fps) == (480 * 832, 81, 16.0)
     write_wan(tmp_path / "told", dit=dataclasses.replace(DIT, time="token"))
@@ -95,24 +95,24 @@ def test_the_defaults_are_the_models_own(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def animating(tmp_path_factory):
-    """One that animates an image. Read only."""
+    """Return the folder of an image-to-video model, to be read only."""
     folder = tmp_path_factory.mktemp("wan") / "animating"
     write_animating_wan(folder)
     return folder
 
 
-def test_of_a_model_that_animates_an_image_the_first_frame_is_always_known(animating):
+def test_an_image_to_video_model_always_trains_with_its_first_frame(animating):
     experiment = make_finetuning_experiment(animating, OPTIONS)
     denoiser = experiment.denoiser
     assert denoiser.dit == dataclasses.replace(ANIMATING, remat="full")
     assert denoiser.known == KnownFrames(chance=1.0, rest="grey")
     assert denoiser.image_encoder == str(animating / "image_encoder")
-    assert training_of(animating, first_frame_prob=0.9).known == KnownFrames(chance=0.9, rest="grey")
+    assert get_training(animating, first_frame_prob=0.9).known == KnownFrames(chance=0.9, rest="grey")
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
-def test_what_training_is_given_is_what_sampling_is_given(animating, tmp_path):
-    """Of a stretch that begins within its clip, and of its mirror image."""
+def test_training_and_sampling_receive_the_same_image_conditioning(animating, tmp_path):
+    """This holds for a stretch that begins within its clip, and for its mirror image."""
     clips = shapes.write_folder(tmp_path / "clips", count=2, seed=0, sizes=(Grid(9, 32, 48), Grid(9, 32, 32)))
     experiment = make_finetuning_experiment(animating, dataclasses.replace(OPTIONS, clips_per_video=2))
     data = dataclasses.replace(experiment.data, flips=True)
@@ -153,11 +153,11 @@ def test_another_image_encoder_is_refused(animating, tmp_path):
     first = open_image_encoder(moved, identity_file=tmp_path / "kept.json")
     write_clip(moved, VISION, seed=1)
     again = open_image_encoder(moved, identity_file=tmp_path / "kept.json")
-    assert again.identity == first.identity  # known without the weights
+    assert again.identity == first.identity  # computed without the weights
     with pytest.raises(UserError, match="was used before; put that one back"):
         again(np.zeros((1, 16, 16, 3), np.uint8))
     wider = dataclasses.replace(ANIMATING, image_width=16)
-    training = dataclasses.replace(training_of(animating), dit=wider, image_encoder=str(moved))
+    training = dataclasses.replace(get_training(animating), dit=wider, image_encoder=str(moved))
     with pytest.raises(UserError, match="makes tokens of width 12, the denoiser reads 16; set dit image_width=12"):
         check_image_encoder(training, tmp_path / "other.json")
 
@@ -171,15 +171,15 @@ def test_another_image_encoder_is_refused(animating, tmp_path):
         ("scratch", ("scratch", False), 1e-4),
     ],
 )
-def test_what_is_trained_is_one_option(folder, train, expected, rate):
-    training = training_of(folder, train=train)
+def test_one_option_chooses_the_trained_parameters_and_their_learning_rate(folder, train, expected, rate):
+    training = get_training(folder, train=train)
     assert (training.train_mode, training.lora is not None) == expected
     assert training.optimizer.learning_rate == rate
     assert get_optimizer_config(training).trainable == ((TEMPORAL_PATHS,) if train == "temporal" else ())
 
 
-def test_weights_are_the_folders_and_go_to_the_devices(folder, mesh, tmp_path):
-    trained = open_trainable_denoiser(training_of(folder, train="full"), tmp_path, mesh, is_resuming=False)
+def test_initial_weights_are_read_from_the_folder_and_placed_on_the_devices(folder, mesh, tmp_path):
+    trained = open_trainable_denoiser(get_training(folder, train="full"), tmp_path, mesh, is_resuming=False)
     expected = flatten(load_denoiser(folder / "transformer")[1])
     found = flatten(trained.load_initial()["dit"])
     assert trained.base_params is None
@@ -187,12 +187,12 @@ def test_weights_are_the_folders_and_go_to_the_devices(folder, mesh, tmp_path):
         assert isinstance(found[path], jax.Array)
         np.testing.assert_array_equal(found[path], leaf)
     for choice, continues in (("full", True), ("scratch", False)):
-        started = open_trainable_denoiser(training_of(folder, train=choice), tmp_path, mesh, is_resuming=continues)
+        started = open_trainable_denoiser(get_training(folder, train=choice), tmp_path, mesh, is_resuming=continues)
         assert started.load_initial is None
 
 
 def test_adapted_weights_are_kept_in_the_dtype_of_the_products(folder, mesh, tmp_path):
-    training = training_of(folder, dtype="bfloat16", lora=LoraConfig(rank=2, alpha=3.0, targets=("query/kernel$",)))
+    training = get_training(folder, dtype="bfloat16", lora=LoraConfig(rank=2, alpha=3.0, targets=("query/kernel$",)))
     trained = open_trainable_denoiser(training, tmp_path, mesh, is_resuming=False)
     adapted = flatten(trained.base_params)
     assert adapted["dit/blocks/up/kernel"].dtype == jnp.bfloat16
@@ -208,9 +208,9 @@ def test_adapted_weights_are_kept_in_the_dtype_of_the_products(folder, mesh, tmp
 QUERIES = ("query", "cross_query")
 
 
-def test_the_autoencoder_is_read_where_it_lies(folder, tmp_path):
+def test_the_autoencoder_is_read_from_its_folder_and_not_copied(folder, tmp_path):
     run = Run(folder=tmp_path, experiment=make_finetuning_experiment(folder, OPTIONS), command="")
-    expected = flatten(rough_params(VAE.make))
+    expected = flatten(make_random_params(VAE.make))
     for path, leaf in flatten(run.train_autoencoder()).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
     assert not (tmp_path / "autoencoder").exists()
@@ -221,12 +221,12 @@ def test_the_autoencoder_is_read_where_it_lies(folder, tmp_path):
         load_pretrained_autoencoder(other)
 
 
-def test_what_cannot_be_trained_is_said_before_anything_is(folder):
+def test_models_that_cannot_be_trained_are_refused_first(folder):
     with pytest.raises(UserError, match=r"train_mode='temporal' is invalid: .*; use train_mode='full', or lora"):
-        check_initial_weights(training_of(folder, train="temporal"))
+        check_initial_weights(get_training(folder, train="temporal"))
     with pytest.raises(UserError, match="adapters of dit/embed/kernel can't be written"):
-        check_initial_weights(training_of(folder, lora=LoraConfig(targets=("kernel$",))))
-    deeper = dataclasses.replace(training_of(folder), dit=dataclasses.replace(DIT, layers=3))
+        check_initial_weights(get_training(folder, lora=LoraConfig(targets=("kernel$",))))
+    deeper = dataclasses.replace(get_training(folder), dit=dataclasses.replace(DIT, layers=3))
     with pytest.raises(UserError, match="holds another denoiser than the config's, in the transformer: layers is 2"):
         check_initial_weights(deeper)
 
@@ -238,7 +238,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is(folder):
         (TWO, MissingError, "lacks the folders transformer_2"),
     ],
 )
-def test_a_pipeline_that_cannot_be_fine_tuned(folder, tmp_path, change, error, message):
+def test_unsupported_and_incomplete_pipelines_are_refused(folder, tmp_path, change, error, message):
     copied = shutil.copytree(folder, tmp_path / "copied")
     index = json.loads((copied / "model_index.json").read_text())
     (copied / "model_index.json").write_text(json.dumps(index | change))
@@ -258,7 +258,7 @@ def two(tmp_path_factory):
     ("expert", "names"), [("high", ("transformer", "transformer_2")), ("low", ("transformer_2", "transformer"))]
 )
 def test_one_of_two_experts_is_trained_at_its_times(two, mesh, tmp_path, expert, names):
-    training = training_of(two, expert=expert)
+    training = get_training(two, expert=expert)
     own, other = (str(two / name) for name in names)
     assert training.init_from == own
     assert training.expert == ExpertConfig(expert=expert, boundary=0.875, other_folder=other)
@@ -277,24 +277,24 @@ def test_one_of_two_experts_is_trained_at_its_times(two, mesh, tmp_path, expert,
 
 def test_two_experts_are_trained_one_at_a_time(folder, two, tmp_path):
     with pytest.raises(UserError, match="two experts, which are trained one at a time; set expert=high"):
-        training_of(two)
+        get_training(two)
     with pytest.raises(UserError, match=r"expert=low is invalid: .* one transformer; leave out expert"):
-        training_of(folder, expert="low")
-    with pytest.raises(UserError, match="a time between 0 and 1, not 875"):
+        get_training(folder, expert="low")
+    with pytest.raises(UserError, match=r"boundary=875.0 is invalid: it must be a time between 0 and 1"):
         ExpertConfig(expert="low", boundary=875.0, other_folder="transformer")
     write_wan(tmp_path / "other", dit=dataclasses.replace(DIT, layers=3))
-    training = training_of(two, expert="low")
+    training = get_training(two, expert="low")
     unlike = dataclasses.replace(training.expert, other=str(tmp_path / "other" / "transformer"))
     with pytest.raises(UserError, match="other/transformer holds another denoiser"):
         check_initial_weights(dataclasses.replace(training, expert=unlike))
 
 
-def test_options_that_do_not_fit(folder, tmp_path):
+def test_options_that_do_not_fit_the_model_are_refused(folder, tmp_path):
     with pytest.raises(MissingError, match="no such file"):
         make_finetuning_experiment(tmp_path)
     with pytest.raises(UserError, match="no input for a first frame; leave it out"):
-        training_of(folder, first_frame_prob=0.5)
+        get_training(folder, first_frame_prob=0.5)
     with pytest.raises(UserError, match="must be positive"):
         FineTuningOptions(learning_rate=-1.0)
     with pytest.raises(UserError, match=r"T=6 is not 1 \+ 4k"):
-        training_of(folder, max_frames=6)
+        get_training(folder, max_frames=6)

@@ -16,11 +16,11 @@ from dit_video.reports.charts import compute_linear_ticks, compute_log_ticks, dr
         (0, 2999, [0, 1000, 2000]),
     ],
 )
-def test_linear_ticks(low, high, expected):
+def test_linear_ticks_are_round_numbers(low, high, expected):
     np.testing.assert_allclose(compute_linear_ticks(low, high), expected, atol=1e-12)
 
 
-def test_log_ticks():
+def test_log_ticks_are_round_numbers_and_few():
     np.testing.assert_allclose(compute_log_ticks(0.01, 0.3), [0.01, 0.02, 0.05, 0.1, 0.2])
     np.testing.assert_allclose(compute_log_ticks(1e-4, 1.0), [1e-4, 1e-3, 1e-2, 1e-1, 1])
     assert len(compute_log_ticks(1e-30, 1.0)) <= 8
@@ -30,7 +30,7 @@ def test_log_ticks():
     ("value", "text"),
     [(0.0, "0"), (0.00123456, "0.001235"), (3000, "3000"), (12_000, "12k"), (12_340_000, "12.34M"), (-1.5, "-1.5")],
 )
-def test_number(value, text):
+def test_numbers_are_formatted_with_four_digits_and_units(value, text):
     assert format_number(value) == text
 
 

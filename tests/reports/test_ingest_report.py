@@ -1,4 +1,4 @@
-"""The page of an ingested data set: everything is on it, and the same data set gives the same page."""
+"""The page of an ingested data set shows everything, and is the same for the same data."""
 
 import re
 
@@ -9,7 +9,7 @@ from dit_video.core.errors import MissingError
 from dit_video.data.ingest import IngestConfig, ScreeningConfig, ingest
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.video import Clip
-from support.page import HOSTILE, Page
+from support.html_page import HOSTILE, Page
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     return root, report
 
 
-def test_everything_is_on_the_page(made):
+def test_the_page_shows_everything(made):
     root, report = made
     assert (report.usable, report.files, len(report.quarantined), len(report.dropped)) == (30, 32, 1, 1)
     path = write_ingest_report(root / "data")
@@ -58,23 +58,23 @@ def test_everything_is_on_the_page(made):
         "min_size",
     ]
     assert [words for words in shown if words not in text] == []
-    assert [a["id"] for a in page.of("section")] == ["files", "clips", "sizes", "captions", "left-out", "settings"]
-    assert {a["href"] for a in page.of("a")} == {f"#{a['id']}" for a in page.of("section")}
-    assert len(page.of("img")) == 24
-    assert all(image["src"].startswith("data:image/png;base64,") for image in page.of("img"))
-    (used,) = [a for a in page.of("span") if a.get("class") == "used"]
+    assert [a["id"] for a in page.find("section")] == ["files", "clips", "sizes", "captions", "left-out", "settings"]
+    assert {a["href"] for a in page.find("a")} == {f"#{a['id']}" for a in page.find("section")}
+    assert len(page.find("img")) == 24
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.find("img"))
+    (used,) = [a for a in page.find("span") if a.get("class") == "used"]
     assert used["style"] == "flex-grow:30"
 
 
-def test_it_needs_no_network_and_no_scripts(made):
+def test_the_page_needs_no_network_and_no_scripts(made):
     root, _ = made
     text = write_ingest_report(root / "data").read_text(encoding="utf-8")
     page = Page(text)
     for _, attributes in page.elements:
         for name in ("src", "href", "srcset", "action", "poster", "data"):
             assert attributes.get(name, "#").startswith(("#", "data:")), attributes
-    assert not page.of("script")
-    assert not page.of("link")
+    assert not page.find("script")
+    assert not page.find("link")
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert not re.search(r"@import|url\(", text)
     assert HOSTILE in "".join(page.text)
@@ -86,6 +86,6 @@ def test_the_same_data_set_gives_the_same_bytes(made):
     assert first.read_bytes() == again.read_bytes()
 
 
-def test_no_data_set(tmp_path):
+def test_a_missing_data_set_is_refused(tmp_path):
     with pytest.raises(MissingError):
         write_ingest_report(tmp_path / "nowhere")

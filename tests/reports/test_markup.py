@@ -7,7 +7,7 @@ def test_text_is_escaped_and_markup_is_not():
     assert join("<", None, Markup("<br>")) == "&lt;<br>"
 
 
-def test_elements():
+def test_elements_are_written_with_their_attributes():
     assert element("p", "a<b", element("b", "c"), class_="x", data_wrong=True, hidden=False, id=None) == (
         '<p class="x" data-wrong>a&lt;b<b>c</b></p>'
     )

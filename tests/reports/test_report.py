@@ -7,7 +7,7 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.reports import Chart, Command, Curve, Figure, Reconstruction, Report, Sample, write_report
 from dit_video.video import Clip
-from support.page import HOSTILE, Page
+from support.html_page import HOSTILE, Page
 
 
 def clip(frames=3, height=32, width=32, caption="a red circle", seed=0):
@@ -59,7 +59,7 @@ def test_a_full_report_shows_everything(tmp_path):
         "192",
     ]
     assert [word for word in shown if word not in text] == []
-    assert [a["id"] for a in page.of("section")] == [
+    assert [a["id"] for a in page.find("section")] == [
         "samples",
         "reconstructions",
         "curves",
@@ -67,15 +67,15 @@ def test_a_full_report_shows_everything(tmp_path):
         "commands",
         "config",
     ]
-    assert {a["href"] for a in page.of("a")} == {f"#{a['id']}" for a in page.of("section")}
-    assert len(page.of("li", **{"class": "yes"})) == 2
-    assert [a["aria-label"] for a in page.of("li", **{"class": "no"})] == ["shape: not as prompted"]
+    assert {a["href"] for a in page.find("a")} == {f"#{a['id']}" for a in page.find("section")}
+    assert len(page.find("li", **{"class": "yes"})) == 2
+    assert [a["aria-label"] for a in page.find("li", **{"class": "no"})] == ["shape: not as prompted"]
 
 
 def test_every_clip_is_inside_without_loss(tmp_path):
     report = full_report()
     page, _ = written(tmp_path, report)
-    images = page.of("img")
+    images = page.find("img")
     assert len(images) == len(report.samples) + len(report.reconstructions)
     for image in images:
         kind, _, data = image["src"].partition(";base64,")
@@ -91,7 +91,7 @@ def test_every_clip_is_inside_without_loss(tmp_path):
 @pytest.mark.parametrize(("width", "kind"), [(160, "video/mp4"), (161, "video/webm")])
 def test_larger_clips_are_videos(tmp_path, width, kind):
     page, _ = written(tmp_path, Report(title="x", samples=(Sample(clip=clip(12, 120, width)),)))
-    (video,) = page.of("video")
+    (video,) = page.find("video")
     assert video["src"].startswith(f"data:{kind};base64,")
     assert {"autoplay", "loop", "muted", "playsinline"} <= video.keys()
     assert video["aria-label"] == "a red circle"
@@ -104,7 +104,7 @@ def test_the_page_needs_no_network(tmp_path):
             assert attributes.get(name, "#").startswith(("#", "data:")), attributes
     assert not re.search(r"https?://", text)
     assert not re.search(r"@import|url\(", text)
-    assert not page.of("link")
+    assert not page.find("link")
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -124,9 +124,9 @@ def test_hostile_text_stays_text(tmp_path):
         commands=(Command(text=HOSTILE, note=HOSTILE),),
     )
     page, text = written(tmp_path, report)
-    assert len(page.of("script")) == 1
-    assert len(page.of("style")) == 1
-    assert all(image["src"].startswith("data:") for image in page.of("img"))
+    assert len(page.find("script")) == 1
+    assert len(page.find("style")) == 1
+    assert all(image["src"].startswith("data:") for image in page.find("img"))
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert "<script>alert" not in text
     assert HOSTILE in "".join(page.text)
@@ -134,12 +134,12 @@ def test_hostile_text_stays_text(tmp_path):
 
 def test_an_empty_report_is_a_page(tmp_path):
     page, text = written(tmp_path, Report(title="Nothing yet"))
-    assert page.of("section") == []
-    assert page.of("dl") == []
+    assert page.find("section") == []
+    assert page.find("dl") == []
     assert 'id="pause"' not in text
 
 
-def test_losses_that_are_empty_or_not_finite(tmp_path):
+def test_a_chart_says_how_many_losses_are_not_finite(tmp_path):
     curves = (
         Curve(name="empty", steps=(), values=()),
         Curve(name="broken", steps=(1, 2, 3), values=(float("nan"), 2.0, float("inf"))),
@@ -153,12 +153,12 @@ def test_losses_that_are_empty_or_not_finite(tmp_path):
 
 def test_filters_count_what_they_show(tmp_path):
     page, _ = written(tmp_path, full_report())
-    assert [a["data-filter"] for a in page.of("button") if "data-filter" in a] == ["all", "unseen", "wrong"]
-    assert sum("data-unseen" in a for a in page.of("figure")) == 1
-    assert sum("data-wrong" in a for a in page.of("figure")) == 1
+    assert [a["data-filter"] for a in page.find("button") if "data-filter" in a] == ["all", "unseen", "wrong"]
+    assert sum("data-unseen" in a for a in page.find("figure")) == 1
+    assert sum("data-wrong" in a for a in page.find("figure")) == 1
     plain = Report(title="x", samples=(Sample(clip=clip()),))
     page, _ = written(tmp_path, plain)
-    assert not [a for a in page.of("button") if "data-filter" in a]
+    assert not [a for a in page.find("button") if "data-filter" in a]
 
 
 def test_many_tiny_clips_stay_small(tmp_path):
@@ -168,7 +168,7 @@ def test_many_tiny_clips_stay_small(tmp_path):
     assert len(text) < 5_000_000
 
 
-def test_parts_that_do_not_fit():
+def test_parts_of_different_lengths_are_refused():
     with pytest.raises(UserError, match=r"shape \(4, .*original's, \(3, .*; compare clips before resizing"):
         Reconstruction(original=clip(3), decoded=clip(4), psnr=1.0)
     with pytest.raises(UserError, match="has 2 steps and 1 values"):

@@ -21,7 +21,7 @@ def entry(clip, name, seed):
 
 @pytest.fixture(scope="module")
 def measured(tiny_pipeline):
-    """An evaluation whose samples are rendered: as if by a model that knows all."""
+    """Return an evaluation whose samples are rendered, as by a perfect model."""
     descriptions = [shapes.TRAINING[0], shapes.HELD_OUT[0], shapes.IMAGES[3]]
     samples = []
     for number, description in enumerate(descriptions):
@@ -47,7 +47,7 @@ def page(path):
     return path.read_text(encoding="utf-8")
 
 
-def test_two_experts_have_their_guidance_each(tiny_pipeline, measured, tmp_path):
+def test_the_report_states_the_guidance_of_both_experts(tiny_pipeline, measured, tmp_path):
     drawn = measured.metrics["sampling"] | {"guidance": (4.0, 3.5)}
     measured = measured._replace(metrics=measured.metrics | {"sampling": drawn})
     write_run_report(tmp_path / "report.html", tiny_pipeline, measured, title="A run", source=tmp_path)
@@ -92,9 +92,9 @@ def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measure
     assert str(tiny_run / "pipeline") in text
 
 
-def test_nobody_judges_captions(tiny_run, tiny_pipeline, measured, tmp_path):
+def test_free_captions_get_no_verdict(tiny_run, tiny_pipeline, measured, tmp_path):
     config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation())
-    pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline._denoiser.params)
+    pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline.denoiser_params)
     clip = Clip(measured.samples[0].clip.frames, 8, "a dog, which is no shape")
     metrics = {name: value for name, value in measured.metrics.items() if name != "prompt_following"}
     captions = EvaluationResult(metrics, [], [SavedSample(entry(clip, "0.mp4", 1), clip)], [False], [])

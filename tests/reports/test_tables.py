@@ -17,7 +17,7 @@ from dit_video.reports.tables import format_value, render_json, render_metrics
         (float("nan"), "nan"),
     ],
 )
-def test_readable(value, text):
+def test_values_are_formatted_readably(value, text):
     assert format_value(value) == text
 
 
@@ -36,7 +36,7 @@ def test_other_groups_stand_under_headings():
     assert re.findall(r"<h(\d)>(\w+)", table) == [("3", "a"), ("4", "b"), ("4", "c")]
 
 
-def test_an_empty_group():
+def test_empty_groups_make_no_table():
     assert "<table>" not in render_metrics({"a": {}, "b": {}})
 
 

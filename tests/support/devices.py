@@ -1,4 +1,7 @@
-"""Code on simulated devices: their number is fixed before JAX is imported, so it runs in a process of its own."""
+"""Programs on simulated devices, each in a process of its own: JAX fixes their number when it is imported.
+
+The programs are files of `tests/support/programs`. Each prints `done` at its end.
+"""
 
 import os
 import re
@@ -8,41 +11,54 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = Path(__file__).parent / "programs"
 
 HANG = 900
-"""Seconds after which a process hangs. On a busy machine one may take a hundred times as long as on an idle one."""
+"""Seconds until a process counts as hung. On a busy machine one may take a hundred times as long as on an idle one."""
 
 
-def wait_until(true: Callable[[], bool]) -> None:
-    """Wait for what another process or thread does."""
-    until = time.monotonic() + HANG
-    while not true():
-        assert time.monotonic() < until, f"not true after {HANG} s"
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until another process or thread has made a condition true."""
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < deadline, f"not true after {HANG} s"
         time.sleep(0.02)
 
 
-def check_on_eight_devices(code: str, *arguments: str) -> None:
-    """Run code that prints `done` at its end, with the project and its tests on the path."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
-    done = subprocess.run(command, env=_environment(8), capture_output=True, text=True, check=False, timeout=HANG)
-    assert done.returncode == 0, done.stderr
-    assert "done" in done.stdout
+def check_on_eight_devices(program: str, *arguments: str) -> None:
+    """Run a program on eight devices, with the project and its tests on the path, and check that it prints `done`.
 
-
-def run_together(imports: str, code: str, *arguments: str, devices: int = 1) -> tuple[str, str]:
-    """Run code in two processes, of so many devices each, that JAX joins into one run; gives what each printed.
-
-    The two are joined between `imports` and `code`: within 30 seconds after one has reached a collective operation the
-    other has to, or Gloo's connection fails, and imports may take that long on a busy machine. They are run again where
-    that happened all the same, and where another program was faster to take the port.
+    Args:
+      program: file name below `tests/support/programs`.
     """
-    script = _JOIN.format(imports=textwrap.dedent(imports), code=textwrap.dedent(code), seconds=HANG)
+    command = [*_make_command(program), *arguments]
+    environment = make_environment(8)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=HANG)
+    assert process.returncode == 0, process.stderr
+    assert "done" in process.stdout
+
+
+def run_together(program: str, *arguments: str, devices: int = 1) -> tuple[str, str]:
+    """Run a program in two processes, of so many devices each, and return their outputs.
+
+    The program calls `join_processes` after its imports, which makes JAX join the two into one run. It is run again
+    where the two were not joined: another process took the port first, or one was too slow.
+
+    Args:
+      program: file name below `tests/support/programs`.
+    """
+    if program.endswith(".py"):
+        command = _make_command(program)
+    else:
+        code, *arguments = arguments
+        command = _make_command(_JOIN.format(imports=textwrap.dedent(program), code=textwrap.dedent(code)))
     for _ in range(4):
-        codes, outputs = _both([sys.executable, "-c", script, _free_port()], arguments, _environment(devices))
+        codes, outputs = _run_both([*command, find_free_port()], arguments, make_environment(devices))
         if codes == [0, 0]:
             return outputs
         if not any(_NOT_JOINED.search(output) for output in outputs):
@@ -50,43 +66,61 @@ def run_together(imports: str, code: str, *arguments: str, devices: int = 1) -> 
     raise AssertionError("\n".join(f"process {k} ended with {codes[k]}:\n{outputs[k]}" for k in range(2)))
 
 
+def join_processes() -> None:
+    """Join this process and the other one of `run_together`, whose port and index are its first two arguments.
+
+    To be called after all imports: within 30 seconds after one process has reached a collective operation the other
+    has to, or Gloo's connection fails, and imports may take that long on a busy machine.
+    """
+    import jax
+
+    def end(*error) -> None:
+        # At an ordinary end a process waits for the other one, which may wait for this one in a collective operation.
+        traceback.print_exception(*error)
+        sys.stderr.flush()
+        os._exit(1)
+
+    sys.excepthook = end
+    address, index = f"127.0.0.1:{sys.argv.pop(1)}", int(sys.argv.pop(1))
+    jax.distributed.initialize(
+        address,
+        2,
+        index,
+        coordinator_bind_address=address,
+        initialization_timeout=HANG,
+        heartbeat_timeout_seconds=HANG,
+        shutdown_timeout_seconds=HANG,
+    )
+
+
 _JOIN = """
-import os, sys, traceback
+import os, sys
 import jax
-port, index = sys.argv.pop(1), int(sys.argv.pop(1))
 {imports}
-
-def end(*error):
-    # At an ordinary end a process waits for the other one, which may wait for this one in a collective operation.
-    traceback.print_exception(*error)
-    sys.stderr.flush()
-    os._exit(1)
-
-sys.excepthook = end
-jax.distributed.initialize(
-    "127.0.0.1:" + port,
-    2,
-    index,
-    coordinator_bind_address="127.0.0.1:" + port,
-    initialization_timeout={seconds},
-    heartbeat_timeout_seconds={seconds},
-    shutdown_timeout_seconds={seconds},
-)
+from support.devices import join_processes
+join_processes()
 {code}
 """
 _NOT_JOINED = re.compile("Failed to start RPC server|Gloo context initialization failed")
 
 
-def _both(command: list[str], arguments: tuple[str, ...], environment: dict[str, str]):
-    """How two processes ended, and what they printed. Where one fails or `HANG` is over, what still runs is killed."""
+def _make_command(program: str) -> list[str]:
+    """Return the command of a program: the name of a file, or code."""
+    if program.endswith(".py"):
+        return [sys.executable, "-P", str(PROGRAMS / program)]
+    return [sys.executable, "-c", textwrap.dedent(program)]
+
+
+def _run_both(command: list[str], arguments: Sequence[str], environment: dict[str, str]):
+    """Return the exit codes and outputs of two processes. Where one fails or `HANG` is over, those left are killed."""
     with tempfile.TemporaryFile("w+") as first, tempfile.TemporaryFile("w+") as second:
-        files, processes, until = (first, second), [], time.monotonic() + HANG
+        files, processes, deadline = (first, second), [], time.monotonic() + HANG
         try:
             for index, file in enumerate(files):
                 whole = [*command, str(index), *arguments]
                 processes.append(subprocess.Popen(whole, env=environment, stdout=file, stderr=subprocess.STDOUT))
             while None in (codes := [process.poll() for process in processes]):
-                if any(codes) or time.monotonic() > until:
+                if any(codes) or time.monotonic() > deadline:
                     break
                 time.sleep(0.02)
         finally:
@@ -98,18 +132,19 @@ def _both(command: list[str], arguments: tuple[str, ...], environment: dict[str,
         return codes, (first.read(), second.read())
 
 
-def _free_port() -> str:
+def find_free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
-def _environment(devices: int) -> dict[str, str]:
+def make_environment(devices: int) -> dict[str, str]:
+    """Return the environment of a process with so many simulated devices."""
     return {
         **os.environ,
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(_ROOT), str(_ROOT / "tests")]),
-        # gRPC would ask a proxy for the way to the other process.
+        # gRPC would connect to the other process through a proxy.
         "no_proxy": "127.0.0.1,localhost",
     }

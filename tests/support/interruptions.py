@@ -1,4 +1,4 @@
-"""Runs that are interrupted."""
+"""Interruption of training runs."""
 
 import itertools
 import signal
@@ -7,7 +7,7 @@ from dit_video.training import trainer
 
 
 def interrupt(monkeypatch, *, at, how):
-    """The run is interrupted at call `at` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
+    """Interrupt the run at call `at` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
     real = trainer.make_step
 
     def make_step(*arguments, **keywords):

@@ -1,10 +1,10 @@
-"""What a traced program consists of."""
+"""Operations of traced programs."""
 
 from typing import Any
 
 
-def times(primitive: str, jaxpr: Any) -> int:
-    """How often an operation stands in a program; in a loop's body once."""
+def count_primitive(primitive: str, jaxpr: Any) -> int:
+    """Return how often an operation occurs in a program; in a loop's body it counts once."""
     inner = [
         sub.jaxpr if hasattr(sub, "jaxpr") else sub
         for equation in jaxpr.eqns
@@ -13,4 +13,4 @@ def times(primitive: str, jaxpr: Any) -> int:
         if hasattr(sub, "eqns") or hasattr(getattr(sub, "jaxpr", None), "eqns")
     ]
     own = sum(equation.primitive.name == primitive for equation in jaxpr.eqns)
-    return own + sum(times(primitive, each) for each in inner)
+    return own + sum(count_primitive(primitive, each) for each in inner)

@@ -1,4 +1,4 @@
-"""Two clips with all that a denoiser may be given, alone and packed into rows with padding that is not zero."""
+"""Two clips with every input of a denoiser, alone and packed into rows whose padding is not zero."""
 
 import functools
 from typing import NamedTuple
@@ -16,16 +16,18 @@ from dit_video.tokens import Grid, compute_positions
 
 GRIDS = (Grid(2, 2, 2), Grid(1, 2, 3))
 TEXTS = (3, 2)
-"""context tokens of each clip"""
+"""Numbers of context tokens of the clips."""
 IMAGES = (2, 3)
-"""image tokens of each clip"""
+"""Numbers of image tokens of the clips."""
 TOKEN_WIDTH, TEXT_WIDTH, GIVEN_WIDTH, IMAGE_WIDTH, CLASSES = 8, 6, 12, 5, 4
 TOKENS, TEXT, IMAGE, SEGMENTS = 18, 7, 6, 3
 FIRST, SECOND = slice(0, 8), slice(8, 14)
-"""the clips' tokens in a row of both"""
+"""The clips' tokens in a row of both."""
 
 
 class Batch(NamedTuple):
+    """Inputs of a denoiser for some rows."""
+
     noisy: Array
     time: Array
     segments: Array
@@ -38,10 +40,10 @@ class Batch(NamedTuple):
     image: Array
     image_segments: Array
     weights: Array
-    """of every output in a loss; zero on padding"""
+    """Weight of every output in a loss; zero on padding."""
 
     def given(self, config) -> Given:
-        """What the config asks for."""
+        """Return the conditioning that the config asks for."""
         image = getattr(config, "image_width", None) is not None
         return Given(
             token_time=self.token_time if config.time == "token" else None,
@@ -52,15 +54,15 @@ class Batch(NamedTuple):
         )
 
 
-def batch(*members: tuple[int, ...]) -> Batch:
-    """Rows that hold these clips."""
+def make_batch(*members: tuple[int, ...]) -> Batch:
+    """Make a batch with a row of each of these tuples of clips."""
     return Batch(
         *(jnp.asarray(np.stack(arrays)) for arrays in zip(*(_row(numbers) for numbers in members), strict=True))
     )
 
 
 def _row(numbers: tuple[int, ...]) -> Batch:
-    found = Batch(
+    row = Batch(
         noisy=np.full((TOKENS, TOKEN_WIDTH), 9, np.float32),
         time=np.full(SEGMENTS, 0.9, np.float32),
         segments=np.zeros(TOKENS, np.int32),
@@ -80,22 +82,22 @@ def _row(numbers: tuple[int, ...]) -> Batch:
         grid = GRIDS[number]
         stop, text_stop, image_stop = start + grid.volume, text_start + TEXTS[number], image_start + IMAGES[number]
         tokens, text, image = slice(start, stop), slice(text_start, text_stop), slice(image_start, image_stop)
-        found.noisy[tokens] = draw.normal(size=(grid.volume, TOKEN_WIDTH))
-        found.weights[tokens] = draw.normal(size=(grid.volume, TOKEN_WIDTH))
-        found.time[index] = draw.uniform()
-        found.segments[tokens] = index + 1
-        found.positions[tokens] = compute_positions(grid)
-        found.context[text] = draw.normal(size=(TEXTS[number], TEXT_WIDTH))
-        found.context_segments[text] = index + 1
-        frames = np.full(grid, found.time[index])
-        frames[0, 0] = 0  # what is known: at time 0
-        found.token_time[tokens] = frames.reshape(-1)
-        found.latents[tokens] = draw.normal(size=(grid.volume, GIVEN_WIDTH))
-        found.labels[index] = number + 1
-        found.image[image] = draw.normal(size=(IMAGES[number], IMAGE_WIDTH))
-        found.image_segments[image] = index + 1
+        row.noisy[tokens] = draw.normal(size=(grid.volume, TOKEN_WIDTH))
+        row.weights[tokens] = draw.normal(size=(grid.volume, TOKEN_WIDTH))
+        row.time[index] = draw.uniform()
+        row.segments[tokens] = index + 1
+        row.positions[tokens] = compute_positions(grid)
+        row.context[text] = draw.normal(size=(TEXTS[number], TEXT_WIDTH))
+        row.context_segments[text] = index + 1
+        frames = np.full(grid, row.time[index])
+        frames[0, 0] = 0  # the first frame is known, thus at time 0
+        row.token_time[tokens] = frames.reshape(-1)
+        row.latents[tokens] = draw.normal(size=(grid.volume, GIVEN_WIDTH))
+        row.labels[index] = number + 1
+        row.image[image] = draw.normal(size=(IMAGES[number], IMAGE_WIDTH))
+        row.image_segments[image] = index + 1
         start, text_start, image_start = stop, text_stop, image_stop
-    return found
+    return row
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -112,8 +114,8 @@ def predict(params, batch: Batch, config) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def run(params, batch: Batch, config):
-    """The prediction, and the gradients of its weighted sum to parameters and context."""
+def predict_with_gradients(params, batch: Batch, config):
+    """Return the prediction, and the gradients of its weighted sum with respect to parameters and context."""
 
     def loss(params, context):
         prediction = predict(params, batch._replace(context=context), config)
@@ -123,30 +125,30 @@ def run(params, batch: Batch, config):
     return prediction, *gradients
 
 
-def with_others_changed(batch: Batch, segment: int) -> Batch:
-    """All that is not of a segment is another: tokens, times, places, texts, images, padding."""
+def change_other_segments(batch: Batch, segment: int) -> Batch:
+    """Change everything outside of a segment: tokens, times, positions, texts, images, padding."""
 
-    def other(ids: Array, values: Array) -> Array:
+    def change(ids: Array, values: Array) -> Array:
         outside = (ids != segment).reshape(ids.shape + (1,) * (values.ndim - ids.ndim))
         return jnp.where(outside, 3 - 2 * values, values)
 
     ids = jnp.arange(1, batch.time.shape[1] + 1)[None] + 0 * batch.labels
     return batch._replace(
-        noisy=other(batch.segments, batch.noisy),
+        noisy=change(batch.segments, batch.noisy),
         time=jnp.where(ids == segment, batch.time, 0.5 * batch.time),
-        positions=other(batch.segments, batch.positions),
-        context=other(batch.context_segments, batch.context),
+        positions=change(batch.segments, batch.positions),
+        context=change(batch.context_segments, batch.context),
         token_time=jnp.where(batch.segments == segment, batch.token_time, 0.5 * batch.token_time),
-        latents=other(batch.segments, batch.latents),
+        latents=change(batch.segments, batch.latents),
         labels=jnp.where(ids == segment, batch.labels, (batch.labels + 1) % CLASSES),
-        image=other(batch.image_segments, batch.image),
+        image=change(batch.image_segments, batch.image),
     )
 
 
 def assert_packed_is_unpacked(params, config, *, tolerance=1e-5) -> None:
-    """Values and gradients of two clips in one row are those of the two in rows of their own."""
-    packed, packed_gradients, packed_context = run(params, batch((0, 1), ()), config)
-    alone, alone_gradients, alone_context = run(params, batch((0,), (1,)), config)
+    """Assert that values and gradients of two clips in one row are those of the two in separate rows."""
+    packed, packed_gradients, packed_context = predict_with_gradients(params, make_batch((0, 1), ()), config)
+    alone, alone_gradients, alone_context = predict_with_gradients(params, make_batch((0,), (1,)), config)
     assert np.std(packed[0, :14]) > 0.1
     np.testing.assert_allclose(packed[0, FIRST], alone[0, :8], atol=tolerance)
     np.testing.assert_allclose(packed[0, SECOND], alone[1, :6], atol=tolerance)
@@ -158,18 +160,18 @@ def assert_packed_is_unpacked(params, config, *, tolerance=1e-5) -> None:
 
 
 def assert_segments_are_apart(params, config) -> None:
-    """Whatever else is in the row, a segment's prediction is the same bit for bit."""
-    given = batch((0, 1), (1, 0))
-    before, _, _ = run(params, given, config)
-    after, _, _ = run(params, with_others_changed(given, 1), config)
+    """Assert that a segment's prediction is bit for bit the same whatever else is in the row."""
+    given = make_batch((0, 1), (1, 0))
+    before, _, _ = predict_with_gradients(params, given, config)
+    after, _, _ = predict_with_gradients(params, change_other_segments(given, 1), config)
     np.testing.assert_array_equal(after[0, FIRST], before[0, FIRST])
     np.testing.assert_array_equal(after[1, :6], before[1, :6])
     assert (after[0, SECOND] != before[0, SECOND]).any(axis=-1).all()
     assert np.isfinite(after).all()
 
 
-def assert_trees_are_close(found, expected) -> None:
+def assert_trees_are_close(actual, expected) -> None:
     expected = flatten(expected)
-    for path, leaf in flatten(found).items():
+    for path, leaf in flatten(actual).items():
         scale = np.abs(expected[path]).max()
         assert np.abs(leaf - expected[path]).max() <= 1e-5 * max(scale, 1), path

@@ -2,8 +2,8 @@
 
     python experiments/train.py tests/support/tiny.py --data CLIPS --workdir RUN
 
-CLIPS is made by `dit_video.data.synthetic.shapes.write_folder` with `COUNT`, `SIZES` and seed 0. The model learns next
-to nothing.
+CLIPS is made by `dit_video.data.synthetic.shapes.write_folder` with `COUNT`, `SIZES` and seed 0. The model learns
+almost nothing.
 """
 
 from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
@@ -23,7 +23,7 @@ HELD_OUT = 3
 
 
 def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
-    """With the signature of the quickstart's."""
+    """Return the experiment; the signature is that of the quickstart's."""
     return Experiment(
         name="tiny" if not brief else "tiny-brief",
         seed=seed,

@@ -1,4 +1,4 @@
-"""Image transformers of classes, as small as they get."""
+"""Configs of the smallest class-conditional image transformers."""
 
 import dataclasses
 

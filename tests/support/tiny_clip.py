@@ -5,12 +5,12 @@ from pathlib import Path
 
 from dit_video.features import ClipConfig, ClipTextConfig, ClipVisionConfig
 from dit_video.weights import save_clip
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 WORDS = ["red", "ball", "cube", "left"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 START, END = 2 * len(LETTERS), 2 * len(LETTERS) + 1
-"""after each letter within a word, and as its last"""
+"""Ids after those of the letters within a word and of the letters at its end."""
 TEXT = ClipTextConfig(
     width=16, layers=2, heads=2, mlp_width=24, projection=6, vocabulary=80, positions=12, end_token=END
 )
@@ -19,7 +19,7 @@ CONFIG = ClipConfig(text=TEXT, vision=VISION)
 
 
 def write_tokenizer(folder: Path) -> None:
-    """As CLIP's own lie: `vocab.json` and `merges.txt`. A word of `WORDS` is one token, others are their letters."""
+    """Write CLIP's `vocab.json` and `merges.txt`. A word of `WORDS` is one token; others are split into letters."""
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     merges = []
     for word in WORDS:
@@ -38,7 +38,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_clip(folder: Path, config: ClipConfig | ClipTextConfig | ClipVisionConfig = CONFIG, *, seed: int = 0) -> dict:
-    """The parameters that were written."""
-    params = rough_params(config.make, seed)
+    """Write a model with random parameters, and return these."""
+    params = make_random_params(config.make, seed)
     save_clip(folder, config, params)
     return params

@@ -6,7 +6,7 @@ from dit_video.generation import Denoiser, LatentRequest, Sampling, draw_initial
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedShape
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=32)
 DIT = DitConfig(channels=2, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
@@ -16,15 +16,16 @@ SAMPLING = Sampling(steps=2, guidance=2.0)
 DENOISER = Denoiser(
     dit=get_graph_def(DIT.make),
     text=get_graph_def(TEXT.make),
-    params={"dit": rough_params(DIT.make), "text": rough_params(TEXT.make)},
+    params={"dit": make_random_params(DIT.make), "text": make_random_params(TEXT.make)},
     tokenizer=TEXT.make_tokenizer(),
     process=RectifiedFlow(shift=2.0),
     patch=DIT.patch,
 )
 
 
-def request(prompt: str, latents: tuple[int, int, int] = (2, 4, 4), *, seed: int = 0, negative: str = ""):
+def make_request(prompt: str, latents: tuple[int, int, int] = (2, 4, 4), *, seed: int = 0, negative: str = ""):
+    """Make a request with the noise of a seed."""
     return LatentRequest(prompt, negative, draw_initial_noise(seed, Grid(*latents), 2))
 
 
-SMALL = request("dot", (1, 2, 4), seed=1)
+SMALL = make_request("dot", (1, 2, 4), seed=1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dit_video.text import T5Config
 from dit_video.weights import save_text_encoder
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 WORDS = ["a", "red", "green", "ball", "cube", "moves", "left", "right", "up", "down", "and", "the", "on", "table"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -13,7 +13,7 @@ CONFIG = T5Config(vocabulary=64, width=16, layers=2, heads=3, head_width=4, mlp_
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Whole words, and letters for the others; ids 0 to 2 are padding, end and unknown, as T5's."""
+    """Write a tokenizer of whole words, and letters for others. Ids 0 to 2 are padding, end and unknown, as in T5."""
     from transformers import T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
@@ -23,11 +23,12 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_encoder(folder: Path, config: T5Config = CONFIG, *, seed: int = 0) -> dict:
-    """The parameters that were written."""
-    params = rough_params(config.make, seed)
+    """Write an encoder with random parameters, and return these."""
+    params = make_random_params(config.make, seed)
     save_text_encoder(folder, config, params)
     return params
 
 
 def change_json(path: Path, **values) -> None:
+    """Change values of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -10,7 +10,7 @@ from dit_video.families import save_autoencoder, save_denoiser
 from dit_video.features import ClipImageProcessor
 from dit_video.tokens import Grid
 from dit_video.weights import save_clip_image_processor
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_clip import VISION, write_clip
 from support.tiny_t5 import CONFIG as TEXT
 from support.tiny_t5 import write_encoder, write_tokenizer
@@ -27,12 +27,12 @@ UNIPC = {
 }
 TWO = {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
 ANIMATING = replace(DIT, given_channels=4 + 4, image_width=VISION.width)
-"""of an I2V 2.1"""
+"""The config of an I2V 2.1."""
 SIZE = (5, 16, 16)
 
 
 def write_wan(folder: Path, *, dit: WanDitConfig = DIT, **index) -> None:
-    """A pipeline; `index` is put into its `model_index.json`, such as `**TWO` for two experts."""
+    """Write a pipeline, with `index` added to its `model_index.json`, such as `**TWO` for two experts."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "_class_name": "WanPipeline",
@@ -45,16 +45,16 @@ def write_wan(folder: Path, *, dit: WanDitConfig = DIT, **index) -> None:
     (folder / "model_index.json").write_text(json.dumps(document))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(UNIPC))
-    save_denoiser(folder / "transformer", dit, rough_params(dit.make))
+    save_denoiser(folder / "transformer", dit, make_random_params(dit.make))
     if "transformer_2" in index:
-        save_denoiser(folder / "transformer_2", dit, rough_params(dit.make, seed=1))
-    save_autoencoder(folder / "vae", VAE, rough_params(VAE.make))
+        save_denoiser(folder / "transformer_2", dit, make_random_params(dit.make, seed=1))
+    save_autoencoder(folder / "vae", VAE, make_random_params(VAE.make))
     write_encoder(folder / "text_encoder", replace(TEXT, position_bias="each layer"))
     write_tokenizer(folder / "tokenizer")
 
 
 def write_animating_wan(folder: Path, *, dit: WanDitConfig = ANIMATING) -> None:
-    """A pipeline of Wan 2.1's that animates an image: with its latents and a mask, and the tokens of a CLIP."""
+    """Write a Wan 2.1 pipeline that animates an image, given as latents with a mask and as tokens of a CLIP."""
     parts = {"image_encoder": ["transformers", "CLIPVisionModel"], "image_processor": ["transformers", "x"]}
     write_wan(folder, dit=dit, _class_name="WanImageToVideoPipeline", **parts)
     write_clip(folder / "image_encoder", VISION)

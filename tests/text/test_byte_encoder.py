@@ -10,7 +10,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoder, ByteEncoderConfig, ByteTokenizer, TextEncoder, TextEncoderConfig
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 CONFIG = ByteEncoderConfig(width=16, layers=2, heads=2, max_tokens=32, patch=4)
 TOKENIZE = CONFIG.make_tokenizer()
@@ -45,15 +45,15 @@ def test_the_empty_caption_has_a_token():
 # --- encoder --------------------------------------------------------------------------------------------------------
 
 
-GRAPH, PARAMS = get_graph_def(CONFIG.make), rough_params(CONFIG.make)
+GRAPH, PARAMS = get_graph_def(CONFIG.make), make_random_params(CONFIG.make)
 TEXTS = ["a red ball", "moves left"]
 LENGTH = 32
 WEIGHTS = np.random.default_rng(1).normal(size=(2, 12, 16)).astype(np.float32)
-"""of the context tokens of each text in a loss"""
+"""Weights of the context tokens of each text in a loss."""
 
 
 def row(*numbers: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, segments, and weights of the context tokens, of a row that holds these texts."""
+    """Return ids, segments and weights of the context tokens of a row that holds these texts."""
     ids, segments = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.int32)
     weights = np.zeros((LENGTH // 4, 16), np.float32)
     start = 0
@@ -67,7 +67,7 @@ def row(*numbers: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @jax.jit
 def run(params, ids, segments, weights):
-    """Values of the context, its segments, and gradients of the weighted sum."""
+    """Return the values of the context, its segments, and the gradients of the weighted sum."""
 
     def loss(params):
         context = nnx.merge(GRAPH, params)(ids, segments)
@@ -123,7 +123,7 @@ def test_a_fresh_encoder_tells_texts_apart():
     assert np.abs(values[0, :3] - values[1, :3]).max() > 0.1
 
 
-def test_it_keeps_the_interface():
+def test_the_byte_encoder_has_the_interface_of_text_encoders():
     assert isinstance(CONFIG, TextEncoderConfig)
     assert issubclass(ByteEncoder, TextEncoder)
     assert list(inspect.signature(ByteEncoder.__call__).parameters) == ["self", "ids", "segments"]
@@ -140,6 +140,6 @@ def test_it_keeps_the_interface():
         ({"patch": 0}, "patch=0"),
     ],
 )
-def test_what_does_not_fit(options, message):
+def test_invalid_byte_encoders_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         ByteEncoderConfig(**options)

@@ -6,7 +6,7 @@ import pytest
 from dit_video.text.cache import FolderCache, MemoryCache
 
 
-def test_the_memory_keeps_what_was_used_last():
+def test_the_memory_cache_keeps_the_latest_used_texts():
     values = {name: np.full((1, 2), index, np.float32) for index, name in enumerate("abc")}
     memory = MemoryCache(16)
     memory.put("a", values["a"])
@@ -14,7 +14,7 @@ def test_the_memory_keeps_what_was_used_last():
     assert memory.get("a") is values["a"]
     memory.put("c", values["c"])
     assert memory.get("b") is None
-    memory.put("a", values["b"])  # anew: does not count twice
+    memory.put("a", values["b"])  # a replacement does not count twice
     assert memory.get("a") is values["b"]
     assert memory.get("c") is values["c"]
     memory.put("big", np.zeros((9, 9), np.float32))
@@ -40,7 +40,7 @@ def test_the_memory_counts_right_when_threads_share_it():
 
 
 @pytest.mark.parametrize("text", ["", "red ball", "ä/../🎈\n", "x" * 5000])
-def test_any_text_has_a_file(tmp_path, text):
+def test_any_text_can_be_cached_in_a_file(tmp_path, text):
     cache = FolderCache(tmp_path, identity="one", width=3)
     value = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     assert cache.get(text) is None

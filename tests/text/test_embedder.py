@@ -11,10 +11,10 @@ from dit_video.core.errors import UserError
 from dit_video.nn import get_graph_def
 from dit_video.text import Embedder, PretrainedTokenizer
 from dit_video.text.cache import FolderCache
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_t5 import CONFIG, write_tokenizer
 
-PARAMS = rough_params(CONFIG.make)
+PARAMS = make_random_params(CONFIG.make)
 TEXTS = ["a red ball moves left", "", "green cube", "red " * 40, "a red ball moves left", "xyz"]
 
 
@@ -40,7 +40,7 @@ def embed(make):
 
 @pytest.fixture
 def counted(make, monkeypatch):
-    """Makes embedders that write down the shape of every batch."""
+    """Return a function that makes an embedder and the list of the shapes of its batches."""
 
     def counted(**options):
         embedder, shapes = make(**options), []
@@ -64,28 +64,28 @@ def test_a_text_has_the_vectors_of_the_encoder_alone(embed, tokenizer):
     assert (embed.identity, embed.width, embed.max_tokens) == ("one", 16, 48)
 
 
-def test_many_is_one_by_one_in_their_order(make):
+def test_embedding_many_texts_equals_one_by_one_in_order(make):
     one, many = make(), make()
     texts = TEXTS + [f"a {letter} cube" for letter in "bcdefghijklmn"]
-    found = many.many(texts)
+    found = many.embed_many(texts)
     assert len(found) == len(texts)
     for text, value in zip(texts, found, strict=True):
         np.testing.assert_allclose(value, one(text), atol=1e-5)
-    assert many.many([]) == []
+    assert many.embed_many([]) == []
 
 
 def test_batches_are_of_a_few_shapes(counted):
     embedder, shapes = counted()
     short, long = [f"{a} {b}" for a in "abcdef" for b in "abc"], ["red " * n for n in range(32, 42)]
-    embedder.many(short + long)
+    embedder.embed_many(short + long)
     assert sorted(shapes) == sorted([(8, 32)] * 2 + [(1, 32)] * 2 + [(8, 48)] + [(1, 48)] * 2)  # at most max_tokens
 
 
 def test_a_text_is_computed_once(counted):
     embedder, shapes = counted()
     first = embedder("red ball")
-    assert embedder.many(["red ball", "red ball"])[1] is first
-    embedder.many(["green cube", "green cube"])
+    assert embedder.embed_many(["red ball", "red ball"])[1] is first
+    embedder.embed_many(["green cube", "green cube"])
     assert len(shapes) == 2
     with pytest.raises(ValueError, match="read-only"):
         first[0] = 0
@@ -93,7 +93,7 @@ def test_a_text_is_computed_once(counted):
 
 def test_a_long_text_is_cut_with_one_warning(embed):
     with pytest.warns(UserWarning, match="a text of 61 tokens is cut to 48: 'red red") as caught:
-        values = embed.many(["red " * 60] * 2)
+        values = embed.embed_many(["red " * 60] * 2)
     assert [value.shape for value in values] == [(48, 16)] * 2
     assert len(caught) == 1
     with warnings.catch_warnings():
@@ -102,17 +102,17 @@ def test_a_long_text_is_cut_with_one_warning(embed):
 
 
 def test_memory_is_bounded(counted):
-    embedder, shapes = counted(memory=2 * 3 * 16 * 4)  # two texts of three tokens
+    embedder, shapes = counted(memory_bytes=2 * 3 * 16 * 4)  # two texts of three tokens
     for text in ("red ball", "red cube", "red ball", "green ball", "red ball", "red cube"):
         embedder(text)
-    assert len(shapes) == 4  # the cube was the one not asked for of late
+    assert len(shapes) == 4  # the cube was the least recently used
 
 
-def test_another_embedder_finds_them_on_disk(counted, tmp_path):
+def test_another_embedder_reads_the_embeddings_on_disk(counted, tmp_path):
     first, shapes = counted(cache=tmp_path)
-    expected = first.many(TEXTS)
+    expected = first.embed_many(TEXTS)
     again, none = counted(cache=tmp_path)
-    for value, same in zip(expected, again.many(TEXTS), strict=True):
+    for value, same in zip(expected, again.embed_many(TEXTS), strict=True):
         np.testing.assert_array_equal(value, same)
     assert len(shapes) > 0
     assert none == []
@@ -121,7 +121,7 @@ def test_another_embedder_finds_them_on_disk(counted, tmp_path):
 
 def test_encoders_do_not_mix_on_disk(counted, tmp_path):
     first, _ = counted(cache=tmp_path)
-    other, shapes = counted(cache=tmp_path, identity="two", params=rough_params(CONFIG.make, seed=1))
+    other, shapes = counted(cache=tmp_path, identity="two", params=make_random_params(CONFIG.make, seed=1))
     assert np.abs(first("red ball") - other("red ball")).max() > 0.1
     assert len(shapes) == 1
 
@@ -147,14 +147,14 @@ def test_a_damaged_file_is_written_anew(counted, tmp_path, damage):
     np.testing.assert_allclose(np.load(path), expected, atol=1e-6)
 
 
-def test_a_cache_that_cannot_be_written(make, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported(make, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         make(cache=tmp_path / "file")("red ball")
 
 
-def test_a_tokenizer_of_another_encoder(tokenizer):
+def test_a_tokenizer_of_another_encoder_is_refused(tokenizer):
 
     small = dataclasses.replace(CONFIG, vocabulary=10)
     with pytest.raises(UserError, match=r"ids reach \d+, but the encoder has 10 embeddings"):
-        Embedder(small, rough_params(small.make), tokenizer, identity="x")
+        Embedder(small, make_random_params(small.make), tokenizer, identity="x")

@@ -1,4 +1,4 @@
-"""The frozen encoder's half on the device: it hands embeddings on."""
+"""The part of a frozen encoder on the device, which hands embeddings on."""
 
 import json
 
@@ -15,7 +15,7 @@ from dit_video.text import FrozenTextConfig, TextEncoder, TextEncoderConfig
 CONFIG = FrozenTextConfig(folder="encoders/umt5", width=6, max_tokens=9, dtype="bfloat16", identity="abc")
 
 
-def test_embeddings_are_the_context():
+def test_a_frozen_encoder_hands_embeddings_on_as_the_context():
     values = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
     segments = np.asarray([[1, 1, 2, 0, 0], [1, 2, 2, 2, 3]], np.int32)
     params = init_params(CONFIG.make, rng.key(0, "text"))
@@ -28,11 +28,11 @@ def test_embeddings_are_the_context():
     assert isinstance(CONFIG, TextEncoderConfig)
 
 
-def test_it_comes_back_from_json():
+def test_a_frozen_config_comes_back_from_json():
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(CONFIG)))) == CONFIG
 
 
 @pytest.mark.parametrize("wrong", [{"folder": ""}, {"width": 0}, {"max_tokens": 0}])
-def test_refusals(wrong):
+def test_invalid_frozen_configs_are_refused(wrong):
     with pytest.raises(UserError, match="use a folder, and a width and max_tokens of at least 1"):
         FrozenTextConfig(**{"folder": "f", "width": 8, "max_tokens": 4} | wrong)

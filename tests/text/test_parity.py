@@ -40,7 +40,7 @@ MASK = np.arange(max(LENGTHS)) < np.asarray(LENGTHS)[:, None]
 
 
 def random_model(kind):
-    """A model of torch with nothing at zero or one."""
+    """Return a model of torch without parameters that are zero or one."""
     import torch
     import transformers
 
@@ -66,14 +66,14 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    """What `transformers` writes of it, in several files."""
+    """Return the folder that `transformers` writes, in several files."""
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder, max_shard_size="10KB")
     assert (folder / "model.safetensors.index.json").is_file()
     return folder
 
 
-def states_of(model, dtype="float32"):
+def compute_states(model, dtype="float32"):
     import torch
 
     model = copy.deepcopy(model).to(getattr(torch, dtype))
@@ -89,7 +89,7 @@ def encode(loaded, ids, segments):
 
 
 def test_padded_rows_equal_transformers(model, folder):
-    ours, theirs = encode(load_text_encoder(folder), IDS, MASK), states_of(model)
+    ours, theirs = encode(load_text_encoder(folder), IDS, MASK), compute_states(model)
     assert np.std(theirs[MASK]) > 0.5
     np.testing.assert_allclose(ours[MASK], theirs[MASK], atol=1e-5)
 
@@ -143,9 +143,9 @@ def test_gradients_equal_transformers(model, folder):
 
 
 def test_bfloat16_is_as_close_as_torchs(model, folder):
-    exact = states_of(model)[MASK]
+    exact = compute_states(model)[MASK]
     ours = encode(load_text_encoder(folder, dtype="bfloat16"), IDS, MASK)[MASK]
-    theirs = states_of(model, "bfloat16")[MASK]
+    theirs = compute_states(model, "bfloat16")[MASK]
     error, usual = np.abs(ours - exact), np.abs(theirs - exact)
     assert 1e-3 < error.mean() < usual.mean()
     assert error.max() < usual.max()
@@ -161,10 +161,10 @@ def test_files_go_back_bit_exact(model, folder, tmp_path):
     for (name, ours), (other, theirs) in zip(again.state_dict().items(), model.state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(ours, theirs), name
-    np.testing.assert_array_equal(states_of(again), states_of(model))
+    np.testing.assert_array_equal(compute_states(again), compute_states(model))
 
 
-def test_the_encoder_of_a_full_model_is_taken(tmp_path):
+def test_the_encoder_of_an_encoder_decoder_model_is_read(tmp_path):
     import transformers
 
     whole = transformers.T5ForConditionalGeneration(transformers.T5Config(**SIZES, decoder_start_token_id=0)).eval()
@@ -172,7 +172,7 @@ def test_the_encoder_of_a_full_model_is_taken(tmp_path):
     loaded = load_text_encoder(tmp_path)
     assert loaded.ignored
     assert all(name.startswith(("decoder.", "lm_head.")) for name in loaded.ignored)
-    ours, theirs = encode(loaded, IDS, MASK), states_of(whole.get_encoder())
+    ours, theirs = encode(loaded, IDS, MASK), compute_states(whole.get_encoder())
     np.testing.assert_allclose(ours[MASK], theirs[MASK], atol=1e-5)
 
 

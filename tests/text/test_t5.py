@@ -12,19 +12,19 @@ from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def
 from dit_video.text import T5Config, TextEncoder
 from dit_video.text.t5 import compute_relative_buckets
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 UMT5 = T5Config(vocabulary=40, width=16, layers=3, heads=3, head_width=4, mlp_width=24, buckets=8, max_distance=12)
 T5 = dataclasses.replace(UMT5, activation="relu", position_bias="shared", layers=2)
 LENGTHS = (17, 5, 9)
-"""of three texts; the first is longer than the largest distance"""
+"""Lengths of three texts; the first is longer than the largest distance."""
 IDS = [np.random.default_rng(index).integers(3, 40, length).astype(np.int32) for index, length in enumerate(LENGTHS)]
 
 
 @pytest.fixture(scope="module", params=[UMT5, T5], ids=["umt5", "t5"])
 def encode(request):
-    """Values and the gradient of a weighted sum, of rows of texts."""
-    graph, params = get_graph_def(request.param.make), rough_params(request.param.make)
+    """Return a function that gives the values of rows of texts and the gradient of their weighted sum."""
+    graph, params = get_graph_def(request.param.make), make_random_params(request.param.make)
 
     @jax.jit
     def run(ids, segments, weights):
@@ -39,8 +39,8 @@ def encode(request):
 
 
 def rows(*members: tuple[int, ...], length: int = 34):
-    """Ids, segments, and weights of each token in a loss: the same for a text wherever it lies."""
-    ids = np.random.default_rng(9).integers(0, 40, (len(members), length)).astype(np.int32)  # padding is not looked at
+    """Return ids, segments and weights of tokens in a loss, which are the same for a text in any place."""
+    ids = np.random.default_rng(9).integers(0, 40, (len(members), length)).astype(np.int32)  # padding is arbitrary
     segments, weights = np.zeros_like(ids), np.zeros((*ids.shape, 16), np.float32)
     for row, numbers in enumerate(members):
         start = 0
@@ -87,7 +87,7 @@ def test_every_token_of_a_text_counts_and_so_does_its_place(encode):
 def test_bfloat16_is_close():
     graph = get_graph_def(UMT5.make)
     half = get_graph_def(dataclasses.replace(UMT5, dtype="bfloat16").make)
-    params, (ids, segments, _) = rough_params(UMT5.make), rows((0, 1))
+    params, (ids, segments, _) = make_random_params(UMT5.make), rows((0, 1))
     exact = nnx.merge(graph, params)(ids, segments).values
     rounded = nnx.merge(half, params)(ids, segments).values
     assert rounded.dtype == jnp.float32
@@ -96,9 +96,9 @@ def test_bfloat16_is_close():
     assert error.mean() < 0.02
 
 
-def test_the_table_of_t5_is_in_the_buckets_of_the_paper():
-    """32 buckets up to distance 128: known values of the original code."""
-    row = compute_relative_buckets(300, buckets=32, max_distance=128)[0]  # a query that looks ahead
+def test_relative_buckets_are_those_of_the_t5_paper():
+    """The expected values, 32 buckets up to distance 128, are those of the original code."""
+    row = compute_relative_buckets(300, buckets=32, max_distance=128)[0]  # the first query looks ahead
     assert row[:9].tolist() == [0, 17, 18, 19, 20, 21, 22, 23, 24]
     first = {bucket: int(np.argmax(row == bucket)) for bucket in range(24, 32)}
     # 8 * 16 ** (i / 8): 8, 11.3, 16, 22.6, 32, 45.3, 64, 90.5
@@ -114,7 +114,7 @@ def test_a_bucket_depends_on_the_distance_alone():
 
 
 def test_the_parts_fit_the_protocol_and_configs_go_to_json_and_back():
-    assert isinstance(nnx.merge(get_graph_def(T5.make), rough_params(T5.make)), TextEncoder)
+    assert isinstance(nnx.merge(get_graph_def(T5.make), make_random_params(T5.make)), TextEncoder)
     for config in (UMT5, T5):
         assert config_json.from_json(config_json.to_json(config)) == config
 
@@ -129,6 +129,6 @@ def test_the_parts_fit_the_protocol_and_configs_go_to_json_and_back():
         ({"dtype": "float16"}, "dtype='float16' .*float32 or bfloat16"),
     ],
 )
-def test_sizes_that_cannot_be(change, message):
+def test_invalid_t5_configs_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(UMT5, **change)

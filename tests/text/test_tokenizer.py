@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_words_and_an_end(folder):
+def test_a_text_becomes_the_ids_of_its_words_and_an_end(folder):
     tokenizer = PretrainedTokenizer(folder, max_tokens=8)
     ids = tokenizer("a red  ball\n")
     assert ids.dtype == np.int32
@@ -49,7 +49,7 @@ def test_a_long_text_is_cut_still_ends_and_is_warned_of(folder):
     assert len(tokenizer("red")) == 2
 
 
-def test_identity_is_of_the_rules(folder, tmp_path):
+def test_the_identity_of_a_tokenizer_follows_its_rules(folder, tmp_path):
     first = PretrainedTokenizer(folder, max_tokens=8)
     with pytest.warns(UserWarning, match="is cut to 8"):
         first("red " * 20)
@@ -62,7 +62,7 @@ def test_identity_is_of_the_rules(folder, tmp_path):
     assert PretrainedTokenizer(tmp_path, max_tokens=8).identity != first.identity
 
 
-def test_absent_and_damaged_files(folder, tmp_path):
+def test_absent_and_damaged_tokenizers_are_refused(folder, tmp_path):
     assert has_tokenizer(folder)
     assert not has_tokenizer(tmp_path)
     with pytest.raises(
@@ -88,9 +88,9 @@ def test_absent_and_damaged_files(folder, tmp_path):
 
 
 @needs_real
-def test_the_real_vocabulary_of_t5():
+def test_the_real_t5_vocabulary_gives_the_ids_of_the_paper():
     tokenizer = PretrainedTokenizer(REAL / "t5", max_tokens=512)
-    # What the T5 paper's own tokenizer gives.
+    # Ids of the tokenizer of the T5 paper.
     assert tokenizer("Studies have been shown that owning a dog is good for you").tolist() == [
         *(6536, 43, 118, 2008, 24, 293, 53, 3, 9, 1782, 19, 207, 21, 25),
         1,
@@ -99,9 +99,9 @@ def test_the_real_vocabulary_of_t5():
 
 
 @needs_real
-def test_the_real_vocabulary_of_clip():
+def test_the_real_clip_vocabulary_gives_the_ids_of_openai():
     tokenizer = PretrainedTokenizer(REAL / "clip", max_tokens=77)
-    # What CLIP's own tokenizer gives.
+    # Ids of the original tokenizer of CLIP.
     assert tokenizer("A photo  of a CAT").tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer("hello world!").tolist() == [49406, 3306, 1002, 256, 49407]
     assert tokenizer("").tolist() == [49406, 49407]
@@ -112,7 +112,7 @@ def test_the_real_vocabulary_of_clip():
     assert ids.tolist() == [49406, *[1929] * 75, 49407]
 
 
-def test_vocabulary_and_merges_in_two_files(tmp_path):
+def test_a_vocabulary_and_its_merges_are_read_from_two_files(tmp_path):
     tiny_clip.write_tokenizer(tmp_path)
     tokenizer = PretrainedTokenizer(tmp_path, max_tokens=12)
     start, end = tiny_clip.START, tiny_clip.END
@@ -138,5 +138,5 @@ def test_vocabulary_and_merges_in_two_files(tmp_path):
         ("", ""),
     ],
 )
-def test_cleaning(text, expected):
+def test_cleaning_unescapes_html_and_joins_whitespace(text, expected):
     assert clean(text) == expected

@@ -52,7 +52,7 @@ def test_a_row_holds_items_in_order_and_then_padding():
     assert not row.text[8:].any()
 
 
-def test_a_row_that_is_exactly_full():
+def test_a_full_row_has_no_padding():
     row = pack(ITEMS, PackedShape(tokens=14, text=8, segments=2), width=WIDTH)
     assert row.segments.min() == 1
     assert row.valid.all()
@@ -97,7 +97,7 @@ def test_unpack_inverts_pack(sizes):
         (PackedShape(tokens=20, text=10, segments=1), r"room for 1 segments, .* 2; raise the row's segments"),
     ],
 )
-def test_items_that_do_not_fit(shape, message):
+def test_items_that_do_not_fit_a_row_are_refused(shape, message):
     with pytest.raises(UserError, match=message):
         pack(ITEMS, shape, width=WIDTH)
 
@@ -155,10 +155,10 @@ def test_to_tokens_takes_any_dtype_and_gives_padding_the_first_segments_value(mo
         np.testing.assert_array_equal(found, [values[0, [0, 0, 0, 2, 2, 0, 0]], values[1, [0, 0, 0, 1, 1, 1, 1]]])
 
 
-def test_the_largest_of_each_segment_bit_for_bit():
+def test_segment_max_finds_the_largest_value_of_each_segment_bit_for_bit():
     values = jnp.asarray([[0.1, 0.3, 0.2, -5.0, -4.0, 9.0, 9.0], [9.0, 9.0, 1e-30, 0.7, 0.7, 0.7, 0.7]])
     found = jax.jit(segment_max, static_argnames="count")(values, SEGMENTS, count=3)
-    # A segment without tokens is zero, one of negative values is not.
+    # The maximum of an empty segment is zero, and that of negative values is negative.
     np.testing.assert_array_equal(found, np.float32([[0.3, 0.0, -4.0], [1e-30, 0.7, 0.0]]))
 
 

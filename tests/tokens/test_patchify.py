@@ -41,13 +41,13 @@ def test_numpy_and_jax_agree():
     np.testing.assert_array_equal(np.asarray(back), latents)
 
 
-def test_token_grid():
+def test_a_token_grid_is_the_latent_grid_divided_by_the_patch():
     assert compute_token_grid(Grid(5, 8, 12), Grid(1, 2, 4)) == Grid(5, 4, 3)
     assert Grid(5, 4, 3).volume == 60
 
 
 @pytest.mark.parametrize("latents", [Grid(3, 4, 4), Grid(4, 5, 4), Grid(4, 4, 7)])
-def test_a_patch_that_does_not_divide(latents):
+def test_a_patch_that_does_not_divide_the_latents_is_refused(latents):
     with pytest.raises(UserError, match=r"not divisible by the patch 2x2x2; use"):
         compute_token_grid(latents, Grid(2, 2, 2))
     with pytest.raises(UserError, match=f"{latents.t}x{latents.h}x{latents.w}"):

@@ -9,7 +9,7 @@ def test_coordinates_are_in_the_order_of_patchify():
     np.testing.assert_array_equal(compute_positions(grid), patchify(index, Grid(1, 1, 1)))
 
 
-def test_known_coordinates():
+def test_coordinates_count_time_height_and_width_from_zero():
     expected = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1]]
     found = compute_positions(Grid(2, 2, 2))
     assert found.dtype == np.float32
@@ -23,7 +23,7 @@ def test_an_image_has_time_zero():
     assert found.max(axis=0).tolist() == [0, 3, 5]
 
 
-def test_steps_such_as_seconds():
+def test_coordinates_may_step_in_seconds():
     found = compute_positions(Grid(3, 1, 2), step=(4 / 24, 1.0, 0.5))
     assert found.dtype == np.float32
     np.testing.assert_allclose(np.unique(found[:, 0]), [0, 1 / 6, 1 / 3], rtol=1e-6)

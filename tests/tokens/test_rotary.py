@@ -12,7 +12,7 @@ AT = jnp.asarray(DRAW.uniform(-20, 20, size=(5, 3)), jnp.float32)
 
 
 def products(q_at, k_at):
-    """Of every query with every key, `[N M K]`."""
+    """Return the products of every query with every key, `[N M K]`."""
     q, k = rotate(Q, compute_rotary_angles(q_at, ROTARY)), rotate(K, compute_rotary_angles(k_at, ROTARY))
     return np.einsum("nkd,mkd->nmk", q, k)
 
@@ -68,7 +68,7 @@ def test_the_even_split_is_that_of_wan():
 
 
 @pytest.mark.parametrize(("split", "width"), [((4, 4, 4), 16), ((3, 3, 2), 8), ((12, -2, -2), 8)])
-def test_a_split_that_does_not_fit(split, width):
+def test_a_split_that_does_not_fit_the_head_is_refused(split, width):
     with pytest.raises(UserError, match=f"must be three even numbers that add up to the head width {width}"):
         Rotary3d(split=split).check(width)
     with pytest.raises(UserError, match="head width 7"):
@@ -91,6 +91,6 @@ def test_stretch_slows_the_slowest_pair_and_leaves_the_fastest():
 
 
 @pytest.mark.parametrize("fields", [{"scale": (1.0, 0.0, 1.0)}, {"stretch": (1.0, 1.0, -2.0)}])
-def test_what_turns_nothing_or_backwards(fields):
+def test_scales_and_stretches_that_are_not_positive_are_refused(fields):
     with pytest.raises(UserError, match="must be positive"):
         Rotary3d(split=(4, 4, 4), **fields)

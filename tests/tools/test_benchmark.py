@@ -11,7 +11,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest import list_clips
-from support.devices import HANG
+from support.devices import HANG, PROGRAMS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -21,7 +21,7 @@ TINY = ROOT / "tests" / "support" / "tiny.py"
 
 @pytest.fixture(scope="module")
 def benchmark(load_file):
-    """What the command is made of."""
+    """Return the module of the command."""
     load_file(ROOT / "tools" / "benchmark.py")  # puts its folder on the path
     return importlib.import_module("benchmarks.settings")
 
@@ -31,7 +31,7 @@ def quickstart(load_file):
     return load_file(ROOT / "experiments" / "configs" / "quickstart.py").EXPERIMENT
 
 
-def test_sampling_beside_forward_passes(script):
+def test_the_sampling_benchmark_compares_with_forward_passes(script):
     ended = script("tools/benchmark.py", "sampling", "--small", "--rounds", 1)
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)["sampling"]["small"]
@@ -42,7 +42,7 @@ def test_sampling_beside_forward_passes(script):
 
 
 @pytest.mark.slow
-def test_what_training_costs_beside_its_step(script):
+def test_the_training_benchmark_measures_the_cost_around_the_step(script):
     command = ["train", "--config", TINY, "--steps", 6, "--examples", 20, "--rounds", 1]
     ended = script("tools/benchmark.py", *command)
     assert ended.code == 0, ended.err
@@ -51,12 +51,12 @@ def test_what_training_costs_beside_its_step(script):
     assert set(found["save_overhead"]) == {"every 6 steps", "every 4 steps"}
     assert found["restart_to_first_step_seconds"] > 0
     assert found["start_to_first_step_seconds"] > 0
-    # It went on from a checkpoint, which is made at every second step.
+    # It continued from a checkpoint, which is saved at every second step.
     assert found["restarted_after_step"] in (2, 4, 6)
 
 
 @pytest.mark.slow
-def test_all_parts_of_a_tiny_experiment(script, tiny, tiny_clips):
+def test_the_benchmark_of_an_experiment_measures_all_its_parts(script, tiny, tiny_clips):
     command = ["--config", TINY, "--clips", tiny_clips, "--steps", 3, "--examples", 40, "--rounds", 1, "--batches", 30]
     ended = script("tools/benchmark.py", *command)
     assert ended.code == 0
@@ -120,7 +120,7 @@ def test_all_parts_of_a_tiny_experiment(script, tiny, tiny_clips):
 
 
 @pytest.mark.slow
-def test_attention_over_packed_rows(script):
+def test_the_attention_benchmark_measures_packed_rows(script):
     ended = script("tools/benchmark.py", "attention", "--tokens", 512, "--rounds", 1)
     assert ended.code == 0
     document = json.loads(ended.out)
@@ -133,7 +133,7 @@ def test_attention_over_packed_rows(script):
 
 
 @pytest.mark.slow
-def test_tiles_beside_whole_pictures(script, tiny_run):
+def test_the_tiling_benchmark_compares_tiles_with_whole_pictures(script, tiny_run):
     ended = script("tools/benchmark.py", "tiling", "--run", tiny_run)
     assert ended.code == 0
     found = json.loads(ended.out)["tiling"]
@@ -144,7 +144,7 @@ def test_tiles_beside_whole_pictures(script, tiny_run):
 
 
 @pytest.mark.slow
-def test_a_transformer_and_its_utilisation(script):
+def test_the_model_benchmark_measures_a_transformer_and_its_utilisation(script):
     ended = script("tools/benchmark.py", "model", "mfu", "--small", "--rounds", 1, "--steps", 1, "--peak", 0.001)
     assert ended.code == 0
     document = json.loads(ended.out)
@@ -161,7 +161,7 @@ def test_a_transformer_and_its_utilisation(script):
 
 
 @pytest.mark.parity
-def test_a_transformer_beside_diffusers(script):
+def test_the_model_benchmark_compares_a_transformer_with_diffusers(script):
     ended = script("tools/benchmark.py", "model", "--small", "--rounds", 1, "--peers")
     assert ended.code == 0
     figures = json.loads(ended.out)["model"]
@@ -169,15 +169,6 @@ def test_a_transformer_beside_diffusers(script):
     assert max(figures["difference"].values()) < 1e-4
     for name in figures["difference"]:
         np.testing.assert_allclose(figures["losses"][name], figures["losses"]["ours"], rtol=1e-3)
-
-
-BARE = """
-import runpy, sys
-for name in ("av", "grain", "tensorflow_datasets", "array_record", "tyro", "transformers", "orbax", "tqdm"):
-    sys.modules[name] = None
-sys.argv = [sys.argv[1], *sys.argv[2:]]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 # The tiny experiment's denoiser, so that its program is compiled once in these tests.
@@ -201,7 +192,8 @@ SMALL = (
 
 
 def test_models_are_measured_where_only_jax_flax_and_optax_are_installed():
-    command = [sys.executable, "-c", BARE, str(ROOT / "tools" / "benchmark.py"), "denoiser", "data"]
+    program = str(PROGRAMS / "script_without_packages.py")
+    command = [sys.executable, "-P", program, str(ROOT / "tools" / "benchmark.py"), "denoiser", "data"]
     changes = [part for change in SMALL for part in ("--set", change)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -229,7 +221,7 @@ def test_the_default_is_the_quickstart(benchmark, quickstart, monkeypatch):
 
 def test_rows_of_the_quickstart_are_nearly_full(benchmark, quickstart):
     packed = benchmark.SyntheticBatches(quickstart, 400)
-    assert packed.sizes == 9
+    assert packed.num_sizes == 9
     assert packed.padding < 0.01
     rows = next(iter(packed))
     config = quickstart.denoiser
@@ -239,7 +231,7 @@ def test_rows_of_the_quickstart_are_nearly_full(benchmark, quickstart):
 
 def test_sizes_are_within_the_limits_and_fit_the_model(benchmark, quickstart, tiny):
     for setting in (quickstart, tiny.EXPERIMENT):
-        for size in benchmark.get_clip_sizes(setting):
+        for size in benchmark.make_clip_sizes(setting):
             assert size.h * size.w <= setting.data.max_pixels
             assert size.t <= setting.data.max_frames
             benchmark.latent_grid(size, setting.autoencoder.model.stride)
@@ -249,28 +241,28 @@ def test_sizes_are_within_the_limits_and_fit_the_model(benchmark, quickstart, ti
 @pytest.mark.filterwarnings("ignore:a text of 501 tokens is cut")
 @pytest.mark.parametrize("caption", ["", "a red circle", "a cirçle", 100 * "long "])
 def test_captions_are_tokenised_as_in_training(benchmark, caption):
-    tokenizer = benchmark.BUILT_IN.denoiser.text.tokenizer()
+    tokenizer = benchmark.BUILT_IN.denoiser.text.make_tokenizer()
     np.testing.assert_array_equal(
         benchmark.tokenize_bytes(benchmark.BUILT_IN.denoiser.text, caption), tokenizer(caption)
     )
 
 
 def test_settings_can_be_changed_by_name(benchmark, quickstart):
-    wide = benchmark.changed(benchmark.BUILT_IN, "denoiser.dit.width", 512)
+    wide = benchmark.replace_field(benchmark.BUILT_IN, "denoiser.dit.width", 512)
     assert wide.denoiser.dit.width == 512
     assert sum(wide.denoiser.dit.rotary.split) == 128
     assert benchmark.BUILT_IN.denoiser.dit.width != 512
-    assert benchmark.changed(quickstart, "denoiser.dit.patch", (1, 1, 1)).denoiser.dit.patch.volume == 1
+    assert benchmark.replace_field(quickstart, "denoiser.dit.patch", (1, 1, 1)).denoiser.dit.patch.volume == 1
     with pytest.raises(UserError, match="'depth' does not exist; use one of channels"):
-        benchmark.changed(benchmark.BUILT_IN, "denoiser.dit.depth", 3)
+        benchmark.replace_field(benchmark.BUILT_IN, "denoiser.dit.depth", 3)
     with pytest.raises(UserError, match="'w' does not exist; use one of"):
-        benchmark.changed(benchmark.BUILT_IN, "denoiser.batch.w", 3)
+        benchmark.replace_field(benchmark.BUILT_IN, "denoiser.batch.w", 3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sampler"], "part 'sampler' does not exist; use denoiser, autoencoder, data"),
+        (["sampler"], "part 'sampler' is invalid: it does not exist. Use denoiser, autoencoder, data"),
         (["--config", "nowhere.py"], "nowhere.py does not exist; use"),
         (["--config", ROOT / "tests" / "conftest.py"], "defines no EXPERIMENT"),
         (["--steps", "0"], "must be at least 1"),
@@ -278,7 +270,7 @@ def test_settings_can_be_changed_by_name(benchmark, quickstart):
         (["--set", "denoiser.dit.heads=7"], "must be divisible by its 7 heads"),
     ],
 )
-def test_mistakes_are_one_line(script, arguments, message):
+def test_mistakes_are_reported_in_one_line(script, arguments, message):
     ended = script("tools/benchmark.py", *arguments)
     assert ended.code == 2
     assert ended.out == ""

@@ -8,7 +8,7 @@ from support.tiny_wan import DIT, TWO, VAE, write_wan
 TOOL = "tools/convert.py"
 
 
-def test_a_part_in_another_dtype(tmp_path, script):
+def test_the_command_converts_a_part_to_another_dtype(tmp_path, script):
     write_wan(tmp_path / "wan")
     done = script(TOOL, tmp_path / "wan" / "transformer", tmp_path / "own", "--to", "dit_video", "--dtype", "bfloat16")
     assert done.code == 0, done.err
@@ -19,7 +19,7 @@ def test_a_part_in_another_dtype(tmp_path, script):
     assert "exists and is not empty" in again.err
 
 
-def test_pipelines_there_and_back(tmp_path, script):
+def test_the_command_converts_pipelines_there_and_back(tmp_path, script):
     write_wan(tmp_path / "wan", **TWO)
     refused = script(TOOL, tmp_path / "wan", tmp_path / "none", "--to", "authors")
     assert refused.code == 2
@@ -36,7 +36,7 @@ def test_pipelines_there_and_back(tmp_path, script):
     assert load_metadata(tmp_path / "back" / "vae" / name) == {"format": "pt"}
 
 
-def test_another_class(tmp_path, script):
+def test_the_command_refuses_an_unknown_class(tmp_path, script):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     done = script(TOOL, tmp_path, tmp_path / "out", "--to", "diffusers")
     assert done.code == 2

@@ -36,8 +36,8 @@ def test_two_processes_make_the_latents_of_a_run(tiny, tiny_run, tmp_path, scrip
     made, own = values(tmp_path / "l"), values(tiny_run / "latents")
     assert made.keys() == own.keys()
     for name, latents in made.items():
-        np.testing.assert_allclose(latents, own[name], atol=2e-2)  # of bfloat16, about 1
-    # The run's training takes them.
+        np.testing.assert_allclose(latents, own[name], atol=2e-2)  # values are bfloat16, about 1
+    # The training of the run accepts them.
     copy = tmp_path / "run"
     shutil.copytree(tiny_run, copy)
     shutil.rmtree(copy / "latents")
@@ -61,14 +61,14 @@ def test_the_views_of_a_pipeline_are_chosen_on_the_command_line(tiny, tiny_run, 
     assert source.identity["autoencoder"] == LatentSource(tiny_run / "latents").identity["autoencoder"]
 
 
-def test_data_and_latents_at_an_address(tiny, tiny_run, tiny_clips, memory, tmp_path, script):
+def test_the_command_reads_and_writes_at_addresses(tiny, tiny_run, tiny_clips, memory, tmp_path, script):
     ingest(tiny_clips, f"{memory}/data")
     ignored = shutil.ignore_patterns("data", "latents", "denoiser", "pipeline")
     run = Run.open(shutil.copytree(tiny_run, tmp_path / "run", ignore=ignored))
     run.take(f"{memory}/data")
     run.link_latents(f"{memory}/latents")
     own = values(tiny_run / "latents")
-    # A run's data and latents are named by its folders or by the addresses that these stand for.
+    # Data and latents are named by the folders of a run or by their addresses.
     for data, destination in ((f"{memory}/data", f"{memory}/latents"), (run.folder / "data", run.folder / "latents")):
         done = script(TOOL, run.folder, data, destination)
         assert done.code == 0, done.err
@@ -88,7 +88,7 @@ def test_data_and_latents_at_an_address(tiny, tiny_run, tiny_clips, memory, tmp_
     assert len(LatentSource(f"{memory}/all")) == tiny.COUNT
 
 
-def test_refusals(tiny_run, tmp_path, script):
+def test_the_command_refuses_wrong_arguments_in_one_line(tiny_run, tmp_path, script):
     for arguments, message in (
         ((tiny_run, tiny_run / "data", tmp_path / "l", "--shard", 1), "use both, or neither"),
         ((tiny_run, tiny_run / "data", tmp_path / "l", "--shard", 2, "--shards", 2), "shard=2 must be one of 0 to 1"),

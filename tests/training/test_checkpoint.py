@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.platform.provenance import get_code_version
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
-from support.devices import HANG
+from support.devices import HANG, PROGRAMS, check_on_eight_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +30,7 @@ DAMAGE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWar
 
 @pytest.fixture
 def collected():
-    """Reading a damaged checkpoint leaves futures of orbax behind, which complain when they are collected: here."""
+    """Collect the futures that orbax leaves behind after reading a damaged checkpoint, which complain then."""
     yield
     gc.collect()
 
@@ -121,7 +120,7 @@ def test_a_state_may_be_donated_at_once(tmp_path):
     assert int(restored["step"]) == 1
 
 
-def test_the_newest_stay(tmp_path):
+def test_only_the_newest_checkpoints_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=CheckpointPolicy(newest=2))
     assert checkpoints.latest() is None
     assert not (tmp_path / "run").exists()
@@ -144,7 +143,7 @@ def test_the_newest_stay(tmp_path):
     ],
 )
 def test_each_rule_keeps_its_checkpoints(tmp_path, keep, stay):
-    """Also those that another process saved, with metrics that are missing or are not numbers now and then."""
+    """This includes checkpoints of another process, and metrics that are missing or not numbers."""
     losses = {1: 9.0, 2: 5.0, 3: 1.0, 4: math.nan, 5: 2.0, 6: 7.0}
     for half in ((1, 2, 3), (4, 5, 6)):
         checkpoints = Checkpoints(tmp_path, keep=keep)
@@ -155,7 +154,7 @@ def test_each_rule_keeps_its_checkpoints(tmp_path, keep, stay):
     assert {int(path.name) for path in tmp_path.iterdir()} == stay
 
 
-def test_what_cannot_be_kept():
+def test_invalid_checkpoint_policies_are_refused():
     with pytest.raises(UserError, match=r"keep.newest=0 is invalid: it must be at least 1"):
         CheckpointPolicy(newest=0)
     with pytest.raises(UserError, match=r"keep.every=0 is invalid: it must be at least 1"):
@@ -184,7 +183,7 @@ def test_a_step_is_not_saved_over_its_future(tmp_path):
         Checkpoints(tmp_path).save(11, example(), {"path": Path()})
 
 
-def test_missing_checkpoints(tmp_path):
+def test_missing_checkpoints_are_named(tmp_path):
     with pytest.raises(MissingError, match=r"no checkpoint in .* Train first"):
         Checkpoints(tmp_path / "none").restore(like(example()))
     saved(tmp_path, (5, 10))
@@ -225,7 +224,7 @@ def test_another_format_is_refused(tmp_path):
 @DAMAGE
 @pytest.mark.filterwarnings("ignore:checkpoint 2")
 def test_every_damage_is_noticed_and_passed_over(tmp_path, collected):
-    """Each file of the newest checkpoint in turn is gone, or cut in half; what is returned is exact."""
+    """Each file of the newest checkpoint in turn is removed or cut in half; the restored state is exact."""
     good = tmp_path / "good"
     saved(good, (1, 2))
     passed = 0
@@ -282,9 +281,9 @@ def test_training_goes_on_from_the_newest_good_one(tmp_path, collected):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
-def test_nothing_is_printed(tmp_path, capfd, caplog):
+def test_saving_and_restoring_print_nothing(tmp_path, capfd, caplog):
     with caplog.at_level(logging.INFO):
-        for step in (1, 2):  # one after the other: Orbax says how long one waited, if it was a second
+        for step in (1, 2):  # one by one, because Orbax logs waits of a second
             saved(tmp_path, (step,))
         Checkpoints(tmp_path).restore(like(example()))
     out, err = capfd.readouterr()
@@ -292,7 +291,7 @@ def test_nothing_is_printed(tmp_path, capfd, caplog):
     assert [record.message for record in caplog.records if record.name == "absl"] == []
 
 
-@pytest.mark.slow  # for what it compares with the clock
+@pytest.mark.slow  # it compares with the clock
 def test_a_small_state_is_saved_soon(tmp_path):
     state = {str(index): jax.random.normal(jax.random.key(index), (256, 1024)) for index in range(40)}
     checkpoints = Checkpoints(tmp_path)
@@ -310,63 +309,22 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
     one = Checkpoints(tmp_path / "one")
     one.save(1, state, {})
     one.wait()
-    code = """
-        import sys
-        import jax, jax.numpy as jnp, numpy as np
-        from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, shardings
-        from dit_video.training.checkpoint import Checkpoints
-        mesh = make_mesh(MeshConfig(fsdp=8))
-        shapes = {"kernel": jax.ShapeDtypeStruct((16, 64), jnp.float32), "count": jax.ShapeDtypeStruct((), jnp.int32)}
-        layout = shardings(shapes, mesh, ShardingRules(minimum=1))
-        like = jax.tree.map(lambda s, l: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=l), shapes, layout)
-        state, _ = Checkpoints(sys.argv[1] + "/one").restore(like)
-        assert state["kernel"].sharding == layout["kernel"]
-        assert len(state["kernel"].addressable_shards) == 8
-        eight = Checkpoints(sys.argv[1] + "/eight")
-        eight.save(1, state, {})
-        eight.wait()
-    """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
-        env={**os.environ, **flags},
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
-    assert process.returncode == 0, process.stderr
+    check_on_eight_devices("checkpoint_on_eight_devices.py", str(tmp_path))
     restored, _ = Checkpoints(tmp_path / "eight").restore(like(state))
     assert_same(restored, state)
 
 
 def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
-    """The system refuses files beyond a size, as it refuses them on a full disk, in the thread that writes."""
-    code = """
-        import resource, sys
-        import jax.numpy as jnp, numpy as np
-        from dit_video.core.errors import UserError
-        from dit_video.training.checkpoint import Checkpoints
-        from dit_video.training.checkpoint_policy import Keep
-        state = {"x": jnp.asarray(np.random.default_rng(0).normal(size=200_000))}
-        checkpoints = Checkpoints(sys.argv[1], keep=Keep(newest=1))
-        checkpoints.save(1, state, {})
-        checkpoints.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        try:
-            checkpoints.save(2, state, {})
-            checkpoints.wait()
-        except UserError as error:
-            print("told:", error)
-    """
+    """The system refuses files beyond a size in the writing thread, as it does on a full disk."""
     process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        [sys.executable, "-P", str(PROGRAMS / "checkpoint_on_full_disk.py"), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=HANG,
     )
     assert process.returncode == 0, process.stderr
-    assert f"told: cannot write the checkpoint of step 2 to {tmp_path} (" in process.stdout
+    assert f"error: cannot write the checkpoint of step 2 to {tmp_path} (" in process.stdout
     assert "Those before it are intact" in process.stdout
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() == 1
@@ -378,7 +336,7 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
     assert Checkpoints(tmp_path).latest() == 2
 
 
-def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+def test_folders_that_cannot_be_written_are_reported(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     message = r"cannot write the checkpoint of step 1 to .*file/run \(NotADirectoryError: .* Those before it are intact"
     with pytest.raises(UserError, match=message):
@@ -387,11 +345,11 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     def read_only(*_: Any, **__: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(Path, "mkdir", read_only)  # the tests may run as root, whom no folder refuses
+    monkeypatch.setattr(Path, "mkdir", read_only)  # tests may run as root, who can write anywhere
     with pytest.raises(UserError, match="Read-only file system"):
         Checkpoints(tmp_path / "run").save(1, {"x": jnp.ones(2)}, {})
 
 
-def test_an_address_that_nothing_here_opens():
+def test_an_address_without_an_installed_filesystem_is_refused():
     with pytest.raises(UserError, match=r"cannot open nowhere://bucket/run \(.* Install the package"):
         Checkpoints("nowhere://bucket/run")

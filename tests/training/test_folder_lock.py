@@ -10,32 +10,20 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.training.folder_lock import lock_folder
-from support.devices import HANG
+from support.devices import HANG, PROGRAMS
 
 ROOT = Path(__file__).parents[2]
-CODE = """
-import sys, time
-from dit_video.core.errors import script
-from dit_video.training.folder_lock import locked
-
-@script
-def main():
-    with locked(sys.argv[1]):
-        print("held", flush=True)
-        time.sleep(float(sys.argv[2]))
-
-main()
-"""
 
 
-def holder(folder: Path, seconds: float) -> subprocess.Popen:
+def hold_lock(folder: Path, seconds: float) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", CODE, str(folder), str(seconds)], env=environment, **pipes)
+    command = [sys.executable, "-P", str(PROGRAMS / "locked_folder.py"), str(folder), str(seconds)]
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 def test_a_folder_in_use_names_who_uses_it_until_that_one_is_dead(tmp_path):
-    other = holder(tmp_path / "run", HANG)
+    other = hold_lock(tmp_path / "run", HANG)
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
@@ -46,8 +34,8 @@ def test_a_folder_in_use_names_who_uses_it_until_that_one_is_dead(tmp_path):
             pass
         other.send_signal(signal.SIGKILL)
         other.wait()
-        with lock_folder(tmp_path / "run"), lock_folder(tmp_path / "run"):  # the same process may, again
-            third = holder(tmp_path / "run", 0)
+        with lock_folder(tmp_path / "run"), lock_folder(tmp_path / "run"):  # the same process may lock it again
+            third = hold_lock(tmp_path / "run", 0)
             _, err = third.communicate(timeout=HANG)
         assert third.returncode == 2
         assert err.startswith(f"error: {tmp_path / 'run'} is in use by process {os.getpid()} on")
@@ -58,7 +46,7 @@ def test_a_folder_in_use_names_who_uses_it_until_that_one_is_dead(tmp_path):
         other.kill()
 
 
-def test_without_locks_it_goes_on_with_a_warning(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     def none(*_: object) -> None:
         raise OSError(37, "No locks available")
 
@@ -67,7 +55,7 @@ def test_without_locks_it_goes_on_with_a_warning(tmp_path, monkeypatch):
         pass
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\). Use a writable folder"),

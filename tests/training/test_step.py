@@ -55,7 +55,7 @@ def test_a_step_is_the_gradient_step_written_out():
     assert figures["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-5)
 
 
-def test_figures_are_float32_scalars_and_the_loss_is_told_the_step():
+def test_figures_are_float32_scalars_and_the_loss_receives_the_step():
     optimizer = optax.sgd(0.1)
     step, state = make_step(loss, optimizer, ema_decay=0.9), start(optimizer)
     for expected in range(3):
@@ -84,7 +84,7 @@ def test_one_program_for_all_steps():
     assert step._cache_size() == 1
 
 
-def test_what_a_loss_does_not_train_stays():
+def test_parameters_outside_the_loss_stay():
     optimizer = optax.sgd(0.1)
     state = start(optimizer).replace(extra={"codebook": jnp.arange(3.0)})
     state, _ = make_step(loss, optimizer, ema_decay=0.9)(state, BATCH)
@@ -95,7 +95,7 @@ def test_what_a_loss_does_not_train_stays():
 
 
 class Counted:
-    """The mean over the examples of a batch that count, of which its parts have unequal numbers."""
+    """The mean over the valid examples of a batch, of which its parts have unequal numbers."""
 
     def weight(self, batch):
         return batch["counts"].sum()
@@ -111,7 +111,7 @@ COUNTED = BATCH | {"counts": jnp.asarray((np.arange(32) * 7 % 11 < 5) * (1 + np.
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_batch_make_its_step(parts):
+def test_accumulated_parts_of_a_batch_make_its_step(parts):
     optimizer = optax.sgd(0.1)
     whole, expected = make_step(Counted(), optimizer, ema_decay=0.9)(start(optimizer), COUNTED)
     state, figures = make_step(Counted(), optimizer, ema_decay=0.9, accumulation_steps=parts)(start(optimizer), COUNTED)
@@ -120,7 +120,7 @@ def test_parts_of_a_batch_make_its_step(parts):
     for name in ("loss", "gradient_norm"):
         assert figures[name] == pytest.approx(float(expected[name]), rel=1e-6)
     np.testing.assert_allclose(figures["far"], expected["far"])
-    # A mean of the parts' means is another number: they have unequal numbers of what counts.
+    # The mean of the means of parts differs, because parts have unequal numbers of valid examples.
     counts = COUNTED["counts"].reshape(-1, parts).sum(axis=0)
     assert len(set(np.asarray(counts).tolist())) > 1
     params = start(optimizer).params
@@ -128,7 +128,7 @@ def test_parts_of_a_batch_make_its_step(parts):
     assert abs(float(np.mean(means)) / float(expected["loss"]) - 1) > 1e-3
 
 
-def test_a_loss_that_does_not_say_what_parts_weigh():
+def test_accumulation_refuses_a_loss_without_weights_of_parts():
     with pytest.raises(TypeError, match="Use accumulation_steps=1"):
         make_step(loss, optax.sgd(0.1), ema_decay=0.9, accumulation_steps=2)
 
@@ -159,7 +159,7 @@ def test_further_averages_are_those_of_their_own_decay():
 
 
 def test_a_schedule_free_optimizer_is_evaluated_at_its_own_average():
-    """Against the method as the paper writes it (arXiv 2405.15682, eq. 3 to 5), with steps of Adam."""
+    """The expected values follow arXiv 2405.15682, equations 3 to 5, with steps of Adam."""
     config = OptimizerConfig(kind="schedule_free", learning_rate=0.05, warmup=4, b1=0.8, max_grad_norm=1e9)
     optimizer = make_optimizer(config, steps=50)
     step, state = make_step(loss, optimizer, ema_decay=0.9), start(optimizer)

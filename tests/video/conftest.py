@@ -11,7 +11,7 @@ import pytest
 
 
 def texture(count: int, height: int, width: int, *, channels: int = 3) -> np.ndarray:
-    """Frames with smooth colours, hard edges and some noise, all values within 30..225; they move to the right."""
+    """Return frames of smooth colours, hard edges and some noise, within 30..225, that move to the right."""
     noise = np.random.default_rng(1).integers(-6, 7, (height, width + count, channels))
     y, x = np.meshgrid(np.arange(height), np.arange(width + count), indexing="ij")
     waves = np.stack([np.sin(x / 9 + k) + np.cos(y / (7 + k)) for k in range(channels)], axis=-1)
@@ -35,8 +35,11 @@ def _write_video(
     stream: dict[str, object] | None = None,
     **context: object,
 ) -> bytes:
-    """A file's bytes. `context` are attributes of the encoder, `stream` of the stream; `times` are milliseconds,
-    `first` the number of the first frame; `path` is for formats that are read again while they are written."""
+    """Return the bytes of a video file.
+
+    `context` are attributes of the encoder, `stream` of the stream, `times` are milliseconds and `first` is the number
+    of the first frame. `path` is for formats that are read again while they are written.
+    """
     buffer = io.BytesIO()
     with av.open(
         buffer if path is None else str(path),
@@ -58,7 +61,7 @@ def _write_video(
                 np.ascontiguousarray(picture), format={1: "gray", 3: "rgb24", 4: "rgba"}[picture.shape[-1]]
             )
             frame = frame.reformat(format=pixel_format)
-            # The pixels stand as they are for whatever the file says of them.
+            # Pixels are stored as they are, whatever the metadata of the file.
             frame.colorspace = context.get("colorspace", 2)
             frame.color_range = context.get("color_range", 0)
             frame.pts = first + index if times is None else times[index]

@@ -1,4 +1,4 @@
-"""Files that are damaged, empty, something else, or that promise more than they hold."""
+"""Files that are damaged, empty, of another kind, or that promise more than they hold."""
 
 import io
 import json
@@ -20,15 +20,15 @@ from dit_video.core.errors import DecodeError
 from dit_video.tokens import Grid
 from dit_video.video import VideoInfo, decode, probe
 from dit_video.video.reader import MAX_PIXELS
-from support.devices import HANG
+from support.devices import HANG, PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[2]
 READS = [probe, decode, lambda content: decode(content, fps=8)]
 X264 = {"codec": "libx264", "pixel_format": "yuv420p", "format": "mp4"}
 
 
-def reasons(content: bytes) -> list[str]:
-    """What is said of a file that can't be read: by probe, by decode at its rate and at another one."""
+def get_errors(content: bytes) -> list[str]:
+    """Return the errors for an unreadable file, of probe, of decode at its rate and at another one."""
     said = []
     for read in READS:
         with pytest.raises(DecodeError) as caught:
@@ -45,7 +45,7 @@ def mp4(write_video, textured):
 
 @pytest.fixture(scope="module")
 def streamable(write_video, textured, tmp_path_factory):
-    """An mp4 with its header first."""
+    """Return an mp4 with its header first."""
     content = write_video(
         textured(40, 32, 48),
         **X264,
@@ -57,10 +57,10 @@ def streamable(write_video, textured, tmp_path_factory):
     return content
 
 
-def test_an_mp4_whose_header_at_the_end_is_cut_off(mp4):
+def test_an_mp4_without_its_trailing_header_is_refused(mp4):
     assert mp4.index(b"mdat") < mp4.index(b"moov")
     for stop in (len(mp4) - 1_000, mp4.index(b"moov") + 100, mp4.index(b"moov") - 10, len(mp4) // 2):
-        for reason in reasons(mp4[:stop]):
+        for reason in get_errors(mp4[:stop]):
             assert any(
                 said in reason
                 for said in ("not a readable", "no complete frame", "no readable video stream", "damaged at its start")
@@ -68,13 +68,13 @@ def test_an_mp4_whose_header_at_the_end_is_cut_off(mp4):
 
 
 def test_an_mp4_cut_in_the_middle_says_where_it_ends(streamable):
-    for reason in reasons(streamable[: len(streamable) * 6 // 10]):
+    for reason in get_errors(streamable[: len(streamable) * 6 // 10]):
         assert "damaged after" in reason
         assert 0.5 < float(reason.split("damaged after ")[1].split(" s")[0]) < 3.5
-    assert len(decode(streamable[: len(streamable) * 6 // 10], frames=5).frames) == 5  # what comes before is there
+    assert len(decode(streamable[: len(streamable) * 6 // 10], frames=5).frames) == 5  # earlier frames are complete
 
 
-def test_no_bytes_and_other_bytes(tmp_path):
+def test_empty_and_foreign_files_are_refused(tmp_path):
     for content in (
         b"",
         b"\0",
@@ -82,7 +82,7 @@ def test_no_bytes_and_other_bytes(tmp_path):
         b"not a video\n" * 1000,
         "clip.mp4,ein Hündchen\n".encode("latin-1") * 99,
     ):
-        reasons(content)
+        get_errors(content)
         path = tmp_path / "text.mp4"
         path.write_bytes(content)
         for read in (probe, decode):
@@ -90,7 +90,7 @@ def test_no_bytes_and_other_bytes(tmp_path):
                 read(path)
 
 
-def test_a_file_that_may_not_be_read(tmp_path, mp4, monkeypatch):
+def test_a_file_without_read_permission_is_reported(tmp_path, mp4, monkeypatch):
     path = tmp_path / "locked.mp4"
     path.write_bytes(mp4)
 
@@ -102,7 +102,7 @@ def test_a_file_that_may_not_be_read(tmp_path, mp4, monkeypatch):
         probe(path)
 
 
-def test_a_video_of_one_frame(write_video, textured):
+def test_a_video_of_one_frame_is_decoded(write_video, textured):
     content = write_video(textured(1, 32, 48), **X264)
     assert probe(content).frames == len(decode(content).frames) == 1
     assert probe(content).seconds == 0
@@ -111,22 +111,22 @@ def test_a_video_of_one_frame(write_video, textured):
 
 
 def most_memory() -> int:
-    """Bytes that this process has had at most; the system counts them in kilobytes, but for macOS."""
+    """Return the peak memory of this process in bytes; all systems but macOS count in kilobytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
 
 
-def test_frames_larger_than_any(write_video):
-    """A PNG's header with 100,000 rows and columns: 40 GB."""
+def test_frames_of_impossible_size_are_refused_in_little_memory(write_video):
+    """The header of a PNG promises 100,000 rows and columns, which are 40 GB."""
     image = write_video(np.zeros((1, 8, 8, 3), np.uint8), codec="png", format="image2pipe", pixel_format="rgb24")
     at = image.index(b"IHDR") + 4
     huge = image[:at] + struct.pack(">II", 100_000, 100_000) + image[at + 8 :]
     before = most_memory()
-    reasons(huge)
+    get_errors(huge)
     assert most_memory() - before < 300 << 20
 
 
-def test_pixels_so_wide_that_a_frame_is_too_large(write_video, textured):
+def test_a_pixel_aspect_that_makes_frames_too_large_is_refused(write_video, textured):
     content = write_video(textured(1, 512, 2048), **X264, sample_aspect_ratio=Fraction(500))
     with av.open(io.BytesIO(content)) as container:
         assert container.streams.video[0].sample_aspect_ratio == 500
@@ -139,13 +139,13 @@ def test_pixels_so_wide_that_a_frame_is_too_large(write_video, textured):
 
 
 def write(content: bytes, after: bytes, offset: int, value: int, order: str = ">") -> bytes:
-    """Replace a number of four bytes that lies so many bytes after a name."""
+    """Replace a number of four bytes at an offset after a name."""
     at = content.index(after) + 4 + offset
     return content[:at] + struct.pack(f"{order}I", value) + content[at + 4 :]
 
 
-def within(content: bytes, read, *, seconds: float = 20, megabytes: int = 300):
-    """The result of reading, or what is wrong; in little memory and time of the processor."""
+def read_within_limits(content: bytes, read, *, seconds: float = 20, megabytes: int = 300):
+    """Return the result of reading or its error, after little memory and processor time."""
     started, before = time.process_time(), most_memory()
     try:
         result = read(content)
@@ -158,33 +158,33 @@ def within(content: bytes, read, *, seconds: float = 20, megabytes: int = 300):
 
 @pytest.mark.parametrize("count", [10**9, 8 * 10**7, 10**6])
 @pytest.mark.parametrize("read", READS)
-def test_an_mp4_that_promises_frames(mp4, count, read):
-    """By one size for all, which no length of a table contradicts: ffmpeg would make an index of them."""
+def test_an_mp4_that_promises_frames_it_lacks_is_refused(mp4, count, read):
+    """One size for all frames contradicts no table, and ffmpeg would make an index of them."""
     promised = write(write(write(mp4, b"stts", 8, count), b"stsz", 8, count), b"stsz", 4, 20)
     for content in (promised, write(promised, b"stsc", 12, count)):
-        assert f"claims {count} frames of 20 bytes" in str(within(content, read))
+        assert f"claims {count} frames of 20 bytes" in str(read_within_limits(content, read))
 
 
 @pytest.mark.parametrize("read", READS)
-def test_other_headers_that_promise_frames(mp4, write_video, textured, read):
-    times = within(write(mp4, b"stts", 8, 10**9), read)  # more times than frames: those there are
+def test_other_headers_that_promise_frames_are_bounded(mp4, write_video, textured, read):
+    times = read_within_limits(write(mp4, b"stts", 8, 10**9), read)  # more times than frames, which are read
     assert isinstance(times, DecodeError) or getattr(times, "frames", None) is not None
-    assert isinstance(within(write(mp4, b"stsz", 8, 10**9), read), DecodeError)  # a table of that many
-    assert isinstance(within(write(mp4, b"stts", 12, 10**9), read), DecodeError)  # frames of a day
+    assert isinstance(read_within_limits(write(mp4, b"stsz", 8, 10**9), read), DecodeError)  # a table of that many
+    assert isinstance(read_within_limits(write(mp4, b"stts", 12, 10**9), read), DecodeError)  # frames of a day
     avi = write_video(textured(12, 32, 48), codec="mjpeg", pixel_format="yuvj420p", format="avi")
     avi = write(write(avi, b"avih", 20, 10**9, "<"), b"strh", 36, 10**9, "<")
-    found = within(avi, read)
+    found = read_within_limits(avi, read)
     assert (found.frames if isinstance(found, VideoInfo) else len(found.frames)) in (10, 12)
 
 
-def test_a_gif_whose_frames_last(write_video, textured):
-    """65,535 hundredths of a second is the longest that a GIF can say: 11 minutes a frame."""
+def test_a_gif_with_the_longest_frame_times_is_decoded(write_video, textured):
+    """The longest time of a frame in a GIF is 65,535 hundredths of a second, 11 minutes."""
     content = bytearray(write_video(textured(4, 32, 48), codec="gif", format="gif", pixel_format="rgb8"))
     at = 0
     while (at := content.find(b"\x21\xf9\x04", at + 1)) > 0:
         content[at + 4 : at + 6] = b"\xff\xff"
     assert probe(bytes(content)).seconds == pytest.approx(3 * 655.35)
-    assert len(within(bytes(content), lambda file: decode(file, fps=8)).frames) > 4 * 655 * 7
+    assert len(read_within_limits(bytes(content), lambda file: decode(file, fps=8)).frames) > 4 * 655 * 7
 
 
 # --- damage in the middle -------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ CODECS = {
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_corrupt_frame_in_the_middle(write_video, textured, codec):
-    """The second is named; what comes before it can be had. VP9 has no checks but for its frames' headers."""
+def test_a_corrupt_frame_in_the_middle_is_reported_with_its_time(write_video, textured, codec):
+    """The error names the second, and earlier frames are decoded. VP9 checks the headers of frames alone."""
     content = write_video(textured(40, 48, 64), **CODECS[codec])
     with av.open(io.BytesIO(content)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -243,7 +243,7 @@ KINDS = {
 }
 
 
-def mutated(rng: np.random.Generator, content: bytes, other: bytes) -> bytes:
+def mutate(rng: np.random.Generator, content: bytes, other: bytes) -> bytes:
     data, length = bytearray(content), len(content)
     kind = rng.integers(6)
     if kind == 0:  # some bytes
@@ -257,7 +257,7 @@ def mutated(rng: np.random.Generator, content: bytes, other: bytes) -> bytes:
     elif kind == 3:  # a part is missing, or stands twice
         first, last = sorted(rng.integers(0, length, 2))
         data[first:last] = b"" if rng.integers(2) else data[first:last] * 2
-    elif kind == 4:  # numbers that programs stumble over
+    elif kind == 4:  # numbers at limits
         for at in rng.integers(0, min(length, 1500), 3):
             number = rng.choice([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x10000000])
             data[at : at + 4] = int(number).to_bytes(4, "big" if rng.integers(2) else "little")
@@ -267,41 +267,15 @@ def mutated(rng: np.random.Generator, content: bytes, other: bytes) -> bytes:
     return bytes(data)
 
 
-CHILD = """
-import json, sys
-from pathlib import Path
-from dit_video.core.errors import UserError
-from dit_video.tokens import Grid
-from dit_video.video import decode, probe
-
-reads = [
-    probe,
-    decode,
-    lambda file: decode(file, fps=8, size=Grid(3, 16, 24)),
-    lambda file: decode(file, fps=30.0),
-    lambda file: decode(file, start=1.3, frames=2),
-]
-for path in sorted(Path(sys.argv[1]).iterdir()):
-    outcomes = []
-    for read in reads:
-        try:
-            outcomes.append(type(read(path.read_bytes())).__name__)
-        except UserError as error:
-            outcomes.append(type(error).__name__)
-            assert "\\n" not in str(error), error
-    print(json.dumps([path.name, outcomes]), flush=True)
-"""
-
-
 def survive(folder: Path, files: dict[str, bytes], count: int, seed: int) -> Counter[str]:
-    """Outcomes of reading mutations in a process of its own, where a crash or a hang is seen."""
+    """Count the outcomes of reading mutated files in another process, which shows a crash or a hang."""
     folder.mkdir()
     names = sorted(files)
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         name, other = names[index % len(names)], names[rng.integers(len(names))]
-        (folder / f"{index:05d}-{name}").write_bytes(mutated(rng, files[name], files[other]))
-    command = [sys.executable, "-X", "faulthandler", "-c", CHILD, str(folder)]
+        (folder / f"{index:05d}-{name}").write_bytes(mutate(rng, files[name], files[other]))
+    command = [sys.executable, "-X", "faulthandler", "-P", str(PROGRAMS / "decode_files.py"), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     log = folder.parent / "log"
     with log.open("wb") as out:
@@ -323,16 +297,15 @@ def originals(write_video, textured):
     }
 
 
-def test_mutations(originals, tmp_path):
+def test_mutated_files_decode_or_fail_cleanly(originals, tmp_path):
     outcomes = survive(tmp_path / "mutations", originals, 66, seed=1)
     assert set(outcomes) <= {"VideoInfo", "Clip", "DecodeError", "UserError"}
-    assert all(
-        outcomes[kind] >= 20 for kind in ("VideoInfo", "Clip", "DecodeError")
-    )  # neither all nor none are damaged
+    # Neither all nor none of the files are damaged.
+    assert all(outcomes[kind] >= 20 for kind in ("VideoInfo", "Clip", "DecodeError"))
 
 
 @pytest.mark.slow
-def test_a_thousand_mutations(originals, tmp_path):
+def test_a_thousand_mutated_files_decode_or_fail_cleanly(originals, tmp_path):
     outcomes = survive(tmp_path / "mutations", originals, 1001, seed=2)
     assert set(outcomes) <= {"VideoInfo", "Clip", "DecodeError", "UserError"}
     assert outcomes["DecodeError"] >= 500

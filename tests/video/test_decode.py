@@ -12,8 +12,8 @@ from dit_video.tokens import Grid
 from dit_video.video import Clip, VideoInfo, decode, encode, probe
 
 
-def numbered(count, *, fps=10.0, height=16, width=32):
-    """Frame i is a plain grey of 4 + 8 i."""
+def make_numbered_clip(count, *, fps=10.0, height=16, width=32):
+    """Return a clip whose frame i is a plain grey of 4 + 8 i."""
     levels = (4 + 8 * np.arange(count)).astype(np.uint8)
     return Clip(np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy(), fps=fps)
 
@@ -23,7 +23,7 @@ def numbers(clip):
 
 
 def container(frames, *, times=None, format="matroska", codec="ffv1", pixel_format="bgr0", rate=10, tags=None):
-    """A file with the frames at `times` (milliseconds)."""
+    """Return a file with the frames at `times` in milliseconds."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=format) as output:
         stream = output.add_stream(codec, rate=rate)
@@ -41,9 +41,9 @@ def container(frames, *, times=None, format="matroska", codec="ffv1", pixel_form
 
 
 @pytest.mark.parametrize("format", ["mp4", "webm", "gif", "apng"])
-def test_probe_says_what_decode_gives(format, tmp_path):
+def test_probe_reports_what_decode_gives(format, tmp_path):
     path = tmp_path / f"clip.{format}"
-    numbered(12).save(path)
+    make_numbered_clip(12).save(path)
     facts, clip = probe(path), decode(path)
     assert (facts.frames, facts.height, facts.width) == clip.frames.shape[:3] == (12, 16, 32)
     assert facts.fps == clip.fps == pytest.approx(10)
@@ -57,7 +57,7 @@ def test_images_have_a_rate_of_one(tmp_path):
     assert probe(tmp_path / "image.png") == VideoInfo(height=9, width=7, frames=1, fps=1.0, seconds=0.0, codec="png")
 
 
-def test_reads_jpeg():
+def test_jpeg_images_are_decoded():
     frames = np.full((1, 16, 24, 3), (200, 90, 30), np.uint8)
     context = av.CodecContext.create("mjpeg", "w")
     context.height, context.width, context.pix_fmt, context.time_base = 16, 24, "yuvj444p", Fraction(1, 1)
@@ -68,8 +68,8 @@ def test_reads_jpeg():
     assert np.abs(back.frames.astype(int) - frames).max() <= 4
 
 
-def test_frames_and_start():
-    content = encode(numbered(20), "mp4")
+def test_frames_and_start_choose_the_frames():
+    content = encode(make_numbered_clip(20), "mp4")
     assert numbers(decode(content)) == list(range(20))
     assert numbers(decode(content, frames=4)) == [0, 1, 2, 3]
     assert numbers(decode(content, start=0.5, frames=3)) == [5, 6, 7]
@@ -79,8 +79,8 @@ def test_frames_and_start():
     assert decode(content, start=0.5, frames=3).fps == 10
 
 
-def test_samples_by_time():
-    content = encode(numbered(20), "mp4")
+def test_a_rate_samples_frames_by_time():
+    content = encode(make_numbered_clip(20), "mp4")
     assert numbers(decode(content, fps=5)) == list(range(0, 20, 2))
     assert numbers(decode(content, fps=4)) == [0, 2, 5, 7, 10, 12, 15, 17]  # the frame at or before 0, .25, .5 …
     assert numbers(decode(content, fps=20, frames=5)) == [0, 0, 1, 1, 2]
@@ -89,22 +89,22 @@ def test_samples_by_time():
     assert len(decode(content, fps=20).frames) == 40
 
 
-def test_samples_a_varying_rate_by_its_timestamps():
+def test_a_varying_rate_is_sampled_by_its_timestamps():
     times = [0, 100, 150, 700, 750, 1000]
-    content = container(numbered(6).frames, times=times)
+    content = container(make_numbered_clip(6).frames, times=times)
     expected = [max(index for index, time in enumerate(times) if time <= moment) for moment in range(0, 1000, 125)]
     assert numbers(decode(content, fps=8, frames=8)) == expected
     assert numbers(decode(content, start=0.4, frames=3)) == [2, 3, 4]
 
 
 def test_time_counts_from_the_first_frame():
-    content = container(numbered(6).frames, times=[5000 + 100 * index for index in range(6)])
+    content = container(make_numbered_clip(6).frames, times=[5000 + 100 * index for index in range(6)])
     assert numbers(decode(content)) == list(range(6))
     assert numbers(decode(content, start=0.2, frames=2)) == [2, 3]
     assert numbers(decode(content, fps=5, frames=3)) == [0, 2, 4]
 
 
-def test_seeks_into_a_long_file():
+def test_decoding_seeks_into_a_long_file():
     count = 400
     levels = np.stack([np.full((16, 16, 3), 4 + 8 * (index % 31), np.uint8) for index in range(count)])
     content = encode(Clip(levels, fps=25), "mp4", crf=5)
@@ -113,7 +113,7 @@ def test_seeks_into_a_long_file():
         assert got == [first % 31, (first + 1) % 31]
 
 
-def test_resizes_without_aliasing():
+def test_resizing_does_not_alias():
     rng = np.random.default_rng(3)
     clip = Clip(rng.integers(0, 256, (3, 30, 44, 3)).astype(np.uint8), fps=8)
     small = decode(encode(clip, "apng"), size=Grid(2, 12, 16))
@@ -135,13 +135,13 @@ def test_resizes_without_aliasing():
         ({"start": 1.0, "frames": 3}, "has 2 frames from 1 s on, but 3 were requested"),
     ],
 )
-def test_impossible_requests(arguments, message):
+def test_impossible_requests_are_refused(arguments, message):
     with pytest.raises(UserError, match=message) as caught:
-        decode(encode(numbered(12), "mp4"), **arguments)
+        decode(encode(make_numbered_clip(12), "mp4"), **arguments)
     assert not isinstance(caught.value, DecodeError)
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     for function in (decode, probe):
         with pytest.raises(MissingError, match="none"):
             function(tmp_path / "none.mp4")
@@ -159,7 +159,7 @@ def test_corrupt_content_names_the_file(content, tmp_path):
             assert "\n" not in str(caught.value)
 
 
-def test_truncated_and_damaged_files():
+def test_truncated_and_damaged_files_are_refused():
     rng = np.random.default_rng(4)
     clip = Clip(rng.integers(0, 256, (12, 32, 32, 3)).astype(np.uint8), fps=8)
     mp4 = encode(clip, "mp4")
@@ -186,8 +186,8 @@ def test_sound_alone_is_no_video():
 
 @pytest.mark.parametrize("space", ["ITU601", "ITU709"])
 @pytest.mark.parametrize("full", [False, True])
-def test_colour_by_what_the_stream_says(space, full):
-    """Y'CbCr by the standards' equations (BT.601 and BT.709, limited and full range), written without a conversion."""
+def test_colours_follow_the_matrix_and_range_of_the_stream(space, full):
+    """The file holds Y'CbCr values computed by the equations of BT.601 and BT.709, in limited and full range."""
     red, blue = {"ITU601": (0.299, 0.114), "ITU709": (0.2126, 0.0722)}[space]
     rgb = np.asarray((220, 120, 40)) / 255
     luma = red * rgb[0] + (1 - red - blue) * rgb[1] + blue * rgb[2]
@@ -220,7 +220,7 @@ def raw_yuv(planes, *, matrix, range_):
     return buffer.getvalue()
 
 
-def rotated(content: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+def rotate(content: bytes, matrix: tuple[int, int, int, int]) -> bytes:
     """Write (a, b, c, d) into the matrix of an mp4's track header."""
     at = content.index(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, times and ids, reserved … volume
     a, b, c, d = (value << 16 for value in matrix)
@@ -238,10 +238,10 @@ def rotated(content: bytes, matrix: tuple[int, int, int, int]) -> bytes:
         ((-1, 0, 0, 1), lambda frames: frames[:, :, ::-1]),
     ],
 )
-def test_rotation_metadata(matrix, upright):
+def test_rotation_metadata_turns_the_frames(matrix, upright):
     y, x = np.meshgrid(np.arange(32), np.arange(48), indexing="ij")
     frames = np.stack([4 * x, 6 * y, 128 + 0 * x], axis=-1)[None].repeat(2, axis=0).astype(np.uint8)
-    content = rotated(encode(Clip(frames, fps=8), "mp4"), matrix)
+    content = rotate(encode(Clip(frames, fps=8), "mp4"), matrix)
     expected, clip, facts = upright(frames), decode(content), probe(content)
     assert clip.frames.shape == expected.shape
     assert (facts.height, facts.width) == expected.shape[1:3]
@@ -265,7 +265,7 @@ CLIPS = Path(__file__).parents[2].parent / "shared" / "clips"
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="no folder of real clips beside the checkout")
 @pytest.mark.parametrize("name", ["bird.mkv", "big_buck_bunny_rope.webm", "rabbit320.mp4"])
-def test_real_clips(name):
+def test_real_clips_are_decoded_from_any_start(name):
     facts = probe(CLIPS / name)
     middle = facts.frames // 2
     whole = decode(CLIPS / name, frames=middle + 2)

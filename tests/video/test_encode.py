@@ -7,13 +7,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.video import Clip, decode, encode
-
-
-def pattern(frames=5, height=32, width=48):
-    """Smooth enough for 4:2:0, other in every frame."""
-    t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
-    values = np.stack([128 + 100 * np.sin(y / 6 + t), 4 * x + 10 * t, 200 - 3 * y + 5 * t], axis=-1)
-    return Clip(np.clip(values, 0, 255).astype(np.uint8), fps=8)
+from support.devices import PROGRAMS, make_environment
+from support.encoded_clips import compute_digests, make_pattern
 
 
 @pytest.mark.parametrize("format", ["apng", "png"])
@@ -27,7 +22,7 @@ def test_lossless_formats_return_the_same_pixels(format, height, width):
 
 @pytest.mark.parametrize(("format", "mean", "fps"), [("mp4", 2.0, 8), ("webm", 2.0, 8), ("gif", 8.0, 8.3333)])
 def test_lossy_formats_return_nearly_the_same(format, mean, fps):
-    clip = pattern()
+    clip = make_pattern()
     back = decode(encode(clip, format))
     assert back.frames.shape == clip.frames.shape
     assert back.fps == pytest.approx(fps, rel=1e-4)
@@ -39,7 +34,7 @@ def test_a_gif_lasts_as_long_as_its_clip():
 
     import av
 
-    with av.open(io.BytesIO(encode(pattern(frames=16), "gif"))) as container:
+    with av.open(io.BytesIO(encode(make_pattern(frames=16), "gif"))) as container:
         times = [frame.time for frame in container.decode(video=0)]
     np.testing.assert_allclose(times, np.arange(16) / 8, atol=0.0051)
 
@@ -52,13 +47,13 @@ def test_colours_survive(format, colour):
     assert np.abs(back.astype(int) - frames).max() <= 2
 
 
-def test_says_which_colour_space_it_uses():
+def test_encoded_files_name_their_colour_space():
     import io
 
     import av
 
     for format in ("mp4", "webm"):
-        with av.open(io.BytesIO(encode(pattern(), format))) as container:
+        with av.open(io.BytesIO(encode(make_pattern(), format))) as container:
             frame = next(container.decode(video=0))
             assert (int(frame.colorspace), int(frame.color_range)) == (1, 1)
             assert frame.format.name == "yuv420p"
@@ -66,8 +61,8 @@ def test_says_which_colour_space_it_uses():
 
 @pytest.mark.parametrize("format", ["mp4", "webm", "gif", "apng"])
 @pytest.mark.parametrize("fps", [8.0, 30.0, 24000 / 1001, 1.0])
-def test_keeps_the_rate_and_the_number_of_frames(format, fps):
-    clip = Clip(pattern(frames=7).frames, fps=fps)
+def test_encoding_keeps_the_rate_and_the_number_of_frames(format, fps):
+    clip = Clip(make_pattern(frames=7).frames, fps=fps)
     back = decode(encode(clip, format))
     assert len(back.frames) == 7
     if format != "gif":  # in whole hundredths of a second
@@ -76,11 +71,11 @@ def test_keeps_the_rate_and_the_number_of_frames(format, fps):
 
 @pytest.mark.parametrize("format", ["mp4", "webm", "gif", "apng"])
 def test_one_frame_is_a_video_too(format):
-    assert decode(encode(pattern(frames=1), format)).frames.shape == (1, 32, 48, 3)
+    assert decode(encode(make_pattern(frames=1), format)).frames.shape == (1, 32, 48, 3)
 
 
-def test_odd_sizes():
-    odd = Clip(pattern(height=31, width=45).frames, fps=8)
+def test_odd_sizes_are_refused_by_mp4_and_kept_by_other_formats():
+    odd = Clip(make_pattern(height=31, width=45).frames, fps=8)
     with pytest.raises(UserError, match=r"31x45 .*even height and width.*\.webm, \.gif or \.apng"):
         encode(odd, "mp4")
     for format in ("webm", "gif", "apng"):
@@ -89,10 +84,10 @@ def test_odd_sizes():
 
 def test_png_is_for_one_frame():
     with pytest.raises(UserError, match=r"5 frames .*png: use one frame.*\.apng"):
-        encode(pattern(), "png")
+        encode(make_pattern(), "png")
 
 
-def test_crf_is_quality():
+def test_crf_lowers_quality_and_is_checked():
     noise = Clip(np.random.default_rng(2).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8), fps=8)
     for format in ("mp4", "webm"):
         assert len(encode(noise, format, crf=40)) < 0.7 * len(encode(noise, format))
@@ -103,17 +98,7 @@ def test_crf_is_quality():
 
 
 def test_bytes_are_a_function_of_the_clip():
-    """Twice here and once in another process."""
-    code = (
-        "import sys, json, hashlib; sys.path.insert(0, sys.argv[1]);"
-        "from test_encode import digests; print(json.dumps(digests()))"
-    )
-    folder = __file__.rpartition("/")[0]
-    other = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
-    assert digests() == digests() == json.loads(other.stdout)
-
-
-def digests():
-    import hashlib
-
-    return [hashlib.sha256(encode(pattern(), format)).hexdigest() for format in ("mp4", "webm", "gif", "apng")]
+    """Clips are encoded twice here and once in another process."""
+    command = [sys.executable, "-P", str(PROGRAMS / "encoded_clips.py")]
+    other = subprocess.run(command, env=make_environment(1), capture_output=True, text=True, check=True)
+    assert compute_digests() == compute_digests() == json.loads(other.stdout)

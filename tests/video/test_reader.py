@@ -1,4 +1,4 @@
-"""Which frame is shown when, in containers with and without timestamps, and what a file may open."""
+"""Times of frames in containers with and without timestamps, and files that a file may open."""
 
 import io
 import sys
@@ -17,8 +17,8 @@ COUNT = 40
 LEVELS = (20 + 5 * np.arange(COUNT)).astype(np.uint8)
 
 
-def counted(count: int = COUNT) -> np.ndarray:
-    """Frame i is a plain grey of 20 + 5 i, but for a corner, so that frames are not skipped."""
+def make_numbered_frames(count: int = COUNT) -> np.ndarray:
+    """Return frames of a plain grey of 20 + 5 i, but for a corner, so that encoders skip none."""
     frames = np.broadcast_to(LEVELS[:count, None, None, None], (count, 32, 48, 3)).copy()
     frames[:, :8, :8] = np.random.default_rng(0).integers(0, 255, (count, 8, 8, 3))
     return frames
@@ -68,7 +68,7 @@ FILES = {
 
 @pytest.fixture(scope="module", params=FILES)
 def file(request, write_video):
-    return write_video(counted(), **FILES[request.param]), FILES[request.param].get("rate", 10)
+    return write_video(make_numbered_frames(), **FILES[request.param]), FILES[request.param].get("rate", 10)
 
 
 def test_every_frame_comes_once_in_order(file):
@@ -87,17 +87,17 @@ def test_any_start_gives_the_frame_shown_then(file):
     assert numbers(decode(content, start=(COUNT - 0.6) / rate)) == [COUNT - 1]
 
 
-def test_samples_by_time(file):
+def test_a_rate_samples_frames_by_time(file):
     content, rate = file
     assert numbers(decode(content, fps=rate / 2, frames=20)) == list(range(0, COUNT, 2))
     assert numbers(decode(content, fps=rate / 2, start=20 / rate, frames=3)) == [20, 22, 24]
     assert numbers(decode(content, fps=2 * rate, start=30 / rate, frames=4)) == [30, 30, 31, 31]
 
 
-def test_a_recording_that_begins_between_key_frames(write_video):
-    """As one cut out of a broadcast: what comes before the first key frame can't be decoded, time counts from it."""
+def test_a_recording_that_begins_between_key_frames_starts_at_the_first_one(write_video):
+    """In a part of a broadcast, time counts from the first key frame, and nothing before it can be decoded."""
     options = {**X264["options"], "bf": "0", "sc_threshold": "0"}
-    content = write_video(counted(), **{**X264, "options": options}, format="mpegts")
+    content = write_video(make_numbered_frames(), **{**X264, "options": options}, format="mpegts")
     parts = [content[at : at + 188] for at in range(0, len(content), 188)]
     keys = [at for at, part in enumerate(parts) if part[3] & 0x20 and part[4] and part[5] & 0x40]
     assert len(keys) == 4
@@ -111,8 +111,8 @@ def test_a_recording_that_begins_between_key_frames(write_video):
 
 
 def test_empty_packets_repeat_a_frame(write_video):
-    """AVI says by a packet of no bytes that the frame before it is shown longer; a decoder would end at it."""
-    content = write_video(counted(20), codec="mjpeg", pixel_format="yuvj420p", format="avi")
+    """In AVI an empty packet shows the frame before it for longer, although a decoder would end there."""
+    content = write_video(make_numbered_frames(20), codec="mjpeg", pixel_format="yuvj420p", format="avi")
     source, out = io.BytesIO(content), io.BytesIO()
     with av.open(source) as read, av.open(out, "w", format="avi") as write:
         stream = write.add_stream_from_template(read.streams.video[0])
@@ -128,29 +128,29 @@ def test_empty_packets_repeat_a_frame(write_video):
 
 
 @pytest.mark.parametrize("gap", [3_601_000, 10**9])
-def test_timestamps_that_jump(write_video, gap):
+def test_timestamps_that_jump_are_refused(write_video, gap):
     times = [0, 100, 200, 200 + gap, 300 + gap]
-    content = write_video(counted(5), pixel_format="bgr0", times=times)
+    content = write_video(make_numbered_frames(5), pixel_format="bgr0", times=times)
     for read in (probe, decode, lambda file: decode(file, fps=8)):
         with pytest.raises(DecodeError, match=r"jump from 0\.20 s"):
             read(content)
 
 
 def test_a_frame_may_stand_for_minutes(write_video):
-    content = write_video(counted(3), times=[0, 100, 600_100])
+    content = write_video(make_numbered_frames(3), times=[0, 100, 600_100])
     assert probe(content).seconds == pytest.approx(600.1)
     assert numbers(decode(content, fps=1 / 100, frames=7)) == [0, 1, 1, 1, 1, 1, 1]
 
 
-def test_two_recordings_joined_with_the_clock_set_back(write_video):
-    part = write_video(counted(), **X264, format="mpegts")
+def test_joined_recordings_whose_clock_is_set_back_are_refused(write_video):
+    part = write_video(make_numbered_frames(), **X264, format="mpegts")
     with pytest.raises(DecodeError, match="jump"):
         decode(part + part)
 
 
 def test_a_clip_larger_than_memory_is_refused(write_video, monkeypatch):
     monkeypatch.setattr(sys.modules[decode.__module__], "MAX_BYTES", 10 * 32 * 48 * 3)
-    content = write_video(counted(20), **X264, format="mp4")
+    content = write_video(make_numbered_frames(20), **X264, format="mp4")
     assert len(decode(content, frames=10).frames) == 10
     with pytest.raises(UserError, match="use fewer frames"):
         decode(content)
@@ -161,7 +161,7 @@ def test_a_clip_larger_than_memory_is_refused(write_video, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a%02d.mp4", "12:30.mp4", "file:x.mp4", "-i.mp4", "ü ☃.mp4", "concat:a|b.mp4"])
 def test_a_name_is_no_pattern_and_no_address(write_video, tmp_path, monkeypatch, name):
-    content = write_video(counted(3), **X264, format="mp4")
+    content = write_video(make_numbered_frames(3), **X264, format="mp4")
     (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path / name, Path(name)):
@@ -169,10 +169,10 @@ def test_a_name_is_no_pattern_and_no_address(write_video, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("kind", ["m3u8", "concat"])
-def test_a_playlist_opens_nothing(write_video, tmp_path, kind):
-    """A text that calls itself a video must not show another file, nor ask an address for one."""
+def test_a_playlist_opens_no_other_file(write_video, tmp_path, kind):
+    """A text with the name of a video must not show another file, nor open an address."""
     secret = tmp_path / "secret.ts"
-    secret.write_bytes(write_video(counted(5), **X264, format="mpegts"))
+    secret.write_bytes(write_video(make_numbered_frames(5), **X264, format="mpegts"))
     text = {
         "m3u8": f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.5,\n{secret}\n#EXT-X-ENDLIST\n",
         "concat": f"ffconcat version 1.0\nfile {secret.name}\n",
@@ -186,8 +186,8 @@ def test_a_playlist_opens_nothing(write_video, tmp_path, kind):
 
 
 def test_a_cover_is_no_video(write_video):
-    """A song with a picture of its cover is sound alone; a film with one is the film, whichever comes first."""
-    cover = next(packets(write_video(counted(1), codec="mjpeg", pixel_format="yuvj420p", format="avi")))
+    """A song with a cover picture is sound alone, and a film with one is the film, in either order."""
+    cover = next(packets(write_video(make_numbered_frames(1), codec="mjpeg", pixel_format="yuvj420p", format="avi")))
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as output:
         sound = output.add_stream("aac", rate=8000, layout="mono")

@@ -1,4 +1,4 @@
-"""Pictures are resized while ffmpeg converts them: as `pixels.resize` does, which is the definition."""
+"""Pictures that ffmpeg resizes during conversion equal `pixels.resize`, which is the definition."""
 
 import numpy as np
 import pytest
@@ -29,8 +29,8 @@ def checkerboard(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv444p", "yuv420p10le", "gbrp"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("picture", "tolerance"), [(plain, 0), (gradient, 3), (checkerboard, 10)])
-def test_resizes_as_pixels_resize_does(write_video, pixel_format, size, picture, tolerance):
-    """A triangle filter that does not alias and does not shift.
+def test_resizing_equals_pixels_resize(write_video, pixel_format, size, picture, tolerance):
+    """The triangle filter neither aliases nor shifts.
 
     Not exactly: swscale filters Y'CbCr before its conversion to RGB, in fixed point (14 bits of weights); at the
     margins its weights are other ones, which shows on the finest checkerboard, there alone: half of `tolerance`.
@@ -45,23 +45,23 @@ def test_resizes_as_pixels_resize_does(write_video, pixel_format, size, picture,
     assert difference.max() <= tolerance
     assert difference[:, 3:-3, 3:-3].max(initial=0) <= (tolerance + 1) // 2
     if picture is checkerboard and max(size[0] / 96, size[1] / 128) < 0.5:
-        assert np.ptp(expected[:, 2:-2, 2:-2]) <= 20  # it would alias
+        assert np.ptp(expected[:, 2:-2, 2:-2]) <= 20  # a larger range would be aliasing
 
 
 def test_resizing_does_not_shift(write_video):
-    """A shift of a tenth of a pixel of the result would be seen: the slope of the difference along the gradient."""
+    """A shift of a tenth of an output pixel would show in the difference along the gradient."""
     frames = gradient(96, 128)
     for pixel_format in ("yuv420p", "yuv444p"):
         content = write_video(frames, pixel_format=pixel_format, colorspace=1, color_range=1)
         for height, width in SIZES:
             small = decode(content, size=Grid(1, height, width)).frames[0].astype(float)
             expected = pixels.resize(decode(content).frames, height, width)[0].astype(float)
-            step = 160 / width  # of red from one column of the result to the next
+            step = 160 / width  # change of red from one column of the result to the next
             shift = (small - expected)[2:-2, 2:-2, 0].mean() / step
             assert abs(shift) < 0.1
 
 
-def test_a_frame_of_60_000_by_2(write_video):
+def test_a_frame_of_60_000_by_2_pixels_is_resized(write_video):
     wide = np.zeros((1, 2, 60_000, 3), np.uint8)
     wide[..., 1] = np.linspace(0, 255, 60_000).astype(np.uint8)
     for options in ({"pixel_format": "bgr0"}, {"pixel_format": "yuv420p", "colorspace": 1, "color_range": 1}):
@@ -74,7 +74,7 @@ def test_a_frame_of_60_000_by_2(write_video):
         assert np.abs(small - expected).max() <= 3
 
 
-def test_the_filter_has_no_other_algorithm():
+def test_the_resize_filter_has_one_algorithm():
     algorithms = [Interpolation.BICUBIC, Interpolation.AREA, Interpolation.LANCZOS, Interpolation.POINT]
     assert RESIZE_FLAGS & Interpolation.BILINEAR
     assert not any(RESIZE_FLAGS & other for other in algorithms)

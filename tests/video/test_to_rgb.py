@@ -1,4 +1,4 @@
-"""Pictures against ffmpeg's own conversion of the same frames: its filters scale, transpose, bwdif, premultiply."""
+"""Decoded pictures equal those of ffmpeg's filters scale, transpose, bwdif and premultiply."""
 
 import io
 import struct
@@ -20,13 +20,13 @@ MATRICES = {"bt601": 6, "bt709": 1, "bt2020": 9}
 RANGES = {"tv": 1, "pc": 2}
 
 
-def stored(content: bytes) -> list[av.VideoFrame]:
+def decode_stored(content: bytes) -> list[av.VideoFrame]:
     with av.open(io.BytesIO(content)) as container:
         return list(container.decode(video=0))
 
 
-def filtered(frames: list[av.VideoFrame], *filters: tuple[str, str]) -> np.ndarray:
-    """The frames, sent through filters and converted to RGB."""
+def apply_filters(frames: list[av.VideoFrame], *filters: tuple[str, str]) -> np.ndarray:
+    """Send frames through filters of ffmpeg and return them as RGB."""
     first, graph = frames[0], Graph()
     graph.threads = 1
     source = graph.add(
@@ -46,9 +46,9 @@ def scale(matrix: str, range_: str, *, size: str = "", algorithm: str = "bicubic
     return "scale", (f"in_color_matrix={matrix}:in_range={range_}:out_range=pc:flags={algorithm}+{FLAGS}{size}{chroma}")
 
 
-def off(content: bytes, *filters: tuple[str, str]) -> int:
-    """The largest difference from ffmpeg's pictures, of 255."""
-    expected = filtered(stored(content), *filters).astype(int)
+def measure_difference(content: bytes, *filters: tuple[str, str]) -> int:
+    """Return the largest difference from the pictures of ffmpeg, of 255."""
+    expected = apply_filters(decode_stored(content), *filters).astype(int)
     found = decode(content).frames
     assert found.shape == expected.shape
     return int(np.abs(found - expected).max())
@@ -57,14 +57,14 @@ def off(content: bytes, *filters: tuple[str, str]) -> int:
 @pytest.mark.parametrize("range_", RANGES)
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p12le"])
-def test_matrix_range_and_depth(write_video, textured, pixel_format, matrix, range_):
-    """Exactly: both sides are swscale's bit-exact arithmetic, given the same matrix, range and filter."""
+def test_every_matrix_range_and_depth_converts_as_in_ffmpeg(write_video, textured, pixel_format, matrix, range_):
+    """Both sides are the bit-exact arithmetic of swscale, with the same matrix, range and filter."""
     content = write_video(
         textured(2, 34, 48), pixel_format=pixel_format, colorspace=MATRICES[matrix], color_range=RANGES[range_]
     )
-    assert off(content, scale(matrix, range_)) == 0
+    assert measure_difference(content, scale(matrix, range_)) == 0
     others = [(m, r) for m in MATRICES for r in RANGES if (m, r) != (matrix, range_)]
-    assert all(off(content, scale(*other)) > 1 for other in others)  # the comparison would notice
+    assert all(measure_difference(content, scale(*other)) > 1 for other in others)  # the comparison would notice
 
 
 @pytest.mark.parametrize(
@@ -84,22 +84,22 @@ def test_matrix_range_and_depth(write_video, textured, pixel_format, matrix, ran
         ("ffv1", "matroska", "gray10le", "pc", ""),
     ],
 )
-def test_codecs(write_video, textured, codec, format, pixel_format, range_, chroma):
-    """Exactly. ffmpeg's filter is told where the decoder says chroma lies, which it would leave out of account."""
+def test_every_codec_converts_as_in_ffmpeg(write_video, textured, codec, format, pixel_format, range_, chroma):
+    """Values are equal: the filter of ffmpeg gets the chroma location of the decoder, which it ignores otherwise."""
     frames = textured(2, 34, 48, channels=1 if "gray" in pixel_format else 3)
     content = write_video(frames, codec=codec, format=format, pixel_format=pixel_format)
-    assert off(content, scale("bt601", range_, chroma=chroma)) == 0
+    assert measure_difference(content, scale("bt601", range_, chroma=chroma)) == 0
 
 
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv420p10le", "yuv422p", "yuv410p"])
 @pytest.mark.parametrize(("height", "width"), [(33, 47), (33, 48), (34, 47), (13, 11), (1, 1)])
-def test_odd_sizes(write_video, textured, pixel_format, height, width):
+def test_odd_sizes_convert_as_in_ffmpeg(write_video, textured, pixel_format, height, width):
     content = write_video(textured(2, height, width), pixel_format=pixel_format, colorspace=1, color_range=1)
-    assert off(content, scale("bt709", "tv")) == 0
+    assert measure_difference(content, scale("bt709", "tv")) == 0
 
 
-def test_10_bit_in_two_planes():
-    """p010 comes from hardware decoders; none is here, so the frame is made and converted without a file."""
+def test_ten_bits_in_two_planes_convert_as_in_ffmpeg():
+    """Only hardware decoders give p010, so the frame is made and converted without a file."""
     from dit_video.video.to_rgb import RgbConverter
 
     rng = np.random.default_rng(0)
@@ -109,22 +109,22 @@ def test_10_bit_in_two_planes():
         plane.update(values.tobytes())
     planar.colorspace, planar.color_range, planar.pts, planar.time_base = 1, 1, 0, Fraction(1, 10)
     packed = planar.reformat(format="p010le")
-    expected = filtered([packed], scale("bt709", "tv"))[0]
+    expected = apply_filters([packed], scale("bt709", "tv"))[0]
     np.testing.assert_array_equal(RgbConverter("a clip", Fraction(1), None)(packed, 0.0), expected)
 
 
 def test_high_definition_is_bt709_where_nothing_is_said(write_video, textured):
     for height, width, matrix in [(576, 720, "bt601"), (480, 854, "bt601"), (544, 1280, "bt709"), (580, 720, "bt709")]:
         content = write_video(textured(1, height, width), pixel_format="yuv420p")
-        assert off(content, scale(matrix, "tv")) == 0
+        assert measure_difference(content, scale(matrix, "tv")) == 0
 
 
-def test_limited_gray(write_video, textured):
-    """swscale takes all gray for full range; what says that it is limited is shown as luma alone is in colour."""
+def test_limited_gray_is_shown_as_luma_alone(write_video, textured):
+    """swscale takes all gray for full range, and we show limited gray like luma in colour."""
     frames = textured(1, 34, 48, channels=1)
     for pixel_format, colour, levels in [("gray", "yuv444p", 1), ("gray10le", "yuv444p10le", 4)]:
         content = write_video(frames, pixel_format=pixel_format, color_range=1)
-        (gray,) = stored(content)
+        (gray,) = decode_stored(content)
         frame = av.VideoFrame(48, 34, colour)
         frame.pts, frame.time_base, frame.color_range, frame.colorspace = 0, Fraction(1, 10), 1, 6
         values = [gray.to_ndarray(), np.full((34, 48), 128 * levels), np.full((34, 48), 128 * levels)]
@@ -133,13 +133,13 @@ def test_limited_gray(write_video, textured):
             rows = np.zeros((34, plane.line_size // item), f"<u{item}")
             rows[:, :48] = value
             plane.update(rows.tobytes())
-        expected = filtered([frame], scale("bt601", "tv"))
+        expected = apply_filters([frame], scale("bt601", "tv"))
         found = decode(content).frames
-        assert np.abs(found.astype(int) - expected).max() <= 1  # of rounding at 16 bits
+        assert np.abs(found.astype(int) - expected).max() <= 1  # rounding at 16 bits
         assert found.min() < gray.to_ndarray().min() / levels - 10
 
 
-def test_colours_that_ffmpeg_cannot_convert(write_video, textured):
+def test_colour_matrices_that_ffmpeg_cannot_convert_are_refused(write_video, textured):
     for matrix in (8, 10, 14):  # YCgCo, constant-luminance BT.2020, ICtCp
         content = write_video(textured(1, 32, 32), pixel_format="yuv444p", colorspace=matrix)
         for read in (probe, decode):
@@ -151,18 +151,18 @@ def test_colours_that_ffmpeg_cannot_convert(write_video, textured):
     ("codec", "format", "pixel_format"),
     [("png", "mov", "rgba"), ("png", "mov", "rgba64be"), ("ffv1", "matroska", "yuva420p"), ("qtrle", "mov", "argb")],
 )
-def test_transparency_isover_black(write_video, textured, codec, format, pixel_format):
-    """Within one of ffmpeg's premultiply, which rounds by itself; two where 16 bits are first cut to 8."""
+def test_transparency_is_composited_over_black(write_video, textured, codec, format, pixel_format):
+    """Results are within one of ffmpeg's premultiply, which rounds by itself, or two if 16 bits are cut to 8."""
     frames = textured(2, 34, 48, channels=4)
     frames[:, :8, :, 3], frames[:, 8:16, :, 3] = 0, 255
     content = write_video(frames, codec=codec, format=format, pixel_format=pixel_format, color_range=0)
     rgba = [
         frame.reformat(format="gbrap", src_color_range=1 if "yuv" in pixel_format else 2, dst_color_range=2)
-        for frame in stored(content)
+        for frame in decode_stored(content)
     ]
     for frame in rgba:
         frame.colorspace, frame.color_range = 0, 2
-    expected = filtered(rgba, ("premultiply", "inplace=1"), ("format", "pix_fmts=gbrp")).astype(int)
+    expected = apply_filters(rgba, ("premultiply", "inplace=1"), ("format", "pix_fmts=gbrp")).astype(int)
     found = decode(content).frames
     assert (found[:, :8] == 0).all()
     close = np.abs(found - expected)
@@ -170,8 +170,8 @@ def test_transparency_isover_black(write_video, textured, codec, format, pixel_f
     assert close.mean() < 1.0
 
 
-def test_colours_times_alpha_are_those_of_ffmpeg():
-    """All 65,536 pairs: rounded to nearest, as ffmpeg lays a picture over a black one."""
+def test_colours_are_multiplied_with_alpha_as_in_ffmpeg():
+    """All 65,536 pairs are rounded to nearest, as by ffmpeg over a black picture."""
     colour, alpha = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     image = np.stack([colour, colour, colour, alpha], axis=-1).astype(np.uint8)
     found = blend_over_black(image)
@@ -192,8 +192,8 @@ def test_colours_times_alpha_are_those_of_ffmpeg():
     np.testing.assert_array_equal(sink.pull().to_ndarray(format="rgb24"), found)
 
 
-def test_transparent_vp9(write_video, textured):
-    """ffmpeg's own decoder of VP9 leaves transparency out: libvpx's reads it."""
+def test_transparent_vp9_is_composited_over_black(write_video, textured):
+    """The decoder of libvpx reads transparency, unlike ffmpeg's own one."""
     frames = textured(3, 32, 48, channels=4)
     frames[..., 3] = 255
     frames[:, :, :24, 3] = 0
@@ -204,11 +204,11 @@ def test_transparent_vp9(write_video, textured):
     assert probe(content).codec == "vp9"
 
 
-def test_palettes(write_video, textured):
+def test_palettes_are_converted(write_video, textured):
     frames = textured(3, 33, 47)
     content = write_video(frames, codec="gif", format="gif", pixel_format="rgb8")
-    np.testing.assert_array_equal(decode(content).frames, filtered(stored(content)))
-    assert np.abs(decode(content).frames.astype(int) - frames).mean() < 32  # of eight levels, four of blue
+    np.testing.assert_array_equal(decode(content).frames, apply_filters(decode_stored(content)))
+    assert np.abs(decode(content).frames.astype(int) - frames).mean() < 32  # red and green have eight levels, blue four
 
 
 # --- shape of pixels, and which way is up ---------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_palettes(write_video, textured):
 @pytest.mark.parametrize(
     ("aspect", "shown"), [((4, 3), 64), ((2, 3), 32), ((16, 11), 70), ((1, 1), 48), ((40, 33), 58), ((1, 24), 2)]
 )
-def test_pixels_that_are_not_square(write_video, textured, aspect, shown):
+def test_pixels_that_are_not_square_are_resized_to_squares(write_video, textured, aspect, shown):
     frames = textured(2, 36, 48)
     content = write_video(
         frames,
@@ -230,19 +230,19 @@ def test_pixels_that_are_not_square(write_video, textured, aspect, shown):
     facts = probe(content)
     assert (facts.height, facts.width) == (36, shown)
     if shown == 48:
-        assert off(content, scale("bt601", "tv")) == 0
+        assert measure_difference(content, scale("bt601", "tv")) == 0
     else:
-        assert off(content, scale("bt601", "tv", size=f":w={shown}:h=36", algorithm="bilinear")) == 0
+        assert measure_difference(content, scale("bt601", "tv", size=f":w={shown}:h=36", algorithm="bilinear")) == 0
 
 
-def test_anamorphic_rgb_and_images(write_video, textured):
+def test_anamorphic_rgb_is_resized_to_square_pixels(write_video, textured):
     frames = textured(1, 36, 48)
     content = write_video(frames, codec="png", pixel_format="rgb24", format="mov", sample_aspect_ratio=Fraction(4, 3))
     np.testing.assert_array_equal(decode(content).frames, pixels.resize(frames, 36, 64))
 
 
 TURNS = {
-    90: ("transpose", "dir=cclock"),  # as set_display_rotation counts
+    90: ("transpose", "dir=cclock"),  # the direction of set_display_rotation
     180: ("hflip", ""),
     270: ("transpose", "dir=clock"),
 }
@@ -250,18 +250,18 @@ TURNS = {
 
 @pytest.mark.parametrize("degrees", TURNS)
 @pytest.mark.parametrize("aspect", [Fraction(1), Fraction(4, 3)])
-def test_turned_pictures(write_video, textured, degrees, aspect):
-    content = turned(write_video, textured(2, 36, 48), degrees, aspect)
+def test_turned_pictures_are_shown_upright(write_video, textured, degrees, aspect):
+    content = write_turned(write_video, textured(2, 36, 48), degrees, aspect)
     width = round(48 * aspect)
     facts = probe(content)
     assert (facts.height, facts.width) == ((36, width) if degrees == 180 else (width, 36))
     same = scale("bt601", "tv")
     resized = scale("bt601", "tv", size=f":w={width}:h=36", algorithm="bilinear")
     turn = [TURNS[degrees], ("vflip", "")] if degrees == 180 else [TURNS[degrees]]
-    assert off(content, same if aspect == 1 else resized, ("format", "pix_fmts=gbrp"), *turn) == 0
+    assert measure_difference(content, same if aspect == 1 else resized, ("format", "pix_fmts=gbrp"), *turn) == 0
 
 
-def turned(write_video, frames, degrees, aspect=Fraction(1), flip=False):
+def write_turned(write_video, frames, degrees, aspect=Fraction(1), flip=False):
     buffer = io.BytesIO(
         write_video(
             frames,
@@ -283,15 +283,15 @@ def turned(write_video, frames, degrees, aspect=Fraction(1), flip=False):
     return out.getvalue()
 
 
-def test_a_mirrored_picture(write_video, textured):
-    content = turned(write_video, textured(2, 36, 48), 0, flip=True)
-    assert off(content, scale("bt601", "tv"), ("format", "pix_fmts=gbrp"), ("hflip", "")) == 0
+def test_a_mirrored_picture_is_flipped(write_video, textured):
+    content = write_turned(write_video, textured(2, 36, 48), 0, flip=True)
+    assert measure_difference(content, scale("bt601", "tv"), ("format", "pix_fmts=gbrp"), ("hflip", "")) == 0
 
 
 def test_turned_pictures_are_resized_before_they_are_turned(write_video, textured):
-    content = turned(write_video, textured(2, 36, 48), 90)
+    content = write_turned(write_video, textured(2, 36, 48), 90)
     resized = scale("bt601", "tv", size=":w=20:h=12", algorithm="bilinear")
-    expected = filtered(stored(content), resized, ("format", "pix_fmts=gbrp"), TURNS[90])
+    expected = apply_filters(decode_stored(content), resized, ("format", "pix_fmts=gbrp"), TURNS[90])
     np.testing.assert_array_equal(decode(content, size=Grid(2, 20, 12)).frames, expected)
 
 
@@ -308,7 +308,7 @@ EXIF = {
 
 
 @pytest.mark.parametrize("orientation", EXIF)
-def test_photos_say_in_exif_which_way_is_up(textured, orientation):
+def test_photos_are_turned_by_their_exif_orientation(textured, orientation):
     plain = single("mjpeg", "yuvj444p", textured(1, 24, 40)[0])
     entry = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
@@ -320,7 +320,7 @@ def test_photos_say_in_exif_which_way_is_up(textured, orientation):
 
 
 def single(codec: str, pixel_format: str, picture: np.ndarray) -> bytes:
-    """An image file."""
+    """Return an image file."""
     context = av.CodecContext.create(codec, "w")
     context.height, context.width, context.pix_fmt, context.time_base = *picture.shape[:2], pixel_format, Fraction(1)
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
@@ -331,8 +331,8 @@ def single(codec: str, pixel_format: str, picture: np.ndarray) -> bytes:
 # --- interlaced -----------------------------------------------------------------------------------------------------
 
 
-def woven(textured, count: int) -> np.ndarray:
-    """Frames whose odd lines are of half a frame later: a texture that moves by two pixels a field."""
+def interlace(textured, count: int) -> np.ndarray:
+    """Return frames whose odd lines are half a frame later: a texture that moves by two pixels a field."""
     fields = textured(4 * count, 32, 64)[::2]
     frames = fields[0::2].copy()
     frames[:, 1::2] = fields[1::2][:, 1::2]
@@ -344,33 +344,35 @@ FIELDS = {"flags": "+ilme+ildct", "qp": "0", "x264-params": "tff=1"}
 
 
 def test_interlaced_frames_are_deinterlaced(write_video, textured):
-    content = write_video(woven(textured, 6), **INTERLACED, options=FIELDS)
-    assert all(frame.interlaced_frame for frame in stored(content))
+    content = write_video(interlace(textured, 6), **INTERLACED, options=FIELDS)
+    assert all(frame.interlaced_frame for frame in decode_stored(content))
     bwdif = ("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
-    assert off(content, bwdif, scale("bt601", "tv", chroma="left")) == 0
+    assert measure_difference(content, bwdif, scale("bt601", "tv", chroma="left")) == 0
     assert probe(content).frames == len(decode(content).frames) == 6
-    combed = filtered(stored(content), scale("bt601", "tv", chroma="left"))
-    assert combing(decode(content).frames) < 0.5 * combing(combed)
+    combed = apply_filters(decode_stored(content), scale("bt601", "tv", chroma="left"))
+    assert measure_combing(decode(content).frames) < 0.5 * measure_combing(combed)
 
 
-def combing(frames: np.ndarray) -> float:
-    """How much lines differ from the mean of both their neighbours."""
+def measure_combing(frames: np.ndarray) -> float:
+    """Measure how much lines differ from the mean of their two neighbours."""
     lines = frames.astype(float)
     return float(np.abs(lines[:, 1:-1] - (lines[:, :-2] + lines[:, 2:]) / 2).mean())
 
 
 def test_a_deinterlaced_frame_is_the_same_wherever_reading_begins(write_video, textured):
-    content = write_video(woven(textured, 40), **INTERLACED, options={**FIELDS, "g": "5", "bf": "0"})
+    content = write_video(interlace(textured, 40), **INTERLACED, options={**FIELDS, "g": "5", "bf": "0"})
     whole = decode(content).frames
     np.testing.assert_array_equal(decode(content, start=2.0, frames=3).frames, whole[20:23])
     np.testing.assert_array_equal(decode(content, start=3.9).frames, whole[39:])
     np.testing.assert_array_equal(decode(content, fps=5, start=1.6, frames=3).frames, whole[[16, 18, 20]])
 
 
-def test_progressive_frames_among_interlaced_ones(write_video, textured):
-    """In one file, by two encoders with the same header."""
+def test_progressive_frames_among_interlaced_ones_stay_as_they_are(write_video, textured):
+    """Both kinds are in one file, from two encoders with the same header."""
     smooth = textured(4, 32, 64)
-    first = write_video(woven(textured, 4), codec="mpeg2video", format="mpegts", pixel_format="yuv420p", options=MPEG2)
+    first = write_video(
+        interlace(textured, 4), codec="mpeg2video", format="mpegts", pixel_format="yuv420p", options=MPEG2
+    )
     plain = {name: value for name, value in MPEG2.items() if name != "flags"}
     second = write_video(
         smooth,
@@ -381,12 +383,14 @@ def test_progressive_frames_among_interlaced_ones(write_video, textured):
         first=4,
     )
     content = first + second
-    flags = [frame.interlaced_frame for frame in stored(content)]
+    flags = [frame.interlaced_frame for frame in decode_stored(content)]
     assert flags == [True] * 4 + [False] * 4
     found = decode(content).frames
     assert found.shape == (8, 32, 64, 3)
     bwdif = ("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
-    np.testing.assert_array_equal(found, filtered(stored(content), bwdif, scale("bt601", "tv", chroma="left")))
+    np.testing.assert_array_equal(
+        found, apply_filters(decode_stored(content), bwdif, scale("bt601", "tv", chroma="left"))
+    )
     np.testing.assert_array_equal(found[4:], decode(second).frames)
 
 

@@ -1,4 +1,4 @@
-"""Files written anew: the pictures that `decode` gives, at their times, in colours that every player reads alike."""
+"""Transcoded files: the pictures of `decode`, at their times, in colours that all players read alike."""
 
 import io
 from fractions import Fraction
@@ -18,12 +18,12 @@ LOSSLESS = {"codec": "libx264", "format": "mov", "options": {"qp": "0"}}
 
 
 def similarity(first: np.ndarray, second: np.ndarray) -> float:
-    """PSNR in dB, of the worst frame."""
+    """Return the PSNR of the worst frame in dB."""
     errors = ((first.astype(float) - second.astype(float)) ** 2).mean(axis=(1, 2, 3))
     return float(10 * np.log10(255**2 / errors.max()))
 
 
-def times_of(content: bytes) -> list[float]:
+def read_times(content: bytes) -> list[float]:
     times: list[float] = []
     probe(content, on_frame=lambda time, _: times.append(time))
     return times
@@ -42,8 +42,8 @@ def times_of(content: bytes) -> list[float]:
     ],
     ids=lambda kind: "-".join(str(value) for value in kind.values() if isinstance(value, str | int)),
 )
-def test_pictures_are_those_of_decode(write_video, textured, kind):
-    """To 36 dB, of which the most is lost to the colours' half resolution; in BT.709 whatever they came in."""
+def test_transcoded_pictures_are_those_of_decode(write_video, textured, kind):
+    """The PSNR is 36 dB, mostly limited by the half resolution of colours, which are always BT.709."""
     frames = textured(4, 96, 128, channels=4 if "yuva" in kind["pixel_format"] else 3)
     content = write_video(frames, **kind)
     found = transcode(content, height=48, width=64, average_fps=10, crf=6)
@@ -60,8 +60,8 @@ def test_varying_times_are_kept(write_video, textured):
     times = [0, 40, 41, 500, 900, 1000, 1033, 1067, 3000, 3001, 9000, 9040]
     content = write_video(textured(12, 64, 64), times=times)
     found = transcode(content, height=64, width=64, average_fps=probe(content).fps, crf=18)
-    np.testing.assert_allclose(times_of(found), np.array(times) / 1000, atol=1e-5, rtol=0)
-    assert similarity(decode(found).frames, decode(content).frames) > 30  # nothing is exchanged: they move
+    np.testing.assert_allclose(read_times(found), np.array(times) / 1000, atol=1e-5, rtol=0)
+    assert similarity(decode(found).frames, decode(content).frames) > 30  # frames move, so swapped ones would differ
 
 
 def test_the_last_frame_is_shown_as_long_as_before():
@@ -78,14 +78,14 @@ def test_the_last_frame_is_shown_as_long_as_before():
 
 
 @pytest.mark.parametrize("fps", [4, 10, 24000 / 1001])
-def test_sampled_at_a_rate(write_video, textured, fps):
-    """As `decode` samples, of times that vary; a rate above the file's repeats frames."""
+def test_transcoding_at_a_rate_samples_as_decode_does(write_video, textured, fps):
+    """The times of frames vary, and a rate above that of the file repeats frames."""
     content = write_video(textured(12, 64, 64), times=[0, 40, 80, 500, 900, 940, 980, 1020, 1060, 1100, 1140, 1900])
     found = transcode(content, height=64, width=64, average_fps=6, fps=fps, crf=12)
     expected = decode(content, fps=fps)
     facts = probe(found)
     assert (facts.frames, facts.fps) == (len(expected.frames), pytest.approx(fps, rel=1e-5))
-    np.testing.assert_allclose(times_of(found), np.arange(facts.frames) / fps, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(read_times(found), np.arange(facts.frames) / fps, atol=1e-5, rtol=0)
     assert similarity(decode(found).frames, expected.frames) > 30
 
 
@@ -96,7 +96,7 @@ def test_the_same_file_gives_the_same_bytes(write_video, textured):
     assert transcode(content, height=96, width=96, average_fps=10, crf=24) != first
 
 
-def test_what_cannot_be_written(write_video, textured):
+def test_odd_sizes_and_truncated_files_are_refused(write_video, textured):
     content = write_video(textured(4, 64, 64), **LOSSLESS, pixel_format="yuv420p")
     with pytest.raises(UserError, match=r"33x64 .*even height and width"):
         transcode(content, height=33, width=64, average_fps=10, crf=18)
@@ -105,10 +105,10 @@ def test_what_cannot_be_written(write_video, textured):
 
 
 @pytest.mark.parametrize("size", [(48, 64), (33, 47), (1, 1)])
-def test_jpeg(textured, size):
+def test_an_encoded_jpeg_decodes_to_nearly_the_same_frame(textured, size):
     frames = textured(1, *size)
     content = encode_jpeg(frames[0])
     assert content == encode_jpeg(frames[0])
     facts = probe(content)
     assert (facts.height, facts.width, facts.codec, facts.fps) == (*size, "mjpeg", 1.0)
-    assert similarity(decode(content).frames, frames) > 36  # of pictures with noise
+    assert similarity(decode(content).frames, frames) > 36  # pictures have noise

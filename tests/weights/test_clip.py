@@ -34,7 +34,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with both towers. Read only."""
+    """Return a folder with both towers, to be read only."""
     folder = tmp_path_factory.mktemp("model")
     write_clip(folder)
     return folder
@@ -46,7 +46,7 @@ def copied(model, tmp_path):
     return tmp_path / "model"
 
 
-def tensors_of(folder):
+def load_tensors(folder):
     return safetensors.numpy.load_file(folder / "model.safetensors")
 
 
@@ -79,19 +79,19 @@ def test_a_round_trip_is_bit_exact(tmp_path, name):
     assert load(tmp_path / "split").digest == loaded.digest
 
 
-def test_one_tower_of_both(model):
+def test_each_tower_is_read_from_a_folder_of_both(model):
     both, text, vision = load_clip(model), load_clip_text(model), load_clip_vision(model)
     assert (text.config, vision.config) == (TEXT, VISION)
     assert_same(text.params, both.params["text"])
     assert_same(vision.params, both.params["vision"])
-    assert {*text.ignored, *vision.ignored} == tensors_of(model).keys()
+    assert {*text.ignored, *vision.ignored} == load_tensors(model).keys()
     assert "logit_scale" in text.ignored
     assert "logit_scale" in vision.ignored
 
 
 def test_the_names_are_those_of_transformers(tmp_path):
     params = write_clip(tmp_path)
-    tensors = tensors_of(tmp_path)
+    tensors = load_tensors(tmp_path)
     assert len(tensors) == 1 + (4 + 1 + 2 * 16) + (7 + 1 + 3 * 16)
     kernel = params["text"]["blocks"]["query"]["kernel"]
     np.testing.assert_array_equal(tensors["text_model.encoder.layers.1.self_attn.q_proj.weight"], kernel[1].T)
@@ -102,10 +102,10 @@ def test_the_names_are_those_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "root"), [("CLIPTextModel", "text_model."), ("CLIPVisionModel", "vision_model.")])
-def test_a_tower_alone_with_and_without_its_root(tmp_path, name, root):
+def test_a_single_tower_is_read_with_and_without_its_root_name(tmp_path, name, root):
     config, load = KINDS[name]
     params = write_clip(tmp_path, config)
-    nested, tensors = load(tmp_path), tensors_of(tmp_path)
+    nested, tensors = load(tmp_path), load_tensors(tmp_path)
     assert all(key.startswith(root) for key in tensors)
     rewrite(tmp_path, {key.removeprefix(root): value for key, value in tensors.items()})
     assert_same(load(tmp_path).params, params)
@@ -113,7 +113,7 @@ def test_a_tower_alone_with_and_without_its_root(tmp_path, name, root):
 
 
 def test_lists_of_positions_in_old_folders_are_left_out(copied):
-    tensors = tensors_of(copied)
+    tensors = load_tensors(copied)
     added = [f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision")]
     rewrite(copied, tensors | {name: np.arange(12)[None] for name in added})
     loaded = load_clip(copied)
@@ -121,7 +121,7 @@ def test_lists_of_positions_in_old_folders_are_left_out(copied):
     assert loaded.digest == load_clip(copied).digest
 
 
-def test_bfloat16_halves_what_enters_products(model):
+def test_bfloat16_is_for_kernels_and_embeddings_alone(model):
     params = load_clip(model, dtype="bfloat16").params
     for path, leaf in flatten(params).items():
         half = path.endswith(("kernel", "embedding"))
@@ -129,7 +129,7 @@ def test_bfloat16_halves_what_enters_products(model):
     assert load_clip_text(model, dtype="bfloat16").config.dtype == "bfloat16"
 
 
-def test_a_pipeline_s_folder(tmp_path):
+def test_towers_are_found_in_the_folder_of_a_pipeline(tmp_path):
     text, vision = write_clip(tmp_path / "text_encoder", BARE_TEXT), write_clip(tmp_path / "image_encoder", BARE_VISION)
     assert_same(load_clip_text(tmp_path).params, text)
     assert_same(load_clip_vision(tmp_path).params, vision)
@@ -137,7 +137,7 @@ def test_a_pipeline_s_folder(tmp_path):
 
 
 def test_one_error_names_all_kinds_of_difference(copied):
-    tensors = tensors_of(copied)
+    tensors = load_tensors(copied)
     del tensors["text_projection.weight"], tensors["logit_scale"]
     tensors["vision_model.post_layernorm.bias"] = np.ones(5, np.float32)
     added = [f"vision_model.encoder.layers.{layer}.layer_norm1.bias" for layer in range(3, 15)]
@@ -154,7 +154,7 @@ def test_one_error_names_all_kinds_of_difference(copied):
         load_clip_text(copied)
 
 
-def test_folders_of_other_classes(copied, tmp_path):
+def test_folders_of_other_classes_are_refused(copied, tmp_path):
     write_clip(tmp_path / "vision", VISION)
     listed = r"Supported are CLIPModel \('clip'\), CLIPTextModel \('clip_text_model'\), CLIPTextModelWithProjection"
     with pytest.raises(UserError, match=f"class CLIPVisionModelWithProjection .*{listed}"):
@@ -188,7 +188,7 @@ def test_folders_of_other_classes(copied, tmp_path):
         (VISION, {"patch_size": 5}, "patch=5"),
     ],
 )
-def test_settings_that_are_not_known(tmp_path, config, change, message):
+def test_unsupported_settings_are_refused(tmp_path, config, change, message):
     write_clip(tmp_path, config)
     change_json(tmp_path / "config.json", **change)
     with pytest.raises(UserError, match=message) as caught:
@@ -196,8 +196,8 @@ def test_settings_that_are_not_known(tmp_path, config, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_image_encoder_of_wan(tmp_path):
-    """Its config.json; and the size of its weights."""
+def test_the_published_config_of_wans_image_encoder_is_read(tmp_path):
+    """The config.json is the published one, and the encoder has the published size."""
     values = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "gelu"}
     values |= {"hidden_size": 1280, "image_size": 224, "intermediate_size": 5120, "num_attention_heads": 16}
     values |= {"num_hidden_layers": 32, "patch_size": 14, "projection_dim": 1024, "torch_dtype": "float32"}
@@ -208,8 +208,8 @@ def test_the_image_encoder_of_wan(tmp_path):
     assert count_values(get_param_shapes(config.make)) == 630_766_080
 
 
-def test_the_text_tower_of_openai(tmp_path):
-    """clip-vit-large-patch14, with what its config.json says twice, and an end token that is a mistake."""
+def test_the_published_config_of_openais_text_tower_is_read(tmp_path):
+    """The config.json of clip-vit-large-patch14 repeats settings and has a wrong end token."""
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
     text |= {"projection_dim": 768, "eos_token_id": 2, "bos_token_id": 0, "hidden_act": "quick_gelu"}
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}

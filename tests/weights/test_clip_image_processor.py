@@ -6,7 +6,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.features import ClipImageProcessor
 from dit_video.weights import load_clip_image_processor, save_clip_image_processor
 
-# As openai/clip-vit-large-patch14 and Wan 2.1 have it.
+# Settings of openai/clip-vit-large-patch14 and Wan 2.1.
 OLD = {"crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 224}
 OLD |= {"feature_extractor_type": "CLIPFeatureExtractor"}
 NEW = {"image_processor_type": "CLIPImageProcessor", "rescale_factor": 0.00392156862745098, "do_rescale": True}
@@ -19,12 +19,12 @@ def write(folder, values, name="preprocessor_config.json"):
 
 
 @pytest.mark.parametrize("values", [OLD, NEW], ids=["old", "new"])
-def test_published_settings(tmp_path, values):
+def test_published_settings_are_the_defaults(tmp_path, values):
     write(tmp_path, values)
     assert load_clip_image_processor(tmp_path) == ClipImageProcessor()
 
 
-def test_places(tmp_path):
+def test_the_processor_is_found_beside_or_inside_other_parts(tmp_path):
     write(tmp_path / "image_processor", NEW | {"size": {"shortest_edge": 30}})
     write(tmp_path / "other", {"image_processor": NEW, "processor_class": "CLIPProcessor"}, "processor_config.json")
     (tmp_path / "image_encoder").mkdir()
@@ -46,12 +46,12 @@ def test_places(tmp_path):
         ClipImageProcessor(resize=None, crop=(20, 30)),
     ],
 )
-def test_a_round_trip(tmp_path, images):
+def test_a_processor_comes_back_from_its_file(tmp_path, images):
     save_clip_image_processor(tmp_path / "new", images)
     assert load_clip_image_processor(tmp_path / "new") == images
 
 
-def test_without_scaled_colours(tmp_path):
+def test_a_processor_may_leave_size_and_colours_as_they_are(tmp_path):
     write(tmp_path, NEW | {"do_normalize": False, "do_resize": False, "do_center_crop": False})
     found = load_clip_image_processor(tmp_path)
     assert found == ClipImageProcessor(resize=None, crop=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -75,7 +75,7 @@ def test_without_scaled_colours(tmp_path):
         ({"image_std": [0.5, 0, 0.5]}, "use values above 0"),
     ],
 )
-def test_settings_that_are_not_known(tmp_path, change, message):
+def test_unsupported_settings_are_refused(tmp_path, change, message):
     write(tmp_path, NEW | change)
     with pytest.raises(UserError, match=message) as caught:
         load_clip_image_processor(tmp_path)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with a UMT5 and its tokenizer. Read only."""
+    """Return a folder with a UMT5 and its tokenizer, to be read only."""
     folder = tmp_path_factory.mktemp("model")
     write_encoder(folder)
     write_tokenizer(folder)
@@ -32,21 +32,21 @@ def copied(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A folder with a CLIP and its tokenizer. Read only."""
+    """Return a folder with a CLIP and its tokenizer, to be read only."""
     folder = tmp_path_factory.mktemp("clip")
     tiny_clip.write_clip(folder)
     tiny_clip.write_tokenizer(folder)
     return folder
 
 
-def test_an_embedder_of_a_folder(model, tmp_path):
+def test_an_embedder_is_loaded_from_a_folder(model, tmp_path):
     embed = load_embedder(model, max_tokens=16, cache=tmp_path)
     assert (embed.width, embed.max_tokens) == (16, 16)
     assert embed("red ball").shape == (3, 16)
     assert [path.name for path in tmp_path.iterdir()] == [embed.identity]
 
 
-def test_an_embedder_of_a_pipeline(model, tmp_path):
+def test_an_embedder_is_loaded_from_a_pipeline_folder(model, tmp_path):
     shutil.copytree(model, tmp_path / "text_encoder", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(
         MissingError, match=r"no tokenizer.json, spiece.model, or vocab.json .* in .*text_encoder or .*tokenizer"
@@ -58,7 +58,7 @@ def test_an_embedder_of_a_pipeline(model, tmp_path):
     np.testing.assert_array_equal(inner("red ball"), alone("red ball"))
 
 
-def test_identity_is_of_all_that_an_embedding_depends_on(model, copied):
+def test_the_identity_covers_all_that_an_embedding_depends_on(model, copied):
     identities = [
         load_embedder(model).identity,
         load_embedder(model, max_tokens=16).identity,
@@ -75,7 +75,7 @@ def test_identity_is_of_all_that_an_embedding_depends_on(model, copied):
     assert len(set(identities)) == len(identities)
 
 
-def test_folders_that_hold_no_encoder(tmp_path):
+def test_a_folder_without_an_encoder_is_refused(tmp_path):
     write_tokenizer(tmp_path)
     with pytest.raises(MissingError, match=r"no such file: .*config.json"):
         load_embedder(tmp_path)

@@ -20,7 +20,7 @@ def write_shards(folder, stem="model"):
 
 
 @pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
-def test_shards_are_one(tmp_path, stem):
+def test_shards_are_read_as_one_file(tmp_path, stem):
     write_shards(tmp_path, stem)
     with TensorFolder(tmp_path, stem=stem) as tensors:
         assert tensors.shapes == {"a": (2, 3), "b": (2, 4), "c": (2, 5)}
@@ -36,7 +36,7 @@ def test_a_single_file_goes_before_an_index(tmp_path):
         np.testing.assert_array_equal(tensors.read("d"), A)
 
 
-def test_folders_without_weights(tmp_path):
+def test_folders_without_weights_are_refused(tmp_path):
     with pytest.raises(MissingError, match="no such folder"):
         TensorFolder(tmp_path / "absent")
     with pytest.raises(MissingError, match=r"neither model.safetensors nor model.safetensors.index.json"):
@@ -66,7 +66,7 @@ def test_pickles_are_refused_with_the_conversion(tmp_path, config, command):
     assert "rm -rf" not in str(caught.value)
 
 
-def test_an_index_that_does_not_fit(tmp_path):
+def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     index = write_shards(tmp_path)
     content = json.loads(index.read_text())
     content["weight_map"]["d"] = "model-00002-of-00002.safetensors"
@@ -83,7 +83,7 @@ def test_an_index_that_does_not_fit(tmp_path):
         TensorFolder(tmp_path)
 
 
-def test_damaged_and_pickled_shards(tmp_path):
+def test_damaged_and_pickled_shards_are_refused(tmp_path):
     write_shards(tmp_path)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-4])

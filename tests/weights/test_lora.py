@@ -1,4 +1,4 @@
-"""Adapters as files. The model is two kernels: a map, and a stack of three whose outputs are two maps of theirs."""
+"""Files of adapters. The model has a kernel and a stack of three, each of which stands for two maps of the file."""
 
 import json
 
@@ -33,7 +33,7 @@ MODULES = {"patch_embedding": LoraModule("embed/kernel")} | {
 
 
 def theirs(rank=2, modules=MODULES, ranks=()):
-    """Factors as torch has them, `[r, i]` and `[o, r]`, by module."""
+    """Return factors as torch has them, `[r, i]` and `[o, r]`, by module."""
     noise, found = np.random.default_rng(rank), {}
     for number, (name, module) in enumerate(modules.items()):
         features_in, features_out = flatten(PARAMS)[module.path].shape[-2:]
@@ -44,8 +44,8 @@ def theirs(rank=2, modules=MODULES, ranks=()):
     return found
 
 
-def file_of(path, factors, *, name="transformer.{}.lora_{}.weight", ab="AB", flat=False, **save_args):
-    """Written under a scheme of names."""
+def write_file(path, factors, *, name="transformer.{}.lora_{}.weight", ab="AB", flat=False, **save_args):
+    """Write factors under a scheme of names and return the path."""
     tensors = {}
     for module, pair in factors.items():
         for part, array in zip(ab, pair, strict=True):
@@ -54,8 +54,8 @@ def file_of(path, factors, *, name="transformer.{}.lora_{}.weight", ab="AB", fla
     return path
 
 
-def merged_by_hand(factors, scale):
-    """The kernels after every module's change; `scale` is of a module's rank."""
+def merge_by_hand(factors, scale):
+    """Return the kernels after the change of every module; `scale` takes its name and rank."""
     leaves = {path: leaf.copy() for path, leaf in flatten(PARAMS).items()}
     for name, (a, b) in factors.items():
         module = MODULES[name]
@@ -84,8 +84,8 @@ def assert_merged(lora, expected):
 )
 def test_every_scheme_of_names_is_understood(tmp_path, scheme):
     factors = theirs()
-    lora = load_lora(file_of(tmp_path / "a.safetensors", factors, **scheme), PARAMS, MODULES)
-    assert_merged(lora, merged_by_hand(factors, lambda name, rank: 1.0))  # without any alpha the scale is 1
+    lora = load_lora(write_file(tmp_path / "a.safetensors", factors, **scheme), PARAMS, MODULES)
+    assert_merged(lora, merge_by_hand(factors, lambda name, rank: 1.0))  # without any alpha the scale is 1
 
 
 def test_every_module_may_have_its_own_rank_and_alpha(tmp_path):
@@ -96,23 +96,23 @@ def test_every_module_may_have_its_own_rank_and_alpha(tmp_path):
         tensors |= {f"diffusion_model.{name}.lora_down.weight": a, f"diffusion_model.{name}.lora_up.weight": b}
     save(tmp_path / "a.safetensors", {name: np.asarray(tensor) for name, tensor in tensors.items()})
     lora = load_lora(tmp_path / "a.safetensors", PARAMS, MODULES)
-    assert_merged(lora, merged_by_hand(factors, lambda name, rank: alphas[name] / rank))
+    assert_merged(lora, merge_by_hand(factors, lambda name, rank: alphas[name] / rank))
 
 
-def test_what_the_file_leaves_out_is_not_changed(tmp_path):
+def test_modules_missing_from_the_file_are_not_changed(tmp_path):
     factors = {name: pair for name, pair in theirs().items() if name == "blocks.1.attn.to_k"}
-    lora = load_lora(file_of(tmp_path / "a.safetensors", factors), PARAMS, MODULES)
+    lora = load_lora(write_file(tmp_path / "a.safetensors", factors), PARAMS, MODULES)
     assert set(flatten(lora)) == {f"blocks/qk/kernel/{leaf}" for leaf in ("a", "b", "scale")}
-    assert_merged(lora, merged_by_hand(factors, lambda name, rank: 1.0))
+    assert_merged(lora, merge_by_hand(factors, lambda name, rank: 1.0))
     save_lora(tmp_path / "b.safetensors", lora, MODULES)
     assert load(tmp_path / "b.safetensors").keys() == load(tmp_path / "a.safetensors").keys()
 
 
 @pytest.mark.parametrize("style", ["diffusers", "comfyui", "kohya"])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_there_and_back_is_bit_for_bit(tmp_path, style, dtype):
+def test_saved_adapters_come_back_bit_for_bit(tmp_path, style, dtype):
     factors = {name: tuple(x.astype(dtype) for x in pair) for name, pair in theirs(3, ranks={0: 5}).items()}
-    leaves = load_lora(file_of(tmp_path / "a.safetensors", factors), PARAMS, MODULES, dtype=None)
+    leaves = load_lora(write_file(tmp_path / "a.safetensors", factors), PARAMS, MODULES, dtype=None)
     leaves = flatten(leaves)
     for path, alpha in (("embed", 7 / 5), ("blocks/qk", 4 / 3)):
         leaves[f"{path}/kernel/scale"] = leaves[f"{path}/kernel/scale"] * alpha
@@ -142,7 +142,7 @@ def test_there_and_back_is_bit_for_bit(tmp_path, style, dtype):
         assert header["transformer.alpha_pattern"] == {"patch_embedding": 7}
 
 
-def test_our_own_names(tmp_path):
+def test_native_names_follow_the_parameter_paths(tmp_path):
     modules = get_native_modules(PARAMS)
     expected = {f"blocks.{layer}.qk": LoraModule("blocks/qk/kernel", layer) for layer in range(3)}
     assert modules == {"embed": LoraModule("embed/kernel")} | expected
@@ -151,20 +151,20 @@ def test_our_own_names(tmp_path):
         **{f"b.{layer}": LoraModule("blocks/qk/kernel", layer) for layer in range(3)},
     }
     factors = theirs(modules=modules)
-    lora = load_lora(file_of(tmp_path / "a.safetensors", factors), PARAMS, modules)
+    lora = load_lora(write_file(tmp_path / "a.safetensors", factors), PARAMS, modules)
     assert lora["blocks"]["qk"]["kernel"]["a"].shape == (3, 6, 2)
     np.testing.assert_array_equal(lora["blocks"]["qk"]["kernel"]["b"][2], factors["blocks.2.qk"][1].T)
 
 
-def test_pefts_folder(tmp_path):
+def test_a_peft_folder_is_read_with_its_alpha_settings(tmp_path):
     factors = theirs()
-    file_of(tmp_path / "adapter_model.safetensors", factors, name="base_model.model.{}.lora_{}.weight")
+    write_file(tmp_path / "adapter_model.safetensors", factors, name="base_model.model.{}.lora_{}.weight")
     config = {"r": 2, "lora_alpha": 6, "alpha_pattern": {"attn.to_k": 1}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     found = load_lora(tmp_path, PARAMS, MODULES)
-    assert_merged(found, merged_by_hand(factors, lambda name, rank: (1 if name.endswith("to_k") else 6) / rank))
+    assert_merged(found, merge_by_hand(factors, lambda name, rank: (1 if name.endswith("to_k") else 6) / rank))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "use_rslora": True}))
-    assert_merged(load_lora(tmp_path, PARAMS, MODULES), merged_by_hand(factors, lambda name, rank: 6 / rank**0.5))
+    assert_merged(load_lora(tmp_path, PARAMS, MODULES), merge_by_hand(factors, lambda name, rank: 6 / rank**0.5))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "use_dora": True}))
     with pytest.raises(UserError, match="is a DoRA adapter"):
         load_lora(tmp_path, PARAMS, MODULES)
@@ -223,10 +223,10 @@ def test_the_first_ten_of_many_are_named(tmp_path):
         load_lora(tmp_path / "a.safetensors", PARAMS, MODULES)
 
 
-def test_no_file_and_no_names(tmp_path):
+def test_missing_files_and_unnamed_modules_are_refused(tmp_path):
     with pytest.raises(MissingError, match="no such file"):
         load_lora(tmp_path / "a.safetensors", PARAMS, MODULES)
-    lora = load_lora(file_of(tmp_path / "a.safetensors", theirs()), PARAMS, MODULES)
+    lora = load_lora(write_file(tmp_path / "a.safetensors", theirs()), PARAMS, MODULES)
     with pytest.raises(UserError, match=r"no names for adapters of blocks/qk/kernel. Use modules="):
         save_lora(tmp_path / "b.safetensors", lora, {"patch_embedding": LoraModule("embed/kernel")})
     assert not (tmp_path / "b.safetensors").exists()

@@ -15,8 +15,8 @@ from dit_video.weights.lpips import make_lpips_tensor_map
 SHAPES = trees.flatten(get_param_shapes(lambda rngs: Lpips(rngs=rngs)))
 
 
-def written(path, **changes):
-    """A file with the package's names, the constants of its first layer too; None leaves a tensor out."""
+def write_weights(path, **changes):
+    """Write a file with the names of the package, including its constants; None leaves a tensor out."""
     names = make_lpips_tensor_map()
     arrays = {names[name].name: names[name].to_theirs(np.full(leaf.shape, 0.5, "f4")) for name, leaf in SHAPES.items()}
     arrays |= {"scaling_layer.shift": np.zeros((1, 3, 1, 1), np.float32)} | changes
@@ -32,8 +32,8 @@ def test_every_parameter_has_a_tensor_of_its_own():
     assert names["stages/4/2/kernel"].name == "net.slice5.28.weight"  # the last convolution of torchvision's VGG16
 
 
-def test_it_reads_what_the_package_holds(tmp_path):
-    params = load_lpips(written(tmp_path / "lpips.safetensors"))
+def test_the_weights_of_the_package_are_read(tmp_path):
+    params = load_lpips(write_weights(tmp_path / "lpips.safetensors"))
     assert {path: leaf.shape for path, leaf in trees.flatten(params).items()} == {
         path: leaf.shape for path, leaf in SHAPES.items()
     }
@@ -49,10 +49,10 @@ def test_it_reads_what_the_package_holds(tmp_path):
 )
 def test_other_weights_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        load_lpips(written(tmp_path / "lpips.safetensors", **changes))
+        load_lpips(write_weights(tmp_path / "lpips.safetensors", **changes))
 
 
-def test_files_that_are_none_are_refused_with_the_command(tmp_path):
+def test_files_that_are_no_weights_are_refused_with_the_command(tmp_path):
     with pytest.raises(MissingError, match=r"no such file of LPIPS weights: .*make it with: python -c"):
         load_lpips(tmp_path / "lpips.safetensors")
     (tmp_path / "vgg.pth").write_bytes(b"PK\x03\x04 and so on")
@@ -64,7 +64,7 @@ def test_files_that_are_none_are_refused_with_the_command(tmp_path):
 
 
 def package(torch):
-    """What `lpips.LPIPS(net="vgg")` of lpips 0.1.4 is, by its names, without torchvision: random weights."""
+    """Return a random module with the names of `lpips.LPIPS(net="vgg")` of lpips 0.1.4, without torchvision."""
     nn = torch.nn
     widths = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512]
     layers, before = [], 3
@@ -113,7 +113,7 @@ def package(torch):
 
 
 @pytest.mark.parity
-def test_it_is_the_package_s_distance_and_its_gradients(tmp_path):
+def test_the_distance_and_its_gradients_equal_the_package(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 

@@ -93,7 +93,7 @@ def test_keys_with_a_slash_are_refused_where_they_collide(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_like_gives_the_structure(tmp_path):
+def test_the_like_argument_gives_the_structure(tmp_path):
     tree = {"blocks": [{"k": np.ones(2, np.float32)}, {"k": np.zeros(2, np.float32)}]}
     weights.save(tmp_path / "w.safetensors", tree)
     read = weights.load(tmp_path / "w.safetensors", like=jax.eval_shape(lambda: tree))
@@ -140,7 +140,7 @@ def test_a_header_that_starts_as_a_pickle_does_is_read(tmp_path):
     assert weights.load(path)["x"].tolist() == [1.0]
 
 
-def test_truncated_and_corrupt_files(tmp_path):
+def test_truncated_and_corrupt_files_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     weights.save(path, example())
     data = path.read_bytes()
@@ -159,7 +159,7 @@ def test_truncated_and_corrupt_files(tmp_path):
             weights.load_metadata(path)
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(MissingError, match="no such file"):
         weights.load(tmp_path / "none.safetensors")
     with pytest.raises(MissingError, match="no such file"):

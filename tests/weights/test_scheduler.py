@@ -1,4 +1,4 @@
-"""A folder's scheduler; that its steps are diffusers' own is held by the parity tests at the end."""
+"""Schedulers of folders; the parity tests at the end compare their steps with diffusers."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ from dit_video.diffusion import (
 )
 from dit_video.weights import LoadedScheduler, load_scheduler
 
-# The scheduler of Wan 2.1's folders, without what is at its default.
+# The scheduler of Wan 2.1, without settings at their defaults.
 WAN = {
     "_class_name": "UniPCMultistepScheduler",
     "_diffusers_version": "0.33.0",
@@ -50,7 +50,7 @@ def load(folder, document):
     return load_scheduler(folder)
 
 
-def test_wans(tmp_path):
+def test_wans_scheduler_is_read(tmp_path):
     assert load(tmp_path, WAN) == LoadedScheduler(UniPc(), RectifiedFlow(shift=3.0), UniPcFlowSchedule())
     changed = WAN | {"solver_order": 3, "solver_type": "bh1", "lower_order_final": False, "disable_corrector": [0, 1]}
     assert load(tmp_path, changed).solver == UniPc(
@@ -58,7 +58,7 @@ def test_wans(tmp_path):
     )
 
 
-def test_flow_matching(tmp_path):
+def test_the_flow_matching_scheduler_is_read(tmp_path):
     found = load(tmp_path, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5})
     assert found == LoadedScheduler(Euler(), RectifiedFlow(shift=5.0), FlowMatchSchedule())
 
@@ -81,18 +81,18 @@ def test_flow_matching(tmp_path):
         ({"flow_shift": 0}, "flow_shift=0. Use a positive number"),
     ],
 )
-def test_what_is_not_known(tmp_path, changes, words):
+def test_unsupported_settings_are_refused(tmp_path, changes, words):
     with pytest.raises(UserError) as caught:
         load(tmp_path, WAN | changes)
     assert words in str(caught.value)
 
 
-def test_what_is_not_set_is_as_diffusers_has_it(tmp_path):
-    with pytest.raises(UserError, match="prediction_type='epsilon'"):  # their default, which no flow has
+def test_absent_settings_have_the_defaults_of_diffusers(tmp_path):
+    with pytest.raises(UserError, match="prediction_type='epsilon'"):  # the default of diffusers, which no flow has
         load(tmp_path, {name: value for name, value in WAN.items() if name != "prediction_type"})
 
 
-# What Stable Diffusion's folders have, some of it left over from another scheduler.
+# Settings of Stable Diffusion, some of which belong to another scheduler.
 STABLE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -112,13 +112,13 @@ STABLE = {
         (
             {"_class_name": "DDIMScheduler"},
             Ddim(),
-            {"spacing": "leading", "told": "nearest", "last": "first step"},
+            {"spacing": "leading", "step_rounding": "nearest", "end": "first step"},
             Epsilon(),
         ),
         (
             {"_class_name": "DDPMScheduler", "variance_type": "learned_range", "prediction_type": "v_prediction"},
             Ddpm(),
-            {"spacing": "leading", "told": "nearest"},
+            {"spacing": "leading", "step_rounding": "nearest"},
             LearnedVariance(prediction=V()),
         ),
         ({"_class_name": "EulerDiscreteScheduler"}, Euler(), {"spacing": "linspace"}, Epsilon()),
@@ -131,42 +131,42 @@ STABLE = {
                 "use_karras_sigmas": True,
             },
             DpmMultistep(eta=1.0),
-            {"spacing": "linspace", "told": "nearest", "spare": True, "ratios": "karras"},
+            {"spacing": "linspace", "step_rounding": "nearest", "has_extra_step": True, "ratio_spacing": "karras"},
             Epsilon(),
         ),
         (
             {"_class_name": "UniPCMultistepScheduler", "prediction_type": "sample"},
             UniPc(),
-            {"spacing": "linspace", "told": "nearest", "spare": True},
+            {"spacing": "linspace", "step_rounding": "nearest", "has_extra_step": True},
             X0(),
         ),
     ],
     ids=lambda value: value["_class_name"] if isinstance(value, dict) and "_class_name" in value else "",
 )
-def test_of_a_ddpm(tmp_path, document, solver, grid, prediction):
+def test_schedulers_of_a_ddpm_are_read(tmp_path, document, solver, grid, prediction):
     process = VariancePreservingProcess(betas=ScaledLinearBetas())
     expected = LoadedScheduler(solver, process, DiscreteSchedule(steps_offset=1, **grid), prediction)
     assert load(tmp_path, STABLE | document) == expected
 
 
-def test_a_latent_consistency_model(tmp_path):
+def test_the_scheduler_of_a_latent_consistency_model_is_read(tmp_path):
     found = load(tmp_path, {"_class_name": "LCMScheduler", "original_inference_steps": 25})
     assert found == LoadedScheduler(
         Lcm(), VariancePreservingProcess(betas=ScaledLinearBetas()), LcmSchedule(distillation_steps=25), Epsilon()
     )
 
 
-def test_a_flow_for_dpm_solver(tmp_path):
+def test_dpm_solver_for_a_flow_is_read(tmp_path):
     found = load(tmp_path, WAN | {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"})
     assert found == LoadedScheduler(DpmMultistep(kind="heun"), RectifiedFlow(shift=3.0), DpmFlowSchedule())
 
 
-def test_clipping_is_not_known(tmp_path):
+def test_clipping_of_samples_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"clip_sample=True\. Supported: False"):
         load(tmp_path, {"_class_name": "DDIMScheduler"})
 
 
-def test_no_scheduler(tmp_path):
+def test_a_missing_scheduler_is_refused(tmp_path):
     with pytest.raises(MissingError, match="no such file"):
         load_scheduler(tmp_path)
 
@@ -178,7 +178,7 @@ NOISE = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
 
 
 def compare(folder, scheduler, steps):
-    """A toy denoiser's way through both, step for step. (The last of diffusers' `bh1`, infinity times 0, is NaN.)"""
+    """Compare both step for step on a toy denoiser. (The last step of `bh1` in diffusers is NaN, infinity times 0.)"""
     import torch
 
     scheduler.set_timesteps(steps)
@@ -186,8 +186,8 @@ def compare(folder, scheduler, steps):
     found = load_scheduler(folder)
     grid = found.time_schedule(found.process, steps)
     np.testing.assert_allclose(np.asarray(grid.times), scheduler.sigmas.numpy(), atol=1e-7)
-    told = np.asarray(grid.model_times[:-1]) * scheduler.config.num_train_timesteps
-    np.testing.assert_allclose(told, scheduler.timesteps.numpy(), rtol=2e-7)
+    model_times = np.asarray(grid.model_times[:-1]) * scheduler.config.num_train_timesteps
+    np.testing.assert_allclose(model_times, scheduler.timesteps.numpy(), rtol=2e-7)
 
     step = jax.jit(
         lambda state, time, following: found.solver.step(

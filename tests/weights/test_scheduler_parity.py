@@ -1,4 +1,4 @@
-"""Every scheduler of diffusers that is read here: its times, and its steps on one model, one after the other.
+"""Times and steps of every supported scheduler of diffusers, on one model.
 
 Both compute in float64, diffusers' schedulers by having their module's float32 be that. In float32 the model below,
 which is as steep as `sin(3 x)`, amplifies rounding beyond any bound that would tell an error from it, and schedulers
@@ -23,9 +23,9 @@ LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ROUNDING = ("DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
-"""those that round the timesteps of Karras' sigmas: of cosine betas several become one, and their own steps fail"""
+"""Schedulers that round the timesteps of Karras' sigmas; with cosine betas several coincide, and their steps fail."""
 SCALED = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
-"""those that carry x / alpha"""
+"""Schedulers that carry x / alpha."""
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
@@ -39,26 +39,26 @@ class Double:
         return getattr(self._module, "float64" if name == "float32" else name)
 
 
-def made(diffusers, name, monkeypatch, **settings):
-    """A scheduler in float64, and the list of the noises that it is handed."""
+def make_scheduler(diffusers, name, monkeypatch, **settings):
+    """Return a scheduler in float64, and the list of the random numbers that replace its own."""
     import torch
 
     kind = getattr(diffusers, name)
     module = importlib.import_module(kind.__module__)
     drawn = []
 
-    def handed_over(shape, **_):
+    def return_noise(shape, **_):
         drawn.append(np.random.default_rng(100 + len(drawn)).normal(size=tuple(shape)))
         return torch.from_numpy(drawn[-1])
 
-    for attribute, value in (("torch", Double(torch)), ("np", Double(np)), ("randn_tensor", handed_over)):
+    for attribute, value in (("torch", Double(torch)), ("np", Double(np)), ("randn_tensor", return_noise)):
         if hasattr(module, attribute):
             monkeypatch.setattr(module, attribute, value)
     return kind(**settings), drawn
 
 
-def of_diffusers(scheduler, drawn, model, steps, **options):
-    """The samples after each step, in the process's own scale, and the noise of each; `options` are of its `step`."""
+def sample_with_diffusers(scheduler, drawn, model, steps, **options):
+    """Return the samples of diffusers after each step, and their noise; `options` are arguments of `step`."""
     import torch
 
     scheduler.set_timesteps(steps)
@@ -78,8 +78,8 @@ def of_diffusers(scheduler, drawn, model, steps, **options):
     return found, noises
 
 
-def of_ours(folder, model, steps, noises, *, solver=None):
-    """The samples after each step, and the times that the model was told."""
+def sample_with_ours(folder, model, steps, noises, *, solver=None):
+    """Return our samples after each step, and the times that the model received."""
     found = load_scheduler(folder)
     solver, grid = solver or found.solver, found.time_schedule(found.process, steps)
 
@@ -105,18 +105,18 @@ def of_ours(folder, model, steps, noises, *, solver=None):
 def compare(folder, made, models, steps, *, tolerance=1e-6, solver=None, **options):
     scheduler, drawn = made
     scheduler.save_config(folder)
-    theirs, noises = of_diffusers(scheduler, drawn, models[0], steps, **options)
+    theirs, noises = sample_with_diffusers(scheduler, drawn, models[0], steps, **options)
     timesteps = scheduler.timesteps.numpy()
-    if type(scheduler).__name__ == "HeunDiscreteScheduler":  # which has two steps of one each, but for the last
+    if type(scheduler).__name__ == "HeunDiscreteScheduler":  # each of its steps but the last counts twice
         theirs, timesteps = [*theirs[1::2], theirs[-1]], timesteps[np.r_[0, 1 : len(timesteps) : 2]]
-    ours, told = of_ours(folder, models[1], steps, noises, solver=solver)
-    np.testing.assert_allclose(told * scheduler.config.num_train_timesteps, timesteps, atol=2e-3)
+    ours, model_times = sample_with_ours(folder, models[1], steps, noises, solver=solver)
+    np.testing.assert_allclose(model_times * scheduler.config.num_train_timesteps, timesteps, atol=2e-3)
     for there, here in zip(theirs, ours, strict=True):
         np.testing.assert_allclose(here, there, rtol=tolerance, atol=tolerance * np.abs(there).max())
 
 
 def steep(sine):
-    """For a library's sine."""
+    """Return a steep model that uses the sine of a library."""
     return lambda x, time: sine(3 * x) / 2 + time * x
 
 
@@ -178,23 +178,25 @@ def named(value):
 
 @pytest.mark.parametrize(("betas", "prediction", "steps"), [(LINEAR, "epsilon", 10), (COSINE, "v_prediction", 7)])
 @pytest.mark.parametrize(("name", "changes"), DDPMS, ids=named)
-def test_steps_of_a_ddpm(diffusers, torch, tmp_path, monkeypatch, name, changes, betas, prediction, steps):
+def test_steps_of_a_ddpm_equal_diffusers(
+    diffusers, torch, tmp_path, monkeypatch, name, changes, betas, prediction, steps
+):
     betas = STABLE if betas == COSINE and name in ROUNDING and "use_karras_sigmas" in changes else betas
-    scheduler = made(diffusers, name, monkeypatch, **betas, **changes, prediction_type=prediction)
+    scheduler = make_scheduler(diffusers, name, monkeypatch, **betas, **changes, prediction_type=prediction)
     with jax.enable_x64(True):
         compare(tmp_path, scheduler, (steep(torch.sin), steep(jnp.sin)), steps)
 
 
 @pytest.mark.parametrize(("name", "changes"), dict(DDPMS[::-1]).items(), ids=named)
-def test_steps_of_a_ddpm_in_float32(diffusers, torch, tmp_path, monkeypatch, name, changes):
-    scheduler = made(diffusers, name, monkeypatch, **LINEAR, **changes)
+def test_steps_of_a_ddpm_equal_diffusers_in_float32(diffusers, torch, tmp_path, monkeypatch, name, changes):
+    scheduler = make_scheduler(diffusers, name, monkeypatch, **LINEAR, **changes)
     compare(tmp_path, scheduler, (tame(torch.sin), tame(jnp.sin)), 10, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 @pytest.mark.parametrize("changes", [{}, {"set_alpha_to_one": False, "timestep_spacing": "trailing"}], ids=named)
-def test_ddim_with_noise(diffusers, torch, tmp_path, monkeypatch, changes, eta):
-    scheduler = made(diffusers, "DDIMScheduler", monkeypatch, **COSINE, **changes, clip_sample=False)
+def test_ddim_with_noise_equals_diffusers(diffusers, torch, tmp_path, monkeypatch, changes, eta):
+    scheduler = make_scheduler(diffusers, "DDIMScheduler", monkeypatch, **COSINE, **changes, clip_sample=False)
     with jax.enable_x64(True):
         models = steep(torch.sin), steep(jnp.sin)
         compare(tmp_path, scheduler, models, 8, solver=Ddim(eta=eta), eta=eta)
@@ -202,10 +204,10 @@ def test_ddim_with_noise(diffusers, torch, tmp_path, monkeypatch, changes, eta):
 
 @pytest.mark.parametrize("betas", [LINEAR, COSINE], ids=["linear", "cosine"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
-def test_a_learned_variance(diffusers, torch, tmp_path, monkeypatch, betas, spacing):
-    """Channels are their second axis and our last."""
+def test_steps_with_a_learned_variance_equal_diffusers(diffusers, torch, tmp_path, monkeypatch, betas, spacing):
+    """Channels are the second axis of diffusers and our last."""
     settings = {"variance_type": "learned_range", "timestep_spacing": spacing, "prediction_type": "v_prediction"}
-    scheduler = made(diffusers, "DDPMScheduler", monkeypatch, **betas, **settings, clip_sample=False)
+    scheduler = make_scheduler(diffusers, "DDPMScheduler", monkeypatch, **betas, **settings, clip_sample=False)
 
     def theirs(x, time):
         return torch.cat([steep(torch.sin)(x, time), torch.cos(2 * x) - time], dim=1)
@@ -229,7 +231,7 @@ def test_a_learned_variance(diffusers, torch, tmp_path, monkeypatch, betas, spac
     ],
     ids=["multistep", "sde", "singlestep", "unipc"],
 )
-def test_steps_of_a_flow(diffusers, torch, tmp_path, monkeypatch, name, changes, steps):
-    scheduler = made(diffusers, name, monkeypatch, **FLOW, **changes)
+def test_steps_of_a_flow_equal_diffusers(diffusers, torch, tmp_path, monkeypatch, name, changes, steps):
+    scheduler = make_scheduler(diffusers, name, monkeypatch, **FLOW, **changes)
     with jax.enable_x64(True):
         compare(tmp_path, scheduler, (steep(torch.sin), steep(jnp.sin)), steps)

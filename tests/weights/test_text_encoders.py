@@ -14,7 +14,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import count_values, flatten
 from dit_video.nn import get_param_shapes
 from dit_video.weights import load_text_encoder, read_t5_config, save_text_encoder
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_t5 import CONFIG, change_json, write_encoder
 
 SHARED = dataclasses.replace(CONFIG, activation="relu", position_bias="shared")
@@ -22,7 +22,7 @@ SHARED = dataclasses.replace(CONFIG, activation="relu", position_bias="shared")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with an encoder. Read only."""
+    """Return a folder with an encoder, to be read only."""
     folder = tmp_path_factory.mktemp("model")
     write_encoder(folder)
     return folder
@@ -34,7 +34,7 @@ def copied(model, tmp_path):
     return tmp_path / "model"
 
 
-def tensors_of(folder):
+def load_tensors(folder):
     return safetensors.numpy.load_file(folder / "model.safetensors")
 
 
@@ -68,14 +68,14 @@ def test_a_large_file_is_split(tmp_path):
     whole, split = map(load_text_encoder, (tmp_path / "whole", tmp_path / "split"))
     assert_same(split.params, params)
     assert split.digest == whole.digest
-    other = rough_params(CONFIG.make, 1)
+    other = make_random_params(CONFIG.make, 1)
     save_text_encoder(tmp_path / "whole", CONFIG, other, shard_bytes=4000)  # over the single file
     assert_same(load_text_encoder(tmp_path / "whole").params, other)
 
 
 def test_the_names_are_those_of_transformers(tmp_path):
     params = write_encoder(tmp_path, SHARED)
-    tensors = tensors_of(tmp_path)
+    tensors = load_tensors(tmp_path)
     block = "encoder.block.1.layer."
     assert len(tensors) == 2 + 1 + 2 * 8
     kernel = params["blocks"]["query"]["kernel"]
@@ -103,7 +103,7 @@ def test_bfloat16_files_round_trip_and_keep_norms_in_float32(tmp_path):
 
 
 def test_files_of_any_layout_are_one_encoder(copied):
-    whole, tensors = load_text_encoder(copied), tensors_of(copied)
+    whole, tensors = load_text_encoder(copied), load_tensors(copied)
     (copied / "model.safetensors").unlink()
     names, files = sorted(tensors), {}
     for number in range(3):
@@ -126,7 +126,7 @@ def test_files_of_any_layout_are_one_encoder(copied):
 
 
 def test_an_embedding_under_both_names_is_one(copied):
-    tensors = tensors_of(copied)
+    tensors = load_tensors(copied)
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].copy()
     rewrite(copied, tensors)
     load_text_encoder(copied)
@@ -137,7 +137,7 @@ def test_an_embedding_under_both_names_is_one(copied):
 
 
 def test_one_error_names_all_kinds_of_difference(copied):
-    tensors = tensors_of(copied)
+    tensors = load_tensors(copied)
     del tensors["shared.weight"]
     tensors["encoder.final_layer_norm.weight"] = np.ones(5, np.float32)
     tensors |= {f"encoder.block.{layer}.layer.0.layer_norm.weight": np.ones(16, np.float32) for layer in range(2, 14)}
@@ -160,17 +160,17 @@ def test_one_error_names_all_kinds_of_difference(copied):
         ({"feed_forward_proj": "gated-silu"}, r"feed_forward_proj='gated-silu'\. Supported are gated-gelu and relu"),
         ({"feed_forward_proj": "a-b-c"}, "is not a valid config of a umt5 model"),
         ({"d_model": "wide"}, "is not a valid config of a umt5 model"),
-        ({"num_heads": 0}, "at least 1, not heads 0"),
+        ({"num_heads": 0}, "heads=0 of a text encoder is invalid"),
     ],
 )
-def test_configs_that_are_not_known(copied, change, message):
+def test_unsupported_configs_are_refused(copied, change, message):
     change_json(copied / "config.json", **change)
     with pytest.raises(UserError, match=message) as caught:
         load_text_encoder(copied)
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path):
+def test_absent_settings_have_the_defaults_of_transformers(tmp_path):
     standard = dataclasses.replace(SHARED, buckets=32, max_distance=128)
     write_encoder(tmp_path, standard)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -183,18 +183,18 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path):
 def test_weights_are_read_one_parameter_at_a_time(tmp_path):
     config = dataclasses.replace(CONFIG, width=256, mlp_width=512, layers=6)
     write_encoder(tmp_path, config)
-    load_text_encoder(tmp_path)  # so that what is imported and traced the first time does not count
+    load_text_encoder(tmp_path)  # imports and tracing of the first time do not count
     tracemalloc.start()
     params = load_text_encoder(tmp_path).params
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
-    # What JAX copied is not counted. A dictionary of all tensors, then stacked, would be the sum and the largest.
+    # Copies of JAX are not counted. All tensors in a dictionary, then stacked, would take the sum and the largest.
     assert max(sizes) < peak < sum(sizes) + 0.5 * max(sizes)
 
 
-def test_the_encoder_of_wan(tmp_path):
-    """Its config.json, with what several versions of `transformers` have left there; and the size of its weights."""
+def test_the_published_config_of_wans_text_encoder_is_read(tmp_path):
+    """The config.json has settings of several versions of `transformers`, and the encoder has the published size."""
     values = {"model_type": "umt5", "architectures": ["UMT5EncoderModel"], "d_model": 4096, "d_ff": 10240, "d_kv": 64}
     values |= {"num_heads": 64, "num_layers": 24, "vocab_size": 256384, "feed_forward_proj": "gated-gelu"}
     values |= {"dense_act_fn": "gelu_new", "is_gated_act": True, "scalable_attention": True, "output_past": True}
@@ -211,6 +211,6 @@ def test_the_encoder_of_wan(tmp_path):
     assert count_values(get_param_shapes(config.make)) == 5_680_910_336
 
 
-def test_a_folder_that_holds_no_encoder(tmp_path):
+def test_a_folder_without_an_encoder_is_refused(tmp_path):
     with pytest.raises(MissingError, match=r"no such file: .*config.json"):
         load_text_encoder(tmp_path)

@@ -1,4 +1,4 @@
-"""The shapes of denoisers: what is filled in, what is refused, what is read of earlier files."""
+"""Configs of denoisers: defaults, refused values, and names of earlier versions."""
 
 import json
 from pathlib import Path
@@ -29,34 +29,34 @@ CONFIG = DitConfig(channels=2, context_width=6, width=24, layers=2, heads=2, mlp
 SHAPES = Path(__file__).resolve().parents[3] / "experiments" / "pretrained" / "shapes"
 
 
-def made(**fields) -> DitConfig:
+def make_config(**fields) -> DitConfig:
     return DitConfig(**{"channels": 2, "context_width": 6, "width": 24, "heads": 2} | fields)
 
 
-def test_what_is_filled_in():
+def test_defaults_follow_from_other_fields():
     assert CONFIG.token_width == 8
     assert CONFIG.rotary == Rotary3d(split=(4, 4, 4))
     assert CONFIG.absolute_position == BoundaryEmbedding()
-    assert made(given_channels=3).given_width == 12
+    assert make_config(given_channels=3).given_width == 12
 
 
-def test_what_a_layer_costs_is_counted_from_who_sees_whom():
+def test_the_cost_of_a_layer_follows_from_its_pattern():
     grid = Grid(5, 2, 3)
     whole, space, time = 30.0**2, 5 * 6.0**2, 6 * 5.0**2
-    assert made(layers=3).attention_pairs(grid) == whole
-    assert made(layers=4, pattern=(SpaceOnly(), TimeOnly())).attention_pairs(grid) == (space + time) / 2
-    latte = made(layers=4, pattern=SpaceOnly(), temporal=TemporalLayers(spatial_layers=2))
+    assert make_config(layers=3).attention_pairs(grid) == whole
+    assert make_config(layers=4, pattern=(SpaceOnly(), TimeOnly())).attention_pairs(grid) == (space + time) / 2
+    latte = make_config(layers=4, pattern=SpaceOnly(), temporal=TemporalLayers(spatial_layers=2))
     assert latte.attention_pairs(grid) == space + time / 2
-    spatial = made(layers=4, pattern=SpaceOnly())
+    spatial = make_config(layers=4, pattern=SpaceOnly())
     assert latte.layer_params == spatial.layer_params + (4 + 2 * latte.mlp_ratio) / 2
     wan = WanDitConfig(channels=4, context_width=6, width=16, mlp_dim=24, layers=2, heads=2, time_width=8)
     assert wan.attention_pairs(grid) == whole
 
 
-def test_names_of_earlier_versions():
-    assert made(absolute_position="sinusoidal") == made()
-    assert made(rotary=None) == made()
-    assert made(absolute_position="none") == made(absolute_position=None)
+def test_field_names_of_earlier_versions_are_read():
+    assert make_config(absolute_position="sinusoidal") == make_config()
+    assert make_config(rotary=None) == make_config()
+    assert make_config(absolute_position="none") == make_config(absolute_position=None)
 
 
 def test_the_shipped_model_is_one_of_the_default_options():
@@ -76,16 +76,18 @@ def test_the_shipped_model_is_one_of_the_default_options():
     "config",
     [
         CONFIG,
-        made(rotary="none", absolute_position=None, context=CrossAttention(pooled=False)),
-        made(context=JointAttention(), absolute_position=FactorizedEmbedding(sizes=(4, 5, 6)), registers=2),
-        made(context=NoContext(), context_width=0, labels=ClassLabels(classes=7), absolute_position=SineCosine()),
-        made(rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0)), time="token"),
-        made(pattern=(SpaceOnly(), TimeOnly()), relative_bias=RelativeBias(), registers=1),
-        made(pattern=SpaceOnly(), temporal=TemporalLayers(spatial_layers=3, layers=2)),
+        make_config(rotary="none", absolute_position=None, context=CrossAttention(pooled=False)),
+        make_config(context=JointAttention(), absolute_position=FactorizedEmbedding(sizes=(4, 5, 6)), registers=2),
+        make_config(
+            context=NoContext(), context_width=0, labels=ClassLabels(classes=7), absolute_position=SineCosine()
+        ),
+        make_config(rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0)), time="token"),
+        make_config(pattern=(SpaceOnly(), TimeOnly()), relative_bias=RelativeBias(), registers=1),
+        make_config(pattern=SpaceOnly(), temporal=TemporalLayers(spatial_layers=3, layers=2)),
         WanDitConfig.ti2v_5b(pattern=SlidingWindow(radius=(1, None, None))),
     ],
 )
-def test_configs_survive_json(config):
+def test_configs_are_the_same_after_json(config):
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(config)))) == config
 
 
@@ -105,47 +107,50 @@ def test_configs_survive_json(config):
         (WanDitConfig.ti2v_5b, 5.0),
     ],
 )
-def test_sizes(make, billions):
+def test_named_configs_have_the_stated_numbers_of_parameters(make, billions):
     config = make(channels=16, context_width=4096)
     assert count_values(get_param_shapes(config.make)) == pytest.approx(billions * 1e9, rel=0.05)
     assert make(channels=16, context_width=4096, layers=1).layers == 1
 
 
 def test_the_cost_of_a_layer():
-    assert made(mlp_ratio=4.0).layer_params == 14
-    assert made(mlp_ratio=4.0, mlp="swiglu").layer_params == 18
-    assert made(mlp_ratio=4.0, context=JointAttention()).layer_params == 12
+    assert make_config(mlp_ratio=4.0).layer_params == 14
+    assert make_config(mlp_ratio=4.0, mlp="swiglu").layer_params == 18
+    assert make_config(mlp_ratio=4.0, context=JointAttention()).layer_params == 12
     assert WanDitConfig(width=128, heads=1, mlp_dim=512).layer_params == 14
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: made(heads=0), "its 0 heads, .* 1 or more"),
-        (lambda: made(width=25), "width 25 must be divisible by its 2 heads"),
-        (lambda: made(rotary=Rotary3d(split=(4, 4, 6))), r"rotary split \(4, 4, 6\) .* head width 12"),
-        (lambda: made(width=10), "head width 5"),
+        (lambda: make_config(heads=0), "its 0 heads, .* 1 or more"),
+        (lambda: make_config(width=25), "width 25 must be divisible by its 2 heads"),
+        (lambda: make_config(rotary=Rotary3d(split=(4, 4, 6))), r"rotary split \(4, 4, 6\) .* head width 12"),
+        (lambda: make_config(width=10), "head width 5"),
         (lambda: Rotary3d(split=(4, 4, 4), scale=(1.0, 0.0, 1.0)), "must be positive"),
         (lambda: Rotary3d(split=(4, 4, 4), stretch=(1.0, -2.0, 1.0)), "must be positive"),
-        (lambda: made(width=3, heads=3, rotary="none", absolute_position=SineCosine()), "even width, not 3"),
+        (lambda: make_config(width=3, heads=3, rotary="none", absolute_position=SineCosine()), "even width, not 3"),
         (lambda: FactorizedEmbedding(sizes=(1, 4, 4)), r"\(1, 4, 4\) .* use at least 2"),
-        (lambda: made(registers=-1), "registers must be 0 or more, not -1"),
-        (lambda: made(given_channels=-1), "given_channels must be 0 or more"),
-        (lambda: made(context=NoContext()), "context_width=6 .* NoContext; use 0"),
-        (lambda: made(context_width=0), "context_width=0 .* CrossAttention; use 0 for NoContext"),
+        (lambda: make_config(registers=-1), "registers must be 0 or more, not -1"),
+        (lambda: make_config(given_channels=-1), "given_channels must be 0 or more"),
+        (lambda: make_config(context=NoContext()), "context_width=6 .* NoContext; use 0"),
+        (lambda: make_config(context_width=0), "context_width=0 .* CrossAttention; use 0 for NoContext"),
         (lambda: ClassLabels(classes=0), "classes=0 .* use at least 1"),
-        (lambda: made(layers=3, pattern=(SpaceOnly(), TimeOnly())), "3 layers .* 2 patterns .* a divisor"),
-        (lambda: made(pattern=()), "0 patterns in turn; give 1"),
-        (lambda: made(attention="splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
-        (lambda: made(attention="tokamax", pattern=SpaceOnly(), registers=1), "tokamax attention cannot do With"),
-        (lambda: made(attention="cudnn", relative_bias=RelativeBias()), "cudnn attention cannot add a bias"),
-        (lambda: made(temporal=TemporalLayers()), r"set pattern=SpaceOnly\(\), not Full"),
+        (lambda: make_config(layers=3, pattern=(SpaceOnly(), TimeOnly())), "3 layers .* 2 patterns .* a divisor"),
+        (lambda: make_config(pattern=()), "0 patterns in turn; give 1"),
+        (lambda: make_config(attention="splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
         (
-            lambda: made(temporal=TemporalLayers(), pattern=SpaceOnly(), registers=1),
+            lambda: make_config(attention="tokamax", pattern=SpaceOnly(), registers=1),
+            "tokamax attention cannot do With",
+        ),
+        (lambda: make_config(attention="cudnn", relative_bias=RelativeBias()), "cudnn attention cannot add a bias"),
+        (lambda: make_config(temporal=TemporalLayers()), r"set pattern=SpaceOnly\(\), not Full"),
+        (
+            lambda: make_config(temporal=TemporalLayers(), pattern=SpaceOnly(), registers=1),
             "use registers=0 and another context",
         ),
         (
-            lambda: made(temporal=TemporalLayers(spatial_layers=4), pattern=SpaceOnly()),
+            lambda: make_config(temporal=TemporalLayers(spatial_layers=4), pattern=SpaceOnly()),
             "6 layers .* after every 4; use a divisor",
         ),
         (lambda: TemporalLayers(layers=0), "0 temporal .* 1 spatial .* use at least 1 of each"),
@@ -157,6 +162,6 @@ def test_the_cost_of_a_layer():
         (lambda: WanDitConfig(image_positions=514), "image_positions=514 .* set image_width"),
     ],
 )
-def test_what_is_refused(make, message):
+def test_invalid_configs_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

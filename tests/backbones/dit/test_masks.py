@@ -1,4 +1,4 @@
-"""Patterns through a whole denoiser: which token influences which, and the same as with masks that are written out."""
+"""Patterns in a whole denoiser: which token influences which, and equality with explicit masks."""
 
 import dataclasses
 
@@ -10,8 +10,16 @@ import pytest
 from dit_video.backbones.dit import DitConfig, JointAttention
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.nn.attention import AttentionFactory, CausalFrames, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
-from support.packed_rows import FIRST, TEXT_WIDTH, TOKENS, assert_trees_are_close, batch, predict, run
-from support.rough import rough_params
+from support.packed_rows import (
+    FIRST,
+    TEXT_WIDTH,
+    TOKENS,
+    assert_trees_are_close,
+    make_batch,
+    predict,
+    predict_with_gradients,
+)
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -23,7 +31,7 @@ FRAME, PLACE = np.arange(8) // 4, np.arange(8) % 4
 SAME_FRAME, SAME_PLACE = FRAME[:, None] == FRAME, PLACE[:, None] == PLACE
 NOT_LATER, ALL = FRAME[:, None] >= FRAME, np.ones((8, 8), bool)
 BESIDE = {"registers": 1, "context": JointAttention()}
-"""tokens that lie in no frame, of both kinds"""
+"""Numbers of tokens without a position, of both kinds."""
 
 
 @pytest.mark.parametrize(
@@ -39,9 +47,9 @@ BESIDE = {"registers": 1, "context": JointAttention()}
     ],
     ids=lambda value: str(value.pattern) if hasattr(value, "pattern") else "",
 )
-def test_a_token_is_influenced_by_what_its_layers_see(config, expected):
-    params = rough_params(config.make)
-    given = batch(*[(0, 1)] * 9)
+def test_a_token_depends_on_exactly_the_tokens_that_its_layers_see(config, expected):
+    params = make_random_params(config.make)
+    given = make_batch(*[(0, 1)] * 9)
     # The first row is as it was; in each of the others one token of the first clip is another.
     one = jnp.arange(1, 9)
     after = predict(params, given._replace(noisy=given.noisy.at[one, one - 1].add(1.0)), config)[:, FIRST]
@@ -63,19 +71,19 @@ def test_a_token_is_influenced_by_what_its_layers_see(config, expected):
 )
 def test_patterns_are_their_dense_masks_in_values_and_gradients(monkeypatch, fields, masks):
     config = dataclasses.replace(CONFIG, **fields)
-    params, given = rough_params(config.make), batch((0, 1), (1, 0))
-    found = run(params, given, config)
+    params, given = make_random_params(config.make), make_batch((0, 1), (1, 0))
+    found = predict_with_gradients(params, given, config)
     explicit = iter([_explicit(given, config, sees) for sees in masks])
     monkeypatch.setattr(AttentionFactory, "__call__", lambda self, pattern: next(explicit))
     # Another config, so that nothing that is traced already serves; with it layers are scanned in groups.
-    expected = run(params, given, dataclasses.replace(config, remat="full"))
+    expected = predict_with_gradients(params, given, dataclasses.replace(config, remat="full"))
     np.testing.assert_allclose(found[0][:, :14], expected[0][:, :14], atol=1e-5)
     assert_trees_are_close(found[1], expected[1])
     np.testing.assert_allclose(found[2], expected[2], atol=2e-5)
 
 
 def _explicit(given, config, sees):
-    """JAX's own attention with a mask that is written out, pair by pair."""
+    """Attention of JAX with an explicit mask of all pairs."""
     at, ids = np.asarray(given.positions), np.asarray(given.segments)
     if config.registers:
         ids = np.concatenate([ids, np.tile(np.arange(1, 4), (2, 1))], axis=1)

@@ -1,4 +1,4 @@
-"""The denoiser from random parameters: a fresh one predicts zero whatever it computes."""
+"""The denoiser with random parameters; a new one would predict zero whatever it computes."""
 
 import dataclasses
 
@@ -21,77 +21,78 @@ from support.packed_rows import (
     assert_packed_is_unpacked,
     assert_segments_are_apart,
     assert_trees_are_close,
-    batch,
+    make_batch,
     predict,
-    run,
+    predict_with_gradients,
 )
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 CONFIG = DitConfig(channels=2, context_width=6, patch=Grid(1, 2, 2), width=24, layers=2, heads=2, mlp_ratio=2.0)
 
-PARAMS = rough_params(CONFIG.make)
+PARAMS = make_random_params(CONFIG.make)
 
 
 def test_packed_is_unpacked_in_values_and_gradients():
     assert_packed_is_unpacked(PARAMS, CONFIG)
 
 
-def test_a_clip_sees_neither_another_nor_its_text_time_and_place_bit_for_bit():
+def test_a_clip_does_not_depend_on_others_in_its_row_bit_for_bit():
     assert_segments_are_apart(PARAMS, CONFIG)
 
 
-def test_padding_says_nothing_bit_for_bit():
-    given = batch((0, 1), (1,))
-    before, gradients, _ = run(PARAMS, given, CONFIG)
+def test_padding_has_no_influence_bit_for_bit():
+    given = make_batch((0, 1), (1,))
+    before, gradients, _ = predict_with_gradients(PARAMS, given, CONFIG)
     padding, text_padding = (given.segments == 0)[..., None], (given.context_segments == 0)[..., None]
     changed = given._replace(
         noisy=jnp.where(padding, -50.0, given.noisy),
         positions=jnp.where(padding, 99.0, given.positions),
         context=jnp.where(text_padding, -50.0, given.context),
     )
-    after, after_gradients, _ = run(PARAMS, changed, CONFIG)
+    after, after_gradients, _ = predict_with_gradients(PARAMS, changed, CONFIG)
     np.testing.assert_array_equal(jnp.where(padding, 0, after), jnp.where(padding, 0, before))
     assert np.isfinite(after).all()
     for path, gradient in flatten(gradients).items():
         np.testing.assert_array_equal(flatten(after_gradients)[path], gradient, err_msg=path)
 
 
-def test_everything_that_is_given_counts():
-    given = batch((0, 1), ())
-    before, _, _ = run(PARAMS, given, CONFIG)
+def test_predictions_depend_on_every_input():
+    given = make_batch((0, 1), ())
+    before, _, _ = predict_with_gradients(PARAMS, given, CONFIG)
     for changed in (
         given._replace(time=given.time.at[0, 0].add(0.1)),
         given._replace(context=given.context.at[0, 2, 0].add(1.0)),
         given._replace(positions=given.positions.at[0, 3, 0].add(1.0)),
         given._replace(noisy=given.noisy.at[0, 3, 0].add(1.0)),
     ):
-        after, _, _ = run(PARAMS, changed, CONFIG)
+        after, _, _ = predict_with_gradients(PARAMS, changed, CONFIG)
         assert (np.abs(after[0, FIRST] - before[0, FIRST]).max(axis=-1) > 1e-4).all()
 
 
-def test_the_order_of_tokens_says_nothing():
-    given = batch((0, 1), ())
-    before, _, _ = run(PARAMS, given, CONFIG)
+def test_the_order_of_tokens_does_not_matter():
+    given = make_batch((0, 1), ())
+    before, _, _ = predict_with_gradients(PARAMS, given, CONFIG)
     order = np.concatenate([np.random.default_rng(0).permutation(8), np.arange(8, TOKENS)])
-    shuffled, _, _ = run(
+    shuffled, _, _ = predict_with_gradients(
         PARAMS, given._replace(noisy=given.noisy[:, order], positions=given.positions[:, order]), CONFIG
     )
     np.testing.assert_allclose(shuffled[0, :14], before[0, order[:14]], atol=2e-5)
 
 
-def test_without_absolute_positions_only_differences_of_coordinates_count():
+def test_without_absolute_positions_only_differences_of_coordinates_matter():
     config = dataclasses.replace(CONFIG, absolute_position="none")
     params = {path: leaf for path, leaf in PARAMS.items() if path != "position"}
     assert flatten(get_param_shapes(config.make)).keys() == flatten(params).keys()
-    given = batch((0, 1), ())
+    given = make_batch((0, 1), ())
     moved = given._replace(positions=given.positions + jnp.asarray([3.0, -8.0, 20.0]))
     predicted = jax.jit(lambda batch: predict(params, batch, config))
     np.testing.assert_allclose(predicted(moved)[0, :14], predicted(given)[0, :14], atol=2e-5)
-    assert np.abs(run(PARAMS, moved, CONFIG)[0] - run(PARAMS, given, CONFIG)[0])[0, :14].max() > 0.01
+    change = predict_with_gradients(PARAMS, moved, CONFIG)[0] - predict_with_gradients(PARAMS, given, CONFIG)[0]
+    assert np.abs(change)[0, :14].max() > 0.01
 
 
 def test_absolute_positions_are_distances_to_the_first_and_to_the_last_token():
-    given = batch((0, 1), (1, 0))
+    given = make_batch((0, 1), (1, 0))
     found = BoundaryEmbedding().compute_features(given.positions, given.segments, count=SEGMENTS, width=24)
     for place, grid in (((0, FIRST), GRIDS[0]), ((0, SECOND), GRIDS[1]), ((1, slice(6, 14)), GRIDS[0])):
         at = compute_positions(grid)
@@ -103,23 +104,23 @@ def test_absolute_positions_are_distances_to_the_first_and_to_the_last_token():
 
 def test_a_fresh_denoiser_predicts_zero_and_learns():
     fresh = jax.jit(init_params, static_argnums=0)(CONFIG.make, jax.random.key(0))
-    prediction, gradients, _ = run(fresh, batch((0, 1), ()), CONFIG)
+    prediction, gradients, _ = predict_with_gradients(fresh, make_batch((0, 1), ()), CONFIG)
     assert not prediction.any()
     assert np.abs(gradients["head"]["kernel"]).max() > 1e-3
 
 
-def test_remat_and_chunks_change_nothing():
+def test_rematerialisation_and_chunked_attention_do_not_change_results():
     config = dataclasses.replace(CONFIG, remat="full", attention="chunked")
-    given = batch((0, 1), ())
-    expected, found = run(PARAMS, given, CONFIG), run(PARAMS, given, config)
+    given = make_batch((0, 1), ())
+    expected, found = predict_with_gradients(PARAMS, given, CONFIG), predict_with_gradients(PARAMS, given, config)
     np.testing.assert_allclose(found[0], expected[0], atol=2e-5)
     assert_trees_are_close(found[1], expected[1])
 
 
-def test_bfloat16_products_of_float32_parameters():
+def test_bfloat16_products_of_float32_parameters_are_close():
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    given = batch((0, 1), ())
-    exact, _, _ = run(PARAMS, given, CONFIG)
+    given = make_batch((0, 1), ())
+    exact, _, _ = predict_with_gradients(PARAMS, given, CONFIG)
     found = jax.jit(lambda params: predict(params, given, config))(PARAMS)
     assert found.dtype == jnp.float32
     error = np.abs(found - exact)[0, :14].mean() / np.abs(exact)[0, :14].mean()
@@ -128,7 +129,7 @@ def test_bfloat16_products_of_float32_parameters():
 
 
 def test_denoise_takes_the_time_of_every_token():
-    given = batch((0, 1), ())
+    given = make_batch((0, 1), ())
 
     @jax.jit
     def denoised(time):
@@ -143,5 +144,5 @@ def test_denoise_takes_the_time_of_every_token():
         return denoise(given.noisy, time)
 
     time = jnp.where(given.segments > 0, expand_to_tokens(given.time, given.segments), 0.123)
-    expected, _, _ = run(PARAMS, given, CONFIG)
+    expected, _, _ = predict_with_gradients(PARAMS, given, CONFIG)
     np.testing.assert_allclose(denoised(time)[0, :14], expected[0, :14], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Every option of a denoiser keeps what holds for the default: packed is unpacked, and segments are apart."""
+"""Properties of the default denoiser that hold for every option: packed equals unpacked, and segments are apart."""
 
 import dataclasses
 
@@ -38,10 +38,10 @@ from support.packed_rows import (
     TEXT_WIDTH,
     assert_packed_is_unpacked,
     assert_segments_are_apart,
-    batch,
+    make_batch,
     predict,
 )
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -95,7 +95,7 @@ OPTIONS = {
         "labels": ClassLabels(classes=CLASSES),
     },
 }
-"""options that do not touch each other are tested together, to compile less"""
+"""Configs to test. Options that do not affect each other are combined, so that fewer programs are compiled."""
 WANS = {
     "wan with images": {"given_channels": 3, "image_width": IMAGE_WIDTH, "image_positions": 4},
     "wan with a time per token": {"time": "token", "pattern": (TimeOnly(), SpaceOnly())},
@@ -107,18 +107,18 @@ CONFIGS |= {name: dataclasses.replace(WAN, **fields) for name, fields in WANS.it
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_is_unpacked_and_segments_are_apart(name):
     config = CONFIGS[name]
-    params = rough_params(config.make)
+    params = make_random_params(config.make)
     assert_packed_is_unpacked(params, config)
     assert_segments_are_apart(params, config)
 
 
-def test_class_labels_alone():
+def test_a_model_can_be_conditioned_on_class_labels_alone():
     config = dataclasses.replace(
         CONFIG, context=NoContext(), context_width=0, labels=ClassLabels(classes=CLASSES), time="token"
     )
-    params = rough_params(config.make)
+    params = make_random_params(config.make)
     assert not any(path.startswith("context") or "cross" in path for path in flatten(params))
-    given = batch((0, 1), ())
+    given = make_batch((0, 1), ())
     before = predict(params, given, config)
     np.testing.assert_array_equal(predict(params, given._replace(context=5 - given.context), config), before)
     after = predict(params, given._replace(labels=given.labels.at[0, 0].set(CLASSES)), config)
@@ -127,31 +127,31 @@ def test_class_labels_alone():
     none = predict(params, given._replace(labels=given.labels.at[0, 0].set(CLASSES + 1)), config)
     assert np.isnan(none[0, FIRST]).all()
     unlabelled = dataclasses.replace(config, labels=None)
-    assert np.isfinite(predict(rough_params(unlabelled.make), given, unlabelled)).all()
+    assert np.isfinite(predict(make_random_params(unlabelled.make), given, unlabelled)).all()
 
 
 @pytest.mark.parametrize("name", ["joint", "rotary, own modulation"])
 def test_fresh_denoisers_predict_zero(name):
     config = CONFIGS[name]
     fresh = jax.jit(init_params, static_argnums=0)(config.make, jax.random.key(0))
-    assert not predict(fresh, batch((0, 1), (1, 0)), config).any()
+    assert not predict(fresh, make_batch((0, 1), (1, 0)), config).any()
 
 
 @pytest.mark.parametrize("name", ["token time, factorised", "wan with a time per token"])
 def test_one_time_for_all_tokens_is_the_time_of_the_segment(name):
     config = CONFIGS[name]
-    params = rough_params(config.make)
-    given = batch((0, 1), ())
+    params = make_random_params(config.make)
+    given = make_batch((0, 1), ())
     same = given._replace(token_time=jnp.where(given.segments == 1, given.time[:, :1], given.time[:, 1:2]))
     single = dataclasses.replace(config, time="segment")
     np.testing.assert_allclose(predict(params, same, config)[0, :14], predict(params, same, single)[0, :14], atol=1e-5)
     assert np.abs(predict(params, given, config) - predict(params, same, config))[0, FIRST].max() > 1e-3
 
 
-def test_denoise_gives_every_token_its_time():
+def test_denoise_passes_every_token_its_time():
     config = CONFIGS["wan with a time per token"]
-    params = rough_params(config.make)
-    given = batch((0, 1), ())
+    params = make_random_params(config.make)
+    given = make_batch((0, 1), ())
     denoise = make_denoise_fn(
         nnx.merge(get_graph_def(config.make), params),
         segments=given.segments,
@@ -166,9 +166,9 @@ def test_denoise_gives_every_token_its_time():
 
 
 def test_wans_texts_are_padded_with_zeros_that_are_seen():
-    """Zeros in the place of padding change nothing; a longer padding does."""
-    params = rough_params(WAN.make)
-    given = batch((1,))
+    """Explicit zeros instead of padding change nothing; a longer padding does."""
+    params = make_random_params(WAN.make)
+    given = make_batch((1,))
     segments = given.context_segments.at[0, 2:5].set(1)
     explicit = given._replace(context=given.context.at[0, 2:5].set(0), context_segments=segments)
     expected = predict(params, given, WAN)
@@ -177,16 +177,16 @@ def test_wans_texts_are_padded_with_zeros_that_are_seen():
     assert np.abs(longer - expected)[0, :6].max() > 1e-3
 
 
-def test_a_text_longer_than_wans_padding_is_not_cut_in_silence():
-    params = rough_params(WAN.make)
-    found = predict(params, batch((0, 1), ()), dataclasses.replace(WAN, text_length=2))
+def test_a_text_longer_than_wans_padding_is_refused_not_cut():
+    params = make_random_params(WAN.make)
+    found = predict(params, make_batch((0, 1), ()), dataclasses.replace(WAN, text_length=2))
     assert np.isnan(found[0, FIRST]).all()
     assert np.isfinite(found[0, SECOND]).all()
 
 
-def test_what_is_given_is_what_the_config_says():
-    params = rough_params(CONFIG.make)
-    model, given = nnx.merge(get_graph_def(CONFIG.make), params), batch((0, 1), ())
+def test_conditioning_that_the_config_does_not_declare_is_refused():
+    params = make_random_params(CONFIG.make)
+    model, given = nnx.merge(get_graph_def(CONFIG.make), params), make_batch((0, 1), ())
     rows = {
         "segments": given.segments,
         "positions": given.positions,
@@ -196,12 +196,12 @@ def test_what_is_given_is_what_the_config_says():
     with pytest.raises(UserError, match="does not take labels"):
         model(given.noisy, given.time, **rows, given=Given(labels=given.labels))
     wan = CONFIGS["wan with images"]
-    model = nnx.merge(get_graph_def(wan.make), rough_params(wan.make))
+    model = nnx.merge(get_graph_def(wan.make), make_random_params(wan.make))
     with pytest.raises(UserError, match="needs latents"):
         model(given.noisy, given.time, **rows)
 
 
-def test_parameters_of_options():
+def test_options_add_and_remove_parameters():
     def paths(name):
         return flatten(get_param_shapes(CONFIGS[name].make)).keys()
 
@@ -217,7 +217,7 @@ def test_interpolated_positions_are_those_of_a_smaller_clip():
         CONFIG, absolute_position=None, rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 0.25, 1.0))
     )
     plain = dataclasses.replace(stretched, rotary="even")
-    params, given = rough_params(plain.make), batch((0, 1), ())
+    params, given = make_random_params(plain.make), make_batch((0, 1), ())
     larger = given._replace(positions=given.positions * jnp.asarray([2.0, 4.0, 1.0]))
     np.testing.assert_allclose(
         predict(params, larger, stretched)[0, :14], predict(params, given, plain)[0, :14], atol=1e-5
@@ -226,16 +226,16 @@ def test_interpolated_positions_are_those_of_a_smaller_clip():
 
 def test_factorised_positions_are_fractions_of_the_clip():
     config = CONFIGS["factorised, full norm"]
-    params, given = rough_params(config.make), batch((0, 1), ())
+    params, given = make_random_params(config.make), make_batch((0, 1), ())
     larger = given._replace(positions=7 * given.positions)
     np.testing.assert_allclose(
         predict(params, larger, config)[0, :14], predict(params, given, config)[0, :14], atol=1e-5
     )
 
 
-def test_a_variance_comes_beside_the_prediction():
+def test_a_learned_variance_is_returned_next_to_the_prediction():
     dropped = CONFIGS["pooled, labels"]
-    params, given = rough_params(dropped.make), batch((0, 1), ())
+    params, given = make_random_params(dropped.make), make_batch((0, 1), ())
     both = predict(params, given, dataclasses.replace(dropped, variance="predicted"))
     assert both.shape == (*given.noisy.shape[:2], 2 * dropped.token_width)
     halves = both.reshape(*both.shape[:2], dropped.patch.volume, 2, dropped.channels)
@@ -246,13 +246,13 @@ def test_a_variance_comes_beside_the_prediction():
 
 def test_a_reversed_time_reverses_the_velocity():
     config = CONFIGS["pooled, labels"]
-    params, given = rough_params(config.make), batch((0, 1), ())
+    params, given = make_random_params(config.make), make_batch((0, 1), ())
     forward = dataclasses.replace(config, time_embedding=TimeEmbedding(scale=1.0, max_period=100.0))
     expected = -predict(params, given._replace(time=1 - given.time), forward)
     np.testing.assert_allclose(predict(params, given, config)[0, :14], expected[0, :14], atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{"scale": 0.0}, {"max_period": -1.0}])
-def test_time_embeddings_that_are_none(fields):
+def test_invalid_time_embeddings_are_refused(fields):
     with pytest.raises(UserError, match="use positive values"):
         TimeEmbedding(**fields)

@@ -8,12 +8,12 @@ from dit_video.backbones.dit.positions import AxisTables, FactorizedEmbedding, I
 from dit_video.core.errors import UserError
 from dit_video.nn import sinusoidal_embedding
 from dit_video.tokens import expand_to_tokens, split_evenly
-from support.packed_rows import SEGMENTS, batch
+from support.packed_rows import SEGMENTS, make_batch
 
-GIVEN = batch((0, 1), (1, 0))
+GIVEN = make_batch((0, 1), (1, 0))
 
 
-def test_sines_and_cosines_of_each_axis_side_by_side():
+def test_sines_and_cosines_of_the_axes_are_concatenated():
     found = SineCosine(max_period=50.0).compute_features(GIVEN.positions, GIVEN.segments, count=SEGMENTS, width=20)
     assert found.shape == (2, 18, 20)
     start = 0
@@ -50,7 +50,7 @@ def test_fractions_go_from_the_first_to_the_last_token():
     assert (found <= 1).all()
 
 
-def test_tables_are_read_between_their_entries():
+def test_tables_are_interpolated_between_their_entries():
     tables = AxisTables((2, 3, 5), 4, rngs=nnx.Rngs(jax.random.key(0)))
     at = jnp.asarray([[[0.0, 0.5, 0.125], [1.0, 1.0, 1.0]]])
     t, h, w = tables.t[...], tables.h[...], tables.w[...]

@@ -1,4 +1,4 @@
-"""Batches of one size each: clips cover their bucket, are cropped to it, and none is lost."""
+"""Batches of one size each: clips are resized to cover their bucket and cropped to it, and none is lost."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from dit_video.data.loader import LoaderConfig
 from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.data.synthetic import shapes
 from dit_video.tokens import Grid, compute_positions, compute_token_grid, unpatchify
-from support.stand_ins import Embedder, pooled, tokenize
+from support.fakes import FakeEmbedder, average_patches, tokenize
 
 PATCH = Grid(1, 2, 2)
 LIMITS = SizeLimits(max_pixels=32 * 48, max_frames=9, multiple=Grid(4, 16, 16))
@@ -21,7 +21,7 @@ SIZES = (Grid(17, 32, 32), Grid(9, 32, 48), Grid(9, 48, 32), Grid(1, 32, 32))
 TEXT = 40
 
 
-def latents_of(size):
+def get_latent_grid(size):
     return Grid(1 + (size.t - 1) // 4, size.h // 8, size.w // 8)
 
 
@@ -41,17 +41,17 @@ def buckets(clips):
         budget=36,
         count=3,
         devices=2,
-        count_tokens=lambda size: compute_token_grid(latents_of(size), PATCH).volume,
+        count_tokens=lambda size: compute_token_grid(get_latent_grid(size), PATCH).volume,
     )
 
 
-def taken(clips, buckets, count, encode=pooled, texts=None, intervals=None, **reading):
+def take_batches(clips, buckets, count, encode=average_patches, texts=None, intervals=None, **reading):
     batches = load_bucket_batches(
         clips,
         texts or TokenizedCaptions([info.captions for info in clips.infos], tokenize),
         encode,
         buckets,
-        latent_grid=latents_of,
+        latent_grid=get_latent_grid,
         channels=3,
         limits=LIMITS,
         patch=PATCH,
@@ -64,17 +64,17 @@ def taken(clips, buckets, count, encode=pooled, texts=None, intervals=None, **re
     return found, batches
 
 
-def test_coordinates_along_time_in_seconds(clips, buckets):
-    counted, _ = taken(clips, buckets, 3)
-    timed, _ = taken(clips, buckets, 3, intervals=[0.5] * len(clips))
+def test_coordinates_along_time_are_in_seconds(clips, buckets):
+    counted, _ = take_batches(clips, buckets, 3)
+    timed, _ = take_batches(clips, buckets, 3, intervals=[0.5] * len(clips))
     for rows, same in zip(counted, timed, strict=True):
         np.testing.assert_array_equal(same.positions, rows.positions * np.float32([0.5, 1, 1]))
     assert any(rows.positions[..., 0].any() for rows in counted)
 
 
 def test_a_batch_has_one_size_and_no_padding(clips, buckets):
-    found, batches = taken(clips, buckets, 20)
-    sizes = {compute_token_grid(latents_of(bucket.size), PATCH): bucket.batch for bucket in buckets.buckets}
+    found, batches = take_batches(clips, buckets, 20)
+    sizes = {compute_token_grid(get_latent_grid(bucket.size), PATCH): bucket.batch for bucket in buckets.buckets}
     seen = set()
     for rows in found:
         grid = next(grid for grid in sizes if grid.volume == rows.tokens.shape[1])
@@ -94,12 +94,12 @@ def test_a_batch_has_one_size_and_no_padding(clips, buckets):
 
 
 def test_clips_show_the_colour_of_their_caption(clips, buckets):
-    """The latents are of the clip whose caption stands beside them."""
-    for rows in taken(clips, buckets, 8)[0]:
+    """Latents and captions belong to the same clip."""
+    for rows in take_batches(clips, buckets, 8)[0]:
         grid = next(
-            compute_token_grid(latents_of(bucket.size), PATCH)
+            compute_token_grid(get_latent_grid(bucket.size), PATCH)
             for bucket in buckets.buckets
-            if compute_token_grid(latents_of(bucket.size), PATCH).volume == rows.tokens.shape[1]
+            if compute_token_grid(get_latent_grid(bucket.size), PATCH).volume == rows.tokens.shape[1]
         )
         for tokens, text in zip(rows.tokens, rows.text, strict=True):
             caption = bytes((text[text > 0] - 3).astype(np.uint8)).decode()
@@ -110,11 +110,11 @@ def test_clips_show_the_colour_of_their_caption(clips, buckets):
 
 
 def test_resumed_and_shared_batches_are_the_same(clips, buckets):
-    whole = taken(clips, buckets, 6)[0]
-    resumed = taken(clips, buckets, 2, start_step=4)[0]
+    whole = take_batches(clips, buckets, 6)[0]
+    resumed = take_batches(clips, buckets, 2, start_step=4)[0]
     # The second host decodes clip by clip, in a process of its own.
     own = ({}, {"workers": 1, "ahead_bytes": 1})
-    shares = [taken(clips, buckets, 6, host=host, hosts=2, **own[host])[0] for host in range(2)]
+    shares = [take_batches(clips, buckets, 6, host=host, hosts=2, **own[host])[0] for host in range(2)]
     for step, rows in enumerate(whole):
         for name, values in rows._asdict().items():
             both = np.concatenate([getattr(share[step], name) for share in shares])
@@ -123,13 +123,13 @@ def test_resumed_and_shared_batches_are_the_same(clips, buckets):
                 np.testing.assert_array_equal(getattr(resumed[step - 4], name), values)
 
 
-def test_embeddings_stand_where_token_ids_do(clips, buckets, tmp_path):
+def test_embeddings_take_the_places_of_token_ids(clips, buckets, tmp_path):
     (tmp_path / "seed.txt").write_text("1")
-    embedder, captions = Embedder(tmp_path), [info.captions for info in clips.infos]
-    ids, plain = taken(clips, buckets, 4)
+    embedder, captions = FakeEmbedder(tmp_path), [info.captions for info in clips.infos]
+    ids, plain = take_batches(clips, buckets, 4)
     # Its encoder can't be pickled to the workers, which don't need it.
     texts = EmbeddedCaptions(captions, lambda many: embedder.embed_many(many), identity="t")
-    found, batches = taken(clips, buckets, 4, texts=texts, workers=1)
+    found, batches = take_batches(clips, buckets, 4, texts=texts, workers=1)
     for rows, expected in zip(found, ids, strict=True):
         np.testing.assert_array_equal(rows.tokens, expected.tokens)
         assert rows.text.shape == (*expected.text.shape, 8)
@@ -139,16 +139,16 @@ def test_embeddings_stand_where_token_ids_do(clips, buckets, tmp_path):
             assert not text[segments == 0].any()
     assert batches.hash != plain.hash
     other = EmbeddedCaptions(captions, embedder.embed_many, identity="u")
-    assert taken(clips, buckets, 0, texts=other)[1].hash != batches.hash
+    assert take_batches(clips, buckets, 0, texts=other)[1].hash != batches.hash
 
 
 def test_a_damaged_clip_is_masked(clips, buckets, monkeypatch):
-    whole = taken(clips, buckets, 12)[0]
+    whole = take_batches(clips, buckets, 12)[0]
     damaged, read = clips.infos[5].name, ClipSource.__getitem__
     monkeypatch.setattr(
         ClipSource, "__getitem__", lambda self, index: b"x" if self.infos[index].name == damaged else read(self, index)
     )
-    found = taken(clips, buckets, 12)[0]
+    found = take_batches(clips, buckets, 12)[0]
     assert sum((~rows.valid).sum() for rows in found) >= 1
     for one, other in zip(whole, found, strict=True):
         assert one.tokens.shape == other.tokens.shape
@@ -156,15 +156,15 @@ def test_a_damaged_clip_is_masked(clips, buckets, monkeypatch):
         assert not other.tokens[~other.valid[:, 0]].any()
 
 
-def test_a_batch_of_which_nothing_can_be_read_does_not_count(clips, buckets, monkeypatch):
+def test_all_rows_of_a_batch_without_readable_clips_are_masked(clips, buckets, monkeypatch):
     monkeypatch.setattr(ClipSource, "__getitem__", lambda self, index: b"x")
-    for rows, whole in zip(taken(clips, buckets, 3)[0], taken(clips, buckets, 3)[0], strict=True):
+    for rows, whole in zip(take_batches(clips, buckets, 3)[0], take_batches(clips, buckets, 3)[0], strict=True):
         assert not rows.valid.any()
         assert rows.tokens.shape == whole.tokens.shape
 
 
 @pytest.mark.parametrize(("height", "width"), [(480, 640), (640, 480), (33, 1000), (100, 100)])
-def test_a_clip_covers_its_bucket_in_its_own_shape(height, width):
+def test_a_clip_covers_its_bucket_and_keeps_its_aspect_ratio(height, width):
     info = ClipInfo("a", (), height, width, 9, 8.0, 1.0)
     for size in (Grid(9, 32, 32), Grid(9, 32, 48), Grid(1, 16, 96)):
         rows, columns = compute_covering_size(info, size)
@@ -174,14 +174,14 @@ def test_a_clip_covers_its_bucket_in_its_own_shape(height, width):
         assert rows / columns == pytest.approx(height / width, rel=0.04)
 
 
-def test_refusals(clips, buckets):
+def test_invalid_arguments_are_refused(clips, buckets):
     with pytest.raises(UserError, match="text tokens, but a row has room for 4"):
         load_bucket_batches(
             clips,
             TokenizedCaptions([info.captions for info in clips.infos], tokenize),
-            pooled,
+            average_patches,
             buckets,
-            latent_grid=latents_of,
+            latent_grid=get_latent_grid,
             channels=3,
             limits=LIMITS,
             patch=PATCH,

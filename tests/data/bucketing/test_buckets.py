@@ -19,14 +19,14 @@ some_sizes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 8), st.integer
 
 
 def mixed(count: int = 400, seed: int = 0) -> np.ndarray:
-    """Images and clips of three aspect ratios, in latents."""
+    """Return sizes of images and clips of three aspect ratios, in latents."""
     generator = np.random.default_rng(seed)
     frames = generator.choice([1, 1, 3, 5, 9, 13], count)
     return np.stack([frames, *np.array([(8, 14), (14, 8), (10, 10), (4, 7)])[generator.integers(4, size=count)].T], 1)
 
 
-def kept(sizes: np.ndarray, buckets: list[tuple[int, ...]]) -> float:
-    """Tokens times the part of the frame that is shown, of each example's best bucket; -inf where one has none."""
+def count_visible_tokens(sizes: np.ndarray, buckets: list[tuple[int, ...]]) -> float:
+    """Return tokens times the visible part of the frame, for each example's best bucket; -inf without one."""
     total = 0.0
     for size in sizes.tolist():
         values = [-np.inf]
@@ -40,7 +40,7 @@ def kept(sizes: np.ndarray, buckets: list[tuple[int, ...]]) -> float:
 
 @settings(max_examples=60, deadline=None)
 @given(sizes=some_sizes, count=st.integers(1, 5), devices=st.integers(1, 4), budget=st.integers(6800, 40_000))
-def test_all_examples_are_held_none_enlarged_within_the_budget(sizes, count, devices, budget):
+def test_buckets_hold_every_example_without_enlarging_it_within_the_budget(sizes, count, devices, budget):
     plan = plan_buckets(sizes, MEMORY, budget=budget, count=count, devices=devices)
     assert 1 <= len(plan.buckets) <= count
     assert sum(bucket.examples for bucket in plan.buckets) == len(sizes) == len(plan.assignment)
@@ -63,17 +63,19 @@ def test_all_examples_are_held_none_enlarged_within_the_budget(sizes, count, dev
     ),
     count=st.integers(1, 3),
 )
-def test_choice_is_nearly_the_best_of_all(sizes, count):
+def test_the_chosen_buckets_are_nearly_optimal(sizes, count):
     plan = plan_buckets(sizes, MEMORY, budget=1e9, count=count)
     candidates = list(itertools.product(*(sorted(set(axis)) for axis in sizes.T.tolist())))
-    best = max(kept(sizes, list(group)) for group in itertools.combinations_with_replacement(candidates, count))
-    one = kept(sizes, [tuple(sizes.min(axis=0))])
-    found = kept(sizes, [tuple(bucket.size) for bucket in plan.buckets])
+    best = max(
+        count_visible_tokens(sizes, list(group)) for group in itertools.combinations_with_replacement(candidates, count)
+    )
+    one = count_visible_tokens(sizes, [tuple(sizes.min(axis=0))])
+    found = count_visible_tokens(sizes, [tuple(bucket.size) for bucket in plan.buckets])
     assert found <= best * (1 + 1e-9)
     # Greedy alone, with the size that holds all as one of `count`.
     greedy_bound = one + (1 - 1 / np.e) * (
         max(
-            kept(sizes, [tuple(sizes.min(axis=0)), *group])
+            count_visible_tokens(sizes, [tuple(sizes.min(axis=0)), *group])
             for group in itertools.combinations_with_replacement(candidates, count - 1)
         )
         - one
@@ -141,7 +143,7 @@ def test_every_example_comes_equally_often_and_no_batch_is_empty(sizes, seed, de
     assert seen.min() >= 1 or any(bucket.batch > 1 for bucket in plan.buckets)
 
 
-def test_an_epoch_is_an_epoch_in_every_bucket():
+def test_every_example_is_drawn_about_once_in_each_epoch():
     sizes = mixed()
     stream = BucketStream(plan_buckets(sizes, MEMORY, budget=30_000, count=5), seed=0)
     seen = np.zeros(len(sizes), int)
@@ -151,13 +153,13 @@ def test_an_epoch_is_an_epoch_in_every_bucket():
     assert seen.max() <= 21
 
 
-def test_stream_is_a_function_of_seed_and_step():
+def test_the_stream_is_a_function_of_seed_and_step():
     plan = plan_buckets(mixed(), MEMORY, budget=30_000, count=5, devices=2)
     stream = BucketStream(plan, seed=1)
     forward = [stream.get_batch(step) for step in range(200)]
     fresh = pickle.loads(pickle.dumps(stream))
     for step in (199, 3, 120):
-        size, examples, ranks = fresh.batch(step)
+        size, examples, ranks = fresh.get_batch(step)
         assert size == forward[step][0]
         np.testing.assert_array_equal(examples, forward[step][1])
         np.testing.assert_array_equal(ranks, forward[step][2])
@@ -169,7 +171,7 @@ def test_stream_is_a_function_of_seed_and_step():
         stream.get_batch(0, hosts=7)
 
 
-def test_report_counts_all():
+def test_the_report_counts_every_example():
     plan = plan_buckets(mixed(), MEMORY, budget=30_000, count=3)
     lines = plan.report().splitlines()
     assert len(lines) == 5
@@ -184,10 +186,10 @@ def test_report_counts_all():
         ({"sizes": np.zeros((0, 3), int)}, "0 were given"),
         ({"sizes": np.array([(0, 1, 1)])}, "at least one frame"),
         ({"count": 0}, "count=0"),
-        ({"devices": 4, "most": 2}, "max_batch=2"),
+        ({"devices": 4, "max_batch": 2}, "max_batch=2"),
     ],
 )
-def test_refusals(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         plan_buckets(**{"sizes": mixed(), "memory": MEMORY, "budget": 1e6} | arguments)
     with pytest.raises(UserError, match="per_token positive"):

@@ -34,13 +34,13 @@ def audio_only() -> bytes:
 
 
 def with_count(encoded: bytes, box: bytes, offset: int, count: int = 10**9) -> bytes:
-    """An mp4 in which a table of samples claims to be of so many."""
+    """Return an mp4 whose table of samples claims to have so many."""
     at = encoded.index(box) + offset
     return encoded[:at] + count.to_bytes(4, "big") + encoded[at + 4 :]
 
 
 def with_noise(encoded: bytes) -> bytes:
-    """The middle fifth of the pictures' bytes replaced."""
+    """Return a file with the middle fifth of the pictures' bytes replaced."""
     start = encoded.index(b"mdat") + 4
     first, length = start + (len(encoded) - start) * 2 // 5, (len(encoded) - start) // 5
     noise = rng.make_generator(0, "noise").bytes(length)
@@ -51,7 +51,7 @@ def accounted(report: IngestReport) -> int:
     return report.usable_files + len(report.quarantined) + len(report.dropped_files) + len(report.rejected)
 
 
-def test_damaged_files(tmp_path):
+def test_damaged_files_are_quarantined_with_reasons(tmp_path):
     whole = encode(clip(), "mp4")
     files = {
         "truncated.mp4": whole[: len(whole) // 2],
@@ -96,7 +96,7 @@ def test_damaged_files(tmp_path):
     assert (report.uncaptioned, infos["one_frame.mp4"].captions) == (3, ())
 
 
-def test_captions_that_set_their_clips_aside(tmp_path):
+def test_clips_with_bad_captions_are_rejected(tmp_path):
     folder = tmp_path / "clips"
     folder.mkdir()
     for name in ("a", "b", "c"):
@@ -116,8 +116,8 @@ def test_captions_that_set_their_clips_aside(tmp_path):
     assert [info.name for info in ClipSource(tmp_path / "out").infos] == ["c.mp4"]
 
 
-def test_tars(tmp_path):
-    """Entries outside of the tar, and the same name twice, are rejected; the rest is read in place."""
+def test_bad_entries_of_tars_are_rejected(tmp_path):
+    """Entries outside of the tar and duplicate names are rejected; the rest is read in place."""
     content = {name: encode(clip(2, seed=index), "mp4") for index, name in enumerate(["a", "b", "c"])}
     with tarfile.open(tmp_path / "clips.tar", "w") as tar:
         for name, data in [
@@ -147,7 +147,7 @@ def test_tars(tmp_path):
     assert stored == {"a.mp4": content["a"], "c.mp4": content["c"]}
 
 
-def test_lists(tmp_path):
+def test_bad_rows_of_lists_are_rejected(tmp_path):
     """Every row that cannot be used is counted by its line; the others are a data set."""
     folder = tmp_path / "clips"
     folder.mkdir()
@@ -178,7 +178,7 @@ def test_lists(tmp_path):
     assert IngestReport.read(tmp_path / "out") == report
 
 
-def test_a_file_named_as_the_shot_of_another(tmp_path):
+def test_a_file_with_the_name_of_anothers_shot_is_refused(tmp_path):
     pytest.importorskip("scenedetect")
     from dit_video.data.ingest import ScreeningConfig
 
@@ -202,7 +202,7 @@ def test_a_file_named_as_the_shot_of_another(tmp_path):
 
 
 def mutate(encoded: bytes, other: bytes, seed: int) -> bytes:
-    """Bytes flipped, a piece cut out, the end cut off, a piece of another file put in, or noise over a piece."""
+    """Flip bytes, cut out a piece, cut off the end, insert a piece of another file, or put noise over a piece."""
     generator = rng.make_generator(seed, "mutation")
     data = bytearray(encoded)
     for _ in range(int(generator.integers(1, 4))):
@@ -226,8 +226,8 @@ def mutate(encoded: bytes, other: bytes, seed: int) -> bytes:
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_mutations(tmp_path, count):
-    """No crash, no hang, nothing lost: of real clips where they lie beside the checkout, and of rendered ones."""
+def test_mutated_clips_are_all_accounted_for(tmp_path, count):
+    """Nothing crashes, hangs or is lost, for rendered clips and for real ones if they are next to the checkout."""
     originals = {f"{format}.{format}": encode(clip(), format) for format in ("mp4", "webm", "gif", "apng")}
     originals["png.png"] = encode(clip(1), "png")
     for path in sorted(SHARED.glob("*")):
@@ -253,7 +253,7 @@ def test_mutations(tmp_path, count):
         assert 0 <= info.seconds < float("inf")
 
 
-def test_nothing_usable_names_the_first_reason(tmp_path):
+def test_a_source_without_usable_clips_is_refused_with_the_first_reason(tmp_path):
     (tmp_path / "clips").mkdir()
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / "clips" / name).write_bytes(b"")

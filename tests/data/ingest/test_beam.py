@@ -1,6 +1,6 @@
-"""A cluster's way to build a data set, in Beam's in-process runner: the same bytes as without it.
+"""Ingest with Apache Beam's in-process runner: the data set has the same bytes as without it.
 
-Needs the `[beam]` extra, which wants other versions than constraints.txt has: `.ci/run beam`, or
+Needs the `[beam]` extra, which requires other versions than constraints.txt has: `.ci/run beam`, or
 `pip install -e '.[test,beam]' -c constraints-beam.txt` into an environment of its own.
 """
 
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,15 +20,13 @@ from dit_video.data.ingest import IngestConfig, ingest, workers
 from dit_video.data.records import builder
 from dit_video.data.records.cluster import BeamOptions
 from dit_video.video import Clip
-from support.devices import HANG
+from support.devices import HANG, PROGRAMS
 
 pytest.importorskip("apache_beam")
 
-HERE = Path(__file__).parents[2] / "support" / "programs"
-
 
 @pytest.fixture
-def how(monkeypatch):
+def beam_options(monkeypatch):
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
@@ -39,10 +36,10 @@ def how(monkeypatch):
 
 @pytest.fixture
 def log(tmp_path, monkeypatch):
-    """Workers that write the names of what they inspect into this file."""
+    """Return the file into which workers write the names of clips that they inspect."""
     (tmp_path / "log").mkdir()
     monkeypatch.setenv("DIT_VIDEO_TEST_LOG", str(tmp_path / "log"))
-    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.syspath_prepend(PROGRAMS)
     monkeypatch.setattr(workers, "MODULE", "interrupted_worker")
     return tmp_path / "log" / "inspected"
 
@@ -60,10 +57,10 @@ def clips(tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000, 1])
-def test_the_same_bytes(clips, tmp_path, how, monkeypatch, shard_bytes):
+def test_a_pipeline_writes_the_same_bytes(clips, tmp_path, beam_options, monkeypatch, shard_bytes):
     monkeypatch.setattr(builder, "SHARD_BYTES", shard_bytes)
     here = ingest(clips, tmp_path / "here")
-    there = ingest(clips, tmp_path / "there", beam=how)
+    there = ingest(clips, tmp_path / "there", beam=beam_options)
     assert here == there
     files = sorted(path.name for path in (tmp_path / "here").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "there").iterdir())
@@ -78,36 +75,25 @@ def test_the_same_bytes(clips, tmp_path, how, monkeypatch, shard_bytes):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "here", "there"]
 
 
-def files_of(folder):
+def read_files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_crash_in_a_decoder_does_not_end_the_pipeline(clips, tmp_path, how, log):
+def test_a_crash_in_a_decoder_does_not_end_the_pipeline(clips, tmp_path, beam_options, log):
     (clips / "5.mp4").rename(clips / "5_crash.mp4")
-    report = ingest(clips, tmp_path / "out", config=IngestConfig(time_limit=60), beam=how)
+    report = ingest(clips, tmp_path / "out", config=IngestConfig(time_limit=60), beam=beam_options)
     assert [name for name, _ in report.quarantined] == ["3.mp4", "5_crash.mp4"]
     assert report.usable == 7
     assert report.passing == ()
 
 
-RUN = """
-import sys
-from apache_beam.options.pipeline_options import PipelineOptions
-from dit_video.data.records.cluster import Beam
-from dit_video.data.ingest import ingest, workers
-sys.path.insert(0, sys.argv[1])
-workers.MODULE = "interrupted_worker"
-ingest(sys.argv[2], sys.argv[3], beam=Beam(options=PipelineOptions([])))
-"""
-
-
-def test_a_killed_pipeline_inspects_nothing_again(clips, tmp_path, how, log):
+def test_a_killed_pipeline_inspects_nothing_again(clips, tmp_path, beam_options, log):
     for path in sorted(clips.glob("?.mp4")):
         path.rename(path.with_name(f"{path.stem}_slow.mp4"))
-    (tmp_path / "run.py").write_text(RUN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     run = subprocess.Popen(
-        [sys.executable, str(tmp_path / "run.py"), str(HERE), str(clips), str(tmp_path / "out")], env=environment
+        [sys.executable, str(PROGRAMS / "interrupted_beam_ingest.py"), str(clips), str(tmp_path / "out")],
+        env=environment,
     )
     deadline = time.monotonic() + HANG
     while not log.exists() or len(log.read_text().split()) < 4:
@@ -119,56 +105,48 @@ def test_a_killed_pipeline_inspects_nothing_again(clips, tmp_path, how, log):
     before = log.read_text().split()
     assert 4 <= len(before) < 9
     seen = []
-    ingest(clips, tmp_path / "out", beam=how, progress=lambda done, total: seen.append(done))
+    ingest(clips, tmp_path / "out", beam=beam_options, progress=lambda done, total: seen.append(done))
     assert seen[0] >= 3
     inspected = log.read_text().split()
     assert len(set(inspected)) == 9
     assert len(inspected) <= 9 + 1  # what was being decoded when it was killed
     ingest(clips, tmp_path / "undisturbed")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "undisturbed")
     assert not (tmp_path / "out.ingest").exists()
 
 
-def test_reasons_that_may_pass(clips, tmp_path, how, log):
+def test_clips_that_failed_for_transient_reasons_are_retried(clips, tmp_path, beam_options, log):
     (clips / "4.mp4").rename(clips / "4_unreadable.mp4")
     (clips / "5.mp4").rename(clips / "5_first.mp4")
-    report = ingest(clips, tmp_path / "out", beam=how)
+    report = ingest(clips, tmp_path / "out", beam=beam_options)
     assert report.passing == ("4_unreadable.mp4",)
     assert report.usable == 7
     log.unlink()
     (log.parent / "mended").touch()
-    assert ingest(clips, tmp_path / "out", beam=how, retry=True).usable == 8
+    assert ingest(clips, tmp_path / "out", beam=beam_options, retry=True).usable == 8
     assert log.read_text().split() == ["4_unreadable.mp4"]
     assert not (tmp_path / "out.ingest").exists()
 
 
-def test_workers_in_another_folder_than_the_source_is_named_in(clips, tmp_path, how, monkeypatch):
+def test_workers_may_run_in_another_folder(clips, tmp_path, beam_options, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def leave(done, total):
         os.chdir(tmp_path / "clips")
 
-    assert ingest("clips", "out", beam=how, progress=leave).usable == 8
+    assert ingest("clips", "out", beam=beam_options, progress=leave).usable == 8
     assert (tmp_path / "out" / "index.json").is_file()
 
 
-def test_a_workers_mistake_is_one_line(clips, tmp_path, how, monkeypatch):
-    (tmp_path / "mistaken_worker.py").write_text(
-        "from dit_video.data.ingest import inspection, worker\n"
-        "from dit_video.core.errors import UserError\n"
-        "def screen(*_):\n"
-        "    raise UserError('nothing works here')\n"
-        "inspection.screen = screen\n"
-        "worker.main()\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_user_error_of_a_worker_is_one_line(clips, tmp_path, beam_options, monkeypatch):
+    monkeypatch.syspath_prepend(PROGRAMS)
     monkeypatch.setattr(workers, "MODULE", "mistaken_worker")
     with pytest.raises(UserError, match=r"^nothing works here$"):
-        ingest(clips, tmp_path / "out", beam=how)
+        ingest(clips, tmp_path / "out", beam=beam_options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_clip_that_changes_after_its_inspection(clips, tmp_path, how):
+def test_a_clip_that_changes_after_its_inspection_ends_the_run(clips, tmp_path, beam_options):
     def change(done, total):
         if done == total:
             data = bytearray((clips / "4.mp4").read_bytes())
@@ -176,26 +154,26 @@ def test_a_clip_that_changes_after_its_inspection(clips, tmp_path, how):
             (clips / "4.mp4").write_bytes(data)
 
     with pytest.raises(UserError, match=r"^[^\n]*4\.mp4 has changed since it was inspected; leave[^\n]*$"):
-        ingest(clips, tmp_path / "out", beam=how, progress=change)
+        ingest(clips, tmp_path / "out", beam=beam_options, progress=change)
     assert not (tmp_path / "out").exists()
-    report = ingest(clips, tmp_path / "out", beam=how)
+    report = ingest(clips, tmp_path / "out", beam=beam_options)
     assert report.usable + len(report.quarantined) == 9
 
 
-def test_a_full_disk(clips, tmp_path, how):
+def test_a_full_disk_ends_the_run_with_advice(clips, tmp_path, beam_options):
     frames = np.random.default_rng(0).integers(0, 255, (1, 256, 256, 3), np.uint8)
     Clip(frames=frames, fps=1).save(clips / "large.png")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         with pytest.raises(UserError, match=r"^[^\n]*out cannot be written \(File too large\); free disk space[^\n]*$"):
-            ingest(clips, tmp_path / "out", beam=how)
+            ingest(clips, tmp_path / "out", beam=beam_options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert ingest(clips, tmp_path / "out", beam=how).usable == 9
+    assert ingest(clips, tmp_path / "out", beam=beam_options).usable == 9
 
 
-def test_the_command(clips, tmp_path, script):
+def test_the_command_runs_a_pipeline_or_explains_its_error(clips, tmp_path, script):
     ended = script("tools/ingest.py", clips, tmp_path / "out", "--beam=--runner=DirectRunner")
     assert ended.code == 0, ended.err
     assert "8 clips, 24 frames" in ended.out

@@ -24,7 +24,7 @@ def brute_force(hashes, distance):
 
 @st.composite
 def families(draw):
-    """Hashes in families, whose members differ in a few bits: chains of near-duplicates, and ties."""
+    """Return families of hashes whose members differ in a few bits: chains of near-duplicates, and ties."""
     length = draw(st.integers(1, 4))
     word = st.integers(0, 2**64 - 1)
     parents = draw(st.lists(st.tuples(*[word] * length), min_size=1, max_size=4))
@@ -39,12 +39,12 @@ def families(draw):
 
 @settings(max_examples=300, deadline=None)
 @given(families(), st.sampled_from([0, 1, 2, 3, 5, 6, MAX_BANDED_DISTANCE, MAX_BANDED_DISTANCE + 1, 20, 63, 64]))
-def test_equals_all_pairs(hashes, distance):
+def test_duplicates_equal_those_of_comparing_all_pairs(hashes, distance):
     assert drop_duplicates(hashes, distance=distance) == brute_force(hashes, distance)
 
 
 @pytest.mark.parametrize("distance", [0, 4, MAX_BANDED_DISTANCE, MAX_BANDED_DISTANCE + 1])
-def test_equals_all_pairs_among_many(distance):
+def test_duplicates_among_many_equal_those_of_comparing_all_pairs(distance):
     generator = np.random.default_rng(distance)
     parents = generator.integers(0, 2**64, (200, 2), np.uint64)
     hashes = []
@@ -57,8 +57,8 @@ def test_equals_all_pairs_among_many(distance):
     assert 0 < sum(first is not None for first in found) < len(found) - 200 * (distance > 0)
 
 
-def test_compares_few_of_many(monkeypatch):
-    """Work, not time: how many kept hashes are compared with each new one."""
+def test_few_pairs_of_many_hashes_are_compared(monkeypatch):
+    """The work is the number of kept hashes that each new one is compared with."""
     compared, count = 0, np.bitwise_count
 
     def counted(values):
@@ -81,12 +81,12 @@ def test_the_first_is_kept_and_chains_are_not_followed():
     assert drop_duplicates([(), ()], distance=64) == [None, None]
 
 
-def test_every_hash_must_be_near():
+def test_duplicates_are_near_in_every_hash():
     assert drop_duplicates([(0, 0), (0b11, 0b111), (0b111, 0)], distance=2) == [None, None, None]
     assert drop_duplicates([(0, 0), (0b11, 0b11)], distance=2) == [None, 0]
 
 
 @pytest.mark.parametrize("distance", [-1, 65])
-def test_impossible_distance(distance):
-    with pytest.raises(UserError, match="use 0 to 64"):
+def test_an_impossible_distance_is_refused(distance):
+    with pytest.raises(UserError, match="Use 0 to 64"):
         drop_duplicates([], distance=distance)

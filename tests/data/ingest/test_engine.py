@@ -1,4 +1,4 @@
-"""Ingest: what it keeps, what it sets aside, what it writes, and how it ends on bad input."""
+"""Ingest: kept and quarantined clips, written files, and ends on bad input."""
 
 import json
 import subprocess
@@ -38,11 +38,11 @@ def clips(tmp_path):
     return folder
 
 
-def left_in(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_keeps_bytes_captions_and_facts(clips, tmp_path):
+def test_ingest_keeps_bytes_captions_and_video_infos(clips, tmp_path):
     seen = []
     report = ingest(clips, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
     assert (report.files, report.usable_files, report.usable, report.frames, report.uncaptioned) == (3, 3, 3, 8, 1)
@@ -60,25 +60,25 @@ def test_keeps_bytes_captions_and_facts(clips, tmp_path):
     ]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["usable"] == 3
     assert IngestReport.read(tmp_path / "out") == report
-    assert left_in(tmp_path) == ["clips", "out"]
+    assert list_files(tmp_path) == ["clips", "out"]
 
 
-def test_nothing_is_left_among_temporary_files(clips, tmp_path, monkeypatch):
+def test_no_temporary_files_remain(clips, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))  # for the workers
     assert ingest(clips, tmp_path / "out").usable == 3
-    assert left_in(tmp_path / "temporary") == []
+    assert list_files(tmp_path / "temporary") == []
 
 
-def test_the_records_say_how_large_they_are(clips, tmp_path):
+def test_the_index_has_the_sizes_of_the_records(clips, tmp_path):
     ingest(clips, tmp_path / "out")
     info = tfds.builder_from_directory(tmp_path / "out").info
     files = list((tmp_path / "out").glob("*.array_record*"))
     assert info.dataset_size == sum(path.stat().st_size for path in files) > 500
 
 
-def test_splits(tmp_path):
+def test_splits_of_the_source_are_kept(tmp_path):
     clips = tmp_path / "clips"
     (clips / "ucfTrainTestlist").mkdir(parents=True)
     for group in (1, 8, 9):
@@ -107,7 +107,7 @@ def test_splits(tmp_path):
         assert source[index] == next(clips.rglob(Path(info.name).name)).read_bytes()
 
 
-def test_order_of_splits():
+def test_splits_have_a_fixed_order():
     assert builder.sort_splits(["test", "extra", "validation", "train", "test", "a"]) == [
         "train",
         "validation",
@@ -117,7 +117,7 @@ def test_order_of_splits():
     ]
 
 
-def test_what_the_screening_leaves_out_is_counted(clips, tmp_path):
+def test_clips_that_screening_drops_are_counted(clips, tmp_path):
     (clips / "sub" / "b.webm").write_bytes(b"broken")
     config = IngestConfig(screening=ScreeningConfig(min_seconds=0.3))
     write_clip(clips / "short.mp4", frames=2)
@@ -134,7 +134,7 @@ def test_what_the_screening_leaves_out_is_counted(clips, tmp_path):
         ingest(clips, tmp_path / "out")
 
 
-def test_near_duplicates_of_all_files(tmp_path):
+def test_near_duplicates_are_found_among_all_files(tmp_path):
     frames = np.random.default_rng(0).integers(0, 255, (1, 8, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     for name, height in (("a.png", 64), ("b.png", 48), ("c.png", 64)):
         picture = frames[:, :height] if name != "c.png" else frames[:, ::-1]
@@ -147,7 +147,7 @@ def test_near_duplicates_of_all_files(tmp_path):
     assert report.dropped_files == ("b.png",)
 
 
-def test_damaged_clips_are_set_aside(clips, tmp_path):
+def test_damaged_clips_are_quarantined(clips, tmp_path):
     (clips / "a.mp4").write_bytes((clips / "a.mp4").read_bytes()[:200])
     (clips / "c.png").write_bytes(b"")
     report = ingest(clips, tmp_path / "out")
@@ -158,7 +158,7 @@ def test_damaged_clips_are_set_aside(clips, tmp_path):
     assert ingest(clips, tmp_path / "out").quarantined == report.quarantined
 
 
-def test_no_usable_clip(clips, tmp_path):
+def test_a_source_without_usable_clips_is_refused(clips, tmp_path):
     for name in ("a.mp4", "sub/b.webm", "c.png"):
         (clips / name).write_bytes(b"broken")
     with pytest.raises(UserError, match=r"none of the 3 clips .* a\.mp4"):
@@ -187,7 +187,7 @@ def test_same_source_is_reused_and_another_refused(clips, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("when", [(2, 3), "writing"])
-def test_interrupted_leaves_its_journal(clips, tmp_path, when):
+def test_an_interrupted_run_leaves_its_journal(clips, tmp_path, when):
     seen = []
 
     def interrupt(done, total):
@@ -197,11 +197,11 @@ def test_interrupted_leaves_its_journal(clips, tmp_path, when):
 
     with pytest.raises(KeyboardInterrupt):
         ingest(clips, tmp_path / "out", progress=interrupt)
-    assert left_in(tmp_path) == ["clips", "out.ingest"]
-    assert left_in(tmp_path / "out.ingest") == ["journal.jsonl"]
+    assert list_files(tmp_path) == ["clips", "out.ingest"]
+    assert list_files(tmp_path / "out.ingest") == ["journal.jsonl"]
     ingest(clips, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
     assert ((2, 3) if when == (2, 3) else (3, 3)) in seen[-6:-2]
-    assert left_in(tmp_path) == ["clips", "out"]
+    assert list_files(tmp_path) == ["clips", "out"]
 
 
 def test_shards_keep_the_order(clips, tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def test_shards_keep_the_order(clips, tmp_path, monkeypatch):
     assert [source[i] for i in range(2)] == [(clips / name).read_bytes() for name in ("a.mp4", "c.png")]
 
 
-def test_how_many_shards():
+def test_the_number_of_shards_follows_from_clips_and_bytes():
     assert builder.count_shards(10, 0) == 1
     assert builder.count_shards(10, builder.SHARD_BYTES) == 10
     assert builder.count_shards(3, 10 * builder.SHARD_BYTES) == 3
@@ -221,7 +221,7 @@ def test_how_many_shards():
 
 
 def test_many_references_are_written_without_tensorflow(tmp_path, monkeypatch):
-    """TFDS's own way would hold all examples, and beyond its limit spill them through TensorFlow."""
+    """TFDS itself would hold all examples, and beyond a limit write them with TensorFlow."""
     from tensorflow_datasets.core import shuffle
 
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 20_000)
@@ -233,7 +233,7 @@ def test_many_references_are_written_without_tensorflow(tmp_path, monkeypatch):
     assert ingest(tmp_path / "clips", tmp_path / "out").usable == 5
 
 
-def test_a_clip_that_changes_after_its_inspection(clips, tmp_path):
+def test_a_clip_that_changes_after_its_inspection_ends_the_run(clips, tmp_path):
     def change(done, total):
         if done == total == 3:
             data = bytearray((clips / "c.png").read_bytes())
@@ -245,7 +245,7 @@ def test_a_clip_that_changes_after_its_inspection(clips, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_workers_is_a_number(clips, tmp_path):
+def test_numbers_below_one_are_refused(clips, tmp_path):
     with pytest.raises(UserError, match="workers=0"):
         ingest(clips, tmp_path / "out", workers=0)
     with pytest.raises(UserError, match="time_limit"):
@@ -266,27 +266,27 @@ def test_workers_is_a_number(clips, tmp_path):
         ("file_name,text\n", "holds no clips"),
     ],
 )
-def test_metadata_mistakes(clips, tmp_path, metadata, message):
+def test_mistakes_in_metadata_are_refused(clips, tmp_path, metadata, message):
     (clips / "metadata.csv").write_text(metadata)
     with pytest.raises(UserError, match=message):
         ingest(clips, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_not_utf8(clips, tmp_path):
+def test_captions_that_are_not_utf8_are_rejected(clips, tmp_path):
     (clips / "metadata.csv").write_bytes("file_name,text\na.mp4,été\nc.png,x\n".encode("latin-1"))
     report = ingest(clips, tmp_path / "out")
     assert (report.usable, report.rejected) == (1, (("a.mp4", "line 2: its caption is not UTF-8"),))
 
 
-def test_utf8_with_byte_order_mark(clips, tmp_path):
+def test_a_byte_order_mark_is_ignored(clips, tmp_path):
     (clips / "metadata.csv").write_text("file_name,text\na.mp4,x\n", encoding="utf-8-sig")
     report = ingest(clips, tmp_path / "out")
     assert report.usable == 1
     assert report.unlisted == ("c.png", "sub/b.webm")
 
 
-def test_no_source_and_a_destination_that_is_a_file(clips, tmp_path):
+def test_missing_sources_and_unusable_destinations_are_refused(clips, tmp_path):
     with pytest.raises(MissingError, match="no such folder"):
         ingest(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "file").write_text("x")
@@ -296,7 +296,7 @@ def test_no_source_and_a_destination_that_is_a_file(clips, tmp_path):
         ingest(clips, tmp_path / "file" / "out")
 
 
-def test_command(clips, tmp_path):
+def test_the_command_ingests_a_folder(clips, tmp_path):
     command = [sys.executable, str(REPOSITORY / "tools" / "ingest.py")]
     environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "", "JAX_PLATFORMS": "cpu"}
     arguments = [str(clips), str(tmp_path / "out")]
@@ -320,7 +320,7 @@ def test_command(clips, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_command_without_beam(clips, tmp_path, script, monkeypatch):
+def test_the_command_explains_that_beam_is_missing(clips, tmp_path, script, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     ended = script("tools/ingest.py", clips, tmp_path / "out", "--beam=--runner=DirectRunner")
     assert ended.code == 2
@@ -329,7 +329,7 @@ def test_command_without_beam(clips, tmp_path, script, monkeypatch):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real clips beside the checkout")
-def test_real_clips(tmp_path):
+def test_real_clips_are_ingested(tmp_path):
     report = ingest(SHARED, tmp_path / "out")
     assert report.usable == 21
     assert report.quarantined == ()

@@ -18,9 +18,7 @@ from dit_video.data.ingest import IngestConfig, ListedClip, ScreeningConfig, ing
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig
 from dit_video.data.ingest.journal import JOURNAL_FILE, PARTS_FOLDER, Journal, JournalPart, read_parts
 from dit_video.video import Clip
-from support.devices import HANG, wait_until
-
-HERE = Path(__file__).parents[2] / "support" / "programs"
+from support.devices import HANG, PROGRAMS, wait_until
 
 
 def write_clips(folder: Path, *names: str) -> None:
@@ -33,16 +31,16 @@ def write_clips(folder: Path, *names: str) -> None:
 
 @pytest.fixture
 def log(tmp_path, monkeypatch):
-    """Workers that write the names of what they inspect into this file."""
+    """Return the file into which workers write the names of clips that they inspect."""
     (tmp_path / "log").mkdir()
     monkeypatch.setenv("DIT_VIDEO_TEST_LOG", str(tmp_path / "log"))
-    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.syspath_prepend(PROGRAMS)
     monkeypatch.setattr(workers, "MODULE", "interrupted_worker")
     monkeypatch.setattr(workers, "_MEGABYTE", 1)
     return tmp_path / "log" / "inspected"
 
 
-def digests(folder: Path) -> dict[str, str]:
+def compute_digests(folder: Path) -> dict[str, str]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -69,7 +67,7 @@ def test_lost_workers_name_their_clips(tmp_path, log, monkeypatch):
     }
 
 
-def test_workers_that_cannot_start(tmp_path, monkeypatch):
+def test_workers_that_cannot_start_end_the_run(tmp_path, monkeypatch):
     write_clips(tmp_path / "clips", "a.mp4")
     monkeypatch.setattr(workers, "MODULE", "no_such_module")
     with pytest.raises(UserError, match="could not start"):
@@ -93,27 +91,15 @@ def test_a_mistake_in_the_screening_ends_the_run(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-RUN = """
-import sys
-from pathlib import Path
-from dit_video.data.ingest import ingest, workers
-if __name__ != "__main__":
-    raise SystemExit("the script was run again by a worker")
-sys.path.insert(0, sys.argv[1])
-workers.MODULE = "interrupted_worker"
-ingest(sys.argv[2], sys.argv[3], workers=1)
-"""
-
-
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log):
     names = ["0.mp4", "1.mp4", "2.mp4", "3_held.mp4", "4.mp4", "5.mp4"]
     write_clips(tmp_path / "clips", *names, "broken.mp4")
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"broken")
     clips, out = tmp_path / "clips", tmp_path / "out"
-    # No guard in the script: workers do not run it again.
-    (tmp_path / "run.py").write_text(RUN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    run = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(HERE), str(clips), str(out)], env=environment)
+    run = subprocess.Popen(
+        [sys.executable, str(PROGRAMS / "interrupted_ingest.py"), str(clips), str(out)], env=environment
+    )
     wait_until(lambda: run.poll() is not None or (log.exists() and len(log.read_text().split()) >= 4))
     assert run.poll() is None
     run.send_signal(signal.SIGKILL)
@@ -134,8 +120,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log):
 
     ingest(clips, tmp_path / "one", workers=1)
     ingest(clips, tmp_path / "three", workers=3)
-    assert digests(out) == digests(tmp_path / "one") == digests(tmp_path / "three")
-    assert {"index.json", "report.json", "features.json", "dataset_info.json"} < digests(out).keys()
+    assert compute_digests(out) == compute_digests(tmp_path / "one") == compute_digests(tmp_path / "three")
+    assert {"index.json", "report.json", "features.json", "dataset_info.json"} < compute_digests(out).keys()
     assert all(str(tmp_path).encode() not in path.read_bytes() for path in out.iterdir())
 
 
@@ -146,7 +132,7 @@ def test_files_that_a_killed_run_left_are_no_part_of_the_result(tmp_path):
         (tmp_path / "out.ingest" / name / "half").write_text("half")
     ingest(tmp_path / "clips", tmp_path / "out")
     ingest(tmp_path / "clips", tmp_path / "other")
-    assert digests(tmp_path / "out") == digests(tmp_path / "other")
+    assert compute_digests(tmp_path / "out") == compute_digests(tmp_path / "other")
 
 
 def test_a_changed_clip_is_inspected_again(tmp_path, log):
@@ -163,8 +149,8 @@ def test_a_changed_clip_is_inspected_again(tmp_path, log):
     assert sorted(log.read_text().split()) == ["a.mp4", "b.mp4", "b.mp4"]
 
 
-def test_a_clip_of_other_bytes_at_the_same_time_of_change(tmp_path, log):
-    """The journal cannot see it, the second pass does: what was known of it is forgotten, and the next run goes on."""
+def test_a_clip_that_changed_without_a_new_modification_time_is_found_out(tmp_path, log):
+    """Only the second pass notices it: it forgets the clip's inspection, and the next run continues."""
     write_clips(tmp_path / "clips", "a.mp4", "b.mp4")
     path = tmp_path / "clips" / "b.mp4"
 
@@ -182,7 +168,7 @@ def test_a_clip_of_other_bytes_at_the_same_time_of_change(tmp_path, log):
     assert sorted(log.read_text().split()) == ["a.mp4", "b.mp4", "b.mp4"]
 
 
-def test_a_destination_that_somebody_fills_meanwhile(tmp_path):
+def test_a_destination_that_somebody_fills_meanwhile_is_not_overwritten(tmp_path):
     write_clips(tmp_path / "clips", "a.mp4")
 
     def fill(done, total):
@@ -194,55 +180,55 @@ def test_a_destination_that_somebody_fills_meanwhile(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
 
 
-def journal_of(folder, config=ScreeningConfig()):  # noqa: B008
+def open_journal(folder, config=ScreeningConfig()):  # noqa: B008
     return Journal(folder, (config, 1.0))
 
 
-def test_journal(tmp_path):
+def test_a_journal_returns_the_results_of_unchanged_clips(tmp_path):
     path = tmp_path / "clip"
     path.write_text("x")
     clip = ListedClip("clip", (), 1, str(path))
     verdict = Inspection("", "00", (), (("clip#1", "too short"),), modified=path.stat().st_mtime_ns)
-    with journal_of(tmp_path / "work") as journal:
+    with open_journal(tmp_path / "work") as journal:
         assert journal.get(clip) is None
         journal.put(clip, verdict)
         with pytest.raises(UserError, match="another process"):
-            journal_of(tmp_path / "work")
+            open_journal(tmp_path / "work")
     with (tmp_path / "work" / JOURNAL_FILE).open("ab") as file:
         file.write(b'not json\n{"clip": 3}\n[]\n{"torn": ')
-    with journal_of(tmp_path / "work") as journal:
+    with open_journal(tmp_path / "work") as journal:
         assert journal.get(clip) == verdict
         assert journal.get(clip._replace(size=2)) is None
         assert journal.get(clip._replace(name="other")) is None
         journal.put(clip._replace(name="other"), verdict)
-    with journal_of(tmp_path / "work") as journal:
+    with open_journal(tmp_path / "work") as journal:
         assert journal.get(clip._replace(name="other")) == verdict
-    with journal_of(tmp_path / "work", ScreeningConfig(min_size=8)) as journal:
+    with open_journal(tmp_path / "work", ScreeningConfig(min_size=8)) as journal:
         assert journal.get(clip) is None
         journal.put(clip, verdict)
         journal.forget([clip])
-    with journal_of(tmp_path / "work", ScreeningConfig(min_size=8)) as journal:
+    with open_journal(tmp_path / "work", ScreeningConfig(min_size=8)) as journal:
         assert journal.get(clip) is None
     os.utime(path, ns=(1, 1))
-    with journal_of(tmp_path / "work") as journal:
+    with open_journal(tmp_path / "work") as journal:
         assert journal.get(clip) is None
         journal.put(clip, verdict._replace(reason="no memory", transient=True, modified=1))
-    with journal_of(tmp_path / "work") as journal:
+    with open_journal(tmp_path / "work") as journal:
         assert journal.get(clip) is None
         journal.put(clip, verdict._replace(modified=1))
-    with journal_of(tmp_path / "work") as journal:
+    with open_journal(tmp_path / "work") as journal:
         assert journal.get(clip) == verdict._replace(modified=1)
 
 
-def test_parts_of_a_journal(tmp_path):
-    """A worker's lines are read by the run that it works for, and what is kept of them by the next one."""
+def test_results_of_workers_are_merged_into_the_journal(tmp_path):
+    """A worker's lines are read by its own run, and those that are kept by the next run."""
     clips = []
     for name in ("a", "b", "c"):
         (tmp_path / name).write_text("x")
         clips.append(ListedClip(name, (), 1, str(tmp_path / name)))
     verdicts = [Inspection("", name, modified=(tmp_path / name).stat().st_mtime_ns) for name in ("a", "b")]
     failed = Inspection("cannot be read", transient=True)
-    with journal_of(tmp_path / "work") as journal:
+    with open_journal(tmp_path / "work") as journal:
         parts = [JournalPart(tmp_path / "work", journal.settings) for _ in range(2)]
         parts[0].put(clips[0], verdicts[0])
         parts[1].put(clips[1], failed)
@@ -250,14 +236,14 @@ def test_parts_of_a_journal(tmp_path):
         parts[0].put(clips[1], verdicts[1])
     with next((tmp_path / "work" / PARTS_FOLDER).iterdir()).open("ab") as file:
         file.write(b'{"clip": "torn')
-    with journal_of(tmp_path / "work") as journal:
+    with open_journal(tmp_path / "work") as journal:
         assert [journal.get(clip) for clip in clips] == [*verdicts, None]
     assert list((tmp_path / "work" / PARTS_FOLDER).iterdir()) == []
-    with journal_of(tmp_path / "work") as journal:
+    with open_journal(tmp_path / "work") as journal:
         assert [journal.get(clip) for clip in clips] == [*verdicts, None]
 
 
-def test_a_verdict_comes_back_from_the_journal_whole(tmp_path):
+def test_an_inspection_is_the_same_after_the_journal(tmp_path):
     frames = np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3), np.uint8)
     Clip(frames=frames, fps=4).save(tmp_path / "a.mp4")
     size = (tmp_path / "a.mp4").stat().st_size
@@ -279,8 +265,8 @@ def tiny_disk(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["disk", "limit"])
-def test_a_full_disk(tmp_path, kind):
-    """On a disk of 100 kB where the user may mount one, and by the limit on a file's size."""
+def test_a_full_disk_ends_the_run_and_the_next_one_continues(tmp_path, kind):
+    """The disk has 100 kB if the user may mount one; otherwise the size of a file is limited."""
     frames = np.random.default_rng(0).integers(0, 255, (1, 256, 256, 3), np.uint8)
     (tmp_path / "clips").mkdir()
     Clip(frames=frames, fps=1).save(tmp_path / "clips" / "a.png")
@@ -308,7 +294,7 @@ def test_a_full_disk(tmp_path, kind):
         assert ingest(tmp_path / "clips", disk / "out").usable == 1
 
 
-def test_how_many_processes():
+def test_the_number_of_processes_follows_from_the_clips():
     clips = [(number, ListedClip(str(number), (), 300_000, "")) for number in range(100)]
     assert workers.count_useful_processes(clips, 4) == 4
     assert workers.count_useful_processes(clips[:2], 4) == 1

@@ -23,19 +23,19 @@ lumas = arrays.arrays(
 
 
 def texture(height=96, width=128, *, seed=0):
-    """Smooth light and dark spots."""
+    """Return a picture of smooth light and dark spots."""
     noise = np.random.default_rng(seed).random((height, width))
     smooth = scipy.ndimage.gaussian_filter(noise, 6, mode="wrap")
     return np.rint(255 * (smooth - smooth.min()) / (smooth.max() - smooth.min())).astype(np.uint8)
 
 
-def test_luma_of_colours():
+def test_luma_weighs_the_colours():
     colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 200, 200]]], np.uint8)
     np.testing.assert_allclose(measures.luma(colours), [[76.245, 149.685, 29.07, 200]], rtol=1e-5)
 
 
 @given(lumas, st.floats(-50, 50))
-def test_difference_of_a_brightened_picture(luma, change):
+def test_a_brightened_picture_differs_by_its_change_of_luma(luma, change):
     assert measures.mean_difference(luma, luma) == 0
     assert measures.mean_difference(luma, luma + change) == pytest.approx(abs(change), abs=1e-9)
 
@@ -63,7 +63,7 @@ def test_blur_lowers_sharpness():
 
 
 @given(top=st.integers(0, 20), bottom=st.integers(0, 20), left=st.integers(0, 20), right=st.integers(0, 20))
-def test_borders_of_any_width(top, bottom, left, right):
+def test_borders_of_any_width_are_found(top, bottom, left, right):
     picture = np.full((64, 80), 100, np.uint8)
     picture[:top] = picture[64 - bottom :] = 16
     picture[:, :left] = picture[:, 80 - right :] = 0
@@ -72,7 +72,7 @@ def test_borders_of_any_width(top, bottom, left, right):
     assert found.compute_area_share(64, 80) == pytest.approx((picture != 100).mean())
 
 
-def test_borders_pass_over_specks_and_stop_at_dark_scenes():
+def test_borders_ignore_specks_and_stop_at_dark_scenes():
     picture = np.full((50, 200), 17, np.uint8)
     picture[:10] = 3
     picture[4, 7] = 255
@@ -84,7 +84,7 @@ def test_borders_pass_over_specks_and_stop_at_dark_scenes():
 
 
 @given(st.integers(0, 1000))
-def test_the_hash_is_of_the_low_frequencies(seed):
+def test_the_hash_depends_on_low_frequencies(seed):
     luma = texture(40, 56, seed=seed).astype(np.float64)
     low = scipy.fft.dct(scipy.fft.dct(luma, axis=0), axis=1)[1:9, 1:9].ravel()
     expected = sum(1 << bit for bit in range(64) if low[bit] > np.median(low))
@@ -92,7 +92,7 @@ def test_the_hash_is_of_the_low_frequencies(seed):
     assert expected.bit_count() == 32
 
 
-def test_the_hash_survives_what_copies_go_through():
+def test_the_hash_is_robust_to_copies():
     frame = np.repeat(texture()[..., None], 3, axis=-1)
     bits = measures.perceptual_hash(measures.luma(frame))
     assert bits is not None
@@ -117,7 +117,7 @@ def sample(steps=1, difference=0.0, *, black=False, sharpness=0.0, hash=None, bo
     return FrameSample(0, steps, difference, black, sharpness, hash, borders, 100, 200)
 
 
-def test_motion_is_change_a_second():
+def test_motion_is_the_change_per_second():
     # 8 differences in 1 s; what came before the first sample is another shot's.
     assert samples.compute_motion([sample(difference=200.0), *[sample(difference=3.0)] * 8]) == pytest.approx(24)
     # The same change in pictures that are shown longer.
@@ -125,7 +125,7 @@ def test_motion_is_change_a_second():
     assert samples.compute_motion([sample(difference=9.0)]) == 0
 
 
-def test_frozen_time():
+def test_frozen_time_is_the_share_of_still_frames():
     moving, still = sample(difference=5.0), sample(difference=0.1)
     assert samples.compute_frozen_share([moving] * 9) == 0
     assert samples.compute_frozen_share([moving, *[still] * 8, *[moving] * 8]) == pytest.approx(8 / 16)
@@ -148,7 +148,7 @@ def test_sharpness_is_of_pictures_that_are_not_black():
     assert samples.compute_median_sharpness([sample(black=True)]) == 0
 
 
-def test_letterbox_is_what_nine_pictures_of_ten_have():
+def test_the_letterbox_is_that_of_nine_pictures_in_ten():
     barred, subtitled = sample(borders=Borders(10, 12, 0, 0)), sample(borders=Borders(10, 2, 0, 0))
     black = sample(black=True)
     assert samples.find_letterbox([barred] * 19 + [subtitled] + [black] * 9, 100, 200) == Borders(10, 12, 0, 0)
@@ -166,7 +166,7 @@ def test_hashes_are_spread_over_the_clip():
     assert samples.select_hashes([sample(), sample()]) is None
 
 
-def test_caption_statistics():
+def test_caption_statistics_count_words_and_lengths():
     found = compute_caption_statistics(
         [("A dog runs.", "The dog's run"), (), ("a DOG runs.",), ("A dog runs.",), ("  ",)]
     )
@@ -184,7 +184,7 @@ def test_caption_statistics():
     }
 
 
-def test_captions_long_and_none():
+def test_long_and_missing_captions_are_counted():
     none = compute_caption_statistics([(), ()])
     assert (none.captions, none.words, none.characters, none.frequent_words) == (0, None, None, ())
     long = compute_caption_statistics([("word " * 20_000,)] * 2)

@@ -17,17 +17,17 @@ from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot, screen
 from dit_video.video import Clip, encode, probe
 
 MEASURE = ScreeningConfig(min_motion=0, max_black=1, max_frozen=1, max_letterbox=1, min_sharpness=0, duplicates=4)
-"""Every measure, and nothing is dropped."""
+"""Config with every measure and without limits."""
 
 
 def greys(levels, height=32, width=48):
-    """A plain frame for every level."""
+    """Return a plain frame for every level."""
     levels = np.asarray(levels, np.uint8)
     return np.broadcast_to(levels[:, None, None, None], (len(levels), height, width, 3)).copy()
 
 
 def drifting(count, height=96, width=128, *, seed=0, speed=2):
-    """Spots of light and dark that move to the side."""
+    """Return frames of light and dark spots that move sideways."""
     noise = np.random.default_rng(seed).random((height, width))
     smooth = scipy.ndimage.gaussian_filter(noise, 5, mode="wrap")
     picture = np.rint(40 + 200 * (smooth - smooth.min()) / (smooth.max() - smooth.min())).astype(np.uint8)
@@ -35,7 +35,7 @@ def drifting(count, height=96, width=128, *, seed=0, speed=2):
 
 
 def lossless(frames, milliseconds, *, aspect=1):
-    """A lossless file with the frames at these times; a pixel is so much wider than high."""
+    """Encode a lossless file with the frames at these times; `aspect` is a pixel's width to its height."""
     buffer = io.BytesIO()
     container, codec, pixel_format = ("matroska", "ffv1", "bgr0") if aspect == 1 else ("mov", "png", "rgb24")
     with av.open(buffer, "w", format=container) as output:
@@ -52,7 +52,7 @@ def lossless(frames, milliseconds, *, aspect=1):
 
 
 def rotated(content):
-    """An mp4 that players turn clockwise, as phones write portrait."""
+    """Return an mp4 that players turn clockwise, as phones write portrait video."""
     at = content.index(b"tkhd") + 4 + 4 + 20 + 16
     matrix = np.asarray([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
     return content[:at] + matrix + content[at + 36 :]
@@ -62,7 +62,7 @@ def mp4(frames, fps=8.0):
     return encode(Clip(frames, fps=fps), "mp4")
 
 
-def only(content, config=MEASURE) -> Shot:
+def screen_single_shot(content, config=MEASURE) -> Shot:
     screened = screen(content, "clip", config)
     assert screened.dropped == ()
     (shot,) = screened.shots
@@ -84,9 +84,9 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_facts_are_as_probed(kind, monkeypatch):
+def test_video_infos_equal_those_of_probing(kind, monkeypatch):
     content = FILES[kind]()
-    facts, measured = probe(content), only(content)
+    facts, measured = probe(content), screen_single_shot(content)
     expected = Shot(name="clip", start=0.0, **vars(facts))
     for name in ("frames", "fps", "seconds", "height", "width", "codec", "start", "name"):
         assert getattr(measured, name) == getattr(expected, name), name
@@ -94,18 +94,18 @@ def test_facts_are_as_probed(kind, monkeypatch):
     monkeypatch.setattr(quality_filter, "ThumbnailMaker", None)
     screened = screen(content, "clip", ScreeningConfig())
     assert (screened.shots, screened.dropped) == ((expected,), ())
-    assert only(content, ScreeningConfig(min_size=2, max_seconds=3)) == expected
+    assert screen_single_shot(content, ScreeningConfig(min_size=2, max_seconds=3)) == expected
 
 
 def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
     calls, frames, alive, probe = 0, [], [], quality_filter.probe
 
-    def counted(encoded, *, see):
+    def counted(encoded, *, on_frame):
         nonlocal calls
         calls += 1
 
         def look(time, frame):
-            see(time, frame)
+            on_frame(time, frame)
             frames.append(time)
             if len(frames) % 10 == 1:
                 alive.append(sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()))
@@ -114,33 +114,33 @@ def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
 
     monkeypatch.setattr(quality_filter, "probe", counted)
     gc.collect()
-    only(mp4(drifting(60), fps=30))
+    screen_single_shot(mp4(drifting(60), fps=30))
     assert calls == 1
     assert len(frames) == 60
     assert max(alive) <= alive[0] + 3
 
 
-def test_only_what_is_asked_for_is_said():
-    shot = only(mp4(drifting(4)), ScreeningConfig(max_black=1))
+def test_only_requested_measures_are_returned():
+    shot = screen_single_shot(mp4(drifting(4)), ScreeningConfig(max_black=1))
     assert shot.black == 0
     assert (shot.motion, shot.frozen, shot.sharpness, shot.letterbox, shot.hash) == (None,) * 5
 
 
 @pytest.mark.parametrize(("fps", "levels_a_second"), [(4.0, 24), (8.0, 48), (16.0, 96)])
-def test_motion_is_a_change_of_light_in_a_second(fps, levels_a_second):
+def test_motion_is_the_change_of_luma_per_second(fps, levels_a_second):
     content = mp4(greys(20 + 6 * np.arange(33)), fps=fps)
-    assert only(content).motion == pytest.approx(levels_a_second, rel=0.03)
+    assert screen_single_shot(content).motion == pytest.approx(levels_a_second, rel=0.03)
 
 
-def test_motion_goes_by_timestamps():
+def test_motion_depends_on_timestamps():
     levels, times = greys([50, 60, 70, 80, 90]), np.array([0, 125, 1000, 1500, 2000])
     # The last frame is shown as long as an average one, half a second or a quarter: samples until 2.375 s or 1.125 s.
-    assert only(lossless(levels, times)).motion == pytest.approx(40 / 2.375)
-    assert only(lossless(levels, times // 2)).motion == pytest.approx(40 / 1.125)
+    assert screen_single_shot(lossless(levels, times)).motion == pytest.approx(40 / 2.375)
+    assert screen_single_shot(lossless(levels, times // 2)).motion == pytest.approx(40 / 1.125)
 
 
 @pytest.mark.parametrize("detector", ["content", "adaptive"])
-def test_shots_go_by_timestamps(detector):
+def test_shots_depend_on_timestamps(detector):
     pytest.importorskip("scenedetect")
     frames = np.concatenate([greys([60] * 20), greys([200] * 10)])
     content = lossless(frames, np.concatenate([40 * np.arange(20), 1000 + 200 * np.arange(10)]))
@@ -150,30 +150,30 @@ def test_shots_go_by_timestamps(detector):
     assert (first.fps, second.fps) == (pytest.approx(25), pytest.approx(5))
 
 
-def test_black_and_frozen_time():
+def test_black_and_frozen_time_are_measured():
     # A second of black, two of one picture, one of movement.
     frames = np.concatenate([np.zeros((8, 96, 128, 3), np.uint8), drifting(1).repeat(16, axis=0), drifting(8, seed=3)])
-    shot = only(lossless(frames, 125 * np.arange(32)))
+    shot = screen_single_shot(lossless(frames, 125 * np.arange(32)))
     assert shot.black == pytest.approx(8 / 32)
     assert shot.frozen == pytest.approx(15 / 31)  # 31 steps from picture to picture; those of black last 7/8 s
-    assert only(mp4(frames)).black == pytest.approx(8 / 32)  # in limited range, and lossy
-    assert only(mp4(greys([40] * 5))).frozen == 1
+    assert screen_single_shot(mp4(frames)).black == pytest.approx(8 / 32)  # in limited range, and lossy
+    assert screen_single_shot(mp4(greys([40] * 5))).frozen == 1
 
 
-def test_letterbox_in_pixels_as_shown():
+def test_the_letterbox_is_in_displayed_pixels():
     frames = drifting(8, 90, 160) // 2 + 60
     frames[:, :12] = frames[:, 90 - 10 :] = frames[:, :, :6] = 0
     content = mp4(frames)
-    shot = only(content)
+    shot = screen_single_shot(content)
     np.testing.assert_allclose(shot.letterbox, (12, 10, 6, 0), atol=1)
     # Clockwise: what was on the left is above, what was below is on the left.
-    np.testing.assert_allclose(only(rotated(content)).letterbox, (6, 0, 10, 12), atol=1)
+    np.testing.assert_allclose(screen_single_shot(rotated(content)).letterbox, (6, 0, 10, 12), atol=1)
     share = 1 - 68 * 154 / (90 * 160)
     assert shot.letterbox.compute_area_share(90, 160) == pytest.approx(share, abs=0.02)
-    assert only(content, ScreeningConfig(max_letterbox=share + 0.03)).letterbox == shot.letterbox
+    assert screen_single_shot(content, ScreeningConfig(max_letterbox=share + 0.03)).letterbox == shot.letterbox
     assert screen(content, "a", ScreeningConfig(max_letterbox=share - 0.03)).dropped[0][1].startswith("letterbox 0.2")
-    assert only(mp4(drifting(8))).letterbox == Borders(0, 0, 0, 0)
-    wide = only(lossless(frames, 100 * np.arange(8), aspect=2))
+    assert screen_single_shot(mp4(drifting(8))).letterbox == Borders(0, 0, 0, 0)
+    wide = screen_single_shot(lossless(frames, 100 * np.arange(8), aspect=2))
     assert wide.width == 320
     np.testing.assert_allclose(wide.letterbox, (12, 10, 12, 0), atol=1)
 
@@ -185,14 +185,14 @@ def test_transparent_pixels_are_black():
     image[:16, :, 3] = 0
     frame = av.VideoFrame.from_ndarray(image, format="rgba")
     content = b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
-    assert only(content).letterbox == Borders(16, 0, 0, 0)
+    assert screen_single_shot(content).letterbox == Borders(16, 0, 0, 0)
 
 
 def test_sharpness_tells_blur_at_any_size():
     frames = np.random.default_rng(0).integers(0, 256, (1, 36, 48, 3)).astype(np.uint8).repeat(6, axis=0)
     sharp = pixels.resize(frames, 144, 192)
     blurred = np.stack([scipy.ndimage.gaussian_filter(frame, (4, 4, 0)) for frame in sharp])
-    values = [only(mp4(clip)).sharpness for clip in (sharp, pixels.resize(sharp, 288, 384), blurred)]
+    values = [screen_single_shot(mp4(clip)).sharpness for clip in (sharp, pixels.resize(sharp, 288, 384), blurred)]
     assert values[1] == pytest.approx(values[0], rel=0.2)
     assert values[2] < values[0] / 10
 
@@ -209,7 +209,7 @@ def test_copies_are_near_duplicates_and_others_are_not():
         mp4(greys([200] * 24)),
         mp4(frames[::-1].copy()),
     ]
-    hashes = [only(content).hash for content in contents]
+    hashes = [screen_single_shot(content).hash for content in contents]
     assert drop_duplicates(hashes, distance=6) == [None, None, 0, 0, 0, None, None, None]
     assert hashes[5] is None  # a plain picture is like no other
 
@@ -236,7 +236,7 @@ IMAGE, CLIP = encode(Clip(drifting(1), fps=1), "png"), mp4(drifting(9))
         (CLIP, {"min_size": 97, "min_seconds": 9}, "size 96 px is below 97"),
     ],
 )
-def test_limits(content, limits, reason):
+def test_clips_beyond_a_limit_are_dropped_with_a_reason(content, limits, reason):
     screened = screen(content, "a/b.mp4", ScreeningConfig(**limits))
     assert screened.dropped == (() if reason is None else (("a/b.mp4", reason),))
     assert [shot.name for shot in screened.shots] == (["a/b.mp4"] if reason is None else [])
@@ -254,7 +254,7 @@ def test_limits(content, limits, reason):
         ({"shot_threshold": 30}, "set shots"),
     ],
 )
-def test_impossible_limits(fields, message):
+def test_impossible_limits_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         ScreeningConfig(**fields)
 
@@ -265,7 +265,7 @@ def test_impossible_limits(fields, message):
     [b"", b"no video", CLIP[: len(CLIP) // 2]],
     ids=["empty", "text", "cut"],
 )
-def test_unreadable_files(content, config):
+def test_unreadable_files_are_reported(content, config):
     with pytest.raises(DecodeError):
         screen(content, "clip", config)
 
@@ -284,7 +284,7 @@ def test_damaged_files_are_judged_as_probing_does(kind):
             with pytest.raises(DecodeError):
                 screen(damaged.tobytes(), "clip", MEASURE)
         else:
-            shot = only(damaged.tobytes())
+            shot = screen_single_shot(damaged.tobytes())
             assert (shot.frames, shot.seconds, shot.height) == (expected.frames, expected.seconds, expected.height)
             readable += 1
     assert 0 < readable < 30
@@ -294,10 +294,12 @@ SHARED = Path(__file__).parents[3].parent / "shared" / "clips"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real clips beside the checkout")
-def test_real_clips():
-    pillars = only((SHARED / "crystal.webm").read_bytes())
+def test_real_clips_are_screened():
+    pillars = screen_single_shot((SHARED / "crystal.webm").read_bytes())
     assert pillars.letterbox == Borders(0, 0, 8, 8)
-    fading, walking = (only((SHARED / name).read_bytes()) for name in ("big_buck_bunny_clouds.mp4", "walk.mkv"))
+    fading, walking = (
+        screen_single_shot((SHARED / name).read_bytes()) for name in ("big_buck_bunny_clouds.mp4", "walk.mkv")
+    )
     assert 0.1 < fading.black < 0.2
     assert walking.black == walking.frozen == 0
     assert 15 < walking.motion < 40 < fading.motion

@@ -1,4 +1,4 @@
-"""Files that are stored anew on request: which, in what size, with which facts; the same way however the run goes."""
+"""Reencoded files: their choice, sizes and video infos, the same however the run proceeds."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ LIMITS = ReencodeConfig(max_pixels=48 * 64, fps=8, crf=10)
 
 
 def smooth(frames: int, height: int, width: int) -> np.ndarray:
-    """Waves that move."""
+    """Return frames of moving waves."""
     y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
     waves = [
         np.stack([np.sin(6 * x + channel + 0.3 * frame) + np.cos(4 * y - channel) for channel in range(3)], axis=-1)
@@ -37,7 +37,7 @@ def smooth(frames: int, height: int, width: int) -> np.ndarray:
 
 
 def turned(encoded: bytes) -> bytes:
-    """The file with the note that it is to be shown turned by 90°."""
+    """Return the file with metadata that turns its display by 90°."""
     out = io.BytesIO()
     with av.open(io.BytesIO(encoded)) as source, av.open(out, "w", format="mp4") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -73,7 +73,7 @@ KEPT = {"small.jpg", "small.mp4"}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, IngestReport]:
+def reencoded(tmp_path_factory) -> tuple[Path, IngestReport]:
     root = tmp_path_factory.mktemp("reencoding")
     (root / "clips").mkdir()
     for name, content in sources().items():
@@ -81,8 +81,8 @@ def made(tmp_path_factory) -> tuple[Path, IngestReport]:
     return root, ingest(root / "clips", root / "data", config=IngestConfig(reencode=LIMITS), workers=2)
 
 
-def test_what_is_over_a_limit_is_stored_anew(made):
-    root, _ = made
+def test_files_beyond_a_limit_are_reencoded(reencoded):
+    root, _ = reencoded
     source = ClipSource(root / "data")
     stored = {info.name: (source[index], info) for index, info in enumerate(source.infos)}
     before = sources()
@@ -119,8 +119,8 @@ def test_what_is_over_a_limit_is_stored_anew(made):
     )
 
 
-def test_it_is_recorded(made):
-    root, report = made
+def test_reencoded_files_are_recorded(reencoded):
+    root, report = reencoded
     before = sources()
     anew = before.keys() - KEPT
     source = ClipSource(root / "data")
@@ -138,24 +138,24 @@ def test_it_is_recorded(made):
     assert not (root / "data.ingest").exists()
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "REPORT.html"}
 
 
-def test_the_same_bytes_however_many_processes(made, tmp_path):
-    root, report = made
+def test_the_same_bytes_however_many_processes(reencoded, tmp_path):
+    root, report = reencoded
     again = ingest(root / "clips", tmp_path / "again", config=IngestConfig(reencode=LIMITS), workers=1)
     assert again == report
-    assert files_of(tmp_path / "again") == files_of(root / "data")
+    assert read_files(tmp_path / "again") == read_files(root / "data")
 
 
-def test_the_same_bytes_by_beam(made, tmp_path, monkeypatch):
+def test_the_same_bytes_by_beam(reencoded, tmp_path, monkeypatch):
     pytest.importorskip("apache_beam")
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
     monkeypatch.setattr(sys, "argv", sys.argv[:1])  # Beam reads them
-    root, report = made
+    root, report = reencoded
     how = builder.BeamOptions(runner=FnApiRunner(), options=PipelineOptions([]))
     again = ingest(root / "clips", tmp_path / "again", config=IngestConfig(reencode=LIMITS), beam=how)
     assert again == report
@@ -164,16 +164,16 @@ def test_the_same_bytes_by_beam(made, tmp_path, monkeypatch):
     assert [second[index] for index in range(len(second))] == [first[index] for index in range(len(first))]
 
 
-def test_another_option_is_another_data_set(made):
-    root, _ = made
+def test_other_options_make_another_data_set(reencoded):
+    root, _ = reencoded
     assert ingest(root / "clips", root / "data", config=IngestConfig(reencode=LIMITS)).reused
     for other in (ReencodeConfig(), dataclasses.replace(LIMITS, crf=11), ReencodeConfig(max_pixels=48 * 64)):
         with pytest.raises(UserError, match="holds another data set"):
             ingest(root / "clips", root / "data", config=IngestConfig(reencode=other))
 
 
-def test_a_killed_run_does_not_do_it_again(tmp_path, monkeypatch):
-    """But for a file that is gone, or is not whole; and for all of them under another option."""
+def test_a_killed_run_does_not_reencode_files_again(tmp_path, monkeypatch):
+    """Files that are missing or incomplete are reencoded again, and all of them with another option."""
     (tmp_path / "clips").mkdir()
     names = ["large.mp4", "photo.jpg", "small.mp4"]
     for name in names:
@@ -209,7 +209,7 @@ def test_a_killed_run_does_not_do_it_again(tmp_path, monkeypatch):
     assert (report.usable, report.reencoded) == (3, 2)
 
 
-def test_shots_begin_where_they_did(tmp_path):
+def test_shots_begin_at_the_same_times_after_reencoding(tmp_path):
     pytest.importorskip("scenedetect")
     levels = [20, 220, 60, 240]
     lengths = [13, 17, 12, 30]  # of 24 frames a second
@@ -252,7 +252,7 @@ def one(folder: Path, name: str, content: bytes) -> ListedClip:
     return next(clip for clip in list_clips(folder).clips if clip.name == name)
 
 
-def test_what_cannot_be_stored_anew_is_quarantined(tmp_path, monkeypatch):
+def test_files_that_cannot_be_reencoded_are_quarantined(tmp_path, monkeypatch):
     config = InspectionConfig(reencode=ReencodeConfig(max_pixels=1000), folder=str(tmp_path / "anew"))
     wide = one(tmp_path, "wide.png", encode(Clip(frames=np.zeros((1, 2, 60_000, 3), np.uint8), fps=1), "png"))
     assert inspect(wide, config).reason == "frames of 2x60000 cannot be shrunk to 1000 pixels at their aspect ratio"
@@ -267,7 +267,7 @@ def test_what_cannot_be_stored_anew_is_quarantined(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path):
-    """A full disk is not the clip's fault."""
+    """A full disk is no error of the clip."""
     large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
     (tmp_path / "file").write_bytes(b"")
     config = InspectionConfig(reencode=ReencodeConfig(max_pixels=1000), folder=str(tmp_path / "file" / "anew"))
@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path):
         ((75, 133), None, 1, (75, 133)),
     ],
 )
-def test_sizes(size, most, step, expected):
+def test_sizes_fit_the_limit_and_the_step(size, most, step, expected):
     assert _fit_size(*size, most, step) == expected
 
 
@@ -306,17 +306,17 @@ def test_sizes_keep_their_shape():
 
 
 @pytest.mark.parametrize("wrong", [{"max_pixels": 3}, {"fps": 0}, {"fps": float("inf")}, {"crf": -1}, {"crf": 52}])
-def test_options_out_of_range(wrong):
+def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         ReencodeConfig(**wrong)
 
 
-def test_too_narrow():
+def test_files_that_would_become_too_narrow_are_refused():
     with pytest.raises(DecodeError, match="at their aspect ratio"):
         _fit_size(4, 4000, 1000, 2)
 
 
-def test_the_verdict_comes_back_from_the_journal(tmp_path):
+def test_an_inspection_is_the_same_after_the_journal(tmp_path):
     large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
     verdict = inspect(large, InspectionConfig(reencode=ReencodeConfig(max_pixels=1000), folder=str(tmp_path / "anew")))
     assert verdict.stored is not None

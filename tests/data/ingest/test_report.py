@@ -1,4 +1,4 @@
-"""What is counted, and that it adds up."""
+"""Counts of ingest reports, and their sums."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ GIVEN = {
 }
 
 
-def test_histograms():
+def test_histograms_count_all_values():
     report = make_report(INFOS, ["h264", "h264", "png", "vp9"], **GIVEN)
     assert (report.usable, report.frames, report.uncaptioned) == (4, 20_331, 1)
     assert report.seconds == pytest.approx(1 + 10 + 0 + 800)
@@ -58,7 +58,7 @@ def test_histograms():
     assert (report.captions["captions"], report.captions["uncaptioned"]) == (4, 1)
 
 
-def test_reasons_that_differ_in_numbers_and_names_are_of_one_kind():
+def test_reasons_that_differ_only_in_numbers_and_names_are_grouped():
     names = ["a.mp4", "it's.mp4", 'say "x".mp4', "both'\".mp4", "\udce9.mp4", "a b\n日本.mp4"]
     rejected = [
         ("x", f"links to {quote_name(name)}, {1.5 * number:g}e-05 of 1,000 bytes") for number, name in enumerate(names)
@@ -72,12 +72,12 @@ def test_reasons_that_differ_in_numbers_and_names_are_of_one_kind():
     }
 
 
-def test_counts_that_do_not_add_up():
+def test_counts_that_do_not_add_up_are_refused():
     with pytest.raises(AssertionError, match="9 files came in, and 8"):
         make_report(INFOS, [], **{**GIVEN, "files": 9})
 
 
-def test_written_and_read(tmp_path):
+def test_a_report_is_read_as_it_was_written(tmp_path):
     report = make_report(INFOS, ["h264"], **GIVEN)
     report.write(tmp_path)
     again = IngestReport.read(tmp_path)

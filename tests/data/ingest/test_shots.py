@@ -14,7 +14,7 @@ COLOURS = [(90, 10, 10), (120, 230, 140), (20, 30, 120), (250, 240, 120)]
 
 
 def scene(colour, count, height=48, width=64):
-    """A square of a complementary colour moves over a plain ground."""
+    """Return frames in which a square of a complementary colour moves over a plain background."""
     frames = np.broadcast_to(np.array(colour, np.uint8), (count, height, width, 3)).copy()
     for index, frame in enumerate(frames):
         frame[10:20, 5 + index % 40 : 15 + index % 40] = 255 - np.array(colour)
@@ -54,7 +54,7 @@ def test_cuts_are_found_to_the_frame(detector):
     assert cuts.frame_numbers == [7, 18, 27]
 
 
-def test_a_file_without_a_cut_is_one_clip_of_its_own_name(detector):
+def test_a_file_without_a_cut_is_one_clip_with_its_own_name(detector):
     content = encode(Clip(scene(COLOURS[0], 20), fps=10), "mp4")
     screened = screen(content, "a.mp4", ScreeningConfig(shots=detector))
     assert screened == screen(content, "a.mp4", ScreeningConfig())
@@ -64,7 +64,7 @@ def test_a_file_without_a_cut_is_one_clip_of_its_own_name(detector):
 
 
 @pytest.mark.parametrize("fps", [10.0, 30000 / 1001])
-def test_shots_are_places_in_the_file(detector, fps):
+def test_shots_are_time_ranges_of_the_file(detector, fps):
     frames = scenes(20, 31, 24)
     content = encode(Clip(frames, fps=fps), "mp4")
     screened = screen(content, "a/b.mp4", ScreeningConfig(shots=detector))

@@ -1,4 +1,4 @@
-"""What is not a clip's own fault: tried again, counted apart, and never kept."""
+"""Failures that are no error of the clip: they are retried, counted apart, and never stored."""
 
 import errno
 import hashlib
@@ -15,8 +15,7 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import IngestConfig, ingest, workers
 from dit_video.data.ingest.journal import JOURNAL_FILE
 from dit_video.video import Clip
-
-HERE = Path(__file__).parents[2] / "support" / "programs"
+from support.devices import PROGRAMS
 
 
 def write_clips(folder: Path, *names: str) -> Path:
@@ -30,20 +29,20 @@ def write_clips(folder: Path, *names: str) -> Path:
 
 @pytest.fixture
 def log(tmp_path, monkeypatch):
-    """Workers that fail as a clip's name says, and write the names of what they inspect into this file."""
+    """Return the file with the names of clips that workers inspected; workers fail as a clip's name says."""
     (tmp_path / "log").mkdir()
     monkeypatch.setenv("DIT_VIDEO_TEST_LOG", str(tmp_path / "log"))
-    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.syspath_prepend(PROGRAMS)
     monkeypatch.setattr(workers, "MODULE", "interrupted_worker")
     return tmp_path / "log" / "inspected"
 
 
-def digests(folder: Path) -> dict[str, str]:
+def compute_digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 @pytest.mark.slow
-def test_they_are_quarantined_apart_and_tried_again_when_asked(tmp_path, log):
+def test_transient_failures_are_quarantined_apart_and_retried_on_request(tmp_path, log):
     clips = write_clips(
         tmp_path / "clips", "a.mp4", "b_unreadable.mp4", "c_memory.mp4", "d.mp4", "f_always_rewritten.mp4"
     )
@@ -62,14 +61,14 @@ def test_they_are_quarantined_apart_and_tried_again_when_asked(tmp_path, log):
     kept = [json.loads(line)["clip"] for line in (tmp_path / "out.ingest" / JOURNAL_FILE).read_text().splitlines()]
     assert [json.loads(key)[1] for key in kept] == ["a.mp4", "d.mp4", "e_own.mp4"]
 
-    before = digests(out)
+    before = compute_digests(out)
     log.unlink()
     assert ingest(clips, out).reused  # not unasked
     assert not log.exists()
     again = ingest(clips, out, retry=True)
     assert again.reused
     assert again.passing == report.passing
-    assert digests(out) == before
+    assert compute_digests(out) == before
     assert log.read_text().split() == ["c_memory.mp4", "c_memory.mp4"]
 
     (log.parent / "mended").touch()
@@ -82,33 +81,33 @@ def test_they_are_quarantined_apart_and_tried_again_when_asked(tmp_path, log):
     assert [info.name for info in source.infos] == names
     assert [source[index] for index in range(5)] == [(clips / name).read_bytes() for name in names]
     ingest(clips, tmp_path / "undisturbed")
-    assert digests(out) == digests(tmp_path / "undisturbed")
+    assert compute_digests(out) == compute_digests(tmp_path / "undisturbed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "log", "out", "undisturbed"]
     log.unlink()
     assert ingest(clips, out, retry=True).reused  # there is nothing to try
     assert not log.exists()
 
 
-def test_what_passes_within_the_run_leaves_no_trace(tmp_path, log):
-    """A disk's error at the first read, and a file that is written while it is read."""
+def test_failures_that_pass_within_the_run_leave_no_trace(tmp_path, log):
+    """The disk has an error at the first read, and a file is written while it is read."""
     clips = write_clips(tmp_path / "clips", "a.mp4", "b_first.mp4", "c_rewritten.mp4")
     report = ingest(clips, tmp_path / "out")
     assert (report.usable, report.quarantined, report.passing) == (3, (), ())
     for name in ("b_first.mp4", "c_rewritten.mp4"):
         assert (log.parent / name).exists()
     ingest(clips, tmp_path / "undisturbed")
-    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
+    assert compute_digests(tmp_path / "out") == compute_digests(tmp_path / "undisturbed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "log", "out", "undisturbed"]
 
 
-def test_only_clips_that_fail_for_passing_reasons(tmp_path, log):
+def test_a_source_of_only_transient_failures_is_refused(tmp_path, log):
     clips = write_clips(tmp_path / "clips", "a_unreadable.mp4")
     with pytest.raises(UserError, match=r"a_unreadable\.mp4: cannot be read \(Input/output error\).*; fix that"):
         ingest(clips, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "log"]
 
 
-def test_the_command_says_so(tmp_path, log, script):
+def test_the_command_reports_transient_failures(tmp_path, log, script):
     clips = write_clips(tmp_path / "clips", "a.mp4", "b_unreadable.mp4")
     ended = script("tools/ingest.py", clips, tmp_path / "out")
     assert ended.code == 0
@@ -125,7 +124,7 @@ def test_the_command_says_so(tmp_path, log, script):
 
 
 @pytest.mark.parametrize(("running", "fix"), [(0, "end other programs"), (2, "use --workers 2")])
-def test_no_more_processes(tmp_path, monkeypatch, running, fix):
+def test_a_lack_of_processes_is_reported(tmp_path, monkeypatch, running, fix):
     clips = write_clips(tmp_path / "clips", "a.mp4", "b.mp4", "c.mp4")
     start, started = subprocess.Popen, []
 

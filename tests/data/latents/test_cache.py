@@ -1,4 +1,4 @@
-"""Cached latents: what is written is read, and only for the autoencoder that made it."""
+"""Cached latents: they are read as written, and only for their own autoencoder."""
 
 import pickle
 import re
@@ -24,7 +24,7 @@ def examples(count=3, channels=4):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_round_trip(tmp_path, dtype):
+def test_latents_are_read_as_they_were_written(tmp_path, dtype):
     done = []
     write_latents(tmp_path / "l", examples(), identity={"weights": "abc"}, dtype=dtype, progress=done.append)
     source = LatentSource(tmp_path / "l", identity={"weights": "abc"})
@@ -44,7 +44,7 @@ def test_round_trip(tmp_path, dtype):
     np.testing.assert_array_equal(copy[2], source[2])
 
 
-def test_what_stands_beside_latents_is_read_as_it_was_written(tmp_path):
+def test_conditioning_latents_are_read_as_they_were_written(tmp_path):
     draw = np.random.default_rng(1)
     given = [
         one._replace(shown=one.latents + 1, image=draw.standard_normal((5, 6)).astype(np.float32)) for one in examples()
@@ -90,7 +90,7 @@ def test_another_identity_is_refused(tmp_path):
         LatentSource(tmp_path / "m", identity=long | {"other": "x"})
 
 
-def test_written_whole_or_not_at_all(tmp_path):
+def test_a_cache_is_written_whole_or_not_at_all(tmp_path):
     def broken():
         yield from examples()
         raise KeyboardInterrupt
@@ -107,7 +107,7 @@ def test_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["l"]
 
 
-def test_refusals(tmp_path):
+def test_unusable_caches_and_examples_are_refused(tmp_path):
     good = next(examples())
     with pytest.raises(UserError, match="no latents to write"):
         write_latents(tmp_path / "l", [], identity="x")
@@ -171,7 +171,7 @@ def test_embeddings_are_kept_with_their_lengths(tmp_path):
             write_latents(tmp_path / "m", [rows[0]._replace(text=wrong)], identity="x")
 
 
-def in_three_files(folder):
+def write_three_files(folder):
     files = LatentWriter(folder=to_storage_path(folder), identity="x", num_files=3, dtype="float32")
     of_file = [list(examples(2)), [Skipped("bad.mp4", "it is damaged")], list(examples(3))]
     for number in (2, 0, 1):
@@ -183,8 +183,8 @@ def in_three_files(folder):
     return [*of_file[0], *of_file[2]]
 
 
-def test_files_are_a_tfds_data_set_be_one_of_them_empty(tmp_path):
-    expected = in_three_files(tmp_path / "l")
+def test_files_are_a_tfds_data_set_even_if_one_is_empty(tmp_path):
+    expected = write_three_files(tmp_path / "l")
     records = tfds.builder_from_directory(tmp_path / "l").as_data_source("train")
     assert [record["name"].decode() for record in records] == [example.name for example in expected]
     source = LatentSource(tmp_path / "l")
@@ -193,9 +193,9 @@ def test_files_are_a_tfds_data_set_be_one_of_them_empty(tmp_path):
         np.testing.assert_array_equal(source[index], example.latents)
 
 
-def test_latents_may_lie_at_an_address(memory, tmp_path):
+def test_latents_may_be_at_an_address(memory, tmp_path):
     address = f"{memory}/latents"
-    expected = in_three_files(address)
+    expected = write_three_files(address)
     source = LatentSource(address, identity="x", cache=tmp_path / "cache")
     assert source.captions == tuple(example.captions for example in expected)
 
@@ -226,8 +226,8 @@ def test_latents_may_lie_at_an_address(memory, tmp_path):
         write_latents(f"{memory}/more", examples(), identity="x")
 
 
-def test_a_file_that_cannot_be_copied_here_is_no_damaged_record(memory):
-    in_three_files(f"{memory}/latents")
+def test_a_file_that_cannot_be_downloaded_is_not_taken_for_damaged(memory):
+    write_three_files(f"{memory}/latents")
     source = LatentSource(f"{memory}/latents")
     source[0]
     (file,) = to_storage_path(f"{memory}/latents").glob("*-00002-of-00003")

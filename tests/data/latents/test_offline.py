@@ -1,13 +1,10 @@
-"""Which views are encoded, by how many programs, and that each is encoded as it would be alone."""
+"""Offline encoding: its views, the number of its programs, and latents equal to those of each view alone."""
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,67 +12,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.autoencoders import PatchVaeConfig
 from dit_video.core import pixels, rng
 from dit_video.core.errors import MissingError, UserError
-from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.latents.cache import LatentExample, LatentSource
-from dit_video.data.latents.offline import (
-    Augmentations,
-    Encoding,
-    encode_latents,
-    finish_latents,
-    list_views,
-    measure_latent_moments,
-    plan_encoding,
-)
-from dit_video.data.sizes import SizeLimits, read_fitted_clip
+from dit_video.data.latents.offline import encode_latents, finish_latents, measure_latent_moments, plan_encoding
+from dit_video.data.latents.views import Augmentations, list_views
+from dit_video.data.sizes import read_fitted_clip
 from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid
-from dit_video.video.encode import encode_frames
-from support.devices import HANG
-from support.rough import rough_params
+from support.devices import HANG, PROGRAMS, make_environment
+from support.offline_clips import LIMITS, MIXED_SIZES, MODEL, PARAMS, make_encoding, make_source
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-MODEL = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=4, blocks=1)
-PARAMS = rough_params(MODEL.make)
-LIMITS = SizeLimits(max_pixels=48 * 48, max_frames=5, multiple=Grid(2, 2, 2))
-ROOT = Path(__file__).resolve().parents[3]
 
-
-class Memory(ClipSource):
-    """Clips in memory, as an ingested data set gives them."""
-
-    def __init__(self, infos, contents):
-        self.infos, self.contents, self.read = tuple(infos), contents, []
-
-    def __getitem__(self, index):
-        if self.contents is None:
-            raise MissingError("no such data set")
-        self.read.append(index)
-        return self.contents[index]
-
-
-def source_of(sizes, *, captions=("one", "two, from the left")):
-    """Clips of random pixels."""
-    draw = np.random.default_rng(0)
-    contents, infos = [], []
-    for number, (t, h, w) in enumerate(sizes):
-        suffix = "png" if t == 1 else "apng"
-        contents.append(encode_frames(draw.integers(0, 256, (t, h, w, 3), np.uint8), 8.0, suffix))
-        infos.append(ClipInfo(f"{number}.{suffix}", captions, h, w, t, 8.0, (t - 1) / 8, record=number))
-    return Memory(infos, contents)
-
-
-def encoding_of(**changes):
-    defaults = {"autoencoder": MODEL, "params": PARAMS, "limits": LIMITS, "storage": "float32"}
-    return Encoding(**defaults | changes)
-
-
-def encoded(folder, source, encoding):
-    """The cached latents of all views that could be read, by name."""
+def encode_views(folder, source, encoding):
+    """Encode all views, and return the cached latents of those that could be read, by name."""
     encode_latents(folder, source, encoding, plan_encoding(source, encoding), identity="a")
     latents = LatentSource(folder)
     return {
@@ -84,23 +38,20 @@ def encoded(folder, source, encoding):
     }
 
 
-def alone(source, view):
-    """The latents of a view at its native size, encoded by itself."""
+def encode_alone(source, view):
+    """Return the latents of a view at its native size, encoded by itself."""
     frames = read_fitted_clip(source, view.clip, view.limits, start=view.start).frames
     frames = frames[:, :, ::-1] if view.flipped else frames
-    return np.asarray(_alone(pixels.to_float(frames)[None]))[0]
+    return np.asarray(_encode_frames(pixels.to_float(frames)[None]))[0]
 
 
 @jax.jit
-def _alone(frames):
+def _encode_frames(frames):
     return nnx.merge(get_graph_def(MODEL.make), PARAMS).encode(frames)
 
 
-MIXED = [Grid(t, h, w) for t in (1, 4, 9) for h, w in ((16, 22), (10, 30), (34, 18), (26, 26))]
-
-
-def test_views_are_stretches_resolutions_and_flips_named_apart():
-    source = source_of([Grid(1, 16, 16), Grid(9, 32, 32)])
+def test_stretches_resolutions_and_flips_are_views_with_names_of_their_own():
+    source = make_source([Grid(1, 16, 16), Grid(9, 32, 32)])
     plain = list_views(source.infos, LIMITS, Augmentations(clips_per_video=3))
     assert [view.name for view in plain] == ["0.png@0", "1.apng@0", "1.apng@2", "1.apng@4"]
     all_of = list_views(source.infos, LIMITS, Augmentations(resolutions=(16 * 16,), flips=True))
@@ -112,36 +63,36 @@ def test_views_are_stretches_resolutions_and_flips_named_apart():
         ("1.apng@0~16x16", Grid(5, 16, 16)),
         ("1.apng@0~16x16~flipped", Grid(5, 16, 16)),
     ]
-    for wrong in ({"stretches": 0}, {"resolutions": (0,)}):
+    for wrong in ({"clips_per_video": 0}, {"resolutions": (0,)}):
         with pytest.raises(UserError, match="must be at least 1 each"):
             Augmentations(**wrong)
     for wrong in ({"views_per_file": 0}, {"threads": 0}):
         with pytest.raises(UserError, match="must be at least 1 each"):
-            encoding_of(**wrong)
+            make_encoding(**wrong)
     with pytest.raises(UserError, match="no clips"):
-        plan_encoding(source_of([]), encoding_of())
+        plan_encoding(make_source([]), make_encoding())
 
 
 @pytest.mark.parametrize("canvas_pixels", [1, 20_000, 1 << 23])
 def test_every_view_is_encoded_as_it_would_be_alone(canvas_pixels, tmp_path):
-    source = source_of(MIXED)
-    encoding = encoding_of(
+    source = make_source(MIXED_SIZES)
+    encoding = make_encoding(
         canvas_pixels=canvas_pixels, augmentations=Augmentations(clips_per_video=2, resolutions=(300,), flips=True)
     )
     plan = plan_encoding(source, encoding)
     assert plan.num_canvas_sizes <= 8
-    examples = encoded(tmp_path / "l", source, encoding)
-    assert len(examples) == len(plan.views) > 3 * len(MIXED)
+    examples = encode_views(tmp_path / "l", source, encoding)
+    assert len(examples) == len(plan.views) > 3 * len(MIXED_SIZES)
     for view in plan.views[::7]:
         example = examples[view.name]
-        np.testing.assert_allclose(example.latents, alone(source, view), atol=1e-5)
+        np.testing.assert_allclose(example.latents, encode_alone(source, view), atol=1e-5)
         assert example.clip == source.infos[view.clip].name
         assert example.captions == ("one", "two, from the left")
 
 
 def test_500_native_sizes_compile_at_most_8_programs(tmp_path):
     sizes = [Grid(1 if (h + w) % 3 else 3, 4 * h, 4 * w) for h in range(1, 26) for w in range(1, 21)]
-    source, encoding = source_of(sizes), encoding_of(limits=dataclasses.replace(LIMITS, max_pixels=10**6))
+    source, encoding = make_source(sizes), make_encoding(limits=dataclasses.replace(LIMITS, max_pixels=10**6))
     assert len(set(sizes)) == 500
     plan = plan_encoding(source, encoding)
     assert {view.size for view in plan.views} == set(sizes)
@@ -153,7 +104,7 @@ def test_500_native_sizes_compile_at_most_8_programs(tmp_path):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        examples = encoded(tmp_path / "l", source, encoding)
+        examples = encode_views(tmp_path / "l", source, encoding)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert 1 <= len(compiled) <= plan.num_canvas_sizes <= 8
@@ -162,12 +113,12 @@ def test_500_native_sizes_compile_at_most_8_programs(tmp_path):
     draw = np.random.default_rng(0)
     for number in draw.choice(500, 5, replace=False):
         np.testing.assert_allclose(
-            examples[plan.views[number].name].latents, alone(source, plan.views[number]), atol=1e-5
+            examples[plan.views[number].name].latents, encode_alone(source, plan.views[number]), atol=1e-5
         )
 
 
 def test_files_of_several_processes_are_one_data_set(tmp_path):
-    source, encoding = source_of(MIXED), encoding_of(views_per_file=3)
+    source, encoding = make_source(MIXED_SIZES), make_encoding(views_per_file=3)
     plan = plan_encoding(source, encoding)
     assert len(plan.files) >= 4
     done = []
@@ -181,14 +132,14 @@ def test_files_of_several_processes_are_one_data_set(tmp_path):
                 LatentSource(tmp_path / "l")
         assert done[-1] == sum(plan.count_views(file) for file in range(shard, len(plan.files), 3))
     latents = LatentSource(tmp_path / "l", identity={"autoencoder": "a"})
-    assert len(latents) == len(MIXED)
+    assert len(latents) == len(MIXED_SIZES)
     assert sorted(latents.clips) == sorted(info.name for info in source.infos)
     for index in range(0, len(latents), 2):
         view = next(view for view in plan.views if view.name == latents.names[index])
-        np.testing.assert_allclose(latents[index], alone(source, view), atol=1e-5)
+        np.testing.assert_allclose(latents[index], encode_alone(source, view), atol=1e-5)
     # One process makes the same files, byte by byte; and what is there is not made again.
     encode_latents(tmp_path / "m", source, encoding, plan, identity={"autoencoder": "a"})
-    assert contents(tmp_path / "m") == contents(tmp_path / "l")
+    assert read_contents(tmp_path / "m") == read_contents(tmp_path / "l")
     source.contents = None
     assert encode_latents(tmp_path / "m", source, encoding, plan, identity={"autoencoder": "a"})
     with pytest.raises(UserError, match="holds latents of autoencoder a, but b was requested"):
@@ -200,25 +151,26 @@ def test_files_of_several_processes_are_one_data_set(tmp_path):
         encode_latents(tmp_path / "m", source, encoding, plan, identity={"autoencoder": "a"}, shard=2, shards=2)
 
 
-def contents(folder):
+def read_contents(folder):
+    """Return the bytes of all files, by their paths in the folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_clip_that_is_damaged_is_left_out_with_its_reason(tmp_path):
-    source, encoding = source_of(MIXED), encoding_of()
-    whole = encoded(tmp_path / "whole", source, encoding)
+    source, encoding = make_source(MIXED_SIZES), make_encoding()
+    whole = encode_views(tmp_path / "whole", source, encoding)
     source.contents[2] = b"no clip"
     source.contents[7] = source.contents[0]  # of fewer frames than the index says
     plan = plan_encoding(source, encoding)
-    for name, example in encoded(tmp_path / "l", source, encoding).items():
+    for name, example in encode_views(tmp_path / "l", source, encoding).items():
         np.testing.assert_array_equal(example.latents, whole[name].latents)
     latents = LatentSource(tmp_path / "l")
-    assert len(latents) == len(MIXED) - 2
+    assert len(latents) == len(MIXED_SIZES) - 2
     assert {one.name for one in latents.skipped} == {"2.png@0", "7.apng@0"}
     assert any("not a readable video or image" in one.reason for one in latents.skipped)
 
-    source.contents = [b""] * len(MIXED)
-    with pytest.raises(UserError, match=f"{len(MIXED)} clips could not be read"):
+    source.contents = [b""] * len(MIXED_SIZES)
+    with pytest.raises(UserError, match=f"{len(MIXED_SIZES)} clips could not be read"):
         encode_latents(tmp_path / "m", source, encoding, plan, identity="a")
     # A data set that can't be opened is no fault of its clips.
     source.contents = None
@@ -228,23 +180,23 @@ def test_a_clip_that_is_damaged_is_left_out_with_its_reason(tmp_path):
 
 def test_texts_are_embedded_once_with_their_real_tokens_only(tmp_path):
     config = ByteEncoderConfig(width=8, layers=1, heads=2, max_tokens=64)
-    tokenizer, params = config.make_tokenizer(), rough_params(config.make)
+    tokenizer, params = config.make_tokenizer(), make_random_params(config.make)
     encoder = jax.jit(lambda ids: nnx.merge(get_graph_def(config.make), params)(ids, jnp.ones_like(ids)).values)
-    asked = []
+    embedded = []
 
     def encode_text(caption):
-        asked.append(caption)
+        embedded.append(caption)
         ids = jnp.asarray(tokenizer(caption))[None]
         return np.asarray(encoder(ids))[0]
 
-    source = source_of(MIXED[:5])
+    source = make_source(MIXED_SIZES[:5])
     source.infos = (source.infos[0]._replace(captions=()), *source.infos[1:])
-    encoding = encoding_of(encode_text=encode_text, storage="bfloat16")
+    encoding = make_encoding(encode_text=encode_text, storage="bfloat16")
     plan = plan_encoding(source, encoding)
     with pytest.raises(UserError, match="part text"):
         encode_latents(tmp_path / "l", source, encoding, plan, identity={"autoencoder": "a"})
     encode_latents(tmp_path / "l", source, encoding, plan, identity={"autoencoder": "a", "text": "t"})
-    assert sorted(asked) == ["", "one", "two, from the left"]
+    assert sorted(embedded) == ["", "one", "two, from the left"]
     latents = LatentSource(tmp_path / "l", identity={"autoencoder": "a", "text": "t"})
     assert latents.text_width == 8
     for index, captions in enumerate(latents.all_captions):
@@ -262,55 +214,38 @@ def test_texts_are_embedded_once_with_their_real_tokens_only(tmp_path):
     assert LatentSource(tmp_path / "l", identity={"autoencoder": "a"}).hash == latents.hash
 
 
-WORKER = """
-    import os, sys, time
-    from pathlib import Path
-    sys.path.insert(0, sys.argv[1])
-    import test_offline as t
-    source, encoding = t.source_of(t.MIXED), t.encoding_of(views_per_file=3)
-    plan = t.plan_encoding(source, encoding)
-    def progress(done):
-        print(done, flush=True)
-        if done == int(sys.argv[3]):
-            time.sleep(600)  # until it is killed
-    t.encode_latents(Path(sys.argv[2]), source, encoding, plan, identity="a", progress=progress)
-    import jax
-    print("devices", jax.local_device_count())
-"""
-
-
-def worker(folder, held=-1, **environment):
-    inherited = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(Path(__file__).parent), str(folder), str(held)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=inherited | environment)
+def start_encoding(folder, last=-1, **environment):
+    """Start to encode in another process, which waits when `last` clips are done."""
+    command = [sys.executable, str(PROGRAMS / "offline_encoding.py"), str(folder), str(last)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=make_environment(1) | environment)
 
 
 def test_a_killed_process_continues_where_it_was(tmp_path):
-    source, encoding = source_of(MIXED), encoding_of(views_per_file=3)
+    source, encoding = make_source(MIXED_SIZES), make_encoding(views_per_file=3)
     plan = plan_encoding(source, encoding)
     held = plan.count_views(0) + 2  # in the middle of the second file
-    killed = worker(tmp_path / "l", held)
+    killed = start_encoding(tmp_path / "l", held)
     assert any(int(line) == held for line in killed.stdout)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    made = contents(tmp_path / "l")
+    made = read_contents(tmp_path / "l")
     assert [name for name in made if name.startswith("shards/")] == ["shards/00000.json"]
     before = {name: (tmp_path / "l" / name).stat().st_mtime_ns for name in made if "00000" in name}
     assert encode_latents(tmp_path / "l", source, encoding, plan, identity="a")
     first = {place.clip for canvas in plan.files[0] for place in plan.canvases[canvas].slots}
-    assert set(source.read) == set(range(len(MIXED))) - first
+    assert set(source.read) == set(range(len(MIXED_SIZES))) - first
     assert {name: (tmp_path / "l" / name).stat().st_mtime_ns for name in before} == before
     encode_latents(tmp_path / "m", source, encoding, plan, identity="a")
-    assert contents(tmp_path / "l") == contents(tmp_path / "m")  # and nothing half-written is left
+    assert read_contents(tmp_path / "l") == read_contents(tmp_path / "m")  # and nothing half-written is left
 
 
 def test_batches_are_split_over_the_devices_of_a_process(tmp_path):
-    run = worker(tmp_path / "l", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    run = start_encoding(tmp_path / "l", XLA_FLAGS="--xla_force_host_platform_device_count=8")
     output, _ = run.communicate(timeout=HANG)
     assert run.returncode == 0
     assert output.splitlines()[-1] == "devices 8"
-    source, encoding = source_of(MIXED), encoding_of()
-    one = {name: example.latents for name, example in encoded(tmp_path / "one", source, encoding).items()}
+    source, encoding = make_source(MIXED_SIZES), make_encoding()
+    one = {name: example.latents for name, example in encode_views(tmp_path / "one", source, encoding).items()}
     latents = LatentSource(tmp_path / "l")
     assert sorted(latents.names) == sorted(one)
     for index, name in enumerate(latents.names):

@@ -1,4 +1,4 @@
-"""Steps in which no device waits for another, whatever their number."""
+"""Balanced steps, in which no device waits for another, whatever their number."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ some_costs = st.lists(st.floats(1.0, 50.0), min_size=1, max_size=120).map(np.arr
     first=st.integers(0, 50),
     seed=st.integers(0, 3),
 )
-def test_every_row_once_and_the_same_again(costs, block, blocks, first, seed):
+def test_the_order_has_every_row_once_and_is_reproducible(costs, block, blocks, first, seed):
     balance = Balance(cost=Cost(), batch=block * blocks, block=block)
     order = order_rows(costs, balance, np.random.default_rng(seed), first=first)
     assert sorted(order.tolist()) == list(range(len(costs)))
@@ -52,7 +52,7 @@ def test_a_step_that_cannot_be_balanced_row_by_row_is_so_for_fewer_devices():
 @pytest.mark.parametrize("devices", [8, 16, 32])
 @pytest.mark.parametrize("costly", [201, 205, 215])
 def test_no_step_exceeds_the_tolerance_where_costs_jump(costly, devices):
-    """The costly rows fill no whole number of steps, however many devices there are."""
+    """The costly rows do not fill a whole number of steps, however many devices there are."""
     draw = np.random.default_rng(costly)
     costs = np.concatenate([draw.uniform(9.0, 9.8, 1500), draw.uniform(12.4, 12.6, costly), np.full(costly, 16.0)])
     order = order_rows(costs, Balance(cost=Cost(), batch=devices), np.random.default_rng(0), first=3)
@@ -62,9 +62,12 @@ def test_no_step_exceeds_the_tolerance_where_costs_jump(costly, devices):
     assert measured.worst <= 0.05
 
 
-def test_what_others_can_do_without_may_be_too_costly():
-    """Steps of 8: 14s; 14s and two 12.5s; 12.5s and 10.8s, which lacks two 12.5s. The second step can give one of them
-    for a 10.8. The first takes another 10.8, and its 14 takes the place of the other 12.5."""
+def test_an_exchange_may_need_rows_of_two_other_steps():
+    """The third step needs two rows of 12.5: one directly from the second step, one by way of the first.
+
+    Steps of 8 have only 14s; 14s and two 12.5s; 12.5s and 10.8s. The second step exchanges one 12.5 for a 10.8. The
+    first takes another 10.8, and its 14 replaces the other 12.5.
+    """
     costs = np.array([14.0] * 14 + [12.5] * 6 + [10.8] * 12)
     by_cost = measure_imbalance(costs, batch=8, devices=8)
     assert by_cost.worst > 0.07
@@ -132,6 +135,6 @@ def test_cost_counts_padding_and_pairs():
         (lambda: measure_imbalance(np.ones(3), batch=4, devices=2), "no whole step"),
     ],
 )
-def test_refusals(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

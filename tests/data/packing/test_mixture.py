@@ -1,4 +1,4 @@
-"""Mixtures: the shares that were asked for, nothing twice before all of it once, every variant in turn."""
+"""Mixtures: the configured shares, no repetition before everything is drawn once, and variants in turn."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def draws(mixture: Mixture, *, seed: int = 0, tokens: np.ndarray | None = None) 
 
 @settings(max_examples=60, deadline=None)
 @given(given_sources=sources, length=st.integers(20, 200), seed=st.integers(0, 3), epochs=st.integers(1, 12))
-def test_shares_by_number_and_without_replacement(given_sources, length, seed, epochs):
+def test_shares_by_number_are_drawn_without_replacement(given_sources, length, seed, epochs):
     sizes, by_weight = zip(*given_sources, strict=True)
     mixture = Mixture(sizes=sizes, weights=by_weight, length=length)
     drawn = [draws(mixture, seed=seed).draw_epoch(epoch) for epoch in range(epochs)]
@@ -39,7 +39,7 @@ def test_shares_by_number_and_without_replacement(given_sources, length, seed, e
     assert min(map(len, drawn)) >= draws(mixture).min_examples
 
 
-def test_shares_by_tokens():
+def test_shares_can_be_counted_in_tokens():
     tokens = np.concatenate([np.full(1000, 64), np.random.default_rng(0).integers(400, 2000, 300)])
     mixture = Mixture(sizes=(1000, 300), weights=(1, 3), weight_unit="tokens")
     mixed = draws(mixture, tokens=tokens)
@@ -54,7 +54,7 @@ def test_shares_by_tokens():
     assert share[1] > 0.97
 
 
-def test_no_weights_are_every_clip_once():
+def test_without_weights_every_clip_is_drawn_once():
     for epoch in range(5):
         assert sorted(draws(Mixture(sizes=(7, 40, 3))).draw_epoch(epoch).tolist()) == list(range(50))
         assert sorted(draws(Mixture(sizes=(50,), weight_unit="tokens")).draw_epoch(epoch).tolist()) == list(range(50))
@@ -78,7 +78,7 @@ def test_epochs_and_seeds_differ():
 
 @settings(max_examples=60, deadline=None)
 @given(counts=st.lists(st.integers(1, 4), min_size=1, max_size=30), seed=st.integers(0, 3), split=st.integers(0, 29))
-def test_each_variant_once_before_one_comes_again(counts, seed, split):
+def test_each_variant_is_drawn_once_before_one_is_repeated(counts, seed, split):
     ends = np.cumsum(counts).tolist()
     groups = tuple(tuple(range(end - count, end)) for end, count in zip(ends, counts, strict=True))
     at = min(split, len(counts) - 1)
@@ -99,14 +99,14 @@ def test_variants_of_clips_are_drawn_independently():
     assert 0.4 < second < 0.6
 
 
-def test_variants_of_several_sources():
+def test_variants_of_several_sources_are_drawn():
     mixed = draws(Mixture(sizes=(2, 2), weights=(1, 1), variants=((0, 1), (2,), (3,), (5, 4))), tokens=np.ones(6, int))
     number, tokens = mixed.compute_shares(np.array([1, 2, 2, 3, 4]))
     assert number.tolist() == tokens.tolist() == [0.6, 0.4]
     assert set(mixed.draw_epoch(0).tolist()) | set(mixed.draw_epoch(1).tolist()) == set(range(6))
 
 
-def test_hash_changes_with_every_option():
+def test_the_hash_changes_with_every_option():
     base = {"sizes": (4, 4), "weights": (1, 2)}
     options = [
         {},
@@ -134,7 +134,7 @@ def test_hash_changes_with_every_option():
         ({"sizes": (3, 3, 3), "length": 1}, "raise length"),
     ],
 )
-def test_refusals(arguments, message):
+def test_invalid_mixtures_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         draws(Mixture(**arguments))
 

@@ -20,7 +20,7 @@ SHAPE = PackedShape(tokens=1024, text=1024, segments=64)
 
 
 def mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images and clips of five sizes, captions of 5 to 60 tokens."""
+    """Return tokens of images and clips of five sizes, and of captions of 5 to 60 tokens."""
     generator = np.random.default_rng(seed)
     sizes = np.array([t * h * w for t in (1, 3, 5) for h, w in ((4, 4), (4, 6), (6, 4), (5, 7), (8, 8))])
     return sizes[generator.integers(len(sizes), size=count)], generator.integers(5, 60, size=count)
@@ -40,7 +40,7 @@ shapes = st.builds(PackedShape, tokens=st.integers(50, 120), text=st.integers(20
 
 @settings(max_examples=150, deadline=None)
 @given(sizes=sizes, shape=shapes, seed=st.integers(0, 5), epoch=st.integers(0, 5))
-def test_every_example_once_within_three_budgets(sizes, shape, seed, epoch):
+def test_every_example_is_packed_once_within_three_budgets(sizes, shape, seed, epoch):
     tokens, text = np.array(sizes).T
     plan = RowStream(tokens, text, shape, seed=seed).get_epoch(epoch)
     check(plan.rows, tokens, text, shape)
@@ -67,7 +67,7 @@ def test_shuffles_that_do_not_fit_use_the_rows_of_epoch_0(monkeypatch):
     monkeypatch.setattr(plan_module, "ATTEMPTS", 1)
     stream = RowStream(tokens, text, SHAPE, seed=0)
     monkeypatch.setattr(stream, "rows_per_epoch", len(stream._first_rows))
-    monkeypatch.setattr(plan_module.bins, "fill_rows", lambda examples, *_: [[int(i)] for i in examples])
+    monkeypatch.setattr(plan_module.bin_packing, "fill_rows", lambda examples, *_: [[int(i)] for i in examples])
     plan = stream.get_epoch(7)
     check(plan.rows, tokens, text, SHAPE)
 
@@ -79,7 +79,7 @@ def test_shuffles_that_do_not_fit_use_the_rows_of_epoch_0(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [3000, 20_000])
-def test_padding_below_one_percent(count):
+def test_padding_is_below_one_percent(count):
     tokens, text = mix(count)
     stream = RowStream(tokens, text, SHAPE, seed=0)
     assert RowStream(tokens, text, SHAPE, seed=0).get_epoch(0).padding < 0.01
@@ -99,14 +99,14 @@ def test_cost_is_the_sum_of_squares():
     np.testing.assert_allclose(plan.attention_cost, expected)
 
 
-def test_stream_is_random_access_and_ranks_count_on():
+def test_the_stream_has_random_access_and_continues_over_epochs():
     tokens, text = mix(300)
     stream = RowStream(tokens, text, SHAPE, seed=3)
     forward = [stream.get_row(number) for number in range(3 * stream.rows_per_epoch)]
     assert np.concatenate([ranks for _, ranks in forward]).tolist() == list(range(900))
     fresh = pickle.loads(pickle.dumps(stream))
     for number in (2 * stream.rows_per_epoch + 1, 0, stream.rows_per_epoch):
-        examples, ranks = fresh.row(number)
+        examples, ranks = fresh.get_row(number)
         np.testing.assert_array_equal(examples, forward[number][0])
         np.testing.assert_array_equal(ranks, forward[number][1])
     assert fresh.hash == stream.hash
@@ -122,8 +122,11 @@ def test_ranks_wrap_at_32_bits():
 
 
 def histogram(kind: str, count: int, row: int = 8192) -> np.ndarray:
-    """Tokens of clips: `mixed` has images of 64 tokens to clips of half a row, an eighth on average; of `heavy`, one in
-    33 fills most of a row; `long` has clips of a tenth of a row to nine tenths, and no short ones to fill gaps."""
+    """Return numbers of tokens of clips.
+
+    Those of `mixed` are from 64 to half a row, an eighth on average; of `heavy`, one in 33 fills most of a row; those
+    of `long` are from a tenth of a row to nine tenths, without short ones to fill gaps.
+    """
     generator = np.random.default_rng(0)
 
     def clips(number: int, mean: float, least: float, most: float) -> np.ndarray:
@@ -145,7 +148,7 @@ def histogram(kind: str, count: int, row: int = 8192) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["mixed", "heavy", "long"])
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_99_percent_real_and_devices_within_5_percent(kind, rows):
+def test_rows_are_99_percent_full_and_devices_within_5_percent(kind, rows):
     tokens = histogram(kind, 10_000)
     text = np.random.default_rng(1).integers(5, 60, len(tokens))
     shape = PackedShape(tokens=8192, text=16_384, segments=256)
@@ -186,7 +189,7 @@ def test_rows_cost_alike_where_short_clips_can_fill_them():
 
 
 @pytest.mark.parametrize("tight", [{"text": 220}, {"segments": 8}])
-def test_rows_that_text_or_segments_fill_first(tight):
+def test_rows_may_be_filled_by_text_or_segments_first(tight):
     tokens, text = mix(2000)
     shape = PackedShape(**{"tokens": 1024, "text": 1024, "segments": 64} | tight)
     plan = RowStream(tokens, text, shape, seed=0).get_epoch(0)
@@ -202,7 +205,7 @@ def test_the_fullest_rows_need_exchanges():
     assert plan.padding < 0.006
 
 
-def test_mixture_draws_the_rows_of_every_epoch():
+def test_a_mixture_draws_the_rows_of_every_epoch():
     tokens, text = mix(1500)
     mixture = Mixture(sizes=(1000, 500), weights=(1, 3), length=1200)
     stream = RowStream(tokens, text, SHAPE, seed=0, mixture=mixture)
@@ -220,7 +223,7 @@ def test_mixture_draws_the_rows_of_every_epoch():
     assert set(range(1500)) == {e for epoch in range(12) for e in stream.get_epoch(epoch).order.tolist()}
 
 
-def test_what_has_no_room_in_an_epoch_is_named(monkeypatch, caplog):
+def test_examples_without_room_in_an_epoch_are_reported(monkeypatch, caplog):
     tokens, text = mix(300)
     stream = RowStream(tokens, text, SHAPE, seed=0, mixture=Mixture(sizes=(300,)))
     monkeypatch.setattr(stream, "rows_per_epoch", stream.rows_per_epoch - 3)
@@ -242,25 +245,25 @@ def test_an_epoch_is_planned_once_for_all_threads():
     np.testing.assert_array_equal(rows[0][0], RowStream(tokens, text, SHAPE, seed=0).get_row(0)[0])
 
 
-def test_pairs_in_attention_are_what_rows_cost():
-    """Images beside clips of 16 frames that see themselves alone: as many tokens, a sixteenth of the pairs."""
+def test_rows_cost_as_much_as_their_pairs_in_attention():
+    """There are images, and clips of 16 frames that attend to themselves: as many tokens, a sixteenth of the pairs."""
     tokens = np.full(400, 256)
     pairs = tokens**2.0 / np.random.default_rng(0).choice([1, 16], len(tokens))
     arguments = tokens, np.ones_like(tokens), PackedShape(tokens=1024, text=64, segments=8)
     balance = Balance(cost=Cost(), batch=4)
-    blind, told = (RowStream(*arguments, seed=0, balance=balance, attention_pairs=each) for each in (None, pairs))
-    for stream in (blind, told):
+    blind, weighted = (RowStream(*arguments, seed=0, balance=balance, attention_pairs=each) for each in (None, pairs))
+    for stream in (blind, weighted):
         np.testing.assert_allclose(
             stream.get_epoch(0).attention_cost,
             [stream.attention_pairs[row].sum() / 1e6 for row in stream.get_epoch(0).rows],
         )
     costs = np.array([pairs[row].sum() for row in blind.get_epoch(0).rows])
-    assert told.measure_imbalance(batch=4, devices=4).mean < 0.2 * measure_imbalance(costs, batch=4, devices=4).mean
-    assert told.hash != blind.hash
+    assert weighted.measure_imbalance(batch=4, devices=4).mean < 0.2 * measure_imbalance(costs, batch=4, devices=4).mean
+    assert weighted.hash != blind.hash
     assert RowStream(*arguments, seed=0, balance=balance, attention_pairs=tokens**2.0).hash == blind.hash
 
 
-def test_hash_changes_with_every_option(monkeypatch):
+def test_the_hash_changes_with_every_option(monkeypatch):
     tokens, text = mix(200)
     balance = Balance(cost=Cost(), batch=4)
     options = [
@@ -276,12 +279,12 @@ def test_hash_changes_with_every_option(monkeypatch):
     hashes = {RowStream(tokens, text, SHAPE, seed=0, **option).hash for option in options}
     hashes.add(RowStream(tokens[::-1].copy(), text, SHAPE, seed=0).hash)
     hashes.add(RowStream(tokens, text, replace(SHAPE, segments=63), seed=0).hash)
-    monkeypatch.setattr(plan_module.bins, "CONSTANTS", ("another way to fill rows",))
+    monkeypatch.setattr(plan_module.bin_packing, "CONSTANTS", ("another way to fill rows",))
     hashes.add(RowStream(tokens, text, SHAPE, seed=0).hash)
     assert len(hashes) == len(options) + 3
 
 
-def test_refusals():
+def test_invalid_arguments_are_refused():
     tokens, text = np.array([10, 2000, 1500]), np.array([1, 1, 1])
     with pytest.raises(
         UserError, match=r"b has 2000 video tokens, .* \(2 examples are too large\); raise the row's tokens"

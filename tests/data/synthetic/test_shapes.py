@@ -14,7 +14,7 @@ from dit_video.video import decode
 
 
 def alpha(clip, colour):
-    """How much of every pixel is the shape's colour."""
+    """Return the shape's coverage of every pixel."""
     background = np.asarray(shapes.BACKGROUND, float)
     light = np.asarray(COLOURS[colour], float) - background
     return (clip.frames - background) @ light / (light @ light)
@@ -65,7 +65,7 @@ def test_parse_refuses_other_prompts(prompt):
 )
 @pytest.mark.parametrize("place", [(16.0, 16.0), (15.27, 17.81), (16.5, 15.03)])
 def test_shapes_have_their_area_and_place(shape, area, place):
-    """Anti-aliasing by area: what is lit sums to the shape's true area, and its centroid is true to 1/50 pixel."""
+    """With anti-aliasing the coverage sums to the shape's true area, and its centroid is exact to 1/50 pixel."""
     radius = 6.3
     geometry = Geometry(row=place[0], column=place[1], radius=radius, speed=0.7)
     clip = shapes.render(Description(colour="white", shape=shape), geometry, frames=1, height=32, width=32)
@@ -117,7 +117,7 @@ def test_a_long_clip_shows_the_bounce():
 
 
 @pytest.mark.parametrize("direction", [*DIRECTIONS, None])
-def test_starts_are_uniform_over_what_is_free(direction):
+def test_starts_are_uniform_over_the_free_area(direction):
     description = Description(colour="red", shape="circle", direction=direction)
     generator = make_generator(1, "test")
     places = [shapes.sample_geometry(generator, description, height=32, width=48) for _ in range(4000)]
@@ -136,7 +136,7 @@ def test_starts_are_uniform_over_what_is_free(direction):
     assert max(place.speed for place in places) <= 0.8
 
 
-def test_impossible_renderings():
+def test_impossible_renderings_are_refused():
     description = Description(colour="red", shape="circle")
     inside = Geometry(row=10.0, column=10.0, radius=5.0, speed=0.6)
     with pytest.raises(UserError, match="at least 8x8"):
@@ -171,7 +171,7 @@ def table(folder):
         return list(csv.DictReader(file))
 
 
-def test_write_folder(tmp_path):
+def test_write_folder_writes_clips_and_captions(tmp_path):
     calls = []
     folder = shapes.write_folder(tmp_path / "shapes", count=40, seed=5, progress=lambda *state: calls.append(state))
     rows = table(folder)

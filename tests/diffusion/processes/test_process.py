@@ -62,7 +62,7 @@ def test_the_shift_holds_for_training_and_for_sampling():
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, float("nan")])
-def test_a_shift_that_is_not_positive(shift):
+def test_a_shift_that_is_not_positive_is_refused(shift):
     with pytest.raises(UserError, match="must be positive"):
         RectifiedFlow(shift=shift)
 

@@ -1,4 +1,4 @@
-"""What follows from alpha and sigma, for every process and every prediction."""
+"""Relations that follow from alpha and sigma, for every process and every prediction."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCES
 
 @each_process
 @pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
-def test_a_prediction_is_taken_apart_into_data_and_noise(process, prediction):
+def test_a_prediction_is_converted_into_data_and_noise(process, prediction):
     noisy, target = process.add_noise(DATA, NOISE, TIMES), prediction.target(process, DATA, NOISE, TIMES)
     found = prediction.estimate(process, noisy, target, TIMES)
     size = jnp.maximum(1, process.sigma(TIMES))
@@ -51,7 +51,7 @@ def test_a_prediction_is_taken_apart_into_data_and_noise(process, prediction):
 
 
 @each_process
-def test_the_ratio_of_noise_to_data_tells_the_time(process):
+def test_the_time_follows_from_the_ratio_of_noise_to_data(process):
     times = jnp.linspace(0.05, 0.95, 19)
     ratio = process.sigma(times) / process.alpha(times)
     np.testing.assert_allclose(process.ratio_to_time(ratio), times, rtol=1e-4)
@@ -72,7 +72,7 @@ def test_the_velocity_is_the_derivative_of_the_noisy_value(process):
 
 @each_process
 def test_the_differential_equation_keeps_the_variance_of_the_process(process):
-    """d/dt of sigma^2, the variance around the data, is 2 f sigma^2 + g^2; and g^2 is never negative."""
+    """The derivative of sigma^2, the variance around the data, is 2 f sigma^2 + g^2; and g^2 is never negative."""
     time = jnp.asarray([0.2005, 0.5005, 0.9005])
     drift, diffusion = process.drift_and_diffusion(time)
     change = jax.vmap(jax.grad(lambda t: process.sigma(t) ** 2))(time)
@@ -92,8 +92,8 @@ def test_the_posterior_undoes_a_step_of_noise(process, time, following):
     np.testing.assert_allclose(variance, process.sigma(following) ** 2, rtol=1e-3, atol=1e-6)
 
 
-def test_what_a_prediction_says_nothing_of_counts_as_zero():
-    """So sampling may start at pure noise, and ask at the data."""
+def test_a_part_that_a_prediction_does_not_determine_is_zero():
+    """Thus sampling may start at pure noise, and evaluate the model at the data."""
     flow = RectifiedFlow()
     of_noise = Epsilon().estimate(flow, NOISE, 0.9 * NOISE, jnp.ones(()))
     np.testing.assert_array_equal(of_noise.noise, 0.9 * NOISE)
@@ -113,7 +113,7 @@ def test_the_schedules_of_noise_are_those_of_the_papers():
     np.testing.assert_allclose(linear.sigma(jnp.asarray(0.001)) ** 2, 1e-4, rtol=1e-3)
 
 
-def test_a_model_of_edm_is_given_values_of_unit_variance():
+def test_the_inputs_of_edm_models_have_unit_variance():
     process, seen = Edm(data_std=0.5), []
     estimate = make_estimator(lambda noisy, time: seen.append(noisy) or noisy, process, Preconditioning(data_std=0.5))
     for time in (0.1, 0.5, 1.0):
@@ -132,6 +132,6 @@ def test_a_model_of_edm_is_given_values_of_unit_variance():
         (lambda: FlowMatching(process=Edm()), "Predict Epsilon, V or Preconditioning"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, message):
+def test_invalid_processes_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""On a mixture whose score is known: solvers of the flow converge at their order, those with noise to the data."""
+"""Convergence of solvers on a mixture with a known score: ODE solvers at their order, stochastic ones to the data."""
 
 import functools
 import itertools
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusion import mixture
 
 from dit_video.diffusion import (
     Ddim,
@@ -32,6 +31,7 @@ from dit_video.diffusion import (
     make_noise_fn,
     sample,
 )
+from support import gaussian_mixture as mixture
 
 SETTINGS = {
     "flow": (RectifiedFlow(), Velocity(), (0.9, 0.1)),
@@ -53,17 +53,17 @@ ORDERS = {
 @functools.cache
 def stepper(solver, setting):
     process, prediction, _ = SETTINGS[setting]
-    estimate = make_estimator(mixture.denoiser(process, prediction), process, prediction)
+    estimate = make_estimator(mixture.make_denoise_fn(process, prediction), process, prediction)
     return jax.jit(lambda state, interval: solver.step(estimate, process, state, interval))
 
 
 @functools.cache
 def end(solver, setting, steps):
-    """Where 16 values that are noisy at first arrive; in float64."""
+    """Solve the flow from 16 noisy values, in float64."""
     process, _, (first, last) = SETTINGS[setting]
     with jax.enable_x64(True):
         noise = jnp.asarray(np.random.default_rng(1).normal(size=(16, 2)))
-        x = process.add_noise(jnp.asarray(mixture.drawn(0, 16)), noise, jnp.asarray(first))
+        x = process.add_noise(jnp.asarray(mixture.sample(0, 16)), noise, jnp.asarray(first))
         state, times = solver.init(x, steps=steps), jnp.linspace(first, last, steps + 1)
         for time, following in itertools.pairwise(times):
             state = stepper(solver, setting)(state, StepInterval(time, following))
@@ -74,7 +74,7 @@ def end(solver, setting, steps):
     ("name", "setting"),
     [(name, setting) for name in ORDERS for setting in SETTINGS if setting == "flow" or "-heun" not in name],
 )
-def test_order_of_convergence(name, setting):
+def test_solvers_converge_at_their_order(name, setting):
     solver, order = ORDERS[name]
     exact = end(UniPc(order=3, lower_order_final=False), setting, 640)
     errors = [np.abs(end(solver, setting, steps) - exact).mean() for steps in (60, 120)]
@@ -97,10 +97,10 @@ STOCHASTIC = {
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_with_noise_the_samples_come_to_be_those_of_the_mixture(name):
+def test_stochastic_solvers_sample_the_mixture(name):
     solver, setting = STOCHASTIC[name]
     process, prediction, _ = SETTINGS[setting]
-    denoise, grid = mixture.denoiser(process, prediction), KarrasTimes() if setting == "edm" else UniformTimes()
+    denoise, grid = mixture.make_denoise_fn(process, prediction), KarrasTimes() if setting == "edm" else UniformTimes()
     run = jax.jit(
         lambda times: sample(
             denoise,
@@ -112,7 +112,7 @@ def test_with_noise_the_samples_come_to_be_those_of_the_mixture(name):
             noise_fn=make_noise_fn(KEYS, (2,)),
         )
     )
-    exact = mixture.drawn(7, COUNT)
+    exact = mixture.sample(7, COUNT)
     few, many = (np.asarray(run(grid(process, steps).times)) for steps in (6, 60))
     distance = mixture.energy_distance(many, exact)
     assert distance < 0.01
@@ -122,15 +122,20 @@ def test_with_noise_the_samples_come_to_be_those_of_the_mixture(name):
 
 
 @pytest.mark.parametrize(("setting", "solver", "order"), [("flow", Euler(), 1), ("flow", Heun(), 2), ("vp", Ddim(), 1)])
-def test_noise_leads_back_to_the_data_the_better_the_more_steps(setting, solver, order):
+def test_inversion_recovers_the_data_better_with_more_steps(setting, solver, order):
     process, _, _ = SETTINGS[setting]
     prediction = Velocity() if setting == "flow" else Epsilon()
     run = jax.jit(
         lambda data, times: invert(
-            mixture.denoiser(process, prediction), data, times, process=process, solver=solver, prediction=prediction
+            mixture.make_denoise_fn(process, prediction),
+            data,
+            times,
+            process=process,
+            solver=solver,
+            prediction=prediction,
         )
     )
-    data = jnp.asarray(mixture.drawn(0, 64), jnp.float32)
+    data = jnp.asarray(mixture.sample(0, 64), jnp.float32)
     errors = []
     for steps in (20, 40, 80):
         found = run(data, UniformTimes()(process, steps).times[::-1])

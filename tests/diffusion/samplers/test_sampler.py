@@ -1,8 +1,8 @@
-"""Solvers are held to a flow that is known: of data that are normal, N(m, s^2).
+"""Solvers, compared with a known flow: that of normal data, N(m, s^2).
 
 With x_t = (1 - t) x_0 + t e, x_t is normal of mean a(t) = (1 - t) m and variance b(t)^2 = (1 - t)^2 s^2 + t^2. The best
 velocity is E[e - x_0 | x_t = x] = -m + (b'(t) / b(t)) (x - a(t)), for b b' = t - (1 - t) s^2 is the covariance of
-e - x_0 with x_t. So (x - a) / b stays as it is along the flow, and the noise e at t = 1 becomes m + s e at t = 0.
+e - x_0 with x_t. So (x - a) / b is constant along the flow, and the noise e at t = 1 becomes m + s e at t = 0.
 """
 
 import jax
@@ -58,7 +58,7 @@ def error(solver, steps):
 
 
 @pytest.mark.parametrize(("solver", "order", "steps"), [(Euler(), 1, 40), (Heun(), 2, 20)], ids=["euler", "heun"])
-def test_order_of_convergence(solver, order, steps):
+def test_solvers_converge_at_their_order(solver, order, steps):
     errors = [error(solver, steps * 2**k) for k in range(3)]
     found = np.log2(np.asarray(errors[:-1]) / errors[1:])
     np.testing.assert_allclose(found, order, atol=0.15)
@@ -78,7 +78,7 @@ def test_samples_have_the_mean_and_deviation_of_the_data(name, shift):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_consistency_model_needs_few_steps(steps):
-    """The flow's end from anywhere on it, told as a velocity: m + s (x - a) / b."""
+    """The model predicts the end of the flow, m + s (x - a) / b, as a velocity."""
 
     def consistent(noisy, time):
         spread = jnp.sqrt((1 - time) ** 2 * STD**2 + time**2)
@@ -92,8 +92,8 @@ def test_a_consistency_model_needs_few_steps(steps):
     assert stats.kstest((found[:, 0] - MEAN) / STD, "norm").statistic < 0.03
 
 
-def test_ancestral_steps_are_one():
-    """Of any process DDPM, DDIM with eta 1 and the SDE's first order are the same step."""
+def test_ancestral_steps_of_ddpm_ddim_and_the_sde_are_equal():
+    """For any process the steps of DDPM, of DDIM with eta 1 and of the SDE's first order are the same."""
     for process in (RectifiedFlow(), VariancePreservingProcess()):
         noise, found = NOISE[::-1] / 2, Estimate(NOISE / 3 + 1, NOISE)
         interval = StepInterval(jnp.asarray(0.7), jnp.asarray(0.4), noise)
@@ -133,7 +133,7 @@ def test_a_constant_velocity_is_followed_exactly_in_one_step(solver):
     np.testing.assert_allclose(found, data, atol=1e-5)
 
 
-def test_evaluations_and_their_times():
+def test_solvers_evaluate_the_model_at_the_expected_times():
     times = []
 
     def recorded(noisy, time):
@@ -148,12 +148,12 @@ def test_evaluations_and_their_times():
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_a_trace_is_what_a_sample_went_through(name):
+def test_a_trace_has_the_intermediate_values_of_a_sample(name):
     times, draw = (
         make_uniform_times(RectifiedFlow(), 4),
         make_noise_fn(jax.random.split(jax.random.key(0), len(NOISE)), (4,)),
     )
-    rest = {"process": RectifiedFlow(), "solver": get_sampler(name), "draw": draw}
+    rest = {"process": RectifiedFlow(), "solver": get_sampler(name), "noise_fn": draw}
     found = trace(denoise, NOISE, times, **rest)
     assert found.x.shape == found.data.shape == (4, *NOISE.shape)
     np.testing.assert_allclose(found.x[-1], sample(denoise, NOISE, times, **rest), rtol=1e-5, atol=1e-6)
@@ -162,7 +162,7 @@ def test_a_trace_is_what_a_sample_went_through(name):
 
 
 @pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if get_sampler(name).stochastic))
-def test_noise_is_a_samples_own(name):
+def test_the_noise_of_a_sample_does_not_depend_on_the_others(name):
     keys = jax.random.split(jax.random.key(1), len(NOISE))
 
     def drawn(noise, keys):
@@ -219,12 +219,12 @@ def test_the_grid_has_the_shift_of_training():
 
 
 @pytest.mark.parametrize("steps", [0, -3])
-def test_less_than_one_step(steps):
+def test_less_than_one_step_is_refused(steps):
     with pytest.raises(UserError, match=f"at least 1 step, not {steps}"):
         make_uniform_times(RectifiedFlow(), steps)
 
 
-def test_samplers_by_name():
+def test_samplers_are_found_by_name():
     assert get_sampler("euler") == Euler()
     assert get_sampler("euler-ancestral") == Ddim(eta=1.0)
     assert get_sampler("dpm++sde") == DpmMultistep(eta=1.0)
@@ -233,14 +233,14 @@ def test_samplers_by_name():
 
 
 class WithoutDataAtItsNoise(VariancePreservingProcess):
-    """As the schedules with no signal at the end of arXiv 2305.08891."""
+    """A process without signal at its end, as in arXiv 2305.08891."""
 
     def alpha(self, time):
         return 1 - time
 
 
 @pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if get_sampler(name).stochastic))
-def test_a_stochastic_solver_without_noise(name):
+def test_a_stochastic_solver_without_noise_is_refused(name):
     with pytest.raises(UserError, match=r"draws noise in every step\. Use noise_fn=make_noise_fn"):
         sample(
             denoise, NOISE, make_uniform_times(RectifiedFlow(), 2), process=RectifiedFlow(), solver=get_sampler(name)
@@ -259,7 +259,7 @@ def test_a_stochastic_solver_without_noise(name):
         (lambda: inverted(Euler(), X0()), r"X0\(\) is invalid: .* Use a model with another prediction"),
     ],
 )
-def test_what_cannot_be_done_is_refused(make, message):
+def test_impossible_combinations_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
 

@@ -15,7 +15,7 @@ def denoise(noisy, time):
 
 
 def run(solver, steps, padded, model=denoise):
-    """`steps` of them, in a program for `padded`."""
+    """Run `steps` steps in a program for `padded` steps."""
     times = make_uniform_times(PROCESS, steps)
     times = jnp.concatenate([times, jnp.full(padded - steps, times[-1])])
     program = jax.jit(lambda state, times: advance(model, state, times, process=PROCESS, solver=solver, noise_fn=draw))
@@ -32,19 +32,19 @@ def test_steps_of_no_length_change_nothing(name):
     plain = sample(denoise, NOISE, make_uniform_times(PROCESS, 3), process=PROCESS, solver=solver, noise_fn=draw)
     state = run(TracedSampler(solver=solver), 3, 8)
     np.testing.assert_allclose(state.x, plain, rtol=1e-5, atol=1e-5)
-    assert (int(state.done), int(state.failed)) == (3, -1)
-    assert state.recorded is None
+    assert (int(state.steps_done), int(state.failed_step)) == (3, -1)
+    assert state.trace is None
 
 
 @pytest.mark.parametrize("solver", [Euler(), Heun()], ids=["euler", "heun"])
-def test_what_is_recorded(solver):
+def test_the_state_of_every_step_is_recorded(solver):
     state = run(TracedSampler(solver=solver, has_trace=True), 4, 4)
-    assert state.recorded.x.shape == state.recorded.data.shape == (4, *NOISE.shape)
-    np.testing.assert_array_equal(state.recorded.x[-1], state.x)
+    assert state.trace.x.shape == state.trace.data.shape == (4, *NOISE.shape)
+    np.testing.assert_array_equal(state.trace.x[-1], state.x)
     for steps in (1, 2):
         part = sample(denoise, NOISE, make_uniform_times(PROCESS, 4)[: steps + 1], process=PROCESS, solver=solver)
-        np.testing.assert_allclose(state.recorded.x[steps - 1], part, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(state.recorded.data[0], NOISE - denoise(NOISE, 1.0), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(state.trace.x[steps - 1], part, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(state.trace.data[0], NOISE - denoise(NOISE, 1.0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("broken", "step"), [(1.0, 0), (0.5, 2), (0.25, 3)])
@@ -52,4 +52,4 @@ def test_the_first_step_that_is_not_finite_is_noted(broken, step):
     def model(noisy, time):
         return jnp.where(time <= broken, jnp.full_like(noisy, jnp.nan).at[1].set(0), noisy)
 
-    assert int(run(TracedSampler(solver=Euler()), 4, 6, model).failed) == step
+    assert int(run(TracedSampler(solver=Euler()), 4, 6, model).failed_step) == step

@@ -1,4 +1,4 @@
-"""UniPC on a flow that is known: of normal data N(m, s^2), as in `test_samplers`, where (x - a(t)) / b(t) stays."""
+"""UniPC on a known flow: that of normal data N(m, s^2), as in `test_sampler`, with (x - a(t)) / b(t) constant."""
 
 import functools
 
@@ -25,13 +25,13 @@ def denoise(noisy, time):
 
 
 def error(solver, times):
-    """At the last of `times`, starting on the exact flow at the first; in float64."""
+    """Return the error at the last of `times`, after a start on the exact flow at the first; in float64."""
     with jax.enable_x64(True):
-        return float(error_of(solver, jnp.asarray(times), jnp.asarray(NOISE)))
+        return float(compute_error(solver, jnp.asarray(times), jnp.asarray(NOISE)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def error_of(solver, times, noise):
+def compute_error(solver, times, noise):
     start, end = (1 - times[0]) * MEAN, (1 - times[-1]) * MEAN
     found = sample(denoise, start + spread(times[0]) * noise, times, process=FLOW, solver=solver)
     return jnp.abs(found - end - spread(times[-1]) * noise).mean()
@@ -39,7 +39,7 @@ def error_of(solver, times, noise):
 
 @pytest.mark.parametrize("kind", ["bh1", "bh2"])
 @pytest.mark.parametrize(("order", "expected"), [(1, 2), (2, 3), (3, 3)])
-def test_order_of_convergence_with_the_corrector(order, expected, kind):
+def test_solvers_with_corrector_converge_at_their_order(order, expected, kind):
     # Of order 3 the first step, which has no past, is as accurate as order 2's: some of its error is of that order.
     solver = UniPc(order=order, kind=kind, lower_order_final=False)
     errors = [error(solver, np.linspace(0.9, 0.1, steps + 1)) for steps in (40, 80, 160)]
@@ -49,7 +49,7 @@ def test_order_of_convergence_with_the_corrector(order, expected, kind):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_order_of_convergence_of_the_predictor_alone(order):
+def test_the_predictor_alone_converges_at_its_order(order):
     solver = UniPc(order=order, lower_order_final=False, uncorrected_steps=tuple(range(160)))
     errors = [error(solver, np.linspace(0.9, 0.1, steps + 1)) for steps in (40, 80, 160)]
     np.testing.assert_allclose(np.log2(np.asarray(errors[:-1]) / errors[1:]), order, atol=0.2)
@@ -70,7 +70,7 @@ def test_from_noise_to_data_it_needs_fewer_evaluations_than_euler():
     assert whole(UniPc(), 40) < whole(UniPc(), 20) < whole(Euler(), 160)
 
 
-def test_one_evaluation_a_step_at_the_times_of_the_grid():
+def test_each_step_evaluates_the_model_once_at_its_time():
     asked = []
 
     def recorded(noisy, time):
@@ -84,7 +84,7 @@ def test_one_evaluation_a_step_at_the_times_of_the_grid():
     assert asked == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_the_model_is_told_the_times_of_the_grid():
+def test_the_model_gets_the_model_times_of_the_schedule():
     asked = []
 
     def recorded(noisy, time):
@@ -125,6 +125,6 @@ def test_a_sample_has_a_gradient():
     np.testing.assert_allclose(gradient, STD, rtol=0.05)  # the data are m + s times the noise
 
 
-def test_another_order():
+def test_an_unsupported_order_is_refused():
     with pytest.raises(UserError, match="order 1, 2 or 3, not 4"):
         UniPc(order=4)

@@ -1,4 +1,4 @@
-"""What a compiler says where a program does not fit."""
+"""Messages of a compiler about programs that do not fit."""
 
 import pytest
 
@@ -31,7 +31,7 @@ from dit_video.distributed.planner.compiled_program import parse_oom_message
         ("RESOURCE_EXHAUSTED: Too much.", "Too much.", 0),
     ],
 )
-def test_a_program_that_does_not_fit(message, sentence, gibibytes):
+def test_the_message_of_a_program_that_does_not_fit_is_parsed(message, sentence, gibibytes):
     said, peak = parse_oom_message(message, argument_bytes=3 * 2**30)
     assert said.startswith(sentence)
     assert "\n" not in said

@@ -33,7 +33,7 @@ def test_kernels_read_keys_and_values_again_for_each_block_of_queries():
     assert traffic(kernel) - traffic(dataclasses.replace(kernel, query_block=None)) == one_pass / 2
 
 
-def test_what_is_computed_again_by_what_is_kept():
+def test_recomputation_depends_on_the_stored_activations():
     step = dataclasses.replace(
         STEP, attention_flops=4 * 10**8, remat="none"
     )  # of 10**9 operations, 6 * 10**8 with weights

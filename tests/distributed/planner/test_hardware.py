@@ -1,4 +1,4 @@
-"""The table of chips, names of topologies, and the times that follow."""
+"""The table of chips, names of topologies, and estimated times."""
 
 import sys
 
@@ -22,7 +22,7 @@ class Device:
         self.device_kind = kind
 
 
-def test_every_chip_has_its_figures_and_their_source():
+def test_every_chip_has_its_specifications_and_their_source():
     assert set(CHIPS) == {"v4", "v5e", "v5p", "v6e", "v7x", "a100", "h100", "h200", "b200"}
     for chip in CHIPS.values():
         assert min(chip.flops, chip.memory, chip.bandwidth, chip.link_bandwidth) > 0
@@ -30,7 +30,7 @@ def test_every_chip_has_its_figures_and_their_source():
         assert (chip.hourly_price is None) == (not chip.price_source)
 
 
-def test_names():
+def test_names_of_topologies_are_parsed():
     assert (Topology.parse("v5e:4x4").num_chips, str(Topology.parse("V5p:4x4x8"))) == (16, "v5p:4x4x8")
     assert Topology.parse("tpu7x:2x2x1").chip.name == "v7x"
     assert Topology.parse("h100:16").num_chips == 16
@@ -47,18 +47,18 @@ def test_names():
         ("v6e", "v6e:4x4"),
     ],
 )
-def test_what_there_is_not(text, says):
+def test_unknown_topologies_are_refused(text, says):
     with pytest.raises(UserError, match=says):
         Topology.parse(text)
 
 
-def test_libtpu_is_asked_for(monkeypatch):
+def test_a_missing_libtpu_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(MissingError, match="pip install libtpu"):
         Topology.parse("v5e:4x4").get_devices()
 
 
-def test_devices_of_jax():
+def test_chips_are_found_for_the_devices_of_jax():
     assert find_chip(Device("TPU v5 lite")) == CHIPS["v5e"]
     assert find_chip(Device("TPU v5")) == CHIPS["v5p"]
     assert find_chip(Device("NVIDIA H200")) == CHIPS["h200"]

@@ -1,4 +1,4 @@
-"""The reader of compiled programs: on text in the forms that XLA prints, and on programs that are counted by hand."""
+"""The reader of compiled programs, for text in the forms of XLA, and for programs that are counted by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from dit_video.distributed.planner.replica_groups import find_mesh_axes, parse_r
 MESH = {"data": 1, "fsdp": 2, "tensor": 1, "context": 4}
 
 
-def in_a_module(*lines: str, rest: str = "") -> str:
+def make_module(*lines: str, rest: str = "") -> str:
     body = "\n".join(f"  {line}" for line in lines)
     first = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[64,32]{1,0} parameter(0)"
     return f"HloModule jit_step\n\n{rest}\n{first}\n{body}\n}}\n"
@@ -29,8 +29,8 @@ def in_a_module(*lines: str, rest: str = "") -> str:
         ("all-gather(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}", "all-gather", ("part of", "context"), 8192),
     ],
 )
-def test_collectives(line, kind, axes, moved):
-    program = read_program(in_a_module(f"%c = f32[8]{{0}} {line}"), MESH)
+def test_collectives_are_read_with_kind_axes_and_bytes(line, kind, axes, moved):
+    program = read_program(make_module(f"%c = f32[8]{{0}} {line}"), MESH)
     (found,) = program.collectives.values()
     assert (found.kind, found.axes, found.bytes, found.count) == (kind, axes, moved, 1)
 
@@ -53,8 +53,8 @@ LOOP = """
 """
 
 
-def test_what_a_loop_does_counts_as_often_as_it_turns():
-    text = in_a_module("%w = (s32[], f32[64,32]{1,0}) while(%p), condition=%condition, body=%body", rest=LOOP)
+def test_operations_in_a_loop_count_once_for_each_iteration():
+    text = make_module("%w = (s32[], f32[64,32]{1,0}) while(%p), condition=%condition, body=%body", rest=LOOP)
     program = read_program(text, MESH)
     assert program.flops == 24 * 2 * 64 * 64 * 32
     (moved,) = program.collectives.values()
@@ -63,9 +63,9 @@ def test_what_a_loop_does_counts_as_often_as_it_turns():
     assert read_program(text.replace("body=%body", config), MESH).flops == 5 * 2 * 64 * 64 * 32
 
 
-def test_a_loop_that_the_data_end():
+def test_a_loop_whose_end_depends_on_data_counts_once():
     rest = LOOP.replace("%n = s32[] constant(24)", "%n = s32[] get-tuple-element(%t), index=0")
-    text = in_a_module("%w = (s32[], f32[64,32]{1,0}) while(%p), condition=%condition, body=%body", rest=rest)
+    text = make_module("%w = (s32[], f32[64,32]{1,0}) while(%p), condition=%condition, body=%body", rest=rest)
     assert read_program(text, MESH).unknown_loops == 1
     assert read_program(text, MESH).flops == 2 * 64 * 64 * 32
     assert read_program(text, MESH, outer_trip_count=50).flops == 50 * 2 * 64 * 64 * 32
@@ -80,14 +80,14 @@ def test_asynchronous_collectives_count_once():
         "%s = (f32[64,32]{1,0}, f32[256,32]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}",
         "%d = f32[256,32]{1,0} all-gather-done(%s)",
     ]
-    (moved,) = read_program(in_a_module(*pair), MESH).collectives.values()
+    (moved,) = read_program(make_module(*pair), MESH).collectives.values()
     assert (moved.count, moved.bytes) == (1, 3 * 8192)
     fused = "%{0} (q: f32[64,32]) -> f32[256,32] {{\n  %q = f32[64,32]{{1,0}} parameter(0)\n  ROOT %g.{0} = "
     fused += "f32[256,32]{{1,0}} "
     fused += 'all-gather(%q), replica_groups=[2,4]<=[8], frontend_attributes={{chain_id="7"}}\n}}\n'
     calls = [f"%f.{name} = f32[256,32]{{1,0}} fusion(%p), kind=kOutput, calls=%{name}" for name in ("start", "end")]
     (moved,) = read_program(
-        in_a_module(*calls, rest=fused.format("start") + fused.format("end")), MESH
+        make_module(*calls, rest=fused.format("start") + fused.format("end")), MESH
     ).collectives.values()
     assert (moved.count, moved.bytes) == (1, 3 * 8192)
 
@@ -95,7 +95,7 @@ def test_asynchronous_collectives_count_once():
 def test_a_sum_of_which_a_slice_is_taken_is_a_scatter():
     lines = ["%s = f32[64,32]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add"]
     lines += ["ROOT %d = f32[16,32]{1,0} dynamic-slice(%s), dynamic_slice_sizes={16,32}"]
-    (moved,) = read_program(in_a_module(*lines), MESH).collectives.values()
+    (moved,) = read_program(make_module(*lines), MESH).collectives.values()
     assert (moved.kind, moved.bytes) == ("reduce-scatter", 8192 * 3 / 4)
 
 
@@ -108,27 +108,27 @@ def test_sums_of_several_arrays_of_which_slices_are_taken_are_scatters():
     ]
     found = []
     for whole in ("", "%w = f32[64,32]{1,0} negate(%g0)"):
-        text = in_a_module(*lines, *parts, whole, "ROOT %r = (f32[16,32]{1,0}, f32[16,32]{1,0}) tuple(%d0, %d1)")
+        text = make_module(*lines, *parts, whole, "ROOT %r = (f32[16,32]{1,0}, f32[16,32]{1,0}) tuple(%d0, %d1)")
         found += read_program(text, MESH).collectives.values()
     assert [part.kind for part in found] == ["reduce-scatter", "all-reduce"]
     assert [part.bytes for part in found] == [2 * 8192 * 3 / 4, 2 * 2 * 8192 * 3 / 4]
 
 
-def test_products_in_the_form_of_tpus():
+def test_products_of_tpu_programs_are_counted():
     lines = [
         "%q = f32[32,16]{1,0} parameter(1)",
         "%c = f32[64,16]{1,0} convolution(%p, %q), dim_labels=bf_io->bf",
         "%a = f32[8,64,32]{2,1,0} parameter(2)",
         "%b = f32[8,32,16]{2,1,0} parameter(3)",
     ]
-    assert read_program(in_a_module(*lines), MESH).flops == 2 * 64 * 32 * 16
+    assert read_program(make_module(*lines), MESH).flops == 2 * 64 * 32 * 16
     # Eight products, in a window of which each output meets one weight alone.
     window = "window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf"
     lines = [*lines[2:], f"%e = f32[8,64,16]{{2,1,0}} convolution(%a, %b), {window}"]
-    assert read_program(in_a_module(*lines), MESH).flops == 8 * 2 * 64 * 32 * 16
+    assert read_program(make_module(*lines), MESH).flops == 8 * 2 * 64 * 32 * 16
 
 
-def test_what_is_read_and_written():
+def test_bytes_read_and_written_are_counted():
     lines = [
         "%i = s32[] parameter(1)",
         "%s = f32[1,32]{1,0} dynamic-slice(%p, %i), dynamic_slice_sizes={1,32}",
@@ -136,15 +136,15 @@ def test_what_is_read_and_written():
         "ROOT %e = f32[64,32]{1,0} exponential(%n)",
     ]
     # A slice is read and written, then the whole read; what lies in near memory costs nothing; a whole is written.
-    assert read_program(in_a_module(*lines), MESH).bytes == 2 * 128 + 8192 + 8192
+    assert read_program(make_module(*lines), MESH).bytes == 2 * 128 + 8192 + 8192
 
 
-def test_what_is_started_is_read_and_written_once():
-    """Of what is copied or sliced ahead of its use, only as much is read as arrives, and what is near costs nothing."""
+def test_asynchronous_operations_are_read_and_written_once():
+    """A slice that is copied ahead of its use costs the bytes of the slice, and near memory costs nothing."""
     near, far = "f32[64,32]{1,0:S(1)}", "f32[64,32]{1,0}"
 
     def traffic(*lines):
-        return read_program(in_a_module(*lines), MESH).bytes
+        return read_program(make_module(*lines), MESH).bytes
 
     ahead = f"%s = ({near}, {far}, u32[]) copy-start(%p)"
     assert traffic(ahead, f"ROOT %d = {near} copy-done(%s)") == 8192
@@ -160,7 +160,7 @@ def test_what_is_started_is_read_and_written_once():
     assert traffic(gathered) == 8192 + 4 * 8192
 
 
-def test_groups():
+def test_replica_groups_are_parsed():
     assert parse_replica_groups("replica_groups=[4,2]<=[2,4]T(1,0)", 8) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert parse_replica_groups("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", 8) == [[0, 1]]
     assert parse_replica_groups("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", 8) == [[0, 2, 4, 6]]
@@ -169,7 +169,7 @@ def test_groups():
     assert find_mesh_axes([0, 4], MESH) == ("fsdp",)
 
 
-def test_a_program_of_this_machine():
+def test_a_program_compiled_on_this_machine_is_counted():
     def run(x, weights):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 

@@ -22,7 +22,7 @@ MESH = {"data": 2, "fsdp": 4, "tensor": 2, "context": 8}
 
 
 @pytest.mark.parametrize(("remat", "times"), [("full", 2), ("none", 1)])
-def test_weights_for_every_forward_pass_and_gradients_once(remat, times):
+def test_weights_move_for_every_forward_pass_and_gradients_once(remat, times):
     found = compute_min_collective_bytes(STEP.resize(8, remat), 1000, MESH, "ulysses")["fsdp"]
     assert found == 3 / 4 * 1000 / 2 * (2 * times + 4)
 
@@ -36,14 +36,14 @@ def test_weights_for_every_forward_pass_and_gradients_once(remat, times):
         ("ring", "full", 7 * (2 * 2 * 3 + 2 * 4)),
     ],
 )
-def test_tokens_meet(way, remat, of_a_value):
+def test_attention_over_context_moves_the_minimum_of_tokens(way, remat, of_a_value):
     values = 3 * (8 * 1024 // (2 * 4 * 8)) * 64 // 2
     assert compute_min_collective_bytes(STEP.resize(8, remat), 1000, MESH, way)["context"] == pytest.approx(
         values * of_a_value
     )
 
 
-def test_axes_of_one_move_nothing():
+def test_axes_of_size_one_move_nothing():
     assert compute_min_collective_bytes(STEP, 1000, {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}, "ring") == {}
 
 

@@ -37,7 +37,7 @@ SIZES = ((32, 32), (32, 48), (48, 32))
 RED = Description(colour="red", shape="circle", direction="left")
 
 
-def clip_of(description, *, seed=0, frames=9, height=32, width=48):
+def render_clip(description, *, seed=0, frames=9, height=32, width=48):
     generator = make_generator(seed, "judge", height, width, frames, *format_caption(description).encode())
     geometry = sample_geometry(generator, description, height=height, width=width)
     return render(description, geometry, frames=frames, height=height, width=width)
@@ -68,10 +68,10 @@ def right(description, verdict):
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("frames", [1, 9, 17])
 def test_written_and_read_clips_are_all_judged_right(tmp_path, height, width, frames):
-    """Every description at every size, through H.264 or PNG: 468 clips in all."""
+    """There are 468 clips: every description at every size, in H.264 or PNG."""
     for index, description in enumerate(IMAGES if frames == 1 else COMBINATIONS):
         path = tmp_path / f"{index}.{'png' if frames == 1 else 'mp4'}"
-        clip_of(description, seed=index, frames=frames, height=height, width=width).save(path)
+        render_clip(description, seed=index, frames=frames, height=height, width=width).save(path)
         verdict = judge(decode(path))
         assert right(description, verdict), (description, verdict)
         assert score(description, verdict) == Score(True, True, None if frames == 1 else True)
@@ -81,7 +81,7 @@ def test_blurred_and_noisy_clips_are_mostly_judged_right():
     descriptions, wrong = [*COMBINATIONS, *IMAGES], []
     for index, description in enumerate(descriptions):
         height, width = SIZES[index % 3]
-        clip = clip_of(description, seed=1, frames=9 if description.direction else 1, height=height, width=width)
+        clip = render_clip(description, seed=1, frames=9 if description.direction else 1, height=height, width=width)
         noise = make_generator(2, "noise", index).normal(0, 12, clip.frames.shape)
         soft = np.clip(np.rint(blurred(clip.frames) + noise), 0, 255).astype(np.uint8)
         verdict = judge(Clip(soft, fps=8))
@@ -91,7 +91,7 @@ def test_blurred_and_noisy_clips_are_mostly_judged_right():
 
 
 def test_dim_and_brighter_backgrounds_do_not_matter():
-    clip = clip_of(RED)
+    clip = render_clip(RED)
     for change in (lambda f: 0.8 * f, lambda f: f + 8, lambda f: 0.9 * f + 5):
         frames = np.clip(np.rint(change(clip.frames.astype(float))), 0, 255).astype(np.uint8)
         assert right(RED, judge(Clip(frames, fps=8)))
@@ -135,7 +135,7 @@ def test_other_colours_are_not_of_the_palette():
 
 def test_swapped_colours_and_mirrored_motion_are_seen():
     for description in COMBINATIONS:
-        clip = clip_of(description)
+        clip = render_clip(description)
         backwards = judge(Clip(clip.frames[::-1].copy(), fps=8))
         opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}[description.direction]
         assert (backwards.colour, backwards.shape, backwards.direction) == (
@@ -152,7 +152,7 @@ def test_swapped_colours_and_mirrored_motion_are_seen():
 
 
 def test_a_still_clip_has_no_direction():
-    still = Clip(clip_of(RED).frames[:1].repeat(9, axis=0), fps=8)
+    still = Clip(render_clip(RED).frames[:1].repeat(9, axis=0), fps=8)
     noisy = np.clip(still.frames + make_generator(0, "noise").normal(0, 12, still.frames.shape), 0, 255).astype(
         np.uint8
     )
@@ -195,8 +195,8 @@ def test_two_shapes_are_not_one(second, shape):
     assert verdict.colour == ("red" if second == "red" else None)
 
 
-def test_a_shape_that_goes_away_is_not_found():
-    frames = clip_of(RED).frames.copy()
+def test_a_shape_that_disappears_is_not_found():
+    frames = render_clip(RED).frames.copy()
     frames[5:] = empty(4)
     assert judge(Clip(frames, fps=8)).shape is None
 
@@ -224,22 +224,24 @@ def test_other_shapes_have_no_name(draw):
 # The table of rates.
 
 
-def test_wilson_interval():
+def test_the_wilson_interval_is_that_of_the_formula():
     assert compute_wilson_interval(0, 0) == (0.0, 1.0)
     assert compute_wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert compute_wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert compute_wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
-def found(description, **changes):
+def make_judgement(description, **changes):
     values = {"colour": description.colour, "shape": description.shape, "direction": description.direction, **changes}
     return Judgement(**values, start=(0.5, 0.5))
 
 
-def test_rates_by_group():
+def test_rates_are_counted_by_group():
     size = Grid(9, 32, 32)
-    results = [JudgedSample(description=one, judgement=found(one), size=size) for one in TRAINING]
-    results += [JudgedSample(description=one, judgement=found(one, colour="white"), size=size) for one in HELD_OUT]
+    results = [JudgedSample(description=one, judgement=make_judgement(one), size=size) for one in TRAINING]
+    results += [
+        JudgedSample(description=one, judgement=make_judgement(one, colour="white"), size=size) for one in HELD_OUT
+    ]
     results += [JudgedSample(description=one, judgement=Judgement(), size=Grid(1, 32, 32)) for one in IMAGES]
     table = prompt_following(results)
     assert json.loads(json.dumps(table)) == table
@@ -261,7 +263,7 @@ def test_nothing_judged_gives_no_rates():
     assert table["start_spread"]["lowest_ratio"] is None
 
 
-def test_spread_of_data_is_that_of_data():
+def test_the_spread_of_rendered_clips_is_that_of_the_data():
     results = []
     for direction in ("left", "right", "up", "down", None):
         for index in range(150):
@@ -270,7 +272,7 @@ def test_spread_of_data_is_that_of_data():
                 f" moving {direction}" if direction else ""
             )
             description = parse_caption(words)
-            clip = clip_of(description, seed=index, frames=1, height=height, width=width)
+            clip = render_clip(description, seed=index, frames=1, height=height, width=width)
             results.append(judge_sample(description, clip))
     spread = start_spread(results, draws=30)
     assert spread["left"]["count"] == 150

@@ -32,8 +32,8 @@ def test_ssim_of_plain_frames_is_the_luminance_term():
         assert ssim(plain(a), plain(b)) == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1))
 
 
-def test_ssim_by_the_definition():
-    """Wang et al. 2004, eq. 13-16, one window after the other."""
+def test_ssim_equals_its_definition():
+    """The definition is that of Wang et al. 2004, eq. 13-16, computed window by window."""
     a, b = random_clip(0, frames=1, height=13, width=12), random_clip(1, frames=1, height=13, width=12)
     b = (0.6 * a + 0.4 * b).astype(np.uint8)
     y, x = np.mgrid[-5:6, -5:6]
@@ -53,7 +53,7 @@ def test_ssim_by_the_definition():
     assert ssim(a, b) == pytest.approx(np.mean(values), rel=1e-9)
 
 
-def test_ssim_properties():
+def test_ssim_is_symmetric_and_falls_with_noise():
     clip, other = random_clip(2), random_clip(3)
     assert ssim(clip, clip) == pytest.approx(1.0)
     assert ssim(clip, other) == pytest.approx(ssim(other, clip))

@@ -1,4 +1,4 @@
-"""Folders of DiT and SiT to pipelines that sample images by class. Equality with diffusers' is elsewhere."""
+"""Pipelines of DiT and SiT that sample images by class. The parity tests compare them with diffusers."""
 
 import json
 import shutil
@@ -25,21 +25,21 @@ from dit_video.families import save_autoencoder, save_denoiser
 from dit_video.pipelines.pipeline import Request
 from dit_video.pipelines.probe import DenoiserProbe
 from dit_video.text import ByteEncoderConfig, ClassNamesConfig
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_class_dit import DIT, SIT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 VAE = ImageVaeConfig(channels=3, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
 SIDE = 16
-"""of images: 4 tokens of a patch of 2, at a stride of 2"""
+"""Side of the images: 4 tokens of a patch of 2, at a stride of 2."""
 NAMES = {"0": "tench, Tinca tinca", "1": "crane", "2": "goldfinch", "3": "crane"}
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
 
 
-def written(folder, dit=DIT, *, scheduler=DDIM, names=NAMES):
-    save_denoiser(folder / "transformer", dit, rough_params(dit.make), layout="authors")
-    save_autoencoder(folder / "vae", VAE, rough_params(VAE.make))
+def write_pipeline(folder, dit=DIT, *, scheduler=DDIM, names=NAMES):
+    save_denoiser(folder / "transformer", dit, make_random_params(dit.make), layout="authors")
+    save_autoencoder(folder / "vae", VAE, make_random_params(VAE.make))
     if scheduler is not None:
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
@@ -49,8 +49,8 @@ def written(folder, dit=DIT, *, scheduler=DDIM, names=NAMES):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Read only."""
-    return written(tmp_path_factory.mktemp("dit"))
+    """Return the folder of a pipeline, to be read only."""
+    return write_pipeline(tmp_path_factory.mktemp("dit"))
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,11 @@ def pipeline(folder):
     return dit_video.load(folder)
 
 
-def drawn(pipeline, label, **options):
+def sample_latents(pipeline, label, **options):
     return pipeline.generate(label, output="latents", **{"steps": 3, "guidance": 2.0} | options)
 
 
-def test_what_a_folder_says(pipeline):
+def test_the_pipeline_config_is_read_from_the_folder(pipeline):
     config = pipeline.config
     assert config.text == ClassNamesConfig(classes=5, names=(*NAMES.values(), "4"))
     assert config.process == VariancePreservingProcess()
@@ -70,20 +70,20 @@ def test_what_a_folder_says(pipeline):
     assert (config.sampling.solver, config.sampling.guidance, config.size) == (Ddim(), 4.0, (1, SIDE, SIDE))
 
 
-def test_an_image_of_a_class(pipeline):
+def test_a_pipeline_generates_an_image_of_a_class(pipeline):
     clip = pipeline.generate(2, steps=3, guidance=2.0)
     assert clip.frames.shape == (1, SIDE, SIDE, 3)
     assert clip.frames.std() > 1
 
 
-def test_a_class_by_its_name_is_that_by_its_number(pipeline):
-    latents = drawn(pipeline, 0)
+def test_a_class_can_be_named_by_its_name_or_its_number(pipeline):
+    latents = sample_latents(pipeline, 0)
     for name in ("0", "tench", "Tinca tinca", "tench, Tinca tinca"):
-        np.testing.assert_array_equal(drawn(pipeline, name), latents)
-    assert np.abs(drawn(pipeline, "goldfinch") - latents).max() > 1e-2
+        np.testing.assert_array_equal(sample_latents(pipeline, name), latents)
+    assert np.abs(sample_latents(pipeline, "goldfinch") - latents).max() > 1e-2
 
 
-def test_taken_apart_it_is_told_of_the_class(pipeline):
+def test_the_denoiser_probe_conditions_on_the_class(pipeline):
     inside = DenoiserProbe(pipeline, ["goldfinch", "tench"])
     noisy = jnp.zeros((2, inside.token_grid.volume, inside.patch.volume * inside.channels))
     first, second = np.asarray(inside.denoise(noisy, jnp.asarray(0.5)))
@@ -92,14 +92,14 @@ def test_taken_apart_it_is_told_of_the_class(pipeline):
     assert np.abs(maps[-1, 0] - maps[-1, 1]).max() > 1e-6
 
 
-def test_no_class_is_what_guidance_leads_away_from(pipeline):
-    label, none, negative = (drawn(pipeline, each, guidance=1.0) for each in (2, "", 4))
+def test_guidance_leads_away_from_no_class_or_from_the_negative_one(pipeline):
+    label, none, negative = (sample_latents(pipeline, each, guidance=1.0) for each in (2, "", 4))
     assert min(np.abs(label - other).max() for other in (none, negative)) > 1e-2
-    np.testing.assert_allclose(drawn(pipeline, 2, guidance=0.0), none, atol=1e-4)
-    np.testing.assert_allclose(drawn(pipeline, 2, guidance=0.0, negative="4"), negative, atol=1e-4)
+    np.testing.assert_allclose(sample_latents(pipeline, 2, guidance=0.0), none, atol=1e-4)
+    np.testing.assert_allclose(sample_latents(pipeline, 2, guidance=0.0, negative="4"), negative, atol=1e-4)
 
 
-def test_several_at_once_are_what_each_is_alone(pipeline):
+def test_several_requests_give_the_images_of_each_alone(pipeline):
     size = pipeline.config.size
     requests = [Request("goldfinch", size, seed=1), Request("0", size), Request("4", size, seed=2)]
     clips = pipeline.generate_many(requests, steps=3, guidance=2.0, sampler="ddpm")
@@ -108,29 +108,29 @@ def test_several_at_once_are_what_each_is_alone(pipeline):
         assert np.abs(clip.frames.astype(int) - alone.frames).max() <= 1
 
 
-def test_our_own_folder_of_it_is_the_same_pipeline(pipeline, tmp_path):
+def test_a_pipeline_saved_in_the_native_layout_is_the_same(pipeline, tmp_path):
     pipeline.save(tmp_path / "own")
     again = dit_video.load(tmp_path / "own")
     assert again.config == pipeline.config
-    np.testing.assert_array_equal(drawn(again, "goldfinch"), drawn(pipeline, 2))
+    np.testing.assert_array_equal(sample_latents(again, "goldfinch"), sample_latents(pipeline, 2))
 
 
-def test_a_learned_variance_is_drawn_with_where_the_scheduler_says_so(tmp_path):
+def test_a_learned_variance_is_used_only_if_the_scheduler_says_so(tmp_path):
     drawn_with = {}
     for kind, variance, prediction in (
         ("fixed_small", "dropped", Epsilon()),
         ("learned_range", "predicted", LearnedVariance()),
     ):
         scheduler = {"_class_name": "DDPMScheduler", "clip_sample": False, "variance_type": kind}
-        found = dit_video.load(written(tmp_path / kind, scheduler=scheduler))
+        found = dit_video.load(write_pipeline(tmp_path / kind, scheduler=scheduler))
         assert (found.config.dit.variance, found.config.prediction) == (variance, prediction)
-        drawn_with[kind] = drawn(found, 1)
+        drawn_with[kind] = sample_latents(found, 1)
     assert np.abs(drawn_with["fixed_small"] - drawn_with["learned_range"]).max() > 1e-2
 
 
 @pytest.mark.parametrize("dit", [DIT, SIT], ids=["DiT", "SiT"])
 def test_the_authors_models_need_no_scheduler(tmp_path, dit):
-    found = dit_video.load(written(tmp_path, dit, scheduler=None))
+    found = dit_video.load(write_pipeline(tmp_path, dit, scheduler=None))
     config = found.config
     if dit is SIT:
         assert (config.process, config.prediction) == (RectifiedFlow(), Velocity())
@@ -138,15 +138,15 @@ def test_the_authors_models_need_no_scheduler(tmp_path, dit):
     else:
         assert config.prediction == LearnedVariance()
         assert (config.sampling.solver, config.sampling.steps) == (Ddpm(), 250)
-    assert np.isfinite(drawn(found, 1)).all()
+    assert np.isfinite(sample_latents(found, 1)).all()
 
 
-def test_the_time_is_told_in_the_schedulers_own_steps(tmp_path):
-    found = dit_video.load(written(tmp_path, scheduler={**DDIM, "num_train_timesteps": 100}))
+def test_the_time_is_scaled_to_the_steps_of_the_scheduler(tmp_path):
+    found = dit_video.load(write_pipeline(tmp_path, scheduler={**DDIM, "num_train_timesteps": 100}))
     assert found.config.dit.time_embedding.scale == 100.0
 
 
-def test_what_is_refused(pipeline, folder, tmp_path):
+def test_wrong_classes_text_encoders_and_missing_folders_are_refused(pipeline, folder, tmp_path):
     for label, message in (
         (5, "'5' is no class: use a number from 0 to 4, or one of 6 names such as"),
         ("trench", "'trench' is no class"),
@@ -164,6 +164,6 @@ def test_what_is_refused(pipeline, folder, tmp_path):
         dit_video.load(copy)
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     with pytest.raises(UserError, match="predicts noise, the scheduler is of a RectifiedFlow"):
-        dit_video.load(written(tmp_path / "flow", scheduler=flow))
+        dit_video.load(write_pipeline(tmp_path / "flow", scheduler=flow))
     with pytest.raises(UserError, match="captions are of 0 classes, the denoiser's labels of 5"):
         replace(pipeline.config, text=ByteEncoderConfig())

@@ -1,4 +1,4 @@
-"""Pipelines of DiT equal diffusers' from the same folder, noise and classes: final latents, and the image of them."""
+"""Pipelines of DiT equal diffusers from the same folder, noise and classes, in final latents and images."""
 
 import importlib
 import json
@@ -33,7 +33,7 @@ TRANSFORMER = {
     "out_channels": 2 * CHANNELS,
     "num_layers": 2,
     "sample_size": SIDE,
-    "num_embeds_ada_norm": 1000,  # whose null is written into diffusers' pipeline
+    "num_embeds_ada_norm": 1000,  # its null class is fixed in the pipeline of diffusers
 }
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -51,8 +51,8 @@ def torch():
     return module
 
 
-def written(torch, folder, scheduler):
-    """A random pipeline that diffusers made and saved."""
+def save_pipeline(torch, folder, scheduler):
+    """Let diffusers make and save a random pipeline, and return it."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel(**TRANSFORMER).eval()
@@ -65,14 +65,14 @@ def written(torch, folder, scheduler):
     pipe = diffusers.DiTPipeline(model, diffusers.AutoencoderKL(**VAE).eval(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())  # of the published ones, which are written by hand
+    index = json.loads((folder / "model_index.json").read_text())  # published ones are written by hand
     names = {str(LABEL): "golden retriever, retriever"}
     (folder / "model_index.json").write_text(json.dumps(index | {"id2label": names}))
     return pipe
 
 
-def on_the_way(number):
-    """`[c h w]`: the noise that our sampler draws in a step."""
+def draw_step_noise(number):
+    """Return the noise `[c h w]` that our sampler draws in a step."""
     grid = Grid(1, SIDE // 2, SIDE // 2)
     zeros = patchify(np.zeros((1, SIDE, SIDE, CHANNELS), np.float32), PATCH)
     item = PackedExample(zeros, compute_positions(grid), np.zeros(1, np.int32), 0)
@@ -83,16 +83,16 @@ def on_the_way(number):
 
 
 def theirs(torch, pipe, noise, guidance, monkeypatch):
-    """The final latents `[h w c]`, and the image of them in 0..255."""
+    """Return the final latents `[h w c]` of diffusers, and their image in 0..255."""
     drawn, decoded = [], []
 
-    def handed_over(shape, **_):
-        image = noise[0].transpose(2, 0, 1) if not drawn else on_the_way(len(drawn) - 1)
+    def return_noise(shape, **_):
+        image = noise[0].transpose(2, 0, 1) if not drawn else draw_step_noise(len(drawn) - 1)
         drawn.append(shape)
         return torch.from_numpy(np.broadcast_to(image, tuple(shape)).copy())
 
     for module in (type(pipe).__module__, type(pipe.scheduler).__module__):
-        monkeypatch.setattr(importlib.import_module(module), "randn_tensor", handed_over)
+        monkeypatch.setattr(importlib.import_module(module), "randn_tensor", return_noise)
     decode = pipe.vae.decode
     monkeypatch.setattr(pipe.vae, "decode", lambda latents: decoded.append(latents) or decode(latents))
     image = pipe([LABEL], guidance_scale=guidance, num_inference_steps=STEPS, output_type="np").images[0]
@@ -102,16 +102,16 @@ def theirs(torch, pipe, noise, guidance, monkeypatch):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("kind", ["ddim", "ddpm", "learned_range"])
-def test_final_latents_and_image(tmp_path, torch, monkeypatch, kind, guidance):
+def test_final_latents_and_images_equal_those_of_diffusers(tmp_path, torch, monkeypatch, kind, guidance):
     diffusers = pytest.importorskip("diffusers")
     if kind == "ddim":
         scheduler = diffusers.DDIMScheduler(clip_sample=False)
     else:
         variance = "learned_range" if kind == "learned_range" else "fixed_small"
         scheduler = diffusers.DDPMScheduler(clip_sample=False, variance_type=variance)
-    pipe = written(torch, tmp_path, scheduler)
+    pipe = save_pipeline(torch, tmp_path, scheduler)
     if kind == "learned_range":
-        # Else their pipeline takes the variance away from the scheduler, which fails for want of it.
+        # Otherwise their pipeline drops the variance, which their scheduler needs.
         pipe.transformer.register_to_config(out_channels=CHANNELS)
     noise = np.random.default_rng(0).standard_normal((1, SIDE, SIDE, CHANNELS)).astype(np.float32)
     expected, image = theirs(torch, pipe, noise, guidance, monkeypatch)

@@ -1,4 +1,4 @@
-"""DiT and SiT in both layouts: out, in again, and what is refused. Equality with them: the parity tests."""
+"""DiT and SiT are written in both layouts, read again, and refused if they do not fit."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.families import load_denoiser, save_denoiser
 from dit_video.tokens import Grid
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_class_dit import DIT, SIT
 
 DIFFUSERS = dataclasses.replace(
@@ -28,7 +28,7 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(flatten(found)[path], leaf, err_msg=path)
 
 
-def edited(folder, change):
+def edit_tensors(folder, change):
     tensors = safetensors.numpy.load_file(folder / FILE)
     change(tensors)
     safetensors.numpy.save_file(tensors, folder / FILE)
@@ -41,7 +41,7 @@ def edited(folder, change):
 )
 def test_round_trip_is_bit_exact(tmp_path, config, layout):
     for own in (config, dataclasses.replace(config, variance="none")):
-        params = rough_params(own.make)
+        params = make_random_params(own.make)
         save_denoiser(tmp_path / own.variance, own, params, layout=layout, shard_bytes=9000)
         assert len(list((tmp_path / own.variance).glob("*-of-*.safetensors"))) > 1
         found, read = load_denoiser(tmp_path / own.variance)
@@ -49,8 +49,8 @@ def test_round_trip_is_bit_exact(tmp_path, config, layout):
         assert_same(read, params)
 
 
-def test_one_layout_to_the_other_keeps_the_weights(tmp_path):
-    params = rough_params(DIT.make)
+def test_conversion_between_the_layouts_keeps_the_weights(tmp_path):
+    params = make_random_params(DIT.make)
     save_denoiser(tmp_path / "diffusers", DIT, params)
     config, read = load_denoiser(tmp_path / "diffusers")
     assert config == dataclasses.replace(DIFFUSERS, patch=DIT.patch)
@@ -61,8 +61,8 @@ def test_one_layout_to_the_other_keeps_the_weights(tmp_path):
     assert_same(again, params)
 
 
-def test_the_names_and_layouts(tmp_path):
-    params = rough_params(DIT.make)
+def test_files_have_the_tensor_names_and_shapes_of_each_layout(tmp_path):
+    params = make_random_params(DIT.make)
     save_denoiser(tmp_path / "authors", DIT, params, layout="authors")
     theirs = safetensors.numpy.load_file(tmp_path / "authors" / FILE)
     assert theirs["x_embedder.proj.weight"].shape == (16, 3, 2, 2)
@@ -78,19 +78,19 @@ def test_the_names_and_layouts(tmp_path):
     np.testing.assert_array_equal(theirs[copies[0]], theirs[copies[1]])
 
 
-def test_positions_are_the_authors(tmp_path):
-    save_denoiser(tmp_path, DIT, rough_params(DIT.make), layout="authors")
+def test_the_position_table_is_the_authors_and_others_are_refused(tmp_path):
+    save_denoiser(tmp_path, DIT, make_random_params(DIT.make), layout="authors")
     table = safetensors.numpy.load_file(tmp_path / FILE)["pos_embed"].reshape(4, 4, 16)
     at = np.float64([3 / 1, 3 / 10, 3 / 100, 3 / 1000])
     np.testing.assert_array_equal(table[1, 3, :8], np.concatenate([np.sin(at), np.cos(at)]).astype(np.float32))
     np.testing.assert_array_equal(table[3, 1, 8:], np.concatenate([np.sin(at), np.cos(at)]).astype(np.float32))
-    edited(tmp_path, lambda tensors: tensors.update(pos_embed=tensors["pos_embed"] + 1e-3))
+    edit_tensors(tmp_path, lambda tensors: tensors.update(pos_embed=tensors["pos_embed"] + 1e-3))
     with pytest.raises(UserError, match="pos_embed differs from the table"):
         load_denoiser(tmp_path)
 
 
 def test_the_dtype_of_the_file_is_kept_on_demand(tmp_path):
-    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), rough_params(SIT.make))
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), make_random_params(SIT.make))
     save_denoiser(tmp_path / "in", SIT, params, layout="authors")
     config, read = load_denoiser(tmp_path / "in", dtype=None)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(read)} == {"bfloat16"}
@@ -99,9 +99,9 @@ def test_the_dtype_of_the_file_is_kept_on_demand(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "config"), [("DiT", DIT), ("SiT", SIT)])
-def test_a_file_is_known_by_its_name(tmp_path, kind, config):
+def test_a_checkpoint_file_is_recognised_by_its_name(tmp_path, kind, config):
     config = dataclasses.replace(config, width=384, heads=6, layers=12, channels=1, mlp_ratio=4.0)
-    params = rough_params(config.make)
+    params = make_random_params(config.make)
     save_denoiser(tmp_path, config, params, layout="authors")
     path = (tmp_path / FILE).rename(tmp_path / f"{kind}-S-2-256x256.safetensors")
     found, read = load_denoiser(path)
@@ -118,9 +118,9 @@ def test_pickles_are_refused_with_the_command(tmp_path):
         load_denoiser(path)
 
 
-def test_a_folder_as_it_was_published(tmp_path):
-    """`Transformer2DModel` is what the class was called, with more settings."""
-    save_denoiser(tmp_path, DIFFUSERS, rough_params(DIFFUSERS.make))
+def test_a_folder_with_the_older_class_name_is_read(tmp_path):
+    """`Transformer2DModel` is the former name of the class, which had more settings."""
+    save_denoiser(tmp_path, DIFFUSERS, make_random_params(DIFFUSERS.make))
     document = json.loads((tmp_path / "config.json").read_text())
     older = {"_class_name": "Transformer2DModel", "cross_attention_dim": None, "use_linear_projection": False}
     (tmp_path / "config.json").write_text(json.dumps(document | older))
@@ -130,18 +130,18 @@ def test_a_folder_as_it_was_published(tmp_path):
         load_denoiser(tmp_path)
 
 
-def test_copies_that_differ(tmp_path):
-    save_denoiser(tmp_path, DIT, rough_params(DIT.make))
+def test_shared_embedders_whose_copies_differ_are_refused(tmp_path):
+    save_denoiser(tmp_path, DIT, make_random_params(DIT.make))
     name = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
-    edited(tmp_path, lambda tensors: tensors.update({name: tensors[name] + 1}))
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: tensors[name] + 1}))
     with pytest.raises(UserError, match=r"blocks\.1\.norm1\.emb\.class_embedder.* differs from .*blocks\.0"):
         load_denoiser(tmp_path)
 
 
-def test_layers_of_several_dtypes(tmp_path):
-    save_denoiser(tmp_path, DIT, rough_params(DIT.make), layout="authors")
+def test_layers_of_several_dtypes_are_cast_or_refused(tmp_path):
+    save_denoiser(tmp_path, DIT, make_random_params(DIT.make), layout="authors")
     name = "blocks.1.mlp.fc1.bias"
-    edited(tmp_path, lambda tensors: tensors.update({name: tensors[name].astype(np.float16)}))
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: tensors[name].astype(np.float16)}))
     assert load_denoiser(tmp_path)[1]["blocks"]["up"]["bias"].dtype == np.float32
     with pytest.raises(UserError, match=r"layers of blocks/up/bias have dtypes float16, float32,.* dtype="):
         load_denoiser(tmp_path, dtype=None)
@@ -163,8 +163,8 @@ def test_layers_of_several_dtypes(tmp_path):
         ),
     ],
 )
-def test_settings_that_are_refused(tmp_path, layout, changes, message):
-    save_denoiser(tmp_path, DIT, rough_params(DIT.make), layout=layout)
+def test_unsupported_settings_are_refused(tmp_path, layout, changes, message):
+    save_denoiser(tmp_path, DIT, make_random_params(DIT.make), layout=layout)
     document = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(document | changes))
     with pytest.raises(UserError, match=message):
@@ -181,6 +181,6 @@ def test_settings_that_are_refused(tmp_path, layout, changes, message):
         (dataclasses.replace(DIT, absolute_position=None), "authors", "class labels and sine-cosine image positions"),
     ],
 )
-def test_what_cannot_be_written(tmp_path, config, layout, message):
+def test_configs_that_a_layout_cannot_express_are_not_written(tmp_path, config, layout, message):
     with pytest.raises(UserError, match=message):
         save_denoiser(tmp_path, config, {}, layout=layout)

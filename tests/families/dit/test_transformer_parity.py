@@ -1,4 +1,4 @@
-"""DiT and SiT equal diffusers' model, and the authors' as it is described: values, gradients and a guided sampling."""
+"""DiT and SiT equal the models of diffusers and of the authors in values, gradients and guided sampling."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.parity
 
 CHANNELS, CLASSES, SIDE, PATCH, WIDTH, HEADS, DEPTH = 3, 5, 8, Grid(1, 2, 2), 32, 2, 2
 GRID = Grid(1, 4, 4)
-"""of tokens"""
+"""Grid of tokens."""
 AUTHORS = {
     "input_size": SIDE,
     "in_channels": CHANNELS,
@@ -45,7 +45,7 @@ def torch():
 
 
 def authors_shapes():
-    """The authors' state dict."""
+    """Return the shapes of the authors' state dict."""
     both, hidden, inputs = 2 * CHANNELS * 4, 4 * WIDTH, (WIDTH, CHANNELS, 2, 2)
     shapes = {
         "x_embedder.proj.weight": inputs,
@@ -72,7 +72,7 @@ def authors_shapes():
     return shapes
 
 
-def drawn(torch):
+def draw_params(torch):
     draw = np.random.default_rng(0)
 
     def tensor(shape):
@@ -83,7 +83,7 @@ def drawn(torch):
 
 
 def table(torch):
-    """Half of the width for the column, half for the row; of each sines, then cosines."""
+    """Return the position table: half of the width for the column, half for the row, each sines then cosines."""
     side, quarter = SIDE // 2, WIDTH // 4
     rates = [10_000 ** (-index / quarter) for index in range(quarter)]
     waves = [[wave(at * rate) for wave in (math.sin, math.cos) for rate in rates] for at in range(side)]
@@ -112,7 +112,7 @@ def authors_block(torch, values, name, x, condition):
 
 
 def authors_model(torch, values, images, times, labels):
-    """All output channels of images `[b c h w]`, at times as the model is told them."""
+    """Compute all output channels for images `[b c h w]`, at times on the scale of the model."""
     functional = torch.nn.functional
     patches = functional.conv2d(images, values["x_embedder.proj.weight"], values["x_embedder.proj.bias"], stride=2)
     x = patches.flatten(2).mT + table(torch)
@@ -136,15 +136,15 @@ def authors_folder(folder, torch, values, kind):
     (folder / "config.json").write_text(json.dumps({"_class_name": kind, **AUTHORS}))
 
 
-def given(channels):
-    """Images `[b c h w]`, times from data at 0 to noise at 1, and weights of all channels of the output."""
+def draw_inputs(channels):
+    """Return images `[b c h w]`, times from data at 0 to noise at 1, and weights of all output channels."""
     draw = np.random.default_rng(1)
     images = draw.normal(size=(2, CHANNELS, SIDE, SIDE)).astype(np.float32)
     return images, np.float32([0.937, 0.25]), draw.normal(size=(2, channels, SIDE, SIDE)).astype(np.float32)
 
 
 def tokens(images):
-    """Of `[b c h w]`, in one row: `[1 n p]`."""
+    """Patchify images `[b c h w]` into the tokens `[1 n p]` of one row."""
     return jnp.concatenate([patchify(image.transpose(1, 2, 0)[None], PATCH) for image in images])[None]
 
 
@@ -157,9 +157,9 @@ ROW = {
 
 
 def assert_same_function(config, params, theirs, expected_gradients, names):
-    """Predictions of a row of two images, and the gradients of their weighted sum, of each of their tensors."""
+    """Assert equal predictions for a row of two images, and equal gradients of their weighted sum."""
     channels = theirs.shape[1]
-    images, times, weights = given(channels)
+    images, times, weights = draw_inputs(channels)
     graph = get_graph_def(config.make)
 
     def loss(params):
@@ -180,7 +180,7 @@ def assert_same_function(config, params, theirs, expected_gradients, names):
                     expected = expected + left.pop(copy.name)
                 found = part.to_theirs(own if part.layers is None else own[layer])
                 scale = np.abs(expected).max()
-                if name.endswith("to_k.bias"):  # which softmax takes no notice of
+                if name.endswith("to_k.bias"):  # softmax ignores it
                     assert max(scale, np.abs(found).max()) < 1e-4
                     continue
                 assert scale > 1e-4, f"{name} has no gradient: the comparison would say nothing"
@@ -189,13 +189,13 @@ def assert_same_function(config, params, theirs, expected_gradients, names):
 
 
 @pytest.mark.parametrize("kind", ["DiT", "SiT"])
-def test_the_authors_values_and_gradients(tmp_path, torch, kind):
-    values = drawn(torch)
+def test_values_and_gradients_equal_the_authors_model(tmp_path, torch, kind):
+    values = draw_params(torch)
     channels = CHANNELS * (2 if kind == "DiT" else 1)
-    images, times, weights = given(channels)
-    # SiT's own time runs from noise to data, and is told as it is; so its velocity points to the data.
-    told = 1000 * times if kind == "DiT" else 1 - times
-    output = authors_model(torch, values, torch.tensor(images), torch.tensor(told), torch.tensor(LABELS))
+    images, times, weights = draw_inputs(channels)
+    # The time of SiT runs from noise to data, so its velocity points to the data.
+    model_times = 1000 * times if kind == "DiT" else 1 - times
+    output = authors_model(torch, values, torch.tensor(images), torch.tensor(model_times), torch.tensor(LABELS))
     theirs = output if kind == "DiT" else -output[:, :CHANNELS]
     (theirs * torch.tensor(weights)).sum().backward()
 
@@ -211,7 +211,7 @@ def test_the_authors_values_and_gradients(tmp_path, torch, kind):
         np.testing.assert_array_equal(after[name], tensor, err_msg=name)
 
 
-def test_diffusers_values_and_gradients(tmp_path, torch):
+def test_values_and_gradients_equal_diffusers(tmp_path, torch):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel(
@@ -230,7 +230,7 @@ def test_diffusers_values_and_gradients(tmp_path, torch):
     first = model.transformer_blocks[0].norm1.emb.state_dict()
     for block in model.transformer_blocks:  # as all published models have it
         block.norm1.emb.load_state_dict(first)
-    images, times, weights = given(2 * CHANNELS)
+    images, times, weights = draw_inputs(2 * CHANNELS)
     theirs = model(torch.tensor(images), torch.tensor(1000 * times), torch.tensor(LABELS), return_dict=False)[0]
     (theirs * torch.tensor(weights)).sum().backward()
 
@@ -247,10 +247,10 @@ def test_diffusers_values_and_gradients(tmp_path, torch):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def test_a_guided_sampling_is_the_authors(tmp_path, torch):
-    """Four Euler steps of SiT's flow, from noise at 0 to data at 1, with guidance of all channels."""
-    values, scale, steps = drawn(torch), 2.5, 4
-    noise = given(CHANNELS)[0][:1]
+def test_guided_sampling_equals_the_authors(tmp_path, torch):
+    """SiT takes four Euler steps from noise at 0 to data at 1, with guidance of all channels."""
+    values, scale, steps = draw_params(torch), 2.5, 4
+    noise = draw_inputs(CHANNELS)[0][:1]
     x = torch.tensor(noise)
     with torch.no_grad():
         for at, following in itertools.pairwise(torch.linspace(0, 1, steps + 1)):

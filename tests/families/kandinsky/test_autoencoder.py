@@ -1,4 +1,4 @@
-"""`VQModel` folders: out and in again, what is refused. Equality with diffusers: test_parity.py."""
+"""Folders of `VQModel` are written, read again, and refused if they do not fit."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from dit_video.autoencoders import CausalVaeConfig, CodebookConfig, ImageLevels,
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.families import load_autoencoder, save_autoencoder
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 PLAIN = VqConfig(
     network=ImageVaeConfig(channels=5, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2)),
@@ -35,7 +35,7 @@ def edit(folder, **changes):
 
 @pytest.fixture(scope="module")
 def params():
-    return {config: rough_params(config.make) for config in (PLAIN, MOVQ)}
+    return {config: make_random_params(config.make) for config in (PLAIN, MOVQ)}
 
 
 @pytest.mark.parametrize("config", [PLAIN, MOVQ], ids=["plain", "modulated"])
@@ -80,14 +80,14 @@ def test_the_names_and_layouts_are_diffusers(tmp_path, params):
         ({"levels": 3}, "not supported: levels"),
     ],
 )
-def test_settings_that_do_not_fit(tmp_path, params, changes, message):
+def test_unsupported_settings_are_refused(tmp_path, params, changes, message):
     save_autoencoder(tmp_path, PLAIN, params[PLAIN])
     edit(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
         load_autoencoder(tmp_path)
 
 
-def test_weights_of_another_architecture(tmp_path, params):
+def test_weights_of_another_architecture_are_refused(tmp_path, params):
     save_autoencoder(tmp_path, MOVQ, params[MOVQ])
     edit(tmp_path, norm_type="group")
     with pytest.raises(UserError, match=r"24 missing \(decoder.*; 72 unexpected \(decoder\.conv_norm_out\.conv_b"):
@@ -110,6 +110,6 @@ def test_weights_of_another_architecture(tmp_path, params):
         ),
     ],
 )
-def test_configs_that_diffusers_has_no_class_for(tmp_path, config, message):
+def test_configs_without_a_diffusers_class_are_not_written(tmp_path, config, message):
     with pytest.raises(UserError, match=message):
         save_autoencoder(tmp_path, config, {})

@@ -1,4 +1,4 @@
-"""`AutoencoderKL` folders: out and in again, older ones, what is refused. Equality with diffusers: test_parity.py."""
+"""Folders of `AutoencoderKL`, also older ones, are written, read again, and refused if they do not fit."""
 
 import json
 
@@ -10,7 +10,7 @@ from dit_video.autoencoders import ImageLevels, ImageVaeConfig, PatchVaeConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.families import load_autoencoder, save_autoencoder
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 CONFIG = ImageVaeConfig(levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
 PARTS = ImageVaeConfig(
@@ -24,7 +24,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def params():
-    return rough_params(CONFIG.make)
+    return make_random_params(CONFIG.make)
 
 
 def equal(left, right):
@@ -45,7 +45,7 @@ def edit(folder, **changes):
 
 @pytest.mark.parametrize("config", [CONFIG, PARTS], ids=["whole", "parts"])
 def test_round_trip_is_bit_exact(tmp_path, config):
-    params = rough_params(config.make)  # its normalisation differs from channel to channel
+    params = make_random_params(config.make)  # its normalisation differs from channel to channel
     save_autoencoder(tmp_path, config, params)
     read_config, read = load_autoencoder(tmp_path)
     assert read_config == config
@@ -66,7 +66,7 @@ def test_the_names_and_layouts_are_diffusers(tmp_path, params):
 @pytest.mark.parametrize(
     ("scale", "shift"), [(0.18215, None), (0.13025, None), (0.3611, 0.1159), (1.5305, 0.0609), (1 / 3, -7.0)]
 )
-def test_scale_and_shift_are_the_normalisation(tmp_path, params, scale, shift):
+def test_scale_and_shift_become_the_normalisation(tmp_path, params, scale, shift):
     save_autoencoder(tmp_path, CONFIG, params)
     edit(tmp_path, scaling_factor=scale, shift_factor=shift, latents_mean=None, latents_std=None)
     _, read = load_autoencoder(tmp_path)
@@ -82,7 +82,7 @@ def test_scale_and_shift_are_the_normalisation(tmp_path, params, scale, shift):
     equal(load_autoencoder(tmp_path / "again")[1], read)
 
 
-def test_a_mean_and_a_deviation_for_each_channel(tmp_path, params):
+def test_means_and_deviations_of_channels_are_read(tmp_path, params):
     save_autoencoder(tmp_path, CONFIG, params)
     edit(tmp_path, scaling_factor=0.5, latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[8.0, 4.0, 2.0, 1.0])
     normalizer = load_autoencoder(tmp_path)[1]["normalizer"]
@@ -90,8 +90,8 @@ def test_a_mean_and_a_deviation_for_each_channel(tmp_path, params):
     np.testing.assert_array_equal(normalizer["std"], [16, 8, 4, 2])
 
 
-def test_an_older_folder(tmp_path, params):
-    """Attention's maps were called otherwise."""
+def test_an_older_folder_with_other_tensor_names_is_read(tmp_path, params):
+    """The linear maps of attention had other names."""
     save_autoencoder(tmp_path, CONFIG, params)
     older = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     tensors = safetensors.numpy.load_file(tmp_path / FILE)
@@ -99,7 +99,7 @@ def test_an_older_folder(tmp_path, params):
         tensors = {name.replace(now, before): tensor for name, tensor in tensors.items()}
     assert "encoder.mid_block.attentions.0.proj_attn.bias" in tensors
     safetensors.numpy.save_file(tensors, tmp_path / FILE)
-    # What an older folder does not say has the class's default.
+    # Absent settings of an older folder have the default of the class.
     settings = document(tmp_path)
     for name in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
         del settings[name]
@@ -116,7 +116,7 @@ def test_an_older_folder(tmp_path, params):
         ({"in_channels": 4}, "in_channels=4 is not supported"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "up_block_types=.* is not supported"),
         ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "up_block_types=.* is not supported"),
-        ({"norm_num_groups": 3}, "4 channels are not divisible by 3 groups"),
+        ({"norm_num_groups": 3}, "4 channels are not divisible by groups=3"),
         ({"scaling_factor": 0.0}, "scaling_factor=0.0 .*must not be zero"),
         ({"shift_factor": 0.1}, "without shift_factor"),
         ({"latents_std": None}, "use both latents_mean and latents_std"),
@@ -124,7 +124,7 @@ def test_an_older_folder(tmp_path, params):
         ({"norm_type": "spatial"}, "not supported: norm_type"),
     ],
 )
-def test_settings_that_are_not_known(tmp_path, params, changes, message):
+def test_unsupported_settings_are_refused(tmp_path, params, changes, message):
     save_autoencoder(tmp_path, CONFIG, params)
     edit(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
@@ -139,7 +139,7 @@ def test_settings_that_are_not_known(tmp_path, params, changes, message):
         ({"block_out_channels": [4, 4]}, r"misshapen \(decoder.conv_in.bias"),
     ],
 )
-def test_weights_of_another_architecture(tmp_path, params, changes, message):
+def test_weights_of_another_architecture_are_refused(tmp_path, params, changes, message):
     save_autoencoder(tmp_path, CONFIG, params)
     edit(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
@@ -153,6 +153,6 @@ def test_a_pickled_folder_is_refused_with_the_conversion(tmp_path, params):
         load_autoencoder(tmp_path)
 
 
-def test_what_diffusers_has_no_class_for(tmp_path):
+def test_configs_without_a_diffusers_class_are_not_written(tmp_path):
     with pytest.raises(UserError, match="no class for PatchVaeConfig"):
         save_autoencoder(tmp_path, PatchVaeConfig(), {})

@@ -1,4 +1,4 @@
-"""Folders of Wan to pipelines: loading, saving, two experts, adapters, and what is refused. Parity is elsewhere."""
+"""Pipelines of Wan: loading, saving, two experts, adapters and errors."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ PROMPT = "a red  ball &amp; cube"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two experts, which share a program with one. Read only."""
+    """Return a folder with two experts, which share a program with one, to be read only."""
     folder = tmp_path_factory.mktemp("wan") / "two"
     write_wan(folder, **TWO)
     return folder
@@ -39,7 +39,7 @@ def pipeline(folder):
 
 @pytest.fixture(scope="module")
 def one(pipeline):
-    """The expert of noisy times alone."""
+    """Return a pipeline of the expert for noisy times alone."""
     return alone(pipeline, "dit")
 
 
@@ -49,60 +49,64 @@ def alone(pipeline, expert):
     return Pipeline(config, autoencoder=pipeline.codec.params, denoiser=params)
 
 
-def drawn(pipeline, prompt=PROMPT, **options):
+def sample_latents(pipeline, prompt=PROMPT, **options):
     return pipeline.generate(prompt, size=SIZE, output="latents", **{"steps": 4, "guidance": 2.0} | options)
 
 
-def test_what_a_folder_says(pipeline, folder):
+def test_the_pipeline_config_is_read_from_the_folder(pipeline, folder):
     config = pipeline.config
     assert (config.dit, config.boundary, config.autoencoder) == (DIT, 0.875, VAE)
     assert (config.text.folder, config.text.max_tokens) == (str(folder / "text_encoder"), 512)
-    assert (config.process.shift, config.sampling.solver, config.sampling.grid) == (3.0, UniPc(), UniPcFlowSchedule())
+    assert (config.process.shift, config.sampling.solver, config.sampling.time_schedule) == (
+        3.0,
+        UniPc(),
+        UniPcFlowSchedule(),
+    )
     assert (config.sampling.steps, config.sampling.guidance) == (50, 5.0)
     assert (config.size, config.fps) == ((81, 480, 832), 16.0)
     assert pipeline.count_parameters().keys() == {"autoencoder", "dit", "low_noise", "text"}
 
 
-def test_a_clip(one):
+def test_a_pipeline_generates_a_clip(one):
     clip = one.generate(PROMPT, size=SIZE, steps=4, guidance=2.0)
     assert clip.frames.shape == (*SIZE, 3)
     assert clip.fps == 16.0
 
 
 def test_texts_are_cleaned_and_what_is_cut_is_said_once(one):
-    latents = drawn(one)
-    np.testing.assert_array_equal(drawn(one, "a red ball & cube "), latents)
-    assert np.abs(drawn(one, "a red ball amp cube") - latents).max() > 1e-4
+    latents = sample_latents(one)
+    np.testing.assert_array_equal(sample_latents(one, "a red ball & cube "), latents)
+    assert np.abs(sample_latents(one, "a red ball amp cube") - latents).max() > 1e-4
     with pytest.warns(UserWarning, match="a text of .* tokens is cut to 512") as caught:
-        twice = [drawn(one, "red " * 600) for _ in range(2)]
+        twice = [sample_latents(one, "red " * 600) for _ in range(2)]
     np.testing.assert_array_equal(*twice)
     assert len(caught) == 1
 
 
 def test_each_expert_has_its_times_and_its_guidance(pipeline, one):
-    """With a shift of 3 the four steps are told 0.999, 0.9, 0.75 and 0.501: two for each expert."""
-    both, low = drawn(pipeline), alone(pipeline, "low_noise")
-    assert min(np.abs(both - drawn(each)).max() for each in (one, low)) > 1e-3
-    np.testing.assert_array_equal(drawn(pipeline, guidance=(2.0, 2.0)), both)
-    assert np.abs(drawn(pipeline, guidance=(2.0, 3.0)) - both).max() > 1e-3
+    """With a shift of 3 the times of the four steps are 0.999, 0.9, 0.75 and 0.501: two for each expert."""
+    both, low = sample_latents(pipeline), alone(pipeline, "low_noise")
+    assert min(np.abs(both - sample_latents(each)).max() for each in (one, low)) > 1e-3
+    np.testing.assert_array_equal(sample_latents(pipeline, guidance=(2.0, 2.0)), both)
+    assert np.abs(sample_latents(pipeline, guidance=(2.0, 3.0)) - both).max() > 1e-3
     for boundary, expert in ((0.4, one), (1.0, low)):
         config = replace(pipeline.config, boundary=boundary)
         other = Pipeline(config, autoencoder=pipeline.codec.params, denoiser=pipeline.denoiser_params)
-        np.testing.assert_allclose(drawn(other), drawn(expert), atol=1e-5)
+        np.testing.assert_allclose(sample_latents(other), sample_latents(expert), atol=1e-5)
     with pytest.raises(UserError, match=r"guidance=\(2\.0, 3\.0\) is invalid: .* Use one number"):
-        drawn(one, guidance=(2.0, 3.0))
+        sample_latents(one, guidance=(2.0, 3.0))
     with pytest.raises(UserError, match=r"boundary=875.* is invalid: .* from 0 to 1"):
         replace(pipeline.config, boundary=875.0)
 
 
-def test_our_own_folder_of_it_is_the_same_pipeline(pipeline, tmp_path):
+def test_a_pipeline_saved_in_the_native_layout_is_the_same(pipeline, tmp_path):
     pipeline.save(tmp_path / "own")
     again = dit_video.load(tmp_path / "own")
     assert again.config == pipeline.config
-    np.testing.assert_array_equal(drawn(again), drawn(pipeline))
+    np.testing.assert_array_equal(sample_latents(again), sample_latents(pipeline))
 
 
-def test_parameters_go_to_their_place_one_at_a_time(folder, pipeline):
+def test_parameters_are_placed_one_at_a_time(folder, pipeline):
     placed = {}
     loaded = dit_video.load(folder, place=lambda path, each: placed.setdefault(path, each.shape), dtype="bfloat16")
     assert loaded.config.dit == replace(DIT, dtype="bfloat16")
@@ -121,7 +125,7 @@ def test_parameters_go_to_their_place_one_at_a_time(folder, pipeline):
 
 
 def lora_file(path, style, modules, *, rank=2):
-    """Two modules' factors, as torch has them, under a style's names; the change of each of our kernels, by path."""
+    """Write the factors of two modules under the names of a style; return the change of each kernel, by path."""
     noise, tensors = np.random.default_rng(len(style)), {}
     names = {
         "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
@@ -139,7 +143,7 @@ def lora_file(path, style, modules, *, rank=2):
 
 
 @pytest.mark.parametrize("style", ["diffusers", "comfyui", "kohya"])
-def test_an_adapter_is_merged_by_hand(pipeline, tmp_path, style):
+def test_a_loaded_adapter_equals_a_merge_by_hand(pipeline, tmp_path, style):
     names = ("attn1.to_q", "attn2.to_v") if style == "diffusers" else ("self_attn.q", "cross_attn.v")
     query, value = f"blocks.1.{names[0]}", f"blocks.0.{names[1]}"
     changes = lora_file(tmp_path / "a.safetensors", style, [query, value])
@@ -163,8 +167,8 @@ def test_adapters_are_stacked_and_written(one, tmp_path):
     lora_file(tmp_path / "a.safetensors", "diffusers", ["blocks.1.attn1.to_q"])
     lora_file(tmp_path / "b.safetensors", "kohya", ["blocks.1.self_attn.q"], rank=3)
     stacked = one.load_lora(tmp_path / "a.safetensors", 0.5).load_lora(tmp_path / "b.safetensors", 2)
-    before = drawn(one)
-    assert np.abs(drawn(stacked) - before).max() > 1e-3
+    before = sample_latents(one)
+    assert np.abs(sample_latents(stacked) - before).max() > 1e-3
     assert stacked._denoiser.tokenizer is one._denoiser.tokenizer
     params, modules = one.denoiser_params["dit"], get_wan_modules(DIT)
     for name, weight in (("a", 0.5), ("b", 2.0)):
@@ -182,7 +186,7 @@ def test_adapters_are_stacked_and_written(one, tmp_path):
         ("authors", "comfyui", "diffusion_model.blocks.1.self_attn.q.lora_down.weight"),
     ],
 )
-def test_adapters_go_out_as_they_came(one, tmp_path, first, style, name):
+def test_adapters_are_written_with_the_values_that_were_read(one, tmp_path, first, style, name):
     modules = get_wan_modules(DIT, primary_layout=first)
     lora_file(tmp_path / "a.safetensors", style, [name.split(".", 1)[1].rsplit(".", 2)[0]])
     adapter = load_lora(tmp_path / "a.safetensors", one.denoiser_params["dit"], modules)
@@ -193,7 +197,7 @@ def test_adapters_go_out_as_they_came(one, tmp_path, first, style, name):
         np.testing.assert_array_equal(written[key], tensor, err_msg=key)
 
 
-def test_adapters_that_are_refused(one, tmp_path):
+def test_adapters_of_other_models_are_refused(one, tmp_path):
     lora_file(tmp_path / "a.safetensors", "diffusers", ["blocks.7.attn1.to_q"])
     with pytest.raises(UserError, match="not a LoRA of this model"):
         one.load_lora(tmp_path / "a.safetensors")
@@ -201,7 +205,7 @@ def test_adapters_that_are_refused(one, tmp_path):
         one.load_lora(tmp_path / "a.safetensors", expert="low_noise")
 
 
-# What is refused, and the hub.
+# Errors and the hub.
 
 
 @pytest.fixture
@@ -222,7 +226,7 @@ def change_index(folder, **values):
         ({"transformer_2": [None, None]}, "a boundary_ratio, but one expert alone"),
     ],
 )
-def test_an_index_that_is_refused(copied, index, message):
+def test_an_unsupported_model_index_is_refused(copied, index, message):
     change_index(copied, **index)
     with pytest.raises(UserError, match=message):
         dit_video.load(copied)
@@ -235,7 +239,7 @@ def test_missing_parts_are_named(copied):
         dit_video.load(copied)
 
 
-def test_a_part_of_another_class(copied):
+def test_a_part_of_another_class_is_refused(copied):
     path = copied / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FluxTransformer2DModel"}))
     with pytest.raises(UserError, match=r"FluxTransformer2DModel\. Supported classes are WanTransformer3DModel"):
@@ -257,7 +261,7 @@ def test_a_name_on_the_hub_is_fetched(folder, monkeypatch):
     assert not any(pattern.endswith(("*", ".bin", ".pt")) for pattern in patterns)
 
 
-def test_a_hub_that_is_not_reached(monkeypatch, tmp_path):
+def test_a_hub_that_cannot_be_reached_is_reported(monkeypatch, tmp_path):
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
     def fetch(name, **_):
@@ -271,5 +275,5 @@ def test_a_hub_that_is_not_reached(monkeypatch, tmp_path):
         dit_video.load("Wan-AI/x")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(MissingError, match="no such run: runs/mine"):  # where a folder of that name would lie
+    with pytest.raises(MissingError, match="no such run: runs/mine"):  # the parent folder exists
         dit_video.load("runs/mine")

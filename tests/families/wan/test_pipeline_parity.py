@@ -1,4 +1,4 @@
-"""Pipelines of Wan equal diffusers' from the same folder, noise, prompts and four steps of UniPC: final latents."""
+"""Pipelines of Wan give the latents of diffusers from the same folder, noise, prompts and four steps of UniPC."""
 
 import importlib.util
 import types
@@ -44,8 +44,8 @@ def torch():
     return module
 
 
-def roughened(torch, model, seed):
-    """With nothing at zero or one."""
+def randomize(torch, model, seed):
+    """Add noise to all parameters, so that none is zero or one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,8 +53,8 @@ def roughened(torch, model, seed):
     return model.eval()
 
 
-def written(torch, folder, *, kind="WanPipeline", transformer=TRANSFORMER, vae=VAE, scheduler=None, **index):
-    """A random pipeline that diffusers made and saved; `index` are arguments of its class, `kind`."""
+def save_pipeline(torch, folder, *, kind="WanPipeline", transformer=TRANSFORMER, vae=VAE, scheduler=None, **index):
+    """Let diffusers make and save a random pipeline, with the arguments `index` of its class `kind`."""
     import diffusers
     import transformers
 
@@ -62,16 +62,16 @@ def written(torch, folder, *, kind="WanPipeline", transformer=TRANSFORMER, vae=V
     write_tokenizer(folder / "words")
     text = transformers.UMT5EncoderModel(transformers.UMT5Config(**TEXT))
     if index.get("boundary_ratio") is not None:
-        index["transformer_2"] = roughened(torch, diffusers.WanTransformer3DModel(**transformer), 2)
+        index["transformer_2"] = randomize(torch, diffusers.WanTransformer3DModel(**transformer), 2)
     pipe = getattr(diffusers, kind)(
         tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "words"),
-        text_encoder=roughened(torch, text, 0),
-        vae=roughened(torch, diffusers.AutoencoderKLWan(**vae), 1),
+        text_encoder=randomize(torch, text, 0),
+        vae=randomize(torch, diffusers.AutoencoderKLWan(**vae), 1),
         scheduler=scheduler
         or diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
         ),
-        transformer=roughened(torch, diffusers.WanTransformer3DModel(**transformer), 3),
+        transformer=randomize(torch, diffusers.WanTransformer3DModel(**transformer), 3),
         **index,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -86,7 +86,7 @@ def noise_for(pipe, channels, size=SIZE):
 
 
 def theirs(torch, pipe, noise, size=SIZE, **options):
-    """`[t h w c]`"""
+    """Return the latents `[t h w c]` of diffusers."""
     frames, height, width = size
     result = pipe(
         prompt=PROMPT,
@@ -122,10 +122,10 @@ def assert_equal(found, expected, noise):
 @pytest.fixture(scope="module")
 def text_to_video(torch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("t2v")
-    return written(torch, folder), folder / "pipeline"
+    return save_pipeline(torch, folder), folder / "pipeline"
 
 
-def test_text_to_video(torch, text_to_video):
+def test_text_to_video_equals_diffusers(torch, text_to_video):
     pipe, folder = text_to_video
     noise, pipeline = noise_for(pipe, 4), dit_video.load(folder)
     expected = theirs(torch, pipe, noise)
@@ -134,9 +134,9 @@ def test_text_to_video(torch, text_to_video):
     assert_equal(ours(pipeline, noise, guidance=1.0), theirs(torch, pipe, noise, guidance_scale=1.0), noise)
 
 
-def test_two_experts(torch, tmp_path):
-    """Of the four steps the first two are above the boundary, with a shift of 3."""
-    pipe = written(torch, tmp_path, boundary_ratio=0.875)
+def test_two_experts_equal_diffusers(torch, tmp_path):
+    """With a shift of 3, the first two of the four steps are above the boundary."""
+    pipe = save_pipeline(torch, tmp_path, boundary_ratio=0.875)
     noise, pipeline = noise_for(pipe, 4), dit_video.load(tmp_path / "pipeline")
     expected = theirs(torch, pipe, noise, guidance_scale_2=3.0)
     assert_equal(ours(pipeline, noise, guidance=(GUIDANCE, 3.0)), expected, noise)
@@ -158,24 +158,24 @@ WAN22 = {
 }
 
 
-def test_a_time_per_token(torch, tmp_path):
+def test_a_time_per_token_equals_diffusers(torch, tmp_path):
     size = (9, 64, 96)
-    pipe = written(torch, tmp_path, vae=WAN22, expand_timesteps=True)
+    pipe = save_pipeline(torch, tmp_path, vae=WAN22, expand_timesteps=True)
     noise, pipeline = noise_for(pipe, 4, size), dit_video.load(tmp_path / "pipeline")
     assert pipeline.config.dit.time == "token"
     assert_equal(ours(pipeline, noise, size), theirs(torch, pipe, noise, size), noise)
 
 
-def test_another_scheduler(torch, tmp_path):
+def test_another_scheduler_equals_diffusers(torch, tmp_path):
     import diffusers
 
-    pipe = written(torch, tmp_path, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0))
+    pipe = save_pipeline(torch, tmp_path, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0))
     noise, pipeline = noise_for(pipe, 4), dit_video.load(tmp_path / "pipeline")
     assert_equal(ours(pipeline, noise), theirs(torch, pipe, noise), noise)
 
 
 @pytest.mark.parametrize("style", ["diffusers", "comfyui"])
-def test_adapters(torch, text_to_video, tmp_path, style):
+def test_adapters_equal_diffusers(torch, text_to_video, tmp_path, style):
     pytest.importorskip("peft")
     import safetensors.torch
 
@@ -233,22 +233,20 @@ ANIMATED = {
 
 
 @pytest.mark.parametrize("kind", ANIMATED)
-def test_image_to_video(torch, tmp_path, monkeypatch, kind):
+def test_image_to_video_equals_diffusers(torch, tmp_path, monkeypatch, kind):
     import transformers
     from PIL import Image
 
-    if (
-        importlib.util.find_spec("ftfy") is None
-    ):  # that pipeline asks for it, unlike the other; the text needs no repair
+    if importlib.util.find_spec("ftfy") is None:  # only this pipeline needs it, and the text has no errors to fix
         as_it_is = types.SimpleNamespace(fix_text=lambda text: text)
         monkeypatch.setattr("diffusers.pipelines.wan.pipeline_wan_i2v.ftfy", as_it_is, raising=False)
 
     options, last = dict(ANIMATED[kind]), "last" in kind
     if "2.1" in kind:
         tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION))
-        options["image_encoder"] = roughened(torch, tower, 4)
+        options["image_encoder"] = randomize(torch, tower, 4)
         options["image_processor"] = transformers.CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size=20)
-    pipe = written(torch, tmp_path, kind="WanImageToVideoPipeline", **options)
+    pipe = save_pipeline(torch, tmp_path, kind="WanImageToVideoPipeline", **options)
     size = (9, 64, 96) if kind == "2.2 TI2V" else SIZE
     noise, pipeline = noise_for(pipe, 4, size), dit_video.load(tmp_path / "pipeline")
     images = np.random.default_rng(5).integers(0, 256, (2, *size[1:], 3), dtype=np.uint8)

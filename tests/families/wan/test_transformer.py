@@ -1,4 +1,4 @@
-"""Wan's transformers in both layouts: out, in again, and what is refused. Equality with diffusers: the parity tests."""
+"""Transformers of Wan are written in both layouts, read again, and refused if they do not fit."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from dit_video.core.trees import flatten
 from dit_video.families import load_denoiser, save_denoiser
 from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid, rotate
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 CONFIG = WanDitConfig(channels=4, context_width=6, width=16, mlp_dim=24, layers=3, heads=2, time_width=8)
 IMAGES = dataclasses.replace(CONFIG, given_channels=5, image_width=7)
@@ -33,16 +33,16 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("layout", ["diffusers", "authors"])
 @pytest.mark.parametrize("config", [CONFIG, IMAGES, FIRST_AND_LAST], ids=["text", "image", "first and last"])
 def test_round_trip_is_bit_exact(tmp_path, config, layout):
-    params = rough_params(config.make)
+    params = make_random_params(config.make)
     save_denoiser(tmp_path, config, params, layout=layout)
     found, read = load_denoiser(tmp_path)
     assert found == config
     assert_same(read, params)
 
 
-def test_a_time_per_token_is_known_by_the_type_or_by_the_pipeline(tmp_path):
+def test_a_time_per_token_is_read_from_the_type_or_the_pipeline(tmp_path):
     config = dataclasses.replace(CONFIG, time="token")
-    params = rough_params(config.make)
+    params = make_random_params(config.make)
     save_denoiser(tmp_path / "authors", config, params, layout="authors")
     assert load_denoiser(tmp_path / "authors")[0] == config
     save_denoiser(tmp_path / "pipeline" / "transformer", config, params)
@@ -52,7 +52,7 @@ def test_a_time_per_token_is_known_by_the_type_or_by_the_pipeline(tmp_path):
 
 
 def test_the_names_and_layouts_are_diffusers(tmp_path):
-    save_denoiser(tmp_path, IMAGES, rough_params(IMAGES.make))
+    save_denoiser(tmp_path, IMAGES, make_random_params(IMAGES.make))
     tensors = safetensors.numpy.load_file(tmp_path / FILE)
     assert tensors["patch_embedding.weight"].shape == (16, 9, 1, 2, 2)
     assert tensors["blocks.2.attn2.add_k_proj.weight"].shape == (16, 16)
@@ -62,7 +62,7 @@ def test_the_names_and_layouts_are_diffusers(tmp_path):
 
 
 def test_a_heads_pairs_are_neighbours_in_the_files(tmp_path):
-    params = rough_params(CONFIG.make)
+    params = make_random_params(CONFIG.make)
     save_denoiser(tmp_path, CONFIG, params)
     theirs = safetensors.numpy.load_file(tmp_path / FILE)["blocks.1.attn1.to_q.bias"].reshape(2, 4, 2)
     ours = np.asarray(params["blocks"]["query"]["bias"][1]).reshape(1, 2, 8)
@@ -72,8 +72,8 @@ def test_a_heads_pairs_are_neighbours_in_the_files(tmp_path):
     np.testing.assert_allclose(rotate(jnp.asarray(ours), angles)[0], expected, atol=1e-6)
 
 
-def test_several_files_and_parameters_that_go_to_their_place_at_once(tmp_path):
-    params = rough_params(CONFIG.make)
+def test_several_files_are_read_and_each_parameter_is_placed_at_once(tmp_path):
+    params = make_random_params(CONFIG.make)
     save_denoiser(tmp_path, CONFIG, params, shard_bytes=4000)
     assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 2
     placed = []
@@ -91,7 +91,7 @@ def test_several_files_and_parameters_that_go_to_their_place_at_once(tmp_path):
 
 
 def test_the_dtype_of_the_file_is_kept_on_demand(tmp_path):
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), rough_params(CONFIG.make))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), make_random_params(CONFIG.make))
     save_denoiser(tmp_path / "in", CONFIG, params)
     config, read = load_denoiser(tmp_path / "in", dtype=None)
     assert {leaf.dtype for leaf in jax.tree.leaves(read)} == {jnp.dtype("bfloat16")}
@@ -99,23 +99,23 @@ def test_the_dtype_of_the_file_is_kept_on_demand(tmp_path):
     assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "in" / FILE).read_bytes()
 
 
-def edited(folder, change):
+def edit_tensors(folder, change):
     tensors = safetensors.numpy.load_file(folder / FILE)
     change(tensors)
     safetensors.numpy.save_file(tensors, folder / FILE)
 
 
-def test_layers_of_several_dtypes(tmp_path):
-    save_denoiser(tmp_path, CONFIG, rough_params(CONFIG.make))
+def test_layers_of_several_dtypes_are_cast_or_refused(tmp_path):
+    save_denoiser(tmp_path, CONFIG, make_random_params(CONFIG.make))
     name = "blocks.1.attn1.to_v.bias"
-    edited(tmp_path, lambda tensors: tensors.update({name: tensors[name].astype(np.float16)}))
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: tensors[name].astype(np.float16)}))
     assert load_denoiser(tmp_path)[1]["blocks"]["value"]["bias"].dtype == np.float32
     with pytest.raises(UserError, match=r"layers of blocks/value/bias have dtypes float16, float32,.* dtype="):
         load_denoiser(tmp_path, dtype=None)
 
 
-def test_tensors_that_do_not_fit_are_named_the_first_ten(tmp_path):
-    save_denoiser(tmp_path, CONFIG, rough_params(CONFIG.make))
+def test_the_first_ten_tensors_that_do_not_fit_are_named(tmp_path):
+    save_denoiser(tmp_path, CONFIG, make_random_params(CONFIG.make))
 
     def change(tensors):
         for name in [name for name in tensors if name.startswith("blocks.1.")][:12]:
@@ -123,7 +123,7 @@ def test_tensors_that_do_not_fit_are_named_the_first_ten(tmp_path):
         tensors["blocks.3.ffn.net.2.bias"] = np.zeros(16, np.float32)
         tensors["blocks.0.scale_shift_table"] = np.zeros((1, 6, 15), np.float32)
 
-    edited(tmp_path, change)
+    edit_tensors(tmp_path, change)
     with pytest.raises(UserError) as error:
         load_denoiser(tmp_path)
     message = str(error.value)
@@ -151,23 +151,23 @@ def test_tensors_that_do_not_fit_are_named_the_first_ten(tmp_path):
         ("authors", {"window_size": [8, 8]}, "window_size"),
     ],
 )
-def test_settings_that_are_refused(tmp_path, layout, changes, message):
-    save_denoiser(tmp_path, CONFIG, rough_params(CONFIG.make), layout=layout)
+def test_unsupported_settings_are_refused(tmp_path, layout, changes, message):
+    save_denoiser(tmp_path, CONFIG, make_random_params(CONFIG.make), layout=layout)
     document = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(document | changes))
     with pytest.raises(UserError, match=message):
         load_denoiser(tmp_path)
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_configs_that_a_layout_cannot_express_are_not_written(tmp_path):
     longer = dataclasses.replace(CONFIG, text_length=256)
     with pytest.raises(UserError, match="pads texts to 512 tokens, so text_length=256"):
-        save_denoiser(tmp_path, longer, rough_params(longer.make))
-    save_denoiser(tmp_path / "authors", longer, rough_params(longer.make), layout="authors")
+        save_denoiser(tmp_path, longer, make_random_params(longer.make))
+    save_denoiser(tmp_path / "authors", longer, make_random_params(longer.make), layout="authors")
     assert load_denoiser(tmp_path / "authors")[0] == longer
     thick = dataclasses.replace(CONFIG, patch=Grid(2, 2, 2))
     with pytest.raises(UserError, match="don't say the patch"):
-        save_denoiser(tmp_path, thick, rough_params(thick.make), layout="authors")
+        save_denoiser(tmp_path, thick, make_random_params(thick.make), layout="authors")
     small = DitConfig(channels=4, context_width=6)
     with pytest.raises(UserError, match="DiTTransformer2DModel has class labels"):
         save_denoiser(tmp_path, small, {})

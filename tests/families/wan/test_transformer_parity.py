@@ -1,4 +1,4 @@
-"""Our Wan equals diffusers' `WanTransformer3DModel`: a packed row is its batches of one, in values and gradients."""
+"""Packed rows of Wan equal batches of one of `WanTransformer3DModel`, in values and gradients."""
 
 import json
 
@@ -31,7 +31,7 @@ T2V = SMALL
 I2V = SMALL | {"in_channels": 9, "image_dim": 6, "added_kv_proj_dim": 32}
 FIRST_AND_LAST = I2V | {"pos_embed_seq_len": 10}
 GRIDS = (Grid(3, 2, 4), Grid(1, 3, 2))
-"""of tokens; latents are twice as high and wide"""
+"""Grids of tokens; latents are twice as high and wide."""
 TEXTS = (7, 3)
 PATCH = Grid(1, 2, 2)
 FILE = "diffusion_pytorch_model.safetensors"
@@ -39,7 +39,7 @@ KINDS = {"t2v": T2V, "i2v": I2V, "first and last": FIRST_AND_LAST, "ti2v": SMALL
 
 
 class Clip:
-    """One clip with all that a model may be given of it."""
+    """One clip with all inputs of a model."""
 
     def __init__(self, number, arguments, *, per_token):
         draw = np.random.default_rng(number)
@@ -63,8 +63,8 @@ def torch():
     return module
 
 
-def made(torch, arguments):
-    """A model whose parameters are all random."""
+def make_model(torch, arguments):
+    """Return a model of diffusers whose parameters are all random."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.WanTransformer3DModel(**arguments).eval()
@@ -75,7 +75,7 @@ def made(torch, arguments):
 
 
 def theirs_on(torch, model, clip, *, per_token):
-    """The prediction for one clip, `[t h w c]`, and its weighted sum."""
+    """Return the prediction `[t h w c]` of diffusers for one clip, and its weighted sum."""
     text = np.zeros((1, 512, clip.text.shape[1]), np.float32)
     text[0, : len(clip.text)] = clip.text
     time = 1000 * (clip.times[None] if per_token else clip.time[None])
@@ -95,7 +95,7 @@ def theirs_on(torch, model, clip, *, per_token):
 
 
 def packed(clips, config):
-    """One row of the clips, with padding that isn't zero."""
+    """Pack the clips into one row, with padding that is not zero."""
     channels = config.channels
     parts = {
         "noisy": [patchify(clip.latents[..., :channels], PATCH) for clip in clips],
@@ -116,7 +116,7 @@ def packed(clips, config):
 
 
 def ours_on(config, params, row, clips):
-    """The prediction for a row, and the gradient of its weighted sum."""
+    """Return our prediction for a row, and the gradient of its weighted sum."""
     given = Given(
         token_time=row["token_time"] if config.time == "token" else None,
         latents=row["latents"] if config.given_channels else None,
@@ -142,9 +142,9 @@ def ours_on(config, params, row, clips):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_and_gradients(tmp_path, torch, kind):
+def test_values_and_gradients_equal_diffusers(tmp_path, torch, kind):
     arguments, per_token = KINDS[kind], kind == "ti2v"
-    model = made(torch, arguments)
+    model = make_model(torch, arguments)
     (tmp_path / "model_index.json").write_text(json.dumps({"expand_timesteps": per_token}))
     model.save_pretrained(tmp_path / "transformer")
     config, params = load_denoiser(tmp_path / "transformer")
@@ -175,7 +175,7 @@ def test_values_and_gradients(tmp_path, torch, kind):
 
 
 def read_by_diffusers(model, folder):
-    """As `from_pretrained` does, which for this class would need another package."""
+    """Load a model as `from_pretrained` does, which for this class would need another package."""
     from safetensors.torch import load_file
 
     again = type(model).from_config(json.loads((folder / "config.json").read_text()))
@@ -186,7 +186,7 @@ def read_by_diffusers(model, folder):
 @pytest.mark.parametrize("kind", ["t2v", "first and last"])
 def test_folders_come_back_bit_for_bit(tmp_path, torch, kind):
     arguments = KINDS[kind]
-    model = made(torch, arguments)
+    model = make_model(torch, arguments)
     model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
     config, params = load_denoiser(tmp_path / "in")
@@ -198,8 +198,8 @@ def test_folders_come_back_bit_for_bit(tmp_path, torch, kind):
     assert rewritten == {name: value for name, value in written.items() if name != "_diffusers_version"}
 
 
-def test_half_precision_comes_back_too(tmp_path, torch):
-    model = made(torch, T2V).to(torch.bfloat16)
+def test_half_precision_folders_come_back_bit_for_bit(tmp_path, torch):
+    model = make_model(torch, T2V).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "in")
     config, params = load_denoiser(tmp_path / "in", dtype=None)
     save_denoiser(tmp_path / "out", config, params)
@@ -214,7 +214,7 @@ def test_the_authors_names_are_those_that_diffusers_converts(tmp_path, torch):
 
     from dit_video.weights.folders import TensorFolder
 
-    model = made(torch, I2V)
+    model = make_model(torch, I2V)
     model.save_pretrained(tmp_path / "in")
     config, params = load_denoiser(tmp_path / "in")
     save_denoiser(tmp_path / "authors", config, params, layout="authors")

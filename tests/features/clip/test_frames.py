@@ -9,19 +9,19 @@ from dit_video.core.errors import UserError
 from dit_video.features import ClipImageProcessor, FrameEncoder
 from dit_video.features.clip import preprocess_frames
 from dit_video.nn import get_graph_def
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_clip import VISION
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 IMAGES = ClipImageProcessor(resize=12, crop=(12, 12))
-PARAMS = rough_params(VISION.make)
+PARAMS = make_random_params(VISION.make)
 FRAMES = np.random.default_rng(0).integers(0, 256, (7, 20, 31, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def expected():
-    """Of all frames at once."""
+    """Return the features of all frames at once."""
     return nnx.merge(get_graph_def(VISION.make), PARAMS)(jnp.asarray(preprocess_frames(FRAMES, IMAGES)))
 
 
@@ -35,7 +35,7 @@ def test_batches_give_each_frame_s_features(expected, part, shape):
     np.testing.assert_allclose(encode(FRAMES[:2]), getattr(expected, part)[:2], atol=1e-5)  # is filled up
 
 
-def test_what_does_not_fit():
+def test_settings_and_frames_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"crop=\(224, 224\) .*12x12"):
         FrameEncoder(VISION, PARAMS, ClipImageProcessor())
     with pytest.raises(UserError, match=r"no projection. Use 'pooled'"):

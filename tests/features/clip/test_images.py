@@ -15,7 +15,7 @@ def plain(**fields):
     return ClipImageProcessor(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **fields)
 
 
-def test_resizing_keeps_what_is_flat_and_what_is_straight():
+def test_resizing_keeps_constants_and_linear_ramps():
     flat = np.full((1, 30, 50, 3), 77, np.uint8)
     assert (resize_bicubic(flat, 13, 90) == 77).all()
     assert resize_bicubic(FRAMES, 40, 60) is not FRAMES
@@ -25,7 +25,7 @@ def test_resizing_keeps_what_is_flat_and_what_is_straight():
     np.testing.assert_array_equal(half, np.arange(0, 240, 4)[4:-4] + 1)
 
 
-def test_an_impulse_gives_the_kernel():
+def test_the_response_to_an_impulse_is_the_kernel():
     """Keys' cubic with a = -1/2 at distances of an eighth, three eighths, … of a pixel, of four times the width."""
     line = np.zeros((1, 1, 9, 3), np.uint8)
     line[0, 0, 4] = 200
@@ -35,7 +35,7 @@ def test_an_impulse_gives_the_kernel():
     np.testing.assert_allclose(found, np.clip(200 * kernel, 0, 255), atol=0.51)
 
 
-def test_the_shorter_side_and_the_centre():
+def test_the_shorter_side_is_resized_and_the_centre_is_cropped():
     images = plain(resize=20, crop=(20, 20))
     assert images.compute_size(40, 60) == (20, 30)
     assert images.compute_size(60, 40) == (30, 20)
@@ -45,21 +45,21 @@ def test_the_shorter_side_and_the_centre():
     np.testing.assert_allclose(preprocess_frames(FRAMES, images), expected, atol=1e-6)
 
 
-def test_other_sizes():
+def test_other_sizes_are_resized_or_cropped_as_configured():
     squashed = preprocess_frames(FRAMES, plain(resize=(16, 24), crop=None))
     np.testing.assert_allclose(squashed * 255, resize_bicubic(FRAMES, 16, 24), atol=1e-4)
     cropped = preprocess_frames(FRAMES, plain(resize=None, crop=(31, 20)))
     np.testing.assert_allclose(cropped * 255, FRAMES[:, 4:35, 20:40], atol=1e-4)
 
 
-def test_colours():
+def test_colours_are_normalised():
     images = ClipImageProcessor(resize=None, crop=None, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
     found = preprocess_frames(FRAMES, images)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, (FRAMES / 255 - [0.1, 0.2, 0.3]) / [1, 2, 4], atol=1e-6)
 
 
-def test_settings_and_frames_that_cannot_be():
+def test_invalid_settings_and_frames_are_refused():
     with pytest.raises(UserError, match=r"crop=50x20 .*40x60"):
         preprocess_frames(FRAMES, plain(resize=None, crop=(50, 20)))
     for change in ({"resize": 0}, {"resize": (4, 0)}, {"crop": (0, 4)}):

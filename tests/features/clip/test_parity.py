@@ -55,7 +55,7 @@ IMAGES = np.random.default_rng(1).normal(size=(3, 20, 20, 3)).astype(np.float32)
 
 
 def random_model(name, config):
-    """A model of torch with nothing at zero or one."""
+    """Return a torch model without zeros and ones among its weights."""
     import torch
     import transformers
 
@@ -93,15 +93,15 @@ def vision(request):
 
 
 @pytest.fixture(scope="module")
-def both():
+def both_towers():
     import transformers
 
     config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=14)
     return random_model("CLIPModel", config)
 
 
-def folder_of(model, tmp_path):
-    """What `transformers` writes of it, in several files."""
+def write_folder(model, tmp_path):
+    """Write the model with `transformers` in several files, and return the folder."""
     folder = tmp_path / "model"
     model.save_pretrained(folder, max_shard_size="20KB")
     assert (folder / "model.safetensors.index.json").is_file()
@@ -117,8 +117,8 @@ def text_features(loaded, ids=IDS, mask=MASK):
     return features(loaded, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32))
 
 
-def of_torch(model, **inputs):
-    """What a tower gives: the states of all layers, the last, and those that are pooled and projected."""
+def compute_torch_features(model, **inputs):
+    """Return the states of all layers, the last ones, and the pooled and projected ones."""
     import torch
 
     arrays = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
@@ -136,7 +136,7 @@ def pixels(images=IMAGES):
 
 def assert_equal(ours, theirs, seen=slice(None)):
     last, before, pooled, projected = theirs
-    for own, other in ((ours.values, last), (ours.before, before)):
+    for own, other in ((ours.values, last), (ours.penultimate, before)):
         assert np.std(other.numpy()) > 0.3
         np.testing.assert_allclose(np.asarray(own)[seen], other.numpy()[seen], atol=1e-5)
     np.testing.assert_allclose(ours.pooled, pooled.numpy(), atol=1e-5)
@@ -145,27 +145,31 @@ def assert_equal(ours, theirs, seen=slice(None)):
         np.testing.assert_allclose(ours.projected, projected.numpy(), atol=1e-5)
 
 
-def test_texts(text, tmp_path):
-    loaded = load_clip_text(folder_of(text, tmp_path))
-    assert_equal(text_features(loaded), of_torch(text, input_ids=IDS, attention_mask=MASK.astype(np.int64)), seen=MASK)
+def test_text_features_equal_those_of_transformers(text, tmp_path):
+    loaded = load_clip_text(write_folder(text, tmp_path))
+    assert_equal(
+        text_features(loaded),
+        compute_torch_features(text, input_ids=IDS, attention_mask=MASK.astype(np.int64)),
+        seen=MASK,
+    )
     # As diffusers' pipelines do: padding is not masked.
-    assert_equal(text_features(loaded, mask=np.ones_like(MASK)), of_torch(text, input_ids=IDS))
+    assert_equal(text_features(loaded, mask=np.ones_like(MASK)), compute_torch_features(text, input_ids=IDS))
     # Padding in front, which no token sees, and where no text ends.
     ids, mask = np.where(MASK, IDS, 1)[1:2], MASK[1:2]
     ids, mask = np.roll(ids, 7, axis=1), np.roll(mask, 7, axis=1)
-    theirs = of_torch(text, input_ids=ids, attention_mask=mask.astype(np.int64))
+    theirs = compute_torch_features(text, input_ids=ids, attention_mask=mask.astype(np.int64))
     assert_equal(text_features(loaded, ids, mask), theirs, seen=mask)
 
 
-def test_images(vision, tmp_path):
-    loaded = load_clip_vision(folder_of(vision, tmp_path))
-    assert_equal(features(loaded, jnp.asarray(IMAGES)), of_torch(vision, pixel_values=pixels()))
+def test_image_features_equal_those_of_transformers(vision, tmp_path):
+    loaded = load_clip_vision(write_folder(vision, tmp_path))
+    assert_equal(features(loaded, jnp.asarray(IMAGES)), compute_torch_features(vision, pixel_values=pixels()))
 
 
-def test_similarity(both, tmp_path):
+def test_similarities_equal_those_of_transformers(both_towers, tmp_path):
     import torch
 
-    loaded = load_clip(folder_of(both, tmp_path))
+    loaded = load_clip(write_folder(both_towers, tmp_path))
     graph = get_graph_def(loaded.config.make)
 
     @jax.jit
@@ -175,7 +179,7 @@ def test_similarity(both, tmp_path):
         return clip.similarity(texts, clip.vision(jnp.asarray(IMAGES)).projected)
 
     with torch.no_grad():
-        theirs = both(
+        theirs = both_towers(
             input_ids=torch.from_numpy(IDS),
             attention_mask=torch.from_numpy(MASK.astype(np.int64)),
             pixel_values=torch.from_numpy(pixels().copy()),
@@ -184,24 +188,26 @@ def test_similarity(both, tmp_path):
     np.testing.assert_allclose(similarity(loaded.params), theirs.logits_per_text.numpy(), atol=2e-5)
 
 
-def test_one_tower_of_both(both, tmp_path):
+def test_one_tower_of_a_folder_of_both_can_be_loaded(both_towers, tmp_path):
     import torch
 
-    folder = folder_of(both, tmp_path)
+    folder = write_folder(both_towers, tmp_path)
     text, vision = load_clip_text(folder), load_clip_vision(folder)
     assert all(name.startswith(("vision_model.", "visual_projection.", "logit_scale")) for name in text.ignored)
     assert all(name.startswith(("text_model.", "text_projection.", "logit_scale")) for name in vision.ignored)
     with torch.no_grad():
-        texts = both.get_text_features(torch.from_numpy(IDS), torch.from_numpy(MASK.astype(np.int64))).pooler_output
-        images = both.get_image_features(torch.from_numpy(pixels().copy())).pooler_output
+        texts = both_towers.get_text_features(
+            torch.from_numpy(IDS), torch.from_numpy(MASK.astype(np.int64))
+        ).pooler_output
+        images = both_towers.get_image_features(torch.from_numpy(pixels().copy())).pooler_output
     np.testing.assert_allclose(text_features(text).projected, texts.numpy(), atol=1e-5)
     np.testing.assert_allclose(features(vision, jnp.asarray(IMAGES)).projected, images.numpy(), atol=1e-5)
 
 
-def test_gradients(both, tmp_path):
+def test_gradients_equal_those_of_torch(both_towers, tmp_path):
     import torch
 
-    loaded = load_clip(folder_of(both, tmp_path))
+    loaded = load_clip(write_folder(both_towers, tmp_path))
     graph = get_graph_def(loaded.config.make)
     weights = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
 
@@ -214,8 +220,8 @@ def test_gradients(both, tmp_path):
 
         return jax.grad(loss)(params)
 
-    both.zero_grad()
-    output = both(
+    both_towers.zero_grad()
+    output = both_towers(
         input_ids=torch.from_numpy(IDS),
         attention_mask=torch.from_numpy(MASK.astype(np.int64)),
         pixel_values=torch.from_numpy(pixels().copy()),
@@ -223,8 +229,8 @@ def test_gradients(both, tmp_path):
     (output.logits_per_text * torch.from_numpy(weights)).sum().backward()
     folder = tmp_path / "gradients"
     save_clip(folder, loaded.config, jax.tree.map(np.asarray, gradient(loaded.params)))
-    ours = tensors_of(folder)
-    for name, value in both.named_parameters():
+    ours = read_tensors(folder)
+    for name, value in both_towers.named_parameters():
         theirs, largest = value.grad.numpy(), np.abs(value.grad.numpy()).max()
         # A bias of keys moves all scores of a query alike: its gradient is zero but for rounding.
         tolerance = 1e-4 if "k_proj.bias" in name else 1e-4 * largest
@@ -232,7 +238,7 @@ def test_gradients(both, tmp_path):
         np.testing.assert_allclose(ours[name], theirs, atol=tolerance, err_msg=name)
 
 
-def tensors_of(folder):
+def read_tensors(folder):
     import safetensors.numpy
 
     return {
@@ -245,7 +251,7 @@ def tensors_of(folder):
 def assert_goes_back(model, load, tmp_path):
     import torch
 
-    loaded = load(folder_of(model, tmp_path))
+    loaded = load(write_folder(model, tmp_path))
     save_clip(tmp_path / "back", loaded.config, loaded.params, shard_bytes=20_000)
     again = type(model).from_pretrained(tmp_path / "back")
     for (name, ours), (other, theirs) in zip(again.state_dict().items(), model.state_dict().items(), strict=True):
@@ -255,16 +261,16 @@ def assert_goes_back(model, load, tmp_path):
     assert (back.config, back.digest) == (loaded.config, loaded.digest)
 
 
-def test_texts_go_back_bit_exact(text, tmp_path):
+def test_text_towers_are_exported_bit_for_bit(text, tmp_path):
     assert_goes_back(text, load_clip_text, tmp_path)
 
 
-def test_images_go_back_bit_exact(vision, tmp_path):
+def test_image_towers_are_exported_bit_for_bit(vision, tmp_path):
     assert_goes_back(vision, load_clip_vision, tmp_path)
 
 
-def test_both_go_back_bit_exact(both, tmp_path):
-    assert_goes_back(both, load_clip, tmp_path)
+def test_models_of_both_towers_are_exported_bit_for_bit(both_towers, tmp_path):
+    assert_goes_back(both_towers, load_clip, tmp_path)
 
 
 SIZES = [((40, 60), (17, 23)), ((21, 30), (48, 61)), ((33, 33), (33, 12)), ((50, 8), (7, 8)), ((1, 5), (7, 3))]
@@ -292,7 +298,7 @@ PREPARED = {
 
 
 @pytest.mark.parametrize(("settings", "size"), PREPARED.values(), ids=PREPARED)
-def test_frames_are_prepared(settings, size, tmp_path):
+def test_prepared_frames_equal_those_of_the_image_processor(settings, size, tmp_path):
     import transformers
 
     frames = np.random.default_rng(3).integers(0, 256, (2, *size, 3), dtype=np.uint8)
@@ -309,7 +315,7 @@ def test_frames_are_prepared(settings, size, tmp_path):
 
 
 def test_image_tokens_are_those_of_wan(tmp_path):
-    """Through diffusers' own pipeline, from the pipeline's folder."""
+    """The tokens are those of diffusers' pipeline, loaded from its folder."""
     import diffusers
     import transformers
     from PIL import Image
@@ -336,7 +342,7 @@ def test_image_tokens_are_those_of_wan(tmp_path):
 
 
 def test_texts_are_embedded_as_pipelines_do(tmp_path):
-    """Padded with end tokens to the whole length, which no token of the text sees."""
+    """Texts are padded to the whole length with end tokens, which no token of the text sees."""
     import torch
     import transformers
 

@@ -10,12 +10,12 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.features import ClipConfig
 from dit_video.nn import get_graph_def, get_param_shapes
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_clip import CONFIG, END, START, TEXT, VISION
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-PARAMS = rough_params(CONFIG.make)
+PARAMS = make_random_params(CONFIG.make)
 CLIP = get_graph_def(CONFIG.make)
 IDS = jnp.asarray([[START, 3, 9, 4, END, 0, 0, 0], [START, 7, END, 0, 0, 0, 0, 0]], jnp.int32)
 MASK = (jnp.arange(8) < jnp.asarray([[5], [3]])).astype(jnp.int32)
@@ -68,7 +68,7 @@ def test_folders_of_before_2023_end_at_the_largest_id():
     np.testing.assert_array_equal(features.pooled, jnp.stack([features.values[0, 4], features.values[1, 2]]))
 
 
-def test_every_pixel_counts():
+def test_image_features_depend_on_every_pixel():
     features = look(IMAGES)
     assert features.values.shape == (2, VISION.tokens, 12) == (2, 10, 12)
     for place in ((0, 0, 0), (11, 11, 2), (5, 8, 1)):
@@ -77,7 +77,7 @@ def test_every_pixel_counts():
         np.testing.assert_array_equal(changed.projected[1], features.projected[1])
 
 
-def test_places_of_patches_count():
+def test_image_features_depend_on_the_places_of_patches():
     turned = look(IMAGES[:, ::-1])
     assert np.abs(turned.pooled - look(IMAGES).pooled).max() > 1e-2
 
@@ -86,7 +86,7 @@ def test_the_penultimate_states_enter_the_last_layer():
     fewer = dataclasses.replace(VISION, layers=2)
     params = PARAMS["vision"] | {"blocks": jax.tree.map(lambda value: value[:2], PARAMS["vision"]["blocks"])}
     values = nnx.merge(get_graph_def(fewer.make), params)(IMAGES).values
-    np.testing.assert_allclose(look(IMAGES).before, values, atol=1e-5)
+    np.testing.assert_allclose(look(IMAGES).penultimate, values, atol=1e-5)
 
 
 def test_similarity_is_a_scaled_cosine():
@@ -121,11 +121,11 @@ def test_sizes_are_those_of_the_published_models():
     assert shapes["blocks"]["up"]["kernel"].shape == (32, 1280, 5120)
 
 
-def test_configs_go_to_json_and_back():
+def test_configs_are_the_same_after_json():
     assert config_json.from_json(config_json.to_json(CONFIG)) == CONFIG
 
 
-def test_inputs_of_another_size():
+def test_inputs_of_another_size_are_refused():
     clip = nnx.merge(CLIP, PARAMS)
     with pytest.raises(UserError, match=r"12x16 .*12x12.* Prepare"):
         clip.vision(jnp.zeros((1, 12, 16, 3)))
@@ -146,6 +146,6 @@ def test_inputs_of_another_size():
         (CONFIG, {"text": dataclasses.replace(TEXT, projection=None)}, "=None, vision.projection=6 .*the same"),
     ],
 )
-def test_shapes_that_cannot_be(config, change, message):
+def test_invalid_shapes_are_refused(config, change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(config, **change)

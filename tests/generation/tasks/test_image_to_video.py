@@ -1,4 +1,4 @@
-"""Images that clips begin with, in the small pipelines of `tiny_wan`. Equality with diffusers: the parity tests."""
+"""Clips that begin with an image, sampled by the small pipelines of `tiny_wan`."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint
 
 @pytest.fixture(scope="module")
 def animating(tmp_path_factory):
-    """Wan 2.1's way: the image's latents and a mask beside the noisy ones, and its tokens."""
+    """Return a pipeline like Wan 2.1, conditioned on the latents of the image, a mask and image tokens."""
     folder = tmp_path_factory.mktemp("i2v") / "wan"
     write_animating_wan(folder, dit=replace(ANIMATING, layers=1))
     return dit_video.load(folder)
@@ -28,17 +28,17 @@ def animating(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def knowing(tmp_path_factory):
-    """TI2V-5B's way: the first latent frame is clean, at time 0."""
+    """Return a pipeline like TI2V-5B, whose first latent frame is clean, at time 0."""
     folder = tmp_path_factory.mktemp("ti2v") / "wan"
     write_wan(folder, dit=KNOWING)
     return dit_video.load(folder)
 
 
-def drawn(pipeline, **options):
+def sample_latents(pipeline, **options):
     return pipeline.generate("a red ball", size=SIZE, steps=2, guidance=1.0, output="latents", **options)
 
 
-def test_the_image_is_given_beside_the_noise_and_as_tokens(animating):
+def test_the_image_conditions_as_latents_and_as_tokens(animating):
     given = animating._image_conditioner(Grid(*SIZE), IMAGES[0], None)
     assert given.beside.shape == (2, 4, 4, 8)
     np.testing.assert_array_equal(given.beside[0, ..., :4], np.ones((4, 4, 4)))
@@ -47,15 +47,15 @@ def test_the_image_is_given_beside_the_noise_and_as_tokens(animating):
     encoded = animating.encode(dit_video.Clip(IMAGES[:1], 16))
     np.testing.assert_allclose(given.beside[:1, ..., 4:], encoded, atol=1e-4)
     assert given.image.shape == (tiny_clip.VISION.tokens, tiny_clip.VISION.width)
-    latents = drawn(animating, image=IMAGES[0])
+    latents = sample_latents(animating, image=IMAGES[0])
     assert np.isfinite(latents).all()
-    assert np.abs(drawn(animating, image=dit_video.Clip(IMAGES[1:], 16)) - latents).max() > 1e-3
+    assert np.abs(sample_latents(animating, image=dit_video.Clip(IMAGES[1:], 16)) - latents).max() > 1e-3
 
 
-def test_the_known_frame_stays(knowing):
-    latents = drawn(knowing, image=IMAGES[0])
+def test_the_clean_first_frame_stays(knowing):
+    latents = sample_latents(knowing, image=IMAGES[0])
     np.testing.assert_array_equal(latents[:1], knowing.encode(dit_video.Clip(IMAGES[:1], 16)))
-    free = drawn(knowing)
+    free = sample_latents(knowing)
     assert np.abs(latents - free)[1:].max() > 1e-3
     assert np.abs(latents - free)[0].max() > 1e-3
 
@@ -64,17 +64,17 @@ def test_several_clips_have_images_of_their_own(animating):
     requests = [dit_video.Request("a red ball", SIZE, image=image) for image in IMAGES]
     clips = animating.generate_many(requests, steps=2, guidance=1.0)
     for image, clip in zip(IMAGES, clips, strict=True):
-        alone = animating.decode(drawn(animating, image=image)).frames
+        alone = animating.decode(sample_latents(animating, image=image)).frames
         np.testing.assert_allclose(clip.frames.astype(int), alone.astype(int), atol=1)
     assert np.abs(clips[0].frames.astype(int) - clips[1].frames.astype(int)).max() > 1
     with pytest.raises(UserError, match="this model needs an image; give image="):
         animating.generate_many([requests[0], requests[1]._replace(image=None)])
 
 
-def test_a_saved_one_knows_its_image_encoder(animating, tmp_path):
+def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
     animating.save(tmp_path / "own")
     again = dit_video.load(tmp_path / "own")
-    np.testing.assert_array_equal(drawn(again, image=IMAGES[0]), drawn(animating, image=IMAGES[0]))
+    np.testing.assert_array_equal(sample_latents(again, image=IMAGES[0]), sample_latents(animating, image=IMAGES[0]))
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_a_saved_one_knows_its_image_encoder(animating, tmp_path):
         ("knowing", {"last_image": IMAGES[0]}, "does not accept a clip's last image"),
     ],
 )
-def test_images_that_are_refused(request, kind, options, message):
+def test_missing_or_misshapen_images_are_refused(request, kind, options, message):
     with pytest.raises(UserError, match=message):
-        drawn(request.getfixturevalue(kind), **options)
+        sample_latents(request.getfixturevalue(kind), **options)
 
 
-def test_a_model_that_takes_no_image(knowing):
+def test_a_model_without_image_conditioning_refuses_an_image(knowing):
     config = replace(knowing.config, dit=replace(KNOWING, time="segment"))
     other = Pipeline(config, autoencoder=knowing.codec.params, denoiser=knowing.denoiser_params)
     with pytest.raises(UserError, match="does not accept a clip's first image"):
-        drawn(other, image=IMAGES[0])
+        sample_latents(other, image=IMAGES[0])

@@ -1,4 +1,4 @@
-"""The relative bias: by its definition, and equal in the backends that can add it."""
+"""The relative bias equals its definition in all backends that can add it."""
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +27,20 @@ RELATIVE = RelativeBias(buckets=(8, 4, 6), max_distance=(6, None, None), scale=(
 SEGMENTS = jnp.asarray([[1] * 12 + [2] * 6 + [0] * 2])
 INDICES = np.concatenate([compute_positions(Grid(3, 2, 2)), compute_positions(Grid(1, 2, 3)), np.zeros((2, 3))])[None]
 PLACES = np.where(np.arange(20)[:, None] == 5, np.inf, INDICES * np.float32([0.5, 1, 1])).astype(np.float32)
-"""time in seconds, two frames in one; and a register"""
+"""Coordinates with time in seconds, two frames at one time, and a register token."""
 HEADS, WIDTH = 2, 4
 draw = np.random.default_rng(0)
 TABLE = draw.normal(size=(RELATIVE.num_entries, HEADS)).astype(np.float32)
 ARRAYS = [jnp.asarray(draw.normal(size=(1, 20, HEADS, WIDTH)), jnp.float32) for _ in range(3)]
 
 
-def at(table):
+def make_inputs(table):
     bias = Bias(config=RELATIVE, table=table, q_positions=jnp.asarray(PLACES), kv_positions=jnp.asarray(PLACES))
     return AttentionInputs.self_attention(SEGMENTS, jnp.asarray(INDICES, jnp.int32), bias=bias)
 
 
 def explicit(pattern):
-    """JAX's own attention with a bias that is written out, pair by pair."""
+    """Return JAX's own attention with a bias that is computed pair by pair."""
     entries = np.zeros((3, 20, 20), int)
     for q in range(20):
         for key in range(20):
@@ -66,7 +66,7 @@ def value_and_gradients(attention):
     @jax.jit
     def run(arrays, table):
         def loss(arrays, table):
-            out = attention(*arrays, at(table))
+            out = attention(*arrays, make_inputs(table))
             return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(arrays, table)
@@ -76,7 +76,7 @@ def value_and_gradients(attention):
 
 
 @pytest.mark.parametrize("pattern", [Full(), TimeOnly()], ids=str)
-def test_backends_add_what_the_definition_says_in_values_and_gradients(pattern):
+def test_backends_add_the_bias_of_its_definition_in_values_and_gradients(pattern):
     expected = value_and_gradients(explicit(pattern))
     assert np.abs(np.asarray(expected[-1])).max() > 0.1
     for attention in (DenseAttention(pattern=pattern), ChunkedAttention(pattern=pattern, chunk=6)):
@@ -84,7 +84,7 @@ def test_backends_add_what_the_definition_says_in_values_and_gradients(pattern):
             np.testing.assert_allclose(ours, theirs, atol=3e-6, err_msg=str(attention))
 
 
-def test_accelerators_add_the_same(monkeypatch):
+def test_the_branches_for_accelerators_add_the_same_bias(monkeypatch):
     attentions = DenseAttention(), ChunkedAttention(chunk=6)
     expected = [value_and_gradients(attention) for attention in attentions]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -121,7 +121,7 @@ def test_memory_is_linear_in_the_row():
 @pytest.mark.parametrize("attention", [SplashAttention(), CudnnAttention(implementation="xla")], ids=str)
 def test_kernels_refuse_a_bias(attention):
     with pytest.raises(UserError, match="cannot add a bias to its scores; use the backend chunked or dense"):
-        attention(*ARRAYS, at(jnp.asarray(TABLE)))
+        attention(*ARRAYS, make_inputs(jnp.asarray(TABLE)))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,6 @@ def test_kernels_refuse_a_bias(attention):
         ({"scale": (1.0, 0.0, 1.0)}, r"\(1\.0, 0\.0, 1\.0\) .* use positive numbers"),
     ],
 )
-def test_what_is_refused(fields, message):
+def test_invalid_relative_biases_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         RelativeBias(**fields)

@@ -46,7 +46,7 @@ DEFINITIONS = [
 
 
 def expected_mask(sees):
-    """Pair by pair, as the pattern is described."""
+    """Return the mask of a pattern, pair by pair, from its definition."""
     ids = np.asarray(SEGMENTS)[0]
     return np.array(
         [[ids[i] == ids[j] > 0 and sees(q, k) for j, k in enumerate(INDICES)] for i, q in enumerate(INDICES)]
@@ -54,7 +54,7 @@ def expected_mask(sees):
 
 
 @pytest.mark.parametrize("pattern", [pattern for pattern, _ in DEFINITIONS], ids=str)
-def test_pairs_are_those_of_the_dense_mask(pattern):
+def test_counted_pairs_are_those_of_the_dense_mask(pattern):
     for grid in (Grid(5, 3, 4), *GRIDS):
         at = AttentionInputs.self_attention(
             jnp.ones((1, grid.volume), jnp.int32), jnp.asarray(compute_positions(grid), jnp.int32)[None]
@@ -63,18 +63,18 @@ def test_pairs_are_those_of_the_dense_mask(pattern):
 
 
 @pytest.mark.parametrize(("pattern", "sees"), DEFINITIONS, ids=lambda value: str(value) if "(" in str(value) else "")
-def test_a_pattern_sees_what_it_says(pattern, sees):
+def test_every_pattern_allows_the_pairs_of_its_definition(pattern, sees):
     mask = dense_mask(mask_boxes(pattern, AttentionInputs.self_attention(SEGMENTS, jnp.asarray(INDICES)[None])))
     np.testing.assert_array_equal(mask[0], expected_mask(sees))
 
 
 REGISTER = INDICES[:, 1] + INDICES[:, 2] == 2
-"""tokens that are taken for such as lie nowhere"""
+"""Tokens that have no coordinates."""
 
 
 @pytest.mark.parametrize("seeing", [True, False])
 @pytest.mark.parametrize("number", [1, 3, 5, 6], ids=lambda number: type(DEFINITIONS[number][0]).__name__)
-def test_what_lies_nowhere_is_seen_by_all_and_sees_all_or_only_its_like(number, seeing):
+def test_global_tokens_are_seen_by_all_and_see_all_or_only_each_other(number, seeing):
     pattern, sees = DEFINITIONS[number]
     indices = np.where(REGISTER[:, None], GLOBAL, INDICES)
     ids = np.asarray(SEGMENTS)[0]
@@ -105,7 +105,7 @@ def test_whole_coordinates_are_indices_as_they_are():
 
 
 def test_queries_may_be_some_of_the_tokens():
-    """Two frames' queries among the keys of all frames, with real times."""
+    """The queries of two frames meet the keys of all frames, at fractional times."""
     times = jnp.asarray([[0.0, 0.5, 2.0, 2.5]])
     ids = jnp.ones((1, 4), jnp.int32)
     indices = compute_grid_indices(jnp.stack([times, 0 * times, 0 * times], axis=-1), ids)
@@ -135,14 +135,14 @@ def test_queries_may_be_some_of_the_tokens():
         (lambda: inspect.unwrap(make_attention)("flash"), "'flash' is unknown; use auto, dense"),
     ],
 )
-def test_what_is_refused_when_it_is_made(make, message):
+def test_invalid_patterns_and_backends_are_refused_at_construction(make, message):
     with pytest.raises(UserError) as caught:
         make()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_pattern_that_reads_coordinates_needs_them():
+def test_a_pattern_of_coordinates_refuses_inputs_without_them():
     array = jnp.zeros((1, 4, 1, 2), jnp.bfloat16)
     ids = jnp.ones((1, 4), jnp.int32)
     for backend in ("dense", "chunked", "splash", "cudnn"):

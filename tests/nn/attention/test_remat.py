@@ -1,4 +1,4 @@
-"""What a backward pass finds again of attention, where `remat` keeps that."""
+"""Results of attention that `remat` keeps for the backward pass."""
 
 import functools
 
@@ -11,7 +11,7 @@ from flax import nnx
 from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, make_mesh
 from dit_video.nn import Linear, apply_stack, make_stack
 from dit_video.nn.attention import AttentionInputs, CausalFrames, ChunkedAttention, SplashAttention
-from support.jaxprs import times
+from support.jaxprs import count_primitive
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -52,23 +52,23 @@ def gradients(attention, remat, params):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_attention_is_not_computed_again(name):
+def test_attention_is_not_recomputed_under_its_remat_policy(name):
     params = nnx.split(STACK)[1]
 
     def products(remat):
         program = jax.make_jaxpr(functools.partial(gradients, BACKENDS[name], remat))(params)
-        return times("dot_general", program.jaxpr)
+        return count_primitive("dot_general", program.jaxpr)
 
     once = products("none")
     inside = products("dots_no_batch") - once  # of attention's forward pass
     assert inside >= 2
     assert products("full") == once + inside + 1
-    assert products("attention") == once + 1  # that with weights
+    assert products("attention") == once + 1  # the one with weights
     assert products("dots_attention") == once
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_gradients_are_the_same(name):
+def test_gradients_do_not_depend_on_the_remat_policy(name):
     params = nnx.split(STACK)[1]
     expected, found = (
         jax.jit(functools.partial(gradients, BACKENDS[name], remat))(params) for remat in ("none", "dots_attention")
@@ -80,7 +80,7 @@ def test_gradients_are_the_same(name):
 @pytest.mark.parametrize(
     "backend", [ChunkedAttention(chunk=8, platform="cpu"), ChunkedAttention(chunk=8, platform="gpu"), SplashAttention()]
 )
-def test_of_attention_to_a_text_nothing_is_kept(backend):
+def test_cross_attention_keeps_no_results_for_the_backward_pass(backend):
     def names(keys):
         def value(q, k):
             at = AttentionInputs(
@@ -89,7 +89,7 @@ def test_of_attention_to_a_text_nothing_is_kept(backend):
             return backend(q, k, k, at).sum()
 
         heads = [x.reshape(*x.shape[:2], HEADS, WIDTH) for x in (X, keys)]
-        return times("name", jax.make_jaxpr(jax.grad(value))(*heads).jaxpr)
+        return count_primitive("name", jax.make_jaxpr(jax.grad(value))(*heads).jaxpr)
 
-    assert names(X) == 2  # what is mixed, and the logarithms of the sums
+    assert names(X) == 2  # the outputs, and the logarithms of the sums
     assert names(X[:, :5]) == 0

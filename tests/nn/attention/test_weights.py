@@ -1,4 +1,4 @@
-"""The weights that attention does not keep."""
+"""Records of attention weights, which attention itself does not keep."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ RELATIVE = RelativeBias(buckets=(4, 4, 4), max_distance=(None, None, None))
 TABLE = jnp.asarray(draw.normal(size=(RELATIVE.num_entries, 2)), jnp.float32)
 
 
-def at(*, biased=False):
+def make_inputs(*, biased=False):
     bias = None
     if biased:
         where = jnp.asarray(PLACES, jnp.float32)
@@ -39,9 +39,9 @@ def at(*, biased=False):
 @pytest.mark.parametrize("pattern", [Full(), SparseCausal()], ids=repr)
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 def test_the_weights_mix_values_as_attention_does(pattern, biased):
-    weights = compute_attention_weights(Q, K, at(biased=biased), pattern=pattern)
+    weights = compute_attention_weights(Q, K, make_inputs(biased=biased), pattern=pattern)
     mixed = jnp.einsum("bknm,bmkd->bnkd", weights, V)
-    np.testing.assert_allclose(mixed, DenseAttention(pattern=pattern)(Q, K, V, at(biased=biased)), atol=2e-6)
+    np.testing.assert_allclose(mixed, DenseAttention(pattern=pattern)(Q, K, V, make_inputs(biased=biased)), atol=2e-6)
     np.testing.assert_allclose(weights[:, :, :18].sum(axis=-1), 1, atol=1e-6)
     assert (weights[:, :, 18:] == 0).all()
 
@@ -53,14 +53,14 @@ def test_a_record_is_of_the_chosen_queries_and_changes_nothing():
 
     @jax.jit
     def twice(q):
-        """In a loop of a compiled program, with other queries each time."""
-        return jax.lax.scan(lambda q, _: (recorded(q, K, V, at(biased=True)), None), q, None, length=2)[0]
+        """Attend in a loop of a compiled program, with other queries each time."""
+        return jax.lax.scan(lambda q, _: (recorded(q, K, V, make_inputs(biased=True)), None), q, None, length=2)[0]
 
     after = jax.block_until_ready(twice(Q))
     jax.effects_barrier()
-    once = attention(Q, K, V, at(biased=True))
-    np.testing.assert_allclose(after, attention(once, K, V, at(biased=True)), atol=1e-6)
+    once = attention(Q, K, V, make_inputs(biased=True))
+    np.testing.assert_allclose(after, attention(once, K, V, make_inputs(biased=True)), atol=1e-6)
     assert len(found) == 2
     for weights, queries in zip(found, (Q, once), strict=True):
-        expected = compute_attention_weights(queries, K, at(biased=True), pattern=SparseCausal())
+        expected = compute_attention_weights(queries, K, make_inputs(biased=True), pattern=SparseCausal())
         np.testing.assert_allclose(weights, expected[:, :, np.asarray([3, 9, 19])], atol=1e-6)

@@ -23,7 +23,7 @@ def three_dimensional(x, kernel, bias):
 
 
 def arrays(kernel, width, out):
-    """A clip, a kernel, a bias, and the gradient of what they make, of values that bfloat16 holds."""
+    """Return a clip, a kernel, a bias and a gradient of the output, with values that bfloat16 holds exactly."""
     draw = np.random.default_rng(0)
     shapes = ((2, 4, 5, 6, width), (*kernel, width, out), (out,), (2, 5 - kernel[0], 5, 6, out))
     return tuple(jnp.asarray(draw.normal(size=shape), jnp.bfloat16).astype(jnp.float32) for shape in shapes)
@@ -37,8 +37,8 @@ def values(function, x, kernel, bias, gradient):
 @pytest.mark.parametrize("limit", [2**26, 1], ids=["at once", "frame by frame"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("case", SHAPES)
-def test_it_is_the_convolution_in_values_and_gradients(case, dtype, limit, monkeypatch):
-    monkeypatch.setattr(module, "LIMIT", limit)
+def test_im2col_equals_the_convolution_in_values_and_gradients(case, dtype, limit, monkeypatch):
+    monkeypatch.setattr(module, "MAX_COLUMN_BYTES", limit)
     given = arrays(*SHAPES[case])
     found = jax.jit(lambda *given: values(lambda *given: im2col_conv(*given, dtype), *given))(*given)
     for left, right in zip(found, values(three_dimensional, *given), strict=True):
@@ -52,7 +52,7 @@ def test_the_gradient_of_the_input_has_its_dtype_and_that_of_the_kernel_is_float
     assert [array.dtype for array in found] == [jnp.float32, jnp.bfloat16, jnp.float32, jnp.float32]
 
 
-def test_what_is_computed_again_in_the_backward_pass_is_the_same():
+def test_recomputation_in_the_backward_pass_gives_the_same_gradients():
     given = arrays((3, 3, 3), 4, 6)
     kept = jax.jit(lambda *given: values(im2col_conv, *given))(*given)
     again = jax.jit(lambda *given: values(jax.checkpoint(im2col_conv), *given))(*given)

@@ -1,4 +1,4 @@
-"""Convolutions with fewer products are the convolutions."""
+"""Convolutions by Winograd's algorithm equal plain ones."""
 
 from functools import partial
 
@@ -18,9 +18,9 @@ def plain(x, kernel):
 
 
 @pytest.mark.parametrize("size", [(3, 8, 6), (2, 7, 5), (1, 1, 1), (4, 2, 9)])
-@pytest.mark.parametrize("rows", [1, 20, 4096])  # so many tiles at once: one picture, some, all
+@pytest.mark.parametrize("rows", [1, 20, 4096])  # tiles at once: one picture, some, all
 def test_values_and_gradients_are_those_of_the_plain_sum(size, rows, monkeypatch):
-    monkeypatch.setattr(winograd, "_ROWS", rows)
+    monkeypatch.setattr(winograd, "_MAX_TILES", rows)
     shapes = (*size, 5), (3, 3, 5, 4), (*size, 4)
     draw = np.random.default_rng(0)
     x, kernel, weights = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
@@ -41,7 +41,7 @@ def test_values_and_gradients_are_those_of_the_plain_sum(size, rows, monkeypatch
     np.testing.assert_allclose(values, plain_values, atol=1e-5)
 
 
-def test_on_cpu_wide_layers_on_large_frames_are_computed_so():
+def test_wide_layers_on_large_frames_use_winograd_on_cpu():
     layer = CausalConv(96, 96, (3, 3, 3), rngs=nnx.Rngs(0))
 
     def convolutions(side: int) -> int:

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.training.hooks import logging
 from dit_video.training.hooks.logging import MetricsLog, Progress, read_metrics
 
 
@@ -21,7 +22,7 @@ def test_entries_come_back_exactly(tmp_path):
     assert json.loads(log.path.read_text().splitlines()[1])["norm"] is None
 
 
-def test_resume_cuts_what_is_written_again(tmp_path):
+def test_resuming_cuts_the_entries_that_will_be_written_again(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
     for step in (10, 20, 30, 40):
         log.write(step, {"loss": step})
@@ -47,7 +48,7 @@ def test_a_half_written_last_line_is_dropped(tmp_path, resumed):
     assert [entry["step"] for entry in read_metrics(path)] == [1, 3]
 
 
-def test_a_damaged_line_and_a_missing_file(tmp_path):
+def test_damaged_lines_and_missing_files_are_reported(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\nnonsense\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2 is not a metrics entry"):
@@ -84,7 +85,7 @@ def test_progress_names_what_it_counts():
     assert re.search(r"sampling 40/40 \(100%\) · [0-9.]+ clips/s · 0:00 left", stream.getvalue())
 
 
-def test_progress_is_rare_but_always_tells_the_end():
+def test_progress_lines_are_rare_but_always_state_the_end():
     stream = io.StringIO()
     with Progress("t", 1000, start=500, line_seconds=60, stream=stream) as progress:
         for step in range(501, 801):
@@ -107,3 +108,38 @@ def test_progress_in_a_terminal_draws_a_bar():
     assert "3/3" in stream.getvalue()
     assert "loss 0.5000" in stream.getvalue()
     assert "left" in stream.getvalue()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return a clock that only `clock.append(seconds)` advances."""
+    times = [0.0]
+    monkeypatch.setattr(logging.time, "perf_counter", lambda: sum(times))
+    return times
+
+
+@pytest.mark.parametrize("start", [0, 500])
+def test_the_time_left_does_not_count_compilation(clock, start):
+    """The first step of this process takes 100 s, of which 98 are compilation, and the others 2 s."""
+    stream = io.StringIO()
+    with Progress("t", start + 11, start=start, line_seconds=0, stream=stream) as progress:
+        for seconds in (100, 2, 2):
+            clock.append(seconds)
+            progress.update(progress.step + 1)
+    first, second, third = stream.getvalue().splitlines()
+    assert "left" not in first
+    assert second.endswith("2.0 s/step · 0:18 left")
+    assert third.endswith("2.0 s/step · 0:16 left")
+
+
+def test_steps_that_compile_again_do_not_count_either(clock):
+    stream = io.StringIO()
+    with Progress("t", 10, line_seconds=0, stream=stream) as progress:
+        for seconds, is_timed in ((100, False), (70, False), (2, True), (70, False), (4, True)):
+            clock.append(seconds)
+            progress.update(progress.step + 1, is_timed=is_timed)
+    lines = stream.getvalue().splitlines()
+    assert ["left" in line for line in lines] == [False, False, True, True, True]
+    assert lines[2].endswith("2.0 s/step · 0:14 left")
+    assert lines[3].endswith("2.0 s/step · 0:12 left")
+    assert lines[4].endswith("3.0 s/step · 0:15 left")

@@ -1,4 +1,4 @@
-"""Where figures go besides the JSON lines, what is done every so many steps, how fast a training is, and traces."""
+"""Logs besides the JSON lines, periodic calls, throughput and traces."""
 
 import math
 import struct
@@ -40,7 +40,7 @@ def train(config, watch=None, log=None, batches=lambda done: iter(lambda: {"x": 
 
 
 def events(folder) -> list[Any]:
-    """What TensorBoard reads: records of a length, its checksum, the event and its checksum."""
+    """Read events as TensorBoard does: records of a length, its checksum, the event and its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -67,16 +67,18 @@ def test_event_files_hold_the_entries(tmp_path):
     found = events(tmp_path / "tensorboard")
     scalars = [(event.step, value.tag, value.simple_value) for event in found for value in event.summary.value]
     assert sorted(scalars) == [(20, "loss", 0.25), (40, "loss", 0.125), (40, "loss", 0.5)]
-    # Of the second file on, steps from 31 on count.
+    # From the second file on, steps from 31 on count.
     assert 31 in [event.step for event in found if event.HasField("session_log")]
 
 
-def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
-    told: list[Any] = []
+def test_weights_and_biases_receives_the_finite_entries_of_one_run(tmp_path, monkeypatch):
+    calls: list[Any] = []
 
     def init(**options):
-        told.append(options)
-        return SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
+        calls.append(options)
+        return SimpleNamespace(
+            log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+        )
 
     stand_in = SimpleNamespace(init=init)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
@@ -85,16 +87,16 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
         log.resume(step)
         log.write(step + 20, {"loss": 0.5, "norm": math.nan})
         log.close()
-    first, second = told[0::3]
+    first, second = calls[0::3]
     assert first == second  # one run, continued
     assert (first["project"], first["name"], first["resume"]) == ("videos", "run", "allow")
     assert first["id"] == (tmp_path / "run" / "denoiser" / "wandb_run.txt").read_text()
-    assert told[2::3] == ["end", "end"]
-    assert told[1::3] == [(20, {"loss": 0.5}), (60, {"loss": 0.5})]
+    assert calls[2::3] == ["end", "end"]
+    assert calls[1::3] == [(20, {"loss": 0.5}), (60, {"loss": 0.5})]
 
 
 @pytest.mark.slow
-def test_weights_and_biases_itself_writes_one_run(tmp_path, monkeypatch):
+def test_the_real_weights_and_biases_joins_both_parts_of_a_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for step in (0, 40):
@@ -104,18 +106,18 @@ def test_weights_and_biases_itself_writes_one_run(tmp_path, monkeypatch):
         log.close()
     name = (tmp_path / "wandb_run.txt").read_text()
     parts = list(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
-    assert len(parts) == 2  # which the service joins by their name
+    assert len(parts) == 2  # the service joins them by their name
     assert all(b"loss" in part.read_bytes() and b"norm" not in part.read_bytes() for part in parts)
 
 
 @pytest.mark.parametrize(("package", "make"), [("tensorboardX", TensorBoard), ("wandb", WeightsAndBiases)])
-def test_what_is_missing_is_told_with_how_to_get_it(tmp_path, monkeypatch, package, make):
+def test_a_missing_package_is_reported_with_its_installation(tmp_path, monkeypatch, package, make):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingError, match=rf"pip install 'dit-video\[{package.lower().removesuffix('x')}\]'"):
         make(*(["videos"] if package == "wandb" else []), tmp_path)
 
 
-def test_a_config_that_disagrees():
+def test_contradictory_monitoring_configs_are_refused():
     with pytest.raises(UserError, match=r"sample_every=0. Set sample_every"):
         MonitoringConfig(prompts=("a ball",))
     with pytest.raises(UserError, match=r"validate_every=-1 is invalid.* Use 0 for never"):
@@ -124,7 +126,7 @@ def test_a_config_that_disagrees():
         MonitoringConfig(validation_batches=0)
 
 
-def test_periodic_calls_are_logged_where_they_find_something(tmp_path):
+def test_periodic_calls_are_logged_if_they_return_figures(tmp_path):
     called: list[tuple[str, int]] = []
 
     def validate(done, state):
@@ -151,7 +153,7 @@ def test_periodic_calls_are_logged_where_they_find_something(tmp_path):
     assert [entry.get("bin") for entry in entries] == [1.5, None, 6, 9]
 
 
-def test_tokens_and_utilisation():
+def test_throughput_counts_tokens_and_utilisation():
     shape = PackedShape(tokens=8, text=2, segments=2)
 
     def rows(tokens):
@@ -180,7 +182,7 @@ def test_tokens_and_utilisation():
     assert pixels.compute_and_reset({"step_seconds": 1.0}) == {}
 
 
-def test_what_is_derived_and_the_memory_are_in_the_entries(tmp_path, monkeypatch):
+def test_entries_hold_derived_figures_and_the_device_memory(tmp_path, monkeypatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 5, "peak_bytes_in_use": 7, "other": 1})
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     log = MetricsLog(tmp_path / "m.jsonl")
@@ -191,20 +193,20 @@ def test_what_is_derived_and_the_memory_are_in_the_entries(tmp_path, monkeypatch
 
 
 def test_some_steps_are_traced(tmp_path, monkeypatch):
-    told: list[Any] = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: told.append(("start", folder)))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
+    calls: list[Any] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     real = jax.profiler.StepTraceAnnotation
     monkeypatch.setattr(
         jax.profiler,
         "StepTraceAnnotation",
-        lambda name, step_num: told.append(step_num) or real(name, step_num=step_num),
+        lambda name, step_num: calls.append(step_num) or real(name, step_num=step_num),
     )
     train(LoopConfig(steps=8), Watch(profile=TraceConfig(tmp_path / "trace", 3, 5)))
-    assert told == [("start", str(tmp_path / "trace")), 3, 4, 5, "stop"]
-    told.clear()
+    assert calls == [("start", str(tmp_path / "trace")), 3, 4, 5, "stop"]
+    calls.clear()
     train(LoopConfig(steps=4), Watch(profile=TraceConfig(tmp_path / "trace", 3, 50)))
-    assert told == [("start", str(tmp_path / "trace")), 3, 4, "stop"]
+    assert calls == [("start", str(tmp_path / "trace")), 3, 4, "stop"]
     with pytest.raises(UserError, match="cannot trace steps 5 to 3"):
         TraceConfig(tmp_path, 5, 3)
 

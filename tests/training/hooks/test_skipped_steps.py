@@ -23,7 +23,7 @@ OPTIMIZER = optax.adam(1e-2)
 GOOD = {"x": np.linspace(-1, 1, 12, dtype=np.float32).reshape(6, 2), "scale": np.ones(6, np.float32)}
 NAN = GOOD | {"x": np.full((6, 2), math.nan, np.float32)}
 STEEP = GOOD | {"scale": np.zeros(6, np.float32)}
-"""Its loss is finite, its gradient is not."""
+"""A batch whose loss is finite and whose gradient is not."""
 
 
 def loss(params, batch, step):
@@ -40,7 +40,7 @@ def start():
 
 
 def data(*bad: int, batch: Any = NAN):
-    """Batches whose steps, counted from 1, are bad in these places."""
+    """Return batches of which those of the given steps, counted from 1, are bad."""
     return lambda done: (batch if number in bad else GOOD for number in range(done + 1, 1000))
 
 
@@ -82,7 +82,7 @@ def test_a_broken_step_leaves_every_bit_and_counts(batch):
     assert (after.params["w"] != before.params["w"]).all()
 
 
-def test_a_run_goes_on_and_says_which_batch_it_was(tmp_path):
+def test_a_run_goes_on_and_logs_the_skipped_batch(tmp_path):
     config = LoopConfig(steps=9, log_every=3, save_every=4)
     state = folder_run(tmp_path, config, data(4, 8))
     plain = start()
@@ -106,18 +106,18 @@ def test_after_too_many_in_a_row_the_good_state_is_saved(tmp_path):
         folder_run(tmp_path, config, data(2, 6, 7, 8, 9, 10, 11, 12))
     saved = Checkpoints(tmp_path / "checkpoints").latest()
     assert saved is not None
-    assert 8 <= saved <= 10  # it is seen two steps late
+    assert 8 <= saved <= 10  # it is noticed two steps late
     restored, _ = Checkpoints(tmp_path / "checkpoints").restore(jax.eval_shape(start))
     plain = start()
     for _ in range(4):
         plain, _ = STEP(plain, GOOD)
     assert_same(restored.params, plain.params)
-    state = folder_run(tmp_path, config, data())  # the data were put right
+    state = folder_run(tmp_path, config, data())  # the data are fixed
     assert state.step == 20
     assert [entry["step"] for entry in skipped(tmp_path)] == [2, 6, 7, 8]
 
 
-def test_what_is_written_again_is_cut(tmp_path):
+def test_resuming_cuts_the_skips_that_will_be_logged_again(tmp_path):
     log = SkippedLog(tmp_path / "skipped.jsonl")
     for step in (3, 5, 8):
         log.write(step, {"loss": np.float32(math.inf), "gradient_norm": np.float32(1)}, {})
@@ -127,7 +127,7 @@ def test_what_is_written_again_is_cut(tmp_path):
     assert skipped(tmp_path) == [{"step": step, "loss": "inf", "gradient_norm": 1.0} for step in (3, 5)]
 
 
-def test_packed_rows_are_known_by_their_examples():
+def test_skipped_packed_rows_are_logged_by_their_examples():
     rows = jax.tree.map(lambda leaf: leaf[None], make_empty_row(PackedShape(tokens=4, text=2, segments=3), width=2))
     rows.examples[0, :2], rows.valid[0, :2] = (7, 9), True
     found = get_example_ids(rows)

@@ -1,64 +1,48 @@
-"""A tiny autoencoder and a tinier discriminator, on two windows of four frames."""
+"""Training of a tiny autoencoder against a tinier discriminator."""
 
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
-from dit_video.autoencoders import R1, AdversarialConfig, AutoencoderObjective, LeCam, PatchVaeConfig
+from dit_video.autoencoders import R1, AdversarialConfig
 from dit_video.autoencoders.adversarial import compute_adaptive_weight, generator_loss
 from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.nn import get_graph_def
-from dit_video.tokens import Grid
 from dit_video.training import trainer
 from dit_video.training.hooks import logging
 from dit_video.training.loop import LoopConfig
-from dit_video.training.losses.adversarial import DiscriminatorTraining, HostStepCounter, make_adversarial_step
-from dit_video.training.losses.autoencoder import AutoencoderLoss
+from dit_video.training.losses.adversarial import HostStepCounter
 from dit_video.training.state import init_state
 from dit_video.training.step import make_step
 from dit_video.training.trainer import Trainer
+from support.adversarial_game import (
+    CLIPS,
+    CONFIG,
+    LECAM,
+    LOSS,
+    PARAMS,
+    SGD,
+    init_game,
+    make_discriminator,
+    make_game_step,
+)
 from support.devices import check_on_eight_devices
-from support.rough import rough_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
-CLIPS = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
-PARAMS = rough_params(CONFIG.make)
-LOSS = AutoencoderLoss(graph=get_graph_def(CONFIG.make), objective=AutoencoderObjective.pixels(), seed=1)
-SGD = optax.sgd(1e-2)
-LECAM = AdversarialConfig(
-    weight=0.5, start_step=2, width=4, layers=1, learning_rate=1e-2, regulariser=LeCam(weight=0.1)
-)
-
-
-def rival(config):
-    return DiscriminatorTraining(config=config, last_layer=CONFIG.last_layer, random_key=jax.random.key(3))
-
-
-def begin(config):
-    return rival(config).init_state(init_state(jax.tree.map(jnp.array, PARAMS), SGD))
-
-
-@functools.cache
-def step_of(config):
-    return make_adversarial_step(LOSS, SGD, rival(config), ema_decay=0.9)
-
 
 def run(config, steps):
-    """The states and figures, from the start on, on the host."""
-    state = begin(config)
+    """Return the states and figures from the start on, on the host."""
+    state = init_game(config)
     states, figures = [jax.device_get(state)], []
     for _ in range(steps):
-        state, found = step_of(config)(state, CLIPS)
+        state, found = make_game_step(config)(state, CLIPS)
         states.append(jax.device_get(state))
         figures.append({name: float(value) for name, value in found.items()})
     return states, figures
@@ -66,7 +50,7 @@ def run(config, steps):
 
 @pytest.fixture(scope="module")
 def played():
-    """Four steps with LeCam, of which two are before the start."""
+    """Return the states and figures of four steps with LeCam, two of them before the start."""
     return run(LECAM, 4)
 
 
@@ -74,7 +58,7 @@ def moved(before, after):
     return any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
 
 
-def test_before_the_start_the_discriminator_rests_and_the_autoencoder_learns_as_without(played):
+def test_before_its_start_step_the_discriminator_rests_and_changes_nothing(played):
     states, figures = played
     assert not moved(states[0].discriminator, states[2].discriminator)
     assert moved(states[2].discriminator.params, states[3].discriminator.params)
@@ -87,7 +71,7 @@ def test_before_the_start_the_discriminator_rests_and_the_autoencoder_learns_as_
 
 
 def test_the_step_descends_the_weighted_sum(played):
-    """Against the plain gradient of the whole sum, with the weight computed from two whole gradients."""
+    """The expected gradient is that of the whole sum, with a weight computed from two whole gradients."""
     states, figures = played
     before, after = states[2], states[3]
     judge = nnx.merge(get_graph_def(LECAM.make), before.discriminator.params)
@@ -175,7 +159,7 @@ def train(folder, steps, batches=Repeated):
         loss=LOSS,
         optimizer=SGD,
         ema_decay=0.9,
-        discriminator=rival(LECAM),
+        discriminator=make_discriminator(LECAM),
         config=LoopConfig(steps=steps, log_every=1, save_every=2),
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
     )
@@ -183,9 +167,9 @@ def train(folder, steps, batches=Repeated):
 
 
 def test_an_interrupted_game_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "make_adversarial_step", lambda *_, **__: step_of(LECAM))  # compiled already
+    monkeypatch.setattr(trainer, "make_adversarial_step", lambda *_, **__: make_game_step(LECAM))  # compiled already
     whole = train(tmp_path / "whole", 6)
-    for steps in (3, 5, 6):  # before the start of the game, within it
+    for steps in (3, 5, 6):  # before its start step and after it
         parts = train(tmp_path / "parts", steps)
         assert int(parts.step) == steps
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts), jax.device_get(whole))
@@ -198,7 +182,7 @@ def test_an_interrupted_game_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path,
 
 
 def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "make_adversarial_step", lambda *_, **__: step_of(LECAM))
+    monkeypatch.setattr(trainer, "make_adversarial_step", lambda *_, **__: make_game_step(LECAM))
 
     class Others(Repeated):
         hash = "others"
@@ -208,38 +192,5 @@ def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path, monkeypat
         train(tmp_path / "run" / "autoencoder", 4, Others)
 
 
-ON_EIGHT_DEVICES = """
-    import dataclasses, functools, importlib.util, sys
-    import jax, numpy as np
-    from jax.sharding import PartitionSpec
-    from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, shard_batch, shardings
-    from dit_video.training.state import make_on_devices
-
-    specification = importlib.util.spec_from_file_location("tests_here", sys.argv[1])
-    here = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(here)
-
-    config = dataclasses.replace(here.LECAM, start=0)
-
-    def losses(mesh):
-        layout = functools.partial(shardings, mesh=mesh, rules=ShardingRules(minimum=64))
-        state = make_on_devices(lambda key: here.begin(config), jax.random.key(0), shardings=layout)
-        split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.discriminator)]
-        clips, found = shard_batch(np.concatenate([here.CLIPS] * 4), mesh), []
-        for _ in range(3):
-            state, figures = here.step_of(config)(state, clips)
-            found.append([float(figures[name]) for name in ("loss", "discriminator", "penalty", "adversarial_weight")])
-        return np.array(found), sum(split)
-
-    assert jax.device_count() == 8
-    expected, split = losses(make_mesh(MeshConfig(), jax.devices()[:1]))
-    assert split == 0 and expected[2, 2] > 0
-    found, split = losses(make_mesh(MeshConfig(data=2, fsdp=4)))
-    assert split >= 4, split
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    print("done")
-"""
-
-
 def test_on_eight_devices_both_players_are_divided_and_play_as_on_one():
-    check_on_eight_devices(ON_EIGHT_DEVICES, __file__)
+    check_on_eight_devices("adversarial_training.py")

@@ -17,14 +17,14 @@ from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.state import create_state
 from dit_video.training.step import make_step
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
 GRAPH = get_graph_def(CONFIG.make)
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 6, 3), np.uint8)
 
 
-PARAMS = rough_params(CONFIG.make)
+PARAMS = make_random_params(CONFIG.make)
 
 
 @jax.jit
@@ -34,7 +34,7 @@ def _run(params, clips, step, kl):
     return AutoencoderLoss(graph=GRAPH, objective=objective, seed=1)(params, clips, step)
 
 
-def loss_of(objective):
+def make_loss(objective):
     return AutoencoderLoss(graph=GRAPH, objective=objective, seed=1)
 
 
@@ -53,12 +53,12 @@ def test_the_figures_are_the_parts_of_the_loss():
     value, figures = run()
     assert figures["psnr"] == pytest.approx(-10 * np.log10(figures["mse"] / 4), rel=1e-5)
     assert figures["kl"] == pytest.approx(float(parts(PARAMS, CLIPS)[1].mean()), rel=1e-5)
-    # What is left is a tenth of the mean absolute error, which lies below the root of the squared one.
+    # The rest is a tenth of the mean absolute error, which is below the root mean square.
     absolute = 10 * (float(value) - float(figures["mse"]))
     assert 0.5 * np.sqrt(figures["mse"]) < absolute < np.sqrt(figures["mse"])
 
 
-def test_the_weight_of_the_divergence():
+def test_the_divergence_counts_with_its_weight():
     (value, figures), (without, _) = run(kl=0.25), run(kl=0.0)
     assert value == pytest.approx(float(without + 0.25 * figures["kl"]), rel=1e-5)
 
@@ -80,7 +80,7 @@ def test_a_batch_of_one_is_a_batch():
 
 def test_a_few_steps_on_one_batch_reconstruct_it_better():
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
-    step = make_step(loss_of(AutoencoderObjective.pixels(kl=1e-4)), optimizer, ema_decay=0.9)
+    step = make_step(make_loss(AutoencoderObjective.pixels(kl=1e-4)), optimizer, ema_decay=0.9)
     state = create_state(lambda key: PARAMS, optimizer, jax.random.key(0))
     smooth = np.broadcast_to(np.arange(0, 240, 40, dtype=np.uint8)[None, None, None, :, None], CLIPS.shape).copy()
     first = None
@@ -101,7 +101,7 @@ def test_the_objective_of_pixels_is_bit_for_bit_the_sum_that_measured_runs_were_
         kl = posterior.kl()
         return (squared + 0.1 * absolute + 1e-4 * kl).mean(), {"mse": squared.mean(), "kl": kl.mean()}
 
-    now = loss_of(AutoencoderObjective.pixels(kl=1e-4))
+    now = make_loss(AutoencoderObjective.pixels(kl=1e-4))
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
     states, figures = {}, {}
     for name, loss in (("before", before), ("now", now)):
@@ -114,7 +114,7 @@ def test_the_objective_of_pixels_is_bit_for_bit_the_sum_that_measured_runs_were_
     jax.tree.map(np.testing.assert_array_equal, states["now"], states["before"])
 
 
-def test_what_is_not_trained_has_no_gradient():
+def test_parameters_that_are_not_trained_have_no_gradient():
     config = OptimizerConfig(trainable=("^decoder",))
     loss = AutoencoderLoss(graph=GRAPH, objective=AutoencoderObjective.pixels(), seed=1, optimizer=config)
     gradients = flatten(jax.jit(jax.grad(loss, has_aux=True))(PARAMS, CLIPS, jnp.asarray(0))[0])
@@ -124,7 +124,7 @@ def test_what_is_not_trained_has_no_gradient():
 
 def test_the_parts_of_the_default_objective_are_logged_and_add_up():
     objective = AutoencoderObjective(kl=1e-3)
-    value, figures = jax.jit(loss_of(objective))(PARAMS, CLIPS, jnp.asarray(0))
+    value, figures = jax.jit(make_loss(objective))(PARAMS, CLIPS, jnp.asarray(0))
     parts = ("absolute", "pyramid", "frequency", "temporal", "kl")
     assert figures.keys() == {*parts, "mse", "psnr"}
     total = sum(getattr(objective, name) * float(figures[name]) for name in parts)

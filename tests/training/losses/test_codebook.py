@@ -1,4 +1,4 @@
-"""Codes that follow latents: by averages, by restarts."""
+"""Codes that follow latents by averages and restarts."""
 
 import functools
 
@@ -17,15 +17,15 @@ RANDOM = jax.random.key(0)
 
 
 def follow(learning, codes=CODES, moments=None, latents=LATENTS, indices=INDICES, random=RANDOM):
-    return _follow(learning, codes, moments or learning.start(codes), latents, indices, random)
+    return _follow(learning, codes, moments or learning.init_moments(codes), latents, indices, random)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _follow(learning, codes, moments, latents, indices, random):
-    return learning.follow(codes, moments, latents, indices, random)
+    return learning.update(codes, moments, latents, indices, random)
 
 
-def test_averages_written_out():
+def test_moving_averages_update_codes_as_written_out():
     learning = CodebookLearning(decay=0.9, smoothing=1e-3, restart_after=None)
     found = follow(learning)
     counts = 0.9 * np.ones(4) + 0.1 * np.asarray([2, 1, 1, 0])
@@ -47,7 +47,7 @@ def test_codes_go_to_the_means_of_what_they_stand_for():
     np.testing.assert_allclose(found.codes[:3], [[0.5, 0], [2, 0], [0, 3]], atol=1e-2)
 
 
-def test_without_decay_the_codes_are_the_gradients():
+def test_without_decay_codes_are_left_to_the_gradients():
     found = follow(CodebookLearning(decay=None, restart_after=None))
     np.testing.assert_array_equal(found.codes, CODES)
     assert set(found.moments) == {"ages"}
@@ -61,12 +61,12 @@ def test_a_code_that_is_not_used_comes_back_among_the_latents(decay):
     for step in range(1, 4):
         found = follow(learning, codes, moments)
         codes, moments = found.codes, found.moments
-        assert found.figures["restarts"] == (step == 3)
+        assert found.metrics["restarts"] == (step == 3)
         np.testing.assert_array_equal(found.restarted, [False, False, False, step == 3])
     flat = np.asarray(LATENTS).reshape(-1, 2)
     assert (np.asarray(codes[3]) == flat).all(axis=-1).any()
     np.testing.assert_array_equal(moments["ages"], 0)
-    if decay is not None:  # its average begins anew there
+    if decay is not None:  # its average restarts there
         np.testing.assert_array_equal(moments["sums"][3], codes[3])
         assert moments["counts"][3] == 1
 
@@ -79,7 +79,7 @@ def test_a_new_codebook_starts_at_the_first_latents():
     flat = np.asarray(latents).reshape(-1, 2)
     places = [np.flatnonzero((flat == np.asarray(code)).all(axis=-1)) for code in found.codes[1:]]
     assert [len(place) for place in places] == [1, 1, 1]
-    assert len(np.unique(np.concatenate(places))) == 3  # a latent each
+    assert len(np.unique(np.concatenate(places))) == 3  # one latent each
     again = follow(learning, codes, latents=latents, indices=jnp.zeros((2, 1, 4, 4), jnp.int32))
     np.testing.assert_array_equal(again.codes, found.codes)
     other = learning.update(
@@ -92,29 +92,29 @@ def test_a_learned_codebook_stays_where_it_is():
     learning = CodebookLearning(decay=None)
     found = follow(learning, moments=learning.init_moments(CODES, fresh=False))
     np.testing.assert_array_equal(found.codes, CODES)
-    assert found.figures["restarts"] == 0
+    assert found.metrics["restarts"] == 0
 
 
-def test_more_codes_than_latents():
+def test_restarts_replace_at_most_as_many_codes_as_there_are_latents():
     learning = CodebookLearning(restart_after=1)
     codes = jnp.full((9, 2), 50.0)
     found = follow(learning, codes)
     assert np.isfinite(found.codes).all()
-    assert found.figures["restarts"] == 6
+    assert found.metrics["restarts"] == 6
 
 
-def test_figures():
-    figures = follow(CodebookLearning(restart_after=None)).figures
+def test_the_figures_are_usage_and_perplexity_of_the_codes():
+    figures = follow(CodebookLearning(restart_after=None)).metrics
     assert set(figures) == {"usage", "perplexity"}
     assert figures["usage"] == 0.75
     assert figures["perplexity"] == pytest.approx(np.exp(0.5 * np.log(2) + 0.5 * np.log(4)))
     even = jnp.arange(4).reshape(1, 1, 2, 2)
-    figures = follow(CodebookLearning(), indices=even).figures
+    figures = follow(CodebookLearning(), indices=even).metrics
     assert figures["perplexity"] == pytest.approx(4)
     assert (figures["usage"], figures["usage_recent"], figures["restarts"]) == (1, 1, 0)
     learning = CodebookLearning(restart_after=5)
     moments = learning.init_moments(CODES) | {"ages": jnp.asarray([9, 9, 9, 2])}
-    assert follow(learning, moments=moments).figures["usage_recent"] == 1  # the last was used three steps ago
+    assert follow(learning, moments=moments).metrics["usage_recent"] == 1  # the last was used three steps ago
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,6 @@ def test_figures():
         ({"restart_after": 0}, "restart_after=0 is invalid: it must be at least 1"),
     ],
 )
-def test_bad_values(options, message):
+def test_invalid_codebook_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         CodebookLearning(**options)

@@ -1,4 +1,4 @@
-"""Distillation on packed rows, from random parameters; that it teaches anything is shown on known mixtures."""
+"""Distillation on packed rows, with random parameters. Other tests show on mixtures that a student learns."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ from dit_video.training.losses.distillation import (
 )
 from dit_video.training.state import init_state
 from dit_video.training.step import OwnStep
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -46,7 +46,7 @@ MATCHING = make_distillation_loss(DistributionMatching(guidance=2.0, steps=3, cr
 
 
 def params(seed):
-    return {"dit": rough_params(DIT.make, seed), "text": rough_params(TEXT.make, seed)}
+    return {"dit": make_random_params(DIT.make, seed), "text": make_random_params(TEXT.make, seed)}
 
 
 TEACHER = params(0)
@@ -71,7 +71,7 @@ def consistency(student, average, rows, step=0):
 
 @jax.jit
 def matching(student, critic, rows, step=1):
-    """At a step whose batch is given what the student has made already."""
+    """Return the value and gradients at a step whose batch already holds the samples of the student."""
     step = jnp.asarray(step)
     noised = MATCHING.draw_student_inputs(student, rows, step)
     return MATCHING(student, critic, noised, rows, step, TEACHER), noised
@@ -87,15 +87,15 @@ def test_consistency_of_an_example_is_the_same_wherever_it_is_packed():
     assert consistency(TEACHER, TEACHER, loud) == consistency(TEACHER, TEACHER, batch([A, B], [C]))
 
 
-def test_what_is_not_valid_does_not_count():
+def test_invalid_segments_do_not_count():
     rows = batch([A, B], [C])
     without = rows._replace(valid=np.asarray([[True, False, False], [True, False, False]]))
     expected = np.mean([float(consistency(TEACHER, TEACHER, batch([one], []))) for one in (A, C)])
     assert consistency(TEACHER, TEACHER, without) == pytest.approx(expected, rel=1e-5)
 
 
-def test_where_the_critic_is_the_unguided_teacher_nothing_moves():
-    """Both scores are the same then, whatever the student makes."""
+def test_a_critic_equal_to_the_unguided_teacher_gives_zero_loss():
+    """Both scores are the same then, for any sample of the student."""
     unguided = dataclasses.replace(MATCHING, config=dataclasses.replace(MATCHING.config, guidance=1.0))
     rows, step = batch([A, B], [C]), jnp.asarray(0)
     student = params(5)
@@ -108,7 +108,7 @@ def test_where_the_critic_is_the_unguided_teacher_nothing_moves():
     value, figures = judged(student)
     assert value == pytest.approx(0, abs=1e-9)
     assert figures["distance"] > 0.1
-    assert matching(student, TEACHER, rows)[0][0] > 0  # for the guided one is another
+    assert matching(student, TEACHER, rows)[0][0] > 0  # the guided teacher differs
 
 
 def test_matching_of_an_example_is_the_same_wherever_it_is_packed():
@@ -121,7 +121,7 @@ def test_matching_of_an_example_is_the_same_wherever_it_is_packed():
         assert np.isfinite(noisy).all()
 
 
-def test_the_student_is_given_all_of_its_steps():
+def test_the_student_is_trained_at_all_its_sampling_times():
     times = {round(float(matching(TEACHER, TEACHER, batch([A], []), step)[1][1].max()), 4) for step in range(20)}
     assert times == {1.0, 0.8, 0.5}  # thirds, shifted by 2
 
@@ -154,7 +154,7 @@ def test_a_step_moves_the_players_alone_and_repeats(loss):
     assert int(second.step) == 2
 
 
-def test_options_out_of_range():
+def test_options_out_of_range_are_refused():
     for make, message in (
         (lambda: ConsistencyDistillation(intervals=0), "at least 1 interval"),
         (lambda: ConsistencyDistillation(width=0.0), "positive width"),
@@ -165,14 +165,14 @@ def test_options_out_of_range():
             make()
 
 
-def test_players_are_told_of_the_class():
+def test_distillation_conditions_on_classes():
     text = ClassNamesConfig(classes=3)
     dit = dataclasses.replace(DIT, context=NoContext(), context_width=0, labels=ClassLabels(classes=3))
     empty = text.make_tokenizer()("")
     loss = dataclasses.replace(
         CONSISTENCY, dit=get_graph_def(dit.make), text=get_graph_def(text.make), empty_caption=empty
     )
-    weights = {"dit": rough_params(dit.make), "text": {}}
+    weights = {"dit": make_random_params(dit.make), "text": {}}
 
     def prediction(label, *, silent=False):
         clip = A._replace(text=text.make_tokenizer()(label))
@@ -184,8 +184,8 @@ def test_players_are_told_of_the_class():
     np.testing.assert_allclose(prediction("0", silent=True), none, atol=1e-6)
 
 
-def test_the_critics_learning_rate_is_that_of_the_students_step():
-    """Not that of its own, which come faster: its rate would be at its end when the student has hardly begun."""
+def test_the_learning_rate_of_the_critic_follows_the_students_steps():
+    """The critic takes more steps, and by its own count the schedule would end too early."""
     optimizer, gradients = optax.adamw(lambda step: 1 / (1 + step), weight_decay=0), {"x": jnp.ones(3)}
     student = init_state({"x": jnp.zeros(3)}, optimizer)
     for _ in range(3):
@@ -198,7 +198,7 @@ def test_the_critics_learning_rate_is_that_of_the_students_step():
 
 
 @pytest.mark.slow
-def test_the_critic_keeps_its_pace():
+def test_the_critic_keeps_the_learning_rate_within_its_steps():
     assert isinstance(MATCHING, OwnStep)
     rows = batch([A, B], [C])
     critics = []

@@ -1,4 +1,4 @@
-"""The loss of a Wan that animates an image: what rows hold of first frames, each segment with its own."""
+"""The loss of an image-to-video Wan, whose rows hold the first frame of each segment."""
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,17 @@ from dit_video.nn import get_graph_def
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
 from dit_video.training.losses.denoiser import DenoiserLoss
-from support.rough import rough_params
+from support.random_params import make_random_params
 from support.tiny_wan import ANIMATING
 
 SHAPE = PackedShape(tokens=20, text=6, segments=2)
 TEXT = FrozenTextConfig(folder="none", width=ANIMATING.context_width)
-PARAMS = {"dit": rough_params(ANIMATING.make), "text": {}}
+PARAMS = {"dit": make_random_params(ANIMATING.make), "text": {}}
 WIDTH, IMAGE = ANIMATING.token_width, (3, ANIMATING.image_width)
 STEP = jnp.zeros((), jnp.int32)
 
 
-def loss_of(chance):
+def make_loss(chance):
     return DenoiserLoss(
         dit=get_graph_def(ANIMATING.make),
         text=get_graph_def(TEXT.make),
@@ -54,7 +54,7 @@ def batch(*rows) -> PackedBatch:
 
 CLIPS = [item(Grid(3, 1, 2), 5), item(Grid(2, 2, 2), 6)]
 PACKED = batch(CLIPS)
-value = jax.jit(jax.value_and_grad(lambda params, rows: loss_of(1.0)(params, rows, STEP)[0]))
+value = jax.jit(jax.value_and_grad(lambda params, rows: make_loss(1.0)(params, rows, STEP)[0]))
 
 
 def test_a_packed_row_has_the_values_and_gradients_of_clips_in_rows_of_their_own():
@@ -70,21 +70,21 @@ def test_a_packed_row_has_the_values_and_gradients_of_clips_in_rows_of_their_own
 
 
 def test_a_segment_sees_its_own_first_frame_alone():
-    def of_first(**changes):
-        """The first clip's loss alone."""
+    def compute_first_loss(**changes):
+        """Return the loss of the first clip alone."""
         return np.asarray(value(PARAMS, PACKED._replace(valid=np.asarray([[True, False]]), **changes))[0])
 
-    before = of_first()
+    before = compute_first_loss()
     ids = {"shown": PACKED.segments, "image": PACKED.image_segments}
     for name, segments in ids.items():
         values = getattr(PACKED, name)
         for segment, same in ((0, True), (2, True), (1, False)):
             changed = np.where(segments[..., None] == segment, 3 - 2 * values, values)
-            assert (of_first(**{name: changed}) == before) == same, (name, segment)
+            assert (compute_first_loss(**{name: changed}) == before) == same, (name, segment)
 
 
-def test_of_a_clip_whose_first_frame_is_not_known_nothing_is_given():
-    found = jax.jit(lambda rows: loss_of(0.0)(PARAMS, rows, STEP)[0])
+def test_a_clip_without_a_known_first_frame_gets_no_image_conditioning():
+    found = jax.jit(lambda rows: make_loss(0.0)(PARAMS, rows, STEP)[0])
     other = PACKED._replace(shown=1 - PACKED.shown, image=1 - PACKED.image)
     assert found(other) == found(PACKED)
     assert found(PACKED) != value(PARAMS, PACKED)[0]

@@ -1,4 +1,4 @@
-"""The loss of denoisers that are told of a first frame, with stand-ins whose predictions are known."""
+"""The loss of denoisers with first-frame conditioning, on fakes whose predictions are known."""
 
 import dataclasses
 
@@ -14,18 +14,18 @@ from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, sample_packed_noise
 from dit_video.training.losses.denoiser import DenoiserLoss
-from support.rough import rough_params
+from support.random_params import make_random_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=20, text=56, segments=3)
 TOLD = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
 BESIDE = dataclasses.replace(TOLD, time="segment", given_channels=3)
-PARAMS = {"dit": {}, "text": rough_params(TEXT.make)}
+PARAMS = {"dit": {}, "text": make_random_params(TEXT.make)}
 
 
-class StandIn(Dit):
-    """Predicts the noisy tokens as they are, or the clean ones that it is given."""
+class FakeDenoiser(Dit):
+    """A denoiser that predicts its noisy tokens, or its clean conditioning."""
 
     def __init__(self, config):
         self.config = config
@@ -36,8 +36,8 @@ class StandIn(Dit):
         return given.latents.reshape(*noisy.shape[:2], 4, 3)[..., 2]
 
 
-def loss_of(config, **fields):
-    made = {"dit": get_graph_def(lambda rngs: StandIn(config)), "known": KnownFrames(chance=1.0)} | fields
+def make_loss(config, **fields):
+    made = {"dit": get_graph_def(lambda rngs: FakeDenoiser(config)), "known": KnownFrames(chance=1.0)} | fields
     return DenoiserLoss(
         text=get_graph_def(TEXT.make),
         objective=FlowMatching(),
@@ -64,10 +64,10 @@ ROWS = jax.tree.map(jnp.asarray, batch([CLIP, IMAGE]))
 STEP = jnp.zeros((), jnp.int32)
 
 
-def drawn(loss, step=STEP):
-    """Noise and time of the clip's tokens, and of the image's."""
+def draw_noise_and_times(loss, step=STEP):
+    """Return noise and time of the tokens of the clip, and of the image."""
     noise = np.asarray(sample_packed_noise(ROWS, example_keys(key(loss.seed, "noise"), step, ROWS.examples)))[0]
-    times = np.asarray(loss.times(ROWS, step))[0]
+    times = np.asarray(loss.draw_times(ROWS, step))[0]
     return (noise[:6], times[0]), (noise[6:9], times[1])
 
 
@@ -76,35 +76,35 @@ def value(loss):
 
 
 def test_tokens_at_time_zero_hold_no_noise_and_do_not_count():
-    loss = loss_of(TOLD)
-    (noise, time), (of_image, image_time) = drawn(loss)
+    loss = make_loss(TOLD)
+    (noise, time), (of_image, image_time) = draw_noise_and_times(loss)
     clip = np.square((1 - time) * CLIP.tokens + time * noise - (noise - CLIP.tokens))[2:].mean()
     image = np.square((1 - image_time) * IMAGE.tokens + image_time * of_image - (of_image - IMAGE.tokens)).mean()
     found = value(loss)
     np.testing.assert_allclose(found, (clip + image) / 2, rtol=1e-5)
 
 
-def test_clean_latents_stand_beside_the_noisy_ones_and_all_count():
-    loss = loss_of(BESIDE)
-    (noise, _), (of_image, _) = drawn(loss)
-    told = np.where(np.arange(6)[:, None] < 2, CLIP.tokens, 0)
-    clip, image = np.square(told - (noise - CLIP.tokens)).mean(), np.square(of_image - IMAGE.tokens).mean()
+def test_clean_latents_as_channels_leave_all_tokens_in_the_loss():
+    loss = make_loss(BESIDE)
+    (noise, _), (of_image, _) = draw_noise_and_times(loss)
+    predicted = np.where(np.arange(6)[:, None] < 2, CLIP.tokens, 0)
+    clip, image = np.square(predicted - (noise - CLIP.tokens)).mean(), np.square(of_image - IMAGE.tokens).mean()
     found = value(loss)
     np.testing.assert_allclose(found, (clip + image) / 2, rtol=1e-5)
 
 
-def test_whether_a_first_frame_is_known_is_the_examples_own():
-    loss = loss_of(TOLD, known=KnownFrames(chance=0.5))
+def test_every_example_draws_its_own_first_frame_conditioning():
+    loss = make_loss(TOLD, known=KnownFrames(chance=0.5))
     clips = [item(Grid(2, 1, 1), example) for example in range(200)]
-    told = jax.jit(lambda rows, step: loss.known_tokens(rows, step))
-    alone = np.asarray(told(batch(*([clip] for clip in clips)), 4))
+    find_known_tokens = jax.jit(lambda rows, step: loss.known_tokens(rows, step))
+    alone = np.asarray(find_known_tokens(batch(*([clip] for clip in clips)), 4))
     assert 0.4 < alone[:, 0].mean() < 0.6
     assert not alone[:, 1:].any()
-    behind = np.asarray(told(batch(*([IMAGE, clip] for clip in clips)), 4))
+    behind = np.asarray(find_known_tokens(batch(*([IMAGE, clip] for clip in clips)), 4))
     np.testing.assert_array_equal(behind[:, 3], alone[:, 0])
-    assert (np.asarray(told(batch(*([clip] for clip in clips)), 5)) != alone).any()
+    assert (np.asarray(find_known_tokens(batch(*([clip] for clip in clips)), 5)) != alone).any()
 
 
 def test_without_known_frames_each_token_has_its_clips_time():
-    told, plain = loss_of(TOLD, known=None), loss_of(dataclasses.replace(TOLD, time="segment"), known=None)
-    np.testing.assert_array_equal(value(told), value(plain))
+    conditioned, plain = make_loss(TOLD, known=None), make_loss(dataclasses.replace(TOLD, time="segment"), known=None)
+    np.testing.assert_array_equal(value(conditioned), value(plain))

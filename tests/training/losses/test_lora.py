@@ -1,4 +1,4 @@
-"""Adapters trained by a step whose last constant is the model."""
+"""Adapters are trained by a step whose last constant is the model."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ NOISE = np.random.default_rng(0)
 X = jnp.asarray(NOISE.normal(size=(64, 6)), jnp.float32)
 CHANGE = NOISE.normal(size=(6, 1)) @ NOISE.normal(size=(1, 5))
 TARGET = nnx.merge(GRAPH, BASE)(X) + X @ jnp.asarray(CHANGE, jnp.float32)
-"""what a change of rank 1 explains"""
+"""Targets that a change of rank 1 explains."""
 
 
 def loss(params, x, step, weight):
@@ -47,7 +47,7 @@ def train(steps):
     return state, losses
 
 
-def test_it_starts_at_the_models_loss_and_finds_a_low_rank_change():
+def test_adapter_training_starts_at_the_models_loss_and_finds_a_low_rank_change():
     state, losses = train(300)
     assert losses[0] == pytest.approx(float(loss(BASE, X, 0, 1.0)[0]), rel=1e-6)
     assert losses[-1] < 1e-3 * losses[0]
@@ -57,7 +57,7 @@ def test_it_starts_at_the_models_loss_and_finds_a_low_rank_change():
     np.testing.assert_array_equal(merged["bias"], BASE["bias"])
 
 
-def test_its_gradients_are_those_of_the_merged_model():
+def test_adapter_gradients_are_those_of_the_merged_model():
     factors = jax.tree.map(lambda leaf: leaf + 0.1, fresh())
     found = jax.grad(lambda f: ADAPTED(f, X, jnp.zeros((), jnp.int32), 1.0, BASE)[0])(factors)
     expected = jax.grad(lambda f: loss(merge_lora(BASE, add_lora_scale(f, CONFIG.scale)), X, 0, 1.0)[0])(factors)

@@ -1,4 +1,4 @@
-"""Training autoencoders whose latents are codes: on rendered shapes, resumed, and on eight devices."""
+"""Autoencoders whose latents are codes are trained on rendered shapes, resumed, and sharded."""
 
 import functools
 
@@ -6,23 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from einops import rearrange
-from flax import nnx
 
 from dit_video.autoencoders import (
     AdversarialConfig,
     AutoencoderObjective,
-    Codebook,
-    CodebookConfig,
     ImageLevels,
     ImageVaeConfig,
     PatchVaeConfig,
     VqConfig,
 )
 from dit_video.core.trees import flatten
-from dit_video.data.synthetic import shapes
-from dit_video.nn import Linear, get_graph_def, init_params
-from dit_video.tokens import Grid
+from dit_video.nn import get_graph_def
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.losses.adversarial import DiscriminatorTraining, make_adversarial_step
 from dit_video.training.losses.autoencoder import AutoencoderLoss
@@ -31,44 +25,18 @@ from dit_video.training.losses.vq import VqLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.state import create_state, get_state_shapes
 from dit_video.training.step import StatefulLoss, make_step
+from support.codebook_model import AVERAGES, CLIPS, CODEBOOK, OPTIMIZER, Patches, init, make_loss
 from support.devices import check_on_eight_devices
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-BOOK = CodebookConfig(codes=16, width=4)
 NETWORK = ImageVaeConfig(channels=8, levels=ImageLevels(widths=(8, 16), blocks=1, groups=4, middle_attention=False))
-CLIPS = np.stack([shapes.render_example(index, seed=0, sizes=(Grid(1, 16, 16),)).frames for index in range(8)])
-AVERAGES, GRADIENTS = CodebookLearning(decay=0.95, restart_after=10), CodebookLearning(decay=None, restart_after=10)
-OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=5), steps=80)
-
-
-class Patches(nnx.Module):
-    """The least that has a codebook: what the state of a step does shows without compiling a network."""
-
-    def __init__(self, rngs):
-        self.to_codes, self.from_codes = Linear(48, 4, rngs=rngs), Linear(4, 48, rngs=rngs)
-        self.codebook = Codebook(BOOK, rngs=rngs)
-
-    def quantized(self, pixels):
-        return self.codebook(self.to_codes(rearrange(pixels, "B t (h a) (w b) C -> B t h w (a b C)", a=4, b=4)))
-
-    def reconstruct(self, codes):
-        return rearrange(self.from_codes(codes), "B t h w (a b C) -> B t (h a) (w b) C", a=4, b=4)
-
-
-def loss_of(learning, make=Patches):
-    return VqLoss(graph=get_graph_def(make), objective=AutoencoderObjective.pixels(), seed=3, learning=learning)
-
-
-def init(key, make=Patches):
-    """Parameters with a codebook far from all latents, where one code is the nearest to all."""
-    params = init_params(make, key)
-    return params | {"codebook": {"codes": params["codebook"]["codes"] + 40}}
+GRADIENTS = CodebookLearning(decay=None, restart_after=10)
 
 
 @functools.cache
 def setting(learning, make=Patches):
-    """The loss and its step, compiled once."""
-    loss = loss_of(learning, make)
+    """Return the loss and its step, compiled once."""
+    loss = make_loss(learning, make)
     return loss, make_step(loss, OPTIMIZER, ema_decay=0.9)
 
 
@@ -105,11 +73,11 @@ def test_a_codebook_far_away_comes_back_and_is_used(averaged):
 
 
 def test_a_small_movq_learns_rendered_shapes():
-    _, history = train(AVERAGES, 40, make=VqConfig(network=NETWORK, codebook=BOOK, modulated=True).make)
+    _, history = train(AVERAGES, 40, make=VqConfig(network=NETWORK, codebook=CODEBOOK, modulated=True).make)
     check_comes_back(history)
 
 
-def test_without_restarts_it_does_not_come_back():
+def test_without_restarts_a_codebook_far_away_stays_unused():
     _, history = train(CodebookLearning(decay=0.95, restart_after=None), 40)
     assert history[-1]["usage"] <= 2 / 16
     assert "restarts" not in history[-1]
@@ -129,7 +97,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(7, half, {})
     checkpoints.wait()
-    restored, _ = checkpoints.restore(get_state_shapes(init, OPTIMIZER, init_extra=loss_of(AVERAGES).start))
+    restored, _ = checkpoints.restore(get_state_shapes(init, OPTIMIZER, init_extra=make_loss(AVERAGES).start))
     assert int(restored.extra["codebook"]["ages"].max()) > 0
     resumed, _ = train(AVERAGES, 14, state=restored)
     for path, leaf in flatten(whole).items():
@@ -137,12 +105,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
 
 
 def test_a_loss_without_a_codebook_keeps_no_state():
-    assert isinstance(loss_of(AVERAGES), StatefulLoss)
+    assert isinstance(make_loss(AVERAGES), StatefulLoss)
     graph = get_graph_def(PatchVaeConfig().make)
     assert not isinstance(AutoencoderLoss(graph=graph, objective=AutoencoderObjective.pixels(), seed=0), StatefulLoss)
 
 
-def test_codes_that_are_not_trained_stay_and_their_use_is_told():
+def test_frozen_codes_stay_and_their_usage_is_reported():
     frozen = OptimizerConfig(learning_rate=3e-3, warmup=5, frozen=("codebook",))
     loss = VqLoss(
         graph=get_graph_def(Patches),
@@ -180,47 +148,10 @@ def test_against_a_discriminator_the_codebook_is_learned_alike():
 def test_the_figures_are_the_parts_of_the_loss():
     params = init(jax.random.key(0))
     for learning, weight in ((AVERAGES, 0.25), (GRADIENTS, 1.25)):
-        value, figures = loss_of(learning)(params, jnp.asarray(CLIPS), jnp.asarray(0))
+        value, figures = make_loss(learning)(params, jnp.asarray(CLIPS), jnp.asarray(0))
         parts = figures["mse"] + 0.1 * figures["absolute"] + weight * figures["commitment"]
         assert float(value) == pytest.approx(float(parts), rel=1e-5)
 
 
-ON_EIGHT_DEVICES = """
-    import importlib.util, sys
-    import jax, numpy as np
-
-    spec = importlib.util.spec_from_file_location("shared", sys.argv[1])
-    shared = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shared)
-    from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, shard_batch, shardings
-    from dit_video.training.state import new_state
-    from dit_video.training.step import make_step
-    from dit_video.core.trees import flatten
-
-    loss = shared.loss_of(shared.AVERAGES)
-    step = make_step(loss, shared.OPTIMIZER, ema_decay=0.9)
-
-    def trained(mesh):
-        layout = lambda tree: shardings(tree, mesh, ShardingRules(minimum=1))
-        state = new_state(shared.init, shared.OPTIMIZER, jax.random.key(0), start=loss.start, shardings=layout)
-        split = not state.extra["codebook"]["sums"].sharding.is_fully_replicated
-        history = []
-        for _ in range(3):
-            state, figures = step(state, shard_batch(shared.CLIPS, mesh))
-            history.append([float(figures[name]) for name in ("loss", "usage", "perplexity", "restarts")])
-        return jax.device_get(flatten(state.extra)), np.asarray(history), split
-
-    assert jax.device_count() == 8
-    expected, history, split = trained(make_mesh(MeshConfig(), jax.devices()[:1]))
-    assert not split and history[0, 3] == 15
-    found, same, split = trained(make_mesh(MeshConfig(data=2, fsdp=4)))
-    assert split
-    np.testing.assert_allclose(same, history, rtol=1e-4)
-    for path, leaf in expected.items():
-        np.testing.assert_allclose(found[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
-    print("done")
-"""
-
-
 def test_eight_devices_have_the_codebook_of_one():
-    check_on_eight_devices(ON_EIGHT_DEVICES, __file__)
+    check_on_eight_devices("codebook_training.py")

@@ -41,13 +41,13 @@ def test_small_changes_add_up_in_float32():
 # --- averages that are chosen afterwards ----------------------------------------------------------------------------
 
 
-def test_widths_and_exponents():
-    # The paper's two (arXiv 2312.02696, section 3.2).
+def test_widths_and_exponents_are_converted_as_in_the_paper():
+    # Both values are in the paper (arXiv 2312.02696, section 3.2).
     assert gamma_from_sigma(0.05) == pytest.approx(16.97, abs=5e-3)
     assert gamma_from_sigma(0.10) == pytest.approx(6.94, abs=5e-3)
     for gamma in (0.0, 0.5, 3.0, 40.0):
         assert gamma_from_sigma(sigma_from_gamma(gamma)) == pytest.approx(gamma, abs=1e-6)
-        # The deviation of the weights themselves.
+        # The standard deviation of the weights themselves.
         s = (np.arange(100_000) + 0.5) / 100_000
         weights = s**gamma / (s**gamma).sum()
         mean = (weights * s).sum()
@@ -81,7 +81,7 @@ STEPS, EVERY = 400, 25
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory):
-    """Parameters that wander, their snapshots, and what averages of other widths would have been, tracked directly."""
+    """Return the snapshots of wandering parameters, and directly tracked averages of other widths."""
     draw = np.random.default_rng(0)
     path = np.cumsum(draw.normal(size=(STEPS, 5)), axis=0).astype(np.float32)
     folder = tmp_path_factory.mktemp("snapshots")
@@ -108,20 +108,20 @@ def test_an_average_of_another_width_is_put_together(training):
         expected = np.asarray(tracked["power"][name]["dit"]["w"])
         found = snapshots.reconstruct(sigma)["dit"]["w"]
         assert np.abs(found - expected).max() < 0.005 * spread, sigma
-        # A neighbour is farther away than what least squares leaves.
+        # A neighbouring width is farther away than the error of least squares.
         assert np.abs(np.asarray(tracked["power"]["0_03"]["dit"]["w"]) - expected).max() > 0.2 * spread
     before = snapshots.reconstruct(0.07, step=STEPS // 2)["dit"]["w"]
     assert np.abs(before - halfway["power"]["0_07"]["dit"]["w"]).max() < 0.01 * spread
-    only = snapshots.reconstruct(0.07, last=STEPS // 2)["dit"]["w"]
+    only = snapshots.reconstruct(0.07, max_step=STEPS // 2)["dit"]["w"]
     assert np.abs(only - halfway["power"]["0_07"]["dit"]["w"]).max() < 0.01 * spread
 
 
-def test_a_width_that_was_kept_comes_back(training):
+def test_a_tracked_width_is_reconstructed_as_it_is(training):
     snapshots, _, _, _ = training
     found = snapshots.reconstruct(0.1)["dit"]["w"]
     np.testing.assert_allclose(found, load(snapshots.folder / f"{STEPS:08}-0_1.safetensors")["dit"]["w"], rtol=1e-4)
 
 
-def test_no_snapshots(tmp_path):
+def test_missing_snapshots_are_reported(tmp_path):
     with pytest.raises(MissingError, match="no snapshots of averages"):
         EmaSnapshots(tmp_path).reconstruct(0.1)

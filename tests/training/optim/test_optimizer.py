@@ -62,8 +62,8 @@ def program(config):
     return run
 
 
-def updates_of(config, gradients=(GRADIENTS,), params=PARAMS):
-    """By path, the update of the last of these gradients; `config` may be an optimizer."""
+def compute_updates(config, gradients=(GRADIENTS,), params=PARAMS):
+    """Return the update of the last of these gradients, by path; `config` may be an optimizer."""
     return flatten(program(config)(tuple(gradients), params))
 
 
@@ -83,7 +83,7 @@ def test_warmup_is_linear_and_its_first_step_is_not_lost(schedule):
     assert rates(100, schedule=schedule, warmup=0)[0] == pytest.approx(1)
 
 
-def test_schedules_at_their_key_steps():
+def test_schedules_have_their_values_at_key_steps():
     assert (rates(100, schedule="constant", warmup=10)[10:] == 1).all()
     cosine = rates(110, schedule="cosine", warmup=10)
     np.testing.assert_allclose(cosine[[10, 60, 110]], [1, 0.5, 0], atol=1e-6)
@@ -96,7 +96,7 @@ def test_a_long_warmup_leaves_the_rest_to_the_decay():
     np.testing.assert_allclose(found[[0, 90, 95, 100]], [1 / 90, 1, 0.5, 0], atol=1e-6)
 
 
-def test_a_run_that_is_not_longer_than_its_warmup():
+def test_a_run_no_longer_than_its_warmup_is_refused():
     with pytest.raises(UserError, match="warmup=100 is invalid for steps=100"):
         make_learning_rate_schedule(OptimizerConfig(), steps=100)
     with pytest.raises(UserError, match="Use a shorter warmup"):
@@ -109,7 +109,7 @@ def test_a_run_that_is_not_longer_than_its_warmup():
 def test_adamw_is_that_of_optax():
     config = OptimizerConfig(learning_rate=0.01, warmup=0, weight_decay=0.1, max_grad_norm=1e9)
     reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1)
-    expected, found = updates_of(reference, [GRADIENTS, PARAMS]), updates_of(config, [GRADIENTS, PARAMS])
+    expected, found = compute_updates(reference, [GRADIENTS, PARAMS]), compute_updates(config, [GRADIENTS, PARAMS])
     for path in SHAPES:
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-8)
 
@@ -121,8 +121,8 @@ def test_gradients_are_clipped_by_their_global_norm():
     small = jax.tree.map(lambda leaf: leaf * 0.1 / norm, params)
     clipped = jax.tree.map(lambda leaf: leaf * 0.5 / norm, gradients)
     huge = jax.tree.map(lambda leaf: leaf * 1e4, gradients)
-    found, expected = updates_of(config, [small, huge]), updates_of(config, [small, clipped])
-    unclipped = updates_of(OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=1e9), [small, huge])
+    found, expected = compute_updates(config, [small, huge]), compute_updates(config, [small, clipped])
+    unclipped = compute_updates(OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=1e9), [small, huge])
     for path in SHAPES:
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-4, atol=1e-7)
         assert np.abs(found[path] - unclipped[path]).max() > 1e-4
@@ -133,48 +133,48 @@ MATRICES = ["blocks/qkv/kernel", "text/blocks/up/kernel", "plain/blocks/up/kerne
 
 
 def test_muon_orthogonalises_the_matrices_of_the_blocks_and_nothing_else():
-    found = updates_of(MUON)
+    found = compute_updates(MUON)
     for path in (path for path in SHAPES if path.endswith("kernel")):
         for layer in found[path].reshape(-1, *found[path].shape[-2:]):
             singular = np.linalg.svd(layer, compute_uv=False)
             assert (singular.min() > 0.5 * singular.max()) == (path in MATRICES), (path, singular)
     reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.0, nesterov=True)
-    expected = updates_of(reference)
+    expected = compute_updates(reference)
     for path in SHAPES.keys() - set(MATRICES):
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-4)
 
 
 def test_muon_updates_have_the_size_of_adamw_updates():
-    found = updates_of(MUON)
+    found = compute_updates(MUON)
     for path in MATRICES:
         # An orthogonal m x n update times 0.2 sqrt(max(m, n)): root mean square 0.2, of singular values of about one.
         assert np.sqrt(np.square(found[path]).mean()) == pytest.approx(0.2 * 0.01, rel=0.25)
 
 
 def test_layers_of_a_stack_are_orthogonalised_one_by_one():
-    stacked = updates_of(MUON)["blocks/qkv/kernel"]
+    stacked = compute_updates(MUON)["blocks/qkv/kernel"]
     for layer in range(2):
         params, gradients = (
             tree({"blocks/qkv/kernel": x["blocks"]["qkv"]["kernel"][layer]}) for x in (PARAMS, GRADIENTS)
         )
-        alone = updates_of(MUON, [gradients], params)["blocks/qkv/kernel"]
+        alone = compute_updates(MUON, [gradients], params)["blocks/qkv/kernel"]
         np.testing.assert_allclose(stacked[layer], alone, rtol=1e-3, atol=1e-6)
 
 
 def test_muon_takes_a_convolution_for_the_matrix_from_what_it_sees():
     gradient = np.random.default_rng(0).normal(size=(3, 2, 2, 4, 6)).astype(np.float32)
-    found = updates_of(MUON, [tree({"conv/kernel": gradient})], tree({"conv/kernel": np.zeros_like(gradient)}))
+    found = compute_updates(MUON, [tree({"conv/kernel": gradient})], tree({"conv/kernel": np.zeros_like(gradient)}))
     matrix = np.asarray(found["conv/kernel"]).reshape(-1, 6)
     singular = np.linalg.svd(matrix, compute_uv=False)
     assert singular.min() > 0.5 * singular.max()
     left, _, right = np.linalg.svd(gradient.reshape(-1, 6), full_matrices=False)
     cosine = -(matrix * (left @ right)).sum() / np.linalg.norm(matrix) / np.linalg.norm(left @ right)
-    assert cosine > 0.95  # the nearest orthogonal matrix, but for what five iterations leave
+    assert cosine > 0.95  # five iterations approach the nearest orthogonal matrix
 
 
-def test_muon_takes_the_matrices_that_it_is_told_to():
-    chosen = updates_of(dataclasses.replace(MUON, muon_patterns=("qkv",)))
-    plain, usual = updates_of(dataclasses.replace(MUON, muon_patterns=())), updates_of(MUON)
+def test_muon_patterns_choose_the_orthogonalised_matrices():
+    chosen = compute_updates(dataclasses.replace(MUON, muon_patterns=("qkv",)))
+    plain, usual = compute_updates(dataclasses.replace(MUON, muon_patterns=())), compute_updates(MUON)
     for path in MATRICES:
         expected = usual if "qkv" in path else plain
         np.testing.assert_allclose(chosen[path], expected[path], rtol=1e-3)
@@ -183,14 +183,14 @@ def test_muon_takes_the_matrices_that_it_is_told_to():
 @pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon", "schedule_free"])
 def test_frozen_paths_do_not_move_and_the_others_do(kind):
     config = OptimizerConfig(kind=kind, warmup=0, weight_decay=0.1, frozen=("^text/", "qkv/bias$"))
-    for path, update in updates_of(config).items():
+    for path, update in compute_updates(config).items():
         assert bool(update.any()) == (path not in ("text/blocks/up/kernel", "blocks/qkv/bias")), path
 
 
 def test_frozen_gradients_do_not_count_in_the_clipped_norm():
     config = OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=0.5, frozen=("^text/",))
     loud = map_with_path(lambda path, leaf: leaf * 1e4 if path.startswith("text") else leaf, GRADIENTS)
-    found, expected = updates_of(config, [PARAMS, loud]), updates_of(config, [PARAMS, GRADIENTS])
+    found, expected = compute_updates(config, [PARAMS, loud]), compute_updates(config, [PARAMS, GRADIENTS])
     for path in SHAPES:
         np.testing.assert_array_equal(found[path], expected[path])
 
@@ -198,7 +198,7 @@ def test_frozen_gradients_do_not_count_in_the_clipped_norm():
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_only_trainable_paths_move(kind):
     config = OptimizerConfig(kind=kind, warmup=0, weight_decay=0.1, trainable=("qkv/", "^head"), frozen=("bias$",))
-    for path, update in updates_of(config).items():
+    for path, update in compute_updates(config).items():
         assert bool(update.any()) == (path in ("blocks/qkv/kernel", "head/kernel")), path
     state = make_optimizer(config, steps=1000).init(PARAMS)
     size = sum(leaf.size for leaf in jax.tree.leaves(state))
@@ -216,7 +216,7 @@ def test_adafactor_is_the_published_one_and_keeps_little():
         optax.adafactor(0.01, multiply_by_parameter_scale=False, clipping_threshold=1.0),
     )
     states = [one.init(params) for one in (ours, theirs)]
-    # Of a stack of matrices the means of rows and columns.
+    # The state holds means of rows and columns for a stack of matrices.
     assert sum(leaf.size for leaf in jax.tree.leaves(states[0])) < 2 * (160 + 256) + 256 + 20
     for _ in range(3):
         gradients = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), params)
@@ -242,7 +242,7 @@ def test_an_average_of_the_optimizer_leaves_what_is_frozen():
     assert get_schedule_free_average(params, make_optimizer(OptimizerConfig(), steps=1000).init(params)) is None
 
 
-def test_what_is_frozen_keeps_every_bit():
+def test_frozen_parameters_keep_every_bit():
     optimizer = make_optimizer(OptimizerConfig(warmup=0, trainable=("w",)), steps=1000)
     params = {"still": jnp.asarray([-0.0, 0.0, 1e-30, jnp.pi]), "w": jnp.ones(1)}
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
@@ -266,7 +266,7 @@ def test_frozen_parameters_get_no_gradient():
         ({"trainable": ("text/block/",)}, r"trainable='text/block/' matches no parameter. Closest paths: text/blocks,"),
     ],
 )
-def test_a_path_that_no_parameter_has(options, message):
+def test_a_pattern_without_matching_parameters_is_refused(options, message):
     with pytest.raises(UserError, match=message) as error:
         make_optimizer(OptimizerConfig(**options), steps=1000).init(PARAMS)
     assert "\n" not in str(error.value)
@@ -301,11 +301,11 @@ def test_tiny_updates_of_float32_parameters_do_not_vanish():
         ({"b1": 1.0}, r"b1=1.0.*b1 and b2 must lie in \[0, 1\)"),
         ({"b2": -0.1}, "b2=-0.1"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
-        ({"clip": 0.0}, "max_grad_norm=0.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"kind": "schedule_free", "schedule": "wsd"}, "Use schedule='constant' and a positive b1"),
     ],
 )
-def test_values_out_of_range(options, message):
+def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         OptimizerConfig(**options)
 

@@ -1,20 +1,20 @@
-"""Which format a source is read as."""
+"""Detection of a source's format."""
 
 import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest import list_clips
-from support.clip_folders import captions, fill
+from support.clip_folders import get_captions, write_files
 
 
 @pytest.mark.parametrize("format", ["auto", "table", "webdataset", "folder", "ucf101", "msrvtt"])
-def test_a_file_that_is_no_source(tmp_path, format):
-    fill(tmp_path, {"clip.mp4": b""})
+def test_a_clip_file_is_no_source(tmp_path, format):
+    write_files(tmp_path, {"clip.mp4": b""})
     with pytest.raises(UserError, match=r"clip\.mp4 is a file.*; give the folder"):
         list_clips(tmp_path / "clip.mp4", format=format)
 
 
-def test_folder_for_a_table(tmp_path):
+def test_a_folder_is_refused_where_a_table_is_expected(tmp_path):
     with pytest.raises(UserError, match="give the list itself"):
         list_clips(tmp_path, format="table")
 
@@ -28,26 +28,28 @@ def test_folder_for_a_table(tmp_path):
         (("metadata.jsonl", "x/test_videodatainfo.json"), ("folder", "msrvtt")),
     ],
 )
-def test_ambiguous_sources(tmp_path, files, kinds):
-    fill(tmp_path, dict.fromkeys(files, b""))
+def test_ambiguous_sources_are_refused(tmp_path, files, kinds):
+    write_files(tmp_path, dict.fromkeys(files, b""))
     with pytest.raises(UserError, match=r"may be read as .*; pass one of these as the format") as caught:
         list_clips(tmp_path)
     assert all(repr(kind) in str(caught.value) for kind in kinds)
     assert "\n" not in str(caught.value)
 
 
-def test_a_format_is_chosen(tmp_path):
-    fill(tmp_path, {"a.mp4": b"", "msrvtt.mp4": b"", "msrvtt.json": "{}", "b.tar": b""})
-    assert list(captions(list_clips(tmp_path, format="folder"))) == ["a.mp4", "msrvtt.mp4"]
+def test_the_format_argument_overrides_detection(tmp_path):
+    write_files(tmp_path, {"a.mp4": b"", "msrvtt.mp4": b"", "msrvtt.json": "{}", "b.tar": b""})
+    assert list(get_captions(list_clips(tmp_path, format="folder"))) == ["a.mp4", "msrvtt.mp4"]
     with pytest.raises(UserError, match=r"b\.tar: is not a tar"):
         list_clips(tmp_path, format="webdataset")
 
 
-def test_a_list_of_another_name_is_not_overlooked(tmp_path):
-    fill(tmp_path, {"a.mp4": b"", "other.csv": "a,b\n1,2\n", "bad.jsonl": b"\xff", "clips.csv": "path,text\na.mp4,x\n"})
+def test_a_list_with_another_name_is_not_ignored_silently(tmp_path):
+    write_files(
+        tmp_path, {"a.mp4": b"", "other.csv": "a,b\n1,2\n", "bad.jsonl": b"\xff", "clips.csv": "path,text\na.mp4,x\n"}
+    )
     with pytest.raises(UserError, match=r"clips and the list clips\.csv; .* rename it to metadata\.csv, .* 'folder'"):
         list_clips(tmp_path)
-    assert captions(list_clips(tmp_path, format="folder")) == {"a.mp4": ()}
+    assert get_captions(list_clips(tmp_path, format="folder")) == {"a.mp4": ()}
     (tmp_path / "a.mp4").rename(tmp_path.with_suffix(".mp4"))
     with pytest.raises(UserError, match=r"no clips, but a list of clips; give .*clips\.csv"):
         list_clips(tmp_path)

@@ -1,4 +1,4 @@
-"""Folders of clips with their captions beside them."""
+"""Folders of clips with their captions."""
 
 import json
 import os
@@ -10,11 +10,11 @@ import pytest
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.ingest import MEDIA, list_clips
-from support.clip_folders import LATIN, captions, fill
+from support.clip_folders import LATIN, get_captions, write_files
 
 
-def test_folder_with_caption_files(tmp_path):
-    fill(
+def test_captions_are_read_from_files_next_to_the_clips(tmp_path):
+    write_files(
         tmp_path,
         {
             "b.mp4": "bytes of b",
@@ -39,7 +39,7 @@ def test_folder_with_caption_files(tmp_path):
         },
     )
     listing = list_clips(tmp_path)
-    assert captions(listing) == {
+    assert get_captions(listing) == {
         "A.MP4": ("upper case",),
         "b.mp4": ("a caption\r\nof two  lines",),
         "d.png": (),
@@ -48,7 +48,7 @@ def test_folder_with_caption_files(tmp_path):
         "f.mov": ("by its whole name",),
         "sub/d.mov": (),
     }
-    assert list(captions(listing)) == sorted(captions(listing))
+    assert list(get_captions(listing)) == sorted(get_captions(listing))
     assert (listing.format, listing.rejected) == ("folder", ())
     assert listing.unlisted == ("e.txt", "notes.md")
     clip = listing.clips[1]
@@ -71,37 +71,37 @@ def test_folder_with_caption_files(tmp_path):
         ("b.txt", b" " * (17 << 20), r"'b\.txt' has 17,825,792 bytes, 16,777,216 is the limit of a caption file"),
     ],
 )
-def test_a_bad_caption_file_sets_its_clip_aside(tmp_path, name, content, reason):
-    fill(tmp_path, {"a.mp4": b"", "a.txt": "fine", "b.mp4": b"", name: content})
+def test_a_clip_with_a_bad_caption_file_is_rejected(tmp_path, name, content, reason):
+    write_files(tmp_path, {"a.mp4": b"", "a.txt": "fine", "b.mp4": b"", name: content})
     listing = list_clips(tmp_path)
-    assert captions(listing) == {"a.mp4": ("fine",)}
+    assert get_captions(listing) == {"a.mp4": ("fine",)}
     ((rejected, why),) = listing.rejected
     assert rejected == "b.mp4"
     assert re.search(reason, why), why
 
 
 def test_the_longest_caption_is_kept(tmp_path):
-    fill(tmp_path, {"a.mp4": b"", "a.txt": "x" * 65_536 + "\n"})
+    write_files(tmp_path, {"a.mp4": b"", "a.txt": "x" * 65_536 + "\n"})
     assert len(list_clips(tmp_path).clips[0].captions[0]) == 65_536
 
 
-def test_names_of_all_kinds(tmp_path):
-    fill(tmp_path, {"a.mp4": b"", "é \n日本.mp4": b""})
+def test_names_may_contain_any_characters(tmp_path):
+    write_files(tmp_path, {"a.mp4": b"", "é \n日本.mp4": b""})
     assert [clip.name for clip in list_clips(tmp_path).clips] == ["a.mp4", "é \n日本.mp4"]
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
-def test_names_that_are_not_utf8(tmp_path):
-    fill(tmp_path, {"a.mp4": b""})
+def test_names_that_are_not_utf8_are_rejected(tmp_path):
+    write_files(tmp_path, {"a.mp4": b""})
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.mp4")).write_bytes(b"")
     listing = list_clips(tmp_path)
     assert [clip.name for clip in listing.clips] == ["a.mp4"]
     assert listing.rejected == (("\\udce9.mp4", "its name is not UTF-8; rename it"),)
 
 
-def test_a_large_folder_is_read_by_its_folders(tmp_path, monkeypatch):
-    """No calls for each name that a clip's captions might have."""
-    fill(tmp_path, {f"{i % 10}/{i}{suffix}": "x" for i in range(1000) for suffix in (".mp4", ".md", ".txt")})
+def test_a_large_folder_is_listed_without_a_call_for_each_file(tmp_path, monkeypatch):
+    """There are no calls for each name that a clip's captions might have."""
+    write_files(tmp_path, {f"{i % 10}/{i}{suffix}": "x" for i in range(1000) for suffix in (".mp4", ".md", ".txt")})
     looks: list[str] = []
     real = os.stat
     monkeypatch.setattr(
@@ -113,17 +113,17 @@ def test_a_large_folder_is_read_by_its_folders(tmp_path, monkeypatch):
     assert len([path for path in looks if path.startswith(str(tmp_path))]) <= 20
 
 
-def test_no_source_or_an_empty_one(tmp_path):
+def test_missing_and_empty_sources_are_refused(tmp_path):
     with pytest.raises(MissingError, match="no such folder or file"):
         list_clips(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no clips"):
         list_clips(tmp_path / "empty")
-    fill(tmp_path, {"only/a.mp4": b"", "only/a.txt": LATIN})
+    write_files(tmp_path, {"only/a.mp4": b"", "only/a.txt": LATIN})
     with pytest.raises(UserError, match=r"none of the 1 entries .* can be used \(first: a\.mp4: 'a\.txt' is not UTF-8"):
         list_clips(tmp_path / "only")
 
 
 def test_all_suffixes_are_found(tmp_path):
-    fill(tmp_path, {f"a{suffix.upper()}": b"" for suffix in MEDIA})
+    write_files(tmp_path, {f"a{suffix.upper()}": b"" for suffix in MEDIA})
     assert len(list_clips(tmp_path).clips) == len(MEDIA) == 24

@@ -1,4 +1,4 @@
-"""What is no plain file: links, pipes, and what may not be read."""
+"""Links, pipes, and files that may not be read."""
 
 import contextlib
 import os
@@ -11,11 +11,13 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest import list_clips
-from support.clip_folders import captions, fill
+from support.clip_folders import get_captions, write_files
 
 
-def test_links(tmp_path):
-    fill(tmp_path, {"source/real/a.mp4": b"abc", "source/b.mp4": b"", "elsewhere/c.mp4": b"", "elsewhere/d/e.mp4": b""})
+def test_linked_folders_are_listed_once_and_broken_links_rejected(tmp_path):
+    write_files(
+        tmp_path, {"source/real/a.mp4": b"abc", "source/b.mp4": b"", "elsewhere/c.mp4": b"", "elsewhere/d/e.mp4": b""}
+    )
     source = tmp_path / "source"
     (source / "link.mp4").symlink_to("real/a.mp4")
     (source / "broken.mp4").symlink_to("nowhere.mp4")
@@ -51,15 +53,15 @@ def test_links(tmp_path):
     with pytest.raises(UserError, match=r"pipe\.tar is not a regular file"):
         list_clips(source / "pipe.tar")
     (source / "pipe.tar").unlink()
-    fill(source, {"metadata.csv": "file_name,text\noutside/c.mp4,by its other name\npipe.mp4,x\n"})
+    write_files(source, {"metadata.csv": "file_name,text\noutside/c.mp4,by its other name\npipe.mp4,x\n"})
     listing = list_clips(source)
-    assert captions(listing) == {"outside/c.mp4": ("by its other name",)}
+    assert get_captions(listing) == {"outside/c.mp4": ("by its other name",)}
     assert dict(listing.rejected)["pipe.mp4"] == "line 3: is not a regular file"
 
 
 @contextlib.contextmanager
 def nobody() -> Iterator[None]:
-    """Root may read everything: be somebody else."""
+    """Become another user, as root may read everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -73,7 +75,7 @@ def nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_what_may_not_be_read():
+def test_files_without_read_permission_are_rejected():
     source = Path(tempfile.mkdtemp())  # pytest's own folders are closed to others
     try:
         files = {
@@ -85,7 +87,7 @@ def test_what_may_not_be_read():
             "s/t.tar": b"",
             "l/l.csv": b"",
         }
-        fill(source, files)
+        write_files(source, files)
         source.chmod(0o755)
         for name in ("b.txt", "shut", "d.mp4", "s/t.tar", "l/l.csv"):
             (source / name).chmod(0)

@@ -1,4 +1,4 @@
-"""Lists of clips, in CSV and JSON Lines: what is listed, which rows are rejected, and what is an error."""
+"""Lists of clips, in CSV and JSON Lines: listed clips, rejected rows, and errors."""
 
 import json
 import shutil
@@ -8,11 +8,11 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest import Listing, list_clips
-from support.clip_folders import LATIN, captions, fill
+from support.clip_folders import LATIN, get_captions, write_files
 
 
 @pytest.mark.parametrize("kind", ["metadata.csv", "metadata.jsonl"])
-def test_metadata_with_several_captions(tmp_path, kind):
+def test_metadata_may_have_several_captions_for_a_clip(tmp_path, kind):
     rows = [
         ("b.mp4", 'a, "quoted"\nclip'),
         ("sub/a.mp4", "one"),
@@ -20,7 +20,9 @@ def test_metadata_with_several_captions(tmp_path, kind):
         ("b.mp4", " two "),
         ("c.gif", ""),
     ]
-    fill(tmp_path, {"b.mp4": b"", "sub/a.mp4": b"", "c.gif": b"", "d.mp4": b"", "d.txt": "left out", ".h/e.mp4": b""})
+    write_files(
+        tmp_path, {"b.mp4": b"", "sub/a.mp4": b"", "c.gif": b"", "d.mp4": b"", "d.txt": "left out", ".h/e.mp4": b""}
+    )
     if kind.endswith(".csv"):
         lines = [f'"{text}",x,{name}'.replace('"quoted"', '""quoted""') for name, text in rows]
         text = "\ufefftext,licence, file_name\r\n" + "\r\n".join(lines) + "\r\n\r\n.h is hidden,,.h/e.mp4\r\n"
@@ -28,26 +30,26 @@ def test_metadata_with_several_captions(tmp_path, kind):
         lines = [json.dumps({"file_name": name, "text": text, "fps": 3}) for name, text in rows]
         lines += ["", json.dumps({"file_name": ".h/e.mp4", "captions": [".h is hidden", ""], "text": None})]
         text = "\ufeff" + "\n".join(lines)
-    fill(tmp_path, {kind: text})
+    write_files(tmp_path, {kind: text})
     listing = list_clips(tmp_path)
-    assert captions(listing) == {
+    assert get_captions(listing) == {
         "b.mp4": ('a, "quoted"\nclip', "two"),
         "sub/a.mp4": ("one",),
         "c.gif": (),
         ".h/e.mp4": (".h is hidden",),
     }
-    assert list(captions(listing)) == ["b.mp4", "sub/a.mp4", "c.gif", ".h/e.mp4"]
+    assert list(get_captions(listing)) == ["b.mp4", "sub/a.mp4", "c.gif", ".h/e.mp4"]
     assert (listing.unlisted, listing.rejected, listing.format) == (("d.mp4",), (), "folder")
 
 
 def listed(folder: Path, name: str) -> Listing:
-    """A folder with its list, or the list itself."""
+    """List a folder with its list, or the list itself."""
     return list_clips(folder if name.startswith("metadata") else folder / name)
 
 
 @pytest.mark.parametrize("metadata", ["metadata.csv", "clips.csv"])
-def test_a_bad_row_of_csv_costs_itself(tmp_path, metadata):
-    """Its clip where the row names one and its caption cannot be used, or else the row alone."""
+def test_a_bad_row_of_csv_rejects_only_itself(tmp_path, metadata):
+    """A row that names a clip but has an unusable caption rejects the clip, other rows only themselves."""
     rows = [
         b"path,text,fps",
         b'a.mp4,"first,',
@@ -71,9 +73,9 @@ def test_a_bad_row_of_csv_costs_itself(tmp_path, metadata):
         b'b.mp4,"never closed,3',
         b"a.mp4,last,3",
     ]
-    fill(tmp_path, {f"{name}.mp4": b"" for name in "abcdef"} | {"s/x.mp4": b"", metadata: b"\n".join(rows)})
+    write_files(tmp_path, {f"{name}.mp4": b"" for name in "abcdef"} | {"s/x.mp4": b"", metadata: b"\n".join(rows)})
     listing = listed(tmp_path, metadata)
-    assert captions(listing) == {
+    assert get_captions(listing) == {
         "a.mp4": ('first,\nof two "lines"', "last"),
         "e.mp4": ('say "no" or 5" wide',),
         "f.mp4": ('say "yes"',),
@@ -98,7 +100,7 @@ def test_a_bad_row_of_csv_costs_itself(tmp_path, metadata):
 
 
 @pytest.mark.parametrize("metadata", ["metadata.jsonl", "clips.jsonl"])
-def test_a_bad_line_of_json_costs_itself(tmp_path, metadata):
+def test_a_bad_line_of_json_rejects_only_itself(tmp_path, metadata):
     lines = [
         b'{"path": "a.mp4", "text": "x"}',
         b'{"path": "b.mp4", "text": "x"}',
@@ -116,9 +118,9 @@ def test_a_bad_line_of_json_costs_itself(tmp_path, metadata):
         b'{"path": "gone.mp4", "text": "x"}',
         b'{"path": "a.mp4", "text": "y"}',
     ]
-    fill(tmp_path, {f"{name}.mp4": b"" for name in "abcd"} | {"s/x.mp4": b"", metadata: b"\n".join(lines)})
+    write_files(tmp_path, {f"{name}.mp4": b"" for name in "abcd"} | {"s/x.mp4": b"", metadata: b"\n".join(lines)})
     listing = listed(tmp_path, metadata)
-    assert captions(listing) == {"a.mp4": ("x", "y")}
+    assert get_captions(listing) == {"a.mp4": ("x", "y")}
     rejected = dict(listing.rejected)
     assert rejected.pop(f"{metadata}, line 9").startswith("is not JSON (Expecting ',' delimiter")
     assert rejected.pop(f"{metadata}, line 13").startswith("is not JSON (")
@@ -155,54 +157,54 @@ def test_a_bad_line_of_json_costs_itself(tmp_path, metadata):
     ],
 )
 @pytest.mark.parametrize("stem", ["metadata", "clips"])
-def test_lists_that_cannot_be_used(tmp_path, stem, metadata, content, message):
-    fill(tmp_path, {"a.mp4": b"", stem + metadata: content})
+def test_unusable_lists_are_refused(tmp_path, stem, metadata, content, message):
+    write_files(tmp_path, {"a.mp4": b"", stem + metadata: content})
     with pytest.raises(UserError, match=message):
         listed(tmp_path, stem + metadata)
 
 
 def test_metadata_stays_inside_its_folder(tmp_path):
     rows = f"file_name,text\n../b.mp4,x\na.mp4,y\n{tmp_path}/in/a.mp4,z\n"
-    fill(tmp_path, {"in/a.mp4": b"", "b.mp4": b"", "in/metadata.csv": rows})
+    write_files(tmp_path, {"in/a.mp4": b"", "b.mp4": b"", "in/metadata.csv": rows})
     listing = list_clips(tmp_path / "in")
-    assert captions(listing) == {"a.mp4": ("y",)}
+    assert get_captions(listing) == {"a.mp4": ("y",)}
     assert listing.rejected == (
         ("../b.mp4", "line 2: lies outside the folder; use paths inside it"),
         (f"{tmp_path}/in/a.mp4", "line 4: lies outside the folder; use paths inside it"),
     )
 
 
-def test_two_lists(tmp_path):
-    fill(tmp_path, {"a.mp4": b"", "metadata.csv": "file_name,text\na.mp4,x\n", "metadata.jsonl": ""})
+def test_two_lists_in_a_folder_are_refused(tmp_path):
+    write_files(tmp_path, {"a.mp4": b"", "metadata.csv": "file_name,text\na.mp4,x\n", "metadata.jsonl": ""})
     with pytest.raises(UserError, match=r"metadata\.csv and metadata\.jsonl; keep one"):
         list_clips(tmp_path)
 
 
-def test_list_as_open_sora_writes_it(tmp_path, monkeypatch):
+def test_lists_of_open_sora_are_read(tmp_path, monkeypatch):
     columns = "path,id,relpath,num_frames,height,width,aspect_ratio,fps,resolution,text"
-    fill(tmp_path, {"data/a.mp4": b"a", "data/sub/b.mp4": b"", "data/more/B.AVI": b""})
+    write_files(tmp_path, {"data/a.mp4": b"a", "data/sub/b.mp4": b"", "data/more/B.AVI": b""})
     rows = [f"{tmp_path}/data/a.mp4,a,a.mp4,9,4,4,1.0,24,16,first", "sub/../sub/b.mp4,b,b.mp4,9,4,4,1.0,24,16,"]
-    path = fill(tmp_path, {"data/list.csv": "\n".join([columns, *rows, rows[0].replace("first", "second")])})
+    path = write_files(tmp_path, {"data/list.csv": "\n".join([columns, *rows, rows[0].replace("first", "second")])})
     listing = list_clips(path / "data" / "list.csv")
-    assert captions(listing) == {"a.mp4": ("first", "second"), "sub/b.mp4": ()}
+    assert get_captions(listing) == {"a.mp4": ("first", "second"), "sub/b.mp4": ()}
     assert (listing.format, listing.clips[0].read(), listing.unlisted) == ("table", b"a", ())
     monkeypatch.chdir(tmp_path / "data")
     assert list_clips("list.csv") == listing
 
 
-def test_list_of_paths_outside_of_its_folder(tmp_path):
-    fill(tmp_path, {"x/one/a.mp4": b"", "x/two/a.mp4": b"", "lists/all.csv": "path,text\n../x/one/a.mp4,1\n"})
-    assert captions(list_clips(tmp_path / "lists/all.csv")) == {"a.mp4": ("1",)}
+def test_a_list_may_name_paths_outside_of_its_folder(tmp_path):
+    write_files(tmp_path, {"x/one/a.mp4": b"", "x/two/a.mp4": b"", "lists/all.csv": "path,text\n../x/one/a.mp4,1\n"})
+    assert get_captions(list_clips(tmp_path / "lists/all.csv")) == {"a.mp4": ("1",)}
     with (tmp_path / "lists/all.csv").open("a") as file:
         file.write(f"{tmp_path}/x/two/a.mp4,2\n")
     listing = list_clips(tmp_path / "lists/all.csv")
-    assert captions(listing) == {"one/a.mp4": ("1",), "two/a.mp4": ("2",)}
+    assert get_captions(listing) == {"one/a.mp4": ("1",), "two/a.mp4": ("2",)}
     # What is not there changes no name.
     with (tmp_path / "lists/all.csv").open("a") as file:
         file.write("/nowhere/b.mp4,3\n")
-    assert captions(list_clips(tmp_path / "lists/all.csv")) == captions(listing)
+    assert get_captions(list_clips(tmp_path / "lists/all.csv")) == get_captions(listing)
     # Wherever the clips and the list are moved together, names stay.
     shutil.copytree(tmp_path / "x", tmp_path / "moved" / "x")
     text = (tmp_path / "lists/all.csv").read_text().replace(str(tmp_path), str(tmp_path / "moved"))
-    fill(tmp_path / "moved", {"lists/all.csv": text})
-    assert captions(list_clips(tmp_path / "moved/lists/all.csv")) == captions(listing)
+    write_files(tmp_path / "moved", {"lists/all.csv": text})
+    assert get_captions(list_clips(tmp_path / "moved/lists/all.csv")) == get_captions(listing)

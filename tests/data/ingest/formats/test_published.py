@@ -1,4 +1,4 @@
-"""UCF-101 and MSR-VTT as they are handed out."""
+"""UCF-101 and MSR-VTT in their published layouts."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.ingest import Listing, list_clips
 from dit_video.data.ingest.formats.ucf101 import format_class_name
-from support.clip_folders import fill
+from support.clip_folders import write_files
 
 
 def facts(listing: Listing) -> list[tuple[str, tuple[str, ...], str]]:
@@ -30,8 +30,8 @@ UCF101 = {
 MAKEUP, PUSHUPS, YOYO = "apply eye makeup", "handstand pushups", "yo yo"
 
 
-def test_ucf101(tmp_path):
-    fill(tmp_path, UCF101)
+def test_ucf101_is_listed_with_its_class_names(tmp_path):
+    write_files(tmp_path, UCF101)
     listing = list_clips(tmp_path)
     names = [name for name in UCF101 if name.endswith(".avi")]
     assert facts(listing) == [
@@ -44,8 +44,8 @@ def test_ucf101(tmp_path):
     assert listing.clips[0].read() == b"train"
 
 
-def test_ucf101_of_another_pair_of_lists(tmp_path):
-    fill(tmp_path, UCF101)
+def test_another_pair_of_ucf101_lists_can_be_chosen(tmp_path):
+    write_files(tmp_path, UCF101)
     listing = list_clips(tmp_path, ucf101_split=3)
     names = [name for name in UCF101 if name.endswith(".avi")]
     assert facts(listing) == [(names[3], (YOYO,), "train"), (names[2], (PUSHUPS,), "test")]
@@ -55,20 +55,20 @@ def test_ucf101_of_another_pair_of_lists(tmp_path):
         list_clips(tmp_path, ucf101_split=2)
 
 
-def test_ucf101_converted_and_copied(tmp_path):
-    fill(tmp_path, UCF101)
+def test_converted_and_copied_ucf101_files_are_found(tmp_path):
+    write_files(tmp_path, UCF101)
     names = [name for name in UCF101 if name.endswith(".avi")]
     converted = "UCF-101/YoYo/v_YoYo_g08_c01.mp4"
     (tmp_path / names[3]).rename(tmp_path / converted)
-    fill(tmp_path, {"copy/YoYo/v_yoyo_g08_c01.avi": b""})
+    write_files(tmp_path, {"copy/YoYo/v_yoyo_g08_c01.avi": b""})
     listing = list_clips(tmp_path)
     assert facts(listing)[-1] == (converted, (YOYO,), "test")
     assert listing.rejected == (("copy/YoYo/v_yoyo_g08_c01.avi", f"is the same clip of UCF-101 as '{converted}'"),)
 
 
-def test_bad_lines_of_ucf101_cost_themselves(tmp_path):
+def test_bad_lines_of_ucf101_reject_only_themselves(tmp_path):
     again = UCF101["ucfTrainTestlist/trainlist01.txt"].encode()
-    fill(
+    write_files(
         tmp_path,
         UCF101
         | {
@@ -98,8 +98,8 @@ def test_bad_lines_of_ucf101_cost_themselves(tmp_path):
         ("more/classInd.txt", "", "more than once"),
     ],
 )
-def test_lists_of_ucf101_that_cannot_be_used(tmp_path, name, content, message):
-    fill(tmp_path, UCF101 | {f"ucfTrainTestlist/{name}": content})
+def test_unusable_lists_of_ucf101_are_refused(tmp_path, name, content, message):
+    write_files(tmp_path, UCF101 | {f"ucfTrainTestlist/{name}": content})
     with pytest.raises(UserError, match=message):
         list_clips(tmp_path)
 
@@ -116,7 +116,7 @@ def test_lists_of_ucf101_that_cannot_be_used(tmp_path, name, content, message):
         ("TVShow", "tv show"),
     ],
 )
-def test_phrase(label, text):
+def test_class_names_become_phrases(label, text):
     assert format_class_name(label) == text
 
 
@@ -146,8 +146,8 @@ MSRVTT = {
 }
 
 
-def test_msrvtt(tmp_path):
-    fill(tmp_path, MSRVTT)
+def test_msrvtt_is_listed_with_its_captions(tmp_path):
+    write_files(tmp_path, MSRVTT)
     listing = list_clips(tmp_path)
     assert facts(listing) == [
         ("TestVideo/video7010.mp4", tuple(f"text {i}" for i in range(20)), "test"),
@@ -158,13 +158,13 @@ def test_msrvtt(tmp_path):
     assert listing.clips[2].read() == b"zero"
 
 
-def test_msrvtt_in_parts(tmp_path):
+def test_msrvtt_in_several_parts_is_listed(tmp_path):
     everything = annotations(
         [("video0", "train"), ("video1", "train"), ("video2", "test"), ("video3", "test")],
         [("video0", "x"), ("video1", "x" * 100_000), ("video9", "of no video")],
     )
     files = ["videos/all/video0.mp4", "videos/all/video1.mp4", "videos/all/video3.webm", "old/video3.mp4"]
-    fill(tmp_path, {"MSRVTT_data.json": everything} | dict.fromkeys([*files, "video8.mp4", "photo.png"], b""))
+    write_files(tmp_path, {"MSRVTT_data.json": everything} | dict.fromkeys([*files, "video8.mp4", "photo.png"], b""))
     listing = list_clips(tmp_path)
     assert facts(listing) == [("videos/all/video0.mp4", ("x",), "train"), ("old/video3.mp4", (), "test")]
     assert listing.unlisted == ("photo.png", "video8.mp4")
@@ -176,13 +176,13 @@ def test_msrvtt_in_parts(tmp_path):
     }
 
 
-def test_bad_entries_of_msrvtt_cost_themselves(tmp_path):
+def test_bad_entries_of_msrvtt_reject_only_themselves(tmp_path):
     more = {
         "videos": [3, {"video_id": "video0"}, {"video_id": "video1", "split": "training"}],
         "sentences": [{"video_id": "video1", "caption": "again"}, {"video_id": "video0", "caption": None}],
     }
     other = annotations([("video0", "test"), ("video2", "train")], [("video2", "Xt")])
-    fill(
+    write_files(
         tmp_path,
         MSRVTT
         | {
@@ -214,13 +214,13 @@ def test_bad_entries_of_msrvtt_cost_themselves(tmp_path):
         (json.dumps({"images": [], "annotations": []}), "has no list 'videos'; use MSR-VTT's own files"),
     ],
 )
-def test_annotations_that_cannot_be_used(tmp_path, content, message):
-    fill(tmp_path, MSRVTT | {"x/videodatainfo_2017.json": content})
+def test_unusable_annotations_are_refused(tmp_path, content, message):
+    write_files(tmp_path, MSRVTT | {"x/videodatainfo_2017.json": content})
     with pytest.raises(UserError, match=message):
         list_clips(tmp_path)
 
 
-def test_msrvtt_without_annotations(tmp_path):
-    fill(tmp_path, {"video0.mp4": b""})
+def test_msrvtt_without_annotations_is_refused(tmp_path):
+    write_files(tmp_path, {"video0.mp4": b""})
     with pytest.raises(MissingError, match="holds no annotations of MSR-VTT"):
         list_clips(tmp_path, format="msrvtt")

@@ -1,4 +1,4 @@
-"""WebDataset: what is listed from a tar, and that damaged or hostile ones lose nothing in silence."""
+"""WebDataset: listings of tars; damaged or hostile ones lose nothing silently."""
 
 import io
 import json
@@ -13,12 +13,12 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.data.ingest import list_clips
 from dit_video.data.ingest.formats.tars import _get_key
-from support.clip_folders import captions
+from support.clip_folders import get_captions
 
 Entry = tuple[str, bytes] | tarfile.TarInfo
 
 
-def tar_of(entries: Iterable[Entry], **options) -> bytes:
+def make_tar(entries: Iterable[Entry], **options) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", encoding="utf-8", errors="surrogateescape", **options) as tar:
         for entry in entries:
@@ -33,7 +33,7 @@ def tar_of(entries: Iterable[Entry], **options) -> bytes:
 
 def write_tar(path: Path, entries: Iterable[Entry], **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(tar_of(entries, **options))
+    path.write_bytes(make_tar(entries, **options))
     return path
 
 
@@ -44,7 +44,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_tar_is_read_in_place(tmp_path, format):
+def test_clips_of_a_tar_are_read_in_place(tmp_path, format):
     long = "x" * 60 + "/" + "y" * 95
     path = write_tar(
         tmp_path / "shard.tar",
@@ -68,14 +68,14 @@ def test_a_tar_is_read_in_place(tmp_path, format):
         format=format,
     )
     listing = list_clips(path)
-    assert captions(listing) == {
+    assert get_captions(listing) == {
         "0001.mp4": ("one", "uno"),
         "a.b/0002.MP4": (),
         "0003.left.webm": ("before its clip",),
         "0003.right.webm": ("on the right", "before its clip"),
         f"{long}.gif": ("of a long name",),
     }
-    assert next(iter(captions(listing))) == "0001.mp4"
+    assert next(iter(get_captions(listing))) == "0001.mp4"
     assert (listing.format, listing.unlisted, listing.rejected) == ("webdataset", (), ())
     assert [clip.read() for clip in listing.clips] == [b"bytes of one", b"", b"left", b"right", b"long"]
     assert all(clip.path == str(path) and clip.offset % 512 == 0 for clip in listing.clips)
@@ -88,12 +88,12 @@ def test_keys_are_those_of_webdataset(name):
     assert _get_key(name) == rule.group(1)
 
 
-def test_a_folder_of_shards(tmp_path):
+def test_a_folder_of_shards_is_listed_in_order(tmp_path):
     write_tar(tmp_path / "b" / "0.tar", [("1.mp4", b"second"), ("1.txt", b"2")])
     write_tar(tmp_path / "a.TAR", [("1.mp4", b"first"), ("1.txt", b"1")])
     (tmp_path / "README.txt").write_text("shards")
     listing = list_clips(tmp_path)
-    assert captions(listing) == {"a.TAR/1.mp4": ("1",), "b/0.tar/1.mp4": ("2",)}
+    assert get_captions(listing) == {"a.TAR/1.mp4": ("1",), "b/0.tar/1.mp4": ("2",)}
     assert [clip.read() for clip in listing.clips] == [b"first", b"second"]
     assert (listing.format, listing.rejected) == ("webdataset", ())
     (tmp_path / "loose.mp4").write_bytes(b"")
@@ -131,7 +131,7 @@ def test_hostile_entries_are_rejected(tmp_path):
         ("nothing.txt", b" "),
     ]
     listing = list_clips(write_tar(tmp_path / "s.tar", entries))
-    assert captions(listing) == {"good.mp4": ("kept",), "inside.mp4": (), "nothing.mp4": ()}
+    assert get_captions(listing) == {"good.mp4": ("kept",), "inside.mp4": (), "nothing.mp4": ()}
     assert listing.clips[0].read() == b"good"
     reasons = list(listing.rejected)
     assert reasons == [
@@ -177,7 +177,7 @@ GOOD = [(f"{i}.mp4", bytes([i]) * 700) for i in range(5)]
     ],
 )
 def test_a_damaged_tar_keeps_what_comes_before(tmp_path, damage, kept, reason):
-    (tmp_path / "s.tar").write_bytes(damage(tar_of(GOOD)))
+    (tmp_path / "s.tar").write_bytes(damage(make_tar(GOOD)))
     for source, prefix in ((tmp_path / "s.tar", ""), (tmp_path, "s.tar/")):
         listing = list_clips(source)
         assert [clip.name for clip in listing.clips] == [f"{prefix}{i}.mp4" for i in range(kept)]
@@ -186,10 +186,10 @@ def test_a_damaged_tar_keeps_what_comes_before(tmp_path, damage, kept, reason):
         assert {name for name, _ in listing.rejected} <= {"s.tar", f"{prefix}{kept}.mp4"}
 
 
-def test_a_negative_size_ends(tmp_path):
-    """Python's reader went in circles on one (CVE-2025-8194)."""
+def test_a_negative_size_does_not_hang(tmp_path):
+    """Python's reader had an endless loop (CVE-2025-8194)."""
     for size in (b"\xff" * 12, b"\xff" * 10 + b"\xf6\x00"):
-        tar = bytearray(tar_of(GOOD))
+        tar = bytearray(make_tar(GOOD))
         header = tar[1536:2048]
         header[124:136] = size
         header[148:156] = b" " * 8
@@ -211,12 +211,12 @@ def test_compressed_tars_are_refused(tmp_path, mode, name):
             list_clips(source)
 
 
-def test_a_plain_tar_named_as_a_compressed_one(tmp_path):
+def test_a_plain_tar_with_the_name_of_a_compressed_one_is_read(tmp_path):
     assert len(list_clips(write_tar(tmp_path / "s.tgz", GOOD)).clips) == 5
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar", b"x" * 5000])
-def test_no_tar(tmp_path, content):
+def test_a_file_that_is_no_tar_is_rejected(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(UserError, match=r"none of the 1 entries .*a\.tar: is not a tar"):
         list_clips(tmp_path / "a.tar")
@@ -228,14 +228,14 @@ def test_no_tar(tmp_path, content):
         list_clips(write_tar(tmp_path / "empty" / "c.tar", []))
 
 
-def test_a_sparse_entry(tmp_path):
-    """Its bytes do not lie in one piece."""
-    header = bytearray(tar_of([("s.mp4", b"x" * 512)], format=tarfile.GNU_FORMAT)[:512])
+def test_a_sparse_entry_is_rejected(tmp_path):
+    """Its bytes are not contiguous."""
+    header = bytearray(make_tar([("s.mp4", b"x" * 512)], format=tarfile.GNU_FORMAT)[:512])
     header[156:157] = tarfile.GNUTYPE_SPARSE
     header[386:398], header[398:410], header[483:495] = b"%011o\0" % 512, b"%011o\0" % 512, b"%011o\0" % 4096
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    (tmp_path / "s.tar").write_bytes(bytes(header) + b"x" * 512 + tar_of(GOOD))
+    (tmp_path / "s.tar").write_bytes(bytes(header) + b"x" * 512 + make_tar(GOOD))
     listing = list_clips(tmp_path / "s.tar")
     assert len(listing.clips) == 5
     ((name, reason),) = listing.rejected
@@ -243,12 +243,12 @@ def test_a_sparse_entry(tmp_path):
     assert "sparse" in reason
 
 
-def test_mutated_tars(tmp_path):
-    """No crash and no hang, and what is listed lies inside the file."""
+def test_mutated_tars_neither_crash_nor_hang(tmp_path):
+    """All listed clips are inside the file."""
     chosen = random.Random(0)
     entries = [(f"{i}.{suffix}", bytes(chosen.randbytes(300))) for i in range(3) for suffix in ("mp4", "txt", "json")]
-    originals = [tar_of(entries, format=format) for format in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT)]
-    originals += [tar_of([("é" * 200 + ".mp4", b"x"), *entries], format=tarfile.GNU_FORMAT)]
+    originals = [make_tar(entries, format=format) for format in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT)]
+    originals += [make_tar([("é" * 200 + ".mp4", b"x"), *entries], format=tarfile.GNU_FORMAT)]
     path = tmp_path / "s.tar"
     listed, messages = 0, []
     for _ in range(1000):

@@ -56,7 +56,7 @@ LENGTH, HEADS, WIDTH = 31, 2, 4
 
 
 def rows():
-    """Segments and grid indices: of clips and an image one after the other, and of clips whose tokens are shuffled."""
+    """Return segments and grid indices of a row of clips and an image, and of a row of shuffled clips."""
     draw = np.random.default_rng(0)
     segments, places = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH, 3), np.int32)
     for row, grids in enumerate(GRIDS):
@@ -71,9 +71,9 @@ def rows():
 
 SEGMENTS, INDICES = rows()
 CONTEXT_SEGMENTS = jnp.asarray([[1, 1, 2, 4, 4, 4, 0], [2] * 7])
-"""of a text: the third clip of the first row and the first of the second have none"""
-NOWHERE = np.random.default_rng(1).uniform(size=(2, LENGTH, 1)) < 0.2
-"""tokens that lie nowhere, for the patterns that know of such"""
+"""Segments of a text: the third clip of the first row and the first of the second have none."""
+WITHOUT_COORDINATES = np.random.default_rng(1).uniform(size=(2, LENGTH, 1)) < 0.2
+"""Tokens without coordinates, for the patterns that support them."""
 AMONG, CONTEXT = AttentionInputs.self_attention(SEGMENTS, INDICES), AttentionInputs(SEGMENTS, CONTEXT_SEGMENTS)
 
 
@@ -83,7 +83,7 @@ def inputs(keys: int = LENGTH, width: int = WIDTH, seed: int = 0):
 
 
 def reference(pattern):
-    """JAX's own attention under the dense mask; what sees nothing gets zeros."""
+    """Return JAX's own attention under the dense mask, with zeros for queries that see nothing."""
 
     def attend(q, k, v, at):
         mask = dense_mask(mask_boxes(pattern, at))
@@ -117,7 +117,7 @@ def same(left, right, *, atol=2e-6, about=""):
 def test_every_backend_equals_the_dense_mask_in_values_and_gradients(pattern):
     arrays, at = inputs(), AMONG
     if isinstance(pattern, WithGlobalTokens):
-        at = AttentionInputs.self_attention(SEGMENTS, jnp.where(NOWHERE, -1, INDICES))
+        at = AttentionInputs.self_attention(SEGMENTS, jnp.where(WITHOUT_COORDINATES, -1, INDICES))
     expected = value_and_gradients(reference(pattern), arrays, at)
     same(value_and_gradients(DenseAttention(pattern=pattern), arrays, at), expected, about="dense")
     for name, backend in BACKENDS.items():
@@ -212,7 +212,7 @@ def test_blocks_that_begin_with_segments_equal_the_dense_mask(lengths):
             np.testing.assert_allclose(left, right, atol=2e-6)
 
 
-def test_a_known_answer():
+def test_equal_scores_average_the_values_of_a_segment():
     q = jnp.zeros((1, 3, 1, 4))
     v = jnp.arange(12.0).reshape(1, 3, 1, 4)
     segments = jnp.asarray([[1, 1, 2]])
@@ -257,7 +257,7 @@ def test_memory_is_linear_in_the_row(pattern):
 
 
 def test_foreign_blocks_are_not_computed():
-    """A NaN among the values of another segment reaches nobody, as long as no block holds both: it is never read."""
+    """A NaN among the values of another segment is never read unless a block holds both segments."""
     segments = jnp.repeat(jnp.asarray([[1, 2, 1, 3]]), 8, axis=1)
     q, k, v = (jnp.asarray(np.random.default_rng(1).normal(size=(1, 32, 1, 4)), jnp.float32) for _ in range(3))
     poisoned = jnp.where((segments == 2)[..., None, None], jnp.nan, v)
@@ -266,7 +266,7 @@ def test_foreign_blocks_are_not_computed():
     assert np.isfinite(np.delete(out[0], np.s_[8:16], axis=0)).all()
 
 
-def test_backends_by_name():
+def test_make_attention_builds_backends_by_name():
     assert make_attention("dense") == DenseAttention()
     assert make_attention("chunked", chunk=64) == ChunkedAttention(chunk=64)
     assert make_attention("auto", chunk=64) == AutoAttention(
@@ -276,7 +276,7 @@ def test_backends_by_name():
     assert make_attention("splash", pattern=TimeOnly()) == SplashAttention(pattern=TimeOnly())
     assert (choose_block_size(8191), choose_block_size(8192)) == (512, 1024)
     assert make_attention("cudnn", pattern=SparseCausal()) == CudnnAttention(pattern=SparseCausal())
-    # Equal models have equal graphs, so that a program is compiled once: an attention is a value.
+    # Attention has value equality, so that equal models have equal graphs and share a program.
     assert hash(make_attention()) == hash(make_attention())
 
 
@@ -289,12 +289,12 @@ def test_auto_is_dense_for_short_rows_and_chunked_for_long_ones():
     assert program(AutoAttention(max_dense_tokens=LENGTH - 1, dense=short, chunked=long)) != program(short)
 
 
-def test_cudnn_takes_16_bits():
+def test_cudnn_attention_refuses_32_bit_inputs():
     with pytest.raises(UserError, match="bfloat16 or float16, not float32"):
         CudnnAttention()(*inputs(), AMONG)
 
 
-def test_tokamax_that_is_not_installed(monkeypatch):
+def test_a_missing_tokamax_is_reported_with_its_installation(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     monkeypatch.setitem(sys.modules, "tokamax._src.ops.attention", None)
     with pytest.raises(UserError, match="pip install tokamax, or use"):

@@ -1,4 +1,4 @@
-"""What stands for a tokenizer, a frozen text encoder and an autoencoder, where only sizes and places matter."""
+"""Fakes of a tokenizer, a frozen text encoder and an autoencoder, for tests in which only sizes and places matter."""
 
 import hashlib
 from pathlib import Path
@@ -11,11 +11,12 @@ from dit_video.encoders import text as text_encoder
 
 
 def tokenize(caption: str) -> np.ndarray:
+    """Return an id for each byte."""
     return np.frombuffer(caption.encode(), np.uint8).astype(np.int32) + 3
 
 
-def pooled(clips):
-    """Stands for an autoencoder of stride 4x8x8: the mean of every patch, the first frame for itself."""
+def average_patches(clips):
+    """Encode like an autoencoder of stride 4x8x8: to the mean of every patch, with the first frame by itself."""
     return [
         np.concatenate([clip[:1], clip[1:].reshape(-1, 4, *clip.shape[1:]).mean(1)])
         .reshape(1 + len(clip) // 4, clip.shape[1] // 8, 8, clip.shape[2] // 8, 8, 3)
@@ -25,21 +26,21 @@ def pooled(clips):
     ]
 
 
-def use_embedder(patch):
-    """Open the stand-in instead of a pretrained encoder; returns a list of those that were opened."""
+def use_fake_embedder(patch):
+    """Open the fake instead of a pretrained encoder, and return a list that collects those that were opened."""
     opened = []
 
     def load(folder, **options):
-        opened.append(Embedder(folder, **options))
+        opened.append(FakeEmbedder(folder, **options))
         return opened[-1]
 
     patch.setattr(text_encoder, "load_embedder", load)
-    patch.setattr(text_encoder, "read_text_encoder_config", lambda _folder: SimpleNamespace(width=Embedder.width))
+    patch.setattr(text_encoder, "read_text_encoder_config", lambda _folder: SimpleNamespace(width=FakeEmbedder.width))
     return opened
 
 
-class Embedder(text.Embedder):
-    """Stands for a frozen text encoder: a vector for each word and one for the end, whatever the words beside it."""
+class FakeEmbedder(text.Embedder):
+    """A text encoder without context: it returns a vector for each word, and one for the end."""
 
     width = 8
 
@@ -47,13 +48,13 @@ class Embedder(text.Embedder):
         self.seed = (Path(folder) / "seed.txt").read_text()
         self.identity = hashlib.sha256(f"{self.seed} {max_tokens} {cleaned} {dtype}".encode()).hexdigest()[:16]
         self.max_tokens, self.cache = max_tokens, cache
-        self.asked = []
+        self.texts = []
 
     def __call__(self, text):
         return self.embed_many([text])[0]
 
     def embed_many(self, texts):
-        self.asked += texts
+        self.texts += texts
         return [np.stack([self.vector(word) for word in [*text.split(), ""][-self.max_tokens :]]) for text in texts]
 
     def vector(self, word):

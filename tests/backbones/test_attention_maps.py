@@ -1,4 +1,4 @@
-"""Where a denoiser's tokens look."""
+"""Attention maps of a denoiser."""
 
 import dataclasses
 
@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.backbones.dit import DitConfig, JointAttention, TemporalLayers, compute_attention_maps
+from dit_video.backbones.attention_maps import compute_attention_maps
+from dit_video.backbones.dit import DitConfig, JointAttention, TemporalLayers
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.nn import get_graph_def
 from dit_video.nn.attention import CausalFrames, SpaceOnly
-from support.packed_rows import TEXT_WIDTH, TOKENS, batch, predict
-from support.rough import rough_params
+from support.packed_rows import TEXT_WIDTH, TOKENS, make_batch, predict
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -22,11 +23,11 @@ WAN = WanDitConfig(
     channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
 )
 FRAME = np.arange(8) // 4
-"""of the tokens of the first clip"""
+"""Queries among the tokens of the first clip."""
 
 
 def maps(config, params, queries, given=None):
-    given = batch((0, 1)) if given is None else given
+    given = make_batch((0, 1)) if given is None else given
     dit = nnx.merge(get_graph_def(config.make), params)
     return compute_attention_maps(
         dit,
@@ -52,8 +53,8 @@ def maps(config, params, queries, given=None):
     ],
     ids=["plain", "recomputed", "joint", "temporal", "wan"],
 )
-def test_every_query_takes_all_from_its_own_clip(config, layers, others):
-    params = rough_params(config.make)
+def test_attention_weights_of_a_query_sum_to_one_within_its_clip(config, layers, others):
+    params = make_random_params(config.make)
     found = maps(config, params, [2, 9, TOKENS - 1])
     assert found.shape == (layers, 1, 2, 3, TOKENS + others)
     np.testing.assert_allclose(found[..., :2, :].sum(axis=-1), 1, atol=1e-5)
@@ -65,15 +66,15 @@ def test_every_query_takes_all_from_its_own_clip(config, layers, others):
 
 def test_a_map_shows_what_a_layer_does_not_see():
     config = dataclasses.replace(CONFIG, pattern=(SpaceOnly(), CausalFrames()))
-    found = maps(config, rough_params(config.make), list(range(8)))[:, 0, :, :, :8]
+    found = maps(config, make_random_params(config.make), list(range(8)))[:, 0, :, :, :8]
     assert (found[0][:, FRAME[:, None] != FRAME] == 0).all()
     assert (found[0][:, FRAME[:, None] == FRAME] > 0).all()
     assert (found[1][:, FRAME[:, None] < FRAME] == 0).all()
     assert (found[1][:, FRAME[:, None] >= FRAME] > 0).all()
 
 
-def test_a_model_that_was_watched_predicts_as_before():
-    params, given = rough_params(CONFIG.make), batch((0, 1))
+def test_recording_attention_does_not_change_predictions():
+    params, given = make_random_params(CONFIG.make), make_batch((0, 1))
     before = predict(params, given, CONFIG)
     dit = nnx.merge(get_graph_def(CONFIG.make), params)
     maps(CONFIG, params, [0])
@@ -84,4 +85,4 @@ def test_a_model_that_was_watched_predicts_as_before():
 
 def test_queries_name_tokens_of_a_row():
     with pytest.raises(UserError, match="0 to 17"):
-        maps(CONFIG, rough_params(CONFIG.make), [18])
+        maps(CONFIG, make_random_params(CONFIG.make), [18])

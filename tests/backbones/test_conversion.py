@@ -1,4 +1,4 @@
-"""Models made of trained ones: as they were, until what is new is trained."""
+"""Models made from trained ones: they predict the same until their new parameters are trained."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_video.backbones.conversion import add_cond_channels, add_temporal_layers
 from dit_video.backbones.dit import (
     BoundaryEmbedding,
     ClassLabels,
@@ -14,8 +15,6 @@ from dit_video.backbones.dit import (
     JointAttention,
     SineCosine,
     TemporalLayers,
-    add_cond_channels,
-    add_temporal_layers,
 )
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
@@ -23,8 +22,8 @@ from dit_video.core.trees import flatten, map_with_path
 from dit_video.nn import init_params
 from dit_video.nn.attention import SpaceOnly, TimeOnly
 from dit_video.training.optim.optimizer import OptimizerConfig
-from support.packed_rows import CLASSES, FIRST, GIVEN_WIDTH, TEXT_WIDTH, batch, predict, run
-from support.rough import rough_params
+from support.packed_rows import CLASSES, FIRST, GIVEN_WIDTH, TEXT_WIDTH, make_batch, predict, predict_with_gradients
+from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,7 +35,7 @@ KEY = jax.random.key(0)
 
 
 def as_images(given):
-    """The first clip's two frames as two images, with its text and time."""
+    """Return the first clip's two frames as two images, with its text and time."""
     halves = jnp.where(jnp.arange(18) < 4, 1, jnp.where(jnp.arange(18) < 8, 2, 0))[None]
     return given._replace(
         segments=halves,
@@ -66,18 +65,18 @@ def as_images(given):
     ],
     ids=["alternating", "in a block"],
 )
-def test_a_fresh_video_model_is_the_image_model_of_every_frame(config, temporal):
-    params, given = rough_params(config.make), batch((0,))
+def test_a_new_video_model_predicts_every_frame_like_the_image_model(config, temporal):
+    params, given = make_random_params(config.make), make_batch((0,))
     video, grown = add_temporal_layers(config, params, temporal, KEY)
     expected = predict(params, as_images(given), config)[:, FIRST]
-    found, gradients, _ = run(grown, given, video)
+    found, gradients, _ = predict_with_gradients(grown, given, video)
     np.testing.assert_allclose(found[:, FIRST], expected, atol=1e-6)
     assert np.abs(expected).max() > 0.1
     # What is new learns, and once it has learned frames know of each other.
     new = {path for path in flatten(grown) if path not in flatten(params)}
     for path in ("temporal_blocks/out/kernel", "temporal_blocks/down/kernel", "temporal_position/kernel"):
         assert np.abs(flatten(gradients)[path]).max() > 1e-3
-    rough = flatten(rough_params(video.make))
+    rough = flatten(make_random_params(video.make))
     trained = map_with_path(lambda path, leaf: rough[path] if path in new else leaf, grown)
     before = predict(trained, given, video)
     after = predict(trained, given._replace(noisy=given.noisy.at[:, 0].add(1.0)), video)
@@ -85,28 +84,28 @@ def test_a_fresh_video_model_is_the_image_model_of_every_frame(config, temporal)
 
 
 def test_temporal_layers_alone_are_trained_by_their_name():
-    video, grown = add_temporal_layers(IMAGE, rough_params(IMAGE.make), TemporalLayers(), KEY)
+    video, grown = add_temporal_layers(IMAGE, make_random_params(IMAGE.make), TemporalLayers(), KEY)
     assert video == dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=TemporalLayers())
     trains = OptimizerConfig(trainable=("temporal",)).is_trained
-    new = {path for path in flatten(grown) if path not in flatten(rough_params(IMAGE.make))}
+    new = {path for path in flatten(grown) if path not in flatten(make_random_params(IMAGE.make))}
     assert new
     assert {path for path in flatten(grown) if trains(path)} == new
 
 
 def test_a_video_model_from_nothing_trains_its_temporal_layers():
-    """Its gates are zero, too: of two zeros one after the other neither would ever learn."""
+    """Its gates are zero, too; if its last kernels were zero as well, neither would have a gradient."""
     video = dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=TemporalLayers())
     params = jax.jit(init_params, static_argnums=0)(video.make, KEY)
-    params["head"]["kernel"] = params["head"]["kernel"] + 0.1 * rough_params(video.make)["head"]["kernel"]
-    _, gradients, _ = run(params, batch((0,)), video)
+    params["head"]["kernel"] = params["head"]["kernel"] + 0.1 * make_random_params(video.make)["head"]["kernel"]
+    _, gradients, _ = predict_with_gradients(params, make_batch((0,)), video)
     assert np.abs(flatten(gradients)["temporal_blocks/out/kernel"]).max() > 1e-4
 
 
 @pytest.mark.parametrize(
     "config", [IMAGE, dataclasses.replace(IMAGE, given_channels=1), WAN], ids=["none", "one", "wan"]
 )
-def test_a_model_that_is_given_more_begins_as_it_was(config):
-    params, given = rough_params(config.make), batch((0, 1), ())
+def test_a_model_with_more_conditioning_channels_predicts_the_same_at_first(config):
+    params, given = make_random_params(config.make), make_batch((0, 1), ())
     if config.given_channels:
         old = given.latents.reshape(*given.latents.shape[:2], 4, -1)[..., :1]
         expected = predict(params, given._replace(latents=old.reshape(*old.shape[:2], -1)), config)
@@ -115,7 +114,7 @@ def test_a_model_that_is_given_more_begins_as_it_was(config):
     grown_config, grown = add_cond_channels(config, params, 3)
     assert grown_config == dataclasses.replace(config, given_channels=3)
     assert grown_config.given_width == GIVEN_WIDTH
-    found, gradients, _ = run(grown, given, grown_config)
+    found, gradients, _ = predict_with_gradients(grown, given, grown_config)
     np.testing.assert_allclose(found[0, :14], expected[0, :14], atol=1e-6)
     path = "embed/kernel" if isinstance(config, WanDitConfig) else "given/kernel"
     assert (np.abs(flatten(gradients)[path]).max(axis=1) > 1e-4).all()
@@ -147,6 +146,6 @@ def test_a_model_that_is_given_more_begins_as_it_was(config):
         ),
     ],
 )
-def test_what_is_refused(grow, message):
+def test_invalid_conversions_are_refused(grow, message):
     with pytest.raises(UserError, match=message):
-        grow(rough_params(IMAGE.make))
+        grow(make_random_params(IMAGE.make))

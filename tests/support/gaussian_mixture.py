@@ -1,8 +1,8 @@
-"""A mixture of normal distributions in two dimensions, for which the best denoiser of any process is known.
+"""A mixture of normal distributions in two dimensions, for which the optimal denoiser of any process is known.
 
-Of a part N(m, s^2), x_t = alpha x_0 + sigma e is normal around alpha m with variance v = (alpha s)^2 + sigma^2, so
-that E[x_0 | x_t] = m + alpha s^2 (x_t - alpha m) / v and E[e | x_t] = sigma (x_t - alpha m) / v; of the mixture both
-are the means over the parts, weighted by how likely each is given x_t.
+For a component N(m, s^2), x_t = alpha x_0 + sigma e is normal around alpha m with variance v = (alpha s)^2 + sigma^2,
+so that E[x_0 | x_t] = m + alpha s^2 (x_t - alpha m) / v and E[e | x_t] = sigma (x_t - alpha m) / v. For the mixture
+both are the means over the components, weighted by their posterior probabilities given x_t.
 """
 
 import jax
@@ -16,8 +16,8 @@ MEAN = SHARES @ MEANS
 COVARIANCE = np.einsum("k,ki,kj->ij", SHARES, MEANS - MEAN, MEANS - MEAN) + (SHARES @ STDS**2) * np.eye(2)
 
 
-def best(process, x, time):
-    """The expected data and noise."""
+def predict_data_and_noise(process, x, time):
+    """Return the expected data and noise."""
     # As constants of a program they would keep their own dtype, whatever that of the program is.
     means, stds, shares = (jnp.asarray(part, x.dtype) for part in (MEANS, STDS, SHARES))
     alpha, sigma = process.alpha(time), process.sigma(time)
@@ -30,27 +30,27 @@ def best(process, x, time):
     return data, noise
 
 
-def denoiser(process, prediction):
-    """A `denoise` that predicts it, given what the process gives its models."""
+def make_denoise_fn(process, prediction):
+    """Return the optimal `denoise`, whose input has the scale that the process gives its models."""
 
-    def denoise(given, time):
-        data, noise = best(process, given / process.input_scale(time), time)
+    def denoise(scaled, time):
+        data, noise = predict_data_and_noise(process, scaled / process.input_scale(time), time)
         return prediction.target(process, data, noise, time)
 
     return denoise
 
 
-def drawn(seed, count):
-    """Samples of the mixture itself."""
+def sample(seed, count):
+    """Draw samples of the mixture."""
     random = np.random.default_rng(seed)
     part = random.choice(len(SHARES), size=count, p=SHARES)
     return MEANS[part] + STDS[part, None] * random.normal(size=(count, 2))
 
 
 def energy_distance(x, y):
-    """Squared: 0 for two samples of one distribution, but for their size."""
+    """Return the squared energy distance: 0 for two samples of one distribution, but for their finite size."""
 
-    def apart(a, b):
+    def distance(a, b):
         return np.linalg.norm(np.asarray(a)[:, None] - np.asarray(b)[None], axis=-1).mean()
 
-    return 2 * apart(x, y) - apart(x, x) - apart(y, y)
+    return 2 * distance(x, y) - distance(x, x) - distance(y, y)

@@ -1,4 +1,4 @@
-"""An HTML page, read strictly, and a text that tries to break out of one."""
+"""A strict parser of HTML pages, and a text that tries to break out of one."""
 
 from html.parser import HTMLParser
 
@@ -27,5 +27,6 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text.append(data)
 
-    def of(self, tag, **attributes):
-        return [a for t, a in self.elements if t == tag and all(a.get(k) == v for k, v in attributes.items())]
+    def find(self, tag, **attributes):
+        """Return the attributes of the elements with this tag and these attributes."""
+        return [a for t, a in self.elements if t == tag and attributes.items() <= a.items()]

@@ -1,4 +1,4 @@
-"""Parameters that hide nothing: a fresh model's zero gates and unit scales would let much pass as equal."""
+"""Random parameters for tests: with a new model's zero gates and unit scales many differences would not show."""
 
 import functools
 
@@ -10,13 +10,13 @@ from dit_video.core.trees import map_with_path
 from dit_video.nn import get_param_shapes
 
 
-def rough_params(make, seed=0):
-    """Random wherever a fresh model is zero or one. The dictionaries are the caller's own."""
-    return jax.tree.map(lambda leaf: leaf, _rough_params(make, seed))
+def make_random_params(make, seed=0):
+    """Return random values, also where a new model has zeros or ones, in dictionaries that no other caller has."""
+    return jax.tree.map(lambda leaf: leaf, _make_random_params(make, seed))
 
 
 @functools.cache
-def _rough_params(make, seed):
+def _make_random_params(make, seed):
     draw = np.random.default_rng(seed)
 
     def value(path, leaf):

@@ -1,0 +1,86 @@
+"""Check the bytes that programs on eight devices exchange: `attention`, `weights` or `rows`, the only argument."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, make_mesh
+from dit_video.distributed.planner import read_program
+from dit_video.nn import LoraConfig
+from dit_video.nn.attention import AttentionInputs, ChunkedAttention, Full
+from support import mesh_training
+
+
+def check_attention() -> None:
+    """Check that attention over a context axis exchanges at most a tenth more than it has to."""
+    ranks, length, heads, width, size = 8, 512, 8, 16, 4
+    # In float32: the backend for CPUs exchanges bfloat16 as that.
+    mesh = make_mesh(MeshConfig(data=1, context=ranks))
+    split = NamedSharding(mesh, P(None, "context"))
+    shape = jax.ShapeDtypeStruct((1, length, heads, width), jnp.float32, sharding=split)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=NamedSharding(mesh, P()))
+    values = length // ranks * heads * width
+    minimum = {
+        # q, k, v and the result, and the gradients of each: all but a device's own part of them.
+        "ulysses": 8 * (ranks - 1) / ranks * values * size,
+        # Keys and values twice, to every device that does not have them; their gradients in float32.
+        "ring": (ranks - 1) * (2 * 2 * size + 2 * 4) * values,
+    }
+    for method, inner in (
+        ("ulysses", ChunkedAttention(chunk=64)),
+        ("ring", RingAttention("context", ranks, Full(), 64)),
+    ):
+        attention = ShardedAttention(mesh, inner, method)
+
+        def compute_gradients(q, k, v, d_out, ids, attention=attention):
+            inputs = AttentionInputs.self_attention(ids)
+            out, back = jax.vjp(lambda q, k, v: attention(q, k, v, inputs), q, k, v)
+            return out, back(d_out)
+
+        compiled = jax.jit(compute_gradients, out_shardings=(split, (split,) * 3))
+        program = compiled.lower(shape, shape, shape, shape, ids).compile().as_text()
+        collectives = read_program(program, dict(mesh.shape)).collectives
+        ratio = sum(traffic.bytes for traffic in collectives.values()) / minimum[method]
+        print(method, {key: traffic.bytes for key, traffic in collectives.items()}, ratio)
+        assert 1 <= ratio <= 1.1, (method, ratio, collectives)
+
+
+def check_rows() -> None:
+    """Check that layers do not gather tokens: they compute each token without the others.
+
+    There are two rows to a device, and a part of each row's tokens.
+    """
+    dit = dataclasses.replace(mesh_training.DIT, attention="chunked")
+    collectives, _ = mesh_training.read_collectives(MeshConfig(data=1, fsdp=4, context=2), dit)
+    gathered = [traffic for (kind, axes), traffic in collectives.items() if kind == "all-gather" and "context" in axes]
+    activations = mesh_training.ROWS // 4 * mesh_training.SHAPE.tokens * dit.width * 4 / 2
+    print([(traffic.axes, traffic.bytes, traffic.count) for traffic in gathered], activations)
+    assert sum(traffic.bytes for traffic in gathered) < activations, collectives
+
+
+def check_weights() -> None:
+    """Check that weights are gathered once for each pass, and that frozen weights have no gradients to sum."""
+    for config in (mesh_training.DIT, mesh_training.WAN):
+        dit = dataclasses.replace(config, attention="chunked", remat="full")
+        collectives, parameters = mesh_training.read_collectives(MeshConfig(data=1, fsdp=8), dit)
+        once = 7 / 8 * 4 * parameters
+        gathered = collectives["all-gather", ("fsdp",)].bytes / once
+        sums = [traffic for (kind, axes), traffic in collectives.items() if "reduce" in kind and axes == ("fsdp",)]
+        summed = sum(traffic.bytes for traffic in sums)
+        print(gathered, summed / once)
+        assert gathered <= 1.1 * 2  # for the forward and for the backward pass
+        assert summed <= 1.1 * 2 * once  # XLA's CPU backend sums them to all devices, which is twice as much
+        lora = LoraConfig(rank=1)
+        collectives, parameters = mesh_training.read_collectives(MeshConfig(data=1, fsdp=8), dit, lora=lora)
+        gathered = collectives["all-gather", ("fsdp",)].bytes / (7 / 8 * 4 * parameters)
+        print(gathered, "adapted")
+        assert gathered <= 1.1 * 2
+
+
+if __name__ == "__main__":
+    {"attention": check_attention, "rows": check_rows, "weights": check_weights}[sys.argv[1]]()
+    print("done")

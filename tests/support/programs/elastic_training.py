@@ -1,0 +1,46 @@
+"""Continue a training on other devices of one host; the arguments are a case below and a folder."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dit_video.distributed import MeshConfig, make_mesh
+from support.elastic_training import train
+
+
+def check_device_counts(folder: Path) -> None:
+    """Compare two steps each on one, two, four and eight devices with eight steps on one."""
+    devices = jax.devices()
+    expected = train(folder / "whole", make_mesh(MeshConfig(), devices[:1]), 8)
+    assert np.ptp(np.asarray(expected)[:, 0]) > 1e-3, expected
+    actual = []
+    for mesh in (
+        make_mesh(MeshConfig(), devices[:1]),
+        make_mesh(MeshConfig(), devices[:2]),
+        make_mesh(MeshConfig(data=2, fsdp=2), devices[:4]),
+        make_mesh(MeshConfig(data=1, fsdp=8), devices),
+    ):
+        actual += train(folder / "parts", mesh, 2)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def start_on_one_host(folder: Path) -> None:
+    """Save the expected losses of six steps, and take the first two."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    np.save(folder / "expected.npy", train(folder / "whole", mesh, 6))
+    train(folder / "parts", mesh, 2)
+
+
+def end_on_one_host(folder: Path) -> None:
+    """Take the last two steps, after those of two hosts."""
+    actual = train(folder / "parts", make_mesh(MeshConfig(fsdp=2, data=-1)), 2)
+    np.testing.assert_allclose(actual, np.load(folder / "expected.npy")[4:], rtol=1e-6)
+
+
+CASES = {"device counts": check_device_counts, "start": start_on_one_host, "end": end_on_one_host}
+
+if __name__ == "__main__":
+    CASES[sys.argv[1]](Path(sys.argv[2]))
+    print("done")

@@ -1,0 +1,10 @@
+"""Ask for huge pages, which starts this program again; print the setting and the arguments."""
+
+import os
+import sys
+
+from dit_video.platform.huge_pages import use_huge_pages
+
+print("before", flush=True)
+use_huge_pages(__name__)
+print(os.environ["GLIBC_TUNABLES"], sys.argv[1:])

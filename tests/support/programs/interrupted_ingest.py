@@ -1,0 +1,13 @@
+"""Ingest the folder `sys.argv[1]` into `sys.argv[2]` with `interrupted_worker`.
+
+Its main part has no guard: workers do not run the script again.
+"""
+
+import sys
+
+from dit_video.data.ingest import ingest, workers
+
+if __name__ != "__main__":
+    raise SystemExit("the script was run again by a worker")
+workers.MODULE = "interrupted_worker"
+ingest(sys.argv[1], sys.argv[2], workers=1)
