@@ -121,7 +121,7 @@ def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, m
 
 
 def test_every_stage_has_its_own_learning_rate_schedule(staged, monkeypatch):
-    images, last = staged.stage(0), staged.stage(2)
+    images, last = staged.get_stage(0), staged.get_stage(2)
     assert images.denoiser.optimizer.learning_rate == 4e-3
     rates = make_learning_rate_schedule(last.denoiser.optimizer, steps=last.denoiser.steps)
     assert [float(rates(step)) for step in (0, 1)] == pytest.approx([1e-3, 1e-3])
@@ -192,7 +192,7 @@ def test_invalid_stages_are_refused(staged, tiny):
 def test_all_stages_share_one_training_state(staged):
     shapes = []
     for number in range(3):
-        config = staged.stage(number).denoiser
+        config = staged.get_stage(number).denoiser
         optimizer = make_optimizer(config.optimizer, steps=config.steps, start_step=number)
         init = functools.partial(init_params, config.dit.make)
         shapes.append(jax.tree.leaves(get_state_shapes(init, optimizer)))

@@ -56,7 +56,7 @@ def test_positions_of_rows_count_the_seconds_of_each_clip(tiny, tiny_run):
     """The clips have 8 frames a second, and a latent frame stands for 4 of them."""
     clips, latents = ClipSource(tiny_run / "data"), LatentSource(tiny_run / "latents")
     denoiser = tiny.EXPERIMENT.denoiser
-    timed = dataclasses.replace(denoiser, dit=dataclasses.replace(denoiser.dit, clock="seconds"))
+    timed = dataclasses.replace(denoiser, dit=dataclasses.replace(denoiser.dit, time_coordinate="seconds"))
     experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=timed)
     batches = input_pipeline.make_cached_batches(
         experiment, latents, clips, TokenizedCaptions(latents.all_captions, tokenize)

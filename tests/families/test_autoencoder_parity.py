@@ -134,7 +134,7 @@ def test_vq_models_equal_diffusers(tmp_path, arguments):
     assert latents.std() > 0.1
     assert decoded.std() > 0.1
     assert np.abs(decoded - plain).max() > 0.1
-    np.testing.assert_allclose(jax.jit(lambda x: model.latents(x))(images[None]), latents, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(lambda x: model.compute_latents(x))(images[None]), latents, atol=1e-4)
     ours = jax.jit(lambda x: model.encode_indices(x))(images[None])
     np.testing.assert_array_equal(ours, indices.reshape(latents.shape[:-1]))
     assert len(np.unique(ours)) > 5
