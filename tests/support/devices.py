@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -52,11 +51,7 @@ def run_together(program: str, *arguments: str, devices: int = 1) -> tuple[str, 
     Args:
       program: file name below `tests/support/programs`.
     """
-    if program.endswith(".py"):
-        command = _make_command(program)
-    else:
-        code, *arguments = arguments
-        command = _make_command(_JOIN.format(imports=textwrap.dedent(program), code=textwrap.dedent(code)))
+    command = _make_command(program)
     for _ in range(4):
         codes, outputs = _run_both([*command, find_free_port()], arguments, make_environment(devices))
         if codes == [0, 0]:
@@ -93,22 +88,11 @@ def join_processes() -> None:
     )
 
 
-_JOIN = """
-import os, sys
-import jax
-{imports}
-from support.devices import join_processes
-join_processes()
-{code}
-"""
 _NOT_JOINED = re.compile("Failed to start RPC server|Gloo context initialization failed")
 
 
 def _make_command(program: str) -> list[str]:
-    """Return the command of a program: the name of a file, or code."""
-    if program.endswith(".py"):
-        return [sys.executable, "-P", str(PROGRAMS / program)]
-    return [sys.executable, "-c", textwrap.dedent(program)]
+    return [sys.executable, "-P", str(PROGRAMS / program)]
 
 
 def _run_both(command: list[str], arguments: Sequence[str], environment: dict[str, str]):
