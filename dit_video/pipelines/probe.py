@@ -113,7 +113,7 @@ class DenoiserProbe:
     def compute_attention_maps(
         self, noisy: Float[Array, "B n p"], time: Float[Array, ""] | float, *, queries: Sequence[int]
     ) -> Float32[np.ndarray, "L B K Q M"]:
-        """Return how much some tokens (Q) attend to every token (M), by layer and head; see `dit.attention_maps`.
+        """Return how much some tokens (Q) attend to every token (M), by layer and head; see `backbones.attention_maps`.
 
         Raises:
           UserError: a query that is not the number of a token.
