@@ -299,7 +299,7 @@ def test_the_quickstart_makes_a_report_and_can_be_repeated(script, tiny_quicksta
     assert (work / "samples" / "prompts.json").read_bytes() == samples
     assert_one_line(script("experiments/quickstart.py", "--workdir", work, "--seed", 1), "another config")
     assert_one_line(
-        script("experiments/quickstart.py", "--workdir", tmp_path / "x", "--seed", "-1"), "seed=-1 is invalid"
+        script("experiments/quickstart.py", "--workdir", tmp_path / "x", "--seed", "-1"), "--seed -1 is invalid"
     )
 
 

@@ -284,7 +284,7 @@ def test_two_experts_are_trained_one_at_a_time(folder, two, tmp_path):
         ExpertConfig(expert="low", boundary=875.0, other_folder="transformer")
     write_wan(tmp_path / "other", dit=dataclasses.replace(DIT, layers=3))
     training = get_training(two, expert="low")
-    unlike = dataclasses.replace(training.expert, other=str(tmp_path / "other" / "transformer"))
+    unlike = dataclasses.replace(training.expert, other_folder=str(tmp_path / "other" / "transformer"))
     with pytest.raises(UserError, match="other/transformer holds another denoiser"):
         check_initial_weights(dataclasses.replace(training, expert=unlike))
 

@@ -58,7 +58,7 @@ def measure_online(setting: Setting, setup: TrainingSetup, clips: Path, steps: i
     for reading and decoding. The autoencoder is untrained, which does not change its cost. `bytes` is the resident
     memory of the process at the end.
     """
-    data = replace(setting.data, cache_latents=False, weights=(), stretches=1, resolutions=(), flips=False)
+    data = replace(setting.data, cache_latents=False, weights=(), clips_per_video=1, resolutions=(), flips=False)
     rows = replace(setting, data=data, denoiser=replace(setting.denoiser, buckets=None))
     # As many tokens per step as the rows have, so that both layouts are comparable.
     config = BucketConfig(

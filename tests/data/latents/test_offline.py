@@ -67,7 +67,7 @@ def test_stretches_resolutions_and_flips_are_views_with_names_of_their_own():
         with pytest.raises(UserError, match="must be at least 1 each"):
             Augmentations(**wrong)
     for wrong in ({"views_per_file": 0}, {"threads": 0}):
-        with pytest.raises(UserError, match="must be at least 1 each"):
+        with pytest.raises(UserError, match="must be at least 1"):
             make_encoding(**wrong)
     with pytest.raises(UserError, match="no clips"):
         plan_encoding(make_source([]), make_encoding())
