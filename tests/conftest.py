@@ -30,13 +30,16 @@ Without most optimisations, two thirds of the compilation are the generation of 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile every program once a session, also for scripts and workers of pytest-xdist."""
+    """Compile a large program once a session, also for scripts and workers of pytest-xdist.
+
+    Small programs are compiled again: to write one to the cache takes as long as to compile it.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as in a worker
         # In the folder of pytest, which removes those of older sessions, however they ended.
         folder = config._tmp_path_factory.mktemp("compiled")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1.0"
     # JAX has already read its environment.
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update(
@@ -45,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     _compile_quickly(True)  # for computations while tests are collected
     flags = os.environ.get("XLA_FLAGS", "")
-    if config.option.markexpr == _DEFAULT and _QUICK not in flags:
+    if config.option.markexpr in (_DEFAULT, "slow") and _QUICK not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_QUICK}"  # read when JAX first computes
 
 

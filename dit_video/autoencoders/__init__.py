@@ -12,7 +12,7 @@ from dit_video.autoencoders.canvas import (
 from dit_video.autoencoders.image_blocks import ImageLevels
 from dit_video.autoencoders.image_vae import ImageVae, ImageVaeConfig
 from dit_video.autoencoders.inflate import InflatedConfig, inflate
-from dit_video.autoencoders.interface import Autoencoder, AutoencoderConfig, clip_grid, latent_grid
+from dit_video.autoencoders.interface import Autoencoder, AutoencoderConfig, latent_grid
 from dit_video.autoencoders.linear import LinearAutoencoder, fit_linear
 from dit_video.autoencoders.objective import AutoencoderObjective
 from dit_video.autoencoders.patch_vae import PatchVae, PatchVaeConfig, from_patches, init_from_linear, to_patches
@@ -50,7 +50,6 @@ __all__ = [
     "TilingError",
     "VqAutoencoder",
     "VqConfig",
-    "clip_grid",
     "compute_padding_share",
     "compute_segment_ids",
     "decode_stream",

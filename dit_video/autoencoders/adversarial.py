@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_video.autoencoders.discriminator import Discriminator
+from dit_video.autoencoders.interface import Pixels
 from dit_video.core.errors import UserError
 
 Logits = Float[Array, "B t h w"]
@@ -39,7 +40,7 @@ class R1:
 
     def __post_init__(self):
         if not self.weight > 0 or self.every < 1:
-            raise UserError(f"R1 weight={self.weight}, every={self.every} is invalid: use weight > 0 and every >= 1")
+            raise UserError(f"{self} is invalid: use weight > 0 and every >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,7 @@ class LeCam:
 
     def __post_init__(self):
         if not self.weight > 0 or not 0 <= self.decay < 1:
-            raise UserError(
-                f"LeCam weight={self.weight}, decay={self.decay} is invalid: use weight > 0 and a decay in [0, 1)"
-            )
+            raise UserError(f"{self} is invalid: use weight > 0 and a decay in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +83,9 @@ class AdversarialConfig:
 
     def __post_init__(self):
         if not (self.weight > 0 and self.learning_rate > 0) or self.start_step < 0:
-            raise UserError(
-                f"weight={self.weight}, learning_rate={self.learning_rate}, start_step={self.start_step} is "
-                "invalid: use a "
-                "positive weight and learning_rate, and start_step >= 0"
-            )
+            raise UserError(f"{self} is invalid: use a positive weight and learning_rate, and start_step >= 0")
         if self.width < 1 or self.layers < 1:
-            raise UserError(
-                f"discriminator width={self.width}, layers={self.layers} is invalid: use at least 1 of each"
-            )
+            raise UserError(f"{self} is invalid: use a width and layers of at least 1")
 
     def make(self, rngs: nnx.Rngs) -> Discriminator:
         """Return a new discriminator."""
@@ -101,9 +94,8 @@ class AdversarialConfig:
 
 def discriminator_loss(logits_real: Logits, logits_fake: Logits) -> Float[Array, " B"]:
     """Return the hinge loss (arXiv 1705.02894): `(mean max(0, 1 - D(x)) + mean max(0, 1 + D(y))) / 2`."""
-    return 0.5 * (
-        jax.nn.relu(1 - logits_real).mean(axis=_LOGIT_AXES) + jax.nn.relu(1 + logits_fake).mean(axis=_LOGIT_AXES)
-    )
+    real, fake = jax.nn.relu(1 - logits_real), jax.nn.relu(1 + logits_fake)
+    return 0.5 * (real.mean(axis=_LOGIT_AXES) + fake.mean(axis=_LOGIT_AXES))
 
 
 def generator_loss(logits_fake: Logits) -> Float[Array, " B"]:
@@ -118,12 +110,11 @@ def lecam_loss(
 
     arXiv 2104.03310, eq. 5, restricted to the positive parts as in the authors' code (google/lecam-gan).
     """
-    return jnp.square(jax.nn.relu(logits_real - fake_mean)).mean(axis=_LOGIT_AXES) + jnp.square(
-        jax.nn.relu(real_mean - logits_fake)
-    ).mean(axis=_LOGIT_AXES)
+    real, fake = jax.nn.relu(logits_real - fake_mean), jax.nn.relu(real_mean - logits_fake)
+    return jnp.square(real).mean(axis=_LOGIT_AXES) + jnp.square(fake).mean(axis=_LOGIT_AXES)
 
 
-def r1_penalty(discriminator: Callable[[Array], Logits], pixels: Float[Array, "B T H W 3"]) -> Float[Array, " B"]:
+def r1_penalty(discriminator: Callable[[Array], Logits], pixels: Pixels) -> Float[Array, " B"]:
     """Return `|grad_x sum D(x)|² / n`; dividing by the `n` logits of a clip makes it independent of the clip's size."""
     gradient = jax.grad(lambda clips: discriminator(clips).sum())(pixels)
     verdicts = jax.eval_shape(discriminator, pixels)

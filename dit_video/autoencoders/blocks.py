@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from dit_video.autoencoders.interface import chunk_grid
+from dit_video.autoencoders.interface import SegmentIds, chunk_grid
 from dit_video.autoencoders.modulation import Guide, SpatialNorm
 from dit_video.core.errors import UserError
 from dit_video.nn import AttentionInputs, CausalConv, ConvCache, Linear, RmsNorm, make_attention
@@ -48,10 +48,7 @@ def mask_gaps(x: Float[Array, "B t h w i"], segments: CanvasSegments | None) -> 
 
 
 def make_canvas_segments(
-    pixels: Float[Array, "B T H W _"],
-    stride: Grid,
-    segment_ids: Int[Array, "B h w"] | Bool[Array, "B h w"] | None,
-    cache: ConvCache | None,
+    pixels: Float[Array, "B T H W _"], stride: Grid, segment_ids: SegmentIds, cache: ConvCache | None
 ) -> CanvasSegments | None:
     """Check the shape of pixels and return the clip ids of their canvas, or None if there are none.
 
@@ -86,18 +83,10 @@ class ResidualBlock(nnx.Module):
     """Two times norm, SiLU and a 3×3×3 convolution, added to the identity or a projection."""
 
     def __init__(
-        self,
-        width_in: int,
-        width_out: int,
-        *,
-        guide_channels: int | None = None,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
+        self, width_in: int, width_out: int, *, guide_channels: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        self.norm_in, self.norm_out = (
-            make_norm(width_in, guide_channels, rngs),
-            make_norm(width_out, guide_channels, rngs),
-        )
+        self.norm_in = make_norm(width_in, guide_channels, rngs)
+        self.norm_out = make_norm(width_out, guide_channels, rngs)
         self.conv_in = CausalConv(width_in, width_out, (3, 3, 3), temporal_padding="zero", dtype=dtype, rngs=rngs)
         self.conv_out = CausalConv(width_out, width_out, (3, 3, 3), temporal_padding="zero", dtype=dtype, rngs=rngs)
         self.shortcut = None if width_in == width_out else Linear(width_in, width_out, dtype=dtype, rngs=rngs)
@@ -117,9 +106,7 @@ class ResidualBlock(nnx.Module):
 class FrameAttention(nnx.Module):
     """Single-head attention among the positions of a frame, added to the identity."""
 
-    def __init__(
-        self, width: int, *, guide_channels: int | None = None, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, *, guide_channels: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = make_norm(width, guide_channels, rngs)
         self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)

@@ -80,15 +80,9 @@ def pack_canvases(
         # A canvas of `area` latent positions has about `pixels` pixels over its `length` frames.
         height, width, canvas_cells = _pack_cells(cells, max(1, pixels // (length * stride.h * stride.w)))
         size = Grid(length, height * stride.h, width * stride.w)
-        canvases += [
-            Canvas(
-                size=size,
-                slots=tuple(
-                    Slot(members[clip], row * stride.h, column * stride.w) for clip, row, column in canvas_slots
-                ),
-            )
-            for canvas_slots in canvas_cells
-        ]
+        for canvas_slots in canvas_cells:
+            slots = [Slot(members[clip], row * stride.h, column * stride.w) for clip, row, column in canvas_slots]
+            canvases.append(Canvas(size=size, slots=tuple(slots)))
     return canvases
 
 
@@ -148,20 +142,14 @@ def _round_lengths(sizes: Sequence[Grid], max_lengths: int) -> dict[int, int]:
     below = [0, *itertools.accumulate(areas[length] for length in lengths)]
     # best[n]: the fewest padded pixels of the n shortest lengths, and the rounded lengths that achieve it. Each pass
     # allows one more rounded length, for lengths m + 1 to n.
-    best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [
-        (below[n] * lengths[n - 1], (lengths[n - 1],)) for n in range(1, len(lengths) + 1)
-    ]
-    for _ in range(max_lengths - 1):
-        best = [best[0]] + [
-            min(
-                best[n],
-                min(
-                    (best[m][0] + (below[n] - below[m]) * lengths[n - 1], (*best[m][1], lengths[n - 1]))
-                    for m in range(n)
-                ),
-            )
-            for n in range(1, len(lengths) + 1)
-        ]
+    best: list[tuple[int | float, tuple[int, ...]]] = [(0, ()), *[(math.inf, ())] * len(lengths)]
+
+    def add_length(m: int, n: int) -> tuple[int | float, tuple[int, ...]]:
+        pixels, chosen = best[m]
+        return pixels + (below[n] - below[m]) * lengths[n - 1], (*chosen, lengths[n - 1])
+
+    for _ in range(max_lengths):
+        best = [best[0], *(min(best[n], *(add_length(m, n) for m in range(n))) for n in range(1, len(best)))]
     chosen = best[-1][1]
     return {length: next(rounded for rounded in chosen if rounded >= length) for length in lengths}
 
@@ -196,9 +184,8 @@ def _list_candidate_sides(target: float, lengths: Sequence[int], minimum: int) -
     low, high = 0.6 * target, 1.6 * target
     candidates = {round(low + (high - low) * step / 8) for step in range(9)}
     for member, _ in Counter(lengths).most_common(3):
-        candidates |= {
-            (member + 1) * count - 1 for count in range(math.ceil(low / (member + 1)), int(high / (member + 1)) + 1)
-        }
+        pitch = member + 1
+        candidates |= {pitch * count - 1 for count in range(math.ceil(low / pitch), int(high / pitch) + 1)}
     return sorted({max(minimum, side) for side in candidates})
 
 

@@ -23,12 +23,8 @@ class Discriminator(nnx.Module):
 
     def __init__(self, *, width: int, layers: int, rngs: nnx.Rngs):
         widths = [width * min(2**layer, _MAX_WIDTH_FACTOR) for layer in range(layers + 1)]
-        self.halving = nnx.List(
-            [
-                CausalConv(width_in, width_out, (3, 4, 4), stride=2, rngs=rngs)
-                for width_in, width_out in zip([3, *widths[:-2]], widths[:-1], strict=True)
-            ]
-        )
+        pairs = zip([3, *widths[:-2]], widths[:-1], strict=True)
+        self.halving = nnx.List([CausalConv(*pair, (3, 4, 4), stride=2, rngs=rngs) for pair in pairs])
         self.last = CausalConv(widths[-2], widths[-1], (3, 3, 3), rngs=rngs)
         # As in pix2pix the first layer has no norm: it sees absolute brightness.
         self.norms = nnx.List([RmsNorm(width) for width in widths[1:]])

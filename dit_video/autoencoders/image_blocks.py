@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_video.autoencoders.blocks import CanvasSegments, Downsample, Upsample, compute_frame_segments, mask_gaps
+from dit_video.autoencoders.interface import Latents
 from dit_video.core.errors import UserError
 from dit_video.nn import AttentionInputs, CausalConv, ConvCache, GroupNorm, Linear, make_attention
 from dit_video.tokens import Grid
@@ -49,20 +50,12 @@ class ImageLevels:
 
     def __post_init__(self):
         if not self.widths or min(*self.widths, self.blocks, self.groups) < 1:
-            raise UserError(
-                f"widths={self.widths}, blocks={self.blocks}, groups={self.groups} is invalid: use one level or more, "
-                "and at least 1 of each"
-            )
+            raise UserError(f"{self} is invalid: use one level or more, and widths, blocks and groups of at least 1")
         for width in self.widths:
             if width % self.groups:
-                raise UserError(
-                    f"{width} channels are not divisible by groups={self.groups}; change the widths or the groups"
-                )
+                raise UserError(f"{width} channels are not divisible by groups={self.groups}; change one of them")
         if set(self.attention) - set(range(len(self.widths))):
-            raise UserError(
-                f"attention={self.attention} is invalid for {len(self.widths)} levels: use levels from 0 to "
-                f"{len(self.widths) - 1}"
-            )
+            raise UserError(f"attention={self.attention} is invalid: use levels from 0 to {len(self.widths) - 1}")
 
     @property
     def stride(self) -> Grid:
@@ -81,7 +74,7 @@ class BlockInputs(NamedTuple):
 
     segments: CanvasSegments | None = None
     """Clip ids of the positions, if several clips share a canvas."""
-    latents: Float[Array, "B t h w c"] | None = None
+    latents: Latents | None = None
     """Latents being decoded, for norms that they modulate."""
     cache: ConvCache | None = None
     """Cache left by the previous chunk, for temporal layers."""
@@ -146,12 +139,8 @@ class ImageVaeEncoder(nnx.Module):
     def __init__(self, levels: ImageLevels, channels: int, *, rngs: nnx.Rngs):
         widths, dtype, norm = levels.widths, levels.dtype, make_frame_norm_factory(levels)
         self.conv_in = CausalConv(3, widths[0], (1, 3, 3), dtype=dtype, rngs=rngs)
-        self.levels = nnx.List(
-            [
-                _DownLevel(levels, index, (width_in, *[width] * levels.blocks), norm, rngs=rngs)
-                for index, (width_in, width) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
-            ]
-        )
+        chains = [(width_in, *[width] * levels.blocks) for width_in, width in itertools.pairwise((widths[0], *widths))]
+        self.levels = nnx.List([_DownLevel(levels, index, part, norm, rngs=rngs) for index, part in enumerate(chains)])
         self.middle = _MiddleBlock(levels, norm, rngs=rngs)
         self.norm = norm(widths[-1], rngs)
         self.conv_out = CausalConv(widths[-1], channels, (1, 3, 3), dtype=dtype, rngs=rngs)
@@ -178,16 +167,14 @@ class ImageVaeDecoder(nnx.Module):
         widths, dtype = levels.widths[::-1], levels.dtype
         self.conv_in = CausalConv(channels, widths[0], (1, 3, 3), dtype=dtype, rngs=rngs)
         self.middle = _MiddleBlock(levels, norm, rngs=rngs)
-        self.levels = nnx.List(
-            [
-                _UpLevel(levels, len(widths) - 1 - index, (width_in, *[width] * (levels.blocks + 1)), norm, rngs=rngs)
-                for index, (width_in, width) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
-            ]
-        )
+        pairs, count = itertools.pairwise((widths[0], *widths)), levels.blocks + 1
+        chains = [(width_in, *[width] * count) for width_in, width in pairs]
+        indices = range(len(widths) - 1, -1, -1)
+        self.levels = nnx.List([_UpLevel(levels, *part, norm, rngs=rngs) for part in zip(indices, chains, strict=True)])
         self.norm = norm(widths[-1], rngs)
         self.conv_out = CausalConv(widths[-1], 3, (1, 3, 3), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B t h w c"], inputs: BlockInputs) -> Float[Array, "B t H W 3"]:
+    def __call__(self, x: Latents, inputs: BlockInputs) -> Float[Array, "B t H W 3"]:
         x = self.middle(self.conv_in(x), inputs)
         for level in self.levels:
             x = level(x, inputs)

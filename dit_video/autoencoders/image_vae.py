@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.autoencoders.blocks import make_canvas_segments
 from dit_video.autoencoders.image_blocks import (
@@ -14,6 +13,7 @@ from dit_video.autoencoders.image_blocks import (
     ImageVaeEncoder,
     make_frame_norm_factory,
 )
+from dit_video.autoencoders.interface import Latents, Pixels, SegmentIds
 from dit_video.autoencoders.posterior import Normalizer, Posterior, Vae, check_std
 from dit_video.core.errors import UserError
 from dit_video.nn import ConvCache, Linear
@@ -79,21 +79,14 @@ class ImageVae(Vae):
         self.latents = Linear(channels, channels, rngs=rngs) if config.use_post_quant_conv else None
         self.normalizer = Normalizer(channels)
 
-    def posterior(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        cache: ConvCache | None = None,
-    ) -> Posterior:
+    def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
         segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
         moments = self.encoder(pixels, segments).astype(jnp.float32)
         moments = moments if self.moments is None else self.moments(moments)
         return Posterior.from_moments(moments, self.config.std)
 
-    def reconstruct(
-        self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None
-    ) -> Float[Array, "B T H W 3"]:
+    def reconstruct(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels from latents that are not normalised."""
         x = latents if self.latents is None else self.latents(latents)
         return self.decoder(x, BlockInputs(cache=cache)).astype(jnp.float32)

@@ -39,14 +39,10 @@ class InflatedConfig:
 
     def __post_init__(self):
         if self.image.stride.t != 1:
-            raise UserError(
-                f"{type(self.image).__name__} has a temporal stride of {self.image.stride.t} and can't be "
-                "inflated; use an image autoencoder, whose temporal stride is 1"
-            )
+            name, stride = type(self.image).__name__, self.image.stride.t
+            raise UserError(f"{name} has a temporal stride of {stride} and can't be inflated; use one of images")
         if self.kernel_size < 2:
-            raise UserError(
-                f"kernel_size={self.kernel_size} is invalid: a temporal layer must see another frame. Use at least 2"
-            )
+            raise UserError(f"kernel_size={self.kernel_size} is invalid: it must see another frame. Use at least 2")
 
     @property
     def stride(self) -> Grid:
@@ -73,13 +69,10 @@ class InflatedConfig:
         model = self.image.make(rngs)
         decoder = getattr(model, "decoder", None)
         if not isinstance(decoder, ImageVaeDecoder):
-            raise UserError(
-                f"{type(self.image).__name__} can't be inflated: no decoder of images. Use ImageVaeConfig or similar"
-            )
-        for level, width in zip(decoder.levels, decoder.config.widths[::-1], strict=True):
-            level.temporal = nnx.List(
-                [TemporalResidualBlock(width, self.kernel_size, decoder.config, rngs=rngs) for _ in level.blocks]
-            )
+            raise UserError(f"{type(self.image).__name__} can't be inflated: no decoder of images. Use ImageVaeConfig")
+        size, levels = self.kernel_size, decoder.config
+        for level, width in zip(decoder.levels, levels.widths[::-1], strict=True):
+            level.temporal = nnx.List([TemporalResidualBlock(width, size, levels, rngs=rngs) for _ in level.blocks])
         return model
 
 

@@ -9,17 +9,18 @@ from dit_video.core.errors import UserError
 from dit_video.nn import ConvCache
 from dit_video.tokens import Grid
 
+Pixels = Float[Array, "B T H W 3"]
+"""Clips, with pixels in [-1, 1]."""
+Latents = Float[Array, "B t h w c"]
+SegmentIds = Int[Array, "B h w"] | Bool[Array, "B h w"] | None
+"""Clip of each latent position of canvases that several clips share; None if each clip has its own."""
+
 
 @runtime_checkable
 class Autoencoder(Protocol):
     """An autoencoder of clips, whose latents have about zero mean and unit variance in every channel."""
 
-    def encode(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        segment_ids: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
-        cache: ConvCache | None = None,
-    ) -> Float[Array, "B t h w c"]:
+    def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:
         """Encode a clip, or one chunk of it given the cache left by the previous chunk.
 
         `segment_ids` names the clip of each latent position where several share a canvas, one position or more apart:
@@ -27,7 +28,7 @@ class Autoencoder(Protocol):
         """
         ...
 
-    def decode(self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None) -> Float[Array, "B T H W 3"]:
+    def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Decode a clip, or one chunk of it given the cache left by the previous chunk."""
         ...
 
@@ -92,8 +93,3 @@ def chunk_grid(chunk: Grid, stride: Grid, *, is_first: bool) -> Grid:
         )
     frame = latent_grid(Grid(1, chunk.h, chunk.w), stride)
     return frame._replace(t=chunk.t // stride.t)
-
-
-def clip_grid(latents: Grid, stride: Grid) -> Grid:
-    """Return the clip size of latents: the inverse of `latent_grid`."""
-    return Grid(1 + (latents.t - 1) * stride.t, latents.h * stride.h, latents.w * stride.w)

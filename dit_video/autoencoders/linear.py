@@ -43,9 +43,7 @@ def fit_linear(
     """
     values = stride.volume * 3
     if channels > values:
-        raise UserError(
-            f"channels={channels} is invalid: a patch has {values} values. Use at most {values}, or a larger stride"
-        )
+        raise UserError(f"channels={channels} is invalid: a patch has {values} values. Use fewer, or a larger stride")
     count, total, products = 0, np.zeros(values), np.zeros((values, values))
     for clips in batches:
         patches = np.asarray(to_patches(clips, stride), np.float64).reshape(-1, values)

@@ -92,12 +92,11 @@ def frequency_loss(error: Float[Array, "B T H W C"], *, focus: float = 1.0) -> F
     height, width = error.shape[2:4]
     columns_cos, columns_sin = _make_fourier_matrices(width, width // 2 + 1)  # the other columns are their conjugates
     rows_cos, rows_sin = _make_fourier_matrices(height, height)
-    real_part = _einsum("bthwc,wk->bthkc", error, columns_cos)
-    imaginary_part = -_einsum("bthwc,wk->bthkc", error, columns_sin)
+    real = _einsum("bthwc,wk->bthkc", error, columns_cos)
+    imaginary = -_einsum("bthwc,wk->bthkc", error, columns_sin)
     along_rows = functools.partial(_einsum, "bthkc,hl->btlkc")
-    power = jnp.square(along_rows(real_part, rows_cos) + along_rows(imaginary_part, rows_sin)) + jnp.square(
-        along_rows(imaginary_part, rows_cos) - along_rows(real_part, rows_sin)
-    )
+    power = jnp.square(along_rows(real, rows_cos) + along_rows(imaginary, rows_sin))
+    power += jnp.square(along_rows(imaginary, rows_cos) - along_rows(real, rows_sin))
     fixed = jax.lax.stop_gradient(power)
     largest = fixed.max(axis=(2, 3), keepdims=True)
     weight = jnp.power(fixed / jnp.where(largest > 0, largest, 1), focus / 2)

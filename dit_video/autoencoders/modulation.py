@@ -39,9 +39,8 @@ class SpatialNorm(nnx.Module):
     def modulate(self, x: Float[Array, "B T H W D"], guide: Guide) -> Float[Array, "B T H W D"]:
         """Modulate features that are already normalised."""
         # The maps act on single positions, so they are computed at the latents' resolution, which is the coarsest.
-        scale, shift = (
-            _upsample_latents(part(guide.latents), x.shape, guide.is_first) for part in (self.scale, self.shift)
-        )
+        latents, is_first = guide
+        scale, shift = (_upsample_latents(part(latents), x.shape, is_first) for part in (self.scale, self.shift))
         return (x * scale + shift).astype(x.dtype)
 
 

@@ -9,9 +9,10 @@ from jaxtyping import Array, Float
 
 from dit_video.autoencoders import losses
 from dit_video.autoencoders.adversarial import AdversarialConfig
+from dit_video.autoencoders.interface import Pixels
 from dit_video.core.errors import UserError
 
-PerceptualNet = Callable[[Float[Array, "B T H W 3"], Float[Array, "B T H W 3"]], Float[Array, " B"]]
+PerceptualNet = Callable[[Pixels, Pixels], Float[Array, " B"]]
 """Distance between decoded and original clips measured by a network, such as LPIPS."""
 
 _ERROR_LOSSES = {
@@ -79,10 +80,7 @@ class AutoencoderObjective:
         return cls(squared=1.0, absolute=0.1, pyramid=0.0, frequency=0.0, temporal=0.0, kl=kl)
 
     def compare(
-        self,
-        decoded: Float[Array, "B T H W 3"],
-        original: Float[Array, "B T H W 3"],
-        perceptual_net: PerceptualNet | None = None,
+        self, decoded: Pixels, original: Pixels, perceptual_net: PerceptualNet | None = None
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
         """Return the weighted sum of the reconstruction terms, and the terms by name.
 

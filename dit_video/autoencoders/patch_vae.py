@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from dit_video.autoencoders.blocks import CanvasSegments, make_canvas_segments, mask_gaps
+from dit_video.autoencoders.interface import Latents, Pixels, SegmentIds
 from dit_video.autoencoders.linear import LinearAutoencoder
 from dit_video.autoencoders.patches import from_patches, to_patches
 from dit_video.autoencoders.posterior import Normalizer, Posterior, Vae
@@ -53,10 +54,7 @@ class PatchVaeConfig:
 
     def __post_init__(self):
         if min(*self.stride, self.channels, self.width) < 1 or self.blocks < 0:
-            raise UserError(
-                f"stride={tuple(self.stride)}, channels={self.channels}, width={self.width}, blocks={self.blocks} is "
-                "invalid: use at least 1 of each, and blocks >= 0"
-            )
+            raise UserError(f"{self} is invalid: use a stride, channels and a width of at least 1, and blocks >= 0")
         if not 0.0025 <= self.init_std <= 2.7:
             raise UserError(f"init_std={self.init_std} is invalid: outside of the posterior's range. Use 0.0025 to 2.7")
 
@@ -90,12 +88,7 @@ class PatchVae(Vae):
         self.decoder = nnx.List([block(width, dtype=config.dtype, rngs=rngs) for _ in range(config.blocks)])
         self.decoder_out = Linear(width, values, init="zero", rngs=rngs)
 
-    def posterior(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        segment_ids: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
-        cache: ConvCache | None = None,
-    ) -> Posterior:
+    def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
         segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
         patches = to_patches(pixels, self.config.stride, is_first=cache is None or cache.is_first)
@@ -104,16 +97,14 @@ class PatchVae(Vae):
             x = block(x, cache, segments)
         mean, log_variance = jnp.split(self.gains.latents * self.encoder_out(x), 2, axis=-1)
         init_log_variance = 2 * math.log(self.config.init_std)
-        return Posterior(self.linear.encode(patches) + mean, jnp.clip(log_variance + init_log_variance, -12.0, 2.0))
+        return Posterior(self.linear.down(patches) + mean, jnp.clip(log_variance + init_log_variance, -12.0, 2.0))
 
-    def reconstruct(
-        self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None
-    ) -> Float[Array, "B T H W 3"]:
+    def reconstruct(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels from latents that are not normalised."""
         x = self.decoder_in(latents)
         for block in self.decoder:
             x = block(x, cache)
-        patches = self.linear.decode(latents) + self.gains.patches * self.decoder_out(x)
+        patches = self.linear.up(latents) + self.gains.patches * self.decoder_out(x)
         return from_patches(patches, self.config.stride, is_first=cache is None or cache.is_first)
 
 
@@ -133,12 +124,6 @@ class _LinearPath(nnx.Module):
 
     def __init__(self, values: int, channels: int, *, rngs: nnx.Rngs):
         self.down, self.up = Linear(values, channels, rngs=rngs), Linear(channels, values, rngs=rngs)
-
-    def encode(self, patches: Float[Array, "B t h w p"]) -> Float[Array, "B t h w c"]:
-        return self.down(patches)
-
-    def decode(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w p"]:
-        return self.up(latents)
 
 
 def init_from_linear(params: dict[str, Any], linear: LinearAutoencoder) -> dict[str, Any]:

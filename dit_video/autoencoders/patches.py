@@ -24,14 +24,12 @@ def to_patches(
     if is_first:
         xp = np if isinstance(pixels, np.ndarray) else jnp
         pixels = xp.concatenate([xp.repeat(pixels[:, :1], stride.t - 1, axis=1), pixels], axis=1)
-    return rearrange(pixels, "B (t pt) (h ph) (w pw) C -> B t h w (pt ph pw C)", pt=stride.t, ph=stride.h, pw=stride.w)
+    return rearrange(pixels, "B (t a) (h b) (w c) C -> B t h w (a b c C)", a=stride.t, b=stride.h, c=stride.w)
 
 
 def from_patches(
     patches: Float[SameArray, "B t h w p"], stride: Grid, *, is_first: bool = True
 ) -> Float[SameArray, "B T H W 3"]:
     """Invert `to_patches`; only the last frame of a clip's first patch is kept."""
-    pixels = rearrange(
-        patches, "B t h w (pt ph pw C) -> B (t pt) (h ph) (w pw) C", pt=stride.t, ph=stride.h, pw=stride.w
-    )
+    pixels = rearrange(patches, "B t h w (a b c C) -> B (t a) (h b) (w c) C", a=stride.t, b=stride.h, c=stride.w)
     return pixels[:, stride.t - 1 :] if is_first else pixels

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from dit_video.autoencoders.interface import Latents, Pixels, SegmentIds
 from dit_video.core.errors import UserError
 from dit_video.nn import ConvCache
 
@@ -18,8 +19,8 @@ _LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 class Posterior(NamedTuple):
     """A diagonal normal distribution over unnormalised latents."""
 
-    mean: Float[Array, "B t h w c"]
-    log_variance: Float[Array, "B t h w c"]
+    mean: Latents
+    log_variance: Latents
 
     @classmethod
     def from_moments(cls, moments: Float[Array, "B t h w _"], std: float | None) -> "Posterior":
@@ -29,7 +30,7 @@ class Posterior(NamedTuple):
             log_variance = jnp.full_like(mean, 2 * math.log(std) if std else -math.inf)
         return cls(mean, jnp.clip(log_variance, *_LOG_VARIANCE_BOUNDS))
 
-    def sample(self, noise: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
+    def sample(self, noise: Latents) -> Latents:
         """Return latents for standard normal noise."""
         return self.mean + jnp.exp(0.5 * self.log_variance) * noise
 
@@ -46,11 +47,11 @@ class Normalizer(nnx.Module):
         self.mean = nnx.Param(jnp.zeros((channels,), jnp.float32))
         self.std = nnx.Param(jnp.ones((channels,), jnp.float32))
 
-    def normalize(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
+    def normalize(self, latents: Latents) -> Latents:
         """Return latents with zero mean and unit variance in every channel."""
         return (latents - self.mean[...]) / self.std[...]
 
-    def denormalize(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
+    def denormalize(self, latents: Latents) -> Latents:
         """Return latents in the autoencoder's own scale."""
         return latents * self.std[...] + self.mean[...]
 
@@ -71,26 +72,14 @@ class Vae(nnx.Module):
     normalizer: Normalizer
 
     @abc.abstractmethod
-    def posterior(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        cache: ConvCache | None = None,
-    ) -> Posterior:
+    def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
 
     @abc.abstractmethod
-    def reconstruct(
-        self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None
-    ) -> Float[Array, "B T H W 3"]:
+    def reconstruct(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels from latents that are not normalised."""
 
-    def encode(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        cache: ConvCache | None = None,
-    ) -> Float[Array, "B t h w c"]:
+    def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:
         """Return normalised latents.
 
         Args:
@@ -105,6 +94,6 @@ class Vae(nnx.Module):
         """
         return self.normalizer.normalize(self.posterior(pixels, segment_ids, cache).mean)
 
-    def decode(self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None) -> Float[Array, "B T H W 3"]:
+    def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels, approximately in [-1, 1], of the normalised latents of a clip or of one chunk of it."""
         return self.reconstruct(self.normalizer.denormalize(latents), cache)

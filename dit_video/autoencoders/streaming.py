@@ -10,6 +10,7 @@ frame.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -52,10 +53,7 @@ def decode_stream(
         height that the number of devices does not divide.
     """
     if latents.ndim != 5 or latents.shape[-1] != config.channels:
-        raise UserError(
-            f"latents {list(latents.shape)} are invalid: this autoencoder needs [B t h w {config.channels}]. Use "
-            "latents that it encoded"
-        )
+        raise UserError(f"latents {list(latents.shape)} are invalid: use latents [B t h w {config.channels}]")
     _check_chunk(chunk, sharding, latents.shape[2], "latent rows")
     tile_plan = cut_tiles(latents.shape[2], latents.shape[3], tiles, config.stride)
     chunks = (latents[:, start : start + chunk] for start in range(0, latents.shape[1], chunk))
@@ -96,11 +94,8 @@ def encode_stream(
     grid = latent_grid(Grid(1, *first.shape[2:4]), stride)
     tile_plan = cut_tiles(grid.h, grid.w, tiles, stride)
 
-    def all_portions() -> Iterator[np.ndarray]:
-        yield first
-        yield from portions
-
-    for coded, count, is_first in _run_chunks(config, params, all_portions(), tile_plan, "encode", chunk, sharding):
+    all_portions = itertools.chain([first], portions)
+    for coded, count, is_first in _run_chunks(config, params, all_portions, tile_plan, "encode", chunk, sharding):
         yield np.asarray(coded)[:, : 1 + (count - 1) // stride.t if is_first else count // stride.t]
 
 
@@ -117,10 +112,8 @@ def measure_tiling_error(
     config: AutoencoderConfig, params: dict[str, Any], latents: Float[np.ndarray, "B t h w c"], tiles: Tiles
 ) -> TilingError:
     """Measure the effect of tiles on decoded frames, in steps of 1/127.5 as frames are uint8."""
-    pairs = zip(
-        decode_stream(config, params, latents), decode_stream(config, params, latents, tiles=tiles), strict=True
-    )
-    errors = [np.abs(whole.astype(np.float32) - tiled) / 127.5 for whole, tiled in pairs]
+    stream, tiled_stream = decode_stream(config, params, latents), decode_stream(config, params, latents, tiles=tiles)
+    errors = [np.abs(a.astype(np.float32) - b) / 127.5 for a, b in zip(stream, tiled_stream, strict=True)]
     return TilingError(max(float(error.max()) for error in errors), float(np.mean([error.mean() for error in errors])))
 
 
@@ -131,10 +124,7 @@ def _check_chunk(chunk: int, sharding: OptionalSharding, rows: int, unit: str) -
         axes = sharding.spec[2] if isinstance(sharding.spec[2], tuple) else (sharding.spec[2],)
         devices = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
         if rows % devices:
-            raise UserError(
-                f"{rows} {unit} are not divisible by the {devices} devices of the sharding; use a height that is, or "
-                "fewer devices"
-            )
+            raise UserError(f"{rows} {unit} are not divisible by the {devices} devices; change height or devices")
 
 
 def _is_pixel_array(frames: np.ndarray) -> bool:
@@ -170,9 +160,9 @@ def _regroup_frames(
             buffer, needed = [joined[:, needed:]], chunk * stride.t
     if total:
         latent_grid(Grid(total, *buffer[0].shape[2:4]), stride)
-    rest = np.concatenate(buffer, axis=1) if buffer else None
-    if rest is not None and rest.shape[1]:
-        yield rest
+        rest = np.concatenate(buffer, axis=1)
+        if rest.shape[1]:
+            yield rest
 
 
 def _run_chunks(

@@ -61,9 +61,7 @@ def cut_tiles(height: int, width: int, tiles: Tiles | None, stride: Grid) -> lis
         ("overlap", tiles.overlap, stride.w),
     ):
         if length % step:
-            raise UserError(
-                f"the tiles' {name} {length} is not divisible by the spatial stride {step}; use a multiple of it"
-            )
+            raise UserError(f"the tiles' {name} {length} is not divisible by the spatial stride {step}; use a multiple")
     rows = _compute_starts(height, tiles.height // stride.h, tiles.overlap // stride.h)
     columns = _compute_starts(width, tiles.width // stride.w, tiles.overlap // stride.w)
     size = min(height, tiles.height // stride.h), min(width, tiles.width // stride.w)

@@ -4,6 +4,7 @@ Resolution levels of residual blocks, attention in the middle (arXiv 2503.20314,
 level has a parallel path without parameters, as in the autoencoder of Wan 2.2 (after DC-AE, arXiv 2410.10733).
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from dit_video.autoencoders.blocks import (
     CanvasSegments,
@@ -28,6 +29,7 @@ from dit_video.autoencoders.blocks import (
     mask_gaps,
     repeat_upsample,
 )
+from dit_video.autoencoders.interface import Latents, Pixels, SegmentIds
 from dit_video.autoencoders.modulation import Guide
 from dit_video.autoencoders.posterior import Normalizer, Posterior, Vae, check_std
 from dit_video.core.errors import UserError
@@ -73,29 +75,17 @@ class CausalVaeConfig:
 
     def __post_init__(self):
         if len(self.factors) != len(self.multipliers) - 1:
-            raise UserError(
-                f"{len(self.factors)} factors are invalid for {len(self.multipliers)} multipliers: use one factor "
-                f"between each two levels, {len(self.multipliers) - 1}"
-            )
+            raise UserError(f"{len(self.factors)} factors do not fit {len(self.multipliers)} multipliers: use one less")
         for factors in self.factors:
             if not set(factors) <= {1, 2} or factors.h != factors.w or factors.volume == 1:
-                raise UserError(
-                    f"factors={tuple(factors)} is invalid: use 1 or 2, the same in height and width, and not all 1"
-                )
+                raise UserError(f"factors={tuple(factors)} is invalid: use 1 or 2, the same in h and w, not all 1")
         if min(self.channels, self.width, self.blocks, self.patch, *self.multipliers) < 1:
-            raise UserError(
-                f"channels={self.channels}, width={self.width}, blocks={self.blocks}, patch={self.patch}, "
-                f"multipliers={self.multipliers} is invalid: use at least 1 of each"
-            )
+            raise UserError(f"{self} is invalid: use channels, width, blocks, patch and multipliers of at least 1")
         decoder_widths = self.widths(self.decoder_width or self.width)[1:]
         if not self.shortcuts and any(width % 2 for width in decoder_widths):
-            raise UserError(
-                f"decoder widths {decoder_widths} are invalid: without shortcuts they are halved. Use even widths"
-            )
+            raise UserError(f"decoder widths {decoder_widths} are invalid: use even widths, or shortcuts")
         if self.form not in get_args(ConvForm):
-            raise UserError(
-                f"form={self.form!r} is invalid: no such convolution. Use one of {', '.join(get_args(ConvForm))}"
-            )
+            raise UserError(f"form={self.form!r} is invalid: use one of {', '.join(get_args(ConvForm))}")
         check_std(self.std)
         self._check_shortcuts()
 
@@ -123,14 +113,7 @@ class CausalVaeConfig:
     @classmethod
     def wan22(cls) -> "CausalVaeConfig":
         """Return the VAE of Wan 2.2 TI2V-5B: 4×16×16 pixels to 48 channels, 705 M parameters."""
-        return cls(
-            channels=48,
-            width=160,
-            decoder_width=256,
-            factors=(Grid(1, 2, 2), Grid(2, 2, 2), Grid(2, 2, 2)),
-            patch=2,
-            shortcuts=True,
-        )
+        return cls(channels=48, width=160, decoder_width=256, patch=2, shortcuts=True)
 
     @property
     def stride(self) -> Grid:
@@ -161,28 +144,19 @@ class CausalVae(Vae):
     def __init__(self, config: CausalVaeConfig, *, rngs: nnx.Rngs):
         self.config = config
         channels = config.channels
-        self.encoder, self.decoder = (
-            CausalVaeEncoder(config, 2 * channels, rngs=rngs),
-            CausalVaeDecoder(config, rngs=rngs),
-        )
+        self.encoder = CausalVaeEncoder(config, 2 * channels, rngs=rngs)
+        self.decoder = CausalVaeDecoder(config, rngs=rngs)
         self.moments = Linear(2 * channels, 2 * channels, rngs=rngs)
         self.latents = Linear(channels, channels, rngs=rngs)
         self.normalizer = Normalizer(channels)
 
-    def posterior(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        cache: ConvCache | None = None,
-    ) -> Posterior:
+    def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
         segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
         moments = self.moments(self.encoder(pixels, cache, segments).astype(jnp.float32))
         return Posterior.from_moments(moments, self.config.std)
 
-    def reconstruct(
-        self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None
-    ) -> Float[Array, "B T H W 3"]:
+    def reconstruct(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels from latents that are not normalised."""
         return self.decoder(self.latents(latents), cache).astype(jnp.float32)
 
@@ -193,24 +167,18 @@ class CausalVaeEncoder(nnx.Module):
     def __init__(self, config: CausalVaeConfig, features: int, *, rngs: nnx.Rngs):
         self.config, dtype = config, config.dtype
         widths = config.widths(config.width)
-        self.conv_in = CausalConv(
-            3 * config.patch**2, config.width, (3, 3, 3), temporal_padding="zero", dtype=dtype, rngs=rngs
-        )
+        make_conv = functools.partial(CausalConv, temporal_padding="zero", dtype=dtype, rngs=rngs)
+        self.conv_in = make_conv(3 * config.patch**2, config.width, (3, 3, 3))
         # The first convolution has the base width whatever the first level's multiplier, as in the open models.
-        widths_in = (config.width, *widths[:-1])
-        self.levels = nnx.List(
-            [
-                _DownLevel(width_in, after, factors, config, rngs=rngs)
-                for width_in, after, factors in zip(widths_in, widths, (*config.factors, None), strict=True)
-            ]
-        )
+        steps = zip((config.width, *widths[:-1]), widths, (*config.factors, None), strict=True)
+        self.levels = nnx.List([_DownLevel(*step, config, rngs=rngs) for step in steps])
         self.middle = _MiddleBlock(widths[-1], dtype=dtype, rngs=rngs)
         self.norm = make_norm(widths[-1], None, rngs)
-        self.conv_out = CausalConv(widths[-1], features, (3, 3, 3), temporal_padding="zero", dtype=dtype, rngs=rngs)
+        self.conv_out = make_conv(widths[-1], features, (3, 3, 3))
         set_conv_form(self, config.form)
 
     def __call__(
-        self, pixels: Float[Array, "B T H W 3"], cache: ConvCache | None = None, segments: CanvasSegments | None = None
+        self, pixels: Pixels, cache: ConvCache | None = None, segments: CanvasSegments | None = None
     ) -> Float[Array, "B t h w _"]:
         side = self.config.patch
         x = rearrange(pixels, "B T (h a) (w b) C -> B T h w (C b a)", a=side, b=side)
@@ -227,9 +195,8 @@ class CausalVaeDecoder(nnx.Module):
     def __init__(self, config: CausalVaeConfig, *, guide_channels: int | None = None, rngs: nnx.Rngs):
         self.config, dtype = config, config.dtype
         widths = config.widths(config.decoder_width or config.width)[::-1]
-        self.conv_in = CausalConv(
-            config.channels, widths[0], (3, 3, 3), temporal_padding="zero", dtype=dtype, rngs=rngs
-        )
+        make_conv = functools.partial(CausalConv, temporal_padding="zero", dtype=dtype, rngs=rngs)
+        self.conv_in = make_conv(config.channels, widths[0], (3, 3, 3))
         self.middle = _MiddleBlock(widths[0], guide_channels=guide_channels, dtype=dtype, rngs=rngs)
         levels, width_in = [], widths[0]
         for width, factors in zip(widths, (*config.factors[::-1], None), strict=True):
@@ -237,14 +204,10 @@ class CausalVaeDecoder(nnx.Module):
             width_in = width if config.shortcuts else width // 2
         self.levels = nnx.List(levels)
         self.norm = make_norm(widths[-1], guide_channels, rngs)
-        self.conv_out = CausalConv(
-            widths[-1], 3 * config.patch**2, (3, 3, 3), temporal_padding="zero", dtype=dtype, rngs=rngs
-        )
+        self.conv_out = make_conv(widths[-1], 3 * config.patch**2, (3, 3, 3))
         set_conv_form(self, config.form)
 
-    def __call__(
-        self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None, guide: Guide | None = None
-    ) -> Float[Array, "B T H W 3"]:
+    def __call__(self, latents: Latents, cache: ConvCache | None = None, guide: Guide | None = None) -> Pixels:
         x = self.middle(self.conv_in(latents, cache), cache, guide=guide)
         for level in self.levels:
             x = level(x, cache, guide)
@@ -274,9 +237,8 @@ class _DownLevel(nnx.Module):
             y = self.down(y, cache, segments)
         if not self.shortcuts:
             return y
-        return y + average_downsample(
-            x, self.width, self.factors or Grid(1, 1, 1), is_first=cache is None or cache.is_first
-        )
+        is_first = cache is None or cache.is_first
+        return y + average_downsample(x, self.width, self.factors or Grid(1, 1, 1), is_first=is_first)
 
 
 class _UpLevel(nnx.Module):
@@ -296,12 +258,8 @@ class _UpLevel(nnx.Module):
         self.width, self.factors = width_out, factors
         self.shortcuts, self.remat = config.shortcuts, config.remat
         widths = (width_in, *[width_out] * (config.blocks + 1))
-        self.blocks = nnx.List(
-            [
-                ResidualBlock(*pair, guide_channels=guide_channels, dtype=dtype, rngs=rngs)
-                for pair in itertools.pairwise(widths)
-            ]
-        )
+        make_block = functools.partial(ResidualBlock, guide_channels=guide_channels, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List([make_block(*pair) for pair in itertools.pairwise(widths)])
         up_width = width_out if config.shortcuts else width_out // 2
         self.up = None if factors is None else Upsample(width_out, up_width, factors, dtype=dtype, rngs=rngs)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dit_video.autoencoders.blocks import make_canvas_segments
 from dit_video.autoencoders.image_blocks import (
@@ -23,6 +23,7 @@ from dit_video.autoencoders.image_blocks import (
     make_frame_norm_factory,
 )
 from dit_video.autoencoders.image_vae import ImageVaeConfig
+from dit_video.autoencoders.interface import Latents, Pixels, SegmentIds
 from dit_video.autoencoders.modulation import Guide, SpatialNorm
 from dit_video.autoencoders.posterior import Normalizer
 from dit_video.autoencoders.quantizer import Codebook, CodebookConfig, QuantizedLatents
@@ -53,21 +54,13 @@ class VqConfig:
         if network.std is not None:
             raise UserError(f"network.std={network.std} is invalid: codes have no variance. Use None")
         if isinstance(network, ImageVaeConfig) and not (network.use_quant_conv and network.use_post_quant_conv):
-            raise UserError(
-                f"network.use_quant_conv={network.use_quant_conv}, "
-                f"network.use_post_quant_conv={network.use_post_quant_conv} is invalid: "
-                "the codebook needs a linear map before and after it. Use True for both"
-            )
+            raise UserError(f"network={network} is invalid: codes need both linear maps. Use True for both")
 
     @classmethod
     def kandinsky(cls) -> "VqConfig":
         """Return the MoVQ of Kandinsky 2: 8×8 pixels to one of 16,384 codes of 4 values, 68 M parameters."""
-        levels = ImageLevels(widths=(128, 256, 256, 512), attention=(3,))
-        return cls(
-            network=ImageVaeConfig(channels=4, levels=levels),
-            codebook=CodebookConfig(codes=16384, width=4),
-            modulated=True,
-        )
+        network = ImageVaeConfig(channels=4, levels=ImageLevels(widths=(128, 256, 256, 512), attention=(3,)))
+        return cls(network=network, codebook=CodebookConfig(codes=16384, width=4), modulated=True)
 
     @property
     def stride(self) -> Grid:
@@ -97,9 +90,7 @@ class VqAutoencoder(nnx.Module):
         self.decoder: ImageVaeDecoder | CausalVaeDecoder
         match network:
             case ImageVaeConfig(levels=levels):
-                norms = (
-                    _make_modulated_norm_factory(levels, width) if config.modulated else make_frame_norm_factory(levels)
-                )
+                norms = _make_modulated_norms(levels, width) if config.modulated else make_frame_norm_factory(levels)
                 self.encoder = ImageVaeEncoder(levels, network.channels, rngs=rngs)
                 self.decoder = ImageVaeDecoder(levels, network.channels, norms, rngs=rngs)
             case CausalVaeConfig():
@@ -111,11 +102,8 @@ class VqAutoencoder(nnx.Module):
         self.normalizer = Normalizer(width)
 
     def compute_latents(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        cache: ConvCache | None = None,
-    ) -> Float[Array, "B t h w c"]:
+        self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None
+    ) -> Latents:
         """Return latents before quantisation and normalisation. See `encode` for the arguments."""
         segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
         if isinstance(self.encoder, ImageVaeEncoder):
@@ -124,13 +112,11 @@ class VqAutoencoder(nnx.Module):
             features = self.encoder(pixels, cache, segments)
         return self.codebook.normalize(self.to_codes(features.astype(jnp.float32)))
 
-    def quantize(self, pixels: Float[Array, "B T H W 3"]) -> QuantizedLatents:
+    def quantize(self, pixels: Pixels) -> QuantizedLatents:
         """Return the quantised latents of clips, with the straight-through gradient, and their losses, for training."""
         return self.codebook(self.compute_latents(pixels))
 
-    def reconstruct(
-        self, codes: Float[Array, "B t h w c"], cache: ConvCache | None = None
-    ) -> Float[Array, "B T H W 3"]:
+    def reconstruct(self, codes: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels from codes, or from latents that are neither normalised nor quantised."""
         x = self.from_codes(codes)
         if isinstance(self.decoder, ImageVaeDecoder):
@@ -138,31 +124,21 @@ class VqAutoencoder(nnx.Module):
         guide = Guide(codes, cache is None or cache.is_first) if self.config.modulated else None
         return self.decoder(x, cache, guide).astype(jnp.float32)
 
-    def encode(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        cache: ConvCache | None = None,
-    ) -> Float[Array, "B t h w c"]:
+    def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:
         """Return normalised latents that are not quantised; arguments as in `dit_video.autoencoders.posterior.Vae`."""
         return self.normalizer.normalize(self.compute_latents(pixels, segment_ids, cache))
 
-    def decode(self, latents: Float[Array, "B t h w c"], cache: ConvCache | None = None) -> Float[Array, "B T H W 3"]:
+    def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels, approximately in [-1, 1], of the codes nearest to normalised latents of a clip or chunk."""
         return self.decode_indices(self.codebook.find_nearest(self.normalizer.denormalize(latents)), cache)
 
     def encode_indices(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        segment_ids: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        cache: ConvCache | None = None,
+        self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None
     ) -> Int[Array, "B t h w"]:
         """Return the index of the nearest code of each latent. See `encode` for the arguments."""
         return self.codebook.find_nearest(self.compute_latents(pixels, segment_ids, cache))
 
-    def decode_indices(
-        self, indices: Int[AnyArray, "B t h w"], cache: ConvCache | None = None
-    ) -> Float[Array, "B T H W 3"]:
+    def decode_indices(self, indices: Int[AnyArray, "B t h w"], cache: ConvCache | None = None) -> Pixels:
         """Return pixels, approximately in [-1, 1], of codes. Inside `jax.jit` an index out of range gives NaN.
 
         Raises:
@@ -179,6 +155,6 @@ class _FrameSpatialNorm(SpatialNorm):
         return self.modulate(self.norm(x, inputs), Guide(inputs.latents))
 
 
-def _make_modulated_norm_factory(levels: ImageLevels, channels: int) -> NormFactory:
+def _make_modulated_norms(levels: ImageLevels, channels: int) -> NormFactory:
     """Return a factory of an image decoder's norms, modulated by latents of `channels` channels."""
     return lambda width, rngs: _FrameSpatialNorm(FrameNorm(width, levels.groups), width, channels, rngs=rngs)

@@ -48,22 +48,18 @@ def compute_attention_maps(
       UserError: no queries, or an index outside the row.
     """
     if not queries or not all(0 <= query < noisy.shape[1] for query in queries):
-        raise UserError(
-            f"queries={list(queries)} is invalid; give one or more token indices from 0 to {noisy.shape[1] - 1}"
-        )
+        raise UserError(f"queries={list(queries)} is invalid; give token indices from 0 to {noisy.shape[1] - 1}")
     weights: list[Float32[np.ndarray, "B K Q M"]] = []
     model = nnx.merge(*nnx.split(dit))  # a copy with the same parameters, so that `dit` is not changed
 
     def record_attention(pattern: Pattern) -> RecordedAttention:
-        return RecordedAttention(
-            attention=dit.attention(pattern), pattern=pattern, queries=tuple(queries), record=weights.append
-        )
+        attention, indices = dit.attention(pattern), tuple(queries)
+        return RecordedAttention(attention=attention, pattern=pattern, queries=indices, record=weights.append)
 
     model.attention = record_attention
-    row: dict[str, Any] = {"context": context, "context_segments": context_segments}
-    prediction = model(
-        noisy, time, segments=jnp.asarray(segments), positions=jnp.asarray(positions), given=given, **row
-    )
+    row: dict[str, Any] = {"segments": jnp.asarray(segments), "positions": jnp.asarray(positions)}
+    row |= {"context": context, "context_segments": context_segments}
+    prediction = model(noisy, time, given=given, **row)
     jax.block_until_ready(prediction)
     jax.effects_barrier()  # the weights arrive by callbacks, which may be later than the prediction
     return np.stack(weights)

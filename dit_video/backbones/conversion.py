@@ -52,9 +52,7 @@ def add_cond_channels(config: ConfigT, params: dict[str, Any], channels: int) ->
       UserError: the model has this many channels already, or the parameters are those of another model.
     """
     if channels <= config.given_channels:
-        raise UserError(
-            f"{channels} channels do not extend a model that has {config.given_channels} already; give more channels"
-        )
+        raise UserError(f"channels={channels} does not extend a model with {config.given_channels}; give more channels")
     grown = dataclasses.replace(config, given_channels=channels)
     leaves, patch_volume = check_params(config.make, params), config.patch.volume
     if isinstance(config, WanDitConfig):

@@ -29,12 +29,8 @@ def make_denoise_fn(
     largest one of its tokens, since known tokens are at time 0. The context is None for models without context. A
     predicted variance follows the whole prediction: the two are not interleaved per position as in the model's output.
     """
-    row: dict[str, Any] = {
-        "segments": jnp.asarray(segments),
-        "positions": jnp.asarray(positions),
-        "context": context,
-        "context_segments": context_segments,
-    }
+    row: dict[str, Any] = {"segments": jnp.asarray(segments), "positions": jnp.asarray(positions)}
+    row |= {"context": context, "context_segments": context_segments}
 
     def denoise(noisy, time):
         per_token = {"token_time": time} if dit.config.time == "token" else {}

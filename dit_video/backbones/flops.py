@@ -94,9 +94,7 @@ def _count_self_pairs(config: DitConfig | WanDitConfig, clip: ClipTokens, global
     if config.patterns == (Full(),):
         return float((tokens + global_tokens) ** 2)
     if not isinstance(clip, Grid):
-        raise UserError(
-            f"the attention pattern {config.pattern} needs a clip's grid, not its number of tokens, {clip}; give a Grid"
-        )
+        raise UserError(f"pattern={config.pattern} needs a clip's grid, not its number of tokens, {clip}; give a Grid")
     return config.attention_pairs(clip) + global_tokens * (2 * tokens + global_tokens)
 
 
@@ -113,7 +111,7 @@ def _count_dit(config: DitConfig, clip: ClipTokens, text: int, image: int) -> in
     tokens = video_tokens + config.registers
     block = 4 * square + (3 if config.mlp == "swiglu" else 2) * width * config.mlp_dim
     temporal = 0 if config.temporal is None else layers // config.temporal.spatial_layers * config.temporal.layers
-    distances = _BOUNDARY_FEATURES * (isinstance(config.position_embedding, BoundaryEmbedding) + (temporal > 0))
+    distances = _BOUNDARY_FEATURES * (isinstance(config.absolute_position, BoundaryEmbedding) + (temporal > 0))
     ends = video_tokens * width * (config.token_width + config.given_width + distances + config.output_width)
     per_block = config.modulation == "own"
     modulations = 2 + 6 * ((layers + temporal) if per_block else 1)
@@ -129,13 +127,8 @@ def _count_dit(config: DitConfig, clip: ClipTokens, text: int, image: int) -> in
         context += layers * text * block + (6 * layers * square if per_block else 0)
         if config.time == "token":
             conditions += _TIME_FEATURES * width + square + (0 if per_block else 6 * square)
-    return (
-        tokens * (layers + temporal) * block
-        + ends
-        + conditions
-        + context
-        + 2 * width * _count_pairs(config, clip, text)
-    )
+    pairs = _count_pairs(config, clip, text)
+    return tokens * (layers + temporal) * block + ends + conditions + context + 2 * width * pairs
 
 
 def _count_wan(config: WanDitConfig, clip: ClipTokens, text: int, image: int) -> int:

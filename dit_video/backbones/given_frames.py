@@ -28,18 +28,13 @@ def check_given_frames(
       UserError: it does not.
     """
     attends = isinstance(dit, WanDitConfig) and dit.image_width is not None
-    if dit.given_channels and known is None:
+    given = dit.given_channels
+    if given and known is None:
         raise UserError("the denoiser reads conditioning latents, but known=None; set known=KnownFrames()")
-    if dit.given_channels and dit.given_channels <= dit.channels:
-        raise UserError(
-            f"given_channels={dit.given_channels} is invalid: a mask needs channels besides the latents' "
-            f"{dit.channels}; set given_channels={dit.channels + 1} or more"
-        )
-    if known is not None and not dit.given_channels and dit.time != "token" and not attends:
-        raise UserError(
-            "known is invalid: the denoiser has no input for known frames; leave out known, or set given_channels or "
-            "time='token'"
-        )
+    if given and given <= dit.channels:
+        raise UserError(f"given_channels={given} is invalid: a mask needs channels. Use at least {dit.channels + 1}")
+    if known is not None and not given and dit.time != "token" and not attends:
+        raise UserError("known is invalid: the denoiser needs given_channels or time='token'; set one, or leave it out")
     if known is not None and known.rest == "grey":
         _check_grey(dit, autoencoder, cached=cached)
     if isinstance(dit, WanDitConfig) and dit.image_width is not None:
@@ -61,16 +56,10 @@ def _check_grey(dit: DitConfig | WanDitConfig, autoencoder: AutoencoderConfig, *
 
 def _check_image(dit: WanDitConfig, known: KnownFrames | None, image_encoder: str | None, *, cached: bool) -> None:
     if known is None:
-        raise UserError(
-            "the denoiser attends to the tokens of a first frame, but known=None; set how often it is known with "
-            "known=KnownFrames(chance=1.0)"
-        )
+        raise UserError("the denoiser attends to a first frame, but known=None; set known=KnownFrames(chance=1.0)")
     if image_encoder is None:
         raise UserError("the denoiser attends to an image encoder's tokens; set image_encoder to its folder")
     if dit.image_positions is not None:
-        raise UserError(
-            "the denoiser attends to the tokens of a first and a last frame, but training provides only those of the "
-            "first; use a denoiser without image_positions"
-        )
+        raise UserError("image_positions needs a last frame, which training does not provide; use a model without it")
     if not cached:
         raise UserError("an image encoder's tokens need cached latents; set data cache_latents=True")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -91,9 +92,7 @@ def check_minimum(minimum: float | int, **options: float | int | None) -> None:
     for name, value in options.items():
         if value is not None and not value >= minimum:
             option = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{option} {value} is invalid: it must be at least {minimum}. Use {option} {minimum} or more."
-            )
+            raise UserError(f"{option} {value} is invalid: it must be at least {minimum}. Use {option} {minimum}.")
 
 
 def _describe(event: Any, args: Sequence[str], list_names: Callable[[], list[str]]) -> str:
@@ -189,16 +188,9 @@ def _find_values(args: Sequence[str], name: str) -> list[str]:
     values: list[str] = []
     for index, token in enumerate(args):
         option, equals, value = token.partition("=")
-        if option.replace("_", "-") != name:
-            continue
-        if equals:
-            values = [value]
-        else:
-            values = []
-            for following in args[index + 1 :]:
-                if following.startswith("--"):
-                    break
-                values.append(following)
+        if option.replace("_", "-") == name:
+            following = itertools.takewhile(lambda token: not token.startswith("--"), args[index + 1 :])
+            values = [value] if equals else list(following)
     return values
 
 

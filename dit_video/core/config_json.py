@@ -56,14 +56,10 @@ def from_json(value: Any) -> Any:
         return {name: from_json(item) for name, item in value.items()}
     cls = _resolve_class(value["type"])
     items = {name: from_json(item) for name, item in value.items() if name != "type"}
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(items.keys() - known):
+    fields = {field.name: (field.default, field.default_factory) for field in dataclasses.fields(cls)}
+    if unknown := sorted(items.keys() - fields.keys()):
         raise UserError(f"{cls.__qualname__} has no field {', '.join(unknown)}; use the version that wrote this config")
-    required = {
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
+    required = {name for name, defaults in fields.items() if defaults == (dataclasses.MISSING, dataclasses.MISSING)}
     if missing := sorted(required - items.keys()):
         raise UserError(f"{cls.__qualname__} lacks the field {', '.join(missing)}; use the version that wrote it")
     hints = typing.get_type_hints(cls)

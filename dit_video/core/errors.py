@@ -60,9 +60,8 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
             sys.stderr.flush()
             sys.exit(stopped.code)
         except KeyboardInterrupt:
-            print(
-                f"\ninterrupted: the same command continues with the remaining work: {get_command()}", file=sys.stderr
-            )
+            line = f"interrupted: the same command continues with the remaining work: {get_command()}"
+            print(f"\n{line}", file=sys.stderr)
             sys.stderr.flush()
             sys.exit(130)
         except BrokenPipeError:

@@ -78,9 +78,8 @@ def convert_storage_errors(path: StoragePathLike) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise MissingError(f"no such file: {path}. Check the address.") from error
         reason = textwrap.shorten(str(error), _MAX_REASON, placeholder=" …") or type(error).__name__
-        raise UserError(
-            f"{path} cannot be opened ({reason}); check the address, the connection and your credentials"
-        ) from error
+        fix = "check the address, the connection and your credentials"
+        raise UserError(f"{path} cannot be opened ({reason}); {fix}") from error
 
 
 def read_document(path: StoragePath) -> Any:

@@ -1,6 +1,7 @@
 """Nested dictionaries of arrays, addressed by paths such as `blocks/attention/query/kernel`."""
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+_format_path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+
 
 def flatten(tree: Any) -> dict[str, Any]:
     """Return leaves by path, in tree order."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {_format_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,9 +31,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """Apply `function(path, leaf)` to every leaf."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(_format_path(path), leaf), tree)
 
 
 def count_values(tree: Any) -> int:

@@ -32,9 +32,7 @@ class Augmentation:
 
     def __post_init__(self):
         if not 0 <= self.composite_prob <= 1:
-            raise UserError(
-                f"composite_prob={self.composite_prob} is invalid: it is a probability. Use a value in [0, 1]."
-            )
+            raise UserError(f"composite_prob={self.composite_prob} is invalid: it is a probability. Use 0 to 1.")
 
 
 def augment_window(

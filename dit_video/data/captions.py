@@ -68,9 +68,7 @@ class TokenizedCaptions:
         distinct = get_distinct_captions(captions)
         tokens = {caption: np.asarray(tokenize(caption), np.int32).reshape(-1) for caption in distinct}
         self.empty = tokens[""]
-        self._tokens = [
-            tuple(tokens[caption] for caption in example_captions or ("",)) for example_captions in captions
-        ]
+        self._tokens = [tuple(tokens[caption] for caption in group or ("",)) for group in captions]
         self.lengths = [tuple(map(len, texts)) for texts in self._tokens]
 
     def iter_hash_bytes(self) -> Iterator[bytes]:
@@ -92,10 +90,8 @@ class CachedCaptions:
 
     def __init__(self, source: LatentSource):
         if source.empty_text is None:
-            raise UserError(
-                f"{source.folder} holds no embeddings of captions; encode the clips with a text encoder, into another "
-                "folder."
-            )
+            fix = "encode the clips with a text encoder, into another folder"
+            raise UserError(f"{source.folder} holds no embeddings of captions; {fix}")
         self.empty, self._source = source.empty_text, source
         self.width: int = self.empty.shape[1]
         self.lengths = [lengths or (len(self.empty),) for lengths in source.text_lengths]
@@ -135,7 +131,7 @@ class EmbeddedCaptions:
         embed: EmbedMany,
         *,
         identity: str,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], None] = lambda count: None,
     ):
         self._captions, self._embed, self._identity = captions, embed, identity
         (self.empty,) = embed([""])
@@ -144,8 +140,7 @@ class EmbeddedCaptions:
         for first in range(0, len(distinct), _EMBED_BATCH):
             batch = distinct[first : first + _EMBED_BATCH]
             lengths |= zip(batch, map(len, embed(batch)), strict=True)
-            if progress is not None:
-                progress(len(lengths))
+            progress(len(lengths))
         self.lengths = [tuple(lengths[caption] for caption in group or ("",)) for group in captions]
 
     def iter_hash_bytes(self) -> Iterator[bytes]:
@@ -154,8 +149,8 @@ class EmbeddedCaptions:
 
     def read(self, example: int, caption: int) -> Float32[np.ndarray, "s E"]:
         """Return one caption of an example."""
-        example_captions = self._captions[example]
-        return self._embed([example_captions[caption]])[0] if example_captions else self.empty
+        group = self._captions[example]
+        return self._embed([group[caption]])[0] if group else self.empty
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_embed": None}
@@ -163,4 +158,4 @@ class EmbeddedCaptions:
 
 def get_distinct_captions(captions: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """Return the empty caption, and each other caption once."""
-    return tuple(dict.fromkeys(("", *(caption for example_captions in captions for caption in example_captions))))
+    return tuple(dict.fromkeys(("", *(caption for group in captions for caption in group))))

@@ -1,9 +1,11 @@
 """Random access to the encoded clips of ingested data sets."""
 
+import copy
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,9 +78,7 @@ class ClipSource:
     def __init__(
         self, folders: StoragePathLike | Mapping[str, StoragePathLike], *, cache: str | os.PathLike | None = None
     ):
-        named = (
-            {f"{name}/": folder for name, folder in folders.items()} if isinstance(folders, Mapping) else {"": folders}
-        )
+        named = {f"{name}/": path for name, path in folders.items()} if isinstance(folders, Mapping) else {"": folders}
         self.folders: tuple[StoragePath, ...] = tuple(map(to_storage_path, named.values()))
         infos: list[ClipInfo] = []
         self._dataset_numbers: list[int] = []
@@ -103,20 +103,18 @@ class ClipSource:
           MissingError, UserError: the data set cannot be opened or reached.
           DecodeError: the clip's record is damaged.
         """
-        number = self._dataset_numbers[index]
+        number, info = self._dataset_numbers[index], self.infos[index]
         if number not in self._records:
             self._records[number] = self._open_dataset(number)
         try:
-            return self._records[number][self.infos[index].record]["clip"]
+            return self._records[number][info.record]["clip"]
         except (OSError, UserError):  # the file cannot be copied to this machine
             raise
         except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
             if _SERVICE_ERROR.match(str(error)):
                 with convert_storage_errors(self.folders[number]):
                     raise
-            raise DecodeError(
-                f"the record of {self.infos[index].name} is damaged ({error}). Ingest it again."
-            ) from error
+            raise DecodeError(f"the record of {info.name} is damaged ({error}). Ingest it again.") from error
 
     def _open_dataset(self, number: int) -> Sequence[Any]:
         folder = self.folders[number]
@@ -134,7 +132,7 @@ class ClipSource:
 
     def select_split(self, name: str) -> "ClipSource":
         """Return the clips of one split; there may be none."""
-        return self._select_indices([index for index, info in enumerate(self.infos) if info.split == name])
+        return self._filter(lambda info: info.split == name)
 
     def select(self, names: Collection[str]) -> "ClipSource":
         """Return the clips with these names, in the data set's order.
@@ -142,9 +140,8 @@ class ClipSource:
         Raises:
           UserError: the source has no clip of some name.
         """
-        self._check_names(names)
-        wanted = frozenset(names)
-        return self._select_indices([index for index, info in enumerate(self.infos) if info.name in wanted])
+        wanted = self._check_names(names)
+        return self._filter(lambda info: info.name in wanted)
 
     def exclude(self, names: Collection[str]) -> "ClipSource":
         """Return all clips but those with these names.
@@ -152,11 +149,10 @@ class ClipSource:
         Raises:
           UserError: the source has no clip of some name.
         """
-        self._check_names(names)
-        unwanted = frozenset(names)
-        return self._select_indices([index for index, info in enumerate(self.infos) if info.name not in unwanted])
+        unwanted = self._check_names(names)
+        return self._filter(lambda info: info.name not in unwanted)
 
-    def _check_names(self, names: Collection[str]) -> None:
+    def _check_names(self, names: Collection[str]) -> frozenset[str]:
         if absent := sorted(frozenset(names) - {info.name for info in self.infos}):
             first = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
             examples = ", ".join(info.name for info in self.infos[:3])
@@ -164,13 +160,13 @@ class ClipSource:
                 f"{', '.join(map(str, self.folders))} has no clip named {first} ({len(absent)} of {len(names)} names); "
                 f"use names such as {examples}, or check in the ingest report whether the clip was skipped"
             )
+        return frozenset(names)
 
-    def _select_indices(self, indices: Sequence[int]) -> "ClipSource":
-        subset = object.__new__(ClipSource)
-        subset.folders, subset._records = self.folders, self._records
-        subset._cache, subset._versions = self._cache, self._versions
-        subset.infos = tuple(self.infos[index] for index in indices)
-        subset._dataset_numbers = [self._dataset_numbers[index] for index in indices]
+    def _filter(self, is_kept: Callable[[ClipInfo], bool]) -> "ClipSource":
+        subset = copy.copy(self)
+        subset._records = self._records  # opened files are shared
+        subset.infos = tuple(filter(is_kept, self.infos))
+        subset._dataset_numbers = list(itertools.compress(self._dataset_numbers, map(is_kept, self.infos)))
         return subset
 
 

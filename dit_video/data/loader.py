@@ -9,7 +9,7 @@ import abc
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from dit_video.data.latents.cache import LatentSource
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.rows import (
+    ENDLESS_LENGTH,
     ClipRow,
     ClipRows,
     Encode,
@@ -32,7 +33,6 @@ from dit_video.data.packing.rows import (
     compute_token_grids,
     pack_encoded_row,
 )
-from dit_video.data.prefetch import ENDLESS_LENGTH, prefetch
 from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.tokens import Grid, PackedBatch, PackedShape, compute_token_grid
 
@@ -42,6 +42,8 @@ _SPARE_ELEMENTS = 3
 """Elements that are buffered in addition to those that the threads work on."""
 _WORKER_BUFFER = 2
 """Elements that each worker process has sent and that have not been consumed yet."""
+_ENCODED_BUFFER = 2
+"""Encoded batches that are kept ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,11 @@ class LoaderConfig:
         if self.threads < 1 or self.ahead_bytes < 1:
             raise UserError(f"threads={self.threads} and ahead_bytes={self.ahead_bytes} must be at least 1")
 
+    @property
+    def row_options(self) -> dict[str, Any]:
+        """Return the options of `RowLayout` that are part of this configuration."""
+        return {name: getattr(self, name) for name in ("seed", "mixture", "balance", "attention_pairs")}
+
 
 class DenoiserBatches(Iterator[PackedBatch]):
     """An endless iterator over this host's share of the batches."""
@@ -95,18 +102,15 @@ class DenoiserBatches(Iterator[PackedBatch]):
     hash: str
     """Hash of the plan: with the step, the whole state of the data."""
 
-    def __init__(self, batches: Iterator[PackedBatch], close: Callable[[], None]):
-        self._batches, self._close = batches, close
-
-    def __iter__(self) -> Iterator[PackedBatch]:
-        return self
+    def __init__(self, batches: grain.DatasetIterator):
+        self._batches = batches
 
     def __next__(self) -> PackedBatch:
         return next(self._batches)
 
     def close(self) -> None:
         """Stop the threads and workers that read ahead."""
-        self._close()
+        self._batches.close()
 
     @abc.abstractmethod
     def summarize(self, *, devices: int) -> dict[str, Any]:
@@ -116,10 +120,8 @@ class DenoiserBatches(Iterator[PackedBatch]):
 class PackedBatches(DenoiserBatches):
     """An endless iterator over batches of packed rows."""
 
-    def __init__(
-        self, batches: Iterator[PackedBatch], close: Callable[[], None], layout: RowLayout, config: LoaderConfig
-    ):
-        super().__init__(batches, close)
+    def __init__(self, batches: grain.DatasetIterator, layout: RowLayout, config: LoaderConfig):
+        super().__init__(batches)
         self._layout, self._config = layout, config
         self.hash = layout.hash
         self.rows_per_epoch: int = layout.stream.rows_per_epoch
@@ -142,7 +144,10 @@ class PackedBatches(DenoiserBatches):
         `sources` holds the share of each data set of a mixture.
         """
         layout, stream, batch = self._layout, self._layout.stream, self._config.batch
-        shares = None if stream.sampler is None else stream.sampler.compute_shares(stream.get_epoch(0).order)
+        sources = None
+        if stream.sampler is not None:
+            shares = stream.sampler.compute_shares(stream.get_epoch(0).order)
+            sources = dict(zip(("examples", "tokens"), (share.round(5).tolist() for share in shares), strict=True))
         grids = Counter("x".join(map(str, grid)) for grid in layout.grids)
         cost = Cost() if stream.balance is None else stream.balance.cost
         fits = batch % devices == 0 and stream.rows_per_epoch >= batch
@@ -152,9 +157,7 @@ class PackedBatches(DenoiserBatches):
             "rows_per_epoch": self.rows_per_epoch,
             "padding": round(self.padding, 5),
             "left_out": self.num_dropped,
-            "sources": None
-            if shares is None
-            else dict(zip(("examples", "tokens"), _round_shares(shares), strict=True)),
+            "sources": sources,
             "cost": str(cost),
             "devices": devices,
             "imbalance": asdict(stream.measure_imbalance(batch=batch, devices=devices)) if fits else None,
@@ -185,20 +188,15 @@ def load_packed_batches(
     Raises:
       UserError: the patch does not divide the latents, or an example is larger than a row.
     """
-    layout = RowLayout(
-        compute_token_grids(source, patch),
-        captions,
-        shape=shape,
-        seed=config.seed,
-        names=source.names,
-        mixture=config.mixture,
-        balance=config.balance,
-        token_dt=token_dt,
-        attention_pairs=config.attention_pairs,
-    )
+    grids = compute_token_grids(source, patch)
+    layout = RowLayout(grids, captions, shape=shape, names=source.names, token_dt=token_dt, **config.row_options)
     rows = LatentRows(source, layout, patch, cache_bytes=config.cache_bytes // max(1, config.workers))
-    ahead = read_ahead(_take_host_share(rows, config, _stack_rows), config)
-    return PackedBatches(ahead, ahead.close, layout, config)
+    # Grain forms batches of one host each, of which every `hosts`-th belongs to this host: so rows are shared among
+    # hosts in the same order for any number of hosts.
+    host_rows = config.batch // config.hosts
+    batches = grain.MapDataset.source(rows).batch(host_rows, drop_remainder=True, batch_fn=_stack_rows)
+    host_share = batches[config.host :: config.hosts][config.start_step :]
+    return PackedBatches(iter(read_ahead(host_share, config)), layout, config)
 
 
 def load_encoded_batches(
@@ -233,17 +231,8 @@ def load_encoded_batches(
     """
     sizes = [fit_size(info, limits) for info in source.infos]
     grids = [compute_token_grid(latent_grid(size), patch) for size in sizes]
-    layout = RowLayout(
-        grids,
-        captions,
-        shape=shape,
-        seed=config.seed,
-        names=[info.name for info in source.infos],
-        mixture=config.mixture,
-        balance=config.balance,
-        token_dt=token_dt,
-        attention_pairs=config.attention_pairs,
-    )
+    names = [info.name for info in source.infos]
+    layout = RowLayout(grids, captions, shape=shape, names=names, token_dt=token_dt, **config.row_options)
     row_bytes = shape.tokens * max(3 * size.volume / grid.volume for size, grid in zip(sizes, grids, strict=True))
     decoded = _RowDecoder(ClipRows(source, layout, limits, seed=config.seed), config, row_bytes)
 
@@ -251,21 +240,11 @@ def load_encoded_batches(
         latents = iter(encode([clip for row in rows for clip in row.clips if clip is not None]))
         return _stack_rows([pack_encoded_row(row, latents, layout, patch, channels=channels) for row in rows])
 
-    return PackedBatches(*encode_ahead(decoded, batch, config), layout, config)
+    return PackedBatches(encode_ahead(decoded, batch, config), layout, config)
 
 
-def _take_host_share(rows: Any, config: LoaderConfig, stack: Callable[[list], Any]) -> grain.MapDataset:
-    """Return this host's share of the batches, from the first step on.
-
-    Grain forms batches of one host each, of which every `hosts`-th belongs to this host: so rows are shared among hosts
-    in the same order for any number of hosts.
-    """
-    batches = grain.MapDataset.source(rows).batch(config.batch // config.hosts, drop_remainder=True, batch_fn=stack)
-    return batches[config.host :: config.hosts][config.start_step :]
-
-
-def read_ahead(batches: grain.MapDataset, config: LoaderConfig) -> grain.DatasetIterator:
-    """Read batches ahead in order, by threads or worker processes; the returned iterator has a `close` method."""
+def read_ahead(batches: grain.MapDataset, config: LoaderConfig) -> grain.IterDataset:
+    """Return the same batches in order, read ahead by threads or worker processes."""
     if not absl.flags.FLAGS.is_parsed():
         absl.flags.FLAGS.mark_as_parsed()  # otherwise Grain's workers raise UnparsedFlagAccessError
     options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.threads + _SPARE_ELEMENTS)
@@ -273,7 +252,7 @@ def read_ahead(batches: grain.MapDataset, config: LoaderConfig) -> grain.Dataset
     if config.workers:
         processes = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=_WORKER_BUFFER)
         ahead = ahead.mp_prefetch(processes)
-    return iter(ahead)
+    return ahead
 
 
 class PieceDecoder(abc.ABC):
@@ -307,20 +286,6 @@ class _RowDecoder(PieceDecoder):
         return [self._rows[first + index] for index in get_part_range(self.max_pieces, part, num_parts)]
 
 
-class _BatchParts:
-    """A random-access data source of the decoded parts of all batches, one after the other."""
-
-    def __init__(self, pieces: PieceDecoder, num_parts: int):
-        self._pieces, self._num_parts = pieces, num_parts
-
-    def __len__(self) -> int:
-        return ENDLESS_LENGTH
-
-    def __getitem__(self, number: int) -> list[Any]:
-        step, part = divmod(number, self._num_parts)
-        return self._pieces.decode(step, part, self._num_parts)
-
-
 def count_parts(pieces: PieceDecoder, config: LoaderConfig) -> int:
     """Return the number of parts in which a batch is decoded, so that waiting parts fit into `ahead_bytes` if possible.
 
@@ -332,30 +297,16 @@ def count_parts(pieces: PieceDecoder, config: LoaderConfig) -> int:
 
 def encode_ahead(
     pieces: PieceDecoder, batch: Callable[[list[Any]], PackedBatch], config: LoaderConfig
-) -> tuple[Iterator[PackedBatch], Callable[[], None]]:
+) -> grain.DatasetIterator:
     """Decode batches of video by threads or workers, and encode their pieces by a thread of this process.
 
-    Returns:
-      the batches, and a function that stops all threads and workers.
+    The thread raises its errors in the iterator, in the order of the batches; `close` stops all threads and workers.
     """
     parts = count_parts(pieces, config)
-    decoded = read_ahead(grain.MapDataset.source(_BatchParts(pieces, parts))[config.start_step * parts :], config)
-
-    def whole_batches() -> Iterator[list[Any]]:
-        while True:
-            yield list(itertools.chain.from_iterable(itertools.islice(decoded, parts)))
-
-    batches = prefetch(map(batch, whole_batches()))
-
-    def close() -> None:
-        batches.close()
-        decoded.close()
-
-    return batches, close
-
-
-def _round_shares(shares: Iterable[np.ndarray]) -> list[list[float]]:
-    return [share.round(5).tolist() for share in shares]
+    numbers = grain.MapDataset.range(config.start_step * parts, ENDLESS_LENGTH)
+    decoded = read_ahead(numbers.map(lambda number: pieces.decode(number // parts, number % parts, parts)), config)
+    batches = decoded.batch(parts, batch_fn=lambda values: batch(list(itertools.chain.from_iterable(values))))
+    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_ENCODED_BUFFER))
 
 
 def _stack_rows(rows: list[PackedBatch]) -> PackedBatch:

@@ -73,12 +73,8 @@ def fit_size(info: ClipInfo, limits: SizeLimits) -> Grid:
     rows, columns = info.height // h, info.width // w
     candidates = {(row, _round_to_range(row * h * ratio / w, columns)) for row in range(1, rows + 1)}
     candidates |= {(_round_to_range(column * w / ratio / h, rows), column) for column in range(1, columns + 1)}
-    sizes = [(row * h, column * w) for row, column in candidates]
-    sizes = [
-        size
-        for size in sizes
-        if size[0] * size[1] <= limits.max_pixels and _keeps_aspect_ratio(size, ratio, limits.multiple)
-    ]
+    sizes = [(row * h, column * w) for row, column in candidates if row * h * column * w <= limits.max_pixels]
+    sizes = [size for size in sizes if _keeps_aspect_ratio(size, ratio, limits.multiple)]
     if not sizes:
         raise UserError(
             f"{info.name} has {info.height}x{info.width} pixels: no size of at most {limits.max_pixels} pixels in "

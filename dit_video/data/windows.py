@@ -4,6 +4,7 @@ Windows are uint8, as they are decoded, so that no pixel can be NaN or out of ra
 logged by its name, and replaced by another one.
 """
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -18,8 +19,7 @@ from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.augmentation import Augmentation, augment_window, composite
 from dit_video.data.clips import ClipSource
-from dit_video.data.packing.rows import log_damaged_clip
-from dit_video.data.prefetch import ENDLESS_LENGTH
+from dit_video.data.packing.rows import ENDLESS_LENGTH, log_damaged_clip
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
 from dit_video.tokens import Grid
 
@@ -47,9 +47,7 @@ class WindowConfig:
 
     def __post_init__(self):
         if self.augment is not None and self.augment.transpose and self.size.h != self.size.w:
-            raise UserError(
-                f"transpose=True is invalid: windows of size={tuple(self.size)} are not square. Use transpose=False."
-            )
+            raise UserError(f"transpose=True is invalid: windows of {self.size} are not square. Use transpose=False.")
         if min(self.size) < 1 or self.batch < 1:
             raise UserError(f"size={tuple(self.size)}, batch={self.batch} is invalid: each must be at least 1")
 
@@ -68,9 +66,11 @@ class ClipCrops:
 
     def __init__(self, source: ClipSource, limits: SizeLimits, *, cache_bytes: int = CACHE_BYTES):
         self.source, self.limits, self._free_bytes = source, limits, cache_bytes
-        fitted = {index: _fit_or_none(source, index, limits) for index in range(len(source))}
-        self.sizes: dict[int, Grid] = {index: size for index, size in fitted.items() if size is not None}
+        self.sizes: dict[int, Grid] = {}
         """Training size of every clip that has one, by the clip's number."""
+        for index, info in enumerate(source.infos):
+            with contextlib.suppress(UserError):
+                self.sizes[index] = fit_size(info, limits)
         self._cache: dict[tuple[int, int], np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -120,10 +120,8 @@ class Windows:
             if all(length >= window for length, window in zip(size, config.size, strict=True))
         )
         """Numbers of the clips that are used."""
-        infos = crops.source.infos
-        self.excluded_clips: tuple[str, ...] = tuple(
-            infos[index].name for index in sorted(set(range(len(infos))) - set(self.clips))
-        )
+        infos, used = crops.source.infos, set(self.clips)
+        self.excluded_clips = tuple(info.name for index, info in enumerate(infos) if index not in used)
         """Names of the clips that are smaller or shorter than a window at training size."""
         if not self.clips:
             size = "{}x{}x{}".format(*config.size)
@@ -201,13 +199,13 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
         hosts: int = 1,
         threads: int = DECODE_THREADS,
     ):
-        self.windows = tuple(
-            Windows(crops, config, seed=seed + number, host=host, hosts=hosts) for number, config in enumerate(configs)
-        )
+        shares = {"host": host, "hosts": hosts}
+        self.windows = tuple(Windows(crops, config, seed=seed + n, **shares) for n, config in enumerate(configs))
         content = (crops.source.infos, crops.limits, tuple(configs), seed)
         self.hash: str = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
         """Hash of the clips and the configuration: with the step, the whole state of the data."""
-        batches = grain.MapDataset.source(_RoundRobin(self.windows))[start_step:]
+        steps, windows, shapes = grain.MapDataset.range(start_step, ENDLESS_LENGTH), self.windows, len(configs)
+        batches = steps.map(lambda step: windows[step % shapes][step // shapes])
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
         self._batches = iter(batches.to_iter_dataset(ahead))
 
@@ -222,27 +220,6 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
     def close(self) -> None:
         """Stop the threads."""
         self._batches.close()
-
-
-class _RoundRobin:
-    """A data source of the batches of n shapes in turn: step s is batch s // n of shape s % n."""
-
-    def __init__(self, windows: Sequence[Windows]):
-        self._windows = windows
-
-    def __len__(self) -> int:
-        return ENDLESS_LENGTH
-
-    def __getitem__(self, step: int) -> UInt8[np.ndarray, "B T H W 3"]:
-        number, shape = divmod(step, len(self._windows))
-        return self._windows[shape][number]
-
-
-def _fit_or_none(source: ClipSource, index: int, limits: SizeLimits) -> Grid | None:
-    try:
-        return fit_size(source.infos[index], limits)
-    except UserError:
-        return None
 
 
 def _format_largest(sizes: Collection[Grid]) -> str:

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import X0, DenoiseFn, Estimator, Prediction, make_estimator
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import Process, Times, Values
 from dit_video.diffusion.samplers.sampler import NoiseFn
 
-ConsistencyFn = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
+ConsistencyFn = Callable[[Values, Times], Values]
 """The function `f(noisy, time) -> data`."""
 
 
@@ -37,13 +37,7 @@ def make_consistency_fn(denoise: DenoiseFn, process: Process, prediction: Predic
     return lambda noisy, time: estimate(noisy, time).data
 
 
-def step_along_flow(
-    estimate: Estimator,
-    process: Process,
-    noisy: Float[Array, "*shape"],
-    time: Float[Array, "*time"],
-    next_time: Float[Array, "*time"],
-) -> Float[Array, "*shape"]:
+def step_along_flow(estimate: Estimator, process: Process, noisy: Values, time: Times, next_time: Times) -> Values:
     """Move along the teacher's flow to the next time by one step of DDIM; times may differ between tokens."""
     prediction = estimate(noisy, time)
     return process.add_noise(prediction.data, prediction.noise, next_time)
@@ -83,13 +77,13 @@ def consistency_loss(
 
 def run_multistep(
     f: ConsistencyFn,
-    noise: Float[Array, "*shape"],
+    noise: Values,
     times: Float[Array, "times *time"],
     *,
     process: Process,
     noise_fn: NoiseFn,
     steps: Int[Array, ""] | int,
-) -> Float[Array, "*shape"]:
+) -> Values:
     """Return the input of $f$ at step number `steps`, counted from 0.
 
     It is the sample after the steps before it, with noise added again. Each step adds fresh noise to its data to reach

@@ -65,8 +65,7 @@ class DiscreteSchedule:
         if model_steps[0] > total - 1:
             raise UserError(
                 f"steps={steps}, steps_offset={self.steps_offset} is invalid: the first step is beyond the last of "
-                f"{total} "
-                "noise steps. Use fewer steps or steps_offset=0."
+                f"{total} noise steps. Use fewer steps or steps_offset=0."
             )
         ratios: np.ndarray = np.interp(model_steps, np.arange(total), step_ratios)
         if self.ratio_spacing != "spaced":
@@ -74,12 +73,9 @@ class DiscreteSchedule:
             ratios = _space_ratios(self.ratio_spacing, max_ratio, min_ratio, steps)
             model_steps = np.interp(np.log(ratios), np.log(step_ratios), np.arange(total))
         # Interpolation returns a trained step only up to rounding: without the margin, `below` would miss it by one.
-        rounded = {"between": model_steps, "nearest": np.round(model_steps), "below": np.floor(model_steps + 1e-9)}[
-            self.step_rounding
-        ]
-        return append_final_time(
-            process.ratio_to_time(ratios), rounded / total, 0.0 if self.end == "data" else 1 / total
-        )
+        roundings = {"between": model_steps, "nearest": np.round(model_steps), "below": np.floor(model_steps + 1e-9)}
+        end = 0.0 if self.end == "data" else 1 / total
+        return append_final_time(process.ratio_to_time(ratios), roundings[self.step_rounding] / total, end)
 
     def _select_steps(self, trained_steps: int, steps: int) -> Float64[np.ndarray, " {steps}"]:
         """Return the falling steps, counted from 0."""
@@ -108,9 +104,7 @@ class LcmSchedule:
 
     def __post_init__(self):
         if self.distillation_steps < 1:
-            raise UserError(
-                f"distillation_steps={self.distillation_steps} is invalid: there must be at least 1 step. Use 50."
-            )
+            raise UserError(f"distillation_steps={self.distillation_steps} is invalid: must be at least 1. Use 50.")
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times of `steps` steps.
@@ -123,9 +117,8 @@ class LcmSchedule:
         total = _count_trained_steps(process, self)
         if not steps <= self.distillation_steps <= total:
             raise UserError(
-                f"steps={steps}, distillation_steps={self.distillation_steps} is invalid: sampling steps, "
-                "distillation steps "
-                f"and the {total} noise steps must not fall. Use steps={min(self.distillation_steps, total)} or less."
+                f"steps={steps}, distillation_steps={self.distillation_steps} is invalid: they and the {total} noise "
+                f"steps must not fall. Use steps={min(self.distillation_steps, total)} or less."
             )
         distilled_steps = np.arange(1, self.distillation_steps + 1) * (total // self.distillation_steps) - 1.0
         model_steps = distilled_steps[::-1][np.floor(np.arange(steps) * (self.distillation_steps / steps)).astype(int)]

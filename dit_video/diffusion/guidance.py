@@ -28,13 +28,13 @@ from jaxtyping import Array, Float, Float32
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion.predictions import DenoiseFn, Prediction, Velocity
-from dit_video.diffusion.processes.process import MIN_ALPHA, Process
+from dit_video.diffusion.processes.process import MIN_ALPHA, Process, Times, Values
 
-Branches = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Sequence[Float[Array, "*shape"]]]
+Branches = Callable[[Values, Times], Sequence[Values]]
 """The function `branches(noisy, time)`: predictions with all conditions, without the prompt and (of three) without any.
 """
 
-MeanFn = Callable[[Float[Array, "*shape"]], Float[Array, "*means"]]
+MeanFn = Callable[[Values], Float[Array, "*means"]]
 """A function that averages each sample's own values, in a shape that broadcasts against them."""
 
 
@@ -61,16 +61,11 @@ class AdaptiveProjectedGuidance:
 
     def __post_init__(self):
         if not math.isfinite(self.parallel_weight):
-            raise UserError(
-                f"parallel_weight={self.parallel_weight} is invalid: it must be finite. Use 0 to drop the parallel "
-                "part."
-            )
+            raise UserError(f"parallel_weight={self.parallel_weight} is invalid: it must be finite. Use 0 to drop it.")
         if self.max_rms is not None and not 0 < self.max_rms < math.inf:
             raise UserError(f"max_rms={self.max_rms} is invalid: it must be positive. Use None for no limit.")
         if not -1 < self.momentum < 1:
-            raise UserError(
-                f"momentum={self.momentum} is invalid: it must lie between -1 and 1. Use 0 for no momentum."
-            )
+            raise UserError(f"momentum={self.momentum} is invalid: it must lie between -1 and 1. Use 0 for none.")
 
 
 class GuidanceParams(NamedTuple):
@@ -113,13 +108,9 @@ class Guidance:
                 "Use 1 for no guidance."
             )
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise UserError(
-                f"interval={self.interval} is invalid: guidance needs two times in [0, 1]. Use two rising times."
-            )
+            raise UserError(f"interval={self.interval} is invalid: it needs two times in [0, 1]. Use two rising times.")
         if not 0 <= self.rescale <= 1:
-            raise UserError(
-                f"rescale={self.rescale} is invalid: it must lie in [0, 1]. Use 0 for unscaled predictions."
-            )
+            raise UserError(f"rescale={self.rescale} is invalid: it must lie in [0, 1]. Use 0 for no rescaling.")
         if self.has_momentum and self.branch_count == 3:
             raise UserError(
                 "momentum and image_scale are exclusive: momentum applies to the prompt's guidance alone. Use "
@@ -239,9 +230,7 @@ def apply_guidance(
         if params.momentum is None:
             return evaluate(noisy, time, None)[0]
         if not past:
-            raise UserError(
-                "guidance with momentum needs the past of earlier steps; sample it with Remembering(solver=...)"
-            )
+            raise UserError("guidance with momentum needs the past; sample it with Remembering(solver=...)")
         return evaluate(noisy, time, *past)
 
     return denoise
@@ -265,13 +254,9 @@ class _Projection(NamedTuple):
         """
         if past is not None and self.momentum is not None:
             determinant = self.prediction.determinant(self.process, time)
-            data_per_prediction = jnp.where(
-                jnp.abs(determinant) > MIN_ALPHA, self.process.sigma(time) / determinant, 0.0
-            )
-            past = data_per_prediction * step + jnp.asarray(self.momentum) * past
-            step = jnp.where(
-                data_per_prediction == 0, step, past / jnp.where(data_per_prediction == 0, 1.0, data_per_prediction)
-            )
+            data_scale = jnp.where(jnp.abs(determinant) > MIN_ALPHA, self.process.sigma(time) / determinant, 0.0)
+            past = data_scale * step + jnp.asarray(self.momentum) * past
+            step = jnp.where(data_scale == 0, step, past / jnp.where(data_scale == 0, 1.0, data_scale))
         x = noisy / self.process.input_scale(time)
         data = Prediction.estimate(self.prediction, self.process, x, predicted, time).data  # of values alone
         parallel = self.mean(step * data) / jnp.maximum(self.mean(data * data), 1e-12)
@@ -300,9 +285,8 @@ def _combine(
         guided = c + (params.scale - 1) * step
     if params.image_scale is not None:
         step = u - predictions[2]
-        guided = guided + (params.image_scale - 1) * (
-            step if projection is None else projection(step, c, noisy, time, None)[0]
-        )
+        step = step if projection is None else projection(step, c, noisy, time, None)[0]
+        guided = guided + (params.image_scale - 1) * step
     if params.rescale is not None:
         deviation = _compute_std(guided, mean)
         ratio = jnp.where(deviation > 0, _compute_std(c, mean) / jnp.where(deviation > 0, deviation, 1.0), 1.0)

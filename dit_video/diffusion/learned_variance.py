@@ -16,13 +16,13 @@ from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Coefficients, Epsilon, Prediction
-from dit_video.diffusion.processes.process import Estimate, Process
+from dit_video.diffusion.processes.process import Estimate, Process, Times, Values
 
 
 class _StepBounds(NamedTuple):
     """The next time, and the logarithms of the bounds of a step's variance."""
 
-    next_time: Float[Array, "*time"]
+    next_time: Times
     lower: Float[Array, "*time"]
     upper: Float[Array, "*time"]
 
@@ -48,18 +48,11 @@ class LearnedVariance(Prediction):
 
     def __post_init__(self):
         if isinstance(self.prediction, LearnedVariance):
-            raise UserError(
-                "prediction=LearnedVariance(...) is invalid: a learned variance must not be beside another learned "
-                "variance. Use Epsilon()."
-            )
+            raise UserError("prediction=LearnedVariance(...) is invalid: it learns the variance itself. Use Epsilon().")
         if self.steps < 2 or self.bound_weight < 0:
-            raise UserError(
-                f"steps={self.steps}, bound_weight={self.bound_weight} is invalid: a learned variance needs 2 steps "
-                "or more "
-                "and a bound_weight of 0 or more. Use the defaults 1000 and 0.001."
-            )
+            raise UserError(f"{self} is invalid: use 2 steps or more, and a bound_weight of 0 or more.")
 
-    def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
+    def coefficients(self, process: Process, time: Times) -> Coefficients:
         return self.prediction.coefficients(process, time)
 
     def check(self, process: Process) -> None:
@@ -69,11 +62,7 @@ class LearnedVariance(Prediction):
         return jnp.split(predicted, 2, axis=-1)[0]
 
     def estimate(
-        self,
-        process: Process,
-        noisy: Float[Array, "*shape"],
-        prediction: Float[Array, "*batch two"],
-        time: Float[Array, "*time"],
+        self, process: Process, noisy: Values, prediction: Float[Array, "*batch two"], time: Times
     ) -> Estimate:
         """Return the estimate of the prediction with the variance."""
         values, variance = jnp.split(prediction, 2, axis=-1)
@@ -94,26 +83,20 @@ class LearnedVariance(Prediction):
         """
         values, variance = jnp.split(predicted.astype(jnp.float32), 2, axis=-1)
         # The bound trains the variance alone, so that the prediction keeps the time weighting of its own loss.
-        estimate = self.estimate(
-            process, noisy, jnp.concatenate([jax.lax.stop_gradient(values), variance], axis=-1), time
-        )
+        fixed = jnp.concatenate([jax.lax.stop_gradient(values), variance], axis=-1)
+        estimate = self.estimate(process, noisy, fixed, time)
         assert estimate.variance is not None
         step = self._compute_bounds(process, time)
         mean = process.posterior(noisy, estimate.data, time, step.next_time).mean
         posterior = process.posterior(noisy, data, time, step.next_time)
         log_variance = estimate.variance * step.upper + (1 - estimate.variance) * step.lower
-        divergence = (
-            log_variance
-            - step.lower
-            - 1
-            + jnp.exp(step.lower - log_variance)
-            + jnp.square(posterior.mean - mean) * jnp.exp(-log_variance)
-        )
+        divergence = log_variance - step.lower - 1 + jnp.exp(step.lower - log_variance)
+        divergence = divergence + jnp.square(posterior.mean - mean) * jnp.exp(-log_variance)
         surprise = log_variance + math.log(2 * math.pi) + jnp.square(data - mean) * jnp.exp(-log_variance)
         nats = jnp.where(step.next_time == 0, surprise, divergence).mean(axis=-1) / 2
         return self.bound_weight * self.steps / math.log(2) * nats
 
-    def _compute_bounds(self, process: Process, time: Float[Array, "*time"]) -> _StepBounds:
+    def _compute_bounds(self, process: Process, time: Times) -> _StepBounds:
         """Return the step back from a time.
 
         The posterior of the first step has no variance; its lower bound is that of the second.

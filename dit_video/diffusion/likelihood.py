@@ -78,16 +78,11 @@ def log_likelihood(
     Raises:
       UserError: If there is less than one step, or the number of keys is not the number of examples.
     """
-    if times.shape[0] < 2:
-        raise UserError(
-            f"times with {times.shape[0]} values are invalid: the likelihood needs at least 1 step, not "
-            f"{times.shape[0] - 1}. Use two times or more."
-        )
+    steps = times.shape[0] - 1
+    if steps < 1:
+        raise UserError(f"times with {steps + 1} values are invalid: use two or more, for at least 1 step, not {steps}")
     if isinstance(divergence, HutchinsonTrace) and divergence.keys.shape != data.shape[:1]:
-        raise UserError(
-            f"keys of shape {divergence.keys.shape} are invalid: {data.shape[0]} examples need a key each. Use shape "
-            f"({data.shape[0]},)."
-        )
+        raise UserError(f"keys of shape {divergence.keys.shape} are invalid: {data.shape[0]} examples need a key each.")
     directions = _make_directions(divergence, data)
     estimate = make_estimator(denoise, process, prediction)
 
@@ -109,10 +104,8 @@ def log_likelihood(
         return (u + rotation / 2 * (slope + next_slope), log_density + rotation / 2 * (trace + next_trace)), None
 
     rising = times[::-1]
-    data_scale, radius = (
-        process.alpha(rising[0]) / _compute_radius(process, rising[0]),
-        _compute_radius(process, rising[-1]),
-    )
+    data_scale = process.alpha(rising[0]) / _compute_radius(process, rising[0])
+    radius = _compute_radius(process, rising[-1])
     start = data_scale * data, jnp.zeros(data.shape[0])
     (end, log_density), _ = jax.lax.scan(step, start, (rising[:-1], rising[1:]))
     values = math.prod(data.shape[1:])

@@ -20,17 +20,17 @@ from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Prediction
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import Process, Times
 
 
 class Weighting(ABC):
     """A weight of the squared error at each time."""
 
     @abstractmethod
-    def scaled_weight(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def scaled_weight(self, process: Process, time: Times) -> Float[Array, "*time"]:
         """Return $W$ of the module docstring."""
 
-    def __call__(self, process: Process, prediction: Prediction, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def __call__(self, process: Process, prediction: Prediction, time: Times) -> Float[Array, "*time"]:
         """Return the factor of a prediction's squared error."""
         return self.scaled_weight(process, time) / jnp.square(prediction.determinant(process, time))
 
@@ -39,11 +39,11 @@ class Weighting(ABC):
 class UniformWeighting(Weighting):
     """Weight 1 for the prediction's error at all times, so that the choice of prediction is the weighting."""
 
-    def scaled_weight(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def scaled_weight(self, process: Process, time: Times) -> Float[Array, "*time"]:
         """Return 1, which holds for a prediction with determinant 1."""
         return jnp.ones_like(time)
 
-    def __call__(self, process: Process, prediction: Prediction, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def __call__(self, process: Process, prediction: Prediction, time: Times) -> Float[Array, "*time"]:
         return jnp.ones_like(time)
 
 
@@ -64,7 +64,7 @@ class MinSnr(Weighting):
         if not self.gamma > 0:
             raise UserError(f"gamma={self.gamma} is invalid: it must be positive. Use 5, as in the paper.")
 
-    def scaled_weight(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def scaled_weight(self, process: Process, time: Times) -> Float[Array, "*time"]:
         return jnp.minimum(jnp.square(process.alpha(time)), self.gamma * jnp.square(process.sigma(time)))
 
 
@@ -84,7 +84,7 @@ class EdmWeight(Weighting):
         if not self.data_std > 0:
             raise UserError(f"data_std={self.data_std} is invalid: it must be positive. Use 1 for normalised latents.")
 
-    def scaled_weight(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def scaled_weight(self, process: Process, time: Times) -> Float[Array, "*time"]:
         return jnp.square(process.sigma(time) / self.data_std) + jnp.square(process.alpha(time))
 
 
@@ -109,7 +109,7 @@ class SigmoidWeight(Weighting):
         if not math.isfinite(self.bias):
             raise UserError(f"bias={self.bias} is invalid: it must be a finite number. Use 0.")
 
-    def scaled_weight(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def scaled_weight(self, process: Process, time: Times) -> Float[Array, "*time"]:
         alpha, sigma = process.alpha(time), process.sigma(time)
         alpha_rate, sigma_rate = process.rates(time)
         change = sigma_rate * alpha - alpha_rate * sigma

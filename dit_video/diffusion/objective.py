@@ -51,9 +51,8 @@ class Objective:
         if known is not None:
             noisy, model_time = jnp.where(known[..., None], data, noisy), jnp.where(known, 0, time)
         predicted = denoise(self.process.input_scale(model_time[..., None]) * noisy, model_time)
-        error = self.prediction.extract_values(predicted) - self.prediction.target(
-            self.process, data, noise, token_time
-        )
+        target = self.prediction.target(self.process, data, noise, token_time)
+        error = self.prediction.extract_values(predicted) - target
         weight = self.weighting(self.process, self.prediction, time)
         loss = weight * jnp.square(error.astype(jnp.float32)).mean(axis=-1)
         auxiliary = self.prediction.auxiliary_loss(self.process, data, noisy, predicted, token_time)

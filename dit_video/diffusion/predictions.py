@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.processes.edm import Edm
-from dit_video.diffusion.processes.process import MIN_ALPHA, Estimate, Process
+from dit_video.diffusion.processes.process import MIN_ALPHA, Estimate, Process, Times, Values
 
-DenoiseFn = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
+DenoiseFn = Callable[[Values, Times], Values]
 """The function `denoise(noisy, time) -> prediction`: the only interface between diffusion and a model."""
 
 Estimator = Callable[..., Estimate]
@@ -39,7 +39,7 @@ class Prediction(ABC):
     """A linear combination of the data and the noise that a model predicts."""
 
     @abstractmethod
-    def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
+    def coefficients(self, process: Process, time: Times) -> Coefficients:
         """Return the coefficients at a time of a process."""
 
     def check(self, process: Process) -> None:  # noqa: B027 (most have nothing to check)
@@ -49,13 +49,7 @@ class Prediction(ABC):
           UserError: If it can't.
         """
 
-    def target(
-        self,
-        process: Process,
-        data: Float[Array, "*shape"],
-        noise: Float[Array, "*shape"],
-        time: Float[Array, "*time"],
-    ) -> Float[Array, "*shape"]:
+    def target(self, process: Process, data: Values, noise: Values, time: Times) -> Values:
         """Return the value that the model should predict."""
         coefficients = self.coefficients(process, time)
         return coefficients.data * data + coefficients.noise * noise
@@ -75,17 +69,11 @@ class Prediction(ABC):
         """Return the loss of the other part of a model's output; None if there is no other part."""
         return None
 
-    def data_error_scale(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def data_error_scale(self, process: Process, time: Times) -> Float[Array, "*time"]:
         """Return the size of the error in the data that corresponds to an error of 1 in the prediction."""
         return jnp.abs(process.sigma(time) / self.determinant(process, time))
 
-    def estimate(
-        self,
-        process: Process,
-        noisy: Float[Array, "*shape"],
-        prediction: Float[Array, "*shape"],
-        time: Float[Array, "*time"],
-    ) -> Estimate:
+    def estimate(self, process: Process, noisy: Values, prediction: Values, time: Times) -> Estimate:
         """Return the data and the noise that a prediction determines."""
         coefficients, determinant = self.coefficients(process, time), self.determinant(process, time)
         return Estimate(
@@ -93,7 +81,7 @@ class Prediction(ABC):
             (coefficients.data * noisy - process.alpha(time) * prediction) / determinant,
         )
 
-    def determinant(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def determinant(self, process: Process, time: Times) -> Float[Array, "*time"]:
         """Return $d$ of the module docstring, bounded away from 0."""
         coefficients = self.coefficients(process, time)
         value = coefficients.data * process.sigma(time) - coefficients.noise * process.alpha(time)
@@ -104,16 +92,10 @@ class Prediction(ABC):
 class Epsilon(Prediction):
     """The noise (arXiv 2006.11239). Pure noise does not determine the data, which are then set to 0, their mean."""
 
-    def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
+    def coefficients(self, process: Process, time: Times) -> Coefficients:
         return Coefficients(jnp.zeros_like(time), jnp.ones_like(time))
 
-    def estimate(
-        self,
-        process: Process,
-        noisy: Float[Array, "*shape"],
-        prediction: Float[Array, "*shape"],
-        time: Float[Array, "*time"],
-    ) -> Estimate:
+    def estimate(self, process: Process, noisy: Values, prediction: Values, time: Times) -> Estimate:
         alpha = process.alpha(time)
         data = (noisy - process.sigma(time) * prediction) / jnp.maximum(alpha, MIN_ALPHA)
         return Estimate(jnp.where(alpha < MIN_ALPHA, 0.0, data), prediction)
@@ -123,16 +105,10 @@ class Epsilon(Prediction):
 class X0(Prediction):
     """The data themselves. Without noise they do not determine the noise, which is then set to 0."""
 
-    def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
+    def coefficients(self, process: Process, time: Times) -> Coefficients:
         return Coefficients(jnp.ones_like(time), jnp.zeros_like(time))
 
-    def estimate(
-        self,
-        process: Process,
-        noisy: Float[Array, "*shape"],
-        prediction: Float[Array, "*shape"],
-        time: Float[Array, "*time"],
-    ) -> Estimate:
+    def estimate(self, process: Process, noisy: Values, prediction: Values, time: Times) -> Estimate:
         sigma = process.sigma(time)
         noise = (noisy - process.alpha(time) * prediction) / jnp.maximum(sigma, MIN_ALPHA)
         return Estimate(prediction, jnp.where(sigma < MIN_ALPHA, 0.0, noise))
@@ -145,7 +121,7 @@ class V(Prediction):
     Its size is the same at all times. In the paper the root is 1, since the process preserves the variance.
     """
 
-    def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
+    def coefficients(self, process: Process, time: Times) -> Coefficients:
         alpha, sigma = process.alpha(time), process.sigma(time)
         size = jnp.sqrt(alpha**2 + sigma**2)
         return Coefficients(-sigma / size, alpha / size)
@@ -155,7 +131,7 @@ class V(Prediction):
 class Velocity(Prediction):
     r"""The velocity $dx_t / dt = \alpha' x_0 + \sigma' \epsilon$, for rectified flow $\epsilon - x_0$ (2209.03003)."""
 
-    def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
+    def coefficients(self, process: Process, time: Times) -> Coefficients:
         return Coefficients(*process.rates(time))
 
     def check(self, process: Process) -> None:
@@ -177,7 +153,7 @@ class Preconditioning(Prediction):
     data_std: float = 0.5
     """Standard deviation $s$ of the data."""
 
-    def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
+    def coefficients(self, process: Process, time: Times) -> Coefficients:
         alpha, sigma = process.alpha(time), process.sigma(time)
         size = jnp.sqrt(sigma**2 + (alpha * self.data_std) ** 2)
         return Coefficients(sigma / (size * self.data_std), -alpha * self.data_std / size)

@@ -50,9 +50,8 @@ class LinearShift(SizeShift):
 
     def __post_init__(self):
         _check_tokens(self.tokens)
-        if not (
-            min(self.shifts) > 0 and _interpolate(1, self.tokens, self.shifts) > 0 and self.shifts[0] <= self.shifts[1]
-        ):
+        is_positive = min(self.shifts) > 0 and _interpolate(1, self.tokens, self.shifts) > 0
+        if not is_positive or self.shifts[0] > self.shifts[1]:
             raise UserError(
                 f"shifts={self.shifts}, tokens={self.tokens} is invalid: shifts must rise and be positive at 1 token "
                 "too. Use shifts that rise more slowly."
@@ -86,9 +85,7 @@ class ExponentialShift(SizeShift):
 
 def _check_tokens(tokens: tuple[int, int]) -> None:
     if not 0 < tokens[0] < tokens[1]:
-        raise UserError(
-            f"tokens={tokens} is invalid: a shift needs two positive numbers of tokens. Use the smaller first."
-        )
+        raise UserError(f"tokens={tokens} is invalid: use two positive numbers of tokens, the smaller first.")
 
 
 def _interpolate(x: Number, points: tuple[int, int], values: tuple[float, float]) -> Number:

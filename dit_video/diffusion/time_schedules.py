@@ -72,9 +72,7 @@ class ExplicitTimes:
     def __post_init__(self):
         is_falling = all(time > next_time for time, next_time in zip(self.times, self.times[1:], strict=False))
         if len(self.times) < 2 or not is_falling or not 0 <= self.times[-1] < self.times[0] <= 1:
-            raise UserError(
-                f"times={self.times} is invalid: they must fall, from at most 1 to at least 0. Use at least two times."
-            )
+            raise UserError(f"times={self.times} is invalid: must fall, from at most 1 to at least 0. Use two or more.")
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times.
@@ -82,11 +80,9 @@ class ExplicitTimes:
         Raises:
           UserError: If `steps` is not the number of intervals between the times.
         """
-        if steps != len(self.times) - 1:
-            raise UserError(
-                f"steps={steps} is invalid: the explicit times make {len(self.times) - 1} steps. "
-                f"Use steps={len(self.times) - 1}."
-            )
+        intervals = len(self.times) - 1
+        if steps != intervals:
+            raise UserError(f"steps={steps} is invalid: the explicit times make {intervals}. Use steps={intervals}.")
         times = put_on_device(np.asarray(self.times))
         return SampleTimes(times, times)
 
@@ -106,11 +102,7 @@ class _RatioTimes:
 
     def __post_init__(self):
         if not 0 < self.min_ratio < (float("inf") if self.max_ratio is None else self.max_ratio):
-            raise UserError(
-                f"min_ratio={self.min_ratio}, max_ratio={self.max_ratio} is invalid: ratios of noise to data must "
-                "be positive. "
-                "Use min_ratio below max_ratio."
-            )
+            raise UserError(f"{self} is invalid: noise-to-data ratios must be positive. Use min_ratio below max_ratio.")
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times of `steps` steps.
@@ -125,9 +117,7 @@ class _RatioTimes:
         max_ratio = process_ratio if self.max_ratio is None else self.max_ratio
         kind = type(process).__name__
         if not np.isfinite(max_ratio):
-            raise UserError(
-                f"max_ratio=None is invalid: the ratio at the noise of {kind} is infinite. Use a finite max_ratio."
-            )
+            raise UserError(f"max_ratio=None is invalid: that of {kind} at noise is infinite. Use a finite max_ratio.")
         first = process.ratio_to_time(np.asarray([max_ratio], np.float64))
         size = np.hypot(process.alpha(first), process.sigma(first)) / process.scale_initial_noise(one)
         # Sampling starts from unit noise scaled by the process. The first time must have that total size (within 10 %).

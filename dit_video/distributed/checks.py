@@ -43,7 +43,5 @@ def _check_divisible(number: int, parts: int, owner: str, things: str, axes: str
     if number % parts:
         divisors = [size for size in range(1, number + 1) if number % size == 0 and size <= 2 * parts]
         valid = ", ".join(str(size) for size in divisors)
-        raise UserError(
-            f"{owner} has {number} {things}, which {axes}={parts} devices do not divide. Use a mesh with {axes} of "
-            f"{valid}, or {number + -number % parts} {things}."
-        )
+        fix = f"Use a mesh with {axes} of {valid}, or {number + -number % parts} {things}."
+        raise UserError(f"{owner} has {number} {things}, which {axes}={parts} devices do not divide. {fix}")

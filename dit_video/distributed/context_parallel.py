@@ -56,10 +56,8 @@ def shard_model(make: ModuleFactory, mesh: AnyMesh, context_attention: ContextAt
     def make_sharded(rngs: nnx.Rngs) -> Dit | WanDit:
         model: Any = make(rngs)
         if not isinstance(model, Dit | WanDit):
-            raise UserError(
-                f"model {type(model).__name__} is invalid: only denoisers have attention over devices. Use Dit or "
-                "WanDit."
-            )
+            name = type(model).__name__
+            raise UserError(f"model {name} is invalid: only denoisers have attention over devices. Use Dit or WanDit.")
         factory = model.attention
         if mesh.shape["context"] > 1 and context_attention == "ring" and isinstance(factory, AttentionFactory):
             check_ring(factory.backend)

@@ -59,9 +59,7 @@ class TimeoutConfig:
     def __post_init__(self) -> None:
         for name in ("startup", "max_silence", "max_lag"):
             if getattr(self, name) < 1:
-                raise UserError(
-                    f"{name}={getattr(self, name)} is invalid: it is too short for any process. Use 1 second or more."
-                )
+                raise UserError(f"{name}={getattr(self, name)} is invalid: it is too short. Use 1 second or more.")
 
 
 class _PeerState:
@@ -124,14 +122,11 @@ class HeartbeatMonitor:
         if len(set(self._wait_for_all("digest", self._timeouts.startup).values())) == 1:
             return
         self._startup_store.write(f"told/{self._index}", text)
-        all_settings = {
-            index: json.loads(text) for index, text in self._wait_for_all("told", self._timeouts.startup).items()
-        }
-        for index in range(1, self._count):
+        texts = self._wait_for_all("told", self._timeouts.startup)
+        first, *others = (json.loads(texts[index]) for index in range(self._count))
+        for index, other in enumerate(others, 1):
             for name in settings:
-                if difference := config_json.describe_difference(
-                    all_settings[index][name], all_settings[0][name], name
-                ):
+                if difference := config_json.describe_difference(other[name], first[name], name):
                     raise UserError(
                         f"{self._names[index]} was started with another {name} than {self._names[0]}: {difference} "
                         f"(there is the former, here the latter). Use the same {name} for all processes."
@@ -143,9 +138,8 @@ class HeartbeatMonitor:
         try:
             messages = self._startup_store.wait_for(set(names), seconds)
         except TimeoutError as error:
-            raise UserError(
-                f"no message from processes within {seconds:g} s: {error}. Start all processes again."
-            ) from error
+            problem = f"no message from processes within {seconds:g} s: {error}"
+            raise UserError(f"{problem}. Start all processes again.") from error
         return {index: messages[name] for name, index in names.items()}
 
     def __exit__(
@@ -177,10 +171,9 @@ class HeartbeatMonitor:
                 # Another process' death breaks connections and should be reported instead of this error. So the error
                 # is reported only if all processes have it.
                 self._store.write(f"trouble/{self._index}", "")
+                seconds = self._timeouts.max_silence + 2 * _GRACE_SECONDS
                 with contextlib.suppress(TimeoutError):
-                    self._store.wait_for(
-                        {f"trouble/{name}" for name in names}, self._timeouts.max_silence + 2 * _GRACE_SECONDS
-                    )
+                    self._store.wait_for({f"trouble/{name}" for name in names}, seconds)
             self._failed = True
             self._store.write(f"left/{self._index}", f"{type(error).__name__}: {error}")
             self._store.wait_for({f"left/{name}" for name in names}, 2 * _GRACE_SECONDS)
@@ -217,9 +210,8 @@ class HeartbeatMonitor:
         last_check = time.monotonic()
         while not self._finished.wait(self._poll_interval):
             now = time.monotonic()
-            if (
-                now - last_check > self._timeouts.max_silence / 2
-            ):  # This process was suspended: all heartbeats look old.
+            # If this process was suspended, all heartbeats look old.
+            if now - last_check > self._timeouts.max_silence / 2:
                 self._reset_timers()
             last_check = now
             if message := self._find_failure(time.monotonic()):
@@ -238,22 +230,16 @@ class HeartbeatMonitor:
         if "verdict" in messages:
             return messages["verdict"]
         present = [index for index in self._peers if f"left/{index}" not in messages]
-        for index in self._peers:
-            if (
-                (reason := messages.get(f"left/{index}"))
-                and index != self._index
-                and f"left/{self._index}" not in messages
-            ):
+        others = [index for index in self._peers if index != self._index]
+        for index in others:
+            if (reason := messages.get(f"left/{index}")) and f"left/{self._index}" not in messages:
                 self._finished.wait(_GRACE_SECONDS)  # This process may have the same error, and then reports its own.
                 return "" if f"left/{self._index}" in self._messages else f"{self._names[index]} has ended ({reason})"
         if self._index != 0 and now - self._answer_time > max_silence:
             return f"{self._names[0]}, which keeps the run together, has not answered for {max_silence:g} s"
-        for index in present:
-            if (
-                now - self._peers[index].beat_time > max_silence
-                and now - self._answer_time <= max_silence
-                and index != self._index
-            ):
+        is_answering = now - self._answer_time <= max_silence
+        for index in others:
+            if index in present and is_answering and now - self._peers[index].beat_time > max_silence:
                 return f"{self._names[index]} has sent no heartbeat for {max_silence:g} s: dead, stopped, or cut off"
         steps = {index: self._peers[index].step_count for index in present}
         for index, step_count in steps.items():
@@ -266,17 +252,11 @@ class HeartbeatMonitor:
             if self._finished.is_set():
                 return
             with contextlib.suppress(Exception):
-                if (
-                    "verdict" not in self._messages
-                    and self._answer_time > time.monotonic() - self._timeouts.max_silence
-                ):
+                is_answering = self._answer_time > time.monotonic() - self._timeouts.max_silence
+                if "verdict" not in self._messages and is_answering:
                     self._store.write("verdict", message)
-            print(
-                f"error: {message}; process {self._index} ends too. Checkpoints are complete: start all processes "
-                "again "
-                "to continue from the newest one.",
-                file=sys.stderr,
-            )
+            advice = "Checkpoints are complete: start all processes again to continue from the newest one."
+            print(f"error: {message}; process {self._index} ends too. {advice}", file=sys.stderr)
             self._end_now(EXIT_TRY_AGAIN)
 
     def _end_now(self, code: int) -> None:

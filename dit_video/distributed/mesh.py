@@ -37,9 +37,7 @@ class Slices:
     def __post_init__(self) -> None:
         for name in AXES:
             if getattr(self, name) < 1:
-                raise UserError(
-                    f"{name}={getattr(self, name)} is invalid: a mesh axis has 1 slice or more. Use {name}=1."
-                )
+                raise UserError(f"{name}={getattr(self, name)} is invalid: an axis has 1 slice or more. Use {name}=1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +67,9 @@ class MeshConfig:
         sizes = {name: getattr(self, name) for name in AXES}
         for name, size in sizes.items():
             if size != -1 and size < 1:
-                raise UserError(
-                    f"{name}={size} is invalid: a mesh axis has 1 device or more. Use -1 for the remaining ones."
-                )
+                raise UserError(f"{name}={size} is invalid: an axis has 1 device or more. Use -1 for the others.")
         if len(free := [name for name, size in sizes.items() if size == -1]) > 1:
-            raise UserError(
-                f"{'=-1, '.join(free)}=-1 is invalid: only one mesh axis can be -1. Use sizes for all but one."
-            )
+            raise UserError(f"{'=-1, '.join(free)}=-1 is invalid: only one axis can be -1. Use sizes for all but one.")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -106,10 +100,8 @@ def arrange_hybrid_mesh(config: MeshConfig, devices: Sequence[Any]) -> np.ndarra
 
     sizes, count = _resolve_sizes(config, len(devices)), _count_slices(devices)
     if len(devices) % count:
-        raise UserError(
-            f"{len(devices)} devices are invalid: they are no whole number for each of {count} slices. Use all devices "
-            "of each slice."
-        )
+        rule = f"they are no whole number for each of {count} slices. Use all devices of each slice."
+        raise UserError(f"{len(devices)} devices are invalid: {rule}")
     outer = _split_slices(config.slices, sizes, count)
     inner = tuple(size // part for size, part in zip(sizes, outer, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
@@ -125,15 +117,12 @@ def _split_slices(requested: Slices | None, sizes: tuple[int, ...], count: int) 
     if requested is not None:
         counts = tuple(getattr(requested, name) for name in AXES)
         if math.prod(counts) != count:
-            raise UserError(
-                f"slices {_format_sizes(counts)} are invalid: these are {math.prod(counts)}, there are {count}. Use "
-                f"data={count}."
-            )
+            rule = f"these are {math.prod(counts)}, there are {count}. Use data={count}."
+            raise UserError(f"slices {_format_sizes(counts)} are invalid: {rule}")
         for name, size, part in zip(AXES, sizes, counts, strict=True):
             if size % part:
-                raise UserError(
-                    f"{part} slices do not divide {name}={size} of the mesh {mesh}. {_suggest_data_size(sizes, count)}"
-                )
+                fix = _suggest_data_size(sizes, count)
+                raise UserError(f"{part} slices do not divide {name}={size} of the mesh {mesh}. {fix}")
         return counts
     # Axes in the order of their communication, the least first: slices have the slow network between them.
     remaining, slices = count, dict.fromkeys(AXES, 1)
@@ -158,27 +147,22 @@ def _format_sizes(sizes: tuple[int, ...]) -> str:
 def _resolve_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
     """Return the size of every axis, in the order of `AXES`."""
     sizes = {name: getattr(config, name) for name in AXES}
-    requested = " x ".join(f"{name}={size}" for name, size in sizes.items())
+    requested = _format_sizes(tuple(sizes.values()))
     remaining = count
     for name, size in sizes.items():
         if size == -1:
             continue
         if remaining % size:
             divisors = " or ".join(str(divisor) for divisor in range(1, remaining + 1) if remaining % divisor == 0)
-            available = (
-                f"the {count} devices"
-                if remaining == count
-                else f"the {remaining} of {count} devices that are left for it"
-            )
+            rest = f"the {remaining} of {count} devices that are left for it"
+            available = f"the {count} devices" if remaining == count else rest
             raise UserError(f"mesh {requested}: {name}={size} does not divide {available}. Use {name}={divisors}.")
         remaining //= size
     if -1 in sizes.values():
         return tuple(remaining if size == -1 else size for size in sizes.values())
     if remaining != 1:
-        raise UserError(
-            f"mesh {requested} uses {math.prod(sizes.values())} of {count} devices. "
-            f"Use data={sizes['data'] * remaining}, or -1 for all remaining ones."
-        )
+        fix = f"Use data={sizes['data'] * remaining}, or -1 for all remaining ones."
+        raise UserError(f"mesh {requested} uses {math.prod(sizes.values())} of {count} devices. {fix}")
     return tuple(sizes.values())
 
 

@@ -58,21 +58,15 @@ def detect_processes(environment: Mapping[str, str] | None = None) -> ProcessInf
     if not any(variables.values()) or (variables["COORDINATOR_ADDRESS"] and not any(list(variables.values())[1:])):
         return _detect_with_jax()  # JAX also supports an address without the other variables.
     if missing := [name for name, value in variables.items() if not value]:
-        raise UserError(
-            f"{', '.join(missing)} not set, though other variables of several processes are. Set "
-            f"{', '.join(_VARIABLES)}."
-        )
+        missing_names, names = ", ".join(missing), ", ".join(_VARIABLES)
+        raise UserError(f"{missing_names} not set, though other variables of several processes are. Set {names}.")
     address, count, index = (str(value) for value in variables.values())
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-        raise UserError(
-            f"PROCESS_ID={index}, NUM_PROCESSES={count} is invalid: both must be whole numbers. Use PROCESS_ID from 0 "
-            "to NUM_PROCESSES - 1."
-        )
+        rule = "both must be whole numbers. Use PROCESS_ID from 0 to NUM_PROCESSES - 1."
+        raise UserError(f"PROCESS_ID={index}, NUM_PROCESSES={count} is invalid: {rule}")
     if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
-        raise UserError(
-            f"COORDINATOR_ADDRESS={address} is invalid: it must be host:port of process 0. Use an address such as "
-            "node0:1234."
-        )
+        rule = "it must be host:port of process 0. Use an address such as node0:1234."
+        raise UserError(f"COORDINATOR_ADDRESS={address} is invalid: {rule}")
     if int(count) == 1:
         return None
     return ProcessInfo(source="the environment", count=int(count), index=int(index), address=address)

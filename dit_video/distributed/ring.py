@@ -10,8 +10,8 @@ Called under `jax.shard_map`, with the tokens of one rank.
 """
 
 import functools
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,12 @@ class RingAttention:
 
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         """Return the attention of this rank's `q`, `k` and `v`; `meta` is that of the whole row."""
-        if inputs.bias is None:
+        bias = inputs.bias
+        if bias is None:
             return _ring_attention(self, None, q, k, v, None, inputs)
-        return _ring_attention(
-            self, inputs.bias.config, q, k, v, inputs.bias.table, inputs._replace(bias=_drop_table(inputs.bias))
-        )
+        # The gradient of the table is computed separately.
+        without_table = inputs._replace(bias=replace(bias, table=jnp.zeros((0, 0))))
+        return _ring_attention(self, bias.config, q, k, v, bias.table, without_table)
 
     def send_to_next(self, arrays: PyTree) -> PyTree:
         """Send arrays to the next rank."""
@@ -94,16 +95,6 @@ def _get_segment_range(segments: Int[Array, "B N"]) -> tuple[Int[Array, " B"], I
     return jnp.where(segments > 0, segments, _MAX_SEGMENT).min(axis=1), segments.max(axis=1)
 
 
-def _drop_table(bias: Bias) -> Bias:
-    """Return the bias without its table, whose gradient is computed separately."""
-    return Bias(
-        config=bias.config,
-        table=jnp.zeros((0, 0)),
-        q_positions=bias.q_positions,
-        kv_positions=bias.kv_positions,
-    )
-
-
 class _PartialAttention(NamedTuple):
     """Attention over the keys so far, and the logarithms of the sums of exponentials; float32."""
 
@@ -136,9 +127,8 @@ def _forward(ring: RingAttention, relative: RelativeBias | None, q, k, v, table,
         pair = ring.select_tokens(relative, table, inputs, steps)
 
         def attend():
-            return partial.merge(
-                _PartialAttention(*attend_part(q, keys, values, pair.inputs, pattern=ring.pattern, chunk=ring.chunk))
-            )
+            part = attend_part(q, keys, values, pair.inputs, pattern=ring.pattern, chunk=ring.chunk)
+            return partial.merge(_PartialAttention(*part))
 
         return jax.lax.cond(pair.has_common_segments(), attend, lambda: partial)
 
@@ -150,9 +140,8 @@ def _forward(ring: RingAttention, relative: RelativeBias | None, q, k, v, table,
     initial = _PartialAttention(jnp.zeros((*q.shape[:3], v.shape[3])), jnp.full(lse_shape, EMPTY_LSE))
     # The last keys are not sent on: they would only return home.
     (keys, values), partial = jax.lax.fori_loop(0, ring.ranks - 1, step, ((k, v), initial))
-    out, lse = mark_checkpoint(
-        attend_and_merge(ring.ranks - 1, keys, values, partial), queries=q.shape[1], keys=k.shape[1]
-    )
+    partial = attend_and_merge(ring.ranks - 1, keys, values, partial)
+    out, lse = mark_checkpoint(partial, queries=q.shape[1], keys=k.shape[1])
     return out.astype(v.dtype), (q, k, v, table, inputs, out, lse)
 
 
@@ -165,10 +154,8 @@ def _backward(ring: RingAttention, relative: RelativeBias | None, saved, d_out):
         pair = ring.select_tokens(relative, table, meta, steps)
 
         def attend():
-            saved_results = {"lse": lse, "delta": delta, "d_out": d_out}
-            return compute_part_gradients(
-                q, keys, values, pair.inputs, pattern=ring.pattern, chunk=ring.chunk, **saved_results
-            )
+            kinds: dict[str, Any] = {"pattern": ring.pattern, "chunk": ring.chunk}
+            return compute_part_gradients(q, keys, values, pair.inputs, lse=lse, delta=delta, d_out=d_out, **kinds)
 
         return jax.lax.cond(pair.has_common_segments(), attend, lambda: zeros)
 
@@ -176,7 +163,7 @@ def _backward(ring: RingAttention, relative: RelativeBias | None, saved, d_out):
         (d_keys, d_values), (d_q, d_table) = sums
         more_q, *more, more_table = gradients(steps, *keys_values)
         d_keys, d_values = ring.send_to_next((d_keys + more[0], d_values + more[1]))
-        return (d_keys, d_values), (d_q + more_q, _add_optional(d_table, more_table))
+        return (d_keys, d_values), (d_q + more_q, None if d_table is None else d_table + more_table)
 
     def step(steps, carry):
         keys_values, sums = carry
@@ -193,7 +180,3 @@ def _backward(ring: RingAttention, relative: RelativeBias | None, saved, d_out):
 
 
 _ring_attention.defvjp(_forward, _backward)
-
-
-def _add_optional(one: Array | None, other: Array | None) -> Array | None:
-    return None if one is None or other is None else one + other

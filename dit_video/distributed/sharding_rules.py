@@ -104,10 +104,8 @@ def make_batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
         if ranks == 1 or not re.search(_TOKEN_PATTERN, path):
             return make_batch_sharding(mesh)
         if leaf.shape[1] % ranks:
-            raise UserError(
-                f"rows of {leaf.shape[1]} tokens do not divide among context={ranks} devices. "
-                f"Use rows of {leaf.shape[1] + -leaf.shape[1] % ranks} tokens."
-            )
+            fix = f"Use rows of {leaf.shape[1] + -leaf.shape[1] % ranks} tokens."
+            raise UserError(f"rows of {leaf.shape[1]} tokens do not divide among context={ranks} devices. {fix}")
         return NamedSharding(mesh, PartitionSpec(ROW_AXES, "context"))
 
     return trees.map_with_path(layout, batch)
@@ -139,10 +137,8 @@ class RowPart(NamedTuple):
             shards.setdefault(device.process_index, set()).add(rows.start or 0)
         parts = sorted({tuple(sorted(process_shards)) for process_shards in shards.values()})
         if sum(map(len, parts)) != count_row_shards(mesh) or len({len(part) for part in parts}) > 1:
-            raise UserError(
-                f"processes share parts of their rows on the mesh {dict(mesh.shape)}. Use a mesh where the devices of "
-                "a process divide tensor x context, or the other way round."
-            )
+            fix = "Use a mesh where the devices of a process divide tensor x context, or the other way round."
+            raise UserError(f"processes share parts of their rows on the mesh {dict(mesh.shape)}. {fix}")
         local_shards = tuple(sorted(shards[jax.process_index() if process is None else process]))
         return RowPart(parts.index(local_shards), len(parts), local_shards)
 
@@ -186,10 +182,8 @@ def _apply_rule(
     path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, ...], mesh: AnyMesh
 ) -> PartitionSpec:
     if len(axes) > len(shape):
-        raise UserError(
-            f"sharding rule {pattern!r} has {len(axes)} axes, {path} has {len(shape)}. "
-            f"Put a rule for {path} before it, such as () to replicate it."
-        )
+        fix = f"Put a rule for {path} before it, such as () to replicate it."
+        raise UserError(f"sharding rule {pattern!r} has {len(axes)} axes, {path} has {len(shape)}. {fix}")
     for axis, size in zip(axes, shape[len(shape) - len(axes) :], strict=True):
         names = () if axis is None else (axis,) if isinstance(axis, str) else axis
         if unknown := [name for name in names if name not in mesh.shape]:

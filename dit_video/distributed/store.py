@@ -29,9 +29,8 @@ class KeyValueStore:
 
     def read(self) -> dict[str, str]:
         """Return all texts of the namespace."""
-        return {
-            name.removeprefix(self._namespace): text for name, text in self._client.key_value_dir_get(self._namespace)
-        }
+        texts = self._client.key_value_dir_get(self._namespace)
+        return {name.removeprefix(self._namespace): text for name, text in texts}
 
     def wait_for(self, names: set[str], seconds: float) -> dict[str, str]:
         """Return all texts of the namespace, once these names are among them.

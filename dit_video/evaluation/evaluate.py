@@ -112,8 +112,7 @@ def evaluate(
 
 def _get_sampler_name(solver: DiffusionSampler) -> str:
     """Return the command line's name of a sampler, else its class."""
-    names = [name for name, known in SAMPLERS.items() if known == solver]
-    return names[0] if names else type(solver).__name__.lower()
+    return next((name for name, known in SAMPLERS.items() if known == solver), type(solver).__name__.lower())
 
 
 def _describe_guidance(guidance: Guidance) -> dict[str, Any]:
@@ -170,13 +169,11 @@ def _make_requests(config: PipelineConfig, run: Run | None, seed: int) -> list[t
 
 
 def _compute_reconstruction_metrics(reconstructions: Sequence[ClipReconstruction]) -> dict[str, Any]:
-    metrics = {
-        reconstruction.name: {"psnr": _cap_psnr(reconstruction.psnr), "ssim": reconstruction.ssim}
-        for reconstruction in reconstructions
-    }
-    for reconstruction in reconstructions:
-        if reconstruction.linear_psnr is not None:
-            metrics[reconstruction.name]["linear_psnr"] = _cap_psnr(reconstruction.linear_psnr)
+    metrics = {}
+    for item in reconstructions:
+        metrics[item.name] = {"psnr": _cap_psnr(item.psnr), "ssim": item.ssim}
+        if item.linear_psnr is not None:
+            metrics[item.name]["linear_psnr"] = _cap_psnr(item.linear_psnr)
     names = next(iter(metrics.values()))
     return {name: float(np.mean([entry[name] for entry in metrics.values()])) for name in names} | {"clips": metrics}
 
@@ -194,13 +191,8 @@ def reconstruct(
     for index, info in enumerate(clips.infos):
         original = read_fitted_clip(clips, index, limits)
         decoded = codec.reconstruct(original)
-        reconstruction = ClipReconstruction(
-            info.name,
-            original,
-            decoded,
-            psnr(original.frames, decoded.frames),
-            ssim(original.frames, decoded.frames),
-        )
+        quality = psnr(original.frames, decoded.frames), ssim(original.frames, decoded.frames)
+        reconstruction = ClipReconstruction(info.name, original, decoded, *quality)
         if linear is not None:
             frames = linear.reconstruct_clip(original.frames, codec.config.stride)
             reconstruction = reconstruction._replace(
@@ -212,20 +204,16 @@ def reconstruct(
 
 def make_shape_requests(seed: int) -> list[Request]:
     """Return all 72 prompts at 17 and 9 frames, and the 18 image prompts, each once at one of three sizes."""
-    shapes_and_captions = [
-        (Grid(frames, 0, 0), description)
+    prompts = [
+        (frames, description)
         for frames, descriptions in ((17, shapes.COMBINATIONS), (9, shapes.COMBINATIONS), (1, shapes.IMAGES))
         for description in descriptions
     ]
     sizes = ((32, 32), (32, 48), (48, 32))
-    size_indices = rng.make_generator(seed, "sample sizes").permutation(
-        np.arange(len(shapes_and_captions)) % len(sizes)
-    )
+    size_indices = rng.make_generator(seed, "sample sizes").permutation(np.arange(len(prompts)) % len(sizes)).tolist()
     return [
-        Request(shapes.format_caption(description), Grid(frames.t, *sizes[size]), seed=_make_seed(seed, number))
-        for number, ((frames, description), size) in enumerate(
-            zip(shapes_and_captions, size_indices.tolist(), strict=True)
-        )
+        Request(shapes.format_caption(description), Grid(frames, *sizes[size]), seed=_make_seed(seed, number))
+        for number, ((frames, description), size) in enumerate(zip(prompts, size_indices, strict=True))
     ]
 
 

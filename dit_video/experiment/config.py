@@ -98,40 +98,27 @@ class Experiment:
         if not 0 <= self.denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout={self.denoiser.caption_dropout} is invalid: it must lie in [0, 1].")
         if not all(0 < weight < math.inf for weight in self.data.weights):
-            raise UserError(
-                f"weights={self.data.weights} is invalid: weights must be positive. Leave out unwanted data sets."
-            )
+            raise UserError(f"weights={self.data.weights} is invalid: they must be positive. Leave out unwanted sets.")
         cached = self.data.clips_per_video > 1 or self.data.resolutions or self.data.flips
         if cached and not self.data.cache_latents:
-            raise UserError(
-                "data.clips_per_video, data.resolutions and data.flips need cached latents. Leave them out, or set "
-                "data.cache_latents=True."
-            )
+            options = "data.clips_per_video, data.resolutions and data.flips"
+            raise UserError(f"{options} need cached latents. Leave them out, or set data.cache_latents=True.")
         if self.denoiser.buckets is not None and (self.data.cache_latents or self.data.weights):
-            raise UserError(
-                "denoiser.buckets are read from video files, without weights of data sets. Set "
-                "data.cache_latents=False, and leave out data.weights."
-            )
+            fix = "Set data.cache_latents=False, and leave out data.weights."
+            raise UserError(f"denoiser.buckets are read from video files, without weights of data sets. {fix}")
         if self.data.workers < 0:
             raise UserError(f"workers={self.data.workers} is invalid: it must not be negative.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is invalid: it must be a whole number from 0 to {2**32 - 1}.")
 
     def _check_parts(self) -> None:
-        denoiser = self.denoiser
-        if self.monitoring.validate_every and (denoiser.distillation is not None or denoiser.buckets is not None):
-            raise UserError(
-                "monitoring.validate_every needs packed rows and no distillation. Leave out validate_every."
-            )
-        if denoiser.accumulation_steps > 1 and (denoiser.buckets is not None or denoiser.distillation is not None):
-            raise UserError(
-                "denoiser.accumulation_steps needs packed rows and no distillation. Leave out accumulation_steps."
-            )
-        if denoiser.batch % denoiser.accumulation_steps:
-            raise UserError(
-                f"batch={denoiser.batch} is not divisible by accumulation_steps={denoiser.accumulation_steps}. Use "
-                "a multiple."
-            )
+        denoiser, parts = self.denoiser, self.denoiser.accumulation_steps
+        used = self.monitoring.validate_every, parts > 1
+        for option, is_used in zip(("monitoring.validate_every", "denoiser.accumulation_steps"), used, strict=True):
+            if is_used and (denoiser.buckets is not None or denoiser.distillation is not None):
+                raise UserError(f"{option} needs packed rows and no distillation. Leave it out.")
+        if denoiser.batch % parts:
+            raise UserError(f"batch={denoiser.batch} is not divisible by accumulation_steps={parts}. Use a multiple.")
 
     def _check_training(self) -> None:
         if isinstance(self.autoencoder, AutoencoderTraining):
@@ -145,34 +132,24 @@ class Experiment:
         if denoiser.lora is not None and denoiser.init_from is None:
             raise UserError("denoiser.lora needs pretrained weights. Set denoiser.init_from to their folder.")
         if denoiser.lora is not None and denoiser.train_mode != "full":
-            raise UserError(
-                f"denoiser.lora trains adapters instead of weights. Leave out lora, or "
-                f"train_mode={denoiser.train_mode!r}."
-            )
+            raise UserError(f"denoiser.lora trains adapters. Leave out lora, or train_mode={denoiser.train_mode!r}.")
         if denoiser.distillation is not None:
             self._check_distillation()
         if denoiser.train_mode == "temporal" and denoiser.optimizer.trainable:
-            raise UserError(
-                "denoiser.train_mode='temporal' already selects the trained weights. Leave optimizer.trainable empty."
-            )
+            raise UserError("denoiser.train_mode='temporal' selects what is trained. Leave optimizer.trainable empty.")
 
     def _check_distillation(self) -> None:
         denoiser = self.denoiser
         if denoiser.init_from is None:
             raise UserError("denoiser.distillation needs a teacher. Set denoiser.init_from to its folder.")
-        if denoiser.lora is not None or denoiser.train_mode != "full":
-            raise UserError(
-                "denoiser.distillation trains all weights. Leave out lora and train_mode, or leave out distillation."
-            )
-        if denoiser.expert is not None:
-            raise UserError(
-                "denoiser.distillation trains one model for all times. Leave out expert, or leave out distillation."
-            )
-        if denoiser.known is not None:
-            raise UserError(
-                "denoiser.distillation does not support frame conditioning. Leave out known, and use a teacher without "
-                "it."
-            )
+        has_other_mode = denoiser.lora is not None or denoiser.train_mode != "full"
+        for is_invalid, rule in (
+            (has_other_mode, "trains all weights. Leave out lora and train_mode"),
+            (denoiser.expert is not None, "trains one model for all times. Leave out expert"),
+            (denoiser.known is not None, "has no frame conditioning. Leave out known"),
+        ):
+            if is_invalid:
+                raise UserError(f"denoiser.distillation {rule}, or leave out distillation.")
 
     def _check_models(self) -> None:
         model, denoiser = self.autoencoder.model, self.denoiser
@@ -182,16 +159,12 @@ class Experiment:
                 f"{3 * model.stride.volume} values. Use fewer channels or a larger stride."
             )
         if denoiser.dit.channels != model.channels:
-            raise UserError(
-                f"dit.channels={denoiser.dit.channels} is invalid: the autoencoder has {model.channels} channels. "
-                f"Use dit.channels={model.channels}."
-            )
+            rule = f"the autoencoder has {model.channels} channels. Use dit.channels={model.channels}."
+            raise UserError(f"dit.channels={denoiser.dit.channels} is invalid: {rule}")
         check_classes(denoiser.text, denoiser.dit)
         if denoiser.dit.context_width != denoiser.text.width:
-            raise UserError(
-                f"dit.context_width={denoiser.dit.context_width} is invalid: the text encoder has width "
-                f"{denoiser.text.width}. Use dit.context_width={denoiser.text.width}."
-            )
+            rule = f"the text encoder has width {denoiser.text.width}. Use dit.context_width={denoiser.text.width}."
+            raise UserError(f"dit.context_width={denoiser.dit.context_width} is invalid: {rule}")
         if denoiser.text.max_tokens > denoiser.rows.text:
             raise UserError(
                 f"text.max_tokens={denoiser.text.max_tokens} is invalid: a row has space for {denoiser.rows.text} text "
@@ -213,30 +186,21 @@ class Experiment:
         """Raise if conditioning, times or variance do not fit the denoiser."""
         dit = self.denoiser.dit
         if self.denoiser.time_per == "frame" and dit.time != "token":
-            raise UserError(
-                "time_per='frame' needs a denoiser with time='token'. Set dit.time, or use time_per='clip'."
-            )
+            raise UserError("time_per='frame' needs a denoiser of time='token'. Set dit.time, or use time_per='clip'.")
         learned = isinstance(self.denoiser.objective.prediction, LearnedVariance)
         if learned != (isinstance(dit, DitConfig) and dit.variance == "predicted"):
             raise UserError(
                 "variance='predicted' of the denoiser and a LearnedVariance prediction of the objective need each "
                 "other. Change one of the two."
             )
-        check_given_frames(
-            dit,
-            self.autoencoder.model,
-            self.denoiser.known,
-            self.denoiser.image_encoder,
-            cached=self.data.cache_latents,
-        )
+        known, image_encoder = self.denoiser.known, self.denoiser.image_encoder
+        check_given_frames(dit, self.autoencoder.model, known, image_encoder, cached=self.data.cache_latents)
 
     def _check_sizes(self) -> None:
         denoiser = self.denoiser
         if denoiser.dit.patch.t != 1:
-            raise UserError(
-                f"dit.patch.t={denoiser.dit.patch.t} is invalid: it divides no clip, because the first latent frame is "
-                "encoded on its own. Use dit.patch.t=1."
-            )
+            rule = "it divides no clip, because the first latent frame is encoded on its own. Use dit.patch.t=1."
+            raise UserError(f"dit.patch.t={denoiser.dit.patch.t} is invalid: {rule}")
         self._check_fits("max_frames", Grid(self.data.max_frames, *self._size_multiple[1:]))
         if isinstance(self.autoencoder, AutoencoderTraining):
             self._check_windows(self.autoencoder, self.window_limits)
@@ -267,9 +231,7 @@ class Experiment:
                 f"{2**adversarial.layers} pixels or more, but one has {smallest}. Use fewer layers or larger windows."
             )
         if training.loss.lpips and smallest < LPIPS_SMALLEST:
-            raise UserError(
-                f"LPIPS needs windows of {LPIPS_SMALLEST} pixels or more, but one has {smallest}. Use larger windows."
-            )
+            raise UserError(f"LPIPS needs windows of {LPIPS_SMALLEST} pixels or more, not {smallest}. Use larger ones.")
         for window in training.windows:
             t, h, w = window.size
             if t > limits.max_frames or h * w > limits.max_pixels:
@@ -282,15 +244,10 @@ class Experiment:
         names = [stage.name for stage in self.earlier]
         for stage in self.earlier:
             if not re.fullmatch(r"[\w.-]+", stage.name) or names.count(stage.name) > 1:
-                raise UserError(
-                    f"stage name={stage.name!r} is invalid: it must be a folder name of letters, digits and _.- that "
-                    "no other stage has."
-                )
+                rule = "it must be a folder name of letters, digits and _.- that no other stage has."
+                raise UserError(f"stage name={stage.name!r} is invalid: {rule}")
             if stage.data.held_out or stage.data.weights:
-                raise UserError(
-                    f"stage {stage.name}: held_out and weights apply to all stages. Set them in the experiment's own "
-                    "data."
-                )
+                raise UserError(f"stage {stage.name}: held_out and weights apply to all stages. Set them in data.")
             if stage.optimizer is not None:
                 self._check_optimizer_state(stage.name, stage.optimizer)
         for number, stage in enumerate(self.earlier):
@@ -309,8 +266,7 @@ class Experiment:
             if value != last_value:
                 raise UserError(
                     f"stage {stage_name}: optimizer.{field_name}={value!r} is invalid: the last one has "
-                    f"{last_value!r}, and "
-                    "its state could not be carried over. Use the same for all stages."
+                    f"{last_value!r}, and its state could not be carried over. Use the same for all stages."
                 )
 
     def get_stage(self, index: int) -> "Experiment":
@@ -325,14 +281,8 @@ class Experiment:
         if isinstance(autoencoder, AutoencoderTraining):  # it is trained before the first stage, so its sizes are kept
             limits = self.window_limits
             autoencoder = dataclasses.replace(autoencoder, max_pixels=limits.max_pixels, max_frames=limits.max_frames)
-        return dataclasses.replace(
-            self,
-            autoencoder=autoencoder,
-            data=data,
-            denoiser=dataclasses.replace(self.denoiser, **overrides),
-            mesh=stage.mesh or self.mesh,
-            earlier=(),
-        )
+        denoiser, mesh = dataclasses.replace(self.denoiser, **overrides), stage.mesh or self.mesh
+        return dataclasses.replace(self, autoencoder=autoencoder, data=data, denoiser=denoiser, mesh=mesh, earlier=())
 
     @property
     def _size_multiple(self) -> Grid:
@@ -348,12 +298,8 @@ class Experiment:
     @property
     def limits(self) -> SizeLimits:
         """Return the limits on the sizes that clips are resized to."""
-        return SizeLimits(
-            max_pixels=self.data.max_pixels,
-            max_frames=self.data.max_frames,
-            multiple=self._size_multiple,
-            fps=self.data.fps,
-        )
+        data, multiple = self.data, self._size_multiple
+        return SizeLimits(max_pixels=data.max_pixels, max_frames=data.max_frames, multiple=multiple, fps=data.fps)
 
     @property
     def window_limits(self) -> SizeLimits:
@@ -361,8 +307,5 @@ class Experiment:
         training, limits = self.autoencoder, self.limits
         if isinstance(training, PretrainedAutoencoder):
             return limits
-        return dataclasses.replace(
-            limits,
-            max_pixels=training.max_pixels or limits.max_pixels,
-            max_frames=training.max_frames or limits.max_frames,
-        )
+        max_pixels, max_frames = training.max_pixels or limits.max_pixels, training.max_frames or limits.max_frames
+        return dataclasses.replace(limits, max_pixels=max_pixels, max_frames=max_frames)

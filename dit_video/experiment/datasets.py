@@ -107,9 +107,8 @@ def resolve(folder: StoragePath) -> StoragePath:
     """Return the location that a folder holds or stands for."""
     if not isinstance(folder, Path):
         return folder
-    return (
-        to_storage_path(read_json(folder / _ADDRESS_FILE)) if (folder / _ADDRESS_FILE).is_file() else folder.resolve()
-    )
+    address = folder / _ADDRESS_FILE
+    return to_storage_path(read_json(address)) if address.is_file() else folder.resolve()
 
 
 def _make_absolute(path: StoragePath) -> StoragePath:

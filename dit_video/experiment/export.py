@@ -43,10 +43,8 @@ def save_adapter(
     """
     if jax.process_index() != 0:
         return
-    adapter_tree, base = (
-        {expert if part == "dit" else part: parts[part] for part in parts} for parts in (adapter, params)
-    )
-    save_lora(folder / ADAPTER_FILE, adapter_tree, get_native_modules(base))
+    named, base = ({expert if name == "dit" else name: each[name] for name in each} for each in (adapter, params))
+    save_lora(folder / ADAPTER_FILE, named, get_native_modules(base))
     if isinstance(dit, WanDitConfig) and "dit" in adapter:
         save_lora(folder / LORA_FILE, adapter["dit"], get_wan_modules(dit))
 

@@ -54,15 +54,12 @@ class RunFolder:
         run = cls(folder=folder, experiment=experiment, command=get_command())
         if (folder / CONFIG).is_file():
             existing = cls.open(folder)
-            difference = config_json.describe_difference(
-                config_json.to_json(existing.experiment), config_json.to_json(experiment)
-            )
+            configs = config_json.to_json(existing.experiment), config_json.to_json(experiment)
+            difference = config_json.describe_difference(*configs)
             if not difference:
                 return existing
             if any((folder / part).exists() for part in ("autoencoder", "denoiser")):
-                raise UserError(
-                    f"{folder} holds a run of another config ({difference}); use another folder or remove it"
-                )
+                raise UserError(f"{folder} holds a run of another config ({difference}); use another, or remove it")
             return run._write_config()  # nothing was trained yet, so that the config may still change
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; use a folder")
@@ -116,9 +113,7 @@ class RunFolder:
         """
         for model in ("autoencoder", "denoiser"):
             if (self.folder / model / "checkpoints").exists():
-                raise UserError(
-                    f"{self.folder} has checkpoints of its {model} already; leave out checkpoints={destination}"
-                )
+                raise UserError(f"{self.folder} has checkpoints of its {model}; leave out checkpoints={destination}")
         datasets.link_folder(self.folder / "checkpoints", destination, "checkpoints")
 
     def get_checkpoint_folder(self, model: Literal["autoencoder", "denoiser"]) -> str | Path:

@@ -58,9 +58,8 @@ def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, 
     model = training.model
     if not isinstance(model, InflatedConfig):
         return _load_autoencoder_params(training.init_from, model)
-    return inflate(
-        model.image, _load_autoencoder_params(training.init_from, model.image), key, kernel_size=model.kernel_size
-    )[1]
+    params = _load_autoencoder_params(training.init_from, model.image)
+    return inflate(model.image, params, key, kernel_size=model.kernel_size)[1]
 
 
 def load_pretrained_autoencoder(config: PretrainedAutoencoder) -> dict[str, Any]:
@@ -79,9 +78,7 @@ def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
         config, params = codec.config, codec.params
     else:
         config, params = load_autoencoder(folder)
-    if difference := config_json.describe_difference(
-        _drop_training_fields(config_json.to_json(config)), _drop_training_fields(config_json.to_json(expected))
-    ):
+    if difference := _describe_difference(config, expected):
         raise UserError(f"{folder} holds another autoencoder than the config's: {difference}")
     return params
 
@@ -101,10 +98,8 @@ def make_autoencoder_loss(training: AutoencoderTraining, seed: int) -> dict[str,
         "perceptual_net": None if file is None else get_graph_def(lambda rngs: Lpips(rngs=rngs)),
         "optimizer": training.optimizer,
     }
-    if isinstance(training.model, VqConfig):
-        loss: AutoencoderLoss = VqLoss(learning=training.codebook, **arguments)
-    else:
-        loss = AutoencoderLoss(**arguments)
+    is_quantized = isinstance(training.model, VqConfig)
+    loss = VqLoss(learning=training.codebook, **arguments) if is_quantized else AutoencoderLoss(**arguments)
     discriminator = objective.adversarial and DiscriminatorTraining(
         config=objective.adversarial,
         last_layer=training.model.last_layer,
@@ -132,10 +127,8 @@ class TrainableDenoiser(NamedTuple):
 
     def make_training_arguments(self) -> dict[str, Any]:
         """Return arguments of `Training`."""
-        return {
-            "load_params": self.load_initial,
-            "frozen_params": self.teacher if self.base_params is None else self.base_params,
-        }
+        frozen = self.teacher if self.base_params is None else self.base_params
+        return {"load_params": self.load_initial, "frozen_params": frozen}
 
     def get_adapter(self, trained: dict[str, Any]) -> dict[str, Any] | None:
         """Return the trained adapter; None where weights were trained."""
@@ -185,15 +178,13 @@ def open_trainable_denoiser(
         _record_identity(folder / "start.json", placing.identity, str(training.init_from))
     if training.distillation is not None:
         return TrainableDenoiser(init, load_initial=lambda: jax.tree.map(jnp.copy, params), teacher=params)
-    if training.lora is not None:
-        lora = training.lora
+    if (lora := training.lora) is not None:
         shapes = jax.eval_shape(init, jax.random.key(0))
         return TrainableDenoiser(lambda key: init_lora(shapes, lora, key), base_params=params, lora=lora)
     if training.init_from is None or training.train_mode == "scratch" or is_resuming:
         return TrainableDenoiser(init)
-    return TrainableDenoiser(
-        init, load_initial=lambda: _load_initial_denoiser(training, _ParameterPlacer(mesh, training))
-    )
+    placer = _ParameterPlacer(mesh, training)
+    return TrainableDenoiser(init, load_initial=lambda: _load_initial_denoiser(training, placer))
 
 
 def make_denoiser_loss(
@@ -261,27 +252,19 @@ def check_initial_weights(training: DenoiserTraining) -> None:
     if training.train_mode == "temporal":
         paths = flatten(jax.eval_shape(lambda key: init_params(training.dit.make, key), jax.random.key(0)))
         if not any(re.search(TEMPORAL_PATHS, path) for path in paths):
-            raise UserError(
-                "train_mode='temporal' is invalid: the denoiser has no temporal layers to train; use "
-                "train_mode='full', or lora"
-            )
-    if (
-        training.init_from is not None
-        and training.train_mode != "scratch"
-        and (folder := _find_transformer(training.init_from))
-    ):
+            raise UserError("train_mode='temporal' is invalid: the denoiser has no temporal layers; use full, or lora")
+    start = None if training.train_mode == "scratch" else training.init_from
+    if start is not None and (folder := _find_transformer(start)):
         _check_same(str(folder), "the transformer", read_denoiser_config(folder), training.dit)
         if training.expert is not None:
             other = training.expert.other_folder
             _check_same(other, "the transformer", read_denoiser_config(other), training.dit)
         if not isinstance(training.text, FrozenTextConfig):
-            raise UserError(f"{training.init_from} has no text encoder to train; set text=FrozenTextConfig(...)")
+            raise UserError(f"{start} has no text encoder to train; set text=FrozenTextConfig(...)")
     targets = () if training.lora is None or not isinstance(training.dit, WanDitConfig) else training.lora.targets
     if any(re.search(pattern, _EMBEDDING) for pattern in targets):
-        raise UserError(
-            f"adapters of {_EMBEDDING} can't be written in other programs' formats; use targets that exclude it, such "
-            "as blocks/.*kernel$"
-        )
+        fix = "use targets that exclude it, such as blocks/.*kernel$"
+        raise UserError(f"adapters of {_EMBEDDING} can't be written in other programs' formats; {fix}")
 
 
 def check_image_encoder(training: DenoiserTraining, identity_file: Path) -> None:
@@ -294,11 +277,9 @@ def check_image_encoder(training: DenoiserTraining, identity_file: Path) -> None
       UserError: it has another width.
     """
     folder, width = training.image_encoder, getattr(training.dit, "image_width", None)
-    if (
-        folder is not None
-        and not identity_file.is_file()
-        and (encoder_width := read_clip_vision_config(folder).width) != width
-    ):
+    if folder is None or identity_file.is_file():
+        return
+    if (encoder_width := read_clip_vision_config(folder).width) != width:
         raise UserError(
             f"the image encoder in {folder} makes tokens of width {encoder_width}, the denoiser reads {width}; set dit "
             f"image_width={encoder_width}, or name another folder"
@@ -320,9 +301,7 @@ def _load_initial_denoiser(training: DenoiserTraining, placer: "_ParameterPlacer
 
 
 def _check_same(folder: str, part: str, actual: Any, expected: Any) -> None:
-    if difference := config_json.describe_difference(
-        *(_drop_training_fields(config_json.to_json(config)) for config in (actual, expected))
-    ):
+    if difference := _describe_difference(actual, expected):
         raise UserError(f"{folder} holds another denoiser than the config's, in {part}: {difference}")
 
 
@@ -361,9 +340,8 @@ class _ParameterPlacer:
                 digest.update(leaf.reshape(-1).view(np.uint8).data)
                 yield leaf
 
-        array = Parameter(parameter.shape, wanted, hashed_pieces).to_device(
-            make_shardings({path: parameter}, self._mesh)[path]
-        )
+        sharding = make_shardings({path: parameter}, self._mesh)[path]
+        array = Parameter(parameter.shape, wanted, hashed_pieces).to_device(sharding)
         self._digests[path] = digest.hexdigest()
         return array
 
@@ -379,6 +357,12 @@ def _record_identity(path: Path, identity: str, start: str) -> None:
         raise UserError(f"{start} has other weights ({identity}) than before ({before}); put them back")
     if jax.process_index() == 0 and not path.is_file():
         write_json(path, {"start": start, "identity": identity})
+
+
+def _describe_difference(actual: Any, expected: Any) -> str:
+    """Describe where two models' configs differ in more than their training; empty if they do not."""
+    configs = (_drop_training_fields(config_json.to_json(config)) for config in (actual, expected))
+    return config_json.describe_difference(*configs)
 
 
 def _drop_training_fields(config: Any) -> Any:

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 
 from dit_video.autoencoders import latent_grid
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.data.bucketing.batches import load_bucket_batches
 from dit_video.data.bucketing.buckets import Buckets, plan_buckets
@@ -53,9 +51,8 @@ def make_cached_batches(
 
     def feed(start: int) -> DenoiserBatches:
         reading = _make_loader_config(experiment, start, mixed, threads=1)
-        return load_packed_batches(
-            latents, texts, patch=config.dit.patch, shape=config.rows, config=reading, token_dt=intervals
-        )
+        sizes: dict[str, Any] = {"patch": config.dit.patch, "shape": config.rows, "token_dt": intervals}
+        return load_packed_batches(latents, texts, config=reading, **sizes)
 
     return feed
 
@@ -112,16 +109,12 @@ def make_online_encoder(experiment: Experiment, autoencoder_params: dict[str, An
     Raises:
       UserError: a size of which not one example fits into the memory of a bucket's batch.
     """
-    config, model, hosts = (
-        experiment.denoiser,
-        experiment.autoencoder.model,
-        RowPart.from_mesh(make_mesh(experiment.mesh)).part_count,
-    )
+    config, model = experiment.denoiser, experiment.autoencoder.model
+    hosts = RowPart.from_mesh(make_mesh(experiment.mesh)).part_count
     if config.buckets is not None:
         buckets = make_buckets(experiment, clips).buckets
-        return OnlineEncoder(
-            model, autoencoder_params, [bucket.size for bucket in buckets for _ in range(bucket.batch // hosts)]
-        )
+        sizes = [bucket.size for bucket in buckets for _ in range(bucket.batch // hosts)]
+        return OnlineEncoder(model, autoencoder_params, sizes)
     sizes = [fit_size(info, experiment.limits) for info in clips.infos]
     tokens = sum(compute_token_grid(latent_grid(size, model.stride), config.dit.patch).volume for size in sizes)
     steps = tokens / (config.rows.tokens * config.batch / hosts)
@@ -135,32 +128,20 @@ def check_inputs(experiment: Experiment, clips: ClipSource) -> None:
       UserError: rows, tokens, heads or hidden widths that are not divisible by the devices, a data set without clips to
         train on, or a size of which not one example fits into the memory.
     """
-    config, mesh, context_attention = experiment.denoiser, make_mesh(experiment.mesh), experiment.mesh.context_attention
+    config, mesh = experiment.denoiser, make_mesh(experiment.mesh)
+    attention = experiment.mesh.context_attention
+    options: dict[str, Any] = {"tokens": config.rows.tokens, "context_attention": attention}
     if config.buckets is not None:
         make_buckets(experiment, clips)
         if mesh.shape["context"] > 1:
-            raise UserError(
-                f"context={mesh.shape['context']} is invalid with buckets: the tokens of a clip may not be divisible "
-                "by it; use packed rows (buckets=None), or context=1"
-            )
-        check_denoiser(
-            mesh,
-            config.dit,
-            rows=count_row_shards(mesh),
-            tokens=config.rows.tokens,
-            context_attention=context_attention,
-        )
+            rule = "the tokens of a clip may not be divisible by it; use packed rows (buckets=None), or context=1"
+            raise UserError(f"context={mesh.shape['context']} is invalid with buckets: {rule}")
+        check_denoiser(mesh, config.dit, rows=count_row_shards(mesh), **options)
         return
     if config.batch // config.accumulation_steps % (shards := count_experiment_row_shards(experiment)):
         part = "" if config.accumulation_steps == 1 else f", in {config.accumulation_steps} parts,"
         raise UserError(f"a batch of {config.batch} rows{part} does not divide among {shards} devices; use a multiple")
-    check_denoiser(
-        mesh,
-        config.dit,
-        rows=config.batch // config.accumulation_steps,
-        tokens=config.rows.tokens,
-        context_attention=context_attention,
-    )
+    check_denoiser(mesh, config.dit, rows=config.batch // config.accumulation_steps, **options)
     if experiment.data.weights:
         Mixture(sizes=clips.dataset_sizes, weights=experiment.data.weights)
 
@@ -228,15 +209,13 @@ def make_mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[flo
     if not weights and len(views) == len(latents):
         return None
     clips = clips.select(views)
-    return Mixture(
-        sizes=clips.dataset_sizes,
-        weights=tuple(weights) or None,
-        variants=tuple(tuple(views[info.name]) for info in clips.infos),
-    )
+    variants = tuple(tuple(views[info.name]) for info in clips.infos)
+    return Mixture(sizes=clips.dataset_sizes, weights=tuple(weights) or None, variants=variants)
 
 
 def _make_loader_config(experiment: Experiment, start: int, mixture: Mixture | None, *, threads: int) -> LoaderConfig:
     config, part = experiment.denoiser, RowPart.from_mesh(make_mesh(experiment.mesh))
+    dit = config.dit
     return LoaderConfig(
         batch=config.batch,
         seed=experiment.seed,
@@ -246,10 +225,6 @@ def _make_loader_config(experiment: Experiment, start: int, mixture: Mixture | N
         threads=threads,
         workers=experiment.data.workers,
         mixture=mixture,
-        balance=Balance(cost=_make_cost(config.dit), batch=config.batch),
-        attention_pairs=config.dit.attention_pairs,
+        balance=Balance(cost=Cost.from_width(dit.width, layer_params=dit.layer_params), batch=config.batch),
+        attention_pairs=dit.attention_pairs,
     )
-
-
-def _make_cost(dit: DitConfig | WanDitConfig) -> Cost:
-    return Cost.from_width(dit.width, layer_params=dit.layer_params)

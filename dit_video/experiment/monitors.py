@@ -67,11 +67,8 @@ class Watched:
         """
         monitoring, hooks = self.experiment.monitoring, []
         if monitoring.validate_every:
-            hooks.append(
-                make_validation(
-                    self.experiment, self.held_out(), self.tokenizer(), self.autoencoder(), self.loss, self.trained
-                )
-            )
+            models = self.tokenizer(), self.autoencoder(), self.loss, self.trained
+            hooks.append(make_validation(self.experiment, self.held_out(), *models))
         if monitoring.sample_every:
             captions = [info.captions[0] for info in self.clips.infos if info.captions]
 
@@ -79,11 +76,8 @@ class Watched:
                 return self.pipeline(self.trained.merge_params(ema_params))
 
             hooks.append(make_sampling(self.folder / "samples", monitoring, captions, pipeline))
-        return {
-            "logs": open_logs(monitoring, self.folder),
-            "periodic": tuple(hooks),
-            "flops_fn": make_flops_fn(self.experiment.denoiser),
-        }
+        logs, flops_fn = open_logs(monitoring, self.folder), make_flops_fn(self.experiment.denoiser)
+        return {"logs": logs, "periodic": tuple(hooks), "flops_fn": flops_fn}
 
 
 def open_logs(monitoring: MonitoringConfig, folder: Path) -> tuple[Log, ...]:
@@ -137,9 +131,8 @@ def make_validation(
     @jax.jit
     def evaluate(params, batch, *constants):
         value, metrics = eval_loss(params, batch, jnp.zeros((), jnp.int32), *constants)
-        return Average(value * loss.weight(batch), loss.weight(batch)), {
-            name: metric for name, metric in metrics.items() if name.startswith("loss_")
-        }
+        parts = {name: metric for name, metric in metrics.items() if name.startswith("loss_")}
+        return Average(value * loss.weight(batch), loss.weight(batch)), parts
 
     def call(_done: int, state: Any) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
@@ -189,17 +182,12 @@ def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | 
     needs_grids = dit.patterns != (Full(),) if isinstance(dit, DitConfig) else False
 
     def work(rows: PackedBatch) -> float:
-        clips: list[Any] = []
-        texts: list[int] = []
-        images: list[int] = []
+        clips, texts, images = list[Any](), list[int](), list[int]()
         packed_rows = zip(rows.segments, rows.positions, rows.text_segments, rows.image_segments, strict=True)
         for segments, positions, text, image in packed_rows:
             lengths = np.bincount(segments)[1:]
-            clips += (
-                [infer_grid(positions[segments == i + 1]) for i in range(len(lengths))]
-                if needs_grids
-                else lengths.tolist()
-            )
+            ids = range(1, len(lengths) + 1)
+            clips += [infer_grid(positions[segments == i]) for i in ids] if needs_grids else lengths.tolist()
             for lengths_by_clip, segment_ids in ((texts, text), (images, image)):
                 lengths_by_clip += np.bincount(segment_ids, minlength=len(lengths) + 1)[1:].tolist()
         return float(count_training_flops(dit, clips, texts, images=images, adapters=adapters))

@@ -54,6 +54,8 @@ from dit_video.training.optim.optimizer import make_optimizer
 from dit_video.training.state import get_state_shapes, to_host
 from dit_video.training.step import Loss, OwnStep
 
+_Location = StoragePathLike | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run(RunFolder):
@@ -66,12 +68,7 @@ class Run(RunFolder):
     begin: int = 0
     """Number of steps of the stages before this one."""
 
-    def train(
-        self,
-        *clips: StoragePathLike,
-        latents: StoragePathLike | None = None,
-        checkpoints: StoragePathLike | None = None,
-    ) -> Pipeline:
+    def train(self, *clips: StoragePathLike, latents: _Location = None, checkpoints: _Location = None) -> Pipeline:
         """Train everything, from clips to the finished pipeline.
 
         Args:
@@ -87,12 +84,7 @@ class Run(RunFolder):
         self.prepare(*clips, latents=latents, checkpoints=checkpoints)
         return self.export()
 
-    def prepare(
-        self,
-        *clips: StoragePathLike,
-        latents: StoragePathLike | None = None,
-        checkpoints: StoragePathLike | None = None,
-    ) -> None:
+    def prepare(self, *clips: StoragePathLike, latents: _Location = None, checkpoints: _Location = None) -> None:
         """Link the clips, and check everything that can be checked before training; arguments are as for `train`.
 
         Raises:
@@ -145,25 +137,17 @@ class Run(RunFolder):
         if not (destination / LATENTS).is_file():
             plan = plan_encoding(clips, encoding)
             with Progress("encoding latents", len(plan.views), unit="clip") as progress:
-                finished = encode_latents(
-                    destination,
-                    clips,
-                    encoding,
-                    plan,
-                    identity=identity,
-                    shard=jax.process_index(),
-                    shards=jax.process_count(),
-                    progress=progress.update,
-                )
+                part: dict[str, Any] = {"shard": jax.process_index(), "shards": jax.process_count()}
+                part |= {"identity": identity, "progress": progress.update}
+                finished = encode_latents(destination, clips, encoding, plan, **part)
             while not finished:  # other processes are still writing their files
                 time.sleep(1)
                 finished = finish_latents(destination, encoding, plan, identity=identity)
         source = LatentSource(destination, identity=identity)
         if source.skipped:
             name, reason = source.skipped[0]
-            print_on_first_process(
-                f"{len(source.skipped)} clips could not be encoded and are skipped, such as {name}: {reason}"
-            )
+            count = len(source.skipped)
+            print_on_first_process(f"{count} clips could not be encoded and are skipped, such as {name}: {reason}")
         return source
 
     def encoding(self) -> Encoding:
@@ -178,9 +162,8 @@ class Run(RunFolder):
         """Return the denoiser's stages before the last, which is the run itself, each as a run of the same folder."""
         begin, views = 0, []
         for number, stage in enumerate(self.experiment.earlier):
-            views.append(
-                dataclasses.replace(self, experiment=self.experiment.get_stage(number), stage=stage.name, begin=begin)
-            )
+            experiment = self.experiment.get_stage(number)
+            views.append(dataclasses.replace(self, experiment=experiment, stage=stage.name, begin=begin))
             begin += stage.steps
         return tuple(views)
 
@@ -193,10 +176,8 @@ class Run(RunFolder):
         if self.earlier:
             self.train_autoencoder()
         for stage in self.earlier:
-            if (checkpoints.latest() or 0) < stage.begin + stage.experiment.denoiser.steps:
-                print_on_first_process(
-                    f"stage {stage.stage}: up to step {stage.begin + stage.experiment.denoiser.steps}"
-                )
+            if (checkpoints.latest() or 0) < (end := stage.begin + stage.experiment.denoiser.steps):
+                print_on_first_process(f"stage {stage.stage}: up to step {end}")
                 stage._train_stage()
         state, trained = self._train_stage()
         ema_params = to_host(state.ema)
@@ -243,14 +224,9 @@ class Run(RunFolder):
             autoencoder=self.train_autoencoder,
             pipeline=self._pipeline,
         )
-        begin = self.begin or sum(stage.steps for stage in experiment.earlier)
-        options = {
-            **trained.make_training_arguments(),
-            **evaluators.arguments(),
-            "begin": begin,
-            "profile": self.profile,
-        }
-        options["checkpoints"] = self.get_checkpoint_folder("denoiser")
+        options = trained.make_training_arguments() | evaluators.arguments()
+        options["begin"] = self.begin or sum(stage.steps for stage in experiment.earlier)
+        options |= {"profile": self.profile, "checkpoints": self.get_checkpoint_folder("denoiser")}
         return trainers.train(experiment, folder, trained.init, trained.wrap_loss(loss), batches, **options), trained
 
     def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
@@ -272,9 +248,8 @@ class Run(RunFolder):
         if jax.process_index() == 0:
             write_json((self._own if self.stage else self.folder / "denoiser") / "rows.json", summary)
         imbalance = summary.get("imbalance")
-        print_on_first_process(
-            str(batches) + (f", {imbalance['mean']:.1%} of the time lost by unequal devices" if imbalance else "")
-        )
+        lost = f", {imbalance['mean']:.1%} of the time lost by unequal devices" if imbalance else ""
+        print_on_first_process(f"{batches}{lost}")
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
@@ -308,9 +283,8 @@ class Run(RunFolder):
 
     def pipeline_config(self) -> PipelineConfig:
         """Return the config of this run's pipeline."""
-        return export.make_pipeline_config(
-            self.experiment, self.training_clips.infos, self._tokenizer(), command=self.command
-        )
+        infos, text = self.training_clips.infos, self._tokenizer()
+        return export.make_pipeline_config(self.experiment, infos, text, command=self.command)
 
     @property
     def _checkpoints(self) -> Checkpoints:

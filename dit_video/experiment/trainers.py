@@ -157,11 +157,12 @@ class AutoencoderStage:
         training = self.experiment.autoencoder
         assert isinstance(training, AutoencoderTraining)  # a pretrained one has no windows
         part = RowPart.from_mesh(make_mesh(self.experiment.mesh))
+        windows = training.windows
+        if not augment:
+            windows = tuple(dataclasses.replace(window, augment=None) for window in windows)
         window_batches = WindowBatches(
             crops,
-            tuple(
-                dataclasses.replace(window, augment=window.augment if augment else None) for window in training.windows
-            ),
+            windows,
             seed=int(rng.make_generator(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
             # Each process measures statistics on whole batches, so that all get the same values.
@@ -169,9 +170,8 @@ class AutoencoderStage:
             hosts=part.part_count if purpose == "autoencoder" else 1,
         )
         if purpose == "autoencoder" and window_batches.excluded_clips:
-            print_on_first_process(
-                f"{len(window_batches.excluded_clips)} clips are smaller than a window of the autoencoder's training"
-            )
+            count = len(window_batches.excluded_clips)
+            print_on_first_process(f"{count} clips are smaller than a window of the autoencoder's training")
         return window_batches
 
     def fit_linear_baseline(self) -> LinearAutoencoder | None:

@@ -1,7 +1,6 @@
 """Autoencoders in diffusers' folder layout or the native format: `config.json` and weights in safetensors."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from dit_video.weights import diffusers, native_format
 from dit_video.weights.tensor_map import SHARD_BYTES
 
 _LoadedAutoencoder = tuple[AutoencoderConfig, dict[str, Any]]
-_LOADERS: dict[str, Callable[[Path, dict[str, Any]], _LoadedAutoencoder]] = {
-    wan_autoencoder.CLASS: wan_autoencoder.load,
-    image_autoencoder.CLASS: image_autoencoder.load,
-    vq_autoencoder.CLASS: vq_autoencoder.load,
+_FAMILIES: dict[type, Any] = {
+    CausalVaeConfig: wan_autoencoder,
+    ImageVaeConfig: image_autoencoder,
+    VqConfig: vq_autoencoder,
 }
-EXTERNAL_CLASSES = tuple(_LOADERS)
+_FAMILIES_BY_CLASS = {family.CLASS: family for family in _FAMILIES.values()}
+EXTERNAL_CLASSES = tuple(_FAMILIES_BY_CLASS)
 """Supported model classes of diffusers."""
 SUPPORTED_CLASSES = (*EXTERNAL_CLASSES, native_format.CLASS)
 
@@ -34,7 +34,7 @@ def load_autoencoder(folder: str | os.PathLike) -> _LoadedAutoencoder:
     folder = Path(folder)
     document = _read_document(folder)
     if document["_class_name"] != native_format.CLASS:
-        return _LOADERS[document["_class_name"]](folder, document)
+        return _FAMILIES_BY_CLASS[document["_class_name"]].load(folder, document)
     config, params = native_format.read_native(folder, document)
     return _check_native_config(folder, config), params
 
@@ -45,11 +45,9 @@ def read_autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
     document = _read_document(folder)
     if document["_class_name"] == native_format.CLASS:
         return _check_native_config(folder, native_format.read_native_config(folder, document))
-    return (
-        wan_autoencoder.read_config(folder, document)
-        if document["_class_name"] == wan_autoencoder.CLASS
-        else load_autoencoder(folder)[0]
-    )
+    if document["_class_name"] == wan_autoencoder.CLASS:
+        return wan_autoencoder.read_config(folder, document)
+    return load_autoencoder(folder)[0]
 
 
 def _check_native_config(folder: Path, config: Any) -> AutoencoderConfig:
@@ -78,15 +76,7 @@ def save_autoencoder(
     Raises:
       UserError: diffusers has no class for the config, or its class can't express it.
     """
-    match config:
-        case CausalVaeConfig():
-            wan_autoencoder.save(folder, config, params, shard_bytes=shard_bytes)
-        case ImageVaeConfig():
-            image_autoencoder.save(folder, config, params, shard_bytes=shard_bytes)
-        case VqConfig():
-            vq_autoencoder.save(folder, config, params, shard_bytes=shard_bytes)
-        case _:
-            raise UserError(
-                f"diffusers has no class for {type(config).__name__}. Supported classes are "
-                f"{', '.join(EXTERNAL_CLASSES)}"
-            )
+    family = _FAMILIES.get(type(config))
+    if family is None:
+        raise UserError(f"diffusers has no class for {type(config).__name__}, only {', '.join(EXTERNAL_CLASSES)}")
+    family.save(folder, config, params, shard_bytes=shard_bytes)

@@ -17,6 +17,7 @@ from dit_video.core.files import write_json
 from dit_video.families.autoencoders import EXTERNAL_CLASSES as AUTOENCODERS
 from dit_video.families.autoencoders import load_autoencoder, save_autoencoder
 from dit_video.families.denoisers import EXTERNAL_CLASSES as DENOISERS
+from dit_video.families.denoisers import read_denoiser_config
 from dit_video.families.dit import transformer as dit_transformer
 from dit_video.families.wan import transformer as wan_transformer
 from dit_video.families.wan.transformer import get_wan_modules
@@ -72,7 +73,7 @@ def convert(
             _write(destination, opened, layout, dtype, shard_bytes)
         return
     document = diffusers.read_document(source)
-    kind = document.get("_class_name") or document.get("model_type")
+    kind = str(document.get("_class_name") or document.get("model_type"))
     if kind not in SUPPORTED_CLASSES:
         raise UserError(f"{source} has a model of class {kind}. Supported classes are {', '.join(SUPPORTED_CLASSES)}")
     native_config = native_format.read_native_config(source, document) if kind == native_format.CLASS else None
@@ -131,24 +132,16 @@ def convert_lora(
     """
     folder = Path(model)
     document = diffusers.read_document(folder)
-    config = (
-        native_format.read_native_config(folder, document)
-        if document.get("_class_name") == native_format.CLASS
-        else None
-    )
-    if document.get("_class_name") in wan_transformer.CLASSES:
+    kind, config = document.get("_class_name"), None
+    if kind == native_format.CLASS:
+        config = native_format.read_native_config(folder, document)
+    elif kind in wan_transformer.CLASSES:
         config = wan_transformer.read_config(folder, document)
     if not isinstance(config, WanDitConfig):
-        raise UserError(
-            f"{folder} is not a Wan model. Adapters can be renamed for {', '.join(wan_transformer.CLASSES)}"
-        )
+        raise UserError(f"{folder} is no Wan model. Adapters can be renamed for {', '.join(wan_transformer.CLASSES)}")
     shapes = {"dit": get_param_shapes(config.make)}
-    theirs = {
-        name: module._replace(path=f"dit/{module.path}")
-        for name, module in get_wan_modules(
-            config, primary_layout="authors" if layout == "authors" else "diffusers"
-        ).items()
-    }
+    wan_modules = get_wan_modules(config, primary_layout="authors" if layout == "authors" else "diffusers")
+    theirs = {name: module._replace(path=f"dit/{module.path}") for name, module in wan_modules.items()}
     lora = load_lora(source, shapes, get_native_modules(shapes) | theirs, dtype=None)
     modules = get_native_modules(shapes) if layout == "dit_video" else theirs
     save_lora(destination, lora, modules, style="comfyui" if layout == "authors" else "diffusers", dtype=dtype)
@@ -163,7 +156,7 @@ def check_destination(folder: Path) -> None:
 @contextmanager
 def _open_folder(folder: Path, document: dict[str, Any], kind: str) -> Iterator[_OpenModel]:
     """Open a folder whose class is converted tensor by tensor."""
-    native, text, wan = kind == native_format.CLASS, kind in T5_MODEL_TYPES, kind in wan_transformer.CLASSES
+    native, text = kind == native_format.CLASS, kind in T5_MODEL_TYPES
     with TensorFolder(folder, stem=diffusers.STEM if not native and not text else "model") as tensors:
         ignored: set[str] = set()
         if native:
@@ -175,9 +168,7 @@ def _open_folder(folder: Path, document: dict[str, Any], kind: str) -> Iterator[
             file_map = FileMap.from_tensor_map(tensor_map)
         else:
             authors = kind in (wan_transformer.AUTHORS_CLASS, *dit_transformer.AUTHORS_CLASSES)
-            config = (
-                wan_transformer.read_config(folder, document) if wan else dit_transformer.parse_config(folder, document)
-            )
+            config = read_denoiser_config(folder)
             file_map = _make_file_map(config, "authors" if authors else "diffusers")
         shapes = get_param_shapes(config.make)
         yield _OpenModel(config, FolderSource(tensors, file_map, shapes, ignored=ignored), file_map.depths)
@@ -206,16 +197,12 @@ def _write(folder: Path, model: _OpenModel, layout: TargetLayout, dtype: Any, sh
         return
     if isinstance(config, T5Config):
         if layout == "authors":
-            raise UserError(
-                "text encoders have no authors' layout. Use diffusers, which writes that of transformers, or dit_video"
-            )
+            raise UserError("text encoders have no authors' layout. Use diffusers (that of transformers) or dit_video")
         tensor_map, document = make_t5_export(config)
         file_map, stem = FileMap.from_tensor_map(tensor_map), "model"
     else:
-        is_wan = isinstance(config, WanDitConfig)
-        document = (
-            wan_transformer.make_document(config, layout) if is_wan else dit_transformer.make_document(config, layout)
-        )
+        transformer = wan_transformer if isinstance(config, WanDitConfig) else dit_transformer
+        document = transformer.make_document(config, layout)
         file_map, stem = _make_file_map(config, layout), diffusers.STEM
     shapes, depths = get_param_shapes(config.make), {**file_map.depths, **model.depths}
     streaming.write(folder, stem, source, file_map, shapes, depths, dtype=dtype, shard_bytes=shard_bytes)
@@ -228,11 +215,10 @@ def _convert_autoencoder(
     """Convert an autoencoder between diffusers' and the native layout."""
     if layout == "authors":
         raise UserError("the authors' layout of autoencoders is not supported. Use diffusers or dit_video")
-    native = document["_class_name"] == native_format.CLASS
-    loaded = (
-        native_format.read_native(folder, document, dtype_fn=lambda path: None) if native else load_autoencoder(folder)
-    )
-    config, params = loaded
+    if document["_class_name"] == native_format.CLASS:
+        config, params = native_format.read_native(folder, document, dtype_fn=lambda path: None)
+    else:
+        config, params = load_autoencoder(folder)
     if dtype is not None:
         # The latents' normalisation keeps its precision, as diffusers stores it in the settings.
         normalizer = params["normalizer"]

@@ -45,20 +45,15 @@ def load_denoiser(
       MissingError: the folder or one of its files does not exist.
       UserError: the model class or one of its settings is not supported, or the weights do not fit.
     """
-    folder = Path(folder)
+    folder, dtype_fn = Path(folder), make_dtype_fn(dtype, kernel_dtype)
     if folder.is_file():
-        return dit_transformer.load_file(folder, dtype=dtype, kernel_dtype=kernel_dtype, place=place)
+        return dit_transformer.load_file(folder, dtype_fn=dtype_fn, place=place)
     document = _read_document(folder)
-    kind = document["_class_name"]
-    if kind in wan_transformer.CLASSES:
-        return wan_transformer.load(folder, document, dtype=dtype, kernel_dtype=kernel_dtype, place=place)
-    if kind != native_format.CLASS:
-        return dit_transformer.load(folder, document, dtype=dtype, kernel_dtype=kernel_dtype, place=place)
-
-    config = _read_native_config(folder, document)
-    return config, native_format.read_native(
-        folder, document, dtype_fn=make_dtype_fn(dtype, kernel_dtype), place=place
-    )[1]
+    if document["_class_name"] == native_format.CLASS:
+        config = _read_native_config(folder, document)
+        return config, native_format.read_native(folder, document, dtype_fn=dtype_fn, place=place)[1]
+    transformer = wan_transformer if document["_class_name"] in wan_transformer.CLASSES else dit_transformer
+    return transformer.load(folder, document, dtype_fn=dtype_fn, place=place)
 
 
 def read_denoiser_config(folder: str | os.PathLike) -> DitConfig | WanDitConfig:
@@ -105,7 +100,5 @@ def save_denoiser(
     Raises:
       UserError: diffusers has no class for the config, or the layout can't express it.
     """
-    if isinstance(config, WanDitConfig):
-        wan_transformer.save(folder, config, params, layout=layout, shard_bytes=shard_bytes)
-    else:
-        dit_transformer.save(folder, config, params, layout=layout, shard_bytes=shard_bytes)
+    transformer = wan_transformer if isinstance(config, WanDitConfig) else dit_transformer
+    transformer.save(folder, config, params, layout=layout, shard_bytes=shard_bytes)

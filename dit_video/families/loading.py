@@ -61,10 +61,7 @@ def load(
             return load_pipeline(inner, text_encoder=text_encoder)
     if (folder / "experiment.json").is_file():
         return _with_text_encoder(_load_run(folder, None, None), text_encoder)
-    raise UserError(
-        f"{folder} holds neither {CONFIG} nor experiment.json nor {INDEX}; name a folder that train.py made, or one of "
-        "open weights in diffusers' layout"
-    )
+    raise UserError(f"{folder} holds neither {CONFIG} nor experiment.json nor {INDEX}; name a run or open weights")
 
 
 def _load_run(folder: Path, ema: float | int | None, sigma_rel: float | None) -> Pipeline:
@@ -96,9 +93,7 @@ def _download(name: str) -> Path:
         # Imported here: local folders need no hub.
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise MissingError(
-            f"no such folder: {name}; to download it from the Hugging Face hub, pip install huggingface_hub"
-        ) from error
+        raise MissingError(f"no such folder: {name}; to download it, pip install huggingface_hub") from error
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # of several libraries: no network, no such name, no permission, no room

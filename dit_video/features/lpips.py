@@ -1,6 +1,7 @@
 """LPIPS, a distance of pictures fitted to human perception (arXiv 1801.03924), on features of VGG16."""
 
 import functools
+import itertools
 import operator
 
 import jax
@@ -36,18 +37,11 @@ class Lpips(nnx.Module):
     """
 
     def __init__(self, *, widths: tuple[int, ...] = WIDTHS, rngs: nnx.Rngs):
-        widths_in = [3, *widths[:-1]]
-        self.stages = nnx.List(
-            [
-                nnx.List(
-                    [
-                        CausalConv(width_in if number == 0 else width, width, (1, 3, 3), rngs=rngs)
-                        for number in range(convolutions)
-                    ]
-                )
-                for width_in, width, convolutions in zip(widths_in, widths, STAGES, strict=True)
-            ]
-        )
+        stages = []
+        for width_in, width, convolutions in zip((3, *widths[:-1]), widths, STAGES, strict=True):
+            pairs = itertools.pairwise((width_in, *[width] * convolutions))
+            stages.append(nnx.List([CausalConv(*pair, (1, 3, 3), rngs=rngs) for pair in pairs]))
+        self.stages = nnx.List(stages)
         self.weights = nnx.List([nnx.Param(jnp.full((width,), 1 / width, jnp.float32)) for width in widths])
 
     def __call__(self, pixels: Float[Array, "B T H W 3"], others: Float[Array, "B T H W 3"]) -> Float[Array, " B"]:

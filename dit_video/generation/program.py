@@ -54,6 +54,8 @@ def make_program(
     all prompts, seeds, scales and numbers of steps.
     """
 
+    kinds: dict[str, Any] = {"process": process, "prediction": prediction}
+
     @jax.jit
     def run(params, state, batch: SamplingBatch, guidance, sample_times, first):
         def forward(rows: PackedBatch, conditioning: GivenRows) -> DenoiseFn:
@@ -92,26 +94,15 @@ def make_program(
                 branches = batched(forward(*stacked), number)
             else:
                 branches = sequential(*(forward(*branch) for branch in batch.branches))
-            return apply_guidance(
-                branches, guidance, conditional=conditional, mean=mean, process=process, prediction=prediction
-            )
+            return apply_guidance(branches, guidance, conditional=conditional, mean=mean, **kinds)
 
         def draw(number):
             keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
             return sample_packed_noise(rows, jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys))
 
         denoise = forward(*batch.branches[0]) if guidance is None else guided_model()
-        return advance(
-            denoise,
-            state,
-            sample_times.times,
-            process=process,
-            solver=solver,
-            prediction=prediction,
-            model_times=sample_times.model_times,
-            noise_fn=draw,
-            first_step=first,
-        )
+        options: dict[str, Any] = {"model_times": sample_times.model_times, "noise_fn": draw, "first_step": first}
+        return advance(denoise, state, sample_times.times, solver=solver, **kinds, **options)
 
     return run
 

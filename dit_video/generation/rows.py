@@ -97,9 +97,8 @@ def plan_rows(needs: Sequence[Need], shape: PackedShape, *, rows: int, is_batche
     """
     for need in needs:
         if max(need.texts) > shape.text:
-            raise UserError(
-                f"a prompt of {max(need.texts)} text tokens is longer than a row's {shape.text}; shorten the prompt"
-            )
+            length = max(need.texts)
+            raise UserError(f"a prompt of {length} text tokens is longer than a row's {shape.text}; shorten the prompt")
     order = sorted(range(len(needs)), key=lambda index: -needs[index].tokens)
     separate = [need._replace(texts=(max(need.texts),)) for need in needs]
     large = [index for index in order if needs[index].tokens > shape.tokens]
@@ -156,6 +155,10 @@ def _pack_first_fit(
     return rows
 
 
+Members = Sequence[Sequence[int]]
+"""Requests of each row, by number."""
+
+
 class SamplingBatch(NamedTuple):
     """The inputs of the compiled program."""
 
@@ -183,7 +186,7 @@ class Packer(NamedTuple):
     rows: int
     """Number of rows of a batch; padding rows fill it up, so that its shape is constant."""
 
-    def make_batch(self, group: Group, row_requests: Sequence[Sequence[int]]) -> SamplingBatch:
+    def make_batch(self, group: Group, row_requests: Members) -> SamplingBatch:
         """Return the batch of the requests in some rows of a group."""
         kinds = [range(self.branch_count)] if group.inside else [[branch] for branch in range(self.branch_count)]
         packed = tuple(self._pack_branches(group, row_requests, branches) for branches in kinds)
@@ -191,21 +194,20 @@ class Packer(NamedTuple):
         return SamplingBatch(packed, positions, self._make_keys(group, row_requests))
 
     def _pack_branches(
-        self, group: Group, row_requests: Sequence[Sequence[int]], branches: Sequence[int]
+        self, group: Group, row_requests: Members, branches: Sequence[int]
     ) -> tuple[PackedBatch, GivenRows]:
         """Return rows of the requests, with these branches of each."""
-        items: list[list[PackedExample]] = []
-        clips: list[list[tuple[GivenClip, Grid, int]]] = []
-        for row in row_requests:
-            items.append([])
-            clips.append([])
+        items: list[list[PackedExample]] = [[] for _ in row_requests]
+        clips: list[list[tuple[GivenClip, Grid, int]]] = [[] for _ in row_requests]
+        for number, row in enumerate(row_requests):
             for index in row:
                 request, conditions = self.requests[index], self.requests[index].branches(self.branch_count)
-                tokens, positions = patchify(request.noise, self.patch), self._compute_positions(index)
+                tokens = patchify(request.noise, self.patch)
+                positions = compute_positions(self._get_token_grid(index), step=(self.token_dt, 1.0, 1.0))
                 for branch in branches:
                     prompt, conditioning = conditions[branch]
-                    items[-1].append(PackedExample(tokens, positions, self.texts[prompt], index))
-                    clips[-1].append((conditioning, Grid(*request.noise.shape[:3]), request.noise.shape[3]))
+                    items[number].append(PackedExample(tokens, positions, self.texts[prompt], index))
+                    clips[number].append((conditioning, Grid(*request.noise.shape[:3]), request.noise.shape[3]))
         first = items[0][0]
         widths = {"width": first.tokens.shape[1], "text_width": first.text.shape[1] if first.text.ndim == 2 else 0}
         packed = [pack(row, group.shape, **widths) for row in items]
@@ -213,15 +215,10 @@ class Packer(NamedTuple):
         given_to_all = given_rows(clips, patch=self.patch, shape=group.shape, rows=self.rows)
         return PackedBatch(*map(np.stack, zip(*packed, strict=True))), given_to_all
 
-    def _compute_positions(self, index: int) -> Float32[np.ndarray, "n 3"]:
-        return compute_positions(self._get_token_grid(index), step=(self.token_dt, 1.0, 1.0))
-
     def _get_token_grid(self, index: int) -> Grid:
         return compute_token_grid(Grid(*self.requests[index].noise.shape[:3]), self.patch)
 
-    def _compute_branch_positions(
-        self, group: Group, row_requests: Sequence[Sequence[int]]
-    ) -> Int32[np.ndarray, "branches B N"]:
+    def _compute_branch_positions(self, group: Group, row_requests: Members) -> Int32[np.ndarray, "branches B N"]:
         # A token of padding is its own counterpart. In the span of a request, whose branches follow one another, every
         # token maps to the token of the same offset in each branch.
         identity = np.arange(group.shape.tokens, dtype=np.int32)
@@ -237,16 +234,13 @@ class Packer(NamedTuple):
                 start = stop
         return positions
 
-    def _make_keys(self, group: Group, row_requests: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "B G words"]:
+    def _make_keys(self, group: Group, row_requests: Members) -> UInt32[np.ndarray, "B G words"]:
         """Return keys of segments; the branches of a request share its noise."""
         copies = self.branch_count if group.inside else 1
-        seed_keys = {index: _get_key_words(self.requests[index].seed) for row in row_requests for index in row}
+        seeds = {index: self.requests[index].seed for row in row_requests for index in row}
+        seed_keys = {index: np.asarray(jax.random.key_data(key(seed, "sampler"))) for index, seed in seeds.items()}
         keys = np.zeros((self.rows, group.shape.segments, len(next(iter(seed_keys.values())))), np.uint32)
         for number, row in enumerate(row_requests):
             for slot, index in enumerate(row):
                 keys[number, slot * copies : (slot + 1) * copies] = seed_keys[index]
         return keys
-
-
-def _get_key_words(seed: int) -> UInt32[np.ndarray, " words"]:
-    return np.asarray(jax.random.key_data(key(seed, "sampler")))

@@ -84,12 +84,8 @@ class Sampling:
         Raises:
           UserError: If `Guidance` refuses the values.
         """
-        changes: dict[str, Any] = {
-            "scale": scale,
-            "interval": interval,
-            "rescale": rescale,
-            "projection": AdaptiveProjectedGuidance() if projected else None,
-        }
+        changes: dict[str, Any] = {"scale": scale, "interval": interval, "rescale": rescale}
+        changes["projection"] = AdaptiveProjectedGuidance() if projected else None
         base = replace(self.full_guidance, projection=None) if projected is False else self.full_guidance
         return replace(base, **{name: value for name, value in changes.items() if value is not None})
 
@@ -180,7 +176,7 @@ class _SampledBatch(NamedTuple):
         for number, row in enumerate(self.row_requests):
             parts = unpack(tokens[number], segments[number])
             for index, part in zip(row, parts[:: len(parts) // len(row)], strict=True):
-                grid = compute_token_grid(Grid(*self.requests[index].noise.shape[:3]), self.denoiser.patch)
+                grid = _get_token_grid(self.requests[index], self.denoiser)
                 latents[index] = unpatchify(part, grid, self.denoiser.patch)
         return latents
 
@@ -201,19 +197,14 @@ def _sample_batches(
     prompts = dict.fromkeys(prompt for branches in conditions for prompt, _ in branches)
     texts = {prompt: denoiser.tokenizer(prompt) for prompt in prompts}
     sizes = [
-        Need(
-            compute_token_grid(Grid(*request.noise.shape[:3]), denoiser.patch).volume,
-            tuple(len(texts[prompt]) for prompt, _ in branches),
-        )
+        Need(_get_token_grid(request, denoiser).volume, tuple(len(texts[prompt]) for prompt, _ in branches))
         for request, branches in zip(requests, conditions, strict=True)
     ]
     packer = Packer(requests, texts, denoiser.patch, denoiser.token_dt, guidance.branch_count, rows)
     for process, indices in _group_by_process(denoiser, requests).items():
         sample_times = sampling.time_schedule(process, sampling.steps)
-        groups = plan_rows(
-            [sizes[index] for index in indices], shape, rows=rows, is_batched=sampling.branch_evaluation == "together"
-        )
-        for group in groups:
+        needs, is_batched = [sizes[index] for index in indices], sampling.branch_evaluation == "together"
+        for group in plan_rows(needs, shape, rows=rows, is_batched=is_batched):
             for start in range(0, len(group.rows), rows):
                 members = [[indices[position] for position in row] for row in group.rows[start : start + rows]]
                 batch = packer.make_batch(group, members)
@@ -223,11 +214,15 @@ def _sample_batches(
                 yield sampled
 
 
+def _get_token_grid(request: LatentRequest, denoiser: Denoiser) -> Grid:
+    return compute_token_grid(Grid(*request.noise.shape[:3]), denoiser.patch)
+
+
 def _group_by_process(denoiser: Denoiser, requests: Sequence[LatentRequest]) -> dict[Process, list[int]]:
     """Group requests that are sampled at the same times: all of them, unless times depend on the size."""
     groups: dict[Process, list[int]] = {}
     for index, request in enumerate(requests):
-        grid = compute_token_grid(Grid(*request.noise.shape[:3]), denoiser.patch)
+        grid = _get_token_grid(request, denoiser)
         process = denoiser.process.specialize(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
         groups.setdefault(process, []).append(index)
     return groups
@@ -235,9 +230,9 @@ def _group_by_process(denoiser: Denoiser, requests: Sequence[LatentRequest]) -> 
 
 def _check_finite(sampled: _SampledBatch, sampling: Sampling) -> None:
     step = int(sampled.state.failed_step)
-    if step >= 0 and not all(
-        np.isfinite(latents).all() for latents in sampled.unpack_latents(sampled.state.x).values()
-    ):
+    if step < 0:
+        return
+    if not all(np.isfinite(latents).all() for latents in sampled.unpack_latents(sampled.state.x).values()):
         time = float(sampled.times[step])
         raise UserError(
             f"step {step + 1} of {sampling.steps}, at time {time:.4g}, gave NaN or infinity: the weights have "
@@ -256,12 +251,10 @@ def _sample_batch(
 ) -> TracedSamplerState:
     """Return the last state, after each expert in turn."""
     has_momentum = sampling.full_guidance.has_momentum
-    solver = TracedSampler(
-        solver=Remembering(solver=sampling.solver) if has_momentum else sampling.solver, has_trace=has_trace
-    )
-    state = solver.init(
-        denoiser.process.scale_initial_noise(jnp.asarray(batch.branches[0][0].tokens)), steps=sampling.steps
-    )
+    inner = Remembering(solver=sampling.solver) if has_momentum else sampling.solver
+    solver = TracedSampler(solver=inner, has_trace=has_trace)
+    noise = denoiser.process.scale_initial_noise(jnp.asarray(batch.branches[0][0].tokens))
+    state = solver.init(noise, steps=sampling.steps)
     is_batched = sampling.branch_evaluation == "together"
     program = make_program(denoiser.dit, denoiser.text, denoiser.process, denoiser.prediction, solver, is_batched)
     capacity = sampling.steps if has_trace else compute_program_steps(sampling.steps)
@@ -272,9 +265,8 @@ def _sample_batch(
         if guidance is not None and not group.inside and stage.conditional_only and not has_momentum:
             guidance = None
         expert_batch = batch if guidance is not None or group.inside else batch._replace(branches=batch.branches[:1])
-        times = SampleTimes(
-            *(jnp.asarray(_pad_times(values, stage.start, stage.stop, capacity)) for values in sample_times)
-        )
+        padded = (_pad_times(values, stage.start, stage.stop, capacity) for values in sample_times)
+        times = SampleTimes(*map(jnp.asarray, padded))
         state = program(params, state, expert_batch, guidance, times, np.int32(stage.start))
     return state
 
@@ -296,9 +288,7 @@ class _ExpertSteps(NamedTuple):
     """The result is this expert's conditional prediction."""
 
 
-def _split_by_expert(
-    boundary: float | None, sampling: Sampling, model_times: Float32[np.ndarray, " times"]
-) -> list[_ExpertSteps]:
+def _split_by_expert(boundary: float | None, sampling: Sampling, model_times: np.ndarray) -> list[_ExpertSteps]:
     guidance = sampling.full_guidance
 
     def stage(expert: str, number: int, start: int, stop: int) -> _ExpertSteps:

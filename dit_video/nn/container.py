@@ -34,12 +34,9 @@ def check_params(make: ModuleFactory, params: dict[str, Any]) -> dict[str, Any]:
     """
     leaves, expected = flatten(params), flatten(get_param_shapes(make))
     for path in (*expected, *leaves):
-        shapes = [tuple(tree[path].shape) if path in tree else None for tree in (leaves, expected)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"the parameter {path} has shape {shapes[0]}, the config implies {shapes[1]}; "
-                "use the parameters of this config's model"
-            )
+        ours, implied = (tuple(tree[path].shape) if path in tree else None for tree in (leaves, expected))
+        if ours != implied:
+            raise UserError(f"the parameter {path} has shape {ours}, the config implies {implied}; use its parameters")
     return leaves
 
 

@@ -54,7 +54,7 @@ class ConvCache:
         """Prepend the frames cached from the previous chunk, and cache the last ones for the next chunk.
 
         Args:
-          start: `n` frames of padding, prepended to the clip's first chunk.
+          padding: `n` frames, prepended to the clip's first chunk.
           chunk: any number of frames, including zero.
 
         Returns:
@@ -146,10 +146,7 @@ class CausalConv(nnx.Module):
             case _ if len(offsets) == 1:
                 y = self._convolve_frames(offsets[0], kernel[0])
             case _:
-                parts = [
-                    self._convolve_frames(x, kernel[offset], output_dtype=jnp.float32)
-                    for offset, x in enumerate(offsets)
-                ]
+                parts = [self._convolve_frames(x, kernel[i], output_dtype=jnp.float32) for i, x in enumerate(offsets)]
                 y = functools.reduce(operator.add, parts).astype(self.dtype)
         return y + self.bias[...].astype(self.dtype)
 

@@ -46,9 +46,7 @@ class LoraConfig:
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0:
-            raise UserError(
-                f"LoRA rank={self.rank}, alpha={self.alpha} are invalid; use a rank of at least 1 and a positive alpha"
-            )
+            raise UserError(f"LoRA rank={self.rank}, alpha={self.alpha} is invalid; use rank >= 1 and alpha > 0")
         if not self.targets:
             raise UserError(r"LoRA needs the paths of kernels to adapt; give targets such as blocks/.*kernel$")
         for pattern in self.targets:
@@ -159,16 +157,12 @@ def _find_targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tu
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
     for pattern in config.targets:
         if not any(re.search(pattern, path) for path in shapes):
-            raise UserError(
-                f"LoRA target {pattern!r} matches no parameter path; the closest are {find_closest(pattern, shapes)}"
-            )
+            closest = find_closest(pattern, shapes)
+            raise UserError(f"LoRA target {pattern!r} matches no parameter path; the closest are {closest}")
     targets = {path: shape for path, shape in shapes.items() if any(re.search(p, path) for p in config.targets)}
     for path, shape in targets.items():
         if path.split("/")[-1] != "kernel" or len(shape) not in (2, 3):
-            raise UserError(
-                f"LoRA target {path} {list(shape)} is not the kernel of a linear layer, [i, o] or stacked [L, i, o]; "
-                "use targets that end in kernel$"
-            )
+            raise UserError(f"LoRA target {path} {list(shape)} is not a linear kernel; use targets that end in kernel$")
     return targets
 
 
@@ -180,10 +174,8 @@ def _scale_factors(
     paths = [path[:-2] for path in lora_leaves if path.endswith("/a")]
     if unknown := [path for path in paths if path not in leaves]:
         more = f", … {len(unknown) - _MAX_LISTED} more" if len(unknown) > _MAX_LISTED else ""
-        raise UserError(
-            f"the adapter does not fit the model, which has no kernel {', '.join(unknown[:_MAX_LISTED])}{more}; "
-            "use an adapter of this model"
-        )
+        names = ", ".join(unknown[:_MAX_LISTED])
+        raise UserError(f"the adapter does not fit the model, which has no kernel {names}{more}; use one of this model")
     factors = {}
     for path in paths:
         a, b = lora_leaves[f"{path}/a"], lora_leaves[f"{path}/b"]
@@ -210,9 +202,8 @@ def _iterate_leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tup
 
 def _rebuild_tree(params: Mapping[str, Any], leaves: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the leaves in the structure of the parameters, keeping empty parts such as a frozen text encoder."""
-    return {
-        name: _rebuild_tree(value, leaves, f"{prefix}{name}/")
-        if isinstance(value, Mapping)
-        else leaves[f"{prefix}{name}"]
-        for name, value in params.items()
-    }
+    tree = {}
+    for name, value in params.items():
+        path = f"{prefix}{name}"
+        tree[name] = _rebuild_tree(value, leaves, f"{path}/") if isinstance(value, Mapping) else leaves[path]
+    return tree

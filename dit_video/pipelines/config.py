@@ -116,10 +116,8 @@ def check_classes(text: TextConfig, dit: DitConfig | WanDitConfig) -> None:
     caption_classes = text.classes if isinstance(text, ClassNamesConfig) else 0
     labels = dit.labels.classes if isinstance(dit, DitConfig) and dit.labels is not None else 0
     if caption_classes != labels:
-        raise UserError(
-            f"captions are of {caption_classes} classes, the denoiser's labels of {labels}; give "
-            "text=ClassNamesConfig(classes=...) and dit labels=ClassLabels(classes=...) the same number"
-        )
+        fix = "give text=ClassNamesConfig(classes=...) and dit labels=ClassLabels(classes=...) the same number"
+        raise UserError(f"captions are of {caption_classes} classes, the denoiser's labels of {labels}; {fix}")
 
 
 class Request(NamedTuple):
@@ -141,6 +139,5 @@ def to_grid(size: Any) -> Grid:
     try:
         return Grid(*map(operator.index, size))
     except TypeError as error:
-        raise UserError(
-            f"size={size!r} is invalid: a size is three whole numbers, frames, height and width, such as (17, 32, 48)"
-        ) from error
+        rule = "a size is three whole numbers, frames, height and width, such as (17, 32, 48)"
+        raise UserError(f"size={size!r} is invalid: {rule}") from error

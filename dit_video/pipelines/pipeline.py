@@ -165,9 +165,8 @@ class Pipeline:
         Arguments and errors are as for `generate`; `decode` makes a clip of latents.
         """
         sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
-        return trace_latents(
-            self._denoiser, self._make_latent_requests([request]), **self._make_sampling_arguments(sampling, 1)
-        )[0]
+        requests = self._make_latent_requests([request])
+        return trace_latents(self._denoiser, requests, **self._make_sampling_arguments(sampling, 1))[0]
 
     def generate_many(
         self,
@@ -183,12 +182,8 @@ class Pipeline:
         """
         sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
         latent_requests = self._make_latent_requests(requests)
-        return self._decode_clips(
-            sample_latents(
-                self._denoiser, latent_requests, **self._make_sampling_arguments(sampling, len(latent_requests))
-            ),
-            requests,
-        )
+        arguments = self._make_sampling_arguments(sampling, len(latent_requests))
+        return self._decode_clips(sample_latents(self._denoiser, latent_requests, **arguments), requests)
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
         """Encode a clip, whose size fits the stride, to normalised latents.
@@ -217,9 +212,8 @@ class Pipeline:
 
     def count_parameters(self) -> dict[str, int]:
         """Return the number of parameters of each part."""
-        return {"autoencoder": self.codec.count_parameters()} | {
-            name: count(part) for name, part in self._denoiser.params.items()
-        }
+        denoiser = {name: count(part) for name, part in self._denoiser.params.items()}
+        return {"autoencoder": self.codec.count_parameters()} | denoiser
 
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
         """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
@@ -230,7 +224,8 @@ class Pipeline:
         folder = Path(folder)
         if dtype not in _DTYPES:
             raise UserError(f"dtype={dtype} is invalid: weights are saved as {' or '.join(_DTYPES)}")
-        if folder.exists() and not (folder / CONFIG).is_file() and not _is_empty(folder):
+        is_empty = folder.is_dir() and not any(folder.iterdir())
+        if folder.exists() and not (folder / CONFIG).is_file() and not is_empty:
             raise UserError(f"{folder} exists and holds no pipeline; use a folder that does not exist")
         with atomic_path(folder) as temporary:
             temporary.mkdir()
@@ -268,10 +263,8 @@ class Pipeline:
             raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
         known = get_native_modules(params)
         if isinstance(self.config.dit, WanDitConfig):
-            known |= {
-                name: module._replace(path=f"{expert}/{module.path}")
-                for name, module in get_wan_modules(self.config.dit).items()
-            }
+            modules = get_wan_modules(self.config.dit)
+            known |= {name: module._replace(path=f"{expert}/{module.path}") for name, module in modules.items()}
         adapted = copy.copy(self)  # shares the open text encoder
         merged = merge_lora(params, load_lora(path, params, known), float(scale))
         adapted._denoiser = self._denoiser._replace(params=params | merged)  # `merged` lacks parts without parameters
@@ -305,31 +298,24 @@ class Pipeline:
         return {"sampling": sampling, "shape": self.config.row_shape, "rows": max(1, min(self.config.batch, count))}
 
     def _make_latent_requests(
-        self,
-        requests: Sequence[Request],
-        *,
-        noise: Float32[np.ndarray, "t h w c"] | None = None,
+        self, requests: Sequence[Request], *, noise: Float32[np.ndarray, "t h w c"] | None = None
     ) -> list[LatentRequest]:
         config = self.config
         latent_requests = []
         for request in requests:
             if not 0 <= request.seed < 2**32:
                 raise UserError(f"seed={request.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}")
-            grid = config.latent_grid(to_grid(request.size))
-            shape = (*grid, config.autoencoder.channels)
-            initial = (
-                draw_initial_noise(request.seed, grid, config.autoencoder.channels)
-                if noise is None
-                else np.asarray(noise)
-            )
+            grid, channels = config.latent_grid(to_grid(request.size)), config.autoencoder.channels
+            shape = (*grid, channels)
+            initial = draw_initial_noise(request.seed, grid, channels) if noise is None else np.asarray(noise)
             if initial.shape != shape:
                 raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {initial.shape}")
             if not np.isfinite(initial).all():
                 raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
             conditioning = self._image_conditioner(to_grid(request.size), request.image, request.last_image)
-            latent_requests.append(
-                LatentRequest(request.prompt, request.negative, initial.astype(np.float32), conditioning, request.seed)
-            )
+            initial = initial.astype(np.float32)
+            prompts = request.prompt, request.negative
+            latent_requests.append(LatentRequest(*prompts, initial, conditioning, request.seed))
         return latent_requests
 
     def _decode_clips(
@@ -381,7 +367,3 @@ def _resolve_guidance(own: Sampling, override: GuidanceScale) -> float | tuple[f
         return override
     scale = (float(override[0]), float(override[1])) if isinstance(override, tuple) else float(override)
     return own.override_guidance(scale=scale) if isinstance(own.guidance, Guidance) else scale
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

@@ -1,6 +1,7 @@
 """Inspection of a trained model: its denoiser as a function for `diffusion`, and its attention maps."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,32 +51,27 @@ class DenoiserProbe:
         if not prompts:
             raise UserError("prompts is empty: each clip needs a prompt; name one, or '' to sample without condition")
         if config.boundary is not None or config.dit.given_channels or config.dit.time == "token":
-            raise UserError(
-                "this model has two experts or conditioning frames; use a text-to-video model with one denoiser"
-            )
+            raise UserError("this model has two experts or conditioning frames; use a plain text-to-video model")
         latents = config.latent_grid(config.size if size is None else to_grid(size))
         self.patch, self.channels = config.dit.patch, config.autoencoder.channels
         self.latent_grid, self.token_grid = latents, compute_token_grid(latents, config.dit.patch)
         """Latent grid, and token grid, of a clip."""
-        self.process = config.process.specialize(
-            ClipSize(frames=self.token_grid.t, frame_tokens=self.token_grid.h * self.token_grid.w)
-        )
+        grid = self.token_grid
+        self.process = config.process.specialize(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
         """Process that the model was trained on, for clips of this size."""
         params = jax.tree.map(jnp.asarray, pipeline.denoiser_params)
         self.dit = nnx.merge(get_graph_def(config.dit.make), params["dit"])
-        self._rows = self._pack_prompts(prompts, pipeline)
+        rows = self._pack_prompts(prompts, pipeline)
         text = nnx.merge(get_graph_def(config.text.make), params["text"])
-        self._context = text(jnp.asarray(self._rows.text), jnp.asarray(self._rows.text_segments))
-        self._given = Given(labels=self._context.get_classes(1))
-        self._denoise = make_denoise_fn(
-            self.dit,
-            segments=self._rows.segments,
-            positions=self._rows.positions,
-            context=self._context.values,
-            context_segments=self._context.segments,
-            count=1,
-            given=self._given,
-        )
+        context = text(jnp.asarray(rows.text), jnp.asarray(rows.text_segments))
+        self._inputs: dict[str, Any] = {
+            "segments": jnp.asarray(rows.segments),
+            "positions": jnp.asarray(rows.positions),
+            "context": context.values,
+            "context_segments": context.segments,
+            "given": Given(labels=context.get_classes(1)),
+        }
+        self._denoise = make_denoise_fn(self.dit, count=1, **self._inputs)
 
     def _pack_prompts(self, prompts: Sequence[str], pipeline: Pipeline) -> PackedBatch:
         tokenizer = open_tokenizer(pipeline.config.text)
@@ -83,15 +79,12 @@ class DenoiserProbe:
         shape = PackedShape(tokens=self.token_grid.volume, text=max(map(len, texts)), segments=1)
         positions = compute_positions(self.token_grid, step=(pipeline.config.token_dt, 1.0, 1.0))
         width = self.patch.volume * self.channels
-        rows = [
-            pack(
-                [PackedExample(np.zeros((self.token_grid.volume, width), np.float32), positions, text, number)],
-                shape,
-                width=width,
-                text_width=text.shape[1] if text.ndim == 2 else 0,
-            )
-            for number, text in enumerate(texts)
-        ]
+        tokens = np.zeros((self.token_grid.volume, width), np.float32)
+        rows = []
+        for number, text in enumerate(texts):
+            text_width = text.shape[1] if text.ndim == 2 else 0
+            example = PackedExample(tokens, positions, text, number)
+            rows.append(pack([example], shape, width=width, text_width=text_width))
         return PackedBatch(*map(np.stack, zip(*rows, strict=True)))
 
     def patchify(self, latents: Float[SameArray, "*B t h w c"]) -> Float[SameArray, "*B n p"]:
@@ -118,24 +111,14 @@ class DenoiserProbe:
         Raises:
           UserError: a query that is not the number of a token.
         """
-        return compute_attention_maps(
-            self.dit,
-            noisy,
-            jnp.full((noisy.shape[0], 1), time, jnp.float32),
-            queries=queries,
-            segments=jnp.asarray(self._rows.segments),
-            positions=jnp.asarray(self._rows.positions),
-            context=self._context.values,
-            context_segments=self._context.segments,
-            given=self._given,
-        )
+        times = jnp.full((noisy.shape[0], 1), time, jnp.float32)
+        return compute_attention_maps(self.dit, noisy, times, queries=queries, **self._inputs)
 
     def find_token(self, position: tuple[int, float, float]) -> int:
         """Return the number of the token at a latent frame and at fractions of the height and of the width."""
         frame, y, x = position
         token = Grid(int(frame) // self.patch.t, int(y * self.token_grid.h), int(x * self.token_grid.w))
         if not all(0 <= index < length for index, length in zip(token, self.token_grid, strict=True)):
-            raise UserError(
-                f"{position} lies outside of {self.latent_grid.t} latent frames; fractions are from 0 to below 1"
-            )
+            frames = self.latent_grid.t
+            raise UserError(f"{position} lies outside of {frames} latent frames; fractions are from 0 to below 1")
         return (token.t * self.token_grid.h + token.h) * self.token_grid.w + token.w

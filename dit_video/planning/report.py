@@ -1,7 +1,7 @@
 """Plan of an experiment, as a table and as JSON."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -118,7 +118,8 @@ class Plan:
         chip = self.topology.chip
         mesh = " ".join(f"{name}={size}" for name, size in self.mesh.items() if size > 1) or "one device"
         yield f"{self.experiment}: {self.part}, {self.parameter_count / 1e9:.3g} billion parameters"
-        rows = f"{self.rows} rows" + (f" of {_format_clips(self.clips)} tokens" if self.part != "autoencoder" else "")
+        clips = " + ".join(f"{self.clips.count(size)}x{size:,}" for size in dict.fromkeys(self.clips))
+        rows = f"{self.rows} rows" + (f" of {clips} tokens" if self.part != "autoencoder" else "")
         remat = f"; remat {self.remat}" if self.part == "denoiser" else ""
         yield f"  on {self.topology}, {self.devices} devices, mesh {mesh}; {rows}{remat}"
         verdict = "fits" if self.fits else "does not fit"
@@ -133,27 +134,22 @@ class Plan:
         operations = f"{self.model_flops / 1e12:,.4g} TFLOP of the model, {self.executed_flops / 1e12:,.4g} executed"
         yield f"  operations     {operations}"
         if self.intensity is not None:
-            yield (
-                f"  memory traffic {_format_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations "
-                "a byte"
-            )
+            traffic = f"{_format_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations a byte"
+            yield f"  memory traffic {traffic}"
         if self.unknown_loops:
             yield f"    {self.unknown_loops} loops with data-dependent length are counted as one iteration"
         for part in self.moved:
-            yield f"  {part.kind:<18} over {_format_axes(part):<18} {_format_size(part.bytes):>10}, {part.count} times"
+            axes = " x ".join(part.axes).replace("part of x ", "part of ")
+            yield f"  {part.kind:<18} over {axes:<18} {_format_size(part.bytes):>10}, {part.count} times"
         for axis, lower_bound in self.min_bytes_moved.items():
             moved_bytes = sum_collective_bytes(axis, self.moved)
-            yield (
-                f"  in all over {axis:<12} {_format_size(moved_bytes):>10}, {moved_bytes / lower_bound:.2f} times "
-                "the least"
-            )
+            ratio = f"{moved_bytes / lower_bound:.2f} times the least"
+            yield f"  in all over {axis:<12} {_format_size(moved_bytes):>10}, {ratio}"
         if self.times is None:
             return
         unit, units = ("batch", "batches") if self.part == "sampler" else ("step", "steps")
-        yield (
-            f"  seconds a {unit} {self.times.compute:.4g} computing, {self.times.memory:.4g} memory, "
-            f"{self.times.collectives:.4g} collectives"
-        )
+        compute, memory, collectives = (f"{seconds:.4g}" for seconds in dataclasses.astuple(self.times))
+        yield f"  seconds a {unit} {compute} computing, {memory} memory, {collectives} collectives"
         workload = f"{self.steps:,} {unit if self.steps == 1 else units}"
         for label, seconds in (("all at once", self.times.overlapped), ("one after the other", self.times.apart)):
             hours = self.chip_hours(seconds)
@@ -167,15 +163,6 @@ class Plan:
         if self.price is None:
             return f"; no public price of {chip.name} is known: set one with --price"
         return f"; price: {chip.price_source}" if self.price == chip.hourly_price else ""
-
-
-def _format_axes(part: CollectiveTraffic) -> str:
-    return " x ".join(part.axes).replace("part of x ", "part of ")
-
-
-def _format_clips(clips: Sequence[int]) -> str:
-    parts = [f"{clips.count(size)}x{size:,}" for size in dict.fromkeys(clips)]
-    return " + ".join(parts)
 
 
 def _format_size(number: int | float) -> str:
@@ -235,13 +222,8 @@ def check_mesh(experiment: Experiment, mesh: AnyMesh) -> None:
       UserError: one is not; the message says what would be.
     """
     denoiser = experiment.denoiser
-    check_denoiser(
-        mesh,
-        denoiser.dit,
-        rows=denoiser.batch // denoiser.accumulation_steps,
-        tokens=denoiser.rows.tokens,
-        context_attention=experiment.mesh.context_attention,
-    )
+    rows, attention = denoiser.batch // denoiser.accumulation_steps, experiment.mesh.context_attention
+    check_denoiser(mesh, denoiser.dit, rows=rows, tokens=denoiser.rows.tokens, context_attention=attention)
 
 
 def plan_experiment(
@@ -281,33 +263,25 @@ def plan_experiment(
     devices = plan_mesh.size
     limit = topology.chip.memory * topology.num_chips // devices  # devices of one chip share its memory
     if present and isinstance(plan_mesh, Mesh):
-        compiled = compile_step(
-            planned.step,
-            planned.arguments,
-            plan_mesh,
-            outer_trip_count=planned.sampling_steps,
-            max_outer_trip_count=planned.max_steps,
-        )
+        trips: dict[str, Any] = {"outer_trip_count": planned.sampling_steps, "max_outer_trip_count": planned.max_steps}
+        compiled = compile_step(planned.step, planned.arguments, plan_mesh, **trips)
         executed, hbm, moved = _read_costs(compiled, planned, devices)
-        memory, fits, over = (
-            compiled.memory,
-            compiled.oom_message is None and compiled.memory.peak <= limit,
-            compiled.oom_message,
-        )
+        memory, over = compiled.memory, compiled.oom_message
     else:
         assert planned.costs is not None
         compiled = None
-        memory, work = estimate_step(
-            planned.costs, count_argument_bytes(planned.arguments), planned.layer_bytes, dict(plan_mesh.shape)
-        )
-        turns = planned.sampling_steps
+        state_bytes = count_argument_bytes(planned.arguments)
+        memory, work = estimate_step(planned.costs, state_bytes, planned.layer_bytes, dict(plan_mesh.shape))
+        turns, over = planned.sampling_steps, None
         executed, hbm = work.flops * devices * turns, work.bytes * turns
         moved = tuple(
             dataclasses.replace(part, bytes=part.bytes * turns, count=part.count * turns) for part in work.collectives
         )
-        fits, over = memory.peak <= limit, None
+    fits = over is None and memory.peak <= limit
     work = StepWork(flops=executed / devices, bytes=hbm, collectives=moved)
     times = compute_step_times(work, topology, dict(plan_mesh.shape), devices_per_chip=devices // topology.num_chips)
+    has_lower_bounds = moved and present and part == "denoiser"
+    lower_bounds = _compute_lower_bounds(experiment, planned, dict(plan_mesh.shape)) if has_lower_bounds else {}
     if steps is None:
         training = experiment.autoencoder if part == "autoencoder" else experiment.denoiser
         steps = 1 if part == "sampler" else int(getattr(training, "steps", 1))
@@ -330,9 +304,7 @@ def plan_experiment(
         executed_flops=executed,
         hbm_bytes=hbm,
         moved=moved,
-        min_bytes_moved=_compute_lower_bounds(experiment, planned, dict(plan_mesh.shape))
-        if moved and present and part == "denoiser"
-        else {},
+        min_bytes_moved=lower_bounds,
         times=times if over is None else None,
         compile_seconds=0.0 if compiled is None else compiled.compile_seconds,
         unknown_loops=0 if compiled is None or compiled.program is None else compiled.program.unknown_loops,
@@ -343,11 +315,8 @@ def plan_experiment(
 
 
 def _measure_peak(planned: PlannedStep, mesh: Any, topology: Topology, fits: bool) -> int | None:
-    is_local = isinstance(mesh, Mesh) and mesh.devices.flat[0] in jax.devices()
-    if not is_local:
-        raise UserError(
-            f"measure is invalid: a step is measured by running it, and {topology} is not here; leave it out"
-        )
+    if not isinstance(mesh, Mesh) or mesh.devices.flat[0] not in jax.devices():
+        raise UserError(f"measure is invalid: a measured step is run, and {topology} is not here; leave it out")
     return measure_peak_memory(planned.step, planned.arguments) if fits else None
 
 
@@ -356,9 +325,8 @@ def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: di
     if denoiser.lora is not None or denoiser.distillation is not None:
         return {}
     assert planned.costs is not None
-    return compute_min_collective_bytes(
-        planned.costs, _count_parameters(planned), mesh, experiment.mesh.context_attention
-    )
+    parameters, attention = _count_parameters(planned), experiment.mesh.context_attention
+    return compute_min_collective_bytes(planned.costs, parameters, mesh, attention)
 
 
 def _count_rows(planned: PlannedStep, part: Part) -> int:

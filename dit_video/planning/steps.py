@@ -18,7 +18,6 @@ from dit_video.autoencoders import latent_grid
 from dit_video.backbones.flops import count_attention_flops, count_forward_flops, count_training_passes
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
-from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import SampleTimes, TracedSampler
 from dit_video.distributed import count_row_shards, make_batch_shardings, make_shardings, shard_model
 from dit_video.distributed.mesh import AnyMesh
@@ -41,7 +40,7 @@ from dit_video.training.losses.adversarial import make_adversarial_update
 from dit_video.training.losses.distillation import make_distillation_loss
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import make_optimizer
-from dit_video.training.state import get_shapes_on_devices, init_state
+from dit_video.training.state import attach_shardings, get_shapes_on_devices, init_state
 from dit_video.training.step import Loss, OwnStep, StatefulLoss, make_step
 from dit_video.weights import read_clip_vision_config
 
@@ -82,9 +81,8 @@ def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
     rows = experiment.denoiser.rows
     if count is not None:
         if not 1 <= count <= min(rows.segments, rows.tokens):
-            raise UserError(
-                f"clips={count} is invalid: a row has room for 1 to {min(rows.segments, rows.tokens)}; use one of these"
-            )
+            room = min(rows.segments, rows.tokens)
+            raise UserError(f"clips={count} is invalid: a row has room for 1 to {room}; use one of these")
         return [rows.tokens // count + (index < rows.tokens % count) for index in range(count)]
     multiple, stride = experiment.limits.multiple, experiment.autoencoder.model.stride
     frames = latent_grid(Grid(experiment.data.max_frames, *multiple[1:]), stride).t
@@ -119,7 +117,7 @@ def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) 
     frozen: tuple[PyTree, ...] = ()
     if config.lora is not None or config.distillation is not None:
         weights = jax.eval_shape(init, jax.random.key(0))
-        frozen = (_with_shardings(weights, layout(weights)),)
+        frozen = (attach_shardings(weights, layout(weights)),)
     if config.distillation is not None:
         loss = make_distillation_loss(config.distillation, base)
     if (lora := config.lora) is not None:
@@ -138,11 +136,8 @@ def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) 
         return make_it(optimizer, ema_decay=config.ema_decay, constants=constants)(state, batch)
 
     batch = _make_batch_shapes(config)
-    arguments = (
-        get_shapes_on_devices(begin, shardings=layout),
-        _with_shardings(batch, make_batch_shardings(batch, mesh)),
-        *frozen,
-    )
+    sharded_batch = attach_shardings(batch, make_batch_shardings(batch, mesh))
+    arguments = get_shapes_on_devices(begin, shardings=layout), sharded_batch, *frozen
     images = batch.image.shape[1] // config.rows.segments
     known = _count_costs(config, clips, training=True, images=images)
     return PlannedStep(
@@ -166,14 +161,10 @@ def _make_empty_caption(config: DenoiserTraining) -> np.ndarray:
     return config.text.make_tokenizer()("")
 
 
-def _get_text_width(config: DenoiserTraining) -> int:
-    return config.text.width if isinstance(config.text, FrozenTextConfig) else 0
-
-
 def _make_batch_shapes(config: DenoiserTraining) -> PyTree:
-    row = make_empty_row(
-        config.rows, width=config.dit.token_width, text_width=_get_text_width(config), given=_make_example(config)
-    )
+    text_width = config.text.width if isinstance(config.text, FrozenTextConfig) else 0
+    example = _make_example(config)
+    row = make_empty_row(config.rows, width=config.dit.token_width, text_width=text_width, given=example)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((config.batch, *leaf.shape), leaf.dtype), row)
 
 
@@ -188,15 +179,9 @@ def _make_example(config: DenoiserTraining) -> PackedExample:
     return PackedExample(token, position, np.zeros(0, np.int32), 0, shown=token if grey else None, image=image)
 
 
-def _with_shardings(shapes: PyTree, sharding_tree: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), shapes, sharding_tree
-    )
-
-
 def shard_shapes(state: PyTree, mesh: AnyMesh) -> PyTree:
     """Return the shapes of a state, sharded as in a run."""
-    return _with_shardings(state, make_shardings(state, mesh))
+    return attach_shardings(state, make_shardings(state, mesh))
 
 
 def _count_costs(
@@ -237,36 +222,34 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -
     batch = packer.make_batch(Group(config.rows, False, members), members)
     process, solver = config.objective.process, TracedSampler(solver=sampling.solver, has_trace=False)
     batched = sampling.branch_evaluation == "together"
-    program = make_program(
-        get_graph_def(make), get_graph_def(config.text.make), process, config.objective.prediction, solver, batched
-    )
-    state = jax.eval_shape(
-        lambda tokens: solver.init(process.scale_initial_noise(tokens), steps=sampling.steps),
-        batch.branches[0][0].tokens,
-    )
+    dit, text = get_graph_def(make), get_graph_def(config.text.make)
+    program = make_program(dit, text, process, config.objective.prediction, solver, batched)
+
+    def start(tokens: Array) -> Any:
+        return solver.init(process.scale_initial_noise(tokens), steps=sampling.steps)
+
+    state = jax.eval_shape(start, batch.branches[0][0].tokens)
     params = jax.eval_shape(functools.partial(init_denoiser, config), jax.random.key(0))
     replicated = NamedSharding(mesh, PartitionSpec())
     room = compute_program_steps(sampling.steps)
-    times = jax.ShapeDtypeStruct((room + 1,), jnp.float32, sharding=replicated)
     strength = guidance.get_params(0) if guidance.branch_count > 1 else None
+    replicate = functools.partial(jax.ShapeDtypeStruct, sharding=replicated)
+    times: Any = replicate((room + 1,), jnp.float32)
     if strength is None:
         batch = batch._replace(branches=batch.branches[:1])
     arguments = (
-        _with_shardings(params, make_shardings(params, mesh)),
+        attach_shardings(params, make_shardings(params, mesh)),
         _shard_rows(state, mesh, config.batch),
         _shard_rows(batch, mesh, config.batch),
-        jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=replicated), strength
-        ),
-        SampleTimes(times, times),  # type: ignore[arg-type]  # their shapes
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+        jax.tree.map(lambda leaf: replicate(np.shape(leaf), jnp.asarray(leaf).dtype), strength),
+        SampleTimes(times, times),
+        replicate((), jnp.int32),
     )
     known = _count_costs(config, clips, training=False, copies=guidance.branch_count)
     layers = _count_layer_bytes(config, functools.partial(init_denoiser, config))
     flops = sampling.steps * known.forward_flops
-    return PlannedStep(
-        program, arguments, flops, sampling_steps=sampling.steps, max_steps=room, costs=known, layer_bytes=layers
-    )
+    lengths = {"sampling_steps": sampling.steps, "max_steps": room}
+    return PlannedStep(program, arguments, flops, **lengths, costs=known, layer_bytes=layers)
 
 
 def _shard_rows(shapes: PyTree, mesh: AnyMesh, rows: int) -> PyTree:
@@ -301,12 +284,10 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
         if discriminator is None:
             return make_step(loss, optimizer, ema_decay=config.ema_decay, constants=constants)(state, clips)
         # The program with the discriminator's penalty is the largest.
-        adversarial_step = make_adversarial_update(
-            loss, optimizer, discriminator, ema_decay=config.ema_decay, penalised=True
-        )
-        return adversarial_step(state, clips, *constants)
+        make_it = functools.partial(make_adversarial_update, ema_decay=config.ema_decay, penalised=True)
+        return make_it(loss, optimizer, discriminator)(state, clips, *constants)
 
-    window = max(config.windows, key=_count_pixels)
+    window = max(config.windows, key=lambda window: window.batch * window.size.volume)
     if window.batch % (shards := count_row_shards(mesh)):
         raise UserError(
             f"windows in batches of {window.batch} do not divide among {shards} devices along data and fsdp; set "
@@ -316,14 +297,10 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     replicated = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), constants)
     arguments = (
         get_shapes_on_devices(begin, shardings=functools.partial(make_shardings, mesh=mesh)),
-        _with_shardings(batch, make_batch_shardings(batch, mesh)),
-        *_with_shardings(constants, replicated),
+        attach_shardings(batch, make_batch_shardings(batch, mesh)),
+        *attach_shardings(constants, replicated),
     )
     jitted = jax.jit(step, donate_argnums=0)
     unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     flops = jitted.lower(*unsharded).cost_analysis() or {}
     return PlannedStep(jitted, arguments, model_flops=int(flops.get("flops", 0)))
-
-
-def _count_pixels(window: WindowConfig) -> int:
-    return window.batch * window.size.volume

@@ -71,15 +71,11 @@ def suggest(
       UserError: an autoencoder, whose step cannot be estimated; nothing that fits.
     """
     if part == "autoencoder":
-        raise UserError(
-            "part=autoencoder is invalid: only the denoiser and its sampler are searched; set --mesh for it"
-        )
+        raise UserError("part=autoencoder is invalid: only denoiser and sampler are searched; set --mesh for it")
     experiment = resolve_attention(experiment, topology)
     ranked = list_candidates(experiment, topology, part=part, rows=rows, clips=clips)
     if not ranked:
-        raise UserError(
-            f"nothing on {topology} divides the denoiser's heads, hidden width and rows, or comes near to fitting"
-        )
+        raise UserError(f"nothing on {topology} divides the denoiser's heads, hidden width and rows, or nearly fits")
     best: Plan | None = None
     for number, candidate in enumerate(ranked):
         # Estimates may all be a little too low, so keep trying for longer until one candidate fits.
@@ -91,10 +87,8 @@ def suggest(
         if plan.fits and (best is None or _score(plan) > _score(best)):
             best = plan
     if best is None:
-        raise UserError(
-            f"none of the {min(len(ranked), 3 * tries)} most promising meshes fits {topology}; use more chips, or "
-            "rows of fewer tokens"
-        )
+        fix = "use more chips, or rows of fewer tokens"
+        raise UserError(f"none of the {min(len(ranked), 3 * tries)} most promising meshes fits {topology}; {fix}")
     return best
 
 
@@ -123,6 +117,7 @@ def list_candidates(
     devices, present = find_devices(topology)
     device_count = len(devices) if present else topology.num_chips
     limit = topology.chip.memory * topology.num_chips // device_count
+    devices_per_chip = device_count // topology.num_chips
     remats = [remat for remat in get_args(Remat) if remat not in _SKIPPED_REMATS] if part == "denoiser" else ["none"]
     unsharded = plan_step(experiment, part, make_abstract_mesh(MeshConfig(), 1), clips=fill_row(experiment, clips))
     assert unsharded.costs is not None
@@ -140,9 +135,7 @@ def list_candidates(
             memory, work = estimate_step(costs, state, unsharded.layer_bytes, dict(abstract.shape))
             if memory.peak > _SLACK * limit:
                 continue
-            times = compute_step_times(
-                work, topology, dict(abstract.shape), devices_per_chip=device_count // topology.num_chips
-            )
+            times = compute_step_times(work, topology, dict(abstract.shape), devices_per_chip=devices_per_chip)
             flops = costs.forward_flops * (3 if costs.training else 1)
             share = flops / (times.apart * topology.num_chips * topology.chip.flops)
             results.append(Candidate(mesh, batch, remat, share, memory.peak))
@@ -160,11 +153,8 @@ def list_meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:
             if context > dit.heads // tensor:
                 continue
             for fsdp in _list_divisors(devices // (tensor * context)):
-                data = devices // (tensor * context * fsdp)
-                context_attention = experiment.mesh.context_attention
-                yield MeshConfig(
-                    data=data, fsdp=fsdp, tensor=tensor, context=context, context_attention=context_attention
-                )
+                data, attention = devices // (tensor * context * fsdp), experiment.mesh.context_attention
+                yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, context_attention=attention)
 
 
 def _list_divisors(number: int) -> list[int]:

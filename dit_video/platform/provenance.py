@@ -47,9 +47,8 @@ def _read_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        result = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        )
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()

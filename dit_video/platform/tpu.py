@@ -36,7 +36,8 @@ def skip_missing_tpu() -> None:
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
-    if _has_tpu_variables() or _has_tpu_device():
+    names = [name for name in os.environ if name not in _UNRELATED_VARIABLES]
+    if any(name.startswith(_TPU_VARIABLES) for name in names) or _has_tpu_device():
         return
     gpus = _find_gpu_backends()
     jax = sys.modules.get("jax")
@@ -46,10 +47,6 @@ def skip_missing_tpu() -> None:
     os.environ["JAX_PLATFORMS"] = platforms
     if jax is not None:  # it has read its environment before
         jax.config.update("jax_platforms", platforms)
-
-
-def _has_tpu_variables() -> bool:
-    return any(name.startswith(_TPU_VARIABLES) and name not in _UNRELATED_VARIABLES for name in os.environ)
 
 
 def _has_tpu_device() -> bool:

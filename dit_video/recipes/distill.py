@@ -75,16 +75,16 @@ def make_distillation_experiment(
     start = folder if (folder / PIPELINE).is_file() else folder / "pipeline"
     config = load_pipeline(start).config
     if config.boundary is not None or config.dit.given_channels or config.dit.time == "token":
-        raise UserError(
-            f"{folder} holds a model with two experts or with conditioning frames; distil a text-to-video model with "
-            "one denoiser"
-        )
+        fix = "distil a text-to-video model with one denoiser"
+        raise UserError(f"{folder} holds a model with two experts or with conditioning frames; {fix}")
     scale = config.sampling.guidance if options.guidance is None else options.guidance
     if not isinstance(scale, float | int):
         raise UserError(f"guidance={scale} is invalid: a teacher is distilled at one scale; set it with --guidance")
     autoencoder: Any = config.autoencoder
     objective = FlowMatching(process=config.process, prediction=config.prediction)
     data = DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
+    max_tokens = config.latent_grid(config.size).volume // config.dit.patch.volume
+    default_rate = LEARNING_RATES[options.method]
     return Experiment(
         name=f"{'shapes' if run is None else run.name}-{options.method}",
         seed=options.seed,
@@ -93,13 +93,11 @@ def make_distillation_experiment(
         denoiser=DenoiserTraining(
             dit=config.dit,
             text=config.text,
-            rows=config.rows or PackedShape(tokens=_count_max_tokens(config), text=config.text.max_tokens, segments=1),
+            rows=config.rows or PackedShape(tokens=max_tokens, text=config.text.max_tokens, segments=1),
             batch=options.batch or config.batch,
             optimizer=OptimizerConfig(
                 kind=options.optimizer,
-                learning_rate=LEARNING_RATES[options.method]
-                if options.learning_rate is None
-                else options.learning_rate,
+                learning_rate=default_rate if options.learning_rate is None else options.learning_rate,
                 muon_rms=0.5,
                 schedule="wsd",
                 warmup=min(options.warmup, options.steps - 1),
@@ -121,11 +119,6 @@ def _make_distillation(options: DistillationOptions, guidance: float) -> Distill
     if options.method == "consistency":
         return ConsistencyDistillation(guidance=guidance, intervals=options.intervals)
     return DistributionMatching(guidance=guidance, steps=options.sampling_steps, critic_steps=options.critic_steps)
-
-
-def _count_max_tokens(config: Any) -> int:
-    grid, patch = config.latent_grid(config.size), config.dit.patch
-    return grid.volume // patch.volume
 
 
 def compare(
@@ -162,12 +155,9 @@ def compare(
     reference = table[f"teacher, {reference_steps} steps"]
     for row in table.values():
         for figure in ("following", "spread"):
-            row[f"{figure}_kept"] = _compute_ratio(row[figure], reference[figure])
+            value, best = row[figure], reference[figure]
+            row[f"{figure}_kept"] = None if value is None or not best else value / best
     return table
-
-
-def _compute_ratio(value: float | None, reference: float | None) -> float | None:
-    return None if value is None or not reference else value / reference
 
 
 def _measure(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
@@ -175,10 +165,8 @@ def _measure(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, 
     for seed in seeds:
         requests = make_shape_requests(seed)
         clips = pipeline.generate_many(requests, steps=steps)
-        results += [
-            judge_sample(shapes.parse_caption(request.prompt), clip)
-            for request, clip in zip(requests, clips, strict=True)
-        ]
+        pairs = zip(requests, clips, strict=True)
+        results += [judge_sample(shapes.parse_caption(request.prompt), clip) for request, clip in pairs]
     metrics = prompt_following(results)
     rates = {name: metrics["all"][name]["rate"] for name in ATTRIBUTES}
     entries = [entry for entry in metrics["start_spread"].values() if isinstance(entry, dict)]

@@ -113,6 +113,7 @@ def make_finetuning_experiment(
         dtype=options.dtype,
         cleaned=True,
     )
+    selection: dict[str, Any] = {"lora": options.lora} if options.train == "lora" else {"train_mode": options.train}
     learning_rate = _LEARNING_RATES[options.train] if options.learning_rate is None else options.learning_rate
     return Experiment(
         name=folder.resolve().name,
@@ -134,7 +135,7 @@ def make_finetuning_experiment(
             image_encoder=None if dit.image_width is None else os.fspath(folder / "image_encoder"),
             init_from=os.fspath(start),
             expert=expert,
-            **_make_training_options(options),
+            **selection,
         ),
         sampling=Sampling(
             steps=options.sampling_steps,
@@ -156,10 +157,8 @@ def _select_weights(folder: Path, options: FineTuningOptions) -> tuple[Path, Exp
             raise UserError(f"expert={options.expert} is invalid: {folder} has one transformer; leave out expert")
         return folder, None
     if options.expert is None:
-        raise UserError(
-            f"{folder} has two experts, which are trained one at a time; set expert=high, for times from {boundary} "
-            "on, or expert=low"
-        )
+        fix = f"set expert=high, for times from {boundary} on, or expert=low"
+        raise UserError(f"{folder} has two experts, which are trained one at a time; {fix}")
     high, low = folder / "transformer", folder / "transformer_2"
     start, other = (high, low) if options.expert == "high" else (low, high)
     return start, ExpertConfig(expert=options.expert, boundary=boundary, other_folder=os.fspath(other))
@@ -184,16 +183,11 @@ def _count_max_tokens(data: DataConfig, autoencoder: CausalVaeConfig, dit: WanDi
 
 
 def _make_known_frames(options: FineTuningOptions, dit: WanDitConfig) -> KnownFrames | None:
+    chance = options.first_frame_prob
     if dit.time == "token":
-        return KnownFrames() if options.first_frame_prob is None else KnownFrames(chance=options.first_frame_prob)
+        return KnownFrames() if chance is None else KnownFrames(chance=chance)
     if dit.given_channels:
-        return KnownFrames(chance=1.0 if options.first_frame_prob is None else options.first_frame_prob, rest="grey")
-    if options.first_frame_prob is not None:
+        return KnownFrames(chance=1.0 if chance is None else chance, rest="grey")
+    if chance is not None:
         raise UserError("first_frame_prob is invalid: this model has no input for a first frame; leave it out")
     return None
-
-
-def _make_training_options(options: FineTuningOptions) -> dict[str, Any]:
-    if options.train == "lora":
-        return {"lora": options.lora}
-    return {"train_mode": options.train}

@@ -1,15 +1,18 @@
 """Line charts as inline SVG: all values as a thin line, and a smoothed line on top."""
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
+from markupsafe import Markup
 
-from dit_video.reports.markup import Markup, element, join
+from dit_video.reports.contents import Chart
+from dit_video.reports.template import render_template
 
-_WIDTH, _HEIGHT = 560.0, 310.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 14.0, 14.0, 44.0
+_WIDTH, _HEIGHT = 560, 310
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 546, 14, 266
+"""Edges of the axes, in pixels from the chart's left and upper edges."""
 _MAX_POINTS = 400
 """Maximum number of points of a line; more points are averaged in bins, as a line of 560 pixels cannot show more."""
 _MIN_SMOOTHED_POINTS = 40
@@ -19,28 +22,28 @@ _SMOOTHING_REACH = 0.02
 _NUM_COLOURS = 6
 
 Line = tuple[str, Float64[np.ndarray, " _"], Float64[np.ndarray, " _"]]
-"""Name, steps and values of a line."""
+"""Class of the colour, finite steps and their values."""
 
 
-def draw_line_chart(label: str, curves: Sequence[tuple[str, Sequence[int | float], Sequence[int | float]]]) -> Markup:
-    """Return an SVG of named curves, each (name, steps, values), with a legend of their last smoothed values.
+def draw_line_chart(chart: Chart) -> Markup:
+    """Return an SVG of the chart's curves, with a legend of their last smoothed values.
 
     The value axis is logarithmic if all values are positive and span a decade. Values that are not finite are not
     drawn, and the legend counts them.
     """
     lines: list[Line] = []
-    legend: list[Markup] = []
-    for index, (name, steps, values) in enumerate(curves):
-        x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
+    legend = []
+    for index, curve in enumerate(chart.curves):
+        x, y = np.asarray(curve.steps, np.float64), np.asarray(curve.values, np.float64)
         finite = np.isfinite(x) & np.isfinite(y)
-        x, y = x[finite], y[finite]
-        lines.append((name, x, y))
-        missing = int((~finite).sum())
-        legend.append(_make_legend_entry(name, y, missing, index % _NUM_COLOURS))
-    non_empty = [line for line in lines if len(line[1])]
-    if not non_empty:
-        return join(element("p", "No finite values to draw.", class_="muted"), element("ul", *legend, class_="legend"))
-    return join(_draw_svg(label, lines), element("ul", *legend, class_="legend"))
+        colour = f"c{index % _NUM_COLOURS}"
+        last = format_number(float(smooth(y[finite])[-1])) if finite.any() else "–"
+        legend.append((curve.name, colour, last, int((~finite).sum())))
+        if finite.any():
+            lines.append((colour, x[finite], y[finite]))
+    box = {"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM}
+    drawn = _compute_coordinates(lines) if lines else {"lines": []}
+    return render_template("line_chart.html.jinja", label=chart.title, legend=legend, **box, **drawn)
 
 
 def smooth(values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
@@ -81,45 +84,35 @@ def format_number(value: int | float) -> str:
     return f"{value:.4g}"
 
 
-def _draw_svg(label: str, lines: Sequence[Line]) -> Markup:
+def _compute_coordinates(lines: list[Line]) -> dict[str, Any]:
+    """Return the ticks, and the points of each line and of its smoothed line, in pixels."""
     x_all = np.concatenate([x for _, x, _ in lines])
     y_all = np.concatenate([y for _, _, y in lines])
-    log = bool(y_all.min() > 0 and y_all.max() / y_all.min() >= 10)
-    transform = np.log10 if log else np.asarray
+    is_log = bool(y_all.min() > 0 and y_all.max() / y_all.min() >= 10)
+    transform = np.log10 if is_log else np.asarray
     x_low, x_high = min(0.0, float(x_all.min())), float(x_all.max())
     y_low, y_high = _compute_limits(transform(y_all))
 
     def across(x):
-        return _LEFT + (x - x_low) / ((x_high - x_low) or 1) * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (x - x_low) / ((x_high - x_low) or 1) * (_RIGHT - _LEFT)
 
     def down(y):
-        return _HEIGHT - _BOTTOM - (transform(y) - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+        return _BOTTOM - (transform(y) - y_low) / (y_high - y_low) * (_BOTTOM - _TOP)
 
-    ticks = compute_log_ticks(10.0**y_low, 10.0**y_high) if log else compute_linear_ticks(y_low, y_high)
-    parts = [_draw_y_tick(float(down(tick)), tick) for tick in ticks]
-    parts += [_draw_x_tick(float(across(tick)), tick) for tick in compute_linear_ticks(x_low, x_high, count=6)]
-    for index, (_, x, y) in enumerate(lines):
-        if not len(x):
-            continue
+    y_ticks = compute_log_ticks(10.0**y_low, 10.0**y_high) if is_log else compute_linear_ticks(y_low, y_high)
+    x_ticks = compute_linear_ticks(x_low, x_high, count=6)
+    coordinates = []
+    for colour, x, y in lines:
         x, y = _bin(x, y)
-        colour = f"c{index % _NUM_COLOURS}"
-        height = np.asarray(down(y))
-        parts.append(element("polyline", points=_format_points(across(x), height), class_=f"raw {colour}"))
-        parts.append(element("polyline", points=_format_points(across(x), smooth(height)), class_=f"line {colour}"))
-        if len(x) == 1:
-            parts.append(element("circle", cx=float(across(x)[0]), cy=float(down(y)[0]), r=3, class_=f"dot {colour}"))
-    axis = element("text", "step", x=_WIDTH - _RIGHT, y=_HEIGHT - 4, class_="axis end")
-    log_label = element("text", "log scale", x=_WIDTH - _RIGHT, y=_TOP + 8, class_="axis end") if log else None
-    return element(
-        "svg",
-        *parts,
-        axis,
-        log_label,
-        viewBox=f"0 0 {_WIDTH:g} {_HEIGHT:g}",
-        role="img",
-        aria_label=label,
-        class_="chart",
-    )
+        x, y = across(x), down(y)
+        dot = (x[0], y[0]) if len(x) == 1 else None
+        coordinates.append((colour, _format_points(x, y), _format_points(x, smooth(y)), dot))
+    return {
+        "is_log": is_log,
+        "x_ticks": [(across(tick), format_number(tick)) for tick in x_ticks],
+        "y_ticks": [(float(down(tick)), format_number(tick)) for tick in y_ticks],
+        "lines": coordinates,
+    }
 
 
 def _compute_limits(values: Float64[np.ndarray, " n"]) -> tuple[float, float]:
@@ -139,21 +132,3 @@ def _bin(x: Float64[np.ndarray, " n"], y: Float64[np.ndarray, " n"]) -> tuple[np
 
 def _format_points(x: Float64[np.ndarray, " n"], y: Float64[np.ndarray, " n"]) -> str:
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-
-
-def _draw_y_tick(y: float, tick: int | float) -> Markup:
-    line = element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=round(y, 1), y2=round(y, 1), class_="grid")
-    return join(line, element("text", format_number(tick), x=_LEFT - 8, y=round(y + 4, 1), class_="axis end"))
-
-
-def _draw_x_tick(x: float, tick: int | float) -> Markup:
-    foot = _HEIGHT - _BOTTOM
-    line = element("line", x1=round(x, 1), x2=round(x, 1), y1=foot, y2=foot + 5, class_="grid")
-    return join(line, element("text", format_number(tick), x=round(x, 1), y=foot + 18, class_="axis middle"))
-
-
-def _make_legend_entry(name: str, values: Float64[np.ndarray, " n"], missing: int, colour: int) -> Markup:
-    last = format_number(float(smooth(values)[-1])) if len(values) else "–"
-    note = f" · {missing} not finite" if missing else ""
-    swatch = element("span", class_=f"swatch c{colour}")
-    return element("li", swatch, name, " ", element("b", last), element("span", note, class_="muted"))

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from markupsafe import Markup
 
-from dit_video.reports.markup import Markup, element
+from dit_video.reports.template import render_template
 from dit_video.video import Clip, encode
 
 _MAX_LOSSLESS_PIXELS = 33 * 64 * 64
@@ -27,16 +28,23 @@ def embed(clip: Clip, label: str, *, scale: int | float) -> Markup:
     VP9 is used for clips with an odd side, which 4:2:0 H.264 does not support.
     """
     frames, height, width, _ = clip.frames.shape
-    kind = "media pixels" if scale >= 2 else "media"
-    size = {"width": width, "height": height, "style": f"--w:{round(width * scale)}px;aspect-ratio:{width}/{height}"}
-    if frames == 1 or frames * height * width <= _MAX_LOSSLESS_PIXELS:
-        source = _make_data_uri("image/png", encode(clip, "png" if frames == 1 else "apng"))
-        kind += " loop" if frames > 1 else ""
-        return element("img", class_=kind, alt=label, title=label, src=source, decoding="async", **size)
-    format: Literal["mp4", "webm"] = "webm" if height % 2 or width % 2 else "mp4"
-    source = _make_data_uri(f"video/{format}", encode(clip, format, crf=_CRF))
-    flags = {"autoplay": True, "loop": True, "muted": True, "playsinline": True}
-    return element("video", class_=kind, aria_label=label, title=label, src=source, **flags, **size)
+    classes = "media pixels" if scale >= 2 else "media"
+    if is_video := frames > 1 and frames * height * width > _MAX_LOSSLESS_PIXELS:
+        format: Literal["mp4", "webm"] = "webm" if height % 2 or width % 2 else "mp4"
+        kind, data = f"video/{format}", encode(clip, format, crf=_CRF)
+    else:
+        kind, data = "image/png", encode(clip, "png" if frames == 1 else "apng")
+        classes += " loop" if frames > 1 else ""
+    return render_template(
+        "clip.html.jinja",
+        is_video=is_video,
+        classes=classes,
+        label=label,
+        source=f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}",
+        width=width,
+        height=height,
+        shown_width=round(width * scale),
+    )
 
 
 def compute_common_scale(clips: Sequence[Clip]) -> int | float:
@@ -58,7 +66,3 @@ def join_side_by_side(first: Clip, *others: Clip) -> tuple[Clip, list[tuple[floa
     starts = [(width + number * (width + gap)) / total_width for number in range(len(others))]
     joined = Clip(frames=np.concatenate(parts, axis=2), fps=first.fps, caption=first.caption)
     return joined, [(start, start + gap / total_width) for start in starts]
-
-
-def _make_data_uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,8 @@ def _make_figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Fi
     if prompt_following := metrics.get("prompt_following"):
         for name in ("colour", "direction", "shape"):
             rate, unseen = prompt_following["all"][name], prompt_following["never_seen"][name]
-            note = (
-                f"95 % interval {rate['low']:.0%} to {rate['high']:.0%}; "
-                f"combinations not in training {unseen['rate']:.0%}"
-            )
+            interval = f"95 % interval {rate['low']:.0%} to {rate['high']:.0%}"
+            note = f"{interval}; combinations not in training {unseen['rate']:.0%}"
             label, value = f"{name} as prompted", f"{rate['rate']:.1%}"
             figures.append(Figure(label=label, value=value, note=note, share=rate["rate"]))
         if (start_spread := prompt_following["start_spread"]["lowest_ratio"]) is not None:
@@ -124,15 +122,11 @@ def _make_figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Fi
 
 def _make_samples(evaluation: EvaluationResult) -> tuple[Sample, ...]:
     """Return all samples, with the judgement of their attributes if there is one."""
-    samples = [
-        Sample(clip=item.clip, prompt=item.entry["prompt"], seen=seen, note=f"seed {item.entry['seed']}")
-        for item, seen in zip(evaluation.samples, evaluation.is_trained_caption, strict=True)
-    ]
-    if not evaluation.judgements:
-        return tuple(samples)
+    samples, is_seen = evaluation.samples, evaluation.is_trained_caption
+    verdicts = [_get_answers(result) for result in evaluation.judgements] or [{}] * len(samples)
     return tuple(
-        replace(sample, verdict=_get_answers(result))
-        for sample, result in zip(samples, evaluation.judgements, strict=True)
+        Sample(clip=clip, prompt=entry["prompt"], seen=seen, note=f"seed {entry['seed']}", verdict=verdict)
+        for (entry, clip), seen, verdict in zip(samples, is_seen, verdicts, strict=True)
     )
 
 

@@ -6,7 +6,6 @@ little information each, so `patch` of them become one context token before the 
 """
 
 import os
-import warnings
 from dataclasses import dataclass
 
 import jax
@@ -27,6 +26,7 @@ from dit_video.nn import (
     sinusoidal_embedding,
 )
 from dit_video.text.interface import Context, Tokenizer
+from dit_video.text.tokenizer import cut_tokens
 from dit_video.tokens import compute_segment_offsets
 
 VOCABULARY = 256 + 3
@@ -50,14 +50,9 @@ class ByteEncoderConfig:
 
     def __post_init__(self):
         if self.heads < 1 or self.width % self.heads or self.width % 2:
-            raise UserError(
-                f"width={self.width}, heads={self.heads} of a text encoder is invalid: use at least 1 head, and an "
-                "even width that the heads divide"
-            )
+            raise UserError(f"width={self.width}, heads={self.heads} is invalid: use heads that divide an even width")
         if self.patch < 1 or self.max_tokens < 1 or self.max_tokens % self.patch:
-            raise UserError(
-                f"max_tokens={self.max_tokens}, patch={self.patch} is invalid: use a max_tokens that the patch divides"
-            )
+            raise UserError(f"max_tokens={self.max_tokens}, patch={self.patch} is invalid: use a multiple of the patch")
 
     def make(self, rngs: nnx.Rngs) -> "ByteEncoder":
         return ByteEncoder(self, rngs=rngs)
@@ -83,14 +78,7 @@ class ByteTokenizer:
 
         A text of more than `max_tokens` tokens is cut, with a warning.
         """
-        ids = self._tokenizer(text)["input_ids"]
-        if len(ids) > self.max_tokens:
-            warnings.warn(
-                f"a text of {len(ids)} tokens is cut to {self.max_tokens}: {text[:40]!r}…; shorten it, or train with a "
-                "larger max_tokens",
-                stacklevel=2,
-            )
-            ids = [*ids[: self.max_tokens - 1], ids[-1]]
+        ids = cut_tokens(self._tokenizer(text)["input_ids"], self.max_tokens, text)
         return np.asarray(ids + [0] * (-len(ids) % self.patch), np.int32)
 
 
@@ -110,9 +98,8 @@ class ByteEncoder(nnx.Module):
         rows, patch, width = ids.shape[0], self.config.patch, self.config.width
         letters = self.embedding[...][ids]
         # Every byte sees those before it, so that a word's features depend less on where a patch begins.
-        neighbours = self.neighbours(
-            jnp.concatenate([_shift(letters, segments, offset) for offset in range(patch)], axis=-1)
-        )
+        shifted = jnp.concatenate([_shift(letters, segments, offset) for offset in range(patch)], axis=-1)
+        neighbours = self.neighbours(shifted)
         x = self.merge(gelu(letters + neighbours).reshape(rows, -1, patch * width))
         segments = segments[:, ::patch]
         x = x + sinusoidal_embedding(compute_segment_offsets(segments), width)

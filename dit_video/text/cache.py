@@ -62,17 +62,12 @@ class FolderCache:
         path = self.get_path(text)
         try:
             value = np.load(path, allow_pickle=False)
+            if value.dtype != np.float32 or value.ndim != 2 or value.shape[1] != self._width:
+                raise ValueError(f"{value.dtype} {list(value.shape)} instead of float32 [s, {self._width}]")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, EOFError) as error:
             warnings.warn(f"can't read {path} ({error}); the text is embedded again", stacklevel=2)
-            return None
-        if value.dtype != np.float32 or value.ndim != 2 or value.shape[1] != self._width:
-            warnings.warn(
-                f"{path} holds {value.dtype} {list(value.shape)} instead of float32 [s, {self._width}]; the text is "
-                "embedded again",
-                stacklevel=2,
-            )
             return None
         return value
 

@@ -68,18 +68,14 @@ class ClassTokenizer:
     def _find_class(self, text: str) -> int:
         if not text:
             return self._classes
-        matches = [int(text)] if text.isdecimal() and int(text) < self._classes else self._classes_by_name.get(text, [])
+        names = self._classes_by_name
+        matches = [int(text)] if text.isdecimal() and int(text) < self._classes else names.get(text, [])
         if len(matches) == 1:
             return matches[0]
         if matches:
-            raise UserError(
-                f"the caption {text!r} is ambiguous: it names classes {', '.join(map(str, matches))}. Use the number"
-            )
-        known = (
-            f", or one of {len(self._classes_by_name)} names such as {next(iter(self._classes_by_name))!r}"
-            if self._classes_by_name
-            else ""
-        )
+            numbers = ", ".join(map(str, matches))
+            raise UserError(f"the caption {text!r} is ambiguous: it names classes {numbers}. Use the number")
+        known = f", or one of {len(names)} names such as {next(iter(names))!r}" if names else ""
         raise UserError(f"the caption {text!r} is no class: use a number from 0 to {self._classes - 1}{known}")
 
 

@@ -38,10 +38,7 @@ class PretrainedTokenizer:
             raise MissingError(f"no tokenizer in {folder} ({TOKENIZER_FILES}); copy the model's own files there")
         needs_sentencepiece = not (folder / "tokenizer.json").is_file() and (folder / "spiece.model").is_file()
         if needs_sentencepiece and not importlib.util.find_spec("sentencepiece"):
-            raise UserError(
-                f"{folder} has only spiece.model, which needs sentencepiece: run pip install sentencepiece, or copy "
-                "the model's tokenizer.json there"
-            )
+            raise UserError(f"{folder} has only spiece.model: pip install sentencepiece, or copy tokenizer.json there")
         # transformers warns at import that torch is missing; its tokenizers do not need it.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
@@ -65,15 +62,19 @@ class PretrainedTokenizer:
         """Return the token ids of a text; one of more than `max_tokens` tokens is cut, with a warning."""
         text = clean(text) if self._cleaned else text
         ids = self._tokenizer(text, verbose=False)["input_ids"]
-        if len(ids) > self.max_tokens:
-            warnings.warn(
-                f"a text of {len(ids)} tokens is cut to {self.max_tokens}: {text[:40]!r}…; shorten it, or increase "
-                "max_tokens",
-                stacklevel=2,
-            )
-            # Not cut by the tokenizer, which would store the limit in itself while other threads use it.
-            ids = [*ids[: self.max_tokens - 1], ids[-1]]
-        return np.asarray(ids, np.int32)
+        return np.asarray(cut_tokens(ids, self.max_tokens, text), np.int32)
+
+
+def cut_tokens(ids: list[int], max_tokens: int, text: str) -> list[int]:
+    """Cut a text's ids to `max_tokens` with a warning, and keep the end token.
+
+    Not done by the tokenizer, which would store the limit in itself while other threads use it.
+    """
+    if len(ids) <= max_tokens:
+        return ids
+    message = f"a text of {len(ids)} tokens is cut to {max_tokens}: {text[:40]!r}…; shorten it, or increase max_tokens"
+    warnings.warn(message, stacklevel=3)
+    return [*ids[: max_tokens - 1], ids[-1]]
 
 
 def has_tokenizer(folder: str | os.PathLike) -> bool:

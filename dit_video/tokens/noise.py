@@ -15,6 +15,4 @@ def sample_packed_noise(batch: PackedBatch, keys: Key[Array, "B G"]) -> Float[Ar
     def sample_token(row_keys, segment, offset):
         return jax.random.normal(jax.random.fold_in(row_keys[jnp.maximum(segment - 1, 0)], offset), (width,))
 
-    return jax.vmap(lambda row_keys, ids, offset: jax.vmap(lambda i, n: sample_token(row_keys, i, n))(ids, offset))(
-        keys, batch.segments, offsets
-    )
+    return jax.vmap(jax.vmap(sample_token, in_axes=(None, 0, 0)))(keys, batch.segments, offsets)

@@ -75,17 +75,12 @@ def pack(examples: Sequence[PackedExample], shape: PackedShape, *, width: int, t
     Raises:
       UserError: the examples do not fit into the row, or their conditioning differs in presence or size.
     """
-    used = PackedShape(
-        tokens=sum(len(example.tokens) for example in examples),
-        text=sum(len(example.text) for example in examples),
-        segments=len(examples),
-    )
+    tokens, text = sum(len(example.tokens) for example in examples), sum(len(example.text) for example in examples)
+    used = PackedShape(tokens=tokens, text=text, segments=len(examples))
     for name in ("tokens", "text", "segments"):
-        if getattr(used, name) > getattr(shape, name):
-            raise UserError(
-                f"a row has room for {getattr(shape, name)} {name}, the clips have {getattr(used, name)}; "
-                f"raise the row's {name}, or pack fewer clips into it"
-            )
+        room, needed = getattr(shape, name), getattr(used, name)
+        if needed > room:
+            raise UserError(f"a row has room for {room} {name}, the clips have {needed}; raise it or pack fewer clips")
     row = make_empty_row(shape, width=width, text_width=text_width, given=examples[0] if examples else None)
     start = text_start = 0
     for index, example in enumerate(examples):
@@ -146,11 +141,8 @@ def unpack(tokens: Float[np.ndarray, "N p"], segments: Int[np.ndarray, " N"]) ->
 def expand_to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray, "B N"]) -> Shaped[Array, "B N *rest"]:
     """Return every token's value from one value per segment; padding gets the first segment's."""
     indices = jax.numpy.maximum(segments - 1, 0)
-    return (
-        _gather_differentiable(values, indices)
-        if jax.numpy.issubdtype(values.dtype, jax.numpy.inexact)
-        else _gather(values, indices)
-    )
+    is_differentiable = jax.numpy.issubdtype(values.dtype, jax.numpy.inexact)
+    return (_gather_differentiable if is_differentiable else _gather)(values, indices)
 
 
 _MAX_SELECTED_SEGMENTS = 8

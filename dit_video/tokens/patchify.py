@@ -8,6 +8,8 @@ from jaxtyping import Float
 from dit_video.core.errors import UserError
 from dit_video.core.typing import SameArray
 
+_LATENT_AXES, _TOKEN_AXES = "... (t pt) (h ph) (w pw) c", "... (t h w) (pt ph pw c)"
+
 
 class Grid(NamedTuple):
     """A size along (time, height, width): of a clip in pixels, latents, a token grid, a stride or a patch."""
@@ -42,24 +44,10 @@ def patchify(latents: Float[SameArray, "*batch t h w c"], patch: Grid) -> Float[
       UserError: the patch does not divide the latents.
     """
     compute_token_grid(Grid(*latents.shape[-4:-1]), patch)
-    return rearrange(
-        latents,
-        "... (t pt) (h ph) (w pw) c -> ... (t h w) (pt ph pw c)",
-        pt=patch.t,
-        ph=patch.h,
-        pw=patch.w,
-    )
+    return rearrange(latents, f"{_LATENT_AXES} -> {_TOKEN_AXES}", pt=patch.t, ph=patch.h, pw=patch.w)
 
 
 def unpatchify(tokens: Float[SameArray, "*batch n p"], grid: Grid, patch: Grid) -> Float[SameArray, "*batch t h w c"]:
     """Invert `patchify`; `grid` is the token grid."""
-    return rearrange(
-        tokens,
-        "... (t h w) (pt ph pw c) -> ... (t pt) (h ph) (w pw) c",
-        t=grid.t,
-        h=grid.h,
-        w=grid.w,
-        pt=patch.t,
-        ph=patch.h,
-        pw=patch.w,
-    )
+    sizes = {"t": grid.t, "h": grid.h, "w": grid.w, "pt": patch.t, "ph": patch.h, "pw": patch.w}
+    return rearrange(tokens, f"{_TOKEN_AXES} -> {_LATENT_AXES}", **sizes)

@@ -35,9 +35,7 @@ class Rotary3d:
 
     def __post_init__(self):
         if min(*self.scale, *self.stretch) <= 0:
-            raise UserError(
-                f"rotary scale {self.scale} and stretch {self.stretch} must be positive; use 1 for no change"
-            )
+            raise UserError(f"rotary scale {self.scale} and stretch {self.stretch} must be positive; use 1 for none")
 
     def check(self, head_width: int) -> None:
         """Check that the split divides this head width.
@@ -46,9 +44,7 @@ class Rotary3d:
           UserError: the parts of the split are not even, or do not add up to the head width.
         """
         if sum(self.split) != head_width or any(part % 2 or part < 0 for part in self.split):
-            raise UserError(
-                f"rotary split {self.split} must be three even numbers that add up to the head width {head_width}"
-            )
+            raise UserError(f"rotary split {self.split} must be even and add up to the head width {head_width}")
 
     @staticmethod
     def even(head_width: int, *, theta: float = 10_000.0) -> "Rotary3d":

@@ -91,7 +91,7 @@ class Checkpoints:
             )
         arrays = trees.flatten(state)
         digests = _compute_digests(arrays)
-        table = {path: {**_describe(array), "digest": int(digests[path])} for path, array in arrays.items()}
+        table = {path: {**_describe(array), "digest": digests[path]} for path, array in arrays.items()}
         self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         details = {"metrics": self._metrics[step], "code": get_code_version(), "meta": dict(meta)}
         document = json.loads(json.dumps({"format": FORMAT, "arrays": table, **details}))
@@ -122,9 +122,8 @@ class Checkpoints:
             if is_jax_error or not (isinstance(error, OSError) or _STORAGE_ERRORS.search(str(error))):
                 raise
             raise UserError(
-                f"cannot write the checkpoint of step {step} to {self.folder} ({_format_error(error)}). Those "
-                "before it are "
-                "intact: free disk space or grant write permission, then run the same command to resume from them."
+                f"cannot write the checkpoint of step {step} to {self.folder} ({_format_error(error)}). Earlier ones "
+                "are intact: free disk space or grant write permission, then run the same command to resume."
             ) from error
 
     def latest(self) -> int | None:
@@ -176,10 +175,8 @@ class Checkpoints:
                     stacklevel=2,
                 )
             return result
-        which = f"step {step}" if step is not None else "any checkpoint"
-        raise UserError(
-            f"cannot read {which} in {self.folder} ({_format_error(problem)}). Remove the folder to start from scratch."
-        ) from problem
+        which, reason = "any checkpoint" if step is None else f"step {step}", _format_error(problem)
+        raise UserError(f"cannot read {which} in {self.folder} ({reason}). Remove the folder to restart.") from problem
 
     def _read(self, step: int, like: Any, config: Any) -> tuple[Any, dict[str, Any]]:
         document = self.read_document(step)
@@ -196,9 +193,8 @@ class Checkpoints:
         args = ocp.args.StandardRestore(trees.unflatten({path: s for path, s in expected.items() if path not in empty}))
         with self._open_reader() as reader:
             arrays = empty | trees.flatten(reader.restore(step, args=ocp.args.Composite(state=args)).state)
-        digests = _compute_digests(arrays)
-        for path, digest in digests.items():
-            if int(digest) != document["arrays"][path]["digest"]:
+        for path, digest in _compute_digests(arrays).items():
+            if digest != document["arrays"][path]["digest"]:
                 raise ValueError(f"the digest of {path} does not match: its values were lost or changed after writing")
         return trees.map_with_path(lambda path, _: arrays[path], like), document["meta"]
 
@@ -260,11 +256,8 @@ def _resolve_folder(folder: str | os.PathLike) -> Path:
         place = epath.Path(str(folder))
         place.exists()
     except (ImportError, KeyError, NotImplementedError, ValueError) as error:
-        raise UserError(
-            f"cannot open {folder} ({_format_error(error)}). Install the package for such URLs, such as gcsfs for "
-            "gs://, or "
-            "use a local folder."
-        ) from error
+        fix = "Install the package for such URLs, such as gcsfs for gs://, or use a local folder."
+        raise UserError(f"cannot open {folder} ({_format_error(error)}). {fix}") from error
     return cast(Path, place)
 
 
@@ -298,30 +291,24 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _check_arrays(
-    folder: Path, stored_arrays: Mapping[str, Any], expected_arrays: Mapping[str, Any], config_difference: str
-) -> None:
+def _check_arrays(folder: Path, stored: Mapping[str, Any], expected: Mapping[str, Any], config_difference: str) -> None:
     """Raise a user error with the first difference between the arrays of a checkpoint and those of the state.
 
     `config_difference` names the fields of the config that differ, or is empty.
     """
-    differences = [f"it lacks {path}" for path in expected_arrays if path not in stored_arrays]
-    differences += [f"it has {path}, which this run does not" for path in stored_arrays if path not in expected_arrays]
-    for path, leaf in expected_arrays.items():
-        if path in stored_arrays and (
-            stored := {name: stored_arrays[path][name] for name in ("shape", "dtype")}
-        ) != _describe(leaf):
-            expected = _describe(leaf)
-            differences.append(
-                f"{path} is {stored['dtype']}{stored['shape']} there and {expected['dtype']}{expected['shape']} here"
-            )
+    differences = [f"it lacks {path}" for path in expected if path not in stored]
+    differences += [f"it has {path}, which this run does not" for path in stored if path not in expected]
+    for path, leaf in expected.items():
+        here = _describe(leaf)
+        there = {name: stored[path][name] for name in here} if path in stored else here
+        if there != here:
+            before, now = ("{dtype}{shape}".format_map(each) for each in (there, here))
+            differences.append(f"{path} is {before} there and {now} here")
     if differences:
         count_note = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
         config_note = f"; config: {config_difference}" if config_difference else ""
-        raise UserError(
-            f"checkpoint {folder} has another config: {differences[0]}{count_note}{config_note}. "
-            "Use the config of its run, or another folder."
-        )
+        details = f"{differences[0]}{count_note}{config_note}. Use the config of its run, or another folder."
+        raise UserError(f"checkpoint {folder} has another config: {details}")
 
 
 def _format_error(error: Exception | None) -> str:

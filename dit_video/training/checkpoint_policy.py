@@ -33,9 +33,7 @@ class CheckpointPolicy:
             if getattr(self, name) < minimum:
                 raise UserError(f"keep.{name}={getattr(self, name)} is invalid: it must be at least {minimum}.")
         if self.every is not None and self.every < 1:
-            raise UserError(
-                f"keep.every={self.every} is invalid: it must be at least 1. Use None to keep no checkpoint forever."
-            )
+            raise UserError(f"keep.every={self.every} is invalid: it must be at least 1. Use None to keep none.")
 
 
 class OrbaxPreservationPolicy:
@@ -51,14 +49,9 @@ class OrbaxPreservationPolicy:
         if keep.every is not None:
             policies.append(orbax.EveryNSteps(keep.every))
         if keep.best:
-            policies.append(
-                orbax.BestN(
-                    get_metric_fn=lambda metrics: metrics[keep.metric],
-                    reverse=keep.better == "lower",  # Orbax keeps the last of the sorted checkpoints
-                    n=keep.best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            is_reversed = keep.better == "lower"  # Orbax keeps the last of the sorted checkpoints
+            options: dict[str, Any] = {"reverse": is_reversed, "keep_checkpoints_without_metrics": False}
+            policies.append(orbax.BestN(get_metric_fn=lambda metrics: metrics[keep.metric], n=keep.best, **options))
         self._policy = orbax.AnyPreservationPolicy(policies)
         self._keep = keep
         self._get_metrics = get_metrics

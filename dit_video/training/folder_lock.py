@@ -74,22 +74,18 @@ def _open_lock(path: Path) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise UserError(
-            f"{path.parent} cannot be written ({error.strerror}). Use a writable folder, or free disk space."
-        ) from error
+        fix = "Use a writable folder, or free disk space."
+        raise UserError(f"{path.parent} cannot be written ({error.strerror}). {fix}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(file)
-        raise UserError(
-            f"{path.parent} is in use by {_describe_holder(path)}. Stop it, wait for it, or use another folder."
-        ) from error
+        fix = "Stop it, wait for it, or use another folder."
+        raise UserError(f"{path.parent} is in use by {_describe_holder(path)}. {fix}") from error
     except OSError as error:  # some network file systems have no locks
         os.close(file)
-        warnings.warn(
-            f"{path.parent} cannot be locked ({error.strerror}). Make sure that no other process trains there.",
-            stacklevel=2,
-        )
+        advice = "Make sure that no other process trains there."
+        warnings.warn(f"{path.parent} cannot be locked ({error.strerror}). {advice}", stacklevel=2)
         return None
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     with contextlib.suppress(OSError):  # on a full disk the lock holds, but does not name its process

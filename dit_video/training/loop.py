@@ -61,9 +61,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "max_consecutive_skips"):
             if getattr(self, name) < 1:
-                raise UserError(
-                    f"{name}={getattr(self, name)} is invalid: it must be at least 1. Use a positive number of steps."
-                )
+                raise UserError(f"{name}={getattr(self, name)} is invalid: it must be at least 1. Use 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +142,9 @@ def run(
         watch.skipped.resume(steps_done)
     if steps_done == config.steps:
         return state
+    skips = config.max_consecutive_skips
     accumulator = MetricAccumulator(
-        steps_done,
-        max_consecutive_skips=config.max_consecutive_skips,
-        identify=watch.identify,
-        skipped_log=watch.skipped,
+        steps_done, max_consecutive_skips=skips, identify=watch.identify, skipped_log=watch.skipped
     )
     with (
         handle_signals(steps_done, grace=config.preemption_grace) as stop,
@@ -167,19 +163,14 @@ def run(
             with saver.handle_failures(steps_done, state, accumulator):
                 accumulator.add(batch, metrics)
             loss = None
-            with (
-                accumulator.sync_and_pause_timer()
-                if (due_calls := _get_due_calls(watch, steps_done, config))
-                else contextlib.nullcontext()
-            ):
-                periodic_metrics = {
-                    name: value for periodic in due_calls for name, value in periodic.call(steps_done, state).items()
-                }
-            if steps_done % config.log_every == 0 or steps_done == config.steps or periodic_metrics:
+            due_calls = [periodic for periodic in watch.periodic if periodic.is_due(steps_done, config.steps)]
+            with accumulator.sync_and_pause_timer() if due_calls else contextlib.nullcontext():
+                results = {name: value for due in due_calls for name, value in due.call(steps_done, state).items()}
+            if steps_done % config.log_every == 0 or steps_done == config.steps or results:
                 with saver.handle_failures(steps_done, state, accumulator):
                     values = accumulator.compute_and_reset()
                 values |= {} if watch.derive is None else watch.derive(values)
-                values |= {**periodic_metrics, **get_device_memory()}
+                values |= {**results, **get_device_memory()}
                 loss = values["loss"]
                 saver.metrics = values
                 if log is not None:
@@ -196,10 +187,6 @@ def run(
         if stop.acknowledge():
             raise GracefulStop(f"{title}, by {stop.signal_name} after step {steps_done}, which is saved")
     return state
-
-
-def _get_due_calls(watch: Watch, steps_done: int, config: LoopConfig) -> list[PeriodicCall]:
-    return [periodic for periodic in watch.periodic if periodic.is_due(steps_done, config.steps)]
 
 
 def get_device_memory() -> dict[str, float]:
@@ -222,10 +209,7 @@ class _Saver:
     def check_start(self, steps: int) -> None:
         """Raise if the run cannot continue from its state, before anything is computed."""
         if self._saved_step > steps:
-            raise UserError(
-                f"steps={steps} is invalid: the run is already at step {self._saved_step}. Use "
-                f"steps={self._saved_step} or more."
-            )
+            raise UserError(f"steps={steps} is invalid: the run is at step {self._saved_step}. Use that step or more.")
         newest = None if self._checkpoints is None else self._checkpoints.latest()
         if newest is not None and newest > self._saved_step:
             raise UserError(
@@ -249,9 +233,7 @@ class _Saver:
     def _save(self, steps_done: int, state: Any, accumulator: MetricAccumulator) -> None:
         with accumulator.pause_timer():
             if int(state.step) != steps_done:
-                raise ValueError(
-                    f"state.step={int(state.step)} is wrong after {steps_done} steps: each step must increment it by 1."
-                )
+                raise ValueError(f"state.step={int(state.step)} is wrong after {steps_done} steps: each must add 1.")
             if (path := _find_nonfinite(state)) is not None:
                 raise self._make_error(f"{path} is not finite after step {steps_done}")
             if self._checkpoints is not None:
@@ -282,11 +264,8 @@ class _Saver:
 
     def _make_error(self, problem: str) -> UserError:
         newest = None if self._checkpoints is None else self._checkpoints.latest()
-        checkpoint_note = "nothing is saved yet" if newest is None else f"the last saved checkpoint is step {newest}"
-        return UserError(
-            f"{problem}; {checkpoint_note}. Restart from there with a lower learning rate or stronger gradient "
-            "clipping."
-        )
+        saved = "nothing is saved yet" if newest is None else f"the last saved checkpoint is step {newest}"
+        return UserError(f"{problem}; {saved}. Restart with a lower learning rate or stronger gradient clipping.")
 
 
 @jax.jit

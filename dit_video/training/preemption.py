@@ -109,9 +109,8 @@ class SharedStopRequest(StopRequest):
                     is_published = True
                 values = self._store.read()
                 if requests := sorted(name for name in values if name.startswith("asked/")):
-                    self.signal_name = (
-                        self.signal_name or f"{values[requests[0]]} in process {requests[0].removeprefix('asked/')}"
-                    )
+                    first = f"{values[requests[0]]} in process {requests[0].removeprefix('asked/')}"
+                    self.signal_name = self.signal_name or first
                     self._agree_on_last_step()
                     return
             except Exception:  # the process that keeps the store is gone, so this one cannot go on for long either
@@ -186,10 +185,6 @@ def raise_on_sigterm() -> Iterator[None]:
 
 
 def _exit_after_grace(name: str, grace: float) -> None:
-    print(
-        f"error: the state was not saved within {grace:g} s after {name}. Earlier checkpoints are intact; run the "
-        "same command to resume from them.",
-        file=sys.stderr,
-        flush=True,
-    )
+    advice = "Earlier checkpoints are intact; run the same command to resume from them."
+    print(f"error: the state was not saved within {grace:g} s after {name}. {advice}", file=sys.stderr, flush=True)
     os._exit(EXIT_TRY_AGAIN)

@@ -59,6 +59,8 @@ def replace_step(state: Any, step: Array) -> Any:
     return replace(state, step=step)
 
 
+Layout = Callable[[PyTree], PyTree]
+"""Function from a tree of shapes to the sharding of each."""
 ExtraInit = Callable[[dict[str, Any]], dict[str, Any]]
 """Function from the parameters of a new state to its `extra`."""
 
@@ -86,7 +88,7 @@ def create_state(
     random_key: Array,
     *,
     init_extra: ExtraInit | None = None,
-    shardings: Callable[[PyTree], PyTree] | None = None,
+    shardings: Layout | None = None,
 ) -> TrainState:
     """Return the state of a new run, initialized on the devices: each computes its own shard.
 
@@ -97,7 +99,6 @@ def create_state(
       init_extra: Function from parameters to `TrainState.extra` (`StatefulLoss.start`); None for an empty one.
       shardings: Function from the state's shapes to its shardings; None leaves them to JAX.
     """
-
     return make_on_devices(_make_init(init, optimizer, init_extra), random_key, shardings=shardings)
 
 
@@ -107,7 +108,7 @@ def get_state_shapes(
     *,
     init_extra: ExtraInit | None = None,
     averages: EmaConfig | None = None,
-    shardings: Callable[[PyTree], PyTree] | None = None,
+    shardings: Layout | None = None,
 ) -> PyTree:
     """Return the shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
     return get_shapes_on_devices(_make_init(init, optimizer, init_extra, averages), shardings=shardings)
@@ -127,10 +128,7 @@ def _make_init(
 
 
 def make_on_devices(
-    make: Callable[..., PyTree],
-    random_key: Array,
-    *args: PyTree,
-    shardings: Callable[[PyTree], PyTree] | None = None,
+    make: Callable[..., PyTree], random_key: Array, *args: PyTree, shardings: Layout | None = None
 ) -> Any:
     """Return the state `make(random_key, *args)`, of which each device computes its own shard; `args` are donated."""
     layout = None if shardings is None else shardings(jax.eval_shape(make, random_key, *args))
@@ -138,16 +136,19 @@ def make_on_devices(
     return jax.jit(make, out_shardings=layout, donate_argnums=donated)(random_key, *args)
 
 
-def get_shapes_on_devices(
-    make: Callable[[Array], PyTree], *, shardings: Callable[[PyTree], PyTree] | None = None
-) -> PyTree:
+def attach_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Return shapes, or those of arrays, with their layout on the devices."""
+
+    def attach(leaf: Any, layout: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+    return jax.tree.map(attach, shapes, shardings)
+
+
+def get_shapes_on_devices(make: Callable[[Array], PyTree], *, shardings: Layout | None = None) -> PyTree:
     """Return the shapes, dtypes and shardings of the state that `make` returns for a random key."""
     shapes = jax.eval_shape(make, jax.random.key(0))
-    if shardings is None:
-        return shapes
-    return jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), shapes, shardings(shapes)
-    )
+    return shapes if shardings is None else attach_shardings(shapes, shardings(shapes))
 
 
 def to_host(tree: PyTree) -> PyTree:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PyTree
 
 from dit_video.training.optim.ema import update_averages, update_ema
@@ -22,6 +23,8 @@ class Average(NamedTuple):
 
 Metrics = dict[str, Any]
 """Scalar arrays or `Average`s by name."""
+Constants = tuple[PyTree, ...]
+"""Arrays that a step passes to its loss as further arguments."""
 Loss = Callable[..., tuple[Float[Array, ""], Metrics]]
 """Function `loss(params, batch, step, *constants) -> (mean loss, metrics)`."""
 
@@ -62,9 +65,7 @@ class OwnStep(Protocol):
         """Return the state before the first step, from the plain `TrainState`. Traceable."""
         ...
 
-    def make_step(
-        self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...]
-    ) -> "StepFn":
+    def make_step(self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: Constants) -> "StepFn":
         """Return the jitted `step(state, batch) -> (state, metrics)`; arguments are as for `step.make_step`."""
         ...
 
@@ -78,7 +79,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     ema_decay: float,
-    constants: tuple[PyTree, ...] = (),
+    constants: Constants = (),
     accumulation_steps: int = 1,
 ) -> StepFn:
     """Return the jitted `step(state, batch) -> (state, metrics)`, which donates the state.
@@ -100,9 +101,8 @@ def make_step(
     """
     if accumulation_steps > 1 and not _can_accumulate(loss):
         raise TypeError(
-            f"accumulation_steps={accumulation_steps} is invalid for {type(loss).__name__}, which does not report "
-            "the weight "
-            "of a microbatch. Use accumulation_steps=1."
+            f"accumulation_steps={accumulation_steps} is invalid for {type(loss).__name__}, which does not report the "
+            "weight of a microbatch. Use accumulation_steps=1."
         )
 
     def observed(params, batch, step, *constants):
@@ -123,7 +123,7 @@ def make_step(
         next_state, loss_metrics = update_loss_state(loss, next_state, seen)
         return skip_nonfinite(state, next_state, metrics | loss_metrics)
 
-    return bind_constants(jax.jit(step, donate_argnums=0), constants)
+    return JittedStep(step, constants)
 
 
 def _can_accumulate(loss: Any) -> bool:
@@ -155,9 +155,7 @@ def accumulate_gradients(
     def add(total, microbatch):
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, microbatch, step, *constants)
         weight = loss.weight(microbatch) / total_weight
-        total = jax.tree.map(
-            lambda accumulator, gradient: accumulator + weight * gradient.astype(jnp.float32), total, gradients
-        )
+        total = jax.tree.map(lambda part, gradient: part + weight * gradient.astype(jnp.float32), total, gradients)
         return total, (weight * value, metrics)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
@@ -189,18 +187,14 @@ def apply_updates(
     """
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    optimizer_average = get_schedule_free_average(params, opt_state)
+    average = get_schedule_free_average(params, opt_state)
     return TrainState(
         step=state.step + 1,
         params=params,
-        ema=update_ema(state.ema, params, state.step, decay=ema_decay)
-        if optimizer_average is None
-        else optimizer_average,
+        ema=update_ema(state.ema, params, state.step, decay=ema_decay) if average is None else average,
         opt_state=opt_state,
         extra=state.extra,
-        averages=update_averages(
-            state.averages, params if optimizer_average is None else optimizer_average, state.step
-        ),
+        averages=update_averages(state.averages, params if average is None else average, state.step),
     )
 
 
@@ -214,6 +208,30 @@ def cast_metrics(metrics: Metrics) -> Metrics:
     return jax.tree.map(lambda metric: metric.astype(jnp.float32), metrics)
 
 
-def bind_constants(step: Callable[..., Any], constants: tuple[PyTree, ...]) -> StepFn:
-    """Bind the constants of a jitted step, which are its last arguments."""
-    return (lambda state, batch: step(state, batch, *constants)) if constants else step
+class JittedStep:
+    """A jitted `step(state, batch, *constants)` that donates the state and returns it with unchanged shardings.
+
+    Left to XLA, some arrays of the state would come back with another sharding, and the second step would be compiled
+    again.
+    """
+
+    def __init__(self, step: Callable[..., Any], constants: Constants = ()) -> None:
+        self._step, self._constants = step, constants
+        self._programs: dict[Any, Any] = {}
+
+    def __call__(self, state: Any, batch: PyTree) -> tuple[Any, Metrics]:
+        return self._get_program(state)(state, batch, *self._constants)
+
+    def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
+        """Return the lowered step for a state and a batch, which may be shapes with shardings."""
+        return self._get_program(state).lower(state, batch, *self._constants)
+
+    def _get_program(self, state: PyTree) -> Any:
+        leaves, structure = jax.tree.flatten(state)
+        shardings = tuple(getattr(leaf, "sharding", None) for leaf in leaves if not isinstance(leaf, jax.core.Tracer))
+        if (structure, shardings) not in self._programs:
+            # On one device, and within another program, JAX chooses.
+            fixed = len(shardings) == len(leaves) and all(isinstance(each, NamedSharding) for each in shardings)
+            out_shardings = (jax.tree.unflatten(structure, shardings), None) if fixed else None
+            self._programs[structure, shardings] = jax.jit(self._step, donate_argnums=0, out_shardings=out_shardings)
+        return self._programs[structure, shardings]

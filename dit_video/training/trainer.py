@@ -120,9 +120,8 @@ class Trainer:
         if checkpoints.latest() is None and not self.start_step:
             state = make_on_devices(self._init_state, self.random_key, *self._shard_loaded_params(), shardings=layout)
         else:
-            state, meta = checkpoints.restore(
-                get_shapes_on_devices(self._init_state, shardings=layout), config=self.resolved_config
-            )
+            shapes = get_shapes_on_devices(self._init_state, shardings=layout)
+            state, meta = checkpoints.restore(shapes, config=self.resolved_config)
         if int(state.step) >= self.config.steps:
             return state
         stage_steps_done = int(state.step) - self.start_step
@@ -182,28 +181,18 @@ class Trainer:
 
     def _make_step(self) -> StepFn:
         constants = jax.device_put(self.constants, NamedSharding(self.mesh, PartitionSpec()))
-        if self.discriminator is None:
-            if self.frozen_params is not None:
-                constants = (
-                    *constants,
-                    jax.device_put(self.frozen_params, make_shardings(self.frozen_params, self.mesh)),
-                )
-            if isinstance(self.loss, OwnStep):
-                return self.loss.make_step(self.optimizer, ema_decay=self.ema_decay, constants=constants)
-            return make_step(
-                self.loss,
-                self.optimizer,
-                ema_decay=self.ema_decay,
-                constants=constants,
-                accumulation_steps=self.accumulation_steps,
-            )
-        if not isinstance(self.loss, AutoencoderLoss):
-            raise TypeError(
-                f"loss={type(self.loss).__name__} is invalid: only an autoencoder is trained against a discriminator."
-            )
-        return make_adversarial_step(
-            self.loss, self.optimizer, self.discriminator, ema_decay=self.ema_decay, constants=constants
-        )
+        if self.discriminator is not None:
+            if not isinstance(self.loss, AutoencoderLoss):
+                raise TypeError(f"loss={type(self.loss).__name__} is invalid: a discriminator needs an autoencoder.")
+            options: dict[str, Any] = {"ema_decay": self.ema_decay, "constants": constants}
+            return make_adversarial_step(self.loss, self.optimizer, self.discriminator, **options)
+        if self.frozen_params is not None:
+            frozen = jax.device_put(self.frozen_params, make_shardings(self.frozen_params, self.mesh))
+            constants = (*constants, frozen)
+        options = {"ema_decay": self.ema_decay, "constants": constants}
+        if isinstance(self.loss, OwnStep):
+            return self.loss.make_step(self.optimizer, **options)
+        return make_step(self.loss, self.optimizer, accumulation_steps=self.accumulation_steps, **options)
 
 
 def _shard_batches(batches: BatchIterator, mesh: Mesh, meter: ThroughputMeter) -> Iterator[Any]:

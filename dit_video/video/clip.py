@@ -80,13 +80,11 @@ class Clip:
         style = f"width:{self.width * scale}px;height:{self.height * scale}px;image-rendering:pixelated"
         title = html.escape(self.caption, quote=True)
         if len(self.frames) == 1:
-            source = _make_data_url(encode_frames(self.frames, self.fps, "png"), "image/png")
-            return f'<img src="{source}" alt="{title}" title="{title}" style="{style}">'
+            url = _make_data_url(encode_frames(self.frames, self.fps, "png"), "image/png")
+            return f'<img src="{url}" alt="{title}" title="{title}" style="{style}">'
         format = "webm" if self.height % 2 or self.width % 2 else "mp4"
-        source = _make_data_url(encode_frames(self.frames, self.fps, format), f"video/{format}")
-        return (
-            f'<video src="{source}" title="{title}" style="{style}" autoplay loop muted playsinline controls></video>'
-        )
+        url = _make_data_url(encode_frames(self.frames, self.fps, format), f"video/{format}")
+        return f'<video src="{url}" title="{title}" style="{style}" autoplay loop muted playsinline controls></video>'
 
 
 def _make_data_url(content: bytes, kind: str) -> str:

@@ -102,22 +102,19 @@ def probe(source: Path | bytes, *, on_frame: Callable[[float, av.VideoFrame], No
       DecodeError: not a readable video or image, or damaged.
     """
     with Video(source) as video:
-        count, display_size, last_time = 0, (0, 0), 0.0
+        count, size, last_time = 0, (0, 0), 0.0
         for timed in video.read_frames():
             if not count:
-                display_size = compute_display_size(timed.frame, video.sample_aspect, video.name)
-                RgbConverter(video.name, video.sample_aspect, (8, 8))(
-                    timed.frame, timed.time
-                )  # raises the errors of decode
+                size = compute_display_size(timed.frame, video.sample_aspect, video.name)
+                # Raises the errors of `decode`.
+                RgbConverter(video.name, video.sample_aspect, (8, 8))(timed.frame, timed.time)
             if on_frame is not None:
                 on_frame(timed.time, timed.frame)
             count, last_time = count + 1, timed.time
     if not count:
         raise _make_no_frames_error(video.name, 0.0)
     fps = compute_average_fps(count, last_time, video.get_rate(count))
-    return VideoInfo(
-        height=display_size[0], width=display_size[1], frames=count, fps=fps, seconds=last_time, codec=video.codec
-    )
+    return VideoInfo(height=size[0], width=size[1], frames=count, fps=fps, seconds=last_time, codec=video.codec)
 
 
 def compute_average_fps(frames: int, last_time: float, container_fps: float) -> float:
@@ -158,9 +155,8 @@ def sample_frames(
 
     A frame that is sampled twice is the same object twice.
     """
-    return itertools.islice(
-        _skip_to_start(frames, start) if fps is None else _sample_at_rate(frames, start, float(fps)), count
-    )
+    sampled = _skip_to_start(frames, start) if fps is None else _sample_at_rate(frames, start, float(fps))
+    return itertools.islice(sampled, count)
 
 
 def _skip_to_start(frames: Iterator[TimedFrame], start: float) -> Iterator[TimedFrame]:

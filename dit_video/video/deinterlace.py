@@ -9,6 +9,9 @@ import av
 from dit_video.video.filters import get_frame_format, make_filter_graph
 from dit_video.video.reader import TimedFrame, wrap_decode_errors
 
+_LOCATION = "where it is interlaced"
+"""Location of damage in error messages."""
+
 
 def deinterlace(frames: Iterator[TimedFrame], name: str) -> Iterator[TimedFrame]:
     """Yield the same frames at the same times, with interlaced ones deinterlaced, one picture per frame.
@@ -46,7 +49,7 @@ class _DeinterlaceFilter:
         self.frame_format = get_frame_format(frame)
         self._name = name
         self._pending: deque[TimedFrame | None] = deque()
-        with wrap_decode_errors(name, "where it is interlaced"):
+        with wrap_decode_errors(name, _LOCATION):
             self._graph = make_filter_graph(frame, ("bwdif", "mode=send_frame:parity=auto:deint=interlaced"))
 
     def push(self, timed: TimedFrame, *, keep_output: bool = True) -> None:
@@ -57,10 +60,7 @@ class _DeinterlaceFilter:
     def pull(self) -> Iterator[TimedFrame]:
         while self._pending:
             frame = None
-            with (
-                wrap_decode_errors(self._name, "where it is interlaced"),
-                contextlib.suppress(BlockingIOError, EOFError),
-            ):
+            with wrap_decode_errors(self._name, _LOCATION), contextlib.suppress(BlockingIOError, EOFError):
                 frame = self._graph.vpull()
             if frame is None:
                 return
@@ -69,6 +69,6 @@ class _DeinterlaceFilter:
                 yield timed._replace(frame=frame)
 
     def finish(self) -> Iterator[TimedFrame]:
-        with wrap_decode_errors(self._name, "where it is interlaced"):
+        with wrap_decode_errors(self._name, _LOCATION):
             self._graph.push(None)
         yield from self.pull()

@@ -82,9 +82,8 @@ def encode_timed(pictures: Iterable[TimedPicture], fps: float | int, *, crf: int
       UserError: an odd height or width.
     """
     options = {**_make_x264_options(crf), "bf": "0"}
-    return _mux(
-        _make_timed_frames(pictures), "mp4", "libx264", "yuv420p", fps, options, time_base=Fraction(1, TICKS_PER_SECOND)
-    )
+    time_base = Fraction(1, TICKS_PER_SECOND)
+    return _mux(_make_timed_frames(pictures), "mp4", "libx264", "yuv420p", fps, options, time_base=time_base)
 
 
 def encode_jpeg(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
@@ -203,9 +202,7 @@ def _convert_to_yuv420(reformatter: VideoReformatter, picture: UInt8[np.ndarray,
 
 def _encode_png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
     if len(frames) != 1:
-        raise UserError(
-            f"a clip of {len(frames)} frames is invalid for png: use one frame, or .apng, .gif, .mp4, .webm"
-        )
+        raise UserError(f"a clip of {len(frames)} frames is invalid for png: use one, or .apng, .gif, .mp4, .webm")
     context = av.CodecContext.create("png", "w")
     context.height, context.width, context.pix_fmt = frames.shape[1], frames.shape[2], "rgb24"
     context.time_base, context.thread_count = Fraction(1, 1), 1

@@ -134,9 +134,8 @@ class Video:
         """Width of a stored pixel divided by its height."""
         # Without timestamps, the average rate is ffmpeg's default of 25.
         rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
-        self._rate = next(
-            (float(rate) for rate in (rates if self._start_time is not None else rates[1:]) if rate), 25.0
-        )
+        candidates = rates if self._start_time is not None else rates[1:]
+        self._rate = next((float(rate) for rate in candidates if rate), 25.0)
 
     def get_rate(self, frames: int) -> float:
         """Return the average frames per second of a file with this number of frames; 1 for an image."""
@@ -174,8 +173,7 @@ class Video:
         if not previous - _SEEK_MARGIN <= time <= previous + MAX_FRAME_SECONDS:
             raise DecodeError(
                 f"{self.name} has timestamps that jump from {previous:.2f} s to {time:.2f} s; remove it, or write "
-                "it again "
-                "with continuous times"
+                "it again with continuous times"
             )
         return max(time, previous)
 

@@ -28,14 +28,7 @@ _COLORSPACES = {
     9: Colorspace.BT2020,
 }
 """Colour spaces by ISO/IEC 23091-2's number for matrix coefficients."""
-_UNSUPPORTED_COLORSPACES = {
-    8: "YCgCo",
-    10: "BT.2020 with constant luminance",
-    11: "ST 2085",
-    12: "derived",
-    13: "derived",
-    14: "ICtCp",
-}
+_UNSUPPORTED = {8: "YCgCo", 10: "constant-luminance BT.2020", 11: "ST 2085", 12: "derived", 13: "derived", 14: "ICtCp"}
 """Matrix coefficients that ffmpeg's scaler does not support either."""
 _UNNAMED_SIDE_DATA = sorted(set(range(64)) - {kind.value for kind in Type})
 """Numbers of side data that PyAV has no name for."""
@@ -83,14 +76,10 @@ def compute_display_size(frame: av.VideoFrame, sample_aspect: Fraction, name: st
     return _compute_display_size(frame, sample_aspect, transposed, name)
 
 
-def _compute_display_size(
-    frame: av.VideoFrame, sample_aspect: Fraction, transposed: bool, name: str
-) -> tuple[int, int]:
-    width = max(1, round(frame.width * sample_aspect))
+def _compute_display_size(frame: av.VideoFrame, aspect: Fraction, transposed: bool, name: str) -> tuple[int, int]:
+    width = max(1, round(frame.width * aspect))
     if width * frame.height > MAX_PIXELS:
-        raise DecodeError(
-            f"{name} has frames of {frame.height}x{width} pixels, over the limit of {MAX_PIXELS}; make them smaller"
-        )
+        raise DecodeError(f"{name} has {frame.height}x{width} pixels, over the limit of {MAX_PIXELS}; make it smaller")
     return (width, frame.height) if transposed else (frame.height, width)
 
 
@@ -160,9 +149,9 @@ class RgbConverter:
         space = int(frame.colorspace)
         if frame.format.is_rgb or frame.format.has_palette:
             return None
-        if space in _UNSUPPORTED_COLORSPACES:
+        if space in _UNSUPPORTED:
             raise DecodeError(
-                f"{self._name} has colours in {_UNSUPPORTED_COLORSPACES[space]}, which ffmpeg can't convert; "
+                f"{self._name} has colours in {_UNSUPPORTED[space]}, which ffmpeg can't convert; "
                 "convert the file to BT.709"
             )
         if space not in _COLORSPACES:

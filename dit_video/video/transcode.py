@@ -32,9 +32,7 @@ def transcode(
     with Video(encoded) as video:
         convert = RgbConverter(video.name, video.sample_aspect, (height, width))
         frames = deinterlace(video.read_frames(), video.name)
-        scheduled = (
-            _schedule_as_stored(frames, 1 / average_fps) if fps is None else _schedule_at_rate(frames, float(fps))
-        )
+        scheduled = _schedule_as_stored(frames, 1 / average_fps) if fps is None else _schedule_at_rate(frames, fps)
         return encode_timed(_convert_frames(scheduled, convert), float(average_fps if fps is None else fps), crf=crf)
 
 
@@ -47,7 +45,7 @@ def _schedule_as_stored(frames: Iterator[TimedFrame], spacing: float) -> Iterato
         yield timed.time, timed.duration or spacing, timed
 
 
-def _schedule_at_rate(frames: Iterator[TimedFrame], fps: float) -> Iterator[_ScheduledFrame]:
+def _schedule_at_rate(frames: Iterator[TimedFrame], fps: float | int) -> Iterator[_ScheduledFrame]:
     for count, timed in enumerate(sample_frames(frames, 0.0, fps)):
         yield count / fps, 1 / fps, timed
 

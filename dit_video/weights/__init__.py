@@ -13,7 +13,7 @@ from dit_video.weights.clip_image_processor import load_clip_image_processor, sa
 from dit_video.weights.embedders import load_embedder, read_text_encoder_config
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import LoraModule, LoraModules, expand_layers, get_native_modules, load_lora, save_lora
-from dit_video.weights.lpips import load_lpips, open_lpips
+from dit_video.weights.lpips import load_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
 from dit_video.weights.scheduler import LoadedScheduler, load_scheduler
 from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, read_t5_config, save_text_encoder
@@ -38,7 +38,6 @@ __all__ = [
     "load_metadata",
     "load_scheduler",
     "load_text_encoder",
-    "open_lpips",
     "read_clip_text_config",
     "read_clip_vision_config",
     "read_t5_config",

@@ -15,10 +15,8 @@ from dit_video.weights.io import read_encoder_params, write_params
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMapping
 
 _CLIP_CLASS = "CLIPModel"
-_TEXT_CLASSES, _VISION_CLASSES = (
-    ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
-)
+_TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_VISION_CLASSES = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 _MODEL_TYPES = (
     {_CLIP_CLASS: "clip"}
     | dict.fromkeys(_TEXT_CLASSES, "clip_text_model")
@@ -40,6 +38,7 @@ _LINEAR = {
 _NORMS = {"norm_attention": "layer_norm1", "norm_mlp": "layer_norm2"}
 """Our names below `blocks/`, and theirs below `encoder.layers.<layer>.`."""
 
+AnyClipConfig = ClipConfig | ClipTextConfig | ClipVisionConfig
 ClipConfigT = TypeVar("ClipConfigT", ClipConfig, ClipTextConfig, ClipVisionConfig)
 
 
@@ -65,9 +64,8 @@ def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedCli
       UserError: the model class is not supported, tensors do not fit the config, or files are pickled or damaged.
     """
     path, name, theirs = _read_config(Path(folder), [_CLIP_CLASS])
-    config = ClipConfig(
-        text=_parse_text_config(path, name, theirs, dtype), vision=_parse_vision_config(path, name, theirs, dtype)
-    )
+    text = _parse_text_config(path, name, theirs, dtype)
+    config = ClipConfig(text=text, vision=_parse_vision_config(path, name, theirs, dtype))
     return _read(path.parent, config, dtype)
 
 
@@ -96,21 +94,19 @@ def read_clip_text_config(folder: str | os.PathLike, *, dtype: str = "float32") 
       MissingError: the config does not exist.
       UserError: the model class or a setting is not supported.
     """
-    return _parse_text_config(
-        *_read_config(find_model_folder(folder, "text_encoder"), [_CLIP_CLASS, *_TEXT_CLASSES]), dtype
-    )
+    folder = find_model_folder(folder, "text_encoder")
+    return _parse_text_config(*_read_config(folder, [_CLIP_CLASS, *_TEXT_CLASSES]), dtype)
 
 
 def read_clip_vision_config(folder: str | os.PathLike, *, dtype: str = "float32") -> ClipVisionConfig:
     """Read the config of a folder's vision tower, without its weights; raises as `read_clip_text_config` does."""
-    return _parse_vision_config(
-        *_read_config(find_model_folder(folder, "image_encoder"), [_CLIP_CLASS, *_VISION_CLASSES]), dtype
-    )
+    folder = find_model_folder(folder, "image_encoder")
+    return _parse_vision_config(*_read_config(folder, [_CLIP_CLASS, *_VISION_CLASSES]), dtype)
 
 
 def save_clip(
     folder: str | os.PathLike,
-    config: ClipConfig | ClipTextConfig | ClipVisionConfig,
+    config: AnyClipConfig,
     params: Mapping[str, Any],
     *,
     dtype: Any = None,
@@ -145,13 +141,10 @@ def _read_config(folder: Path, classes: Collection[str]) -> tuple[Path, str, Any
 def _parse_text_config(path: Path, name: str, theirs: Any, dtype: str) -> ClipTextConfig:
     tower = theirs.text_config if name == _CLIP_CLASS else theirs
     if not isinstance(tower.eos_token_id, int):
-        raise UserError(
-            f"{path} has eos_token_id={tower.eos_token_id}, but texts are pooled at a single token id. Use that id"
-        )
+        raise UserError(f"{path} has eos_token_id={tower.eos_token_id}, but pooling needs a single token id. Use one")
+    projection = None if name == _TEXT_CLASSES[0] else theirs.projection_dim
     return ClipTextConfig(
-        **_parse_tower(
-            path, tower, projection=None if name == _TEXT_CLASSES[0] else theirs.projection_dim, dtype=dtype
-        ),
+        **_parse_tower(path, tower, projection=projection, dtype=dtype),
         vocabulary=tower.vocab_size,
         positions=tower.max_position_embeddings,
         end_token=tower.eos_token_id,
@@ -164,15 +157,10 @@ def _parse_vision_config(path: Path, name: str, theirs: Any, dtype: str) -> Clip
         if not isinstance(value, int):
             raise UserError(f"{path} has {field}={value}. Only squares, given by one integer, are supported")
     if tower.num_channels != 3:
-        raise UserError(
-            f"{path} has num_channels={tower.num_channels}. Only RGB images with num_channels=3 are supported"
-        )
+        raise UserError(f"{path} has num_channels={tower.num_channels}. Only RGB images, num_channels=3, are supported")
+    projection = None if name == _VISION_CLASSES[0] else theirs.projection_dim
     return ClipVisionConfig(
-        **_parse_tower(
-            path, tower, projection=None if name == _VISION_CLASSES[0] else theirs.projection_dim, dtype=dtype
-        ),
-        size=tower.image_size,
-        patch=tower.patch_size,
+        **_parse_tower(path, tower, projection=projection, dtype=dtype), size=tower.image_size, patch=tower.patch_size
     )
 
 
@@ -196,17 +184,12 @@ def _read(folder: Path, config: ClipConfigT, dtype: str) -> LoadedClip[ClipConfi
         # Names of a tower that was saved alone have the root or not, depending on the version that wrote it.
         nested = any(name.startswith((_TEXT_ROOT, _VISION_ROOT)) for name in tensors.shapes)
         ignored = [name for name in tensors.shapes if _is_ignored(name, config)]
-        params, digest = read_encoder_params(
-            tensors,
-            _make_tensor_map(config, nested=nested),
-            get_param_shapes(config.make),
-            ignored=ignored,
-            dtype=dtype,
-        )
+        names, shapes = _make_tensor_map(config, nested=nested), get_param_shapes(config.make)
+        params, digest = read_encoder_params(tensors, names, shapes, ignored=ignored, dtype=dtype)
     return LoadedClip(config=config, params=params, digest=digest, ignored=tuple(ignored))
 
 
-def _is_ignored(name: str, config: ClipConfig | ClipTextConfig | ClipVisionConfig) -> bool:
+def _is_ignored(name: str, config: AnyClipConfig) -> bool:
     """Return True if a tensor is not part of what is read."""
     if name.endswith("embeddings.position_ids"):  # 0, 1, 2, …
         return True
@@ -216,9 +199,7 @@ def _is_ignored(name: str, config: ClipConfig | ClipTextConfig | ClipVisionConfi
     return isinstance(config, ClipVisionConfig) and name.startswith((*text, "logit_scale"))
 
 
-def _make_tensor_map(
-    config: ClipConfig | ClipTextConfig | ClipVisionConfig, *, nested: bool
-) -> dict[str, TensorMapping]:
+def _make_tensor_map(config: AnyClipConfig, *, nested: bool) -> dict[str, TensorMapping]:
     """Return the tensor map of a config; `nested` if the names of a single tower start with its root."""
     if isinstance(config, ClipConfig):
         names: dict[str, TensorMapping] = {"logit_scale": TensorMapping("logit_scale")}
@@ -256,7 +237,7 @@ def _map_layers(theirs: str, layers: int) -> dict[str, TensorMapping]:
     return names
 
 
-def _make_their_config(config: ClipConfig | ClipTextConfig | ClipVisionConfig) -> dict[str, Any]:
+def _make_their_config(config: AnyClipConfig) -> dict[str, Any]:
     if isinstance(config, ClipConfig):
         return {
             "architectures": [_CLIP_CLASS],
@@ -284,8 +265,5 @@ def _make_their_tower(config: ClipTowerConfig) -> dict[str, Any]:
         fields |= {"model_type": _MODEL_TYPES[_TEXT_CLASSES[0]], "vocab_size": config.vocabulary}
         return fields | {"max_position_embeddings": config.positions, "eos_token_id": config.end_token}
     assert isinstance(config, ClipVisionConfig)
-    return fields | {
-        "model_type": _MODEL_TYPES[_VISION_CLASSES[0]],
-        "image_size": config.size,
-        "patch_size": config.patch,
-    }
+    fields |= {"model_type": _MODEL_TYPES[_VISION_CLASSES[0]]}
+    return fields | {"image_size": config.size, "patch_size": config.patch}

@@ -48,9 +48,7 @@ def load_clip_image_processor(folder: str | os.PathLike) -> ClipImageProcessor:
     settings = {key: default if values.get(key) is None else values[key] for key, default in _DEFAULTS.items()}
     factor = settings["rescale_factor"]
     if not settings["do_rescale"] or not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
-        raise UserError(
-            f"{path} has do_rescale={settings['do_rescale']}, rescale_factor={factor}. Only 1/255 is supported"
-        )
+        raise UserError(f"{path} has do_rescale={settings['do_rescale']}, rescale_factor={factor}. Supported is 1/255")
     if settings["do_resize"] and settings["resample"] != _BICUBIC:
         raise UserError(f"{path} has resample={settings['resample']}. Only {_BICUBIC} (bicubic) is supported")
     normalized = settings["do_normalize"]
@@ -87,7 +85,7 @@ def _find_file(folder: Path) -> Path:
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
         raise MissingError(
-            f"{folder} has no {_FILE}, nor has {' or '.join(_SUBFOLDERS)} in it or next to it. Copy it there"
+            f"{folder} has no {_FILE}, nor has {' or '.join(_SUBFOLDERS)} in or next to it. Copy it there"
         )
     return found
 
@@ -113,6 +111,6 @@ def _parse_height_width(path: Path, name: str, size: Any) -> tuple[int, int]:
 def _parse_rgb(path: Path, values: Any) -> tuple[float, float, float]:
     if not isinstance(values, list) or len(values) != 3 or not all(isinstance(value, int | float) for value in values):
         raise UserError(
-            f"{path} has the mean or standard deviation {values}. Use one number for each of red, green and blue"
+            f"{path} has the mean or standard deviation {values}. Use a number each for red, green and blue"
         )
     return float(values[0]), float(values[1]), float(values[2])

@@ -31,9 +31,7 @@ def read_document(folder: Path) -> dict[str, Any]:
     """
     document = read_json(folder / "config.json")
     if not isinstance(document, dict):
-        raise UserError(
-            f"{folder / 'config.json'} is not a JSON object with a model's settings. Copy or download it again"
-        )
+        raise UserError(f"{folder / 'config.json'} is not a JSON object with settings. Copy or download it again")
     return document
 
 
@@ -62,10 +60,8 @@ def check_supported(folder: Path, settings: Mapping[str, Any], supported: Mappin
 
 def map_kernel_and_bias(ours: str, theirs: str, pattern: str) -> dict[str, TensorMapping]:
     """Return the mappings of the kernel and the bias of a convolution or a linear map."""
-    return {
-        f"{ours}/kernel": TensorMapping(f"{theirs}.weight", pattern),
-        f"{ours}/bias": TensorMapping(f"{theirs}.bias"),
-    }
+    kernel = TensorMapping(f"{theirs}.weight", pattern)
+    return {f"{ours}/kernel": kernel, f"{ours}/bias": TensorMapping(f"{theirs}.bias")}
 
 
 def list_tensor_names(folder: Path) -> set[str]:

@@ -72,18 +72,14 @@ def read_text_encoder_config(folder: str | os.PathLike) -> T5Config | ClipTextCo
       UserError: the model type or a setting is not supported.
     """
     folder = find_model_folder(folder, _SUBFOLDER)
-    kind, _ = read_transformers_config(
-        folder / "config.json", "text encoders", (*T5_MODEL_TYPES, *CLIP_TEXT_MODEL_TYPES)
-    )
+    path = folder / "config.json"
+    kind, _ = read_transformers_config(path, "text encoders", (*T5_MODEL_TYPES, *CLIP_TEXT_MODEL_TYPES))
     return read_t5_config(folder) if kind in T5_MODEL_TYPES else read_clip_text_config(folder)
 
 
 def _find_tokenizer_folder(encoder_folder: Path) -> Path:
-    sibling = (
-        encoder_folder.name.replace(_SUBFOLDER, "tokenizer")
-        if encoder_folder.name.startswith(_SUBFOLDER)
-        else "tokenizer"
-    )
+    name = encoder_folder.name
+    sibling = name.replace(_SUBFOLDER, "tokenizer") if name.startswith(_SUBFOLDER) else "tokenizer"
     candidates = (encoder_folder, encoder_folder.parent / sibling)
     folder = next(filter(has_tokenizer, candidates), None)
     if folder is None:

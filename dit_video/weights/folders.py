@@ -7,7 +7,6 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from io import RawIOBase
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,9 +67,7 @@ class TensorFolder:
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         if names is not None and (missing := sorted(names - header.keys())):
-            raise UserError(
-                f"{path} lacks {_format_names(missing)}, which its index lists. Copy or download both again"
-            )
+            raise UserError(f"{path} lacks {_format_names(missing)}, which its index lists. Copy both again")
         for name in sorted(header.keys() if names is None else names):
             entry = header[name]
             self.shapes[name] = tuple(entry["shape"])
@@ -124,9 +121,7 @@ class TensorFolder:
     def __enter__(self) -> "TensorFolder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
 
@@ -160,9 +155,7 @@ def read_transformers_config(path: Path, description: str, model_types: Collecti
         return kind, AutoConfig.for_model(**values)
     except Exception as error:  # Its validation raises exceptions of several libraries.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{path} is not a valid config of a {kind} model ({reason}). Copy or download it again"
-        ) from error
+        raise UserError(f"{path} is not a valid config of a {kind} model ({reason}). Copy it again") from error
 
 
 def _list_files(folder: Path, stem: str) -> Mapping[Path, set[str] | None]:
@@ -180,8 +173,7 @@ def _list_files(folder: Path, stem: str) -> Mapping[Path, set[str] | None]:
     if missing := sorted(path.name for path in files if not path.is_file()):
         raise MissingError(
             f"{folder} lacks {len(missing)} of {len(files)} files that {index.name} lists "
-            f"({_format_names(missing)}). Copy or "
-            "download them too"
+            f"({_format_names(missing)}). Copy or download them too"
         )
     return {path: {name for name, file in names.items() if folder / file == path} for path in files}
 
@@ -191,8 +183,7 @@ def _make_missing_error(folder: Path, stem: str) -> UserError:
         return MissingError(f"no such folder: {folder}. Use the folder of a model")
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
         return UserError(
-            f"{folder} has its weights in pickles ({_format_names(pickles)}), which can run any code when they are "
-            "read. "
+            f"{folder} has its weights in pickles ({_format_names(pickles)}), which can run any code when read. "
             f"To convert it where torch is installed, run in that folder: {_make_conversion_command(folder)}"
         )
     return MissingError(f"{folder} has neither {stem}.safetensors nor {stem}.safetensors.index.json. Copy them there")
@@ -202,11 +193,8 @@ def _make_conversion_command(folder: Path) -> str:
     """Return a shell command that writes a folder's weights as safetensors."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     config = config if isinstance(config, dict) else {}
-    classes = {
-        "transformers": next(iter(config.get("architectures") or ()), None),
-        "diffusers": config.get("_class_name"),
-    }
-    for library, name in classes.items():
+    names = next(iter(config.get("architectures") or ()), None), config.get("_class_name")
+    for library, name in zip(("transformers", "diffusers"), names, strict=True):
         # The name comes from an untrusted file and the command is pasted into a shell: allow identifiers only.
         if isinstance(name, str) and name.isidentifier():
             return f"python -c \"import {library} as l; l.{name}.from_pretrained('.').save_pretrained('safetensors')\""

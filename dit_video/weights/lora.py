@@ -155,7 +155,7 @@ def save_lora(
     known = {module.path for module in modules.values()}
     if unmapped := [name for name in paths if name not in known]:
         raise UserError(
-            f"{path}: there are no names for adapters of {ours.format_names(unmapped)}. Use modules= with these kernels"
+            f"{path}: no names for adapters of {ours.format_names(unmapped)}. Use modules= with these kernels"
         )
     tensors: dict[str, np.ndarray] = {}
     alphas: dict[str, tuple[int, float]] = {}
@@ -163,10 +163,8 @@ def save_lora(
     for name, part in _split_factors(leaves, modules):
         rank = part.a.shape[1]
         prefix = f"lora_unet_{name.replace('.', '_')}" if style == "kohya" else f"{_PREFIXES[style]}{name}"
-        tensors |= {
-            f"{prefix}.{first}.weight": _cast(part.a.T, dtype),
-            f"{prefix}.{second}.weight": _cast(part.b.T, dtype),
-        }
+        tensors[f"{prefix}.{first}.weight"] = _cast(part.a.T, dtype)
+        tensors[f"{prefix}.{second}.weight"] = _cast(part.b.T, dtype)
         alphas[name] = rank, part.scale * rank
         if style != "diffusers":
             tensors[f"{prefix}.alpha"] = np.asarray(part.scale * rank, np.float32)
@@ -268,8 +266,7 @@ def _match_tensors(
     if actual and not expected:
         raise UserError(
             f"{file} is not a LoRA of this model: none of its tensors, such as "
-            f"{ours.format_names(sorted(actual)[:3])}, "
-            "belongs to one of the model's modules"
+            f"{ours.format_names(sorted(actual)[:3])}, belongs to one of the model's modules"
         )
     ours.check_tensors_match(file, actual, expected)
     orphaned = [tensors["alpha"] for tensors in tensor_names.values() if "a" not in tensors]

@@ -4,12 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from dit_video.core.errors import MissingError, UserError
 from dit_video.features import Lpips
 from dit_video.features.lpips import STAGES
-from dit_video.nn import get_graph_def, get_param_shapes
+from dit_video.nn import get_param_shapes
 from dit_video.weights.io import read_params
 from dit_video.weights.safetensors import check_safetensors_file
 from dit_video.weights.tensor_map import TensorMapping
@@ -20,18 +18,6 @@ EXPORT_COMMAND = (
     "'lpips.safetensors')\""
 )
 _SUFFIX = ".safetensors"
-
-
-def open_lpips(path: str | os.PathLike | None) -> tuple[nnx.GraphDef | None, tuple[dict[str, Any], ...]]:
-    """Return the graph of `Lpips` and, in a tuple, its parameters from a file; None and an empty tuple without a path.
-
-    Raises:
-      MissingError, UserError: as `load_lpips`.
-    """
-    if path is None:
-        return None, ()
-    params = load_lpips(path)
-    return get_graph_def(lambda rngs: Lpips(rngs=rngs)), (params,)
 
 
 def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
@@ -57,13 +43,8 @@ def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
     if path.suffix != _SUFFIX:
         raise UserError(f"{path} is not a {_SUFFIX} file. Where lpips is installed, make one with: {EXPORT_COMMAND}")
     ignored = ("scaling_layer.shift", "scaling_layer.scale")  # These are constants.
-    return read_params(
-        path.parent,
-        path.stem,
-        make_lpips_tensor_map(),
-        get_param_shapes(lambda rngs: Lpips(rngs=rngs)),
-        ignored=ignored,
-    )
+    shapes = get_param_shapes(lambda rngs: Lpips(rngs=rngs))
+    return read_params(path.parent, path.stem, make_lpips_tensor_map(), shapes, ignored=ignored)
 
 
 def make_lpips_tensor_map() -> dict[str, TensorMapping]:

@@ -78,15 +78,6 @@ def write_native(
       shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
     shapes = get_param_shapes(config.make)
-    streaming.write(
-        folder,
-        STEM,
-        source,
-        FileMap.from_params(shapes),
-        shapes,
-        depths,
-        dtype=dtype,
-        shard_bytes=shard_bytes,
-        metadata={},
-    )
+    file_map = FileMap.from_params(shapes)
+    streaming.write(folder, STEM, source, file_map, shapes, depths, dtype=dtype, shard_bytes=shard_bytes, metadata={})
     write_json(Path(folder) / "config.json", {"_class_name": CLASS, "config": config_json.to_json(config)})

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from dit_video.weights.safetensors import StreamedArray
+
 _MAX_HOST_BYTES = 16_000_000
 """Maximum size in bytes of a parameter that is assembled on the host.
 
@@ -19,23 +21,13 @@ Compiling a device program that joins the chunks would take longer.
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A parameter that is still in its files."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read_chunks: Callable[[], Iterator[np.ndarray]]
-    """Returns the chunks along the first axis, each read when it is reached: layers, some rows, or the whole array."""
+class Parameter(StreamedArray):
+    """A parameter that is still in its files; its chunks are layers, some rows, or the whole array."""
 
     @staticmethod
     def from_array(array: Any) -> "Parameter":
         """Return the parameter of an array in memory."""
         return Parameter(tuple(array.shape), np.dtype(array.dtype), lambda: iter([np.asarray(array)]))
-
-    @property
-    def nbytes(self) -> int:
-        """Return the size of the parameter in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def to_host(self) -> np.ndarray:
         """Read the parameter to the host."""
@@ -74,9 +66,8 @@ class Parameter:
                 begin, end = max(first, start), min(last, start + len(chunk))
                 if begin < end:
                     overlap = chunk[(slice(begin - start, end - start), *shard_indices[device][1:])]
-                    shards[device] = _update_rows(
-                        shards[device], jax.device_put(overlap, device), np.int32(begin - first)
-                    )
+                    overlap = jax.device_put(overlap, device)
+                    shards[device] = _update_rows(shards[device], overlap, np.int32(begin - first))
             # Otherwise transfers queue up, and the host would hold many chunks.
             jax.block_until_ready(list(shards.values()))
         return shards

@@ -90,12 +90,9 @@ def save(
         header["__metadata__"] = {name: str(metadata[name]) for name in sorted(metadata)}
     end = 0
     for name in order:
-        start, end = end, end + int(np.prod(arrays[name].shape, dtype=np.int64)) * dtypes[name].itemsize
-        header[name] = {
-            "dtype": _DTYPES[dtypes[name].name],
-            "shape": list(arrays[name].shape),
-            "data_offsets": [start, end],
-        }
+        shape, array_dtype = arrays[name].shape, dtypes[name]
+        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * array_dtype.itemsize
+        header[name] = {"dtype": _DTYPES[array_dtype.name], "shape": list(shape), "data_offsets": [start, end]}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         _write_header(file, header)
         for name in order:
@@ -126,9 +123,8 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
             names = list(file.keys())
             if like is not None:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-                check_tensors_match(
-                    path, shapes, {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()}
-                )
+                expected = {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()}
+                check_tensors_match(path, shapes, expected)
             for name in names:
                 array = file.get_tensor(name)
                 arrays[name] = array.astype(cast_dtype(array.dtype, dtype), copy=False)
@@ -206,14 +202,8 @@ def check_tensors_match(path: Path, actual: dict[str, tuple[int, ...]], expected
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(kinds.values()):
-        parts = [
-            f"{len(tensor_names)} {kind} ({format_names(tensor_names)})"
-            for kind, tensor_names in kinds.items()
-            if tensor_names
-        ]
-        raise UserError(
-            f"{path} does not fit the model. Tensors: {'; '.join(parts)}; use the config that it was made with"
-        )
+        parts = [f"{len(names)} {kind} ({format_names(names)})" for kind, names in kinds.items() if names]
+        raise UserError(f"{path} does not fit the model. Tensors: {'; '.join(parts)}; use the config it was made with")
 
 
 def format_names(names: list[str]) -> str:

@@ -137,9 +137,8 @@ def _get_sigma_spacing(settings: Mapping[str, Any]) -> Literal["spaced", "karras
 
 def _make_ddim(settings: Mapping[str, Any]) -> LoadedScheduler:
     end = "zero" if settings["set_alpha_to_one"] else "sigma_min"
-    return _make_schedule(
-        settings, Ddim(), _make_step_schedule({**settings, "final_sigmas_type": end}, step_rounding="nearest")
-    )
+    schedule = _make_step_schedule({**settings, "final_sigmas_type": end}, step_rounding="nearest")
+    return _make_schedule(settings, Ddim(), schedule)
 
 
 def _make_ddpm(settings: Mapping[str, Any]) -> LoadedScheduler:
@@ -147,21 +146,13 @@ def _make_ddpm(settings: Mapping[str, Any]) -> LoadedScheduler:
     schedule = _make_schedule(settings, solver, _make_step_schedule(settings, step_rounding="nearest"))
     if settings["variance_type"] != "learned_range":
         return schedule
-    return schedule._replace(
-        prediction=LearnedVariance(prediction=schedule.prediction, steps=settings["num_train_timesteps"])
-    )
+    prediction = LearnedVariance(prediction=schedule.prediction, steps=settings["num_train_timesteps"])
+    return schedule._replace(prediction=prediction)
 
 
-def _make_euler(settings: Mapping[str, Any]) -> LoadedScheduler:
-    return _make_schedule(settings, Euler(), _make_step_schedule(settings))
-
-
-def _make_euler_ancestral(settings: Mapping[str, Any]) -> LoadedScheduler:
-    return _make_schedule(settings, Ddim(eta=1.0), _make_step_schedule(settings))
-
-
-def _make_heun(settings: Mapping[str, Any]) -> LoadedScheduler:
-    return _make_schedule(settings, Heun(), _make_step_schedule(settings))
+def _make_one_step(solver: DiffusionSampler) -> Callable[[Mapping[str, Any]], LoadedScheduler]:
+    """Return a function from settings to the schedule of a solver without settings of its own."""
+    return lambda settings: _make_schedule(settings, solver, _make_step_schedule(settings))
 
 
 def _make_lcm(settings: Mapping[str, Any]) -> LoadedScheduler:
@@ -180,12 +171,10 @@ def _make_high_order(
 
     The model time is rounded down to a step for the sigma spacings in `floored`, to the nearest step for others.
     """
+    if settings["use_flow_sigmas"]:
+        return _make_schedule(settings, solver, flow_schedule)
     rounding = "below" if _get_sigma_spacing(settings) in floored else "nearest"
-    grid = (
-        flow_schedule
-        if settings["use_flow_sigmas"]
-        else _make_step_schedule(settings, step_rounding=rounding, has_extra_step=True)
-    )
+    grid = _make_step_schedule(settings, step_rounding=rounding, has_extra_step=True)
     return _make_schedule(settings, solver, grid)
 
 
@@ -197,9 +186,8 @@ def _make_dpm_multistep(settings: Mapping[str, Any]) -> LoadedScheduler:
         lower_order_final=settings["lower_order_final"],
     )
     floored = ("karras", "exponential") if settings["beta_schedule"] == "squaredcos_cap_v2" else ("exponential",)
-    return _make_high_order(
-        settings, solver, DpmFlowSchedule(training_steps=settings["num_train_timesteps"]), floored=floored
-    )
+    grid = DpmFlowSchedule(training_steps=settings["num_train_timesteps"])
+    return _make_high_order(settings, solver, grid, floored=floored)
 
 
 def _make_dpm_singlestep(settings: Mapping[str, Any]) -> LoadedScheduler:
@@ -213,9 +201,8 @@ def _make_dpm_singlestep(settings: Mapping[str, Any]) -> LoadedScheduler:
 def _make_unipc(settings: Mapping[str, Any]) -> LoadedScheduler:
     solver = UniPc(
         order=settings["solver_order"],
-        kind="bh1"
-        if settings["solver_type"] == "bh1"
-        else "bh2",  # diffusers maps the names of three older solvers to `bh2`.
+        # diffusers maps the names of three older solvers to `bh2`.
+        kind="bh1" if settings["solver_type"] == "bh1" else "bh2",
         lower_order_final=settings["lower_order_final"],
         uncorrected_steps=tuple(settings["disable_corrector"]),
     )
@@ -227,12 +214,7 @@ def _make_flow_match(settings: Mapping[str, Any]) -> LoadedScheduler:
     return LoadedScheduler(Euler(), RectifiedFlow(shift=float(settings["shift"])), grid)
 
 
-_PREDICTIONS: dict[str, Prediction] = {
-    "epsilon": Epsilon(),
-    "sample": X0(),
-    "v_prediction": V(),
-    "flow_prediction": Velocity(),
-}
+_PREDICTIONS = {"epsilon": Epsilon(), "sample": X0(), "v_prediction": V(), "flow_prediction": Velocity()}
 
 
 def _make_ddpm_settings(
@@ -270,30 +252,16 @@ _FLOW_SIGMAS = {
     "use_flow_sigmas": _Setting(False, _BOOLEAN),
     "flow_shift": _Setting(1.0, is_positive=True),
     "use_dynamic_shifting": _OFF,
-    "time_shift_type": _NO_EFFECT,
     "thresholding": _OFF,
-    "dynamic_thresholding_ratio": _NO_EFFECT,
-    "sample_max_value": _NO_EFFECT,
+    **dict.fromkeys(("time_shift_type", "dynamic_thresholding_ratio", "sample_max_value"), _NO_EFFECT),
 }
 _FLOW_OVERRIDES = {
     "prediction_type": _Setting("epsilon", ("flow_prediction",)),
     "use_karras_sigmas": _OFF,
     "use_exponential_sigmas": _OFF,
     "final_sigmas_type": _Setting("zero", ("zero",)),
-    **dict.fromkeys(
-        (
-            "beta_start",
-            "beta_end",
-            "beta_schedule",
-            "trained_betas",
-            "timestep_spacing",
-            "steps_offset",
-            "rescale_betas_zero_snr",
-            "sigma_min",
-            "sigma_max",
-        ),
-        _NO_EFFECT,
-    ),
+    **dict.fromkeys(("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"), _NO_EFFECT),
+    **dict.fromkeys(("timestep_spacing", "steps_offset", "sigma_min", "sigma_max"), _NO_EFFECT),
 }
 """Replacements of settings if flow sigmas are used."""
 _DDIM = {
@@ -363,33 +331,25 @@ _UNIPC = {
     "predict_x0": _Setting(True, (True,)),
     "lower_order_final": _Setting(True, _BOOLEAN),
     "disable_corrector": _Setting(()),
-    "solver_p": _NONE,
-    "shift_terminal": _NONE,
-    "sigma_min": _NONE,
-    "sigma_max": _NONE,
+    **dict.fromkeys(("solver_p", "shift_terminal", "sigma_min", "sigma_max"), _NONE),
 }
 _FLOW_MATCH = {
     "num_train_timesteps": _Setting(1000, is_positive=True),
     "shift": _Setting(1.0, is_positive=True),
-    "use_dynamic_shifting": _OFF,
     "shift_terminal": _NONE,
-    "invert_sigmas": _OFF,
-    "use_karras_sigmas": _OFF,
-    "use_exponential_sigmas": _OFF,
-    "use_beta_sigmas": _OFF,
-    "stochastic_sampling": _OFF,
-    **dict.fromkeys(
-        ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"), _NO_EFFECT
-    ),
+    **dict.fromkeys(("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"), _OFF),
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), _OFF),
+    **dict.fromkeys(("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"), _NO_EFFECT),
+    "time_shift_type": _NO_EFFECT,
 }
 _SCHEDULERS: dict[str, tuple[dict[str, _Setting], Callable[[Mapping[str, Any]], LoadedScheduler]]] = {
     "UniPCMultistepScheduler": (_UNIPC, _make_unipc),
     "FlowMatchEulerDiscreteScheduler": (_FLOW_MATCH, _make_flow_match),
     "DDIMScheduler": (_DDIM, _make_ddim),
     "DDPMScheduler": (_DDPM, _make_ddpm),
-    "EulerDiscreteScheduler": (_EULER, _make_euler),
-    "EulerAncestralDiscreteScheduler": (_EULER_ANCESTRAL, _make_euler_ancestral),
-    "HeunDiscreteScheduler": (_HEUN, _make_heun),
+    "EulerDiscreteScheduler": (_EULER, _make_one_step(Euler())),
+    "EulerAncestralDiscreteScheduler": (_EULER_ANCESTRAL, _make_one_step(Ddim(eta=1.0))),
+    "HeunDiscreteScheduler": (_HEUN, _make_one_step(Heun())),
     "DPMSolverMultistepScheduler": (_DPM_MULTISTEP, _make_dpm_multistep),
     "DPMSolverSinglestepScheduler": (_DPM_SINGLESTEP, _make_dpm_singlestep),
     "LCMScheduler": (_LCM, _make_lcm),

@@ -127,9 +127,7 @@ class FolderSource:
         for name, constant in file_map.constants.items():
             table = tensors.read(name)
             if not np.allclose(table.astype(np.float32), constant.array, atol=2 * _get_resolution(table.dtype)):
-                raise UserError(
-                    f"{tensors.folder}: {name} differs from the table computed from the config, and it can't be kept"
-                )
+                raise UserError(f"{tensors.folder}: {name} differs from the table of the config, and it can't be kept")
 
     @property
     def depths(self) -> dict[str, int]:
@@ -142,10 +140,8 @@ class FolderSource:
 
     def read_block(self, path: str, layer: int | None) -> np.ndarray:
         """Return a block in our layout."""
-        parts = [
-            foreign.to_ours(self._read_tensor(path, name, foreign, layer))
-            for name, foreign in self._list_tensors(path, layer)
-        ]
+        tensors = self._list_tensors(path, layer)
+        parts = [foreign.to_ours(self._read_tensor(path, name, foreign, layer)) for name, foreign in tensors]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
     def read_chunks(self, path: str, depth: int | None) -> Iterator[np.ndarray]:
@@ -218,12 +214,10 @@ def read(
     """
 
     def parameter(path: str, leaf: Any) -> Any:
-        depth = depths.get(path)
-        source_dtype = (
-            source.get_dtype(path, None) if depth is None else _get_stack_dtype(source, path, depth, dtype_fn(path))
-        )
-        pieces = functools.partial(source.read_chunks, path, depth)
-        return place(path, Parameter(tuple(leaf.shape), ours.cast_dtype(source_dtype, dtype_fn(path)), pieces))
+        depth, dtype = depths.get(path), dtype_fn(path)
+        source_dtype = source.get_dtype(path, None) if depth is None else _get_stack_dtype(source, path, depth, dtype)
+        chunks = functools.partial(source.read_chunks, path, depth)
+        return place(path, Parameter(tuple(leaf.shape), ours.cast_dtype(source_dtype, dtype), chunks))
 
     return trees.map_with_path(parameter, like)
 

@@ -64,9 +64,8 @@ def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> L
     config = read_t5_config(folder, dtype=dtype)
     with TensorFolder(folder) as tensors:
         names, skipped = make_t5_tensor_map(tensors, config)
-        params, digest = read_encoder_params(
-            tensors, names, get_param_shapes(config.make), ignored=skipped, dtype=dtype
-        )
+        shapes = get_param_shapes(config.make)
+        params, digest = read_encoder_params(tensors, names, shapes, ignored=skipped, dtype=dtype)
         ignored = tuple(name for name in tensors.shapes if name.startswith(_IGNORED_PREFIXES))
     return LoadedEncoder(config, params, digest, ignored)
 
@@ -159,9 +158,7 @@ def _find_embedding_name(tensors: TensorFolder) -> str:
     """
     present = [name for name in _EMBEDDING_NAMES if name in tensors.shapes]
     if len(present) == 2 and not np.array_equal(tensors.read(present[0]), tensors.read(present[1])):
-        raise UserError(
-            f"{tensors.folder} has different values in {' and '.join(present)}, which are one tensor. Remove one"
-        )
+        raise UserError(f"{tensors.folder} has different values in {' and '.join(present)}, one tensor. Remove one")
     return present[0] if present else _EMBEDDING_NAMES[0]
 
 

@@ -71,7 +71,7 @@ def test_constant_clips_have_a_finite_scale():
 
 
 def test_more_channels_than_values_of_a_patch_are_refused():
-    with pytest.raises(UserError, match=r"channels=25 .* at most 24"):
+    with pytest.raises(UserError, match=r"channels=25 .* 24 values.* Use fewer"):
         fit_linear([CLIPS], stride=STRIDE, channels=25)
     with pytest.raises(UserError, match="at least one clip"):
         fit_linear([], stride=STRIDE, channels=3)

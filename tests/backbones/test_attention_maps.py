@@ -17,6 +17,7 @@ from support.packed_rows import TEXT_WIDTH, TOKENS, make_batch, predict
 from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+SLOW = pytest.mark.slow
 
 CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
 WAN = WanDitConfig(
@@ -46,9 +47,13 @@ def maps(config, params, queries, given=None):
     ("config", "layers", "others"),
     [
         (CONFIG, 2, 0),
-        (dataclasses.replace(CONFIG, remat="full", attention="chunked"), 2, 0),
-        (dataclasses.replace(CONFIG, registers=1, context=JointAttention()), 2, 3 + 7),
-        (dataclasses.replace(CONFIG, pattern=SpaceOnly(), temporal=TemporalLayers()), 4, 0),
+        pytest.param(dataclasses.replace(CONFIG, remat="full", attention="chunked"), 2, 0, marks=SLOW),
+        pytest.param(
+            dataclasses.replace(CONFIG, registers=1, context=JointAttention()), 2, 3 + 7, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            dataclasses.replace(CONFIG, pattern=SpaceOnly(), temporal=TemporalLayers()), 4, 0, marks=pytest.mark.slow
+        ),
         (WAN, 2, 0),
     ],
     ids=["plain", "recomputed", "joint", "temporal", "wan"],

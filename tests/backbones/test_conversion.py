@@ -51,7 +51,7 @@ def as_images(given):
     ("config", "temporal"),
     [
         (dataclasses.replace(IMAGE, absolute_position=BoundaryEmbedding()), TemporalLayers()),
-        (
+        pytest.param(
             # As DiT-XL/2's image models are.
             dataclasses.replace(
                 IMAGE,
@@ -61,6 +61,7 @@ def as_images(given):
                 labels=ClassLabels(classes=CLASSES),
             ),
             TemporalLayers(spatial_layers=2, layers=3),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["alternating", "in a block"],
@@ -142,7 +143,7 @@ def test_a_model_with_more_conditioning_channels_predicts_the_same_at_first(conf
             lambda params: add_temporal_layers(
                 dataclasses.replace(IMAGE, context=JointAttention()), params, TemporalLayers(), KEY
             ),
-            "use registers=0 and another context",
+            "use registers=0, another context",
         ),
     ],
 )

@@ -28,14 +28,14 @@ def test_consistent_settings_of_first_frames_are_accepted():
     ("changes", "message"),
     [
         ({"known": None}, "known=None; set known="),
-        ({"known": None, "dit": replace(ANIMATING, given_channels=0)}, "known=None; set how often"),
+        ({"known": None, "dit": replace(ANIMATING, given_channels=0)}, "known=None; set known=KnownFrames.chance"),
         ({"image_encoder": None}, "set image_encoder to its folder"),
-        ({"dit": replace(ANIMATING, image_positions=20)}, "a first and a last frame"),
+        ({"dit": replace(ANIMATING, image_positions=20)}, "image_positions needs a last frame"),
         ({"cached": False}, "needs? cached latents; set data cache_latents=True"),
         ({"cached": False, "known": KnownFrames()}, "tokens need cached latents; set data cache_latents=True"),
         ({"dit": replace(ANIMATING, given_channels=5)}, "given_channels=5 is invalid: .* must be 8, a mask of 4"),
         ({"dit": replace(ANIMATING, image_width=None)}, "leave out image_encoder"),
-        ({"dit": DIT, "image_encoder": None, "known": KnownFrames()}, "no input for known frames; leave out known"),
+        ({"dit": DIT, "image_encoder": None, "known": KnownFrames()}, "needs given_channels or time="),
     ],
 )
 def test_inconsistent_settings_of_first_frames_are_refused(changes, message):

@@ -143,7 +143,7 @@ def test_an_example_whose_text_is_damaged_keeps_its_place_and_does_not_count(sou
         np.testing.assert_array_equal(rows.segments, expected.segments)
         lost += (expected.valid & ~rows.valid).sum()
     assert lost >= 1
-    assert "4.mp4 is damaged and does not count in the loss: the embeddings of 4.mp4 have" in caplog.text
+    assert "4.mp4 is damaged and does not count in the loss: 4.mp4 has" in caplog.text
 
 
 def test_latents_without_embeddings_are_refused(tmp_path):

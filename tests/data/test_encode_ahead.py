@@ -4,7 +4,9 @@ import threading
 
 import pytest
 
+from dit_video.core.errors import UserError
 from dit_video.data.loader import LoaderConfig, PieceDecoder, count_parts, encode_ahead, get_part_range
+from support.devices import wait_until
 
 
 class Counted(PieceDecoder):
@@ -35,9 +37,26 @@ class Counted(PieceDecoder):
 def test_the_number_of_waiting_batches_is_bounded(ahead_bytes, parts):
     counted, reading = Counted(), LoaderConfig(batch=6, seed=0, threads=2, start_step=3, ahead_bytes=ahead_bytes)
     assert count_parts(counted, reading) == parts
-    batches, close = encode_ahead(counted, counted.encoded, reading)
+    batches = encode_ahead(counted, counted.encoded, reading)
     for step in range(3, 9):
         assert next(batches) == [10 * step + index for index in range(counted.count(step))]
-    close()
+    batches.close()
     # Of 2 threads 5 elements, each a part of a batch, and the batch that is put together.
     assert counted.peak <= 5 * 6 // parts + 6
+
+
+def test_an_error_of_the_encoder_is_raised_after_the_batches_before_it_and_close_ends_the_threads():
+    def encode(pieces):
+        if pieces[0] == 30:
+            raise UserError("broken")
+        return pieces[0]
+
+    batches = encode_ahead(Counted(), encode, LoaderConfig(batch=6, seed=0))
+    assert [next(batches) for _ in range(3)] == [0, 10, 20]
+    with pytest.raises(UserError, match="broken"):
+        next(batches)
+    batches.close()
+    endless = encode_ahead(Counted(), lambda pieces: pieces[0], LoaderConfig(batch=6, seed=0, start_step=4))
+    assert next(endless) == 40
+    endless.close()
+    wait_until(lambda: all("thread-prefetch" not in thread.name for thread in threading.enumerate()))

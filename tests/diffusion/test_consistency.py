@@ -138,6 +138,8 @@ def test_steps_are_noised_again_to_the_next_time():
     np.testing.assert_allclose(traced(2), steps[2], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_student_learns_to_sample_a_mixture_in_one_step():
     times = jnp.linspace(1.0, 0.0, 17)
     taught = make_estimator(mixture.denoise, mixture.PROCESS, mixture.PREDICTION)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from dit_video.diffusion import (
     FlowMatching,
@@ -68,6 +69,8 @@ def test_the_loss_has_the_given_gradient():
     np.testing.assert_allclose(found, (wanted * SAMPLES).sum() / 2, rtol=1e-4)  # over the two values of each
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_student_learns_to_sample_a_mixture_in_one_step():
     objective, process = FlowMatching(), mixture.PROCESS
     slow, fast = (

@@ -179,9 +179,9 @@ def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LearnedVariance(prediction=LearnedVariance()), "must not be beside another learned variance"),
+        (lambda: LearnedVariance(prediction=LearnedVariance()), "learns the variance itself"),
         (lambda: LearnedVariance(steps=1), "steps=1, .* 2 steps or more"),
-        (lambda: LearnedVariance(bound_weight=-0.1), "bound_weight=-0.1 .* bound_weight of 0 or more"),
+        (lambda: LearnedVariance(bound_weight=-0.1), "bound_weight=-0.1.* bound_weight of 0 or more"),
     ],
 )
 def test_invalid_settings_are_refused(make, message):

@@ -79,7 +79,7 @@ def train(objective, data):
         noise = jax.random.normal(keys[1], x.shape)
         u = draw_low_discrepancy(jax.random.uniform(keys[2]), jnp.arange(BATCH))[None]
         loss, gradient = jax.value_and_grad(
-            lambda params: objective.loss(network(params), x, noise, objective.time(u)).mean(axis=(0, 1))
+            lambda params: objective.loss(network(params), x, noise, objective.compute_time(u)).mean(axis=(0, 1))
         )(params)
         updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(params, updates), state), loss

@@ -28,6 +28,8 @@ MESHES = {
 """All meshes of eight devices, in groups. Each group is one program, which trains on one device once."""
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_attention_over_devices_is_that_of_one():
     check_on_eight_devices("context_parallel_attention.py")
 
@@ -52,9 +54,13 @@ def test_tokens_stay_on_their_device_outside_attention():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("meshes", MESHES)
-def test_every_mesh_of_eight_devices_trains_as_one_device(meshes):
-    check_on_eight_devices("mesh_training_runs.py", "dit", str(MESHES[meshes]), "adamw sgd")
+@pytest.mark.parametrize(
+    ("meshes", "optimizers"),
+    # Where the moments of AdamW lie does not depend on the method of context attention.
+    [("whole rows", "adamw sgd"), ("ulysses", "adamw sgd"), ("ring", "sgd")],
+)
+def test_every_mesh_of_eight_devices_trains_as_one_device(meshes, optimizers):
+    check_on_eight_devices("mesh_training_runs.py", "dit", str(MESHES[meshes]), optimizers)
 
 
 @pytest.mark.slow

@@ -66,8 +66,8 @@ DISAGREEMENTS = [
     ("data.fps", 0.0, "fps=0.0 is invalid: it must be positive"),
     ("data.clips_per_video", 0, "data.clips_per_video=0 is invalid"),
     # trainings
-    ("autoencoder.steps", 2, "warmup=2 is invalid for steps=2"),
-    ("denoiser.steps", 1, "warmup=2 is invalid for steps=1"),
+    ("autoencoder.steps", 2, "warmup=2 is invalid: it must be below steps=2"),
+    ("denoiser.steps", 1, "warmup=2 is invalid: it must be below steps=1"),
     ("denoiser.steps", 0, "denoiser.steps=0 is invalid"),
     ("denoiser.batch", 0, "denoiser.batch=0 is invalid"),
     ("denoiser.accumulation_steps", 0, "denoiser.accumulation_steps=0 is invalid"),
@@ -84,7 +84,7 @@ DISAGREEMENTS = [
     ("denoiser.time_per", "frame", "a denoiser with time='token'"),
     ("denoiser.dit.variance", "predicted", "variance='predicted' of the denoiser and a LearnedVariance"),
     ("denoiser.image_encoder", "clip", "attends to no image tokens; leave out image_encoder"),
-    ("denoiser.known", KnownFrames(), "no input for known frames; leave out known"),
+    ("denoiser.known", KnownFrames(), "needs given_channels or time="),
     ("log_every", 0, "log_every=0 is invalid"),
     ("max_consecutive_skips", 0, "max_consecutive_skips=0 is invalid"),
     ("save_every", -5, "save_every=-5 is invalid"),
@@ -104,7 +104,7 @@ def test_parts_that_disagree_are_refused(tiny, path, value, message):
 def test_windows_that_lpips_cannot_see_are_refused(tiny):
     judged = AutoencoderObjective(lpips=0.5, lpips_weights="lpips.safetensors")
     experiment = change_field(tiny.EXPERIMENT, "autoencoder.loss", judged)
-    with pytest.raises(UserError, match="LPIPS needs windows of 16 pixels or more, but one has 8"):
+    with pytest.raises(UserError, match="LPIPS needs windows of 16 pixels or more, not 8"):
         change_field(experiment, "autoencoder.windows", (WindowConfig(size=Grid(5, 8, 16), batch=4),))
 
 
@@ -116,15 +116,15 @@ def test_windows_that_lpips_cannot_see_are_refused(tiny):
             "width 30 must be divisible by its 4 heads",
         ),
         (lambda: DitConfig(channels=4, context_width=8, width=12, heads=4), "even numbers"),
-        (lambda: ByteEncoderConfig(width=18, heads=4), "width=18, heads=4 .*the heads divide"),
-        (lambda: ByteEncoderConfig(max_tokens=30), "patch=4 .*the patch divides"),
+        (lambda: ByteEncoderConfig(width=18, heads=4), "width=18, heads=4 .*heads that divide"),
+        (lambda: ByteEncoderConfig(max_tokens=30), "patch=4 .*multiple of the patch"),
         (lambda: PatchVaeConfig(width=0), "width=0.*at least 1"),
         (lambda: WindowConfig(size=Grid(0, 16, 16), batch=1), "at least 1"),
         (lambda: WindowConfig(size=Grid(1, 16, 16), batch=0), "at least 1"),
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate=0.0"),
         (lambda: OptimizerConfig(warmup=-1), "warmup=-1"),
         (lambda: Sampling(steps=0), "at least 1 step"),
-        (lambda: MeshConfig(data=-1, fsdp=-1), "only one mesh axis"),
+        (lambda: MeshConfig(data=-1, fsdp=-1), "only one axis"),
     ],
 )
 def test_a_part_that_is_wrong_by_itself_is_refused(make, message):

@@ -57,6 +57,7 @@ def uninterrupted(tiny_run, staged, tmp_path_factory):
     return run, run.train_denoiser()
 
 
+@pytest.mark.slow
 def test_each_stage_has_data_of_its_own(uninterrupted, staged):
     run, _ = uninterrupted
     images, small = run.earlier
@@ -72,6 +73,7 @@ def test_each_stage_has_data_of_its_own(uninterrupted, staged):
     assert rows[0] != rows[1] != rows[2]
 
 
+@pytest.mark.slow
 def test_steps_count_on_and_checkpoints_are_of_one_training(uninterrupted):
     run, _ = uninterrupted
     assert [entry["step"] for entry in logging.read_metrics(run.folder / "denoiser" / "metrics.jsonl")] == [
@@ -157,6 +159,7 @@ def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
         np.testing.assert_array_equal(leaf, trees.flatten(params)[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_stage_whose_predecessor_lost_its_last_checkpoint_is_refused(uninterrupted, tmp_path, staged):
     folder = shutil.copytree(uninterrupted[0].folder, tmp_path / "run")
     moved = dataclasses.replace(staged, earlier=(dataclasses.replace(IMAGES, steps=8), SMALL))  # the last begins at 11

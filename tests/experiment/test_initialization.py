@@ -92,6 +92,7 @@ def test_a_missing_start_folder_is_refused(tmp_path):
         load_initial_params(training(IMAGE, tmp_path / "none"), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_clips, tmp_path, quick_compilation):
     experiment = dataclasses.replace(
         tiny.EXPERIMENT,
@@ -116,7 +117,8 @@ def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_
         np.testing.assert_array_equal(value, trained[path])
 
 
-@pytest.mark.parametrize("given", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fresh", "given"])
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [False, True], ids=["fresh", "given"])
 def test_a_codebook_starts_at_latents_unless_its_weights_are_loaded(
     given, tiny, tiny_clips, tmp_path, quick_compilation
 ):

@@ -35,7 +35,7 @@ def test_a_run_that_lost_its_folder_continues_from_remote_checkpoints(
     for name in ("autoencoder/weights.safetensors", "pipeline/denoiser.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tiny_run / name).read_bytes()
     assert logging.read_metrics(tmp_path / "again" / "denoiser" / "metrics.jsonl")[0]["step"] > 3
-    with pytest.raises(UserError, match="has checkpoints of its autoencoder already"):
+    with pytest.raises(UserError, match="has checkpoints of its autoencoder;"):
         Run.open(tiny_run).link_checkpoints(elsewhere)
 
 

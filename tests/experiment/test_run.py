@@ -127,7 +127,11 @@ def assert_is_unfinished(pipeline, final):
 
 @pytest.mark.parametrize(
     ("stage", "how", "at", "saved"),
-    [("autoencoder", "Ctrl-C", 3, 3), ("denoiser", "Ctrl-C", 3, 3), ("denoiser", "killed", 6, 4)],
+    [
+        ("autoencoder", "Ctrl-C", 3, 3),
+        pytest.param("denoiser", "Ctrl-C", 3, 3, marks=pytest.mark.slow),
+        ("denoiser", "killed", 6, 4),
+    ],
 )
 def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
     tiny_run, tiny_pipeline, tiny_clips, copy, monkeypatch, stage, how, at, saved

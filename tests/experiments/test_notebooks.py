@@ -88,6 +88,8 @@ def test_a_notebook_is_valid_and_holds_no_outputs(path):
     assert notebook.cells[0].source.startswith("# ")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
     notebook = execute_notebook("sample", monkeypatch, DIT_VIDEO_RUN=tiny_run, **QUICK)
     pages = shown(notebook)

@@ -132,8 +132,8 @@ def test_targets_without_kernels_are_refused(targets, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rank": 0}, "rank=0, .* rank of at least 1"),
-        ({"alpha": 0.0}, "positive alpha"),
+        ({"rank": 0}, "rank=0, .* rank >= 1"),
+        ({"alpha": 0.0}, "alpha > 0"),
         ({"targets": ()}, "needs the paths of kernels"),
         ({"targets": ("(",)}, r"'\(' is not a valid regular expression"),
     ],

@@ -30,6 +30,7 @@ def test_sampling_the_probe_gives_the_clip_of_the_pipeline(tiny_pipeline):
     np.testing.assert_allclose(latents[1], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_clip_has_a_time_and_a_prompt_of_its_own(tiny_pipeline):
     inside = DenoiserProbe(tiny_pipeline, PROMPTS, SIZE)
     noisy = jax.random.normal(jax.random.key(0), (2, inside.token_grid.volume, 4 * inside.channels))
@@ -58,5 +59,5 @@ def test_models_and_inputs_that_a_probe_cannot_take_are_refused(tiny_pipeline):
     config = dataclasses.replace(tiny_pipeline.config, boundary=0.5)
     params = tiny_pipeline.denoiser_params
     two = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=params | {"low_noise": params["dit"]})
-    with pytest.raises(UserError, match=r"two experts .*; use a text-to-video model with one denoiser"):
+    with pytest.raises(UserError, match=r"two experts .*; use a plain text-to-video model"):
         DenoiserProbe(two, PROMPTS)

@@ -81,6 +81,7 @@ def test_the_student_differs_from_the_teacher_and_shares_its_autoencoder(tiny_ru
     assert all(np.isfinite(entry["loss"]) for entry in entries)
 
 
+@pytest.mark.slow
 def test_an_interrupted_distillation_ends_with_the_same_student(distilled, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(distilled, folder, ignore=shutil.ignore_patterns("denoiser", "pipeline"), symlinks=True)
@@ -107,6 +108,7 @@ def test_continuing_with_another_teacher_is_refused(distilled, tmp_path):
         Run.open(folder).train_denoiser()
 
 
+@pytest.mark.slow
 def test_teacher_and_student_are_compared(tiny_run):
     teacher = dit_video.load(tiny_run)
     done = []

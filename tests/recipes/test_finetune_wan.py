@@ -222,7 +222,7 @@ def test_the_autoencoder_is_read_from_its_folder_and_not_copied(folder, tmp_path
 
 
 def test_models_that_cannot_be_trained_are_refused_first(folder):
-    with pytest.raises(UserError, match=r"train_mode='temporal' is invalid: .*; use train_mode='full', or lora"):
+    with pytest.raises(UserError, match=r"train_mode='temporal' is invalid: .*; use full, or lora"):
         check_initial_weights(get_training(folder, train="temporal"))
     with pytest.raises(UserError, match="adapters of dit/embed/kernel can't be written"):
         check_initial_weights(get_training(folder, lora=LoraConfig(targets=("kernel$",))))
@@ -255,7 +255,11 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("expert", "names"), [("high", ("transformer", "transformer_2")), ("low", ("transformer_2", "transformer"))]
+    ("expert", "names"),
+    [
+        ("high", ("transformer", "transformer_2")),
+        pytest.param("low", ("transformer_2", "transformer"), marks=pytest.mark.slow),
+    ],
 )
 def test_one_of_two_experts_is_trained_at_its_times(two, mesh, tmp_path, expert, names):
     training = get_training(two, expert=expert)

@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 
+from dit_video.reports import Chart, Curve
 from dit_video.reports.charts import compute_linear_ticks, compute_log_ticks, draw_line_chart, format_number, smooth
 
 
@@ -43,13 +44,18 @@ def test_smoothing_keeps_lines_and_lowers_noise():
     np.testing.assert_array_equal(smooth(few), few)
 
 
+def draw(steps, values):
+    curve = Curve(name="train", steps=tuple(steps), values=tuple(values))
+    return draw_line_chart(Chart(title="loss", curves=(curve,)))
+
+
 def polyline(svg, kind):
     points = re.search(rf'<polyline points="([^"]*)" class="{kind} c0"', svg).group(1)
     return np.array([[float(value) for value in point.split(",")] for point in points.split()])
 
 
 def test_a_falling_loss_falls_on_the_page():
-    svg = draw_line_chart("loss", [("train", range(1, 101), [1 / step for step in range(1, 101)])])
+    svg = draw(range(1, 101), (1 / step for step in range(1, 101)))
     points = polyline(svg, "raw")
     assert (np.diff(points[:, 0]) > 0).all()
     assert (np.diff(points[:, 1]) > 0).all()
@@ -57,18 +63,18 @@ def test_a_falling_loss_falls_on_the_page():
 
 
 def test_the_axis_is_linear_within_a_decade_and_with_values_below_zero():
-    assert "log scale" not in draw_line_chart("loss", [("train", (1, 2), (1.0, 2.0))])
-    assert "log scale" not in draw_line_chart("loss", [("train", (1, 2), (-100.0, 200.0))])
+    assert "log scale" not in draw((1, 2), (1.0, 2.0))
+    assert "log scale" not in draw((1, 2), (-100.0, 200.0))
 
 
 def test_long_curves_are_averaged_in_bins():
     steps = np.arange(10_001)
-    points = polyline(draw_line_chart("loss", [("train", steps.tolist(), np.ones(10_001).tolist())]), "raw")
+    points = polyline(draw(steps.tolist(), np.ones(10_001).tolist()), "raw")
     assert len(points) == 400
     assert np.ptp(points[:, 1]) == 0
 
 
 def test_constant_and_single_values_are_drawn():
     for steps, values in [((1,), (0.0,)), ((0, 1), (0.0, 0.0)), ((5, 5), (1.0, 1.0))]:
-        svg = draw_line_chart("loss", [("train", steps, values)])
+        svg = draw(steps, values)
         assert np.isfinite(polyline(svg, "line")).all()

@@ -1,3 +1,4 @@
+import html
 import json
 from dataclasses import replace
 
@@ -77,7 +78,7 @@ def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, meas
     assert "Denoiser" in text
     assert text.count("not in training</span>") == 1
     assert "seed 41" in text
-    assert f"sample.py {tiny_run} --prompt" in text.replace("&#x27;", "'").replace("&quot;", '"')
+    assert f"sample.py {tiny_run} --prompt" in html.unescape(text)
     assert "dit_video.experiment:Experiment" in text
     assert "http://" not in text
     assert "https://" not in text
@@ -108,7 +109,7 @@ def test_free_captions_get_no_verdict(tiny_run, tiny_pipeline, measured, tmp_pat
 
 def test_a_folder_with_a_space_is_quoted(tiny_pipeline, measured, tmp_path):
     write_run_report(tmp_path / "report.html", tiny_pipeline, measured, title="Alone", source=tmp_path / "my run")
-    text = page(tmp_path / "report.html").replace("&#x27;", "'").replace("&#39;", "'")
+    text = html.unescape(page(tmp_path / "report.html"))
     assert f"sample.py '{tmp_path / 'my run'}' --prompt" in text
 
 

@@ -42,5 +42,5 @@ def test_empty_groups_make_no_table():
 
 def test_json_marks_keys_only():
     block = render_json({"width": 192, "name": 'a "key": <b>'})
-    assert re.findall(r'<span class="key">&quot;(\w+)', block) == ["width", "name"]
+    assert re.findall(r'<span class="key">&#34;(\w+)', block) == ["width", "name"]
     assert "&lt;b&gt;" in block

@@ -20,6 +20,7 @@ from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.state import create_state
 from dit_video.training.step import make_step
+from support.compilations import count_compilations
 from support.random_params import make_random_params
 
 TEXT = ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=16)
@@ -108,9 +109,11 @@ def train(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, ste
     """
     mesh, state, step, frozen = begin(mesh_config, dit, optimizer=optimizer, devices=devices, lora=lora)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
-    metrics = []
+    metrics, compiled = [], None
     for number in range(steps):
         state, values = step(state, shard_batch(make_rows(20 * number), mesh), *frozen)
+        assert compiled in (None, count_compilations()), "a later step was compiled again"
+        compiled = count_compilations()
         metrics.append([float(values["loss"]), float(values["gradient_norm"])])
     gathered = {path: gather(leaf) for path, leaf in trees.flatten(state.params).items()}
     return np.asarray(metrics), gathered, split

@@ -132,10 +132,10 @@ def test_the_byte_encoder_has_the_interface_of_text_encoders():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 10, "heads": 4}, "width=10, heads=4 .*even width that the heads divide"),
+        ({"width": 10, "heads": 4}, "width=10, heads=4 .*heads that divide an even width"),
         ({"width": 8, "heads": 0}, "heads=0 .*at least 1"),
         ({"width": 9, "heads": 3}, "width=9.*even width"),
-        ({"max_tokens": 30}, "max_tokens=30, patch=4 .*the patch divides"),
+        ({"max_tokens": 30}, "max_tokens=30, patch=4 .*multiple of the patch"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"patch": 0}, "patch=0"),
     ],

@@ -69,7 +69,7 @@ def test_the_even_split_is_that_of_wan():
 
 @pytest.mark.parametrize(("split", "width"), [((4, 4, 4), 16), ((3, 3, 2), 8), ((12, -2, -2), 8)])
 def test_a_split_that_does_not_fit_the_head_is_refused(split, width):
-    with pytest.raises(UserError, match=f"must be three even numbers that add up to the head width {width}"):
+    with pytest.raises(UserError, match=f"must be even and add up to the head width {width}"):
         Rotary3d(split=split).check(width)
     with pytest.raises(UserError, match="head width 7"):
         Rotary3d.even(7).check(7)

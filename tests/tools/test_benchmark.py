@@ -31,6 +31,7 @@ def quickstart(load_file):
     return load_file(ROOT / "experiments" / "configs" / "quickstart.py").EXPERIMENT
 
 
+@pytest.mark.slow
 def test_the_sampling_benchmark_compares_with_forward_passes(script):
     ended = script("tools/benchmark.py", "sampling", "--small", "--rounds", 1)
     assert ended.code == 0, ended.err
@@ -191,6 +192,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_models_are_measured_where_only_jax_flax_and_optax_are_installed():
     program = str(PROGRAMS / "script_without_packages.py")
     command = [sys.executable, "-P", program, str(ROOT / "tools" / "benchmark.py"), "denoiser", "data"]

@@ -90,7 +90,7 @@ def test_the_command_reads_and_writes_at_addresses(tiny, tiny_run, tiny_clips, m
 
 def test_the_command_refuses_wrong_arguments_in_one_line(tiny_run, tmp_path, script):
     for arguments, message in (
-        ((tiny_run, tiny_run / "data", tmp_path / "l", "--shard", 1), "use both, or neither"),
+        ((tiny_run, tiny_run / "data", tmp_path / "l", "--shard", 1), "Use both, or neither"),
         ((tiny_run, tiny_run / "data", tmp_path / "l", "--shard", 2, "--shards", 2), "shard=2 must be one of 0 to 1"),
         ((tiny_run, tmp_path / "no", tmp_path / "l"), "no such data set"),
         ((tmp_path / "no", tiny_run / "data", tmp_path / "l"), "no such file"),

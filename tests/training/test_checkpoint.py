@@ -325,7 +325,7 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert f"error: cannot write the checkpoint of step 2 to {tmp_path} (" in process.stdout
-    assert "Those before it are intact" in process.stdout
+    assert "Earlier ones are intact" in process.stdout
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() == 1
     want = jnp.asarray(np.random.default_rng(0).normal(size=200_000))
@@ -338,7 +338,7 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
 
 def test_folders_that_cannot_be_written_are_reported(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    message = r"cannot write the checkpoint of step 1 to .*file/run \(NotADirectoryError: .* Those before it are intact"
+    message = r"cannot write the checkpoint of step 1 to .*file/run \(NotADirectoryError: .* Earlier ones are intact"
     with pytest.raises(UserError, match=message):
         Checkpoints(tmp_path / "file" / "run").save(1, {"x": jnp.ones(2)}, {})
 

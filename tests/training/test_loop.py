@@ -167,7 +167,7 @@ def test_gradients_that_are_not_finite_are_found_before_saving(tmp_path):
 
 def test_invalid_starts_of_a_loop_are_refused(tmp_path):
     train(tmp_path, LoopConfig(steps=6))
-    with pytest.raises(UserError, match="steps=5 is invalid: the run is already at step 6"):
+    with pytest.raises(UserError, match="steps=5 is invalid: the run is at step 6"):
         train(tmp_path, LoopConfig(steps=5))
     with pytest.raises(UserError, match="starts at step 0, but its folder has a checkpoint of step 6"):
         run(

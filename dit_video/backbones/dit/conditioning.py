@@ -77,9 +77,7 @@ class TimeEmbedding:
 
     def __post_init__(self):
         if not (self.scale > 0 and self.max_period > 0):
-            raise UserError(
-                f"time embedding scale={self.scale} and period={self.max_period} are invalid; use positive values"
-            )
+            raise UserError(f"scale={self.scale}, max_period={self.max_period} of time is invalid; use positive values")
 
     def model_time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """Return the model time, of which sines and cosines are computed."""
@@ -99,13 +97,13 @@ class Given(NamedTuple):
     """Tokens of an image encoder."""
     image_segments: Int[Array, "B I"] | None = None
 
-    def check(self, *wanted: str) -> None:
-        """Check that exactly the named inputs are present.
+    def check(self, **required: bool) -> None:
+        """Check that exactly the required inputs are present.
 
         Raises:
-          UserError: a named input is missing, or another one is present.
+          UserError: a required input is missing, or another one is present.
         """
         for name, value in self._asdict().items():
-            if (value is not None) != (name in wanted):
-                verb = "needs" if name in wanted else "does not take"
+            if (value is not None) != required.get(name, False):
+                verb = "does not take" if value is not None else "needs"
                 raise UserError(f"this denoiser {verb} {name} according to its config; give the inputs it names")

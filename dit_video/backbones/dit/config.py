@@ -57,10 +57,7 @@ class TemporalLayers:
 
     def __post_init__(self):
         if self.spatial_layers < 1 or self.layers < 1:
-            raise UserError(
-                f"{self.layers} temporal layers after every {self.spatial_layers} spatial ones is invalid; "
-                "use at least 1 of each"
-            )
+            raise UserError(f"layers={self.layers}, spatial_layers={self.spatial_layers} is invalid; use at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +89,10 @@ class DitConfig:
     """Order of a block's attention and MLP: one after the other, or both on the same input (arXiv 2302.05442)."""
     time_coordinate: Literal["tokens", "seconds"] = "tokens"
     """Unit of the time coordinate; with seconds, `Rotary3d.scale` sets the number of steps per second."""
-    rotary: Rotary3d | Literal["even", "none"] | None = "even"
-    """Rotary embedding; "even" is `Rotary3d.even` of the head width, and so is None, which older files contain."""
-    absolute_position: AbsolutePosition | Literal["sinusoidal", "none"] | None = BoundaryEmbedding()
-    """Position embedding added to the tokens; "sinusoidal" and "none" are old names for `BoundaryEmbedding()`, None."""
+    rotary: Rotary3d | Literal["even", "none"] = "even"
+    """Rotary embedding; "even" is `Rotary3d.even` of the head width."""
+    absolute_position: AbsolutePosition | None = BoundaryEmbedding()
+    """Position embedding added to the tokens."""
     relative_bias: RelativeBias | None = None
     """Relative position bias, learned per layer; it needs the attention backend auto, dense or chunked."""
     pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
@@ -129,23 +126,18 @@ class DitConfig:
     def __post_init__(self):
         if self.heads < 1 or self.width % self.heads:
             raise UserError(f"width {self.width} must be divisible by its {self.heads} heads, which must be 1 or more")
-        if self.rotary is None or self.rotary == "even":
+        if self.rotary == "even":
             object.__setattr__(self, "rotary", Rotary3d.even(self.width // self.heads))
         if isinstance(self.rotary, Rotary3d):
             self.rotary.check(self.width // self.heads)
-        if isinstance(self.absolute_position, str):
-            embedding = BoundaryEmbedding() if self.absolute_position == "sinusoidal" else None
-            object.__setattr__(self, "absolute_position", embedding)
-        if self.position_embedding is not None:
-            self.position_embedding.check(self.width)
+        if self.absolute_position is not None:
+            self.absolute_position.check(self.width)
         for name in ("given_channels", "registers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if isinstance(self.context, NoContext) != (self.context_width == 0):
-            raise UserError(
-                f"context_width={self.context_width} does not fit {type(self.context).__name__}; "
-                "use 0 for NoContext, and the text encoder's width for all others"
-            )
+            kind, width = type(self.context).__name__, self.context_width
+            raise UserError(f"context_width={width} does not fit {kind}; use 0 for NoContext, else the encoder's width")
         check_patterns(self.patterns, self.layers)
         check_attention(self.attention, *self.layer_patterns, biased=self.relative_bias is not None)
         if self.temporal is not None:
@@ -155,14 +147,9 @@ class DitConfig:
         if self.pattern != SpaceOnly():
             raise UserError(f"temporal layers need spatial ones: set pattern=SpaceOnly(), not {self.pattern}")
         if self.registers or isinstance(self.context, JointAttention):
-            raise UserError(
-                "temporal layers do not work with registers or joint attention, which connect frames; "
-                "use registers=0 and another context"
-            )
+            raise UserError("temporal layers exclude registers and joint attention; use registers=0, another context")
         if self.layers % temporal.spatial_layers:
-            raise UserError(
-                f"{self.layers} layers cannot have temporal layers after every {temporal.spatial_layers}; use a divisor"
-            )
+            raise UserError(f"{self.layers} layers need a divisor as spatial_layers, not {temporal.spatial_layers}")
         self.time_rotary.check(self.width // self.heads)
 
     @property
@@ -173,13 +160,11 @@ class DitConfig:
     @property
     def layer_patterns(self) -> tuple[Pattern, ...]:
         """Return the patterns, extended to tokens without a position if there are any."""
+        patterns = self.patterns
         if not self.registers and not isinstance(self.context, JointAttention):
-            return self.patterns
-        seeing = not any(pattern.causal for pattern in self.patterns)
-        return tuple(
-            pattern if isinstance(pattern, Full) else WithGlobalTokens(pattern=pattern, globals_see_all=seeing)
-            for pattern in self.patterns
-        )
+            return patterns
+        seen = not any(pattern.causal for pattern in patterns)
+        return tuple(p if isinstance(p, Full) else WithGlobalTokens(pattern=p, globals_see_all=seen) for p in patterns)
 
     @property
     def time_rotary(self) -> Rotary3d:
@@ -192,12 +177,6 @@ class DitConfig:
     def token_width(self) -> int:
         """Return the number of values of one token (p)."""
         return self.patch.volume * self.channels
-
-    @property
-    def position_embedding(self) -> AbsolutePosition | None:
-        """Return `absolute_position`, which is an embedding or None after old names are replaced."""
-        assert not isinstance(self.absolute_position, str)  # names are replaced above
-        return self.absolute_position
 
     @property
     def output_width(self) -> int:
@@ -222,11 +201,8 @@ class DitConfig:
         """
         cross = 2 if isinstance(self.context, CrossAttention) else 0
         block = 4 + (3 if self.mlp == "swiglu" else 2) * self.mlp_ratio
-        return (
-            block
-            + cross
-            + (0 if self.temporal is None else self.temporal.layers / self.temporal.spatial_layers * block)
-        )
+        temporal = 0 if self.temporal is None else self.temporal.layers / self.temporal.spatial_layers * block
+        return block + cross + temporal
 
     def attention_pairs(self, grid: Grid) -> float:
         """Return the average number of token pairs per layer that attend to each other in a clip, the attention's cost.
@@ -286,6 +262,4 @@ def check_patterns(patterns: tuple[PatternChoice, ...], layers: int) -> None:
       UserError: the number of patterns is zero, or does not divide the number of layers.
     """
     if not patterns or layers % len(patterns):
-        raise UserError(
-            f"{layers} layers cannot use {len(patterns)} patterns in turn; give 1 pattern, or a divisor of the layers"
-        )
+        raise UserError(f"{layers} layers cannot use {len(patterns)} patterns in turn; give 1 or a divisor of {layers}")

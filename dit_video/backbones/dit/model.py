@@ -50,8 +50,8 @@ class Dit(nnx.Module):
         self.attention: Callable[[Pattern], Attention] = AttentionFactory(config.attention)
         width, dtype = config.width, jnp.dtype(config.dtype)
         self.embed = Linear(config.token_width, width, dtype=dtype, rngs=rngs)
-        if config.position_embedding is not None:
-            self.position = config.position_embedding.make(width, dtype=dtype, rngs=rngs)
+        if config.absolute_position is not None:
+            self.position = config.absolute_position.make(width, dtype=dtype, rngs=rngs)
         self.time_in, self.time_out = Linear(256, width, rngs=rngs), Linear(width, width, rngs=rngs)
         if isinstance(config.context, CrossAttention | JointAttention):
             self.context_in = Linear(config.context_width, width, dtype=dtype, rngs=rngs)
@@ -94,7 +94,9 @@ class Dit(nnx.Module):
         Raises:
           UserError: an input that the config requires is missing, or one that it does not use is present.
         """
-        given.check(*self._list_required())
+        config = self.config
+        has_token_time, has_latents = config.time == "token", config.given_channels > 0
+        given.check(token_time=has_token_time, latents=has_latents, labels=config.labels is not None)
         static = self._embed_static_condition((time.shape[0], time.shape[1]), context, context_segments, given.labels)
         segment_condition = token_condition = nnx.silu(self._embed_time(time) + static)
         row = self._embed_tokens(noisy, time, segments, positions, given)
@@ -115,22 +117,10 @@ class Dit(nnx.Module):
             head = by_position[..., : config.channels].reshape(*head.shape[:2], -1)
         return -head if config.time_embedding.reversed else head
 
-    def _list_required(self) -> list[str]:
-        config = self.config
-        required = {
-            "token_time": config.time == "token",
-            "latents": config.given_channels > 0,
-            "labels": config.labels is not None,
-        }
-        return [name for name, is_required in required.items() if is_required]
-
     def _embed_time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:
         embedding = self.config.time_embedding
-        return self.time_out(
-            nnx.silu(
-                self.time_in(sinusoidal_embedding(embedding.model_time(time), 256, max_period=embedding.max_period))
-            )
-        )
+        features = sinusoidal_embedding(embedding.model_time(time), 256, max_period=embedding.max_period)
+        return self.time_out(nnx.silu(self.time_in(features)))
 
     def _embed_static_condition(
         self,
@@ -164,16 +154,14 @@ class Dit(nnx.Module):
         x = self.embed(noisy)
         if given.latents is not None:
             x = x + self.given(given.latents)
-        count = time.shape[1]
+        count, width = time.shape[1], config.width
         if config.temporal is not None:
             # Time has an embedding of its own, so that all other parts process every frame as an image.
-            time_features = BoundaryEmbedding().compute_features(
-                positions * _TIME_AXIS, segments, count=count, width=config.width
-            )
-            x = x + self.temporal_position(time_features)
-        if config.position_embedding is not None:
+            features = BoundaryEmbedding().compute_features(positions * _TIME_AXIS, segments, count=count, width=width)
+            x = x + self.temporal_position(features)
+        if config.absolute_position is not None:
             embedded = positions if config.temporal is None else positions * (1 - _TIME_AXIS)
-            features = config.position_embedding.compute_features(embedded, segments, count=count, width=config.width)
+            features = config.absolute_position.compute_features(embedded, segments, count=count, width=width)
             x = x + (features if self.position is None else self.position(features))
         row = _Sequence(x.astype(jnp.float32), segments, positions, given.token_time)
         return self._append_registers(row, time) if config.registers else row
@@ -207,28 +195,24 @@ class Dit(nnx.Module):
         config = self.config
         modulation = self._project_modulation(token_condition)
         # Blocks take the embedded context, or, if it is part of the sequence, the modulation of its tokens.
-        x, context_input = row.x, None
+        x, context_input, joint_segments = row.x, None, None
         if isinstance(config.context, CrossAttention | JointAttention):
             assert context is not None
             assert context_segments is not None
             context_input = self.context_in(context)
             if isinstance(config.context, JointAttention):
                 x = jnp.concatenate([x, context_input.astype(jnp.float32)], axis=1)
-                context_input = self._project_modulation(segment_condition)
-        metadata = self._make_block_metadata(
-            row, length, context_segments if isinstance(config.context, JointAttention) else None
-        )
+                context_input, joint_segments = self._project_modulation(segment_condition), context_segments
+        metadata = self._make_block_metadata(row, length, joint_segments)
         attentions = [self.attention(pattern) for pattern in config.layer_patterns]
         spatial = [(modulation, metadata, context_input, context_segments, attention) for attention in attentions]
         if config.temporal is None:
             return scan_layers(x, [LayerGroup(self.blocks, spatial)], remat=config.remat)
         temporal_metadata = metadata._replace(angles=compute_rotary_angles(row.positions, config.time_rotary))
         temporal = (modulation, temporal_metadata, self.attention(TimeOnly()))
-        groups = [
-            LayerGroup(self.blocks, spatial * config.temporal.spatial_layers),
-            LayerGroup(self.temporal_blocks, [temporal] * config.temporal.layers),
-        ]
-        return scan_layers(x, groups, remat=config.remat)
+        blocks = LayerGroup(self.blocks, spatial * config.temporal.spatial_layers)
+        temporal_blocks = LayerGroup(self.temporal_blocks, [temporal] * config.temporal.layers)
+        return scan_layers(x, [blocks, temporal_blocks], remat=config.remat)
 
     def _make_block_metadata(
         self, row: _Sequence, length: int, joint_segments: Int[Array, "B S"] | None

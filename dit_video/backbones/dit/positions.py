@@ -60,11 +60,8 @@ class SineCosine:
     def compute_features(
         self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
     ) -> Float[Array, "B N {width}"]:
-        parts = [
-            sinusoidal_embedding(positions[..., axis], part, max_period=self.max_period)
-            for axis, part in enumerate(split_evenly(width))
-            if part
-        ]
+        axes = [(axis, part) for axis, part in enumerate(split_evenly(width)) if part]
+        parts = [sinusoidal_embedding(positions[..., axis], part, max_period=self.max_period) for axis, part in axes]
         return jnp.concatenate(parts, axis=-1)
 
 
@@ -105,9 +102,8 @@ class ImageSineCosine:
         scaled = positions * (self.side / (_compute_extents(positions, segments, count=count) + 1))
         parts = []
         for axis in (2, 1):
-            cosines, sines = jnp.split(
-                sinusoidal_embedding(scaled[..., axis], width // 2, max_period=self.max_period), 2, axis=-1
-            )
+            encoding = sinusoidal_embedding(scaled[..., axis], width // 2, max_period=self.max_period)
+            cosines, sines = jnp.split(encoding, 2, axis=-1)
             parts += [sines, cosines]
         return jnp.concatenate(parts, axis=-1)
 

@@ -80,9 +80,7 @@ class WanDitConfig:
 
     def __post_init__(self):
         if self.heads < 1 or self.width % self.heads or self.width // self.heads % 2:
-            raise UserError(
-                f"width {self.width} must be divisible by its {self.heads} heads into parts of even width; change one"
-            )
+            raise UserError(f"width {self.width} must be divisible by its {self.heads} heads in even parts; change one")
         if self.text_length < 1:
             raise UserError(f"text_length={self.text_length} is invalid; use at least 1 token")
         if self.image_positions is not None and self.image_width is None:
@@ -180,11 +178,12 @@ class WanDit(nnx.Module):
         Raises:
           UserError: an input that the config requires is missing, or one that it does not use is present.
         """
-        given.check(*self._list_required())
+        config, has_image = self.config, self.image is not None
+        has_token_time, has_latents = config.time == "token", config.given_channels > 0
+        given.check(token_time=has_token_time, latents=has_latents, image=has_image, image_segments=has_image)
         input_time = time if given.token_time is None else given.token_time
-        embedded = self.time_out(
-            nnx.silu(self.time_in(sinusoidal_embedding(TIME_SCALE * input_time, self.config.time_width)))
-        )
+        features = sinusoidal_embedding(TIME_SCALE * input_time, config.time_width)
+        embedded = self.time_out(nnx.silu(self.time_in(features)))
         modulation = self.modulation(nnx.silu(embedded)).reshape(*input_time.shape, 6, -1)
         head = embedded[:, :, None] + self.head_table[...]
         if given.token_time is None:
@@ -195,29 +194,15 @@ class WanDit(nnx.Module):
             assert given.image is not None  # by `given.check`
             assert given.image_segments is not None
             image = (self.image(given.image, given.image_segments), given.image_segments)
-        patterns = self.config.patterns
+        patterns = config.patterns
         indices = None if patterns == (Full(),) else compute_grid_indices(positions, segments)
-        metadata = BlockMetadata(
-            segments,
-            AttentionInputs.self_attention(segments, indices),
-            compute_rotary_angles(positions, self.config.rotary),
-        )
-        attentions = [self.attention(pattern) for pattern in patterns]
-        x = scan_layers(
-            self.embed(self._beside(noisy, given.latents)).astype(jnp.float32),
-            [LayerGroup(self.blocks, [(modulation, metadata, text, image, attention) for attention in attentions])],
-            remat=self.config.remat,
-        )
+        angles = compute_rotary_angles(positions, config.rotary)
+        metadata = BlockMetadata(segments, AttentionInputs.self_attention(segments, indices), angles)
+        contexts = [(modulation, metadata, text, image, self.attention(pattern)) for pattern in patterns]
+        x = self.embed(self._beside(noisy, given.latents)).astype(jnp.float32)
+        x = scan_layers(x, [LayerGroup(self.blocks, contexts)], remat=config.remat)
         prediction = self.head(modulate(x, head[:, :, 0], head[:, :, 1]))
         return jnp.where(expand_to_tokens(fits, segments)[..., None], prediction, jnp.nan)
-
-    def _list_required(self) -> list[str]:
-        config, images = self.config, ["image", "image_segments"]
-        return [
-            *(["token_time"] if config.time == "token" else []),
-            *(["latents"] if config.given_channels else []),
-            *(images if config.image_width is not None else []),
-        ]
 
     def _beside(self, noisy: Float[Array, "B N p"], given: Float[Array, "B N g"] | None) -> Float[Array, "B N _"]:
         """Concatenate the channels of noisy and clean latents at each position in a patch."""
@@ -243,11 +228,8 @@ class WanDit(nnx.Module):
         is_kept = (segments > 0) & (offset < length)
         # Tokens that are not kept get a slot beyond the end, which `mode="drop"` ignores; empty slots read padding.
         slots = jnp.where(is_kept, (segments - 1) * length + offset, count * length)
-        sources = (
-            jnp.full((rows, count * length), tokens)
-            .at[jnp.arange(rows)[:, None], slots]
-            .set(jnp.arange(tokens), mode="drop")
-        )
+        sources = jnp.full((rows, count * length), tokens)
+        sources = sources.at[jnp.arange(rows)[:, None], slots].set(jnp.arange(tokens), mode="drop")
         exceeds = (segments[..., None] == jnp.arange(1, count + 1)) & (offset >= length)[..., None]
         slot_segments = jnp.tile(jnp.repeat(jnp.arange(1, count + 1), length), (rows, 1))
         return (values, sources, slot_segments), ~exceeds.any(axis=1)

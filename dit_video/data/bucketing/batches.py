@@ -1,10 +1,11 @@
 """Loader of batches of one size each from video files, as the alternative to packed rows."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from jaxtyping import UInt8
 
@@ -14,18 +15,9 @@ from dit_video.data.bucketing.buckets import BatchMemory, Buckets, BucketStream
 from dit_video.data.captions import CaptionSource, CaptionTokens
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.loader import DenoiserBatches, LoaderConfig, PieceDecoder, encode_ahead, get_part_range
-from dit_video.data.packing.rows import Encode, log_damaged_clip, read_caption
+from dit_video.data.packing.rows import Encode, get_positions, log_damaged_clip, read_caption
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, get_sampled_fps
-from dit_video.tokens import (
-    Grid,
-    PackedBatch,
-    PackedExample,
-    PackedShape,
-    compute_positions,
-    compute_token_grid,
-    pack,
-    patchify,
-)
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_token_grid, pack, patchify
 from dit_video.video import decode
 
 
@@ -56,8 +48,8 @@ class BucketConfig:
 class BucketBatches(DenoiserBatches):
     """An endless iterator over this host's share of the batches, with one clip per row and no padding."""
 
-    def __init__(self, batches: Iterator[PackedBatch], close: Callable[[], None], buckets: Buckets, plan_hash: str):
-        super().__init__(batches, close)
+    def __init__(self, batches: grain.DatasetIterator, buckets: Buckets, plan_hash: str):
+        super().__init__(batches)
         self.hash, self._buckets = plan_hash, buckets
 
     def summarize(self, *, devices: int) -> dict[str, Any]:
@@ -122,7 +114,7 @@ def load_bucket_batches(
 
     def batch(clips: list[_DecodedClip]) -> PackedBatch:
         # Captions are read here and not where clips are decoded, as they need not be picklable to worker processes.
-        drawn = [_draw_caption(captions, source.infos, clip, seed=config.seed) for clip in clips]
+        drawn = [_draw_caption(captions, clip, source.infos[clip.example].name, config.seed) for clip in clips]
         frames = [None if caption is None else clip.frames for clip, caption in zip(clips, drawn, strict=True)]
         latents = iter(encode([clip_frames for clip_frames in frames if clip_frames is not None]))
         tokens = [None if clip_frames is None else patchify(next(latents), patch) for clip_frames in frames]
@@ -132,7 +124,7 @@ def load_bucket_batches(
         for clip, values, caption in zip(clips, tokens, drawn, strict=True):
             item = PackedExample(
                 np.zeros((grid.volume, width), np.float32) if values is None else values,
-                compute_positions(grid, step=(1.0 if token_dt is None else token_dt[clip.example], 1.0, 1.0)),
+                get_positions(grid, 1.0 if token_dt is None else token_dt[clip.example]),
                 captions.empty if caption is None else caption,
                 clip.rank,
             )
@@ -146,7 +138,7 @@ def load_bucket_batches(
         plan.update(repr(tuple(token_dt)).encode())
     for facts in captions.iter_hash_bytes():
         plan.update(facts)
-    return BucketBatches(*encode_ahead(clips, batch, config), buckets, plan.hexdigest()[:16])
+    return BucketBatches(encode_ahead(clips, batch, config), buckets, plan.hexdigest()[:16])
 
 
 class _DecodedClip(NamedTuple):
@@ -181,10 +173,9 @@ class _BucketDecoder(PieceDecoder):
         start = int(generator.integers(count_sampled_frames(info, self._limits) - size.t + 1))
         height, width = compute_covering_size(info, size)
         top, left = (int(generator.integers(spare + 1)) for spare in (height - size.h, width - size.w))
+        covering = Grid(size.t, height, width)
         try:
-            frames = decode(
-                self._source[example], size=Grid(size.t, height, width), start=info.start + start / fps, fps=fps
-            ).frames
+            frames = decode(self._source[example], size=covering, start=info.start + start / fps, fps=fps).frames
         except DecodeError as error:
             log_damaged_clip(info.name, error)
             return None
@@ -198,9 +189,7 @@ def compute_covering_size(info: ClipInfo, size: Grid) -> tuple[int, int]:
     return max(size.h, round(info.height * scale)), max(size.w, round(info.width * scale))
 
 
-def _draw_caption(
-    captions: CaptionSource, infos: Sequence[ClipInfo], clip: _DecodedClip, *, seed: int
-) -> CaptionTokens | None:
+def _draw_caption(captions: CaptionSource, clip: _DecodedClip, name: str, seed: int) -> CaptionTokens | None:
     """Read a random caption of the clip; None if its record is damaged."""
     caption = rng.make_generator(seed, "caption", clip.rank).integers(len(captions.lengths[clip.example]))
-    return read_caption(captions, clip.example, int(caption), infos[clip.example].name)
+    return read_caption(captions, clip.example, int(caption), name)

@@ -91,16 +91,10 @@ class Buckets:
         """Return a table with one line per bucket."""
         lines = [f"{'size':>14} {'batch':>6} {'examples':>9} {'share':>7} {'tokens kept':>12} {'frame shown':>12}"]
         for b in self.buckets:
-            size = "{}x{}x{}".format(*b.size)
-            lines.append(
-                f"{size:>14} {b.batch:6} {b.examples:9} {b.share:7.1%} {b.token_retention:12.1%} "
-                f"{b.frame_coverage:12.1%}"
-            )
-        lines.append(
-            f"{'all':>14} {'':6} {len(self.assignment):9} {1:7.1%} {self.token_retention:12.1%} "
-            f"{self.frame_coverage:12.1%}; 0 dropped"
-        )
-        return "\n".join(lines)
+            shares = f"{b.share:7.1%} {b.token_retention:12.1%} {b.frame_coverage:12.1%}"
+            lines.append(f"{'x'.join(map(str, b.size)):>14} {b.batch:6} {b.examples:9} {shares}")
+        shares = f"{1:7.1%} {self.token_retention:12.1%} {self.frame_coverage:12.1%}"
+        return "\n".join([*lines, f"{'all':>14} {'':6} {len(self.assignment):9} {shares}; 0 dropped"])
 
 
 def plan_buckets(
@@ -134,9 +128,7 @@ def plan_buckets(
     """
     sizes = np.asarray(sizes, np.int64)
     if not len(sizes) or sizes.min() < 1:
-        raise UserError(
-            f"sizes are invalid, {len(sizes)} were given: buckets need examples with at least one frame and pixel"
-        )
+        raise UserError(f"sizes are invalid, {len(sizes)} were given: buckets need examples of at least one pixel")
     if count < 1 or devices < 1 or (max_batch is not None and max_batch < devices):
         raise UserError(
             f"count={count}, devices={devices}, max_batch={max_batch} is invalid: the first two must be at least 1, "
@@ -152,19 +144,21 @@ def plan_buckets(
     assigned = _assign(chosen, distinct, count_tokens)
     used = np.unique(assigned)
     chosen, assigned = chosen[used], np.searchsorted(used, assigned)
-    kept, total = (
-        _count_tokens(chosen, count_tokens)[assigned] * weights,
-        _count_tokens(distinct, count_tokens) * weights,
-    )
+    kept = _count_tokens(chosen, count_tokens)[assigned] * weights
+    total = _count_tokens(distinct, count_tokens) * weights
     shown = _compute_frame_coverage(chosen[assigned], distinct) * weights
     buckets = []
     for index, size in enumerate(Grid(*row) for row in chosen.tolist()):
         members = assigned == index
         examples = int(weights[members].sum())
+        # As many examples as fit, but no more than the bucket has.
+        limit = max(1, examples // devices)
+        if max_batch is not None:
+            limit = min(limit, max_batch // devices)
         buckets.append(
             Bucket(
                 size=size,
-                batch=_compute_batch(size, count_tokens(size), memory, budget, examples, devices, max_batch),
+                batch=devices * min(limit, _compute_device_batch(size, count_tokens(size), memory, budget)),
                 examples=examples,
                 share=examples / len(sizes),
                 token_retention=float(kept[members].sum() / total[members].sum()),
@@ -209,26 +203,24 @@ class BucketStream:
         Raises:
           UserError: the batch does not divide among the hosts.
         """
-        bucket, number, before = self._locate(step)
-        size = self._batches[bucket]
-        if not 0 <= host < hosts or size % hosts:
+        index, number, before = self._locate(step)
+        bucket = self.buckets.buckets[index]
+        if not 0 <= host < hosts or bucket.batch % hosts:
             raise UserError(
-                f"host={host}, hosts={hosts} is invalid: the bucket of "
-                f"{'{}x{}x{}'.format(*self.buckets.buckets[bucket].size)} has {size} examples per batch; "
-                f"plan the buckets with devices={hosts} or a multiple"
+                f"host={host}, hosts={hosts} is invalid: the bucket of {'x'.join(map(str, bucket.size))} has "
+                f"{bucket.batch} examples per batch; plan the buckets with devices={hosts} or a multiple"
             )
-        share = size // hosts
-        examples = self._get_examples(bucket, number * size + host * share, share)
+        share = bucket.batch // hosts
+        examples = self._get_examples(index, number * bucket.batch + host * share, share)
         ranks = np.arange(before + host * share, before + (host + 1) * share, dtype=np.uint64)
-        return self.buckets.buckets[bucket].size, examples, (ranks & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        return bucket.size, examples, (ranks & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 
     @functools.cached_property
     def hash(self) -> str:
         """Return a hash that is equal for streams that yield equal batches."""
         constants = ([(bucket.size, bucket.batch) for bucket in self.buckets.buckets], self._seed)
-        return hashlib.sha256(self.buckets.assignment.astype("<i8").tobytes() + repr(constants).encode()).hexdigest()[
-            :16
-        ]
+        content = self.buckets.assignment.astype("<i8").tobytes() + repr(constants).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def _locate(self, step: int) -> tuple[int, int, int]:
         """Return the bucket of a step, the number of its batch in the bucket, and the examples of all earlier steps."""
@@ -251,8 +243,7 @@ class BucketStream:
 
     def _get_order(self, epoch: int) -> np.ndarray:
         counts = np.asarray(self._count_batches_before(epoch + 1)) - np.asarray(self._count_batches_before(epoch))
-        steps = np.repeat(np.arange(len(counts)), counts)
-        return self._permute(-1, epoch, steps)
+        return self._permute(-1, epoch, np.repeat(np.arange(len(counts)), counts))
 
     def _get_examples(self, bucket: int, first: int, count: int) -> np.ndarray:
         members, parts = self._members[bucket], []
@@ -271,16 +262,8 @@ class BucketStream:
         return recent[1]
 
 
-def _compute_batch(
-    size: Grid,
-    tokens: int,
-    memory: BatchMemory,
-    budget: float | int,
-    examples: int,
-    devices: int,
-    max_batch: int | None,
-) -> int:
-    """Return the batch size over all devices: as many examples as fit, but no more than the bucket has."""
+def _compute_device_batch(size: Grid, tokens: int, memory: BatchMemory, budget: float | int) -> int:
+    """Return the number of examples that fit into the budget of a device, at least one."""
     per_device = memory.compute_max_batch(tokens, budget)
     if per_device < 1:
         needs = memory.fixed + memory.compute_example_bytes(tokens)
@@ -288,10 +271,7 @@ def _compute_batch(
             f"one example of {'x'.join(map(str, size))} ({tokens} tokens) takes {needs:.3g} bytes, but the budget is "
             f"{budget:.3g}. Use smaller clips, more devices per example, or a larger budget."
         )
-    limit = max(1, examples // devices)
-    if max_batch is not None:
-        limit = min(limit, max_batch // devices)
-    return devices * min(per_device, limit)
+    return per_device
 
 
 def _choose_sizes(
@@ -338,9 +318,7 @@ def _compute_values(
     buckets: np.ndarray, sizes: np.ndarray, count_tokens: Callable[[Grid], int]
 ) -> Float[np.ndarray, "k n"]:
     """Return the tokens of each bucket times the uncropped share of each example's frame; -inf if it is not covered."""
-    fits = np.ones((len(buckets), len(sizes)), bool)
-    for axis in range(3):
-        fits &= buckets[:, None, axis] <= sizes[:, axis]
+    fits = (buckets[:, None] <= sizes).all(axis=-1)
     value = _count_tokens(buckets, count_tokens)[:, None] * _compute_frame_coverage(buckets[:, None], sizes)
     return np.where(fits, value, -np.inf)
 

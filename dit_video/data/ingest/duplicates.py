@@ -38,9 +38,7 @@ def drop_duplicates(hashes: Sequence[tuple[int, ...] | None], *, distance: int) 
       UserError: the distance is outside 0 to 64.
     """
     if not 0 <= distance <= HASH_BITS:
-        raise UserError(
-            f"distance={distance} is invalid: it is a number of differing bits. Use 0 to {HASH_BITS}, typically 4"
-        )
+        raise UserError(f"distance={distance} is invalid: it is a number of bits. Use 0 to {HASH_BITS}, typically 4")
     tables: dict[int, _HashTable] = {}
     originals: list[int | None] = []
     for number, bits in enumerate(hashes):
@@ -49,9 +47,8 @@ def drop_duplicates(hashes: Sequence[tuple[int, ...] | None], *, distance: int) 
             continue
         table = tables.setdefault(len(bits), _HashTable(len(bits), distance))
         hash_bits = np.array(bits, np.uint64)
-        original = table.find_first(hash_bits)
-        originals.append(original)
-        if original is None:
+        originals.append(table.find_first(hash_bits))
+        if originals[-1] is None:
             table.add(number, hash_bits)
     return originals
 
@@ -63,11 +60,8 @@ class _HashTable:
         self._distance, self._count = distance, 0
         self._hashes = np.empty((length, 16), np.uint64)
         self._numbers = np.empty(16, np.int64)
-        edges = (
-            [HASH_BITS * band // (distance + 1) for band in range(distance + 2)]
-            if distance <= MAX_BANDED_DISTANCE
-            else []
-        )
+        count = distance + 1 if distance <= MAX_BANDED_DISTANCE else 0
+        edges = [HASH_BITS * band // count for band in range(count + 1)] if count else []
         self._bands = [(start, (1 << stop - start) - 1) for start, stop in itertools.pairwise(edges)]
         self._buckets: dict[tuple[int, int], array[int]] = defaultdict(lambda: array("q"))
 
@@ -90,9 +84,8 @@ class _HashTable:
     def _find_candidates(self, bits: int) -> Int64[np.ndarray, " n"]:
         if not self._bands:
             return np.arange(self._count)
-        buckets = [
-            np.frombuffer(self._buckets[key], np.int64) for key in self._get_band_keys(bits) if key in self._buckets
-        ]
+        keys = [key for key in self._get_band_keys(bits) if key in self._buckets]
+        buckets = [np.frombuffer(self._buckets[key], np.int64) for key in keys]
         return np.concatenate(buckets) if buckets else np.empty(0, np.int64)
 
     def _get_band_keys(self, bits: int) -> Iterator[tuple[int, int]]:

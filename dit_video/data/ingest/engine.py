@@ -53,9 +53,7 @@ WORK_SUFFIX = ".ingest"
 _REENCODED_FOLDER = "reencoded"
 """Folder of re-encoded files in the work folder."""
 
-_PARTIAL_COPY = re.compile(
-    rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)}|REPORT\.html)$"
-)
+_PARTIAL_COPY = re.compile(rf"clips-.*\.array_record-.*|(dataset_info|features)\.json|{re.escape(REPORT)}|REPORT\.html")
 """Files of a copy to a bucket without an index: before it is complete, or while a complete one is replaced."""
 
 ProgressCallback = Callable[[int, int], None]
@@ -163,9 +161,8 @@ def ingest(
         raise  # from the progress bar, not from the destination
     except OSError as error:
         fix = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
-        raise UserError(
-            f"{destination} cannot be written ({error.strerror or error}); {fix} and run the command again"
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"{destination} cannot be written ({reason}); {fix} and run the command again") from error
     return report
 
 
@@ -177,11 +174,9 @@ def _check_beam_destination(destination: StoragePath) -> None:
 
 
 def _make_absolute(listing: Listing) -> Listing:
-    clips = [
-        clip if "://" in clip.path else clip._replace(path=os.fspath(Path(clip.path).absolute()))
-        for clip in listing.clips
-    ]
-    return listing._replace(clips=tuple(clips))
+    absolute = (clip.path if "://" in clip.path else os.fspath(Path(clip.path).absolute()) for clip in listing.clips)
+    clips = tuple(clip._replace(path=path) for clip, path in zip(listing.clips, absolute, strict=True))
+    return listing._replace(clips=clips)
 
 
 def _move_to_destination(folder: Path, destination: StoragePath) -> IngestReport:
@@ -210,10 +205,8 @@ def _get_work_folder(destination: StoragePath) -> Path:
 def _compute_fingerprint(listing: Listing, config: IngestConfig) -> str:
     """Return a hash of names, captions, sizes, splits and settings, but not of the source's path or the time limit."""
     facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listing.clips]
-    settings = [config_json.to_json(config.screening)]
-    if config.reencode.is_enabled:
-        settings.append(config_json.to_json(config.reencode))
-    document = json.dumps([facts, *settings], ensure_ascii=True)
+    settings = [config.screening, config.reencode] if config.reencode.is_enabled else [config.screening]
+    document = json.dumps([facts, *map(config_json.to_json, settings)], ensure_ascii=True)
     return hashlib.sha256(document.encode()).hexdigest()
 
 
@@ -223,17 +216,14 @@ def _has_data_set(destination: StoragePath, fingerprint: str, source: str | os.P
         return False
     if not destination.is_dir():
         raise UserError(f"{destination} is a file; use a folder that does not exist")
-    if not any(destination.iterdir()):
-        return False
-    if not isinstance(destination, Path) and all(_PARTIAL_COPY.match(path.name) for path in destination.iterdir()):
-        return False  # an incomplete copy to a bucket
+    names = [path.name for path in destination.iterdir()]
+    if not names or (not isinstance(destination, Path) and all(map(_PARTIAL_COPY.fullmatch, names))):
+        return False  # an empty folder, or an incomplete copy to a bucket
     if not (destination / INDEX).is_file():
         raise UserError(f"{destination} exists and is not an ingested data set; use a folder that does not exist")
     if read_document(destination / INDEX).get("fingerprint") != fingerprint:
-        raise UserError(
-            f"{destination} holds another data set than {source} (names, sizes, captions or settings differ); "
-            "use another folder, or remove it"
-        )
+        difference = "names, sizes, captions or settings differ"
+        raise UserError(f"{destination} holds another data set than {source} ({difference}); use another folder")
     return True
 
 
@@ -281,9 +271,7 @@ def _inspect_all(
     return [verdicts[number] for number in range(len(clips))]
 
 
-def _explain_no_clips(
-    source: str | os.PathLike, listing: Listing, verdicts: Sequence[Inspection], selection: Selection
-) -> str:
+def _explain_no_clips(source: object, listing: Listing, verdicts: Sequence[Inspection], selection: Selection) -> str:
     failed = [(clip.name, verdict) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason]
     if failed:
         name, (reason, *_) = failed[0]
@@ -309,14 +297,15 @@ def _write(
     used = [(listing.clips[number], verdicts[number]) for number in selection.record_files]
     references = [_make_reference(clip, verdict, folder.with_name(_REENCODED_FOLDER)) for clip, verdict in used]
     sizes = [reference.size for reference in references]
-    reencoded_sizes = [clip.size for clip, verdict in used if verdict.stored is not None]
-    infos_by_record: dict[int, list[ClipInfo]] = {}
-    for info in selection.infos:
-        infos_by_record.setdefault(info.record, []).append(info)
-    records = (
-        _make_record(*pair, reference, infos_by_record[number])
-        for number, (pair, reference) in enumerate(zip(used, references, strict=True))
-    )
+    reencoded = [(clip.size, verdict.stored.size) for clip, verdict in used if verdict.stored is not None]
+    all_verdicts = list(zip((clip.name for clip in listing.clips), verdicts, strict=True))
+    settings = dataclasses.asdict(config.screening)
+    if config.reencode.is_enabled:
+        settings["reencode"] = dataclasses.asdict(config.reencode)
+    # The infos are in the order of their records, and each record has at least one.
+    record_infos = (list(infos) for _, infos in itertools.groupby(selection.infos, lambda info: info.record))
+    pairs = zip(used, references, record_infos, strict=True)
+    records = (_make_record(*clip_and_verdict, reference, infos) for clip_and_verdict, reference, infos in pairs)
     builder.write_clips(
         folder,
         features=_make_features(),
@@ -332,22 +321,17 @@ def _write(
         files=len(listing.clips) + len(listing.rejected),
         usable_files=len(sizes),
         bytes=sum(sizes),
-        reencoded=len(reencoded_sizes),
-        reencoded_from=sum(reencoded_sizes),
-        reencoded_to=sum(verdict.stored.size for _, verdict in used if verdict.stored is not None),
-        quarantined=tuple(
-            (clip.name, verdict.reason) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason
-        ),
-        passing=tuple(clip.name for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.transient),
+        reencoded=len(reencoded),
+        reencoded_from=sum(before for before, _ in reencoded),
+        reencoded_to=sum(after for _, after in reencoded),
+        quarantined=tuple((name, verdict.reason) for name, verdict in all_verdicts if verdict.reason),
+        passing=tuple(name for name, verdict in all_verdicts if verdict.transient),
         dropped=selection.dropped,
         dropped_files=selection.dropped_files,
         rejected=listing.rejected,
         unlisted=listing.unlisted,
         format=listing.format,
-        settings={
-            **dataclasses.asdict(config.screening),
-            **({"reencode": dataclasses.asdict(config.reencode)} if config.reencode.is_enabled else {}),
-        },
+        settings=settings,
     )
     report.write(folder)
 

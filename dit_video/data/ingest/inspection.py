@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.quality_filter import ScreeningConfig, ScreeningResult, Shot, screen
+from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot, screen
 from dit_video.data.ingest.reencoder import ReencodeConfig, StoredFile, reencode
 from dit_video.data.records import builder
 
@@ -66,14 +66,9 @@ class Inspection(NamedTuple):
 
 
 def _parse_shot(fields: dict[str, Any]) -> Shot:
-    letterbox, bits = fields["letterbox"], fields["hash"]
-    return Shot(
-        **{
-            **fields,
-            "letterbox": None if letterbox is None else Borders(*letterbox),
-            "hash": None if bits is None else tuple(bits),
-        }
-    )
+    letterbox = None if fields["letterbox"] is None else Borders(*fields["letterbox"])
+    bits = None if fields["hash"] is None else tuple(fields["hash"])
+    return Shot(**{**fields, "letterbox": letterbox, "hash": bits})
 
 
 def inspect(clip: ListedClip, config: InspectionConfig) -> Inspection:
@@ -109,8 +104,13 @@ def _screen_clip(encoded: bytes, name: str, config: InspectionConfig) -> Inspect
     try:
         screened = screen(encoded, name, config.screening)
         verdict = Inspection("", hashlib.sha256(encoded).hexdigest(), screened.shots, screened.dropped)
+        if not screened.shots or not config.reencode.is_enabled:
+            return verdict
         operation = "re-encode"
-        return _reencode_clip(encoded, screened, verdict, config)
+        new = reencode(encoded, screened.facts, screened.shots, config.reencode, Path(config.folder))
+        if new is None:
+            return verdict
+        return verdict._replace(shots=new.shots, dropped=(*verdict.dropped, *new.dropped), stored=new.stored)
     except DecodeError as error:
         return Inspection(str(error), transient=_is_out_of_memory(error.__cause__))
     except UserError:
@@ -120,20 +120,6 @@ def _screen_clip(encoded: bytes, name: str, config: InspectionConfig) -> Inspect
             return Inspection(f"needs more memory to {operation} than there is", transient=True)
         message = " ".join(str(error).split())
         return Inspection(f"cannot be {operation}d ({type(error).__name__}: {message})")
-
-
-def _reencode_clip(
-    encoded: bytes, screened: ScreeningResult, verdict: Inspection, config: InspectionConfig
-) -> Inspection:
-    """Return the verdict on the re-encoded file, or `verdict` if the clip is not re-encoded."""
-    if not screened.shots or not config.reencode.is_enabled:
-        return verdict
-    reencoded = reencode(encoded, screened.facts, screened.shots, config.reencode, Path(config.folder))
-    if reencoded is None:
-        return verdict
-    return verdict._replace(
-        shots=reencoded.shots, dropped=(*verdict.dropped, *reencoded.dropped), stored=reencoded.stored
-    )
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

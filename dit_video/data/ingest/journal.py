@@ -56,12 +56,9 @@ class Journal:
         except OSError as error:
             self._file.close()
             if isinstance(error, BlockingIOError):
-                raise UserError(
-                    f"another process is writing {folder}; wait for it, or use another destination"
-                ) from error
-            raise UserError(
-                f"{folder} cannot be locked ({error.strerror}); use a destination on a file system that supports locks"
-            ) from error
+                raise UserError(f"another process is writing {folder}; wait for it, or use another folder") from error
+            fix = "use a destination on a file system that supports locks"
+            raise UserError(f"{folder} cannot be locked ({error.strerror}); {fix}") from error
         self._verdicts = self._read()
         self._merge_parts()
 

@@ -85,17 +85,13 @@ class ScreeningConfig:
         for name in ("seconds", "size", "motion"):
             minimum, maximum = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             if minimum is not None and maximum is not None and minimum > maximum:
-                raise UserError(
-                    f"min_{name}={minimum} is above max_{name}={maximum}, so no clip would be kept; lower it"
-                )
+                raise UserError(f"min_{name}={minimum} is above max_{name}={maximum}, which keeps no clip; lower it")
 
     def _check(self, name: str, minimum: Threshold, maximum: Threshold, kind: str) -> None:
         value = getattr(self, name)
         if value is not None and not minimum <= value <= maximum:
-            raise UserError(
-                f"{name}={value} is invalid: it must be {kind} from {minimum:g} to {maximum:g}. Use None to disable "
-                "the step"
-            )
+            limits = f"{kind} from {minimum:g} to {maximum:g}"
+            raise UserError(f"{name}={value} is invalid: it must be {limits}. Use None to disable the step")
 
     @property
     def measures_motion(self) -> bool:
@@ -246,15 +242,14 @@ def _make_part_shot(name: str, analyzer: _FileAnalyzer, span: Span) -> Shot:
 
 
 def _measure_shot(shot: Shot, frame_samples: Sequence[FrameSample], config: ScreeningConfig) -> Shot:
+    measures_letterbox = config.max_letterbox is not None
     return dataclasses.replace(
         shot,
         motion=samples.compute_motion(frame_samples) if config.measures_motion else None,
         black=None if config.max_black is None else samples.compute_black_share(frame_samples),
         frozen=None if config.max_frozen is None else samples.compute_frozen_share(frame_samples),
         sharpness=None if config.min_sharpness is None else samples.compute_median_sharpness(frame_samples),
-        letterbox=None
-        if config.max_letterbox is None
-        else samples.find_letterbox(frame_samples, shot.height, shot.width),
+        letterbox=samples.find_letterbox(frame_samples, shot.height, shot.width) if measures_letterbox else None,
         hash=None if config.duplicates is None else samples.select_hashes(frame_samples),
     )
 

@@ -51,9 +51,7 @@ class ReencodeConfig:
         if self.max_pixels is not None and self.max_pixels < 4:
             raise UserError(f"max_pixels={self.max_pixels} is invalid: use 4 or more, or omit it for no limit")
         if self.fps is not None and not 0 < self.fps < float("inf"):
-            raise UserError(
-                f"fps={self.fps} is invalid: use a positive number of frames per second, or omit it for no limit"
-            )
+            raise UserError(f"fps={self.fps} is invalid: use a positive number, or omit it for no limit")
         if not 0 <= self.crf <= MAX_CRF["mp4"]:
             raise UserError(f"crf={self.crf} is outside the range of H.264; use 0 (best) to {MAX_CRF['mp4']}")
 
@@ -131,10 +129,8 @@ def reencode(
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror or error}); free disk space or make it writable, and run the "
-            "command again"
-        ) from error
+        fix = "free disk space or make it writable, and run the command again"
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}); {fix}") from error
     return ReencodedFile(StoredFile(name, len(content), hashlib.sha256(content).hexdigest()), kept, dropped)
 
 
@@ -162,22 +158,12 @@ def _map_shots(
         if not shot_times:
             dropped.append((shot.name, f"shot of {shot.duration:.4g} s lies between two frames at {after.fps:g} fps"))
             continue
-        seconds = shot_times[-1] - shot_times[0]
-        kept.append(
-            dataclasses.replace(
-                shot,
-                start=shot_times[0],
-                frames=len(shot_times),
-                seconds=seconds,
-                fps=after.fps
-                if len(shot_times) == after.frames
-                else compute_average_fps(len(shot_times), seconds, after.fps),
-                height=after.height,
-                width=after.width,
-                codec=after.codec,
-                letterbox=None if shot.letterbox is None else _scale_borders(shot.letterbox, before, after),
-            )
-        )
+        frames, seconds = len(shot_times), shot_times[-1] - shot_times[0]
+        fps = after.fps if frames == after.frames else compute_average_fps(frames, seconds, after.fps)
+        letterbox = None if shot.letterbox is None else _scale_borders(shot.letterbox, before, after)
+        shot = dataclasses.replace(shot, start=shot_times[0], frames=frames, seconds=seconds, fps=fps)
+        shot = dataclasses.replace(shot, height=after.height, width=after.width)
+        kept.append(dataclasses.replace(shot, codec=after.codec, letterbox=letterbox))
     return tuple(kept), tuple(dropped)
 
 
@@ -189,9 +175,5 @@ def _select_times(shot: Shot, times: Sequence[float]) -> list[float]:
 
 def _scale_borders(borders: Borders, before: VideoInfo, after: VideoInfo) -> Borders:
     rows, columns = after.height / before.height, after.width / before.width
-    return Borders(
-        round(borders.top * rows),
-        round(borders.bottom * rows),
-        round(borders.left * columns),
-        round(borders.right * columns),
-    )
+    scales = (rows, rows, columns, columns)
+    return Borders(*(round(width * scale) for width, scale in zip(borders, scales, strict=True)))

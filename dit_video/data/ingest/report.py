@@ -1,10 +1,11 @@
 """Report of an ingest, `report.json`: the outcome for every clip of a source, and statistics of the data set."""
 
+import bisect
 import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,12 @@ Reasons = tuple[tuple[str, str], ...]
 
 _LENGTH_EDGES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 """Upper edges of the bins of lengths, in seconds."""
-_SHAPE_EDGES = ((0.5, "1:2 and narrower"), (0.9, "upright"), (1.1, "square"), (1.6, "4:3 to 8:5"), (2.0, "16:9"))
-"""Upper edges of the bins of width over height, with their names."""
+_LENGTH_BINS = ("< 1 s", *(f"{low}–{high} s" for low, high in itertools.pairwise(_LENGTH_EDGES)), "≥ 3600 s")
+_SHAPE_EDGES = (0.5, 0.9, 1.1, 1.6, 2.0)
+"""Upper edges of the bins of width over height."""
+_SHAPE_BINS = ("1:2 and narrower", "upright", "square", "4:3 to 8:5", "16:9", "wider")
+_FRAME_BINS = ("1", "2", *(f"{2**power + 1}–{2 ** (power + 1)}" for power in range(1, 32)))
+"""Names of the bins of numbers of frames, which end at powers of two."""
 _NUMBER = re.compile(r"(?<![A-Z][.-])(?<!\d)\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 """Numbers in a reason, except those in words such as H.264 and UTF-8."""
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)""")
@@ -122,6 +127,8 @@ def make_report(infos: Sequence[ClipInfo], codecs: Iterable[str], **fields: Any)
       fields: all other fields of `IngestReport`.
     """
     reasons = {kind: _count_kinds(fields[kind]) for kind in ("quarantined", "dropped", "rejected") if fields[kind]}
+    ratios = [info.width / info.height for info in infos]
+    lengths = [compute_duration(info) for info in infos if info.frames > 1]
     return IngestReport(
         usable=len(infos),
         frames=sum(info.frames for info in infos),
@@ -131,11 +138,9 @@ def make_report(infos: Sequence[ClipInfo], codecs: Iterable[str], **fields: Any)
         reasons=reasons,
         histograms={
             "sizes": _count_values(f"{info.height}×{info.width}" for info in infos),
-            "shapes": _count_bins((info.width / info.height for info in infos), _find_shape_bin, _get_shape_bins()),
-            "lengths": _count_bins(
-                (compute_duration(info) for info in infos if info.frames > 1), _find_length_bin, _get_length_bins()
-            ),
-            "frames": _count_bins((info.frames for info in infos), _find_frame_bin, _get_frame_bins()),
+            "shapes": _count_bins((bisect.bisect_right(_SHAPE_EDGES, ratio) for ratio in ratios), _SHAPE_BINS),
+            "lengths": _count_bins((bisect.bisect_right(_LENGTH_EDGES, length) for length in lengths), _LENGTH_BINS),
+            "frames": _count_bins(((info.frames - 1).bit_length() for info in infos), _FRAME_BINS),
             "rates": _count_values(f"{info.fps:.4g} fps" for info in infos if info.frames > 1),
             "codecs": _count_values(codecs),
         },
@@ -154,40 +159,10 @@ def _count_values(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(collections.Counter(values).items(), key=lambda entry: (-entry[1], entry[0])))
 
 
-def _count_bins(
-    values: Iterable[float | int], bin: Callable[[float | int], str], names: Sequence[str]
-) -> dict[str, int]:
+def _count_bins(indices: Iterable[int], names: Sequence[str]) -> dict[str, int]:
     """Return the counts of bins in their order, without empty bins at the ends."""
-    counts = collections.Counter(map(bin, values))
-    occupied = [index for index, name in enumerate(names) if counts[name]]
-    return {name: counts[name] for name in names[occupied[0] : occupied[-1] + 1]} if occupied else {}
-
-
-def _get_length_bins() -> list[str]:
-    """Return the names of the bins: '< 1 s', '1–2 s', …, '≥ 3600 s'."""
-    between = [f"{low}–{high} s" for low, high in itertools.pairwise(_LENGTH_EDGES)]
-    return [f"< {_LENGTH_EDGES[0]} s", *between, f"≥ {_LENGTH_EDGES[-1]} s"]
-
-
-def _find_length_bin(seconds: float | int) -> str:
-    return _get_length_bins()[sum(seconds >= end for end in _LENGTH_EDGES)]
-
-
-def _get_frame_bins() -> list[str]:
-    """Return the names of the bins, powers of two: '1', '2', '3–4', '5–8', …."""
-    return ["1", "2", *(f"{2**power + 1}–{2 ** (power + 1)}" for power in range(1, 32))]
-
-
-def _find_frame_bin(count: float | int) -> str:
-    return _get_frame_bins()[(int(count) - 1).bit_length()]
-
-
-def _get_shape_bins() -> list[str]:
-    return [*(name for _, name in _SHAPE_EDGES), "wider"]
-
-
-def _find_shape_bin(ratio: float | int) -> str:
-    return _get_shape_bins()[sum(ratio >= end for end, _ in _SHAPE_EDGES)]
+    counts = collections.Counter(indices)
+    return {names[index]: counts[index] for index in range(min(counts), max(counts) + 1)} if counts else {}
 
 
 def _count_kinds(pairs: Reasons) -> dict[str, int]:

@@ -13,6 +13,8 @@ from dit_video.data.ingest.measures import Borders
 from dit_video.data.ingest.thumbnails import ThumbnailMaker
 from dit_video.video import TOLERANCE
 
+Thumbnail = UInt8[np.ndarray, "h w 3"]
+
 SAMPLE_RATE = 8
 """Samples per second: the frames shown at the times k / 8 s of the file are measured."""
 
@@ -52,7 +54,7 @@ class _PendingFrame(NamedTuple):
     number: int
     time: float
     frame: av.VideoFrame
-    thumbnail: UInt8[np.ndarray, "h w 3"] | None
+    thumbnail: Thumbnail | None
 
 
 class FrameSampler:
@@ -71,9 +73,7 @@ class FrameSampler:
         self._pending: _PendingFrame | None = None
         self._previous_luma: Float32[np.ndarray, "h w"] | None = None
 
-    def add_frame(
-        self, number: int, time: float, frame: av.VideoFrame, thumbnail: UInt8[np.ndarray, "h w 3"] | None = None
-    ) -> None:
+    def add_frame(self, number: int, time: float, frame: av.VideoFrame, thumbnail: Thumbnail | None = None) -> None:
         """Add the next frame; `time` (seconds) must not decrease. `thumbnail` is passed if it exists already."""
         self._measure_until(time)
         self._pending = _PendingFrame(number, time, frame, thumbnail)
@@ -86,11 +86,9 @@ class FrameSampler:
         self._pending = None
 
     def _measure_until(self, time: float) -> None:
-        if (
-            self._pending is not None
-            and (steps := _count_steps_before(time) - _count_steps_before(self._pending.time)) > 0
-        ):
-            self._measure(self._pending, steps)
+        pending = self._pending
+        if pending is not None and (steps := _count_steps_before(time) - _count_steps_before(pending.time)) > 0:
+            self._measure(pending, steps)
 
     def _measure(self, pending: _PendingFrame, steps: int) -> None:
         thumbnail = self._pictures.make_thumbnail(pending.frame) if pending.thumbnail is None else pending.thumbnail
@@ -185,9 +183,7 @@ def select_hashes(samples: Sequence[FrameSample]) -> tuple[int, ...] | None:
     if not usable:
         return None
     targets = starts[-1] * (2 * np.arange(NUM_HASHES) + 1) / (2 * NUM_HASHES)
-    return tuple(
-        min(usable, key=lambda interval: max(interval[0] - target, target - interval[1], 0))[2] for target in targets
-    )
+    return tuple(min(usable, key=lambda shown: max(shown[0] - target, target - shown[1], 0))[2] for target in targets)
 
 
 def _count_steps(samples: Sequence[FrameSample]) -> int:

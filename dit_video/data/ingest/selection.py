@@ -1,6 +1,6 @@
 """Selection, naming and ordering of the clips of a data set, which depend on the verdicts on all files."""
 
-import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,7 +8,6 @@ from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipInfo
 from dit_video.data.ingest.duplicates import drop_duplicates
 from dit_video.data.ingest.formats import ListedClip
-from dit_video.data.ingest.formats.types import quote_name
 from dit_video.data.ingest.inspection import Inspection
 from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot
 from dit_video.data.records.builder import sort_splits
@@ -53,16 +52,12 @@ def select(clips: Sequence[ListedClip], verdicts: Sequence[Inspection], config: 
         for shot in kept_shots[number]
     ]
     _check_names(infos)
-    dropped = [
-        (*verdict.dropped, *duplicate_pairs) for verdict, duplicate_pairs in zip(verdicts, duplicates, strict=True)
-    ]
-    empty = [not shots and not verdict.reason for shots, verdict in zip(kept_shots, verdicts, strict=True)]
-    return Selection(
-        files,
-        tuple(infos),
-        tuple(pair for pairs in dropped for pair in pairs),
-        tuple(itertools.compress((clip.name for clip in clips), empty)),
-    )
+    dropped: list[tuple[str, str]] = []
+    dropped_files: list[str] = []
+    for clip, verdict, shots, duplicate_pairs in zip(clips, verdicts, kept_shots, duplicates, strict=True):
+        dropped += [*verdict.dropped, *duplicate_pairs]
+        dropped_files += [] if shots or verdict.reason else [clip.name]
+    return Selection(files, tuple(infos), tuple(dropped), tuple(dropped_files))
 
 
 def _drop_duplicates(
@@ -80,31 +75,17 @@ def _drop_duplicates(
         if original is None:
             kept[number].append(shot)
         else:
-            dropped[number].append((shot.name, f"shows what {quote_name(shots[original][1].name)} shows"))
+            dropped[number].append((shot.name, f"shows what {shots[original][1].name!r} shows"))
     return kept, dropped
 
 
 def _make_info(clip: ListedClip, shot: Shot, record: int) -> ClipInfo:
-    return ClipInfo(
-        name=shot.name,
-        captions=tuple(clip.captions),
-        height=shot.height,
-        width=shot.width,
-        frames=shot.frames,
-        fps=shot.fps,
-        seconds=shot.seconds,
-        start=shot.start,
-        record=record,
-        split=clip.split,
-    )
+    facts = {field: getattr(shot, field) for field in ("name", "height", "width", "frames", "fps", "seconds", "start")}
+    return ClipInfo(**facts, captions=tuple(clip.captions), record=record, split=clip.split)
 
 
 def _check_names(infos: Sequence[ClipInfo]) -> None:
     """Raise if two clips have the same name: a file may be called like a shot of another file."""
-    names: set[str] = set()
-    for info in infos:
-        if info.name in names:
-            raise UserError(
-                f"two clips would be called {info.name}; rename the file, as `#` numbers the shots of a file"
-            )
-        names.add(info.name)
+    for name, count in Counter(info.name for info in infos).items():
+        if count > 1:
+            raise UserError(f"two clips would be called {name}; rename the file, as `#` numbers the shots of a file")

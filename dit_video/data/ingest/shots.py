@@ -35,17 +35,14 @@ class CutDetector:
         try:
             from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
         except ModuleNotFoundError as error:
-            raise UserError(
-                f"splitting at shot boundaries needs PySceneDetect ({error}); run pip install -e '.[ingest]'"
-            ) from error
+            raise UserError(f"shot boundaries need PySceneDetect ({error}); run pip install -e '.[ingest]'") from error
         level = DEFAULT_THRESHOLDS[detector] if threshold is None else float(threshold)
-        self._detector: Any
-        if detector == "content":
-            self._detector = ContentDetector(threshold=level, min_scene_len=0)
-        else:
-            self._detector = AdaptiveDetector(adaptive_threshold=level, min_scene_len=0)
-        self._timecode = FrameTimecode
-        self._count = 0
+        self._detector: Any = (
+            ContentDetector(threshold=level, min_scene_len=0)
+            if detector == "content"
+            else AdaptiveDetector(adaptive_threshold=level, min_scene_len=0)
+        )
+        self._timecode, self._count = FrameTimecode, 0
         self.frame_numbers: list[int] = []
         """Numbers of the frames that begin a new shot."""
 

@@ -40,21 +40,17 @@ class ThumbnailMaker:
         """Return full-range RGB with the longer side `LONG_SIDE`, all of one size; transparency is over black."""
         if self._size is None:
             scale = LONG_SIDE / max(frame.height, frame.width)
-            self._size = (
-                max(MIN_SHORT_SIDE, round(frame.height * scale)),
-                max(MIN_SHORT_SIDE, round(frame.width * scale)),
-            )
+            height, width = (max(MIN_SHORT_SIDE, round(side * scale)) for side in (frame.height, frame.width))
+            self._size = height, width
         picture = self._convert(self._thumbnail_reformatter, frame, "rgb24", *self._size)
         return blend_over_black(picture) if is_transparent(frame) else picture
 
     def make_luma(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W"]:
         """Return full-range luma at the stored size; transparency is over black."""
-        if is_transparent(frame):
-            picture = blend_over_black(
-                self._convert(self._full_size_reformatter, frame, "rgba", frame.height, frame.width)
-            )
-            return np.rint(picture @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
-        return self._convert(self._full_size_reformatter, frame, "gray", frame.height, frame.width)
+        picture = self._convert(self._full_size_reformatter, frame, "gray", frame.height, frame.width)
+        if not is_transparent(frame):
+            return picture
+        return np.rint(blend_over_black(picture) @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
 
     def turn_upright(self, picture: Real[np.ndarray, "H W"], frame: av.VideoFrame) -> Real[np.ndarray, "h w"]:
         """Return a frame as it is shown, by quarter turns and reflections."""

@@ -48,15 +48,7 @@ def compute_time_limit(clip: ListedClip, time_limit: float | int) -> float:
     return time_limit * (1 + 10 * clip.size / _GIGABYTE)
 
 
-_CRASH_SIGNALS = (
-    signal.SIGSEGV,
-    signal.SIGBUS,
-    signal.SIGABRT,
-    signal.SIGFPE,
-    signal.SIGILL,
-    signal.SIGTRAP,
-    signal.SIGSYS,
-)
+_CRASH_SIGNALS = [signal.Signals[f"SIG{name}"] for name in ("SEGV", "BUS", "ABRT", "FPE", "ILL", "TRAP", "SYS")]
 """Signals by which a crashing decoder ends its process. Other signals come from outside, such as SIGKILL when the
 machine is out of memory."""
 
@@ -73,9 +65,8 @@ class _WorkerProcess:
     def __init__(self, config: InspectionConfig):
         # Import the same modules as this process, but nothing from the current folder (hence -P and no empty path).
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
+        command = [sys.executable, "-P", "-m", MODULE]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._requests, self.answer_pipe = self.process.stdin, self.process.stdout
@@ -190,9 +181,8 @@ class Workers:
             yield from self._receive_answer(key.data)
         for process in [*self._processes]:
             if time.monotonic() > process.deadline:
-                yield from self._handle_loss(
-                    process, _WorkerLostError(f"takes more than {process.limit:g} s to decode")
-                )
+                lost = _WorkerLostError(f"takes more than {process.limit:g} s to decode")
+                yield from self._handle_loss(process, lost)
 
     def _receive_answer(self, process: _WorkerProcess) -> Iterator[tuple[Task, Inspection | _WorkerLostError]]:
         try:
@@ -205,10 +195,9 @@ class Workers:
             return
         if "error" in answer:
             raise UserError(answer["error"])
-        if not process.ready:
+        if process.task is None:  # the first answer, which has no verdict
             process.ready = True
             return
-        assert process.task is not None
         task, process.task = process.task, None
         yield task, Inspection.from_json(answer["inspected"])
 

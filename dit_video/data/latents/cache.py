@@ -154,20 +154,14 @@ class LatentSource:
                 f"caption={caption} is invalid: {self.names[index]} has {len(lengths)} embedded captions. Use a number "
                 "from 0 on, or encode the clips with a text encoder."
             )
-        values, shape = self._read_values(index, "text"), (sum(lengths), self.text_width)
-        if values.size != math.prod(shape):
-            raise DecodeError(
-                f"the embeddings of {self.names[index]} have {values.size} values, not {math.prod(shape)}. Encode the "
-                "clips again."
-            )
-        return values.reshape(shape)[sum(lengths[:caption]) : sum(lengths[: caption + 1])]
+        embeddings = self._read_field(index, "text", (sum(lengths), self.text_width))
+        return embeddings[sum(lengths[:caption]) : sum(lengths[: caption + 1])]
 
     def _read_field(self, index: int, field: str, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
-        values = self._read_values(index, field)
-        if values.size != math.prod(shape):
-            raise DecodeError(
-                f"{self.names[index]} has {values.size} values of {field}, not {math.prod(shape)}. Encode it again."
-            )
+        values, expected = self._read_values(index, field), math.prod(shape)
+        if values.size != expected:
+            name = self.names[index]
+            raise DecodeError(f"{name} has {values.size} values of {field}, not {expected}. Encode it again.")
         return values.reshape(shape)
 
     def _read_values(self, index: int, field: str) -> Float32[np.ndarray, " n"]:
@@ -178,15 +172,14 @@ class LatentSource:
             # Latents, text and image of an example are usually read one after the other: keep the last record.
             if last_record is None or last_record[0] != index:
                 self._last_record = last_record = index, self._records[index]
-            stored = last_record[1][field]
-            return to_little_endian(np.frombuffer(stored, self._dtype)).astype(np.float32)
+            return to_little_endian(np.frombuffer(last_record[1][field], self._dtype)).astype(np.float32)
         except (OSError, UserError):  # the file cannot be copied to this machine
             raise
         except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
             raise DecodeError(f"the record of {self.names[index]} is damaged ({error}). Encode it again.") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": None, "_read": None}
+        return {**self.__dict__, "_records": None, "_last_record": None}
 
 
 def check_identity(folder: StoragePathLike, actual: Identity, expected: Identity) -> None:
@@ -215,10 +208,9 @@ def to_little_endian(values: np.ndarray) -> np.ndarray:
 def _format_identity(identity: Any) -> str:
     if identity is None:
         return "none"
-    if isinstance(identity, str):
-        return identity if len(identity) <= 64 else f"{identity[:48]}… ({hash_identity(identity)})"
-    text = json.dumps(identity, sort_keys=True)
-    return text if len(text) <= 64 else f"{text[:48]}… ({hash_identity({'': identity})})"
+    text = identity if isinstance(identity, str) else json.dumps(identity, sort_keys=True)
+    hashed = identity if isinstance(identity, str) else {"": identity}
+    return text if len(text) <= 64 else f"{text[:48]}… ({hash_identity(hashed)})"
 
 
 def _read_index(folder: StoragePath) -> dict[str, Any]:
@@ -228,9 +220,7 @@ def _read_index(folder: StoragePath) -> dict[str, Any]:
         if (folder / PLAN).exists():
             files = read_document(folder / PLAN).get("files")
             finished = len(list((folder / "shards").glob("[0-9]*.json"))) if (folder / "shards").exists() else 0
-            raise UserError(
-                f"{folder} is not finished, {finished} of {files} files exist. Continue to encode the clips."
-            )
+            raise UserError(f"{folder} is not finished, {finished} of {files} files exist. Continue the encoding.")
         raise UserError(f"{folder} holds no latents, as it has no {INDEX}. Encode clips first.")
     index = read_document(folder / INDEX)
     if not isinstance(index, dict) or index.get("version") != VERSION:

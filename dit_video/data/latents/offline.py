@@ -91,13 +91,12 @@ def make_encoding(
     """Return the encoding of an experiment, with the parameters of its autoencoder and its frozen encoders."""
     data, known = experiment.data, experiment.denoiser.known
     frozen = text if isinstance(text, FrozenTextEncoder) else None
+    views = Augmentations(clips_per_video=data.clips_per_video, resolutions=data.resolutions, flips=data.flips)
     return Encoding(
         autoencoder=experiment.autoencoder.model,
         params=params,
         limits=experiment.limits,
-        augmentations=Augmentations(
-            clips_per_video=data.clips_per_video, resolutions=data.resolutions, flips=data.flips
-        ),
+        augmentations=views,
         encode_text=frozen,
         text_identity="" if frozen is None else frozen.identity,
         encode_image=images,
@@ -143,9 +142,8 @@ def plan_encoding(clips: ClipSource, encoding: Encoding) -> EncodingPlan:
     clip_views = list_views(clips.infos, encoding.limits, encoding.augmentations)
     if not clip_views:
         raise UserError("there are no clips to encode; ingest at least one")
-    canvases = pack_canvases(
-        [view.size for view in clip_views], stride=encoding.autoencoder.stride, pixels=encoding.canvas_pixels
-    )
+    sizes = [view.size for view in clip_views]
+    canvases = pack_canvases(sizes, stride=encoding.autoencoder.stride, pixels=encoding.canvas_pixels)
     files, first, count = [], 0, 0
     for number, canvas in enumerate(canvases):
         if count and count + len(canvas.slots) > encoding.views_per_file:
@@ -175,7 +173,7 @@ def encode_latents(
     identity: Identity,
     shard: int = 0,
     shards: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> bool:
     """Write this process's share of the missing files, and the index once all files exist; returns True if they do.
 
@@ -191,17 +189,10 @@ def encode_latents(
     """
     if not 0 <= shard < shards:
         raise UserError(f"shard={shard} must be one of 0 to {shards - 1}")
-    if encoding.encode_text is not None and (isinstance(identity, str) or "text" not in identity):
-        raise UserError("identity lacks the part text: texts are embedded, so give the identity of the text encoder")
-    if encoding.encode_image is not None and (isinstance(identity, str) or "image" not in identity):
-        raise UserError("identity lacks the part image: first frames are encoded, so give that of the image encoder")
-    files = LatentWriter(
-        folder=to_storage_path(destination),
-        identity=identity,
-        num_files=len(plan.files),
-        plan_hash=plan.hash,
-        dtype=encoding.storage,
-    )
+    for part, function in (("text", encoding.encode_text), ("image", encoding.encode_image)):
+        if function is not None and (isinstance(identity, str) or part not in identity):
+            raise UserError(f"identity lacks the part {part}, which is encoded. Add that of the {part} encoder.")
+    files = _make_writer(destination, encoding, plan, identity)
     encoder = _Encoder(clips, encoding, plan)
     done = 0
     for number in range(shard, len(plan.files), shards):
@@ -210,27 +201,24 @@ def encode_latents(
             def counted_examples(number: int = number, before: int = done) -> Iterator[LatentExample | Skipped]:
                 for count, example in enumerate(encoder.examples(plan.files[number]), before + 1):
                     yield example
-                    if progress is not None:
-                        progress(count)
+                    progress(count)
 
             files.write(number, counted_examples())
             view_count = plan.count_views(number)
         done += view_count
-        if progress is not None:
-            progress(done)
+        progress(done)
     return finish_latents(destination, encoding, plan, identity=identity)
 
 
 def finish_latents(destination: StoragePathLike, encoding: Encoding, plan: EncodingPlan, *, identity: Identity) -> bool:
     """Write the index if all files exist; returns True if they do."""
-    files = LatentWriter(
-        folder=to_storage_path(destination),
-        identity=identity,
-        num_files=len(plan.files),
-        plan_hash=plan.hash,
-        dtype=encoding.storage,
-    )
+    files = _make_writer(destination, encoding, plan, identity)
     return files.finish(empty_text=None if encoding.encode_text is None else encoding.encode_text(""))
+
+
+def _make_writer(folder: StoragePathLike, encoding: Encoding, plan: EncodingPlan, identity: Identity) -> LatentWriter:
+    folder, count = to_storage_path(folder), len(plan.files)
+    return LatentWriter(folder=folder, identity=identity, num_files=count, plan_hash=plan.hash, dtype=encoding.storage)
 
 
 class _Encoder:  # encodes canvases on all devices of this process while threads decode the next ones
@@ -284,10 +272,8 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
         except DecodeError as error:
             return Skipped(view.name, str(error))
         if frames.shape[:3] != view.size:
-            decoded_size = "x".join(map(str, frames.shape[:3]))
-            return Skipped(
-                view.name, f"decoded size {decoded_size} is not {view.size.t}x{view.size.h}x{view.size.w} of the index"
-            )
+            decoded, expected = ("x".join(map(str, size)) for size in (frames.shape[:3], view.size))
+            return Skipped(view.name, f"decoded size {decoded} is not {expected} of the index")
         return frames[:, :, ::-1] if view.flipped else frames
 
     def _draw_canvases(
@@ -302,9 +288,8 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
             inside[row] = compute_segment_ids(canvas, self._sizes, stride)
             for clip, top, left in canvas.slots:
                 frames = decoded[clip].result()
-                firsts[clip] = frames
+                firsts[clip] = frames if isinstance(frames, Skipped) else frames[:1].copy()
                 if not isinstance(frames, Skipped):
-                    firsts[clip] = frames[:1].copy()
                     t, h, w = frames.shape[:3]
                     canvases[row, :t, top : top + h, left : left + w] = frames
         return (canvases, inside), firsts
@@ -326,15 +311,9 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 rows, columns = top // stride.h, left // stride.w
                 region = row, slice(grid.t), slice(rows, rows + grid.h), slice(columns, columns + grid.w)
                 text = () if self._text is None else tuple(self._text(caption) for caption in info.captions)
-                yield LatentExample(
-                    view.name,
-                    info.captions,
-                    values[region],
-                    info.name,
-                    text,
-                    shown=None if cond_latents is None else cond_latents[region],
-                    image=None if encode_image is None else encode_image(first)[0],
-                )
+                cond = None if cond_latents is None else cond_latents[region]
+                image = None if encode_image is None else encode_image(first)[0]
+                yield LatentExample(view.name, info.captions, values[region], info.name, text, cond, image)
 
 
 def measure_latent_moments(

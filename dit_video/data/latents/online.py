@@ -60,9 +60,8 @@ class CanvasEncoder:
         `segment_ids` are nonzero where a latent position belongs to a clip. With `first_frame_only` all other frames
         are grey.
         """
-        return _encode_canvases(
-            self._graph, first_frame_only, self._params, *jax.device_put((canvases, segment_ids), self._split)
-        )
+        inputs = jax.device_put((canvases, segment_ids), self._split)
+        return _encode_canvases(self._graph, first_frame_only, self._params, *inputs)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -103,13 +102,9 @@ class OnlineEncoder:
         """Sizes of the canvases, by increasing volume."""
         self._encode = CanvasEncoder(autoencoder, params, canvas_pixels=canvas_pixels)
         self._stride = autoencoder.stride
-        counts: Counter[Grid] = Counter()
-        for size, count in Counter(sizes).items():
-            counts[self._find_canvas(size)] += count
-        self.batch_sizes = {
-            canvas: self._encode.compute_batch_size(canvas, math.ceil(count / calls))
-            for canvas, count in counts.items()
-        }
+        counts = Counter(self._find_canvas(size) for size in sizes)
+        batch_size = self._encode.compute_batch_size
+        self.batch_sizes = {canvas: batch_size(canvas, math.ceil(count / calls)) for canvas, count in counts.items()}
         """Number of canvases of each size in a batch."""
 
     def __call__(self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> list[Float32[np.ndarray, "_ _ _ c"]]:

@@ -28,10 +28,8 @@ class Augmentations:
 
     def __post_init__(self):
         if self.clips_per_video < 1 or any(resolution < 1 for resolution in self.resolutions):
-            raise UserError(
-                f"clips_per_video={self.clips_per_video} and resolutions={list(self.resolutions)} must be at least "
-                "1 each"
-            )
+            values = f"clips_per_video={self.clips_per_video} and resolutions={list(self.resolutions)}"
+            raise UserError(f"{values} must be at least 1 each")
 
 
 class View(NamedTuple):

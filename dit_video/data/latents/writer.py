@@ -69,8 +69,7 @@ class LatentWriter:
             raise UserError(
                 f"{self.folder} was started with other options ({written['files']} files of {written['dtype']}, plan "
                 f"{written['plan']}; now {self.num_files} of {self.dtype}, plan {self.plan_hash}). Use the same "
-                "options or "
-                "another folder."
+                "options or another folder."
             )
 
     def count_examples(self, number: int) -> int | None:
@@ -87,7 +86,7 @@ class LatentWriter:
         Raises:
           UserError: latents are empty, not finite, or differ in channels from those before them.
         """
-        columns: dict[str, list] = {name: [] for name in ("name", "clip", "captions", "size", "text")}
+        columns: dict[str, list] = {name: [] for name in _COLUMNS}
         skipped: list[Skipped] = []
         widths = _ExampleShapes()
 
@@ -113,21 +112,18 @@ class LatentWriter:
                     "captions": list(captions),
                 }
 
-        shards.write_file(
-            self.folder, DATASET_NAME, number, self.num_files, features=_make_features(), examples=records()
-        )
-        # Written last: its existence marks the file as finished.
-        write_document(
-            self._get_part_path(number),
-            {
-                "channels": widths.channels,
-                "text_width": widths.text,
-                "shown": widths.shown,
-                "image": widths.image,
-                "examples": columns,
-                "left_out": skipped,
-            },
-        )
+        features = _make_features()
+        shards.write_file(self.folder, DATASET_NAME, number, self.num_files, features=features, examples=records())
+        shown, image = widths.conditioning or (False, None)
+        part = {
+            "channels": widths.channels,
+            "text_width": widths.text,
+            "shown": shown,
+            "image": image,
+            "examples": columns,
+            "left_out": skipped,
+        }
+        write_document(self._get_part_path(number), part)  # last: its existence marks the file as finished
 
     def finish(self, *, empty_text: Float32[np.ndarray, "s e"] | None = None) -> bool:
         """Write the index once all files exist: every process calls this, and the last one succeeds.
@@ -143,9 +139,10 @@ class LatentWriter:
         """
         if (self.folder / INDEX).exists():
             return True
-        if not all(self._get_part_path(number).exists() for number in range(self.num_files)):
+        paths = [self._get_part_path(number) for number in range(self.num_files)]
+        if not all(path.exists() for path in paths):
             return False
-        parts = [read_document(self._get_part_path(number)) for number in range(self.num_files)]
+        parts = [read_document(path) for path in paths]
         columns = {name: [value for part in parts for value in part["examples"][name]] for name in _COLUMNS}
         skipped = [one for part in parts for one in part["left_out"]]
         if not columns["name"]:
@@ -155,14 +152,11 @@ class LatentWriter:
         text_widths = {part["text_width"] for part in parts} - {0}  # 0 where no clip has a caption
         nonempty = [part for part in parts if part["examples"]["name"]]
         if any(part.get(name) != nonempty[0].get(name) for part in nonempty for name in ("shown", "image")):
-            raise UserError(
-                f"the files of {self.folder} disagree on the presence or shape of image conditioning. Encode the clips "
-                "again, into another folder."
-            )
+            raise UserError(f"the files of {self.folder} disagree on image conditioning. Encode into another folder.")
         if len(channels) > 1 or len(text_widths) > 1:
             raise UserError(
                 f"the files of {self.folder} disagree on channels ({sorted(channels)}) or text width "
-                f"({sorted(text_widths)}). Encode the clips again, into another folder."
+                f"({sorted(text_widths)}). Encode into another folder."
             )
         counts = [len(part["examples"]["name"]) for part in parts]
         shards.remove_partial_files(self.folder)
@@ -196,7 +190,7 @@ def write_latents(
     *,
     identity: Identity,
     dtype: StorageDtype = "bfloat16",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Write the data set `destination` in one file, atomically. Latents in that folder are replaced.
 
@@ -214,15 +208,15 @@ def write_latents(
     if is_remote(destination):
         raise UserError(f"{destination} is an address. Write it with `LatentWriter`, or use a folder on this machine.")
     destination = Path(destination)
-    if destination.exists() and not (destination / INDEX).is_file() and not _is_empty(destination):
+    is_used = destination.is_file() or (destination.is_dir() and any(destination.iterdir()))
+    if is_used and not (destination / INDEX).is_file():
         raise UserError(f"{destination} exists and holds no latents. Use a folder that does not exist.")
 
     def counted() -> Iterator[LatentExample]:
         done = 0
         for done, example in enumerate(examples, 1):
             yield example
-            if progress is not None:
-                progress(done)
+            progress(done)
         if not done:
             raise UserError(f"there are no latents to write to {destination}. Encode at least one clip.")
 
@@ -247,10 +241,6 @@ def _make_features() -> dict[str, Any]:
     }
 
 
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
 def _get_captions(example: LatentExample) -> tuple[str, ...]:
     if isinstance(example.captions, str):
         return (example.captions,) if example.captions else ()
@@ -266,17 +256,8 @@ class _ExampleShapes:
 
     def __init__(self) -> None:
         self.channels = self.text = 0
-        self._beside: tuple[bool, tuple[int, ...] | None] | None = None
-
-    @property
-    def shown(self) -> bool:
-        """Return True if examples have `LatentExample.shown`."""
-        return self._beside is not None and self._beside[0]
-
-    @property
-    def image(self) -> tuple[int, ...] | None:
-        """Return the shape of `LatentExample.image`."""
-        return None if self._beside is None else self._beside[1]
+        self.conditioning: tuple[bool, tuple[int, ...] | None] | None = None
+        """Presence of `LatentExample.shown`, and the shape of `LatentExample.image`; None before the first example."""
 
     def check(self, example: LatentExample, captions: tuple[str, ...]) -> None:
         """Raise `UserError` for an example of other sizes, or with values that are not finite."""
@@ -287,25 +268,23 @@ class _ExampleShapes:
         if not np.isfinite(example.latents).all():
             raise UserError(f"latents of {name} are not finite. Check the autoencoder that encoded them.")
         self.channels = shape[-1]
-        self._check_beside(example)
+        self._check_conditioning(example)
         if example.text and len(example.text) != len(captions):
             raise UserError(f"{name} has {len(captions)} captions and {len(example.text)} embeddings. Give as many.")
         for text in example.text:
             expected = self.text or text.shape[-1]
             if text.ndim != 2 or 0 in text.shape or text.shape[-1] != expected or not np.isfinite(text).all():
-                raise UserError(
-                    f"an embedding of {name} has the shape {list(text.shape)}, but all must be finite [s {expected}]"
-                )
+                raise UserError(f"{name} has an embedding of shape {list(text.shape)}; use finite [s {expected}]")
             self.text = expected
 
-    def _check_beside(self, example: LatentExample) -> None:
+    def _check_conditioning(self, example: LatentExample) -> None:
         """Raise `UserError` for an example whose image conditioning differs in shape from those before it."""
         shown, image = example.shown, example.image
         shapes = (shown is not None, None if image is None else image.shape)
-        if shapes != (self._beside or shapes):
+        if shapes != (self.conditioning or shapes):
             raise UserError(
                 f"{example.name} has image conditioning {shapes} (conditioning latents, shape of image tokens), other "
-                f"examples {self._beside}. Encode all clips with the same options."
+                f"examples {self.conditioning}. Encode all clips with the same options."
             )
         if shown is not None and shown.shape != example.latents.shape:
             raise UserError(
@@ -314,4 +293,4 @@ class _ExampleShapes:
             )
         if any(values is not None and not np.isfinite(values).all() for values in (shown, image)):
             raise UserError(f"the image conditioning of {example.name} is not finite. Check its encoder.")
-        self._beside = shapes
+        self.conditioning = shapes

@@ -227,11 +227,9 @@ def _even_out(steps: np.ndarray, loads: np.ndarray, tolerance: float) -> np.ndar
         distance = np.where(np.arange(len(means)) == step, -1, np.abs(means - means[step]))
         nearest = np.argsort(distance, kind="stable")[:nearby]
         for _ in range(loads.shape[1]):
-            exchanges = (
-                _find_exchanges(loads[nearest], tolerance)
-                if remaining and _exceeds_tolerance(loads[[step]], tolerance).any()
-                else []
-            )
+            if not remaining or not _exceeds_tolerance(loads[[step]], tolerance).any():
+                break
+            exchanges = _find_exchanges(loads[nearest], tolerance)
             for (one, block), (other, other_block) in exchanges:
                 source, target = (nearest[one], block), (nearest[other], other_block)
                 steps[source], steps[target] = steps[target].copy(), steps[source].copy()

@@ -17,6 +17,7 @@ import bisect
 import heapq
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -55,6 +56,7 @@ def fill_rows(
       generator: source of the random order.
       attention_pairs: token pairs in the attention of every example.
     """
+    budget = _Budget(tokens, text, shape)
     order = generator.permutation(examples)
     sizes = tokens[order].astype(np.float64)
     # The cost of every row, were all rows full and the cost spread evenly: the target of each row.
@@ -66,18 +68,22 @@ def fill_rows(
     for chunk in np.split(order, cuts):
         longest_first = np.argsort(-tokens[chunk] * generator.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(chunk)))
         # Chunks are alike: what is best for the first is used for all.
-        filled, method = _fill_chunk(
-            chunk[longest_first], tokens, text, shape, (attention_pairs, cost), generator, method
-        )
+        filled, method = _fill_chunk(chunk[longest_first], budget, (attention_pairs, cost), generator, method)
         rows += filled
     return rows
 
 
+class _Budget(NamedTuple):
+    """Sizes of every example, and budgets of a row."""
+
+    tokens: np.ndarray
+    text: np.ndarray
+    shape: PackedShape
+
+
 def _fill_chunk(
     order: np.ndarray,
-    tokens: np.ndarray,
-    text: np.ndarray,
-    shape: PackedShape,
+    budget: _Budget,
     costs: tuple[np.ndarray, float],
     generator: np.random.Generator,
     method: int | None,
@@ -88,23 +94,23 @@ def _fill_chunk(
     balanced rows with each of `POOL_FACTORS` (0 changes nothing but to place the remaining examples), then best fit
     without balancing, in descending and in random order.
     """
-    total = int(tokens[order].sum())
+    total, room = int(budget.tokens[order].sum()), budget.shape.tokens
     # Longest first is worst where text or segments run out before tokens do: its last rows hold many short clips. A
     # random order mixes long and short ones.
     orders = [order, generator.permutation(order)]
-    balanced, unplaced = _fill_balanced(order, tokens, text, shape, *costs)
+    balanced, unplaced = _fill_balanced(order, budget, *costs)
 
     def fill(method: int) -> list[list[int]]:
         if method < len(POOL_FACTORS):
-            return _tighten(balanced, unplaced, tokens, text, shape, pool_factor=POOL_FACTORS[method])
-        return _fill_best_fit(orders[method - len(POOL_FACTORS)], tokens, text, shape)
+            return _tighten(balanced, unplaced, budget, pool_factor=POOL_FACTORS[method])
+        return _fill_best_fit(orders[method - len(POOL_FACTORS)], budget)
 
     if method is not None:
         return fill(method), method
     best, best_method = fill(0), 0
     for other in range(1, len(POOL_FACTORS) + len(orders)):
         # Stop if no packing has fewer rows, or if the padding is small enough.
-        if (len(best) - 1) * shape.tokens < total or 1 - total / (len(best) * shape.tokens) <= TARGET_PADDING:
+        if (len(best) - 1) * room < total or 1 - total / (len(best) * room) <= TARGET_PADDING:
             break
         rows = fill(other)
         if len(rows) < len(best):
@@ -113,17 +119,13 @@ def _fill_chunk(
 
 
 def _fill_balanced(
-    order: np.ndarray,
-    tokens: np.ndarray,
-    text: np.ndarray,
-    shape: PackedShape,
-    attention_pairs: np.ndarray,
-    cost: float,
+    order: np.ndarray, budget: _Budget, attention_pairs: np.ndarray, cost: float
 ) -> tuple[list[list[int]], list[int]]:
     """Return rows of similar cost from examples in descending order of length, and the examples that had no room.
 
     The number of rows is the smallest possible one, `ceil(tokens / row tokens)`, and all rows are open from the start.
     """
+    tokens, text, shape = budget
     min_text = int(text[order].min())
     count = -(-int(tokens[order].sum()) // shape.tokens)
     rows: list[list[int]] = [[] for _ in range(count)]
@@ -166,43 +168,34 @@ def _fill_balanced(
     return [row for row in rows if row], unplaced
 
 
-def _tighten(
-    rows: list[list[int]],
-    unplaced: list[int],
-    tokens: np.ndarray,
-    text: np.ndarray,
-    shape: PackedShape,
-    *,
-    pool_factor: int,
-) -> list[list[int]]:
+def _tighten(rows: list[list[int]], unplaced: list[int], budget: _Budget, *, pool_factor: int) -> list[list[int]]:
     """Pack the same examples into fewer rows: empty the rows with the largest gaps to fill the gaps of the others.
 
     `pool` rows are emptied per row that all gaps together would make. So there are more freed examples to choose from
     than gaps to fill; those that remain are packed by best fit.
     """
-    gaps = shape.tokens - np.asarray([int(tokens[row].sum()) for row in rows])
+    gaps = budget.shape.tokens - np.asarray([int(budget.tokens[row].sum()) for row in rows])
     widest_first = np.argsort(-gaps, kind="stable").tolist()
-    emptied = min(len(rows), pool_factor * -(-int(gaps.sum()) // shape.tokens))
+    emptied = min(len(rows), pool_factor * -(-int(gaps.sum()) // budget.shape.tokens))
     freed = unplaced + [example for index in widest_first[:emptied] for example in rows[index]]
     # Sorted by length, so that the longest one that fits a gap is found by bisection.
-    free = sorted(zip(tokens[freed].tolist(), freed, strict=True))
+    free = sorted(zip(budget.tokens[freed].tolist(), freed, strict=True))
     kept = [list(rows[index]) for index in widest_first[emptied:]]
     if pool_factor:
         for row in kept:
-            _fill_gap(row, free, tokens, text, shape)
+            _fill_gap(row, free, budget)
     if free:
-        kept += _fill_best_fit(np.asarray([example for _, example in reversed(free)]), tokens, text, shape)
+        kept += _fill_best_fit(np.asarray([example for _, example in reversed(free)]), budget)
     return kept
 
 
-def _fill_gap(
-    row: list[int], free: list[tuple[int, int]], tokens: np.ndarray, text: np.ndarray, shape: PackedShape
-) -> None:
+def _fill_gap(row: list[int], free: list[tuple[int, int]], budget: _Budget) -> None:
     """Fill the gap of a row, in place, by adding free examples or exchanging examples for longer free ones.
 
     Each round makes the one change that gains the most tokens within the budgets. Slot `len(row)` stands for adding an
     example: there nothing is given back.
     """
+    tokens, text, shape = budget
     sizes, text_sizes = tokens[row].tolist(), text[row].tolist()
     gap, text_room = shape.tokens - sum(sizes), shape.text - sum(text_sizes)
     # Rows may differ by their last tokens: gaps well below the target padding are not worth the search.
@@ -230,8 +223,9 @@ def _fill_gap(
         gap -= best
 
 
-def _fill_best_fit(order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: PackedShape) -> list[list[int]]:
+def _fill_best_fit(order: np.ndarray, budget: _Budget) -> list[list[int]]:
     """Put each example, in order, into the fullest open row that has room for it, or open a new row."""
+    tokens, text, shape = budget
     min_tokens, min_text = int(tokens[order].min()), int(text[order].min())
     rows: list[list[int]] = []
     text_room: list[int] = []

@@ -49,9 +49,8 @@ class Mixture:
     def __post_init__(self):
         if not self.sizes or min(self.sizes) < 1:
             raise UserError(f"sizes={self.sizes} is invalid: a mixture needs sources with at least one clip each")
-        if self.weights is not None and (
-            len(self.weights) != len(self.sizes) or not all(0 < weight < math.inf for weight in self.weights)
-        ):
+        weights = [1] * len(self.sizes) if self.weights is None else self.weights
+        if len(weights) != len(self.sizes) or not all(0 < weight < math.inf for weight in weights):
             raise UserError(
                 f"weights={self.weights} is invalid for {len(self.sizes)} sources: a mixture needs one positive weight "
                 "per source. Remove sources that are not wanted."
@@ -71,7 +70,7 @@ class Mixture:
     def _check_variants(self, variants: tuple[tuple[int, ...], ...]) -> None:
         if len(variants) != self.num_clips:
             raise UserError(
-                f"{len(variants)} groups of variants were given for {self.num_clips} clips. Give one group per clip."
+                f"{len(variants)} groups of variants do not match {self.num_clips} clips; give one per clip"
             )
         if not all(variants):
             raise UserError(f"clip {next(i for i, group in enumerate(variants) if not group)} has no variant")
@@ -97,7 +96,7 @@ class MixtureSampler:
         number = mixture.num_clips if groups is None else sum(map(len, groups))
         if number != len(tokens):
             raise UserError(
-                f"the mixture has {number} examples, but the index has {len(tokens)}. Make both from the same clips."
+                f"the mixture has {number} examples, but the index has {len(tokens)}; make both from the same clips"
             )
         self.mixture = mixture
         self._tokens, self._seed = tokens, seed
@@ -110,9 +109,7 @@ class MixtureSampler:
         self.min_examples: int = sum(map(math.floor, self._rates))
         """Minimum number of examples of an epoch."""
         if self.min_examples < 1:
-            raise UserError(
-                f"length={sum(self._rates):g} is invalid: some epochs would have no clip of any source; raise length"
-            )
+            raise UserError(f"length={sum(self._rates):g} is invalid: some epochs would have no clip; raise length")
 
     def count_before(self, epoch: int) -> int:
         """Return the number of examples that are drawn before this epoch."""
@@ -122,19 +119,17 @@ class MixtureSampler:
         """Return the examples of one epoch, source after source; an example may occur several times."""
         return np.concatenate([self._draw_source(source, number) for source in range(len(self._rates))])
 
-    def compute_shares(
-        self, examples: Int[np.ndarray, " m"]
-    ) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
-        """Return the share of each source in these examples: by number, and by video tokens."""
+    def compute_shares(self, drawn: Int[np.ndarray, " m"]) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
+        """Return the share of each source in the drawn examples: by number, and by video tokens."""
         if self.mixture.variants is None:
-            clips = examples
+            clips = drawn
         else:
             example_clips = np.empty(len(self._examples), np.int64)
             example_clips[self._examples] = np.repeat(np.arange(len(self._counts)), self._counts)
-            clips = example_clips[examples]
+            clips = example_clips[drawn]
         sources, count = np.searchsorted(self._bounds, clips, side="right") - 1, len(self.mixture.sizes)
         number = np.bincount(sources, minlength=count)
-        tokens = np.bincount(sources, weights=self._tokens[examples], minlength=count)
+        tokens = np.bincount(sources, weights=self._tokens[drawn], minlength=count)
         return number / number.sum(), tokens / tokens.sum()
 
     @functools.cached_property

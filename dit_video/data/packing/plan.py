@@ -61,9 +61,8 @@ class RowPlan:
     @functools.cached_property
     def hash(self) -> str:
         """Return a hash that is equal for equal plans."""
-        return hashlib.sha256(self.order.astype("<i8").tobytes() + self.offsets.astype("<i8").tobytes()).hexdigest()[
-            :16
-        ]
+        content = self.order.astype("<i8").tobytes() + self.offsets.astype("<i8").tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
 
 class RowStream:
@@ -143,20 +142,12 @@ class RowStream:
     def hash(self) -> str:
         """Return a hash that is equal for streams of equal rows; with the step it is the whole state of the data."""
         sizes = np.stack([self.tokens, self.text]).astype("<i8").tobytes()
-        constants = (
-            self.shape,
-            self._seed,
-            self.rows_per_epoch,
-            bin_packing.CONSTANTS,
-            ATTEMPTS,
-            SLACK,
-            COUNTED_EPOCHS,
-        )
+        constants = (bin_packing.CONSTANTS, ATTEMPTS, SLACK, COUNTED_EPOCHS)
         options = (self.balance, balancing.ORDER_VERSION, None if self.sampler is None else self.sampler.hash)
-        content = sizes + repr((constants, options)).encode()
-        return hashlib.sha256(
-            content + (self.attention_pairs.astype("<f8").tobytes() if self._sparse else b"")
-        ).hexdigest()[:16]
+        content = sizes + repr(((self.shape, self._seed, self.rows_per_epoch, *constants), options)).encode()
+        if self._sparse:
+            content += self.attention_pairs.astype("<f8").tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def _get_examples(self, epoch: int) -> Int[np.ndarray, " m"]:
         return np.arange(len(self.tokens)) if self.sampler is None else self.sampler.draw_epoch(epoch)
@@ -168,9 +159,8 @@ class RowStream:
         totals = [int(self.tokens[self._get_examples(epoch)].sum()) for epoch in range(COUNTED_EPOCHS)]
         # Rows are full, so their number grows with the tokens; one standard deviation covers most later epochs.
         estimate = math.ceil(first * (max(totals) + float(np.std(totals))) / totals[0])
-        return min(
-            self.sampler.min_examples, estimate + estimate // SLACK
-        )  # more rows than examples would leave some empty
+        # More rows than examples would leave some empty.
+        return min(self.sampler.min_examples, estimate + estimate // SLACK)
 
     def _fill_rows(self, epoch: int, attempt: int) -> tuple[list[list[int]], np.random.Generator]:
         generator = rng.make_generator(self._seed, "row plan", epoch, attempt)

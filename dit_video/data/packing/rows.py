@@ -22,7 +22,6 @@ from dit_video.data.latents.cache import LatentSource
 from dit_video.data.packing.balance import Balance
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream
-from dit_video.data.prefetch import ENDLESS_LENGTH
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
 from dit_video.tokens import (
     Grid,
@@ -35,6 +34,8 @@ from dit_video.tokens import (
     patchify,
 )
 
+ENDLESS_LENGTH = 1 << 40
+"""Length of endless data sets, as Grain requires a length."""
 Encode = Callable[[Sequence[UInt8[np.ndarray, "T H W 3"]]], list[Float32[np.ndarray, "t h w c"]]]
 """A function from clips of any sizes to their latents."""
 
@@ -126,10 +127,8 @@ class RowLayout:
         """Return the examples of row `number`."""
         epoch = number // self.stream.rows_per_epoch
         examples, ranks = self.stream.get_row(number)
-        return [
-            RowEntry(example, rank, epoch, self._draw_caption(example, epoch))
-            for example, rank in zip(examples.tolist(), ranks.tolist(), strict=True)
-        ]
+        pairs = zip(examples.tolist(), ranks.tolist(), strict=True)
+        return [RowEntry(example, rank, epoch, self._draw_caption(example, epoch)) for example, rank in pairs]
 
     def pack(self, entries: Sequence[RowEntry], clips: Sequence[EncodedClip]) -> PackedBatch:
         """Pack one row. Damaged examples keep their segment, but do not count in the loss."""
@@ -138,16 +137,9 @@ class RowLayout:
             text = read_caption(self.captions, member.example, member.caption, self.names[member.example])
             valid.append(not clip.is_damaged and text is not None)
             interval = 1.0 if self._token_dt is None else self._token_dt[member.example]
-            items.append(
-                PackedExample(
-                    clip.tokens,
-                    _get_positions(self.grids[member.example], interval),
-                    self.captions.empty if text is None else text,
-                    member.rank,
-                    clip.shown,
-                    clip.image,
-                )
-            )
+            positions = get_positions(self.grids[member.example], interval)
+            text = self.captions.empty if text is None else text
+            items.append(PackedExample(clip.tokens, positions, text, member.rank, clip.shown, clip.image))
         row = pack(items, self.shape, width=clips[0].tokens.shape[1], text_width=self.captions.width)
         row.valid[: len(valid)] = valid
         return row
@@ -218,9 +210,6 @@ class ClipRows:
     def __init__(self, source: ClipSource, layout: RowLayout, limits: SizeLimits, *, seed: int):
         self._source, self._layout, self._limits, self._seed = source, layout, limits, seed
 
-    def __len__(self) -> int:
-        return ENDLESS_LENGTH
-
     def __getitem__(self, number: int) -> ClipRow:
         members = self._layout.get_entries(number)
         return ClipRow(members, [self._read_frames(member) for member in members])
@@ -259,17 +248,13 @@ def compute_token_grids(source: LatentSource, patch: Grid) -> list[Grid]:
     Raises:
       UserError: the patch does not divide the latents.
     """
-    return [
-        _call_with_name(name, compute_token_grid, size, patch)
-        for name, size in zip(source.names, source.sizes, strict=True)
-    ]
-
-
-def _call_with_name(name: str, function: Callable, *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+    grids = []
+    for name, size in zip(source.names, source.sizes, strict=True):
+        try:
+            grids.append(compute_token_grid(size, patch))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+    return grids
 
 
 def read_caption(captions: CaptionSource, example: int, caption: int, name: str) -> CaptionTokens | None:
@@ -287,5 +272,6 @@ def log_damaged_clip(name: str, error: UserError) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _get_positions(grid: Grid, interval: float) -> Float32[np.ndarray, "n 3"]:
+def get_positions(grid: Grid, interval: float) -> Float32[np.ndarray, "n 3"]:
+    """Return the positions of a grid's tokens at this spacing along time, from a cache."""
     return compute_positions(grid, step=(interval, 1.0, 1.0))

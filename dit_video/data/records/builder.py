@@ -30,6 +30,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.data.records.cluster import ERROR_FILE, BeamOptions, raise_worker_errors, save_worker_errors
 from dit_video.data.records.reference import ClipReference
 
+FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 SPLIT = "train"
 SPLITS = (SPLIT, "validation", "test")
 """Standard splits, in the order in which their records are numbered; other splits follow by name."""
@@ -82,10 +83,7 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         beam: BeamOptions | None = None,
         **kwargs,
     ):
-        self._record_features = features
-        self._records = records
-        self._progress = progress
-        self._beam = beam
+        self._record_features, self._records, self._progress, self._beam = features, records, progress, beam
         self._writer: _FetchingWriter | None = None
         super().__init__(**kwargs)
 
@@ -110,7 +108,7 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
 
     def _example_writer(self) -> tfds_writer.ExampleWriter:
         note = None if self._beam is None else next(iter(self._records.values())).with_name(ERROR_FILE)
-        self._writer = _FetchingWriter(self.info.file_format, None if self._beam else self._progress, note)
+        self._writer = _FetchingWriter(None if self._beam else self._progress, note)
         return self._writer
 
     def _generate_splits(self, dl_manager, download_config):
@@ -129,13 +127,9 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
 class _FetchingWriter(tfds_writer.ExampleWriter):
     """A writer of records that replaces the reference in `clip` by the bytes that it refers to."""
 
-    def __init__(
-        self, file_format: tfds.core.FileFormat, progress: Callable[[int], None] | None, error_path: Path | None
-    ):
-        super().__init__(file_format=file_format)
-        self._progress = progress
-        self._error_path = error_path
-        self._written = 0
+    def __init__(self, progress: Callable[[int], None] | None, error_path: Path | None):
+        super().__init__(file_format=FORMAT)
+        self._progress, self._error_path, self._written = progress, error_path, 0
         self.write_error: UserError | OSError | None = None
 
     def write(self, path, examples):
@@ -241,16 +235,14 @@ def write_clips(
         lines = {split: work / f"{split}.jsonl" for split in sort_splits(records)}
         for split, path in lines.items():
             _write_lines(path, records[split], count_shards(len(records[split]), mean_bytes))
-        dataset_builder = Clips(
-            features=features, records=lines, progress=progress, beam=beam, data_dir=work, file_format="array_record"
-        )
+        options = {"data_dir": work, "file_format": FORMAT}
+        dataset_builder = Clips(features=features, records=lines, progress=progress, beam=beam, **options)
         beam_options = {"beam_runner": beam.runner, "beam_options": beam.options} if beam else {}
+        config = _DownloadConfig(mean_bytes=mean_bytes, **beam_options)
         tfds.disable_progress_bar()  # `progress` reports instead
         try:
             with contextlib.nullcontext() if beam is None else raise_worker_errors(work / ERROR_FILE):
-                dataset_builder.download_and_prepare(
-                    download_config=_DownloadConfig(mean_bytes=mean_bytes, **beam_options)
-                )
+                dataset_builder.download_and_prepare(download_config=config)
         except Exception as error:
             if dataset_builder.write_error is not None:  # TFDS wraps it in a message of its own
                 raise dataset_builder.write_error from error
@@ -274,6 +266,4 @@ def open_records(folder: Path | epath.Path) -> Sequence[Any]:
         return dataset_builder.as_data_source("+".join(sort_splits(dataset_builder.info.splits)))
     except Exception as error:  # TFDS raises many types, depending on which file is missing or damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{folder} is not a readable TFDS data set in ArrayRecord files ({reason}). Write it again."
-        ) from error
+        raise UserError(f"{folder} is not a readable TFDS data set ({reason}). Write it again.") from error

@@ -54,11 +54,9 @@ def raise_worker_errors(path: Path) -> Iterator[None]:
             raise _error_from_json(read_json(path)) from error
         if isinstance(error, OSError) and error.filename is not None:  # a local file, which no worker wrote
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f"Apache Beam's pipeline failed ({lines[-1] if lines else type(error).__name__}). Check the options of "
-            "--beam and the logs of the workers, and start the command again."
-        ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        fix = "Check the options of --beam and the logs of the workers, and start the command again."
+        raise UserError(f"Apache Beam's pipeline failed ({reason}). {fix}") from error
 
 
 def _error_to_json(error: UserError | OSError) -> dict[str, Any]:

@@ -18,9 +18,7 @@ class ChangedError(UserError):
 
     def __init__(self, path: str, reason: str = ""):
         suffix = f" ({reason})" if reason else ""
-        super().__init__(
-            f"{path} has changed since it was inspected{suffix}. Do not modify the source, and start the command again."
-        )
+        super().__init__(f"{path} has changed since it was inspected{suffix}. Start again; do not modify the source.")
         self.path, self.reason = path, reason
 
 

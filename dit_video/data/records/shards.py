@@ -17,15 +17,13 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core import example_serializer, file_adapters, writer
+from tensorflow_datasets.core import example_serializer, writer
 from upath import UPath
 
 from dit_video.core.errors import MissingError
 from dit_video.core.files import atomic_path
 from dit_video.core.storage import StoragePath, download, upload
-from dit_video.data.records.builder import SPLIT, open_records, sort_splits
-
-FORMAT = file_adapters.FileFormat.ARRAY_RECORD
+from dit_video.data.records.builder import FORMAT, SPLIT, open_records, sort_splits
 
 
 def get_default_cache() -> Path:

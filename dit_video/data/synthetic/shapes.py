@@ -74,12 +74,12 @@ COMBINATIONS = tuple(
 
 def _choose_held_out() -> tuple[Description, ...]:
     """Return every (shape, direction) once and every colour twice, with two shapes and two directions per colour."""
-    shapes, directions = SHAPES, tuple(DIRECTIONS)
-    chosen = []
-    for index, colour in enumerate(COLOURS):
-        for pair in (index, 6 + (index + 1) % 6):  # 0..11 enumerate the pairs, as 3 and 4 have no common divisor
-            chosen.append(Description(colour=colour, shape=shapes[pair % 3], direction=directions[pair % 4]))
-    return tuple(chosen)
+    directions = tuple(DIRECTIONS)
+    return tuple(
+        Description(colour=colour, shape=SHAPES[pair % 3], direction=directions[pair % 4])
+        for index, colour in enumerate(COLOURS)
+        for pair in (index, 6 + (index + 1) % 6)  # 0..11 enumerate the pairs, as 3 and 4 have no common divisor
+    )
 
 
 HELD_OUT = _choose_held_out()
@@ -102,10 +102,8 @@ def parse_caption(prompt: str) -> Description:
     match prompt.lower().split():
         case ["a", colour, shape] if colour in COLOURS and shape in SHAPES:
             return Description(colour=colour, shape=shape)
-        case ["a", colour, shape, "moving", direction] if (
-            colour in COLOURS and shape in SHAPES and direction in DIRECTIONS
-        ):
-            return Description(colour=colour, shape=shape, direction=direction)
+        case ["a", colour, shape, "moving", way] if colour in COLOURS and shape in SHAPES and way in DIRECTIONS:
+            return Description(colour=colour, shape=shape, direction=way)
     raise UserError(
         f"prompt={prompt!r} is invalid: it must be 'a COLOUR SHAPE [moving DIRECTION]'. Use a COLOUR of "
         f"{', '.join(COLOURS)}, a SHAPE of {', '.join(SHAPES)}, a DIRECTION of {', '.join(DIRECTIONS)}."
@@ -128,10 +126,7 @@ def sample_geometry(generator: np.random.Generator, description: Description, *,
       UserError: the frame is too small.
     """
     if min(height, width) < MIN_SIDE:
-        raise UserError(
-            f"size={height}x{width} is invalid: a shape needs frames of at least {MIN_SIDE}x{MIN_SIDE} "
-            "pixels. Use a larger size."
-        )
+        raise UserError(f"size={height}x{width} is invalid: a side has at least {MIN_SIDE} pixels. Use a larger size.")
     scale = min(1.0, min(height, width) / 32)
     radius, speed = scale * generator.uniform(5.0, 7.0), scale * generator.uniform(0.55, 0.8)
     motion = (0, 0) if description.direction is None else DIRECTIONS[description.direction]
@@ -249,9 +244,7 @@ def write_folder(
       UserError: there are no sizes or clips, or the folder holds clips of another seed or other sizes.
     """
     if not sizes or count < 1:
-        raise UserError(
-            f"count={count} of {len(sizes)} sizes is invalid: a data set needs at least one size and one clip"
-        )
+        raise UserError(f"count={count} of {len(sizes)} sizes is invalid: use at least one size and one clip")
     _check_recipe(folder, seed=seed, sizes=sizes)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -270,8 +263,7 @@ def write_folder(
 def _check_recipe(folder: Path, *, seed: int, sizes: tuple[Grid, ...]) -> None:
     """Raise `UserError` for a folder of another seed or other sizes; write both into a new folder."""
     recipe, path = {"seed": seed, "sizes": [list(size) for size in sizes]}, folder / "recipe.json"
-    if path.exists():
-        if files.read_json(path) != recipe:
-            raise UserError(f"{folder} holds clips of another seed or other sizes ({path.name}). Use another folder.")
-    else:
+    if not path.exists():
         files.write_json(path, recipe)
+    elif files.read_json(path) != recipe:
+        raise UserError(f"{folder} holds clips of another seed or other sizes ({path.name}). Use another folder.")

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import SameArray
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import Process, Times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,7 @@ class Edm(Process):
 
     def __post_init__(self):
         if not min(self.sigma_max, self.exponent, self.data_std) > 0:
-            raise UserError(
-                f"sigma_max={self.sigma_max}, exponent={self.exponent}, data_std={self.data_std} is invalid: all must "
-                "be positive. Use the defaults 80, 7 and 0.5."
-            )
+            raise UserError(f"{self} is invalid: all must be positive. Use the defaults 80, 7 and 0.5.")
 
     def alpha(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         return time * 0 + 1
@@ -42,7 +39,7 @@ class Edm(Process):
     def ratio_to_time(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         return (ratio / self.sigma_max) ** (1 / self.exponent)
 
-    def input_scale(self, time: Float[Array, "*time"]) -> Float[Array, "*time"] | float:
+    def input_scale(self, time: Times) -> Float[Array, "*time"] | float:
         return 1 / jnp.sqrt(self.sigma(time) ** 2 + self.data_std**2)
 
     def scale_initial_noise(self, noise: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:

@@ -13,6 +13,11 @@ from jaxtyping import Array, Float
 from dit_video.core.typing import SameArray
 from dit_video.diffusion.shift import ClipSize
 
+Values = Float[Array, "*shape"]
+"""Data, noise or noisy values of any shape."""
+Times = Float[Array, "*time"]
+"""Diffusion times, which broadcast against the values."""
+
 MIN_ALPHA = 1e-6
 """Lower bound of alpha in divisions and logarithms; at pure noise it is 0."""
 
@@ -20,19 +25,19 @@ MIN_ALPHA = 1e-6
 class Estimate(NamedTuple):
     """The data and the noise that a model estimates in a noisy value."""
 
-    data: Float[Array, "*shape"]
-    noise: Float[Array, "*shape"]
-    variance: Float[Array, "*shape"] | None = None
+    data: Values
+    noise: Values
+    variance: Values | None = None
     """Position between the posterior's two bounds, from 0 to 1, in logarithms, of models that predict it; see
     `LearnedVariance`."""
-    past: Float[Array, "*shape"] | None = None
+    past: Values | None = None
     """Running sum that guidance with momentum passes to the next step; see `Remembering`."""
 
 
 class Normal(NamedTuple):
     """A normal distribution of independent values."""
 
-    mean: Float[Array, "*shape"]
+    mean: Values
     variance: Float[Array, "*scale"]
 
 
@@ -72,7 +77,7 @@ class Process(ABC):
         """Return the process for clips of one size."""
         return self
 
-    def input_scale(self, time: Float[Array, "*time"]) -> Float[Array, "*time"] | float:
+    def input_scale(self, time: Times) -> Float[Array, "*time"] | float:
         """Return the factor of the noisy value in a model's input."""
         return 1.0
 
@@ -80,45 +85,30 @@ class Process(ABC):
         """Return the start of sampling, at time 1, from standard normal noise."""
         return noise
 
-    def add_noise(
-        self, data: Float[Array, "*shape"], noise: Float[Array, "*shape"], time: Float[Array, "*time"]
-    ) -> Float[Array, "*shape"]:
+    def add_noise(self, data: Values, noise: Values, time: Times) -> Values:
         """Return $x_t$."""
         return self.alpha(time) * data + self.sigma(time) * noise
 
-    def half_log_snr(self, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def half_log_snr(self, time: Times) -> Float[Array, "*time"]:
         r"""Return $\lambda = \log(\alpha / \sigma)$."""
         return jnp.log(jnp.maximum(self.alpha(time), MIN_ALPHA)) - jnp.log(self.sigma(time))
 
-    def rates(self, time: Float[Array, "*time"]) -> tuple[Float[Array, "*time"], Float[Array, "*time"]]:
+    def rates(self, time: Times) -> tuple[Float[Array, "*time"], Float[Array, "*time"]]:
         r"""Return $\alpha'(t)$ and $\sigma'(t)$."""
         time = jnp.asarray(time)
         one = jnp.ones_like(time)
         return jax.jvp(self.alpha, (time,), (one,))[1], jax.jvp(self.sigma, (time,), (one,))[1]
 
-    def velocity(self, estimate: Estimate, time: Float[Array, "*time"]) -> Float[Array, "*shape"]:
+    def velocity(self, estimate: Estimate, time: Times) -> Values:
         r"""Return $dx_t/dt = \alpha' \hat x_0 + \sigma' \hat\epsilon$ along the probability flow."""
         alpha_rate, sigma_rate = self.rates(time)
         return alpha_rate * estimate.data + sigma_rate * estimate.noise
 
-    def score(self, noise: Float[Array, "*shape"], time: Float[Array, "*time"]) -> Float[Array, "*shape"]:
+    def score(self, noise: Values, time: Times) -> Values:
         r"""Return $\nabla_x \log p_t(x) = -\hat\epsilon / \sigma$."""
         return -noise / self.sigma(time)
 
-    def drift_and_diffusion(self, time: Float[Array, "*time"]) -> tuple[Float[Array, "*time"], Float[Array, "*time"]]:
-        r"""Return $f = \alpha' / \alpha$ and $g^2 = 2 \sigma (\sigma' - f \sigma)$ of $dx = f x\,dt + g\,dw$."""
-        alpha_rate, sigma_rate = self.rates(time)
-        drift = alpha_rate / jnp.maximum(self.alpha(time), MIN_ALPHA)
-        sigma = self.sigma(time)
-        return drift, 2 * sigma * (sigma_rate - drift * sigma)
-
-    def posterior(
-        self,
-        noisy: Float[Array, "*shape"],
-        data: Float[Array, "*shape"],
-        time: Float[Array, "*time"],
-        next_time: Float[Array, "*time"],
-    ) -> Normal:
+    def posterior(self, noisy: Values, data: Values, time: Times, next_time: Times) -> Normal:
         r"""Return $q(x_s \mid x_t, x_0)$ at a time $s$ = `next_time` before $t$ = `time`.
 
         With $\alpha_{t|s} = \alpha_t/\alpha_s$ and $\sigma^2_{t|s} = \sigma_t^2 - \alpha_{t|s}^2 \sigma_s^2$ its mean
@@ -130,16 +120,16 @@ class Process(ABC):
         mean = (alpha_ratio * sigma**2 * noisy + alpha * added_variance * data) / current_sigma**2
         return Normal(mean, added_variance * sigma**2 / current_sigma**2)
 
-    def added_variance(self, time: Float[Array, "*time"], next_time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def added_variance(self, time: Times, next_time: Times) -> Float[Array, "*time"]:
         r"""Return $\sigma^2_{t|s}$ of `posterior`: the noise added from `next_time` to `time` (DDPM's beta)."""
         alpha_ratio = self.alpha(time) / self.alpha(next_time)
         return jnp.maximum(self.sigma(time) ** 2 - (alpha_ratio * self.sigma(next_time)) ** 2, 0.0)
 
-    def flow_coordinates(self, time: Float[Array, "*time"]) -> FlowCoordinates:
+    def flow_coordinates(self, time: Times) -> FlowCoordinates:
         r"""Return $x/\alpha$ as a function of $\sigma/\alpha$, which has slope $\epsilon$ (arXiv 2206.00364, eq. 1)."""
         alpha = self.alpha(time)
         return FlowCoordinates(alpha, self.sigma(time) / alpha)
 
-    def flow_slope(self, estimate: Estimate) -> Float[Array, "*shape"]:
+    def flow_slope(self, estimate: Estimate) -> Values:
         """Return the slope in the positions of `flow_coordinates`."""
         return estimate.noise

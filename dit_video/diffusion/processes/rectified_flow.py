@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import SameArray
-from dit_video.diffusion.processes.process import Estimate, FlowCoordinates, Process
+from dit_video.diffusion.processes.process import Estimate, FlowCoordinates, Process, Times, Values
 from dit_video.diffusion.shift import ClipSize, ExponentialShift, LinearShift
 
 
@@ -43,9 +43,7 @@ class RectifiedFlow(Process):
         shift: Any = self.shift
         if self.size_shift is not None:
             if size is None:
-                raise UserError(
-                    "size=None is invalid: the shift depends on a clip's size. Use process.specialize(size)."
-                )
+                raise UserError("size=None is invalid: the shift depends on a clip's size. Use specialize(size).")
             shift = shift * self.size_shift(size)
         return shift * time / (1 + (shift - 1) * time)
 
@@ -63,12 +61,12 @@ class RectifiedFlow(Process):
     def ratio_to_time(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         return ratio / (1 + ratio)
 
-    def velocity(self, estimate: Estimate, time: Float[Array, "*time"]) -> Float[Array, "*shape"]:
+    def velocity(self, estimate: Estimate, time: Times) -> Values:
         return estimate.noise - estimate.data
 
-    def flow_coordinates(self, time: Float[Array, "*time"]) -> FlowCoordinates:
+    def flow_coordinates(self, time: Times) -> FlowCoordinates:
         """Return the flow itself: dividing by alpha, as other processes do, would divide by 0 at pure noise."""
         return FlowCoordinates(jnp.ones_like(time), time)
 
-    def flow_slope(self, estimate: Estimate) -> Float[Array, "*shape"]:
+    def flow_slope(self, estimate: Estimate) -> Values:
         return estimate.noise - estimate.data

@@ -89,9 +89,7 @@ class VariancePreservingProcess(Process):
 
     def __post_init__(self):
         if self.steps < 1:
-            raise UserError(
-                f"steps={self.steps} is invalid: noise is added in at least 1 step, not {self.steps}. Use 1000."
-            )
+            raise UserError(f"steps={self.steps} is invalid: noise needs at least 1 step, not {self.steps}. Use 1000.")
 
     @functools.cached_property
     def log_alpha_squared(self) -> Float64[np.ndarray, " steps"]:

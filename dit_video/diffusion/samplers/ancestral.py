@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Estimator
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import Process, Values
 from dit_video.diffusion.samplers.solvers import OneStepSolver, SolverState, StepInterval
 
 _MIN_VARIANCE = 1e-20
@@ -39,9 +38,7 @@ class Ddim(OneStepSolver):
 
     def __post_init__(self):
         if not 0 <= self.eta < float("inf"):
-            raise UserError(
-                f"eta={self.eta} is invalid: it must be finite and not negative. Use 0 for no noise, 1 for DDPM's."
-            )
+            raise UserError(f"eta={self.eta} is invalid: must be finite and >= 0. Use 0 for no noise, 1 for DDPM's.")
 
     @property
     def stochastic(self) -> bool:
@@ -56,11 +53,8 @@ class Ddim(OneStepSolver):
         variance = process.posterior(state.x, prediction.data, interval.time, interval.next_time).variance
         fresh = jnp.minimum(self.eta * jnp.sqrt(variance), sigma)
         remaining = jnp.sqrt(jnp.maximum(sigma**2 - fresh**2, 0.0))
-        return SolverState(
-            process.alpha(interval.next_time) * prediction.data
-            + remaining * prediction.noise
-            + fresh * _get_noise(interval)
-        )
+        alpha = process.alpha(interval.next_time)
+        return SolverState(alpha * prediction.data + remaining * prediction.noise + fresh * _get_noise(interval))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +104,7 @@ class Lcm(OneStepSolver):
 
     def __post_init__(self):
         if not min(self.scaling, self.data_std) > 0:
-            raise UserError(
-                f"scaling={self.scaling}, data_std={self.data_std} is invalid: both must be positive. "
-                "Use the defaults 10000 and 0.5."
-            )
+            raise UserError(f"{self} is invalid: both must be positive. Use the defaults 10000 and 0.5.")
 
     @property
     def stochastic(self) -> bool:
@@ -128,6 +119,6 @@ class Lcm(OneStepSolver):
         return SolverState(process.add_noise(data, _get_noise(interval), interval.next_time))
 
 
-def _get_noise(interval: StepInterval) -> Float[Array, "*shape"]:
+def _get_noise(interval: StepInterval) -> Values:
     assert interval.noise is not None, "the sampling loop passes noise to stochastic solvers"
     return interval.noise

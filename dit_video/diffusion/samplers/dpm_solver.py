@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Estimator
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import Process, Values
 from dit_video.diffusion.samplers.solvers import Solver, StepInterval
 
 DpmKind = Literal["midpoint", "heun"]
@@ -31,11 +31,11 @@ _LOWER_ORDER_STEP_LIMIT = 15
 class DpmState(NamedTuple):
     """The state of both solvers."""
 
-    x: Float[Array, "*shape"]
+    x: Values
     """The current sample."""
-    start_x: Float[Array, "*shape"]
+    start_x: Values
     """The sample at the start of the last step."""
-    data: Float[Array, "*shape"]
+    data: Values
     """The data estimated at the start of the last step."""
     time: Float[Array, ""]
     """The time at the start of the last step."""
@@ -46,7 +46,7 @@ class DpmState(NamedTuple):
 
 
 class _DpmSolver(Solver):
-    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> DpmState:
+    def init(self, noisy: Values, *, steps: int) -> DpmState:
         nothing = jnp.zeros((), jnp.int32)
         return DpmState(noisy, noisy, jnp.zeros_like(noisy), jnp.ones(()), nothing, nothing + steps)
 
@@ -71,9 +71,7 @@ class DpmMultistep(_DpmSolver):
 
     def __post_init__(self):
         if not 0 <= self.eta < float("inf"):
-            raise UserError(
-                f"eta={self.eta} is invalid: it must be finite and not negative. Use 0 for the flow, 1 for the SDE."
-            )
+            raise UserError(f"eta={self.eta} is invalid: must be finite and >= 0. Use 0 for the flow, 1 for the SDE.")
 
     @property
     def stochastic(self) -> bool:
@@ -81,7 +79,7 @@ class DpmMultistep(_DpmSolver):
 
     def step(self, estimate: Estimator, process: Process, state: DpmState, interval: StepInterval) -> DpmState:
         """Take a step of algorithm 2 of arXiv 2211.01095."""
-        time, next_time, noise = interval
+        time, next_time, _ = interval
         data = estimate(state.x, time).data
         is_first_order = (state.steps_done == 0) | (next_time == 0) | (self.order == 1)
         if self.lower_order_final:
@@ -91,8 +89,8 @@ class DpmMultistep(_DpmSolver):
         previous_length = jnp.where(is_first_order, 1.0, _compute_length(process, state.time, time))
         length = jnp.where(is_first_order, 0.0, _compute_length(process, time, next_time))
         rise = length / previous_length * (data - state.data)
-        x = _advance(process, state.x, StepInterval(time, next_time, noise), data, rise, self.kind, self.eta)
-        return DpmState(x, state.x, data, _cast_like(time, state.time), state.steps_done + 1, state.steps_left - 1)
+        x = _advance(process, state.x, interval, data, rise, self.kind, self.eta)
+        return DpmState(x, state.x, data, time.astype(state.time.dtype), state.steps_done + 1, state.steps_left - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +114,7 @@ class DpmSinglestep(_DpmSolver):
             is_first_order |= state.steps_left == 1
         start = jnp.where(is_first_order, state.x, state.start_x)
         start_data = jnp.where(is_first_order, data, state.data)
-        start_time = jnp.where(is_first_order, _cast_like(time, state.time), state.time)
+        start_time = jnp.where(is_first_order, time.astype(state.time.dtype), state.time)
         previous_length = jnp.where(is_first_order, 1.0, _compute_length(process, start_time, time))
         length = jnp.where(is_first_order, 0.0, _compute_length(process, start_time, next_time))
         rise = length / previous_length * (data - start_data)
@@ -125,14 +123,8 @@ class DpmSinglestep(_DpmSolver):
 
 
 def _advance(
-    process: Process,
-    x: Float[Array, "*shape"],
-    interval: StepInterval,
-    data: Float[Array, "*shape"],
-    rise: Float[Array, "*shape"],
-    kind: DpmKind,
-    eta: float,
-) -> Float[Array, "*shape"]:
+    process: Process, x: Values, interval: StepInterval, data: Values, rise: Values, kind: DpmKind, eta: float
+) -> Values:
     """Return the solution of the module docstring for data that change by `rise` over the interval."""
     time, next_time, noise = interval
     alpha, sigma, h = process.alpha(next_time), process.sigma(next_time), _compute_length(process, time, next_time)
@@ -151,7 +143,3 @@ def _advance(
 def _compute_length(process: Process, time: Float[Array, ""], next_time: Float[Array, ""]) -> Float[Array, ""]:
     """Return $h$, the difference of log-SNRs between two times."""
     return process.half_log_snr(next_time) - process.half_log_snr(time)
-
-
-def _cast_like(value: Float[Array, ""], other: Float[Array, ""]) -> Float[Array, ""]:
-    return value.astype(other.dtype)

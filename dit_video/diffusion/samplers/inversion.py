@@ -55,27 +55,18 @@ def invert(
       UserError: If the solver is stochastic or multistep, or the prediction does not determine the noise at time 0.
     """
     if not isinstance(solver, Euler | Heun | Ddim) or solver.stochastic:
-        raise UserError(
-            f"solver={solver} is invalid: it can't be run towards noise. Use euler, heun or ddim without eta."
-        )
+        raise UserError(f"solver={solver} is invalid: can't be run towards noise. Use euler, heun or ddim without eta.")
     if isinstance(prediction, X0):
         raise UserError(
             "prediction=X0() is invalid: at time 0, where inversion starts, it does not determine the noise. Use a "
             "model with another prediction."
         )
     start = solver.init(data, steps=times.shape[0] - 1)
-    end = advance(
-        denoise, start, times, process=process, solver=solver, prediction=prediction, model_times=model_times
-    ).x
-    noise = end / process.scale_initial_noise(jnp.ones(()))
+    end = advance(denoise, start, times, process=process, solver=solver, prediction=prediction, model_times=model_times)
+    noise = end.x / process.scale_initial_noise(jnp.ones(()))
+    falling = None if model_times is None else model_times[::-1]
     reconstruction = sample(
-        denoise,
-        noise,
-        times[::-1],
-        process=process,
-        solver=solver,
-        prediction=prediction,
-        model_times=None if model_times is None else model_times[::-1],
+        denoise, noise, times[::-1], process=process, solver=solver, prediction=prediction, model_times=falling
     )
     error = jnp.sqrt(jnp.square(reconstruction - data).mean(axis=tuple(range(1, data.ndim))))
     return Inversion(noise, reconstruction, error)

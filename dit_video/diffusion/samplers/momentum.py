@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from dit_video.diffusion.predictions import Estimator
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import Process, Values
 from dit_video.diffusion.samplers.solvers import SolverWrapper, StepInterval
 
 
@@ -15,10 +14,10 @@ class RememberingState(NamedTuple):
     """The wrapped solver's state, and the past that guidance carries from step to step."""
 
     solver: Any
-    past: Float[Array, "*shape"]
+    past: Values
 
     @property
-    def x(self) -> Float[Array, "*shape"]:
+    def x(self) -> Values:
         """Return the sample."""
         return self.solver.x
 
@@ -31,7 +30,7 @@ class Remembering(SolverWrapper):
     two evaluations per step also keeps one value per step.
     """
 
-    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> RememberingState:
+    def init(self, noisy: Values, *, steps: int) -> RememberingState:
         """Return the state before the first of `steps` steps, with a past of zeros."""
         return RememberingState(self.solver.init(noisy, steps=steps), jnp.zeros_like(noisy))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import DenoiseFn, Estimator, Prediction, Velocity, make_estimator
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import Process, Values
 from dit_video.diffusion.samplers.ancestral import Ddim, Ddpm, Lcm
 from dit_video.diffusion.samplers.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.samplers.momentum import Remembering
@@ -21,7 +21,7 @@ from dit_video.diffusion.samplers.solvers import Euler, Heun, Solver, StepInterv
 from dit_video.diffusion.samplers.traced import Trace, TracedSampler
 from dit_video.diffusion.samplers.unipc import UniPc
 
-NoiseFn = Callable[[Int[Array, ""]], Float[Array, "*shape"]]
+NoiseFn = Callable[[Int[Array, ""]], Values]
 """Standard normal noise of a step, by its number from 0 on, in the shape of the sample."""
 
 DiffusionSampler = Euler | Heun | Ddim | Ddpm | DpmMultistep | DpmSinglestep | UniPc | Lcm
@@ -62,7 +62,7 @@ def make_noise_fn(keys: Key[Array, " B"], shape: tuple[int, ...]) -> NoiseFn:
 
 def sample(
     denoise: DenoiseFn,
-    noise: Float[Array, "*shape"],
+    noise: Values,
     times: Float[Array, " times"],
     *,
     process: Process,
@@ -70,7 +70,7 @@ def sample(
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     model_times: Float[Array, " times"] | None = None,
     noise_fn: NoiseFn | None = None,
-) -> Float[Array, "*shape"]:
+) -> Values:
     """Run `solver` over the intervals of `times`, from noise to data. `denoise` gets the time as a scalar.
 
     Args:
@@ -87,21 +87,13 @@ def sample(
       UserError: If a stochastic solver gets no noise, or the solver can't follow the process.
     """
     start = solver.init(process.scale_initial_noise(noise), steps=times.shape[0] - 1)
-    return advance(
-        denoise,
-        start,
-        times,
-        process=process,
-        solver=solver,
-        prediction=prediction,
-        model_times=model_times,
-        noise_fn=noise_fn,
-    ).x
+    options: dict[str, Any] = {"prediction": prediction, "model_times": model_times, "noise_fn": noise_fn}
+    return advance(denoise, start, times, process=process, solver=solver, **options).x
 
 
 def trace(
     denoise: DenoiseFn,
-    noise: Float[Array, "*shape"],
+    noise: Values,
     times: Float[Array, " times"],
     *,
     process: Process,
@@ -116,17 +108,8 @@ def trace(
     """
     traced_solver = TracedSampler(solver=solver, has_trace=True)
     start = traced_solver.init(process.scale_initial_noise(noise), steps=times.shape[0] - 1)
-    end = advance(
-        denoise,
-        start,
-        times,
-        process=process,
-        solver=traced_solver,
-        prediction=prediction,
-        model_times=model_times,
-        noise_fn=noise_fn,
-    )
-    return end.trace
+    options: dict[str, Any] = {"prediction": prediction, "model_times": model_times, "noise_fn": noise_fn}
+    return advance(denoise, start, times, process=process, solver=traced_solver, **options).trace
 
 
 def advance(
@@ -146,7 +129,9 @@ def advance(
     Consecutive calls are equivalent to a single one, even with different models: the state knows the number of steps,
     and `first` is the number of the first step of this call.
     """
-    _check_solver(solver, process, noise_fn)
+    solver.check(process)
+    if solver.stochastic and noise_fn is None:
+        raise UserError(f"noise_fn=None is invalid: {solver.name} draws noise. Use make_noise_fn(keys, shape).")
     estimate: Estimator = make_estimator(_replace_time(denoise, times, model_times), process, prediction)
 
     def step(state, interval):
@@ -156,15 +141,6 @@ def advance(
 
     numbers = first_step + jnp.arange(times.shape[0] - 1)
     return jax.lax.scan(step, state, (times[:-1], times[1:], numbers))[0]
-
-
-def _check_solver(solver: Solver, process: Process, noise_fn: NoiseFn | None) -> None:
-    solver.check(process)
-    if solver.stochastic and noise_fn is None:
-        raise UserError(
-            f"noise_fn=None is invalid: {solver.name} draws noise in every step. Use "
-            "noise_fn=make_noise_fn(keys, shape)."
-        )
 
 
 def _replace_time(

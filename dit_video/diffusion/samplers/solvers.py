@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Estimator
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import Process, Values
 
 
 class StepInterval(NamedTuple):
@@ -18,7 +18,7 @@ class StepInterval(NamedTuple):
 
     time: Float[Array, ""]
     next_time: Float[Array, ""]
-    noise: Float[Array, "*shape"] | None = None
+    noise: Values | None = None
     """Standard normal noise of this step."""
 
 
@@ -46,7 +46,7 @@ class Solver(ABC):
         """
 
     @abstractmethod
-    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> Any:
+    def init(self, noisy: Values, *, steps: int) -> Any:
         """Return the state before the first of `steps` steps; its `x` is the sample."""
 
     @abstractmethod
@@ -75,13 +75,13 @@ class SolverWrapper(Solver):
 class SolverState(NamedTuple):
     """The state of a one-step solver."""
 
-    x: Float[Array, "*shape"]
+    x: Values
 
 
 class OneStepSolver(Solver):
     """A solver without memory of earlier steps."""
 
-    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> SolverState:
+    def init(self, noisy: Values, *, steps: int) -> SolverState:
         return SolverState(noisy)
 
 

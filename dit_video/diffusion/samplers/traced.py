@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dit_video.diffusion.predictions import Estimator
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import Process, Values
 from dit_video.diffusion.samplers.solvers import SolverWrapper, StepInterval
 
 
@@ -33,7 +33,7 @@ class TracedSamplerState(NamedTuple):
     """Trajectory so far; None if it is not kept."""
 
     @property
-    def x(self) -> Float[Array, "*shape"]:
+    def x(self) -> Values:
         """Return the sample."""
         return self.solver.x
 
@@ -49,7 +49,7 @@ class TracedSampler(SolverWrapper):
     has_trace: bool = False
     """Keeps all states in a `Trace`."""
 
-    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> TracedSamplerState:
+    def init(self, noisy: Values, *, steps: int) -> TracedSamplerState:
         """Return the state before the first of `steps` steps, not counting those of length 0."""
         trace = None
         if self.has_trace:
@@ -65,11 +65,8 @@ class TracedSampler(SolverWrapper):
         self, estimate: Estimator, process: Process, state: TracedSamplerState, interval: StepInterval
     ) -> TracedSamplerState:
         """Take a step of the wrapped solver if the interval has a length."""
-        return jax.lax.cond(
-            interval.time != interval.next_time,
-            lambda: self._step(estimate, process, state, interval),
-            lambda: state,
-        )
+        time, next_time, _ = interval
+        return jax.lax.cond(time != next_time, lambda: self._step(estimate, process, state, interval), lambda: state)
 
     def _step(
         self, estimate: Estimator, process: Process, state: TracedSamplerState, interval: StepInterval
@@ -81,12 +78,9 @@ class TracedSampler(SolverWrapper):
             return estimates[-1]
 
         solver_state = self.solver.step(estimate_and_record, process, state.solver, interval)
-        trace = state.trace
+        step, trace = state.steps_done, state.trace
         if trace is not None:
-            trace = Trace(
-                trace.x.at[state.steps_done].set(solver_state.x), trace.data.at[state.steps_done].set(estimates[0].data)
-            )
+            trace = Trace(trace.x.at[step].set(solver_state.x), trace.data.at[step].set(estimates[0].data))
         is_first_failure = (state.failed_step < 0) & ~jnp.isfinite(solver_state.x).all(axis=None)
-        return TracedSamplerState(
-            solver_state, state.steps_done + 1, jnp.where(is_first_failure, state.steps_done, state.failed_step), trace
-        )
+        failed_step = jnp.where(is_first_failure, step, state.failed_step)
+        return TracedSamplerState(solver_state, step + 1, failed_step, trace)

@@ -26,16 +26,16 @@ from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Estimator
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import Process, Values
 from dit_video.diffusion.samplers.solvers import Solver, StepInterval
 
 
 class UniPcState(NamedTuple):
     """The state of UniPC, with the `M` latest evaluations, the newest first."""
 
-    x: Float[Array, "*shape"]
+    x: Values
     """The current (predicted) sample."""
-    start_x: Float[Array, "*shape"]
+    start_x: Values
     """The (corrected) sample at the start of the last step."""
     predictions: Float[Array, "M *shape"]
     """Predictions of the data."""
@@ -73,7 +73,7 @@ class UniPc(Solver):
         if self.order not in (1, 2, 3):
             raise UserError(f"order={self.order} is invalid: UniPC has order 1, 2 or 3, not {self.order}. Use 2.")
 
-    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> UniPcState:
+    def init(self, noisy: Values, *, steps: int) -> UniPcState:
         """Return the state before the first of `steps` steps."""
         zero = jnp.zeros((), jnp.int32)
         return UniPcState(
@@ -94,10 +94,8 @@ class UniPc(Solver):
 
         def make_corrector(order: int) -> Callable[[], Array]:
             indices = range(1, order)
-            nodes, values = (
-                [time, *(state.times[k] for k in indices)],
-                [prediction, *(state.predictions[k] for k in indices)],
-            )
+            nodes = [time, *(state.times[k] for k in indices)]
+            values = [prediction, *(state.predictions[k] for k in indices)]
             return lambda: advance(state.start_x, state.times[0], time, state.predictions[0], nodes, values)
 
         orders = range(1, self.order + 1)
@@ -130,13 +128,13 @@ class UniPc(Solver):
 def _advance(
     process: Process,
     kind: str,
-    x: Float[Array, "*shape"],
+    x: Values,
     start: Float[Array, ""],
     end: Float[Array, ""],
-    prediction: Float[Array, "*shape"],
+    prediction: Values,
     nodes: Sequence[Float[Array, ""]],
-    values: Sequence[Float[Array, "*shape"]],
-) -> Float[Array, "*shape"]:
+    values: Sequence[Values],
+) -> Values:
     """Return the sample at `end`, from `x` and its prediction at `start` and the predictions `values` at `nodes`."""
     h = process.half_log_snr(end) - process.half_log_snr(start)
     change = jnp.expm1(-h) * prediction

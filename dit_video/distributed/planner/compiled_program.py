@@ -93,16 +93,11 @@ def compile_step(
         reason, required = parse_oom_message(str(error), argument_bytes=sum(state_bytes.values()))
         temporary = max(0, required - sum(state_bytes.values()))
         memory = MemoryUsage(**state_bytes, activations=0, temporary=temporary, peak=required)
-        return CompiledStep(
-            memory=memory, program=None, compile_seconds=time.perf_counter() - start, oom_message=reason
-        )
+        seconds = time.perf_counter() - start
+        return CompiledStep(memory=memory, program=None, compile_seconds=seconds, oom_message=reason)
     seconds = time.perf_counter() - start
-    program = read_program(
-        compiled.as_text(),
-        dict(mesh.shape),
-        outer_trip_count=outer_trip_count,
-        max_outer_trip_count=max_outer_trip_count,
-    )
+    trips: dict[str, Any] = {"outer_trip_count": outer_trip_count, "max_outer_trip_count": max_outer_trip_count}
+    program = read_program(compiled.as_text(), dict(mesh.shape), **trips)
     analysis = compiled.memory_analysis()
     peak = compute_peak_memory(analysis)
     temporary = max(0, peak - sum(state_bytes.values()))
@@ -133,12 +128,8 @@ def compute_peak_memory(analysis: Any) -> int:
 
     Donated arguments are counted once, as results take their place.
     """
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
 
 
 def count_argument_bytes(arguments: tuple[PyTree, ...]) -> dict[str, int]:

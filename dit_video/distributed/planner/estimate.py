@@ -3,6 +3,7 @@
 Plans are ranked by these estimates, so that only the promising ones have to be compiled.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -65,9 +66,8 @@ class StepSpec:
     def executed_flops(self) -> int:
         """Return the FLOPs that are executed, including recomputation."""
         products = self.forward_flops - self.attention_flops
-        return (
-            products * ((4 if self.is_matmul_recomputed else 3) if self.training else 1) + self.executed_attention_flops
-        )
+        passes = (4 if self.is_matmul_recomputed else 3) if self.training else 1
+        return products * passes + self.executed_attention_flops
 
     @property
     def executed_attention_flops(self) -> int:
@@ -101,23 +101,15 @@ def estimate_step(
       layer_bytes: bytes of one unsharded layer's parameters in float32.
       mesh: sizes of the mesh's axes by name.
     """
-    devices = 1
-    for size in mesh.values():
-        devices *= size
-    tensor = mesh["tensor"]
+    devices, tensor = math.prod(mesh.values()), mesh["tensor"]
     local_tokens = step.rows * step.tokens_per_row // (mesh["data"] * mesh["fsdp"] * mesh["context"])
     residual = 4 * local_tokens * step.width
     # One layer stores the residual stream and its six modulations in float32 and, in the dtype of products,
     # queries, keys, values, attention's output and the hidden layer of the MLP.
     layer_activations = 10 * residual + local_tokens * (8 * step.width + 3 * step.mlp_dim) * step.itemsize // tensor
     product_results = local_tokens * (8 * step.width + step.mlp_dim) * step.itemsize // tensor
-    attention_output = local_tokens * step.width * step.itemsize // tensor
-    saved = {
-        "full": 0,
-        "offload": 0,
-        "attention": attention_output,
-        "dots_attention": product_results + attention_output,
-    }
+    attention = local_tokens * step.width * step.itemsize // tensor
+    saved = {"full": 0, "offload": 0, "attention": attention, "dots_attention": product_results + attention}
     layer_saved = layer_activations if step.remat == "none" else residual + saved.get(step.remat, product_results)
     activations = step.layers * layer_saved if step.training else 0
     gathered = 2 * layer_bytes // 4 * step.itemsize // tensor
@@ -134,15 +126,11 @@ def estimate_step(
     )
     # The state is read and written once; the activations of a layer about twice in each pass.
     passes = (4 if step.is_matmul_recomputed else 3) if step.training else 1
-    traffic = (
-        2 * sum(state_bytes.values())
-        + passes * step.layers * (2 * layer_activations + gathered)
-        + step.attention_bytes / devices
-    )
-    collectives = tuple(
-        part for part in _list_collectives(step, state_bytes, layer_bytes, mesh, local_tokens) if part.bytes
-    )
-    return memory, StepWork(flops=step.executed_flops / devices, bytes=float(traffic), collectives=collectives)
+    layer_traffic = passes * step.layers * (2 * layer_activations + gathered)
+    traffic = 2 * sum(state_bytes.values()) + layer_traffic + step.attention_bytes / devices
+    collectives = _list_collectives(step, state_bytes, layer_bytes, mesh, local_tokens)
+    used = tuple(part for part in collectives if part.bytes)
+    return memory, StepWork(flops=step.executed_flops / devices, bytes=float(traffic), collectives=used)
 
 
 def _list_collectives(
@@ -155,32 +143,17 @@ def _list_collectives(
     def remote_share(size: int) -> float:
         return (size - 1) / size
 
-    weights = step.layers * layer_bytes // tensor
+    weights, count = step.layers * layer_bytes // tensor, passes * step.layers
     local_values = local_tokens * step.width
+    gathered = passes * remote_share(fsdp) * weights / 4 * step.itemsize
+    exchanged = 4 * count * remote_share(context) * local_values * step.itemsize / tensor
+    summed = 2 * 3 * count * remote_share(tensor) * local_values * 4
     collectives = [
-        CollectiveTraffic(
-            "all-gather", ("fsdp",), passes * remote_share(fsdp) * weights / 4 * step.itemsize, passes * step.layers
-        ),
+        CollectiveTraffic("all-gather", ("fsdp",), gathered, count),
         # Queries, keys, values and attention's output (arXiv 2309.14509), and their gradients in the backward pass.
-        CollectiveTraffic(
-            "all-to-all",
-            ("context",),
-            4
-            * (passes if step.training else 1)
-            * step.layers
-            * remote_share(context)
-            * local_values
-            * step.itemsize
-            / tensor,
-            4 * passes * step.layers,
-        ),
+        CollectiveTraffic("all-to-all", ("context",), exchanged, 4 * count),
         # Sums after attention and MLP, and of the gradients of their inputs (arXiv 1909.08053, section 3).
-        CollectiveTraffic(
-            "all-reduce",
-            ("tensor",),
-            2 * 3 * passes * step.layers * remote_share(tensor) * local_values * 4,
-            3 * passes * step.layers,
-        ),
+        CollectiveTraffic("all-reduce", ("tensor",), summed, 3 * count),
     ]
     if step.training:
         collectives += [

@@ -1,5 +1,6 @@
 """Accelerators' peak rates from their makers' data sheets, and topologies such as `v5e:4x4` or `h100:16`."""
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -47,60 +48,53 @@ _BOOK = "links: jax-ml.github.io/scaling-book/tpus"
 _PRICES = "cloud.google.com/tpu/pricing, on demand in the cheapest US region, 2025"
 _CAPACITY_BLOCK_PRICES = "aws.amazon.com/ec2/capacityblocks/pricing, US East, January 2025"
 
+_make_tpu = functools.partial(Chip, kind="tpu", price_source=_PRICES)
+_make_gpu = functools.partial(Chip, kind="gpu", price_source=_CAPACITY_BLOCK_PRICES, nvlink_domain=8)
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip(
+        _make_tpu(
             name="v4",
-            kind="tpu",
             flops=275e12,
             memory=32 * GIB,
             bandwidth=1228e9,
             link_bandwidth=90e9,
             hourly_price=3.22,
             source=f"{_DOCS}/v4; {_BOOK}",
-            price_source=_PRICES,
             device_kinds=("TPU v4",),
         ),
-        Chip(
+        _make_tpu(
             name="v5e",
-            kind="tpu",
             flops=197e12,
             memory=16 * GIB,
             bandwidth=819e9,
             link_bandwidth=90e9,
             hourly_price=1.20,
             source=f"{_DOCS}/v5e; {_BOOK}",
-            price_source=_PRICES,
             device_kinds=("TPU v5 lite", "TPU v5e"),
         ),
-        Chip(
+        _make_tpu(
             name="v5p",
-            kind="tpu",
             flops=459e12,
             memory=95 * GIB,
             bandwidth=2765e9,
             link_bandwidth=180e9,
             hourly_price=4.20,
             source=f"{_DOCS}/v5p; {_BOOK}",
-            price_source=_PRICES,
             device_kinds=("TPU v5p", "TPU v5"),
         ),
-        Chip(
+        _make_tpu(
             name="v6e",
-            kind="tpu",
             flops=918e12,
             memory=32 * GIB,
             bandwidth=1638e9,
             link_bandwidth=180e9,
             hourly_price=2.70,
             source=f"{_DOCS}/v6e; {_BOOK}",
-            price_source=_PRICES,
             device_kinds=("TPU v6 lite", "TPU v6e"),
         ),
-        Chip(
+        _make_tpu(
             name="v7x",
-            kind="tpu",
             flops=2307e12,
             memory=192 * GIB,
             bandwidth=7380e9,
@@ -109,52 +103,42 @@ CHIPS = {
             libtpu_name="tpu7x",
             device_kinds=("TPU7x",),
         ),
-        Chip(
+        _make_gpu(
             name="a100",
-            kind="gpu",
             flops=312e12,
             memory=80 * GB,
             bandwidth=2039e9,
             link_bandwidth=300e9,
-            nvlink_domain=8,
             network_bandwidth=25e9,
             source="NVIDIA A100 80GB SXM data sheet; network: DGX A100 with 200 Gbit/s for each GPU",
             device_kinds=("A100",),
         ),
-        Chip(
+        _make_gpu(
             name="h100",
-            kind="gpu",
             flops=989e12,
             memory=80 * GB,
             bandwidth=3350e9,
             link_bandwidth=450e9,
-            nvlink_domain=8,
             hourly_price=4.92,
             source="NVIDIA H100 SXM data sheet, without sparsity",
-            price_source=_CAPACITY_BLOCK_PRICES,
             device_kinds=("H100 80GB HBM3",),  # Other H100 models are slower.
         ),
-        Chip(
+        _make_gpu(
             name="h200",
-            kind="gpu",
             flops=989e12,
             memory=141 * GB,
             bandwidth=4800e9,
             link_bandwidth=450e9,
-            nvlink_domain=8,
             hourly_price=5.41,
             source="NVIDIA H200 SXM data sheet, without sparsity",
-            price_source=_CAPACITY_BLOCK_PRICES,
             device_kinds=("H200", "GH200"),
         ),
-        Chip(
+        _make_gpu(
             name="b200",
-            kind="gpu",
             flops=2250e12,
             memory=180 * GB,
             bandwidth=7700e9,
             link_bandwidth=900e9,
-            nvlink_domain=8,
             source="NVIDIA HGX B200 data sheet, without sparsity",
             device_kinds=("B200",),
         ),
@@ -192,9 +176,8 @@ class Topology:
         dimensions = {"gpu": 1, "tpu": 2 if chip.name in ("v5e", "v6e") else 3}[chip.kind]
         if len(parts) != dimensions or not all(part.isdecimal() and int(part) > 0 for part in parts):
             example = {1: "8", 2: "4x4", 3: "4x4x4"}[dimensions]
-            raise UserError(
-                f"{text!r} is not a topology: a {name} has {dimensions} sizes. Use a shape such as {name}:{example}"
-            )
+            fix = f"Use a shape such as {name}:{example}"
+            raise UserError(f"{text!r} is not a topology: a {name} has {dimensions} sizes. {fix}")
         return Topology(chip, tuple(map(int, parts)))
 
     def get_devices(self) -> list[Any]:
@@ -240,16 +223,10 @@ def find_chip(device: Any) -> Chip | None:
 
 def get_peak_flops(devices: Sequence[Any]) -> float | None:
     """Return the devices' total peak FLOPs per second in bfloat16, or None if one is not in the table."""
-    chips = [find_chip(device) for device in devices]
-    return (
-        None
-        if None in chips
-        else sum(
-            chip.flops / _count_devices_per_chip(device) for chip, device in zip(chips, devices, strict=True) if chip
-        )
-    )
-
-
-def _count_devices_per_chip(device: Any) -> int:
-    """Return the number of JAX devices per chip: two where JAX reports a chip's cores."""
-    return 2 if device.device_kind in ("TPU7x", "TPU v2", "TPU v3") else 1
+    total = 0.0
+    for device in devices:
+        if (chip := find_chip(device)) is None:
+            return None
+        has_two_devices = device.device_kind in ("TPU7x", "TPU v2", "TPU v3")  # JAX reports the chip's cores
+        total += chip.flops / (2 if has_two_devices else 1)
+    return total

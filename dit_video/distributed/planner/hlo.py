@@ -93,11 +93,6 @@ class Program:
     unknown_loops: int = 0
     """Number of loops whose trip count is unknown, each counted once."""
 
-    @property
-    def collective_bytes(self) -> float:
-        """Return the bytes that a device receives from all collectives."""
-        return sum((part.bytes for part in self.collectives.values()), start=0.0)
-
 
 def read_program(
     text: str, mesh: dict[str, int], *, outer_trip_count: int = 1, max_outer_trip_count: int | None = None
@@ -159,35 +154,27 @@ def _find_closing_bracket(text: str, start: int) -> int:
     return len(text) - 1
 
 
-_NO_TRAFFIC = frozenset(
-    {
-        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
-        *("while", "conditional", "call", "opt-barrier", "async-start", "async-update", "async-done"),
-    }
-)
+_NO_TRAFFIC = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
+    *("while", "conditional", "call", "opt-barrier", "async-start", "async-update", "async-done"),
+}
 """Opcodes that don't access memory themselves."""
 
 
 _SLICE_OPCODES = frozenset({"slice", "slice-start", "dynamic-slice", "gather"})
 """Opcodes that read no more of their first operand than they return."""
+_COPY_OPCODES = ("bitcast", "copy", "get-tuple-element")
+"""Opcodes whose result has the values of their first operand."""
 
 
 class _CostReader:
     """Accumulates the costs of a program while walking through its computations."""
 
     def __init__(
-        self,
-        computations: dict[str, Computation],
-        mesh: dict[str, int],
-        outer_trip_count: int,
-        max_outer_trip_count: int | None,
+        self, computations: dict[str, Computation], mesh: dict[str, int], trip_count: int, max_trip_count: int | None
     ):
-        self.computations, self.mesh, self.outer_trip_count, self.max_outer_trip_count = (
-            computations,
-            mesh,
-            outer_trip_count,
-            max_outer_trip_count,
-        )
+        self.computations, self.mesh = computations, mesh
+        self.outer_trip_count, self.max_outer_trip_count = trip_count, max_trip_count
         self.program = Program()
         self._chains: set[tuple[str, str]] = set()
 
@@ -239,16 +226,9 @@ class _CostReader:
         if known := _TRIP_COUNT.search(instruction.rest):
             return int(known[1])
         # A loop that counts up compares its counter with the largest scalar constant of its condition.
-        instructions = self.computations.get(condition, {})
-        if any(
-            part.opcode == "compare" and "direction=LT" in part.rest
-            for part in self._iterate_instructions(instructions)
-        ):
-            limits = [
-                part
-                for part in self._iterate_instructions(instructions)
-                if part.opcode == "constant" and part.shapes[0].values == 1
-            ]
+        parts = list(self._iterate_instructions(self.computations.get(condition, {})))
+        if any(part.opcode == "compare" and "direction=LT" in part.rest for part in parts):
+            limits = [part for part in parts if part.opcode == "constant" and part.shapes[0].values == 1]
             numbers = [int(part.rest.split(")")[0]) for part in limits if re.match(r"\d+\)", part.rest)]
             return max(numbers) if numbers else None
         return None
@@ -284,12 +264,10 @@ class _CostReader:
             return
         if kind == "all-reduce" and self._is_reduce_scatter(instruction, computation):
             kind = "reduce-scatter"
-        received = {"all-gather": operand_bytes * len(group), "all-reduce": 2 * operand_bytes}.get(
-            kind, operand_bytes
-        ) * remote_share
+        copies = {"all-gather": len(group), "all-reduce": 2}.get(kind, 1)
         axes = find_mesh_axes(group, self.mesh, permuted=kind == "collective-permute")
         traffic = self.program.collectives.setdefault((kind, axes), CollectiveTraffic(kind, axes))
-        traffic.bytes += executions * received
+        traffic.bytes += executions * (copies * operand_bytes * remote_share)
         traffic.count += executions
 
     def _is_reduce_scatter(self, instruction: Instruction, computation: Computation) -> bool:
@@ -301,9 +279,8 @@ class _CostReader:
         """Return the bytes that an instruction reads and writes."""
         callee = dict(_CALLEES.findall(instruction.rest)).get("calls") if instruction.opcode == "fusion" else None
         fused = self.computations.get(callee, {}) if callee else {}
-        return sum(self._count_read_bytes(instruction, fused, computation)) + self._count_written_bytes(
-            instruction, fused, computation
-        )
+        read_bytes = sum(self._count_read_bytes(instruction, fused, computation))
+        return read_bytes + self._count_written_bytes(instruction, fused, computation)
 
     def _count_read_bytes(
         self, instruction: Instruction, fused: Computation, computation: Computation
@@ -320,10 +297,9 @@ class _CostReader:
                 continue
             parameter = parameters.get(str(number))
             users = [part for part in fused.values() if parameter is not None and parameter in part.operands]
-            slices = [part for part in users if part.opcode in _SLICE_OPCODES and part.operands[0] == parameter]
-            updates = [
-                part for part in users if part.opcode == "dynamic-update-slice" and part.operands[0] == parameter
-            ]
+            changes = [part for part in users if part.operands[0] == parameter]
+            slices = [part for part in changes if part.opcode in _SLICE_OPCODES]
+            updates = [part for part in changes if part.opcode == "dynamic-update-slice"]
             # A fusion that only slices an operand, or updates it in place, doesn't read the rest of it.
             if users and len(slices) + len(updates) == len(users):
                 yield sum(part.shapes[0].bytes for part in slices)
@@ -362,23 +338,14 @@ def _find_users(name: str, computation: Computation) -> Iterator[Instruction]:
 
 def _count_stacked_bytes(computations: dict[str, Computation], body: str, trip_count: int) -> float:
     """Return the bytes of the arrays into which a loop writes one slice per iteration."""
-    computation = computations.get(body, {})
+    computation = computations.get(body, {}) if trip_count > 1 else {}
     root = next((instruction for instruction in computation.values() if instruction.is_root), None)
     total = 0.0
     for name in root.operands if root is not None else ():
         instruction = computation.get(name)
-        while (
-            instruction is not None
-            and instruction.opcode in ("bitcast", "copy", "get-tuple-element")
-            and instruction.operands
-        ):
+        while instruction is not None and instruction.opcode in _COPY_OPCODES and instruction.operands:
             instruction = computation.get(instruction.operands[0])
-        if (
-            instruction is None
-            or not instruction.shapes
-            or instruction.shapes[0].sizes[:1] != (trip_count,)
-            or trip_count < 2
-        ):
+        if instruction is None or not instruction.shapes or instruction.shapes[0].sizes[:1] != (trip_count,):
             continue
         inner = computations.get(dict(_CALLEES.findall(instruction.rest)).get("calls", ""), {"": instruction})
         if any(part.opcode == "dynamic-update-slice" for part in inner.values()):

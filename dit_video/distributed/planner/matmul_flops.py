@@ -60,8 +60,6 @@ def _count_taps(input_size: int, kernel_size: int, output_size: int, window: tup
             begin, end = max(0, math.ceil(-first / stride)), min(output_size - 1, (last - first) // stride)
             total += max(0, end - begin + 1)
         else:
-            total += sum(
-                0 <= (index := output * stride + first) <= last and index % input_dilation == 0
-                for output in range(output_size)
-            )
+            indices = range(first, first + output_size * stride, stride)
+            total += sum(0 <= index <= last and index % input_dilation == 0 for index in indices)
     return total

@@ -7,11 +7,8 @@ import re
 def parse_lists(text: str, name: str) -> list[list[int]]:
     """Parse an attribute such as `name={{0,1},{2,3}}`; return an empty list if it is absent."""
     match = re.search(name + r"=\{(\{.*?\})\}", text)
-    return (
-        []
-        if match is None
-        else [[int(n) for n in part.split(",") if n] for part in re.findall(r"\{([^}]*)\}", match[1])]
-    )
+    parts = re.findall(r"\{([^}]*)\}", match[1]) if match else []
+    return [[int(number) for number in part.split(",") if number] for part in parts]
 
 
 def parse_replica_groups(text: str, devices: int) -> list[list[int]]:

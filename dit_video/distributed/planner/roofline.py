@@ -1,5 +1,6 @@
 """Lower bounds on the time of a step from the hardware's peak rates (roofline, doi:10.1145/1498765.1498785)."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -45,18 +46,11 @@ def compute_step_times(
     Collectives run one after the other, each on the links of one torus axis. Collectives of GPUs use NVLink if they
     stay inside its domain, else the network.
     """
-    chip = topology.chip
-    return StepTimes(
-        compute=work.flops * devices_per_chip / chip.flops,
-        memory=work.bytes * devices_per_chip / chip.bandwidth,
-        collectives=sum(
-            (
-                part.bytes * devices_per_chip / get_link_bandwidth(topology, mesh, part.axes)
-                for part in work.collectives
-            ),
-            start=0.0,
-        ),
-    )
+    chip, collectives = topology.chip, 0.0
+    for part in work.collectives:
+        collectives += part.bytes * devices_per_chip / get_link_bandwidth(topology, mesh, part.axes)
+    compute, memory = work.flops * devices_per_chip / chip.flops, work.bytes * devices_per_chip / chip.bandwidth
+    return StepTimes(compute=compute, memory=memory, collectives=collectives)
 
 
 def get_link_bandwidth(topology: Topology, mesh: Mapping[str, int], axes: Iterable[str]) -> float:
@@ -68,7 +62,5 @@ def get_link_bandwidth(topology: Topology, mesh: Mapping[str, int], axes: Iterab
     if chip.nvlink_domain is None:
         return chip.link_bandwidth
     outermost = min((names.index(name) for name in axes if name in mesh), default=0)
-    extent = 1
-    for name in names[outermost:]:
-        extent *= mesh[name]
+    extent = math.prod(mesh[name] for name in names[outermost:])
     return chip.link_bandwidth if extent <= chip.nvlink_domain else min(chip.link_bandwidth, chip.network_bandwidth)

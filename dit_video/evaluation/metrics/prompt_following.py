@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy.ndimage import binary_dilation, binary_propagation
 
 from dit_video.core import rng
 from dit_video.data.synthetic.shapes import (
@@ -142,13 +143,6 @@ def _classify_colour(
     return list(COLOURS)[best]
 
 
-def _dilate(mask: Bool[np.ndarray, "T H W"]) -> Bool[np.ndarray, "T H W"]:
-    """Return the mask with every pixel's eight neighbours."""
-    padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
-    rows = padded[:, :-2] | padded[:, 1:-1] | padded[:, 2:]
-    return rows[:, :, :-2] | rows[:, :, 1:-1] | rows[:, :, 2:]
-
-
 def _find_body(coverage: Float[np.ndarray, "T H W"]) -> Bool[np.ndarray, "T H W"]:
     """Return in every frame the connected part around the densest pixel, and two pixels around it for its soft edge."""
     padded = np.pad(coverage, ((0, 0), (1, 1), (1, 1)))
@@ -156,12 +150,10 @@ def _find_body(coverage: Float[np.ndarray, "T H W"]) -> Bool[np.ndarray, "T H W"
     density = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
     solid = coverage > 0.5
     densest = density.reshape(len(density), -1).argmax(axis=1)
-    body = (np.arange(density[0].size) == densest[:, None]).reshape(density.shape) & solid
-    while True:
-        grown = _dilate(body) & solid
-        if (grown == body).all():
-            return _dilate(_dilate(body))
-        body = grown
+    seed = (np.arange(density[0].size) == densest[:, None]).reshape(density.shape) & solid
+    neighbours = np.ones((1, 3, 3), bool)
+    body = binary_propagation(seed, neighbours, mask=solid)
+    return binary_dilation(body, neighbours, iterations=2)
 
 
 def _compute_centroids(bodies: Float[np.ndarray, "T H W"]) -> Float[np.ndarray, "T 2"]:
@@ -199,9 +191,8 @@ def _classify_direction(centroids: Float[np.ndarray, "T 2"], is_valid: Bool[np.n
         return None
     displacement = np.polyfit(frames, centroids[frames], 1)[0] * (len(is_valid) - 1)
     axis = int(np.argmax(np.abs(displacement)))
-    if np.abs(displacement[axis]) < MIN_MOTION or np.abs(displacement[1 - axis]) > np.tan(np.pi / 6) * np.abs(
-        displacement[axis]
-    ):
+    along, across = np.abs(displacement[[axis, 1 - axis]])
+    if along < MIN_MOTION or across > np.tan(np.pi / 6) * along:
         return None
     return next(name for name, signs in DIRECTIONS.items() if signs[axis] == np.sign(displacement[axis]))
 
@@ -219,9 +210,7 @@ def prompt_following(results: Sequence[JudgedSample]) -> dict:
         "never_seen": lambda result: result.description in HELD_OUT,
         "images": lambda result: result.size.t == 1,
     }
-    table: dict = {
-        name: _compute_rates([result for result in results if is_member(result)]) for name, is_member in groups.items()
-    }
+    table = {name: _compute_rates(list(filter(is_member, results))) for name, is_member in groups.items()}
     return {**table, "start_spread": start_spread(results)}
 
 
@@ -237,14 +226,14 @@ def _compute_rates(results: Sequence[JudgedSample]) -> dict:
     return rates
 
 
-def compute_wilson_interval(right: int, count: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's interval of a rate (1927), 95 % by default; (0, 1) if the count is 0."""
+def compute_wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a rate (1927); (0, 1) if the count is 0."""
+    from scipy.stats import binomtest  # slow to import, and needed by few programs that import this module
+
     if count == 0:
         return 0.0, 1.0
-    rate, weight = right / count, z**2 / count
-    middle = (rate + weight / 2) / (1 + weight)
-    half_width = z * np.sqrt(rate * (1 - rate) / count + weight / (4 * count)) / (1 + weight)
-    return max(0.0, float(middle - half_width)), min(1.0, float(middle + half_width))
+    interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def start_spread(results: Sequence[JudgedSample], *, draws: int = 100) -> dict:
@@ -257,18 +246,14 @@ def start_spread(results: Sequence[JudgedSample], *, draws: int = 100) -> dict:
     """
     spreads: dict[str, dict] = {}
     ratios: list[float] = []
+    found = [result for result in results if result.judgement.start is not None]
     for name in (*DIRECTIONS, "image"):
         direction = None if name == "image" else name
-        group = [
-            result
-            for result in results
-            if result.description.direction == direction and result.judgement.start is not None
-        ]
+        group = [result for result in found if result.description.direction == direction]
         entry: dict = {"count": len(group)}
         starts = np.asarray([result.judgement.start for result in group]).reshape(-1, 2)
-        data = np.concatenate(
-            [np.zeros((0, 2)), *(_draw_data_starts(result, index, draws) for index, result in enumerate(group))]
-        )
+        drawn = [_draw_data_starts(result, index, draws) for index, result in enumerate(group)]
+        data = np.concatenate([np.zeros((0, 2)), *drawn])
         for axis, label in enumerate(("vertical", "horizontal")):
             if len(group) < 2:
                 entry[label] = {"samples": None, "data": None, "ratio": None}

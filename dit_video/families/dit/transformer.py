@@ -11,6 +11,7 @@ lower lowest frequency of the time embedding, by a factor of `10000 ** (1 / 127)
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +26,10 @@ from dit_video.tokens import Grid
 from dit_video.weights import diffusers, streaming
 from dit_video.weights.diffusers import DENSE
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.parameter import Placement, place_on_host
+from dit_video.weights.parameter import Placement
 from dit_video.weights.safetensors import check_safetensors_file
 from dit_video.weights.streaming import ConstantTensor, FileMap, FolderSource, ParamsSource
-from dit_video.weights.tensor_map import SHARD_BYTES, TensorMapping, make_dtype_fn
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMapping
 
 CLASS, LEGACY_CLASS, AUTHORS_CLASSES = "DiTTransformer2DModel", "Transformer2DModel", ("DiT", "SiT")
 DitLayout = Literal["diffusers", "authors"]
@@ -73,13 +74,8 @@ _LEGACY_DEFAULTS = {
     "norm_elementwise_affine": True,
     "num_embeds_ada_norm": None,
 }
-_SUPPORTED = {
-    "dropout": 0.0,
-    "attention_bias": True,
-    "activation_fn": "gelu-approximate",
-    "norm_type": "ada_norm_zero",
-    "norm_elementwise_affine": False,
-}
+_FIXED = ("dropout", "attention_bias", "activation_fn", "norm_type", "norm_elementwise_affine")
+_SUPPORTED = {name: _DEFAULTS[name] for name in _FIXED}
 _AUTHORS_DEFAULTS: dict[str, Any] = {
     "input_size": 32,
     "patch_size": 2,
@@ -114,30 +110,19 @@ _TIME_LINEAR = (
 
 
 def load(
-    folder: Path,
-    document: dict[str, Any],
-    *,
-    dtype: Any = np.float32,
-    kernel_dtype: Any = None,
-    place: Placement = place_on_host,
+    folder: Path, document: dict[str, Any], *, dtype_fn: Callable[[str], Any], place: Placement
 ) -> tuple[DitConfig, dict[str, Any]]:
     """Read the config and parameters of a folder in either layout, whose config file is `document`.
 
-    `dtype`, `kernel_dtype`, `place` and the errors are as for `load_denoiser`.
+    `dtype_fn` is as for `streaming.read`, `place` and the errors are as for `load_denoiser`.
     """
     config = parse_config(folder, document)
-    authors = document.get("_class_name") in AUTHORS_CLASSES
+    layout: DitLayout = "authors" if document.get("_class_name") in AUTHORS_CLASSES else "diffusers"
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
-        return config, _read_params(tensors, config, "authors" if authors else "diffusers", dtype, kernel_dtype, place)
+        return config, _read_params(tensors, config, layout, dtype_fn, place)
 
 
-def load_file(
-    path: Path,
-    *,
-    dtype: Any = np.float32,
-    kernel_dtype: Any = None,
-    place: Placement = place_on_host,
-) -> tuple[DitConfig, dict[str, Any]]:
+def load_file(path: Path, *, dtype_fn: Callable[[str], Any], place: Placement) -> tuple[DitConfig, dict[str, Any]]:
     """Read the config and parameters of the authors' single-file checkpoint, such as `SiT-XL-2-256.safetensors`.
 
     The name of the file decides what its tensors don't show: the model, DiT or SiT, and its number of heads.
@@ -148,7 +133,7 @@ def load_file(
     """
     with open_file(path) as tensors:
         config = parse_config(path, infer_document(path, tensors))
-        return config, _read_params(tensors, config, "authors", dtype, kernel_dtype, place)
+        return config, _read_params(tensors, config, "authors", dtype_fn, place)
 
 
 def open_file(path: Path) -> TensorFolder:
@@ -224,9 +209,8 @@ def parse_config(path: Path, document: dict[str, Any]) -> DitConfig:
     """
     kind = document["_class_name"]
     if kind not in AUTHORS_CLASSES:
-        settings = diffusers.get_settings(
-            path, document, _DEFAULTS | _LEGACY_SETTINGS | (_LEGACY_DEFAULTS if kind == LEGACY_CLASS else {})
-        )
+        defaults = _DEFAULTS | _LEGACY_SETTINGS | (_LEGACY_DEFAULTS if kind == LEGACY_CLASS else {})
+        settings = diffusers.get_settings(path, document, defaults)
         diffusers.check_supported(path, settings, _SUPPORTED | _LEGACY_SETTINGS)
         width, heads = settings["num_attention_heads"] * settings["attention_head_dim"], settings["num_attention_heads"]
         size, layers, classes = settings["sample_size"], settings["num_layers"], settings["num_embeds_ada_norm"]
@@ -238,17 +222,10 @@ def parse_config(path: Path, document: dict[str, Any]) -> DitConfig:
             diffusers.check_supported(path, settings, {"out_channels": 2 * channels})
     else:
         settings = diffusers.get_settings(path, document, _AUTHORS_DEFAULTS)
-        if not settings["class_dropout_prob"] > 0:
-            raise UserError(
-                f"{path}: class_dropout_prob={settings['class_dropout_prob']} is not supported, "
-                "as the model then lacks an embedding for no class"
-            )
-        width, heads, size, layers = (
-            settings["hidden_size"],
-            settings["num_heads"],
-            settings["input_size"],
-            settings["depth"],
-        )
+        if not (dropout := settings["class_dropout_prob"]) > 0:
+            raise UserError(f"{path}: class_dropout_prob={dropout} is not supported: there is no embedding of no class")
+        width, heads = settings["hidden_size"], settings["num_heads"]
+        size, layers = settings["input_size"], settings["depth"]
         classes, channels, ratio = settings["num_classes"], settings["in_channels"], settings["mlp_ratio"]
         eps, period = 1e-6, _PERIOD
         variance = "none" if not settings["learn_sigma"] else "dropped" if kind == "SiT" else "predicted"
@@ -286,11 +263,9 @@ def make_document(config: DitConfig, layout: DitLayout) -> dict[str, Any]:
     kind = CLASS if layout == "diffusers" else "SiT" if velocity else "DiT"
     if layout == "diffusers" and velocity:
         raise UserError(f"{CLASS} predicts noise, so a SiT can't be written in its layout. Use the authors' layout")
-    position, labels, patch = config.position_embedding, config.labels, config.patch
+    position, labels, patch = config.absolute_position, config.labels, config.patch
     if not isinstance(position, ImageSineCosine) or labels is None:
-        raise UserError(
-            f"{kind} has class labels and sine-cosine image positions. Without them a config can't be written as one"
-        )
+        raise UserError(f"can't write a {kind} without class labels and sine-cosine image positions; add both")
     size = position.side * patch.h
     document: dict[str, Any]
     if layout == "authors":
@@ -357,17 +332,10 @@ def infer_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
 
 
 def _read_params(
-    tensors: TensorFolder, config: DitConfig, layout: DitLayout, dtype: Any, kernel_dtype: Any, place: Placement
+    tensors: TensorFolder, config: DitConfig, layout: DitLayout, dtype_fn: Callable[[str], Any], place: Placement
 ) -> dict[str, Any]:
     names, shapes = make_file_map(config, layout), get_param_shapes(config.make)
-
-    return streaming.read(
-        FolderSource(tensors, names, shapes),
-        shapes,
-        names.depths,
-        dtype_fn=make_dtype_fn(dtype, kernel_dtype),
-        place=place,
-    )
+    return streaming.read(FolderSource(tensors, names, shapes), shapes, names.depths, dtype_fn=dtype_fn, place=place)
 
 
 def _get_preserved_fields(config: DitConfig) -> dict[str, Any]:
@@ -390,7 +358,7 @@ def _list_copies(parts: dict[str, tuple[TensorMapping, ...]], layers: int) -> di
 
 def _make_position_table(config: DitConfig) -> np.ndarray:
     """Return the authors' table of positions: sines and cosines that depend on the sizes alone, computed in float64."""
-    position = config.position_embedding
+    position = config.absolute_position
     assert isinstance(position, ImageSineCosine)
     quarter = config.width // 4
     angles = np.arange(position.side)[:, None] / _PERIOD ** (np.arange(quarter) / quarter)

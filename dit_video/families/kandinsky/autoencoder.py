@@ -62,15 +62,13 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[VqConfig, dict[str, An
       UserError: a setting is not supported, or the weights do not fit.
     """
     settings = diffusers.get_settings(folder, document, _DEFAULTS)
-    if settings["norm_type"] not in ("group", "spatial"):
-        raise UserError(
-            f"{folder / 'config.json'}: norm_type={settings['norm_type']} is not supported, only group, spatial"
-        )
-    channels, width = settings["latent_channels"], settings["vq_embed_dim"]
+    norm_type, channels, width = settings["norm_type"], settings["latent_channels"], settings["vq_embed_dim"]
+    if norm_type not in ("group", "spatial"):
+        raise UserError(f"{folder / 'config.json'}: norm_type={norm_type} is not supported, only group, spatial")
     config = VqConfig(
         network=ImageVaeConfig(channels=channels, levels=image_autoencoder.parse_levels(folder, settings)),
         codebook=CodebookConfig(codes=settings["num_vq_embeddings"], width=channels if width is None else width),
-        modulated=settings["norm_type"] == "spatial",
+        modulated=norm_type == "spatial",
     )
     _check_modulation(config, str(folder / "config.json"))
     shapes = get_param_shapes(config.make)
@@ -89,14 +87,11 @@ def save(
     """
     network = config.network
     if not isinstance(network, ImageVaeConfig):
-        raise UserError(
-            f"{CLASS} is an autoencoder of images, so a network of clips ({type(network).__name__}) can't be written"
-        )
+        raise UserError(f"{CLASS} encodes images, so a network of clips ({type(network).__name__}) can't be written")
     if config.codebook.spherical:
-        raise UserError(
-            f"{CLASS} compares latents and codes without normalising them, so a spherical codebook can't be written"
-        )
+        raise UserError(f"{CLASS} does not normalise latents and codes, so a spherical codebook can't be written")
     _check_modulation(config, CLASS)
+    normalizer = image_autoencoder.make_normalizer_settings(params["normalizer"])
     document = {
         "_class_name": CLASS,
         **image_autoencoder.make_level_settings(network.levels),
@@ -104,11 +99,7 @@ def save(
         "num_vq_embeddings": config.codebook.codes,
         "vq_embed_dim": config.codebook.width,
         "norm_type": "spatial" if config.modulated else "group",
-        **{
-            name: value
-            for name, value in image_autoencoder.make_normalizer_settings(params["normalizer"]).items()
-            if value is not None
-        },
+        **{name: value for name, value in normalizer.items() if value is not None},
     }
     diffusers.write(folder, document, make_vq_tensor_map(config), params, shard_bytes=shard_bytes)
 
@@ -116,17 +107,11 @@ def save(
 def _check_modulation(config: VqConfig, location: str) -> None:
     """Raise UserError for modulated norms that diffusers' settings can't express."""
     assert isinstance(config.network, ImageVaeConfig)
-    channels, groups = config.network.channels, config.network.levels.groups
-    if config.modulated and channels != config.codebook.width:
-        raise UserError(
-            f"{location}: norms are modulated by latents of {channels} channels, but codes have "
-            f"{config.codebook.width}. "
-            "Use the same number"
-        )
+    channels, groups, width = config.network.channels, config.network.levels.groups, config.codebook.width
+    if config.modulated and channels != width:
+        raise UserError(f"{location}: latents of {channels} channels can't modulate codes of {width}. Use one number")
     if config.modulated and groups != _SPATIAL_NORM_GROUPS:
-        raise UserError(
-            f"{location}: groups={groups} is invalid: modulated norms of {CLASS} have {_SPATIAL_NORM_GROUPS} groups"
-        )
+        raise UserError(f"{location}: groups={groups} is invalid: modulated norms have {_SPATIAL_NORM_GROUPS} groups")
 
 
 def make_vq_tensor_map(config: VqConfig) -> TensorMap:
@@ -135,7 +120,6 @@ def make_vq_tensor_map(config: VqConfig) -> TensorMap:
     levels = config.network.levels
     norm = _SPATIAL_NORM if config.modulated else image_autoencoder.GROUP_NORM
     names = image_autoencoder.make_encoder_tensor_map(levels) | image_autoencoder.make_decoder_tensor_map(levels, norm)
-    names |= map_kernel_and_bias("to_codes", "quant_conv", CONV_1X1) | map_kernel_and_bias(
-        "from_codes", "post_quant_conv", CONV_1X1
-    )
+    names |= map_kernel_and_bias("to_codes", "quant_conv", CONV_1X1)
+    names |= map_kernel_and_bias("from_codes", "post_quant_conv", CONV_1X1)
     return names | {"codebook/codes": TensorMapping("quantize.embedding.weight")}

@@ -119,10 +119,8 @@ def make_level_settings(levels: ImageLevels) -> dict[str, Any]:
 def _make_block_types(count: int, attention: tuple[int, ...]) -> dict[str, list[str]]:
     """Return the settings with the kinds of the levels' blocks."""
     kinds = ["Attn" if level in attention else "" for level in range(count)]
-    return {
-        "down_block_types": [f"{kind}Down{_DOWN}" for kind in kinds],
-        "up_block_types": [f"{kind}Up{_UP}" for kind in kinds[::-1]],
-    }
+    down, up = [f"{kind}Down{_DOWN}" for kind in kinds], [f"{kind}Up{_UP}" for kind in kinds[::-1]]
+    return {"down_block_types": down, "up_block_types": up}
 
 
 class NormMapping(NamedTuple):
@@ -185,9 +183,8 @@ def _make_tensor_map(config: ImageVaeConfig) -> TensorMap:
 
 def _map_ends(side: str, norm: NormMapping) -> dict[str, TensorMapping]:
     """Return the tensor map of the first and last layers, and of the middle block."""
-    names = map_kernel_and_bias(f"{side}/conv_in", f"{side}.conv_in", CONV_2D) | map_kernel_and_bias(
-        f"{side}/conv_out", f"{side}.conv_out", CONV_2D
-    )
+    names = map_kernel_and_bias(f"{side}/conv_in", f"{side}.conv_in", CONV_2D)
+    names |= map_kernel_and_bias(f"{side}/conv_out", f"{side}.conv_out", CONV_2D)
     names |= norm.make_tensor_map(f"{side}/norm", f"{side}.conv_norm_out")
     ours, theirs = f"{side}/middle", f"{side}.mid_block"
     names |= _map_residual(f"{ours}/before", f"{theirs}.resnets.0", norm)
@@ -204,12 +201,10 @@ def _map_level(ours: str, theirs: str, blocks: int, norm: NormMapping) -> dict[s
 
 
 def _map_residual(ours: str, theirs: str, norm: NormMapping) -> dict[str, TensorMapping]:
-    names = map_kernel_and_bias(f"{ours}/conv_in", f"{theirs}.conv1", CONV_2D) | map_kernel_and_bias(
-        f"{ours}/conv_out", f"{theirs}.conv2", CONV_2D
-    )
-    names |= norm.make_tensor_map(f"{ours}/norm_in", f"{theirs}.norm1") | norm.make_tensor_map(
-        f"{ours}/norm_out", f"{theirs}.norm2"
-    )
+    names = map_kernel_and_bias(f"{ours}/conv_in", f"{theirs}.conv1", CONV_2D)
+    names |= map_kernel_and_bias(f"{ours}/conv_out", f"{theirs}.conv2", CONV_2D)
+    names |= norm.make_tensor_map(f"{ours}/norm_in", f"{theirs}.norm1")
+    names |= norm.make_tensor_map(f"{ours}/norm_out", f"{theirs}.norm2")
     return names | map_kernel_and_bias(f"{ours}/shortcut", f"{theirs}.conv_shortcut", CONV_1X1)
 
 
@@ -229,21 +224,16 @@ def parse_normalizer(folder: Path, settings: Mapping[str, Any], channels: int) -
     Raises:
       UserError: the settings contradict each other, or don't fit the channels.
     """
-    scale = settings["scaling_factor"]
+    file, scale = folder / "config.json", settings["scaling_factor"]
     mean, std, shift = settings["latents_mean"], settings["latents_std"], settings["shift_factor"]
     if (mean is None) != (std is None) or (mean is not None and shift is not None):
-        raise UserError(
-            f"{folder / 'config.json'}: use both latents_mean and latents_std without shift_factor, or neither of them"
-        )
+        raise UserError(f"{file}: use both latents_mean and latents_std without shift_factor, or neither of them")
     if not scale:
-        raise UserError(f"{folder / 'config.json'}: scaling_factor={scale} is invalid: it must not be zero")
+        raise UserError(f"{file}: scaling_factor={scale} is invalid: it must not be zero")
     mean = np.asarray([shift or 0.0] * channels if mean is None else mean, np.float64)
     std = np.asarray([1.0] * channels if std is None else std, np.float64) / scale
     if not mean.shape == std.shape == (channels,):
-        raise UserError(
-            f"{folder / 'config.json'}: latents_mean has {mean.size} and latents_std {std.size} values for {channels} "
-            "channels"
-        )
+        raise UserError(f"{file}: latents_mean has {mean.size}, latents_std {std.size} values for {channels} channels")
     return {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
 
 
@@ -255,9 +245,8 @@ def make_normalizer_settings(normalizer: Mapping[str, Any]) -> dict[str, Any]:
     mean, std = (np.asarray(normalizer[name], np.float32) for name in ("mean", "std"))
     if len(np.unique(mean)) > 1 or len(np.unique(std)) > 1:
         values = {"latents_mean": mean, "latents_std": std}
-        return {"scaling_factor": 1.0} | {
-            key: [diffusers.compute_shortest_decimal(x) for x in array] for key, array in values.items()
-        }
+        decimals = {key: [diffusers.compute_shortest_decimal(x) for x in array] for key, array in values.items()}
+        return {"scaling_factor": 1.0} | decimals
     scales = (float(f"{1 / float(std[0]):.{digits}g}") for digits in range(1, 18))
     scale = next(scale for scale in scales if np.float32(1 / scale) == std[0])
     return {"scaling_factor": scale, "shift_factor": diffusers.compute_shortest_decimal(mean[0]) if mean[0] else None}

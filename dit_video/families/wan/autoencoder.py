@@ -89,9 +89,8 @@ def make_wan_vae_tensor_map(config: CausalVaeConfig) -> dict[str, TensorMapping]
     names: dict[str, TensorMapping] = {}
     names |= _map_conv("encoder/conv_in", "encoder.conv_in") | _map_conv("encoder/conv_out", "encoder.conv_out")
     names |= _map_conv("decoder/conv_in", "decoder.conv_in") | _map_conv("decoder/conv_out", "decoder.conv_out")
-    names |= map_kernel_and_bias("moments", "quant_conv", _CONV_1X1X1) | map_kernel_and_bias(
-        "latents", "post_quant_conv", _CONV_1X1X1
-    )
+    names |= map_kernel_and_bias("moments", "quant_conv", _CONV_1X1X1)
+    names |= map_kernel_and_bias("latents", "post_quant_conv", _CONV_1X1X1)
     for side in ("encoder", "decoder"):
         names[f"{side}/norm/scale"] = TensorMapping(f"{side}.norm_out.gamma", "d 1 1 1 -> d")
         names |= _map_middle(f"{side}/middle", f"{side}.mid_block")
@@ -125,9 +124,8 @@ def _map_residual(ours: str, theirs: str) -> dict[str, TensorMapping]:
 
 
 def _map_middle(ours: str, theirs: str) -> dict[str, TensorMapping]:
-    names = _map_residual(f"{ours}/before", f"{theirs}.resnets.0") | _map_residual(
-        f"{ours}/after", f"{theirs}.resnets.1"
-    )
+    names = _map_residual(f"{ours}/before", f"{theirs}.resnets.0")
+    names |= _map_residual(f"{ours}/after", f"{theirs}.resnets.1")
     attention = f"{theirs}.attentions.0"
     names[f"{ours}/attention/norm/scale"] = TensorMapping(f"{attention}.norm.gamma", "d 1 1 -> d")
     names |= map_kernel_and_bias(f"{ours}/attention/qkv", f"{attention}.to_qkv", CONV_1X1)
@@ -135,9 +133,8 @@ def _map_middle(ours: str, theirs: str) -> dict[str, TensorMapping]:
 
 
 def _map_resample(ours: str, theirs: str) -> dict[str, TensorMapping]:
-    return map_kernel_and_bias(f"{ours}/space", f"{theirs}.resample.1", CONV_2D) | _map_conv(
-        f"{ours}/time", f"{theirs}.time_conv"
-    )
+    names = map_kernel_and_bias(f"{ours}/space", f"{theirs}.resample.1", CONV_2D)
+    return names | _map_conv(f"{ours}/time", f"{theirs}.time_conv")
 
 
 def _parse_config(folder: Path, settings: dict[str, Any]) -> CausalVaeConfig:
@@ -160,9 +157,7 @@ def _parse_config(folder: Path, settings: dict[str, Any]) -> CausalVaeConfig:
 
 def _make_document(config: CausalVaeConfig) -> dict[str, Any]:
     if any(factors.h != 2 for factors in config.factors):
-        raise UserError(
-            "AutoencoderKLWan halves height and width at every level, so factors of (2, 1, 1) can't be written"
-        )
+        raise UserError(f"{CLASS} halves height and width at every level, so factors of (2, 1, 1) can't be written")
     side = 3 * config.patch**2
     return {
         "_class_name": CLASS,

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from dit_video.autoencoders import AutoencoderConfig
 from dit_video.backbones.wan import WanDitConfig
-from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
+from dit_video.core.trees import map_with_path
 from dit_video.families import load_autoencoder, load_denoiser
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import PipelineConfig
@@ -67,9 +68,8 @@ def load_wan(
     encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
     width = read_text_encoder_config(encoder).width
     boundary = index.get("boundary_ratio") if _has_part(index, _SECOND_EXPERT) else None
-    read = functools.partial(
-        _read_denoiser, dtype=dtype, place=place or (place_on_device if boundary is None else place_on_host)
-    )
+    default_place = place_on_device if boundary is None else place_on_host
+    read = functools.partial(_read_denoiser, dtype=dtype, place=place or default_place)
     dit, params = read(folder / "transformer", "dit")
     denoiser = {"dit": params, "text": {}}
     if boundary is not None:
@@ -81,9 +81,7 @@ def load_wan(
     images = folder / "image_encoder" if dit.image_width is not None else None
     if images is not None and (image_width := read_clip_vision_config(images).width) != dit.image_width:
         raise UserError(f"{images} makes tokens of width {image_width}, the transformer reads {dit.image_width}")
-    autoencoder, autoencoder_params = load_autoencoder(folder / "vae")
-    if autoencoder.channels != dit.channels:
-        raise UserError(f"{folder}: the transformer has {dit.channels} channels, the vae {autoencoder.channels}")
+    autoencoder, autoencoder_params = load_placed_autoencoder(folder, dit.channels, place or place_on_device)
     config = PipelineConfig(
         autoencoder=autoencoder,
         dit=dit,
@@ -103,11 +101,20 @@ def load_wan(
         image_encoder=None if images is None else os.fspath(images),
         provenance={"loaded from": os.fspath(folder), "class": index["_class_name"]},
     )
-    put = place or place_on_device
-    placed = trees.map_with_path(
-        lambda path, leaf: put(f"autoencoder/{path}", Parameter.from_array(leaf)), autoencoder_params
-    )
-    return Pipeline(config, autoencoder=placed, denoiser=denoiser)
+    return Pipeline(config, autoencoder=autoencoder_params, denoiser=denoiser)
+
+
+def load_placed_autoencoder(folder: Path, channels: int, place: Placement) -> tuple[AutoencoderConfig, dict[str, Any]]:
+    """Load a pipeline's autoencoder, whose latents must have `channels` channels; `place` gets `autoencoder/...`.
+
+    Raises:
+      MissingError: files are missing.
+      UserError: another number of channels, unsupported settings, or weights that do not fit.
+    """
+    config, params = load_autoencoder(folder / "vae")
+    if config.channels != channels:
+        raise UserError(f"{folder}: the transformer has {channels} channels, the vae {config.channels}")
+    return config, map_with_path(lambda path, x: place(f"autoencoder/{path}", Parameter.from_array(x)), params)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -123,11 +130,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds a pipeline of class {name}; known here: {', '.join(CLASSES)}, DiTPipeline")
     has_two_experts = _has_part(index, _SECOND_EXPERT)
     if has_two_experts != (index.get("boundary_ratio") is not None):
-        entries = (
-            "two experts without a boundary_ratio between them"
-            if has_two_experts
-            else "a boundary_ratio, but one expert alone"
-        )
+        entries = "two experts, but no boundary_ratio" if has_two_experts else "a boundary_ratio, but one expert"
         raise UserError(f"{folder / INDEX} names {entries}; copy or download it again")
     required = [part for part in PARTS if part in _REQUIRED_PARTS or _has_part(index, part)]
     if missing := [part for part in required if not (folder / part).is_dir()]:

@@ -5,6 +5,7 @@ differently here: the two channels that a rotary embedding rotates are adjacent 
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,9 @@ from dit_video.weights import diffusers, streaming
 from dit_video.weights.diffusers import DENSE
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import LoraModule
-from dit_video.weights.parameter import Placement, place_on_host
+from dit_video.weights.parameter import Placement
 from dit_video.weights.streaming import FileMap, FolderSource
-from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping, make_dtype_fn
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 
 CLASS, AUTHORS_CLASS = CLASSES = "WanTransformer3DModel", "WanModel"
 WanLayout = Literal["diffusers", "authors"]
@@ -78,10 +79,7 @@ _LINEAR = (
     ("down", "ffn.net.2", "ffn.2"),
 )
 _ROTARY_LINEAR = (("query", "attn1.to_q", "self_attn.q"), ("key", "attn1.to_k", "self_attn.k"))
-_ROTARY_SCALES = (
-    ("query_norm", "attn1.norm_q", "self_attn.norm_q"),
-    ("key_norm", "attn1.norm_k", "self_attn.norm_k"),
-)
+_ROTARY_SCALES = (("query_norm", "attn1.norm_q", "self_attn.norm_q"), ("key_norm", "attn1.norm_k", "self_attn.norm_k"))
 _SCALES = (
     ("cross_query_norm", "attn2.norm_q", "cross_attn.norm_q"),
     ("cross_key_norm", "attn2.norm_k", "cross_attn.norm_k"),
@@ -109,17 +107,12 @@ _IMAGE_EMBEDDER_NORMS = (
 
 
 def load(
-    folder: Path,
-    document: dict[str, Any],
-    *,
-    dtype: Any = np.float32,
-    kernel_dtype: Any = None,
-    place: Placement = place_on_host,
+    folder: Path, document: dict[str, Any], *, dtype_fn: Callable[[str], Any], place: Placement
 ) -> tuple[WanDitConfig, dict[str, Any]]:
     """Read the config and parameters of a folder in either layout, whose config file is `document`.
 
     A model has one time per token if its type, or the config of its diffusers pipeline, says so.
-    `dtype`, `kernel_dtype` and `place` are as for `load_denoiser`.
+    `dtype_fn` is as for `streaming.read`, `place` as for `load_denoiser`.
 
     Raises:
       MissingError: files are missing.
@@ -130,9 +123,7 @@ def load(
     file_map = FileMap.from_tensor_map(make_wan_tensor_map(config, _detect_layout(document)))
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
         source = FolderSource(tensors, file_map, shapes)
-        return config, streaming.read(
-            source, shapes, file_map.depths, dtype_fn=make_dtype_fn(dtype, kernel_dtype), place=place
-        )
+        return config, streaming.read(source, shapes, file_map.depths, dtype_fn=dtype_fn, place=place)
 
 
 def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
@@ -142,11 +133,8 @@ def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
       MissingError: files are missing.
       UserError: a setting is not supported.
     """
-    return (
-        _parse_authors_config(folder, document)
-        if _detect_layout(document) == "authors"
-        else _parse_diffusers_config(folder, document)
-    )
+    parse = _parse_authors_config if _detect_layout(document) == "authors" else _parse_diffusers_config
+    return parse(folder, document)
 
 
 def _detect_layout(document: dict[str, Any]) -> WanLayout:
@@ -166,9 +154,8 @@ def save(
     Raises:
       UserError: the layout can't express the config.
     """
-    diffusers.write(
-        folder, make_document(config, layout), make_wan_tensor_map(config, layout), params, shard_bytes=shard_bytes
-    )
+    document, tensor_map = make_document(config, layout), make_wan_tensor_map(config, layout)
+    diffusers.write(folder, document, tensor_map, params, shard_bytes=shard_bytes)
 
 
 def make_document(config: WanDitConfig, layout: WanLayout) -> dict[str, Any]:
@@ -212,10 +199,10 @@ def get_wan_modules(config: WanDitConfig, *, primary_layout: WanLayout = "diffus
         for path, foreign in make_wan_tensor_map(config, layout).items():
             if not path.endswith("/kernel") or path == "embed/kernel":  # The patch embedding is a convolution there.
                 continue
+            path_order = order if path in reordered else None
             for layer, name in enumerate(foreign.names):
-                modules[name.removesuffix(".weight")] = LoraModule(
-                    path, None if foreign.layers is None else layer, order=order if path in reordered else None
-                )
+                stack_layer = None if foreign.layers is None else layer
+                modules[name.removesuffix(".weight")] = LoraModule(path, stack_layer, order=path_order)
     return modules
 
 
@@ -340,9 +327,7 @@ def _make_authors_document(config: WanDitConfig) -> dict[str, Any]:
 
 def _get_authors_type(config: WanDitConfig) -> str:
     if config.patch != Grid(1, 2, 2):
-        raise UserError(
-            f"{AUTHORS_CLASS}'s files don't say the patch, which is 1x2x2, so {config.patch} can't be written"
-        )
+        raise UserError(f"{AUTHORS_CLASS}'s files omit the patch, which is 1x2x2, so {config.patch} can't be written")
     if config.time == "token":
         return "ti2v"
     if config.image_positions is not None:

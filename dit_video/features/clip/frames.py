@@ -41,13 +41,9 @@ class FrameEncoder:
           UserError: a projection that the tower does not have, images of another size than it reads, or an empty batch.
         """
         if feature == "projected" and config.projection is None:
-            raise UserError(
-                "feature='projected' is invalid: this tower has no projection. Use 'pooled', or a folder with one"
-            )
+            raise UserError("feature='projected' is invalid: this tower has no projection. Use 'pooled'")
         if processor.crop not in (None, (config.size, config.size)):
-            raise UserError(
-                f"crop={processor.crop} is invalid: the vision tower reads {config.size}x{config.size}. Use that crop"
-            )
+            raise UserError(f"crop={processor.crop} is invalid: use the tower's {config.size}x{config.size}")
         if batch < 1:
             raise UserError(f"batch={batch} is invalid: use at least one frame")
         graph = get_graph_def(config.make)
@@ -62,9 +58,8 @@ class FrameEncoder:
         """
         if not len(frames):
             raise UserError("frames are empty: there is nothing to encode. Use at least one frame")
-        return np.concatenate(
-            [self._encode_batch(frames[start : start + self._batch]) for start in range(0, len(frames), self._batch)]
-        )
+        starts = range(0, len(frames), self._batch)
+        return np.concatenate([self._encode_batch(frames[start : start + self._batch]) for start in starts])
 
     def _encode_batch(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T *part"]:
         images = preprocess_frames(frames, self._processor)

@@ -40,13 +40,10 @@ class ClipTowerConfig:
     """Dtype of matrix products, float32 or bfloat16; norms, softmax and the residual stream are float32."""
 
     def __post_init__(self):
-        self.check_sizes(
-            "width", "layers", "heads", "mlp_width", *(("projection",) if self.projection is not None else ())
-        )
+        projection = () if self.projection is None else ("projection",)
+        self.check_sizes("width", "layers", "heads", "mlp_width", *projection)
         if self.width % self.heads:
-            raise UserError(
-                f"width={self.width} of a CLIP tower is invalid: must be divisible by heads={self.heads}. Change one"
-            )
+            raise UserError(f"width={self.width} is invalid: must be divisible by heads={self.heads}. Change one")
         if self.dtype not in _DTYPES:
             raise UserError(f"dtype={self.dtype!r} of a CLIP tower is invalid: use {' or '.join(_DTYPES)}")
 
@@ -98,13 +95,10 @@ def _activate(x: Float[Array, "B S F"], activation: Activation) -> Float[Array, 
     return x * jax.nn.sigmoid(1.702 * x) if activation == "quick_gelu" else jax.nn.gelu(x, approximate=False)
 
 
-def _attend(
-    q: Float[Array, "B S K d"],
-    k: Float[Array, "B S K d"],
-    v: Float[Array, "B S K d"],
-    *,
-    mask: Bool[Array, "B S S"] | None,
-) -> Float[Array, "B S K d"]:
+_Heads = Float[Array, "B S K d"]
+
+
+def _attend(q: _Heads, k: _Heads, v: _Heads, *, mask: Bool[Array, "B S S"] | None) -> _Heads:
     """Return `softmax(q k^T / sqrt(d)) v`, with the softmax in float32.
 
     Not `nn.Attention`, which is for the patterns of videos: a text is a few dozen tokens, an image a few hundred.

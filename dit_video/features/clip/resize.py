@@ -1,7 +1,8 @@
-"""Bicubic resize that equals Pillow's bit for bit, as in CLIP's training.
+"""Bicubic resize that equals Pillow's up to version 12 bit for bit, as in CLIP's training.
 
-Columns, then rows; each result is rounded to whole numbers in 0..255. The kernel is Keys' cubic with a = -1/2 (1981,
-formula (4)), stretched when downsampling, cut off at the picture's edge and rounded to 22 binary digits.
+Columns, then rows (Pillow 13 resizes some pictures' rows first, which rounds differently); each result is rounded to
+whole numbers in 0..255. The kernel is Keys' cubic with a = -1/2 (1981, formula (4)), stretched when downsampling, cut
+off at the picture's edge and rounded to 22 binary digits.
 """
 
 import functools

@@ -66,17 +66,14 @@ class ClipText(nnx.Module):
         """
         length = ids.shape[1]
         if length > self.config.positions:
-            raise UserError(
-                f"a text of {length} tokens is too long: CLIP's text tower reads up to {self.config.positions}. Cut it"
-            )
+            raise UserError(f"a text of {length} tokens is too long: CLIP reads up to {self.config.positions}. Cut it")
         x = self.embedding[...][ids].astype(jnp.float32) + self.position[...][:length]
         visible = jnp.tril(jnp.ones((length, length), bool)) & (mask != 0)[:, None, :]
         states = apply_stack(self.blocks, LayerStates(hidden=x, penultimate=x), visible)
         values = self.norm(states.hidden)
         pooled = jnp.take_along_axis(values, self._find_end(ids)[:, None, None], axis=1)[:, 0]
-        return TextFeatures(
-            values, states.penultimate, pooled, None if self.projection is None else self.projection(pooled)
-        )
+        projected = None if self.projection is None else self.projection(pooled)
+        return TextFeatures(values, states.penultimate, pooled, projected)
 
     def _find_end(self, ids: Int[Array, "B S"]) -> Int[Array, " B"]:
         """Return the position of each text's first end token: texts may be padded with more of them."""

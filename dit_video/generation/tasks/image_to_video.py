@@ -45,9 +45,8 @@ class ImageConditioner:
         if dit.given_channels:
             if image is None:
                 raise UserError("this model needs an image; give image=, a clip of one frame or pixels [H W 3]")
-            return GivenClip(
-                beside=self._encode_with_mask(frames, size), image=self._encode_tokens(list(frames.values()))
-            )
+            latents, tokens = self._encode_with_mask(frames, size), self._encode_tokens(list(frames.values()))
+            return GivenClip(beside=latents, image=tokens)
         if not frames:
             return GivenClip()
         return GivenClip(known=self._codec.encode(Clip(frames[0][None], self._config.fps)))
@@ -57,9 +56,8 @@ class ImageConditioner:
         pixels, known = fill_unknown_frames(frames, size.t)
         latents = self._codec.encode_pixels(pixels)
         mask = fold_frame_mask(known, self._config.autoencoder.stride.t)
-        cond_latents = np.concatenate(
-            [np.broadcast_to(mask[:, None, None], (*latents.shape[:3], mask.shape[1])), latents], -1
-        )
+        masks = np.broadcast_to(mask[:, None, None], (*latents.shape[:3], mask.shape[1]))
+        cond_latents = np.concatenate([masks, latents], -1)
         if cond_latents.shape[-1] != self._config.dit.given_channels:
             raise UserError(
                 f"the denoiser reads {self._config.dit.given_channels} channels of masks and clean latents, but "
@@ -70,15 +68,11 @@ class ImageConditioner:
     def _encode_tokens(self, frames: list[np.ndarray]) -> Float32[np.ndarray, "i F"] | None:
         if self._config.image_encoder is None:
             return None
-        count = 1 if self._image_positions is None else 2
+        count = 1 if getattr(self._config.dit, "image_positions", None) is None else 2
         if len(frames) != count:
             kinds = ("the first image alone", "the first and the last image (image= and last_image=)")
             raise UserError(f"this model was trained with {kinds[count - 1]}; give exactly that")
         return np.concatenate(list(self._encoder(np.stack(frames))))
-
-    @property
-    def _image_positions(self) -> int | None:
-        return getattr(self._config.dit, "image_positions", None)
 
     @functools.cached_property
     def _encoder(self) -> FrozenImageEncoder:

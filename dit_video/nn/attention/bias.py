@@ -35,15 +35,10 @@ class RelativeBias:
 
     def __post_init__(self):
         if any(count < 4 or count % 2 for count in self.buckets):
-            raise UserError(
-                f"relative bias buckets {self.buckets} are invalid; use an even number of at least 4 for each axis"
-            )
+            raise UserError(f"relative bias buckets {self.buckets} are invalid; use even numbers of at least 4")
         for count, distance in zip(self.buckets, self.max_distance, strict=True):
             if distance is not None and distance <= count // 4:
-                raise UserError(
-                    f"{count} relative bias buckets cover {count // 4} single steps, which the maximum distance "
-                    f"{distance} must exceed; raise the distance, or use None"
-                )
+                raise UserError(f"max_distance={distance} is invalid: {count} buckets cover it. Use more, or None")
         if min(self.scale) <= 0:
             raise UserError(f"relative bias scale {self.scale} is invalid; use positive numbers")
 
@@ -57,14 +52,11 @@ class RelativeBias:
         finite = jnp.isfinite(q).all(axis=-1)[..., :, None] & jnp.isfinite(kv).all(axis=-1)[..., None, :]
         q, kv = jnp.where(jnp.isfinite(q), q, 0), jnp.where(jnp.isfinite(kv), kv, 0)
         starts = itertools.accumulate(self.buckets[:-1], initial=0)
-        return [
-            jnp.where(
-                finite,
-                start + self._compute_bucket(kv[..., None, :, axis] - q[..., :, None, axis], axis),
-                self.num_entries,
-            )
-            for axis, start in enumerate(starts)
-        ]
+        entries = []
+        for axis, start in enumerate(starts):
+            bucket = self._compute_bucket(kv[..., None, :, axis] - q[..., :, None, axis], axis)
+            entries.append(jnp.where(finite, start + bucket, self.num_entries))
+        return entries
 
     def _compute_bucket(self, difference: Float[Array, "*B N M"], axis: int) -> Int[Array, "*B N M"]:
         buckets = self._list_buckets(axis)

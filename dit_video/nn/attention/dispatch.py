@@ -1,7 +1,7 @@
 """Choice of the attention function for a backend and a pattern."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dit_video.core.errors import UserError
 from dit_video.nn.attention.api import Attention, Keys, Queries
@@ -41,20 +41,15 @@ def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chun
         case "chunked":
             return ChunkedAttention(pattern=pattern, chunk=chunk)
         case "auto":
-            return AutoAttention(
-                max_dense_tokens=4 * chunk,
-                dense=DenseAttention(pattern=pattern),
-                chunked=ChunkedAttention(pattern=pattern, chunk=chunk),
-            )
+            dense, chunked = DenseAttention(pattern=pattern), ChunkedAttention(pattern=pattern, chunk=chunk)
+            return AutoAttention(max_dense_tokens=4 * chunk, dense=dense, chunked=chunked)
         case "splash":
             return SplashAttention(pattern=pattern)
         case "cudnn":
             return CudnnAttention(pattern=pattern)
         case "tokamax":
             return TokamaxAttention(pattern=pattern)
-    raise UserError(
-        f"attention backend {backend!r} is unknown; use auto, dense, chunked, splash (TPU), cudnn or tokamax (GPU)"
-    )
+    raise UserError(f"attention backend {backend!r} is unknown; use {', '.join(get_args(Backend))}")
 
 
 @dataclass(frozen=True)

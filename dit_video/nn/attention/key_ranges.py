@@ -17,10 +17,7 @@ def require_key_ranges(pattern: Pattern, backend: str) -> None:
       UserError: such a pattern.
     """
     if pattern.locality == "boxes":
-        raise UserError(
-            f"{backend} attention cannot do {pattern}, whose queries see several separate ranges of keys; "
-            "use the backend chunked or dense"
-        )
+        raise UserError(f"{backend} attention cannot do {pattern}, with several ranges of keys; use chunked or dense")
 
 
 class KeyRanges(NamedTuple):
@@ -41,9 +38,8 @@ def find_key_ranges(pattern: Pattern, boxes: MaskBoxes) -> KeyRanges:
     values = reorder(boxes.values, key_order)
     start, stop = find_bounds(reorder(boxes.low[:, :, 0], order), reorder(boxes.high[:, :, 0], order), values)
     group_values = values[..., :-1] if pattern.locality == "prefix" else values
-    is_start = jnp.pad(
-        (group_values[:, 1:] != group_values[:, :-1]).any(axis=-1), ((0, 0), (1, 0)), constant_values=True
-    )
+    changes = (group_values[:, 1:] != group_values[:, :-1]).any(axis=-1)
+    is_start = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
     index = jnp.arange(values.shape[1], dtype=jnp.int32)
     return KeyRanges(order, key_order, start, stop, jax.lax.cummax(jnp.where(is_start, index, 0), axis=1))
 

@@ -152,9 +152,7 @@ class SlidingWindow:
         if min(self.tile) < 1:
             raise UserError(f"sliding window tile {self.tile} must be at least 1 along each axis")
         if not self._limited_axes:
-            raise UserError(
-                f"sliding window radius {self.radius} limits no axis; give a radius for one, or use pattern Full()"
-            )
+            raise UserError(f"sliding window radius {self.radius} limits no axis; limit one, or use pattern Full()")
 
     @property
     def _limited_axes(self) -> list[int]:
@@ -233,10 +231,8 @@ def mask_boxes(pattern: Pattern, inputs: AttentionInputs) -> MaskBoxes:
 
     Padding among the keys has segment -1, padding among the queries has an empty box, from 1 to 0.
     """
-    queries, keys = (
-        _stack_axes(pattern, inputs.q_segments, inputs.q_indices),
-        _stack_axes(pattern, inputs.kv_segments, inputs.kv_indices),
-    )
+    queries = _stack_axes(pattern, inputs.q_segments, inputs.q_indices)
+    keys = _stack_axes(pattern, inputs.kv_segments, inputs.kv_indices)
     q_segments = inputs.q_segments[..., None]
     first, last = jnp.where(q_segments > 0, q_segments, 1), jnp.where(q_segments > 0, q_segments, 0)
     boxes = [
@@ -254,21 +250,20 @@ def _stack_axes(
     if isinstance(pattern, Full):
         return jnp.zeros((*segments.shape, 0), jnp.int32)
     if indices is None:
-        raise UserError(
-            f"the attention pattern {type(pattern).__name__} needs the tokens' grid indices, which are None; "
-            "give q_indices, and context_indices for other keys"
-        )
+        name = type(pattern).__name__
+        raise UserError(f"{name} needs grid indices; give q_indices, and context_indices for other keys")
     return jnp.stack(pattern.compute_axes(indices), axis=-1)
 
 
 def dense_mask(boxes: MaskBoxes) -> Bool[Array, "B N M"]:
     """Return the dense mask."""
+
     # Box by box and axis by axis: XLA fuses such two-dimensional comparisons into the operation that uses the mask.
-    box_masks = (
-        functools.reduce(operator.and_, (_is_between(boxes, box, axis) for axis in range(boxes.values.shape[-1])))
-        for box in range(boxes.low.shape[-2])
-    )
-    return functools.reduce(operator.or_, box_masks)
+    def compute_box_mask(box: int) -> Bool[Array, "B N M"]:
+        axes = range(boxes.values.shape[-1])
+        return functools.reduce(operator.and_, (_is_between(boxes, box, axis) for axis in axes))
+
+    return functools.reduce(operator.or_, map(compute_box_mask, range(boxes.low.shape[-2])))
 
 
 def _is_between(boxes: MaskBoxes, box: int, axis: int) -> Bool[Array, "B N M"]:

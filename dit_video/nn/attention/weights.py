@@ -1,7 +1,7 @@
 """Attention weights as an output, which the backends compute and do not keep."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +60,6 @@ class RecordedAttention:
 def _select_queries(inputs: AttentionInputs, queries: Int[Array, " Q"]) -> AttentionInputs:
     bias = inputs.bias
     if bias is not None:
-        bias = Bias(
-            config=bias.config,
-            table=bias.table,
-            q_positions=bias.q_positions[:, queries],
-            kv_positions=bias.kv_positions,
-        )
+        bias = replace(bias, q_positions=bias.q_positions[:, queries])
     indices = None if inputs.q_indices is None else inputs.q_indices[:, queries]
     return AttentionInputs(inputs.q_segments[:, queries], inputs.kv_segments, indices, inputs.kv_indices, bias)

@@ -64,13 +64,9 @@ def _backward(dtype: jnp.dtype, kept: tuple[Array, Array, Array], gradient: Arra
     d_stacked = _convolve_frames(gradient, flipped)
     extra = x.shape[1] - gradient.shape[1]
     # A frame was stacked once at every time offset: its gradient is the sum over the offsets.
-    d_x = functools.reduce(
-        operator.add,
-        (
-            jnp.pad(part, ((0, 0), (offset, extra - offset), (0, 0), (0, 0), (0, 0)))
-            for offset, part in enumerate(jnp.split(d_stacked, frames, axis=-1))
-        ),
-    )
+    parts = enumerate(jnp.split(d_stacked, frames, axis=-1))
+    padded = (jnp.pad(part, ((0, 0), (offset, extra - offset), (0, 0), (0, 0), (0, 0))) for offset, part in parts)
+    d_x = functools.reduce(operator.add, padded)
     d_merged = _compute_kernel_gradient(_stack_frames(x, frames), gradient, (kernel_h, kernel_w))
     d_kernel = jnp.moveaxis(d_merged.reshape(kernel_h, kernel_w, frames, width, out), 2, 0)
     return d_x.astype(like.dtype), d_kernel, d_bias
@@ -141,9 +137,7 @@ def _gather_columns(x: Float[Array, "n h w i"], kernel_size: Sequence[int]) -> F
     (kernel_h, kernel_w), (height, width) = kernel_size, x.shape[1:3]
     moved = _to_integers(x)
     padded = jnp.pad(moved, ((0, 0), (kernel_h // 2, kernel_h // 2), (kernel_w // 2, kernel_w // 2), (0, 0)))
-    shifted = [
-        padded[:, row : row + height, column : column + width] for row in range(kernel_h) for column in range(kernel_w)
-    ]
+    shifted = [padded[:, i : i + height, j : j + width] for i in range(kernel_h) for j in range(kernel_w)]
     gathered = _to_floats(jnp.concatenate(shifted, axis=-1), x.dtype)
     return jax.lax.optimization_barrier(gathered.reshape(-1, gathered.shape[-1]))
 
@@ -153,9 +147,8 @@ def _stack_frames(x: Float[Array, "B T h w i"], frames: int) -> Float[Array, "B 
     if frames == 1:
         return x
     moved, length = _to_integers(x), x.shape[1] - frames + 1
-    return _to_floats(
-        jnp.concatenate([moved[:, offset : offset + length] for offset in range(frames)], axis=-1), x.dtype
-    )
+    stacked = jnp.concatenate([moved[:, offset : offset + length] for offset in range(frames)], axis=-1)
+    return _to_floats(stacked, x.dtype)
 
 
 def _to_integers(x: Float[Array, "*positions i"]) -> Array:

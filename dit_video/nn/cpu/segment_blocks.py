@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint
-from dit_video.nn.attention.backends.dense import MASK_VALUE
+from dit_video.nn.attention.backends.dense import MASK_VALUE, dot
 
 _NO_SEGMENT, _PADDING = -2, -1
 """Segment ids of tokens to ignore in the outer and the inner loop; they differ, so that no pair of them matches."""
@@ -139,9 +139,8 @@ def _scan_blocks(
                     first, state = state
                     start = jnp.minimum(first, other_length - size)
                     step_ids = _slice_tokens(other_ids, start, size)
-                    step_ids = jnp.where(
-                        (_slice_tokens(other_index, start, size) >= first) & (step_ids > 0), step_ids, _PADDING
-                    )
+                    is_later = _slice_tokens(other_index, start, size) >= first
+                    step_ids = jnp.where(is_later & (step_ids > 0), step_ids, _PADDING)
                     return find_next(first + size), step(start, block_ids[:, None] == step_ids, state)
 
                 first, state = jax.lax.while_loop(continues, run_step, (first, state))
@@ -182,11 +181,11 @@ def _attend_row(
             def step(key_start, mask, state):
                 maximum, total, mixed = state
                 keys, values = (_slice_head(x, key_start, mask.shape[1], index) for x in (k, v))
-                scores = jnp.where(mask, _dot(queries, keys, 1, 1), MASK_VALUE)
+                scores = jnp.where(mask, dot(queries, keys, 1, 1), MASK_VALUE)
                 new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
                 weights = jnp.exp(scores - new_maximum[:, None])
                 rescale = jnp.exp(maximum - new_maximum)
-                part = _dot(weights.astype(v.dtype), values, 1, 0)
+                part = dot(weights.astype(v.dtype), values, 1, 0)
                 return new_maximum, total * rescale + weights.sum(axis=-1), mixed * rescale[:, None] + part
 
             initial = jnp.full(size, MASK_VALUE), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
@@ -199,9 +198,8 @@ def _attend_row(
             # Tokens that are not the block's own keep the result of the previous block.
             previous_lse = jax.lax.dynamic_slice(lse, (index, start), (1, size))
             lse = jax.lax.dynamic_update_slice(lse, jnp.where(own, block_lse, previous_lse), (index, start))
-            return _update_head(
-                out, jnp.where(own[:, None], mixed, _slice_head(out, start, size, index)), start, index
-            ), lse
+            mixed = jnp.where(own[:, None], mixed, _slice_head(out, start, size, index))
+            return _update_head(out, mixed, start, index), lse
 
         return _scan_blocks(sizes, q_ids, kv_ids, block, carried)
 
@@ -235,15 +233,13 @@ def _attend_row_backward(
                 d_q, d_keys, d_values = state
                 count = mask.shape[1]
                 queries, d_mixed = (_slice_head(x, query_start, count, index) for x in (q, d_out))
-                step_lse, step_delta = (
-                    jax.lax.dynamic_slice(x, (index, query_start), (1, count)) for x in (lse, delta)
-                )
-                scores = jnp.where(mask, _dot(keys, queries, 1, 1), MASK_VALUE)
-                weights = jnp.exp(scores - step_lse)
-                d_scores = (weights * (_dot(values, d_mixed, 1, 1) - step_delta)).astype(k.dtype)
-                d_values = d_values + _dot(weights.astype(v.dtype), d_mixed, 1, 0)
-                d_keys = d_keys + _dot(d_scores, queries, 1, 0)
-                d_queries = _slice_head(d_q, query_start, count, index) + _dot(keys, d_scores, 0, 0).T
+                row_lse, row_delta = (jax.lax.dynamic_slice(x, (index, query_start), (1, count)) for x in (lse, delta))
+                scores = jnp.where(mask, dot(keys, queries, 1, 1), MASK_VALUE)
+                weights = jnp.exp(scores - row_lse)
+                d_scores = (weights * (dot(values, d_mixed, 1, 1) - row_delta)).astype(k.dtype)
+                d_values = d_values + dot(weights.astype(v.dtype), d_mixed, 1, 0)
+                d_keys = d_keys + dot(d_scores, queries, 1, 0)
+                d_queries = _slice_head(d_q, query_start, count, index) + dot(keys, d_scores, 0, 0).T
                 return _update_head(d_q, d_queries, query_start, index), d_keys, d_values
 
             d_q, d_k, d_v = carried
@@ -256,12 +252,6 @@ def _attend_row_backward(
         return _scan_blocks(sizes, kv_ids, q_ids, block, carried)
 
     return jax.lax.fori_loop(0, q.shape[1], head, tuple(jnp.zeros(x.shape) for x in (q, k, v)))
-
-
-def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, right_axis: int) -> Float[Array, "_ _"]:
-    """Return the matrix product over these axes, summed in float32."""
-    axes = (((left_axis,), (right_axis,)), ((), ()))
-    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
 def _slice_tokens(row: Shaped[Array, " N"], start: Int[Array, ""], size: int) -> Shaped[Array, " n"]:

@@ -26,9 +26,7 @@ def winograd_conv(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -
     # Only the input is kept for the backward pass: its transform takes four times the memory, and little time.
     convolve = jax.checkpoint(lambda part: _convolve_tiles(part, transformed))
     volume = tiles[0] * tiles[1]
-    at_once = max(
-        each for each in range(1, count + 1) if count % each == 0 and (each == 1 or each * volume <= _MAX_TILES)
-    )
+    at_once = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * volume <= _MAX_TILES))
     if at_once == count:
         y = convolve(padded)
     else:

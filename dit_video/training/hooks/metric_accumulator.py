@@ -140,10 +140,8 @@ class MetricAccumulator:
                 self._skipped_log.write(step, jax.device_get(metrics), self._batch_ids[index])
             if self._consecutive_skips >= self._max_consecutive_skips:
                 first = step - self._consecutive_skips + 1
-                raise TooManySkipsError(
-                    f"the loss or the gradient was not finite at {self._consecutive_skips} consecutive steps, "
-                    f"{first} to {step}"
-                )
+                steps = f"{self._consecutive_skips} consecutive steps, {first} to {step}"
+                raise TooManySkipsError(f"the loss or the gradient was not finite at {steps}")
 
     def fetch_metrics(self) -> list[dict[str, Any]]:
         """Return the pending metrics as host arrays.

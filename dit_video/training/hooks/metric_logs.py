@@ -39,10 +39,7 @@ class MonitoringConfig:
     def __post_init__(self) -> None:
         for name in ("validate_every", "sample_every"):
             if getattr(self, name) < 0:
-                raise UserError(
-                    f"{name}={getattr(self, name)} is invalid: it must not be negative. Use 0 for never, or a number "
-                    "of steps."
-                )
+                raise UserError(f"{name}={getattr(self, name)} is invalid: it must not be negative. Use 0 for never.")
         if self.validation_batches < 1:
             raise UserError(f"validation_batches={self.validation_batches} is invalid: it must be at least 1.")
         if self.prompts and not self.sample_every:
@@ -83,6 +80,11 @@ class CombinedLog:
                 log.close()
 
 
+def _make_missing_error(option: str, package: str) -> MissingError:
+    fix = f"Run pip install 'dit-video[{option}]', or leave out monitoring.{option}."
+    return MissingError(f"monitoring.{option} needs {package}, which is not installed. {fix}")
+
+
 class TensorBoard:
     """Event files for TensorBoard.
 
@@ -94,10 +96,7 @@ class TensorBoard:
         try:
             import tensorboardX  # optional
         except ImportError as error:
-            raise MissingError(
-                "monitoring.tensorboard needs tensorboardX, which is not installed. Run pip install "
-                "'dit-video[tensorboard]', or leave out monitoring.tensorboard."
-            ) from error
+            raise _make_missing_error("tensorboard", "tensorboardX") from error
         self._make_writer = tensorboardX.SummaryWriter
         self._folder = Path(folder)
         self._writer: Any = None
@@ -106,11 +105,8 @@ class TensorBoard:
         """Open an event file that tells TensorBoard to purge earlier entries after `step`."""
         self._folder.mkdir(parents=True, exist_ok=True)
         # Names of event files contain the time in seconds, so that two files of one second would collide.
-        suffix = f".{uuid.uuid4().hex[:8]}"
-        purge_step = step + 1 if step else None
-        self._writer = self._make_writer(
-            str(self._folder), purge_step=purge_step, filename_suffix=suffix, flush_secs=_FLUSH_SECONDS
-        )
+        options: dict[str, Any] = {"filename_suffix": f".{uuid.uuid4().hex[:8]}", "flush_secs": _FLUSH_SECONDS}
+        self._writer = self._make_writer(str(self._folder), purge_step=step + 1 if step else None, **options)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Write one scalar for each finite value."""
@@ -138,10 +134,7 @@ class WeightsAndBiases:
         try:
             import wandb  # optional
         except ImportError as error:
-            raise MissingError(
-                "monitoring.wandb needs wandb, which is not installed. Run pip install 'dit-video[wandb]', or leave "
-                "out monitoring.wandb."
-            ) from error
+            raise _make_missing_error("wandb", "wandb") from error
         self._wandb, self._project, self._folder = wandb, project, Path(folder)
         self._run: Any = None
 

@@ -28,9 +28,7 @@ class TraceConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.first <= self.last:
-            raise UserError(
-                f"cannot trace steps {self.first} to {self.last}: the range must begin at 1 or later and not be empty."
-            )
+            raise UserError(f"cannot trace steps {self.first} to {self.last}: use a range from 1 on that is not empty.")
 
 
 class Tracer:

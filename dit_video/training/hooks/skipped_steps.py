@@ -32,7 +32,9 @@ class SkippedLog:
         arrays = {name: _gather(array).tolist() for name, array in batch.items()}
         if jax.process_index():
             return
-        logged = {name: _to_json_number(metrics[name]) for name in ("loss", "gradient_norm") if name in metrics}
+        values = {name: float(metrics[name]) for name in ("loss", "gradient_norm") if name in metrics}
+        # JSON represents neither NaN nor infinity.
+        logged = {name: value if np.isfinite(value) else str(value) for name, value in values.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **logged, **arrays}) + "\n")
@@ -47,8 +49,3 @@ def _gather(array: AnyArray) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
-
-
-def _to_json_number(value: Any) -> float | str:
-    """Return a number, or its name if it is NaN or infinite, which JSON cannot represent."""
-    return float(value) if np.isfinite(value) else str(float(value))

@@ -32,7 +32,7 @@ from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def, init_params
 from dit_video.training.losses.autoencoder import AutoencoderLoss, ScalarMetrics
 from dit_video.training.state import CompositeState, TrainState
-from dit_video.training.step import StepFn, apply_updates, bind_constants, make_step, skip_nonfinite, update_loss_state
+from dit_video.training.step import JittedStep, StepFn, apply_updates, make_step, skip_nonfinite, update_loss_state
 
 _MAX_GRAD_NORM = 1.0
 _BETAS = (0.5, 0.9)
@@ -71,12 +71,10 @@ class DiscriminatorTraining:
     def init_state(self, model: TrainState) -> AdversarialState:
         """Return the state of an autoencoder together with a newly initialized discriminator. Traceable."""
         params = init_params(self.config.make, self.random_key)
-        has_means = isinstance(self.config.regulariser, LeCam)
-        means = {"real": jnp.zeros(()), "decoded": jnp.zeros(())} if has_means else {}
-        discriminator = DiscriminatorState(
-            params=params, opt_state=_make_optimizer(self.config).init(params), means=means
-        )
-        return AdversarialState(model=model, discriminator=discriminator)
+        names = ("real", "decoded") if isinstance(self.config.regulariser, LeCam) else ()
+        means = {name: jnp.zeros(()) for name in names}
+        opt_state = _make_optimizer(self.config).init(params)
+        return AdversarialState(model, DiscriminatorState(params=params, opt_state=opt_state, means=means))
 
 
 def make_adversarial_step(
@@ -106,25 +104,18 @@ def make_adversarial_step(
       constants: Further arguments of the loss; see `make_step`.
     """
     config, count, zero = discriminator.config, HostStepCounter(), jnp.zeros(())
+    interval = config.regulariser.every if isinstance(config.regulariser, R1) else 1
     plain_step = make_step(loss, optimizer, ema_decay=ema_decay, constants=constants)
-    programs = {
-        penalised: bind_constants(
-            jax.jit(
-                make_adversarial_update(loss, optimizer, discriminator, ema_decay=ema_decay, penalised=penalised),
-                donate_argnums=0,
-            ),
-            constants,
-        )
-        for penalised in (False, True)
-    }
+    make_update = functools.partial(make_adversarial_update, loss, optimizer, discriminator, ema_decay=ema_decay)
+    programs = {penalised: JittedStep(make_update(penalised=penalised), constants) for penalised in (False, True)}
 
     def step(state, clips):
         number = count(state.step)
         if number >= config.start_step:
-            state, metrics = programs[_is_penalised(config, number)](state, clips)
+            state, metrics = programs[number % interval == 0](state, clips)
         else:
             model, metrics = plain_step(state.model, clips)
-            state = AdversarialState(model=model, discriminator=state.discriminator)
+            state = state.replace(model=model)
             metrics |= dict.fromkeys(_METRIC_NAMES, zero)
         count.advance(state.step)
         return state, metrics
@@ -150,10 +141,6 @@ class HostStepCounter:
     def advance(self, step: Any) -> None:
         self._newest = step
         self._number += 1
-
-
-def _is_penalised(config: AdversarialConfig, step: int) -> bool:
-    return not isinstance(config.regulariser, R1) or step % config.regulariser.every == 0
 
 
 def make_adversarial_update(
@@ -238,21 +225,18 @@ def _update_discriminator(
     def discriminate(params, clips):
         return nnx.merge(graph, params)(clips)
 
-    generator_value, gradient = jax.value_and_grad(
-        lambda clips: generator_loss(discriminate(state.params, clips)).mean()
-    )(decoded)
-    weight = config.weight * compute_adaptive_weight(
-        last_layer_gradient(reconstruction_gradient), last_layer_gradient(gradient)
-    )
+    def compute_generator_loss(clips):
+        return generator_loss(discriminate(state.params, clips)).mean()
+
+    value, gradient = jax.value_and_grad(compute_generator_loss)(decoded)
+    last_gradients = last_layer_gradient(reconstruction_gradient), last_layer_gradient(gradient)
+    weight = config.weight * compute_adaptive_weight(*last_gradients)
     own_loss = functools.partial(_discriminator_loss, config, discriminate, state.means, decoded, pixels, penalised)
     (_, metrics), gradients = jax.value_and_grad(own_loss, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    next_state = DiscriminatorState(
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-        means=_update_means(config, state.means, metrics),
-    )
-    return next_state, weight * gradient, {"against": generator_value, "adversarial_weight": weight, **metrics}
+    params, means = optax.apply_updates(state.params, updates), _update_means(config, state.means, metrics)
+    next_state = DiscriminatorState(params=params, opt_state=opt_state, means=means)
+    return next_state, weight * gradient, {"against": value, "adversarial_weight": weight, **metrics}
 
 
 def _discriminator_loss(

@@ -49,17 +49,13 @@ class CodebookLearning:
 
     def __post_init__(self):
         if self.decay is not None and not 0 <= self.decay < 1:
-            raise UserError(
-                f"decay={self.decay} is invalid: it must lie in [0, 1). Use decay=None to learn the codes by gradient."
-            )
+            raise UserError(f"decay={self.decay} is invalid: it must lie in [0, 1). Use None to learn by gradient.")
         if not self.commitment >= 0:
             raise UserError(f"commitment={self.commitment} is invalid: it must not be negative.")
         if not self.smoothing > 0:
             raise UserError(f"smoothing={self.smoothing} is invalid: it must be positive.")
         if self.restart_after is not None and self.restart_after < 1:
-            raise UserError(
-                f"restart_after={self.restart_after} is invalid: it must be at least 1. Use None to disable restarts."
-            )
+            raise UserError(f"restart_after={self.restart_after} is invalid: it must be 1 or more. Use None for never.")
 
     def init_moments(self, codes: Float[Array, "n c"], *, fresh: bool = True) -> dict[str, Array]:
         """Return the initial state of the update.
@@ -97,9 +93,8 @@ class CodebookLearning:
         counts = jnp.zeros(len(codes), jnp.float32).at[flat_indices].add(1.0)
         moments = dict(moments)
         if self.decay is not None:
-            codes, averages = self._update_averages(
-                self.decay, counts, jnp.zeros_like(codes).at[flat_indices].add(flat_latents), moments
-            )
+            sums = jnp.zeros_like(codes).at[flat_indices].add(flat_latents)
+            codes, averages = self._update_averages(self.decay, counts, sums, moments)
             moments |= averages
         ages = jnp.where(counts > 0, 0, moments["ages"] + 1)
         share = counts / counts.sum()
@@ -110,9 +105,8 @@ class CodebookLearning:
             dead = ages >= self.restart_after
             metrics |= {"usage_recent": 1 - dead.mean(dtype=jnp.float32), "restarts": dead.sum(dtype=jnp.float32)}
             # Each dead code gets a different latent if the batch has enough of them.
-            sources = jax.random.choice(
-                random_key, len(flat_latents), (len(codes),), replace=len(flat_latents) < len(codes)
-            )
+            count = len(flat_latents)
+            sources = jax.random.choice(random_key, count, (len(codes),), replace=count < len(codes))
             codes = jnp.where(dead[:, None], flat_latents[sources], codes)
             ages = jnp.where(dead, 0, ages)
             if self.decay is not None:

@@ -1,7 +1,7 @@
 """Loss of a text-conditioned denoiser on packed rows."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -129,31 +129,23 @@ class DenoiserLoss:
     def draw_times(self, rows: PackedBatch, step: Array) -> Float[Array, "B G"]:
         """Return diffusion times of clips, low-discrepancy over consecutive ranks of the data plan."""
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, "time"), step))
-        return self.objective.compute_time(
-            self._to_time_quantiles(draw_low_discrepancy(offset, rows.examples)), get_clip_sizes(rows)
-        )
+        u = self._to_time_quantiles(draw_low_discrepancy(offset, rows.examples))
+        return self.objective.compute_time(u, get_clip_sizes(rows))
 
     def draw_token_times(self, rows: PackedBatch, step: Array) -> Float[Array, "B N"]:
         """Return the diffusion time of each token: that of its clip, or of its frame (arXiv 2407.01392)."""
         if self.time_per == "clip":
             return expand_to_tokens(self.draw_times(rows, step), rows.segments)
-        sizes = get_clip_sizes(rows)
+        sizes = ClipSize(*(expand_to_tokens(jnp.asarray(part), rows.segments) for part in get_clip_sizes(rows)))
         segment_indices = jnp.maximum(rows.segments - 1, 0)
-        frames = compute_segment_offsets(rows.segments) // expand_to_tokens(
-            jnp.asarray(sizes.frame_tokens), rows.segments
-        )
+        frames = compute_segment_offsets(rows.segments) // sizes.frame_tokens
         keys = example_keys(key(self.seed, "frame time"), step, rows.examples)
 
         def draw(row_keys, segment_index, frame):
             return jax.random.uniform(jax.random.fold_in(row_keys[segment_index], frame))
 
-        u = jax.vmap(lambda row_keys, *at: jax.vmap(lambda *one: draw(row_keys, *one))(*at))(
-            keys, segment_indices, frames
-        )
-        return self.objective.compute_time(
-            self._to_time_quantiles(u),
-            ClipSize(*(expand_to_tokens(jnp.asarray(part), rows.segments) for part in sizes)),
-        )
+        u = jax.vmap(jax.vmap(draw, in_axes=(None, 0, 0)))(keys, segment_indices, frames)
+        return self.objective.compute_time(self._to_time_quantiles(u), sizes)
 
     def _to_time_quantiles(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Map uniform numbers in [0, 1) to the quantiles of times that this model is trained at."""
@@ -183,15 +175,12 @@ def _given(dit: DitConfig | WanDitConfig, rows: PackedBatch, known: Bool[Array, 
     """Return the conditioning on known frames, which is zero for clips whose first frame is not known."""
     is_conditioned = segment_max(known.astype(jnp.float32), rows.segments, count=count) > 0
     fields: dict[str, Array] = {}
+    sizes: dict[str, Any] = {"patch_volume": dit.patch.volume, "channels": dit.given_channels}
     if dit.given_channels and rows.shown.shape[-1]:
         shown = expand_to_tokens(is_conditioned, rows.segments)
-        fields["latents"] = make_cond_latents(
-            rows.shown, known, shown=shown, patch_volume=dit.patch.volume, channels=dit.given_channels
-        )
+        fields["latents"] = make_cond_latents(rows.shown, known, shown=shown, **sizes)
     elif dit.given_channels:
-        fields["latents"] = make_cond_latents(
-            rows.tokens, known, patch_volume=dit.patch.volume, channels=dit.given_channels
-        )
+        fields["latents"] = make_cond_latents(rows.tokens, known, **sizes)
     if isinstance(dit, WanDitConfig) and dit.image_width is not None:
         fields["image"] = jnp.where(expand_to_tokens(is_conditioned, rows.image_segments)[..., None], rows.image, 0)
         fields["image_segments"] = jnp.asarray(rows.image_segments)

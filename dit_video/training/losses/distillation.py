@@ -40,7 +40,7 @@ from dit_video.diffusion import (
 from dit_video.tokens import PackedBatch, expand_to_tokens, segment_mean
 from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes, sample_packed_noise
 from dit_video.training.state import CompositeState, TrainState
-from dit_video.training.step import StepFn, apply_updates, bind_constants, skip_nonfinite
+from dit_video.training.step import Constants, JittedStep, StepFn, apply_updates, skip_nonfinite
 
 _TIME_MARGIN = 0.02
 """Distance from times 0 and 1 at which the scores of samples are not compared (arXiv 2311.18828)."""
@@ -67,10 +67,8 @@ class ConsistencyDistillation:
 
     def __post_init__(self):
         if self.intervals < 1 or not self.width > 0:
-            raise UserError(
-                f"intervals={self.intervals}, width={self.width} is invalid: consistency distillation needs at least 1 "
-                "interval and a positive width."
-            )
+            rule = "use 1 interval or more, and a positive width."
+            raise UserError(f"intervals={self.intervals}, width={self.width} is invalid: {rule}")
 
     def init_state(self, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
         """Return the state before the first step."""
@@ -97,10 +95,7 @@ class DistributionMatching:
 
     def __post_init__(self):
         if min(self.steps, self.critic_steps) < 1:
-            raise UserError(
-                f"steps={self.steps}, critic_steps={self.critic_steps} is invalid: distribution matching needs at "
-                "least 1 step of the student and of the critic."
-            )
+            raise UserError(f"steps={self.steps}, critic_steps={self.critic_steps} is invalid: both must be 1 or more.")
 
     def init_state(self, state: TrainState, optimizer: optax.GradientTransformation) -> "MatchingState":
         """Return the state before the first step, with a critic that is initialized from the teacher too."""
@@ -137,24 +132,17 @@ def with_student_learning_rate(critic: CriticState, student: TrainState) -> Crit
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
-    states = critic.opt_state, student.opt_state
-    opt_state = jax.tree.map(
-        lambda critic_leaf, student_leaf: student_leaf if is_schedule(student_leaf) else critic_leaf,
-        *states,
-        is_leaf=is_schedule,
-    )
+    def choose(critic_leaf: Any, student_leaf: Any) -> Any:
+        return student_leaf if is_schedule(student_leaf) else critic_leaf
+
+    opt_state = jax.tree.map(choose, critic.opt_state, student.opt_state, is_leaf=is_schedule)
     return CriticState(params=critic.params, opt_state=opt_state)
 
 
 def make_distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyLoss | MatchingLoss":
     """Return the loss of a student, from the loss that its teacher was trained with."""
-    parts: dict[str, Any] = {
-        "dit": loss.dit,
-        "text": loss.text,
-        "objective": loss.objective,
-        "empty_caption": loss.empty_caption,
-        "seed": loss.seed,
-    }
+    names = ("dit", "text", "objective", "empty_caption", "seed")
+    parts: dict[str, Any] = {name: getattr(loss, name) for name in names}
     if isinstance(config, ConsistencyDistillation):
         return ConsistencyLoss(config=config, **parts)
     return MatchingLoss(config=config, **parts)
@@ -234,9 +222,7 @@ class ConsistencyLoss(_DistillationLoss):
     def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
         return self.config.init_state(state, optimizer)
 
-    def make_step(
-        self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...]
-    ) -> StepFn:
+    def make_step(self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: Constants) -> StepFn:
         """Return `step(state, rows) -> (state, metrics)`, which donates the state.
 
         The teacher's parameters are in `constants`. The target network is the moving average that is also sampled from.
@@ -248,7 +234,7 @@ class ConsistencyLoss(_DistillationLoss):
             next_state = apply_updates(state, gradients, optimizer, ema_decay=ema_decay)
             return skip_nonfinite(state, next_state, metrics)
 
-        return bind_constants(jax.jit(step, donate_argnums=0), constants)
+        return JittedStep(step, constants)
 
     def __call__(
         self, params: PyTree, ema: PyTree, rows: PackedBatch, step: Array, teacher: PyTree
@@ -261,9 +247,8 @@ class ConsistencyLoss(_DistillationLoss):
         teacher_estimator = self.make_estimator(self.make_guided_denoise(teacher, rows, self.config.guidance))
         next_noisy = jax.lax.stop_gradient(step_along_flow(teacher_estimator, process, noisy, time, next_time))
         student, target = self.make_consistency_function(params, rows), self.make_consistency_function(ema, rows)
-        return self.mean_over_clips(
-            consistency_loss(student, target, noisy, next_noisy, time, next_time, width=self.config.width), rows
-        )
+        per_token = consistency_loss(student, target, noisy, next_noisy, time, next_time, width=self.config.width)
+        return self.mean_over_clips(per_token, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,9 +260,7 @@ class MatchingLoss(_DistillationLoss):
     def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> MatchingState:
         return self.config.init_state(state, optimizer)
 
-    def make_step(
-        self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...]
-    ) -> StepFn:
+    def make_step(self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: Constants) -> StepFn:
         """Return `step(state, rows) -> (state, metrics)` for a `MatchingState`, which is donated.
 
         The critic is updated `critic_steps` times, then the student once, with the same optimizer and learning rate.
@@ -290,9 +273,8 @@ class MatchingLoss(_DistillationLoss):
 
             def improve(critic, index):
                 critic_step = student_step * self.config.critic_steps + index
-                samples = jax.lax.stop_gradient(
-                    self.generate(params, rows, *self.draw_student_inputs(params, rows, critic_step))
-                )
+                inputs = self.draw_student_inputs(params, rows, critic_step)
+                samples = jax.lax.stop_gradient(self.generate(params, rows, *inputs))
                 value, gradients = jax.value_and_grad(self.critic_loss)(critic.params, samples, rows, critic_step)
                 updates, opt_state = optimizer.update(gradients, critic.opt_state, critic.params)
                 next_critic = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
@@ -308,7 +290,7 @@ class MatchingLoss(_DistillationLoss):
             model = apply_updates(state.model, gradients, optimizer, ema_decay=ema_decay)
             return skip_nonfinite(state, MatchingState(model=model, critic=critic), metrics, "critic")
 
-        return bind_constants(jax.jit(step, donate_argnums=0), constants)
+        return JittedStep(step, constants)
 
     def __call__(
         self,
@@ -340,9 +322,7 @@ class MatchingLoss(_DistillationLoss):
         time = expand_to_tokens(time, rows.segments)
         noise = self.draw_noise("critic noise", rows, step)
         denoise = self.make_denoise(critic, rows)
-        per_token = self.objective.loss(
-            lambda noisy, model_time: denoise(noisy, model_time[..., None]), samples, noise, time
-        )
+        per_token = self.objective.loss(lambda noisy, at: denoise(noisy, at[..., None]), samples, noise, time)
         return self.mean_over_clips(per_token, rows)
 
     def draw_student_inputs(
@@ -355,18 +335,16 @@ class MatchingLoss(_DistillationLoss):
         process, steps = self.objective.process, self.config.steps
         ones = jnp.ones(rows.examples.shape)
         times = jnp.stack([self.shift_times((1 - number / steps) * ones, rows) for number in range(steps + 1)])
-        index: Int[Array, ""] = jax.random.randint(
-            jax.random.fold_in(key(self.seed, f"{purpose}generator step"), step), (), 0, steps
-        )
+        step_key = jax.random.fold_in(key(self.seed, f"{purpose}generator step"), step)
+        index: Int[Array, ""] = jax.random.randint(step_key, (), 0, steps)
 
         def draw(number):
             return self.draw_noise(f"{purpose}generator noise", rows, step, number + 1)
 
         initial_noise = self.draw_noise(f"{purpose}generator noise", rows, step)
         consistency = self.make_consistency_function(params, rows)
-        return run_multistep(consistency, initial_noise, times, process=process, noise_fn=draw, steps=index), times[
-            index
-        ]
+        noisy = run_multistep(consistency, initial_noise, times, process=process, noise_fn=draw, steps=index)
+        return noisy, times[index]
 
     def generate(
         self, params: PyTree, rows: PackedBatch, noisy: Float[Array, "B N p"], time: Float[Array, "B N 1"]

@@ -47,22 +47,18 @@ class VqLoss(AutoencoderLoss):
         latents, indices = seen
         # The gradient update has already incremented the step counter; the noise is that of the step itself.
         random_key = jax.random.fold_in(key(self.seed, "codebook"), state.step - 1)
-        moments = state.extra["codebook"]
-        update = self._effective_learning.update(
-            state.params["codebook"]["codes"], moments, latents, indices, random_key
-        )
+        codes, moments = state.params["codebook"]["codes"], state.extra["codebook"]
+        update = self._effective_learning.update(codes, moments, latents, indices, random_key)
         # Codes that are moving averages need no second average. A restarted code is not ema_codes with its old value.
         is_replaced = update.restarted[:, None] if self._effective_learning.decay is None else True
         ema_codes = jnp.where(is_replaced, update.codes, state.ema["codebook"]["codes"])
-        return (
-            replace(
-                state,
-                params=state.params | {"codebook": {"codes": update.codes}},
-                ema=state.ema | {"codebook": {"codes": ema_codes}},
-                extra=state.extra | {"codebook": update.moments},
-            ),
-            update.metrics,
+        next_state = replace(
+            state,
+            params=state.params | {"codebook": {"codes": update.codes}},
+            ema=state.ema | {"codebook": {"codes": ema_codes}},
+            extra=state.extra | {"codebook": update.moments},
         )
+        return next_state, update.metrics
 
     @property
     def _effective_learning(self) -> CodebookLearning:

@@ -6,7 +6,6 @@ training: the standard deviation of the weights, relative to the length of the t
 allow any other to be reconstructed after the training, see `posthoc_ema`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,20 +41,15 @@ class EmaConfig:
         for sigma in self.sigmas:
             gamma_from_sigma(sigma)
         if len(set(self.decays)) < len(self.decays) or len(set(self.sigmas)) < len(self.sigmas):
-            raise UserError(
-                f"decays={self.decays}, sigmas={self.sigmas} is invalid: a value is given twice. Use distinct values."
-            )
+            raise UserError(f"decays={self.decays}, sigmas={self.sigmas} is invalid: a value is repeated. Remove one.")
         if self.snapshot_every < 1:
             raise UserError(f"snapshot_every={self.snapshot_every} is invalid: it must be at least 1 step.")
 
     def init_averages(self, params: PyTree) -> dict[str, Any]:
         """Return the averages before the first step, copies of the parameters by kind and value. Traceable."""
         kinds = {DECAY: self.decays, POWER: self.sigmas}
-        return {
-            kind: {format_average_name(value): copy_float32(params) for value in values}
-            for kind, values in kinds.items()
-            if values
-        }
+        names = {kind: [format_average_name(value) for value in values] for kind, values in kinds.items() if values}
+        return {kind: {name: copy_float32(params) for name in names[kind]} for kind in names}
 
 
 def copy_float32(params: PyTree) -> PyTree:
@@ -81,19 +75,16 @@ def update_power_average(average: PyTree, params: PyTree, step: Int[Array, ""], 
     return _interpolate(average, params, share)
 
 
-def update_averages(
-    averages: Mapping[str, Mapping[str, PyTree]], params: PyTree, step: Int[Array, ""]
-) -> dict[str, Any]:
+def update_averages(averages: dict[str, dict[str, PyTree]], params: PyTree, step: Int[Array, ""]) -> dict[str, Any]:
     """Return the averages of `EmaConfig.init_averages`, updated by the parameters after a step."""
-    decays, powers = averages.get(DECAY, {}), averages.get(POWER, {})
-    updated = {
-        DECAY: {name: update_ema(tree, params, step, decay=parse_average_name(name)) for name, tree in decays.items()},
-        POWER: {
-            name: update_power_average(tree, params, step, gamma=gamma_from_sigma(parse_average_name(name)))
-            for name, tree in powers.items()
-        },
-    }
-    return {kind: trees for kind, trees in updated.items() if trees}
+
+    def update(kind: str, name: str, average: PyTree) -> PyTree:
+        value = parse_average_name(name)
+        if kind == DECAY:
+            return update_ema(average, params, step, decay=value)
+        return update_power_average(average, params, step, gamma=gamma_from_sigma(value))
+
+    return {kind: {name: update(kind, name, tree) for name, tree in trees.items()} for kind, trees in averages.items()}
 
 
 def gamma_from_sigma(sigma_rel: float) -> float:
@@ -105,17 +96,10 @@ def gamma_from_sigma(sigma_rel: float) -> float:
       UserError: No exponent has this width: it is not positive, or larger than about .2887, that of equal weights.
     """
     if not 0 < sigma_rel <= 12**-0.5:
-        raise UserError(
-            f"sigma_rel={sigma_rel} is invalid: it must be above 0 and at most {12**-0.5:.4f}, that of a plain mean."
-        )
+        raise UserError(f"sigma_rel={sigma_rel} is invalid: it must be above 0, up to {12**-0.5:.4f}, a plain mean.")
     inverse = sigma_rel**-2
     roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
     return max(0.0, float(roots.real.max()))
-
-
-def sigma_from_gamma(gamma: float) -> float:
-    """Return the relative width of an exponent."""
-    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
 
 
 def parse_average_name(name: str) -> float:

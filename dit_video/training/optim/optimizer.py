@@ -59,15 +59,12 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if not self.learning_rate > 0 or self.warmup < 0:
-            raise UserError(
-                f"learning_rate={self.learning_rate}, warmup={self.warmup} is invalid: the learning rate must be "
-                "positive, and the warmup not negative."
-            )
+            rule = "the learning rate must be positive, and the warmup not negative."
+            raise UserError(f"learning_rate={self.learning_rate}, warmup={self.warmup} is invalid: {rule}")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.weight_decay >= 0 and self.max_grad_norm > 0):
             raise UserError(
                 f"b1={self.b1}, b2={self.b2}, weight_decay={self.weight_decay}, max_grad_norm={self.max_grad_norm} "
-                "is invalid: "
-                "b1 and b2 must lie in [0, 1), with weight_decay >= 0 and max_grad_norm > 0."
+                "is invalid: b1 and b2 must lie in [0, 1), with weight_decay >= 0 and max_grad_norm > 0."
             )
         if self.kind == "schedule_free" and (self.schedule != "constant" or self.b1 == 0):
             raise UserError(
@@ -93,9 +90,7 @@ def make_learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax
       UserError: The run is not longer than its warmup.
     """
     if steps <= config.warmup:
-        raise UserError(
-            f"warmup={config.warmup} is invalid for steps={steps}: the run must be longer. Use a shorter warmup."
-        )
+        raise UserError(f"warmup={config.warmup} is invalid: it must be below steps={steps}. Use a shorter warmup.")
     peak, decay_steps = config.learning_rate, steps - config.warmup
     match config.schedule:
         case "constant":
@@ -127,12 +122,14 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, start_step: int = 0) 
         case "adamw":
             main = _adamw(config, rates)
         case "adafactor":
-            main = _adafactor(config, rates)
+            factored = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+            main = optax.chain(*factored, *_decay_and_scale(config, rates))
         case "schedule_free":
             main = _schedule_free(config, rates)
         case "muon":
+            muon = optax.chain(scale_by_muon(config.muon_rms), *_decay_and_scale(config, rates))
             main = optax.partition(
-                {"matrix": _muon(config, rates), "other": _adamw(config, rates, nesterov=True)},
+                {"matrix": muon, "other": _adamw(config, rates, nesterov=True)},
                 functools.partial(_label_matrices, config.muon_patterns),
             )
     chain = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), main)
@@ -145,21 +142,14 @@ def _adamw(config: OptimizerConfig, rates: optax.Schedule, *, nesterov: bool = F
     return optax.adamw(rates, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, nesterov=nesterov)
 
 
-def _adafactor(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(rates),
-    )
+def _decay_and_scale(config: OptimizerConfig, rates: optax.Schedule) -> list[optax.GradientTransformation]:
+    """Return the last two transformations of an optimizer: weight decay, then the learning rate."""
+    return [optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(rates)]
 
 
 def _schedule_free(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:
-    base = optax.chain(
-        optax.scale_by_rms(config.b2, eps=1e-8, eps_in_sqrt=False, bias_correction=True),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(rates),
-    )
+    rms = optax.scale_by_rms(config.b2, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
+    base = optax.chain(rms, *_decay_and_scale(config, rates))
     # optax.contrib.schedule_free counts its steps from 1.
     return optax.contrib.schedule_free(base, lambda step: rates(step - 1), b1=config.b1)
 
@@ -181,14 +171,6 @@ def get_schedule_free_average(params: PyTree, opt_state: PyTree) -> PyTree | Non
     return map_with_path(average, params)
 
 
-def _muon(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:
-    return optax.chain(
-        scale_by_muon(config.muon_rms),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(rates),
-    )
-
-
 def freeze(config: OptimizerConfig, params: PyTree) -> PyTree:
     """Stop the gradients at parameters that are not trained, so that none are computed for them."""
     return map_with_path(lambda path, leaf: leaf if config.is_trained(path) else jax.lax.stop_gradient(leaf), params)
@@ -204,9 +186,7 @@ def _label_trained(config: OptimizerConfig, params: PyTree) -> PyTree:
     for kind, patterns in (("trainable", config.trainable), ("frozen", config.frozen)):
         for pattern in patterns:
             if not any(re.search(pattern, path) for path in paths):
-                raise UserError(
-                    f"{kind}={pattern!r} matches no parameter. Closest paths: {find_closest(pattern, paths)}."
-                )
+                raise UserError(f"{kind}={pattern!r} matches no parameter. Closest: {find_closest(pattern, paths)}.")
     return map_with_path(lambda path, _: "train" if config.is_trained(path) else "frozen", params)
 
 

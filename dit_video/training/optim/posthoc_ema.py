@@ -63,22 +63,16 @@ class EmaSnapshots:
           UserError: No average has this width.
         """
         gamma = gamma_from_sigma(sigma_rel)
-        files = {
-            profile: path
-            for profile, path in self._list_files().items()
-            if max_step is None or profile.step <= max_step
-        }
+        end = math.inf if max_step is None else max_step
+        files = {profile: path for profile, path in self._list_files().items() if profile.step <= end}
         if not files:
-            raise MissingError(
-                f"{self.folder} has no snapshots of averages. Train with averages=EmaConfig(sigmas=(0.05, 0.1))."
-            )
+            raise MissingError(f"{self.folder} has no snapshots. Train with averages=EmaConfig(sigmas=(0.05, 0.1)).")
         profiles = sorted(files)
         target = WeightProfile(max(profile.step for profile in profiles) if step is None else step, gamma)
         total: dict[str, Any] | None = None
         for weight, profile in zip(solve_coefficients(profiles, target), profiles, strict=True):
-            scaled = jax.tree.map(
-                lambda leaf, weight=weight: weight * leaf.astype(np.float64), load(files[profile], like=like)
-            )
+            params = load(files[profile], like=like)
+            scaled = jax.tree.map(lambda leaf, weight=weight: weight * leaf.astype(np.float64), params)
             total = scaled if total is None else jax.tree.map(np.add, total, scaled)
         return jax.tree.map(lambda leaf: leaf.astype(np.float32), total)
 

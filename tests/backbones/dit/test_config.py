@@ -53,12 +53,6 @@ def test_the_cost_of_a_layer_follows_from_its_pattern():
     assert wan.attention_pairs(grid) == whole
 
 
-def test_field_names_of_earlier_versions_are_read():
-    assert make_config(absolute_position="sinusoidal") == make_config()
-    assert make_config(rotary=None) == make_config()
-    assert make_config(absolute_position="none") == make_config(absolute_position=None)
-
-
 def test_the_shipped_model_is_one_of_the_default_options():
     written = json.loads((SHAPES / "pipeline.json").read_text())["config"]["dit"]
     config = config_json.from_json(written)
@@ -147,17 +141,17 @@ def test_the_cost_of_a_layer():
         (lambda: make_config(temporal=TemporalLayers()), r"set pattern=SpaceOnly\(\), not Full"),
         (
             lambda: make_config(temporal=TemporalLayers(), pattern=SpaceOnly(), registers=1),
-            "use registers=0 and another context",
+            "use registers=0, another context",
         ),
         (
             lambda: make_config(temporal=TemporalLayers(spatial_layers=4), pattern=SpaceOnly()),
-            "6 layers .* after every 4; use a divisor",
+            "6 layers .* spatial_layers, not 4",
         ),
         (lambda: TemporalLayers(layers=0), "0 temporal .* 1 spatial .* use at least 1 of each"),
         (lambda: WanDitConfig(layers=4, pattern=(SpaceOnly(), TimeOnly(), SpaceOnly())), "4 layers .* 3 patterns"),
         (lambda: WanDitConfig(attention="splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
-        (lambda: WanDitConfig(width=36, heads=5), "width 36 .* 5 heads into parts of even width"),
-        (lambda: WanDitConfig(width=36, heads=12), "12 heads into parts of even width"),
+        (lambda: WanDitConfig(width=36, heads=5), "width 36 .* 5 heads in even parts"),
+        (lambda: WanDitConfig(width=36, heads=12), "12 heads in even parts"),
         (lambda: WanDitConfig(text_length=0), "text_length=0 .* use at least 1"),
         (lambda: WanDitConfig(image_positions=514), "image_positions=514 .* set image_width"),
     ],

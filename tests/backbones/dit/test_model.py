@@ -80,7 +80,7 @@ def test_the_order_of_tokens_does_not_matter():
 
 
 def test_without_absolute_positions_only_differences_of_coordinates_matter():
-    config = dataclasses.replace(CONFIG, absolute_position="none")
+    config = dataclasses.replace(CONFIG, absolute_position=None)
     params = {path: leaf for path, leaf in PARAMS.items() if path != "position"}
     assert flatten(get_param_shapes(config.make)).keys() == flatten(params).keys()
     given = make_batch((0, 1), ())

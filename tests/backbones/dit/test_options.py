@@ -29,6 +29,7 @@ from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.nn.attention import CausalFrames, RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
 from dit_video.tokens import Rotary3d
+from support.marks import mark_slow_except
 from support.packed_rows import (
     CLASSES,
     FIRST,
@@ -102,9 +103,11 @@ WANS = {
 }
 CONFIGS = {name: dataclasses.replace(CONFIG, **fields) for name, fields in OPTIONS.items()}
 CONFIGS |= {name: dataclasses.replace(WAN, **fields) for name, fields in WANS.items()}
+QUICK = ("joint", "pooled, labels", "most", "wan with images")
+"""Configs of the default suite, which hold most options; all others are tested by the slow tests."""
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mark_slow_except(QUICK, CONFIGS))
 def test_packed_is_unpacked_and_segments_are_apart(name):
     config = CONFIGS[name]
     params = make_random_params(config.make)

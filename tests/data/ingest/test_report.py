@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from dit_video.data.clips import ClipInfo
-from dit_video.data.ingest.formats.types import quote_name
 from dit_video.data.ingest.report import IngestReport, make_report
 
 
@@ -60,9 +59,7 @@ def test_histograms_count_all_values():
 
 def test_reasons_that_differ_only_in_numbers_and_names_are_grouped():
     names = ["a.mp4", "it's.mp4", 'say "x".mp4', "both'\".mp4", "\udce9.mp4", "a b\n日本.mp4"]
-    rejected = [
-        ("x", f"links to {quote_name(name)}, {1.5 * number:g}e-05 of 1,000 bytes") for number, name in enumerate(names)
-    ]
+    rejected = [("x", f"links to {name!r}, {1.5 * number:g}e-05 of 1,000 bytes") for number, name in enumerate(names)]
     rejected += [("x", "ffmpeg doesn't read it and can't"), ("x", "convert it to H.264")]
     report = make_report(INFOS, [], **{**GIVEN, "rejected": tuple(rejected), "files": 15})
     assert report.reasons["rejected"] == {

@@ -90,6 +90,7 @@ def test_every_view_is_encoded_as_it_would_be_alone(canvas_pixels, tmp_path):
         assert example.captions == ("one", "two, from the left")
 
 
+@pytest.mark.slow
 def test_500_native_sizes_compile_at_most_8_programs(tmp_path):
     sizes = [Grid(1 if (h + w) % 3 else 3, 4 * h, 4 * w) for h in range(1, 26) for w in range(1, 21)]
     source, encoding = make_source(sizes), make_encoding(limits=dataclasses.replace(LIMITS, max_pixels=10**6))

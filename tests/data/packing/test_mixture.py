@@ -127,7 +127,7 @@ def test_the_hash_changes_with_every_option():
         ({"sizes": (3, 2), "weights": (1,)}, "one positive weight per source"),
         ({"sizes": (3, 2), "weights": (1, 0)}, "Remove sources"),
         ({"sizes": (3,), "length": 0}, "length=0"),
-        ({"sizes": (2,), "variants": ((0,),)}, "1 groups of variants were given for 2 clips"),
+        ({"sizes": (2,), "variants": ((0,),)}, "1 groups of variants do not match 2 clips"),
         ({"sizes": (2,), "variants": ((0,), ())}, "clip 1 has no variant"),
         ({"sizes": (2,), "variants": ((0,), (0,))}, "exactly one clip"),
         ({"sizes": (2,), "variants": ((0,), (2,))}, "numbered from 0"),

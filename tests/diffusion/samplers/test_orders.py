@@ -32,6 +32,9 @@ from dit_video.diffusion import (
     sample,
 )
 from support import gaussian_mixture as mixture
+from support.marks import mark_slow_except
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SETTINGS = {
     "flow": (RectifiedFlow(), Velocity(), (0.9, 0.1)),
@@ -72,7 +75,10 @@ def end(solver, setting, steps):
 
 @pytest.mark.parametrize(
     ("name", "setting"),
-    [(name, setting) for name in ORDERS for setting in SETTINGS if setting == "flow" or "-heun" not in name],
+    mark_slow_except(
+        [(name, "flow") for name in ORDERS] + [("dpm++2m", "vp"), ("heun", "edm")],
+        [(name, setting) for name in ORDERS for setting in SETTINGS if setting == "flow" or "-heun" not in name],
+    ),
 )
 def test_solvers_converge_at_their_order(name, setting):
     solver, order = ORDERS[name]
@@ -96,7 +102,7 @@ STOCHASTIC = {
 }
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", mark_slow_except(("ddpm", "euler-ancestral-edm", "dpm++sde-flow"), STOCHASTIC))
 def test_stochastic_solvers_sample_the_mixture(name):
     solver, setting = STOCHASTIC[name]
     process, prediction, _ = SETTINGS[setting]

@@ -241,7 +241,7 @@ class WithoutDataAtItsNoise(VariancePreservingProcess):
 
 @pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if get_sampler(name).stochastic))
 def test_a_stochastic_solver_without_noise_is_refused(name):
-    with pytest.raises(UserError, match=r"draws noise in every step\. Use noise_fn=make_noise_fn"):
+    with pytest.raises(UserError, match=r"draws noise\. Use make_noise_fn"):
         sample(
             denoise, NOISE, make_uniform_times(RectifiedFlow(), 2), process=RectifiedFlow(), solver=get_sampler(name)
         )

@@ -37,7 +37,7 @@ def compute_error(solver, times, noise):
     return jnp.abs(found - end - spread(times[-1]) * noise).mean()
 
 
-@pytest.mark.parametrize("kind", ["bh1", "bh2"])
+@pytest.mark.parametrize("kind", [pytest.param("bh1", marks=pytest.mark.slow), "bh2"])
 @pytest.mark.parametrize(("order", "expected"), [(1, 2), (2, 3), (3, 3)])
 def test_solvers_with_corrector_converge_at_their_order(order, expected, kind):
     # Of order 3 the first step, which has no past, is as accurate as order 2's: some of its error is of that order.

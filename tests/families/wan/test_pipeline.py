@@ -222,8 +222,8 @@ def change_index(folder, **values):
     ("index", "message"),
     [
         ({"_class_name": "FluxPipeline"}, "of class FluxPipeline; known here: WanPipeline"),
-        ({"boundary_ratio": None}, "two experts without a boundary_ratio"),
-        ({"transformer_2": [None, None]}, "a boundary_ratio, but one expert alone"),
+        ({"boundary_ratio": None}, "two experts, but no boundary_ratio"),
+        ({"transformer_2": [None, None]}, "a boundary_ratio, but one expert"),
     ],
 )
 def test_an_unsupported_model_index_is_refused(copied, index, message):

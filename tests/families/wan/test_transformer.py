@@ -166,7 +166,7 @@ def test_configs_that_a_layout_cannot_express_are_not_written(tmp_path):
     save_denoiser(tmp_path / "authors", longer, make_random_params(longer.make), layout="authors")
     assert load_denoiser(tmp_path / "authors")[0] == longer
     thick = dataclasses.replace(CONFIG, patch=Grid(2, 2, 2))
-    with pytest.raises(UserError, match="don't say the patch"):
+    with pytest.raises(UserError, match="omit the patch"):
         save_denoiser(tmp_path, thick, make_random_params(thick.make), layout="authors")
     small = DitConfig(channels=4, context_width=6)
     with pytest.raises(UserError, match="DiTTransformer2DModel has class labels"):

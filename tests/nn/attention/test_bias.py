@@ -84,6 +84,7 @@ def test_backends_add_the_bias_of_its_definition_in_values_and_gradients(pattern
             np.testing.assert_allclose(ours, theirs, atol=3e-6, err_msg=str(attention))
 
 
+@pytest.mark.slow
 def test_the_branches_for_accelerators_add_the_same_bias(monkeypatch):
     attentions = DenseAttention(), ChunkedAttention(chunk=6)
     expected = [value_and_gradients(attention) for attention in attentions]
@@ -127,9 +128,9 @@ def test_kernels_refuse_a_bias(attention):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"buckets": (7, 8, 8)}, r"\(7, 8, 8\) .* use an even number"),
+        ({"buckets": (7, 8, 8)}, r"\(7, 8, 8\) .* use even numbers"),
         ({"buckets": (2, 8, 8)}, r"\(2, 8, 8\) .* at least 4"),
-        ({"buckets": (32, 8, 8), "max_distance": (8, None, None)}, "32 .* 8 single steps.* raise the distance"),
+        ({"buckets": (32, 8, 8), "max_distance": (8, None, None)}, "max_distance=8 is invalid: 32 buckets"),
         ({"scale": (1.0, 0.0, 1.0)}, r"\(1\.0, 0\.0, 1\.0\) .* use positive numbers"),
     ],
 )

@@ -123,7 +123,10 @@ def test_queries_may_be_some_of_the_tokens():
         (lambda: SlidingWindow(radius=(1, 1, 1), tile=(1, 0, 1)), "at least 1 along each axis"),
         (lambda: SlidingWindow(radius=(None, None, None)), "use pattern Full()"),
         (lambda: make_attention("chunked", chunk=0), "chunk=0 of attention is invalid; use at least 1 token"),
-        (lambda: attention.SplashAttention(block_size=100), "block of 100 tokens is invalid; use a multiple of 128"),
+        (
+            lambda: attention.SplashAttention(block_size=100),
+            "block_size=100 of splash attention is invalid; use a multiple of 128",
+        ),
         (lambda: make_attention("splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
         (lambda: make_attention("splash", pattern=SlidingWindow(radius=(1, None, None))), "cannot do SlidingWindow"),
         (lambda: make_attention("tokamax", pattern=SparseCausal()), "tokamax attention cannot do SparseCausal"),

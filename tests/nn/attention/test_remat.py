@@ -12,6 +12,7 @@ from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, m
 from dit_video.nn import Linear, apply_stack, make_stack
 from dit_video.nn.attention import AttentionInputs, CausalFrames, ChunkedAttention, SplashAttention
 from support.jaxprs import count_primitive
+from support.marks import mark_slow_except
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -51,7 +52,7 @@ def gradients(attention, remat, params):
     return jax.grad(value)(params)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", mark_slow_except(("of segments", "of blocks"), BACKENDS))
 def test_attention_is_not_recomputed_under_its_remat_policy(name):
     params = nnx.split(STACK)[1]
 
@@ -67,7 +68,7 @@ def test_attention_is_not_recomputed_under_its_remat_policy(name):
     assert products("dots_attention") == once
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", mark_slow_except(("of segments", "of blocks"), BACKENDS))
 def test_gradients_do_not_depend_on_the_remat_policy(name):
     params = nnx.split(STACK)[1]
     expected, found = (

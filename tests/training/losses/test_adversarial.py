@@ -105,6 +105,7 @@ def test_lecam_keeps_running_means_of_the_verdicts(played):
     assert figures[2]["penalty"] > 0
 
 
+@pytest.mark.slow
 def test_the_discriminator_learns_to_tell_them_apart_with_r1_on_every_kth_step():
     regulariser = R1(weight=0.1, every=3)
     config = AdversarialConfig(weight=1e-3, width=8, layers=1, learning_rate=1e-2, regulariser=regulariser)
@@ -192,5 +193,6 @@ def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path, monkeypat
         train(tmp_path / "run" / "autoencoder", 4, Others)
 
 
+@pytest.mark.slow
 def test_on_eight_devices_both_players_are_divided_and_play_as_on_one():
     check_on_eight_devices("adversarial_training.py")

@@ -204,6 +204,8 @@ def test_times_belong_to_examples_cover_the_batch_and_move_with_the_step():
     ).all()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_eight_devices_have_the_losses_of_one():
     check_on_eight_devices("denoiser_losses.py")
 

@@ -72,6 +72,7 @@ def test_a_codebook_far_away_comes_back_and_is_used(averaged):
     check_comes_back(train(GRADIENTS, 40)[1])
 
 
+@pytest.mark.slow
 def test_a_small_movq_learns_rendered_shapes():
     _, history = train(AVERAGES, 40, make=VqConfig(network=NETWORK, codebook=CODEBOOK, modulated=True).make)
     check_comes_back(history)
@@ -153,5 +154,6 @@ def test_the_figures_are_the_parts_of_the_loss():
         assert float(value) == pytest.approx(float(parts), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_have_the_codebook_of_one():
     check_on_eight_devices("codebook_training.py")

@@ -97,7 +97,7 @@ def test_a_long_warmup_leaves_the_rest_to_the_decay():
 
 
 def test_a_run_no_longer_than_its_warmup_is_refused():
-    with pytest.raises(UserError, match="warmup=100 is invalid for steps=100"):
+    with pytest.raises(UserError, match="warmup=100 is invalid: it must be below steps=100"):
         make_learning_rate_schedule(OptimizerConfig(), steps=100)
     with pytest.raises(UserError, match="Use a shorter warmup"):
         make_optimizer(OptimizerConfig(warmup=7), steps=5)
@@ -262,8 +262,8 @@ def test_frozen_parameters_get_no_gradient():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frozen": ("^txet/",)}, r"frozen='\^txet/' matches no parameter. Closest paths: text"),
-        ({"trainable": ("text/block/",)}, r"trainable='text/block/' matches no parameter. Closest paths: text/blocks,"),
+        ({"frozen": ("^txet/",)}, r"frozen='\^txet/' matches no parameter. Closest: text"),
+        ({"trainable": ("text/block/",)}, r"trainable='text/block/' matches no parameter. Closest: text/blocks,"),
     ],
 )
 def test_a_pattern_without_matching_parameters_is_refused(options, message):

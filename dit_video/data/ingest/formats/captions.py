@@ -9,12 +9,14 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dit_video.data.ingest.formats.types import UnusableClipError, quote_name
+from dit_video.data.ingest.formats.types import UnusableClipError
 
 MAX_CAPTION_BYTES = 64 << 10
 """Maximum size of a caption in bytes of UTF-8, about 10,000 words."""
 MAX_FILE_BYTES = 16 << 20
 """Maximum size of a caption file in bytes; its JSON may hold much more than captions."""
+TOO_LARGE = f"has {{:,}} bytes, {MAX_FILE_BYTES:,} is the limit of a caption file"
+"""Reason with the size of a caption file, to be formatted."""
 CAPTION_FIELDS = ("text", "caption", "captions")
 """Columns and JSON fields that hold captions; each is a string or, in JSON, a list of strings."""
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
@@ -63,13 +65,13 @@ def read_file(name: str, content: bytes) -> list[str]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UnusableClipError(f"{quote_name(name)} is not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise UnusableClipError(f"{name!r} is not UTF-8 ({error.reason} at byte {error.start})") from error
     if not name.lower().endswith(".json"):
         return [text]
     try:
         fields = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise UnusableClipError(f"{quote_name(name)} is not JSON ({error})") from error
+        raise UnusableClipError(f"{name!r} is not JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise UnusableClipError(f'{quote_name(name)} holds a {type(fields).__name__}; write {{"caption": "…"}}')
+        raise UnusableClipError(f'{name!r} holds a {type(fields).__name__}; write {{"caption": "…"}}')
     return read_fields(fields)

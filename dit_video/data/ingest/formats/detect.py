@@ -35,9 +35,7 @@ def list_clips(
     """
     storage_path = to_storage_path(source)
     if not isinstance(storage_path, Path):
-        raise UserError(
-            f"{source} is an address; clips are ingested from local files only, so copy them to this machine first"
-        )
+        raise UserError(f"{source} is an address; clips are read from local files, so copy them to this machine first")
     source = storage_path
     if not source.exists():
         raise MissingError(f"no such folder or file: {source}")
@@ -45,8 +43,7 @@ def list_clips(
         return _list_file(source, format)
     if format == "table":
         raise UserError(
-            f"{source} is a folder, and format='table' needs a list; give the list itself, such as "
-            f"{source / 'clips.csv'}"
+            f"{source} is a folder, and format='table' needs a list; give the list itself, a .csv or .jsonl"
         )
     folder = scan_folder(source)
     match _detect_format(folder) if format == "auto" else format:
@@ -85,28 +82,23 @@ def _detect_format(folder: FolderScan) -> ListingFormat:
             marks.setdefault("webdataset", name)
     for name in find_annotations(folder)[:1]:
         marks["msrvtt"] = name
-    media = folder.media
-    if metadata_files := [name for name in METADATA if name in folder.files]:
+    media, metadata_files = folder.media, [name for name in METADATA if name in folder.files]
+    if metadata_files:
         marks["folder"] = metadata_files[0]
     elif media and not {"ucf101", "msrvtt"} & marks.keys():  # these two formats have loose clips too
         marks["folder"] = media[0]
+    source = folder.source
     if len(marks) > 1:
         formats = " or ".join(f"{kind!r} ({name})" for kind, name in marks.items())
-        raise UserError(
-            f"{folder.source} may be read as {formats}; pass one of these as the format, or put each into a folder "
-            "of its own"
-        )
-    other_lists = (
-        [] if metadata_files else [name for name in folder.files if "/" not in name and is_list(folder.source / name)]
-    )
-    if other_lists and not marks:
-        raise UserError(
-            f"{folder.source} holds no clips, but a list of clips; give {folder.source / other_lists[0]} instead"
-        )
-    if other_lists and "folder" in marks:
+        raise UserError(f"{source} may be read as {formats}; pass one of these as the format, or separate them")
+    candidates = () if metadata_files else (name for name in folder.files if "/" not in name)
+    other_list = next((name for name in candidates if is_list(source / name)), None)
+    if other_list is not None and not marks:
+        raise UserError(f"{source} holds no clips, but a list of clips; give {source / other_list} instead")
+    if other_list is not None and "folder" in marks:
         # Otherwise the captions would be silently lost, only because their list has another name than metadata.csv.
         raise UserError(
-            f"{folder.source} holds clips and the list {other_lists[0]}; give {folder.source / other_lists[0]}, or "
-            f"rename it to metadata{get_suffix(other_lists[0])}, or pass the format 'folder' to ignore the list"
+            f"{source} holds clips and the list {other_list}; give {source / other_list}, or rename it to "
+            f"metadata{get_suffix(other_list)}, or pass the format 'folder' to ignore the list"
         )
     return next(iter(marks), "folder")

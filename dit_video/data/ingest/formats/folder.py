@@ -8,14 +8,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import captions
 from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix, list_file
 from dit_video.data.ingest.formats.tables import find_clips, read_table
-from dit_video.data.ingest.formats.types import (
-    ListedClip,
-    Listing,
-    Rejection,
-    UnusableClipError,
-    make_listing,
-    quote_name,
-)
+from dit_video.data.ingest.formats.types import ListedClip, Listing, Rejection, UnusableClipError, make_listing
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 
@@ -38,8 +31,7 @@ def list_folder(scan: FolderScan) -> Listing:
         caption_names = [*caption_files.get(os.path.splitext(name)[0], ()), *caption_files.get(name, ())]
         used_names.update(caption_names)
         try:
-            texts = _read_captions(scan, caption_names)
-            clips.append(scan.make_clip(name, texts))
+            clips.append(scan.make_clip(name, _read_captions(scan, caption_names)))
         except UnusableClipError as error:
             rejected.append((name, str(error)))
     unlisted = [name for name in scan.files if name not in used_names]
@@ -66,15 +58,12 @@ def _read_captions(scan: FolderScan, names: Sequence[str]) -> tuple[str, ...]:
         try:
             size = get_file_size(scan.files[name].stat())  # first, as opening a pipe would block forever
             if size > captions.MAX_FILE_BYTES:
-                raise UnusableClipError(
-                    f"has {size:,} bytes, {captions.MAX_FILE_BYTES:,} is the limit of a caption file"
-                )
-            with open(scan.files[name].path, "rb") as file:
-                content = file.read()
+                raise UnusableClipError(captions.TOO_LARGE.format(size))
+            content = Path(scan.files[name].path).read_bytes()
         except OSError as error:
-            raise UnusableClipError(f"{quote_name(name)} {describe_os_error(error)}") from error
+            raise UnusableClipError(f"{name!r} {describe_os_error(error)}") from error
         except UnusableClipError as error:
-            raise UnusableClipError(f"{quote_name(name)} {error}") from error
+            raise UnusableClipError(f"{name!r} {error}") from error
         texts += captions.read_file(name, content)
     return captions.clean_captions(texts)
 

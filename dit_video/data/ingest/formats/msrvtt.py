@@ -21,16 +21,8 @@ from typing import Any
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.scan import FolderScan, get_suffix
-from dit_video.data.ingest.formats.types import (
-    VIDEOS,
-    ListedClip,
-    Listing,
-    Rejection,
-    UnusableClipError,
-    make_listing,
-    quote_name,
-)
+from dit_video.data.ingest.formats.scan import FolderScan, get_suffix, index_files
+from dit_video.data.ingest.formats.types import VIDEOS, ListedClip, Listing, Rejection, UnusableClipError, make_listing
 
 ANNOTATIONS = re.compile(r"(?i)(?:.*videodatainfo.*|msr[-_]?vtt[^/]*)\.json")
 _SPLITS = {"train": "train", "validate": "validation", "val": "validation", "validation": "validation", "test": "test"}
@@ -54,11 +46,10 @@ def list_msrvtt(scan: FolderScan) -> Listing:
     """
     paths = [scan.source / name for name in find_annotations(scan)]
     if not paths:
-        raise MissingError(
-            f"{scan.source} holds no annotations of MSR-VTT; add train_val_videodatainfo.json and "
-            "test_videodatainfo.json, or MSRVTT_data.json"
-        )
-    files, rejected = _find_videos(scan)
+        fix = "add train_val_videodatainfo.json and test_videodatainfo.json, or MSRVTT_data.json"
+        raise MissingError(f"{scan.source} holds no annotations of MSR-VTT; {fix}")
+    videos = [name for name in scan.files if get_suffix(name) in VIDEOS]
+    files, rejected = index_files(videos, lambda name: Path(name).stem, "MSR-VTT")
     splits: dict[str, str] = {}
     sentences: dict[str, list[str]] = {}
     for path in paths:
@@ -78,18 +69,6 @@ def list_msrvtt(scan: FolderScan) -> Listing:
     return make_listing(scan.source, "msrvtt", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
-def _find_videos(scan: FolderScan) -> tuple[dict[str, str], list[Rejection]]:
-    """Return the file names of the videos by id, and rejections of videos whose id occurred before."""
-    files: dict[str, str] = {}
-    rejected: list[Rejection] = []
-    for name in scan.files:
-        if get_suffix(name) in VIDEOS:
-            first_name = files.setdefault(os.path.splitext(name.rsplit("/", 1)[-1])[0], name)
-            if first_name != name:
-                rejected.append((name, f"is the same clip of MSR-VTT as {quote_name(first_name)}"))
-    return files, rejected
-
-
 def _read_annotations(path: Path, splits: dict[str, str], sentences: dict[str, list[str]]) -> list[Rejection]:
     """Add one annotation file to `splits` and `sentences`; return the entries that cannot be used."""
     try:
@@ -101,13 +80,9 @@ def _read_annotations(path: Path, splits: dict[str, str], sentences: dict[str, l
     for location, video in _read_entries(path, content, "videos", ("video_id", "split"), rejected):
         name, split = video["video_id"], _SPLITS.get(video["split"])
         if split is None:
-            rejected.append(
-                (location, f"has the split {quote_name(video['split'])}; it must be train, validate or test")
-            )
+            rejected.append((location, f"has the split {video['split']!r}; it must be train, validate or test"))
         elif splits.setdefault(name, split) != split:
-            rejected.append(
-                (location, f"has {quote_name(name)} for {split}, which was named already for {splits[name]}")
-            )
+            rejected.append((location, f"has {name!r} for {split}, which was named already for {splits[name]}"))
     for _, sentence in _read_entries(path, content, "sentences", ("video_id", "caption"), rejected):
         sentences.setdefault(sentence["video_id"], []).append(sentence["caption"])
     return rejected
@@ -119,10 +94,8 @@ def _read_entries(
     """Yield (location, entry) of the entries that have all `fields` as strings, and reject the others."""
     entries = content.get(list_name) if isinstance(content, dict) else None
     if not isinstance(entries, list):
-        raise UserError(
-            f"{path} has no list {list_name!r}; use MSR-VTT's own files, which have 'videos' and 'sentences', such as "
-            "train_val_videodatainfo.json"
-        )
+        fix = "use MSR-VTT's own files, which have 'videos' and 'sentences', such as train_val_videodatainfo.json"
+        raise UserError(f"{path} has no list {list_name!r}; {fix}")
     for index, entry in enumerate(entries):
         location = f"{path.name}, {list_name}[{index}]"
         missing = [field for field in fields if not isinstance(entry, dict) or not isinstance(entry.get(field), str)]

@@ -72,9 +72,8 @@ def is_list(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             line = file.readline(1 << 20).decode("utf-8-sig", "replace")
-        header: Iterable[str] = (
-            _parse_json_object(line) if path.suffix.lower() == ".jsonl" else next(csv.reader([line]), [])
-        )
+        is_json = path.suffix.lower() == ".jsonl"
+        header: Iterable[str] = _parse_json_object(line) if is_json else next(csv.reader([line]), [])
     except (OSError, UnusableClipError, csv.Error):
         return False
     columns = {column.strip() for column in header}
@@ -89,9 +88,8 @@ def _read_csv_rows(path: Path) -> Iterator[ListRow]:
     name_index, text_indices = _find_columns(path, columns)
     for line, fields in rows:
         if isinstance(fields, csv.Error):
-            yield ListRow(
-                line, "", problem=f'is not a valid CSV row ({fields}); write captions in double quotes, "" for a quote'
-            )
+            problem = f'is not a valid CSV row ({fields}); write captions in double quotes, "" for a quote'
+            yield ListRow(line, "", problem=problem)
         elif len(fields) != len(columns):
             problem = f"fields: {len(fields)}, columns: {len(columns)}; put captions that hold commas in double quotes"
             yield ListRow(line, "", problem=problem)
@@ -121,16 +119,11 @@ def _parse_csv(lines: list[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
 def _find_columns(path: Path, columns: list[str]) -> tuple[int, list[int]]:
     """Return the index of the column of names, and those of the columns of captions."""
     name_indices = [columns.index(name) for name in NAME_COLUMNS if name in columns]
-    text_indices = [
-        index for field in captions.CAPTION_FIELDS for index, column in enumerate(columns) if column == field
-    ]
+    text_indices = [index for name in captions.CAPTION_FIELDS for index, column in enumerate(columns) if column == name]
     missing = ([] if name_indices else ["file_name"]) + ([] if text_indices else ["text"])
     if missing:
-        raise UserError(
-            f"{path} has no column {' and '.join(missing)}, its first line is "
-            f"{escape_name(','.join(columns))[:200]!r}; "
-            "name the columns file_name,text or path,text, in UTF-8"
-        )
+        header, fix = escape_name(",".join(columns))[:200], "name the columns file_name,text or path,text, in UTF-8"
+        raise UserError(f"{path} has no column {' and '.join(missing)}, its first line is {header!r}; {fix}")
     return name_indices[0], text_indices
 
 
@@ -150,10 +143,8 @@ def _read_json_rows(path: Path) -> Iterator[ListRow]:
             has_captions = has_captions or any(field in fields for field in captions.CAPTION_FIELDS)
             yield _parse_json_row(line, fields)
     if count and not has_captions:
-        raise UserError(
-            f'{path} has no field text in any of its {count} objects; write {{"file_name": "…", "text": "…"}} '
-            '("text": null for a clip without a caption)'
-        )
+        fix = 'write {"file_name": "…", "text": "…"} ("text": null for a clip without a caption)'
+        raise UserError(f"{path} has no field text in any of its {count} objects; {fix}")
 
 
 def _parse_json_row(line: int, fields: dict[str, Any]) -> ListRow:

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,19 @@ def list_file(name: str, path: str) -> ListedClip:
         raise FileNotFoundError(path) from error
     except OSError as error:
         raise UnusableClipError(describe_os_error(error)) from error
+
+
+def index_files(
+    names: Iterable[str], get_key: Callable[[str], str], data_set: str
+) -> tuple[dict[str, str], list[Rejection]]:
+    """Return the files of a data set by key, and rejections of those whose key occurred before."""
+    files: dict[str, str] = {}
+    rejected: list[Rejection] = []
+    for name in names:
+        first_name = files.setdefault(get_key(name), name)
+        if first_name != name:
+            rejected.append((name, f"is the same clip of {data_set} as {first_name!r}"))
+    return files, rejected
 
 
 def get_suffix(name: str) -> str:

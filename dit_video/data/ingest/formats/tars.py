@@ -24,7 +24,6 @@ from dit_video.data.ingest.formats.types import (
     UnusableClipError,
     check_name,
     make_listing,
-    quote_name,
 )
 
 TAR_SUFFIX = ".tar"
@@ -100,10 +99,7 @@ def _check_not_compressed(path: Path, file: BinaryIO) -> None:
     file.seek(0)
     kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
     if kind is not None and head[257:262] != b"ustar":
-        raise UserError(
-            f"{path} is compressed ({kind}); clips are read in place, so unpack it to a plain .tar "
-            "(videos gain nothing from it)"
-        )
+        raise UserError(f"{path} is compressed ({kind}); clips are read in place, so unpack it to a plain .tar")
 
 
 def _read_members(path: Path, file: BinaryIO, rejected: list[Rejection]) -> dict[str, _Member]:
@@ -141,9 +137,8 @@ def _read_entries(file: BinaryIO, rejected: list[Rejection]) -> Iterator[tarfile
             _check_end(file, tar.offset)
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, RecursionError) as error:
         # Each of these is raised by damage in some field of a header.
-        rejected.append(
-            ("", f"is not a tar ({error})" if last_offset < 0 else f"is damaged ({error}); the entries before are used")
-        )
+        damaged = f"is damaged ({error}); the entries before are used"
+        rejected.append(("", damaged if last_offset >= 0 else f"is not a tar ({error})"))
 
 
 def _check_end(file: BinaryIO, end: int) -> None:
@@ -162,7 +157,7 @@ def _check_entry(entry: tarfile.TarInfo, name: str, end: int) -> None:
     if entry.name.startswith("/") or name.split("/")[0] == "..":
         raise UnusableClipError("its path lies outside of the tar")
     if entry.issym() or entry.islnk():
-        raise UnusableClipError(f"is a link to {quote_name(entry.linkname)}")
+        raise UnusableClipError(f"is a link to {entry.linkname!r}")
     if not entry.isreg():
         raise UnusableClipError("is not a regular file")
     if entry.issparse():
@@ -190,20 +185,13 @@ def _make_clips(path: Path, file: BinaryIO, members: dict[str, _Member], rejecte
         # sets that break the rule lose no captions.
         stems = dict.fromkeys((os.path.splitext(member.name)[0], _get_key(member.name)))
         try:
-            texts = _read_captions(
-                file, [caption_file for stem in stems for caption_file in caption_files.get(stem, ())]
-            )
+            texts = _read_captions(file, [texts for stem in stems for texts in caption_files.get(stem, ())])
             clips.append(ListedClip(member.name, texts, member.size, str(path), member.offset))
         except UnusableClipError as error:
             rejected.append((member.name, str(error)))
     keys = {_get_key(member.name) for member in media}
-    orphans = [
-        caption_file.name
-        for caption_members in caption_files.values()
-        for caption_file in caption_members
-        if _get_key(caption_file.name) not in keys
-    ]
-    rejected += [(name, "no video or image has its key") for name in orphans]
+    names = [member.name for same_stem in caption_files.values() for member in same_stem]
+    rejected += [(name, "no video or image has its key") for name in names if _get_key(name) not in keys]
     return clips
 
 
@@ -211,8 +199,7 @@ def _read_captions(file: BinaryIO, members: list[_Member]) -> tuple[str, ...]:
     texts: list[str] = []
     for member in sorted(members, key=lambda member: captions.CAPTION_SUFFIXES.index(get_suffix(member.name))):
         if member.size > captions.MAX_FILE_BYTES:
-            too_large = f"has {member.size:,} bytes, {captions.MAX_FILE_BYTES:,} is the limit of a caption file"
-            raise UnusableClipError(f"{quote_name(member.name)} {too_large}")
+            raise UnusableClipError(f"{member.name!r} {captions.TOO_LARGE.format(member.size)}")
         file.seek(member.offset)
         texts += captions.read_file(member.name, file.read(member.size))
     return captions.clean_captions(texts)

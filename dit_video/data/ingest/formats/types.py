@@ -7,14 +7,13 @@ from dit_video.core.errors import UserError
 
 ListingFormat = Literal["folder", "table", "webdataset", "ucf101", "msrvtt"]
 
-VIDEOS = frozenset(
-    ".mp4 .m4v .mov .3gp .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .wmv .flv".split()  # noqa: SIM905
-)
+VIDEOS = frozenset(".mp4 .m4v .mov .3gp .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .wmv .flv".split())  # noqa: SIM905
 IMAGES = frozenset(".gif .apng .png .jpg .jpeg .webp .bmp .tif .tiff".split())  # noqa: SIM905
 MEDIA = VIDEOS | IMAGES
 
 Rejection = tuple[str, str]
-"""Name and reason of an entry that cannot be a clip."""
+"""Name and reason of an entry that cannot be a clip. Names in a reason are written as `repr` writes them: reasons that
+differ only inside quotes are counted as one kind."""
 
 
 class ListedClip(NamedTuple):
@@ -73,11 +72,6 @@ def escape_name(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def quote_name(name: str) -> str:
-    """Return a name quoted for a reason; reasons that differ only inside quotes are counted as one kind."""
-    return repr(name)
-
-
 def check_name(name: str) -> None:
     """Raise if a name is not UTF-8, which neither the index nor a record can hold, or has a null byte.
 
@@ -103,19 +97,12 @@ def make_listing(
     Raises:
       UserError: there is no clip.
     """
-    listing = Listing(
-        tuple(clips),
-        tuple(map(escape_name, unlisted)),
-        tuple((escape_name(n), escape_name(r)) for n, r in rejected),
-        format,
-    )
+    reasons = tuple((escape_name(name), escape_name(reason)) for name, reason in rejected)
+    listing = Listing(tuple(clips), tuple(map(escape_name, unlisted)), reasons, format)
     if listing.clips:
         return listing
-    if listing.rejected:
-        name, reason = listing.rejected[0]
-        raise UserError(
-            f"none of the {len(listing.rejected)} entries of {source} can be used (first: {name}: {reason}); fix them"
-        )
-    raise UserError(
-        f"{source} holds no clips; put videos or images there, with captions in metadata.csv (file_name,text)"
-    )
+    if reasons:
+        first = ": ".join(reasons[0])
+        raise UserError(f"none of the {len(reasons)} entries of {source} can be used (first: {first}); fix them")
+    fix = "put videos or images there, with captions in metadata.csv (file_name,text)"
+    raise UserError(f"{source} holds no clips; {fix}")

@@ -16,15 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.data.ingest.formats.scan import FolderScan
-from dit_video.data.ingest.formats.types import (
-    ListedClip,
-    Listing,
-    Rejection,
-    UnusableClipError,
-    make_listing,
-    quote_name,
-)
+from dit_video.data.ingest.formats.scan import FolderScan, index_files
+from dit_video.data.ingest.formats.types import ListedClip, Listing, Rejection, UnusableClipError, make_listing
 
 CLASSES = "classInd.txt"
 
@@ -36,7 +29,7 @@ def list_ucf101(scan: FolderScan, number: int) -> Listing:
       MissingError: a list does not exist.
       UserError: there is no clip; a list exists twice, or cannot be read.
     """
-    files, rejected = _find_clips(scan)
+    files, rejected = index_files(scan.media, _get_key, "UCF-101")
     classes, class_rejected = _read_classes(scan)
     rejected += class_rejected
     clips: list[ListedClip] = []
@@ -49,7 +42,7 @@ def list_ucf101(scan: FolderScan, number: int) -> Listing:
             label = classes.get(key.split("/")[0])
             if label is None or key in splits:
                 reason = f"was named already, for {splits[key]}" if label else f"lies in no class of {CLASSES}"
-                rejected.append((f"{path.name}, line {line}", f"{quote_name(entry)} {reason}"))
+                rejected.append((f"{path.name}, line {line}", f"{entry!r} {reason}"))
                 continue
             splits[key] = split
             try:
@@ -72,17 +65,6 @@ def _get_key(path: str) -> str:
     return "/".join(os.path.splitext(path)[0].split("/")[-2:]).casefold()
 
 
-def _find_clips(scan: FolderScan) -> tuple[dict[str, str], list[Rejection]]:
-    """Return the media by key, and rejections of those whose key occurred before."""
-    files: dict[str, str] = {}
-    rejected = []
-    for name in scan.media:
-        first_name = files.setdefault(_get_key(name), name)
-        if first_name != name:
-            rejected.append((name, f"is the same clip of UCF-101 as {quote_name(first_name)}"))
-    return files, rejected
-
-
 def _read_classes(scan: FolderScan) -> tuple[dict[str, str], list[Rejection]]:
     """Return the class names by their lower-case names, and rejections of malformed lines."""
     path = _find_file(scan, CLASSES)
@@ -99,9 +81,7 @@ def _read_classes(scan: FolderScan) -> tuple[dict[str, str], list[Rejection]]:
 def _find_file(scan: FolderScan, name: str) -> Path:
     matches = [path for path in scan.files if path.rsplit("/", 1)[-1] == name]
     if not matches:
-        raise MissingError(
-            f"{scan.source} holds no {name}; put the folder ucfTrainTestlist of UCF-101's split lists there"
-        )
+        raise MissingError(f"{scan.source} holds no {name}; put the folder ucfTrainTestlist of UCF-101 there")
     if len(matches) > 1:
         raise UserError(f"{scan.source} holds {name} more than once ({', '.join(matches[:2])}); remove all but one")
     return scan.source / matches[0]

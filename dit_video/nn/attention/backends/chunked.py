@@ -2,7 +2,7 @@
 
 Softmax is computed online over the key blocks of a query block (arXiv 2205.14135), and the backward pass recomputes the
 scores, so memory is linear in the row's length. The key blocks that a query block needs follow from the extremes of its
-boxes and of the blocks' values (see `patterns`): with clips of `n_i` tokens packed into a row, time grows with the sum
+boxes and of the blocks' values (see `masks`): with clips of `n_i` tokens packed into a row, time grows with the sum
 of `n_i²`, not with the square of the row. The result is right in any order of tokens, but fewer blocks are visited if
 tokens that see each other are adjacent; so tokens are sorted first for patterns with axes of their own.
 """
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dit_video.core.errors import UserError
 from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint
-from dit_video.nn.attention.backends.dense import MASK_VALUE
+from dit_video.nn.attention.backends.dense import MASK_VALUE, dot
 from dit_video.nn.attention.bias import Bias, RelativeBias
 from dit_video.nn.attention.inputs import AttentionInputs
 from dit_video.nn.attention.key_ranges import compute_sort_order, find_key_ranges, pad_to_blocks, reorder, restore_order
@@ -44,7 +44,7 @@ class ChunkedAttention:
     pattern: Pattern = Full()
     chunk: int = 256
     platform: str = field(default_factory=jax.default_backend, repr=False)
-    """Platform that it is compiled for; on "cpu" full attention is computed by `segmentwise`."""
+    """Platform that it is compiled for; on "cpu" full attention is computed by `segment_blocks`."""
 
     def __post_init__(self):
         if self.chunk < 1:
@@ -149,9 +149,8 @@ class _BlockedArrays(NamedTuple):
             pairs = (bias.q_positions, q_chunk), (bias.kv_positions, kv_chunk)
             positions = [pad_to_blocks(x, size).reshape(x.shape[0], -1, size, 3) for x, size in pairs]
             blocks = blocks._replace(q_positions=positions[0], kv_positions=positions[1])
-        q, k, v = (
-            jnp.moveaxis(pad_to_blocks(x, size, 0), 2, 1) for x, size in ((q, q_chunk), (k, kv_chunk), (v, kv_chunk))
-        )
+        padded = (pad_to_blocks(x, size) for x, size in ((q, q_chunk), (k, kv_chunk), (v, kv_chunk)))
+        q, k, v = (jnp.moveaxis(x, 2, 1) for x in padded)
         return _BlockedArrays(relative, q, k, v, table, blocks)
 
 
@@ -217,9 +216,7 @@ def _map_heads(attend_head: Callable[..., Any], blocks: _Blocks, *arrays: Shaped
     if jax.default_backend() != "cpu":
         heads = jax.vmap(attend_head, in_axes=(None, *(0 for _ in arrays)))
         return jax.lax.map(lambda inputs: heads(*inputs), (blocks, *arrays))
-    return jax.lax.map(
-        lambda inputs: jax.lax.map(lambda head: attend_head(inputs[0], *head), inputs[1:]), (blocks, *arrays)
-    )
+    return jax.lax.map(lambda row: jax.lax.map(lambda head: attend_head(row[0], *head), row[1:]), (blocks, *arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -280,7 +277,7 @@ def _attend_head(
             weights = jnp.exp(scores - new_maximum[:, None])
             rescale = jnp.exp(maximum - new_maximum)
             total = total * rescale + weights.sum(axis=-1)
-            part = _dot(weights.astype(v.dtype), _slice_key_block(v, blocks, key_block), 1, 0)
+            part = dot(weights.astype(v.dtype), _slice_key_block(v, blocks, key_block), 1, 0)
             return new_maximum, total, mixed * rescale[:, None] + part
 
         initial = jnp.full(size, MASK_VALUE), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
@@ -320,13 +317,13 @@ def _attend_head_backward(
             scores = _compute_scores(bias_config, table, entries, queries, keys)
             scores = jnp.where(blocks.compute_mask(index, key_block), scores, MASK_VALUE)
             weights = jnp.exp(scores - block_lse[:, None])
-            d_scores = weights * (_dot(d_mixed, values, 1, 1) - block_delta[:, None])
+            d_scores = weights * (dot(d_mixed, values, 1, 1) - block_delta[:, None])
             if bias_config is not None:
                 d_table = d_table + bias_config.compute_table_gradient(d_scores, entries)
             weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
-            d_v = _add_to_block(d_v, blocks, key_block, _dot(weights, d_mixed, 0, 0))
-            d_k = _add_to_block(d_k, blocks, key_block, _dot(d_scores, queries, 0, 0))
-            return d_q + _dot(d_scores, keys, 1, 0), d_k, d_v, d_table
+            d_v = _add_to_block(d_v, blocks, key_block, dot(weights, d_mixed, 0, 0))
+            d_k = _add_to_block(d_k, blocks, key_block, dot(d_scores, queries, 0, 0))
+            return d_q + dot(d_scores, keys, 1, 0), d_k, d_v, d_table
 
         d_q, *gradients = jax.lax.fori_loop(0, count, step, (jnp.zeros(queries.shape), *gradients))
         return tuple(gradients), d_q
@@ -343,17 +340,11 @@ def _compute_scores(
     queries: Float[Array, "b d"],
     keys: Float[Array, "c d"],
 ) -> Float[Array, "b c"]:
-    scores = _dot(queries, keys, 1, 1)
+    scores = dot(queries, keys, 1, 1)
     if bias_config is None:
         return scores
     assert table is not None
     return scores + bias_config.read_bias(table, entries)
-
-
-def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, right_axis: int) -> Float[Array, "_ _"]:
-    """Return the matrix product over these axes, summed in float32."""
-    axes = (((left_axis,), (right_axis,)), ((), ()))
-    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
 def _slice_block(rows: Shaped[Array, "N *rest"], index: Int[Array, ""], size: int) -> Shaped[Array, "b *rest"]:

@@ -40,9 +40,8 @@ def _make_bias_reader(bias: Bias | None) -> Callable[[Float[Array, " T"]], Float
     """Return the function from a head's table to the bias of its scores; the table entries are found once for all."""
     if bias is None:
         return None
-    return functools.partial(
-        bias.config.read_bias, entries=bias.config.find_entries(bias.q_positions, bias.kv_positions)
-    )
+    entries = bias.config.find_entries(bias.q_positions, bias.kv_positions)
+    return functools.partial(bias.config.read_bias, entries=entries)
 
 
 def _attend(
@@ -63,3 +62,9 @@ def _attend(
     total = jnp.einsum("bnm,bmd->bnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     sees_any = mask.any(axis=-1, keepdims=True)
     return jnp.where(sees_any, total / weights.sum(axis=-1, keepdims=True), 0.0).astype(v.dtype)
+
+
+def dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, right_axis: int) -> Float[Array, "_ _"]:
+    """Return the matrix product over these axes, summed in float32."""
+    axes = (((left_axis,), (right_axis,)), ((), ()))
+    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)

@@ -77,7 +77,6 @@ def _load_operations() -> tuple[Any, Any]:
         from tokamax._src.ops.attention import api, base
     except ImportError as error:
         raise UserError(
-            f"the attention backend tokamax needs the package tokamax ({error}); pip install tokamax, or use cudnn or "
-            "chunked"
+            f"the backend tokamax needs that package ({error}); pip install tokamax, or use cudnn or chunked"
         ) from error
     return api.IMPLEMENTATIONS, base.Mask

@@ -44,9 +44,7 @@ class SplashAttention:
 
     def __post_init__(self):
         if self.block_size is not None and (self.block_size < 1 or self.block_size % _LANES):
-            raise UserError(
-                f"splash attention block of {self.block_size} tokens is invalid; use a multiple of {_LANES}"
-            )
+            raise UserError(f"block_size={self.block_size} of splash attention is invalid; use a multiple of {_LANES}")
         require_key_ranges(self.pattern, "splash")
 
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
@@ -60,9 +58,8 @@ class SplashAttention:
             if inputs.context_segments is not None:
                 # All pairs are compared in one fused loop; sorting both would take longer than the attention itself.
                 sees_any = (ids[:, :, None] == key_ids[:, None, :]).any(axis=2)
-            return jnp.where(
-                sees_any[..., None, None], self._attend_rows(q, k, v, ids, key_ids, jnp.zeros_like(ids)), 0
-            )
+            mixed = self._attend_rows(q, k, v, ids, key_ids, jnp.zeros_like(ids))
+            return jnp.where(sees_any[..., None, None], mixed, 0)
         ranges = find_key_ranges(self.pattern, mask_boxes(self.pattern, inputs))
         sees_any = ranges.start < ranges.stop
         ids = jnp.where(sees_any, ranges.start, _NO_QUERY)
@@ -83,13 +80,10 @@ class SplashAttention:
         length = q.shape[1]
         size, key_size = (self._choose_block_size(number) for number in (length, k.shape[1]))
         heads = [jnp.moveaxis(pad_to_blocks(x, block), 2, 1) for x, block in ((q, size), (k, key_size), (v, key_size))]
-        token_data = (
-            pad_to_blocks(ids, size, _NO_QUERY),
-            pad_to_blocks(key_ids, key_size, _NO_KEY),
-            pad_to_blocks(ends, size),
-        )
+        ids, key_ids = pad_to_blocks(ids, size, _NO_QUERY), pad_to_blocks(key_ids, key_size, _NO_KEY)
+        rows = (*heads, ids, key_ids, pad_to_blocks(ends, size))
         name = get_checkpoint_name(queries=length, keys=k.shape[1])
-        mixed = jax.lax.map(lambda row: self._attend_row(row[:3], row[3:], size, key_size, name), (*heads, *token_data))
+        mixed = jax.lax.map(lambda row: self._attend_row(row[:3], row[3:], size, key_size, name), rows)
         return jnp.moveaxis(mixed, 1, 2)[:, :length]
 
     def _choose_block_size(self, tokens: int) -> int:

@@ -28,6 +28,7 @@ from dit_video.nn.attention import (
 )
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
 from dit_video.tokens import Grid, compute_positions
+from support.marks import mark_slow_except
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -42,6 +43,8 @@ PATTERNS = [
     SlidingWindow(radius=(1, 1, 1)),
     SlidingWindow(radius=(None, 0, 0), tile=(1, 2, 2)),
 ]
+QUICK = (Full(), CausalFrames(), SlidingWindow(radius=(None, 0, 0), tile=(1, 2, 2)))
+"""Patterns of the default suite."""
 BACKENDS = {
     "chunked": ChunkedAttention(chunk=5),
     "one block": ChunkedAttention(chunk=64),
@@ -113,7 +116,7 @@ def same(left, right, *, atol=2e-6, about=""):
         np.testing.assert_allclose(ours, theirs, atol=atol, err_msg=f"{about} {name}")
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", mark_slow_except(QUICK, PATTERNS), ids=str)
 def test_every_backend_equals_the_dense_mask_in_values_and_gradients(pattern):
     arrays, at = inputs(), AMONG
     if isinstance(pattern, WithGlobalTokens):
@@ -192,7 +195,9 @@ def test_the_branches_for_accelerators_equal_those_for_cpu(monkeypatch):
         same(value_and_gradients(attention, arrays), values, about=str(attention))
 
 
-@pytest.mark.parametrize("lengths", [(12, 7, 2, 5, 5), (3,) * 10 + (1,), (31,), (1, 16, 14)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", mark_slow_except([(12, 7, 2, 5, 5)], [(12, 7, 2, 5, 5), (3,) * 10 + (1,), (31,), (1, 16, 14)]), ids=str
+)
 def test_blocks_that_begin_with_segments_equal_the_dense_mask(lengths):
     ids = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths)[None] + [[1], [0]], jnp.int32)  # one without padding
     arrays, weights = inputs(), jnp.asarray(np.random.default_rng(9).normal(size=(2, LENGTH, HEADS, WIDTH)))
@@ -237,7 +242,9 @@ def test_bfloat16_has_a_float32_softmax(attention):
         assert np.abs(np.asarray(x, np.float32) - right).max() < 0.04
 
 
-@pytest.mark.parametrize("pattern", [Full(), SlidingWindow(radius=(1, 1, 1))], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Full(), pytest.param(SlidingWindow(radius=(1, 1, 1)), marks=pytest.mark.slow)], ids=str
+)
 def test_memory_is_linear_in_the_row(pattern):
     def temporary_bytes(attention, length):
         array = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32)
