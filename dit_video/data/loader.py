@@ -103,14 +103,16 @@ class DenoiserBatches(Iterator[PackedBatch]):
     """Hash of the plan: with the step, the whole state of the data."""
 
     def __init__(self, batches: grain.DatasetIterator):
-        self._batches = batches
+        self._batches: Iterator[PackedBatch] = batches
 
     def __next__(self) -> PackedBatch:
         return next(self._batches)
 
     def close(self) -> None:
-        """Stop the threads and workers that read ahead."""
-        self._batches.close()
+        """Stop the threads and workers that read ahead; then there are no more batches."""
+        if isinstance(self._batches, grain.DatasetIterator):
+            self._batches.close()
+        self._batches = iter(())  # frees Grain's iterator now, as it prints an error if it lives until Python exits
 
     @abc.abstractmethod
     def summarize(self, *, devices: int) -> dict[str, Any]:

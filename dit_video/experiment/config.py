@@ -186,7 +186,7 @@ class Experiment:
         """Raise if conditioning, times or variance do not fit the denoiser."""
         dit = self.denoiser.dit
         if self.denoiser.time_per == "frame" and dit.time != "token":
-            raise UserError("time_per='frame' needs a denoiser of time='token'. Set dit.time, or use time_per='clip'.")
+            raise UserError("time_per='frame' needs a denoiser with time='token'. Set dit.time, or time_per='clip'.")
         learned = isinstance(self.denoiser.objective.prediction, LearnedVariance)
         if learned != (isinstance(dit, DitConfig) and dit.variance == "predicted"):
             raise UserError(

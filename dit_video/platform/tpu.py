@@ -36,8 +36,7 @@ def skip_missing_tpu() -> None:
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
-    names = [name for name in os.environ if name not in _UNRELATED_VARIABLES]
-    if any(name.startswith(_TPU_VARIABLES) for name in names) or _has_tpu_device():
+    if _has_tpu_variables() or _has_tpu_device():
         return
     gpus = _find_gpu_backends()
     jax = sys.modules.get("jax")
@@ -47,6 +46,11 @@ def skip_missing_tpu() -> None:
     os.environ["JAX_PLATFORMS"] = platforms
     if jax is not None:  # it has read its environment before
         jax.config.update("jax_platforms", platforms)
+
+
+def _has_tpu_variables() -> bool:
+    names = [name for name in os.environ if name not in _UNRELATED_VARIABLES]
+    return any(name.startswith(_TPU_VARIABLES) for name in names)
 
 
 def _has_tpu_device() -> bool:

@@ -202,7 +202,7 @@ def _convert_to_yuv420(reformatter: VideoReformatter, picture: UInt8[np.ndarray,
 
 def _encode_png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
     if len(frames) != 1:
-        raise UserError(f"a clip of {len(frames)} frames is invalid for png: use one, or .apng, .gif, .mp4, .webm")
+        raise UserError(f"{len(frames)} frames are invalid for png: use one frame, or .apng, .gif, .mp4, .webm")
     context = av.CodecContext.create("png", "w")
     context.height, context.width, context.pix_fmt = frames.shape[1], frames.shape[2], "rgb24"
     context.time_base, context.thread_count = Fraction(1, 1), 1

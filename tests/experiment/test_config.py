@@ -115,7 +115,7 @@ def test_windows_that_lpips_cannot_see_are_refused(tiny):
             lambda: DitConfig(channels=4, context_width=8, width=30, heads=4),
             "width 30 must be divisible by its 4 heads",
         ),
-        (lambda: DitConfig(channels=4, context_width=8, width=12, heads=4), "even numbers"),
+        (lambda: DitConfig(channels=4, context_width=8, width=12, heads=4), "must be even"),
         (lambda: ByteEncoderConfig(width=18, heads=4), "width=18, heads=4 .*heads that divide"),
         (lambda: ByteEncoderConfig(max_tokens=30), "patch=4 .*multiple of the patch"),
         (lambda: PatchVaeConfig(width=0), "width=0.*at least 1"),

@@ -146,7 +146,7 @@ def test_invalid_lora_configs_are_refused(changes, words):
 @pytest.mark.parametrize("change", [merge_lora, attach_lora])
 def test_an_adapter_of_another_model_is_refused(change):
     lora = adapter(7)
-    with pytest.raises(UserError, match=r"embed/kernel; use an adapter of this model"):
+    with pytest.raises(UserError, match=r"embed/kernel; use one of this model"):
         change({"blocks": PARAMS["blocks"]}, lora)
     wide = {**PARAMS, "embed": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}}
     with pytest.raises(UserError, match=r"embed/kernel .*\[4, 2\] and \[2, 6\].* \[4, 8\]; use an adapter"):

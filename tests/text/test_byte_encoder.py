@@ -133,7 +133,7 @@ def test_the_byte_encoder_has_the_interface_of_text_encoders():
     ("options", "message"),
     [
         ({"width": 10, "heads": 4}, "width=10, heads=4 .*heads that divide an even width"),
-        ({"width": 8, "heads": 0}, "heads=0 .*at least 1"),
+        ({"width": 8, "heads": 0}, "heads=0 is invalid"),
         ({"width": 9, "heads": 3}, "width=9.*even width"),
         ({"max_tokens": 30}, "max_tokens=30, patch=4 .*multiple of the patch"),
         ({"max_tokens": 0}, "max_tokens=0"),

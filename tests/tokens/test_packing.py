@@ -68,7 +68,7 @@ def test_embeddings_lie_where_token_ids_do():
     for name in ("tokens", "segments", "text_segments", "examples", "valid"):
         np.testing.assert_array_equal(getattr(row, name), getattr(ids, name))
     assert make_empty_row(SHAPE, width=WIDTH, text_width=5).text.shape == (10, 5)
-    with pytest.raises(UserError, match=r"room for 7 text, .* 8; raise the row's text"):
+    with pytest.raises(UserError, match=r"room for 7 text, .* 8; raise it"):
         pack(embedded, PackedShape(tokens=20, text=7, segments=3), width=WIDTH, text_width=5)
 
 
@@ -92,9 +92,9 @@ def test_unpack_inverts_pack(sizes):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (PackedShape(tokens=13, text=10, segments=3), r"room for 13 tokens, .* 14; raise the row's tokens"),
-        (PackedShape(tokens=20, text=7, segments=3), r"room for 7 text, .* 8; raise the row's text"),
-        (PackedShape(tokens=20, text=10, segments=1), r"room for 1 segments, .* 2; raise the row's segments"),
+        (PackedShape(tokens=13, text=10, segments=3), r"room for 13 tokens, .* 14; raise it"),
+        (PackedShape(tokens=20, text=7, segments=3), r"room for 7 text, .* 8; raise it"),
+        (PackedShape(tokens=20, text=10, segments=1), r"room for 1 segments, .* 2; raise it"),
     ],
 )
 def test_items_that_do_not_fit_a_row_are_refused(shape, message):

@@ -128,7 +128,9 @@ def plan_buckets(
     """
     sizes = np.asarray(sizes, np.int64)
     if not len(sizes) or sizes.min() < 1:
-        raise UserError(f"sizes are invalid, {len(sizes)} were given: buckets need examples of at least one pixel")
+        raise UserError(
+            f"{len(sizes)} sizes are invalid: buckets need at least one example, each of at least one frame and pixel"
+        )
     if count < 1 or devices < 1 or (max_batch is not None and max_batch < devices):
         raise UserError(
             f"count={count}, devices={devices}, max_batch={max_batch} is invalid: the first two must be at least 1, "

@@ -48,8 +48,8 @@ _BOOK = "links: jax-ml.github.io/scaling-book/tpus"
 _PRICES = "cloud.google.com/tpu/pricing, on demand in the cheapest US region, 2025"
 _CAPACITY_BLOCK_PRICES = "aws.amazon.com/ec2/capacityblocks/pricing, US East, January 2025"
 
-_make_tpu = functools.partial(Chip, kind="tpu", price_source=_PRICES)
-_make_gpu = functools.partial(Chip, kind="gpu", price_source=_CAPACITY_BLOCK_PRICES, nvlink_domain=8)
+_make_tpu = functools.partial(Chip, kind="tpu")
+_make_gpu = functools.partial(Chip, kind="gpu", nvlink_domain=8)
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -61,6 +61,7 @@ CHIPS = {
             link_bandwidth=90e9,
             hourly_price=3.22,
             source=f"{_DOCS}/v4; {_BOOK}",
+            price_source=_PRICES,
             device_kinds=("TPU v4",),
         ),
         _make_tpu(
@@ -71,6 +72,7 @@ CHIPS = {
             link_bandwidth=90e9,
             hourly_price=1.20,
             source=f"{_DOCS}/v5e; {_BOOK}",
+            price_source=_PRICES,
             device_kinds=("TPU v5 lite", "TPU v5e"),
         ),
         _make_tpu(
@@ -81,6 +83,7 @@ CHIPS = {
             link_bandwidth=180e9,
             hourly_price=4.20,
             source=f"{_DOCS}/v5p; {_BOOK}",
+            price_source=_PRICES,
             device_kinds=("TPU v5p", "TPU v5"),
         ),
         _make_tpu(
@@ -91,6 +94,7 @@ CHIPS = {
             link_bandwidth=180e9,
             hourly_price=2.70,
             source=f"{_DOCS}/v6e; {_BOOK}",
+            price_source=_PRICES,
             device_kinds=("TPU v6 lite", "TPU v6e"),
         ),
         _make_tpu(
@@ -121,6 +125,7 @@ CHIPS = {
             link_bandwidth=450e9,
             hourly_price=4.92,
             source="NVIDIA H100 SXM data sheet, without sparsity",
+            price_source=_CAPACITY_BLOCK_PRICES,
             device_kinds=("H100 80GB HBM3",),  # Other H100 models are slower.
         ),
         _make_gpu(
@@ -131,6 +136,7 @@ CHIPS = {
             link_bandwidth=450e9,
             hourly_price=5.41,
             source="NVIDIA H200 SXM data sheet, without sparsity",
+            price_source=_CAPACITY_BLOCK_PRICES,
             device_kinds=("H200", "GH200"),
         ),
         _make_gpu(

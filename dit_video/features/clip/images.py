@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from PIL import Image
 
 from dit_video.core.errors import UserError
-from dit_video.features.clip.resize import resize_bicubic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,12 @@ def preprocess_frames(
         resized = _crop_centre(resized, *processor.crop)
     mean, std = np.asarray(processor.mean, np.float32), np.asarray(processor.std, np.float32)
     return (resized.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def resize_bicubic(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:
+    """Resize frames by Pillow's antialiased bicubic filter, as in CLIP's training and `transformers`."""
+    resized = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
+    return np.stack([np.asarray(picture) for picture in resized])
 
 
 def _crop_centre(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:

@@ -139,7 +139,7 @@ def test_starts_are_uniform_over_the_free_area(direction):
 def test_impossible_renderings_are_refused():
     description = Description(colour="red", shape="circle")
     inside = Geometry(row=10.0, column=10.0, radius=5.0, speed=0.6)
-    with pytest.raises(UserError, match="at least 8x8"):
+    with pytest.raises(UserError, match="at least 8 pixels"):
         shapes.sample_geometry(make_generator(0, "test"), description, height=7, width=32)
     with pytest.raises(UserError, match="leaves the frame"):
         shapes.render(description, inside, frames=1, height=14, width=32)

@@ -51,6 +51,8 @@ ORDERS = {
     "dpm++2s-heun": (DpmSinglestep(lower_order_final=False, kind="heun"), 2),
     "unipc": (UniPc(lower_order_final=False), 3),
 }
+QUICK = (("dpm++2m", "vp"), ("heun", "edm"))
+"""Solvers and settings of the default suite, beside those of rectified flow."""
 
 
 @functools.cache
@@ -75,10 +77,12 @@ def end(solver, setting, steps):
 
 @pytest.mark.parametrize(
     ("name", "setting"),
-    mark_slow_except(
-        [(name, "flow") for name in ORDERS] + [("dpm++2m", "vp"), ("heun", "edm")],
-        [(name, setting) for name in ORDERS for setting in SETTINGS if setting == "flow" or "-heun" not in name],
-    ),
+    [
+        pytest.param(name, setting, marks=() if setting == "flow" or (name, setting) in QUICK else pytest.mark.slow)
+        for name in ORDERS
+        for setting in SETTINGS
+        if setting == "flow" or "-heun" not in name
+    ],
 )
 def test_solvers_converge_at_their_order(name, setting):
     solver, order = ORDERS[name]

@@ -105,7 +105,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path, params):
                 codebook=CodebookConfig(codes=7, width=3),
                 modulated=True,
             ),
-            "groups=2 .*VQModel have 32 groups",
+            "groups=2 .*modulated norms have 32 groups",
         ),
     ],
 )

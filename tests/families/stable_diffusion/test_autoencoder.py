@@ -120,7 +120,7 @@ def test_an_older_folder_with_other_tensor_names_is_read(tmp_path, params):
         ({"scaling_factor": 0.0}, "scaling_factor=0.0 .*must not be zero"),
         ({"shift_factor": 0.1}, "without shift_factor"),
         ({"latents_std": None}, "use both latents_mean and latents_std"),
-        ({"latents_mean": [0.0]}, "latents_mean has 1 and latents_std 4 values for 4 channels"),
+        ({"latents_mean": [0.0]}, "latents_mean has 1, latents_std 4 values for 4 channels"),
         ({"norm_type": "spatial"}, "not supported: norm_type"),
     ],
 )

@@ -169,5 +169,5 @@ def test_configs_that_a_layout_cannot_express_are_not_written(tmp_path):
     with pytest.raises(UserError, match="omit the patch"):
         save_denoiser(tmp_path, thick, make_random_params(thick.make), layout="authors")
     small = DitConfig(channels=4, context_width=6)
-    with pytest.raises(UserError, match="DiTTransformer2DModel has class labels"):
+    with pytest.raises(UserError, match="DiTTransformer2DModel without class labels"):
         save_denoiser(tmp_path, small, {})

@@ -6,7 +6,7 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.features import ClipImageProcessor
 from dit_video.features.clip import preprocess_frames
-from dit_video.features.clip.resize import resize_bicubic
+from dit_video.features.clip.images import resize_bicubic
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
 

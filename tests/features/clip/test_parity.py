@@ -8,7 +8,6 @@ from flax import nnx
 
 from dit_video.features import ClipImageProcessor, FrameEncoder
 from dit_video.features.clip import preprocess_frames
-from dit_video.features.clip.resize import resize_bicubic
 from dit_video.nn import get_graph_def
 from dit_video.weights import (
     load_clip,
@@ -271,19 +270,6 @@ def test_image_towers_are_exported_bit_for_bit(vision, tmp_path):
 
 def test_models_of_both_towers_are_exported_bit_for_bit(both_towers, tmp_path):
     assert_goes_back(both_towers, load_clip, tmp_path)
-
-
-SIZES = [((40, 60), (17, 23)), ((21, 30), (48, 61)), ((33, 33), (33, 12)), ((50, 8), (7, 8)), ((1, 5), (7, 3))]
-
-
-@pytest.mark.parametrize(("source", "target"), SIZES)
-def test_resizing_is_pillow_s_bit_for_bit(source, target):
-    from PIL import Image
-
-    frames = np.random.default_rng(1).integers(0, 256, (2, *source, 3), dtype=np.uint8)
-    frames[1] = 255 * (frames[1] > 128)  # overshoots below 0 and above 255
-    theirs = [np.asarray(Image.fromarray(frame).resize(target[::-1], Image.BICUBIC)) for frame in frames]
-    np.testing.assert_array_equal(resize_bicubic(frames, *target), np.stack(theirs))
 
 
 PREPARED = {

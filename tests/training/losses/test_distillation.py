@@ -157,8 +157,8 @@ def test_options_out_of_range_are_refused():
     for make, message in (
         (lambda: ConsistencyDistillation(intervals=0), "1 interval or more"),
         (lambda: ConsistencyDistillation(width=0.0), "positive width"),
-        (lambda: DistributionMatching(steps=0), "at least 1 step"),
-        (lambda: DistributionMatching(critic_steps=0), "at least 1 step"),
+        (lambda: DistributionMatching(steps=0), "must be 1 or more"),
+        (lambda: DistributionMatching(critic_steps=0), "must be 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
             make()
