@@ -77,6 +77,7 @@ def rough(inflated):
     return config, make_random_params(config.make) | {"normalizer": params["normalizer"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_streamed_chunks_equal_the_whole_clip(rough, chunk):
     config, params = rough

@@ -46,7 +46,14 @@ def setting(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk"), [("patches", 2), ("patches", 7), ("preactivated patches", 2), ("levels", 2)], ids=str
+    ("name", "chunk"),
+    [
+        ("patches", 2),
+        ("patches", 7),
+        ("preactivated patches", 2),
+        pytest.param("levels", 2, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_streamed_chunks_equal_the_whole_clip(name, chunk):
     config, params, latents, decoded = setting(name)
@@ -139,6 +146,7 @@ def seam(difference):
     return max(np.abs(np.diff(difference, axis=axis)).max() for axis in (2, 3))
 
 
+@pytest.mark.slow
 def test_tiles_leave_no_seam_on_a_ramp():
     config, params, _, latents = ramp()
     whole, tiled, butted = (
@@ -152,6 +160,7 @@ def test_tiles_leave_no_seam_on_a_ramp():
     assert 0 < error.mean < 0.02
 
 
+@pytest.mark.slow
 def test_a_blend_of_equal_tiles_is_exact():
     """A decoder of principal components sees no neighbouring patches, so that only the blend could differ."""
     _, _, clip, _ = ramp()
@@ -162,6 +171,7 @@ def test_a_blend_of_equal_tiles_is_exact():
     assert measure_tiling_error(config, params, latents, TILES).largest <= 1 / 127.5
 
 
+@pytest.mark.slow
 def test_tiles_of_latents():
     config, params, clip, latents = ramp()
     tiled = np.concatenate(list(encode_stream(config, params, [clip], tiles=TILES)), axis=1)
@@ -169,6 +179,7 @@ def test_tiles_of_latents():
     assert np.abs(tiled - latents).mean() < 0.05 * np.abs(latents).mean()
 
 
+@pytest.mark.slow
 def test_a_wider_overlap_is_closer_to_the_whole():
     config, params, _, latents = ramp()
     errors = [
@@ -196,6 +207,7 @@ def test_tiles_that_the_stride_does_not_divide_are_refused():
         list(decode_stream(config, params, latents, tiles=Tiles(height=8, width=8, overlap=2)))
 
 
+@pytest.mark.slow
 def test_a_height_over_eight_devices_gives_the_same_stream():
     check_on_eight_devices("streaming_over_devices.py")
 

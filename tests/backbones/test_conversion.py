@@ -131,7 +131,7 @@ def test_a_model_with_more_conditioning_channels_predicts_the_same_at_first(conf
         (lambda params: add_cond_channels(IMAGE, {"head": params["head"]}, 3), "has shape None, the config implies"),
         (
             lambda params: add_cond_channels(dataclasses.replace(IMAGE, given_channels=3), params, 3),
-            "3 channels .* give more",
+            "channels=3 .* give more",
         ),
         (
             lambda params: add_temporal_layers(

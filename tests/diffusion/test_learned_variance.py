@@ -132,6 +132,7 @@ def denoiser(params):
     return lambda noisy, time: denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]))
 
 
+@pytest.mark.slow
 def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
     params, shape = make_random_params(DIT.make), (2, GRID.volume, WIDTH)
     data, noise = (jax.random.normal(jax.random.key(seed), shape) for seed in (0, 1))

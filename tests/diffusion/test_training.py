@@ -117,7 +117,7 @@ COMBINATIONS = [
     for prediction in PREDICTIONS
     if (process, prediction) != ("edm", "velocity")  # which is refused
 ]
-QUICK = {("flow", "velocity"), ("edm", "preconditioned")}
+QUICK = {("flow", "velocity")}
 
 
 @pytest.mark.parametrize(

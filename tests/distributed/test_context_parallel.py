@@ -78,6 +78,8 @@ def test_context_may_span_two_processes():
         assert "done" in output, output
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_gradients_of_two_parts_of_the_keys_add_up_to_those_of_all():
     draw = np.random.default_rng(1)
     q, k, v, d_out = (jnp.asarray(draw.normal(size=(1, 12, 2, 4)), jnp.float32) for _ in range(4))

@@ -115,6 +115,7 @@ def test_an_ingested_data_set_is_used_where_it_lies(tiny, tiny_clips, tmp_path):
         started.take(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_data_and_latents_at_an_address_make_the_same_pipeline(tiny, tiny_run, tiny_clips, memory, tmp_path):
     ingest(tiny_clips, f"{memory}/data")
     started = Run.create(tmp_path / "run", tiny.EXPERIMENT)

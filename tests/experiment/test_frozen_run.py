@@ -155,6 +155,7 @@ def test_latents_of_another_encoder_or_of_none_are_refused(tiny, tiny_run, froze
         begun.train_denoiser()
 
 
+@pytest.mark.slow
 def test_captions_of_clips_without_a_cache_are_embedded_and_kept(tiny, tiny_run, encoder, tmp_path, opened):
     begun = start(tmp_path / "run", experiment(tiny, encoder, cache_latents=False), tiny_run)
     params = begun.train_denoiser()

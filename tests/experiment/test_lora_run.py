@@ -130,6 +130,7 @@ def test_a_missing_or_mismatched_base_model_is_refused(tiny, tiny_run, tmp_path)
         adapting(tiny, tiny_run, tmp_path / "c", dit=deep)._trained_denoiser()
 
 
+@pytest.mark.slow
 def test_all_weights_can_be_trained_on_from_another_run(tiny, tiny_run, tiny_clips, tmp_path):
     run = adapting(tiny, tiny_run, tmp_path / "run", lora=None, steps=2)
     run.train(tiny_clips)

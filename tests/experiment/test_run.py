@@ -324,6 +324,7 @@ def test_a_start_that_failed_can_be_corrected(tiny, tiny_clips, tmp_path):
         Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=wrong))
 
 
+@pytest.mark.slow
 def test_a_run_can_train_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, tmp_path):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
     started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))

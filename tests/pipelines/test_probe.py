@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS, SIZE = ["a red circle moving left", "a blue square"], (9, 16, 32)
 
 
+@pytest.mark.slow
 def test_sampling_the_probe_gives_the_clip_of_the_pipeline(tiny_pipeline):
     config = tiny_pipeline.config
     inside, empty = DenoiserProbe(tiny_pipeline, PROMPTS), DenoiserProbe(tiny_pipeline, ["", ""])

@@ -111,6 +111,8 @@ def test_an_image_to_video_model_always_trains_with_its_first_frame(animating):
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_training_and_sampling_receive_the_same_image_conditioning(animating, tmp_path):
     """This holds for a stretch that begins within its clip, and for its mirror image."""
     clips = shapes.write_folder(tmp_path / "clips", count=2, seed=0, sizes=(Grid(9, 32, 48), Grid(9, 32, 32)))

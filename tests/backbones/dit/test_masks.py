@@ -58,13 +58,13 @@ def test_a_token_depends_on_exactly_the_tokens_that_its_layers_see(config, expec
     assert (change[~expected] < 1e-6).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "masks"),
     [
-        pytest.param(
+        (
             {"pattern": (SpaceOnly(), SlidingWindow(radius=(None, 0, 0))), "attention": "chunked"},
             [lambda q, k: q[0] == k[0], lambda q, k: tuple(q[1:]) == tuple(k[1:])],
-            marks=pytest.mark.slow,
         ),
         ({"pattern": CausalFrames(), **BESIDE}, [lambda q, k: k[0] <= q[0]]),
     ],

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from dit_video.backbones.denoise import make_denoise_fn
@@ -109,6 +110,8 @@ def test_a_fresh_denoiser_predicts_zero_and_learns():
     assert np.abs(gradients["head"]["kernel"]).max() > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_rematerialisation_and_chunked_attention_do_not_change_results():
     config = dataclasses.replace(CONFIG, remat="full", attention="chunked")
     given = make_batch((0, 1), ())

@@ -140,7 +140,9 @@ def test_fresh_denoisers_predict_zero(name):
     assert not predict(fresh, make_batch((0, 1), (1, 0)), config).any()
 
 
-@pytest.mark.parametrize("name", ["token time, factorised", "wan with a time per token"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("token time, factorised", marks=pytest.mark.slow), "wan with a time per token"]
+)
 def test_one_time_for_all_tokens_is_the_time_of_the_segment(name):
     config = CONFIGS[name]
     params = make_random_params(config.make)

@@ -240,6 +240,7 @@ def test_a_killed_process_continues_where_it_was(tmp_path):
     assert read_contents(tmp_path / "l") == read_contents(tmp_path / "m")  # and nothing half-written is left
 
 
+@pytest.mark.slow
 def test_batches_are_split_over_the_devices_of_a_process(tmp_path):
     run = start_encoding(tmp_path / "l", XLA_FLAGS="--xla_force_host_platform_device_count=8")
     output, _ = run.communicate(timeout=HANG)
@@ -260,6 +261,7 @@ def autoencoder(tiny):
     return get_graph_def(make), jax.jit(init_params, static_argnums=0)(make, rng.key(0, "autoencoder"))
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_all_positions(autoencoder):
     generator = np.random.default_rng(0)
     batches = [generator.integers(0, 256, (4, frames, 16, 16, 3), np.uint8) for frames in (5, 9, 1)]

@@ -83,6 +83,7 @@ def test_a_class_can_be_named_by_its_name_or_its_number(pipeline):
     assert np.abs(sample_latents(pipeline, "goldfinch") - latents).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_denoiser_probe_conditions_on_the_class(pipeline):
     inside = DenoiserProbe(pipeline, ["goldfinch", "tench"])
     noisy = jnp.zeros((2, inside.token_grid.volume, inside.patch.volume * inside.channels))

@@ -167,6 +167,7 @@ def train(folder, steps, batches=Repeated):
     return training.run(lambda start: batches())
 
 
+@pytest.mark.slow
 def test_an_interrupted_game_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "make_adversarial_step", lambda *_, **__: make_game_step(LECAM))  # compiled already
     whole = train(tmp_path / "whole", 6)

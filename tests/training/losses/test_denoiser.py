@@ -93,6 +93,8 @@ def test_the_loss_differs_between_examples_and_steps():
     assert run(make_batch([A], []), step=1)[0] != run(make_batch([A], []), step=0)[0]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_parts_of_a_batch_make_its_gradients_and_figures():
     """The 4 parts have 3, 1, 0 and 2 valid clips, and randomness depends on the example alone."""
     rows = make_batch([A, B, C], [A._replace(example=8)], [B._replace(example=9)], [C, A])
