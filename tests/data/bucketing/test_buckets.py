@@ -183,7 +183,7 @@ def test_the_report_counts_every_example():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sizes": np.zeros((0, 3), int)}, "0 were given"),
+        ({"sizes": np.zeros((0, 3), int)}, "0 sizes are invalid"),
         ({"sizes": np.array([(0, 1, 1)])}, "at least one frame"),
         ({"count": 0}, "count=0"),
         ({"devices": 4, "max_batch": 2}, "max_batch=2"),
