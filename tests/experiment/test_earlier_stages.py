@@ -102,9 +102,9 @@ def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, m
     real_run = trainer.Trainer.run
 
     def noted(self, batches):
-        before = states.get(self.begin)
+        before = states.get(self.start_step)
         state = real_run(self, batches)
-        seen[self.begin] = (before, states[self.begin])
+        seen[self.start_step] = (before, states[self.start_step])
         return state
 
     monkeypatch.setattr(trainer, "make_step", make_step)

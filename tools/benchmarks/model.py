@@ -4,10 +4,12 @@ All models run in one process, interleaved, in float32, with as many threads as 
 the medians, against the faster form of the peer.
 """
 
+import contextlib
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,14 +182,26 @@ def measure_compilation(shape: WanShape, depths: Sequence[int] = (6, 48)) -> dic
         state = jax.eval_shape(init_train_state, params)
         inputs = _make_inputs(deep)
         jax.clear_caches()
-        start_time = time.perf_counter()
-        make_train_step(loss_fn).lower(*state, inputs.target, _make_model_inputs(deep, inputs)).compile()
-        seconds[depth] = time.perf_counter() - start_time
+        with _leave_compilation_cache():
+            start_time = time.perf_counter()
+            make_train_step(loss_fn).lower(*state, inputs.target, _make_model_inputs(deep, inputs)).compile()
+            seconds[depth] = time.perf_counter() - start_time
         print(f"{depth} layers compile in {seconds[depth]:.1f} s", file=sys.stderr)
     return {
         "seconds": {f"{depth} layers": round(value, 2) for depth, value in seconds.items()},
         "ratio": round(seconds[depths[-1]] / seconds[depths[0]], 3),
     }
+
+
+@contextlib.contextmanager
+def _leave_compilation_cache() -> Iterator[None]:
+    """Write no program to the cache on disk: that takes time, and the next measurement would only read it."""
+    before = jax.config.read("jax_persistent_cache_min_compile_time_secs")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 def _make_prediction_fn(config: WanDitConfig, shape: WanShape) -> Callable[..., jax.Array]:

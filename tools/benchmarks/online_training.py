@@ -63,7 +63,7 @@ def measure_online(setting: Setting, setup: TrainingSetup, clips: Path, steps: i
     # As many tokens per step as the rows have, so that both layouts are comparable.
     config = BucketConfig(
         memory=BatchMemory(fixed=0, per_token=1),
-        budget=setting.denoiser.rows.tokens * setting.denoiser.batch / input_pipeline.count_row_shards(rows),
+        budget=setting.denoiser.rows.tokens * setting.denoiser.batch / input_pipeline.count_experiment_row_shards(rows),
         count=_NUM_BUCKETS,
     )
     buckets = replace(rows, denoiser=replace(rows.denoiser, buckets=config))
