@@ -73,7 +73,7 @@ def watched(tiny, tiny_run, tiny_clips, tmp_path_factory):
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         real = monitors.make_validation
-        patch.setattr(monitors, "validation", lambda *given: kept.append(real(*given)) or kept[-1])
+        patch.setattr(monitors, "make_validation", lambda *given: kept.append(real(*given)) or kept[-1])
         opened.train(tiny_clips)
     return SimpleNamespace(run=opened, validation=kept[0], folder=folder)
 
