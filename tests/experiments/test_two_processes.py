@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 def test_two_processes_train_and_report_what_one_does(tiny_clips, tiny_run, tmp_path):
     port, run = find_free_port(), tmp_path / "run"
     command = [sys.executable, "experiments/train.py", "tests/support/tiny.py"]
-    options = ["--data", str(tiny_clips), "--workdir", str(run), "--patience.silent", "300"]
+    options = ["--data", str(tiny_clips), "--workdir", str(run), "--patience.max-silence", "300"]
     logged = importlib.util.find_spec("wandb") is not None
     options += ["--monitoring.wandb", "videos"] if logged else []
     processes = []
