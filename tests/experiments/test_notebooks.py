@@ -131,7 +131,7 @@ def test_the_spiral_notebook_shows_the_results_that_its_text_states(monkeypatch)
 
 @pytest.mark.slow
 def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
-    _, found = evaluate_notebook("spiral", monkeypatch, SPIRAL)
+    _, found = evaluate_notebook("spiral", monkeypatch, SPIRAL, XLA_FLAGS="")  # optimised: it runs for long
     floor = found["floor"]
     assert found["aware"] < 4 * floor  # 3.0 was measured
     assert found["placed"][0] > 0.8  # of data 0.95 are on an arm
@@ -190,7 +190,7 @@ def test_the_bundled_model_shows_the_effects_that_the_inside_a_run_notebook_desc
         "found": "found",
         "distance": "distance.mean(axis=1).tolist()",
     }
-    _, found = evaluate_notebook("inside_a_run", monkeypatch, questions)
+    _, found = evaluate_notebook("inside_a_run", monkeypatch, questions, XLA_FLAGS="")  # optimised: it runs for long
     own, none, other = (np.asarray(found["losses"][name]) for name in ("its caption", "no caption", "another caption"))
     assert own.mean() < none.mean() < other.mean()
     assert own[0] > own[len(own) // 2]  # little noise is hard to predict
