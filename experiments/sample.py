@@ -131,4 +131,4 @@ def parse_size(text: str) -> Grid:
 
 
 if __name__ == "__main__":
-    script(parse_arguments)(main)
+    script(parse_arguments, is_resumable=False)(main)

@@ -188,12 +188,12 @@ def test_modules_are_named_by_nouns():
 
 
 def test_no_docstring_begins_as_a_fragment():
-    found = [
+    result = [
         f"{relative(path)}, {fragment}"
         for path in sources(*FOLDERS)
         for fragment in fragments(path.read_text(encoding="utf-8"))
     ]
-    assert not found, "\n".join(found)
+    assert not result, "\n".join(result)
 
 
 # The checks fail on what they are for.

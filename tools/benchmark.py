@@ -307,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    script(main)()
+    script(main, is_resumable=False)()

@@ -78,4 +78,4 @@ def _convert_pipeline(source: Path, destination: Path, to: TargetLayout, dtype: 
 
 
 if __name__ == "__main__":
-    script(parse_arguments)(main)
+    script(parse_arguments, is_resumable=False)(main)

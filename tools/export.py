@@ -37,4 +37,4 @@ def main(
 
 
 if __name__ == "__main__":
-    script(parse_arguments)(main)
+    script(parse_arguments, is_resumable=False)(main)

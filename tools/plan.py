@@ -128,4 +128,4 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 if __name__ == "__main__":
-    script(main)()
+    script(main, is_resumable=False)()

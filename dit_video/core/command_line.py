@@ -40,15 +40,15 @@ def parse_arguments(target: Callable[..., _Parsed], *, args: Sequence[str] | Non
     # The module is private; pyproject.toml requires a release that has it.
     from tyro import _errors
 
-    given = list(sys.argv[1:] if args is None else args)
+    arguments = list(sys.argv[1:] if args is None else args)
 
     def reject(event: Any) -> NoReturn:
-        raise UserError(_describe(event, given, lambda: _list_option_names(target, **options)))
+        raise UserError(_describe(event, arguments, lambda: _list_option_names(target, **options)))
 
-    if {"-h", "--help"} & set(given):  # tyro prints it
-        return tyro.cli(target, args=given, **options)
+    if {"-h", "--help"} & set(arguments):  # tyro prints it
+        return tyro.cli(target, args=arguments, **options)
     with _errors.on_parse_error(reject):
-        return tyro.cli(target, args=given, **options)
+        return tyro.cli(target, args=arguments, **options)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -63,23 +63,23 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments; those of the process by default."""
-        self._given = list(sys.argv[1:] if args is None else args)
+        self._arguments = list(sys.argv[1:] if args is None else args)
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise the error that a message of argparse stands for."""
         names = [name for name in self._option_string_actions if name.startswith("--")]
-        if found := re.fullmatch(r"unrecognized arguments: (.*)", message):
-            raise UserError(_describe_unknown(found[1].split(), names))
-        if found := re.fullmatch(r"the following arguments are required: (.*)", message):
-            unknown = _find_unknown(self._given, names)
-            raise UserError(_describe_unknown(unknown, names) if unknown else _describe_missing(found[1].split(", ")))
-        if found := re.fullmatch(r"argument (\S+): invalid (\w+) value: '(.*)'", message):
-            raise UserError(_describe_value(found[1], found[3], _ARGPARSE_KINDS.get(found[2], found[2])))
-        if found := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
-            raise UserError(_describe_choice(found[1], found[2], found[3].replace("'", "").split(", ")))
-        if found := re.fullmatch(r"argument (\S+): expected (.*)", message):
-            raise UserError(f"{found[1]} is invalid: it needs {found[2]}. Use --help to see it.")
+        if match := re.fullmatch(r"unrecognized arguments: (.*)", message):
+            raise UserError(_describe_unknown(match[1].split(), names))
+        if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+            unknown = _find_unknown(self._arguments, names)
+            raise UserError(_describe_unknown(unknown, names) if unknown else _describe_missing(match[1].split(", ")))
+        if match := re.fullmatch(r"argument (\S+): invalid (\w+) value: '(.*)'", message):
+            raise UserError(_describe_value(match[1], match[3], _ARGPARSE_KINDS.get(match[2], match[2])))
+        if match := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
+            raise UserError(_describe_choice(match[1], match[2], match[3].replace("'", "").split(", ")))
+        if match := re.fullmatch(r"argument (\S+): expected (.*)", message):
+            raise UserError(f"{match[1]} is invalid: it needs {match[2]}. Use --help to see it.")
         raise UserError(f"the command line is invalid: {message}. Use --help to see the options.")
 
 
@@ -202,5 +202,5 @@ def _list_option_names(target: Callable[..., Any], **options: Any) -> list[str]:
     with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
         tyro.cli(target, args=["--help"], **options)
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │") for line in help_text.getvalue().splitlines()]
-    found = [re.match(r"(?:-\w, )?(--[\w.-]+)(?:, (--[\w.-]+))?", line) for line in lines]
-    return [name for match in found if match for name in match.groups() if name]
+    matches = [re.match(r"(?:-\w, )?(--[\w.-]+)(?:, (--[\w.-]+))?", line) for line in lines]
+    return [name for match in matches if match for name in match.groups() if name]

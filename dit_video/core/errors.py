@@ -38,10 +38,11 @@ class GracefulStop(KeyboardInterrupt):
     """Exit code of the script."""
 
 
-def script(main: Callable[..., None]) -> Callable[..., None]:
+def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[..., None]:
     """Decorate a script's `main` so that errors that a user can act on become one line on stderr.
 
-    The line after a `GracefulStop` or Ctrl-C ends with the command that continues.
+    The line after a `GracefulStop` or Ctrl-C ends with the command that continues, or starts again a script that is not
+    resumable.
 
     Exit codes: 2 after a `UserError`; 0 after a `GracefulStop`, because a preempted run did all that it could; 130
     after Ctrl-C anywhere else.
@@ -60,8 +61,8 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
             sys.stderr.flush()
             sys.exit(stopped.code)
         except KeyboardInterrupt:
-            line = f"interrupted: the same command continues with the remaining work: {get_command()}"
-            print(f"\n{line}", file=sys.stderr)
+            effect = "continues with the remaining work" if is_resumable else "starts again"
+            print(f"\ninterrupted: the same command {effect}: {get_command()}", file=sys.stderr)
             sys.stderr.flush()
             sys.exit(130)
         except BrokenPipeError:

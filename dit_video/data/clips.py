@@ -140,8 +140,8 @@ class ClipSource:
         Raises:
           UserError: the source has no clip of some name.
         """
-        wanted = self._check_names(names)
-        return self._filter(lambda info: info.name in wanted)
+        included = self._check_names(names)
+        return self._filter(lambda info: info.name in included)
 
     def exclude(self, names: Collection[str]) -> "ClipSource":
         """Return all clips but those with these names.

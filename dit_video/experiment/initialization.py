@@ -331,17 +331,17 @@ class _ParameterPlacer:
         self.kernel_dtype = _get_kernel_dtype(training)
 
     def __call__(self, path: str, parameter: Parameter) -> Array:
-        wanted = self.kernel_dtype if path.endswith("kernel") else np.dtype(np.float32)
+        target_dtype = self.kernel_dtype if path.endswith("kernel") else np.dtype(np.float32)
         digest = hashlib.sha256()
 
         def hashed_pieces() -> Iterator[np.ndarray]:
             for piece in parameter.read_chunks():
-                leaf = np.ascontiguousarray(piece.astype(wanted, copy=False))
+                leaf = np.ascontiguousarray(piece.astype(target_dtype, copy=False))
                 digest.update(leaf.reshape(-1).view(np.uint8).data)
                 yield leaf
 
         sharding = make_shardings({path: parameter}, self._mesh)[path]
-        array = Parameter(parameter.shape, wanted, hashed_pieces).to_device(sharding)
+        array = Parameter(parameter.shape, target_dtype, hashed_pieces).to_device(sharding)
         self._digests[path] = digest.hexdigest()
         return array
 

@@ -1,5 +1,6 @@
 """Conversion of Flax modules into a structure and parameters in a plain nested dictionary."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,17 +14,35 @@ from dit_video.core.trees import flatten, map_with_path
 ModuleFactory = Callable[[nnx.Rngs], nnx.Module]
 
 
+class ParamRngs(nnx.Rngs):
+    """The random keys of `nnx.Rngs(key)`, counted in Python instead of in a variable.
+
+    `nnx.RngStream` assigns its counter at every key. If that is traced, JAX composes an error message each time, which
+    Flax catches (`Tracer.sharding`, in jax 0.10 and flax 0.12): half of the time in which a model is built.
+    """
+
+    def __init__(self, key: Array):
+        self._key, self._count = nnx.data(key), 0
+
+    def params(self) -> Array:
+        """Return the next key."""
+        key = jax.random.fold_in(self._key, self._count)
+        self._count += 1
+        return key
+
+
+@functools.lru_cache(maxsize=256)
 def get_graph_def(make: ModuleFactory) -> nnx.GraphDef:
     """Return the structure of the module that `make` builds, without computing a parameter.
 
     `nnx.merge(graph, params)` gives the module back, inside or outside of `jax.jit`.
     """
-    return nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(jax.random.key(0)))))
+    return nnx.graphdef(nnx.eval_shape(lambda: make(ParamRngs(jax.random.key(0)))))
 
 
 def init_params(make: ModuleFactory, key: Array) -> dict[str, Any]:
     """Return fresh parameters of the module that `make` builds, without Flax types. Can be traced."""
-    return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(make(ParamRngs(key)), nnx.Param))
 
 
 def check_params(make: ModuleFactory, params: dict[str, Any]) -> dict[str, Any]:

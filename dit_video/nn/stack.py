@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from dit_video.nn.attention.api import CHECKPOINT_NAME
+from dit_video.nn.container import ParamRngs
 
 Remat = Literal["none", "full", "attention", "dots", "dots_no_batch", "dots_attention", "offload"]
 """Rematerialisation policy: the values of a layer that are kept for the backward pass instead of being recomputed.
@@ -25,7 +26,15 @@ Carry = TypeVar("Carry")
 
 def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx.Rngs) -> nnx.Module:
     """Build `layers` modules as one, each parameter with a leading axis `L`."""
-    return nnx.vmap(make)(rngs.split(layers))
+    graphs = []
+
+    def init_layer(key: Array) -> nnx.State:
+        graph, state = nnx.split(make(ParamRngs(key)))
+        graphs.append(graph)
+        return state
+
+    state = jax.vmap(init_layer)(jax.random.split(rngs.params(), layers))
+    return nnx.merge(graphs[0], state)
 
 
 def apply_stack(stack: nnx.Module, x: Carry, *context: PyTree, remat: Remat = "none") -> Carry:

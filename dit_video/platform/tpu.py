@@ -77,15 +77,15 @@ def _find_gpu_backends() -> list[str] | None:
     namespace = importlib.util.find_spec("jax_plugins")
     for folder in (namespace and namespace.submodule_search_locations) or ():
         names |= {path.name for path in Path(folder).glob("[!_]*") if path.is_dir() or path.suffix == ".py"}
-    found = set()
+    usable = set()
     for name in names:
         backend = next((backend for start, backend in _GPU_BACKENDS.items() if name.startswith(start)), None)
         if backend is None:
             return None
         hidden = any(os.environ.get(variable) in ("", "-1") for variable in _GPU_CHOICES[backend])
         if not hidden and any((_DEV / device).exists() for device in _GPU_DEVICES[backend]):
-            found.add(backend)
-    return sorted(found)
+            usable.add(backend)
+    return sorted(usable)
 
 
 def _has_started() -> bool:

@@ -163,28 +163,28 @@ def _skip_to_start(frames: Iterator[TimedFrame], start: float) -> Iterator[Timed
     if not start:  # the rule below would drop all but the last of several frames at time 0
         yield from frames
         return
-    shown = None
+    current = None
     for timed in frames:
         if timed.time > start + TOLERANCE:
-            if shown is not None:
-                yield shown
-            shown = None
+            if current is not None:
+                yield current
+            current = None
             yield timed
         else:
-            shown = timed
-    if shown is not None and _is_shown_at(shown, start):
-        yield shown
+            current = timed
+    if current is not None and _is_shown_at(current, start):
+        yield current
 
 
 def _sample_at_rate(frames: Iterator[TimedFrame], start: float, fps: float) -> Iterator[TimedFrame]:
-    count, shown = 0, None
+    count, current = 0, None
     for timed in frames:
-        while shown is not None and start + count / fps < timed.time - TOLERANCE:
-            yield shown
+        while current is not None and start + count / fps < timed.time - TOLERANCE:
+            yield current
             count += 1
-        shown = timed
-    while shown is not None and _is_shown_at(shown, start + count / fps):
-        yield shown
+        current = timed
+    while current is not None and _is_shown_at(current, start + count / fps):
+        yield current
         count += 1
 
 

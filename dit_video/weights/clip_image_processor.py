@@ -82,12 +82,12 @@ def save_clip_image_processor(folder: str | os.PathLike, images: ClipImageProces
 def _find_file(folder: Path) -> Path:
     places = [folder, *(folder / part for part in _SUBFOLDERS), *(folder.parent / part for part in _SUBFOLDERS)]
     paths = [place / file for place in places for file in (_FILE, _PROCESSOR_FILE)]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
+    processor_file = next((path for path in paths if path.is_file()), None)
+    if processor_file is None:
         raise MissingError(
             f"{folder} has no {_FILE}, nor has {' or '.join(_SUBFOLDERS)} in or next to it. Copy it there"
         )
-    return found
+    return processor_file
 
 
 def _parse_resize(path: Path, size: Any) -> int | tuple[int, int]:

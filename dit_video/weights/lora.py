@@ -114,10 +114,10 @@ def load_lora(
     file = _find_file(Path(path))
     arrays = ours.load(file, dtype=None)
     shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
-    found = _match_tensors(file, arrays, shapes, modules)
+    matches = _match_tensors(file, arrays, shapes, modules)
     settings = _read_settings(file)
     parts = collections.defaultdict(list)
-    for name, tensors in found.items():
+    for name, tensors in matches.items():
         a, b = (_cast(arrays[tensors[factor]].T, dtype) for factor in "ab")
         alpha = float(arrays[tensors["alpha"]].reshape(())) if "alpha" in tensors else None
         module = modules[name]

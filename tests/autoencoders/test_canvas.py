@@ -139,16 +139,16 @@ def test_numbers_below_one_are_refused(options):
     programs=st.integers(1, 8),
 )
 def test_covers_hold_every_clip(sizes, programs):
-    found = merge_sizes(sizes, max_programs=programs)
-    assert len(found) <= programs
-    assert all(any(all(a >= b for a, b in zip(cover, size, strict=True)) for cover in found) for size in sizes)
-    assert [cover.volume for cover in found] == sorted(cover.volume for cover in found)
+    result = merge_sizes(sizes, max_programs=programs)
+    assert len(result) <= programs
+    assert all(any(all(a >= b for a, b in zip(cover, size, strict=True)) for cover in result) for size in sizes)
+    assert [cover.volume for cover in result] == sorted(cover.volume for cover in result)
     if len(set(sizes)) <= programs:
-        assert set(found) == set(sizes)
+        assert set(result) == set(sizes)
 
 
 def test_similar_sizes_are_merged_into_one_cover():
-    found = merge_sizes([Grid(1, 8, 8), Grid(1, 8, 9), Grid(9, 90, 10), Grid(9, 91, 10)], max_programs=2)
-    assert found == [Grid(1, 8, 9), Grid(9, 91, 10)]
+    result = merge_sizes([Grid(1, 8, 8), Grid(1, 8, 9), Grid(9, 90, 10), Grid(9, 91, 10)], max_programs=2)
+    assert result == [Grid(1, 8, 9), Grid(9, 91, 10)]
     with pytest.raises(UserError, match="programs=0"):
         merge_sizes([Grid(1, 1, 1)], max_programs=0)

@@ -55,6 +55,7 @@ def test_frames_are_coded_one_by_one(params):
     np.testing.assert_allclose(decoded[:, 1:2], call("decode", params, latents[:, 1:2]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_clips_on_a_canvas_get_the_latents_that_they_get_alone(params):
     clips = [clip(2, 3, 2, seed=0), clip(1, 2, 4, seed=1), clip(2, 1, 1, seed=2)]
     corners = [(0, 0), (0, 3), (4, 5)]
@@ -95,6 +96,7 @@ def test_a_fixed_or_zero_variance_keeps_the_mean(params):
         ImageVaeConfig(std=-1.0)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_results_are_float32(params):
     pixels = clip(1, 2, 2)
     rounded = ImageVaeConfig(levels=ImageLevels(widths=(4, 8), blocks=1, groups=2, attention=(0,), bfloat16=True))

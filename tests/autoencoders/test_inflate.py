@@ -100,6 +100,7 @@ def test_no_frame_depends_on_later_ones(rough):
     assert (np.abs(left[:, 3:] - right[:, 3:]).max(axis=(0, 2, 3, 4)) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_each_temporal_layer_learns_from_the_start(inflated):
     config, params = inflated
     gradients = flatten(jax.grad(lambda params: call(config, "decode", params, LATENTS).std())(params))

@@ -52,13 +52,13 @@ def test_memory_grows_with_the_chunk_and_not_with_the_codes():
 def test_a_quantised_latent_is_its_code_and_passes_gradients_on():
     codes = book([[0, 0], [4, 0], [0, 4]])
     latents = jnp.asarray([[3.0, 1.0], [0.5, -1.0]]).reshape(1, 1, 1, 2, 2)
-    found = codes(latents)
-    np.testing.assert_array_equal(found.indices.reshape(-1), [1, 0])
-    np.testing.assert_allclose(found.vectors.reshape(2, 2), [[4, 0], [0, 0]], atol=1e-6)
-    assert found.commitment_loss.shape == (1,)
+    result = codes(latents)
+    np.testing.assert_array_equal(result.indices.reshape(-1), [1, 0])
+    np.testing.assert_allclose(result.vectors.reshape(2, 2), [[4, 0], [0, 0]], atol=1e-6)
+    assert result.commitment_loss.shape == (1,)
     # Squared distances 1 + 1 and 0.25 + 1, over four values.
-    np.testing.assert_allclose(found.commitment_loss, [3.25 / 4])
-    np.testing.assert_array_equal(found.commitment_loss, found.codebook_loss)
+    np.testing.assert_allclose(result.commitment_loss, [3.25 / 4])
+    np.testing.assert_array_equal(result.commitment_loss, result.codebook_loss)
     weights = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
     graph, _ = nnx.split(codes)
 
@@ -86,10 +86,10 @@ def test_a_quantised_latent_is_its_code_and_passes_gradients_on():
 def test_spherical_codes_are_compared_by_their_direction():
     codes = book([[10, 0], [0, 0.1]], spherical=True)
     latents = jnp.asarray([[0.1, 0.2], [5.0, 4.0], [0.0, 0.0]]).reshape(1, 1, 1, 3, 2)
-    found = codes(latents)
-    np.testing.assert_array_equal(found.indices.reshape(-1)[:2], [1, 0])
-    np.testing.assert_allclose(found.vectors.reshape(3, 2)[:2], [[0, 1], [1, 0]], atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(found.latents.reshape(3, 2)[:2], axis=-1), 1, rtol=1e-6)
+    result = codes(latents)
+    np.testing.assert_array_equal(result.indices.reshape(-1)[:2], [1, 0])
+    np.testing.assert_allclose(result.vectors.reshape(3, 2)[:2], [[0, 1], [1, 0]], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(result.latents.reshape(3, 2)[:2], axis=-1), 1, rtol=1e-6)
     gradient = jax.grad(lambda x: codes(x).commitment_loss.sum())(latents)
     assert np.isfinite(gradient).all()
 

@@ -82,14 +82,14 @@ def test_pixels_go_to_the_device_and_come_from_it_as_uint8(monkeypatch):
     decoded, _, _ = next(streaming._run_chunks(config, params, [latents[:, :2]], whole, "decode", 2, None))
     assert isinstance(decoded, jax.Array)
     assert decoded.dtype == np.uint8
-    given, run = [], streaming._jit_method(config, "encode")
+    dtypes, run = [], streaming._jit_method(config, "encode")
     monkeypatch.setattr(
         streaming,
         "_jit_method",
-        lambda *_: lambda params, frames, past: given.append(frames.dtype) or run(params, frames, past),
+        lambda *_: lambda params, frames, past: dtypes.append(frames.dtype) or run(params, frames, past),
     )
     list(encode_stream(config, params, iter([FRAMES]), chunk=2))
-    assert set(given) == {np.dtype(np.uint8)}
+    assert set(dtypes) == {np.dtype(np.uint8)}
 
 
 def test_frame_counts_and_chunks_that_do_not_fit_are_refused():

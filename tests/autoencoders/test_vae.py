@@ -17,6 +17,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
 from dit_video.nn import ConvCache, get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
+from support.marks import mark_slow_except
 from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -105,7 +106,9 @@ def test_configs_of_open_models_have_their_sizes():
 
 
 @pytest.mark.parametrize(
-    ("name", "cuts"), [("plain", (1, 2, 3)), ("shortcuts", (2,)), ("time alone", (1, 2, 3))], ids=str
+    ("name", "cuts"),
+    mark_slow_except([("plain", (1, 2, 3))], [("plain", (1, 2, 3)), ("shortcuts", (2,)), ("time alone", (1, 2, 3))]),
+    ids=str,
 )
 def test_streamed_chunks_equal_the_whole_clip(name, cuts):
     config, params, clip, latents, decoded = setting(name)
@@ -154,7 +157,9 @@ def test_clips_on_a_canvas_do_not_see_each_other(name):
     np.testing.assert_allclose(together[0, :3, :, 4:], latents[1, :3], atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["offsets", "winograd", "native"])  # in so narrow a model `auto` is `stacked`
+@pytest.mark.parametrize(
+    "form", mark_slow_except(["offsets", "native"], ["offsets", "winograd", "native"])
+)  # in so narrow a model `auto` is `stacked`
 def test_forms_of_the_convolution_agree(form):
     config, params, clip, latents, _ = setting("plain")
     chosen = dataclasses.replace(config, form=form)
@@ -184,6 +189,7 @@ def squared_error(config, clip):
     return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "shortcuts"])
 def test_rematerialisation_stores_less_for_the_backward_pass(name):
     config, params, clip, *_ = setting(name)
@@ -198,12 +204,12 @@ def test_rematerialisation_stores_less_for_the_backward_pass(name):
 def test_rematerialisation_changes_no_gradient():
     config, clip = dataclasses.replace(PLAIN, multipliers=(1,), factors=()), setting("plain")[2][:, :3, :4, :4]
     params = make_random_params(config.make)
-    expected, found = (
+    expected, result = (
         flatten(jax.jit(jax.grad(squared_error(one, clip)))(params))
         for one in (config, dataclasses.replace(config, remat=True))
     )
     for path, gradient in expected.items():
-        np.testing.assert_allclose(found[path], gradient, rtol=1e-4, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(result[path], gradient, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
 def test_a_fixed_variance_is_that_of_the_config():

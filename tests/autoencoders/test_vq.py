@@ -26,6 +26,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
 from dit_video.nn import RmsNorm, get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
+from support.marks import mark_slow_except
 from support.random_params import make_random_params
 
 VIDEO = CausalVaeConfig(channels=5, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
@@ -55,7 +56,7 @@ def setting(name):
     return config, params, clip, latents, call(config, "decode", params, latents)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mark_slow_except(("spherical",), CONFIGS))
 def test_every_network_has_the_interface_of_autoencoders(name):
     config, _, clip, latents, decoded = setting(name)
     assert isinstance(config, AutoencoderConfig)
@@ -66,7 +67,7 @@ def test_every_network_has_the_interface_of_autoencoders(name):
     assert np.std(decoded) > 0.1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mark_slow_except(("video",), CONFIGS))
 def test_indices_determine_the_latents(name):
     config, params, clip, latents, decoded = setting(name)
     indices = call(config, "encode_indices", params, clip)
@@ -87,7 +88,9 @@ def test_an_index_out_of_range_is_refused():
         model.decode_indices(np.full((1, 1, 2, 3), 32))
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("video", 1), ("video", 3), ("image", 2)])
+@pytest.mark.parametrize(
+    ("name", "chunk"), mark_slow_except([("video", 1)], [("video", 1), ("video", 3), ("image", 2)])
+)
 def test_streamed_chunks_equal_the_whole_clip(name, chunk):
     config, params, _, latents, decoded = setting(name)
     encoded = list(encode_stream(config, params, [FRAMES[:, :4], FRAMES[:, 4:]], chunk=chunk))
@@ -98,7 +101,7 @@ def test_streamed_chunks_equal_the_whole_clip(name, chunk):
     assert (difference > 0).mean() < 0.01
 
 
-@pytest.mark.parametrize("name", ["video", "image"])
+@pytest.mark.parametrize("name", mark_slow_except(["video"], ["video", "image"]))
 def test_clips_on_a_canvas_do_not_see_each_other(name):
     config, params, clip, latents, _ = setting(name)
     canvas = jnp.concatenate([clip[:1], jnp.full((1, 7, 4, 2, 3), -1.0), clip[1:]], axis=3)
@@ -139,9 +142,9 @@ def test_the_config_of_kandinsky_has_its_size():
 def test_a_fresh_autoencoder_is_finite_and_its_codes_differ():
     config = CONFIGS["video"]
     params = jax.jit(lambda key: init_params(config.make, key))(jax.random.key(0))
-    found = call(config, "quantize", params, jnp.asarray(pixels.to_float(FRAMES)))
-    assert np.isfinite(found.vectors).all()
-    assert len(np.unique(found.indices)) > 2
+    result = call(config, "quantize", params, jnp.asarray(pixels.to_float(FRAMES)))
+    assert np.isfinite(result.vectors).all()
+    assert len(np.unique(result.indices)) > 2
 
 
 def test_a_config_is_the_same_after_json():

@@ -27,19 +27,19 @@ FRAME = np.arange(8) // 4
 """Queries among the tokens of the first clip."""
 
 
-def maps(config, params, queries, given=None):
-    given = make_batch((0, 1)) if given is None else given
+def maps(config, params, queries, batch=None):
+    batch = make_batch((0, 1)) if batch is None else batch
     dit = nnx.merge(get_graph_def(config.make), params)
     return compute_attention_maps(
         dit,
-        given.noisy,
-        given.time,
+        batch.noisy,
+        batch.time,
         queries=queries,
-        segments=given.segments,
-        positions=given.positions,
-        context=given.context,
-        context_segments=given.context_segments,
-        given=given.given(config),
+        segments=batch.segments,
+        positions=batch.positions,
+        context=batch.context,
+        context_segments=batch.context_segments,
+        given=batch.given(config),
     )
 
 
@@ -54,38 +54,38 @@ def maps(config, params, queries, given=None):
         pytest.param(
             dataclasses.replace(CONFIG, pattern=SpaceOnly(), temporal=TemporalLayers()), 4, 0, marks=pytest.mark.slow
         ),
-        (WAN, 2, 0),
+        pytest.param(WAN, 2, 0, marks=pytest.mark.slow),
     ],
     ids=["plain", "recomputed", "joint", "temporal", "wan"],
 )
 def test_attention_weights_of_a_query_sum_to_one_within_its_clip(config, layers, others):
     params = make_random_params(config.make)
-    found = maps(config, params, [2, 9, TOKENS - 1])
-    assert found.shape == (layers, 1, 2, 3, TOKENS + others)
-    np.testing.assert_allclose(found[..., :2, :].sum(axis=-1), 1, atol=1e-5)
-    assert (found[..., 0, 8:TOKENS] == 0).all()
-    assert (found[..., 1, :8] == 0).all()
-    assert (found[..., 2, :] == 0).all()  # padding
-    assert found[..., 0, :8].max() > found[..., 0, :8].min()
+    result = maps(config, params, [2, 9, TOKENS - 1])
+    assert result.shape == (layers, 1, 2, 3, TOKENS + others)
+    np.testing.assert_allclose(result[..., :2, :].sum(axis=-1), 1, atol=1e-5)
+    assert (result[..., 0, 8:TOKENS] == 0).all()
+    assert (result[..., 1, :8] == 0).all()
+    assert (result[..., 2, :] == 0).all()  # padding
+    assert result[..., 0, :8].max() > result[..., 0, :8].min()
 
 
 def test_a_map_shows_what_a_layer_does_not_see():
     config = dataclasses.replace(CONFIG, pattern=(SpaceOnly(), CausalFrames()))
-    found = maps(config, make_random_params(config.make), list(range(8)))[:, 0, :, :, :8]
-    assert (found[0][:, FRAME[:, None] != FRAME] == 0).all()
-    assert (found[0][:, FRAME[:, None] == FRAME] > 0).all()
-    assert (found[1][:, FRAME[:, None] < FRAME] == 0).all()
-    assert (found[1][:, FRAME[:, None] >= FRAME] > 0).all()
+    result = maps(config, make_random_params(config.make), list(range(8)))[:, 0, :, :, :8]
+    assert (result[0][:, FRAME[:, None] != FRAME] == 0).all()
+    assert (result[0][:, FRAME[:, None] == FRAME] > 0).all()
+    assert (result[1][:, FRAME[:, None] < FRAME] == 0).all()
+    assert (result[1][:, FRAME[:, None] >= FRAME] > 0).all()
 
 
 def test_recording_attention_does_not_change_predictions():
-    params, given = make_random_params(CONFIG.make), make_batch((0, 1))
-    before = predict(params, given, CONFIG)
+    params, batch = make_random_params(CONFIG.make), make_batch((0, 1))
+    before = predict(params, batch, CONFIG)
     dit = nnx.merge(get_graph_def(CONFIG.make), params)
     maps(CONFIG, params, [0])
     assert dit.attention == nnx.merge(get_graph_def(CONFIG.make), params).attention
     assert get_graph_def(CONFIG.make) == get_graph_def(CONFIG.make)
-    np.testing.assert_array_equal(jax.block_until_ready(predict(params, given, CONFIG)), before)
+    np.testing.assert_array_equal(jax.block_until_ready(predict(params, batch, CONFIG)), before)
 
 
 def test_queries_name_tokens_of_a_row():

@@ -34,15 +34,15 @@ WAN = WanDitConfig(
 KEY = jax.random.key(0)
 
 
-def as_images(given):
+def as_images(batch):
     """Return the first clip's two frames as two images, with its text and time."""
     halves = jnp.where(jnp.arange(18) < 4, 1, jnp.where(jnp.arange(18) < 8, 2, 0))[None]
-    return given._replace(
+    return batch._replace(
         segments=halves,
-        positions=given.positions * jnp.asarray([0.0, 1.0, 1.0]),
-        time=given.time.at[:, 1].set(given.time[:, 0]),
-        labels=given.labels.at[:, 1].set(given.labels[:, 0]),
-        context=given.context.at[:, 3:6].set(given.context[:, :3]),
+        positions=batch.positions * jnp.asarray([0.0, 1.0, 1.0]),
+        time=batch.time.at[:, 1].set(batch.time[:, 0]),
+        labels=batch.labels.at[:, 1].set(batch.labels[:, 0]),
+        context=batch.context.at[:, 3:6].set(batch.context[:, :3]),
         context_segments=jnp.asarray([[1, 1, 1, 2, 2, 2, 0]]),
     )
 
@@ -67,11 +67,11 @@ def as_images(given):
     ids=["alternating", "in a block"],
 )
 def test_a_new_video_model_predicts_every_frame_like_the_image_model(config, temporal):
-    params, given = make_random_params(config.make), make_batch((0,))
+    params, batch = make_random_params(config.make), make_batch((0,))
     video, grown = add_temporal_layers(config, params, temporal, KEY)
-    expected = predict(params, as_images(given), config)[:, FIRST]
-    found, gradients, _ = predict_with_gradients(grown, given, video)
-    np.testing.assert_allclose(found[:, FIRST], expected, atol=1e-6)
+    expected = predict(params, as_images(batch), config)[:, FIRST]
+    result, gradients, _ = predict_with_gradients(grown, batch, video)
+    np.testing.assert_allclose(result[:, FIRST], expected, atol=1e-6)
     assert np.abs(expected).max() > 0.1
     # What is new learns, and once it has learned frames know of each other.
     new = {path for path in flatten(grown) if path not in flatten(params)}
@@ -79,8 +79,8 @@ def test_a_new_video_model_predicts_every_frame_like_the_image_model(config, tem
         assert np.abs(flatten(gradients)[path]).max() > 1e-3
     rough = flatten(make_random_params(video.make))
     trained = map_with_path(lambda path, leaf: rough[path] if path in new else leaf, grown)
-    before = predict(trained, given, video)
-    after = predict(trained, given._replace(noisy=given.noisy.at[:, 0].add(1.0)), video)
+    before = predict(trained, batch, video)
+    after = predict(trained, batch._replace(noisy=batch.noisy.at[:, 0].add(1.0)), video)
     assert np.abs(after - before)[0, 4].max() > 1e-3  # the same place in the second frame
 
 
@@ -103,20 +103,26 @@ def test_a_video_model_from_nothing_trains_its_temporal_layers():
 
 
 @pytest.mark.parametrize(
-    "config", [IMAGE, dataclasses.replace(IMAGE, given_channels=1), WAN], ids=["none", "one", "wan"]
+    "config",
+    [
+        pytest.param(IMAGE, marks=pytest.mark.slow),
+        dataclasses.replace(IMAGE, given_channels=1),
+        pytest.param(WAN, marks=pytest.mark.slow),
+    ],
+    ids=["none", "one", "wan"],
 )
 def test_a_model_with_more_conditioning_channels_predicts_the_same_at_first(config):
-    params, given = make_random_params(config.make), make_batch((0, 1), ())
+    params, batch = make_random_params(config.make), make_batch((0, 1), ())
     if config.given_channels:
-        old = given.latents.reshape(*given.latents.shape[:2], 4, -1)[..., :1]
-        expected = predict(params, given._replace(latents=old.reshape(*old.shape[:2], -1)), config)
+        old = batch.latents.reshape(*batch.latents.shape[:2], 4, -1)[..., :1]
+        expected = predict(params, batch._replace(latents=old.reshape(*old.shape[:2], -1)), config)
     else:
-        expected = predict(params, given, config)
+        expected = predict(params, batch, config)
     grown_config, grown = add_cond_channels(config, params, 3)
     assert grown_config == dataclasses.replace(config, given_channels=3)
     assert grown_config.given_width == GIVEN_WIDTH
-    found, gradients, _ = predict_with_gradients(grown, given, grown_config)
-    np.testing.assert_allclose(found[0, :14], expected[0, :14], atol=1e-6)
+    result, gradients, _ = predict_with_gradients(grown, batch, grown_config)
+    np.testing.assert_allclose(result[0, :14], expected[0, :14], atol=1e-6)
     path = "embed/kernel" if isinstance(config, WanDitConfig) else "given/kernel"
     assert (np.abs(flatten(gradients)[path]).max(axis=1) > 1e-4).all()
 

@@ -16,8 +16,8 @@ PLACES = np.concatenate(
 
 
 def test_the_first_frame_of_clips_is_known_and_nothing_of_images():
-    found = mask_known_tokens(SEGMENTS, PLACES, jnp.asarray([[True, True, False]]))
-    np.testing.assert_array_equal(found[0], np.arange(16) < 2)
+    result = mask_known_tokens(SEGMENTS, PLACES, jnp.asarray([[True, True, False]]))
+    np.testing.assert_array_equal(result[0], np.arange(16) < 2)
     assert not mask_known_tokens(SEGMENTS, PLACES, jnp.zeros((1, 3), bool)).any()
 
 
@@ -30,8 +30,8 @@ def test_conditioning_channels_are_the_mask_and_clean_latents():
     expected = patchify(np.concatenate([mask, known * latents], axis=-1), patch)
     tokens = patchify(latents, patch)
     of_tokens = jnp.arange(len(tokens)) < len(tokens) // 2
-    found = make_cond_latents(tokens[None], of_tokens[None], patch_volume=patch.volume, channels=8)
-    np.testing.assert_array_equal(found[0], expected)
+    result = make_cond_latents(tokens[None], of_tokens[None], patch_volume=patch.volume, channels=8)
+    np.testing.assert_array_equal(result[0], expected)
 
 
 @pytest.mark.parametrize("chance", [-0.1, 1.5, float("nan")])

@@ -28,9 +28,9 @@ def by_segment(text, segments):
 def test_a_dropped_caption_is_the_tokenised_empty_one():
     text, segments = row(CAPTIONS)
     for drop in ([True, False, False], [False, True, True], [True] * 3, [False] * 3):
-        found = by_segment(*DROP(text, segments, jnp.asarray([drop]), empty=EMPTY))
+        result = by_segment(*DROP(text, segments, jnp.asarray([drop]), empty=EMPTY))
         expected = [CAPTIONS[index] if not dropped else "" for index, dropped in enumerate(drop)]
-        assert found == [TOKENIZE(caption).tolist() for caption in expected]
+        assert result == [TOKENIZE(caption).tolist() for caption in expected]
 
 
 def test_the_rest_of_a_dropped_caption_is_padding():
@@ -59,9 +59,9 @@ def test_captions_of_rows_are_dropped_independently():
 
 def test_an_empty_caption_may_have_several_tokens():
     text, segments = jnp.arange(10, 22)[None], jnp.asarray([[1] * 6 + [2] * 6])
-    found = DROP(text, segments, jnp.asarray([[False, True]]), empty=jnp.asarray([7, 8, 9]))
-    assert found[0][0].tolist() == [*range(10, 16), 7, 8, 9, 0, 0, 0]
-    assert found[1][0].tolist() == [1] * 6 + [2] * 3 + [0] * 3
+    result = DROP(text, segments, jnp.asarray([[False, True]]), empty=jnp.asarray([7, 8, 9]))
+    assert result[0][0].tolist() == [*range(10, 16), 7, 8, 9, 0, 0, 0]
+    assert result[1][0].tolist() == [1] * 6 + [2] * 3 + [0] * 3
 
 
 def test_embeddings_are_dropped_as_token_ids_are():
@@ -70,7 +70,7 @@ def test_embeddings_are_dropped_as_token_ids_are():
     embedded = jnp.where(segments[..., None] > 0, table[text], 0)
     for drop in ([True, False, True], [False, True, False]):
         ids, expected = DROP(text, segments, jnp.asarray([drop]), empty=EMPTY)
-        found, found_segments = DROP(embedded, segments, jnp.asarray([drop]), empty=table[EMPTY])
+        result, found_segments = DROP(embedded, segments, jnp.asarray([drop]), empty=table[EMPTY])
         np.testing.assert_array_equal(found_segments, expected)
-        np.testing.assert_array_equal(found, np.where(expected[..., None] > 0, table[ids], 0))
-        assert found.dtype == np.float32
+        np.testing.assert_array_equal(result, np.where(expected[..., None] > 0, table[ids], 0))
+        assert result.dtype == np.float32

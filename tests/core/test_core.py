@@ -345,10 +345,10 @@ def test_resizing_in_strips_gives_the_same_result(monkeypatch):
 def test_resize_to_half_is_a_symmetric_triangle_filter():
     frames = np.zeros((1, 1, 8, 3), np.uint8)
     frames[:, :, 3] = 255
-    found = pixels.resize(frames, 1, 4)[0, 0, :, 0].tolist()
-    assert found == [0, round(255 * 3 / 8), round(255 / 8), 0]
+    result = pixels.resize(frames, 1, 4)[0, 0, :, 0].tolist()
+    assert result == [0, round(255 * 3 / 8), round(255 / 8), 0]
     mirrored = pixels.resize(frames[:, :, ::-1], 1, 4)[0, 0, :, 0].tolist()
-    assert mirrored == found[::-1]
+    assert mirrored == result[::-1]
 
 
 def test_resize_enlarges_linearly():

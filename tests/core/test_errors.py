@@ -73,6 +73,18 @@ def test_ctrl_c_ends_with_one_line_and_the_command_that_continues(capsys, monkey
     assert capsys.readouterr().err.strip() == message
 
 
+def test_ctrl_c_in_a_script_that_keeps_nothing_does_not_promise_to_continue(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments/sample.py", "run"])
+
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        script(main, is_resumable=False)()
+    message = "interrupted: the same command starts again: python experiments/sample.py run"
+    assert capsys.readouterr().err.strip() == message
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_a_ctrl_c_that_falls_into_a_finalizer_still_stops_the_script(capsys):
     class Finalized:

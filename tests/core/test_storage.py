@@ -118,10 +118,10 @@ def test_a_record_that_the_service_refuses_is_not_taken_for_damaged(clips, bucke
         patch.setattr(server.RequestHandlerClass, "do_GET", lambda request: request.send_error(code))
         with pytest.raises(
             UserError, match=r"^gs://bucket/data cannot be opened \(Permanent error.*check the"
-        ) as found:
+        ) as result:
             source[0]
-    assert not isinstance(found.value, DecodeError)
-    assert "\n" not in str(found.value)
+    assert not isinstance(result.value, DecodeError)
+    assert "\n" not in str(result.value)
 
 
 def test_an_interrupted_copy_is_no_data_set_and_can_be_repeated(clips, tmp_path, bucket, monkeypatch):

@@ -103,9 +103,9 @@ def assert_equal(one, other):
 
 
 def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
-    found, batches = load_rows(source, CachedCaptions(source))
+    result, batches = load_rows(source, CachedCaptions(source))
     drawn = set()
-    for rows in found:
+    for rows in result:
         assert rows.text.shape == (2, 24, 8)
         for row, segment in zip(*np.nonzero(rows.valid), strict=True):
             example = int(rows.tokens[row][rows.segments[row] == segment + 1][0, 0])
@@ -118,7 +118,7 @@ def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
     # From the encoder, from the middle, and by worker processes the same.
     live, _ = load_rows(source, EmbeddedCaptions(CAPTIONS, embedder.embed_many, identity="t"))
     resumed, again = load_rows(source, CachedCaptions(source), start_step=2, workers=1)
-    for one, other in (*zip(found, live, strict=True), *zip(found[2:], resumed[:4], strict=True)):
+    for one, other in (*zip(result, live, strict=True), *zip(result[2:], resumed[:4], strict=True)):
         assert_equal(one, other)
     assert again.hash == batches.hash
 
@@ -137,9 +137,9 @@ def test_an_example_whose_text_is_damaged_keeps_its_place_and_does_not_count(sou
         return values[:-1] if field == "text" and self.names[index] == "4.mp4" else values
 
     monkeypatch.setattr(LatentSource, "_read_values", damaged)
-    found, _ = load_rows(source, CachedCaptions(source))
+    result, _ = load_rows(source, CachedCaptions(source))
     lost = 0
-    for rows, expected in zip(found, whole, strict=True):
+    for rows, expected in zip(result, whole, strict=True):
         np.testing.assert_array_equal(rows.segments, expected.segments)
         lost += (expected.valid & ~rows.valid).sum()
     assert lost >= 1

@@ -48,12 +48,12 @@ def make_captions(source):
 
 
 def take(source, count, **options):
-    given = {
+    kwargs = {
         name: options.pop(name)
         for name in ("start_step", "host", "hosts", "workers", "cache_bytes", "ahead_bytes")
         if name in options
     }
-    reading = LoaderConfig(batch=options.pop("batch", 4), seed=options.pop("seed", 0), **given)
+    reading = LoaderConfig(batch=options.pop("batch", 4), seed=options.pop("seed", 0), **kwargs)
     options = {"patch": PATCH, "shape": SHAPE, **options}
     texts = TokenizedCaptions(source.all_captions, options.pop("tokenize", tokenize))
     batches = load_packed_batches(source, texts, config=reading, **options)
@@ -94,9 +94,9 @@ def test_batches_hold_the_examples_of_the_plan(source):
     assert set(range(100)) <= set(seen)  # two epochs, each rank once
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     for epoch in range(2):
-        found = [patches[seen[epoch * 50 + rank][0].tobytes()] for rank in range(50)]
-        assert sorted(found) == list(range(50))
-        for rank, example in enumerate(found):
+        result = [patches[seen[epoch * 50 + rank][0].tobytes()] for rank in range(50)]
+        assert sorted(result) == list(range(50))
+        for rank, example in enumerate(result):
             _, place, caption = seen[epoch * 50 + rank]
             t, h, w = source.sizes[example]
             np.testing.assert_array_equal(place, compute_positions(Grid(t, h // 2, w // 2)))
@@ -268,14 +268,14 @@ def test_rows_hold_conditioning_latents(tmp_path, monkeypatch):
 
     whole = take(source, 1, batch=1, shape=shape)[0]
     assert whole.image.shape == (1, 4 * 5, 6)
-    found = []
+    result = []
     for segment in (1, 2, 3):
         own = whole.segments[0] == segment
         np.testing.assert_array_equal(whole.shown[0, own], whole.tokens[0, own] + 1)
         image = whole.image[0, whole.image_segments[0] == segment]
-        found += [index for index, one in enumerate(images) if np.array_equal(image, one)]
-        np.testing.assert_array_equal(whole.tokens[0, own], patchify(latents[found[-1]], PATCH))
-    assert sorted(found) == [0, 1, 2]
+        result += [index for index, one in enumerate(images) if np.array_equal(image, one)]
+        np.testing.assert_array_equal(whole.tokens[0, own], patchify(latents[result[-1]], PATCH))
+    assert sorted(result) == [0, 1, 2]
 
     def damaged(self, index):
         raise DecodeError("record 1 is damaged")

@@ -65,6 +65,8 @@ def test_the_loss_of_the_exact_consistency_function_is_zero():
     assert consistency_loss(one_step, one_step, NOISY, reached, TIME, FOLLOWING).mean() > 0.01
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_exact_function_is_a_fixed_point_of_distillation():
     """Its gradient comes only from the error of the teacher's step, which is of second order."""
     estimate = make_estimator(gaussian, PROCESS, Velocity())
@@ -166,9 +168,9 @@ def test_a_student_learns_to_sample_a_mixture_in_one_step():
     first = mixture.init_student(jax.random.key(1))
     train = jax.jit(lambda params: jax.lax.scan(step, (params, params, optimizer.init(params)), keys)[0][1])
     keys = jax.random.split(jax.random.key(2), 600)
-    noise, wanted = jax.random.normal(jax.random.key(3), (800, 2)), mixture.sample(jax.random.key(4), 800)
+    noise, expected = jax.random.normal(jax.random.key(3), (800, 2)), mixture.sample(jax.random.key(4), 800)
     before, after = (
-        mixture.energy_distance(f(params)(noise, jnp.ones((1, 1))), wanted) for params in (first, train(first))
+        mixture.energy_distance(f(params)(noise, jnp.ones((1, 1))), expected) for params in (first, train(first))
     )
     assert before > 0.5
     assert after < before / 8

@@ -32,9 +32,9 @@ def estimate(mean):
 def gradient(samples, real, fake, key):
     time = jax.random.uniform(key, (len(samples), 1, 1), minval=0.02, maxval=0.98)
     noisy = PROCESS.add_noise(samples, jax.random.normal(key, samples.shape), time)
-    found = estimate(real)(noisy, time)
-    size = compute_distance(samples, found).mean(axis=-1)[:, None, None]
-    return matching_gradient(samples, found, estimate(fake)(noisy, time), size)
+    result = estimate(real)(noisy, time)
+    size = compute_distance(samples, result).mean(axis=-1)[:, None, None]
+    return matching_gradient(samples, result, estimate(fake)(noisy, time), size)
 
 
 def test_equal_scores_have_no_gradient():
@@ -64,9 +64,9 @@ def test_the_gradient_is_normalised():
 
 
 def test_the_loss_has_the_given_gradient():
-    wanted = jax.random.normal(jax.random.key(5), SAMPLES.shape)
-    found = jax.grad(lambda scale: matching_loss(scale * SAMPLES, scale * wanted).sum())(1.0)
-    np.testing.assert_allclose(found, (wanted * SAMPLES).sum() / 2, rtol=1e-4)  # over the two values of each
+    expected = jax.random.normal(jax.random.key(5), SAMPLES.shape)
+    result = jax.grad(lambda scale: matching_loss(scale * SAMPLES, scale * expected).sum())(1.0)
+    np.testing.assert_allclose(result, (expected * SAMPLES).sum() / 2, rtol=1e-4)  # over the two values of each
 
 
 @pytest.mark.slow
@@ -93,13 +93,13 @@ def test_a_student_learns_to_sample_a_mixture_in_one_step():
         samples, key = generated(params, key), jax.random.fold_in(key, 1)
         time = jax.random.uniform(key, (256, 1), minval=0.02, maxval=0.98)
         noisy = process.add_noise(samples, jax.random.normal(key, samples.shape), time)
-        found = real(noisy, time).data
+        result = real(noisy, time).data
         fake = make_estimator(mixture.make_student(critic), process, mixture.PREDICTION)(noisy, time).data
-        moved = matching_gradient(samples, found, fake, compute_distance(samples, found)[:, None])
+        moved = matching_gradient(samples, result, fake, compute_distance(samples, result)[:, None])
         return matching_loss(samples, jax.lax.stop_gradient(moved)).mean()
 
-    def updated(optimizer, loss, params, state, *given):
-        updates, state = optimizer.update(jax.grad(loss)(params, *given), state)
+    def updated(optimizer, loss, params, state, *args):
+        updates, state = optimizer.update(jax.grad(loss)(params, *args), state)
         return optax.apply_updates(params, updates), state
 
     def step(carry, key):
@@ -114,9 +114,9 @@ def test_a_student_learns_to_sample_a_mixture_in_one_step():
     keys = jax.random.split(jax.random.key(3), 800)
     start = (first, slow.init(first), critic, fast.init(critic))
     trained = jax.jit(lambda start: jax.lax.scan(step, start, keys)[0][0])(start)
-    wanted = mixture.sample(jax.random.key(4), 256)
+    expected = mixture.sample(jax.random.key(4), 256)
     before, after = (
-        mixture.energy_distance(generated(params, jax.random.key(5)), wanted) for params in (first, trained)
+        mixture.energy_distance(generated(params, jax.random.key(5)), expected) for params in (first, trained)
     )
     assert before > 0.5
     assert after < before / 4

@@ -41,14 +41,14 @@ def test_scale_1_is_conditional_and_0_unconditional():
 
 @pytest.mark.parametrize("scale", [2.0, 7.5, -1.0])
 def test_guidance_is_linear_in_the_scale(scale):
-    found = apply_classifier_free_guidance(conditional, unconditional, jnp.asarray(scale))(NOISY, TIME)
+    result = apply_classifier_free_guidance(conditional, unconditional, jnp.asarray(scale))(NOISY, TIME)
     expected = scale * conditional(NOISY, TIME) + (1 - scale) * unconditional(NOISY, TIME)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_equal_branches_are_not_moved_by_any_scale():
-    found = apply_classifier_free_guidance(conditional, conditional, 9.0)(NOISY, TIME)
-    np.testing.assert_allclose(found, conditional(NOISY, TIME), rtol=1e-6)
+    result = apply_classifier_free_guidance(conditional, conditional, 9.0)(NOISY, TIME)
+    np.testing.assert_allclose(result, conditional(NOISY, TIME), rtol=1e-6)
 
 
 ALL = (conditional, unconditional, lambda noisy, time: jnp.cos(noisy) * time)
@@ -63,8 +63,8 @@ def guide(guidance, branches=ALL, **options):
 
 def test_image_and_text_have_separate_scales():
     c, u, b = (np.asarray(branch(NOISY, TIME)) for branch in ALL)
-    found = guide(Guidance(scale=7.5, image_scale=1.5))
-    np.testing.assert_allclose(found, b + 1.5 * (u - b) + 7.5 * (c - u), rtol=1e-4, atol=1e-4)
+    result = guide(Guidance(scale=7.5, image_scale=1.5))
+    np.testing.assert_allclose(result, b + 1.5 * (u - b) + 7.5 * (c - u), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(guide(Guidance(scale=1.0, image_scale=0.0)), c - u + b, atol=1e-5)
 
 
@@ -82,16 +82,16 @@ def test_only_needed_branches_are_counted(guidance, branches):
 
 
 def test_all_branches_are_computed_in_one_evaluation():
-    asked = []
+    calls = []
 
     def denoise_all(noisy, time):
-        asked.append(noisy.shape)
+        calls.append(noisy.shape)
         return jnp.concatenate([branch(part, time) for branch, part in zip(ALL, jnp.split(noisy, 3), strict=True)])
 
     guidance = Guidance(scale=4.0, image_scale=2.0)
-    found = apply_guidance(batched(denoise_all, 3), guidance.get_params())(NOISY, TIME)
-    np.testing.assert_allclose(found, guide(guidance), atol=1e-6)
-    assert asked == [(6, 3, 4)]
+    result = apply_guidance(batched(denoise_all, 3), guidance.get_params())(NOISY, TIME)
+    np.testing.assert_allclose(result, guide(guidance), atol=1e-6)
+    assert calls == [(6, 3, 4)]
 
 
 @pytest.mark.parametrize("time", [0.1, 0.3, 0.5, 0.7, 0.9])
@@ -105,12 +105,12 @@ def test_guidance_is_limited_to_an_interval_of_times(time):
         return unconditional(noisy, time)
 
     either = sequential(conditional, second)
-    found = jax.jit(apply_guidance(either, strength, conditional=conditional))(NOISY, now)
+    result = jax.jit(apply_guidance(either, strength, conditional=conditional))(NOISY, now)
     jax.effects_barrier()
     inside = 0.3 <= time <= 0.7
     scale = 5.0 if inside else 1.0
     expected = apply_classifier_free_guidance(conditional, unconditional, scale)(NOISY, now)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
     assert len(counted) == inside  # outside it the second branch is not evaluated
     np.testing.assert_allclose(apply_guidance(either, strength)(NOISY, now), expected, rtol=1e-5, atol=1e-5)
 
@@ -137,8 +137,8 @@ def predict_data(velocity):
 
 def test_projected_steps_are_orthogonal_to_the_data():
     c, u = (branch(NOISY, TIME) for branch in (conditional, unconditional))
-    found = predict_data(guide(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance())))
-    data, step = predict_data(c), found - predict_data(c)
+    result = predict_data(guide(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance())))
+    data, step = predict_data(c), result - predict_data(c)
     np.testing.assert_allclose((step * data).sum(axis=(1, 2)), 0, atol=1e-3)
     assert (np.linalg.norm(step, axis=(1, 2)) > 1).all()
     everything = guide(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance(parallel_weight=1.0)))
@@ -146,10 +146,10 @@ def test_projected_steps_are_orthogonal_to_the_data():
 
 
 def test_projected_steps_have_a_maximum_length():
-    found = predict_data(
+    result = predict_data(
         guide(Guidance(scale=3.0, projection=AdaptiveProjectedGuidance(parallel_weight=1.0, max_rms=0.1)))
     )
-    step = found - predict_data(conditional(NOISY, TIME))
+    step = result - predict_data(conditional(NOISY, TIME))
     np.testing.assert_allclose(np.sqrt(np.square(step).mean(axis=(1, 2))), 2 * 0.1, rtol=1e-4)
 
 
@@ -173,8 +173,8 @@ def test_projection_is_of_the_data_whatever_is_predicted(prediction):
         return data(whole, kind)
 
     expected = run((conditional, unconditional), X0())
-    found = run((as_predicted(conditional), as_predicted(unconditional)), prediction)
-    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+    result = run((as_predicted(conditional), as_predicted(unconditional)), prediction)
+    np.testing.assert_allclose(result, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_a_learned_variance_is_not_guided():
@@ -189,8 +189,8 @@ def test_a_learned_variance_is_not_guided():
             NOISY, TIME
         )
 
-    found = run((beside(conditional, 0.3), beside(unconditional, -0.8)), LearnedVariance())
-    values, variance = jnp.split(found, 2, axis=-1)
+    result = run((beside(conditional, 0.3), beside(unconditional, -0.8)), LearnedVariance())
+    values, variance = jnp.split(result, 2, axis=-1)
     np.testing.assert_allclose(values, run((conditional, unconditional), Epsilon()), rtol=1e-5)
     np.testing.assert_array_equal(variance, jnp.full_like(NOISY, 0.3))
 

@@ -31,8 +31,8 @@ def test_projected_guidance_equals_diffusers(parallel, largest):
         norm_threshold=threshold,
         use_original_formulation=True,
     )
-    found = ours(Guidance(scale=5.0, projection=AdaptiveProjectedGuidance(parallel_weight=parallel, max_rms=largest)))
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
+    result = ours(Guidance(scale=5.0, projection=AdaptiveProjectedGuidance(parallel_weight=parallel, max_rms=largest)))
+    np.testing.assert_allclose(result, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("momentum", [-0.5, 0.8])
@@ -51,8 +51,8 @@ def test_projected_guidance_with_momentum_equals_diffusers(momentum):
         )
         branches = sequential(lambda *_, c=c: jnp.asarray(c), lambda *_, u=u: jnp.asarray(u))
         denoise = apply_guidance(branches, strength, process=RectifiedFlow(), prediction=X0())
-        found, past = denoise(jnp.asarray(NOISY), TIME, past)
-        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
+        result, past = denoise(jnp.asarray(NOISY), TIME, past)
+        np.testing.assert_allclose(result, expected.numpy(), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(past, buffer.running_average.numpy(), rtol=1e-4, atol=1e-4)
 
 

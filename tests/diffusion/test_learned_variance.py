@@ -72,8 +72,8 @@ def bound():
 def test_the_hybrid_loss_is_that_of_improved_ddpm():
     expected = bound()
     assert np.ptp(expected) > 1
-    found = hybrid(VALUES, SHARES) - plain(VALUES)
-    np.testing.assert_allclose(found, 0.02 * STEPS * expected, rtol=2e-3)
+    result = hybrid(VALUES, SHARES) - plain(VALUES)
+    np.testing.assert_allclose(result, 0.02 * STEPS * expected, rtol=2e-3)
 
 
 def test_the_bound_has_gradients_to_the_variance_alone():
@@ -169,10 +169,10 @@ def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
         mean_alone = run(Epsilon(), lambda noisy, time: whole(noisy, time)[..., :WIDTH])
         return first, run(LEARNED, whole), mean_alone
 
-    (found, of_model), learned, fixed = sampled(params)
+    (result, of_model), learned, fixed = sampled(params)
     places = np.asarray(of_model).reshape(*shape[:2], DIT.patch.volume, 2, DIT.channels)
-    np.testing.assert_array_equal(found[..., :WIDTH], places[..., 0, :].reshape(shape))
-    np.testing.assert_array_equal(found[..., WIDTH:], places[..., 1, :].reshape(shape))
+    np.testing.assert_array_equal(result[..., :WIDTH], places[..., 0, :].reshape(shape))
+    np.testing.assert_array_equal(result[..., WIDTH:], places[..., 1, :].reshape(shape))
     assert np.isfinite(learned).all()
     assert np.abs(learned - fixed).max() > 1e-2
 

@@ -67,9 +67,9 @@ CASES = {
 
 @pytest.mark.parametrize(("process", "prediction", "steps"), CASES.values(), ids=CASES)
 def test_the_likelihood_of_normal_data_is_exact(process, prediction, steps):
-    found = nats(process, prediction, make_uniform_times(process, steps))
-    np.testing.assert_allclose(found.nats, NATS, atol=0.03)
-    np.testing.assert_allclose(found.bits_per_dimension, -found.nats / (3 * math.log(2)), rtol=1e-6)
+    result = nats(process, prediction, make_uniform_times(process, steps))
+    np.testing.assert_allclose(result.nats, NATS, atol=0.03)
+    np.testing.assert_allclose(result.bits_per_dimension, -result.nats / (3 * math.log(2)), rtol=1e-6)
 
 
 def test_the_error_is_of_second_order():

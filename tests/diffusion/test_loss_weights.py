@@ -53,16 +53,16 @@ def test_min_snr_weights_are_those_of_the_paper(process):
     np.testing.assert_allclose(MinSnr(gamma=2.0)(process, X0(), TIMES), jnp.minimum(ratio, 2), rtol=1e-4)
     np.testing.assert_allclose(MinSnr(gamma=2.0)(process, Epsilon(), TIMES), jnp.minimum(1, 2 / ratio), rtol=1e-4)
     if isinstance(process, VariancePreservingProcess):  # the paper's form of v
-        found = MinSnr(gamma=2.0)(process, V(), TIMES)
-        np.testing.assert_allclose(found, jnp.minimum(ratio, 2) / (ratio + 1), rtol=1e-4)
+        result = MinSnr(gamma=2.0)(process, V(), TIMES)
+        np.testing.assert_allclose(result, jnp.minimum(ratio, 2) / (ratio + 1), rtol=1e-4)
 
 
 def test_edm_weights_are_those_of_the_paper():
     sigma = EDM.sigma(TIMES)
     np.testing.assert_allclose(EdmWeight()(EDM, X0(), TIMES), (sigma**2 + 0.25) / (0.5 * sigma) ** 2, rtol=1e-5)
     for process in PROCESSES.values():
-        found = EdmWeight(data_std=2.0)(process, Preconditioning(data_std=2.0), TIMES)
-        np.testing.assert_allclose(found, 1, rtol=1e-4)
+        result = EdmWeight(data_std=2.0)(process, Preconditioning(data_std=2.0), TIMES)
+        np.testing.assert_allclose(result, 1, rtol=1e-4)
 
 
 @each_process
@@ -70,11 +70,11 @@ def test_the_sigmoid_weighting_is_defined_over_uniform_log_snrs(process):
     """The integral of the weights over time is that over the log-SNR, which ends at the ends of the process."""
     bias = 0.5
     times = jnp.linspace(0.0, 1.0, 8001)[1:-1] + 1e-5
-    found = jnp.sum(SigmoidWeight(bias=bias)(process, Epsilon(), times)) / 8000
+    result = jnp.sum(SigmoidWeight(bias=bias)(process, Epsilon(), times)) / 8000
     last = 2 * process.half_log_snr(jnp.ones(()))
     expected = jnp.log1p(jnp.exp(bias - last))  # the integral of sigmoid(bias - x) from there to infinity
     if process is not FLOW:
-        np.testing.assert_allclose(found, expected, rtol=0.02)
+        np.testing.assert_allclose(result, expected, rtol=0.02)
     of_flow = SigmoidWeight(bias=bias)(FLOW, Velocity(), TIMES)
     logarithm = 2 * FLOW.half_log_snr(TIMES)
     rate = 2 / (TIMES * (1 - TIMES))
@@ -87,9 +87,9 @@ def test_the_sigmoid_weighting_is_defined_over_uniform_log_snrs(process):
 def test_weights_are_finite_and_not_negative_at_all_training_times(process, weighting):
     time = jnp.asarray([1e-5, 1e-3, 0.5, 0.999, 1 - 1e-5])
     for prediction in (Epsilon(), *PREDICTIONS.values()):
-        found = weighting(process, prediction, time)
-        assert np.isfinite(found).all()
-        assert (found >= 0).all()
+        result = weighting(process, prediction, time)
+        assert np.isfinite(result).all()
+        assert (result >= 0).all()
     assert np.isfinite(weighting(process, V(), jnp.asarray([0.0, 1.0]))[1])
 
 

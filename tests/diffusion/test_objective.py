@@ -27,15 +27,15 @@ def test_a_perfect_prediction_has_no_loss():
 
 def test_the_loss_is_the_mean_squared_error_of_every_token():
     error = jnp.asarray(DRAW.normal(size=(2, 4, 5)), jnp.float32)
-    found = OBJECTIVE.loss(lambda noisy, time: NOISE - DATA + error, DATA, NOISE, TIME)
-    assert found.shape == (2, 4)
-    np.testing.assert_allclose(found, np.square(error).mean(axis=-1), rtol=1e-4)
+    result = OBJECTIVE.loss(lambda noisy, time: NOISE - DATA + error, DATA, NOISE, TIME)
+    assert result.shape == (2, 4)
+    np.testing.assert_allclose(result, np.square(error).mean(axis=-1), rtol=1e-4)
 
 
 def test_a_bfloat16_prediction_is_compared_in_float32():
-    found = OBJECTIVE.loss(lambda noisy, time: (NOISE - DATA).astype(jnp.bfloat16), DATA, NOISE, TIME)
-    assert found.dtype == jnp.float32
-    assert (found < 1e-4).all()
+    result = OBJECTIVE.loss(lambda noisy, time: (NOISE - DATA).astype(jnp.bfloat16), DATA, NOISE, TIME)
+    assert result.dtype == jnp.float32
+    assert (result < 1e-4).all()
 
 
 def test_the_shift_is_applied_to_drawn_times_once():

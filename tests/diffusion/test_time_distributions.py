@@ -48,8 +48,8 @@ def test_a_number_belongs_to_the_rank_and_not_to_the_batch():
 def test_large_ranks_keep_their_fraction():
     for rank in (2**24 + 1, 2**31 + 5, 2**32 - 1):
         exact = (0.25 + rank * int(0.6180339887498949 * 2**32) % 2**32 / 2**32) % 1
-        found = draw_low_discrepancy(jnp.asarray(0.25), jnp.asarray(rank, jnp.uint32))
-        assert found == pytest.approx(exact, abs=1e-6)
+        result = draw_low_discrepancy(jnp.asarray(0.25), jnp.asarray(rank, jnp.uint32))
+        assert result == pytest.approx(exact, abs=1e-6)
 
 
 def test_the_offset_moves_all_numbers_around_the_circle():
@@ -62,14 +62,14 @@ def test_the_offset_moves_all_numbers_around_the_circle():
 def test_logit_normal_times_have_the_right_quantiles(mean, std):
     u = np.linspace(0.001, 0.999, 201)
     expected = 1 / (1 + np.exp(-stats.norm.ppf(u, loc=mean, scale=std)))
-    found = LogitNormal(mean=mean, std=std).quantile(jnp.asarray(u, jnp.float32))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    result = LogitNormal(mean=mean, std=std).quantile(jnp.asarray(u, jnp.float32))
+    np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_quantiles_at_the_ends_are_finite_times():
     for times in (LogitNormal(), LogitNormal(mean=3.0, std=2.0), Uniform(), Mode(scale=-1.0), Mode(scale=1.75)):
-        found = times.quantile(jnp.asarray([0.0, 1.0 - 2**-24]))
-        assert 0 <= found[0] < found[1] <= 1
+        result = times.quantile(jnp.asarray([0.0, 1.0 - 2**-24]))
+        assert 0 <= result[0] < result[1] <= 1
 
 
 def test_logit_normal_times_lie_in_the_middle():
@@ -89,11 +89,11 @@ def test_mode_times_follow_the_papers_equation(scale):
     """Equation 20 of the paper falls with its u."""
     u = np.linspace(0.001, 0.999, 201)
     expected = 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
-    found = np.asarray(Mode(scale=scale).quantile(jnp.asarray(1 - u, jnp.float32)))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert (np.diff(found) < 0).all()
+    result = np.asarray(Mode(scale=scale).quantile(jnp.asarray(1 - u, jnp.float32)))
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    assert (np.diff(result) < 0).all()
     if scale:  # more in the middle, or less
-        assert (np.mean((found > 0.25) & (found < 0.75)) > 0.5) == (scale > 0)
+        assert (np.mean((result > 0.25) & (result < 0.75)) > 0.5) == (scale > 0)
 
 
 @pytest.mark.parametrize("process", [Edm(), RectifiedFlow(shift=3.0), VariancePreservingProcess()])
@@ -105,8 +105,8 @@ def test_log_normal_noise_levels_are_the_same_for_every_process(process):
 
 
 def test_noise_beyond_the_range_of_the_process_is_clipped():
-    found = LogNormalSigma(mean=6.0)(Edm(), jnp.asarray([0.5, 1 - 2**-24]))
-    np.testing.assert_array_equal(found, 1)
+    result = LogNormalSigma(mean=6.0)(Edm(), jnp.asarray([0.5, 1 - 2**-24]))
+    np.testing.assert_array_equal(result, 1)
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ DDPM, FLOW, EDM = VariancePreservingProcess(), RectifiedFlow(), Edm()
 
 def get_steps(grid, steps, process=DDPM):
     """Return the model's inputs as steps counted from 0; the times are one more."""
-    found = grid(process, steps)
-    model_times = np.asarray(found.model_times[:-1]) * 1000
-    np.testing.assert_allclose(np.asarray(found.times[:-1]) * 1000, model_times + 1, atol=1e-2)
-    assert found.times.shape == found.model_times.shape == (steps + 1,)
+    result = grid(process, steps)
+    model_times = np.asarray(result.model_times[:-1]) * 1000
+    np.testing.assert_allclose(np.asarray(result.times[:-1]) * 1000, model_times + 1, atol=1e-2)
+    assert result.times.shape == result.model_times.shape == (steps + 1,)
     return model_times
 
 
@@ -55,22 +55,22 @@ def test_karras_and_exponential_space_the_ratio_of_noise_to_data(process):
 
     most = float((process.sigma(np.ones(1)) / process.alpha(np.ones(1)))[0])
     karras, exponential = ratios(KarrasTimes(min_ratio=0.02)), ratios(ExponentialTimes(min_ratio=0.02))
-    for found in (karras, exponential):
-        np.testing.assert_allclose(found[[0, -1]], [most, 0.02], rtol=1e-3)
+    for result in (karras, exponential):
+        np.testing.assert_allclose(result[[0, -1]], [most, 0.02], rtol=1e-3)
     np.testing.assert_allclose(np.diff(karras ** (1 / 7)), np.diff(karras ** (1 / 7)).mean(), rtol=1e-2)
     np.testing.assert_allclose(exponential[1:] / exponential[:-1], (0.02 / most) ** (1 / 8), rtol=1e-2)
 
 
 def test_schedules_of_a_flow_start_at_the_configured_noise():
-    found = KarrasTimes(min_ratio=0.01, max_ratio=99.0)(FLOW, 5).times
-    np.testing.assert_allclose(found[np.asarray([0, -2, -1])], [0.99, 0.01 / 1.01, 0], atol=1e-5)
+    result = KarrasTimes(min_ratio=0.01, max_ratio=99.0)(FLOW, 5).times
+    np.testing.assert_allclose(result[np.asarray([0, -2, -1])], [0.99, 0.01 / 1.01, 0], atol=1e-5)
 
 
 def test_shifted_and_explicit_times_are_returned():
     np.testing.assert_allclose(ShiftedTimes(shift=3.0)(RectifiedFlow(shift=8.0), 2).times, [1, 0.75, 0], atol=1e-6)
-    found = ExplicitTimes(times=(1.0, 0.4, 0.1))(FLOW, 2)
-    np.testing.assert_allclose(found.times, [1, 0.4, 0.1], atol=1e-6)
-    np.testing.assert_array_equal(found.model_times, found.times)
+    result = ExplicitTimes(times=(1.0, 0.4, 0.1))(FLOW, 2)
+    np.testing.assert_allclose(result.times, [1, 0.4, 0.1], atol=1e-6)
+    np.testing.assert_array_equal(result.model_times, result.times)
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def distances(process, prediction):
 
     noise = jax.random.normal(jax.random.key(2), (SAMPLES, 2))
     fresh = mixture.sample(1, SAMPLES)
-    found = run(jnp.asarray(mixture.sample(0, 20_000), jnp.float32), noise)
-    return [mixture.energy_distance(np.asarray(points), fresh) for points in found]
+    result = run(jnp.asarray(mixture.sample(0, 20_000), jnp.float32), noise)
+    return [mixture.energy_distance(np.asarray(points), fresh) for points in result]
 
 
 COMBINATIONS = [

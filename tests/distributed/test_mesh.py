@@ -84,11 +84,11 @@ def get_slice_indices(config: MeshConfig) -> np.ndarray:
     ],
 )
 def test_slices_lie_along_the_outer_part_of_the_outermost_axes(config, along):
-    found = get_slice_indices(config)
+    result = get_slice_indices(config)
     blocks = np.arange(4).reshape(along)
     for axis, count in enumerate(along):
-        blocks = np.repeat(blocks, found.shape[axis] // count, axis=axis)
-    np.testing.assert_array_equal(found, blocks)
+        blocks = np.repeat(blocks, result.shape[axis] // count, axis=axis)
+    np.testing.assert_array_equal(result, blocks)
     assert sorted(chip.id for chip in arrange_hybrid_mesh(config, CHIPS).flat) == list(range(16))
 
 

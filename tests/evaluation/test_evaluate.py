@@ -40,9 +40,9 @@ def limits(tiny):
 
 def test_every_prompt_is_asked_once_at_each_length_and_at_all_sizes():
     requests = evaluate.make_shape_requests(0)
-    asked = {t: sorted(request.prompt for request in requests if request.size.t == t) for t in (1, 9, 17)}
+    prompts = {t: sorted(request.prompt for request in requests if request.size.t == t) for t in (1, 9, 17)}
     videos = sorted(map(shapes.format_caption, shapes.COMBINATIONS))
-    assert asked == {17: videos, 9: videos, 1: sorted(map(shapes.format_caption, shapes.IMAGES))}
+    assert prompts == {17: videos, 9: videos, 1: sorted(map(shapes.format_caption, shapes.IMAGES))}
     assert len(requests) == 72 + 72 + 18
     sizes = [request.size[1:] for request in requests]
     assert {size: sizes.count(size) for size in set(sizes)} == {(32, 32): 54, (32, 48): 54, (48, 32): 54}

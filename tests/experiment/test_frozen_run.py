@@ -86,6 +86,7 @@ def test_latents_are_stored_with_the_embeddings_of_their_captions(frozen_run, en
     assert not (frozen_run / "texts").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_cached_embeddings_continues_without_the_encoder_bit_for_bit(frozen_run, copy, opened):
     shutil.rmtree(copy / "pipeline")
     for checkpoint in (copy / "denoiser" / "checkpoints").iterdir():
@@ -125,8 +126,8 @@ def test_prompts_are_embedded_once(frozen_run, opened):
 def test_a_pipeline_refuses_another_encoder(frozen_run, tiny_run, encoder, tmp_path):
     (tmp_path / "seed.txt").write_text("2")
     pipeline = load_pipeline(frozen_run / "pipeline", text_encoder=tmp_path)
-    found, wanted = (FakeEmbedder(folder, max_tokens=6).identity for folder in (tmp_path, encoder))
-    with pytest.raises(UserError, match=f"holds the text encoder {found}, {wanted} was asked for"):
+    result, expected = (FakeEmbedder(folder, max_tokens=6).identity for folder in (tmp_path, encoder))
+    with pytest.raises(UserError, match=f"holds the text encoder {result}, {expected} was asked for"):
         pipeline.generate(PROMPT, size=SIZE)
     with pytest.raises(UserError, match="the text encoder was trained with the denoiser"):
         dit_video.load(tiny_run, text_encoder=encoder)

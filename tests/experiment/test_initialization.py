@@ -54,18 +54,18 @@ def test_training_without_a_start_folder_has_no_initial_params():
 def test_training_starts_from_the_weights_of_the_same_autoencoder(folder):
     faster = dataclasses.replace(IMAGE, levels=dataclasses.replace(IMAGE.levels, bfloat16=True))
     for model in (IMAGE, faster):
-        given = load_initial_params(training(model, folder), jax.random.key(0))
-        np.testing.assert_array_equal(given["moments"]["bias"], make_random_params(IMAGE.make)["moments"]["bias"])
+        loaded = load_initial_params(training(model, folder), jax.random.key(0))
+        np.testing.assert_array_equal(loaded["moments"]["bias"], make_random_params(IMAGE.make)["moments"]["bias"])
 
 
 def test_an_inflated_autoencoder_starts_from_the_image_weights(folder):
-    given = flatten(
+    loaded = flatten(
         load_initial_params(training(InflatedConfig(image=IMAGE, kernel_size=2), folder), jax.random.key(0))
     )
     image = flatten(make_random_params(IMAGE.make))
     for path in image:
-        np.testing.assert_array_equal(given[path], image[path])
-    assert given["decoder/levels/0/temporal/0/conv_in/kernel"].shape == (2, 1, 1, 8, 8)
+        np.testing.assert_array_equal(loaded[path], image[path])
+    assert loaded["decoder/levels/0/temporal/0/conv_in/kernel"].shape == (2, 1, 1, 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -74,20 +74,21 @@ def test_adapters_alone_are_trained_and_the_result_is_merged(tiny_run, adapted):
 def test_loading_the_adapter_file_into_the_base_model_gives_the_pipeline(tiny_run, adapted):
     start = load_weights(tiny_run / "pipeline" / "denoiser.safetensors")
     lora = load_lora(adapted / "adapter.safetensors", start, get_native_modules(start))
-    found = trees.flatten(merge_lora(start, lora))
+    result = trees.flatten(merge_lora(start, lora))
     for path, leaf in leaves(adapted).items():
-        np.testing.assert_allclose(found[path], leaf, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(result[path], leaf, atol=1e-6, err_msg=path)
     clip = dit_video.load(adapted).generate("a red circle", size=(1, 16, 16))
     assert clip.frames.shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_adapter_run_ends_bit_for_bit_like_the_uninterrupted_one(
     tiny, tiny_run, tiny_clips, adapted, tmp_path, monkeypatch
 ):
     run, calls, real = adapting(tiny, tiny_run, tmp_path / "run"), itertools.count(1), trainer.make_step
 
-    def make_step(*arguments, **given):
-        step = real(*arguments, **given)
+    def make_step(*arguments, **kwargs):
+        step = real(*arguments, **kwargs)
 
         def interrupted(state, batch):
             if next(calls) == 4:  # like a kill

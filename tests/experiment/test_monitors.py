@@ -73,7 +73,7 @@ def watched(tiny, tiny_run, tiny_clips, tmp_path_factory):
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         real = monitors.make_validation
-        patch.setattr(monitors, "make_validation", lambda *given: kept.append(real(*given)) or kept[-1])
+        patch.setattr(monitors, "make_validation", lambda *args: kept.append(real(*args)) or kept[-1])
         opened.train(tiny_clips)
     return SimpleNamespace(run=opened, validation=kept[0], folder=folder)
 
@@ -82,9 +82,9 @@ def watched(tiny, tiny_run, tiny_clips, tmp_path_factory):
 def test_held_out_clips_are_judged_the_same_each_time(watched):
     entries = {entry["step"]: entry for entry in logging.read_metrics(watched.folder / "denoiser" / "metrics.jsonl")}
     assert sorted(entries) == [3, 6]
-    found = [entries[step]["validation_loss"] for step in (3, 6)]
-    assert np.isfinite(found).all()
-    assert found[0] != found[1]
+    result = [entries[step]["validation_loss"] for step in (3, 6)]
+    assert np.isfinite(result).all()
+    assert result[0] != result[1]
     assert any(name.startswith("validation_loss_t") for name in entries[6])
     assert any(name.startswith("loss_t") for name in entries[6])
     assert entries[6]["tokens_per_second"] > 0
@@ -92,7 +92,7 @@ def test_held_out_clips_are_judged_the_same_each_time(watched):
     assert entries[6]["skipped"] == 0
     # The final weights give the final figure again, because noise and times are the same.
     state = SimpleNamespace(ema=watched.run.newest_pipeline().denoiser_params)
-    assert watched.validation.call(1000, state)["validation_loss"] == pytest.approx(found[1], rel=1e-6)
+    assert watched.validation.call(1000, state)["validation_loss"] == pytest.approx(result[1], rel=1e-6)
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def assert_is_unfinished(pipeline, final):
 @pytest.mark.parametrize(
     ("stage", "how", "at", "saved"),
     [
-        ("autoencoder", "Ctrl-C", 3, 3),
+        pytest.param("autoencoder", "Ctrl-C", 3, 3, marks=pytest.mark.slow),
         pytest.param("denoiser", "Ctrl-C", 3, 3, marks=pytest.mark.slow),
         ("denoiser", "killed", 6, 4),
     ],
@@ -167,7 +167,7 @@ def test_a_run_without_a_checkpoint_of_its_denoiser_says_how_to_go_on(copy):
 def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monkeypatch):
     fitted = []
     real = trainers.fit_linear
-    monkeypatch.setattr(trainers, "fit_linear", lambda *args, **given: fitted.append(1) or real(*args, **given))
+    monkeypatch.setattr(trainers, "fit_linear", lambda *args, **kwargs: fitted.append(1) or real(*args, **kwargs))
     (copy / "autoencoder" / "weights.safetensors").unlink()
     Run.open(copy).train_autoencoder()  # from its last checkpoint
     assert fitted == []
@@ -290,6 +290,7 @@ def test_clips_smaller_than_every_window_are_reported(two_windows, capsys):
     assert f"{images} clips are smaller than a window" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(tiny_clips, tmp_path / name)

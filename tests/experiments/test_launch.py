@@ -53,8 +53,8 @@ def test_every_process_gets_its_index_and_the_coordinator(tmp_path):
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
     )
     assert done.returncode == 1
-    given = [f"127.0.0.1:12355 3 {index} -u experiments/train.py config.py --data a b" for index in range(3)]
-    assert sorted(done.stdout.splitlines()) == given
+    expected = [f"127.0.0.1:12355 3 {index} -u experiments/train.py config.py --data a b" for index in range(3)]
+    assert sorted(done.stdout.splitlines()) == expected
 
 
 def test_a_slurm_job_is_signalled_before_its_end_and_requeued():

@@ -41,8 +41,8 @@ def execute_notebook(name, monkeypatch, **environment):
 def evaluate_notebook(name, monkeypatch, questions, **environment):
     """Execute a notebook and return it with the values of these expressions at its end."""
     path = ROOT / "experiments" / "notebooks" / f"{name}.ipynb"
-    found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    for variable, value in {"PYTHONPATH": os.pathsep.join(found), **environment}.items():
+    result = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    for variable, value in {"PYTHONPATH": os.pathsep.join(result), **environment}.items():
         monkeypatch.setenv(variable, str(value))
     notebook = nbformat.read(path, as_version=4)
     dictionary = ", ".join(f"{key!r}: {expression}" for key, expression in questions.items())
@@ -107,7 +107,7 @@ def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_spiral_notebook_shows_the_results_that_its_text_states(monkeypatch):
-    notebook, found = evaluate_notebook("spiral", monkeypatch, SPIRAL, **BRIEF)
+    notebook, actual = evaluate_notebook("spiral", monkeypatch, SPIRAL, **BRIEF)
     assert pictures(notebook) == {
         "process": 1,
         "loss-by-time": 1,
@@ -120,39 +120,39 @@ def test_the_spiral_notebook_shows_the_results_that_its_text_states(monkeypatch)
         "few-steps": 2,
         "guidance-scales": 2,
     }
-    assert all(aware < blind for aware, blind in found["fields"])  # the network's errors with the time, and without
-    exact, trained, _ = (np.asarray(values) for values in found["losses"])
+    assert all(aware < blind for aware, blind in actual["fields"])  # the network's errors with the time, and without
+    exact, trained, _ = (np.asarray(values) for values in actual["losses"])
     assert (exact < 1.01 * trained).all()  # a better result would be chance
-    assert found["ddpm"] < 1e-3
+    assert actual["ddpm"] < 1e-3
     for solver in ("Heun", "DPM-Solver++ 2M", "UniPC"):
-        assert found["errors"][solver][-1] < found["errors"]["Euler (DDIM)"][-1]
-    assert found["right"][0] < found["right"][1] < found["right"][2]
+        assert actual["errors"][solver][-1] < actual["errors"]["Euler (DDIM)"][-1]
+    assert actual["right"][0] < actual["right"][1] < actual["right"][2]
 
 
 @pytest.mark.slow
 def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
-    _, found = evaluate_notebook("spiral", monkeypatch, SPIRAL, XLA_FLAGS="")  # optimised: it runs for long
-    floor = found["floor"]
-    assert found["aware"] < 4 * floor  # 3.0 was measured
-    assert found["placed"][0] > 0.8  # of data 0.95 are on an arm
-    assert found["placed"][1] < found["placed"][0] - 0.1
-    assert max(aware for aware, _ in found["fields"]) < 0.25
-    exact, trained, blind = (np.asarray(values) for values in found["losses"])
+    _, result = evaluate_notebook("spiral", monkeypatch, SPIRAL, XLA_FLAGS="")  # optimised: it runs for long
+    floor = result["floor"]
+    assert result["aware"] < 4 * floor  # 3.0 was measured
+    assert result["placed"][0] > 0.8  # of data 0.95 are on an arm
+    assert result["placed"][1] < result["placed"][0] - 0.1
+    assert max(aware for aware, _ in result["fields"]) < 0.25
+    exact, trained, blind = (np.asarray(values) for values in result["losses"])
     assert (trained < 1.08 * exact).all()
     assert (blind > trained).mean() > 0.9
-    smooth, carried, healed = found["mistake"]
+    smooth, carried, healed = result["mistake"]
     assert min(smooth, healed) > carried + 0.03
-    without_noise, *with_noise = found["reached"]
+    without_noise, *with_noise = result["reached"]
     assert max(with_noise) < 2 * floor  # noise corrects the mistakes of the network
     assert max(with_noise) < without_noise < 4 * floor
-    errors = found["errors"]
+    errors = result["errors"]
     for solver, share in (("Heun", 0.6), ("DPM-Solver++ 2M", 0.3), ("UniPC", 0.3)):  # .53, .19 and .18 were measured
         assert errors[solver][-1] < share * errors["Euler (DDIM)"][-1]
     for solver in ("DPM-Solver++ 2M", "UniPC"):  # 3.3 and 3.5: of first order it would be 2, of second 4
         assert errors[solver][-2] > 2.5 * errors[solver][-1]
-    assert 0.4 < found["right"][0] < 0.6
-    assert 0.85 < found["right"][1] < 0.95
-    assert found["right"][2] > 0.98
+    assert 0.4 < result["right"][0] < 0.6
+    assert 0.85 < result["right"][1] < 0.95
+    assert result["right"][2] > 0.98
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_the_inside_a_run_notebook_runs_and_shows_pictures(tiny_run, monkeypatch
         "maps": "maps.sum(axis=-1).tolist()",
         "shares": "[table.sum(axis=-1).tolist() for table in distances.values()]",
     }
-    notebook, found = evaluate_notebook("inside_a_run", monkeypatch, questions, DIT_VIDEO_RUN=tiny_run, **BRIEF)
+    notebook, result = evaluate_notebook("inside_a_run", monkeypatch, questions, DIT_VIDEO_RUN=tiny_run, **BRIEF)
     assert pictures(notebook) == {
         "schedules-pictures": 1,
         "times-picture": 1,
@@ -174,13 +174,13 @@ def test_the_inside_a_run_notebook_runs_and_shows_pictures(tiny_run, monkeypatch
         "attention-pictures": 1,
         "distance-pictures": 1,
     }
-    losses = np.asarray(list(found["losses"].values()))
+    losses = np.asarray(list(result["losses"].values()))
     assert losses.shape == (3, 4, 4)
     assert (losses > 0).all()
-    assert (np.asarray(found["distance"])[-1] == 0).all()
-    assert set(found["found"]) == {"colour", "direction", "shape"}
-    np.testing.assert_allclose(found["maps"], 1, atol=1e-4)
-    np.testing.assert_allclose(found["shares"], 1, atol=1e-4)
+    assert (np.asarray(result["distance"])[-1] == 0).all()
+    assert set(result["found"]) == {"colour", "direction", "shape"}
+    np.testing.assert_allclose(result["maps"], 1, atol=1e-4)
+    np.testing.assert_allclose(result["shares"], 1, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -190,12 +190,12 @@ def test_the_bundled_model_shows_the_effects_that_the_inside_a_run_notebook_desc
         "found": "found",
         "distance": "distance.mean(axis=1).tolist()",
     }
-    _, found = evaluate_notebook("inside_a_run", monkeypatch, questions, XLA_FLAGS="")  # optimised: it runs for long
-    own, none, other = (np.asarray(found["losses"][name]) for name in ("its caption", "no caption", "another caption"))
+    _, result = evaluate_notebook("inside_a_run", monkeypatch, questions, XLA_FLAGS="")  # optimised: it runs for long
+    own, none, other = (np.asarray(result["losses"][name]) for name in ("its caption", "no caption", "another caption"))
     assert own.mean() < none.mean() < other.mean()
     assert own[0] > own[len(own) // 2]  # little noise is hard to predict
-    assert all(found["found"][what][-1] > 0.8 for what in ("colour", "direction"))
-    assert found["distance"][0] > found["distance"][len(found["distance"]) // 2] > found["distance"][-1] == 0
+    assert all(result["found"][what][-1] > 0.8 for what in ("colour", "direction"))
+    assert result["distance"][0] > result["distance"][len(result["distance"]) // 2] > result["distance"][-1] == 0
 
 
 def test_the_bundled_checkpoint_samples_the_prompted_colour():

@@ -25,8 +25,8 @@ def test_a_clip_begins_with_an_image(script, tmp_path, pictures):
     clips = []
     for picture in pictures:
         out = picture.with_suffix(".gif")
-        given = ("--size", "5x16x16", "--steps", 2, "--guidance", 1, "--out", out)
-        done = script(SAMPLE, tmp_path / "wan", "--prompt", "a dog", "--image", picture, *given)
+        options = ("--size", "5x16x16", "--steps", 2, "--guidance", 1, "--out", out)
+        done = script(SAMPLE, tmp_path / "wan", "--prompt", "a dog", "--image", picture, *options)
         assert done.code == 0, done.err
         clips.append(decode(out).frames)
     assert clips[0].shape == (5, 16, 16, 3)
@@ -35,8 +35,8 @@ def test_a_clip_begins_with_an_image(script, tmp_path, pictures):
 
 def test_images_that_a_model_cannot_use_are_refused(script, tmp_path, pictures):
     write_wan(tmp_path / "wan")
-    given = ("--image", pictures[0], "--size", "5x16x16", "--steps", 2, "--out", tmp_path / "x.gif")
-    done = script(SAMPLE, tmp_path / "wan", "--prompt", "a dog", *given)
+    options = ("--image", pictures[0], "--size", "5x16x16", "--steps", 2, "--out", tmp_path / "x.gif")
+    done = script(SAMPLE, tmp_path / "wan", "--prompt", "a dog", *options)
     assert done.code == 2
     assert "image" in done.err
     (tmp_path / "prompts.json").write_text("[]")

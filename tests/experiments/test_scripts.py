@@ -263,7 +263,7 @@ def tiny_quickstart(tiny, tiny_run, monkeypatch, few_samples):
     quickstart = types.SimpleNamespace(make_experiment=tiny.experiment, count_clips=lambda *, brief: tiny.COUNT)
     monkeypatch.setitem(sys.modules, "configs", types.SimpleNamespace(quickstart=quickstart))
     render = shapes.write_folder
-    monkeypatch.setattr(shapes, "write_folder", lambda *args, **given: render(*args, **given, sizes=tiny.SIZES))
+    monkeypatch.setattr(shapes, "write_folder", lambda *args, **kwargs: render(*args, **kwargs, sizes=tiny.SIZES))
     train, trained = Run.train, []
 
     def copied(run, clips):

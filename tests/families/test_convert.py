@@ -43,17 +43,17 @@ def tensors(folder):
     }
 
 
-def assert_same_tensors(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, array in expected.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+        assert actual[name].dtype == array.dtype
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
 
 
-def assert_same_params(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+def assert_same_params(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for path, leaf in flatten(expected).items():
-        np.testing.assert_array_equal(flatten(found)[path], leaf, err_msg=path)
+        np.testing.assert_array_equal(flatten(actual)[path], leaf, err_msg=path)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,13 @@ def test_the_dtype_is_what_is_asked_for(tmp_path):
     save_denoiser(tmp_path / "in", WAN, params)
     convert(tmp_path / "in", tmp_path / "out", layout="dit_video", dtype=np.dtype("bfloat16"))
     assert {str(array.dtype) for array in tensors(tmp_path / "out").values()} == {"bfloat16"}
-    found, read = load_denoiser(tmp_path / "out")
-    assert found == WAN
+    result, read = load_denoiser(tmp_path / "out")
+    assert result == WAN
     assert_same_params(read, jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype(np.float32), params))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_single_checkpoint_file_of_the_authors_is_converted(tmp_path):
     config = dataclasses.replace(SIT, width=384, heads=6, layers=12, channels=1)
     save_denoiser(tmp_path / "folder", config, make_random_params(config.make), layout="authors")
@@ -187,11 +189,11 @@ def test_a_folder_with_files_is_not_written_over(tmp_path):
 @pytest.mark.parametrize("to", ["authors", "dit_video"])
 def test_tensors_that_do_not_fit_are_all_named(tmp_path, to):
     save_denoiser(tmp_path / "in", WAN, make_random_params(WAN.make))
-    held = safetensors.numpy.load_file(tmp_path / "in" / FILE)
-    for name in [name for name in held if name.startswith("blocks.1.")][:12]:
-        del held[name]
-    held["surplus"] = held["scale_shift_table"] = np.zeros((1, 2, 15), np.float32)
-    safetensors.numpy.save_file(held, tmp_path / "in" / FILE)
+    example = safetensors.numpy.load_file(tmp_path / "in" / FILE)
+    for name in [name for name in example if name.startswith("blocks.1.")][:12]:
+        del example[name]
+    example["surplus"] = example["scale_shift_table"] = np.zeros((1, 2, 15), np.float32)
+    safetensors.numpy.save_file(example, tmp_path / "in" / FILE)
     with pytest.raises(UserError, match=r"12 missing \(.*… 2 more\); 1 unexpected \(surplus\); 1 misshapen \(scale_"):
         convert(tmp_path / "in", tmp_path / "out", layout=to)
     assert not (tmp_path / "out").exists()

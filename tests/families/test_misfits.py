@@ -55,10 +55,10 @@ def test_every_loader_names_all_tensors_that_do_not_fit(tmp_path, kind):
     config, write, load = KINDS[kind]
     write(tmp_path, config, make_random_params(config.make))
     (file,) = tmp_path.glob("*.safetensors")
-    held = safetensors.numpy.load_file(file)
-    *lost, wrong = sorted(held)[:13]
-    held |= {"surplus": np.zeros(1, np.float32), wrong: np.zeros((*held[wrong].shape, 2), held[wrong].dtype)}
-    safetensors.numpy.save_file({name: array for name, array in held.items() if name not in lost}, file)
+    tensors = safetensors.numpy.load_file(file)
+    *lost, wrong = sorted(tensors)[:13]
+    tensors |= {"surplus": np.zeros(1, np.float32), wrong: np.zeros((*tensors[wrong].shape, 2), tensors[wrong].dtype)}
+    safetensors.numpy.save_file({name: array for name, array in tensors.items() if name not in lost}, file)
     with pytest.raises(UserError) as error:
         load(tmp_path)
     message = str(error.value)
@@ -66,4 +66,7 @@ def test_every_loader_names_all_tensors_that_do_not_fit(tmp_path, kind):
     assert set(missing[:10]) < set(lost)
     assert missing[10:] == ["… 2 more"]
     assert "; 1 unexpected (surplus); " in message
-    assert f"; 1 misshapen ({wrong} {list(held[wrong].shape)} instead of {list(held[wrong].shape[:-1])}); " in message
+    assert (
+        f"; 1 misshapen ({wrong} {list(tensors[wrong].shape)} instead of {list(tensors[wrong].shape[:-1])}); "
+        in message
+    )

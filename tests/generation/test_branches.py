@@ -32,10 +32,10 @@ def sample_requests(requests, sampling, *, denoiser=DENOISER, rows=1, shape=SHAP
 
 def test_branches_give_the_same_result_in_any_row_or_order():
     """They may share a row, have a row each, or be evaluated one after the other."""
-    asked = Sampling(steps=3, guidance=EVERYTHING)
-    inside = sample_requests(TWO, asked)
-    below = sample_requests(TWO, asked, shape=replace(SHAPE, segments=1))
-    apart = sample_requests(TWO, replace(asked, branch_evaluation="apart"), shape=replace(SHAPE, segments=1))
+    sampling = Sampling(steps=3, guidance=EVERYTHING)
+    inside = sample_requests(TWO, sampling)
+    below = sample_requests(TWO, sampling, shape=replace(SHAPE, segments=1))
+    apart = sample_requests(TWO, replace(sampling, branch_evaluation="apart"), shape=replace(SHAPE, segments=1))
     for one, two, three in zip(inside, below, apart, strict=True):
         assert np.abs(one).max() > 0.1
         np.testing.assert_allclose(one, three, atol=5e-5)
@@ -54,7 +54,7 @@ NOISY = Sampling(steps=3, guidance=2.0, solver=Ddim(eta=1.0))
 
 
 def test_noise_between_steps_depends_on_the_seed_alone():
-    first, second = (asked._replace(seed=seed) for seed, asked in enumerate(TWO))
+    first, second = (request._replace(seed=seed) for seed, request in enumerate(TWO))
     both = sample_requests([first, second], NOISY)
     np.testing.assert_allclose(sample_requests([second, first], NOISY)[1], both[0], atol=5e-5)
     apart = sample_requests([second], replace(NOISY, branch_evaluation="apart"), shape=replace(SHAPE, segments=1))
@@ -65,9 +65,9 @@ def test_noise_between_steps_depends_on_the_seed_alone():
 
 
 def test_the_trace_ends_at_the_sample():
-    asked = Sampling(steps=3, guidance=2.0)
-    plain = sample_requests(TWO, asked)
-    for trace, latents in zip(trace_latents(DENOISER, TWO, sampling=asked, shape=SHAPE, rows=1), plain, strict=True):
+    sampling = Sampling(steps=3, guidance=2.0)
+    plain = sample_requests(TWO, sampling)
+    for trace, latents in zip(trace_latents(DENOISER, TWO, sampling=sampling, shape=SHAPE, rows=1), plain, strict=True):
         assert trace.times.shape == (4,)
         assert trace.latents.shape == trace.data.shape == (3, *latents.shape)
         np.testing.assert_allclose(trace.latents[-1], latents, atol=5e-5)
@@ -96,23 +96,24 @@ def test_diverged_weights_are_reported_with_the_step():
 GIVEN = replace(DIT, given_channels=3)
 
 
+@pytest.mark.slow
 def test_the_image_has_its_own_guidance_scale():
     denoiser = DENOISER._replace(
         dit=get_graph_def(GIVEN.make), params={"dit": make_random_params(GIVEN.make), "text": DENOISER.params["text"]}
     )
     beside = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    asked = LatentRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), GivenClip(beside=beside))
-    blind = asked._replace(given=GivenClip(beside=np.zeros_like(beside)))
+    request = LatentRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), GivenClip(beside=beside))
+    blind = request._replace(given=GivenClip(beside=np.zeros_like(beside)))
 
     def one_step(request, guidance):
         return sample_requests([request], Sampling(steps=1, guidance=guidance), denoiser=denoiser)[0]
 
     text, image = 3.0, 2.5
-    c, u = one_step(asked, 1.0), one_step(asked._replace(prompt=""), 1.0)
+    c, u = one_step(request, 1.0), one_step(request._replace(prompt=""), 1.0)
     b = one_step(blind._replace(prompt=""), 1.0)
-    found = one_step(asked, Guidance(scale=text, image_scale=image))
-    np.testing.assert_allclose(found, b + image * (u - b) + text * (c - u), atol=2e-4)
-    assert np.abs(found - one_step(asked, text)).max() > 1e-2
+    result = one_step(request, Guidance(scale=text, image_scale=image))
+    np.testing.assert_allclose(result, b + image * (u - b) + text * (c - u), atol=2e-4)
+    assert np.abs(result - one_step(request, text)).max() > 1e-2
     with pytest.raises(UserError, match=r"conditioning latents. Use image_scale=None"):
         sample_requests([SMALL], Sampling(guidance=Guidance(image_scale=2.0)))
 

@@ -71,20 +71,20 @@ def test_coordinates_along_time_may_count_seconds():
 
 
 def test_results_come_in_order_and_in_the_requested_sizes():
-    for result, asked in zip(mixed(), MIXED, strict=True):
-        assert (result.shape, result.dtype) == (asked.noise.shape, np.float32)
+    for result, request in zip(mixed(), MIXED, strict=True):
+        assert (result.shape, result.dtype) == (request.noise.shape, np.float32)
         assert np.isfinite(result).all()
 
 
 def test_a_result_does_not_depend_on_the_other_requests():
-    for index, asked in enumerate(MIXED):
-        np.testing.assert_allclose(sample_requests([asked])[0], mixed()[index], atol=2e-5)
+    for index, request in enumerate(MIXED):
+        np.testing.assert_allclose(sample_requests([request])[0], mixed()[index], atol=2e-5)
     for index, result in zip((2, 0, 3, 1), sample_requests([MIXED[index] for index in (2, 0, 3, 1)]), strict=True):
         np.testing.assert_allclose(result, mixed()[index], atol=2e-5)
 
 
 def test_another_prompt_in_the_same_row_changes_nothing_bit_for_bit():
-    others = [asked._replace(prompt="blue") if index != 1 else asked for index, asked in enumerate(MIXED)]
+    others = [request._replace(prompt="blue") if index != 1 else request for index, request in enumerate(MIXED)]
     results = sample_requests(others)
     np.testing.assert_array_equal(results[1], mixed()[1])
     assert all((results[index] != mixed()[index]).any() for index in (0, 2, 3))
@@ -147,9 +147,9 @@ def test_a_solver_is_chosen_with_the_request():
 
 
 def test_a_prompt_longer_than_the_text_of_a_row_is_refused():
-    for asked in (make_request("x" * 25), make_request("", negative="x" * 25), make_request("x" * 25, (5, 4, 4))):
+    for request in (make_request("x" * 25), make_request("", negative="x" * 25), make_request("x" * 25, (5, 4, 4))):
         with pytest.raises(UserError, match="a prompt of 28 text tokens is longer than a row's 20; shorten the prompt"):
-            sample_requests([asked])
+            sample_requests([request])
 
 
 def test_invalid_requests_are_refused_and_no_requests_make_nothing():

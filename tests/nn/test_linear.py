@@ -39,9 +39,9 @@ def test_linear_is_an_einsum_in_values_and_gradients(batch, platform, monkeypatc
             pairs.append([value, *pull(jnp.cos(value))])
         return pairs
 
-    found, wanted = both()
-    assert found[0].shape == (*batch, 7)
-    for left, right in zip(found, wanted, strict=True):
+    result, reference = both()
+    assert result[0].shape == (*batch, 7)
+    for left, right in zip(result, reference, strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
@@ -76,12 +76,12 @@ def test_gradients_of_weights_are_summed_in_float32(platform, batch, monkeypatch
         value, back = jax.vjp(lambda weights, x: nnx.merge(graph, weights)(x.reshape(*batch, 8)), weights, x)
         return back(pulled.reshape(value.shape))
 
-    found, of_x = pull(weights, x)
+    result, of_x = pull(weights, x)
     wide, above = np.asarray(x, np.float32), np.asarray(pulled, np.float32)
     for name, expected in (("kernel", wide.T @ above), ("bias", above.sum(axis=0))):
-        assert found[name].dtype == jnp.float32
-        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-4)
-        assert (found[name].astype(jnp.bfloat16) != found[name]).any()
+        assert result[name].dtype == jnp.float32
+        np.testing.assert_allclose(result[name], expected, rtol=1e-4, atol=1e-4)
+        assert (result[name].astype(jnp.bfloat16) != result[name]).any()
     kernel = np.asarray(weights["kernel"].astype(jnp.bfloat16), np.float32)
     assert of_x.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(of_x, np.float32), above @ kernel.T, rtol=0.02, atol=0.05)

@@ -52,10 +52,10 @@ def adapter(seed, config=CONFIG):
     )
 
 
-def assert_trees_close(found, expected, atol):
-    assert flatten(found).keys() == flatten(expected).keys()
+def assert_trees_close(actual, expected, atol):
+    assert flatten(actual).keys() == flatten(expected).keys()
     for path, leaf in flatten(expected).items():
-        np.testing.assert_allclose(flatten(found)[path], leaf, atol=atol, err_msg=path)
+        np.testing.assert_allclose(flatten(actual)[path], leaf, atol=atol, err_msg=path)
 
 
 def test_a_fresh_adapter_has_the_targets_shapes_and_changes_nothing():
@@ -104,11 +104,11 @@ def test_gradients_are_those_of_the_merged_kernels_and_reach_targets_alone():
     def loss(change):
         return lambda factors: jnp.square(run(change(PARAMS, add_lora_scale(factors, config.scale)))).sum()
 
-    found = jax.grad(loss(attach_lora))(factors)
-    assert set(flatten(found)) == {"blocks/kernel/a", "blocks/kernel/b"}
+    result = jax.grad(loss(attach_lora))(factors)
+    assert set(flatten(result)) == {"blocks/kernel/a", "blocks/kernel/b"}
     for path, leaf in flatten(jax.grad(loss(merge_lora))(factors)).items():
         assert np.abs(leaf).max() > 1e-2
-        np.testing.assert_allclose(flatten(found)[path], leaf, rtol=1e-4, atol=1e-4 * np.abs(leaf).max())
+        np.testing.assert_allclose(flatten(result)[path], leaf, rtol=1e-4, atol=1e-4 * np.abs(leaf).max())
 
 
 def test_kernels_keep_their_dtype():

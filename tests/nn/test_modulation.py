@@ -17,7 +17,7 @@ def test_zero_modulation_is_the_norm():
 
 def test_modulation_is_computed_in_float32_and_keeps_the_dtype():
     x = X.astype(jnp.bfloat16)
-    found = modulate(x, SHIFT, SCALE)
-    assert found.dtype == jnp.bfloat16
+    result = modulate(x, SHIFT, SCALE)
+    assert result.dtype == jnp.bfloat16
     expected = (layer_norm(x.astype(jnp.float32)) * (1 + SCALE) + SHIFT).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
+    np.testing.assert_array_equal(result.astype(jnp.float32), expected.astype(jnp.float32))

@@ -26,8 +26,8 @@ def test_derivatives_are_those_of_the_operations(norm, centre):
         return jax.grad(lambda x: (weights * jax.jvp(norm, (x,), (step,))[1]).sum())
 
     for derive in (lambda norm: lambda x: jax.vjp(norm, x)[1](weights)[0], twice):
-        found, expected = (jax.jit(derive(norm))(jnp.asarray(X)) for norm in (norm, plain))
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        result, expected = (jax.jit(derive(norm))(jnp.asarray(X)) for norm in (norm, plain))
+        np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_layer_norm_ignores_shift_and_scale_of_its_input():

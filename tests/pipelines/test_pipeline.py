@@ -94,12 +94,12 @@ def test_the_prompt_and_the_negative_prompt_change_the_clip(pipeline, latents):
 
 
 def test_guidance_of_one_evaluates_the_model_once(pipeline, monkeypatch):
-    asked = []
+    requested = []
     real = text_to_video.make_program
 
     def make_recording_program(*form):
         def run(params, state, batch, strength, *rest):
-            asked.append(strength is not None)
+            requested.append(strength is not None)
             return real(*form)(params, state, batch, strength, *rest)
 
         return run
@@ -107,10 +107,10 @@ def test_guidance_of_one_evaluates_the_model_once(pipeline, monkeypatch):
     monkeypatch.setattr(text_to_video, "make_program", make_recording_program)
     alone = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, output="latents")
     other = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, negative="a blue square", output="latents")
-    assert asked == [False, False]
+    assert requested == [False, False]
     np.testing.assert_array_equal(alone, other)
     near = pipeline.generate(PROMPT, size=SMALL, guidance=1.0 + 1e-5, output="latents")
-    assert asked == [False, False, True]
+    assert requested == [False, False, True]
     np.testing.assert_allclose(near, alone, atol=1e-3)
 
 
@@ -245,13 +245,13 @@ def test_a_config_without_a_prediction_predicts_velocity(pipeline):
 def test_guidance_accepts_all_its_options(pipeline, latents):
     plain = pipeline.generate(PROMPT, size=SMALL, guidance=Guidance(scale=2.0), output="latents")
     np.testing.assert_array_equal(plain, latents)
-    asked = pipeline.config.sampling.override_guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projected=True)
-    assert asked == Guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projection=AdaptiveProjectedGuidance())
-    other = pipeline.generate(PROMPT, size=SMALL, guidance=asked, output="latents")
+    guidance = pipeline.config.sampling.override_guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projected=True)
+    assert guidance == Guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projection=AdaptiveProjectedGuidance())
+    other = pipeline.generate(PROMPT, size=SMALL, guidance=guidance, output="latents")
     assert np.abs(other - pipeline.generate(PROMPT, size=SMALL, guidance=4.0, output="latents")).max() > 1e-3
-    kept = replace(pipeline.config.sampling, guidance=asked)
+    kept = replace(pipeline.config.sampling, guidance=guidance)
     assert config_json.from_json(config_json.to_json(kept)) == kept
-    assert kept.override_guidance(scale=1.5, projected=False) == replace(asked, scale=1.5, projection=None)
+    assert kept.override_guidance(scale=1.5, projected=False) == replace(guidance, scale=1.5, projection=None)
 
 
 def test_a_trace_ends_at_the_clip(pipeline, latents):

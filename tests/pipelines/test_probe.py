@@ -24,8 +24,8 @@ def test_sampling_the_probe_gives_the_clip_of_the_pipeline(tiny_pipeline):
     drawn = np.random.default_rng(0).normal(size=(2, *inside.latent_grid, inside.channels)).astype(np.float32)
     denoise = apply_classifier_free_guidance(inside.denoise, empty.denoise, 2.0)
     times = UniformTimes()(config.process, 2).times
-    found = sample(denoise, jnp.asarray(inside.patchify(drawn)), times, process=config.process, solver=Euler())
-    latents = np.asarray(inside.unpatchify(found))
+    result = sample(denoise, jnp.asarray(inside.patchify(drawn)), times, process=config.process, solver=Euler())
+    latents = np.asarray(inside.unpatchify(result))
     assert latents.shape == drawn.shape
     expected = tiny_pipeline.generate(PROMPTS[1], noise=drawn[1], steps=2, guidance=2.0, output="latents")
     np.testing.assert_allclose(latents[1], expected, atol=1e-5)

@@ -134,10 +134,10 @@ def test_the_tokens_of_a_row_are_divided_among_its_clips(two_rows):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_best_of_those_that_fit_is_suggested(two_rows):
-    found = list_candidates(two_rows, GPUS)
-    assert len({(one.mesh, one.rows, one.remat) for one in found}) == len(found)
-    assert {"none", "full"} <= {one.remat for one in found} <= {"none", "full", "attention", "dots_attention"}
-    assert all(one.mesh.tensor <= 2 and one.mesh.context <= 2 for one in found)  # there are two heads
+    result = list_candidates(two_rows, GPUS)
+    assert len({(one.mesh, one.rows, one.remat) for one in result}) == len(result)
+    assert {"none", "full"} <= {one.remat for one in result} <= {"none", "full", "attention", "dots_attention"}
+    assert all(one.mesh.tensor <= 2 and one.mesh.context <= 2 for one in result)  # there are two heads
     reports = []
     best = suggest(two_rows, GPUS, tries=3, report=reports.append)
     assert best.fits

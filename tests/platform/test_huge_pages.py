@@ -15,17 +15,17 @@ TUNABLE = "glibc.malloc.hugetlb=1"
 @pytest.fixture
 def started(monkeypatch, tmp_path):
     """Return the list of commands that replace this process, on a system that gives huge pages on request."""
-    found = []
+    result = []
     setting = tmp_path / "enabled"
     setting.write_text("always [madvise] never\n")
     monkeypatch.setattr(huge_pages, "_SETTING", setting)
     monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.36", raising=False)
-    monkeypatch.setattr(os, "execv", lambda path, arguments: found.append((path, arguments)))
+    monkeypatch.setattr(os, "execv", lambda path, arguments: result.append((path, arguments)))
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "train.py", "--steps", "3"])
     monkeypatch.setattr(sys, "gettrace", lambda: None)
     monkeypatch.delitem(sys.modules, "jax", raising=False)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    return found
+    return result
 
 
 def test_a_process_starts_again_with_its_own_command(started):

@@ -87,8 +87,8 @@ def test_an_interrupted_distillation_ends_with_the_same_student(distilled, tmp_p
     shutil.copytree(distilled, folder, ignore=shutil.ignore_patterns("denoiser", "pipeline"), symlinks=True)
     loop_run = trainer.loop.run
 
-    def ended(step, state, *arguments, config, **given):
-        return loop_run(step, state, *arguments, config=dataclasses.replace(config, steps=2), **given)
+    def ended(step, state, *arguments, config, **kwargs):
+        return loop_run(step, state, *arguments, config=dataclasses.replace(config, steps=2), **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.loop, "run", ended)

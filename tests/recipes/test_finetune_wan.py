@@ -123,7 +123,7 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
     latents, encoding = run.encode_latents(), run.encoding()
     assert latents.identity["image"] == FrozenImageEncoder(animating).identity
     assert latents.identity["behind"] == "grey"
-    given = dit_video.load(animating)._image_conditioner
+    condition = dit_video.load(animating)._image_conditioner
     views = {view.name: view for view in plan_encoding(run.training_clips, encoding).views}
     assert {view.start > 0 for view in views.values()} == {True, False} == {view.flipped for view in views.values()}
     chosen = [
@@ -132,7 +132,7 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
     for view in chosen:
         index = latents.names.index(view.name)
         frame = read_fitted_clip(run.training_clips, view.clip, view.limits, start=view.start).frames[0]
-        expected = given(view.size, frame[:, ::-1] if view.flipped else frame, None)
+        expected = condition(view.size, frame[:, ::-1] if view.flipped else frame, None)
         scale = np.abs(expected.image).max()
         np.testing.assert_allclose(latents.read_image(index), expected.image, atol=2**-8 * scale)
         shown = expected.beside[..., -VAE.channels :]
@@ -183,11 +183,11 @@ def test_one_option_chooses_the_trained_parameters_and_their_learning_rate(folde
 def test_initial_weights_are_read_from_the_folder_and_placed_on_the_devices(folder, mesh, tmp_path):
     trained = open_trainable_denoiser(get_training(folder, train="full"), tmp_path, mesh, is_resuming=False)
     expected = flatten(load_denoiser(folder / "transformer")[1])
-    found = flatten(trained.load_initial()["dit"])
+    result = flatten(trained.load_initial()["dit"])
     assert trained.base_params is None
     for path, leaf in expected.items():
-        assert isinstance(found[path], jax.Array)
-        np.testing.assert_array_equal(found[path], leaf)
+        assert isinstance(result[path], jax.Array)
+        np.testing.assert_array_equal(result[path], leaf)
     for choice, continues in (("full", True), ("scratch", False)):
         started = open_trainable_denoiser(get_training(folder, train=choice), tmp_path, mesh, is_resuming=continues)
         assert started.load_initial is None
@@ -217,8 +217,8 @@ def test_the_autoencoder_is_read_from_its_folder_and_not_copied(folder, tmp_path
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
     assert not (tmp_path / "autoencoder").exists()
     assert run.linear_baseline() is None
-    given = run.experiment.autoencoder
-    other = dataclasses.replace(given, model=dataclasses.replace(VAE, width=16))
+    autoencoder = run.experiment.autoencoder
+    other = dataclasses.replace(autoencoder, model=dataclasses.replace(VAE, width=16))
     with pytest.raises(UserError, match="holds another autoencoder than the config's: width is 8 there and 16 here"):
         load_pretrained_autoencoder(other)
 

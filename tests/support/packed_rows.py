@@ -161,9 +161,9 @@ def assert_packed_is_unpacked(params, config, *, tolerance=1e-5) -> None:
 
 def assert_segments_are_apart(params, config) -> None:
     """Assert that a segment's prediction is bit for bit the same whatever else is in the row."""
-    given = make_batch((0, 1), (1, 0))
-    before, _, _ = predict_with_gradients(params, given, config)
-    after, _, _ = predict_with_gradients(params, change_other_segments(given, 1), config)
+    batch = make_batch((0, 1), (1, 0))
+    before, _, _ = predict_with_gradients(params, batch, config)
+    after, _, _ = predict_with_gradients(params, change_other_segments(batch, 1), config)
     np.testing.assert_array_equal(after[0, FIRST], before[0, FIRST])
     np.testing.assert_array_equal(after[1, :6], before[1, :6])
     assert (after[0, SECOND] != before[0, SECOND]).any(axis=-1).all()

@@ -67,9 +67,9 @@ def test_a_text_has_the_vectors_of_the_encoder_alone(embed, tokenizer):
 def test_embedding_many_texts_equals_one_by_one_in_order(make):
     one, many = make(), make()
     texts = TEXTS + [f"a {letter} cube" for letter in "bcdefghijklmn"]
-    found = many.embed_many(texts)
-    assert len(found) == len(texts)
-    for text, value in zip(texts, found, strict=True):
+    result = many.embed_many(texts)
+    assert len(result) == len(texts)
+    for text, value in zip(texts, result, strict=True):
         np.testing.assert_allclose(value, one(text), atol=1e-5)
     assert many.embed_many([]) == []
 

@@ -83,9 +83,9 @@ def test_an_empty_row_is_a_row_of_no_items():
 def test_unpack_inverts_pack(sizes):
     items = [item(Grid(*size), 1, index) for index, size in enumerate(sizes)]
     row = pack(items, PackedShape(tokens=120, text=8, segments=4), width=WIDTH)
-    found = unpack(row.tokens, row.segments)
-    assert len(found) == len(items)
-    for tokens, packed in zip(found, items, strict=True):
+    result = unpack(row.tokens, row.segments)
+    assert len(result) == len(items)
+    for tokens, packed in zip(result, items, strict=True):
         np.testing.assert_array_equal(tokens, packed.tokens)
 
 
@@ -139,10 +139,10 @@ def test_the_derivatives_of_to_tokens_are_those_of_reading_one_by_one(monkeypatc
     def ours(values):
         return expand_to_tokens(values, segments)
 
-    found, expected = (jax.vjp(f, values)[1](weights)[0] for f in (ours, one_by_one))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    found, expected = (jax.jvp(f, (values,), (steps,)) for f in (ours, one_by_one))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    result, expected = (jax.vjp(f, values)[1](weights)[0] for f in (ours, one_by_one))
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    result, expected = (jax.jvp(f, (values,), (steps,)) for f in (ours, one_by_one))
+    np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -150,23 +150,23 @@ def test_to_tokens_takes_any_dtype_and_gives_padding_the_first_segments_value(mo
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     for values in ([[5, 6, 7], [8, 9, 1]], [[True, False, True], [False, True, True]]):
         values = jnp.asarray(values)
-        found = expand_to_tokens(values, SEGMENTS)
-        assert found.dtype == values.dtype
-        np.testing.assert_array_equal(found, [values[0, [0, 0, 0, 2, 2, 0, 0]], values[1, [0, 0, 0, 1, 1, 1, 1]]])
+        result = expand_to_tokens(values, SEGMENTS)
+        assert result.dtype == values.dtype
+        np.testing.assert_array_equal(result, [values[0, [0, 0, 0, 2, 2, 0, 0]], values[1, [0, 0, 0, 1, 1, 1, 1]]])
 
 
 def test_segment_max_finds_the_largest_value_of_each_segment_bit_for_bit():
     values = jnp.asarray([[0.1, 0.3, 0.2, -5.0, -4.0, 9.0, 9.0], [9.0, 9.0, 1e-30, 0.7, 0.7, 0.7, 0.7]])
-    found = jax.jit(segment_max, static_argnames="count")(values, SEGMENTS, count=3)
+    result = jax.jit(segment_max, static_argnames="count")(values, SEGMENTS, count=3)
     # The maximum of an empty segment is zero, and that of negative values is negative.
-    np.testing.assert_array_equal(found, np.float32([[0.3, 0.0, -4.0], [1e-30, 0.7, 0.0]]))
+    np.testing.assert_array_equal(result, np.float32([[0.3, 0.0, -4.0], [1e-30, 0.7, 0.0]]))
 
 
 def test_values_of_segments_come_back_from_their_tokens_bit_for_bit():
     values = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 3)), jnp.float32)
-    found = segment_max(expand_to_tokens(values, SEGMENTS), SEGMENTS, count=3)
+    result = segment_max(expand_to_tokens(values, SEGMENTS), SEGMENTS, count=3)
     present = np.asarray([[True, False, True], [True, True, False]])
-    np.testing.assert_array_equal(found, np.where(present, values, 0))
+    np.testing.assert_array_equal(result, np.where(present, values, 0))
 
 
 def test_the_mean_of_a_segment_without_tokens_is_zero_and_its_gradient_finite():
@@ -178,8 +178,8 @@ def test_the_mean_of_a_segment_without_tokens_is_zero_and_its_gradient_finite():
 
 
 def test_positions_count_from_zero_in_every_segment_and_run_of_padding():
-    found = compute_segment_offsets(SEGMENTS)
-    np.testing.assert_array_equal(found, [[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 0, 1, 2, 3]])
+    result = compute_segment_offsets(SEGMENTS)
+    np.testing.assert_array_equal(result, [[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 0, 1, 2, 3]])
     row = pack(ITEMS, SHAPE, width=WIDTH)
-    found = compute_segment_offsets(jnp.asarray(row.segments)[None])
-    np.testing.assert_array_equal(found[0], [*range(8), *range(6), *range(6)])
+    result = compute_segment_offsets(jnp.asarray(row.segments)[None])
+    np.testing.assert_array_equal(result[0], [*range(8), *range(6), *range(6)])

@@ -11,20 +11,20 @@ def test_coordinates_are_in_the_order_of_patchify():
 
 def test_coordinates_count_time_height_and_width_from_zero():
     expected = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1]]
-    found = compute_positions(Grid(2, 2, 2))
-    assert found.dtype == np.float32
-    assert found.tolist() == expected
+    result = compute_positions(Grid(2, 2, 2))
+    assert result.dtype == np.float32
+    assert result.tolist() == expected
 
 
 def test_an_image_has_time_zero():
-    found = compute_positions(Grid(1, 4, 6))
-    assert found.shape == (24, 3)
-    assert not found[:, 0].any()
-    assert found.max(axis=0).tolist() == [0, 3, 5]
+    result = compute_positions(Grid(1, 4, 6))
+    assert result.shape == (24, 3)
+    assert not result[:, 0].any()
+    assert result.max(axis=0).tolist() == [0, 3, 5]
 
 
 def test_coordinates_may_step_in_seconds():
-    found = compute_positions(Grid(3, 1, 2), step=(4 / 24, 1.0, 0.5))
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(np.unique(found[:, 0]), [0, 1 / 6, 1 / 3], rtol=1e-6)
-    assert np.unique(found[:, 2]).tolist() == [0, 0.5]
+    result = compute_positions(Grid(3, 1, 2), step=(4 / 24, 1.0, 0.5))
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(np.unique(result[:, 0]), [0, 1 / 6, 1 / 3], rtol=1e-6)
+    assert np.unique(result[:, 2]).tolist() == [0, 0.5]

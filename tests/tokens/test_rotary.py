@@ -55,10 +55,10 @@ def test_zero_turns_nothing_and_no_coordinate_changes_a_length():
 def test_bfloat16_is_turned_in_float32():
     # The angle 1000 is 1000 in float32, and off by up to 4 in bfloat16.
     angles = compute_rotary_angles(jnp.full((5, 3), 1001.0), ROTARY)
-    found = rotate(Q.astype(jnp.bfloat16), angles)
+    result = rotate(Q.astype(jnp.bfloat16), angles)
     assert angles.dtype == jnp.float32
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(jnp.float32), rotate(Q, angles), atol=0.04)
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_allclose(result.astype(jnp.float32), rotate(Q, angles), atol=0.04)
 
 
 def test_the_even_split_is_that_of_wan():
@@ -77,8 +77,8 @@ def test_a_split_that_does_not_fit_the_head_is_refused(split, width):
 
 def test_scale_interpolates_between_positions():
     half = Rotary3d(split=ROTARY.split, theta=ROTARY.theta, scale=(0.5, 1.0, 0.25))
-    found = compute_rotary_angles(AT * jnp.asarray([2.0, 1.0, 4.0]), half)
-    np.testing.assert_allclose(found, compute_rotary_angles(AT, ROTARY), rtol=1e-6)
+    result = compute_rotary_angles(AT * jnp.asarray([2.0, 1.0, 4.0]), half)
+    np.testing.assert_allclose(result, compute_rotary_angles(AT, ROTARY), rtol=1e-6)
 
 
 def test_stretch_slows_the_slowest_pair_and_leaves_the_fastest():

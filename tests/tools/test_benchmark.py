@@ -35,11 +35,11 @@ def quickstart(load_file):
 def test_the_sampling_benchmark_compares_with_forward_passes(script):
     ended = script("tools/benchmark.py", "sampling", "--small", "--rounds", 1)
     assert ended.code == 0, ended.err
-    found = json.loads(ended.out)["sampling"]["small"]
-    assert found["compilations"] == 0
-    assert found["steps_of_forwards"] > 0
-    assert found["together_of_apart"] > 0
-    assert found["one_clip_together_of_apart"] > 0
+    result = json.loads(ended.out)["sampling"]["small"]
+    assert result["compilations"] == 0
+    assert result["steps_of_forwards"] > 0
+    assert result["together_of_apart"] > 0
+    assert result["one_clip_together_of_apart"] > 0
 
 
 @pytest.mark.slow
@@ -47,13 +47,13 @@ def test_the_training_benchmark_measures_the_cost_around_the_step(script):
     command = ["train", "--config", TINY, "--steps", 6, "--examples", 20, "--rounds", 1]
     ended = script("tools/benchmark.py", *command)
     assert ended.code == 0, ended.err
-    found = json.loads(ended.out)["train"]
-    assert found["loop_overhead"] == pytest.approx(found["loop_step_ms"] / found["step_ms"] - 1, abs=1e-2)
-    assert set(found["save_overhead"]) == {"every 6 steps", "every 4 steps"}
-    assert found["restart_to_first_step_seconds"] > 0
-    assert found["start_to_first_step_seconds"] > 0
+    result = json.loads(ended.out)["train"]
+    assert result["loop_overhead"] == pytest.approx(result["loop_step_ms"] / result["step_ms"] - 1, abs=1e-2)
+    assert set(result["save_overhead"]) == {"every 6 steps", "every 4 steps"}
+    assert result["restart_to_first_step_seconds"] > 0
+    assert result["start_to_first_step_seconds"] > 0
     # It continued from a checkpoint, which is saved at every second step.
-    assert found["restarted_after_step"] in (2, 4, 6)
+    assert result["restarted_after_step"] in (2, 4, 6)
 
 
 @pytest.mark.slow
@@ -137,8 +137,8 @@ def test_the_attention_benchmark_measures_packed_rows(script):
 def test_the_tiling_benchmark_compares_tiles_with_whole_pictures(script, tiny_run):
     ended = script("tools/benchmark.py", "tiling", "--run", tiny_run)
     assert ended.code == 0
-    found = json.loads(ended.out)["tiling"]
-    errors = list(found["overlaps"].values())
+    result = json.loads(ended.out)["tiling"]
+    errors = list(result["overlaps"].values())
     assert len(errors) == 4
     assert errors[0]["mean"] > errors[-1]["mean"] >= 0
     assert all(error["largest"] >= error["mean"] for error in errors)

@@ -89,10 +89,10 @@ def test_round_trip_is_bit_exact_and_keeps_the_structure(tmp_path):
     meta = {"plan": "a1", "nested": {"list": [1, 2.5, None, "é"]}}
     checkpoints.save(3, state, meta)
     for reader in (checkpoints, Checkpoints(tmp_path)):
-        restored, found = reader.restore(like(state))
+        restored, result = reader.restore(like(state))
         assert_same(restored, state)
         assert isinstance(restored.opt_state[1][0], optax.ScaleByAdamState)
-        assert found == meta
+        assert result == meta
 
 
 def test_special_values_survive(tmp_path):

@@ -173,8 +173,8 @@ def test_other_headers_that_promise_frames_are_bounded(mp4, write_video, texture
     assert isinstance(read_within_limits(write(mp4, b"stts", 12, 10**9), read), DecodeError)  # frames of a day
     avi = write_video(textured(12, 32, 48), codec="mjpeg", pixel_format="yuvj420p", format="avi")
     avi = write(write(avi, b"avih", 20, 10**9, "<"), b"strh", 36, 10**9, "<")
-    found = read_within_limits(avi, read)
-    assert (found.frames if isinstance(found, VideoInfo) else len(found.frames)) in (10, 12)
+    result = read_within_limits(avi, read)
+    assert (result.frames if isinstance(result, VideoInfo) else len(result.frames)) in (10, 12)
 
 
 def test_a_gif_with_the_longest_frame_times_is_decoded(write_video, textured):

@@ -122,8 +122,8 @@ def test_empty_packets_repeat_a_frame(write_video):
                 packet.stream = stream
                 write.mux(packet)
     # Frames 7 and 8 are left out, so the muxer writes packets of no bytes in their places.
-    found = decode(out.getvalue())
-    assert numbers(found) == [*range(7), *range(9, 20)]
+    result = decode(out.getvalue())
+    assert numbers(result) == [*range(7), *range(9, 20)]
     assert numbers(decode(out.getvalue(), fps=10)) == [*range(7), 6, 6, *range(9, 20)]
 
 

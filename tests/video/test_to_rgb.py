@@ -49,9 +49,9 @@ def scale(matrix: str, range_: str, *, size: str = "", algorithm: str = "bicubic
 def measure_difference(content: bytes, *filters: tuple[str, str]) -> int:
     """Return the largest difference from the pictures of ffmpeg, of 255."""
     expected = apply_filters(decode_stored(content), *filters).astype(int)
-    found = decode(content).frames
-    assert found.shape == expected.shape
-    return int(np.abs(found - expected).max())
+    result = decode(content).frames
+    assert result.shape == expected.shape
+    return int(np.abs(result - expected).max())
 
 
 @pytest.mark.parametrize("range_", RANGES)
@@ -134,9 +134,9 @@ def test_limited_gray_is_shown_as_luma_alone(write_video, textured):
             rows[:, :48] = value
             plane.update(rows.tobytes())
         expected = apply_filters([frame], scale("bt601", "tv"))
-        found = decode(content).frames
-        assert np.abs(found.astype(int) - expected).max() <= 1  # rounding at 16 bits
-        assert found.min() < gray.to_ndarray().min() / levels - 10
+        result = decode(content).frames
+        assert np.abs(result.astype(int) - expected).max() <= 1  # rounding at 16 bits
+        assert result.min() < gray.to_ndarray().min() / levels - 10
 
 
 def test_colour_matrices_that_ffmpeg_cannot_convert_are_refused(write_video, textured):
@@ -163,9 +163,9 @@ def test_transparency_is_composited_over_black(write_video, textured, codec, for
     for frame in rgba:
         frame.colorspace, frame.color_range = 0, 2
     expected = apply_filters(rgba, ("premultiply", "inplace=1"), ("format", "pix_fmts=gbrp")).astype(int)
-    found = decode(content).frames
-    assert (found[:, :8] == 0).all()
-    close = np.abs(found - expected)
+    result = decode(content).frames
+    assert (result[:, :8] == 0).all()
+    close = np.abs(result - expected)
     assert close.max() <= (12 if "yuv" in pixel_format else 2)  # that reference interpolates chroma less well
     assert close.mean() < 1.0
 
@@ -174,8 +174,8 @@ def test_colours_are_multiplied_with_alpha_as_in_ffmpeg():
     """All 65,536 pairs are rounded to nearest, as by ffmpeg over a black picture."""
     colour, alpha = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     image = np.stack([colour, colour, colour, alpha], axis=-1).astype(np.uint8)
-    found = blend_over_black(image)
-    np.testing.assert_array_equal(found[..., 1], np.rint(colour * alpha / 255))
+    result = blend_over_black(image)
+    np.testing.assert_array_equal(result[..., 1], np.rint(colour * alpha / 255))
     graph = av.filter.Graph()
     source = graph.add("buffer", "video_size=256x256:pix_fmt=rgba:time_base=1/1:pixel_aspect=1/1")
     black = graph.add("color", "c=black:s=256x256:r=1:d=1")
@@ -189,7 +189,7 @@ def test_colours_are_multiplied_with_alpha_as_in_ffmpeg():
     frame.pts, frame.time_base = 0, Fraction(1)
     source.push(frame)
     source.push(None)
-    np.testing.assert_array_equal(sink.pull().to_ndarray(format="rgb24"), found)
+    np.testing.assert_array_equal(sink.pull().to_ndarray(format="rgb24"), result)
 
 
 def test_transparent_vp9_is_composited_over_black(write_video, textured):
@@ -198,9 +198,9 @@ def test_transparent_vp9_is_composited_over_black(write_video, textured):
     frames[..., 3] = 255
     frames[:, :, :24, 3] = 0
     content = write_video(frames, codec="libvpx-vp9", format="webm", pixel_format="yuva420p")
-    found = decode(content).frames
-    assert found[:, :, :20].max() <= 2
-    assert found[:, :, 28:].mean() > 80
+    result = decode(content).frames
+    assert result[:, :, :20].max() <= 2
+    assert result[:, :, 28:].mean() > 80
     assert probe(content).codec == "vp9"
 
 
@@ -385,13 +385,13 @@ def test_progressive_frames_among_interlaced_ones_stay_as_they_are(write_video, 
     content = first + second
     flags = [frame.interlaced_frame for frame in decode_stored(content)]
     assert flags == [True] * 4 + [False] * 4
-    found = decode(content).frames
-    assert found.shape == (8, 32, 64, 3)
+    result = decode(content).frames
+    assert result.shape == (8, 32, 64, 3)
     bwdif = ("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
     np.testing.assert_array_equal(
-        found, apply_filters(decode_stored(content), bwdif, scale("bt601", "tv", chroma="left"))
+        result, apply_filters(decode_stored(content), bwdif, scale("bt601", "tv", chroma="left"))
     )
-    np.testing.assert_array_equal(found[4:], decode(second).frames)
+    np.testing.assert_array_equal(result[4:], decode(second).frames)
 
 
 MPEG2 = {"flags": "+ilme+ildct", "qmin": "1", "qmax": "2", "bf": "0", "b": "20M"}

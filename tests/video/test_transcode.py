@@ -46,10 +46,10 @@ def test_transcoded_pictures_are_those_of_decode(write_video, textured, kind):
     """The PSNR is 36 dB, mostly limited by the half resolution of colours, which are always BT.709."""
     frames = textured(4, 96, 128, channels=4 if "yuva" in kind["pixel_format"] else 3)
     content = write_video(frames, **kind)
-    found = transcode(content, height=48, width=64, average_fps=10, crf=6)
+    result = transcode(content, height=48, width=64, average_fps=10, crf=6)
     expected = decode(content, size=Grid(4, 48, 64)).frames
-    assert similarity(decode(found).frames, expected) > 36
-    with av.open(io.BytesIO(found)) as container:
+    assert similarity(decode(result).frames, expected) > 36
+    with av.open(io.BytesIO(result)) as container:
         (stream,) = container.streams
         context = stream.codec_context
         assert (context.name, context.pix_fmt, context.colorspace, context.color_range) == ("h264", "yuv420p", 1, 1)
@@ -59,9 +59,9 @@ def test_transcoded_pictures_are_those_of_decode(write_video, textured, kind):
 def test_varying_times_are_kept(write_video, textured):
     times = [0, 40, 41, 500, 900, 1000, 1033, 1067, 3000, 3001, 9000, 9040]
     content = write_video(textured(12, 64, 64), times=times)
-    found = transcode(content, height=64, width=64, average_fps=probe(content).fps, crf=18)
-    np.testing.assert_allclose(read_times(found), np.array(times) / 1000, atol=1e-5, rtol=0)
-    assert similarity(decode(found).frames, decode(content).frames) > 30  # frames move, so swapped ones would differ
+    result = transcode(content, height=64, width=64, average_fps=probe(content).fps, crf=18)
+    np.testing.assert_allclose(read_times(result), np.array(times) / 1000, atol=1e-5, rtol=0)
+    assert similarity(decode(result).frames, decode(content).frames) > 30  # frames move, so swapped ones would differ
 
 
 def test_the_last_frame_is_shown_as_long_as_before():
@@ -81,12 +81,12 @@ def test_the_last_frame_is_shown_as_long_as_before():
 def test_transcoding_at_a_rate_samples_as_decode_does(write_video, textured, fps):
     """The times of frames vary, and a rate above that of the file repeats frames."""
     content = write_video(textured(12, 64, 64), times=[0, 40, 80, 500, 900, 940, 980, 1020, 1060, 1100, 1140, 1900])
-    found = transcode(content, height=64, width=64, average_fps=6, fps=fps, crf=12)
+    result = transcode(content, height=64, width=64, average_fps=6, fps=fps, crf=12)
     expected = decode(content, fps=fps)
-    facts = probe(found)
+    facts = probe(result)
     assert (facts.frames, facts.fps) == (len(expected.frames), pytest.approx(fps, rel=1e-5))
-    np.testing.assert_allclose(read_times(found), np.arange(facts.frames) / fps, atol=1e-5, rtol=0)
-    assert similarity(decode(found).frames, expected.frames) > 30
+    np.testing.assert_allclose(read_times(result), np.arange(facts.frames) / fps, atol=1e-5, rtol=0)
+    assert similarity(decode(result).frames, expected.frames) > 30
 
 
 def test_the_same_file_gives_the_same_bytes(write_video, textured):

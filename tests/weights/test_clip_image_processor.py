@@ -53,8 +53,8 @@ def test_a_processor_comes_back_from_its_file(tmp_path, images):
 
 def test_a_processor_may_leave_size_and_colours_as_they_are(tmp_path):
     write(tmp_path, NEW | {"do_normalize": False, "do_resize": False, "do_center_crop": False})
-    found = load_clip_image_processor(tmp_path)
-    assert found == ClipImageProcessor(resize=None, crop=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    result = load_clip_image_processor(tmp_path)
+    assert result == ClipImageProcessor(resize=None, crop=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,9 @@ def test_embeddings_of_a_clip_end_with_the_pooled_one(clip):
     for text in ("red ball", "", "left abc"):
         ids = jnp.asarray(tokenize(text))[None]
         expected = tower(ids, jnp.ones_like(ids))
-        found = embed(text)
-        np.testing.assert_allclose(found, expected.values[0], atol=1e-5)
-        np.testing.assert_allclose(found[-1], expected.pooled[0], atol=1e-5)
+        result = embed(text)
+        np.testing.assert_allclose(result, expected.values[0], atol=1e-5)
+        np.testing.assert_allclose(result[-1], expected.pooled[0], atol=1e-5)
     with pytest.warns(UserWarning, match="is cut to 12") as caught:
         assert embed.embed_many(["red " * 30] * 2)[0].shape == (12, 16)
     assert len(caught) == 1

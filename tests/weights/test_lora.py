@@ -34,14 +34,14 @@ MODULES = {"patch_embedding": LoraModule("embed/kernel")} | {
 
 def theirs(rank=2, modules=MODULES, ranks=()):
     """Return factors as torch has them, `[r, i]` and `[o, r]`, by module."""
-    noise, found = np.random.default_rng(rank), {}
+    noise, result = np.random.default_rng(rank), {}
     for number, (name, module) in enumerate(modules.items()):
         features_in, features_out = flatten(PARAMS)[module.path].shape[-2:]
         features_out = features_out if module.columns is None else module.columns[1] - module.columns[0]
         own = dict(ranks).get(number, rank)
         shapes = (own, features_in), (features_out, own)
-        found[name] = tuple(noise.normal(size=shape).astype(np.float32) for shape in shapes)
-    return found
+        result[name] = tuple(noise.normal(size=shape).astype(np.float32) for shape in shapes)
+    return result
 
 
 def write_file(path, factors, *, name="transformer.{}.lora_{}.weight", ab="AB", flat=False, **save_args):
@@ -119,12 +119,12 @@ def test_saved_adapters_come_back_bit_for_bit(tmp_path, style, dtype):
     leaves = unflatten(leaves)
     first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     save_lora(first, leaves, MODULES, style=style)
-    found = load_lora(first, PARAMS, MODULES, dtype=None)
-    assert flatten(found).keys() == flatten(leaves).keys()
+    result = load_lora(first, PARAMS, MODULES, dtype=None)
+    assert flatten(result).keys() == flatten(leaves).keys()
     for path, leaf in flatten(leaves).items():
-        np.testing.assert_array_equal(flatten(found)[path], leaf, err_msg=path)
-        assert flatten(found)[path].dtype == leaf.dtype
-    save_lora(second, found, MODULES, style=style)
+        np.testing.assert_array_equal(flatten(result)[path], leaf, err_msg=path)
+        assert flatten(result)[path].dtype == leaf.dtype
+    save_lora(second, result, MODULES, style=style)
     assert first.read_bytes() == second.read_bytes()
     tensors = load(first, dtype=None)
     downwards = {"diffusers": "transformer.{}.lora_A.weight", "comfyui": "diffusion_model.{}.lora_down.weight"}
@@ -161,8 +161,8 @@ def test_a_peft_folder_is_read_with_its_alpha_settings(tmp_path):
     write_file(tmp_path / "adapter_model.safetensors", factors, name="base_model.model.{}.lora_{}.weight")
     config = {"r": 2, "lora_alpha": 6, "alpha_pattern": {"attn.to_k": 1}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    found = load_lora(tmp_path, PARAMS, MODULES)
-    assert_merged(found, merge_by_hand(factors, lambda name, rank: (1 if name.endswith("to_k") else 6) / rank))
+    result = load_lora(tmp_path, PARAMS, MODULES)
+    assert_merged(result, merge_by_hand(factors, lambda name, rank: (1 if name.endswith("to_k") else 6) / rank))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "use_rslora": True}))
     assert_merged(load_lora(tmp_path, PARAMS, MODULES), merge_by_hand(factors, lambda name, rank: 6 / rank**0.5))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "use_dora": True}))

@@ -82,11 +82,11 @@ def package(torch):
                 self.add_module(f"slice{number}", part)
 
         def forward(self, x):
-            found = []
+            result = []
             for part in self.children():
                 x = part(x)
-                found.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10))
-            return found
+                result.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10))
+            return result
 
     class Lin(nn.Module):
         def __init__(self, width):
@@ -133,5 +133,5 @@ def test_the_distance_and_its_gradients_equal_the_package(tmp_path):
     expected = theirs(x.requires_grad_(True), y)
     (expected * torch.tensor(weights)).sum().backward()
     np.testing.assert_allclose(values, expected.detach(), rtol=1e-5)
-    wanted = np.moveaxis(x.grad.numpy(), 1, -1)[:, None]
-    assert np.abs(gradient - wanted).max() < 1e-5 * np.abs(wanted).max()
+    target = np.moveaxis(x.grad.numpy(), 1, -1)[:, None]
+    assert np.abs(gradient - target).max() < 1e-5 * np.abs(target).max()

@@ -12,24 +12,24 @@ from support.parameter_pieces import WHOLE, split_parameter
 @pytest.mark.parametrize("sizes", [(), (1, 1, 1, 1), (2, 2)], ids=["whole", "layers", "rows"])
 def test_pieces_are_one_parameter(monkeypatch, sizes):
     monkeypatch.setattr(parameter, "_MAX_HOST_BYTES", 0)
-    given = split_parameter(WHOLE, *sizes)
-    for placed in (place_on_host("path", given), place_on_device("path", given)):
+    pieces = split_parameter(WHOLE, *sizes)
+    for placed in (place_on_host("path", pieces), place_on_device("path", pieces)):
         assert placed.dtype == np.float32
         np.testing.assert_array_equal(placed, WHOLE)
 
 
 def test_pieces_are_cast_one_by_one(monkeypatch):
     monkeypatch.setattr(parameter, "_MAX_HOST_BYTES", 0)
-    held = []
+    arrays = []
 
     def pieces():
         for each in WHOLE.astype(np.float16):
-            held.append(each)
+            arrays.append(each)
             yield each[None]
 
-    given = Parameter(WHOLE.shape, np.dtype(np.float32), pieces)
-    np.testing.assert_array_equal(given.to_device(), WHOLE.astype(np.float16).astype(np.float32))
-    assert len(held) == 5
+    whole = Parameter(WHOLE.shape, np.dtype(np.float32), pieces)
+    np.testing.assert_array_equal(whole.to_device(), WHOLE.astype(np.float16).astype(np.float32))
+    assert len(arrays) == 5
 
 
 def test_scalars_and_arrays_in_memory_are_parameters_too():

@@ -59,8 +59,8 @@ def test_wans_scheduler_is_read(tmp_path):
 
 
 def test_the_flow_matching_scheduler_is_read(tmp_path):
-    found = load(tmp_path, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5})
-    assert found == LoadedScheduler(Euler(), RectifiedFlow(shift=5.0), FlowMatchSchedule())
+    result = load(tmp_path, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5})
+    assert result == LoadedScheduler(Euler(), RectifiedFlow(shift=5.0), FlowMatchSchedule())
 
 
 @pytest.mark.parametrize(
@@ -150,15 +150,15 @@ def test_schedulers_of_a_ddpm_are_read(tmp_path, document, solver, grid, predict
 
 
 def test_the_scheduler_of_a_latent_consistency_model_is_read(tmp_path):
-    found = load(tmp_path, {"_class_name": "LCMScheduler", "original_inference_steps": 25})
-    assert found == LoadedScheduler(
+    result = load(tmp_path, {"_class_name": "LCMScheduler", "original_inference_steps": 25})
+    assert result == LoadedScheduler(
         Lcm(), VariancePreservingProcess(betas=ScaledLinearBetas()), LcmSchedule(distillation_steps=25), Epsilon()
     )
 
 
 def test_dpm_solver_for_a_flow_is_read(tmp_path):
-    found = load(tmp_path, WAN | {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"})
-    assert found == LoadedScheduler(DpmMultistep(kind="heun"), RectifiedFlow(shift=3.0), DpmFlowSchedule())
+    result = load(tmp_path, WAN | {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"})
+    assert result == LoadedScheduler(DpmMultistep(kind="heun"), RectifiedFlow(shift=3.0), DpmFlowSchedule())
 
 
 def test_clipping_of_samples_is_refused(tmp_path):
@@ -183,26 +183,26 @@ def compare(folder, scheduler, steps):
 
     scheduler.set_timesteps(steps)
     scheduler.save_config(folder)
-    found = load_scheduler(folder)
-    grid = found.time_schedule(found.process, steps)
+    result = load_scheduler(folder)
+    grid = result.time_schedule(result.process, steps)
     np.testing.assert_allclose(np.asarray(grid.times), scheduler.sigmas.numpy(), atol=1e-7)
     model_times = np.asarray(grid.model_times[:-1]) * scheduler.config.num_train_timesteps
     np.testing.assert_allclose(model_times, scheduler.timesteps.numpy(), rtol=2e-7)
 
     step = jax.jit(
-        lambda state, time, following: found.solver.step(
-            make_estimator(lambda x, t: jnp.sin(3 * x) + t * x, found.process, Velocity()),
-            found.process,
+        lambda state, time, following: result.solver.step(
+            make_estimator(lambda x, t: jnp.sin(3 * x) + t * x, result.process, Velocity()),
+            result.process,
             state,
             StepInterval(time, following),
         )
     )
-    ours, theirs = found.solver.init(jnp.asarray(NOISE), steps=steps), torch.from_numpy(NOISE.copy())
+    ours, theirs = result.solver.init(jnp.asarray(NOISE), steps=steps), torch.from_numpy(NOISE.copy())
     for index, timestep in enumerate(scheduler.timesteps):
         prediction = torch.sin(3 * theirs) + scheduler.sigmas[index] * theirs
         theirs = scheduler.step(prediction, timestep, theirs).prev_sample
         ours = step(ours, grid.times[index], grid.times[index + 1])
-        if getattr(found.solver, "kind", "") == "bh1" and index == steps - 1:
+        if getattr(result.solver, "kind", "") == "bh1" and index == steps - 1:
             assert theirs.isnan().all()
             assert jnp.isfinite(ours.x).all()
         else:

@@ -64,32 +64,32 @@ def sample_with_diffusers(scheduler, drawn, model, steps, **options):
     scheduler.set_timesteps(steps)
     scaled = type(scheduler).__name__ in SCALED
     trained = scheduler.config.num_train_timesteps
-    x, found, noises = torch.from_numpy(NOISE.copy()), [], []
+    x, result, noises = torch.from_numpy(NOISE.copy()), [], []
     if scaled:
         x = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
     for index, timestep in enumerate(scheduler.timesteps):
-        given = scheduler.scale_model_input(x, timestep) if scaled else x
+        scaled_x = scheduler.scale_model_input(x, timestep) if scaled else x
         before = len(drawn)
-        x = scheduler.step(model(given, timestep.double() / trained), timestep, x, **options).prev_sample
+        x = scheduler.step(model(scaled_x, timestep.double() / trained), timestep, x, **options).prev_sample
         noises.append(drawn[-1] if len(drawn) > before else np.zeros_like(NOISE))
         following = scheduler.sigmas[index + 1] if scaled else 0.0
-        found.append((x / (1 + following**2) ** 0.5).numpy())
+        result.append((x / (1 + following**2) ** 0.5).numpy())
     assert x.dtype == torch.float64
-    return found, noises
+    return result, noises
 
 
 def sample_with_ours(folder, model, steps, noises, *, solver=None):
     """Return our samples after each step, and the times that the model received."""
-    found = load_scheduler(folder)
-    solver, grid = solver or found.solver, found.time_schedule(found.process, steps)
+    result = load_scheduler(folder)
+    solver, grid = solver or result.solver, result.time_schedule(result.process, steps)
 
     def denoise(x, time):
         return model(x, grid.model_times[jnp.argmin(jnp.abs(grid.times - time))])
 
     step = jax.jit(
         lambda state, time, following, noise: solver.step(
-            make_estimator(denoise, found.process, found.prediction),
-            found.process,
+            make_estimator(denoise, result.process, result.prediction),
+            result.process,
             state,
             StepInterval(time, following, noise),
         )

@@ -148,7 +148,7 @@ def plan_buckets(
     chosen, assigned = chosen[used], np.searchsorted(used, assigned)
     kept = _count_tokens(chosen, count_tokens)[assigned] * weights
     total = _count_tokens(distinct, count_tokens) * weights
-    shown = _compute_frame_coverage(chosen[assigned], distinct) * weights
+    coverage = _compute_frame_coverage(chosen[assigned], distinct) * weights
     buckets = []
     for index, size in enumerate(Grid(*row) for row in chosen.tolist()):
         members = assigned == index
@@ -164,14 +164,14 @@ def plan_buckets(
                 examples=examples,
                 share=examples / len(sizes),
                 token_retention=float(kept[members].sum() / total[members].sum()),
-                frame_coverage=float(shown[members].sum() / examples),
+                frame_coverage=float(coverage[members].sum() / examples),
             )
         )
     return Buckets(
         buckets=tuple(buckets),
         assignment=assigned[inverse],
         token_retention=float(kept.sum() / total.sum()),
-        frame_coverage=float(shown.sum() / len(sizes)),
+        frame_coverage=float(coverage.sum() / len(sizes)),
     )
 
 

@@ -246,10 +246,10 @@ def start_spread(results: Sequence[JudgedSample], *, draws: int = 100) -> dict:
     """
     spreads: dict[str, dict] = {}
     ratios: list[float] = []
-    found = [result for result in results if result.judgement.start is not None]
+    detected = [result for result in results if result.judgement.start is not None]
     for name in (*DIRECTIONS, "image"):
         direction = None if name == "image" else name
-        group = [result for result in found if result.description.direction == direction]
+        group = [result for result in detected if result.description.direction == direction]
         entry: dict = {"count": len(group)}
         starts = np.asarray([result.judgement.start for result in group]).reshape(-1, 2)
         drawn = [_draw_data_starts(result, index, draws) for index, result in enumerate(group)]

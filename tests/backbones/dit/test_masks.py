@@ -30,29 +30,33 @@ WAN = WanDitConfig(
 FRAME, PLACE = np.arange(8) // 4, np.arange(8) % 4
 SAME_FRAME, SAME_PLACE = FRAME[:, None] == FRAME, PLACE[:, None] == PLACE
 NOT_LATER, ALL = FRAME[:, None] >= FRAME, np.ones((8, 8), bool)
-BESIDE = {"registers": 1, "context": JointAttention()}
+EXTRA_TOKENS = {"registers": 1, "context": JointAttention()}
 """Numbers of tokens without a position, of both kinds."""
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (dataclasses.replace(CONFIG, pattern=SpaceOnly()), SAME_FRAME),
+        pytest.param(dataclasses.replace(CONFIG, pattern=SpaceOnly()), SAME_FRAME, marks=pytest.mark.slow),
         (dataclasses.replace(CONFIG, pattern=TimeOnly()), SAME_PLACE),
         (dataclasses.replace(CONFIG, pattern=(SpaceOnly(), TimeOnly())), ALL),
-        (dataclasses.replace(CONFIG, pattern=SpaceOnly(), **BESIDE), ALL),
-        (dataclasses.replace(CONFIG, pattern=CausalFrames(), **BESIDE), NOT_LATER),
-        (dataclasses.replace(CONFIG, pattern=(SpaceOnly(), SparseCausal()), **BESIDE), NOT_LATER),
+        pytest.param(dataclasses.replace(CONFIG, pattern=SpaceOnly(), **EXTRA_TOKENS), ALL, marks=pytest.mark.slow),
+        (dataclasses.replace(CONFIG, pattern=CausalFrames(), **EXTRA_TOKENS), NOT_LATER),
+        pytest.param(
+            dataclasses.replace(CONFIG, pattern=(SpaceOnly(), SparseCausal()), **EXTRA_TOKENS),
+            NOT_LATER,
+            marks=pytest.mark.slow,
+        ),
         (dataclasses.replace(WAN, pattern=CausalFrames()), NOT_LATER),
     ],
     ids=lambda value: str(value.pattern) if hasattr(value, "pattern") else "",
 )
 def test_a_token_depends_on_exactly_the_tokens_that_its_layers_see(config, expected):
     params = make_random_params(config.make)
-    given = make_batch(*[(0, 1)] * 9)
+    batch = make_batch(*[(0, 1)] * 9)
     # The first row is as it was; in each of the others one token of the first clip is another.
     one = jnp.arange(1, 9)
-    after = predict(params, given._replace(noisy=given.noisy.at[one, one - 1].add(1.0)), config)[:, FIRST]
+    after = predict(params, batch._replace(noisy=batch.noisy.at[one, one - 1].add(1.0)), config)[:, FIRST]
     change = np.abs(after[1:] - after[0]).max(axis=-1).T
     assert (change[expected] > 1e-4).all()
     assert (change[~expected] < 1e-6).all()
@@ -66,30 +70,30 @@ def test_a_token_depends_on_exactly_the_tokens_that_its_layers_see(config, expec
             {"pattern": (SpaceOnly(), SlidingWindow(radius=(None, 0, 0))), "attention": "chunked"},
             [lambda q, k: q[0] == k[0], lambda q, k: tuple(q[1:]) == tuple(k[1:])],
         ),
-        ({"pattern": CausalFrames(), **BESIDE}, [lambda q, k: k[0] <= q[0]]),
+        ({"pattern": CausalFrames(), **EXTRA_TOKENS}, [lambda q, k: k[0] <= q[0]]),
     ],
     ids=["factorised", "causal"],
 )
 def test_patterns_are_their_dense_masks_in_values_and_gradients(monkeypatch, fields, masks):
     config = dataclasses.replace(CONFIG, **fields)
-    params, given = make_random_params(config.make), make_batch((0, 1), (1, 0))
-    found = predict_with_gradients(params, given, config)
-    explicit = iter([_explicit(given, config, sees) for sees in masks])
+    params, batch = make_random_params(config.make), make_batch((0, 1), (1, 0))
+    result = predict_with_gradients(params, batch, config)
+    explicit = iter([_explicit(batch, config, sees) for sees in masks])
     monkeypatch.setattr(AttentionFactory, "__call__", lambda self, pattern: next(explicit))
     # Another config, so that nothing that is traced already serves; with it layers are scanned in groups.
-    expected = predict_with_gradients(params, given, dataclasses.replace(config, remat="full"))
-    np.testing.assert_allclose(found[0][:, :14], expected[0][:, :14], atol=1e-5)
-    assert_trees_are_close(found[1], expected[1])
-    np.testing.assert_allclose(found[2], expected[2], atol=2e-5)
+    expected = predict_with_gradients(params, batch, dataclasses.replace(config, remat="full"))
+    np.testing.assert_allclose(result[0][:, :14], expected[0][:, :14], atol=1e-5)
+    assert_trees_are_close(result[1], expected[1])
+    np.testing.assert_allclose(result[2], expected[2], atol=2e-5)
 
 
-def _explicit(given, config, sees):
+def _explicit(batch, config, sees):
     """Attention of JAX with an explicit mask of all pairs."""
-    at, ids = np.asarray(given.positions), np.asarray(given.segments)
+    at, ids = np.asarray(batch.positions), np.asarray(batch.segments)
     if config.registers:
         ids = np.concatenate([ids, np.tile(np.arange(1, 4), (2, 1))], axis=1)
     if isinstance(config.context, JointAttention):
-        ids = np.concatenate([ids, np.asarray(given.context_segments)], axis=1)
+        ids = np.concatenate([ids, np.asarray(batch.context_segments)], axis=1)
 
     def visible(row, q, k):
         if not ids[row, q] == ids[row, k] > 0:

@@ -42,13 +42,13 @@ def test_a_clip_does_not_depend_on_others_in_its_row_bit_for_bit():
 
 
 def test_padding_has_no_influence_bit_for_bit():
-    given = make_batch((0, 1), (1,))
-    before, gradients, _ = predict_with_gradients(PARAMS, given, CONFIG)
-    padding, text_padding = (given.segments == 0)[..., None], (given.context_segments == 0)[..., None]
-    changed = given._replace(
-        noisy=jnp.where(padding, -50.0, given.noisy),
-        positions=jnp.where(padding, 99.0, given.positions),
-        context=jnp.where(text_padding, -50.0, given.context),
+    batch = make_batch((0, 1), (1,))
+    before, gradients, _ = predict_with_gradients(PARAMS, batch, CONFIG)
+    padding, text_padding = (batch.segments == 0)[..., None], (batch.context_segments == 0)[..., None]
+    changed = batch._replace(
+        noisy=jnp.where(padding, -50.0, batch.noisy),
+        positions=jnp.where(padding, 99.0, batch.positions),
+        context=jnp.where(text_padding, -50.0, batch.context),
     )
     after, after_gradients, _ = predict_with_gradients(PARAMS, changed, CONFIG)
     np.testing.assert_array_equal(jnp.where(padding, 0, after), jnp.where(padding, 0, before))
@@ -58,24 +58,24 @@ def test_padding_has_no_influence_bit_for_bit():
 
 
 def test_predictions_depend_on_every_input():
-    given = make_batch((0, 1), ())
-    before, _, _ = predict_with_gradients(PARAMS, given, CONFIG)
+    batch = make_batch((0, 1), ())
+    before, _, _ = predict_with_gradients(PARAMS, batch, CONFIG)
     for changed in (
-        given._replace(time=given.time.at[0, 0].add(0.1)),
-        given._replace(context=given.context.at[0, 2, 0].add(1.0)),
-        given._replace(positions=given.positions.at[0, 3, 0].add(1.0)),
-        given._replace(noisy=given.noisy.at[0, 3, 0].add(1.0)),
+        batch._replace(time=batch.time.at[0, 0].add(0.1)),
+        batch._replace(context=batch.context.at[0, 2, 0].add(1.0)),
+        batch._replace(positions=batch.positions.at[0, 3, 0].add(1.0)),
+        batch._replace(noisy=batch.noisy.at[0, 3, 0].add(1.0)),
     ):
         after, _, _ = predict_with_gradients(PARAMS, changed, CONFIG)
         assert (np.abs(after[0, FIRST] - before[0, FIRST]).max(axis=-1) > 1e-4).all()
 
 
 def test_the_order_of_tokens_does_not_matter():
-    given = make_batch((0, 1), ())
-    before, _, _ = predict_with_gradients(PARAMS, given, CONFIG)
+    batch = make_batch((0, 1), ())
+    before, _, _ = predict_with_gradients(PARAMS, batch, CONFIG)
     order = np.concatenate([np.random.default_rng(0).permutation(8), np.arange(8, TOKENS)])
     shuffled, _, _ = predict_with_gradients(
-        PARAMS, given._replace(noisy=given.noisy[:, order], positions=given.positions[:, order]), CONFIG
+        PARAMS, batch._replace(noisy=batch.noisy[:, order], positions=batch.positions[:, order]), CONFIG
     )
     np.testing.assert_allclose(shuffled[0, :14], before[0, order[:14]], atol=2e-5)
 
@@ -84,22 +84,22 @@ def test_without_absolute_positions_only_differences_of_coordinates_matter():
     config = dataclasses.replace(CONFIG, absolute_position=None)
     params = {path: leaf for path, leaf in PARAMS.items() if path != "position"}
     assert flatten(get_param_shapes(config.make)).keys() == flatten(params).keys()
-    given = make_batch((0, 1), ())
-    moved = given._replace(positions=given.positions + jnp.asarray([3.0, -8.0, 20.0]))
+    inputs = make_batch((0, 1), ())
+    moved = inputs._replace(positions=inputs.positions + jnp.asarray([3.0, -8.0, 20.0]))
     predicted = jax.jit(lambda batch: predict(params, batch, config))
-    np.testing.assert_allclose(predicted(moved)[0, :14], predicted(given)[0, :14], atol=2e-5)
-    change = predict_with_gradients(PARAMS, moved, CONFIG)[0] - predict_with_gradients(PARAMS, given, CONFIG)[0]
+    np.testing.assert_allclose(predicted(moved)[0, :14], predicted(inputs)[0, :14], atol=2e-5)
+    change = predict_with_gradients(PARAMS, moved, CONFIG)[0] - predict_with_gradients(PARAMS, inputs, CONFIG)[0]
     assert np.abs(change)[0, :14].max() > 0.01
 
 
 def test_absolute_positions_are_distances_to_the_first_and_to_the_last_token():
-    given = make_batch((0, 1), (1, 0))
-    found = BoundaryEmbedding().compute_features(given.positions, given.segments, count=SEGMENTS, width=24)
+    batch = make_batch((0, 1), (1, 0))
+    result = BoundaryEmbedding().compute_features(batch.positions, batch.segments, count=SEGMENTS, width=24)
     for place, grid in (((0, FIRST), GRIDS[0]), ((0, SECOND), GRIDS[1]), ((1, slice(6, 14)), GRIDS[0])):
         at = compute_positions(grid)
         both = jnp.asarray(np.concatenate([at, np.asarray(grid, np.float32) - 1 - at], axis=-1))
         np.testing.assert_allclose(
-            found[place], sinusoidal_embedding(both, 32, max_period=100.0).reshape(len(at), -1), atol=1e-6
+            result[place], sinusoidal_embedding(both, 32, max_period=100.0).reshape(len(at), -1), atol=1e-6
         )
 
 
@@ -114,38 +114,38 @@ def test_a_fresh_denoiser_predicts_zero_and_learns():
 @pytest.mark.usefixtures("quick_compilation")
 def test_rematerialisation_and_chunked_attention_do_not_change_results():
     config = dataclasses.replace(CONFIG, remat="full", attention="chunked")
-    given = make_batch((0, 1), ())
-    expected, found = predict_with_gradients(PARAMS, given, CONFIG), predict_with_gradients(PARAMS, given, config)
-    np.testing.assert_allclose(found[0], expected[0], atol=2e-5)
-    assert_trees_are_close(found[1], expected[1])
+    batch = make_batch((0, 1), ())
+    expected, result = predict_with_gradients(PARAMS, batch, CONFIG), predict_with_gradients(PARAMS, batch, config)
+    np.testing.assert_allclose(result[0], expected[0], atol=2e-5)
+    assert_trees_are_close(result[1], expected[1])
 
 
 def test_bfloat16_products_of_float32_parameters_are_close():
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    given = make_batch((0, 1), ())
-    exact, _, _ = predict_with_gradients(PARAMS, given, CONFIG)
-    found = jax.jit(lambda params: predict(params, given, config))(PARAMS)
-    assert found.dtype == jnp.float32
-    error = np.abs(found - exact)[0, :14].mean() / np.abs(exact)[0, :14].mean()
+    batch = make_batch((0, 1), ())
+    exact, _, _ = predict_with_gradients(PARAMS, batch, CONFIG)
+    result = jax.jit(lambda params: predict(params, batch, config))(PARAMS)
+    assert result.dtype == jnp.float32
+    error = np.abs(result - exact)[0, :14].mean() / np.abs(exact)[0, :14].mean()
     assert 1e-4 < error < 0.05
     assert {leaf.dtype for leaf in jax.tree.leaves(get_param_shapes(config.make))} == {jnp.dtype("float32")}
 
 
 def test_denoise_takes_the_time_of_every_token():
-    given = make_batch((0, 1), ())
+    batch = make_batch((0, 1), ())
 
     @jax.jit
     def denoised(time):
         denoise = make_denoise_fn(
             nnx.merge(get_graph_def(CONFIG.make), PARAMS),
-            segments=given.segments,
-            positions=given.positions,
-            context=given.context,
-            context_segments=given.context_segments,
+            segments=batch.segments,
+            positions=batch.positions,
+            context=batch.context,
+            context_segments=batch.context_segments,
             count=SEGMENTS,
         )
-        return denoise(given.noisy, time)
+        return denoise(batch.noisy, time)
 
-    time = jnp.where(given.segments > 0, expand_to_tokens(given.time, given.segments), 0.123)
-    expected, _, _ = predict_with_gradients(PARAMS, given, CONFIG)
+    time = jnp.where(batch.segments > 0, expand_to_tokens(batch.time, batch.segments), 0.123)
+    expected, _, _ = predict_with_gradients(PARAMS, batch, CONFIG)
     np.testing.assert_allclose(denoised(time)[0, :14], expected[0, :14], atol=1e-5)

@@ -121,16 +121,16 @@ def test_a_model_can_be_conditioned_on_class_labels_alone():
     )
     params = make_random_params(config.make)
     assert not any(path.startswith("context") or "cross" in path for path in flatten(params))
-    given = make_batch((0, 1), ())
-    before = predict(params, given, config)
-    np.testing.assert_array_equal(predict(params, given._replace(context=5 - given.context), config), before)
-    after = predict(params, given._replace(labels=given.labels.at[0, 0].set(CLASSES)), config)
+    batch = make_batch((0, 1), ())
+    before = predict(params, batch, config)
+    np.testing.assert_array_equal(predict(params, batch._replace(context=5 - batch.context), config), before)
+    after = predict(params, batch._replace(labels=batch.labels.at[0, 0].set(CLASSES)), config)
     assert np.abs(after[0, FIRST] - before[0, FIRST]).max() > 1e-3
     np.testing.assert_array_equal(after[0, SECOND], before[0, SECOND])
-    none = predict(params, given._replace(labels=given.labels.at[0, 0].set(CLASSES + 1)), config)
+    none = predict(params, batch._replace(labels=batch.labels.at[0, 0].set(CLASSES + 1)), config)
     assert np.isnan(none[0, FIRST]).all()
     unlabelled = dataclasses.replace(config, labels=None)
-    assert np.isfinite(predict(make_random_params(unlabelled.make), given, unlabelled)).all()
+    assert np.isfinite(predict(make_random_params(unlabelled.make), batch, unlabelled)).all()
 
 
 @pytest.mark.parametrize("name", ["joint", "rotary, own modulation"])
@@ -146,64 +146,64 @@ def test_fresh_denoisers_predict_zero(name):
 def test_one_time_for_all_tokens_is_the_time_of_the_segment(name):
     config = CONFIGS[name]
     params = make_random_params(config.make)
-    given = make_batch((0, 1), ())
-    same = given._replace(token_time=jnp.where(given.segments == 1, given.time[:, :1], given.time[:, 1:2]))
+    batch = make_batch((0, 1), ())
+    same = batch._replace(token_time=jnp.where(batch.segments == 1, batch.time[:, :1], batch.time[:, 1:2]))
     single = dataclasses.replace(config, time="segment")
     np.testing.assert_allclose(predict(params, same, config)[0, :14], predict(params, same, single)[0, :14], atol=1e-5)
-    assert np.abs(predict(params, given, config) - predict(params, same, config))[0, FIRST].max() > 1e-3
+    assert np.abs(predict(params, batch, config) - predict(params, same, config))[0, FIRST].max() > 1e-3
 
 
 def test_denoise_passes_every_token_its_time():
     config = CONFIGS["wan with a time per token"]
     params = make_random_params(config.make)
-    given = make_batch((0, 1), ())
+    batch = make_batch((0, 1), ())
     denoise = make_denoise_fn(
         nnx.merge(get_graph_def(config.make), params),
-        segments=given.segments,
-        positions=given.positions,
-        context=given.context,
-        context_segments=given.context_segments,
+        segments=batch.segments,
+        positions=batch.positions,
+        context=batch.context,
+        context_segments=batch.context_segments,
         count=SEGMENTS,
     )
-    expected = predict(params, given, config)
-    found = jax.jit(denoise)(given.noisy, given.token_time)
-    np.testing.assert_allclose(found[0, :14], expected[0, :14], atol=1e-5)
+    expected = predict(params, batch, config)
+    result = jax.jit(denoise)(batch.noisy, batch.token_time)
+    np.testing.assert_allclose(result[0, :14], expected[0, :14], atol=1e-5)
 
 
 def test_wans_texts_are_padded_with_zeros_that_are_seen():
     """Explicit zeros instead of padding change nothing; a longer padding does."""
     params = make_random_params(WAN.make)
-    given = make_batch((1,))
-    segments = given.context_segments.at[0, 2:5].set(1)
-    explicit = given._replace(context=given.context.at[0, 2:5].set(0), context_segments=segments)
-    expected = predict(params, given, WAN)
+    batch = make_batch((1,))
+    segments = batch.context_segments.at[0, 2:5].set(1)
+    explicit = batch._replace(context=batch.context.at[0, 2:5].set(0), context_segments=segments)
+    expected = predict(params, batch, WAN)
     np.testing.assert_allclose(predict(params, explicit, WAN)[0, :6], expected[0, :6], atol=1e-5)
-    longer = predict(params, given, dataclasses.replace(WAN, text_length=9))
+    longer = predict(params, batch, dataclasses.replace(WAN, text_length=9))
     assert np.abs(longer - expected)[0, :6].max() > 1e-3
 
 
 def test_a_text_longer_than_wans_padding_is_refused_not_cut():
     params = make_random_params(WAN.make)
-    found = predict(params, make_batch((0, 1), ()), dataclasses.replace(WAN, text_length=2))
-    assert np.isnan(found[0, FIRST]).all()
-    assert np.isfinite(found[0, SECOND]).all()
+    result = predict(params, make_batch((0, 1), ()), dataclasses.replace(WAN, text_length=2))
+    assert np.isnan(result[0, FIRST]).all()
+    assert np.isfinite(result[0, SECOND]).all()
 
 
 def test_conditioning_that_the_config_does_not_declare_is_refused():
     params = make_random_params(CONFIG.make)
-    model, given = nnx.merge(get_graph_def(CONFIG.make), params), make_batch((0, 1), ())
+    model, batch = nnx.merge(get_graph_def(CONFIG.make), params), make_batch((0, 1), ())
     rows = {
-        "segments": given.segments,
-        "positions": given.positions,
-        "context": given.context,
-        "context_segments": given.context_segments,
+        "segments": batch.segments,
+        "positions": batch.positions,
+        "context": batch.context,
+        "context_segments": batch.context_segments,
     }
     with pytest.raises(UserError, match="does not take labels"):
-        model(given.noisy, given.time, **rows, given=Given(labels=given.labels))
+        model(batch.noisy, batch.time, **rows, given=Given(labels=batch.labels))
     wan = CONFIGS["wan with images"]
     model = nnx.merge(get_graph_def(wan.make), make_random_params(wan.make))
     with pytest.raises(UserError, match="needs latents"):
-        model(given.noisy, given.time, **rows)
+        model(batch.noisy, batch.time, **rows)
 
 
 def test_options_add_and_remove_parameters():
@@ -222,39 +222,39 @@ def test_interpolated_positions_are_those_of_a_smaller_clip():
         CONFIG, absolute_position=None, rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 0.25, 1.0))
     )
     plain = dataclasses.replace(stretched, rotary="even")
-    params, given = make_random_params(plain.make), make_batch((0, 1), ())
-    larger = given._replace(positions=given.positions * jnp.asarray([2.0, 4.0, 1.0]))
+    params, batch = make_random_params(plain.make), make_batch((0, 1), ())
+    larger = batch._replace(positions=batch.positions * jnp.asarray([2.0, 4.0, 1.0]))
     np.testing.assert_allclose(
-        predict(params, larger, stretched)[0, :14], predict(params, given, plain)[0, :14], atol=1e-5
+        predict(params, larger, stretched)[0, :14], predict(params, batch, plain)[0, :14], atol=1e-5
     )
 
 
 def test_factorised_positions_are_fractions_of_the_clip():
     config = CONFIGS["factorised, full norm"]
-    params, given = make_random_params(config.make), make_batch((0, 1), ())
-    larger = given._replace(positions=7 * given.positions)
+    params, batch = make_random_params(config.make), make_batch((0, 1), ())
+    larger = batch._replace(positions=7 * batch.positions)
     np.testing.assert_allclose(
-        predict(params, larger, config)[0, :14], predict(params, given, config)[0, :14], atol=1e-5
+        predict(params, larger, config)[0, :14], predict(params, batch, config)[0, :14], atol=1e-5
     )
 
 
 def test_a_learned_variance_is_returned_next_to_the_prediction():
     dropped = CONFIGS["pooled, labels"]
-    params, given = make_random_params(dropped.make), make_batch((0, 1), ())
-    both = predict(params, given, dataclasses.replace(dropped, variance="predicted"))
-    assert both.shape == (*given.noisy.shape[:2], 2 * dropped.token_width)
+    params, batch = make_random_params(dropped.make), make_batch((0, 1), ())
+    both = predict(params, batch, dataclasses.replace(dropped, variance="predicted"))
+    assert both.shape == (*batch.noisy.shape[:2], 2 * dropped.token_width)
     halves = both.reshape(*both.shape[:2], dropped.patch.volume, 2, dropped.channels)
-    expected = predict(params, given, dropped)
+    expected = predict(params, batch, dropped)
     np.testing.assert_array_equal(halves[:, :, :, 0].reshape(expected.shape)[0, :14], expected[0, :14])
     assert np.std(halves[0, :14, :, 1]) > 0.1
 
 
 def test_a_reversed_time_reverses_the_velocity():
     config = CONFIGS["pooled, labels"]
-    params, given = make_random_params(config.make), make_batch((0, 1), ())
+    params, batch = make_random_params(config.make), make_batch((0, 1), ())
     forward = dataclasses.replace(config, time_embedding=TimeEmbedding(scale=1.0, max_period=100.0))
-    expected = -predict(params, given._replace(time=1 - given.time), forward)
-    np.testing.assert_allclose(predict(params, given, config)[0, :14], expected[0, :14], atol=1e-5)
+    expected = -predict(params, batch._replace(time=1 - batch.time), forward)
+    np.testing.assert_allclose(predict(params, batch, config)[0, :14], expected[0, :14], atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{"scale": 0.0}, {"max_period": -1.0}])

@@ -59,9 +59,9 @@ def take_batches(clips, buckets, count, encode=average_patches, texts=None, inte
         config=LoaderConfig(batch=2, seed=0, **reading),
         token_dt=intervals,
     )
-    found = [next(batches) for _ in range(count)]
+    result = [next(batches) for _ in range(count)]
     batches.close()
-    return found, batches
+    return result, batches
 
 
 def test_coordinates_along_time_are_in_seconds(clips, buckets):
@@ -73,10 +73,10 @@ def test_coordinates_along_time_are_in_seconds(clips, buckets):
 
 
 def test_a_batch_has_one_size_and_no_padding(clips, buckets):
-    found, batches = take_batches(clips, buckets, 20)
+    result, batches = take_batches(clips, buckets, 20)
     sizes = {compute_token_grid(get_latent_grid(bucket.size), PATCH): bucket.batch for bucket in buckets.buckets}
     seen = set()
-    for rows in found:
+    for rows in result:
         grid = next(grid for grid in sizes if grid.volume == rows.tokens.shape[1])
         assert len(rows.tokens) == sizes[grid]
         assert (rows.segments == 1).all()
@@ -86,7 +86,7 @@ def test_a_batch_has_one_size_and_no_padding(clips, buckets):
             caption = bytes((rows.text[row][rows.text_segments[row] == 1] - 3).astype(np.uint8)).decode()
             shapes.parse_caption(caption)
         seen |= set(rows.examples[:, 0].tolist())
-    assert len(seen) == sum(len(rows.examples) for rows in found)  # running numbers: none comes twice
+    assert len(seen) == sum(len(rows.examples) for rows in result)  # running numbers: none comes twice
     summary = batches.summarize(devices=1)
     assert sum(bucket["examples"] for bucket in summary["buckets"]) == summary["examples"] == 24
     assert summary["dropped"] == 0
@@ -105,8 +105,8 @@ def test_clips_show_the_colour_of_their_caption(clips, buckets):
             caption = bytes((text[text > 0] - 3).astype(np.uint8)).decode()
             picture = unpatchify(tokens, grid, PATCH)
             light = (picture - np.asarray(shapes.BACKGROUND)).reshape(-1, 3).max(axis=0)
-            asked = np.asarray(shapes.COLOURS[shapes.parse_caption(caption).colour], np.float64) - shapes.BACKGROUND
-            assert light @ asked / np.linalg.norm(light) / np.linalg.norm(asked) > 0.95
+            requested = np.asarray(shapes.COLOURS[shapes.parse_caption(caption).colour], np.float64) - shapes.BACKGROUND
+            assert light @ requested / np.linalg.norm(light) / np.linalg.norm(requested) > 0.95
 
 
 def test_resumed_and_shared_batches_are_the_same(clips, buckets):
@@ -129,8 +129,8 @@ def test_embeddings_take_the_places_of_token_ids(clips, buckets, tmp_path):
     ids, plain = take_batches(clips, buckets, 4)
     # Its encoder can't be pickled to the workers, which don't need it.
     texts = EmbeddedCaptions(captions, lambda many: embedder.embed_many(many), identity="t")
-    found, batches = take_batches(clips, buckets, 4, texts=texts, workers=1)
-    for rows, expected in zip(found, ids, strict=True):
+    result, batches = take_batches(clips, buckets, 4, texts=texts, workers=1)
+    for rows, expected in zip(result, ids, strict=True):
         np.testing.assert_array_equal(rows.tokens, expected.tokens)
         assert rows.text.shape == (*expected.text.shape, 8)
         for text, segments, words in zip(rows.text, rows.text_segments, expected.text, strict=True):
@@ -148,9 +148,9 @@ def test_a_damaged_clip_is_masked(clips, buckets, monkeypatch):
     monkeypatch.setattr(
         ClipSource, "__getitem__", lambda self, index: b"x" if self.infos[index].name == damaged else read(self, index)
     )
-    found = take_batches(clips, buckets, 12)[0]
-    assert sum((~rows.valid).sum() for rows in found) >= 1
-    for one, other in zip(whole, found, strict=True):
+    result = take_batches(clips, buckets, 12)[0]
+    assert sum((~rows.valid).sum() for rows in result) >= 1
+    for one, other in zip(whole, result, strict=True):
         assert one.tokens.shape == other.tokens.shape
         np.testing.assert_array_equal(one.tokens[other.valid[:, 0]], other.tokens[other.valid[:, 0]])
         assert not other.tokens[~other.valid[:, 0]].any()

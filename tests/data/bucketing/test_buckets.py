@@ -70,8 +70,8 @@ def test_the_chosen_buckets_are_nearly_optimal(sizes, count):
         count_visible_tokens(sizes, list(group)) for group in itertools.combinations_with_replacement(candidates, count)
     )
     one = count_visible_tokens(sizes, [tuple(sizes.min(axis=0))])
-    found = count_visible_tokens(sizes, [tuple(bucket.size) for bucket in plan.buckets])
-    assert found <= best * (1 + 1e-9)
+    result = count_visible_tokens(sizes, [tuple(bucket.size) for bucket in plan.buckets])
+    assert result <= best * (1 + 1e-9)
     # Greedy alone, with the size that holds all as one of `count`.
     greedy_bound = one + (1 - 1 / np.e) * (
         max(
@@ -80,7 +80,7 @@ def test_the_chosen_buckets_are_nearly_optimal(sizes, count):
         )
         - one
     )
-    assert found >= greedy_bound * (1 - 1e-9)
+    assert result >= greedy_bound * (1 - 1e-9)
 
 
 def test_enough_buckets_lose_nothing():

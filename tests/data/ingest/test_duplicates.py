@@ -8,7 +8,7 @@ from dit_video.data.ingest.duplicates import MAX_BANDED_DISTANCE, drop_duplicate
 
 
 def brute_force(hashes, distance):
-    kept, found = [], []
+    kept, result = [], []
     for number, bits in enumerate(hashes):
         near = [
             other
@@ -16,10 +16,10 @@ def brute_force(hashes, distance):
             if bits and len(bits) == len(hashes[other] or ())
             and all((a ^ b).bit_count() <= distance for a, b in zip(bits, hashes[other], strict=True))
         ]  # fmt: skip
-        found.append(near[0] if near else None)
+        result.append(near[0] if near else None)
         if not near:
             kept.append(number)
-    return found
+    return result
 
 
 @st.composite
@@ -52,9 +52,9 @@ def test_duplicates_among_many_equal_those_of_comparing_all_pairs(distance):
         flips = generator.random((2, 64)) < generator.choice([0.0, 0.03, 0.1])
         masks = np.packbits(flips, axis=1, bitorder="little").view(np.uint64)[:, 0]
         hashes.append(tuple((parent ^ masks).tolist()))
-    found = drop_duplicates(hashes, distance=distance)
-    assert found == brute_force(hashes, distance)
-    assert 0 < sum(first is not None for first in found) < len(found) - 200 * (distance > 0)
+    result = drop_duplicates(hashes, distance=distance)
+    assert result == brute_force(hashes, distance)
+    assert 0 < sum(first is not None for first in result) < len(result) - 200 * (distance > 0)
 
 
 def test_few_pairs_of_many_hashes_are_compared(monkeypatch):

@@ -149,6 +149,8 @@ def test_a_changed_clip_is_inspected_again(tmp_path, log):
     assert sorted(log.read_text().split()) == ["a.mp4", "b.mp4", "b.mp4"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_clip_that_changed_without_a_new_modification_time_is_found_out(tmp_path, log):
     """Only the second pass notices it: it forgets the clip's inspection, and the next run continues."""
     write_clips(tmp_path / "clips", "a.mp4", "b.mp4")

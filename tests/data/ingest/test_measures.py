@@ -67,9 +67,9 @@ def test_borders_of_any_width_are_found(top, bottom, left, right):
     picture = np.full((64, 80), 100, np.uint8)
     picture[:top] = picture[64 - bottom :] = 16
     picture[:, :left] = picture[:, 80 - right :] = 0
-    found = measures.find_borders(picture)
-    assert found == Borders(top, bottom, left, right)
-    assert found.compute_area_share(64, 80) == pytest.approx((picture != 100).mean())
+    result = measures.find_borders(picture)
+    assert result == Borders(top, bottom, left, right)
+    assert result.compute_area_share(64, 80) == pytest.approx((picture != 100).mean())
 
 
 def test_borders_ignore_specks_and_stop_at_dark_scenes():
@@ -167,10 +167,10 @@ def test_hashes_are_spread_over_the_clip():
 
 
 def test_caption_statistics_count_words_and_lengths():
-    found = compute_caption_statistics(
+    result = compute_caption_statistics(
         [("A dog runs.", "The dog's run"), (), ("a DOG runs.",), ("A dog runs.",), ("  ",)]
     )
-    assert dataclasses.asdict(found) == {
+    assert dataclasses.asdict(result) == {
         "clips": 5,
         "captions": 4,
         "uncaptioned": 2,
@@ -195,10 +195,10 @@ def test_long_and_missing_captions_are_counted():
 
 @given(st.lists(st.lists(st.text(max_size=20), max_size=4).map(tuple), max_size=12))
 def test_caption_statistics_add_up_and_are_json(captions):
-    found = compute_caption_statistics(captions)
-    assert sum(count for _, count in found.per_clip) == found.clips == len(captions)
-    assert sum(number * count for number, count in found.per_clip) == found.captions
-    assert sum(count - 1 for _, count in found.repeated) <= found.captions - found.distinct
-    text = json.dumps(dataclasses.asdict(found), ensure_ascii=True)
+    result = compute_caption_statistics(captions)
+    assert sum(count for _, count in result.per_clip) == result.clips == len(captions)
+    assert sum(number * count for number, count in result.per_clip) == result.captions
+    assert sum(count - 1 for _, count in result.repeated) <= result.captions - result.distinct
+    text = json.dumps(dataclasses.asdict(result), ensure_ascii=True)
     # The order of clips doesn't matter.
     assert text == json.dumps(dataclasses.asdict(compute_caption_statistics(captions[::-1])), ensure_ascii=True)

@@ -178,11 +178,11 @@ def test_a_killed_run_does_not_reencode_files_again(tmp_path, monkeypatch):
     names = ["large.mp4", "photo.jpg", "small.mp4"]
     for name in names:
         (tmp_path / "clips" / name).write_bytes(sources()[name])
-    asked: list[list[str]] = []
+    calls: list[list[str]] = []
     real, write = engine.Workers.inspect, engine._write
 
     def inspected(self, left):
-        asked.append([clip.name for _, clip in left])
+        calls.append([clip.name for _, clip in left])
         return real(self, left)
 
     def killed(*_: object) -> None:
@@ -194,7 +194,7 @@ def test_a_killed_run_does_not_reencode_files_again(tmp_path, monkeypatch):
         config = IngestConfig(reencode=ReencodeConfig(max_pixels=48 * 64, crf=crf))
         with pytest.raises(KeyboardInterrupt):
             ingest(tmp_path / "clips", tmp_path / "out", config=config)
-    assert asked == [names, [], names]
+    assert calls == [names, [], names]
     folder = tmp_path / "out.ingest" / "reencoded"
     files = list(folder.iterdir())
     assert sorted(path.suffix for path in files) == [".jpg", ".jpg", ".mp4", ".mp4"]
@@ -205,7 +205,7 @@ def test_a_killed_run_does_not_reencode_files_again(tmp_path, monkeypatch):
             path.unlink()
     monkeypatch.setattr(engine, "_write", write)
     report = ingest(tmp_path / "clips", tmp_path / "out", config=config)
-    assert asked[3] == ["large.mp4", "photo.jpg"]
+    assert calls[3] == ["large.mp4", "photo.jpg"]
     assert (report.usable, report.reencoded) == (3, 2)
 
 

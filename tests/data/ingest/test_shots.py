@@ -35,9 +35,9 @@ def test_a_missing_package_is_one_line(monkeypatch):
 @given(st.lists(st.integers(1, 50)), st.integers(1, 60))
 def test_spans_cover_every_frame_once(cuts, more):
     frames = max([0, *cuts]) + more
-    found = split_at_cuts(cuts, frames)
-    assert [number for span in found for number in range(span.first, span.stop)] == list(range(frames))
-    assert {span.first for span in found} == {0, *cuts}
+    result = split_at_cuts(cuts, frames)
+    assert [number for span in result for number in range(span.first, span.stop)] == list(range(frames))
+    assert {span.first for span in result} == {0, *cuts}
     assert split_at_cuts([], 3) == (Span(0, 3),)
 
 

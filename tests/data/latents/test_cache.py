@@ -46,13 +46,13 @@ def test_latents_are_read_as_they_were_written(tmp_path, dtype):
 
 def test_conditioning_latents_are_read_as_they_were_written(tmp_path):
     draw = np.random.default_rng(1)
-    given = [
+    conditioned = [
         one._replace(shown=one.latents + 1, image=draw.standard_normal((5, 6)).astype(np.float32)) for one in examples()
     ]
-    write_latents(tmp_path / "l", given, identity="x", dtype="float32")
+    write_latents(tmp_path / "l", conditioned, identity="x", dtype="float32")
     source = LatentSource(tmp_path / "l")
     assert (source.has_shown, source.image_shape) == (True, (5, 6))
-    for index, one in enumerate(given):
+    for index, one in enumerate(conditioned):
         np.testing.assert_array_equal(source[index], one.latents)
         np.testing.assert_array_equal(source.shown(index), one.shown)
         np.testing.assert_array_equal(source.read_image(index), one.image)
@@ -61,13 +61,13 @@ def test_conditioning_latents_are_read_as_they_were_written(tmp_path):
     assert (plain.shown(0), plain.read_image(0), plain.image_shape) == (None, None, None)
     for changed in ({"image": None}, {"image": np.zeros((4, 6), np.float32)}, {"shown": None}):
         with pytest.raises(UserError, match=r"1\.mp4 has image conditioning .*Encode all clips with the same options"):
-            write_latents(tmp_path / "m", [given[0], given[1]._replace(**changed)], identity="x")
+            write_latents(tmp_path / "m", [conditioned[0], conditioned[1]._replace(**changed)], identity="x")
     for changed, message in (
         ({"image": np.full((5, 6), np.nan, np.float32)}, "not finite"),
-        ({"shown": given[1].shown}, "but conditioning latents of shape"),
+        ({"shown": conditioned[1].shown}, "but conditioning latents of shape"),
     ):
         with pytest.raises(UserError, match=message):
-            write_latents(tmp_path / "m", [given[0]._replace(**changed)], identity="x")
+            write_latents(tmp_path / "m", [conditioned[0]._replace(**changed)], identity="x")
 
 
 def test_another_identity_is_refused(tmp_path):
@@ -82,8 +82,8 @@ def test_another_identity_is_refused(tmp_path):
     assert len(LatentSource(tmp_path / "m", identity={"autoencoder": long["autoencoder"]})) == 3
     with pytest.raises(UserError) as error:
         LatentSource(tmp_path / "m", identity=long | {"autoencoder": {"configuration": "x" * 100, "step": 2}})
-    found = re.findall(r"\(([0-9a-f]{16})\)", str(error.value))
-    assert len(set(found)) == 2
+    result = re.findall(r"\(([0-9a-f]{16})\)", str(error.value))
+    assert len(set(result)) == 2
     with pytest.raises(UserError, match="latents of text encoder-1, but encoder-2 was requested"):
         LatentSource(tmp_path / "m", identity=long | {"text": "encoder-2"})
     with pytest.raises(UserError, match="latents of other none, but x was requested"):

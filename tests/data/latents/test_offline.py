@@ -22,6 +22,7 @@ from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid
 from support.devices import HANG, PROGRAMS, make_environment
+from support.marks import mark_slow_except
 from support.offline_clips import LIMITS, MIXED_SIZES, MODEL, PARAMS, make_encoding, make_source
 from support.random_params import make_random_params
 
@@ -73,7 +74,7 @@ def test_stretches_resolutions_and_flips_are_views_with_names_of_their_own():
         plan_encoding(make_source([]), make_encoding())
 
 
-@pytest.mark.parametrize("canvas_pixels", [1, 20_000, 1 << 23])
+@pytest.mark.parametrize("canvas_pixels", mark_slow_except([20_000], [1, 20_000, 1 << 23]))
 def test_every_view_is_encoded_as_it_would_be_alone(canvas_pixels, tmp_path):
     source = make_source(MIXED_SIZES)
     encoding = make_encoding(

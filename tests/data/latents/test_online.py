@@ -51,6 +51,7 @@ def test_a_batch_holds_as_many_clips_as_arrive_together_or_as_fit_the_device():
     assert CanvasEncoder(CONFIG, params).compute_batch_size(size, 1) == jax.local_device_count()
 
 
+@pytest.mark.slow
 def test_batches_are_split_over_the_devices_of_a_process(separate_latents, tmp_path):
     process = subprocess.run(
         [sys.executable, str(PROGRAMS / "online_encoding.py"), str(tmp_path / "latents.npz")],

@@ -21,9 +21,9 @@ def test_time_0_is_data_and_1_is_noise():
 
 def test_data_and_noise_come_back_from_the_velocity():
     noisy, velocity = PROCESS.add_noise(DATA, NOISE, TIME), VELOCITY.target(PROCESS, DATA, NOISE, TIME)
-    found = VELOCITY.estimate(PROCESS, noisy, velocity, TIME)
-    np.testing.assert_allclose(found.data, DATA, atol=1e-6)
-    np.testing.assert_allclose(found.noise, NOISE, atol=1e-6)
+    result = VELOCITY.estimate(PROCESS, noisy, velocity, TIME)
+    np.testing.assert_allclose(result.data, DATA, atol=1e-6)
+    np.testing.assert_allclose(result.noise, NOISE, atol=1e-6)
 
 
 def test_any_prediction_is_data_and_noise_that_explain_the_noisy_value():

@@ -39,13 +39,13 @@ each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCES
 @pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
 def test_a_prediction_is_converted_into_data_and_noise(process, prediction):
     noisy, target = process.add_noise(DATA, NOISE, TIMES), prediction.target(process, DATA, NOISE, TIMES)
-    found = prediction.estimate(process, noisy, target, TIMES)
+    result = prediction.estimate(process, noisy, target, TIMES)
     size = jnp.maximum(1, process.sigma(TIMES))
-    np.testing.assert_allclose(found.data / size, DATA / size, atol=2e-4)
-    np.testing.assert_allclose(found.noise, NOISE, atol=2e-4 / float(process.sigma(jnp.asarray(0.2))))
+    np.testing.assert_allclose(result.data / size, DATA / size, atol=2e-4)
+    np.testing.assert_allclose(result.noise, NOISE, atol=2e-4 / float(process.sigma(jnp.asarray(0.2))))
     # An error of the prediction comes back as one of the data, of the size that is promised.
     wrong = prediction.estimate(process, noisy, target + 0.1, TIMES)
-    error = jnp.abs(wrong.data - found.data).mean(axis=1)
+    error = jnp.abs(wrong.data - result.data).mean(axis=1)
     np.testing.assert_allclose(error, 0.1 * prediction.data_error_scale(process, TIMES)[:, 0], rtol=1e-2)
 
 
@@ -64,9 +64,9 @@ def test_the_time_follows_from_the_ratio_of_noise_to_data(process):
 def test_the_velocity_is_the_derivative_of_the_noisy_value(process):
     # Not at a knot of a schedule of steps, where the slope jumps.
     times = TIMES + 0.0005
-    found = Velocity().target(process, DATA, NOISE, times)
+    result = Velocity().target(process, DATA, NOISE, times)
     ahead, behind = (process.add_noise(DATA, NOISE, times + step) for step in (4e-4, -4e-4))
-    np.testing.assert_allclose(found, (ahead - behind) / 8e-4, rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(result, (ahead - behind) / 8e-4, rtol=0.02, atol=0.02)
 
 
 @each_process
@@ -97,8 +97,8 @@ def test_the_schedules_of_noise_are_those_of_the_papers():
         VariancePreservingProcess(betas=betas) for betas in (LinearBetas(), ScaledLinearBetas(), CosineBetas())
     )
     # The last alpha-bar of DDPM (4.04e-5), of Stable Diffusion (0.00466) and of improved DDPM's cosine (2.4e-9).
-    found = [float(process.alpha(jnp.ones(()))) ** 2 for process in (linear, scaled, cosine)]
-    np.testing.assert_allclose(found, [4.036e-5, 4.660e-3, 2.428e-9], rtol=2e-3)
+    result = [float(process.alpha(jnp.ones(()))) ** 2 for process in (linear, scaled, cosine)]
+    np.testing.assert_allclose(result, [4.036e-5, 4.660e-3, 2.428e-9], rtol=2e-3)
     np.testing.assert_allclose(linear.sigma(jnp.asarray(0.001)) ** 2, 1e-4, rtol=1e-3)
 
 

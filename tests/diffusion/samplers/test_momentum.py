@@ -60,11 +60,11 @@ def test_momentum_accumulates_guidance_over_the_steps_of_sampling():
         data = c + 2.0 * average
         x = (1 - following) * data + following * (x - (1 - time) * data) / time
     run = {"process": process, "prediction": X0(), "solver": Remembering(solver=Euler())}
-    found = sample(guide_with_momentum(make_guidance()), NOISE, TIMES, **run)
-    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
+    result = sample(guide_with_momentum(make_guidance()), NOISE, TIMES, **run)
+    np.testing.assert_allclose(result, x, rtol=1e-4, atol=1e-4)
     plain = apply_guidance(sequential(conditional, unconditional), Guidance(scale=3.0).get_params())
     without = sample(plain, NOISE, TIMES, process=process, prediction=X0(), solver=Euler())
-    assert np.abs(found - without).max() > 0.1
+    assert np.abs(result - without).max() > 0.1
 
 
 @pytest.mark.parametrize("prediction", [Epsilon(), V(), Velocity()], ids=lambda kind: type(kind).__name__)
@@ -84,8 +84,8 @@ def test_momentum_accumulates_data_whatever_is_predicted(prediction):
         return sample(denoise, NOISE, TIMES, process=process, prediction=kind, solver=solver)
 
     expected = run((conditional, unconditional), X0())
-    found = run((as_predicted(conditional), as_predicted(unconditional)), prediction)
-    np.testing.assert_allclose(found, expected, rtol=5e-3, atol=5e-3)
+    result = run((as_predicted(conditional), as_predicted(unconditional)), prediction)
+    np.testing.assert_allclose(result, expected, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("solver", [Euler(), Heun()], ids=["euler", "heun"])

@@ -148,10 +148,10 @@ def test_inversion_recovers_the_data_better_with_more_steps(setting, solver, ord
     data = jnp.asarray(mixture.sample(0, 64), jnp.float32)
     errors = []
     for steps in (20, 40, 80):
-        found = run(data, UniformTimes()(process, steps).times[::-1])
-        np.testing.assert_allclose(found.error, np.sqrt(np.square(found.data - data).mean(axis=1)), rtol=1e-4)
-        errors.append(float(found.error.mean()))
+        result = run(data, UniformTimes()(process, steps).times[::-1])
+        np.testing.assert_allclose(result.error, np.sqrt(np.square(result.data - data).mean(axis=1)), rtol=1e-4)
+        errors.append(float(result.error.mean()))
     assert np.log2(errors[0] / errors[2]) / 2 == pytest.approx(order, abs=0.4)
     # What is found is noise: standard normal over the mixture, and not the data themselves.
-    np.testing.assert_allclose(found.noise.mean(axis=0), 0, atol=0.35)
-    np.testing.assert_allclose(found.noise.std(axis=0), 1, atol=0.25)
+    np.testing.assert_allclose(result.noise.mean(axis=0), 0, atol=0.35)
+    np.testing.assert_allclose(result.noise.std(axis=0), 1, atol=0.25)

@@ -60,8 +60,8 @@ def error(solver, steps):
 @pytest.mark.parametrize(("solver", "order", "steps"), [(Euler(), 1, 40), (Heun(), 2, 20)], ids=["euler", "heun"])
 def test_solvers_converge_at_their_order(solver, order, steps):
     errors = [error(solver, steps * 2**k) for k in range(3)]
-    found = np.log2(np.asarray(errors[:-1]) / errors[1:])
-    np.testing.assert_allclose(found, order, atol=0.15)
+    result = np.log2(np.asarray(errors[:-1]) / errors[1:])
+    np.testing.assert_allclose(result, order, atol=0.15)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_solvers_converge_at_their_order(solver, order, steps):
 )
 def test_samples_have_the_mean_and_deviation_of_the_data(name, shift):
     noise = jnp.asarray(stats.norm.ppf((np.arange(4000) + 0.5) / 4000), jnp.float32)
-    found = run(get_sampler(name), 100, RectifiedFlow(shift=shift), noise)
+    result = run(get_sampler(name), 100, RectifiedFlow(shift=shift), noise)
     exact = not get_sampler(name).stochastic
-    assert found.mean() == pytest.approx(MEAN, abs=0.01 if exact else 0.02)
-    assert found.std() == pytest.approx(STD, rel=0.05)
-    assert stats.kstest((found - MEAN) / STD, "norm").statistic < (0.02 if exact else 0.035)
+    assert result.mean() == pytest.approx(MEAN, abs=0.01 if exact else 0.02)
+    assert result.std() == pytest.approx(STD, rel=0.05)
+    assert stats.kstest((result - MEAN) / STD, "norm").statistic < (0.02 if exact else 0.035)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -88,18 +88,18 @@ def test_a_consistency_model_needs_few_steps(steps):
     noise = jax.random.normal(jax.random.key(2), (4000, 1))
     draw = make_noise_fn(jax.random.split(jax.random.key(3), 4000), (1,))
     times = make_uniform_times(RectifiedFlow(), steps)
-    found = sample(consistent, noise, times, process=RectifiedFlow(), solver=Lcm(), noise_fn=draw)
-    assert stats.kstest((found[:, 0] - MEAN) / STD, "norm").statistic < 0.03
+    result = sample(consistent, noise, times, process=RectifiedFlow(), solver=Lcm(), noise_fn=draw)
+    assert stats.kstest((result[:, 0] - MEAN) / STD, "norm").statistic < 0.03
 
 
 def test_ancestral_steps_of_ddpm_ddim_and_the_sde_are_equal():
     """For any process the steps of DDPM, of DDIM with eta 1 and of the SDE's first order are the same."""
     for process in (RectifiedFlow(), VariancePreservingProcess()):
-        noise, found = NOISE[::-1] / 2, Estimate(NOISE / 3 + 1, NOISE)
+        noise, result = NOISE[::-1] / 2, Estimate(NOISE / 3 + 1, NOISE)
         interval = StepInterval(jnp.asarray(0.7), jnp.asarray(0.4), noise)
-        x = process.add_noise(found.data, found.noise, interval.time)
+        x = process.add_noise(result.data, result.noise, interval.time)
         ends = [
-            solver.step(lambda x, time, found=found: found, process, solver.init(x, steps=3), interval).x
+            solver.step(lambda x, time, result=result: result, process, solver.init(x, steps=3), interval).x
             for solver in (Ddim(eta=1.0), Ddpm(), DpmMultistep(eta=1.0, order=1))
         ]
         np.testing.assert_allclose(ends[1], ends[0], atol=1e-5)
@@ -115,8 +115,8 @@ def test_a_learned_variance_lies_between_the_two_in_logarithms(share, name):
 
     def spread(variance, solver):
         state = solver.init(jnp.zeros_like(NOISE), steps=2)
-        found = Estimate(jnp.zeros_like(NOISE), jnp.zeros_like(NOISE), variance)
-        return solver.step(lambda x, time: found, process, state, interval).x
+        result = Estimate(jnp.zeros_like(NOISE), jnp.zeros_like(NOISE), variance)
+        return solver.step(lambda x, time: result, process, state, interval).x
 
     learned = spread(jnp.full_like(NOISE, share), Ddpm())
     fixed = [spread(None, Ddpm(variance=kind)) for kind in ("small", "large")]
@@ -129,8 +129,8 @@ def test_a_learned_variance_lies_between_the_two_in_logarithms(share, name):
 def test_a_constant_velocity_is_followed_exactly_in_one_step(solver):
     data = 3 * NOISE + 1
     process = RectifiedFlow()
-    found = sample(lambda x, t: NOISE - data, NOISE, make_uniform_times(process, 1), process=process, solver=solver)
-    np.testing.assert_allclose(found, data, atol=1e-5)
+    result = sample(lambda x, t: NOISE - data, NOISE, make_uniform_times(process, 1), process=process, solver=solver)
+    np.testing.assert_allclose(result, data, atol=1e-5)
 
 
 def test_solvers_evaluate_the_model_at_the_expected_times():
@@ -154,11 +154,11 @@ def test_a_trace_has_the_intermediate_values_of_a_sample(name):
         make_noise_fn(jax.random.split(jax.random.key(0), len(NOISE)), (4,)),
     )
     rest = {"process": RectifiedFlow(), "solver": get_sampler(name), "noise_fn": draw}
-    found = trace(denoise, NOISE, times, **rest)
-    assert found.x.shape == found.data.shape == (4, *NOISE.shape)
-    np.testing.assert_allclose(found.x[-1], sample(denoise, NOISE, times, **rest), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found.data[0], NOISE - denoise(NOISE, 1.0), atol=1e-5)
-    np.testing.assert_allclose(found.data[2], found.x[1] - 0.5 * denoise(found.x[1], 0.5), atol=1e-5)
+    result = trace(denoise, NOISE, times, **rest)
+    assert result.x.shape == result.data.shape == (4, *NOISE.shape)
+    np.testing.assert_allclose(result.x[-1], sample(denoise, NOISE, times, **rest), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.data[0], NOISE - denoise(NOISE, 1.0), atol=1e-5)
+    np.testing.assert_allclose(result.data[2], result.x[1] - 0.5 * denoise(result.x[1], 0.5), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if get_sampler(name).stochastic))

@@ -33,8 +33,8 @@ def error(solver, times):
 @functools.partial(jax.jit, static_argnums=0)
 def compute_error(solver, times, noise):
     start, end = (1 - times[0]) * MEAN, (1 - times[-1]) * MEAN
-    found = sample(denoise, start + spread(times[0]) * noise, times, process=FLOW, solver=solver)
-    return jnp.abs(found - end - spread(times[-1]) * noise).mean()
+    result = sample(denoise, start + spread(times[0]) * noise, times, process=FLOW, solver=solver)
+    return jnp.abs(result - end - spread(times[-1]) * noise).mean()
 
 
 @pytest.mark.parametrize("kind", [pytest.param("bh1", marks=pytest.mark.slow), "bh2"])
@@ -43,9 +43,9 @@ def test_solvers_with_corrector_converge_at_their_order(order, expected, kind):
     # Of order 3 the first step, which has no past, is as accurate as order 2's: some of its error is of that order.
     solver = UniPc(order=order, kind=kind, lower_order_final=False)
     errors = [error(solver, np.linspace(0.9, 0.1, steps + 1)) for steps in (40, 80, 160)]
-    found = np.log2(np.asarray(errors[:-1]) / errors[1:])
-    assert (found > expected - 0.25).all()
-    assert order == 3 or (found < expected + 0.25).all()
+    result = np.log2(np.asarray(errors[:-1]) / errors[1:])
+    assert (result > expected - 0.25).all()
+    assert order == 3 or (result < expected + 0.25).all()
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -71,24 +71,24 @@ def test_from_noise_to_data_it_needs_fewer_evaluations_than_euler():
 
 
 def test_each_step_evaluates_the_model_once_at_its_time():
-    asked = []
+    calls = []
 
     def recorded(noisy, time):
-        asked.append(float(time))
+        calls.append(float(time))
         return denoise(noisy, time)
 
     with jax.disable_jit():
         sample(
             recorded, jnp.asarray(NOISE, jnp.float32), make_uniform_times(FLOW, 4), process=FLOW, solver=UniPc(order=3)
         )
-    assert asked == [1.0, 0.75, 0.5, 0.25]
+    assert calls == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_the_model_gets_the_model_times_of_the_schedule():
-    asked = []
+    calls = []
 
     def recorded(noisy, time):
-        asked.append(float(time))
+        calls.append(float(time))
         return denoise(noisy, time)
 
     grid = UniPcFlowSchedule()(RectifiedFlow(shift=3.0), 5)
@@ -96,7 +96,7 @@ def test_the_model_gets_the_model_times_of_the_schedule():
         noise = jnp.asarray(NOISE, jnp.float32)
         sample(recorded, noise, grid.times, process=FLOW, solver=UniPc(), model_times=grid.model_times)
     # 3 u / (1 + 2 u) of u = 1, .8002, .6004, .4006, .2008, down to whole thousandths
-    np.testing.assert_allclose(asked, [0.999, 0.923, 0.818, 0.667, 0.429], atol=1e-6)
+    np.testing.assert_allclose(calls, [0.999, 0.923, 0.818, 0.667, 0.429], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["bh1", "bh2"])
@@ -106,8 +106,8 @@ def test_a_constant_velocity_is_followed_exactly(steps, order, kind):
     noise = jnp.asarray(NOISE, jnp.float32)
     data = jnp.asarray(3 * NOISE + 1, jnp.float32)
     solver, times = UniPc(order=order, kind=kind), make_uniform_times(FLOW, steps)
-    found = jax.jit(lambda noise: sample(lambda x, t: noise - data, noise, times, process=FLOW, solver=solver))(noise)
-    np.testing.assert_allclose(found, data, atol=2e-5)
+    result = jax.jit(lambda noise: sample(lambda x, t: noise - data, noise, times, process=FLOW, solver=solver))(noise)
+    np.testing.assert_allclose(result, data, atol=2e-5)
 
 
 def test_samples_of_a_batch_do_not_depend_on_each_other():

@@ -31,8 +31,8 @@ def make_module(*lines: str, rest: str = "") -> str:
 )
 def test_collectives_are_read_with_kind_axes_and_bytes(line, kind, axes, moved):
     program = read_program(make_module(f"%c = f32[8]{{0}} {line}"), MESH)
-    (found,) = program.collectives.values()
-    assert (found.kind, found.axes, found.bytes, found.count) == (kind, axes, moved, 1)
+    (result,) = program.collectives.values()
+    assert (result.kind, result.axes, result.bytes, result.count) == (kind, axes, moved, 1)
 
 
 LOOP = """
@@ -106,12 +106,12 @@ def test_sums_of_several_arrays_of_which_slices_are_taken_are_scatters():
         f"  %d{part} = f32[16,32]{{1,0}} dynamic-slice(%g{part}), dynamic_slice_sizes={{16,32}}"
         for part in (0, 1)
     ]
-    found = []
+    result = []
     for whole in ("", "%w = f32[64,32]{1,0} negate(%g0)"):
         text = make_module(*lines, *parts, whole, "ROOT %r = (f32[16,32]{1,0}, f32[16,32]{1,0}) tuple(%d0, %d1)")
-        found += read_program(text, MESH).collectives.values()
-    assert [part.kind for part in found] == ["reduce-scatter", "all-reduce"]
-    assert [part.bytes for part in found] == [2 * 8192 * 3 / 4, 2 * 2 * 8192 * 3 / 4]
+        result += read_program(text, MESH).collectives.values()
+    assert [part.kind for part in result] == ["reduce-scatter", "all-reduce"]
+    assert [part.bytes for part in result] == [2 * 8192 * 3 / 4, 2 * 2 * 8192 * 3 / 4]
 
 
 def test_products_of_tpu_programs_are_counted():

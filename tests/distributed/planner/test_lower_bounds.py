@@ -23,8 +23,8 @@ MESH = {"data": 2, "fsdp": 4, "tensor": 2, "context": 8}
 
 @pytest.mark.parametrize(("remat", "times"), [("full", 2), ("none", 1)])
 def test_weights_move_for_every_forward_pass_and_gradients_once(remat, times):
-    found = compute_min_collective_bytes(STEP.resize(8, remat), 1000, MESH, "ulysses")["fsdp"]
-    assert found == 3 / 4 * 1000 / 2 * (2 * times + 4)
+    result = compute_min_collective_bytes(STEP.resize(8, remat), 1000, MESH, "ulysses")["fsdp"]
+    assert result == 3 / 4 * 1000 / 2 * (2 * times + 4)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from dit_video.evaluation.metrics.prompt_following import (
 )
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
+from support.marks import mark_slow_except
 
 SIZES = ((32, 32), (32, 48), (48, 32))
 RED = Description(colour="red", shape="circle", direction="left")
@@ -66,7 +67,7 @@ def right(description, verdict):
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-@pytest.mark.parametrize("frames", [1, 9, 17])
+@pytest.mark.parametrize("frames", mark_slow_except([1, 9], [1, 9, 17]))
 def test_written_and_read_clips_are_all_judged_right(tmp_path, height, width, frames):
     """There are 468 clips: every description at every size, in H.264 or PNG."""
     for index, description in enumerate(IMAGES if frames == 1 else COMBINATIONS):

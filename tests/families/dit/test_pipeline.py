@@ -116,6 +116,7 @@ def test_a_pipeline_saved_in_the_native_layout_is_the_same(pipeline, tmp_path):
     np.testing.assert_array_equal(sample_latents(again, "goldfinch"), sample_latents(pipeline, 2))
 
 
+@pytest.mark.slow
 def test_a_learned_variance_is_used_only_if_the_scheduler_says_so(tmp_path):
     drawn_with = {}
     for kind, variance, prediction in (
@@ -123,28 +124,28 @@ def test_a_learned_variance_is_used_only_if_the_scheduler_says_so(tmp_path):
         ("learned_range", "predicted", LearnedVariance()),
     ):
         scheduler = {"_class_name": "DDPMScheduler", "clip_sample": False, "variance_type": kind}
-        found = dit_video.load(write_pipeline(tmp_path / kind, scheduler=scheduler))
-        assert (found.config.dit.variance, found.config.prediction) == (variance, prediction)
-        drawn_with[kind] = sample_latents(found, 1)
+        result = dit_video.load(write_pipeline(tmp_path / kind, scheduler=scheduler))
+        assert (result.config.dit.variance, result.config.prediction) == (variance, prediction)
+        drawn_with[kind] = sample_latents(result, 1)
     assert np.abs(drawn_with["fixed_small"] - drawn_with["learned_range"]).max() > 1e-2
 
 
-@pytest.mark.parametrize("dit", [DIT, SIT], ids=["DiT", "SiT"])
+@pytest.mark.parametrize("dit", [pytest.param(DIT, marks=pytest.mark.slow), SIT], ids=["DiT", "SiT"])
 def test_the_authors_models_need_no_scheduler(tmp_path, dit):
-    found = dit_video.load(write_pipeline(tmp_path, dit, scheduler=None))
-    config = found.config
+    result = dit_video.load(write_pipeline(tmp_path, dit, scheduler=None))
+    config = result.config
     if dit is SIT:
         assert (config.process, config.prediction) == (RectifiedFlow(), Velocity())
         assert (config.sampling.solver, config.sampling.steps) == (Heun(), 50)
     else:
         assert config.prediction == LearnedVariance()
         assert (config.sampling.solver, config.sampling.steps) == (Ddpm(), 250)
-    assert np.isfinite(sample_latents(found, 1)).all()
+    assert np.isfinite(sample_latents(result, 1)).all()
 
 
 def test_the_time_is_scaled_to_the_steps_of_the_scheduler(tmp_path):
-    found = dit_video.load(write_pipeline(tmp_path, scheduler={**DDIM, "num_train_timesteps": 100}))
-    assert found.config.dit.time_embedding.scale == 100.0
+    result = dit_video.load(write_pipeline(tmp_path, scheduler={**DDIM, "num_train_timesteps": 100}))
+    assert result.config.dit.time_embedding.scale == 100.0
 
 
 def test_wrong_classes_text_encoders_and_missing_folders_are_refused(pipeline, folder, tmp_path):

@@ -117,9 +117,9 @@ def test_final_latents_and_images_equal_those_of_diffusers(tmp_path, torch, monk
     expected, image = theirs(torch, pipe, noise, guidance, monkeypatch)
 
     pipeline = dit_video.load(tmp_path)
-    given = {"steps": STEPS, "guidance": guidance, "noise": noise, "seed": SEED}
-    found = pipeline.generate("golden retriever", output="latents", **given)[0]
+    kwargs = {"steps": STEPS, "guidance": guidance, "noise": noise, "seed": SEED}
+    result = pipeline.generate("golden retriever", output="latents", **kwargs)[0]
     assert np.abs(expected - noise[0]).std() > 0.1
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-    frame = pipeline.generate(LABEL, **given).frames[0].astype(float)
+    np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3)
+    frame = pipeline.generate(LABEL, **kwargs).frames[0].astype(float)
     assert np.abs(frame - image).max() < 1.5

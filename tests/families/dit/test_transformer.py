@@ -22,10 +22,10 @@ DIFFUSERS = dataclasses.replace(
 FILE = "diffusion_pytorch_model.safetensors"
 
 
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for path, leaf in flatten(expected).items():
-        np.testing.assert_array_equal(flatten(found)[path], leaf, err_msg=path)
+        np.testing.assert_array_equal(flatten(actual)[path], leaf, err_msg=path)
 
 
 def edit_tensors(folder, change):
@@ -44,8 +44,8 @@ def test_round_trip_is_bit_exact(tmp_path, config, layout):
         params = make_random_params(own.make)
         save_denoiser(tmp_path / own.variance, own, params, layout=layout, shard_bytes=9000)
         assert len(list((tmp_path / own.variance).glob("*-of-*.safetensors"))) > 1
-        found, read = load_denoiser(tmp_path / own.variance)
-        assert found == own
+        result, read = load_denoiser(tmp_path / own.variance)
+        assert result == own
         assert_same(read, params)
 
 
@@ -56,8 +56,8 @@ def test_conversion_between_the_layouts_keeps_the_weights(tmp_path):
     assert config == dataclasses.replace(DIFFUSERS, patch=DIT.patch)
     assert_same(read, params)
     save_denoiser(tmp_path / "authors", config, read, layout="authors")
-    found, again = load_denoiser(tmp_path / "authors")
-    assert found == DIT
+    result, again = load_denoiser(tmp_path / "authors")
+    assert result == DIT
     assert_same(again, params)
 
 
@@ -104,8 +104,8 @@ def test_a_checkpoint_file_is_recognised_by_its_name(tmp_path, kind, config):
     params = make_random_params(config.make)
     save_denoiser(tmp_path, config, params, layout="authors")
     path = (tmp_path / FILE).rename(tmp_path / f"{kind}-S-2-256x256.safetensors")
-    found, read = load_denoiser(path)
-    assert found == config
+    result, read = load_denoiser(path)
+    assert result == config
     assert_same(read, params)
     with pytest.raises(UserError, match=r"does not name its model.*DiT-XL-2-256x256"):
         load_denoiser(path.rename(tmp_path / "model.safetensors"))

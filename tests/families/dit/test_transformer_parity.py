@@ -178,13 +178,13 @@ def assert_same_function(config, params, theirs, expected_gradients, names):
                 expected = left.pop(name)
                 for copy in names.copies.get(path, ()):
                     expected = expected + left.pop(copy.name)
-                found = part.to_theirs(own if part.layers is None else own[layer])
+                result = part.to_theirs(own if part.layers is None else own[layer])
                 scale = np.abs(expected).max()
                 if name.endswith("to_k.bias"):  # softmax ignores it
-                    assert max(scale, np.abs(found).max()) < 1e-4
+                    assert max(scale, np.abs(result).max()) < 1e-4
                     continue
                 assert scale > 1e-4, f"{name} has no gradient: the comparison would say nothing"
-                assert np.abs(found - expected).max() <= 1e-3 * scale, name
+                assert np.abs(result - expected).max() <= 1e-3 * scale, name
     assert not left
 
 
@@ -278,6 +278,6 @@ def test_guided_sampling_equals_the_authors(tmp_path, torch):
         guided = apply_classifier_free_guidance(branch(LABELS[0]), branch(LABELS[1]), scale)
         return sample(guided, tokens(noise), UniformTimes()(process, steps).times, process=process, solver=Euler())
 
-    found = unpatchify(np.asarray(sampled(params)[0]), GRID, PATCH)[0].transpose(2, 0, 1)
+    result = unpatchify(np.asarray(sampled(params)[0]), GRID, PATCH)[0].transpose(2, 0, 1)
     assert np.abs(x.numpy() - noise).max() > 0.5
-    np.testing.assert_allclose(found, x[0].numpy(), atol=1e-4)
+    np.testing.assert_allclose(result, x[0].numpy(), atol=1e-4)

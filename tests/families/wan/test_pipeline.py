@@ -148,7 +148,7 @@ def test_a_loaded_adapter_equals_a_merge_by_hand(pipeline, tmp_path, style):
     query, value = f"blocks.1.{names[0]}", f"blocks.0.{names[1]}"
     changes = lora_file(tmp_path / "a.safetensors", style, [query, value])
     adapted = pipeline.load_lora(tmp_path / "a.safetensors", 0.5, expert="low_noise")
-    found, before = flatten(adapted.denoiser_params), flatten(pipeline.denoiser_params)
+    result, before = flatten(adapted.denoiser_params), flatten(pipeline.denoiser_params)
     # A head's pairs are neighbours in the files, and half a head apart here.
     turned = changes[query].reshape(16, 2, 4, 2).swapaxes(2, 3).reshape(16, 16)
     expected = {
@@ -160,7 +160,7 @@ def test_a_loaded_adapter_equals_a_merge_by_hand(pipeline, tmp_path, style):
         if path in expected:
             layer, change = expected[path]
             leaf[layer] += 0.5 * change
-        np.testing.assert_allclose(found[path], leaf, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(result[path], leaf, atol=1e-5, err_msg=path)
 
 
 def test_adapters_are_stacked_and_written(one, tmp_path):
@@ -174,9 +174,9 @@ def test_adapters_are_stacked_and_written(one, tmp_path):
     for name, weight in (("a", 0.5), ("b", 2.0)):
         adapter = load_lora(tmp_path / f"{name}.safetensors", params, modules)
         params = merge_lora(params, adapter, weight)
-    found = flatten(stacked.denoiser_params["dit"])
+    result = flatten(stacked.denoiser_params["dit"])
     for path, leaf in flatten(params).items():
-        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+        np.testing.assert_array_equal(result[path], leaf, err_msg=path)
 
 
 @pytest.mark.parametrize(
@@ -191,9 +191,9 @@ def test_adapters_are_written_with_the_values_that_were_read(one, tmp_path, firs
     lora_file(tmp_path / "a.safetensors", style, [name.split(".", 1)[1].rsplit(".", 2)[0]])
     adapter = load_lora(tmp_path / "a.safetensors", one.denoiser_params["dit"], modules)
     save_lora(tmp_path / "b.safetensors", adapter, modules, style=style)
-    given, written = load(tmp_path / "a.safetensors"), load(tmp_path / "b.safetensors")
+    original, written = load(tmp_path / "a.safetensors"), load(tmp_path / "b.safetensors")
     assert name in written
-    for key, tensor in given.items():
+    for key, tensor in original.items():
         np.testing.assert_array_equal(written[key], tensor, err_msg=key)
 
 
@@ -247,15 +247,15 @@ def test_a_part_of_another_class_is_refused(copied):
 
 
 def test_a_name_on_the_hub_is_fetched(folder, monkeypatch):
-    huggingface_hub, asked = pytest.importorskip("huggingface_hub"), []
+    huggingface_hub, calls = pytest.importorskip("huggingface_hub"), []
 
     def fetch(name, *, allow_patterns):
-        asked.append((name, tuple(allow_patterns)))
+        calls.append((name, tuple(allow_patterns)))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert dit_video.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").config.dit == DIT
-    ((name, patterns),) = asked
+    ((name, patterns),) = calls
     assert name == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert {"model_index.json", "transformer/*.safetensors", "vae/*.json", "tokenizer/*.json"} <= set(patterns)
     assert not any(pattern.endswith(("*", ".bin", ".pt")) for pattern in patterns)

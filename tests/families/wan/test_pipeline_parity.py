@@ -114,9 +114,9 @@ def ours(pipeline, noise, size=SIZE, **options):
     )
 
 
-def assert_equal(found, expected, noise):
+def assert_equal(actual, expected, noise):
     assert np.abs(expected - noise).std() > 0.1
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ def test_image_to_video_equals_diffusers(torch, tmp_path, monkeypatch, kind):
     images = np.random.default_rng(5).integers(0, 256, (2, *size[1:], 3), dtype=np.uint8)
     pictures = [Image.fromarray(image) for image in images]
     expected = theirs(torch, pipe, noise, size, image=pictures[0], **{"last_image": pictures[1]} if last else {})
-    found = ours(pipeline, noise, size, image=images[0], **{"last_image": images[1]} if last else {})
-    assert_equal(found, expected, noise)
+    result = ours(pipeline, noise, size, image=images[0], **{"last_image": images[1]} if last else {})
+    assert_equal(result, expected, noise)
     other = ours(pipeline, noise, size, image=images[1], **{"last_image": images[0]} if last else {})
     assert np.abs(other - expected).max() > 1e-2

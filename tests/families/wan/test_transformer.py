@@ -24,10 +24,10 @@ FIRST_AND_LAST = dataclasses.replace(IMAGES, image_positions=4)
 FILE = "diffusion_pytorch_model.safetensors"
 
 
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for path, leaf in flatten(expected).items():
-        np.testing.assert_array_equal(flatten(found)[path], leaf, err_msg=path)
+        np.testing.assert_array_equal(flatten(actual)[path], leaf, err_msg=path)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "authors"])
@@ -35,8 +35,8 @@ def assert_same(found, expected):
 def test_round_trip_is_bit_exact(tmp_path, config, layout):
     params = make_random_params(config.make)
     save_denoiser(tmp_path, config, params, layout=layout)
-    found, read = load_denoiser(tmp_path)
-    assert found == config
+    result, read = load_denoiser(tmp_path)
+    assert result == config
     assert_same(read, params)
 
 

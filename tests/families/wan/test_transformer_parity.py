@@ -117,7 +117,7 @@ def packed(clips, config):
 
 def ours_on(config, params, row, clips):
     """Return our prediction for a row, and the gradient of its weighted sum."""
-    given = Given(
+    conditioning = Given(
         token_time=row["token_time"] if config.time == "token" else None,
         latents=row["latents"] if config.given_channels else None,
         image=row["image"] if config.image_width is not None else None,
@@ -133,7 +133,7 @@ def ours_on(config, params, row, clips):
             positions=row["positions"],
             context=row["context"],
             context_segments=row["context segments"],
-            given=given,
+            given=conditioning,
         )
         return (prediction * row["weights"]).sum(), prediction
 
@@ -166,11 +166,11 @@ def test_values_and_gradients_equal_diffusers(tmp_path, torch, kind):
     for path, leaf in flatten(gradient).items():
         foreign = names[path]
         for layer, name in enumerate(foreign.names):
-            found = foreign.to_theirs(np.asarray(leaf if foreign.layers is None else leaf[layer]))
+            result = foreign.to_theirs(np.asarray(leaf if foreign.layers is None else leaf[layer]))
             expected = expected_gradients.pop(name).numpy()
             scale = np.abs(expected).max()
             assert scale > 1e-4, name
-            assert np.abs(found - expected).max() <= 1e-3 * scale, name
+            assert np.abs(result - expected).max() <= 1e-3 * scale, name
     assert not expected_gradients
 
 

@@ -28,10 +28,10 @@ def expected():
 @pytest.mark.parametrize(("part", "shape"), [("values", (10, 12)), ("penultimate", (10, 12)), ("projected", (6,))])
 def test_batches_give_each_frame_s_features(expected, part, shape):
     encode = FrameEncoder(VISION, PARAMS, IMAGES, feature=part, batch=3)
-    found = encode(FRAMES)  # two batches and a single frame
-    assert found.shape == (7, *shape)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, getattr(expected, part), atol=1e-5)
+    result = encode(FRAMES)  # two batches and a single frame
+    assert result.shape == (7, *shape)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, getattr(expected, part), atol=1e-5)
     np.testing.assert_allclose(encode(FRAMES[:2]), getattr(expected, part)[:2], atol=1e-5)  # is filled up
 
 

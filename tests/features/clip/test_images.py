@@ -29,10 +29,10 @@ def test_the_response_to_an_impulse_is_the_kernel():
     """Keys' cubic with a = -1/2 at distances of an eighth, three eighths, … of a pixel, of four times the width."""
     line = np.zeros((1, 1, 9, 3), np.uint8)
     line[0, 0, 4] = 200
-    found = resize_bicubic(line, 1, 36)[0, 0, :, 0].astype(float)
+    result = resize_bicubic(line, 1, 36)[0, 0, :, 0].astype(float)
     x = np.abs((np.arange(36) + 0.5) / 4 - 4.5)
     kernel = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
-    np.testing.assert_allclose(found, np.clip(200 * kernel, 0, 255), atol=0.51)
+    np.testing.assert_allclose(result, np.clip(200 * kernel, 0, 255), atol=0.51)
 
 
 def test_the_shorter_side_is_resized_and_the_centre_is_cropped():
@@ -54,9 +54,9 @@ def test_other_sizes_are_resized_or_cropped_as_configured():
 
 def test_colours_are_normalised():
     images = ClipImageProcessor(resize=None, crop=None, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
-    found = preprocess_frames(FRAMES, images)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, (FRAMES / 255 - [0.1, 0.2, 0.3]) / [1, 2, 4], atol=1e-6)
+    result = preprocess_frames(FRAMES, images)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, (FRAMES / 255 - [0.1, 0.2, 0.3]) / [1, 2, 4], atol=1e-6)
 
 
 def test_invalid_settings_and_frames_are_refused():

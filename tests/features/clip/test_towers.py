@@ -91,11 +91,11 @@ def test_the_penultimate_states_enter_the_last_layer():
 
 def test_similarity_is_a_scaled_cosine():
     texts, images = read(IDS, MASK).projected, look(IMAGES).projected
-    found = nnx.merge(CLIP, PARAMS).similarity(texts, images)
+    result = nnx.merge(CLIP, PARAMS).similarity(texts, images)
     for a, b in np.ndindex(2, 2):
         one, other = np.asarray(texts[a], np.float64), np.asarray(images[b], np.float64)
         cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
-        np.testing.assert_allclose(found[a, b], np.exp(PARAMS["logit_scale"]) * cosine, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(result[a, b], np.exp(PARAMS["logit_scale"]) * cosine, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_close():

@@ -39,14 +39,14 @@ def sample_latents(pipeline, **options):
 
 
 def test_the_image_conditions_as_latents_and_as_tokens(animating):
-    given = animating._image_conditioner(Grid(*SIZE), IMAGES[0], None)
-    assert given.beside.shape == (2, 4, 4, 8)
-    np.testing.assert_array_equal(given.beside[0, ..., :4], np.ones((4, 4, 4)))
-    np.testing.assert_array_equal(given.beside[1, ..., :4], np.zeros((4, 4, 4)))
+    conditioning = animating._image_conditioner(Grid(*SIZE), IMAGES[0], None)
+    assert conditioning.beside.shape == (2, 4, 4, 8)
+    np.testing.assert_array_equal(conditioning.beside[0, ..., :4], np.ones((4, 4, 4)))
+    np.testing.assert_array_equal(conditioning.beside[1, ..., :4], np.zeros((4, 4, 4)))
     # Causal: the first latent frame is of the first frame alone.
     encoded = animating.encode(dit_video.Clip(IMAGES[:1], 16))
-    np.testing.assert_allclose(given.beside[:1, ..., 4:], encoded, atol=1e-4)
-    assert given.image.shape == (tiny_clip.VISION.tokens, tiny_clip.VISION.width)
+    np.testing.assert_allclose(conditioning.beside[:1, ..., 4:], encoded, atol=1e-4)
+    assert conditioning.image.shape == (tiny_clip.VISION.tokens, tiny_clip.VISION.width)
     latents = sample_latents(animating, image=IMAGES[0])
     assert np.isfinite(latents).all()
     assert np.abs(sample_latents(animating, image=dit_video.Clip(IMAGES[1:], 16)) - latents).max() > 1e-3

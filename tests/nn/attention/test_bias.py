@@ -97,12 +97,13 @@ def test_the_branches_for_accelerators_add_the_same_bias(monkeypatch):
 def test_buckets_are_those_of_t5():
     relative = RelativeBias(buckets=(32, 4, 4), max_distance=(128, None, None))
     places = jnp.zeros((200, 3)).at[:, 0].set(jnp.arange(200))
-    found = relative.find_entries(places, places)
-    np.testing.assert_array_equal(found[0], compute_relative_buckets(200, buckets=32, max_distance=128))
-    assert (np.asarray(found[1]) == 32).all()
-    assert (np.asarray(found[2]) == 36).all()
+    result = relative.find_entries(places, places)
+    np.testing.assert_array_equal(result[0], compute_relative_buckets(200, buckets=32, max_distance=128))
+    assert (np.asarray(result[1]) == 32).all()
+    assert (np.asarray(result[2]) == 36).all()
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_row():
     def temporary_bytes(length):
         array = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32)

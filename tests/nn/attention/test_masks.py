@@ -95,8 +95,8 @@ def test_real_coordinates_are_indices_by_rank():
     seconds = INDICES * np.float32([0.32, 1 / 3, 7.5]) + np.float32([0, -4, 0.1])
     order = np.random.default_rng(0).permutation(len(INDICES))
     for rows in (np.arange(len(INDICES)), order):
-        found = jax.jit(compute_grid_indices)(jnp.asarray(seconds[rows])[None], SEGMENTS[:, rows])
-        np.testing.assert_array_equal(found[0], INDICES[rows])
+        result = jax.jit(compute_grid_indices)(jnp.asarray(seconds[rows])[None], SEGMENTS[:, rows])
+        np.testing.assert_array_equal(result[0], INDICES[rows])
 
 
 def test_whole_coordinates_are_indices_as_they_are():

@@ -52,6 +52,7 @@ def gradients(attention, remat, params):
     return jax.grad(value)(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mark_slow_except(("of blocks",), BACKENDS))
 def test_attention_is_not_recomputed_under_its_remat_policy(name):
     params = nnx.split(STACK)[1]
@@ -71,10 +72,10 @@ def test_attention_is_not_recomputed_under_its_remat_policy(name):
 @pytest.mark.parametrize("name", mark_slow_except(("of blocks",), BACKENDS))
 def test_gradients_do_not_depend_on_the_remat_policy(name):
     params = nnx.split(STACK)[1]
-    expected, found = (
+    expected, result = (
         jax.jit(functools.partial(gradients, BACKENDS[name], remat))(params) for remat in ("none", "dots_attention")
     )
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 

@@ -47,9 +47,9 @@ def test_the_weights_mix_values_as_attention_does(pattern, biased):
 
 
 def test_a_record_is_of_the_chosen_queries_and_changes_nothing():
-    found = []
+    result = []
     attention = ChunkedAttention(pattern=SparseCausal(), chunk=8)
-    recorded = RecordedAttention(attention=attention, pattern=SparseCausal(), queries=(3, 9, 19), record=found.append)
+    recorded = RecordedAttention(attention=attention, pattern=SparseCausal(), queries=(3, 9, 19), record=result.append)
 
     @jax.jit
     def twice(q):
@@ -60,7 +60,7 @@ def test_a_record_is_of_the_chosen_queries_and_changes_nothing():
     jax.effects_barrier()
     once = attention(Q, K, V, make_inputs(biased=True))
     np.testing.assert_allclose(after, attention(once, K, V, make_inputs(biased=True)), atol=1e-6)
-    assert len(found) == 2
-    for weights, queries in zip(found, (Q, once), strict=True):
+    assert len(result) == 2
+    for weights, queries in zip(result, (Q, once), strict=True):
         expected = compute_attention_weights(queries, K, make_inputs(biased=True), pattern=SparseCausal())
         np.testing.assert_allclose(weights, expected[:, :, np.asarray([3, 9, 19])], atol=1e-6)

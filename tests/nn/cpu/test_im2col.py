@@ -41,21 +41,21 @@ def values(function, x, kernel, bias, gradient):
 @pytest.mark.parametrize("case", SHAPES)
 def test_im2col_equals_the_convolution_in_values_and_gradients(case, dtype, limit, monkeypatch):
     monkeypatch.setattr(module, "MAX_COLUMN_BYTES", limit)
-    given = arrays(*SHAPES[case])
-    found = jax.jit(lambda *given: values(lambda *given: im2col_conv(*given, dtype), *given))(*given)
-    for left, right in zip(found, jax.jit(functools.partial(values, three_dimensional))(*given), strict=True):
+    inputs = arrays(*SHAPES[case])
+    result = jax.jit(lambda *inputs: values(lambda *inputs: im2col_conv(*inputs, dtype), *inputs))(*inputs)
+    for left, right in zip(result, jax.jit(functools.partial(values, three_dimensional))(*inputs), strict=True):
         assert left.dtype == jnp.float32
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=2e-5)
 
 
 def test_the_gradient_of_the_input_has_its_dtype_and_that_of_the_kernel_is_float32():
     x, *rest = arrays((3, 3, 3), 4, 6)
-    found = jax.jit(lambda *given: values(im2col_conv, *given))(x.astype(jnp.bfloat16), *rest)
-    assert [array.dtype for array in found] == [jnp.float32, jnp.bfloat16, jnp.float32, jnp.float32]
+    result = jax.jit(lambda *inputs: values(im2col_conv, *inputs))(x.astype(jnp.bfloat16), *rest)
+    assert [array.dtype for array in result] == [jnp.float32, jnp.bfloat16, jnp.float32, jnp.float32]
 
 
 def test_recomputation_in_the_backward_pass_gives_the_same_gradients():
-    given = arrays((3, 3, 3), 4, 6)
-    kept = jax.jit(lambda *given: values(im2col_conv, *given))(*given)
-    again = jax.jit(lambda *given: values(jax.checkpoint(im2col_conv), *given))(*given)
+    inputs = arrays((3, 3, 3), 4, 6)
+    kept = jax.jit(lambda *inputs: values(im2col_conv, *inputs))(*inputs)
+    again = jax.jit(lambda *inputs: values(jax.checkpoint(im2col_conv), *inputs))(*inputs)
     jax.tree.map(np.testing.assert_array_equal, kept, again)

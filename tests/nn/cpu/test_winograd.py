@@ -33,10 +33,10 @@ def test_values_and_gradients_are_those_of_the_plain_sum(size, rows, monkeypatch
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
 
-    (found, values), (expected, plain_values) = (
+    (result, values), (expected, plain_values) = (
         gradients_and_values(function, x, kernel) for function in (winograd.winograd_conv, plain)
     )
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(result, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-5)
     np.testing.assert_allclose(values, plain_values, atol=1e-5)
 

@@ -43,14 +43,14 @@ def events(folder) -> list[Any]:
     """Read events as TensorBoard does: records of a length, its checksum, the event and its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
+    result = []
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
-            found.append(Event.FromString(data[12 : 12 + length]))
+            result.append(Event.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
-    return found
+    return result
 
 
 def test_event_files_hold_the_entries(tmp_path):
@@ -64,11 +64,11 @@ def test_event_files_hold_the_entries(tmp_path):
     again.resume(30)
     again.write(40, {"loss": 0.5})
     CombinedLog((MetricsLog(tmp_path / "m.jsonl"), again)).close()
-    found = events(tmp_path / "tensorboard")
-    scalars = [(event.step, value.tag, value.simple_value) for event in found for value in event.summary.value]
+    result = events(tmp_path / "tensorboard")
+    scalars = [(event.step, value.tag, value.simple_value) for event in result for value in event.summary.value]
     assert sorted(scalars) == [(20, "loss", 0.25), (40, "loss", 0.125), (40, "loss", 0.5)]
     # From the second file on, steps from 31 on count.
-    assert 31 in [event.step for event in found if event.HasField("session_log")]
+    assert 31 in [event.step for event in result if event.HasField("session_log")]
 
 
 def test_weights_and_biases_receives_the_finite_entries_of_one_run(tmp_path, monkeypatch):
@@ -166,9 +166,9 @@ def test_throughput_counts_tokens_and_utilisation():
     )
     for tokens in (6, 8):
         meter.add(rows(tokens))
-    found = meter.compute_and_reset({"step_seconds": 2.0})
+    result = meter.compute_and_reset({"step_seconds": 2.0})
     devices = jax.local_device_count()
-    assert found == pytest.approx(
+    assert result == pytest.approx(
         {"tokens_per_second": 3.5, "model_flops_per_second": 3.5e9, "mfu": 3.5e9 / (4e9 * devices)}
     )
     assert meter.compute_and_reset({"step_seconds": 2.0}) == {}  # counted anew

@@ -130,8 +130,8 @@ def test_resuming_cuts_the_skips_that_will_be_logged_again(tmp_path):
 def test_skipped_packed_rows_are_logged_by_their_examples():
     rows = jax.tree.map(lambda leaf: leaf[None], make_empty_row(PackedShape(tokens=4, text=2, segments=3), width=2))
     rows.examples[0, :2], rows.valid[0, :2] = (7, 9), True
-    found = get_example_ids(rows)
-    assert {name: np.asarray(array).tolist() for name, array in found.items()} == {
+    result = get_example_ids(rows)
+    assert {name: np.asarray(array).tolist() for name, array in result.items()} == {
         "examples": [[7, 9, 0]],
         "valid": [[True, True, False]],
     }

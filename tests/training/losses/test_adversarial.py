@@ -42,9 +42,9 @@ def run(config, steps):
     state = init_game(config)
     states, figures = [jax.device_get(state)], []
     for _ in range(steps):
-        state, found = make_game_step(config)(state, CLIPS)
+        state, result = make_game_step(config)(state, CLIPS)
         states.append(jax.device_get(state))
-        figures.append({name: float(value) for name, value in found.items()})
+        figures.append({name: float(value) for name, value in result.items()})
     return states, figures
 
 
@@ -58,6 +58,7 @@ def moved(before, after):
     return any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
 
 
+@pytest.mark.slow
 def test_before_its_start_step_the_discriminator_rests_and_changes_nothing(played):
     states, figures = played
     assert not moved(states[0].discriminator, states[2].discriminator)
@@ -110,11 +111,11 @@ def test_the_discriminator_learns_to_tell_them_apart_with_r1_on_every_kth_step()
     regulariser = R1(weight=0.1, every=3)
     config = AdversarialConfig(weight=1e-3, width=8, layers=1, learning_rate=1e-2, regulariser=regulariser)
     states, figures = run(config, 25)
-    gaps = [found["verdict_real"] - found["verdict_decoded"] for found in figures]
+    gaps = [result["verdict_real"] - result["verdict_decoded"] for result in figures]
     assert abs(gaps[0]) < 0.5
     assert gaps[-1] > 1
     assert figures[-1]["discriminator"] < 0.7 * figures[0]["discriminator"]
-    assert [found["penalty"] > 0 for found in figures] == [step % 3 == 0 for step in range(25)]
+    assert [result["penalty"] > 0 for result in figures] == [step % 3 == 0 for step in range(25)]
     assert states[0].discriminator.means == {}
 
 
@@ -183,6 +184,7 @@ def test_an_interrupted_game_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path,
     assert len(figures[0]) == 6
 
 
+@pytest.mark.slow
 def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "make_adversarial_step", lambda *_, **__: make_game_step(LECAM))
 

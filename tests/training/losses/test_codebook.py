@@ -27,30 +27,30 @@ def _follow(learning, codes, moments, latents, indices, random):
 
 def test_moving_averages_update_codes_as_written_out():
     learning = CodebookLearning(decay=0.9, smoothing=1e-3, restart_after=None)
-    found = follow(learning)
+    result = follow(learning)
     counts = 0.9 * np.ones(4) + 0.1 * np.asarray([2, 1, 1, 0])
     sums = 0.9 * np.asarray(CODES) + 0.1 * np.asarray([[1, 0], [2, 0], [0, 3], [0, 0]])
     total = counts.sum()
     smoothed = (counts + 1e-3) / (total + 4e-3) * total
-    np.testing.assert_allclose(found.moments["counts"], counts, rtol=1e-6)
-    np.testing.assert_allclose(found.moments["sums"], sums, rtol=1e-6)
-    np.testing.assert_allclose(found.codes, sums / smoothed[:, None], rtol=1e-5)
-    np.testing.assert_array_equal(found.moments["ages"], [0, 0, 0, 1])
-    assert not found.restarted.any()
+    np.testing.assert_allclose(result.moments["counts"], counts, rtol=1e-6)
+    np.testing.assert_allclose(result.moments["sums"], sums, rtol=1e-6)
+    np.testing.assert_allclose(result.codes, sums / smoothed[:, None], rtol=1e-5)
+    np.testing.assert_array_equal(result.moments["ages"], [0, 0, 0, 1])
+    assert not result.restarted.any()
 
 
 def test_codes_go_to_the_means_of_what_they_stand_for():
     learning = CodebookLearning(decay=0.9, restart_after=None)
-    found = follow(learning)
+    result = follow(learning)
     for _ in range(150):
-        found = follow(learning, found.codes, found.moments)
-    np.testing.assert_allclose(found.codes[:3], [[0.5, 0], [2, 0], [0, 3]], atol=1e-2)
+        result = follow(learning, result.codes, result.moments)
+    np.testing.assert_allclose(result.codes[:3], [[0.5, 0], [2, 0], [0, 3]], atol=1e-2)
 
 
 def test_without_decay_codes_are_left_to_the_gradients():
-    found = follow(CodebookLearning(decay=None, restart_after=None))
-    np.testing.assert_array_equal(found.codes, CODES)
-    assert set(found.moments) == {"ages"}
+    result = follow(CodebookLearning(decay=None, restart_after=None))
+    np.testing.assert_array_equal(result.codes, CODES)
+    assert set(result.moments) == {"ages"}
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
@@ -59,10 +59,10 @@ def test_a_code_that_is_not_used_comes_back_among_the_latents(decay):
     moments = learning.init_moments(CODES) | {"ages": jnp.zeros(4, jnp.int32)}
     codes = CODES
     for step in range(1, 4):
-        found = follow(learning, codes, moments)
-        codes, moments = found.codes, found.moments
-        assert found.metrics["restarts"] == (step == 3)
-        np.testing.assert_array_equal(found.restarted, [False, False, False, step == 3])
+        result = follow(learning, codes, moments)
+        codes, moments = result.codes, result.moments
+        assert result.metrics["restarts"] == (step == 3)
+        np.testing.assert_array_equal(result.restarted, [False, False, False, step == 3])
     flat = np.asarray(LATENTS).reshape(-1, 2)
     assert (np.asarray(codes[3]) == flat).all(axis=-1).any()
     np.testing.assert_array_equal(moments["ages"], 0)
@@ -75,32 +75,32 @@ def test_a_new_codebook_starts_at_the_first_latents():
     learning = CodebookLearning()
     codes = jnp.full((4, 2), 50.0)
     latents = jax.random.normal(jax.random.key(1), (2, 1, 4, 4, 2))
-    found = follow(learning, codes, latents=latents, indices=jnp.zeros((2, 1, 4, 4), jnp.int32))
+    result = follow(learning, codes, latents=latents, indices=jnp.zeros((2, 1, 4, 4), jnp.int32))
     flat = np.asarray(latents).reshape(-1, 2)
-    places = [np.flatnonzero((flat == np.asarray(code)).all(axis=-1)) for code in found.codes[1:]]
+    places = [np.flatnonzero((flat == np.asarray(code)).all(axis=-1)) for code in result.codes[1:]]
     assert [len(place) for place in places] == [1, 1, 1]
     assert len(np.unique(np.concatenate(places))) == 3  # one latent each
     again = follow(learning, codes, latents=latents, indices=jnp.zeros((2, 1, 4, 4), jnp.int32))
-    np.testing.assert_array_equal(again.codes, found.codes)
+    np.testing.assert_array_equal(again.codes, result.codes)
     other = learning.update(
         codes, learning.init_moments(codes), latents, jnp.zeros((2, 1, 4, 4), jnp.int32), jax.random.key(5)
     )
-    assert (other.codes != found.codes).any()
+    assert (other.codes != result.codes).any()
 
 
 def test_a_learned_codebook_stays_where_it_is():
     learning = CodebookLearning(decay=None)
-    found = follow(learning, moments=learning.init_moments(CODES, fresh=False))
-    np.testing.assert_array_equal(found.codes, CODES)
-    assert found.metrics["restarts"] == 0
+    result = follow(learning, moments=learning.init_moments(CODES, fresh=False))
+    np.testing.assert_array_equal(result.codes, CODES)
+    assert result.metrics["restarts"] == 0
 
 
 def test_restarts_replace_at_most_as_many_codes_as_there_are_latents():
     learning = CodebookLearning(restart_after=1)
     codes = jnp.full((9, 2), 50.0)
-    found = follow(learning, codes)
-    assert np.isfinite(found.codes).all()
-    assert found.metrics["restarts"] == 6
+    result = follow(learning, codes)
+    assert np.isfinite(result.codes).all()
+    assert result.metrics["restarts"] == 6
 
 
 def test_the_figures_are_usage_and_perplexity_of_the_codes():

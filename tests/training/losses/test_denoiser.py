@@ -37,9 +37,9 @@ def mean(values):
     return jax.tree.map(lambda *leaves: sum(map(np.asarray, leaves)) / len(leaves), *values)
 
 
-def assert_close(found, expected):
-    assert found[0] == pytest.approx(float(expected[0]), rel=1e-5)
-    for path, leaf in flatten(found[1]).items():
+def assert_close(actual, expected):
+    assert actual[0] == pytest.approx(float(expected[0]), rel=1e-5)
+    for path, leaf in flatten(actual[1]).items():
         reference = flatten(expected[1])[path]
         assert np.abs(leaf - reference).max() <= 2e-5 * max(np.abs(reference).max(), 0.1), path
 
@@ -152,10 +152,10 @@ def test_captions_are_dropped_independently_with_their_probability():
     for step in range(12):
         for one in (A, B):
             rows = make_batch([one], [])
-            kept, silent, found = (float(run(rows, step, share)[0]) for share in (0.0, 1.0, 0.5))
-            assert found in (kept, silent)
+            kept, silent, result = (float(run(rows, step, share)[0]) for share in (0.0, 1.0, 0.5))
+            assert result in (kept, silent)
             assert kept != silent
-            dropped.append(found == silent)
+            dropped.append(result == silent)
     assert 6 <= sum(dropped) <= 18
     assert dropped[0::2] != dropped[1::2]
 
@@ -212,6 +212,8 @@ def test_eight_devices_have_the_losses_of_one():
     check_on_eight_devices("denoiser_losses.py")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_model_of_one_interval_of_times_is_trained_in_it_alone():
     objective = FlowMatching(process=RectifiedFlow(shift=3.0))
     share = time_quantile(objective, 0.6)

@@ -121,6 +121,7 @@ def test_matching_of_an_example_is_the_same_wherever_it_is_packed():
         assert np.isfinite(noisy).all()
 
 
+@pytest.mark.slow
 def test_the_student_is_trained_at_all_its_sampling_times():
     times = {round(float(matching(TEACHER, TEACHER, batch([A], []), step)[1][1].max()), 4) for step in range(20)}
     assert times == {1.0, 0.8, 0.5}  # thirds, shifted by 2

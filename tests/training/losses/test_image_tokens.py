@@ -84,10 +84,10 @@ def test_a_segment_sees_its_own_first_frame_alone():
 
 
 def test_a_clip_without_a_known_first_frame_gets_no_image_conditioning():
-    found = jax.jit(lambda rows: make_loss(0.0)(PARAMS, rows, STEP)[0])
+    result = jax.jit(lambda rows: make_loss(0.0)(PARAMS, rows, STEP)[0])
     other = PACKED._replace(shown=1 - PACKED.shown, image=1 - PACKED.image)
-    assert found(other) == found(PACKED)
-    assert found(PACKED) != value(PARAMS, PACKED)[0]
+    assert result(other) == result(PACKED)
+    assert result(PACKED) != value(PARAMS, PACKED)[0]
 
 
 def test_rows_have_room_for_every_segments_image():

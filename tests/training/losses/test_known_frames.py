@@ -80,8 +80,8 @@ def test_tokens_at_time_zero_hold_no_noise_and_do_not_count():
     (noise, time), (of_image, image_time) = draw_noise_and_times(loss)
     clip = np.square((1 - time) * CLIP.tokens + time * noise - (noise - CLIP.tokens))[2:].mean()
     image = np.square((1 - image_time) * IMAGE.tokens + image_time * of_image - (of_image - IMAGE.tokens)).mean()
-    found = value(loss)
-    np.testing.assert_allclose(found, (clip + image) / 2, rtol=1e-5)
+    result = value(loss)
+    np.testing.assert_allclose(result, (clip + image) / 2, rtol=1e-5)
 
 
 def test_clean_latents_as_channels_leave_all_tokens_in_the_loss():
@@ -89,8 +89,8 @@ def test_clean_latents_as_channels_leave_all_tokens_in_the_loss():
     (noise, _), (of_image, _) = draw_noise_and_times(loss)
     predicted = np.where(np.arange(6)[:, None] < 2, CLIP.tokens, 0)
     clip, image = np.square(predicted - (noise - CLIP.tokens)).mean(), np.square(of_image - IMAGE.tokens).mean()
-    found = value(loss)
-    np.testing.assert_allclose(found, (clip + image) / 2, rtol=1e-5)
+    result = value(loss)
+    np.testing.assert_allclose(result, (clip + image) / 2, rtol=1e-5)
 
 
 def test_every_example_draws_its_own_first_frame_conditioning():

@@ -59,8 +59,8 @@ def test_adapter_training_starts_at_the_models_loss_and_finds_a_low_rank_change(
 
 def test_adapter_gradients_are_those_of_the_merged_model():
     factors = jax.tree.map(lambda leaf: leaf + 0.1, fresh())
-    found = jax.grad(lambda f: ADAPTED(f, X, jnp.zeros((), jnp.int32), 1.0, BASE)[0])(factors)
+    result = jax.grad(lambda f: ADAPTED(f, X, jnp.zeros((), jnp.int32), 1.0, BASE)[0])(factors)
     expected = jax.grad(lambda f: loss(merge_lora(BASE, add_lora_scale(f, CONFIG.scale)), X, 0, 1.0)[0])(factors)
     for path, leaf in flatten(expected).items():
         assert np.abs(leaf).max() > 1e-3
-        np.testing.assert_allclose(flatten(found)[path], leaf, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(flatten(result)[path], leaf, rtol=1e-4, atol=1e-6)

@@ -97,8 +97,8 @@ def test_the_loss_is_of_every_frame_at_its_own_time():
     # The first frame of a clip is known, and has no loss.
     segments = [error[2:6], error[6:9], error[12:21]]
     single = jax.tree.map(lambda values: values[:1], ROWS)
-    found = jax.jit(lambda rows, step: loss(PARAMS, rows, step)[0])(single, STEP)
-    np.testing.assert_allclose(found, np.mean([values.mean() for values in segments]), rtol=1e-5)
+    result = jax.jit(lambda rows, step: loss(PARAMS, rows, step)[0])(single, STEP)
+    np.testing.assert_allclose(result, np.mean([values.mean() for values in segments]), rtol=1e-5)
 
 
 # --- the shift of a clip's size --------------------------------------------------------------------------------------
@@ -115,12 +115,12 @@ def test_clip_sizes_are_computed_for_every_clip_of_a_row():
 @pytest.mark.parametrize("time_per", ["clip", "frame"])
 def test_clips_of_one_row_are_trained_at_the_shift_of_their_own_size(time_per):
     by_size = RectifiedFlow(shift=2.0, size_shift=SHIFT)
-    found = token_times(make_loss(time_per, objective=FlowMatching(process=by_size)), ROWS)
+    result = token_times(make_loss(time_per, objective=FlowMatching(process=by_size)), ROWS)
     for tokens, size in ((slice(0, 6), (3, 2)), (slice(6, 9), (1, 3)), (slice(9, 21), (4, 3))):
         constant = by_size.specialize(ClipSize(*size))
         assert constant.shift == pytest.approx(2 * (1.0 if size[1] == 2 else 1.5) * size[0] ** 0.5)
         expected = token_times(make_loss(time_per, objective=FlowMatching(process=constant)), ROWS)
-        np.testing.assert_allclose(found[0, tokens], expected[0, tokens], rtol=1e-6)
+        np.testing.assert_allclose(result[0, tokens], expected[0, tokens], rtol=1e-6)
 
 
 def test_times_of_training_follow_the_shift():

@@ -92,6 +92,7 @@ def test_the_averaged_parameters_have_the_codes_themselves(averaged):
     assert (state.params["to_codes"]["kernel"] != state.ema["to_codes"]["kernel"]).any()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     whole, _ = train(AVERAGES, 14)
     half, _ = train(AVERAGES, 7)
@@ -130,6 +131,7 @@ def test_frozen_codes_stay_and_their_usage_is_reported():
     assert "restarts" not in figures
 
 
+@pytest.mark.slow
 def test_against_a_discriminator_the_codebook_is_learned_alike():
     loss, step = setting(AVERAGES)
     rival = DiscriminatorTraining(

@@ -105,8 +105,8 @@ def test_an_average_of_another_width_is_put_together(training):
     spread = np.abs(path[-100:] - path[-1]).mean()
     for sigma, name in ((0.07, "0_07"), (0.15, "0_15")):
         expected = np.asarray(tracked["power"][name]["dit"]["w"])
-        found = snapshots.reconstruct(sigma)["dit"]["w"]
-        assert np.abs(found - expected).max() < 0.005 * spread, sigma
+        result = snapshots.reconstruct(sigma)["dit"]["w"]
+        assert np.abs(result - expected).max() < 0.005 * spread, sigma
         # A neighbouring width is farther away than the error of least squares.
         assert np.abs(np.asarray(tracked["power"]["0_03"]["dit"]["w"]) - expected).max() > 0.2 * spread
     before = snapshots.reconstruct(0.07, step=STEPS // 2)["dit"]["w"]
@@ -117,8 +117,8 @@ def test_an_average_of_another_width_is_put_together(training):
 
 def test_a_tracked_width_is_reconstructed_as_it_is(training):
     snapshots, _, _, _ = training
-    found = snapshots.reconstruct(0.1)["dit"]["w"]
-    np.testing.assert_allclose(found, load(snapshots.folder / f"{STEPS:08}-0_1.safetensors")["dit"]["w"], rtol=1e-4)
+    result = snapshots.reconstruct(0.1)["dit"]["w"]
+    np.testing.assert_allclose(result, load(snapshots.folder / f"{STEPS:08}-0_1.safetensors")["dit"]["w"], rtol=1e-4)
 
 
 def test_missing_snapshots_are_reported(tmp_path):

@@ -28,11 +28,11 @@ def compute_updates(optimizer, gradients):
 
     @jax.jit
     def run(gradients):
-        state, found = optimizer.init(gradients[0]), []
+        state, result = optimizer.init(gradients[0]), []
         for gradient in gradients:
             update, state = optimizer.update(gradient, state, gradient)  # without decay, of any parameters
-            found.append(update)
-        return found
+            result.append(update)
+        return result
 
     return run(gradients)
 
@@ -44,8 +44,8 @@ def test_updates_are_those_of_optax():
     ]
     axes = {name: AXES.get(name, optax.contrib.MuonDimensionNumbers()) for name in SHAPES}
     theirs = optax.contrib.muon(-1.0, muon_weight_dimension_numbers=axes, consistent_rms=0.2)
-    found, expected = compute_updates(scale_by_muon(0.2), gradients), compute_updates(theirs, gradients)
-    for left, right in zip(found, expected, strict=True):
+    result, expected = compute_updates(scale_by_muon(0.2), gradients), compute_updates(theirs, gradients)
+    for left, right in zip(result, expected, strict=True):
         for name in SHAPES:
             assert jnp.linalg.norm(left[name] - right[name]) < 1e-3 * jnp.linalg.norm(right[name]), name
 
@@ -58,8 +58,8 @@ def test_each_singular_value_follows_the_polynomial_however_small_it_is(shape):
     for _ in range(5):
         singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
     expected = left * singular @ right
-    found = jax.jit(orthogonalize)(matrix)
-    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+    result = jax.jit(orthogonalize)(matrix)
+    assert np.linalg.norm(result - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 def test_orthogonalization_ignores_the_scale_and_maps_zero_to_zero():

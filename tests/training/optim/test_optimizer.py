@@ -31,14 +31,14 @@ SHAPES = {
 
 
 def tree(leaves):
-    found = {}
+    result = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
-        node = found
+        node = result
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = leaf
-    return found
+    return result
 
 
 def normal():
@@ -77,9 +77,9 @@ def rates(steps, **options):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
 def test_warmup_is_linear_and_its_first_step_is_not_lost(schedule):
-    found = rates(100, schedule=schedule, warmup=10)
-    np.testing.assert_allclose(found[[0, 5, 10]], [0.1, 0.55, 1.0], rtol=1e-5)
-    assert found.max() == pytest.approx(1)
+    result = rates(100, schedule=schedule, warmup=10)
+    np.testing.assert_allclose(result[[0, 5, 10]], [0.1, 0.55, 1.0], rtol=1e-5)
+    assert result.max() == pytest.approx(1)
     assert rates(100, schedule=schedule, warmup=0)[0] == pytest.approx(1)
 
 
@@ -92,8 +92,8 @@ def test_schedules_have_their_values_at_key_steps():
 
 
 def test_a_long_warmup_leaves_the_rest_to_the_decay():
-    found = rates(100, schedule="wsd", warmup=90)
-    np.testing.assert_allclose(found[[0, 90, 95, 100]], [1 / 90, 1, 0.5, 0], atol=1e-6)
+    result = rates(100, schedule="wsd", warmup=90)
+    np.testing.assert_allclose(result[[0, 90, 95, 100]], [1 / 90, 1, 0.5, 0], atol=1e-6)
 
 
 def test_a_run_no_longer_than_its_warmup_is_refused():
@@ -109,9 +109,9 @@ def test_a_run_no_longer_than_its_warmup_is_refused():
 def test_adamw_is_that_of_optax():
     config = OptimizerConfig(learning_rate=0.01, warmup=0, weight_decay=0.1, max_grad_norm=1e9)
     reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1)
-    expected, found = compute_updates(reference, [GRADIENTS, PARAMS]), compute_updates(config, [GRADIENTS, PARAMS])
+    expected, result = compute_updates(reference, [GRADIENTS, PARAMS]), compute_updates(config, [GRADIENTS, PARAMS])
     for path in SHAPES:
-        np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(result[path], expected[path], rtol=1e-5, atol=1e-8)
 
 
 def test_gradients_are_clipped_by_their_global_norm():
@@ -121,11 +121,11 @@ def test_gradients_are_clipped_by_their_global_norm():
     small = jax.tree.map(lambda leaf: leaf * 0.1 / norm, params)
     clipped = jax.tree.map(lambda leaf: leaf * 0.5 / norm, gradients)
     huge = jax.tree.map(lambda leaf: leaf * 1e4, gradients)
-    found, expected = compute_updates(config, [small, huge]), compute_updates(config, [small, clipped])
+    result, expected = compute_updates(config, [small, huge]), compute_updates(config, [small, clipped])
     unclipped = compute_updates(OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=1e9), [small, huge])
     for path in SHAPES:
-        np.testing.assert_allclose(found[path], expected[path], rtol=1e-4, atol=1e-7)
-        assert np.abs(found[path] - unclipped[path]).max() > 1e-4
+        np.testing.assert_allclose(result[path], expected[path], rtol=1e-4, atol=1e-7)
+        assert np.abs(result[path] - unclipped[path]).max() > 1e-4
 
 
 MUON = OptimizerConfig(kind="muon", learning_rate=0.01, warmup=0, max_grad_norm=1e9)
@@ -133,22 +133,22 @@ MATRICES = ["blocks/qkv/kernel", "text/blocks/up/kernel", "plain/blocks/up/kerne
 
 
 def test_muon_orthogonalises_the_matrices_of_the_blocks_and_nothing_else():
-    found = compute_updates(MUON)
+    result = compute_updates(MUON)
     for path in (path for path in SHAPES if path.endswith("kernel")):
-        for layer in found[path].reshape(-1, *found[path].shape[-2:]):
+        for layer in result[path].reshape(-1, *result[path].shape[-2:]):
             singular = np.linalg.svd(layer, compute_uv=False)
             assert (singular.min() > 0.5 * singular.max()) == (path in MATRICES), (path, singular)
     reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.0, nesterov=True)
     expected = compute_updates(reference)
     for path in SHAPES.keys() - set(MATRICES):
-        np.testing.assert_allclose(found[path], expected[path], rtol=1e-4)
+        np.testing.assert_allclose(result[path], expected[path], rtol=1e-4)
 
 
 def test_muon_updates_have_the_size_of_adamw_updates():
-    found = compute_updates(MUON)
+    result = compute_updates(MUON)
     for path in MATRICES:
         # An orthogonal m x n update times 0.2 sqrt(max(m, n)): root mean square 0.2, of singular values of about one.
-        assert np.sqrt(np.square(found[path]).mean()) == pytest.approx(0.2 * 0.01, rel=0.25)
+        assert np.sqrt(np.square(result[path]).mean()) == pytest.approx(0.2 * 0.01, rel=0.25)
 
 
 def test_layers_of_a_stack_are_orthogonalised_one_by_one():
@@ -163,8 +163,8 @@ def test_layers_of_a_stack_are_orthogonalised_one_by_one():
 
 def test_muon_takes_a_convolution_for_the_matrix_from_what_it_sees():
     gradient = np.random.default_rng(0).normal(size=(3, 2, 2, 4, 6)).astype(np.float32)
-    found = compute_updates(MUON, [tree({"conv/kernel": gradient})], tree({"conv/kernel": np.zeros_like(gradient)}))
-    matrix = np.asarray(found["conv/kernel"]).reshape(-1, 6)
+    result = compute_updates(MUON, [tree({"conv/kernel": gradient})], tree({"conv/kernel": np.zeros_like(gradient)}))
+    matrix = np.asarray(result["conv/kernel"]).reshape(-1, 6)
     singular = np.linalg.svd(matrix, compute_uv=False)
     assert singular.min() > 0.5 * singular.max()
     left, _, right = np.linalg.svd(gradient.reshape(-1, 6), full_matrices=False)
@@ -190,9 +190,9 @@ def test_frozen_paths_do_not_move_and_the_others_do(kind):
 def test_frozen_gradients_do_not_count_in_the_clipped_norm():
     config = OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=0.5, frozen=("^text/",))
     loud = map_with_path(lambda path, leaf: leaf * 1e4 if path.startswith("text") else leaf, GRADIENTS)
-    found, expected = compute_updates(config, [PARAMS, loud]), compute_updates(config, [PARAMS, GRADIENTS])
+    result, expected = compute_updates(config, [PARAMS, loud]), compute_updates(config, [PARAMS, GRADIENTS])
     for path in SHAPES:
-        np.testing.assert_array_equal(found[path], expected[path])
+        np.testing.assert_array_equal(result[path], expected[path])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -222,8 +222,8 @@ def test_adafactor_is_the_published_one_and_keeps_little():
         gradients = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), params)
         updates = []
         for index, one in enumerate((ours, theirs)):
-            found, states[index] = one.update(gradients, states[index], params)
-            updates.append(found)
+            result, states[index] = one.update(gradients, states[index], params)
+            updates.append(result)
         for name in params:
             np.testing.assert_allclose(updates[0][name], updates[1][name], rtol=1e-5, atol=1e-8)
 
@@ -254,9 +254,9 @@ def test_frozen_parameters_keep_every_bit():
 def test_frozen_parameters_get_no_gradient():
     config = OptimizerConfig(trainable=("w",))
     gradient = jax.grad(lambda params: sum(x.sum() for x in freeze(config, params).values()))
-    found = gradient({"still": jnp.ones(2), "w": jnp.ones(2)})
-    np.testing.assert_array_equal(found["still"], 0)
-    np.testing.assert_array_equal(found["w"], 1)
+    result = gradient({"still": jnp.ones(2), "w": jnp.ones(2)})
+    np.testing.assert_array_equal(result["still"], 0)
+    np.testing.assert_array_equal(result["w"], 1)
 
 
 @pytest.mark.parametrize(
