@@ -1,13 +1,15 @@
 """Fixtures: a tiny run, trained once a session, and scripts run the way users run them."""
 
 import atexit
+import contextlib
+import fcntl
 import importlib.util
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -103,24 +105,48 @@ def tiny() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def tiny_clips(tiny, tmp_path_factory) -> Path:
-    """Return the folder of rendered clips for the tiny experiment. It is read only."""
-    from dit_video.data.synthetic import shapes
+def shared_folder(tmp_path_factory) -> Path:
+    """Return a folder that all workers of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
-    folder = tmp_path_factory.mktemp("tiny") / "clips"
-    return shapes.write_folder(folder, count=tiny.COUNT, seed=0, sizes=tiny.SIZES)
+
+@contextlib.contextmanager
+def _made_once(folder: Path) -> Iterator[bool]:
+    """Yield whether the folder has to be made; other workers that need it wait until it is."""
+    done = folder.with_suffix(".done")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not done.exists()
+        done.touch()
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny, tiny_clips, tmp_path_factory) -> Path:
+def tiny_clips(tiny, shared_folder) -> Path:
+    """Return the folder of rendered clips for the tiny experiment. It is read only."""
+    from dit_video.data.synthetic import shapes
+
+    folder = shared_folder / "clips"
+    with _made_once(folder) as is_missing:
+        if is_missing:
+            shapes.write_folder(folder, count=tiny.COUNT, seed=0, sizes=tiny.SIZES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny, tiny_clips, shared_folder) -> Path:
     """Return the folder of a finished run. It is read only: copy it to change it."""
     from dit_video.experiment.run import Run
 
-    folder = tmp_path_factory.mktemp("tiny") / "run"
-    quick = jax.config.read("jax_disable_most_optimizations")
-    _compile_quickly(True)  # even if a slow test uses this fixture first
-    Run.create(folder, tiny.EXPERIMENT).train(tiny_clips)
-    _compile_quickly(quick)
+    folder = shared_folder / "run"
+    with _made_once(folder) as is_missing:
+        if is_missing:
+            quick = jax.config.read("jax_disable_most_optimizations")
+            _compile_quickly(True)  # even if a slow test uses this fixture first
+            Run.create(folder, tiny.EXPERIMENT).train(tiny_clips)
+            _compile_quickly(quick)
     return folder
 
 

@@ -1,6 +1,7 @@
 """Names are those of the field: docs/glossary.md lists what was retired, and the rules of docs/architecture.md hold."""
 
 import ast
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -74,6 +75,9 @@ def retired_words(glossary: str) -> dict[str, str]:
     return dict(rows)
 
 
+parse = functools.cache(ast.parse)  # of a file's text; several tests read all files
+
+
 def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Yield all identifiers of a file, each with its line."""
     for node in ast.walk(tree):
@@ -103,7 +107,7 @@ def module_words(path: Path) -> tuple[str, ...]:
 
 def uses_of_retired_words(source: str, retired: dict[str, str], *, names: tuple[str, ...] = ()) -> list[str]:
     """Return the retired identifiers of a source, and of the names of its modules, with what to use instead."""
-    used = [*((name, 1) for name in names), *identifiers(ast.parse(source))]
+    used = [*((name, 1) for name in names), *identifiers(parse(source))]
     return [f"line {line}: {name}; use {retired[name]}" for name, line in used if name in retired]
 
 
@@ -150,9 +154,7 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 def fragments(source: str) -> list[str]:
     """Return the docstrings of a source that begin as a fragment does."""
-    return [
-        f"line {line}: {text.splitlines()[0]}" for text, line in docstrings(ast.parse(source)) if OPENINGS.match(text)
-    ]
+    return [f"line {line}: {text.splitlines()[0]}" for text, line in docstrings(parse(source)) if OPENINGS.match(text)]
 
 
 def test_no_identifier_is_retired():
@@ -172,13 +174,13 @@ def test_every_exception_is_needed():
     used = {
         name
         for path in sources(*FOLDERS)
-        for name in (*module_words(path), *(name for name, _ in identifiers(ast.parse(path.read_text("utf-8")))))
+        for name in (*module_words(path), *(name for name, _ in identifiers(parse(path.read_text("utf-8")))))
     }
     assert EXCEPTIONS.keys() - used == set()
 
 
 def test_no_public_class_name_exists_twice():
-    trees = {relative(path): ast.parse(path.read_text(encoding="utf-8")) for path in sources("dit_video")}
+    trees = {relative(path): parse(path.read_text(encoding="utf-8")) for path in sources("dit_video")}
     assert doubled_classes(trees) == []
 
 
@@ -249,9 +251,9 @@ def test_parts_of_identifiers_and_text_are_not_reported():
 
 
 def test_a_doubled_class_is_reported():
-    trees = {"a.py": ast.parse("class Row: ..."), "b.py": ast.parse("class _Row: ...\nRow = int | str\nROW = 1")}
+    trees = {"a.py": parse("class Row: ..."), "b.py": parse("class _Row: ...\nRow = int | str\nROW = 1")}
     assert doubled_classes(trees) == ["Row: a.py, b.py"]
-    assert doubled_classes({"a.py": trees["a.py"], "b.py": ast.parse("from a import Row")}) == []
+    assert doubled_classes({"a.py": trees["a.py"], "b.py": parse("from a import Row")}) == []
 
 
 @pytest.mark.parametrize("name", ["watching", "given_starting", "_encoding", "at", "over", "beside"])

@@ -148,12 +148,12 @@ class ImageVaeEncoder(nnx.Module):
     def __call__(
         self, pixels: Float[Array, "B t H W 3"], segments: CanvasSegments | None = None
     ) -> Float[Array, "B t h w _"]:
-        beside = BlockInputs(segments=segments)
+        inputs = BlockInputs(segments=segments)
         x = self.conv_in(mask_gaps(pixels, segments))
         for level in self.levels:
-            x = level(x, beside)
-        x = self.middle(x, beside)
-        return self.conv_out(mask_gaps(jax.nn.silu(self.norm(x, beside)), segments))
+            x = level(x, inputs)
+        x = self.middle(x, inputs)
+        return self.conv_out(mask_gaps(jax.nn.silu(self.norm(x, inputs)), segments))
 
 
 class ImageVaeDecoder(nnx.Module):

@@ -81,7 +81,9 @@ def test_a_pyramid_adds_what_its_levels_leave():
     blurred = np.asarray(error, np.float64)
     for axis in (2, 3):
         padded = np.pad(blurred, [(2, 2) if dim == axis else (0, 0) for dim in range(5)], mode="edge")
-        blurred = sum(tap * np.take(padded, range(at, at + error.shape[axis]), axis) for at, tap in enumerate(taps))
+        blurred = sum(
+            tap * np.take(padded, range(offset, offset + error.shape[axis]), axis) for offset, tap in enumerate(taps)
+        )
     expected = np.abs(error - blurred).mean() + np.abs(blurred[:, :, ::2, ::2]).mean()
     np.testing.assert_allclose(jax.jit(functools.partial(losses.pyramid_loss, levels=2))(error), [expected], rtol=1e-5)
 

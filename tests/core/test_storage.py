@@ -62,11 +62,11 @@ def server(bucket, monkeypatch):
                 return
             data = bucket[key].getvalue()
             first, last = 0, len(data) - 1
-            if wanted := self.headers.get("Range"):
-                low, _, high = wanted.removeprefix("bytes=").partition("-")
+            if byte_range := self.headers.get("Range"):
+                low, _, high = byte_range.removeprefix("bytes=").partition("-")
                 first = int(low) if low else max(0, len(data) - int(high))
                 last = min(last, int(high)) if low and high else last
-            self.send_response(206 if wanted else 200)
+            self.send_response(206 if byte_range else 200)
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
             self.send_header("Content-Length", str(last + 1 - first))
             self.send_header("x-goog-generation", "1")

@@ -160,10 +160,10 @@ def test_the_summary_counts_sizes_and_costs(source):
     assert summary["left_out"] == 0
     assert "0 examples dropped" in str(batches)
     assert summary["sources"] is None
-    within = LoaderConfig(
+    limited = LoaderConfig(
         batch=4, seed=0, balance=balance, attention_pairs=lambda grid: grid.t * (grid.h * grid.w) ** 2
     )
-    frames = load_packed_batches(source, make_captions(source), patch=PATCH, shape=SHAPE, config=within)
+    frames = load_packed_batches(source, make_captions(source), patch=PATCH, shape=SHAPE, config=limited)
     assert frames.summarize(devices=2)["imbalance"]["mean"] < summary["imbalance"]["mean"]
     assert frames.hash != batches.hash
     frames.close()
@@ -322,7 +322,7 @@ def encoded(clips, count, encode=average_patches, token_dt=None, **reading):
 def test_rows_can_be_made_from_video_files(clips):
     batches = encoded(clips, 8)
     assert all(batch.valid.sum() and batch.tokens.shape == (2, 32, 12) for batch in batches)
-    assert {at for batch in batches for at in batch.positions[..., 0].flat} == {0.0, 1.0}
+    assert {time for batch in batches for time in batch.positions[..., 0].flat} == {0.0, 1.0}
     for start in (1, 6):
         assert_equal(encoded(clips, 1, start_step=start)[0], batches[start])
     shares = [encoded(clips, 2, host=host, hosts=2, workers=host) for host in range(2)]
@@ -336,11 +336,11 @@ def test_coordinates_along_time_are_in_seconds(source, clips):
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     for row in range(4):
         both = [unpack(values[row], cached.segments[row]) for values in (cached.tokens, cached.positions)]
-        for tokens, at in zip(*both, strict=True):
+        for tokens, coordinates in zip(*both, strict=True):
             example = patches[tokens.tobytes()]
             t, h, w = source.sizes[example]
             np.testing.assert_array_equal(
-                at, compute_positions(Grid(t, h // 2, w // 2), step=(0.25 + example, 1.0, 1.0))
+                coordinates, compute_positions(Grid(t, h // 2, w // 2), step=(0.25 + example, 1.0, 1.0))
             )
     [live] = encoded(clips, 1, token_dt=[0.5] * len(clips))
     assert set(live.positions[..., 0].flat) == {0.0, 0.5}

@@ -113,8 +113,10 @@ def test_no_gradient_reaches_the_target():
 
 def test_the_loss_is_linear_in_large_differences_and_quadratic_in_small_ones():
     def loss(difference):
-        at = jnp.zeros((1, 1))
-        return float(consistency_loss(lambda x, t: x + difference, lambda x, t: x, at, at, at, at, width=0.1)[0])
+        time = jnp.zeros((1, 1))
+        return float(
+            consistency_loss(lambda x, t: x + difference, lambda x, t: x, time, time, time, time, width=0.1)[0]
+        )
 
     assert loss(200.0) == pytest.approx(2 * loss(100.0), rel=0.01)
     assert loss(0.002) == pytest.approx(4 * loss(0.001), rel=0.01)

@@ -86,7 +86,7 @@ def test_a_student_learns_to_sample_a_mixture_in_one_step():
     def critic_loss(critic, samples, key):
         key = jax.random.fold_in(key, 1)
         time = objective.compute_time(jax.random.uniform(key, (256,)))
-        denoise = lambda noisy, at: mixture.make_student(critic)(noisy, at[:, None])  # noqa: E731
+        denoise = lambda noisy, token_time: mixture.make_student(critic)(noisy, token_time[:, None])  # noqa: E731
         return objective.loss(denoise, samples, jax.random.normal(key, samples.shape), time).mean()
 
     def student_loss(params, critic, key):

@@ -178,7 +178,7 @@ def test_projection_is_of_the_data_whatever_is_predicted(prediction):
 
 
 def test_a_learned_variance_is_not_guided():
-    def beside(branch, variance):
+    def combine(branch, variance):
         return lambda x, t: jnp.concatenate([branch(x, t), jnp.full_like(x, variance)], axis=-1)
 
     guidance = Guidance(scale=4.0, rescale=0.5, projection=AdaptiveProjectedGuidance(max_rms=0.3))
@@ -189,7 +189,7 @@ def test_a_learned_variance_is_not_guided():
             NOISY, TIME
         )
 
-    result = run((beside(conditional, 0.3), beside(unconditional, -0.8)), LearnedVariance())
+    result = run((combine(conditional, 0.3), combine(unconditional, -0.8)), LearnedVariance())
     values, variance = jnp.split(result, 2, axis=-1)
     np.testing.assert_allclose(values, run((conditional, unconditional), Epsilon()), rtol=1e-5)
     np.testing.assert_array_equal(variance, jnp.full_like(NOISY, 0.3))

@@ -57,9 +57,9 @@ def network(params):
     """Return a `denoise` of points `[batch 2]`, or of tokens of one batch, each with its time."""
 
     def denoise(noisy, time):
-        at = jnp.broadcast_to(time, noisy.shape[:-1])[..., None]
-        waves = at * jnp.asarray([1.0, 3.0, 9.0])
-        x = jnp.concatenate([noisy, at, 1 - at, jnp.sin(waves), jnp.cos(waves)], axis=-1)
+        token_time = jnp.broadcast_to(time, noisy.shape[:-1])[..., None]
+        waves = token_time * jnp.asarray([1.0, 3.0, 9.0])
+        x = jnp.concatenate([noisy, token_time, 1 - token_time, jnp.sin(waves), jnp.cos(waves)], axis=-1)
         for kernel, bias in params[:-1]:
             x = jax.nn.silu(x @ kernel + bias)
         return x @ params[-1][0] + params[-1][1]

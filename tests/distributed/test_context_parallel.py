@@ -84,9 +84,9 @@ def test_gradients_of_two_parts_of_the_keys_add_up_to_those_of_all():
     draw = np.random.default_rng(1)
     q, k, v, d_out = (jnp.asarray(draw.normal(size=(1, 12, 2, 4)), jnp.float32) for _ in range(4))
     segments = jnp.asarray([[1] * 5 + [2] * 6 + [0]], jnp.int32)
-    at = AttentionInputs.self_attention(segments)
-    expected, back = jax.vjp(lambda q, k, v: DenseAttention()(q, k, v, at), q, k, v)
-    out, lse = attend_part(q, k, v, at, pattern=Full(), chunk=5)
+    inputs = AttentionInputs.self_attention(segments)
+    expected, back = jax.vjp(lambda q, k, v: DenseAttention()(q, k, v, inputs), q, k, v)
+    out, lse = attend_part(q, k, v, inputs, pattern=Full(), chunk=5)
     np.testing.assert_allclose(out, expected, atol=1e-6)
     residuals = {"lse": lse, "delta": jnp.moveaxis((out * d_out).sum(-1), 2, 1), "d_out": d_out}
     halves = [

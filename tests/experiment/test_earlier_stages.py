@@ -131,9 +131,9 @@ def test_every_stage_has_its_own_learning_rate_schedule(staged, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "saved"), [(4, 2), (6, 4)])
+@pytest.mark.parametrize(("call", "saved"), [(4, 2), (6, 4)])
 def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
-    tiny_run, staged, tmp_path, monkeypatch, uninterrupted, at, saved
+    tiny_run, staged, tmp_path, monkeypatch, uninterrupted, call, saved
 ):
     run = begun(tiny_run, tmp_path / "run", staged)
     real, calls = trainer.make_step, iter(range(1, 100))
@@ -142,7 +142,7 @@ def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
         step = real(*arguments, **keywords)
 
         def killed(state, batch):
-            if next(calls) == at:
+            if next(calls) == call:
                 raise KeyboardInterrupt
             return step(state, batch)
 

@@ -61,6 +61,6 @@ def test_positions_of_rows_count_the_seconds_of_each_clip(tiny, tiny_run):
     batches = input_pipeline.make_cached_batches(
         experiment, latents, clips, TokenizedCaptions(latents.all_captions, tokenize)
     )(0)
-    result = {at for _ in range(4) for at in next(batches).positions[..., 0].flat}
+    result = {time for _ in range(4) for time in next(batches).positions[..., 0].flat}
     batches.close()
     assert result == {0.0, 0.5, 1.0}

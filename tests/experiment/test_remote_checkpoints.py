@@ -21,7 +21,7 @@ def test_a_run_that_lost_its_folder_continues_from_remote_checkpoints(
     first.prepare(tiny_clips, checkpoints=elsewhere)
     first.train_autoencoder()
     with monkeypatch.context() as patch:
-        interrupt(patch, at=3, how="Ctrl-C")
+        interrupt(patch, call=3, how="Ctrl-C")
         with pytest.raises(KeyboardInterrupt):
             first.train(tiny_clips)
     assert Checkpoints(elsewhere / "denoiser").latest() == 3

@@ -107,12 +107,12 @@ STAGES = {"autoencoder": ("autoencoder", "latents", "denoiser", "pipeline"), "de
 """Results to be made again if the result of a stage is removed."""
 
 
-def begin(copy, tiny_clips, monkeypatch, *, stage, at, how):
+def begin(copy, tiny_clips, monkeypatch, *, stage, call, how):
     """Remove the results from `stage` on, and train until the interruption."""
     for folder in STAGES[stage]:
         shutil.rmtree(copy / folder)
     with monkeypatch.context() as patch:
-        interrupt(patch, at=at, how=how)
+        interrupt(patch, call=call, how=how)
         with pytest.raises(KeyboardInterrupt):
             Run.open(copy).train(tiny_clips)
 
@@ -126,7 +126,7 @@ def assert_is_unfinished(pipeline, final):
 
 
 @pytest.mark.parametrize(
-    ("stage", "how", "at", "saved"),
+    ("stage", "how", "call", "saved"),
     [
         pytest.param("autoencoder", "Ctrl-C", 3, 3, marks=pytest.mark.slow),
         pytest.param("denoiser", "Ctrl-C", 3, 3, marks=pytest.mark.slow),
@@ -134,9 +134,9 @@ def assert_is_unfinished(pipeline, final):
     ],
 )
 def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
-    tiny_run, tiny_pipeline, tiny_clips, copy, monkeypatch, stage, how, at, saved
+    tiny_run, tiny_pipeline, tiny_clips, copy, monkeypatch, stage, how, call, saved
 ):
-    begin(copy, tiny_clips, monkeypatch, stage=stage, at=at, how=how)
+    begin(copy, tiny_clips, monkeypatch, stage=stage, call=call, how=how)
     checkpoints = Checkpoints(copy / stage / "checkpoints")
     wait_until(lambda: checkpoints.latest() == saved)  # a killed run's last save may be under way in this process
     assert not (copy / "pipeline").exists()

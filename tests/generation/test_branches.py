@@ -45,8 +45,8 @@ def test_branches_give_the_same_result_in_any_row_or_order():
 def test_statistics_of_guidance_are_of_each_clip_alone():
     both = sample_requests(TWO, Sampling(steps=3, guidance=EVERYTHING))
     louder = TWO[1]._replace(noise=20 * TWO[1].noise)
-    beside = sample_requests([SMALL, louder], Sampling(steps=3, guidance=EVERYTHING))
-    np.testing.assert_allclose(beside[0], both[0], atol=5e-5)
+    neighbours = sample_requests([SMALL, louder], Sampling(steps=3, guidance=EVERYTHING))
+    np.testing.assert_allclose(neighbours[0], both[0], atol=5e-5)
     assert np.abs(both[0] - sample_requests([SMALL], Sampling(steps=3, guidance=4.0))[0]).max() > 1e-3
 
 
@@ -101,9 +101,9 @@ def test_the_image_has_its_own_guidance_scale():
     denoiser = DENOISER._replace(
         dit=get_graph_def(GIVEN.make), params={"dit": make_random_params(GIVEN.make), "text": DENOISER.params["text"]}
     )
-    beside = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    request = LatentRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), GivenClip(beside=beside))
-    blind = request._replace(given=GivenClip(beside=np.zeros_like(beside)))
+    latents = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+    request = LatentRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), GivenClip(beside=latents))
+    blind = request._replace(given=GivenClip(beside=np.zeros_like(latents)))
 
     def one_step(request, guidance):
         return sample_requests([request], Sampling(steps=1, guidance=guidance), denoiser=denoiser)[0]

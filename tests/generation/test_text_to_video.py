@@ -29,7 +29,7 @@ def mixed():
 
 
 @jax.jit
-def velocity(params, tokens, time, text, at):
+def velocity(params, tokens, time, text, positions):
     """Return the velocity of one clip alone, without packing or padding."""
     segments, text_segments = jnp.ones((1, tokens.shape[0]), jnp.int32), jnp.ones((1, text.shape[0]), jnp.int32)
     context = nnx.merge(DENOISER.text, params["text"])(text[None], text_segments)
@@ -37,7 +37,7 @@ def velocity(params, tokens, time, text, at):
         tokens[None],
         time.reshape(1, 1),
         segments=segments,
-        positions=at[None],
+        positions=positions[None],
         context=context.values,
         context_segments=context.segments,
     )[0]
@@ -46,10 +46,10 @@ def velocity(params, tokens, time, text, at):
 def sample_by_hand(request: LatentRequest, *, interval: float = 1.0):
     """Take two Euler steps with guidance 2 over the shifted times 1, 2/3, 0."""
     grid = compute_token_grid(Grid(*request.noise.shape[:3]), DIT.patch)
-    x, at = patchify(request.noise, DIT.patch), compute_positions(grid, step=(interval, 1.0, 1.0))
+    x, positions = patchify(request.noise, DIT.patch), compute_positions(grid, step=(interval, 1.0, 1.0))
     for time, following in ((1.0, 2 / 3), (2 / 3, 0.0)):
         c, u = (
-            np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), DENOISER.tokenizer(text), at))
+            np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), DENOISER.tokenizer(text), positions))
             for text in (request.prompt, request.negative)
         )
         x = x + (following - time) * (u + 2.0 * (c - u))
@@ -135,10 +135,10 @@ def test_guidance_follows_the_prompt_and_the_negative_prompt_by_its_scale():
 def test_a_solver_is_chosen_with_the_request():
     """Heun corrects the first of two steps, from 1 to 2/3; the step to the data is one of Euler."""
     heun = sample_requests([SMALL], Sampling(steps=2, guidance=1.0, solver=Heun()))[0]
-    x, at, text = patchify(SMALL.noise, DIT.patch), compute_positions(Grid(1, 1, 2)), DENOISER.tokenizer("dot")
+    x, positions, text = patchify(SMALL.noise, DIT.patch), compute_positions(Grid(1, 1, 2)), DENOISER.tokenizer("dot")
 
     def slope(x, time):
-        return np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), text, at))
+        return np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), text, positions))
 
     first = slope(x, 1.0)
     x = x - (first + slope(x - first / 3, 2 / 3)) / 6

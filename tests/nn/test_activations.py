@@ -12,9 +12,11 @@ X = jnp.linspace(-6, 6, 97, dtype=jnp.float32)
 
 def test_gelu_equals_jax():
     np.testing.assert_array_equal(gelu(X), jax.nn.gelu(X, approximate=True))
-    ours, theirs = (jax.grad(lambda x, of=of: jnp.sin(of(x)).sum())(X) for of in (gelu, jax.nn.gelu))
+    ours, theirs = (
+        jax.grad(lambda x, function=function: jnp.sin(function(x)).sum())(X) for function in (gelu, jax.nn.gelu)
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    ours, theirs = (jax.vmap(jax.grad(jax.grad(of)))(X) for of in (gelu, jax.nn.gelu))
+    ours, theirs = (jax.vmap(jax.grad(jax.grad(function)))(X) for function in (gelu, jax.nn.gelu))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 

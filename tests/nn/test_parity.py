@@ -23,10 +23,10 @@ def test_attention_equals_torch(backend):
     q_segments = np.repeat([[1, 2, 3]], 8, axis=1).repeat(2, axis=0).astype(np.int32)
     kv_segments = np.sort(np.repeat([[1, 2, 3, 3]], 4, axis=1), axis=1).repeat(2, axis=0).astype(np.int32)
     attention = make_attention(backend, chunk=10)
-    at = AttentionInputs(jnp.asarray(q_segments), jnp.asarray(kv_segments))
+    inputs = AttentionInputs(jnp.asarray(q_segments), jnp.asarray(kv_segments))
 
     def loss(q, k, v):
-        return (attention(q, k, v, at) * weight).sum()
+        return (attention(q, k, v, inputs) * weight).sum()
 
     value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(*map(jnp.asarray, (q, k, v)))
     tensors = [torch.from_numpy(array).requires_grad_() for array in (q, k, v)]

@@ -6,15 +6,15 @@ import signal
 from dit_video.training import trainer
 
 
-def interrupt(monkeypatch, *, at, how):
-    """Interrupt the run at call `at` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
+def interrupt(monkeypatch, *, call, how):
+    """Interrupt the run at the given `call` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
     real = trainer.make_step
 
     def make_step(*arguments, **keywords):
         step, calls = real(*arguments, **keywords), itertools.count(1)
 
         def interrupted(state, batch):
-            if next(calls) == at:
+            if next(calls) == call:
                 if how == "killed":
                     raise KeyboardInterrupt
                 signal.raise_signal(signal.SIGINT)

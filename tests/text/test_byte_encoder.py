@@ -105,9 +105,9 @@ def test_a_text_sees_neither_another_nor_padding_bit_for_bit():
 def test_every_byte_of_a_text_counts():
     ids, segments, weights = rows((0, 1), ())
     values, _, _ = run(PARAMS, ids, segments, weights)
-    for at in (0, 5, 11):
-        changed, _, _ = run(PARAMS, ids.at[0, at].set(200), segments, weights)
-        assert np.abs(changed[0, :3] - values[0, :3]).max() > 1e-3, at
+    for position in (0, 5, 11):
+        changed, _, _ = run(PARAMS, ids.at[0, position].set(200), segments, weights)
+        assert np.abs(changed[0, :3] - values[0, :3]).max() > 1e-3, position
 
 
 def test_order_counts():

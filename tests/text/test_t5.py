@@ -77,9 +77,9 @@ def test_a_text_sees_neither_another_nor_padding_bit_for_bit(encode):
 def test_every_token_of_a_text_counts_and_so_does_its_place(encode):
     ids, segments, weights = rows((0,), (), ())
     values, _ = encode(ids, segments, weights)
-    for at in (0, 8, 16):
-        changed, _ = encode(ids.at[0, at].set(39 - ids[0, at]), segments, weights)
-        assert np.abs(changed[0, :17] - values[0, :17]).max(axis=1).min() > 1e-5, at
+    for position in (0, 8, 16):
+        changed, _ = encode(ids.at[0, position].set(39 - ids[0, position]), segments, weights)
+        assert np.abs(changed[0, :17] - values[0, :17]).max(axis=1).min() > 1e-5, position
     swapped, _ = encode(ids.at[0, 3].set(ids[0, 4]).at[0, 4].set(ids[0, 3]), segments, weights)
     assert np.abs(swapped[0, 0] - values[0, 0]).max() > 1e-4
 

@@ -119,8 +119,8 @@ def most_memory() -> int:
 def test_frames_of_impossible_size_are_refused_in_little_memory(write_video):
     """The header of a PNG promises 100,000 rows and columns, which are 40 GB."""
     image = write_video(np.zeros((1, 8, 8, 3), np.uint8), codec="png", format="image2pipe", pixel_format="rgb24")
-    at = image.index(b"IHDR") + 4
-    huge = image[:at] + struct.pack(">II", 100_000, 100_000) + image[at + 8 :]
+    offset = image.index(b"IHDR") + 4
+    huge = image[:offset] + struct.pack(">II", 100_000, 100_000) + image[offset + 8 :]
     before = most_memory()
     get_errors(huge)
     assert most_memory() - before < 300 << 20
@@ -140,8 +140,8 @@ def test_a_pixel_aspect_that_makes_frames_too_large_is_refused(write_video, text
 
 def write(content: bytes, after: bytes, offset: int, value: int, order: str = ">") -> bytes:
     """Replace a number of four bytes at an offset after a name."""
-    at = content.index(after) + 4 + offset
-    return content[:at] + struct.pack(f"{order}I", value) + content[at + 4 :]
+    start = content.index(after) + 4 + offset
+    return content[:start] + struct.pack(f"{order}I", value) + content[start + 4 :]
 
 
 def read_within_limits(content: bytes, read, *, seconds: float = 20, megabytes: int = 300):
@@ -180,9 +180,9 @@ def test_other_headers_that_promise_frames_are_bounded(mp4, write_video, texture
 def test_a_gif_with_the_longest_frame_times_is_decoded(write_video, textured):
     """The longest time of a frame in a GIF is 65,535 hundredths of a second, 11 minutes."""
     content = bytearray(write_video(textured(4, 32, 48), codec="gif", format="gif", pixel_format="rgb8"))
-    at = 0
-    while (at := content.find(b"\x21\xf9\x04", at + 1)) > 0:
-        content[at + 4 : at + 6] = b"\xff\xff"
+    offset = 0
+    while (offset := content.find(b"\x21\xf9\x04", offset + 1)) > 0:
+        content[offset + 4 : offset + 6] = b"\xff\xff"
     assert probe(bytes(content)).seconds == pytest.approx(3 * 655.35)
     assert len(read_within_limits(bytes(content), lambda file: decode(file, fps=8)).frames) > 4 * 655 * 7
 
@@ -211,10 +211,10 @@ def test_a_corrupt_frame_in_the_middle_is_reported_with_its_time(write_video, te
     with av.open(io.BytesIO(content)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
         damaged = bytes(packets[20])
-    at = content.index(damaged)
+    offset = content.index(damaged)
     head = 0 if codec == "vp9" else len(damaged) // 8
     noise = np.random.default_rng(7).integers(0, 256, len(damaged) - head).astype(np.uint8).tobytes()
-    broken = content[: at + head] + noise + content[at + len(damaged) :]
+    broken = content[: offset + head] + noise + content[offset + len(damaged) :]
     for read in (probe, decode, lambda file: decode(file, fps=10), lambda file: decode(file, start=1.5)):
         with pytest.raises(DecodeError, match=r"damaged (at|after) (1\.9\d|2\.0\d) s"):
             read(broken)
@@ -247,23 +247,23 @@ def mutate(rng: np.random.Generator, content: bytes, other: bytes) -> bytes:
     data, length = bytearray(content), len(content)
     kind = rng.integers(6)
     if kind == 0:  # some bytes
-        for at in rng.integers(0, length, rng.integers(1, 30)):
-            data[at] = rng.integers(256)
+        for offset in rng.integers(0, length, rng.integers(1, 30)):
+            data[offset] = rng.integers(256)
     elif kind == 1:  # some bits of the header
-        for at in rng.integers(0, min(length, 400), rng.integers(1, 6)):
-            data[at] ^= 1 << rng.integers(8)
+        for offset in rng.integers(0, min(length, 400), rng.integers(1, 6)):
+            data[offset] ^= 1 << rng.integers(8)
     elif kind == 2:  # the end is missing
         data = data[: rng.integers(1, length)]
     elif kind == 3:  # a part is missing, or stands twice
         first, last = sorted(rng.integers(0, length, 2))
         data[first:last] = b"" if rng.integers(2) else data[first:last] * 2
     elif kind == 4:  # numbers at limits
-        for at in rng.integers(0, min(length, 1500), 3):
+        for offset in rng.integers(0, min(length, 1500), 3):
             number = rng.choice([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x10000000])
-            data[at : at + 4] = int(number).to_bytes(4, "big" if rng.integers(2) else "little")
+            data[offset : offset + 4] = int(number).to_bytes(4, "big" if rng.integers(2) else "little")
     else:  # a part of another file
-        first, at = int(rng.integers(len(other))), int(rng.integers(length))
-        data[at : at + 300] = other[first : first + 300]
+        first, offset = int(rng.integers(len(other))), int(rng.integers(length))
+        data[offset : offset + 300] = other[first : first + 300]
     return bytes(data)
 
 

@@ -222,10 +222,10 @@ def raw_yuv(planes, *, matrix, range_):
 
 def rotate(content: bytes, matrix: tuple[int, int, int, int]) -> bytes:
     """Write (a, b, c, d) into the matrix of an mp4's track header."""
-    at = content.index(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, times and ids, reserved … volume
+    offset = content.index(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, times and ids, reserved … volume
     a, b, c, d = (value << 16 for value in matrix)
     values = np.asarray([a, b, 0, c, d, 0, 0, 0, 1 << 30], ">i4").tobytes()
-    return content[:at] + values + content[at + 36 :]
+    return content[:offset] + values + content[offset + 36 :]
 
 
 @pytest.mark.parametrize(

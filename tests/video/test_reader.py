@@ -98,8 +98,8 @@ def test_a_recording_that_begins_between_key_frames_starts_at_the_first_one(writ
     """In a part of a broadcast, time counts from the first key frame, and nothing before it can be decoded."""
     options = {**X264["options"], "bf": "0", "sc_threshold": "0"}
     content = write_video(make_numbered_frames(), **{**X264, "options": options}, format="mpegts")
-    parts = [content[at : at + 188] for at in range(0, len(content), 188)]
-    keys = [at for at, part in enumerate(parts) if part[3] & 0x20 and part[4] and part[5] & 0x40]
+    parts = [content[offset : offset + 188] for offset in range(0, len(content), 188)]
+    keys = [offset for offset, part in enumerate(parts) if part[3] & 0x20 and part[4] and part[5] & 0x40]
     assert len(keys) == 4
     cut = b"".join(parts[(keys[0] + keys[1]) // 2 :])
     with av.open(io.BytesIO(cut)) as container:

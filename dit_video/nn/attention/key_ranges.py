@@ -68,9 +68,9 @@ def find_bounds(
     empty box has `stop <= start`.
     """
 
-    def find_row_bounds(low, high, at):
-        queries, keys = low.shape[0], at.shape[0]
-        rows = jnp.concatenate([at, low, high])
+    def find_row_bounds(low, high, starts):
+        queries, keys = low.shape[0], starts.shape[0]
+        rows = jnp.concatenate([starts, low, high])
         side = jnp.concatenate([jnp.full(keys, 1), jnp.full(queries, 0), jnp.full(queries, 2)])
         order = jnp.lexsort((side, *rows.T[::-1]))  # among equals: low ends, then keys, then high ends
         keys_before = jnp.cumsum(side[order] == 1, dtype=jnp.int32)

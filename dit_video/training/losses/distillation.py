@@ -322,7 +322,9 @@ class MatchingLoss(_DistillationLoss):
         time = expand_to_tokens(time, rows.segments)
         noise = self.draw_noise("critic noise", rows, step)
         denoise = self.make_denoise(critic, rows)
-        per_token = self.objective.loss(lambda noisy, at: denoise(noisy, at[..., None]), samples, noise, time)
+        per_token = self.objective.loss(
+            lambda noisy, token_time: denoise(noisy, token_time[..., None]), samples, noise, time
+        )
         return self.mean_over_clips(per_token, rows)
 
     def draw_student_inputs(

@@ -89,7 +89,7 @@ def test_patterns_are_their_dense_masks_in_values_and_gradients(monkeypatch, fie
 
 def _explicit(batch, config, sees):
     """Attention of JAX with an explicit mask of all pairs."""
-    at, ids = np.asarray(batch.positions), np.asarray(batch.segments)
+    coordinates, ids = np.asarray(batch.positions), np.asarray(batch.segments)
     if config.registers:
         ids = np.concatenate([ids, np.tile(np.arange(1, 4), (2, 1))], axis=1)
     if isinstance(config.context, JointAttention):
@@ -100,7 +100,7 @@ def _explicit(batch, config, sees):
             return False
         if q >= TOKENS:  # what lies nowhere sees its like, as the pattern is causal
             return k >= TOKENS
-        return k >= TOKENS or bool(sees(at[row, q], at[row, k]))
+        return k >= TOKENS or bool(sees(coordinates[row, q], coordinates[row, k]))
 
     total = range(ids.shape[1])
     mask = np.array([[[visible(row, q, k) for k in total] for q in total] for row in range(2)])

@@ -96,10 +96,10 @@ def test_absolute_positions_are_distances_to_the_first_and_to_the_last_token():
     batch = make_batch((0, 1), (1, 0))
     result = BoundaryEmbedding().compute_features(batch.positions, batch.segments, count=SEGMENTS, width=24)
     for place, grid in (((0, FIRST), GRIDS[0]), ((0, SECOND), GRIDS[1]), ((1, slice(6, 14)), GRIDS[0])):
-        at = compute_positions(grid)
-        both = jnp.asarray(np.concatenate([at, np.asarray(grid, np.float32) - 1 - at], axis=-1))
+        coordinates = compute_positions(grid)
+        both = jnp.asarray(np.concatenate([coordinates, np.asarray(grid, np.float32) - 1 - coordinates], axis=-1))
         np.testing.assert_allclose(
-            result[place], sinusoidal_embedding(both, 32, max_period=100.0).reshape(len(at), -1), atol=1e-6
+            result[place], sinusoidal_embedding(both, 32, max_period=100.0).reshape(len(coordinates), -1), atol=1e-6
         )
 
 

@@ -52,7 +52,7 @@ def test_fractions_go_from_the_first_to_the_last_token():
 
 def test_tables_are_interpolated_between_their_entries():
     tables = AxisTables((2, 3, 5), 4, rngs=nnx.Rngs(jax.random.key(0)))
-    at = jnp.asarray([[[0.0, 0.5, 0.125], [1.0, 1.0, 1.0]]])
+    positions = jnp.asarray([[[0.0, 0.5, 0.125], [1.0, 1.0, 1.0]]])
     t, h, w = tables.t[...], tables.h[...], tables.w[...]
     expected = np.stack([t[0] + h[1] + (w[0] + w[1]) / 2, t[1] + h[2] + w[4]])
-    np.testing.assert_allclose(tables(at)[0], expected, atol=1e-6)
+    np.testing.assert_allclose(tables(positions)[0], expected, atol=1e-6)

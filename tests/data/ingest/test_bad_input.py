@@ -35,8 +35,8 @@ def audio_only() -> bytes:
 
 def with_count(encoded: bytes, box: bytes, offset: int, count: int = 10**9) -> bytes:
     """Return an mp4 whose table of samples claims to have so many."""
-    at = encoded.index(box) + offset
-    return encoded[:at] + count.to_bytes(4, "big") + encoded[at + 4 :]
+    start = encoded.index(box) + offset
+    return encoded[:start] + count.to_bytes(4, "big") + encoded[start + 4 :]
 
 
 def with_noise(encoded: bytes) -> bytes:
@@ -206,21 +206,21 @@ def mutate(encoded: bytes, other: bytes, seed: int) -> bytes:
     generator = rng.make_generator(seed, "mutation")
     data = bytearray(encoded)
     for _ in range(int(generator.integers(1, 4))):
-        at = int(generator.integers(0, len(data)))
-        length = int(generator.integers(1, max(2, min(len(data) - at, 1 + len(data) // 4))))
+        offset = int(generator.integers(0, len(data)))
+        length = int(generator.integers(1, max(2, min(len(data) - offset, 1 + len(data) // 4))))
         match int(generator.integers(0, 5)):
             case 0:
                 for place in generator.integers(0, len(data), int(generator.integers(1, 40))):
                     data[place] ^= 1 << int(generator.integers(0, 8))
             case 1:
-                del data[at : at + length]
+                del data[offset : offset + length]
             case 2:
-                del data[max(at, 8) :]
+                del data[max(offset, 8) :]
             case 3:
                 start = int(generator.integers(0, len(other)))
-                data[at:at] = other[start : start + length]
+                data[offset:offset] = other[start : start + length]
             case _:
-                data[at : at + length] = generator.bytes(len(data[at : at + length]))
+                data[offset : offset + length] = generator.bytes(len(data[offset : offset + length]))
         data = data or bytearray(b"\0")
     return bytes(data)
 

@@ -31,8 +31,8 @@ def families(draw):
     hashes: list[tuple[int, ...] | None] = []
     for _ in range(draw(st.integers(0, 24))):
         bits = list(draw(st.sampled_from(parents)))
-        for at in draw(st.lists(st.integers(0, 64 * length - 1), max_size=12)):
-            bits[at // 64] ^= 1 << at % 64
+        for offset in draw(st.lists(st.integers(0, 64 * length - 1), max_size=12)):
+            bits[offset // 64] ^= 1 << offset % 64
         hashes.append(tuple(bits))
     return hashes + draw(st.lists(st.one_of(st.none(), st.tuples(word)), max_size=3))
 

@@ -296,27 +296,23 @@ def test_missing_sources_and_unusable_destinations_are_refused(clips, tmp_path):
         ingest(clips, tmp_path / "file" / "out")
 
 
-def test_the_command_ingests_a_folder(clips, tmp_path):
-    command = [sys.executable, str(REPOSITORY / "tools" / "ingest.py")]
+def test_the_command_ingests_a_folder(clips, tmp_path, script):
+    command = [sys.executable, str(REPOSITORY / "tools" / "ingest.py"), str(clips), str(tmp_path / "out")]
     environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "", "JAX_PLATFORMS": "cpu"}
-    arguments = [str(clips), str(tmp_path / "out")]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "3 clips, 8 frames" in done.stdout
     assert (tmp_path / "out" / "REPORT.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     for bar in ("reading clips 3/3 (100%)", "writing clips 3/3 (100%)"):
         assert bar in done.stderr
-    again = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
-    assert "was there already" in again.stdout
-    arguments = [str(clips), str(tmp_path / "few"), "--screening.min-seconds", "0.3", "--workers", "1"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "skipped: sub/b.webm:" in done.stdout
-    arguments = [str(tmp_path / "nowhere"), str(tmp_path / "new")]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: no such folder")
-    assert "Traceback" not in done.stderr
+    again = script("tools/ingest.py", clips, tmp_path / "out")
+    assert "was there already" in again.out
+    done = script("tools/ingest.py", clips, tmp_path / "few", "--screening.min-seconds", "0.3", "--workers", "1")
+    assert done.code == 0, done.err
+    assert "skipped: sub/b.webm:" in done.out
+    done = script("tools/ingest.py", tmp_path / "nowhere", tmp_path / "new")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("error: no such folder")
     assert not (tmp_path / "new").exists()
 
 

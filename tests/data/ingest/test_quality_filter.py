@@ -53,9 +53,9 @@ def lossless(frames, milliseconds, *, aspect=1):
 
 def rotated(content):
     """Return an mp4 that players turn clockwise, as phones write portrait video."""
-    at = content.index(b"tkhd") + 4 + 4 + 20 + 16
+    offset = content.index(b"tkhd") + 4 + 4 + 20 + 16
     matrix = np.asarray([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
-    return content[:at] + matrix + content[at + 36 :]
+    return content[:offset] + matrix + content[offset + 36 :]
 
 
 def mp4(frames, fps=8.0):

@@ -95,8 +95,8 @@ def test_equal_costs_leave_the_order_to_chance():
     steps = [{tuple(sorted(step)) for step in order.reshape(-1, 4).tolist()} for order in orders]
     assert len(steps[0] & steps[1]) < 3
     # Neither are rows of like costs together: costs within a step vary as much as overall.
-    within = costs[orders[0]].reshape(-1, 4).std(axis=1).mean()
-    assert within > 0.6 * costs.std()
+    inside = costs[orders[0]].reshape(-1, 4).std(axis=1).mean()
+    assert inside > 0.6 * costs.std()
 
 
 def test_steps_that_two_epochs_share_get_the_commonest_rows():

@@ -81,8 +81,8 @@ def test_epochs_and_seeds_differ():
 def test_each_variant_is_drawn_once_before_one_is_repeated(counts, seed, split):
     ends = np.cumsum(counts).tolist()
     groups = tuple(tuple(range(end - count, end)) for end, count in zip(ends, counts, strict=True))
-    at = min(split, len(counts) - 1)
-    mixture = Mixture(sizes=(at, len(counts) - at) if at else (len(counts),), variants=groups)
+    position = min(split, len(counts) - 1)
+    mixture = Mixture(sizes=(position, len(counts) - position) if position else (len(counts),), variants=groups)
     mixed = draws(mixture, seed=seed)
     seen = np.stack([np.sort(mixed.draw_epoch(epoch)) for epoch in range(12)])  # 12 = the least common multiple
     for clip, group in enumerate(groups):

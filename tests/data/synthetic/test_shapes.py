@@ -92,13 +92,15 @@ def test_motion_is_exact_below_a_pixel(direction):
 def test_bounces_later_but_never_in_the_first_17_frames(height, width):
     for index, description in enumerate(shapes.COMBINATIONS):
         geometry = shapes.sample_geometry(make_generator(0, "test", index), description, height=height, width=width)
-        at = shapes.compute_centres(description, geometry, frames=1500, height=height, width=width)
+        centres = shapes.compute_centres(description, geometry, frames=1500, height=height, width=width)
         sign = np.asarray(DIRECTIONS[description.direction])
         axis = int(np.argmax(np.abs(sign)))
-        np.testing.assert_allclose(np.diff(at[:17], axis=0), np.broadcast_to(geometry.speed * sign, (16, 2)), atol=1e-9)
-        steps = np.diff(at[:, axis]) * sign[axis]
+        np.testing.assert_allclose(
+            np.diff(centres[:17], axis=0), np.broadcast_to(geometry.speed * sign, (16, 2)), atol=1e-9
+        )
+        steps = np.diff(centres[:, axis]) * sign[axis]
         assert (steps < 0).any()  # it came back
-        for side, places in zip((height, width), at.T, strict=True):
+        for side, places in zip((height, width), centres.T, strict=True):
             assert places.min() >= geometry.radius - 1e-9
             assert places.max() <= side - geometry.radius + 1e-9
 

@@ -81,9 +81,13 @@ def test_files_have_the_tensor_names_and_shapes_of_each_layout(tmp_path):
 def test_the_position_table_is_the_authors_and_others_are_refused(tmp_path):
     save_denoiser(tmp_path, DIT, make_random_params(DIT.make), layout="authors")
     table = safetensors.numpy.load_file(tmp_path / FILE)["pos_embed"].reshape(4, 4, 16)
-    at = np.float64([3 / 1, 3 / 10, 3 / 100, 3 / 1000])
-    np.testing.assert_array_equal(table[1, 3, :8], np.concatenate([np.sin(at), np.cos(at)]).astype(np.float32))
-    np.testing.assert_array_equal(table[3, 1, 8:], np.concatenate([np.sin(at), np.cos(at)]).astype(np.float32))
+    positions = np.float64([3 / 1, 3 / 10, 3 / 100, 3 / 1000])
+    np.testing.assert_array_equal(
+        table[1, 3, :8], np.concatenate([np.sin(positions), np.cos(positions)]).astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        table[3, 1, 8:], np.concatenate([np.sin(positions), np.cos(positions)]).astype(np.float32)
+    )
     edit_tensors(tmp_path, lambda tensors: tensors.update(pos_embed=tensors["pos_embed"] + 1e-3))
     with pytest.raises(UserError, match="pos_embed differs from the table"):
         load_denoiser(tmp_path)

@@ -86,7 +86,7 @@ def table(torch):
     """Return the position table: half of the width for the column, half for the row, each sines then cosines."""
     side, quarter = SIDE // 2, WIDTH // 4
     rates = [10_000 ** (-index / quarter) for index in range(quarter)]
-    waves = [[wave(at * rate) for wave in (math.sin, math.cos) for rate in rates] for at in range(side)]
+    waves = [[wave(index * rate) for wave in (math.sin, math.cos) for rate in rates] for index in range(side)]
     return torch.tensor([waves[column] + waves[row] for row in range(side) for column in range(side)])
 
 
@@ -253,10 +253,10 @@ def test_guided_sampling_equals_the_authors(tmp_path, torch):
     noise = draw_inputs(CHANNELS)[0][:1]
     x = torch.tensor(noise)
     with torch.no_grad():
-        for at, following in itertools.pairwise(torch.linspace(0, 1, steps + 1)):
-            both = authors_model(torch, values, torch.cat([x, x]), at.expand(2), torch.tensor(LABELS))[:, :CHANNELS]
+        for start, following in itertools.pairwise(torch.linspace(0, 1, steps + 1)):
+            both = authors_model(torch, values, torch.cat([x, x]), start.expand(2), torch.tensor(LABELS))[:, :CHANNELS]
             conditional, unconditional = both.chunk(2)
-            x = x + (following - at) * (unconditional + scale * (conditional - unconditional))
+            x = x + (following - start) * (unconditional + scale * (conditional - unconditional))
 
     authors_folder(tmp_path / "model", torch, values, "SiT")
     config, params = load_denoiser(tmp_path / "model")

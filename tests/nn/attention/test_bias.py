@@ -53,9 +53,9 @@ def explicit(pattern):
             ]
     known = np.isfinite(PLACES[0]).all(axis=-1)
 
-    def attend(q, k, v, at):
-        added = jnp.moveaxis(at.bias.table[entries].sum(axis=0), -1, 0)[None] * (known[:, None] & known[None])
-        mask = dense_mask(mask_boxes(pattern, at))
+    def attend(q, k, v, inputs):
+        added = jnp.moveaxis(inputs.bias.table[entries].sum(axis=0), -1, 0)[None] * (known[:, None] & known[None])
+        mask = dense_mask(mask_boxes(pattern, inputs))
         mixed = jax.nn.dot_product_attention(q, k, v, bias=added, mask=mask[:, None])
         return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)
 

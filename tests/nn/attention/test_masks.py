@@ -56,10 +56,10 @@ def expected_mask(sees):
 @pytest.mark.parametrize("pattern", [pattern for pattern, _ in DEFINITIONS], ids=str)
 def test_counted_pairs_are_those_of_the_dense_mask(pattern):
     for grid in (Grid(5, 3, 4), *GRIDS):
-        at = AttentionInputs.self_attention(
+        inputs = AttentionInputs.self_attention(
             jnp.ones((1, grid.volume), jnp.int32), jnp.asarray(compute_positions(grid), jnp.int32)[None]
         )
-        assert count_pairs(pattern, grid) == int(dense_mask(mask_boxes(pattern, at)).sum())
+        assert count_pairs(pattern, grid) == int(dense_mask(mask_boxes(pattern, inputs)).sum())
 
 
 @pytest.mark.parametrize(("pattern", "sees"), DEFINITIONS, ids=lambda value: str(value) if "(" in str(value) else "")
@@ -85,10 +85,10 @@ def test_global_tokens_are_seen_by_all_and_see_all_or_only_each_other(number, se
         ]
         for i in range(len(ids))
     ]
-    beside = WithGlobalTokens(pattern=pattern, globals_see_all=seeing)
-    mask = dense_mask(mask_boxes(beside, AttentionInputs.self_attention(SEGMENTS, jnp.asarray(indices)[None])))
+    extended = WithGlobalTokens(pattern=pattern, globals_see_all=seeing)
+    mask = dense_mask(mask_boxes(extended, AttentionInputs.self_attention(SEGMENTS, jnp.asarray(indices)[None])))
     np.testing.assert_array_equal(mask[0], expected)
-    assert beside.causal == (pattern.causal and not seeing)
+    assert extended.causal == (pattern.causal and not seeing)
 
 
 def test_real_coordinates_are_indices_by_rank():

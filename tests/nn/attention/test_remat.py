@@ -33,9 +33,9 @@ class Layer(nnx.Module):
     def __init__(self, rngs):
         self.qkv = Linear(HEADS * WIDTH, 3 * HEADS * WIDTH, rngs=rngs)
 
-    def __call__(self, x, attention, at):
+    def __call__(self, x, attention, inputs):
         q, k, v = jnp.moveaxis(self.qkv(jnp.sin(x)).reshape(*x.shape[:2], 3, HEADS, WIDTH), 2, 0)
-        return x + attention(q, k, v, at).reshape(x.shape)
+        return x + attention(q, k, v, inputs).reshape(x.shape)
 
 
 STACK = make_stack(Layer, 2, rngs=nnx.Rngs(0))
@@ -46,8 +46,8 @@ def gradients(attention, remat, params):
     graph, _ = nnx.split(STACK)
 
     def value(params):
-        at = AttentionInputs.self_attention(SEGMENTS, PLACES)
-        return jnp.cos(apply_stack(nnx.merge(graph, params), X, attention, at, remat=remat)).sum()
+        inputs = AttentionInputs.self_attention(SEGMENTS, PLACES)
+        return jnp.cos(apply_stack(nnx.merge(graph, params), X, attention, inputs, remat=remat)).sum()
 
     return jax.grad(value)(params)
 
@@ -85,10 +85,10 @@ def test_gradients_do_not_depend_on_the_remat_policy(name):
 def test_cross_attention_keeps_no_results_for_the_backward_pass(backend):
     def names(keys):
         def value(q, k):
-            at = AttentionInputs(
+            inputs = AttentionInputs(
                 q_segments=SEGMENTS, context_segments=None if keys is X else SEGMENTS[:, : keys.shape[1]]
             )
-            return backend(q, k, k, at).sum()
+            return backend(q, k, k, inputs).sum()
 
         heads = [x.reshape(*x.shape[:2], HEADS, WIDTH) for x in (X, keys)]
         return count_primitive("name", jax.make_jaxpr(jax.grad(value))(*heads).jaxpr)

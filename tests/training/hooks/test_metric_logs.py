@@ -142,7 +142,7 @@ def test_periodic_calls_are_logged_if_they_return_figures(tmp_path):
     log = CombinedLog((MetricsLog(tmp_path / "m.jsonl"), second))
     watch = Watch(periodic=(PeriodicCall(every=4, call=validate), PeriodicCall(every=3, call=snapshot)))
     state = train(LoopConfig(steps=10, log_every=5), watch, log)
-    assert called == [(name, at) for at, names in [(3, "s"), (4, "v"), (6, "s"), (8, "v"), (9, "s"), (10, "vs")]
+    assert called == [(name, step) for step, names in [(3, "s"), (4, "v"), (6, "s"), (8, "v"), (9, "s"), (10, "vs")]
                       for name in [{"s": "snapshot", "v": "validate"}[letter] for letter in names]]  # fmt: skip
     entries = read_metrics(tmp_path / "m.jsonl")
     assert [entry["step"] for entry in entries] == [4, 5, 8, 10]

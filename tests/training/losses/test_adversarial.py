@@ -122,17 +122,17 @@ def test_the_discriminator_learns_to_tell_them_apart_with_r1_on_every_kth_step()
 def test_the_device_is_asked_for_its_step_only_where_states_do_not_follow_each_other():
     class Step:
         def __init__(self, number):
-            self.number, self.asked = number, 0
+            self.number, self.reads = number, 0
 
         def __int__(self):
-            self.asked += 1
+            self.reads += 1
             return self.number
 
     count, steps = HostStepCounter(), [Step(number) for number in (7, 8, 9)]
     for step, after in itertools.pairwise(steps):
         assert count(step) == step.number
         count.advance(after)
-    assert [step.asked for step in steps] == [1, 0, 0]
+    assert [step.reads for step in steps] == [1, 0, 0]
     restored = Step(3)
     assert count(restored) == 3
 

@@ -254,14 +254,14 @@ def test_mutated_tars_neither_crash_nor_hang(tmp_path):
     for _ in range(1000):
         tar = bytearray(chosen.choice(originals))
         for _ in range(chosen.randint(1, 8)):
-            at = chosen.randrange(len(tar))
+            offset = chosen.randrange(len(tar))
             match chosen.randrange(3):
                 case 0:
-                    tar[at] ^= 1 << chosen.randrange(8)
+                    tar[offset] ^= 1 << chosen.randrange(8)
                 case 1:
-                    del tar[at : at + chosen.randint(1, 600)]
+                    del tar[offset : offset + chosen.randint(1, 600)]
                 case 2:
-                    tar[at:at] = tar[chosen.randrange(len(tar)) :][: chosen.randint(1, 600)]
+                    tar[offset:offset] = tar[chosen.randrange(len(tar)) :][: chosen.randint(1, 600)]
             if not tar:
                 break
         path.write_bytes(tar)

@@ -77,7 +77,7 @@ CONTEXT_SEGMENTS = jnp.asarray([[1, 1, 2, 4, 4, 4, 0], [2] * 7])
 """Segments of a text: the third clip of the first row and the first of the second have none."""
 WITHOUT_COORDINATES = np.random.default_rng(1).uniform(size=(2, LENGTH, 1)) < 0.2
 """Tokens without coordinates, for the patterns that support them."""
-AMONG, CONTEXT = AttentionInputs.self_attention(SEGMENTS, INDICES), AttentionInputs(SEGMENTS, CONTEXT_SEGMENTS)
+SELF_ATTENTION, CONTEXT = AttentionInputs.self_attention(SEGMENTS, INDICES), AttentionInputs(SEGMENTS, CONTEXT_SEGMENTS)
 
 
 def inputs(keys: int = LENGTH, width: int = WIDTH, seed: int = 0):
@@ -88,21 +88,21 @@ def inputs(keys: int = LENGTH, width: int = WIDTH, seed: int = 0):
 def reference(pattern):
     """Return JAX's own attention under the dense mask, with zeros for queries that see nothing."""
 
-    def attend(q, k, v, at):
-        mask = dense_mask(mask_boxes(pattern, at))
+    def attend(q, k, v, metadata):
+        mask = dense_mask(mask_boxes(pattern, metadata))
         mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
         return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)
 
     return attend
 
 
-def value_and_gradients(attention, arrays, at=AMONG):
+def value_and_gradients(attention, arrays, metadata=SELF_ATTENTION):
     weights = jnp.asarray(np.random.default_rng(9).normal(size=arrays[0].shape), jnp.float32)
 
     @jax.jit
     def run(arrays):
         def loss(arrays):
-            out = attention(*arrays, at)
+            out = attention(*arrays, metadata)
             return (out * weights).sum(), out
 
         return jax.grad(loss, has_aux=True)(arrays)
@@ -118,11 +118,11 @@ def same(left, right, *, atol=2e-6, about=""):
 
 @pytest.mark.parametrize("pattern", mark_slow_except(QUICK, PATTERNS), ids=str)
 def test_every_backend_equals_the_dense_mask_in_values_and_gradients(pattern):
-    arrays, at = inputs(), AMONG
+    arrays, metadata = inputs(), SELF_ATTENTION
     if isinstance(pattern, WithGlobalTokens):
-        at = AttentionInputs.self_attention(SEGMENTS, jnp.where(WITHOUT_COORDINATES, -1, INDICES))
-    expected = value_and_gradients(reference(pattern), arrays, at)
-    same(value_and_gradients(DenseAttention(pattern=pattern), arrays, at), expected, about="dense")
+        metadata = AttentionInputs.self_attention(SEGMENTS, jnp.where(WITHOUT_COORDINATES, -1, INDICES))
+    expected = value_and_gradients(reference(pattern), arrays, metadata)
+    same(value_and_gradients(DenseAttention(pattern=pattern), arrays, metadata), expected, about="dense")
     for name, backend in BACKENDS.items():
         try:
             attention = dataclasses.replace(backend, pattern=pattern)
@@ -130,7 +130,7 @@ def test_every_backend_equals_the_dense_mask_in_values_and_gradients(pattern):
             assert name in ("splash", "tokamax")
             assert pattern.locality == "boxes"
             continue
-        same(value_and_gradients(attention, arrays, at), expected, about=name)
+        same(value_and_gradients(attention, arrays, metadata), expected, about=name)
 
 
 def test_texts_are_seen_by_their_own_segments_and_a_segment_without_text_gets_zeros():
@@ -289,7 +289,7 @@ def test_make_attention_builds_backends_by_name():
 
 def test_auto_is_dense_for_short_rows_and_chunked_for_long_ones():
     def program(attention):
-        return str(jax.make_jaxpr(lambda *arrays: attention(*arrays, AMONG))(*inputs()))
+        return str(jax.make_jaxpr(lambda *arrays: attention(*arrays, SELF_ATTENTION))(*inputs()))
 
     short, long = DenseAttention(pattern=SpaceOnly()), ChunkedAttention(pattern=SpaceOnly(), chunk=5)
     assert program(AutoAttention(max_dense_tokens=LENGTH, dense=short, chunked=long)) == program(short)
@@ -298,7 +298,7 @@ def test_auto_is_dense_for_short_rows_and_chunked_for_long_ones():
 
 def test_cudnn_attention_refuses_32_bit_inputs():
     with pytest.raises(UserError, match="bfloat16 or float16, not float32"):
-        CudnnAttention()(*inputs(), AMONG)
+        CudnnAttention()(*inputs(), SELF_ATTENTION)
 
 
 def test_a_missing_tokamax_is_reported_with_its_installation(monkeypatch):
