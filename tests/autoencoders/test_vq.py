@@ -89,7 +89,12 @@ def test_an_index_out_of_range_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk"), mark_slow_except([("video", 1)], [("video", 1), ("video", 3), ("image", 2)])
+    ("name", "chunk"),
+    [
+        ("video", 1),
+        pytest.param("video", 3, marks=pytest.mark.slow),
+        pytest.param("image", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_streamed_chunks_equal_the_whole_clip(name, chunk):
     config, params, _, latents, decoded = setting(name)

@@ -119,6 +119,11 @@ def test_workers_give_the_same_batches(source):
     for batch, same in zip(take(source, 4, workers=2, tokenize=closure), expected, strict=False):
         assert_equal(batch, same)
     assert sorted(counted) == sorted({"", *source.captions})
+
+
+@pytest.mark.slow
+def test_workers_of_several_hosts_give_the_same_batches(source):
+    expected = take(source, 8)
     shares = [take(source, 3, workers=workers, host=host, hosts=2, start_step=5) for host, workers in ((0, 0), (1, 2))]
     for step in range(3):
         assert_equal(join_shares([share[step] for share in shares]), expected[5 + step])

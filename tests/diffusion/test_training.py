@@ -117,13 +117,10 @@ COMBINATIONS = [
     for prediction in PREDICTIONS
     if (process, prediction) != ("edm", "velocity")  # which is refused
 ]
-QUICK = {("flow", "velocity")}
 
 
-@pytest.mark.parametrize(
-    ("process", "prediction"),
-    [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in COMBINATIONS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("process", "prediction"), COMBINATIONS)
 def test_training_recovers_the_mixture(process, prediction):
     before, after = distances(PROCESSES[process], PREDICTIONS[prediction])
     assert before > 0.1

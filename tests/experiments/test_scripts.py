@@ -119,8 +119,8 @@ def test_sample_refuses_an_unknown_format_before_it_samples(script, tiny_run, tm
     assert_one_line(ended, "clip.avi has no known suffix; use one of .mp4")
 
 
-def test_sample_names_a_run_that_does_not_exist(process, tmp_path):
-    ended = process("experiments/sample.py", tmp_path / "nowhere", "--prompt", PROMPT, "--out", tmp_path / "clip.mp4")
+def test_sample_names_a_run_that_does_not_exist(script, tmp_path):
+    ended = script("experiments/sample.py", tmp_path / "nowhere", "--prompt", PROMPT, "--out", tmp_path / "clip.mp4")
     assert_one_line(ended, f"no such run: {tmp_path / 'nowhere'}")
 
 
@@ -178,11 +178,11 @@ def test_train_accepts_scalar_settings_on_the_command_line(script, copy, tiny_cl
     assert_one_line(ended, "another config (denoiser.steps is 10 there and 12 here)")
 
 
-def test_train_refuses_clips_that_do_not_exist(process, tiny_clips, tmp_path):
+def test_train_refuses_clips_that_do_not_exist(script, tiny_clips, tmp_path):
     clips = tmp_path / "clips"
     clips.mkdir()
     (clips / "metadata.csv").write_text("file_name,text\nmissing.mp4,a cat\n")
-    ended = process("experiments/train.py", ROOT / TINY, "--data", clips, "--workdir", tmp_path / "run")
+    ended = script("experiments/train.py", ROOT / TINY, "--data", clips, "--workdir", tmp_path / "run")
     assert_one_line(ended, "(first: missing.mp4: line 2 names it, but it is not there)")
     assert not (tmp_path / "run").exists()
 

@@ -53,6 +53,7 @@ def test_statistics_of_guidance_are_of_each_clip_alone():
 NOISY = Sampling(steps=3, guidance=2.0, solver=Ddim(eta=1.0))
 
 
+@pytest.mark.slow
 def test_noise_between_steps_depends_on_the_seed_alone():
     first, second = (request._replace(seed=seed) for seed, request in enumerate(TWO))
     both = sample_requests([first, second], NOISY)

@@ -5,6 +5,7 @@ from flax import nnx
 
 from dit_video.core.trees import flatten
 from dit_video.nn import Linear, RmsNorm, get_graph_def, get_param_shapes, init_params, make_stack
+from dit_video.nn.container import ParamRngs
 
 
 class Net(nnx.Module):
@@ -46,6 +47,24 @@ def test_merged_parameters_are_the_module():
     merged = nnx.merge(get_graph_def(Net), init_params(Net, jax.random.key(3)))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
     np.testing.assert_array_equal(merged(x), net(x))
+
+
+def test_keys_are_those_of_flax():
+    ours, theirs = ParamRngs(jax.random.key(3)), nnx.Rngs(jax.random.key(3))
+    for _ in range(3):
+        np.testing.assert_array_equal(*(jax.random.key_data(rngs.params()) for rngs in (ours, theirs)))
+    assert isinstance(ours, nnx.Rngs)
+
+
+def test_a_structure_is_built_once():
+    calls = []
+
+    def make(rngs):
+        calls.append(rngs)
+        return Linear(4, 4, rngs=rngs)
+
+    assert get_graph_def(make) is get_graph_def(make)
+    assert len(calls) == 1
 
 
 def test_traced_and_eager_parameters_are_the_same_and_depend_on_the_key():

@@ -135,6 +135,8 @@ def test_files_that_a_killed_run_left_are_no_part_of_the_result(tmp_path):
     assert compute_digests(tmp_path / "out") == compute_digests(tmp_path / "other")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_changed_clip_is_inspected_again(tmp_path, log):
     write_clips(tmp_path / "clips", "a.mp4", "b.mp4")
 

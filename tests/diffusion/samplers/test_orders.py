@@ -51,8 +51,8 @@ ORDERS = {
     "dpm++2s-heun": (DpmSinglestep(lower_order_final=False, kind="heun"), 2),
     "unipc": (UniPc(lower_order_final=False), 3),
 }
-QUICK = (("dpm++2m", "vp"), ("heun", "edm"))
-"""Solvers and settings of the default suite, beside those of rectified flow."""
+QUICK = (("euler", "flow"), ("unipc", "flow"), ("dpm++2m", "vp"), ("heun", "edm"))
+"""Solvers and settings of the default suite."""
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def end(solver, setting, steps):
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
-        pytest.param(name, setting, marks=() if setting == "flow" or (name, setting) in QUICK else pytest.mark.slow)
+        pytest.param(name, setting, marks=() if (name, setting) in QUICK else pytest.mark.slow)
         for name in ORDERS
         for setting in SETTINGS
         if setting == "flow" or "-heun" not in name

@@ -264,6 +264,8 @@ def test_nothing_judged_gives_no_rates():
     assert table["start_spread"]["lowest_ratio"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_spread_of_rendered_clips_is_that_of_the_data():
     results = []
     for direction in ("left", "right", "up", "down", None):

@@ -77,6 +77,7 @@ def matching(student, critic, rows, step=1):
     return MATCHING(student, critic, noised, rows, step, TEACHER), noised
 
 
+@pytest.mark.slow
 def test_consistency_of_an_example_is_the_same_wherever_it_is_packed():
     alone = [float(consistency(TEACHER, TEACHER, batch([one], []))) for one in (A, B, C)]
     assert min(alone) > 0
