@@ -12,9 +12,9 @@ rendered shapes, WORKDIR/few_steps.json and the report compare how well teacher 
 their samples vary, per number of steps. After an interruption, run the same command again to continue.
 """
 
-from dit_video.platform.huge_pages import use_huge_pages
+from dit_video.platform.scripts import prepare_script
 
-use_huge_pages(__name__)
+prepare_script(__name__)
 
 import time
 from dataclasses import dataclass, field

@@ -1,8 +1,8 @@
 """Evaluate a run or an exported pipeline, and write metrics.json, samples/ and report.html."""
 
-from dit_video.platform.huge_pages import use_huge_pages
+from dit_video.platform.scripts import prepare_script
 
-use_huge_pages(__name__)
+prepare_script(__name__)
 
 from pathlib import Path
 from typing import Annotated

@@ -4,9 +4,9 @@ It renders captioned clips, trains an autoencoder and a diffusion transformer on
 the samples and writes runs/quickstart/report.html. This takes about a quarter of an hour on two CPU cores.
 """
 
-from dit_video.platform.huge_pages import use_huge_pages
+from dit_video.platform.scripts import prepare_script
 
-use_huge_pages(__name__)
+prepare_script(__name__)
 
 import sys
 import time

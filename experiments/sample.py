@@ -1,8 +1,8 @@
 """Sample clips from a run, a pipeline folder or a folder of open weights."""
 
-from dit_video.platform.huge_pages import use_huge_pages
+from dit_video.platform.scripts import prepare_script
 
-use_huge_pages(__name__)
+prepare_script(__name__)
 
 import re
 import time

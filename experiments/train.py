@@ -13,9 +13,9 @@ exit with code 0. Several processes, on one host or many, train one run together
 from there.
 """
 
-from dit_video.platform.huge_pages import use_huge_pages
+from dit_video.platform.scripts import prepare_script
 
-use_huge_pages(__name__)
+prepare_script(__name__)
 
 import dataclasses
 import importlib.util

@@ -37,9 +37,9 @@ marked in the output; `denoiser`, `autoencoder` and `mfu` need only JAX, Flax an
 cannot be imported for that reason, models of about its size are measured and `setting` is `built in`.
 """
 
-from dit_video.platform.huge_pages import use_huge_pages
+from dit_video.platform.scripts import prepare_script
 
-use_huge_pages(__name__)
+prepare_script(__name__)
 
 import json
 import os

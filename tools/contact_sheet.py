@@ -1,5 +1,9 @@
 """Arrange a run's samples in a grid, as one looping image."""
 
+from dit_video.platform.scripts import prepare_script
+
+prepare_script(__name__, huge_pages=False)
+
 from pathlib import Path
 from typing import Annotated
 

@@ -1,5 +1,9 @@
 """Convert weights between file layouts: that of diffusers or transformers, the authors' and ours."""
 
+from dit_video.platform.scripts import prepare_script
+
+prepare_script(__name__, huge_pages=False)
+
 from pathlib import Path
 from typing import Annotated, Literal
 

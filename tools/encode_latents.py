@@ -1,8 +1,8 @@
 """Encode a data set of clips with a trained autoencoder, in any number of processes."""
 
-from dit_video.platform.huge_pages import use_huge_pages
+from dit_video.platform.scripts import prepare_script
 
-use_huge_pages(__name__)
+prepare_script(__name__)
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,5 +1,9 @@
 """Export the pipeline of a run, for sharing."""
 
+from dit_video.platform.scripts import prepare_script
+
+prepare_script(__name__, huge_pages=False)
+
 from pathlib import Path
 from typing import Annotated, Literal
 

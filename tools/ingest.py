@@ -1,5 +1,9 @@
 """Make a data set of clips from a folder, a list of paths, archives or a known data set."""
 
+from dit_video.platform.scripts import prepare_script
+
+prepare_script(__name__, huge_pages=False)
+
 import contextlib
 import io
 import shlex

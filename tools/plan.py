@@ -13,6 +13,10 @@ are not present, everything is computed analytically and marked `analytic`. `--s
 rematerialization. `--set` changes any scalar of the config: `--set denoiser.dit.layers=20`.
 """
 
+from dit_video.platform.scripts import prepare_script
+
+prepare_script(__name__, huge_pages=False)
+
 import ast
 import os
 import sys

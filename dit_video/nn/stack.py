@@ -26,15 +26,15 @@ Carry = TypeVar("Carry")
 
 def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx.Rngs) -> nnx.Module:
     """Build `layers` modules as one, each parameter with a leading axis `L`."""
-    graphs = []
+    graphs: list[nnx.GraphDef] = []
 
-    def init_layer(key: Array) -> nnx.State:
+    def init_layer(key: Array) -> Any:
         graph, state = nnx.split(make(ParamRngs(key)))
         graphs.append(graph)
         return state
 
-    state = jax.vmap(init_layer)(jax.random.split(rngs.params(), layers))
-    return nnx.merge(graphs[0], state)
+    states = jax.vmap(init_layer)(jax.random.split(rngs.params(), layers))
+    return nnx.merge(graphs[0], states)
 
 
 def apply_stack(stack: nnx.Module, x: Carry, *context: PyTree, remat: Remat = "none") -> Carry:
