@@ -1,15 +1,15 @@
 """Fixtures: a tiny run, trained once a session, and scripts run the way users run them."""
 
 import atexit
-import contextlib
 import fcntl
+import functools
 import importlib.util
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -113,14 +113,15 @@ def shared_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _made_once(folder: Path) -> Iterator[bool]:
-    """Yield whether the folder has to be made; other workers that need it wait until it is."""
+def _make_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Return the folder, made by the first worker that needs it; others wait until it is complete."""
     done = folder.with_suffix(".done")
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield not done.exists()
-        done.touch()
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -128,11 +129,8 @@ def tiny_clips(tiny, shared_folder) -> Path:
     """Return the folder of rendered clips for the tiny experiment. It is read only."""
     from dit_video.data.synthetic import shapes
 
-    folder = shared_folder / "clips"
-    with _made_once(folder) as is_missing:
-        if is_missing:
-            shapes.write_folder(folder, count=tiny.COUNT, seed=0, sizes=tiny.SIZES)
-    return folder
+    write = functools.partial(shapes.write_folder, count=tiny.COUNT, seed=0, sizes=tiny.SIZES)
+    return _make_once(shared_folder / "clips", write)
 
 
 @pytest.fixture(scope="session")
@@ -140,14 +138,13 @@ def tiny_run(tiny, tiny_clips, shared_folder) -> Path:
     """Return the folder of a finished run. It is read only: copy it to change it."""
     from dit_video.experiment.run import Run
 
-    folder = shared_folder / "run"
-    with _made_once(folder) as is_missing:
-        if is_missing:
-            quick = jax.config.read("jax_disable_most_optimizations")
-            _compile_quickly(True)  # even if a slow test uses this fixture first
-            Run.create(folder, tiny.EXPERIMENT).train(tiny_clips)
-            _compile_quickly(quick)
-    return folder
+    def train(folder: Path) -> None:
+        quick = jax.config.read("jax_disable_most_optimizations")
+        _compile_quickly(True)  # even if a slow test uses this fixture first
+        Run.create(folder, tiny.EXPERIMENT).train(tiny_clips)
+        _compile_quickly(quick)
+
+    return _make_once(shared_folder / "run", train)
 
 
 @pytest.fixture(scope="session")

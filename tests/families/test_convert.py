@@ -189,11 +189,11 @@ def test_a_folder_with_files_is_not_written_over(tmp_path):
 @pytest.mark.parametrize("to", ["authors", "dit_video"])
 def test_tensors_that_do_not_fit_are_all_named(tmp_path, to):
     save_denoiser(tmp_path / "in", WAN, make_random_params(WAN.make))
-    example = safetensors.numpy.load_file(tmp_path / "in" / FILE)
-    for name in [name for name in example if name.startswith("blocks.1.")][:12]:
-        del example[name]
-    example["surplus"] = example["scale_shift_table"] = np.zeros((1, 2, 15), np.float32)
-    safetensors.numpy.save_file(example, tmp_path / "in" / FILE)
+    stored = safetensors.numpy.load_file(tmp_path / "in" / FILE)
+    for name in [name for name in stored if name.startswith("blocks.1.")][:12]:
+        del stored[name]
+    stored["surplus"] = stored["scale_shift_table"] = np.zeros((1, 2, 15), np.float32)
+    safetensors.numpy.save_file(stored, tmp_path / "in" / FILE)
     with pytest.raises(UserError, match=r"12 missing \(.*… 2 more\); 1 unexpected \(surplus\); 1 misshapen \(scale_"):
         convert(tmp_path / "in", tmp_path / "out", layout=to)
     assert not (tmp_path / "out").exists()

@@ -313,6 +313,7 @@ def test_the_command_ingests_a_folder(clips, tmp_path, script):
     done = script("tools/ingest.py", tmp_path / "nowhere", tmp_path / "new")
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith("error: no such folder")
+    assert "Traceback" not in done.err
     assert not (tmp_path / "new").exists()
 
 

@@ -136,7 +136,6 @@ def test_files_that_a_killed_run_left_are_no_part_of_the_result(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_changed_clip_is_inspected_again(tmp_path, log):
     write_clips(tmp_path / "clips", "a.mp4", "b.mp4")
 
@@ -152,7 +151,6 @@ def test_a_changed_clip_is_inspected_again(tmp_path, log):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_clip_that_changed_without_a_new_modification_time_is_found_out(tmp_path, log):
     """Only the second pass notices it: it forgets the clip's inspection, and the next run continues."""
     write_clips(tmp_path / "clips", "a.mp4", "b.mp4")

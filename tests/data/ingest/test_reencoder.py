@@ -173,7 +173,6 @@ def test_other_options_make_another_data_set(reencoded):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_killed_run_does_not_reencode_files_again(tmp_path, monkeypatch):
     """Files that are missing or incomplete are reencoded again, and all of them with another option."""
     (tmp_path / "clips").mkdir()

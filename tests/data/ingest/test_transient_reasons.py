@@ -89,7 +89,6 @@ def test_transient_failures_are_quarantined_apart_and_retried_on_request(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_failures_that_pass_within_the_run_leave_no_trace(tmp_path, log):
     """The disk has an error at the first read, and a file is written while it is read."""
     clips = write_clips(tmp_path / "clips", "a.mp4", "b_first.mp4", "c_rewritten.mp4")

@@ -265,7 +265,6 @@ def test_nothing_judged_gives_no_rates():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_spread_of_rendered_clips_is_that_of_the_data():
     results = []
     for direction in ("left", "right", "up", "down", None):

@@ -53,7 +53,7 @@ def gradients(attention, remat, params):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", mark_slow_except(("of blocks",), BACKENDS))
+@pytest.mark.parametrize("name", BACKENDS)
 def test_attention_is_not_recomputed_under_its_remat_policy(name):
     params = nnx.split(STACK)[1]
 

@@ -180,7 +180,7 @@ def test_a_segment_sees_no_other_bit_for_bit(attention):
     arrays = inputs()
     changed = [jnp.where((SEGMENTS != 2)[..., None, None], 7.0 * x + 3.0, x) for x in arrays]
     own = np.asarray(SEGMENTS == 2)
-    before, after = (value_and_gradients(attention, arrays_) for arrays_ in (arrays, changed))
+    before, after = (value_and_gradients(attention, values) for values in (arrays, changed))
     for left, right in zip(before, after, strict=True):
         np.testing.assert_array_equal(np.asarray(left)[own], np.asarray(right)[own])
     others = np.asarray(SEGMENTS == 1)

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[4]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "width"), [("v5e:2x2", 64), ("v5p:2x2x1", 128), ("v6e:2x2", 128)])
+@pytest.mark.parametrize(
+    ("topology", "width"), [("v5e:2x2", 64), ("v5e:2x2", 128), ("v5p:2x2x1", 128), ("v6e:2x2", 128)]
+)
 def test_splash_compiles_for_a_topology(topology, width):
     """This takes a process of its own: one that has libtpu would look for TPUs from then on."""
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e '.[tpu]'")
