@@ -246,6 +246,10 @@ def test_models_and_the_step_import_without_video_and_data():
     python(without("av", "grain", "tensorflow_datasets", "tyro", "torch", "tensorflow") + "\n".join(lines))
 
 
+def test_an_ingest_worker_imports_neither_jax_nor_tfds():
+    python(without("jax", "flax", "tensorflow_datasets", "grain") + "import dit_video.data.ingest.worker")
+
+
 def test_diffusion_imports_without_flax():
     modules = [module_name(path) for path in sources("dit_video/diffusion")]
     assert modules

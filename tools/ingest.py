@@ -14,7 +14,8 @@ import tyro
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.core.storage import to_storage_path
-from dit_video.data.ingest import REPORT, IngestConfig, IngestReport, ingest
+from dit_video.data.ingest.engine import IngestConfig, ingest
+from dit_video.data.ingest.report import REPORT, IngestReport
 from dit_video.experiment.datasets import show_ingest_progress
 from dit_video.reports.ingest_report import PAGE, write_ingest_report
 

@@ -12,7 +12,8 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.core.storage import StoragePath, StoragePathLike, is_remote, to_storage_path
 from dit_video.data.clips import ClipSource, is_ingested
-from dit_video.data.ingest import ingest, list_clips
+from dit_video.data.ingest.engine import ingest
+from dit_video.data.ingest.formats import list_clips
 from dit_video.distributed.processes import main_process_first
 from dit_video.training.hooks.logging import Progress, print_on_first_process
 

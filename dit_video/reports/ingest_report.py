@@ -10,7 +10,7 @@ from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, write_text
 from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.ingest import IngestReport
+from dit_video.data.ingest.report import IngestReport
 from dit_video.reports import clips
 from dit_video.reports.contents import Figure
 from dit_video.reports.tables import format_value, render_json

@@ -1,5 +1,6 @@
 """Spacetime patches as token sequences: patchify, positions, packing, rotary embedding."""
 
+from dit_video.core.grid import Grid
 from dit_video.tokens.noise import sample_packed_noise
 from dit_video.tokens.packing import (
     PackedBatch,
@@ -13,7 +14,7 @@ from dit_video.tokens.packing import (
     segment_mean,
     unpack,
 )
-from dit_video.tokens.patchify import Grid, compute_token_grid, patchify, unpatchify
+from dit_video.tokens.patchify import compute_token_grid, patchify, unpatchify
 from dit_video.tokens.positions import compute_positions
 from dit_video.tokens.rotary import Rotary3d, compute_rotary_angles, rotate, split_evenly
 

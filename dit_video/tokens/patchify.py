@@ -1,26 +1,13 @@
 """Conversion of latents into tokens, which are spacetime patches, and back, in NumPy or JAX."""
 
-from typing import NamedTuple
-
 from einops import rearrange
 from jaxtyping import Float
 
 from dit_video.core.errors import UserError
+from dit_video.core.grid import Grid
 from dit_video.core.typing import SameArray
 
 _LATENT_AXES, _TOKEN_AXES = "... (t pt) (h ph) (w pw) c", "... (t h w) (pt ph pw c)"
-
-
-class Grid(NamedTuple):
-    """A size along (time, height, width): of a clip in pixels, latents, a token grid, a stride or a patch."""
-
-    t: int
-    h: int
-    w: int
-
-    @property
-    def volume(self) -> int:
-        return self.t * self.h * self.w
 
 
 def compute_token_grid(latents: Grid, patch: Grid) -> Grid:

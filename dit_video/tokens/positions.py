@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float32
 
-from dit_video.tokens.patchify import Grid
+from dit_video.core.grid import Grid
 
 
 def compute_positions(grid: Grid, *, step: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Float32[np.ndarray, "n 3"]:

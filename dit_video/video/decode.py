@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from dit_video.core.errors import DecodeError, UserError
-from dit_video.tokens import Grid
+from dit_video.core.grid import Grid
 from dit_video.video.clip import Clip
 from dit_video.video.deinterlace import deinterlace
 from dit_video.video.reader import TOLERANCE, TimedFrame, Video

@@ -9,14 +9,14 @@ from av.sidedata.sidedata import SideData, SideDataContainer, Type
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
-from dit_video.core import pixels
 from dit_video.core.errors import DecodeError
+from dit_video.core.resize import resize
 from dit_video.video.encode import ACCURATE_FLAGS
 from dit_video.video.filters import make_filter_graph
 from dit_video.video.reader import MAX_PIXELS, wrap_decode_errors
 
 RESIZE_FLAGS = ACCURATE_FLAGS & ~Interpolation.BICUBIC | Interpolation.BILINEAR
-"""Flags of swscale's triangle filter, which is widened when downsampling like that of `pixels.resize`."""
+"""Flags of swscale's triangle filter, which is widened when downsampling like that of `core.resize`."""
 
 _BT709, _BT601 = 1, 6
 _COLORSPACES = {
@@ -117,9 +117,9 @@ class RgbConverter:
             image = blend_over_black(self._reformat(frame, "gbrap"))
         elif frame.format.is_rgb:
             image = self._reformat(frame, "gbrp")
-        else:  # swscale resizes YUV without converting it, with no more rounding than `pixels.resize`.
+        else:  # swscale resizes YUV without converting it, with no more rounding than `core.resize`.
             return self._reformat(frame, "gbrp", height, width)
-        return pixels.resize(image[None], height, width)[0]
+        return resize(image[None], height, width)[0]
 
     def _reformat(
         self, frame: av.VideoFrame, format: str, height: int | None = None, width: int | None = None

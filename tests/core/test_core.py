@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dit_video.core import config_json, files, pixels, rng, trees
 from dit_video.core.errors import DecodeError, MissingError, UserError, script
@@ -310,56 +308,3 @@ def test_pixels_out_of_range_are_clipped():
 def test_pixels_that_are_not_finite_are_refused():
     with pytest.raises(UserError, match="1 of 3 pixel values are NaN"):
         pixels.to_uint8(np.array([[[0.0, np.nan, 1.0]]], np.float32))
-
-
-def test_resize_keeps_a_constant_and_the_same_size():
-    frames = np.full((2, 8, 6, 3), 77, np.uint8)
-    assert pixels.resize(frames, 8, 6) is frames
-    for height, width in [(4, 3), (5, 11), (1, 1), (16, 12)]:
-        resized = pixels.resize(frames, height, width)
-        assert resized.shape == (2, height, width, 3)
-        assert (resized == 77).all()
-
-
-@pytest.mark.parametrize(
-    ("source", "target"), [((48, 64), (19, 26)), ((37, 51), (37, 20)), ((90, 16), (3, 40)), ((9, 7), (50, 61))]
-)
-def test_resize_is_a_product_with_the_filter_on_each_axis(source, target):
-    frames = np.random.default_rng(1).integers(0, 256, (2, *source, 3), np.uint8)
-    rows, columns = (
-        pixels._make_weights(before, after).astype(np.float64) for before, after in zip(source, target, strict=True)
-    )
-    exact = np.einsum("hH,wW,THWc->Thwc", rows, columns, frames)
-    assert np.abs(pixels.resize(frames, *target) - exact).max() < 0.5 + 1e-3
-    upright = pixels.resize(np.ascontiguousarray(frames.swapaxes(1, 2)), *target[::-1]).swapaxes(1, 2)
-    assert np.abs(upright - exact).max() < 0.5 + 1e-3
-
-
-def test_resizing_in_strips_gives_the_same_result(monkeypatch):
-    frames = np.random.default_rng(2).integers(0, 256, (1, 40, 30, 3), np.uint8)
-    whole = pixels.resize(frames, 21, 13)
-    monkeypatch.setattr(pixels, "_MAX_PRODUCTS", 1000)
-    np.testing.assert_allclose(pixels.resize(frames, 21, 13).astype(int), whole, atol=1)
-
-
-def test_resize_to_half_is_a_symmetric_triangle_filter():
-    frames = np.zeros((1, 1, 8, 3), np.uint8)
-    frames[:, :, 3] = 255
-    result = pixels.resize(frames, 1, 4)[0, 0, :, 0].tolist()
-    assert result == [0, round(255 * 3 / 8), round(255 / 8), 0]
-    mirrored = pixels.resize(frames[:, :, ::-1], 1, 4)[0, 0, :, 0].tolist()
-    assert mirrored == result[::-1]
-
-
-def test_resize_enlarges_linearly():
-    frames = np.array([0, 100], np.uint8).repeat(3).reshape(1, 1, 2, 3)
-    assert pixels.resize(frames, 1, 4)[0, 0, :, 0].tolist() == [0, 25, 75, 100]
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 20))
-def test_resize_stays_within_the_range_of_its_input(height, width):
-    frames = np.random.default_rng(0).integers(40, 200, (1, 9, 7, 3), np.uint8)
-    resized = pixels.resize(frames, height, width)
-    assert frames.min() <= resized.min()
-    assert resized.max() <= frames.max()

@@ -17,7 +17,8 @@ from fsspec.registry import _registry
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.core.storage import publish, read_document, to_storage_path, write_text
 from dit_video.data.clips import INDEX, ClipSource, is_ingested
-from dit_video.data.ingest import engine, ingest
+from dit_video.data.ingest import engine
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.records.cluster import BeamOptions

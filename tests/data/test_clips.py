@@ -7,7 +7,7 @@ import pytest
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import ingest
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.records import builder
 from dit_video.video import Clip, decode
 

@@ -8,7 +8,7 @@ import pytest
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import ingest
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import write_latents
 from dit_video.data.loader import (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.ingest import ingest
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, get_sampled_fps, read_fitted_clip
 from dit_video.tokens import Grid
 from dit_video.video import Clip

@@ -6,7 +6,7 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.data.augmentation import Augmentation, composite
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import ingest
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import ClipCrops, WindowBatches, WindowConfig, Windows
 from dit_video.tokens import Grid

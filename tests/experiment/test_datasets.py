@@ -10,7 +10,7 @@ import pytest
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.storage import to_storage_path, write_text
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import ingest
+from dit_video.data.ingest.engine import ingest
 from dit_video.experiment import datasets
 from dit_video.experiment.run import Run
 from dit_video.video import Clip

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dit_video.core.storage import to_storage_path, upload
-from dit_video.data.ingest import ingest
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.synthetic import shapes
 from dit_video.evaluation import evaluate
 from dit_video.experiment.run import Run

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dit_video.data.ingest import Listing
+from dit_video.data.ingest.formats import Listing
 
 LATIN = "été".encode("latin-1")
 """Text that is not UTF-8."""

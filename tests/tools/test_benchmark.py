@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest import list_clips
+from dit_video.data.ingest.formats import list_clips
 from support.devices import HANG, PROGRAMS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

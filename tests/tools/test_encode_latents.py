@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dit_video.data.ingest import ingest
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.latents.cache import LatentSource
 from dit_video.experiment.run import Run
 

@@ -6,8 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from dit_video.core import pixels
 from dit_video.core.errors import DecodeError, MissingError, UserError
+from dit_video.core.resize import resize
 from dit_video.tokens import Grid
 from dit_video.video import Clip, VideoInfo, decode, encode, probe
 
@@ -117,7 +117,7 @@ def test_resizing_does_not_alias():
     rng = np.random.default_rng(3)
     clip = Clip(rng.integers(0, 256, (3, 30, 44, 3)).astype(np.uint8), fps=8)
     small = decode(encode(clip, "apng"), size=Grid(2, 12, 16))
-    np.testing.assert_array_equal(small.frames, pixels.resize(clip.frames[:2], 12, 16))
+    np.testing.assert_array_equal(small.frames, resize(clip.frames[:2], 12, 16))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""Pictures that ffmpeg resizes during conversion equal `pixels.resize`, which is the definition."""
+"""Pictures that ffmpeg resizes during conversion equal `core.resize`, which is the definition."""
 
 import numpy as np
 import pytest
 from av.video.reformatter import Interpolation
 
-from dit_video.core import pixels
+from dit_video.core.resize import resize
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
 from dit_video.video.to_rgb import RESIZE_FLAGS
@@ -40,7 +40,7 @@ def test_resizing_equals_pixels_resize(write_video, pixel_format, size, picture,
         content = write_video(picture(96, 128), codec=codec, pixel_format="rgb24", format="mov", options={"qp": "0"})
     else:
         content = write_video(picture(96, 128), pixel_format=pixel_format, colorspace=1, color_range=1)
-    expected = pixels.resize(decode(content).frames, *size).astype(int)
+    expected = resize(decode(content).frames, *size).astype(int)
     difference = np.abs(decode(content, size=Grid(1, *size)).frames - expected)
     assert difference.max() <= tolerance
     assert difference[:, 3:-3, 3:-3].max(initial=0) <= (tolerance + 1) // 2
@@ -55,7 +55,7 @@ def test_resizing_does_not_shift(write_video):
         content = write_video(frames, pixel_format=pixel_format, colorspace=1, color_range=1)
         for height, width in SIZES:
             small = decode(content, size=Grid(1, height, width)).frames[0].astype(float)
-            expected = pixels.resize(decode(content).frames, height, width)[0].astype(float)
+            expected = resize(decode(content).frames, height, width)[0].astype(float)
             step = 160 / width  # change of red from one column of the result to the next
             shift = (small - expected)[2:-2, 2:-2, 0].mean() / step
             assert abs(shift) < 0.1
@@ -70,7 +70,7 @@ def test_a_frame_of_60_000_by_2_pixels_is_resized(write_video):
         assert (facts.height, facts.width) == (2, 60_000)
         whole = decode(content).frames
         small = decode(content, size=Grid(1, 16, 128)).frames
-        expected = pixels.resize(whole, 16, 128).astype(int)
+        expected = resize(whole, 16, 128).astype(int)
         assert np.abs(small - expected).max() <= 3
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from av.filter import Graph
 
-from dit_video.core import pixels
 from dit_video.core.errors import DecodeError
+from dit_video.core.resize import resize
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
 from dit_video.video.to_rgb import blend_over_black
@@ -238,7 +238,7 @@ def test_pixels_that_are_not_square_are_resized_to_squares(write_video, textured
 def test_anamorphic_rgb_is_resized_to_square_pixels(write_video, textured):
     frames = textured(1, 36, 48)
     content = write_video(frames, codec="png", pixel_format="rgb24", format="mov", sample_aspect_ratio=Fraction(4, 3))
-    np.testing.assert_array_equal(decode(content).frames, pixels.resize(frames, 36, 64))
+    np.testing.assert_array_equal(decode(content).frames, resize(frames, 36, 64))
 
 
 TURNS = {

@@ -20,7 +20,8 @@ from benchmarks.settings import Setting, make_examples, make_latents
 from benchmarks.steps import TrainingSetup, count_compilations, get_peak_memory
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import ingest, list_clips
+from dit_video.data.ingest.engine import ingest
+from dit_video.data.ingest.formats import list_clips
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import write_latents
 from dit_video.data.loader import LoaderConfig, load_packed_batches

@@ -20,7 +20,7 @@ from dit_video.data.bucketing.batches import BucketConfig
 from dit_video.data.bucketing.buckets import BatchMemory
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import ingest
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.packing.rows import Encode
 from dit_video.experiment import input_pipeline
 from dit_video.nn import init_params

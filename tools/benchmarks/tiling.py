@@ -10,7 +10,7 @@ import dit_video
 from benchmarks.data import provide_clips
 from dit_video.autoencoders import Tiles, measure_tiling_error
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import ingest
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.experiment.run import Run

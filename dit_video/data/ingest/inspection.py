@@ -12,7 +12,7 @@ from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.measures import Borders
 from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot, screen
 from dit_video.data.ingest.reencoder import ReencodeConfig, StoredFile, reencode
-from dit_video.data.records import builder
+from dit_video.data.records.reference import MAX_EXAMPLE_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def inspect(clip: ListedClip, config: InspectionConfig) -> Inspection:
     """
     try:
         modified = os.stat(clip.path).st_mtime_ns
-        if clip.size > builder.MAX_EXAMPLE_BYTES:
+        if clip.size > MAX_EXAMPLE_BYTES:
             too_large = f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips"
             return Inspection(too_large, modified=modified)
         encoded = clip.read()

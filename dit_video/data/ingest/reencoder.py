@@ -13,9 +13,9 @@ import av
 from dit_video.core import config_json
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.files import atomic_path
+from dit_video.core.grid import Grid
 from dit_video.data.ingest.measures import Borders
 from dit_video.data.ingest.quality_filter import Shot
-from dit_video.tokens import Grid
 from dit_video.video import TOLERANCE, VideoInfo, compute_average_fps, decode, probe
 from dit_video.video.encode import MAX_CRF, encode_frames, encode_jpeg
 from dit_video.video.reader import IMAGE_CODECS

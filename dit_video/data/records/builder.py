@@ -34,8 +34,6 @@ FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 SPLIT = "train"
 SPLITS = (SPLIT, "validation", "test")
 """Standard splits, in the order in which their records are numbered; other splits follow by name."""
-MAX_EXAMPLE_BYTES = (1 << 31) - (1 << 20)
-"""Maximum size of a clip: an example is one protocol buffer, which holds less than 2 GiB."""
 SHARD_BYTES = 1 << 30
 """Approximate size of one file of a data set of clips, in bytes."""
 

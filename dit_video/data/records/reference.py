@@ -7,6 +7,9 @@ from etils import epath
 
 from dit_video.core.errors import UserError
 
+MAX_EXAMPLE_BYTES = (1 << 31) - (1 << 20)
+"""Maximum size of a clip: an example is one protocol buffer, which holds less than 2 GiB."""
+
 
 class ChangedError(UserError):
     """An error for a file that has changed since its clips were inspected.

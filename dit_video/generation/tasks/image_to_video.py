@@ -86,6 +86,6 @@ def _check_image(image: Image, size: Grid) -> UInt8[np.ndarray, "H W 3"]:
         raise UserError(
             f"an image must be a clip of one frame or uint8 pixels, [{size.h} {size.w} 3] for this size, not "
             f"{frames.dtype} {list(frames.shape[1:] if len(frames) == 1 else frames.shape)}; resize it "
-            "(dit_video.core.pixels.resize), or request a clip of its size"
+            "(dit_video.core.resize.resize), or request a clip of its size"
         )
     return frames[0]

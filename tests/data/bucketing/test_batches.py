@@ -8,7 +8,7 @@ from dit_video.data.bucketing.batches import BucketConfig, compute_covering_size
 from dit_video.data.bucketing.buckets import BatchMemory, plan_buckets
 from dit_video.data.captions import EmbeddedCaptions, TokenizedCaptions
 from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.ingest import ingest
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.loader import LoaderConfig
 from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.data.synthetic import shapes

@@ -11,7 +11,8 @@ import pytest
 from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import IngestConfig, IngestReport, ingest
+from dit_video.data.ingest.engine import IngestConfig, ingest
+from dit_video.data.ingest.report import IngestReport
 from dit_video.video import Clip, encode
 
 SHARED = Path(__file__).parents[4] / "shared" / "clips"
@@ -180,7 +181,7 @@ def test_bad_rows_of_lists_are_rejected(tmp_path):
 
 def test_a_file_with_the_name_of_anothers_shot_is_refused(tmp_path):
     pytest.importorskip("scenedetect")
-    from dit_video.data.ingest import ScreeningConfig
+    from dit_video.data.ingest.quality_filter import ScreeningConfig
 
     frames = np.concatenate([np.full((12, 48, 64, 3), 20, np.uint8), np.full((12, 48, 64, 3), 220, np.uint8)])
     folder = tmp_path / "clips"

@@ -14,9 +14,12 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import IngestConfig, ListedClip, ScreeningConfig, ingest, workers
+from dit_video.data.ingest import workers
+from dit_video.data.ingest.engine import IngestConfig, ingest
+from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig
 from dit_video.data.ingest.journal import JOURNAL_FILE, PARTS_FOLDER, Journal, JournalPart, read_parts
+from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.video import Clip
 from support.devices import HANG, PROGRAMS, wait_until
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dit_video.core import pixels
+from dit_video.core.resize import resize
 from dit_video.data.ingest import measures, samples
 from dit_video.data.ingest.caption_statistics import compute_caption_statistics
 from dit_video.data.ingest.measures import Borders
@@ -97,7 +97,7 @@ def test_the_hash_is_robust_to_copies():
     bits = measures.perceptual_hash(measures.luma(frame))
     assert bits is not None
     copies = {
-        "resized": pixels.resize(frame[None], 53, 70)[0],
+        "resized": resize(frame[None], 53, 70)[0],
         "brighter": np.clip(frame * 0.8 + 40, 0, 255).astype(np.uint8),
         "noisy": np.clip(frame + np.random.default_rng(1).normal(0, 8, frame.shape), 0, 255).astype(np.uint8),
     }

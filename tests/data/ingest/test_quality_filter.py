@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from dit_video.core import pixels
 from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.resize import resize
 from dit_video.data.ingest import quality_filter
 from dit_video.data.ingest.duplicates import drop_duplicates
 from dit_video.data.ingest.measures import Borders
@@ -190,9 +190,9 @@ def test_transparent_pixels_are_black():
 
 def test_sharpness_tells_blur_at_any_size():
     frames = np.random.default_rng(0).integers(0, 256, (1, 36, 48, 3)).astype(np.uint8).repeat(6, axis=0)
-    sharp = pixels.resize(frames, 144, 192)
+    sharp = resize(frames, 144, 192)
     blurred = np.stack([scipy.ndimage.gaussian_filter(frame, (4, 4, 0)) for frame in sharp])
-    values = [screen_single_shot(mp4(clip)).sharpness for clip in (sharp, pixels.resize(sharp, 288, 384), blurred)]
+    values = [screen_single_shot(mp4(clip)).sharpness for clip in (sharp, resize(sharp, 288, 384), blurred)]
     assert values[1] == pytest.approx(values[0], rel=0.2)
     assert values[2] < values[0] / 10
 
@@ -202,7 +202,7 @@ def test_copies_are_near_duplicates_and_others_are_not():
     contents = [
         mp4(frames),
         mp4(drifting(24, 120, 160, seed=1)),
-        encode(Clip(pixels.resize(frames, 60, 80), fps=8), "webm", crf=40),
+        encode(Clip(resize(frames, 60, 80), fps=8), "webm", crf=40),
         encode(Clip(frames[::2], fps=4), "gif"),
         mp4(np.rint(frames * 0.8 + 20).astype(np.uint8)),
         mp4(greys([90] * 24)),

@@ -13,10 +13,13 @@ import pytest
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import IngestConfig, IngestReport, ReencodeConfig, ScreeningConfig, engine, ingest, reencoder
+from dit_video.data.ingest import engine, reencoder
+from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.formats import ListedClip, list_clips
 from dit_video.data.ingest.inspection import InspectionConfig, inspect
-from dit_video.data.ingest.reencoder import _fit_size
+from dit_video.data.ingest.quality_filter import ScreeningConfig
+from dit_video.data.ingest.reencoder import ReencodeConfig, _fit_size
+from dit_video.data.ingest.report import IngestReport
 from dit_video.data.records import builder
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.tokens import Grid

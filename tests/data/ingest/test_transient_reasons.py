@@ -12,7 +12,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import IngestConfig, ingest, workers
+from dit_video.data.ingest import workers
+from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.journal import JOURNAL_FILE
 from dit_video.video import Clip
 from support.devices import PROGRAMS

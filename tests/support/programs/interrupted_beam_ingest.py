@@ -4,7 +4,8 @@ import sys
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from dit_video.data.ingest import ingest, workers
+from dit_video.data.ingest import workers
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.records.cluster import BeamOptions
 
 workers.MODULE = "interrupted_worker"

@@ -5,7 +5,8 @@ Its main part has no guard: workers do not run the script again.
 
 import sys
 
-from dit_video.data.ingest import ingest, workers
+from dit_video.data.ingest import workers
+from dit_video.data.ingest.engine import ingest
 
 if __name__ != "__main__":
     raise SystemExit("the script was run again by a worker")

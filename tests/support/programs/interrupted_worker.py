@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from dit_video.data.ingest import ListedClip, inspection, worker
+from dit_video.data.ingest import inspection, worker
+from dit_video.data.ingest.formats import ListedClip
 
 folder, screen, read = Path(os.environ["DIT_VIDEO_TEST_LOG"]), inspection.screen, ListedClip.read
 

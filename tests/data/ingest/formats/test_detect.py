@@ -3,7 +3,7 @@
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest import list_clips
+from dit_video.data.ingest.formats import list_clips
 from support.clip_folders import get_captions, write_files
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.data.ingest import MEDIA, list_clips
+from dit_video.data.ingest.formats import MEDIA, list_clips
 from support.clip_folders import LATIN, get_captions, write_files
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest import Listing, list_clips
+from dit_video.data.ingest.formats import Listing, list_clips
 from support.clip_folders import LATIN, get_captions, write_files
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.data.ingest import Listing, list_clips
+from dit_video.data.ingest.formats import Listing, list_clips
 from dit_video.data.ingest.formats.ucf101 import format_class_name
 from support.clip_folders import write_files
 

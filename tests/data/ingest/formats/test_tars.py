@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest import list_clips
+from dit_video.data.ingest.formats import list_clips
 from dit_video.data.ingest.formats.tars import _get_key
 from support.clip_folders import get_captions
 
