@@ -39,7 +39,7 @@ def count_cores() -> int:
 
 
 def count_useful_processes(clips: Sequence[Task], max_count: int) -> int:
-    """Return how many processes, up to `max_count`, are worth their start of half a second: one per megabyte of clips."""
+    """Return how many processes, up to `max_count`, are worth their start, half a second: one per megabyte of clips."""
     return min(max_count, len(clips), 1 + sum(clip.size for _, clip in clips) // _MEGABYTE)
 
 
