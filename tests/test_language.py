@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -60,6 +61,12 @@ OPENINGS = re.compile(r"(What|Of|As|At|That|How)\b")
 
 def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def read_notebook(path: Path) -> str:
+    """Return the code of a notebook as one source."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 
 def relative(path: Path) -> str:
@@ -166,6 +173,13 @@ def test_no_identifier_is_retired():
         for use in uses_of_retired_words(path.read_text(encoding="utf-8"), retired, names=module_words(path))
     ]
     assert not used, "\n".join(used)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/**/*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_is_written_like_a_module(path):
+    source = read_notebook(path)
+    assert not uses_of_retired_words(source, retired_words(GLOSSARY))
+    assert not fragments(source)
 
 
 def test_every_exception_is_needed():

@@ -20,11 +20,11 @@ SPIRAL = {
     "floor": "floor",
     "aware": "aware_distance",
     "blind": "blind_distance",
-    "placed": "[on_an_arm(points) for points in (with_time, without_time)]",
+    "placed": "[measure_arm_share(points) for points in (with_time, without_time)]",
     "fields": "[field_errors[time] for time in sorted(field_errors)]",
-    "losses": "[[float(value) for value in by_time[name]] for name in ('exact', 'trained', 'blind to time')]",
+    "losses": "[[float(value) for value in time_losses[name]] for name in ('exact', 'trained', 'blind to time')]",
     "mistake": "list(repaired.values())",
-    "reached": "list(reached.values())",
+    "reached": "list(sampler_distances.values())",
     "ddpm": "float(difference)",
     "errors": "{name: [errors[name, number] for number in evaluations] for name in solvers}",
     "right": "right",
@@ -160,7 +160,7 @@ def test_the_inside_a_run_notebook_runs_and_shows_pictures(tiny_run, monkeypatch
     questions = {
         "losses": "{name: values.tolist() for name, values in losses.items()}",
         "distance": "distance.tolist()",
-        "found": "found",
+        "correct": "correct",
         "maps": "maps.sum(axis=-1).tolist()",
         "shares": "[table.sum(axis=-1).tolist() for table in distances.values()]",
     }
@@ -178,7 +178,7 @@ def test_the_inside_a_run_notebook_runs_and_shows_pictures(tiny_run, monkeypatch
     assert losses.shape == (3, 4, 4)
     assert (losses > 0).all()
     assert (np.asarray(result["distance"])[-1] == 0).all()
-    assert set(result["found"]) == {"colour", "direction", "shape"}
+    assert set(result["correct"]) == {"colour", "direction", "shape"}
     np.testing.assert_allclose(result["maps"], 1, atol=1e-4)
     np.testing.assert_allclose(result["shares"], 1, atol=1e-4)
 
@@ -187,14 +187,14 @@ def test_the_inside_a_run_notebook_runs_and_shows_pictures(tiny_run, monkeypatch
 def test_the_bundled_model_shows_the_effects_that_the_inside_a_run_notebook_describes(monkeypatch):
     questions = {
         "losses": "{name: values.mean(axis=1).tolist() for name, values in losses.items()}",
-        "found": "found",
+        "correct": "correct",
         "distance": "distance.mean(axis=1).tolist()",
     }
     _, result = evaluate_notebook("inside_a_run", monkeypatch, questions, XLA_FLAGS="")  # optimised: it runs for long
     own, none, other = (np.asarray(result["losses"][name]) for name in ("its caption", "no caption", "another caption"))
     assert own.mean() < none.mean() < other.mean()
     assert own[0] > own[len(own) // 2]  # little noise is hard to predict
-    assert all(result["found"][what][-1] > 0.8 for what in ("colour", "direction"))
+    assert all(result["correct"][attribute][-1] > 0.8 for attribute in ("colour", "direction"))
     assert result["distance"][0] > result["distance"][len(result["distance"]) // 2] > result["distance"][-1] == 0
 
 
