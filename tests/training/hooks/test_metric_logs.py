@@ -3,6 +3,7 @@
 import math
 import struct
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,6 +128,7 @@ def test_the_real_weights_and_biases_joins_both_parts_of_a_run(tmp_path, monkeyp
         log.resume(step)
         log.write(step + 20, {"loss": 0.5, "norm": math.nan})
         log.close()
+        time.sleep(1)  # the names of the folders hold the second
     name = (tmp_path / "wandb_run.txt").read_text()
     parts = list(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
     assert len(parts) == 2  # the service joins them by their name
