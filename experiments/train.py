@@ -124,8 +124,8 @@ def main() -> None:
 def train_autoencoder(run: Run, data: Sequence[str], *, checkpoints: str | None = None) -> dict[str, Any]:
     """Train only the autoencoder, write its report and return its metrics."""
     run.prepare(*data, checkpoints=checkpoints)
+    run.train_autoencoder()
     if jax.process_index() != 0:
-        run.train_autoencoder()
         return {}
     evaluation = evaluate.evaluate_autoencoder(run, run.folder)
     write_autoencoder_report(run.folder / "report.html", run, evaluation)

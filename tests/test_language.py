@@ -17,7 +17,6 @@ GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 _CONDITIONING = "goes when conditioning becomes records and fields of a batch"
 _STAGES = "goes when an experiment becomes a list of stages"
 _STEPS = "goes when losses, players and critics become training steps"
-_GUIDANCE = "goes when guidance owns its state"
 _REQUESTS = "goes when requests of sampling become packed examples"
 EXCEPTIONS = {
     "Given": _CONDITIONING,
@@ -35,8 +34,6 @@ EXCEPTIONS = {
     "OwnStep": _STEPS,
     "StatefulLoss": _STEPS,
     "WeighedLoss": _STEPS,
-    "Remembering": _GUIDANCE,
-    "past": _GUIDANCE,
     "Group": _REQUESTS,
     "LatentRequest": _REQUESTS,
     "Need": _REQUESTS,

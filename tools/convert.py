@@ -11,15 +11,12 @@ import jax.numpy as jnp
 import tyro
 
 import dit_video
-from dit_video.core import config_json
 from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import UserError, script
-from dit_video.core.files import read_json
 from dit_video.families import save_autoencoder
 from dit_video.families.convert import TargetLayout, check_destination, convert, convert_lora, convert_native_denoiser
 from dit_video.families.wan.pipeline import INDEX
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import CONFIG
+from dit_video.pipelines.pipeline import is_pipeline_folder, read_pipeline_config
 from dit_video.weights import load
 
 
@@ -50,7 +47,7 @@ def main(
     cast = None if dtype is None else jnp.dtype(dtype)
     if model is not None:
         convert_lora(source, destination, model, layout=to, dtype=cast)
-    elif (source / CONFIG).is_file():
+    elif is_pipeline_folder(source):
         _convert_pipeline(source, destination, to, cast)
     elif (source / INDEX).is_file():
         if to != "dit_video":
@@ -70,9 +67,7 @@ def _convert_pipeline(source: Path, destination: Path, to: TargetLayout, dtype: 
     """Convert a pipeline of ours to folders of its denoisers and its autoencoder."""
     if to == "dit_video":
         raise UserError(f"{source} is a pipeline of ours already; use tools/export.py to change its dtype")
-    config = config_json.from_json(read_json(source / CONFIG).get("config"))
-    if not isinstance(config, PipelineConfig):
-        raise UserError(f"{source / CONFIG} has no config of a pipeline; export the pipeline again")
+    config = read_pipeline_config(source)
     check_destination(destination)
     experts = {"dit": "transformer"} | ({} if config.boundary is None else {"low_noise": "transformer_2"})
     for name, folder in experts.items():

@@ -153,8 +153,6 @@ def main(
 
 def _prepare_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
     run = Run.open(folder)
-    if not (folder / "autoencoder" / "weights.safetensors").is_file():
-        raise UserError(f"{folder} has no trained autoencoder yet; continue its training with: {run.command}")
     run = replace(run, experiment=replace(run.experiment, data=views.override(run.experiment.data)))
     if str(resolve(to_storage_path(data))) == str(resolve(folder / "data")):
         clips = run.training_clips

@@ -18,8 +18,8 @@ from dit_video.tokens import Grid
 ClipTokens = int | Grid
 """Size of a clip in tokens: their number, or their grid, which attention patterns other than `Full` need."""
 
-_BOUNDARY_FEATURES, _TIME_FEATURES = 6 * 32, 256
-"""Input widths of the linear layers of `BoundaryEmbedding` and of the time embedding of `Dit`."""
+_TIME_FEATURES = 256
+"""Input width of the linear layer of the time embedding of `Dit`."""
 
 
 def count_forward_flops(
@@ -111,8 +111,10 @@ def _count_dit(config: DitConfig, clip: ClipTokens, text: int, image: int) -> in
     tokens = video_tokens + config.registers
     block = 4 * square + (3 if config.mlp == "swiglu" else 2) * width * config.mlp_dim
     temporal = 0 if config.temporal is None else layers // config.temporal.spatial_layers * config.temporal.layers
-    distances = _BOUNDARY_FEATURES * (isinstance(config.absolute_position, BoundaryEmbedding) + (temporal > 0))
-    ends = video_tokens * width * (config.token_width + config.given_width + distances + config.output_width)
+    position = 0 if config.absolute_position is None else config.absolute_position.linear_features
+    if temporal:
+        position += BoundaryEmbedding().linear_features
+    ends = video_tokens * width * (config.token_width + config.given_width + position + config.output_width)
     per_block = config.modulation == "own"
     modulations = 2 + 6 * ((layers + temporal) if per_block else 1)
     conditions = (tokens if config.time == "token" else 1) * (_TIME_FEATURES * width + square + modulations * square)

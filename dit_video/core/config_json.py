@@ -1,21 +1,24 @@
 """Conversion of frozen, keyword-only dataclasses to JSON and back.
 
-A config is written as an object with the key `type`: its class's qualified name in the package that exports it, so that
-a class may move inside its package. It is rebuilt by that name, and only from inside `dit_video`, so that a config file
-can never run foreign code. Tuples are written as lists and come back as tuples (a config holds no lists), or as the
-NamedTuple that the field is annotated with.
+A config is written as an object with the key `type`: its class's qualified name in the package that exports it, so
+that a class may move inside its package. It is rebuilt by that name, and only if it is a class of `dit_video` or a
+registered one (see `registry`), so that a config file can never run foreign code. Tuples are written as lists and come
+back as tuples (a config holds no lists), or as the NamedTuple that the field is annotated with.
 """
 
 import dataclasses
 import importlib
+import inspect
 import sys
 import types
 import typing
 from typing import Any
 
+from dit_video.core import registry
 from dit_video.core.errors import UserError
 
 _PACKAGE = "dit_video"
+_REGISTER = "dit_video.core.registry.register(Class)"
 _MAX_SHOWN = 8
 """Largest number of differences that a message names."""
 
@@ -24,14 +27,17 @@ def to_json(value: Any) -> Any:
     """Return a JSON value that `from_json` turns back into an equal `value`.
 
     Raises:
-      TypeError: a part that is not a dataclass of this package, a tuple, a dict with string keys, or a JSON scalar.
+      TypeError: a part that is not a dataclass of this package or a registered one, a tuple, a dict with string keys,
+        or a JSON scalar.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
-        if cls.__module__.split(".")[0] != _PACKAGE:
-            raise TypeError(f"{cls.__module__}.{cls.__qualname__} lies outside {_PACKAGE}")
+        if cls.__module__.split(".")[0] == _PACKAGE:
+            name = f"{_find_home_module(cls)}:{cls.__qualname__}"
+        elif registry.find_class(name := registry.get_class_name(cls)) is not cls:
+            raise TypeError(f"{cls.__module__}.{cls.__qualname__} lies outside {_PACKAGE}; register it: {_REGISTER}")
         fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": f"{_find_home_module(cls)}:{cls.__qualname__}", **fields}
+        return {"type": name, **fields}
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
     if isinstance(value, dict):
@@ -45,8 +51,8 @@ def from_json(value: Any) -> Any:
     """Rebuild a value that `to_json` wrote.
 
     Raises:
-      UserError: a type outside this package or unknown to this version, fields that the type does not have, or a value
-        that is not of its field's type.
+      UserError: a type that is neither of this package nor registered, or unknown to this version, fields that the type
+        does not have, or a value that is not of its field's type.
     """
     if isinstance(value, list):
         return tuple(from_json(item) for item in value)
@@ -131,13 +137,18 @@ def _is_valid(hint: Any, value: Any) -> bool:
         return isinstance(value, hint)
     if hints := typing.get_type_hints(hint) if hasattr(hint, "_fields") else {}:
         return isinstance(value, hint) and all(map(_is_valid, hints.values(), value))
-    return isinstance(value, hint) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else True
+    is_checked = isinstance(hint, type) and (dataclasses.is_dataclass(hint) or inspect.isabstract(hint))
+    return isinstance(value, hint) if is_checked else True
 
 
 def _resolve_class(name: str) -> type:
     module, _, qualname = str(name).partition(":")
     if module.split(".")[0] != _PACKAGE:
-        raise UserError(f"config type {name!r} lies outside {_PACKAGE}; only {_PACKAGE} types are rebuilt")
+        if (registered := registry.find_class(str(name))) is None:
+            raise UserError(
+                f"config type {name!r} lies outside {_PACKAGE} and is not registered; import what calls {_REGISTER}"
+            )
+        return registered
     try:
         cls: Any = importlib.import_module(module)
         for part in qualname.split("."):

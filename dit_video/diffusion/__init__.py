@@ -1,4 +1,4 @@
-"""Diffusion as pure functions: a process, an objective, samplers and guidance for any `denoise(noisy, time)`.
+"""Diffusion as pure functions: a process, an objective, samplers and guidance for any `denoise`.
 
 A process is `x_t = alpha(t) x_0 + sigma(t) epsilon`, at times from 0 (data) to 1 (noise); all else follows from these
 two functions. docs/diffusion.md derives it: the score, the probability flow, the changes of variables in which samplers
@@ -19,6 +19,7 @@ from dit_video.diffusion.guidance import (
     Branches,
     Guidance,
     GuidanceParams,
+    GuidanceState,
     apply_classifier_free_guidance,
     apply_guidance,
     average_per_sample,
@@ -39,6 +40,7 @@ from dit_video.diffusion.predictions import (
     V,
     Velocity,
     make_estimator,
+    stateless,
 )
 from dit_video.diffusion.processes.edm import Edm
 from dit_video.diffusion.processes.process import Estimate, Normal, Process
@@ -54,19 +56,19 @@ from dit_video.diffusion.sample_times import SampleTimes
 from dit_video.diffusion.samplers.ancestral import Ddim, Ddpm, Lcm
 from dit_video.diffusion.samplers.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.samplers.inversion import Inversion, invert
-from dit_video.diffusion.samplers.momentum import Remembering, RememberingState
 from dit_video.diffusion.samplers.sampler import (
     SAMPLERS,
-    DiffusionSampler,
     NoiseFn,
+    SamplingState,
+    Trace,
     advance,
     get_sampler,
+    init_sampling,
     make_noise_fn,
     sample,
     trace,
 )
 from dit_video.diffusion.samplers.solvers import Euler, Heun, Solver, StepInterval
-from dit_video.diffusion.samplers.traced import Trace, TracedSampler, TracedSamplerState
 from dit_video.diffusion.samplers.unipc import UniPc
 from dit_video.diffusion.shift import ClipSize, ExponentialShift, LinearShift, SizeShift
 from dit_video.diffusion.time_distributions import (
@@ -98,7 +100,6 @@ __all__ = [
     "Ddim",
     "Ddpm",
     "DenoiseFn",
-    "DiffusionSampler",
     "DiscreteSchedule",
     "Divergence",
     "DpmFlowSchedule",
@@ -118,6 +119,7 @@ __all__ = [
     "FlowMatching",
     "Guidance",
     "GuidanceParams",
+    "GuidanceState",
     "Heun",
     "HutchinsonTrace",
     "Inversion",
@@ -139,9 +141,8 @@ __all__ = [
     "Prediction",
     "Process",
     "RectifiedFlow",
-    "Remembering",
-    "RememberingState",
     "SampleTimes",
+    "SamplingState",
     "ScaledLinearBetas",
     "ShiftedTimes",
     "SigmoidWeight",
@@ -151,8 +152,6 @@ __all__ = [
     "TimeDistribution",
     "TimeSchedule",
     "Trace",
-    "TracedSampler",
-    "TracedSamplerState",
     "UniPc",
     "UniPcFlowSchedule",
     "Uniform",
@@ -171,6 +170,7 @@ __all__ = [
     "consistency_loss",
     "draw_low_discrepancy",
     "get_sampler",
+    "init_sampling",
     "invert",
     "log_likelihood",
     "make_consistency_fn",
@@ -182,6 +182,7 @@ __all__ = [
     "run_multistep",
     "sample",
     "sequential",
+    "stateless",
     "step_along_flow",
     "trace",
 ]

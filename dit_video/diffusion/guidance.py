@@ -18,7 +18,7 @@ The remaining options modify these sums: guidance only at some times (`interval`
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,9 @@ from dit_video.core.typing import AnyArray
 from dit_video.diffusion.predictions import DenoiseFn, Prediction, Velocity
 from dit_video.diffusion.processes.process import MIN_ALPHA, Process, Times, Values
 
-Branches = Callable[[Values, Times], Sequence[Values]]
-"""The function `branches(noisy, time)`: predictions with all conditions, without the prompt and (of three) without any.
-"""
+Branches = Callable[[Values, Times, Any], tuple[Sequence[Values], Any]]
+"""The function `branches(noisy, time, state) -> (predictions, state)`, a `DenoiseFn` of several predictions: with all
+conditions, without the prompt and (of three) without any."""
 
 MeanFn = Callable[[Values], Float[Array, "*means"]]
 """A function that averages each sample's own values, in a shape that broadcasts against them."""
@@ -43,8 +43,7 @@ class AdaptiveProjectedGuidance:
     """Adaptive projected guidance: steps lose their part parallel to the predicted data (arXiv 2410.02416).
 
     The parallel part causes saturation. With `momentum` the steps are a running sum, over sampling steps, of
-    differences between predictions of the data; the `denoise` then takes the past as an argument, and `Remembering`
-    solvers sample it.
+    differences between predictions of the data, which is part of the `GuidanceState`.
 
     Raises:
       UserError: If `parallel_weight` is not finite, `max_rms` is not positive or `momentum` is not between -1 and 1.
@@ -66,6 +65,17 @@ class AdaptiveProjectedGuidance:
             raise UserError(f"max_rms={self.max_rms} is invalid: it must be positive. Use None for no limit.")
         if not -1 < self.momentum < 1:
             raise UserError(f"momentum={self.momentum} is invalid: it must lie between -1 and 1. Use 0 for none.")
+
+
+class GuidanceState(NamedTuple):
+    """The state of a `denoise` with guidance, which the sampler carries from step to step."""
+
+    momentum: Values | None = None
+    """Running sum of the steps of guidance, of the shape of the sample, at first zero; None without momentum."""
+    branches: Any = None
+    """State of the branches; None if they have none."""
+    conditional: Any = None
+    """State of the first branch where it is evaluated alone, which it is at other times than the branches."""
 
 
 class GuidanceParams(NamedTuple):
@@ -124,7 +134,7 @@ class Guidance:
 
     @property
     def has_momentum(self) -> bool:
-        """Return whether a sampling step depends on those before it; see `Remembering`."""
+        """Return whether a sampling step depends on those before it; see `GuidanceState`."""
         return self.projection is not None and self.projection.momentum != 0 and self.branch_count > 1
 
     @property
@@ -161,16 +171,24 @@ def apply_classifier_free_guidance(
 
 
 def sequential(*branches: DenoiseFn) -> Branches:
-    """Return branches that are evaluated one after the other."""
-    return lambda noisy, time: [denoise(noisy, time) for denoise in branches]
+    """Return branches that are evaluated one after the other; their state is a tuple with that of each."""
+
+    def evaluate(noisy, time, state):
+        states = [None] * len(branches) if state is None else state
+        pairs = [denoise(noisy, time, own) for denoise, own in zip(branches, states, strict=True)]
+        predictions, next_states = zip(*pairs, strict=True)
+        return predictions, None if state is None else next_states
+
+    return evaluate
 
 
 def batched(denoise: DenoiseFn, count: int) -> Branches:
     """Return branches that share one evaluation: `denoise` takes them concatenated along the first axis."""
 
-    def branches(noisy, time):
+    def branches(noisy, time, state):
         times = jnp.concatenate([time] * count) if jnp.ndim(time) else time
-        return jnp.split(denoise(jnp.concatenate([noisy] * count), times), count)
+        prediction, next_state = denoise(jnp.concatenate([noisy] * count), times, state)
+        return jnp.split(prediction, count), next_state
 
     return branches
 
@@ -189,7 +207,9 @@ def apply_guidance(
     process: Process | None = None,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
 ) -> DenoiseFn:
-    """Return a `denoise` with guidance; with momentum, a `denoise(noisy, time, past)` for `Remembering` solvers.
+    """Return a `denoise` with guidance.
+
+    Its state is a `GuidanceState`; None serves guidance without momentum of branches without state.
 
     Args:
       branches: The predictions to combine.
@@ -201,7 +221,8 @@ def apply_guidance(
       prediction: The kind of the model's prediction.
 
     Raises:
-      UserError: If projected guidance has no process, or the returned function with momentum is called without a past.
+      UserError: If projected guidance has no process, or the returned function with momentum is called without one in
+        its state.
     """
     projection = None
     if params.parallel_weight is not None:
@@ -209,29 +230,39 @@ def apply_guidance(
             raise UserError("process=None is invalid: projected guidance computes the predicted data. Use process=...")
         projection = _Projection(process, prediction, mean, params.parallel_weight, params.max_rms, params.momentum)
 
-    def combine(noisy, time, past):
-        predictions = branches(noisy, time)
+    def combine(noisy, time, state, is_inside=None):
+        """Return the guided prediction, or the first branch's where `is_inside` is False."""
+        predictions, branch_state = branches(noisy, time, state.branches)
         values = [prediction.extract_values(predicted) for predicted in predictions]
         variance = predictions[0][..., values[0].shape[-1] :]  # A learned variance, which is not guided.
-        guided_values, next_past = _combine(values, params, noisy, time, projection, mean, past)
+        guided_values, momentum = _combine(values, params, noisy, time, projection, mean, state.momentum)
         output = jnp.concatenate([guided_values, variance], axis=-1) if variance.size else guided_values
-        return (output, next_past), (predictions[0], past)
+        if is_inside is not None:
+            output = jnp.where(is_inside, output, predictions[0])
+            momentum = None if momentum is None else jnp.where(is_inside, momentum, state.momentum)
+        return output, state._replace(momentum=momentum, branches=branch_state)
 
-    def evaluate(noisy, time, past):
+    def evaluate(noisy, time, state):
         if params.interval is None:
-            return combine(noisy, time, past)[0]
+            return combine(noisy, time, state)
         is_inside = (params.interval[0] <= time) & (time <= params.interval[1])
         if conditional is None:
-            pairs = combine(noisy, time, past)
-            return jax.tree.map(lambda *pair: jnp.where(is_inside, *pair), *pairs)
-        return jax.lax.cond(is_inside, lambda: combine(noisy, time, past)[0], lambda: (conditional(noisy, time), past))
+            return combine(noisy, time, state, is_inside)
 
-    def denoise(noisy, time, *past):
-        if params.momentum is None:
-            return evaluate(noisy, time, None)[0]
-        if not past:
-            raise UserError("guidance with momentum needs the past; sample it with Remembering(solver=...)")
-        return evaluate(noisy, time, *past)
+        def evaluate_alone():
+            prediction, conditional_state = conditional(noisy, time, state.conditional)
+            return prediction, state._replace(conditional=conditional_state)
+
+        return jax.lax.cond(is_inside, lambda: combine(noisy, time, state), evaluate_alone)
+
+    def denoise(noisy, time, state):
+        if params.momentum is not None and (state is None or state.momentum is None):
+            raise UserError(
+                "a state without momentum is invalid: this guidance sums its steps. Use "
+                "state=GuidanceState(momentum=jnp.zeros_like(noise))."
+            )
+        output, next_state = evaluate(noisy, time, GuidanceState() if state is None else state)
+        return output, None if state is None else next_state
 
     return denoise
 
@@ -245,26 +276,26 @@ class _Projection(NamedTuple):
     momentum: AnyArray | None
 
     def __call__(
-        self, step: Array, predicted: Array, noisy: Array, time: Array, past: Array | None
+        self, step: Array, predicted: Array, noisy: Array, time: Array, momentum: Array | None
     ) -> tuple[Array, Array | None]:
-        """Return the projected `step`, a difference of predictions, and the past of the next sampling step.
+        """Return the projected `step`, a difference of predictions, and the next momentum.
 
         A difference of predictions is a multiple of the difference of the data, so their directions are the same. At
         pure noise some predictions do not determine the data: there the step is used without momentum, and not kept.
         """
-        if past is not None and self.momentum is not None:
+        if momentum is not None and self.momentum is not None:
             determinant = self.prediction.determinant(self.process, time)
             data_scale = jnp.where(jnp.abs(determinant) > MIN_ALPHA, self.process.sigma(time) / determinant, 0.0)
-            past = data_scale * step + jnp.asarray(self.momentum) * past
-            step = jnp.where(data_scale == 0, step, past / jnp.where(data_scale == 0, 1.0, data_scale))
+            momentum = data_scale * step + jnp.asarray(self.momentum) * momentum
+            step = jnp.where(data_scale == 0, step, momentum / jnp.where(data_scale == 0, 1.0, data_scale))
         x = noisy / self.process.input_scale(time)
         data = Prediction.estimate(self.prediction, self.process, x, predicted, time).data  # of values alone
         parallel = self.mean(step * data) / jnp.maximum(self.mean(data * data), 1e-12)
         projected = step + (self.parallel_weight - 1) * parallel * data
         if self.max_rms is None:
-            return projected, past
+            return projected, momentum
         rms = self.prediction.data_error_scale(self.process, time) * jnp.sqrt(self.mean(step * step))
-        return jnp.minimum(1.0, self.max_rms / jnp.maximum(rms, 1e-12)) * projected, past
+        return jnp.minimum(1.0, self.max_rms / jnp.maximum(rms, 1e-12)) * projected, momentum
 
 
 def _combine(
@@ -274,14 +305,14 @@ def _combine(
     time: Array,
     projection: _Projection | None,
     mean: MeanFn,
-    past: Array | None,
+    momentum: Array | None,
 ) -> tuple[Array, Array | None]:
-    """Return the guided prediction (see the module docstring), and the past of the next step."""
+    """Return the guided prediction (see the module docstring), and the next momentum."""
     c, u = predictions[:2]
     if projection is None:
         guided = u + params.scale * (c - u)
     else:
-        step, past = projection(c - u, c, noisy, time, past)
+        step, momentum = projection(c - u, c, noisy, time, momentum)
         guided = c + (params.scale - 1) * step
     if params.image_scale is not None:
         step = u - predictions[2]
@@ -291,7 +322,7 @@ def _combine(
         deviation = _compute_std(guided, mean)
         ratio = jnp.where(deviation > 0, _compute_std(c, mean) / jnp.where(deviation > 0, deviation, 1.0), 1.0)
         guided = guided * (params.rescale * ratio + 1 - params.rescale)
-    return guided, past
+    return guided, momentum
 
 
 def _compute_std(values: Array, mean: MeanFn) -> Array:

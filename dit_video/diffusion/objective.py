@@ -50,7 +50,7 @@ class Objective:
         noisy, model_time = self.process.add_noise(data, noise, token_time), time
         if known is not None:
             noisy, model_time = jnp.where(known[..., None], data, noisy), jnp.where(known, 0, time)
-        predicted = denoise(self.process.input_scale(model_time[..., None]) * noisy, model_time)
+        predicted, _ = denoise(self.process.input_scale(model_time[..., None]) * noisy, model_time, None)
         target = self.prediction.target(self.process, data, noise, token_time)
         error = self.prediction.extract_values(predicted) - target
         weight = self.weighting(self.process, self.prediction, time)

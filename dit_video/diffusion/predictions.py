@@ -11,7 +11,7 @@ of $\alpha e / d$, with the opposite sign, in the noise.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,12 +20,14 @@ from dit_video.core.errors import UserError
 from dit_video.diffusion.processes.edm import Edm
 from dit_video.diffusion.processes.process import MIN_ALPHA, Estimate, Process, Times, Values
 
-DenoiseFn = Callable[[Values, Times], Values]
-"""The function `denoise(noisy, time) -> prediction`: the only interface between diffusion and a model."""
+DenoiseFn = Callable[[Values, Times, Any], tuple[Values, Any]]
+"""The function `denoise(noisy, time, state) -> (prediction, state)`: the only interface between diffusion and a model.
 
-Estimator = Callable[..., Estimate]
-"""The function `estimate(noisy, time)`: the data and noise of a `denoise`'s prediction, used by solvers. For a
-`denoise` with momentum the past is its third argument; see `Remembering`."""
+The state is a tree of arrays that a sampler carries from step to step unread: the momentum of guidance, or a cache of a
+model. It is None for a model that has none; `stateless` makes such a function from `predict(noisy, time)`."""
+
+Estimator = Callable[[Values, Times], Estimate]
+"""The function `estimate(noisy, time)`: the data and noise of a `denoise`'s prediction, used by solvers."""
 
 
 class Coefficients(NamedTuple):
@@ -159,13 +161,19 @@ class Preconditioning(Prediction):
         return Coefficients(sigma / (size * self.data_std), -alpha * self.data_std / size)
 
 
+def stateless(predict: Callable[[Values, Times], Values]) -> DenoiseFn:
+    """Return the `denoise` of a function `predict(noisy, time) -> prediction`."""
+    return lambda noisy, time, state: (predict(noisy, time), state)
+
+
+def estimate_with_state(
+    denoise: DenoiseFn, process: Process, prediction: Prediction, noisy: Values, time: Times, state: Any
+) -> tuple[Estimate, Any]:
+    """Return the data and the noise estimated in a noisy value, and the next state of `denoise`."""
+    predicted, next_state = denoise(process.input_scale(time) * noisy, time, state)
+    return prediction.estimate(process, noisy, predicted.astype(noisy.dtype), time), next_state
+
+
 def make_estimator(denoise: DenoiseFn, process: Process, prediction: Prediction) -> Estimator:
-    """Return the function that estimates the data and the noise in a noisy value."""
-
-    def estimate(noisy, time, *past):
-        predicted, next_past = denoise(process.input_scale(time) * noisy, time, *past), None
-        if past:
-            predicted, next_past = predicted
-        return prediction.estimate(process, noisy, predicted.astype(noisy.dtype), time)._replace(past=next_past)
-
-    return estimate
+    """Return the function that estimates the data and the noise in a noisy value, for a `denoise` without state."""
+    return lambda noisy, time: estimate_with_state(denoise, process, prediction, noisy, time, None)[0]

@@ -16,7 +16,7 @@ from dit_video.core.files import atomic_path, read_json, write_json
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.data.synthetic import shapes
-from dit_video.diffusion import SAMPLERS, DiffusionSampler, Guidance
+from dit_video.diffusion import SAMPLERS, Guidance, Solver
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.evaluation.metrics.prompt_following import JudgedSample, judge_sample, prompt_following
@@ -110,7 +110,7 @@ def evaluate(
     return EvaluationResult(metrics, reconstructions, samples, [seen for _, seen in labelled_requests], verdicts)
 
 
-def _get_sampler_name(solver: DiffusionSampler) -> str:
+def _get_sampler_name(solver: Solver) -> str:
     """Return the command line's name of a sampler, else its class."""
     return next((name for name, known in SAMPLERS.items() if known == solver), type(solver).__name__.lower())
 

@@ -1,6 +1,7 @@
 """Folder of a run: its config, its clips, and where its parts lie.
 
 experiment.json           the resolved config
+pipeline.json             the config of its pipeline, known once the clips are
 data/                     the ingested clips, or a link to them (see `link_datasets`); one folder for each data set
 autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
 text_encoder.json         the identity of a frozen text encoder
@@ -28,9 +29,10 @@ from dit_video.core.files import read_document, write_json
 from dit_video.core.storage import StoragePathLike
 from dit_video.data.clips import ClipSource
 from dit_video.experiment import Experiment, datasets
+from dit_video.pipelines.pipeline import CONFIG as PIPELINE_CONFIG
+from dit_video.pipelines.pipeline import RUN_CONFIG as CONFIG
 
 FORMAT = 1
-CONFIG = "experiment.json"
 AnyRun = TypeVar("AnyRun", bound="RunFolder")
 
 
@@ -68,7 +70,8 @@ class RunFolder:
         return run._write_config()
 
     def _write_config(self: AnyRun) -> AnyRun:
-        """Write the config, and return the run."""
+        """Write the config, and return the run. A pipeline's config that follows from another one goes."""
+        (self.folder / PIPELINE_CONFIG).unlink(missing_ok=True)
         document = {
             "format": FORMAT,
             "version": version("dit-video"),

@@ -26,8 +26,7 @@ from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experime
 from dit_video.families import load_autoencoder, load_denoiser, read_denoiser_config
 from dit_video.features import Lpips
 from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, init_params, merge_lora
-from dit_video.pipelines.pipeline import CONFIG as PIPELINE
-from dit_video.pipelines.pipeline import load_pipeline
+from dit_video.pipelines.pipeline import is_pipeline_folder, load_pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.training.losses.adversarial import DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss
@@ -73,7 +72,7 @@ def load_pretrained_autoencoder(config: PretrainedAutoencoder) -> dict[str, Any]
 
 
 def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
-    if (Path(folder) / PIPELINE).is_file():
+    if is_pipeline_folder(folder):
         codec = load_pipeline(folder).codec
         config, params = codec.config, codec.params
     else:
@@ -294,7 +293,7 @@ def _load_initial_denoiser(training: DenoiserTraining, placer: "_ParameterPlacer
         params = load_denoiser(folder, kernel_dtype=kernels, place=lambda path, each: placer(f"dit/{path}", each))[1]
         return {"dit": params, "text": {}}
     folder = Path(training.init_from)
-    pipeline = load_pipeline(folder if (folder / PIPELINE).is_file() else folder / "pipeline")
+    pipeline = load_pipeline(folder if is_pipeline_folder(folder) else folder / "pipeline")
     for part in ("dit", "text"):
         _check_same(str(folder), part, getattr(pipeline.config, part), getattr(training, part))
     return map_with_path(lambda path, leaf: placer(path, Parameter.from_array(leaf)), pipeline.denoiser_params)

@@ -45,7 +45,8 @@ from dit_video.experiment.initialization import (
     open_trainable_denoiser,
 )
 from dit_video.experiment.trainers import AutoencoderStage
-from dit_video.pipelines.pipeline import Pipeline, PipelineConfig
+from dit_video.pipelines.pipeline import CONFIG as PIPELINE_CONFIG
+from dit_video.pipelines.pipeline import Pipeline, PipelineConfig, read_pipeline_config, write_pipeline_config
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.logging import Progress, print_on_first_process
@@ -104,6 +105,8 @@ class Run(RunFolder):
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # only until the identity is recorded: then the run continues without the folder
         check_image_encoder(self.experiment.denoiser, self.folder / IDENTITY_FILE)
+        if not (self.folder / PIPELINE_CONFIG).is_file() and jax.process_index() == 0:
+            write_pipeline_config(self.folder, self.pipeline_config())
 
     def take(self, *clips: StoragePathLike) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `link_datasets`."""
@@ -116,21 +119,26 @@ class Run(RunFolder):
 
     @property
     def autoencoder(self) -> AutoencoderStage:
-        """Return the run's autoencoder: trained if it isn't yet, or pretrained."""
+        """Return the run's autoencoder, which may not be trained yet."""
         return AutoencoderStage(
             experiment=self.experiment,
             folder=self.folder / "autoencoder",
             checkpoints=self.get_checkpoint_folder("autoencoder"),
             clips=lambda: self.training_clips,
+            command=self.command,
             profile=self.profile,
         )
 
     def train_autoencoder(self) -> dict[str, Any]:
-        """Return the parameters of the autoencoder, trained if it isn't yet; see `AutoencoderStage.params`."""
-        return self.autoencoder.params()
+        """Train the autoencoder if it is not trained yet, and return its parameters; see `AutoencoderStage.train`."""
+        return self.autoencoder.train()
 
     def encode_latents(self) -> LatentSource:
-        """Return the cached latents of the training clips, encoding what `tools/encode_latents.py` has not."""
+        """Encode what of the training clips is not encoded yet, and return their latents.
+
+        The autoencoder is trained before if it is not trained yet.
+        """
+        self.train_autoencoder()
         encoding, clips = self.encoding(), self.training_clips
         identity = compute_latent_identity(encoding, clips)
         destination = datasets.resolve(self._own / "latents")
@@ -151,11 +159,15 @@ class Run(RunFolder):
         return source
 
     def encoding(self) -> Encoding:
-        """Return the encoding of this run's clips, after training the autoencoder if that isn't trained yet."""
+        """Return the encoding of this run's clips.
+
+        Raises:
+          MissingError: the autoencoder is not trained yet.
+        """
         config, images = self.experiment.denoiser, None
         if config.image_encoder is not None:
             images = open_image_encoder(config.image_encoder, identity_file=self.folder / IDENTITY_FILE)
-        return make_encoding(self.experiment, self.train_autoencoder(), text=self._tokenizer(), images=images)
+        return make_encoding(self.experiment, self.autoencoder.read(), text=self._tokenizer(), images=images)
 
     @property
     def earlier(self) -> tuple["Run", ...]:
@@ -168,13 +180,15 @@ class Run(RunFolder):
         return tuple(views)
 
     def train_denoiser(self) -> dict[str, Any]:
-        """Return the averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`.
+        """Train the denoiser, and before it the autoencoder, as far as they are not trained yet.
 
         Earlier stages are trained first; nothing is read of a finished one.
+
+        Returns:
+          The averaged parameters of the denoiser and text encoder: `{"dit": ..., "text": ...}`.
         """
         checkpoints = self._checkpoints
-        if self.earlier:
-            self.train_autoencoder()
+        self.train_autoencoder()
         for stage in self.earlier:
             if (checkpoints.latest() or 0) < (end := stage.begin + stage.experiment.denoiser.steps):
                 print_on_first_process(f"stage {stage.stage}: up to step {end}")
@@ -200,7 +214,7 @@ class Run(RunFolder):
         else:
             captions = [info.captions for info in self.training_clips.infos]
             texts = input_pipeline.open_captions(self._tokenizer(cache=self.folder / "texts"), captions)
-            encode = input_pipeline.make_online_encoder(experiment, self.train_autoencoder(), self.training_clips)
+            encode = input_pipeline.make_online_encoder(experiment, self.autoencoder.read(), self.training_clips)
             rows = input_pipeline.make_online_batches(experiment, self.training_clips, texts, encode)
         base = make_denoiser_loss(experiment, make_mesh(experiment.mesh), empty_caption=texts.empty)
         distillation = config.distillation
@@ -221,7 +235,7 @@ class Run(RunFolder):
             clips=self.training_clips,
             held_out=lambda: self.held_out_clips,
             tokenizer=lambda: self._tokenizer(cache=self.folder / "texts"),
-            autoencoder=self.train_autoencoder,
+            autoencoder=self.autoencoder.read,
             pipeline=self._pipeline,
         )
         options = trained.make_training_arguments() | evaluators.arguments()
@@ -232,7 +246,7 @@ class Run(RunFolder):
     def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
         """Return the pipeline with these denoiser weights."""
         denoiser = add_other_expert(self.experiment.denoiser, denoiser)
-        return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
+        return Pipeline(self.pipeline_config(), autoencoder=self.autoencoder.read(), denoiser=denoiser)
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenTextEncoder:
         """Return the text encoder. The identity of a frozen one is recorded, to be known without its weights."""
@@ -259,14 +273,14 @@ class Run(RunFolder):
         return pipeline
 
     def newest_pipeline(self, *, ema: float | int | None = None, sigma_rel: float | None = None) -> Pipeline:
-        """Return the pipeline of the newest checkpoint of a run that may be unfinished.
+        """Return the pipeline of the newest checkpoint of a run that may be unfinished. Its clips are not needed.
 
         Args:
           ema: decay of the average, 0 for the weights themselves; the config's `ema_decay` if None.
           sigma_rel: relative width of an average that is reconstructed from snapshots.
 
         Raises:
-          MissingError: there are no snapshots.
+          MissingError: there are no snapshots, or the autoencoder is not trained yet.
           UserError: the denoiser has no checkpoint yet, or kept no such average.
         """
         config = self.experiment.denoiser
@@ -282,7 +296,9 @@ class Run(RunFolder):
         return self._pipeline(trained.merge_params(chosen))
 
     def pipeline_config(self) -> PipelineConfig:
-        """Return the config of this run's pipeline."""
+        """Return the config of this run's pipeline, which `prepare` has written, or which follows from the clips."""
+        if (self.folder / PIPELINE_CONFIG).is_file():
+            return read_pipeline_config(self.folder)
         infos, text = self.training_clips.infos, self._tokenizer()
         return export.make_pipeline_config(self.experiment, infos, text, command=self.command)
 
@@ -298,8 +314,12 @@ class Run(RunFolder):
         return open_trainable_denoiser(self.experiment.denoiser, folder, mesh, is_resuming=continues)
 
     def codec(self) -> LatentCodec:
-        """Return the autoencoder, trained if it isn't yet."""
-        return LatentCodec(self.experiment.autoencoder.model, self.train_autoencoder())
+        """Return the trained autoencoder.
+
+        Raises:
+          MissingError: it is not trained yet.
+        """
+        return LatentCodec(self.experiment.autoencoder.model, self.autoencoder.read())
 
     def linear_baseline(self) -> LinearAutoencoder | None:
         """Return the best linear autoencoder with as many latent values, if any, as a baseline."""

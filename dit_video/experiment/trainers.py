@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from dit_video.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear
 from dit_video.core import config_json, pixels, rng
+from dit_video.core.errors import MissingError
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.offline import measure_latent_moments
 from dit_video.data.loader import DenoiserBatches
@@ -113,21 +114,40 @@ class AutoencoderStage:
     """Folder or address of the checkpoints."""
     clips: Callable[[], ClipSource]
     """Opens the training clips."""
+    command: str
+    """Command that continues the run."""
     profile: tuple[int, int] | None = None
     """First and last step that are traced."""
 
-    def params(self) -> dict[str, Any]:
-        """Return the averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
+    @property
+    def weights(self) -> Path:
+        """Return the file of the trained weights."""
+        return self.folder / "weights.safetensors"
 
-        Where the config does not train `normalizer`, these are unchanged. A pretrained autoencoder is read from its
-        folder.
+    def read(self) -> dict[str, Any]:
+        """Return the parameters of the trained autoencoder; of a pretrained one, those of its folder.
+
+        Raises:
+          MissingError: it is not trained yet.
         """
-        config, experiment = self.experiment.autoencoder, self.experiment
+        config = self.experiment.autoencoder
         if isinstance(config, PretrainedAutoencoder):
             return load_pretrained_autoencoder(config)
-        path = self.folder / "weights.safetensors"
-        if path.is_file():
-            return load_weights(path, like=get_param_shapes(config.model.make))
+        if not self.weights.is_file():
+            raise MissingError(
+                f"{self.folder.parent} has no trained autoencoder yet; continue its training with: {self.command}"
+            )
+        return load_weights(self.weights, like=get_param_shapes(config.model.make))
+
+    def train(self) -> dict[str, Any]:
+        """Train the autoencoder unless it is trained, or pretrained, and return its parameters.
+
+        They are averages, with the mean and deviation of the latents measured. Where the config does not train
+        `normalizer`, these are unchanged.
+        """
+        config, experiment = self.experiment.autoencoder, self.experiment
+        if isinstance(config, PretrainedAutoencoder) or self.weights.is_file():
+            return self.read()
         graph, parts = get_graph_def(config.model.make), make_autoencoder_loss(config, experiment.seed)
         continues = Checkpoints(self.checkpoints).latest() is not None
         crops = ClipCrops(self.clips(), experiment.window_limits)
@@ -146,7 +166,7 @@ class AutoencoderStage:
             with contextlib.closing(self.open_windows(crops, 0, "latent moments")) as windows:
                 mean, std = measure_latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
             params["normalizer"] = {"mean": mean, "std": std}
-        save_weights(path, params)
+        save_weights(self.weights, params)
         return params
 
     def open_windows(self, crops: ClipCrops, start: int, purpose: str, *, augment: bool = True) -> WindowBatches:

@@ -6,7 +6,7 @@ from pathlib import Path
 from dit_video.core.errors import MissingError, UserError
 from dit_video.families.dit.pipeline import is_class_pipeline, load_class_pipeline
 from dit_video.families.wan.pipeline import INDEX, PARTS, Dtype, Placement, load_wan
-from dit_video.pipelines.pipeline import CONFIG, Pipeline, load_pipeline
+from dit_video.pipelines.pipeline import CONFIG, RUN_CONFIG, Pipeline, is_pipeline_folder, load_pipeline
 
 _HUB_FILES = (INDEX, *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors", "model")))
 """Patterns of the files that are downloaded from the hub."""
@@ -23,7 +23,8 @@ def load(
 ) -> Pipeline:
     """Load the pipeline of a run folder, a pipeline folder, or a folder of open weights (Wan, DiT and SiT).
 
-    Of an unfinished run, the newest checkpoint's averaged weights are loaded.
+    Of an unfinished run, the newest checkpoint's averaged weights are loaded; its clips are not needed, and nothing is
+    trained.
 
     Args:
       path: a folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which is
@@ -57,15 +58,15 @@ def load(
     if ema is not None or sigma_rel is not None:
         return _with_text_encoder(_load_run(folder, ema, sigma_rel), text_encoder)
     for inner in (folder, folder / "pipeline"):
-        if (inner / CONFIG).is_file():
+        if is_pipeline_folder(inner):
             return load_pipeline(inner, text_encoder=text_encoder)
-    if (folder / "experiment.json").is_file():
+    if (folder / RUN_CONFIG).is_file():
         return _with_text_encoder(_load_run(folder, None, None), text_encoder)
-    raise UserError(f"{folder} holds neither {CONFIG} nor experiment.json nor {INDEX}; name a run or open weights")
+    raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; name a run or open weights")
 
 
 def _load_run(folder: Path, ema: float | int | None, sigma_rel: float | None) -> Pipeline:
-    if not (folder / "experiment.json").is_file():
+    if not (folder / RUN_CONFIG).is_file():
         raise UserError(f"{folder} is not a run and has one set of weights; leave out ema and sigma_rel")
     # Imported here: sampling a finished pipeline needs nothing of what training imports.
     from dit_video.experiment.run import Run

@@ -1,15 +1,15 @@
 """Conditioning of clips besides their prompts, packed into rows: images and known latent frames."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from dit_video.backbones.dit import Given
 from dit_video.core.typing import AnyArray
-from dit_video.diffusion import Process
+from dit_video.diffusion import DenoiseFn, Process
 from dit_video.tokens import Grid, PackedShape, patchify
 
 
@@ -43,15 +43,15 @@ class GivenRows(NamedTuple):
         fields = {"latents": self.beside, "image": self.image, "image_segments": self.image_segments}
         return Given(**{name: jnp.asarray(value) for name, value in fields.items() if value is not None})
 
-    def held(self, denoise: Callable[[Array, Array], Array], process: Process) -> Callable[[Array, Array], Array]:
-        """Return `denoise(noisy, times of tokens)` as a function of one time, with known tokens clean, at time 0."""
+    def held(self, denoise: DenoiseFn, process: Process) -> DenoiseFn:
+        """Return a `denoise` of times of tokens as one of a single time, with known tokens clean, at time 0."""
 
-        def denoise_unknown(noisy, time):
+        def denoise_unknown(noisy, time, state):
             times = jnp.full(noisy.shape[:2], time)
             if self.known is None or self.clean is None:
-                return denoise(noisy, times)
+                return denoise(noisy, times, state)
             clean = process.input_scale(jnp.zeros(())) * jnp.asarray(self.clean)
-            return denoise(jnp.where(self.known[..., None], clean, noisy), jnp.where(self.known, 0.0, times))
+            return denoise(jnp.where(self.known[..., None], clean, noisy), jnp.where(self.known, 0.0, times), state)
 
         return denoise_unknown
 

@@ -6,15 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Int32
 
 from dit_video.backbones.denoise import make_denoise_fn
+from dit_video.core.typing import AnyArray
 from dit_video.diffusion import (
     Branches,
     DenoiseFn,
     Prediction,
     Process,
-    TracedSampler,
+    Solver,
     advance,
     apply_guidance,
     batched,
@@ -31,7 +32,7 @@ MIN_PROGRAM_STEPS = 64
 def compute_program_steps(steps: int) -> int:
     """Return the number of steps of the compiled program for `steps` steps: a power of two times the minimum.
 
-    Steps that are not taken cost nothing; see `TracedSampler`.
+    Steps that are not taken cost nothing; see `advance`.
     """
     capacity = MIN_PROGRAM_STEPS
     while capacity < steps:
@@ -45,12 +46,12 @@ def make_program(
     text: nnx.GraphDef,
     process: Process,
     prediction: Prediction,
-    solver: TracedSampler,
+    solver: Solver,
     is_batched: bool,
 ):
     """Return the jitted `run(params, state, batch, guidance, sample_times, first)`.
 
-    It returns the state of the solver at the last time. It is compiled once per shape of rows and kind of guidance, for
+    It returns the `SamplingState` at the last time. It is compiled once per shape of rows and kind of guidance, for
     all prompts, seeds, scales and numbers of steps.
     """
 
@@ -71,7 +72,7 @@ def make_program(
             )
             return conditioning.held(denoise, process)
 
-        # All branches have the same noise, segments and positions. The state of the solver is that of the first.
+        # All branches have the same noise, segments and positions. The sample is that of the first.
         rows = batch.branches[0][0]
 
         def mean(values):
@@ -88,7 +89,7 @@ def make_program(
             if batch.branch_positions is not None:
                 assert conditional is not None
                 denoise_rows, conditional = conditional, None
-                branches = lambda noisy, time: _gather_branches(denoise_rows(noisy, time), batch.branch_positions)  # noqa: E731
+                branches = _gather_branches(denoise_rows, batch.branch_positions)
             elif is_batched:
                 stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
                 branches = batched(forward(*stacked), number)
@@ -107,6 +108,11 @@ def make_program(
     return run
 
 
-def _gather_branches(prediction: Array, positions: Any) -> list[Array]:
-    """Return the prediction of each branch at every token."""
-    return [jnp.take_along_axis(prediction, index[..., None], axis=1) for index in positions]
+def _gather_branches(denoise: DenoiseFn, positions: Int32[AnyArray, "branches B N"]) -> Branches:
+    """Return branches that lie side by side in rows: the prediction of each at every token."""
+
+    def branches(noisy, time, state):
+        prediction, next_state = denoise(noisy, time, state)
+        return [jnp.take_along_axis(prediction, index[..., None], axis=1) for index in positions], next_state
+
+    return branches

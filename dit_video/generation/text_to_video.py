@@ -22,19 +22,19 @@ from dit_video.core.rng import key
 from dit_video.diffusion import (
     AdaptiveProjectedGuidance,
     ClipSize,
-    DiffusionSampler,
     Euler,
     Guidance,
     GuidanceParams,
+    GuidanceState,
     Prediction,
     Process,
-    Remembering,
     SampleTimes,
+    SamplingState,
+    Solver,
     TimeSchedule,
-    TracedSampler,
-    TracedSamplerState,
     UniformTimes,
     Velocity,
+    init_sampling,
 )
 from dit_video.generation.program import compute_program_steps, make_program
 from dit_video.generation.rows import Group, LatentRequest, Need, Packer, SamplingBatch, plan_rows
@@ -54,7 +54,7 @@ class Sampling:
     """Number of sampling steps."""
     guidance: float | tuple[float, float] | Guidance = 2.0
     """Classifier-free guidance; 1 is none. A pair holds the scales of two experts, that of the noisy times first."""
-    solver: DiffusionSampler = Euler()
+    solver: Solver = Euler()
     """Solver of the probability flow or of the reverse process."""
     time_schedule: TimeSchedule = UniformTimes()
     """Times of the steps."""
@@ -166,7 +166,7 @@ class _SampledBatch(NamedTuple):
     row_requests: Sequence[Sequence[int]]
     batch: SamplingBatch
     times: np.ndarray
-    state: TracedSamplerState
+    state: SamplingState
 
     def unpack_latents(self, tokens: Any) -> dict[int, Float32[np.ndarray, "t h w c"]]:
         """Return the latents of every request in rows of tokens, by its number."""
@@ -248,13 +248,12 @@ def _sample_batch(
     sample_times: SampleTimes,
     *,
     has_trace: bool,
-) -> TracedSamplerState:
+) -> SamplingState:
     """Return the last state, after each expert in turn."""
-    has_momentum = sampling.full_guidance.has_momentum
-    inner = Remembering(solver=sampling.solver) if has_momentum else sampling.solver
-    solver = TracedSampler(solver=inner, has_trace=has_trace)
-    noise = denoiser.process.scale_initial_noise(jnp.asarray(batch.branches[0][0].tokens))
-    state = solver.init(noise, steps=sampling.steps)
+    has_momentum, solver = sampling.full_guidance.has_momentum, sampling.solver
+    noisy = denoiser.process.scale_initial_noise(jnp.asarray(batch.branches[0][0].tokens))
+    guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if has_momentum else None
+    state = init_sampling(solver, noisy, steps=sampling.steps, denoiser=guidance_state, has_trace=has_trace)
     is_batched = sampling.branch_evaluation == "together"
     program = make_program(denoiser.dit, denoiser.text, denoiser.process, denoiser.prediction, solver, is_batched)
     capacity = sampling.steps if has_trace else compute_program_steps(sampling.steps)

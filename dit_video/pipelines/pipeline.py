@@ -20,7 +20,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path, read_document, write_json
 from dit_video.core.trees import count_values as count
-from dit_video.diffusion import Guidance
+from dit_video.diffusion import Guidance, Solver
 from dit_video.diffusion import get_sampler as sampler_of
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
@@ -43,7 +43,7 @@ from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
 FORMAT = 1
-CONFIG = "pipeline.json"
+CONFIG, RUN_CONFIG = "pipeline.json", "experiment.json"
 _AUTOENCODER, _DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
 _DECODE_BATCH = 8
 """Number of clips that are decoded at once."""
@@ -83,7 +83,7 @@ class Pipeline:
         guidance: GuidanceScale | None = ...,
         negative: str = ...,
         seed: int = ...,
-        sampler: str | None = ...,
+        sampler: str | Solver | None = ...,
         noise: Float32[np.ndarray, "t h w c"] | None = ...,
         image: Image | None = ...,
         last_image: Image | None = ...,
@@ -100,7 +100,7 @@ class Pipeline:
         guidance: GuidanceScale | None = ...,
         negative: str = ...,
         seed: int = ...,
-        sampler: str | None = ...,
+        sampler: str | Solver | None = ...,
         noise: Float32[np.ndarray, "t h w c"] | None = ...,
         image: Image | None = ...,
         last_image: Image | None = ...,
@@ -132,7 +132,7 @@ class Pipeline:
             experts, noisy times first. `Guidance` has an interval, rescaling, projection and an image scale besides.
           negative: negative prompt, which replaces the empty prompt (or no class) in guidance.
           seed: random seed; the same seed, size and model give the same clip.
-          sampler: a name in `dit_video.diffusion.SAMPLERS`. Noise that it draws depends on the seed.
+          sampler: a name in `dit_video.diffusion.SAMPLERS`, or a solver. Noise that it draws depends on the seed.
           noise: initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
           image: first frame, a clip of one frame or pixels `[H W 3]` of its size; Wan's I2V needs it, TI2V accepts it.
           last_image: last frame, for models that accept one.
@@ -158,7 +158,7 @@ class Pipeline:
         *,
         steps: int | None = None,
         guidance: GuidanceScale | None = None,
-        sampler: str | None = None,
+        sampler: str | Solver | None = None,
     ) -> LatentTrace:
         """Sample one request and return the latents and the predicted clean latents after every step.
 
@@ -174,7 +174,7 @@ class Pipeline:
         *,
         steps: int | None = None,
         guidance: GuidanceScale | None = None,
-        sampler: str | None = None,
+        sampler: str | Solver | None = None,
     ) -> list[Clip]:
         """Generate the clips of all requests, of any sizes, packed and sampled together; arguments as for `generate`.
 
@@ -231,7 +231,7 @@ class Pipeline:
             temporary.mkdir()
             save_weights(temporary / _AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
             save_weights(temporary / _DENOISER, self._denoiser.params, dtype=jnp.dtype(dtype))
-            write_json(temporary / CONFIG, {"format": FORMAT, "config": config_json.to_json(self.config)})
+            write_pipeline_config(temporary, self.config)
 
     def with_text_encoder(self, folder: str | Path) -> "Pipeline":
         """Return the same pipeline with its frozen text encoder in another folder.
@@ -271,7 +271,7 @@ class Pipeline:
         return adapted
 
     def resolve_sampling(
-        self, *, steps: int | None = None, guidance: GuidanceScale | None = None, sampler: str | None = None
+        self, *, steps: int | None = None, guidance: GuidanceScale | None = None, sampler: str | Solver | None = None
     ) -> Sampling:
         """Return the pipeline's own sampling with the given values replaced.
 
@@ -284,7 +284,7 @@ class Pipeline:
         if guidance is not None:
             changes["guidance"] = _resolve_guidance(self.config.sampling, guidance)
         if sampler is not None:
-            changes["solver"] = sampler_of(sampler)
+            changes["solver"] = sampler_of(sampler) if isinstance(sampler, str) else sampler
         return replace(self.config.sampling, **changes)
 
     def _make_sampling_arguments(self, sampling: Sampling, count: int) -> dict[str, Any]:
@@ -336,6 +336,32 @@ class Pipeline:
         return [clips[index] for index in range(len(latents))]
 
 
+def is_pipeline_folder(folder: str | Path) -> bool:
+    """Return whether a folder holds the files of a pipeline. A run has the config, too, but other weights."""
+    folder = Path(folder)
+    return (folder / CONFIG).is_file() and not (folder / RUN_CONFIG).is_file()
+
+
+def write_pipeline_config(folder: str | Path, config: PipelineConfig) -> None:
+    """Write the config of a pipeline or of a run, whose weights `load` finds by it."""
+    write_json(Path(folder) / CONFIG, {"format": FORMAT, "config": config_json.to_json(config)})
+
+
+def read_pipeline_config(folder: str | Path) -> PipelineConfig:
+    """Read the config in the folder of a pipeline or of a run.
+
+    Raises:
+      MissingError: the folder holds none.
+      UserError: a config of another version, or of something else.
+    """
+    path = Path(folder) / CONFIG
+    document = read_document(path, format=FORMAT, kind="pipeline", fix="export it again")
+    config = config_json.from_json(document.get("config"))
+    if not isinstance(config, PipelineConfig):
+        raise UserError(f"{path} holds no pipeline's config; export it again")
+    return config
+
+
 def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None) -> Pipeline:
     """Read a pipeline folder.
 
@@ -349,10 +375,7 @@ def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None)
         frozen.
     """
     folder = Path(folder)
-    document = read_document(folder / CONFIG, format=FORMAT, kind="pipeline", fix="export it again")
-    config = config_json.from_json(document.get("config"))
-    if not isinstance(config, PipelineConfig):
-        raise UserError(f"{folder / CONFIG} holds no pipeline's config; export it again")
+    config = read_pipeline_config(folder)
     pipeline = Pipeline(
         config,
         autoencoder=load_weights(folder / _AUTOENCODER, like=get_param_shapes(config.autoencoder.make)),

@@ -35,7 +35,7 @@ from dit_video.tokens import (
 class DenoiserProbe:
     """A pipeline's denoiser for clips of one size, each in a row of its own with a prompt of its own.
 
-    `denoise(noisy, time)` is the denoiser that the estimates, losses and samplers of `diffusion` accept.
+    `denoise` is the denoiser that the estimates, losses and samplers of `diffusion` accept.
 
     Args:
       pipeline: the model's pipeline.
@@ -95,13 +95,15 @@ class DenoiserProbe:
         """Convert tokens to latents."""
         return unpatchify(tokens, self.token_grid, self.patch)
 
-    def denoise(self, noisy: Float[Array, "B n p"], time: Float[Array, "*time"]) -> Float[Array, "B n prediction"]:
+    def denoise(
+        self, noisy: Float[Array, "B n p"], time: Float[Array, "*time"], state: Any = None
+    ) -> tuple[Float[Array, "B n prediction"], Any]:
         """Predict at one time for all clips, or at times that broadcast to `[B n]`, without guidance.
 
         The prediction has the width of `noisy`, or twice that where the model also predicts a variance, which comes
-        last.
+        last. The state is returned as it is: the model has none.
         """
-        return self._denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]))
+        return self._denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]), state)
 
     def compute_attention_maps(
         self, noisy: Float[Array, "B n p"], time: Float[Array, ""] | float, *, queries: Sequence[int]

@@ -18,7 +18,7 @@ from dit_video.autoencoders import latent_grid
 from dit_video.backbones.flops import count_attention_flops, count_forward_flops, count_training_passes
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
-from dit_video.diffusion import SampleTimes, TracedSampler
+from dit_video.diffusion import GuidanceState, SampleTimes, init_sampling
 from dit_video.distributed import count_row_shards, make_batch_shardings, make_shardings, shard_model
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.planner import StepSpec
@@ -220,13 +220,15 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -
     packer = Packer(requests, {"": empty_caption}, patch, 1.0, guidance.branch_count, config.batch)
     members = np.arange(len(requests)).reshape(config.batch, -1).tolist()
     batch = packer.make_batch(Group(config.rows, False, members), members)
-    process, solver = config.objective.process, TracedSampler(solver=sampling.solver, has_trace=False)
+    process, solver = config.objective.process, sampling.solver
     batched = sampling.branch_evaluation == "together"
     dit, text = get_graph_def(make), get_graph_def(config.text.make)
     program = make_program(dit, text, process, config.objective.prediction, solver, batched)
 
     def start(tokens: Array) -> Any:
-        return solver.init(process.scale_initial_noise(tokens), steps=sampling.steps)
+        noisy = process.scale_initial_noise(tokens)
+        guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if guidance.has_momentum else None
+        return init_sampling(solver, noisy, steps=sampling.steps, denoiser=guidance_state)
 
     state = jax.eval_shape(start, batch.branches[0][0].tokens)
     params = jax.eval_shape(functools.partial(init_denoiser, config), jax.random.key(0))

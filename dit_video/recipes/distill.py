@@ -17,8 +17,7 @@ from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, Pretr
 from dit_video.experiment.folder import CONFIG as RUN
 from dit_video.experiment.run import Run
 from dit_video.generation import Sampling
-from dit_video.pipelines.pipeline import CONFIG as PIPELINE
-from dit_video.pipelines.pipeline import Pipeline, load_pipeline
+from dit_video.pipelines.pipeline import Pipeline, is_pipeline_folder, load_pipeline
 from dit_video.tokens import PackedShape
 from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
 from dit_video.training.optim.optimizer import OptimizerConfig
@@ -72,7 +71,7 @@ def make_distillation_experiment(
     """
     folder = Path(folder)
     run = Run.open(folder).experiment if (folder / RUN).is_file() else None
-    start = folder if (folder / PIPELINE).is_file() else folder / "pipeline"
+    start = folder if is_pipeline_folder(folder) else folder / "pipeline"
     config = load_pipeline(start).config
     if config.boundary is not None or config.dit.given_channels or config.dit.time == "token":
         fix = "distil a text-to-video model with one denoiser"

@@ -13,7 +13,6 @@ from dit_video.diffusion import (
     CosineBetas,
     Ddim,
     Ddpm,
-    DiffusionSampler,
     DiscreteSchedule,
     DpmFlowSchedule,
     DpmMultistep,
@@ -30,6 +29,7 @@ from dit_video.diffusion import (
     Process,
     RectifiedFlow,
     ScaledLinearBetas,
+    Solver,
     TimeSchedule,
     UniPc,
     UniPcFlowSchedule,
@@ -44,7 +44,7 @@ CONFIG_FILE = "scheduler_config.json"
 class LoadedScheduler(NamedTuple):
     """The sampling settings of a model."""
 
-    solver: DiffusionSampler
+    solver: Solver
     process: Process
     """Diffusion process; for a flow including the shift."""
     time_schedule: TimeSchedule
@@ -113,9 +113,7 @@ def _make_process(settings: Mapping[str, Any]) -> Process:
     return VariancePreservingProcess(betas=_make_betas(settings), steps=int(settings["num_train_timesteps"]))
 
 
-def _make_schedule(
-    settings: Mapping[str, Any], solver: DiffusionSampler, time_schedule: TimeSchedule
-) -> LoadedScheduler:
+def _make_schedule(settings: Mapping[str, Any], solver: Solver, time_schedule: TimeSchedule) -> LoadedScheduler:
     return LoadedScheduler(solver, _make_process(settings), time_schedule, _PREDICTIONS[settings["prediction_type"]])
 
 
@@ -150,7 +148,7 @@ def _make_ddpm(settings: Mapping[str, Any]) -> LoadedScheduler:
     return schedule._replace(prediction=prediction)
 
 
-def _make_one_step(solver: DiffusionSampler) -> Callable[[Mapping[str, Any]], LoadedScheduler]:
+def _make_one_step(solver: Solver) -> Callable[[Mapping[str, Any]], LoadedScheduler]:
     """Return a function from settings to the schedule of a solver without settings of its own."""
     return lambda settings: _make_schedule(settings, solver, _make_step_schedule(settings))
 
@@ -162,7 +160,7 @@ def _make_lcm(settings: Mapping[str, Any]) -> LoadedScheduler:
 
 def _make_high_order(
     settings: Mapping[str, Any],
-    solver: DiffusionSampler,
+    solver: Solver,
     flow_schedule: TimeSchedule,
     *,
     floored: tuple[str, ...] = ("exponential",),

@@ -86,7 +86,7 @@ def test_pixels_go_to_the_device_and_come_from_it_as_uint8(monkeypatch):
     monkeypatch.setattr(
         streaming,
         "_jit_method",
-        lambda *_: lambda params, frames, past: dtypes.append(frames.dtype) or run(params, frames, past),
+        lambda *_: lambda params, frames, cached: dtypes.append(frames.dtype) or run(params, frames, cached),
     )
     list(encode_stream(config, params, iter([FRAMES]), chunk=2))
     assert set(dtypes) == {np.dtype(np.uint8)}

@@ -29,9 +29,9 @@ CONFIGS = {"plain": PLAIN, "shortcuts": SHORTCUTS, "time alone": ODD}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def call(config, method, params, past, *arrays):
+def call(config, method, params, cached, *arrays):
     """Call a method on a chunk; return its result and its cache."""
-    memory = ConvCache(past)
+    memory = ConvCache(cached)
     model = nnx.merge(get_graph_def(config.make), params)
     return getattr(model, method)(*arrays, cache=memory), memory.features
 
@@ -117,15 +117,15 @@ def test_configs_of_open_models_have_their_sizes():
 def test_streamed_chunks_equal_the_whole_clip(name, cuts):
     config, params, clip, latents, decoded = setting(name)
     stride = config.stride.t
-    past, encoded = None, []
+    cached, encoded = None, []
     for first, last in zip((0, *cuts), (*cuts, 4), strict=True):
         start = 0 if first == 0 else 1 + (first - 1) * stride
-        chunk, past = call(config, "encode", params, past, clip[:, start : 1 + (last - 1) * stride])
+        chunk, cached = call(config, "encode", params, cached, clip[:, start : 1 + (last - 1) * stride])
         encoded.append(chunk)
     np.testing.assert_allclose(np.concatenate(encoded, axis=1), latents, atol=1e-5)
-    past, frames = None, []
+    cached, frames = None, []
     for first, last in zip((0, *cuts), (*cuts, 4), strict=True):
-        chunk, past = call(config, "decode", params, past, latents[:, first:last])
+        chunk, cached = call(config, "decode", params, cached, latents[:, first:last])
         frames.append(chunk)
     np.testing.assert_allclose(np.concatenate(frames, axis=1), decoded, atol=1e-5)
 
@@ -273,6 +273,6 @@ def test_pixels_without_three_channels_are_refused():
 
 def test_a_chunk_of_invalid_length_is_refused():
     config, params, clip, *_ = setting("plain")
-    _, past = call(config, "encode", params, None, clip[:, :1])
+    _, cached = call(config, "encode", params, None, clip[:, :1])
     with pytest.raises(UserError, match=r"a chunk of 3 frames .* use 2 or 4"):
-        call(config, "encode", params, past, clip[:, 1:4])
+        call(config, "encode", params, cached, clip[:, 1:4])

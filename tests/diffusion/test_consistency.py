@@ -21,6 +21,7 @@ from dit_video.diffusion import (
     make_consistency_fn,
     make_estimator,
     run_multistep,
+    stateless,
     step_along_flow,
 )
 from support import mixture_teacher as mixture
@@ -61,7 +62,7 @@ def test_the_loss_of_the_exact_consistency_function_is_zero():
     loss = consistency_loss(exact_consistency, exact_consistency, NOISY, reached, TIME, FOLLOWING)
     assert loss.shape == (64,)
     np.testing.assert_allclose(loss, 0, atol=1e-6)
-    one_step = make_consistency_fn(gaussian, PROCESS, Velocity())
+    one_step = make_consistency_fn(stateless(gaussian), PROCESS, Velocity())
     assert consistency_loss(one_step, one_step, NOISY, reached, TIME, FOLLOWING).mean() > 0.01
 
 
@@ -69,7 +70,7 @@ def test_the_loss_of_the_exact_consistency_function_is_zero():
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_exact_function_is_a_fixed_point_of_distillation():
     """Its gradient comes only from the error of the teacher's step, which is of second order."""
-    estimate = make_estimator(gaussian, PROCESS, Velocity())
+    estimate = make_estimator(stateless(gaussian), PROCESS, Velocity())
 
     def off(intervals):
         times = jnp.linspace(1.0, 0.0, intervals + 1)[: intervals // 2 + 1, None]  # where there is noise enough
@@ -93,14 +94,14 @@ def test_the_exact_function_is_a_fixed_point_of_distillation():
     ],
 )
 def test_at_time_0_a_consistency_function_returns_its_input(process, prediction):
-    f = make_consistency_fn(lambda noisy, time: 5 * jnp.sin(noisy), process, prediction)
+    f = make_consistency_fn(stateless(lambda noisy, time: 5 * jnp.sin(noisy)), process, prediction)
     np.testing.assert_allclose(f(NOISY, jnp.zeros(())), NOISY, atol=1e-5)
     assert np.abs(f(NOISY, jnp.full((), 0.5)) - NOISY).max() > 0.1
 
 
 def test_a_model_of_the_data_is_refused():
     with pytest.raises(UserError, match="Velocity"):
-        make_consistency_fn(gaussian, PROCESS, X0())
+        make_consistency_fn(stateless(gaussian), PROCESS, X0())
 
 
 def test_no_gradient_reaches_the_target():
@@ -146,11 +147,11 @@ def test_steps_are_noised_again_to_the_next_time():
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_student_learns_to_sample_a_mixture_in_one_step():
     times = jnp.linspace(1.0, 0.0, 17)
-    taught = make_estimator(mixture.denoise, mixture.PROCESS, mixture.PREDICTION)
+    taught = make_estimator(stateless(mixture.denoise), mixture.PROCESS, mixture.PREDICTION)
     optimizer = optax.adam(optax.linear_schedule(3e-3, 0.0, 600))
 
     def f(params):
-        return make_consistency_fn(mixture.make_student(params), mixture.PROCESS, mixture.PREDICTION)
+        return make_consistency_fn(stateless(mixture.make_student(params)), mixture.PROCESS, mixture.PREDICTION)
 
     def loss(params, average, key):
         index, time_index = jax.random.split(key)

@@ -12,6 +12,7 @@ from dit_video.diffusion import (
     make_estimator,
     matching_gradient,
     matching_loss,
+    stateless,
 )
 from support import mixture_teacher as mixture
 
@@ -77,16 +78,16 @@ def test_a_student_learns_to_sample_a_mixture_in_one_step():
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.0, b2=0.99))
         for rate in (optax.linear_schedule(1e-3, 0.0, 800), 5e-3)
     )
-    real = make_estimator(mixture.denoise, process, mixture.PREDICTION)
+    real = make_estimator(stateless(mixture.denoise), process, mixture.PREDICTION)
 
     def generated(params, key):
-        f = make_consistency_fn(mixture.make_student(params), process, mixture.PREDICTION)
+        f = make_consistency_fn(stateless(mixture.make_student(params)), process, mixture.PREDICTION)
         return f(jax.random.normal(key, (256, 2)), jnp.ones((256, 1)))
 
     def critic_loss(critic, samples, key):
         key = jax.random.fold_in(key, 1)
         time = objective.compute_time(jax.random.uniform(key, (256,)))
-        denoise = lambda noisy, token_time: mixture.make_student(critic)(noisy, token_time[:, None])  # noqa: E731
+        denoise = stateless(lambda noisy, token_time: mixture.make_student(critic)(noisy, token_time[:, None]))
         return objective.loss(denoise, samples, jax.random.normal(key, samples.shape), time).mean()
 
     def student_loss(params, critic, key):
@@ -94,7 +95,7 @@ def test_a_student_learns_to_sample_a_mixture_in_one_step():
         time = jax.random.uniform(key, (256, 1), minval=0.02, maxval=0.98)
         noisy = process.add_noise(samples, jax.random.normal(key, samples.shape), time)
         result = real(noisy, time).data
-        fake = make_estimator(mixture.make_student(critic), process, mixture.PREDICTION)(noisy, time).data
+        fake = make_estimator(stateless(mixture.make_student(critic)), process, mixture.PREDICTION)(noisy, time).data
         moved = matching_gradient(samples, result, fake, compute_distance(samples, result)[:, None])
         return matching_loss(samples, jax.lax.stop_gradient(moved)).mean()
 

@@ -19,6 +19,7 @@ from dit_video.diffusion import (
     apply_guidance,
     batched,
     sequential,
+    stateless,
 )
 
 NOISY = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
@@ -33,21 +34,36 @@ def unconditional(noisy, time):
     return jnp.sin(noisy) - time
 
 
+def evaluate(denoise, noisy=NOISY, time=TIME):
+    """Return the prediction of a `denoise` without state."""
+    prediction, state = denoise(noisy, time, None)
+    assert state is None
+    return prediction
+
+
+def combine_two(first, second, scale):
+    return apply_classifier_free_guidance(stateless(first), stateless(second), scale)
+
+
+def one_by_one(*branches):
+    return sequential(*map(stateless, branches))
+
+
 def test_scale_1_is_conditional_and_0_unconditional():
-    one, zero = (apply_classifier_free_guidance(conditional, unconditional, scale)(NOISY, TIME) for scale in (1.0, 0.0))
+    one, zero = (evaluate(combine_two(conditional, unconditional, scale)) for scale in (1.0, 0.0))
     np.testing.assert_allclose(one, conditional(NOISY, TIME), atol=1e-6)
     np.testing.assert_array_equal(zero, unconditional(NOISY, TIME))
 
 
 @pytest.mark.parametrize("scale", [2.0, 7.5, -1.0])
 def test_guidance_is_linear_in_the_scale(scale):
-    result = apply_classifier_free_guidance(conditional, unconditional, jnp.asarray(scale))(NOISY, TIME)
+    result = evaluate(combine_two(conditional, unconditional, jnp.asarray(scale)))
     expected = scale * conditional(NOISY, TIME) + (1 - scale) * unconditional(NOISY, TIME)
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_equal_branches_are_not_moved_by_any_scale():
-    result = apply_classifier_free_guidance(conditional, conditional, 9.0)(NOISY, TIME)
+    result = evaluate(combine_two(conditional, conditional, 9.0))
     np.testing.assert_allclose(result, conditional(NOISY, TIME), rtol=1e-6)
 
 
@@ -57,8 +73,8 @@ PROCESS = RectifiedFlow()
 
 def guide(guidance, branches=ALL, **options):
     """Return the guided prediction of NOISY."""
-    chosen = sequential(*branches[: guidance.branch_count])
-    return apply_guidance(chosen, guidance.get_params(), process=PROCESS, **options)(NOISY, TIME)
+    chosen = one_by_one(*branches[: guidance.branch_count])
+    return evaluate(apply_guidance(chosen, guidance.get_params(), process=PROCESS, **options))
 
 
 def test_image_and_text_have_separate_scales():
@@ -89,7 +105,7 @@ def test_all_branches_are_computed_in_one_evaluation():
         return jnp.concatenate([branch(part, time) for branch, part in zip(ALL, jnp.split(noisy, 3), strict=True)])
 
     guidance = Guidance(scale=4.0, image_scale=2.0)
-    result = apply_guidance(batched(denoise_all, 3), guidance.get_params())(NOISY, TIME)
+    result = evaluate(apply_guidance(batched(stateless(denoise_all), 3), guidance.get_params()))
     np.testing.assert_allclose(result, guide(guidance), atol=1e-6)
     assert calls == [(6, 3, 4)]
 
@@ -104,15 +120,16 @@ def test_guidance_is_limited_to_an_interval_of_times(time):
         jax.debug.callback(lambda: counted.append(1))
         return unconditional(noisy, time)
 
-    either = sequential(conditional, second)
-    result = jax.jit(apply_guidance(either, strength, conditional=conditional))(NOISY, now)
+    either = one_by_one(conditional, second)
+    guided = apply_guidance(either, strength, conditional=stateless(conditional))
+    result = evaluate(jax.jit(guided), time=now)
     jax.effects_barrier()
     inside = 0.3 <= time <= 0.7
     scale = 5.0 if inside else 1.0
-    expected = apply_classifier_free_guidance(conditional, unconditional, scale)(NOISY, now)
+    expected = evaluate(combine_two(conditional, unconditional, scale), time=now)
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
     assert len(counted) == inside  # outside it the second branch is not evaluated
-    np.testing.assert_allclose(apply_guidance(either, strength)(NOISY, now), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(evaluate(apply_guidance(either, strength), time=now), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rescaled_predictions_have_the_deviation_of_the_conditional_one():
@@ -126,9 +143,9 @@ def test_rescaled_predictions_have_the_deviation_of_the_conditional_one():
 
 def test_equal_values_have_no_deviation_to_divide_by():
     still = apply_guidance(
-        sequential(lambda x, t: 0 * x, lambda x, t: 0 * x), Guidance(rescale=1.0, scale=3.0).get_params()
+        one_by_one(lambda x, t: 0 * x, lambda x, t: 0 * x), Guidance(rescale=1.0, scale=3.0).get_params()
     )
-    np.testing.assert_array_equal(still(NOISY, TIME), 0 * NOISY)
+    np.testing.assert_array_equal(evaluate(still), 0 * NOISY)
 
 
 def predict_data(velocity):
@@ -159,7 +176,7 @@ def test_projection_is_of_the_data_whatever_is_predicted(prediction):
     guidance = Guidance(scale=4.0, projection=AdaptiveProjectedGuidance(max_rms=0.3))
 
     def data(denoise, kind):
-        return kind.estimate(process, NOISY, denoise(NOISY, TIME), TIME).data
+        return kind.estimate(process, NOISY, evaluate(denoise), TIME).data
 
     def as_predicted(branch):
         def denoise(noisy, time):
@@ -169,7 +186,7 @@ def test_projection_is_of_the_data_whatever_is_predicted(prediction):
         return denoise
 
     def run(branches, kind):
-        whole = apply_guidance(sequential(*branches), guidance.get_params(), process=process, prediction=kind)
+        whole = apply_guidance(one_by_one(*branches), guidance.get_params(), process=process, prediction=kind)
         return data(whole, kind)
 
     expected = run((conditional, unconditional), X0())
@@ -185,9 +202,8 @@ def test_a_learned_variance_is_not_guided():
 
     def run(branches, prediction):
         process = VariancePreservingProcess()
-        return apply_guidance(sequential(*branches), guidance.get_params(), process=process, prediction=prediction)(
-            NOISY, TIME
-        )
+        guided = apply_guidance(one_by_one(*branches), guidance.get_params(), process=process, prediction=prediction)
+        return evaluate(guided)
 
     result = run((combine(conditional, 0.3), combine(unconditional, -0.8)), LearnedVariance())
     values, variance = jnp.split(result, 2, axis=-1)
@@ -200,9 +216,8 @@ def test_a_learned_variance_is_not_guided():
 )
 def test_samples_of_a_batch_do_not_depend_on_each_other(guidance):
     def run(noisy):
-        return apply_guidance(sequential(conditional, unconditional), guidance.get_params(), process=PROCESS)(
-            noisy, TIME
-        )
+        guided = apply_guidance(one_by_one(conditional, unconditional), guidance.get_params(), process=PROCESS)
+        return evaluate(guided, noisy)
 
     changed = run(NOISY.at[1].mul(50.0))
     np.testing.assert_allclose(changed[0], run(NOISY)[0], rtol=1e-5)
@@ -220,7 +235,7 @@ def test_samples_of_a_batch_do_not_depend_on_each_other(guidance):
         (lambda: AdaptiveProjectedGuidance(max_rms=0.0), "max_rms=0.0 is invalid"),
         (lambda: AdaptiveProjectedGuidance(parallel_weight=float("inf")), "parallel_weight=inf is invalid"),
         (
-            lambda: apply_guidance(sequential(*ALL), Guidance(projection=AdaptiveProjectedGuidance()).get_params()),
+            lambda: apply_guidance(one_by_one(*ALL), Guidance(projection=AdaptiveProjectedGuidance()).get_params()),
             "Use process=",
         ),
     ],

@@ -4,7 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import X0, AdaptiveProjectedGuidance, Guidance, RectifiedFlow, apply_guidance, sequential
+from dit_video.diffusion import (
+    X0,
+    AdaptiveProjectedGuidance,
+    Guidance,
+    GuidanceState,
+    RectifiedFlow,
+    apply_guidance,
+    sequential,
+    stateless,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -13,9 +22,9 @@ TIME = jnp.asarray(0.6)
 
 
 def ours(guidance):
-    branches = sequential(lambda *_: jnp.asarray(COND), lambda *_: jnp.asarray(UNCOND))
+    branches = sequential(stateless(lambda *_: jnp.asarray(COND)), stateless(lambda *_: jnp.asarray(UNCOND)))
     denoise = apply_guidance(branches, guidance.get_params(), process=RectifiedFlow(), prediction=X0())
-    return denoise(jnp.asarray(NOISY), TIME)
+    return denoise(jnp.asarray(NOISY), TIME, None)[0]
 
 
 @pytest.mark.parametrize(("parallel", "largest"), [(0.0, None), (0.3, None), (1.0, 0.5), (0.0, 5.0), (0.4, 0.05)])
@@ -40,7 +49,7 @@ def test_projected_guidance_with_momentum_equals_diffusers(momentum):
     """There are four steps with different predictions."""
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
-    buffer, past = module.MomentumBuffer(momentum), jnp.zeros(NOISY.shape)
+    buffer, state = module.MomentumBuffer(momentum), GuidanceState(momentum=jnp.zeros(NOISY.shape))
     strength = Guidance(
         scale=5.0, projection=AdaptiveProjectedGuidance(parallel_weight=0.3, max_rms=1.5, momentum=momentum)
     ).get_params()
@@ -49,11 +58,11 @@ def test_projected_guidance_with_momentum_equals_diffusers(momentum):
         expected = module.normalized_guidance(
             torch.from_numpy(c), torch.from_numpy(u), 4.0, buffer, 0.3, threshold, use_original_formulation=True
         )
-        branches = sequential(lambda *_, c=c: jnp.asarray(c), lambda *_, u=u: jnp.asarray(u))
+        branches = sequential(stateless(lambda *_, c=c: jnp.asarray(c)), stateless(lambda *_, u=u: jnp.asarray(u)))
         denoise = apply_guidance(branches, strength, process=RectifiedFlow(), prediction=X0())
-        result, past = denoise(jnp.asarray(NOISY), TIME, past)
+        result, state = denoise(jnp.asarray(NOISY), TIME, state)
         np.testing.assert_allclose(result, expected.numpy(), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(past, buffer.running_average.numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(state.momentum, buffer.running_average.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rescale", [0.3, 1.0])

@@ -16,6 +16,7 @@ from dit_video.diffusion import (
     make_noise_fn,
     make_uniform_times,
     sample,
+    stateless,
 )
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, compute_positions
@@ -39,12 +40,12 @@ TIME = jnp.asarray(NUMBERS / STEPS, jnp.float32)
 @jax.jit
 def hybrid(values, shares, time=TIME):
     data, noise = jnp.asarray(DATA), jnp.asarray(NOISE)
-    return OBJECTIVE.loss(lambda noisy, time: jnp.concatenate([values, shares], axis=-1), data, noise, time)
+    return OBJECTIVE.loss(stateless(lambda noisy, time: jnp.concatenate([values, shares], axis=-1)), data, noise, time)
 
 
 @jax.jit
 def plain(values):
-    return PLAIN.loss(lambda noisy, time: values, jnp.asarray(DATA), jnp.asarray(NOISE), TIME)
+    return PLAIN.loss(stateless(lambda noisy, time: values), jnp.asarray(DATA), jnp.asarray(NOISE), TIME)
 
 
 def bound():
@@ -102,7 +103,7 @@ def test_the_variance_that_is_learned_is_that_of_the_step_back(number):
         def denoise(noisy, time):
             return jnp.concatenate([sigma / size * noisy, jnp.full_like(noisy, share)], axis=-1)
 
-        return OBJECTIVE.loss(denoise, data, noise, time)[0]
+        return OBJECTIVE.loss(stateless(denoise), data, noise, time)[0]
 
     shares = jnp.linspace(-1, 1, 81)
     best = float(shares[jnp.argmin(jax.lax.map(bound_for_share, shares))])
@@ -129,7 +130,7 @@ WIDTH = DIT.token_width
 def denoiser(params):
     labels = Given(labels=jnp.asarray([[1], [3]]))
     denoise = make_denoise_fn(nnx.merge(get_graph_def(DIT.make), params), **ROW, count=1, given=labels)
-    return lambda noisy, time: denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]))
+    return lambda noisy, time, state: denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]), state)
 
 
 @pytest.mark.slow
@@ -161,12 +162,12 @@ def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
 
         whole = denoiser(params)
         first = (
-            whole(noise, jnp.asarray(0.3)),
+            whole(noise, jnp.asarray(0.3), None)[0],
             nnx.merge(get_graph_def(DIT.make), params)(
                 noise, jnp.full((2, 1), 0.3), **ROW, given=Given(labels=jnp.asarray([[1], [3]]))
             ),
         )
-        mean_alone = run(Epsilon(), lambda noisy, time: whole(noisy, time)[..., :WIDTH])
+        mean_alone = run(Epsilon(), stateless(lambda noisy, time: whole(noisy, time, None)[0][..., :WIDTH]))
         return first, run(LEARNED, whole), mean_alone
 
     (result, of_model), learned, fixed = sampled(params)

@@ -21,6 +21,7 @@ from dit_video.diffusion import (
     V,
     VariancePreservingProcess,
     Velocity,
+    stateless,
 )
 
 TIMES = jnp.asarray([0.2505, 0.5005, 0.9505])
@@ -105,7 +106,7 @@ def objective(weighting):
 @pytest.mark.parametrize("weighting", [UniformWeighting(), MinSnr()])
 def test_a_loss_does_not_depend_on_the_rest_of_the_batch(weighting):
     """Weights that are normalised over a batch would make the loss of a sample depend on it."""
-    loss = jax.jit(lambda *batch: objective(weighting).loss(lambda noisy, time: 0 * noisy, *batch))
+    loss = jax.jit(lambda *batch: objective(weighting).loss(stateless(lambda noisy, time: 0 * noisy), *batch))
     together = loss(DATA, NOISE, TIME)
     assert (together > 0).all()
     for row in range(3):
@@ -115,7 +116,7 @@ def test_a_loss_does_not_depend_on_the_rest_of_the_batch(weighting):
 
 def test_the_loss_is_weighted_by_the_time_of_its_token():
     plain, weighted = (
-        objective(weighting).loss(lambda noisy, time: 0 * noisy, DATA, NOISE, TIME)
+        objective(weighting).loss(stateless(lambda noisy, time: 0 * noisy), DATA, NOISE, TIME)
         for weighting in (UniformWeighting(), MinSnr())
     )
     np.testing.assert_allclose(weighted, plain * jnp.minimum(1, 5 / snr(DDPM, TIME)), rtol=1e-5)

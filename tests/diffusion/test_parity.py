@@ -4,7 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import Euler, RectifiedFlow, StepInterval, Velocity, make_estimator, make_uniform_times
+from dit_video.diffusion import (
+    Euler,
+    RectifiedFlow,
+    StepInterval,
+    Velocity,
+    make_estimator,
+    make_uniform_times,
+    stateless,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -31,7 +39,7 @@ def test_euler_equals_flow_match_euler(shift, steps):
         prediction = torch.from_numpy(velocity(theirs.numpy(), sigma).astype(np.float32))
         theirs = scheduler.step(prediction, timestep, theirs).prev_sample
         estimate = make_estimator(
-            lambda x, time: jnp.asarray(velocity(np.asarray(x), float(time))), process, Velocity()
+            stateless(lambda x, time: jnp.asarray(velocity(np.asarray(x), float(time)))), process, Velocity()
         )
         state = Euler().step(estimate, process, state, StepInterval(times[index], times[index + 1]))
         np.testing.assert_allclose(np.asarray(state.x), theirs.numpy(), rtol=1e-5, atol=1e-5)

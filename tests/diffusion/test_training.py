@@ -23,6 +23,7 @@ from dit_video.diffusion import (
     Velocity,
     draw_low_discrepancy,
     sample,
+    stateless,
 )
 from support import gaussian_mixture as mixture
 
@@ -64,7 +65,7 @@ def network(params):
             x = jax.nn.silu(x @ kernel + bias)
         return x @ params[-1][0] + params[-1][1]
 
-    return denoise
+    return stateless(denoise)
 
 
 def train(objective, data):

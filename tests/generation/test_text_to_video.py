@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion import Heun, TracedSampler
+from dit_video.diffusion import Heun
 from dit_video.generation import LatentRequest, Sampling, draw_initial_noise, sample_latents
 from dit_video.generation.program import make_program
 from dit_video.tokens import Grid, compute_positions, compute_token_grid, patchify, unpatchify
@@ -102,9 +102,7 @@ def test_one_program_serves_every_prompt_size_seed_guidance_and_number_of_steps(
     # A row has room for three clips: the branches are in separate rows.
     five = [make_request("", (2, 2, 2), seed=10)] * 5
     sample_requests(five)
-    program = make_program(
-        DENOISER.dit, DENOISER.text, DENOISER.process, DENOISER.prediction, TracedSampler(solver=SAMPLING.solver), True
-    )
+    program = make_program(DENOISER.dit, DENOISER.text, DENOISER.process, DENOISER.prediction, SAMPLING.solver, True)
     before = program._cache_size()
     assert before >= 2
     sample_requests([make_request("other words", (1, 4, 4), seed=9, negative="no")], Sampling(steps=2, guidance=5.5))

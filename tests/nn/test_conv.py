@@ -21,8 +21,8 @@ def video(frames=5, channels=3, seed=0):
 
 def three_dimensional(x, kernel, bias):
     """Apply the 3-D primitive to a clip preceded by copies of its first frame."""
-    past = kernel.shape[0] - 1
-    padded = jnp.concatenate([x[:, :1]] * past + [x], axis=1)
+    repeats = kernel.shape[0] - 1
+    padded = jnp.concatenate([x[:, :1]] * repeats + [x], axis=1)
     space = [(size // 2, size // 2) for size in kernel.shape[1:3]]
     return (
         jax.lax.conv_general_dilated(

@@ -35,8 +35,8 @@ def test_sampling_the_probe_gives_the_clip_of_the_pipeline(tiny_pipeline):
 def test_each_clip_has_a_time_and_a_prompt_of_its_own(tiny_pipeline):
     inside = DenoiserProbe(tiny_pipeline, PROMPTS, SIZE)
     noisy = jax.random.normal(jax.random.key(0), (2, inside.token_grid.volume, 4 * inside.channels))
-    both = inside.denoise(noisy, jnp.asarray([[0.2], [0.9]]))
-    alone = DenoiserProbe(tiny_pipeline, PROMPTS[1:], SIZE).denoise(noisy[1:], jnp.asarray(0.9))
+    both, _ = inside.denoise(noisy, jnp.asarray([[0.2], [0.9]]))
+    alone, _ = DenoiserProbe(tiny_pipeline, PROMPTS[1:], SIZE).denoise(noisy[1:], jnp.asarray(0.9))
     np.testing.assert_allclose(both[1], alone[0], atol=1e-6)
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_video.diffusion import stateless
+
 MEANS = np.asarray([[1.5, 0.5], [-1.0, 1.0], [0.0, -1.2]])
 STDS = np.asarray([0.25, 0.4, 0.3])
 SHARES = np.asarray([0.5, 0.3, 0.2])
@@ -37,7 +39,7 @@ def make_denoise_fn(process, prediction):
         data, noise = predict_data_and_noise(process, scaled / process.input_scale(time), time)
         return prediction.target(process, data, noise, time)
 
-    return denoise
+    return stateless(denoise)
 
 
 def sample(seed, count):

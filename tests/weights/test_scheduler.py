@@ -32,6 +32,7 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
     make_estimator,
+    stateless,
 )
 from dit_video.weights import LoadedScheduler, load_scheduler
 
@@ -191,7 +192,7 @@ def compare(folder, scheduler, steps):
 
     step = jax.jit(
         lambda state, time, following: result.solver.step(
-            make_estimator(lambda x, t: jnp.sin(3 * x) + t * x, result.process, Velocity()),
+            make_estimator(stateless(lambda x, t: jnp.sin(3 * x) + t * x), result.process, Velocity()),
             result.process,
             state,
             StepInterval(time, following),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import Ddim, LearnedVariance, StepInterval, make_estimator
+from dit_video.diffusion import Ddim, LearnedVariance, StepInterval, make_estimator, stateless
 from dit_video.weights import load_scheduler
 
 pytestmark = pytest.mark.parity
@@ -88,7 +88,7 @@ def sample_with_ours(folder, model, steps, noises, *, solver=None):
 
     step = jax.jit(
         lambda state, time, following, noise: solver.step(
-            make_estimator(denoise, result.process, result.prediction),
+            make_estimator(stateless(denoise), result.process, result.prediction),
             result.process,
             state,
             StepInterval(time, following, noise),

@@ -11,7 +11,13 @@ from dit_video.backbones.dit.conditioning import (
 )
 from dit_video.backbones.dit.config import DitConfig, TemporalLayers
 from dit_video.backbones.dit.model import Dit
-from dit_video.backbones.dit.positions import BoundaryEmbedding, FactorizedEmbedding, ImageSineCosine, SineCosine
+from dit_video.backbones.dit.positions import (
+    BoundaryEmbedding,
+    FactorizedEmbedding,
+    ImageSineCosine,
+    PositionEmbedding,
+    SineCosine,
+)
 
 __all__ = [
     "BoundaryEmbedding",
@@ -25,6 +31,7 @@ __all__ = [
     "JointAttention",
     "NoContext",
     "PooledContext",
+    "PositionEmbedding",
     "SineCosine",
     "TemporalLayers",
     "TimeEmbedding",

@@ -13,7 +13,7 @@ from dit_video.backbones.dit.conditioning import (
     NoContext,
     TimeEmbedding,
 )
-from dit_video.backbones.dit.positions import AbsolutePosition, BoundaryEmbedding
+from dit_video.backbones.dit.positions import BoundaryEmbedding, PositionEmbedding
 from dit_video.core.errors import UserError
 from dit_video.nn import Backend, Remat
 from dit_video.nn.attention import (
@@ -91,7 +91,7 @@ class DitConfig:
     """Unit of the time coordinate; with seconds, `Rotary3d.scale` sets the number of steps per second."""
     rotary: Rotary3d | Literal["even", "none"] = "even"
     """Rotary embedding; "even" is `Rotary3d.even` of the head width."""
-    absolute_position: AbsolutePosition | None = BoundaryEmbedding()
+    absolute_position: PositionEmbedding | None = BoundaryEmbedding()
     """Position embedding added to the tokens."""
     relative_bias: RelativeBias | None = None
     """Relative position bias, learned per layer; it needs the attention backend auto, dense or chunked."""

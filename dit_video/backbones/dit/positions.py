@@ -1,9 +1,9 @@
 """Absolute position embeddings, which are added to the tokens.
 
-Rotary embedding is relative: attention alone cannot tell the absolute position of a token in pure noise. Each class
-computes features from a row's positions, and makes the layer that maps them to the model's width, if there is one.
+Rotary embedding is relative: attention alone cannot tell the absolute position of a token in pure noise.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -18,15 +18,45 @@ _DISTANCE_WIDTH = 32
 """Number of sines and cosines for one distance."""
 
 
+class PositionEmbedding(ABC):
+    """Config of an embedding of positions that is added to the tokens.
+
+    It computes features from a row's positions, and makes the layer, if any, that maps them to the model's width.
+    """
+
+    @property
+    def linear_features(self) -> int:
+        """Return the number of features that a linear layer maps to the width, for the count of FLOPs."""
+        return 0
+
+    def check(self, width: int) -> None:  # noqa: B027 (most serve every width)
+        """Check that a model of this width can have it.
+
+        Raises:
+          UserError: it can't.
+        """
+
+    @abstractmethod
+    def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Make the layer that maps features to the width; None if the features have it."""
+
+    @abstractmethod
+    def compute_features(
+        self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
+    ) -> Float[Array, "B N position"]:
+        """Compute the features of tokens in rows with up to `count` segments. Positions of padding are arbitrary."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class BoundaryEmbedding:
+class BoundaryEmbedding(PositionEmbedding):
     """Embedding of the distances to both ends of a clip along each axis: sines and cosines, then a linear layer."""
 
-    def check(self, width: int) -> None:
-        """Accept every width."""
+    @property
+    def linear_features(self) -> int:
+        return 6 * _DISTANCE_WIDTH
 
     def make(self, width: int, *, init: Init = "xavier", dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
-        return Linear(6 * _DISTANCE_WIDTH, width, init=init, dtype=dtype, rngs=rngs)
+        return Linear(self.linear_features, width, init=init, dtype=dtype, rngs=rngs)
 
     def compute_features(
         self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
@@ -37,7 +67,7 @@ class BoundaryEmbedding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SineCosine:
+class SineCosine(PositionEmbedding):
     """Sines and cosines of the positions, without parameters; the width is divided among the axes (arXiv 2212.09748).
 
     Coordinates count patches, so a clip larger than those in training has values that were not trained.
@@ -66,7 +96,7 @@ class SineCosine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSineCosine:
+class ImageSineCosine(PositionEmbedding):
     """Sines and cosines of column and row, without parameters; half of the width each (DiT, arXiv 2212.09748).
 
     Columns come first. Coordinates of images of another size than in training are scaled to the trained range. The
@@ -109,7 +139,7 @@ class ImageSineCosine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorizedEmbedding:
+class FactorizedEmbedding(PositionEmbedding):
     """Learned tables, one per axis, read at the token's fractional position in its clip.
 
     Between two entries the tables are interpolated linearly, so clips of all sizes share them, including larger ones
@@ -126,9 +156,6 @@ class FactorizedEmbedding:
         if min(self.sizes) < 2:
             raise UserError(f"position table sizes {self.sizes} are invalid; use at least 2 entries for each axis")
 
-    def check(self, width: int) -> None:
-        """Accept every width."""
-
     def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
         return AxisTables(self.sizes, width, rngs=rngs)
 
@@ -138,9 +165,6 @@ class FactorizedEmbedding:
         extents = _compute_extents(positions, segments, count=count)
         # A single frame, row or column has fraction 0. Padding has arbitrary positions, so the result is clipped.
         return jnp.clip(positions / jnp.where(extents > 0, extents, 1.0), 0.0, 1.0)
-
-
-AbsolutePosition = BoundaryEmbedding | SineCosine | ImageSineCosine | FactorizedEmbedding
 
 
 class AxisTables(nnx.Module):

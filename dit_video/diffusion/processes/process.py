@@ -30,8 +30,6 @@ class Estimate(NamedTuple):
     variance: Values | None = None
     """Position between the posterior's two bounds, from 0 to 1, in logarithms, of models that predict it; see
     `LearnedVariance`."""
-    past: Values | None = None
-    """Running sum that guidance with momentum passes to the next step; see `Remembering`."""
 
 
 class Normal(NamedTuple):

@@ -12,8 +12,8 @@ from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import X0, DenoiseFn, Prediction, Velocity
 from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.samplers.ancestral import Ddim
-from dit_video.diffusion.samplers.sampler import DiffusionSampler, advance, sample
-from dit_video.diffusion.samplers.solvers import Euler, Heun
+from dit_video.diffusion.samplers.sampler import advance, init_sampling, sample
+from dit_video.diffusion.samplers.solvers import Euler, Heun, Solver
 
 
 class Inversion(NamedTuple):
@@ -33,7 +33,7 @@ def invert(
     times: Float[Array, " times"],
     *,
     process: Process,
-    solver: DiffusionSampler = Euler(),  # noqa: B008 (a value)
+    solver: Solver = Euler(),  # noqa: B008 (a value)
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     model_times: Float[Array, " times"] | None = None,
 ) -> Inversion:
@@ -43,7 +43,7 @@ def invert(
     error falls with the number of steps at the order of the solver.
 
     Args:
-      denoise: The model, with little or no guidance: guidance has no invertible flow.
+      denoise: The model, without state and with little or no guidance: guidance has no invertible flow.
       data: The data to invert.
       times: Times that rise from 0 to 1, such as a reversed time schedule.
       process: The process that the model was trained on.
@@ -61,7 +61,7 @@ def invert(
             "prediction=X0() is invalid: at time 0, where inversion starts, it does not determine the noise. Use a "
             "model with another prediction."
         )
-    start = solver.init(data, steps=times.shape[0] - 1)
+    start = init_sampling(solver, data, steps=times.shape[0] - 1)
     end = advance(denoise, start, times, process=process, solver=solver, prediction=prediction, model_times=model_times)
     noise = end.x / process.scale_initial_noise(jnp.ones(()))
     falling = None if model_times is None else model_times[::-1]

@@ -25,7 +25,8 @@ class StepInterval(NamedTuple):
 class Solver(ABC):
     """A method that steps from noise to data, one interval per step.
 
-    It evaluates `estimate` at the ends of intervals only.
+    It evaluates `estimate` at the ends of intervals only. The first evaluation of a step is at its start and outside of
+    control flow such as `lax.cond`, since the sampling loop keeps the model's state after it.
     """
 
     @property
@@ -52,24 +53,6 @@ class Solver(ABC):
     @abstractmethod
     def step(self, estimate: Estimator, process: Process, state: Any, interval: StepInterval) -> Any:
         """Return the state after one step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolverWrapper(Solver):
-    """A wrapper of another solver, with its name, noise and processes."""
-
-    solver: Solver
-
-    @property
-    def name(self) -> str:
-        return self.solver.name
-
-    @property
-    def stochastic(self) -> bool:
-        return self.solver.stochastic
-
-    def check(self, process: Process) -> None:
-        self.solver.check(process)
 
 
 class SolverState(NamedTuple):

@@ -177,7 +177,7 @@ class _DistillationLoss:
             count=count,
             given=Given(labels=context.get_classes(count)),
         )
-        return lambda noisy, time: denoise(noisy, jnp.broadcast_to(time, (*noisy.shape[:-1], 1))[..., 0])
+        return lambda noisy, time, state: denoise(noisy, jnp.broadcast_to(time, (*noisy.shape[:-1], 1))[..., 0], state)
 
     def make_guided_denoise(self, params: PyTree, rows: PackedBatch, scale: float) -> DenoiseFn:
         """Return the teacher with classifier-free guidance."""
@@ -323,7 +323,7 @@ class MatchingLoss(_DistillationLoss):
         noise = self.draw_noise("critic noise", rows, step)
         denoise = self.make_denoise(critic, rows)
         per_token = self.objective.loss(
-            lambda noisy, token_time: denoise(noisy, token_time[..., None]), samples, noise, time
+            lambda noisy, token_time, state: denoise(noisy, token_time[..., None], state), samples, noise, time
         )
         return self.mean_over_clips(per_token, rows)
 

@@ -144,7 +144,7 @@ def test_denoise_takes_the_time_of_every_token():
             context_segments=batch.context_segments,
             count=SEGMENTS,
         )
-        return denoise(batch.noisy, time)
+        return denoise(batch.noisy, time, None)[0]
 
     time = jnp.where(batch.segments > 0, expand_to_tokens(batch.time, batch.segments), 0.123)
     expected, _, _ = predict_with_gradients(PARAMS, batch, CONFIG)

@@ -166,7 +166,7 @@ def test_denoise_passes_every_token_its_time():
         count=SEGMENTS,
     )
     expected = predict(params, batch, config)
-    result = jax.jit(denoise)(batch.noisy, batch.token_time)
+    result, _ = jax.jit(denoise)(batch.noisy, batch.token_time, None)
     np.testing.assert_allclose(result[0, :14], expected[0, :14], atol=1e-5)
 
 

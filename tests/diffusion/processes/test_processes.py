@@ -19,6 +19,7 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
     make_estimator,
+    stateless,
 )
 
 PROCESSES = {
@@ -104,7 +105,9 @@ def test_the_schedules_of_noise_are_those_of_the_papers():
 
 def test_the_inputs_of_edm_models_have_unit_variance():
     process, seen = Edm(data_std=0.5), []
-    estimate = make_estimator(lambda noisy, time: seen.append(noisy) or noisy, process, Preconditioning(data_std=0.5))
+    estimate = make_estimator(
+        stateless(lambda noisy, time: seen.append(noisy) or noisy), process, Preconditioning(data_std=0.5)
+    )
     for time in (0.1, 0.5, 1.0):
         estimate(process.add_noise(0.5 * DATA / DATA.std(), NOISE / NOISE.std(), jnp.asarray(time)), jnp.asarray(time))
     np.testing.assert_allclose([value.std() for value in seen], 1, atol=0.25)

@@ -32,6 +32,7 @@ from dit_video.diffusion import (
     make_noise_fn,
     make_uniform_times,
     sample,
+    stateless,
     trace,
 )
 
@@ -48,7 +49,7 @@ def run(solver, steps, process=RectifiedFlow(), noise=NOISE, seed=0):  # noqa: B
     keys = jax.random.split(jax.random.key(seed), len(noise))
     return jax.jit(
         lambda x, keys, times: sample(
-            denoise, x, times, process=process, solver=solver, noise_fn=make_noise_fn(keys, x.shape[1:])
+            stateless(denoise), x, times, process=process, solver=solver, noise_fn=make_noise_fn(keys, x.shape[1:])
         )
     )(noise, keys, make_uniform_times(process, steps))
 
@@ -88,7 +89,7 @@ def test_a_consistency_model_needs_few_steps(steps):
     noise = jax.random.normal(jax.random.key(2), (4000, 1))
     draw = make_noise_fn(jax.random.split(jax.random.key(3), 4000), (1,))
     times = make_uniform_times(RectifiedFlow(), steps)
-    result = sample(consistent, noise, times, process=RectifiedFlow(), solver=Lcm(), noise_fn=draw)
+    result = sample(stateless(consistent), noise, times, process=RectifiedFlow(), solver=Lcm(), noise_fn=draw)
     assert stats.kstest((result[:, 0] - MEAN) / STD, "norm").statistic < 0.03
 
 
@@ -129,7 +130,9 @@ def test_a_learned_variance_lies_between_the_two_in_logarithms(share, name):
 def test_a_constant_velocity_is_followed_exactly_in_one_step(solver):
     data = 3 * NOISE + 1
     process = RectifiedFlow()
-    result = sample(lambda x, t: NOISE - data, NOISE, make_uniform_times(process, 1), process=process, solver=solver)
+    result = sample(
+        stateless(lambda x, t: NOISE - data), NOISE, make_uniform_times(process, 1), process=process, solver=solver
+    )
     np.testing.assert_allclose(result, data, atol=1e-5)
 
 
@@ -142,7 +145,13 @@ def test_solvers_evaluate_the_model_at_the_expected_times():
 
     with jax.disable_jit():
         for solver in (Euler(), Heun()):
-            sample(recorded, NOISE[:1], make_uniform_times(RectifiedFlow(), 2), process=RectifiedFlow(), solver=solver)
+            sample(
+                stateless(recorded),
+                NOISE[:1],
+                make_uniform_times(RectifiedFlow(), 2),
+                process=RectifiedFlow(),
+                solver=solver,
+            )
     # The model is never asked what the noise is in data without any.
     assert times == [1.0, 0.5, 1.0, 0.5, 0.5]
 
@@ -154,9 +163,9 @@ def test_a_trace_has_the_intermediate_values_of_a_sample(name):
         make_noise_fn(jax.random.split(jax.random.key(0), len(NOISE)), (4,)),
     )
     rest = {"process": RectifiedFlow(), "solver": get_sampler(name), "noise_fn": draw}
-    result = trace(denoise, NOISE, times, **rest)
+    result = trace(stateless(denoise), NOISE, times, **rest)
     assert result.x.shape == result.data.shape == (4, *NOISE.shape)
-    np.testing.assert_allclose(result.x[-1], sample(denoise, NOISE, times, **rest), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.x[-1], sample(stateless(denoise), NOISE, times, **rest), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(result.data[0], NOISE - denoise(NOISE, 1.0), atol=1e-5)
     np.testing.assert_allclose(result.data[2], result.x[1] - 0.5 * denoise(result.x[1], 0.5), atol=1e-5)
 
@@ -168,7 +177,7 @@ def test_the_noise_of_a_sample_does_not_depend_on_the_others(name):
     def drawn(noise, keys):
         times = make_uniform_times(RectifiedFlow(), 4)
         return sample(
-            denoise,
+            stateless(denoise),
             noise,
             times,
             process=RectifiedFlow(),
@@ -189,7 +198,7 @@ def test_one_program_serves_all_times_of_one_length():
     @jax.jit
     def program(noise, times):
         traced.append(times.shape)
-        return sample(denoise, noise, times, process=RectifiedFlow(), solver=DpmMultistep())
+        return sample(stateless(denoise), noise, times, process=RectifiedFlow(), solver=DpmMultistep())
 
     for shift in (1.0, 2.0, 5.0):
         program(NOISE, make_uniform_times(RectifiedFlow(shift=shift), 4))
@@ -243,7 +252,11 @@ class WithoutDataAtItsNoise(VariancePreservingProcess):
 def test_a_stochastic_solver_without_noise_is_refused(name):
     with pytest.raises(UserError, match=r"draws noise\. Use make_noise_fn"):
         sample(
-            denoise, NOISE, make_uniform_times(RectifiedFlow(), 2), process=RectifiedFlow(), solver=get_sampler(name)
+            stateless(denoise),
+            NOISE,
+            make_uniform_times(RectifiedFlow(), 2),
+            process=RectifiedFlow(),
+            solver=get_sampler(name),
         )
 
 
@@ -266,4 +279,4 @@ def test_impossible_combinations_are_refused(make, message):
 
 def inverted(solver, prediction=Epsilon()):  # noqa: B008
     times = make_uniform_times(RectifiedFlow(), 2)[::-1]
-    return invert(denoise, NOISE, times, process=RectifiedFlow(), solver=solver, prediction=prediction)
+    return invert(stateless(denoise), NOISE, times, process=RectifiedFlow(), solver=solver, prediction=prediction)

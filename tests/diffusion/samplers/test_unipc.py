@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion import Euler, RectifiedFlow, UniPc, UniPcFlowSchedule, make_uniform_times, sample
+from dit_video.diffusion import Euler, RectifiedFlow, UniPc, UniPcFlowSchedule, make_uniform_times, sample, stateless
 
 MEAN, STD = 2.0, 0.3
 NOISE = np.random.default_rng(0).normal(size=(8, 3))
@@ -33,7 +33,7 @@ def error(solver, times):
 @functools.partial(jax.jit, static_argnums=0)
 def compute_error(solver, times, noise):
     start, end = (1 - times[0]) * MEAN, (1 - times[-1]) * MEAN
-    result = sample(denoise, start + spread(times[0]) * noise, times, process=FLOW, solver=solver)
+    result = sample(stateless(denoise), start + spread(times[0]) * noise, times, process=FLOW, solver=solver)
     return jnp.abs(result - end - spread(times[-1]) * noise).mean()
 
 
@@ -79,7 +79,11 @@ def test_each_step_evaluates_the_model_once_at_its_time():
 
     with jax.disable_jit():
         sample(
-            recorded, jnp.asarray(NOISE, jnp.float32), make_uniform_times(FLOW, 4), process=FLOW, solver=UniPc(order=3)
+            stateless(recorded),
+            jnp.asarray(NOISE, jnp.float32),
+            make_uniform_times(FLOW, 4),
+            process=FLOW,
+            solver=UniPc(order=3),
         )
     assert calls == [1.0, 0.75, 0.5, 0.25]
 
@@ -94,7 +98,7 @@ def test_the_model_gets_the_model_times_of_the_schedule():
     grid = UniPcFlowSchedule()(RectifiedFlow(shift=3.0), 5)
     with jax.disable_jit():
         noise = jnp.asarray(NOISE, jnp.float32)
-        sample(recorded, noise, grid.times, process=FLOW, solver=UniPc(), model_times=grid.model_times)
+        sample(stateless(recorded), noise, grid.times, process=FLOW, solver=UniPc(), model_times=grid.model_times)
     # 3 u / (1 + 2 u) of u = 1, .8002, .6004, .4006, .2008, down to whole thousandths
     np.testing.assert_allclose(calls, [0.999, 0.923, 0.818, 0.667, 0.429], atol=1e-6)
 
@@ -106,13 +110,15 @@ def test_a_constant_velocity_is_followed_exactly(steps, order, kind):
     noise = jnp.asarray(NOISE, jnp.float32)
     data = jnp.asarray(3 * NOISE + 1, jnp.float32)
     solver, times = UniPc(order=order, kind=kind), make_uniform_times(FLOW, steps)
-    result = jax.jit(lambda noise: sample(lambda x, t: noise - data, noise, times, process=FLOW, solver=solver))(noise)
+    result = jax.jit(
+        lambda noise: sample(stateless(lambda x, t: noise - data), noise, times, process=FLOW, solver=solver)
+    )(noise)
     np.testing.assert_allclose(result, data, atol=2e-5)
 
 
 def test_samples_of_a_batch_do_not_depend_on_each_other():
     noise, times = jnp.asarray(NOISE, jnp.float32), make_uniform_times(FLOW, 6)
-    run = jax.jit(lambda noise: sample(denoise, noise, times, process=FLOW, solver=UniPc(order=3)))
+    run = jax.jit(lambda noise: sample(stateless(denoise), noise, times, process=FLOW, solver=UniPc(order=3)))
     together = run(noise)
     np.testing.assert_array_equal(run(noise.at[3:].mul(100.0))[:3], together[:3])
     np.testing.assert_allclose(run(noise[:3]), together[:3], rtol=1e-5, atol=1e-6)
@@ -121,7 +127,9 @@ def test_samples_of_a_batch_do_not_depend_on_each_other():
 def test_a_sample_has_a_gradient():
     times = make_uniform_times(FLOW, 16)
     noise = jnp.asarray(NOISE, jnp.float32)
-    gradient = jax.jit(jax.grad(lambda x: sample(denoise, x, times, process=FLOW, solver=UniPc()).sum()))(noise)
+    gradient = jax.jit(jax.grad(lambda x: sample(stateless(denoise), x, times, process=FLOW, solver=UniPc()).sum()))(
+        noise
+    )
     np.testing.assert_allclose(gradient, STD, rtol=0.05)  # the data are m + s times the noise
 
 

@@ -87,7 +87,7 @@ def test_a_class_can_be_named_by_its_name_or_its_number(pipeline):
 def test_the_denoiser_probe_conditions_on_the_class(pipeline):
     inside = DenoiserProbe(pipeline, ["goldfinch", "tench"])
     noisy = jnp.zeros((2, inside.token_grid.volume, inside.patch.volume * inside.channels))
-    first, second = np.asarray(inside.denoise(noisy, jnp.asarray(0.5)))
+    first, second = np.asarray(inside.denoise(noisy, jnp.asarray(0.5))[0])
     assert np.abs(first - second).max() > 1e-3
     maps = inside.compute_attention_maps(noisy, 0.5, queries=[0])
     assert np.abs(maps[-1, 0] - maps[-1, 1]).max() > 1e-6

@@ -272,7 +272,7 @@ def test_guided_sampling_equals_the_authors(tmp_path, torch):
                 count=1,
                 given=Given(labels=jnp.asarray([[label]])),
             )
-            return lambda noisy, time: denoise(noisy, jnp.full(noisy.shape[:2], time))
+            return lambda noisy, time, state: denoise(noisy, jnp.full(noisy.shape[:2], time), state)
 
         process = RectifiedFlow()
         guided = apply_classifier_free_guidance(branch(LABELS[0]), branch(LABELS[1]), scale)

@@ -179,7 +179,8 @@ def test_distillation_conditions_on_classes():
     def prediction(label, *, silent=False):
         clip = A._replace(text=text.make_tokenizer()(label))
         rows = PackedBatch(*(np.stack([part]) for part in pack([clip], SHAPE, width=4)))
-        return loss.make_denoise(weights, rows, unconditional=silent)(jnp.asarray(rows.tokens), jnp.ones((1, 1, 1)))
+        denoise = loss.make_denoise(weights, rows, unconditional=silent)
+        return denoise(jnp.asarray(rows.tokens), jnp.ones((1, 1, 1)), None)[0]
 
     none = prediction("")
     assert min(np.abs(prediction(label) - other).max() for label, other in (("0", none), ("0", prediction("1")))) > 1e-3

@@ -1,4 +1,4 @@
-"""Guidance with momentum: its sum over earlier steps in the sampler's state, for every prediction and solver."""
+"""The state of guidance: momentum over the steps of sampling, and the states of the branches."""
 
 import itertools
 
@@ -14,22 +14,25 @@ from dit_video.diffusion import (
     Epsilon,
     Euler,
     Guidance,
+    GuidanceState,
     Heun,
     RectifiedFlow,
-    Remembering,
-    TracedSampler,
     V,
     VariancePreservingProcess,
     Velocity,
     advance,
     apply_guidance,
+    batched,
+    init_sampling,
     sample,
     sequential,
+    stateless,
 )
 
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
 TIMES = jnp.linspace(1.0, 0.0, 6).at[0].set(0.98)
 BETA = -0.6
+START = GuidanceState(momentum=jnp.zeros_like(NOISE))
 STEP = 0.25
 """Difference of the branches' data, the same everywhere."""
 
@@ -43,7 +46,8 @@ def unconditional(noisy, time):
 
 
 def guide_with_momentum(guidance, *, branches=(conditional, unconditional), process=RectifiedFlow(), prediction=X0()):  # noqa: B008
-    return apply_guidance(sequential(*branches), guidance.get_params(), process=process, prediction=prediction)
+    params = guidance.get_params()
+    return apply_guidance(sequential(*map(stateless, branches)), params, process=process, prediction=prediction)
 
 
 def make_guidance(scale=3.0, momentum=BETA, **options):
@@ -59,10 +63,12 @@ def test_momentum_accumulates_guidance_over_the_steps_of_sampling():
         average = c - u + BETA * average
         data = c + 2.0 * average
         x = (1 - following) * data + following * (x - (1 - time) * data) / time
-    run = {"process": process, "prediction": X0(), "solver": Remembering(solver=Euler())}
-    result = sample(guide_with_momentum(make_guidance()), NOISE, TIMES, **run)
+    run = {"process": process, "prediction": X0(), "solver": Euler()}
+    result = sample(guide_with_momentum(make_guidance()), NOISE, TIMES, state=START, **run)
     np.testing.assert_allclose(result, x, rtol=1e-4, atol=1e-4)
-    plain = apply_guidance(sequential(conditional, unconditional), Guidance(scale=3.0).get_params())
+    plain = apply_guidance(
+        sequential(stateless(conditional), stateless(unconditional)), Guidance(scale=3.0).get_params()
+    )
     without = sample(plain, NOISE, TIMES, process=process, prediction=X0(), solver=Euler())
     assert np.abs(result - without).max() > 0.1
 
@@ -80,8 +86,7 @@ def test_momentum_accumulates_data_whatever_is_predicted(prediction):
 
     def run(branches, kind):
         denoise = guide_with_momentum(make_guidance(), branches=branches, process=process, prediction=kind)
-        solver = Remembering(solver=Ddim())
-        return sample(denoise, NOISE, TIMES, process=process, prediction=kind, solver=solver)
+        return sample(denoise, NOISE, TIMES, process=process, prediction=kind, solver=Ddim(), state=START)
 
     expected = run((conditional, unconditional), X0())
     result = run((as_predicted(conditional), as_predicted(unconditional)), prediction)
@@ -94,15 +99,14 @@ def test_a_step_is_accumulated_once_and_only_where_there_is_guidance(solver, int
     """The number of evaluations does not matter. Steps start at 0.98, 0.8, 0.6, 0.4 and 0.2."""
     branches = (lambda noisy, time: 0 * noisy + STEP, lambda noisy, time: 0 * noisy)
     denoise = guide_with_momentum(make_guidance(interval=interval), branches=branches)
-    watched = TracedSampler(solver=Remembering(solver=solver))
-    state = watched.init(NOISE, steps=5)
-    for part in (TIMES[:3], TIMES[2:]):  # the past goes from one part of the way to the next
-        state = advance(denoise, state, part, process=RectifiedFlow(), prediction=X0(), solver=watched)
-    np.testing.assert_allclose(state.solver.past, STEP * (1 - BETA**counted) / (1 - BETA), rtol=1e-4)
+    state = init_sampling(solver, NOISE, steps=5, denoiser=START)
+    for part in (TIMES[:3], TIMES[2:]):  # the momentum goes from one part of the way to the next
+        state = advance(denoise, state, part, process=RectifiedFlow(), prediction=X0(), solver=solver)
+    np.testing.assert_allclose(state.denoiser.momentum, STEP * (1 - BETA**counted) / (1 - BETA), rtol=1e-4)
 
 
 def test_unsupported_uses_of_momentum_are_refused():
-    with pytest.raises(UserError, match=r"sample it with Remembering\(solver=...\)"):
+    with pytest.raises(UserError, match=r"state=GuidanceState\(momentum=jnp.zeros_like\(noise\)\)"):
         sample(
             guide_with_momentum(make_guidance()), NOISE, TIMES, process=RectifiedFlow(), prediction=X0(), solver=Euler()
         )
@@ -112,3 +116,31 @@ def test_unsupported_uses_of_momentum_are_refused():
         make_guidance(image_scale=2.0)
     assert not make_guidance(scale=1.0).has_momentum
     assert not make_guidance(momentum=0.0).has_momentum
+
+
+def count_calls(noisy, time, state):
+    """Predict from the number of calls before this one, which is the state."""
+    return jnp.tanh(noisy) + time + state, state + 1
+
+
+def test_every_branch_has_a_state_of_its_own():
+    """Outside of the interval the first branch is evaluated alone, with a state that counts those steps."""
+    params = Guidance(scale=3.0, interval=(0.3, 0.85)).get_params()
+    branches = sequential(count_calls, lambda noisy, time, state: (jnp.cos(noisy) * time, state + 10))
+    zero = jnp.zeros(())
+    for conditional, expected in ((None, (5, 50, 0)), (count_calls, (3, 30, 2))):
+        denoise = apply_guidance(branches, params, conditional=conditional)
+        start = GuidanceState(branches=(zero, zero), conditional=zero)
+        state = init_sampling(Heun(), NOISE, steps=5, denoiser=start)
+        end = advance(denoise, state, TIMES, process=RectifiedFlow(), solver=Heun()).denoiser
+        assert (*map(int, end.branches), int(end.conditional)) == expected
+
+
+def test_batched_branches_share_a_state():
+    together = apply_guidance(batched(count_calls, 2), Guidance(scale=3.0).get_params())
+    apart = apply_guidance(sequential(count_calls, count_calls), Guidance(scale=3.0).get_params())
+    zero = jnp.zeros(())
+    result, state = together(NOISE, TIMES[1], GuidanceState(branches=zero))
+    expected, _ = apart(NOISE, TIMES[1], GuidanceState(branches=(zero, zero)))
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+    assert int(state.branches) == 1

@@ -1,0 +1,52 @@
+"""Classes of other packages that configs may hold.
+
+A config file names classes, and reading one must never run code that the file chooses. `config_json` rebuilds classes
+of `dit_video`, and those that were registered before: by the user's own code, or by an installed package with an entry
+point of the group `dit_video`, whose module registers them when it is imported:
+
+    [project.entry-points.dit_video]
+    my_samplers = "my_package.samplers"
+"""
+
+import dataclasses
+import functools
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from dit_video.core.errors import UserError
+
+GROUP = "dit_video"
+AnyClass = TypeVar("AnyClass", bound=type)
+_CLASSES: dict[str, type] = {}
+
+
+def get_class_name(cls: type) -> str:
+    """Return the name of a registered class in a config: `module:class`."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def register(cls: AnyClass) -> AnyClass:
+    """Let configs hold a dataclass of another package; usable as a decorator.
+
+    A class that is defined again, as in a notebook, takes the place of the one before.
+
+    Raises:
+      UserError: the class is not a dataclass.
+    """
+    if not dataclasses.is_dataclass(cls):
+        raise UserError(f"{cls.__qualname__} is not a dataclass; add @dataclass(frozen=True, kw_only=True)")
+    _CLASSES[get_class_name(cls)] = cls
+    return cls
+
+
+def find_class(name: str) -> type | None:
+    """Return the registered class of a name, or None; entry points are loaded if it is not known yet."""
+    if name not in _CLASSES:
+        _load_entry_points()
+    return _CLASSES.get(name)
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    for entry_point in entry_points(group=GROUP):
+        entry_point.load()

@@ -1,0 +1,40 @@
+"""A run that is not finished is read without its clips, and without a training that begins."""
+
+import shutil
+
+import pytest
+
+import dit_video
+from dit_video.core.errors import MissingError, UserError
+from dit_video.experiment import trainers
+from dit_video.experiment.run import Run
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    """Return a copy of the finished run that a test may change."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def test_a_run_without_a_checkpoint_of_its_denoiser_says_how_to_go_on(copy):
+    shutil.rmtree(copy / "denoiser")
+    with pytest.raises(UserError, match="no checkpoint of its denoiser yet; continue it with: python"):
+        Run.open(copy).newest_pipeline()
+
+
+def test_an_unfinished_run_is_loaded_without_its_clips(tiny_pipeline, copy):
+    shutil.rmtree(copy / "pipeline")
+    shutil.rmtree(copy / "data")
+    assert dit_video.load(copy).config == tiny_pipeline.config
+
+
+def test_what_is_read_of_a_run_trains_nothing(copy, monkeypatch):
+    shutil.rmtree(copy / "pipeline")
+    (copy / "autoencoder" / "weights.safetensors").unlink()
+    monkeypatch.setattr(trainers, "train", lambda *_, **__: pytest.fail("a training was started"))
+    run = Run.open(copy)
+    for read in (lambda: dit_video.load(copy), run.codec, run.encoding):
+        with pytest.raises(MissingError, match="no trained autoencoder yet; continue its training with: python"):
+            read()
