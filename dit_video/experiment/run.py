@@ -138,7 +138,8 @@ class Run(RunFolder):
 
         The autoencoder is trained before if it is not trained yet.
         """
-        self.train_autoencoder()
+        if not self.autoencoder.is_trained:
+            self.train_autoencoder()
         encoding, clips = self.encoding(), self.training_clips
         identity = compute_latent_identity(encoding, clips)
         destination = datasets.resolve(self._own / "latents")
@@ -188,7 +189,8 @@ class Run(RunFolder):
           The averaged parameters of the denoiser and text encoder: `{"dit": ..., "text": ...}`.
         """
         checkpoints = self._checkpoints
-        self.train_autoencoder()
+        if not self.autoencoder.is_trained:
+            self.train_autoencoder()
         for stage in self.earlier:
             if (checkpoints.latest() or 0) < (end := stage.begin + stage.experiment.denoiser.steps):
                 print_on_first_process(f"stage {stage.stage}: up to step {end}")

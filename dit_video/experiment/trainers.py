@@ -124,6 +124,11 @@ class AutoencoderStage:
         """Return the file of the trained weights."""
         return self.folder / "weights.safetensors"
 
+    @property
+    def is_trained(self) -> bool:
+        """Return whether there are parameters to read, trained by the run or pretrained."""
+        return isinstance(self.experiment.autoencoder, PretrainedAutoencoder) or self.weights.is_file()
+
     def read(self) -> dict[str, Any]:
         """Return the parameters of the trained autoencoder; of a pretrained one, those of its folder.
 
@@ -146,7 +151,7 @@ class AutoencoderStage:
         `normalizer`, these are unchanged.
         """
         config, experiment = self.experiment.autoencoder, self.experiment
-        if isinstance(config, PretrainedAutoencoder) or self.weights.is_file():
+        if isinstance(config, PretrainedAutoencoder) or self.is_trained:  # the first part narrows the type
             return self.read()
         graph, parts = get_graph_def(config.model.make), make_autoencoder_loss(config, experiment.seed)
         continues = Checkpoints(self.checkpoints).latest() is not None

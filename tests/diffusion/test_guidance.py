@@ -21,6 +21,7 @@ from dit_video.diffusion import (
     sequential,
     stateless,
 )
+from support.predictions import convert_prediction
 
 NOISY = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
 TIME = jnp.asarray(0.7)
@@ -178,19 +179,14 @@ def test_projection_is_of_the_data_whatever_is_predicted(prediction):
     def data(denoise, kind):
         return kind.estimate(process, NOISY, evaluate(denoise), TIME).data
 
-    def as_predicted(branch):
-        def denoise(noisy, time):
-            noise = (noisy - process.alpha(time) * branch(noisy, time)) / process.sigma(time)
-            return prediction.target(process, branch(noisy, time), noise, time)
-
-        return denoise
-
     def run(branches, kind):
         whole = apply_guidance(one_by_one(*branches), guidance.get_params(), process=process, prediction=kind)
         return data(whole, kind)
 
     expected = run((conditional, unconditional), X0())
-    result = run((as_predicted(conditional), as_predicted(unconditional)), prediction)
+    result = run(
+        [convert_prediction(branch, process, prediction) for branch in (conditional, unconditional)], prediction
+    )
     np.testing.assert_allclose(result, expected, rtol=2e-3, atol=2e-3)
 
 

@@ -28,6 +28,7 @@ from dit_video.diffusion import (
     sequential,
     stateless,
 )
+from support.predictions import convert_prediction
 
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
 TIMES = jnp.linspace(1.0, 0.0, 6).at[0].set(0.98)
@@ -77,19 +78,14 @@ def test_momentum_accumulates_guidance_over_the_steps_of_sampling():
 def test_momentum_accumulates_data_whatever_is_predicted(prediction):
     process = VariancePreservingProcess()
 
-    def as_predicted(branch):
-        def denoise(noisy, time):
-            noise = (noisy - process.alpha(time) * branch(noisy, time)) / process.sigma(time)
-            return prediction.target(process, branch(noisy, time), noise, time)
-
-        return denoise
-
     def run(branches, kind):
         denoise = guide_with_momentum(make_guidance(), branches=branches, process=process, prediction=kind)
         return sample(denoise, NOISE, TIMES, process=process, prediction=kind, solver=Ddim(), state=START)
 
     expected = run((conditional, unconditional), X0())
-    result = run((as_predicted(conditional), as_predicted(unconditional)), prediction)
+    result = run(
+        [convert_prediction(branch, process, prediction) for branch in (conditional, unconditional)], prediction
+    )
     np.testing.assert_allclose(result, expected, rtol=5e-3, atol=5e-3)
 
 
