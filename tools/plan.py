@@ -21,6 +21,7 @@ import ast
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Set before JAX is imported, because with libtpu installed JAX searches for a TPU. Programs are only compiled here.
 if "JAX_PLATFORMS" not in os.environ and not any(Path("/dev").glob("nvidia[0-9]")):
@@ -118,7 +119,7 @@ def parse_mesh(text: str) -> MeshConfig:
     Raises:
       UserError: if an axis does not exist or its size is not an integer.
     """
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         if name not in AXES or not size.lstrip("-").isdecimal():

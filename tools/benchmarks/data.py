@@ -240,7 +240,7 @@ def time_best(
     """Return the minimum seconds of each, by default of CPU time, which other programs on the core do not affect."""
     best: dict[str, float] = {}
     for number in range(rounds):
-        for name in runs if number % 2 == 0 else reversed(runs):
+        for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
             start_time = clock()
             runs[name]()
             best[name] = min(best.get(name, float("inf")), clock() - start_time)

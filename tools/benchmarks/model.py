@@ -196,7 +196,7 @@ def measure_compilation(shape: WanShape, depths: Sequence[int] = (6, 48)) -> dic
 @contextlib.contextmanager
 def _leave_compilation_cache() -> Iterator[None]:
     """Write no program to the cache on disk: that takes time, and the next measurement would only read it."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    before = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
         yield

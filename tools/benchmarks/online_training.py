@@ -67,7 +67,8 @@ def measure_online(setting: Setting, setup: TrainingSetup, clips: Path, steps: i
         count=_NUM_BUCKETS,
     )
     buckets = replace(rows, denoiser=replace(rows.denoiser, buckets=config))
-    model, figures = setting.autoencoder.model, {}
+    model = setting.autoencoder.model
+    figures: dict[str, Any] = {}
     params = init_params(model.make, rng.key(0, "benchmark"))
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         ingest(clips, Path(folder) / "data")

@@ -136,7 +136,7 @@ class SamplingModel:
                 context_segments=segments,
                 count=rows.examples.shape[1],
             )
-            return denoise(noisy, jnp.full(noisy.shape[:2], time))
+            return denoise(noisy, jnp.full(noisy.shape[:2], time), None)[0]
 
         params, time = self.denoiser.params["dit"], jnp.asarray(0.5)
         return lambda: jax.block_until_ready(predict(params, rows.tokens, time, context.values, context.segments))

@@ -33,7 +33,8 @@ def count_compilations() -> Iterator[Callable[[], int]]:
     """Yield a function that counts the programs XLA has compiled since the block was entered."""
     compiled = 0
 
-    def listen(event: str, _seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         nonlocal compiled
         compiled += event == _COMPILE_EVENT
 
