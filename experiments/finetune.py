@@ -43,7 +43,7 @@ from dit_video.experiment import datasets
 from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE, TRANSFORMER_FOLDERS
 from dit_video.experiment.run import Run
 from dit_video.platform.compilation_cache import enable_compilation_cache
-from dit_video.recipes.finetune_wan import FineTuningOptions, make_finetuning_experiment
+from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 
 
 @dataclass(frozen=True)

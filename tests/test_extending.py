@@ -147,10 +147,10 @@ def test_an_installed_package_registers_by_its_entry_point(add_package, tmp_path
     written = config_json.to_json(add_package("their_sampler", SAMPLER).Adams())
     monkeypatch.setattr(registry, "_CLASSES", {})
     sys.modules.pop("their_sampler")
-    registry._load_entry_points.cache_clear()
+    registry.load_entry_points.cache_clear()
     installed = tmp_path / "their_package-1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
     (installed / "entry_points.txt").write_text("[dit_video]\nsamplers = their_sampler\n")
     assert type(config_json.from_json(written)).__name__ == "Adams"
-    registry._load_entry_points.cache_clear()
+    registry.load_entry_points.cache_clear()

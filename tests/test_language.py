@@ -19,13 +19,10 @@ _STAGES = "goes when an experiment becomes a list of stages"
 _STEPS = "goes when losses, players and critics become training steps"
 _REQUESTS = "goes when requests of sampling become packed examples"
 EXCEPTIONS = {
-    "Given": _CONDITIONING,
     "GivenClip": _CONDITIONING,
     "GivenRows": _CONDITIONING,
     "KnownFrames": _CONDITIONING,
     "beside": _CONDITIONING,
-    "given_channels": _CONDITIONING,
-    "given_frames": _CONDITIONING,
     "known": _CONDITIONING,
     "shown": _CONDITIONING,
     "Watch": _STAGES,

@@ -34,7 +34,6 @@ UPWARD = {
     ("families.loading", "experiment.run"),
     ("generation.tasks.image_to_video", "pipelines.config"),
     ("pipelines.config", "evaluation.config"),
-    ("pipelines.pipeline", "families.wan.transformer"),
 }
 """Imports that run up until the interfaces of backbones, families and stages take their place."""
 CYCLES = {("backbones.dit.config", "backbones.dit.model")}
@@ -123,6 +122,30 @@ def test_every_exception_is_needed():
         if module_name(path) == f"dit_video.{a}" and f"{name}.".startswith(f"dit_video.{b}.")
     }
     assert seen == UPWARD
+
+
+def test_only_backbones_and_families_name_one():
+    """Everything else reaches a backbone or a family through its interface, so that one is added in its own folder."""
+    own = ("backbones", "families")
+    folders = {path.parent for folder in own for path in (PACKAGE / folder).glob("*/__init__.py")}
+    names = {
+        node.name
+        for folder in folders
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {"DitConfig", "WanDit", "WanFamily"} <= names
+    modules = tuple(f"dit_video.{folder.parent.name}.{folder.name}." for folder in folders)
+    used = []
+    for path in sources("dit_video"):
+        if path.relative_to(PACKAGE).parts[0] in own:
+            continue
+        source, module = path.read_text(encoding="utf-8"), module_name(path)
+        used += [f"{module}: {name}" for name in imports(source, module) if f"{name}.".startswith(modules)]
+        nodes = ast.walk(ast.parse(source))
+        used += [f"{module}: {node.id}" for node in nodes if isinstance(node, ast.Name) and node.id in names]
+    assert used == []
 
 
 def test_the_root_holds_no_module():

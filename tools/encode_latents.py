@@ -186,7 +186,7 @@ def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, 
         text_identity="" if text is None else text.identity,
         encode_image=images,
         image_identity="" if images is None else images.identity,
-        shown=config.dit.given_channels == stride.t + config.autoencoder.channels,
+        shown=config.dit.cond_channels == stride.t + config.autoencoder.channels,
     )
     return encoding, open_datasets(data)
 

@@ -3,17 +3,16 @@
 import dataclasses
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dit_video.backbones.dit.config import DitConfig, TemporalLayers
-from dit_video.backbones.wan.model import WanDitConfig
+from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import unflatten
 from dit_video.nn import check_params, complete_params
 from dit_video.nn.attention import Full, SpaceOnly
 
-ConfigT = TypeVar("ConfigT", DitConfig, WanDitConfig)
+ConfigT = TypeVar("ConfigT", bound=BackboneConfig)
 
 
 def add_temporal_layers(
@@ -51,19 +50,7 @@ def add_cond_channels(config: ConfigT, params: dict[str, Any], channels: int) ->
     Raises:
       UserError: the model has this many channels already, or the parameters are those of another model.
     """
-    if channels <= config.given_channels:
-        raise UserError(f"channels={channels} does not extend a model with {config.given_channels}; give more channels")
-    grown = dataclasses.replace(config, given_channels=channels)
-    leaves, patch_volume = check_params(config.make, params), config.patch.volume
-    if isinstance(config, WanDitConfig):
-        leaves["embed/kernel"] = _widen_kernel(leaves["embed/kernel"], patch_volume, config.channels + channels)
-    else:
-        old = leaves.get("given/kernel", jnp.zeros((0, config.width), jnp.float32))
-        leaves["given/kernel"] = _widen_kernel(old, patch_volume, channels)
-    return grown, unflatten(leaves)
-
-
-def _widen_kernel(kernel: Float[Array, "i D"], patch_volume: int, channels: int) -> Float[Array, "o D"]:
-    """Add zero weights for new channels, which follow the old ones at each position in a patch."""
-    by_position = jnp.reshape(kernel, (patch_volume, -1, kernel.shape[1]))
-    return jnp.pad(by_position, ((0, 0), (0, channels - by_position.shape[1]), (0, 0))).reshape(-1, kernel.shape[1])
+    if channels <= config.cond_channels:
+        raise UserError(f"channels={channels} does not extend a model with {config.cond_channels}; give more channels")
+    leaves = config.widen_conditioning(check_params(config.make, params), channels)
+    return config.replace(cond_channels=channels), unflatten(leaves)

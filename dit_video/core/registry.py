@@ -42,11 +42,12 @@ def register(cls: AnyClass) -> AnyClass:
 def find_class(name: str) -> type | None:
     """Return the registered class of a name, or None; entry points are loaded if it is not known yet."""
     if name not in _CLASSES:
-        _load_entry_points()
+        load_entry_points()
     return _CLASSES.get(name)
 
 
 @functools.cache
-def _load_entry_points() -> None:
+def load_entry_points() -> None:
+    """Import the modules that installed packages name; once."""
     for entry_point in entry_points(group=GROUP):
         entry_point.load()

@@ -1,7 +1,6 @@
 """Checks that a model and its batches fit a mesh, before anything is computed."""
 
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.wan import WanDitConfig
+from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError
 from dit_video.distributed.context_parallel import check_ring, check_ulysses
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
@@ -10,7 +9,7 @@ from dit_video.distributed.sharding_rules import count_row_shards
 
 def check_denoiser(
     mesh: AnyMesh,
-    dit: DitConfig | WanDitConfig,
+    dit: BackboneConfig,
     *,
     rows: int,
     tokens: int,

@@ -27,8 +27,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dit_video.backbones.dit import Dit
-from dit_video.backbones.wan import WanDit
+from dit_video.backbones.protocol import Backbone
 from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import RingAttention
@@ -53,29 +52,30 @@ def shard_model(make: ModuleFactory, mesh: AnyMesh, context_attention: ContextAt
     if mesh.size == 1:
         return make
 
-    def make_sharded(rngs: nnx.Rngs) -> Dit | WanDit:
+    def make_sharded(rngs: nnx.Rngs) -> nnx.Module:
         model: Any = make(rngs)
-        if not isinstance(model, Dit | WanDit):
+        if not _is_backbone(model):
             name = type(model).__name__
-            raise UserError(f"model {name} is invalid: only denoisers have attention over devices. Use Dit or WanDit.")
+            raise UserError(f"model {name} is invalid: only backbones have attention over devices. Use one.")
         factory = model.attention
         if mesh.shape["context"] > 1 and context_attention == "ring" and isinstance(factory, AttentionFactory):
             check_ring(factory.backend)
         model.attention = SelfAttentionFactory(mesh, factory, context_attention)
-        for stack in (model.blocks, getattr(model, "temporal_blocks", None)):
-            stream: Any
-            for stream in (stack, *(getattr(stack, name, None) for name in ("video", "context"))):
-                if hasattr(stream, "cross"):
-                    stream.cross = ShardedAttention(mesh, stream.cross, "cross")
-                if hasattr(stream, "fused_constraint") and mesh.shape["tensor"] > 1:
-                    stream.fused_constraint = HeadSharded(mesh)
-        if mesh.shape["fsdp"] > 1:
-            for path, part in nnx.iter_modules(model):
-                if isinstance(part, Linear):
-                    part.weight_constraint = _make_weight_constraint(mesh, "/".join(map(str, path)))
+        part: Any
+        for path, part in list(nnx.iter_modules(model)):
+            if hasattr(part, "cross"):
+                part.cross = ShardedAttention(mesh, part.cross, "cross")
+            if hasattr(part, "fused_constraint") and mesh.shape["tensor"] > 1:
+                part.fused_constraint = HeadSharded(mesh)
+            if isinstance(part, Linear) and mesh.shape["fsdp"] > 1:
+                part.weight_constraint = _make_weight_constraint(mesh, "/".join(map(str, path)))
         return model
 
     return make_sharded
+
+
+def _is_backbone(model: Any) -> bool:
+    return isinstance(model, Backbone)
 
 
 def check_ring(backend: str) -> None:

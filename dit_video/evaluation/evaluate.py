@@ -156,7 +156,7 @@ def _make_requests(config: PipelineConfig, run: Run | None, seed: int) -> list[t
         ]
     requests: list[tuple[Request, bool]] = []
     if run is not None:
-        common: dict[str, Any] = {"seed": seed, "use_first_frame": bool(config.dit.given_channels)}
+        common: dict[str, Any] = {"seed": seed, "use_first_frame": bool(config.dit.cond_channels)}
         limits = run.experiment.limits
         trained = make_caption_requests(run.training_clips, limits, count=evaluation.trained, **common)
         held_out = make_caption_requests(

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dit_video.autoencoders import latent_grid
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.given_frames import check_given_frames
-from dit_video.backbones.wan import WanDitConfig
+from dit_video.backbones.checks import check_frame_conditioning
 from dit_video.core.errors import UserError
 from dit_video.data.sizes import SizeLimits
 from dit_video.diffusion import LearnedVariance
@@ -175,10 +173,11 @@ class Experiment:
                 f"rows.text={denoiser.rows.text} is invalid: it is not divisible by the text encoder's patch of "
                 f"{denoiser.text.patch} bytes. Use rows.text={denoiser.rows.text - rest}."
             )
-        if isinstance(denoiser.dit, WanDitConfig) and denoiser.text.max_tokens > denoiser.dit.text_length:
+        limit = denoiser.dit.max_text_tokens
+        if limit is not None and denoiser.text.max_tokens > limit:
             raise UserError(
-                f"text.max_tokens={denoiser.text.max_tokens} is invalid: the denoiser pads captions to "
-                f"{denoiser.dit.text_length} tokens. Use text.max_tokens={denoiser.dit.text_length} or less."
+                f"text.max_tokens={denoiser.text.max_tokens} is invalid: the denoiser accepts captions of up to "
+                f"{limit} tokens. Use text.max_tokens={limit} or less."
             )
         self._check_conditioning()
 
@@ -188,13 +187,13 @@ class Experiment:
         if self.denoiser.time_per == "frame" and dit.time != "token":
             raise UserError("time_per='frame' needs a denoiser with time='token'. Set dit.time, or time_per='clip'.")
         learned = isinstance(self.denoiser.objective.prediction, LearnedVariance)
-        if learned != (isinstance(dit, DitConfig) and dit.variance == "predicted"):
+        if learned != dit.predicts_variance:
             raise UserError(
                 "variance='predicted' of the denoiser and a LearnedVariance prediction of the objective need each "
                 "other. Change one of the two."
             )
         known, image_encoder = self.denoiser.known, self.denoiser.image_encoder
-        check_given_frames(dit, self.autoencoder.model, known, image_encoder, cached=self.data.cache_latents)
+        check_frame_conditioning(dit, self.autoencoder.model, known, image_encoder, cached=self.data.cache_latents)
 
     def _check_sizes(self) -> None:
         denoiser = self.denoiser

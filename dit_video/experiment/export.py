@@ -11,15 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.wan import WanDitConfig
+from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.files import atomic_path
 from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import fit_size
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
-from dit_video.families import save_denoiser
-from dit_video.families.wan.transformer import get_wan_modules
+from dit_video.families import find_format, get_lora_modules
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.text import Tokenizer
 from dit_video.weights import get_native_modules, save_lora
@@ -30,9 +28,9 @@ TRANSFORMER_FOLDERS = {"dit": "transformer", "low_noise": "transformer_2"}
 
 
 def save_adapter(
-    folder: Path, dit: DitConfig | WanDitConfig, adapter: dict[str, Any], params: dict[str, Any], *, expert: str = "dit"
+    folder: Path, dit: BackboneConfig, adapter: dict[str, Any], params: dict[str, Any], *, expert: str = "dit"
 ) -> None:
-    """Write an adapter under our own names, and one of Wan also as diffusers reads it: `load_lora_weights(folder)`.
+    """Write an adapter under our own names, and under its family's, as diffusers reads it: `load_lora_weights(folder)`.
 
     Args:
       folder: folder of the run.
@@ -45,18 +43,17 @@ def save_adapter(
         return
     named, base = ({expert if name == "dit" else name: each[name] for name in each} for each in (adapter, params))
     save_lora(folder / ADAPTER_FILE, named, get_native_modules(base))
-    if isinstance(dit, WanDitConfig) and "dit" in adapter:
-        save_lora(folder / LORA_FILE, adapter["dit"], get_wan_modules(dit))
+    if (modules := get_lora_modules(dit)) and "dit" in adapter:
+        save_lora(folder / LORA_FILE, adapter["dit"], modules)
 
 
-def save_transformer(
-    folder: Path, dit: DitConfig | WanDitConfig, params: dict[str, Any], *, expert: str = "dit"
-) -> None:
-    """Write a complete transformer of Wan as diffusers reads it: `WanTransformer3DModel.from_pretrained(folder)`."""
-    if not isinstance(dit, WanDitConfig) or jax.process_index() != 0:
+def save_transformer(folder: Path, dit: BackboneConfig, params: dict[str, Any], *, expert: str = "dit") -> None:
+    """Write a complete denoiser as its family's class in diffusers reads it; nothing if there is none."""
+    denoiser_format = find_format(dit)
+    if denoiser_format is None or not denoiser_format.can_express(dit) or jax.process_index() != 0:
         return
     with atomic_path(folder / TRANSFORMER_FOLDERS[expert]) as temporary:
-        save_denoiser(temporary, dit, params["dit"])
+        denoiser_format.save(temporary, dit, params["dit"])
 
 
 def make_pipeline_config(

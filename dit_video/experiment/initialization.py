@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
 from dit_video.autoencoders import InflatedConfig, VqConfig, inflate
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import config_json, rng
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
@@ -23,7 +22,7 @@ from dit_video.core.trees import flatten, map_with_path, unflatten
 from dit_video.distributed import make_shardings, shard_model
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, PretrainedAutoencoder
-from dit_video.families import load_autoencoder, load_denoiser, read_denoiser_config
+from dit_video.families import find_format, load_autoencoder, load_denoiser, read_denoiser_config
 from dit_video.features import Lpips
 from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, init_params, merge_lora
 from dit_video.pipelines.pipeline import is_pipeline_folder, load_pipeline
@@ -40,7 +39,6 @@ from dit_video.weights.parameter import Parameter
 
 _TRAINING_ONLY_FIELDS = ("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity")
 """Fields of configs that weights do not depend on, so that their files do not hold them."""
-_EMBEDDING = "dit/embed/kernel"
 
 
 def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | None:
@@ -260,10 +258,12 @@ def check_initial_weights(training: DenoiserTraining) -> None:
             _check_same(other, "the transformer", read_denoiser_config(other), training.dit)
         if not isinstance(training.text, FrozenTextConfig):
             raise UserError(f"{start} has no text encoder to train; set text=FrozenTextConfig(...)")
-    targets = () if training.lora is None or not isinstance(training.dit, WanDitConfig) else training.lora.targets
-    if any(re.search(pattern, _EMBEDDING) for pattern in targets):
-        fix = "use targets that exclude it, such as blocks/.*kernel$"
-        raise UserError(f"adapters of {_EMBEDDING} can't be written in other programs' formats; {fix}")
+    denoiser_format = find_format(training.dit)
+    targets = () if training.lora is None else training.lora.targets
+    for path in () if denoiser_format is None else denoiser_format.unadapted:
+        if any(re.search(pattern, path) for pattern in targets):
+            fix = "use targets that exclude it, such as blocks/.*kernel$"
+            raise UserError(f"adapters of {path} can't be written in other programs' formats; {fix}")
 
 
 def check_image_encoder(training: DenoiserTraining, identity_file: Path) -> None:
@@ -275,7 +275,7 @@ def check_image_encoder(training: DenoiserTraining, identity_file: Path) -> None
       MissingError: there is no encoder in the folder.
       UserError: it has another width.
     """
-    folder, width = training.image_encoder, getattr(training.dit, "image_width", None)
+    folder, width = training.image_encoder, training.dit.image_width
     if folder is None or identity_file.is_file():
         return
     if (encoder_width := read_clip_vision_config(folder).width) != width:
@@ -315,11 +315,9 @@ def _find_transformer(start: str) -> Path | None:
 def _get_kernel_dtype(training: DenoiserTraining) -> np.dtype:
     """Return the dtype that the kernels of linear maps are read in.
 
-    Where only adapters are trained, Wan's kernels are kept in the dtype of its matrix products: half the memory in
-    bfloat16.
+    Where only adapters are trained, kernels are kept in the dtype of the matrix products: half the memory in bfloat16.
     """
-    adapts_wan = training.lora is not None and isinstance(training.dit, WanDitConfig)
-    return jnp.dtype(training.dit.dtype if adapts_wan else "float32")
+    return jnp.dtype("float32" if training.lora is None else training.dit.dtype)
 
 
 class _ParameterPlacer:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dit_video.backbones.dit import DitConfig
 from dit_video.backbones.flops import count_training_flops
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
@@ -23,7 +22,6 @@ from dit_video.distributed import make_mesh, shard_batch
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import DenoiserTraining, Experiment, input_pipeline
 from dit_video.experiment.initialization import TrainableDenoiser
-from dit_video.nn.attention import Full
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.text import Tokenizer
 from dit_video.tokens import Grid, PackedBatch
@@ -179,7 +177,6 @@ def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | 
     if config.distillation is not None:
         return None
     dit, adapters = config.dit, config.lora is not None
-    needs_grids = dit.patterns != (Full(),) if isinstance(dit, DitConfig) else False
 
     def work(rows: PackedBatch) -> float:
         clips, texts, images = list[Any](), list[int](), list[int]()
@@ -187,7 +184,7 @@ def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | 
         for segments, positions, text, image in packed_rows:
             lengths = np.bincount(segments)[1:]
             ids = range(1, len(lengths) + 1)
-            clips += [infer_grid(positions[segments == i]) for i in ids] if needs_grids else lengths.tolist()
+            clips += [infer_grid(positions[segments == i]) for i in ids] if dit.needs_grids else lengths.tolist()
             for lengths_by_clip, segment_ids in ((texts, text), (images, image)):
                 lengths_by_clip += np.bincount(segment_ids, minlength=len(lengths) + 1)[1:].tolist()
         return float(count_training_flops(dit, clips, texts, images=images, adapters=adapters))

@@ -45,6 +45,7 @@ from dit_video.experiment.initialization import (
     open_trainable_denoiser,
 )
 from dit_video.experiment.trainers import AutoencoderStage
+from dit_video.families import get_lora_modules
 from dit_video.pipelines.pipeline import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.pipeline import Pipeline, PipelineConfig, read_pipeline_config, write_pipeline_config
 from dit_video.text import FrozenTextConfig, Tokenizer
@@ -248,7 +249,8 @@ class Run(RunFolder):
     def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
         """Return the pipeline with these denoiser weights."""
         denoiser = add_other_expert(self.experiment.denoiser, denoiser)
-        return Pipeline(self.pipeline_config(), autoencoder=self.autoencoder.read(), denoiser=denoiser)
+        parameters = {"autoencoder": self.autoencoder.read(), "denoiser": denoiser}
+        return Pipeline(self.pipeline_config(), **parameters, get_lora_modules=get_lora_modules)
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenTextEncoder:
         """Return the text encoder. The identity of a frozen one is recorded, to be known without its weights."""

@@ -3,16 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dit_video.autoencoders import (
-    AutoencoderObjective,
-    CausalVaeConfig,
-    ImageVaeConfig,
-    InflatedConfig,
-    PatchVaeConfig,
-    VqConfig,
-)
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.wan import WanDitConfig
+from dit_video.autoencoders import AutoencoderConfig, AutoencoderObjective
+from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import KnownFrames
 from dit_video.core.errors import UserError
 from dit_video.data.bucketing.batches import BucketConfig
@@ -60,7 +52,7 @@ class DataConfig:
 class AutoencoderTraining:
     """Config of an autoencoder and its training."""
 
-    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
+    model: AutoencoderConfig
     windows: tuple[WindowConfig, ...]
     """Shapes of the training batches, which steps use in turn."""
     optimizer: OptimizerConfig
@@ -87,7 +79,7 @@ class PretrainedAutoencoder:
       UserError: The folder is empty.
     """
 
-    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
+    model: AutoencoderConfig
     folder: str
     """Folder of its weights in diffusers' layout, or of a pipeline that contains it."""
 
@@ -120,7 +112,7 @@ class ExpertConfig:
 class DenoiserTraining:
     """Config of a denoiser, its text encoder, and their training; only a text encoder that is not frozen is trained."""
 
-    dit: DitConfig | WanDitConfig
+    dit: BackboneConfig
     text: TextConfig
     rows: PackedShape
     batch: int
@@ -144,7 +136,7 @@ class DenoiserTraining:
     averages: EmaConfig = field(default_factory=EmaConfig)
     """Further averages, each as large as the model."""
     known: KnownFrames | None = None
-    """Conditioning on known frames, for a denoiser that continues a first frame: by `given_channels`, image embeddings
+    """Conditioning on known frames, for a denoiser that continues a first frame: by `cond_channels`, image embeddings
     or a time per token. None without it."""
     image_encoder: str | None = None
     """Folder of the CLIP whose embeddings of a known first frame the denoiser attends to (`image_width`), or of a

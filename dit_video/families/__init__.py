@@ -1,13 +1,28 @@
 """Open model families: their files, read and written, and the pipelines that they make."""
 
 from dit_video.families.autoencoders import load_autoencoder, read_autoencoder_config, save_autoencoder
-from dit_video.families.denoisers import load_denoiser, read_denoiser_config, save_denoiser
+from dit_video.families.denoisers import (
+    find_format,
+    get_lora_modules,
+    load_denoiser,
+    read_denoiser_config,
+    save_denoiser,
+)
+from dit_video.families.family import DenoiserFormat, Family, PipelineParts
+from dit_video.families.registry import list_families, register_family
 
 __all__ = [
+    "DenoiserFormat",
+    "Family",
+    "PipelineParts",
+    "find_format",
+    "get_lora_modules",
+    "list_families",
     "load_autoencoder",
     "load_denoiser",
     "read_autoencoder_config",
     "read_denoiser_config",
+    "register_family",
     "save_autoencoder",
     "save_denoiser",
 ]

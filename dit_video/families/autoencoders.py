@@ -6,10 +6,12 @@ from typing import Any
 
 from dit_video.autoencoders import AutoencoderConfig, CausalVaeConfig, ImageVaeConfig, VqConfig
 from dit_video.core.errors import UserError
+from dit_video.core.trees import map_with_path
 from dit_video.families.kandinsky import autoencoder as vq_autoencoder
 from dit_video.families.stable_diffusion import autoencoder as image_autoencoder
 from dit_video.families.wan import autoencoder as wan_autoencoder
 from dit_video.weights import diffusers, native_format
+from dit_video.weights.parameter import Parameter, Placement
 from dit_video.weights.tensor_map import SHARD_BYTES
 
 _LoadedAutoencoder = tuple[AutoencoderConfig, dict[str, Any]]
@@ -80,3 +82,16 @@ def save_autoencoder(
     if family is None:
         raise UserError(f"diffusers has no class for {type(config).__name__}, only {', '.join(EXTERNAL_CLASSES)}")
     family.save(folder, config, params, shard_bytes=shard_bytes)
+
+
+def load_placed_autoencoder(folder: Path, channels: int, place: Placement) -> tuple[AutoencoderConfig, dict[str, Any]]:
+    """Load a pipeline's autoencoder, whose latents must have `channels` channels; `place` gets `autoencoder/...`.
+
+    Raises:
+      MissingError: files are missing.
+      UserError: another number of channels, unsupported settings, or weights that do not fit.
+    """
+    config, params = load_autoencoder(folder / "vae")
+    if config.channels != channels:
+        raise UserError(f"{folder}: the transformer has {channels} channels, the vae {config.channels}")
+    return config, map_with_path(lambda path, x: place(f"autoencoder/{path}", Parameter.from_array(x)), params)

@@ -10,17 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.wan import WanDitConfig
+from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.families.autoencoders import EXTERNAL_CLASSES as AUTOENCODERS
 from dit_video.families.autoencoders import load_autoencoder, save_autoencoder
-from dit_video.families.denoisers import EXTERNAL_CLASSES as DENOISERS
-from dit_video.families.denoisers import read_denoiser_config
-from dit_video.families.dit import transformer as dit_transformer
-from dit_video.families.wan import transformer as wan_transformer
-from dit_video.families.wan.transformer import get_wan_modules
+from dit_video.families.denoisers import (
+    find_format,
+    get_format,
+    list_denoiser_classes,
+    open_denoiser_file,
+    read_denoiser_config,
+)
+from dit_video.families.family import FileLayout
 from dit_video.nn import get_param_shapes
 from dit_video.text import T5Config
 from dit_video.weights import diffusers, native_format, streaming
@@ -31,8 +33,6 @@ from dit_video.weights.tensor_map import SHARD_BYTES
 from dit_video.weights.text_encoders import T5_MODEL_TYPES, make_t5_export, make_t5_tensor_map, read_t5_config
 
 TargetLayout = Literal["diffusers", "authors", "dit_video"]
-SUPPORTED_CLASSES = (*DENOISERS, *AUTOENCODERS, *T5_MODEL_TYPES, native_format.CLASS)
-"""Supported classes and model types in `config.json`."""
 
 
 class _OpenModel(NamedTuple):
@@ -54,7 +54,7 @@ def convert(
     """Write a model's folder in another layout.
 
     Args:
-      source: a folder with a `config.json`, or a file of the authors of DiT and SiT.
+      source: a folder with a `config.json`, or a file of a denoiser's authors.
       destination: a folder that does not exist or is empty.
       layout: layout to write: `diffusers` (for a text encoder that of `transformers`), the model's `authors`, or
         native.
@@ -74,12 +74,11 @@ def convert(
         return
     document = diffusers.read_document(source)
     kind = str(document.get("_class_name") or document.get("model_type"))
-    if kind not in SUPPORTED_CLASSES:
-        raise UserError(f"{source} has a model of class {kind}. Supported classes are {', '.join(SUPPORTED_CLASSES)}")
+    supported = (*list_denoiser_classes(), *AUTOENCODERS, *T5_MODEL_TYPES, native_format.CLASS)
+    if kind not in supported:
+        raise UserError(f"{source} has a model of class {kind}. Supported classes are {', '.join(supported)}")
     native_config = native_format.read_native_config(source, document) if kind == native_format.CLASS else None
-    if kind in AUTOENCODERS or (
-        native_config is not None and not isinstance(native_config, DitConfig | WanDitConfig | T5Config)
-    ):
+    if kind in AUTOENCODERS or (native_config is not None and not isinstance(native_config, BackboneConfig | T5Config)):
         _convert_autoencoder(source, destination, document, layout, dtype, shard_bytes)
     else:
         with _open_folder(source, document, kind) as opened:
@@ -89,7 +88,7 @@ def convert(
 def convert_native_denoiser(
     file: Path,
     prefix: str,
-    config: DitConfig | WanDitConfig,
+    config: BackboneConfig,
     destination: str | os.PathLike,
     *,
     layout: TargetLayout,
@@ -117,7 +116,7 @@ def convert_lora(
     layout: TargetLayout,
     dtype: Any = None,
 ) -> None:
-    """Rename the tensors of a LoRA adapter of Wan to diffusers' (PEFT) names, the authors' (ComfyUI) or native ones.
+    """Rename the tensors of a LoRA adapter to diffusers' (PEFT) names, the authors' (ComfyUI) or native ones.
 
     Args:
       source: a safetensors file, or a folder of PEFT or diffusers.
@@ -128,23 +127,20 @@ def convert_lora(
 
     Raises:
       MissingError: a file does not exist.
-      UserError: the adapter is of another model, or the model is not a Wan.
+      UserError: the adapter is of another model, or no family has LoRA files for the model.
     """
     folder = Path(model)
-    document = diffusers.read_document(folder)
-    kind, config = document.get("_class_name"), None
-    if kind == native_format.CLASS:
-        config = native_format.read_native_config(folder, document)
-    elif kind in wan_transformer.CLASSES:
-        config = wan_transformer.read_config(folder, document)
-    if not isinstance(config, WanDitConfig):
-        raise UserError(f"{folder} is no Wan model. Adapters can be renamed for {', '.join(wan_transformer.CLASSES)}")
+    config = read_denoiser_config(folder)
+    primary_layout: FileLayout = "authors" if layout == "authors" else "diffusers"
+    denoiser_format = find_format(config)
+    modules = {} if denoiser_format is None else denoiser_format.get_lora_modules(config, primary_layout=primary_layout)
+    if not modules:
+        raise UserError(f"{folder} holds a {type(config).__name__}, whose family has no LoRA files; name another model")
     shapes = {"dit": get_param_shapes(config.make)}
-    wan_modules = get_wan_modules(config, primary_layout="authors" if layout == "authors" else "diffusers")
-    theirs = {name: module._replace(path=f"dit/{module.path}") for name, module in wan_modules.items()}
+    theirs = {name: module._replace(path=f"dit/{module.path}") for name, module in modules.items()}
     lora = load_lora(source, shapes, get_native_modules(shapes) | theirs, dtype=None)
-    modules = get_native_modules(shapes) if layout == "dit_video" else theirs
-    save_lora(destination, lora, modules, style="comfyui" if layout == "authors" else "diffusers", dtype=dtype)
+    written = get_native_modules(shapes) if layout == "dit_video" else theirs
+    save_lora(destination, lora, written, style="comfyui" if layout == "authors" else "diffusers", dtype=dtype)
 
 
 def check_destination(folder: Path) -> None:
@@ -167,26 +163,21 @@ def _open_folder(folder: Path, document: dict[str, Any], kind: str) -> Iterator[
             tensor_map, ignored = make_t5_tensor_map(tensors, config)
             file_map = FileMap.from_tensor_map(tensor_map)
         else:
-            authors = kind in (wan_transformer.AUTHORS_CLASS, *dit_transformer.AUTHORS_CLASSES)
-            config = read_denoiser_config(folder)
-            file_map = _make_file_map(config, "authors" if authors else "diffusers")
+            denoiser_format = get_format(document)
+            config = denoiser_format.read_config(folder, document)
+            file_map = denoiser_format.make_file_map(config, denoiser_format.layouts[kind])
         shapes = get_param_shapes(config.make)
         yield _OpenModel(config, FolderSource(tensors, file_map, shapes, ignored=ignored), file_map.depths)
 
 
 @contextmanager
 def _open_authors_file(path: Path) -> Iterator[_OpenModel]:
-    """Open a checkpoint of the authors of DiT and SiT."""
-    with dit_transformer.open_file(path) as tensors:
-        config = dit_transformer.parse_config(path, dit_transformer.infer_document(path, tensors))
-        file_map = _make_file_map(config, "authors")
+    """Open the authors' checkpoint of a denoiser in a single file."""
+    denoiser_format, tensors, document = open_denoiser_file(path)
+    with tensors:
+        config = denoiser_format.read_config(path, document)
+        file_map = denoiser_format.make_file_map(config, "authors")
         yield _OpenModel(config, FolderSource(tensors, file_map, get_param_shapes(config.make)), file_map.depths)
-
-
-def _make_file_map(config: DitConfig | WanDitConfig, layout: wan_transformer.WanLayout) -> FileMap:
-    if isinstance(config, WanDitConfig):
-        return FileMap.from_tensor_map(wan_transformer.make_wan_tensor_map(config, layout))
-    return dit_transformer.make_file_map(config, layout)
 
 
 def _write(folder: Path, model: _OpenModel, layout: TargetLayout, dtype: Any, shard_bytes: int) -> None:
@@ -201,9 +192,10 @@ def _write(folder: Path, model: _OpenModel, layout: TargetLayout, dtype: Any, sh
         tensor_map, document = make_t5_export(config)
         file_map, stem = FileMap.from_tensor_map(tensor_map), "model"
     else:
-        transformer = wan_transformer if isinstance(config, WanDitConfig) else dit_transformer
-        document = transformer.make_document(config, layout)
-        file_map, stem = _make_file_map(config, layout), diffusers.STEM
+        if (denoiser_format := find_format(config)) is None:
+            raise UserError(f"no family has files for a {type(config).__name__}. Use dit_video")
+        document = denoiser_format.make_document(config, layout)
+        file_map, stem = denoiser_format.make_file_map(config, layout), diffusers.STEM
     shapes, depths = get_param_shapes(config.make), {**file_map.depths, **model.depths}
     streaming.write(folder, stem, source, file_map, shapes, depths, dtype=dtype, shard_bytes=shard_bytes)
     write_json(folder / "config.json", document)

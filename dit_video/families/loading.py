@@ -4,12 +4,15 @@ import re
 from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.families.dit.pipeline import is_class_pipeline, load_class_pipeline
-from dit_video.families.wan.pipeline import INDEX, PARTS, Dtype, Placement, load_wan
+from dit_video.core.files import read_json
+from dit_video.families.denoisers import get_lora_modules
+from dit_video.families.family import INDEX, Dtype
+from dit_video.families.registry import list_families
 from dit_video.pipelines.pipeline import CONFIG, RUN_CONFIG, Pipeline, is_pipeline_folder, load_pipeline
+from dit_video.weights.parameter import Placement
 
-_HUB_FILES = (INDEX, *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors", "model")))
-"""Patterns of the files that are downloaded from the hub."""
+_HUB_ENDINGS = ("json", "safetensors", "model")
+"""Endings of the files that are downloaded from the hub."""
 
 
 def load(
@@ -47,19 +50,20 @@ def load(
         folder = _download(str(path))
     if not folder.is_dir():
         raise MissingError(f"no such run: {folder}")
-    if is_class_pipeline(folder):
-        if text_encoder is not None:
-            raise UserError(f"{folder} is class-conditional and has no text encoder; leave out text_encoder")
-        return load_class_pipeline(folder, dtype=dtype or "float32", place=place)
+    for family in list_families():
+        if family.is_pipeline(folder):
+            return family.load_pipeline(folder, text_encoder=text_encoder, dtype=dtype or "float32", place=place)
     if (folder / INDEX).is_file():
-        return load_wan(folder, text_encoder=text_encoder, dtype=dtype or "float32", place=place)
+        index = read_json(folder / INDEX)
+        kind, names = index.get("_class_name") if isinstance(index, dict) else None, (f.name for f in list_families())
+        raise UserError(f"{folder} holds a pipeline of class {kind}; use one of a known family: {', '.join(names)}")
     if dtype is not None or place is not None:
         raise UserError(f"dtype and place are for open weights; {folder} has no {INDEX}, leave them out")
     if ema is not None or sigma_rel is not None:
         return _with_text_encoder(_load_run(folder, ema, sigma_rel), text_encoder)
     for inner in (folder, folder / "pipeline"):
         if is_pipeline_folder(inner):
-            return load_pipeline(inner, text_encoder=text_encoder)
+            return load_pipeline(inner, text_encoder=text_encoder, get_lora_modules=get_lora_modules)
     if (folder / RUN_CONFIG).is_file():
         return _with_text_encoder(_load_run(folder, None, None), text_encoder)
     raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; name a run or open weights")
@@ -95,8 +99,10 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise MissingError(f"no such folder: {name}; to download it, pip install huggingface_hub") from error
+    parts = {part for family in list_families() for part in family.parts}
+    files = [INDEX, *sorted(f"{part}/*.{ending}" for part in parts for ending in _HUB_ENDINGS)]
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # of several libraries: no network, no such name, no permission, no room
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MissingError(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
-from dit_video.backbones.dit import Given
+from dit_video.conditioning import Conditioning, ConditioningLatents, ImageTokens
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import DenoiseFn, Process
 from dit_video.tokens import Grid, PackedShape, patchify
@@ -38,10 +38,15 @@ class GivenRows(NamedTuple):
     known: Bool[AnyArray, "B N"] | None = None
 
     @property
-    def given(self) -> Given:
+    def conditioning(self) -> Conditioning:
         """Return the inputs of the denoiser."""
-        fields = {"latents": self.beside, "image": self.image, "image_segments": self.image_segments}
-        return Given(**{name: jnp.asarray(value) for name, value in fields.items() if value is not None})
+        conditioning = Conditioning()
+        if self.beside is not None:
+            conditioning = conditioning.add(ConditioningLatents(jnp.asarray(self.beside)))
+        if self.image is not None and self.image_segments is not None:
+            tokens = ImageTokens(jnp.asarray(self.image), jnp.asarray(self.image_segments))
+            conditioning = conditioning.add(tokens)
+        return conditioning
 
     def held(self, denoise: DenoiseFn, process: Process) -> DenoiseFn:
         """Return a `denoise` of times of tokens as one of a single time, with known tokens clean, at time 0."""

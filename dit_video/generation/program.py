@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Int32
 
-from dit_video.backbones.denoise import make_denoise_fn
+from dit_video.backbones.denoise import make_denoise_fn, make_text_record
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import (
     Branches,
@@ -23,7 +23,7 @@ from dit_video.diffusion import (
 )
 from dit_video.generation.given import GivenRows
 from dit_video.generation.rows import SamplingBatch
-from dit_video.tokens import PackedBatch, expand_to_tokens, sample_packed_noise, segment_mean
+from dit_video.tokens import PackedBatch
 
 MIN_PROGRAM_STEPS = 64
 """Smallest number of steps that a program is compiled for."""
@@ -59,26 +59,18 @@ def make_program(
 
     @jax.jit
     def run(params, state, batch: SamplingBatch, guidance, sample_times, first):
-        def forward(rows: PackedBatch, conditioning: GivenRows) -> DenoiseFn:
+        def forward(rows: PackedBatch, given: GivenRows) -> DenoiseFn:
             context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
-            denoise = make_denoise_fn(
-                nnx.merge(dit, params["dit"]),
-                segments=rows.segments,
-                positions=rows.positions,
-                context=context.values,
-                context_segments=context.segments,
-                count=rows.examples.shape[1],
-                given=conditioning.given._replace(labels=context.get_classes(rows.examples.shape[1])),
-            )
-            return conditioning.held(denoise, process)
+            conditioning = given.conditioning.add(make_text_record(context, rows.layout))
+            denoise = make_denoise_fn(nnx.merge(dit, params["dit"]), rows.layout, conditioning)
+            return given.held(denoise, process)
 
         # All branches have the same noise, segments and positions. The sample is that of the first.
         rows = batch.branches[0][0]
 
         def mean(values):
             """Return the mean of every sample, repeated for its tokens."""
-            means = segment_mean(values.mean(axis=-1), rows.segments, count=rows.examples.shape[1])
-            return expand_to_tokens(means, rows.segments)[..., None]
+            return rows.layout.expand(rows.layout.mean(values.mean(axis=-1)))[..., None]
 
         def guided_model() -> DenoiseFn:
             number = len(batch.branches)
@@ -99,7 +91,8 @@ def make_program(
 
         def draw(number):
             keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
-            return sample_packed_noise(rows, jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys))
+            step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys)
+            return rows.layout.sample_noise(step_keys, rows.tokens.shape[-1])
 
         denoise = forward(*batch.branches[0]) if guidance is None else guided_model()
         options: dict[str, Any] = {"model_times": sample_times.model_times, "noise_fn": draw, "first_step": first}

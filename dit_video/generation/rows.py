@@ -16,7 +16,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.rng import key
 from dit_video.core.typing import AnyArray
 from dit_video.generation.given import GivenClip, GivenRows, given_rows
-from dit_video.text import TextTokens
+from dit_video.text import CaptionTokens
 from dit_video.tokens import (
     Grid,
     PackedBatch,
@@ -175,7 +175,7 @@ class Packer(NamedTuple):
 
     requests: Sequence[LatentRequest]
     """All requests."""
-    texts: Mapping[str, TextTokens]
+    texts: Mapping[str, CaptionTokens]
     """Tokens of every prompt."""
     patch: Grid
     """Patch size of the denoiser."""

@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dit_video.autoencoders import AutoencoderConfig, latent_grid
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.wan import WanDitConfig
+from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
@@ -33,7 +32,7 @@ class PipelineConfig:
     """
 
     autoencoder: AutoencoderConfig
-    dit: DitConfig | WanDitConfig
+    dit: BackboneConfig
     text: TextConfig
     """Text encoder; a frozen one by its folder and identity, because its weights are not part of the pipeline."""
     process: Process
@@ -107,17 +106,16 @@ class PipelineConfig:
         return grid
 
 
-def check_classes(text: TextConfig, dit: DitConfig | WanDitConfig) -> None:
+def check_classes(text: TextConfig, dit: BackboneConfig) -> None:
     """Check that captions are classes where the denoiser has labels, and as many.
 
     Raises:
       UserError: they are not.
     """
     caption_classes = text.classes if isinstance(text, ClassNamesConfig) else 0
-    labels = dit.labels.classes if isinstance(dit, DitConfig) and dit.labels is not None else 0
-    if caption_classes != labels:
+    if caption_classes != dit.class_count:
         fix = "give text=ClassNamesConfig(classes=...) and dit labels=ClassLabels(classes=...) the same number"
-        raise UserError(f"captions are of {caption_classes} classes, the denoiser's labels of {labels}; {fix}")
+        raise UserError(f"captions are of {caption_classes} classes, the denoiser's labels of {dit.class_count}; {fix}")
 
 
 class Request(NamedTuple):

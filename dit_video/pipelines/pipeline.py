@@ -6,7 +6,7 @@ and nothing of the training state.
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path, read_document, write_json
@@ -24,7 +23,6 @@ from dit_video.diffusion import Guidance, Solver
 from dit_video.diffusion import get_sampler as sampler_of
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
-from dit_video.families.wan.transformer import get_wan_modules
 from dit_video.generation import (
     Denoiser,
     LatentRequest,
@@ -41,6 +39,7 @@ from dit_video.video import Clip
 from dit_video.weights import get_native_modules, load_lora
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
+from dit_video.weights.lora import LoraModule
 
 FORMAT = 1
 CONFIG, RUN_CONFIG = "pipeline.json", "experiment.json"
@@ -50,14 +49,36 @@ _DECODE_BATCH = 8
 _DTYPES = ("float32", "bfloat16")
 GuidanceScale = float | int | tuple[float, float] | Guidance
 ExpertName = Literal["dit", "low_noise"]
+GetLoraModules = Callable[[Any], Mapping[str, LoraModule]]
+"""Function from a denoiser's config to the linear maps that its family's LoRA files adapt, by their names there."""
+
+
+def no_lora_modules(config: Any) -> Mapping[str, LoraModule]:
+    """Return no linear maps: those of a model whose LoRA files have native names only."""
+    return {}
 
 
 class Pipeline:
     """A trained autoencoder, denoiser and text encoder: prompts to clips, clips to latents and back."""
 
-    def __init__(self, config: PipelineConfig, *, autoencoder: dict[str, Any], denoiser: dict[str, Any]):
-        """Create a pipeline; `autoencoder` and `denoiser` are parameters, nested dictionaries of arrays."""
+    def __init__(
+        self,
+        config: PipelineConfig,
+        *,
+        autoencoder: dict[str, Any],
+        denoiser: dict[str, Any],
+        get_lora_modules: GetLoraModules = no_lora_modules,
+    ):
+        """Create a pipeline.
+
+        Args:
+          config: its configuration.
+          autoencoder: parameters of the autoencoder, nested dictionaries of arrays.
+          denoiser: parameters of the denoisers and of the text encoder.
+          get_lora_modules: names of linear maps in LoRA files of other projects that `load_lora` accepts.
+        """
         self.config = config
+        self._get_lora_modules = get_lora_modules
         self.codec = LatentCodec(config.autoencoder, autoencoder)
         """Autoencoder with its parameters."""
         self._image_conditioner = ImageConditioner(config, self.codec)
@@ -240,7 +261,8 @@ class Pipeline:
           UserError: the text encoder was trained with the denoiser.
         """
         config = replace(self.config, text=set_encoder_folder(self.config.text, folder))
-        return Pipeline(config, autoencoder=self.codec.params, denoiser=self._denoiser.params)
+        parameters = {"autoencoder": self.codec.params, "denoiser": self._denoiser.params}
+        return Pipeline(config, **parameters, get_lora_modules=self._get_lora_modules)
 
     def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: ExpertName = "dit") -> "Pipeline":
         """Return the same pipeline with an adapter merged into its denoiser; this one is unchanged.
@@ -250,7 +272,7 @@ class Pipeline:
 
         Args:
           path: a safetensors file, or a folder of PEFT or diffusers. Module names are our own, as training writes them;
-            for Wan also those of diffusers (PEFT), ComfyUI and kohya.
+            of Wan also those of diffusers (PEFT), ComfyUI and kohya.
           scale: strength of the adapter.
           expert: expert of two that is adapted: `dit`, for noisy times, or `low_noise`.
 
@@ -262,9 +284,8 @@ class Pipeline:
         if expert not in params:
             raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
         known = get_native_modules(params)
-        if isinstance(self.config.dit, WanDitConfig):
-            modules = get_wan_modules(self.config.dit)
-            known |= {name: module._replace(path=f"{expert}/{module.path}") for name, module in modules.items()}
+        modules = self._get_lora_modules(self.config.dit)
+        known |= {name: module._replace(path=f"{expert}/{module.path}") for name, module in modules.items()}
         adapted = copy.copy(self)  # shares the open text encoder
         merged = merge_lora(params, load_lora(path, params, known), float(scale))
         adapted._denoiser = self._denoiser._replace(params=params | merged)  # `merged` lacks parts without parameters
@@ -362,12 +383,18 @@ def read_pipeline_config(folder: str | Path) -> PipelineConfig:
     return config
 
 
-def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None) -> Pipeline:
+def load_pipeline(
+    folder: str | Path,
+    *,
+    text_encoder: str | Path | None = None,
+    get_lora_modules: GetLoraModules = no_lora_modules,
+) -> Pipeline:
     """Read a pipeline folder.
 
     Args:
       folder: folder of the pipeline.
       text_encoder: folder of its frozen text encoder if it has moved; it is opened at the first prompt.
+      get_lora_modules: see `Pipeline`.
 
     Raises:
       MissingError: the folder does not exist, or holds no pipeline.
@@ -380,6 +407,7 @@ def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None)
         config,
         autoencoder=load_weights(folder / _AUTOENCODER, like=get_param_shapes(config.autoencoder.make)),
         denoiser=load_weights(folder / _DENOISER, like=config.denoiser_shapes),
+        get_lora_modules=get_lora_modules,
     )
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 

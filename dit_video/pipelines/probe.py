@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dit_video.backbones.attention_maps import compute_attention_maps
-from dit_video.backbones.denoise import make_denoise_fn
-from dit_video.backbones.dit import Given
+from dit_video.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.conditioning import Conditioning
 from dit_video.core.errors import UserError
 from dit_video.core.typing import SameArray
 from dit_video.diffusion import ClipSize
@@ -50,7 +50,7 @@ class DenoiserProbe:
         config = pipeline.config
         if not prompts:
             raise UserError("prompts is empty: each clip needs a prompt; name one, or '' to sample without condition")
-        if config.boundary is not None or config.dit.given_channels or config.dit.time == "token":
+        if config.boundary is not None or config.dit.cond_channels or config.dit.time == "token":
             raise UserError("this model has two experts or conditioning frames; use a plain text-to-video model")
         latents = config.latent_grid(config.size if size is None else to_grid(size))
         self.patch, self.channels = config.dit.patch, config.autoencoder.channels
@@ -64,14 +64,9 @@ class DenoiserProbe:
         rows = self._pack_prompts(prompts, pipeline)
         text = nnx.merge(get_graph_def(config.text.make), params["text"])
         context = text(jnp.asarray(rows.text), jnp.asarray(rows.text_segments))
-        self._inputs: dict[str, Any] = {
-            "segments": jnp.asarray(rows.segments),
-            "positions": jnp.asarray(rows.positions),
-            "context": context.values,
-            "context_segments": context.segments,
-            "given": Given(labels=context.get_classes(1)),
-        }
-        self._denoise = make_denoise_fn(self.dit, count=1, **self._inputs)
+        self._layout = jax.tree.map(jnp.asarray, rows.layout)
+        self._conditioning = Conditioning(make_text_record(context, self._layout))
+        self._denoise = make_denoise_fn(self.dit, self._layout, self._conditioning)
 
     def _pack_prompts(self, prompts: Sequence[str], pipeline: Pipeline) -> PackedBatch:
         tokenizer = open_tokenizer(pipeline.config.text)
@@ -114,7 +109,7 @@ class DenoiserProbe:
           UserError: a query that is not the number of a token.
         """
         times = jnp.full((noisy.shape[0], 1), time, jnp.float32)
-        return compute_attention_maps(self.dit, noisy, times, queries=queries, **self._inputs)
+        return compute_attention_maps(self.dit, noisy, times, self._layout, self._conditioning, queries=queries)
 
     def find_token(self, position: tuple[int, float, float]) -> int:
         """Return the number of the token at a latent frame and at fractions of the height and of the width."""

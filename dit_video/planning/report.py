@@ -198,8 +198,8 @@ def resolve_attention(experiment: Experiment, topology: Topology) -> Experiment:
 def replace_dit(experiment: Experiment, **changes: Any) -> Experiment:
     """Return the experiment with other fields of the denoiser's config."""
     denoiser = experiment.denoiser
-    dit = dataclasses.replace(denoiser.dit, **changes)
-    return dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, dit=dit))
+    denoiser = dataclasses.replace(denoiser, dit=denoiser.dit.replace(**changes))
+    return dataclasses.replace(experiment, denoiser=denoiser)
 
 
 def make_plan_mesh(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:

@@ -73,7 +73,7 @@ def make_distillation_experiment(
     run = Run.open(folder).experiment if (folder / RUN).is_file() else None
     start = folder if is_pipeline_folder(folder) else folder / "pipeline"
     config = load_pipeline(start).config
-    if config.boundary is not None or config.dit.given_channels or config.dit.time == "token":
+    if config.boundary is not None or config.dit.cond_channels or config.dit.time == "token":
         fix = "distil a text-to-video model with one denoiser"
         raise UserError(f"{folder} holds a model with two experts or with conditioning frames; {fix}")
     scale = config.sampling.guidance if options.guidance is None else options.guidance

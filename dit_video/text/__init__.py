@@ -4,7 +4,7 @@ from dit_video.text.byte_encoder import ByteEncoder, ByteEncoderConfig, ByteToke
 from dit_video.text.classes import ClassNames, ClassNamesConfig, ClassTokenizer
 from dit_video.text.embedder import Embedder, FrozenEncoderConfig
 from dit_video.text.frozen import FrozenText, FrozenTextConfig
-from dit_video.text.interface import Context, TextEncoder, TextEncoderConfig, TextTokens, Tokenizer
+from dit_video.text.interface import CaptionTokens, Context, TextEncoder, TextEncoderConfig, Tokenizer
 from dit_video.text.t5 import T5Config, T5Encoder
 from dit_video.text.tokenizer import TOKENIZER_FILES, PretrainedTokenizer, clean, has_tokenizer
 
@@ -16,6 +16,7 @@ __all__ = [
     "ByteEncoder",
     "ByteEncoderConfig",
     "ByteTokenizer",
+    "CaptionTokens",
     "ClassNames",
     "ClassNamesConfig",
     "ClassTokenizer",
@@ -30,7 +31,6 @@ __all__ = [
     "TextConfig",
     "TextEncoder",
     "TextEncoderConfig",
-    "TextTokens",
     "Tokenizer",
     "clean",
     "has_tokenizer",

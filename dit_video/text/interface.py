@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
-TextTokens = Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
+CaptionTokens = Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
 """Tokens of one caption, without padding: ids, or embeddings."""
-Tokenizer = Callable[[str], TextTokens]
+Tokenizer = Callable[[str], CaptionTokens]
 """Function from a caption to its tokens. The empty caption, for unconditional samples, has at least one token."""
 
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt32
+from jaxtyping import Bool, Float, Float32, Int, Int32, UInt32
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
+from dit_video.tokens.layouts import PackedRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,11 @@ class PackedBatch(NamedTuple):
     image: Float[AnyArray, "*B I F"]
     """Image tokens, the same number reserved for every segment; I is 0 if the clips have none."""
     image_segments: Int[AnyArray, "*B I"]
+
+    @property
+    def layout(self) -> PackedRows:
+        """Return where the examples lie."""
+        return PackedRows(segments=self.segments, positions=self.positions, count=self.examples.shape[-1])
 
 
 def pack(examples: Sequence[PackedExample], shape: PackedShape, *, width: int, text_width: int = 0) -> PackedBatch:
@@ -136,67 +141,3 @@ def make_empty_row(
 def unpack(tokens: Float[np.ndarray, "N p"], segments: Int[np.ndarray, " N"]) -> list[Float[np.ndarray, "n p"]]:
     """Return the tokens of each segment of one row, in order."""
     return [tokens[segments == index] for index in range(1, int(segments.max(initial=0)) + 1)]
-
-
-def expand_to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray, "B N"]) -> Shaped[Array, "B N *rest"]:
-    """Return every token's value from one value per segment; padding gets the first segment's."""
-    indices = jax.numpy.maximum(segments - 1, 0)
-    is_differentiable = jax.numpy.issubdtype(values.dtype, jax.numpy.inexact)
-    return (_gather_differentiable if is_differentiable else _gather)(values, indices)
-
-
-_MAX_SELECTED_SEGMENTS = 8
-"""Segments per row up to which accelerators select among the values instead of gathering them. Selection is fused into
-the operation that reads the values, whereas the result of a gather is written to memory first."""
-
-
-def _gather(values: Shaped[Array, "B G *rest"], indices: Int[Array, "B N"]) -> Shaped[Array, "B N *rest"]:
-    count, shape = values.shape[1], (*indices.shape, *values.shape[2:])
-    if count == 1:
-        return jax.numpy.broadcast_to(values, shape)
-    if count > _MAX_SELECTED_SEGMENTS or jax.default_backend() == "cpu":
-        return jax.vmap(lambda row, index: row[index])(values, indices)
-    indices = indices.reshape(*indices.shape, *(1,) * (values.ndim - 2))
-    gathered = jax.numpy.broadcast_to(values[:, :1], shape)
-    for segment in range(1, count):
-        gathered = jax.numpy.where(indices == segment, values[:, segment : segment + 1], gathered)
-    return gathered
-
-
-_gather_differentiable = jax.custom_jvp(_gather)
-
-
-@_gather_differentiable.defjvp
-def _gather_jvp(primals, tangents):
-    # A product with a one-hot matrix, whose transpose is a product too: that of a gather is a scatter, which adds the
-    # tokens' gradients one by one.
-    values, indices = primals
-    one_hot = jax.nn.one_hot(indices, values.shape[1], dtype=values.dtype)
-    tangent = jax.numpy.einsum("bng,bg...->bn...", one_hot, tangents[0], precision=jax.lax.Precision.HIGHEST)
-    return _gather_differentiable(values, indices), tangent
-
-
-def segment_mean(
-    values: Float[Array, "B N *rest"], segments: Int[AnyArray, "B N"], *, count: int
-) -> Float[Array, "B {count} *rest"]:
-    """Return the mean over each segment's tokens; zero for a segment without any."""
-    member = (segments[..., None] == jax.numpy.arange(1, count + 1)).astype(values.dtype)  # B N G
-    total = jax.numpy.einsum("bn...,bng->bg...", values, member)
-    number = jax.numpy.maximum(member.sum(axis=1), 1)
-    return total / number.reshape(number.shape + (1,) * (values.ndim - 2))
-
-
-def segment_max(
-    values: Float[Array, "B N"], segments: Int[AnyArray, "B N"], *, count: int
-) -> Float[Array, "B {count}"]:
-    """Return the largest value in each segment, without rounding; zero for a segment without tokens."""
-    member = segments[..., None] == jax.numpy.arange(1, count + 1)
-    largest = jax.numpy.where(member, values[..., None], -jax.numpy.inf).max(axis=1)
-    return jax.numpy.where(member.any(axis=1), largest, 0.0)
-
-
-def compute_segment_offsets(segments: Int[AnyArray, "B N"]) -> Int[Array, "B N"]:
-    """Return the index of every token within its segment, or within its run of padding."""
-    index = jax.numpy.arange(segments.shape[1])[None]
-    starts = jax.numpy.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1) != segments
-    return index - jax.lax.cummax(jax.numpy.where(starts, index, 0), axis=1)

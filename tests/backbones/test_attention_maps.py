@@ -33,13 +33,10 @@ def maps(config, params, queries, batch=None):
     return compute_attention_maps(
         dit,
         batch.noisy,
-        batch.time,
+        batch.get_time(config),
+        batch.layout,
+        batch.get_conditioning(config),
         queries=queries,
-        segments=batch.segments,
-        positions=batch.positions,
-        context=batch.context,
-        context_segments=batch.context_segments,
-        given=batch.given(config),
     )
 
 

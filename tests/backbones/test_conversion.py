@@ -22,7 +22,7 @@ from dit_video.core.trees import flatten, map_with_path
 from dit_video.nn import init_params
 from dit_video.nn.attention import SpaceOnly, TimeOnly
 from dit_video.training.optim.optimizer import OptimizerConfig
-from support.packed_rows import CLASSES, FIRST, GIVEN_WIDTH, TEXT_WIDTH, make_batch, predict, predict_with_gradients
+from support.packed_rows import CLASSES, COND_WIDTH, FIRST, TEXT_WIDTH, make_batch, predict, predict_with_gradients
 from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -106,24 +106,24 @@ def test_a_video_model_from_nothing_trains_its_temporal_layers():
     "config",
     [
         pytest.param(IMAGE, marks=pytest.mark.slow),
-        dataclasses.replace(IMAGE, given_channels=1),
+        dataclasses.replace(IMAGE, cond_channels=1),
         pytest.param(WAN, marks=pytest.mark.slow),
     ],
     ids=["none", "one", "wan"],
 )
 def test_a_model_with_more_conditioning_channels_predicts_the_same_at_first(config):
     params, batch = make_random_params(config.make), make_batch((0, 1), ())
-    if config.given_channels:
+    if config.cond_channels:
         old = batch.latents.reshape(*batch.latents.shape[:2], 4, -1)[..., :1]
         expected = predict(params, batch._replace(latents=old.reshape(*old.shape[:2], -1)), config)
     else:
         expected = predict(params, batch, config)
     grown_config, grown = add_cond_channels(config, params, 3)
-    assert grown_config == dataclasses.replace(config, given_channels=3)
-    assert grown_config.given_width == GIVEN_WIDTH
+    assert grown_config == dataclasses.replace(config, cond_channels=3)
+    assert grown_config.cond_width == COND_WIDTH
     result, gradients, _ = predict_with_gradients(grown, batch, grown_config)
     np.testing.assert_allclose(result[0, :14], expected[0, :14], atol=1e-6)
-    path = "embed/kernel" if isinstance(config, WanDitConfig) else "given/kernel"
+    path = "embed/kernel" if isinstance(config, WanDitConfig) else "cond_embed/kernel"
     assert (np.abs(flatten(gradients)[path]).max(axis=1) > 1e-4).all()
 
 
@@ -136,7 +136,7 @@ def test_a_model_with_more_conditioning_channels_predicts_the_same_at_first(conf
         ),
         (lambda params: add_cond_channels(IMAGE, {"head": params["head"]}, 3), "has shape None, the config implies"),
         (
-            lambda params: add_cond_channels(dataclasses.replace(IMAGE, given_channels=3), params, 3),
+            lambda params: add_cond_channels(dataclasses.replace(IMAGE, cond_channels=3), params, 3),
             "channels=3 .* give more",
         ),
         (

@@ -8,10 +8,11 @@ from flax import nnx
 from dit_video.backbones.dit import DitConfig, JointAttention, TemporalLayers
 from dit_video.backbones.flops import count_attention_flops, count_forward_flops, count_training_flops
 from dit_video.backbones.wan import WanDitConfig
+from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core.errors import UserError
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.nn.attention import SpaceOnly
-from dit_video.tokens import Grid
+from dit_video.tokens import Grid, PackedRows
 from support.marks import mark_slow_except
 
 WIDE = {"width": 1024, "layers": 2, "heads": 8, "attention": "dense"}
@@ -31,16 +32,18 @@ def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
     graph, shapes = get_graph_def(config.make), get_param_shapes(config.make)
 
     def loss(params, row):
-        return nnx.merge(graph, params)(**row).sum()
+        return nnx.merge(graph, params)(**row)[0].sum()
 
     ids = jnp.ones((1, tokens), jnp.int32)
     row = {
         "noisy": jax.ShapeDtypeStruct((1, tokens, config.token_width), jnp.float32),
         "time": jax.ShapeDtypeStruct((1, 1), jnp.float32),
-        "segments": ids,
-        "positions": jax.ShapeDtypeStruct((1, tokens, 3), jnp.float32),
-        "context": jax.ShapeDtypeStruct((1, text, config.context_width), jnp.float32),
-        "context_segments": jnp.ones((1, text), jnp.int32),
+        "layout": PackedRows(segments=ids, positions=jax.ShapeDtypeStruct((1, tokens, 3), jnp.float32), count=1),
+        "conditioning": Conditioning(
+            TextTokens(
+                jax.ShapeDtypeStruct((1, text, config.context_width), jnp.float32), jnp.ones((1, text), jnp.int32)
+            )
+        ),
     }
     run = jax.value_and_grad(loss) if backward else loss
     return jax.jit(run).lower(shapes, row).cost_analysis()["flops"]

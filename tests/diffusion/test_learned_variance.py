@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from dit_video.backbones.denoise import make_denoise_fn
-from dit_video.backbones.dit import Given
+from dit_video.conditioning import ClassIds, Conditioning
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     Ddpm,
@@ -19,7 +19,7 @@ from dit_video.diffusion import (
     stateless,
 )
 from dit_video.nn import get_graph_def
-from dit_video.tokens import Grid, compute_positions
+from dit_video.tokens import Grid, PackedRows, compute_positions
 from support.random_params import make_random_params
 from support.tiny_class_dit import DIT
 
@@ -118,18 +118,17 @@ def test_the_variance_that_is_learned_is_that_of_the_step_back(number):
 # --- a transformer that predicts its variance -----------------------------------------------------------------------
 
 GRID = Grid(1, 4, 4)
-ROW = {
-    "segments": jnp.ones((2, GRID.volume), jnp.int32),
-    "positions": jnp.tile(jnp.asarray(compute_positions(GRID))[None], (2, 1, 1)),
-    "context": None,
-    "context_segments": None,
-}
+LAYOUT = PackedRows(
+    segments=jnp.ones((2, GRID.volume), jnp.int32),
+    positions=jnp.tile(jnp.asarray(compute_positions(GRID))[None], (2, 1, 1)),
+    count=1,
+)
+LABELS = Conditioning(ClassIds(jnp.asarray([[1], [3]])))
 WIDTH = DIT.token_width
 
 
 def denoiser(params):
-    labels = Given(labels=jnp.asarray([[1], [3]]))
-    denoise = make_denoise_fn(nnx.merge(get_graph_def(DIT.make), params), **ROW, count=1, given=labels)
+    denoise = make_denoise_fn(nnx.merge(get_graph_def(DIT.make), params), LAYOUT, LABELS)
     return lambda noisy, time, state: denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]), state)
 
 
@@ -163,9 +162,7 @@ def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
         whole = denoiser(params)
         first = (
             whole(noise, jnp.asarray(0.3), None)[0],
-            nnx.merge(get_graph_def(DIT.make), params)(
-                noise, jnp.full((2, 1), 0.3), **ROW, given=Given(labels=jnp.asarray([[1], [3]]))
-            ),
+            nnx.merge(get_graph_def(DIT.make), params)(noise, jnp.full((2, 1), 0.3), LAYOUT, LABELS)[0],
         )
         mean_alone = run(Epsilon(), stateless(lambda noisy, time: whole(noisy, time, None)[0][..., :WIDTH]))
         return first, run(LEARNED, whole), mean_alone

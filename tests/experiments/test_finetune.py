@@ -67,7 +67,7 @@ def finetuned(process, model, clips, tmp_path):
         assert {decode(sample).frames.shape[0] for sample in samples} == {5}
         assert (run / "report.html").is_file()
         pipeline = dit_video.load(run)
-        image = np.full((16, 16, 3), 200, np.uint8) if pipeline.config.dit.given_channels else None
+        image = np.full((16, 16, 3), 200, np.uint8) if pipeline.config.dit.cond_channels else None
         clip = pipeline.generate("a red ball", size=(5, 16, 16), steps=1, image=image)
         assert clip.frames.shape == (5, 16, 16, 3)
         return run

@@ -15,9 +15,8 @@ from dit_video.autoencoders import CausalVaeConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
-from dit_video.families import load_autoencoder, load_denoiser, save_autoencoder, save_denoiser
+from dit_video.families import get_lora_modules, load_autoencoder, load_denoiser, save_autoencoder, save_denoiser
 from dit_video.families.convert import convert, convert_lora, convert_native_denoiser
-from dit_video.families.wan.transformer import get_wan_modules
 from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import get_native_modules, load_lora, save, save_lora
@@ -27,9 +26,7 @@ from support.tiny_class_dit import DIT, SIT
 from support.tiny_t5 import CONFIG as TEXT
 from support.tiny_t5 import write_encoder
 
-WAN = WanDitConfig(
-    channels=4, given_channels=5, image_width=7, context_width=6, width=16, mlp_dim=24, layers=3, heads=2
-)
+WAN = WanDitConfig(channels=4, cond_channels=5, image_width=7, context_width=6, width=16, mlp_dim=24, layers=3, heads=2)
 VAE = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -152,7 +149,7 @@ def test_the_names_of_adapters_are_converted(tmp_path):
         for name in ("query", "cross_out")
     }
     lora = {"blocks": factors}
-    save_lora(tmp_path / "theirs.safetensors", lora, get_wan_modules(WAN))
+    save_lora(tmp_path / "theirs.safetensors", lora, get_lora_modules(WAN))
     steps = ("authors", "dit_video", "diffusers")
     paths = [tmp_path / "theirs.safetensors", *(tmp_path / f"{to}.safetensors" for to in steps)]
     for before, after, to in zip(paths, paths[1:], steps, strict=False):

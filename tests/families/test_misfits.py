@@ -41,7 +41,7 @@ KINDS = {
     "Wan of its authors": (WAN, authors, load_denoiser),
     "DiT": (DIT, save_denoiser, load_denoiser),
     "DiT of its authors": (DIT, authors, load_denoiser),
-    "our own": (dataclasses.replace(WAN, given_channels=2), own, load_denoiser),
+    "our own": (dataclasses.replace(WAN, cond_channels=2), own, load_denoiser),
     "AutoencoderKLWan": (WAN_VAE, save_autoencoder, load_autoencoder),
     "AutoencoderKL": (IMAGE_VAE, save_autoencoder, load_autoencoder),
     "VQModel": (VQ, save_autoencoder, load_autoencoder),

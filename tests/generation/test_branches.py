@@ -94,7 +94,7 @@ def test_diverged_weights_are_reported_with_the_step():
         sample_requests(TWO, Sampling(steps=3), denoiser=DENOISER._replace(params=DENOISER.params | {"dit": spoiled}))
 
 
-GIVEN = replace(DIT, given_channels=3)
+GIVEN = replace(DIT, cond_channels=3)
 
 
 @pytest.mark.slow

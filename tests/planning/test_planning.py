@@ -17,7 +17,7 @@ from dit_video.planning import plan_experiment, suggest
 from dit_video.planning.report import replace_dit
 from dit_video.planning.steps import fill_row, plan_step
 from dit_video.planning.suggest import list_candidates
-from dit_video.recipes.finetune_wan import FineTuningOptions, make_finetuning_experiment
+from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from support.devices import check_on_eight_devices
 from support.tiny_clip import VISION
 from support.tiny_wan import write_animating_wan

@@ -8,12 +8,13 @@ import pytest
 from flax import nnx
 
 from dit_video.backbones.wan import WanDitConfig
+from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core.rng import key
 from dit_video.core.trees import map_with_path
 from dit_video.experiment import export
 from dit_video.families import save_denoiser
 from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, merge_lora
-from dit_video.tokens import Grid, compute_positions, patchify, unpatchify
+from dit_video.tokens import Grid, PackedRows, compute_positions, patchify, unpatchify
 from support.random_params import make_random_params
 
 pytestmark = pytest.mark.parity
@@ -35,13 +36,12 @@ def torch():
 
 
 def ours(params):
-    prediction = nnx.merge(get_graph_def(DIT.make), params["dit"])(
+    segments, positions = jnp.ones((1, GRID.volume), jnp.int32), jnp.asarray(compute_positions(GRID)[None])
+    prediction, _ = nnx.merge(get_graph_def(DIT.make), params["dit"])(
         jnp.asarray(patchify(LATENTS, DIT.patch)[None]),
         jnp.full((1, 1), TIME),
-        segments=jnp.ones((1, GRID.volume), jnp.int32),
-        positions=jnp.asarray(compute_positions(GRID)[None]),
-        context=jnp.asarray(CONTEXT)[None],
-        context_segments=jnp.ones((1, TEXT), jnp.int32),
+        PackedRows(segments=segments, positions=positions, count=1),
+        Conditioning(TextTokens(jnp.asarray(CONTEXT)[None], jnp.ones((1, TEXT), jnp.int32))),
     )
     return unpatchify(np.asarray(prediction[0]), GRID, DIT.patch)
 

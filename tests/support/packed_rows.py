@@ -9,17 +9,17 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from dit_video.backbones.dit import Given
+from dit_video.conditioning import ClassIds, Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def
-from dit_video.tokens import Grid, compute_positions
+from dit_video.tokens import Grid, PackedRows, compute_positions
 
 GRIDS = (Grid(2, 2, 2), Grid(1, 2, 3))
 TEXTS = (3, 2)
 """Numbers of context tokens of the clips."""
 IMAGES = (2, 3)
 """Numbers of image tokens of the clips."""
-TOKEN_WIDTH, TEXT_WIDTH, GIVEN_WIDTH, IMAGE_WIDTH, CLASSES = 8, 6, 12, 5, 4
+TOKEN_WIDTH, TEXT_WIDTH, COND_WIDTH, IMAGE_WIDTH, CLASSES = 8, 6, 12, 5, 4
 TOKENS, TEXT, IMAGE, SEGMENTS = 18, 7, 6, 3
 FIRST, SECOND = slice(0, 8), slice(8, 14)
 """The clips' tokens in a row of both."""
@@ -42,16 +42,27 @@ class Batch(NamedTuple):
     weights: Array
     """Weight of every output in a loss; zero on padding."""
 
-    def given(self, config) -> Given:
+    @property
+    def layout(self) -> PackedRows:
+        return PackedRows(segments=self.segments, positions=self.positions, count=self.time.shape[1])
+
+    @property
+    def text(self) -> TextTokens:
+        return TextTokens(self.context, self.context_segments)
+
+    def get_time(self, config) -> Array:
+        """Return the times that the config asks for."""
+        return self.token_time if config.time == "token" else self.time
+
+    def get_conditioning(self, config) -> Conditioning:
         """Return the conditioning that the config asks for."""
-        image = getattr(config, "image_width", None) is not None
-        return Given(
-            token_time=self.token_time if config.time == "token" else None,
-            latents=self.latents if config.given_channels else None,
-            labels=self.labels if getattr(config, "labels", None) is not None else None,
-            image=self.image if image else None,
-            image_segments=self.image_segments if image else None,
+        records = (
+            self.text,
+            ConditioningLatents(self.latents),
+            ClassIds(self.labels),
+            ImageTokens(self.image, self.image_segments),
         )
+        return Conditioning(*(record for record in records if type(record) in config.conditioning_kinds))
 
 
 def make_batch(*members: tuple[int, ...]) -> Batch:
@@ -70,7 +81,7 @@ def _row(numbers: tuple[int, ...]) -> Batch:
         context=np.full((TEXT, TEXT_WIDTH), 9, np.float32),
         context_segments=np.zeros(TEXT, np.int32),
         token_time=np.full(TOKENS, 0.4, np.float32),
-        latents=np.full((TOKENS, GIVEN_WIDTH), 9, np.float32),
+        latents=np.full((TOKENS, COND_WIDTH), 9, np.float32),
         labels=np.full(SEGMENTS, CLASSES, np.int32),
         image=np.full((IMAGE, IMAGE_WIDTH), 9, np.float32),
         image_segments=np.zeros(IMAGE, np.int32),
@@ -92,7 +103,7 @@ def _row(numbers: tuple[int, ...]) -> Batch:
         frames = np.full(grid, row.time[index])
         frames[0, 0] = 0  # the first frame is known, thus at time 0
         row.token_time[tokens] = frames.reshape(-1)
-        row.latents[tokens] = draw.normal(size=(grid.volume, GIVEN_WIDTH))
+        row.latents[tokens] = draw.normal(size=(grid.volume, COND_WIDTH))
         row.labels[index] = number + 1
         row.image[image] = draw.normal(size=(IMAGES[number], IMAGE_WIDTH))
         row.image_segments[image] = index + 1
@@ -102,15 +113,9 @@ def _row(numbers: tuple[int, ...]) -> Batch:
 
 @functools.partial(jax.jit, static_argnums=2)
 def predict(params, batch: Batch, config) -> Array:
-    return nnx.merge(get_graph_def(config.make), params)(
-        batch.noisy,
-        batch.time,
-        segments=batch.segments,
-        positions=batch.positions,
-        context=batch.context,
-        context_segments=batch.context_segments,
-        given=batch.given(config),
-    )
+    backbone = nnx.merge(get_graph_def(config.make), params)
+    prediction, _ = backbone(batch.noisy, batch.get_time(config), batch.layout, batch.get_conditioning(config))
+    return prediction
 
 
 @functools.partial(jax.jit, static_argnums=2)

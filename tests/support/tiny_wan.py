@@ -26,7 +26,7 @@ UNIPC = {
     "flow_shift": 3.0,
 }
 TWO = {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
-ANIMATING = replace(DIT, given_channels=4 + 4, image_width=VISION.width)
+ANIMATING = replace(DIT, cond_channels=4 + 4, image_width=VISION.width)
 """The config of an I2V 2.1."""
 SIZE = (5, 16, 16)
 

@@ -19,11 +19,12 @@ from benchmarks.steps import count_compilations, get_peak_memory
 from benchmarks.train_step import init_train_state, make_train_step
 from dit_video.backbones.dit import DitConfig
 from dit_video.backbones.flops import count_attention_flops, count_training_flops, count_training_passes
+from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core import rng
 from dit_video.core.trees import count_values as count
 from dit_video.distributed.planner import get_peak_flops
 from dit_video.nn import Backend, get_graph_def, init_params
-from dit_video.tokens import Grid, compute_positions
+from dit_video.tokens import Grid, PackedRows, compute_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,8 @@ def measure(shape: TrainingShape, steps: int, attention: Backend, peak: float | 
     inputs = jax.device_put(_make_inputs(shape, config))
 
     def loss_fn(params: Any, inputs: dict[str, Any], target: jax.Array) -> jax.Array:
-        prediction = nnx.merge(graph, params)(**inputs)
-        return jnp.where(inputs["segments"][..., None] > 0, jnp.square(prediction - target), 0).mean()
+        prediction, _ = nnx.merge(graph, params)(**inputs)
+        return jnp.where(inputs["layout"].segments[..., None] > 0, jnp.square(prediction - target), 0).mean()
 
     params = jax.jit(lambda key: init_params(config.make, key))(rng.key(0, "benchmark mfu"))
     parameters = count(params)
@@ -133,11 +134,14 @@ def _make_inputs(shape: TrainingShape, config: DitConfig) -> dict[str, Any]:
     segments, positions = np.zeros((1, shape.row_tokens), np.int32), np.zeros((1, shape.row_tokens, 3), np.float32)
     segments[0, :used] = np.repeat(np.arange(number) + 1, [clip.volume for clip in shape.clip_grids])
     positions[0, :used] = np.concatenate([compute_positions(clip) for clip in shape.clip_grids])
+    noisy = draw.normal(size=(1, shape.row_tokens, config.token_width)).astype(np.float32)
+    text = TextTokens(
+        jnp.asarray(draw.normal(size=(1, number * shape.text_tokens, shape.text_width)), jnp.float32),
+        jnp.repeat(jnp.arange(1, number + 1), shape.text_tokens)[None],
+    )
     return {
-        "noisy": draw.normal(size=(1, shape.row_tokens, config.token_width)).astype(np.float32),
+        "noisy": noisy,
         "time": np.linspace(0.05, 0.95, number, dtype=np.float32)[None],
-        "segments": segments,
-        "positions": positions,
-        "context": draw.normal(size=(1, number * shape.text_tokens, shape.text_width)).astype(np.float32),
-        "context_segments": np.repeat(np.arange(number) + 1, shape.text_tokens)[None].astype(np.int32),
+        "layout": PackedRows(segments=segments, positions=positions, count=number),
+        "conditioning": Conditioning(text),
     }

@@ -22,11 +22,12 @@ from flax import nnx
 from benchmarks.timer import time_median
 from benchmarks.train_step import init_train_state, make_train_step
 from dit_video.backbones.wan import WanDitConfig
+from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core import rng
 from dit_video.core.trees import count_values as count
 from dit_video.families import save_denoiser
 from dit_video.nn import get_graph_def, get_param_shapes, init_params
-from dit_video.tokens import Grid, compute_positions, patchify, unpatchify
+from dit_video.tokens import Grid, PackedRows, compute_positions, patchify, unpatchify
 
 TIME = 0.6
 
@@ -208,14 +209,10 @@ def _make_prediction_fn(config: WanDitConfig, shape: WanShape) -> Callable[..., 
     graph = get_graph_def(config.make)
 
     def predict(params, latents, text, time, segments, positions, text_segments):
-        prediction = nnx.merge(graph, params)(
-            patchify(latents[None], config.patch),
-            time,
-            segments=segments,
-            positions=positions,
-            context=text,
-            context_segments=text_segments,
-        )
+        layout = PackedRows(segments=segments, positions=positions, count=1)
+        conditioning = Conditioning(TextTokens(text, text_segments))
+        noisy = patchify(latents[None], config.patch)
+        prediction, _ = nnx.merge(graph, params)(noisy, time, layout, conditioning)
         return unpatchify(prediction, shape.grid, config.patch)[0]
 
     return predict

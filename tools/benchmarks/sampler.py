@@ -27,6 +27,7 @@ from benchmarks.steps import count_compilations
 from benchmarks.timer import time_median
 from dit_video.backbones.denoise import make_denoise_fn
 from dit_video.backbones.dit import DitConfig
+from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core import rng
 from dit_video.diffusion import RectifiedFlow
 from dit_video.generation import Denoiser, LatentRequest, Sampling, draw_initial_noise, sample_latents
@@ -128,14 +129,8 @@ class SamplingModel:
 
         @jax.jit
         def predict(params, noisy, time, values, segments):
-            denoise = make_denoise_fn(
-                nnx.merge(graph, params),
-                segments=rows.segments,
-                positions=rows.positions,
-                context=values,
-                context_segments=segments,
-                count=rows.examples.shape[1],
-            )
+            conditioning = Conditioning(TextTokens(values, segments))
+            denoise = make_denoise_fn(nnx.merge(graph, params), rows.layout, conditioning)
             return denoise(noisy, jnp.full(noisy.shape[:2], time), None)[0]
 
         params, time = self.denoiser.params["dit"], jnp.asarray(0.5)

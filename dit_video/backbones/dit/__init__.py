@@ -3,7 +3,6 @@
 from dit_video.backbones.dit.conditioning import (
     ClassLabels,
     CrossAttention,
-    Given,
     JointAttention,
     NoContext,
     PooledContext,
@@ -26,7 +25,6 @@ __all__ = [
     "Dit",
     "DitConfig",
     "FactorizedEmbedding",
-    "Given",
     "ImageSineCosine",
     "JointAttention",
     "NoContext",

@@ -1,9 +1,9 @@
-"""Conditioning of a denoiser: configs of context, class labels and time embedding, and its optional inputs."""
+"""Configs of the conditioning of `Dit`: context, class labels and time embedding."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 
@@ -82,28 +82,3 @@ class TimeEmbedding:
     def model_time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """Return the model time, of which sines and cosines are computed."""
         return self.scale * (1 - time if self.reversed else time)
-
-
-class Given(NamedTuple):
-    """Optional inputs of a denoiser besides its text; each is None if the model's config does not use it."""
-
-    token_time: Float[Array, "B N"] | None = None
-    """Diffusion time of every token; 0 for known tokens, such as those of a first frame."""
-    latents: Float[Array, "B N g"] | None = None
-    """Clean latents and mask channels, patchified like the noisy tokens."""
-    labels: Int[Array, "B G"] | None = None
-    """Class of each segment; the number of classes stands for no class."""
-    image: Float[Array, "B I F"] | None = None
-    """Tokens of an image encoder."""
-    image_segments: Int[Array, "B I"] | None = None
-
-    def check(self, **required: bool) -> None:
-        """Check that exactly the required inputs are present.
-
-        Raises:
-          UserError: a required input is missing, or another one is present.
-        """
-        for name, value in self._asdict().items():
-            if (value is not None) != required.get(name, False):
-                verb = "does not take" if value is not None else "needs"
-                raise UserError(f"this denoiser {verb} {name} according to its config; give the inputs it names")

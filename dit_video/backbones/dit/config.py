@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from dit_video.backbones.dit.conditioning import (
     ClassLabels,
@@ -14,6 +16,7 @@ from dit_video.backbones.dit.conditioning import (
     TimeEmbedding,
 )
 from dit_video.backbones.dit.positions import BoundaryEmbedding, PositionEmbedding
+from dit_video.backbones.protocol import BackboneConfig, ClipTokens, count_self_pairs, count_tokens, widen_kernel
 from dit_video.core.errors import UserError
 from dit_video.nn import Backend, Remat
 from dit_video.nn.attention import (
@@ -31,6 +34,9 @@ from dit_video.tokens import Grid, Rotary3d
 
 if TYPE_CHECKING:
     from dit_video.backbones.dit.model import Dit
+
+TIME_FEATURES = 256
+"""Number of sines and cosines of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +67,7 @@ class TemporalLayers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitConfig:
+class DitConfig(BackboneConfig):
     """Configuration of the diffusion transformer.
 
     Raises:
@@ -113,9 +119,9 @@ class DitConfig:
     """Learned variance (arXiv 2102.09672), for which the head has twice the channels: none, predicted as the second
     half of the channels at each position, or computed and dropped (SiT)."""
     time: Literal["segment", "token"] = "segment"
-    """Diffusion time: one for all tokens of a clip, or one per token (`Given.token_time`)."""
-    given_channels: int = 0
-    """Number of channels of clean latents and masks that accompany the noisy latents (`Given.latents`)."""
+    """Diffusion time: one for all tokens of a clip, or one per token, which is 0 for tokens of known frames."""
+    cond_channels: int = 0
+    """Number of channels of clean latents and masks that accompany the noisy latents (`ConditioningLatents`)."""
     registers: int = 0
     """Number of learned register tokens for each clip (arXiv 2309.16588)."""
     attention: Backend = "auto"
@@ -132,7 +138,7 @@ class DitConfig:
             self.rotary.check(self.width // self.heads)
         if self.absolute_position is not None:
             self.absolute_position.check(self.width)
-        for name in ("given_channels", "registers"):
+        for name in ("cond_channels", "registers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if isinstance(self.context, NoContext) != (self.context_width == 0):
@@ -153,11 +159,6 @@ class DitConfig:
         self.time_rotary.check(self.width // self.heads)
 
     @property
-    def patterns(self) -> tuple[PatternChoice, ...]:
-        """Return the patterns that the layers use in turn."""
-        return self.pattern if isinstance(self.pattern, tuple) else (self.pattern,)
-
-    @property
     def layer_patterns(self) -> tuple[Pattern, ...]:
         """Return the patterns, extended to tokens without a position if there are any."""
         patterns = self.patterns
@@ -174,19 +175,17 @@ class DitConfig:
         return Rotary3d(split=split, theta=self.temporal.theta, scale=scale)
 
     @property
-    def token_width(self) -> int:
-        """Return the number of values of one token (p)."""
-        return self.patch.volume * self.channels
-
-    @property
     def output_width(self) -> int:
         """Return the number of values that the head computes for one token."""
         return self.token_width * (1 if self.variance == "none" else 2)
 
     @property
-    def given_width(self) -> int:
-        """Return the number of values of the clean latents and masks of one token (g)."""
-        return self.patch.volume * self.given_channels
+    def class_count(self) -> int:
+        return 0 if self.labels is None else self.labels.classes
+
+    @property
+    def predicts_variance(self) -> bool:
+        return self.variance == "predicted"
 
     @property
     def mlp_dim(self) -> int:
@@ -213,6 +212,44 @@ class DitConfig:
         if self.temporal is None:
             return spatial
         return spatial + self.temporal.layers / self.temporal.spatial_layers * count_pairs(TimeOnly(), grid)
+
+    def count_pairs(self, clip: ClipTokens, *, text: int) -> int:
+        global_tokens = self.registers + (text if isinstance(self.context, JointAttention) else 0)
+        cross_pairs = (count_tokens(clip) + global_tokens) * text if isinstance(self.context, CrossAttention) else 0
+        return self.layers * cross_pairs + round(self.layers * count_self_pairs(self, clip, global_tokens))
+
+    def count_multiplications(self, clip: ClipTokens, *, text: int, image: int) -> int:
+        if image:
+            raise UserError(f"a DitConfig has no image tokens; leave out images, of which this clip has {image}")
+        width, layers, square = self.width, self.layers, self.width**2
+        video_tokens = count_tokens(clip)
+        tokens = video_tokens + self.registers
+        block = 4 * square + (3 if self.mlp == "swiglu" else 2) * width * self.mlp_dim
+        temporal = 0 if self.temporal is None else layers // self.temporal.spatial_layers * self.temporal.layers
+        position = 0 if self.absolute_position is None else self.absolute_position.linear_features
+        if temporal:
+            position += BoundaryEmbedding().linear_features
+        ends = video_tokens * width * (self.token_width + self.cond_width + position + self.output_width)
+        per_block = self.modulation == "own"
+        modulations = 2 + 6 * ((layers + temporal) if per_block else 1)
+        conditions = (tokens if self.time == "token" else 1) * (TIME_FEATURES * width + square + modulations * square)
+        if self.context.pooled:
+            conditions += self.context_width * width
+        context = 0
+        if isinstance(self.context, CrossAttention | JointAttention):
+            context += text * self.context_width * width
+        if isinstance(self.context, CrossAttention):
+            context += layers * 2 * square * (tokens + text)
+        if isinstance(self.context, JointAttention):
+            context += layers * text * block + (6 * layers * square if per_block else 0)
+            if self.time == "token":
+                conditions += TIME_FEATURES * width + square + (0 if per_block else 6 * square)
+        pairs = self.count_pairs(clip, text=text)
+        return tokens * (layers + temporal) * block + ends + conditions + context + 2 * width * pairs
+
+    def widen_conditioning(self, leaves: dict[str, Array], channels: int) -> dict[str, Array]:
+        old = leaves.get("cond_embed/kernel", jnp.zeros((0, self.width), jnp.float32))
+        return leaves | {"cond_embed/kernel": widen_kernel(old, self.patch.volume, channels)}
 
     def make(self, rngs: nnx.Rngs) -> "Dit":
         from dit_video.backbones.dit.model import Dit  # imported here because the model module imports this one

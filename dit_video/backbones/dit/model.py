@@ -5,7 +5,7 @@ and the modulation is projected once and shared, each block adding its own table
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_video.backbones.dit.blocks import BlockMetadata, TemporalBlock, make_block
-from dit_video.backbones.dit.conditioning import CrossAttention, Given, JointAttention
-from dit_video.backbones.dit.config import DitConfig
+from dit_video.backbones.dit.conditioning import CrossAttention, JointAttention
+from dit_video.backbones.dit.config import TIME_FEATURES, DitConfig
 from dit_video.backbones.dit.positions import BoundaryEmbedding
+from dit_video.conditioning import ClassIds, Conditioning, ConditioningLatents, TextTokens
 from dit_video.nn import (
     Attention,
     AttentionInputs,
@@ -27,7 +28,7 @@ from dit_video.nn import (
     sinusoidal_embedding,
 )
 from dit_video.nn.attention import GLOBAL, AttentionFactory, Full, Pattern, TimeOnly, compute_grid_indices
-from dit_video.tokens import Rotary3d, compute_rotary_angles, expand_to_tokens, segment_mean
+from dit_video.tokens import PackedRows, Rotary3d, compute_rotary_angles, expand_to_tokens, segment_mean
 
 _TIME_AXIS = np.asarray([1, 0, 0], np.float32)
 """Mask of the time axis in positions (t, h, w)."""
@@ -43,7 +44,7 @@ class _Sequence(NamedTuple):
 
 
 class Dit(nnx.Module):
-    """A diffusion transformer `prediction = dit(noisy, time, ...)` on packed rows."""
+    """A diffusion transformer on packed rows; see `Backbone`."""
 
     def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -52,7 +53,7 @@ class Dit(nnx.Module):
         self.embed = Linear(config.token_width, width, dtype=dtype, rngs=rngs)
         if config.absolute_position is not None:
             self.position = config.absolute_position.make(width, dtype=dtype, rngs=rngs)
-        self.time_in, self.time_out = Linear(256, width, rngs=rngs), Linear(width, width, rngs=rngs)
+        self.time_in, self.time_out = Linear(TIME_FEATURES, width, rngs=rngs), Linear(width, width, rngs=rngs)
         if isinstance(config.context, CrossAttention | JointAttention):
             self.context_in = Linear(config.context_width, width, dtype=dtype, rngs=rngs)
         if config.context.pooled:
@@ -63,9 +64,9 @@ class Dit(nnx.Module):
         self.head_modulation = Linear(width, 2 * width, init="zero", rngs=rngs)
         self.head = Linear(width, config.output_width, init="zero", rngs=rngs)
         normal = nnx.initializers.normal(0.02)
-        if config.given_channels:
+        if config.cond_channels:
             # Zero weights, so that a trained model that is extended by this input predicts as before.
-            self.given = Linear(config.given_width, width, bias=False, init="zero", dtype=dtype, rngs=rngs)
+            self.cond_embed = Linear(config.cond_width, width, bias=False, init="zero", dtype=dtype, rngs=rngs)
         if config.registers:
             self.registers = nnx.Param(normal(rngs.params(), (config.registers, width), jnp.float32))
         if config.labels is not None:
@@ -78,36 +79,31 @@ class Dit(nnx.Module):
     def __call__(
         self,
         noisy: Float[Array, "B N p"],
-        time: Float[Array, "B G"],
-        *,
-        segments: Int[Array, "B N"],
-        positions: Float[Array, "B N 3"],
-        context: Float[Array, "B S E"] | None,
-        context_segments: Int[Array, "B S"] | None,
-        given: Given = Given(),
-    ) -> Float[Array, "B N prediction"]:
-        """Predict from noisy tokens at one diffusion time per segment (0 = data, 1 = noise).
-
-        The prediction is as wide as a token, or twice as wide with a learned variance: `[prediction, variance]` at each
-        position in a patch.
-
-        Raises:
-          UserError: an input that the config requires is missing, or one that it does not use is present.
-        """
+        time: Float[Array, "B _"],
+        layout: PackedRows,
+        conditioning: Conditioning,
+        state: Any = None,
+    ) -> tuple[Float[Array, "B N prediction"], Any]:
+        """Predict from noisy tokens; see `Backbone`."""
         config = self.config
-        has_token_time, has_latents = config.time == "token", config.given_channels > 0
-        given.check(token_time=has_token_time, latents=has_latents, labels=config.labels is not None)
-        static = self._embed_static_condition((time.shape[0], time.shape[1]), context, context_segments, given.labels)
-        segment_condition = token_condition = nnx.silu(self._embed_time(time) + static)
-        row = self._embed_tokens(noisy, time, segments, positions, given)
+        conditioning.check(config.conditioning_kinds)
+        token_time = time if config.time == "token" else None
+        # Known tokens of a segment are at time 0: its time is that of the others.
+        segment_time = time if token_time is None else layout.max(time)
+        text = conditioning.get(TextTokens)
+        static = self._embed_static_condition(layout, text, conditioning.get(ClassIds))
+        segment_condition = token_condition = nnx.silu(self._embed_time(segment_time) + static)
+        row = self._embed_tokens(noisy, token_time, layout, conditioning.get(ConditioningLatents))
+        if config.registers:
+            row = self._append_registers(row, segment_time)
         if row.token_time is not None:
             token_condition = nnx.silu(self._embed_time(row.token_time) + expand_to_tokens(static, row.segments))
-        x = self._apply_blocks(row, noisy.shape[1], segment_condition, token_condition, context, context_segments)
+        x = self._apply_blocks(row, noisy.shape[1], segment_condition, token_condition, text)
         shift_scale = self.head_modulation(token_condition)
         if row.token_time is None:
-            shift_scale = expand_to_tokens(shift_scale, segments)
+            shift_scale = layout.expand(shift_scale)
         shift, scale = jnp.split(shift_scale[:, : noisy.shape[1]], 2, axis=-1)
-        return self._finish_prediction(self.head(modulate(x[:, : noisy.shape[1]], shift, scale)))
+        return self._finish_prediction(self.head(modulate(x[:, : noisy.shape[1]], shift, scale))), state
 
     def _finish_prediction(self, head: Float[Array, "B N o"]) -> Float[Array, "B N prediction"]:
         """Drop the variance from the head's output and negate it, if the config says so."""
@@ -123,38 +119,34 @@ class Dit(nnx.Module):
         return self.time_out(nnx.silu(self.time_in(features)))
 
     def _embed_static_condition(
-        self,
-        shape: tuple[int, int],
-        context: Float[Array, "B S E"] | None,
-        context_segments: Int[Array, "B S"] | None,
-        labels: Int[Array, "B G"] | None,
+        self, layout: PackedRows, text: TextTokens | None, classes: ClassIds | None
     ) -> Float[Array, "B G D"]:
-        """Embed the part of a segment's condition that does not depend on time: the mean of its context, and its class.
+        """Embed the part of a segment's condition that does not depend on time: the mean of its text, and its class.
 
-        `shape` is (B, G). An unknown class gives NaN.
+        An unknown class gives NaN.
         """
-        condition: Array = jnp.zeros((*shape, self.config.width), jnp.float32)
+        condition: Array = jnp.zeros((layout.segments.shape[0], layout.count, self.config.width), jnp.float32)
         if self.config.context.pooled:
-            assert context is not None
-            assert context_segments is not None
-            condition = self.context_pooled(segment_mean(context.astype(jnp.float32), context_segments, count=shape[1]))
-        if labels is not None:
-            condition = condition + self.labels[...].at[labels].get(mode="fill", fill_value=jnp.nan)
+            assert text is not None  # by `Conditioning.check`
+            values = text.values.astype(jnp.float32)
+            condition = self.context_pooled(segment_mean(values, text.segments, count=layout.count))
+        if classes is not None:
+            condition = condition + self.labels[...].at[classes.values].get(mode="fill", fill_value=jnp.nan)
         return condition
 
     def _embed_tokens(
         self,
         noisy: Float[Array, "B N p"],
-        time: Float[Array, "B G"],
-        segments: Int[Array, "B N"],
-        positions: Float[Array, "B N 3"],
-        given: Given,
+        token_time: Float[Array, "B N"] | None,
+        layout: PackedRows,
+        cond_latents: ConditioningLatents | None,
     ) -> _Sequence:
         config = self.config
         x = self.embed(noisy)
-        if given.latents is not None:
-            x = x + self.given(given.latents)
-        count, width = time.shape[1], config.width
+        if cond_latents is not None:
+            x = x + self.cond_embed(cond_latents.values)
+        segments, positions = jnp.asarray(layout.segments), jnp.asarray(layout.positions)
+        count, width = layout.count, config.width
         if config.temporal is not None:
             # Time has an embedding of its own, so that all other parts process every frame as an image.
             features = BoundaryEmbedding().compute_features(positions * _TIME_AXIS, segments, count=count, width=width)
@@ -163,8 +155,7 @@ class Dit(nnx.Module):
             embedded = positions if config.temporal is None else positions * (1 - _TIME_AXIS)
             features = config.absolute_position.compute_features(embedded, segments, count=count, width=width)
             x = x + (features if self.position is None else self.position(features))
-        row = _Sequence(x.astype(jnp.float32), segments, positions, given.token_time)
-        return self._append_registers(row, time) if config.registers else row
+        return _Sequence(x.astype(jnp.float32), segments, positions, token_time)
 
     def _append_registers(self, row: _Sequence, time: Float[Array, "B G"]) -> _Sequence:
         """Append the registers of every segment, at its time and with positions of zero, which rotate nothing."""
@@ -188,24 +179,23 @@ class Dit(nnx.Module):
         length: int,
         segment_condition: Float[Array, "B G D"],
         token_condition: Float[Array, "B M D"],
-        context: Float[Array, "B S E"] | None,
-        context_segments: Int[Array, "B S"] | None,
+        text: TextTokens | None,
     ) -> Float[Array, "B T D"]:
         """Apply all blocks to the row's tokens, of which the first `length` have a position, and to a joint context."""
         config = self.config
         modulation = self._project_modulation(token_condition)
         # Blocks take the embedded context, or, if it is part of the sequence, the modulation of its tokens.
         x, context_input, joint_segments = row.x, None, None
+        text_segments = None if text is None else text.segments
         if isinstance(config.context, CrossAttention | JointAttention):
-            assert context is not None
-            assert context_segments is not None
-            context_input = self.context_in(context)
+            assert text is not None  # by `Conditioning.check`
+            context_input = self.context_in(text.values)
             if isinstance(config.context, JointAttention):
                 x = jnp.concatenate([x, context_input.astype(jnp.float32)], axis=1)
-                context_input, joint_segments = self._project_modulation(segment_condition), context_segments
+                context_input, joint_segments = self._project_modulation(segment_condition), text_segments
         metadata = self._make_block_metadata(row, length, joint_segments)
         attentions = [self.attention(pattern) for pattern in config.layer_patterns]
-        spatial = [(modulation, metadata, context_input, context_segments, attention) for attention in attentions]
+        spatial = [(modulation, metadata, context_input, text_segments, attention) for attention in attentions]
         if config.temporal is None:
             return scan_layers(x, [LayerGroup(self.blocks, spatial)], remat=config.remat)
         temporal_metadata = metadata._replace(angles=compute_rotary_angles(row.positions, config.time_rotary))

@@ -7,7 +7,7 @@ cross-attention is learned; text is padded with zeros to a fixed length, and the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.backbones.dit.blocks import BlockMetadata, expand_modulation, split_heads
-from dit_video.backbones.dit.conditioning import TIME_SCALE, Given
+from dit_video.backbones.dit.conditioning import TIME_SCALE
 from dit_video.backbones.dit.config import check_patterns
+from dit_video.backbones.protocol import BackboneConfig, ClipTokens, count_self_pairs, count_tokens, widen_kernel
+from dit_video.conditioning import Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.core.errors import UserError
 from dit_video.nn import (
     Attention,
@@ -35,11 +37,11 @@ from dit_video.nn import (
     sinusoidal_embedding,
 )
 from dit_video.nn.attention import AttentionFactory, Full, Pattern, PatternChoice, check_attention, compute_grid_indices
-from dit_video.tokens import Grid, Rotary3d, compute_rotary_angles, compute_segment_offsets, expand_to_tokens, rotate
+from dit_video.tokens import Grid, PackedRows, Rotary3d, compute_rotary_angles, compute_segment_offsets, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanDitConfig:
+class WanDitConfig(BackboneConfig):
     """Configuration of Wan's transformer; the defaults are those of Wan 2.1 T2V 1.3B.
 
     Raises:
@@ -49,14 +51,14 @@ class WanDitConfig:
 
     channels: int = 16
     """Number of latent channels."""
-    given_channels: int = 0
-    """Number of channels of clean latents and masks (`Given.latents`); 20 in image-to-video models."""
+    cond_channels: int = 0
+    """Number of channels of clean latents and masks (`ConditioningLatents`); 20 in image-to-video models."""
     context_width: int = 4096
     """Width of the text encoder's output (E)."""
     text_length: int = 512
     """Number of tokens to which a text is padded with zeros."""
     image_width: int | None = None
-    """Width of the image encoder's output (F); None for models without image tokens (`Given.image`)."""
+    """Width of the image encoder's output (F); None for models without image tokens."""
     image_positions: int | None = None
     """Number of learned positions of image tokens, those of the first and the last frame together."""
     patch: Grid = Grid(1, 2, 2)
@@ -71,8 +73,6 @@ class WanDitConfig:
     """Diffusion time per segment, or per token as in TI2V-5B, whose first latent frame can be known and at time 0."""
     pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
     """Pattern of self-attention, or several that the layers use in turn."""
-    time_coordinate: ClassVar[Literal["tokens"]] = "tokens"
-    """Unit of the time coordinate."""
     attention: Backend = "auto"
     dtype: str = "float32"
     """Dtype of the matrix products; norms, modulation and the residual stream are float32."""
@@ -89,19 +89,8 @@ class WanDitConfig:
         check_attention(self.attention, *self.patterns)
 
     @property
-    def patterns(self) -> tuple[PatternChoice, ...]:
-        """Return the patterns that the layers use in turn."""
-        return self.pattern if isinstance(self.pattern, tuple) else (self.pattern,)
-
-    @property
-    def token_width(self) -> int:
-        """Return the number of values of one token (p)."""
-        return self.patch.volume * self.channels
-
-    @property
-    def given_width(self) -> int:
-        """Return the number of values of the clean latents and masks of one token (g)."""
-        return self.patch.volume * self.given_channels
+    def max_text_tokens(self) -> int:
+        return self.text_length
 
     @property
     def rotary(self) -> Rotary3d:
@@ -115,6 +104,29 @@ class WanDitConfig:
     def attention_pairs(self, grid: Grid) -> float:
         """Return the number of token pairs in a clip."""
         return float(grid.volume**2)
+
+    def count_pairs(self, clip: ClipTokens, *, text: int) -> int:
+        cross_pairs = count_tokens(clip) * self.text_length  # whatever the text, which is padded
+        return round(self.layers * (count_self_pairs(self, clip, 0) + cross_pairs))
+
+    def count_multiplications(self, clip: ClipTokens, *, text: int, image: int) -> int:
+        width, layers, square = self.width, self.layers, self.width**2
+        tokens = count_tokens(clip)
+        if image and self.image_width is None:
+            raise UserError(f"image_width=None has no image tokens; leave out images, of which this clip has {image}")
+        block = 6 * square + 2 * width * self.mlp_dim
+        ends = tokens * width * (2 * self.token_width + self.cond_width)
+        times = tokens if self.time == "token" else 1
+        conditions = times * (self.time_width * width + 7 * square)
+        context = text * (self.context_width * width + square + layers * 2 * square)
+        if self.image_width is not None:
+            context += image * (self.image_width**2 + self.image_width * width + layers * 2 * square)
+        pairs = self.count_pairs(clip, text=text) + layers * tokens * image
+        return tokens * layers * block + ends + conditions + context + 2 * width * pairs
+
+    def widen_conditioning(self, leaves: dict[str, Array], channels: int) -> dict[str, Array]:
+        kernel = widen_kernel(leaves["embed/kernel"], self.patch.volume, self.channels + channels)
+        return leaves | {"embed/kernel": kernel}
 
     def make(self, rngs: nnx.Rngs) -> "WanDit":
         return WanDit(self, rngs=rngs)
@@ -132,7 +144,7 @@ class WanDitConfig:
     @classmethod
     def i2v_14b(cls, **fields: Any) -> "WanDitConfig":
         """Return the config of Wan 2.1 I2V 14B; with `image_width=None` that of both experts of Wan 2.2 I2V A14B."""
-        return cls.t2v_14b(**{"given_channels": 20, "image_width": 1280} | fields)
+        return cls.t2v_14b(**{"cond_channels": 20, "image_width": 1280} | fields)
 
     @classmethod
     def ti2v_5b(cls, **fields: Any) -> "WanDitConfig":
@@ -142,13 +154,13 @@ class WanDitConfig:
 
 
 class WanDit(nnx.Module):
-    """Wan's transformer `prediction = dit(noisy, time, ...)` on packed rows; its velocity points from data to noise."""
+    """Wan's transformer on packed rows, see `Backbone`; its velocity points from data to noise."""
 
     def __init__(self, config: WanDitConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.attention: Callable[[Pattern], Attention] = AttentionFactory(config.attention)
         width, dtype = config.width, jnp.dtype(config.dtype)
-        self.embed = Linear(config.token_width + config.given_width, width, dtype=dtype, rngs=rngs)
+        self.embed = Linear(config.token_width + config.cond_width, width, dtype=dtype, rngs=rngs)
         self.text_in = Linear(config.context_width, width, init="normal", dtype=dtype, rngs=rngs)
         self.text_out = Linear(width, width, init="normal", dtype=dtype, rngs=rngs)
         self.time_in = Linear(config.time_width, width, init="normal", rngs=rngs)
@@ -162,67 +174,57 @@ class WanDit(nnx.Module):
     def __call__(
         self,
         noisy: Float[Array, "B N p"],
-        time: Float[Array, "B G"],
-        *,
-        segments: Int[Array, "B N"],
-        positions: Float[Array, "B N 3"],
-        context: Float[Array, "B S E"],
-        context_segments: Int[Array, "B S"],
-        given: Given = Given(),
-    ) -> Float[Array, "B N p"]:
-        """Predict from noisy tokens at one diffusion time per segment (0 = data, 1 = noise).
+        time: Float[Array, "B _"],
+        layout: PackedRows,
+        conditioning: Conditioning,
+        state: Any = None,
+    ) -> tuple[Float[Array, "B N p"], Any]:
+        """Predict from noisy tokens; see `Backbone`.
 
         A segment whose text is longer than the config's `text_length` gets NaN; truncation is left to the tokenizer,
         which can warn about it.
-
-        Raises:
-          UserError: an input that the config requires is missing, or one that it does not use is present.
         """
-        config, has_image = self.config, self.image is not None
-        has_token_time, has_latents = config.time == "token", config.given_channels > 0
-        given.check(token_time=has_token_time, latents=has_latents, image=has_image, image_segments=has_image)
-        input_time = time if given.token_time is None else given.token_time
-        features = sinusoidal_embedding(TIME_SCALE * input_time, config.time_width)
+        config = self.config
+        conditioning.check(config.conditioning_kinds)
+        segments, positions = jnp.asarray(layout.segments), jnp.asarray(layout.positions)
+        features = sinusoidal_embedding(TIME_SCALE * time, config.time_width)
         embedded = self.time_out(nnx.silu(self.time_in(features)))
-        modulation = self.modulation(nnx.silu(embedded)).reshape(*input_time.shape, 6, -1)
+        modulation = self.modulation(nnx.silu(embedded)).reshape(*time.shape, 6, -1)
         head = embedded[:, :, None] + self.head_table[...]
-        if given.token_time is None:
-            head = expand_to_tokens(head, segments)
-        text, fits = self._embed_text(context, context_segments, count=time.shape[1])
+        if config.time == "segment":
+            head = layout.expand(head)
+        text, fits = self._embed_text(conditioning[TextTokens], count=layout.count)
         image = None
         if self.image is not None:
-            assert given.image is not None  # by `given.check`
-            assert given.image_segments is not None
-            image = (self.image(given.image, given.image_segments), given.image_segments)
+            tokens = conditioning[ImageTokens]
+            image = (self.image(tokens.values, tokens.segments), tokens.segments)
         patterns = config.patterns
         indices = None if patterns == (Full(),) else compute_grid_indices(positions, segments)
         angles = compute_rotary_angles(positions, config.rotary)
         metadata = BlockMetadata(segments, AttentionInputs.self_attention(segments, indices), angles)
         contexts = [(modulation, metadata, text, image, self.attention(pattern)) for pattern in patterns]
-        x = self.embed(self._beside(noisy, given.latents)).astype(jnp.float32)
+        x = self.embed(self._concatenate(noisy, conditioning.get(ConditioningLatents))).astype(jnp.float32)
         x = scan_layers(x, [LayerGroup(self.blocks, contexts)], remat=config.remat)
         prediction = self.head(modulate(x, head[:, :, 0], head[:, :, 1]))
-        return jnp.where(expand_to_tokens(fits, segments)[..., None], prediction, jnp.nan)
+        return jnp.where(layout.expand(fits)[..., None], prediction, jnp.nan), state
 
-    def _beside(self, noisy: Float[Array, "B N p"], given: Float[Array, "B N g"] | None) -> Float[Array, "B N _"]:
+    def _concatenate(self, noisy: Float[Array, "B N p"], clean: ConditioningLatents | None) -> Float[Array, "B N _"]:
         """Concatenate the channels of noisy and clean latents at each position in a patch."""
-        if given is None:
+        if clean is None:
             return noisy
         shape = (*noisy.shape[:2], self.config.patch.volume, -1)
-        both = jnp.concatenate([noisy.reshape(shape), given.reshape(shape)], axis=-1)
+        both = jnp.concatenate([noisy.reshape(shape), clean.values.reshape(shape)], axis=-1)
         return both.reshape(*noisy.shape[:2], -1)
 
-    def _embed_text(
-        self, context: Float[Array, "B S E"], segments: Int[Array, "B S"], *, count: int
-    ) -> tuple["PaddedText", Bool[Array, "B {count}"]]:
+    def _embed_text(self, text: TextTokens, *, count: int) -> tuple["PaddedText", Bool[Array, "B {count}"]]:
         """Embed the text; also return for each segment whether its text fits into `text_length` tokens.
 
         Padding is a single token of zeros, which is projected once and then read for every position without a token.
         """
+        segments, length = text.segments, self.config.text_length
         rows, tokens = segments.shape
-        length = self.config.text_length
-        zeros = jnp.zeros((rows, 1, context.shape[2]), context.dtype)
-        values = self.text_in(jnp.concatenate([context, zeros], axis=1))
+        zeros = jnp.zeros((rows, 1, text.values.shape[2]), text.values.dtype)
+        values = self.text_in(jnp.concatenate([text.values, zeros], axis=1))
         values = self.text_out(gelu(values))
         offset = compute_segment_offsets(segments)
         is_kept = (segments > 0) & (offset < length)

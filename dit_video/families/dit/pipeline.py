@@ -33,8 +33,9 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
 )
-from dit_video.families import load_denoiser
-from dit_video.families.wan.pipeline import INDEX, Dtype, load_placed_autoencoder
+from dit_video.families.autoencoders import load_placed_autoencoder
+from dit_video.families.dit.transformer import DitDenoiserFormat
+from dit_video.families.family import INDEX, Dtype
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import Pipeline
@@ -44,7 +45,10 @@ from dit_video.weights import LoadedScheduler, load_scheduler
 from dit_video.weights.parameter import Placement, place_on_device
 
 CLASS = "DiTPipeline"
-_PARTS = ("transformer", "vae")
+DENOISER = DitDenoiserFormat()
+_REQUIRED_PARTS = ("transformer", "vae")
+PARTS = (*_REQUIRED_PARTS, "scheduler")
+"""Subfolders of a pipeline that are read."""
 _STEPS, _AUTHORS_STEPS, _GUIDANCE, _BATCH = 50, 250, 4.0, 8
 
 
@@ -66,17 +70,17 @@ def load_class_pipeline(
     """
     folder = Path(folder)
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    required = (*_PARTS, "scheduler") if index else _PARTS
+    required = PARTS if index else _REQUIRED_PARTS
     if missing := [part for part in required if not (folder / part).is_dir()]:
         raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
     put = place or place_on_device
-    dit, params = load_denoiser(
+    dit, params = DENOISER.load(
         _find_denoiser(folder / "transformer"),
         kernel_dtype=jnp.dtype(dtype),
         place=lambda path, parameter: put(f"dit/{path}", parameter),
     )
-    position = dit.absolute_position if isinstance(dit, DitConfig) else None
-    if not isinstance(dit, DitConfig) or dit.labels is None or not isinstance(position, ImageSineCosine):
+    position = dit.absolute_position
+    if dit.labels is None or not isinstance(position, ImageSineCosine):
         raise UserError(f"{folder / 'transformer'} holds no class-conditional DiT, which a {CLASS} needs")
     autoencoder, autoencoder_params = load_placed_autoencoder(folder, dit.channels, put)
     schedule = load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(dit)
@@ -108,7 +112,7 @@ def is_class_pipeline(folder: Path) -> bool:
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         return isinstance(index, dict) and index.get("_class_name") == CLASS
-    return all((folder / part).is_dir() for part in _PARTS)
+    return all((folder / part).is_dir() for part in _REQUIRED_PARTS)
 
 
 def _find_denoiser(folder: Path) -> Path:

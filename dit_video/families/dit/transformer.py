@@ -8,10 +8,9 @@ from noise at 0 to data at 1: time and velocity are reversed here, and its varia
 lower lowest frequency of the time embedding, by a factor of `10000 ** (1 / 127)`, and another eps of the MLP's norm.
 """
 
+import contextlib
 import math
-import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +19,21 @@ import numpy as np
 
 from dit_video.backbones.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
 from dit_video.core.errors import UserError
-from dit_video.core.files import write_json
-from dit_video.nn import get_param_shapes
+from dit_video.families.family import DenoiserFormat, FileLayout
 from dit_video.tokens import Grid
-from dit_video.weights import diffusers, streaming
+from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.parameter import Placement
 from dit_video.weights.safetensors import check_safetensors_file
-from dit_video.weights.streaming import ConstantTensor, FileMap, FolderSource, ParamsSource
-from dit_video.weights.tensor_map import SHARD_BYTES, TensorMapping
+from dit_video.weights.streaming import ConstantTensor, FileMap
+from dit_video.weights.tensor_map import TensorMapping
 
 CLASS, LEGACY_CLASS, AUTHORS_CLASSES = "DiTTransformer2DModel", "Transformer2DModel", ("DiT", "SiT")
-DitLayout = Literal["diffusers", "authors"]
+LAYOUTS: dict[str, FileLayout] = {
+    CLASS: "diffusers",
+    LEGACY_CLASS: "diffusers",
+    **dict.fromkeys(AUTHORS_CLASSES, "authors"),
+}
 
 _PERIOD = 10_000.0
 _DIFFUSERS_PERIOD = _PERIOD ** (128 / 127)
@@ -109,66 +110,43 @@ _TIME_LINEAR = (
 """Layers of the time embedding, which diffusers repeats in every block."""
 
 
-def load(
-    folder: Path, document: dict[str, Any], *, dtype_fn: Callable[[str], Any], place: Placement
-) -> tuple[DitConfig, dict[str, Any]]:
-    """Read the config and parameters of a folder in either layout, whose config file is `document`.
+class DitDenoiserFormat(DenoiserFormat[DitConfig]):
+    """Files of diffusers' DiT, and of the authors of DiT and SiT.
 
-    `dtype_fn` is as for `streaming.read`, `place` and the errors are as for `load_denoiser`.
+    A checkpoint of the authors may be a single file, such as `SiT-XL-2-256.safetensors`. Its name decides what its
+    tensors don't show: the model, DiT or SiT, and its number of heads.
     """
-    config = parse_config(folder, document)
-    layout: DitLayout = "authors" if document.get("_class_name") in AUTHORS_CLASSES else "diffusers"
-    with TensorFolder(folder, stem=diffusers.STEM) as tensors:
-        return config, _read_params(tensors, config, layout, dtype_fn, place)
+
+    config_class = DitConfig
+    layouts = LAYOUTS
+
+    def read_config(self, folder: Path, document: dict[str, Any]) -> DitConfig:
+        return parse_config(folder, document)
+
+    def make_document(self, config: DitConfig, layout: FileLayout) -> dict[str, Any]:
+        return make_document(config, layout)
+
+    def make_file_map(self, config: DitConfig, layout: FileLayout) -> FileMap:
+        return make_file_map(config, layout)
+
+    def open_file(self, path: Path) -> tuple[TensorFolder, dict[str, Any]]:
+        """Open the authors' checkpoint in a single file.
+
+        Raises:
+          MissingError: the file does not exist.
+          UserError: the name has another form, or the file is pickled or corrupt.
+        """
+        check_safetensors_file(path)
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path} is neither a .safetensors file nor the folder of a model. Use one of them")
+        with contextlib.ExitStack() as on_error:
+            tensors = on_error.enter_context(TensorFolder(path.parent, stem=path.stem))
+            document = infer_document(path, tensors)
+            on_error.pop_all()
+        return tensors, document
 
 
-def load_file(path: Path, *, dtype_fn: Callable[[str], Any], place: Placement) -> tuple[DitConfig, dict[str, Any]]:
-    """Read the config and parameters of the authors' single-file checkpoint, such as `SiT-XL-2-256.safetensors`.
-
-    The name of the file decides what its tensors don't show: the model, DiT or SiT, and its number of heads.
-
-    Raises:
-      MissingError: the file does not exist.
-      UserError: the name has another form, the file is pickled or corrupt, or the weights do not fit.
-    """
-    with open_file(path) as tensors:
-        config = parse_config(path, infer_document(path, tensors))
-        return config, _read_params(tensors, config, "authors", dtype_fn, place)
-
-
-def open_file(path: Path) -> TensorFolder:
-    """Open the tensors of one file.
-
-    Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt.
-    """
-    check_safetensors_file(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is neither a .safetensors file nor the folder of a model. Use one of them")
-    return TensorFolder(path.parent, stem=path.stem)
-
-
-def save(
-    folder: str | os.PathLike,
-    config: DitConfig,
-    params: dict[str, Any],
-    *,
-    layout: DitLayout = "diffusers",
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write a config and parameters as a folder, with tensors in their own dtypes; the inverse of `load`.
-
-    Raises:
-      UserError: the layout can't express the config.
-    """
-    document, shapes = make_document(config, layout), get_param_shapes(config.make)
-    names = make_file_map(config, layout)
-    streaming.write(folder, diffusers.STEM, ParamsSource(params), names, shapes, names.depths, shard_bytes=shard_bytes)
-    write_json(Path(folder) / "config.json", document)
-
-
-def make_file_map(config: DitConfig, layout: DitLayout) -> FileMap:
+def make_file_map(config: DitConfig, layout: FileLayout) -> FileMap:
     """Return the file map of a layout."""
     column = 1 if layout == "authors" else 2
     authors = layout == "authors"
@@ -253,7 +231,7 @@ def parse_config(path: Path, document: dict[str, Any]) -> DitConfig:
     )
 
 
-def make_document(config: DitConfig, layout: DitLayout) -> dict[str, Any]:
+def make_document(config: DitConfig, layout: FileLayout) -> dict[str, Any]:
     """Return the settings of a config; the inverse of `parse_config`.
 
     Raises:
@@ -329,13 +307,6 @@ def infer_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
         "num_classes": classes,
         "learn_sigma": head == 2 * patch**2 * channels,
     }
-
-
-def _read_params(
-    tensors: TensorFolder, config: DitConfig, layout: DitLayout, dtype_fn: Callable[[str], Any], place: Placement
-) -> dict[str, Any]:
-    names, shapes = make_file_map(config, layout), get_param_shapes(config.make)
-    return streaming.read(FolderSource(tensors, names, shapes), shapes, names.depths, dtype_fn=dtype_fn, place=place)
 
 
 def _get_preserved_fields(config: DitConfig) -> dict[str, Any]:

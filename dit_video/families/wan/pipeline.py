@@ -9,34 +9,32 @@ import functools
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 
-from dit_video.autoencoders import AutoencoderConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
-from dit_video.core.trees import map_with_path
-from dit_video.families import load_autoencoder, load_denoiser
+from dit_video.families.autoencoders import load_placed_autoencoder, read_autoencoder_config
+from dit_video.families.family import INDEX, Dtype, PipelineParts
+from dit_video.families.wan.transformer import WanDenoiserFormat
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
 from dit_video.weights import load_scheduler, read_clip_vision_config, read_text_encoder_config
-from dit_video.weights.parameter import Parameter, Placement, place_on_device, place_on_host
+from dit_video.weights.parameter import Placement, place_on_device, place_on_host
 
-INDEX = "model_index.json"
 _SECOND_EXPERT, _IMAGE_PARTS = "transformer_2", ("image_encoder", "image_processor")
 _REQUIRED_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 PARTS = (*_REQUIRED_PARTS, _SECOND_EXPERT, *_IMAGE_PARTS)
 """Subfolders of a pipeline that are read."""
 CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
-_STEPS, _GUIDANCE, _SIZE = 50, 5.0, Grid(81, 480, 832)
-_FPS, _FPS_PER_TOKEN = 16.0, 24.0
-
-Dtype = Literal["float32", "bfloat16"]
+DENOISER = WanDenoiserFormat()
+_STEPS, _GUIDANCE, _SIZE, _FPS = 50, 5.0, Grid(81, 480, 832), 16.0
+_TOKEN_TIME_SIZE, _TOKEN_TIME_FPS = Grid(121, 704, 1280), 24.0
 
 
 def load_wan(
@@ -63,31 +61,21 @@ def load_wan(
       UserError: a pipeline or a model of an unknown class, unsupported settings, or weights that do not fit.
     """
     folder = Path(folder)
-    index = read_index(folder)
-    schedule = load_scheduler(folder / "scheduler")
-    encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
-    width = read_text_encoder_config(encoder).width
-    boundary = index.get("boundary_ratio") if _has_part(index, _SECOND_EXPERT) else None
-    default_place = place_on_device if boundary is None else place_on_host
+    parts = read_parts(folder, text_encoder=text_encoder)
+    default_place = place_on_device if parts.boundary is None else place_on_host
     read = functools.partial(_read_denoiser, dtype=dtype, place=place or default_place)
     dit, params = read(folder / "transformer", "dit")
     denoiser = {"dit": params, "text": {}}
-    if boundary is not None:
+    if parts.boundary is not None:
         second, denoiser["low_noise"] = read(folder / _SECOND_EXPERT, "low_noise")
         if second != dit:
             raise UserError(f"{folder} has two experts of different shapes, {dit} and {second}; they must be equal")
-    if width != dit.context_width:
-        raise UserError(f"{encoder} makes embeddings of width {width}, the transformer reads {dit.context_width}")
-    images = folder / "image_encoder" if dit.image_width is not None else None
-    if images is not None and (image_width := read_clip_vision_config(images).width) != dit.image_width:
-        raise UserError(f"{images} makes tokens of width {image_width}, the transformer reads {dit.image_width}")
     autoencoder, autoencoder_params = load_placed_autoencoder(folder, dit.channels, place or place_on_device)
+    schedule = parts.schedule
     config = PipelineConfig(
         autoencoder=autoencoder,
         dit=dit,
-        text=FrozenTextConfig(
-            folder=os.fspath(encoder), width=width, max_tokens=dit.text_length, dtype=dtype, cleaned=True
-        ),
+        text=replace(parts.text, dtype=dtype),
         process=schedule.process,
         prediction=schedule.prediction,
         rows=None,
@@ -95,26 +83,43 @@ def load_wan(
         sampling=Sampling(
             steps=_STEPS, guidance=_GUIDANCE, solver=schedule.solver, time_schedule=schedule.time_schedule
         ),
-        fps=_FPS_PER_TOKEN if dit.time == "token" else _FPS,
+        fps=parts.fps,
         size=_SIZE,
-        boundary=boundary,
-        image_encoder=None if images is None else os.fspath(images),
-        provenance={"loaded from": os.fspath(folder), "class": index["_class_name"]},
+        boundary=parts.boundary,
+        image_encoder=parts.image_encoder,
+        provenance={"loaded from": os.fspath(folder), "class": read_index(folder)["_class_name"]},
     )
-    return Pipeline(config, autoencoder=autoencoder_params, denoiser=denoiser)
+    parameters = {"autoencoder": autoencoder_params, "denoiser": denoiser}
+    return Pipeline(config, **parameters, get_lora_modules=DENOISER.get_lora_modules)
 
 
-def load_placed_autoencoder(folder: Path, channels: int, place: Placement) -> tuple[AutoencoderConfig, dict[str, Any]]:
-    """Load a pipeline's autoencoder, whose latents must have `channels` channels; `place` gets `autoencoder/...`.
+def read_parts(folder: Path, *, text_encoder: str | os.PathLike | None = None) -> PipelineParts:
+    """Read the configs of a folder of diffusers, and check that its parts fit each other.
 
     Raises:
-      MissingError: files are missing.
-      UserError: another number of channels, unsupported settings, or weights that do not fit.
+      MissingError: the folder does not exist, or lacks parts, all of which are named.
+      UserError: a pipeline or a model of an unknown class, unsupported settings, or parts that do not fit.
     """
-    config, params = load_autoencoder(folder / "vae")
-    if config.channels != channels:
-        raise UserError(f"{folder}: the transformer has {channels} channels, the vae {config.channels}")
-    return config, map_with_path(lambda path, x: place(f"autoencoder/{path}", Parameter.from_array(x)), params)
+    index = read_index(folder)
+    schedule = load_scheduler(folder / "scheduler")
+    encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
+    width = read_text_encoder_config(encoder).width
+    dit = DENOISER.read_folder_config(folder / "transformer")
+    if width != dit.context_width:
+        raise UserError(f"{encoder} makes embeddings of width {width}, the transformer reads {dit.context_width}")
+    images = folder / "image_encoder" if dit.image_width is not None else None
+    if images is not None and (image_width := read_clip_vision_config(images).width) != dit.image_width:
+        raise UserError(f"{images} makes tokens of width {image_width}, the transformer reads {dit.image_width}")
+    return PipelineParts(
+        denoiser=dit,
+        autoencoder=read_autoencoder_config(folder / "vae"),
+        text=FrozenTextConfig(folder=os.fspath(encoder), width=width, max_tokens=dit.text_length, cleaned=True),
+        schedule=schedule,
+        size=_TOKEN_TIME_SIZE if dit.time == "token" else _SIZE,
+        fps=_TOKEN_TIME_FPS if dit.time == "token" else _FPS,
+        boundary=index.get("boundary_ratio") if _has_part(index, _SECOND_EXPERT) else None,
+        image_encoder=None if images is None else os.fspath(images),
+    )
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in CLASSES:
-        raise UserError(f"{folder} holds a pipeline of class {name}; known here: {', '.join(CLASSES)}, DiTPipeline")
+        raise UserError(f"{folder} holds a pipeline of class {name}, not a {' or '.join(CLASSES)}; use another folder")
     has_two_experts = _has_part(index, _SECOND_EXPERT)
     if has_two_experts != (index.get("boundary_ratio") is not None):
         entries = "two experts, but no boundary_ratio" if has_two_experts else "a boundary_ratio, but one expert"
@@ -145,9 +150,7 @@ def _has_part(index: dict[str, Any], part: str) -> bool:
 
 def _read_denoiser(folder: Path, name: str, *, dtype: Dtype, place: Placement) -> tuple[WanDitConfig, dict[str, Any]]:
     """Read one expert, with the weights of matrix products in `dtype` and all others in float32."""
-    config, params = load_denoiser(
+    config, params = DENOISER.load(
         folder, kernel_dtype=jnp.dtype(dtype), place=lambda path, parameter: place(f"{name}/{path}", parameter)
     )
-    if not isinstance(config, WanDitConfig):
-        raise UserError(f"{folder} holds no Wan, which a {' or '.join(CLASSES)} needs; copy it again")
     return replace(config, dtype=dtype), params

@@ -4,29 +4,25 @@ Both store the same numbers under different names. The channels of self-attentio
 differently here: the two channels that a rotary embedding rotates are adjacent there, and half a head apart here.
 """
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
-from dit_video.nn import get_param_shapes
+from dit_video.families.family import DenoiserFormat, FileLayout
 from dit_video.tokens import Grid
-from dit_video.weights import diffusers, streaming
+from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import LoraModule
-from dit_video.weights.parameter import Placement
-from dit_video.weights.streaming import FileMap, FolderSource
-from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
+from dit_video.weights.streaming import FileMap
+from dit_video.weights.tensor_map import TensorMap, TensorMapping
 
-CLASS, AUTHORS_CLASS = CLASSES = "WanTransformer3DModel", "WanModel"
-WanLayout = Literal["diffusers", "authors"]
-_LAYOUTS: tuple[WanLayout, ...] = ("diffusers", "authors")
+CLASS, AUTHORS_CLASS = "WanTransformer3DModel", "WanModel"
+LAYOUTS: dict[str, FileLayout] = {CLASS: "diffusers", AUTHORS_CLASS: "authors"}
 
 _QK_NORM = "rms_norm_across_heads"
 _DEFAULTS: dict[str, Any] = {
@@ -106,64 +102,50 @@ _IMAGE_EMBEDDER_NORMS = (
 )
 
 
-def load(
-    folder: Path, document: dict[str, Any], *, dtype_fn: Callable[[str], Any], place: Placement
-) -> tuple[WanDitConfig, dict[str, Any]]:
-    """Read the config and parameters of a folder in either layout, whose config file is `document`.
+class WanDenoiserFormat(DenoiserFormat[WanDitConfig]):
+    """Files of diffusers' `WanTransformer3DModel` and of the authors' `WanModel`.
 
     A model has one time per token if its type, or the config of its diffusers pipeline, says so.
-    `dtype_fn` is as for `streaming.read`, `place` as for `load_denoiser`.
-
-    Raises:
-      MissingError: files are missing.
-      UserError: a setting is not supported, or the weights do not fit.
     """
-    config = read_config(folder, document)
-    shapes = get_param_shapes(config.make)
-    file_map = FileMap.from_tensor_map(make_wan_tensor_map(config, _detect_layout(document)))
-    with TensorFolder(folder, stem=diffusers.STEM) as tensors:
-        source = FolderSource(tensors, file_map, shapes)
-        return config, streaming.read(source, shapes, file_map.depths, dtype_fn=dtype_fn, place=place)
+
+    config_class = WanDitConfig
+    layouts = LAYOUTS
+    unadapted = ("dit/embed/kernel",)  # the patch embedding is a convolution there
+
+    def read_config(self, folder: Path, document: dict[str, Any]) -> WanDitConfig:
+        parse = _parse_authors_config if LAYOUTS[document["_class_name"]] == "authors" else _parse_diffusers_config
+        return parse(folder, document)
+
+    def make_document(self, config: WanDitConfig, layout: FileLayout) -> dict[str, Any]:
+        return _make_diffusers_document(config) if layout == "diffusers" else _make_authors_document(config)
+
+    def make_file_map(self, config: WanDitConfig, layout: FileLayout) -> FileMap:
+        return FileMap.from_tensor_map(make_wan_tensor_map(config, layout))
+
+    def get_lora_modules(
+        self, config: WanDitConfig, *, primary_layout: FileLayout = "diffusers"
+    ) -> dict[str, LoraModule]:
+        """Return the linear maps that a LoRA may adapt, under the names of both layouts, `primary_layout`'s first.
+
+        diffusers' (PEFT) files use diffusers' names, those of ComfyUI and kohya the authors'. Files are written with
+        the names of `primary_layout`.
+        """
+        reordered = {f"blocks/{ours}/kernel" for ours, *_ in _ROTARY_LINEAR}
+        mapping = TensorMapping("", "(heads j two) -> (heads two j)", (("heads", config.heads), ("two", 2)))
+        order = tuple(map(int, mapping.to_ours(np.arange(config.width))))
+        modules: dict[str, LoraModule] = {}
+        for layout in sorted(LAYOUTS.values(), key=lambda layout: layout != primary_layout):
+            for path, foreign in make_wan_tensor_map(config, layout).items():
+                if not path.endswith("/kernel") or f"dit/{path}" in self.unadapted:
+                    continue
+                path_order = order if path in reordered else None
+                for layer, name in enumerate(foreign.names):
+                    stack_layer = None if foreign.layers is None else layer
+                    modules[name.removesuffix(".weight")] = LoraModule(path, stack_layer, order=path_order)
+        return modules
 
 
-def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
-    """Return the config of a folder in either layout, whose config file is `document`.
-
-    Raises:
-      MissingError: files are missing.
-      UserError: a setting is not supported.
-    """
-    parse = _parse_authors_config if _detect_layout(document) == "authors" else _parse_diffusers_config
-    return parse(folder, document)
-
-
-def _detect_layout(document: dict[str, Any]) -> WanLayout:
-    return "authors" if document.get("_class_name") == AUTHORS_CLASS else "diffusers"
-
-
-def save(
-    folder: str | os.PathLike,
-    config: WanDitConfig,
-    params: dict[str, Any],
-    *,
-    layout: WanLayout = "diffusers",
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write a config and parameters as a folder, with tensors in their own dtypes; the inverse of `load`.
-
-    Raises:
-      UserError: the layout can't express the config.
-    """
-    document, tensor_map = make_document(config, layout), make_wan_tensor_map(config, layout)
-    diffusers.write(folder, document, tensor_map, params, shard_bytes=shard_bytes)
-
-
-def make_document(config: WanDitConfig, layout: WanLayout) -> dict[str, Any]:
-    """Return the settings of a config in a layout, raising as `save` does; the inverse of `read_config`."""
-    return _make_diffusers_document(config) if layout == "diffusers" else _make_authors_document(config)
-
-
-def make_wan_tensor_map(config: WanDitConfig, layout: WanLayout) -> TensorMap:
+def make_wan_tensor_map(config: WanDitConfig, layout: FileLayout) -> TensorMap:
     """Return the tensor map of a layout."""
     column = 1 if layout == "diffusers" else 2
     has_image = config.image_width is not None
@@ -183,27 +165,6 @@ def make_wan_tensor_map(config: WanDitConfig, layout: WanLayout) -> TensorMap:
     table = ("scale_shift_table", "head.modulation")[column - 1]
     names["head_table"] = TensorMapping(table, "1 n d -> n d")
     return names | _map_blocks(config, column, has_image=has_image)
-
-
-def get_wan_modules(config: WanDitConfig, *, primary_layout: WanLayout = "diffusers") -> dict[str, LoraModule]:
-    """Return the linear maps that a LoRA of Wan may adapt, under the names of both layouts, `primary_layout`'s first.
-
-    diffusers' (PEFT) files use diffusers' names, those of ComfyUI and kohya the authors'. Files are written with the
-    names of `primary_layout`.
-    """
-    reordered = {f"blocks/{ours}/kernel" for ours, *_ in _ROTARY_LINEAR}
-    mapping = TensorMapping("", "(heads j two) -> (heads two j)", (("heads", config.heads), ("two", 2)))
-    order = tuple(map(int, mapping.to_ours(np.arange(config.width))))
-    modules: dict[str, LoraModule] = {}
-    for layout in sorted(_LAYOUTS, key=lambda layout: layout != primary_layout):
-        for path, foreign in make_wan_tensor_map(config, layout).items():
-            if not path.endswith("/kernel") or path == "embed/kernel":  # The patch embedding is a convolution there.
-                continue
-            path_order = order if path in reordered else None
-            for layer, name in enumerate(foreign.names):
-                stack_layer = None if foreign.layers is None else layer
-                modules[name.removesuffix(".weight")] = LoraModule(path, stack_layer, order=path_order)
-    return modules
 
 
 def _map_blocks(config: WanDitConfig, column: int, *, has_image: bool) -> dict[str, TensorMapping]:
@@ -243,7 +204,7 @@ def _parse_diffusers_config(folder: Path, document: dict[str, Any]) -> WanDitCon
     per_token = pipeline.is_file() and read_json(pipeline).get("expand_timesteps") is True
     return WanDitConfig(
         channels=channels,
-        given_channels=settings["in_channels"] - channels,
+        cond_channels=settings["in_channels"] - channels,
         context_width=settings["text_dim"],
         image_width=settings["image_dim"],
         image_positions=settings["pos_embed_seq_len"],
@@ -266,7 +227,7 @@ def _make_diffusers_document(config: WanDitConfig) -> dict[str, Any]:
         "patch_size": list(config.patch),
         "num_attention_heads": config.heads,
         "attention_head_dim": config.width // config.heads,
-        "in_channels": config.channels + config.given_channels,
+        "in_channels": config.channels + config.cond_channels,
         "out_channels": config.channels,
         "text_dim": config.context_width,
         "freq_dim": config.time_width,
@@ -294,7 +255,7 @@ def _parse_authors_config(folder: Path, document: dict[str, Any]) -> WanDitConfi
     positions = shapes.get("img_emb.emb_pos", ())
     return WanDitConfig(
         channels=settings["out_dim"],
-        given_channels=settings["in_dim"] - settings["out_dim"],
+        cond_channels=settings["in_dim"] - settings["out_dim"],
         context_width=text[1] if len(text) == 2 else settings["text_dim"],
         text_length=settings["text_len"],
         image_width=image[0] if image else None,
@@ -314,7 +275,7 @@ def _make_authors_document(config: WanDitConfig) -> dict[str, Any]:
         "_class_name": AUTHORS_CLASS,
         "model_type": _get_authors_type(config),
         "text_len": config.text_length,
-        "in_dim": config.channels + config.given_channels,
+        "in_dim": config.channels + config.cond_channels,
         "dim": config.width,
         "ffn_dim": config.mlp_dim,
         "freq_dim": config.time_width,
@@ -332,4 +293,4 @@ def _get_authors_type(config: WanDitConfig) -> str:
         return "ti2v"
     if config.image_positions is not None:
         return "flf2v"
-    return "i2v" if config.given_channels else "t2v"
+    return "i2v" if config.cond_channels else "t2v"

@@ -34,7 +34,7 @@ class ImageConditioner:
             needs one.
         """
         dit = self._config.dit
-        accepted = {"first": bool(dit.given_channels) or dit.time == "token", "last": bool(dit.given_channels)}
+        accepted = {"first": bool(dit.cond_channels) or dit.time == "token", "last": bool(dit.cond_channels)}
         frames = {}
         for name, pixels, index in (("first", image, 0), ("last", last_image, size.t - 1)):
             if pixels is None:
@@ -42,7 +42,7 @@ class ImageConditioner:
             if not accepted[name]:
                 raise UserError(f"this model does not accept a clip's {name} image; use one that was trained with it")
             frames[index] = _check_image(pixels, size)
-        if dit.given_channels:
+        if dit.cond_channels:
             if image is None:
                 raise UserError("this model needs an image; give image=, a clip of one frame or pixels [H W 3]")
             latents, tokens = self._encode_with_mask(frames, size), self._encode_tokens(list(frames.values()))
@@ -58,9 +58,9 @@ class ImageConditioner:
         mask = fold_frame_mask(known, self._config.autoencoder.stride.t)
         masks = np.broadcast_to(mask[:, None, None], (*latents.shape[:3], mask.shape[1]))
         cond_latents = np.concatenate([masks, latents], -1)
-        if cond_latents.shape[-1] != self._config.dit.given_channels:
+        if cond_latents.shape[-1] != self._config.dit.cond_channels:
             raise UserError(
-                f"the denoiser reads {self._config.dit.given_channels} channels of masks and clean latents, but "
+                f"the denoiser reads {self._config.dit.cond_channels} channels of masks and clean latents, but "
                 f"this autoencoder makes {cond_latents.shape[-1]}; use the autoencoder that it was trained with"
             )
         return cond_latents

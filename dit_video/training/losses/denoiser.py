@@ -1,7 +1,7 @@
 """Loss of a text-conditioned denoiser on packed rows."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dit_video.backbones.denoise import make_denoise_fn
-from dit_video.backbones.dit import DitConfig, Given
-from dit_video.backbones.wan import WanDitConfig
-from dit_video.conditioning import KnownFrames, drop_captions, make_cond_latents, mask_known_tokens
+from dit_video.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.backbones.protocol import BackboneConfig
+from dit_video.conditioning import (
+    Conditioning,
+    ConditioningLatents,
+    ImageTokens,
+    KnownFrames,
+    drop_captions,
+    make_cond_latents,
+    mask_known_tokens,
+)
 from dit_video.core.rng import example_keys, key
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import ClipSize, Objective, draw_low_discrepancy
@@ -20,8 +27,6 @@ from dit_video.tokens import (
     PackedBatch,
     compute_segment_offsets,
     expand_to_tokens,
-    sample_packed_noise,
-    segment_max,
     segment_mean,
 )
 from dit_video.training.optim.optimizer import OptimizerConfig, freeze
@@ -67,8 +72,8 @@ class DenoiserLoss:
         return jnp.asarray(rows.valid).sum().astype(jnp.float32)
 
     def __call__(self, params, rows: PackedBatch, step: Array) -> tuple[Float[Array, ""], Metrics]:
-        count = rows.examples.shape[1]
-        noise = sample_packed_noise(rows, example_keys(key(self.seed, "noise"), step, rows.examples))
+        layout, keys = rows.layout, example_keys(key(self.seed, "noise"), step, rows.examples)
+        noise = layout.sample_noise(keys, rows.tokens.shape[-1])
         keys = example_keys(key(self.seed, "caption dropout"), step, rows.examples)
         drop = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.caption_dropout
         text, text_segments = drop_captions(rows.text, rows.text_segments, drop, empty=self.empty_caption)
@@ -77,20 +82,13 @@ class DenoiserLoss:
         dit = nnx.merge(self.dit, params["dit"])
         known = self.known_tokens(rows, step)
         context = nnx.merge(self.text, params["text"])(text, text_segments)
-        denoise = make_denoise_fn(
-            dit,
-            segments=rows.segments,
-            positions=rows.positions,
-            context=context.values,
-            context_segments=context.segments,
-            count=count,
-            given=_given(dit.config, rows, known, count=count)._replace(labels=context.get_classes(count)),
-        )
+        conditioning = _make_frame_conditioning(dit.config, rows, known).add(make_text_record(context, layout))
+        denoise = make_denoise_fn(dit, layout, conditioning)
         clean = known if dit.config.time == "token" else None
         data, time = jnp.asarray(rows.tokens), self.draw_token_times(rows, step)
         per_token = self.objective.loss(denoise, data, noise, time, known=clean)
         counted = rows.segments if clean is None else jnp.where(clean, 0, rows.segments)
-        per_example = segment_mean(per_token, counted, count=count)
+        per_example = segment_mean(per_token, counted, count=layout.count)
         num_clips = rows.segments.max(axis=1).sum()
         metrics = {
             "padding": (rows.segments == 0).mean(axis=(0, 1)),
@@ -171,17 +169,17 @@ def time_quantile(objective: Objective, time: float) -> float:
     return high
 
 
-def _given(dit: DitConfig | WanDitConfig, rows: PackedBatch, known: Bool[Array, "B N"], *, count: int) -> Given:
+def _make_frame_conditioning(config: BackboneConfig, rows: PackedBatch, known: Bool[Array, "B N"]) -> Conditioning:
     """Return the conditioning on known frames, which is zero for clips whose first frame is not known."""
-    is_conditioned = segment_max(known.astype(jnp.float32), rows.segments, count=count) > 0
-    fields: dict[str, Array] = {}
-    sizes: dict[str, Any] = {"patch_volume": dit.patch.volume, "channels": dit.given_channels}
-    if dit.given_channels and rows.shown.shape[-1]:
-        shown = expand_to_tokens(is_conditioned, rows.segments)
-        fields["latents"] = make_cond_latents(rows.shown, known, shown=shown, **sizes)
-    elif dit.given_channels:
-        fields["latents"] = make_cond_latents(rows.tokens, known, **sizes)
-    if isinstance(dit, WanDitConfig) and dit.image_width is not None:
-        fields["image"] = jnp.where(expand_to_tokens(is_conditioned, rows.image_segments)[..., None], rows.image, 0)
-        fields["image_segments"] = jnp.asarray(rows.image_segments)
-    return Given(**fields)
+    is_conditioned = rows.layout.max(known.astype(jnp.float32)) > 0
+    conditioning, kinds = Conditioning(), config.conditioning_kinds
+    if ConditioningLatents in kinds:
+        latents, shown = rows.tokens, None
+        if rows.shown.shape[-1]:
+            latents, shown = rows.shown, rows.layout.expand(is_conditioned)
+        sizes = {"patch_volume": config.patch.volume, "channels": config.cond_channels}
+        conditioning = conditioning.add(ConditioningLatents(make_cond_latents(latents, known, shown=shown, **sizes)))
+    if ImageTokens in kinds:
+        values = jnp.where(expand_to_tokens(is_conditioned, rows.image_segments)[..., None], rows.image, 0)
+        conditioning = conditioning.add(ImageTokens(values, jnp.asarray(rows.image_segments)))
+    return conditioning

@@ -17,9 +17,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from dit_video.backbones.denoise import make_denoise_fn
-from dit_video.backbones.dit import Given
-from dit_video.conditioning import drop_captions
+from dit_video.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.conditioning import Conditioning, drop_captions
 from dit_video.core.errors import UserError
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import (
@@ -38,7 +37,7 @@ from dit_video.diffusion import (
     step_along_flow,
 )
 from dit_video.tokens import PackedBatch, expand_to_tokens, segment_mean
-from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes, sample_packed_noise
+from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes
 from dit_video.training.state import CompositeState, TrainState
 from dit_video.training.step import Constants, JittedStep, StepFn, apply_updates, skip_nonfinite
 
@@ -167,16 +166,9 @@ class _DistillationLoss:
         if unconditional:
             drop = jnp.ones(rows.examples.shape, bool)
             text, text_segments = drop_captions(text, text_segments, drop, empty=self.empty_caption)
-        context, count = nnx.merge(self.text, params["text"])(text, text_segments), rows.examples.shape[1]
-        denoise = make_denoise_fn(
-            nnx.merge(self.dit, params["dit"]),
-            segments=rows.segments,
-            positions=rows.positions,
-            context=context.values,
-            context_segments=context.segments,
-            count=count,
-            given=Given(labels=context.get_classes(count)),
-        )
+        context = nnx.merge(self.text, params["text"])(text, text_segments)
+        conditioning = Conditioning(make_text_record(context, rows.layout))
+        denoise = make_denoise_fn(nnx.merge(self.dit, params["dit"]), rows.layout, conditioning)
         return lambda noisy, time, state: denoise(noisy, jnp.broadcast_to(time, (*noisy.shape[:-1], 1))[..., 0], state)
 
     def make_guided_denoise(self, params: PyTree, rows: PackedBatch, scale: float) -> DenoiseFn:
@@ -196,7 +188,8 @@ class _DistillationLoss:
 
     def draw_noise(self, purpose: str, rows: PackedBatch, step: Array, index: Array | int = 0) -> Float[Array, "B N p"]:
         purpose_key = jax.random.fold_in(key(self.seed, purpose), index)
-        return sample_packed_noise(rows, example_keys(purpose_key, step, rows.examples))
+        keys = example_keys(purpose_key, step, rows.examples)
+        return rows.layout.sample_noise(keys, rows.tokens.shape[-1])
 
     def draw_uniform(self, purpose: str, rows: PackedBatch, step: Array) -> Float[Array, "B G"]:
         """Return uniform numbers in [0, 1), low-discrepancy over consecutive examples."""
@@ -209,7 +202,7 @@ class _DistillationLoss:
 
     def mean_over_clips(self, per_token: Float[Array, "B N"], rows: PackedBatch) -> Float[Array, ""]:
         """Return the mean over the clips of a batch of each clip's mean."""
-        per_example = segment_mean(per_token, rows.segments, count=rows.examples.shape[1])
+        per_example = rows.layout.mean(per_token)
         return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1)
 
 

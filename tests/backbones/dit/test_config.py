@@ -37,7 +37,7 @@ def test_defaults_follow_from_other_fields():
     assert CONFIG.token_width == 8
     assert CONFIG.rotary == Rotary3d(split=(4, 4, 4))
     assert CONFIG.absolute_position == BoundaryEmbedding()
-    assert make_config(given_channels=3).given_width == 12
+    assert make_config(cond_channels=3).cond_width == 12
 
 
 def test_the_cost_of_a_layer_follows_from_its_pattern():
@@ -126,7 +126,7 @@ def test_the_cost_of_a_layer():
         (lambda: make_config(width=3, heads=3, rotary="none", absolute_position=SineCosine()), "even width, not 3"),
         (lambda: FactorizedEmbedding(sizes=(1, 4, 4)), r"\(1, 4, 4\) .* use at least 2"),
         (lambda: make_config(registers=-1), "registers must be 0 or more, not -1"),
-        (lambda: make_config(given_channels=-1), "given_channels must be 0 or more"),
+        (lambda: make_config(cond_channels=-1), "cond_channels must be 0 or more"),
         (lambda: make_config(context=NoContext()), "context_width=6 .* NoContext; use 0"),
         (lambda: make_config(context_width=0), "context_width=0 .* CrossAttention; use 0 for NoContext"),
         (lambda: ClassLabels(classes=0), "classes=0 .* use at least 1"),

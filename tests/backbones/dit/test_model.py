@@ -136,14 +136,8 @@ def test_denoise_takes_the_time_of_every_token():
 
     @jax.jit
     def denoised(time):
-        denoise = make_denoise_fn(
-            nnx.merge(get_graph_def(CONFIG.make), PARAMS),
-            segments=batch.segments,
-            positions=batch.positions,
-            context=batch.context,
-            context_segments=batch.context_segments,
-            count=SEGMENTS,
-        )
+        backbone = nnx.merge(get_graph_def(CONFIG.make), PARAMS)
+        denoise = make_denoise_fn(backbone, batch.layout, batch.get_conditioning(CONFIG))
         return denoise(batch.noisy, time, None)[0]
 
     time = jnp.where(batch.segments > 0, expand_to_tokens(batch.time, batch.segments), 0.123)

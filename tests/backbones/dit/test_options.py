@@ -14,7 +14,6 @@ from dit_video.backbones.dit import (
     CrossAttention,
     DitConfig,
     FactorizedEmbedding,
-    Given,
     ImageSineCosine,
     JointAttention,
     NoContext,
@@ -24,6 +23,7 @@ from dit_video.backbones.dit import (
     TimeEmbedding,
 )
 from dit_video.backbones.wan import WanDitConfig
+from dit_video.conditioning import ClassIds, Conditioning
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def, get_param_shapes, init_params
@@ -35,7 +35,6 @@ from support.packed_rows import (
     FIRST,
     IMAGE_WIDTH,
     SECOND,
-    SEGMENTS,
     TEXT_WIDTH,
     assert_packed_is_unpacked,
     assert_segments_are_apart,
@@ -79,7 +78,7 @@ OPTIONS = {
     },
     "token time, factorised": {
         "time": "token",
-        "given_channels": 3,
+        "cond_channels": 3,
         "pattern": (SpaceOnly(), TimeOnly()),
         "attention": "chunked",
     },
@@ -89,7 +88,7 @@ OPTIONS = {
         "order": "parallel",
         "modulation": "own",
         "time": "token",
-        "given_channels": 3,
+        "cond_channels": 3,
         "registers": 1,
         "pattern": (CausalFrames(), SparseCausal()),
         "relative_bias": RelativeBias(buckets=(4, 4, 4), max_distance=(None, None, None)),
@@ -98,7 +97,7 @@ OPTIONS = {
 }
 """Configs to test. Options that do not affect each other are combined, so that fewer programs are compiled."""
 WANS = {
-    "wan with images": {"given_channels": 3, "image_width": IMAGE_WIDTH, "image_positions": 4},
+    "wan with images": {"cond_channels": 3, "image_width": IMAGE_WIDTH, "image_positions": 4},
     "wan with a time per token": {"time": "token", "pattern": (TimeOnly(), SpaceOnly())},
 }
 CONFIGS = {name: dataclasses.replace(CONFIG, **fields) for name, fields in OPTIONS.items()}
@@ -157,14 +156,8 @@ def test_denoise_passes_every_token_its_time():
     config = CONFIGS["wan with a time per token"]
     params = make_random_params(config.make)
     batch = make_batch((0, 1), ())
-    denoise = make_denoise_fn(
-        nnx.merge(get_graph_def(config.make), params),
-        segments=batch.segments,
-        positions=batch.positions,
-        context=batch.context,
-        context_segments=batch.context_segments,
-        count=SEGMENTS,
-    )
+    backbone = nnx.merge(get_graph_def(config.make), params)
+    denoise = make_denoise_fn(backbone, batch.layout, batch.get_conditioning(config))
     expected = predict(params, batch, config)
     result, _ = jax.jit(denoise)(batch.noisy, batch.token_time, None)
     np.testing.assert_allclose(result[0, :14], expected[0, :14], atol=1e-5)
@@ -192,18 +185,13 @@ def test_a_text_longer_than_wans_padding_is_refused_not_cut():
 def test_conditioning_that_the_config_does_not_declare_is_refused():
     params = make_random_params(CONFIG.make)
     model, batch = nnx.merge(get_graph_def(CONFIG.make), params), make_batch((0, 1), ())
-    rows = {
-        "segments": batch.segments,
-        "positions": batch.positions,
-        "context": batch.context,
-        "context_segments": batch.context_segments,
-    }
-    with pytest.raises(UserError, match="does not take labels"):
-        model(batch.noisy, batch.time, **rows, given=Given(labels=batch.labels))
+    text = Conditioning(batch.text)
+    with pytest.raises(UserError, match="does not take ClassIds"):
+        model(batch.noisy, batch.time, batch.layout, text.add(ClassIds(batch.labels)))
     wan = CONFIGS["wan with images"]
     model = nnx.merge(get_graph_def(wan.make), make_random_params(wan.make))
-    with pytest.raises(UserError, match="needs latents"):
-        model(batch.noisy, batch.time, **rows)
+    with pytest.raises(UserError, match="needs ConditioningLatents"):
+        model(batch.noisy, batch.time, batch.layout, text)
 
 
 def test_options_add_and_remove_parameters():

@@ -18,7 +18,6 @@ from dit_video.tokens import (
     compute_positions,
     pack,
     patchify,
-    sample_packed_noise,
     unpatchify,
 )
 
@@ -78,7 +77,8 @@ def draw_step_noise(number):
     item = PackedExample(zeros, compute_positions(grid), np.zeros(1, np.int32), 0)
     row = pack([item], PackedShape(tokens=grid.volume, text=1, segments=1), width=zeros.shape[1])
     keys = jax.random.fold_in(key(SEED, "sampler"), number)[None, None]
-    noise = sample_packed_noise(PackedBatch(*(jnp.asarray(value)[None] for value in row)), keys)
+    batch = PackedBatch(*(jnp.asarray(value)[None] for value in row))
+    noise = batch.layout.sample_noise(keys, batch.tokens.shape[-1])
     return unpatchify(np.asarray(noise[0]), grid, PATCH)[0].transpose(2, 0, 1)
 
 

@@ -12,13 +12,13 @@ import safetensors.numpy
 from flax import nnx
 
 from dit_video.backbones.denoise import make_denoise_fn
-from dit_video.backbones.dit import Given
+from dit_video.conditioning import ClassIds, Conditioning
 from dit_video.core.trees import flatten
 from dit_video.diffusion import Euler, RectifiedFlow, UniformTimes, apply_classifier_free_guidance, sample
 from dit_video.families import load_denoiser, save_denoiser
 from dit_video.families.dit.transformer import make_file_map
 from dit_video.nn import get_graph_def, get_param_shapes
-from dit_video.tokens import Grid, compute_positions, patchify, unpatchify
+from dit_video.tokens import Grid, PackedRows, compute_positions, patchify, unpatchify
 
 pytestmark = pytest.mark.parity
 
@@ -148,12 +148,12 @@ def tokens(images):
     return jnp.concatenate([patchify(image.transpose(1, 2, 0)[None], PATCH) for image in images])[None]
 
 
-ROW = {
-    "segments": jnp.repeat(jnp.asarray([[1, 2]]), GRID.volume, axis=1),
-    "positions": jnp.tile(jnp.asarray(compute_positions(GRID)), (2, 1))[None],
-    "context": None,
-    "context_segments": None,
-}
+POSITIONS = jnp.asarray(compute_positions(GRID))
+LAYOUT = PackedRows(
+    segments=jnp.repeat(jnp.asarray([[1, 2]]), GRID.volume, axis=1),
+    positions=jnp.tile(POSITIONS, (2, 1))[None],
+    count=2,
+)
 
 
 def assert_same_function(config, params, theirs, expected_gradients, names):
@@ -163,8 +163,8 @@ def assert_same_function(config, params, theirs, expected_gradients, names):
     graph = get_graph_def(config.make)
 
     def loss(params):
-        labels = Given(labels=jnp.asarray([LABELS]))
-        prediction = nnx.merge(graph, params)(tokens(images), jnp.asarray(times)[None], **ROW, given=labels)
+        labels = Conditioning(ClassIds(jnp.asarray([LABELS])))
+        prediction, _ = nnx.merge(graph, params)(tokens(images), jnp.asarray(times)[None], LAYOUT, labels)
         return (prediction * tokens(weights)).sum(), prediction
 
     gradient, prediction = jax.jit(jax.grad(loss, has_aux=True))(params)
@@ -261,17 +261,13 @@ def test_guided_sampling_equals_the_authors(tmp_path, torch):
     authors_folder(tmp_path / "model", torch, values, "SiT")
     config, params = load_denoiser(tmp_path / "model")
     assert flatten(params).keys() == flatten(get_param_shapes(config.make)).keys()
-    row = {name: value if value is None else value[:, : GRID.volume] for name, value in ROW.items()}
+    layout = PackedRows(segments=jnp.ones((1, GRID.volume), jnp.int32), positions=POSITIONS[None], count=1)
 
     @jax.jit
     def sampled(params):
         def branch(label):
-            denoise = make_denoise_fn(
-                nnx.merge(get_graph_def(config.make), params),
-                **row,
-                count=1,
-                given=Given(labels=jnp.asarray([[label]])),
-            )
+            conditioning = Conditioning(ClassIds(jnp.asarray([[label]])))
+            denoise = make_denoise_fn(nnx.merge(get_graph_def(config.make), params), layout, conditioning)
             return lambda noisy, time, state: denoise(noisy, jnp.full(noisy.shape[:2], time), state)
 
         process = RectifiedFlow()

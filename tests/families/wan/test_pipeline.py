@@ -13,7 +13,7 @@ import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import UniPc, UniPcFlowSchedule
-from dit_video.families.wan.transformer import get_wan_modules
+from dit_video.families.wan.pipeline import DENOISER
 from dit_video.nn import merge_lora
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.weights import load, load_lora, save, save_lora
@@ -170,7 +170,7 @@ def test_adapters_are_stacked_and_written(one, tmp_path):
     before = sample_latents(one)
     assert np.abs(sample_latents(stacked) - before).max() > 1e-3
     assert stacked._denoiser.tokenizer is one._denoiser.tokenizer
-    params, modules = one.denoiser_params["dit"], get_wan_modules(DIT)
+    params, modules = one.denoiser_params["dit"], DENOISER.get_lora_modules(DIT)
     for name, weight in (("a", 0.5), ("b", 2.0)):
         adapter = load_lora(tmp_path / f"{name}.safetensors", params, modules)
         params = merge_lora(params, adapter, weight)
@@ -187,7 +187,7 @@ def test_adapters_are_stacked_and_written(one, tmp_path):
     ],
 )
 def test_adapters_are_written_with_the_values_that_were_read(one, tmp_path, first, style, name):
-    modules = get_wan_modules(DIT, primary_layout=first)
+    modules = DENOISER.get_lora_modules(DIT, primary_layout=first)
     lora_file(tmp_path / "a.safetensors", style, [name.split(".", 1)[1].rsplit(".", 2)[0]])
     adapter = load_lora(tmp_path / "a.safetensors", one.denoiser_params["dit"], modules)
     save_lora(tmp_path / "b.safetensors", adapter, modules, style=style)

@@ -19,7 +19,7 @@ from dit_video.tokens import Grid, rotate
 from support.random_params import make_random_params
 
 CONFIG = WanDitConfig(channels=4, context_width=6, width=16, mlp_dim=24, layers=3, heads=2, time_width=8)
-IMAGES = dataclasses.replace(CONFIG, given_channels=5, image_width=7)
+IMAGES = dataclasses.replace(CONFIG, cond_channels=5, image_width=7)
 FIRST_AND_LAST = dataclasses.replace(IMAGES, image_positions=4)
 FILE = "diffusion_pytorch_model.safetensors"
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.backbones.dit import Given
+from dit_video.conditioning import Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.core.trees import flatten
 from dit_video.families import load_denoiser, save_denoiser
 from dit_video.families.wan.transformer import make_wan_tensor_map
 from dit_video.nn import get_graph_def
-from dit_video.tokens import Grid, compute_positions, patchify
+from dit_video.tokens import Grid, PackedRows, compute_positions, patchify
 
 pytestmark = pytest.mark.parity
 
@@ -117,24 +117,18 @@ def packed(clips, config):
 
 def ours_on(config, params, row, clips):
     """Return our prediction for a row, and the gradient of its weighted sum."""
-    conditioning = Given(
-        token_time=row["token_time"] if config.time == "token" else None,
-        latents=row["latents"] if config.given_channels else None,
-        image=row["image"] if config.image_width is not None else None,
-        image_segments=row["image segments"] if config.image_width is not None else None,
-    )
+    conditioning = Conditioning(TextTokens(row["context"], row["context segments"]))
+    if config.cond_channels:
+        conditioning = conditioning.add(ConditioningLatents(row["latents"]))
+    if config.image_width is not None:
+        conditioning = conditioning.add(ImageTokens(row["image"], row["image segments"]))
+    segment_time = jnp.asarray([[clip.time for clip in clips] + [0.5]])
+    time = row["token_time"] if config.time == "token" else segment_time
+    layout = PackedRows(segments=row["noisy segments"], positions=row["positions"], count=segment_time.shape[1])
     graph = get_graph_def(config.make)
 
     def loss(params):
-        prediction = nnx.merge(graph, params)(
-            row["noisy"],
-            jnp.asarray([[clip.time for clip in clips] + [0.5]]),
-            segments=row["noisy segments"],
-            positions=row["positions"],
-            context=row["context"],
-            context_segments=row["context segments"],
-            given=conditioning,
-        )
+        prediction, _ = nnx.merge(graph, params)(row["noisy"], time, layout, conditioning)
         return (prediction * row["weights"]).sum(), prediction
 
     gradient, prediction = jax.jit(jax.grad(loss, has_aux=True))(params)

@@ -14,7 +14,7 @@ from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
 from dit_video.nn import get_graph_def, init_params
 from dit_video.text import FrozenTextConfig
-from dit_video.tokens import Grid, PackedBatch, pack, sample_packed_noise
+from dit_video.tokens import Grid, PackedBatch, pack
 from dit_video.training.losses.denoiser import time_quantile
 from dit_video.training.step import accumulate_gradients
 from support.denoiser_loss import LOSS, PARAMS, SHAPE, TOKENIZE, A, B, C, make_batch, make_example
@@ -166,7 +166,7 @@ def test_captions_are_dropped_independently_with_their_probability():
 def get_noise(rows: PackedBatch, step: int = 0):
     """Return the noise of each example."""
     keys = rng.example_keys(rng.key(3, "noise"), step, rows.examples)
-    noise = np.asarray(jax.jit(sample_packed_noise)(rows, keys))
+    noise = np.asarray(jax.jit(lambda rows, keys: rows.layout.sample_noise(keys, rows.tokens.shape[-1]))(rows, keys))
     return {
         int(rows.examples[row, index]): noise[row][rows.segments[row] == index + 1]
         for row, index in zip(*np.nonzero(rows.valid), strict=True)

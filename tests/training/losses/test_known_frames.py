@@ -12,7 +12,7 @@ from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import FlowMatching
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, sample_packed_noise
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.random_params import make_random_params
 
@@ -20,7 +20,7 @@ TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=20, text=56, segments=3)
 TOLD = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
-BESIDE = dataclasses.replace(TOLD, time="segment", given_channels=3)
+BESIDE = dataclasses.replace(TOLD, time="segment", cond_channels=3)
 PARAMS = {"dit": {}, "text": make_random_params(TEXT.make)}
 
 
@@ -66,7 +66,8 @@ STEP = jnp.zeros((), jnp.int32)
 
 def draw_noise_and_times(loss, step=STEP):
     """Return noise and time of the tokens of the clip, and of the image."""
-    noise = np.asarray(sample_packed_noise(ROWS, example_keys(key(loss.seed, "noise"), step, ROWS.examples)))[0]
+    keys = example_keys(key(loss.seed, "noise"), step, ROWS.examples)
+    noise = np.asarray(ROWS.layout.sample_noise(keys, ROWS.tokens.shape[-1]))[0]
     times = np.asarray(loss.draw_times(ROWS, step))[0]
     return (noise[:6], times[0]), (noise[6:9], times[1])
 

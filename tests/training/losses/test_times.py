@@ -15,7 +15,7 @@ from dit_video.diffusion import ClipSize, FlowMatching, LinearShift, RectifiedFl
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
-from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes, sample_packed_noise
+from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes
 from support.random_params import make_random_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
@@ -90,7 +90,8 @@ def test_the_times_of_frames_are_those_of_the_objective():
 
 def test_the_loss_is_of_every_frame_at_its_own_time():
     loss = make_loss(known=KnownFrames(chance=1.0))
-    noise = np.asarray(sample_packed_noise(ROWS, example_keys(key(3, "noise"), STEP, ROWS.examples)))[0]
+    keys = example_keys(key(3, "noise"), STEP, ROWS.examples)
+    noise = np.asarray(ROWS.layout.sample_noise(keys, ROWS.tokens.shape[-1]))[0]
     time = token_times(loss, ROWS)[0, :, None]
     data = np.asarray(ROWS.tokens)[0]
     error = np.square((1 - time) * data + time * noise - (noise - data))

@@ -1,25 +1,22 @@
-"""Fine-tuning of open weights on clips: the experiment for a folder of Wan."""
+"""Fine-tuning of open weights on clips: the experiment for a pipeline's folder."""
 
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dit_video.autoencoders import CausalVaeConfig, latent_grid
-from dit_video.backbones.wan import WanDitConfig
+from dit_video.autoencoders import latent_grid
+from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import KnownFrames
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import FlowMatching, LogitNormal
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, ExpertConfig, PretrainedAutoencoder
-from dit_video.families import read_autoencoder_config, read_denoiser_config
-from dit_video.families.wan.pipeline import read_index
+from dit_video.families import PipelineParts, list_families
 from dit_video.generation import Sampling
 from dit_video.nn import LoraConfig, Remat
-from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
-from dit_video.weights import load_scheduler, read_text_encoder_config
 
 _LEARNING_RATES = {"lora": 1e-4, "full": 1e-5, "temporal": 1e-5, "scratch": 1e-4}
 _MAX_CLIPS_PER_ROW = 4
@@ -48,11 +45,11 @@ class FineTuningOptions:
     """Learning rate; by default 1e-4 for adapters and from scratch, 1e-5 for pretrained weights."""
     warmup: int = 50
     max_pixels: int | None = None
-    """Largest number of pixels of a frame; by default 480x832, for TI2V-5B 704x1280."""
+    """Largest number of pixels of a frame; by default the family's (Wan: 480x832, TI2V-5B 704x1280)."""
     max_frames: int | None = None
-    """Largest number of frames; by default 81, for TI2V-5B 121."""
+    """Largest number of frames; by default the family's (Wan: 81, TI2V-5B 121)."""
     fps: float | None = None
-    """Frame rate of the clips; by default 16, for TI2V-5B 24."""
+    """Frame rate of the clips; by default the family's (Wan: 16, TI2V-5B 24)."""
     clips_per_video: int = 1
     """Number of temporal crops of `max_frames` that are used of a longer clip, spread over its length."""
     first_frame_prob: float | None = None
@@ -81,7 +78,7 @@ class FineTuningOptions:
 def make_finetuning_experiment(
     folder: str | os.PathLike, options: FineTuningOptions = FineTuningOptions()
 ) -> Experiment:
-    """Return the experiment that fine-tunes the transformer of a Wan folder; no weights are read yet.
+    """Return the experiment that fine-tunes the denoiser of a pipeline's folder; no weights are read yet.
 
     The autoencoder and the text encoder are used unchanged. Prediction, shift, solver and sampling times are those of
     the folder's scheduler.
@@ -96,35 +93,22 @@ def make_finetuning_experiment(
         it.
     """
     folder = Path(folder)
-    start, expert = _select_weights(folder, options)
-    transformer = read_denoiser_config(folder / "transformer")
-    if not isinstance(transformer, WanDitConfig):
-        raise UserError(f"{folder / 'transformer'} holds no Wan; use a folder of Wan, the only model supported here")
-    dit = replace(transformer, dtype=options.dtype, remat=options.remat)
-    autoencoder = read_autoencoder_config(folder / "vae")
-    assert isinstance(autoencoder, CausalVaeConfig)
-    schedule = load_scheduler(folder / "scheduler")
-    data = _make_data(options, dit)
-    encoder = folder / "text_encoder"
-    text = FrozenTextConfig(
-        folder=os.fspath(encoder),
-        width=read_text_encoder_config(encoder).width,
-        max_tokens=dit.text_length,
-        dtype=options.dtype,
-        cleaned=True,
-    )
+    parts = _read_parts(folder)
+    start, expert = _select_weights(folder, parts.boundary, options)
+    dit = parts.denoiser.replace(dtype=options.dtype, remat=options.remat)
+    schedule, data, text = parts.schedule, _make_data(options, parts), replace(parts.text, dtype=options.dtype)
     selection: dict[str, Any] = {"lora": options.lora} if options.train == "lora" else {"train_mode": options.train}
     learning_rate = _LEARNING_RATES[options.train] if options.learning_rate is None else options.learning_rate
     return Experiment(
         name=folder.resolve().name,
         seed=options.seed,
         data=data,
-        autoencoder=PretrainedAutoencoder(model=autoencoder, folder=os.fspath(folder / "vae")),
+        autoencoder=PretrainedAutoencoder(model=parts.autoencoder, folder=os.fspath(folder / "vae")),
         denoiser=DenoiserTraining(
             dit=dit,
             text=text,
             rows=PackedShape(
-                tokens=_count_max_tokens(data, autoencoder, dit), text=2 * dit.text_length, segments=_MAX_CLIPS_PER_ROW
+                tokens=_count_max_tokens(data, parts), text=2 * text.max_tokens, segments=_MAX_CLIPS_PER_ROW
             ),
             batch=options.batch,
             optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=min(options.warmup, options.steps - 1)),
@@ -132,7 +116,7 @@ def make_finetuning_experiment(
             objective=FlowMatching(process=schedule.process, prediction=schedule.prediction, times=LogitNormal()),
             ema_decay=0.99,
             known=_make_known_frames(options, dit),
-            image_encoder=None if dit.image_width is None else os.fspath(folder / "image_encoder"),
+            image_encoder=parts.image_encoder,
             init_from=os.fspath(start),
             expert=expert,
             **selection,
@@ -149,9 +133,17 @@ def make_finetuning_experiment(
     )
 
 
-def _select_weights(folder: Path, options: FineTuningOptions) -> tuple[Path, ExpertConfig | None]:
+def _read_parts(folder: Path) -> PipelineParts:
+    for family in list_families():
+        if family.is_pipeline(folder):
+            return family.read_parts(folder)
+    raise MissingError(f"{folder} holds no pipeline of a known family; name a folder with a model_index.json")
+
+
+def _select_weights(
+    folder: Path, boundary: float | None, options: FineTuningOptions
+) -> tuple[Path, ExpertConfig | None]:
     """Return the folder of the weights that are trained, and the expert of two that they are."""
-    boundary = read_index(folder).get("boundary_ratio")
     if boundary is None:
         if options.expert is not None:
             raise UserError(f"expert={options.expert} is invalid: {folder} has one transformer; leave out expert")
@@ -164,8 +156,8 @@ def _select_weights(folder: Path, options: FineTuningOptions) -> tuple[Path, Exp
     return start, ExpertConfig(expert=options.expert, boundary=boundary, other_folder=os.fspath(other))
 
 
-def _make_data(options: FineTuningOptions, dit: WanDitConfig) -> DataConfig:
-    size, fps = (Grid(121, 704, 1280), 24.0) if dit.time == "token" else (Grid(81, 480, 832), 16.0)
+def _make_data(options: FineTuningOptions, parts: PipelineParts) -> DataConfig:
+    size, fps = parts.size, parts.fps
     return DataConfig(
         max_pixels=size.h * size.w if options.max_pixels is None else options.max_pixels,
         max_frames=size.t if options.max_frames is None else options.max_frames,
@@ -175,18 +167,18 @@ def _make_data(options: FineTuningOptions, dit: WanDitConfig) -> DataConfig:
     )
 
 
-def _count_max_tokens(data: DataConfig, autoencoder: CausalVaeConfig, dit: WanDitConfig) -> int:
+def _count_max_tokens(data: DataConfig, parts: PipelineParts) -> int:
     """Return the number of tokens of the largest clip."""
-    stride, patch = autoencoder.stride, dit.patch
+    stride, patch = parts.autoencoder.stride, parts.denoiser.patch
     side = Grid(1, stride.h * patch.h, stride.w * patch.w)
     return latent_grid(side._replace(t=data.max_frames), stride).t * (data.max_pixels // side.volume)
 
 
-def _make_known_frames(options: FineTuningOptions, dit: WanDitConfig) -> KnownFrames | None:
+def _make_known_frames(options: FineTuningOptions, dit: BackboneConfig) -> KnownFrames | None:
     chance = options.first_frame_prob
     if dit.time == "token":
         return KnownFrames() if chance is None else KnownFrames(chance=chance)
-    if dit.given_channels:
+    if dit.cond_channels:
         return KnownFrames(chance=1.0 if chance is None else chance, rest="grey")
     if chance is not None:
         raise UserError("first_frame_prob is invalid: this model has no input for a first frame; leave it out")

@@ -1,14 +1,13 @@
 """Checks of the frame conditioning that a denoiser is trained with."""
 
 from dit_video.autoencoders import AutoencoderConfig
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.wan import WanDitConfig
+from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import KnownFrames
 from dit_video.core.errors import UserError
 
 
-def check_given_frames(
-    dit: DitConfig | WanDitConfig,
+def check_frame_conditioning(
+    dit: BackboneConfig,
     autoencoder: AutoencoderConfig,
     known: KnownFrames | None,
     image_encoder: str | None,
@@ -27,34 +26,33 @@ def check_given_frames(
     Raises:
       UserError: it does not.
     """
-    attends = isinstance(dit, WanDitConfig) and dit.image_width is not None
-    given = dit.given_channels
-    if given and known is None:
+    attends, channels = dit.image_width is not None, dit.cond_channels
+    if channels and known is None:
         raise UserError("the denoiser reads conditioning latents, but known=None; set known=KnownFrames()")
-    if given and given <= dit.channels:
-        raise UserError(f"given_channels={given} is invalid: a mask needs channels. Use at least {dit.channels + 1}")
-    if known is not None and not given and dit.time != "token" and not attends:
-        raise UserError("known is invalid: the denoiser needs given_channels or time='token'; set one, or leave it out")
+    if channels and channels <= dit.channels:
+        raise UserError(f"cond_channels={channels} is invalid: a mask needs channels. Use at least {dit.channels + 1}")
+    if known is not None and not channels and dit.time != "token" and not attends:
+        raise UserError("known is invalid: the denoiser needs cond_channels or time='token'; set one, or leave it out")
     if known is not None and known.rest == "grey":
         _check_grey(dit, autoencoder, cached=cached)
-    if isinstance(dit, WanDitConfig) and dit.image_width is not None:
+    if attends:
         _check_image(dit, known, image_encoder, cached=cached)
     elif image_encoder is not None:
         raise UserError("image_encoder is invalid: the denoiser attends to no image tokens; leave out image_encoder")
 
 
-def _check_grey(dit: DitConfig | WanDitConfig, autoencoder: AutoencoderConfig, *, cached: bool) -> None:
+def _check_grey(dit: BackboneConfig, autoencoder: AutoencoderConfig, *, cached: bool) -> None:
     required = autoencoder.stride.t + autoencoder.channels
-    if dit.given_channels != required:
+    if dit.cond_channels != required:
         raise UserError(
-            f"given_channels={dit.given_channels} is invalid: with rest='grey' it must be {required}, a mask of "
+            f"cond_channels={dit.cond_channels} is invalid: with rest='grey' it must be {required}, a mask of "
             f"{autoencoder.stride.t} and the latents' {autoencoder.channels}; use rest='zero'"
         )
     if not cached:
         raise UserError("rest='grey' needs cached latents; set data cache_latents=True")
 
 
-def _check_image(dit: WanDitConfig, known: KnownFrames | None, image_encoder: str | None, *, cached: bool) -> None:
+def _check_image(dit: BackboneConfig, known: KnownFrames | None, image_encoder: str | None, *, cached: bool) -> None:
     if known is None:
         raise UserError("the denoiser attends to a first frame, but known=None; set known=KnownFrames(chance=1.0)")
     if image_encoder is None:

@@ -35,7 +35,7 @@ from dit_video.experiment.initialization import (
 from dit_video.experiment.run import Run
 from dit_video.families import load_denoiser
 from dit_video.nn import LoraConfig
-from dit_video.recipes.finetune_wan import FineTuningOptions, make_finetuning_experiment
+from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.tokens import Grid
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
 from support.random_params import make_random_params

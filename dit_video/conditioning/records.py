@@ -1,0 +1,99 @@
+"""Conditioning of a denoiser: all its inputs other than noisy tokens and time, one record per kind."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from dit_video.core.errors import UserError
+
+RecordT = TypeVar("RecordT")
+
+
+class TextTokens(NamedTuple):
+    """Context tokens of texts, packed like the clips."""
+
+    values: Float[Array, "B S E"]
+    segments: Int[Array, "B S"]
+    """Segment id of each token; 0 is padding."""
+
+
+class ImageTokens(NamedTuple):
+    """Tokens of an image encoder, packed like the clips."""
+
+    values: Float[Array, "B I F"]
+    segments: Int[Array, "B I"]
+    """Segment id of each token; 0 is padding."""
+
+
+class ClassIds(NamedTuple):
+    """Class of each clip; the number of classes stands for no class."""
+
+    values: Int[Array, "B G"]
+
+
+class ConditioningLatents(NamedTuple):
+    """Clean latents and their mask, at the tokens of the clips."""
+
+    values: Float[Array, "B N g"]
+    """Mask channels and latents, patchified like the noisy latents: see `make_cond_latents`."""
+
+
+@jax.tree_util.register_pytree_node_class
+class Conditioning:
+    """The conditioning of a batch: a set of records, at most one of each kind. A kind is the record's class.
+
+    Raises:
+      UserError: two records of one kind.
+    """
+
+    def __init__(self, *records: Any):
+        self._records: dict[type, Any] = {type(record): record for record in records}
+        if len(self._records) < len(records):
+            kinds = ", ".join(type(record).__name__ for record in records)
+            raise UserError(f"conditioning has two records of one kind: {kinds}; give one of each")
+
+    @property
+    def kinds(self) -> frozenset[type]:
+        """Return the kinds of its records."""
+        return frozenset(self._records)
+
+    def get(self, kind: type[RecordT]) -> RecordT | None:
+        """Return the record of a kind; None if there is none."""
+        return self._records.get(kind)
+
+    def __getitem__(self, kind: type[RecordT]) -> RecordT:
+        """Return the record of a kind.
+
+        Raises:
+          KeyError: there is none.
+        """
+        return self._records[kind]
+
+    def add(self, *records: Any) -> "Conditioning":
+        """Return the conditioning with further records, which take the place of those of the same kinds."""
+        return Conditioning(*(self._records | {type(record): record for record in records}).values())
+
+    def check(self, required: Iterable[type]) -> None:
+        """Check that there is a record of each of the required kinds, and no other.
+
+        Raises:
+          UserError: one is missing, or there is another one.
+        """
+        required = frozenset(required)
+        for kind in sorted(required ^ self.kinds, key=lambda kind: kind.__name__):
+            verb = "needs" if kind in required else "does not take"
+            raise UserError(f"this denoiser {verb} {kind.__name__} according to its config; give the inputs it names")
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[type, ...]]:
+        """Return the records, and their kinds: the structure of this pytree."""
+        kinds = tuple(sorted(self._records, key=lambda kind: (kind.__module__, kind.__qualname__)))
+        return tuple(self._records[kind] for kind in kinds), kinds
+
+    @classmethod
+    def tree_unflatten(cls, kinds: tuple[type, ...], records: tuple[Any, ...]) -> "Conditioning":
+        """Return the conditioning of these records, which may be placeholders of JAX."""
+        conditioning = cls()
+        conditioning._records = dict(zip(kinds, records, strict=True))
+        return conditioning

@@ -1,0 +1,71 @@
+"""Values of segments and of their tokens, in packed rows."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from dit_video.core.typing import AnyArray
+
+
+def expand_to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray, "B N"]) -> Shaped[Array, "B N *rest"]:
+    """Return every token's value from one value per segment; padding gets the first segment's."""
+    indices = jnp.maximum(segments - 1, 0)
+    is_differentiable = jnp.issubdtype(values.dtype, jnp.inexact)
+    return (_gather_differentiable if is_differentiable else _gather)(values, indices)
+
+
+_MAX_SELECTED_SEGMENTS = 8
+"""Segments per row up to which accelerators select among the values instead of gathering them. Selection is fused into
+the operation that reads the values, whereas the result of a gather is written to memory first."""
+
+
+def _gather(values: Shaped[Array, "B G *rest"], indices: Int[Array, "B N"]) -> Shaped[Array, "B N *rest"]:
+    count, shape = values.shape[1], (*indices.shape, *values.shape[2:])
+    if count == 1:
+        return jnp.broadcast_to(values, shape)
+    if count > _MAX_SELECTED_SEGMENTS or jax.default_backend() == "cpu":
+        return jax.vmap(lambda row, index: row[index])(values, indices)
+    indices = indices.reshape(*indices.shape, *(1,) * (values.ndim - 2))
+    gathered = jnp.broadcast_to(values[:, :1], shape)
+    for segment in range(1, count):
+        gathered = jnp.where(indices == segment, values[:, segment : segment + 1], gathered)
+    return gathered
+
+
+_gather_differentiable = jax.custom_jvp(_gather)
+
+
+@_gather_differentiable.defjvp
+def _gather_jvp(primals, tangents):
+    # A product with a one-hot matrix, whose transpose is a product too: that of a gather is a scatter, which adds the
+    # tokens' gradients one by one.
+    values, indices = primals
+    one_hot = jax.nn.one_hot(indices, values.shape[1], dtype=values.dtype)
+    tangent = jnp.einsum("bng,bg...->bn...", one_hot, tangents[0], precision=jax.lax.Precision.HIGHEST)
+    return _gather_differentiable(values, indices), tangent
+
+
+def segment_mean(
+    values: Float[Array, "B N *rest"], segments: Int[AnyArray, "B N"], *, count: int
+) -> Float[Array, "B {count} *rest"]:
+    """Return the mean over each segment's tokens; zero for a segment without any."""
+    member = (segments[..., None] == jnp.arange(1, count + 1)).astype(values.dtype)  # B N G
+    total = jnp.einsum("bn...,bng->bg...", values, member)
+    number = jnp.maximum(member.sum(axis=1), 1)
+    return total / number.reshape(number.shape + (1,) * (values.ndim - 2))
+
+
+def segment_max(
+    values: Float[Array, "B N"], segments: Int[AnyArray, "B N"], *, count: int
+) -> Float[Array, "B {count}"]:
+    """Return the largest value in each segment, without rounding; zero for a segment without tokens."""
+    member = segments[..., None] == jnp.arange(1, count + 1)
+    largest = jnp.where(member, values[..., None], -jnp.inf).max(axis=1)
+    return jnp.where(member.any(axis=1), largest, 0.0)
+
+
+def compute_segment_offsets(segments: Int[AnyArray, "B N"]) -> Int[Array, "B N"]:
+    """Return the index of every token within its segment, or within its run of padding."""
+    index = jnp.arange(segments.shape[1])[None]
+    starts = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1) != segments
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
