@@ -1,18 +1,16 @@
 """Model surgery: extensions of trained denoisers that leave the predictions unchanged until they are trained."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxtyping import Array
 
 from dit_video.backbones.dit.config import DitConfig, TemporalLayers
-from dit_video.backbones.protocol import BackboneConfig
+from dit_video.backbones.protocol import ConfigT
 from dit_video.core.errors import UserError
 from dit_video.core.trees import unflatten
 from dit_video.nn import check_params, complete_params
 from dit_video.nn.attention import Full, SpaceOnly
-
-ConfigT = TypeVar("ConfigT", bound=BackboneConfig)
 
 
 def add_temporal_layers(

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +15,7 @@ from dit_video.nn import Attention, Backend, Remat
 from dit_video.nn.attention import Full, Pattern, PatternChoice
 from dit_video.tokens import Grid, PackedRows
 
+ConfigT = TypeVar("ConfigT", bound="BackboneConfig")
 ClipTokens = int | Grid
 """Size of a clip in tokens: their number, or their grid, which attention patterns other than `Full` need."""
 
@@ -122,7 +123,7 @@ class BackboneConfig(abc.ABC):
     def layer_params(self) -> float:
         """Return the weights of attention and MLP in a layer that act on each video token, in units of width²."""
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: ConfigT, **changes: Any) -> ConfigT:
         """Return the config with other values of some fields."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 

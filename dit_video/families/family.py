@@ -4,12 +4,12 @@ import abc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple
 
 import numpy as np
 
 from dit_video.autoencoders import AutoencoderConfig
-from dit_video.backbones.protocol import BackboneConfig
+from dit_video.backbones.protocol import BackboneConfig, ConfigT
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.nn import get_param_shapes
@@ -23,7 +23,6 @@ from dit_video.weights.parameter import Placement, place_on_host
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES, make_dtype_fn
 
-ConfigT = TypeVar("ConfigT", bound=BackboneConfig)
 FileLayout = Literal["diffusers", "authors"]
 """Layout of a denoiser's files: that of diffusers, or of the model's authors."""
 Dtype = Literal["float32", "bfloat16"]
