@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from dit_video.backbones.protocol import Backbone
+from dit_video.backbones.protocol import AttentionBackbone
 from dit_video.conditioning import Conditioning
 from dit_video.core.errors import UserError
 from dit_video.nn.attention import Pattern, RecordedAttention
@@ -15,7 +15,7 @@ from dit_video.tokens import PackedRows
 
 
 def compute_attention_maps(
-    backbone: Backbone,
+    backbone: AttentionBackbone,
     noisy: Float[Array, "B N p"],
     time: Float[Array, "B _"],
     layout: PackedRows,
@@ -30,7 +30,7 @@ def compute_attention_maps(
 
     Args:
       backbone: denoiser to inspect.
-      noisy, time, layout, conditioning: its inputs; see `Backbone`.
+      noisy, time, layout, conditioning: its inputs; see `AttentionBackbone`.
       queries: indices in the row of the Q tokens whose weights are returned.
 
     Raises:

@@ -15,7 +15,6 @@ from dit_video.nn import Attention, Backend, Remat
 from dit_video.nn.attention import Full, Pattern, PatternChoice
 from dit_video.tokens import Grid, PackedRows
 
-ConfigT = TypeVar("ConfigT", bound="BackboneConfig")
 ClipTokens = int | Grid
 """Size of a clip in tokens: their number, or their grid, which attention patterns other than `Full` need."""
 
@@ -25,8 +24,6 @@ class Backbone(Protocol):
     """A denoiser's network."""
 
     config: "BackboneConfig"
-    attention: Callable[[Pattern], Attention]
-    """Factory of the self-attention functions, by pattern."""
 
     def __call__(
         self,
@@ -53,6 +50,14 @@ class Backbone(Protocol):
           UserError: a record is missing, or one that the model does not use is present.
         """
         ...
+
+
+@runtime_checkable
+class AttentionBackbone(Backbone, Protocol):
+    """A backbone whose self-attention can be replaced: computed over devices, or recorded."""
+
+    attention: Callable[[Pattern], Attention]
+    """Factory of the self-attention functions, by pattern."""
 
 
 class BackboneConfig(abc.ABC):
@@ -123,7 +128,7 @@ class BackboneConfig(abc.ABC):
     def layer_params(self) -> float:
         """Return the weights of attention and MLP in a layer that act on each video token, in units of width²."""
 
-    def replace(self: ConfigT, **changes: Any) -> ConfigT:
+    def replace(self: "ConfigT", **changes: Any) -> "ConfigT":
         """Return the config with other values of some fields."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
@@ -172,6 +177,9 @@ class BackboneConfig(abc.ABC):
     def cond_width(self) -> int:
         """Return the number of values of the conditioning latents and masks of one token (g)."""
         return self.patch.volume * self.cond_channels
+
+
+ConfigT = TypeVar("ConfigT", bound=BackboneConfig)
 
 
 def count_self_pairs(config: BackboneConfig, clip: ClipTokens, global_tokens: int) -> float:

@@ -12,9 +12,8 @@ from jaxtyping import Float32, Int32
 
 from dit_video.core.errors import UserError
 from dit_video.data.latents.cache import LatentSource
+from dit_video.text import CaptionTokens
 
-CaptionTokens = Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
-"""The tokens of one caption, without padding: ids, or embeddings."""
 Tokenize = Callable[[str], Int32[np.ndarray, " s"]]
 EmbedMany = Callable[[Sequence[str]], list[Float32[np.ndarray, "s E"]]]
 _EMBED_BATCH = 64

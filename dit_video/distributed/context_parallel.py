@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dit_video.backbones.protocol import Backbone
+from dit_video.backbones.protocol import AttentionBackbone
 from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import RingAttention
@@ -75,7 +75,7 @@ def shard_model(make: ModuleFactory, mesh: AnyMesh, context_attention: ContextAt
 
 
 def _is_backbone(model: Any) -> bool:
-    return isinstance(model, Backbone)
+    return isinstance(model, AttentionBackbone)
 
 
 def check_ring(backend: str) -> None:

@@ -29,8 +29,8 @@ from dit_video.core.files import read_document, write_json
 from dit_video.core.storage import StoragePathLike
 from dit_video.data.clips import ClipSource
 from dit_video.experiment import Experiment, datasets
-from dit_video.pipelines.pipeline import CONFIG as PIPELINE_CONFIG
-from dit_video.pipelines.pipeline import RUN_CONFIG as CONFIG
+from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
+from dit_video.pipelines.folder import RUN_CONFIG as CONFIG
 
 FORMAT = 1
 AnyRun = TypeVar("AnyRun", bound="RunFolder")

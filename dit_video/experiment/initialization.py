@@ -25,7 +25,8 @@ from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experime
 from dit_video.families import find_format, load_autoencoder, load_denoiser, read_denoiser_config
 from dit_video.features import Lpips
 from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, init_params, merge_lora
-from dit_video.pipelines.pipeline import is_pipeline_folder, load_pipeline
+from dit_video.pipelines.folder import is_pipeline_folder
+from dit_video.pipelines.pipeline import load_pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.training.losses.adversarial import DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss

@@ -46,8 +46,9 @@ from dit_video.experiment.initialization import (
 )
 from dit_video.experiment.trainers import AutoencoderStage
 from dit_video.families import get_lora_modules
-from dit_video.pipelines.pipeline import CONFIG as PIPELINE_CONFIG
-from dit_video.pipelines.pipeline import Pipeline, PipelineConfig, read_pipeline_config, write_pipeline_config
+from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
+from dit_video.pipelines.folder import read_pipeline_config, write_pipeline_config
+from dit_video.pipelines.pipeline import Pipeline, PipelineConfig
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.logging import Progress, print_on_first_process

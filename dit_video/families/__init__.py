@@ -9,12 +9,13 @@ from dit_video.families.denoisers import (
     save_denoiser,
 )
 from dit_video.families.family import DenoiserFormat, Family, PipelineParts
-from dit_video.families.registry import list_families, register_family
+from dit_video.families.registry import find_family, list_families, register_family
 
 __all__ = [
     "DenoiserFormat",
     "Family",
     "PipelineParts",
+    "find_family",
     "find_format",
     "get_lora_modules",
     "list_families",

@@ -11,7 +11,7 @@ import numpy as np
 from dit_video.autoencoders import AutoencoderConfig
 from dit_video.backbones.protocol import BackboneConfig, ConfigT
 from dit_video.core.errors import UserError
-from dit_video.core.files import write_json
+from dit_video.core.files import read_json, write_json
 from dit_video.nn import get_param_shapes
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import FrozenTextConfig
@@ -28,6 +28,14 @@ FileLayout = Literal["diffusers", "authors"]
 Dtype = Literal["float32", "bfloat16"]
 INDEX = "model_index.json"
 """File of a pipeline's folder that names its class and its parts."""
+
+
+def read_pipeline_class(folder: Path) -> str | None:
+    """Return the class that a pipeline's `model_index.json` names; None without that file, "None" without a class."""
+    if not (folder / INDEX).is_file():
+        return None
+    index = read_json(folder / INDEX)
+    return str(index.get("_class_name") if isinstance(index, dict) else None)
 
 
 class DenoiserFormat(abc.ABC, Generic[ConfigT]):
@@ -197,9 +205,12 @@ class Family(abc.ABC):
     parts: ClassVar[tuple[str, ...]]
     """Subfolders of a pipeline that are read, and downloaded from the hub."""
 
-    @abc.abstractmethod
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    """Classes of its pipelines in `model_index.json`."""
+
     def is_pipeline(self, folder: Path) -> bool:
         """Return True for the folder of a pipeline of this family."""
+        return read_pipeline_class(folder) in self.pipeline_classes
 
     @abc.abstractmethod
     def load_pipeline(

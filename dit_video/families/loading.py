@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.files import read_json
 from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import INDEX, Dtype
-from dit_video.families.registry import list_families
-from dit_video.pipelines.pipeline import CONFIG, RUN_CONFIG, Pipeline, is_pipeline_folder, load_pipeline
+from dit_video.families.registry import find_family, list_families
+from dit_video.pipelines.folder import CONFIG, RUN_CONFIG, is_pipeline_folder
+from dit_video.pipelines.pipeline import Pipeline, load_pipeline
 from dit_video.weights.parameter import Placement
 
 _HUB_ENDINGS = ("json", "safetensors", "model")
@@ -50,13 +50,8 @@ def load(
         folder = _download(str(path))
     if not folder.is_dir():
         raise MissingError(f"no such run: {folder}")
-    for family in list_families():
-        if family.is_pipeline(folder):
-            return family.load_pipeline(folder, text_encoder=text_encoder, dtype=dtype or "float32", place=place)
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        kind, names = index.get("_class_name") if isinstance(index, dict) else None, (f.name for f in list_families())
-        raise UserError(f"{folder} holds a pipeline of class {kind}; use one of a known family: {', '.join(names)}")
+    if (family := find_family(folder)) is not None:
+        return family.load_pipeline(folder, text_encoder=text_encoder, dtype=dtype or "float32", place=place)
     if dtype is not None or place is not None:
         raise UserError(f"dtype and place are for open weights; {folder} has no {INDEX}, leave them out")
     if ema is not None or sigma_rel is not None:

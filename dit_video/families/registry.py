@@ -1,8 +1,11 @@
 """The open model families that are known here."""
 
+from pathlib import Path
+
 from dit_video.core import registry
+from dit_video.core.errors import UserError
 from dit_video.families.dit.family import DitFamily
-from dit_video.families.family import Family
+from dit_video.families.family import Family, read_pipeline_class
 from dit_video.families.wan.family import WanFamily
 
 _FAMILIES: list[Family] = [WanFamily(), DitFamily()]
@@ -15,6 +18,22 @@ def register_family(family: Family) -> None:
     `dit_video`. The config of its denoisers, if it is a class of its own, is registered with `register`.
     """
     _FAMILIES[:] = [family, *(each for each in _FAMILIES if each.name != family.name)]
+
+
+def find_family(folder: Path) -> Family | None:
+    """Return the family of a pipeline's folder; None if it has no `model_index.json`, and is of no family without it.
+
+    Raises:
+      UserError: a pipeline of a class that no family has.
+    """
+    families = list_families()
+    for family in families:
+        if family.is_pipeline(folder):
+            return family
+    if (name := read_pipeline_class(folder)) is not None:
+        classes = ", ".join(each for family in families for each in family.pipeline_classes)
+        raise UserError(f"{folder} holds a pipeline of class {name}; known here: {classes}")
+    return None
 
 
 def list_families() -> tuple[Family, ...]:

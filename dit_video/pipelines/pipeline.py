@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.core.files import atomic_path, read_document, write_json
+from dit_video.core.files import atomic_path
 from dit_video.core.trees import count_values as count
 from dit_video.diffusion import Guidance, Solver
 from dit_video.diffusion import get_sampler as sampler_of
@@ -35,14 +34,13 @@ from dit_video.generation import (
 from dit_video.generation.tasks.image_to_video import ImageConditioner
 from dit_video.nn import get_graph_def, get_param_shapes, merge_lora
 from dit_video.pipelines.config import Image, PipelineConfig, Request, to_grid
+from dit_video.pipelines.folder import CONFIG, read_pipeline_config, write_pipeline_config
 from dit_video.video import Clip
 from dit_video.weights import get_native_modules, load_lora
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 from dit_video.weights.lora import LoraModule
 
-FORMAT = 1
-CONFIG, RUN_CONFIG = "pipeline.json", "experiment.json"
 _AUTOENCODER, _DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
 _DECODE_BATCH = 8
 """Number of clips that are decoded at once."""
@@ -355,32 +353,6 @@ class Pipeline:
                 for index, decoded in zip(part, self.codec.decode_many(stacked), strict=False):
                     clips[index] = Clip(frames=decoded, fps=self.config.fps, caption=requests[index].prompt)
         return [clips[index] for index in range(len(latents))]
-
-
-def is_pipeline_folder(folder: str | Path) -> bool:
-    """Return whether a folder holds the files of a pipeline. A run has the config, too, but other weights."""
-    folder = Path(folder)
-    return (folder / CONFIG).is_file() and not (folder / RUN_CONFIG).is_file()
-
-
-def write_pipeline_config(folder: str | Path, config: PipelineConfig) -> None:
-    """Write the config of a pipeline or of a run, whose weights `load` finds by it."""
-    write_json(Path(folder) / CONFIG, {"format": FORMAT, "config": config_json.to_json(config)})
-
-
-def read_pipeline_config(folder: str | Path) -> PipelineConfig:
-    """Read the config in the folder of a pipeline or of a run.
-
-    Raises:
-      MissingError: the folder holds none.
-      UserError: a config of another version, or of something else.
-    """
-    path = Path(folder) / CONFIG
-    document = read_document(path, format=FORMAT, kind="pipeline", fix="export it again")
-    config = config_json.from_json(document.get("config"))
-    if not isinstance(config, PipelineConfig):
-        raise UserError(f"{path} holds no pipeline's config; export it again")
-    return config
 
 
 def load_pipeline(

@@ -12,7 +12,8 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import FlowMatching, LogitNormal
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, ExpertConfig, PretrainedAutoencoder
-from dit_video.families import PipelineParts, list_families
+from dit_video.families import PipelineParts, find_family
+from dit_video.families.family import INDEX
 from dit_video.generation import Sampling
 from dit_video.nn import LoraConfig, Remat
 from dit_video.tokens import Grid, PackedShape
@@ -134,10 +135,9 @@ def make_finetuning_experiment(
 
 
 def _read_parts(folder: Path) -> PipelineParts:
-    for family in list_families():
-        if family.is_pipeline(folder):
-            return family.read_parts(folder)
-    raise MissingError(f"{folder} holds no pipeline of a known family; name a folder with a model_index.json")
+    if (family := find_family(folder)) is None:
+        raise MissingError(f"no such file: {folder / INDEX}")
+    return family.read_parts(folder)
 
 
 def _select_weights(

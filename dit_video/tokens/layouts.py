@@ -4,7 +4,8 @@ Only a layout knows where an example's values lie. It spreads values of examples
 example and draws noise, so that models and losses need not know how examples are placed.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from dit_video.core.typing import AnyArray
 from dit_video.tokens.segments import compute_segment_offsets, expand_to_tokens, segment_max, segment_mean
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, kw_only=True)
 class PackedRows:
     """The layout of packed rows: the segment that each token belongs to, and its place in the clip."""
@@ -23,7 +24,7 @@ class PackedRows:
     """Segment id of each token; 0 is padding."""
     positions: Float[AnyArray, "*B N 3"]
     """Positions (t, h, w) of each token."""
-    count: int = field(metadata={"static": True})
+    count: int
     """Maximum number of segments in a row (G)."""
 
     def expand(self, values: Shaped[Array, "B G *rest"]) -> Shaped[Array, "B N *rest"]:
@@ -46,3 +47,15 @@ class PackedRows:
             return jax.random.normal(jax.random.fold_in(row_keys[jnp.maximum(segment - 1, 0)], offset), (width,))
 
         return jax.vmap(jax.vmap(sample_token, in_axes=(None, 0, 0)))(keys, self.segments, offsets)
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], int]:
+        """Return the arrays, and the number of segments: the structure of this pytree."""
+        return (self.segments, self.positions), self.count
+
+    @classmethod
+    def tree_unflatten(cls, count: int, arrays: tuple[Any, Any]) -> "PackedRows":
+        """Return the layout of these arrays, which may be placeholders of JAX."""
+        layout = object.__new__(cls)
+        for name, value in zip(("segments", "positions", "count"), (*arrays, count), strict=True):
+            object.__setattr__(layout, name, value)
+        return layout

@@ -38,7 +38,7 @@ def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
     row = {
         "noisy": jax.ShapeDtypeStruct((1, tokens, config.token_width), jnp.float32),
         "time": jax.ShapeDtypeStruct((1, 1), jnp.float32),
-        "layout": PackedRows(segments=ids, positions=jax.ShapeDtypeStruct((1, tokens, 3), jnp.float32), count=1),
+        "layout": PackedRows(segments=ids, positions=jnp.zeros((1, tokens, 3)), count=1),
         "conditioning": Conditioning(
             TextTokens(
                 jax.ShapeDtypeStruct((1, text, config.context_width), jnp.float32), jnp.ones((1, text), jnp.int32)

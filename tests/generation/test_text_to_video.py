@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Heun
 from dit_video.generation import LatentRequest, Sampling, draw_initial_noise, sample_latents
 from dit_video.generation.program import make_program
-from dit_video.tokens import Grid, compute_positions, compute_token_grid, patchify, unpatchify
+from dit_video.tokens import Grid, PackedRows, compute_positions, compute_token_grid, patchify, unpatchify
 from support.tiny_denoiser import DENOISER, DIT, SAMPLING, SHAPE, SMALL, make_request
 
 MIXED = [make_request("red"), SMALL, make_request("a box", (1, 4, 6), seed=2), make_request("", (3, 2, 2), seed=3)]
@@ -33,14 +34,10 @@ def velocity(params, tokens, time, text, positions):
     """Return the velocity of one clip alone, without packing or padding."""
     segments, text_segments = jnp.ones((1, tokens.shape[0]), jnp.int32), jnp.ones((1, text.shape[0]), jnp.int32)
     context = nnx.merge(DENOISER.text, params["text"])(text[None], text_segments)
-    return nnx.merge(DENOISER.dit, params["dit"])(
-        tokens[None],
-        time.reshape(1, 1),
-        segments=segments,
-        positions=positions[None],
-        context=context.values,
-        context_segments=context.segments,
-    )[0]
+    layout = PackedRows(segments=segments, positions=positions[None], count=1)
+    conditioning = Conditioning(TextTokens(context.values, context.segments))
+    prediction, _ = nnx.merge(DENOISER.dit, params["dit"])(tokens[None], time.reshape(1, 1), layout, conditioning)
+    return prediction[0]
 
 
 def sample_by_hand(request: LatentRequest, *, interval: float = 1.0):

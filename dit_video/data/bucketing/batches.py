@@ -12,11 +12,12 @@ from jaxtyping import UInt8
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.bucketing.buckets import BatchMemory, Buckets, BucketStream
-from dit_video.data.captions import CaptionSource, CaptionTokens
+from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.loader import DenoiserBatches, LoaderConfig, PieceDecoder, encode_ahead, get_part_range
 from dit_video.data.packing.rows import Encode, get_positions, log_damaged_clip, read_caption
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, get_sampled_fps
+from dit_video.text import CaptionTokens
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_token_grid, pack, patchify
 from dit_video.video import decode
 

@@ -16,13 +16,14 @@ from jaxtyping import Float32, UInt8
 
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
-from dit_video.data.captions import CaptionSource, CaptionTokens
+from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.packing.balance import Balance
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
+from dit_video.text import CaptionTokens
 from dit_video.tokens import (
     Grid,
     PackedBatch,

@@ -16,9 +16,11 @@ class DitFamily(Family):
     name = "dit"
     denoiser = pipeline.DENOISER
     parts = pipeline.PARTS
+    pipeline_classes = (pipeline.CLASS,)
 
     def is_pipeline(self, folder: Path) -> bool:
-        return pipeline.is_class_pipeline(folder)
+        """Return True for a folder of diffusers, or of the authors' weights: a `transformer` next to a `vae`."""
+        return super().is_pipeline(folder) or pipeline.is_authors_pipeline(folder)
 
     def load_pipeline(
         self, folder: Path, *, text_encoder: str | os.PathLike | None, dtype: Dtype, place: Placement | None

@@ -107,12 +107,9 @@ def load_class_pipeline(
     return Pipeline(config, autoencoder=autoencoder_params, denoiser={"dit": params, "text": {}})
 
 
-def is_class_pipeline(folder: Path) -> bool:
-    """Return True for a class-conditional pipeline: one of diffusers, or a `transformer` next to a `vae`."""
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        return isinstance(index, dict) and index.get("_class_name") == CLASS
-    return all((folder / part).is_dir() for part in _REQUIRED_PARTS)
+def is_authors_pipeline(folder: Path) -> bool:
+    """Return True for a `transformer` next to a `vae`, without diffusers' index."""
+    return not (folder / INDEX).is_file() and all((folder / part).is_dir() for part in _REQUIRED_PARTS)
 
 
 def _find_denoiser(folder: Path) -> Path:

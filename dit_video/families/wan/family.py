@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from dit_video.core.files import read_json
-from dit_video.families.family import INDEX, Dtype, Family, PipelineParts
+from dit_video.families.family import Dtype, Family, PipelineParts
 from dit_video.families.wan import pipeline
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.weights.parameter import Placement
@@ -16,10 +15,7 @@ class WanFamily(Family):
     name = "wan"
     denoiser = pipeline.DENOISER
     parts = pipeline.PARTS
-
-    def is_pipeline(self, folder: Path) -> bool:
-        index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
-        return isinstance(index, dict) and index.get("_class_name") in pipeline.CLASSES
+    pipeline_classes = pipeline.CLASSES
 
     def load_pipeline(
         self, folder: Path, *, text_encoder: str | os.PathLike | None, dtype: Dtype, place: Placement | None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_video.backbones.dit import Dit, DitConfig
-from dit_video.conditioning import KnownFrames
+from dit_video.conditioning import ConditioningLatents, KnownFrames
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import FlowMatching
 from dit_video.nn import get_graph_def
@@ -30,10 +30,11 @@ class FakeDenoiser(Dit):
     def __init__(self, config):
         self.config = config
 
-    def __call__(self, noisy, time, *, given, **_):
-        if given.latents is None:
-            return noisy
-        return given.latents.reshape(*noisy.shape[:2], 4, 3)[..., 2]
+    def __call__(self, noisy, time, layout, conditioning, state=None):
+        latents = conditioning.get(ConditioningLatents)
+        if latents is None:
+            return noisy, state
+        return latents.values.reshape(*noisy.shape[:2], 4, 3)[..., 2], state
 
 
 def make_loss(config, **fields):

@@ -32,8 +32,8 @@ class FakeDenoiser(Dit):
     def __init__(self, config):
         self.config = config
 
-    def __call__(self, noisy, time, **_):
-        return noisy
+    def __call__(self, noisy, time, layout, conditioning, state=None):
+        return noisy, state
 
 
 def make_loss(time_per="frame", **fields):
