@@ -14,17 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("dit_video", "experiments", "tools", "tests")
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 
-_CONDITIONING = "goes when conditioning becomes records and fields of a batch"
 _STAGES = "goes when an experiment becomes a list of stages"
 _STEPS = "goes when losses, players and critics become training steps"
 _REQUESTS = "goes when requests of sampling become packed examples"
 EXCEPTIONS = {
-    "GivenClip": _CONDITIONING,
-    "GivenRows": _CONDITIONING,
-    "KnownFrames": _CONDITIONING,
-    "beside": _CONDITIONING,
-    "known": _CONDITIONING,
-    "shown": _CONDITIONING,
     "Watch": _STAGES,
     "Watched": _STAGES,
     "earlier": _STAGES,

@@ -32,7 +32,6 @@ UPWARD = {
     ("data.latents.offline", "experiment"),
     ("evaluation.evaluate", "experiment.run"),
     ("families.loading", "experiment.run"),
-    ("generation.tasks.image_to_video", "pipelines.config"),
     ("pipelines.config", "evaluation.config"),
 }
 """Imports that run up until the interfaces of backbones, families and stages take their place."""

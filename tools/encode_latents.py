@@ -170,6 +170,7 @@ def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, 
     stride, patch = config.autoencoder.stride, config.dit.patch
     text = FrozenTextEncoder(config.text) if isinstance(config.text, FrozenTextConfig) else None
     images = None if config.image_encoder is None else FrozenImageEncoder(config.image_encoder)
+    frames = config.frame_conditioning
     encoding = Encoding(
         autoencoder=config.autoencoder,
         params=load_weights(folder / "autoencoder.safetensors", like=get_param_shapes(config.autoencoder.make)),
@@ -186,7 +187,7 @@ def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, 
         text_identity="" if text is None else text.identity,
         encode_image=images,
         image_identity="" if images is None else images.identity,
-        shown=config.dit.cond_channels == stride.t + config.autoencoder.channels,
+        cond_latents=frames is not None and frames.rest == "grey",
     )
     return encoding, open_datasets(data)
 

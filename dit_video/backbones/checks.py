@@ -2,14 +2,14 @@
 
 from dit_video.autoencoders import AutoencoderConfig
 from dit_video.backbones.protocol import BackboneConfig
-from dit_video.conditioning import KnownFrames
+from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError
 
 
 def check_frame_conditioning(
     dit: BackboneConfig,
     autoencoder: AutoencoderConfig,
-    known: KnownFrames | None,
+    frames: FrameConditioning | None,
     image_encoder: str | None,
     *,
     cached: bool,
@@ -19,7 +19,7 @@ def check_frame_conditioning(
     Args:
       dit: the denoiser.
       autoencoder: autoencoder of its latents.
-      known: known frames of a clip.
+      frames: conditioning on known frames.
       image_encoder: folder of the image encoder whose tokens of the first frame the denoiser attends to.
       cached: True if latents are cached.
 
@@ -27,16 +27,18 @@ def check_frame_conditioning(
       UserError: it does not.
     """
     attends, channels = dit.image_width is not None, dit.cond_channels
-    if channels and known is None:
-        raise UserError("the denoiser reads conditioning latents, but known=None; set known=KnownFrames()")
+    if channels and frames is None:
+        raise UserError("the denoiser reads conditioning latents, but frame_conditioning=None; set FrameConditioning()")
     if channels and channels <= dit.channels:
         raise UserError(f"cond_channels={channels} is invalid: a mask needs channels. Use at least {dit.channels + 1}")
-    if known is not None and not channels and dit.time != "token" and not attends:
-        raise UserError("known is invalid: the denoiser needs cond_channels or time='token'; set one, or leave it out")
-    if known is not None and known.rest == "grey":
+    if frames is not None and not channels and dit.time != "token" and not attends:
+        raise UserError(
+            "frame_conditioning is invalid: the denoiser needs cond_channels or time='token'; set one, or leave it out"
+        )
+    if frames is not None and frames.rest == "grey":
         _check_grey(dit, autoencoder, cached=cached)
     if attends:
-        _check_image(dit, known, image_encoder, cached=cached)
+        _check_image(dit, frames, image_encoder, cached=cached)
     elif image_encoder is not None:
         raise UserError("image_encoder is invalid: the denoiser attends to no image tokens; leave out image_encoder")
 
@@ -52,9 +54,13 @@ def _check_grey(dit: BackboneConfig, autoencoder: AutoencoderConfig, *, cached: 
         raise UserError("rest='grey' needs cached latents; set data cache_latents=True")
 
 
-def _check_image(dit: BackboneConfig, known: KnownFrames | None, image_encoder: str | None, *, cached: bool) -> None:
-    if known is None:
-        raise UserError("the denoiser attends to a first frame, but known=None; set known=KnownFrames(chance=1.0)")
+def _check_image(
+    dit: BackboneConfig, frames: FrameConditioning | None, image_encoder: str | None, *, cached: bool
+) -> None:
+    if frames is None:
+        raise UserError(
+            "the denoiser attends to a first frame, but frame_conditioning=None; set FrameConditioning(prob=1.0)"
+        )
     if image_encoder is None:
         raise UserError("the denoiser attends to an image encoder's tokens; set image_encoder to its folder")
     if dit.image_positions is not None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import absl.flags
 import grain
-import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.data.captions import CaptionSource
@@ -34,7 +33,7 @@ from dit_video.data.packing.rows import (
     pack_encoded_row,
 )
 from dit_video.data.sizes import SizeLimits, fit_size
-from dit_video.tokens import Grid, PackedBatch, PackedShape, compute_token_grid
+from dit_video.tokens import Grid, PackedBatch, PackedShape, compute_token_grid, stack_rows
 
 CACHE_BYTES = 1 << 30
 AHEAD_BYTES = 1 << 29
@@ -196,7 +195,7 @@ def load_packed_batches(
     # Grain forms batches of one host each, of which every `hosts`-th belongs to this host: so rows are shared among
     # hosts in the same order for any number of hosts.
     host_rows = config.batch // config.hosts
-    batches = grain.MapDataset.source(rows).batch(host_rows, drop_remainder=True, batch_fn=_stack_rows)
+    batches = grain.MapDataset.source(rows).batch(host_rows, drop_remainder=True, batch_fn=stack_rows)
     host_share = batches[config.host :: config.hosts][config.start_step :]
     return PackedBatches(iter(read_ahead(host_share, config)), layout, config)
 
@@ -240,7 +239,7 @@ def load_encoded_batches(
 
     def batch(rows: list[ClipRow]) -> PackedBatch:
         latents = iter(encode([clip for row in rows for clip in row.clips if clip is not None]))
-        return _stack_rows([pack_encoded_row(row, latents, layout, patch, channels=channels) for row in rows])
+        return stack_rows([pack_encoded_row(row, latents, layout, patch, channels=channels) for row in rows])
 
     return PackedBatches(encode_ahead(decoded, batch, config), layout, config)
 
@@ -309,7 +308,3 @@ def encode_ahead(
     decoded = read_ahead(numbers.map(lambda number: pieces.decode(number // parts, number % parts, parts)), config)
     batches = decoded.batch(parts, batch_fn=lambda values: batch(list(itertools.chain.from_iterable(values))))
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_ENCODED_BUFFER))
-
-
-def _stack_rows(rows: list[PackedBatch]) -> PackedBatch:
-    return PackedBatch(*map(np.stack, zip(*rows, strict=True)))

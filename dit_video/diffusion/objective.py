@@ -40,16 +40,16 @@ class Objective:
         noise: Float[Array, "*batch N p"],
         time: Float[Array, "*batch N"],
         *,
-        known: Bool[Array, "*batch N"] | None = None,
+        cond_mask: Bool[Array, "*batch N"] | None = None,
     ) -> Float[Array, "*batch N"]:
         """Return the squared error of every token, averaged over its values, in float32.
 
-        The model gets tokens that are `known` unchanged, at time 0; they have no loss, whatever their time.
+        The model gets tokens that are `cond_mask` unchanged, at time 0; they have no loss, whatever their time.
         """
         token_time = time[..., None]
         noisy, model_time = self.process.add_noise(data, noise, token_time), time
-        if known is not None:
-            noisy, model_time = jnp.where(known[..., None], data, noisy), jnp.where(known, 0, time)
+        if cond_mask is not None:
+            noisy, model_time = jnp.where(cond_mask[..., None], data, noisy), jnp.where(cond_mask, 0, time)
         predicted, _ = denoise(self.process.input_scale(model_time[..., None]) * noisy, model_time, None)
         target = self.prediction.target(self.process, data, noise, token_time)
         error = self.prediction.extract_values(predicted) - target
@@ -57,7 +57,7 @@ class Objective:
         loss = weight * jnp.square(error.astype(jnp.float32)).mean(axis=-1)
         auxiliary = self.prediction.auxiliary_loss(self.process, data, noisy, predicted, token_time)
         loss = loss if auxiliary is None else loss + auxiliary
-        return loss if known is None else jnp.where(known, 0, loss)
+        return loss if cond_mask is None else jnp.where(cond_mask, 0, loss)
 
 
 @dataclass(frozen=True, kw_only=True)

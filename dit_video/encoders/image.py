@@ -13,7 +13,7 @@ from dit_video.core.config_json import to_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.features import FrameEncoder
-from dit_video.weights import load_clip_image_processor, load_clip_vision
+from dit_video.weights import load_clip_image_processor, load_clip_vision, read_clip_vision_config
 
 IDENTITY_FILE = "image_encoder.json"
 """Name of the file in a run's folder that holds the identity of its image encoder."""
@@ -36,6 +36,16 @@ class FrozenImageEncoder:
     def identity(self) -> str:
         """Return the identity that tokens are stamped with; it reads the tower unless the identity was given."""
         return self._identity or self._encoder_and_identity[1]
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int]:
+        """Return the number of tokens of a frame, and their width; only the tower's config is read.
+
+        Raises:
+          MissingError: the folder does not exist, or lacks the config.
+        """
+        config = read_clip_vision_config(self._folder)
+        return config.tokens, config.width
 
     def __call__(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T i F"]:
         """Return the tokens of each frame.

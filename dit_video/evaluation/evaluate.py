@@ -112,7 +112,7 @@ def evaluate(
 
 def _get_sampler_name(solver: Solver) -> str:
     """Return the command line's name of a sampler, else its class."""
-    return next((name for name, known in SAMPLERS.items() if known == solver), type(solver).__name__.lower())
+    return next((name for name, sampler in SAMPLERS.items() if sampler == solver), type(solver).__name__.lower())
 
 
 def _describe_guidance(guidance: Guidance) -> dict[str, Any]:
@@ -319,8 +319,8 @@ def _check_replaceable(folder: Path) -> None:
     present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     written = read_json(folder / PROMPTS_FILE) if PROMPTS_FILE in present else []
     samples = {entry["file"] for entry in written if isinstance(entry, dict) and "file" in entry}
-    known = samples | {PROMPTS_FILE} if samples else set()
-    if foreign := sorted(present - known):
+    expected = samples | {PROMPTS_FILE} if samples else set()
+    if foreign := sorted(present - expected):
         raise UserError(f"{folder} holds other files than samples, such as {foreign[0]}; use another folder")
 
 

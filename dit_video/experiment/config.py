@@ -144,7 +144,7 @@ class Experiment:
         for is_invalid, rule in (
             (has_other_mode, "trains all weights. Leave out lora and train_mode"),
             (denoiser.expert is not None, "trains one model for all times. Leave out expert"),
-            (denoiser.known is not None, "has no frame conditioning. Leave out known"),
+            (denoiser.frame_conditioning is not None, "has no frame conditioning. Leave out frame_conditioning"),
         ):
             if is_invalid:
                 raise UserError(f"denoiser.distillation {rule}, or leave out distillation.")
@@ -192,8 +192,8 @@ class Experiment:
                 "variance='predicted' of the denoiser and a LearnedVariance prediction of the objective need each "
                 "other. Change one of the two."
             )
-        known, image_encoder = self.denoiser.known, self.denoiser.image_encoder
-        check_frame_conditioning(dit, self.autoencoder.model, known, image_encoder, cached=self.data.cache_latents)
+        frames, image_encoder = self.denoiser.frame_conditioning, self.denoiser.image_encoder
+        check_frame_conditioning(dit, self.autoencoder.model, frames, image_encoder, cached=self.data.cache_latents)
 
     def _check_sizes(self) -> None:
         denoiser = self.denoiser
@@ -274,7 +274,7 @@ class Experiment:
             return dataclasses.replace(self, earlier=())
         stage = self.earlier[index]
         data = dataclasses.replace(stage.data, held_out=self.data.held_out, weights=self.data.weights)
-        names = ("steps", "rows", "batch", "optimizer", "objective", "known", "caption_dropout")
+        names = ("steps", "rows", "batch", "optimizer", "objective", "frame_conditioning", "caption_dropout")
         overrides: dict[str, Any] = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
         autoencoder = self.autoencoder
         if isinstance(autoencoder, AutoencoderTraining):  # it is trained before the first stage, so its sizes are kept

@@ -203,7 +203,7 @@ def make_denoiser_loss(
         caption_dropout=config.caption_dropout,
         empty_caption=empty_caption,
         seed=experiment.seed,
-        known=config.known,
+        frame_conditioning=config.frame_conditioning,
         time_quantiles=get_time_range(config),
         time_per=config.time_per,
         optimizer=get_optimizer_config(config) if config.lora is None else None,

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dit_video.backbones.flops import count_training_flops
+from dit_video.conditioning import IMAGE_TOKENS
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.online import OnlineEncoder
@@ -180,13 +181,13 @@ def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | 
 
     def work(rows: PackedBatch) -> float:
         clips, texts, images = list[Any](), list[int](), list[int]()
-        packed_rows = zip(rows.segments, rows.positions, rows.text_segments, rows.image_segments, strict=True)
-        for segments, positions, text, image in packed_rows:
+        tokens = rows.fields[IMAGE_TOKENS].shape[1] // rows.layout.count if IMAGE_TOKENS in rows.fields else 0
+        for segments, positions, text in zip(rows.segments, rows.positions, rows.text_segments, strict=True):
             lengths = np.bincount(segments)[1:]
             ids = range(1, len(lengths) + 1)
             clips += [infer_grid(positions[segments == i]) for i in ids] if dit.needs_grids else lengths.tolist()
-            for lengths_by_clip, segment_ids in ((texts, text), (images, image)):
-                lengths_by_clip += np.bincount(segment_ids, minlength=len(lengths) + 1)[1:].tolist()
+            texts += np.bincount(text, minlength=len(lengths) + 1)[1:].tolist()
+            images += [tokens] * len(lengths)
         return float(count_training_flops(dit, clips, texts, images=images, adapters=adapters))
 
     return work

@@ -5,7 +5,7 @@ from typing import Literal
 
 from dit_video.autoencoders import AutoencoderConfig, AutoencoderObjective
 from dit_video.backbones.protocol import BackboneConfig
-from dit_video.conditioning import KnownFrames
+from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError
 from dit_video.data.bucketing.batches import BucketConfig
 from dit_video.data.windows import WindowConfig
@@ -135,7 +135,7 @@ class DenoiserTraining:
     """Decay of the average that is sampled from by default."""
     averages: EmaConfig = field(default_factory=EmaConfig)
     """Further averages, each as large as the model."""
-    known: KnownFrames | None = None
+    frame_conditioning: FrameConditioning | None = None
     """Conditioning on known frames, for a denoiser that continues a first frame: by `cond_channels`, image embeddings
     or a time per token. None without it."""
     image_encoder: str | None = None
@@ -180,7 +180,7 @@ class Stage:
     """Optimizer, whose warmup and schedule span this stage's steps."""
     objective: Objective | None = None
     """Objective, such as one with another shift of times."""
-    known: KnownFrames | None = None
+    frame_conditioning: FrameConditioning | None = None
     """Conditioning on known frames."""
     caption_dropout: float | None = None
     """Probability that a clip's caption is dropped."""

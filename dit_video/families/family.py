@@ -10,6 +10,7 @@ import numpy as np
 
 from dit_video.autoencoders import AutoencoderConfig
 from dit_video.backbones.protocol import BackboneConfig, ConfigT
+from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.nn import get_param_shapes
@@ -192,6 +193,8 @@ class PipelineParts(NamedTuple):
     """Frame rate of these clips."""
     boundary: float | None = None
     """Boundary time of two experts: the one in `transformer` denoises from it on, the one in `transformer_2` below."""
+    frame_conditioning: FrameConditioning | None = None
+    """Conditioning on a first frame; None for a model without it."""
     image_encoder: str | None = None
     """Folder of the image encoder whose tokens the denoiser reads."""
 

@@ -1,6 +1,6 @@
 """Generation tasks."""
 
-from dit_video.generation.given import GivenClip
+from dit_video.generation.conditioning import CLEAN_LATENTS
 from dit_video.generation.rows import LatentRequest
 from dit_video.generation.text_to_video import (
     Denoiser,
@@ -12,8 +12,8 @@ from dit_video.generation.text_to_video import (
 )
 
 __all__ = [
+    "CLEAN_LATENTS",
     "Denoiser",
-    "GivenClip",
     "LatentRequest",
     "LatentTrace",
     "Sampling",

@@ -21,7 +21,7 @@ from dit_video.diffusion import (
     batched,
     sequential,
 )
-from dit_video.generation.given import GivenRows
+from dit_video.generation.conditioning import hold_clean_tokens, make_frame_conditioning
 from dit_video.generation.rows import SamplingBatch
 from dit_video.tokens import PackedBatch
 
@@ -59,14 +59,14 @@ def make_program(
 
     @jax.jit
     def run(params, state, batch: SamplingBatch, guidance, sample_times, first):
-        def forward(rows: PackedBatch, given: GivenRows) -> DenoiseFn:
+        def forward(rows: PackedBatch) -> DenoiseFn:
             context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
-            conditioning = given.conditioning.add(make_text_record(context, rows.layout))
+            conditioning = make_frame_conditioning(rows).add(make_text_record(context, rows.layout))
             denoise = make_denoise_fn(nnx.merge(dit, params["dit"]), rows.layout, conditioning)
-            return given.held(denoise, process)
+            return hold_clean_tokens(denoise, rows, process)
 
         # All branches have the same noise, segments and positions. The sample is that of the first.
-        rows = batch.branches[0][0]
+        rows = batch.branches[0]
 
         def mean(values):
             """Return the mean of every sample, repeated for its tokens."""
@@ -76,7 +76,7 @@ def make_program(
             number = len(batch.branches)
             # Outside of the guidance interval the conditional branch alone is evaluated. With all branches of a request
             # in one row (number == 1) it is the whole row, and guidance only combines tokens of its output.
-            conditional = forward(*batch.branches[0]) if guidance.interval is not None or number == 1 else None
+            conditional = forward(batch.branches[0]) if guidance.interval is not None or number == 1 else None
             branches: Branches
             if batch.branch_positions is not None:
                 assert conditional is not None
@@ -84,9 +84,9 @@ def make_program(
                 branches = _gather_branches(denoise_rows, batch.branch_positions)
             elif is_batched:
                 stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
-                branches = batched(forward(*stacked), number)
+                branches = batched(forward(stacked), number)
             else:
-                branches = sequential(*(forward(*branch) for branch in batch.branches))
+                branches = sequential(*(forward(branch) for branch in batch.branches))
             return apply_guidance(branches, guidance, conditional=conditional, mean=mean, **kinds)
 
         def draw(number):
@@ -94,7 +94,7 @@ def make_program(
             step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys)
             return rows.layout.sample_noise(step_keys, rows.tokens.shape[-1])
 
-        denoise = forward(*batch.branches[0]) if guidance is None else guided_model()
+        denoise = forward(batch.branches[0]) if guidance is None else guided_model()
         options: dict[str, Any] = {"model_times": sample_times.model_times, "noise_fn": draw, "first_step": first}
         return advance(denoise, state, sample_times.times, solver=solver, **kinds, **options)
 

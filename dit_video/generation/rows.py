@@ -6,16 +6,17 @@ separate requests, or in separate rows of a larger batch.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
+from dit_video.conditioning import COND_LATENTS
 from dit_video.core.errors import UserError
 from dit_video.core.rng import key
 from dit_video.core.typing import AnyArray
-from dit_video.generation.given import GivenClip, GivenRows, given_rows
+from dit_video.generation.conditioning import CLEAN_LATENTS, describe_row_fields, make_row_fields
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
     Grid,
@@ -27,6 +28,7 @@ from dit_video.tokens import (
     make_empty_row,
     pack,
     patchify,
+    stack_rows,
 )
 
 
@@ -39,26 +41,27 @@ class LatentRequest(NamedTuple):
     """Prompt of the unconditional branch of guidance; empty for none."""
     noise: Float32[np.ndarray, "t h w c"]
     """Initial noise, of the size of the result."""
-    given: GivenClip = GivenClip()
-    """Conditioning besides the prompt."""
+    fields: Mapping[str, np.ndarray] = {}
+    """Conditioning besides the prompt, by name: `cond_latents` `t h w g`, `image_tokens` `i F` (all requests of a model
+    have the same of these), `clean_latents` `f h w c`."""
     seed: int = 0
     """Seed of the noise that stochastic samplers add."""
 
-    def branches(self, number: int) -> list[tuple[str, GivenClip]]:
-        """Return the prompt and the conditioning of each branch.
+    def branches(self, number: int) -> list[tuple[str, Mapping[str, np.ndarray]]]:
+        """Return the prompt and the other conditioning of each branch.
 
         Raises:
           UserError: If there are three branches, and the clip has no conditioning latents or has other conditioning.
         """
         if number < 3:
-            return [(self.prompt, self.given), (self.negative, self.given)][:number]
-        if self.given.beside is None or self.given.image is not None or self.given.known is not None:
+            return [(self.prompt, self.fields), (self.negative, self.fields)][:number]
+        if self.fields.keys() != {COND_LATENTS}:
             raise UserError(
                 "image_scale of guidance is invalid: it needs a model whose only conditioning besides the prompt is "
                 "conditioning latents. Use image_scale=None."
             )
-        without = self.given._replace(beside=np.zeros_like(self.given.beside))
-        return [(self.prompt, self.given), (self.negative, self.given), (self.negative, without)]
+        without = {COND_LATENTS: np.zeros_like(self.fields[COND_LATENTS])}
+        return [(self.prompt, self.fields), (self.negative, self.fields), (self.negative, without)]
 
 
 class Need(NamedTuple):
@@ -162,8 +165,8 @@ Members = Sequence[Sequence[int]]
 class SamplingBatch(NamedTuple):
     """The inputs of the compiled program."""
 
-    branches: tuple[tuple[PackedBatch, GivenRows], ...]
-    """Rows with their conditioning: one of each branch, or a single one with all branches."""
+    branches: tuple[PackedBatch, ...]
+    """Rows: those of each branch, or a single one with all branches."""
     branch_positions: Int32[AnyArray, "branches B N"] | None
     """Position of each token's counterpart in every branch, if rows hold all of them."""
     keys: UInt32[AnyArray, "B G words"]
@@ -193,27 +196,28 @@ class Packer(NamedTuple):
         positions = self._compute_branch_positions(group, row_requests) if group.inside else None
         return SamplingBatch(packed, positions, self._make_keys(group, row_requests))
 
-    def _pack_branches(
-        self, group: Group, row_requests: Members, branches: Sequence[int]
-    ) -> tuple[PackedBatch, GivenRows]:
+    def _pack_branches(self, group: Group, row_requests: Members, branches: Sequence[int]) -> PackedBatch:
         """Return rows of the requests, with these branches of each."""
         items: list[list[PackedExample]] = [[] for _ in row_requests]
-        clips: list[list[tuple[GivenClip, Grid, int]]] = [[] for _ in row_requests]
+        has_clean = any(CLEAN_LATENTS in request.fields for request in self.requests)
         for number, row in enumerate(row_requests):
             for index in row:
                 request, conditions = self.requests[index], self.requests[index].branches(self.branch_count)
                 tokens = patchify(request.noise, self.patch)
                 positions = compute_positions(self._get_token_grid(index), step=(self.token_dt, 1.0, 1.0))
                 for branch in branches:
-                    prompt, conditioning = conditions[branch]
-                    items[number].append(PackedExample(tokens, positions, self.texts[prompt], index))
-                    clips[number].append((conditioning, Grid(*request.noise.shape[:3]), request.noise.shape[3]))
+                    prompt, fields = conditions[branch]
+                    row_fields = make_row_fields(fields, request.noise.shape, self.patch, has_clean=has_clean)
+                    items[number].append(PackedExample(tokens, positions, self.texts[prompt], index, row_fields))
         first = items[0][0]
-        widths = {"width": first.tokens.shape[1], "text_width": first.text.shape[1] if first.text.ndim == 2 else 0}
-        packed = [pack(row, group.shape, **widths) for row in items]
-        packed += [make_empty_row(group.shape, **widths)] * (self.rows - len(packed))
-        given_to_all = given_rows(clips, patch=self.patch, shape=group.shape, rows=self.rows)
-        return PackedBatch(*map(np.stack, zip(*packed, strict=True))), given_to_all
+        contents: dict[str, Any] = {
+            "width": first.tokens.shape[1],
+            "text_width": first.text.shape[1] if first.text.ndim == 2 else 0,
+            "fields": describe_row_fields(first.fields),
+        }
+        packed = [pack(row, group.shape, **contents) for row in items]
+        packed += [make_empty_row(group.shape, **contents)] * (self.rows - len(packed))
+        return stack_rows(packed)
 
     def _get_token_grid(self, index: int) -> Grid:
         return compute_token_grid(Grid(*self.requests[index].noise.shape[:3]), self.patch)

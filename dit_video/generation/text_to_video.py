@@ -36,6 +36,7 @@ from dit_video.diffusion import (
     Velocity,
     init_sampling,
 )
+from dit_video.generation.conditioning import restore_clean_tokens
 from dit_video.generation.program import compute_program_steps, make_program
 from dit_video.generation.rows import Group, LatentRequest, Need, Packer, SamplingBatch, plan_rows
 from dit_video.text import Tokenizer
@@ -148,8 +149,9 @@ def trace_latents(
     results: dict[int, LatentTrace] = {}
     for sampled in _sample_batches(denoiser, requests, sampling, shape, rows, has_trace=True):
         assert sampled.state.trace is not None
+        fields = sampled.batch.branches[0].fields
         trajectories = [
-            [sampled.unpack_latents(tokens) for tokens in np.asarray(sampled.batch.branches[0][1].restored(values))]
+            [sampled.unpack_latents(tokens) for tokens in np.asarray(restore_clean_tokens(values, fields))]
             for values in sampled.state.trace
         ]
         for index in trajectories[0][0]:
@@ -170,8 +172,8 @@ class _SampledBatch(NamedTuple):
 
     def unpack_latents(self, tokens: Any) -> dict[int, Float32[np.ndarray, "t h w c"]]:
         """Return the latents of every request in rows of tokens, by its number."""
-        rows, conditioning = self.batch.branches[0]
-        tokens, segments = np.asarray(conditioning.restored(tokens)), np.asarray(rows.segments)
+        rows = self.batch.branches[0]
+        tokens, segments = np.asarray(restore_clean_tokens(tokens, rows.fields)), np.asarray(rows.segments)
         latents = {}
         for number, row in enumerate(self.row_requests):
             parts = unpack(tokens[number], segments[number])
@@ -251,7 +253,7 @@ def _sample_batch(
 ) -> SamplingState:
     """Return the last state, after each expert in turn."""
     has_momentum, solver = sampling.full_guidance.has_momentum, sampling.solver
-    noisy = denoiser.process.scale_initial_noise(jnp.asarray(batch.branches[0][0].tokens))
+    noisy = denoiser.process.scale_initial_noise(jnp.asarray(batch.branches[0].tokens))
     guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if has_momentum else None
     state = init_sampling(solver, noisy, steps=sampling.steps, denoiser=guidance_state, has_trace=has_trace)
     is_batched = sampling.branch_evaluation == "together"

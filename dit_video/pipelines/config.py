@@ -4,22 +4,17 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import UInt8
-
 from dit_video.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.backbones.protocol import BackboneConfig
+from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.generation import Sampling
+from dit_video.generation.tasks.image_to_video import Image
 from dit_video.nn import get_param_shapes
 from dit_video.text import ClassNamesConfig, TextConfig
 from dit_video.tokens import Grid, PackedShape, compute_token_grid
-from dit_video.video import Clip
-
-Image = Clip | UInt8[np.ndarray, "H W 3"]
-"""A clip of one frame, or its pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +22,8 @@ class PipelineConfig:
     """Configuration of a pipeline: everything but its weights.
 
     Raises:
-      UserError: a boundary that is not a time, a prediction that is not defined for the process, or a denoiser with
-        other classes than the captions.
+      UserError: a boundary that is not a time, a prediction that is not defined for the process, a denoiser with other
+        classes than the captions, or one that reads conditioning latents without `frame_conditioning`.
     """
 
     autoencoder: AutoencoderConfig
@@ -54,6 +49,8 @@ class PipelineConfig:
     boundary: float | None = None
     """Boundary time of two experts (Wan 2.2 A14B): `dit` denoises from it on, a second model of the same config below
     it."""
+    frame_conditioning: FrameConditioning | None = None
+    """Conditioning on a first frame that the denoiser was trained with; None for a model without it."""
     image_encoder: str | None = None
     """Folder of the frozen CLIP whose image tokens the denoiser attends to, in image-to-video models that use one."""
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
@@ -65,6 +62,9 @@ class PipelineConfig:
             raise UserError(f"boundary={self.boundary} is invalid: it must be a time from 0 to 1")
         self.prediction.check(self.process)
         check_classes(self.text, self.dit)
+        if self.dit.cond_channels and self.frame_conditioning is None:
+            fix = "use FrameConditioning(...) with the prob and rest of the training"
+            raise UserError(f"frame_conditioning=None is invalid: the denoiser reads conditioning latents; {fix}")
 
     @property
     def token_dt(self) -> float:

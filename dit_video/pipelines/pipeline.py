@@ -79,7 +79,12 @@ class Pipeline:
         self._get_lora_modules = get_lora_modules
         self.codec = LatentCodec(config.autoencoder, autoencoder)
         """Autoencoder with its parameters."""
-        self._image_conditioner = ImageConditioner(config, self.codec)
+        self._image_conditioner = ImageConditioner(
+            backbone=config.dit,
+            codec=self.codec,
+            frame_conditioning=config.frame_conditioning,
+            image_encoder=config.image_encoder,
+        )
         self._denoiser = Denoiser(
             dit=get_graph_def(config.dit.make),
             text=get_graph_def(config.text.make),
@@ -281,11 +286,11 @@ class Pipeline:
         params = self._denoiser.params
         if expert not in params:
             raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
-        known = get_native_modules(params)
+        names = get_native_modules(params)
         modules = self._get_lora_modules(self.config.dit)
-        known |= {name: module._replace(path=f"{expert}/{module.path}") for name, module in modules.items()}
+        names |= {name: module._replace(path=f"{expert}/{module.path}") for name, module in modules.items()}
         adapted = copy.copy(self)  # shares the open text encoder
-        merged = merge_lora(params, load_lora(path, params, known), float(scale))
+        merged = merge_lora(params, load_lora(path, params, names), float(scale))
         adapted._denoiser = self._denoiser._replace(params=params | merged)  # `merged` lacks parts without parameters
         return adapted
 

@@ -28,6 +28,7 @@ from dit_video.tokens import (
     compute_token_grid,
     pack,
     patchify,
+    stack_rows,
     unpatchify,
 )
 
@@ -80,7 +81,7 @@ class DenoiserProbe:
             text_width = text.shape[1] if text.ndim == 2 else 0
             example = PackedExample(tokens, positions, text, number)
             rows.append(pack([example], shape, width=width, text_width=text_width))
-        return PackedBatch(*map(np.stack, zip(*rows, strict=True)))
+        return stack_rows(rows)
 
     def patchify(self, latents: Float[SameArray, "*B t h w c"]) -> Float[SameArray, "*B n p"]:
         """Convert latents to the denoiser's tokens."""

@@ -350,13 +350,13 @@ def _read_costs(
 
     The program's kernels, which are attention, are opaque to the compiler's counts; their known costs are added.
     """
-    program, known = compiled.program, planned.costs
+    program, costs = compiled.program, planned.costs
     if program is None:
-        executed = float(known.executed_flops * planned.sampling_steps if known is not None else planned.model_flops)
+        executed = float(costs.executed_flops * planned.sampling_steps if costs is not None else planned.model_flops)
         return executed, 0.0, ()
     executed, traffic = program.flops * devices, program.bytes
-    if program.kernel_calls and known is not None:
-        executed += known.executed_attention_flops * planned.sampling_steps
-        traffic += known.attention_bytes * planned.sampling_steps / devices
+    if program.kernel_calls and costs is not None:
+        executed += costs.executed_attention_flops * planned.sampling_steps
+        traffic += costs.attention_bytes * planned.sampling_steps / devices
     moved = tuple(sorted(program.collectives.values(), key=lambda part: -part.bytes))
     return executed, traffic, moved

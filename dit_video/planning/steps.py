@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 
 from dit_video.autoencoders import latent_grid
 from dit_video.backbones.flops import count_attention_flops, count_forward_flops, count_training_passes
+from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.diffusion import GuidanceState, SampleTimes, init_sampling
@@ -35,7 +36,7 @@ from dit_video.generation.rows import Group, Packer
 from dit_video.nn import get_graph_def, init_lora, init_params
 from dit_video.nn.attention import choose_block_size
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
-from dit_video.tokens import Grid, PackedExample, make_empty_row
+from dit_video.tokens import Field, Grid, make_empty_row
 from dit_video.training.losses.adversarial import make_adversarial_update
 from dit_video.training.losses.distillation import make_distillation_loss
 from dit_video.training.losses.lora import LoraLoss
@@ -138,13 +139,13 @@ def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) 
     batch = _make_batch_shapes(config)
     sharded_batch = attach_shardings(batch, make_batch_shardings(batch, mesh))
     arguments = get_shapes_on_devices(begin, shardings=layout), sharded_batch, *frozen
-    images = batch.image.shape[1] // config.rows.segments
-    known = _count_costs(config, clips, training=True, images=images)
+    images = sum(field.length for field in _list_fields(config))
+    costs = _count_costs(config, clips, training=True, images=images)
     return PlannedStep(
         jax.jit(step, donate_argnums=0),
         arguments,
-        model_flops=count_training_passes(adapters=config.lora is not None) * known.forward_flops,
-        costs=known,
+        model_flops=count_training_passes(adapters=config.lora is not None) * costs.forward_flops,
+        costs=costs,
         layer_bytes=_count_layer_bytes(config, init),
     )
 
@@ -163,20 +164,20 @@ def _make_empty_caption(config: DenoiserTraining) -> np.ndarray:
 
 def _make_batch_shapes(config: DenoiserTraining) -> PyTree:
     text_width = config.text.width if isinstance(config.text, FrozenTextConfig) else 0
-    example = _make_example(config)
-    row = make_empty_row(config.rows, width=config.dit.token_width, text_width=text_width, given=example)
+    fields = _list_fields(config)
+    row = make_empty_row(config.rows, width=config.dit.token_width, text_width=text_width, fields=fields)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((config.batch, *leaf.shape), leaf.dtype), row)
 
 
-def _make_example(config: DenoiserTraining) -> PackedExample:
-    """Return a clip of one token, with all conditioning fields of the training."""
-    token, position = np.zeros((1, config.dit.token_width), np.float32), np.zeros((1, 3), np.float32)
-    grey = config.known is not None and config.known.rest == "grey"
-    image = None
+def _list_fields(config: DenoiserTraining) -> list[Field]:
+    """Return the fields of the training's rows."""
+    fields = []
+    if config.frame_conditioning is not None and config.frame_conditioning.rest == "grey":
+        fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(config.dit.token_width,)))
     if config.image_encoder is not None:
         encoder = read_clip_vision_config(config.image_encoder)
-        image = np.zeros((encoder.tokens, encoder.width), np.float32)
-    return PackedExample(token, position, np.zeros(0, np.int32), 0, shown=token if grey else None, image=image)
+        fields.append(Field(name=IMAGE_TOKENS, alignment="sequence", shape=(encoder.width,), length=encoder.tokens))
+    return fields
 
 
 def shard_shapes(state: PyTree, mesh: AnyMesh) -> PyTree:
@@ -230,7 +231,7 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -
         guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if guidance.has_momentum else None
         return init_sampling(solver, noisy, steps=sampling.steps, denoiser=guidance_state)
 
-    state = jax.eval_shape(start, batch.branches[0][0].tokens)
+    state = jax.eval_shape(start, batch.branches[0].tokens)
     params = jax.eval_shape(functools.partial(init_denoiser, config), jax.random.key(0))
     replicated = NamedSharding(mesh, PartitionSpec())
     room = compute_program_steps(sampling.steps)
@@ -247,11 +248,11 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -
         SampleTimes(times, times),
         replicate((), jnp.int32),
     )
-    known = _count_costs(config, clips, training=False, copies=guidance.branch_count)
+    costs = _count_costs(config, clips, training=False, copies=guidance.branch_count)
     layers = _count_layer_bytes(config, functools.partial(init_denoiser, config))
-    flops = sampling.steps * known.forward_flops
+    flops = sampling.steps * costs.forward_flops
     lengths = {"sampling_steps": sampling.steps, "max_steps": room}
-    return PlannedStep(program, arguments, flops, **lengths, costs=known, layer_bytes=layers)
+    return PlannedStep(program, arguments, flops, **lengths, costs=costs, layer_bytes=layers)
 
 
 def _shard_rows(shapes: PyTree, mesh: AnyMesh, rows: int) -> PyTree:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_video.autoencoders import latent_grid
-from dit_video.backbones.protocol import BackboneConfig
-from dit_video.conditioning import KnownFrames
+from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import FlowMatching, LogitNormal
 from dit_video.evaluation.config import CaptionEvaluation
@@ -116,7 +115,7 @@ def make_finetuning_experiment(
             steps=options.steps,
             objective=FlowMatching(process=schedule.process, prediction=schedule.prediction, times=LogitNormal()),
             ema_decay=0.99,
-            known=_make_known_frames(options, dit),
+            frame_conditioning=_make_frame_conditioning(options, parts),
             image_encoder=parts.image_encoder,
             init_from=os.fspath(start),
             expert=expert,
@@ -174,12 +173,10 @@ def _count_max_tokens(data: DataConfig, parts: PipelineParts) -> int:
     return latent_grid(side._replace(t=data.max_frames), stride).t * (data.max_pixels // side.volume)
 
 
-def _make_known_frames(options: FineTuningOptions, dit: BackboneConfig) -> KnownFrames | None:
-    chance = options.first_frame_prob
-    if dit.time == "token":
-        return KnownFrames() if chance is None else KnownFrames(chance=chance)
-    if dit.cond_channels:
-        return KnownFrames(chance=1.0 if chance is None else chance, rest="grey")
-    if chance is not None:
+def _make_frame_conditioning(options: FineTuningOptions, parts: PipelineParts) -> FrameConditioning | None:
+    prob = options.first_frame_prob
+    if parts.frame_conditioning is None and prob is not None:
         raise UserError("first_frame_prob is invalid: this model has no input for a first frame; leave it out")
-    return None
+    if parts.frame_conditioning is None or prob is None:
+        return parts.frame_conditioning
+    return replace(parts.frame_conditioning, prob=prob)

@@ -75,8 +75,8 @@ class ClassTokenizer:
         if matches:
             numbers = ", ".join(map(str, matches))
             raise UserError(f"the caption {text!r} is ambiguous: it names classes {numbers}. Use the number")
-        known = f", or one of {len(names)} names such as {next(iter(names))!r}" if names else ""
-        raise UserError(f"the caption {text!r} is no class: use a number from 0 to {self._classes - 1}{known}")
+        named = f", or one of {len(names)} names such as {next(iter(names))!r}" if names else ""
+        raise UserError(f"the caption {text!r} is no class: use a number from 0 to {self._classes - 1}{named}")
 
 
 class ClassNames(nnx.Module):

@@ -39,6 +39,12 @@ class PackedRows:
         """Return the largest value in each segment, without rounding; zero for a segment without tokens."""
         return segment_max(values, self.segments, count=self.count)
 
+    def get_sequence_segments(self, length: int) -> Int[Array, "B _"]:
+        """Return the segment ids of a field's tokens, of which every segment has `length`; 0 for absent segments."""
+        ids = jnp.arange(1, self.count + 1)
+        is_present = (jnp.asarray(self.segments)[..., None] == ids).any(axis=1)
+        return jnp.repeat(jnp.where(is_present, ids, 0), length, axis=1)
+
     def sample_noise(self, keys: Key[Array, "B G"], width: int) -> Float[Array, "B N {width}"]:
         """Sample standard normal noise, which depends on an example's key and its tokens' order, but not on its row."""
         offsets = compute_segment_offsets(self.segments)

@@ -152,8 +152,8 @@ def save_lora(
     """
     leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(lora).items()}
     paths = [name[:-2] for name in leaves if name.endswith("/a")]
-    known = {module.path for module in modules.values()}
-    if unmapped := [name for name in paths if name not in known]:
+    mapped = {module.path for module in modules.values()}
+    if unmapped := [name for name in paths if name not in mapped]:
         raise UserError(
             f"{path}: no names for adapters of {ours.format_names(unmapped)}. Use modules= with these kernels"
         )

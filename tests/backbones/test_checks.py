@@ -5,37 +5,40 @@ from dataclasses import replace
 import pytest
 
 from dit_video.backbones.checks import check_frame_conditioning
-from dit_video.conditioning import KnownFrames
+from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError
 from support.tiny_wan import ANIMATING, DIT, VAE
 
-ALWAYS = KnownFrames(chance=1.0, rest="grey")
+ALWAYS = FrameConditioning(prob=1.0, rest="grey")
 
 
-def check(dit=ANIMATING, known=ALWAYS, image_encoder="clip", cached=True):
-    check_frame_conditioning(dit, VAE, known, image_encoder, cached=cached)
+def check(dit=ANIMATING, frames=ALWAYS, image_encoder="clip", cached=True):
+    check_frame_conditioning(dit, VAE, frames, image_encoder, cached=cached)
 
 
 def test_consistent_settings_of_first_frames_are_accepted():
     check()
-    check(known=KnownFrames(chance=0.5))
+    check(frames=FrameConditioning(prob=0.5))
     check(dit=replace(ANIMATING, image_width=None), image_encoder=None)
-    check(dit=replace(ANIMATING, cond_channels=0), known=KnownFrames())
-    check(dit=DIT, known=None, image_encoder=None, cached=False)
+    check(dit=replace(ANIMATING, cond_channels=0), frames=FrameConditioning())
+    check(dit=DIT, frames=None, image_encoder=None, cached=False)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"known": None}, "known=None; set known="),
-        ({"known": None, "dit": replace(ANIMATING, cond_channels=0)}, "known=None; set known=KnownFrames.chance"),
+        ({"frames": None}, r"frame_conditioning=None; set FrameConditioning\(\)"),
+        (
+            {"frames": None, "dit": replace(ANIMATING, cond_channels=0)},
+            r"frame_conditioning=None; set FrameConditioning\(prob",
+        ),
         ({"image_encoder": None}, "set image_encoder to its folder"),
         ({"dit": replace(ANIMATING, image_positions=20)}, "image_positions needs a last frame"),
         ({"cached": False}, "needs? cached latents; set data cache_latents=True"),
-        ({"cached": False, "known": KnownFrames()}, "tokens need cached latents; set data cache_latents=True"),
+        ({"cached": False, "frames": FrameConditioning()}, "tokens need cached latents; set data cache_latents=True"),
         ({"dit": replace(ANIMATING, cond_channels=5)}, "cond_channels=5 is invalid: .* must be 8, a mask of 4"),
         ({"dit": replace(ANIMATING, image_width=None)}, "leave out image_encoder"),
-        ({"dit": DIT, "image_encoder": None, "known": KnownFrames()}, "needs cond_channels or time="),
+        ({"dit": DIT, "image_encoder": None, "frames": FrameConditioning()}, "needs cond_channels or time="),
     ],
 )
 def test_inconsistent_settings_of_first_frames_are_refused(changes, message):

@@ -130,13 +130,13 @@ def test_a_plan_of_the_same_lengths_is_another_one_with_another_encoder(source, 
 
 def test_an_example_whose_text_is_damaged_keeps_its_place_and_does_not_count(source, monkeypatch, caplog):
     whole, _ = load_rows(source, CachedCaptions(source))
-    read = LatentSource._read_values
+    read = LatentSource._read_record
 
-    def damaged(self, index, field):
-        values = read(self, index, field)
-        return values[:-1] if field == "text" and self.names[index] == "4.mp4" else values
+    def damaged(self, index, name, dtype):
+        values = read(self, index, name, dtype)
+        return values[:-1] if name == "text" and self.names[index] == "4.mp4" else values
 
-    monkeypatch.setattr(LatentSource, "_read_values", damaged)
+    monkeypatch.setattr(LatentSource, "_read_record", damaged)
     result, _ = load_rows(source, CachedCaptions(source))
     lost = 0
     for rows, expected in zip(result, whole, strict=True):

@@ -170,12 +170,12 @@ def test_augmented_windows_are_views_of_clips(source):
         for window in batch.astype(int):
             red, green, blue = (window[..., channel] for channel in range(3))
             inverted = min(red.min(), green.min(), blue.min()) > 100
-            shown = 255 - window if inverted else window
+            colors = 255 - window if inverted else window
             # Which channel is which: one is constant, one follows time, one width.
-            of_clip = next(c for c in range(3) if np.ptp(shown[..., c]) == 0 and shown[0, 0, 0, c] in plain)
-            of_width = next(c for c in range(3) if np.abs(np.diff(shown[0, 0, :, c])).min() > 0)
+            of_clip = next(c for c in range(3) if np.ptp(colors[..., c]) == 0 and colors[0, 0, 0, c] in plain)
+            of_width = next(c for c in range(3) if np.abs(np.diff(colors[0, 0, :, c])).min() > 0)
             of_time = 3 - of_clip - of_width
-            times, columns = np.diff(shown[:, 0, 0, of_time]), np.diff(shown[0, 0, :, of_width])
+            times, columns = np.diff(colors[:, 0, 0, of_time]), np.diff(colors[0, 0, :, of_width])
             assert set(times.tolist()) in ({1}, {-1})
             reversed_.add(int(times[0]))
             mirrored.add(bool(columns[0] < 0))

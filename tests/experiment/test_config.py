@@ -6,7 +6,7 @@ import pytest
 
 from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, PatchVaeConfig
 from dit_video.backbones.dit import DitConfig
-from dit_video.conditioning import KnownFrames
+from dit_video.conditioning import FrameConditioning
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.data.windows import WindowConfig
@@ -84,7 +84,7 @@ DISAGREEMENTS = [
     ("denoiser.time_per", "frame", "a denoiser with time='token'"),
     ("denoiser.dit.variance", "predicted", "variance='predicted' of the denoiser and a LearnedVariance"),
     ("denoiser.image_encoder", "clip", "attends to no image tokens; leave out image_encoder"),
-    ("denoiser.known", KnownFrames(), "needs cond_channels or time="),
+    ("denoiser.frame_conditioning", FrameConditioning(), "needs cond_channels or time="),
     ("log_every", 0, "log_every=0 is invalid"),
     ("max_consecutive_skips", 0, "max_consecutive_skips=0 is invalid"),
     ("save_every", -5, "save_every=-5 is invalid"),

@@ -66,7 +66,7 @@ def pictures(notebook):
     return {name: count for name, count in counts.items() if count}
 
 
-def shown(notebook):
+def get_html_outputs(notebook):
     """Return the HTML output of each cell that has some, by its id."""
     return {
         cell.id: "".join(output.data["text/html"] for output in cell.outputs if "text/html" in output.get("data", {}))
@@ -92,7 +92,7 @@ def test_a_notebook_is_valid_and_holds_no_outputs(path):
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
     notebook = execute_notebook("sample", monkeypatch, DIT_VIDEO_RUN=tiny_run, **QUICK)
-    pages = shown(notebook)
+    pages = get_html_outputs(notebook)
     assert pages["one-clip"].count("<video") == 1
     assert pages["many-clips"].count("<video") == 3
     assert pages["many-clips"].count("<img") == 1

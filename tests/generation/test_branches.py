@@ -7,7 +7,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import AdaptiveProjectedGuidance, Ddim, ExponentialShift, Guidance, RectifiedFlow
-from dit_video.generation import GivenClip, LatentRequest, Sampling, draw_initial_noise, sample_latents, trace_latents
+from dit_video.generation import LatentRequest, Sampling, draw_initial_noise, sample_latents, trace_latents
 from dit_video.generation.rows import Need, plan_rows
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedShape
@@ -94,17 +94,18 @@ def test_diverged_weights_are_reported_with_the_step():
         sample_requests(TWO, Sampling(steps=3), denoiser=DENOISER._replace(params=DENOISER.params | {"dit": spoiled}))
 
 
-GIVEN = replace(DIT, cond_channels=3)
+CONDITIONED = replace(DIT, cond_channels=3)
 
 
 @pytest.mark.slow
 def test_the_image_has_its_own_guidance_scale():
     denoiser = DENOISER._replace(
-        dit=get_graph_def(GIVEN.make), params={"dit": make_random_params(GIVEN.make), "text": DENOISER.params["text"]}
+        dit=get_graph_def(CONDITIONED.make),
+        params={"dit": make_random_params(CONDITIONED.make), "text": DENOISER.params["text"]},
     )
     latents = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    request = LatentRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), GivenClip(beside=latents))
-    blind = request._replace(given=GivenClip(beside=np.zeros_like(latents)))
+    request = LatentRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), {"cond_latents": latents})
+    blind = request._replace(fields={"cond_latents": np.zeros_like(latents)})
 
     def one_step(request, guidance):
         return sample_requests([request], Sampling(steps=1, guidance=guidance), denoiser=denoiser)[0]

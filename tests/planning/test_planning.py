@@ -85,13 +85,13 @@ def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(t
     plan = plan_experiment(experiment, Topology.parse("h100:1"), clips=2)
     dit, rows = experiment.denoiser.dit, experiment.denoiser.rows
     text = min(experiment.denoiser.text.max_tokens, rows.text // 2)
-    shown = {"texts": [text] * 2, "images": [VISION.tokens] * 2}
-    forward = count_forward_flops(dit, [rows.tokens // 2] * 2, **shown)
+    context = {"texts": [text] * 2, "images": [VISION.tokens] * 2}
+    forward = count_forward_flops(dit, [rows.tokens // 2] * 2, **context)
     assert plan.model_flops == passes * forward * experiment.denoiser.batch
     compiled = plan_step(experiment, "denoiser", make_mesh(MeshConfig()), clips=[rows.tokens])
     batch = compiled.arguments[1]
-    assert batch.shown.shape == batch.tokens.shape
-    assert batch.image.shape[1:] == (rows.segments * VISION.tokens, VISION.width)
+    assert batch.fields["cond_latents"].shape == batch.tokens.shape
+    assert batch.fields["image_tokens"].shape[1:] == (rows.segments * VISION.tokens, VISION.width)
     compiled.step.lower(*compiled.arguments)
 
 

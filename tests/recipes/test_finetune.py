@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.conditioning import KnownFrames
+from dit_video.conditioning import FrameConditioning
 from dit_video.core import config_json
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
@@ -77,7 +77,7 @@ def test_the_experiment_of_fine_tuning_follows_from_the_folder(folder):
     assert denoiser.objective.process == RectifiedFlow(shift=3.0)
     assert (experiment.sampling.solver, experiment.sampling.time_schedule) == (UniPc(), UniPcFlowSchedule())
     assert (denoiser.rows.tokens, experiment.data.fps) == (2 * 4 * 6, 16.0)
-    assert (denoiser.lora, denoiser.train_mode, denoiser.known) == (OPTIONS.lora, "full", None)
+    assert (denoiser.lora, denoiser.train_mode, denoiser.frame_conditioning) == (OPTIONS.lora, "full", None)
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
@@ -87,10 +87,10 @@ def test_the_defaults_of_fine_tuning_are_the_models(folder, tmp_path):
     write_wan(tmp_path / "told", dit=dataclasses.replace(DIT, time="token"))
     experiment = make_finetuning_experiment(tmp_path / "told")
     assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (704 * 1280, 121, 24.0)
-    assert experiment.denoiser.known == KnownFrames()
+    assert experiment.denoiser.frame_conditioning == FrameConditioning()
     assert make_finetuning_experiment(
         tmp_path / "told", FineTuningOptions(first_frame_prob=0.2)
-    ).denoiser.known == KnownFrames(chance=0.2)
+    ).denoiser.frame_conditioning == FrameConditioning(prob=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,9 @@ def test_an_image_to_video_model_always_trains_with_its_first_frame(animating):
     experiment = make_finetuning_experiment(animating, OPTIONS)
     denoiser = experiment.denoiser
     assert denoiser.dit == dataclasses.replace(ANIMATING, remat="full")
-    assert denoiser.known == KnownFrames(chance=1.0, rest="grey")
+    assert denoiser.frame_conditioning == FrameConditioning(prob=1.0, rest="grey")
     assert denoiser.image_encoder == str(animating / "image_encoder")
-    assert get_training(animating, first_frame_prob=0.9).known == KnownFrames(chance=0.9, rest="grey")
+    assert get_training(animating, first_frame_prob=0.9).frame_conditioning == FrameConditioning(prob=0.9, rest="grey")
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
@@ -133,19 +133,20 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
         index = latents.names.index(view.name)
         frame = read_fitted_clip(run.training_clips, view.clip, view.limits, start=view.start).frames[0]
         expected = condition(view.size, frame[:, ::-1] if view.flipped else frame, None)
-        scale = np.abs(expected.image).max()
-        np.testing.assert_allclose(latents.read_image(index), expected.image, atol=2**-8 * scale)
-        shown = expected.beside[..., -VAE.channels :]
-        np.testing.assert_allclose(latents.shown(index), shown, atol=2**-8 * np.abs(shown).max() + 1e-4)
-        assert np.abs(latents.shown(index)[1:] - latents[index][1:]).max() > 1e-2
+        cond_latents, image = (latents.read_field(index, field) for field in latents.fields)
+        scale = np.abs(expected["image_tokens"]).max()
+        np.testing.assert_allclose(image, expected["image_tokens"], atol=2**-8 * scale)
+        visible = expected["cond_latents"][..., -VAE.channels :]
+        np.testing.assert_allclose(cond_latents, visible, atol=2**-8 * np.abs(visible).max() + 1e-4)
+        assert np.abs(cond_latents[1:] - latents[index][1:]).max() > 1e-2
     rows = next(
         input_pipeline.make_cached_batches(run.experiment, latents, run.training_clips, CachedCaptions(latents))(0)
     )
     tokens = VISION.tokens
-    assert rows.image.shape == (1, 4 * tokens, VISION.width)
-    kept = [latents.read_image(index) for index in range(len(latents))]
+    assert rows.fields["image_tokens"].shape == (1, 4 * tokens, VISION.width)
+    kept = [latents.read_field(index, latents.fields[1]) for index in range(len(latents))]
     for segment in range(1, rows.segments.max() + 1):
-        own = rows.image[0, rows.image_segments[0] == segment]
+        own = rows.fields["image_tokens"][0, np.asarray(rows.layout.get_sequence_segments(tokens))[0] == segment]
         assert any(np.array_equal(own, image) for image in kept)
 
 

@@ -43,7 +43,7 @@ def test_the_page_shows_everything(made):
     assert path == root / "data" / "REPORT.html"
     page = Page(path.read_text(encoding="utf-8"))
     text = " ".join(page.text)
-    shown = [
+    expected = [
         "30 clips from 32 files",
         "93.7 %",
         "broken.mp4",
@@ -58,7 +58,7 @@ def test_the_page_shows_everything(made):
         "no caption",
         "min_size",
     ]
-    assert [words for words in shown if words not in text] == []
+    assert [words for words in expected if words not in text] == []
     assert [a["id"] for a in page.find("section")] == ["files", "clips", "sizes", "captions", "left-out", "settings"]
     assert {a["href"] for a in page.find("a")} == {f"#{a['id']}" for a in page.find("section")}
     assert len(page.find("img")) == 24

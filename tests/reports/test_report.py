@@ -46,7 +46,7 @@ def full_report():
 def test_a_full_report_shows_everything(tmp_path):
     page, _ = written(tmp_path, full_report())
     text = " ".join(page.text)
-    shown = [
+    expected = [
         "98 %",
         "96–99",
         "a blue square",
@@ -58,7 +58,7 @@ def test_a_full_report_shows_everything(tmp_path):
         'a <red> circle"',
         "192",
     ]
-    assert [word for word in shown if word not in text] == []
+    assert [word for word in expected if word not in text] == []
     assert [a["id"] for a in page.find("section")] == [
         "samples",
         "reconstructions",

@@ -6,7 +6,7 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.diffusion import FlowMatching
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.random_params import make_random_params
 
@@ -40,7 +40,7 @@ A, B, C = (
 
 def make_batch(*rows: list[PackedExample]) -> PackedBatch:
     """Pack each list of clips into a row."""
-    return PackedBatch(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
+    return stack_rows([pack(row, SHAPE, width=4) for row in rows])
 
 
 def make_rows(start: int) -> PackedBatch:

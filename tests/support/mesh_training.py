@@ -14,7 +14,7 @@ from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_sha
 from dit_video.distributed.planner import read_program
 from dit_video.nn import LoraConfig, get_graph_def, init_lora
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
@@ -46,7 +46,7 @@ def make_rows(start: int) -> PackedBatch:
             items.append(PackedExample(tokens, compute_positions(grids[size]), TOKENIZE(f"clip {size}"), number))
             number += 1
         packed.append(pack(items, SHAPE, width=4))
-    return PackedBatch(*map(np.stack, zip(*packed, strict=True)))
+    return stack_rows(packed)
 
 
 def make_test_optimizer(name: str) -> optax.GradientTransformation:

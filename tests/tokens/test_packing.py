@@ -73,7 +73,8 @@ def test_embeddings_lie_where_token_ids_do():
 
 
 def test_an_empty_row_is_a_row_of_no_items():
-    for left, right in zip(pack([], SHAPE, width=WIDTH), make_empty_row(SHAPE, width=WIDTH), strict=True):
+    rows = pack([], SHAPE, width=WIDTH), make_empty_row(SHAPE, width=WIDTH)
+    for left, right in zip(*map(jax.tree.leaves, rows), strict=True):
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
 

@@ -215,9 +215,10 @@ def test_palettes_are_converted(write_video, textured):
 
 
 @pytest.mark.parametrize(
-    ("aspect", "shown"), [((4, 3), 64), ((2, 3), 32), ((16, 11), 70), ((1, 1), 48), ((40, 33), 58), ((1, 24), 2)]
+    ("aspect", "width"),
+    [((4, 3), 64), ((2, 3), 32), ((16, 11), 70), ((1, 1), 48), ((40, 33), 58), ((1, 24), 2)],
 )
-def test_pixels_that_are_not_square_are_resized_to_squares(write_video, textured, aspect, shown):
+def test_pixels_that_are_not_square_are_resized_to_squares(write_video, textured, aspect, width):
     frames = textured(2, 36, 48)
     content = write_video(
         frames,
@@ -228,11 +229,11 @@ def test_pixels_that_are_not_square_are_resized_to_squares(write_video, textured
         sample_aspect_ratio=Fraction(*aspect),
     )
     facts = probe(content)
-    assert (facts.height, facts.width) == (36, shown)
-    if shown == 48:
+    assert (facts.height, facts.width) == (36, width)
+    if width == 48:
         assert measure_difference(content, scale("bt601", "tv")) == 0
     else:
-        assert measure_difference(content, scale("bt601", "tv", size=f":w={shown}:h=36", algorithm="bilinear")) == 0
+        assert measure_difference(content, scale("bt601", "tv", size=f":w={width}:h=36", algorithm="bilinear")) == 0
 
 
 def test_anamorphic_rgb_is_resized_to_square_pixels(write_video, textured):

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from benchmarks.settings import tokenize_bytes
@@ -35,13 +34,13 @@ from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import (
     Grid,
-    PackedBatch,
     PackedExample,
     PackedShape,
     compute_positions,
     compute_token_grid,
     pack,
     patchify,
+    stack_rows,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +123,7 @@ class SamplingModel:
         positions = compute_positions(compute_token_grid(shape.latents, self._config.patch))
         example = PackedExample(patchify(noise, self._config.patch), positions, text, 0)
         packed = [pack([example], self.row_shape, width=example.tokens.shape[1])] * self.num_rows
-        rows = jax.device_put(PackedBatch(*map(np.stack, zip(*packed, strict=True))))
+        rows = jax.device_put(stack_rows(packed))
         context = nnx.merge(self.denoiser.text, self.denoiser.params["text"])(rows.text, rows.text_segments)
 
         @jax.jit

@@ -28,6 +28,7 @@ from dit_video.tokens import (
     compute_token_grid,
     pack,
     patchify,
+    stack_rows,
 )
 from dit_video.training.optim.optimizer import OptimizerConfig
 
@@ -189,7 +190,7 @@ class SyntheticBatches:
     def __iter__(self) -> Iterator[PackedBatch]:
         rows = (self._pack_row(number) for number in itertools.count())
         while True:
-            yield PackedBatch(*map(np.stack, zip(*itertools.islice(rows, self._config.batch), strict=True)))
+            yield stack_rows(itertools.islice(rows, self._config.batch))
 
     def _pack_row(self, row_index: int) -> PackedBatch:
         patch = self._config.dit.patch

@@ -18,7 +18,16 @@ from dit_video.data.loader import DenoiserBatches, LoaderConfig, PieceDecoder, e
 from dit_video.data.packing.rows import Encode, get_positions, log_damaged_clip, read_caption
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, get_sampled_fps
 from dit_video.text import CaptionTokens
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_token_grid, pack, patchify
+from dit_video.tokens import (
+    Grid,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_token_grid,
+    pack,
+    patchify,
+    stack_rows,
+)
 from dit_video.video import decode
 
 
@@ -132,7 +141,7 @@ def load_bucket_batches(
             row = pack([item], shape, width=width, text_width=captions.width)
             row.valid[0] = values is not None
             rows.append(row)
-        return PackedBatch(*map(np.stack, zip(*rows, strict=True)))
+        return stack_rows(rows)
 
     plan = hashlib.sha256(repr((stream.hash, source.infos, limits, patch)).encode())
     if token_dt is not None:

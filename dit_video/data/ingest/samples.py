@@ -183,7 +183,7 @@ def select_hashes(samples: Sequence[FrameSample]) -> tuple[int, ...] | None:
     if not usable:
         return None
     targets = starts[-1] * (2 * np.arange(NUM_HASHES) + 1) / (2 * NUM_HASHES)
-    return tuple(min(usable, key=lambda shown: max(shown[0] - target, target - shown[1], 0))[2] for target in targets)
+    return tuple(min(usable, key=lambda pair: max(pair[0] - target, target - pair[1], 0))[2] for target in targets)
 
 
 def _count_steps(samples: Sequence[FrameSample]) -> int:

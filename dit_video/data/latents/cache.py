@@ -22,7 +22,7 @@ from jaxtyping import Float32
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, is_remote, read_document, to_storage_path
 from dit_video.data.records import shards
-from dit_video.tokens import Grid
+from dit_video.tokens import Field, Grid
 
 DATASET_NAME = "latents"
 INDEX, PLAN = "latents.json", "plan.json"
@@ -46,10 +46,8 @@ class LatentExample(NamedTuple):
     """Name of the clip that this is a view of; the example's own name if empty."""
     text: tuple[Float32[np.ndarray, "s e"], ...] = ()
     """Embedding of each caption, without padding."""
-    shown: Float32[np.ndarray, "t h w c"] | None = None
-    """Latents of the clip whose frames after the first are grey, for denoisers that read them as conditioning."""
-    image: Float32[np.ndarray, "i F"] | None = None
-    """Tokens of the first frame from an image encoder."""
+    fields: Mapping[str, np.ndarray] = {}
+    """Arrays of the data set's further fields: `t h w *shape` of one on the latents' grid, see `Field` for others."""
 
 
 class Skipped(NamedTuple):
@@ -111,10 +109,10 @@ class LatentSource:
         empty = index["empty_text"]
         self.empty_text: Float32[np.ndarray, "s e"] | None = None if empty is None else np.asarray(empty, np.float32)
         """Embedding of the empty caption."""
-        self.has_shown: bool = index.get("shown", False)
-        """True if there are latents of clips whose frames after the first are grey."""
-        self.image_shape: tuple[int, int] | None = None if index.get("image") is None else tuple(index["image"])
-        """Number of image tokens of an example, and their width; None if there are none."""
+        self.fields: tuple[Field, ...] = tuple(
+            Field(**field | {"shape": tuple(field["shape"])}) for field in index.get("fields", ())
+        )
+        """Further fields of every example."""
         self.skipped: tuple[Skipped, ...] = tuple(Skipped(*one) for one in index["left_out"])
         """Clips that could not be encoded, with the reasons."""
         self._dtype = DTYPES[index["dtype"]]
@@ -131,15 +129,12 @@ class LatentSource:
         Raises:
           DecodeError: its record is damaged.
         """
-        return self._read_field(index, "latents", (*self.sizes[index], self.channels))
+        return self._read_values(index, "latents", (*self.sizes[index], self.channels))
 
-    def shown(self, index: int) -> Float32[np.ndarray, "t h w c"] | None:
-        """Return the latents of the clip whose frames after the first are grey, if any; raises like `source[index]`."""
-        return self._read_field(index, "shown", (*self.sizes[index], self.channels)) if self.has_shown else None
-
-    def read_image(self, index: int) -> Float32[np.ndarray, "i F"] | None:
-        """Return the image tokens of one example's first frame, if any; raises like `source[index]`."""
-        return None if self.image_shape is None else self._read_field(index, "image", self.image_shape)
+    def read_field(self, index: int, field: Field) -> np.ndarray:
+        """Return the array of one of `fields` of one example; raises like `source[index]`."""
+        shape = get_field_shape(field, self.sizes[index])
+        return self._read_values(index, get_record_name(field), shape, field.dtype)
 
     def read_text(self, index: int, caption: int = 0) -> Float32[np.ndarray, "s e"]:
         """Return the embedding of one caption of an example.
@@ -154,17 +149,17 @@ class LatentSource:
                 f"caption={caption} is invalid: {self.names[index]} has {len(lengths)} embedded captions. Use a number "
                 "from 0 on, or encode the clips with a text encoder."
             )
-        embeddings = self._read_field(index, "text", (sum(lengths), self.text_width))
+        embeddings = self._read_values(index, "text", (sum(lengths), self.text_width))
         return embeddings[sum(lengths[:caption]) : sum(lengths[: caption + 1])]
 
-    def _read_field(self, index: int, field: str, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
-        values, expected = self._read_values(index, field), math.prod(shape)
+    def _read_values(self, index: int, name: str, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
+        values, expected = self._read_record(index, name, np.dtype(dtype)), math.prod(shape)
         if values.size != expected:
-            name = self.names[index]
-            raise DecodeError(f"{name} has {values.size} values of {field}, not {expected}. Encode it again.")
+            clip = self.names[index]
+            raise DecodeError(f"{clip} has {values.size} values of {name}, not {expected}. Encode it again.")
         return values.reshape(shape)
 
-    def _read_values(self, index: int, field: str) -> Float32[np.ndarray, " n"]:
+    def _read_record(self, index: int, name: str, dtype: np.dtype) -> np.ndarray:
         if self._records is None:  # outside of the try: a data set that cannot be opened is no damaged record
             self._records = shards.open_dataset(self.folder, cache=self._cache, version=self._version)
         try:
@@ -172,7 +167,8 @@ class LatentSource:
             # Latents, text and image of an example are usually read one after the other: keep the last record.
             if last_record is None or last_record[0] != index:
                 self._last_record = last_record = index, self._records[index]
-            return to_little_endian(np.frombuffer(last_record[1][field], self._dtype)).astype(np.float32)
+            stored = self._dtype if dtype == np.float32 else dtype
+            return to_little_endian(np.frombuffer(last_record[1][name], stored)).astype(dtype)
         except (OSError, UserError):  # the file cannot be copied to this machine
             raise
         except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
@@ -180,6 +176,17 @@ class LatentSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": None, "_last_record": None}
+
+
+def get_field_shape(field: Field, size: Grid) -> tuple[int, ...]:
+    """Return the shape of a field's array of a clip whose latents have this size."""
+    counts = {"example": (), "frame": (size.t,), "grid": tuple(size), "sequence": (field.length,)}
+    return (*counts[field.alignment], *field.shape)
+
+
+def get_record_name(field: Field) -> str:
+    """Return the name of a field in a record, which no other entry has."""
+    return f"field_{field.name}"
 
 
 def check_identity(folder: StoragePathLike, actual: Identity, expected: Identity) -> None:

@@ -28,6 +28,7 @@ from dit_video.autoencoders import (
     pack_canvases,
 )
 from dit_video.autoencoders.canvas import CANVAS_PIXELS
+from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS
 from dit_video.core import config_json, pixels
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePathLike, to_storage_path
@@ -42,11 +43,9 @@ from dit_video.encoders.image import FrozenImageEncoder
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
 from dit_video.text import Tokenizer
-from dit_video.tokens import Grid
+from dit_video.tokens import Field, Grid
 
 EncodeText = Callable[[str], Float32[np.ndarray, "s e"]]
-EncodeImage = Callable[[UInt8[np.ndarray, "T H W 3"]], Float32[np.ndarray, "T i F"]]
-"""Maps frames to the image tokens that a denoiser attends to."""
 FirstFrame = UInt8[np.ndarray, "1 _ _ 3"]
 _MAX_CACHED_TEXTS = 64
 """Number of cached embeddings: views of a clip and clips of a class share captions. One may take 8 MB."""
@@ -66,9 +65,10 @@ class Encoding:
     augmentations: Augmentations = field(default_factory=Augmentations)
     encode_text: EncodeText | None = None
     text_identity: str = ""
-    encode_image: EncodeImage | None = None
+    encode_image: FrozenImageEncoder | None = None
+    """Encoder of the first frame, to whose tokens the denoiser attends."""
     image_identity: str = ""
-    shown: bool = False
+    cond_latents: bool = False
     """True to also encode each view with all frames after the first set to grey."""
     storage: StorageDtype = "bfloat16"
     canvas_pixels: int = CANVAS_PIXELS
@@ -80,6 +80,16 @@ class Encoding:
         if self.views_per_file < 1 or self.threads < 1:
             raise UserError(f"views_per_file={self.views_per_file} and threads={self.threads} must be at least 1")
 
+    def make_fields(self) -> tuple[Field, ...]:
+        """Return the further fields of the latents, for denoisers that are conditioned on first frames."""
+        channels, fields = self.autoencoder.channels, list[Field]()
+        if self.cond_latents:
+            fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(channels,)))
+        if self.encode_image is not None:
+            length, width = self.encode_image.shape
+            fields.append(Field(name=IMAGE_TOKENS, alignment="sequence", shape=(width,), length=length))
+        return tuple(fields)
+
 
 def make_encoding(
     experiment: Experiment,
@@ -89,7 +99,7 @@ def make_encoding(
     images: FrozenImageEncoder | None,
 ) -> Encoding:
     """Return the encoding of an experiment, with the parameters of its autoencoder and its frozen encoders."""
-    data, known = experiment.data, experiment.denoiser.known
+    data, frames = experiment.data, experiment.denoiser.frame_conditioning
     frozen = text if isinstance(text, FrozenTextEncoder) else None
     views = Augmentations(clips_per_video=data.clips_per_video, resolutions=data.resolutions, flips=data.flips)
     return Encoding(
@@ -101,7 +111,7 @@ def make_encoding(
         text_identity="" if frozen is None else frozen.identity,
         encode_image=images,
         image_identity="" if images is None else images.identity,
-        shown=known is not None and known.rest == "grey",
+        cond_latents=frames is not None and frames.rest == "grey",
     )
 
 
@@ -155,7 +165,11 @@ def plan_encoding(clips: ClipSource, encoding: Encoding) -> EncodingPlan:
 
 def compute_latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
     """Return the identity that the denoiser's training asks of the latents: everything that they depend on."""
-    optional = {"text": encoding.text_identity, "image": encoding.image_identity, "behind": "grey" * encoding.shown}
+    optional = {
+        "text": encoding.text_identity,
+        "image": encoding.image_identity,
+        "behind": "grey" * encoding.cond_latents,
+    }
     return {name: value for name, value in optional.items() if value} | {
         "autoencoder": compute_autoencoder_identity(encoding.autoencoder, encoding.params),
         "limits": config_json.to_json(encoding.limits),
@@ -218,7 +232,8 @@ def finish_latents(destination: StoragePathLike, encoding: Encoding, plan: Encod
 
 def _make_writer(folder: StoragePathLike, encoding: Encoding, plan: EncodingPlan, identity: Identity) -> LatentWriter:
     folder, count = to_storage_path(folder), len(plan.files)
-    return LatentWriter(folder=folder, identity=identity, num_files=count, plan_hash=plan.hash, dtype=encoding.storage)
+    options: dict[str, Any] = {"num_files": count, "plan_hash": plan.hash, "dtype": encoding.storage}
+    return LatentWriter(folder=folder, identity=identity, fields=encoding.make_fields(), **options)
 
 
 class _Encoder:  # encodes canvases on all devices of this process while threads decode the next ones
@@ -244,10 +259,11 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 decoded = self._submit_decoding(pool, batches[number + 1]) if number + 1 < len(batches) else {}
                 arrays, firsts = self._draw_canvases(batch, current)
                 latents = self._encode(*arrays)
-                shown = self._encode(*arrays, first_frame_only=True) if self._encoding.shown else None
+                has_cond_latents = self._encoding.cond_latents
+                cond_latents = self._encode(*arrays, first_frame_only=True) if has_cond_latents else None
                 if computed is not None:  # read the previous batch back while the devices encode this one
                     yield from self._extract_latents(*computed)
-                computed = batch, latents, shown, firsts
+                computed = batch, latents, cond_latents, firsts
             if computed is not None:
                 yield from self._extract_latents(*computed)
         finally:
@@ -295,11 +311,15 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
         return (canvases, inside), firsts
 
     def _extract_latents(
-        self, batch: Sequence[Canvas], latents: Array, shown: Array | None, firsts: dict[int, FirstFrame | Skipped]
+        self,
+        batch: Sequence[Canvas],
+        latents: Array,
+        cond_latents: Array | None,
+        firsts: dict[int, FirstFrame | Skipped],
     ) -> Iterator[LatentExample | Skipped]:
         stride, encode_image = self._encoding.autoencoder.stride, self._encoding.encode_image
-        values, cond_latents = (None if array is None else np.asarray(array, np.float32) for array in (latents, shown))
-        assert values is not None
+        values = np.asarray(latents, np.float32)
+        cond_values = None if cond_latents is None else np.asarray(cond_latents, np.float32)
         for row, canvas in enumerate(batch):
             for clip, top, left in canvas.slots:
                 first = firsts[clip]
@@ -311,9 +331,10 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 rows, columns = top // stride.h, left // stride.w
                 region = row, slice(grid.t), slice(rows, rows + grid.h), slice(columns, columns + grid.w)
                 text = () if self._text is None else tuple(self._text(caption) for caption in info.captions)
-                cond = None if cond_latents is None else cond_latents[region]
-                image = None if encode_image is None else encode_image(first)[0]
-                yield LatentExample(view.name, info.captions, values[region], info.name, text, cond, image)
+                fields = {} if cond_values is None else {COND_LATENTS: cond_values[region]}
+                if encode_image is not None:
+                    fields[IMAGE_TOKENS] = encode_image(first)[0]
+                yield LatentExample(view.name, info.captions, values[region], info.name, text, fields)
 
 
 def measure_latent_moments(

@@ -1,7 +1,7 @@
 """Writer of cached latents: file by file, by any number of processes, and the index once all files exist."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from dit_video.data.latents.cache import (
     Skipped,
     StorageDtype,
     check_identity,
+    get_field_shape,
+    get_record_name,
     hash_identity,
     to_little_endian,
 )
 from dit_video.data.records import builder, shards
+from dit_video.tokens import Field, Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,8 @@ class LatentWriter:
     plan_hash: str = ""
     """Hash of the examples of each file."""
     dtype: StorageDtype = "bfloat16"
+    fields: tuple[Field, ...] = ()
+    """Further fields, which every example has."""
 
     def __post_init__(self):
         expected = {
@@ -53,6 +58,7 @@ class LatentWriter:
             "dtype": self.dtype,
             "files": self.num_files,
             "plan": self.plan_hash,
+            "fields": [_describe_field(field) for field in self.fields],
         }
         if not (self.folder / PLAN).exists():
             # A name that begins with a dot is a file that another process is writing at this moment.
@@ -88,7 +94,7 @@ class LatentWriter:
         """
         columns: dict[str, list] = {name: [] for name in _COLUMNS}
         skipped: list[Skipped] = []
-        widths = _ExampleShapes()
+        widths = _ExampleShapes(self.fields)
 
         def records() -> Iterator[dict[str, Any]]:
             for example in examples:
@@ -106,20 +112,16 @@ class LatentWriter:
                     "latents": self._to_bytes(example.latents),
                     "shape": np.asarray(example.latents.shape, np.int32),
                     "text": b"".join(self._to_bytes(text) for text in example.text),
-                    "shown": b"" if example.shown is None else self._to_bytes(example.shown),
-                    "image": b"" if example.image is None else self._to_bytes(example.image),
                     "name": example.name,
                     "captions": list(captions),
+                    **{get_record_name(field): self._field_to_bytes(field, example) for field in self.fields},
                 }
 
-        features = _make_features()
+        features = _make_features(self.fields)
         shards.write_file(self.folder, DATASET_NAME, number, self.num_files, features=features, examples=records())
-        shown, image = widths.conditioning or (False, None)
         part = {
             "channels": widths.channels,
             "text_width": widths.text,
-            "shown": shown,
-            "image": image,
             "examples": columns,
             "left_out": skipped,
         }
@@ -150,9 +152,6 @@ class LatentWriter:
             raise UserError(f"{self.folder} gets no latents, {len(skipped)} clips could not be read{reason}")
         channels = {part["channels"] for part in parts} - {0}
         text_widths = {part["text_width"] for part in parts} - {0}  # 0 where no clip has a caption
-        nonempty = [part for part in parts if part["examples"]["name"]]
-        if any(part.get(name) != nonempty[0].get(name) for part in nonempty for name in ("shown", "image")):
-            raise UserError(f"the files of {self.folder} disagree on image conditioning. Encode into another folder.")
         if len(channels) > 1 or len(text_widths) > 1:
             raise UserError(
                 f"the files of {self.folder} disagree on channels ({sorted(channels)}) or text width "
@@ -160,7 +159,7 @@ class LatentWriter:
             )
         counts = [len(part["examples"]["name"]) for part in parts]
         shards.remove_partial_files(self.folder)
-        shards.write_metadata(self.folder, DATASET_NAME, counts, features=_make_features())
+        shards.write_metadata(self.folder, DATASET_NAME, counts, features=_make_features(self.fields))
         index = {
             "version": VERSION,
             "identity": self.identity if isinstance(self.identity, str) else dict(self.identity),
@@ -169,8 +168,7 @@ class LatentWriter:
             "channels": channels.pop(),
             "text_width": max(text_widths, default=0),
             "empty_text": None if empty_text is None else empty_text.tolist(),
-            "shown": nonempty[0].get("shown", False),
-            "image": nonempty[0].get("image"),
+            "fields": [_describe_field(field) for field in self.fields],
             "examples": columns,
             "left_out": skipped,
         }
@@ -183,12 +181,19 @@ class LatentWriter:
     def _to_bytes(self, values: np.ndarray) -> bytes:
         return to_little_endian(np.ascontiguousarray(values.astype(DTYPES[self.dtype]))).tobytes()
 
+    def _field_to_bytes(self, field: Field, example: LatentExample) -> bytes:
+        values = example.fields[field.name]
+        if field.dtype == "float32":
+            return self._to_bytes(values)
+        return to_little_endian(np.ascontiguousarray(values.astype(field.dtype))).tobytes()
+
 
 def write_latents(
     destination: str | os.PathLike,
     examples: Iterable[LatentExample],
     *,
     identity: Identity,
+    fields: Sequence[Field] = (),
     dtype: StorageDtype = "bfloat16",
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
@@ -198,6 +203,7 @@ def write_latents(
       destination: a local folder.
       examples: the examples, read once, one at a time, in order.
       identity: identity of the autoencoder; `LatentSource` checks it.
+      fields: further fields, which every example has.
       dtype: stored type of the values; they are read as float32.
       progress: called with the number of examples done.
 
@@ -221,7 +227,7 @@ def write_latents(
             raise UserError(f"there are no latents to write to {destination}. Encode at least one clip.")
 
     with atomic_path(destination) as folder:
-        writer = LatentWriter(folder=folder, identity=identity, num_files=1, dtype=dtype)
+        writer = LatentWriter(folder=folder, identity=identity, num_files=1, dtype=dtype, fields=tuple(fields))
         writer.write(0, counted())
         writer.finish()
 
@@ -229,15 +235,18 @@ def write_latents(
 _COLUMNS = ("name", "clip", "captions", "size", "text")
 
 
-def _make_features() -> dict[str, Any]:
+def _describe_field(field: Field) -> dict[str, Any]:
+    return vars(field) | {"shape": list(field.shape)}
+
+
+def _make_features(fields: Sequence[Field]) -> dict[str, Any]:
     return {
         "latents": builder.make_bytes_feature(),
         "shape": tfds.features.Tensor(shape=(4,), dtype=np.int32),
         "text": builder.make_bytes_feature(),
-        "shown": builder.make_bytes_feature(),
-        "image": builder.make_bytes_feature(),
         "name": tfds.features.Text(),
         "captions": tfds.features.Sequence(tfds.features.Text()),
+        **{get_record_name(field): builder.make_bytes_feature() for field in fields},
     }
 
 
@@ -250,14 +259,12 @@ def _get_captions(example: LatentExample) -> tuple[str, ...]:
 class _ExampleShapes:
     """Sizes that must be equal for all examples.
 
-    They are the channels of the latents, the width of caption embeddings (0 without any), and the presence and shape of
-    image conditioning.
+    They are the channels of the latents, the width of caption embeddings (0 without any), and the shapes of the fields.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fields: Sequence[Field]) -> None:
         self.channels = self.text = 0
-        self.conditioning: tuple[bool, tuple[int, ...] | None] | None = None
-        """Presence of `LatentExample.shown`, and the shape of `LatentExample.image`; None before the first example."""
+        self._fields = fields
 
     def check(self, example: LatentExample, captions: tuple[str, ...]) -> None:
         """Raise `UserError` for an example of other sizes, or with values that are not finite."""
@@ -268,7 +275,7 @@ class _ExampleShapes:
         if not np.isfinite(example.latents).all():
             raise UserError(f"latents of {name} are not finite. Check the autoencoder that encoded them.")
         self.channels = shape[-1]
-        self._check_conditioning(example)
+        self._check_fields(example)
         if example.text and len(example.text) != len(captions):
             raise UserError(f"{name} has {len(captions)} captions and {len(example.text)} embeddings. Give as many.")
         for text in example.text:
@@ -277,20 +284,21 @@ class _ExampleShapes:
                 raise UserError(f"{name} has an embedding of shape {list(text.shape)}; use finite [s {expected}]")
             self.text = expected
 
-    def _check_conditioning(self, example: LatentExample) -> None:
-        """Raise `UserError` for an example whose image conditioning differs in shape from those before it."""
-        shown, image = example.shown, example.image
-        shapes = (shown is not None, None if image is None else image.shape)
-        if shapes != (self.conditioning or shapes):
+    def _check_fields(self, example: LatentExample) -> None:
+        """Raise `UserError` for an example that lacks a field, or has one of another shape or with other values."""
+        names, own = {field.name for field in self._fields}, set(example.fields)
+        if names != own:
             raise UserError(
-                f"{example.name} has image conditioning {shapes} (conditioning latents, shape of image tokens), other "
-                f"examples {self.conditioning}. Encode all clips with the same options."
+                f"{example.name} has the fields {', '.join(sorted(own)) or 'none'}, but the data set has "
+                f"{', '.join(sorted(names)) or 'none'}. Give every example the fields of the data set."
             )
-        if shown is not None and shown.shape != example.latents.shape:
-            raise UserError(
-                f"{example.name} has latents of shape {list(example.latents.shape)}, but conditioning latents of shape "
-                f"{list(shown.shape)}. Give both the same shape."
-            )
-        if any(values is not None and not np.isfinite(values).all() for values in (shown, image)):
-            raise UserError(f"the image conditioning of {example.name} is not finite. Check its encoder.")
-        self.conditioning = shapes
+        for field in self._fields:
+            values = example.fields[field.name]
+            shape = get_field_shape(field, Grid(*example.latents.shape[:3]))
+            if values.shape != shape:
+                raise UserError(
+                    f"the field {field.name} of {example.name} has the shape {list(values.shape)}, not {list(shape)}. "
+                    "Encode all clips with the same options."
+                )
+            if not np.isfinite(values).all():
+                raise UserError(f"the field {field.name} of {example.name} is not finite. Check its encoder.")

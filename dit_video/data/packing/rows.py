@@ -4,11 +4,13 @@ The plan says which examples share a row. An epoch draws one caption of each exa
 video files, a temporal crop. These choices are functions of (seed, epoch, example).
 """
 
+import dataclasses
 import functools
 import hashlib
 import logging
+import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +20,14 @@ from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
-from dit_video.data.latents.cache import LatentSource
+from dit_video.data.latents.cache import LatentSource, get_field_shape
 from dit_video.data.packing.balance import Balance
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
+    Field,
     Grid,
     PackedBatch,
     PackedExample,
@@ -56,17 +59,15 @@ class EncodedClip(NamedTuple):
     """The patches of an encoded clip."""
 
     tokens: Float32[np.ndarray, "n p"]
-    shown: Float32[np.ndarray, "n p"] | None = None
-    """Patches of the latents of the clip whose frames after the first are grey."""
-    image: Float32[np.ndarray, "i F"] | None = None
-    """Tokens of the first frame from an image encoder."""
+    fields: Mapping[str, np.ndarray] = {}
+    """Further fields, as a row takes them."""
     is_damaged: bool = False
     """True if the clip was damaged: then all values are zero."""
 
     @property
     def nbytes(self) -> int:
         """Return the memory of all arrays, in bytes."""
-        return sum(values.nbytes for values in self[:3] if values is not None)
+        return self.tokens.nbytes + sum(values.nbytes for values in self.fields.values())
 
 
 class RowLayout:
@@ -131,8 +132,10 @@ class RowLayout:
         pairs = zip(examples.tolist(), ranks.tolist(), strict=True)
         return [RowEntry(example, rank, epoch, self._draw_caption(example, epoch)) for example, rank in pairs]
 
-    def pack(self, entries: Sequence[RowEntry], clips: Sequence[EncodedClip]) -> PackedBatch:
-        """Pack one row. Damaged examples keep their segment, but do not count in the loss."""
+    def pack(
+        self, entries: Sequence[RowEntry], clips: Sequence[EncodedClip], *, fields: Sequence[Field] = ()
+    ) -> PackedBatch:
+        """Pack one row with these fields. Damaged examples keep their segment, but do not count in the loss."""
         items, valid = [], []
         for member, clip in zip(entries, clips, strict=True):
             text = read_caption(self.captions, member.example, member.caption, self.names[member.example])
@@ -140,8 +143,9 @@ class RowLayout:
             interval = 1.0 if self._token_dt is None else self._token_dt[member.example]
             positions = get_positions(self.grids[member.example], interval)
             text = self.captions.empty if text is None else text
-            items.append(PackedExample(clip.tokens, positions, text, member.rank, clip.shown, clip.image))
-        row = pack(items, self.shape, width=clips[0].tokens.shape[1], text_width=self.captions.width)
+            items.append(PackedExample(clip.tokens, positions, text, member.rank, clip.fields))
+        widths = {"width": clips[0].tokens.shape[1], "text_width": self.captions.width}
+        row = pack(items, self.shape, **widths, fields=fields)
         row.valid[: len(valid)] = valid
         return row
 
@@ -155,6 +159,7 @@ class LatentRows:
 
     def __init__(self, source: LatentSource, layout: RowLayout, patch: Grid, *, cache_bytes: int):
         self._source, self._layout, self._patch, self._free_bytes = source, layout, patch, cache_bytes
+        self._fields = [self._get_row_field(field) for field in source.fields]
         self._clips: dict[int, EncodedClip] = {}
         self._lock = threading.Lock()
 
@@ -163,7 +168,8 @@ class LatentRows:
 
     def __getitem__(self, number: int) -> PackedBatch:
         members = self._layout.get_entries(number)
-        return self._layout.pack(members, [self._get_clip(member.example) for member in members])
+        clips = [self._get_clip(member.example) for member in members]
+        return self._layout.pack(members, clips, fields=self._fields)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_clips": {}, "_lock": None}
@@ -176,11 +182,12 @@ class LatentRows:
         clip, source = self._clips.get(example), self._source
         if clip is None:
             try:
-                latents, shown, image = source[example], source.shown(example), source.read_image(example)
+                latents = source[example]
+                fields = {field.name: self._read_field(example, field) for field in source.fields}
             except DecodeError as error:
                 log_damaged_clip(self._layout.names[example], error)
                 return self._make_damaged_clip(example)
-            clip = EncodedClip(self._patchify(latents), None if shown is None else self._patchify(shown), image)
+            clip = EncodedClip(self._patchify(latents), fields)
             with self._lock:
                 if clip.nbytes <= self._free_bytes and example not in self._clips:
                     self._free_bytes -= clip.nbytes
@@ -190,11 +197,27 @@ class LatentRows:
     def _patchify(self, latents: Float32[np.ndarray, "t h w c"]) -> Float32[np.ndarray, "n p"]:
         return np.ascontiguousarray(patchify(latents, self._patch))
 
+    def _get_row_field(self, field: Field) -> Field:
+        """Return a field as rows have it: of one on the latents' grid, the patches."""
+        if field.alignment != "grid":
+            return field
+        return dataclasses.replace(field, shape=(self._patch.volume * math.prod(field.shape),))
+
+    def _read_field(self, example: int, field: Field) -> np.ndarray:
+        values = self._source.read_field(example, field)
+        return self._patchify(values.reshape(*values.shape[:3], -1)) if field.alignment == "grid" else values
+
     def _make_damaged_clip(self, example: int) -> EncodedClip:
-        source = self._source
-        tokens = _make_zero_tokens(self._layout.grids[example], self._patch, source.channels)
-        image = None if source.image_shape is None else np.zeros(source.image_shape, np.float32)
-        return EncodedClip(tokens, tokens if source.has_shown else None, image, is_damaged=True)
+        grid, source = self._layout.grids[example], self._source
+        fields = {
+            field.name: np.zeros(get_field_shape(field, Grid(grid.t, grid.h, grid.w)), field.dtype)
+            for field in source.fields
+            if field.alignment != "grid"
+        }
+        for field in self._fields:
+            if field.alignment == "grid":
+                fields[field.name] = np.zeros((grid.volume, *field.shape), field.dtype)
+        return EncodedClip(_make_zero_tokens(grid, self._patch, source.channels), fields, is_damaged=True)
 
 
 class ClipRow(NamedTuple):

@@ -223,8 +223,8 @@ class _CostReader:
         self.walk(body, executions * trip_count, in_fusion=False)
 
     def _read_trip_count(self, instruction: Instruction, condition: str) -> int | None:
-        if known := _TRIP_COUNT.search(instruction.rest):
-            return int(known[1])
+        if match := _TRIP_COUNT.search(instruction.rest):
+            return int(match[1])
         # A loop that counts up compares its counter with the largest scalar constant of its condition.
         parts = list(self._iterate_instructions(self.computations.get(condition, {})))
         if any(part.opcode == "compare" and "direction=LT" in part.rest for part in parts):

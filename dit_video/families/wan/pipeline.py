@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dit_video.backbones.wan import WanDitConfig
+from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.families.autoencoders import load_placed_autoencoder, read_autoencoder_config
@@ -86,6 +87,7 @@ def load_wan(
         fps=parts.fps,
         size=_SIZE,
         boundary=parts.boundary,
+        frame_conditioning=parts.frame_conditioning,
         image_encoder=parts.image_encoder,
         provenance={"loaded from": os.fspath(folder), "class": read_index(folder)["_class_name"]},
     )
@@ -118,8 +120,16 @@ def read_parts(folder: Path, *, text_encoder: str | os.PathLike | None = None) -
         size=_TOKEN_TIME_SIZE if dit.time == "token" else _SIZE,
         fps=_TOKEN_TIME_FPS if dit.time == "token" else _FPS,
         boundary=index.get("boundary_ratio") if _has_part(index, _SECOND_EXPERT) else None,
+        frame_conditioning=_get_frame_conditioning(dit),
         image_encoder=None if images is None else os.fspath(images),
     )
+
+
+def _get_frame_conditioning(dit: WanDitConfig) -> FrameConditioning | None:
+    """Return the conditioning that the original models were trained with: I2V always had an image, TI2V-5B at times."""
+    if dit.cond_channels:
+        return FrameConditioning(prob=1.0, rest="grey")
+    return FrameConditioning() if dit.time == "token" else None
 
 
 def read_index(folder: Path) -> dict[str, Any]:

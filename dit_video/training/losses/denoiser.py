@@ -12,13 +12,14 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from dit_video.backbones.denoise import make_denoise_fn, make_text_record
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import (
+    COND_LATENTS,
+    IMAGE_TOKENS,
     Conditioning,
     ConditioningLatents,
+    FrameConditioning,
     ImageTokens,
-    KnownFrames,
     drop_captions,
     make_cond_latents,
-    mask_known_tokens,
 )
 from dit_video.core.rng import example_keys, key
 from dit_video.core.typing import AnyArray
@@ -53,7 +54,7 @@ class DenoiserLoss:
     empty_caption: Shaped[np.ndarray, "s *E"]
     """Tokens of an empty caption, or their embeddings."""
     seed: int
-    known: KnownFrames | None = None
+    frame_conditioning: FrameConditioning | None = None
     """Frame conditioning of an image-to-video model; None without it. Known frames are passed as latents in further
     channels or, if each token has its own time, as noise-free tokens at time 0, which do not count in the loss. Image
     embeddings of the first frame are zeroed for clips whose first frame is not known."""
@@ -80,13 +81,13 @@ class DenoiserLoss:
 
         params = params if self.optimizer is None else freeze(self.optimizer, params)
         dit = nnx.merge(self.dit, params["dit"])
-        known = self.known_tokens(rows, step)
+        cond_mask = self.draw_cond_mask(rows, step)
         context = nnx.merge(self.text, params["text"])(text, text_segments)
-        conditioning = _make_frame_conditioning(dit.config, rows, known).add(make_text_record(context, layout))
+        conditioning = _make_frame_conditioning(dit.config, rows, cond_mask).add(make_text_record(context, layout))
         denoise = make_denoise_fn(dit, layout, conditioning)
-        clean = known if dit.config.time == "token" else None
+        clean = cond_mask if dit.config.time == "token" else None
         data, time = jnp.asarray(rows.tokens), self.draw_token_times(rows, step)
-        per_token = self.objective.loss(denoise, data, noise, time, known=clean)
+        per_token = self.objective.loss(denoise, data, noise, time, cond_mask=clean)
         counted = rows.segments if clean is None else jnp.where(clean, 0, rows.segments)
         per_example = segment_mean(per_token, counted, count=layout.count)
         num_clips = rows.segments.max(axis=1).sum()
@@ -116,13 +117,12 @@ class DenoiserLoss:
             metrics[name] = Average((bin_weight * jax.lax.stop_gradient(per_token)).sum(), bin_weight.sum())
         return metrics
 
-    def known_tokens(self, rows: PackedBatch, step: Array) -> Bool[Array, "B N"]:
+    def draw_cond_mask(self, rows: PackedBatch, step: Array) -> Bool[Array, "B N"]:
         """Return True for tokens of known frames, drawn per example and independently of the mesh."""
-        if self.known is None:
+        if self.frame_conditioning is None:
             return jnp.zeros(rows.segments.shape, bool)
         keys = example_keys(key(self.seed, "known frames"), step, rows.examples)
-        known = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.known.chance
-        return mask_known_tokens(rows.segments, rows.positions, known)
+        return self.frame_conditioning.draw_mask(rows.layout, keys)
 
     def draw_times(self, rows: PackedBatch, step: Array) -> Float[Array, "B G"]:
         """Return diffusion times of clips, low-discrepancy over consecutive ranks of the data plan."""
@@ -169,17 +169,21 @@ def time_quantile(objective: Objective, time: float) -> float:
     return high
 
 
-def _make_frame_conditioning(config: BackboneConfig, rows: PackedBatch, known: Bool[Array, "B N"]) -> Conditioning:
+def _make_frame_conditioning(config: BackboneConfig, rows: PackedBatch, cond_mask: Bool[Array, "B N"]) -> Conditioning:
     """Return the conditioning on known frames, which is zero for clips whose first frame is not known."""
-    is_conditioned = rows.layout.max(known.astype(jnp.float32)) > 0
+    layout = rows.layout
+    is_conditioned = layout.max(cond_mask.astype(jnp.float32)) > 0
     conditioning, kinds = Conditioning(), config.conditioning_kinds
     if ConditioningLatents in kinds:
-        latents, shown = rows.tokens, None
-        if rows.shown.shape[-1]:
-            latents, shown = rows.shown, rows.layout.expand(is_conditioned)
+        latents, visible = rows.tokens, cond_mask
+        if COND_LATENTS in rows.fields:
+            latents, visible = rows.fields[COND_LATENTS], layout.expand(is_conditioned)
         sizes = {"patch_volume": config.patch.volume, "channels": config.cond_channels}
-        conditioning = conditioning.add(ConditioningLatents(make_cond_latents(latents, known, shown=shown, **sizes)))
+        values = make_cond_latents(latents, cond_mask, visible=visible, **sizes)
+        conditioning = conditioning.add(ConditioningLatents(values))
     if ImageTokens in kinds:
-        values = jnp.where(expand_to_tokens(is_conditioned, rows.image_segments)[..., None], rows.image, 0)
-        conditioning = conditioning.add(ImageTokens(values, jnp.asarray(rows.image_segments)))
+        values = jnp.asarray(rows.fields[IMAGE_TOKENS])
+        segments = layout.get_sequence_segments(values.shape[1] // layout.count)
+        values = jnp.where(expand_to_tokens(is_conditioned, segments)[..., None], values, 0)
+        conditioning = conditioning.add(ImageTokens(values, segments))
     return conditioning

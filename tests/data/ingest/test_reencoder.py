@@ -236,8 +236,8 @@ def test_shots_begin_at_the_same_times_after_reencoding(tmp_path):
         assert [info.frames for info in source.infos] == counts
         for index, (info, level) in enumerate(zip(source.infos, levels, strict=True)):
             assert (info.height, info.width, info.record) == (48, 64, 0)
-            shown = decode(source[index], start=info.start, size=Grid(info.frames, 48, 64)).frames
-            assert np.abs(shown.astype(int) - level).max() <= 3
+            frames = decode(source[index], start=info.start, size=Grid(info.frames, 48, 64)).frames
+            assert np.abs(frames.astype(int) - level).max() <= 3
 
 
 def test_a_shot_between_two_sampling_times_is_dropped(tmp_path):

@@ -13,7 +13,7 @@ from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.core.storage import to_storage_path
 from dit_video.data.latents.cache import LatentExample, LatentSource, Skipped, hash_identity
 from dit_video.data.latents.writer import LatentWriter, write_latents
-from dit_video.tokens import Grid
+from dit_video.tokens import Field, Grid
 
 
 def examples(count=3, channels=4):
@@ -46,28 +46,42 @@ def test_latents_are_read_as_they_were_written(tmp_path, dtype):
 
 def test_conditioning_latents_are_read_as_they_were_written(tmp_path):
     draw = np.random.default_rng(1)
-    conditioned = [
-        one._replace(shown=one.latents + 1, image=draw.standard_normal((5, 6)).astype(np.float32)) for one in examples()
-    ]
-    write_latents(tmp_path / "l", conditioned, identity="x", dtype="float32")
+    fields = (
+        Field(name="cond_latents", alignment="grid", shape=(4,)),
+        Field(name="image_tokens", alignment="sequence", shape=(6,), length=5),
+        Field(name="action", alignment="frame", dtype="int32"),
+        Field(name="camera", alignment="example", shape=(3, 4)),
+    )
+
+    def make_fields(one):
+        return {
+            "cond_latents": one.latents + 1,
+            "image_tokens": draw.standard_normal((5, 6)).astype(np.float32),
+            "action": 70_000 + np.arange(len(one.latents), dtype=np.int32),
+            "camera": draw.standard_normal((3, 4)).astype(np.float32),
+        }
+
+    conditioned = [one._replace(fields=make_fields(one)) for one in examples()]
+    write_latents(tmp_path / "l", conditioned, identity="x", fields=fields, dtype="float32")
     source = LatentSource(tmp_path / "l")
-    assert (source.has_shown, source.image_shape) == (True, (5, 6))
+    assert source.fields == fields
     for index, one in enumerate(conditioned):
         np.testing.assert_array_equal(source[index], one.latents)
-        np.testing.assert_array_equal(source.shown(index), one.shown)
-        np.testing.assert_array_equal(source.read_image(index), one.image)
+        for field in fields:
+            values = source.read_field(index, field)
+            np.testing.assert_array_equal(values, one.fields[field.name])
+            assert values.dtype == field.dtype
     write_latents(tmp_path / "plain", examples(), identity="x")
-    plain = LatentSource(tmp_path / "plain")
-    assert (plain.shown(0), plain.read_image(0), plain.image_shape) == (None, None, None)
-    for changed in ({"image": None}, {"image": np.zeros((4, 6), np.float32)}, {"shown": None}):
-        with pytest.raises(UserError, match=r"1\.mp4 has image conditioning .*Encode all clips with the same options"):
-            write_latents(tmp_path / "m", [conditioned[0], conditioned[1]._replace(**changed)], identity="x")
-    for changed, message in (
-        ({"image": np.full((5, 6), np.nan, np.float32)}, "not finite"),
-        ({"shown": conditioned[1].shown}, "but conditioning latents of shape"),
+    assert LatentSource(tmp_path / "plain").fields == ()
+    for change, message in (
+        ({}, None),
+        ({"image_tokens": np.zeros((4, 6), np.float32)}, r"1\.mp4 has the shape \[4, 6\], not \[5, 6\]. Encode all"),
+        ({"cond_latents": conditioned[0].fields["cond_latents"]}, r"cond_latents of 1\.mp4 has the shape"),
+        ({"camera": np.full((3, 4), np.nan, np.float32)}, "not finite"),
     ):
-        with pytest.raises(UserError, match=message):
-            write_latents(tmp_path / "m", [conditioned[0]._replace(**changed)], identity="x")
+        other = conditioned[1]._replace(fields=conditioned[1].fields | change if message else {})
+        with pytest.raises(UserError, match=message or r"1\.mp4 has the fields none, but the data set has action"):
+            write_latents(tmp_path / "m", [conditioned[0], other], identity="x", fields=fields)
 
 
 def test_another_identity_is_refused(tmp_path):

@@ -25,8 +25,8 @@ def test_held_out_combinations_are_covered_by_training():
     assert set(shapes.HELD_OUT) | set(shapes.TRAINING) == set(shapes.COMBINATIONS)
     assert not set(shapes.HELD_OUT) & set(shapes.TRAINING)
     values = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS}
-    for name, known in values.items():
-        assert {getattr(one, name) for one in shapes.TRAINING} == set(known)
+    for name, choices in values.items():
+        assert {getattr(one, name) for one in shapes.TRAINING} == set(choices)
     for first, second in itertools.combinations(values, 2):
         seen = {(getattr(one, first), getattr(one, second)) for one in shapes.TRAINING}
         assert seen == set(itertools.product(values[first], values[second]))

@@ -12,7 +12,6 @@ import dit_video
 from dit_video.core.rng import key
 from dit_video.tokens import (
     Grid,
-    PackedBatch,
     PackedExample,
     PackedShape,
     compute_positions,
@@ -77,7 +76,7 @@ def draw_step_noise(number):
     item = PackedExample(zeros, compute_positions(grid), np.zeros(1, np.int32), 0)
     row = pack([item], PackedShape(tokens=grid.volume, text=1, segments=1), width=zeros.shape[1])
     keys = jax.random.fold_in(key(SEED, "sampler"), number)[None, None]
-    batch = PackedBatch(*(jnp.asarray(value)[None] for value in row))
+    batch = jax.tree.map(lambda value: jnp.asarray(value)[None], row)
     noise = batch.layout.sample_noise(keys, batch.tokens.shape[-1])
     return unpatchify(np.asarray(noise[0]), grid, PATCH)[0].transpose(2, 0, 1)
 

@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dit_video
+from dit_video.conditioning import FrameConditioning, make_cond_latents
 from dit_video.core.errors import UserError
 from dit_video.pipelines.pipeline import Pipeline
-from dit_video.tokens import Grid
+from dit_video.tokens import Grid, patchify
 from support import tiny_clip
+from support.random_params import make_random_params
 from support.tiny_wan import ANIMATING, DIT, SIZE, write_animating_wan, write_wan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -40,13 +43,14 @@ def sample_latents(pipeline, **options):
 
 def test_the_image_conditions_as_latents_and_as_tokens(animating):
     conditioning = animating._image_conditioner(Grid(*SIZE), IMAGES[0], None)
-    assert conditioning.beside.shape == (2, 4, 4, 8)
-    np.testing.assert_array_equal(conditioning.beside[0, ..., :4], np.ones((4, 4, 4)))
-    np.testing.assert_array_equal(conditioning.beside[1, ..., :4], np.zeros((4, 4, 4)))
+    cond_latents = conditioning["cond_latents"]
+    assert cond_latents.shape == (2, 4, 4, 8)
+    np.testing.assert_array_equal(cond_latents[0, ..., :4], np.ones((4, 4, 4)))
+    np.testing.assert_array_equal(cond_latents[1, ..., :4], np.zeros((4, 4, 4)))
     # Causal: the first latent frame is of the first frame alone.
     encoded = animating.encode(dit_video.Clip(IMAGES[:1], 16))
-    np.testing.assert_allclose(conditioning.beside[:1, ..., 4:], encoded, atol=1e-4)
-    assert conditioning.image.shape == (tiny_clip.VISION.tokens, tiny_clip.VISION.width)
+    np.testing.assert_allclose(cond_latents[:1, ..., 4:], encoded, atol=1e-4)
+    assert conditioning["image_tokens"].shape == (tiny_clip.VISION.tokens, tiny_clip.VISION.width)
     latents = sample_latents(animating, image=IMAGES[0])
     assert np.isfinite(latents).all()
     assert np.abs(sample_latents(animating, image=dit_video.Clip(IMAGES[1:], 16)) - latents).max() > 1e-3
@@ -93,7 +97,40 @@ def test_missing_or_misshapen_images_are_refused(request, kind, options, message
 
 
 def test_a_model_without_image_conditioning_refuses_an_image(knowing):
-    config = replace(knowing.config, dit=replace(KNOWING, time="segment"))
+    config = replace(knowing.config, dit=replace(KNOWING, time="segment"), frame_conditioning=None)
     other = Pipeline(config, autoencoder=knowing.codec.params, denoiser=knowing.denoiser_params)
     with pytest.raises(UserError, match="does not accept a clip's first image"):
         sample_latents(other, image=IMAGES[0])
+
+
+@pytest.mark.parametrize("mask_channels", [1, 3])
+def test_without_grey_frames_sampling_has_the_latents_of_training(knowing, mask_channels):
+    """Those are the latents of the first frame, and zeros; all are zero without an image, if training knew that."""
+    channels = mask_channels + DIT.channels
+    config = replace(
+        knowing.config,
+        dit=replace(DIT, layers=1, cond_channels=channels),
+        frame_conditioning=FrameConditioning(prob=0.5),
+    )
+    pipeline = Pipeline(
+        config,
+        autoencoder=knowing.codec.params,
+        denoiser={"dit": make_random_params(config.dit.make), "text": {}},
+    )
+    clip = dit_video.Clip(np.random.default_rng(1).integers(0, 256, (*SIZE, 3), dtype=np.uint8), 16)
+    tokens = patchify(pipeline.encode(clip), DIT.patch)
+    is_first = np.arange(len(tokens)) < len(tokens) // 2
+    sizes = {"patch_volume": DIT.patch.volume, "channels": channels}
+    expected = make_cond_latents(tokens[None], jnp.asarray(is_first)[None], **sizes)[0]
+    fields = pipeline._image_conditioner(Grid(*SIZE), clip.frames[0], None)
+    np.testing.assert_allclose(patchify(fields["cond_latents"], DIT.patch), expected, atol=1e-4)
+    assert not pipeline._image_conditioner(Grid(*SIZE), None, None)["cond_latents"].any()
+    with_image, without = sample_latents(pipeline, image=clip.frames[0]), sample_latents(pipeline)
+    assert np.abs(with_image - without).max() > 1e-3
+    with pytest.raises(UserError, match="does not accept a clip's last image"):
+        sample_latents(pipeline, image=clip.frames[0], last_image=clip.frames[0])
+
+
+def test_a_model_with_mask_channels_needs_to_say_what_they_hold(animating):
+    with pytest.raises(UserError, match=r"frame_conditioning=None is invalid: .* use FrameConditioning"):
+        replace(animating.config, frame_conditioning=None)

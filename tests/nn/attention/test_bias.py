@@ -51,10 +51,12 @@ def explicit(pattern):
                 8 + min(abs(step[1]), 1) + 2 * (step[1] > 0),
                 12 + min(abs(step[2]), 2) + 3 * (step[2] > 0),
             ]
-    known = np.isfinite(PLACES[0]).all(axis=-1)
+    is_finite = np.isfinite(PLACES[0]).all(axis=-1)
 
     def attend(q, k, v, inputs):
-        added = jnp.moveaxis(inputs.bias.table[entries].sum(axis=0), -1, 0)[None] * (known[:, None] & known[None])
+        added = jnp.moveaxis(inputs.bias.table[entries].sum(axis=0), -1, 0)[None] * (
+            is_finite[:, None] & is_finite[None]
+        )
         mask = dense_mask(mask_boxes(pattern, inputs))
         mixed = jax.nn.dot_product_attention(q, k, v, bias=added, mask=mask[:, None])
         return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)

@@ -14,7 +14,7 @@ from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
 from dit_video.nn import get_graph_def, init_params
 from dit_video.text import FrozenTextConfig
-from dit_video.tokens import Grid, PackedBatch, pack
+from dit_video.tokens import Grid, PackedBatch, pack, stack_rows
 from dit_video.training.losses.denoiser import time_quantile
 from dit_video.training.step import accumulate_gradients
 from support.denoiser_loss import LOSS, PARAMS, SHAPE, TOKENIZE, A, B, C, make_batch, make_example
@@ -67,7 +67,7 @@ def run_frozen(params, rows):
 
 def embedded(*rows) -> PackedBatch:
     packed = (pack([one._replace(text=TABLE[one.text]) for one in row], SHAPE, width=4, text_width=8) for row in rows)
-    return PackedBatch(*map(np.stack, zip(*packed, strict=True)))
+    return stack_rows(packed)
 
 
 def test_embeddings_have_the_same_loss_wherever_they_are_packed():

@@ -14,7 +14,7 @@ from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig, ClassNamesConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.distillation import (
     ConsistencyDistillation,
@@ -61,7 +61,7 @@ A, B, C = item(Grid(2, 2, 2), "red ball", 5), item(Grid(1, 2, 3), "box", 6), ite
 
 
 def batch(*rows) -> PackedBatch:
-    return PackedBatch(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
+    return stack_rows([pack(row, SHAPE, width=4) for row in rows])
 
 
 @jax.jit
@@ -178,7 +178,7 @@ def test_distillation_conditions_on_classes():
 
     def prediction(label, *, silent=False):
         clip = A._replace(text=text.make_tokenizer()(label))
-        rows = PackedBatch(*(np.stack([part]) for part in pack([clip], SHAPE, width=4)))
+        rows = batch([clip])
         denoise = loss.make_denoise(weights, rows, unconditional=silent)
         return denoise(jnp.asarray(rows.tokens), jnp.ones((1, 1, 1)), None)[0]
 

@@ -3,15 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from dit_video.conditioning import KnownFrames
-from dit_video.core.errors import UserError
+from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, FrameConditioning
 from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching
 from dit_video.nn import get_graph_def
 from dit_video.text import FrozenTextConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
+from dit_video.tokens import Field, Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.random_params import make_random_params
 from support.tiny_wan import ANIMATING
@@ -23,7 +21,13 @@ WIDTH, IMAGE = ANIMATING.token_width, (3, ANIMATING.image_width)
 STEP = jnp.zeros((), jnp.int32)
 
 
-def make_loss(chance):
+FIELDS = (
+    Field(name=COND_LATENTS, alignment="grid", shape=(WIDTH,)),
+    Field(name=IMAGE_TOKENS, alignment="sequence", shape=IMAGE[1:], length=IMAGE[0]),
+)
+
+
+def make_loss(prob):
     return DenoiserLoss(
         dit=get_graph_def(ANIMATING.make),
         text=get_graph_def(TEXT.make),
@@ -31,7 +35,7 @@ def make_loss(chance):
         caption_dropout=0.0,
         empty_caption=np.zeros((1, TEXT.width), np.float32),
         seed=3,
-        known=KnownFrames(chance=chance, rest="grey"),
+        frame_conditioning=FrameConditioning(prob=prob, rest="grey"),
     )
 
 
@@ -42,14 +46,13 @@ def item(grid: Grid, example: int) -> PackedExample:
         return draw.normal(size=shape).astype(np.float32)
 
     text, tokens = normal(2, TEXT.width), normal(grid.volume, WIDTH)
-    return PackedExample(
-        tokens, compute_positions(grid), text, example, shown=normal(*tokens.shape), image=normal(*IMAGE)
-    )
+    fields = {COND_LATENTS: normal(*tokens.shape), IMAGE_TOKENS: normal(*IMAGE)}
+    return PackedExample(tokens, compute_positions(grid), text, example, fields)
 
 
 def batch(*rows) -> PackedBatch:
-    packed = [pack(row, SHAPE, width=WIDTH, text_width=TEXT.width) for row in rows]
-    return PackedBatch(*map(np.stack, zip(*packed, strict=True)))
+    packed = [pack(row, SHAPE, width=WIDTH, text_width=TEXT.width, fields=FIELDS) for row in rows]
+    return stack_rows(packed)
 
 
 CLIPS = [item(Grid(3, 1, 2), 5), item(Grid(2, 2, 2), 6)]
@@ -75,29 +78,24 @@ def test_a_segment_sees_its_own_first_frame_alone():
         return np.asarray(value(PARAMS, PACKED._replace(valid=np.asarray([[True, False]]), **changes))[0])
 
     before = compute_first_loss()
-    ids = {"shown": PACKED.segments, "image": PACKED.image_segments}
+    ids = {COND_LATENTS: PACKED.segments, IMAGE_TOKENS: np.asarray(PACKED.layout.get_sequence_segments(IMAGE[0]))}
     for name, segments in ids.items():
-        values = getattr(PACKED, name)
+        values = PACKED.fields[name]
         for segment, same in ((0, True), (2, True), (1, False)):
             changed = np.where(segments[..., None] == segment, 3 - 2 * values, values)
-            assert (compute_first_loss(**{name: changed}) == before) == same, (name, segment)
+            assert (compute_first_loss(fields=PACKED.fields | {name: changed}) == before) == same, (name, segment)
 
 
 def test_a_clip_without_a_known_first_frame_gets_no_image_conditioning():
     result = jax.jit(lambda rows: make_loss(0.0)(PARAMS, rows, STEP)[0])
-    other = PACKED._replace(shown=1 - PACKED.shown, image=1 - PACKED.image)
+    other = PACKED._replace(fields={name: 1 - values for name, values in PACKED.fields.items()})
     assert result(other) == result(PACKED)
     assert result(PACKED) != value(PARAMS, PACKED)[0]
 
 
 def test_rows_have_room_for_every_segments_image():
-    assert PACKED.image.shape == (1, 2 * 3, IMAGE[1])
-    np.testing.assert_array_equal(PACKED.image_segments, [[1, 1, 1, 2, 2, 2]])
-    np.testing.assert_array_equal(PACKED.shown[0, 6:14], CLIPS[1].shown)
+    assert PACKED.fields[IMAGE_TOKENS].shape == (1, 2 * 3, IMAGE[1])
+    np.testing.assert_array_equal(PACKED.layout.get_sequence_segments(3), [[1, 1, 1, 2, 2, 2]])
+    np.testing.assert_array_equal(PACKED.fields[COND_LATENTS][0, 6:14], CLIPS[1].fields[COND_LATENTS])
     alone = batch(CLIPS[1:])
-    np.testing.assert_array_equal(alone.image_segments, [[1, 1, 1, 0, 0, 0]])
-    plain = batch([clip._replace(shown=None, image=None) for clip in CLIPS])
-    assert (plain.shown.shape, plain.image.shape) == ((1, 20, 0), (1, 0, 0))
-    for changes in ({"image": None}, {"image": CLIPS[0].image[:2]}, {"shown": None}):
-        with pytest.raises(UserError, match=r"must have the same conditioning: .* pack them into different rows"):
-            batch([CLIPS[0], CLIPS[1]._replace(**changes)])
+    np.testing.assert_array_equal(alone.layout.get_sequence_segments(3), [[1, 1, 1, 0, 0, 0]])

@@ -9,12 +9,12 @@ import pytest
 from scipy import stats
 
 from dit_video.backbones.dit import Dit, DitConfig
-from dit_video.conditioning import KnownFrames
+from dit_video.conditioning import FrameConditioning
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import ClipSize, FlowMatching, LinearShift, RectifiedFlow, Uniform
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes
 from support.random_params import make_random_params
 
@@ -55,7 +55,7 @@ def item(grid: Grid, example: int, interval: float = 1.0) -> PackedExample:
 
 def batch(*rows) -> PackedBatch:
     packed = (pack(row, SHAPE, width=4) for row in rows)
-    return jax.tree.map(jnp.asarray, PackedBatch(*map(np.stack, zip(*packed, strict=True))))
+    return jax.tree.map(jnp.asarray, stack_rows(packed))
 
 
 CLIP, IMAGE, LONG = item(Grid(3, 1, 2), 5), item(Grid(1, 1, 3), 6), item(Grid(4, 1, 3), 7, interval=0.4)
@@ -89,7 +89,7 @@ def test_the_times_of_frames_are_those_of_the_objective():
 
 
 def test_the_loss_is_of_every_frame_at_its_own_time():
-    loss = make_loss(known=KnownFrames(chance=1.0))
+    loss = make_loss(frame_conditioning=FrameConditioning(prob=1.0))
     keys = example_keys(key(3, "noise"), STEP, ROWS.examples)
     noise = np.asarray(ROWS.layout.sample_noise(keys, ROWS.tokens.shape[-1]))[0]
     time = token_times(loss, ROWS)[0, :, None]

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_video.backbones.dit import Dit, DitConfig
-from dit_video.conditioning import ConditioningLatents, KnownFrames
+from dit_video.conditioning import ConditioningLatents, FrameConditioning
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import FlowMatching
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack
+from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.random_params import make_random_params
 
@@ -20,7 +20,7 @@ TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=20, text=56, segments=3)
 TOLD = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
-BESIDE = dataclasses.replace(TOLD, time="segment", cond_channels=3)
+CHANNELS = dataclasses.replace(TOLD, time="segment", cond_channels=3)
 PARAMS = {"dit": {}, "text": make_random_params(TEXT.make)}
 
 
@@ -38,7 +38,10 @@ class FakeDenoiser(Dit):
 
 
 def make_loss(config, **fields):
-    made = {"dit": get_graph_def(lambda rngs: FakeDenoiser(config)), "known": KnownFrames(chance=1.0)} | fields
+    made = {
+        "dit": get_graph_def(lambda rngs: FakeDenoiser(config)),
+        "frame_conditioning": FrameConditioning(prob=1.0),
+    } | fields
     return DenoiserLoss(
         text=get_graph_def(TEXT.make),
         objective=FlowMatching(),
@@ -55,7 +58,7 @@ def item(grid: Grid, example: int) -> PackedExample:
 
 
 def batch(*rows) -> PackedBatch:
-    return PackedBatch(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
+    return stack_rows([pack(row, SHAPE, width=4) for row in rows])
 
 
 CLIP, IMAGE = item(Grid(3, 1, 2), 5), item(Grid(1, 1, 3), 6)
@@ -87,7 +90,7 @@ def test_tokens_at_time_zero_hold_no_noise_and_do_not_count():
 
 
 def test_clean_latents_as_channels_leave_all_tokens_in_the_loss():
-    loss = make_loss(BESIDE)
+    loss = make_loss(CHANNELS)
     (noise, _), (of_image, _) = draw_noise_and_times(loss)
     predicted = np.where(np.arange(6)[:, None] < 2, CLIP.tokens, 0)
     clip, image = np.square(predicted - (noise - CLIP.tokens)).mean(), np.square(of_image - IMAGE.tokens).mean()
@@ -96,17 +99,20 @@ def test_clean_latents_as_channels_leave_all_tokens_in_the_loss():
 
 
 def test_every_example_draws_its_own_first_frame_conditioning():
-    loss = make_loss(TOLD, known=KnownFrames(chance=0.5))
+    loss = make_loss(TOLD, frame_conditioning=FrameConditioning(prob=0.5))
     clips = [item(Grid(2, 1, 1), example) for example in range(200)]
-    find_known_tokens = jax.jit(lambda rows, step: loss.known_tokens(rows, step))
-    alone = np.asarray(find_known_tokens(batch(*([clip] for clip in clips)), 4))
+    draw_cond_mask = jax.jit(lambda rows, step: loss.draw_cond_mask(rows, step))
+    alone = np.asarray(draw_cond_mask(batch(*([clip] for clip in clips)), 4))
     assert 0.4 < alone[:, 0].mean() < 0.6
     assert not alone[:, 1:].any()
-    behind = np.asarray(find_known_tokens(batch(*([IMAGE, clip] for clip in clips)), 4))
+    behind = np.asarray(draw_cond_mask(batch(*([IMAGE, clip] for clip in clips)), 4))
     np.testing.assert_array_equal(behind[:, 3], alone[:, 0])
-    assert (np.asarray(find_known_tokens(batch(*([clip] for clip in clips)), 5)) != alone).any()
+    assert (np.asarray(draw_cond_mask(batch(*([clip] for clip in clips)), 5)) != alone).any()
 
 
 def test_without_known_frames_each_token_has_its_clips_time():
-    conditioned, plain = make_loss(TOLD, known=None), make_loss(dataclasses.replace(TOLD, time="segment"), known=None)
+    conditioned, plain = (
+        make_loss(TOLD, frame_conditioning=None),
+        make_loss(dataclasses.replace(TOLD, time="segment"), frame_conditioning=None),
+    )
     np.testing.assert_array_equal(value(conditioned), value(plain))

@@ -1,0 +1,68 @@
+"""Fields: named arrays of an example besides its tokens and its text, such as conditioning latents or a camera path."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dit_video.core.errors import UserError
+
+Alignment = Literal["example", "frame", "grid", "sequence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """The description of a field, whose arrays have the same shape for all examples but for the size of the clip.
+
+    An example's array has one value per example (`example`), per latent frame (`frame`) or per token (`grid`), or a
+    fixed number of tokens of its own (`sequence`). In packed rows the values of frames are repeated for their tokens.
+
+    Raises:
+      UserError: a name that is no identifier, or a sequence without a length.
+    """
+
+    name: str
+    alignment: Alignment
+    shape: tuple[int, ...] = ()
+    """Shape of one value: `()` for a number, `(width,)` for a vector."""
+    dtype: Literal["float32", "int32"] = "float32"
+    length: int = 0
+    """Number of tokens of an example's sequence; 0 for other alignments."""
+
+    def __post_init__(self):
+        if not self.name.isidentifier():
+            raise UserError(f"name={self.name!r} of a field is invalid: it must be an identifier. Use letters and _.")
+        if (self.length > 0) != (self.alignment == "sequence"):
+            rule = "a sequence has one or more tokens, other fields have none"
+            raise UserError(f"length={self.length} of the field {self.name} ({self.alignment}) is invalid: {rule}.")
+
+    def get_row_shape(self, *, tokens: int, segments: int) -> tuple[int, ...]:
+        """Return the shape of the field in a packed row of this many tokens and segments."""
+        counts = {"example": segments, "frame": tokens, "grid": tokens, "sequence": segments * self.length}
+        return (counts[self.alignment], *self.shape)
+
+    def get_slots(self, index: int, tokens: slice) -> slice:
+        """Return where the values of the row's segment `index` (from 0) lie, whose tokens are at `tokens`."""
+        if self.alignment in ("frame", "grid"):
+            return tokens
+        count = self.length or 1
+        return slice(index * count, (index + 1) * count)
+
+    def spread(self, values: np.ndarray | None, *, tokens: int) -> np.ndarray:
+        """Return the array of an example with this many tokens as a packed row holds it.
+
+        Raises:
+          UserError: it is missing, or has another shape.
+        """
+        counts: dict[str, tuple[int, ...]] = {"example": (), "grid": (tokens,), "sequence": (self.length,)}
+        if values is not None and self.alignment == "frame":
+            counts["frame"] = (len(values),) if values.ndim and len(values) and tokens % len(values) == 0 else (-1,)
+        if values is None or values.shape != (*counts[self.alignment], *self.shape):
+            shape = "missing" if values is None else f"of shape {list(values.shape)}"
+            raise UserError(
+                f"the clips of a row must have the same fields: {self.name} of a clip of {tokens} tokens is {shape}, "
+                f"but must be a {self}; pack only clips that have it"
+            )
+        if self.alignment == "frame":
+            return np.repeat(values, tokens // len(values), axis=0)
+        return values[None] if self.alignment == "example" else values

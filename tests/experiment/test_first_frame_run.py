@@ -1,0 +1,40 @@
+"""A run of a model that reads the latents of a first frame, from clips to samples with and without an image."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.conditioning import FrameConditioning
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.evaluation.evaluate import evaluate
+from dit_video.experiment.run import Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+SIZE = (5, 16, 16)
+
+
+def test_a_model_that_reads_first_frames_is_trained_evaluated_and_sampled(tiny, tiny_run, tmp_path):
+    """By default the latents of other frames are zeros; a mask needs one channel only."""
+    training = tiny.EXPERIMENT.denoiser
+    dit = dataclasses.replace(training.dit, cond_channels=training.dit.channels + 1)
+    denoiser = dataclasses.replace(training, dit=dit, frame_conditioning=FrameConditioning())
+    evaluation = CaptionEvaluation(trained=2, held_out=0)
+    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, evaluation=evaluation)
+    run = Run.create(tmp_path / "run", experiment)
+    run.take((tiny_run / "data").resolve())
+    (tmp_path / "run" / "autoencoder").mkdir()
+    shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
+    run.export()
+    pipeline = dit_video.load(tmp_path / "run")
+    result = evaluate(pipeline, tmp_path / "evaluation", seed=0, run=run)
+    assert len(result.samples) == 2
+    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    image = np.random.default_rng(0).integers(0, 256, (*SIZE[1:], 3), dtype=np.uint8)
+    options = {"size": SIZE, "steps": 2, "guidance": 1.0, "output": "latents"}
+    with_image, without = (pipeline.generate("a red square", image=first, **options) for first in (image, None))
+    assert np.isfinite([with_image, without]).all()
+    assert with_image.shape == without.shape
