@@ -81,8 +81,7 @@ def read_denoiser_config(folder: str | os.PathLike) -> BackboneConfig:
 
 def get_format(document: dict[str, Any]) -> DenoiserFormat:
     """Return the format of the files with this `config.json`, whose class is one of `list_denoiser_classes`."""
-    formats = (family.denoiser for family in list_families())
-    return next(each for each in formats if document["_class_name"] in each.layouts)
+    return next(family.denoiser for family in list_families() if document["_class_name"] in family.denoiser.layouts)
 
 
 def open_denoiser_file(path: Path) -> tuple[DenoiserFormat, TensorFolder, dict[str, Any]]:

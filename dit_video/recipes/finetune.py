@@ -93,7 +93,9 @@ def make_finetuning_experiment(
         it.
     """
     folder = Path(folder)
-    parts = _read_parts(folder)
+    if (family := find_family(folder)) is None:
+        raise MissingError(f"no such file: {folder / INDEX}")
+    parts = family.read_parts(folder)
     start, expert = _select_weights(folder, parts.boundary, options)
     dit = parts.denoiser.replace(dtype=options.dtype, remat=options.remat)
     schedule, data, text = parts.schedule, _make_data(options, parts), replace(parts.text, dtype=options.dtype)
@@ -131,12 +133,6 @@ def make_finetuning_experiment(
         log_every=options.log_every,
         save_every=options.save_every,
     )
-
-
-def _read_parts(folder: Path) -> PipelineParts:
-    if (family := find_family(folder)) is None:
-        raise MissingError(f"no such file: {folder / INDEX}")
-    return family.read_parts(folder)
 
 
 def _select_weights(
