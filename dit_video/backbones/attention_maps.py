@@ -30,7 +30,7 @@ def compute_attention_maps(
 
     Args:
       backbone: denoiser to inspect.
-      noisy, time, layout, conditioning: its inputs; see `AttentionBackbone`.
+      noisy, time, layout, conditioning: its inputs; see `Backbone`.
       queries: indices in the row of the Q tokens whose weights are returned.
 
     Raises:

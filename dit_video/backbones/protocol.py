@@ -63,8 +63,8 @@ class AttentionBackbone(Backbone, Protocol):
 class BackboneConfig(abc.ABC):
     """Configuration of a backbone, a frozen dataclass: it makes the backbone, and knows its inputs and its cost.
 
-    The attributes below are fields of a subclass, or keep their value here. Let configs of runs hold a subclass in
-    another package with `dit_video.core.registry.register`.
+    The attributes below are fields of a subclass, or keep their value here. Configs of runs can hold a
+    subclass of another package after `dit_video.core.registry.register`.
     """
 
     channels: int

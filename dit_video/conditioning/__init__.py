@@ -5,6 +5,7 @@ from dit_video.conditioning.frame_conditioning import (
     IMAGE_TOKENS,
     FrameConditioning,
     make_cond_latents,
+    make_image_tokens,
     mask_first_frames,
 )
 from dit_video.conditioning.frames import fill_unknown_frames, fold_frame_mask
@@ -24,5 +25,6 @@ __all__ = [
     "fill_unknown_frames",
     "fold_frame_mask",
     "make_cond_latents",
+    "make_image_tokens",
     "mask_first_frames",
 ]

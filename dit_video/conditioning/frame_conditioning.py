@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from dit_video.conditioning.records import ImageTokens
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
 from dit_video.tokens import PackedRows
@@ -46,6 +47,11 @@ def mask_first_frames(layout: PackedRows, is_conditioned: Bool[Array, "B G"]) ->
     frame_positions = jnp.asarray(layout.positions[..., 0])
     is_video = layout.max(frame_positions) > 0
     return layout.expand(is_conditioned & is_video) & (frame_positions == 0) & (layout.segments > 0)
+
+
+def make_image_tokens(values: Float[AnyArray, "B I F"], layout: PackedRows) -> ImageTokens:
+    """Return the record of a batch's image tokens, of which every segment has `I / G`."""
+    return ImageTokens(jnp.asarray(values), layout.get_sequence_segments(values.shape[1] // layout.count))
 
 
 def make_cond_latents(

@@ -44,7 +44,7 @@ class Objective:
     ) -> Float[Array, "*batch N"]:
         """Return the squared error of every token, averaged over its values, in float32.
 
-        The model gets tokens that are `cond_mask` unchanged, at time 0; they have no loss, whatever their time.
+        The model gets the tokens of `cond_mask` unchanged, at time 0; they have no loss, whatever their time.
         """
         token_time = time[..., None]
         noisy, model_time = self.process.add_noise(data, noise, token_time), time

@@ -54,9 +54,10 @@ def shard_model(make: ModuleFactory, mesh: AnyMesh, context_attention: ContextAt
 
     def make_sharded(rngs: nnx.Rngs) -> nnx.Module:
         model: Any = make(rngs)
-        if not _is_backbone(model):
+        is_backbone = isinstance(model, AttentionBackbone)
+        if not is_backbone:
             name = type(model).__name__
-            raise UserError(f"model {name} is invalid: only backbones have attention over devices. Use one.")
+            raise UserError(f"model {name} is invalid: its attention cannot be sharded. Use a backbone, or one device.")
         factory = model.attention
         if mesh.shape["context"] > 1 and context_attention == "ring" and isinstance(factory, AttentionFactory):
             check_ring(factory.backend)
@@ -72,10 +73,6 @@ def shard_model(make: ModuleFactory, mesh: AnyMesh, context_attention: ContextAt
         return model
 
     return make_sharded
-
-
-def _is_backbone(model: Any) -> bool:
-    return isinstance(model, AttentionBackbone)
 
 
 def check_ring(backend: str) -> None:

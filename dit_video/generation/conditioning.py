@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, Conditioning, ConditioningLatents, ImageTokens
+from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, Conditioning, ConditioningLatents, make_image_tokens
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import DenoiseFn, Process
 from dit_video.tokens import Field, Grid, PackedBatch, patchify
@@ -59,13 +59,11 @@ def describe_row_fields(row_fields: Mapping[str, np.ndarray]) -> list[Field]:
 
 def make_frame_conditioning(batch: PackedBatch) -> Conditioning:
     """Return the records of the fields that a model reads."""
-    layout, conditioning = batch.layout, Conditioning()
+    conditioning = Conditioning()
     if COND_LATENTS in batch.fields:
         conditioning = conditioning.add(ConditioningLatents(jnp.asarray(batch.fields[COND_LATENTS])))
     if IMAGE_TOKENS in batch.fields:
-        values = jnp.asarray(batch.fields[IMAGE_TOKENS])
-        segments = layout.get_sequence_segments(values.shape[1] // layout.count)
-        conditioning = conditioning.add(ImageTokens(values, segments))
+        conditioning = conditioning.add(make_image_tokens(batch.fields[IMAGE_TOKENS], batch.layout))
     return conditioning
 
 

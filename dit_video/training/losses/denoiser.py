@@ -20,6 +20,7 @@ from dit_video.conditioning import (
     ImageTokens,
     drop_captions,
     make_cond_latents,
+    make_image_tokens,
 )
 from dit_video.core.rng import example_keys, key
 from dit_video.core.typing import AnyArray
@@ -182,8 +183,7 @@ def _make_frame_conditioning(config: BackboneConfig, rows: PackedBatch, cond_mas
         values = make_cond_latents(latents, cond_mask, visible=visible, **sizes)
         conditioning = conditioning.add(ConditioningLatents(values))
     if ImageTokens in kinds:
-        values = jnp.asarray(rows.fields[IMAGE_TOKENS])
-        segments = layout.get_sequence_segments(values.shape[1] // layout.count)
-        values = jnp.where(expand_to_tokens(is_conditioned, segments)[..., None], values, 0)
-        conditioning = conditioning.add(ImageTokens(values, segments))
+        images = make_image_tokens(rows.fields[IMAGE_TOKENS], layout)
+        is_visible = expand_to_tokens(is_conditioned, images.segments)[..., None]
+        conditioning = conditioning.add(images._replace(values=jnp.where(is_visible, images.values, 0)))
     return conditioning
