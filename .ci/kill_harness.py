@@ -184,7 +184,7 @@ def prepare(folder: Path) -> None:
     clips = shapes.write_folder(folder / "clips", count=module.COUNT, seed=0, sizes=module.SIZES)
     run = Run.create(folder / "run", make_experiment(module.EXPERIMENT))
     run.prepare(clips)
-    run.encode_latents()
+    run.run_stages("latents")
 
 
 def train(folder: Path) -> None:
@@ -196,7 +196,7 @@ def train(folder: Path) -> None:
 
     run = Run.open(folder / "run")
     print("begins", flush=True)
-    run.train_denoiser()
+    run.run_stages()
     arrays = ocp.StandardCheckpointer().restore(get_checkpoint_folder(folder) / str(STEPS) / "state")
     digests = {
         path: hashlib.sha256(np.asarray(array).tobytes()).hexdigest() for path, array in trees.flatten(arrays).items()

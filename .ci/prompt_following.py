@@ -9,37 +9,39 @@ fails if a rate or the spread of start positions is below its bound.
 import sys
 from pathlib import Path
 
-from dit_video.data.synthetic import shapes
-from dit_video.evaluation import evaluate
-from dit_video.evaluation.metrics.prompt_following import prompt_following
+from dit_video.evaluation.evaluate import read_samples
+from dit_video.evaluation.metrics.metric import MetricBatch
+from dit_video.evaluation.metrics.prompt_following import PromptFollowing
+from dit_video.evaluation.metrics.start_spread import StartSpread
 
 MIN_RATES = {"colour": 0.95, "direction": 0.85, "shape": 0.60}
 MIN_SPREAD = 0.80
 
 
 def main(runs: list[Path]) -> None:
-    results, rates = [], {name: [] for name in MIN_RATES}
+    metrics, rates = (PromptFollowing(), StartSpread()), {name: [] for name in MIN_RATES}
+    pooled = [metric.init() for metric in metrics]
     for run in runs:
-        run_results = evaluate.judge_samples(evaluate.read_samples(run / "samples"))
-        table = prompt_following(run_results)["all"]
+        samples = read_samples(run / "samples")
+        batch = MetricBatch(samples=[clip for _, clip in samples], prompts=[entry["prompt"] for entry, _ in samples])
+        states = [metric.update(metric.init(), batch) for metric in metrics]
+        estimates = metrics[0].compute(states[0])
         for name in MIN_RATES:
-            rates[name].append(table[name]["rate"])
-        print(f"{run}: " + ", ".join(f"{name} {table[name]['rate']:.1%}" for name in MIN_RATES))
-        results += run_results
-    pooled = prompt_following(results)
-    for group in ("all", "seen", "never_seen", "images"):
-        for name, figure in pooled[group].items():
-            if figure["rate"] is not None:
-                interval = f"{figure['low']:.1%} to {figure['high']:.1%}"
-                print(f"{group} {name}: {figure['rate']:.1%} (95 % interval {interval}, {figure['count']} samples)")
-    for direction in shapes.DIRECTIONS:
-        axes = pooled["start_spread"][direction]
-        print(
-            f"spread of starts, {direction}: "
-            + ", ".join(f"{a} {axes[a]['ratio']:.2f}" for a in ("vertical", "horizontal"))
-        )
+            rates[name].append(estimates[name].value)
+        print(f"{run}: " + ", ".join(f"{name} {estimates[name].value:.1%}" for name in MIN_RATES))
+        pooled = [metric.merge(*pair) for metric, *pair in zip(metrics, pooled, states, strict=True)]
+    ratios = []
+    for metric, state in zip(metrics, pooled, strict=True):
+        descriptions = metric.describe()
+        for name, estimate in metric.compute(state).items():
+            if estimate.value is not None:
+                bounds = [descriptions[name].format_value(bound) for bound in estimate.interval or ()]
+                interval = f"95 % interval {' to '.join(bounds)}, " if bounds else ""
+                text = descriptions[name].format_value(estimate.value)
+                print(f"{descriptions[name].label}: {text} ({interval}{estimate.count} samples)")
+            if name.startswith("start_spread_") and "image" not in name:
+                ratios.append(estimate.value)
     below = [name for name, bound in MIN_RATES.items() if sum(rates[name]) / len(runs) < bound]
-    ratios = [pooled["start_spread"][d][a]["ratio"] for d in shapes.DIRECTIONS for a in ("vertical", "horizontal")]
     if below or min(ratios) < MIN_SPREAD:
         sys.exit(f"error: below the required bounds: {', '.join(below) or 'spread of starts'}")
 

@@ -7,7 +7,7 @@ from dit_video.platform.tpu import skip_missing_tpu
 from dit_video.platform.xla_flags import set_xla_flags
 
 if TYPE_CHECKING:
-    from dit_video.families.loading import load
+    from dit_video.experiment.loading import load
     from dit_video.pipelines.pipeline import Pipeline, Request
     from dit_video.video import Clip
 
@@ -21,7 +21,7 @@ _LAZY = {
     "Clip": "dit_video.video",
     "Pipeline": "dit_video.pipelines.pipeline",
     "Request": "dit_video.pipelines.pipeline",
-    "load": "dit_video.families.loading",
+    "load": "dit_video.experiment.loading",
 }
 
 

@@ -87,7 +87,7 @@ def main() -> None:
     run = Run.create(arguments.workdir, experiment)
     student = run.train(*(arguments.data or _get_data(arguments)))
     teacher = dit_video.load(arguments.teacher)
-    evaluation = evaluate.evaluate(student, run.folder, seed=experiment.seed, run=run)
+    evaluation = evaluate.evaluate(student, run.folder, seed=experiment.seed, clips=run.evaluation_clips())
     if is_shapes and arguments.seeds:
         evaluation.metrics["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)
     write_run_report(

@@ -34,7 +34,7 @@ def main(
     sigma_rel: float | None = None,
     cache: bool = True,
 ) -> None:
-    """Reconstruct held-out clips, sample, compute metrics and write metrics.json, samples/ and report.html.
+    """Sample, compute the metrics of the config, and write metrics.json, samples/ and report.html.
 
     For example:
 
@@ -70,7 +70,7 @@ def main(
         pipeline,
         folder,
         seed=seed,
-        run=trained,
+        clips=None if trained is None else trained.evaluation_clips(),
         steps=steps,
         guidance=pipeline.config.sampling.override_guidance(
             scale=guidance, interval=interval, rescale=rescale, projected=projected
@@ -85,10 +85,7 @@ def main(
         source=run,
         config=None if trained is None else config_json.to_json(trained.experiment),
     )
-    for name, value in evaluation.metrics.get("prompt_following", {}).get("all", {}).items():
-        print(f"{name}: {value['rate']:.1%} ({value['low']:.1%} to {value['high']:.1%}, {value['count']} samples)")
-    if quality := evaluation.metrics.get("reconstruction"):
-        print(f"reconstruction of held-out clips: {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}")
+    evaluate.print_results(evaluation.results, is_precise=True)
     print(f"report: {folder / 'report.html'}")
 
 

@@ -35,7 +35,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from train import train
+from train import evaluate_run
 
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
@@ -82,7 +82,8 @@ def main() -> None:
     start_time = time.perf_counter()
     experiment = make_finetuning_experiment(arguments.model, arguments.options)
     run = Run.create(arguments.workdir or Path("runs") / experiment.name, experiment)
-    train(run, arguments.data, latents=arguments.latents)
+    run.train(*arguments.data, latents=arguments.latents)
+    evaluate_run(run)
     for name in (LORA_FILE, ADAPTER_FILE, *TRANSFORMER_FOLDERS.values()):
         if (run.folder / name).exists():
             print(run.folder / name)

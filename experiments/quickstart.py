@@ -11,10 +11,11 @@ prepare_script(__name__)
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from configs import quickstart
+from configs import quickstart, unet
 from dit_video.core import config_json
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import script
@@ -27,8 +28,16 @@ from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.reports.run_report import write_run_report
 from dit_video.training.hooks.logging import Progress
 
+_CONFIGS = {"quickstart": quickstart.make_experiment, "unet": unet.make_experiment}
 
-def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = False, cache: bool = True) -> None:
+
+def main(
+    workdir: Path = Path("runs/quickstart"),
+    config: Literal["quickstart", "unet"] = "quickstart",
+    seed: int = 0,
+    brief: bool = False,
+    cache: bool = True,
+) -> None:
     """Train a text-to-video model from scratch on rendered clips, and write its samples and a report.
 
     The default takes about a quarter of an hour on two CPU cores. After an interruption, run the same command again to
@@ -41,6 +50,7 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
 
     Args:
         workdir: Folder of the run.
+        config: Config in experiments/configs: a diffusion transformer on packed rows, or a U-Net on canvases.
         seed: Seed of the data, the training and the samples.
         brief: Run a smoke test of about one minute, whose samples are of no use.
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
@@ -49,14 +59,14 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
     if cache:
         enable_compilation_cache()
     start_time = time.perf_counter()
-    experiment = quickstart.make_experiment(seed, brief=brief)
+    experiment = _CONFIGS[config](seed, brief=brief)
     is_new = not (workdir / CONFIG).is_file()
     run = Run.create(workdir, experiment)
     count = quickstart.count_clips(brief=brief)
     with Progress("rendering clips", count, unit="clip") as progress:
         shapes.write_folder(workdir / "clips", count=count, seed=seed, progress=lambda done, _: progress.update(done))
     pipeline = run.train(workdir / "clips")
-    evaluation = evaluate.evaluate(pipeline, workdir, seed=seed, run=run)
+    evaluation = evaluate.evaluate(pipeline, workdir, seed=seed, clips=run.evaluation_clips())
     minutes = _record_minutes(workdir, time.perf_counter() - start_time if is_new else None)
     write_run_report(
         workdir / "report.html",
@@ -67,7 +77,8 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
         config=config_json.to_json(experiment),
         minutes=minutes,
     )
-    _print_summary(workdir, evaluation.metrics, minutes)
+    evaluate.print_results(evaluation.results)
+    print(("" if minutes is None else f"{minutes:.1f} minutes; ") + f"report: {workdir / 'report.html'}")
 
 
 def _record_minutes(workdir: Path, seconds: float | None) -> float | None:
@@ -76,14 +87,6 @@ def _record_minutes(workdir: Path, seconds: float | None) -> float | None:
     if seconds is not None:
         write_json(path, {"minutes": round(seconds / 60, 2)})
     return read_json(path)["minutes"] if path.is_file() else None
-
-
-def _print_summary(workdir: Path, metrics: dict, minutes: float | None) -> None:
-    following = metrics["prompt_following"]
-    rates = ", ".join(f"{name} {following['all'][name]['rate']:.1%}" for name in ("colour", "direction", "shape"))
-    print(f"prompt following: {rates}")
-    print(f"reconstruction of held-out clips: {metrics['reconstruction']['psnr']:.1f} dB")
-    print(("" if minutes is None else f"{minutes:.1f} minutes; ") + f"report: {workdir / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ import dataclasses
 import importlib.util
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, get_type_hints
 
 import jax
 import tyro
@@ -36,8 +35,9 @@ from dit_video.diffusion import Guidance
 from dit_video.distributed.heartbeat import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed, main_process_first
 from dit_video.evaluation import evaluate
-from dit_video.experiment import Experiment, datasets
-from dit_video.experiment.run import Run
+from dit_video.evaluation.collection import MetricResult
+from dit_video.experiment import Experiment, StagedExperiment, datasets
+from dit_video.experiment.run import Run, StagedRun
 from dit_video.generation import Sampling
 from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.platform.provenance import get_code_version
@@ -56,7 +56,7 @@ class Arguments:
         python experiments/train.py experiments/configs/clips.py --data gs://BUCKET/clips --denoiser.steps 2000
     """
 
-    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    experiment: Annotated[StagedExperiment, tyro.conf.arg(name="")]
     data: tuple[str, ...]
     """Folders of clips, or data sets written by tools/ingest.py; several are mixed by the config's data.weights."""
     latents: str | None = None
@@ -86,13 +86,14 @@ def main() -> None:
     if not config or config.startswith("-"):
         raise UserError("the first argument must be a config; use train.py experiments/configs/clips.py --data CLIPS")
     experiment = load_experiment(Path(config))
+    run_class = Run if isinstance(experiment, Experiment) else StagedRun
     arguments = parse_arguments(
         Arguments,
         args=rest,
         default=Arguments(experiment=experiment, data=tyro.MISSING),
         prog=f"train.py {config}",
         config=(tyro.conf.AvoidSubcommands,),
-        registry=None if isinstance(experiment.sampling.guidance, Guidance) else make_registry(),
+        registry=make_registry(experiment),
     )
     if arguments.cache:
         enable_compilation_cache()
@@ -109,38 +110,35 @@ def main() -> None:
         lock_folder(workdir),
     ):
         with main_process_first():
-            run = dataclasses.replace(Run.create(workdir, arguments.experiment), profile=arguments.profile)
-        if arguments.autoencoder_only:
-            metrics = train_autoencoder(run, arguments.data, checkpoints=arguments.checkpoints)
-        else:
-            metrics = train(run, arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
-    if quality := metrics.get("reconstruction"):
-        linear = f"; linear {quality['linear_psnr']:.1f} dB" if "linear_psnr" in quality else ""
-        print(f"reconstruction of held-out clips: {quality['psnr']:.1f} dB, SSIM {quality['ssim']:.3f}{linear}")
+            run = dataclasses.replace(run_class.create(workdir, arguments.experiment), profile=arguments.profile)
+        run.prepare(*arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
+        for stage in run.select_stages("autoencoder" if arguments.autoencoder_only else None):
+            if stage.is_due(run.runtime):
+                stage.run(run.runtime)
+        results = evaluate_autoencoder(run) if arguments.autoencoder_only else evaluate_run(run)
+    evaluate.print_results(results)
     if jax.process_index() == 0:
-        print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {workdir / 'report.html'}")
+        result = f"report: {workdir / 'report.html'}" if isinstance(run, Run) else f"run: {workdir}"
+        print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; {result}")
 
 
-def train_autoencoder(run: Run, data: Sequence[str], *, checkpoints: str | None = None) -> dict[str, Any]:
-    """Train only the autoencoder, write its report and return its metrics."""
-    run.prepare(*data, checkpoints=checkpoints)
-    run.train_autoencoder()
-    if jax.process_index() != 0:
+def evaluate_autoencoder(run: StagedRun) -> dict[str, MetricResult]:
+    """Write the report of a run whose autoencoder is trained, and return the results."""
+    if jax.process_index() != 0 or not isinstance(run, Run):
         return {}
-    evaluation = evaluate.evaluate_autoencoder(run, run.folder)
+    evaluation = evaluate.evaluate_autoencoder(
+        run.codec(), run.evaluation_clips(), run.folder, metrics=run.experiment.evaluation.metrics
+    )
     write_autoencoder_report(run.folder / "report.html", run, evaluation)
-    return evaluation.metrics
+    return evaluation.results
 
 
-def train(
-    run: Run, data: Sequence[str], *, latents: str | None = None, checkpoints: str | None = None
-) -> dict[str, Any]:
-    """Train an experiment, sample it, write its report and return its metrics."""
-    experiment, workdir = run.experiment, run.folder
-    pipeline = run.train(*data, latents=latents, checkpoints=checkpoints)
-    if jax.process_index() != 0:  # only the main process writes the report
+def evaluate_run(run: StagedRun) -> dict[str, MetricResult]:
+    """Sample a finished run, write its report and return the results; a run without a denoiser has none."""
+    if jax.process_index() != 0 or not isinstance(run, Run):  # only the main process writes the report
         return {}
-    evaluation = evaluate.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
+    experiment, workdir, pipeline = run.experiment, run.folder, run.load_pipeline()
+    evaluation = evaluate.evaluate(pipeline, workdir, seed=experiment.seed, clips=run.evaluation_clips())
     write_run_report(
         workdir / "report.html",
         pipeline,
@@ -149,14 +147,16 @@ def train(
         source=workdir,
         config=config_json.to_json(experiment),
     )
-    return evaluation.metrics
+    return evaluation.results
 
 
-def make_registry() -> tyro.constructors.ConstructorRegistry:
+def make_registry(experiment: StagedExperiment) -> tyro.constructors.ConstructorRegistry | None:
     """Return the rule that makes guidance an option of one scale or two; tyro would make it a positional argument.
 
     It is not for configs whose guidance is a `Guidance`, each of whose fields is an option.
     """
+    if not isinstance(experiment, Experiment) or isinstance(experiment.sampling.guidance, Guidance):
+        return None
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -174,7 +174,7 @@ def make_registry() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
-def load_experiment(path: Path) -> Experiment:
+def load_experiment(path: Path) -> StagedExperiment:
     """Return the `EXPERIMENT` of a config file.
 
     Raises:
@@ -189,7 +189,7 @@ def load_experiment(path: Path) -> Experiment:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     experiment = getattr(module, "EXPERIMENT", None)
-    if not isinstance(experiment, Experiment):
+    if not isinstance(experiment, StagedExperiment):
         raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
     return experiment
 

@@ -14,20 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("dit_video", "experiments", "tools", "tests")
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 
-_STAGES = "goes when an experiment becomes a list of stages"
-_STEPS = "goes when losses, players and critics become training steps"
-_REQUESTS = "goes when requests of sampling become packed examples"
-EXCEPTIONS = {
-    "Watch": _STAGES,
-    "Watched": _STAGES,
-    "earlier": _STAGES,
-    "OwnStep": _STEPS,
-    "StatefulLoss": _STEPS,
-    "WeighedLoss": _STEPS,
-    "Group": _REQUESTS,
-    "LatentRequest": _REQUESTS,
-    "Need": _REQUESTS,
-}
+EXCEPTIONS: dict[str, str] = {}
 """Retired identifiers that the code still has, with the reason."""
 
 GERUNDS = {

@@ -28,15 +28,6 @@ LEVELS = (
     ("core", "platform"),
 )
 """Folders of dit_video/, from the highest level to the lowest. Those of one level do not import each other."""
-UPWARD = {
-    ("data.latents.offline", "experiment"),
-    ("evaluation.evaluate", "experiment.run"),
-    ("families.loading", "experiment.run"),
-    ("pipelines.config", "evaluation.config"),
-}
-"""Imports that run up until the interfaces of backbones, families and stages take their place."""
-CYCLES = {("backbones.dit.config", "backbones.dit.model")}
-"""Imports that close a cycle until a backbone's folder owns the construction of its model."""
 
 HEIGHT = {folder: height for height, level in enumerate(reversed(LEVELS)) for folder in level}
 ROOT_PACKAGE = "dit_video"
@@ -81,14 +72,9 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
         target = get_folder(name)
         if target == ROOT_PACKAGE:
             forbidden.append(f"{module} imports {name}: the package root, or no folder of the table")
-        elif target != folder and HEIGHT[folder] <= HEIGHT[target] and not is_exception(module, name):
+        elif target != folder and HEIGHT[folder] <= HEIGHT[target]:
             forbidden.append(f"{module} (level {HEIGHT[folder]}) imports {name} (level {HEIGHT[target]})")
     return forbidden
-
-
-def is_exception(module: str, name: str) -> bool:
-    """Return True if the list of upward imports holds this one; `name` may be of the module or in it."""
-    return any(module == f"dit_video.{a}" and f"{name}.".startswith(f"dit_video.{b}.") for a, b in UPWARD)
 
 
 def module_name(path: Path) -> str:
@@ -109,18 +95,6 @@ def test_imports_point_downwards():
     files = sources("dit_video")
     assert files
     assert [violation for path in files for violation in check(path)] == []
-
-
-def test_every_exception_is_needed():
-    """An import that no longer runs up has to leave the list."""
-    seen = {
-        (a, b)
-        for path in sources("dit_video")
-        for name in imports(path.read_text(encoding="utf-8"), module_name(path), is_package=path.name == "__init__.py")
-        for a, b in UPWARD
-        if module_name(path) == f"dit_video.{a}" and f"{name}.".startswith(f"dit_video.{b}.")
-    }
-    assert seen == UPWARD
 
 
 def test_only_backbones_and_families_name_one():
@@ -165,8 +139,6 @@ def test_no_modules_import_each_other_in_a_cycle():
         }
         for module, path in modules.items()
     }
-    for a, b in UPWARD | CYCLES:
-        edges[f"dit_video.{a}"].discard(f"dit_video.{b}")
     assert not cycle(edges), f"{cycle(edges)} import each other"
 
 

@@ -69,10 +69,10 @@ def _convert_pipeline(source: Path, destination: Path, to: TargetLayout, dtype: 
         raise UserError(f"{source} is a pipeline of ours already; use tools/export.py to change its dtype")
     config = read_pipeline_config(source)
     check_destination(destination)
-    experts = {"dit": "transformer"} | ({} if config.boundary is None else {"low_noise": "transformer_2"})
+    experts = {"backbone": "transformer"} | ({} if config.boundary is None else {"low_noise": "transformer_2"})
     for name, folder in experts.items():
         file = source / "denoiser.safetensors"
-        convert_native_denoiser(file, f"{name}/", config.dit, destination / folder, layout=to, dtype=dtype)
+        convert_native_denoiser(file, f"{name}/", config.backbone, destination / folder, layout=to, dtype=dtype)
     save_autoencoder(destination / "vae", config.autoencoder, load(source / "autoencoder.safetensors"))
 
 

@@ -155,7 +155,7 @@ def _prepare_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
     run = Run.open(folder)
     run = replace(run, experiment=replace(run.experiment, data=views.override(run.experiment.data)))
     if str(resolve(to_storage_path(data))) == str(resolve(folder / "data")):
-        clips = run.training_clips
+        clips = run.runtime.training_clips
     else:
         clips = open_datasets(data)
         clips = clips.exclude({info.name for info in clips.infos} & set(run.experiment.data.held_out))
@@ -167,7 +167,7 @@ def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, 
     settings = views.override(
         DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
     )
-    stride, patch = config.autoencoder.stride, config.dit.patch
+    stride, patch = config.autoencoder.stride, config.backbone.patch
     text = FrozenTextEncoder(config.text) if isinstance(config.text, FrozenTextConfig) else None
     images = None if config.image_encoder is None else FrozenImageEncoder(config.image_encoder)
     frames = config.frame_conditioning

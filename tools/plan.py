@@ -10,7 +10,7 @@ The report says whether the step fits, the bytes on each device (parameters, opt
 buffers), the model's and the executed FLOPs, the bytes that each kind of collective moves along each mesh axis, the
 roofline's time, and chip-hours and price. Plans for TPUs need `libtpu` (pip install libtpu) but no TPU. For GPUs that
 are not present, everything is computed analytically and marked `analytic`. `--suggest` searches meshes, rows and
-rematerialization. `--set` changes any scalar of the config: `--set denoiser.dit.layers=20`.
+rematerialization. `--set` changes any scalar of the config: `--set denoiser.backbone.layers=20`.
 """
 
 from dit_video.platform.scripts import prepare_script

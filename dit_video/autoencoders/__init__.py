@@ -2,7 +2,7 @@
 
 from dit_video.autoencoders.adversarial import R1, AdversarialConfig, LeCam
 from dit_video.autoencoders.canvas import (
-    Canvas,
+    ClipCanvas,
     Slot,
     compute_padding_share,
     compute_segment_ids,
@@ -29,9 +29,9 @@ __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "AutoencoderObjective",
-    "Canvas",
     "CausalVae",
     "CausalVaeConfig",
+    "ClipCanvas",
     "Codebook",
     "CodebookConfig",
     "ImageLevels",

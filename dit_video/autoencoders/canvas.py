@@ -39,7 +39,7 @@ class Slot(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Canvas:
+class ClipCanvas:
     """Clips that are encoded as one picture."""
 
     size: Grid
@@ -49,7 +49,7 @@ class Canvas:
 
 def pack_canvases(
     sizes: Sequence[Grid], *, stride: Grid, pixels: int = CANVAS_PIXELS, max_programs: int = MAX_PROGRAMS
-) -> list[Canvas]:
+) -> list[ClipCanvas]:
     """Pack clips on canvases of at most `max_programs` sizes, each clip once, one latent position or more apart.
 
     If there are at most `max_programs` sizes, every clip has a canvas of its own. Otherwise lengths are rounded up to
@@ -71,8 +71,8 @@ def pack_canvases(
     if len(set(sizes)) <= max_programs:
         # Sharing canvases would not save a program.
         order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
-        return [Canvas(size=sizes[index], slots=(Slot(index, 0, 0),)) for index in order]
-    canvases: list[Canvas] = []
+        return [ClipCanvas(size=sizes[index], slots=(Slot(index, 0, 0),)) for index in order]
+    canvases: list[ClipCanvas] = []
     length_of = _round_lengths(sizes, max_programs)
     for length in sorted(set(length_of.values())):
         members = [index for index, size in enumerate(sizes) if length_of[size.t] == length]
@@ -82,7 +82,7 @@ def pack_canvases(
         size = Grid(length, height * stride.h, width * stride.w)
         for canvas_slots in canvas_cells:
             slots = [Slot(members[clip], row * stride.h, column * stride.w) for clip, row, column in canvas_slots]
-            canvases.append(Canvas(size=size, slots=tuple(slots)))
+            canvases.append(ClipCanvas(size=size, slots=tuple(slots)))
     return canvases
 
 
@@ -118,7 +118,7 @@ def merge_sizes(sizes: Sequence[Grid], *, max_programs: int = MAX_PROGRAMS) -> l
     return sorted((Grid(*size) for size in remaining), key=lambda size: (size.volume, size))
 
 
-def compute_segment_ids(canvas: Canvas, sizes: Sequence[Grid], stride: Grid) -> Int32[np.ndarray, "h w"]:
+def compute_segment_ids(canvas: ClipCanvas, sizes: Sequence[Grid], stride: Grid) -> Int32[np.ndarray, "h w"]:
     """Return the clip id of each latent position of a canvas: 1, 2, … in the order of its slots; 0 is padding."""
     result = np.zeros((canvas.size.h // stride.h, canvas.size.w // stride.w), np.int32)
     for number, (clip, row, column) in enumerate(canvas.slots, 1):
@@ -127,7 +127,7 @@ def compute_segment_ids(canvas: Canvas, sizes: Sequence[Grid], stride: Grid) -> 
     return result
 
 
-def compute_padding_share(canvases: Sequence[Canvas], sizes: Sequence[Grid]) -> float:
+def compute_padding_share(canvases: Sequence[ClipCanvas], sizes: Sequence[Grid]) -> float:
     """Return the share of the canvases' pixels that belong to no clip."""
     total = sum(canvas.size.volume for canvas in canvases)
     return 1 - sum(size.volume for size in sizes) / total if total else 0.0

@@ -1,21 +1,36 @@
 """Attention maps: the self-attention weights of a denoiser's layers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from dit_video.backbones.protocol import AttentionBackbone
+from dit_video.backbones.protocol import Backbone
 from dit_video.conditioning import Conditioning
 from dit_video.core.errors import UserError
-from dit_video.nn.attention import Pattern, RecordedAttention
+from dit_video.nn import Backend, Parallelism
+from dit_video.nn.attention import Attention, Full, Pattern, RecordedAttention
+from dit_video.nn.attention.weights import WeightsCallback
 from dit_video.tokens import PackedRows
 
 
+@dataclass(frozen=True)
+class _Recorder(Parallelism):
+    """Self-attention that reports its weights."""
+
+    queries: tuple[int, ...]
+    record: WeightsCallback
+
+    def make_attention(self, backend: Backend, pattern: Pattern = Full()) -> Attention:
+        attention = super().make_attention(backend, pattern)
+        return RecordedAttention(attention=attention, pattern=pattern, queries=self.queries, record=self.record)
+
+
 def compute_attention_maps(
-    backbone: AttentionBackbone,
+    backbone: Backbone,
     noisy: Float[Array, "B N p"],
     time: Float[Array, "B _"],
     layout: PackedRows,
@@ -39,13 +54,9 @@ def compute_attention_maps(
     if not queries or not all(0 <= query < noisy.shape[1] for query in queries):
         raise UserError(f"queries={list(queries)} is invalid; give token indices from 0 to {noisy.shape[1] - 1}")
     weights: list[Float32[np.ndarray, "B K Q M"]] = []
-    model = nnx.merge(*nnx.split(backbone))  # a copy with the same parameters, so that `backbone` is not changed
-
-    def record_attention(pattern: Pattern) -> RecordedAttention:
-        attention, indices = backbone.attention(pattern), tuple(queries)
-        return RecordedAttention(attention=attention, pattern=pattern, queries=indices, record=weights.append)
-
-    model.attention = record_attention
+    recorder = _Recorder(tuple(queries), weights.append)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: backbone.config.make(nnx.Rngs(0), recorder)))
+    model = nnx.merge(graph, nnx.state(backbone))
     prediction, _ = model(noisy, time, layout, conditioning)
     jax.block_until_ready(prediction)
     jax.effects_barrier()  # the weights arrive by callbacks, which may be later than the prediction

@@ -7,7 +7,7 @@ from dit_video.core.errors import UserError
 
 
 def check_frame_conditioning(
-    dit: BackboneConfig,
+    backbone: BackboneConfig,
     autoencoder: AutoencoderConfig,
     frames: FrameConditioning | None,
     image_encoder: str | None,
@@ -17,7 +17,7 @@ def check_frame_conditioning(
     """Check that training provides the frame conditioning that the denoiser reads, and no other.
 
     Args:
-      dit: the denoiser.
+      backbone: the denoiser.
       autoencoder: autoencoder of its latents.
       frames: conditioning on known frames.
       image_encoder: folder of the image encoder whose tokens of the first frame the denoiser attends to.
@@ -26,28 +26,30 @@ def check_frame_conditioning(
     Raises:
       UserError: it does not.
     """
-    attends, channels = dit.image_width is not None, dit.cond_channels
+    attends, channels = backbone.image_width is not None, backbone.cond_channels
     if channels and frames is None:
         raise UserError("the denoiser reads conditioning latents, but frame_conditioning=None; set FrameConditioning()")
-    if channels and channels <= dit.channels:
-        raise UserError(f"cond_channels={channels} is invalid: a mask needs channels. Use at least {dit.channels + 1}")
-    if frames is not None and not channels and dit.time != "token" and not attends:
+    if channels and channels <= backbone.channels:
+        raise UserError(
+            f"cond_channels={channels} is invalid: a mask needs channels. Use at least {backbone.channels + 1}"
+        )
+    if frames is not None and not channels and backbone.time != "token" and not attends:
         raise UserError(
             "frame_conditioning is invalid: the denoiser needs cond_channels or time='token'; set one, or leave it out"
         )
     if frames is not None and frames.rest == "grey":
-        _check_grey(dit, autoencoder, cached=cached)
+        _check_grey(backbone, autoencoder, cached=cached)
     if attends:
-        _check_image(dit, frames, image_encoder, cached=cached)
+        _check_image(backbone, frames, image_encoder, cached=cached)
     elif image_encoder is not None:
         raise UserError("image_encoder is invalid: the denoiser attends to no image tokens; leave out image_encoder")
 
 
-def _check_grey(dit: BackboneConfig, autoencoder: AutoencoderConfig, *, cached: bool) -> None:
+def _check_grey(backbone: BackboneConfig, autoencoder: AutoencoderConfig, *, cached: bool) -> None:
     required = autoencoder.stride.t + autoencoder.channels
-    if dit.cond_channels != required:
+    if backbone.cond_channels != required:
         raise UserError(
-            f"cond_channels={dit.cond_channels} is invalid: with rest='grey' it must be {required}, a mask of "
+            f"cond_channels={backbone.cond_channels} is invalid: with rest='grey' it must be {required}, a mask of "
             f"{autoencoder.stride.t} and the latents' {autoencoder.channels}; use rest='zero'"
         )
     if not cached:
@@ -55,7 +57,7 @@ def _check_grey(dit: BackboneConfig, autoencoder: AutoencoderConfig, *, cached: 
 
 
 def _check_image(
-    dit: BackboneConfig, frames: FrameConditioning | None, image_encoder: str | None, *, cached: bool
+    backbone: BackboneConfig, frames: FrameConditioning | None, image_encoder: str | None, *, cached: bool
 ) -> None:
     if frames is None:
         raise UserError(
@@ -63,7 +65,7 @@ def _check_image(
         )
     if image_encoder is None:
         raise UserError("the denoiser attends to an image encoder's tokens; set image_encoder to its folder")
-    if dit.image_positions is not None:
+    if backbone.image_positions is not None:
         raise UserError("image_positions needs a last frame, which training does not provide; use a model without it")
     if not cached:
         raise UserError("an image encoder's tokens need cached latents; set data cache_latents=True")

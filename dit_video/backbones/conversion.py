@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from dit_video.backbones.dit.config import DitConfig, TemporalLayers
+from dit_video.backbones.dit import DitConfig, TemporalLayers
 from dit_video.backbones.protocol import ConfigT
 from dit_video.core.errors import UserError
 from dit_video.core.trees import unflatten

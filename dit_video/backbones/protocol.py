@@ -2,18 +2,24 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.conditioning import ClassIds, Conditioning, ConditioningLatents, ImageTokens, TextTokens
+from dit_video.conditioning import (
+    ClassIds,
+    ClipConditioning,
+    Conditioning,
+    ConditioningLatents,
+    ImageTokens,
+    TextTokens,
+)
 from dit_video.core.errors import UserError
-from dit_video.nn import Attention, Backend, Remat
-from dit_video.nn.attention import Full, Pattern, PatternChoice
-from dit_video.tokens import Grid, PackedRows
+from dit_video.nn import ONE_DEVICE, Backend, LayerWrapper, Parallelism, Remat
+from dit_video.nn.attention import Full, PatternChoice, count_pairs
+from dit_video.tokens import DenseBatch, Grid, PackedRows
 
 ClipTokens = int | Grid
 """Size of a clip in tokens: their number, or their grid, which attention patterns other than `Full` need."""
@@ -53,33 +59,89 @@ class Backbone(Protocol):
 
 
 @runtime_checkable
-class AttentionBackbone(Backbone, Protocol):
-    """A backbone whose self-attention can be replaced: computed over devices, or recorded."""
+class BlockBackbone(Backbone, Protocol):
+    """A backbone made of an embedding, blocks and a head, which another one can call one by one.
 
-    attention: Callable[[Pattern], Attention]
-    """Factory of the self-attention functions, by pattern."""
+    `x, inputs = embed_inputs(…)`, `x, outputs = apply_blocks(x, inputs)`, `apply_head(x[:, :N], inputs)` is its call
+    without the check of the conditioning.
+    """
+
+    blocks: nnx.Module
+    """The blocks, a stack of `nn.make_stack`; each is called as `block(x, inputs, attention)`."""
+
+    def embed_inputs(
+        self, noisy: Float[Array, "B N p"], time: Float[Array, "B _"], layout: PackedRows, conditioning: Conditioning
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Return the embedded tokens, of which the clips' N are the first, and the blocks' other inputs."""
+        ...
+
+    def apply_blocks(
+        self, x: Float[Array, "B T D"], inputs: Any, *, wrapper: LayerWrapper | None = None, values: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Apply all blocks.
+
+        Args:
+          x, inputs: what `embed_inputs` returned.
+          wrapper: function `(block, x, inputs, attention, values) -> (x, output)` that calls each block: it may add a
+            residual, skip the block, route tokens around it, or wrap the attention function, whose keys need not be the
+            queries' tokens, and return a value of the block.
+          values: values of each block for the wrapper, with a leading axis of layers.
+
+        Returns:
+          The tokens, and the outputs of the wrapper with a leading axis of layers; None without a wrapper.
+        """
+        ...
+
+    def apply_head(self, x: Float[Array, "B N D"], inputs: Any) -> Float[Array, "B N prediction"]:
+        """Return the prediction for the clips' tokens."""
+        ...
+
+
+@runtime_checkable
+class CachingBackbone(Backbone, Protocol):
+    """A backbone that generates clips chunk by chunk: what later chunks need of finished ones is its state."""
+
+    def init_state(self, rows: int, tokens: int) -> Any:
+        """Return the state before the first chunk, with room for `tokens` tokens of all chunks in each row.
+
+        Raises:
+          UserError: a finished chunk would depend on later ones.
+        """
+        ...
+
+    def extend(self, state: Any, clean: Float[Array, "B N p"], layout: PackedRows, conditioning: Conditioning) -> Any:
+        """Return the state with a finished chunk, of whole frames; a chunk without room makes later predictions NaN.
+
+        Args:
+          state: state of the chunks before, which calls of the backbone return as it is.
+          clean: tokens of the chunk, as the backbone receives them at time 0.
+          layout: their places; positions count from the start of the clips.
+          conditioning: that of the chunk.
+        """
+        ...
 
 
 class BackboneConfig(abc.ABC):
     """Configuration of a backbone, a frozen dataclass: it makes the backbone, and knows its inputs and its cost.
 
-    The attributes below are fields of a subclass, or keep their value here. Configs of runs can hold a
-    subclass of another package after `dit_video.core.registry.register`.
+    The attributes below are fields of a subclass, or keep their value here. Costs are those of a plain transformer with
+    cross-attention to the text, unless a subclass counts its own. Configs of runs can hold a subclass of another
+    package after `dit_video.core.registry.register`.
     """
 
     channels: int
     """Number of latent channels."""
-    context_width: int
+    context_width: int = 0
     """Width of the text encoder's output (E); 0 without text."""
-    patch: Grid
+    patch: Grid = Grid(1, 2, 2)
     width: int
     layers: int
-    heads: int
-    dtype: str
+    heads: int = 1
+    dtype: str = "float32"
     """Dtype of the matrix products."""
-    remat: Remat
+    remat: Remat = "none"
     """Activations that are kept for the backward pass."""
-    attention: Backend
+    attention: Backend = "auto"
     time: Literal["segment", "token"] = "segment"
     """Diffusion time: one per clip, or one per token."""
     time_coordinate: Literal["tokens", "seconds"] = "tokens"
@@ -90,43 +152,53 @@ class BackboneConfig(abc.ABC):
     """Width of the image encoder's output (F); None for models without image tokens."""
     image_positions: int | None = None
     """Number of learned positions of image tokens, those of the first and the last frame together."""
+    conditioning: tuple[ClipConditioning, ...] = ()
+    """Conditioning by fields of the clips."""
     pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
     """Pattern of self-attention, or several that the layers use in turn."""
 
     @abc.abstractmethod
-    def make(self, rngs: nnx.Rngs) -> Any:
-        """Return a backbone with random weights."""
+    def make(self, rngs: nnx.Rngs, parallel: Parallelism = ONE_DEVICE) -> Any:
+        """Return a backbone with random weights, which gets its attention and its weights' sharding from `parallel`."""
 
-    @abc.abstractmethod
     def count_multiplications(self, clip: ClipTokens, *, text: int, image: int) -> int:
         """Count the multiplications of a forward pass for one clip with these numbers of context tokens."""
+        tokens, square = count_tokens(clip), self.width**2
+        ends = tokens * self.width * (2 * self.token_width + self.cond_width)
+        context = text * self.width * (self.context_width + self.layers * 2 * self.width)
+        context += image * self.width * ((self.image_width or 0) + self.layers * 2 * self.width)
+        pairs = self.count_pairs(clip, text=text) + self.layers * tokens * image
+        return ends + context + round(tokens * self.layers * self.layer_params * square) + 2 * self.width * pairs
 
-    @abc.abstractmethod
     def count_pairs(self, clip: ClipTokens, *, text: int) -> int:
         """Count the query-key pairs of all layers, including those with the text."""
+        return round(self.layers * (count_self_pairs(self, clip, 0) + count_tokens(clip) * text))
 
-    @abc.abstractmethod
     def attention_pairs(self, grid: Grid) -> float:
         """Return the average number of token pairs per layer that attend to each other in a clip."""
+        return sum(count_pairs(pattern, grid) for pattern in self.patterns) / len(self.patterns)
 
-    @abc.abstractmethod
     def widen_conditioning(self, leaves: dict[str, Array], channels: int) -> dict[str, Array]:
         """Return the parameters of the model with `channels` conditioning channels; weights of new ones are zero.
 
         Args:
           leaves: parameters of the model with this config, by path.
           channels: number of channels, larger than `cond_channels`.
+
+        Raises:
+          UserError: the model reads no conditioning latents.
         """
+        raise UserError(f"a model of {type(self).__name__} reads no conditioning latents; use another model")
 
     @property
-    @abc.abstractmethod
     def mlp_dim(self) -> int:
         """Return the hidden width of the MLP."""
+        return 4 * self.width
 
     @property
-    @abc.abstractmethod
     def layer_params(self) -> float:
         """Return the weights of attention and MLP in a layer that act on each video token, in units of width²."""
+        return 4 + (2 if self.context_width else 0) + 2 * self.mlp_dim / self.width
 
     def replace(self: "ConfigT", **changes: Any) -> "ConfigT":
         """Return the config with other values of some fields."""
@@ -141,7 +213,8 @@ class BackboneConfig(abc.ABC):
             ConditioningLatents: self.cond_channels > 0,
             ImageTokens: self.image_width is not None,
         }
-        return frozenset(kind for kind, is_needed in kinds.items() if is_needed)
+        own = {each.record for each in self.conditioning}
+        return frozenset(kind for kind, is_needed in kinds.items() if is_needed) | own
 
     @property
     def class_count(self) -> int:
@@ -167,6 +240,21 @@ class BackboneConfig(abc.ABC):
     def needs_grids(self) -> bool:
         """Return True if the cost of attention depends on the grid of a clip, not only on its number of tokens."""
         return self.patterns != (Full(),)
+
+    @property
+    def layouts(self) -> tuple[type[PackedRows], ...]:
+        """Return the layouts of batches that the model accepts."""
+        return (PackedRows, DenseBatch)
+
+    @property
+    def size_multiple(self) -> Grid:
+        """Return the size of which latents are multiples along each axis."""
+        return self.patch
+
+    @property
+    def canvas_padding(self) -> Grid:
+        """Return how far apart clips lie on a canvas, in positions: as far as convolutions reach."""
+        return self.size_multiple
 
     @property
     def token_width(self) -> int:

@@ -1,5 +1,6 @@
 """Conditioning: captions, frames and masks as inputs of a denoiser."""
 
+from dit_video.conditioning.clip_conditioning import ClipConditioning, ClipView
 from dit_video.conditioning.frame_conditioning import (
     COND_LATENTS,
     IMAGE_TOKENS,
@@ -16,6 +17,8 @@ __all__ = [
     "COND_LATENTS",
     "IMAGE_TOKENS",
     "ClassIds",
+    "ClipConditioning",
+    "ClipView",
     "Conditioning",
     "ConditioningLatents",
     "FrameConditioning",

@@ -33,7 +33,7 @@ from dit_video.data.packing.rows import (
     pack_encoded_row,
 )
 from dit_video.data.sizes import SizeLimits, fit_size
-from dit_video.tokens import Grid, PackedBatch, PackedShape, compute_token_grid, stack_rows
+from dit_video.tokens import Grid, LayoutShape, PackedBatch, compute_token_grid, stack_rows
 
 CACHE_BYTES = 1 << 30
 AHEAD_BYTES = 1 << 29
@@ -171,7 +171,7 @@ def load_packed_batches(
     captions: CaptionSource,
     *,
     patch: Grid,
-    shape: PackedShape,
+    shape: LayoutShape,
     config: LoaderConfig,
     token_dt: Sequence[float] | None = None,
 ) -> PackedBatches:
@@ -209,7 +209,7 @@ def load_encoded_batches(
     channels: int,
     limits: SizeLimits,
     patch: Grid,
-    shape: PackedShape,
+    shape: LayoutShape,
     config: LoaderConfig,
     token_dt: Sequence[float] | None = None,
 ) -> PackedBatches:

@@ -1,7 +1,7 @@
 """Distributed computation: the device mesh, path rules that shard arrays over it, and sharded attention."""
 
 from dit_video.distributed.checks import check_denoiser
-from dit_video.distributed.context_parallel import ShardedAttention, shard_model
+from dit_video.distributed.context_parallel import ShardedAttention, make_parallelism
 from dit_video.distributed.mesh import AXES, ContextAttention, MeshConfig, Slices, make_mesh
 from dit_video.distributed.ring import RingAttention
 from dit_video.distributed.sharding_rules import (
@@ -30,7 +30,7 @@ __all__ = [
     "make_batch_sharding",
     "make_batch_shardings",
     "make_mesh",
+    "make_parallelism",
     "make_shardings",
     "shard_batch",
-    "shard_model",
 ]

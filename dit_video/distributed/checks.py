@@ -9,7 +9,7 @@ from dit_video.distributed.sharding_rules import count_row_shards
 
 def check_denoiser(
     mesh: AnyMesh,
-    dit: BackboneConfig,
+    backbone: BackboneConfig,
     *,
     rows: int,
     tokens: int,
@@ -19,7 +19,7 @@ def check_denoiser(
 
     Args:
       mesh: The mesh of the run.
-      dit: The configuration of the denoiser.
+      backbone: The configuration of the denoiser.
       rows: Number of rows of a step's batch.
       tokens: Number of tokens of a row.
       context_attention: Method of attention over devices that share a row.
@@ -29,13 +29,13 @@ def check_denoiser(
     """
     _check_divisible(rows, count_row_shards(mesh), "a batch", "rows", "data x fsdp")
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
-    _check_divisible(dit.heads, tensor, "the denoiser", "heads", "tensor")
-    _check_divisible(dit.mlp_dim, tensor, "the denoiser's MLP", "hidden values", "tensor")
+    _check_divisible(backbone.heads, tensor, "the denoiser", "heads", "tensor")
+    _check_divisible(backbone.mlp_dim, tensor, "the denoiser's MLP", "hidden values", "tensor")
     _check_divisible(tokens, context, "a row", "tokens", "context")
     if context > 1 and context_attention == "ring":
-        check_ring(dit.attention)
+        check_ring(backbone.attention)
     elif context > 1:
-        check_ulysses(dit.heads // tensor, context)
+        check_ulysses(backbone.heads // tensor, context)
 
 
 def _check_divisible(number: int, parts: int, owner: str, things: str, axes: str) -> None:

@@ -1,11 +1,11 @@
 """Attention of a model whose rows, heads and tokens are sharded over devices.
 
 Attention is the only operation of a transformer that mixes tokens of a row; everything else is computed per token, and
-the compiler partitions it by the sharding of its arrays. So a denoiser's attention functions are wrapped, its linear
-maps get the sharding of their weights during use (`GatheredWeight`, `HeadSharded`), and the rest of the model does not
-depend on devices. Under `jax.shard_map` each device gets its rows (`data`, `fsdp`), its heads (`tensor`) and its tokens
-(`context`), and computes with the model's own backend. There are two methods for tokens on several devices of
-`context`:
+the compiler partitions it by the sharding of its arrays. So a denoiser is made with attention functions of the mesh,
+its linear layers with the sharding of their weights during use (`GatheredWeight`, `HeadSharded`), and the rest of the
+model does not depend on devices. Under `jax.shard_map` each device gets its rows (`data`, `fsdp`), its heads (`tensor`)
+and its tokens (`context`), and computes with the model's own backend. There are two methods for tokens on several
+devices of `context`:
 
 - `ulysses` (arXiv 2309.14509): an all-to-all gives every device all tokens of some of its heads, and another one
   returns the result. 8 of them per layer and training step (12 with recomputation), each of `(c - 1) / c` of a device's
@@ -17,62 +17,67 @@ Both respect segments. With `ulysses` the backend skips blocks that are masked; 
 ranks with which it shares no segment. The keys of cross-attention are replicated over the devices of `context`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dit_video.backbones.protocol import AttentionBackbone
 from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import RingAttention
-from dit_video.distributed.sharding_rules import DEFAULT_RULES, FUSED_MAPS, ROW_AXES
-from dit_video.nn import Linear, ModuleFactory
-from dit_video.nn.attention import Attention, AttentionFactory, AttentionInputs, Pattern
+from dit_video.distributed.sharding_rules import ROW_AXES
+from dit_video.nn.attention import Attention, AttentionInputs, Backend, Full, Pattern
 from dit_video.nn.attention.api import Keys, Queries
 from dit_video.nn.attention.key_ranges import pad_to_blocks
+from dit_video.nn.parallel import ONE_DEVICE, FusedConstraint, Parallelism, Split, WeightConstraint
 
 _HEAD_SPEC = P(ROW_AXES, "context", "tensor", None)
 _FULL_SPEC = P(ROW_AXES, None, "tensor", None)
 
 
-def shard_model(make: ModuleFactory, mesh: AnyMesh, context_attention: ContextAttention = "ulysses") -> ModuleFactory:
-    """Return a function that builds the same denoiser with attention over all devices of the mesh.
+def make_parallelism(mesh: AnyMesh, context_attention: ContextAttention = "ulysses") -> Parallelism:
+    """Return what a model is made with (`config.make(rngs, parallel)`) to be computed over all devices of a mesh.
 
-    Its parameters are the same.
-
-    Raises:
-      UserError: If a ring has a backend that is not `auto` or `chunked`, or `make` does not build a denoiser.
+    The model's parameters do not depend on it.
     """
-    if mesh.size == 1:
-        return make
+    return ONE_DEVICE if mesh.size == 1 else MeshParallelism(mesh, context_attention)
 
-    def make_sharded(rngs: nnx.Rngs) -> nnx.Module:
-        model: Any = make(rngs)
-        is_backbone = isinstance(model, AttentionBackbone)
-        if not is_backbone:
-            name = type(model).__name__
-            raise UserError(f"model {name} is invalid: its attention cannot be sharded. Use a backbone, or one device.")
-        factory = model.attention
-        if mesh.shape["context"] > 1 and context_attention == "ring" and isinstance(factory, AttentionFactory):
-            check_ring(factory.backend)
-        model.attention = SelfAttentionFactory(mesh, factory, context_attention)
-        part: Any
-        for path, part in list(nnx.iter_modules(model)):
-            if hasattr(part, "cross"):
-                part.cross = ShardedAttention(mesh, part.cross, "cross")
-            if hasattr(part, "fused_constraint") and mesh.shape["tensor"] > 1:
-                part.fused_constraint = HeadSharded(mesh)
-            if isinstance(part, Linear) and mesh.shape["fsdp"] > 1:
-                part.weight_constraint = _make_weight_constraint(mesh, "/".join(map(str, path)))
-        return model
 
-    return make_sharded
+@dataclass(frozen=True)
+class MeshParallelism(Parallelism):
+    """Attention over the devices of a mesh, and weights that are gathered or resharded for their use."""
+
+    mesh: AnyMesh
+    context_attention: ContextAttention
+
+    def make_attention(self, backend: Backend, pattern: Pattern = Full()) -> Attention:
+        """Return the attention among a row's tokens.
+
+        Raises:
+          UserError: If a ring has a backend that is not `auto` or `chunked`.
+        """
+        ranks = self.mesh.shape["context"]
+        if ranks > 1 and self.context_attention == "ring":
+            check_ring(backend)
+            return ShardedAttention(self.mesh, RingAttention("context", ranks, pattern), "ring")
+        return ShardedAttention(self.mesh, super().make_attention(backend, pattern), "ulysses")
+
+    def make_cross_attention(self, backend: Backend) -> Attention:
+        return ShardedAttention(self.mesh, super().make_cross_attention(backend), "cross")
+
+    def make_weight_constraint(self, split: Split | None) -> WeightConstraint | None:
+        if self.mesh.shape["fsdp"] == 1:
+            return None
+        if split is None or self.mesh.shape["tensor"] == 1:
+            return GatheredWeight(self.mesh, P())
+        specs = {"outputs": P(None, "tensor"), "inputs": P("tensor", None)}
+        return GatheredWeight(self.mesh, specs[split]) if split in specs else None
+
+    def make_fused_constraint(self) -> FusedConstraint | None:
+        return HeadSharded(self.mesh) if self.mesh.shape["tensor"] > 1 else None
 
 
 def check_ring(backend: str) -> None:
@@ -92,21 +97,6 @@ def check_ulysses(heads: int, ranks: int) -> None:
             f"context={ranks} is invalid: ulysses gives each of context={ranks} devices some of {heads} heads, which "
             f"do not divide. Use context={' or '.join(valid)}, or the mesh's context_attention='ring'."
         )
-
-
-@dataclass(frozen=True)
-class SelfAttentionFactory:
-    """The factory of a model's self-attention functions, by pattern."""
-
-    mesh: AnyMesh
-    make_attention: Callable[[Pattern], Attention]
-    context_attention: ContextAttention
-
-    def __call__(self, pattern: Pattern) -> Attention:
-        ranks = self.mesh.shape["context"]
-        if ranks > 1 and self.context_attention == "ring":
-            return ShardedAttention(self.mesh, RingAttention("context", ranks, pattern), "ring")
-        return ShardedAttention(self.mesh, self.make_attention(pattern), "ulysses")
 
 
 @dataclass(frozen=True)
@@ -156,16 +146,6 @@ class ShardedAttention:
         first = jax.lax.axis_index("context") * q.shape[1]
         local_segments = jax.lax.dynamic_slice_in_dim(inputs.q_segments, first, q.shape[1], axis=1)
         return self.inner(q, k, v, inputs._replace(q_segments=local_segments))
-
-
-def _make_weight_constraint(mesh: AnyMesh, path: str) -> "GatheredWeight | None":
-    """Return the sharding of the weights of the module at this path during use; None where `HeadSharded` defines it."""
-    axis = DEFAULT_RULES.get_tensor_axis(f"{path}/kernel") if mesh.shape["tensor"] > 1 else None
-    if axis is None:
-        return GatheredWeight(mesh, P())
-    if path.endswith(FUSED_MAPS):
-        return None
-    return GatheredWeight(mesh, P(None, "tensor") if axis == -1 else P("tensor", None))
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,11 @@ class RingAttention:
         self, relative: RelativeBias | None, table: Array | None, inputs: AttentionInputs, steps: Int[Array, ""] | int
     ) -> "_TokenPair":
         """Return the tokens of this rank's queries, and of the keys that started `steps` ranks behind."""
-        rank, size = jax.lax.axis_index(self.axis), inputs.q_segments.shape[1] // self.ranks
+        rank = jax.lax.axis_index(self.axis)
         source = (rank - steps) % self.ranks
 
         def part(rows, index):
+            size = 0 if rows is None else rows.shape[1] // self.ranks
             return None if rows is None else jax.lax.dynamic_slice_in_dim(rows, index * size, size, axis=1)
 
         bias = None

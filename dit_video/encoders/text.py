@@ -99,7 +99,7 @@ def check_width(config: FrozenTextConfig) -> None:
     if width != config.width:
         raise UserError(
             f"the text encoder in {config.folder} makes embeddings of width {width}, the config says {config.width}; "
-            f"set text width={width} and dit context_width={width}"
+            f"set text width={width} and backbone context_width={width}"
         )
 
 

@@ -1,48 +1,34 @@
-"""Evaluation of a pipeline: reconstructions of held-out clips, and samples judged from their files."""
+"""Evaluation of a pipeline: samples in files and reconstructions of held-out clips, and metrics of both."""
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dit_video.autoencoders import LinearAutoencoder
-from dit_video.core import config_json, rng
+from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path, read_json, write_json
 from dit_video.data.clips import ClipSource
-from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
-from dit_video.data.synthetic import shapes
-from dit_video.diffusion import SAMPLERS, Guidance, Solver
+from dit_video.data.sizes import SizeLimits, read_fitted_clip
+from dit_video.diffusion import SAMPLERS, Guidance
 from dit_video.encoders.autoencoder import LatentCodec
-from dit_video.evaluation.config import ShapesEvaluation
-from dit_video.evaluation.metrics.prompt_following import JudgedSample, judge_sample, prompt_following
-from dit_video.evaluation.metrics.reconstruction import psnr, ssim
-from dit_video.experiment.run import Run
-from dit_video.pipelines.pipeline import Pipeline, PipelineConfig, Request
+from dit_video.evaluation.collection import MetricCollection, MetricResult
+from dit_video.evaluation.config import CaptionEvaluation, Evaluation
+from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, Metric, MetricBatch
+from dit_video.evaluation.requests import EvaluationClips
+from dit_video.generation import Sampling
+from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip, decode
 
 PROMPTS_FILE = "prompts.json"
+_BATCH = 16
+"""Number of examples that metrics get at once."""
 _ENTRY_TYPES = {"prompt": str, "frames": int, "height": int, "width": int, "seed": int, "negative": str}
-
-
-class ClipReconstruction(NamedTuple):
-    """A clip, its reconstruction, and how close they are."""
-
-    name: str
-    original: Clip
-    decoded: Clip
-    psnr: float
-    """PSNR of the reconstruction, in dB."""
-    ssim: float
-    linear_decoded: Clip | None = None
-    """Reconstruction by the best linear autoencoder with as many latent values, fitted on the training clips."""
-    linear_psnr: float | None = None
 
 
 class SavedSample(NamedTuple):
@@ -53,27 +39,37 @@ class SavedSample(NamedTuple):
 
 
 class EvaluationResult(NamedTuple):
-    """Metrics of an evaluation, with the clips that they were computed on."""
+    """Results of an evaluation, with the clips that they were computed on."""
 
     metrics: dict[str, Any]
+    """Content of `metrics.json`."""
+    results: dict[str, MetricResult]
+    """Results by name."""
     reconstructions: list[ClipReconstruction]
     samples: list[SavedSample]
     is_trained_caption: list[bool]
     """True for each sample whose caption belongs to a training clip."""
-    judgements: list[JudgedSample]
-    """Judgement of each sample of the shapes data; empty for other data, which are not judged."""
 
 
 def evaluate(
-    pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | None = None, **sampling: Any
+    pipeline: Pipeline,
+    folder: str | Path,
+    *,
+    seed: int,
+    clips: EvaluationClips | None = None,
+    evaluation: Evaluation | None = None,
+    **sampling: Any,
 ) -> EvaluationResult:
-    """Reconstruct held-out clips, sample as the pipeline's config says, and write `samples/` and `metrics.json`.
+    """Sample as the pipeline's config says, compute its metrics, and write `samples/` and `metrics.json`.
+
+    The samples depend on the config's prompts and the seed, never on its metrics.
 
     Args:
       pipeline: the pipeline to evaluate.
       folder: folder of the results.
       seed: seed of the samples.
-      run: the pipeline's run, which has the clips; without it nothing is reconstructed.
+      clips: clips of the pipeline's training; without them nothing is reconstructed.
+      evaluation: prompts and metrics; by default those that the pipeline's training asked for.
       sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
 
     Raises:
@@ -84,103 +80,101 @@ def evaluate(
         raise UserError(f"seed={seed} is invalid: a seed must be a whole number from 0 on")
     _check_replaceable(folder / "samples")
     resolved = pipeline.resolve_sampling(**sampling)
-    is_shapes = isinstance(pipeline.config.evaluation, ShapesEvaluation)
-    labelled_requests = _make_requests(pipeline.config, run, seed)
-    metrics: dict[str, Any] = {"parameters": pipeline.count_parameters()}
-    reconstructions = [] if run is None else _reconstruct_held_out(pipeline.codec, run)
-    if reconstructions:
-        metrics["reconstruction"] = _compute_reconstruction_metrics(reconstructions)
+    config = evaluation or pipeline.config.evaluation or CaptionEvaluation()
+    requests = config.make_requests(clips, seed, image=bool(pipeline.config.backbone.cond_channels))
+    if not requests:
+        raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")
+    collection = MetricCollection(config.metrics)
+    reconstructions = [] if clips is None else _measure_reconstructions(collection, pipeline.codec, clips, pipeline)
     start_time = time.perf_counter()
-    with Progress("sampling", len(labelled_requests), unit="clip") as progress:
-        requests = [request for request, _ in labelled_requests]
-        write_samples(pipeline, requests, folder / "samples", progress=progress.update, **sampling)
-    metrics["sampling"] = {
-        "samples": len(labelled_requests),
-        "seed": seed,
-        "steps": resolved.steps,
-        **_describe_guidance(resolved.full_guidance),
-        "sampler": _get_sampler_name(resolved.solver),
-        "seconds": round(time.perf_counter() - start_time, 1),
+    with Progress("sampling", len(requests), unit="clip") as progress:
+        prompted = [each.request for each in requests]
+        write_samples(pipeline, prompted, folder / "samples", progress=progress.update, **sampling)
+    seconds, samples = round(time.perf_counter() - start_time, 1), read_samples(folder / "samples")
+    needs_references = "references" in collection.needs
+    for start in range(0, len(samples), _BATCH):
+        part = requests[start : start + _BATCH]
+        batch = MetricBatch(
+            samples=[sample.clip for sample in samples[start : start + _BATCH]],
+            prompts=[each.request.prompt for each in part],
+            references=[each.read_reference() for each in part] if needs_references else (),
+            scenes=[each.scene for each in part],
+            pipeline=pipeline,
+        )
+        collection.update(batch)
+    metrics = {
+        "parameters": pipeline.count_parameters(),
+        "sampling": {"samples": len(requests), "seed": seed, **_describe_sampling(resolved), "seconds": seconds},
     }
-    samples = read_samples(folder / "samples")
-    verdicts = judge_samples(samples) if is_shapes else []
-    if is_shapes:
-        metrics["prompt_following"] = prompt_following(verdicts)
+    result = EvaluationResult(metrics, {}, reconstructions, samples, [each.is_trained_caption for each in requests])
+    return _write_results(folder, collection, result)
+
+
+def _measure_reconstructions(
+    collection: MetricCollection, codec: LatentCodec, clips: EvaluationClips, pipeline: Pipeline | None = None
+) -> list[ClipReconstruction]:
+    """Reconstruct the held-out clips, if any metric needs that, and update the metrics."""
+    if not len(clips.held_out) or not collection.needs & CLIP_NEEDS:
+        return []
+    linear = clips.linear() if "baselines" in collection.needs else None
+    pairs = reconstruct(codec, clips.held_out, clips.limits, linear=linear)
+    for start in range(0, len(pairs), _BATCH):
+        part = pairs[start : start + _BATCH]
+        baselines = [pair.baseline for pair in part if pair.baseline is not None]
+        collection.update(MetricBatch(pairs=part, baselines=baselines, pipeline=pipeline))
+    return pairs
+
+
+def _write_results(folder: Path, collection: MetricCollection, result: EvaluationResult) -> EvaluationResult:
+    """Write `metrics.json`, and return the result with the metrics' values."""
+    results = collection.compute()
+    metrics = result.metrics | {
+        "results": [
+            {"name": name, "metric": each.metric, **vars(each.estimate), **vars(each.description)}
+            for name, each in results.items()
+        ],
+        "clips": collection.list_examples([pair.name for pair in result.reconstructions], CLIP_NEEDS),
+        "samples": collection.list_examples([entry["file"] for entry, _ in result.samples], PROMPT_NEEDS),
+    }
     write_json(folder / "metrics.json", metrics)
-    return EvaluationResult(metrics, reconstructions, samples, [seen for _, seen in labelled_requests], verdicts)
+    return result._replace(metrics=metrics, results=results)
 
 
-def _get_sampler_name(solver: Solver) -> str:
-    """Return the command line's name of a sampler, else its class."""
-    return next((name for name, sampler in SAMPLERS.items() if sampler == solver), type(solver).__name__.lower())
+def print_results(results: Mapping[str, MetricResult], *, is_precise: bool = False) -> None:
+    """Print the headline values with their intervals."""
+    for _, description, estimate in results.values():
+        if description.is_headline and estimate.value is not None:
+            interval = description.format_interval(estimate, is_precise=is_precise)
+            details = ", ".join(filter(None, (interval, f"{estimate.count} examples")))
+            print(f"{description.label}: {description.format_value(estimate.value, is_precise=is_precise)} ({details})")
 
 
-def _describe_guidance(guidance: Guidance) -> dict[str, Any]:
-    """Return the guidance scale, and all options if they are not at their defaults."""
+def _describe_sampling(sampling: Sampling) -> dict[str, Any]:
+    """Return steps, sampler and guidance scale, and all options of guidance if they are not at their defaults.
+
+    The sampler is named as on the command line, else by its class.
+    """
+    guidance, solver = sampling.full_guidance, sampling.solver
+    sampler = next((name for name, each in SAMPLERS.items() if each == solver), type(solver).__name__.lower())
     plain = guidance == Guidance(scale=guidance.scale)
-    return {"guidance": guidance.scale} | ({} if plain else {"guidance_options": config_json.to_json(guidance)})
+    options = {} if plain else {"guidance_options": config_json.to_json(guidance)}
+    return {"steps": sampling.steps, "guidance": guidance.scale, **options, "sampler": sampler}
 
 
-def evaluate_autoencoder(run: Run, folder: str | Path) -> EvaluationResult:
-    """Reconstruct the held-out clips of a run that trains an autoencoder only, and write `metrics.json`.
+def evaluate_autoencoder(
+    codec: LatentCodec, clips: EvaluationClips, folder: str | Path, *, metrics: Sequence[Metric]
+) -> EvaluationResult:
+    """Reconstruct held-out clips of an autoencoder's training, compute the metrics that need no more, and write them.
 
     Raises:
       UserError: no clips are held out.
     """
-    codec = run.codec()
-    reconstructions = _reconstruct_held_out(codec, run)
-    if not reconstructions:
+    collection = MetricCollection([metric for metric in metrics if CLIP_NEEDS.issuperset(metric.needs)])
+    if not len(clips.held_out):
         raise UserError("no clips are held out to be reconstructed; name some with --data.held-out")
-    metrics = {
-        "parameters": {"autoencoder": codec.count_parameters()},
-        "reconstruction": _compute_reconstruction_metrics(reconstructions),
-    }
-    write_json(Path(folder) / "metrics.json", metrics)
-    return EvaluationResult(metrics, reconstructions, [], [], [])
-
-
-def _reconstruct_held_out(codec: LatentCodec, run: Run) -> list[ClipReconstruction]:
-    """Reconstruct the held-out clips of a run, if any, also with the best linear autoencoder."""
-    if not len(run.held_out_clips):
-        return []
-    return reconstruct(codec, run.held_out_clips, run.experiment.limits, linear=run.linear_baseline())
-
-
-def _make_requests(config: PipelineConfig, run: Run | None, seed: int) -> list[tuple[Request, bool]]:
-    """Return the requests, and for each whether its caption belongs to a training clip."""
-    evaluation = config.evaluation
-    if isinstance(evaluation, ShapesEvaluation):
-        return [
-            (request, shapes.parse_caption(request.prompt) not in shapes.HELD_OUT)
-            for request in make_shape_requests(seed)
-        ]
-    requests: list[tuple[Request, bool]] = []
-    if run is not None:
-        common: dict[str, Any] = {"seed": seed, "use_first_frame": bool(config.dit.cond_channels)}
-        limits = run.experiment.limits
-        trained = make_caption_requests(run.training_clips, limits, count=evaluation.trained, **common)
-        held_out = make_caption_requests(
-            run.held_out_clips, limits, count=evaluation.held_out, first_index=len(trained), **common
-        )
-        requests = [(request, True) for request in trained] + [(request, False) for request in held_out]
-    if not requests:
-        raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")
-    return requests
-
-
-def _compute_reconstruction_metrics(reconstructions: Sequence[ClipReconstruction]) -> dict[str, Any]:
-    metrics = {}
-    for item in reconstructions:
-        metrics[item.name] = {"psnr": _cap_psnr(item.psnr), "ssim": item.ssim}
-        if item.linear_psnr is not None:
-            metrics[item.name]["linear_psnr"] = _cap_psnr(item.linear_psnr)
-    names = next(iter(metrics.values()))
-    return {name: float(np.mean([entry[name] for entry in metrics.values()])) for name in names} | {"clips": metrics}
-
-
-def _cap_psnr(value: float) -> float:
-    """Cap a PSNR at 100 dB: that of equal clips is infinite, which JSON cannot hold."""
-    return min(value, 100.0)
+    pairs = _measure_reconstructions(collection, codec, clips)
+    parameters = {"parameters": {"autoencoder": codec.count_parameters()}}
+    return _write_results(Path(folder), collection, EvaluationResult(parameters, {}, pairs, [], []))
 
 
 def reconstruct(
@@ -190,61 +184,11 @@ def reconstruct(
     results = []
     for index, info in enumerate(clips.infos):
         original = read_fitted_clip(clips, index, limits)
-        decoded = codec.reconstruct(original)
-        quality = psnr(original.frames, decoded.frames), ssim(original.frames, decoded.frames)
-        reconstruction = ClipReconstruction(info.name, original, decoded, *quality)
+        baseline = None
         if linear is not None:
-            frames = linear.reconstruct_clip(original.frames, codec.config.stride)
-            reconstruction = reconstruction._replace(
-                linear_decoded=replace(original, frames=frames), linear_psnr=psnr(original.frames, frames)
-            )
-        results.append(reconstruction)
+            baseline = replace(original, frames=linear.reconstruct_clip(original.frames, codec.config.stride))
+        results.append(ClipReconstruction(info.name, original, codec.reconstruct(original), baseline))
     return results
-
-
-def make_shape_requests(seed: int) -> list[Request]:
-    """Return all 72 prompts at 17 and 9 frames, and the 18 image prompts, each once at one of three sizes."""
-    prompts = [
-        (frames, description)
-        for frames, descriptions in ((17, shapes.COMBINATIONS), (9, shapes.COMBINATIONS), (1, shapes.IMAGES))
-        for description in descriptions
-    ]
-    sizes = ((32, 32), (32, 48), (48, 32))
-    size_indices = rng.make_generator(seed, "sample sizes").permutation(np.arange(len(prompts)) % len(sizes)).tolist()
-    return [
-        Request(shapes.format_caption(description), Grid(frames, *sizes[size]), seed=_make_seed(seed, number))
-        for number, ((frames, description), size) in enumerate(zip(prompts, size_indices, strict=True))
-    ]
-
-
-def make_caption_requests(
-    clips: ClipSource, limits: SizeLimits, *, count: int, seed: int, first_index: int = 0, use_first_frame: bool = False
-) -> list[Request]:
-    """Return requests for up to `count` different captions, spread over the clips, each at its clip's training size.
-
-    `first_index` is the number of the first request in its evaluation, which determines its seed. With
-    `use_first_frame` a request starts from the first frame of the clip.
-    """
-    different: dict[str, int] = {}
-    for index, info in enumerate(clips.infos):
-        if info.caption:
-            different.setdefault(info.caption, index)
-    positions = np.linspace(0, len(different) - 1, min(count, len(different))).round().astype(int)
-    indices = [list(different.values())[position] for position in positions.tolist()]
-    return [
-        Request(
-            clips.infos[index].caption,
-            fit_size(clips.infos[index], limits),
-            seed=_make_seed(seed, first_index + number),
-            image=read_fitted_clip(clips, index, limits).frames[0] if use_first_frame else None,
-        )
-        for number, index in enumerate(indices)
-    ]
-
-
-def _make_seed(seed: int, number: int) -> int:
-    """Return a seed that differs between the requests of an evaluation, and between evaluations."""
-    return (1000 * seed + number) % 2**32
 
 
 def read_requests(path: str | Path) -> list[Request]:
@@ -331,11 +275,6 @@ def read_samples(folder: str | Path) -> list[SavedSample]:
         SavedSample(entry, replace(decode(folder / entry["file"]), caption=entry["prompt"]))
         for entry in read_json(folder / PROMPTS_FILE)
     ]
-
-
-def judge_samples(samples: Sequence[SavedSample]) -> list[JudgedSample]:
-    """Judge samples of the shapes data from the pixels of their files."""
-    return [judge_sample(shapes.parse_caption(sample.entry["prompt"]), sample.clip) for sample in samples]
 
 
 def _slug(prompt: str) -> str:

@@ -1,91 +1,73 @@
 """Config of a run, checked across its parts before anything is computed."""
 
 import dataclasses
-import math
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from dit_video.autoencoders import latent_grid
 from dit_video.backbones.checks import check_frame_conditioning
+from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError
 from dit_video.data.sizes import SizeLimits
 from dit_video.diffusion import LearnedVariance
-from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
+from dit_video.experiment.runtime import StagedExperiment, check_names, check_positive
 from dit_video.experiment.training_config import (
     AutoencoderTraining,
-    DataConfig,
+    CurriculumStage,
     DenoiserTraining,
     PretrainedAutoencoder,
-    Stage,
+    Student,
+    TemporalWeights,
 )
 from dit_video.features.lpips import MIN_SIDE as LPIPS_SMALLEST
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import check_classes
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid
-from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.tokens import Canvas, CanvasShape, Grid, PackedRows, PackedShape
 from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Config of a run, from clips to samples.
+class Experiment(StagedExperiment):
+    """Config of a run from clips to samples: its stages train an autoencoder, then a denoiser on its latents.
+
+    `stages` of other packages come before the denoiser's.
 
     Raises:
       UserError: Values that are out of range or inconsistent.
     """
 
-    name: str
-    data: DataConfig
     autoencoder: AutoencoderTraining | PretrainedAutoencoder
     denoiser: DenoiserTraining
-    earlier: tuple[Stage, ...] = ()
-    """Stages of the denoiser's training before the last one, which `data` and `denoiser` describe: such as on images,
-    then on small clips. Samples have the sizes of the last stage."""
+    curriculum: tuple[CurriculumStage, ...] = ()
+    """Stages that the denoiser is trained in first, such as on images, then on small clips. They lead to the last one,
+    which `data` and `denoiser` describe; samples have its sizes."""
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    seed: int = 0
-    log_every: int = 20
-    save_every: int = 500
-    preemption_grace: float = 300.0
-    """Maximum number of seconds from SIGTERM or Ctrl-C to the end of the process; preempted machines often have 30."""
-    max_consecutive_skips: int = 10
-    """Number of consecutive steps, skipped because of a non-finite loss or gradient, after which the run ends."""
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     """Monitoring of the denoiser's training."""
-    keep: CheckpointPolicy = field(default_factory=CheckpointPolicy)
-    """Policy for preserving checkpoints."""
 
     def __post_init__(self):
+        super().__post_init__()
         self._check_numbers()
         self._check_models()
         self._check_sizes()
-        self._check_stages()
+        self._check_curriculum()
 
     def _check_numbers(self) -> None:
         positive = {
             "denoiser.steps": self.denoiser.steps,
             "denoiser.batch": self.denoiser.batch,
-            "dit.layers": self.denoiser.dit.layers,
-            "dit.patch": min(self.denoiser.dit.patch),
-            "rows.segments": self.denoiser.rows.segments,
-            "data.clips_per_video": self.data.clips_per_video,
-            "data.resolutions": min(self.data.resolutions, default=1),
-            "log_every": self.log_every,
-            "save_every": self.save_every,
-            "max_consecutive_skips": self.max_consecutive_skips,
-            "preemption_grace": self.preemption_grace,
+            "backbone.layers": self.denoiser.backbone.layers,
+            "backbone.patch": min(self.denoiser.backbone.patch),
+            "layout.segments": self.denoiser.row_shape.segments,
             "denoiser.accumulation_steps": self.denoiser.accumulation_steps,
         }
         if isinstance(self.autoencoder, AutoencoderTraining):
             positive["autoencoder.steps"] = self.autoencoder.steps
-        for name, value in positive.items():
-            if value < 1:
-                raise UserError(f"{name}={value} is invalid: it must be at least 1. Use {name}=1 or more.")
+        check_positive(positive)
         trainings = [part for part in (self.autoencoder, self.denoiser) if not isinstance(part, PretrainedAutoencoder)]
         for training in trainings:
             make_learning_rate_schedule(training.optimizer, steps=training.steps)
@@ -95,8 +77,6 @@ class Experiment:
         self._check_parts()
         if not 0 <= self.denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout={self.denoiser.caption_dropout} is invalid: it must lie in [0, 1].")
-        if not all(0 < weight < math.inf for weight in self.data.weights):
-            raise UserError(f"weights={self.data.weights} is invalid: they must be positive. Leave out unwanted sets.")
         cached = self.data.clips_per_video > 1 or self.data.resolutions or self.data.flips
         if cached and not self.data.cache_latents:
             options = "data.clips_per_video, data.resolutions and data.flips"
@@ -104,16 +84,12 @@ class Experiment:
         if self.denoiser.buckets is not None and (self.data.cache_latents or self.data.weights):
             fix = "Set data.cache_latents=False, and leave out data.weights."
             raise UserError(f"denoiser.buckets are read from video files, without weights of data sets. {fix}")
-        if self.data.workers < 0:
-            raise UserError(f"workers={self.data.workers} is invalid: it must not be negative.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed} is invalid: it must be a whole number from 0 to {2**32 - 1}.")
 
     def _check_parts(self) -> None:
         denoiser, parts = self.denoiser, self.denoiser.accumulation_steps
         used = self.monitoring.validate_every, parts > 1
         for option, is_used in zip(("monitoring.validate_every", "denoiser.accumulation_steps"), used, strict=True):
-            if is_used and (denoiser.buckets is not None or denoiser.distillation is not None):
+            if is_used and (denoiser.buckets is not None or isinstance(denoiser.train, Student)):
                 raise UserError(f"{option} needs packed rows and no distillation. Leave it out.")
         if denoiser.batch % parts:
             raise UserError(f"batch={denoiser.batch} is not divisible by accumulation_steps={parts}. Use a multiple.")
@@ -127,27 +103,10 @@ class Experiment:
                     f"{self.autoencoder.steps} steps. Start earlier, or leave out adversarial."
                 )
         denoiser = self.denoiser
-        if denoiser.lora is not None and denoiser.init_from is None:
-            raise UserError("denoiser.lora needs pretrained weights. Set denoiser.init_from to their folder.")
-        if denoiser.lora is not None and denoiser.train_mode != "full":
-            raise UserError(f"denoiser.lora trains adapters. Leave out lora, or train_mode={denoiser.train_mode!r}.")
-        if denoiser.distillation is not None:
-            self._check_distillation()
-        if denoiser.train_mode == "temporal" and denoiser.optimizer.trainable:
-            raise UserError("denoiser.train_mode='temporal' selects what is trained. Leave optimizer.trainable empty.")
-
-    def _check_distillation(self) -> None:
-        denoiser = self.denoiser
-        if denoiser.init_from is None:
-            raise UserError("denoiser.distillation needs a teacher. Set denoiser.init_from to its folder.")
-        has_other_mode = denoiser.lora is not None or denoiser.train_mode != "full"
-        for is_invalid, rule in (
-            (has_other_mode, "trains all weights. Leave out lora and train_mode"),
-            (denoiser.expert is not None, "trains one model for all times. Leave out expert"),
-            (denoiser.frame_conditioning is not None, "has no frame conditioning. Leave out frame_conditioning"),
-        ):
-            if is_invalid:
-                raise UserError(f"denoiser.distillation {rule}, or leave out distillation.")
+        if isinstance(denoiser.train, Student) and denoiser.frame_conditioning is not None:
+            raise UserError("train=Student has no frame conditioning. Leave out frame_conditioning, or use AllWeights.")
+        if isinstance(denoiser.train, TemporalWeights) and denoiser.optimizer.trainable:
+            raise UserError("train=TemporalWeights selects what is trained. Leave optimizer.trainable empty.")
 
     def _check_models(self) -> None:
         model, denoiser = self.autoencoder.model, self.denoiser
@@ -156,24 +115,27 @@ class Experiment:
                 f"autoencoder channels={model.channels} is invalid: a patch of {tuple(model.stride)} pixels has only "
                 f"{3 * model.stride.volume} values. Use fewer channels or a larger stride."
             )
-        if denoiser.dit.channels != model.channels:
-            rule = f"the autoencoder has {model.channels} channels. Use dit.channels={model.channels}."
-            raise UserError(f"dit.channels={denoiser.dit.channels} is invalid: {rule}")
-        check_classes(denoiser.text, denoiser.dit)
-        if denoiser.dit.context_width != denoiser.text.width:
-            rule = f"the text encoder has width {denoiser.text.width}. Use dit.context_width={denoiser.text.width}."
-            raise UserError(f"dit.context_width={denoiser.dit.context_width} is invalid: {rule}")
-        if denoiser.text.max_tokens > denoiser.rows.text:
-            raise UserError(
-                f"text.max_tokens={denoiser.text.max_tokens} is invalid: a row has space for {denoiser.rows.text} text "
-                f"tokens. Use text.max_tokens={denoiser.rows.text} or less."
+        if denoiser.backbone.channels != model.channels:
+            rule = f"the autoencoder has {model.channels} channels. Use backbone.channels={model.channels}."
+            raise UserError(f"backbone.channels={denoiser.backbone.channels} is invalid: {rule}")
+        check_classes(denoiser.text, denoiser.backbone)
+        if denoiser.backbone.context_width != denoiser.text.width:
+            rule = (
+                f"the text encoder has width {denoiser.text.width}. Use backbone.context_width={denoiser.text.width}."
             )
-        if isinstance(denoiser.text, ByteEncoderConfig) and (rest := denoiser.rows.text % denoiser.text.patch):
+            raise UserError(f"backbone.context_width={denoiser.backbone.context_width} is invalid: {rule}")
+        room = denoiser.row_shape.text
+        if denoiser.text.max_tokens > room:
             raise UserError(
-                f"rows.text={denoiser.rows.text} is invalid: it is not divisible by the text encoder's patch of "
-                f"{denoiser.text.patch} bytes. Use rows.text={denoiser.rows.text - rest}."
+                f"text.max_tokens={denoiser.text.max_tokens} is invalid: a row has space for {room} text tokens. Use "
+                f"text.max_tokens={room} or less."
             )
-        limit = denoiser.dit.max_text_tokens
+        if isinstance(denoiser.text, ByteEncoderConfig) and (rest := room % denoiser.text.patch):
+            raise UserError(
+                f"layout.text={room} is invalid: it is not divisible by the text encoder's patch of "
+                f"{denoiser.text.patch} bytes. Use layout.text={room - rest}."
+            )
+        limit = denoiser.backbone.max_text_tokens
         if limit is not None and denoiser.text.max_tokens > limit:
             raise UserError(
                 f"text.max_tokens={denoiser.text.max_tokens} is invalid: the denoiser accepts captions of up to "
@@ -183,31 +145,58 @@ class Experiment:
 
     def _check_conditioning(self) -> None:
         """Raise if conditioning, times or variance do not fit the denoiser."""
-        dit = self.denoiser.dit
-        if self.denoiser.time_per == "frame" and dit.time != "token":
-            raise UserError("time_per='frame' needs a denoiser with time='token'. Set dit.time, or time_per='clip'.")
+        backbone = self.denoiser.backbone
+        if self.denoiser.time_per == "frame" and backbone.time != "token":
+            raise UserError(
+                "time_per='frame' needs a denoiser with time='token'. Set backbone.time, or time_per='clip'."
+            )
         learned = isinstance(self.denoiser.objective.prediction, LearnedVariance)
-        if learned != dit.predicts_variance:
+        if learned != backbone.predicts_variance:
             raise UserError(
                 "variance='predicted' of the denoiser and a LearnedVariance prediction of the objective need each "
                 "other. Change one of the two."
             )
+        if backbone.conditioning and (isinstance(self.denoiser.train, Student) or not self.data.cache_latents):
+            names = ", ".join(each.field.name for each in backbone.conditioning)
+            raise UserError(
+                f"conditioning ({names}) needs cached latents and no distillation; set data cache_latents=True"
+            )
         frames, image_encoder = self.denoiser.frame_conditioning, self.denoiser.image_encoder
-        check_frame_conditioning(dit, self.autoencoder.model, frames, image_encoder, cached=self.data.cache_latents)
+        check_frame_conditioning(
+            backbone, self.autoencoder.model, frames, image_encoder, cached=self.data.cache_latents
+        )
 
     def _check_sizes(self) -> None:
         denoiser = self.denoiser
-        if denoiser.dit.patch.t != 1:
-            rule = "it divides no clip, because the first latent frame is encoded on its own. Use dit.patch.t=1."
-            raise UserError(f"dit.patch.t={denoiser.dit.patch.t} is invalid: {rule}")
+        if denoiser.backbone.patch.t != 1:
+            rule = "it divides no clip, because the first latent frame is encoded on its own. Use backbone.patch.t=1."
+            raise UserError(f"backbone.patch.t={denoiser.backbone.patch.t} is invalid: {rule}")
         self._check_fits("max_frames", Grid(self.data.max_frames, *self._size_multiple[1:]))
         if isinstance(self.autoencoder, AutoencoderTraining):
             self._check_windows(self.autoencoder, self.window_limits)
-        max_tokens = self._count_max_clip_tokens()
-        if max_tokens > denoiser.rows.tokens:
+        self._check_layout(denoiser.backbone, denoiser.row_shape)
+
+    def _check_layout(self, backbone: BackboneConfig, shape: PackedShape | CanvasShape) -> None:
+        """Raise if the backbone does not accept the layout, or if no clip of the largest size fits."""
+        if PackedRows not in backbone.layouts and isinstance(shape, PackedShape):
             raise UserError(
-                f"rows.tokens={denoiser.rows.tokens} is invalid: a clip of {self.data.max_pixels} pixels and "
-                f"{self.data.max_frames} frames has up to {max_tokens} tokens. Use rows.tokens={max_tokens}, or a "
+                f"layout={shape} is invalid: {type(backbone).__name__} takes canvases. Use CanvasShape(...)."
+            )
+        if Canvas not in backbone.layouts and isinstance(shape, CanvasShape):
+            raise UserError(f"layout={shape} is invalid: {type(backbone).__name__} takes rows. Use PackedShape(...).")
+        if isinstance(shape, CanvasShape):
+            multiple, padding = tuple(backbone.size_multiple), tuple(backbone.canvas_padding)
+            if any(side % unit for side, unit in zip(shape.cell, multiple, strict=True)):
+                rule = f"it must be a multiple of the backbone's lowest resolution. Use {multiple}."
+                raise UserError(f"layout.cell={tuple(shape.cell)} is invalid: {rule}")
+            if any(side < reach for side, reach in zip(shape.padding, padding, strict=True)):
+                rule = f"clips must lie as far apart as convolutions reach. Use {padding}."
+                raise UserError(f"layout.padding={tuple(shape.padding)} is invalid: {rule}")
+            return
+        if (max_tokens := self.count_max_clip_tokens()) > shape.tokens:
+            raise UserError(
+                f"layout.tokens={shape.tokens} is invalid: a clip of {self.data.max_pixels} pixels and "
+                f"{self.data.max_frames} frames has up to {max_tokens} tokens. Use layout.tokens={max_tokens}, or a "
                 "lower data.max_pixels."
             )
 
@@ -239,23 +228,20 @@ class Experiment:
                     f"{limits.max_pixels} pixels. Use a smaller window, or raise max_frames or max_pixels."
                 )
 
-    def _check_stages(self) -> None:
-        names = [stage.name for stage in self.earlier]
-        for stage in self.earlier:
-            if not re.fullmatch(r"[\w.-]+", stage.name) or names.count(stage.name) > 1:
-                rule = "it must be a folder name of letters, digits and _.- that no other stage has."
-                raise UserError(f"stage name={stage.name!r} is invalid: {rule}")
+    def _check_curriculum(self) -> None:
+        check_names([*(stage.name for stage in self.stages), *(stage.name for stage in self.curriculum)])
+        for stage in self.curriculum:
             if stage.data.held_out or stage.data.weights:
                 raise UserError(f"stage {stage.name}: held_out and weights apply to all stages. Set them in data.")
             if stage.optimizer is not None:
                 self._check_optimizer_state(stage.name, stage.optimizer)
-        for number, stage in enumerate(self.earlier):
+        for number, stage in enumerate(self.curriculum):
             try:
                 self.get_stage(number)
             except UserError as error:
                 raise UserError(f"stage {stage.name}: {error}") from error
-        if self.earlier and self.denoiser.distillation is not None:
-            raise UserError("denoiser.distillation takes a single stage. Leave out earlier, or leave out distillation.")
+        if self.curriculum and isinstance(self.denoiser.train, Student):
+            raise UserError("train=Student takes a single stage. Leave out curriculum, or use AllWeights.")
 
     def _check_optimizer_state(self, stage_name: str, optimizer: OptimizerConfig) -> None:
         """Raise if the state of a stage's optimizer cannot be carried over to the last stage."""
@@ -269,30 +255,32 @@ class Experiment:
                 )
 
     def get_stage(self, index: int) -> "Experiment":
-        """Return one stage as an experiment of its own; the last stage comes after all `earlier` ones."""
-        if index == len(self.earlier):
-            return dataclasses.replace(self, earlier=())
-        stage = self.earlier[index]
+        """Return a stage of the denoiser as an experiment of its own; the last one comes after the curriculum."""
+        if index == len(self.curriculum):
+            return dataclasses.replace(self, curriculum=())
+        stage = self.curriculum[index]
         data = dataclasses.replace(stage.data, held_out=self.data.held_out, weights=self.data.weights)
-        names = ("steps", "rows", "batch", "optimizer", "objective", "frame_conditioning", "caption_dropout")
+        names = ("steps", "layout", "batch", "optimizer", "objective", "frame_conditioning", "caption_dropout")
         overrides: dict[str, Any] = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
         autoencoder = self.autoencoder
         if isinstance(autoencoder, AutoencoderTraining):  # it is trained before the first stage, so its sizes are kept
             limits = self.window_limits
             autoencoder = dataclasses.replace(autoencoder, max_pixels=limits.max_pixels, max_frames=limits.max_frames)
         denoiser, mesh = dataclasses.replace(self.denoiser, **overrides), stage.mesh or self.mesh
-        return dataclasses.replace(self, autoencoder=autoencoder, data=data, denoiser=denoiser, mesh=mesh, earlier=())
+        return dataclasses.replace(
+            self, autoencoder=autoencoder, data=data, denoiser=denoiser, mesh=mesh, curriculum=()
+        )
 
     @property
     def _size_multiple(self) -> Grid:
-        stride, patch = self.autoencoder.model.stride, self.denoiser.dit.patch
-        return Grid(stride.t, stride.h * patch.h, stride.w * patch.w)
+        stride, multiple = self.autoencoder.model.stride, self.denoiser.backbone.size_multiple
+        return Grid(stride.t, stride.h * multiple.h, stride.w * multiple.w)
 
-    def _count_max_clip_tokens(self) -> int:
+    def count_max_clip_tokens(self) -> int:
         """Return the number of tokens of the largest clip within the limits."""
-        multiple = self._size_multiple
-        latents = latent_grid(Grid(self.data.max_frames, *multiple[1:]), self.autoencoder.model.stride)
-        return latents.t * (self.data.max_pixels // (multiple.h * multiple.w))
+        patch, stride = self.denoiser.backbone.patch, self.autoencoder.model.stride
+        latents = latent_grid(Grid(self.data.max_frames, *self._size_multiple[1:]), stride)
+        return latents.t * (self.data.max_pixels // (stride.h * patch.h * stride.w * patch.w))
 
     @property
     def limits(self) -> SizeLimits:

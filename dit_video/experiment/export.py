@@ -1,6 +1,6 @@
 """Results of a run: the config of its pipeline, and adapters and weights under other projects' names.
 
-With several processes the first one writes.
+With several processes only the first one calls the functions that write.
 """
 
 from collections.abc import Sequence
@@ -17,43 +17,70 @@ from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import fit_size
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
+from dit_video.experiment.autoencoder import read_autoencoder
+from dit_video.experiment.denoiser import add_other_expert
+from dit_video.experiment.encoders import open_text_encoder
+from dit_video.experiment.runtime import Runtime
 from dit_video.families import find_format, get_lora_modules
 from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
+from dit_video.pipelines.folder import read_pipeline_config
+from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import Tokenizer
 from dit_video.weights import get_native_modules, save_lora
 
 ADAPTER_FILE, LORA_FILE = "adapter.safetensors", "pytorch_lora_weights.safetensors"
-TRANSFORMER_FOLDERS = {"dit": "transformer", "low_noise": "transformer_2"}
+TRANSFORMER_FOLDERS = {"backbone": "transformer", "low_noise": "transformer_2"}
 """Folders of diffusers, by expert."""
 
 
 def save_adapter(
-    folder: Path, dit: BackboneConfig, adapter: dict[str, Any], params: dict[str, Any], *, expert: str = "dit"
+    folder: Path, backbone: BackboneConfig, adapter: dict[str, Any], params: dict[str, Any], *, expert: str = "backbone"
 ) -> None:
     """Write an adapter under our own names, and under its family's, as diffusers reads it: `load_lora_weights(folder)`.
 
     Args:
       folder: folder of the run.
-      dit: the denoiser's config.
+      backbone: the denoiser's config.
       adapter: the adapter, with the parts of `params` that it changes.
-      params: the adapted parameters `{"dit": ..., "text": ...}`, or their shapes.
-      expert: name of the model in a pipeline: `dit` or, for the second of two experts, `low_noise`.
+      params: the adapted parameters `{"backbone": ..., "text": ...}`, or their shapes.
+      expert: name of the model in a pipeline: `backbone` or, for the second of two experts, `low_noise`.
     """
-    if jax.process_index() != 0:
-        return
-    named, base = ({expert if name == "dit" else name: each[name] for name in each} for each in (adapter, params))
+    named, base = ({expert if name == "backbone" else name: each[name] for name in each} for each in (adapter, params))
     save_lora(folder / ADAPTER_FILE, named, get_native_modules(base))
-    if (modules := get_lora_modules(dit)) and "dit" in adapter:
-        save_lora(folder / LORA_FILE, adapter["dit"], modules)
+    if (modules := get_lora_modules(backbone)) and "backbone" in adapter:
+        save_lora(folder / LORA_FILE, adapter["backbone"], modules)
 
 
-def save_transformer(folder: Path, dit: BackboneConfig, params: dict[str, Any], *, expert: str = "dit") -> None:
+def save_transformer(
+    folder: Path, backbone: BackboneConfig, params: dict[str, Any], *, expert: str = "backbone"
+) -> None:
     """Write a complete denoiser as its family's class in diffusers reads it; nothing if there is none."""
-    denoiser_format = find_format(dit)
-    if denoiser_format is None or not denoiser_format.can_express(dit) or jax.process_index() != 0:
+    denoiser_format = find_format(backbone)
+    if denoiser_format is None or not denoiser_format.can_express(backbone):
         return
     with atomic_path(folder / TRANSFORMER_FOLDERS[expert]) as temporary:
-        denoiser_format.save(temporary, dit, params["dit"])
+        denoiser_format.save(temporary, backbone, params["backbone"])
+
+
+def make_pipeline(experiment: Experiment, runtime: Runtime, denoiser: dict[str, Any]) -> Pipeline:
+    """Return the pipeline of a run with these weights of the denoiser.
+
+    Raises:
+      MissingError: the autoencoder is not trained yet.
+    """
+    autoencoder = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
+    params = add_other_expert(experiment.denoiser, denoiser)
+    config = get_pipeline_config(experiment, runtime)
+    return Pipeline(config, autoencoder=autoencoder, denoiser=params, get_lora_modules=get_lora_modules)
+
+
+def get_pipeline_config(experiment: Experiment, runtime: Runtime) -> PipelineConfig:
+    """Return the config of a run's pipeline, which was written when it began, or which follows from the clips."""
+    if (runtime.folder / PIPELINE_CONFIG).is_file():
+        return read_pipeline_config(runtime.folder)
+    text, infos = open_text_encoder(experiment, runtime), runtime.training_clips.infos
+    return make_pipeline_config(experiment, infos, text, command=runtime.command)
 
 
 def make_pipeline_config(
@@ -72,13 +99,13 @@ def make_pipeline_config(
     denoiser = experiment.denoiser
     return PipelineConfig(
         autoencoder=experiment.autoencoder.model,
-        dit=denoiser.dit,
+        backbone=denoiser.backbone,
         text=encoder.pinned_config if isinstance(encoder, FrozenTextEncoder) else denoiser.text,
         process=denoiser.objective.process,
         prediction=denoiser.objective.prediction,
         caption_dropout=denoiser.caption_dropout,
         boundary=None if denoiser.expert is None else denoiser.expert.boundary,
-        rows=denoiser.rows,
+        layout=denoiser.row_shape,
         batch=denoiser.batch,
         sampling=experiment.sampling,
         fps=float(np.median(rates)) if experiment.data.fps is None else experiment.data.fps,

@@ -8,6 +8,8 @@ text_encoder.json         the identity of a frozen text encoder
 image_encoder.json        the identity of an image encoder
 texts/                    embeddings of the captions, where latents are not cached
 latents/                  cached latents, or a link to them
+stages/NAME/              latents and rows.json of a stage of the curriculum
+NAME/                     outputs of a stage of another package
 denoiser/                 checkpoints, metrics.jsonl, rows.json (content of an epoch), skipped.jsonl (non-finite
                           steps); snapshots/, samples/, tensorboard/, as the config says
 adapter.safetensors       the trained adapter, if any, under our names
@@ -17,18 +19,16 @@ checkpoints/              a link to the checkpoints of both models, where they l
 pipeline/                 the result, which `dit_video.load` reads
 """
 
-import functools
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 from dit_video.core import config_json
 from dit_video.core.errors import MissingError, UserError, get_command
 from dit_video.core.files import read_document, write_json
 from dit_video.core.storage import StoragePathLike
-from dit_video.data.clips import ClipSource
-from dit_video.experiment import Experiment, datasets
+from dit_video.experiment import Experiment, StagedExperiment, datasets
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.folder import RUN_CONFIG as CONFIG
 
@@ -41,12 +41,14 @@ class RunFolder:
     """Folder with the config of a run, made by `create` or `open`."""
 
     folder: Path
-    experiment: Experiment
+    experiment: StagedExperiment
     command: str
     """Command that started the run."""
+    experiment_class: ClassVar[type[StagedExperiment]] = StagedExperiment
+    """Class of the experiments that this class runs."""
 
     @classmethod
-    def create(cls: type[AnyRun], folder: str | Path, experiment: Experiment) -> AnyRun:
+    def create(cls: type[AnyRun], folder: str | Path, experiment: StagedExperiment) -> AnyRun:
         """Create a run, or open the one in this folder if its config is the same.
 
         Raises:
@@ -60,7 +62,8 @@ class RunFolder:
             difference = config_json.describe_difference(*configs)
             if not difference:
                 return existing
-            if any((folder / part).exists() for part in ("autoencoder", "denoiser")):
+            stages = [stage.name for stage in existing.experiment.stages]
+            if any((folder / part).exists() for part in ("autoencoder", "denoiser", *stages)):
                 raise UserError(f"{folder} holds a run of another config ({difference}); use another, or remove it")
             return run._write_config()  # nothing was trained yet, so that the config may still change
         if folder.exists() and not folder.is_dir():
@@ -94,8 +97,10 @@ class RunFolder:
             raise MissingError(f"no such run: {folder} has no {CONFIG}")
         document = read_document(folder / CONFIG, format=FORMAT, kind="run", fix="start it anew")
         experiment = config_json.from_json(document.get("experiment"))
-        if not isinstance(experiment, Experiment):
-            raise UserError(f"{folder / CONFIG} holds no experiment; start the run anew in another folder")
+        if not isinstance(experiment, cls.experiment_class):
+            raise UserError(
+                f"{folder / CONFIG} holds no experiment for {cls.__name__}; start the run anew in another folder"
+            )
         return cls(folder=folder, experiment=experiment, command=str(document.get("command")))
 
     def link_latents(self, destination: StoragePathLike) -> None:
@@ -104,7 +109,7 @@ class RunFolder:
         Raises:
           UserError: the run has latents already, or has them elsewhere; its config caches none.
         """
-        if not self.experiment.data.cache_latents:
+        if not (isinstance(self.experiment, Experiment) and self.experiment.data.cache_latents):
             raise UserError(f"latents={destination} is invalid: the config caches no latents; leave it out")
         datasets.link_folder(self.folder / "latents", destination, "latents")
 
@@ -114,30 +119,7 @@ class RunFolder:
         Raises:
           UserError: the run has checkpoints already, or has them elsewhere.
         """
-        for model in ("autoencoder", "denoiser"):
-            if (self.folder / model / "checkpoints").exists():
-                raise UserError(f"{self.folder} has checkpoints of its {model}; leave out checkpoints={destination}")
+        for own in sorted(self.folder.glob("*/checkpoints")):
+            name = own.parent.name
+            raise UserError(f"{self.folder} has checkpoints of its {name}; leave out checkpoints={destination}")
         datasets.link_folder(self.folder / "checkpoints", destination, "checkpoints")
-
-    def get_checkpoint_folder(self, model: Literal["autoencoder", "denoiser"]) -> str | Path:
-        """Return the folder or address of a model's checkpoints, which need not exist yet."""
-        elsewhere = self.folder / "checkpoints"
-        if elsewhere.is_symlink() or elsewhere.is_dir():
-            return str(datasets.resolve(elsewhere) / model)
-        return self.folder / model / "checkpoints"
-
-    @functools.cached_property
-    def clips(self) -> ClipSource:
-        """Return all ingested clips."""
-        return datasets.open_datasets(self.folder / "data")
-
-    @property
-    def training_clips(self) -> ClipSource:
-        """Return the split `train`, without the clips that the config holds out."""
-        return self.clips.exclude(self.experiment.data.held_out).select_split("train")
-
-    @property
-    def held_out_clips(self) -> ClipSource:
-        """Return the held-out clips that the config names; without names, the split `validation`."""
-        held_out = self.experiment.data.held_out
-        return self.clips.select(held_out) if held_out else self.clips.select_split("validation")

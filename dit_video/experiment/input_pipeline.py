@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dit_video.autoencoders import latent_grid
 from dit_video.core.errors import UserError
@@ -19,14 +20,17 @@ from dit_video.data.captions import (
 )
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
+from dit_video.data.latents.offline import Encoding
 from dit_video.data.latents.online import OnlineEncoder
+from dit_video.data.latents.views import Augmentations
 from dit_video.data.loader import DenoiserBatches, LoaderConfig, load_encoded_batches, load_packed_batches
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.rows import Encode
 from dit_video.data.sizes import fit_size, get_sampled_fps
 from dit_video.data.windows import DECODE_THREADS
-from dit_video.distributed import RowPart, check_denoiser, count_row_shards, make_mesh
+from dit_video.distributed import RowPart, check_denoiser, count_row_shards
+from dit_video.encoders.image import FrozenImageEncoder
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
 from dit_video.text import Tokenizer
@@ -42,7 +46,7 @@ BatchFactory = Callable[[int], DenoiserBatches]
 
 
 def make_cached_batches(
-    experiment: Experiment, latents: LatentSource, clips: ClipSource, texts: CaptionSource
+    experiment: Experiment, mesh: Mesh, latents: LatentSource, clips: ClipSource, texts: CaptionSource
 ) -> BatchFactory:
     """Return the input of a training on cached latents of these clips; `texts` are the captions of the latents."""
     config = experiment.denoiser
@@ -50,8 +54,8 @@ def make_cached_batches(
     intervals = _compute_token_dt(experiment, clips, latents.clips)
 
     def feed(start: int) -> DenoiserBatches:
-        reading = _make_loader_config(experiment, start, mixed, threads=1)
-        sizes: dict[str, Any] = {"patch": config.dit.patch, "shape": config.rows, "token_dt": intervals}
+        reading = _make_loader_config(experiment, mesh, start, mixed, threads=1)
+        sizes: dict[str, Any] = {"patch": config.backbone.patch, "shape": config.row_shape, "token_dt": intervals}
         return load_packed_batches(latents, texts, config=reading, **sizes)
 
     return feed
@@ -59,21 +63,22 @@ def make_cached_batches(
 
 def _compute_token_dt(experiment: Experiment, clips: ClipSource, names: Sequence[str]) -> list[float] | None:
     """Return the seconds between tokens along time in the clips of these names; None if positions count tokens."""
-    dit = experiment.denoiser.dit
-    if dit.time_coordinate == "tokens":
+    backbone = experiment.denoiser.backbone
+    if backbone.time_coordinate == "tokens":
         return None
-    frames = experiment.autoencoder.model.stride.t * dit.patch.t
+    frames = experiment.autoencoder.model.stride.t * backbone.patch.t
     rates = {info.name: get_sampled_fps(info, experiment.limits) for info in clips.infos}
     return [frames / rates[name] for name in names]
 
 
 def make_online_batches(
-    experiment: Experiment, clips: ClipSource, texts: CaptionSource, encode: Encode
+    experiment: Experiment, mesh: Mesh, clips: ClipSource, texts: CaptionSource, encode: Encode
 ) -> BatchFactory:
     """Return rows, or bucket batches where the config has buckets, of clips that are encoded from their video files.
 
     Args:
       experiment: its denoiser, size limits and weights are used.
+      mesh: devices that the rows are divided among.
       clips: the training clips.
       texts: their captions.
       encode: `make_online_encoder` of the same experiment and clips.
@@ -82,71 +87,73 @@ def make_online_batches(
       UserError: a size of which not one example fits into the memory of a bucket's batch.
     """
     config, model, weights = experiment.denoiser, experiment.autoencoder.model, experiment.data.weights
-    buckets = None if config.buckets is None else make_buckets(experiment, clips)
+    buckets = None if config.buckets is None else make_buckets(experiment, mesh, clips)
     mixed = Mixture(sizes=clips.dataset_sizes, weights=weights) if weights else None
 
     def feed(start: int) -> DenoiserBatches:
-        reading = _make_loader_config(experiment, start, mixed, threads=DECODE_THREADS)
+        reading = _make_loader_config(experiment, mesh, start, mixed, threads=DECODE_THREADS)
         common: dict[str, Any] = {
             "latent_grid": functools.partial(latent_grid, stride=model.stride),
             "channels": model.channels,
             "limits": experiment.limits,
-            "patch": config.dit.patch,
+            "patch": config.backbone.patch,
             "config": reading,
             "token_dt": _compute_token_dt(experiment, clips, [info.name for info in clips.infos]),
         }
         if buckets is None:
-            return load_encoded_batches(clips, texts, encode, shape=config.rows, **common)
-        text_length = min(config.rows.text, config.text.max_tokens)
+            return load_encoded_batches(clips, texts, encode, shape=config.row_shape, **common)
+        text_length = min(config.row_shape.text, config.text.max_tokens)
         return load_bucket_batches(clips, texts, encode, buckets, max_text=text_length, **common)
 
     return feed
 
 
-def make_online_encoder(experiment: Experiment, autoencoder_params: dict[str, Any], clips: ClipSource) -> OnlineEncoder:
+def make_online_encoder(
+    experiment: Experiment, mesh: Mesh, autoencoder_params: dict[str, Any], clips: ClipSource
+) -> OnlineEncoder:
     """Return an encoder of clips as they are read; `autoencoder` are the autoencoder's parameters.
 
     Raises:
       UserError: a size of which not one example fits into the memory of a bucket's batch.
     """
     config, model = experiment.denoiser, experiment.autoencoder.model
-    hosts = RowPart.from_mesh(make_mesh(experiment.mesh)).part_count
+    hosts = RowPart.from_mesh(mesh).part_count
     if config.buckets is not None:
-        buckets = make_buckets(experiment, clips).buckets
+        buckets = make_buckets(experiment, mesh, clips).buckets
         sizes = [bucket.size for bucket in buckets for _ in range(bucket.batch // hosts)]
         return OnlineEncoder(model, autoencoder_params, sizes)
     sizes = [fit_size(info, experiment.limits) for info in clips.infos]
-    tokens = sum(compute_token_grid(latent_grid(size, model.stride), config.dit.patch).volume for size in sizes)
-    steps = tokens / (config.rows.tokens * config.batch / hosts)
+    tokens = sum(compute_token_grid(latent_grid(size, model.stride), config.backbone.patch).volume for size in sizes)
+    steps = tokens / (config.row_shape.tokens * config.batch / hosts)
     return OnlineEncoder(model, autoencoder_params, sizes, calls=max(1, _BATCHES_PER_STEP * steps))
 
 
-def check_inputs(experiment: Experiment, clips: ClipSource) -> None:
+def check_inputs(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> None:
     """Check that the denoiser can be trained on these clips, before the autoencoder is trained for hours.
 
     Raises:
       UserError: rows, tokens, heads or hidden widths that are not divisible by the devices, a data set without clips to
         train on, or a size of which not one example fits into the memory.
     """
-    config, mesh = experiment.denoiser, make_mesh(experiment.mesh)
+    config = experiment.denoiser
     attention = experiment.mesh.context_attention
-    options: dict[str, Any] = {"tokens": config.rows.tokens, "context_attention": attention}
+    options: dict[str, Any] = {"tokens": config.row_shape.tokens, "context_attention": attention}
     if config.buckets is not None:
-        make_buckets(experiment, clips)
+        make_buckets(experiment, mesh, clips)
         if mesh.shape["context"] > 1:
-            rule = "the tokens of a clip may not be divisible by it; use packed rows (buckets=None), or context=1"
+            rule = "the tokens of a clip may not be divisible by it; use layout=PackedShape(...), or context=1"
             raise UserError(f"context={mesh.shape['context']} is invalid with buckets: {rule}")
-        check_denoiser(mesh, config.dit, rows=count_row_shards(mesh), **options)
+        check_denoiser(mesh, config.backbone, rows=count_row_shards(mesh), **options)
         return
-    if config.batch // config.accumulation_steps % (shards := count_experiment_row_shards(experiment)):
+    if config.batch // config.accumulation_steps % (shards := count_row_shards(mesh)):
         part = "" if config.accumulation_steps == 1 else f", in {config.accumulation_steps} parts,"
         raise UserError(f"a batch of {config.batch} rows{part} does not divide among {shards} devices; use a multiple")
-    check_denoiser(mesh, config.dit, rows=config.batch // config.accumulation_steps, **options)
+    check_denoiser(mesh, config.backbone, rows=config.batch // config.accumulation_steps, **options)
     if experiment.data.weights:
         Mixture(sizes=clips.dataset_sizes, weights=experiment.data.weights)
 
 
-def make_buckets(experiment: Experiment, clips: ClipSource) -> Buckets:
+def make_buckets(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> Buckets:
     """Plan the buckets of these clips.
 
     Raises:
@@ -154,25 +161,20 @@ def make_buckets(experiment: Experiment, clips: ClipSource) -> Buckets:
     """
     config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
     if config.buckets is None:
-        raise UserError("the config has no buckets; give denoiser buckets=BucketConfig(...)")
+        raise UserError("the config has no buckets; set denoiser layout=BucketConfig(...)")
 
     def tokens(size: Grid) -> int:
-        return compute_token_grid(latent_grid(size, model.stride), config.dit.patch).volume
+        return compute_token_grid(latent_grid(size, model.stride), config.backbone.patch).volume
 
     return plan_buckets(
         np.asarray([fit_size(info, limits) for info in clips.infos]),
         config.buckets.memory,
         budget=config.buckets.budget,
         count=config.buckets.count,
-        devices=count_experiment_row_shards(experiment),
+        devices=count_row_shards(mesh),
         max_batch=config.buckets.max_batch,
         count_tokens=tokens,
     )
-
-
-def count_experiment_row_shards(experiment: Experiment) -> int:
-    """Return the number of devices that the rows of a batch are divided among."""
-    return count_row_shards(make_mesh(experiment.mesh))
 
 
 def open_captions(
@@ -190,7 +192,7 @@ def open_captions(
         if texts.width != tokenizer.config.width:
             raise UserError(
                 f"{cached.folder} holds embeddings of width {texts.width}, the config says {tokenizer.config.width}; "
-                f"set text width={texts.width} and dit context_width={texts.width}"
+                f"set text width={texts.width} and backbone context_width={texts.width}"
             )
         return texts
     with Progress("embedding captions", len(get_distinct_captions(captions)), unit="caption") as progress:
@@ -213,9 +215,11 @@ def make_mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[flo
     return Mixture(sizes=clips.dataset_sizes, weights=tuple(weights) or None, variants=variants)
 
 
-def _make_loader_config(experiment: Experiment, start: int, mixture: Mixture | None, *, threads: int) -> LoaderConfig:
-    config, part = experiment.denoiser, RowPart.from_mesh(make_mesh(experiment.mesh))
-    dit = config.dit
+def _make_loader_config(
+    experiment: Experiment, mesh: Mesh, start: int, mixture: Mixture | None, *, threads: int
+) -> LoaderConfig:
+    config, part = experiment.denoiser, RowPart.from_mesh(mesh)
+    backbone = config.backbone
     return LoaderConfig(
         batch=config.batch,
         seed=experiment.seed,
@@ -225,6 +229,31 @@ def _make_loader_config(experiment: Experiment, start: int, mixture: Mixture | N
         threads=threads,
         workers=experiment.data.workers,
         mixture=mixture,
-        balance=Balance(cost=Cost.from_width(dit.width, layer_params=dit.layer_params), batch=config.batch),
-        attention_pairs=dit.attention_pairs,
+        balance=Balance(cost=Cost.from_width(backbone.width, layer_params=backbone.layer_params), batch=config.batch),
+        attention_pairs=backbone.attention_pairs,
+    )
+
+
+def make_encoding(
+    experiment: Experiment,
+    params: dict[str, Any],
+    *,
+    text: Tokenizer | FrozenTextEncoder,
+    images: FrozenImageEncoder | None,
+) -> Encoding:
+    """Return the encoding of an experiment, with the parameters of its autoencoder and its frozen encoders."""
+    data, frames = experiment.data, experiment.denoiser.frame_conditioning
+    frozen = text if isinstance(text, FrozenTextEncoder) else None
+    views = Augmentations(clips_per_video=data.clips_per_video, resolutions=data.resolutions, flips=data.flips)
+    return Encoding(
+        autoencoder=experiment.autoencoder.model,
+        params=params,
+        limits=experiment.limits,
+        augmentations=views,
+        encode_text=frozen,
+        text_identity="" if frozen is None else frozen.identity,
+        encode_image=images,
+        image_identity="" if images is None else images.identity,
+        cond_latents=frames is not None and frames.rest == "grey",
+        conditioning=experiment.denoiser.backbone.conditioning,
     )

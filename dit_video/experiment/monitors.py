@@ -5,30 +5,30 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.sharding import Mesh
 
 from dit_video.backbones.flops import count_training_flops
 from dit_video.conditioning import IMAGE_TOKENS
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.online import OnlineEncoder
-from dit_video.distributed import make_mesh, shard_batch
+from dit_video.distributed import shard_batch
 from dit_video.encoders.text import FrozenTextEncoder
-from dit_video.experiment import DenoiserTraining, Experiment, input_pipeline
-from dit_video.experiment.initialization import TrainableDenoiser
+from dit_video.experiment import DenoiserTraining, Experiment, Student, input_pipeline
+from dit_video.experiment.denoiser import TrainableDenoiser
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.text import Tokenizer
-from dit_video.tokens import Grid, PackedBatch
-from dit_video.training.hooks.metric_logs import Log, MonitoringConfig, TensorBoard, WeightsAndBiases
-from dit_video.training.loop import PeriodicCall
+from dit_video.tokens import PackedBatch, infer_grid
+from dit_video.training.hooks.hook import Hook, PeriodicCall
+from dit_video.training.hooks.metric_logs import MonitoringConfig, TensorBoard, WeightsAndBiases
 from dit_video.training.losses.denoiser import DenoiserLoss
+from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.ema import DECAY, format_average_name
 from dit_video.training.optim.posthoc_ema import EmaSnapshots
 from dit_video.training.state import to_host
@@ -39,63 +39,24 @@ _MAX_CLIPS = 4
 """Number of clips in a grid of samples whose prompts the config does not give."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Watched:
-    """A denoiser's training, with everything that its monitoring needs."""
-
-    experiment: Experiment
-    folder: Path
-    """Folder of the training."""
-    loss: DenoiserLoss
-    trained: TrainableDenoiser
-    clips: ClipSource
-    """Training clips."""
-    held_out: Callable[[], ClipSource]
-    tokenizer: Callable[[], Tokenizer | FrozenTextEncoder]
-    autoencoder: Callable[[], dict[str, Any]]
-    """Returns the autoencoder's parameters."""
-    pipeline: Callable[[dict[str, Any]], Pipeline]
-    """Returns the pipeline with given denoiser weights."""
-
-    def arguments(self) -> dict[str, Any]:
-        """Return arguments of `Training`, as the config says.
-
-        Raises:
-          MissingError: a logging package is not installed.
-          UserError: no clips are held out to validate on.
-        """
-        monitoring, hooks = self.experiment.monitoring, []
-        if monitoring.validate_every:
-            models = self.tokenizer(), self.autoencoder(), self.loss, self.trained
-            hooks.append(make_validation(self.experiment, self.held_out(), *models))
-        if monitoring.sample_every:
-            captions = [info.captions[0] for info in self.clips.infos if info.captions]
-
-            def pipeline(ema_params: dict[str, Any]) -> Pipeline:
-                return self.pipeline(self.trained.merge_params(ema_params))
-
-            hooks.append(make_sampling(self.folder / "samples", monitoring, captions, pipeline))
-        logs, flops_fn = open_logs(monitoring, self.folder), make_flops_fn(self.experiment.denoiser)
-        return {"logs": logs, "periodic": tuple(hooks), "flops_fn": flops_fn}
-
-
-def open_logs(monitoring: MonitoringConfig, folder: Path) -> tuple[Log, ...]:
+def open_logs(monitoring: MonitoringConfig, folder: Path) -> list[Hook]:
     """Open the logs other than the JSON lines, in the folder of a training.
 
     Raises:
       MissingError: a package is not installed.
     """
-    opened: list[Log] = []
+    opened: list[Hook] = []
     if jax.process_index() == 0:
         if monitoring.tensorboard:
             opened.append(TensorBoard(folder / "tensorboard"))
         if monitoring.wandb is not None:
             opened.append(WeightsAndBiases(monitoring.wandb, folder))
-    return tuple(opened)
+    return opened
 
 
 def make_validation(
     experiment: Experiment,
+    mesh: Mesh,
     clips: ClipSource,
     tokenizer: Tokenizer | FrozenTextEncoder,
     autoencoder: dict[str, Any],
@@ -106,6 +67,7 @@ def make_validation(
 
     Args:
       experiment: the config.
+      mesh: devices of the training.
       clips: the held-out clips.
       tokenizer: tokenizer or encoder of their captions.
       autoencoder: parameters of the autoencoder.
@@ -120,18 +82,20 @@ def make_validation(
     data = dataclasses.replace(experiment.data, weights=(), workers=0)
     validated = dataclasses.replace(experiment, data=data)
     texts = input_pipeline.open_captions(tokenizer, [info.captions for info in clips.infos])
-    encode: OnlineEncoder = input_pipeline.make_online_encoder(validated, autoencoder, clips)
-    with contextlib.closing(input_pipeline.make_online_batches(validated, clips, texts, encode)(0)) as batches:
+    encode: OnlineEncoder = input_pipeline.make_online_encoder(validated, mesh, autoencoder, clips)
+    open_batches = input_pipeline.make_online_batches(validated, mesh, clips, texts, encode)
+    with contextlib.closing(open_batches(0)) as batches:
         rows = list(itertools.islice(batches, experiment.monitoring.validation_batches))
-    eval_loss = trained.wrap_loss(dataclasses.replace(loss, caption_dropout=0.0))
-    assert callable(eval_loss)
-    mesh, constants = make_mesh(experiment.mesh), () if trained.base_params is None else (trained.base_params,)
+    undropped = dataclasses.replace(loss, caption_dropout=0.0)
+    eval_loss = undropped if trained.lora is None else LoraLoss(loss=undropped, scale=trained.lora.scale)
+    constants = () if trained.base_params is None else (trained.base_params,)
 
     @jax.jit
     def evaluate(params, batch, *constants):
-        value, metrics = eval_loss(params, batch, jnp.zeros((), jnp.int32), *constants)
-        parts = {name: metric for name, metric in metrics.items() if name.startswith("loss_")}
-        return Average(value * loss.weight(batch), loss.weight(batch)), parts
+        value, details = eval_loss(params, batch, jnp.zeros((), jnp.int32), *constants)
+        parts = {name: metric for name, metric in details.metrics.items() if name.startswith("loss_")}
+        assert details.num_examples is not None  # the loss of a denoiser counts its clips
+        return Average(value * details.num_examples, details.num_examples), parts
 
     def call(_done: int, state: Any) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
@@ -141,7 +105,7 @@ def make_validation(
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(ratio, np.float64)
         return {f"validation_{name}": float(total / count) for name, (total, count) in totals.items() if count}
 
-    return PeriodicCall(every=experiment.monitoring.validate_every, call=call)
+    return PeriodicCall(every=experiment.monitoring.validate_every, function=call)
 
 
 def make_sampling(
@@ -167,7 +131,7 @@ def make_sampling(
             tile_clips(clips).save(folder / f"{done:08}.{'mp4' if model.config.size.t > 1 else 'png'}")
         return {}
 
-    return PeriodicCall(every=monitoring.sample_every, call=call)
+    return PeriodicCall(every=monitoring.sample_every, function=call)
 
 
 def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | None:
@@ -175,9 +139,9 @@ def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | 
 
     Padding does not count.
     """
-    if config.distillation is not None:
+    if isinstance(config.train, Student):
         return None
-    dit, adapters = config.dit, config.lora is not None
+    backbone, adapters = config.backbone, config.lora is not None
 
     def work(rows: PackedBatch) -> float:
         clips, texts, images = list[Any](), list[int](), list[int]()
@@ -185,17 +149,12 @@ def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | 
         for segments, positions, text in zip(rows.segments, rows.positions, rows.text_segments, strict=True):
             lengths = np.bincount(segments)[1:]
             ids = range(1, len(lengths) + 1)
-            clips += [infer_grid(positions[segments == i]) for i in ids] if dit.needs_grids else lengths.tolist()
+            clips += [infer_grid(positions[segments == i]) for i in ids] if backbone.needs_grids else lengths.tolist()
             texts += np.bincount(text, minlength=len(lengths) + 1)[1:].tolist()
             images += [tokens] * len(lengths)
-        return float(count_training_flops(dit, clips, texts, images=images, adapters=adapters))
+        return float(count_training_flops(backbone, clips, texts, images=images, adapters=adapters))
 
     return work
-
-
-def infer_grid(positions: Float[np.ndarray, "n 3"]) -> Grid:
-    """Return the token grid of a clip from its tokens' positions."""
-    return Grid(*(len(np.unique(axis)) for axis in positions.T))
 
 
 def tile_clips(clips: Sequence[Clip], *, gap: int = 2) -> Clip:

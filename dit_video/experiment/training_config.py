@@ -13,7 +13,7 @@ from dit_video.diffusion import FlowMatching, Objective
 from dit_video.distributed import MeshConfig
 from dit_video.nn import LoraConfig
 from dit_video.text import TextConfig
-from dit_video.tokens import PackedShape
+from dit_video.tokens import CanvasShape, PackedShape
 from dit_video.training.losses.codebook import CodebookLearning
 from dit_video.training.losses.distillation import Distillation
 from dit_video.training.optim.ema import EmaConfig
@@ -109,20 +109,64 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AllWeights:
+    """Training of all weights."""
+
+    init_from: str | None = None
+    """Folder of the initial weights: of a pipeline, a run, or Wan in diffusers' layout; None for random weights."""
+    expert: ExpertConfig | None = None
+    """Expert whose weights `init_from` has, for a model with two; None for a model with one denoiser."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemporalWeights:
+    """Training of the temporal layers only, those with `temporal` in their paths.
+
+    Kandinsky Video adds motion to an image model in this way (arXiv 2311.13073). For any other selection use the
+    optimizer's `trainable` and `frozen`.
+    """
+
+    init_from: str | None = None
+    """Folder of the initial weights, as for `AllWeights`."""
+    expert: ExpertConfig | None = None
+    """Expert whose weights are trained, as for `AllWeights`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraAdapters:
+    """Training of adapters, which are merged into the weights at the end."""
+
+    init_from: str
+    """Folder of the adapted weights, as for `AllWeights`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Config of the adapters; paths begin with `backbone/` and `text/`."""
+    expert: ExpertConfig | None = None
+    """Expert whose weights are adapted, as for `AllWeights`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """Training of all weights of a few-step student; `objective` is that of its teacher's training."""
+
+    init_from: str
+    """Folder of the teacher, from whose weights the student starts, as for `AllWeights`."""
+    distillation: Distillation
+    """Method of the distillation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenoiserTraining:
     """Config of a denoiser, its text encoder, and their training; only a text encoder that is not frozen is trained."""
 
-    dit: BackboneConfig
+    backbone: BackboneConfig
     text: TextConfig
-    rows: PackedShape
+    layout: PackedShape | CanvasShape | BucketConfig
+    """Layout of the batches: packed rows, canvases, or dense batches of one size each, read from the video files."""
     batch: int
-    """Number of rows in a step."""
+    """Number of rows or canvases in a step; dense batches have as many clips as fit into the memory."""
     accumulation_steps: int = 1
     """Number of microbatches that the rows of a step are divided into, whose gradients are computed sequentially and
     summed. Memory is divided by it, and gradients are the same up to rounding."""
-    buckets: BucketConfig | None = None
-    """Config of batches of one size each, read from the video files; None for packed rows. With buckets, `rows` is used
-    for sampling only."""
     optimizer: OptimizerConfig
     steps: int
     objective: Objective = field(default_factory=FlowMatching)
@@ -141,26 +185,33 @@ class DenoiserTraining:
     image_encoder: str | None = None
     """Folder of the CLIP whose embeddings of a known first frame the denoiser attends to (`image_width`), or of a
     pipeline that contains it; None without it."""
-    init_from: str | None = None
-    """Folder of the initial weights: of a pipeline, a run, or Wan in diffusers' layout; None for random weights."""
-    train_mode: Literal["full", "temporal", "scratch"] = "full"
-    """Selection of the trained weights, unless adapters are trained. `full`: all, from the weights in `init_from` if it
-    is set. `temporal`: only the temporal layers, those with `temporal` in their paths (Kandinsky Video adds motion to
-    an image model in this way, arXiv 2311.13073). `scratch`: all, from random weights; `init_from` is not read. For any
-    other selection use the optimizer's `trainable` and `frozen`."""
-    expert: ExpertConfig | None = None
-    """Expert whose weights `init_from` has, for a model with two; None for a model with one denoiser."""
-    lora: LoraConfig | None = None
-    """Config of adapters that are trained instead of the weights in `init_from`; paths begin with `dit/` and `text/`.
-    None to train weights."""
-    distillation: Distillation | None = None
-    """Config of a few-step distillation, whose teacher and initial student are the model in `init_from`. `objective` is
-    that of the teacher's training. None without it."""
+    train: AllWeights | TemporalWeights | LoraAdapters | Student = field(default_factory=AllWeights)
+    """Trained parameters, and the weights that they start from."""
+
+    @property
+    def expert(self) -> ExpertConfig | None:
+        """Return which of two experts is trained; None for a model with one denoiser."""
+        return None if isinstance(self.train, Student) else self.train.expert
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """Return the config of the adapters; None where weights are trained."""
+        return self.train.lora if isinstance(self.train, LoraAdapters) else None
+
+    @property
+    def buckets(self) -> BucketConfig | None:
+        """Return the config of dense batches; None for another layout."""
+        return self.layout if isinstance(self.layout, BucketConfig) else None
+
+    @property
+    def row_shape(self) -> PackedShape | CanvasShape:
+        """Return the rows or canvases in which clips are sampled, and packed unless they are in dense batches."""
+        return self.layout.sampling if isinstance(self.layout, BucketConfig) else self.layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Config of a stage of the denoiser's training before the last one. None stands for the experiment's own value.
+class CurriculumStage:
+    """Config of a stage of the denoiser's curriculum. None stands for the experiment's own value.
 
     Weights, optimizer state and averages are carried over from stage to stage. Sizes and lengths may change, because
     tokens have real-valued positions.
@@ -172,8 +223,8 @@ class Stage:
     """Number of steps of this stage."""
     data: DataConfig
     """Clips and sizes of this stage; `held_out` and `weights` are those of the experiment."""
-    rows: PackedShape | None = None
-    """Shape of the packed rows."""
+    layout: PackedShape | CanvasShape | None = None
+    """Shape of the packed rows or canvases."""
     batch: int | None = None
     """Number of rows in a step."""
     optimizer: OptimizerConfig | None = None

@@ -95,7 +95,7 @@ def convert_native_denoiser(
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Convert one denoiser in a pipeline's file, whose names begin with `prefix`, such as `dit/`.
+    """Convert one denoiser in a pipeline's file, whose names begin with `prefix`, such as `backbone/`.
 
     The other arguments and the errors are those of `convert`.
     """
@@ -136,8 +136,8 @@ def convert_lora(
     modules = {} if denoiser_format is None else denoiser_format.get_lora_modules(config, primary_layout=primary_layout)
     if not modules:
         raise UserError(f"{folder} holds a {type(config).__name__}, whose family has no LoRA files; name another model")
-    shapes = {"dit": get_param_shapes(config.make)}
-    theirs = {name: module._replace(path=f"dit/{module.path}") for name, module in modules.items()}
+    shapes = {"backbone": get_param_shapes(config.make)}
+    theirs = {name: module._replace(path=f"backbone/{module.path}") for name, module in modules.items()}
     lora = load_lora(source, shapes, get_native_modules(shapes) | theirs, dtype=None)
     written = get_native_modules(shapes) if layout == "dit_video" else theirs
     save_lora(destination, lora, written, style="comfyui" if layout == "authors" else "diffusers", dtype=dtype)

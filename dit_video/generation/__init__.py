@@ -1,7 +1,7 @@
 """Generation tasks."""
 
 from dit_video.generation.conditioning import CLEAN_LATENTS
-from dit_video.generation.rows import LatentRequest
+from dit_video.generation.rows import SamplingRequest
 from dit_video.generation.text_to_video import (
     Denoiser,
     LatentTrace,
@@ -14,9 +14,9 @@ from dit_video.generation.text_to_video import (
 __all__ = [
     "CLEAN_LATENTS",
     "Denoiser",
-    "LatentRequest",
     "LatentTrace",
     "Sampling",
+    "SamplingRequest",
     "draw_initial_noise",
     "sample_latents",
     "trace_latents",

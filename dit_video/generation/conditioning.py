@@ -4,14 +4,22 @@ A model reads conditioning latents and image tokens as inputs. Clean latents nee
 the tokens of the first latent frames clean, at time 0, and they are not changed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, Conditioning, ConditioningLatents, make_image_tokens
+from dit_video.conditioning import (
+    COND_LATENTS,
+    IMAGE_TOKENS,
+    ClipConditioning,
+    Conditioning,
+    ConditioningLatents,
+    make_image_tokens,
+)
+from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import DenoiseFn, Process
 from dit_video.tokens import Field, Grid, PackedBatch, patchify
@@ -48,18 +56,44 @@ def make_row_fields(
 
 
 def describe_row_fields(row_fields: Mapping[str, np.ndarray]) -> list[Field]:
-    """Return the fields of rows of which one clip has these."""
+    """Return the fields of `make_row_fields` in rows of which one clip has these."""
     return [
         Field(name=name, alignment="sequence", shape=values.shape[1:], length=len(values))
         if name == IMAGE_TOKENS
         else Field(name=name, alignment="grid", shape=values.shape[1:])
         for name, values in row_fields.items()
+        if name in (COND_LATENTS, IMAGE_TOKENS, _CLEAN_TOKENS, _CLEAN_MASK)
     ]
 
 
-def make_frame_conditioning(batch: PackedBatch) -> Conditioning:
-    """Return the records of the fields that a model reads."""
-    conditioning = Conditioning()
+def make_request_fields(
+    configs: Sequence[ClipConditioning], values: Mapping[str, Any], latents: Grid
+) -> dict[str, np.ndarray]:
+    """Return a request's values of conditioning by fields, for latents of this size; zero for those that it lacks.
+
+    Raises:
+      UserError: the model has no conditioning of a name, or does not accept a value.
+    """
+    names = [each.field.name for each in configs]
+    if unknown := sorted(set(values) - set(names)):
+        fix = f"use {', '.join(names)}" if names else "leave it out"
+        raise UserError(f"conditioning {', '.join(unknown)} is unknown to this model; {fix}")
+    fields = {}
+    for each in configs:
+        name, shape = each.field.name, each.field.get_shape(latents)
+        field = each.from_request(values[name], latents) if name in values else np.zeros(shape, each.field.dtype)
+        if field.shape != shape:
+            raise UserError(
+                f"conditioning {name} has the shape {list(field.shape)}, not {list(shape)}; mend from_request"
+            )
+        fields[name] = field
+    return fields
+
+
+def make_conditioning(batch: PackedBatch, configs: Sequence[ClipConditioning]) -> Conditioning:
+    """Return the records of the fields that a model reads, of which `configs` describe some."""
+    layout = batch.layout
+    conditioning = Conditioning(*(each.prepare(batch.fields[each.field.name], layout, None) for each in configs))
     if COND_LATENTS in batch.fields:
         conditioning = conditioning.add(ConditioningLatents(jnp.asarray(batch.fields[COND_LATENTS])))
     if IMAGE_TOKENS in batch.fields:

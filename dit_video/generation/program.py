@@ -21,7 +21,7 @@ from dit_video.diffusion import (
     batched,
     sequential,
 )
-from dit_video.generation.conditioning import hold_clean_tokens, make_frame_conditioning
+from dit_video.generation.conditioning import hold_clean_tokens, make_conditioning
 from dit_video.generation.rows import SamplingBatch
 from dit_video.tokens import PackedBatch
 
@@ -42,7 +42,7 @@ def compute_program_steps(steps: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def make_program(
-    dit: nnx.GraphDef,
+    backbone: nnx.GraphDef,
     text: nnx.GraphDef,
     process: Process,
     prediction: Prediction,
@@ -61,8 +61,10 @@ def make_program(
     def run(params, state, batch: SamplingBatch, guidance, sample_times, first):
         def forward(rows: PackedBatch) -> DenoiseFn:
             context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
-            conditioning = make_frame_conditioning(rows).add(make_text_record(context, rows.layout))
-            denoise = make_denoise_fn(nnx.merge(dit, params["dit"]), rows.layout, conditioning)
+            model = nnx.merge(backbone, params["backbone"])
+            conditioning = make_conditioning(rows, model.config.conditioning)
+            conditioning = conditioning.add(make_text_record(context, rows.layout))
+            denoise = make_denoise_fn(model, rows.layout, conditioning)
             return hold_clean_tokens(denoise, rows, process)
 
         # All branches have the same noise, segments and positions. The sample is that of the first.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
-from dit_video.conditioning import COND_LATENTS
+from dit_video.conditioning import COND_LATENTS, ClipConditioning
 from dit_video.core.errors import UserError
 from dit_video.core.rng import key
 from dit_video.core.typing import AnyArray
@@ -20,9 +20,9 @@ from dit_video.generation.conditioning import CLEAN_LATENTS, describe_row_fields
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
     Grid,
+    LayoutShape,
     PackedBatch,
     PackedExample,
-    PackedShape,
     compute_positions,
     compute_token_grid,
     make_empty_row,
@@ -32,7 +32,7 @@ from dit_video.tokens import (
 )
 
 
-class LatentRequest(NamedTuple):
+class SamplingRequest(NamedTuple):
     """A request of one video."""
 
     prompt: str
@@ -64,33 +64,33 @@ class LatentRequest(NamedTuple):
         return [(self.prompt, self.fields), (self.negative, self.fields), (self.negative, without)]
 
 
-class Need(NamedTuple):
+class RequestSize(NamedTuple):
     """The size of one request."""
 
-    tokens: int
-    """Number of tokens."""
+    grid: Grid
+    """Number of tokens along (t, h, w)."""
     texts: tuple[int, ...]
     """Number of text tokens of each branch."""
 
 
-class Group(NamedTuple):
-    """Rows of one shape."""
+class PackedRequests(NamedTuple):
+    """Requests in rows or canvases of one shape."""
 
-    shape: PackedShape
+    shape: LayoutShape
     """Shape of a row."""
-    inside: bool
-    """Puts the branches of a request side by side in its row."""
+    is_side_by_side: bool
+    """True if the branches of a request lie side by side in its row, instead of in rows of their own."""
     rows: list[list[int]]
     """Requests of each row, by number."""
 
 
-def plan_rows(needs: Sequence[Need], shape: PackedShape, *, rows: int, is_batched: bool) -> list[Group]:
-    """Return rows of request numbers by first fit, the largest first.
+def plan_rows(sizes: Sequence[RequestSize], shape: LayoutShape, *, rows: int, is_batched: bool) -> list[PackedRequests]:
+    """Return the requests, by number, in rows or canvases by first fit, the largest first.
 
-    A request larger than a row gets a row of its own.
+    A request that is larger than a row gets one of its own.
 
     Args:
-      needs: Sizes of all requests.
+      sizes: Sizes of all requests.
       shape: Shape of a row.
       rows: Number of rows that are sampled at once.
       is_batched: Evaluates all branches of a request at once.
@@ -98,63 +98,65 @@ def plan_rows(needs: Sequence[Need], shape: PackedShape, *, rows: int, is_batche
     Raises:
       UserError: If a text is longer than a row's.
     """
-    for need in needs:
-        if max(need.texts) > shape.text:
-            length = max(need.texts)
+    for size in sizes:
+        if max(size.texts) > shape.text:
+            length = max(size.texts)
             raise UserError(f"a prompt of {length} text tokens is longer than a row's {shape.text}; shorten the prompt")
-    order = sorted(range(len(needs)), key=lambda index: -needs[index].tokens)
-    separate = [need._replace(texts=(max(need.texts),)) for need in needs]
-    large = [index for index in order if needs[index].tokens > shape.tokens]
-    small = [index for index in order if needs[index].tokens <= shape.tokens]
-    branches = max((len(need.texts) for need in needs), default=1)
-    groups = [Group(shape, False, _pack_first_fit(small, separate, shape))]
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index].grid.volume)
+    separate = [_Bundle([size.grid], [max(size.texts)]) for size in sizes]
+    small = [index for index in order if separate[index].fits(shape)]
+    branches = max((len(size.texts) for size in sizes), default=1)
+    groups = [PackedRequests(shape, False, _pack_first_fit(small, separate, shape))]
     # Requests whose branches fit a row together can have them side by side; the others stay in separate rows. The plan
     # that evaluates fewer rows, padding rows included, is taken.
     if is_batched and branches > 1:
-        bundles = [Need(need.tokens * branches, (sum(need.texts),)) for need in needs]
-        fitting = [index for index in small if _fits(bundles[index], shape, branches)]
+        bundles = [_Bundle([size.grid] * branches, list(size.texts)) for size in sizes]
+        fitting = [index for index in small if bundles[index].fits(shape)]
         remaining = [index for index in small if index not in set(fitting)]
         combined = [
-            Group(shape, True, _pack_first_fit(fitting, bundles, shape, copies=branches)),
-            Group(shape, False, _pack_first_fit(remaining, separate, shape)),
+            PackedRequests(shape, True, _pack_first_fit(fitting, bundles, shape)),
+            PackedRequests(shape, False, _pack_first_fit(remaining, separate, shape)),
         ]
         groups = min(combined, groups, key=lambda plan: _count_evaluated_rows(plan, rows, branches))
-    for index in large:
-        row_shape = PackedShape(tokens=needs[index].tokens, text=shape.text, segments=shape.segments)
+    for index in (index for index in order if index not in set(small)):
+        row_shape = shape.enlarge(sizes[index].grid)
         if groups[-1].shape == row_shape:
             groups[-1].rows.append([index])
         else:
-            groups.append(Group(row_shape, False, [[index]]))
+            groups.append(PackedRequests(row_shape, False, [[index]]))
     return [group for group in groups if group.rows]
 
 
-def _fits(need: Need, shape: PackedShape, copies: int) -> bool:
-    return need.tokens <= shape.tokens and max(need.texts) <= shape.text and copies <= shape.segments
+class _Bundle(NamedTuple):
+    """The branches of a request, or one of them, which lie together in a row."""
+
+    grids: list[Grid]
+    texts: list[int]
+
+    def fits(self, shape: LayoutShape) -> bool:
+        return shape.fits(self.grids, self.texts)
+
+    def add(self, other: "_Bundle") -> "_Bundle":
+        return _Bundle(self.grids + other.grids, self.texts + other.texts)
 
 
-def _count_evaluated_rows(groups: Sequence[Group], rows: int, branch_count: int) -> int:
+def _count_evaluated_rows(groups: Sequence[PackedRequests], rows: int, branch_count: int) -> int:
     """Return the number of rows that the model evaluates per step, including padding rows of the last batch."""
-    return sum(-(-len(group.rows) // rows) * rows * (1 if group.inside else branch_count) for group in groups)
+    return sum(-(-len(group.rows) // rows) * rows * (1 if group.is_side_by_side else branch_count) for group in groups)
 
 
-def _pack_first_fit(
-    order: Sequence[int], needs: Sequence[Need], shape: PackedShape, *, copies: int = 1
-) -> list[list[int]]:
+def _pack_first_fit(order: Sequence[int], bundles: Sequence[_Bundle], shape: LayoutShape) -> list[list[int]]:
     rows: list[list[int]] = []
-    usages: list[list[int]] = []
+    contents: list[_Bundle] = []
     for index in order:
-        tokens, text = needs[index].tokens, needs[index].texts[0]
-        for row, usage in zip(rows, usages, strict=True):
-            fits = usage[0] + tokens <= shape.tokens and usage[1] + text <= shape.text
-            if fits and (len(row) + 1) * copies <= shape.segments:
+        for number, content in enumerate(contents):
+            if (extended := content.add(bundles[index])).fits(shape):
+                rows[number].append(index)
+                contents[number] = extended
                 break
         else:
-            row, usage = [], [0, 0]
-            rows.append(row)
-            usages.append(usage)
-        row.append(index)
-        usage[0] += tokens
-        usage[1] += text
+            rows.append([index])
+            contents.append(bundles[index])
     return rows
 
 
@@ -176,7 +178,7 @@ class SamplingBatch(NamedTuple):
 class Packer(NamedTuple):
     """A packer of requests into batches."""
 
-    requests: Sequence[LatentRequest]
+    requests: Sequence[SamplingRequest]
     """All requests."""
     texts: Mapping[str, CaptionTokens]
     """Tokens of every prompt."""
@@ -188,15 +190,21 @@ class Packer(NamedTuple):
     """Number of guidance branches."""
     rows: int
     """Number of rows of a batch; padding rows fill it up, so that its shape is constant."""
+    conditioning: tuple[ClipConditioning, ...] = ()
+    """Conditioning by fields of the clips, which every request has."""
 
-    def make_batch(self, group: Group, row_requests: Members) -> SamplingBatch:
+    def make_batch(self, group: PackedRequests, row_requests: Members) -> SamplingBatch:
         """Return the batch of the requests in some rows of a group."""
-        kinds = [range(self.branch_count)] if group.inside else [[branch] for branch in range(self.branch_count)]
+        kinds = (
+            [range(self.branch_count)] if group.is_side_by_side else [[branch] for branch in range(self.branch_count)]
+        )
         packed = tuple(self._pack_branches(group, row_requests, branches) for branches in kinds)
-        positions = self._compute_branch_positions(group, row_requests) if group.inside else None
+        positions = None
+        if group.is_side_by_side:
+            positions = self._compute_branch_positions(group, row_requests, np.asarray(packed[0].segments))
         return SamplingBatch(packed, positions, self._make_keys(group, row_requests))
 
-    def _pack_branches(self, group: Group, row_requests: Members, branches: Sequence[int]) -> PackedBatch:
+    def _pack_branches(self, group: PackedRequests, row_requests: Members, branches: Sequence[int]) -> PackedBatch:
         """Return rows of the requests, with these branches of each."""
         items: list[list[PackedExample]] = [[] for _ in row_requests]
         has_clean = any(CLEAN_LATENTS in request.fields for request in self.requests)
@@ -208,12 +216,17 @@ class Packer(NamedTuple):
                 for branch in branches:
                     prompt, fields = conditions[branch]
                     row_fields = make_row_fields(fields, request.noise.shape, self.patch, has_clean=has_clean)
+                    for each in self.conditioning:
+                        row_fields[each.field.name] = each.field.patchify(fields[each.field.name], self.patch)
                     items[number].append(PackedExample(tokens, positions, self.texts[prompt], index, row_fields))
         first = items[0][0]
         contents: dict[str, Any] = {
             "width": first.tokens.shape[1],
             "text_width": first.text.shape[1] if first.text.ndim == 2 else 0,
-            "fields": describe_row_fields(first.fields),
+            "fields": [
+                *describe_row_fields(first.fields),
+                *(each.field.to_rows(self.patch) for each in self.conditioning),
+            ],
         }
         packed = [pack(row, group.shape, **contents) for row in items]
         packed += [make_empty_row(group.shape, **contents)] * (self.rows - len(packed))
@@ -222,25 +235,27 @@ class Packer(NamedTuple):
     def _get_token_grid(self, index: int) -> Grid:
         return compute_token_grid(Grid(*self.requests[index].noise.shape[:3]), self.patch)
 
-    def _compute_branch_positions(self, group: Group, row_requests: Members) -> Int32[np.ndarray, "branches B N"]:
-        # A token of padding is its own counterpart. In the span of a request, whose branches follow one another, every
-        # token maps to the token of the same offset in each branch.
+    def _compute_branch_positions(
+        self, group: PackedRequests, row_requests: Members, segments: Int32[np.ndarray, "B N"]
+    ) -> Int32[np.ndarray, "branches B N"]:
+        """Return the token of the same place in every branch; a token of padding is its own counterpart.
+
+        The branches of a request are consecutive segments.
+        """
         identity = np.arange(group.shape.tokens, dtype=np.int32)
         positions = np.tile(identity, (self.branch_count, self.rows, 1))
         for number, row in enumerate(row_requests):
-            start = 0
-            for index in row:
-                length = self._get_token_grid(index).volume
-                stop = start + self.branch_count * length
-                for branch in range(self.branch_count):
-                    branch_tokens = start + branch * length + np.arange(length)
-                    positions[branch, number, start:stop] = np.tile(branch_tokens, self.branch_count)
-                start = stop
+            for slot in range(len(row)):
+                first = slot * self.branch_count + 1
+                members = [np.flatnonzero(segments[number] == first + branch) for branch in range(self.branch_count)]
+                for branch, counterparts in enumerate(members):
+                    for tokens in members:
+                        positions[branch, number, tokens] = counterparts
         return positions
 
-    def _make_keys(self, group: Group, row_requests: Members) -> UInt32[np.ndarray, "B G words"]:
+    def _make_keys(self, group: PackedRequests, row_requests: Members) -> UInt32[np.ndarray, "B G words"]:
         """Return keys of segments; the branches of a request share its noise."""
-        copies = self.branch_count if group.inside else 1
+        copies = self.branch_count if group.is_side_by_side else 1
         seeds = {index: self.requests[index].seed for row in row_requests for index in row}
         seed_keys = {index: np.asarray(jax.random.key_data(key(seed, "sampler"))) for index, seed in seeds.items()}
         keys = np.zeros((self.rows, group.shape.segments, len(next(iter(seed_keys.values())))), np.uint32)

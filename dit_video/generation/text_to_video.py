@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32
 
+from dit_video.conditioning import ClipConditioning
 from dit_video.core.errors import UserError
 from dit_video.core.rng import key
 from dit_video.diffusion import (
@@ -38,9 +39,9 @@ from dit_video.diffusion import (
 )
 from dit_video.generation.conditioning import restore_clean_tokens
 from dit_video.generation.program import compute_program_steps, make_program
-from dit_video.generation.rows import Group, LatentRequest, Need, Packer, SamplingBatch, plan_rows
+from dit_video.generation.rows import PackedRequests, Packer, RequestSize, SamplingBatch, SamplingRequest, plan_rows
 from dit_video.text import Tokenizer
-from dit_video.tokens import Grid, PackedShape, compute_token_grid, unpack, unpatchify
+from dit_video.tokens import Grid, LayoutShape, compute_token_grid, unpack, unpatchify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +95,10 @@ class Sampling:
 class Denoiser(NamedTuple):
     """A trained denoiser with everything that sampling needs."""
 
-    dit: nnx.GraphDef
+    backbone: nnx.GraphDef
     text: nnx.GraphDef
     params: dict[str, Any]
-    """`{"dit": ..., "text": ...}`, and with two experts also `"low_noise"`, with the structure of `"dit"`."""
+    """`{"backbone": ..., "text": ...}`, and with two experts also `"low_noise"`, with the structure of `"backbone"`."""
     tokenizer: Tokenizer
     process: Process
     patch: Grid
@@ -106,6 +107,8 @@ class Denoiser(NamedTuple):
     """Time below which the second of two experts, `low_noise`, denoises."""
     token_dt: float = 1.0
     """Distance of consecutive tokens along time, in units of positions."""
+    conditioning: tuple[ClipConditioning, ...] = ()
+    """Conditioning by fields of the clips, which every request has."""
 
 
 class LatentTrace(NamedTuple):
@@ -125,7 +128,7 @@ def draw_initial_noise(seed: int, latents: Grid, channels: int) -> Float32[np.nd
 
 
 def sample_latents(
-    denoiser: Denoiser, requests: Sequence[LatentRequest], *, sampling: Sampling, shape: PackedShape, rows: int
+    denoiser: Denoiser, requests: Sequence[SamplingRequest], *, sampling: Sampling, shape: LayoutShape, rows: int
 ) -> list[Float32[np.ndarray, "t h w c"]]:
     """Return the latents of every request, in order.
 
@@ -143,7 +146,7 @@ def sample_latents(
 
 
 def trace_latents(
-    denoiser: Denoiser, requests: Sequence[LatentRequest], *, sampling: Sampling, shape: PackedShape, rows: int
+    denoiser: Denoiser, requests: Sequence[SamplingRequest], *, sampling: Sampling, shape: LayoutShape, rows: int
 ) -> list[LatentTrace]:
     """Sample like `sample_latents`, and return trajectories; the program is compiled for this number of steps."""
     results: dict[int, LatentTrace] = {}
@@ -164,7 +167,7 @@ class _SampledBatch(NamedTuple):
     """Rows that were sampled."""
 
     denoiser: Denoiser
-    requests: Sequence[LatentRequest]
+    requests: Sequence[SamplingRequest]
     row_requests: Sequence[Sequence[int]]
     batch: SamplingBatch
     times: np.ndarray
@@ -185,9 +188,9 @@ class _SampledBatch(NamedTuple):
 
 def _sample_batches(
     denoiser: Denoiser,
-    requests: Sequence[LatentRequest],
+    requests: Sequence[SamplingRequest],
     sampling: Sampling,
-    shape: PackedShape,
+    shape: LayoutShape,
     rows: int,
     *,
     has_trace: bool,
@@ -199,14 +202,16 @@ def _sample_batches(
     prompts = dict.fromkeys(prompt for branches in conditions for prompt, _ in branches)
     texts = {prompt: denoiser.tokenizer(prompt) for prompt in prompts}
     sizes = [
-        Need(_get_token_grid(request, denoiser).volume, tuple(len(texts[prompt]) for prompt, _ in branches))
+        RequestSize(_get_token_grid(request, denoiser), tuple(len(texts[prompt]) for prompt, _ in branches))
         for request, branches in zip(requests, conditions, strict=True)
     ]
-    packer = Packer(requests, texts, denoiser.patch, denoiser.token_dt, guidance.branch_count, rows)
+    packer = Packer(
+        requests, texts, denoiser.patch, denoiser.token_dt, guidance.branch_count, rows, denoiser.conditioning
+    )
     for process, indices in _group_by_process(denoiser, requests).items():
         sample_times = sampling.time_schedule(process, sampling.steps)
-        needs, is_batched = [sizes[index] for index in indices], sampling.branch_evaluation == "together"
-        for group in plan_rows(needs, shape, rows=rows, is_batched=is_batched):
+        request_sizes, is_batched = [sizes[index] for index in indices], sampling.branch_evaluation == "together"
+        for group in plan_rows(request_sizes, shape, rows=rows, is_batched=is_batched):
             for start in range(0, len(group.rows), rows):
                 members = [[indices[position] for position in row] for row in group.rows[start : start + rows]]
                 batch = packer.make_batch(group, members)
@@ -216,11 +221,11 @@ def _sample_batches(
                 yield sampled
 
 
-def _get_token_grid(request: LatentRequest, denoiser: Denoiser) -> Grid:
+def _get_token_grid(request: SamplingRequest, denoiser: Denoiser) -> Grid:
     return compute_token_grid(Grid(*request.noise.shape[:3]), denoiser.patch)
 
 
-def _group_by_process(denoiser: Denoiser, requests: Sequence[LatentRequest]) -> dict[Process, list[int]]:
+def _group_by_process(denoiser: Denoiser, requests: Sequence[SamplingRequest]) -> dict[Process, list[int]]:
     """Group requests that are sampled at the same times: all of them, unless times depend on the size."""
     groups: dict[Process, list[int]] = {}
     for index, request in enumerate(requests):
@@ -245,7 +250,7 @@ def _check_finite(sampled: _SampledBatch, sampling: Sampling) -> None:
 def _sample_batch(
     denoiser: Denoiser,
     batch: SamplingBatch,
-    group: Group,
+    group: PackedRequests,
     sampling: Sampling,
     sample_times: SampleTimes,
     *,
@@ -257,15 +262,17 @@ def _sample_batch(
     guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if has_momentum else None
     state = init_sampling(solver, noisy, steps=sampling.steps, denoiser=guidance_state, has_trace=has_trace)
     is_batched = sampling.branch_evaluation == "together"
-    program = make_program(denoiser.dit, denoiser.text, denoiser.process, denoiser.prediction, solver, is_batched)
+    program = make_program(denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, solver, is_batched)
     capacity = sampling.steps if has_trace else compute_program_steps(sampling.steps)
     for stage in _split_by_expert(denoiser.boundary, sampling, np.asarray(sample_times.model_times)):
-        params = {"dit": denoiser.params[stage.expert], "text": denoiser.params["text"]}
+        params = {"backbone": denoiser.params[stage.expert], "text": denoiser.params["text"]}
         guidance = stage.params
         # An expert whose scale is 1 needs no other branches. Momentum still needs them, and so do rows that hold them.
-        if guidance is not None and not group.inside and stage.conditional_only and not has_momentum:
+        if guidance is not None and not group.is_side_by_side and stage.conditional_only and not has_momentum:
             guidance = None
-        expert_batch = batch if guidance is not None or group.inside else batch._replace(branches=batch.branches[:1])
+        expert_batch = (
+            batch if guidance is not None or group.is_side_by_side else batch._replace(branches=batch.branches[:1])
+        )
         padded = (_pad_times(values, stage.start, stage.stop, capacity) for values in sample_times)
         times = SampleTimes(*map(jnp.asarray, padded))
         state = program(params, state, expert_batch, guidance, times, np.int32(stage.start))
@@ -298,7 +305,7 @@ def _split_by_expert(boundary: float | None, sampling: Sampling, model_times: np
         return _ExpertSteps(expert, start, stop, params, conditional_only)
 
     if boundary is None:
-        return [stage("dit", 0, 0, sampling.steps)]
+        return [stage("backbone", 0, 0, sampling.steps)]
     noisy_steps = int((model_times[:-1] >= np.float32(boundary)).sum())
-    stages = [stage("dit", 0, 0, noisy_steps), stage("low_noise", 1, noisy_steps, sampling.steps)]
+    stages = [stage("backbone", 0, 0, noisy_steps), stage("low_noise", 1, noisy_steps, sampling.steps)]
     return [stage for stage in stages if stage.start < stage.stop]

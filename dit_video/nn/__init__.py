@@ -12,32 +12,34 @@ from dit_video.nn.container import (
 )
 from dit_video.nn.conv import CausalConv, ConvCache, ConvForm, TemporalPadding, pad_in_time, set_conv_form
 from dit_video.nn.embeddings import sinusoidal_embedding
-from dit_video.nn.linear import FusedConstraint, Init, Linear, WeightConstraint
+from dit_video.nn.linear import Init, Linear
 from dit_video.nn.lora import LoraConfig, LowRankKernel, add_lora_scale, attach_lora, init_lora, merge_lora
 from dit_video.nn.modulation import modulate
 from dit_video.nn.norms import GroupNorm, LayerNorm, RmsNorm, layer_norm
-from dit_video.nn.stack import LayerGroup, Remat, apply_stack, make_stack, rematerialize, scan_layers
+from dit_video.nn.parallel import ONE_DEVICE, Parallelism
+from dit_video.nn.stack import LayerGroup, LayerWrapper, Remat, apply_stack, make_stack, rematerialize, scan_layers
 
 __all__ = [
+    "ONE_DEVICE",
     "Attention",
     "AttentionInputs",
     "Backend",
     "CausalConv",
     "ConvCache",
     "ConvForm",
-    "FusedConstraint",
     "GroupNorm",
     "Init",
     "LayerGroup",
     "LayerNorm",
+    "LayerWrapper",
     "Linear",
     "LoraConfig",
     "LowRankKernel",
     "ModuleFactory",
+    "Parallelism",
     "Remat",
     "RmsNorm",
     "TemporalPadding",
-    "WeightConstraint",
     "add_lora_scale",
     "apply_stack",
     "attach_lora",

@@ -32,12 +32,12 @@ class ParamRngs(nnx.Rngs):
 
 
 @functools.lru_cache(maxsize=256)
-def get_graph_def(make: ModuleFactory) -> nnx.GraphDef:
-    """Return the structure of the module that `make` builds, without computing a parameter.
+def get_graph_def(make: Callable[..., nnx.Module], *arguments: Any) -> nnx.GraphDef:
+    """Return the structure of the module `make(rngs, *arguments)`, without computing a parameter.
 
     `nnx.merge(graph, params)` gives the module back, inside or outside of `jax.jit`.
     """
-    return nnx.graphdef(nnx.eval_shape(lambda: make(ParamRngs(jax.random.key(0)))))
+    return nnx.graphdef(nnx.eval_shape(lambda: make(ParamRngs(jax.random.key(0)), *arguments)))
 
 
 def init_params(make: ModuleFactory, key: Array) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Linear layers on the last axis, with float32 weights and weight gradients."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +10,9 @@ from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float
 
 from dit_video.core.typing import AnyArray
+from dit_video.nn.parallel import ONE_DEVICE, Parallelism, Split, WeightConstraint
 
 Init = Literal["xavier", "zero", "normal"]
-
-FusedConstraint = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
-"""A function that splits the weights of several fused maps and constrains the parts' sharding; no value changes."""
-
-
-@runtime_checkable
-class WeightConstraint(Protocol):
-    """A sharding constraint for weights during their use; no value changes."""
-
-    def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]: ...
-
-    def constrain_factors(
-        self, a: Float[Array, "i r"], b: Float[Array, "r o"]
-    ) -> tuple[Float[Array, "i r"], Float[Array, "r o"]]:
-        """Constrain a LoRA adapter's factors like their kernel."""
-        ...
 
 
 def init_weights(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[int, int]) -> Float[Array, "..."]:
@@ -51,10 +35,16 @@ class Linear(nnx.Module):
     On CPU the leading axes are merged for the product: XLA runs the gradient of a 2-D product up to 1.5 times faster.
     On other platforms they stay separate: with both rows and tokens sharded, a merged axis has no sharding as soon as a
     device holds part of the tokens of two rows, and XLA would gather all tokens of both for every product.
-    """
 
-    weight_constraint: WeightConstraint | None = None
-    """Constraint on the kernel during its use, when it is sharded over several devices between uses."""
+    Args:
+      features_in, features_out: widths.
+      bias: adds a bias.
+      init: initialisation of the kernel.
+      dtype: dtype of the product.
+      split: division over the mesh axis `tensor`; it must agree with the rules by which weights are sharded at rest.
+      parallel: devices that the layer is computed on.
+      rngs: random keys.
+    """
 
     def __init__(
         self,
@@ -64,25 +54,27 @@ class Linear(nnx.Module):
         bias: bool = True,
         init: Init = "xavier",
         dtype: jnp.dtype = jnp.float32,
+        split: Split | None = None,
+        parallel: Parallelism = ONE_DEVICE,
         rngs: nnx.Rngs,
     ):
         shape = (features_in, features_out)
         self.kernel = nnx.Param(init_weights(init, rngs.params(), shape, fan=shape))
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
         self.dtype = dtype
+        self.weight_constraint = parallel.make_weight_constraint(split)
+        self.fused_constraint = parallel.make_fused_constraint() if split == "fused" else None
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
         return self._apply(x.astype(self.dtype), kernel, bias)
 
-    def project_parts(
-        self, x: Float[Array, "*batch i"], count: int, fused_constraint: FusedConstraint | None
-    ) -> Float[Array, "*batch {count} n"]:
-        """Return the outputs of `count` fused maps of equal width, their weights constrained by `fused_constraint`."""
+    def project_parts(self, x: Float[Array, "*batch i"], count: int) -> Float[Array, "*batch {count} n"]:
+        """Return the outputs of `count` fused maps of equal width."""
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...].reshape(count, -1)
-        if fused_constraint is None or not isinstance(kernel, jax.Array):  # a LoRA kernel computes its own products
+        if self.fused_constraint is None or not isinstance(kernel, jax.Array):  # a LoRA kernel has its own products
             return self(x).reshape(*x.shape[:-1], count, -1)
-        kernels, x = fused_constraint(kernel, count), x.astype(self.dtype)
+        kernels, x = self.fused_constraint(kernel, count), x.astype(self.dtype)
         parts = [self._apply(x, kernels[:, part], None if bias is None else bias[part]) for part in range(count)]
         return jnp.stack(parts, axis=-2)
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from dit_video.core.errors import UserError
 from dit_video.core.trees import find_closest, flatten, unflatten
 from dit_video.core.typing import AnyArray
-from dit_video.nn.linear import WeightConstraint
+from dit_video.nn.parallel import WeightConstraint
 
 _MAX_LISTED = 10
 

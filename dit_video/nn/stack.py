@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PyTree
 
@@ -39,7 +40,11 @@ def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx
 
 def apply_stack(stack: nnx.Module, x: Carry, *context: PyTree, remat: Remat = "none") -> Carry:
     """Apply all layers in order: `x = layer(x, *context)`. See `scan_layers`."""
-    return scan_layers(x, [LayerGroup(stack, [context])], remat=remat)
+    return scan_layers(x, [LayerGroup(stack, [context])], remat=remat)[0]
+
+
+LayerWrapper = Callable[..., tuple[Any, Any]]
+"""A function `(layer, x, *context, values) -> (x, output)` that calls a layer, with the layer's own values."""
 
 
 class LayerGroup(NamedTuple):
@@ -50,9 +55,13 @@ class LayerGroup(NamedTuple):
 
     stack: nnx.Module
     contexts: Sequence[tuple[Any, ...]]
+    wrapper: LayerWrapper | None = None
+    """Function that calls each layer: residuals, caches, skipped layers and routing of tokens need no other layers."""
+    values: PyTree = None
+    """Values of each layer for the wrapper, with a leading axis `L`."""
 
 
-def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none") -> Carry:
+def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none") -> tuple[Carry, list[Any]]:
     """Apply groups of layers, each with some layers of the first stack, then some of the second, and so on.
 
     The i-th layer of a stack in a group is called as `x = layer(x, *contexts[i])`. So layers can alternate in what is
@@ -61,34 +70,43 @@ def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none"
 
     GPUs and TPUs run a scan over the groups, whose compile time does not grow with depth; on CPU the loop is unrolled,
     which is about 1.5 times faster there. With any `remat` other than "none" a scan is used on every platform.
+
+    Returns:
+      The last `x`, and for every stack the outputs of its wrapper, with a leading axis `L`.
     """
     graphs, grouped = [], []
-    for stack, contexts in groups:
+    for stack, contexts, _, values in groups:
         graph, stacked = nnx.split(stack)
         graphs.append(graph)
         size = len(contexts)
-        grouped.append(jax.tree.map(lambda leaf, size=size: leaf.reshape(-1, size, *leaf.shape[1:]), stacked))
+        grouped.append(jax.tree.map(lambda leaf, size=size: leaf.reshape(-1, size, *leaf.shape[1:]), (stacked, values)))
 
-    def body(x, group):
-        for graph, layers, (_, contexts) in zip(graphs, group, groups, strict=True):
-            for turn, context in enumerate(contexts):
-                x = _apply_layer(graph, layers, turn, x, context, remat)
-        return x, None
+    def body(x, members):
+        outputs = []
+        for graph, layers, group in zip(graphs, members, groups, strict=True):
+            calls = []
+            for turn in range(len(group.contexts)):
+                x, output = _apply_layer(graph, layers, turn, x, group, remat)
+                calls.append(output)
+            outputs.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *calls))
+        return x, outputs
 
     # In an unrolled loop XLA on CPU would merge a layer's recomputation with its first computation and save no memory.
     unroll = remat == "none" and jax.default_backend() == "cpu"
-    return jax.lax.scan(body, x, grouped, unroll=unroll)[0]
+    x, outputs = jax.lax.scan(body, x, grouped, unroll=unroll)
+    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
 
 
 def _apply_layer(
-    graph: nnx.GraphDef, layers: PyTree, index: int, x: Carry, context: tuple[Any, ...], remat: Remat
-) -> Carry:
-    """Apply one of a group's layers."""
+    graph: nnx.GraphDef, layers: PyTree, turn: int, x: Carry, group: LayerGroup, remat: Remat
+) -> tuple[Carry, Any]:
+    """Apply one of a group's layers, through its wrapper if there is one."""
 
     def call(layers, x):
         # Sliced inside, so that the backward pass keeps the group's parameters and not a copy of the layer's.
-        layer = jax.tree.map(lambda leaf: leaf[index], layers)
-        return nnx.merge(graph, layer)(x, *context)
+        params, values = jax.tree.map(lambda leaf: leaf[turn], layers)
+        layer, context = nnx.merge(graph, params), group.contexts[turn]
+        return (layer(x, *context), None) if group.wrapper is None else group.wrapper(layer, x, *context, values)
 
     if remat == "none":
         return call(layers, x)
@@ -99,18 +117,13 @@ def _get_policy(remat: Remat) -> Callable[..., Any] | None:
     """Return the JAX checkpoint policy; None keeps the inputs alone."""
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(CHECKPOINT_NAME)
-    match remat:
-        case "attention":
-            return attention
-        case "dots_attention":
-            return policies.save_from_both_policies(policies.checkpoint_dots_with_no_batch_dims, attention)
-        case "dots":
-            return policies.checkpoint_dots
-        case "dots_no_batch":
-            return policies.checkpoint_dots_with_no_batch_dims
-        case "offload":
-            return policies.offload_dot_with_no_batch_dims("device", "pinned_host")
-    return None
+    return {
+        "attention": attention,
+        "dots_attention": policies.save_from_both_policies(policies.checkpoint_dots_with_no_batch_dims, attention),
+        "dots": policies.checkpoint_dots,
+        "dots_no_batch": policies.checkpoint_dots_with_no_batch_dims,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }.get(remat)
 
 
 def rematerialize(call: Callable[[nnx.Module, Array], Array], layer: nnx.Module, x: Array) -> Array:

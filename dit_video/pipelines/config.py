@@ -1,6 +1,7 @@
 """Configuration of a pipeline, and requests to it."""
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,12 +10,19 @@ from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Prediction, Process, Velocity
-from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.generation import Sampling
 from dit_video.generation.tasks.image_to_video import Image
 from dit_video.nn import get_param_shapes
 from dit_video.text import ClassNamesConfig, TextConfig
-from dit_video.tokens import Grid, PackedShape, compute_token_grid
+from dit_video.tokens import (
+    CanvasShape,
+    DenseShape,
+    Grid,
+    LayoutShape,
+    PackedRows,
+    PackedShape,
+    compute_token_grid,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +35,14 @@ class PipelineConfig:
     """
 
     autoencoder: AutoencoderConfig
-    dit: BackboneConfig
+    backbone: BackboneConfig
     text: TextConfig
     """Text encoder; a frozen one by its folder and identity, because its weights are not part of the pipeline."""
     process: Process
-    rows: PackedShape | None
-    """Shape of the rows that the denoiser was trained on; if None, every clip has a row of its own, of its own
-    length."""
+    layout: PackedShape | CanvasShape | None
+    """Shape of the rows or canvases that clips are sampled in; if None, every clip has one of its own, of its size."""
     batch: int
-    """Number of rows that are sampled at once."""
+    """Number of rows or canvases that are sampled at once."""
     sampling: Sampling
     fps: float
     """Frame rate of the training clips."""
@@ -47,13 +54,14 @@ class PipelineConfig:
     """Share of captions that were dropped in training, so that guidance has an unconditional branch; None if
     unknown."""
     boundary: float | None = None
-    """Boundary time of two experts (Wan 2.2 A14B): `dit` denoises from it on, a second model of the same config below
-    it."""
+    """Boundary time of two experts (Wan 2.2 A14B): `backbone` denoises from it on, a second model of the same config
+    below it."""
     frame_conditioning: FrameConditioning | None = None
     """Conditioning on a first frame that the denoiser was trained with; None for a model without it."""
     image_encoder: str | None = None
     """Folder of the frozen CLIP whose image tokens the denoiser attends to, in image-to-video models that use one."""
-    evaluation: Evaluation = field(default_factory=CaptionEvaluation)
+    evaluation: Any = None
+    """Evaluation that its training asked for, an `evaluation.config.Evaluation`; None for one of captions."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Command, seed and versions that produced the weights."""
 
@@ -61,28 +69,34 @@ class PipelineConfig:
         if self.boundary is not None and not 0 <= self.boundary <= 1:
             raise UserError(f"boundary={self.boundary} is invalid: it must be a time from 0 to 1")
         self.prediction.check(self.process)
-        check_classes(self.text, self.dit)
-        if self.dit.cond_channels and self.frame_conditioning is None:
+        check_classes(self.text, self.backbone)
+        if self.backbone.cond_channels and self.frame_conditioning is None:
             fix = "use FrameConditioning(...) with the prob and rest of the training"
             raise UserError(f"frame_conditioning=None is invalid: the denoiser reads conditioning latents; {fix}")
 
     @property
     def token_dt(self) -> float:
         """Return the spacing of tokens along time in the denoiser's positions: 1 in tokens, or seconds."""
-        if self.dit.time_coordinate == "tokens":
+        if self.backbone.time_coordinate == "tokens":
             return 1.0
-        return self.autoencoder.stride.t * self.dit.patch.t / self.fps
+        return self.autoencoder.stride.t * self.backbone.patch.t / self.fps
 
     @property
-    def row_shape(self) -> PackedShape:
+    def row_shape(self) -> LayoutShape:
         """Return the shape of sampled rows; a larger clip has a row of its own."""
-        return self.rows or PackedShape(tokens=1, text=self.text.max_tokens, segments=1)
+        if self.layout is not None:
+            return self.layout
+        if PackedRows in self.backbone.layouts:
+            return PackedShape(tokens=1, text=self.text.max_tokens, segments=1)
+        return DenseShape(size=self.backbone.size_multiple, text=self.text.max_tokens)
 
     @property
     def denoiser_shapes(self) -> dict[str, Any]:
         """Return the shapes of the denoiser's parameters."""
-        experts = ("dit",) if self.boundary is None else ("dit", "low_noise")
-        return {name: get_param_shapes(self.dit.make) for name in experts} | {"text": get_param_shapes(self.text.make)}
+        experts = ("backbone",) if self.boundary is None else ("backbone", "low_noise")
+        return {name: get_param_shapes(self.backbone.make) for name in experts} | {
+            "text": get_param_shapes(self.text.make)
+        }
 
     def latent_grid(self, size: Grid) -> Grid:
         """Return the latent grid of a clip size.
@@ -90,32 +104,34 @@ class PipelineConfig:
         Raises:
           UserError: a size that the model cannot generate; the message names the nearest.
         """
-        stride, patch = self.autoencoder.stride, self.dit.patch
-        for name, length, step, stride_, patch_size in (
-            ("height", size.h, stride.h * patch.h, stride.h, patch.h),
-            ("width", size.w, stride.w * patch.w, stride.w, patch.w),
+        stride, multiple = self.autoencoder.stride, self.backbone.size_multiple
+        for name, length, step, stride_, factor in (
+            ("height", size.h, stride.h * multiple.h, stride.h, multiple.h),
+            ("width", size.w, stride.w * multiple.w, stride.w, multiple.w),
         ):
             if length < 1 or length % step:
                 below = max(step, length - length % step)
                 raise UserError(
-                    f"{name} {length} is not divisible by {step} (the autoencoder's stride {stride_} times the patch "
-                    f"{patch_size}); use {below} or {below + step}"
+                    f"{name} {length} is not divisible by {step} (the autoencoder's stride {stride_} times the "
+                    f"denoiser's {factor}); use {below} or {below + step}"
                 )
         grid = latent_grid(size, stride)
-        compute_token_grid(grid, patch)
+        compute_token_grid(grid, self.backbone.patch)
         return grid
 
 
-def check_classes(text: TextConfig, dit: BackboneConfig) -> None:
+def check_classes(text: TextConfig, backbone: BackboneConfig) -> None:
     """Check that captions are classes where the denoiser has labels, and as many.
 
     Raises:
       UserError: they are not.
     """
     caption_classes = text.classes if isinstance(text, ClassNamesConfig) else 0
-    if caption_classes != dit.class_count:
-        fix = "give text=ClassNamesConfig(classes=...) and dit labels=ClassLabels(classes=...) the same number"
-        raise UserError(f"captions are of {caption_classes} classes, the denoiser's labels of {dit.class_count}; {fix}")
+    if caption_classes != backbone.class_count:
+        fix = "give text=ClassNamesConfig(classes=...) and backbone labels=ClassLabels(classes=...) the same number"
+        raise UserError(
+            f"captions are of {caption_classes} classes, the denoiser's labels of {backbone.class_count}; {fix}"
+        )
 
 
 class Request(NamedTuple):
@@ -130,6 +146,8 @@ class Request(NamedTuple):
     """First frame of the clip, in models that accept one."""
     last_image: Image | None = None
     """Last frame of the clip, in models that accept one."""
+    conditioning: Mapping[str, Any] = {}
+    """Values of further conditioning that the model was trained with, by name; without, it is dropped."""
 
 
 def to_grid(size: Any) -> Grid:

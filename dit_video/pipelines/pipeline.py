@@ -6,7 +6,7 @@ and nothing of the training state.
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -24,13 +24,14 @@ from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
 from dit_video.generation import (
     Denoiser,
-    LatentRequest,
     LatentTrace,
     Sampling,
+    SamplingRequest,
     draw_initial_noise,
     sample_latents,
     trace_latents,
 )
+from dit_video.generation.conditioning import make_request_fields
 from dit_video.generation.tasks.image_to_video import ImageConditioner
 from dit_video.nn import get_graph_def, get_param_shapes, merge_lora
 from dit_video.pipelines.config import Image, PipelineConfig, Request, to_grid
@@ -39,21 +40,14 @@ from dit_video.video import Clip
 from dit_video.weights import get_native_modules, load_lora
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
-from dit_video.weights.lora import LoraModule
+from dit_video.weights.lora import GetLoraModules, no_lora_modules
 
 _AUTOENCODER, _DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
 _DECODE_BATCH = 8
 """Number of clips that are decoded at once."""
 _DTYPES = ("float32", "bfloat16")
 GuidanceScale = float | int | tuple[float, float] | Guidance
-ExpertName = Literal["dit", "low_noise"]
-GetLoraModules = Callable[[Any], Mapping[str, LoraModule]]
-"""Function from a denoiser's config to the linear maps that its family's LoRA files adapt, by their names there."""
-
-
-def no_lora_modules(config: Any) -> Mapping[str, LoraModule]:
-    """Return no linear maps: those of a model whose LoRA files have native names only."""
-    return {}
+ExpertName = Literal["backbone", "low_noise"]
 
 
 class Pipeline:
@@ -80,21 +74,22 @@ class Pipeline:
         self.codec = LatentCodec(config.autoencoder, autoencoder)
         """Autoencoder with its parameters."""
         self._image_conditioner = ImageConditioner(
-            backbone=config.dit,
+            backbone=config.backbone,
             codec=self.codec,
             frame_conditioning=config.frame_conditioning,
             image_encoder=config.image_encoder,
         )
         self._denoiser = Denoiser(
-            dit=get_graph_def(config.dit.make),
+            backbone=get_graph_def(config.backbone.make),
             text=get_graph_def(config.text.make),
             params=denoiser,
             tokenizer=open_tokenizer(config.text),
             process=config.process,
             prediction=config.prediction,
-            patch=config.dit.patch,
+            patch=config.backbone.patch,
             boundary=config.boundary,
             token_dt=config.token_dt,
+            conditioning=config.backbone.conditioning,
         )
 
     @overload
@@ -111,6 +106,7 @@ class Pipeline:
         noise: Float32[np.ndarray, "t h w c"] | None = ...,
         image: Image | None = ...,
         last_image: Image | None = ...,
+        conditioning: Mapping[str, Any] | None = ...,
         output: Literal["clip"] = ...,
     ) -> Clip: ...
 
@@ -128,6 +124,7 @@ class Pipeline:
         noise: Float32[np.ndarray, "t h w c"] | None = ...,
         image: Image | None = ...,
         last_image: Image | None = ...,
+        conditioning: Mapping[str, Any] | None = ...,
         output: Literal["latents"],
     ) -> Float32[np.ndarray, "t h w c"]: ...
 
@@ -144,6 +141,7 @@ class Pipeline:
         noise=None,
         image=None,
         last_image=None,
+        conditioning=None,
         output="clip",
     ):
         """Generate one clip from a prompt.
@@ -160,6 +158,7 @@ class Pipeline:
           noise: initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
           image: first frame, a clip of one frame or pixels `[H W 3]` of its size; Wan's I2V needs it, TI2V accepts it.
           last_image: last frame, for models that accept one.
+          conditioning: values of further conditioning that the model was trained with, by name.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
 
         Raises:
@@ -170,7 +169,7 @@ class Pipeline:
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
         size = self.config.size if size is None else to_grid(size)
-        request = Request(str(prompt), size, seed, negative, image, last_image)
+        request = Request(str(prompt), size, seed, negative, image, last_image, conditioning or {})
         sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
         latent_requests = self._make_latent_requests([request], noise=noise)
         latents = sample_latents(self._denoiser, latent_requests, **self._make_sampling_arguments(sampling, 1))
@@ -231,7 +230,7 @@ class Pipeline:
 
     @property
     def denoiser_params(self) -> dict[str, Any]:
-        """Return `{"dit": ..., "text": ...}`, and `"low_noise"` of models with two experts."""
+        """Return `{"backbone": ..., "text": ...}`, and `"low_noise"` of models with two experts."""
         return self._denoiser.params
 
     def count_parameters(self) -> dict[str, int]:
@@ -267,7 +266,7 @@ class Pipeline:
         parameters = {"autoencoder": self.codec.params, "denoiser": self._denoiser.params}
         return Pipeline(config, **parameters, get_lora_modules=self._get_lora_modules)
 
-    def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: ExpertName = "dit") -> "Pipeline":
+    def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: ExpertName = "backbone") -> "Pipeline":
         """Return the same pipeline with an adapter merged into its denoiser; this one is unchanged.
 
         Calls are chained to stack several: `pipe.load_lora(style, 0.8).load_lora(motion, 0.5)`. The negative scale
@@ -277,7 +276,7 @@ class Pipeline:
           path: a safetensors file, or a folder of PEFT or diffusers. Module names are our own, as training writes them;
             of Wan also those of diffusers (PEFT), ComfyUI and kohya.
           scale: strength of the adapter.
-          expert: expert of two that is adapted: `dit`, for noisy times, or `low_noise`.
+          expert: expert of two that is adapted: `backbone`, for noisy times, or `low_noise`.
 
         Raises:
           MissingError: no file at `path`.
@@ -287,7 +286,7 @@ class Pipeline:
         if expert not in params:
             raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
         names = get_native_modules(params)
-        modules = self._get_lora_modules(self.config.dit)
+        modules = self._get_lora_modules(self.config.backbone)
         names |= {name: module._replace(path=f"{expert}/{module.path}") for name, module in modules.items()}
         adapted = copy.copy(self)  # shares the open text encoder
         merged = merge_lora(params, load_lora(path, params, names), float(scale))
@@ -323,7 +322,7 @@ class Pipeline:
 
     def _make_latent_requests(
         self, requests: Sequence[Request], *, noise: Float32[np.ndarray, "t h w c"] | None = None
-    ) -> list[LatentRequest]:
+    ) -> list[SamplingRequest]:
         config = self.config
         latent_requests = []
         for request in requests:
@@ -337,9 +336,10 @@ class Pipeline:
             if not np.isfinite(initial).all():
                 raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
             conditioning = self._image_conditioner(to_grid(request.size), request.image, request.last_image)
+            conditioning |= make_request_fields(config.backbone.conditioning, request.conditioning, grid)
             initial = initial.astype(np.float32)
             prompts = request.prompt, request.negative
-            latent_requests.append(LatentRequest(*prompts, initial, conditioning, request.seed))
+            latent_requests.append(SamplingRequest(*prompts, initial, conditioning, request.seed))
         return latent_requests
 
     def _decode_clips(

@@ -51,23 +51,23 @@ class DenoiserProbe:
         config = pipeline.config
         if not prompts:
             raise UserError("prompts is empty: each clip needs a prompt; name one, or '' to sample without condition")
-        if config.boundary is not None or config.dit.cond_channels or config.dit.time == "token":
+        if config.boundary is not None or config.backbone.cond_channels or config.backbone.time == "token":
             raise UserError("this model has two experts or conditioning frames; use a plain text-to-video model")
         latents = config.latent_grid(config.size if size is None else to_grid(size))
-        self.patch, self.channels = config.dit.patch, config.autoencoder.channels
-        self.latent_grid, self.token_grid = latents, compute_token_grid(latents, config.dit.patch)
+        self.patch, self.channels = config.backbone.patch, config.autoencoder.channels
+        self.latent_grid, self.token_grid = latents, compute_token_grid(latents, config.backbone.patch)
         """Latent grid, and token grid, of a clip."""
         grid = self.token_grid
         self.process = config.process.specialize(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
         """Process that the model was trained on, for clips of this size."""
         params = jax.tree.map(jnp.asarray, pipeline.denoiser_params)
-        self.dit = nnx.merge(get_graph_def(config.dit.make), params["dit"])
+        self.backbone = nnx.merge(get_graph_def(config.backbone.make), params["backbone"])
         rows = self._pack_prompts(prompts, pipeline)
         text = nnx.merge(get_graph_def(config.text.make), params["text"])
         context = text(jnp.asarray(rows.text), jnp.asarray(rows.text_segments))
         self._layout = jax.tree.map(jnp.asarray, rows.layout)
         self._conditioning = Conditioning(make_text_record(context, self._layout))
-        self._denoise = make_denoise_fn(self.dit, self._layout, self._conditioning)
+        self._denoise = make_denoise_fn(self.backbone, self._layout, self._conditioning)
 
     def _pack_prompts(self, prompts: Sequence[str], pipeline: Pipeline) -> PackedBatch:
         tokenizer = open_tokenizer(pipeline.config.text)
@@ -110,7 +110,7 @@ class DenoiserProbe:
           UserError: a query that is not the number of a token.
         """
         times = jnp.full((noisy.shape[0], 1), time, jnp.float32)
-        return compute_attention_maps(self.dit, noisy, times, self._layout, self._conditioning, queries=queries)
+        return compute_attention_maps(self.backbone, noisy, times, self._layout, self._conditioning, queries=queries)
 
     def find_token(self, position: tuple[int, float, float]) -> int:
         """Return the number of the token at a latent frame and at fractions of the height and of the width."""

@@ -29,7 +29,7 @@ from dit_video.distributed.planner import (
     measure_peak_memory,
     sum_collective_bytes,
 )
-from dit_video.experiment import Experiment
+from dit_video.experiment import Experiment, LoraAdapters, Student
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step
 
 _ANALYTIC = "analytic: counted, not compiled"
@@ -189,8 +189,8 @@ def find_devices(topology: Topology) -> tuple[list[Any], bool]:
 
 def resolve_attention(experiment: Experiment, topology: Topology) -> Experiment:
     """Return the experiment with the attention kernel of the topology's hardware, where the config is `auto`."""
-    dit = experiment.denoiser.dit
-    if topology.chip.kind != "tpu" or dit.attention != "auto":
+    backbone = experiment.denoiser.backbone
+    if topology.chip.kind != "tpu" or backbone.attention != "auto":
         return experiment
     return replace_dit(experiment, attention=_ATTENTION_BACKENDS["tpu"])
 
@@ -198,7 +198,7 @@ def resolve_attention(experiment: Experiment, topology: Topology) -> Experiment:
 def replace_dit(experiment: Experiment, **changes: Any) -> Experiment:
     """Return the experiment with other fields of the denoiser's config."""
     denoiser = experiment.denoiser
-    denoiser = dataclasses.replace(denoiser, dit=denoiser.dit.replace(**changes))
+    denoiser = dataclasses.replace(denoiser, backbone=denoiser.backbone.replace(**changes))
     return dataclasses.replace(experiment, denoiser=denoiser)
 
 
@@ -223,7 +223,7 @@ def check_mesh(experiment: Experiment, mesh: AnyMesh) -> None:
     """
     denoiser = experiment.denoiser
     rows, attention = denoiser.batch // denoiser.accumulation_steps, experiment.mesh.context_attention
-    check_denoiser(mesh, denoiser.dit, rows=rows, tokens=denoiser.rows.tokens, context_attention=attention)
+    check_denoiser(mesh, denoiser.backbone, rows=rows, tokens=denoiser.row_shape.tokens, context_attention=attention)
 
 
 def plan_experiment(
@@ -293,7 +293,7 @@ def plan_experiment(
         mesh=dict(plan_mesh.shape),
         rows=_count_rows(planned, part),
         clips=tuple(rows_of_clips),
-        remat=experiment.denoiser.dit.remat if part == "denoiser" else "none",
+        remat=experiment.denoiser.backbone.remat if part == "denoiser" else "none",
         parameter_count=_count_parameters(planned),
         method="compiled" if present else "analytic",
         fits=fits,
@@ -322,7 +322,7 @@ def _measure_peak(planned: PlannedStep, mesh: Any, topology: Topology, fits: boo
 
 def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[str, float]:
     denoiser = experiment.denoiser
-    if denoiser.lora is not None or denoiser.distillation is not None:
+    if isinstance(denoiser.train, LoraAdapters | Student):
         return {}
     assert planned.costs is not None
     parameters, attention = _count_parameters(planned), experiment.mesh.context_attention

@@ -14,35 +14,25 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from dit_video.autoencoders import latent_grid
 from dit_video.backbones.flops import count_attention_flops, count_forward_flops, count_training_passes
 from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.diffusion import GuidanceState, SampleTimes, init_sampling
-from dit_video.distributed import count_row_shards, make_batch_shardings, make_shardings, shard_model
+from dit_video.distributed import count_row_shards, make_batch_shardings, make_parallelism, make_shardings
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.planner import StepSpec
-from dit_video.experiment import DenoiserTraining, Experiment, PretrainedAutoencoder
-from dit_video.experiment.initialization import (
-    get_optimizer_config,
-    init_denoiser,
-    make_autoencoder_loss,
-    make_denoiser_loss,
-)
-from dit_video.generation import LatentRequest
+from dit_video.experiment import DenoiserTraining, Experiment, LoraAdapters, PretrainedAutoencoder, Student
+from dit_video.experiment.autoencoder import make_autoencoder_step
+from dit_video.experiment.denoiser import init_denoiser, make_denoiser_loss, make_denoiser_step
+from dit_video.generation import SamplingRequest
 from dit_video.generation.program import compute_program_steps, make_program
-from dit_video.generation.rows import Group, Packer
+from dit_video.generation.rows import PackedRequests, Packer
 from dit_video.nn import get_graph_def, init_lora, init_params
 from dit_video.nn.attention import choose_block_size
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Field, Grid, make_empty_row
-from dit_video.training.losses.adversarial import make_adversarial_update
-from dit_video.training.losses.distillation import make_distillation_loss
-from dit_video.training.losses.lora import LoraLoss
-from dit_video.training.optim.optimizer import make_optimizer
-from dit_video.training.state import attach_shardings, get_shapes_on_devices, init_state
-from dit_video.training.step import Loss, OwnStep, StatefulLoss, make_step
+from dit_video.training.state import attach_shardings, get_shapes_on_devices
 from dit_video.weights import read_clip_vision_config
 
 Part = Literal["denoiser", "autoencoder", "sampler"]
@@ -79,15 +69,13 @@ def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
     Raises:
       UserError: more clips than fit in a row.
     """
-    rows = experiment.denoiser.rows
+    rows = experiment.denoiser.row_shape
     if count is not None:
         if not 1 <= count <= min(rows.segments, rows.tokens):
             room = min(rows.segments, rows.tokens)
             raise UserError(f"clips={count} is invalid: a row has room for 1 to {room}; use one of these")
         return [rows.tokens // count + (index < rows.tokens % count) for index in range(count)]
-    multiple, stride = experiment.limits.multiple, experiment.autoencoder.model.stride
-    frames = latent_grid(Grid(experiment.data.max_frames, *multiple[1:]), stride).t
-    largest = min(frames * (experiment.data.max_pixels // (multiple.h * multiple.w)), rows.tokens)
+    largest = min(experiment.count_max_clip_tokens(), rows.tokens)
     full, rest = divmod(rows.tokens, largest)
     clips = [largest] * full + [rest] * (rest * _MIN_CLIP_DIVISOR > rows.tokens)
     return clips[: rows.segments]
@@ -111,38 +99,26 @@ def plan_step(experiment: Experiment, part: Part, mesh: AnyMesh, *, clips: Seque
 def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
     config = experiment.denoiser
     base = make_denoiser_loss(experiment, mesh, empty_caption=_make_empty_caption(config))
-    optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps)
+    train_step = make_denoiser_step(config, base)
     layout = functools.partial(make_shardings, mesh=mesh)
     init: Callable[[Array], dict[str, Any]] = functools.partial(init_denoiser, config)
-    loss: Loss | OwnStep = base
     frozen: tuple[PyTree, ...] = ()
-    if config.lora is not None or config.distillation is not None:
+    if isinstance(config.train, LoraAdapters | Student):
         weights = jax.eval_shape(init, jax.random.key(0))
         frozen = (attach_shardings(weights, layout(weights)),)
-    if config.distillation is not None:
-        loss = make_distillation_loss(config.distillation, base)
     if (lora := config.lora) is not None:
-        loss = LoraLoss(loss=base, scale=lora.scale)
         init = lambda key: init_lora(weights, lora, key)  # noqa: E731
 
     def begin(key: Array) -> Any:
-        state = init_state(init(key), optimizer, averages=config.averages)
-        return loss.begin(state, optimizer) if isinstance(loss, OwnStep) else state
-
-    def step(state: Any, batch: Any, *constants: Any) -> Any:
-        if isinstance(loss, OwnStep):
-            make_it = loss.make_step
-        else:
-            make_it = functools.partial(make_step, loss, accumulation_steps=config.accumulation_steps)
-        return make_it(optimizer, ema_decay=config.ema_decay, constants=constants)(state, batch)
+        return train_step.init(init(key))
 
     batch = _make_batch_shapes(config)
     sharded_batch = attach_shardings(batch, make_batch_shardings(batch, mesh))
-    arguments = get_shapes_on_devices(begin, shardings=layout), sharded_batch, *frozen
+    arguments = get_shapes_on_devices(begin, shardings=layout), sharded_batch, frozen
     images = sum(field.length for field in _list_fields(config))
     costs = _count_costs(config, clips, training=True, images=images)
     return PlannedStep(
-        jax.jit(step, donate_argnums=0),
+        jax.jit(train_step.update, donate_argnums=0),
         arguments,
         model_flops=count_training_passes(adapters=config.lora is not None) * costs.forward_flops,
         costs=costs,
@@ -152,8 +128,8 @@ def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) 
 
 def _count_layer_bytes(config: DenoiserTraining, init: Callable[[Array], dict[str, Any]]) -> int:
     shapes = flatten(jax.eval_shape(init, jax.random.key(0)))
-    stacked = [leaf for path, leaf in shapes.items() if "dit/blocks/" in path]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in stacked) // config.dit.layers
+    stacked = [leaf for path, leaf in shapes.items() if "backbone/blocks/" in path]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in stacked) // config.backbone.layers
 
 
 def _make_empty_caption(config: DenoiserTraining) -> np.ndarray:
@@ -165,7 +141,7 @@ def _make_empty_caption(config: DenoiserTraining) -> np.ndarray:
 def _make_batch_shapes(config: DenoiserTraining) -> PyTree:
     text_width = config.text.width if isinstance(config.text, FrozenTextConfig) else 0
     fields = _list_fields(config)
-    row = make_empty_row(config.rows, width=config.dit.token_width, text_width=text_width, fields=fields)
+    row = make_empty_row(config.row_shape, width=config.backbone.token_width, text_width=text_width, fields=fields)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((config.batch, *leaf.shape), leaf.dtype), row)
 
 
@@ -173,7 +149,7 @@ def _list_fields(config: DenoiserTraining) -> list[Field]:
     """Return the fields of the training's rows."""
     fields = []
     if config.frame_conditioning is not None and config.frame_conditioning.rest == "grey":
-        fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(config.dit.token_width,)))
+        fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(config.backbone.token_width,)))
     if config.image_encoder is not None:
         encoder = read_clip_vision_config(config.image_encoder)
         fields.append(Field(name=IMAGE_TOKENS, alignment="sequence", shape=(encoder.width,), length=encoder.tokens))
@@ -189,42 +165,42 @@ def _count_costs(
     config: DenoiserTraining, clips: Sequence[int], *, training: bool, images: int = 0, copies: int = 1
 ) -> StepSpec:
     """Return the counted costs of a denoiser's step, with texts as long as fit and `images` image tokens a clip."""
-    dit, text = config.dit, min(config.text.max_tokens, config.rows.text // max(1, len(clips)))
+    backbone, text = config.backbone, min(config.text.max_tokens, config.row_shape.text // max(1, len(clips)))
     if isinstance(config.text, ByteEncoderConfig):
         text = -(-text // config.text.patch)
     grids = [Grid(1, 1, clip) for clip in clips]
     texts = [text] * len(clips)
     return StepSpec(
-        width=dit.width,
-        mlp_dim=dit.mlp_dim,
-        layers=dit.layers,
-        tokens_per_row=config.rows.tokens,
+        width=backbone.width,
+        mlp_dim=backbone.mlp_dim,
+        layers=backbone.layers,
+        tokens_per_row=config.row_shape.tokens,
         rows=config.batch * copies,
-        itemsize=jnp.dtype(dit.dtype).itemsize,
-        remat=dit.remat,
-        forward_flops=copies * config.batch * count_forward_flops(dit, grids, texts, images=[images] * len(clips)),
-        attention_flops=copies * config.batch * count_attention_flops(dit, grids, texts),
-        fused_attention=dit.attention not in ("dense", "auto", "chunked"),
-        query_block=choose_block_size(config.rows.tokens) if dit.attention == "splash" else None,
+        itemsize=jnp.dtype(backbone.dtype).itemsize,
+        remat=backbone.remat,
+        forward_flops=copies * config.batch * count_forward_flops(backbone, grids, texts, images=[images] * len(clips)),
+        attention_flops=copies * config.batch * count_attention_flops(backbone, grids, texts),
+        fused_attention=backbone.attention not in ("dense", "auto", "chunked"),
+        query_block=choose_block_size(config.row_shape.tokens) if backbone.attention == "splash" else None,
         training=training,
     )
 
 
 def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
     config, sampling = experiment.denoiser, experiment.sampling
-    make = shard_model(config.dit.make, mesh, experiment.mesh.context_attention)
+    parallel = make_parallelism(mesh, experiment.mesh.context_attention)
     guidance = sampling.full_guidance
     empty_caption = _make_empty_caption(config)
-    patch = config.dit.patch
-    noise = [np.zeros((1, patch.h, patch.w * clip, config.dit.channels), np.float32) for clip in clips]
-    requests = [LatentRequest("", "", part) for _ in range(config.batch) for part in noise]
-    packer = Packer(requests, {"": empty_caption}, patch, 1.0, guidance.branch_count, config.batch)
-    members = np.arange(len(requests)).reshape(config.batch, -1).tolist()
-    batch = packer.make_batch(Group(config.rows, False, members), members)
+    # The shapes of a batch do not depend on the clips in it: the smallest one is enough.
+    smallest = np.zeros((*config.backbone.size_multiple, config.backbone.channels), np.float32)
+    requests = [SamplingRequest("", "", smallest)] * config.batch
+    packer = Packer(requests, {"": empty_caption}, config.backbone.patch, 1.0, guidance.branch_count, config.batch)
+    members = [[index] for index in range(config.batch)]
+    batch = packer.make_batch(PackedRequests(config.row_shape, False, members), members)
     process, solver = config.objective.process, sampling.solver
     batched = sampling.branch_evaluation == "together"
-    dit, text = get_graph_def(make), get_graph_def(config.text.make)
-    program = make_program(dit, text, process, config.objective.prediction, solver, batched)
+    backbone, text = get_graph_def(config.backbone.make, parallel), get_graph_def(config.text.make)
+    program = make_program(backbone, text, process, config.objective.prediction, solver, batched)
 
     def start(tokens: Array) -> Any:
         noisy = process.scale_initial_noise(tokens)
@@ -273,22 +249,10 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     config = experiment.autoencoder
     if isinstance(config, PretrainedAutoencoder):
         raise UserError("the autoencoder of this experiment is pretrained; plan its denoiser or its sampler")
-    parts = make_autoencoder_loss(config, experiment.seed)
-    loss, discriminator, constants = parts["loss"], parts["discriminator"], parts["constants"]
-    optimizer = make_optimizer(config.optimizer, steps=config.steps)
+    train_step, constants = make_autoencoder_step(config, experiment.seed)
 
     def begin(key: Array) -> Any:
-        params = init_params(config.model.make, key)
-        extra = loss.start(params, fresh=True) if isinstance(loss, StatefulLoss) else None
-        state = init_state(params, optimizer, extra)
-        return state if discriminator is None else discriminator.init_state(state)
-
-    def step(state: Any, clips: Any, *constants: Any) -> Any:
-        if discriminator is None:
-            return make_step(loss, optimizer, ema_decay=config.ema_decay, constants=constants)(state, clips)
-        # The program with the discriminator's penalty is the largest.
-        make_it = functools.partial(make_adversarial_update, ema_decay=config.ema_decay, penalised=True)
-        return make_it(loss, optimizer, discriminator)(state, clips, *constants)
+        return train_step.init(init_params(config.model.make, key))
 
     window = max(config.windows, key=lambda window: window.batch * window.size.volume)
     if window.batch % (shards := count_row_shards(mesh)):
@@ -301,9 +265,9 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     arguments = (
         get_shapes_on_devices(begin, shardings=functools.partial(make_shardings, mesh=mesh)),
         attach_shardings(batch, make_batch_shardings(batch, mesh)),
-        *attach_shardings(constants, replicated),
+        attach_shardings(constants, replicated),
     )
-    jitted = jax.jit(step, donate_argnums=0)
+    jitted = jax.jit(train_step.update, donate_argnums=0)
     unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     flops = jitted.lower(*unsharded).cost_analysis() or {}
     return PlannedStep(jitted, arguments, model_flops=int(flops.get("flops", 0)))

@@ -145,12 +145,12 @@ def list_candidates(
 
 def list_meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:
     """Yield every mesh of the devices, with at most as many along `tensor` and `context` as there are heads."""
-    dit = experiment.denoiser.dit
+    backbone = experiment.denoiser.backbone
     for tensor in _list_divisors(devices):
-        if dit.heads % tensor or dit.mlp_dim % tensor:
+        if backbone.heads % tensor or backbone.mlp_dim % tensor:
             continue
         for context in _list_divisors(devices // tensor):
-            if context > dit.heads // tensor:
+            if context > backbone.heads // tensor:
                 continue
             for fsdp in _list_divisors(devices // (tensor * context)):
                 data, attention = devices // (tensor * context * fsdp), experiment.mesh.context_attention

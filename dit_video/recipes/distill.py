@@ -9,11 +9,14 @@ from typing import Any, Literal
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.data.synthetic import shapes
 from dit_video.diffusion import FlowMatching, Lcm
-from dit_video.evaluation.evaluate import make_shape_requests
-from dit_video.evaluation.metrics.prompt_following import JudgedSample, judge_sample, prompt_following
-from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder
+from dit_video.evaluation.collection import MetricCollection
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.evaluation.metrics.metric import MetricBatch
+from dit_video.evaluation.metrics.prompt_following import PromptFollowing
+from dit_video.evaluation.metrics.start_spread import StartSpread
+from dit_video.evaluation.requests import make_shape_requests
+from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder, Student
 from dit_video.experiment.folder import CONFIG as RUN
 from dit_video.experiment.run import Run
 from dit_video.generation import Sampling
@@ -74,7 +77,7 @@ def make_distillation_experiment(
     run = Run.open(folder).experiment if (folder / RUN).is_file() else None
     start = folder if is_pipeline_folder(folder) else folder / "pipeline"
     config = load_pipeline(start).config
-    if config.boundary is not None or config.dit.cond_channels or config.dit.time == "token":
+    if config.boundary is not None or config.backbone.cond_channels or config.backbone.time == "token":
         fix = "distil a text-to-video model with one denoiser"
         raise UserError(f"{folder} holds a model with two experts or with conditioning frames; {fix}")
     scale = config.sampling.guidance if options.guidance is None else options.guidance
@@ -83,7 +86,7 @@ def make_distillation_experiment(
     autoencoder: Any = config.autoencoder
     objective = FlowMatching(process=config.process, prediction=config.prediction)
     data = DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
-    max_tokens = config.latent_grid(config.size).volume // config.dit.patch.volume
+    max_tokens = config.latent_grid(config.size).volume // config.backbone.patch.volume
     default_rate = LEARNING_RATES[options.method]
     return Experiment(
         name=f"{'shapes' if run is None else run.name}-{options.method}",
@@ -91,9 +94,9 @@ def make_distillation_experiment(
         data=data if run is None else run.data,
         autoencoder=PretrainedAutoencoder(model=autoencoder, folder=os.fspath(start)),
         denoiser=DenoiserTraining(
-            dit=config.dit,
+            backbone=config.backbone,
             text=config.text,
-            rows=config.rows or PackedShape(tokens=max_tokens, text=config.text.max_tokens, segments=1),
+            layout=config.layout or PackedShape(tokens=max_tokens, text=config.text.max_tokens, segments=1),
             batch=options.batch or config.batch,
             optimizer=OptimizerConfig(
                 kind=options.optimizer,
@@ -105,11 +108,10 @@ def make_distillation_experiment(
             steps=options.steps,
             objective=objective if run is None else run.denoiser.objective,
             ema_decay=options.ema_decay,
-            init_from=os.fspath(start),
-            distillation=_make_distillation(options, scale),
+            train=Student(init_from=os.fspath(start), distillation=_make_distillation(options, scale)),
         ),
         sampling=Sampling(steps=options.sampling_steps, guidance=1.0, solver=Lcm()),
-        evaluation=config.evaluation,
+        evaluation=config.evaluation or CaptionEvaluation(),
         log_every=options.log_every,
         save_every=options.save_every,
     )
@@ -133,7 +135,7 @@ def compare(
     """Measure how well teacher and student follow prompts of rendered shapes, with the same prompts and seeds.
 
     Each row has the number of `steps`, the rates of correct colour, direction and shape, their mean `following`,
-    `spread` (of start positions relative to the data's, see `start_spread`; the mean over directions and axes), and
+    `spread` (of start positions relative to the data's, see `StartSpread`; the mean over directions and axes), and
     `samples`. Rows also have `following_kept` and `spread_kept`, their ratios to the teacher's at `reference_steps`.
 
     Args:
@@ -141,7 +143,7 @@ def compare(
       student: sampled with its own.
       reference_steps: number of steps of the teacher that all rows are compared with.
       few_steps: further numbers of steps, of teacher and student.
-      seeds: seeds of the samples; each has all prompts (see `evaluate.make_shape_requests`).
+      seeds: seeds of the samples; each has all prompts (see `make_shape_requests`).
       progress: called with the number of finished rows.
     """
     table: dict[str, dict[str, Any]] = {}
@@ -161,20 +163,18 @@ def compare(
 
 
 def _measure(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
-    results: list[JudgedSample] = []
+    collection = MetricCollection((PromptFollowing(), StartSpread()))
     for seed in seeds:
         requests = make_shape_requests(seed)
-        clips = pipeline.generate_many(requests, steps=steps)
-        pairs = zip(requests, clips, strict=True)
-        results += [judge_sample(shapes.parse_caption(request.prompt), clip) for request, clip in pairs]
-    metrics = prompt_following(results)
-    rates = {name: metrics["all"][name]["rate"] for name in ATTRIBUTES}
-    entries = [entry for entry in metrics["start_spread"].values() if isinstance(entry, dict)]
-    ratios = [entry[axis]["ratio"] for entry in entries for axis in ("vertical", "horizontal")]
+        prompts = [request.prompt for request in requests]
+        collection.update(MetricBatch(samples=pipeline.generate_many(requests, steps=steps), prompts=prompts))
+    estimates = {name: result.estimate for name, result in collection.compute().items()}
+    rates = {name: estimates[name].value for name in ATTRIBUTES}
+    ratios = [each.value for name, each in estimates.items() if name.startswith("start_spread_")]
     known_ratios = [ratio for ratio in ratios if ratio is not None]
     return {
         **rates,
         "following": float(np.mean(list(rates.values()))),
         "spread": float(np.mean(known_ratios)) if known_ratios else None,
-        "samples": len(results),
+        "samples": estimates["colour"].count,
     }

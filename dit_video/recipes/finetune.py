@@ -3,14 +3,23 @@
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dit_video.autoencoders import latent_grid
 from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import FlowMatching, LogitNormal
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, ExpertConfig, PretrainedAutoencoder
+from dit_video.experiment import (
+    AllWeights,
+    DataConfig,
+    DenoiserTraining,
+    Experiment,
+    ExpertConfig,
+    LoraAdapters,
+    PretrainedAutoencoder,
+    TemporalWeights,
+)
 from dit_video.families import PipelineParts, find_family
 from dit_video.families.family import INDEX
 from dit_video.generation import Sampling
@@ -37,7 +46,7 @@ class FineTuningOptions:
     expert: Literal["high", "low"] | None = None
     """Expert that is trained, of a model with two (Wan 2.2 A14B): `high` for noisy times, or `low`; each at its own
     times."""
-    lora: LoraConfig = field(default_factory=lambda: LoraConfig(targets=(r"^dit/blocks/.*kernel$",)))
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(targets=(r"^backbone/blocks/.*kernel$",)))
     steps: int = 1000
     batch: int = 1
     """Number of rows of a step. A row has one clip of the largest size, or several smaller ones."""
@@ -96,10 +105,8 @@ def make_finetuning_experiment(
     if (family := find_family(folder)) is None:
         raise MissingError(f"no such file: {folder / INDEX}")
     parts = family.read_parts(folder)
-    start, expert = _select_weights(folder, parts.boundary, options)
-    dit = parts.denoiser.replace(dtype=options.dtype, remat=options.remat)
+    backbone = parts.denoiser.replace(dtype=options.dtype, remat=options.remat)
     schedule, data, text = parts.schedule, _make_data(options, parts), replace(parts.text, dtype=options.dtype)
-    selection: dict[str, Any] = {"lora": options.lora} if options.train == "lora" else {"train_mode": options.train}
     learning_rate = _LEARNING_RATES[options.train] if options.learning_rate is None else options.learning_rate
     return Experiment(
         name=folder.resolve().name,
@@ -107,9 +114,9 @@ def make_finetuning_experiment(
         data=data,
         autoencoder=PretrainedAutoencoder(model=parts.autoencoder, folder=os.fspath(folder / "vae")),
         denoiser=DenoiserTraining(
-            dit=dit,
+            backbone=backbone,
             text=text,
-            rows=PackedShape(
+            layout=PackedShape(
                 tokens=_count_max_tokens(data, parts), text=2 * text.max_tokens, segments=_MAX_CLIPS_PER_ROW
             ),
             batch=options.batch,
@@ -119,9 +126,7 @@ def make_finetuning_experiment(
             ema_decay=0.99,
             frame_conditioning=_make_frame_conditioning(options, parts),
             image_encoder=parts.image_encoder,
-            init_from=os.fspath(start),
-            expert=expert,
-            **selection,
+            train=_select_weights(folder, parts.boundary, options),
         ),
         sampling=Sampling(
             steps=options.sampling_steps,
@@ -136,6 +141,19 @@ def make_finetuning_experiment(
 
 
 def _select_weights(
+    folder: Path, boundary: float | None, options: FineTuningOptions
+) -> AllWeights | TemporalWeights | LoraAdapters:
+    """Return what is trained, from the folder's weights unless they are trained from scratch."""
+    weights, expert = _select_expert(folder, boundary, options)
+    start = os.fspath(weights)
+    if options.train == "lora":
+        return LoraAdapters(init_from=start, lora=options.lora, expert=expert)
+    if options.train == "temporal":
+        return TemporalWeights(init_from=start, expert=expert)
+    return AllWeights(init_from=start if options.train == "full" else None, expert=expert)
+
+
+def _select_expert(
     folder: Path, boundary: float | None, options: FineTuningOptions
 ) -> tuple[Path, ExpertConfig | None]:
     """Return the folder of the weights that are trained, and the expert of two that they are."""

@@ -50,16 +50,12 @@ class Reconstruction:
     """Clip that was encoded."""
     decoded: Clip
     """Reconstruction by the autoencoder."""
-    psnr: int | float
-    """PSNR of the reconstruction in dB."""
-    ssim: int | float | None = None
-    """SSIM of the reconstruction; None if it was not measured."""
+    values: Mapping[str, str] = field(default_factory=dict)
+    """Values of metrics as text, by label: `{"PSNR": "31.2 dB"}`."""
     name: str = ""
     """Name of the clip; by default the original's caption."""
     linear: Clip | None = None
     """Reconstruction by the best linear autoencoder with as many latent values."""
-    linear_psnr: int | float | None = None
-    """PSNR of the linear reconstruction in dB."""
 
     def __post_init__(self) -> None:
         for reconstruction in (self.decoded, self.linear):

@@ -2,14 +2,14 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dit_video.core import config_json
-from dit_video.evaluation.config import ShapesEvaluation
+from dit_video.evaluation.collection import MetricResult
+from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.evaluate import EvaluationResult
-from dit_video.evaluation.metrics.prompt_following import JudgedSample, score
 from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
@@ -51,11 +51,11 @@ def write_run_report(
     report = Report(
         title=title,
         summary=summary,
-        figures=_make_figures(evaluation.metrics, minutes),
+        figures=_make_figures(evaluation.results, minutes),
         samples=_make_samples(evaluation),
         reconstructions=_make_reconstructions(evaluation),
         charts=_make_charts(source),
-        metrics=evaluation.metrics,
+        metrics=_make_tables(evaluation),
         config=config_json.to_json(pipeline.config) if config is None else config,
         commands=_make_commands(pipeline, source),
     )
@@ -69,10 +69,10 @@ def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationR
     report = Report(
         title=f"{experiment.name}: the autoencoder",
         summary=f"{count / 1e6:.2f} million parameters, created by: {run.command} (seed {experiment.seed}).",
-        figures=_make_figures(evaluation.metrics, None),
+        figures=_make_figures(evaluation.results, None),
         reconstructions=_make_reconstructions(evaluation),
         charts=_make_charts(run.folder),
-        metrics=evaluation.metrics,
+        metrics=_make_tables(evaluation),
         config=config_json.to_json(experiment),
     )
     write_report(path, report)
@@ -88,52 +88,63 @@ def _make_reconstructions(evaluation: EvaluationResult) -> tuple[Reconstruction,
         Reconstruction(
             original=item.original,
             decoded=item.decoded,
-            psnr=item.psnr,
-            ssim=item.ssim,
+            values=_format_values(evaluation.metrics["clips"][item.name], evaluation.results),
             name=item.name,
-            linear=item.linear_decoded,
-            linear_psnr=item.linear_psnr,
+            linear=item.baseline,
         )
         for item in evaluation.reconstructions[:_MAX_RECONSTRUCTIONS]
     )
 
 
-def _make_figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure, ...]:
+def _make_figures(results: Mapping[str, MetricResult], minutes: float | None) -> tuple[Figure, ...]:
+    """Return the headline values of all metrics; shares are drawn as bars, and their bounds are whole percents."""
     figures = []
-    if prompt_following := metrics.get("prompt_following"):
-        for name in ("colour", "direction", "shape"):
-            rate, unseen = prompt_following["all"][name], prompt_following["never_seen"][name]
-            interval = f"95 % interval {rate['low']:.0%} to {rate['high']:.0%}"
-            note = f"{interval}; combinations not in training {unseen['rate']:.0%}"
-            label, value = f"{name} as prompted", f"{rate['rate']:.1%}"
-            figures.append(Figure(label=label, value=value, note=note, share=rate["rate"]))
-        if (start_spread := prompt_following["start_spread"]["lowest_ratio"]) is not None:
-            note = "spread of start positions relative to the data's: lowest of all directions and axes"
-            figures.append(Figure(label="variety", value=f"{start_spread:.0%}", note=note))
-    if quality := metrics.get("reconstruction"):
-        note = f"SSIM {quality['ssim']:.3f}, held-out clips"
-        if "linear_psnr" in quality:
-            note += f"; the best linear autoencoder: {quality['linear_psnr']:.1f} dB"
-        figures.append(Figure(label="reconstruction", value=f"{quality['psnr']:.1f} dB", note=note))
+    for _, description, estimate in results.values():
+        if description.is_headline and (value := estimate.value) is not None:
+            is_share = description.unit == "%"
+            rounded = replace(description, decimals=0) if is_share else description
+            interval = f"95 % interval {rounded.format_interval(estimate)}" if estimate.interval else ""
+            note = "; ".join(filter(None, (interval, estimate.note, description.explanation)))
+            text, share = description.format_value(value), value if is_share else None
+            figures.append(Figure(label=description.label, value=text, note=note, share=share))
     if minutes is not None:
         figures.append(Figure(label="whole run", value=f"{minutes:.1f} min", note="from start to this page"))
     return tuple(figures)
 
 
+def _make_tables(evaluation: EvaluationResult) -> dict[str, Any]:
+    """Return the content of `metrics.json` as tables, with a row for every value of a metric."""
+    rows = {
+        name: {
+            "value": None if estimate.value is None else about.format_value(estimate.value, is_precise=True),
+            "95 % interval": about.format_interval(estimate, is_precise=True) or None,
+            "count": estimate.count,
+            "better": {True: "higher", False: "lower", None: None}[about.is_higher_better],
+            "meaning": ": ".join(filter(None, (about.label, about.explanation))),
+            "note": estimate.note or None,
+        }
+        for name, (_, about, estimate) in evaluation.results.items()
+    }
+    others = {name: part for name, part in evaluation.metrics.items() if part and name not in ("results", "samples")}
+    return {"results": rows, **others}
+
+
 def _make_samples(evaluation: EvaluationResult) -> tuple[Sample, ...]:
-    """Return all samples, with the judgement of their attributes if there is one."""
-    samples, is_seen = evaluation.samples, evaluation.is_trained_caption
-    verdicts = [_get_answers(result) for result in evaluation.judgements] or [{}] * len(samples)
-    return tuple(
-        Sample(clip=clip, prompt=entry["prompt"], seen=seen, note=f"seed {entry['seed']}", verdict=verdict)
-        for (entry, clip), seen, verdict in zip(samples, is_seen, verdicts, strict=True)
-    )
+    """Return all samples, each with its values of metrics: those that are true or false as a verdict."""
+    samples = []
+    for (entry, clip), seen in zip(evaluation.samples, evaluation.is_trained_caption, strict=True):
+        values = evaluation.metrics["samples"][entry["file"]]
+        verdict = {name: value for name, value in values.items() if isinstance(value, bool)}
+        numbers = _format_values({name: values[name] for name in values.keys() - verdict}, evaluation.results)
+        note = " · ".join((f"seed {entry['seed']}", *(f"{label} {text}" for label, text in numbers.items())))
+        samples.append(Sample(clip=clip, prompt=entry["prompt"], seen=seen, note=note, verdict=verdict))
+    return tuple(samples)
 
 
-def _get_answers(result: JudgedSample) -> dict[str, bool]:
-    """Return for each attribute of the prompt whether the sample has it."""
-    answers = asdict(score(result.description, result.judgement))
-    return {name: answer for name, answer in answers.items() if answer is not None}
+def _format_values(values: Mapping[str, float], results: Mapping[str, MetricResult]) -> dict[str, str]:
+    """Return the values of an example as text, by label."""
+    descriptions = {name: results[name].description for name in values}
+    return {descriptions[name].label: descriptions[name].format_value(value) for name, value in values.items()}
 
 
 def _make_charts(folder: Path) -> tuple[Chart, ...]:
@@ -151,7 +162,7 @@ def _make_commands(pipeline: Pipeline, source: Path) -> tuple[Command, ...]:
     frames, height, width = pipeline.config.size
     size = f"{frames}x{height}x{width}"
     folder = shlex.quote(str(source))
-    prompt = "a red circle moving left" if isinstance(pipeline.config.evaluation, ShapesEvaluation) else "a prompt"
+    prompt = (pipeline.config.evaluation or CaptionEvaluation()).example_prompt
     return (
         Command(
             text=f'python experiments/sample.py {folder} --prompt "{prompt}" --size {size} --seed 3 --out clip.mp4',

@@ -1,13 +1,18 @@
 """Fields: named arrays of an example besides its tokens and its text, such as conditioning latents or a camera path."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from dit_video.core.errors import UserError
+from dit_video.core.grid import Grid
+from dit_video.tokens.patchify import patchify
+from dit_video.tokens.shapes import TokenIndices
 
-Alignment = Literal["example", "frame", "grid", "sequence"]
+Alignment = Literal["example", "frame", "grid", "sequence", "extra"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +20,11 @@ class Field:
     """The description of a field, whose arrays have the same shape for all examples but for the size of the clip.
 
     An example's array has one value per example (`example`), per latent frame (`frame`) or per token (`grid`), or a
-    fixed number of tokens of its own (`sequence`). In packed rows the values of frames are repeated for their tokens.
+    fixed number of tokens of its own: a `sequence` that the model attends to, or `extra` tokens, which join those of
+    the clip but are not predicted. In packed rows the values of frames are repeated for their tokens.
 
     Raises:
-      UserError: a name that is no identifier, or a sequence without a length.
+      UserError: a name that is no identifier, or tokens of its own without a length.
     """
 
     name: str
@@ -27,21 +33,38 @@ class Field:
     """Shape of one value: `()` for a number, `(width,)` for a vector."""
     dtype: Literal["float32", "int32"] = "float32"
     length: int = 0
-    """Number of tokens of an example's sequence; 0 for other alignments."""
+    """Number of tokens of an example's sequence, or of its extra tokens; 0 for other alignments."""
 
     def __post_init__(self):
         if not self.name.isidentifier():
             raise UserError(f"name={self.name!r} of a field is invalid: it must be an identifier. Use letters and _.")
-        if (self.length > 0) != (self.alignment == "sequence"):
-            rule = "a sequence has one or more tokens, other fields have none"
+        if (self.length > 0) != (self.alignment in ("sequence", "extra")):
+            rule = "a field with tokens of its own has one or more, other fields have none"
             raise UserError(f"length={self.length} of the field {self.name} ({self.alignment}) is invalid: {rule}.")
+
+    def get_shape(self, latents: Grid) -> tuple[int, ...]:
+        """Return the shape of the array of a clip whose latents have this size; of a grid it is `t h w *shape`."""
+        counts = {"example": (), "frame": (latents.t,), "grid": tuple(latents)}
+        return (*counts.get(self.alignment, (self.length,)), *self.shape)
+
+    def to_rows(self, patch: Grid) -> "Field":
+        """Return the field as rows have it: of one on the latents' grid, the patches."""
+        if self.alignment != "grid":
+            return self
+        return dataclasses.replace(self, shape=(patch.volume * math.prod(self.shape),))
+
+    def patchify(self, values: np.ndarray, patch: Grid) -> np.ndarray:
+        """Return the array of a clip as an example of rows has it: of one on the latents' grid, the patches."""
+        if self.alignment != "grid":
+            return values
+        return np.ascontiguousarray(patchify(values.reshape(*values.shape[:3], -1), patch))
 
     def get_row_shape(self, *, tokens: int, segments: int) -> tuple[int, ...]:
         """Return the shape of the field in a packed row of this many tokens and segments."""
-        counts = {"example": segments, "frame": tokens, "grid": tokens, "sequence": segments * self.length}
-        return (counts[self.alignment], *self.shape)
+        counts = {"example": segments, "frame": tokens, "grid": tokens}
+        return (counts.get(self.alignment, segments * self.length), *self.shape)
 
-    def get_slots(self, index: int, tokens: slice) -> slice:
+    def get_slots(self, index: int, tokens: TokenIndices) -> TokenIndices:
         """Return where the values of the row's segment `index` (from 0) lie, whose tokens are at `tokens`."""
         if self.alignment in ("frame", "grid"):
             return tokens
@@ -54,10 +77,10 @@ class Field:
         Raises:
           UserError: it is missing, or has another shape.
         """
-        counts: dict[str, tuple[int, ...]] = {"example": (), "grid": (tokens,), "sequence": (self.length,)}
+        counts: dict[str, tuple[int, ...]] = {"example": (), "grid": (tokens,)}
         if values is not None and self.alignment == "frame":
             counts["frame"] = (len(values),) if values.ndim and len(values) and tokens % len(values) == 0 else (-1,)
-        if values is None or values.shape != (*counts[self.alignment], *self.shape):
+        if values is None or values.shape != (*counts.get(self.alignment, (self.length,)), *self.shape):
             shape = "missing" if values is None else f"of shape {list(values.shape)}"
             raise UserError(
                 f"the clips of a row must have the same fields: {self.name} of a clip of {tokens} tokens is {shape}, "

@@ -1,11 +1,11 @@
-"""Packing of clips of any length into rows of one fixed length (NaViT, arXiv 2307.06304).
+"""Packing of clips into arrays of one fixed shape: rows (NaViT, arXiv 2307.06304), canvases, or dense arrays.
 
 A row holds up to `segments` clips one after the other, and their text in a second sequence. Segment ids tell which clip
-a token belongs to (1, 2, …; 0 is padding); attention never crosses segments.
+a token belongs to (1, 2, …; 0 is padding); attention never crosses segments. A canvas holds clips side by side in a
+dense array, whose positions are its tokens.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,18 +16,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
 from dit_video.tokens.fields import Field
 from dit_video.tokens.layouts import PackedRows
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedShape:
-    """Capacity of one row: it fixes every array shape of a batch, so one compiled program serves all clips."""
-
-    tokens: int
-    """Maximum number of video tokens (N)."""
-    text: int
-    """Maximum number of text tokens (S)."""
-    segments: int
-    """Maximum number of clips (G)."""
+from dit_video.tokens.shapes import LayoutShape
 
 
 class PackedExample(NamedTuple):
@@ -44,11 +33,14 @@ class PackedExample(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """A batch of packed rows; `B` is absent in a single row. Arrays are NumPy in the loader and JAX in the step."""
+    """A batch of rows, canvases or dense arrays; `B` is absent in a single one.
+
+    Arrays are NumPy in the loader and JAX in the step.
+    """
 
     tokens: Float[AnyArray, "*B N p"]
-    segments: Int[AnyArray, "*B N"]
-    positions: Float[AnyArray, "*B N 3"]
+    layout: PackedRows
+    """TokenIndices of the examples."""
     text: Int[AnyArray, "*B S"] | Float[AnyArray, "*B S E"]
     """Token ids, or embeddings."""
     text_segments: Int[AnyArray, "*B S"]
@@ -61,24 +53,29 @@ class PackedBatch(NamedTuple):
     segment (`*B G*length *shape`; see `PackedRows.get_sequence_segments`). Padding is zero."""
 
     @property
-    def layout(self) -> PackedRows:
-        """Return where the examples lie."""
-        return PackedRows(segments=self.segments, positions=self.positions, count=self.examples.shape[-1])
+    def segments(self) -> Int[AnyArray, "*B N"]:
+        """Return the segment id of each token; 0 is padding."""
+        return self.layout.segments
+
+    @property
+    def positions(self) -> Float[AnyArray, "*B N 3"]:
+        """Return the positions (t, h, w) of each token."""
+        return self.layout.positions
 
 
 def pack(
     examples: Sequence[PackedExample],
-    shape: PackedShape,
+    shape: LayoutShape,
     *,
     width: int,
     text_width: int = 0,
     fields: Sequence[Field] = (),
 ) -> PackedBatch:
-    """Pack examples into one row (no batch axis), in order.
+    """Pack examples into one row or canvas (no batch axis), in order.
 
     Args:
       examples: clips to pack.
-      shape: capacity of the row.
+      shape: capacity of the row or canvas.
       width: number of values of a video token.
       text_width: number of values of a text token's embedding; 0 if texts are token ids.
       fields: further fields of the row, which every example must have.
@@ -86,36 +83,39 @@ def pack(
     Raises:
       UserError: the examples do not fit into the row, or an example lacks a field or has one of another shape.
     """
-    tokens, text = sum(len(example.tokens) for example in examples), sum(len(example.text) for example in examples)
-    used = PackedShape(tokens=tokens, text=text, segments=len(examples))
-    for name in ("tokens", "text", "segments"):
-        room, needed = getattr(shape, name), getattr(used, name)
-        if needed > room:
-            raise UserError(f"a row has room for {room} {name}, the clips have {needed}; raise it or pack fewer clips")
+    needed = {
+        "tokens": sum(len(example.tokens) for example in examples),
+        "text": sum(len(example.text) for example in examples),
+        "segments": len(examples),
+    }
+    for name, count in needed.items():
+        if count > (room := getattr(shape, name)):
+            raise UserError(f"a row has room for {room} {name}, the clips have {count}; raise it or pack fewer clips")
     row = make_empty_row(shape, width=width, text_width=text_width, fields=fields)
-    start = text_start = 0
-    for index, example in enumerate(examples):
-        stop, text_stop = start + len(example.tokens), text_start + len(example.text)
-        row.tokens[start:stop] = example.tokens
-        row.segments[start:stop] = index + 1
-        row.positions[start:stop] = example.positions
+    text_start = 0
+    for index, (example, places) in enumerate(
+        zip(examples, shape.place([each.positions for each in examples]), strict=True)
+    ):
+        text_stop = text_start + len(example.text)
+        row.tokens[places] = example.tokens
+        row.segments[places] = index + 1
+        row.positions[places] = example.positions
         row.text[text_start:text_stop] = example.text
         row.text_segments[text_start:text_stop] = index + 1
         row.examples[index] = example.example
         row.valid[index] = True
         for field in fields:
-            values = field.spread(example.fields.get(field.name), tokens=stop - start)
-            row.fields[field.name][field.get_slots(index, slice(start, stop))] = values
-        start, text_start = stop, text_stop
+            values = field.spread(example.fields.get(field.name), tokens=len(example.tokens))
+            row.fields[field.name][field.get_slots(index, places)] = values
+        text_start = text_stop
     return row
 
 
-def make_empty_row(shape: PackedShape, *, width: int, text_width: int = 0, fields: Sequence[Field] = ()) -> PackedBatch:
+def make_empty_row(shape: LayoutShape, *, width: int, text_width: int = 0, fields: Sequence[Field] = ()) -> PackedBatch:
     """Return a row of padding with the shapes of `pack`."""
     return PackedBatch(
         tokens=np.zeros((shape.tokens, width), np.float32),
-        segments=np.zeros((shape.tokens,), np.int32),
-        positions=np.zeros((shape.tokens, 3), np.float32),
+        layout=shape.make_layout(np.zeros((shape.tokens,), np.int32), np.zeros((shape.tokens, 3), np.float32)),
         text=np.zeros((shape.text, text_width), np.float32) if text_width else np.zeros((shape.text,), np.int32),
         text_segments=np.zeros((shape.text,), np.int32),
         examples=np.zeros((shape.segments,), np.uint32),

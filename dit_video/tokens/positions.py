@@ -1,7 +1,7 @@
 """Real-valued positions (t, h, w) of tokens."""
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from dit_video.core.grid import Grid
 
@@ -16,3 +16,8 @@ def compute_positions(grid: Grid, *, step: tuple[float, float, float] = (1.0, 1.
     """
     axes = np.meshgrid(*(np.arange(count, dtype=np.float32) for count in grid), indexing="ij")
     return np.stack([axis.reshape(-1) for axis in axes], axis=-1) * np.asarray(step, np.float32)
+
+
+def infer_grid(positions: Float[np.ndarray, "n 3"]) -> Grid:
+    """Return the token grid of a clip from its tokens' positions."""
+    return Grid(*(len(np.unique(axis)) for axis in positions.T))

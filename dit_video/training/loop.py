@@ -4,10 +4,10 @@ The loop waits for the device when it logs and saves. Otherwise it only keeps th
 steps behind, so that the device always has work while few batches are queued.
 
 An entry of the log is the mean of the metrics over the steps since the previous entry (or since the start of this
-process), with `step_seconds` and `steps_per_second` (excluding the first step, saving and `on_step`); `data_wait`, the
+process), with `step_seconds` and `steps_per_second` (excluding the first step, saving and hooks); `data_wait`, the
 share of the time spent waiting for a batch while the device was idle (an upper bound: if the device became idle during
 a wait, the whole wait counts); the device's memory, if it reports that; and once `first_step_seconds`, most of which is
-compilation. Results of periodic calls are logged at their step, and `Watch.derive` adds metrics to each entry.
+compilation. Results of periodic calls are logged at their step, and hooks add metrics to each entry.
 
 A step whose loss or gradient is not finite leaves the state unchanged (see `training.step`), is counted in the log as
 `skipped`, and is logged with its batch. After `LoopConfig.max_consecutive_skips` consecutive ones the run ends and
@@ -18,7 +18,7 @@ immediately. Several processes all stop after the same step (see `training.preem
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +29,9 @@ from jaxtyping import Array, Bool
 from dit_video.core import trees as trees
 from dit_video.core.errors import GracefulStop, UserError
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import Progress
-from dit_video.training.hooks.metric_accumulator import (
-    BatchIdentifier,
-    MetricAccumulator,
-    NonFiniteLossError,
-    TooManySkipsError,
-)
-from dit_video.training.hooks.metric_logs import Log
-from dit_video.training.hooks.profiler import TraceConfig, Tracer
-from dit_video.training.hooks.skipped_steps import SkippedLog
+from dit_video.training.hooks.metric_accumulator import MetricAccumulator, NonFiniteLossError, TooManySkipsError
 from dit_video.training.preemption import handle_signals
 
 
@@ -64,36 +57,6 @@ class LoopConfig:
                 raise UserError(f"{name}={getattr(self, name)} is invalid: it must be at least 1. Use 1 or more.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PeriodicCall:
-    """A function that is called at an interval of steps, and after the last one."""
-
-    every: int
-    """Interval in steps."""
-    call: Callable[[int, Any], Mapping[str, float]]
-    """Function of the number of steps done and the state, to which it must not keep references. Its result is logged.
-    All processes call it."""
-
-    def is_due(self, steps_done: int, steps: int) -> bool:
-        return steps_done % self.every == 0 or steps_done == steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """Optional monitoring of a run, besides its log."""
-
-    identify: BatchIdentifier | None = None
-    """Function that identifies a batch."""
-    skipped: SkippedLog | None = None
-    """Log of skipped steps and their batches."""
-    derive: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
-    """Function from the metrics of an entry of the log to further metrics."""
-    periodic: tuple[PeriodicCall, ...] = ()
-    """Functions that are called at intervals of steps."""
-    profile: TraceConfig | None = None
-    """Steps that are traced; None for none."""
-
-
 def run(
     step: Callable[[Any, Any], tuple[Any, dict[str, Array]]],
     state: Any,
@@ -101,11 +64,9 @@ def run(
     *,
     config: LoopConfig,
     checkpoints: Checkpoints | None = None,
-    log: Log | None = None,
+    hooks: Sequence[Hook] = (),
     title: str = "training",
-    on_step: Callable[[int, Any], None] | None = None,
     meta: Mapping[str, Any] | None = None,
-    watch: Watch | None = None,
 ) -> Any:
     """Train from `state.step` to `config.steps`, and return the last state.
 
@@ -118,11 +79,9 @@ def run(
       batches: Function from the number of steps done to an iterator over the batches from there on.
       config: Length of the run and its intervals.
       checkpoints: Checkpoints to save to; None to save nothing.
-      log: Log to write to; None for none.
+      hooks: Logs and all else that happens besides the steps.
       title: Title of the progress bar.
-      on_step: Function of the number of steps done and the state, to which it must not keep references.
       meta: Metadata saved with each checkpoint.
-      watch: Optional monitoring.
 
     Raises:
       UserError: The run is beyond `config.steps`, or its folder has a later checkpoint; the data ended early; the loss
@@ -134,52 +93,50 @@ def run(
     steps_done = int(state.step)
     saver = _Saver(checkpoints, dict(meta or {}), steps_done)
     saver.check_start(config.steps)
-    log = log if jax.process_index() == 0 else None
-    watch = watch or Watch()
-    if log is not None:
-        log.resume(steps_done)
-    if watch.skipped is not None:
-        watch.skipped.resume(steps_done)
+    hooks = [hook for hook in hooks if jax.process_index() == 0 or not hook.first_process_only]
+    for hook in hooks:
+        hook.resume(steps_done)
     if steps_done == config.steps:
         return state
-    skips = config.max_consecutive_skips
-    accumulator = MetricAccumulator(
-        steps_done, max_consecutive_skips=skips, identify=watch.identify, skipped_log=watch.skipped
-    )
+    accumulator = MetricAccumulator(steps_done, max_consecutive_skips=config.max_consecutive_skips, hooks=hooks)
     with (
         handle_signals(steps_done, grace=config.preemption_grace) as stop,
         _close_at_end(batches(steps_done)) as iterator,
         Progress(title, config.steps, start=steps_done, visible=jax.process_index() == 0) as progress,
-        contextlib.closing(Tracer(watch.profile)) as tracer,
+        contextlib.ExitStack() as stack,
     ):
+        for hook in hooks:
+            stack.callback(hook.close)
         while steps_done < config.steps and not stop.should_stop():
             batch = accumulator.next(iterator, stop.should_stop)
             if stop.should_stop():
                 break
-            with tracer.step(steps_done + 1):
+            with contextlib.ExitStack() as annotations:
+                for hook in hooks:
+                    annotations.enter_context(hook.annotate(steps_done + 1))
                 state, metrics = step(state, batch)
             steps_done += 1
-            tracer.after_step(steps_done, metrics)
             with saver.handle_failures(steps_done, state, accumulator):
                 accumulator.add(batch, metrics)
             loss = None
-            due_calls = [periodic for periodic in watch.periodic if periodic.is_due(steps_done, config.steps)]
-            with accumulator.sync_and_pause_timer() if due_calls else contextlib.nullcontext():
-                results = {name: value for due in due_calls for name, value in due.call(steps_done, state).items()}
-            if steps_done % config.log_every == 0 or steps_done == config.steps or results:
+            is_last = steps_done == config.steps
+            due_hooks = [hook for hook in hooks if hook.is_due(steps_done, is_last=is_last)]
+            with accumulator.sync_and_pause_timer() if due_hooks else contextlib.nullcontext():
+                results = {name: value for due in due_hooks for name, value in due.call(steps_done, state).items()}
+            if steps_done % config.log_every == 0 or is_last or results:
                 with saver.handle_failures(steps_done, state, accumulator):
                     values = accumulator.compute_and_reset()
-                values |= {} if watch.derive is None else watch.derive(values)
+                values |= {name: value for hook in hooks for name, value in hook.derive(values).items()}
                 values |= {**results, **get_device_memory()}
                 loss = values["loss"]
                 saver.metrics = values
-                if log is not None:
-                    log.write(steps_done, values)
+                for hook in hooks:
+                    hook.write(steps_done, values)
             stop.record_step(steps_done)
             progress.update(steps_done, loss, is_timed=accumulator.is_timed)
-            if on_step is not None:
-                with accumulator.pause_timer():
-                    on_step(steps_done, state)
+            with accumulator.pause_timer():
+                for hook in hooks:
+                    hook.on_step(steps_done, state, metrics)
             if steps_done % config.save_every == 0:
                 saver.save(steps_done, state, accumulator)
         saver.save(steps_done, state, accumulator)

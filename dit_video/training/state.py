@@ -61,8 +61,6 @@ def replace_step(state: Any, step: Array) -> Any:
 
 Layout = Callable[[PyTree], PyTree]
 """Function from a tree of shapes to the sharding of each."""
-ExtraInit = Callable[[dict[str, Any]], dict[str, Any]]
-"""Function from the parameters of a new state to its `extra`."""
 
 
 def init_state(
@@ -87,7 +85,6 @@ def create_state(
     optimizer: optax.GradientTransformation,
     random_key: Array,
     *,
-    init_extra: ExtraInit | None = None,
     shardings: Layout | None = None,
 ) -> TrainState:
     """Return the state of a new run, initialized on the devices: each computes its own shard.
@@ -96,35 +93,19 @@ def create_state(
       init: Function from a random key to parameters.
       optimizer: Optimizer whose state is initialized too.
       random_key: Random key for `init`.
-      init_extra: Function from parameters to `TrainState.extra` (`StatefulLoss.start`); None for an empty one.
       shardings: Function from the state's shapes to its shardings; None leaves them to JAX.
     """
-    return make_on_devices(_make_init(init, optimizer, init_extra), random_key, shardings=shardings)
+    return make_on_devices(lambda key: init_state(init(key), optimizer), random_key, shardings=shardings)
 
 
 def get_state_shapes(
     init: Callable[[Array], dict[str, Any]],
     optimizer: optax.GradientTransformation,
     *,
-    init_extra: ExtraInit | None = None,
-    averages: EmaConfig | None = None,
     shardings: Layout | None = None,
 ) -> PyTree:
     """Return the shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
-    return get_shapes_on_devices(_make_init(init, optimizer, init_extra, averages), shardings=shardings)
-
-
-def _make_init(
-    init: Callable[[Array], dict[str, Any]],
-    optimizer: optax.GradientTransformation,
-    init_extra: ExtraInit | None,
-    averages: EmaConfig | None = None,
-) -> Callable[[Array], TrainState]:
-    def make(key: Array) -> TrainState:
-        params = init(key)
-        return init_state(params, optimizer, None if init_extra is None else init_extra(params), averages)
-
-    return make
+    return get_shapes_on_devices(lambda key: init_state(init(key), optimizer), shardings=shardings)
 
 
 def make_on_devices(

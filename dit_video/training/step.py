@@ -1,7 +1,10 @@
-"""Jitted training step for any loss, with gradient accumulation and skipping of non-finite steps."""
+"""Training steps: that of any loss, with gradient accumulation, and what all have in common."""
 
+import abc
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,9 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PyTree
 
-from dit_video.training.optim.ema import update_averages, update_ema
+from dit_video.training.optim.ema import EmaConfig, update_averages, update_ema
 from dit_video.training.optim.optimizer import get_schedule_free_average
-from dit_video.training.state import TrainState, replace_step
+from dit_video.training.state import TrainState, init_state, replace_step
 
 
 class Average(NamedTuple):
@@ -25,142 +28,156 @@ Metrics = dict[str, Any]
 """Scalar arrays or `Average`s by name."""
 Constants = tuple[PyTree, ...]
 """Arrays that a step passes to its loss as further arguments."""
-Loss = Callable[..., tuple[Float[Array, ""], Metrics]]
-"""Function `loss(params, batch, step, *constants) -> (mean loss, metrics)`."""
 
 
-@runtime_checkable
-class WeighedLoss(Protocol):
-    """A loss that reports how many examples it averaged, so that microbatches can be combined exactly."""
+class LossDetails(NamedTuple):
+    """Results of a loss other than its value."""
 
-    def weight(self, batch: PyTree) -> Float[Array, ""]:
-        """Return the number of examples that the mean is over."""
-        ...
-
-
-@runtime_checkable
-class StatefulLoss(Protocol):
-    """A loss whose step also updates arrays without gradients: `TrainState.extra`, and parameters such as codebooks."""
-
-    def start(self, params: dict[str, Any], *, fresh: bool = True) -> dict[str, Any]:
-        """Return `extra` before the first step; `fresh` is False for parameters that were trained before."""
-        ...
-
-    def observed(
-        self, params: PyTree, batch: PyTree, step: Array, *constants: PyTree
-    ) -> tuple[Float[Array, ""], tuple[Metrics, Any]]:
-        """Return the mean loss, its metrics, and the auxiliary output that is passed to `after`."""
-        ...
-
-    def after(self, state: TrainState, seen: Any) -> tuple[TrainState, Metrics]:
-        """Return the state after the update without gradients, which follows the gradient update, and metrics."""
-        ...
+    metrics: Metrics
+    num_examples: Float[Array, ""] | None = None
+    """Number of examples that the mean is over, by which microbatches are combined exactly. None for a loss that
+    couples the examples of a batch, so that it is not a mean over those of its parts."""
+    auxiliary: Any = None
+    """Values that the step uses after the update, such as the latents that a codebook learns from."""
 
 
-@runtime_checkable
-class OwnStep(Protocol):
-    """A loss with a step of its own, on a state that may hold more than a `TrainState` but has its `step` and `ema`."""
+class LossOutput(NamedTuple):
+    """The result of a loss on a batch."""
 
-    def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> Any:
-        """Return the state before the first step, from the plain `TrainState`. Traceable."""
-        ...
+    value: Float[Array, ""]
+    """Mean loss."""
+    details: LossDetails
 
-    def make_step(self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: Constants) -> "StepFn":
-        """Return the jitted `step(state, batch) -> (state, metrics)`; arguments are as for `step.make_step`."""
-        ...
+    @classmethod
+    def from_pair(cls, value: Float[Array, ""], details: LossDetails | Metrics) -> "LossOutput":
+        """Return the result of any loss, which may be a pair of value and metrics."""
+        return cls(value, details if isinstance(details, LossDetails) else LossDetails(details))
 
 
-StepFn = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
+Loss = Callable[..., LossOutput | tuple[Float[Array, ""], Metrics]]
+"""Function `loss(params, batch, step, *constants)` that returns a `LossOutput`, or the pair of value and metrics."""
+StepFn = Callable[[Any, PyTree], tuple[Any, Metrics]]
 """Jitted function `(state, batch) -> (state, metrics)`."""
 
 
-def make_step(
-    loss: Loss | StatefulLoss,
-    optimizer: optax.GradientTransformation,
-    *,
-    ema_decay: float,
-    constants: Constants = (),
-    accumulation_steps: int = 1,
-) -> StepFn:
-    """Return the jitted `step(state, batch) -> (state, metrics)`, which donates the state.
+class TrainStep(abc.ABC):
+    """A training step: it makes the first state from parameters, and updates it.
+
+    A state may hold more than a `TrainState`, but has its `step` and `ema`.
+    """
+
+    @abc.abstractmethod
+    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> Any:
+        """Return the state before the first step; `is_fresh` is False for parameters that were trained before."""
+
+    @abc.abstractmethod
+    def update(self, state: Any, batch: PyTree, constants: Constants = ()) -> tuple[Any, Metrics]:
+        """Return the state after one step, and metrics. Traceable."""
+
+    def compile(self, constants: Constants = (), *, state: Any = None) -> StepFn:
+        """Return the jitted step, which donates the state.
+
+        Args:
+          constants: Arrays passed to the loss as further arguments, such as the weights of a perceptual network.
+            (Arrays that the loss holds itself would be compiled into the program and make it large.)
+          state: State whose shardings all states have; None to take those of the state of each call.
+        """
+        step = JittedStep(self.update, constants)
+        return step if state is None else step.specialize(state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientStep(TrainStep):
+    """A step along the gradient of any loss.
 
     A step whose loss or gradient is not finite changes nothing but the step counter, bit for bit. The metric `skipped`
     is 1 for such a step, else 0.
-
-    Args:
-      loss: Loss to minimize.
-      optimizer: Optimizer of the parameters.
-      ema_decay: Decay of the parameters' moving average.
-      constants: Arrays passed to the loss as further arguments, such as the weights of a perceptual network. (Arrays
-        that the loss holds itself would be compiled into the program and make it large.)
-      accumulation_steps: Number of microbatches that the batch's rows are divided into, whose gradients are computed
-        sequentially and equal those of the batch up to rounding.
-
-    Raises:
-      TypeError: Gradient accumulation with a loss that is no `WeighedLoss`, or that is a `StatefulLoss`.
     """
-    if accumulation_steps > 1 and not _can_accumulate(loss):
-        raise TypeError(
-            f"accumulation_steps={accumulation_steps} is invalid for {type(loss).__name__}, which does not report the "
-            "weight of a microbatch. Use accumulation_steps=1."
-        )
 
-    def observed(params, batch, step, *constants):
-        if isinstance(loss, StatefulLoss):
-            return loss.observed(params, batch, step, *constants)
-        value, metrics = loss(params, batch, step, *constants)
-        return value, (metrics, None)
+    loss: Loss
+    """Loss to minimize."""
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    """Decay of the parameters' moving average."""
+    averages: EmaConfig | None = None
+    """Further averages of the parameters; None for none."""
+    accumulation_steps: int = 1
+    """Number of microbatches that the batch's rows are divided into, whose gradients are computed sequentially and
+    equal those of the batch up to rounding. More than one need a loss that counts its examples."""
 
-    def step(state, batch, *constants):
+    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> TrainState:
+        return init_state(params, self.optimizer, averages=self.averages)
+
+    def update(self, state: TrainState, batch: PyTree, constants: Constants = ()) -> tuple[TrainState, Metrics]:
         args = (state.params, batch, state.step, *constants)
-        if accumulation_steps == 1:
-            (value, (metrics, seen)), gradients = jax.value_and_grad(observed, has_aux=True)(*args)
+        if self.accumulation_steps == 1:
+            pair, gradients = jax.value_and_grad(self.loss, has_aux=True)(*args)
+            value, details = LossOutput.from_pair(*pair)
         else:
-            value, metrics, gradients = accumulate_gradients(loss, accumulation_steps, *args)
-            seen = None
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **metrics}
-        next_state = apply_updates(state, gradients, optimizer, ema_decay=ema_decay)
-        next_state, loss_metrics = update_loss_state(loss, next_state, seen)
-        return skip_nonfinite(state, next_state, metrics | loss_metrics)
+            (value, details), gradients = accumulate_gradients(self.loss, self.accumulation_steps, *args)
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **details.metrics}
+        next_state = apply_updates(state, gradients, self.optimizer, ema_decay=self.ema_decay)
+        next_state, own_metrics = self.update_extra(next_state, details.auxiliary)
+        return skip_nonfinite(state, next_state, metrics | own_metrics)
 
-    return JittedStep(step, constants)
+    def update_extra(self, state: TrainState, auxiliary: Any) -> tuple[TrainState, Metrics]:
+        """Return the state after what is updated without gradients, which follows the gradient update, and metrics."""
+        return state, {}
 
 
-def _can_accumulate(loss: Any) -> bool:
-    return isinstance(loss, WeighedLoss) and not isinstance(loss, StatefulLoss)
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: Constants = (), **options: Any
+) -> StepFn:
+    """Return the jitted `GradientStep` of a loss; `options` are its further fields."""
+    return GradientStep(loss=loss, optimizer=optimizer, ema_decay=ema_decay, **options).compile(constants)
+
+
+def compute_gradients(loss: Loss, params: PyTree, *args: Any) -> tuple[LossOutput, PyTree]:
+    """Return a loss and its gradients with respect to the parameters."""
+
+    pair, gradients = jax.value_and_grad(loss, has_aux=True)(params, *args)
+    return LossOutput.from_pair(*pair), gradients
 
 
 def accumulate_gradients(
-    loss: Any, num_parts: int, params: PyTree, batch: PyTree, step: Array, *constants: PyTree
-) -> tuple[Float[Array, ""], Metrics, PyTree]:
-    """Return loss, metrics and gradients of a batch, accumulated in float32 over microbatches.
+    loss: Loss, num_parts: int, params: PyTree, batch: PyTree, step: Array, *constants: PyTree
+) -> tuple[LossOutput, PyTree]:
+    """Return loss and gradients of a batch, accumulated in float32 over microbatches.
 
     Microbatch m has the rows m, m + num_parts, …, so that each device has equally many rows of every microbatch and no
     row moves to another device. Metrics other than `Average`s are means over the microbatches.
 
     Args:
-      loss: A `WeighedLoss`, whose randomness depends on the example and not on its index in the batch.
+      loss: Loss whose randomness depends on the example and not on its index in the batch.
       num_parts: Number of microbatches, a divisor of the number of rows.
       params: Parameters to differentiate with respect to.
       batch: Batch with rows as the first axis of each array.
       step: Training step.
       *constants: Further arguments of the loss.
+
+    Raises:
+      TypeError: The loss does not count its examples.
     """
     microbatches = jax.tree.map(
         lambda leaf: jnp.moveaxis(leaf.reshape(leaf.shape[0] // num_parts, num_parts, *leaf.shape[1:]), 1, 0),
         jax.tree.map(jnp.asarray, batch),
     )
-    total_weight = jnp.maximum(loss.weight(batch), 1)
 
     def add(total, microbatch):
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, microbatch, step, *constants)
-        weight = loss.weight(microbatch) / total_weight
+        (value, details), gradients = compute_gradients(loss, params, microbatch, step, *constants)
+        if (weight := details.num_examples) is None:
+            name = getattr(loss, "__name__", type(loss).__name__)
+            rule = f"is invalid for {name}, which does not count its examples. Use accumulation_steps=1."
+            raise TypeError(f"accumulation_steps={num_parts} {rule}")
         total = jax.tree.map(lambda part, gradient: part + weight * gradient.astype(jnp.float32), total, gradients)
-        return total, (weight * value, metrics)
+        return total, (weight, weight * value, details.metrics)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    gradients, (values, metrics) = jax.lax.scan(add, zeros, microbatches)
-    return values.sum(), {name: _combine_metric(metric) for name, metric in metrics.items()}, gradients
+    gradients, (counts, values, metrics) = jax.lax.scan(add, zeros, microbatches)
+    count = jnp.maximum(counts.sum(), 1)
+    metrics = {name: _combine_metric(metric) for name, metric in metrics.items()}
+    output = LossOutput(values.sum() / count, LossDetails(metrics, count))
+    return output, jax.tree.map(lambda leaf: leaf / count, gradients)
 
 
 def _combine_metric(metric: Any) -> Any:
@@ -198,18 +215,13 @@ def apply_updates(
     )
 
 
-def update_loss_state(loss: Loss | StatefulLoss, state: TrainState, seen: Any) -> tuple[TrainState, Metrics]:
-    """Return the state after the update of a `StatefulLoss` and its metrics; other losses do not change the state."""
-    return loss.after(state, seen) if isinstance(loss, StatefulLoss) else (state, {})
-
-
 def cast_metrics(metrics: Metrics) -> Metrics:
     """Cast metrics to float32 for logging."""
     return jax.tree.map(lambda metric: metric.astype(jnp.float32), metrics)
 
 
 class JittedStep:
-    """A jitted `step(state, batch, *constants)` that donates the state and returns it with unchanged shardings.
+    """A jitted `step(state, batch, constants)` that donates the state and returns it with unchanged shardings.
 
     Left to XLA, some arrays of the state would come back with another sharding, and the second step would be compiled
     again.
@@ -220,11 +232,15 @@ class JittedStep:
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, state: Any, batch: PyTree) -> tuple[Any, Metrics]:
-        return self._get_program(state)(state, batch, *self._constants)
+        return self._get_program(state)(state, batch, self._constants)
+
+    def specialize(self, state: Any) -> StepFn:
+        """Return the step for states with the shardings of this one."""
+        return functools.partial(self._get_program(state), constants=self._constants)
 
     def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Return the lowered step for a state and a batch, which may be shapes with shardings."""
-        return self._get_program(state).lower(state, batch, *self._constants)
+        return self._get_program(state).lower(state, batch, self._constants)
 
     def _get_program(self, state: PyTree) -> Any:
         leaves, structure = jax.tree.flatten(state)

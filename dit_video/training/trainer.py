@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -21,17 +20,15 @@ from dit_video.training import loop
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
 from dit_video.training.folder_lock import lock_folder
+from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.logging import MetricsLog
-from dit_video.training.hooks.metric_logs import CombinedLog, Log
-from dit_video.training.hooks.profiler import TraceConfig
-from dit_video.training.hooks.skipped_steps import SkippedLog, get_example_ids
+from dit_video.training.hooks.profiler import TraceConfig, Tracer
+from dit_video.training.hooks.skipped_steps import SkippedLog
 from dit_video.training.hooks.throughput import ThroughputMeter
-from dit_video.training.losses.adversarial import DiscriminatorTraining, make_adversarial_step
-from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.posthoc_ema import EmaSnapshots
-from dit_video.training.state import get_shapes_on_devices, init_state, make_on_devices
-from dit_video.training.step import Loss, OwnStep, StatefulLoss, StepFn, make_step
+from dit_video.training.state import get_shapes_on_devices, make_on_devices
+from dit_video.training.step import StepFn, TrainStep
 
 
 @runtime_checkable
@@ -52,7 +49,7 @@ class BatchIterator(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """A model's training run: loss, optimizer, data layout and outputs."""
+    """A model's training run: step, data layout and outputs."""
 
     folder: Path
     """Folder of the logs, and of the checkpoints unless `checkpoints` is set."""
@@ -68,25 +65,17 @@ class Trainer:
     """Function that loads the initial parameters of a new run, used instead of `init` unless it returns None. The
     parameters are freed as soon as the state is made. (Arrays that `init` holds itself would be compiled into the
     program and make it large.)"""
-    loss: Loss | StatefulLoss | OwnStep
+    train_step: TrainStep
     constants: tuple[PyTree, ...] = ()
-    """Arrays passed to the loss as further arguments, replicated on every device; see `make_step`."""
+    """Arrays passed to the step as further arguments, replicated on every device; see `TrainStep.compile`."""
     frozen_params: dict[str, Any] | None = None
     """Parameters that are not trained, such as those of an adapted model or of a teacher: the last argument of the
-    loss. They are sharded like parameters, while constants are replicated."""
-    optimizer: optax.GradientTransformation
-    ema_decay: float
+    step. They are sharded like parameters, while constants are replicated."""
     averages: EmaConfig | None = None
-    """Further averages of the parameters; None for none."""
-    accumulation_steps: int = 1
-    """Number of microbatches that a batch is divided into; see `make_step`."""
-    discriminator: DiscriminatorTraining | None = None
-    """Discriminator that an autoencoder is trained against; None for none."""
+    """Averages of the parameters whose snapshots are written; None for none."""
     config: loop.LoopConfig
-    logs: tuple[Log, ...] = ()
-    """Logs besides `metrics.jsonl`."""
-    periodic: tuple[loop.PeriodicCall, ...] = ()
-    """Functions that are called at intervals of steps."""
+    hooks: tuple[Hook, ...] = ()
+    """Logs besides `metrics.jsonl`, and what else happens besides the steps."""
     flops_fn: Callable[[Any], float] | None = None
     """Function from a batch of host arrays to the floating-point operations of its step, as counted for MFU."""
     trace: TraceConfig | None = None
@@ -111,9 +100,13 @@ class Trainer:
             folder.
         """
         with lock_folder(self.folder):
-            return self._run(batches)
+            return self.prepare(batches)()
 
-    def _run(self, batches: Callable[[int], BatchIterator]) -> Any:
+    def prepare(self, batches: Callable[[int], BatchIterator]) -> Callable[[], Any]:
+        """Restore the state and open the data, and return the loop that remains to be run; see `run`.
+
+        The caller holds the lock of the folder. (A training that calls the loop itself has a shorter call stack.)
+        """
         layout = functools.partial(make_shardings, mesh=self.mesh)
         checkpoints = Checkpoints(self.checkpoints or self.folder / "checkpoints", keep=self.keep)
         meta: dict[str, Any] = {}
@@ -123,7 +116,7 @@ class Trainer:
             shapes = get_shapes_on_devices(self._init_state, shardings=layout)
             state, meta = checkpoints.restore(shapes, config=self.resolved_config)
         if int(state.step) >= self.config.steps:
-            return state
+            return lambda: state
         stage_steps_done = int(state.step) - self.start_step
         if stage_steps_done < 0:
             raise UserError(
@@ -138,31 +131,30 @@ class Trainer:
                 f"{meta['plan']}, now {data.hash}). Restore the data, or start another run."
             )
         meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops)
-        with contextlib.closing(CombinedLog((MetricsLog(self.folder / "metrics.jsonl"), *self.logs))) as log:
-            return loop.run(
-                self._make_step(),
-                state,
-                lambda _: _shard_batches(data, self.mesh, meter),
-                config=self.config,
-                checkpoints=checkpoints,
-                log=log,
-                title=self.title,
-                meta={"plan": data.hash, "config": self.resolved_config},
-                watch=self._make_watch(meter),
-            )
+        return functools.partial(
+            loop.run,
+            self._compile_step(state),
+            state,
+            lambda _: _shard_batches(data, self.mesh, meter),
+            config=self.config,
+            checkpoints=checkpoints,
+            hooks=self._list_hooks(meter),
+            title=self.title,
+            meta={"plan": data.hash, "config": self.resolved_config},
+        )
 
-    def _make_watch(self, meter: ThroughputMeter) -> loop.Watch:
-        periodic = self.periodic
+    def _list_hooks(self, meter: ThroughputMeter) -> list[Hook]:
+        hooks: list[Hook] = [
+            MetricsLog(self.folder / "metrics.jsonl"),
+            SkippedLog(self.folder / "skipped.jsonl"),
+            meter,
+        ]
+        if self.trace is not None:
+            hooks.append(Tracer(self.trace))
         if self.averages is not None and self.averages.sigmas:
             snapshots = EmaSnapshots(self.folder / "snapshots")
-            periodic = (loop.PeriodicCall(every=self.averages.snapshot_every, call=snapshots.write), *periodic)
-        return loop.Watch(
-            identify=get_example_ids,
-            skipped=SkippedLog(self.folder / "skipped.jsonl"),
-            derive=meter.compute_and_reset,
-            periodic=periodic,
-            profile=self.trace,
-        )
+            hooks.append(PeriodicCall(every=self.averages.snapshot_every, function=snapshots.write))
+        return [*hooks, *self.hooks]
 
     def _shard_loaded_params(self) -> Iterator[dict[str, Any]]:
         """Yield the loaded parameters, if there are any, sharded like the state."""
@@ -171,28 +163,15 @@ class Trainer:
             yield jax.device_put(params, make_shardings(params, self.mesh))
 
     def _init_state(self, key: Array, *loaded_params: dict[str, Any]) -> Any:
-        """Return the initial state of the step: a `TrainState`, or the composite state of the loss."""
         params = loaded_params[0] if loaded_params else self.init(key)
-        extra = self.loss.start(params, fresh=not loaded_params) if isinstance(self.loss, StatefulLoss) else None
-        state = init_state(params, self.optimizer, extra, self.averages)
-        if isinstance(self.loss, OwnStep):
-            return self.loss.begin(state, self.optimizer)
-        return state if self.discriminator is None else self.discriminator.init_state(state)
+        return self.train_step.init(params, is_fresh=not loaded_params)
 
-    def _make_step(self) -> StepFn:
+    def _compile_step(self, state: Any) -> StepFn:
         constants = jax.device_put(self.constants, NamedSharding(self.mesh, PartitionSpec()))
-        if self.discriminator is not None:
-            if not isinstance(self.loss, AutoencoderLoss):
-                raise TypeError(f"loss={type(self.loss).__name__} is invalid: a discriminator needs an autoencoder.")
-            options: dict[str, Any] = {"ema_decay": self.ema_decay, "constants": constants}
-            return make_adversarial_step(self.loss, self.optimizer, self.discriminator, **options)
         if self.frozen_params is not None:
             frozen = jax.device_put(self.frozen_params, make_shardings(self.frozen_params, self.mesh))
             constants = (*constants, frozen)
-        options = {"ema_decay": self.ema_decay, "constants": constants}
-        if isinstance(self.loss, OwnStep):
-            return self.loss.make_step(self.optimizer, **options)
-        return make_step(self.loss, self.optimizer, accumulation_steps=self.accumulation_steps, **options)
+        return self.train_step.compile(constants, state=state)
 
 
 def _shard_batches(batches: BatchIterator, mesh: Mesh, meter: ThroughputMeter) -> Iterator[Any]:

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -61,10 +61,19 @@ LoraModules = Mapping[str, LoraModule]
 """Modules by their name; if a module has several names, the first is written."""
 
 
+GetLoraModules = Callable[[Any], Mapping[str, LoraModule]]
+"""Function from a denoiser's config to the linear maps that its family's LoRA files adapt, by their names there."""
+
+
+def no_lora_modules(config: Any) -> Mapping[str, LoraModule]:
+    """Return no linear maps: those of a model whose LoRA files have native names only."""
+    return {}
+
+
 def get_native_modules(params: Mapping[str, Any]) -> dict[str, LoraModule]:
     """Return the modules of all kernels of linear maps under native names.
 
-    For example, `dit.blocks.0.qkv` is layer 0 of `dit/blocks/qkv/kernel`.
+    For example, `backbone.blocks.0.qkv` is layer 0 of `backbone/blocks/qkv/kernel`.
 
     Args:
       params: the model's parameters, or their shapes.

@@ -65,9 +65,9 @@ EXPERIMENT = Experiment(
         ema_decay=0.995,
     ),
     denoiser=DenoiserTraining(
-        dit=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
+        backbone=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
         text=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
-        rows=PackedShape(tokens=960, text=512, segments=8),
+        layout=PackedShape(tokens=960, text=512, segments=8),
         batch=4,
         optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50),
         steps=400,

@@ -47,9 +47,9 @@ EXPERIMENT = Experiment(
         ema_decay=0.999,
     ),
     denoiser=DenoiserTraining(
-        dit=DitConfig(channels=48, context_width=512, width=768, layers=12, heads=12),
+        backbone=DitConfig(channels=48, context_width=512, width=768, layers=12, heads=12),
         text=ByteEncoderConfig(width=512, layers=6, max_tokens=256),
-        rows=PackedShape(tokens=2560, text=2048, segments=16),
+        layout=PackedShape(tokens=2560, text=2048, segments=16),
         batch=16,
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup=1000),
         steps=200_000,

@@ -44,9 +44,9 @@ EXPERIMENT = Experiment(
         ema_decay=0.999,
     ),
     denoiser=DenoiserTraining(
-        dit=DitConfig(channels=8, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
+        backbone=DitConfig(channels=8, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
         text=ByteEncoderConfig(width=256, layers=4, heads=4, max_tokens=256),
-        rows=PackedShape(tokens=2560, text=1024, segments=16),
+        layout=PackedShape(tokens=2560, text=1024, segments=16),
         batch=16,
         optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=500, weight_decay=0.01),
         steps=50_000,

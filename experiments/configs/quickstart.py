@@ -49,9 +49,9 @@ def make_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             loss=AutoencoderObjective.pixels(kl=1e-4),
         ),
         denoiser=DenoiserTraining(
-            dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
+            backbone=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
             text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
-            rows=PackedShape(tokens=120, text=224, segments=12),
+            layout=PackedShape(tokens=120, text=224, segments=12),
             batch=8,
             optimizer=OptimizerConfig(
                 kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99

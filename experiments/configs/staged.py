@@ -16,7 +16,7 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment, Stage
+from dit_video.experiment import AutoencoderTraining, CurriculumStage, DataConfig, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedShape
@@ -40,37 +40,37 @@ EXPERIMENT = Experiment(
         steps=600,
         loss=AutoencoderObjective.pixels(kl=1e-6),
     ),
-    earlier=(
-        Stage(
+    curriculum=(
+        CurriculumStage(
             name="images",
             steps=100,
             data=DataConfig(max_pixels=48 * 64, max_frames=1, fps=8.0, clips_per_video=8),
-            rows=PackedShape(tokens=96, text=1024, segments=8),
+            layout=PackedShape(tokens=96, text=1024, segments=8),
             optimizer=make_optimizer(2e-3),
             objective=make_objective(1.0),
         ),
-        Stage(
+        CurriculumStage(
             name="small",
             steps=100,
             data=DataConfig(max_pixels=48 * 64, max_frames=17, fps=8.0, clips_per_video=4),
-            rows=PackedShape(tokens=240, text=512, segments=8),
+            layout=PackedShape(tokens=240, text=512, segments=8),
             optimizer=make_optimizer(2e-3),
             objective=make_objective(1.5),
         ),
-        Stage(
+        CurriculumStage(
             name="large",
             steps=250,
             data=DataConfig(max_pixels=96 * 128, max_frames=17, fps=8.0, clips_per_video=4),
-            rows=PackedShape(tokens=480, text=512, segments=8),
+            layout=PackedShape(tokens=480, text=512, segments=8),
             optimizer=make_optimizer(2e-3),
             objective=make_objective(2.0),
         ),
     ),
     data=DataConfig(max_pixels=96 * 128, max_frames=33, fps=8.0, clips_per_video=4),
     denoiser=DenoiserTraining(
-        dit=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
+        backbone=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
         text=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
-        rows=PackedShape(tokens=864, text=512, segments=8),
+        layout=PackedShape(tokens=864, text=512, segments=8),
         batch=2,
         optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=20),
         steps=120,

@@ -29,9 +29,9 @@ EXPERIMENT = Experiment(
     data=DataConfig(max_pixels=480 * 832, max_frames=81, fps=16.0, workers=8),
     autoencoder=PretrainedAutoencoder(model=CausalVaeConfig.wan21(), folder=f"{WAN}/vae"),
     denoiser=DenoiserTraining(
-        dit=WanDitConfig.t2v_14b(dtype="bfloat16", remat="attention"),
+        backbone=WanDitConfig.t2v_14b(dtype="bfloat16", remat="attention"),
         text=FrozenTextConfig(folder=WAN, width=4096, max_tokens=512, dtype="bfloat16", cleaned=True),
-        rows=PackedShape(tokens=32_768, text=2048, segments=4),
+        layout=PackedShape(tokens=32_768, text=2048, segments=4),
         batch=64,
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup=2000, b2=0.95, weight_decay=0.01),
         steps=100_000,

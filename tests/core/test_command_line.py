@@ -186,8 +186,8 @@ def test_the_help_of_a_config_names_every_option(script):
 
 
 def test_guidance_is_one_scale_or_two(load_file):
-    registry = load_file(ROOT / "experiments" / "train.py").make_registry()
     experiment = load_file(Path(CONFIG)).EXPERIMENT
+    registry = load_file(ROOT / "experiments" / "train.py").make_registry(experiment)
     for texts, expected in ((["3"], 3.0), (["4", "3"], (4.0, 3.0)), ([], experiment.sampling.guidance)):
         parsed = parse_arguments(
             type(experiment.sampling),

@@ -244,17 +244,17 @@ def test_values_that_are_no_config_are_not_written():
         ({"type": "dit_video.tokens.packing:pack"}, "is not a dataclass"),
         ({"type": "dit_video.tokens.packing:PackedBatch"}, "is not a dataclass"),
         ({"type": "dit_video.core.files:os.system"}, "is not a dataclass"),
-        ({"type": "dit_video.tokens.packing:PackedShape", "tokens": 1, "text": 1}, "lacks the field segments"),
+        ({"type": "dit_video.tokens.shapes:PackedShape", "tokens": 1, "text": 1}, "lacks the field segments"),
         (
-            {"type": "dit_video.tokens.packing:PackedShape", "tokens": 1, "text": 1, "segments": 1, "heads": 2},
+            {"type": "dit_video.tokens.shapes:PackedShape", "tokens": 1, "text": 1, "segments": 1, "heads": 2},
             "has no field heads; use the version",
         ),
         (
-            {"type": "dit_video.tokens.packing:PackedShape", "tokens": "1", "text": 1, "segments": 1},
+            {"type": "dit_video.tokens.shapes:PackedShape", "tokens": "1", "text": 1, "segments": 1},
             "tokens='1' of .* must be of type int",
         ),
         (
-            {"type": "dit_video.tokens.packing:PackedShape", "tokens": True, "text": 1, "segments": 1},
+            {"type": "dit_video.tokens.shapes:PackedShape", "tokens": True, "text": 1, "segments": 1},
             "must be of type int",
         ),
         (

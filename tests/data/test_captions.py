@@ -2,6 +2,7 @@
 
 import pickle
 
+import jax
 import numpy as np
 import pytest
 
@@ -98,7 +99,7 @@ def load_rows(source, texts, **reading):
 
 
 def assert_equal(one, other):
-    for left, right in zip(one, other, strict=True):
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(left, right)
 
 

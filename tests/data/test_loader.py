@@ -85,7 +85,8 @@ def test_batches_hold_the_examples_of_the_plan(source):
         assert rows.tokens.shape == (4, 64, 16)
         assert rows.text.shape == (4, 256)
         assert rows.examples.dtype == np.uint32
-        for row in zip(*rows[:7], strict=True):
+        rest = (rows.text, rows.text_segments, rows.examples, rows.valid)
+        for row in zip(rows.tokens, rows.segments, rows.positions, *rest, strict=True):
             tokens, segments, where, text, text_segments, ranks, valid = row
             parts = unpack(tokens, segments)
             assert len(parts) == valid.sum()

@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from dit_video.backbones.dit import DitConfig
+from dit_video.backbones.dit import DitConfig, JointAttention, TemporalLayers
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import trees
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, ShardingRules, check_denoiser, make_shardings, shard_model
-from dit_video.nn import get_graph_def, get_param_shapes
-from dit_video.nn.attention import AttentionInputs, DenseAttention, Full, SlidingWindow
+from dit_video.distributed import MeshConfig, ShardingRules, check_denoiser, make_parallelism, make_shardings
+from dit_video.distributed.sharding_rules import DEFAULT_RULES, FUSED_MAPS
+from dit_video.nn import Linear, get_graph_def, get_param_shapes
+from dit_video.nn.attention import AttentionInputs, DenseAttention, Full, SlidingWindow, SpaceOnly
 from dit_video.nn.attention.backends.chunked import attend_part, compute_part_gradients
 from support.devices import check_on_eight_devices, run_together
 
@@ -61,7 +63,7 @@ def test_tokens_stay_on_their_device_outside_attention():
     [("whole rows", "adamw sgd"), ("ulysses", "sgd"), ("ring", "sgd"), ("some of context", "adamw")],
 )
 def test_every_mesh_of_eight_devices_trains_as_one_device(meshes, optimizers):
-    check_on_eight_devices("mesh_training_runs.py", "dit", str(MESHES[meshes]), optimizers)
+    check_on_eight_devices("mesh_training_runs.py", "backbone", str(MESHES[meshes]), optimizers)
 
 
 @pytest.mark.slow
@@ -110,6 +112,7 @@ def test_gradients_of_two_parts_of_the_keys_add_up_to_those_of_all():
 
 MESH = jax.sharding.AbstractMesh((1, 2, 4, 4), ("data", "fsdp", "tensor", "context"))
 FITS = {"rows": 4, "tokens": 64}
+SIZE = {"channels": 1, "context_width": 8, "width": 64, "heads": 8}
 
 
 @pytest.mark.parametrize(
@@ -124,22 +127,22 @@ FITS = {"rows": 4, "tokens": 64}
     ],
 )
 def test_a_batch_or_model_that_does_not_fit_a_mesh_is_refused_with_values_that_fit(fields, batch, way, message):
-    dit = DitConfig(**{"channels": 1, "context_width": 8, "width": 64, "heads": 8} | fields)
+    backbone = DitConfig(**{"channels": 1, "context_width": 8, "width": 64, "heads": 8} | fields)
     with pytest.raises(UserError, match=message):
-        check_denoiser(MESH, dit, **FITS | batch, context_attention=way)
+        check_denoiser(MESH, backbone, **FITS | batch, context_attention=way)
 
 
 def test_a_batch_and_model_that_fit_a_mesh_are_accepted():
-    dit = DitConfig(channels=1, context_width=8, width=64, heads=8, pattern=SlidingWindow(radius=(1, None, None)))
-    check_denoiser(MESH, dit, **FITS, context_attention="ring")
+    backbone = DitConfig(channels=1, context_width=8, width=64, heads=8, pattern=SlidingWindow(radius=(1, None, None)))
+    check_denoiser(MESH, backbone, **FITS, context_attention="ring")
     wan = WanDitConfig(width=128, mlp_dim=64, heads=16)
     check_denoiser(MESH, wan, **FITS, context_attention="ulysses")
 
 
 def test_heads_and_hidden_widths_are_split_over_tensor_as_are_their_moments():
     fits = ShardingRules(min_size=1)
-    dit = DitConfig(channels=1, context_width=8, width=64, heads=8, layers=2)
-    shapes = jax.eval_shape(optax.adam(1e-3).init, get_param_shapes(dit.make))
+    backbone = DitConfig(channels=1, context_width=8, width=64, heads=8, layers=2)
+    shapes = jax.eval_shape(optax.adam(1e-3).init, get_param_shapes(backbone.make))
     moments = trees.flatten(make_shardings(shapes, MESH, fits))
     expected = {
         "blocks/qkv/kernel": P(None, "tensor", "fsdp"),  # split by heads where it is used
@@ -155,8 +158,31 @@ def test_heads_and_hidden_widths_are_split_over_tensor_as_are_their_moments():
     assert wan["blocks/cross_out/kernel"].spec == P(None, "tensor", "fsdp")
 
 
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        DitConfig(
+            channels=1, context_width=8, width=64, heads=8, mlp="swiglu", pattern=SpaceOnly(), temporal=TemporalLayers()
+        ),
+        DitConfig(channels=1, context_width=8, width=64, heads=8, context=JointAttention(), modulation="own"),
+        WanDitConfig(width=64, heads=8, image_width=8),
+    ],
+    ids=["cross", "joint", "wan"],
+)
+def test_layers_are_made_with_the_sharding_that_the_rules_give_their_weights(backbone):
+    model = nnx.eval_shape(lambda: backbone.make(nnx.Rngs(0), make_parallelism(MESH)))
+    layers = {"/".join(map(str, path)): part for path, part in nnx.iter_modules(model) if isinstance(part, Linear)}
+    assert len(layers) > 10
+    for path, layer in layers.items():
+        axis, is_fused = DEFAULT_RULES.get_tensor_axis(f"{path}/kernel"), path.endswith(FUSED_MAPS)
+        assert (layer.fused_constraint is not None) == is_fused, path
+        spec = {None: P(), -1: P(None, "tensor"), -2: P("tensor", None)}[axis]
+        assert (layer.weight_constraint is None) == is_fused, path
+        assert is_fused or layer.weight_constraint.spec == spec, path
+
+
 def test_one_device_computes_with_the_model_as_it_is():
-    dit = DitConfig(channels=1, context_width=8, width=8, heads=2)
+    backbone = DitConfig(channels=1, context_width=8, width=8, heads=2)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH.axis_names)
-    assert get_graph_def(shard_model(dit.make, mesh)) == get_graph_def(dit.make)
+    assert get_graph_def(backbone.make, make_parallelism(mesh)) == get_graph_def(backbone.make)
     assert MeshConfig().context_attention == "ulysses"

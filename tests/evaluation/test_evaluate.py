@@ -1,5 +1,4 @@
 import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +7,11 @@ import pytest
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.synthetic import shapes
-from dit_video.encoders.autoencoder import LatentCodec
-from dit_video.evaluation import evaluate
-from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.evaluate import SavedSample
-from dit_video.evaluation.metrics.prompt_following import prompt_following
+from dit_video.evaluation import evaluate, requests
+from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
+from dit_video.evaluation.metrics.metric import MetricBatch, MetricValue
+from dit_video.evaluation.metrics.prompt_following import PromptFollowing
+from dit_video.evaluation.metrics.reconstruction import LinearPsnr, psnr, ssim
 from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.reports.run_report import write_autoencoder_report
@@ -30,7 +29,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def held_out(tiny_run):
-    return Run.open(tiny_run).held_out_clips
+    return Run.open(tiny_run).runtime.held_out_clips
 
 
 @pytest.fixture(scope="module")
@@ -39,36 +38,54 @@ def limits(tiny):
 
 
 def test_every_prompt_is_asked_once_at_each_length_and_at_all_sizes():
-    requests = evaluate.make_shape_requests(0)
-    prompts = {t: sorted(request.prompt for request in requests if request.size.t == t) for t in (1, 9, 17)}
+    made = requests.make_shape_requests(0)
+    prompts = {t: sorted(request.prompt for request in made if request.size.t == t) for t in (1, 9, 17)}
     videos = sorted(map(shapes.format_caption, shapes.COMBINATIONS))
     assert prompts == {17: videos, 9: videos, 1: sorted(map(shapes.format_caption, shapes.IMAGES))}
-    assert len(requests) == 72 + 72 + 18
-    sizes = [request.size[1:] for request in requests]
+    assert len(made) == 72 + 72 + 18
+    sizes = [request.size[1:] for request in made]
     assert {size: sizes.count(size) for size in set(sizes)} == {(32, 32): 54, (32, 48): 54, (48, 32): 54}
-    assert len({request.seed for request in requests}) == len(requests)
+    assert len({request.seed for request in made}) == len(made)
 
 
 def test_two_evaluations_use_different_seeds():
-    first, second = evaluate.make_shape_requests(0), evaluate.make_shape_requests(1)
+    first, second = requests.make_shape_requests(0), requests.make_shape_requests(1)
     assert not {request.seed for request in first} & {request.seed for request in second}
     assert [request.size for request in first] != [request.size for request in second]
-    assert all(0 <= request.seed < 2**32 for request in evaluate.make_shape_requests(2**32 - 1))
+    assert all(0 <= request.seed < 2**32 for request in requests.make_shape_requests(2**32 - 1))
 
 
 def test_captions_are_spread_over_the_clips_at_their_sizes(held_out, limits):
-    requests = evaluate.make_caption_requests(held_out, limits, count=2, seed=3, first_index=4)
+    made = requests.make_caption_requests(held_out, limits, count=2, seed=3, first_index=4)
     ends = held_out.infos[0], held_out.infos[-1]
-    assert [request.prompt for request in requests] == [info.caption for info in ends]
-    assert [request.size for request in requests] == [Grid(info.frames, info.height, info.width) for info in ends]
-    assert [request.seed for request in requests] == [3004, 3005]
-    assert [request.image for request in requests] == [None, None]
-    animated = evaluate.make_caption_requests(held_out, limits, count=2, seed=3, use_first_frame=True)
-    for request, index in zip(animated, (0, len(held_out) - 1), strict=True):
-        np.testing.assert_array_equal(request.image, read_fitted_clip(held_out, index, limits).frames[0])
-    assert len(evaluate.make_caption_requests(held_out, limits, count=99, seed=3)) == len(
+    assert [each.request.prompt for each in made] == [info.caption for info in ends]
+    assert [each.request.size for each in made] == [Grid(info.frames, info.height, info.width) for info in ends]
+    assert [each.request.seed for each in made] == [3004, 3005]
+    assert [each.request.image for each in made] == [None, None]
+    animated = requests.make_caption_requests(held_out, limits, count=2, seed=3, use_first_frame=True)
+    for each, index in zip(animated, (0, len(held_out) - 1), strict=True):
+        clip = read_fitted_clip(held_out, index, limits)
+        np.testing.assert_array_equal(each.request.image, clip.frames[0])
+        np.testing.assert_array_equal(each.read_reference().frames, clip.frames)
+    assert len(requests.make_caption_requests(held_out, limits, count=99, seed=3)) == len(
         {info.caption for info in held_out.infos}
     )
+
+
+def test_the_reference_of_a_prompt_of_shapes_follows_it_at_the_sample_s_size():
+    made = ShapesEvaluation().make_requests(None, 5, image=False)[::9]
+    references = [each.read_reference() for each in made]
+    prompts = [each.request.prompt for each in made]
+    judged = PromptFollowing().measure(MetricBatch(samples=references, prompts=prompts))
+    assert [result.size for result in judged] == [each.request.size for each in made]
+    for each, result in zip(made, judged, strict=True):
+        description, geometry = each.scene
+        assert shapes.format_caption(description) == each.request.prompt
+        assert result.judgement.colour == description.colour
+        below = shapes.get_centroid_offset(description.shape, geometry.radius)
+        start = (geometry.row + below) / result.size.h, geometry.column / result.size.w
+        assert result.judgement.start == pytest.approx(start, abs=0.03)
+        assert each.is_trained_caption == (description not in shapes.HELD_OUT)
 
 
 # Samples in files.
@@ -183,92 +200,105 @@ def test_reconstructions_are_of_the_held_out_clips_at_their_training_sizes(tiny_
     assert [one.name for one in results] == [info.name for info in held_out.infos]
     for one, info in zip(results, held_out.infos, strict=True):
         assert one.original.frames.shape == one.decoded.frames.shape == (info.frames, info.height, info.width, 3)
-        assert 5 < one.psnr < 60
-        assert 0 <= one.ssim < 1
-
-
-def test_the_psnr_of_equal_clips_is_written_as_100_db(tiny_pipeline, held_out, limits, monkeypatch):
-    monkeypatch.setattr(LatentCodec, "reconstruct", lambda _, clip: clip)
-    results = evaluate.reconstruct(tiny_pipeline.codec, held_out, limits)
-    assert all(math.isinf(one.psnr) for one in results)
-    figures = evaluate._compute_reconstruction_metrics(results)
-    assert figures["psnr"] == 100.0
-    assert figures["ssim"] == pytest.approx(1.0)
-    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+        assert 5 < psnr(one.original.frames, one.decoded.frames) < 60
+        assert 0 <= ssim(one.original.frames, one.decoded.frames) < 1
+        assert one.baseline is None
 
 
 def test_the_best_linear_autoencoder_is_reported_for_comparison(tiny_pipeline, tiny_run, held_out, limits):
-    run = Run.open(tiny_run)
-    linear = run.linear_baseline()
+    linear = Run.open(tiny_run).linear_baseline()
     assert linear.basis.shape[1] == tiny_pipeline.config.autoencoder.channels
     results = evaluate.reconstruct(tiny_pipeline.codec, held_out, limits, linear=linear)
-    figures = evaluate._compute_reconstruction_metrics(results)
-    assert figures["linear_psnr"] == pytest.approx(np.mean([one.linear_psnr for one in results]))
-    for one in results:
-        assert one.linear_decoded.frames.shape == one.original.frames.shape
-        assert one.linear_psnr == evaluate.psnr(one.original.frames, one.linear_decoded.frames)
-        assert 10 < one.linear_psnr < 60
+    baselines = [one.baseline for one in results]
+    values = LinearPsnr().measure(MetricBatch(pairs=results, baselines=baselines))
+    for one, value in zip(results, values, strict=True):
+        assert one.baseline.frames.shape == one.original.frames.shape
+        assert 10 < value == psnr(one.original.frames, one.baseline.frames) < 60
 
 
 def test_an_autoencoder_alone_is_measured_and_reported(tiny_run, held_out, tmp_path):
     run = Run.open(tiny_run)
-    measured = evaluate.evaluate_autoencoder(run, tmp_path)
-    assert measured.metrics["reconstruction"]["clips"].keys() == {info.name for info in held_out.infos}
-    assert json.loads((tmp_path / "metrics.json").read_text()) == measured.metrics
+    metrics = run.experiment.evaluation.metrics
+    measured = evaluate.evaluate_autoencoder(run.codec(), run.evaluation_clips(), tmp_path, metrics=metrics)
+    assert list(measured.results) == ["psnr", "ssim", "linear_psnr"]
+    assert measured.metrics["clips"].keys() == {info.name for info in held_out.infos}
+    for name, result in measured.results.items():
+        values = [clip[name] for clip in measured.metrics["clips"].values()]
+        assert result.estimate.value == np.mean(values)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written == json.loads(json.dumps(measured.metrics, allow_nan=False))
     write_autoencoder_report(tmp_path / "report.html", run, measured)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "the best linear autoencoder" in page
-    assert page.count("dB PSNR") == len(held_out)
-
-
-def test_the_judge_finds_rendered_samples_right():
-    clips = [shapes.render_example(index, seed=4) for index in range(12)]
-    results = evaluate.judge_samples([SavedSample({"prompt": clip.caption}, clip) for clip in clips])
-    rates = prompt_following(results)["all"]
-    assert [rates[name]["rate"] for name in ("colour", "shape", "direction")] == [1.0, 1.0, 1.0]
-    assert rates["colour"]["count"] == 12
-    assert prompt_following([])["all"]["colour"]["rate"] is None
+    assert page.count("SSIM <b>") == len(held_out)
 
 
 def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_run, held_out, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "make_shape_requests", lambda seed: REQUESTS)
-    measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=7, run=Run.open(tiny_run), guidance=1.0)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == measured.metrics
+    monkeypatch.setattr(requests, "make_shape_requests", lambda seed: REQUESTS)
+    measured = evaluate.evaluate(
+        tiny_pipeline, tmp_path, seed=7, clips=Run.open(tiny_run).evaluation_clips(), guidance=1.0
+    )
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written == json.loads(json.dumps(measured.metrics, allow_nan=False))
     assert measured.metrics["parameters"] == tiny_pipeline.count_parameters()
-    assert measured.metrics["reconstruction"]["clips"].keys() == {info.name for info in held_out.infos}
-    assert measured.metrics["prompt_following"]["all"]["colour"]["count"] == len(REQUESTS)
+    assert measured.metrics["clips"].keys() == {info.name for info in held_out.infos}
+    assert [entry["name"] for entry in written["results"]] == list(measured.results)
+    (entry,) = (entry for entry in written["results"] if entry["name"] == "colour")
+    estimate = measured.results["colour"].estimate
+    assert (entry["value"], entry["interval"], entry["count"]) == (
+        estimate.value,
+        list(estimate.interval),
+        len(REQUESTS),
+    )
+    assert (entry["unit"], entry["is_higher_better"]) == ("%", True)
+    assert entry["metric"] == "dit_video.evaluation.metrics.prompt_following:PromptFollowing"
     seconds = measured.metrics["sampling"].pop("seconds")
     assert seconds >= 0
     assert measured.metrics["sampling"] == {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "sampler": "euler"}
     assert len(measured.samples) == 3
-    assert [result.description for result in measured.judgements] == [
-        shapes.parse_caption(one.prompt) for one in REQUESTS
-    ]
+    batch = MetricBatch(samples=[clip for _, clip in measured.samples], prompts=[one.prompt for one in REQUESTS])
+    judged = PromptFollowing().list_examples(tuple(PromptFollowing().measure(batch)))
+    assert list(measured.metrics["samples"].values()) == judged
     assert len(measured.reconstructions) == len(held_out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "samples"]
+
+
+def test_samples_do_not_depend_on_the_metrics(tiny_pipeline, tiny_run, tmp_path, monkeypatch):
+    """Without a metric of reconstructions nothing is reconstructed."""
+    monkeypatch.setattr(requests, "make_shape_requests", lambda seed: REQUESTS)
+    config = replace(tiny_pipeline.config, evaluation=ShapesEvaluation(metrics=(PromptFollowing(),)))
+    few = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline.denoiser_params)
+    clips = Run.open(tiny_run).evaluation_clips()
+    measured = evaluate.evaluate(tiny_pipeline, tmp_path / "all", seed=7, clips=clips)
+    one = evaluate.evaluate(few, tmp_path / "one", seed=7, clips=clips)
+    for first, second in zip(one.samples, measured.samples, strict=True):
+        assert first.entry == second.entry
+        np.testing.assert_array_equal(first.clip.frames, second.clip.frames)
+    assert one.results.items() <= measured.results.items()
+    assert (one.reconstructions, one.metrics["clips"]) == ([], {})
 
 
 def test_an_evaluation_by_captions_uses_held_out_captions(tiny_pipeline, tiny_run, tmp_path):
     config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation(trained=3, held_out=2))
     pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline.denoiser_params)
     run = Run.open(tiny_run)
-    measured = evaluate.evaluate(pipeline, tmp_path, seed=0, run=run)
+    measured = evaluate.evaluate(pipeline, tmp_path, seed=0, clips=run.evaluation_clips())
     prompts = [sample.entry["prompt"] for sample in measured.samples]
     assert measured.is_trained_caption == [True, True, True, False, False]
-    assert set(prompts[:3]) <= {info.caption for info in run.training_clips.infos}
-    assert set(prompts[3:]) <= {info.caption for info in run.held_out_clips.infos}
+    assert set(prompts[:3]) <= {info.caption for info in run.runtime.training_clips.infos}
+    assert set(prompts[3:]) <= {info.caption for info in run.runtime.held_out_clips.infos}
     assert len({sample.entry["seed"] for sample in measured.samples}) == 5
-    assert "prompt_following" not in measured.metrics
-    assert not measured.judgements
+    assert list(measured.results) == ["psnr", "ssim", "linear_psnr"]
     with pytest.raises(UserError, match="there are no captions to sample"):
         evaluate.evaluate(pipeline, tmp_path / "other", seed=0)
 
 
 def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "make_shape_requests", lambda seed: REQUESTS[1:2])
+    monkeypatch.setattr(requests, "make_shape_requests", lambda seed: REQUESTS[1:2])
     measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=0)
-    assert "reconstruction" not in measured.metrics
     assert measured.reconstructions == []
+    assert measured.results["psnr"].estimate == MetricValue(value=None, count=0)
+    assert measured.results["colour"].estimate.count == 1
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def convolutional(tiny):
         steps=3,
         loss=loss,
     )
-    denoiser = replace(tiny.EXPERIMENT.denoiser, rows=replace(tiny.EXPERIMENT.denoiser.rows, tokens=160))
+    denoiser = replace(tiny.EXPERIMENT.denoiser, layout=replace(tiny.EXPERIMENT.denoiser.layout, tokens=160))
     return replace(tiny.EXPERIMENT, autoencoder=autoencoder, denoiser=denoiser, log_every=1)
 
 
@@ -35,7 +35,8 @@ def convolutional(tiny):
 def test_any_autoencoder_is_trained_against_a_discriminator(convolutional, tiny_clips, tmp_path):
     run = Run.create(tmp_path / "run", convolutional)
     run.take(tiny_clips)
-    params = run.train_autoencoder()
+    run.run_stages("autoencoder")
+    params = run.codec().params
     assert params["normalizer"]["std"].shape == (4,)
     assert (params["normalizer"]["std"] != 1).all()
     entries = logging.read_metrics(tmp_path / "run" / "autoencoder" / "metrics.jsonl")
@@ -56,5 +57,5 @@ def test_weights_of_lpips_that_are_not_there_end_a_run_before_it_trains(tiny, ti
     run = Run.create(tmp_path / "run", experiment)
     run.take(tiny_clips)
     with pytest.raises(MissingError, match=r"no such file of LPIPS weights: .*lpips\.safetensors"):
-        run.train_autoencoder()
+        run.run_stages("autoencoder")
     assert not (tmp_path / "run" / "autoencoder").exists()

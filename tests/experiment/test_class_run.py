@@ -27,9 +27,11 @@ def names(tiny_clips):
 def experiment(tiny, names):
     """Return the tiny experiment with captions that name classes."""
     labels = ClassLabels(classes=len(names))
-    dit = dataclasses.replace(tiny.EXPERIMENT.denoiser.dit, context=NoContext(), context_width=0, labels=labels)
+    backbone = dataclasses.replace(
+        tiny.EXPERIMENT.denoiser.backbone, context=NoContext(), context_width=0, labels=labels
+    )
     text, rows = ClassNamesConfig(classes=len(names), names=names), PackedShape(tokens=12, text=3, segments=3)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, dit=dit, text=text, rows=rows)
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, backbone=backbone, text=text, rows=rows)
     return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
 
 
@@ -43,11 +45,11 @@ def begun(folder, experiment, tiny_run):
 
 
 def test_classes_are_learned_and_sampled_by_name(tiny, tiny_run, names, tmp_path):
-    begun(tmp_path / "run", experiment(tiny, names), tiny_run).export()
+    begun(tmp_path / "run", experiment(tiny, names), tiny_run).run_stages()
     pipeline = dit_video.load(tmp_path / "run")
     assert pipeline.denoiser_params["text"] == {}
-    label = np.asarray(pipeline.denoiser_params["dit"]["labels"])
-    assert label.shape == (len(names) + 1, tiny.EXPERIMENT.denoiser.dit.width)
+    label = np.asarray(pipeline.denoiser_params["backbone"]["labels"])
+    assert label.shape == (len(names) + 1, tiny.EXPERIMENT.denoiser.backbone.width)
 
     def sample_latents(prompt):
         return pipeline.generate(prompt, size=SIZE, steps=2, guidance=1.0, output="latents")
@@ -60,7 +62,7 @@ def test_classes_are_learned_and_sampled_by_name(tiny, tiny_run, names, tmp_path
 def test_captions_that_are_no_classes_are_refused(tiny, tiny_run, names, tmp_path):
     run = begun(tmp_path / "run", experiment(tiny, ("a dog", *names[1:])), tiny_run)
     with pytest.raises(UserError, match=f"{names[0]!r} is no class"):
-        run.export()
+        run.run_stages()
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, text=ClassNamesConfig(classes=3))
     with pytest.raises(UserError, match="captions are of 3 classes, the denoiser's labels of 0"):
         dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)

@@ -21,7 +21,7 @@ CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / 
 
 
 def change_field(value, path, new):
-    """Change one field of a nested dataclass, as in `change_field(experiment, "denoiser.dit.channels", 3)`."""
+    """Change one field of a nested dataclass, as in `change_field(experiment, "denoiser.backbone.channels", 3)`."""
     name, _, rest = path.partition(".")
     return replace(value, **{name: change_field(getattr(value, name), rest, new) if rest else new})
 
@@ -43,24 +43,24 @@ DISAGREEMENTS = [
     ("autoencoder.windows", (WindowConfig(size=Grid(9, 32, 32), batch=4),), "larger than any clip"),
     ("autoencoder.model", PatchVaeConfig(stride=Grid(3, 8, 8), channels=4), "T=9 is not 1 + 3k"),
     # output of one part that the other refuses
-    ("denoiser.dit.channels", 5, "Use dit.channels=4."),
-    ("denoiser.dit.context_width", 8, "Use dit.context_width=16."),
+    ("denoiser.backbone.channels", 5, "Use backbone.channels=4."),
+    ("denoiser.backbone.context_width", 8, "Use backbone.context_width=16."),
     (
         "autoencoder.model",
         PatchVaeConfig(stride=Grid(4, 1, 1), channels=16),
         "channels=16 is invalid: a patch of (4, 1, 1) pixels has only 12 values",
     ),
     # rows
-    ("denoiser.rows", PackedShape(tokens=5, text=96, segments=3), "Use rows.tokens=6,"),
-    ("denoiser.rows", PackedShape(tokens=12, text=28, segments=3), "Use text.max_tokens=28 or less"),
+    ("denoiser.layout", PackedShape(tokens=5, text=96, segments=3), "Use layout.tokens=6,"),
+    ("denoiser.layout", PackedShape(tokens=12, text=28, segments=3), "Use text.max_tokens=28 or less"),
     (
-        "denoiser.rows",
+        "denoiser.layout",
         PackedShape(tokens=12, text=97, segments=3),
-        "rows.text=97 is invalid: it is not divisible by the text encoder's patch",
+        "layout.text=97 is invalid: it is not divisible by the text encoder's patch",
     ),
-    ("denoiser.rows", PackedShape(tokens=12, text=96, segments=0), "rows.segments=0 is invalid"),
-    ("denoiser.dit.patch", Grid(2, 2, 2), "dit.patch.t=2 is invalid"),
-    ("denoiser.dit.patch", Grid(1, 0, 2), "dit.patch=0 is invalid"),
+    ("denoiser.layout", PackedShape(tokens=12, text=96, segments=0), "layout.segments=0 is invalid"),
+    ("denoiser.backbone.patch", Grid(2, 2, 2), "backbone.patch.t=2 is invalid"),
+    ("denoiser.backbone.patch", Grid(1, 0, 2), "backbone.patch=0 is invalid"),
     ("data.max_pixels", 15 * 16, "less than one multiple of 16x16"),
     ("data.max_pixels", 64 * 64, "lower data.max_pixels"),
     ("data.fps", 0.0, "fps=0.0 is invalid: it must be positive"),
@@ -82,7 +82,7 @@ DISAGREEMENTS = [
     ),
     ("autoencoder.loss.adversarial", AdversarialConfig(layers=5), "windows of 32 pixels or more, but one has 16"),
     ("denoiser.time_per", "frame", "a denoiser with time='token'"),
-    ("denoiser.dit.variance", "predicted", "variance='predicted' of the denoiser and a LearnedVariance"),
+    ("denoiser.backbone.variance", "predicted", "variance='predicted' of the denoiser and a LearnedVariance"),
     ("denoiser.image_encoder", "clip", "attends to no image tokens; leave out image_encoder"),
     ("denoiser.frame_conditioning", FrameConditioning(), "needs cond_channels or time="),
     ("log_every", 0, "log_every=0 is invalid"),

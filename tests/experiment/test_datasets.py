@@ -108,7 +108,7 @@ def test_an_ingested_data_set_is_used_where_it_lies(tiny, tiny_clips, tmp_path):
     started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
     started.take(tmp_path / "ingested")
     started.take(tmp_path / "ingested")
-    assert started.clips.infos == ClipSource(tmp_path / "ingested").infos
+    assert started.runtime.clips.infos == ClipSource(tmp_path / "ingested").infos
     assert (tmp_path / "run" / "data").is_symlink()
     ingest(tiny_clips, tmp_path / "other")
     with pytest.raises(UserError, match="was started with the data set"):
@@ -128,7 +128,7 @@ def test_data_and_latents_at_an_address_make_the_same_pipeline(tiny, tiny_run, t
     assert weights == (tiny_run / "pipeline" / "denoiser.safetensors").read_bytes()
 
     again = Run.open(tmp_path / "run")  # the address of the latents is remembered
-    assert str(again.encode_latents().folder) == f"{memory}/latents"
+    assert str(again.open_latents().folder) == f"{memory}/latents"
     with pytest.raises(UserError, match=f"started with the latents {memory}/latents, not {memory}/other; name that"):
         again.train(f"{memory}/data", latents=f"{memory}/other")
     path = tmp_path / "run" / "autoencoder" / "weights.safetensors"
@@ -136,7 +136,7 @@ def test_data_and_latents_at_an_address_make_the_same_pipeline(tiny, tiny_run, t
     other["decoder_out"]["bias"] = other["decoder_out"]["bias"] + 1
     save_weights(path, other)
     with pytest.raises(UserError, match=f"{memory}/latents holds latents of autoencoder"):
-        again.encode_latents()
+        again.open_latents()
 
 
 def test_linked_latents_are_refused_if_the_run_caches_none_or_has_other_latents(tiny, tiny_run, tmp_path):

@@ -20,17 +20,17 @@ SIZE = (5, 16, 16)
 def test_a_model_that_reads_first_frames_is_trained_evaluated_and_sampled(tiny, tiny_run, tmp_path):
     """By default the latents of other frames are zeros; a mask needs one channel only."""
     training = tiny.EXPERIMENT.denoiser
-    dit = dataclasses.replace(training.dit, cond_channels=training.dit.channels + 1)
-    denoiser = dataclasses.replace(training, dit=dit, frame_conditioning=FrameConditioning())
+    backbone = dataclasses.replace(training.backbone, cond_channels=training.backbone.channels + 1)
+    denoiser = dataclasses.replace(training, backbone=backbone, frame_conditioning=FrameConditioning())
     evaluation = CaptionEvaluation(trained=2, held_out=0)
     experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, evaluation=evaluation)
     run = Run.create(tmp_path / "run", experiment)
     run.take((tiny_run / "data").resolve())
     (tmp_path / "run" / "autoencoder").mkdir()
     shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
-    run.export()
+    run.run_stages()
     pipeline = dit_video.load(tmp_path / "run")
-    result = evaluate(pipeline, tmp_path / "evaluation", seed=0, run=run)
+    result = evaluate(pipeline, tmp_path / "evaluation", seed=0, clips=run.evaluation_clips())
     assert len(result.samples) == 2
     assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     image = np.random.default_rng(0).integers(0, 256, (*SIZE[1:], 3), dtype=np.uint8)

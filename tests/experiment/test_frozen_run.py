@@ -35,8 +35,8 @@ def experiment(tiny, folder, **data):
     """Return the tiny experiment with a frozen text encoder."""
     denoiser = tiny.EXPERIMENT.denoiser
     text = FrozenTextConfig(folder=str(folder), width=8, max_tokens=6)
-    dit = dataclasses.replace(denoiser.dit, context_width=8)
-    denoiser = dataclasses.replace(denoiser, text=text, dit=dit)
+    backbone = dataclasses.replace(denoiser.backbone, context_width=8)
+    denoiser = dataclasses.replace(denoiser, text=text, backbone=backbone)
     data = dataclasses.replace(tiny.EXPERIMENT.data, **data)
     return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, data=data)
 
@@ -63,7 +63,7 @@ def frozen_run(tiny, tiny_run, encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen") / "run"
     with pytest.MonkeyPatch.context() as patch:
         opened = use_fake_embedder(patch)
-        start(folder, experiment(tiny, encoder), tiny_run).export()
+        start(folder, experiment(tiny, encoder), tiny_run).run_stages()
         assert len(opened) == 1, "its weights are read once"
     return folder
 
@@ -92,7 +92,7 @@ def test_a_run_with_cached_embeddings_continues_without_the_encoder_bit_for_bit(
     for checkpoint in (copy / "denoiser" / "checkpoints").iterdir():
         if int(checkpoint.name) > 4:
             shutil.rmtree(checkpoint)
-    Run.open(copy).export()
+    Run.open(copy).run_stages()
     for name in ("denoiser.safetensors", "pipeline.json"):
         assert (copy / "pipeline" / name).read_bytes() == (frozen_run / "pipeline" / name).read_bytes()
     assert opened == []
@@ -148,21 +148,21 @@ def test_latents_of_another_encoder_or_of_none_are_refused(tiny, tiny_run, froze
     shutil.copytree(frozen_run / "latents", tmp_path / "run" / "latents")
     identities = LatentSource(frozen_run / "latents").identity["text"], FakeEmbedder(tmp_path, max_tokens=6).identity
     with pytest.raises(UserError, match="holds latents of text {}, but {} was requested".format(*identities)) as error:
-        begun.train_denoiser()
+        begun.run_stages()
     assert "\n" not in str(error.value)
     shutil.rmtree(tmp_path / "run" / "latents")
     shutil.copytree(tiny_run / "latents", tmp_path / "run" / "latents")
     with pytest.raises(UserError, match=f"holds latents of text none, but {identities[1]} was requested"):
-        begun.train_denoiser()
+        begun.run_stages()
 
 
 @pytest.mark.slow
 def test_captions_of_clips_without_a_cache_are_embedded_and_kept(tiny, tiny_run, encoder, tmp_path, opened):
     begun = start(tmp_path / "run", experiment(tiny, encoder, cache_latents=False), tiny_run)
-    params = begun.train_denoiser()
-    assert params["text"] == {}
+    begun.run_stages()
+    assert begun.load_pipeline().denoiser_params["text"] == {}
     assert opened[-1].cache == tmp_path / "run" / "texts"
-    captions = {caption for info in begun.training_clips.infos for caption in info.captions}
+    captions = {caption for info in begun.runtime.training_clips.infos for caption in info.captions}
     assert set(opened[-1].texts) == {"", *captions}
     assert not (tmp_path / "run" / "latents").exists()
 
@@ -171,7 +171,7 @@ def test_a_frozen_encoder_with_the_wrong_width_or_too_many_tokens_is_refused(tin
     frozen = experiment(tiny, "encoder")
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(frozen)))) == frozen
     wide = dataclasses.replace(frozen.denoiser.text, width=16)
-    with pytest.raises(UserError, match=r"Use dit.context_width=16"):
+    with pytest.raises(UserError, match=r"Use backbone.context_width=16"):
         dataclasses.replace(frozen, denoiser=dataclasses.replace(frozen.denoiser, text=wide))
     long = dataclasses.replace(frozen.denoiser.text, max_tokens=512)
     with pytest.raises(UserError, match=r"Use text.max_tokens=96 or less"):

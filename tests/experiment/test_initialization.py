@@ -20,7 +20,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import AutoencoderTraining
-from dit_video.experiment.initialization import load_initial_params
+from dit_video.experiment.autoencoder import load_initial_params
 from dit_video.experiment.run import Run
 from dit_video.families import save_autoencoder
 from dit_video.tokens import Grid, PackedShape
@@ -97,11 +97,12 @@ def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_
     experiment = dataclasses.replace(
         tiny.EXPERIMENT,
         autoencoder=training(InflatedConfig(image=IMAGE), folder),
-        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, rows=PackedShape(tokens=512, text=96, segments=3)),
+        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, layout=PackedShape(tokens=512, text=96, segments=3)),
     )
     run = Run.create(tmp_path / "run", experiment)
     run.take(tiny_clips)
-    trained, image = flatten(run.train_autoencoder()), flatten(make_random_params(IMAGE.make))
+    run.run_stages("autoencoder")
+    trained, image = flatten(run.codec().params), flatten(make_random_params(IMAGE.make))
     assert len(trained) > len(image)
     for path, value in trained.items():
         if path in image:  # the latents' mean and deviation too
@@ -113,7 +114,8 @@ def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_
     again = Run.open(run.folder)
     elsewhere = dataclasses.replace(experiment.autoencoder, init_from=str(tmp_path / "gone"))
     again = dataclasses.replace(again, experiment=dataclasses.replace(experiment, autoencoder=elsewhere))
-    for path, value in flatten(again.train_autoencoder()).items():
+    again.run_stages("autoencoder")
+    for path, value in flatten(again.codec().params).items():
         np.testing.assert_array_equal(value, trained[path])
 
 
@@ -133,12 +135,13 @@ def test_a_codebook_starts_at_latents_unless_its_weights_are_loaded(
             windows=(WindowConfig(size=Grid(1, 16, 16), batch=4),),
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup=1),
         ),
-        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, rows=PackedShape(tokens=512, text=96, segments=3)),
+        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, layout=PackedShape(tokens=512, text=96, segments=3)),
         log_every=1,
     )
     run = Run.create(tmp_path / "run", experiment)
     run.take(tiny_clips)
-    trained = run.train_autoencoder()
+    run.run_stages("autoencoder")
+    trained = run.codec().params
     log = [json.loads(line) for line in (run.folder / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
     assert len(log) == 4
     assert all(0 < entry["usage"] <= 1 and entry["perplexity"] >= 1 for entry in log)

@@ -12,16 +12,20 @@ from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.synthetic import shapes
+from dit_video.distributed import make_mesh
 from dit_video.experiment import input_pipeline
 from dit_video.experiment.run import Run
+from dit_video.tokens import PackedShape
 from support.fakes import tokenize
+
+ROWS = PackedShape(tokens=12, text=96, segments=3)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"buckets": BucketConfig(memory=BatchMemory(fixed=1, per_token=10), budget=12)},
+            {"layout": BucketConfig(sampling=ROWS, memory=BatchMemory(fixed=1, per_token=10), budget=12)},
             "takes .* bytes, but the budget is 12",
         ),
         ({"batch": 3}, "a batch of 3 rows does not divide among 2 devices"),
@@ -56,10 +60,10 @@ def test_positions_of_rows_count_the_seconds_of_each_clip(tiny, tiny_run):
     """The clips have 8 frames a second, and a latent frame stands for 4 of them."""
     clips, latents = ClipSource(tiny_run / "data"), LatentSource(tiny_run / "latents")
     denoiser = tiny.EXPERIMENT.denoiser
-    timed = dataclasses.replace(denoiser, dit=dataclasses.replace(denoiser.dit, time_coordinate="seconds"))
+    timed = dataclasses.replace(denoiser, backbone=dataclasses.replace(denoiser.backbone, time_coordinate="seconds"))
     experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=timed)
     batches = input_pipeline.make_cached_batches(
-        experiment, latents, clips, TokenizedCaptions(latents.all_captions, tokenize)
+        experiment, make_mesh(experiment.mesh), latents, clips, TokenizedCaptions(latents.all_captions, tokenize)
     )(0)
     result = {time for _ in range(4) for time in next(batches).positions[..., 0].flat}
     batches.close()

@@ -1,7 +1,6 @@
 """A run that trains adapters of another run's denoiser."""
 
 import dataclasses
-import itertools
 import json
 import shutil
 
@@ -11,18 +10,20 @@ import pytest
 import dit_video
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
+from dit_video.experiment import AllWeights, LoraAdapters
+from dit_video.experiment.denoiser import open_trainable_denoiser
 from dit_video.experiment.run import Run
 from dit_video.nn import LoraConfig, merge_lora
-from dit_video.training import trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.optim.optimizer import OptimizerConfig
 from dit_video.weights import get_native_modules, load_lora, save
 from dit_video.weights import load as load_weights
 from support.devices import wait_until
+from support.interruptions import interrupt
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-LORA = LoraConfig(rank=2, alpha=3.0, targets=(r"^dit/blocks/.*kernel$",))
+LORA = LoraConfig(rank=2, alpha=3.0, targets=(r"^backbone/blocks/.*kernel$",))
 
 
 def adapting(tiny, tiny_run, folder, **changes):
@@ -31,8 +32,7 @@ def adapting(tiny, tiny_run, folder, **changes):
     (folder / "experiment.json").unlink()
     denoiser = dataclasses.replace(
         tiny.EXPERIMENT.denoiser,
-        init_from=str(tiny_run),
-        lora=LORA,
+        train=LoraAdapters(init_from=str(tiny_run), lora=LORA),
         steps=6,
         optimizer=OptimizerConfig(learning_rate=3e-2, warmup=1),
     )
@@ -40,6 +40,13 @@ def adapting(tiny, tiny_run, folder, **changes):
         tiny.EXPERIMENT, denoiser=dataclasses.replace(denoiser, **changes), save_every=2, log_every=2
     )
     return Run(folder=folder, experiment=experiment, command="python train.py")._write_config()
+
+
+def open_trained(run):
+    """Return what a run trains of its denoiser."""
+    config, folder = run.experiment.denoiser, run.folder / "denoiser"
+    is_resuming = run.runtime.open_checkpoints("denoiser").latest() is not None
+    return open_trainable_denoiser(config, folder, run.runtime.mesh, is_resuming=is_resuming)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +64,7 @@ def leaves(folder):
 def test_adapters_alone_are_trained_and_the_result_is_merged(tiny_run, adapted):
     before, after = leaves(tiny_run), leaves(adapted)
     assert before.keys() == after.keys()
-    targets = {path for path in before if path.startswith("dit/blocks/") and path.endswith("kernel")}
+    targets = {path for path in before if path.startswith("backbone/blocks/") and path.endswith("kernel")}
     assert len(targets) > 3
     for path, leaf in before.items():
         moved = np.abs(after[path] - leaf).max()
@@ -85,20 +92,9 @@ def test_loading_the_adapter_file_into_the_base_model_gives_the_pipeline(tiny_ru
 def test_an_interrupted_adapter_run_ends_bit_for_bit_like_the_uninterrupted_one(
     tiny, tiny_run, tiny_clips, adapted, tmp_path, monkeypatch
 ):
-    run, calls, real = adapting(tiny, tiny_run, tmp_path / "run"), itertools.count(1), trainer.make_step
-
-    def make_step(*arguments, **kwargs):
-        step = real(*arguments, **kwargs)
-
-        def interrupted(state, batch):
-            if next(calls) == 4:  # like a kill
-                raise KeyboardInterrupt
-            return step(state, batch)
-
-        return interrupted
-
+    run = adapting(tiny, tiny_run, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "make_step", make_step)
+        interrupt(patch, call=4, how="killed")
         with pytest.raises(KeyboardInterrupt):
             run.train(tiny_clips)
     checkpoints = Checkpoints(run.folder / "denoiser" / "checkpoints")
@@ -112,34 +108,36 @@ def test_an_interrupted_adapter_run_ends_bit_for_bit_like_the_uninterrupted_one(
 
 def test_continuing_from_other_base_weights_is_refused(tiny, tiny_run, adapted, tmp_path):
     start = shutil.copytree(tiny_run / "pipeline", tmp_path / "start")
-    run = adapting(tiny, tiny_run, tmp_path / "run", init_from=str(start))
-    run._trained_denoiser()
+    run = adapting(tiny, tiny_run, tmp_path / "run", train=LoraAdapters(init_from=str(start), lora=LORA))
+    open_trained(run)
     weights = load_weights(start / "denoiser.safetensors")
-    weights["dit"]["head"]["bias"] = weights["dit"]["head"]["bias"] + 1
+    weights["backbone"]["head"]["bias"] = weights["backbone"]["head"]["bias"] + 1
     save(start / "denoiser.safetensors", weights)
     with pytest.raises(UserError, match=r"has other weights .* than before .*; put them back"):
-        run._trained_denoiser()
+        open_trained(run)
 
 
 def test_a_missing_or_mismatched_base_model_is_refused(tiny, tiny_run, tmp_path):
-    with pytest.raises(UserError, match=r"Set denoiser.init_from to their folder"):
-        adapting(tiny, tiny_run, tmp_path / "a", init_from=None)
+    nowhere = LoraAdapters(init_from=str(tmp_path / "nowhere"))
     with pytest.raises(MissingError, match="no such file"):
-        adapting(tiny, tiny_run, tmp_path / "b", init_from=str(tmp_path / "nowhere"))._trained_denoiser()
-    deep = dataclasses.replace(tiny.EXPERIMENT.denoiser.dit, layers=2)
-    with pytest.raises(UserError, match="holds another denoiser than the config's, in dit: layers is 1 there and 2"):
-        adapting(tiny, tiny_run, tmp_path / "c", dit=deep)._trained_denoiser()
+        open_trained(adapting(tiny, tiny_run, tmp_path / "b", train=nowhere))
+    deep = dataclasses.replace(tiny.EXPERIMENT.denoiser.backbone, layers=2)
+    with pytest.raises(
+        UserError, match="holds another denoiser than the config's, in backbone: layers is 1 there and 2"
+    ):
+        open_trained(adapting(tiny, tiny_run, tmp_path / "c", backbone=deep))
 
 
 @pytest.mark.slow
 def test_all_weights_can_be_trained_on_from_another_run(tiny, tiny_run, tiny_clips, tmp_path):
-    run = adapting(tiny, tiny_run, tmp_path / "run", lora=None, steps=2)
+    run = adapting(tiny, tiny_run, tmp_path / "run", train=AllWeights(init_from=str(tiny_run)), steps=2)
     run.train(tiny_clips)
     before, after = leaves(tiny_run), leaves(run.folder)
     drift = max(np.abs(after[path] - leaf).max() for path, leaf in before.items())
     assert 1e-4 < drift < 0.2  # two steps of .03 from there, not from another start
     assert not (run.folder / "adapter.safetensors").exists()
     shutil.rmtree(run.folder / "pipeline")
-    moved = dataclasses.replace(run.experiment.denoiser, init_from=str(tmp_path / "nowhere"))  # not needed any more
+    elsewhere = AllWeights(init_from=str(tmp_path / "nowhere"))  # not needed any more
+    moved = dataclasses.replace(run.experiment.denoiser, train=elsewhere)
     kept = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, denoiser=moved))
-    kept._trained_denoiser()
+    open_trained(kept)

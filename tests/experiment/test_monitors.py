@@ -13,10 +13,9 @@ from dit_video.backbones.flops import count_training_flops
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.experiment import monitors
+from dit_video.experiment import LoraAdapters, monitors
 from dit_video.experiment.run import Run
-from dit_video.nn import LoraConfig
-from dit_video.tokens import Grid, PackedExample, PackedShape, compute_positions, pack
+from dit_video.tokens import Grid, PackedExample, PackedShape, compute_positions, infer_grid, pack
 from dit_video.training.hooks import logging
 from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.training.optim.ema import EmaConfig
@@ -46,11 +45,11 @@ def test_the_flops_of_rows_are_those_of_their_clips(tiny):
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
     work = monitors.make_flops_fn(config)
     assert work is not None
-    assert work(batch) == count_training_flops(config.dit, [grid.volume for grid in grids], texts)
-    adapted = monitors.make_flops_fn(dataclasses.replace(config, init_from="somewhere", lora=LoraConfig()))
+    assert work(batch) == count_training_flops(config.backbone, [grid.volume for grid in grids], texts)
+    adapted = monitors.make_flops_fn(dataclasses.replace(config, train=LoraAdapters(init_from="somewhere")))
     assert adapted is not None
     assert adapted(batch) == work(batch) * 2 // 3
-    assert [monitors.infer_grid(compute_positions(grid)) for grid in grids] == list(grids)
+    assert [infer_grid(compute_positions(grid)) for grid in grids] == list(grids)
 
 
 WATCHED = MonitoringConfig(

@@ -19,7 +19,7 @@ def test_a_run_that_lost_its_folder_continues_from_remote_checkpoints(
     elsewhere = tmp_path / "bucket" / "run"
     first = Run.create(tmp_path / "first", tiny.EXPERIMENT)
     first.prepare(tiny_clips, checkpoints=elsewhere)
-    first.train_autoencoder()
+    first.run_stages("autoencoder")
     with monkeypatch.context() as patch:
         interrupt(patch, call=3, how="Ctrl-C")
         with pytest.raises(KeyboardInterrupt):
@@ -43,4 +43,4 @@ def test_a_run_remembers_the_address_of_its_checkpoints(tiny, tmp_path, memory):
     run = Run.create(tmp_path / "run", tiny.EXPERIMENT)
     run.link_checkpoints(memory)
     run.link_checkpoints(memory)  # the same command again
-    assert Run.open(tmp_path / "run").get_checkpoint_folder("denoiser") == f"{memory}/denoiser"
+    assert Run.open(tmp_path / "run").runtime.get_checkpoint_folder("denoiser") == f"{memory}/denoiser"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.core import config_json, trees
+from dit_video.core import config_json, rng, trees
 from dit_video.core.errors import UserError
 from dit_video.data.augmentation import Augmentation
 from dit_video.data.bucketing.batches import BucketConfig
@@ -16,12 +16,15 @@ from dit_video.data.bucketing.buckets import BatchMemory
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.synthetic import shapes
 from dit_video.data.windows import ClipCrops, WindowConfig
-from dit_video.experiment import input_pipeline, trainers
+from dit_video.experiment import input_pipeline
 from dit_video.experiment.run import Run
+from dit_video.experiment.stages import autoencoder
 from dit_video.tokens import Grid
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging
+from dit_video.training.trainer import Trainer
 from dit_video.weights import load as load_weights
+from dit_video.weights import save as save_weights
 from support.devices import wait_until
 from support.interruptions import interrupt
 
@@ -95,9 +98,11 @@ def test_training_a_finished_run_again_recomputes_nothing(tiny, tiny_run, tiny_c
 def test_latents_are_those_of_the_training_clips_and_normalised(tiny, tiny_run):
     source, opened = LatentSource(tiny_run / "latents"), Run.open(tiny_run)
     held_out = set(tiny.EXPERIMENT.data.held_out)
-    assert {info.name for info in opened.held_out_clips.infos} == held_out
+    assert {info.name for info in opened.runtime.held_out_clips.infos} == held_out
     assert len(held_out) == tiny.HELD_OUT
-    assert {name.split("@")[0] for name in source.names} == {info.name for info in opened.clips.infos} - held_out
+    assert {name.split("@")[0] for name in source.names} == {
+        info.name for info in opened.runtime.clips.infos
+    } - held_out
     assert set(source.sizes) == {Grid(1, 2, 2), Grid(2, 2, 2), Grid(3, 2, 4)}
     values = np.concatenate([source[index].reshape(-1, 4) for index in range(len(source))])
     assert np.abs(values.mean(axis=0)).max() < 0.5
@@ -144,7 +149,7 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
 
     resumed = Run.open(copy)
     if stage == "autoencoder":
-        resumed.train_autoencoder()
+        resumed.run_stages("autoencoder")
         names = ["autoencoder/weights.safetensors"]
     else:
         assert_is_unfinished(dit_video.load(copy), tiny_pipeline)
@@ -161,17 +166,17 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
 
 def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monkeypatch):
     fitted = []
-    real = trainers.fit_linear
-    monkeypatch.setattr(trainers, "fit_linear", lambda *args, **kwargs: fitted.append(1) or real(*args, **kwargs))
+    real = autoencoder.fit_linear
+    monkeypatch.setattr(autoencoder, "fit_linear", lambda *args, **kwargs: fitted.append(1) or real(*args, **kwargs))
     (copy / "autoencoder" / "weights.safetensors").unlink()
-    Run.open(copy).train_autoencoder()  # from its last checkpoint
+    Run.open(copy).run_stages("autoencoder")  # from its last checkpoint
     assert fitted == []
     name = "autoencoder/weights.safetensors"
     assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
     shutil.rmtree(copy / "autoencoder")
-    monkeypatch.setattr(trainers, "train", lambda _run, _name, init, *_, **__: init(trainers.rng.key(0, "x")) and 1 / 0)
+    monkeypatch.setattr(Trainer, "run", lambda trainer, _: trainer.init(rng.key(0, "x")) and 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        Run.open(copy).train_autoencoder()
+        Run.open(copy).run_stages("autoencoder")
     assert fitted == [1]
 
 
@@ -182,8 +187,8 @@ def test_the_linear_start_is_fitted_on_clips_as_they_are(tiny, tiny_run, copy):
         experiment, autoencoder=dataclasses.replace(experiment.autoencoder, windows=windows)
     )
     (copy / "autoencoder" / "linear.safetensors").unlink()
-    again = dataclasses.replace(Run.open(copy), experiment=augmented).autoencoder.fit_linear_baseline()
-    for left, right in zip(again, Run.open(tiny_run).autoencoder.fit_linear_baseline(), strict=True):
+    again = dataclasses.replace(Run.open(copy), experiment=augmented).linear_baseline()
+    for left, right in zip(again, Run.open(tiny_run).linear_baseline(), strict=True):
         np.testing.assert_array_equal(left, right)
 
 
@@ -191,9 +196,9 @@ def test_latents_of_another_autoencoder_are_refused(copy):
     path = copy / "autoencoder" / "weights.safetensors"
     weights = load_weights(path)
     weights["decoder_out"]["bias"] = weights["decoder_out"]["bias"] + 1
-    trainers.save_weights(path, weights)
+    save_weights(path, weights)
     with pytest.raises(UserError, match="Encode the clips again"):
-        Run.open(copy).encode_latents()
+        Run.open(copy).open_latents()
 
 
 # Folders without a run, or with another one.
@@ -226,9 +231,10 @@ def test_files_that_cannot_be_decoded_are_skipped_and_counted(tiny, clips, tmp_p
     said = capsys.readouterr().err
     assert f"2 files cannot be decoded and are skipped, such as clips/{damaged.name}: " in said
     assert "1 files are not listed as clips by the source and are skipped" in said
-    assert len(started.clips) == tiny.COUNT - 2
+    assert len(started.runtime.clips) == tiny.COUNT - 2
     assert len(json.loads((tmp_path / "run" / "data" / "report.json").read_text())["quarantined"]) == 2
-    assert len(started.encode_latents()) == tiny.COUNT - 2 - tiny.HELD_OUT
+    started.run_stages("latents")
+    assert len(started.open_latents()) == tiny.COUNT - 2 - tiny.HELD_OUT
 
 
 def test_a_clip_that_is_too_small_ends_the_run_before_it_trains(tiny, clips, tmp_path):
@@ -260,27 +266,31 @@ def test_a_held_out_clip_that_does_not_exist_is_named(tiny, tiny_clips, tmp_path
 
 @pytest.fixture
 def two_windows(tiny, tiny_run):
-    """Return the trainer of a run with windows of two shapes."""
+    """Return a run with windows of two shapes."""
     windows = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
     autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=windows)
     return Run(folder=tiny_run, experiment=dataclasses.replace(tiny.EXPERIMENT, autoencoder=autoencoder), command="")
 
 
+def open_windows(run, crops, start, purpose):
+    return run.stages[0].open_windows(run.runtime, crops, start, purpose)
+
+
 def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
-    stretches = ClipCrops(two_windows.training_clips, two_windows.experiment.limits)
-    whole = list(itertools.islice(two_windows.autoencoder.open_windows(stretches, 0, "autoencoder"), 7))
+    stretches = ClipCrops(two_windows.runtime.training_clips, two_windows.experiment.limits)
+    whole = list(itertools.islice(open_windows(two_windows, stretches, 0, "autoencoder"), 7))
     assert [batch.shape[:2] for batch in whole] == [(2, 5), (1, 9), (2, 5), (1, 9), (2, 5), (1, 9), (2, 5)]
     for start in (1, 2, 5):
-        rest = list(itertools.islice(two_windows.autoencoder.open_windows(stretches, start, "autoencoder"), 7 - start))
+        rest = list(itertools.islice(open_windows(two_windows, stretches, start, "autoencoder"), 7 - start))
         assert all(np.array_equal(*pair) for pair in zip(rest, whole[start:], strict=True))
-    other = next(two_windows.autoencoder.open_windows(stretches, 0, "another purpose"))
+    other = next(open_windows(two_windows, stretches, 0, "another purpose"))
     assert not np.array_equal(other, whole[0])
 
 
 def test_clips_smaller_than_every_window_are_reported(two_windows, capsys):
-    stretches = ClipCrops(two_windows.training_clips, two_windows.experiment.limits)
-    two_windows.autoencoder.open_windows(stretches, 0, "autoencoder").close()
-    images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
+    stretches = ClipCrops(two_windows.runtime.training_clips, two_windows.experiment.limits)
+    open_windows(two_windows, stretches, 0, "autoencoder").close()
+    images = sum(info.frames == 1 for info in two_windows.runtime.training_clips.infos)
     assert images
     assert f"{images} clips are smaller than a window" in capsys.readouterr().err
 
@@ -297,12 +307,13 @@ def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
     with pytest.raises(UserError, match="both named one"):
         started.take(tmp_path / "one", tmp_path / "one")
     started.take(tmp_path / "one", tmp_path / "two")
-    count = len(Run.open(tiny_run).clips)
-    assert started.clips.dataset_sizes == (count, count)
-    assert [info.name for info in started.held_out_clips.infos] == sorted(held_out)
+    count = len(Run.open(tiny_run).runtime.clips)
+    assert started.runtime.clips.dataset_sizes == (count, count)
+    assert [info.name for info in started.runtime.held_out_clips.infos] == sorted(held_out)
     (tmp_path / "run" / "autoencoder").mkdir()
     shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
-    mixture = input_pipeline.make_mixture(started.encode_latents(), started.training_clips, data.weights)
+    started.run_stages("latents")
+    mixture = input_pipeline.make_mixture(started.open_latents(), started.runtime.training_clips, data.weights)
     assert mixture.sizes == (count - len(held_out), count)
     assert mixture.weights == (1.0, 3.0)
     assert len(mixture.variants) == 2 * count - len(held_out)
@@ -327,10 +338,11 @@ def test_a_run_can_train_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, 
     started.take(tiny_clips)
     (tmp_path / "run" / "autoencoder").mkdir()
     shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
-    params = started.train_denoiser()
+    started.run_stages()
+    params = started.load_pipeline().denoiser_params
     assert not (tmp_path / "run" / "latents").exists()
     summary = json.loads((tmp_path / "run" / "denoiser" / "rows.json").read_text())
-    assert summary["examples"] == len(started.training_clips)
+    assert summary["examples"] == len(started.runtime.training_clips)
     assert all(np.isfinite(leaf).all() for leaf in trees.flatten(params).values())
     entries = logging.read_metrics(tmp_path / "run" / "denoiser" / "metrics.jsonl")
     assert all(0 <= entry["padding"] < 1 and entry["masked"] == 0 for entry in entries)
@@ -339,8 +351,10 @@ def test_a_run_can_train_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, 
 @pytest.mark.slow
 def test_a_run_can_train_on_bucketed_batches(tiny, tiny_run, tiny_clips, tmp_path, capsys):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
-    buckets = BucketConfig(memory=BatchMemory(fixed=0, per_token=1), budget=24, count=2)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, buckets=buckets)
+    buckets = BucketConfig(
+        sampling=tiny.EXPERIMENT.denoiser.row_shape, memory=BatchMemory(fixed=0, per_token=1), budget=24, count=2
+    )
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, layout=buckets)
     experiment = dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser)
     assert config_json.from_json(config_json.to_json(experiment)) == experiment
     with pytest.raises(UserError, match="buckets are read from video files"):
@@ -349,7 +363,8 @@ def test_a_run_can_train_on_bucketed_batches(tiny, tiny_run, tiny_clips, tmp_pat
     started.take(tiny_clips)
     (tmp_path / "run" / "autoencoder").mkdir()
     shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
-    params = started.train_denoiser()
+    started.run_stages()
+    params = started.load_pipeline().denoiser_params
     assert all(np.isfinite(leaf).all() for leaf in trees.flatten(params).values())
     summary = json.loads((tmp_path / "run" / "denoiser" / "rows.json").read_text())
     assert 1 <= len(summary["buckets"]) <= 2
@@ -367,7 +382,7 @@ def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
     index["examples"]["captions"][0] = [index["examples"]["captions"][0][0][::-1]]
     (copy / "latents" / "latents.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="differ from those of its checkpoint at step"):
-        Run.open(copy).train_denoiser()
+        Run.open(copy).run_stages()
 
 
 def test_the_defaults_of_a_pipeline_come_from_its_training_data(tiny, tiny_run):

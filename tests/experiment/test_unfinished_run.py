@@ -6,8 +6,8 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import MissingError, UserError
-from dit_video.experiment import trainers
 from dit_video.experiment.run import Run
+from dit_video.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -33,8 +33,8 @@ def test_an_unfinished_run_is_loaded_without_its_clips(tiny_pipeline, copy):
 def test_what_is_read_of_a_run_trains_nothing(copy, monkeypatch):
     shutil.rmtree(copy / "pipeline")
     (copy / "autoencoder" / "weights.safetensors").unlink()
-    monkeypatch.setattr(trainers, "train", lambda *_, **__: pytest.fail("a training was started"))
+    monkeypatch.setattr(Trainer, "prepare", lambda *_: pytest.fail("a training was started"))
     run = Run.open(copy)
-    for read in (lambda: dit_video.load(copy), run.codec, run.encoding):
+    for read in (lambda: dit_video.load(copy), run.codec, run.encoding, run.open_latents):
         with pytest.raises(MissingError, match="no trained autoencoder yet; continue its training with: python"):
             read()

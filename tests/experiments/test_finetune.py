@@ -67,7 +67,7 @@ def finetuned(process, model, clips, tmp_path):
         assert {decode(sample).frames.shape[0] for sample in samples} == {5}
         assert (run / "report.html").is_file()
         pipeline = dit_video.load(run)
-        image = np.full((16, 16, 3), 200, np.uint8) if pipeline.config.dit.cond_channels else None
+        image = np.full((16, 16, 3), 200, np.uint8) if pipeline.config.backbone.cond_channels else None
         clip = pipeline.generate("a red ball", size=(5, 16, 16), steps=1, image=image)
         assert clip.frames.shape == (5, 16, 16, 3)
         return run
@@ -77,14 +77,14 @@ def finetuned(process, model, clips, tmp_path):
 
 def test_fine_tuning_with_lora_writes_adapters_that_reproduce_the_run(finetuned, model):
     run = finetuned("--learning-rate", 3e-2, "--lora.rank", 4)
-    assert not (run / TRANSFORMER_FOLDERS["dit"]).exists()
+    assert not (run / TRANSFORMER_FOLDERS["backbone"]).exists()
     start, trained = dit_video.load(model), flatten(dit_video.load(run).denoiser_params)
     for name in (LORA_FILE, ADAPTER_FILE):
         loaded = flatten(start.load_lora(run / name).denoiser_params)
         for path, leaf in trained.items():
             np.testing.assert_allclose(loaded[path], leaf, atol=1e-5, err_msg=path)
     for path, before in flatten(start.denoiser_params).items():
-        adapted = path.startswith("dit/blocks/") and path.endswith("kernel")
+        adapted = path.startswith("backbone/blocks/") and path.endswith("kernel")
         assert (np.abs(trained[path] - before).max() > 1e-4) == adapted, path
 
 
@@ -92,10 +92,10 @@ def test_full_fine_tuning_writes_and_changes_every_weight(finetuned, model):
     run = finetuned("--train", "full", "--learning-rate", 3e-3)
     assert not (run / LORA_FILE).exists()
     assert not (run / ADAPTER_FILE).exists()
-    config, written = load_denoiser(run / TRANSFORMER_FOLDERS["dit"])
+    config, written = load_denoiser(run / TRANSFORMER_FOLDERS["backbone"])
     before_config, before = load_denoiser(model / "transformer")
     assert config == before_config
-    trained, before = flatten(dit_video.load(run).denoiser_params["dit"]), flatten(before)
+    trained, before = flatten(dit_video.load(run).denoiser_params["backbone"]), flatten(before)
     for path, leaf in flatten(written).items():
         np.testing.assert_array_equal(leaf, trained[path], err_msg=path)
         assert np.abs(leaf - before[path]).max() > 1e-6, path
@@ -117,13 +117,13 @@ def test_fine_tuning_an_image_to_video_model_trains_the_layers_of_image_tokens(f
     assert pipeline.config.image_encoder == str(animating / "image_encoder")
     before, trained = flatten(start.denoiser_params), flatten(pipeline.denoiser_params)
     for path, leaf in before.items():
-        changed = train == "full" or (path.startswith("dit/blocks/") and path.endswith("kernel"))
+        changed = train == "full" or (path.startswith("backbone/blocks/") and path.endswith("kernel"))
         assert (np.abs(trained[path] - leaf).max() > 1e-6) == changed, path
     if train == "lora":
         loaded = flatten(start.load_lora(run / LORA_FILE).denoiser_params)
     else:
-        loaded = flatten({"dit": load_denoiser(run / TRANSFORMER_FOLDERS["dit"])[1]})
-    assert {"dit/blocks/image_key/kernel", "dit/blocks/image_value/kernel"} <= loaded.keys()
+        loaded = flatten({"backbone": load_denoiser(run / TRANSFORMER_FOLDERS["backbone"])[1]})
+    assert {"backbone/blocks/image_key/kernel", "backbone/blocks/image_value/kernel"} <= loaded.keys()
     for path, leaf in loaded.items():
         np.testing.assert_allclose(leaf, trained[path], atol=1e-5, err_msg=path)
 

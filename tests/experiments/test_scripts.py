@@ -16,7 +16,7 @@ import pytest
 from dit_video.core.storage import to_storage_path, upload
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.synthetic import shapes
-from dit_video.evaluation import evaluate
+from dit_video.evaluation import requests
 from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Request
 from dit_video.tokens import Grid
@@ -42,7 +42,7 @@ def copy(tiny_run, tmp_path):
 @pytest.fixture
 def few_samples(monkeypatch):
     """Restrict evaluations to three samples instead of all 162."""
-    monkeypatch.setattr(evaluate, "make_shape_requests", lambda seed: REQUESTS)
+    monkeypatch.setattr(requests, "make_shape_requests", lambda seed: REQUESTS)
 
 
 def assert_one_line(ended, message):
@@ -139,9 +139,11 @@ def test_evaluate_writes_the_metrics_and_the_report_of_a_run(script, copy, few_s
     metrics = json.loads((copy / "metrics.json").read_text())
     assert metrics["sampling"]["seed"] == 5
     assert metrics["sampling"]["sampler"] == "heun"
+    results = {entry["name"]: entry for entry in metrics["results"]}
     for name in ("colour", "shape", "direction"):
-        assert f"{name}: {metrics['prompt_following']['all'][name]['rate']:.1%}" in ended.out
-    assert "reconstruction of held-out clips: " in ended.out
+        assert f"{name} as prompted: {results[name]['value']:.1%} (" in ended.out
+    assert f"PSNR: {results['psnr']['value']:.2f} dB (" in ended.out
+    assert f"SSIM: {results['ssim']['value']:.4f} (" in ended.out
     assert f"report: {copy / 'report.html'}" in ended.out
     page = (copy / "report.html").read_text(encoding="utf-8")
     assert "1 steps of heun" in page
@@ -170,7 +172,7 @@ def test_train_continues_a_run_samples_it_and_reports(script, copy, tiny_clips, 
     assert ended.code == 0, ended.err
     assert (copy / "pipeline" / "denoiser.safetensors").read_bytes() == before
     assert {"metrics.json", "report.html", "samples"} <= {path.name for path in copy.iterdir()}
-    assert "reconstruction of held-out clips" in ended.out
+    assert "PSNR: " in ended.out
 
 
 def test_train_accepts_scalar_settings_on_the_command_line(script, copy, tiny_clips):
@@ -200,7 +202,7 @@ def test_train_accepts_addresses_of_data_sets(script, copy, tiny_clips, memory, 
     ended = script(*arguments, "--latents", f"{memory}/latents")
     assert ended.code == 0, ended.err
     assert (copy / "pipeline" / "denoiser.safetensors").read_bytes() == before
-    assert "reconstruction of held-out clips" in ended.out
+    assert "PSNR: " in ended.out
     assert_one_line(
         script(*arguments, "--latents", f"{memory}/l"), f"with the latents {memory}/latents, not {memory}/l"
     )
@@ -244,7 +246,7 @@ def test_train_refuses_files_that_are_no_configs(script, tmp_path):
     assert_one_line(start(tmp_path / "config.yaml"), "is not a Python file")
     disagreeing = (ROOT / TINY).read_text().replace("context_width=16", "context_width=8")
     (tmp_path / "disagreeing.py").write_text(disagreeing)
-    assert_one_line(start(tmp_path / "disagreeing.py"), "Use dit.context_width=16")
+    assert_one_line(start(tmp_path / "disagreeing.py"), "Use backbone.context_width=16")
     assert_one_line(start(ROOT / TINY, "--data.max-frames", 8), "T=8 is not 1 + 4k")
 
 
@@ -261,7 +263,7 @@ def test_train_explains_itself(script):
 def tiny_quickstart(tiny, tiny_run, monkeypatch, few_samples):
     """Replace the experiment of the quickstart by the tiny one, and its training by a copy of the tiny run."""
     quickstart = types.SimpleNamespace(make_experiment=tiny.experiment, count_clips=lambda *, brief: tiny.COUNT)
-    monkeypatch.setitem(sys.modules, "configs", types.SimpleNamespace(quickstart=quickstart))
+    monkeypatch.setitem(sys.modules, "configs", types.SimpleNamespace(quickstart=quickstart, unet=quickstart))
     render = shapes.write_folder
     monkeypatch.setattr(shapes, "write_folder", lambda *args, **kwargs: render(*args, **kwargs, sizes=tiny.SIZES))
     train, trained = Run.train, []
@@ -284,7 +286,7 @@ def test_the_quickstart_makes_a_report_and_can_be_repeated(script, tiny_quicksta
     assert {"clips", "data", "pipeline", "samples", "metrics.json", "report.html", "timing.json"} <= {
         path.name for path in work.iterdir()
     }
-    assert "prompt following: colour" in first.out
+    assert "colour as prompted: " in first.out
     assert f"minutes; report: {work / 'report.html'}" in first.out
     assert "whole run" in (work / "report.html").read_text(encoding="utf-8")
     assert "rendering clips 24/24" in first.err

@@ -130,7 +130,7 @@ def test_text_encoders_are_converted_there_and_back(tmp_path, position_bias):
 
 def test_one_expert_of_a_pipeline_file_is_converted(tmp_path):
     own, other = make_random_params(WAN.make), make_random_params(WAN.make, seed=1)
-    save(tmp_path / "denoiser.safetensors", {"dit": own, "low_noise": other})
+    save(tmp_path / "denoiser.safetensors", {"backbone": own, "low_noise": other})
     convert_native_denoiser(tmp_path / "denoiser.safetensors", "low_noise/", WAN, tmp_path / "out", layout="diffusers")
     assert_same_params(load_denoiser(tmp_path / "out")[1], other)
 
@@ -156,10 +156,10 @@ def test_the_names_of_adapters_are_converted(tmp_path):
         convert_lora(before, after, tmp_path / "wan", layout=to)
     names = [set(safetensors.numpy.load_file(path)) for path in paths]
     assert "diffusion_model.blocks.2.self_attn.q.lora_down.weight" in names[1]
-    assert "transformer.dit.blocks.2.query.lora_A.weight" in names[2]
+    assert "transformer.backbone.blocks.2.query.lora_A.weight" in names[2]
     assert paths[3].read_bytes() == paths[0].read_bytes()
-    shapes = {"dit": get_param_shapes(WAN.make)}
-    assert_same_params(load_lora(paths[2], shapes, get_native_modules(shapes))["dit"], lora)
+    shapes = {"backbone": get_param_shapes(WAN.make)}
+    assert_same_params(load_lora(paths[2], shapes, get_native_modules(shapes))["backbone"], lora)
     save_denoiser(tmp_path / "sit", SIT, make_random_params(SIT.make), layout="authors")
     with pytest.raises(UserError, match=r"DitConfig, whose family has no LoRA files"):
         convert_lora(paths[0], tmp_path / "none.safetensors", tmp_path / "sit", layout="authors")

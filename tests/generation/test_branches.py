@@ -7,8 +7,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import AdaptiveProjectedGuidance, Ddim, ExponentialShift, Guidance, RectifiedFlow
-from dit_video.generation import LatentRequest, Sampling, draw_initial_noise, sample_latents, trace_latents
-from dit_video.generation.rows import Need, plan_rows
+from dit_video.generation import Sampling, SamplingRequest, draw_initial_noise, sample_latents, trace_latents
+from dit_video.generation.rows import RequestSize, plan_rows
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedShape
 from support.random_params import make_random_params
@@ -88,10 +88,12 @@ def test_every_clip_is_sampled_at_the_times_of_its_size():
 
 
 def test_diverged_weights_are_reported_with_the_step():
-    head = DENOISER.params["dit"]["head"]
-    spoiled = DENOISER.params["dit"] | {"head": head | {"bias": np.full_like(head["bias"], np.nan)}}
+    head = DENOISER.params["backbone"]["head"]
+    spoiled = DENOISER.params["backbone"] | {"head": head | {"bias": np.full_like(head["bias"], np.nan)}}
     with pytest.raises(UserError, match="step 1 of 3, at time 1, gave NaN or infinity: the weights have diverged"):
-        sample_requests(TWO, Sampling(steps=3), denoiser=DENOISER._replace(params=DENOISER.params | {"dit": spoiled}))
+        sample_requests(
+            TWO, Sampling(steps=3), denoiser=DENOISER._replace(params=DENOISER.params | {"backbone": spoiled})
+        )
 
 
 CONDITIONED = replace(DIT, cond_channels=3)
@@ -100,11 +102,11 @@ CONDITIONED = replace(DIT, cond_channels=3)
 @pytest.mark.slow
 def test_the_image_has_its_own_guidance_scale():
     denoiser = DENOISER._replace(
-        dit=get_graph_def(CONDITIONED.make),
-        params={"dit": make_random_params(CONDITIONED.make), "text": DENOISER.params["text"]},
+        backbone=get_graph_def(CONDITIONED.make),
+        params={"backbone": make_random_params(CONDITIONED.make), "text": DENOISER.params["text"]},
     )
     latents = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    request = LatentRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), {"cond_latents": latents})
+    request = SamplingRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), {"cond_latents": latents})
     blind = request._replace(fields={"cond_latents": np.zeros_like(latents)})
 
     def one_step(request, guidance):
@@ -141,13 +143,13 @@ ROW = PackedShape(tokens=120, text=224, segments=12)
     ],
 )
 def test_branches_are_packed_where_they_take_fewer_rows(tokens, expected):
-    groups = plan_rows([Need(count, (10, 4)) for count in tokens], ROW, rows=1, is_batched=True)
-    assert [(group.inside, len(group.rows)) for group in groups] == expected
+    groups = plan_rows([RequestSize(Grid(1, 1, count), (10, 4)) for count in tokens], ROW, rows=1, is_batched=True)
+    assert [(group.is_side_by_side, len(group.rows)) for group in groups] == expected
     assert sorted(index for group in groups for row in group.rows for index in row) == list(range(len(tokens)))
 
 
 def test_branches_side_by_side_have_room_for_their_texts():
-    long = [Need(10, (150, 100))]
-    assert not plan_rows(long, ROW, rows=1, is_batched=True)[0].inside
-    assert plan_rows([Need(10, (150, 60))], ROW, rows=1, is_batched=True)[0].inside
-    assert not plan_rows([Need(10, (20,))], ROW, rows=1, is_batched=True)[0].inside
+    long = [RequestSize(Grid(1, 1, 10), (150, 100))]
+    assert not plan_rows(long, ROW, rows=1, is_batched=True)[0].is_side_by_side
+    assert plan_rows([RequestSize(Grid(1, 1, 10), (150, 60))], ROW, rows=1, is_batched=True)[0].is_side_by_side
+    assert not plan_rows([RequestSize(Grid(1, 1, 10), (20,))], ROW, rows=1, is_batched=True)[0].is_side_by_side

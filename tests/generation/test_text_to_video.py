@@ -12,7 +12,7 @@ from flax import nnx
 from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Heun
-from dit_video.generation import LatentRequest, Sampling, draw_initial_noise, sample_latents
+from dit_video.generation import Sampling, SamplingRequest, draw_initial_noise, sample_latents
 from dit_video.generation.program import make_program
 from dit_video.tokens import Grid, PackedRows, compute_positions, compute_token_grid, patchify, unpatchify
 from support.tiny_denoiser import DENOISER, DIT, SAMPLING, SHAPE, SMALL, make_request
@@ -36,11 +36,13 @@ def velocity(params, tokens, time, text, positions):
     context = nnx.merge(DENOISER.text, params["text"])(text[None], text_segments)
     layout = PackedRows(segments=segments, positions=positions[None], count=1)
     conditioning = Conditioning(TextTokens(context.values, context.segments))
-    prediction, _ = nnx.merge(DENOISER.dit, params["dit"])(tokens[None], time.reshape(1, 1), layout, conditioning)
+    prediction, _ = nnx.merge(DENOISER.backbone, params["backbone"])(
+        tokens[None], time.reshape(1, 1), layout, conditioning
+    )
     return prediction[0]
 
 
-def sample_by_hand(request: LatentRequest, *, interval: float = 1.0):
+def sample_by_hand(request: SamplingRequest, *, interval: float = 1.0):
     """Take two Euler steps with guidance 2 over the shifted times 1, 2/3, 0."""
     grid = compute_token_grid(Grid(*request.noise.shape[:3]), DIT.patch)
     x, positions = patchify(request.noise, DIT.patch), compute_positions(grid, step=(interval, 1.0, 1.0))
@@ -99,7 +101,9 @@ def test_one_program_serves_every_prompt_size_seed_guidance_and_number_of_steps(
     # A row has room for three clips: the branches are in separate rows.
     five = [make_request("", (2, 2, 2), seed=10)] * 5
     sample_requests(five)
-    program = make_program(DENOISER.dit, DENOISER.text, DENOISER.process, DENOISER.prediction, SAMPLING.solver, True)
+    program = make_program(
+        DENOISER.backbone, DENOISER.text, DENOISER.process, DENOISER.prediction, SAMPLING.solver, True
+    )
     before = program._cache_size()
     assert before >= 2
     sample_requests([make_request("other words", (1, 4, 4), seed=9, negative="no")], Sampling(steps=2, guidance=5.5))

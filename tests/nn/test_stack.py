@@ -90,7 +90,8 @@ def test_groups_take_turns_and_kinds_of_layers_alternate(monkeypatch, platform, 
 
     def grouped(params, x):
         merged = [nnx.merge(graph, each) for graph, each in zip(graphs, params, strict=True)]
-        return (scan_layers(x, [LayerGroup(*pair) for pair in zip(merged, turns, strict=True)], remat=remat) ** 2).sum()
+        x, _ = scan_layers(x, [LayerGroup(*pair) for pair in zip(merged, turns, strict=True)], remat=remat)
+        return (x**2).sum()
 
     expected = jax.tree.leaves(jax.jit(jax.value_and_grad(one_by_one))(params, X / 9))
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
@@ -98,6 +99,25 @@ def test_groups_take_turns_and_kinds_of_layers_alternate(monkeypatch, platform, 
         jax.tree.leaves(jax.jit(jax.value_and_grad(grouped))(params, X / 9)), expected, strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"], ids=["unrolled", "scan"])
+def test_a_wrapper_calls_each_layer_with_its_own_value_and_collects_outputs(monkeypatch, platform, remat):
+    """Layers alternate in a function; a wrapper skips the one whose value is 0, and returns the inputs of all."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    stack, weights = make_stack(Twice, 4, rngs=nnx.Rngs(0)), jnp.asarray([1.0, 0.5, 0.0, 2.0])
+
+    def weigh(layer, x, function, weight):
+        return x + weight * (layer(x, function) - x), x
+
+    group = LayerGroup(stack, [(jnp.tanh,), (jnp.sin,)], weigh, weights)
+    result, (inputs,) = scan_layers(X, [group], remat=remat)
+    expected, kernels = X, stack.up.kernel[...]
+    for index, function in enumerate([jnp.tanh, jnp.sin] * 2):
+        np.testing.assert_allclose(inputs[index], expected, rtol=1e-5, atol=1e-5)
+        expected = expected + weights[index] * function(expected @ kernels[index])
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_have_parameters_of_their_own_along_a_first_axis():

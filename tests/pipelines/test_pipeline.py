@@ -66,17 +66,17 @@ def test_the_interval_of_tokens_is_that_of_the_training(tiny):
     experiment = tiny.EXPERIMENT
     counted = PipelineConfig(
         autoencoder=experiment.autoencoder.model,
-        dit=experiment.denoiser.dit,
+        backbone=experiment.denoiser.backbone,
         text=experiment.denoiser.text,
         process=RectifiedFlow(),
-        rows=None,
+        layout=None,
         batch=1,
         sampling=experiment.sampling,
         fps=16.0,
         size=Grid(5, 16, 16),
     )
     assert counted.token_dt == 1.0
-    assert replace(counted, dit=replace(counted.dit, time_coordinate="seconds")).token_dt == 0.25
+    assert replace(counted, backbone=replace(counted.backbone, time_coordinate="seconds")).token_dt == 0.25
 
 
 def test_another_seed_gives_another_clip(pipeline, latents):
@@ -170,7 +170,7 @@ def test_no_requests_make_no_clips(pipeline):
 
 
 def test_a_clip_larger_than_a_row_is_made_too(pipeline):
-    assert pipeline.config.rows.tokens == 12
+    assert pipeline.config.layout.tokens == 12
     assert pipeline.generate(PROMPT, size=(17, 32, 32)).frames.shape == (17, 32, 32, 3)
 
 
@@ -328,7 +328,8 @@ def test_bfloat16_files_take_half_and_come_back_close(pipeline, latents, tmp_pat
     for path in mine:
         np.testing.assert_allclose(theirs[path], mine[path], rtol=2**-8)
     assert (
-        load_weights(tmp_path / "half" / "denoiser.safetensors", dtype=None)["dit"]["head"]["bias"].dtype == "bfloat16"
+        load_weights(tmp_path / "half" / "denoiser.safetensors", dtype=None)["backbone"]["head"]["bias"].dtype
+        == "bfloat16"
     )
     difference = loaded.generate(PROMPT, size=SMALL, output="latents") - latents
     assert np.sqrt(np.square(difference).mean()) < 0.1 * latents.std()
@@ -349,8 +350,10 @@ def test_saving_replaces_a_pipeline_and_nothing_else(tiny_pipeline, tmp_path):
 
 def test_parameters_are_counted_by_part(tiny_pipeline):
     counts = tiny_pipeline.count_parameters()
-    assert counts.keys() == {"autoencoder", "dit", "text"}
-    assert counts["dit"] == sum(leaf.size for leaf in trees.flatten(tiny_pipeline.denoiser_params["dit"]).values())
+    assert counts.keys() == {"autoencoder", "backbone", "text"}
+    assert counts["backbone"] == sum(
+        leaf.size for leaf in trees.flatten(tiny_pipeline.denoiser_params["backbone"]).values()
+    )
 
 
 def test_the_identity_of_an_autoencoder_is_its_config_and_weights(tiny_pipeline):

@@ -59,6 +59,6 @@ def test_models_and_inputs_that_a_probe_cannot_take_are_refused(tiny_pipeline):
         DenoiserProbe(tiny_pipeline, PROMPTS).find_token((0, 1.0, 0.5))
     config = dataclasses.replace(tiny_pipeline.config, boundary=0.5)
     params = tiny_pipeline.denoiser_params
-    two = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=params | {"low_noise": params["dit"]})
+    two = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=params | {"low_noise": params["backbone"]})
     with pytest.raises(UserError, match=r"two experts .*; use a plain text-to-video model"):
         DenoiserProbe(two, PROMPTS)

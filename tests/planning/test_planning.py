@@ -8,6 +8,7 @@ import pytest
 
 from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective
 from dit_video.backbones.flops import count_forward_flops
+from dit_video.backbones.unet import UnetConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
 from dit_video.distributed import MeshConfig, make_mesh
@@ -18,10 +19,12 @@ from dit_video.planning.report import replace_dit
 from dit_video.planning.steps import fill_row, plan_step
 from dit_video.planning.suggest import list_candidates
 from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
+from dit_video.tokens import CanvasShape, Grid
 from support.devices import check_on_eight_devices
 from support.tiny_clip import VISION
 from support.tiny_wan import write_animating_wan
 
+HALF = Grid(1, 2, 2)
 GPUS = Topology.parse("h100:8")
 
 
@@ -55,6 +58,19 @@ def test_absent_hardware_is_planned_analytically(eight_rows):
         assert word in text
 
 
+def test_a_unet_on_canvases_is_planned(two_rows):
+    backbone = UnetConfig(channels=4, context_width=16, width=8, heads=2, groups=4)
+    canvas = CanvasShape(size=Grid(3, 6, 8), text=96, segments=3, cell=backbone.size_multiple, padding=HALF)
+    denoiser = dataclasses.replace(two_rows.denoiser, backbone=backbone, layout=canvas)
+    experiment = dataclasses.replace(two_rows, denoiser=denoiser)
+    clips = fill_row(experiment)
+    assert sum(clips) <= canvas.tokens
+    plans = [plan_step(experiment, part, make_mesh(MeshConfig()), clips=clips) for part in ("denoiser", "sampler")]
+    assert plans[0].model_flops == 3 * plans[0].costs.forward_flops > 0
+    for plan in plans:
+        assert any(leaf.shape == (2, 144, 4) for leaf in jax.tree.leaves(plan.arguments))  # the tokens
+
+
 @pytest.mark.parametrize(
     ("topology", "price", "says"),
     [
@@ -83,10 +99,10 @@ def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(t
     tuning = FineTuningOptions(max_pixels=32 * 48, max_frames=5, dtype="float32", train=train)
     experiment = make_finetuning_experiment(tmp_path / "wan", tuning)
     plan = plan_experiment(experiment, Topology.parse("h100:1"), clips=2)
-    dit, rows = experiment.denoiser.dit, experiment.denoiser.rows
+    backbone, rows = experiment.denoiser.backbone, experiment.denoiser.row_shape
     text = min(experiment.denoiser.text.max_tokens, rows.text // 2)
     context = {"texts": [text] * 2, "images": [VISION.tokens] * 2}
-    forward = count_forward_flops(dit, [rows.tokens // 2] * 2, **context)
+    forward = count_forward_flops(backbone, [rows.tokens // 2] * 2, **context)
     assert plan.model_flops == passes * forward * experiment.denoiser.batch
     compiled = plan_step(experiment, "denoiser", make_mesh(MeshConfig()), clips=[rows.tokens])
     batch = compiled.arguments[1]
@@ -179,8 +195,8 @@ def test_a_discriminator_adds_to_the_plan_of_an_autoencoder(two_rows):
 
 
 def test_a_sampler_splits_tokens_over_the_context_axis_and_keeps_texts_whole(eight_rows):
-    rows = dataclasses.replace(eight_rows.denoiser.rows, tokens=16, text=256)
-    experiment = dataclasses.replace(eight_rows, denoiser=dataclasses.replace(eight_rows.denoiser, rows=rows))
+    rows = dataclasses.replace(eight_rows.denoiser.row_shape, tokens=16, text=256)
+    experiment = dataclasses.replace(eight_rows, denoiser=dataclasses.replace(eight_rows.denoiser, layout=rows))
     mesh = make_abstract_mesh(MeshConfig(data=1, context=2), 2)
     _, state, batch, *_ = plan_step(experiment, "sampler", mesh, clips=[16]).arguments
     split = {path: leaf.sharding.spec for path, leaf in flatten((state, batch)).items() if leaf.ndim > 1}

@@ -1,7 +1,6 @@
 """Runs of distillation, from the pipeline of the tiny model to that of a student."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
@@ -9,12 +8,12 @@ import numpy as np
 import pytest
 
 import dit_video
+from dit_video.conditioning import FrameConditioning
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import Lcm
-from dit_video.experiment import PretrainedAutoencoder
+from dit_video.experiment import CurriculumStage, DataConfig, PretrainedAutoencoder, Student
 from dit_video.experiment.run import Run
-from dit_video.nn import LoraConfig
 from dit_video.recipes.distill import DistillationOptions, compare, make_distillation_experiment
 from dit_video.training import trainer
 from dit_video.training.losses.distillation import ConsistencyDistillation, DistributionMatching
@@ -48,9 +47,9 @@ def test_the_experiment_of_a_student_follows_from_a_run(tiny_run):
     experiment = make_distillation_experiment(tiny_run, OPTIONS["dmd"])
     teacher = dit_video.load(tiny_run).config
     assert experiment.autoencoder == PretrainedAutoencoder(model=teacher.autoencoder, folder=str(tiny_run / "pipeline"))
-    assert experiment.denoiser.distillation == DistributionMatching(guidance=2.0, steps=2, critic_steps=2)
+    assert experiment.denoiser.train.distillation == DistributionMatching(guidance=2.0, steps=2, critic_steps=2)
     assert experiment.denoiser.optimizer.learning_rate == 3e-4
-    assert experiment.denoiser.dit == teacher.dit
+    assert experiment.denoiser.backbone == teacher.backbone
     assert experiment.data == Run.open(tiny_run).experiment.data
     assert (experiment.sampling.steps, experiment.sampling.guidance) == (2, 1.0)
     assert isinstance(experiment.sampling.solver, Lcm)
@@ -62,18 +61,18 @@ def test_the_experiment_of_a_student_follows_from_a_pipeline(tiny_run):
         tiny_run / "pipeline", dataclasses.replace(OPTIONS["consistency"], guidance=1.5)
     )
     teacher = dit_video.load(tiny_run).config
-    assert experiment.denoiser.distillation == ConsistencyDistillation(guidance=1.5, intervals=4)
+    assert experiment.denoiser.train.distillation == ConsistencyDistillation(guidance=1.5, intervals=4)
     assert experiment.denoiser.optimizer.learning_rate == 1e-3
     assert experiment.data.max_frames == teacher.size.t
     assert experiment.data.max_pixels == teacher.size.h * teacher.size.w
-    assert experiment.denoiser.rows == teacher.rows
+    assert experiment.denoiser.layout == teacher.layout
     assert experiment.denoiser.objective.process == teacher.process
 
 
 def test_the_student_differs_from_the_teacher_and_shares_its_autoencoder(tiny_run, distilled):
     before, after = weights(tiny_run), weights(distilled)
     assert before.keys() == after.keys()
-    assert {path.split("/")[0] for path in before if (before[path] != after[path]).any()} == {"dit", "text"}
+    assert {path.split("/")[0] for path in before if (before[path] != after[path]).any()} == {"backbone", "text"}
     files = [folder / "pipeline" / "autoencoder.safetensors" for folder in (tiny_run, distilled)]
     for left, right in zip(*(trees.flatten(load_weights(file)).values() for file in files), strict=True):
         np.testing.assert_array_equal(left, right)
@@ -88,14 +87,16 @@ def test_an_interrupted_distillation_ends_with_the_same_student(distilled, tmp_p
     loop_run = trainer.loop.run
 
     def ended(step, state, *arguments, config, **kwargs):
-        return loop_run(step, state, *arguments, config=dataclasses.replace(config, steps=2), **kwargs)
+        loop_run(step, state, *arguments, config=dataclasses.replace(config, steps=2), **kwargs)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.loop, "run", ended)
-        Run.open(folder).train_denoiser()
+        with pytest.raises(KeyboardInterrupt):
+            Run.open(folder).run_stages()
     newest = Run.open(folder).newest_pipeline()
     assert trees.flatten(newest.denoiser_params).keys() == weights(distilled).keys()
-    Run.open(folder).export()
+    Run.open(folder).run_stages()
     for path, leaf in weights(folder).items():
         np.testing.assert_array_equal(leaf, weights(distilled)[path])
 
@@ -105,7 +106,7 @@ def test_continuing_with_another_teacher_is_refused(distilled, tmp_path):
     shutil.copytree(distilled, folder, ignore=shutil.ignore_patterns("pipeline"), symlinks=True)
     (folder / "denoiser" / "start.json").write_text('{"start": "another", "identity": "0"}')
     with pytest.raises(UserError, match="other weights"):
-        Run.open(folder).train_denoiser()
+        Run.open(folder).run_stages()
 
 
 @pytest.mark.slow
@@ -124,11 +125,14 @@ def test_teacher_and_student_are_compared(tiny_run):
 def test_invalid_distillations_are_refused(tiny, tiny_run, tmp_path):
     with pytest.raises(MissingError, match="nowhere"):
         make_distillation_experiment(tmp_path / "nowhere")
-    make = functools.partial(dataclasses.replace, tiny.EXPERIMENT.denoiser, distillation=ConsistencyDistillation())
-    for denoiser, message in (
-        (make(), "Set denoiser.init_from"),
-        (make(init_from=str(tiny_run), lora=LoraConfig(rank=2)), "Leave out lora and train_mode"),
-        (make(init_from=str(tiny_run), train_mode="temporal"), "Leave out lora and train_mode"),
-    ):
-        with pytest.raises(UserError, match=message):
-            dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
+    student = Student(init_from=str(tiny_run), distillation=ConsistencyDistillation())
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, train=student)
+    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
+    stage = CurriculumStage(name="images", steps=3, data=DataConfig(max_pixels=16 * 16, max_frames=1))
+    with pytest.raises(UserError, match=r"train=Student takes a single stage. Leave out curriculum"):
+        dataclasses.replace(experiment, curriculum=(stage,))
+    conditioned = dataclasses.replace(denoiser, frame_conditioning=FrameConditioning())
+    with pytest.raises(UserError, match=r"train=Student has no frame conditioning. Leave out frame_conditioning"):
+        dataclasses.replace(experiment, denoiser=conditioned)
+    with pytest.raises(UserError, match="needs packed rows and no distillation"):
+        dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, accumulation_steps=2))

@@ -21,17 +21,24 @@ from dit_video.data.synthetic import shapes
 from dit_video.diffusion import RectifiedFlow, UniPc, UniPcFlowSchedule
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.encoders.image import FrozenImageEncoder, open_image_encoder
-from dit_video.experiment import ExpertConfig, PretrainedAutoencoder, input_pipeline
-from dit_video.experiment.initialization import (
+from dit_video.experiment import (
+    AllWeights,
+    ExpertConfig,
+    LoraAdapters,
+    PretrainedAutoencoder,
+    TemporalWeights,
+    input_pipeline,
+)
+from dit_video.experiment.autoencoder import read_autoencoder
+from dit_video.experiment.denoiser import (
     add_other_expert,
-    check_image_encoder,
-    check_initial_weights,
     get_expert_names,
     get_optimizer_config,
     get_time_range,
-    load_pretrained_autoencoder,
     open_trainable_denoiser,
 )
+from dit_video.experiment.encoders import check_image_encoder
+from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.run import Run
 from dit_video.families import load_denoiser
 from dit_video.nn import LoraConfig
@@ -67,8 +74,8 @@ def test_the_experiment_of_fine_tuning_follows_from_the_folder(folder):
     denoiser = experiment.denoiser
     assert experiment.name == "tiny"
     assert experiment.autoencoder == PretrainedAutoencoder(model=VAE, folder=str(folder / "vae"))
-    assert denoiser.dit == dataclasses.replace(DIT, remat="full")
-    assert get_training(folder, remat="attention").dit == dataclasses.replace(DIT, remat="attention")
+    assert denoiser.backbone == dataclasses.replace(DIT, remat="full")
+    assert get_training(folder, remat="attention").backbone == dataclasses.replace(DIT, remat="attention")
     assert (denoiser.text.folder, denoiser.text.width, denoiser.text.cleaned) == (
         str(folder / "text_encoder"),
         16,
@@ -76,15 +83,16 @@ def test_the_experiment_of_fine_tuning_follows_from_the_folder(folder):
     )
     assert denoiser.objective.process == RectifiedFlow(shift=3.0)
     assert (experiment.sampling.solver, experiment.sampling.time_schedule) == (UniPc(), UniPcFlowSchedule())
-    assert (denoiser.rows.tokens, experiment.data.fps) == (2 * 4 * 6, 16.0)
-    assert (denoiser.lora, denoiser.train_mode, denoiser.frame_conditioning) == (OPTIONS.lora, "full", None)
+    assert (denoiser.layout.tokens, experiment.data.fps) == (2 * 4 * 6, 16.0)
+    assert denoiser.train == LoraAdapters(init_from=str(folder), lora=OPTIONS.lora)
+    assert denoiser.frame_conditioning is None
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
 def test_the_defaults_of_fine_tuning_are_the_models(folder, tmp_path):
     data = make_finetuning_experiment(folder).data
     assert (data.max_pixels, data.max_frames, data.fps) == (480 * 832, 81, 16.0)
-    write_wan(tmp_path / "told", dit=dataclasses.replace(DIT, time="token"))
+    write_wan(tmp_path / "told", backbone=dataclasses.replace(DIT, time="token"))
     experiment = make_finetuning_experiment(tmp_path / "told")
     assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (704 * 1280, 121, 24.0)
     assert experiment.denoiser.frame_conditioning == FrameConditioning()
@@ -104,7 +112,7 @@ def animating(tmp_path_factory):
 def test_an_image_to_video_model_always_trains_with_its_first_frame(animating):
     experiment = make_finetuning_experiment(animating, OPTIONS)
     denoiser = experiment.denoiser
-    assert denoiser.dit == dataclasses.replace(ANIMATING, remat="full")
+    assert denoiser.backbone == dataclasses.replace(ANIMATING, remat="full")
     assert denoiser.frame_conditioning == FrameConditioning(prob=1.0, rest="grey")
     assert denoiser.image_encoder == str(animating / "image_encoder")
     assert get_training(animating, first_frame_prob=0.9).frame_conditioning == FrameConditioning(prob=0.9, rest="grey")
@@ -120,18 +128,19 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
     data = dataclasses.replace(experiment.data, flips=True)
     run = Run.create(tmp_path / "run", dataclasses.replace(experiment, data=data))
     run.prepare(clips)
-    latents, encoding = run.encode_latents(), run.encoding()
+    run.run_stages("latents")
+    latents, encoding, clips = run.open_latents(), run.encoding(), run.runtime.training_clips
     assert latents.identity["image"] == FrozenImageEncoder(animating).identity
     assert latents.identity["behind"] == "grey"
     condition = dit_video.load(animating)._image_conditioner
-    views = {view.name: view for view in plan_encoding(run.training_clips, encoding).views}
+    views = {view.name: view for view in plan_encoding(clips, encoding).views}
     assert {view.start > 0 for view in views.values()} == {True, False} == {view.flipped for view in views.values()}
     chosen = [
         next(view for view in views.values() if view.start and view.flipped == flipped) for flipped in (False, True)
     ]
     for view in chosen:
         index = latents.names.index(view.name)
-        frame = read_fitted_clip(run.training_clips, view.clip, view.limits, start=view.start).frames[0]
+        frame = read_fitted_clip(clips, view.clip, view.limits, start=view.start).frames[0]
         expected = condition(view.size, frame[:, ::-1] if view.flipped else frame, None)
         cond_latents, image = (latents.read_field(index, field) for field in latents.fields)
         scale = np.abs(expected["image_tokens"]).max()
@@ -139,9 +148,8 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
         visible = expected["cond_latents"][..., -VAE.channels :]
         np.testing.assert_allclose(cond_latents, visible, atol=2**-8 * np.abs(visible).max() + 1e-4)
         assert np.abs(cond_latents[1:] - latents[index][1:]).max() > 1e-2
-    rows = next(
-        input_pipeline.make_cached_batches(run.experiment, latents, run.training_clips, CachedCaptions(latents))(0)
-    )
+    mesh, texts = run.runtime.mesh, CachedCaptions(latents)
+    rows = next(input_pipeline.make_cached_batches(run.experiment, mesh, latents, clips, texts)(0))
     tokens = VISION.tokens
     assert rows.fields["image_tokens"].shape == (1, 4 * tokens, VISION.width)
     kept = [latents.read_field(index, latents.fields[1]) for index in range(len(latents))]
@@ -160,23 +168,23 @@ def test_another_image_encoder_is_refused(animating, tmp_path):
     with pytest.raises(UserError, match="was used before; put that one back"):
         again(np.zeros((1, 16, 16, 3), np.uint8))
     wider = dataclasses.replace(ANIMATING, image_width=16)
-    training = dataclasses.replace(get_training(animating), dit=wider, image_encoder=str(moved))
-    with pytest.raises(UserError, match="makes tokens of width 12, the denoiser reads 16; set dit image_width=12"):
+    training = dataclasses.replace(get_training(animating), backbone=wider, image_encoder=str(moved))
+    with pytest.raises(UserError, match="makes tokens of width 12, the denoiser reads 16; set backbone image_width=12"):
         check_image_encoder(training, tmp_path / "other.json")
 
 
 @pytest.mark.parametrize(
     ("train", "expected", "rate"),
     [
-        ("lora", ("full", True), 1e-4),
-        ("full", ("full", False), 1e-5),
-        ("temporal", ("temporal", False), 1e-5),
-        ("scratch", ("scratch", False), 1e-4),
+        ("lora", (LoraAdapters, True), 1e-4),
+        ("full", (AllWeights, True), 1e-5),
+        ("temporal", (TemporalWeights, True), 1e-5),
+        ("scratch", (AllWeights, False), 1e-4),
     ],
 )
 def test_one_option_chooses_the_trained_parameters_and_their_learning_rate(folder, train, expected, rate):
     training = get_training(folder, train=train)
-    assert (training.train_mode, training.lora is not None) == expected
+    assert (type(training.train), training.train.init_from is not None) == expected
     assert training.optimizer.learning_rate == rate
     assert get_optimizer_config(training).trainable == ((TEMPORAL_PATHS,) if train == "temporal" else ())
 
@@ -184,7 +192,7 @@ def test_one_option_chooses_the_trained_parameters_and_their_learning_rate(folde
 def test_initial_weights_are_read_from_the_folder_and_placed_on_the_devices(folder, mesh, tmp_path):
     trained = open_trainable_denoiser(get_training(folder, train="full"), tmp_path, mesh, is_resuming=False)
     expected = flatten(load_denoiser(folder / "transformer")[1])
-    result = flatten(trained.load_initial()["dit"])
+    result = flatten(trained.load_initial()["backbone"])
     assert trained.base_params is None
     for path, leaf in expected.items():
         assert isinstance(result[path], jax.Array)
@@ -198,13 +206,13 @@ def test_adapted_weights_are_kept_in_the_dtype_of_the_products(folder, mesh, tmp
     training = get_training(folder, dtype="bfloat16", lora=LoraConfig(rank=2, alpha=3.0, targets=("query/kernel$",)))
     trained = open_trainable_denoiser(training, tmp_path, mesh, is_resuming=False)
     adapted = flatten(trained.base_params)
-    assert adapted["dit/blocks/up/kernel"].dtype == jnp.bfloat16
-    assert adapted["dit/blocks/up/bias"].dtype == adapted["dit/blocks/query_norm/scale"].dtype == jnp.float32
+    assert adapted["backbone/blocks/up/kernel"].dtype == jnp.bfloat16
+    assert adapted["backbone/blocks/up/bias"].dtype == adapted["backbone/blocks/query_norm/scale"].dtype == jnp.float32
     factors = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), trained.init(jax.random.key(0)))
-    assert set(flatten(factors)) == {f"dit/blocks/{path}/kernel/{part}" for path in QUERIES for part in "ab"}
+    assert set(flatten(factors)) == {f"backbone/blocks/{path}/kernel/{part}" for path in QUERIES for part in "ab"}
     whole = flatten(trained.merge_params(factors))
     for path, leaf in adapted.items():
-        changed = path.removeprefix("dit/blocks/").removesuffix("/kernel") in QUERIES
+        changed = path.removeprefix("backbone/blocks/").removesuffix("/kernel") in QUERIES
         np.testing.assert_allclose(whole[path] - np.asarray(leaf), 0.03 if changed else 0, atol=0.02 if changed else 0)
 
 
@@ -214,22 +222,23 @@ QUERIES = ("query", "cross_query")
 def test_the_autoencoder_is_read_from_its_folder_and_not_copied(folder, tmp_path):
     run = Run(folder=tmp_path, experiment=make_finetuning_experiment(folder, OPTIONS), command="")
     expected = flatten(make_random_params(VAE.make))
-    for path, leaf in flatten(run.train_autoencoder()).items():
+    run.run_stages("autoencoder")
+    for path, leaf in flatten(run.codec().params).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
     assert not (tmp_path / "autoencoder").exists()
     assert run.linear_baseline() is None
     autoencoder = run.experiment.autoencoder
     other = dataclasses.replace(autoencoder, model=dataclasses.replace(VAE, width=16))
     with pytest.raises(UserError, match="holds another autoencoder than the config's: width is 8 there and 16 here"):
-        load_pretrained_autoencoder(other)
+        read_autoencoder(other, tmp_path)
 
 
 def test_models_that_cannot_be_trained_are_refused_first(folder):
-    with pytest.raises(UserError, match=r"train_mode='temporal' is invalid: .*; use full, or lora"):
+    with pytest.raises(UserError, match=r"train=TemporalWeights is invalid: .* Use AllWeights or LoraAdapters"):
         check_initial_weights(get_training(folder, train="temporal"))
-    with pytest.raises(UserError, match="adapters of dit/embed/kernel can't be written"):
+    with pytest.raises(UserError, match="adapters of backbone/embed/kernel can't be written"):
         check_initial_weights(get_training(folder, lora=LoraConfig(targets=("kernel$",))))
-    deeper = dataclasses.replace(get_training(folder), dit=dataclasses.replace(DIT, layers=3))
+    deeper = dataclasses.replace(get_training(folder), backbone=dataclasses.replace(DIT, layers=3))
     with pytest.raises(UserError, match="holds another denoiser than the config's, in the transformer: layers is 2"):
         check_initial_weights(deeper)
 
@@ -267,7 +276,7 @@ def two(tmp_path_factory):
 def test_one_of_two_experts_is_trained_at_its_times(two, mesh, tmp_path, expert, names):
     training = get_training(two, expert=expert)
     own, other = (str(two / name) for name in names)
-    assert training.init_from == own
+    assert training.train.init_from == own
     assert training.expert == ExpertConfig(expert=expert, boundary=0.875, other_folder=other)
     first, last = get_time_range(training)
     boundary, end, whole = (first, last, 1.0) if expert == "high" else (last, first, 0.0)
@@ -289,11 +298,11 @@ def test_two_experts_are_trained_one_at_a_time(folder, two, tmp_path):
         get_training(folder, expert="low")
     with pytest.raises(UserError, match=r"boundary=875.0 is invalid: it must be a time between 0 and 1"):
         ExpertConfig(expert="low", boundary=875.0, other_folder="transformer")
-    write_wan(tmp_path / "other", dit=dataclasses.replace(DIT, layers=3))
+    write_wan(tmp_path / "other", backbone=dataclasses.replace(DIT, layers=3))
     training = get_training(two, expert="low")
     unlike = dataclasses.replace(training.expert, other_folder=str(tmp_path / "other" / "transformer"))
     with pytest.raises(UserError, match="other/transformer holds another denoiser"):
-        check_initial_weights(dataclasses.replace(training, expert=unlike))
+        check_initial_weights(dataclasses.replace(training, train=dataclasses.replace(training.train, expert=unlike)))
 
 
 def test_options_that_do_not_fit_the_model_are_refused(folder, tmp_path):

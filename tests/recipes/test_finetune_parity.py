@@ -21,8 +21,8 @@ pytestmark = pytest.mark.parity
 
 DIT = WanDitConfig(channels=4, context_width=16, width=32, mlp_dim=40, layers=2, heads=2, time_width=8)
 GRID, TEXT, TIME = Grid(2, 3, 2), 5, 0.7
-PARAMS = {"dit": make_random_params(DIT.make), "text": {}}
-LORA = LoraConfig(rank=3, alpha=4.5, targets=(r"^dit/blocks/.*kernel$", "dit/head/kernel"))
+PARAMS = {"backbone": make_random_params(DIT.make), "text": {}}
+LORA = LoraConfig(rank=3, alpha=4.5, targets=(r"^backbone/blocks/.*kernel$", "backbone/head/kernel"))
 DRAW = np.random.default_rng(0)
 LATENTS = DRAW.normal(size=(2, 6, 4, 4)).astype(np.float32)
 CONTEXT = DRAW.normal(size=(TEXT, 16)).astype(np.float32)
@@ -37,7 +37,7 @@ def torch():
 
 def ours(params):
     segments, positions = jnp.ones((1, GRID.volume), jnp.int32), jnp.asarray(compute_positions(GRID)[None])
-    prediction, _ = nnx.merge(get_graph_def(DIT.make), params["dit"])(
+    prediction, _ = nnx.merge(get_graph_def(DIT.make), params["backbone"])(
         jnp.asarray(patchify(LATENTS, DIT.patch)[None]),
         jnp.full((1, 1), TIME),
         PackedRows(segments=segments, positions=positions, count=1),
@@ -67,7 +67,7 @@ def test_diffusers_gives_the_same_predictions_from_written_adapters(torch, tmp_p
         lambda _, leaf: DRAW.normal(size=leaf.shape).astype(np.float32) * 0.3, init_lora(PARAMS, LORA, key(0, "lora"))
     )
     adapter = add_lora_scale(factors, LORA.scale)
-    save_denoiser(tmp_path / "transformer", DIT, PARAMS["dit"])
+    save_denoiser(tmp_path / "transformer", DIT, PARAMS["backbone"])
     export.save_adapter(tmp_path, DIT, adapter, PARAMS)
     model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer").eval()
     plain = theirs(torch, model)
@@ -83,5 +83,5 @@ def test_diffusers_gives_the_same_predictions_from_written_weights(torch, tmp_pa
 
     trained = dataclasses.replace(DIT, dtype="bfloat16", remat="full")
     export.save_transformer(tmp_path, trained, PARAMS)
-    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / export.TRANSFORMER_FOLDERS["dit"]).eval()
+    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / export.TRANSFORMER_FOLDERS["backbone"]).eval()
     np.testing.assert_allclose(ours(PARAMS), theirs(torch, model), atol=1e-4)

@@ -35,7 +35,9 @@ def full_report():
         summary="What was trained.",
         figures=(Figure(label="Colour", value="98 %", note="96–99", share=0.98),),
         samples=samples,
-        reconstructions=(Reconstruction(original=clip(), decoded=clip(seed=5), psnr=31.25, ssim=0.96),),
+        reconstructions=(
+            Reconstruction(original=clip(), decoded=clip(seed=5), values={"PSNR": "31.2 dB", "SSIM": "0.960"}),
+        ),
         charts=(Chart(title="Loss", curves=(Curve(name="train", steps=(1, 2, 3), values=(3.0, 2.0, 1.0)),)),),
         metrics={"steps": 3000, "following": {"seen": {"colour": 0.98}, "unseen": {"colour": 0.91}}},
         config={"type": "dit_video.experiment:Experiment", "width": 192},
@@ -117,7 +119,7 @@ def test_hostile_text_stays_text(tmp_path):
             Sample(clip=clip(caption=HOSTILE), verdict=verdict, note=HOSTILE),
             Sample(clip=clip(), prompt=HOSTILE),
         ),
-        reconstructions=(Reconstruction(original=clip(caption=HOSTILE), decoded=clip(), psnr=float("inf")),),
+        reconstructions=(Reconstruction(original=clip(caption=HOSTILE), decoded=clip(), values={HOSTILE: HOSTILE}),),
         charts=(Chart(title=HOSTILE, curves=(Curve(name=HOSTILE, steps=(1,), values=(1.0,)),), note=HOSTILE),),
         metrics={HOSTILE: {HOSTILE: HOSTILE}},
         config={HOSTILE: HOSTILE},
@@ -170,6 +172,6 @@ def test_many_tiny_clips_stay_small(tmp_path):
 
 def test_parts_of_different_lengths_are_refused():
     with pytest.raises(UserError, match=r"shape \(4, .*original's, \(3, .*; compare clips before resizing"):
-        Reconstruction(original=clip(3), decoded=clip(4), psnr=1.0)
+        Reconstruction(original=clip(3), decoded=clip(4))
     with pytest.raises(UserError, match="has 2 steps and 1 values"):
         Curve(name="loss", steps=(1, 2), values=(1.0,))

@@ -6,10 +6,10 @@ import pytest
 
 from dit_video.core import config_json
 from dit_video.data.synthetic import shapes
-from dit_video.evaluation import evaluate
-from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.evaluate import ClipReconstruction, EvaluationResult, SavedSample
-from dit_video.evaluation.metrics.prompt_following import prompt_following
+from dit_video.evaluation.collection import MetricCollection
+from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
+from dit_video.evaluation.evaluate import EvaluationResult, SavedSample
+from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, MetricBatch
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.run_report import write_run_report
 from dit_video.video import Clip
@@ -33,15 +33,17 @@ def measured(tiny_pipeline):
         clip = shapes.render(description, geometry, frames=frames, height=32, width=32)
         samples.append(SavedSample(entry(clip, f"{number}.mp4", 40 + number), clip))
     original = samples[0].clip
-    verdicts = evaluate.judge_samples(samples)
-    reconstruction = ClipReconstruction("clips/7.mp4", original, original, float("inf"), 1.0)
+    reconstruction = ClipReconstruction("clips/7.mp4", original, original)
+    collection = MetricCollection(ShapesEvaluation().metrics)
+    collection.update(MetricBatch(samples=[clip for _, clip in samples], prompts=[one["prompt"] for one, _ in samples]))
+    collection.update(MetricBatch(pairs=[reconstruction]))
     metrics = {
         "parameters": tiny_pipeline.count_parameters(),
-        "reconstruction": evaluate._compute_reconstruction_metrics([reconstruction]),
         "sampling": {"samples": 3, "seed": 0, "steps": 5, "guidance": 1.5, "sampler": "heun", "seconds": 1.0},
-        "prompt_following": prompt_following(verdicts),
+        "clips": collection.list_examples(["clips/7.mp4"], CLIP_NEEDS),
+        "samples": collection.list_examples([one["file"] for one, _ in samples], PROMPT_NEEDS),
     }
-    return EvaluationResult(metrics, [reconstruction], samples, [True, False, True], verdicts)
+    return EvaluationResult(metrics, collection.compute(), [reconstruction], samples, [True, False, True])
 
 
 def page(path):
@@ -70,8 +72,13 @@ def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, meas
     assert "colour as prompted" in text
     assert "100.0%" in text
     assert "3.2 min" in text
-    assert "100.0 dB" in text
-    assert "∞" in text
+    assert "PSNR <b>100.0 dB</b> · SSIM <b>1.000</b>" in " ".join(text.split())
+    assert "95 % interval 44% to 100%" in text
+    assert '<th scope="row">colour_never_seen</th>' in text
+    assert "20.7% to 100.0%" in text
+    assert "100.00 dB" in text
+    assert text.count(">higher</td>") == 25
+    assert text.count('aria-label="colour: as prompted"') == 3
     for heading in ("Samples", "Reconstructions", "Training", "Metrics", "Generate more samples", "Config"):
         assert f">{heading}" in text
     assert "Autoencoder" in text
@@ -97,8 +104,8 @@ def test_free_captions_get_no_verdict(tiny_run, tiny_pipeline, measured, tmp_pat
     config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation())
     pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline.denoiser_params)
     clip = Clip(measured.samples[0].clip.frames, 8, "a dog, which is no shape")
-    metrics = {name: value for name, value in measured.metrics.items() if name != "prompt_following"}
-    captions = EvaluationResult(metrics, [], [SavedSample(entry(clip, "0.mp4", 1), clip)], [False], [])
+    metrics = measured.metrics | {"clips": {}, "samples": {"0.mp4": {}}}
+    captions = EvaluationResult(metrics, {}, [], [SavedSample(entry(clip, "0.mp4", 1), clip)], [False])
     write_run_report(tmp_path / "report.html", pipeline, captions, title="Captions", source=tiny_run)
     text = page(tmp_path / "report.html")
     assert "a dog, which is no shape" in text

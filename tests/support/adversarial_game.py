@@ -10,9 +10,10 @@ import optax
 from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, LeCam, PatchVaeConfig
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid
-from dit_video.training.losses.adversarial import DiscriminatorTraining, make_adversarial_step
+from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.state import init_state
+from dit_video.training.step import GradientStep
 from support.random_params import make_random_params
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
@@ -38,4 +39,10 @@ def init_game(config: AdversarialConfig):
 @functools.cache
 def make_game_step(config: AdversarialConfig):
     """Return the step of both players, compiled once."""
-    return make_adversarial_step(LOSS, SGD, make_discriminator(config), ema_decay=0.9)
+    return make_train_step(config).compile()
+
+
+def make_train_step(config: AdversarialConfig) -> AdversarialStep:
+    """Return the step of both players."""
+    autoencoder = GradientStep(loss=LOSS, optimizer=SGD, ema_decay=0.9)
+    return AdversarialStep(autoencoder=autoencoder, discriminator=make_discriminator(config))

@@ -15,14 +15,14 @@ DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, laye
 TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=20, text=28, segments=3)
 LOSS = DenoiserLoss(
-    dit=get_graph_def(DIT.make),
+    backbone=get_graph_def(DIT.make),
     text=get_graph_def(TEXT.make),
     objective=FlowMatching(),
     caption_dropout=0.5,
     empty_caption=TOKENIZE(""),
     seed=3,
 )
-PARAMS = {"dit": make_random_params(DIT.make), "text": make_random_params(TEXT.make)}
+PARAMS = {"backbone": make_random_params(DIT.make), "text": make_random_params(TEXT.make)}
 
 
 def make_example(grid: Grid, caption: str, example: int) -> PackedExample:

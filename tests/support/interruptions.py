@@ -3,14 +3,14 @@
 import itertools
 import signal
 
-from dit_video.training import trainer
+from dit_video.training.step import GradientStep
 
 
 def interrupt(monkeypatch, *, call, how):
     """Interrupt the run at the given `call` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
-    real = trainer.make_step
+    real = GradientStep.compile
 
-    def make_step(*arguments, **keywords):
+    def compile_step(*arguments, **keywords):
         step, calls = real(*arguments, **keywords), itertools.count(1)
 
         def interrupted(state, batch):
@@ -22,4 +22,4 @@ def interrupt(monkeypatch, *, call, how):
 
         return interrupted
 
-    monkeypatch.setattr(trainer, "make_step", make_step)
+    monkeypatch.setattr(GradientStep, "compile", compile_step)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.hooks.hook import Hook, StepCall
 from dit_video.training.hooks.logging import MetricsLog
 from dit_video.training.loop import LoopConfig, run
 
@@ -67,9 +68,11 @@ def make_batches(done: int, *, bad: int = -1) -> Iterator[Any]:
 
 
 def train(folder: Path, config: LoopConfig, **options: Any) -> State:
-    """Start or continue a run in a folder; `options` are those of `run`, and `data` in place of `make_batches`."""
+    """Start or continue a run in a folder; `options` are those of `run`, `data`, and `on_step`, called after steps."""
     checkpoints = Checkpoints(folder / "checkpoints")
     state = init_state() if checkpoints.latest() is None else checkpoints.restore(get_state_shapes())[0]
-    log = MetricsLog(folder / "metrics.jsonl")
+    hooks: list[Hook] = [MetricsLog(folder / "metrics.jsonl")]
+    if "on_step" in options:
+        hooks.append(StepCall(options.pop("on_step")))
     data = options.pop("data", make_batches)
-    return run(step, state, data, config=config, checkpoints=checkpoints, log=log, **options)
+    return run(step, state, data, config=config, checkpoints=checkpoints, hooks=hooks, **options)

@@ -10,7 +10,14 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import trees
 from dit_video.diffusion import FlowMatching
-from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_shardings, shard_batch, shard_model
+from dit_video.distributed import (
+    MeshConfig,
+    ShardingRules,
+    make_mesh,
+    make_parallelism,
+    make_shardings,
+    shard_batch,
+)
 from dit_video.distributed.planner import read_program
 from dit_video.nn import LoraConfig, get_graph_def, init_lora
 from dit_video.text import ByteEncoderConfig
@@ -55,7 +62,7 @@ def make_test_optimizer(name: str) -> optax.GradientTransformation:
     return make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup=0), steps=10)
 
 
-def begin(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, lora: LoraConfig | None = None):
+def begin(mesh_config: MeshConfig, backbone=DIT, *, optimizer: str, devices=None, lora: LoraConfig | None = None):
     """Return a mesh, a state of random parameters on it, the step and its constants.
 
     The constants are the parameters if an adapter is trained.
@@ -63,14 +70,14 @@ def begin(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, lor
     mesh = make_mesh(mesh_config, devices)
     transformation = make_test_optimizer(optimizer)
     loss = DenoiserLoss(
-        dit=get_graph_def(shard_model(dit.make, mesh, mesh_config.context_attention)),
+        backbone=get_graph_def(backbone.make, make_parallelism(mesh, mesh_config.context_attention)),
         text=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.2,
         empty_caption=TOKENIZE(""),
         seed=3,
     )
-    params = {"dit": make_random_params(dit.make), "text": make_random_params(TEXT.make)}
+    params = {"backbone": make_random_params(backbone.make), "text": make_random_params(TEXT.make)}
     layout = functools.partial(make_shardings, mesh=mesh, rules=RULES)
     if lora is None:
         state = create_state(lambda key: params, transformation, jax.random.key(0), shardings=layout)
@@ -93,21 +100,21 @@ def make_random_factors(params, lora: LoraConfig):
     return jax.tree.map(lambda leaf: 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), factors)
 
 
-def read_collectives(mesh_config: MeshConfig, dit, *, lora: LoraConfig | None = None):
+def read_collectives(mesh_config: MeshConfig, backbone, *, lora: LoraConfig | None = None):
     """Return the collectives of a step that is compiled with the layout of TPUs, and the number of its parameters."""
     jax.default_backend = lambda: "tpu"
-    mesh, state, step, frozen = begin(mesh_config, dit, optimizer="adamw", lora=lora)
+    mesh, state, step, frozen = begin(mesh_config, backbone, optimizer="adamw", lora=lora)
     compiled = step.lower(state, shard_batch(make_rows(0), mesh), *frozen).compile()
     return read_program(compiled.as_text(), dict(mesh.shape)).collectives, trees.count_values((state.params, frozen))
 
 
-def train(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, steps: int = STEPS, lora=None):
+def train(mesh_config: MeshConfig, backbone=DIT, *, optimizer: str, devices=None, steps: int = STEPS, lora=None):
     """Train for some steps from random parameters.
 
     Returns:
       The losses and gradient norms, the parameters after the last step, and the number of arrays that are split.
     """
-    mesh, state, step, frozen = begin(mesh_config, dit, optimizer=optimizer, devices=devices, lora=lora)
+    mesh, state, step, frozen = begin(mesh_config, backbone, optimizer=optimizer, devices=devices, lora=lora)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
     metrics, compiled = [], None
     for number in range(steps):

@@ -42,9 +42,9 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             loss=AutoencoderObjective.pixels(),
         ),
         denoiser=DenoiserTraining(
-            dit=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2),
+            backbone=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2),
             text=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
-            rows=PackedShape(tokens=12, text=96, segments=3),
+            layout=PackedShape(tokens=12, text=96, segments=3),
             batch=2,
             optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=2),
             steps=10,

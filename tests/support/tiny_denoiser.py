@@ -2,7 +2,7 @@
 
 from dit_video.backbones.dit import DitConfig
 from dit_video.diffusion import RectifiedFlow
-from dit_video.generation import Denoiser, LatentRequest, Sampling, draw_initial_noise
+from dit_video.generation import Denoiser, Sampling, SamplingRequest, draw_initial_noise
 from dit_video.nn import get_graph_def
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedShape
@@ -14,9 +14,9 @@ SHAPE = PackedShape(tokens=16, text=20, segments=3)
 SAMPLING = Sampling(steps=2, guidance=2.0)
 
 DENOISER = Denoiser(
-    dit=get_graph_def(DIT.make),
+    backbone=get_graph_def(DIT.make),
     text=get_graph_def(TEXT.make),
-    params={"dit": make_random_params(DIT.make), "text": make_random_params(TEXT.make)},
+    params={"backbone": make_random_params(DIT.make), "text": make_random_params(TEXT.make)},
     tokenizer=TEXT.make_tokenizer(),
     process=RectifiedFlow(shift=2.0),
     patch=DIT.patch,
@@ -25,7 +25,7 @@ DENOISER = Denoiser(
 
 def make_request(prompt: str, latents: tuple[int, int, int] = (2, 4, 4), *, seed: int = 0, negative: str = ""):
     """Make a request with the noise of a seed."""
-    return LatentRequest(prompt, negative, draw_initial_noise(seed, Grid(*latents), 2))
+    return SamplingRequest(prompt, negative, draw_initial_noise(seed, Grid(*latents), 2))
 
 
 SMALL = make_request("dot", (1, 2, 4), seed=1)

@@ -31,7 +31,7 @@ ANIMATING = replace(DIT, cond_channels=4 + 4, image_width=VISION.width)
 SIZE = (5, 16, 16)
 
 
-def write_wan(folder: Path, *, dit: WanDitConfig = DIT, **index) -> None:
+def write_wan(folder: Path, *, backbone: WanDitConfig = DIT, **index) -> None:
     """Write a pipeline, with `index` added to its `model_index.json`, such as `**TWO` for two experts."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {
@@ -39,24 +39,24 @@ def write_wan(folder: Path, *, dit: WanDitConfig = DIT, **index) -> None:
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": [None, None],
         "boundary_ratio": None,
-        "expand_timesteps": dit.time == "token",
+        "expand_timesteps": backbone.time == "token",
         **index,
     }
     (folder / "model_index.json").write_text(json.dumps(document))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(UNIPC))
-    save_denoiser(folder / "transformer", dit, make_random_params(dit.make))
+    save_denoiser(folder / "transformer", backbone, make_random_params(backbone.make))
     if "transformer_2" in index:
-        save_denoiser(folder / "transformer_2", dit, make_random_params(dit.make, seed=1))
+        save_denoiser(folder / "transformer_2", backbone, make_random_params(backbone.make, seed=1))
     save_autoencoder(folder / "vae", VAE, make_random_params(VAE.make))
     write_encoder(folder / "text_encoder", replace(TEXT, position_bias="each layer"))
     write_tokenizer(folder / "tokenizer")
 
 
-def write_animating_wan(folder: Path, *, dit: WanDitConfig = ANIMATING) -> None:
+def write_animating_wan(folder: Path, *, backbone: WanDitConfig = ANIMATING) -> None:
     """Write a Wan 2.1 pipeline that animates an image, given as latents with a mask and as tokens of a CLIP."""
     parts = {"image_encoder": ["transformers", "CLIPVisionModel"], "image_processor": ["transformers", "x"]}
-    write_wan(folder, dit=dit, _class_name="WanImageToVideoPipeline", **parts)
+    write_wan(folder, backbone=backbone, _class_name="WanImageToVideoPipeline", **parts)
     write_clip(folder / "image_encoder", VISION)
     (folder / "image_processor").mkdir()
     save_clip_image_processor(

@@ -77,7 +77,7 @@ def test_the_benchmark_of_an_experiment_measures_all_its_parts(script, tiny, tin
     assert document["machine"]["devices"] == jax.device_count()
 
     denoiser, data, autoencoder = document["denoiser"], document["data"]["latents"], document["autoencoder"]
-    rows = tiny.EXPERIMENT.denoiser.rows
+    rows = tiny.EXPERIMENT.denoiser.layout
     assert denoiser["compilations"] == 1
     assert data["compilations"] == 0  # the same program serves the loader's rows
     assert document["packed_step_compilations"] == 1
@@ -176,17 +176,17 @@ def test_the_model_benchmark_compares_a_transformer_with_diffusers(script):
 SMALL = (
     "data.max_pixels=512",
     "data.max_frames=9",
-    "denoiser.dit.channels=4",
-    "denoiser.dit.context_width=16",
-    "denoiser.dit.width=24",
-    "denoiser.dit.heads=2",
-    "denoiser.dit.layers=1",
+    "denoiser.backbone.channels=4",
+    "denoiser.backbone.context_width=16",
+    "denoiser.backbone.width=24",
+    "denoiser.backbone.heads=2",
+    "denoiser.backbone.layers=1",
     "denoiser.text.width=16",
     "denoiser.text.heads=2",
     "denoiser.text.max_tokens=32",
-    "denoiser.rows.tokens=12",
-    "denoiser.rows.text=96",
-    "denoiser.rows.segments=3",
+    "denoiser.layout.tokens=12",
+    "denoiser.layout.text=96",
+    "denoiser.layout.segments=3",
     "denoiser.batch=2",
     "denoiser.optimizer.warmup=2",
 )
@@ -227,7 +227,7 @@ def test_rows_of_the_quickstart_are_nearly_full(benchmark, quickstart):
     assert packed.padding < 0.01
     rows = next(iter(packed))
     config = quickstart.denoiser
-    assert rows.tokens.shape == (config.batch, config.rows.tokens, config.dit.token_width)
+    assert rows.tokens.shape == (config.batch, config.row_shape.tokens, config.backbone.token_width)
     assert len(np.unique(rows.examples[rows.valid])) == rows.valid.sum()
 
 
@@ -237,7 +237,7 @@ def test_sizes_are_within_the_limits_and_fit_the_model(benchmark, quickstart, ti
             assert size.h * size.w <= setting.data.max_pixels
             assert size.t <= setting.data.max_frames
             benchmark.latent_grid(size, setting.autoencoder.model.stride)
-            assert size.h % (setting.autoencoder.model.stride.h * setting.denoiser.dit.patch.h) == 0
+            assert size.h % (setting.autoencoder.model.stride.h * setting.denoiser.backbone.patch.h) == 0
 
 
 @pytest.mark.filterwarnings("ignore:a text of 501 tokens is cut")
@@ -250,13 +250,13 @@ def test_captions_are_tokenised_as_in_training(benchmark, caption):
 
 
 def test_settings_can_be_changed_by_name(benchmark, quickstart):
-    wide = benchmark.replace_field(benchmark.BUILT_IN, "denoiser.dit.width", 512)
-    assert wide.denoiser.dit.width == 512
-    assert sum(wide.denoiser.dit.rotary.split) == 128
-    assert benchmark.BUILT_IN.denoiser.dit.width != 512
-    assert benchmark.replace_field(quickstart, "denoiser.dit.patch", (1, 1, 1)).denoiser.dit.patch.volume == 1
+    wide = benchmark.replace_field(benchmark.BUILT_IN, "denoiser.backbone.width", 512)
+    assert wide.denoiser.backbone.width == 512
+    assert sum(wide.denoiser.backbone.rotary.split) == 128
+    assert benchmark.BUILT_IN.denoiser.backbone.width != 512
+    assert benchmark.replace_field(quickstart, "denoiser.backbone.patch", (1, 1, 1)).denoiser.backbone.patch.volume == 1
     with pytest.raises(UserError, match="'depth' does not exist; use one of channels"):
-        benchmark.replace_field(benchmark.BUILT_IN, "denoiser.dit.depth", 3)
+        benchmark.replace_field(benchmark.BUILT_IN, "denoiser.backbone.depth", 3)
     with pytest.raises(UserError, match="'w' does not exist; use one of"):
         benchmark.replace_field(benchmark.BUILT_IN, "denoiser.batch.w", 3)
 
@@ -268,8 +268,8 @@ def test_settings_can_be_changed_by_name(benchmark, quickstart):
         (["--config", "nowhere.py"], "nowhere.py does not exist; use"),
         (["--config", ROOT / "tests" / "conftest.py"], "defines no EXPERIMENT"),
         (["--steps", "0"], "must be at least 1"),
-        (["--set", "denoiser.dit.depth=3"], "'depth' does not exist; use one of"),
-        (["--set", "denoiser.dit.heads=7"], "must be divisible by its 7 heads"),
+        (["--set", "denoiser.backbone.depth=3"], "'depth' does not exist; use one of"),
+        (["--set", "denoiser.backbone.heads=7"], "must be divisible by its 7 heads"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(script, arguments, message):

@@ -42,7 +42,7 @@ def test_two_processes_make_the_latents_of_a_run(tiny, tiny_run, tmp_path, scrip
     shutil.copytree(tiny_run, copy)
     shutil.rmtree(copy / "latents")
     shutil.copytree(tmp_path / "l", copy / "latents")
-    assert len(Run.open(copy).encode_latents()) == count
+    assert len(Run.open(copy).open_latents()) == count
 
 
 def test_the_views_of_a_pipeline_are_chosen_on_the_command_line(tiny, tiny_run, tmp_path, script):
@@ -78,7 +78,7 @@ def test_the_command_reads_and_writes_at_addresses(tiny, tiny_run, tiny_clips, m
     assert made.keys() == own.keys()
     for name, latents in made.items():
         np.testing.assert_array_equal(latents, own[name])
-    assert len(run.encode_latents()) == len(own)
+    assert len(run.open_latents()) == len(own)
     for data, destination in ((f"{memory}/none", f"{memory}/l"), (f"{memory}/data", "nonsense://l")):
         done = script(TOOL, run.folder, data, destination)
         assert done.code == 2

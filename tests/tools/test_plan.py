@@ -21,7 +21,9 @@ def test_the_command_prints_a_plan_and_writes_its_document(tmp_path, script):
 
 
 def test_the_command_searches_for_a_mesh_that_fits(script):
-    done = script(TOOL, CONFIG, "--topology", "h100:4", "--suggest", "--tries", 2, "--set", "denoiser.dit.layers=2")
+    done = script(
+        TOOL, CONFIG, "--topology", "h100:4", "--suggest", "--tries", 2, "--set", "denoiser.backbone.layers=2"
+    )
     assert done.code == 0, done.err
     assert len([line for line in done.err.splitlines() if "counted" in line]) == 2
     assert "fits" in done.out
@@ -37,7 +39,7 @@ def test_the_command_searches_for_a_mesh_that_fits(script):
         ((CONFIG, "--topology", "h100:8", "--mesh", "pipeline=2"), "pipeline=2 is invalid: it must be AXIS=SIZE"),
         ((CONFIG, "--topology", "h100:8", "--steps", "0"), "at least 1"),
         ((CONFIG, "--topology", "h100:8", "--suggest", "--mesh", "fsdp=2"), "drop one of them"),
-        ((CONFIG, "--topology", "h100:8", "--set", "denoiser.dit.depth=2"), "'depth' does not exist; use one of"),
+        ((CONFIG, "--topology", "h100:8", "--set", "denoiser.backbone.depth=2"), "'depth' does not exist; use one of"),
     ],
 )
 def test_the_command_refuses_wrong_arguments(script, arguments, says):
@@ -50,8 +52,8 @@ def test_the_command_refuses_wrong_arguments(script, arguments, says):
 def test_the_command_compiles_for_an_absent_tpu(tmp_path, script):
     pytest.importorskip("libtpu")
     target = tmp_path / "plan.json"
-    model = ("--set", "denoiser.dit.width=256", "--set", "denoiser.dit.attention='splash'", "--rows", 4)
-    more = (*model, "--set", "denoiser.dit.remat='full'", "--json", target, "--mesh", "fsdp=4")
+    model = ("--set", "denoiser.backbone.width=256", "--set", "denoiser.backbone.attention='splash'", "--rows", 4)
+    more = (*model, "--set", "denoiser.backbone.remat='full'", "--json", target, "--mesh", "fsdp=4")
     done = script(TOOL, CONFIG, "--topology", "v5e:2x2", *more)
     assert done.code == 0, done.err
     assert "compiled in" in done.out

@@ -77,7 +77,7 @@ def files(folder: Path) -> list[Path]:
 def saved(folder: Path, steps: tuple[int, ...], **changes: Any) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep=CheckpointPolicy(newest=len(steps)))
     for step in steps:
-        meta = {"at": step, "config": {"dit": {"width": 5}, "steps": 4, "name": "a"}}
+        meta = {"at": step, "config": {"backbone": {"width": 5}, "steps": 4, "name": "a"}}
         checkpoints.save(step, example(step, **changes), meta)
     checkpoints.wait()
     return checkpoints
@@ -201,8 +201,8 @@ def test_another_config_is_named_by_its_first_difference(tmp_path):
     ):
         checkpoints.restore(like(example(width=6)))
     lacking = State(state.step, {**state.params, "new": jnp.ones(2)}, state.opt_state, state.extra)
-    mine = {"dit": {"width": 6}, "steps": 4, "name": "b"}
-    with pytest.raises(UserError, match=r"differences\); config: dit.width is 5 there and 6 here, name is"):
+    mine = {"backbone": {"width": 6}, "steps": 4, "name": "b"}
+    with pytest.raises(UserError, match=r"differences\); config: backbone.width is 5 there and 6 here, name is"):
         checkpoints.restore(like(example(width=6)), config=mine)
     with pytest.raises(UserError, match=r"it lacks params/new\. Use"):
         checkpoints.restore(like(lacking))

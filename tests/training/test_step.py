@@ -7,7 +7,7 @@ import pytest
 from dit_video.training.optim.ema import EmaConfig, gamma_from_sigma
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule, make_optimizer
 from dit_video.training.state import create_state, init_state
-from dit_video.training.step import Average, make_step
+from dit_video.training.step import Average, LossDetails, LossOutput, make_step
 from support.compilations import count_compilations
 
 DRAW = np.random.default_rng(0)
@@ -100,14 +100,12 @@ def test_parameters_outside_the_loss_stay():
 class Counted:
     """The mean over the valid examples of a batch, of which its parts have unequal numbers."""
 
-    def weight(self, batch):
-        return batch["counts"].sum()
-
     def __call__(self, params, batch, step):
         error = jnp.square(batch["x"] @ params["w"] + params["b"] - batch["y"])[:, 0]
         counts = batch["counts"]
         mean = (error * counts).sum() / jnp.maximum(counts.sum(), 1)
-        return mean, {"far": Average(((error > 4) * counts).sum(), counts.sum()), "none": Average(0 * mean, 0 * mean)}
+        metrics = {"far": Average(((error > 4) * counts).sum(), counts.sum()), "none": Average(0 * mean, 0 * mean)}
+        return LossOutput(mean, LossDetails(metrics, counts.sum()))
 
 
 COUNTED = BATCH | {"counts": jnp.asarray((np.arange(32) * 7 % 11 < 5) * (1 + np.arange(32) // 8), jnp.float32)}
@@ -131,9 +129,10 @@ def test_accumulated_parts_of_a_batch_make_its_step(parts):
     assert abs(float(np.mean(means)) / float(expected["loss"]) - 1) > 1e-3
 
 
-def test_accumulation_refuses_a_loss_without_weights_of_parts():
-    with pytest.raises(TypeError, match="Use accumulation_steps=1"):
-        make_step(loss, optax.sgd(0.1), ema_decay=0.9, accumulation_steps=2)
+def test_accumulation_refuses_a_loss_that_does_not_count_its_examples():
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(TypeError, match=r"invalid for loss, which does not count .* Use accumulation_steps=1"):
+        make_step(loss, optimizer, ema_decay=0.9, accumulation_steps=2)(start(optimizer), BATCH)
 
 
 # --- averages -------------------------------------------------------------------------------------------------------

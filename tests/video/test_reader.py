@@ -103,8 +103,8 @@ def test_a_recording_that_begins_between_key_frames_starts_at_the_first_one(writ
     assert len(keys) == 4
     cut = b"".join(parts[(keys[0] + keys[1]) // 2 :])
     with av.open(io.BytesIO(cut)) as container:
-        earlier = next(container.demux(video=0))
-        assert not earlier.is_keyframe
+        previous = next(container.demux(video=0))
+        assert not previous.is_keyframe
     assert numbers(decode(cut)) == list(range(10, COUNT))
     assert numbers(decode(cut, start=1.54, frames=2)) == [25, 26]
     assert probe(cut).seconds == pytest.approx(2.9, abs=2e-3)

@@ -30,6 +30,7 @@ from dit_video.data.synthetic import shapes
 from dit_video.data.windows import CACHE_BYTES, DECODE_THREADS, ClipCrops, WindowBatches
 from dit_video.tokens import Grid
 from dit_video.training import loop
+from dit_video.training.hooks.hook import StepCall
 from dit_video.training.hooks.logging import MetricsLog, read_metrics
 from dit_video.video import decode
 
@@ -59,7 +60,9 @@ def measure_latents(setting: Setting, setup: TrainingSetup, num_examples: int) -
         source = LatentSource(Path(folder) / "latents")
         reading = LoaderConfig(batch=config.batch, seed=0)
         texts = TokenizedCaptions(source.all_captions, config.text.make_tokenizer())
-        batches = load_packed_batches(source, texts, patch=config.dit.patch, shape=config.rows, config=reading)
+        batches = load_packed_batches(
+            source, texts, patch=config.backbone.patch, shape=config.row_shape, config=reading
+        )
         epoch = -(-batches.rows_per_epoch // config.batch)
         last = int(setup.state.step) + epoch
         log = MetricsLog(Path(folder) / "metrics.jsonl")
@@ -70,9 +73,8 @@ def measure_latents(setting: Setting, setup: TrainingSetup, num_examples: int) -
                 setup.state,
                 lambda _: map(setup.place_batch, batches),
                 config=loop.LoopConfig(steps=last, log_every=last, save_every=last),
-                log=log,
+                hooks=[log, StepCall(lambda _done, _state: compile_counts.append(compiled()))],
                 title="an epoch",
-                on_step=lambda _done, _state: compile_counts.append(compiled()),
             )
         entry = read_metrics(log.path)[-1]
     figures = {
@@ -110,7 +112,7 @@ def measure_videos(setting: Setting, setup: TrainingSetup, clips: Path, steps: i
                     state,
                     functools.partial(_place_batches, setup, batches),
                     config=loop.LoopConfig(steps=first + 2 * steps, log_every=steps, save_every=1 << 30),
-                    log=log,
+                    hooks=[log],
                     title=f"training from videos, {name}",
                 )
             entry = read_metrics(log.path)[-1]  # the second half, as the first one fills the cache
@@ -134,7 +136,7 @@ def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         ingest(clips, Path(folder) / "data")
         infos = {info.name: info for info in ClipSource(Path(folder) / "data").infos}
-    stride, patch = setting.autoencoder.model.stride, setting.denoiser.dit.patch
+    stride, patch = setting.autoencoder.model.stride, setting.denoiser.backbone.patch
     multiple = Grid(1, stride.h * patch.h, stride.w * patch.w)
     limits = SizeLimits(max_pixels=max(setting.data.max_pixels, 96 * 128), max_frames=1 << 30, multiple=multiple)
     files = [(Path(path), infos[name]) for path in names if (name := os.path.relpath(path, clips)) in infos]
@@ -198,8 +200,8 @@ def measure_memory(setting: Setting, num_examples: int, batches: int) -> dict[st
         loader = load_packed_batches(
             source,
             TokenizedCaptions(source.all_captions, config.text.make_tokenizer()),
-            patch=config.dit.patch,
-            shape=config.rows,
+            patch=config.backbone.patch,
+            shape=config.row_shape,
             config=LoaderConfig(batch=config.batch, seed=0),
         )
         memory = {}

@@ -22,10 +22,12 @@ from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.packing.rows import Encode
+from dit_video.distributed import count_row_shards, make_mesh
 from dit_video.experiment import input_pipeline
 from dit_video.nn import init_params
 from dit_video.tokens import Grid
 from dit_video.training import loop
+from dit_video.training.hooks.hook import StepCall
 from dit_video.training.hooks.logging import MetricsLog, read_metrics
 
 _NUM_BUCKETS = 2
@@ -59,14 +61,16 @@ def measure_online(setting: Setting, setup: TrainingSetup, clips: Path, steps: i
     memory of the process at the end.
     """
     data = replace(setting.data, cache_latents=False, weights=(), clips_per_video=1, resolutions=(), flips=False)
-    rows = replace(setting, data=data, denoiser=replace(setting.denoiser, buckets=None))
+    mesh = make_mesh(setting.mesh)
+    rows = replace(setting, data=data, denoiser=replace(setting.denoiser, layout=setting.denoiser.row_shape))
     # As many tokens per step as the rows have, so that both layouts are comparable.
     config = BucketConfig(
+        sampling=setting.denoiser.row_shape,
         memory=BatchMemory(fixed=0, per_token=1),
-        budget=setting.denoiser.rows.tokens * setting.denoiser.batch / input_pipeline.count_experiment_row_shards(rows),
+        budget=setting.denoiser.row_shape.tokens * setting.denoiser.batch / count_row_shards(mesh),
         count=_NUM_BUCKETS,
     )
-    buckets = replace(rows, denoiser=replace(rows.denoiser, buckets=config))
+    buckets = replace(rows, denoiser=replace(rows.denoiser, layout=config))
     model = setting.autoencoder.model
     figures: dict[str, Any] = {}
     params = init_params(model.make, rng.key(0, "benchmark"))
@@ -76,7 +80,7 @@ def measure_online(setting: Setting, setup: TrainingSetup, clips: Path, steps: i
         for name, experiment in (("rows", rows), ("buckets", buckets)):
             figures[name] = {}
             for mode, encode in (
-                ("encoded", input_pipeline.make_online_encoder(experiment, params, source)),
+                ("encoded", input_pipeline.make_online_encoder(experiment, mesh, params, source)),
                 ("given", functools.partial(encode_zeros, model)),
             ):
                 figures[name][mode], setup = _train(experiment, setup, source, TimedEncoder(encode), steps)
@@ -89,7 +93,8 @@ def _train(
     """Train for twice the steps; new programs are compiled in the first half, and the second half is measured."""
     first, warmup_seconds = int(setup.state.step), [0.0]
     texts = TokenizedCaptions([info.captions for info in source.infos], experiment.denoiser.text.make_tokenizer())
-    batches = input_pipeline.make_online_batches(experiment, source, texts, encode)(0)
+    mesh = make_mesh(experiment.mesh)
+    batches = input_pipeline.make_online_batches(experiment, mesh, source, texts, encode)(0)
 
     def record_warmup(done: int, _state: Any) -> None:
         if done == first + steps:
@@ -102,9 +107,8 @@ def _train(
             setup.state,
             lambda _: map(setup.place_batch, batches),
             config=loop.LoopConfig(steps=first + 2 * steps, log_every=steps, save_every=1 << 30),
-            log=log,
+            hooks=[log, StepCall(record_warmup)],
             title="training from video files",
-            on_step=record_warmup,
         )
         memory, entry = get_resident_memory(), read_metrics(log.path)[-1]
     figures = {

@@ -15,7 +15,9 @@ from dit_video.core import rng
 from dit_video.distributed import make_mesh
 from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.training import loop, trainer
+from dit_video.training.hooks.hook import PeriodicCall
 from dit_video.training.optim.optimizer import make_optimizer
+from dit_video.training.step import GradientStep
 
 _STEPS, _SAVE_EVERY, _EXAMPLES = 10_000, 2, 200
 
@@ -59,12 +61,12 @@ def main() -> None:
         title="training",
         init=init,
         random_key=rng.key(0, "benchmark"),
-        loss=loss,
-        optimizer=make_optimizer(optimizer, steps=_STEPS + optimizer.warmup),
-        ema_decay=0.999,
+        train_step=GradientStep(
+            loss=loss, optimizer=make_optimizer(optimizer, steps=_STEPS + optimizer.warmup), ema_decay=0.999
+        ),
         config=loop.LoopConfig(steps=_STEPS, save_every=_SAVE_EVERY),
         mesh=make_mesh(setting.mesh),
-        periodic=(loop.PeriodicCall(every=1, call=print_step),),
+        hooks=(PeriodicCall(every=1, function=print_step),),
     ).run(lambda start: _RowIterator(setting, start))
 
 

@@ -29,7 +29,7 @@ from dit_video.backbones.dit import DitConfig
 from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core import rng
 from dit_video.diffusion import RectifiedFlow
-from dit_video.generation import Denoiser, LatentRequest, Sampling, draw_initial_noise, sample_latents
+from dit_video.generation import Denoiser, Sampling, SamplingRequest, draw_initial_noise, sample_latents
 from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import (
@@ -85,12 +85,12 @@ class SamplingModel:
         )
         self._text = text
         params = {
-            "dit": init_params(self._config.make, rng.key(0, "benchmark model")),
+            "backbone": init_params(self._config.make, rng.key(0, "benchmark model")),
             "text": init_params(text.make, rng.key(0, "benchmark text")),
         }
         self.row_shape = PackedShape(tokens=self.num_tokens, text=2 * shape.text_tokens, segments=4)
         self.denoiser = Denoiser(
-            dit=get_graph_def(self._config.make),
+            backbone=get_graph_def(self._config.make),
             text=get_graph_def(text.make),
             params=params,
             tokenizer=lambda prompt: tokenize_bytes(text, prompt),
@@ -112,12 +112,12 @@ class SamplingModel:
 
     def _sample(self, sampling: Sampling, row_shape: PackedShape, num_rows: int, seed: int, prompt: str) -> Any:
         noise = draw_initial_noise(seed, self.shape.latents, self.shape.channels)
-        requests = [LatentRequest(f"{prompt} {number}", "", noise, seed=seed) for number in range(num_rows)]
+        requests = [SamplingRequest(f"{prompt} {number}", "", noise, seed=seed) for number in range(num_rows)]
         return sample_latents(self.denoiser, requests, sampling=sampling, shape=row_shape, rows=num_rows)
 
     def make_forward(self) -> Callable[[], Any]:
         """Return a function that calls the denoiser on those rows. The text encoder, which runs once, is excluded."""
-        shape, graph = self.shape, self.denoiser.dit
+        shape, graph = self.shape, self.denoiser.backbone
         noise = draw_initial_noise(0, shape.latents, shape.channels)
         text = tokenize_bytes(self._text, "a red circle 0")
         positions = compute_positions(compute_token_grid(shape.latents, self._config.patch))
@@ -132,7 +132,7 @@ class SamplingModel:
             denoise = make_denoise_fn(nnx.merge(graph, params), rows.layout, conditioning)
             return denoise(noisy, jnp.full(noisy.shape[:2], time), None)[0]
 
-        params, time = self.denoiser.params["dit"], jnp.asarray(0.5)
+        params, time = self.denoiser.params["backbone"], jnp.asarray(0.5)
         return lambda: jax.block_until_ready(predict(params, rows.tokens, time, context.values, context.segments))
 
 

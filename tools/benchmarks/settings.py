@@ -15,11 +15,13 @@ from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig, latent_
 from dit_video.backbones.dit import DitConfig
 from dit_video.core import rng
 from dit_video.core.errors import MissingError, UserError
+from dit_video.data.packing.canvases import CanvasPacking
 from dit_video.data.packing.plan import RowStream
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import (
+    CanvasShape,
     Grid,
     PackedBatch,
     PackedExample,
@@ -49,9 +51,9 @@ BUILT_IN = SimpleNamespace(
         loss=AutoencoderObjective.pixels(kl=1e-4),
     ),
     denoiser=SimpleNamespace(
-        dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
+        backbone=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
         text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
-        rows=PackedShape(tokens=120, text=224, segments=12),
+        layout=PackedShape(tokens=120, text=224, segments=12),
         batch=8,
         optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99),
         objective=FlowMatching(process=RectifiedFlow(shift=5.0), times=LogitNormal()),
@@ -108,7 +110,7 @@ def resolve_setting(config: Path | None, changes: Sequence[str]) -> Setting:
 
 
 def replace_field(config: Any, path: str, new_value: Any) -> Any:
-    """Return a nested config with one field replaced: `replace_field(setting, "denoiser.dit.width", 1024)`.
+    """Return a nested config with one field replaced: `replace_field(setting, "denoiser.backbone.width", 1024)`.
 
     Raises:
       UserError: if the field does not exist.
@@ -135,7 +137,7 @@ class SyntheticExample(NamedTuple):
 
 def make_clip_sizes(setting: Setting) -> list[Grid]:
     """Return sizes within the limits: an image, half the length and the full length, each square, wide and high."""
-    stride, patch = setting.autoencoder.model.stride, setting.denoiser.dit.patch
+    stride, patch = setting.autoencoder.model.stride, setting.denoiser.backbone.patch
     step_h, step_w = stride.h * patch.h, stride.w * patch.w
     longest = (setting.data.max_frames - 1) // stride.t
     sizes = []
@@ -165,7 +167,7 @@ def make_examples(setting: Setting, num_examples: int) -> list[SyntheticExample]
 
 def make_latents(setting: Setting, index: int, example: SyntheticExample) -> np.ndarray:
     """Return random latents of an example."""
-    shape = (*example.latents, setting.denoiser.dit.channels)
+    shape = (*example.latents, setting.denoiser.backbone.channels)
     return rng.make_generator(0, "benchmark latents", index).standard_normal(shape, np.float32)
 
 
@@ -181,9 +183,12 @@ class SyntheticBatches:
     def __init__(self, setting: Setting, num_examples: int):
         self._setting, self._examples = setting, make_examples(setting, num_examples)
         self._config = config = setting.denoiser
-        grids = [compute_token_grid(example.latents, config.dit.patch) for example in self._examples]
-        text = [len(tokenize_bytes(config.text, example.caption)) for example in self._examples]
-        self._stream = RowStream(np.asarray([grid.volume for grid in grids]), np.asarray(text), config.rows, seed=0)
+        grids = [compute_token_grid(example.latents, config.backbone.patch) for example in self._examples]
+        text = np.asarray([len(tokenize_bytes(config.text, example.caption)) for example in self._examples])
+        shape, names = config.row_shape, [example.caption for example in self._examples]
+        canvases = CanvasPacking(grids, text, shape, names) if isinstance(shape, CanvasShape) else None
+        tokens = np.asarray([grid.volume for grid in grids])
+        self._stream = RowStream(tokens, text, shape, seed=0, canvases=canvases)
         self.padding = self._stream.get_epoch(0).padding
         self.num_sizes = len({example.latents for example in self._examples})
 
@@ -193,11 +198,11 @@ class SyntheticBatches:
             yield stack_rows(itertools.islice(rows, self._config.batch))
 
     def _pack_row(self, row_index: int) -> PackedBatch:
-        patch = self._config.dit.patch
+        patch = self._config.backbone.patch
         examples = []
         for index, rank in zip(*self._stream.get_row(row_index), strict=True):
             example = self._examples[index]
             tokens = patchify(make_latents(self._setting, int(index), example), patch)
             positions = compute_positions(compute_token_grid(example.latents, patch))
             examples.append(PackedExample(tokens, positions, tokenize_bytes(self._config.text, example.caption), rank))
-        return pack(examples, self._config.rows, width=self._config.dit.token_width)
+        return pack(examples, self._config.row_shape, width=self._config.backbone.token_width)

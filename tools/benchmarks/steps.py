@@ -97,7 +97,7 @@ def make_denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, Optim
     """Return the init function, the loss and the optimizer config of the denoiser with its text encoder."""
     config = setting.denoiser
     loss = DenoiserLoss(
-        dit=get_graph_def(config.dit.make),
+        backbone=get_graph_def(config.backbone.make),
         text=get_graph_def(config.text.make),
         objective=config.objective,
         caption_dropout=0.1,
@@ -107,7 +107,7 @@ def make_denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, Optim
 
     def init(key):
         first, second = jax.random.split(key)
-        return {"dit": init_params(config.dit.make, first), "text": init_params(config.text.make, second)}
+        return {"backbone": init_params(config.backbone.make, first), "text": init_params(config.text.make, second)}
 
     return init, loss, config.optimizer
 
@@ -118,7 +118,7 @@ def measure_denoiser(setting: Setting, steps: int, num_examples: int) -> tuple[d
     packed = SyntheticBatches(setting, num_examples)
     batches = list(itertools.islice(packed, 8))
     figures, setup = time_steps(make_training_setup(setting, *make_denoiser_parts(setting)), batches, steps)
-    tokens = config.batch * config.rows.tokens
+    tokens = config.batch * config.row_shape.tokens
     real = float(np.mean([(batch.segments > 0).sum(axis=(0, 1)) for batch in batches]))
     figures |= {
         "tokens_per_step": tokens,

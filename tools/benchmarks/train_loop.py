@@ -20,6 +20,7 @@ from benchmarks.settings import Setting, SyntheticBatches
 from benchmarks.steps import TrainingSetup, make_denoiser_parts, make_training_setup
 from dit_video.core.errors import UserError
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.hooks.hook import StepCall
 from dit_video.training.hooks.logging import MetricsLog
 from dit_video.training.loop import LoopConfig, run
 from dit_video.training.state import replace_step
@@ -132,8 +133,7 @@ def _time_loop(
         endless,
         config=LoopConfig(steps=last + 1, log_every=20, save_every=steps if save else last + 1),
         checkpoints=checkpoints,
-        log=MetricsLog(run_folder / "metrics.jsonl"),
-        on_step=mark,
+        hooks=[MetricsLog(run_folder / "metrics.jsonl"), StepCall(mark)],
     )
     return (marks[last] - marks[first]) / steps, setup._replace(state=state)
 

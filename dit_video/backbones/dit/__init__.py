@@ -8,8 +8,8 @@ from dit_video.backbones.dit.conditioning import (
     PooledContext,
     TimeEmbedding,
 )
-from dit_video.backbones.dit.config import DitConfig, TemporalLayers
-from dit_video.backbones.dit.model import Dit
+from dit_video.backbones.dit.config import DitArchitecture, TemporalLayers
+from dit_video.backbones.dit.model import Dit, DitConfig
 from dit_video.backbones.dit.positions import (
     BoundaryEmbedding,
     FactorizedEmbedding,
@@ -23,6 +23,7 @@ __all__ = [
     "ClassLabels",
     "CrossAttention",
     "Dit",
+    "DitArchitecture",
     "DitConfig",
     "FactorizedEmbedding",
     "ImageSineCosine",

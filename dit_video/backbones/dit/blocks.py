@@ -3,53 +3,67 @@
 The residual stream is float32; only matrix products are in the config's dtype.
 """
 
+import functools
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.backbones.dit.conditioning import CrossAttention, JointAttention
-from dit_video.backbones.dit.config import DitConfig
+from dit_video.backbones.dit.conditioning import CrossAttention
+from dit_video.backbones.dit.config import DitArchitecture
+from dit_video.conditioning import TextTokens
 from dit_video.nn import (
     Attention,
     AttentionInputs,
-    FusedConstraint,
     Init,
     Linear,
+    Parallelism,
     RmsNorm,
     gelu,
     layer_norm,
-    make_attention,
     modulate,
 )
 from dit_video.nn.attention import BiasTable
 from dit_video.tokens import expand_to_tokens, rotate
 
 
-class BlockMetadata(NamedTuple):
-    """Inputs that all blocks share, besides the tokens."""
+class TokenConditions(NamedTuple):
+    """Conditions (time, class, pooled text) that modulate tokens, and which of them each token has."""
 
+    values: Float[Array, "B M *rest"]
+    indices: Int[Array, "B N"] | None
+    """Number of each token's condition, from 1 on; padding, with 0, gets the first. None if each token has its own."""
+
+    def expand(self, values: Float[Array, "B M *rest"]) -> Float[Array, "B N *rest"]:
+        """Return every token's value from one value per condition."""
+        return values if self.indices is None else expand_to_tokens(values, self.indices)
+
+
+class DitInputs(NamedTuple):
+    """Inputs of all blocks besides the tokens and the attention function."""
+
+    condition: TokenConditions
+    """Conditions of width D, from which the head and blocks with a modulation of their own project it."""
+    modulation: TokenConditions
+    """Shared modulation `B M 6 D`, or `condition` if each block projects it itself."""
     segments: Int[Array, "B N"]
-    attention_inputs: AttentionInputs
-    """Metadata for self-attention; the tokens of a joint context follow those of the row."""
+    positions: Float[Array, "B N 3"]
     angles: Float[Array, "B N half"] | None
+    """Rotary angles of queries and keys; None for no rotation."""
+    attention_inputs: AttentionInputs
+    """Metadata for self-attention; the tokens of a joint context follow the others."""
     bias_positions: Float[Array, "B T 3"] | None = None
     """Coordinates for a relative bias, of all tokens in self-attention."""
+    context: TextTokens | None = None
+    """Embedded text for cross-attention."""
+    context_modulation: TokenConditions | None = None
+    """Modulation of the text in joint attention."""
 
-
-def make_block(config: DitConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-    """Build the kind of block that fits the config's context."""
-    if isinstance(config.context, JointAttention):
-        return JointBlock(config, rngs=rngs)
-    return Block(config, rngs=rngs)
-
-
-def expand_modulation(
-    values: Float[Array, "B M *rest"], segments: Int[Array, "B N"], *, per_token: bool
-) -> Float[Array, "B N *rest"]:
-    """Return every token's value from values per segment, or per token already."""
-    return values if per_token else expand_to_tokens(values, segments)
+    def add_bias(self, table: BiasTable | None) -> AttentionInputs:
+        """Return the metadata for self-attention with the relative bias of a block."""
+        bias = None if table is None or self.bias_positions is None else table(self.bias_positions)
+        return self.attention_inputs._replace(bias=bias)
 
 
 class Stream(nnx.Module):
@@ -57,53 +71,34 @@ class Stream(nnx.Module):
 
     output_init: ClassVar[Init] = "xavier"
     """Initialisation of the layers whose output is added to the residual stream."""
-    fused_constraint: FusedConstraint | None = None
-    """Sharding constraint on the fused weights of queries, keys and values, on several devices."""
 
-    def __init__(self, config: DitConfig, *, per_token: bool, rngs: nnx.Rngs):
-        self._add_modulation(config, per_token, rngs)
-        self._add_attention(config, rngs)
-        self._add_mlp(config, rngs)
-
-    def _add_modulation(self, config: DitConfig, per_token: bool, rngs: nnx.Rngs) -> None:
-        self.heads, self.per_token = config.heads, per_token
-        width, per_block = config.width, config.modulation == "own"
-        self.own = Linear(width, 6 * width, init="zero", rngs=rngs) if per_block else None
-        self.table = None if per_block else nnx.Param(jnp.zeros((6, width), jnp.float32))
-
-    def _add_attention(self, config: DitConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
         width, dtype = config.width, jnp.dtype(config.dtype)
-        self.qkv = Linear(width, 3 * width, bias=config.bias, dtype=dtype, rngs=rngs)
+        per_block, hidden = config.modulation == "own", config.mlp_dim
+        self.own = Linear(width, 6 * width, init="zero", parallel=parallel, rngs=rngs) if per_block else None
+        self.table = None if per_block else nnx.Param(jnp.zeros((6, width), jnp.float32))
+        self.heads, self.mlp_norm_eps = config.heads, config.mlp_norm_eps
         self.query_norm, self.key_norm = _make_qk_norm(config), _make_qk_norm(config)
-        self.out = Linear(width, width, bias=config.bias, init=self.output_init, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, bias=config.bias, dtype=dtype, parallel=parallel, rngs=rngs)
+        self.qkv = linear(width, 3 * width, split="fused")
+        self.out = linear(width, width, split="inputs", init=self.output_init)
+        self.up = linear(width, hidden, split="outputs")
+        self.down = linear(hidden, width, split="inputs", init=self.output_init)
+        self.gate = linear(width, hidden, split="outputs") if config.mlp == "swiglu" else None
 
-    def _add_mlp(self, config: DitConfig, rngs: nnx.Rngs) -> None:
-        width, hidden, dtype = config.width, config.mlp_dim, jnp.dtype(config.dtype)
-        self.up = Linear(width, hidden, bias=config.bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, width, bias=config.bias, init=self.output_init, dtype=dtype, rngs=rngs)
-        self.mlp_norm_eps = config.mlp_norm_eps
-        gated = config.mlp == "swiglu"
-        self.gate = Linear(width, hidden, bias=config.bias, dtype=dtype, rngs=rngs) if gated else None
-
-    def compute_modulation(
-        self, modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"], segments: Int[Array, "B N"]
-    ) -> tuple[Float[Array, "B N D"], ...]:
-        """Return shift, scale and gate of attention, then those of the MLP.
-
-        `modulation` is the shared one, per segment or per token, or the condition, which this stream then projects.
-        """
-        if self.own is None:
-            assert self.table is not None
-            shared = [modulation[:, :, index] + self.table[...][index] for index in range(6)]
-            return tuple(expand_modulation(part, segments, per_token=self.per_token) for part in shared)
-        projected = expand_modulation(self.own(modulation), segments, per_token=self.per_token)
-        return tuple(jnp.split(projected, 6, axis=-1))
+    def compute_modulation(self, modulation: TokenConditions) -> tuple[Float[Array, "B N D"], ...]:
+        """Return shift, scale and gate of attention, then those of the MLP."""
+        if self.own is not None:
+            return tuple(jnp.split(modulation.expand(self.own(modulation.values)), 6, axis=-1))
+        assert self.table is not None
+        shared = [modulation.values[:, :, index] + self.table[...][index] for index in range(6)]
+        return tuple(map(modulation.expand, shared))
 
     def project_qkv(
         self, x: Float[Array, "B N D"], angles: Float[Array, "B N half"] | None
     ) -> tuple[Float[Array, "B N K d"], Float[Array, "B N K d"], Float[Array, "B N K d"]]:
         """Return queries, keys and values; queries and keys are not rotated if `angles` is None."""
-        qkv = self.qkv.project_parts(x, 3, self.fused_constraint)
+        qkv = self.qkv.project_parts(x, 3)
         q = split_heads(qkv[:, :, 0], self.query_norm, self.heads)
         k = split_heads(qkv[:, :, 1], self.key_norm, self.heads)
         if angles is not None:
@@ -127,46 +122,36 @@ class Stream(nnx.Module):
 class Block(Stream):
     """A block with self-attention within segments, cross-attention to the context if there is one, and an MLP."""
 
-    def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
-        self.parallel = config.order == "parallel"
-        # The order of these calls decides which random numbers each parameter gets.
-        self._add_modulation(config, config.time == "token", rngs)
-        self._add_attention(config, rngs)
+    def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
+        super().__init__(config, parallel=parallel, rngs=rngs)
+        self.is_parallel = config.order == "parallel"
+        self.relative = _make_bias_table(config, rngs)
         self.has_cross_attention = isinstance(config.context, CrossAttention)
         if self.has_cross_attention:
             width, dtype = config.width, jnp.dtype(config.dtype)
-            self.cross: Attention = make_attention(config.attention)
-            self.cross_query = Linear(width, width, bias=config.bias, dtype=dtype, rngs=rngs)
-            self.cross_key_value = Linear(width, 2 * width, bias=config.bias, dtype=dtype, rngs=rngs)
+            linear = functools.partial(Linear, bias=config.bias, dtype=dtype, parallel=parallel, rngs=rngs)
+            self.cross = parallel.make_cross_attention(config.attention)
+            self.cross_query = linear(width, width, split="outputs")
+            self.cross_key_value = linear(width, 2 * width, split="fused")
             self.cross_query_norm, self.cross_key_norm = _make_qk_norm(config), _make_qk_norm(config)
-            self.cross_out = Linear(width, width, bias=config.bias, init="zero", dtype=dtype, rngs=rngs)
-        self._add_mlp(config, rngs)
-        self.relative = _make_bias_table(config, rngs)
+            self.cross_out = linear(width, width, split="inputs", init="zero")
 
-    def __call__(
-        self,
-        x: Float[Array, "B N D"],
-        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
-        metadata: BlockMetadata,
-        context: Float[Array, "B S D"] | None,
-        context_segments: Int[Array, "B S"] | None,
-        attention: Attention,
-    ) -> Float[Array, "B N D"]:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.compute_modulation(modulation, metadata.segments)
+    def __call__(self, x: Float[Array, "B N D"], inputs: DitInputs, attention: Attention) -> Float[Array, "B N D"]:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.compute_modulation(inputs.modulation)
         start = x
-        q, k, v = self.project_qkv(modulate(x, shift, scale), metadata.angles)
-        x = x + gate * self.project_out(attention(q, k, v, _add_bias(metadata, self.relative)))
+        q, k, v = self.project_qkv(modulate(x, shift, scale), inputs.angles)
+        x = x + gate * self.project_out(attention(q, k, v, inputs.add_bias(self.relative)))
         if self.has_cross_attention:
-            cross_input = layer_norm(start if self.parallel else x)
-            x = x + self._cross_attention(cross_input, metadata.segments, context, context_segments)
-        return x + mlp_gate * self.apply_mlp(start if self.parallel else x, mlp_shift, mlp_scale)
+            x = x + self._cross_attention(layer_norm(start if self.is_parallel else x), inputs)
+        return x + mlp_gate * self.apply_mlp(start if self.is_parallel else x, mlp_shift, mlp_scale)
 
-    def _cross_attention(self, x, segments, context, context_segments):
+    def _cross_attention(self, x: Float[Array, "B N D"], inputs: DitInputs) -> Float[Array, "B N D"]:
+        assert inputs.context is not None
         q = split_heads(self.cross_query(x), self.cross_query_norm, self.heads)
-        key_value = self.cross_key_value.project_parts(context, 2, self.fused_constraint)
+        key_value = self.cross_key_value.project_parts(inputs.context.values, 2)
         k = split_heads(key_value[:, :, 0], self.cross_key_norm, self.heads)
         v = split_heads(key_value[:, :, 1], None, self.heads)
-        mixed = self.cross(q, k, v, AttentionInputs(segments, context_segments))
+        mixed = self.cross(q, k, v, AttentionInputs(inputs.segments, inputs.context.segments))
         return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
 
 
@@ -179,62 +164,42 @@ class TemporalBlock(Stream):
 
     output_init: ClassVar[Init] = "zero"
 
-    def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, per_token=config.time == "token", rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B N D"],
-        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
-        metadata: BlockMetadata,
-        attention: Attention,
-    ) -> Float[Array, "B N D"]:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.compute_modulation(modulation, metadata.segments)
-        q, k, v = self.project_qkv(modulate(x, shift, scale), metadata.angles)
-        x = x + (1 + gate) * self.project_out(attention(q, k, v, metadata.attention_inputs))
+    def __call__(self, x: Float[Array, "B N D"], inputs: DitInputs, attention: Attention) -> Float[Array, "B N D"]:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.compute_modulation(inputs.modulation)
+        q, k, v = self.project_qkv(modulate(x, shift, scale), inputs.angles)
+        x = x + (1 + gate) * self.project_out(attention(q, k, v, inputs.attention_inputs))
         return x + (1 + mlp_gate) * self.apply_mlp(x, mlp_shift, mlp_scale)
 
 
 class JointBlock(nnx.Module):
     """A block with two streams and joint attention; in `x` the context's tokens follow those of the video."""
 
-    def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
-        self.parallel = config.order == "parallel"
-        self.video = Stream(config, per_token=config.time == "token", rngs=rngs)
-        self.context = Stream(config, per_token=False, rngs=rngs)
+    def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
+        self.is_parallel = config.order == "parallel"
+        self.video = Stream(config, parallel=parallel, rngs=rngs)
+        self.context = Stream(config, parallel=parallel, rngs=rngs)
         self.relative = _make_bias_table(config, rngs)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
-        metadata: BlockMetadata,
-        context_modulation: Float[Array, "B G 6 D"] | Float[Array, "B G D"],
-        context_segments: Int[Array, "B S"],
-        attention: Attention,
-    ) -> Float[Array, "B T D"]:
-        length = metadata.segments.shape[1]
-        streams = (self.video, self.context)
-        starts = [x[:, :length], x[:, length:]]
-        parts = [
-            self.video.compute_modulation(modulation, metadata.segments),
-            self.context.compute_modulation(context_modulation, context_segments),
+    def __call__(self, x: Float[Array, "B T D"], inputs: DitInputs, attention: Attention) -> Float[Array, "B T D"]:
+        assert inputs.context_modulation is not None
+        length = inputs.segments.shape[1]
+        streams = [
+            (self.video, x[:, :length], inputs.modulation, inputs.angles),
+            (self.context, x[:, length:], inputs.context_modulation, None),
         ]
-        heads = [
-            stream.project_qkv(modulate(start, shift, scale), angles)
-            for stream, start, (shift, scale, *_), angles in zip(
-                streams, starts, parts, (metadata.angles, None), strict=True
-            )
-        ]
+        heads, parts = [], []
+        for stream, start, modulation, angles in streams:
+            shift, scale, *part = stream.compute_modulation(modulation)
+            heads.append(stream.project_qkv(modulate(start, shift, scale), angles))
+            parts.append(part)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*heads, strict=True))
-        mixed = attention(q, k, v, _add_bias(metadata, self.relative))
+        mixed = attention(q, k, v, inputs.add_bias(self.relative))
         ends = []
-        for stream, start, (_, _, gate, mlp_shift, mlp_scale, mlp_gate), part in zip(
-            streams, starts, parts, (mixed[:, :length], mixed[:, length:]), strict=True
+        for (stream, start, *_), (gate, shift, scale, mlp_gate), mixed_part in zip(
+            streams, parts, (mixed[:, :length], mixed[:, length:]), strict=True
         ):
-            residual = start + gate * stream.project_out(part)
-            mlp_input = start if self.parallel else residual
-            ends.append(residual + mlp_gate * stream.apply_mlp(mlp_input, mlp_shift, mlp_scale))
+            end = start + gate * stream.project_out(mixed_part)
+            ends.append(end + mlp_gate * stream.apply_mlp(start if self.is_parallel else end, shift, scale))
         return jnp.concatenate(ends, axis=1)
 
 
@@ -246,18 +211,11 @@ def split_heads(x: Float[Array, "B N D"], norm: RmsNorm | None, heads: int) -> F
     return x if norm is None else norm(x)
 
 
-def _make_bias_table(config: DitConfig, rngs: nnx.Rngs) -> BiasTable | None:
+def _make_bias_table(config: DitArchitecture, rngs: nnx.Rngs) -> BiasTable | None:
     return None if config.relative_bias is None else BiasTable(config.relative_bias, config.heads, rngs=rngs)
 
 
-def _add_bias(metadata: BlockMetadata, bias_table: BiasTable | None) -> AttentionInputs:
-    if bias_table is None:
-        return metadata.attention_inputs
-    assert metadata.bias_positions is not None
-    return metadata.attention_inputs._replace(bias=bias_table(metadata.bias_positions))
-
-
-def _make_qk_norm(config: DitConfig) -> RmsNorm | None:
+def _make_qk_norm(config: DitArchitecture) -> RmsNorm | None:
     if config.qk_norm == "none":
         return None
     return RmsNorm(config.width if config.qk_norm == "full" else config.width // config.heads)

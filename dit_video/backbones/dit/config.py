@@ -1,10 +1,9 @@
-"""Configuration of the diffusion transformer, and its named sizes."""
+"""Architecture of the diffusion transformer."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array
 
 from dit_video.backbones.dit.conditioning import (
@@ -17,6 +16,7 @@ from dit_video.backbones.dit.conditioning import (
 )
 from dit_video.backbones.dit.positions import BoundaryEmbedding, PositionEmbedding
 from dit_video.backbones.protocol import BackboneConfig, ClipTokens, count_self_pairs, count_tokens, widen_kernel
+from dit_video.conditioning import ClipConditioning
 from dit_video.core.errors import UserError
 from dit_video.nn import Backend, Remat
 from dit_video.nn.attention import (
@@ -31,9 +31,6 @@ from dit_video.nn.attention import (
     count_pairs,
 )
 from dit_video.tokens import Grid, Rotary3d
-
-if TYPE_CHECKING:
-    from dit_video.backbones.dit.model import Dit
 
 TIME_FEATURES = 256
 """Number of sines and cosines of the time."""
@@ -67,8 +64,8 @@ class TemporalLayers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitConfig(BackboneConfig):
-    """Configuration of the diffusion transformer.
+class DitArchitecture(BackboneConfig):
+    """Fields of a `DitConfig`, with their checks and costs.
 
     Raises:
       UserError: heads that do not divide the width, a rotary split that does not add up to the head width, a negative
@@ -103,8 +100,9 @@ class DitConfig(BackboneConfig):
     """Relative position bias, learned per layer; it needs the attention backend auto, dense or chunked."""
     pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
     """Pattern of self-attention, or several that the layers use in turn: `(SpaceOnly(), TimeOnly())` is factorised
-    attention. Registers and the text of joint attention are in no frame: all tokens of the clip see them, and they see
-    the whole clip. With a causal pattern they see only each other, as frames would otherwise depend on later ones."""
+    attention. Registers, extra tokens and the text of joint attention are in no frame: all tokens of the clip see them,
+    and they see the whole clip. With a causal pattern they see only each other, as frames would otherwise depend on
+    later ones."""
     temporal: TemporalLayers | None = None
     """Additional temporal layers between the layers of `pattern`, which must then be `SpaceOnly()`."""
     context: ContextConfig = CrossAttention()
@@ -122,6 +120,9 @@ class DitConfig(BackboneConfig):
     """Diffusion time: one for all tokens of a clip, or one per token, which is 0 for tokens of known frames."""
     cond_channels: int = 0
     """Number of channels of clean latents and masks that accompany the noisy latents (`ConditioningLatents`)."""
+    conditioning: tuple[ClipConditioning, ...] = ()
+    """Conditioning by fields of the clips: embeddings of values per frame or on the grid are added to the tokens, those
+    of values per clip modulate the blocks, and those of `extra` fields follow the clip's tokens, at time 0."""
     registers: int = 0
     """Number of learned register tokens for each clip (arXiv 2309.16588)."""
     attention: Backend = "auto"
@@ -144,6 +145,11 @@ class DitConfig(BackboneConfig):
         if isinstance(self.context, NoContext) != (self.context_width == 0):
             kind, width = type(self.context).__name__, self.context_width
             raise UserError(f"context_width={width} does not fit {kind}; use 0 for NoContext, else the encoder's width")
+        for each in self.conditioning:
+            if each.field.alignment == "sequence":
+                raise UserError(
+                    f"the field {each.field.name} is a sequence, which no layer attends to; use another model"
+                )
         check_patterns(self.patterns, self.layers)
         check_attention(self.attention, *self.layer_patterns, biased=self.relative_bias is not None)
         if self.temporal is not None:
@@ -152,17 +158,38 @@ class DitConfig(BackboneConfig):
     def _check_temporal(self, temporal: TemporalLayers) -> None:
         if self.pattern != SpaceOnly():
             raise UserError(f"temporal layers need spatial ones: set pattern=SpaceOnly(), not {self.pattern}")
-        if self.registers or isinstance(self.context, JointAttention):
-            raise UserError("temporal layers exclude registers and joint attention; use registers=0, another context")
+        if self.extra_tokens or isinstance(self.context, JointAttention):
+            raise UserError(
+                "temporal layers exclude registers, extra tokens and joint attention; use registers=0, another context"
+            )
         if self.layers % temporal.spatial_layers:
             raise UserError(f"{self.layers} layers need a divisor as spatial_layers, not {temporal.spatial_layers}")
         self.time_rotary.check(self.width // self.heads)
+
+    def check_cache(self) -> None:
+        """Check that keys and values of finished frames can be kept, as they do not depend on later frames.
+
+        Raises:
+          UserError: they do depend on them, or attention has a bias.
+        """
+        is_joint, position = isinstance(self.context, JointAttention), self.absolute_position
+        depends = not all(pattern.causal for pattern in self.patterns) or self.registers or is_joint
+        if depends or self.relative_bias is not None or (position is not None and position.needs_extent):
+            raise UserError(
+                "a cache is invalid for this model: finished frames must not depend on later ones. Use a causal "
+                "pattern, absolute_position=None, registers=0, relative_bias=None and no joint attention."
+            )
+
+    @property
+    def extra_tokens(self) -> int:
+        """Return the number of tokens that join those of each clip: registers and tokens of `extra` fields."""
+        return self.registers + sum(each.field.length for each in self.conditioning)
 
     @property
     def layer_patterns(self) -> tuple[Pattern, ...]:
         """Return the patterns, extended to tokens without a position if there are any."""
         patterns = self.patterns
-        if not self.registers and not isinstance(self.context, JointAttention):
+        if not self.extra_tokens and not isinstance(self.context, JointAttention):
             return patterns
         seen = not any(pattern.causal for pattern in patterns)
         return tuple(p if isinstance(p, Full) else WithGlobalTokens(pattern=p, globals_see_all=seen) for p in patterns)
@@ -208,22 +235,22 @@ class DitConfig(BackboneConfig):
 
         Temporal layers are divided as in `layer_params`; registers and the text of joint attention are not counted.
         """
-        spatial = sum(count_pairs(pattern, grid) for pattern in self.patterns) / len(self.patterns)
+        spatial = super().attention_pairs(grid)
         if self.temporal is None:
             return spatial
         return spatial + self.temporal.layers / self.temporal.spatial_layers * count_pairs(TimeOnly(), grid)
 
     def count_pairs(self, clip: ClipTokens, *, text: int) -> int:
-        global_tokens = self.registers + (text if isinstance(self.context, JointAttention) else 0)
+        global_tokens = self.extra_tokens + (text if isinstance(self.context, JointAttention) else 0)
         cross_pairs = (count_tokens(clip) + global_tokens) * text if isinstance(self.context, CrossAttention) else 0
         return self.layers * cross_pairs + round(self.layers * count_self_pairs(self, clip, global_tokens))
 
     def count_multiplications(self, clip: ClipTokens, *, text: int, image: int) -> int:
         if image:
-            raise UserError(f"a DitConfig has no image tokens; leave out images, of which this clip has {image}")
+            raise UserError(f"this model has no image tokens; leave out images, of which this clip has {image}")
         width, layers, square = self.width, self.layers, self.width**2
         video_tokens = count_tokens(clip)
-        tokens = video_tokens + self.registers
+        tokens = video_tokens + self.extra_tokens
         block = 4 * square + (3 if self.mlp == "swiglu" else 2) * width * self.mlp_dim
         temporal = 0 if self.temporal is None else layers // self.temporal.spatial_layers * self.temporal.layers
         position = 0 if self.absolute_position is None else self.absolute_position.linear_features
@@ -232,7 +259,8 @@ class DitConfig(BackboneConfig):
         ends = video_tokens * width * (self.token_width + self.cond_width + position + self.output_width)
         per_block = self.modulation == "own"
         modulations = 2 + 6 * ((layers + temporal) if per_block else 1)
-        conditions = (tokens if self.time == "token" else 1) * (TIME_FEATURES * width + square + modulations * square)
+        times = tokens if self.time == "token" else 1 + (self.extra_tokens > self.registers)
+        conditions = times * (TIME_FEATURES * width + square + modulations * square)
         if self.context.pooled:
             conditions += self.context_width * width
         context = 0
@@ -250,46 +278,6 @@ class DitConfig(BackboneConfig):
     def widen_conditioning(self, leaves: dict[str, Array], channels: int) -> dict[str, Array]:
         old = leaves.get("cond_embed/kernel", jnp.zeros((0, self.width), jnp.float32))
         return leaves | {"cond_embed/kernel": widen_kernel(old, self.patch.volume, channels)}
-
-    def make(self, rngs: nnx.Rngs) -> "Dit":
-        from dit_video.backbones.dit.model import Dit  # imported here because the model module imports this one
-
-        return Dit(self, rngs=rngs)
-
-    @classmethod
-    def small(cls, **fields: Any) -> "DitConfig":
-        """Return DiT-S (arXiv 2212.09748, table 1); like all sizes it takes the other fields, such as `channels`."""
-        return cls(**{"width": 384, "layers": 12, "heads": 6} | fields)
-
-    @classmethod
-    def base(cls, **fields: Any) -> "DitConfig":
-        """Return DiT-B."""
-        return cls(**{"width": 768, "layers": 12, "heads": 12} | fields)
-
-    @classmethod
-    def large(cls, **fields: Any) -> "DitConfig":
-        """Return DiT-L."""
-        return cls(**{"width": 1024, "layers": 24, "heads": 16} | fields)
-
-    @classmethod
-    def extra_large(cls, **fields: Any) -> "DitConfig":
-        """Return DiT-XL."""
-        return cls(**{"width": 1152, "layers": 28, "heads": 16} | fields)
-
-    @classmethod
-    def dit_1b(cls, **fields: Any) -> "DitConfig":
-        """Return a config with 1.1 billion parameters, including cross-attention."""
-        return cls(**{"width": 1536, "layers": 28, "heads": 12} | fields)
-
-    @classmethod
-    def dit_5b(cls, **fields: Any) -> "DitConfig":
-        """Return a config with 5 billion parameters, including cross-attention."""
-        return cls(**{"width": 3072, "layers": 32, "heads": 24} | fields)
-
-    @classmethod
-    def dit_14b(cls, **fields: Any) -> "DitConfig":
-        """Return a config with 14 billion parameters, including cross-attention."""
-        return cls(**{"width": 5120, "layers": 33, "heads": 40} | fields)
 
 
 def check_patterns(patterns: tuple[PatternChoice, ...], layers: int) -> None:

@@ -1,80 +1,98 @@
-"""Spacetime diffusion transformer over packed rows.
+"""Spacetime diffusion transformer over packed rows: an embedding, blocks and a head.
 
-By default the blocks are those of DiT (arXiv 2212.09748) with cross-attention to text as in PixArt (arXiv 2310.00426),
-and the modulation is projected once and shared, each block adding its own table, as in Wan 2.1.
+Published designs are fields of one config:
+
+- DiT (arXiv 2212.09748) and SiT: `modulation="own"`, `context=NoContext()`, `labels=ClassLabels(...)`;
+- PixArt's cross-attention to text (arXiv 2310.00426), with a modulation that is projected once and shared, each block
+  adding its own table, as in Wan 2.1: the default;
+- MMDiT of Stable Diffusion 3 (arXiv 2403.03206): `modulation="own"`, `context=JointAttention()`;
+- Latte (arXiv 2401.03048): `pattern=SpaceOnly()`, `temporal=TemporalLayers()`;
+- a causal model that predicts frame by frame: `pattern=CausalFrames()`, `absolute_position=None`.
 """
 
-from collections.abc import Callable
+import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.backbones.dit.blocks import BlockMetadata, TemporalBlock, make_block
+from dit_video.backbones.dit.blocks import Block, DitInputs, JointBlock, TemporalBlock, TokenConditions
+from dit_video.backbones.dit.cache import KvCache, apply_blocks_with_cache
 from dit_video.backbones.dit.conditioning import CrossAttention, JointAttention
-from dit_video.backbones.dit.config import TIME_FEATURES, DitConfig
+from dit_video.backbones.dit.config import TIME_FEATURES, DitArchitecture
 from dit_video.backbones.dit.positions import BoundaryEmbedding
 from dit_video.conditioning import ClassIds, Conditioning, ConditioningLatents, TextTokens
 from dit_video.nn import (
-    Attention,
+    ONE_DEVICE,
     AttentionInputs,
     LayerGroup,
+    LayerWrapper,
     Linear,
+    Parallelism,
     make_stack,
     modulate,
     scan_layers,
     sinusoidal_embedding,
 )
-from dit_video.nn.attention import GLOBAL, AttentionFactory, Full, Pattern, TimeOnly, compute_grid_indices
+from dit_video.nn.attention import GLOBAL, Full, TimeOnly, compute_grid_indices
 from dit_video.tokens import PackedRows, Rotary3d, compute_rotary_angles, expand_to_tokens, segment_mean
 
 _TIME_AXIS = np.asarray([1, 0, 0], np.float32)
 """Mask of the time axis in positions (t, h, w)."""
 
 
-class _Sequence(NamedTuple):
-    """Embedded tokens of packed rows, followed by the registers of every segment."""
+class _Tokens(NamedTuple):
+    """Embedded tokens of rows: those of the clips, or further ones that follow them."""
 
     x: Float[Array, "B N D"]
     segments: Int[Array, "B N"]
     positions: Float[Array, "B N 3"]
-    token_time: Float[Array, "B N"] | None
+    conditions: Int[Array, "B N"]
+    """Segment of each token, plus G for a token that is always at time 0."""
 
 
 class Dit(nnx.Module):
-    """A diffusion transformer on packed rows; see `Backbone`."""
+    """A diffusion transformer on packed rows: embeddings, blocks and a head; see `BlockBackbone`."""
 
-    def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.attention: Callable[[Pattern], Attention] = AttentionFactory(config.attention)
+    def __init__(self, config: DitArchitecture, *, parallel: Parallelism = ONE_DEVICE, rngs: nnx.Rngs):
+        self.config, self.parallel = config, parallel
         width, dtype = config.width, jnp.dtype(config.dtype)
-        self.embed = Linear(config.token_width, width, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = {"parallel": parallel, "rngs": rngs}
+        linear: Any = functools.partial(Linear, **options)
+        self.embed = linear(config.token_width, width, dtype=dtype)
         if config.absolute_position is not None:
-            self.position = config.absolute_position.make(width, dtype=dtype, rngs=rngs)
-        self.time_in, self.time_out = Linear(TIME_FEATURES, width, rngs=rngs), Linear(width, width, rngs=rngs)
+            self.position = config.absolute_position.make(width, dtype=dtype, **options)
+        self.time_in, self.time_out = linear(TIME_FEATURES, width), linear(width, width)
         if isinstance(config.context, CrossAttention | JointAttention):
-            self.context_in = Linear(config.context_width, width, dtype=dtype, rngs=rngs)
+            self.context_in = linear(config.context_width, width, dtype=dtype)
         if config.context.pooled:
-            self.context_pooled = Linear(config.context_width, width, rngs=rngs)
+            self.context_pooled = linear(config.context_width, width)
         if config.modulation == "shared":
-            self.modulation = Linear(width, 6 * width, init="zero", rngs=rngs)
-        self.blocks = make_stack(lambda r: make_block(config, rngs=r), config.layers, rngs=rngs)
-        self.head_modulation = Linear(width, 2 * width, init="zero", rngs=rngs)
-        self.head = Linear(width, config.output_width, init="zero", rngs=rngs)
+            self.modulation = linear(width, 6 * width, init="zero")
+        kind = JointBlock if isinstance(config.context, JointAttention) else Block
+        block = functools.partial(kind, config, parallel=parallel)
+        self.blocks = make_stack(lambda r: block(rngs=r), config.layers, rngs=rngs)
+        self.head_modulation = linear(width, 2 * width, init="zero")
+        self.head = linear(width, config.output_width, init="zero")
         normal = nnx.initializers.normal(0.02)
         if config.cond_channels:
             # Zero weights, so that a trained model that is extended by this input predicts as before.
-            self.cond_embed = Linear(config.cond_width, width, bias=False, init="zero", dtype=dtype, rngs=rngs)
+            self.cond_embed = linear(config.cond_width, width, bias=False, init="zero", dtype=dtype)
+        for each in config.conditioning:
+            setattr(self, f"cond_{each.field.name}", each.make_embedding(width, dtype=dtype, **options))
         if config.registers:
             self.registers = nnx.Param(normal(rngs.params(), (config.registers, width), jnp.float32))
         if config.labels is not None:
             self.labels = nnx.Param(normal(rngs.params(), (config.labels.classes + 1, width), jnp.float32))
         if config.temporal is not None:
-            self.temporal_position = BoundaryEmbedding().make(width, init="zero", dtype=dtype, rngs=rngs)
-            temporal_layers = config.layers // config.temporal.spatial_layers * config.temporal.layers
-            self.temporal_blocks = make_stack(lambda r: TemporalBlock(config, rngs=r), temporal_layers, rngs=rngs)
+            self.temporal_position = BoundaryEmbedding().make(width, init="zero", dtype=dtype, **options)
+            layers = config.layers // config.temporal.spatial_layers * config.temporal.layers
+            temporal = functools.partial(TemporalBlock, config, parallel=parallel)
+            self.temporal_blocks = make_stack(lambda r: temporal(rngs=r), layers, rngs=rngs)
 
     def __call__(
         self,
@@ -84,152 +102,229 @@ class Dit(nnx.Module):
         conditioning: Conditioning,
         state: Any = None,
     ) -> tuple[Float[Array, "B N prediction"], Any]:
-        """Predict from noisy tokens; see `Backbone`."""
-        config = self.config
-        conditioning.check(config.conditioning_kinds)
-        token_time = time if config.time == "token" else None
-        # Known tokens of a segment are at time 0: its time is that of the others.
-        segment_time = time if token_time is None else layout.max(time)
-        text = conditioning.get(TextTokens)
-        static = self._embed_static_condition(layout, text, conditioning.get(ClassIds))
-        segment_condition = token_condition = nnx.silu(self._embed_time(segment_time) + static)
-        row = self._embed_tokens(noisy, token_time, layout, conditioning.get(ConditioningLatents))
-        if config.registers:
-            row = self._append_registers(row, segment_time)
-        if row.token_time is not None:
-            token_condition = nnx.silu(self._embed_time(row.token_time) + expand_to_tokens(static, row.segments))
-        x = self._apply_blocks(row, noisy.shape[1], segment_condition, token_condition, text)
-        shift_scale = self.head_modulation(token_condition)
-        if row.token_time is None:
-            shift_scale = layout.expand(shift_scale)
-        shift, scale = jnp.split(shift_scale[:, : noisy.shape[1]], 2, axis=-1)
-        return self._finish_prediction(self.head(modulate(x[:, : noisy.shape[1]], shift, scale))), state
+        """Predict from noisy tokens; see `Backbone`. The state is None, or the `KvCache` of the clips so far."""
+        conditioning.check(self.config.conditioning_kinds)
+        x, inputs = self.embed_inputs(noisy, time, layout, conditioning)
+        if state is None:
+            x, _ = self.apply_blocks(x, inputs)
+        else:
+            x, _ = apply_blocks_with_cache(self, x, inputs, state, length=noisy.shape[1])
+        return self.apply_head(x[:, : noisy.shape[1]], inputs), state
 
-    def _finish_prediction(self, head: Float[Array, "B N o"]) -> Float[Array, "B N prediction"]:
-        """Drop the variance from the head's output and negate it, if the config says so."""
+    def init_state(self, rows: int, tokens: int) -> KvCache:
+        """Return an empty cache; see `CachingBackbone`."""
         config = self.config
+        config.check_cache()
+        keys = jnp.zeros((config.layers, rows, tokens, config.heads, config.width // config.heads), config.dtype)
+        segments, indices = jnp.zeros((rows, tokens), jnp.int32), jnp.zeros((rows, tokens, 3), jnp.int32)
+        return KvCache(keys, jnp.zeros_like(keys), segments, indices, length=jnp.zeros((), jnp.int32))
+
+    def extend(
+        self, state: KvCache, clean: Float[Array, "B N p"], layout: PackedRows, conditioning: Conditioning
+    ) -> KvCache:
+        """Return the cache with a finished chunk of the clips; see `CachingBackbone`."""
+        rows, length = clean.shape[:2]
+        time = jnp.zeros((rows, length if self.config.time == "token" else layout.count))
+        x, inputs = self.embed_inputs(clean, time, layout, conditioning)
+        return apply_blocks_with_cache(self, x, inputs, state, length=length)[1]
+
+    def embed_inputs(
+        self, noisy: Float[Array, "B N p"], time: Float[Array, "B _"], layout: PackedRows, conditioning: Conditioning
+    ) -> tuple[Float[Array, "B T D"], DitInputs]:
+        """Return the embedded tokens, first those of the clips, and the blocks' other inputs."""
+        config = self.config
+        clips = self._embed_clips(noisy, layout, conditioning)
+        tokens = self._append_extras(clips, layout, conditioning)
+        condition, segment_condition = self._embed_conditions(tokens, time, layout, conditioning)
+        x, segments, context, context_modulation = tokens.x, tokens.segments, None, None
+        if isinstance(config.context, CrossAttention | JointAttention):
+            text = conditioning[TextTokens]
+            context = TextTokens(self.context_in(text.values), text.segments)
+        if isinstance(config.context, JointAttention):
+            assert context is not None
+            x = jnp.concatenate([x, context.values.astype(jnp.float32)], axis=1)
+            segments = jnp.concatenate([segments, context.segments], axis=1)
+            context_modulation = self._project_modulation(TokenConditions(segment_condition, context.segments))
+
+        def pad(values: Array, fill: float | int) -> Array:
+            """Pad with the value for tokens without a place in a clip: extra ones, registers and a joint context."""
+            missing = segments.shape[1] - values.shape[1]
+            return jnp.pad(values, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
+
+        needs_indices, space = config.layer_patterns != (Full(),), self._drop_time(tokens.positions)
+        indices = pad(compute_grid_indices(clips.positions, clips.segments), GLOBAL) if needs_indices else None
+        return x, DitInputs(
+            condition=condition,
+            modulation=self._project_modulation(condition),
+            segments=tokens.segments,
+            positions=tokens.positions,
+            angles=compute_rotary_angles(space, config.rotary) if isinstance(config.rotary, Rotary3d) else None,
+            attention_inputs=AttentionInputs.self_attention(segments, indices),
+            bias_positions=None if config.relative_bias is None else pad(self._drop_time(clips.positions), jnp.inf),
+            context=context,
+            context_modulation=context_modulation,
+        )
+
+    def apply_blocks(
+        self, x: Float[Array, "B T D"], inputs: DitInputs, *, wrapper: LayerWrapper | None = None, values: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Apply all blocks; see `BlockBackbone`. Temporal blocks are not wrapped."""
+        config = self.config
+        contexts = [(inputs, self.parallel.make_attention(config.attention, each)) for each in config.layer_patterns]
+        groups = [LayerGroup(self.blocks, contexts, wrapper, values)]
+        if (temporal := config.temporal) is not None:
+            in_time = inputs._replace(angles=compute_rotary_angles(inputs.positions, config.time_rotary))
+            time_context = (in_time, self.parallel.make_attention(config.attention, TimeOnly()))
+            groups = [groups[0]._replace(contexts=contexts * temporal.spatial_layers)]
+            groups.append(LayerGroup(self.temporal_blocks, [time_context] * temporal.layers))
+        x, outputs = scan_layers(x, groups, remat=config.remat)
+        return x, outputs[0]
+
+    def apply_head(self, x: Float[Array, "B N D"], inputs: DitInputs) -> Float[Array, "B N prediction"]:
+        """Return the prediction for the first tokens of the rows."""
+        config, (values, indices) = self.config, inputs.condition
+        condition = TokenConditions(values, None if indices is None else indices[:, : x.shape[1]])
+        shift_scale = condition.expand(self.head_modulation(values))[:, : x.shape[1]]
+        head = self.head(modulate(x, *jnp.split(shift_scale, 2, axis=-1)))
         if config.variance == "dropped":
             by_position = head.reshape(*head.shape[:2], config.patch.volume, -1)
             head = by_position[..., : config.channels].reshape(*head.shape[:2], -1)
         return -head if config.time_embedding.reversed else head
 
+    def _embed_conditions(
+        self, tokens: _Tokens, time: Float[Array, "B _"], layout: PackedRows, conditioning: Conditioning
+    ) -> tuple[TokenConditions, Float[Array, "B G D"]]:
+        """Return the conditions of tokens, and those of segments, which have one time."""
+        static = self._embed_static_condition(layout, conditioning)
+        if self.config.time == "token":
+            # Known tokens of a segment are at time 0: its time is that of the others.
+            segment_time, extras = layout.max(time), slice(time.shape[1], None)
+            extra_time = expand_to_tokens(segment_time, tokens.segments[:, extras])
+            extra_time = jnp.where(tokens.conditions[:, extras] > layout.count, 0, extra_time)
+            token_condition = self._embed_time(jnp.concatenate([time, extra_time], axis=1))
+            token_condition = nnx.silu(token_condition + expand_to_tokens(static, tokens.segments))
+            return TokenConditions(token_condition, None), nnx.silu(self._embed_time(segment_time) + static)
+        segment_condition = values = nnx.silu(self._embed_time(time) + static)
+        if self.config.extra_tokens > self.config.registers:
+            values = jnp.concatenate([values, nnx.silu(self._embed_time(jnp.zeros_like(time)) + static)], axis=1)
+        return TokenConditions(values, tokens.conditions), segment_condition
+
     def _embed_time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:
         embedding = self.config.time_embedding
-        features = sinusoidal_embedding(embedding.model_time(time), 256, max_period=embedding.max_period)
+        features = sinusoidal_embedding(embedding.model_time(time), TIME_FEATURES, max_period=embedding.max_period)
         return self.time_out(nnx.silu(self.time_in(features)))
 
-    def _embed_static_condition(
-        self, layout: PackedRows, text: TextTokens | None, classes: ClassIds | None
-    ) -> Float[Array, "B G D"]:
-        """Embed the part of a segment's condition that does not depend on time: the mean of its text, and its class.
+    def _embed_static_condition(self, layout: PackedRows, conditioning: Conditioning) -> Float[Array, "B G D"]:
+        """Embed the part of a segment's condition that does not depend on time: mean text, class, values per clip.
 
         An unknown class gives NaN.
         """
         condition: Array = jnp.zeros((layout.segments.shape[0], layout.count, self.config.width), jnp.float32)
         if self.config.context.pooled:
-            assert text is not None  # by `Conditioning.check`
+            text = conditioning[TextTokens]
             values = text.values.astype(jnp.float32)
             condition = self.context_pooled(segment_mean(values, text.segments, count=layout.count))
-        if classes is not None:
+        if (classes := conditioning.get(ClassIds)) is not None:
             condition = condition + self.labels[...].at[classes.values].get(mode="fill", fill_value=jnp.nan)
-        return condition
+        return self._add_conditioning(condition, conditioning, ("example",))
 
-    def _embed_tokens(
-        self,
-        noisy: Float[Array, "B N p"],
-        token_time: Float[Array, "B N"] | None,
-        layout: PackedRows,
-        cond_latents: ConditioningLatents | None,
-    ) -> _Sequence:
+    def _add_conditioning(
+        self, x: Float[Array, "B M D"], conditioning: Conditioning, alignments: tuple[str, ...]
+    ) -> Float[Array, "B M D"]:
+        """Add the embeddings of the fields with one of the alignments."""
+        for each in self.config.conditioning:
+            if each.field.alignment in alignments:
+                x = x + getattr(self, f"cond_{each.field.name}")(conditioning[each.record].values)
+        return x
+
+    def _embed_clips(self, noisy: Float[Array, "B N p"], layout: PackedRows, conditioning: Conditioning) -> _Tokens:
         config = self.config
         x = self.embed(noisy)
-        if cond_latents is not None:
+        if (cond_latents := conditioning.get(ConditioningLatents)) is not None:
             x = x + self.cond_embed(cond_latents.values)
+        x = self._add_conditioning(x, conditioning, ("frame", "grid"))
         segments, positions = jnp.asarray(layout.segments), jnp.asarray(layout.positions)
-        count, width = layout.count, config.width
+        sizes = {"count": layout.count, "width": config.width}
         if config.temporal is not None:
             # Time has an embedding of its own, so that all other parts process every frame as an image.
-            features = BoundaryEmbedding().compute_features(positions * _TIME_AXIS, segments, count=count, width=width)
+            features = BoundaryEmbedding().compute_features(positions * _TIME_AXIS, segments, **sizes)
             x = x + self.temporal_position(features)
         if config.absolute_position is not None:
-            embedded = positions if config.temporal is None else positions * (1 - _TIME_AXIS)
-            features = config.absolute_position.compute_features(embedded, segments, count=count, width=width)
+            features = config.absolute_position.compute_features(self._drop_time(positions), segments, **sizes)
             x = x + (features if self.position is None else self.position(features))
-        return _Sequence(x.astype(jnp.float32), segments, positions, token_time)
+        return _Tokens(x.astype(jnp.float32), segments, positions, segments)
 
-    def _append_registers(self, row: _Sequence, time: Float[Array, "B G"]) -> _Sequence:
-        """Append the registers of every segment, at its time and with positions of zero, which rotate nothing."""
-        rows, count = time.shape
-        ids = jnp.repeat(jnp.arange(1, count + 1, dtype=row.segments.dtype), self.config.registers)
-        ids = jnp.tile(ids, (rows, 1))
-        zeros = jnp.zeros((*ids.shape, 3), row.positions.dtype)
-        token_time = row.token_time
-        if token_time is not None:
-            token_time = jnp.concatenate([token_time, expand_to_tokens(time, ids)], axis=1)
-        return _Sequence(
-            jnp.concatenate([row.x, jnp.tile(self.registers[...], (rows, count, 1))], axis=1),
-            jnp.concatenate([row.segments, ids], axis=1),
-            jnp.concatenate([row.positions, zeros], axis=1),
-            token_time,
-        )
+    def _append_extras(self, clips: _Tokens, layout: PackedRows, conditioning: Conditioning) -> _Tokens:
+        """Return the tokens of the clips followed by those that join them.
 
-    def _apply_blocks(
-        self,
-        row: _Sequence,
-        length: int,
-        segment_condition: Float[Array, "B G D"],
-        token_condition: Float[Array, "B M D"],
-        text: TextTokens | None,
-    ) -> Float[Array, "B T D"]:
-        """Apply all blocks to the row's tokens, of which the first `length` have a position, and to a joint context."""
-        config = self.config
-        modulation = self._project_modulation(token_condition)
-        # Blocks take the embedded context, or, if it is part of the sequence, the modulation of its tokens.
-        x, context_input, joint_segments = row.x, None, None
-        text_segments = None if text is None else text.segments
-        if isinstance(config.context, CrossAttention | JointAttention):
-            assert text is not None  # by `Conditioning.check`
-            context_input = self.context_in(text.values)
-            if isinstance(config.context, JointAttention):
-                x = jnp.concatenate([x, context_input.astype(jnp.float32)], axis=1)
-                context_input, joint_segments = self._project_modulation(segment_condition), text_segments
-        metadata = self._make_block_metadata(row, length, joint_segments)
-        attentions = [self.attention(pattern) for pattern in config.layer_patterns]
-        spatial = [(modulation, metadata, context_input, text_segments, attention) for attention in attentions]
-        if config.temporal is None:
-            return scan_layers(x, [LayerGroup(self.blocks, spatial)], remat=config.remat)
-        temporal_metadata = metadata._replace(angles=compute_rotary_angles(row.positions, config.time_rotary))
-        temporal = (modulation, temporal_metadata, self.attention(TimeOnly()))
-        blocks = LayerGroup(self.blocks, spatial * config.temporal.spatial_layers)
-        temporal_blocks = LayerGroup(self.temporal_blocks, [temporal] * config.temporal.layers)
-        return scan_layers(x, [blocks, temporal_blocks], remat=config.remat)
+        The tokens of `extra` fields are at time 0 and have positions of their own. Registers are at their clip's time,
+        with positions of zero, which rotate nothing.
+        """
+        parts, (rows, count) = [clips], (len(clips.x), layout.count)
 
-    def _make_block_metadata(
-        self, row: _Sequence, length: int, joint_segments: Int[Array, "B S"] | None
-    ) -> BlockMetadata:
-        """Return the metadata that all blocks share: segments, grid indices, rotary angles and bias positions."""
-        config = self.config
-        positions = row.positions if config.temporal is None else row.positions * (1 - _TIME_AXIS)
-        segments = row.segments
-        if joint_segments is not None:
-            segments = jnp.concatenate([segments, joint_segments], axis=1)
+        def append(x: Array, positions: Array | np.ndarray, shift: int) -> None:
+            segments = layout.get_sequence_segments(len(positions))
+            positions = jnp.tile(jnp.asarray(positions), (rows, count, 1))
+            parts.append(_Tokens(x.astype(jnp.float32), segments, positions, segments + shift))
 
-        def pad(positions: Array, fill: float | int) -> Array:
-            """Pad with the fill value for tokens without a position: registers and a joint context."""
-            return jnp.pad(positions, ((0, 0), (0, segments.shape[1] - length), (0, 0)), constant_values=fill)
+        for each in self.config.conditioning:
+            if each.field.alignment == "extra":
+                embed = getattr(self, f"cond_{each.field.name}")
+                append(embed(conditioning[each.record].values), each.make_positions(), count)
+        if number := self.config.registers:
+            append(jnp.tile(self.registers[...], (rows, count, 1)), jnp.zeros((number, 3)), 0)
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=1), *parts)
 
-        indices = None
-        if config.layer_patterns != (Full(),):
-            indices = pad(compute_grid_indices(row.positions[:, :length], row.segments[:, :length]), GLOBAL)
-        return BlockMetadata(
-            row.segments,
-            AttentionInputs.self_attention(segments, indices),
-            compute_rotary_angles(positions, config.rotary) if isinstance(config.rotary, Rotary3d) else None,
-            None if config.relative_bias is None else pad(positions[:, :length], jnp.inf),
-        )
+    def _drop_time(self, positions: Float[Array, "B N 3"]) -> Float[Array, "B N 3"]:
+        """Return the positions that blocks use: in a model with temporal layers the others ignore time."""
+        return positions if self.config.temporal is None else positions * (1 - _TIME_AXIS)
 
-    def _project_modulation(self, condition: Float[Array, "B M D"]) -> Float[Array, "B M 6 D"] | Float[Array, "B M D"]:
+    def _project_modulation(self, condition: TokenConditions) -> TokenConditions:
         """Return the shared modulation, or the condition if each block projects it itself."""
+        values = condition.values
         if self.config.modulation == "own":
             return condition
-        return self.modulation(condition).reshape(*condition.shape[:2], 6, -1)
+        return condition._replace(values=self.modulation(values).reshape(*values.shape[:2], 6, -1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitConfig(DitArchitecture):
+    """Configuration of the diffusion transformer, and its named sizes; for the fields see `DitArchitecture`."""
+
+    def make(self, rngs: nnx.Rngs, parallel: Parallelism = ONE_DEVICE) -> Dit:
+        return Dit(self, parallel=parallel, rngs=rngs)
+
+    @classmethod
+    def small(cls, **fields: Any) -> "DitConfig":
+        """Return DiT-S (arXiv 2212.09748, table 1); like all sizes it takes the other fields, such as `channels`."""
+        return cls(**{"width": 384, "layers": 12, "heads": 6} | fields)
+
+    @classmethod
+    def base(cls, **fields: Any) -> "DitConfig":
+        """Return DiT-B."""
+        return cls(**{"width": 768, "layers": 12, "heads": 12} | fields)
+
+    @classmethod
+    def large(cls, **fields: Any) -> "DitConfig":
+        """Return DiT-L."""
+        return cls(**{"width": 1024, "layers": 24, "heads": 16} | fields)
+
+    @classmethod
+    def extra_large(cls, **fields: Any) -> "DitConfig":
+        """Return DiT-XL."""
+        return cls(**{"width": 1152, "layers": 28, "heads": 16} | fields)
+
+    @classmethod
+    def dit_1b(cls, **fields: Any) -> "DitConfig":
+        """Return a config with 1.1 billion parameters, including cross-attention."""
+        return cls(**{"width": 1536, "layers": 28, "heads": 12} | fields)
+
+    @classmethod
+    def dit_5b(cls, **fields: Any) -> "DitConfig":
+        """Return a config with 5 billion parameters, including cross-attention."""
+        return cls(**{"width": 3072, "layers": 32, "heads": 24} | fields)
+
+    @classmethod
+    def dit_14b(cls, **fields: Any) -> "DitConfig":
+        """Return a config with 14 billion parameters, including cross-attention."""
+        return cls(**{"width": 5120, "layers": 33, "heads": 40} | fields)

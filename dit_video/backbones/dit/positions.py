@@ -5,13 +5,14 @@ Rotary embedding is relative: attention alone cannot tell the absolute position 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.nn import Init, Linear, sinusoidal_embedding
+from dit_video.nn import Init, Linear, Parallelism, sinusoidal_embedding
 from dit_video.tokens import expand_to_tokens, segment_max, split_evenly
 
 _DISTANCE_WIDTH = 32
@@ -23,6 +24,9 @@ class PositionEmbedding(ABC):
 
     It computes features from a row's positions, and makes the layer, if any, that maps them to the model's width.
     """
+
+    needs_extent: ClassVar[bool] = True
+    """False if a token's features do not depend on its clip's size, so that frames can be computed one by one."""
 
     @property
     def linear_features(self) -> int:
@@ -36,9 +40,9 @@ class PositionEmbedding(ABC):
           UserError: it can't.
         """
 
-    @abstractmethod
-    def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
+    def make(self, width: int, *, dtype: jnp.dtype, parallel: Parallelism, rngs: nnx.Rngs) -> nnx.Module | None:
         """Make the layer that maps features to the width; None if the features have it."""
+        return None
 
     @abstractmethod
     def compute_features(
@@ -55,8 +59,10 @@ class BoundaryEmbedding(PositionEmbedding):
     def linear_features(self) -> int:
         return 6 * _DISTANCE_WIDTH
 
-    def make(self, width: int, *, init: Init = "xavier", dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
-        return Linear(self.linear_features, width, init=init, dtype=dtype, rngs=rngs)
+    def make(
+        self, width: int, *, init: Init = "xavier", dtype: jnp.dtype, parallel: Parallelism, rngs: nnx.Rngs
+    ) -> Linear:
+        return Linear(self.linear_features, width, init=init, dtype=dtype, parallel=parallel, rngs=rngs)
 
     def compute_features(
         self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
@@ -74,6 +80,7 @@ class SineCosine(PositionEmbedding):
     """
 
     max_period: float = 10_000.0
+    needs_extent: ClassVar[bool] = False
 
     def check(self, width: int) -> None:
         """Check that the width is even.
@@ -83,9 +90,6 @@ class SineCosine(PositionEmbedding):
         """
         if width % 2:
             raise UserError(f"sine-cosine positions need an even width, not {width}")
-
-    def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
-        return None
 
     def compute_features(
         self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
@@ -123,9 +127,6 @@ class ImageSineCosine(PositionEmbedding):
         if width % 4:
             raise UserError(f"sine-cosine positions of images need a width divisible by 4, not {width}")
 
-    def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
-        return None
-
     def compute_features(
         self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
     ) -> Float[Array, "B N {width}"]:
@@ -156,7 +157,7 @@ class FactorizedEmbedding(PositionEmbedding):
         if min(self.sizes) < 2:
             raise UserError(f"position table sizes {self.sizes} are invalid; use at least 2 entries for each axis")
 
-    def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
+    def make(self, width: int, *, dtype: jnp.dtype, parallel: Parallelism, rngs: nnx.Rngs) -> nnx.Module | None:
         return AxisTables(self.sizes, width, rngs=rngs)
 
     def compute_features(

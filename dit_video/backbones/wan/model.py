@@ -5,38 +5,40 @@ all blocks, and the head's table is added to the time before that projection; th
 cross-attention is learned; text is padded with zeros to a fixed length, and the padding is attended to.
 """
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.backbones.dit.blocks import BlockMetadata, expand_modulation, split_heads
+from dit_video.backbones.dit.blocks import TokenConditions, split_heads
 from dit_video.backbones.dit.conditioning import TIME_SCALE
 from dit_video.backbones.dit.config import check_patterns
 from dit_video.backbones.protocol import BackboneConfig, ClipTokens, count_self_pairs, count_tokens, widen_kernel
 from dit_video.conditioning import Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.core.errors import UserError
 from dit_video.nn import (
+    ONE_DEVICE,
     Attention,
     AttentionInputs,
     Backend,
     LayerGroup,
     LayerNorm,
+    LayerWrapper,
     Linear,
+    Parallelism,
     Remat,
     RmsNorm,
     gelu,
-    make_attention,
     make_stack,
     modulate,
     scan_layers,
     sinusoidal_embedding,
 )
-from dit_video.nn.attention import AttentionFactory, Full, Pattern, PatternChoice, check_attention, compute_grid_indices
+from dit_video.nn.attention import Full, PatternChoice, check_attention, compute_grid_indices
 from dit_video.tokens import Grid, PackedRows, Rotary3d, compute_rotary_angles, compute_segment_offsets, rotate
 
 
@@ -96,15 +98,6 @@ class WanDitConfig(BackboneConfig):
     def rotary(self) -> Rotary3d:
         return Rotary3d.even(self.width // self.heads)
 
-    @property
-    def layer_params(self) -> float:
-        """Return the weights of attention and MLP in a layer that act on each video token, in units of width²."""
-        return 6 + 2 * self.mlp_dim / self.width
-
-    def attention_pairs(self, grid: Grid) -> float:
-        """Return the number of token pairs in a clip."""
-        return float(grid.volume**2)
-
     def count_pairs(self, clip: ClipTokens, *, text: int) -> int:
         cross_pairs = count_tokens(clip) * self.text_length  # whatever the text, which is padded
         return round(self.layers * (count_self_pairs(self, clip, 0) + cross_pairs))
@@ -128,8 +121,8 @@ class WanDitConfig(BackboneConfig):
         kernel = widen_kernel(leaves["embed/kernel"], self.patch.volume, self.channels + channels)
         return leaves | {"embed/kernel": kernel}
 
-    def make(self, rngs: nnx.Rngs) -> "WanDit":
-        return WanDit(self, rngs=rngs)
+    def make(self, rngs: nnx.Rngs, parallel: Parallelism = ONE_DEVICE) -> "WanDit":
+        return WanDit(self, parallel=parallel, rngs=rngs)
 
     @classmethod
     def t2v_1_3b(cls, **fields: Any) -> "WanDitConfig":
@@ -153,23 +146,53 @@ class WanDitConfig(BackboneConfig):
         return cls(**shape | {"time": "token"} | fields)
 
 
-class WanDit(nnx.Module):
-    """Wan's transformer on packed rows, see `Backbone`; its velocity points from data to noise."""
+class PaddedText(NamedTuple):
+    """Embedded texts, padded to a fixed length by reference to a single token of padding."""
 
-    def __init__(self, config: WanDitConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.attention: Callable[[Pattern], Attention] = AttentionFactory(config.attention)
+    values: Float[Array, "B _ D"]
+    """Embedded tokens, followed by one of padding."""
+    sources: Int[Array, "B M"]
+    """Index of the token in each slot of the padded texts."""
+    segments: Int[Array, "B M"]
+    """Segment of each slot."""
+    fits: Bool[Array, "B G"]
+    """False for segments whose text is longer than the fixed length."""
+
+
+class WanInputs(NamedTuple):
+    """Inputs of all blocks besides the tokens and the attention function."""
+
+    condition: TokenConditions
+    """Embedded times, from which the head is modulated."""
+    modulation: TokenConditions
+    """Modulation of the blocks, `B M 6 D`."""
+    layout: PackedRows
+    angles: Float[Array, "B N half"]
+    """Rotary angles of queries and keys."""
+    attention_inputs: AttentionInputs
+    """Metadata for self-attention."""
+    text: PaddedText
+    image: ImageTokens | None
+    """Embedded image tokens."""
+
+
+class WanDit(nnx.Module):
+    """Wan's transformer on packed rows, see `BlockBackbone`; its velocity points from data to noise."""
+
+    def __init__(self, config: WanDitConfig, *, parallel: Parallelism = ONE_DEVICE, rngs: nnx.Rngs):
+        self.config, self.parallel = config, parallel
         width, dtype = config.width, jnp.dtype(config.dtype)
-        self.embed = Linear(config.token_width + config.cond_width, width, dtype=dtype, rngs=rngs)
-        self.text_in = Linear(config.context_width, width, init="normal", dtype=dtype, rngs=rngs)
-        self.text_out = Linear(width, width, init="normal", dtype=dtype, rngs=rngs)
-        self.time_in = Linear(config.time_width, width, init="normal", rngs=rngs)
-        self.time_out = Linear(width, width, init="normal", rngs=rngs)
-        self.modulation = Linear(width, 6 * width, rngs=rngs)
-        self.image = None if config.image_width is None else WanImageEmbedding(config, rngs=rngs)
-        self.blocks = make_stack(lambda r: WanBlock(config, rngs=r), config.layers, rngs=rngs)
+        linear = functools.partial(Linear, parallel=parallel, rngs=rngs)
+        self.embed = linear(config.token_width + config.cond_width, width, dtype=dtype)
+        self.text_in = linear(config.context_width, width, init="normal", dtype=dtype)
+        self.text_out = linear(width, width, init="normal", dtype=dtype)
+        self.time_in = linear(config.time_width, width, init="normal")
+        self.time_out = linear(width, width, init="normal")
+        self.modulation = linear(width, 6 * width)
+        self.image = None if config.image_width is None else WanImageEmbedding(config, parallel=parallel, rngs=rngs)
+        self.blocks = make_stack(lambda r: WanBlock(config, parallel=parallel, rngs=r), config.layers, rngs=rngs)
         self.head_table = _make_table(2, width, rngs)
-        self.head = Linear(width, config.token_width, init="zero", rngs=rngs)
+        self.head = linear(width, config.token_width, init="zero")
 
     def __call__(
         self,
@@ -184,29 +207,51 @@ class WanDit(nnx.Module):
         A segment whose text is longer than the config's `text_length` gets NaN; truncation is left to the tokenizer,
         which can warn about it.
         """
+        conditioning.check(self.config.conditioning_kinds)
+        x, inputs = self.embed_inputs(noisy, time, layout, conditioning)
+        x, _ = self.apply_blocks(x, inputs)
+        return self.apply_head(x, inputs), state
+
+    def embed_inputs(
+        self, noisy: Float[Array, "B N p"], time: Float[Array, "B _"], layout: PackedRows, conditioning: Conditioning
+    ) -> tuple[Float[Array, "B N D"], WanInputs]:
+        """Return the embedded tokens, and the blocks' other inputs."""
         config = self.config
-        conditioning.check(config.conditioning_kinds)
         segments, positions = jnp.asarray(layout.segments), jnp.asarray(layout.positions)
         features = sinusoidal_embedding(TIME_SCALE * time, config.time_width)
         embedded = self.time_out(nnx.silu(self.time_in(features)))
+        condition = TokenConditions(embedded, segments if config.time == "segment" else None)
         modulation = self.modulation(nnx.silu(embedded)).reshape(*time.shape, 6, -1)
-        head = embedded[:, :, None] + self.head_table[...]
-        if config.time == "segment":
-            head = layout.expand(head)
-        text, fits = self._embed_text(conditioning[TextTokens], count=layout.count)
-        image = None
-        if self.image is not None:
-            tokens = conditioning[ImageTokens]
-            image = (self.image(tokens.values, tokens.segments), tokens.segments)
-        patterns = config.patterns
-        indices = None if patterns == (Full(),) else compute_grid_indices(positions, segments)
-        angles = compute_rotary_angles(positions, config.rotary)
-        metadata = BlockMetadata(segments, AttentionInputs.self_attention(segments, indices), angles)
-        contexts = [(modulation, metadata, text, image, self.attention(pattern)) for pattern in patterns]
-        x = self.embed(self._concatenate(noisy, conditioning.get(ConditioningLatents))).astype(jnp.float32)
-        x = scan_layers(x, [LayerGroup(self.blocks, contexts)], remat=config.remat)
-        prediction = self.head(modulate(x, head[:, :, 0], head[:, :, 1]))
-        return jnp.where(layout.expand(fits)[..., None], prediction, jnp.nan), state
+        image = conditioning.get(ImageTokens)
+        if self.image is not None and image is not None:
+            image = image._replace(values=self.image(image.values, image.segments))
+        indices = None if config.patterns == (Full(),) else compute_grid_indices(positions, segments)
+        inputs = WanInputs(
+            condition=condition,
+            modulation=condition._replace(values=modulation),
+            layout=layout,
+            angles=compute_rotary_angles(positions, config.rotary),
+            attention_inputs=AttentionInputs.self_attention(segments, indices),
+            text=self._embed_text(conditioning[TextTokens], count=layout.count),
+            image=image,
+        )
+        channels = self._concatenate(noisy, conditioning.get(ConditioningLatents))
+        return self.embed(channels).astype(jnp.float32), inputs
+
+    def apply_blocks(
+        self, x: Float[Array, "B N D"], inputs: WanInputs, *, wrapper: LayerWrapper | None = None, values: Any = None
+    ) -> tuple[Float[Array, "B N D"], Any]:
+        """Apply all blocks; see `BlockBackbone`."""
+        config = self.config
+        contexts = [(inputs, self.parallel.make_attention(config.attention, pattern)) for pattern in config.patterns]
+        x, (outputs,) = scan_layers(x, [LayerGroup(self.blocks, contexts, wrapper, values)], remat=config.remat)
+        return x, outputs
+
+    def apply_head(self, x: Float[Array, "B N D"], inputs: WanInputs) -> Float[Array, "B N p"]:
+        """Return the prediction."""
+        shift_scale = inputs.condition.expand(inputs.condition.values[:, :, None] + self.head_table[...])
+        prediction = self.head(modulate(x, shift_scale[:, :, 0], shift_scale[:, :, 1]))
+        return jnp.where(inputs.layout.expand(inputs.text.fits)[..., None], prediction, jnp.nan)
 
     def _concatenate(self, noisy: Float[Array, "B N p"], clean: ConditioningLatents | None) -> Float[Array, "B N _"]:
         """Concatenate the channels of noisy and clean latents at each position in a patch."""
@@ -216,16 +261,15 @@ class WanDit(nnx.Module):
         both = jnp.concatenate([noisy.reshape(shape), clean.values.reshape(shape)], axis=-1)
         return both.reshape(*noisy.shape[:2], -1)
 
-    def _embed_text(self, text: TextTokens, *, count: int) -> tuple["PaddedText", Bool[Array, "B {count}"]]:
-        """Embed the text; also return for each segment whether its text fits into `text_length` tokens.
+    def _embed_text(self, text: TextTokens, *, count: int) -> PaddedText:
+        """Embed the texts of `count` segments.
 
         Padding is a single token of zeros, which is projected once and then read for every position without a token.
         """
         segments, length = text.segments, self.config.text_length
         rows, tokens = segments.shape
         zeros = jnp.zeros((rows, 1, text.values.shape[2]), text.values.dtype)
-        values = self.text_in(jnp.concatenate([text.values, zeros], axis=1))
-        values = self.text_out(gelu(values))
+        values = self.text_out(gelu(self.text_in(jnp.concatenate([text.values, zeros], axis=1))))
         offset = compute_segment_offsets(segments)
         is_kept = (segments > 0) & (offset < length)
         # Tokens that are not kept get a slot beyond the end, which `mode="drop"` ignores; empty slots read padding.
@@ -234,24 +278,20 @@ class WanDit(nnx.Module):
         sources = sources.at[jnp.arange(rows)[:, None], slots].set(jnp.arange(tokens), mode="drop")
         exceeds = (segments[..., None] == jnp.arange(1, count + 1)) & (offset >= length)[..., None]
         slot_segments = jnp.tile(jnp.repeat(jnp.arange(1, count + 1), length), (rows, 1))
-        return (values, sources, slot_segments), ~exceeds.any(axis=1)
-
-
-PaddedText = tuple[Float[Array, "B _ D"], Int[Array, "B M"], Int[Array, "B M"]]
-"""Embedded tokens followed by one of padding; for each slot of the padded texts the index of its token; its segment."""
+        return PaddedText(values, sources, slot_segments, ~exceeds.any(axis=1))
 
 
 class WanImageEmbedding(nnx.Module):
     """Projection of an image encoder's tokens to the model's width: norm, linear, GELU, linear, norm."""
 
-    def __init__(self, config: WanDitConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: WanDitConfig, *, parallel: Parallelism, rngs: nnx.Rngs):
         assert config.image_width is not None
         image_width, width, dtype = config.image_width, config.width, jnp.dtype(config.dtype)
         count = config.image_positions
         self.positions = None if count is None else nnx.Param(jnp.zeros((count, image_width), jnp.float32))
         self.norm_in, self.norm_out = LayerNorm(image_width, eps=1e-5), LayerNorm(width, eps=1e-5)
-        self.up = Linear(image_width, image_width, dtype=dtype, rngs=rngs)
-        self.down = Linear(image_width, width, dtype=dtype, rngs=rngs)
+        self.up = Linear(image_width, image_width, dtype=dtype, parallel=parallel, rngs=rngs)
+        self.down = Linear(image_width, width, dtype=dtype, parallel=parallel, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "B I F"], segments: Int[Array, "B I"]) -> Float[Array, "B I D"]:
         if self.positions is not None:
@@ -267,65 +307,52 @@ class WanBlock(nnx.Module):
     Rotary embedding rotates the channel pairs (j, j + d/2); in Wan's files the channels of a pair are neighbours.
     """
 
-    def __init__(self, config: WanDitConfig, *, rngs: nnx.Rngs):
-        width, dtype = config.width, jnp.dtype(config.dtype)
-
-        def square() -> Linear:
-            return Linear(width, width, dtype=dtype, rngs=rngs)
-
-        self.heads, self.per_token = config.heads, config.time == "token"
-        self.cross: Attention = make_attention(config.attention)
+    def __init__(self, config: WanDitConfig, *, parallel: Parallelism, rngs: nnx.Rngs):
+        width = config.width
+        linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), parallel=parallel, rngs=rngs)
+        map_in = functools.partial(linear, width, width, split="outputs")
+        map_out = functools.partial(linear, width, width, split="inputs")
+        self.heads = config.heads
+        self.cross = parallel.make_cross_attention(config.attention)
         self.table = _make_table(6, width, rngs)
-        self.query, self.key, self.value, self.out = square(), square(), square(), square()
+        self.query, self.key, self.value, self.out = map_in(), map_in(), map_in(), map_out()
         self.query_norm, self.key_norm = RmsNorm(width), RmsNorm(width)
         self.cross_norm = LayerNorm(width)
-        self.cross_query, self.cross_key, self.cross_value, self.cross_out = square(), square(), square(), square()
+        self.cross_query, self.cross_key, self.cross_value, self.cross_out = map_in(), map_in(), map_in(), map_out()
         self.cross_query_norm, self.cross_key_norm = RmsNorm(width), RmsNorm(width)
-        self.has_image = config.image_width is not None
-        if self.has_image:
-            self.image_key, self.image_value, self.image_key_norm = square(), square(), RmsNorm(width)
-        self.up = Linear(width, config.mlp_dim, dtype=dtype, rngs=rngs)
-        self.down = Linear(config.mlp_dim, width, dtype=dtype, rngs=rngs)
+        if config.image_width is not None:
+            self.image_key, self.image_value, self.image_key_norm = map_in(), map_in(), RmsNorm(width)
+        self.up = linear(width, config.mlp_dim, split="outputs")
+        self.down = linear(config.mlp_dim, width, split="inputs")
 
-    def __call__(
-        self,
-        x: Float[Array, "B N D"],
-        modulation: Float[Array, "B _ 6 D"],
-        metadata: BlockMetadata,
-        text: PaddedText,
-        image: tuple[Float[Array, "B I D"], Int[Array, "B I"]] | None,
-        attention: Attention,
-    ) -> Float[Array, "B N D"]:
+    def __call__(self, x: Float[Array, "B N D"], inputs: WanInputs, attention: Attention) -> Float[Array, "B N D"]:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            expand_modulation(
-                modulation[:, :, index] + self.table[...][index], metadata.segments, per_token=self.per_token
-            )
+            inputs.modulation.expand(inputs.modulation.values[:, :, index] + self.table[...][index])
             for index in range(6)
         )
-        x = x + gate * self._self_attention(modulate(x, shift, scale), metadata, attention)
-        x = x + self._cross_attention(self.cross_norm(x), metadata.segments, text, image)
+        x = x + gate * self._self_attention(modulate(x, shift, scale), inputs, attention)
+        x = x + self._cross_attention(self.cross_norm(x), inputs)
         hidden = gelu(self.up(modulate(x, mlp_shift, mlp_scale)))
         return x + mlp_gate * self.down(hidden).astype(jnp.float32)
 
-    def _self_attention(self, x, metadata, attention):
-        q = rotate(split_heads(self.query(x), self.query_norm, self.heads), metadata.angles)
-        k = rotate(split_heads(self.key(x), self.key_norm, self.heads), metadata.angles)
+    def _self_attention(self, x: Float[Array, "B N D"], inputs: WanInputs, attention: Attention) -> Array:
+        q = rotate(split_heads(self.query(x), self.query_norm, self.heads), inputs.angles)
+        k = rotate(split_heads(self.key(x), self.key_norm, self.heads), inputs.angles)
         v = split_heads(self.value(x), None, self.heads)
-        mixed = attention(q, k, v, metadata.attention_inputs)
+        mixed = attention(q, k, v, inputs.attention_inputs)
         return self.out(mixed.reshape(x.shape)).astype(jnp.float32)
 
-    def _cross_attention(self, x, segments, text, image):
+    def _cross_attention(self, x: Float[Array, "B N D"], inputs: WanInputs) -> Array:
+        segments, text, image = jnp.asarray(inputs.layout.segments), inputs.text, inputs.image
         q = split_heads(self.cross_query(x), self.cross_query_norm, self.heads)
-        values, sources, text_segments = text
-        k = split_heads(self.cross_key(values), self.cross_key_norm, self.heads)
-        v = split_heads(self.cross_value(values), None, self.heads)
-        k, v = (jax.vmap(lambda row, index: row[index])(projected, sources) for projected in (k, v))
-        mixed = self.cross(q, k, v, AttentionInputs(segments, text_segments))
-        if self.has_image:
-            tokens, image_segments = image
-            k = split_heads(self.image_key(tokens), self.image_key_norm, self.heads)
-            v = split_heads(self.image_value(tokens), None, self.heads)
-            mixed = mixed + self.cross(q, k, v, AttentionInputs(segments, image_segments))
+        k = split_heads(self.cross_key(text.values), self.cross_key_norm, self.heads)
+        v = split_heads(self.cross_value(text.values), None, self.heads)
+        k, v = (jax.vmap(lambda row, index: row[index])(projected, text.sources) for projected in (k, v))
+        mixed = self.cross(q, k, v, AttentionInputs(segments, text.segments))
+        if image is not None:
+            k = split_heads(self.image_key(image.values), self.image_key_norm, self.heads)
+            v = split_heads(self.image_value(image.values), None, self.heads)
+            mixed = mixed + self.cross(q, k, v, AttentionInputs(segments, image.segments))
         return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
 
 

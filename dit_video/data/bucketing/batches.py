@@ -19,6 +19,8 @@ from dit_video.data.packing.rows import Encode, get_positions, log_damaged_clip,
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, get_sampled_fps
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
+    CanvasShape,
+    DenseShape,
     Grid,
     PackedBatch,
     PackedExample,
@@ -33,12 +35,14 @@ from dit_video.video import decode
 
 @dataclass(frozen=True, kw_only=True)
 class BucketConfig:
-    """Configuration of the choice of sizes and batches, see `plan_buckets`.
+    """Configuration of dense batches: the choice of sizes and batches, see `plan_buckets`.
 
     Raises:
       UserError: there is no bucket, or the budget does not exceed the fixed part of the memory.
     """
 
+    sampling: PackedShape | CanvasShape
+    """Rows or canvases in which clips are sampled."""
     memory: BatchMemory
     budget: float | int
     """Memory of a device, in bytes."""
@@ -129,7 +133,7 @@ def load_bucket_batches(
         latents = iter(encode([clip_frames for clip_frames in frames if clip_frames is not None]))
         tokens = [None if clip_frames is None else patchify(next(latents), patch) for clip_frames in frames]
         grid, width = compute_token_grid(latent_grid(clips[0].size), patch), patch.volume * channels
-        shape = PackedShape(tokens=grid.volume, text=max_text, segments=1)
+        shape = DenseShape(size=grid, text=max_text)
         rows = []
         for clip, values, caption in zip(clips, tokens, drawn, strict=True):
             item = PackedExample(

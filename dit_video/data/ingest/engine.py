@@ -36,7 +36,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, publish, read_document, to_storage_path
 from dit_video.data.clips import INDEX, ClipInfo, write_index
-from dit_video.data.ingest.formats import ListedClip, Listing, ListingFormat, list_clips
+from dit_video.data.ingest.formats import ListedClip, Listing, list_clips
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.ingest.quality_filter import ScreeningConfig
@@ -64,8 +64,8 @@ ProgressCallback = Callable[[int, int], None]
 class IngestConfig:
     """Configuration of an ingest; raises `UserError` if the time limit is not positive."""
 
-    format: ListingFormat | Literal["auto"] = "auto"
-    """Format of the source; "auto" detects it."""
+    format: str = "auto"
+    """Name of the source's format (see `dit_video.data.ingest.formats`); "auto" detects it."""
     ucf101_split: Literal[1, 2, 3] = 1
     """Number of UCF-101's pair of train and test lists."""
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)

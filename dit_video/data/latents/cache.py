@@ -133,7 +133,7 @@ class LatentSource:
 
     def read_field(self, index: int, field: Field) -> np.ndarray:
         """Return the array of one of `fields` of one example; raises like `source[index]`."""
-        shape = get_field_shape(field, self.sizes[index])
+        shape = field.get_shape(self.sizes[index])
         return self._read_values(index, get_record_name(field), shape, field.dtype)
 
     def read_text(self, index: int, caption: int = 0) -> Float32[np.ndarray, "s e"]:
@@ -176,12 +176,6 @@ class LatentSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": None, "_last_record": None}
-
-
-def get_field_shape(field: Field, size: Grid) -> tuple[int, ...]:
-    """Return the shape of a field's array of a clip whose latents have this size."""
-    counts = {"example": (), "frame": (size.t,), "grid": tuple(size), "sequence": (field.length,)}
-    return (*counts[field.alignment], *field.shape)
 
 
 def get_record_name(field: Field) -> str:

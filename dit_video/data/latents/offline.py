@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,14 +21,14 @@ from jaxtyping import Array, Float32, Int32, UInt8
 
 from dit_video.autoencoders import (
     AutoencoderConfig,
-    Canvas,
+    ClipCanvas,
     compute_padding_share,
     compute_segment_ids,
     latent_grid,
     pack_canvases,
 )
 from dit_video.autoencoders.canvas import CANVAS_PIXELS
-from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS
+from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, ClipConditioning, ClipView
 from dit_video.core import config_json, pixels
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePathLike, to_storage_path
@@ -40,15 +40,20 @@ from dit_video.data.latents.writer import LatentWriter
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.encoders.autoencoder import compute_autoencoder_identity
 from dit_video.encoders.image import FrozenImageEncoder
-from dit_video.encoders.text import FrozenTextEncoder
-from dit_video.experiment import Experiment
-from dit_video.text import Tokenizer
 from dit_video.tokens import Field, Grid
 
 EncodeText = Callable[[str], Float32[np.ndarray, "s e"]]
-FirstFrame = UInt8[np.ndarray, "1 _ _ 3"]
 _MAX_CACHED_TEXTS = 64
 """Number of cached embeddings: views of a clip and clips of a class share captions. One may take 8 MB."""
+
+
+class _Inputs(NamedTuple):
+    """The inputs of an example besides its latents."""
+
+    first: UInt8[np.ndarray, "1 _ _ 3"]
+    """First frame, for the image encoder."""
+    fields: dict[str, np.ndarray]
+    """Values of conditioning, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,8 @@ class Encoding:
     text_identity: str = ""
     encode_image: FrozenImageEncoder | None = None
     """Encoder of the first frame, to whose tokens the denoiser attends."""
+    conditioning: tuple[ClipConditioning, ...] = ()
+    """Conditioning by fields of the clips."""
     image_identity: str = ""
     cond_latents: bool = False
     """True to also encode each view with all frames after the first set to grey."""
@@ -88,31 +95,7 @@ class Encoding:
         if self.encode_image is not None:
             length, width = self.encode_image.shape
             fields.append(Field(name=IMAGE_TOKENS, alignment="sequence", shape=(width,), length=length))
-        return tuple(fields)
-
-
-def make_encoding(
-    experiment: Experiment,
-    params: dict[str, Any],
-    *,
-    text: Tokenizer | FrozenTextEncoder,
-    images: FrozenImageEncoder | None,
-) -> Encoding:
-    """Return the encoding of an experiment, with the parameters of its autoencoder and its frozen encoders."""
-    data, frames = experiment.data, experiment.denoiser.frame_conditioning
-    frozen = text if isinstance(text, FrozenTextEncoder) else None
-    views = Augmentations(clips_per_video=data.clips_per_video, resolutions=data.resolutions, flips=data.flips)
-    return Encoding(
-        autoencoder=experiment.autoencoder.model,
-        params=params,
-        limits=experiment.limits,
-        augmentations=views,
-        encode_text=frozen,
-        text_identity="" if frozen is None else frozen.identity,
-        encode_image=images,
-        image_identity="" if images is None else images.identity,
-        cond_latents=frames is not None and frames.rest == "grey",
-    )
+        return (*fields, *(each.field for each in self.conditioning))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +103,7 @@ class EncodingPlan:
     """Assignment of views to canvases, and of canvases to files."""
 
     views: tuple[View, ...]
-    canvases: tuple[Canvas, ...]
+    canvases: tuple[ClipCanvas, ...]
     files: tuple[range, ...]
 
     @property
@@ -169,6 +152,7 @@ def compute_latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, 
         "text": encoding.text_identity,
         "image": encoding.image_identity,
         "behind": "grey" * encoding.cond_latents,
+        "conditioning": config_json.to_json(encoding.conditioning),
     }
     return {name: value for name, value in optional.items() if value} | {
         "autoencoder": compute_autoencoder_identity(encoding.autoencoder, encoding.params),
@@ -257,13 +241,13 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
             for number, batch in enumerate(batches):
                 current = decoded
                 decoded = self._submit_decoding(pool, batches[number + 1]) if number + 1 < len(batches) else {}
-                arrays, firsts = self._draw_canvases(batch, current)
+                arrays, inputs = self._draw_canvases(batch, current)
                 latents = self._encode(*arrays)
                 has_cond_latents = self._encoding.cond_latents
                 cond_latents = self._encode(*arrays, first_frame_only=True) if has_cond_latents else None
                 if computed is not None:  # read the previous batch back while the devices encode this one
                     yield from self._extract_latents(*computed)
-                computed = batch, latents, cond_latents, firsts
+                computed = batch, latents, cond_latents, inputs
             if computed is not None:
                 yield from self._extract_latents(*computed)
         finally:
@@ -272,13 +256,13 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
     def _get_batch_size(self, size: Grid) -> int:
         return self._encode.compute_batch_size(size, self._count[size])
 
-    def _make_batches(self, canvases: Sequence[int]) -> Iterator[list[Canvas]]:
+    def _make_batches(self, canvases: Sequence[int]) -> Iterator[list[ClipCanvas]]:
         chosen = [self._plan.canvases[number] for number in canvases]
         for size, same in itertools.groupby(chosen, lambda one: one.size):
             members, rows = list(same), self._get_batch_size(size)
             yield from (members[first : first + rows] for first in range(0, len(members), rows))
 
-    def _submit_decoding(self, pool: ThreadPoolExecutor, batch: Sequence[Canvas]) -> dict[int, Future]:
+    def _submit_decoding(self, pool: ThreadPoolExecutor, batch: Sequence[ClipCanvas]) -> dict[int, Future]:
         return {slot.clip: pool.submit(self._decode_view, slot.clip) for canvas in batch for slot in canvas.slots}
 
     def _decode_view(self, number: int) -> UInt8[np.ndarray, "T H W 3"] | Skipped:
@@ -293,47 +277,57 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
         return frames[:, :, ::-1] if view.flipped else frames
 
     def _draw_canvases(
-        self, batch: Sequence[Canvas], decoded: dict[int, Future]
-    ) -> tuple[tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]], dict[int, FirstFrame | Skipped]]:
+        self, batch: Sequence[ClipCanvas], decoded: dict[int, Future]
+    ) -> tuple[tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]], dict[int, _Inputs | Skipped]]:
         size, stride = batch[0].size, self._encoding.autoencoder.stride
         rows = self._get_batch_size(size)
         canvases = np.zeros((rows, *size, 3), np.uint8)
         inside = np.zeros((rows, size.h // stride.h, size.w // stride.w), np.int32)
-        firsts = {}
+        inputs: dict[int, _Inputs | Skipped] = {}
         for row, canvas in enumerate(batch):
             inside[row] = compute_segment_ids(canvas, self._sizes, stride)
             for clip, top, left in canvas.slots:
                 frames = decoded[clip].result()
-                firsts[clip] = frames if isinstance(frames, Skipped) else frames[:1].copy()
-                if not isinstance(frames, Skipped):
-                    t, h, w = frames.shape[:3]
-                    canvases[row, :t, top : top + h, left : left + w] = frames
-        return (canvases, inside), firsts
+                if isinstance(frames, Skipped):
+                    inputs[clip] = frames
+                    continue
+                inputs[clip] = _Inputs(frames[:1].copy(), self._compute_conditioning(clip, frames))
+                t, h, w = frames.shape[:3]
+                canvases[row, :t, top : top + h, left : left + w] = frames
+        return (canvases, inside), inputs
+
+    def _compute_conditioning(self, number: int, frames: UInt8[np.ndarray, "T H W 3"]) -> dict[str, np.ndarray]:
+        view = self._plan.views[number]
+        latents = latent_grid(view.size, self._encoding.autoencoder.stride)
+        seen = ClipView(self._clips.infos[view.clip].name, frames, latents, view.start, view.flipped)
+        return {each.field.name: each.from_clip(seen) for each in self._encoding.conditioning}
 
     def _extract_latents(
         self,
-        batch: Sequence[Canvas],
+        batch: Sequence[ClipCanvas],
         latents: Array,
         cond_latents: Array | None,
-        firsts: dict[int, FirstFrame | Skipped],
+        inputs: dict[int, _Inputs | Skipped],
     ) -> Iterator[LatentExample | Skipped]:
         stride, encode_image = self._encoding.autoencoder.stride, self._encoding.encode_image
         values = np.asarray(latents, np.float32)
         cond_values = None if cond_latents is None else np.asarray(cond_latents, np.float32)
         for row, canvas in enumerate(batch):
             for clip, top, left in canvas.slots:
-                first = firsts[clip]
-                if isinstance(first, Skipped):
-                    yield first
+                own = inputs[clip]
+                if isinstance(own, Skipped):
+                    yield own
                     continue
                 view = self._plan.views[clip]
                 info, grid = self._clips.infos[view.clip], latent_grid(view.size, stride)
                 rows, columns = top // stride.h, left // stride.w
                 region = row, slice(grid.t), slice(rows, rows + grid.h), slice(columns, columns + grid.w)
                 text = () if self._text is None else tuple(self._text(caption) for caption in info.captions)
-                fields = {} if cond_values is None else {COND_LATENTS: cond_values[region]}
+                fields = dict(own.fields)
+                if cond_values is not None:
+                    fields[COND_LATENTS] = cond_values[region]
                 if encode_image is not None:
-                    fields[IMAGE_TOKENS] = encode_image(first)[0]
+                    fields[IMAGE_TOKENS] = encode_image(own.first)[0]
                 yield LatentExample(view.name, info.captions, values[region], info.name, text, fields)
 
 

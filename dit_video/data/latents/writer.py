@@ -24,7 +24,6 @@ from dit_video.data.latents.cache import (
     Skipped,
     StorageDtype,
     check_identity,
-    get_field_shape,
     get_record_name,
     hash_identity,
     to_little_endian,
@@ -294,7 +293,7 @@ class _ExampleShapes:
             )
         for field in self._fields:
             values = example.fields[field.name]
-            shape = get_field_shape(field, Grid(*example.latents.shape[:3]))
+            shape = field.get_shape(Grid(*example.latents.shape[:3]))
             if values.shape != shape:
                 raise UserError(
                     f"the field {field.name} of {example.name} has the shape {list(values.shape)}, not {list(shape)}. "

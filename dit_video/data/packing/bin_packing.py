@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from dit_video.tokens import PackedShape
+from dit_video.tokens import LayoutShape
 
 CHUNK_ROWS = 2000
 """Rows that are filled together, from a random part of the examples: it bounds the time of the search."""
@@ -42,7 +42,7 @@ def fill_rows(
     examples: Int[np.ndarray, " m"],
     tokens: Int[np.ndarray, " n"],
     text: Int[np.ndarray, " n"],
-    shape: PackedShape,
+    shape: LayoutShape,
     generator: np.random.Generator,
     attention_pairs: Float[np.ndarray, " n"],
 ) -> list[list[int]]:
@@ -78,7 +78,7 @@ class _Budget(NamedTuple):
 
     tokens: np.ndarray
     text: np.ndarray
-    shape: PackedShape
+    shape: LayoutShape
 
 
 def _fill_chunk(
@@ -249,12 +249,12 @@ def _fill_best_fit(order: np.ndarray, budget: _Budget) -> list[list[int]]:
 
 
 def swap_equal_sizes(
-    rows: Sequence[Sequence[int]], tokens: np.ndarray, text: np.ndarray, generator: np.random.Generator
+    rows: Sequence[Sequence[int]], kinds: np.ndarray, text: np.ndarray, generator: np.random.Generator
 ) -> list[list[int]]:
-    """Return rows of the same sizes in which examples of equal video and text size have swapped at random."""
+    """Return rows of the same sizes in which examples of one kind (of size) and text size have swapped at random."""
     order, offsets = flatten_rows(rows)
-    slots = np.lexsort((text[order], tokens[order]))
-    examples = order[np.lexsort((generator.random(len(order)), text[order], tokens[order]))]
+    slots = np.lexsort((text[order], kinds[order]))
+    examples = order[np.lexsort((generator.random(len(order)), text[order], kinds[order]))]
     order[slots] = examples
     return [order[start:stop].tolist() for start, stop in itertools.pairwise(offsets)]
 

@@ -20,8 +20,9 @@ from dit_video.core.errors import UserError
 from dit_video.data.packing import balance as balancing
 from dit_video.data.packing import bin_packing
 from dit_video.data.packing.balance import Balance, Imbalance
+from dit_video.data.packing.canvases import CanvasPacking
 from dit_video.data.packing.mixture import Mixture, MixtureSampler
-from dit_video.tokens import PackedShape
+from dit_video.tokens import LayoutShape
 
 ATTEMPTS = 4
 """Maximum number of shuffles that are tried until the rows of an epoch fit."""
@@ -85,6 +86,7 @@ class RowStream:
       mixture: choice of an epoch's examples; None for each example once.
       balance: configuration of the order of rows; None for a random order.
       attention_pairs: token pairs in the attention of every example; None for full attention.
+      canvases: packing on canvases of the same examples; None for packed rows.
 
     Raises:
       UserError: there are no examples, one is larger than a row, or the mixture is invalid (see `MixtureSampler`).
@@ -94,13 +96,14 @@ class RowStream:
         self,
         tokens: Int[np.ndarray, " n"],
         text: Int[np.ndarray, " n"],
-        shape: PackedShape,
+        shape: LayoutShape,
         *,
         seed: int,
         names: Sequence[str] | None = None,
         mixture: Mixture | None = None,
         balance: Balance | None = None,
         attention_pairs: Float[np.ndarray, " n"] | None = None,
+        canvases: CanvasPacking | None = None,
     ):
         _check_sizes(tokens, text, shape, names)
         self.tokens, self.text, self.shape, self.balance = tokens, text, shape, balance
@@ -108,7 +111,7 @@ class RowStream:
         all_pairs = tokens.astype(np.float64) ** 2
         self.attention_pairs = all_pairs if attention_pairs is None else attention_pairs
         self._sparse = not np.array_equal(self.attention_pairs, all_pairs)
-        self._seed = seed
+        self._seed, self._canvases = seed, canvases
         self.sampler: MixtureSampler | None = None if mixture is None else MixtureSampler(mixture, tokens, seed=seed)
         self._first_rows = self._fill_rows(0, 0)[0]
         self.rows_per_epoch = self._count_rows()
@@ -164,6 +167,8 @@ class RowStream:
 
     def _fill_rows(self, epoch: int, attempt: int) -> tuple[list[list[int]], np.random.Generator]:
         generator = rng.make_generator(self._seed, "row plan", epoch, attempt)
+        if self._canvases is not None:
+            return self._canvases.fill(self._get_examples(epoch), generator), generator
         sizes = self.tokens, self.text, self.shape
         return bin_packing.fill_rows(self._get_examples(epoch), *sizes, generator, self.attention_pairs), generator
 
@@ -175,7 +180,8 @@ class RowStream:
                 break
         else:
             if self.sampler is None:
-                rows = bin_packing.swap_equal_sizes(self._first_rows, self.tokens, self.text, generator)
+                kinds = self.tokens if self._canvases is None else self._canvases.kinds
+                rows = bin_packing.swap_equal_sizes(self._first_rows, kinds, self.text, generator)
             else:
                 rows, left_out = bin_packing.keep_fullest(rows, self.rows_per_epoch, self.tokens)
                 logging.getLogger(__name__).warning(
@@ -183,7 +189,8 @@ class RowStream:
                     *(epoch, len(left_out), len(self._get_examples(epoch)), self.rows_per_epoch),
                 )
         # Every epoch must have the same number of rows: the row of a step is found by division.
-        rows = bin_packing.split_rows(rows, self.rows_per_epoch)
+        split = bin_packing.split_rows if self._canvases is None else self._canvases.split
+        rows = split(rows, self.rows_per_epoch)
         if self.balance is None:
             order = generator.permutation(len(rows))
         else:
@@ -221,7 +228,7 @@ class _RecentPlans:
         self.__init__(state["_function"], keep=state["_keep"])  # type: ignore[misc]
 
 
-def _check_sizes(tokens: np.ndarray, text: np.ndarray, shape: PackedShape, names: Sequence[str] | None) -> None:
+def _check_sizes(tokens: np.ndarray, text: np.ndarray, shape: LayoutShape, names: Sequence[str] | None) -> None:
     if not len(tokens) or len(tokens) != len(text):
         raise UserError(
             f"{len(tokens)} video and {len(text)} text sizes are invalid: a plan needs examples with both. Use as many "
@@ -251,7 +258,7 @@ def _make_plan(
     order: np.ndarray,
     tokens: np.ndarray,
     attention_pairs: np.ndarray,
-    shape: PackedShape,
+    shape: LayoutShape,
     *,
     dropped_examples: tuple[int, ...] = (),
 ) -> RowPlan:

@@ -4,11 +4,9 @@ The plan says which examples share a row. An epoch draws one caption of each exa
 video files, a temporal crop. These choices are functions of (seed, epoch, example).
 """
 
-import dataclasses
 import functools
 import hashlib
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,18 +18,20 @@ from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
-from dit_video.data.latents.cache import LatentSource, get_field_shape
+from dit_video.data.latents.cache import LatentSource
 from dit_video.data.packing.balance import Balance
+from dit_video.data.packing.canvases import CanvasPacking
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
+    CanvasShape,
     Field,
     Grid,
+    LayoutShape,
     PackedBatch,
     PackedExample,
-    PackedShape,
     compute_positions,
     compute_token_grid,
     pack,
@@ -71,7 +71,7 @@ class EncodedClip(NamedTuple):
 
 
 class RowLayout:
-    """The layout of packed rows: the examples of each row, the positions of their tokens, and their captions.
+    """The examples of each row or canvas, the positions of their tokens, and their captions.
 
     The plan reserves room for the longest caption of an example, so that every caption fits.
 
@@ -96,7 +96,7 @@ class RowLayout:
         grids: Sequence[Grid],
         captions: CaptionSource,
         *,
-        shape: PackedShape,
+        shape: LayoutShape,
         seed: int,
         names: Sequence[str],
         mixture: Mixture | None = None,
@@ -107,15 +107,17 @@ class RowLayout:
         self.grids, self.captions, self.shape, self.names, self._seed = grids, captions, shape, names, seed
         self._token_dt = token_dt
         grid_pairs = None if attention_pairs is None else {grid: float(attention_pairs(grid)) for grid in set(grids)}
+        text = np.asarray([max(lengths) for lengths in captions.lengths], np.int64)
         self.stream = RowStream(
             np.asarray([grid.volume for grid in grids], np.int64),
-            np.asarray([max(lengths) for lengths in captions.lengths], np.int64),
+            text,
             shape,
             seed=seed,
             names=names,
             mixture=mixture,
             balance=balance,
             attention_pairs=None if grid_pairs is None else np.asarray([grid_pairs[grid] for grid in grids]),
+            canvases=CanvasPacking(grids, text, shape, names) if isinstance(shape, CanvasShape) else None,
         )
         content = hashlib.sha256(repr((self.stream.hash, tuple(names), tuple(grids))).encode())
         for facts in captions.iter_hash_bytes():
@@ -159,7 +161,7 @@ class LatentRows:
 
     def __init__(self, source: LatentSource, layout: RowLayout, patch: Grid, *, cache_bytes: int):
         self._source, self._layout, self._patch, self._free_bytes = source, layout, patch, cache_bytes
-        self._fields = [self._get_row_field(field) for field in source.fields]
+        self._fields = [field.to_rows(patch) for field in source.fields]
         self._clips: dict[int, EncodedClip] = {}
         self._lock = threading.Lock()
 
@@ -183,7 +185,10 @@ class LatentRows:
         if clip is None:
             try:
                 latents = source[example]
-                fields = {field.name: self._read_field(example, field) for field in source.fields}
+                fields = {
+                    field.name: field.patchify(source.read_field(example, field), self._patch)
+                    for field in source.fields
+                }
             except DecodeError as error:
                 log_damaged_clip(self._layout.names[example], error)
                 return self._make_damaged_clip(example)
@@ -197,27 +202,14 @@ class LatentRows:
     def _patchify(self, latents: Float32[np.ndarray, "t h w c"]) -> Float32[np.ndarray, "n p"]:
         return np.ascontiguousarray(patchify(latents, self._patch))
 
-    def _get_row_field(self, field: Field) -> Field:
-        """Return a field as rows have it: of one on the latents' grid, the patches."""
-        if field.alignment != "grid":
-            return field
-        return dataclasses.replace(field, shape=(self._patch.volume * math.prod(field.shape),))
-
-    def _read_field(self, example: int, field: Field) -> np.ndarray:
-        values = self._source.read_field(example, field)
-        return self._patchify(values.reshape(*values.shape[:3], -1)) if field.alignment == "grid" else values
-
     def _make_damaged_clip(self, example: int) -> EncodedClip:
-        grid, source = self._layout.grids[example], self._source
+        grid, patch, source = self._layout.grids[example], self._patch, self._source
+        latents = Grid(grid.t * patch.t, grid.h * patch.h, grid.w * patch.w)
         fields = {
-            field.name: np.zeros(get_field_shape(field, Grid(grid.t, grid.h, grid.w)), field.dtype)
+            field.name: field.patchify(np.zeros(field.get_shape(latents), field.dtype), patch)
             for field in source.fields
-            if field.alignment != "grid"
         }
-        for field in self._fields:
-            if field.alignment == "grid":
-                fields[field.name] = np.zeros((grid.volume, *field.shape), field.dtype)
-        return EncodedClip(_make_zero_tokens(grid, self._patch, source.channels), fields, is_damaged=True)
+        return EncodedClip(_make_zero_tokens(grid, patch, source.channels), fields, is_damaged=True)
 
 
 class ClipRow(NamedTuple):

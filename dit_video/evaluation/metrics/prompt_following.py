@@ -4,14 +4,13 @@ The judge knows the background and the six colours, and nothing about how a clip
 attributes that it cannot determine because it finds no single solid shape of a known colour.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy.ndimage import binary_dilation, binary_propagation
 
-from dit_video.core import rng
 from dit_video.data.synthetic.shapes import (
     BACKGROUND,
     COLOURS,
@@ -19,9 +18,10 @@ from dit_video.data.synthetic.shapes import (
     FREE_FRAMES,
     HELD_OUT,
     Description,
-    get_centroid_offset,
-    sample_geometry,
+    parse_caption,
 )
+from dit_video.evaluation.metrics.intervals import compute_wilson_interval
+from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, MetricValue
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -54,15 +54,6 @@ class Judgement:
     """Centroid in the first frame (row, column), as a fraction of the frame's height and width."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """Correctness of each attribute of a description; `direction` is None if the description has none."""
-
-    colour: bool
-    shape: bool
-    direction: bool | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class JudgedSample:
     """A sample's prompt, the judgement of the sample, and its size in pixels."""
@@ -77,13 +68,10 @@ def judge_sample(description: Description, clip: Clip) -> JudgedSample:
     return JudgedSample(description=description, judgement=judge(clip), size=Grid(*clip.frames.shape[:3]))
 
 
-def score(description: Description, judgement: Judgement) -> Score:
-    """Compare the description with the judgement."""
-    return Score(
-        colour=judgement.colour == description.colour,
-        shape=judgement.shape == description.shape,
-        direction=None if description.direction is None else judgement.direction == description.direction,
-    )
+def score(description: Description, judgement: Judgement) -> dict[str, bool]:
+    """Return for each attribute of the description whether the judgement has it."""
+    attributes = {name: value for name, value in asdict(description).items() if value is not None}
+    return {name: getattr(judgement, name) == value for name, value in attributes.items()}
 
 
 def judge(clip: Clip) -> Judgement:
@@ -197,79 +185,64 @@ def _classify_direction(centroids: Float[np.ndarray, "T 2"], is_valid: Bool[np.n
     return next(name for name, signs in DIRECTIONS.items() if signs[axis] == np.sign(displacement[axis]))
 
 
-def prompt_following(results: Sequence[JudgedSample]) -> dict:
-    """Return the rates of prompts that were followed, and the spread of the samples' start positions.
+class JudgedMetric(ExampleMetric[JudgedSample]):
+    """A metric of judgements of samples of rendered shapes."""
 
-    `all`, `seen` (videos of combinations that occur in training), `never_seen` and `images` each hold for `colour`,
-    `shape` and `direction` the `rate` with its Wilson 95 % interval (`low`, `high`) over `count` prompts; a rate is
-    None if no prompt has the attribute. `start_spread` is `start_spread(results)`.
+    needs = ("samples", "prompts")
+
+    def measure(self, batch: MetricBatch) -> Sequence[JudgedSample]:
+        """Return the judgement of every sample.
+
+        Raises:
+          UserError: a prompt that describes no shape.
+        """
+        pairs = zip(batch.prompts, batch.samples, strict=True)
+        return [judge_sample(parse_caption(prompt), clip) for prompt, clip in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFollowing(JudgedMetric):
+    """Shares of samples that have the colour, shape and direction of their prompt.
+
+    Each value is also given for `seen` (videos of combinations that occur in training), `never_seen` and `images`, and
+    is None if no prompt has the attribute.
     """
-    groups: dict[str, Callable[[JudgedSample], bool]] = {
-        "all": lambda result: True,
-        "seen": lambda result: result.description.direction is not None and result.description not in HELD_OUT,
-        "never_seen": lambda result: result.description in HELD_OUT,
-        "images": lambda result: result.size.t == 1,
-    }
-    table = {name: _compute_rates(list(filter(is_member, results))) for name, is_member in groups.items()}
-    return {**table, "start_spread": start_spread(results)}
+
+    def describe(self) -> Mapping[str, MetricDescription]:
+        """Return the descriptions of the attributes' shares, each of all samples and of every group."""
+        share = MetricDescription(label="", unit="%", decimals=1, is_higher_better=True, explanation=_MEANING)
+        return {
+            name + suffix: replace(share, label=f"{name} as prompted{of}", is_headline=suffix in _HEADLINES)
+            for suffix, (of, _) in _GROUPS.items()
+            for name in _ATTRIBUTES
+        }
+
+    def compute(self, state: tuple[JudgedSample, ...]) -> Mapping[str, MetricValue]:
+        """Return the shares with Wilson's intervals."""
+        estimates = {}
+        for suffix, (_, is_member) in _GROUPS.items():
+            scores = [score(result.description, result.judgement) for result in filter(is_member, state)]
+            for name in _ATTRIBUTES:
+                answers = [entry[name] for entry in scores if name in entry]
+                right, count = sum(answers), len(answers)
+                share, interval = right / count if count else None, compute_wilson_interval(right, count)
+                estimates[name + suffix] = MetricValue(value=share, interval=interval, count=count)
+        return estimates
+
+    def list_examples(self, state: tuple[JudgedSample, ...]) -> Sequence[Mapping[str, float | bool]]:
+        """Return for each attribute of a prompt whether the sample has it."""
+        return [score(result.description, result.judgement) for result in state]
 
 
-def _compute_rates(results: Sequence[JudgedSample]) -> dict:
-    scores = [score(result.description, result.judgement) for result in results]
-    rates = {}
-    for name in ("colour", "shape", "direction"):
-        answers = [answer for entry in scores if (answer := getattr(entry, name)) is not None]
-        correct = sum(answers)
-        low, high = compute_wilson_interval(correct, len(answers))
-        rate = correct / len(answers) if answers else None
-        rates[name] = {"rate": rate, "low": low, "high": high, "count": len(answers)}
-    return rates
-
-
-def compute_wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a rate (1927); (0, 1) if the count is 0."""
-    from scipy.stats import binomtest  # slow to import, and needed by few programs that import this module
-
-    if count == 0:
-        return 0.0, 1.0
-    interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def start_spread(results: Sequence[JudgedSample], *, draws: int = 100) -> dict:
-    """Return standard deviations of start positions, of samples and of data, for each direction.
-
-    `{direction: {"vertical" | "horizontal": {"samples", "data", "ratio"}, "count"}, "lowest_ratio"}`, images under
-    `image`, in fractions of the frame. The data's is that of `draws` renderings of each sample's prompt at its size.
-    Samples without a shape in their first frame are excluded from both, and `count` is the number of remaining samples;
-    with fewer than two the values are None.
-    """
-    spreads: dict[str, dict] = {}
-    ratios: list[float] = []
-    detected = [result for result in results if result.judgement.start is not None]
-    for name in (*DIRECTIONS, "image"):
-        direction = None if name == "image" else name
-        group = [result for result in detected if result.description.direction == direction]
-        entry: dict = {"count": len(group)}
-        starts = np.asarray([result.judgement.start for result in group]).reshape(-1, 2)
-        drawn = [_draw_data_starts(result, index, draws) for index, result in enumerate(group)]
-        data = np.concatenate([np.zeros((0, 2)), *drawn])
-        for axis, label in enumerate(("vertical", "horizontal")):
-            if len(group) < 2:
-                entry[label] = {"samples": None, "data": None, "ratio": None}
-                continue
-            samples, expected = (float(values[:, axis].std(ddof=1)) for values in (starts, data))
-            ratios.append(samples / expected)
-            entry[label] = {"samples": samples, "data": expected, "ratio": ratios[-1]}
-        spreads[name] = entry
-    return {**spreads, "lowest_ratio": min(ratios, default=None)}
-
-
-def _draw_data_starts(result: JudgedSample, index: int, draws: int) -> Float[np.ndarray, "n 2"]:
-    """Return first centroids, as fractions of the frame, of renderings of a sample's prompt at its size."""
-    generator, size, starts = rng.make_generator(0, "start spread", index), result.size, []
-    for _ in range(draws):
-        geometry = sample_geometry(generator, result.description, height=size.h, width=size.w)
-        below = get_centroid_offset(result.description.shape, geometry.radius)
-        starts.append(((geometry.row + below) / size.h, geometry.column / size.w))
-    return np.asarray(starts)
+_ATTRIBUTES, _HEADLINES = ("colour", "direction", "shape"), ("", "_never_seen")
+_MEANING = "judged from pixels; Wilson's interval"
+_GROUPS: dict[str, tuple[str, Callable[[JudgedSample], bool]]] = {
+    "": ("", lambda result: True),
+    "_seen": (
+        ", videos of combinations in training",
+        lambda result: result.description.direction is not None and result.description not in HELD_OUT,
+    ),
+    "_never_seen": (", combinations not in training", lambda result: result.description in HELD_OUT),
+    "_images": (", images", lambda result: result.size.t == 1),
+}
+"""Suffix of the names, end of the labels and members of each group of samples."""

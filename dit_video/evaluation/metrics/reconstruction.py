@@ -1,11 +1,17 @@
-"""Distortion of a reconstruction: PSNR and SSIM, one value per clip."""
+"""Distortion of a reconstruction: PSNR and SSIM, one value per clip, and their means as metrics."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from scipy.ndimage import gaussian_filter
 
 from dit_video.core.errors import UserError
+from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
 
+MAX_PSNR = 100.0
+"""Largest PSNR that the metrics count, in dB: that of equal clips is infinite."""
 PEAK = 255.0
 WINDOW, SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
@@ -64,3 +70,44 @@ def _check_same_shape(original: UInt8[np.ndarray, "..."], other: UInt8[np.ndarra
             f"clips of shapes {list(original.shape)} and {list(other.shape)} cannot be compared; "
             "resize or cut one of them to the other's shape"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Psnr(MeanMetric):
+    """Mean PSNR of the autoencoder's reconstructions."""
+
+    needs, name = ("pairs",), "psnr"
+    description = MetricDescription(
+        label="PSNR", unit="dB", decimals=1, is_higher_better=True, explanation="of held-out clips, each at most 100 dB"
+    )
+
+    def measure(self, batch: MetricBatch) -> Sequence[float]:
+        """Return the PSNR of every reconstruction."""
+        return [min(psnr(pair.original.frames, pair.decoded.frames), MAX_PSNR) for pair in batch.pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ssim(MeanMetric):
+    """Mean SSIM of the autoencoder's reconstructions."""
+
+    needs, name = ("pairs",), "ssim"
+    description = MetricDescription(label="SSIM", is_higher_better=True, explanation="of held-out clips, at most 1")
+
+    def measure(self, batch: MetricBatch) -> Sequence[float]:
+        """Return the SSIM of every reconstruction."""
+        return [ssim(pair.original.frames, pair.decoded.frames) for pair in batch.pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPsnr(MeanMetric):
+    """Mean PSNR of the best linear autoencoder with as many latent values, which a trained one must exceed."""
+
+    needs, name = ("pairs", "baselines"), "linear_psnr"
+    description = MetricDescription(
+        label="PSNR of the best linear autoencoder", unit="dB", decimals=1, explanation="with as many latent values"
+    )
+
+    def measure(self, batch: MetricBatch) -> Sequence[float]:
+        """Return the PSNR of every linear reconstruction."""
+        pairs = zip(batch.pairs, batch.baselines, strict=False)  # there may be no baselines
+        return [min(psnr(pair.original.frames, baseline.frames), MAX_PSNR) for pair, baseline in pairs]

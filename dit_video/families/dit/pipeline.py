@@ -62,7 +62,7 @@ def load_class_pipeline(
         names the classes. `transformer` holds a model of diffusers, an authors' model with the arguments of its class
         in a `config.json`, or a single file of the authors under its original name.
       dtype: dtype of the denoiser's matrix products and of their weights.
-      place: places a parameter, given its path `dit/…` or `autoencoder/…`; on the default device if None.
+      place: places a parameter, given its path `backbone/…` or `autoencoder/…`; on the default device if None.
 
     Raises:
       MissingError: the folder does not exist, or lacks parts, all of which are named.
@@ -74,25 +74,27 @@ def load_class_pipeline(
     if missing := [part for part in required if not (folder / part).is_dir()]:
         raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
     put = place or place_on_device
-    dit, params = DENOISER.load(
+    backbone, params = DENOISER.load(
         _find_denoiser(folder / "transformer"),
         kernel_dtype=jnp.dtype(dtype),
-        place=lambda path, parameter: put(f"dit/{path}", parameter),
+        place=lambda path, parameter: put(f"backbone/{path}", parameter),
     )
-    position = dit.absolute_position
-    if dit.labels is None or not isinstance(position, ImageSineCosine):
+    position = backbone.absolute_position
+    if backbone.labels is None or not isinstance(position, ImageSineCosine):
         raise UserError(f"{folder / 'transformer'} holds no class-conditional DiT, which a {CLASS} needs")
-    autoencoder, autoencoder_params = load_placed_autoencoder(folder, dit.channels, put)
-    schedule = load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(dit)
-    side, stride, classes = position.side, autoencoder.stride, dit.labels.classes
-    dit, prediction = _match_schedule(folder, replace(dit, dtype=dtype), schedule)
+    autoencoder, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, put)
+    schedule = (
+        load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(backbone)
+    )
+    side, stride, classes = position.side, autoencoder.stride, backbone.labels.classes
+    backbone, prediction = _match_schedule(folder, replace(backbone, dtype=dtype), schedule)
     config = PipelineConfig(
         autoencoder=autoencoder,
-        dit=dit,
+        backbone=backbone,
         text=ClassNamesConfig(classes=classes, names=_read_class_names(index.get("id2label"), classes)),
         process=schedule.process,
         prediction=prediction,
-        rows=None,
+        layout=None,
         batch=_BATCH,
         sampling=Sampling(
             steps=_AUTHORS_STEPS if schedule.solver == Ddpm() and not index else _STEPS,
@@ -101,10 +103,10 @@ def load_class_pipeline(
             time_schedule=schedule.time_schedule,
         ),
         fps=1.0,
-        size=Grid(1, side * dit.patch.h * stride.h, side * dit.patch.w * stride.w),
+        size=Grid(1, side * backbone.patch.h * stride.h, side * backbone.patch.w * stride.w),
         provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
     )
-    return Pipeline(config, autoencoder=autoencoder_params, denoiser={"dit": params, "text": {}})
+    return Pipeline(config, autoencoder=autoencoder_params, denoiser={"backbone": params, "text": {}})
 
 
 def is_authors_pipeline(folder: Path) -> bool:
@@ -118,35 +120,35 @@ def _find_denoiser(folder: Path) -> Path:
     return files[0] if len(files) == 1 and not (folder / "config.json").is_file() else folder
 
 
-def _get_default_schedule(dit: DitConfig) -> LoadedScheduler:
+def _get_default_schedule(backbone: DitConfig) -> LoadedScheduler:
     """Return the sampling schedule of a model that comes without a scheduler."""
-    if dit.time_embedding.reversed:
+    if backbone.time_embedding.reversed:
         return LoadedScheduler(Heun(), RectifiedFlow(), UniformTimes(), Velocity())
-    prediction: Prediction = LearnedVariance() if dit.variance == "predicted" else Epsilon()
+    prediction: Prediction = LearnedVariance() if backbone.variance == "predicted" else Epsilon()
     schedule = DiscreteSchedule(spacing="linspace", step_rounding="nearest")
     return LoadedScheduler(Ddpm(), VariancePreservingProcess(), schedule, prediction)
 
 
-def _match_schedule(folder: Path, dit: DitConfig, schedule: LoadedScheduler) -> tuple[DitConfig, Prediction]:
+def _match_schedule(folder: Path, backbone: DitConfig, schedule: LoadedScheduler) -> tuple[DitConfig, Prediction]:
     """Return the model with the schedule's number of steps, with or without its variance, and its prediction type."""
     flow = isinstance(schedule.process, RectifiedFlow)
-    if flow != dit.time_embedding.reversed:
+    if flow != backbone.time_embedding.reversed:
         raise UserError(
             f"{folder}: the transformer predicts {'noise' if flow else 'a velocity'}, the scheduler is of a "
             f"{type(schedule.process).__name__}; use the scheduler that the model was trained with"
         )
     prediction = schedule.prediction
     learned = isinstance(prediction, LearnedVariance)
-    if learned and dit.variance != "predicted":
+    if learned and backbone.variance != "predicted":
         raise UserError(f"{folder}: the scheduler asks for a learned variance, which the transformer doesn't predict")
     if isinstance(schedule.process, VariancePreservingProcess):
         steps = schedule.process.steps
-        dit = replace(dit, time_embedding=replace(dit.time_embedding, scale=float(steps)))
-        if dit.variance == "predicted" and isinstance(schedule.solver, Ddpm) and not learned:
-            dit = replace(dit, variance="dropped")
-        elif dit.variance == "predicted" and not learned:
+        backbone = replace(backbone, time_embedding=replace(backbone.time_embedding, scale=float(steps)))
+        if backbone.variance == "predicted" and isinstance(schedule.solver, Ddpm) and not learned:
+            backbone = replace(backbone, variance="dropped")
+        elif backbone.variance == "predicted" and not learned:
             prediction = LearnedVariance(prediction=prediction, steps=steps)
-    return dit, prediction
+    return backbone, prediction
 
 
 def _read_class_names(id2label: Mapping[str, Any] | None, classes: int) -> tuple[str, ...]:

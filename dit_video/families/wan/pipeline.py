@@ -53,9 +53,9 @@ def load_wan(
       folder: holds `model_index.json` and the parts that it names.
       text_encoder: folder of the text encoder, if not the pipeline's own. It is read at the first prompt.
       dtype: dtype of the denoiser's matrix products and of their weights, and of the text encoder's.
-      place: places a parameter, given its path: `dit/…`, `low_noise/…` of a second expert, `autoencoder/…`; for devices
-        `lambda path, parameter: parameter.to_device(SHARDING)`. By default parameters go to the default
-        device; two experts stay on the host, and only the one in use is on the device.
+      place: places a parameter, given its path: `backbone/…`, `low_noise/…` of a second expert, `autoencoder/…`; for
+        devices `lambda path, parameter: parameter.to_device(SHARDING)`. By default parameters go to the default device;
+        two experts stay on the host, and only the one in use is on the device.
 
     Raises:
       MissingError: the folder does not exist, or lacks parts, all of which are named.
@@ -65,21 +65,23 @@ def load_wan(
     parts = read_parts(folder, text_encoder=text_encoder)
     default_place = place_on_device if parts.boundary is None else place_on_host
     read = functools.partial(_read_denoiser, dtype=dtype, place=place or default_place)
-    dit, params = read(folder / "transformer", "dit")
-    denoiser = {"dit": params, "text": {}}
+    backbone, params = read(folder / "transformer", "backbone")
+    denoiser = {"backbone": params, "text": {}}
     if parts.boundary is not None:
         second, denoiser["low_noise"] = read(folder / _SECOND_EXPERT, "low_noise")
-        if second != dit:
-            raise UserError(f"{folder} has two experts of different shapes, {dit} and {second}; they must be equal")
-    autoencoder, autoencoder_params = load_placed_autoencoder(folder, dit.channels, place or place_on_device)
+        if second != backbone:
+            raise UserError(
+                f"{folder} has two experts of different shapes, {backbone} and {second}; they must be equal"
+            )
+    autoencoder, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, place or place_on_device)
     schedule = parts.schedule
     config = PipelineConfig(
         autoencoder=autoencoder,
-        dit=dit,
+        backbone=backbone,
         text=replace(parts.text, dtype=dtype),
         process=schedule.process,
         prediction=schedule.prediction,
-        rows=None,
+        layout=None,
         batch=1,
         sampling=Sampling(
             steps=_STEPS, guidance=_GUIDANCE, solver=schedule.solver, time_schedule=schedule.time_schedule
@@ -106,30 +108,30 @@ def read_parts(folder: Path, *, text_encoder: str | os.PathLike | None = None) -
     schedule = load_scheduler(folder / "scheduler")
     encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
     width = read_text_encoder_config(encoder).width
-    dit = DENOISER.read_folder_config(folder / "transformer")
-    if width != dit.context_width:
-        raise UserError(f"{encoder} makes embeddings of width {width}, the transformer reads {dit.context_width}")
-    images = folder / "image_encoder" if dit.image_width is not None else None
-    if images is not None and (image_width := read_clip_vision_config(images).width) != dit.image_width:
-        raise UserError(f"{images} makes tokens of width {image_width}, the transformer reads {dit.image_width}")
+    backbone = DENOISER.read_folder_config(folder / "transformer")
+    if width != backbone.context_width:
+        raise UserError(f"{encoder} makes embeddings of width {width}, the transformer reads {backbone.context_width}")
+    images = folder / "image_encoder" if backbone.image_width is not None else None
+    if images is not None and (image_width := read_clip_vision_config(images).width) != backbone.image_width:
+        raise UserError(f"{images} makes tokens of width {image_width}, the transformer reads {backbone.image_width}")
     return PipelineParts(
-        denoiser=dit,
+        denoiser=backbone,
         autoencoder=read_autoencoder_config(folder / "vae"),
-        text=FrozenTextConfig(folder=os.fspath(encoder), width=width, max_tokens=dit.text_length, cleaned=True),
+        text=FrozenTextConfig(folder=os.fspath(encoder), width=width, max_tokens=backbone.text_length, cleaned=True),
         schedule=schedule,
-        size=_TOKEN_TIME_SIZE if dit.time == "token" else _SIZE,
-        fps=_TOKEN_TIME_FPS if dit.time == "token" else _FPS,
+        size=_TOKEN_TIME_SIZE if backbone.time == "token" else _SIZE,
+        fps=_TOKEN_TIME_FPS if backbone.time == "token" else _FPS,
         boundary=index.get("boundary_ratio") if _has_part(index, _SECOND_EXPERT) else None,
-        frame_conditioning=_get_frame_conditioning(dit),
+        frame_conditioning=_get_frame_conditioning(backbone),
         image_encoder=None if images is None else os.fspath(images),
     )
 
 
-def _get_frame_conditioning(dit: WanDitConfig) -> FrameConditioning | None:
+def _get_frame_conditioning(backbone: WanDitConfig) -> FrameConditioning | None:
     """Return the conditioning that the original models were trained with: I2V always had an image, TI2V-5B at times."""
-    if dit.cond_channels:
+    if backbone.cond_channels:
         return FrameConditioning(prob=1.0, rest="grey")
-    return FrameConditioning() if dit.time == "token" else None
+    return FrameConditioning() if backbone.time == "token" else None
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class WanDenoiserFormat(DenoiserFormat[WanDitConfig]):
 
     config_class = WanDitConfig
     layouts = LAYOUTS
-    unadapted = ("dit/embed/kernel",)  # the patch embedding is a convolution there
+    unadapted = ("backbone/embed/kernel",)  # the patch embedding is a convolution there
 
     def read_config(self, folder: Path, document: dict[str, Any]) -> WanDitConfig:
         parse = _parse_authors_config if LAYOUTS[document["_class_name"]] == "authors" else _parse_diffusers_config
@@ -136,7 +136,7 @@ class WanDenoiserFormat(DenoiserFormat[WanDitConfig]):
         modules: dict[str, LoraModule] = {}
         for layout in sorted(LAYOUTS.values(), key=lambda layout: layout != primary_layout):
             for path, foreign in make_wan_tensor_map(config, layout).items():
-                if not path.endswith("/kernel") or f"dit/{path}" in self.unadapted:
+                if not path.endswith("/kernel") or f"backbone/{path}" in self.unadapted:
                     continue
                 path_order = order if path in reordered else None
                 for layer, name in enumerate(foreign.names):

@@ -10,7 +10,7 @@ from dit_video.nn.attention.backends.dense import DenseAttention
 from dit_video.nn.attention.backends.gpu import CudnnAttention, TokamaxAttention
 from dit_video.nn.attention.backends.splash import SplashAttention, choose_block_size
 from dit_video.nn.attention.bias import Bias, BiasTable, RelativeBias
-from dit_video.nn.attention.dispatch import AttentionFactory, AutoAttention, Backend, check_attention, make_attention
+from dit_video.nn.attention.dispatch import AutoAttention, Backend, check_attention, make_attention
 from dit_video.nn.attention.inputs import GLOBAL, AttentionInputs, Coordinates, compute_grid_indices
 from dit_video.nn.attention.masks import (
     CausalFrames,
@@ -29,7 +29,6 @@ from dit_video.nn.attention.weights import RecordedAttention, compute_attention_
 __all__ = [
     "GLOBAL",
     "Attention",
-    "AttentionFactory",
     "AttentionInputs",
     "AutoAttention",
     "Backend",

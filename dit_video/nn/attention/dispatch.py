@@ -52,20 +52,6 @@ def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chun
     raise UserError(f"attention backend {backend!r} is unknown; use {', '.join(get_args(Backend))}")
 
 
-@dataclass(frozen=True)
-class AttentionFactory:
-    """A factory of a model's attention functions, by pattern.
-
-    A model holds one factory; replacing it with another function of a pattern changes how the model computes attention
-    (over several devices), or records the weights.
-    """
-
-    backend: Backend
-
-    def __call__(self, pattern: Pattern) -> Attention:
-        return make_attention(self.backend, pattern=pattern)
-
-
 def check_attention(backend: Backend, *patterns: Pattern, biased: bool = False) -> None:
     """Check that a backend supports these patterns, without building it, so also on machines that lack the backend.
 

@@ -21,7 +21,8 @@ class AttentionInputs(NamedTuple):
 
     Segment id 0 is padding. Grid indices are those of `compute_grid_indices`, queries and keys on one grid; only
     patterns other than `Full` read them. In self-attention the keys are the same tokens as the queries and their fields
-    are None, which tells a backend that every token with a segment sees at least itself.
+    are None, which tells a backend that every token with a segment sees at least itself. Keys that are not queries, of
+    a text or a cache, have fields of their own.
     """
 
     q_segments: Int[Array, "B N"]

@@ -14,10 +14,13 @@ import jax
 
 from dit_video.core.errors import MissingError, UserError, raise_if_interrupted
 from dit_video.core.files import write_text
+from dit_video.training.hooks.hook import Hook
 
 
-class MetricsLog:
+class MetricsLog(Hook):
     """Metrics as JSON lines, `{"step": 20, "loss": 0.5, …}`, in increasing order of steps."""
+
+    first_process_only = True
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)

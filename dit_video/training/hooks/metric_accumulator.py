@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +11,11 @@ from jaxtyping import Array
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
-from dit_video.training.hooks.skipped_steps import SkippedLog
+from dit_video.training.hooks.hook import Hook
 from dit_video.training.step import Average, Metrics
 
 _MAX_QUEUED_STEPS = 2
 """Number of steps that may be queued on the device behind the one whose result is awaited."""
-
-BatchIdentifier = Callable[[Any], Mapping[str, AnyArray]]
-"""Function from a batch to small arrays that identify it."""
 
 
 class NonFiniteLossError(Exception):
@@ -35,30 +32,24 @@ class MetricAccumulator:
     Metrics stay on the device until they are needed, so that the host runs ahead of it.
     """
 
-    def __init__(
-        self,
-        steps_done: int,
-        *,
-        max_consecutive_skips: int,
-        identify: BatchIdentifier | None = None,
-        skipped_log: SkippedLog | None = None,
-    ) -> None:
+    def __init__(self, steps_done: int, *, max_consecutive_skips: int, hooks: Sequence[Hook] = ()) -> None:
         """Initialize the accumulator.
 
         Args:
           steps_done: Number of steps done so far.
           max_consecutive_skips: Number of consecutive skipped steps that is an error.
-          identify: Function that identifies a batch; its result is kept until the step is known not to be skipped.
-          skipped_log: Log of skipped steps.
+          hooks: Hooks that are told of skipped steps. Their identification of a batch is kept until its step is known
+            not to be skipped.
         """
         self._steps_done = steps_done
         """Number of steps before those with pending metrics."""
         self._pending_metrics: list[Metrics] = []
-        self._batch_ids: list[Mapping[str, AnyArray]] = []
+        self._batch_ids: list[list[Mapping[str, AnyArray]]] = []
+        """Identifications of the batches of pending metrics, by each hook."""
         self._num_checked = 0
         """Number of pending metrics that were checked for skipped steps."""
         self._consecutive_skips, self._max_consecutive_skips = 0, max_consecutive_skips
-        self._identify, self._skipped_log = identify, skipped_log
+        self._hooks = hooks
         self._newest_loss: Array | None = None
         self._first_step_seconds: float | None = None
         self._compiled_shapes: set[tuple[Any, ...]] = set()
@@ -103,7 +94,7 @@ class MetricAccumulator:
         """
         self._record_shapes(batch)
         self._pending_metrics.append(metrics)
-        self._batch_ids.append({} if self._identify is None else self._identify(batch))
+        self._batch_ids.append([hook.identify(batch) for hook in self._hooks])
         self._newest_loss = metrics["loss"]  # type: ignore[assignment]  # a loss is no ratio
         assert isinstance(self._newest_loss, jax.Array)
         if self._first_step_seconds is None:  # the first step includes compilation, so it is timed separately
@@ -136,8 +127,8 @@ class MetricAccumulator:
                 continue
             self._consecutive_skips += 1
             step = self._steps_done + index + 1
-            if self._skipped_log is not None:
-                self._skipped_log.write(step, jax.device_get(metrics), self._batch_ids[index])
+            for hook, batch_ids in zip(self._hooks, self._batch_ids[index], strict=True):
+                hook.on_skip(step, jax.device_get(metrics), batch_ids)
             if self._consecutive_skips >= self._max_consecutive_skips:
                 first = step - self._consecutive_skips + 1
                 steps = f"{self._consecutive_skips} consecutive steps, {first} to {step}"

@@ -3,12 +3,13 @@
 import math
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.training.hooks.hook import Hook
 
 _FLUSH_SECONDS = 10
 """Seconds until an entry is flushed to TensorBoard's file."""
@@ -46,51 +47,19 @@ class MonitoringConfig:
             raise UserError("prompts have no effect with sample_every=0. Set sample_every, or leave out the prompts.")
 
 
-@runtime_checkable
-class Log(Protocol):
-    """A destination of the entries of a run's log, written in increasing order of steps."""
-
-    def resume(self, step: int) -> None:
-        """Discard the entries after `step`, which are written again."""
-        ...
-
-    def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Write one entry."""
-        ...
-
-
-class CombinedLog:
-    """A log that writes to several logs."""
-
-    def __init__(self, logs: Iterable[Log]) -> None:
-        self._logs = tuple(logs)
-
-    def resume(self, step: int) -> None:
-        for log in self._logs:
-            log.resume(step)
-
-    def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        for log in self._logs:
-            log.write(step, values)
-
-    def close(self) -> None:
-        """Close the logs that have a `close` method."""
-        for log in self._logs:
-            if hasattr(log, "close"):
-                log.close()
-
-
 def _make_missing_error(option: str, package: str) -> MissingError:
     fix = f"Run pip install 'dit-video[{option}]', or leave out monitoring.{option}."
     return MissingError(f"monitoring.{option} needs {package}, which is not installed. {fix}")
 
 
-class TensorBoard:
+class TensorBoard(Hook):
     """Event files for TensorBoard.
 
     Raises:
       MissingError: The package tensorboardX is not installed.
     """
+
+    first_process_only = True
 
     def __init__(self, folder: str | os.PathLike) -> None:
         try:
@@ -123,12 +92,14 @@ class TensorBoard:
             self._writer = None
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Hook):
     """A run of Weights & Biases, which is continued if the training is resumed.
 
     Raises:
       MissingError: The package wandb is not installed.
     """
+
+    first_process_only = True
 
     def __init__(self, project: str, folder: str | os.PathLike) -> None:
         try:

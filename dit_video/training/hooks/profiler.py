@@ -1,7 +1,7 @@
 """Profiler trace of a few steps, for XProf or TensorBoard."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from dit_video.core.errors import UserError
+from dit_video.training.hooks.hook import Hook
 
 
 @dataclass(frozen=True)
@@ -31,29 +32,29 @@ class TraceConfig:
             raise UserError(f"cannot trace steps {self.first} to {self.last}: use a range from 1 on that is not empty.")
 
 
-class Tracer:
+class Tracer(Hook):
     """A profiler trace that starts before its first step and ends after its last, or at the end of the run."""
 
-    def __init__(self, config: TraceConfig | None) -> None:
+    def __init__(self, config: TraceConfig) -> None:
         self._config, self._is_running = config, False
 
     @contextlib.contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Annotate the step of this number inside the context, and start the trace if it is the first."""
+    def annotate(self, step: int) -> Iterator[None]:
+        """Annotate a step inside the context, and start the trace if it is the first."""
         profile = self._config
-        if profile is None or not profile.first <= number <= profile.last:
+        if not profile.first <= step <= profile.last:
             yield
             return
         if not self._is_running:
             jax.profiler.start_trace(str(profile.folder))
             self._is_running = True
-        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def after_step(self, number: int, result: Any) -> None:
+    def on_step(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
         """End the trace if this was its last step, once the step's result is available."""
-        if self._is_running and self._config is not None and number >= self._config.last:
-            jax.block_until_ready(result)
+        if self._is_running and step >= self._config.last:
+            jax.block_until_ready(metrics)
             self.close()
 
     def close(self) -> None:

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from dit_video.tokens import PackedBatch
+from dit_video.training.hooks.hook import Hook
 
 
-class ThroughputMeter:
+class ThroughputMeter(Hook):
     """Counter of the tokens and FLOPs of this process's batches, and their rates per second.
 
     A batch is counted when it is handed to the loop, one or two steps before the step that uses it.
@@ -41,8 +42,8 @@ class ThroughputMeter:
         if self._flops_fn is not None:
             self._flops += self._flops_fn(batch)
 
-    def compute_and_reset(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the throughput of all processes since the previous call, given the mean `step_seconds` in `values`.
+    def derive(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the throughput of all processes since the previous entry, from the mean `step_seconds` in `values`.
 
         `tokens_per_second` excludes padding. `model_flops_per_second` excludes recomputation; `mfu` is its share of the
         devices' peak.

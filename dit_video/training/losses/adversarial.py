@@ -30,9 +30,18 @@ from dit_video.autoencoders.adversarial import (
 )
 from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def, init_params
-from dit_video.training.losses.autoencoder import AutoencoderLoss, ScalarMetrics
+from dit_video.training.losses.autoencoder import ScalarMetrics
 from dit_video.training.state import CompositeState, TrainState
-from dit_video.training.step import JittedStep, StepFn, apply_updates, make_step, skip_nonfinite, update_loss_state
+from dit_video.training.step import (
+    Constants,
+    GradientStep,
+    JittedStep,
+    Metrics,
+    StepFn,
+    TrainStep,
+    apply_updates,
+    skip_nonfinite,
+)
 
 _MAX_GRAD_NORM = 1.0
 _BETAS = (0.5, 0.9)
@@ -77,50 +86,85 @@ class DiscriminatorTraining:
         return AdversarialState(model, DiscriminatorState(params=params, opt_state=opt_state, means=means))
 
 
-def make_adversarial_step(
-    loss: AutoencoderLoss,
-    optimizer: optax.GradientTransformation,
-    discriminator: DiscriminatorTraining,
-    *,
-    ema_decay: float,
-    constants: tuple[PyTree, ...] = (),
-) -> StepFn:
-    """Return `step(state, clips) -> (state, metrics)` for an `AdversarialState`, which is donated.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialStep(TrainStep):
+    """The step of an autoencoder and its discriminator, on an `AdversarialState`.
 
     Autoencoder and discriminator are updated simultaneously, both from their parameters before the step. Before step
-    `config.start_step` the discriminator is not updated, and the step is that of `make_step`. R1 is applied in every
-    `every`-th step only. The host selects the compiled program of a step, because convolutions inside a `lax.cond`
-    branch take 11 times as long on XLA's CPU backend (measured).
+    `config.start_step` the discriminator is not updated, and the step is that of the autoencoder. R1 is applied in
+    every `every`-th step only. The host selects the compiled program of a step, because convolutions inside a
+    `lax.cond` branch take 11 times as long on XLA's CPU backend (measured).
 
     The metrics are those of the loss, and `against` (generator loss), `adversarial_weight` (adaptive weight times the
     weight of the config), `discriminator` (hinge loss of the discriminator), `penalty` (weighted penalty of the
     regulariser), `verdict_real` and `verdict_decoded` (mean logits); these are 0 before `config.start_step`.
-
-    Args:
-      loss: Loss of the autoencoder.
-      optimizer: Optimizer of the autoencoder.
-      discriminator: Discriminator that the autoencoder is trained against.
-      ema_decay: Decay of the moving average of the autoencoder's parameters.
-      constants: Further arguments of the loss; see `make_step`.
     """
-    config, count, zero = discriminator.config, HostStepCounter(), jnp.zeros(())
-    interval = config.regulariser.every if isinstance(config.regulariser, R1) else 1
-    plain_step = make_step(loss, optimizer, ema_decay=ema_decay, constants=constants)
-    make_update = functools.partial(make_adversarial_update, loss, optimizer, discriminator, ema_decay=ema_decay)
-    programs = {penalised: JittedStep(make_update(penalised=penalised), constants) for penalised in (False, True)}
 
-    def step(state, clips):
-        number = count(state.step)
-        if number >= config.start_step:
-            state, metrics = programs[number % interval == 0](state, clips)
-        else:
-            model, metrics = plain_step(state.model, clips)
-            state = state.replace(model=model)
-            metrics |= dict.fromkeys(_METRIC_NAMES, zero)
-        count.advance(state.step)
-        return state, metrics
+    autoencoder: GradientStep
+    """Step of the autoencoder, whose loss is an `AutoencoderLoss`."""
+    discriminator: DiscriminatorTraining
 
-    return step
+    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> AdversarialState:
+        return self.discriminator.init_state(self.autoencoder.init(params, is_fresh=is_fresh))
+
+    def compile(self, constants: Constants = (), *, state: Any = None) -> StepFn:
+        config, count, zero = self.discriminator.config, HostStepCounter(), jnp.zeros(())
+        interval = config.regulariser.every if isinstance(config.regulariser, R1) else 1
+        plain_step = self.autoencoder.compile(constants)
+        updates = {each: functools.partial(self.update, is_penalised=each) for each in (False, True)}
+        programs = {each: JittedStep(update, constants) for each, update in updates.items()}
+
+        def step(state, clips):
+            number = count(state.step)
+            if number >= config.start_step:
+                state, metrics = programs[number % interval == 0](state, clips)
+            else:
+                model, metrics = plain_step(state.model, clips)
+                state = state.replace(model=model)
+                metrics |= dict.fromkeys(_METRIC_NAMES, zero)
+            count.advance(state.step)
+            return state, metrics
+
+        return step
+
+    def update(
+        self, state: AdversarialState, clips: Any, constants: Constants = (), is_penalised: bool = True
+    ) -> tuple[AdversarialState, Metrics]:
+        """Return the state after an update of both networks; R1 is part of it if `is_penalised`."""
+        step, discriminator = self.autoencoder, self.discriminator
+        loss: Any = step.loss
+        config, model, pixels = discriminator.config, state.model, loss.to_pixels(clips)
+
+        def decode(params):
+            decoded = loss.decode(params, pixels, model.step)
+            return (decoded.pixels, decoded.bottleneck.mean()), (decoded.metrics, decoded.auxiliary)
+
+        def compare(decoded):
+            value, metrics = loss.compare(decoded, pixels, *constants)
+            return value.mean(), metrics
+
+        (decoded, bottleneck), pull_back, (metrics, auxiliary) = jax.vjp(decode, model.params, has_aux=True)
+        (value, compare_metrics), reconstruction_gradient = jax.value_and_grad(compare, has_aux=True)(decoded)
+
+        def last_layer_gradient(gradient):
+            (gradients,) = pull_back((gradient, jnp.zeros_like(bottleneck)))
+            return flatten(gradients)[discriminator.last_layer]
+
+        discriminator_state, generator_gradient, adversarial_metrics = _update_discriminator(
+            config, state.discriminator, decoded, pixels, reconstruction_gradient, last_layer_gradient, is_penalised
+        )
+        (gradients,) = pull_back((reconstruction_gradient + generator_gradient, jnp.ones_like(bottleneck)))
+        metrics = {
+            "loss": value + bottleneck + adversarial_metrics["adversarial_weight"] * adversarial_metrics["against"],
+            "gradient_norm": optax.tree.norm(gradients),
+            **metrics,
+            **compare_metrics,
+            **adversarial_metrics,
+        }
+        model = apply_updates(model, gradients, step.optimizer, ema_decay=step.ema_decay)
+        model, loss_metrics = step.update_extra(model, auxiliary)
+        next_state = AdversarialState(model=model, discriminator=discriminator_state)
+        return skip_nonfinite(state, next_state, metrics | loss_metrics, "discriminator", "penalty")
 
 
 class HostStepCounter:
@@ -141,70 +185,6 @@ class HostStepCounter:
     def advance(self, step: Any) -> None:
         self._newest = step
         self._number += 1
-
-
-def make_adversarial_update(
-    loss: AutoencoderLoss,
-    optimizer: optax.GradientTransformation,
-    discriminator: DiscriminatorTraining,
-    *,
-    ema_decay: float,
-    penalised: bool,
-) -> Callable[..., tuple[AdversarialState, ScalarMetrics]]:
-    """Return `(state, clips, *constants) -> (state, metrics)`, a traceable update of both networks.
-
-    Args:
-      loss: Loss of the autoencoder.
-      optimizer: Optimizer of the autoencoder.
-      discriminator: Discriminator that the autoencoder is trained against.
-      ema_decay: Decay of the moving average of the autoencoder's parameters.
-      penalised: True if the discriminator's loss includes R1.
-    """
-    return functools.partial(_update_both, loss, optimizer, discriminator, ema_decay, penalised)
-
-
-def _update_both(
-    loss: AutoencoderLoss,
-    optimizer: optax.GradientTransformation,
-    discriminator: DiscriminatorTraining,
-    ema_decay: float,
-    penalised: bool,
-    state: AdversarialState,
-    clips: Any,
-    *constants: PyTree,
-) -> tuple[AdversarialState, ScalarMetrics]:
-    config, model, pixels = discriminator.config, state.model, loss.to_pixels(clips)
-
-    def decode(params):
-        decoded = loss.decode(params, pixels, model.step)
-        return (decoded.pixels, decoded.bottleneck.mean()), (decoded.metrics, decoded.seen)
-
-    def compare(decoded):
-        value, metrics = loss.compare(decoded, pixels, *constants)
-        return value.mean(), metrics
-
-    (decoded, bottleneck), pull_back, (metrics, seen) = jax.vjp(decode, model.params, has_aux=True)
-    (value, compare_metrics), reconstruction_gradient = jax.value_and_grad(compare, has_aux=True)(decoded)
-
-    def last_layer_gradient(gradient):
-        (gradients,) = pull_back((gradient, jnp.zeros_like(bottleneck)))
-        return flatten(gradients)[discriminator.last_layer]
-
-    discriminator_state, generator_gradient, adversarial_metrics = _update_discriminator(
-        config, state.discriminator, decoded, pixels, reconstruction_gradient, last_layer_gradient, penalised
-    )
-    (gradients,) = pull_back((reconstruction_gradient + generator_gradient, jnp.ones_like(bottleneck)))
-    metrics = {
-        "loss": value + bottleneck + adversarial_metrics["adversarial_weight"] * adversarial_metrics["against"],
-        "gradient_norm": optax.tree.norm(gradients),
-        **metrics,
-        **compare_metrics,
-        **adversarial_metrics,
-    }
-    model = apply_updates(model, gradients, optimizer, ema_decay=ema_decay)
-    model, loss_metrics = update_loss_state(loss, model, seen)
-    next_state = AdversarialState(model=model, discriminator=discriminator_state)
-    return skip_nonfinite(state, next_state, metrics | loss_metrics, "discriminator", "penalty")
 
 
 def _update_discriminator(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 from dit_video.autoencoders import AutoencoderObjective
 from dit_video.core.rng import key
 from dit_video.training.optim.optimizer import OptimizerConfig, freeze
+from dit_video.training.step import LossDetails, LossOutput
 
 ScalarMetrics = dict[str, Float[Array, ""]]
 
@@ -22,8 +23,8 @@ class DecodedClips(NamedTuple):
     bottleneck: Float[Array, " B"]
     """Weighted regularization loss of each clip's latents."""
     metrics: ScalarMetrics
-    seen: Any = None
-    """Auxiliary output that the loss uses after the step; see `StatefulLoss`."""
+    auxiliary: Any = None
+    """Values that the step uses after the update; see `LossOutput`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class AutoencoderLoss:
 
     def __call__(
         self, params, clips: UInt8[Array, "B T H W 3"], step: Array, perceptual_params: Any = None
-    ) -> tuple[Float[Array, ""], ScalarMetrics]:
-        """Return the mean loss over the clips, and its terms as metrics.
+    ) -> LossOutput:
+        """Return the mean loss over the clips, its terms as metrics, and the auxiliary output of `decode`.
 
         Args:
           params: Parameters of the autoencoder.
@@ -49,17 +50,12 @@ class AutoencoderLoss:
           step: Training step, from which random numbers are derived.
           perceptual_params: Parameters of LPIPS if the objective uses it.
         """
-        value, (metrics, _) = self.observed(params, clips, step, perceptual_params)
-        return value, metrics
-
-    def observed(
-        self, params, clips: UInt8[Array, "B T H W 3"], step: Array, perceptual_params: Any = None
-    ) -> tuple[Float[Array, ""], tuple[ScalarMetrics, Any]]:
-        """Return the mean loss, its terms as metrics, and the auxiliary output of `decode`."""
         pixels = self.to_pixels(clips)
         decoded = self.decode(params, pixels, step)
         value, metrics = self.compare(decoded.pixels, pixels, perceptual_params)
-        return (value + decoded.bottleneck).mean(), (decoded.metrics | metrics, decoded.seen)
+        metrics = decoded.metrics | metrics
+        details = LossDetails(metrics, auxiliary=decoded.auxiliary)
+        return LossOutput((value + decoded.bottleneck).mean(), details)
 
     @staticmethod
     def to_pixels(clips: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:

@@ -1,7 +1,7 @@
 """Loss of a text-conditioned denoiser on packed rows."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import (
     COND_LATENTS,
     IMAGE_TOKENS,
+    ClipConditioning,
     Conditioning,
     ConditioningLatents,
     FrameConditioning,
@@ -27,12 +28,11 @@ from dit_video.core.typing import AnyArray
 from dit_video.diffusion import ClipSize, Objective, draw_low_discrepancy
 from dit_video.tokens import (
     PackedBatch,
-    compute_segment_offsets,
     expand_to_tokens,
     segment_mean,
 )
 from dit_video.training.optim.optimizer import OptimizerConfig, freeze
-from dit_video.training.step import Average, Metrics
+from dit_video.training.step import Average, LossDetails, LossOutput
 
 TEMPORAL_PATHS = r"(^|/)temporal"
 """Regular expression for the paths of the temporal layers, which mix frames only."""
@@ -43,12 +43,12 @@ class DenoiserLoss:
     """Mean over the clips of a batch of each clip's mean squared error.
 
     The metrics are `padding`, the share of padding tokens; `masked`, the share of clips that could not be read and do
-    not count; and the loss by diffusion times, `loss_t0-0.25` and so on. Parameters are `{"dit": ..., "text": ...}`:
-    the text encoder is trained together with the denoiser. `text` has no parameters if the encoder is frozen, in which
-    case rows hold its embeddings, or if captions are classes (`ClassNames`).
+    not count; and the loss by diffusion times, `loss_t0-0.25` and so on. Parameters are
+    `{"backbone": ..., "text": ...}`: the text encoder is trained together with the denoiser. `text` has no parameters
+    if the encoder is frozen, in which case rows hold its embeddings, or if captions are classes (`ClassNames`).
     """
 
-    dit: nnx.GraphDef
+    backbone: nnx.GraphDef
     text: nnx.GraphDef
     objective: Objective
     caption_dropout: float
@@ -69,11 +69,7 @@ class DenoiserLoss:
     time_bins: int = 4
     """Number of equally wide bins of diffusion times whose losses are logged separately."""
 
-    def weight(self, rows: PackedBatch) -> Float[Array, ""]:
-        """Return the number of valid clips."""
-        return jnp.asarray(rows.valid).sum().astype(jnp.float32)
-
-    def __call__(self, params, rows: PackedBatch, step: Array) -> tuple[Float[Array, ""], Metrics]:
+    def __call__(self, params, rows: PackedBatch, step: Array) -> LossOutput:
         layout, keys = rows.layout, example_keys(key(self.seed, "noise"), step, rows.examples)
         noise = layout.sample_noise(keys, rows.tokens.shape[-1])
         keys = example_keys(key(self.seed, "caption dropout"), step, rows.examples)
@@ -81,12 +77,15 @@ class DenoiserLoss:
         text, text_segments = drop_captions(rows.text, rows.text_segments, drop, empty=self.empty_caption)
 
         params = params if self.optimizer is None else freeze(self.optimizer, params)
-        dit = nnx.merge(self.dit, params["dit"])
+        backbone = nnx.merge(self.backbone, params["backbone"])
         cond_mask = self.draw_cond_mask(rows, step)
         context = nnx.merge(self.text, params["text"])(text, text_segments)
-        conditioning = _make_frame_conditioning(dit.config, rows, cond_mask).add(make_text_record(context, layout))
-        denoise = make_denoise_fn(dit, layout, conditioning)
-        clean = cond_mask if dit.config.time == "token" else None
+        conditioning = _make_frame_conditioning(backbone.config, rows, cond_mask).add(
+            make_text_record(context, layout),
+            *(self.prepare_conditioning(each, rows, step) for each in backbone.config.conditioning),
+        )
+        denoise = make_denoise_fn(backbone, layout, conditioning)
+        clean = cond_mask if backbone.config.time == "token" else None
         data, time = jnp.asarray(rows.tokens), self.draw_token_times(rows, step)
         per_token = self.objective.loss(denoise, data, noise, time, cond_mask=clean)
         counted = rows.segments if clean is None else jnp.where(clean, 0, rows.segments)
@@ -97,7 +96,9 @@ class DenoiserLoss:
             "masked": Average(num_clips - rows.valid.sum(), num_clips),
             **self.loss_by_time(per_token, time, counted, rows.valid),
         }
-        return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1), metrics
+        count = jnp.asarray(rows.valid).sum()
+        value = (per_example * rows.valid).sum() / jnp.maximum(count, 1)
+        return LossOutput(value, LossDetails(metrics, count.astype(jnp.float32)))
 
     def loss_by_time(
         self,
@@ -125,6 +126,11 @@ class DenoiserLoss:
         keys = example_keys(key(self.seed, "known frames"), step, rows.examples)
         return self.frame_conditioning.draw_mask(rows.layout, keys)
 
+    def prepare_conditioning(self, config: ClipConditioning, rows: PackedBatch, step: Array) -> Any:
+        """Return the record of a field of the clips, of which some are dropped."""
+        keys = example_keys(key(self.seed, f"{config.field.name} dropout"), step, rows.examples)
+        return config.prepare(rows.fields[config.field.name], rows.layout, keys)
+
     def draw_times(self, rows: PackedBatch, step: Array) -> Float[Array, "B G"]:
         """Return diffusion times of clips, low-discrepancy over consecutive ranks of the data plan."""
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, "time"), step))
@@ -137,7 +143,7 @@ class DenoiserLoss:
             return expand_to_tokens(self.draw_times(rows, step), rows.segments)
         sizes = ClipSize(*(expand_to_tokens(jnp.asarray(part), rows.segments) for part in get_clip_sizes(rows)))
         segment_indices = jnp.maximum(rows.segments - 1, 0)
-        frames = compute_segment_offsets(rows.segments) // sizes.frame_tokens
+        frames = rows.layout.compute_offsets() // sizes.frame_tokens
         keys = example_keys(key(self.seed, "frame time"), step, rows.examples)
 
         def draw(row_keys, segment_index, frame):

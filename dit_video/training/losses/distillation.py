@@ -1,8 +1,7 @@
 """Few-step distillation on packed rows: a student, initialized from a frozen teacher, learns from it.
 
-A step is one jitted function of a state and a batch, like that of any other training, so that checkpoints, resuming and
-logs are shared. The teacher's parameters are a constant of the step. Its guidance is distilled into the student, which
-is sampled without.
+A step is a `TrainStep` like that of any other training, so that checkpoints, resuming and logs are shared. The
+teacher's parameters are a constant of the step. Its guidance is distilled into the student, which is sampled without.
 """
 
 from collections.abc import Callable
@@ -38,8 +37,9 @@ from dit_video.diffusion import (
 )
 from dit_video.tokens import PackedBatch, expand_to_tokens, segment_mean
 from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes
-from dit_video.training.state import CompositeState, TrainState
-from dit_video.training.step import Constants, JittedStep, StepFn, apply_updates, skip_nonfinite
+from dit_video.training.optim.ema import EmaConfig
+from dit_video.training.state import CompositeState, TrainState, init_state
+from dit_video.training.step import Constants, Metrics, TrainStep, apply_updates, skip_nonfinite
 
 _TIME_MARGIN = 0.02
 """Distance from times 0 and 1 at which the scores of samples are not compared (arXiv 2311.18828)."""
@@ -69,10 +69,6 @@ class ConsistencyDistillation:
             rule = "use 1 interval or more, and a positive width."
             raise UserError(f"intervals={self.intervals}, width={self.width} is invalid: {rule}")
 
-    def init_state(self, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
-        """Return the state before the first step."""
-        return state
-
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatching:
@@ -95,11 +91,6 @@ class DistributionMatching:
     def __post_init__(self):
         if min(self.steps, self.critic_steps) < 1:
             raise UserError(f"steps={self.steps}, critic_steps={self.critic_steps} is invalid: both must be 1 or more.")
-
-    def init_state(self, state: TrainState, optimizer: optax.GradientTransformation) -> "MatchingState":
-        """Return the state before the first step, with a critic that is initialized from the teacher too."""
-        params = jax.tree.map(jnp.copy, state.params)
-        return MatchingState(model=state, critic=CriticState(params=params, opt_state=optimizer.init(params)))
 
 
 Distillation = ConsistencyDistillation | DistributionMatching
@@ -138,13 +129,24 @@ def with_student_learning_rate(critic: CriticState, student: TrainState) -> Crit
     return CriticState(params=critic.params, opt_state=opt_state)
 
 
-def make_distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyLoss | MatchingLoss":
-    """Return the loss of a student, from the loss that its teacher was trained with."""
-    names = ("dit", "text", "objective", "empty_caption", "seed")
+def make_distillation_step(
+    config: Distillation,
+    loss: DenoiserLoss,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    averages: EmaConfig | None = None,
+) -> "ConsistencyStep | MatchingStep":
+    """Return the step of a student, from the loss that its teacher was trained with.
+
+    The parameters of the teacher are the last constant of the step.
+    """
+    names = ("backbone", "text", "objective", "empty_caption", "seed")
     parts: dict[str, Any] = {name: getattr(loss, name) for name in names}
+    options: dict[str, Any] = {"optimizer": optimizer, "ema_decay": ema_decay, "averages": averages}
     if isinstance(config, ConsistencyDistillation):
-        return ConsistencyLoss(config=config, **parts)
-    return MatchingLoss(config=config, **parts)
+        return ConsistencyStep(loss=ConsistencyLoss(config=config, **parts), **options)
+    return MatchingStep(loss=MatchingLoss(config=config, **parts), **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,7 @@ class _DistillationLoss:
     Noise and times are functions of the seed, the step and the example.
     """
 
-    dit: nnx.GraphDef
+    backbone: nnx.GraphDef
     text: nnx.GraphDef
     objective: Objective
     empty_caption: Shaped[np.ndarray, "s *E"]
@@ -168,7 +170,7 @@ class _DistillationLoss:
             text, text_segments = drop_captions(text, text_segments, drop, empty=self.empty_caption)
         context = nnx.merge(self.text, params["text"])(text, text_segments)
         conditioning = Conditioning(make_text_record(context, rows.layout))
-        denoise = make_denoise_fn(nnx.merge(self.dit, params["dit"]), rows.layout, conditioning)
+        denoise = make_denoise_fn(nnx.merge(self.backbone, params["backbone"]), rows.layout, conditioning)
         return lambda noisy, time, state: denoise(noisy, jnp.broadcast_to(time, (*noisy.shape[:-1], 1))[..., 0], state)
 
     def make_guided_denoise(self, params: PyTree, rows: PackedBatch, scale: float) -> DenoiseFn:
@@ -208,26 +210,9 @@ class _DistillationLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyLoss(_DistillationLoss):
-    """Loss and step of `ConsistencyDistillation`, on a plain `TrainState`."""
+    """Loss of `ConsistencyDistillation`."""
 
     config: ConsistencyDistillation
-
-    def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
-        return self.config.init_state(state, optimizer)
-
-    def make_step(self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: Constants) -> StepFn:
-        """Return `step(state, rows) -> (state, metrics)`, which donates the state.
-
-        The teacher's parameters are in `constants`. The target network is the moving average that is also sampled from.
-        """
-
-        def step(state, rows, teacher):
-            value, gradients = jax.value_and_grad(self)(state.params, state.ema, rows, state.step, teacher)
-            metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
-            next_state = apply_updates(state, gradients, optimizer, ema_decay=ema_decay)
-            return skip_nonfinite(state, next_state, metrics)
-
-        return JittedStep(step, constants)
 
     def __call__(
         self, params: PyTree, ema: PyTree, rows: PackedBatch, step: Array, teacher: PyTree
@@ -246,44 +231,9 @@ class ConsistencyLoss(_DistillationLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingLoss(_DistillationLoss):
-    """Loss and step of `DistributionMatching`, which uses only the captions and sizes of the data."""
+    """Losses of student and critic of `DistributionMatching`, which uses only the captions and sizes of the data."""
 
     config: DistributionMatching
-
-    def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> MatchingState:
-        return self.config.init_state(state, optimizer)
-
-    def make_step(self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: Constants) -> StepFn:
-        """Return `step(state, rows) -> (state, metrics)` for a `MatchingState`, which is donated.
-
-        The critic is updated `critic_steps` times, then the student once, with the same optimizer and learning rate.
-        The metrics are `loss` (half the squared displacement of samples, which does not converge to a minimum),
-        `critic` (mean loss of the critic) and `distance` (of samples from the teacher's estimate of their data).
-        """
-
-        def step(state, rows, teacher):
-            params, student_step = state.model.params, state.model.step
-
-            def improve(critic, index):
-                critic_step = student_step * self.config.critic_steps + index
-                inputs = self.draw_student_inputs(params, rows, critic_step)
-                samples = jax.lax.stop_gradient(self.generate(params, rows, *inputs))
-                value, gradients = jax.value_and_grad(self.critic_loss)(critic.params, samples, rows, critic_step)
-                updates, opt_state = optimizer.update(gradients, critic.opt_state, critic.params)
-                next_critic = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
-                return with_student_learning_rate(next_critic, state.model), value
-
-            indices = jnp.arange(self.config.critic_steps)
-            critic, losses = jax.lax.scan(improve, with_student_learning_rate(state.critic, state.model), indices)
-            student_inputs = self.draw_student_inputs(params, rows, student_step, purpose="student ")
-            (value, metrics), gradients = jax.value_and_grad(self, has_aux=True)(
-                params, critic.params, student_inputs, rows, student_step, teacher
-            )
-            metrics |= {"loss": value, "gradient_norm": optax.tree.norm(gradients), "critic": losses.mean()}
-            model = apply_updates(state.model, gradients, optimizer, ema_decay=ema_decay)
-            return skip_nonfinite(state, MatchingState(model=model, critic=critic), metrics, "critic")
-
-        return JittedStep(step, constants)
 
     def __call__(
         self,
@@ -346,3 +296,72 @@ class MatchingLoss(_DistillationLoss):
     ) -> Float[Array, "B N p"]:
         """Return the samples that one step of the student makes of its input."""
         return self.make_consistency_function(params, rows)(noisy, time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyStep(TrainStep):
+    """The step of a student of `ConsistencyDistillation`.
+
+    The target network is the moving average that is also sampled from.
+    """
+
+    loss: ConsistencyLoss
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    averages: EmaConfig | None = None
+
+    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> TrainState:
+        return init_state(params, self.optimizer, averages=self.averages)
+
+    def update(self, state: TrainState, batch: PackedBatch, constants: Constants = ()) -> tuple[TrainState, Metrics]:
+        (teacher,) = constants
+        value, gradients = jax.value_and_grad(self.loss)(state.params, state.ema, batch, state.step, teacher)
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
+        next_state = apply_updates(state, gradients, self.optimizer, ema_decay=self.ema_decay)
+        return skip_nonfinite(state, next_state, metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingStep(TrainStep):
+    """The step of a student and its critic, on a `MatchingState`.
+
+    The critic is updated `critic_steps` times, then the student once, with the same optimizer and learning rate. The
+    metrics are `loss` (half the squared displacement of samples, which does not converge to a minimum), `critic` (mean
+    loss of the critic) and `distance` (of samples from the teacher's estimate of their data).
+    """
+
+    loss: MatchingLoss
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    averages: EmaConfig | None = None
+
+    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> MatchingState:
+        """Return the state before the first step, with a critic that is initialized from the teacher too."""
+        model = init_state(params, self.optimizer, averages=self.averages)
+        own = jax.tree.map(jnp.copy, model.params)
+        return MatchingState(model=model, critic=CriticState(params=own, opt_state=self.optimizer.init(own)))
+
+    def update(
+        self, state: MatchingState, batch: PackedBatch, constants: Constants = ()
+    ) -> tuple[MatchingState, Metrics]:
+        (teacher,), loss, count = constants, self.loss, self.loss.config.critic_steps
+        params, student_step = state.model.params, state.model.step
+
+        def improve(critic, index):
+            critic_step = student_step * count + index
+            inputs = loss.draw_student_inputs(params, batch, critic_step)
+            samples = jax.lax.stop_gradient(loss.generate(params, batch, *inputs))
+            value, gradients = jax.value_and_grad(loss.critic_loss)(critic.params, samples, batch, critic_step)
+            updates, opt_state = self.optimizer.update(gradients, critic.opt_state, critic.params)
+            next_critic = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
+            return with_student_learning_rate(next_critic, state.model), value
+
+        critic = with_student_learning_rate(state.critic, state.model)
+        critic, losses = jax.lax.scan(improve, critic, jnp.arange(count))
+        student_inputs = loss.draw_student_inputs(params, batch, student_step, purpose="student ")
+        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
+            params, critic.params, student_inputs, batch, student_step, teacher
+        )
+        metrics |= {"loss": value, "gradient_norm": optax.tree.norm(gradients), "critic": losses.mean()}
+        model = apply_updates(state.model, gradients, self.optimizer, ema_decay=self.ema_decay)
+        return skip_nonfinite(state, MatchingState(model=model, critic=critic), metrics, "critic")

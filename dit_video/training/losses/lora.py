@@ -1,12 +1,11 @@
 """Training of LoRA adapters: their factors are trained, averaged and saved, and the model is a constant."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from dit_video.nn import add_lora_scale, attach_lora
-from dit_video.training.step import Loss, Metrics, WeighedLoss
+from dit_video.training.step import Loss, LossOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +20,7 @@ class LoraLoss:
     scale: float
     """Scale of the adapter, alpha / rank."""
 
-    def __call__(
-        self, factors: PyTree, batch: PyTree, step: Array, *constants: PyTree
-    ) -> tuple[Float[Array, ""], Metrics]:
+    def __call__(self, factors: PyTree, batch: PyTree, step: Array, *constants: PyTree) -> LossOutput:
         *others, params = constants
-        return self.loss(attach_lora(params, add_lora_scale(factors, self.scale)), batch, step, *others)
-
-    def weight(self, batch: PyTree) -> Float[Array, ""]:
-        """Return the weight of a batch in the loss."""
-        loss: Any = self.loss
-        if not isinstance(loss, WeighedLoss):
-            raise TypeError(f"{type(loss).__name__} has no `weight` method, which gradient accumulation needs")
-        return loss.weight(batch)
+        adapted = attach_lora(params, add_lora_scale(factors, self.scale))
+        return LossOutput.from_pair(*self.loss(adapted, batch, step, *others))

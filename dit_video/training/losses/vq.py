@@ -12,6 +12,7 @@ from dit_video.core.rng import key
 from dit_video.training.losses.autoencoder import AutoencoderLoss, DecodedClips, ScalarMetrics
 from dit_video.training.losses.codebook import CodebookLearning
 from dit_video.training.state import TrainState
+from dit_video.training.step import GradientStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +36,36 @@ class VqLoss(AutoencoderLoss):
             model.reconstruct(quantized.vectors),
             cost,
             {"commitment": quantized.commitment_loss.mean()},
-            seen=jax.lax.stop_gradient((quantized.latents, quantized.indices)),
+            auxiliary=jax.lax.stop_gradient((quantized.latents, quantized.indices)),
         )
 
-    def start(self, params: dict[str, Any], *, fresh: bool = True) -> dict[str, Any]:
-        """Return the initial state of the codebook update."""
-        return {"codebook": self._effective_learning.init_moments(params["codebook"]["codes"], fresh=fresh)}
+    @property
+    def effective_learning(self) -> CodebookLearning:
+        """Return the codebook update; codes that are not trained do not change, but their use is still measured."""
+        if self.optimizer is None or self.optimizer.is_trained("codebook/codes"):
+            return self.learning
+        return replace(self.learning, decay=None, restart_after=None)
 
-    def after(self, state: TrainState, seen: Any) -> tuple[TrainState, ScalarMetrics]:
-        """Return the state with the codebook updated by the latents `seen`, and metrics of its use."""
-        latents, indices = seen
+
+@dataclass(frozen=True, kw_only=True)
+class VqStep(GradientStep):
+    """A step of a vector-quantized autoencoder: the codebook learns from the batch's latents, too."""
+
+    loss: VqLoss
+
+    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> TrainState:
+        moments = self.loss.effective_learning.init_moments(params["codebook"]["codes"], fresh=is_fresh)
+        return replace(super().init(params), extra={"codebook": moments})
+
+    def update_extra(self, state: TrainState, auxiliary: Any) -> tuple[TrainState, ScalarMetrics]:
+        """Return the state with the codebook updated by the batch's latents and their codes, and metrics of its use."""
+        (latents, indices), learning = auxiliary, self.loss.effective_learning
         # The gradient update has already incremented the step counter; the noise is that of the step itself.
-        random_key = jax.random.fold_in(key(self.seed, "codebook"), state.step - 1)
+        random_key = jax.random.fold_in(key(self.loss.seed, "codebook"), state.step - 1)
         codes, moments = state.params["codebook"]["codes"], state.extra["codebook"]
-        update = self._effective_learning.update(codes, moments, latents, indices, random_key)
+        update = learning.update(codes, moments, latents, indices, random_key)
         # Codes that are moving averages need no second average. A restarted code is not ema_codes with its old value.
-        is_replaced = update.restarted[:, None] if self._effective_learning.decay is None else True
+        is_replaced = update.restarted[:, None] if learning.decay is None else True
         ema_codes = jnp.where(is_replaced, update.codes, state.ema["codebook"]["codes"])
         next_state = replace(
             state,
@@ -59,10 +74,3 @@ class VqLoss(AutoencoderLoss):
             extra=state.extra | {"codebook": update.moments},
         )
         return next_state, update.metrics
-
-    @property
-    def _effective_learning(self) -> CodebookLearning:
-        """Return the codebook update; codes that are not trained do not change, but their use is still measured."""
-        if self.optimizer is None or self.optimizer.is_trained("codebook/codes"):
-            return self.learning
-        return replace(self.learning, decay=None, restart_after=None)

@@ -54,14 +54,14 @@ def test_the_cost_of_a_layer_follows_from_its_pattern():
 
 
 def test_the_shipped_model_is_one_of_the_default_options():
-    written = json.loads((SHAPES / "pipeline.json").read_text())["config"]["dit"]
+    written = json.loads((SHAPES / "pipeline.json").read_text())["config"]["backbone"]
     config = config_json.from_json(written)
     assert config == DitConfig(channels=8, context_width=64, width=176, layers=4, heads=4)
     with safetensors.safe_open(SHAPES / "denoiser.safetensors", framework="np") as file:
         held = {
-            name.removeprefix("dit/"): tuple(file.get_slice(name).get_shape())
+            name.removeprefix("backbone/"): tuple(file.get_slice(name).get_shape())
             for name in file.keys()  # noqa: SIM118  (the file isn't a dictionary)
-            if name.startswith("dit/")
+            if name.startswith("backbone/")
         }
     assert held == {path: leaf.shape for path, leaf in flatten(get_param_shapes(config.make)).items()}
 

@@ -13,7 +13,7 @@ from dit_video.data.ingest.engine import ingest
 from dit_video.data.loader import LoaderConfig
 from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.data.synthetic import shapes
-from dit_video.tokens import Grid, compute_positions, compute_token_grid, unpatchify
+from dit_video.tokens import Grid, PackedShape, compute_positions, compute_token_grid, unpatchify
 from support.fakes import FakeEmbedder, average_patches, tokenize
 
 PATCH = Grid(1, 2, 2)
@@ -188,5 +188,6 @@ def test_invalid_arguments_are_refused(clips, buckets):
             max_text=4,
             config=LoaderConfig(batch=1, seed=0),
         )
+    rows = PackedShape(tokens=8, text=8, segments=1)
     with pytest.raises(UserError, match="above the fixed 100 bytes"):
-        BucketConfig(memory=BatchMemory(fixed=100, per_token=1), budget=100)
+        BucketConfig(sampling=rows, memory=BatchMemory(fixed=100, per_token=1), budget=100)

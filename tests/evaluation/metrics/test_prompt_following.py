@@ -1,8 +1,9 @@
-import json
+import itertools
 
 import numpy as np
 import pytest
 
+from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
 from dit_video.data.synthetic.shapes import (
     BACKGROUND,
@@ -15,20 +16,16 @@ from dit_video.data.synthetic.shapes import (
     Description,
     Geometry,
     format_caption,
-    parse_caption,
     render,
     sample_geometry,
 )
+from dit_video.evaluation.metrics.metric import MetricBatch, MetricValue
 from dit_video.evaluation.metrics.prompt_following import (
     JudgedSample,
     Judgement,
-    Score,
-    compute_wilson_interval,
+    PromptFollowing,
     judge,
-    judge_sample,
-    prompt_following,
     score,
-    start_spread,
 )
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
@@ -75,7 +72,8 @@ def test_written_and_read_clips_are_all_judged_right(tmp_path, height, width, fr
         render_clip(description, seed=index, frames=frames, height=height, width=width).save(path)
         verdict = judge(decode(path))
         assert right(description, verdict), (description, verdict)
-        assert score(description, verdict) == Score(True, True, None if frames == 1 else True)
+        names = ("colour", "shape") if frames == 1 else ("colour", "shape", "direction")
+        assert score(description, verdict) == dict.fromkeys(names, True)
 
 
 def test_blurred_and_noisy_clips_are_mostly_judged_right():
@@ -147,9 +145,9 @@ def test_swapped_colours_and_mirrored_motion_are_seen():
         for verdict in (backwards, judge(clip)):
             for other in COMBINATIONS:
                 graded = score(other, verdict)
-                assert graded.colour == (other.colour == description.colour)
-                assert graded.shape == (other.shape == description.shape)
-                assert graded.direction == (other.direction == verdict.direction)
+                assert graded["colour"] == (other.colour == description.colour)
+                assert graded["shape"] == (other.shape == description.shape)
+                assert graded["direction"] == (other.direction == verdict.direction)
 
 
 def test_a_still_clip_has_no_direction():
@@ -160,7 +158,7 @@ def test_a_still_clip_has_no_direction():
     for clip in (still, Clip(noisy, fps=8)):
         verdict = judge(clip)
         assert (verdict.colour, verdict.shape, verdict.direction) == ("red", "circle", None)
-        assert score(RED, verdict) == Score(True, True, False)
+        assert score(RED, verdict) == {"colour": True, "shape": True, "direction": False}
 
 
 def test_askew_motion_has_no_direction():
@@ -222,14 +220,7 @@ def test_other_shapes_have_no_name(draw):
     assert verdict.shape is None
 
 
-# The table of rates.
-
-
-def test_the_wilson_interval_is_that_of_the_formula():
-    assert compute_wilson_interval(0, 0) == (0.0, 1.0)
-    assert compute_wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert compute_wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert compute_wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+# The metric.
 
 
 def make_judgement(description, **changes):
@@ -244,55 +235,29 @@ def test_rates_are_counted_by_group():
         JudgedSample(description=one, judgement=make_judgement(one, colour="white"), size=size) for one in HELD_OUT
     ]
     results += [JudgedSample(description=one, judgement=Judgement(), size=Grid(1, 32, 32)) for one in IMAGES]
-    table = prompt_following(results)
-    assert json.loads(json.dumps(table)) == table
-    seen, never_seen, images = table["seen"], table["never_seen"], table["images"]
-    assert [seen[name]["rate"] for name in ("colour", "shape", "direction")] == [1, 1, 1]
-    assert seen["colour"]["count"] == 60
+    values = PromptFollowing().compute(tuple(results))
+    assert [values[f"{name}_seen"].value for name in ("colour", "shape", "direction")] == [1, 1, 1]
+    assert values["colour_seen"].count == 60
     white = sum(one.colour == "white" for one in HELD_OUT)
-    assert never_seen["colour"]["rate"] == white / 12
-    assert (never_seen["shape"]["rate"], never_seen["direction"]["rate"]) == (1, 1)
-    assert images["colour"] == {"rate": 0.0, "low": 0.0, "high": pytest.approx(0.1759, abs=1e-4), "count": 18}
-    assert images["direction"] == {"rate": None, "low": 0.0, "high": 1.0, "count": 0}
-    assert table["all"]["shape"]["rate"] == 72 / 90
-    assert table["all"]["direction"]["count"] == 72
+    assert values["colour_never_seen"].value == white / 12
+    assert (values["shape_never_seen"].value, values["direction_never_seen"].value) == (1, 1)
+    assert (values["colour_images"].value, values["colour_images"].count) == (0.0, 18)
+    assert values["colour_images"].interval == pytest.approx((0.0, 0.1759), abs=1e-4)
+    assert values["direction_images"] == MetricValue(value=None, interval=(0.0, 1.0), count=0)
+    assert values["shape"].value == 72 / 90
+    assert values["direction"].count == 72
 
 
-def test_nothing_judged_gives_no_rates():
-    table = prompt_following([])
-    assert table["all"]["colour"]["rate"] is None
-    assert table["start_spread"]["lowest_ratio"] is None
-
-
-@pytest.mark.slow
-def test_the_spread_of_rendered_clips_is_that_of_the_data():
-    results = []
-    for direction in ("left", "right", "up", "down", None):
-        for index in range(150):
-            height, width = SIZES[index % 3]
-            words = f"a {list(COLOURS)[index % 6]} {SHAPES[index // 3 % 3]}" + (
-                f" moving {direction}" if direction else ""
-            )
-            description = parse_caption(words)
-            clip = render_clip(description, seed=index, frames=1, height=height, width=width)
-            results.append(judge_sample(description, clip))
-    spread = start_spread(results, draws=30)
-    assert spread["left"]["count"] == 150
-    for name in ("left", "right", "up", "down", "image"):
-        for axis in ("vertical", "horizontal"):
-            assert spread[name][axis]["ratio"] == pytest.approx(1.0, abs=0.17), (name, axis)
-    assert 0.83 < spread["lowest_ratio"] < 1
-
-
-def test_collapsed_starts_are_seen():
-    collapsed = [
-        judge_sample(
-            RED, render(RED, Geometry(row=16.0, column=column, radius=6.0, speed=0.6), frames=9, height=32, width=32)
-        )
-        for column in np.linspace(17, 25, 20)
-    ]
-    spread = start_spread(collapsed)
-    assert spread["left"]["vertical"]["ratio"] < 0.01
-    assert spread["left"]["horizontal"]["ratio"] > 0.8
-    assert spread["up"]["count"] == 0
-    assert spread["up"]["vertical"] == {"samples": None, "data": None, "ratio": None}
+def test_samples_are_judged_by_their_prompts():
+    clips = [render_clip(one) for one in COMBINATIONS[:3]]
+    prompts = [format_caption(COMBINATIONS[0]), *map(format_caption, COMBINATIONS[:2])]
+    metric = PromptFollowing()
+    state = metric.update(metric.init(), MetricBatch(samples=clips, prompts=prompts))
+    assert [result.judgement for result in state] == list(map(judge, clips))
+    answers = [{"colour": True, "shape": True, "direction": True}]
+    for description, drawn in itertools.pairwise(COMBINATIONS[:3]):
+        names = ("colour", "shape", "direction")
+        answers.append({name: getattr(description, name) == getattr(drawn, name) for name in names})
+    assert metric.list_examples(state) == answers
+    with pytest.raises(UserError, match="a sunset"):
+        metric.measure(MetricBatch(samples=clips[:1], prompts=["a sunset"]))

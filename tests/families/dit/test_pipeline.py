@@ -37,8 +37,8 @@ NAMES = {"0": "tench, Tinca tinca", "1": "crane", "2": "goldfinch", "3": "crane"
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
 
 
-def write_pipeline(folder, dit=DIT, *, scheduler=DDIM, names=NAMES):
-    save_denoiser(folder / "transformer", dit, make_random_params(dit.make), layout="authors")
+def write_pipeline(folder, backbone=DIT, *, scheduler=DDIM, names=NAMES):
+    save_denoiser(folder / "transformer", backbone, make_random_params(backbone.make), layout="authors")
     save_autoencoder(folder / "vae", VAE, make_random_params(VAE.make))
     if scheduler is not None:
         (folder / "scheduler").mkdir()
@@ -50,7 +50,7 @@ def write_pipeline(folder, dit=DIT, *, scheduler=DDIM, names=NAMES):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Return the folder of a pipeline, to be read only."""
-    return write_pipeline(tmp_path_factory.mktemp("dit"))
+    return write_pipeline(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")
@@ -125,16 +125,16 @@ def test_a_learned_variance_is_used_only_if_the_scheduler_says_so(tmp_path):
     ):
         scheduler = {"_class_name": "DDPMScheduler", "clip_sample": False, "variance_type": kind}
         result = dit_video.load(write_pipeline(tmp_path / kind, scheduler=scheduler))
-        assert (result.config.dit.variance, result.config.prediction) == (variance, prediction)
+        assert (result.config.backbone.variance, result.config.prediction) == (variance, prediction)
         drawn_with[kind] = sample_latents(result, 1)
     assert np.abs(drawn_with["fixed_small"] - drawn_with["learned_range"]).max() > 1e-2
 
 
-@pytest.mark.parametrize("dit", [pytest.param(DIT, marks=pytest.mark.slow), SIT], ids=["DiT", "SiT"])
-def test_the_authors_models_need_no_scheduler(tmp_path, dit):
-    result = dit_video.load(write_pipeline(tmp_path, dit, scheduler=None))
+@pytest.mark.parametrize("backbone", [pytest.param(DIT, marks=pytest.mark.slow), SIT], ids=["DiT", "SiT"])
+def test_the_authors_models_need_no_scheduler(tmp_path, backbone):
+    result = dit_video.load(write_pipeline(tmp_path, backbone, scheduler=None))
     config = result.config
-    if dit is SIT:
+    if backbone is SIT:
         assert (config.process, config.prediction) == (RectifiedFlow(), Velocity())
         assert (config.sampling.solver, config.sampling.steps) == (Heun(), 50)
     else:
@@ -145,7 +145,7 @@ def test_the_authors_models_need_no_scheduler(tmp_path, dit):
 
 def test_the_time_is_scaled_to_the_steps_of_the_scheduler(tmp_path):
     result = dit_video.load(write_pipeline(tmp_path, scheduler={**DDIM, "num_train_timesteps": 100}))
-    assert result.config.dit.time_embedding.scale == 100.0
+    assert result.config.backbone.time_embedding.scale == 100.0
 
 
 def test_wrong_classes_text_encoders_and_missing_folders_are_refused(pipeline, folder, tmp_path):

@@ -41,11 +41,11 @@ def pipeline(folder):
 @pytest.fixture(scope="module")
 def one(pipeline):
     """Return a pipeline of the expert for noisy times alone."""
-    return alone(pipeline, "dit")
+    return alone(pipeline, "backbone")
 
 
 def alone(pipeline, expert):
-    params = {"dit": pipeline.denoiser_params[expert], "text": {}}
+    params = {"backbone": pipeline.denoiser_params[expert], "text": {}}
     config = replace(pipeline.config, boundary=None)
     parameters = {"autoencoder": pipeline.codec.params, "denoiser": params}
     return Pipeline(config, **parameters, get_lora_modules=get_lora_modules)
@@ -57,7 +57,7 @@ def sample_latents(pipeline, prompt=PROMPT, **options):
 
 def test_the_pipeline_config_is_read_from_the_folder(pipeline, folder):
     config = pipeline.config
-    assert (config.dit, config.boundary, config.autoencoder) == (DIT, 0.875, VAE)
+    assert (config.backbone, config.boundary, config.autoencoder) == (DIT, 0.875, VAE)
     assert (config.text.folder, config.text.max_tokens) == (str(folder / "text_encoder"), 512)
     assert (config.process.shift, config.sampling.solver, config.sampling.time_schedule) == (
         3.0,
@@ -66,7 +66,7 @@ def test_the_pipeline_config_is_read_from_the_folder(pipeline, folder):
     )
     assert (config.sampling.steps, config.sampling.guidance) == (50, 5.0)
     assert (config.size, config.fps) == ((81, 480, 832), 16.0)
-    assert pipeline.count_parameters().keys() == {"autoencoder", "dit", "low_noise", "text"}
+    assert pipeline.count_parameters().keys() == {"autoencoder", "backbone", "low_noise", "text"}
 
 
 def test_a_pipeline_generates_a_clip(one):
@@ -111,7 +111,7 @@ def test_a_pipeline_saved_in_the_native_layout_is_the_same(pipeline, tmp_path):
 def test_parameters_are_placed_one_at_a_time(folder, pipeline):
     placed = {}
     loaded = dit_video.load(folder, place=lambda path, each: placed.setdefault(path, each.shape), dtype="bfloat16")
-    assert loaded.config.dit == replace(DIT, dtype="bfloat16")
+    assert loaded.config.backbone == replace(DIT, dtype="bfloat16")
     expected = {f"autoencoder/{path}": leaf.shape for path, leaf in flatten(pipeline.codec.params).items()}
     expected |= {path: leaf.shape for path, leaf in flatten(pipeline.denoiser_params).items()}
     assert placed == expected
@@ -172,11 +172,11 @@ def test_adapters_are_stacked_and_written(one, tmp_path):
     before = sample_latents(one)
     assert np.abs(sample_latents(stacked) - before).max() > 1e-3
     assert stacked._denoiser.tokenizer is one._denoiser.tokenizer
-    params, modules = one.denoiser_params["dit"], DENOISER.get_lora_modules(DIT)
+    params, modules = one.denoiser_params["backbone"], DENOISER.get_lora_modules(DIT)
     for name, weight in (("a", 0.5), ("b", 2.0)):
         adapter = load_lora(tmp_path / f"{name}.safetensors", params, modules)
         params = merge_lora(params, adapter, weight)
-    result = flatten(stacked.denoiser_params["dit"])
+    result = flatten(stacked.denoiser_params["backbone"])
     for path, leaf in flatten(params).items():
         np.testing.assert_array_equal(result[path], leaf, err_msg=path)
 
@@ -191,7 +191,7 @@ def test_adapters_are_stacked_and_written(one, tmp_path):
 def test_adapters_are_written_with_the_values_that_were_read(one, tmp_path, first, style, name):
     modules = DENOISER.get_lora_modules(DIT, primary_layout=first)
     lora_file(tmp_path / "a.safetensors", style, [name.split(".", 1)[1].rsplit(".", 2)[0]])
-    adapter = load_lora(tmp_path / "a.safetensors", one.denoiser_params["dit"], modules)
+    adapter = load_lora(tmp_path / "a.safetensors", one.denoiser_params["backbone"], modules)
     save_lora(tmp_path / "b.safetensors", adapter, modules, style=style)
     original, written = load(tmp_path / "a.safetensors"), load(tmp_path / "b.safetensors")
     assert name in written
@@ -256,7 +256,7 @@ def test_a_name_on_the_hub_is_fetched(folder, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert dit_video.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").config.dit == DIT
+    assert dit_video.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").config.backbone == DIT
     ((name, patterns),) = calls
     assert name == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert {"model_index.json", "transformer/*.safetensors", "vae/*.json", "tokenizer/*.json"} <= set(patterns)

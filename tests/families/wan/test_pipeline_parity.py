@@ -162,7 +162,7 @@ def test_a_time_per_token_equals_diffusers(torch, tmp_path):
     size = (9, 64, 96)
     pipe = save_pipeline(torch, tmp_path, vae=WAN22, expand_timesteps=True)
     noise, pipeline = noise_for(pipe, 4, size), dit_video.load(tmp_path / "pipeline")
-    assert pipeline.config.dit.time == "token"
+    assert pipeline.config.backbone.time == "token"
     assert_equal(ours(pipeline, noise, size), theirs(torch, pipe, noise, size), noise)
 
 

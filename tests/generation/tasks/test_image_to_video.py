@@ -25,7 +25,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint
 def animating(tmp_path_factory):
     """Return a pipeline like Wan 2.1, conditioned on the latents of the image, a mask and image tokens."""
     folder = tmp_path_factory.mktemp("i2v") / "wan"
-    write_animating_wan(folder, dit=replace(ANIMATING, layers=1))
+    write_animating_wan(folder, backbone=replace(ANIMATING, layers=1))
     return dit_video.load(folder)
 
 
@@ -33,7 +33,7 @@ def animating(tmp_path_factory):
 def knowing(tmp_path_factory):
     """Return a pipeline like TI2V-5B, whose first latent frame is clean, at time 0."""
     folder = tmp_path_factory.mktemp("ti2v") / "wan"
-    write_wan(folder, dit=KNOWING)
+    write_wan(folder, backbone=KNOWING)
     return dit_video.load(folder)
 
 
@@ -97,7 +97,7 @@ def test_missing_or_misshapen_images_are_refused(request, kind, options, message
 
 
 def test_a_model_without_image_conditioning_refuses_an_image(knowing):
-    config = replace(knowing.config, dit=replace(KNOWING, time="segment"), frame_conditioning=None)
+    config = replace(knowing.config, backbone=replace(KNOWING, time="segment"), frame_conditioning=None)
     other = Pipeline(config, autoencoder=knowing.codec.params, denoiser=knowing.denoiser_params)
     with pytest.raises(UserError, match="does not accept a clip's first image"):
         sample_latents(other, image=IMAGES[0])
@@ -109,13 +109,13 @@ def test_without_grey_frames_sampling_has_the_latents_of_training(knowing, mask_
     channels = mask_channels + DIT.channels
     config = replace(
         knowing.config,
-        dit=replace(DIT, layers=1, cond_channels=channels),
+        backbone=replace(DIT, layers=1, cond_channels=channels),
         frame_conditioning=FrameConditioning(prob=0.5),
     )
     pipeline = Pipeline(
         config,
         autoencoder=knowing.codec.params,
-        denoiser={"dit": make_random_params(config.dit.make), "text": {}},
+        denoiser={"backbone": make_random_params(config.backbone.make), "text": {}},
     )
     clip = dit_video.Clip(np.random.default_rng(1).integers(0, 256, (*SIZE, 3), dtype=np.uint8), 16)
     tokens = patchify(pipeline.encode(clip), DIT.patch)

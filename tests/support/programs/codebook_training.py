@@ -7,18 +7,19 @@ import numpy as np
 
 from dit_video.core.trees import flatten
 from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_shardings, shard_batch
-from dit_video.training.state import create_state
-from dit_video.training.step import make_step
+from dit_video.training.losses.vq import VqStep
+from dit_video.training.state import make_on_devices
 from support.codebook_model import AVERAGES, CLIPS, OPTIMIZER, init, make_loss
 
 LOSS = make_loss(AVERAGES)
-STEP = make_step(LOSS, OPTIMIZER, ema_decay=0.9)
+TRAIN_STEP = VqStep(loss=LOSS, optimizer=OPTIMIZER, ema_decay=0.9)
+STEP = TRAIN_STEP.compile()
 
 
 def train(mesh):
     """Return the state of the codebook, the figures of three steps, and True if the state is sharded."""
     layout = functools.partial(make_shardings, mesh=mesh, rules=ShardingRules(min_size=1))
-    state = create_state(init, OPTIMIZER, jax.random.key(0), init_extra=LOSS.start, shardings=layout)
+    state = make_on_devices(lambda key: TRAIN_STEP.init(init(key)), jax.random.key(0), shardings=layout)
     is_sharded = not state.extra["codebook"]["sums"].sharding.is_fully_replicated
     history = []
     for _ in range(3):

@@ -54,10 +54,10 @@ def check_rows() -> None:
 
     There are two rows to a device, and a part of each row's tokens.
     """
-    dit = dataclasses.replace(mesh_training.DIT, attention="chunked")
-    collectives, _ = mesh_training.read_collectives(MeshConfig(data=1, fsdp=4, context=2), dit)
+    backbone = dataclasses.replace(mesh_training.DIT, attention="chunked")
+    collectives, _ = mesh_training.read_collectives(MeshConfig(data=1, fsdp=4, context=2), backbone)
     gathered = [traffic for (kind, axes), traffic in collectives.items() if kind == "all-gather" and "context" in axes]
-    activations = mesh_training.ROWS // 4 * mesh_training.SHAPE.tokens * dit.width * 4 / 2
+    activations = mesh_training.ROWS // 4 * mesh_training.SHAPE.tokens * backbone.width * 4 / 2
     print([(traffic.axes, traffic.bytes, traffic.count) for traffic in gathered], activations)
     assert sum(traffic.bytes for traffic in gathered) < activations, collectives
 
@@ -65,8 +65,8 @@ def check_rows() -> None:
 def check_weights() -> None:
     """Check that weights are gathered once for each pass, and that frozen weights have no gradients to sum."""
     for config in (mesh_training.DIT, mesh_training.WAN):
-        dit = dataclasses.replace(config, attention="chunked", remat="full")
-        collectives, parameters = mesh_training.read_collectives(MeshConfig(data=1, fsdp=8), dit)
+        backbone = dataclasses.replace(config, attention="chunked", remat="full")
+        collectives, parameters = mesh_training.read_collectives(MeshConfig(data=1, fsdp=8), backbone)
         once = 7 / 8 * 4 * parameters
         gathered = collectives["all-gather", ("fsdp",)].bytes / once
         sums = [traffic for (kind, axes), traffic in collectives.items() if "reduce" in kind and axes == ("fsdp",)]
@@ -75,7 +75,7 @@ def check_weights() -> None:
         assert gathered <= 1.1 * 2  # for the forward and for the backward pass
         assert summed <= 1.1 * 2 * once  # XLA's CPU backend sums them to all devices, which is twice as much
         lora = LoraConfig(rank=1)
-        collectives, parameters = mesh_training.read_collectives(MeshConfig(data=1, fsdp=8), dit, lora=lora)
+        collectives, parameters = mesh_training.read_collectives(MeshConfig(data=1, fsdp=8), backbone, lora=lora)
         gathered = collectives["all-gather", ("fsdp",)].bytes / (7 / 8 * 4 * parameters)
         print(gathered, "adapted")
         assert gathered <= 1.1 * 2

@@ -53,6 +53,20 @@ def check_values_and_gradients(q, k, v, weight, table) -> None:
                 np.testing.assert_allclose(one, other, atol=2e-5, err_msg=f"{pattern} {sizes} {method}")
 
 
+def check_keys_that_are_not_queries(q, k, v) -> None:
+    """Compare attention of a clip's last tokens to all of them, as with a cache of the keys before."""
+    first = 20
+    segments = jnp.asarray([[1] * 44, [2] * 40 + [0] * 4], jnp.int32)
+    tokens = segments[:, first:], segments, jnp.asarray(INDICES[:, first:]), jnp.asarray(INDICES)
+    pattern, inputs = CausalFrames(), AttentionInputs(*tokens)
+    expected = DenseAttention(pattern=pattern)(q[:, first:], k, v, inputs)
+    for method in ("ulysses", "ring"):
+        mesh = make_mesh(MeshConfig(data=2, context=4))
+        inner = DenseAttention(pattern=pattern) if method == "ulysses" else RingAttention("context", 4, pattern, 8)
+        actual = jax.jit(ShardedAttention(mesh, inner, method))(q[:, first:], k, v, inputs)
+        np.testing.assert_allclose(actual, expected, atol=2e-5, err_msg=method)
+
+
 def check_ranks_without_common_segments(q, k, v) -> None:
     """Check that a rank computes nothing with keys of which it has no segment, so that NaNs do not spread."""
     segments = np.asarray([[1] * 22 + [2] * 22] * 2, np.int32)
@@ -72,6 +86,7 @@ def main() -> None:
     q, k, v, weight = (jnp.asarray(draw.normal(size=(2, LENGTH, HEADS, 8)), jnp.float32) for _ in range(4))
     table = jnp.asarray(draw.normal(size=(RELATIVE.num_entries, HEADS)), jnp.float32)
     check_values_and_gradients(q, k, v, weight, table)
+    check_keys_that_are_not_queries(q, k, v)
     check_ranks_without_common_segments(q, k, v)
     print("done")
 

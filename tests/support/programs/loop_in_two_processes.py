@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.hooks.hook import StepCall
 from dit_video.training.hooks.logging import MetricsLog
 from dit_video.training.loop import LoopConfig, run
 from support.devices import join_processes
@@ -40,9 +41,8 @@ def main() -> None:
             replicate(jax.device_get(init_state())),
             lambda done: map(replicate, make_batches(done)),
             config=LoopConfig(steps=4000, log_every=4000, save_every=4000),
-            on_step=on_step,
             checkpoints=checkpoints,
-            log=MetricsLog(folder / "m.jsonl"),
+            hooks=[MetricsLog(folder / "m.jsonl"), StepCall(on_step)],
         )
     except KeyboardInterrupt as error:
         print("stopped at", checkpoints.latest(), error)

@@ -1,6 +1,6 @@
 """Compare a denoiser's training on meshes of eight devices with that on one device.
 
-The arguments are `dit` or `wan`, a list of pairs of mesh sizes and a method of context attention, and optimizers.
+The arguments are `backbone` or `wan`, a list of pairs of mesh sizes and a method of context attention, and optimizers.
 """
 
 import ast
@@ -14,14 +14,14 @@ from support import mesh_training
 
 def main() -> None:
     """Train on all meshes."""
-    dit = {"dit": mesh_training.DIT, "wan": mesh_training.WAN}[sys.argv[1]]
+    backbone = {"backbone": mesh_training.DIT, "wan": mesh_training.WAN}[sys.argv[1]]
     meshes, optimizers = ast.literal_eval(sys.argv[2]), sys.argv[3].split()
     for optimizer in optimizers:
-        expected = mesh_training.train(MeshConfig(), dit, optimizer=optimizer, devices=jax.devices()[:1])
+        expected = mesh_training.train(MeshConfig(), backbone, optimizer=optimizer, devices=jax.devices()[:1])
         assert expected[2] == 0
         for sizes, method in meshes:
             config = MeshConfig(**dict(zip(AXES, sizes, strict=True)), context_attention=method)
-            actual = mesh_training.train(config, dit, optimizer=optimizer)
+            actual = mesh_training.train(config, backbone, optimizer=optimizer)
             print(optimizer, sizes, method, abs(actual[0] / expected[0] - 1).max(), flush=True)
             assert (actual[2] > 20) == (sizes[1] * sizes[2] > 1), actual[2]
             mesh_training.assert_runs_are_equal(actual, expected, optimizer=optimizer)

@@ -9,7 +9,7 @@ import numpy as np
 from dit_video.distributed import MeshConfig, make_mesh, make_shardings, shard_batch
 from dit_video.distributed.planner import compile_step
 from dit_video.distributed.planner.compiled_program import compute_peak_memory, measure_peak_memory
-from dit_video.experiment.initialization import get_optimizer_config, init_denoiser
+from dit_video.experiment.denoiser import get_optimizer_config, init_denoiser
 from dit_video.planning.steps import fill_row, plan_step
 from dit_video.training.optim.optimizer import make_optimizer
 from dit_video.training.state import init_state, make_on_devices
@@ -20,8 +20,8 @@ def make_experiment():
     """Return the tiny experiment with a wider denoiser and more rows."""
     denoiser = tiny.EXPERIMENT.denoiser
     shape = {"width": 128, "layers": 2, "rotary": "even", "attention": "dense", "remat": "full"}
-    dit = dataclasses.replace(denoiser.dit, **shape)
-    return dataclasses.replace(tiny.EXPERIMENT, denoiser=dataclasses.replace(denoiser, batch=4, dit=dit))
+    backbone = dataclasses.replace(denoiser.backbone, **shape)
+    return dataclasses.replace(tiny.EXPERIMENT, denoiser=dataclasses.replace(denoiser, batch=4, backbone=backbone))
 
 
 def count_bytes(tree) -> int:

@@ -102,7 +102,7 @@ def test_progress_in_a_terminal_draws_a_bar():
             return True
 
     stream = Terminal()
-    with Progress("dit", 3, stream=stream) as progress:
+    with Progress("backbone", 3, stream=stream) as progress:
         for step in (1, 2, 3):
             progress.update(step, 0.5)
     assert "3/3" in stream.getvalue()

@@ -15,11 +15,12 @@ import pytest
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.tokens import PackedShape, make_empty_row
+from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.logging import MetricsLog, read_metrics
-from dit_video.training.hooks.metric_logs import CombinedLog, MonitoringConfig, TensorBoard, WeightsAndBiases
-from dit_video.training.hooks.profiler import TraceConfig
+from dit_video.training.hooks.metric_logs import MonitoringConfig, TensorBoard, WeightsAndBiases
+from dit_video.training.hooks.profiler import TraceConfig, Tracer
 from dit_video.training.hooks.throughput import ThroughputMeter
-from dit_video.training.loop import LoopConfig, PeriodicCall, Watch, run
+from dit_video.training.loop import LoopConfig, run
 from dit_video.training.state import init_state
 from dit_video.training.step import Average, make_step
 
@@ -35,9 +36,9 @@ def loss(params, batch, step):
 STEP = make_step(loss, OPTIMIZER, ema_decay=0.9)
 
 
-def train(config, watch=None, log=None, batches=lambda done: iter(lambda: {"x": jnp.ones(3)}, None)):
+def train(config, *hooks, batches=lambda done: iter(lambda: {"x": jnp.ones(3)}, None)):
     state = init_state({"w": jnp.zeros(3)}, OPTIMIZER)
-    return run(STEP, state, batches, config=config, watch=watch, log=log)
+    return run(STEP, state, batches, config=config, hooks=hooks)
 
 
 def events(folder) -> list[Any]:
@@ -64,7 +65,7 @@ def test_event_files_hold_the_entries(tmp_path):
     again = TensorBoard(tmp_path / "tensorboard")
     again.resume(30)
     again.write(40, {"loss": 0.5})
-    CombinedLog((MetricsLog(tmp_path / "m.jsonl"), again)).close()
+    again.close()
     result = events(tmp_path / "tensorboard")
     scalars = [(event.step, value.tag, value.simple_value) for event in result for value in event.summary.value]
     assert sorted(scalars) == [(20, "loss", 0.25), (40, "loss", 0.125), (40, "loss", 0.5)]
@@ -163,10 +164,14 @@ def test_periodic_calls_are_logged_if_they_return_figures(tmp_path):
         return {}
 
     other: list[tuple[int, set[str]]] = []
-    second = SimpleNamespace(resume=lambda step: None, write=lambda step, values: other.append((step, set(values))))
-    log = CombinedLog((MetricsLog(tmp_path / "m.jsonl"), second))
-    watch = Watch(periodic=(PeriodicCall(every=4, call=validate), PeriodicCall(every=3, call=snapshot)))
-    state = train(LoopConfig(steps=10, log_every=5), watch, log)
+
+    class Second(Hook):
+        def write(self, step, values):
+            other.append((step, set(values)))
+
+    second = Second()
+    calls = PeriodicCall(every=4, function=validate), PeriodicCall(every=3, function=snapshot)
+    state = train(LoopConfig(steps=10, log_every=5), MetricsLog(tmp_path / "m.jsonl"), second, *calls)
     assert called == [(name, step) for step, names in [(3, "s"), (4, "v"), (6, "s"), (8, "v"), (9, "s"), (10, "vs")]
                       for name in [{"s": "snapshot", "v": "validate"}[letter] for letter in names]]  # fmt: skip
     entries = read_metrics(tmp_path / "m.jsonl")
@@ -191,27 +196,31 @@ def test_throughput_counts_tokens_and_utilisation():
     )
     for tokens in (6, 8):
         meter.add(rows(tokens))
-    result = meter.compute_and_reset({"step_seconds": 2.0})
+    result = meter.derive({"step_seconds": 2.0})
     devices = jax.local_device_count()
     assert result == pytest.approx(
         {"tokens_per_second": 3.5, "model_flops_per_second": 3.5e9, "mfu": 3.5e9 / (4e9 * devices)}
     )
-    assert meter.compute_and_reset({"step_seconds": 2.0}) == {}  # counted anew
+    assert meter.derive({"step_seconds": 2.0}) == {}  # counted anew
     meter.add(rows(4))
-    assert meter.compute_and_reset({"loss": 1.0}) == {}  # the first step alone has no time of its own
+    assert meter.derive({"loss": 1.0}) == {}  # the first step alone has no time of its own
     unknown = ThroughputMeter(lambda batch: 1.0)
     unknown.add(rows(4))
-    assert set(unknown.compute_and_reset({"step_seconds": 1.0})) == {"tokens_per_second", "model_flops_per_second"}
+    assert set(unknown.derive({"step_seconds": 1.0})) == {"tokens_per_second", "model_flops_per_second"}
     pixels = ThroughputMeter()
     pixels.add(np.zeros((2, 3, 4, 4, 3), np.uint8))
-    assert pixels.compute_and_reset({"step_seconds": 1.0}) == {}
+    assert pixels.derive({"step_seconds": 1.0}) == {}
 
 
 def test_entries_hold_derived_figures_and_the_device_memory(tmp_path, monkeypatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 5, "peak_bytes_in_use": 7, "other": 1})
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    log = MetricsLog(tmp_path / "m.jsonl")
-    train(LoopConfig(steps=4, log_every=2), Watch(derive=lambda values: {"twice": 2 * values["loss"]}), log)
+
+    class Twice(Hook):
+        def derive(self, values):
+            return {"twice": 2 * values["loss"]}
+
+    train(LoopConfig(steps=4, log_every=2), MetricsLog(tmp_path / "m.jsonl"), Twice())
     for entry in read_metrics(tmp_path / "m.jsonl"):
         assert entry["twice"] == 2 * entry["loss"]
         assert (entry["device_memory_bytes"], entry["device_memory_peak_bytes"]) == (5, 7)
@@ -227,17 +236,17 @@ def test_some_steps_are_traced(tmp_path, monkeypatch):
         "StepTraceAnnotation",
         lambda name, step_num: calls.append(step_num) or real(name, step_num=step_num),
     )
-    train(LoopConfig(steps=8), Watch(profile=TraceConfig(tmp_path / "trace", 3, 5)))
+    train(LoopConfig(steps=8), Tracer(TraceConfig(tmp_path / "trace", 3, 5)))
     assert calls == [("start", str(tmp_path / "trace")), 3, 4, 5, "stop"]
     calls.clear()
-    train(LoopConfig(steps=4), Watch(profile=TraceConfig(tmp_path / "trace", 3, 50)))
+    train(LoopConfig(steps=4), Tracer(TraceConfig(tmp_path / "trace", 3, 50)))
     assert calls == [("start", str(tmp_path / "trace")), 3, 4, "stop"]
     with pytest.raises(UserError, match="cannot trace steps 5 to 3"):
         TraceConfig(tmp_path, 5, 3)
 
 
 def test_a_trace_is_written(tmp_path):
-    train(LoopConfig(steps=4), Watch(profile=TraceConfig(tmp_path / "trace", 3, 3)))
+    train(LoopConfig(steps=4), Tracer(TraceConfig(tmp_path / "trace", 3, 3)))
     assert [
         path for path in (tmp_path / "trace").rglob("*") if path.name.endswith(".xplane.pb") and path.stat().st_size
     ]

@@ -14,8 +14,8 @@ from dit_video.core.errors import UserError
 from dit_video.tokens import PackedShape, make_empty_row
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.logging import MetricsLog, read_metrics
-from dit_video.training.hooks.skipped_steps import SkippedLog, get_example_ids
-from dit_video.training.loop import LoopConfig, Watch, run
+from dit_video.training.hooks.skipped_steps import SkippedLog
+from dit_video.training.loop import LoopConfig, run
 from dit_video.training.state import init_state
 from dit_video.training.step import make_step
 
@@ -44,16 +44,20 @@ def data(*bad: int, batch: Any = NAN):
     return lambda done: (batch if number in bad else GOOD for number in range(done + 1, 1000))
 
 
+class FirstValues(SkippedLog):
+    """A log of skipped steps with the first values of their batches."""
+
+    def identify(self, batch):
+        return {"x": jnp.asarray(batch["x"][0])}
+
+
 def folder_run(folder, config, batches):
     checkpoints = Checkpoints(folder / "checkpoints")
     state = start()
     if checkpoints.latest() is not None:
         state, _ = checkpoints.restore(jax.eval_shape(lambda: state))
-    watch = Watch(
-        identify=lambda batch: {"x": jnp.asarray(batch["x"][0])}, skipped=SkippedLog(folder / "skipped.jsonl")
-    )
-    log = MetricsLog(folder / "metrics.jsonl")
-    return run(STEP, state, batches, config=config, checkpoints=checkpoints, log=log, watch=watch)
+    hooks = [MetricsLog(folder / "metrics.jsonl"), FirstValues(folder / "skipped.jsonl")]
+    return run(STEP, state, batches, config=config, checkpoints=checkpoints, hooks=hooks)
 
 
 def skipped(folder) -> list[dict[str, Any]]:
@@ -120,7 +124,7 @@ def test_after_too_many_in_a_row_the_good_state_is_saved(tmp_path):
 def test_resuming_cuts_the_skips_that_will_be_logged_again(tmp_path):
     log = SkippedLog(tmp_path / "skipped.jsonl")
     for step in (3, 5, 8):
-        log.write(step, {"loss": np.float32(math.inf), "gradient_norm": np.float32(1)}, {})
+        log.on_skip(step, {"loss": np.float32(math.inf), "gradient_norm": np.float32(1)}, {})
     with log.path.open("a") as file:
         file.write('{"step": 9, "lo')
     log.resume(5)
@@ -130,9 +134,9 @@ def test_resuming_cuts_the_skips_that_will_be_logged_again(tmp_path):
 def test_skipped_packed_rows_are_logged_by_their_examples():
     rows = jax.tree.map(lambda leaf: leaf[None], make_empty_row(PackedShape(tokens=4, text=2, segments=3), width=2))
     rows.examples[0, :2], rows.valid[0, :2] = (7, 9), True
-    result = get_example_ids(rows)
+    result = SkippedLog("").identify(rows)
     assert {name: np.asarray(array).tolist() for name, array in result.items()} == {
         "examples": [[7, 9, 0]],
         "valid": [[True, True, False]],
     }
-    assert get_example_ids(np.zeros((2, 3))) == {}
+    assert SkippedLog("").identify(np.zeros((2, 3))) == {}

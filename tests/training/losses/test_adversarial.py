@@ -14,10 +14,9 @@ from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.nn import get_graph_def
-from dit_video.training import trainer
 from dit_video.training.hooks import logging
 from dit_video.training.loop import LoopConfig
-from dit_video.training.losses.adversarial import HostStepCounter
+from dit_video.training.losses.adversarial import AdversarialStep, HostStepCounter
 from dit_video.training.state import init_state
 from dit_video.training.step import make_step
 from dit_video.training.trainer import Trainer
@@ -29,8 +28,8 @@ from support.adversarial_game import (
     PARAMS,
     SGD,
     init_game,
-    make_discriminator,
     make_game_step,
+    make_train_step,
 )
 from support.devices import check_on_eight_devices
 
@@ -158,10 +157,7 @@ def train(folder, steps, batches=Repeated):
         title="training",
         init=lambda key: PARAMS,
         random_key=jax.random.key(0),
-        loss=LOSS,
-        optimizer=SGD,
-        ema_decay=0.9,
-        discriminator=make_discriminator(LECAM),
+        train_step=make_train_step(LECAM),
         config=LoopConfig(steps=steps, log_every=1, save_every=2),
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
     )
@@ -170,7 +166,8 @@ def train(folder, steps, batches=Repeated):
 
 @pytest.mark.slow
 def test_an_interrupted_game_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "make_adversarial_step", lambda *_, **__: make_game_step(LECAM))  # compiled already
+    make_game_step(LECAM)
+    monkeypatch.setattr(AdversarialStep, "compile", lambda *_, **__: make_game_step(LECAM))  # compiled already
     whole = train(tmp_path / "whole", 6)
     for steps in (3, 5, 6):  # before its start step and after it
         parts = train(tmp_path / "parts", steps)
@@ -186,7 +183,8 @@ def test_an_interrupted_game_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path,
 
 @pytest.mark.slow
 def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "make_adversarial_step", lambda *_, **__: make_game_step(LECAM))
+    make_game_step(LECAM)
+    monkeypatch.setattr(AdversarialStep, "compile", lambda *_, **__: make_game_step(LECAM))
 
     class Others(Repeated):
         hash = "others"

@@ -20,11 +20,10 @@ from dit_video.training.losses.distillation import (
     ConsistencyDistillation,
     CriticState,
     DistributionMatching,
-    make_distillation_loss,
+    make_distillation_step,
     with_student_learning_rate,
 )
 from dit_video.training.state import init_state
-from dit_video.training.step import OwnStep
 from support.random_params import make_random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -34,19 +33,23 @@ DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, laye
 TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=20, text=28, segments=3)
 LOSS = DenoiserLoss(
-    dit=get_graph_def(DIT.make),
+    backbone=get_graph_def(DIT.make),
     text=get_graph_def(TEXT.make),
     objective=FlowMatching(process=RectifiedFlow(shift=2.0)),
     caption_dropout=0.5,
     empty_caption=TOKENIZE(""),
     seed=3,
 )
-CONSISTENCY = make_distillation_loss(ConsistencyDistillation(guidance=2.0, intervals=4), LOSS)
-MATCHING = make_distillation_loss(DistributionMatching(guidance=2.0, steps=3, critic_steps=2), LOSS)
+CONSISTENCY_CONFIG = ConsistencyDistillation(guidance=2.0, intervals=4)
+MATCHING_CONFIG = DistributionMatching(guidance=2.0, steps=3, critic_steps=2)
+CONSISTENCY, MATCHING = (
+    make_distillation_step(config, LOSS, optax.sgd(0.1), ema_decay=0.9).loss
+    for config in (CONSISTENCY_CONFIG, MATCHING_CONFIG)
+)
 
 
 def params(seed):
-    return {"dit": make_random_params(DIT.make, seed), "text": make_random_params(TEXT.make, seed)}
+    return {"backbone": make_random_params(DIT.make, seed), "text": make_random_params(TEXT.make, seed)}
 
 
 TEACHER = params(0)
@@ -129,16 +132,14 @@ def test_the_student_is_trained_at_all_its_sampling_times():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [CONSISTENCY, MATCHING], ids=["consistency", "matching"])
-def test_a_step_moves_the_players_alone_and_repeats(loss):
-    optimizer = optax.adam(1e-2)
+@pytest.mark.parametrize("config", [CONSISTENCY_CONFIG, MATCHING_CONFIG], ids=["consistency", "matching"])
+def test_a_step_moves_the_players_alone_and_repeats(config):
+    train_step = make_distillation_step(config, LOSS, optax.adam(1e-2), ema_decay=0.9)
 
     def begin():
-        student = jax.tree.map(jnp.array, TEACHER)
-        return loss.begin(init_state(student, optimizer), optimizer)
+        return train_step.init(jax.tree.map(jnp.array, TEACHER))
 
-    assert isinstance(loss, OwnStep)
-    step = loss.make_step(optimizer, ema_decay=0.9, constants=(TEACHER,))
+    step = train_step.compile((TEACHER,))
     rows = batch([A, B], [C])
     first, figures = step(begin(), rows)
     assert int(first.step) == 1
@@ -146,10 +147,10 @@ def test_a_step_moves_the_players_alone_and_repeats(loss):
     again, _ = step(begin(), rows)
     for left, right in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(left, right)
-    players = [first.model.params, first.critic.params] if loss is MATCHING else [first.params]
+    players = [first.model.params, first.critic.params] if config is MATCHING_CONFIG else [first.params]
     for moved in players:
         changed = [path for path, leaf in flatten(moved).items() if (leaf != flatten(TEACHER)[path]).any()]
-        assert {"dit", "text"} == {path.split("/")[0] for path in changed}
+        assert {"backbone", "text"} == {path.split("/")[0] for path in changed}
     assert any((leaf != flatten(TEACHER)[path]).any() for path, leaf in flatten(first.ema).items())
     second, _ = step(first, rows)
     assert int(second.step) == 2
@@ -169,12 +170,12 @@ def test_options_out_of_range_are_refused():
 @pytest.mark.slow
 def test_distillation_conditions_on_classes():
     text = ClassNamesConfig(classes=3)
-    dit = dataclasses.replace(DIT, context=NoContext(), context_width=0, labels=ClassLabels(classes=3))
+    backbone = dataclasses.replace(DIT, context=NoContext(), context_width=0, labels=ClassLabels(classes=3))
     empty = text.make_tokenizer()("")
     loss = dataclasses.replace(
-        CONSISTENCY, dit=get_graph_def(dit.make), text=get_graph_def(text.make), empty_caption=empty
+        CONSISTENCY, backbone=get_graph_def(backbone.make), text=get_graph_def(text.make), empty_caption=empty
     )
-    weights = {"dit": make_random_params(dit.make), "text": {}}
+    weights = {"backbone": make_random_params(backbone.make), "text": {}}
 
     def prediction(label, *, silent=False):
         clip = A._replace(text=text.make_tokenizer()(label))
@@ -202,13 +203,11 @@ def test_the_learning_rate_of_the_critic_follows_the_students_steps():
 
 @pytest.mark.slow
 def test_the_critic_keeps_the_learning_rate_within_its_steps():
-    assert isinstance(MATCHING, OwnStep)
     rows = batch([A, B], [C])
     critics = []
     for rate in (1e-2, lambda step: jnp.where(step < 1, 1e-2, 0.0)):
-        optimizer = optax.adamw(rate)
-        state = MATCHING.begin(init_state(jax.tree.map(jnp.array, TEACHER), optimizer), optimizer)
-        after, _ = MATCHING.make_step(optimizer, ema_decay=0.9, constants=(TEACHER,))(state, rows)
+        step = make_distillation_step(MATCHING_CONFIG, LOSS, optax.adamw(rate), ema_decay=0.9)
+        after, _ = step.compile((TEACHER,))(step.init(jax.tree.map(jnp.array, TEACHER)), rows)
         critics.append(after.critic.params)
     jax.tree.map(np.testing.assert_array_equal, *critics)
     assert any((left != right).any() for left, right in zip(*map(jax.tree.leaves, (critics[0], TEACHER)), strict=True))

@@ -21,7 +21,7 @@ TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=20, text=56, segments=3)
 TOLD = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
 CHANNELS = dataclasses.replace(TOLD, time="segment", cond_channels=3)
-PARAMS = {"dit": {}, "text": make_random_params(TEXT.make)}
+PARAMS = {"backbone": {}, "text": make_random_params(TEXT.make)}
 
 
 class FakeDenoiser(Dit):
@@ -39,7 +39,7 @@ class FakeDenoiser(Dit):
 
 def make_loss(config, **fields):
     made = {
-        "dit": get_graph_def(lambda rngs: FakeDenoiser(config)),
+        "backbone": get_graph_def(lambda rngs: FakeDenoiser(config)),
         "frame_conditioning": FrameConditioning(prob=1.0),
     } | fields
     return DenoiserLoss(

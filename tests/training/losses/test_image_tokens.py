@@ -16,7 +16,7 @@ from support.tiny_wan import ANIMATING
 
 SHAPE = PackedShape(tokens=20, text=6, segments=2)
 TEXT = FrozenTextConfig(folder="none", width=ANIMATING.context_width)
-PARAMS = {"dit": make_random_params(ANIMATING.make), "text": {}}
+PARAMS = {"backbone": make_random_params(ANIMATING.make), "text": {}}
 WIDTH, IMAGE = ANIMATING.token_width, (3, ANIMATING.image_width)
 STEP = jnp.zeros((), jnp.int32)
 
@@ -29,7 +29,7 @@ FIELDS = (
 
 def make_loss(prob):
     return DenoiserLoss(
-        dit=get_graph_def(ANIMATING.make),
+        backbone=get_graph_def(ANIMATING.make),
         text=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.0,

@@ -22,7 +22,7 @@ TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=24, text=56, segments=3)
 DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
-PARAMS = {"dit": {}, "text": make_random_params(TEXT.make)}
+PARAMS = {"backbone": {}, "text": make_random_params(TEXT.make)}
 STEP = jnp.zeros((), jnp.int32)
 
 
@@ -38,7 +38,7 @@ class FakeDenoiser(Dit):
 
 def make_loss(time_per="frame", **fields):
     return DenoiserLoss(
-        dit=get_graph_def(lambda rngs: FakeDenoiser(DIT)),
+        backbone=get_graph_def(lambda rngs: FakeDenoiser(DIT)),
         text=get_graph_def(TEXT.make),
         caption_dropout=0.0,
         empty_caption=TOKENIZE(""),

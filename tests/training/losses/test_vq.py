@@ -12,19 +12,15 @@ from dit_video.autoencoders import (
     AutoencoderObjective,
     ImageLevels,
     ImageVaeConfig,
-    PatchVaeConfig,
     VqConfig,
 )
 from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.losses.adversarial import DiscriminatorTraining, make_adversarial_step
-from dit_video.training.losses.autoencoder import AutoencoderLoss
+from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.codebook import CodebookLearning
-from dit_video.training.losses.vq import VqLoss
+from dit_video.training.losses.vq import VqLoss, VqStep
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import create_state, get_state_shapes
-from dit_video.training.step import StatefulLoss, make_step
 from support.codebook_model import AVERAGES, CLIPS, CODEBOOK, OPTIMIZER, Patches, init, make_loss
 from support.devices import check_on_eight_devices
 
@@ -35,15 +31,19 @@ GRADIENTS = CodebookLearning(decay=None, restart_after=10)
 
 @functools.cache
 def setting(learning, make=Patches):
-    """Return the loss and its step, compiled once."""
-    loss = make_loss(learning, make)
-    return loss, make_step(loss, OPTIMIZER, ema_decay=0.9)
+    """Return the step, and its compiled function."""
+    step = VqStep(loss=make_loss(learning, make), optimizer=OPTIMIZER, ema_decay=0.9)
+    return step, step.compile()
+
+
+def start(step, make=Patches):
+    return jax.jit(lambda key: step.init(init(key, make=make)))(jax.random.key(0))
 
 
 def train(learning, steps, *, make=Patches, state=None):
-    loss, step = setting(learning, make)
+    train_step, step = setting(learning, make)
     if state is None:
-        state = create_state(functools.partial(init, make=make), OPTIMIZER, jax.random.key(0), init_extra=loss.start)
+        state = start(train_step, make)
     history = []
     while state.step < steps:
         state, figures = step(state, CLIPS)
@@ -99,17 +99,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(7, half, {})
     checkpoints.wait()
-    restored, _ = checkpoints.restore(get_state_shapes(init, OPTIMIZER, init_extra=make_loss(AVERAGES).start))
+    restored, _ = checkpoints.restore(jax.eval_shape(lambda: start(setting(AVERAGES)[0])))
     assert int(restored.extra["codebook"]["ages"].max()) > 0
     resumed, _ = train(AVERAGES, 14, state=restored)
     for path, leaf in flatten(whole).items():
         np.testing.assert_array_equal(flatten(resumed)[path], leaf, err_msg=path)
-
-
-def test_a_loss_without_a_codebook_keeps_no_state():
-    assert isinstance(make_loss(AVERAGES), StatefulLoss)
-    graph = get_graph_def(PatchVaeConfig().make)
-    assert not isinstance(AutoencoderLoss(graph=graph, objective=AutoencoderObjective.pixels(), seed=0), StatefulLoss)
 
 
 def test_frozen_codes_stay_and_their_usage_is_reported():
@@ -122,9 +116,10 @@ def test_frozen_codes_stay_and_their_usage_is_reported():
         optimizer=frozen,
     )
     optimizer = make_optimizer(frozen, steps=80)
-    state = create_state(init, optimizer, jax.random.key(0), init_extra=loss.start)
+    step = VqStep(loss=loss, optimizer=optimizer, ema_decay=0.9)
+    state = start(step)
     codes = np.asarray(state.params["codebook"]["codes"])
-    state, figures = make_step(loss, optimizer, ema_decay=0.9)(state, CLIPS)
+    state, figures = step.compile()(state, CLIPS)
     np.testing.assert_array_equal(state.params["codebook"]["codes"], codes)
     np.testing.assert_allclose(state.ema["codebook"]["codes"], codes, rtol=1e-6)
     assert figures["usage"] == 1 / 16
@@ -133,17 +128,17 @@ def test_frozen_codes_stay_and_their_usage_is_reported():
 
 @pytest.mark.slow
 def test_against_a_discriminator_the_codebook_is_learned_alike():
-    loss, step = setting(AVERAGES)
+    train_step, step = setting(AVERAGES)
     rival = DiscriminatorTraining(
         config=AdversarialConfig(start_step=0, width=4, layers=1),
         last_layer="from_codes/kernel",
         random_key=jax.random.key(1),
     )
-    state = create_state(init, OPTIMIZER, jax.random.key(0), init_extra=loss.start)
-    both, figures = make_adversarial_step(loss, OPTIMIZER, rival, ema_decay=0.9)(rival.init_state(state), CLIPS)
+    state = rival.init_state(start(train_step))
+    both, figures = AdversarialStep(autoencoder=train_step, discriminator=rival).compile()(state, CLIPS)
     assert figures["adversarial_weight"] != 0
     assert figures["restarts"] == 15
-    alone, _ = step(create_state(init, OPTIMIZER, jax.random.key(0), init_extra=loss.start), CLIPS)
+    alone, _ = step(start(train_step), CLIPS)
     np.testing.assert_allclose(both.model.params["codebook"]["codes"], alone.params["codebook"]["codes"], rtol=1e-5)
     assert both.model.extra["codebook"]["ages"].max() == 0
 
@@ -151,7 +146,7 @@ def test_against_a_discriminator_the_codebook_is_learned_alike():
 def test_the_figures_are_the_parts_of_the_loss():
     params = init(jax.random.key(0))
     for learning, weight in ((AVERAGES, 0.25), (GRADIENTS, 1.25)):
-        value, figures = make_loss(learning)(params, jnp.asarray(CLIPS), jnp.asarray(0))
+        value, (figures, *_) = make_loss(learning)(params, jnp.asarray(CLIPS), jnp.asarray(0))
         parts = figures["mse"] + 0.1 * figures["absolute"] + weight * figures["commitment"]
         assert float(value) == pytest.approx(float(parts), rel=1e-5)
 

@@ -85,12 +85,12 @@ def training(tmp_path_factory):
     path = np.cumsum(draw.normal(size=(STEPS, 5)), axis=0).astype(np.float32)
     folder = tmp_path_factory.mktemp("snapshots")
     widths = (0.05, 0.1, 0.07, 0.15, 0.03)
-    start = {"dit": {"w": jnp.zeros(5)}}
+    start = {"backbone": {"w": jnp.zeros(5)}}
     kept, tracked = (init_state(start, optax.sgd(1.0), averages=EmaConfig(sigmas=s)) for s in (widths[:2], widths[2:]))
     update = jax.jit(update_averages)
     halfway = None
     for step, value in enumerate(path):
-        params = {"dit": {"w": jnp.asarray(value)}}
+        params = {"backbone": {"w": jnp.asarray(value)}}
         kept = kept.replace(averages=update(kept.averages, params, jnp.asarray(step)))
         tracked = tracked.replace(averages=update(tracked.averages, params, jnp.asarray(step)))
         if (step + 1) % EVERY == 0:
@@ -104,21 +104,23 @@ def test_an_average_of_another_width_is_put_together(training):
     snapshots, path, halfway, tracked = training
     spread = np.abs(path[-100:] - path[-1]).mean()
     for sigma, name in ((0.07, "0_07"), (0.15, "0_15")):
-        expected = np.asarray(tracked["power"][name]["dit"]["w"])
-        result = snapshots.reconstruct(sigma)["dit"]["w"]
+        expected = np.asarray(tracked["power"][name]["backbone"]["w"])
+        result = snapshots.reconstruct(sigma)["backbone"]["w"]
         assert np.abs(result - expected).max() < 0.005 * spread, sigma
         # A neighbouring width is farther away than the error of least squares.
-        assert np.abs(np.asarray(tracked["power"]["0_03"]["dit"]["w"]) - expected).max() > 0.2 * spread
-    before = snapshots.reconstruct(0.07, step=STEPS // 2)["dit"]["w"]
-    assert np.abs(before - halfway["power"]["0_07"]["dit"]["w"]).max() < 0.01 * spread
-    only = snapshots.reconstruct(0.07, max_step=STEPS // 2)["dit"]["w"]
-    assert np.abs(only - halfway["power"]["0_07"]["dit"]["w"]).max() < 0.01 * spread
+        assert np.abs(np.asarray(tracked["power"]["0_03"]["backbone"]["w"]) - expected).max() > 0.2 * spread
+    before = snapshots.reconstruct(0.07, step=STEPS // 2)["backbone"]["w"]
+    assert np.abs(before - halfway["power"]["0_07"]["backbone"]["w"]).max() < 0.01 * spread
+    only = snapshots.reconstruct(0.07, max_step=STEPS // 2)["backbone"]["w"]
+    assert np.abs(only - halfway["power"]["0_07"]["backbone"]["w"]).max() < 0.01 * spread
 
 
 def test_a_tracked_width_is_reconstructed_as_it_is(training):
     snapshots, _, _, _ = training
-    result = snapshots.reconstruct(0.1)["dit"]["w"]
-    np.testing.assert_allclose(result, load(snapshots.folder / f"{STEPS:08}-0_1.safetensors")["dit"]["w"], rtol=1e-4)
+    result = snapshots.reconstruct(0.1)["backbone"]["w"]
+    np.testing.assert_allclose(
+        result, load(snapshots.folder / f"{STEPS:08}-0_1.safetensors")["backbone"]["w"], rtol=1e-4
+    )
 
 
 def test_missing_snapshots_are_reported(tmp_path):

@@ -15,7 +15,7 @@ does not exist, and a malformed row or entry of a list, are in `rejected` with l
 An error is raised only if a source is unusable as a whole: a list lacks required columns, annotations are not JSON, or there is no clip.
 """  # noqa: E501
 
-from dit_video.data.ingest.formats.detect import list_clips
-from dit_video.data.ingest.formats.types import IMAGES, MEDIA, VIDEOS, ListedClip, Listing, ListingFormat
+from dit_video.data.ingest.formats.detect import SourceFormat, list_clips, register_format
+from dit_video.data.ingest.formats.types import IMAGES, MEDIA, VIDEOS, ListedClip, Listing
 
-__all__ = ["IMAGES", "MEDIA", "VIDEOS", "ListedClip", "Listing", "ListingFormat", "list_clips"]
+__all__ = ["IMAGES", "MEDIA", "VIDEOS", "ListedClip", "Listing", "SourceFormat", "list_clips", "register_format"]

@@ -1,11 +1,14 @@
-"""Detection of a source's format."""
+"""Formats of sources, and detection of a source's format."""
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.core.registry import load_entry_points
 from dit_video.core.storage import to_storage_path
 from dit_video.data.ingest.formats.folder import METADATA, list_folder
 from dit_video.data.ingest.formats.msrvtt import find_annotations, list_msrvtt
@@ -13,79 +16,118 @@ from dit_video.data.ingest.formats.rows import TABLE_SUFFIXES, is_list
 from dit_video.data.ingest.formats.scan import FolderScan, get_suffix, scan_folder
 from dit_video.data.ingest.formats.tables import list_table
 from dit_video.data.ingest.formats.tars import is_tar, list_tar, list_tars
-from dit_video.data.ingest.formats.types import Listing, ListingFormat
+from dit_video.data.ingest.formats.types import Listing
 from dit_video.data.ingest.formats.ucf101 import list_ucf101
 
 
-def list_clips(
-    source: str | os.PathLike, *, format: ListingFormat | Literal["auto"] = "auto", ucf101_split: Literal[1, 2, 3] = 1
-) -> Listing:
+@dataclass(frozen=True, kw_only=True)
+class SourceFormat:
+    """A format of sources of clips: folders, single files, or both."""
+
+    name: str
+    find_mark: Callable[[FolderScan], str | None] = lambda folder: None
+    """Function that returns the file by which a folder of this format is known, or None for another folder."""
+    list_folder: Callable[[FolderScan], Listing] | None = None
+    """Function that lists the clips of a folder."""
+    has_loose_clips: bool = False
+    """True if the folder's clips are files of their own, which a folder without a format has too."""
+    is_file: Callable[[str], bool] = lambda name: False
+    """Function that says whether a file of this name is a source of this format."""
+    list_file: Callable[[Path], Listing] | None = None
+    """Function that lists the clips of such a file."""
+
+
+def _find_first(matches: Callable[[str], object]) -> Callable[[FolderScan], str | None]:
+    return lambda folder: next((name for name in folder.files if matches(name)), None)
+
+
+_FORMATS = {
+    each.name: each
+    for each in (
+        SourceFormat(name="table", is_file=lambda name: get_suffix(name) in TABLE_SUFFIXES, list_file=list_table),
+        SourceFormat(
+            name="webdataset", find_mark=_find_first(is_tar), list_folder=list_tars, is_file=is_tar, list_file=list_tar
+        ),
+        SourceFormat(
+            name="ucf101",
+            find_mark=_find_first(re.compile(r"(?:.*/)?trainlist0[1-3]\.txt").fullmatch),
+            list_folder=list_ucf101,
+            has_loose_clips=True,
+        ),
+        SourceFormat(
+            name="msrvtt",
+            find_mark=lambda folder: next(iter(find_annotations(folder)), None),
+            list_folder=list_msrvtt,
+            has_loose_clips=True,
+        ),
+        SourceFormat(name="folder", list_folder=list_folder),
+    )
+}
+"""Formats by name."""
+
+
+def register_format(source_format: SourceFormat) -> None:
+    """Add a format of another package; one of the same name takes its place."""
+    _FORMATS[source_format.name] = source_format
+
+
+def list_clips(source: str | os.PathLike, *, format: str = "auto", ucf101_split: Literal[1, 2, 3] = 1) -> Listing:
     """Return the clips of a source with their captions and splits; see the package for the formats.
 
     Nothing is decoded, and the content of media files is not read.
 
     Args:
       source: a folder, a list of clips, or a tar.
-      format: format of the source; "auto" detects it, and the listing holds the result.
+      format: name of the source's format; "auto" detects it, and the listing holds the result.
       ucf101_split: which of UCF-101's three pairs of train and test lists is read.
 
     Raises:
       MissingError: `source`, or a list that the format requires, does not exist.
-      UserError: there are no clips; the format is ambiguous, or is not the source's; a list is unusable as a whole.
+      UserError: there are no clips; the format is unknown or ambiguous, or is not the source's; a list is unusable as a
+        whole.
     """
+    load_entry_points()
     storage_path = to_storage_path(source)
     if not isinstance(storage_path, Path):
         raise UserError(f"{source} is an address; clips are read from local files, so copy them to this machine first")
     source = storage_path
+    if format not in ("auto", *_FORMATS):
+        raise UserError(f"format={format!r} is invalid: no such format is known. Use auto, {', '.join(_FORMATS)}.")
     if not source.exists():
         raise MissingError(f"no such folder or file: {source}")
     if not source.is_dir():
         return _list_file(source, format)
-    if format == "table":
-        raise UserError(
-            f"{source} is a folder, and format='table' needs a list; give the list itself, a .csv or .jsonl"
-        )
     folder = scan_folder(source)
-    match _detect_format(folder) if format == "auto" else format:
-        case "webdataset":
-            return list_tars(folder)
-        case "ucf101":
-            return list_ucf101(folder, ucf101_split)
-        case "msrvtt":
-            return list_msrvtt(folder)
-        case _:
-            return list_folder(folder)
+    chosen = _detect_format(folder) if format == "auto" else _FORMATS[format]
+    if chosen.list_folder is None:
+        raise UserError(
+            f"{source} is a folder, and format='{format}' needs a list; give the list itself, a .csv or .jsonl"
+        )
+    return list_ucf101(folder, ucf101_split) if chosen.name == "ucf101" else chosen.list_folder(folder)
 
 
 def _list_file(source: Path, format: str) -> Listing:
-    if format in ("auto", "table") and get_suffix(source.name) in TABLE_SUFFIXES:
-        return list_table(source)
-    if format in ("auto", "webdataset") and is_tar(source.name):
-        return list_tar(source)
-    if format in ("auto", "table", "webdataset"):
-        kinds = {"auto": "a list (.csv, .jsonl) or a tar", "table": "a list (.csv, .jsonl)", "webdataset": "a tar"}
+    candidates = list(_FORMATS.values()) if format == "auto" else [_FORMATS[format]]
+    for each in candidates:
+        if each.list_file is not None and each.is_file(source.name):
+            return each.list_file(source)
+    kinds = {"auto": "a list (.csv, .jsonl) or a tar", "table": "a list (.csv, .jsonl)", "webdataset": "a tar"}
+    if format in kinds:
         raise UserError(f"{source} is a file, but not {kinds[format]}; give the folder that holds the clips")
     raise UserError(f"{source} is a file, and format={format!r} needs a folder; give the folder that holds the clips")
 
 
-def _detect_format(folder: FolderScan) -> ListingFormat:
+def _detect_format(folder: FolderScan) -> SourceFormat:
     """Return the one format whose characteristic files the folder has.
 
     Raises:
       UserError: the folder has those of several formats.
     """
-    marks: dict[ListingFormat, str] = {}
-    for name in folder.files:
-        if re.fullmatch(r"(?:.*/)?trainlist0[1-3]\.txt", name):
-            marks.setdefault("ucf101", name)
-        elif is_tar(name):
-            marks.setdefault("webdataset", name)
-    for name in find_annotations(folder)[:1]:
-        marks["msrvtt"] = name
+    marks = {name: mark for name, each in _FORMATS.items() if (mark := each.find_mark(folder)) is not None}
     media, metadata_files = folder.media, [name for name in METADATA if name in folder.files]
     if metadata_files:
         marks["folder"] = metadata_files[0]
-    elif media and not {"ucf101", "msrvtt"} & marks.keys():  # these two formats have loose clips too
+    elif media and not any(_FORMATS[name].has_loose_clips for name in marks):
         marks["folder"] = media[0]
     source = folder.source
     if len(marks) > 1:
@@ -101,4 +143,4 @@ def _detect_format(folder: FolderScan) -> ListingFormat:
             f"{source} holds clips and the list {other_list}; give {source / other_list}, or rename it to "
             f"metadata{get_suffix(other_list)}, or pass the format 'folder' to ignore the list"
         )
-    return next(iter(marks), "folder")
+    return _FORMATS[next(iter(marks), "folder")]

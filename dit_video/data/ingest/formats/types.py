@@ -1,11 +1,9 @@
 """Records of a listing: clips by name, their captions, and the location of their bytes."""
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from dit_video.core.errors import UserError
-
-ListingFormat = Literal["folder", "table", "webdataset", "ucf101", "msrvtt"]
 
 VIDEOS = frozenset(".mp4 .m4v .mov .3gp .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .wmv .flv".split())  # noqa: SIM905
 IMAGES = frozenset(".gif .apng .png .jpg .jpeg .webp .bmp .tif .tiff".split())  # noqa: SIM905
@@ -59,8 +57,8 @@ class Listing(NamedTuple):
     (by suffix) nor captions of a clip."""
     rejected: tuple[Rejection, ...] = ()
     """Entries that cannot be clips, such as tar entries outside of their tar, and malformed rows of a list."""
-    format: ListingFormat = "folder"
-    """Format in which the source was read."""
+    format: str = "folder"
+    """Name of the format in which the source was read."""
 
 
 class UnusableClipError(Exception):
@@ -86,7 +84,7 @@ def check_name(name: str) -> None:
 
 def make_listing(
     source: object,
-    format: ListingFormat,
+    format: str,
     clips: Iterable[ListedClip],
     *,
     unlisted: Iterable[str] = (),

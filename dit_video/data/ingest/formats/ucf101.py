@@ -22,7 +22,7 @@ from dit_video.data.ingest.formats.types import ListedClip, Listing, Rejection, 
 CLASSES = "classInd.txt"
 
 
-def list_ucf101(scan: FolderScan, number: int) -> Listing:
+def list_ucf101(scan: FolderScan, number: int = 1) -> Listing:
     """Return the clips that train and test list `number` (1 to 3) name, in their order; the caption is the class name.
 
     Raises:

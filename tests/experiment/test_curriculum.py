@@ -12,7 +12,7 @@ from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import FlowMatching, RectifiedFlow
-from dit_video.experiment import DataConfig, Stage
+from dit_video.experiment import CurriculumStage, DataConfig
 from dit_video.experiment.run import Run
 from dit_video.nn import init_params
 from dit_video.tokens import Grid, PackedShape
@@ -21,18 +21,19 @@ from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging
 from dit_video.training.optim.optimizer import make_learning_rate_schedule, make_optimizer
 from dit_video.training.state import get_state_shapes
+from dit_video.training.step import GradientStep
 from support.devices import wait_until
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-IMAGES = Stage(
+IMAGES = CurriculumStage(
     name="images",
     steps=4,
     data=DataConfig(max_pixels=16 * 16, max_frames=1),
-    rows=PackedShape(tokens=3, text=96, segments=3),
+    layout=PackedShape(tokens=3, text=96, segments=3),
     objective=FlowMatching(process=RectifiedFlow(shift=0.5)),
 )
-SMALL = Stage(name="small", steps=3, data=DataConfig(max_pixels=16 * 16, max_frames=5), batch=4)
+SMALL = CurriculumStage(name="small", steps=3, data=DataConfig(max_pixels=16 * 16, max_frames=5), batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def staged(tiny):
     optimizer = dataclasses.replace(experiment.denoiser.optimizer, learning_rate=1e-3, warmup=1)
     denoiser = dataclasses.replace(experiment.denoiser, steps=4, optimizer=optimizer)
     hotter = dataclasses.replace(optimizer, learning_rate=4e-3, schedule="constant")
-    earlier = (dataclasses.replace(IMAGES, optimizer=hotter), SMALL)
-    return dataclasses.replace(experiment, denoiser=denoiser, earlier=earlier, log_every=1, save_every=2)
+    curriculum = (dataclasses.replace(IMAGES, optimizer=hotter), SMALL)
+    return dataclasses.replace(experiment, denoiser=denoiser, curriculum=curriculum, log_every=1, save_every=2)
 
 
 def begun(tiny_run, folder, staged):
@@ -54,20 +55,23 @@ def begun(tiny_run, folder, staged):
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_run, staged, tmp_path_factory):
     run = begun(tiny_run, tmp_path_factory.mktemp("staged") / "run", staged)
-    return run, run.train_denoiser()
+    run.run_stages()
+    return run, run.load_pipeline().denoiser_params
 
 
 @pytest.mark.slow
 def test_each_stage_has_data_of_its_own(uninterrupted, staged):
     run, _ = uninterrupted
-    images, small = run.earlier
-    assert set(images.encode_latents().sizes) == {Grid(1, 2, 2)}
-    assert {size.t for size in small.encode_latents().sizes} == {1, 2}
-    assert {size.t for size in run.encode_latents().sizes} == {1, 2, 3}
-    assert (images.begin, small.begin) == (0, 4)
+    names = ("autoencoder", "images/latents", "images", "small/latents", "small", "latents", "denoiser")
+    assert tuple(stage.name for stage in run.stages) == names
+    latents = [stage.open(run.runtime) for stage in run.stages[1::2]]
+    assert set(latents[0].sizes) == {Grid(1, 2, 2)}
+    assert {size.t for size in latents[1].sizes} == {1, 2}
+    assert {size.t for size in latents[2].sizes} == {1, 2, 3}
+    assert [stage.start_step for stage in run.stages[2::2]] == [0, 4, 7]
     held_out = set(staged.data.held_out)
-    for stage in (images, small, run):
-        assert not held_out & {name.split("@")[0] for name in stage.encode_latents().names}
+    for source in latents:
+        assert not held_out & {name.split("@")[0] for name in source.names}
     rows = [read_json(run.folder / path / "rows.json") for path in ("stages/images", "stages/small", "denoiser")]
     assert all(rows)
     assert rows[0] != rows[1] != rows[2]
@@ -85,9 +89,9 @@ def test_steps_count_on_and_checkpoints_are_of_one_training(uninterrupted):
 @pytest.mark.slow
 def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, monkeypatch, uninterrupted):
     states = {}
-    real = trainer.make_step
+    real = GradientStep.compile
 
-    def make_step(*arguments, **keywords):
+    def compile_step(*arguments, **keywords):
         step = real(*arguments, **keywords)
 
         def watched(state, batch):
@@ -99,18 +103,23 @@ def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, m
         return watched
 
     seen = {}
-    real_run = trainer.Trainer.run
+    real_prepare = trainer.Trainer.prepare
 
     def noted(self, batches):
-        before = states.get(self.start_step)
-        state = real_run(self, batches)
-        seen[self.start_step] = (before, states[self.start_step])
-        return state
+        before, train = states.get(self.start_step), real_prepare(self, batches)
 
-    monkeypatch.setattr(trainer, "make_step", make_step)
-    monkeypatch.setattr(trainer.Trainer, "run", noted)
+        def record_and_train():
+            state = train()
+            seen[self.start_step] = (before, states[self.start_step])
+            return state
+
+        return record_and_train
+
+    monkeypatch.setattr(GradientStep, "compile", compile_step)
+    monkeypatch.setattr(trainer.Trainer, "prepare", noted)
     run = begun(tiny_run, tmp_path / "run", staged)
-    params = run.train_denoiser()
+    run.run_stages()
+    params = run.load_pipeline().denoiser_params
     for begin in (4, 7):
         ended, started = seen[begin]
         assert ended is started or all(
@@ -136,9 +145,9 @@ def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
     tiny_run, staged, tmp_path, monkeypatch, uninterrupted, call, saved
 ):
     run = begun(tiny_run, tmp_path / "run", staged)
-    real, calls = trainer.make_step, iter(range(1, 100))
+    real, calls = GradientStep.compile, iter(range(1, 100))
 
-    def make_step(*arguments, **keywords):
+    def compile_step(*arguments, **keywords):
         step = real(*arguments, **keywords)
 
         def killed(state, batch):
@@ -149,12 +158,13 @@ def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
         return killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "make_step", make_step)
+        patch.setattr(GradientStep, "compile", compile_step)
         with pytest.raises(KeyboardInterrupt):
-            run.train_denoiser()
+            run.run_stages()
     checkpoints = Checkpoints(run.folder / "denoiser" / "checkpoints")
     wait_until(lambda: checkpoints.latest() == saved)  # the last save may be under way in this process
-    params = dataclasses.replace(run).train_denoiser()
+    run.run_stages()
+    params = run.load_pipeline().denoiser_params
     for path, leaf in trees.flatten(uninterrupted[1]).items():
         np.testing.assert_array_equal(leaf, trees.flatten(params)[path], err_msg=path)
 
@@ -162,25 +172,28 @@ def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
 @pytest.mark.slow
 def test_a_stage_whose_predecessor_lost_its_last_checkpoint_is_refused(uninterrupted, tmp_path, staged):
     folder = shutil.copytree(uninterrupted[0].folder, tmp_path / "run")
-    moved = dataclasses.replace(staged, earlier=(dataclasses.replace(IMAGES, steps=8), SMALL))  # the last begins at 11
+    moved = dataclasses.replace(
+        staged, curriculum=(dataclasses.replace(IMAGES, steps=8), SMALL)
+    )  # the last begins at 11
     shutil.rmtree(folder / "denoiser" / "checkpoints" / "11" / "state")
+    shutil.rmtree(folder / "pipeline")
     run = dataclasses.replace(uninterrupted[0], folder=folder, experiment=moved)
     with (
         pytest.warns(UserWarning, match="cannot be read"),
         pytest.raises(UserError, match="has step 10, but this stage begins at step 11"),
     ):
-        run.train_denoiser()
+        run.run_stages()
 
 
 def test_invalid_stages_are_refused(staged, tiny):
     def refused(match, *stages):
         with pytest.raises(UserError, match=match):
-            dataclasses.replace(staged, earlier=stages)
+            dataclasses.replace(staged, curriculum=stages)
 
     refused("name='a/b' is invalid", dataclasses.replace(SMALL, name="a/b"))
     refused("name='small' is invalid", SMALL, SMALL)
     refused(
-        "stage small: rows.tokens=.* is invalid: a clip of",
+        "stage small: layout.tokens=.* is invalid: a clip of",
         dataclasses.replace(SMALL, data=DataConfig(max_pixels=256, max_frames=65)),
     )
     refused(
@@ -197,6 +210,6 @@ def test_all_stages_share_one_training_state(staged):
     for number in range(3):
         config = staged.get_stage(number).denoiser
         optimizer = make_optimizer(config.optimizer, steps=config.steps, start_step=number)
-        init = functools.partial(init_params, config.dit.make)
+        init = functools.partial(init_params, config.backbone.make)
         shapes.append(jax.tree.leaves(get_state_shapes(init, optimizer)))
     assert shapes[0] == shapes[1] == shapes[2]

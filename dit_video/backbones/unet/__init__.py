@@ -1,0 +1,6 @@
+"""U-Net over space and time, for dense batches and canvases."""
+
+from dit_video.backbones.unet.config import UnetArchitecture
+from dit_video.backbones.unet.model import Unet, UnetConfig
+
+__all__ = ["Unet", "UnetArchitecture", "UnetConfig"]

@@ -1,0 +1,104 @@
+"""The interface of conditioning by values of a clip besides its text: a camera's path, actions, a control signal."""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float32, Key, UInt8
+
+from dit_video.core.errors import UserError
+from dit_video.nn import Linear, Parallelism
+from dit_video.tokens import Field, Grid, PackedRows
+
+
+class ClipView(NamedTuple):
+    """A training clip as it is encoded: decoded, resized, cropped in time and perhaps mirrored."""
+
+    name: str
+    """Name of the clip."""
+    frames: UInt8[np.ndarray, "T H W 3"]
+    latents: Grid
+    """Size of its latents: latent frames, rows, columns."""
+    start: int = 0
+    """Number of frames of the clip, at the rate of training, before the first of these."""
+    is_flipped: bool = False
+    """True if the frames are mirrored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConditioning(abc.ABC):
+    """Conditioning of a model by a field of every clip; a subclass is a frozen dataclass.
+
+    Its values are computed when clips are encoded, are stored with their latents, and go through the rows to the model,
+    which embeds them. In sampling a request gives them; without, they are zero.
+
+    Raises:
+      UserError: If `dropout` is no probability below 1.
+    """
+
+    dropout: float = 0.1
+    """Probability that the values of a clip are dropped in training: replaced by zeros."""
+    record: ClassVar[type]
+    """Class of the record that the model gets: a NamedTuple of its own, with the field `values`."""
+
+    def __post_init__(self):
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} is invalid: it must lie in [0, 1). Use 0.1.")
+
+    @property
+    @abc.abstractmethod
+    def field(self) -> Field:
+        """Return the description of the field, of which the name is that of the conditioning, too."""
+
+    @abc.abstractmethod
+    def from_clip(self, view: ClipView) -> np.ndarray:
+        """Return the values of a training clip, of the shape `field.get_shape(view.latents)`."""
+
+    @abc.abstractmethod
+    def from_request(self, value: Any, latents: Grid) -> np.ndarray:
+        """Return the values that a request asks for, of the shape `field.get_shape(latents)`.
+
+        Raises:
+          UserError: the request's value is invalid.
+        """
+
+    def make_embedding(self, width: int, *, dtype: Any, parallel: Parallelism, rngs: nnx.Rngs) -> nnx.Module:
+        """Return the module from values `... *shape` to the model's width.
+
+        By default it is a linear map that starts at zero, so that a trained model that is extended by it predicts as
+        before.
+        """
+        features = int(np.prod(self.field.shape))
+        return _LinearEmbedding(Linear(features, width, init="zero", dtype=dtype, parallel=parallel, rngs=rngs))
+
+    def make_positions(self) -> Float32[np.ndarray, "length 3"]:
+        """Return the positions (t, h, w) of the tokens of an `extra` field, in the units of those of a clip.
+
+        By default they are zero, which rotates nothing.
+        """
+        return np.zeros((self.field.length, 3), np.float32)
+
+    def prepare(self, values: Array, layout: PackedRows, keys: Key[Array, "B G"] | None) -> Any:
+        """Return the record of a batch. With the keys of the examples, in training, values are dropped at random."""
+        if keys is not None and self.dropout:
+            is_dropped = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.dropout
+            if self.field.alignment in ("frame", "grid"):
+                is_dropped = layout.expand(is_dropped)
+            elif self.field.length:
+                is_dropped = jnp.repeat(is_dropped, self.field.length, axis=1)
+            is_dropped = is_dropped.reshape(*is_dropped.shape, *(1,) * (values.ndim - is_dropped.ndim))
+            values = jnp.where(is_dropped, jnp.zeros_like(values), values)
+        return self.record(jnp.asarray(values))
+
+
+class _LinearEmbedding(nnx.Module):
+    def __init__(self, linear: Linear):
+        self.linear = linear
+
+    def __call__(self, values: Array) -> Array:
+        shape = values.shape[:2]
+        return self.linear(values.reshape(*shape, -1).astype(jnp.float32))

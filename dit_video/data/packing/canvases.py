@@ -1,0 +1,83 @@
+"""Packing of examples on canvases: clips of similar sizes together, smaller ones in what they leave."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from dit_video.core.errors import UserError
+from dit_video.tokens import CanvasFill, CanvasShape, Grid, sort_grids
+
+MAX_TRIED = 32
+"""Number of open canvases that are tried for the next clip."""
+
+
+class CanvasPacking:
+    """Packing of examples on canvases of one shape, for `RowStream`.
+
+    Args:
+      grids: size of every example, in tokens.
+      text: text tokens of every example.
+      shape: capacity of a canvas.
+      names: names of the examples, for errors.
+
+    Raises:
+      UserError: an example is larger than a canvas, or its sides are no multiples of the canvas's `cell`.
+    """
+
+    def __init__(self, grids: Sequence[Grid], text: Int[np.ndarray, " n"], shape: CanvasShape, names: Sequence[str]):
+        self._grids, self._text, self._shape = grids, text, shape
+        for grid in set(grids):
+            name = names[grids.index(grid)]
+            try:
+                has_room = shape.find_corners([grid]) is not None
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+            if not has_room:
+                grid_text, room = ("x".join(map(str, size)) for size in (grid, shape.size))
+                raise UserError(
+                    f"{name} has {grid_text} tokens, but a canvas only {room}; raise the canvas's size or use a "
+                    "smaller clip size"
+                )
+
+    def fill(self, examples: Int[np.ndarray, " m"], generator: np.random.Generator) -> list[list[int]]:
+        """Shuffle the examples, and put each on the first open canvas with room for it, the tallest first."""
+        shuffled = generator.permutation(examples).tolist()
+        rows: list[list[int]] = []
+        fills: list[CanvasFill] = []
+        texts: list[int] = []
+        for position in sort_grids([self._grids[example] for example in shuffled]):
+            example = shuffled[position]
+            for number in range(max(0, len(rows) - MAX_TRIED), len(rows)):
+                has_text_room = texts[number] + self._text[example] <= self._shape.text
+                has_room = has_text_room and len(rows[number]) < self._shape.segments
+                if has_room and fills[number].add(self._grids[example]) is not None:
+                    break
+            else:
+                number = len(rows)
+                rows.append([])
+                texts.append(0)
+                fills.append(CanvasFill(self._shape))
+                fills[number].add(self._grids[example])
+            rows[number].append(example)
+            texts[number] += int(self._text[example])
+        return rows
+
+    def split(self, rows: list[list[int]], count: int) -> list[list[int]]:
+        """Divide the canvases with the most examples until there are `count`."""
+        rows = sorted(rows, key=len, reverse=True)
+        while len(rows) < count:
+            row = rows.pop(0)
+            parts = [row[::2], row[1::2]]
+            if not all(self._shape.find_corners([self._grids[example] for example in part]) for part in parts):
+                # Without the example that was placed last, the others stay where they are.
+                last = sort_grids([self._grids[example] for example in row])[-1]
+                parts = [row[:last] + row[last + 1 :], [row[last]]]
+            rows = sorted([*rows, *parts], key=len, reverse=True)
+        return rows
+
+    @property
+    def kinds(self) -> Int[np.ndarray, " n"]:
+        """Return a number of every example, equal for examples that can take each other's place."""
+        kinds = {grid: number for number, grid in enumerate(sorted(set(self._grids)))}
+        return np.asarray([kinds[grid] for grid in self._grids], np.int64)

@@ -1,0 +1,53 @@
+"""Metrics that are computed together, and their results."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dit_video.core.registry import get_class_name
+from dit_video.evaluation.metrics.metric import Metric, MetricBatch, MetricDescription, MetricInput, MetricValue
+
+
+class MetricResult(NamedTuple):
+    """A value of a metric, with its description."""
+
+    metric: str
+    """Class of the metric: `module:class`."""
+    description: MetricDescription
+    estimate: MetricValue
+
+
+class MetricCollection:
+    """Metrics with their states; each gets the data that it needs, and no metric knows of the others."""
+
+    def __init__(self, metrics: Sequence[Metric]):
+        self.metrics = tuple(metrics)
+        self._states: list[Any] = [metric.init() for metric in self.metrics]
+
+    @property
+    def needs(self) -> frozenset[MetricInput]:
+        """Return the data that any of the metrics needs."""
+        return frozenset(need for metric in self.metrics for need in metric.needs)
+
+    def update(self, batch: MetricBatch) -> None:
+        """Update every metric that needs data of the batch."""
+        for index, metric in enumerate(self.metrics):
+            if any(getattr(batch, need) for need in metric.needs if need != "pipeline"):
+                self._states[index] = metric.update(self._states[index], batch.select(metric.needs))
+
+    def compute(self) -> dict[str, MetricResult]:
+        """Return the results by name."""
+        results: dict[str, MetricResult] = {}
+        for metric, state in zip(self.metrics, self._states, strict=True):
+            name, estimates = get_class_name(type(metric)), metric.compute(state)
+            results |= {key: MetricResult(name, each, estimates[key]) for key, each in metric.describe().items()}
+        return results
+
+    def list_examples(self, names: Sequence[str], needs: Collection[MetricInput]) -> dict[str, dict[str, Any]]:
+        """Return the values of each named example, of metrics all of whose examples are of this kind."""
+        values: dict[str, dict[str, Any]] = {name: {} for name in names}
+        for metric, state in zip(self.metrics, self._states, strict=True):
+            rows: Sequence[Mapping[str, Any]] = metric.list_examples(state)
+            if {*metric.needs} <= {*needs, "pipeline"} and rows:
+                for name, row in zip(names, rows, strict=True):
+                    values[name] |= row
+        return values

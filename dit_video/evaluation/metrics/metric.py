@@ -1,0 +1,188 @@
+"""The interface of metrics: what an evaluation computes from samples, reconstructions or the model itself.
+
+A metric is pure: a frozen dataclass whose methods are functions of its fields and their arguments. An evaluation starts
+with `init`, hands batches to `update`, and reads the result with `compute`. States of several processes or runs are
+combined by `merge`, and the result is that of all their examples.
+"""
+
+import abc
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from dit_video.core.errors import UserError
+from dit_video.evaluation.metrics.intervals import compute_mean_interval
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.video import Clip
+
+MetricState = TypeVar("MetricState")
+Example = TypeVar("Example")
+MetricInput = Literal["samples", "prompts", "references", "scenes", "pairs", "baselines", "pipeline"]
+"""Data that a metric reads: the field of `MetricBatch` with that name."""
+PROMPT_NEEDS = frozenset[MetricInput](("samples", "prompts", "references", "scenes"))
+"""Needs whose examples are the prompts of an evaluation."""
+CLIP_NEEDS = frozenset[MetricInput](("pairs", "baselines"))
+"""Needs whose examples are the held-out clips."""
+
+
+class ClipReconstruction(NamedTuple):
+    """A held-out clip and its reconstruction by the autoencoder."""
+
+    name: str
+    original: Clip
+    decoded: Clip
+    baseline: Clip | None = None
+    """Reconstruction by the best linear autoencoder with as many latent values, fitted on the training clips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricBatch:
+    """Some examples of an evaluation: prompts or held-out clips, of any sizes.
+
+    A metric gets the fields that it needs; the others are empty, and so are those of the other kind of examples.
+    """
+
+    samples: Sequence[Clip] = ()
+    """Sample of each prompt, read from its file."""
+    prompts: Sequence[str] = ()
+    """Prompt of each sample."""
+    references: Sequence[Clip] = ()
+    """Clip of the data for each prompt, of the sample's size: the clip whose caption it is, or a rendering of it."""
+    scenes: Sequence[Any] = ()
+    """True content of each reference, where the data are rendered."""
+    pairs: Sequence[ClipReconstruction] = ()
+    """Held-out clips, each with its reconstruction."""
+    baselines: Sequence[Clip] = ()
+    """Reconstruction of each held-out clip by a linear autoencoder; empty if there is none to compare with."""
+    pipeline: Pipeline | None = None
+    """Pipeline that is evaluated, whose denoiser a loss or likelihood calls."""
+
+    def select(self, needs: Collection[MetricInput]) -> "MetricBatch":
+        """Return the batch with only these fields."""
+        return MetricBatch(**{need: getattr(self, need) for need in needs})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricValue:
+    """A value of a metric, with its uncertainty.
+
+    Raises:
+      UserError: the value is not finite.
+    """
+
+    value: float | None
+    """Value, or None if no example determines it."""
+    interval: tuple[float, float] | None = None
+    """Bounds of the 95 % interval; None if the metric has none."""
+    count: int
+    """Number of examples."""
+    note: str = ""
+    """Remark that reports print beside the value."""
+
+    def __post_init__(self):
+        if self.value is not None and not math.isfinite(self.value):
+            raise UserError(f"value={self.value} is invalid: a metric is a finite number. Use None, or a bound.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricDescription:
+    """Presentation of one value of a metric."""
+
+    label: str
+    """Name in reports."""
+    explanation: str = ""
+    """Meaning of the value: data, limits and thresholds, source."""
+    unit: str = ""
+    """Unit, such as dB; a value with the unit % is a share, written in percent."""
+    decimals: int = 3
+    """Number of decimal places."""
+    is_higher_better: bool | None = None
+    """True if higher is better, False if lower is better, None if neither is."""
+    is_headline: bool = True
+    """True for a value that is printed and shown at the top of reports; all values are in their table."""
+
+    def format_value(self, value: float | int, *, is_precise: bool = False) -> str:
+        """Return a value with its unit, with one more decimal place if it is precise and no share."""
+        if self.unit == "%":
+            return f"{value:.{self.decimals}%}"
+        return f"{value:.{self.decimals + is_precise}f} {self.unit}".rstrip()
+
+    def format_interval(self, estimate: MetricValue, *, is_precise: bool = False) -> str:
+        """Return the bounds of the 95 % interval as `low to high`; empty without one."""
+        return " to ".join(self.format_value(bound, is_precise=is_precise) for bound in estimate.interval or ())
+
+
+class Metric(abc.ABC, Generic[MetricState]):
+    """A metric of an evaluation; a subclass is a frozen dataclass, and registered if it is of another package."""
+
+    needs: ClassVar[tuple[MetricInput, ...]]
+    """Data that the metric reads."""
+
+    @abc.abstractmethod
+    def describe(self) -> Mapping[str, MetricDescription]:
+        """Return the descriptions of all values by name, in their order; names are unique in an evaluation."""
+
+    @abc.abstractmethod
+    def init(self) -> MetricState:
+        """Return the state before the first batch."""
+
+    @abc.abstractmethod
+    def update(self, state: MetricState, batch: MetricBatch) -> MetricState:
+        """Return the state after a batch, which holds what the metric needs."""
+
+    @abc.abstractmethod
+    def merge(self, first: MetricState, second: MetricState) -> MetricState:
+        """Return the state of the examples of both states."""
+
+    @abc.abstractmethod
+    def compute(self, state: MetricState) -> Mapping[str, MetricValue]:
+        """Return the values that `describe` names; without examples their value is None."""
+
+    def list_examples(self, state: MetricState) -> Sequence[Mapping[str, float | bool]]:
+        """Return values of every example by the names of `describe`, shown beside its picture; none by default."""
+        return ()
+
+
+class ExampleMetric(Metric[tuple[Example, ...]], Generic[Example]):
+    """A metric whose state holds one measurement per example, in the order of the examples."""
+
+    @abc.abstractmethod
+    def measure(self, batch: MetricBatch) -> Sequence[Example]:
+        """Return the measurement of every example."""
+
+    def init(self) -> tuple[Example, ...]:
+        """Return the state before the first batch."""
+        return ()
+
+    def update(self, state: tuple[Example, ...], batch: MetricBatch) -> tuple[Example, ...]:
+        """Return the state with the measurements of a batch."""
+        return (*state, *self.measure(batch))
+
+    def merge(self, first: tuple[Example, ...], second: tuple[Example, ...]) -> tuple[Example, ...]:
+        """Return the measurements of both states."""
+        return (*first, *second)
+
+
+class MeanMetric(ExampleMetric[float]):
+    """A metric with one number per example: their mean, with Student's 95 % interval (see `compute_mean_interval`)."""
+
+    name: ClassVar[str]
+    """Name of the value."""
+    description: ClassVar[MetricDescription]
+    """Description of the value."""
+
+    def describe(self) -> Mapping[str, MetricDescription]:
+        """Return the description of the mean."""
+        return {self.name: self.description}
+
+    def compute(self, state: tuple[float, ...]) -> Mapping[str, MetricValue]:
+        """Return the mean."""
+        mean = float(np.mean(state)) if state else None
+        return {self.name: MetricValue(value=mean, interval=compute_mean_interval(state), count=len(state))}
+
+    def list_examples(self, state: tuple[float, ...]) -> Sequence[Mapping[str, float | bool]]:
+        """Return the number of every example."""
+        return [{self.name: float(value)} for value in state]

@@ -1,0 +1,111 @@
+"""Autoencoders of an experiment: initial and trained weights, and the training step."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Array
+
+from dit_video.autoencoders import InflatedConfig, VqConfig, inflate
+from dit_video.core import rng
+from dit_video.core.errors import MissingError, UserError
+from dit_video.experiment import AutoencoderTraining, PretrainedAutoencoder
+from dit_video.experiment.initial_weights import describe_difference
+from dit_video.families import load_autoencoder
+from dit_video.features import Lpips
+from dit_video.nn import get_graph_def, get_param_shapes
+from dit_video.pipelines.folder import is_pipeline_folder
+from dit_video.pipelines.pipeline import load_pipeline
+from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
+from dit_video.training.losses.autoencoder import AutoencoderLoss
+from dit_video.training.losses.vq import VqLoss, VqStep
+from dit_video.training.optim.optimizer import make_optimizer
+from dit_video.training.step import GradientStep, TrainStep
+from dit_video.weights import load as load_weights
+from dit_video.weights import load_lpips
+
+WEIGHTS_FILE = "autoencoder/weights.safetensors"
+"""File of the trained weights in the folder of a run."""
+
+
+def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | None:
+    """Load the parameters of `training.model` from the folder `training.init_from`; None without a folder.
+
+    An image autoencoder is inflated where the model is an inflated one; `key` initialises its temporal layers.
+
+    Raises:
+      MissingError: the folder does not exist, or lacks files.
+      UserError: weights that cannot be read, or of another autoencoder.
+    """
+    if training.init_from is None:
+        return None
+    model = training.model
+    if not isinstance(model, InflatedConfig):
+        return _load_autoencoder_params(training.init_from, model)
+    params = _load_autoencoder_params(training.init_from, model.image)
+    return inflate(model.image, params, key, kernel_size=model.kernel_size)[1]
+
+
+def read_autoencoder(
+    config: AutoencoderTraining | PretrainedAutoencoder, folder: Path, *, command: str = ""
+) -> dict[str, Any]:
+    """Read the parameters of a run's autoencoder: the trained ones, or those of a pretrained one's folder.
+
+    Args:
+      config: the run's autoencoder.
+      folder: folder of the run.
+      command: command that continues the run, for the message.
+
+    Raises:
+      MissingError: it is not trained yet, or its folder does not exist or lacks files.
+      UserError: weights that cannot be read, or of another autoencoder.
+    """
+    if isinstance(config, PretrainedAutoencoder):
+        return _load_autoencoder_params(config.folder, config.model)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise MissingError(f"{folder} has no trained autoencoder yet; continue its training with: {command}")
+    return load_weights(folder / WEIGHTS_FILE, like=get_param_shapes(config.model.make))
+
+
+def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
+    if is_pipeline_folder(folder):
+        codec = load_pipeline(folder).codec
+        config, params = codec.config, codec.params
+    else:
+        config, params = load_autoencoder(folder)
+    if difference := describe_difference(config, expected):
+        raise UserError(f"{folder} holds another autoencoder than the config's: {difference}")
+    return params
+
+
+def make_autoencoder_step(training: AutoencoderTraining, seed: int) -> tuple[TrainStep, tuple[Any, ...]]:
+    """Return the step of an autoencoder's training, and its constants: the weights of LPIPS if it is used.
+
+    Raises:
+      MissingError: the file of the LPIPS weights does not exist.
+      UserError: the file holds other weights.
+    """
+    objective, file = training.loss, training.loss.lpips_weights
+    make_loss: Callable[..., AutoencoderLoss] = AutoencoderLoss
+    make_step: Callable[..., GradientStep] = GradientStep
+    if isinstance(training.model, VqConfig):
+        make_loss, make_step = functools.partial(VqLoss, learning=training.codebook), VqStep
+    loss = make_loss(
+        graph=get_graph_def(training.model.make),
+        objective=objective,
+        seed=seed,
+        perceptual_net=None if file is None else get_graph_def(lambda rngs: Lpips(rngs=rngs)),
+        optimizer=training.optimizer,
+    )
+    optimizer = make_optimizer(training.optimizer, steps=training.steps)
+    step = make_step(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay)
+    constants = () if file is None else (load_lpips(file),)
+    if objective.adversarial is None:
+        return step, constants
+    discriminator = DiscriminatorTraining(
+        config=objective.adversarial,
+        last_layer=training.model.last_layer,
+        random_key=rng.key(seed, "discriminator"),
+    )
+    return AdversarialStep(autoencoder=step, discriminator=discriminator), constants

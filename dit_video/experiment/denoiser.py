@@ -1,0 +1,183 @@
+"""Denoisers of an experiment: their trained part, loss and training step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Shaped
+
+from dit_video.core.trees import flatten, map_with_path, unflatten
+from dit_video.distributed import make_parallelism
+from dit_video.distributed.mesh import AnyMesh
+from dit_video.experiment import DenoiserTraining, Experiment, LoraAdapters, Student, TemporalWeights
+from dit_video.experiment.initial_weights import (
+    ParameterPlacer,
+    check_initial_weights,
+    get_kernel_dtype,
+    load_initial_denoiser,
+    record_identity,
+)
+from dit_video.families import load_denoiser
+from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, init_params, merge_lora
+from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, time_quantile
+from dit_video.training.losses.distillation import make_distillation_step
+from dit_video.training.losses.lora import LoraLoss
+from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.step import GradientStep, TrainStep
+
+
+class TrainableDenoiser(NamedTuple):
+    """Trained part of a denoiser and its text encoder: all their weights, or adapters to pretrained weights."""
+
+    init: Callable[[Array], dict[str, Any]]
+    """Initialises the trained parameters from a random key."""
+    load_initial: Callable[[], dict[str, Any]] | None = None
+    """Reads the initial weights, sharded over the devices; nothing else holds them."""
+    base_params: dict[str, Any] | None = None
+    """Weights that the adapters change, sharded over the devices."""
+    lora: LoraConfig | None = None
+    teacher: dict[str, Any] | None = None
+    """Weights that a student learns from, sharded over the devices."""
+
+    @property
+    def frozen_params(self) -> dict[str, Any] | None:
+        """Return the weights that the step reads and does not change, if there are any."""
+        return self.teacher if self.base_params is None else self.base_params
+
+    def get_adapter(self, trained: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the trained adapter; None where weights were trained."""
+        return None if self.lora is None else add_lora_scale(trained, self.lora.scale)
+
+    def merge_params(self, trained: dict[str, Any]) -> dict[str, Any]:
+        """Return the model's parameters on the host, with an adapter merged into one parameter after the other."""
+        adapter = self.get_adapter(trained)
+        if adapter is None:
+            return trained
+        factors = flatten(adapter)
+
+        def merge_leaf(path: str, leaf: Array) -> np.ndarray:
+            kernel = jax.device_get(leaf)
+            if f"{path}/a" not in factors:
+                return kernel
+            module_factors = {f"kernel/{part}": factors[f"{path}/{part}"] for part in ("a", "b", "scale")}
+            return np.asarray(merge_lora({"kernel": kernel}, unflatten(module_factors))["kernel"])
+
+        return map_with_path(merge_leaf, self.base_params)
+
+
+def init_denoiser(training: DenoiserTraining, key: Array) -> dict[str, Any]:
+    """Return random parameters of a denoiser and its text encoder. Traceable."""
+    return {
+        "backbone": init_params(training.backbone.make, jax.random.fold_in(key, 0)),
+        "text": init_params(training.text.make, jax.random.fold_in(key, 1)),
+    }
+
+
+def open_trainable_denoiser(
+    training: DenoiserTraining, folder: Path, mesh: Mesh, *, is_resuming: bool
+) -> TrainableDenoiser:
+    """Return the trained part of the denoiser; `is_resuming` is True if `folder` has checkpoints already.
+
+    Pretrained weights are read one parameter at a time, to their devices on `mesh`.
+
+    Raises:
+      MissingError: the folder of the initial weights does not exist.
+      UserError: a folder that holds no denoiser, or one of another model; other base or teacher weights than before.
+    """
+    init, train = functools.partial(init_denoiser, training), training.train
+    check_initial_weights(training)
+    placer = ParameterPlacer(mesh, training)
+    if isinstance(train, LoraAdapters | Student):
+        params = load_initial_denoiser(training, train.init_from, placer)
+        record_identity(folder / "start.json", placer.identity, train.init_from)
+        if isinstance(train, Student):
+            return TrainableDenoiser(init, load_initial=lambda: jax.tree.map(jnp.copy, params), teacher=params)
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        return TrainableDenoiser(lambda key: init_lora(shapes, train.lora, key), base_params=params, lora=train.lora)
+    if (start := train.init_from) is None or is_resuming:
+        return TrainableDenoiser(init)
+    return TrainableDenoiser(init, load_initial=lambda: load_initial_denoiser(training, start, placer))
+
+
+def make_denoiser_loss(
+    experiment: Experiment, mesh: AnyMesh, *, empty_caption: Shaped[np.ndarray, "s *E"]
+) -> DenoiserLoss:
+    """Return the loss of the denoiser's training, with its attention sharded over a mesh.
+
+    Args:
+      experiment: the experiment.
+      mesh: the mesh that the loss is computed on.
+      empty_caption: tokens of an empty caption, or their embeddings.
+    """
+    config = experiment.denoiser
+    return DenoiserLoss(
+        backbone=get_graph_def(config.backbone.make, make_parallelism(mesh, experiment.mesh.context_attention)),
+        text=get_graph_def(config.text.make),
+        objective=config.objective,
+        caption_dropout=config.caption_dropout,
+        empty_caption=empty_caption,
+        seed=experiment.seed,
+        frame_conditioning=config.frame_conditioning,
+        time_quantiles=get_time_range(config),
+        time_per=config.time_per,
+        optimizer=get_optimizer_config(config) if config.lora is None else None,
+    )
+
+
+def get_time_range(training: DenoiserTraining) -> tuple[float, float]:
+    """Return the range of the objective's times that is trained, as `DenoiserLoss.shares`."""
+    if training.expert is None:
+        return 0.0, 1.0
+    boundary = time_quantile(training.objective, training.expert.boundary)
+    return (boundary, 1.0) if training.expert.expert == "high" else (0.0, boundary)
+
+
+def add_other_expert(training: DenoiserTraining, params: dict[str, Any]) -> dict[str, Any]:
+    """Return a pipeline's parameters from the trained ones; the other of two experts is read to the host."""
+    if (expert_config := training.expert) is None:
+        return params
+    trained, kept = get_expert_names(training)
+    other = load_denoiser(expert_config.other_folder, kernel_dtype=get_kernel_dtype(training))[1]
+    return {trained: params["backbone"], kept: other, "text": params["text"]}
+
+
+def get_expert_names(training: DenoiserTraining) -> tuple[str, str]:
+    """Return a pipeline's names of the trained expert and of the other one."""
+    low = training.expert is not None and training.expert.expert == "low"
+    return ("low_noise", "backbone") if low else ("backbone", "low_noise")
+
+
+def get_optimizer_config(training: DenoiserTraining) -> OptimizerConfig:
+    """Return the optimizer's config, restricted to the parameters that `training.train` names."""
+    if not isinstance(training.train, TemporalWeights):
+        return training.optimizer
+    return dataclasses.replace(training.optimizer, trainable=(TEMPORAL_PATHS,))
+
+
+def make_denoiser_step(config: DenoiserTraining, loss: DenoiserLoss, *, start_step: int = 0) -> TrainStep:
+    """Return the step of a denoiser's training, from the loss of its parameters.
+
+    Adapted weights, or those of a teacher, are the last constant of the step.
+
+    Args:
+      config: the training.
+      loss: loss of the model's parameters.
+      start_step: number of steps of earlier stages.
+    """
+    optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps, start_step=start_step)
+    if isinstance(config.train, Student):
+        method, ema_decay = config.train.distillation, config.ema_decay
+        return make_distillation_step(method, loss, optimizer, ema_decay=ema_decay, averages=config.averages)
+    return GradientStep(
+        loss=loss if config.lora is None else LoraLoss(loss=loss, scale=config.lora.scale),
+        optimizer=optimizer,
+        ema_decay=config.ema_decay,
+        averages=config.averages,
+        accumulation_steps=config.accumulation_steps,
+    )

@@ -1,0 +1,144 @@
+"""Initial weights of a denoiser: checks before they are read, their placement on devices, and their identity."""
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.core.files import read_json, write_json
+from dit_video.core.trees import flatten, map_with_path
+from dit_video.distributed import make_shardings
+from dit_video.experiment import DenoiserTraining, TemporalWeights
+from dit_video.families import find_format, load_denoiser, read_denoiser_config
+from dit_video.nn import init_params
+from dit_video.pipelines.folder import is_pipeline_folder
+from dit_video.pipelines.pipeline import load_pipeline
+from dit_video.text import FrozenTextConfig
+from dit_video.training.losses.denoiser import TEMPORAL_PATHS
+from dit_video.weights.parameter import Parameter
+
+_TRAINING_ONLY_FIELDS = ("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity")
+"""Fields of configs that weights do not depend on, so that their files do not hold them."""
+
+
+def check_initial_weights(training: DenoiserTraining) -> None:
+    """Check the initial weights and the trained parameters, without reading weights.
+
+    Raises:
+      MissingError: the folder of the initial weights does not exist.
+      UserError: a folder with weights of another model, or no temporal layers where only these are trained.
+    """
+    if isinstance(training.train, TemporalWeights):
+        paths = flatten(jax.eval_shape(lambda key: init_params(training.backbone.make, key), jax.random.key(0)))
+        if not any(re.search(TEMPORAL_PATHS, path) for path in paths):
+            rule = "the denoiser has no temporal layers. Use AllWeights or LoraAdapters."
+            raise UserError(f"train=TemporalWeights is invalid: {rule}")
+    start = training.train.init_from
+    if start is not None and (folder := _find_transformer(start)):
+        _check_same(str(folder), "the transformer", read_denoiser_config(folder), training.backbone)
+        if training.expert is not None:
+            other = training.expert.other_folder
+            _check_same(other, "the transformer", read_denoiser_config(other), training.backbone)
+        if not isinstance(training.text, FrozenTextConfig):
+            raise UserError(f"{start} has no text encoder to train; set text=FrozenTextConfig(...)")
+    denoiser_format = find_format(training.backbone)
+    targets = () if training.lora is None else training.lora.targets
+    for path in () if denoiser_format is None else denoiser_format.unadapted:
+        if any(re.search(pattern, path) for pattern in targets):
+            fix = "use targets that exclude it, such as blocks/.*kernel$"
+            raise UserError(f"adapters of {path} can't be written in other programs' formats; {fix}")
+
+
+def load_initial_denoiser(training: DenoiserTraining, start: str, placer: "ParameterPlacer") -> dict[str, Any]:
+    """Load the initial parameters from the folder `start`, each to its devices as soon as it is read."""
+    if transformer := _find_transformer(start):
+        dtype = placer.kernel_dtype
+        _, params = load_denoiser(
+            transformer, kernel_dtype=dtype, place=lambda path, each: placer(f"backbone/{path}", each)
+        )
+        return {"backbone": params, "text": {}}
+    folder = Path(start)
+    pipeline = load_pipeline(folder if is_pipeline_folder(folder) else folder / "pipeline")
+    for part in ("backbone", "text"):
+        _check_same(str(folder), part, getattr(pipeline.config, part), getattr(training, part))
+    return map_with_path(lambda path, leaf: placer(path, Parameter.from_array(leaf)), pipeline.denoiser_params)
+
+
+def _check_same(folder: str, part: str, actual: Any, expected: Any) -> None:
+    if difference := describe_difference(actual, expected):
+        raise UserError(f"{folder} holds another denoiser than the config's, in {part}: {difference}")
+
+
+def _find_transformer(start: str) -> Path | None:
+    """Return the transformer's folder in a pipeline folder of diffusers, or in its own; None in other folders."""
+    folder = Path(start)
+    if (folder / "model_index.json").is_file():
+        return folder / "transformer"
+    return folder if (folder / "config.json").is_file() else None
+
+
+def get_kernel_dtype(training: DenoiserTraining) -> np.dtype:
+    """Return the dtype that the kernels of linear maps are read in.
+
+    Where only adapters are trained, kernels are kept in the dtype of the matrix products: half the memory in bfloat16.
+    """
+    return jnp.dtype("float32" if training.lora is None else training.backbone.dtype)
+
+
+class ParameterPlacer:
+    """Placement of parameters on a mesh, which records a digest of each."""
+
+    def __init__(self, mesh: Mesh, training: DenoiserTraining):
+        self._mesh, self._digests = mesh, dict[str, str]()
+        self.kernel_dtype = get_kernel_dtype(training)
+
+    def __call__(self, path: str, parameter: Parameter) -> Array:
+        target_dtype = self.kernel_dtype if path.endswith("kernel") else np.dtype(np.float32)
+        digest = hashlib.sha256()
+
+        def hashed_pieces() -> Iterator[np.ndarray]:
+            for piece in parameter.read_chunks():
+                leaf = np.ascontiguousarray(piece.astype(target_dtype, copy=False))
+                digest.update(leaf.reshape(-1).view(np.uint8).data)
+                yield leaf
+
+        sharding = make_shardings({path: parameter}, self._mesh)[path]
+        array = Parameter(parameter.shape, target_dtype, hashed_pieces).to_device(sharding)
+        self._digests[path] = digest.hexdigest()
+        return array
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Return the identity of all parameters that were placed."""
+        return hashlib.sha256(repr(sorted(self._digests.items())).encode()).hexdigest()[:16]
+
+
+def record_identity(path: Path, identity: str, start: str) -> None:
+    """Record the identity of the initial weights; raise if it differs from the recorded one."""
+    if path.is_file() and (before := read_json(path).get("identity")) != identity:
+        raise UserError(f"{start} has other weights ({identity}) than before ({before}); put them back")
+    if jax.process_index() == 0 and not path.is_file():
+        write_json(path, {"start": start, "identity": identity})
+
+
+def describe_difference(actual: Any, expected: Any) -> str:
+    """Describe where two models' configs differ in more than their training; empty if they do not."""
+    configs = (_drop_training_fields(config_json.to_json(config)) for config in (actual, expected))
+    return config_json.describe_difference(*configs)
+
+
+def _drop_training_fields(config: Any) -> Any:
+    """Return a config as JSON, without fields that only training uses."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _drop_training_fields(value) for name, value in config.items() if name not in _TRAINING_ONLY_FIELDS}

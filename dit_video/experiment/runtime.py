@@ -1,0 +1,227 @@
+"""Interface of stages: an experiment lists them, and each is run with the run's folder, devices and clips."""
+
+import abc
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from dit_video.core import config_json, rng
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.storage import StoragePath
+from dit_video.data.clips import ClipSource
+from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed.processes import main_process_first
+from dit_video.experiment import DataConfig, datasets
+from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.hooks.profiler import TraceConfig
+from dit_video.training.loop import LoopConfig
+from dit_video.training.step import TrainStep
+from dit_video.training.trainer import Trainer
+
+_RUN_FOLDERS = ("autoencoder", "checkpoints", "clips", "data", "denoiser", "latents", "pipeline", "samples", "stages")
+"""Names in the folder of a run that no other stage may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedExperiment:
+    """Config of a run: its stages, one after the other, and what they share.
+
+    Raises:
+      UserError: Values that are out of range or inconsistent.
+    """
+
+    name: str
+    data: DataConfig
+    stages: tuple["Stage", ...] = ()
+    """Stages of other packages, such as the training of a model that a later stage reads."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 500
+    preemption_grace: float = 300.0
+    """Maximum number of seconds from SIGTERM or Ctrl-C to the end of the process; preempted machines often have 30."""
+    max_consecutive_skips: int = 10
+    """Number of consecutive steps, skipped because of a non-finite loss or gradient, after which the run ends."""
+    keep: CheckpointPolicy = field(default_factory=CheckpointPolicy)
+    """Policy for preserving checkpoints."""
+
+    def __post_init__(self):
+        positive = {
+            "data.clips_per_video": self.data.clips_per_video,
+            "data.resolutions": min(self.data.resolutions, default=1),
+            "log_every": self.log_every,
+            "save_every": self.save_every,
+            "max_consecutive_skips": self.max_consecutive_skips,
+            "preemption_grace": self.preemption_grace,
+        }
+        check_positive(positive)
+        if not all(0 < weight < math.inf for weight in self.data.weights):
+            raise UserError(f"weights={self.data.weights} is invalid: they must be positive. Leave out unwanted sets.")
+        if self.data.workers < 0:
+            raise UserError(f"workers={self.data.workers} is invalid: it must not be negative.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} is invalid: it must be a whole number from 0 to {2**32 - 1}.")
+        check_names([stage.name for stage in self.stages])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """A run on this machine, made once and handed to every stage."""
+
+    folder: Path
+    """Folder of the run."""
+    experiment: StagedExperiment
+    command: str = ""
+    """Command that continues the run."""
+    process: int = field(default_factory=jax.process_index)
+    """Index of this process."""
+    process_count: int = field(default_factory=jax.process_count)
+    profile: tuple[int, int] | None = None
+    """First and last step that are traced."""
+
+    @property
+    def seed(self) -> int:
+        """Return the seed of the run."""
+        return self.experiment.seed
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """Return the devices, which a run that is only read does not need."""
+        return make_mesh(self.experiment.mesh)
+
+    @functools.cached_property
+    def clips(self) -> ClipSource:
+        """Return all ingested clips."""
+        return datasets.open_datasets(self.folder / "data")
+
+    @property
+    def training_clips(self) -> ClipSource:
+        """Return the split `train`, without the clips that the config holds out."""
+        return self.clips.exclude(self.experiment.data.held_out).select_split("train")
+
+    @property
+    def held_out_clips(self) -> ClipSource:
+        """Return the held-out clips that the config names; without names, the split `validation`."""
+        held_out = self.experiment.data.held_out
+        return self.clips.select(held_out) if held_out else self.clips.select_split("validation")
+
+    def get_checkpoint_folder(self, name: str) -> str | Path:
+        """Return the folder or address of a model's checkpoints, which need not exist yet."""
+        elsewhere = self.folder / "checkpoints"
+        if elsewhere.is_symlink() or elsewhere.is_dir():
+            return str(datasets.resolve(elsewhere) / name)
+        return self.folder / name / "checkpoints"
+
+    def open_checkpoints(self, name: str) -> Checkpoints:
+        """Return the checkpoints of a model, to be read."""
+        return Checkpoints(self.get_checkpoint_folder(name))
+
+    def make_trainer(
+        self,
+        name: str,
+        *,
+        steps: int,
+        init: Callable[[Array], dict[str, Any]],
+        train_step: TrainStep,
+        start_step: int = 0,
+    ) -> Trainer:
+        """Return the trainer of a model in its folder, with the run's seed, mesh, logs and checkpoints.
+
+        Args:
+          name: Name of the model, and of its folder.
+          steps: Number of steps, counted from `start_step`.
+          init: Function from a random key to parameters.
+          train_step: Step of the parameters.
+          start_step: Number of steps of the stages before this one.
+        """
+        folder, experiment = self.folder / name, self.experiment
+        return Trainer(
+            folder=folder,
+            checkpoints=self.get_checkpoint_folder(name),
+            title=f"training the {name}",
+            init=init,
+            random_key=rng.key(self.seed, name),
+            train_step=train_step,
+            config=LoopConfig(
+                steps=start_step + steps,
+                log_every=experiment.log_every,
+                save_every=experiment.save_every,
+                max_consecutive_skips=experiment.max_consecutive_skips,
+                preemption_grace=experiment.preemption_grace,
+            ),
+            trace=None if self.profile is None else TraceConfig(folder / "profile", *self.profile),
+            mesh=self.mesh,
+            start_step=start_step,
+            keep=experiment.keep,
+            resolved_config=config_json.to_json(experiment),
+        )
+
+
+class Stage(abc.ABC):
+    """A step of an experiment: it reads its inputs, and leaves its outputs in the folder of the run.
+
+    A stage of another package is a registered, frozen and keyword-only dataclass; it stands in the config's `stages`.
+    """
+
+    name: str
+    """Name of the stage, which no other stage of the run has."""
+
+    def list_inputs(self, runtime: "Runtime") -> tuple[StoragePath, ...]:
+        """Return the files and folders of earlier stages that this one reads."""
+        return ()
+
+    @abc.abstractmethod
+    def list_outputs(self, runtime: "Runtime") -> tuple[StoragePath, ...]:
+        """Return the files and folders that the stage leaves, each written whole or not at all."""
+
+    def check(self, runtime: "Runtime") -> None:  # noqa: B027  # most stages have nothing to check
+        """Check all that can be checked before the first stage begins.
+
+        Raises:
+          UserError: The stage cannot be run.
+        """
+
+    def is_done(self, runtime: "Runtime") -> bool:
+        """Return whether the stage need not be run, because its outputs exist."""
+        return all(path.exists() for path in self.list_outputs(runtime))
+
+    def is_due(self, runtime: "Runtime") -> bool:
+        """Return whether the stage is not done yet, after the first process has finished the stages before it.
+
+        Raises:
+          MissingError: It is not done, and its inputs do not exist.
+        """
+        with main_process_first():
+            if self.is_done(runtime):
+                return False
+        for path in self.list_inputs(runtime):
+            if not path.exists():
+                raise MissingError(f"stage {self.name} reads {path}, which does not exist. Run the stage before it.")
+        return True
+
+    @abc.abstractmethod
+    def run(self, runtime: "Runtime") -> None:
+        """Make the outputs, or continue to make them after an interruption."""
+
+
+def check_names(names: list[str]) -> None:
+    """Raise if stages do not have folder names of their own."""
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name) or name in _RUN_FOLDERS or names.count(name) > 1:
+            rule = "it must be a folder name of letters, digits and _.- that nothing else of the run has."
+            raise UserError(f"stage name={name!r} is invalid: {rule} Use another name.")
+
+
+def check_positive(values: Mapping[str, int | float]) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name}={value} is invalid: it must be at least 1. Use {name}=1 or more.")

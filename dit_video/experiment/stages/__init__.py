@@ -1,0 +1,1 @@
+"""Stages of an experiment, one a file."""

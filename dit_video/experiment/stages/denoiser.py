@@ -1,0 +1,156 @@
+"""The stage that trains the denoiser."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dit_video.core.files import write_json
+from dit_video.core.storage import StoragePath
+from dit_video.data.captions import CaptionSource
+from dit_video.data.loader import DenoiserBatches
+from dit_video.data.sizes import fit_size
+from dit_video.distributed import count_row_shards
+from dit_video.experiment import export, input_pipeline, monitors
+from dit_video.experiment.autoencoder import read_autoencoder
+from dit_video.experiment.denoiser import (
+    TrainableDenoiser,
+    get_expert_names,
+    make_denoiser_loss,
+    make_denoiser_step,
+    open_trainable_denoiser,
+)
+from dit_video.experiment.encoders import check_encoders, open_text_encoder
+from dit_video.experiment.initial_weights import check_initial_weights
+from dit_video.experiment.runtime import Runtime
+from dit_video.experiment.stages.autoencoder import TrainAutoencoder
+from dit_video.experiment.stages.curriculum import DenoiserStage
+from dit_video.experiment.stages.latents import CacheLatents
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.training.folder_lock import lock_folder
+from dit_video.training.hooks.hook import Hook
+from dit_video.training.hooks.logging import print_on_first_process
+from dit_video.training.losses.denoiser import DenoiserLoss
+from dit_video.training.state import to_host
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDenoiser(DenoiserStage):
+    """Training of the denoiser on cached latents, or on clips that are encoded as they are read.
+
+    The last stage leaves the pipeline.
+    """
+
+    latents: CacheLatents | None = None
+    """Stage that has cached the latents; None to encode clips as they are read."""
+
+    def list_inputs(self, runtime: Runtime) -> tuple[StoragePath, ...]:
+        previous = self.latents or TrainAutoencoder(experiment=self.experiment)
+        return previous.list_outputs(runtime)
+
+    def list_outputs(self, runtime: Runtime) -> tuple[StoragePath, ...]:
+        return () if self.curriculum else (runtime.folder / "pipeline",)
+
+    def is_done(self, runtime: Runtime) -> bool:
+        return self.is_trained(runtime)
+
+    def check(self, runtime: Runtime) -> None:
+        for info in runtime.clips.infos:
+            fit_size(info, self.experiment.limits)
+        runtime = replace(runtime, experiment=self.experiment)
+        input_pipeline.check_inputs(self.experiment, runtime.mesh, runtime.training_clips)
+        check_initial_weights(self.experiment.denoiser)
+        check_encoders(self.experiment, runtime)
+
+    def run(self, runtime: Runtime) -> None:
+        runtime, config = replace(runtime, experiment=self.experiment), self.experiment.denoiser
+        if self.curriculum:
+            print_on_first_process(f"stage {self.curriculum}: up to step {self.end_step}")
+        texts, open_batches = self._open_inputs(runtime)
+        loss = make_denoiser_loss(self.experiment, runtime.mesh, empty_caption=texts.empty)
+        is_resuming = runtime.open_checkpoints("denoiser").latest() is not None
+        trained = open_trainable_denoiser(config, runtime.folder / "denoiser", runtime.mesh, is_resuming=is_resuming)
+        trainer = runtime.make_trainer(
+            "denoiser",
+            steps=config.steps,
+            init=trained.init,
+            train_step=make_denoiser_step(config, loss, start_step=self.start_step),
+            start_step=self.start_step,
+        )
+        trainer = replace(
+            trainer,
+            load_params=trained.load_initial,
+            frozen_params=trained.frozen_params,
+            averages=config.averages,
+            hooks=self._make_hooks(runtime, loss, trained),
+            flops_fn=monitors.make_flops_fn(config),
+        )
+
+        def open_and_record(start: int) -> DenoiserBatches:
+            batches = open_batches(start)
+            self._record_rows(runtime, batches)
+            return batches
+
+        with lock_folder(trainer.folder):
+            state = trainer.prepare(open_and_record)()
+        if not self.curriculum:
+            ema_params = to_host(state.ema)
+            del state
+            self._export(runtime, trained, ema_params)
+
+    def _open_inputs(self, runtime: Runtime) -> tuple[CaptionSource, input_pipeline.BatchFactory]:
+        """Return the captions, and what opens the batches from a step on."""
+        experiment, clips = self.experiment, runtime.training_clips
+        if self.latents is not None:
+            latents, text = self.latents.open(runtime), open_text_encoder(experiment, runtime)
+            texts = input_pipeline.open_captions(text, latents.all_captions, cached=latents)
+            return texts, input_pipeline.make_cached_batches(experiment, runtime.mesh, latents, clips, texts)
+        text = open_text_encoder(experiment, runtime, cache=runtime.folder / "texts")
+        texts = input_pipeline.open_captions(text, [info.captions for info in clips.infos])
+        params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
+        encode = input_pipeline.make_online_encoder(experiment, runtime.mesh, params, clips)
+        return texts, input_pipeline.make_online_batches(experiment, runtime.mesh, clips, texts, encode)
+
+    def _make_hooks(self, runtime: Runtime, loss: DenoiserLoss, trained: TrainableDenoiser) -> tuple[Hook, ...]:
+        """Return the logs, the validation and the samples that the config asks for.
+
+        Raises:
+          MissingError: a logging package is not installed.
+          UserError: no clips are held out to validate on.
+        """
+        experiment, monitoring, folder = self.experiment, self.experiment.monitoring, runtime.folder / "denoiser"
+        hooks = monitors.open_logs(monitoring, folder)
+        if monitoring.validate_every:
+            text = open_text_encoder(experiment, runtime, cache=runtime.folder / "texts")
+            params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
+            clips = runtime.held_out_clips
+            hooks.append(monitors.make_validation(experiment, runtime.mesh, clips, text, params, loss, trained))
+        if monitoring.sample_every:
+            captions = [info.captions[0] for info in runtime.training_clips.infos if info.captions]
+
+            def make_pipeline(ema_params: dict[str, Any]) -> Pipeline:
+                return export.make_pipeline(experiment, runtime, trained.merge_params(ema_params))
+
+            hooks.append(monitors.make_sampling(folder / "samples", monitoring, captions, make_pipeline))
+        return tuple(hooks)
+
+    def _record_rows(self, runtime: Runtime, batches: DenoiserBatches) -> None:
+        """Write `rows.json`, and log what an epoch holds."""
+        summary = batches.summarize(devices=count_row_shards(runtime.mesh))
+        if runtime.process == 0:
+            folder = self.get_folder(runtime) if self.curriculum else runtime.folder / "denoiser"
+            write_json(folder / "rows.json", summary)
+        imbalance = summary.get("imbalance")
+        lost = f", {imbalance['mean']:.1%} of the time lost by unequal devices" if imbalance else ""
+        print_on_first_process(f"{batches}{lost}")
+
+    def _export(self, runtime: Runtime, trained: TrainableDenoiser, ema_params: dict[str, Any]) -> None:
+        """Write the averaged weights: under the names of other projects, and as a pipeline."""
+        if runtime.process == 0:
+            folder, config = runtime.folder, self.experiment.denoiser
+            expert, _ = get_expert_names(config)
+            if (adapter := trained.get_adapter(ema_params)) is None:
+                export.save_transformer(folder, config.backbone, ema_params, expert=expert)
+            else:
+                export.save_adapter(folder, config.backbone, adapter, trained.base_params or {}, expert=expert)
+        params = trained.merge_params(ema_params)
+        if runtime.process == 0:
+            export.make_pipeline(self.experiment, runtime, params).save(runtime.folder / "pipeline")

@@ -1,0 +1,79 @@
+"""The stage that encodes clips into latents."""
+
+import time
+from dataclasses import dataclass
+
+from dit_video.core.storage import StoragePath
+from dit_video.data.latents import offline
+from dit_video.data.latents.cache import INDEX, LatentSource
+from dit_video.encoders.image import IDENTITY_FILE, open_image_encoder
+from dit_video.experiment import datasets, input_pipeline
+from dit_video.experiment.autoencoder import read_autoencoder
+from dit_video.experiment.encoders import open_text_encoder
+from dit_video.experiment.runtime import Runtime
+from dit_video.experiment.stages.autoencoder import TrainAutoencoder
+from dit_video.experiment.stages.curriculum import DenoiserStage
+from dit_video.training.hooks.logging import Progress, print_on_first_process
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLatents(DenoiserStage):
+    """Encoding of the training clips, with their captions where the text encoder is frozen."""
+
+    def list_inputs(self, runtime: Runtime) -> tuple[StoragePath, ...]:
+        return TrainAutoencoder(experiment=self.experiment).list_outputs(runtime)
+
+    def list_outputs(self, runtime: Runtime) -> tuple[StoragePath, ...]:
+        return (self._get_destination(runtime) / INDEX,)
+
+    def is_done(self, runtime: Runtime) -> bool:
+        return self.is_trained(runtime) or super().is_done(runtime)
+
+    def run(self, runtime: Runtime) -> None:
+        encoding, clips = self.make_encoding(runtime), runtime.training_clips
+        destination = self._get_destination(runtime)
+        identity, plan = offline.compute_latent_identity(encoding, clips), offline.plan_encoding(clips, encoding)
+        with Progress("encoding latents", len(plan.views), unit="clip") as progress:
+            finished = offline.encode_latents(
+                destination,
+                clips,
+                encoding,
+                plan,
+                identity=identity,
+                shard=runtime.process,
+                shards=runtime.process_count,
+                progress=progress.update,
+            )
+        while not finished:  # other processes are still writing their files
+            time.sleep(1)
+            finished = offline.finish_latents(destination, encoding, plan, identity=identity)
+
+    def open(self, runtime: Runtime) -> LatentSource:
+        """Return the cached latents.
+
+        Raises:
+          UserError: they are of other clips or of another autoencoder.
+        """
+        identity = offline.compute_latent_identity(self.make_encoding(runtime), runtime.training_clips)
+        source = LatentSource(self._get_destination(runtime), identity=identity)
+        if source.skipped:
+            name, reason = source.skipped[0]
+            count = len(source.skipped)
+            print_on_first_process(f"{count} clips could not be encoded and are skipped, such as {name}: {reason}")
+        return source
+
+    def make_encoding(self, runtime: Runtime) -> offline.Encoding:
+        """Return the encoding of the clips.
+
+        Raises:
+          MissingError: the autoencoder is not trained yet.
+        """
+        experiment, images = self.experiment, None
+        if (folder := experiment.denoiser.image_encoder) is not None:
+            images = open_image_encoder(folder, identity_file=runtime.folder / IDENTITY_FILE)
+        params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
+        text = open_text_encoder(experiment, runtime)
+        return input_pipeline.make_encoding(experiment, params, text=text, images=images)
+
+    def _get_destination(self, runtime: Runtime) -> StoragePath:
+        return datasets.resolve(self.get_folder(runtime) / "latents")

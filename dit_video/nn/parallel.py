@@ -1,0 +1,57 @@
+"""The interface by which a model is computed over devices; `distributed` implements it for meshes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float
+
+from dit_video.nn.attention import Attention, Backend, Full, Pattern, make_attention
+
+Split = Literal["outputs", "inputs", "fused"]
+"""Division of a linear layer over the mesh axis `tensor`: by its outputs (maps into heads and hidden widths), by its
+inputs (maps out of these), or by the outputs of each of several maps that are fused."""
+
+FusedConstraint = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
+"""A function that splits the weights of several fused maps and constrains the parts' sharding; no value changes."""
+
+
+@runtime_checkable
+class WeightConstraint(Protocol):
+    """A sharding constraint for weights during their use; no value changes."""
+
+    def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]: ...
+
+    def constrain_factors(
+        self, a: Float[Array, "i r"], b: Float[Array, "r o"]
+    ) -> tuple[Float[Array, "i r"], Float[Array, "r o"]]:
+        """Constrain a LoRA adapter's factors like their kernel."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """The attention and the sharding of weights that a model is made with; this class is for one device.
+
+    Attention is the only operation of a transformer that mixes tokens. So a model gets its attention functions here,
+    its linear layers get the sharding of their weights, and nothing else in it depends on devices.
+    """
+
+    def make_attention(self, backend: Backend, pattern: Pattern = Full()) -> Attention:
+        """Return the attention among a row's tokens."""
+        return make_attention(backend, pattern=pattern)
+
+    def make_cross_attention(self, backend: Backend) -> Attention:
+        """Return the attention of a row's tokens to those of a context."""
+        return make_attention(backend)
+
+    def make_weight_constraint(self, split: Split | None) -> WeightConstraint | None:
+        """Return the constraint on a linear layer's weights during use."""
+        return None
+
+    def make_fused_constraint(self) -> FusedConstraint | None:
+        """Return the constraint on the weights of several fused maps during use."""
+        return None
+
+
+ONE_DEVICE = Parallelism()

@@ -1,0 +1,56 @@
+"""The quickstart with a U-Net on canvases, instead of a diffusion transformer on packed rows.
+
+python experiments/quickstart.py --config unet
+"""
+
+import dataclasses
+
+from configs import quickstart
+from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.backbones.dit import DitConfig
+from dit_video.backbones.unet import UnetConfig
+from dit_video.data.windows import WindowConfig
+from dit_video.experiment import AutoencoderTraining, Experiment
+from dit_video.tokens import CanvasShape, Grid, PackedShape
+from dit_video.training.optim.optimizer import OptimizerConfig
+
+CHANNELS = 4
+
+
+def make_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
+    """Return the experiment with a seed; `brief` makes it a smoke test of one minute that learns too little."""
+    transformer = make_transformer_experiment(seed, brief=brief)
+    unet = UnetConfig(channels=CHANNELS, context_width=64, width=32, multipliers=(1, 2), heads=4)
+    size = Grid(5, 28, 28)
+    canvas = CanvasShape(size=size, text=320, segments=18, cell=unet.size_multiple, padding=unet.canvas_padding)
+    return dataclasses.replace(
+        transformer, denoiser=dataclasses.replace(transformer.denoiser, backbone=unet, layout=canvas)
+    )
+
+
+def make_transformer_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
+    """Return the same experiment with a transformer: it differs in `backbone` and `layout` alone."""
+    base = quickstart.make_experiment(seed, brief=brief)
+    autoencoder = AutoencoderTraining(
+        model=PatchVaeConfig(stride=Grid(4, 4, 4), channels=CHANNELS, width=40, blocks=2),
+        windows=(
+            WindowConfig(size=Grid(17, 32, 32), batch=8),
+            WindowConfig(size=Grid(9, 32, 32), batch=8),
+            WindowConfig(size=Grid(1, 32, 32), batch=16),
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
+        steps=60 if brief else 900,
+        loss=AutoencoderObjective.pixels(kl=1e-4),
+    )
+    denoiser = dataclasses.replace(
+        base.denoiser,
+        backbone=DitConfig(channels=CHANNELS, context_width=64, patch=Grid(1, 4, 4), width=176, layers=4, heads=4),
+        layout=PackedShape(tokens=120, text=320, segments=18),
+        batch=4,
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="wsd", warmup=50, b2=0.99),
+        steps=60 if brief else 2000,
+    )
+    return dataclasses.replace(base, name="shapes-unet", autoencoder=autoencoder, denoiser=denoiser)
+
+
+EXPERIMENT = make_experiment()

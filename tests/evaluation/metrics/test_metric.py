@@ -1,0 +1,131 @@
+"""Rules of all metrics: merged states, described values, and results that no other metric changes."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.data.synthetic import shapes
+from dit_video.evaluation.collection import MetricCollection
+from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
+from dit_video.evaluation.metrics.metric import (
+    ClipReconstruction,
+    MeanMetric,
+    MetricBatch,
+    MetricDescription,
+    MetricValue,
+)
+from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim, psnr, ssim
+
+METRICS = ShapesEvaluation().metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SceneColumn(MeanMetric):
+    """Mean column at which the shapes of the references start."""
+
+    needs, name = ("scenes",), "column"
+    description = MetricDescription(label="column")
+
+    def measure(self, batch):
+        assert (batch.samples, batch.references, batch.pairs, batch.pipeline) == ((), (), (), None)
+        return [geometry.column for _, geometry in batch.scenes]
+
+
+def make_batch(*indices):
+    clips = [shapes.render_example(index, seed=1) for index in indices]
+    others = [dataclasses.replace(clip, frames=255 - clip.frames) for clip in clips]
+    pairs = [ClipReconstruction(str(number), *pair) for number, pair in enumerate(zip(clips, others, strict=True))]
+    scenes = [shapes.draw_example(index, seed=1)[:2] for index in indices]
+    prompts = [clip.caption for clip in clips]
+    return MetricBatch(samples=clips, prompts=prompts, pairs=pairs, baselines=clips, scenes=scenes)
+
+
+@pytest.mark.parametrize("metric", [*METRICS, SceneColumn()], ids=lambda metric: type(metric).__name__)
+def test_a_merged_state_is_that_of_all_examples(metric):
+    batches = [make_batch(0, 1, 2).select(metric.needs), make_batch(3, 4).select(metric.needs)]
+    whole = functools.reduce(metric.update, batches, metric.init())
+    parts = [metric.update(metric.init(), batch) for batch in batches]
+    values = metric.compute(whole)
+    assert metric.compute(metric.merge(*parts)) == values
+    assert metric.compute(metric.merge(metric.init(), whole)) == values
+    assert list(values) == list(metric.describe())
+    assert {each.count for each in metric.compute(metric.init()).values()} == {0}
+    assert {each.value for each in metric.compute(metric.init()).values()} == {None}
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: type(metric).__name__)
+def test_no_metric_changes_another(metric):
+    batch = make_batch(0, 1, 2, 3)
+    alone, together = MetricCollection([metric]), MetricCollection(METRICS)
+    for collection in (alone, together):
+        collection.update(batch)
+    assert alone.compute().items() <= together.compute().items()
+
+
+def test_means_of_reconstructions_are_those_of_the_clips():
+    pairs = make_batch(0, 1, 2).pairs
+    for metric, measure in ((Psnr(), psnr), (Ssim(), ssim)):
+        values = [measure(pair.original.frames, pair.decoded.frames) for pair in pairs]
+        state = metric.update(metric.init(), MetricBatch(pairs=pairs))
+        estimate = metric.compute(state)[metric.name]
+        assert (estimate.value, estimate.count) == (np.mean(values), 3)
+        assert estimate.interval[0] < estimate.value < estimate.interval[1]
+        assert metric.list_examples(state) == [{metric.name: value} for value in values]
+
+
+def test_equal_clips_have_a_psnr_of_100_db():
+    batch = make_batch(0, 1)
+    same = [pair._replace(decoded=pair.original) for pair in batch.pairs]
+    metric = Psnr()
+    assert metric.measure(MetricBatch(pairs=same)) == [100.0, 100.0]
+    assert LinearPsnr().measure(batch) == [100.0, 100.0]
+    assert list(LinearPsnr().measure(MetricBatch(pairs=batch.pairs))) == []
+    assert metric.describe()["psnr"].format_value(100.0) == "100.0 dB"
+
+
+def test_values_are_written_with_their_units():
+    share = MetricDescription(label="share", unit="%", decimals=1)
+    assert share.format_value(1 / 3) == share.format_value(1 / 3, is_precise=True) == "33.3%"
+    number = MetricDescription(label="distance", decimals=2)
+    assert (number.format_value(1 / 3), number.format_value(1 / 3, is_precise=True)) == ("0.33", "0.333")
+    estimate = MetricValue(value=0.5, interval=(0.25, 0.75), count=4)
+    assert share.format_interval(estimate) == "25.0% to 75.0%"
+    assert share.format_interval(MetricValue(value=0.5, count=1)) == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_is_finite(value):
+    with pytest.raises(UserError, match=r"is invalid: a metric is a finite number\. Use None"):
+        MetricValue(value=value, count=1)
+
+
+def test_an_evaluation_refuses_what_it_cannot_compute():
+    with pytest.raises(UserError, match=r"two have a value 'psnr'\. Leave one out"):
+        CaptionEvaluation(metrics=(Psnr(), Psnr()))
+    with pytest.raises(UserError, match=r"metric SceneColumn is invalid: CaptionEvaluation has no scenes"):
+        CaptionEvaluation(metrics=(SceneColumn(),))
+    assert ShapesEvaluation(metrics=(SceneColumn(),)).metrics == (SceneColumn(),)
+
+    class Misspelled(SceneColumn):
+        needs = ("sample",)
+
+    with pytest.raises(UserError, match="metric Misspelled is invalid: ShapesEvaluation has no sample"):
+        ShapesEvaluation(metrics=(Misspelled(),))
+
+    class Nothing(SceneColumn):
+        needs = ("pipeline",)
+
+    with pytest.raises(UserError, match="metric Nothing is invalid: its needs name no examples"):
+        ShapesEvaluation(metrics=(Nothing(),))
+
+
+def test_an_evaluation_is_written_with_its_metrics():
+    config = CaptionEvaluation(trained=1, metrics=(Ssim(), LinearPsnr()))
+    assert config_json.from_json(config_json.to_json(config)) == config
+    written = config_json.to_json(config) | {"metrics": [config_json.to_json(CaptionEvaluation())]}
+    with pytest.raises(UserError, match=r"metrics=.* of CaptionEvaluation is invalid"):
+        config_json.from_json(written)
