@@ -30,8 +30,8 @@ def experiment(tiny, names):
     backbone = dataclasses.replace(
         tiny.EXPERIMENT.denoiser.backbone, context=NoContext(), context_width=0, labels=labels
     )
-    text, rows = ClassNamesConfig(classes=len(names), names=names), PackedShape(tokens=12, text=3, segments=3)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, backbone=backbone, text=text, rows=rows)
+    text, layout = ClassNamesConfig(classes=len(names), names=names), PackedShape(tokens=12, text=3, segments=3)
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, backbone=backbone, text=text, layout=layout)
     return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
 
 

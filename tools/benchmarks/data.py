@@ -16,7 +16,7 @@ from typing import Any
 
 import av
 
-from benchmarks.settings import Setting, make_examples, make_latents
+from benchmarks.settings import Setting, get_row_shape, make_examples, make_latents
 from benchmarks.steps import TrainingSetup, count_compilations, get_peak_memory
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
@@ -61,7 +61,7 @@ def measure_latents(setting: Setting, setup: TrainingSetup, num_examples: int) -
         reading = LoaderConfig(batch=config.batch, seed=0)
         texts = TokenizedCaptions(source.all_captions, config.text.make_tokenizer())
         batches = load_packed_batches(
-            source, texts, patch=config.backbone.patch, shape=config.row_shape, config=reading
+            source, texts, patch=config.backbone.patch, shape=get_row_shape(config), config=reading
         )
         epoch = -(-batches.rows_per_epoch // config.batch)
         last = int(setup.state.step) + epoch
@@ -201,7 +201,7 @@ def measure_memory(setting: Setting, num_examples: int, batches: int) -> dict[st
             source,
             TokenizedCaptions(source.all_captions, config.text.make_tokenizer()),
             patch=config.backbone.patch,
-            shape=config.row_shape,
+            shape=get_row_shape(config),
             config=LoaderConfig(batch=config.batch, seed=0),
         )
         memory = {}

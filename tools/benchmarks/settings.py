@@ -23,6 +23,7 @@ from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import (
     CanvasShape,
     Grid,
+    LayoutShape,
     PackedBatch,
     PackedExample,
     PackedShape,
@@ -177,6 +178,11 @@ def tokenize_bytes(config: ByteEncoderConfig, caption: str) -> np.ndarray:
     return np.asarray(tokens + [0] * (-len(tokens) % config.patch), np.int32)
 
 
+def get_row_shape(config: Any) -> LayoutShape:
+    """Return the rows or canvases of a setting's denoiser; the built-in one has no dense batches."""
+    return getattr(config, "row_shape", config.layout)
+
+
 class SyntheticBatches:
     """Endless batches of packed rows, from examples in memory."""
 
@@ -185,7 +191,7 @@ class SyntheticBatches:
         self._config = config = setting.denoiser
         grids = [compute_token_grid(example.latents, config.backbone.patch) for example in self._examples]
         text = np.asarray([len(tokenize_bytes(config.text, example.caption)) for example in self._examples])
-        shape, names = config.row_shape, [example.caption for example in self._examples]
+        shape, names = get_row_shape(config), [example.caption for example in self._examples]
         canvases = CanvasPacking(grids, text, shape, names) if isinstance(shape, CanvasShape) else None
         tokens = np.asarray([grid.volume for grid in grids])
         self._stream = RowStream(tokens, text, shape, seed=0, canvases=canvases)
@@ -205,4 +211,4 @@ class SyntheticBatches:
             tokens = patchify(make_latents(self._setting, int(index), example), patch)
             positions = compute_positions(compute_token_grid(example.latents, patch))
             examples.append(PackedExample(tokens, positions, tokenize_bytes(self._config.text, example.caption), rank))
-        return pack(examples, self._config.row_shape, width=self._config.backbone.token_width)
+        return pack(examples, get_row_shape(self._config), width=self._config.backbone.token_width)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.settings import Setting, SyntheticBatches, tokenize_bytes
+from benchmarks.settings import Setting, SyntheticBatches, get_row_shape, tokenize_bytes
 from dit_video.autoencoders import latent_grid
 from dit_video.core import rng
 from dit_video.core.trees import count_values as count
@@ -118,7 +118,7 @@ def measure_denoiser(setting: Setting, steps: int, num_examples: int) -> tuple[d
     packed = SyntheticBatches(setting, num_examples)
     batches = list(itertools.islice(packed, 8))
     figures, setup = time_steps(make_training_setup(setting, *make_denoiser_parts(setting)), batches, steps)
-    tokens = config.batch * config.row_shape.tokens
+    tokens = config.batch * get_row_shape(config).tokens
     real = float(np.mean([(batch.segments > 0).sum(axis=(0, 1)) for batch in batches]))
     figures |= {
         "tokens_per_step": tokens,
