@@ -1,6 +1,9 @@
 """The denoising function of a backbone, which diffusion calls."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from dit_video.backbones.protocol import Backbone
 from dit_video.conditioning import ClassIds, Conditioning, TextTokens
@@ -9,15 +12,30 @@ from dit_video.text import Context
 from dit_video.tokens import PackedRows
 
 
-def make_denoise_fn(backbone: Backbone, layout: PackedRows, conditioning: Conditioning) -> DenoiseFn:
-    """Return the `denoise` of rows, from noisy tokens `B N p` and times `B N` to `B N prediction`.
+def make_denoise_fn(
+    backbone: Backbone,
+    layout: PackedRows,
+    conditioning: Conditioning,
+    *,
+    change_input: Callable[[Array, Array], tuple[Array, Array]] | None = None,
+) -> DenoiseFn:
+    """Return the `denoise` of rows, from noisy tokens `B N p` and times `B N`, or one time, to `B N prediction`.
 
     All tokens of a segment have one time, except in a model with a time per token. A predicted variance follows the
     whole prediction: the two are not interleaved per position as in the model's output.
+
+    Args:
+      backbone: the model.
+      layout: places of the clips in the rows.
+      conditioning: conditioning of the clips.
+      change_input: function of the tokens and their times `B N` that returns those that the model gets.
     """
     config = backbone.config
 
     def denoise(noisy, time, state):
+        time = jnp.broadcast_to(time, noisy.shape[:2])
+        if change_input is not None:
+            noisy, time = change_input(noisy, time)
         backbone_time = time if config.time == "token" else layout.max(time)
         prediction, next_state = backbone(noisy, backbone_time, layout, conditioning, state)
         if prediction.shape[-1] == noisy.shape[-1]:

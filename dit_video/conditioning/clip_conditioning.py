@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Key, UInt8
+from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
 from dit_video.core.errors import UserError
 from dit_video.nn import Linear, Parallelism
@@ -34,7 +34,7 @@ class ClipConditioning(abc.ABC):
     """Conditioning of a model by a field of every clip; a subclass is a frozen dataclass.
 
     Its values are computed when clips are encoded, are stored with their latents, and go through the rows to the model,
-    which embeds them. In sampling a request gives them; without, they are zero.
+    which embeds them. In sampling a request gives them, and how strongly they act; without, they are zero.
 
     Raises:
       UserError: If `dropout` is no probability below 1.
@@ -82,17 +82,34 @@ class ClipConditioning(abc.ABC):
         """
         return np.zeros((self.field.length, 3), np.float32)
 
-    def prepare(self, values: Array, layout: PackedRows, keys: Key[Array, "B G"] | None) -> Any:
-        """Return the record of a batch. With the keys of the examples, in training, values are dropped at random."""
-        if keys is not None and self.dropout:
+    def prepare(
+        self, values: Array, layout: PackedRows, keys: Key[Array, "B G"], strength: Float[Array, "B G"] | None
+    ) -> Any:
+        """Return the record of a batch.
+
+        By default values are dropped at random in training, and multiplied by the strength in sampling.
+
+        Args:
+          values: the field in rows.
+          layout: places of the clips.
+          keys: keys of the clips, for random numbers; in sampling those of the requests' seeds.
+          strength: strengths that requests ask for, 1 unless they say so; None in training.
+        """
+        if strength is not None:
+            if self.field.dtype == "float32":
+                values = values * self.spread(strength, values, layout)
+        elif self.dropout:
             is_dropped = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.dropout
-            if self.field.alignment in ("frame", "grid"):
-                is_dropped = layout.expand(is_dropped)
-            elif self.field.length:
-                is_dropped = jnp.repeat(is_dropped, self.field.length, axis=1)
-            is_dropped = is_dropped.reshape(*is_dropped.shape, *(1,) * (values.ndim - is_dropped.ndim))
-            values = jnp.where(is_dropped, jnp.zeros_like(values), values)
+            values = jnp.where(self.spread(is_dropped, values, layout), jnp.zeros_like(values), values)
         return self.record(jnp.asarray(values))
+
+    def spread(self, per_clip: Shaped[Array, "B G"], values: Array, layout: PackedRows) -> Shaped[Array, "..."]:
+        """Return one value per clip in a shape that broadcasts against the field's values."""
+        if self.field.alignment in ("frame", "grid"):
+            per_clip = layout.expand(per_clip)
+        elif self.field.length:
+            per_clip = jnp.repeat(per_clip, self.field.length, axis=1)
+        return per_clip.reshape(*per_clip.shape, *(1,) * (values.ndim - per_clip.ndim))
 
 
 class _LinearEmbedding(nnx.Module):

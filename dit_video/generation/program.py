@@ -21,8 +21,9 @@ from dit_video.diffusion import (
     batched,
     sequential,
 )
-from dit_video.generation.conditioning import hold_clean_tokens, make_conditioning
-from dit_video.generation.rows import SamplingBatch
+from dit_video.generation.conditioning import make_conditioning
+from dit_video.generation.packing import SamplingBatch
+from dit_video.generation.transform import StepInputs, StepTransform
 from dit_video.tokens import PackedBatch
 
 MIN_PROGRAM_STEPS = 64
@@ -47,6 +48,7 @@ def make_program(
     process: Process,
     prediction: Prediction,
     solver: Solver,
+    transform: StepTransform | None,
     is_batched: bool,
 ):
     """Return the jitted `run(params, state, batch, guidance, sample_times, first)`.
@@ -59,46 +61,58 @@ def make_program(
 
     @jax.jit
     def run(params, state, batch: SamplingBatch, guidance, sample_times, first):
-        def forward(rows: PackedBatch) -> DenoiseFn:
-            context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
-            model = nnx.merge(backbone, params["backbone"])
-            conditioning = make_conditioning(rows, model.config.conditioning)
-            conditioning = conditioning.add(make_text_record(context, rows.layout))
-            denoise = make_denoise_fn(model, rows.layout, conditioning)
-            return hold_clean_tokens(denoise, rows, process)
-
         # All branches have the same noise, segments and positions. The sample is that of the first.
-        rows = batch.branches[0]
+        rows = jax.tree.map(jnp.asarray, batch.branches[0])
+        keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
+
+        def make_denoise(branch: PackedBatch) -> DenoiseFn:
+            copies = len(branch.tokens) // len(rows.tokens)
+            context = nnx.merge(text, params["text"])(branch.text, branch.text_segments)
+            model = nnx.merge(backbone, params["backbone"])
+            conditioning = make_conditioning(branch, model.config.conditioning, jnp.concatenate([keys] * copies))
+            conditioning = conditioning.add(make_text_record(context, branch.layout))
+            change = None
+            if transform is not None:
+                change = functools.partial(transform.change_input, rows=branch, process=process)
+            denoise = make_denoise_fn(model, branch.layout, conditioning, change_input=change)
+            # Traced once, however often the solver and guidance evaluate it.
+            traced, constants = jax.closure_convert(denoise, branch.tokens, jnp.zeros(()), None)
+            return lambda noisy, time, state: traced(noisy, time, state, *constants)
 
         def mean(values):
             """Return the mean of every sample, repeated for its tokens."""
             return rows.layout.expand(rows.layout.mean(values.mean(axis=-1)))[..., None]
 
-        def guided_model() -> DenoiseFn:
-            number = len(batch.branches)
-            # Outside of the guidance interval the conditional branch alone is evaluated. With all branches of a request
-            # in one row (number == 1) it is the whole row, and guidance only combines tokens of its output.
-            conditional = forward(batch.branches[0]) if guidance.interval is not None or number == 1 else None
-            branches: Branches
-            if batch.branch_positions is not None:
-                assert conditional is not None
-                denoise_rows, conditional = conditional, None
-                branches = _gather_branches(denoise_rows, batch.branch_positions)
-            elif is_batched:
-                stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
-                branches = batched(forward(stacked), number)
-            else:
-                branches = sequential(*(forward(branch) for branch in batch.branches))
-            return apply_guidance(branches, guidance, conditional=conditional, mean=mean, **kinds)
-
         def draw(number):
-            keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
             step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys)
             return rows.layout.sample_noise(step_keys, rows.tokens.shape[-1])
 
-        denoise = forward(batch.branches[0]) if guidance is None else guided_model()
+        def change_sample(sample, time, number):
+            assert transform is not None
+            return transform.change_sample(sample, StepInputs(rows, process, time, draw(number)))
+
+        number = len(batch.branches)
+        # Outside of the guidance interval the conditional branch alone is evaluated. With all branches of a request
+        # in one row (number == 1) it is the whole row, and guidance only combines tokens of its output.
+        is_alone = guidance is None or guidance.interval is not None or number == 1
+        conditional = make_denoise(rows) if is_alone else None
+        if guidance is None:
+            assert conditional is not None
+            denoise = conditional
+        else:
+            branches: Branches
+            if batch.branch_positions is not None:
+                assert conditional is not None
+                branches, conditional = _gather_branches(conditional, batch.branch_positions), None
+            elif is_batched:
+                stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
+                branches = batched(make_denoise(stacked), number)
+            else:
+                branches = sequential(*map(make_denoise, batch.branches))
+            denoise = apply_guidance(branches, guidance, conditional=conditional, mean=mean, **kinds)
         options: dict[str, Any] = {"model_times": sample_times.model_times, "noise_fn": draw, "first_step": first}
-        return advance(denoise, state, sample_times.times, solver=solver, **kinds, **options)
+        change = None if transform is None else change_sample
+        return advance(denoise, state, sample_times.times, solver=solver, transform=change, **kinds, **options)
 
     return run
 

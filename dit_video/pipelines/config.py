@@ -1,9 +1,8 @@
 """Configuration of a pipeline, and requests to it."""
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 from dit_video.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.backbones.protocol import BackboneConfig
@@ -11,7 +10,6 @@ from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.generation import Sampling
-from dit_video.generation.tasks.image_to_video import Image
 from dit_video.nn import get_param_shapes
 from dit_video.text import ClassNamesConfig, TextConfig
 from dit_video.tokens import (
@@ -23,6 +21,34 @@ from dit_video.tokens import (
     PackedShape,
     compute_token_grid,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviousStep:
+    """A pipeline whose samples condition this one's: a prior, or a model of low resolution.
+
+    Raises:
+      UserError: a factor below 1.
+    """
+
+    name: str
+    """Name of the conditioning that its sample is the value of."""
+    output: Literal["clip", "latents"] = "clip"
+    """Form of the value: a `Clip`, or latents `t h w c`."""
+    downscale: Grid | None = None
+    """Factors by which its clips are shorter (of the frames after the first) and smaller than this pipeline's; None for
+    its own default size."""
+
+    def __post_init__(self):
+        if self.downscale is not None and min(self.downscale) < 1:
+            raise UserError(f"downscale={self.downscale} is invalid: factors are at least 1. Use Grid(1, 2, 2).")
+
+    def get_size(self, size: Grid, default: Grid) -> Grid:
+        """Return the size of its clips for clips of `size`, where `default` is its own default size."""
+        if self.downscale is None:
+            return default
+        t, h, w = self.downscale
+        return Grid(1 + (size.t - 1) // t, size.h // h, size.w // w)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +86,8 @@ class PipelineConfig:
     """Conditioning on a first frame that the denoiser was trained with; None for a model without it."""
     image_encoder: str | None = None
     """Folder of the frozen CLIP whose image tokens the denoiser attends to, in image-to-video models that use one."""
+    previous: tuple[PreviousStep, ...] = ()
+    """Steps that are sampled before: pipelines of their own, in `steps/NAME` of the folder."""
     evaluation: Any = None
     """Evaluation that its training asked for, an `evaluation.config.Evaluation`; None for one of captions."""
     provenance: dict[str, str] = field(default_factory=dict)
@@ -132,22 +160,6 @@ def check_classes(text: TextConfig, backbone: BackboneConfig) -> None:
         raise UserError(
             f"captions are of {caption_classes} classes, the denoiser's labels of {backbone.class_count}; {fix}"
         )
-
-
-class Request(NamedTuple):
-    """Request for one clip."""
-
-    prompt: str
-    size: Grid | tuple[int, int, int]
-    """Frames, height and width in pixels."""
-    seed: int = 0
-    negative: str = ""
-    image: Image | None = None
-    """First frame of the clip, in models that accept one."""
-    last_image: Image | None = None
-    """Last frame of the clip, in models that accept one."""
-    conditioning: Mapping[str, Any] = {}
-    """Values of further conditioning that the model was trained with, by name; without, it is dropped."""
 
 
 def to_grid(size: Any) -> Grid:

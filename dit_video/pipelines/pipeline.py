@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,17 +24,22 @@ from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
 from dit_video.generation import (
     Denoiser,
+    GenerationTask,
+    Image,
+    ImageToVideo,
     LatentTrace,
+    Request,
     Sampling,
     SamplingRequest,
+    TaskModel,
+    TextToVideo,
     draw_initial_noise,
     sample_latents,
     trace_latents,
 )
 from dit_video.generation.conditioning import make_request_fields
-from dit_video.generation.tasks.image_to_video import ImageConditioner
 from dit_video.nn import get_graph_def, get_param_shapes, merge_lora
-from dit_video.pipelines.config import Image, PipelineConfig, Request, to_grid
+from dit_video.pipelines.config import PipelineConfig, PreviousStep, to_grid
 from dit_video.pipelines.folder import CONFIG, read_pipeline_config, write_pipeline_config
 from dit_video.video import Clip
 from dit_video.weights import get_native_modules, load_lora
@@ -42,12 +47,29 @@ from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 from dit_video.weights.lora import GetLoraModules, no_lora_modules
 
-_AUTOENCODER, _DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
+_AUTOENCODER, _DENOISER, _STEPS = "autoencoder.safetensors", "denoiser.safetensors", "steps"
 _DECODE_BATCH = 8
 """Number of clips that are decoded at once."""
 _DTYPES = ("float32", "bfloat16")
 GuidanceScale = float | int | tuple[float, float] | Guidance
 ExpertName = Literal["backbone", "low_noise"]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Arguments of `Pipeline.generate` besides the prompt and the kind of output."""
+
+    size: tuple[int, int, int] | None
+    steps: int | None
+    guidance: GuidanceScale | None
+    negative: str
+    seed: int
+    sampler: str | Solver | None
+    noise: Float32[np.ndarray, "t h w c"] | None
+    image: Image | None
+    last_image: Image | None
+    conditioning: Mapping[str, Any] | None
+    strengths: Mapping[str, float] | None
+    task: GenerationTask | None
 
 
 class Pipeline:
@@ -59,6 +81,7 @@ class Pipeline:
         *,
         autoencoder: dict[str, Any],
         denoiser: dict[str, Any],
+        previous: Mapping[str, "Pipeline"] | None = None,
         get_lora_modules: GetLoraModules = no_lora_modules,
     ):
         """Create a pipeline.
@@ -67,17 +90,24 @@ class Pipeline:
           config: its configuration.
           autoencoder: parameters of the autoencoder, nested dictionaries of arrays.
           denoiser: parameters of the denoisers and of the text encoder.
+          previous: pipelines of the config's previous steps, by name.
           get_lora_modules: names of linear maps in LoRA files of other projects that `load_lora` accepts.
+
+        Raises:
+          UserError: previous steps other than the config's.
         """
         self.config = config
+        self._previous = dict(previous or {})
+        if set(self._previous) != (names := {step.name for step in config.previous}):
+            raise UserError(f"previous={sorted(self._previous)} is invalid: this config has {sorted(names)}. Use them.")
         self._get_lora_modules = get_lora_modules
         self.codec = LatentCodec(config.autoencoder, autoencoder)
         """Autoencoder with its parameters."""
-        self._image_conditioner = ImageConditioner(
+        self._task_model = TaskModel(
             backbone=config.backbone,
             codec=self.codec,
             frame_conditioning=config.frame_conditioning,
-            image_encoder=config.image_encoder,
+            image_encoder_folder=config.image_encoder,
         )
         self._denoiser = Denoiser(
             backbone=get_graph_def(config.backbone.make),
@@ -89,43 +119,16 @@ class Pipeline:
             patch=config.backbone.patch,
             boundary=config.boundary,
             token_dt=config.token_dt,
-            conditioning=config.backbone.conditioning,
         )
 
     @overload
     def generate(
-        self,
-        prompt: str | int,
-        *,
-        size: tuple[int, int, int] | None = ...,
-        steps: int | None = ...,
-        guidance: GuidanceScale | None = ...,
-        negative: str = ...,
-        seed: int = ...,
-        sampler: str | Solver | None = ...,
-        noise: Float32[np.ndarray, "t h w c"] | None = ...,
-        image: Image | None = ...,
-        last_image: Image | None = ...,
-        conditioning: Mapping[str, Any] | None = ...,
-        output: Literal["clip"] = ...,
+        self, prompt: str | int, *, output: Literal["clip"] = ..., **options: Unpack[GenerateOptions]
     ) -> Clip: ...
 
     @overload
     def generate(
-        self,
-        prompt: str | int,
-        *,
-        size: tuple[int, int, int] | None = ...,
-        steps: int | None = ...,
-        guidance: GuidanceScale | None = ...,
-        negative: str = ...,
-        seed: int = ...,
-        sampler: str | Solver | None = ...,
-        noise: Float32[np.ndarray, "t h w c"] | None = ...,
-        image: Image | None = ...,
-        last_image: Image | None = ...,
-        conditioning: Mapping[str, Any] | None = ...,
-        output: Literal["latents"],
+        self, prompt: str | int, *, output: Literal["latents"], **options: Unpack[GenerateOptions]
     ) -> Float32[np.ndarray, "t h w c"]: ...
 
     def generate(
@@ -142,6 +145,8 @@ class Pipeline:
         image=None,
         last_image=None,
         conditioning=None,
+        strengths=None,
+        task=None,
         output="clip",
     ):
         """Generate one clip from a prompt.
@@ -158,18 +163,22 @@ class Pipeline:
           noise: initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
           image: first frame, a clip of one frame or pixels `[H W 3]` of its size; Wan's I2V needs it, TI2V accepts it.
           last_image: last frame, for models that accept one.
-          conditioning: values of further conditioning that the model was trained with, by name.
+          conditioning: values of further conditioning that the model was trained with, by name; what previous steps
+            sample may be left out.
+          strengths: strengths of further conditioning, by name; 1 by default.
+          task: a `GenerationTask` other than text to video and, with an image, image to video.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
 
         Raises:
           UserError: an unsupported size (the message names the nearest), an unknown class or sampler, less than one
-            step, a seed that is not a whole number below 2**32, noise of another shape, images that do not fit size or
-            model, or a model whose values become NaN or infinite.
+            step, a seed that is not a whole number below 2**32, noise of another shape, images or a task that do not
+            fit size or model, or a model whose values become NaN or infinite.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
         size = self.config.size if size is None else to_grid(size)
-        request = Request(str(prompt), size, seed, negative, image, last_image, conditioning or {})
+        values = conditioning or {}, strengths or {}
+        request = Request(str(prompt), size, seed, negative, image, last_image, *values, task)
         sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
         latent_requests = self._make_latent_requests([request], noise=noise)
         latents = sample_latents(self._denoiser, latent_requests, **self._make_sampling_arguments(sampling, 1))
@@ -203,10 +212,23 @@ class Pipeline:
 
         A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`.
         """
+        return self._decode_clips(
+            self.generate_latents(requests, steps=steps, guidance=guidance, sampler=sampler), requests
+        )
+
+    def generate_latents(
+        self,
+        requests: Sequence[Request],
+        *,
+        steps: int | None = None,
+        guidance: GuidanceScale | None = None,
+        sampler: str | Solver | None = None,
+    ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
+        """Generate normalised latents `t h w c` of all requests; arguments as for `generate_many`."""
         sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
         latent_requests = self._make_latent_requests(requests)
         arguments = self._make_sampling_arguments(sampling, len(latent_requests))
-        return self._decode_clips(sample_latents(self._denoiser, latent_requests, **arguments), requests)
+        return sample_latents(self._denoiser, latent_requests, **arguments)
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
         """Encode a clip, whose size fits the stride, to normalised latents.
@@ -233,6 +255,29 @@ class Pipeline:
         """Return `{"backbone": ..., "text": ...}`, and `"low_noise"` of models with two experts."""
         return self._denoiser.params
 
+    def add_previous_step(self, step: PreviousStep, pipeline: "Pipeline") -> "Pipeline":
+        """Return the pipeline with a step before it, whose samples are values of its conditioning.
+
+        For example, a text-to-video model of low resolution before a model that makes its clips larger:
+
+            both = large.add_previous_step(PreviousStep(name="low_resolution", downscale=Grid(1, 2, 2)), small)
+
+        Requests that give a value of this conditioning skip the step. It is sampled with its own options, for the
+        request's prompts and seed. `save` writes all steps to one folder.
+
+        Raises:
+          UserError: this model has no conditioning of the name.
+        """
+        names = [each.field.name for each in self.config.backbone.conditioning]
+        if step.name not in names:
+            fix = f"Use {', '.join(names)}." if names else "Use a model with conditioning by fields."
+            raise UserError(f"name={step.name!r} of a step is invalid: this model has no such conditioning. {fix}")
+        extended = copy.copy(self)
+        extended._previous = self._previous | {step.name: pipeline}
+        others = (each for each in self.config.previous if each.name != step.name)
+        extended.config = replace(self.config, previous=(*others, step))
+        return extended
+
     def count_parameters(self) -> dict[str, int]:
         """Return the number of parameters of each part."""
         denoiser = {name: count(part) for name, part in self._denoiser.params.items()}
@@ -255,6 +300,8 @@ class Pipeline:
             save_weights(temporary / _AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
             save_weights(temporary / _DENOISER, self._denoiser.params, dtype=jnp.dtype(dtype))
             write_pipeline_config(temporary, self.config)
+            for name, pipeline in self._previous.items():
+                pipeline.save(temporary / _STEPS / name, dtype=dtype)
 
     def with_text_encoder(self, folder: str | Path) -> "Pipeline":
         """Return the same pipeline with its frozen text encoder in another folder.
@@ -264,7 +311,7 @@ class Pipeline:
         """
         config = replace(self.config, text=set_encoder_folder(self.config.text, folder))
         parameters = {"autoencoder": self.codec.params, "denoiser": self._denoiser.params}
-        return Pipeline(config, **parameters, get_lora_modules=self._get_lora_modules)
+        return Pipeline(config, **parameters, previous=self._previous, get_lora_modules=self._get_lora_modules)
 
     def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: ExpertName = "backbone") -> "Pipeline":
         """Return the same pipeline with an adapter merged into its denoiser; this one is unchanged.
@@ -325,7 +372,7 @@ class Pipeline:
     ) -> list[SamplingRequest]:
         config = self.config
         latent_requests = []
-        for request in requests:
+        for request in self._sample_previous_steps(requests):
             if not 0 <= request.seed < 2**32:
                 raise UserError(f"seed={request.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}")
             grid, channels = config.latent_grid(to_grid(request.size)), config.autoencoder.channels
@@ -335,12 +382,28 @@ class Pipeline:
                 raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {initial.shape}")
             if not np.isfinite(initial).all():
                 raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
-            conditioning = self._image_conditioner(to_grid(request.size), request.image, request.last_image)
-            conditioning |= make_request_fields(config.backbone.conditioning, request.conditioning, grid)
-            initial = initial.astype(np.float32)
+            plan = _get_task(request)(request, self._task_model)
+            values = make_request_fields(config.backbone.conditioning, request.conditioning, request.strengths, grid)
+            plan = plan._replace(fields={**values, **plan.fields})
             prompts = request.prompt, request.negative
-            latent_requests.append(SamplingRequest(*prompts, initial, conditioning, request.seed))
+            latent_requests.append(SamplingRequest(*prompts, initial.astype(np.float32), plan, request.seed))
         return latent_requests
+
+    def _sample_previous_steps(self, requests: Sequence[Request]) -> list[Request]:
+        """Return the requests with the values of conditioning that previous steps sample."""
+        requests = list(requests)
+        for step in self.config.previous:
+            pipeline = self._previous[step.name]
+            own = [index for index, request in enumerate(requests) if step.name not in request.conditioning]
+            parts = []
+            for index in own:
+                prompt, size, seed, negative, *_ = requests[index]
+                parts.append(Request(prompt, step.get_size(to_grid(size), pipeline.config.size), seed, negative))
+            sample = pipeline.generate_many if step.output == "clip" else pipeline.generate_latents
+            for index, value in zip(own, sample(parts) if parts else [], strict=True):
+                conditioning = {**requests[index].conditioning, step.name: value}
+                requests[index] = requests[index]._replace(conditioning=conditioning)
+        return requests
 
     def _decode_clips(
         self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]
@@ -384,9 +447,16 @@ def load_pipeline(
         config,
         autoencoder=load_weights(folder / _AUTOENCODER, like=get_param_shapes(config.autoencoder.make)),
         denoiser=load_weights(folder / _DENOISER, like=config.denoiser_shapes),
+        previous={step.name: load_pipeline(folder / _STEPS / step.name) for step in config.previous},
         get_lora_modules=get_lora_modules,
     )
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
+
+
+def _get_task(request: Request) -> GenerationTask:
+    if request.task is not None:
+        return request.task
+    return TextToVideo() if request.image is None and request.last_image is None else ImageToVideo()
 
 
 def _resolve_guidance(own: Sampling, override: GuidanceScale) -> float | tuple[float, float] | Guidance:

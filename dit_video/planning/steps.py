@@ -26,8 +26,9 @@ from dit_video.experiment import DenoiserTraining, Experiment, LoraAdapters, Pre
 from dit_video.experiment.autoencoder import make_autoencoder_step
 from dit_video.experiment.denoiser import init_denoiser, make_denoiser_loss, make_denoiser_step
 from dit_video.generation import SamplingRequest
+from dit_video.generation.conditioning import list_fields
+from dit_video.generation.packing import PackedRequests, Packer
 from dit_video.generation.program import compute_program_steps, make_program
-from dit_video.generation.rows import PackedRequests, Packer
 from dit_video.nn import get_graph_def, init_lora, init_params
 from dit_video.nn.attention import choose_block_size
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
@@ -147,13 +148,17 @@ def _make_batch_shapes(config: DenoiserTraining) -> PyTree:
 
 def _list_fields(config: DenoiserTraining) -> list[Field]:
     """Return the fields of the training's rows."""
-    fields = []
+    fields = [each.field.to_rows(config.backbone.patch) for each in config.backbone.conditioning]
     if config.frame_conditioning is not None and config.frame_conditioning.rest == "grey":
         fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(config.backbone.token_width,)))
-    if config.image_encoder is not None:
-        encoder = read_clip_vision_config(config.image_encoder)
-        fields.append(Field(name=IMAGE_TOKENS, alignment="sequence", shape=(encoder.width,), length=encoder.tokens))
-    return fields
+    return fields + _list_image_fields(config)
+
+
+def _list_image_fields(config: DenoiserTraining) -> list[Field]:
+    if config.image_encoder is None:
+        return []
+    encoder = read_clip_vision_config(config.image_encoder)
+    return [Field(name=IMAGE_TOKENS, alignment="sequence", shape=(encoder.width,), length=encoder.tokens)]
 
 
 def shard_shapes(state: PyTree, mesh: AnyMesh) -> PyTree:
@@ -194,13 +199,19 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -
     # The shapes of a batch do not depend on the clips in it: the smallest one is enough.
     smallest = np.zeros((*config.backbone.size_multiple, config.backbone.channels), np.float32)
     requests = [SamplingRequest("", "", smallest)] * config.batch
-    packer = Packer(requests, {"": empty_caption}, config.backbone.patch, 1.0, guidance.branch_count, config.batch)
+    fields = [field for each in config.backbone.conditioning for field in list_fields(each)]
+    if channels := config.backbone.cond_channels:
+        fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(channels,)))
+    fields += _list_image_fields(config)
+    packer = Packer(
+        requests, {"": empty_caption}, config.backbone.patch, 1.0, guidance.branch_count, config.batch, tuple(fields)
+    )
     members = [[index] for index in range(config.batch)]
     batch = packer.make_batch(PackedRequests(config.row_shape, False, members), members)
     process, solver = config.objective.process, sampling.solver
     batched = sampling.branch_evaluation == "together"
     backbone, text = get_graph_def(config.backbone.make, parallel), get_graph_def(config.text.make)
-    program = make_program(backbone, text, process, config.objective.prediction, solver, batched)
+    program = make_program(backbone, text, process, config.objective.prediction, solver, None, batched)
 
     def start(tokens: Array) -> Any:
         noisy = process.scale_initial_noise(tokens)

@@ -7,10 +7,17 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import AdaptiveProjectedGuidance, Ddim, ExponentialShift, Guidance, RectifiedFlow
-from dit_video.generation import Sampling, SamplingRequest, draw_initial_noise, sample_latents, trace_latents
-from dit_video.generation.rows import RequestSize, plan_rows
+from dit_video.generation import (
+    Sampling,
+    SamplingPlan,
+    SamplingRequest,
+    draw_initial_noise,
+    sample_latents,
+    trace_latents,
+)
+from dit_video.generation.packing import RequestSize, plan_rows
 from dit_video.nn import get_graph_def
-from dit_video.tokens import Grid, PackedShape
+from dit_video.tokens import Field, Grid, PackedShape
 from support.random_params import make_random_params
 from support.tiny_denoiser import DENOISER, DIT, SHAPE, SMALL, make_request
 
@@ -106,8 +113,9 @@ def test_the_image_has_its_own_guidance_scale():
         params={"backbone": make_random_params(CONDITIONED.make), "text": DENOISER.params["text"]},
     )
     latents = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    request = SamplingRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), {"cond_latents": latents})
-    blind = request._replace(fields={"cond_latents": np.zeros_like(latents)})
+    field = Field(name="cond_latents", alignment="grid", shape=(3,))
+    request = SamplingRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), SamplingPlan({field: latents}))
+    blind = request._replace(plan=SamplingPlan({field: np.zeros_like(latents)}))
 
     def one_step(request, guidance):
         return sample_requests([request], Sampling(steps=1, guidance=guidance), denoiser=denoiser)[0]

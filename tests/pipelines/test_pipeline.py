@@ -20,7 +20,7 @@ from dit_video.diffusion import (
     UniPcFlowSchedule,
 )
 from dit_video.encoders.autoencoder import compute_autoencoder_identity
-from dit_video.generation import text_to_video
+from dit_video.generation import sampler
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
@@ -95,7 +95,7 @@ def test_the_prompt_and_the_negative_prompt_change_the_clip(pipeline, latents):
 
 def test_guidance_of_one_evaluates_the_model_once(pipeline, monkeypatch):
     requested = []
-    real = text_to_video.make_program
+    real = sampler.make_program
 
     def make_recording_program(*form):
         def run(params, state, batch, strength, *rest):
@@ -104,7 +104,7 @@ def test_guidance_of_one_evaluates_the_model_once(pipeline, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(text_to_video, "make_program", make_recording_program)
+    monkeypatch.setattr(sampler, "make_program", make_recording_program)
     alone = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, output="latents")
     other = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, negative="a blue square", output="latents")
     assert requested == [False, False]
@@ -115,7 +115,7 @@ def test_guidance_of_one_evaluates_the_model_once(pipeline, monkeypatch):
 
 
 def test_noise_from_the_caller_is_the_starting_point(pipeline, latents):
-    noise = text_to_video.draw_initial_noise(0, Grid(2, 2, 2), 4)
+    noise = sampler.draw_initial_noise(0, Grid(2, 2, 2), 4)
     again = pipeline.generate(PROMPT, size=SMALL, seed=77, noise=noise, output="latents")
     np.testing.assert_array_equal(again, latents)
 

@@ -25,6 +25,9 @@ from dit_video.diffusion.samplers.unipc import UniPc
 NoiseFn = Callable[[Int[Array, ""]], Values]
 """Standard normal noise of a step, by its number from 0 on, in the shape of the sample."""
 
+TransformFn = Callable[[Values, Float[Array, ""], Int[Array, ""]], Values]
+"""Change of the sample after a step, from the sample, its time and the step's number."""
+
 SAMPLERS: dict[str, Solver] = {
     "ddim": Ddim(),
     "ddpm": Ddpm(),
@@ -175,12 +178,15 @@ def advance(
     model_times: Float[Array, " times"] | None = None,
     noise_fn: NoiseFn | None = None,
     first_step: Int[Array, ""] | int = 0,
+    transform: TransformFn | None = None,
 ) -> SamplingState:
     """Advance sampling to the last of `times`; arguments are as for `sample`.
 
     Consecutive calls are equivalent to a single one, even with different models: the state knows the number of steps,
     and `first_step` is the number of the first step of this call. Steps of length 0 are skipped and cost nothing: times
     may be padded with their last one, so that one program serves several numbers of steps.
+
+    `transform` changes the sample after each step, and estimated data in the trace as at time 0.
     """
     solver.check(process)
     if solver.stochastic and noise_fn is None:
@@ -197,9 +203,13 @@ def advance(
         noise = noise_fn(number) if noise_fn is not None and solver.stochastic else None
         solver_state = solver.step(estimate, process, state.solver, StepInterval(time, next_time, noise))
         first, denoiser_state = evaluations[0]
+        data = first.data
+        if transform is not None:
+            solver_state = solver_state._replace(x=transform(solver_state.x, next_time, number))
+            data = transform(data, jnp.zeros_like(next_time), number)
         step, trace = state.steps_done, state.trace
         if trace is not None:
-            trace = Trace(trace.x.at[step].set(solver_state.x), trace.data.at[step].set(first.data))
+            trace = Trace(trace.x.at[step].set(solver_state.x), trace.data.at[step].set(data))
         is_first_failure = (state.failed_step < 0) & ~jnp.isfinite(solver_state.x).all(axis=None)
         failed_step = jnp.where(is_first_failure, step, state.failed_step)
         return SamplingState(solver_state, denoiser_state, step + 1, failed_step, trace)

@@ -129,7 +129,7 @@ class DenoiserLoss:
     def prepare_conditioning(self, config: ClipConditioning, rows: PackedBatch, step: Array) -> Any:
         """Return the record of a field of the clips, of which some are dropped."""
         keys = example_keys(key(self.seed, f"{config.field.name} dropout"), step, rows.examples)
-        return config.prepare(rows.fields[config.field.name], rows.layout, keys)
+        return config.prepare(jnp.asarray(rows.fields[config.field.name]), rows.layout, keys, None)
 
     def draw_times(self, rows: PackedBatch, step: Array) -> Float[Array, "B G"]:
         """Return diffusion times of clips, low-discrepancy over consecutive ranks of the data plan."""

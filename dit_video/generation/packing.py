@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
-from dit_video.conditioning import COND_LATENTS, ClipConditioning
+from dit_video.conditioning import COND_LATENTS
 from dit_video.core.errors import UserError
 from dit_video.core.rng import key
 from dit_video.core.typing import AnyArray
-from dit_video.generation.conditioning import CLEAN_LATENTS, describe_row_fields, make_row_fields
+from dit_video.generation.request import SamplingPlan
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
+    Field,
     Grid,
     LayoutShape,
     PackedBatch,
@@ -31,9 +32,12 @@ from dit_video.tokens import (
     stack_rows,
 )
 
+START_LATENTS = "start_latents"
+"""Name of the field of the latents that sampling starts from."""
+
 
 class SamplingRequest(NamedTuple):
-    """A request of one video."""
+    """A request of one video's latents."""
 
     prompt: str
     """Text prompt."""
@@ -41,27 +45,44 @@ class SamplingRequest(NamedTuple):
     """Prompt of the unconditional branch of guidance; empty for none."""
     noise: Float32[np.ndarray, "t h w c"]
     """Initial noise, of the size of the result."""
-    fields: Mapping[str, np.ndarray] = {}
-    """Conditioning besides the prompt, by name: `cond_latents` `t h w g`, `image_tokens` `i F` (all requests of a model
-    have the same of these), `clean_latents` `f h w c`."""
+    plan: SamplingPlan = SamplingPlan()
     seed: int = 0
-    """Seed of the noise that stochastic samplers add."""
+    """Seed of the noise that stochastic samplers, and conditioning, add."""
 
-    def branches(self, number: int) -> list[tuple[str, Mapping[str, np.ndarray]]]:
-        """Return the prompt and the other conditioning of each branch.
+    def get_token_grid(self, patch: Grid) -> Grid:
+        """Return the size of the video in tokens.
+
+        Raises:
+          UserError: If the patch does not divide it.
+        """
+        return compute_token_grid(Grid(*self.noise.shape[:3]), patch)
+
+    def branches(self, number: int) -> list[tuple[str, Mapping[Field, np.ndarray]]]:
+        """Return the prompt and the fields of each branch of guidance.
 
         Raises:
           UserError: If there are three branches, and the clip has no conditioning latents or has other conditioning.
         """
+        fields = self.fields
         if number < 3:
-            return [(self.prompt, self.fields), (self.negative, self.fields)][:number]
-        if self.fields.keys() != {COND_LATENTS}:
+            return [(self.prompt, fields), (self.negative, fields)][:number]
+        if {field.name for field in fields} - {START_LATENTS} != {COND_LATENTS}:
             raise UserError(
                 "image_scale of guidance is invalid: it needs a model whose only conditioning besides the prompt is "
                 "conditioning latents. Use image_scale=None."
             )
-        without = {COND_LATENTS: np.zeros_like(self.fields[COND_LATENTS])}
-        return [(self.prompt, self.fields), (self.negative, self.fields), (self.negative, without)]
+        without = {
+            field: np.zeros_like(values) if field.name == COND_LATENTS else values for field, values in fields.items()
+        }
+        return [(self.prompt, fields), (self.negative, fields), (self.negative, without)]
+
+    @property
+    def fields(self) -> Mapping[Field, np.ndarray]:
+        """Return the fields of its plan, with the start latents."""
+        if self.plan.start is None:
+            return self.plan.fields
+        start = Field(name=START_LATENTS, alignment="grid", shape=self.plan.start.shape[-1:])
+        return {**self.plan.fields, start: self.plan.start}
 
 
 class RequestSize(NamedTuple):
@@ -190,8 +211,8 @@ class Packer(NamedTuple):
     """Number of guidance branches."""
     rows: int
     """Number of rows of a batch; padding rows fill it up, so that its shape is constant."""
-    conditioning: tuple[ClipConditioning, ...] = ()
-    """Conditioning by fields of the clips, which every request has."""
+    fields: tuple[Field, ...] = ()
+    """Fields of the rows; zero for a request whose plan lacks them."""
 
     def make_batch(self, group: PackedRequests, row_requests: Members) -> SamplingBatch:
         """Return the batch of the requests in some rows of a group."""
@@ -207,33 +228,30 @@ class Packer(NamedTuple):
     def _pack_branches(self, group: PackedRequests, row_requests: Members, branches: Sequence[int]) -> PackedBatch:
         """Return rows of the requests, with these branches of each."""
         items: list[list[PackedExample]] = [[] for _ in row_requests]
-        has_clean = any(CLEAN_LATENTS in request.fields for request in self.requests)
         for number, row in enumerate(row_requests):
             for index in row:
                 request, conditions = self.requests[index], self.requests[index].branches(self.branch_count)
                 tokens = patchify(request.noise, self.patch)
-                positions = compute_positions(self._get_token_grid(index), step=(self.token_dt, 1.0, 1.0))
+                positions = compute_positions(request.get_token_grid(self.patch), step=(self.token_dt, 1.0, 1.0))
+                latents = Grid(*request.noise.shape[:3])
                 for branch in branches:
                     prompt, fields = conditions[branch]
-                    row_fields = make_row_fields(fields, request.noise.shape, self.patch, has_clean=has_clean)
-                    for each in self.conditioning:
-                        row_fields[each.field.name] = each.field.patchify(fields[each.field.name], self.patch)
+                    row_fields = {
+                        field.name: field.patchify(
+                            fields.get(field, np.zeros(field.get_shape(latents), field.dtype)), self.patch
+                        )
+                        for field in self.fields
+                    }
                     items[number].append(PackedExample(tokens, positions, self.texts[prompt], index, row_fields))
         first = items[0][0]
         contents: dict[str, Any] = {
             "width": first.tokens.shape[1],
             "text_width": first.text.shape[1] if first.text.ndim == 2 else 0,
-            "fields": [
-                *describe_row_fields(first.fields),
-                *(each.field.to_rows(self.patch) for each in self.conditioning),
-            ],
+            "fields": [field.to_rows(self.patch) for field in self.fields],
         }
         packed = [pack(row, group.shape, **contents) for row in items]
         packed += [make_empty_row(group.shape, **contents)] * (self.rows - len(packed))
         return stack_rows(packed)
-
-    def _get_token_grid(self, index: int) -> Grid:
-        return compute_token_grid(Grid(*self.requests[index].noise.shape[:3]), self.patch)
 
     def _compute_branch_positions(
         self, group: PackedRequests, row_requests: Members, segments: Int32[np.ndarray, "B N"]

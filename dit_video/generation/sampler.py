@@ -1,4 +1,4 @@
-"""Videos from prompts: requests of any size packed into rows and sampled together.
+"""The sampler: requests of any size packed into rows and sampled together.
 
 Rows have the shape of training, so that one compiled program serves all sizes, prompts, seeds, numbers of steps (of up
 to 64, 128, …) and guidance scales. Another number of rows is compiled separately, and so is another kind of guidance.
@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32
 
-from dit_video.conditioning import ClipConditioning
 from dit_video.core.errors import UserError
 from dit_video.core.rng import key
 from dit_video.diffusion import (
@@ -25,7 +24,6 @@ from dit_video.diffusion import (
     ClipSize,
     Euler,
     Guidance,
-    GuidanceParams,
     GuidanceState,
     Prediction,
     Process,
@@ -37,11 +35,11 @@ from dit_video.diffusion import (
     Velocity,
     init_sampling,
 )
-from dit_video.generation.conditioning import restore_clean_tokens
+from dit_video.generation.packing import START_LATENTS, Packer, RequestSize, SamplingBatch, SamplingRequest, plan_rows
 from dit_video.generation.program import compute_program_steps, make_program
-from dit_video.generation.rows import PackedRequests, Packer, RequestSize, SamplingBatch, SamplingRequest, plan_rows
+from dit_video.generation.transform import StepTransform
 from dit_video.text import Tokenizer
-from dit_video.tokens import Grid, LayoutShape, compute_token_grid, unpack, unpatchify
+from dit_video.tokens import Grid, LayoutShape, unpack, unpatchify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +105,6 @@ class Denoiser(NamedTuple):
     """Time below which the second of two experts, `low_noise`, denoises."""
     token_dt: float = 1.0
     """Distance of consecutive tokens along time, in units of positions."""
-    conditioning: tuple[ClipConditioning, ...] = ()
-    """Conditioning by fields of the clips, which every request has."""
 
 
 class LatentTrace(NamedTuple):
@@ -137,10 +133,10 @@ def sample_latents(
 
     Raises:
       UserError: If the patch does not divide a size, a prompt is longer than a row's text, a single model gets two
-        guidance scales, or values become NaN or infinite (the message names the step).
+        guidance scales, a plan does not fit, or values become NaN or infinite (the message names the step).
     """
     results: dict[int, Float32[np.ndarray, "t h w c"]] = {}
-    for sampled in _sample_batches(denoiser, requests, sampling, shape, rows, has_trace=False):
+    for sampled in _sample_batches(denoiser, requests, sampling, shape, rows):
         results |= sampled.unpack_latents(sampled.state.x)
     return [results[index] for index in range(len(requests))]
 
@@ -152,15 +148,33 @@ def trace_latents(
     results: dict[int, LatentTrace] = {}
     for sampled in _sample_batches(denoiser, requests, sampling, shape, rows, has_trace=True):
         assert sampled.state.trace is not None
-        fields = sampled.batch.branches[0].fields
         trajectories = [
-            [sampled.unpack_latents(tokens) for tokens in np.asarray(restore_clean_tokens(values, fields))]
-            for values in sampled.state.trace
+            [sampled.unpack_latents(tokens) for tokens in np.asarray(values)] for values in sampled.state.trace
         ]
         for index in trajectories[0][0]:
             latents, data = (np.stack([step[index] for step in steps]) for steps in trajectories)
-            results[index] = LatentTrace(np.asarray(sampled.times, np.float32), latents, data)
+            results[index] = LatentTrace(sampled.planned.times, latents, data)
     return [results[index] for index in range(len(requests))]
+
+
+class _PlannedBatch(NamedTuple):
+    """Rows of requests that are sampled together."""
+
+    row_requests: Sequence[Sequence[int]]
+    """Requests of each row, by number."""
+    batch: SamplingBatch
+    is_side_by_side: bool
+    """True if all branches of guidance are in one row."""
+    sample_times: SampleTimes
+    """Times of all steps."""
+    first_step: int
+    """Number of the first step that is taken."""
+    transform: StepTransform | None
+
+    @property
+    def times(self) -> Float32[np.ndarray, " steps"]:
+        """Return the times of the steps that are taken, and the last one."""
+        return np.asarray(self.sample_times.times, np.float32)[self.first_step :]
 
 
 class _SampledBatch(NamedTuple):
@@ -168,21 +182,17 @@ class _SampledBatch(NamedTuple):
 
     denoiser: Denoiser
     requests: Sequence[SamplingRequest]
-    row_requests: Sequence[Sequence[int]]
-    batch: SamplingBatch
-    times: np.ndarray
+    planned: _PlannedBatch
     state: SamplingState
 
     def unpack_latents(self, tokens: Any) -> dict[int, Float32[np.ndarray, "t h w c"]]:
         """Return the latents of every request in rows of tokens, by its number."""
-        rows = self.batch.branches[0]
-        tokens, segments = np.asarray(restore_clean_tokens(tokens, rows.fields)), np.asarray(rows.segments)
-        latents = {}
-        for number, row in enumerate(self.row_requests):
+        tokens, segments = np.asarray(tokens), np.asarray(self.planned.batch.branches[0].segments)
+        latents, patch = {}, self.denoiser.patch
+        for number, row in enumerate(self.planned.row_requests):
             parts = unpack(tokens[number], segments[number])
             for index, part in zip(row, parts[:: len(parts) // len(row)], strict=True):
-                grid = _get_token_grid(self.requests[index], self.denoiser)
-                latents[index] = unpatchify(part, grid, self.denoiser.patch)
+                latents[index] = unpatchify(part, self.requests[index].get_token_grid(patch), patch)
         return latents
 
 
@@ -193,119 +203,137 @@ def _sample_batches(
     shape: LayoutShape,
     rows: int,
     *,
-    has_trace: bool,
+    has_trace: bool = False,
 ) -> Iterator[_SampledBatch]:
-    guidance = sampling.full_guidance
+    is_batched = sampling.branch_evaluation == "together"
+    kinds = denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, sampling.solver
+    for planned in _plan_batches(denoiser, requests, sampling, shape, rows):
+        program = make_program(*kinds, planned.transform, is_batched)
+        state = _init_state(denoiser, planned, sampling, has_trace=has_trace)
+        for params, batch, guidance, times, first in _list_calls(denoiser, planned, sampling, has_trace=has_trace):
+            state = program(params, state, batch, guidance, times, first)
+        sampled = _SampledBatch(denoiser, requests, planned, state)
+        _check_finite(sampled, sampling)
+        yield sampled
+
+
+def _plan_batches(
+    denoiser: Denoiser, requests: Sequence[SamplingRequest], sampling: Sampling, shape: LayoutShape, rows: int
+) -> Iterator[_PlannedBatch]:
+    guidance, patch = sampling.full_guidance, denoiser.patch
     if denoiser.boundary is None and len(guidance.scales) > 1:
         raise UserError(f"guidance={guidance.scales} is invalid: this model has no second expert. Use one number.")
     conditions = [request.branches(guidance.branch_count) for request in requests]
     prompts = dict.fromkeys(prompt for branches in conditions for prompt, _ in branches)
     texts = {prompt: denoiser.tokenizer(prompt) for prompt in prompts}
     sizes = [
-        RequestSize(_get_token_grid(request, denoiser), tuple(len(texts[prompt]) for prompt, _ in branches))
+        RequestSize(request.get_token_grid(patch), tuple(len(texts[prompt]) for prompt, _ in branches))
         for request, branches in zip(requests, conditions, strict=True)
     ]
-    packer = Packer(
-        requests, texts, denoiser.patch, denoiser.token_dt, guidance.branch_count, rows, denoiser.conditioning
-    )
-    for process, indices in _group_by_process(denoiser, requests).items():
-        sample_times = sampling.time_schedule(process, sampling.steps)
+    # Requests are sampled together if they take the same steps: all of them, unless times depend on the size.
+    groups: dict[_Steps, list[int]] = {}
+    for index, (request, size) in enumerate(zip(requests, sizes, strict=True)):
+        clip_size = ClipSize(frames=size.grid.t, frame_tokens=size.grid.h * size.grid.w)
+        groups.setdefault(_plan_steps(request, denoiser.process.specialize(clip_size), sampling), []).append(index)
+    for steps, indices in groups.items():
+        fields = tuple(dict.fromkeys(field for index in indices for field in requests[index].fields))
+        packer = Packer(requests, texts, patch, denoiser.token_dt, guidance.branch_count, rows, fields)
         request_sizes, is_batched = [sizes[index] for index in indices], sampling.branch_evaluation == "together"
         for group in plan_rows(request_sizes, shape, rows=rows, is_batched=is_batched):
             for start in range(0, len(group.rows), rows):
                 members = [[indices[position] for position in row] for row in group.rows[start : start + rows]]
-                batch = packer.make_batch(group, members)
-                state = _sample_batch(denoiser, batch, group, sampling, sample_times, has_trace=has_trace)
-                sampled = _SampledBatch(denoiser, requests, members, batch, np.asarray(sample_times.times), state)
-                _check_finite(sampled, sampling)
-                yield sampled
+                yield _PlannedBatch(
+                    row_requests=members,
+                    batch=packer.make_batch(group, members),
+                    is_side_by_side=group.is_side_by_side,
+                    sample_times=sampling.time_schedule(steps.process, sampling.steps),
+                    first_step=steps.first,
+                    transform=steps.transform,
+                )
 
 
-def _get_token_grid(request: SamplingRequest, denoiser: Denoiser) -> Grid:
-    return compute_token_grid(Grid(*request.noise.shape[:3]), denoiser.patch)
+class _Steps(NamedTuple):
+    """The steps of a request."""
+
+    process: Process
+    """Process for clips of its size, which the times depend on."""
+    first: int
+    transform: StepTransform | None
 
 
-def _group_by_process(denoiser: Denoiser, requests: Sequence[SamplingRequest]) -> dict[Process, list[int]]:
-    """Group requests that are sampled at the same times: all of them, unless times depend on the size."""
-    groups: dict[Process, list[int]] = {}
-    for index, request in enumerate(requests):
-        grid = _get_token_grid(request, denoiser)
-        process = denoiser.process.specialize(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
-        groups.setdefault(process, []).append(index)
-    return groups
+def _plan_steps(request: SamplingRequest, process: Process, sampling: Sampling) -> _Steps:
+    plan, first = request.plan, 0
+    if plan.start is not None:
+        if plan.start.shape != request.noise.shape:
+            shapes = f"{list(plan.start.shape)}, those of the clip {list(request.noise.shape)}"
+            raise UserError(f"start is invalid: its latents are {shapes}. Encode a clip of the size that is requested.")
+        times = np.asarray(sampling.time_schedule(process, sampling.steps).times)
+        first = int((times[:-1] > np.float32(plan.start_time)).sum())
+        if first == sampling.steps:
+            raise UserError(
+                f"start_time={plan.start_time} is invalid: no step begins at or below it. Use at least "
+                f"{times[-2]:.3g}, or more steps."
+            )
+    elif plan.start_time < 1:
+        raise UserError(f"start_time={plan.start_time} is invalid without start latents. Use 1, or give start.")
+    return _Steps(process, first, plan.transform)
+
+
+def _init_state(denoiser: Denoiser, planned: _PlannedBatch, sampling: Sampling, *, has_trace: bool) -> SamplingState:
+    rows, process = planned.batch.branches[0], denoiser.process
+    noise = jnp.asarray(rows.tokens)
+    if START_LATENTS in rows.fields:
+        noisy = process.add_noise(jnp.asarray(rows.fields[START_LATENTS]), noise, jnp.asarray(planned.times[0]))
+    else:
+        noisy = process.scale_initial_noise(noise)
+    has_momentum = sampling.full_guidance.has_momentum
+    guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if has_momentum else None
+    steps = sampling.steps - planned.first_step
+    return init_sampling(sampling.solver, noisy, steps=steps, denoiser=guidance_state, has_trace=has_trace)
+
+
+def _list_calls(
+    denoiser: Denoiser, planned: _PlannedBatch, sampling: Sampling, *, has_trace: bool
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the arguments of the program besides the state, for each expert in turn."""
+    guidance = sampling.full_guidance
+    capacity = sampling.steps - planned.first_step if has_trace else compute_program_steps(sampling.steps)
+    model_times = np.asarray(planned.sample_times.model_times)
+    last_noisy = sampling.steps
+    if denoiser.boundary is not None:
+        last_noisy = int((model_times[:-1] >= np.float32(denoiser.boundary)).sum())
+    for number, expert, start, stop in (
+        (0, "backbone", planned.first_step, last_noisy),
+        (1, "low_noise", max(planned.first_step, last_noisy), sampling.steps),
+    ):
+        if start >= stop:
+            continue
+        params = {"backbone": denoiser.params[expert], "text": denoiser.params["text"]}
+        guidance_params = guidance.get_params(number) if guidance.branch_count > 1 else None
+        is_unguided = guidance.branch_count == 2 and guidance.scales[min(number, len(guidance.scales) - 1)] == 1.0
+        # An expert whose scale is 1 needs no other branches. Momentum still needs them, and so do rows that hold them.
+        if is_unguided and not planned.is_side_by_side and not guidance.has_momentum:
+            guidance_params = None
+        batch = planned.batch
+        if guidance_params is None:
+            batch = batch._replace(branches=batch.branches[:1])
+        padded = (_pad_times(values, start, stop, capacity) for values in planned.sample_times)
+        yield params, batch, guidance_params, SampleTimes(*map(jnp.asarray, padded)), np.int32(start)
 
 
 def _check_finite(sampled: _SampledBatch, sampling: Sampling) -> None:
-    step = int(sampled.state.failed_step)
+    step, planned = int(sampled.state.failed_step), sampled.planned
     if step < 0:
         return
     if not all(np.isfinite(latents).all() for latents in sampled.unpack_latents(sampled.state.x).values()):
-        time = float(sampled.times[step])
         raise UserError(
-            f"step {step + 1} of {sampling.steps}, at time {time:.4g}, gave NaN or infinity: the weights have "
-            "diverged, or the sampling is too coarse for them. Use an earlier checkpoint, or less guidance."
+            f"step {planned.first_step + step + 1} of {sampling.steps}, at time {float(planned.times[step]):.4g}, gave "
+            "NaN or infinity: the weights have diverged, or the sampling is too coarse for them. Use an earlier "
+            "checkpoint, or less guidance."
         )
-
-
-def _sample_batch(
-    denoiser: Denoiser,
-    batch: SamplingBatch,
-    group: PackedRequests,
-    sampling: Sampling,
-    sample_times: SampleTimes,
-    *,
-    has_trace: bool,
-) -> SamplingState:
-    """Return the last state, after each expert in turn."""
-    has_momentum, solver = sampling.full_guidance.has_momentum, sampling.solver
-    noisy = denoiser.process.scale_initial_noise(jnp.asarray(batch.branches[0].tokens))
-    guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if has_momentum else None
-    state = init_sampling(solver, noisy, steps=sampling.steps, denoiser=guidance_state, has_trace=has_trace)
-    is_batched = sampling.branch_evaluation == "together"
-    program = make_program(denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, solver, is_batched)
-    capacity = sampling.steps if has_trace else compute_program_steps(sampling.steps)
-    for stage in _split_by_expert(denoiser.boundary, sampling, np.asarray(sample_times.model_times)):
-        params = {"backbone": denoiser.params[stage.expert], "text": denoiser.params["text"]}
-        guidance = stage.params
-        # An expert whose scale is 1 needs no other branches. Momentum still needs them, and so do rows that hold them.
-        if guidance is not None and not group.is_side_by_side and stage.conditional_only and not has_momentum:
-            guidance = None
-        expert_batch = (
-            batch if guidance is not None or group.is_side_by_side else batch._replace(branches=batch.branches[:1])
-        )
-        padded = (_pad_times(values, stage.start, stage.stop, capacity) for values in sample_times)
-        times = SampleTimes(*map(jnp.asarray, padded))
-        state = program(params, state, expert_batch, guidance, times, np.int32(stage.start))
-    return state
 
 
 def _pad_times(times: Any, start: int, stop: int, capacity: int) -> Float32[np.ndarray, " {capacity}+1"]:
     """Return the times of some steps, padded with the last one to `capacity` intervals."""
     part = np.asarray(times, np.float32)[start : stop + 1]
     return np.concatenate([part, np.full(capacity + 1 - len(part), part[-1], np.float32)])
-
-
-class _ExpertSteps(NamedTuple):
-    """The steps of one expert."""
-
-    expert: str
-    start: int
-    stop: int
-    params: GuidanceParams | None
-    conditional_only: bool
-    """The result is this expert's conditional prediction."""
-
-
-def _split_by_expert(boundary: float | None, sampling: Sampling, model_times: np.ndarray) -> list[_ExpertSteps]:
-    guidance = sampling.full_guidance
-
-    def stage(expert: str, number: int, start: int, stop: int) -> _ExpertSteps:
-        params = guidance.get_params(number) if guidance.branch_count > 1 else None
-        conditional_only = guidance.branch_count == 2 and guidance.scales[min(number, len(guidance.scales) - 1)] == 1.0
-        return _ExpertSteps(expert, start, stop, params, conditional_only)
-
-    if boundary is None:
-        return [stage("backbone", 0, 0, sampling.steps)]
-    noisy_steps = int((model_times[:-1] >= np.float32(boundary)).sum())
-    stages = [stage("backbone", 0, 0, noisy_steps), stage("low_noise", 1, noisy_steps, sampling.steps)]
-    return [stage for stage in stages if stage.start < stage.stop]
