@@ -9,10 +9,11 @@ from dit_video.autoencoders.canvas import (
     merge_sizes,
     pack_canvases,
 )
+from dit_video.autoencoders.identity import IdentityConfig
 from dit_video.autoencoders.image_blocks import ImageLevels
 from dit_video.autoencoders.image_vae import ImageVae, ImageVaeConfig
 from dit_video.autoencoders.inflate import InflatedConfig, inflate
-from dit_video.autoencoders.interface import Autoencoder, AutoencoderConfig, latent_grid
+from dit_video.autoencoders.interface import Autoencoder, AutoencoderConfig, NoisyAutoencoderConfig, latent_grid
 from dit_video.autoencoders.linear import LinearAutoencoder, fit_linear
 from dit_video.autoencoders.objective import AutoencoderObjective
 from dit_video.autoencoders.patch_vae import PatchVae, PatchVaeConfig, from_patches, init_from_linear, to_patches
@@ -34,12 +35,14 @@ __all__ = [
     "ClipCanvas",
     "Codebook",
     "CodebookConfig",
+    "IdentityConfig",
     "ImageLevels",
     "ImageVae",
     "ImageVaeConfig",
     "InflatedConfig",
     "LeCam",
     "LinearAutoencoder",
+    "NoisyAutoencoderConfig",
     "Normalizer",
     "PatchVae",
     "PatchVaeConfig",

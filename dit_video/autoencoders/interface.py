@@ -57,6 +57,19 @@ class AutoencoderConfig(Protocol):
     def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
+@runtime_checkable
+class NoisyAutoencoderConfig(AutoencoderConfig, Protocol):
+    """The configuration of an autoencoder whose decoder is also a denoiser: it takes a time and noise.
+
+    Its module is called as `decode(latents, cache, time=…, keys=…)`, with one key for each clip and chunk.
+    """
+
+    @property
+    def decode_time(self) -> float:
+        """Return the diffusion time at which latents are decoded."""
+        ...
+
+
 def latent_grid(clip: Grid, stride: Grid) -> Grid:
     """Return the latent size of a clip of `T H W` pixels.
 

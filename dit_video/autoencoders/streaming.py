@@ -11,18 +11,19 @@ frame.
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Key, UInt8
 
-from dit_video.autoencoders.interface import AutoencoderConfig, latent_grid
+from dit_video.autoencoders.interface import AutoencoderConfig, NoisyAutoencoderConfig, latent_grid
 from dit_video.autoencoders.tiling import Tile, Tiles, compute_blend_weights, cut_tiles
 from dit_video.core.errors import UserError
+from dit_video.core.rng import key
 from dit_video.nn import ConvCache, get_graph_def
 from dit_video.tokens import Grid
 
@@ -37,6 +38,7 @@ def decode_stream(
     chunk: int = 1,
     tiles: Tiles | None = None,
     sharding: OptionalSharding = None,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
     """Yield the frames of latents, one chunk at a time.
 
@@ -47,17 +49,23 @@ def decode_stream(
       chunk: latent frames per chunk.
       tiles: sizes of tiles for pictures that do not fit in memory; None decodes whole pictures.
       sharding: sharding of a chunk's latents, such as `NamedSharding(mesh, P(None, None, "context"))` for height.
+      seeds: seed of each clip, for decoders that take noise; 0 by default.
 
     Raises:
-      UserError: latents of another number of channels, a chunk without frames, tiles that do not fit the stride, or a
-        height that the number of devices does not divide.
+      UserError: latents of another number of channels, a chunk without frames, tiles that do not fit the stride or for a
+        decoder that takes noise, or a height that the number of devices does not divide.
     """
     if latents.ndim != 5 or latents.shape[-1] != config.channels:
         raise UserError(f"latents {list(latents.shape)} are invalid: use latents [B t h w {config.channels}]")
     _check_chunk(chunk, sharding, latents.shape[2], "latent rows")
     tile_plan = cut_tiles(latents.shape[2], latents.shape[3], tiles, config.stride)
     chunks = (latents[:, start : start + chunk] for start in range(0, latents.shape[1], chunk))
-    for coded, count, is_first in _run_chunks(config, params, chunks, tile_plan, "decode", chunk, sharding):
+    options: dict[str, Any] = {}
+    if isinstance(config, NoisyAutoencoderConfig):
+        if len(tile_plan) > 1:
+            raise UserError("tiles are invalid: this decoder takes noise, which tiles do not share. Use tiles=None.")
+        options["keys"] = jnp.stack([key(seed, "decoder") for seed in seeds or [0] * len(latents)])
+    for coded, count, is_first in _run_chunks(config, params, chunks, tile_plan, "decode", chunk, sharding, **options):
         frames = count * config.stride.t - (config.stride.t - 1 if is_first else 0)
         yield np.asarray(coded)[:, :frames]
 
@@ -173,6 +181,7 @@ def _run_chunks(
     method: str,
     chunk: int,
     sharding: OptionalSharding,
+    keys: Key[Array, " B"] | None = None,
 ) -> Iterator[tuple[Array, int, bool]]:
     """Yield for each chunk its output including padding, its length before padding, and whether it is the first.
 
@@ -187,7 +196,8 @@ def _run_chunks(
     height = target[0] * max(tile.row + tile.height for tile in tiles)
     width = target[1] * max(tile.column + tile.width for tile in tiles)
     previous: tuple[Array, int, bool] | None = None
-    for chunk_values in chunks:
+    for index, chunk_values in enumerate(chunks):
+        noise = () if keys is None else (jax.vmap(jax.random.fold_in, (0, None))(keys, index),)
         is_first = caches[0] is None
         full = chunk if method == "decode" else chunk * stride.t - (stride.t - 1 if is_first else 0)
         padded = np.concatenate([chunk_values, *[chunk_values[:, -1:]] * (full - chunk_values.shape[1])], axis=1)
@@ -195,7 +205,7 @@ def _run_chunks(
         for number, tile in enumerate(tiles):
             tile_values = _slice_tile(padded, tile, source)
             tile_array = jax.device_put(tile_values, sharding) if sharding is not None else tile_values
-            tile_output, caches[number] = run(params, tile_array, caches[number])
+            tile_output, caches[number] = run(params, tile_array, caches[number], *noise)
             if len(tiles) == 1:
                 blended = tile_output
                 continue
@@ -224,11 +234,12 @@ def _jit_method(config: AutoencoderConfig, method: str):
     graph = get_graph_def(config.make)
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def run(params, values, previous_cache):
+    def run(params, values, previous_cache, keys=None):
         cache = ConvCache(previous_cache)
         model = nnx.merge(graph, params)
         if method == "decode":
-            return model.decode(values, cache=cache), cache.features
+            options = {"time": config.decode_time, "keys": keys} if isinstance(config, NoisyAutoencoderConfig) else {}
+            return model.decode(values, cache=cache, **options), cache.features
         return model.encode(values.astype(jnp.float32) * (2 / 255) - 1, cache=cache), cache.features
 
     return run

@@ -1,6 +1,7 @@
 """The interface of conditioning by values of a clip besides its text: a camera's path, actions, a control signal."""
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -66,13 +67,15 @@ class ClipConditioning(abc.ABC):
           UserError: the request's value is invalid.
         """
 
-    def make_embedding(self, width: int, *, dtype: Any, parallel: Parallelism, rngs: nnx.Rngs) -> nnx.Module:
-        """Return the module from values `... *shape` to the model's width.
+    def make_embedding(
+        self, width: int, *, patch: Grid, dtype: Any, parallel: Parallelism, rngs: nnx.Rngs
+    ) -> nnx.Module:
+        """Return the module from the record's values to the model's width; those of a grid are patches.
 
         By default it is a linear map that starts at zero, so that a trained model that is extended by it predicts as
         before.
         """
-        features = int(np.prod(self.field.shape))
+        features = math.prod(self.field.to_rows(patch).shape)
         return _LinearEmbedding(Linear(features, width, init="zero", dtype=dtype, parallel=parallel, rngs=rngs))
 
     def make_positions(self) -> Float32[np.ndarray, "length 3"]:

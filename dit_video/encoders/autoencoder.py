@@ -1,7 +1,7 @@
 """Trained autoencoder in use: clips to latents and back."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -61,8 +61,8 @@ class LatentCodec:
         chunks = encode_stream(self.config, self.params, [pixels[None]], chunk=chunk, **self._options)
         return np.concatenate(list(chunks), axis=1)[0]
 
-    def decode(self, latents: Float32[np.ndarray, "t h w c"], *, fps: float, caption: str = "") -> Clip:
-        """Decode normalised latents to a clip.
+    def decode(self, latents: Float32[np.ndarray, "t h w c"], *, fps: float, caption: str = "", seed: int = 0) -> Clip:
+        """Decode normalised latents to a clip; `seed` is for decoders that take noise.
 
         Raises:
           UserError: latents with another number of channels, or that are not finite.
@@ -72,17 +72,21 @@ class LatentCodec:
             raise UserError(f"latents of shape {list(shape)} are invalid: this autoencoder decodes [t h w {channels}]")
         if not np.isfinite(latents).all():
             raise UserError("the latents hold NaN or infinity; check the model or the file that they come from")
-        return Clip(frames=self.decode_many(latents[None])[0], fps=fps, caption=caption)
+        return Clip(frames=self.decode_many(latents[None], seeds=[seed])[0], fps=fps, caption=caption)
 
-    def decode_many(self, latents: Float32[np.ndarray, "B t h w c"]) -> UInt8[np.ndarray, "B T H W 3"]:
+    def decode_many(
+        self, latents: Float32[np.ndarray, "B t h w c"], *, seeds: Sequence[int] | None = None
+    ) -> UInt8[np.ndarray, "B T H W 3"]:
         """Return the frames of several clips of one size."""
-        return np.concatenate(list(self.decode_chunks(latents)), axis=1)
+        return np.concatenate(list(self.decode_chunks(latents, seeds=seeds)), axis=1)
 
-    def decode_chunks(self, latents: Float32[np.ndarray, "B t h w c"]) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
+    def decode_chunks(
+        self, latents: Float32[np.ndarray, "B t h w c"], *, seeds: Sequence[int] | None = None
+    ) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
         """Yield the frames of `decode_many` in chunks, for clips that are written as they are decoded."""
         values = np.asarray(latents, np.float32)
         chunk = self._get_chunk_length(len(values), Grid(*values.shape[1:4]))
-        return decode_stream(self.config, self.params, values, chunk=chunk, **self._options)
+        return decode_stream(self.config, self.params, values, chunk=chunk, seeds=seeds, **self._options)
 
     def reconstruct(self, clip: Clip) -> Clip:
         """Encode and decode a clip."""

@@ -62,7 +62,7 @@ def read_autoencoder(
       UserError: weights that cannot be read, or of another autoencoder.
     """
     if isinstance(config, PretrainedAutoencoder):
-        return _load_autoencoder_params(config.folder, config.model)
+        return {} if config.folder is None else _load_autoencoder_params(config.folder, config.model)
     if not (folder / WEIGHTS_FILE).is_file():
         raise MissingError(f"{folder} has no trained autoencoder yet; continue its training with: {command}")
     return load_weights(folder / WEIGHTS_FILE, like=get_param_shapes(config.model.make))

@@ -11,7 +11,7 @@ from dit_video.data.bucketing.batches import BucketConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, Objective
 from dit_video.distributed import MeshConfig
-from dit_video.nn import LoraConfig
+from dit_video.nn import LoraConfig, get_param_shapes
 from dit_video.text import TextConfig
 from dit_video.tokens import CanvasShape, PackedShape
 from dit_video.training.losses.codebook import CodebookLearning
@@ -76,15 +76,15 @@ class PretrainedAutoencoder:
     """Config of a pretrained autoencoder, which is not trained.
 
     Raises:
-      UserError: The folder is empty.
+      UserError: The folder is empty, or missing although the autoencoder has weights.
     """
 
     model: AutoencoderConfig
-    folder: str
-    """Folder of its weights in diffusers' layout, or of a pipeline that contains it."""
+    folder: str | None = None
+    """Folder of its weights in diffusers' layout, or of a pipeline that contains it; None for one without weights."""
 
     def __post_init__(self):
-        if not self.folder:
+        if self.folder == "" or (self.folder is None and get_param_shapes(self.model.make)):
             raise UserError("autoencoder.folder is empty. Use the folder of its weights, such as MODEL/vae.")
 
 

@@ -24,31 +24,40 @@ from dit_video.tokens import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreviousStep:
-    """A pipeline whose samples condition this one's: a prior, or a model of low resolution.
+class Downscale:
+    """Size of clips that are shorter and smaller than others by factors; `t` is that of the frames after the first.
 
     Raises:
       UserError: a factor below 1.
     """
 
+    t: int = 1
+    h: int = 1
+    w: int = 1
+
+    def __post_init__(self):
+        if min(self.t, self.h, self.w) < 1:
+            raise UserError(f"{self} is invalid: factors are at least 1. Use Downscale(h=2, w=2).")
+
+    def shrink(self, size: Grid) -> Grid:
+        """Return the smaller size."""
+        return Grid(1 + (size.t - 1) // self.t, size.h // self.h, size.w // self.w)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviousStep:
+    """A pipeline whose samples condition this one's: a prior, or a model of low resolution."""
+
     name: str
     """Name of the conditioning that its sample is the value of."""
     output: Literal["clip", "latents"] = "clip"
     """Form of the value: a `Clip`, or latents `t h w c`."""
-    downscale: Grid | None = None
-    """Factors by which its clips are shorter (of the frames after the first) and smaller than this pipeline's; None for
-    its own default size."""
-
-    def __post_init__(self):
-        if self.downscale is not None and min(self.downscale) < 1:
-            raise UserError(f"downscale={self.downscale} is invalid: factors are at least 1. Use Grid(1, 2, 2).")
+    size: Grid | Downscale | None = None
+    """Size of its clips: fixed, or relative to this pipeline's; None for its own default size."""
 
     def get_size(self, size: Grid, default: Grid) -> Grid:
         """Return the size of its clips for clips of `size`, where `default` is its own default size."""
-        if self.downscale is None:
-            return default
-        t, h, w = self.downscale
-        return Grid(1 + (size.t - 1) // t, size.h // h, size.w // w)
+        return self.size.shrink(size) if isinstance(self.size, Downscale) else self.size or default
 
 
 @dataclass(frozen=True, kw_only=True)

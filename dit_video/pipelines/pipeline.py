@@ -103,7 +103,7 @@ class Pipeline:
         self._get_lora_modules = get_lora_modules
         self.codec = LatentCodec(config.autoencoder, autoencoder)
         """Autoencoder with its parameters."""
-        self._task_model = TaskModel(
+        self.task_model = TaskModel(
             backbone=config.backbone,
             codec=self.codec,
             frame_conditioning=config.frame_conditioning,
@@ -238,13 +238,13 @@ class Pipeline:
         """
         return self.codec.encode(clip)
 
-    def decode(self, latents: Float32[np.ndarray, "t h w c"], *, caption: str = "") -> Clip:
-        """Decode normalised latents to a clip.
+    def decode(self, latents: Float32[np.ndarray, "t h w c"], *, caption: str = "", seed: int = 0) -> Clip:
+        """Decode normalised latents to a clip; `seed` is for autoencoders whose decoder takes noise.
 
         Raises:
           UserError: latents with another number of channels, or that are not finite.
         """
-        return self.codec.decode(latents, fps=self.config.fps, caption=caption)
+        return self.codec.decode(latents, fps=self.config.fps, caption=caption, seed=seed)
 
     def reconstruct(self, clip: Clip) -> Clip:
         """Encode and decode a clip."""
@@ -260,7 +260,7 @@ class Pipeline:
 
         For example, a text-to-video model of low resolution before a model that makes its clips larger:
 
-            both = large.add_previous_step(PreviousStep(name="low_resolution", downscale=Grid(1, 2, 2)), small)
+            both = large.add_previous_step(PreviousStep(name="low_resolution", size=Downscale(h=2, w=2)), small)
 
         Requests that give a value of this conditioning skip the step. It is sampled with its own options, for the
         request's prompts and seed. `save` writes all steps to one folder.
@@ -382,7 +382,7 @@ class Pipeline:
                 raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {initial.shape}")
             if not np.isfinite(initial).all():
                 raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
-            plan = _get_task(request)(request, self._task_model)
+            plan = _get_task(request)(request, self.task_model)
             values = make_request_fields(config.backbone.conditioning, request.conditioning, request.strengths, grid)
             plan = plan._replace(fields={**values, **plan.fields})
             prompts = request.prompt, request.negative
@@ -418,7 +418,8 @@ class Pipeline:
             for start in range(0, len(members), batch):
                 part = members[start : start + batch]
                 stacked = np.stack([latents[index] for index in part] + [latents[part[-1]]] * (batch - len(part)))
-                for index, decoded in zip(part, self.codec.decode_many(stacked), strict=False):
+                seeds = [requests[index].seed for index in part] + [0] * (batch - len(part))
+                for index, decoded in zip(part, self.codec.decode_many(stacked, seeds=seeds), strict=False):
                     clips[index] = Clip(frames=decoded, fps=self.config.fps, caption=requests[index].prompt)
         return [clips[index] for index in range(len(latents))]
 

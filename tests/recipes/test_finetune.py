@@ -41,6 +41,7 @@ from dit_video.experiment.encoders import check_image_encoder
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.run import Run
 from dit_video.families import load_denoiser
+from dit_video.generation import ImageToVideo, Request
 from dit_video.nn import LoraConfig
 from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.tokens import Grid
@@ -132,7 +133,7 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
     latents, encoding, clips = run.open_latents(), run.encoding(), run.runtime.training_clips
     assert latents.identity["image"] == FrozenImageEncoder(animating).identity
     assert latents.identity["behind"] == "grey"
-    condition = dit_video.load(animating)._image_conditioner
+    model = dit_video.load(animating).task_model
     views = {view.name: view for view in plan_encoding(clips, encoding).views}
     assert {view.start > 0 for view in views.values()} == {True, False} == {view.flipped for view in views.values()}
     chosen = [
@@ -141,7 +142,8 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
     for view in chosen:
         index = latents.names.index(view.name)
         frame = read_fitted_clip(clips, view.clip, view.limits, start=view.start).frames[0]
-        expected = condition(view.size, frame[:, ::-1] if view.flipped else frame, None)
+        request = Request("", view.size, image=frame[:, ::-1] if view.flipped else frame)
+        expected = {field.name: values for field, values in ImageToVideo()(request, model).fields.items()}
         cond_latents, image = (latents.read_field(index, field) for field in latents.fields)
         scale = np.abs(expected["image_tokens"]).max()
         np.testing.assert_allclose(image, expected["image_tokens"], atol=2**-8 * scale)

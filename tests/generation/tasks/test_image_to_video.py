@@ -9,8 +9,9 @@ import pytest
 import dit_video
 from dit_video.conditioning import FrameConditioning, make_cond_latents
 from dit_video.core.errors import UserError
+from dit_video.generation import ImageToVideo, Request, TextToVideo
 from dit_video.pipelines.pipeline import Pipeline
-from dit_video.tokens import Grid, patchify
+from dit_video.tokens import patchify
 from support import tiny_clip
 from support.random_params import make_random_params
 from support.tiny_wan import ANIMATING, DIT, SIZE, write_animating_wan, write_wan
@@ -41,8 +42,14 @@ def sample_latents(pipeline, **options):
     return pipeline.generate("a red ball", size=SIZE, steps=2, guidance=1.0, output="latents", **options)
 
 
+def plan_fields(pipeline, image):
+    """Return the fields of a clip that begins with an image, by name."""
+    plan = ImageToVideo()(Request("", SIZE, image=image), pipeline.task_model)
+    return {field.name: values for field, values in plan.fields.items()}
+
+
 def test_the_image_conditions_as_latents_and_as_tokens(animating):
-    conditioning = animating._image_conditioner(Grid(*SIZE), IMAGES[0], None)
+    conditioning = plan_fields(animating, IMAGES[0])
     cond_latents = conditioning["cond_latents"]
     assert cond_latents.shape == (2, 4, 4, 8)
     np.testing.assert_array_equal(cond_latents[0, ..., :4], np.ones((4, 4, 4)))
@@ -122,9 +129,11 @@ def test_without_grey_frames_sampling_has_the_latents_of_training(knowing, mask_
     is_first = np.arange(len(tokens)) < len(tokens) // 2
     sizes = {"patch_volume": DIT.patch.volume, "channels": channels}
     expected = make_cond_latents(tokens[None], jnp.asarray(is_first)[None], **sizes)[0]
-    fields = pipeline._image_conditioner(Grid(*SIZE), clip.frames[0], None)
+    fields = plan_fields(pipeline, clip.frames[0])
     np.testing.assert_allclose(patchify(fields["cond_latents"], DIT.patch), expected, atol=1e-4)
-    assert not pipeline._image_conditioner(Grid(*SIZE), None, None)["cond_latents"].any()
+    without_image = TextToVideo()(Request("", SIZE), pipeline.task_model).fields
+    assert [field.name for field in without_image] == ["cond_latents"]
+    assert not any(values.any() for values in without_image.values())
     with_image, without = sample_latents(pipeline, image=clip.frames[0]), sample_latents(pipeline)
     assert np.abs(with_image - without).max() > 1e-3
     with pytest.raises(UserError, match="does not accept a clip's last image"):

@@ -17,10 +17,7 @@ from dit_video.tokens import Field
 
 class Control(NamedTuple):
     values: Any
-
-
-class ResidualScale(NamedTuple):
-    values: Any
+    strength: Any
 
 
 @register
@@ -42,30 +39,16 @@ class Brightness(ClipConditioning):
     def from_request(self, value, latents):
         return np.asarray(value, np.float32)[..., None]
 
-
-@register
-@dataclass(frozen=True, kw_only=True)
-class ControlStrength(ClipConditioning):
-    """Factor of the residuals; 1 in training, and 0 in requests that do not name it."""
-
-    dropout: float = 0.0
-    record = ResidualScale
-
-    @property
-    def field(self):
-        return Field(name="strength", alignment="example")
-
-    def from_clip(self, view):
-        return self.from_request(1, view.latents)
-
-    def from_request(self, value, latents):
-        return np.asarray(value, np.float32)
+    def prepare(self, values, layout, keys, strength):
+        """Return the values with the factor of the residuals, 1 in training."""
+        ones = jnp.ones((values.shape[0], layout.count))
+        return Control(values, ones if strength is None else strength)
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class ControlledConfig(DitConfig):
-    conditioning: tuple[ClipConditioning, ...] = (Brightness(), ControlStrength())
+    conditioning: tuple[ClipConditioning, ...] = (Brightness(),)
     after: tuple[int, ...] = (0,)
     """Blocks after which a residual is added."""
 
@@ -104,9 +87,7 @@ class ControlledDit(nnx.Module):
         contexts = [(inputs, base.parallel.make_attention(config.attention))]
         group = LayerGroup(self.copies, contexts, collect, outputs)
         _, (residuals,) = scan_layers(x.at[:, : noisy.shape[1]].add(hint), [group], remat=config.remat)
-        strength = jnp.pad(
-            layout.expand(conditioning[ResidualScale].values), ((0, 0), (0, x.shape[1] - noisy.shape[1]))
-        )
+        strength = jnp.pad(layout.expand(conditioning[Control].strength), ((0, 0), (0, x.shape[1] - noisy.shape[1])))
 
         def add_residual(block, x, inputs, attention, slot):
             x = block(x, inputs, attention)

@@ -1,0 +1,43 @@
+"""Inpainting of a clip by any text-to-video model, as a file of another package (RePaint, arXiv 2201.09865)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dit_video.core.errors import UserError
+from dit_video.core.registry import register
+from dit_video.generation import GenerationTask, SamplingPlan, StepTransform
+from dit_video.tokens import Field
+
+
+@register
+@dataclass(frozen=True)
+class KeptLatents(StepTransform):
+    """Latents that are kept: after each step they are the clip's, with the noise of its time."""
+
+    def list_fields(self, channels):
+        return tuple(Field(name=name, alignment="grid", shape=(channels,)) for name in ("kept", "is_kept"))
+
+    def change_sample(self, sample, inputs):
+        fields = inputs.rows.fields
+        kept = inputs.process.add_noise(fields["kept"], inputs.noise, inputs.time)
+        return jnp.where(fields["is_kept"] > 0, kept, sample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpainting(GenerationTask):
+    """Clips that equal `clip` where `mask` (latents `t h w`) is True; the rest starts from it with noise of a time."""
+
+    clip: Any
+    mask: Any
+    start_time: float = 1.0
+
+    def __call__(self, request, model):
+        latents = model.codec.encode(self.clip)
+        if self.mask.shape != latents.shape[:3]:
+            raise UserError(f"mask has the shape {self.mask.shape}; use that of the latents, {latents.shape[:3]}")
+        kept = np.broadcast_to(self.mask[..., None], latents.shape).astype(np.float32)
+        fields = zip(KeptLatents().list_fields(latents.shape[-1]), (latents, kept), strict=True)
+        return SamplingPlan(dict(fields), start=latents, start_time=self.start_time, transform=KeptLatents())
