@@ -30,6 +30,7 @@ from dit_video.pipelines.config import Downscale, PreviousStep
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.tokens import CanvasShape, Grid
 from dit_video.training.hooks.logging import read_metrics
+from dit_video.training.optim.optimizer import OptimizerConfig
 from dit_video.video import decode
 from support.devices import wait_until
 from support.interruptions import interrupt
@@ -58,10 +59,11 @@ def add_package(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def train(experiment, tiny_run, folder, clips=None, *, pretrained=None):
+def train(experiment, tiny_run, folder, clips=None):
     """Train two steps of the denoiser on the tiny run's clips and autoencoder, and return the loaded pipeline."""
-    if pretrained is None:
-        pretrained = PretrainedAutoencoder(model=experiment.autoencoder.model, folder=str(tiny_run / "pipeline"))
+    pretrained = experiment.autoencoder
+    if not isinstance(pretrained, PretrainedAutoencoder):
+        pretrained = PretrainedAutoencoder(model=pretrained.model, folder=str(tiny_run / "pipeline"))
     optimizer = dataclasses.replace(experiment.denoiser.optimizer, warmup=0)
     denoiser = dataclasses.replace(experiment.denoiser, steps=2, optimizer=optimizer)
     experiment = dataclasses.replace(experiment, autoencoder=pretrained, denoiser=denoiser)
@@ -331,9 +333,9 @@ def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path):
     theirs = add_package("their_decoder", "noisy_decoder")
     training = tiny.EXPERIMENT.autoencoder
     model = theirs.NoisyVaeConfig(**vars(training.model), decode_time=0.3)
-    training = dataclasses.replace(training, model=model, steps=2)
-    optimizer = dataclasses.replace(tiny.EXPERIMENT.denoiser.optimizer, warmup=0)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, steps=2, optimizer=optimizer)
+    adam = OptimizerConfig(learning_rate=1e-3, warmup=0)
+    training = dataclasses.replace(training, model=model, steps=2, optimizer=adam)
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, steps=2, optimizer=adam)
     experiment = dataclasses.replace(tiny.EXPERIMENT, autoencoder=training, denoiser=denoiser)
     Run.create(tmp_path / "run", experiment).train((tiny_run / "data").resolve())
     pipeline = dit_video.load(tmp_path / "run")
@@ -345,7 +347,7 @@ def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path):
         np.testing.assert_allclose(decoded.astype(int), clip.frames.astype(int), atol=1)
         assert np.abs(pipeline.decode(own, seed=9).frames.astype(int) - decoded).max() > 1
     with pytest.raises(UserError, match=r"this decoder takes noise, .* Use tiles=None"):
-        list(decode_stream(model, pipeline.codec.params, latents[0][None], tiles=Tiles(height=1, width=2, overlap=0)))
+        list(decode_stream(model, pipeline.codec.params, latents[0][None], tiles=Tiles(height=8, width=16, overlap=0)))
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -355,10 +357,12 @@ def test_a_prior_whose_sample_conditions_the_next_step(add_package, tiny, tiny_r
     backbone = dataclasses.replace(base.backbone, channels=3, patch=Grid(1, 1, 1))
     images = dataclasses.replace(tiny.EXPERIMENT.data, max_pixels=256, max_frames=1)
     experiment = dataclasses.replace(
-        tiny.EXPERIMENT, data=images, denoiser=dataclasses.replace(base, backbone=backbone)
+        tiny.EXPERIMENT,
+        data=images,
+        autoencoder=PretrainedAutoencoder(model=theirs.MeanColorConfig()),
+        denoiser=dataclasses.replace(base, backbone=backbone),
     )
-    identity = PretrainedAutoencoder(model=theirs.MeanColorConfig())
-    prior = train(experiment, tiny_run, tmp_path / "prior", pretrained=identity)
+    prior = train(experiment, tiny_run, tmp_path / "prior")
     experiment = replace_backbone(tiny.EXPERIMENT, conditioning=(theirs.ColorEmbedding(),))
     decoder = train(experiment, tiny_run, tmp_path / "decoder")
     both = decoder.add_previous_step(PreviousStep(name="color", output="latents"), prior)
@@ -402,7 +406,7 @@ def test_a_low_resolution_clip_with_noise_augmentation(add_package, tiny, tiny_r
     both.save(tmp_path / "both")
     np.testing.assert_array_equal(sample_latents(dit_video.load(tmp_path / "both")), expected)
     with pytest.raises(UserError, match="conditioning size is unknown to this model; use low_resolution"):
-        both.generate("a red circle", strengths={"size": 0.5})
+        sample_latents(large, conditioning={"size": 0.5})
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -52,8 +52,8 @@ def decode_stream(
       seeds: seed of each clip, for decoders that take noise; 0 by default.
 
     Raises:
-      UserError: latents of another number of channels, a chunk without frames, tiles that do not fit the stride or for a
-        decoder that takes noise, or a height that the number of devices does not divide.
+      UserError: latents of another number of channels, a chunk without frames, tiles that don't fit the stride or whose
+        decoder takes noise, or a height that the number of devices does not divide.
     """
     if latents.ndim != 5 or latents.shape[-1] != config.channels:
         raise UserError(f"latents {list(latents.shape)} are invalid: use latents [B t h w {config.channels}]")

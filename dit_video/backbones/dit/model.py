@@ -83,9 +83,8 @@ class Dit(nnx.Module):
             # Zero weights, so that a trained model that is extended by this input predicts as before.
             self.cond_embed = linear(config.cond_width, width, bias=False, init="zero", dtype=dtype)
         for each in config.conditioning:
-            setattr(
-                self, f"cond_{each.field.name}", each.make_embedding(width, patch=config.patch, dtype=dtype, **options)
-            )
+            embedding = each.make_embedding(width, patch=config.patch, dtype=dtype, **options)
+            setattr(self, f"cond_{each.field.name}", embedding)
         if config.registers:
             self.registers = nnx.Param(normal(rngs.params(), (config.registers, width), jnp.float32))
         if config.labels is not None:

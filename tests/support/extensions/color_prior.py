@@ -1,4 +1,4 @@
-"""A prior of colours, and a model that is conditioned on them (unCLIP, arXiv 2204.06125), as a file of another package."""
+"""A prior of colours, and conditioning on them (unCLIP, arXiv 2204.06125), as a file of another package."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple

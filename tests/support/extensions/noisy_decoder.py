@@ -1,4 +1,4 @@
-"""A decoder that takes a time and noise, the last denoising step (LTX, arXiv 2501.00103), as a file of another package."""
+"""A decoder that also is the last denoising step (LTX, arXiv 2501.00103), as a file of another package."""
 
 from dataclasses import dataclass
 
