@@ -236,8 +236,10 @@ def _plan_batches(
         clip_size = ClipSize(frames=size.grid.t, frame_tokens=size.grid.h * size.grid.w)
         groups.setdefault(_plan_steps(request, denoiser.process.specialize(clip_size), sampling), []).append(index)
     for steps, indices in groups.items():
-        fields = tuple(dict.fromkeys(field for index in indices for field in requests[index].fields))
-        packer = Packer(requests, texts, patch, denoiser.token_dt, guidance.branch_count, rows, fields)
+        fields = dict.fromkeys(field for index in indices for field in requests[index].fields)
+        if steps.transform is not None:
+            fields |= dict.fromkeys(steps.transform.list_fields(requests[indices[0]].noise.shape[-1]))
+        packer = Packer(requests, texts, patch, denoiser.token_dt, guidance.branch_count, rows, tuple(fields))
         request_sizes, is_batched = [sizes[index] for index in indices], sampling.branch_evaluation == "together"
         for group in plan_rows(request_sizes, shape, rows=rows, is_batched=is_batched):
             for start in range(0, len(group.rows), rows):
