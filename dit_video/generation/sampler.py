@@ -230,7 +230,7 @@ def _plan_batches(
         RequestSize(request.get_token_grid(patch), tuple(len(texts[prompt]) for prompt, _ in branches))
         for request, branches in zip(requests, conditions, strict=True)
     ]
-    # Requests are sampled together if they take the same steps: all of them, unless times depend on the size.
+    # Requests are sampled together if they take the same steps: all of a task, unless times depend on the size.
     groups: dict[_Steps, list[int]] = {}
     for index, (request, size) in enumerate(zip(requests, sizes, strict=True)):
         clip_size = ClipSize(frames=size.grid.t, frame_tokens=size.grid.h * size.grid.w)
@@ -260,6 +260,7 @@ class _Steps(NamedTuple):
     process: Process
     """Process for clips of its size, which the times depend on."""
     first: int
+    has_start: bool
     transform: StepTransform | None
 
 
@@ -278,7 +279,7 @@ def _plan_steps(request: SamplingRequest, process: Process, sampling: Sampling) 
             )
     elif plan.start_time < 1:
         raise UserError(f"start_time={plan.start_time} is invalid without start latents. Use 1, or give start.")
-    return _Steps(process, first, plan.transform)
+    return _Steps(process, first, plan.start is not None, plan.transform)
 
 
 def _init_state(denoiser: Denoiser, planned: _PlannedBatch, sampling: Sampling, *, has_trace: bool) -> SamplingState:
