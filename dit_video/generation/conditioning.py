@@ -35,7 +35,7 @@ def make_request_fields(
     if unknown := sorted({*values, *strengths} - set(names)):
         fix = f"use {', '.join(names)}" if names else "leave it out"
         raise UserError(f"conditioning {', '.join(unknown)} is unknown to this model; {fix}")
-    fields = {}
+    fields: dict[Field, np.ndarray] = {}
     for each in configs:
         name, shape = each.field.name, each.field.get_shape(latents)
         if name in strengths and each.field.dtype != "float32":
