@@ -58,10 +58,16 @@ def check_supported(folder: Path, settings: Mapping[str, Any], supported: Mappin
             raise UserError(f"{folder / 'config.json'}: {name}={settings[name]} is not supported, only {value}")
 
 
-def map_kernel_and_bias(ours: str, theirs: str, pattern: str) -> dict[str, TensorMapping]:
+def map_kernel_and_bias(ours: str, theirs: str, pattern: str, *, layers: int | None = None) -> dict[str, TensorMapping]:
     """Return the mappings of the kernel and the bias of a convolution or a linear map."""
-    kernel = TensorMapping(f"{theirs}.weight", pattern)
-    return {f"{ours}/kernel": kernel, f"{ours}/bias": TensorMapping(f"{theirs}.bias")}
+    kernel = TensorMapping(f"{theirs}.weight", pattern, layers=layers)
+    return {f"{ours}/kernel": kernel, f"{ours}/bias": TensorMapping(f"{theirs}.bias", layers=layers)}
+
+
+def map_scale_and_shift(ours: str, theirs: str, *, layers: int | None = None) -> dict[str, TensorMapping]:
+    """Return the names of a norm's scale and shift."""
+    scale = TensorMapping(f"{theirs}.weight", layers=layers)
+    return {f"{ours}/scale": scale, f"{ours}/shift": TensorMapping(f"{theirs}.bias", layers=layers)}
 
 
 def list_tensor_names(folder: Path) -> set[str]:

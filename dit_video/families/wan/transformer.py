@@ -153,8 +153,7 @@ def make_wan_tensor_map(config: WanDitConfig, layout: FileLayout) -> TensorMap:
     for row in (*_TOP_LEVEL_LINEAR, *(_IMAGE_EMBEDDER_LINEAR if has_image else ())):
         names |= diffusers.map_kernel_and_bias(row[0], row[column], DENSE)
     for row in _IMAGE_EMBEDDER_NORMS if has_image else ():
-        names[f"{row[0]}/scale"] = TensorMapping(f"{row[column]}.weight")
-        names[f"{row[0]}/shift"] = TensorMapping(f"{row[column]}.bias")
+        names |= diffusers.map_scale_and_shift(row[0], row[column])
     if config.image_positions is not None:
         theirs = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")[column - 1]
         names["image/positions"] = TensorMapping(theirs, "1 n f -> n f")
