@@ -75,8 +75,7 @@ def convert(
     document = diffusers.read_document(source)
     kind = str(document.get("_class_name") or document.get("model_type"))
     supported = (*list_denoiser_classes(), *AUTOENCODERS, *T5_MODEL_TYPES, native_format.CLASS)
-    if kind not in supported:
-        raise UserError(f"{source} has a model of class {kind}. Supported classes are {', '.join(supported)}")
+    diffusers.check_class(source, kind, supported)
     native_config = native_format.read_native_config(source, document) if kind == native_format.CLASS else None
     if kind in AUTOENCODERS or (native_config is not None and not isinstance(native_config, BackboneConfig | T5Config)):
         _convert_autoencoder(source, destination, document, layout, dtype, shard_bytes)
@@ -208,7 +207,8 @@ def _convert_autoencoder(
     if layout == "authors":
         raise UserError("the authors' layout of autoencoders is not supported. Use diffusers or dit_video")
     if document["_class_name"] == native_format.CLASS:
-        config, params = native_format.read_native(folder, document, dtype_fn=lambda path: None)
+        config = native_format.read_native_config(folder, document)
+        params = native_format.read_native(folder, config, dtype_fn=lambda path: None)
     else:
         config, params = load_autoencoder(folder)
     if dtype is not None:

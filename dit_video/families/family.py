@@ -127,8 +127,8 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
                 return self.read(tensors, folder, opened[1], dtype_fn, place)
         document = diffusers.read_document(folder)
         if document.get("_class_name") == native_format.CLASS:
-            config, params = native_format.read_native(folder, document, dtype_fn=dtype_fn, place=place)
-            return self._check(folder, config), params
+            config = self._check(folder, native_format.read_native_config(folder, document))
+            return config, native_format.read_native(folder, config, dtype_fn=dtype_fn, place=place)
         with TensorFolder(folder, stem=diffusers.STEM) as tensors:
             return self.read(tensors, folder, self._check_class(folder, document), dtype_fn, place)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from dit_video.core import registry
 from dit_video.core.errors import UserError
-from dit_video.families.dit.family import DitFamily
+from dit_video.families.dit.pipeline import DitFamily
 from dit_video.families.family import Family, read_pipeline_class
-from dit_video.families.wan.family import WanFamily
+from dit_video.families.wan.pipeline import WanFamily
 
 _FAMILIES: list[Family] = [WanFamily(), DitFamily()]
 
