@@ -76,7 +76,7 @@ class BucketBatches(DenoiserBatches):
             "kept": round(buckets.token_retention, 5),
             "shown": round(buckets.frame_coverage, 5),
             "dropped": 0,
-            "buckets": [{**vars(bucket), "size": "x".join(map(str, bucket.size))} for bucket in buckets.buckets],
+            "buckets": [{**vars(bucket), "size": str(bucket.size)} for bucket in buckets.buckets],
         }
 
     def __str__(self) -> str:

@@ -287,7 +287,7 @@ def _make_authors_document(config: WanDitConfig) -> dict[str, Any]:
 
 def _get_authors_type(config: WanDitConfig) -> str:
     if config.patch != Grid(1, 2, 2):
-        raise UserError(f"{AUTHORS_CLASS}'s files omit the patch, which is 1x2x2, so {config.patch} can't be written")
+        raise UserError(f"{AUTHORS_CLASS}'s files omit the patch, which is 1x2x2, so {config.patch!r} can't be written")
     if config.time == "token":
         return "ti2v"
     if config.image_positions is not None:
