@@ -192,15 +192,12 @@ class LatentRows:
             except DecodeError as error:
                 log_damaged_clip(self._layout.names[example], error)
                 return self._make_damaged_clip(example)
-            clip = EncodedClip(self._patchify(latents), fields)
+            clip = EncodedClip(np.ascontiguousarray(patchify(latents, self._patch)), fields)
             with self._lock:
                 if clip.nbytes <= self._free_bytes and example not in self._clips:
                     self._free_bytes -= clip.nbytes
                     self._clips[example] = clip
         return clip
-
-    def _patchify(self, latents: Float32[np.ndarray, "t h w c"]) -> Float32[np.ndarray, "n p"]:
-        return np.ascontiguousarray(patchify(latents, self._patch))
 
     def _make_damaged_clip(self, example: int) -> EncodedClip:
         grid, patch, source = self._layout.grids[example], self._patch, self._source
