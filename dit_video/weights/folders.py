@@ -30,7 +30,7 @@ class _TensorLocation(NamedTuple):
     """Name of the dtype in the safetensors format."""
 
 
-class TensorFolder:
+class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
     """The tensors of a model folder, read one at a time: `with TensorFolder(folder) as tensors: tensors.read(name)`.
 
     Files are read rather than mapped into memory: mapped pages count as the process's memory, which would grow to the
@@ -117,9 +117,6 @@ class TensorFolder:
         if buffer.nbytes:
             raise make_corrupt_error(location.path, f"it ends inside tensor {name}")
         return array
-
-    def __enter__(self) -> "TensorFolder":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()

@@ -20,21 +20,8 @@ from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import atomic_path
 
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+_NUMBERS = {f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
+_DTYPES = _NUMBERS | {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
 """Names of dtypes in safetensors files by NumPy's name (https://huggingface.co/docs/safetensors, "Format")."""
 
 NUMPY_DTYPES = {theirs: np.dtype(ours) for ours, theirs in _DTYPES.items()}

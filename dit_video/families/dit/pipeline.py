@@ -11,10 +11,8 @@ along its flow (SiT).
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -102,12 +100,14 @@ class DitFamily(Family):
         schedule = (
             load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(backbone)
         )
+        names = index.get("id2label") or {}
         side, stride, classes = position.side, autoencoder.stride, backbone.labels.classes
         backbone, prediction = _match_schedule(folder, replace(backbone, dtype=dtype), schedule)
+        class_names = tuple(str(names.get(str(number), number)) for number in range(classes)) if names else ()
         config = PipelineConfig(
             autoencoder=autoencoder,
             backbone=backbone,
-            text=ClassNamesConfig(classes=classes, names=_read_class_names(index.get("id2label"), classes)),
+            text=ClassNamesConfig(classes=classes, names=class_names),
             process=schedule.process,
             prediction=prediction,
             layout=None,
@@ -160,8 +160,3 @@ def _match_schedule(folder: Path, backbone: DitConfig, schedule: LoadedScheduler
         elif backbone.variance == "predicted" and not learned:
             prediction = LearnedVariance(prediction=prediction, steps=steps)
     return backbone, prediction
-
-
-def _read_class_names(id2label: Mapping[str, Any] | None, classes: int) -> tuple[str, ...]:
-    """Return the names of all classes, in order; the number where a class has none."""
-    return tuple(str((id2label or {}).get(str(number), number)) for number in range(classes)) if id2label else ()

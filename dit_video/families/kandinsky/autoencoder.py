@@ -95,7 +95,8 @@ def make_vq_tensor_map(config: VqConfig) -> TensorMap:
     assert isinstance(config.network, ImageVaeConfig)
     levels = config.network.levels
     norm = _SPATIAL_NORM if config.modulated else image_autoencoder.GROUP_NORM
-    names = image_autoencoder.make_encoder_tensor_map(levels) | image_autoencoder.make_decoder_tensor_map(levels, norm)
+    names = image_autoencoder.map_side("encoder", levels, image_autoencoder.GROUP_NORM)
+    names |= image_autoencoder.map_side("decoder", levels, norm)
     names |= map_kernel_and_bias("to_codes", "quant_conv", CONV_1X1)
     names |= map_kernel_and_bias("from_codes", "post_quant_conv", CONV_1X1)
     return names | {"codebook/codes": TensorMapping("quantize.embedding.weight")}

@@ -6,7 +6,7 @@ norms.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -128,29 +128,22 @@ class NormMapping(NamedTuple):
 GROUP_NORM = NormMapping("group_norm", {"scale": ("weight", ""), "shift": ("bias", "")})
 
 
-def make_encoder_tensor_map(levels: ImageLevels) -> dict[str, TensorMapping]:
-    """Return the tensor map of an `ImageEncoder` in diffusers."""
-    names = _map_ends("encoder", GROUP_NORM)
+def map_side(side: Literal["encoder", "decoder"], levels: ImageLevels, norm: NormMapping) -> dict[str, TensorMapping]:
+    """Return the tensor map of an `ImageEncoder` or an `ImageDecoder` in diffusers."""
+    direction, blocks = ("down", levels.blocks) if side == "encoder" else ("up", levels.blocks + 1)
+    names = _map_ends(side, norm)
     for level in range(len(levels.widths)):
-        ours, theirs = f"encoder/levels/{level}", f"encoder.down_blocks.{level}"
-        names |= _map_level(ours, theirs, levels.blocks, GROUP_NORM)
-        names |= map_kernel_and_bias(f"{ours}/down/space", f"{theirs}.downsamplers.0.conv", CONV_2D)
-    return names
-
-
-def make_decoder_tensor_map(levels: ImageLevels, norm: NormMapping) -> dict[str, TensorMapping]:
-    """Return the tensor map of an `ImageDecoder` in diffusers, with a kind of norm."""
-    names = _map_ends("decoder", norm)
-    for level in range(len(levels.widths)):
-        ours, theirs = f"decoder/levels/{level}", f"decoder.up_blocks.{level}"
-        names |= _map_level(ours, theirs, levels.blocks + 1, norm)
-        names |= map_kernel_and_bias(f"{ours}/up/space", f"{theirs}.upsamplers.0.conv", CONV_2D)
+        ours, theirs = f"{side}/levels/{level}", f"{side}.{direction}_blocks.{level}"
+        for block in range(blocks):
+            names |= _map_residual(f"{ours}/blocks/{block}", f"{theirs}.resnets.{block}", norm)
+            names |= _map_attention(f"{ours}/attentions/{block}", f"{theirs}.attentions.{block}", norm)
+        names |= map_kernel_and_bias(f"{ours}/{direction}/space", f"{theirs}.{direction}samplers.0.conv", CONV_2D)
     return names
 
 
 def make_tensor_map(config: ImageVaeConfig) -> TensorMap:
     """Return the tensor map of diffusers' `AutoencoderKL`."""
-    names = make_encoder_tensor_map(config.levels) | make_decoder_tensor_map(config.levels, GROUP_NORM)
+    names = map_side("encoder", config.levels, GROUP_NORM) | map_side("decoder", config.levels, GROUP_NORM)
     names |= map_kernel_and_bias("moments", "quant_conv", CONV_1X1)
     return names | map_kernel_and_bias("latents", "post_quant_conv", CONV_1X1)
 
@@ -164,14 +157,6 @@ def _map_ends(side: str, norm: NormMapping) -> dict[str, TensorMapping]:
     names |= _map_residual(f"{ours}/before", f"{theirs}.resnets.0", norm)
     names |= _map_residual(f"{ours}/after", f"{theirs}.resnets.1", norm)
     return names | _map_attention(f"{ours}/attention", f"{theirs}.attentions.0", norm)
-
-
-def _map_level(ours: str, theirs: str, blocks: int, norm: NormMapping) -> dict[str, TensorMapping]:
-    names: dict[str, TensorMapping] = {}
-    for block in range(blocks):
-        names |= _map_residual(f"{ours}/blocks/{block}", f"{theirs}.resnets.{block}", norm)
-        names |= _map_attention(f"{ours}/attentions/{block}", f"{theirs}.attentions.{block}", norm)
-    return names
 
 
 def _map_residual(ours: str, theirs: str, norm: NormMapping) -> dict[str, TensorMapping]:
