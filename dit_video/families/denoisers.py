@@ -31,10 +31,10 @@ def find_format(config: BackboneConfig) -> DenoiserFormat | None:
     return next((each for each in formats if isinstance(config, each.config_class)), None)
 
 
-def get_lora_modules(config: BackboneConfig) -> dict[str, LoraModule]:
+def get_lora_modules(config: BackboneConfig, *, primary_layout: FileLayout = "diffusers") -> dict[str, LoraModule]:
     """Return the linear maps that LoRA files of the config's family may adapt, by their names there."""
     denoiser_format = find_format(config)
-    return {} if denoiser_format is None else denoiser_format.get_lora_modules(config)
+    return {} if denoiser_format is None else denoiser_format.get_lora_modules(config, primary_layout=primary_layout)
 
 
 def load_denoiser(

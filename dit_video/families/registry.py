@@ -27,13 +27,11 @@ def find_family(folder: Path) -> Family | None:
       UserError: a pipeline of a class that no family has.
     """
     families = list_families()
-    for family in families:
-        if family.is_pipeline(folder):
-            return family
-    if (name := read_pipeline_class(folder)) is not None:
-        classes = ", ".join(each for family in families for each in family.pipeline_classes)
+    family = next((each for each in families if each.is_pipeline(folder)), None)
+    if family is None and (name := read_pipeline_class(folder)) is not None:
+        classes = ", ".join(each for one in families for each in one.pipeline_classes)
         raise UserError(f"{folder} holds a pipeline of class {name}; known here: {classes}")
-    return None
+    return family
 
 
 def list_families() -> tuple[Family, ...]:

@@ -102,12 +102,7 @@ def read_clip_vision_config(folder: str | os.PathLike, *, dtype: str = "float32"
 
 
 def save_clip(
-    folder: str | os.PathLike,
-    config: AnyClipConfig,
-    params: Mapping[str, Any],
-    *,
-    dtype: Any = None,
-    shard_bytes: int = SHARD_BYTES,
+    folder: str | os.PathLike, config: AnyClipConfig, params: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write a folder that `transformers` loads, and `load_clip`, `load_clip_text` or `load_clip_vision` too.
 
@@ -115,10 +110,9 @@ def save_clip(
       folder: destination; created if it does not exist.
       config: config of both towers, written as a `CLIPModel`, or of one, written with a projection if it has one.
       params: its parameters.
-      dtype: dtype of all tensors in the file; None keeps theirs.
       shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
-    write_params(folder, "model", _make_tensor_map(config, nested=True), params, dtype=dtype, shard_bytes=shard_bytes)
+    write_params(folder, "model", _make_tensor_map(config, nested=True), params, shard_bytes=shard_bytes)
     write_json(Path(folder) / "config.json", _make_their_config(config))
 
 

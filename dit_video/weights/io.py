@@ -18,14 +18,14 @@ from dit_video.weights.parameter import place_on_device
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
 
-ConfigT = TypeVar("ConfigT")
+EncoderConfigT = TypeVar("EncoderConfigT")
 
 
 @dataclass(frozen=True)
-class LoadedEncoder(Generic[ConfigT]):
+class LoadedEncoder(Generic[EncoderConfigT]):
     """A frozen encoder's config and parameters, as read from a folder."""
 
-    config: ConfigT
+    config: EncoderConfigT
     params: dict[str, Any]
     digest: str
     """Digest of the tensors as they are stored, however they are split into files."""
@@ -56,7 +56,7 @@ def read_params(
     """
     with TensorFolder(folder, stem=stem) as tensors:
         source = FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored)
-        return streaming.read(source, like, source.depths, dtype_fn=lambda path: np.float32)
+        return streaming.read(source, like, dtype_fn=lambda path: np.float32)
 
 
 def read_encoder_params(
@@ -78,7 +78,6 @@ def read_encoder_params(
     params = streaming.read(
         source,
         like,
-        source.depths,
         dtype_fn=lambda path: jnp.dtype(dtype) if path.endswith(("kernel", "embedding")) else np.float32,
         place=place_on_device,
     )
@@ -99,4 +98,4 @@ def write_params(
     Files that would be larger than `shard_bytes` are split, with an index.
     """
     file_map, source = FileMap.from_tensor_map(tensor_map), ParamsSource(params)
-    streaming.write(folder, stem, source, file_map, params, file_map.depths, dtype=dtype, shard_bytes=shard_bytes)
+    streaming.write(folder, stem, source, file_map, params, dtype=dtype, shard_bytes=shard_bytes)

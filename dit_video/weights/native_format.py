@@ -42,7 +42,7 @@ def read_native(
     shapes = get_param_shapes(config.make)
     with TensorFolder(folder, stem=STEM) as tensors:
         source = FolderSource(tensors, FileMap.from_params(shapes), shapes)
-        return streaming.read(source, shapes, {}, dtype_fn=dtype_fn, place=place)
+        return streaming.read(source, shapes, dtype_fn=dtype_fn, place=place)
 
 
 def read_native_config(folder: Path, document: Mapping[str, Any], kind: Any = object, owner: str = "a model") -> Any:
@@ -70,7 +70,6 @@ def write_native(
     config: Any,
     source: ParamSource,
     *,
-    depths: Mapping[str, int] = {},
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -80,11 +79,10 @@ def write_native(
       folder: destination; created if it does not exist.
       config: config of the model.
       source: source of its parameters.
-      depths: number of layers of each stacked parameter that the source stores layer by layer.
       dtype: dtype that floating tensors are cast to; None keeps the source's.
       shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
     shapes = get_param_shapes(config.make)
     file_map = FileMap.from_params(shapes)
-    streaming.write(folder, STEM, source, file_map, shapes, depths, dtype=dtype, shard_bytes=shard_bytes, metadata={})
+    streaming.write(folder, STEM, source, file_map, shapes, dtype=dtype, shard_bytes=shard_bytes, metadata={})
     write_json(Path(folder) / "config.json", {"_class_name": CLASS, "config": config_json.to_json(config)})

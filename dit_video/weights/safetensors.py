@@ -4,6 +4,7 @@ Files are read by the `safetensors` library but written here: the library writes
 these files are a function of their content.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -103,22 +104,19 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
       UserError: the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
     """
     path = Path(path)
-    check_safetensors_file(path)
     arrays: dict[str, np.ndarray] = {}
-    try:
-        with safetensors.safe_open(os.fspath(path), framework="np") as file:
-            names = list(file.keys())
-            if like is not None:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-                expected = {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()}
-                check_tensors_match(path, shapes, expected)
-            for name in names:
+    with open_safetensors(path) as file:
+        names = list(file.keys())
+        if like is not None:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            expected = {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()}
+            check_tensors_match(path, shapes, expected)
+        for name in names:
+            try:
                 array = file.get_tensor(name)
-                arrays[name] = array.astype(cast_dtype(array.dtype, dtype), copy=False)
-    except safetensors.SafetensorError as error:
-        raise make_corrupt_error(path, error) from error
-    except AttributeError as error:
-        raise make_dtype_error(path, error) from error
+            except AttributeError as error:
+                raise make_dtype_error(path, error) from error
+            arrays[name] = array.astype(cast_dtype(array.dtype, dtype), copy=False)
     if like is None:
         return trees.unflatten(arrays)
     return trees.map_with_path(lambda name, _: arrays[name], like)
@@ -131,11 +129,22 @@ def load_metadata(path: str | os.PathLike) -> dict[str, str]:
       MissingError: the file does not exist.
       UserError: the file is pickled, truncated or corrupt.
     """
-    path = Path(path)
+    with open_safetensors(Path(path)) as file:
+        return dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a file with the safetensors library, which checks that it is complete.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is pickled, truncated or corrupt.
+    """
     check_safetensors_file(path)
     try:
         with safetensors.safe_open(os.fspath(path), framework="np") as file:
-            return dict(file.metadata() or {})
+            yield file
     except safetensors.SafetensorError as error:
         raise make_corrupt_error(path, error) from error
 

@@ -233,7 +233,8 @@ class BucketStream:
         while sum(self._count_batches_before(epoch + 1)) <= step:
             epoch += 1
         done = self._count_batches_before(epoch)
-        order = self._get_order(epoch)[: step - sum(done) + 1]
+        own = np.asarray(self._count_batches_before(epoch + 1)) - np.asarray(done)
+        order = self._permute(-1, epoch, np.repeat(np.arange(len(own)), own))[: step - sum(done) + 1]
         counts = np.bincount(order, minlength=len(done)) + np.asarray(done)
         bucket = int(order[-1])
         counts[bucket] -= 1
@@ -242,10 +243,6 @@ class BucketStream:
     def _count_batches_before(self, epoch: int) -> list[int]:
         """Return the number of batches of each bucket before an epoch: those that the examples up to then fill."""
         return [epoch * len(members) // size for members, size in zip(self._members, self._batches, strict=True)]
-
-    def _get_order(self, epoch: int) -> np.ndarray:
-        counts = np.asarray(self._count_batches_before(epoch + 1)) - np.asarray(self._count_batches_before(epoch))
-        return self._permute(-1, epoch, np.repeat(np.arange(len(counts)), counts))
 
     def _get_examples(self, bucket: int, first: int, count: int) -> np.ndarray:
         members, parts = self._members[bucket], []

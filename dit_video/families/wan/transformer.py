@@ -174,8 +174,8 @@ def _map_blocks(config: WanDitConfig, column: int, *, has_image: bool) -> dict[s
         names[f"blocks/{ours}"] = TensorMapping(f"blocks.{{}}.{theirs}", pattern, sizes, config.layers)
 
     for row in (*_LINEAR, *(_IMAGE_LINEAR if has_image else ())):
-        add(f"{row[0]}/kernel", f"{row[column]}.weight", DENSE)
-        add(f"{row[0]}/bias", f"{row[column]}.bias")
+        theirs = f"blocks.{{}}.{row[column]}"
+        names |= diffusers.map_kernel_and_bias(f"blocks/{row[0]}", theirs, DENSE, layers=config.layers)
     for row in _ROTARY_LINEAR:
         add(f"{row[0]}/kernel", f"{row[column]}.weight", "(heads j two) i -> i (heads two j)", axis_sizes)
         add(f"{row[0]}/bias", f"{row[column]}.bias", "(heads j two) -> (heads two j)", axis_sizes)
@@ -186,8 +186,7 @@ def _map_blocks(config: WanDitConfig, column: int, *, has_image: bool) -> dict[s
     if has_image:
         add("image_key_norm/scale", ("attn2.norm_added_k", "cross_attn.norm_k_img")[column - 1] + ".weight")
     norm = ("norm2", "norm3")[column - 1]
-    add("cross_norm/scale", f"{norm}.weight")
-    add("cross_norm/shift", f"{norm}.bias")
+    names |= diffusers.map_scale_and_shift("blocks/cross_norm", f"blocks.{{}}.{norm}", layers=config.layers)
     add("table", ("scale_shift_table", "modulation")[column - 1], "1 n d -> n d")
     return names
 
