@@ -10,6 +10,9 @@ class Grid(NamedTuple):
     h: int
     w: int
 
+    def __str__(self) -> str:
+        return f"{self.t}x{self.h}x{self.w}"
+
     @property
     def volume(self) -> int:
         return self.t * self.h * self.w

@@ -27,21 +27,17 @@ class CaptionSource(Protocol):
     @property
     def width(self) -> int:
         """Return the width of embeddings; 0 for token ids."""
-        ...
 
     @property
     def lengths(self) -> Sequence[tuple[int, ...]]:
         """Return the number of tokens of every caption of every example."""
-        ...
 
     @property
     def empty(self) -> CaptionTokens:
         """Return the empty caption."""
-        ...
 
     def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the bytes that identify these captions in the hash of a plan."""
-        ...
 
     def read(self, example: int, caption: int) -> CaptionTokens:
         """Return one caption of an example.
@@ -49,7 +45,6 @@ class CaptionSource(Protocol):
         Raises:
           DecodeError: its record is damaged.
         """
-        ...
 
 
 class TokenizedCaptions:

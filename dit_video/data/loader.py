@@ -149,7 +149,7 @@ class PackedBatches(DenoiserBatches):
         if stream.sampler is not None:
             shares = stream.sampler.compute_shares(stream.get_epoch(0).order)
             sources = dict(zip(("examples", "tokens"), (share.round(5).tolist() for share in shares), strict=True))
-        grids = Counter("x".join(map(str, grid)) for grid in layout.grids)
+        grids = Counter(map(str, layout.grids))
         cost = Cost() if stream.balance is None else stream.balance.cost
         fits = batch % devices == 0 and stream.rows_per_epoch >= batch
         return {

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -47,7 +47,7 @@ class WindowConfig:
 
     def __post_init__(self):
         if self.augment is not None and self.augment.transpose and self.size.h != self.size.w:
-            raise UserError(f"transpose=True is invalid: windows of {self.size} are not square. Use transpose=False.")
+            raise UserError(f"transpose=True is invalid: windows of {self.size!r} are not square. Use transpose=False.")
         if min(self.size) < 1 or self.batch < 1:
             raise UserError(f"size={tuple(self.size)}, batch={self.batch} is invalid: each must be at least 1")
 
@@ -124,10 +124,11 @@ class Windows:
         self.excluded_clips = tuple(info.name for index, info in enumerate(infos) if index not in used)
         """Names of the clips that are smaller or shorter than a window at training size."""
         if not self.clips:
-            size = "{}x{}x{}".format(*config.size)
+            sizes = crops.sizes.values()
+            largest = f"the largest is {max(sizes)}" if sizes else "all are smaller than one multiple"
             raise UserError(
-                f"none of the {len(infos)} clips has a window of {size} at its training size "
-                f"({_format_largest(crops.sizes.values())}). Use a smaller window, or raise max_pixels or max_frames."
+                f"none of the {len(infos)} clips has a window of {config.size} at its training size ({largest}). "
+                "Use a smaller window, or raise max_pixels or max_frames."
             )
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
@@ -220,7 +221,3 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
     def close(self) -> None:
         """Stop the threads."""
         self._batches.close()
-
-
-def _format_largest(sizes: Collection[Grid]) -> str:
-    return "all are smaller than one multiple" if not sizes else "the largest is {}x{}x{}".format(*max(sizes))

@@ -2,10 +2,9 @@
 
 from dit_video.distributed.checks import check_denoiser
 from dit_video.distributed.context_parallel import ShardedAttention, make_parallelism
-from dit_video.distributed.mesh import AXES, ContextAttention, MeshConfig, Slices, make_mesh
+from dit_video.distributed.mesh import AXES, MeshConfig, Slices, make_mesh
 from dit_video.distributed.ring import RingAttention
 from dit_video.distributed.sharding_rules import (
-    DEFAULT_RULES,
     RowPart,
     ShardingRules,
     count_row_shards,
@@ -17,8 +16,6 @@ from dit_video.distributed.sharding_rules import (
 
 __all__ = [
     "AXES",
-    "DEFAULT_RULES",
-    "ContextAttention",
     "MeshConfig",
     "RingAttention",
     "RowPart",

@@ -147,7 +147,9 @@ class HeartbeatMonitor:
     ) -> None:
         try:
             if error is None:
-                self._wait_for_others()
+                # The others may have more to do; they are monitored meanwhile.
+                self._store.write(f"left/{self._index}", "")
+                self._store.wait_for({f"left/{index}" for index in range(self._count)}, float("inf"))
             else:
                 self._end_with_error(error)
         finally:
@@ -157,11 +159,6 @@ class HeartbeatMonitor:
                     self._watchdog.stdin.write(b"bye")
                     self._watchdog.stdin.close()
                 self._watchdog.wait()
-
-    def _wait_for_others(self) -> None:
-        """Wait for the others, who may have more to do, while they are monitored."""
-        self._store.write(f"left/{self._index}", "")
-        self._store.wait_for({f"left/{index}" for index in range(self._count)}, float("inf"))
 
     def _end_with_error(self, error: BaseException) -> None:
         """End together with the others, which would wait for this process, and for which JAX would wait at exit."""

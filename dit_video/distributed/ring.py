@@ -53,7 +53,7 @@ class RingAttention:
 
     def select_tokens(
         self, relative: RelativeBias | None, table: Array | None, inputs: AttentionInputs, steps: Int[Array, ""] | int
-    ) -> "_TokenPair":
+    ) -> AttentionInputs:
         """Return the tokens of this rank's queries, and of the keys that started `steps` ranks behind."""
         rank = jax.lax.axis_index(self.axis)
         source = (rank - steps) % self.ranks
@@ -68,27 +68,20 @@ class RingAttention:
             assert table is not None
             positions = part(inputs.bias.q_positions, rank), part(inputs.bias.kv_positions, source)
             bias = Bias(config=relative, table=table, q_positions=positions[0], kv_positions=positions[1])
-        return _TokenPair(
-            AttentionInputs(
-                part(inputs.q_segments, rank),
-                part(inputs.kv_segments, source),
-                part(inputs.q_indices, rank),
-                part(inputs.kv_indices, source),
-                bias,
-            )
+        return AttentionInputs(
+            part(inputs.q_segments, rank),
+            part(inputs.kv_segments, source),
+            part(inputs.q_indices, rank),
+            part(inputs.kv_indices, source),
+            bias,
         )
 
 
-class _TokenPair(NamedTuple):
-    """The tokens of two ranks: queries of one, keys of the other."""
-
-    inputs: AttentionInputs
-
-    def has_common_segments(self) -> Bool[Array, ""]:
-        """Return whether the ranges of segment ids of both overlap in any row."""
-        min_segment, max_segment = _get_segment_range(self.inputs.q_segments)
-        key_min, key_max = _get_segment_range(self.inputs.kv_segments)
-        return ((min_segment <= key_max) & (key_min <= max_segment)).any()
+def _has_common_segments(inputs: AttentionInputs) -> Bool[Array, ""]:
+    """Return whether the ranges of segment ids of queries and keys overlap in any row."""
+    min_segment, max_segment = _get_segment_range(inputs.q_segments)
+    key_min, key_max = _get_segment_range(inputs.kv_segments)
+    return ((min_segment <= key_max) & (key_min <= max_segment)).any()
 
 
 def _get_segment_range(segments: Int[Array, "B N"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
@@ -128,10 +121,10 @@ def _forward(ring: RingAttention, relative: RelativeBias | None, q, k, v, table,
         pair = ring.select_tokens(relative, table, inputs, steps)
 
         def attend():
-            part = attend_part(q, keys, values, pair.inputs, pattern=ring.pattern, chunk=ring.chunk)
+            part = attend_part(q, keys, values, pair, pattern=ring.pattern, chunk=ring.chunk)
             return partial.merge(_PartialAttention(*part))
 
-        return jax.lax.cond(pair.has_common_segments(), attend, lambda: partial)
+        return jax.lax.cond(_has_common_segments(pair), attend, lambda: partial)
 
     def step(steps, carry):
         (keys, values), partial = carry
@@ -156,9 +149,9 @@ def _backward(ring: RingAttention, relative: RelativeBias | None, saved, d_out):
 
         def attend():
             kinds: dict[str, Any] = {"pattern": ring.pattern, "chunk": ring.chunk}
-            return compute_part_gradients(q, keys, values, pair.inputs, lse=lse, delta=delta, d_out=d_out, **kinds)
+            return compute_part_gradients(q, keys, values, pair, lse=lse, delta=delta, d_out=d_out, **kinds)
 
-        return jax.lax.cond(pair.has_common_segments(), attend, lambda: zeros)
+        return jax.lax.cond(_has_common_segments(pair), attend, lambda: zeros)
 
     def add_gradients(steps, keys_values, sums):
         (d_keys, d_values), (d_q, d_table) = sums

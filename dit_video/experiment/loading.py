@@ -33,8 +33,8 @@ def load(
       path: a folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which is
         downloaded once into the cache of `huggingface_hub`.
       text_encoder: folder of the model's frozen text encoder, if it has moved.
-      dtype: open weights only: dtype of the matrix products, float32 by default; see `load_wan` and
-        `load_class_pipeline`.
+      dtype: open weights only: dtype of the matrix products, float32 by default; see `WanFamily.load_pipeline` and
+        `DitFamily.load_pipeline`.
       place: open weights only: places each parameter, for example on sharded devices; see there.
       ema: runs only: decay of another average that the run keeps, at the newest checkpoint; 0 for the weights without
         an average.

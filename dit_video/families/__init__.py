@@ -1,6 +1,6 @@
 """Open model families: their files, read and written, and the pipelines that they make."""
 
-from dit_video.families.autoencoders import load_autoencoder, read_autoencoder_config, save_autoencoder
+from dit_video.families.autoencoders import load_autoencoder, save_autoencoder
 from dit_video.families.denoisers import (
     find_format,
     get_lora_modules,
@@ -9,7 +9,7 @@ from dit_video.families.denoisers import (
     save_denoiser,
 )
 from dit_video.families.family import DenoiserFormat, Family, PipelineParts
-from dit_video.families.registry import find_family, list_families, register_family
+from dit_video.families.registry import find_family, register_family
 
 __all__ = [
     "DenoiserFormat",
@@ -18,10 +18,8 @@ __all__ = [
     "find_family",
     "find_format",
     "get_lora_modules",
-    "list_families",
     "load_autoencoder",
     "load_denoiser",
-    "read_autoencoder_config",
     "read_denoiser_config",
     "register_family",
     "save_autoencoder",

@@ -4,24 +4,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dit_video.autoencoders import AutoencoderConfig, CausalVaeConfig, ImageVaeConfig, VqConfig
+from dit_video.autoencoders import AutoencoderConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import map_with_path
-from dit_video.families.kandinsky import autoencoder as vq_autoencoder
-from dit_video.families.stable_diffusion import autoencoder as image_autoencoder
-from dit_video.families.wan import autoencoder as wan_autoencoder
+from dit_video.families.kandinsky.autoencoder import FORMAT as VQ_FORMAT
+from dit_video.families.stable_diffusion.autoencoder import FORMAT as IMAGE_FORMAT
+from dit_video.families.wan.autoencoder import FORMAT as WAN_FORMAT
 from dit_video.weights import diffusers, native_format
 from dit_video.weights.parameter import Parameter, Placement
 from dit_video.weights.tensor_map import SHARD_BYTES
 
 _LoadedAutoencoder = tuple[AutoencoderConfig, dict[str, Any]]
-_FAMILIES: dict[type, Any] = {
-    CausalVaeConfig: wan_autoencoder,
-    ImageVaeConfig: image_autoencoder,
-    VqConfig: vq_autoencoder,
-}
-_FAMILIES_BY_CLASS = {family.CLASS: family for family in _FAMILIES.values()}
-EXTERNAL_CLASSES = tuple(_FAMILIES_BY_CLASS)
+_FORMATS_BY_CLASS = {each.class_name: each for each in (WAN_FORMAT, IMAGE_FORMAT, VQ_FORMAT)}
+EXTERNAL_CLASSES = tuple(_FORMATS_BY_CLASS)
 """Supported model classes of diffusers."""
 SUPPORTED_CLASSES = (*EXTERNAL_CLASSES, native_format.CLASS)
 
@@ -35,36 +30,25 @@ def load_autoencoder(folder: str | os.PathLike) -> _LoadedAutoencoder:
     """
     folder = Path(folder)
     document = _read_document(folder)
-    if document["_class_name"] != native_format.CLASS:
-        return _FAMILIES_BY_CLASS[document["_class_name"]].load(folder, document)
-    config, params = native_format.read_native(folder, document)
-    return _check_native_config(folder, config), params
+    if document["_class_name"] == native_format.CLASS:
+        config = native_format.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
+        return config, native_format.read_native(folder, config)
+    return _FORMATS_BY_CLASS[document["_class_name"]].load(folder, document)
 
 
 def read_autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
-    """Read the config of an autoencoder, without the weights for Wan's; raises as `load_autoencoder` does."""
+    """Read the config of an autoencoder, without the weights; raises as `load_autoencoder` does."""
     folder = Path(folder)
     document = _read_document(folder)
     if document["_class_name"] == native_format.CLASS:
-        return _check_native_config(folder, native_format.read_native_config(folder, document))
-    if document["_class_name"] == wan_autoencoder.CLASS:
-        return wan_autoencoder.read_config(folder, document)
-    return load_autoencoder(folder)[0]
-
-
-def _check_native_config(folder: Path, config: Any) -> AutoencoderConfig:
-    """Return a native config; raise UserError if it is not an autoencoder's."""
-    if not isinstance(config, AutoencoderConfig):
-        raise UserError(f"{folder} has a {type(config).__name__}, which is not an autoencoder's config")
-    return config
+        return native_format.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
+    return _FORMATS_BY_CLASS[document["_class_name"]].read_config(folder, document)
 
 
 def _read_document(folder: Path) -> dict[str, Any]:
     """Read `config.json`; raise UserError if the model class is not supported."""
     document = diffusers.read_document(folder)
-    kind = document.get("_class_name")
-    if kind not in SUPPORTED_CLASSES:
-        raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(SUPPORTED_CLASSES)}")
+    diffusers.check_class(folder, document.get("_class_name"), SUPPORTED_CLASSES)
     return document
 
 
@@ -78,10 +62,10 @@ def save_autoencoder(
     Raises:
       UserError: diffusers has no class for the config, or its class can't express it.
     """
-    family = _FAMILIES.get(type(config))
-    if family is None:
+    autoencoder_format = next((each for each in _FORMATS_BY_CLASS.values() if type(config) is each.config_class), None)
+    if autoencoder_format is None:
         raise UserError(f"diffusers has no class for {type(config).__name__}, only {', '.join(EXTERNAL_CLASSES)}")
-    family.save(folder, config, params, shard_bytes=shard_bytes)
+    autoencoder_format.save(folder, config, params, shard_bytes=shard_bytes)
 
 
 def load_placed_autoencoder(folder: Path, channels: int, place: Placement) -> tuple[AutoencoderConfig, dict[str, Any]]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError
@@ -18,6 +18,7 @@ from dit_video.families.autoencoders import load_autoencoder, save_autoencoder
 from dit_video.families.denoisers import (
     find_format,
     get_format,
+    get_lora_modules,
     list_denoiser_classes,
     open_denoiser_file,
     read_denoiser_config,
@@ -35,12 +36,8 @@ from dit_video.weights.text_encoders import T5_MODEL_TYPES, make_t5_export, make
 TargetLayout = Literal["diffusers", "authors", "dit_video"]
 
 
-class _OpenModel(NamedTuple):
-    """An open model: its config and the source of its parameters."""
-
-    config: Any
-    source: FolderSource
-    depths: dict[str, int]
+_OpenModel = tuple[Any, FolderSource]
+"""An open model: its config and the source of its parameters."""
 
 
 def convert(
@@ -75,8 +72,7 @@ def convert(
     document = diffusers.read_document(source)
     kind = str(document.get("_class_name") or document.get("model_type"))
     supported = (*list_denoiser_classes(), *AUTOENCODERS, *T5_MODEL_TYPES, native_format.CLASS)
-    if kind not in supported:
-        raise UserError(f"{source} has a model of class {kind}. Supported classes are {', '.join(supported)}")
+    diffusers.check_class(source, kind, supported)
     native_config = native_format.read_native_config(source, document) if kind == native_format.CLASS else None
     if kind in AUTOENCODERS or (native_config is not None and not isinstance(native_config, BackboneConfig | T5Config)):
         _convert_autoencoder(source, destination, document, layout, dtype, shard_bytes)
@@ -105,7 +101,7 @@ def convert_native_denoiser(
     with TensorFolder(file.parent, stem=file.stem) as tensors:
         others = [name for name in tensors.shapes if not name.startswith(prefix)]
         source = FolderSource(tensors, FileMap.from_params(shapes, prefix), shapes, ignored=others)
-        _write(destination, _OpenModel(config, source, {}), layout, dtype, shard_bytes)
+        _write(destination, (config, source), layout, dtype, shard_bytes)
 
 
 def convert_lora(
@@ -132,9 +128,7 @@ def convert_lora(
     folder = Path(model)
     config = read_denoiser_config(folder)
     primary_layout: FileLayout = "authors" if layout == "authors" else "diffusers"
-    denoiser_format = find_format(config)
-    modules = {} if denoiser_format is None else denoiser_format.get_lora_modules(config, primary_layout=primary_layout)
-    if not modules:
+    if not (modules := get_lora_modules(config, primary_layout=primary_layout)):
         raise UserError(f"{folder} holds a {type(config).__name__}, whose family has no LoRA files; name another model")
     shapes = {"backbone": get_param_shapes(config.make)}
     theirs = {name: module._replace(path=f"backbone/{module.path}") for name, module in modules.items()}
@@ -167,7 +161,7 @@ def _open_folder(folder: Path, document: dict[str, Any], kind: str) -> Iterator[
             config = denoiser_format.read_config(folder, document)
             file_map = denoiser_format.make_file_map(config, denoiser_format.layouts[kind])
         shapes = get_param_shapes(config.make)
-        yield _OpenModel(config, FolderSource(tensors, file_map, shapes, ignored=ignored), file_map.depths)
+        yield config, FolderSource(tensors, file_map, shapes, ignored=ignored)
 
 
 @contextmanager
@@ -177,14 +171,14 @@ def _open_authors_file(path: Path) -> Iterator[_OpenModel]:
     with tensors:
         config = denoiser_format.read_config(path, document)
         file_map = denoiser_format.make_file_map(config, "authors")
-        yield _OpenModel(config, FolderSource(tensors, file_map, get_param_shapes(config.make)), file_map.depths)
+        yield config, FolderSource(tensors, file_map, get_param_shapes(config.make))
 
 
 def _write(folder: Path, model: _OpenModel, layout: TargetLayout, dtype: Any, shard_bytes: int) -> None:
     """Write a denoiser or a text encoder."""
-    config, source = model.config, model.source
+    config, source = model
     if layout == "dit_video":
-        native_format.write_native(folder, config, source, depths=model.depths, dtype=dtype, shard_bytes=shard_bytes)
+        native_format.write_native(folder, config, source, dtype=dtype, shard_bytes=shard_bytes)
         return
     if isinstance(config, T5Config):
         if layout == "authors":
@@ -196,8 +190,8 @@ def _write(folder: Path, model: _OpenModel, layout: TargetLayout, dtype: Any, sh
             raise UserError(f"no family has files for a {type(config).__name__}. Use dit_video")
         document = denoiser_format.make_document(config, layout)
         file_map, stem = denoiser_format.make_file_map(config, layout), diffusers.STEM
-    shapes, depths = get_param_shapes(config.make), {**file_map.depths, **model.depths}
-    streaming.write(folder, stem, source, file_map, shapes, depths, dtype=dtype, shard_bytes=shard_bytes)
+    shapes = get_param_shapes(config.make)
+    streaming.write(folder, stem, source, file_map, shapes, dtype=dtype, shard_bytes=shard_bytes)
     write_json(folder / "config.json", document)
 
 
@@ -208,14 +202,15 @@ def _convert_autoencoder(
     if layout == "authors":
         raise UserError("the authors' layout of autoencoders is not supported. Use diffusers or dit_video")
     if document["_class_name"] == native_format.CLASS:
-        config, params = native_format.read_native(folder, document, dtype_fn=lambda path: None)
+        config = native_format.read_native_config(folder, document)
+        params = native_format.read_native(folder, config, dtype_fn=lambda path: None)
     else:
         config, params = load_autoencoder(folder)
     if dtype is not None:
         # The latents' normalisation keeps its precision, as diffusers stores it in the settings.
         normalizer = params["normalizer"]
         shapes = get_param_shapes(config.make)
-        params = streaming.read(ParamsSource(params), shapes, {}, dtype_fn=lambda path: dtype)
+        params = streaming.read(ParamsSource(params), shapes, dtype_fn=lambda path: dtype)
         params["normalizer"] = normalizer
     if layout == "dit_video":
         native_format.write_native(destination, config, ParamsSource(params), shard_bytes=shard_bytes)

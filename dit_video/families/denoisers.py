@@ -31,10 +31,10 @@ def find_format(config: BackboneConfig) -> DenoiserFormat | None:
     return next((each for each in formats if isinstance(config, each.config_class)), None)
 
 
-def get_lora_modules(config: BackboneConfig) -> dict[str, LoraModule]:
+def get_lora_modules(config: BackboneConfig, *, primary_layout: FileLayout = "diffusers") -> dict[str, LoraModule]:
     """Return the linear maps that LoRA files of the config's family may adapt, by their names there."""
     denoiser_format = find_format(config)
-    return {} if denoiser_format is None else denoiser_format.get_lora_modules(config)
+    return {} if denoiser_format is None else denoiser_format.get_lora_modules(config, primary_layout=primary_layout)
 
 
 def load_denoiser(
@@ -65,8 +65,8 @@ def load_denoiser(
             return denoiser_format.read(tensors, folder, document, dtype_fn, place)
     document = _read_document(folder)
     if document["_class_name"] == native_format.CLASS:
-        config = _read_native_config(folder, document)
-        return config, native_format.read_native(folder, document, dtype_fn=dtype_fn, place=place)[1]
+        config = native_format.read_native_config(folder, document, BackboneConfig, "a denoiser")
+        return config, native_format.read_native(folder, config, dtype_fn=dtype_fn, place=place)
     return get_format(document).load(folder, dtype=dtype, kernel_dtype=kernel_dtype, place=place)
 
 
@@ -75,7 +75,7 @@ def read_denoiser_config(folder: str | os.PathLike) -> BackboneConfig:
     folder = Path(folder)
     document = _read_document(folder)
     if document["_class_name"] == native_format.CLASS:
-        return _read_native_config(folder, document)
+        return native_format.read_native_config(folder, document, BackboneConfig, "a denoiser")
     return get_format(document).read_config(folder, document)
 
 
@@ -100,18 +100,8 @@ def open_denoiser_file(path: Path) -> tuple[DenoiserFormat, TensorFolder, dict[s
 def _read_document(folder: Path) -> dict[str, Any]:
     """Read `config.json`; raise UserError if the model class is not supported."""
     document = diffusers.read_document(folder)
-    kind, supported = document.get("_class_name"), (*list_denoiser_classes(), native_format.CLASS)
-    if kind not in supported:
-        raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(supported)}")
+    diffusers.check_class(folder, document.get("_class_name"), (*list_denoiser_classes(), native_format.CLASS))
     return document
-
-
-def _read_native_config(folder: Path, document: dict[str, Any]) -> BackboneConfig:
-    """Return a native config; raise UserError if it is not a denoiser's."""
-    config = native_format.read_native_config(folder, document)
-    if not isinstance(config, BackboneConfig):
-        raise UserError(f"{folder} has a {type(config).__name__}, which is not a denoiser's config")
-    return config
 
 
 def save_denoiser(

@@ -127,8 +127,8 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
                 return self.read(tensors, folder, opened[1], dtype_fn, place)
         document = diffusers.read_document(folder)
         if document.get("_class_name") == native_format.CLASS:
-            config, params = native_format.read_native(folder, document, dtype_fn=dtype_fn, place=place)
-            return self._check(folder, config), params
+            config = self._check(folder, native_format.read_native_config(folder, document))
+            return config, native_format.read_native(folder, config, dtype_fn=dtype_fn, place=place)
         with TensorFolder(folder, stem=diffusers.STEM) as tensors:
             return self.read(tensors, folder, self._check_class(folder, document), dtype_fn, place)
 
@@ -145,7 +145,7 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
         file_map = self.make_file_map(config, self.layouts[document["_class_name"]])
         shapes = get_param_shapes(config.make)
         source = FolderSource(tensors, file_map, shapes)
-        return config, streaming.read(source, shapes, file_map.depths, dtype_fn=dtype_fn, place=place)
+        return config, streaming.read(source, shapes, dtype_fn=dtype_fn, place=place)
 
     def _check(self, folder: Path, config: Any) -> ConfigT:
         """Return a config if it is of this family, else raise UserError."""
@@ -176,7 +176,7 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
         """
         document, shapes = self.make_document(config, layout), get_param_shapes(config.make)
         names, source = self.make_file_map(config, layout), ParamsSource(params)
-        streaming.write(folder, diffusers.STEM, source, names, shapes, names.depths, shard_bytes=shard_bytes)
+        streaming.write(folder, diffusers.STEM, source, names, shapes, shard_bytes=shard_bytes)
         write_json(Path(folder) / "config.json", document)
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from dit_video.core import registry
 from dit_video.core.errors import UserError
-from dit_video.families.dit.family import DitFamily
+from dit_video.families.dit.pipeline import DitFamily
 from dit_video.families.family import Family, read_pipeline_class
-from dit_video.families.wan.family import WanFamily
+from dit_video.families.wan.pipeline import WanFamily
 
 _FAMILIES: list[Family] = [WanFamily(), DitFamily()]
 
@@ -27,13 +27,11 @@ def find_family(folder: Path) -> Family | None:
       UserError: a pipeline of a class that no family has.
     """
     families = list_families()
-    for family in families:
-        if family.is_pipeline(folder):
-            return family
-    if (name := read_pipeline_class(folder)) is not None:
-        classes = ", ".join(each for family in families for each in family.pipeline_classes)
+    family = next((each for each in families if each.is_pipeline(folder)), None)
+    if family is None and (name := read_pipeline_class(folder)) is not None:
+        classes = ", ".join(each for one in families for each in one.pipeline_classes)
         raise UserError(f"{folder} holds a pipeline of class {name}; known here: {classes}")
-    return None
+    return family
 
 
 def list_families() -> tuple[Family, ...]:

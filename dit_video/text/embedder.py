@@ -31,12 +31,10 @@ class FrozenEncoderConfig(Protocol):
     @property
     def vocabulary(self) -> int:
         """Return the size of the vocabulary, which token ids are below."""
-        ...
 
     @property
     def width(self) -> int:
         """Return the width of the embeddings."""
-        ...
 
     def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
 
@@ -128,7 +126,8 @@ class Embedder:
         """Yield the texts of each batch and the length of its rows."""
         groups: dict[int, list[str]] = {}
         for text, tokens in ids.items():
-            groups.setdefault(self._round_up_length(len(tokens)), []).append(text)
+            length = min(max(_MIN_LENGTH, 1 << (len(tokens) - 1).bit_length()), self.max_tokens)
+            groups.setdefault(length, []).append(text)
         for length, group in sorted(groups.items()):
             # Full batches first; the rest one by one, so that there are programs for two batch sizes only.
             full = len(group) - len(group) % _BATCH_ROWS
@@ -136,9 +135,6 @@ class Embedder:
                 yield group[start : start + _BATCH_ROWS], length
             for text in group[full:]:
                 yield [text], length
-
-    def _round_up_length(self, tokens: int) -> int:
-        return min(max(_MIN_LENGTH, 1 << (tokens - 1).bit_length()), self.max_tokens)
 
     def _encode_batch(self, token_ids: list[Int32[np.ndarray, " _"]], length: int) -> list[np.ndarray]:
         ids = np.zeros((len(token_ids), length), np.int32)

@@ -52,11 +52,9 @@ class TextEncoderConfig(Protocol):
     @property
     def width(self) -> int:
         """Return the width E of the context."""
-        ...
 
     @property
     def max_tokens(self) -> int:
         """Return the number of tokens to which longer captions are cut."""
-        ...
 
     def make(self, rngs: nnx.Rngs) -> nnx.Module: ...

@@ -18,8 +18,8 @@ def compute_token_grid(latents: Grid, patch: Grid) -> Grid:
     """
     if latents.t % patch.t or latents.h % patch.h or latents.w % patch.w:
         raise UserError(
-            f"latents of {latents.t}x{latents.h}x{latents.w} are not divisible by the patch "
-            f"{patch.t}x{patch.h}x{patch.w}; use a clip size whose latents are multiples of the patch"
+            f"latents of {latents} are not divisible by the patch {patch}; use a clip size whose latents are multiples "
+            "of the patch"
         )
     return Grid(latents.t // patch.t, latents.h // patch.h, latents.w // patch.w)
 

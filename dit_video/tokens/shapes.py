@@ -115,10 +115,10 @@ class CanvasShape(LayoutShape):
     def place(self, positions: Sequence[Float32[np.ndarray, "_ 3"]]) -> list[TokenIndices]:
         grids = [infer_grid(each) for each in positions]
         if (corners := self.find_corners(grids)) is None:
-            sizes = ", ".join("x".join(map(str, grid)) for grid in grids)
+            sizes = ", ".join(map(str, grids))
             raise UserError(
-                f"clips of {sizes} do not fit a canvas of {'x'.join(map(str, self.size))} with padding of "
-                f"{'x'.join(map(str, self.padding))} between them; use a larger canvas or fewer clips"
+                f"clips of {sizes} do not fit a canvas of {self.size} with padding of {self.padding} between them; use "
+                "a larger canvas or fewer clips"
             )
         return [self._list_indices(corner, grid) for corner, grid in zip(corners, grids, strict=True)]
 
@@ -240,8 +240,7 @@ class DenseShape(LayoutShape):
     def place(self, positions: Sequence[Float32[np.ndarray, "_ 3"]]) -> list[TokenIndices]:
         for each in positions:
             if (grid := infer_grid(each)) != self.size:
-                clip, array = ("x".join(map(str, size)) for size in (grid, self.size))
-                raise UserError(f"a clip of {clip} does not fill an array of {array}; use a clip of that size")
+                raise UserError(f"a clip of {grid} does not fill an array of {self.size}; use a clip of that size")
         return [slice(0, self.tokens)] * len(positions)
 
     def make_layout(self, segments: Any, positions: Any) -> DenseBatch:

@@ -131,7 +131,7 @@ def compute_average_fps(frames: int, last_time: float, container_fps: float) -> 
 
 def _check_request(size: Grid | None, frames: int | None, start: float, fps: float | int | None) -> int | None:
     if size is not None and frames is not None and size.t != frames:
-        raise UserError(f"size={size.t}x{size.h}x{size.w} and frames={frames} disagree; use one of them")
+        raise UserError(f"size={size} and frames={frames} disagree; use one of them")
     count = frames if size is None else size.t
     if (size is not None and min(size) < 1) or (count is not None and count < 1):
         raise UserError(f"size or frames={size or count} is invalid: use at least 1 frame, and 1 pixel of each side")

@@ -52,7 +52,8 @@ def encode_frames(frames: UInt8[np.ndarray, "T H W 3"], fps: float, format: str,
         return _mux(_make_rgb_frames(frames), "apng", "apng", "rgb24", fps, options, container={"plays": "0"})
     quality = DEFAULT_CRF[format] if crf is None else crf
     if format == "mp4":
-        return _encode_h264(frames, fps, quality)
+        _check_even(*frames.shape[1:3])
+        return _mux(_make_yuv_frames(frames), "mp4", "libx264", "yuv420p", fps, _make_x264_options(quality))
     options = {"crf": str(quality), "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "0", "threads": "1"}
     return _mux(_make_yuv_frames(frames), "webm", "libvpx-vp9", "yuv420p", fps, options)
 
@@ -89,19 +90,15 @@ def encode_timed(pictures: Iterable[TimedPicture], fps: float | int, *, crf: int
 def encode_jpeg(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
     """Return a JPEG file without visible loss: BT.601 in full range, as all of them, without chroma subsampling."""
     context = av.CodecContext.create("mjpeg", "w")
-    context.height, context.width, context.pix_fmt = *picture.shape[:2], "yuvj444p"
-    context.time_base, context.thread_count = Fraction(1, 1), 1
     context.qmin = context.qmax = _JPEG_QUALITY
     context.options = {"flags": "+bitexact"}
-    frame = VideoReformatter().reformat(
-        next(_make_rgb_frames(picture[None])),
-        format="yuvj444p",
-        src_color_range=ColorRange.JPEG,
-        dst_colorspace=Colorspace.ITU601,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=ACCURATE_FLAGS,
-        threads=1,
-    )
+    frame = _convert_to_yuv(VideoReformatter(), picture, "yuvj444p", Colorspace.ITU601, ColorRange.JPEG)
+    return _encode_image(context, frame)
+
+
+def _encode_image(context: av.VideoCodecContext, frame: av.VideoFrame) -> bytes:
+    context.height, context.width, context.pix_fmt = frame.height, frame.width, frame.format.name
+    context.time_base, context.thread_count = Fraction(1, 1), 1
     frame.pts, frame.time_base = 0, Fraction(1, 1)
     return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
 
@@ -109,11 +106,6 @@ def encode_jpeg(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
 def _make_x264_options(crf: int) -> dict[str, str]:
     # x264's macroblock-tree rate control (mbtree) gave other bytes in about one of seventy encodes of one clip.
     return {"crf": str(crf), "preset": "medium", "threads": "1", "mbtree": "0"}
-
-
-def _encode_h264(frames: UInt8[np.ndarray, "T H W 3"], fps: float, crf: int) -> bytes:
-    _check_even(*frames.shape[1:3])
-    return _mux(_make_yuv_frames(frames), "mp4", "libx264", "yuv420p", fps, _make_x264_options(crf))
 
 
 def _check_even(height: int, width: int) -> None:
@@ -149,8 +141,10 @@ def _mux(frames, format, codec, pixel_format, fps, options, *, container=None, t
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, pixel_format
                 stream.time_base = stream.codec_context.time_base = base_time
                 stream.codec_context.thread_count = 1
-                if pixel_format == "yuv420p":
-                    _tag_bt709(stream.codec_context)
+                if pixel_format == "yuv420p":  # BT.709
+                    context = stream.codec_context
+                    context.colorspace = context.color_primaries = context.color_trc = 1
+                    context.color_range = int(ColorRange.MPEG)
             frame.time_base = base_time
             if time_base is None:
                 frame.pts = index
@@ -169,13 +163,6 @@ def _write(output, packets, durations: dict[int, int]) -> None:
         output.mux(packet)
 
 
-def _tag_bt709(context) -> None:
-    context.colorspace = 1
-    context.color_primaries = 1
-    context.color_trc = 1
-    context.color_range = int(ColorRange.MPEG)
-
-
 def _make_rgb_frames(frames: UInt8[np.ndarray, "T H W 3"]):
     for frame in frames:
         yield av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
@@ -189,12 +176,18 @@ def _make_yuv_frames(frames: UInt8[np.ndarray, "T H W 3"]):
 
 def _convert_to_yuv420(reformatter: VideoReformatter, picture: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
     """Convert a picture to 4:2:0 in BT.709, limited range."""
+    return _convert_to_yuv(reformatter, picture, "yuv420p", Colorspace.ITU709, ColorRange.MPEG)
+
+
+def _convert_to_yuv(
+    reformatter: VideoReformatter, picture: np.ndarray, format: str, colorspace: Colorspace, color_range: ColorRange
+) -> av.VideoFrame:
     return reformatter.reformat(
         av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"),
-        format="yuv420p",
+        format=format,
         src_color_range=ColorRange.JPEG,
-        dst_colorspace=Colorspace.ITU709,
-        dst_color_range=ColorRange.MPEG,
+        dst_colorspace=colorspace,
+        dst_color_range=color_range,
         interpolation=ACCURATE_FLAGS,
         threads=1,
     )
@@ -203,12 +196,7 @@ def _convert_to_yuv420(reformatter: VideoReformatter, picture: UInt8[np.ndarray,
 def _encode_png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
     if len(frames) != 1:
         raise UserError(f"{len(frames)} frames are invalid for png: use one frame, or .apng, .gif, .mp4, .webm")
-    context = av.CodecContext.create("png", "w")
-    context.height, context.width, context.pix_fmt = frames.shape[1], frames.shape[2], "rgb24"
-    context.time_base, context.thread_count = Fraction(1, 1), 1
-    frame = next(_make_rgb_frames(frames))
-    frame.pts, frame.time_base = 0, Fraction(1, 1)
-    return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
+    return _encode_image(av.CodecContext.create("png", "w"), next(_make_rgb_frames(frames)))
 
 
 def _encode_gif(frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> bytes:
@@ -230,9 +218,4 @@ def _encode_gif(frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> bytes:
         frame.pts, frame.time_base = index, 1 / rate
         source.push(frame)
     source.push(None)
-
-    def paletted_frames():
-        for _ in frames:
-            yield sink.pull()
-
-    return _mux(paletted_frames(), "gif", "gif", "pal8", fps, {})
+    return _mux((sink.pull() for _ in frames), "gif", "gif", "pal8", fps, {})

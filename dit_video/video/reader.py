@@ -57,7 +57,7 @@ def wrap_decode_errors(name: str, location: str = "") -> Iterator[None]:
         raise DecodeError(f"{name} {problem} ({reason}); remove it or replace it") from error
 
 
-class Video:
+class Video(contextlib.AbstractContextManager["Video"]):
     """An open file and its video stream; a context manager.
 
     Raises:
@@ -72,9 +72,6 @@ class Video:
         self._source = source
         self._resources = contextlib.ExitStack()
         self._reopen()
-
-    def __enter__(self) -> "Video":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

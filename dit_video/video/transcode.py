@@ -32,22 +32,16 @@ def transcode(
     with Video(encoded) as video:
         convert = RgbConverter(video.name, video.sample_aspect, (height, width))
         frames = deinterlace(video.read_frames(), video.name)
-        scheduled = _schedule_as_stored(frames, 1 / average_fps) if fps is None else _schedule_at_rate(frames, fps)
+        scheduled: Iterator[_ScheduledFrame]
+        if fps is None:
+            scheduled = ((timed.time, timed.duration or 1 / average_fps, timed) for timed in frames)
+        else:
+            scheduled = ((count / fps, 1 / fps, timed) for count, timed in enumerate(sample_frames(frames, 0.0, fps)))
         return encode_timed(_convert_frames(scheduled, convert), float(average_fps if fps is None else fps), crf=crf)
 
 
 _ScheduledFrame = tuple[float, float, TimedFrame]
 """Start and duration in seconds of a frame, and the frame."""
-
-
-def _schedule_as_stored(frames: Iterator[TimedFrame], spacing: float) -> Iterator[_ScheduledFrame]:
-    for timed in frames:
-        yield timed.time, timed.duration or spacing, timed
-
-
-def _schedule_at_rate(frames: Iterator[TimedFrame], fps: float | int) -> Iterator[_ScheduledFrame]:
-    for count, timed in enumerate(sample_frames(frames, 0.0, fps)):
-        yield count / fps, 1 / fps, timed
 
 
 def _convert_frames(scheduled: Iterator[_ScheduledFrame], convert: RgbConverter) -> Iterator[TimedPicture]:

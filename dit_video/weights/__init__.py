@@ -1,7 +1,6 @@
 """Readers and writers of model weights: safetensors files and the folders of other projects, never pickles."""
 
 from dit_video.weights.clip import (
-    LoadedClip,
     load_clip,
     load_clip_text,
     load_clip_vision,
@@ -12,18 +11,15 @@ from dit_video.weights.clip import (
 from dit_video.weights.clip_image_processor import load_clip_image_processor, save_clip_image_processor
 from dit_video.weights.embedders import load_embedder, read_text_encoder_config
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora import LoraModule, LoraModules, expand_layers, get_native_modules, load_lora, save_lora
+from dit_video.weights.lora import LoraModule, expand_layers, get_native_modules, load_lora, save_lora
 from dit_video.weights.lpips import load_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
 from dit_video.weights.scheduler import LoadedScheduler, load_scheduler
-from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, read_t5_config, save_text_encoder
+from dit_video.weights.text_encoders import load_text_encoder, read_t5_config, save_text_encoder
 
 __all__ = [
-    "LoadedClip",
-    "LoadedEncoder",
     "LoadedScheduler",
     "LoraModule",
-    "LoraModules",
     "TensorFolder",
     "expand_layers",
     "get_native_modules",

@@ -2,16 +2,16 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.features.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
 from dit_video.nn import get_param_shapes
+from dit_video.weights.diffusers import DENSE, map_kernel_and_bias, map_scale_and_shift
 from dit_video.weights.folders import TensorFolder, find_model_folder, read_transformers_config
-from dit_video.weights.io import read_encoder_params, write_params
+from dit_video.weights.io import LoadedEncoder, read_encoder_params, write_params
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMapping
 
 _CLIP_CLASS = "CLIPModel"
@@ -26,7 +26,6 @@ _MODEL_TYPES = (
 CLIP_TEXT_MODEL_TYPES = ("clip", "clip_text_model")
 """Model types with a text tower."""
 _TEXT_ROOT, _VISION_ROOT = "text_model.", "vision_model."
-_DENSE = "o i -> i o"
 _LINEAR = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
@@ -37,24 +36,22 @@ _LINEAR = {
 }
 _NORMS = {"norm_attention": "layer_norm1", "norm_mlp": "layer_norm2"}
 """Our names below `blocks/`, and theirs below `encoder.layers.<layer>.`."""
+_TOWER_FIELDS = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "activation": "hidden_act",
+    "eps": "layer_norm_eps",
+}
+_TEXT_FIELDS = {"vocabulary": "vocab_size", "positions": "max_position_embeddings", "end_token": "eos_token_id"}
+_VISION_FIELDS = {"size": "image_size", "patch": "patch_size"}
+"""Our names of the fields of both towers' configs and of either's, and theirs."""
 
 AnyClipConfig = ClipConfig | ClipTextConfig | ClipVisionConfig
-ClipConfigT = TypeVar("ClipConfigT", ClipConfig, ClipTextConfig, ClipVisionConfig)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedClip(Generic[ClipConfigT]):
-    """The config and parameters of a CLIP or one of its towers, as read from a folder."""
-
-    config: ClipConfigT
-    params: dict[str, Any]
-    digest: str
-    """Digest of the tensors as they are stored, however they are split into files."""
-    ignored: tuple[str, ...]
-    """Names of the tensors that were not read: the other tower's, and old folders' lists of positions."""
-
-
-def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedClip[ClipConfig]:
+def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder[ClipConfig]:
     """Read both towers of a `CLIPModel`.
 
     Tensors are read one at a time. `dtype` is that of the matrix products and their weights.
@@ -69,7 +66,7 @@ def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedCli
     return _read(path.parent, config, dtype)
 
 
-def load_clip_text(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedClip[ClipTextConfig]:
+def load_clip_text(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder[ClipTextConfig]:
     """Read the text tower of a `CLIPModel`, a `CLIPTextModel` or a `CLIPTextModelWithProjection`.
 
     `folder` may be a pipeline's, whose `text_encoder` is read; otherwise as `load_clip`.
@@ -78,7 +75,7 @@ def load_clip_text(folder: str | os.PathLike, *, dtype: str = "float32") -> Load
     return _read(folder, read_clip_text_config(folder, dtype=dtype), dtype)
 
 
-def load_clip_vision(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedClip[ClipVisionConfig]:
+def load_clip_vision(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder[ClipVisionConfig]:
     """Read the vision tower of a `CLIPModel`, a `CLIPVisionModel` or a `CLIPVisionModelWithProjection`.
 
     `folder` may be a pipeline's, whose `image_encoder` is read; otherwise as `load_clip`.
@@ -105,12 +102,7 @@ def read_clip_vision_config(folder: str | os.PathLike, *, dtype: str = "float32"
 
 
 def save_clip(
-    folder: str | os.PathLike,
-    config: AnyClipConfig,
-    params: Mapping[str, Any],
-    *,
-    dtype: Any = None,
-    shard_bytes: int = SHARD_BYTES,
+    folder: str | os.PathLike, config: AnyClipConfig, params: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write a folder that `transformers` loads, and `load_clip`, `load_clip_text` or `load_clip_vision` too.
 
@@ -118,10 +110,9 @@ def save_clip(
       folder: destination; created if it does not exist.
       config: config of both towers, written as a `CLIPModel`, or of one, written with a projection if it has one.
       params: its parameters.
-      dtype: dtype of all tensors in the file; None keeps theirs.
       shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
-    write_params(folder, "model", _make_tensor_map(config, nested=True), params, dtype=dtype, shard_bytes=shard_bytes)
+    write_params(folder, "model", _make_tensor_map(config, nested=True), params, shard_bytes=shard_bytes)
     write_json(Path(folder) / "config.json", _make_their_config(config))
 
 
@@ -143,12 +134,7 @@ def _parse_text_config(path: Path, name: str, theirs: Any, dtype: str) -> ClipTe
     if not isinstance(tower.eos_token_id, int):
         raise UserError(f"{path} has eos_token_id={tower.eos_token_id}, but pooling needs a single token id. Use one")
     projection = None if name == _TEXT_CLASSES[0] else theirs.projection_dim
-    return ClipTextConfig(
-        **_parse_tower(path, tower, projection=projection, dtype=dtype),
-        vocabulary=tower.vocab_size,
-        positions=tower.max_position_embeddings,
-        end_token=tower.eos_token_id,
-    )
+    return ClipTextConfig(**_parse_tower(path, tower, _TEXT_FIELDS), projection=projection, dtype=dtype)
 
 
 def _parse_vision_config(path: Path, name: str, theirs: Any, dtype: str) -> ClipVisionConfig:
@@ -159,34 +145,23 @@ def _parse_vision_config(path: Path, name: str, theirs: Any, dtype: str) -> Clip
     if tower.num_channels != 3:
         raise UserError(f"{path} has num_channels={tower.num_channels}. Only RGB images, num_channels=3, are supported")
     projection = None if name == _VISION_CLASSES[0] else theirs.projection_dim
-    return ClipVisionConfig(
-        **_parse_tower(path, tower, projection=projection, dtype=dtype), size=tower.image_size, patch=tower.patch_size
-    )
+    return ClipVisionConfig(**_parse_tower(path, tower, _VISION_FIELDS), projection=projection, dtype=dtype)
 
 
-def _parse_tower(path: Path, tower: Any, *, projection: int | None, dtype: str) -> dict[str, Any]:
+def _parse_tower(path: Path, tower: Any, own_fields: Mapping[str, str]) -> dict[str, Any]:
     if tower.hidden_act not in ACTIVATIONS:
         raise UserError(f"{path} has hidden_act={tower.hidden_act!r}. Supported are {' and '.join(ACTIVATIONS)}")
-    return {
-        "width": tower.hidden_size,
-        "layers": tower.num_hidden_layers,
-        "heads": tower.num_attention_heads,
-        "mlp_width": tower.intermediate_size,
-        "activation": tower.hidden_act,
-        "eps": tower.layer_norm_eps,
-        "projection": projection,
-        "dtype": dtype,
-    }
+    return {ours: getattr(tower, theirs) for ours, theirs in (*_TOWER_FIELDS.items(), *own_fields.items())}
 
 
-def _read(folder: Path, config: ClipConfigT, dtype: str) -> LoadedClip[ClipConfigT]:
+def _read(folder: Path, config: Any, dtype: str) -> LoadedEncoder[Any]:
     with TensorFolder(folder) as tensors:
         # Names of a tower that was saved alone have the root or not, depending on the version that wrote it.
         nested = any(name.startswith((_TEXT_ROOT, _VISION_ROOT)) for name in tensors.shapes)
         ignored = [name for name in tensors.shapes if _is_ignored(name, config)]
         names, shapes = _make_tensor_map(config, nested=nested), get_param_shapes(config.make)
         params, digest = read_encoder_params(tensors, names, shapes, ignored=ignored, dtype=dtype)
-    return LoadedClip(config=config, params=params, digest=digest, ignored=tuple(ignored))
+    return LoadedEncoder(config, params, digest, tuple(ignored))
 
 
 def _is_ignored(name: str, config: AnyClipConfig) -> bool:
@@ -208,33 +183,23 @@ def _make_tensor_map(config: AnyClipConfig, *, nested: bool) -> dict[str, Tensor
         return names
     if isinstance(config, ClipTextConfig):
         root = _TEXT_ROOT if nested else ""
-        names = _map_norm("norm", f"{root}final_layer_norm")
+        names = map_scale_and_shift("norm", f"{root}final_layer_norm")
         names["embedding"] = TensorMapping(f"{root}embeddings.token_embedding.weight")
         projection = "text_projection.weight"
     else:
         root = _VISION_ROOT if nested else ""
-        names = _map_norm("norm_in", f"{root}pre_layrnorm") | _map_norm("norm_pooled", f"{root}post_layernorm")
+        names = map_scale_and_shift("norm_in", f"{root}pre_layrnorm")
+        names |= map_scale_and_shift("norm_pooled", f"{root}post_layernorm")
         names["whole"] = TensorMapping(f"{root}embeddings.class_embedding")
         names["patch_kernel"] = TensorMapping(f"{root}embeddings.patch_embedding.weight", "o i h w -> h w i o")
         projection = "visual_projection.weight"
     names["position"] = TensorMapping(f"{root}embeddings.position_embedding.weight")
-    names |= _map_layers(f"{root}encoder.layers.{{}}", config.layers)
-    return names if config.projection is None else names | {"projection/kernel": TensorMapping(projection, _DENSE)}
-
-
-def _map_norm(ours: str, theirs: str) -> dict[str, TensorMapping]:
-    return {f"{ours}/scale": TensorMapping(f"{theirs}.weight"), f"{ours}/shift": TensorMapping(f"{theirs}.bias")}
-
-
-def _map_layers(theirs: str, layers: int) -> dict[str, TensorMapping]:
-    names: dict[str, TensorMapping] = {}
-    for ours, name in _LINEAR.items():
-        names[f"blocks/{ours}/kernel"] = TensorMapping(f"{theirs}.{name}.weight", _DENSE, layers=layers)
-        names[f"blocks/{ours}/bias"] = TensorMapping(f"{theirs}.{name}.bias", layers=layers)
-    for ours, name in _NORMS.items():
-        names[f"blocks/{ours}/scale"] = TensorMapping(f"{theirs}.{name}.weight", layers=layers)
-        names[f"blocks/{ours}/shift"] = TensorMapping(f"{theirs}.{name}.bias", layers=layers)
-    return names
+    layer = f"{root}encoder.layers.{{}}"
+    for ours, theirs in _LINEAR.items():
+        names |= map_kernel_and_bias(f"blocks/{ours}", f"{layer}.{theirs}", DENSE, layers=config.layers)
+    for ours, theirs in _NORMS.items():
+        names |= map_scale_and_shift(f"blocks/{ours}", f"{layer}.{theirs}", layers=config.layers)
+    return names if config.projection is None else names | {"projection/kernel": TensorMapping(projection, DENSE)}
 
 
 def _make_their_config(config: AnyClipConfig) -> dict[str, Any]:
@@ -251,19 +216,10 @@ def _make_their_config(config: AnyClipConfig) -> dict[str, Any]:
 
 
 def _make_their_tower(config: ClipTowerConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.eps,
-    }
+    is_text = isinstance(config, ClipTextConfig)
+    fields = {theirs: getattr(config, ours) for ours, theirs in _TOWER_FIELDS.items()}
     if config.projection is not None:
         fields["projection_dim"] = config.projection
-    if isinstance(config, ClipTextConfig):
-        fields |= {"model_type": _MODEL_TYPES[_TEXT_CLASSES[0]], "vocab_size": config.vocabulary}
-        return fields | {"max_position_embeddings": config.positions, "eos_token_id": config.end_token}
-    assert isinstance(config, ClipVisionConfig)
-    fields |= {"model_type": _MODEL_TYPES[_VISION_CLASSES[0]]}
-    return fields | {"image_size": config.size, "patch_size": config.patch}
+    fields["model_type"] = _MODEL_TYPES[_TEXT_CLASSES[0] if is_text else _VISION_CLASSES[0]]
+    own_fields = _TEXT_FIELDS if is_text else _VISION_FIELDS
+    return fields | {theirs: getattr(config, ours) for ours, theirs in own_fields.items()}

@@ -1,17 +1,14 @@
 """Common parts of diffusers' model folders: files, layouts of linear maps and convolutions, settings."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.core.files import read_json, write_json
-from dit_video.weights.folders import TensorFolder
-from dit_video.weights.io import read_params, write_params
-from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
+from dit_video.core.files import read_json
+from dit_video.weights.tensor_map import TensorMapping
 
 STEM = "diffusion_pytorch_model"
 CONV_2D = "o i h w -> 1 h w i o"
@@ -33,6 +30,16 @@ def read_document(folder: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UserError(f"{folder / 'config.json'} is not a JSON object with settings. Copy or download it again")
     return document
+
+
+def check_class(folder: Path, kind: Any, supported: Collection[str]) -> None:
+    """Check the class of the model in a folder.
+
+    Raises:
+      UserError: the class is not supported.
+    """
+    if kind not in supported:
+        raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(supported)}")
 
 
 def get_settings(folder: Path, document: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,43 +65,16 @@ def check_supported(folder: Path, settings: Mapping[str, Any], supported: Mappin
             raise UserError(f"{folder / 'config.json'}: {name}={settings[name]} is not supported, only {value}")
 
 
-def map_kernel_and_bias(ours: str, theirs: str, pattern: str) -> dict[str, TensorMapping]:
+def map_kernel_and_bias(ours: str, theirs: str, pattern: str, *, layers: int | None = None) -> dict[str, TensorMapping]:
     """Return the mappings of the kernel and the bias of a convolution or a linear map."""
-    kernel = TensorMapping(f"{theirs}.weight", pattern)
-    return {f"{ours}/kernel": kernel, f"{ours}/bias": TensorMapping(f"{theirs}.bias")}
+    kernel = TensorMapping(f"{theirs}.weight", pattern, layers=layers)
+    return {f"{ours}/kernel": kernel, f"{ours}/bias": TensorMapping(f"{theirs}.bias", layers=layers)}
 
 
-def list_tensor_names(folder: Path) -> set[str]:
-    """Return the names of all tensors in a folder.
-
-    Raises:
-      MissingError: the folder or one of its files does not exist.
-      UserError: files are pickled or corrupt.
-    """
-    with TensorFolder(folder, stem=STEM) as tensors:
-        return set(tensors.shapes)
-
-
-def read(folder: Path, tensor_map: TensorMap, like: Any) -> dict[str, Any]:
-    """Read parameters of the shapes `like`; see `read_params`."""
-    return read_params(folder, STEM, tensor_map, like)
-
-
-def write(
-    folder: str | os.PathLike,
-    document: dict[str, Any],
-    tensor_map: TensorMap,
-    params: Mapping[str, Any],
-    *,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write weights and settings.
-
-    The latents' normalisation is part of the settings, so it is left out of the weights.
-    """
-    weights = {name: part for name, part in params.items() if name != "normalizer"}
-    write_params(folder, STEM, tensor_map, weights, shard_bytes=shard_bytes)
-    write_json(Path(folder) / "config.json", document)
+def map_scale_and_shift(ours: str, theirs: str, *, layers: int | None = None) -> dict[str, TensorMapping]:
+    """Return the names of a norm's scale and shift."""
+    scale = TensorMapping(f"{theirs}.weight", layers=layers)
+    return {f"{ours}/scale": scale, f"{ours}/shift": TensorMapping(f"{theirs}.bias", layers=layers)}
 
 
 def compute_shortest_decimal(value: Any) -> float:

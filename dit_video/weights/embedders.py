@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from dit_video.core.config_json import to_json
 from dit_video.core.errors import MissingError, UserError
 from dit_video.features import ClipTextConfig
 from dit_video.text import TOKENIZER_FILES, Embedder, PretrainedTokenizer, T5Config, has_tokenizer
-from dit_video.weights.clip import CLIP_TEXT_MODEL_TYPES, LoadedClip, load_clip_text, read_clip_text_config
+from dit_video.weights.clip import CLIP_TEXT_MODEL_TYPES, load_clip_text, read_clip_text_config
 from dit_video.weights.folders import find_model_folder, read_transformers_config
-from dit_video.weights.text_encoders import T5_MODEL_TYPES, LoadedEncoder, load_text_encoder, read_t5_config
+from dit_video.weights.io import LoadedEncoder
+from dit_video.weights.text_encoders import T5_MODEL_TYPES, load_text_encoder, read_t5_config
 
 _SUBFOLDER = "text_encoder"
 _WAN_MAX_TOKENS = 512
@@ -54,11 +56,8 @@ def load_embedder(
         )
     # Errors of the tokenizer are raised first: it loads in a second, the weights in minutes.
     tokenizer = PretrainedTokenizer(_find_tokenizer_folder(folder), max_tokens=max_tokens, cleaned=cleaned)
-    encoder: LoadedEncoder | LoadedClip[ClipTextConfig]
-    if isinstance(config, ClipTextConfig):
-        encoder = load_clip_text(folder, dtype=dtype)
-    else:
-        encoder = load_text_encoder(folder, dtype=dtype)
+    load_encoder = load_clip_text if isinstance(config, ClipTextConfig) else load_text_encoder
+    encoder: LoadedEncoder[Any] = load_encoder(folder, dtype=dtype)
     identity_parts = [to_json(encoder.config), encoder.digest, tokenizer.identity, max_tokens]
     identity = hashlib.sha256(json.dumps(identity_parts, sort_keys=True).encode()).hexdigest()[:32]
     return Embedder(encoder.config, encoder.params, tokenizer, identity=identity, cache=cache)

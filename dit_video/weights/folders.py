@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
-from dit_video.weights.safetensors import NUMPY_DTYPES, check_safetensors_file, make_corrupt_error, make_dtype_error
+from dit_video.weights.safetensors import NUMPY_DTYPES, make_corrupt_error, make_dtype_error, open_safetensors
 
 _MAX_LISTED = 3
 
@@ -30,7 +29,7 @@ class _TensorLocation(NamedTuple):
     """Name of the dtype in the safetensors format."""
 
 
-class TensorFolder:
+class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
     """The tensors of a model folder, read one at a time: `with TensorFolder(folder) as tensors: tensors.read(name)`.
 
     Files are read rather than mapped into memory: mapped pages count as the process's memory, which would grow to the
@@ -57,12 +56,8 @@ class TensorFolder:
 
     def _add_file(self, path: Path, names: set[str] | None) -> None:
         """Open one file and locate its tensors: those that an index lists, or all if `names` is None."""
-        check_safetensors_file(path)
-        try:
-            with safetensors.safe_open(os.fspath(path), framework="np"):  # Checks that the file is complete.
-                file = self._open.enter_context(path.open("rb", buffering=0))
-        except safetensors.SafetensorError as error:
-            raise make_corrupt_error(path, error) from error
+        with open_safetensors(path):  # Checks that the file is complete.
+            file = self._open.enter_context(path.open("rb", buffering=0))
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
@@ -117,9 +112,6 @@ class TensorFolder:
         if buffer.nbytes:
             raise make_corrupt_error(location.path, f"it ends inside tensor {name}")
         return array
-
-    def __enter__(self) -> "TensorFolder":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()

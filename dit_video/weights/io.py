@@ -6,16 +6,31 @@ A folder holds one safetensors file, or several with an index, as Hugging Face's
 import hashlib
 import os
 from collections.abc import Collection, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.parameter import Placement, place_on_device, place_on_host
+from dit_video.weights.parameter import place_on_device
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
-from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, make_dtype_fn
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
+
+EncoderConfigT = TypeVar("EncoderConfigT")
+
+
+@dataclass(frozen=True)
+class LoadedEncoder(Generic[EncoderConfigT]):
+    """A frozen encoder's config and parameters, as read from a folder."""
+
+    config: EncoderConfigT
+    params: dict[str, Any]
+    digest: str
+    """Digest of the tensors as they are stored, however they are split into files."""
+    ignored: tuple[str, ...]
+    """Names of the tensors that were not read: other parts of the model, and old folders' lists of positions."""
 
 
 def read_params(
@@ -25,10 +40,8 @@ def read_params(
     like: Any,
     *,
     ignored: Collection[str] = (),
-    dtype: Any = np.float32,
-    place: Placement = place_on_host,
 ) -> Any:
-    """Read our parameters from another project's folder, one tensor at a time.
+    """Read our parameters in float32 from another project's folder to the host, one tensor at a time.
 
     Args:
       folder: folder with `stem.safetensors`, or with `stem.safetensors.index.json` and the files that it lists.
@@ -36,18 +49,14 @@ def read_params(
       tensor_map: the model's map.
       like: shapes of our parameters: a tree of `jax.ShapeDtypeStruct`, whose structure the result has.
       ignored: names of tensors to skip; all others must be mapped.
-      dtype: dtype that floating tensors are cast to; None keeps the file's.
-      place: reads each parameter to its destination, given its path; by default to the host. With devices as
-        destination the host never holds a complete stack of layers.
 
     Raises:
       MissingError: the folder or one of its files does not exist.
-      UserError: files are pickled or corrupt, tensors are missing, unexpected or of another shape, or layers have
-        several dtypes that nothing casts.
+      UserError: files are pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     with TensorFolder(folder, stem=stem) as tensors:
         source = FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored)
-        return streaming.read(source, like, source.depths, dtype_fn=make_dtype_fn(dtype), place=place)
+        return streaming.read(source, like, dtype_fn=lambda path: np.float32)
 
 
 def read_encoder_params(
@@ -69,7 +78,6 @@ def read_encoder_params(
     params = streaming.read(
         source,
         like,
-        source.depths,
         dtype_fn=lambda path: jnp.dtype(dtype) if path.endswith(("kernel", "embedding")) else np.float32,
         place=place_on_device,
     )
@@ -90,4 +98,4 @@ def write_params(
     Files that would be larger than `shard_bytes` are split, with an index.
     """
     file_map, source = FileMap.from_tensor_map(tensor_map), ParamsSource(params)
-    streaming.write(folder, stem, source, file_map, params, file_map.depths, dtype=dtype, shard_bytes=shard_bytes)
+    streaming.write(folder, stem, source, file_map, params, dtype=dtype, shard_bytes=shard_bytes)

@@ -28,10 +28,10 @@ from dit_video.core.files import read_json
 from dit_video.weights import safetensors as ours
 
 NamingStyle = Literal["diffusers", "comfyui", "kohya"]
-_FACTORS: dict[NamingStyle, tuple[str, str]] = {
-    "diffusers": ("lora_A", "lora_B"),
-    "comfyui": ("lora_down", "lora_up"),
-    "kohya": ("lora_down", "lora_up"),
+_STYLES: dict[NamingStyle, tuple[str, str, str]] = {
+    "diffusers": ("transformer.", "lora_A", "lora_B"),
+    "comfyui": ("diffusion_model.", "lora_down", "lora_up"),
+    "kohya": ("lora_unet_", "lora_down", "lora_up"),
 }
 _COUNTERPART = {"lora_A": "lora_B", "lora_B": "lora_A", "lora_down": "lora_up", "lora_up": "lora_down"}
 _TENSOR_NAME = re.compile(
@@ -168,10 +168,10 @@ def save_lora(
         )
     tensors: dict[str, np.ndarray] = {}
     alphas: dict[str, tuple[int, float]] = {}
-    first, second = _FACTORS[style]
+    start, first, second = _STYLES[style]
     for name, part in _split_factors(leaves, modules):
         rank = part.a.shape[1]
-        prefix = f"lora_unet_{name.replace('.', '_')}" if style == "kohya" else f"{_PREFIXES[style]}{name}"
+        prefix = start + (name.replace(".", "_") if style == "kohya" else name)
         tensors[f"{prefix}.{first}.weight"] = _cast(part.a.T, dtype)
         tensors[f"{prefix}.{second}.weight"] = _cast(part.b.T, dtype)
         alphas[name] = rank, part.scale * rank
@@ -179,9 +179,6 @@ def save_lora(
             tensors[f"{prefix}.alpha"] = np.asarray(part.scale * rank, np.float32)
     header = {_METADATA_KEY: _make_metadata(alphas)} if style == "diffusers" else {}
     ours.save(path, tensors, metadata={"format": "pt", **header})
-
-
-_PREFIXES: dict[NamingStyle, str] = {"diffusers": "transformer.", "comfyui": "diffusion_model."}
 
 
 class _ModuleFactors(NamedTuple):

@@ -22,39 +22,46 @@ CLASS, STEM = "dit_video", "model"
 
 def read_native(
     folder: Path,
-    document: Mapping[str, Any],
+    config: Any,
     *,
     dtype_fn: Callable[[str], Any] = lambda path: np.float32,
     place: Placement = place_on_host,
-) -> tuple[Any, dict[str, Any]]:
-    """Read the config and parameters of a folder in the native format.
+) -> dict[str, Any]:
+    """Read the parameters of a folder in the native format.
 
     Args:
       folder: folder of the model.
-      document: content of its `config.json`.
+      config: its config, from `read_native_config`.
       dtype_fn: returns the dtype that a floating parameter is cast to, given its path; None keeps the file's.
       place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
       MissingError: files are missing.
-      UserError: the config is of another version, or the weights do not fit it.
+      UserError: the weights do not fit the config.
     """
-    config = read_native_config(folder, document)
     shapes = get_param_shapes(config.make)
     with TensorFolder(folder, stem=STEM) as tensors:
         source = FolderSource(tensors, FileMap.from_params(shapes), shapes)
-        return config, streaming.read(source, shapes, {}, dtype_fn=dtype_fn, place=place)
+        return streaming.read(source, shapes, dtype_fn=dtype_fn, place=place)
 
 
-def read_native_config(folder: Path, document: Mapping[str, Any]) -> Any:
+def read_native_config(folder: Path, document: Mapping[str, Any], kind: Any = object, owner: str = "a model") -> Any:
     """Return the config in a folder's `config.json`.
 
+    Args:
+      folder: folder of the model.
+      document: content of its `config.json`.
+      kind: type that the config must have.
+      owner: owner of such configs, for the message.
+
     Raises:
-      UserError: the document has no config of a model, or one of another version.
+      UserError: the document has no config of a model, one of another version, or one of another type.
     """
     config = config_json.from_json(document.get("config"))
     if not hasattr(config, "make"):
         raise UserError(f"{folder / 'config.json'} has no config of a model. Convert the model again")
+    if not isinstance(config, kind):
+        raise UserError(f"{folder} has a {type(config).__name__}, which is not {owner}'s config")
     return config
 
 
@@ -63,7 +70,6 @@ def write_native(
     config: Any,
     source: ParamSource,
     *,
-    depths: Mapping[str, int] = {},
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -73,11 +79,10 @@ def write_native(
       folder: destination; created if it does not exist.
       config: config of the model.
       source: source of its parameters.
-      depths: number of layers of each stacked parameter that the source stores layer by layer.
       dtype: dtype that floating tensors are cast to; None keeps the source's.
       shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
     shapes = get_param_shapes(config.make)
     file_map = FileMap.from_params(shapes)
-    streaming.write(folder, STEM, source, file_map, shapes, depths, dtype=dtype, shard_bytes=shard_bytes, metadata={})
+    streaming.write(folder, STEM, source, file_map, shapes, dtype=dtype, shard_bytes=shard_bytes, metadata={})
     write_json(Path(folder) / "config.json", {"_class_name": CLASS, "config": config_json.to_json(config)})

@@ -4,6 +4,7 @@ Files are read by the `safetensors` library but written here: the library writes
 these files are a function of their content.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,21 +21,8 @@ from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import atomic_path
 
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+_NUMBERS = {f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
+_DTYPES = _NUMBERS | {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
 """Names of dtypes in safetensors files by NumPy's name (https://huggingface.co/docs/safetensors, "Format")."""
 
 NUMPY_DTYPES = {theirs: np.dtype(ours) for ours, theirs in _DTYPES.items()}
@@ -116,22 +104,19 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
       UserError: the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
     """
     path = Path(path)
-    check_safetensors_file(path)
     arrays: dict[str, np.ndarray] = {}
-    try:
-        with safetensors.safe_open(os.fspath(path), framework="np") as file:
-            names = list(file.keys())
-            if like is not None:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-                expected = {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()}
-                check_tensors_match(path, shapes, expected)
-            for name in names:
+    with open_safetensors(path) as file:
+        names = list(file.keys())
+        if like is not None:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            expected = {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()}
+            check_tensors_match(path, shapes, expected)
+        for name in names:
+            try:
                 array = file.get_tensor(name)
-                arrays[name] = array.astype(cast_dtype(array.dtype, dtype), copy=False)
-    except safetensors.SafetensorError as error:
-        raise make_corrupt_error(path, error) from error
-    except AttributeError as error:
-        raise make_dtype_error(path, error) from error
+            except AttributeError as error:
+                raise make_dtype_error(path, error) from error
+            arrays[name] = array.astype(cast_dtype(array.dtype, dtype), copy=False)
     if like is None:
         return trees.unflatten(arrays)
     return trees.map_with_path(lambda name, _: arrays[name], like)
@@ -144,11 +129,22 @@ def load_metadata(path: str | os.PathLike) -> dict[str, str]:
       MissingError: the file does not exist.
       UserError: the file is pickled, truncated or corrupt.
     """
-    path = Path(path)
+    with open_safetensors(Path(path)) as file:
+        return dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a file with the safetensors library, which checks that it is complete.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is pickled, truncated or corrupt.
+    """
     check_safetensors_file(path)
     try:
         with safetensors.safe_open(os.fspath(path), framework="np") as file:
-            return dict(file.metadata() or {})
+            yield file
     except safetensors.SafetensorError as error:
         raise make_corrupt_error(path, error) from error
 

@@ -245,7 +245,11 @@ _KARRAS = {
     "use_exponential_sigmas": _Setting(False, (*_BOOLEAN, None)),
     "use_beta_sigmas": _OFF,
 }
-_FINAL_SIGMA = {"final_sigmas_type": _Setting("zero", ("zero", "sigma_min"))}
+_SIGMAS = {
+    **_make_ddpm_settings(spacing="linspace"),
+    **_KARRAS,
+    "final_sigmas_type": _Setting("zero", ("zero", "sigma_min")),
+}
 _FLOW_SIGMAS = {
     "use_flow_sigmas": _Setting(False, _BOOLEAN),
     "flow_shift": _Setting(1.0, is_positive=True),
@@ -274,13 +278,10 @@ _DDPM = {
     "variance_type": _Setting("fixed_small", ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")),
 }
 _EULER = {
-    **_make_ddpm_settings(spacing="linspace"),
-    **_KARRAS,
-    **_FINAL_SIGMA,
+    **_SIGMAS,
     "interpolation_type": _Setting("linear", ("linear",)),
     "timestep_type": _Setting("discrete", ("discrete",)),
-    "sigma_min": _NONE,
-    "sigma_max": _NONE,
+    **dict.fromkeys(("sigma_min", "sigma_max"), _NONE),
 }
 _EULER_ANCESTRAL = _make_ddpm_settings(spacing="linspace")
 _HEUN = {
@@ -297,9 +298,7 @@ _LCM = {
     "timestep_scaling": _Setting(10.0, is_positive=True),
 }
 _DPM = {
-    **_make_ddpm_settings(spacing="linspace"),
-    **_KARRAS,
-    **_FINAL_SIGMA,
+    **_SIGMAS,
     **_FLOW_SIGMAS,
     "solver_type": _Setting("midpoint", ("midpoint", "heun", "logrho", "bh1", "bh2")),
     "lambda_min_clipped": _Setting(-float("inf"), (-float("inf"),)),
@@ -320,9 +319,7 @@ _DPM_SINGLESTEP = {
     "lower_order_final": _Setting(False, _BOOLEAN),
 }
 _UNIPC = {
-    **_make_ddpm_settings(spacing="linspace"),
-    **_KARRAS,
-    **_FINAL_SIGMA,
+    **_SIGMAS,
     **_FLOW_SIGMAS,
     "solver_order": _Setting(2, (1, 2, 3)),
     "solver_type": _Setting("bh2", ("bh1", "bh2", "midpoint", "heun", "logrho")),

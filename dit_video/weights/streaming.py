@@ -73,6 +73,9 @@ class FileMap(NamedTuple):
 class ParamsSource:
     """Parameters in memory; `layer` selects a block of a stack and is None for all other parameters."""
 
+    depths: Mapping[str, int] = {}
+    """Number of layers of each parameter that is stored layer by layer: there is none."""
+
     def __init__(self, params: Mapping[str, Any]):
         self._leaves = trees.flatten(params)
 
@@ -114,6 +117,8 @@ class FolderSource:
           digest: `hashlib` object that is updated with every block that is read, as it is stored.
         """
         self._tensors, self._file_map, self._digest = tensors, file_map, digest
+        self.depths = file_map.depths
+        """Number of layers of each parameter that stacks one tensor per layer."""
         shapes = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
         ours.check_tensors_match(tensors.folder, shapes, file_map.compute_shapes(like))
         for path, copies in file_map.copies.items():
@@ -128,11 +133,6 @@ class FolderSource:
             table = tensors.read(name)
             if not np.allclose(table.astype(np.float32), constant.array, atol=2 * _get_resolution(table.dtype)):
                 raise UserError(f"{tensors.folder}: {name} differs from the table of the config, and it can't be kept")
-
-    @property
-    def depths(self) -> dict[str, int]:
-        """Return the number of layers of each parameter that stacks one tensor per layer."""
-        return self._file_map.depths
 
     def get_dtype(self, path: str, layer: int | None) -> np.dtype:
         """Return the dtype of a block."""
@@ -195,7 +195,6 @@ ParamSource = ParamsSource | FolderSource
 def read(
     source: ParamSource,
     like: Any,
-    depths: Mapping[str, int],
     *,
     dtype_fn: Callable[[str], Any],
     place: Placement = place_on_host,
@@ -205,7 +204,6 @@ def read(
     Args:
       source: source of the parameters.
       like: shapes of the parameters: a tree of `jax.ShapeDtypeStruct`.
-      depths: number of layers of each stacked parameter.
       dtype_fn: returns the dtype that a floating parameter is cast to, given its path; None keeps the source's.
       place: reads each parameter to its destination, given its path; by default to the host.
 
@@ -214,7 +212,7 @@ def read(
     """
 
     def parameter(path: str, leaf: Any) -> Any:
-        depth, dtype = depths.get(path), dtype_fn(path)
+        depth, dtype = source.depths.get(path), dtype_fn(path)
         source_dtype = source.get_dtype(path, None) if depth is None else _get_stack_dtype(source, path, depth, dtype)
         chunks = functools.partial(source.read_chunks, path, depth)
         return place(path, Parameter(tuple(leaf.shape), ours.cast_dtype(source_dtype, dtype), chunks))
@@ -228,7 +226,6 @@ def write(
     source: ParamSource,
     file_map: FileMap,
     like: Any,
-    depths: Mapping[str, int],
     *,
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
@@ -242,14 +239,13 @@ def write(
       source: source of the parameters.
       file_map: where the files store our parameters.
       like: shapes of the parameters: a tree of `jax.ShapeDtypeStruct`.
-      depths: number of layers of each parameter that the source or the files store layer by layer.
       dtype: dtype that floating tensors are cast to; None keeps the source's.
       shard_bytes: maximum size of a file; larger ones are split.
       metadata: text for the files' headers; by default that of PyTorch's files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(sorted(_stream_tensors(source, file_map, like, depths, dtype).items()))
+    tensors = dict(sorted(_stream_tensors(source, file_map, like, dtype).items()))
     shards: list[list[str]] = [[]]
     shard_size = 0
     for name, tensor in tensors.items():
@@ -274,11 +270,9 @@ def write(
     (folder / f"{stem}.safetensors").unlink(missing_ok=True)  # An older file would be read before the index.
 
 
-def _stream_tensors(
-    source: ParamSource, file_map: FileMap, like: Any, depths: Mapping[str, int], dtype: Any
-) -> dict[str, ours.StreamedArray]:
+def _stream_tensors(source: ParamSource, file_map: FileMap, like: Any, dtype: Any) -> dict[str, ours.StreamedArray]:
     """Return all tensors of a layout, none of them read yet."""
-    shapes = file_map.compute_shapes(like)
+    shapes, depths = file_map.compute_shapes(like), {**file_map.depths, **source.depths}
     tensors: dict[str, ours.StreamedArray] = {}
 
     def add(name: str, read: Callable[[], Iterator[np.ndarray]], source_dtype: Any) -> None:

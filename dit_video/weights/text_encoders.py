@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from dit_video.core.files import write_json
 from dit_video.nn import get_param_shapes
 from dit_video.text import T5Config
 from dit_video.weights.folders import TensorFolder, find_model_folder, read_transformers_config
-from dit_video.weights.io import read_encoder_params, write_params
+from dit_video.weights.io import LoadedEncoder, read_encoder_params, write_params
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 
 _EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")
@@ -37,20 +37,22 @@ _UNGATED_UP = "layer.1.DenseReluDense.wi.weight"
 _POSITION_BIASES: dict[str, Literal["each layer", "shared"]] = {"t5": "shared", "umt5": "each layer"}
 """Position biases of the model types, which differ only in them."""
 T5_MODEL_TYPES = tuple(_POSITION_BIASES)
+_FIELDS = {
+    "vocabulary": "vocab_size",
+    "width": "d_model",
+    "layers": "num_layers",
+    "heads": "num_heads",
+    "head_width": "d_kv",
+    "mlp_width": "d_ff",
+    "activation": "feed_forward_proj",
+    "buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "eps": "layer_norm_epsilon",
+}
+"""Our names of the config's fields, and theirs."""
 
 
-class LoadedEncoder(NamedTuple):
-    """A text encoder's config and parameters, as read from a folder."""
-
-    config: T5Config
-    params: dict[str, Any]
-    digest: str
-    """Digest of the tensors as they are stored, however they are split into files."""
-    ignored: tuple[str, ...]
-    """Names of the tensors that were not read: those of the decoder in a full checkpoint."""
-
-
-def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder:
+def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder[T5Config]:
     """Read the encoder of a `T5EncoderModel`, a `UMT5EncoderModel`, or a full T5 or UMT5 with its decoder.
 
     Tensors are read one at a time, so host memory holds little more than one of them besides the result. `dtype` is
@@ -97,20 +99,8 @@ def read_t5_config(folder: str | os.PathLike, *, dtype: str = "float32") -> T5Co
     kind, theirs = read_transformers_config(path, "T5 encoders", T5_MODEL_TYPES)
     if theirs.feed_forward_proj not in ("gated-gelu", "relu"):
         raise UserError(f"{path} has feed_forward_proj={theirs.feed_forward_proj!r}. Supported are gated-gelu and relu")
-    return T5Config(
-        vocabulary=theirs.vocab_size,
-        width=theirs.d_model,
-        layers=theirs.num_layers,
-        heads=theirs.num_heads,
-        head_width=theirs.d_kv,
-        mlp_width=theirs.d_ff,
-        activation=theirs.feed_forward_proj,
-        buckets=theirs.relative_attention_num_buckets,
-        max_distance=theirs.relative_attention_max_distance,
-        position_bias=_POSITION_BIASES[kind],
-        eps=theirs.layer_norm_epsilon,
-        dtype=dtype,
-    )
+    fields = {ours: getattr(theirs, name) for ours, name in _FIELDS.items()}
+    return T5Config(**fields, position_bias=_POSITION_BIASES[kind], dtype=dtype)
 
 
 def save_text_encoder(
@@ -164,17 +154,5 @@ def _find_embedding_name(tensors: TensorFolder) -> str:
 
 def _make_their_config(config: T5Config) -> dict[str, Any]:
     kind = next(kind for kind, bias in _POSITION_BIASES.items() if bias == config.position_bias)
-    return {
-        "architectures": [f"{kind.upper()}EncoderModel"],
-        "model_type": kind,
-        "vocab_size": config.vocabulary,
-        "d_model": config.width,
-        "num_layers": config.layers,
-        "num_heads": config.heads,
-        "d_kv": config.head_width,
-        "d_ff": config.mlp_width,
-        "feed_forward_proj": config.activation,
-        "relative_attention_num_buckets": config.buckets,
-        "relative_attention_max_distance": config.max_distance,
-        "layer_norm_epsilon": config.eps,
-    }
+    fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
+    return {"architectures": [f"{kind.upper()}EncoderModel"], "model_type": kind, **fields}

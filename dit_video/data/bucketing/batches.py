@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dit_video.core import rng
-from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.errors import UserError
 from dit_video.data.bucketing.buckets import BatchMemory, Buckets, BucketStream
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.loader import DenoiserBatches, LoaderConfig, PieceDecoder, encode_ahead, get_part_range
-from dit_video.data.packing.rows import Encode, get_positions, log_damaged_clip, read_caption
+from dit_video.data.packing.rows import Encode, get_positions, read_caption, read_undamaged
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, get_sampled_fps
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
@@ -76,7 +76,7 @@ class BucketBatches(DenoiserBatches):
             "kept": round(buckets.token_retention, 5),
             "shown": round(buckets.frame_coverage, 5),
             "dropped": 0,
-            "buckets": [{**vars(bucket), "size": "x".join(map(str, bucket.size))} for bucket in buckets.buckets],
+            "buckets": [{**vars(bucket), "size": str(bucket.size)} for bucket in buckets.buckets],
         }
 
     def __str__(self) -> str:
@@ -188,13 +188,11 @@ class _BucketDecoder(PieceDecoder):
         height, width = compute_covering_size(info, size)
         top, left = (int(generator.integers(spare + 1)) for spare in (height - size.h, width - size.w))
         covering = Grid(size.t, height, width)
-        try:
-            frames = decode(self._source[example], size=covering, start=info.start + start / fps, fps=fps).frames
-        except DecodeError as error:
-            log_damaged_clip(info.name, error)
-            return None
+        begin = info.start + start / fps
+        clip = read_undamaged(info.name, lambda: decode(self._source[example], size=covering, start=begin, fps=fps))
         # Copy the crop, so that the memory of the whole frames is freed.
-        return np.ascontiguousarray(frames[:, top : top + size.h, left : left + size.w])
+        crop = slice(None), slice(top, top + size.h), slice(left, left + size.w)
+        return None if clip is None else np.ascontiguousarray(clip.frames[crop])
 
 
 def compute_covering_size(info: ClipInfo, size: Grid) -> tuple[int, int]:

@@ -92,7 +92,7 @@ class Buckets:
         lines = [f"{'size':>14} {'batch':>6} {'examples':>9} {'share':>7} {'tokens kept':>12} {'frame shown':>12}"]
         for b in self.buckets:
             shares = f"{b.share:7.1%} {b.token_retention:12.1%} {b.frame_coverage:12.1%}"
-            lines.append(f"{'x'.join(map(str, b.size)):>14} {b.batch:6} {b.examples:9} {shares}")
+            lines.append(f"{b.size!s:>14} {b.batch:6} {b.examples:9} {shares}")
         shares = f"{1:7.1%} {self.token_retention:12.1%} {self.frame_coverage:12.1%}"
         return "\n".join([*lines, f"{'all':>14} {'':6} {len(self.assignment):9} {shares}; 0 dropped"])
 
@@ -209,7 +209,7 @@ class BucketStream:
         bucket = self.buckets.buckets[index]
         if not 0 <= host < hosts or bucket.batch % hosts:
             raise UserError(
-                f"host={host}, hosts={hosts} is invalid: the bucket of {'x'.join(map(str, bucket.size))} has "
+                f"host={host}, hosts={hosts} is invalid: the bucket of {bucket.size} has "
                 f"{bucket.batch} examples per batch; plan the buckets with devices={hosts} or a multiple"
             )
         share = bucket.batch // hosts
@@ -233,7 +233,8 @@ class BucketStream:
         while sum(self._count_batches_before(epoch + 1)) <= step:
             epoch += 1
         done = self._count_batches_before(epoch)
-        order = self._get_order(epoch)[: step - sum(done) + 1]
+        own = np.asarray(self._count_batches_before(epoch + 1)) - np.asarray(done)
+        order = self._permute(-1, epoch, np.repeat(np.arange(len(own)), own))[: step - sum(done) + 1]
         counts = np.bincount(order, minlength=len(done)) + np.asarray(done)
         bucket = int(order[-1])
         counts[bucket] -= 1
@@ -242,10 +243,6 @@ class BucketStream:
     def _count_batches_before(self, epoch: int) -> list[int]:
         """Return the number of batches of each bucket before an epoch: those that the examples up to then fill."""
         return [epoch * len(members) // size for members, size in zip(self._members, self._batches, strict=True)]
-
-    def _get_order(self, epoch: int) -> np.ndarray:
-        counts = np.asarray(self._count_batches_before(epoch + 1)) - np.asarray(self._count_batches_before(epoch))
-        return self._permute(-1, epoch, np.repeat(np.arange(len(counts)), counts))
 
     def _get_examples(self, bucket: int, first: int, count: int) -> np.ndarray:
         members, parts = self._members[bucket], []
@@ -270,7 +267,7 @@ def _compute_device_batch(size: Grid, tokens: int, memory: BatchMemory, budget: 
     if per_device < 1:
         needs = memory.fixed + memory.compute_example_bytes(tokens)
         raise UserError(
-            f"one example of {'x'.join(map(str, size))} ({tokens} tokens) takes {needs:.3g} bytes, but the budget is "
+            f"one example of {size} ({tokens} tokens) takes {needs:.3g} bytes, but the budget is "
             f"{budget:.3g}. Use smaller clips, more devices per example, or a larger budget."
         )
     return per_device

@@ -120,6 +120,7 @@ def ingest(
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} is invalid: use 1 or more processes, or omit it")
+    progress = progress or (lambda done, total: None)
     destination = to_storage_path(destination)
     if isinstance(destination, Path):
         destination = destination.resolve()  # a link to a large disk, or `.`
@@ -231,7 +232,7 @@ def _inspect_all(
     clips: Sequence[ListedClip],
     config: IngestConfig,
     journal: Journal,
-    progress: ProgressCallback | None,
+    progress: ProgressCallback,
     workers: int,
     beam_config: BeamOptions | None,
 ) -> list[Inspection]:
@@ -243,15 +244,13 @@ def _inspect_all(
         if (verdict := journal.get(clip)) is not None and (verdict.stored is None or verdict.stored.is_in(folder))
     }
     remaining = [(number, clip) for number, clip in enumerate(clips) if number not in verdicts]
-    if progress is not None:
-        progress(len(verdicts), len(clips))
+    progress(len(verdicts), len(clips))
     inspection = InspectionConfig(screening=config.screening, reencode=config.reencode, folder=str(folder))
 
     def store(number: int, verdict: Inspection) -> None:
         journal.put(clips[number], verdict)
         verdicts[number] = verdict
-        if progress is not None:
-            progress(len(verdicts), len(clips))
+        progress(len(verdicts), len(clips))
 
     retried = []
     with Workers(count_useful_processes(remaining, workers), inspection, config.scaled_time_limit) as processes:
@@ -289,7 +288,7 @@ def _write(
     selection: Selection,
     config: IngestConfig,
     fingerprint: str,
-    progress: ProgressCallback | None,
+    progress: ProgressCallback,
     beam: BeamOptions | None,
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
@@ -311,7 +310,7 @@ def _write(
         features=_make_features(),
         records={split: list(itertools.islice(records, len(numbers))) for split, numbers in selection.files.items()},
         mean_bytes=sum(sizes) // len(sizes),
-        progress=None if progress is None else (lambda done: progress(done, len(sizes))),
+        progress=lambda done: progress(done, len(sizes)),
         beam=beam,
     )
     write_index(folder, selection.infos, fingerprint)

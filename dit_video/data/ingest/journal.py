@@ -8,6 +8,7 @@ unchanged: it always belongs to the bytes that are there. Transient reasons are 
 again.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -30,7 +31,7 @@ PARTS_FOLDER = "parts"
 _VERSION = 2
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager["Journal"]):
     """Verdicts stored in a folder; a context manager that holds the folder's lock.
 
     A verdict is reused for a clip with the same name, offset in its file, size and modification time, under the same
@@ -61,9 +62,6 @@ class Journal:
             raise UserError(f"{folder} cannot be locked ({error.strerror}); {fix}") from error
         self._verdicts = self._read()
         self._merge_parts()
-
-    def __enter__(self) -> "Journal":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

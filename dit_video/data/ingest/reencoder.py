@@ -161,9 +161,8 @@ def _map_shots(
         frames, seconds = len(shot_times), shot_times[-1] - shot_times[0]
         fps = after.fps if frames == after.frames else compute_average_fps(frames, seconds, after.fps)
         letterbox = None if shot.letterbox is None else _scale_borders(shot.letterbox, before, after)
-        shot = dataclasses.replace(shot, start=shot_times[0], frames=frames, seconds=seconds, fps=fps)
-        shot = dataclasses.replace(shot, height=after.height, width=after.width)
-        kept.append(dataclasses.replace(shot, codec=after.codec, letterbox=letterbox))
+        facts = {**dataclasses.asdict(after), "frames": frames, "seconds": seconds, "fps": fps}
+        kept.append(dataclasses.replace(shot, **facts, start=shot_times[0], letterbox=letterbox))
     return tuple(kept), tuple(dropped)
 
 

@@ -144,7 +144,7 @@ def make_report(infos: Sequence[ClipInfo], codecs: Iterable[str], **fields: Any)
             "rates": _count_values(f"{info.fps:.4g} fps" for info in infos if info.frames > 1),
             "codecs": _count_values(codecs),
         },
-        captions=dataclasses.asdict(compute_caption_statistics([info.captions for info in infos])),
+        captions=compute_caption_statistics([info.captions for info in infos]),
         **fields,
     ).check()
 

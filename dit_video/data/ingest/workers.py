@@ -113,7 +113,7 @@ class _WorkerProcess:
             self._requests.close()
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager["Workers"]):
     """A pool of processes that inspect clips; a context manager. Processes start with the first clip.
 
     Args:
@@ -126,9 +126,6 @@ class Workers:
         self._count, self._config, self._time_limit = count, config, time_limit
         self._processes: list[_WorkerProcess] = []
         self._selector = selectors.DefaultSelector()
-
-    def __enter__(self) -> "Workers":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop()

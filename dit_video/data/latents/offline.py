@@ -272,8 +272,7 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
         except DecodeError as error:
             return Skipped(view.name, str(error))
         if frames.shape[:3] != view.size:
-            decoded, expected = ("x".join(map(str, size)) for size in (frames.shape[:3], view.size))
-            return Skipped(view.name, f"decoded size {decoded} is not {expected} of the index")
+            return Skipped(view.name, f"decoded size {Grid(*frames.shape[:3])} is not {view.size} of the index")
         return frames[:, :, ::-1] if view.flipped else frames
 
     def _draw_canvases(

@@ -131,7 +131,7 @@ class OnlineEncoder:
         for canvas in self.canvases:
             if all(have >= want for have, want in zip(canvas, size, strict=True)):
                 return canvas
-        raise UserError(f"a clip of {size.t}x{size.h}x{size.w} is larger than all in sizes; include its size")
+        raise UserError(f"a clip of {size} is larger than all in sizes; include its size")
 
     def _make_batches(self, by_canvas: dict[Grid, list[int]]) -> Iterator[tuple[Grid, list[int]]]:
         for canvas, members in by_canvas.items():

@@ -113,7 +113,10 @@ class LatentWriter:
                     "text": b"".join(self._to_bytes(text) for text in example.text),
                     "name": example.name,
                     "captions": list(captions),
-                    **{get_record_name(field): self._field_to_bytes(field, example) for field in self.fields},
+                    **{
+                        get_record_name(field): self._to_bytes(example.fields[field.name], field.dtype)
+                        for field in self.fields
+                    },
                 }
 
         features = _make_features(self.fields)
@@ -177,14 +180,9 @@ class LatentWriter:
     def _get_part_path(self, number: int) -> StoragePath:
         return self.folder / "shards" / f"{number:05d}.json"
 
-    def _to_bytes(self, values: np.ndarray) -> bytes:
-        return to_little_endian(np.ascontiguousarray(values.astype(DTYPES[self.dtype]))).tobytes()
-
-    def _field_to_bytes(self, field: Field, example: LatentExample) -> bytes:
-        values = example.fields[field.name]
-        if field.dtype == "float32":
-            return self._to_bytes(values)
-        return to_little_endian(np.ascontiguousarray(values.astype(field.dtype))).tobytes()
+    def _to_bytes(self, values: np.ndarray, dtype: str = "float32") -> bytes:
+        stored = DTYPES[self.dtype] if dtype == "float32" else dtype
+        return to_little_endian(np.ascontiguousarray(values.astype(stored))).tobytes()
 
 
 def write_latents(

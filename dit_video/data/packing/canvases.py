@@ -34,9 +34,8 @@ class CanvasPacking:
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
             if not has_room:
-                grid_text, room = ("x".join(map(str, size)) for size in (grid, shape.size))
                 raise UserError(
-                    f"{name} has {grid_text} tokens, but a canvas only {room}; raise the canvas's size or use a "
+                    f"{name} has {grid} tokens, but a canvas only {shape.size}; raise the canvas's size or use a "
                     "smaller clip size"
                 )
 

@@ -7,6 +7,7 @@ one. Everything is a function of (seed, epoch).
 
 import functools
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -92,18 +93,17 @@ class MixtureSampler:
     """
 
     def __init__(self, mixture: Mixture, tokens: Int[np.ndarray, " n"], *, seed: int):
-        groups = mixture.variants
-        number = mixture.num_clips if groups is None else sum(map(len, groups))
+        groups = mixture.variants or [(clip,) for clip in range(mixture.num_clips)]
+        self._examples = np.fromiter(itertools.chain.from_iterable(groups), np.int64)
+        number = len(self._examples)
         if number != len(tokens):
             raise UserError(
                 f"the mixture has {number} examples, but the index has {len(tokens)}; make both from the same clips"
             )
         self.mixture = mixture
         self._tokens, self._seed = tokens, seed
-        if groups is not None:
-            self._examples = np.concatenate([np.asarray(group, np.int64) for group in groups])
-            self._counts = np.asarray([len(group) for group in groups])
-            self._starts = np.cumsum([0, *self._counts[:-1]])
+        self._counts = np.asarray([len(group) for group in groups])
+        self._starts = np.cumsum([0, *self._counts[:-1]])
         self._bounds = np.cumsum([0, *mixture.sizes])
         self._rates = self._compute_rates()
         self.min_examples: int = sum(map(math.floor, self._rates))
@@ -121,13 +121,9 @@ class MixtureSampler:
 
     def compute_shares(self, drawn: Int[np.ndarray, " m"]) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
         """Return the share of each source in the drawn examples: by number, and by video tokens."""
-        if self.mixture.variants is None:
-            clips = drawn
-        else:
-            example_clips = np.empty(len(self._examples), np.int64)
-            example_clips[self._examples] = np.repeat(np.arange(len(self._counts)), self._counts)
-            clips = example_clips[drawn]
-        sources, count = np.searchsorted(self._bounds, clips, side="right") - 1, len(self.mixture.sizes)
+        clips = np.empty(len(self._examples), np.int64)
+        clips[self._examples] = np.repeat(np.arange(len(self._counts)), self._counts)
+        sources, count = np.searchsorted(self._bounds, clips[drawn], side="right") - 1, len(self.mixture.sizes)
         number = np.bincount(sources, minlength=count)
         tokens = np.bincount(sources, weights=self._tokens[drawn], minlength=count)
         return number / number.sum(), tokens / tokens.sum()
@@ -143,9 +139,7 @@ class MixtureSampler:
         mixture = self.mixture
         weights = np.asarray(mixture.sizes if mixture.weights is None else mixture.weights, np.float64)
         if mixture.weight_unit == "tokens" and mixture.weights is not None:
-            sizes = self._tokens.astype(np.float64)
-            if mixture.variants is not None:
-                sizes = np.add.reduceat(sizes[self._examples], self._starts) / self._counts
+            sizes = np.add.reduceat(self._tokens[self._examples].astype(np.float64), self._starts) / self._counts
             weights = weights / (np.add.reduceat(sizes, self._bounds[:-1]) / np.asarray(mixture.sizes))
         return (weights / weights.sum() * (mixture.length or mixture.num_clips)).tolist()
 
@@ -185,8 +179,6 @@ class MixtureSampler:
         # A pass uses one variant of each clip: column `index` of a random permutation of its variants, which is drawn
         # anew once all of them have been used. Clips with equally many variants are handled at once.
         clips = np.arange(self._bounds[source], self._bounds[source + 1])
-        if self.mixture.variants is None:
-            return clips
         counts, chosen = self._counts[clips], np.empty(len(clips), np.int64)
         for count in np.unique(counts).tolist():
             same_count = np.flatnonzero(counts == count)

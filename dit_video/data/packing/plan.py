@@ -196,7 +196,15 @@ class RowStream:
         else:
             costs = self.balance.cost.compute(_sum_pairs(rows, self.attention_pairs), self.shape.tokens)
             order = balancing.order_rows(costs, self.balance, generator, first=epoch * self.rows_per_epoch)
-        return _make_plan(rows, order, self.tokens, self.attention_pairs, self.shape, dropped_examples=tuple(left_out))
+        rows = [rows[index] for index in order]
+        examples, offsets = bin_packing.flatten_rows(rows)
+        return RowPlan(
+            order=examples,
+            offsets=offsets,
+            padding=1 - int(self.tokens[examples].sum()) / (len(rows) * self.shape.tokens),
+            attention_cost=_sum_pairs(rows, self.attention_pairs) / 1e6,
+            dropped_examples=tuple(left_out),
+        )
 
 
 class _RecentPlans:
@@ -251,26 +259,6 @@ def _check_sizes(tokens: np.ndarray, text: np.ndarray, shape: LayoutShape, names
         smallest = int(np.argmin(tokens))
         name = names[smallest] if names is not None else f"example {smallest}"
         raise UserError(f"{name} has no tokens; leave it out")
-
-
-def _make_plan(
-    rows: list[list[int]],
-    order: np.ndarray,
-    tokens: np.ndarray,
-    attention_pairs: np.ndarray,
-    shape: LayoutShape,
-    *,
-    dropped_examples: tuple[int, ...] = (),
-) -> RowPlan:
-    rows = [rows[index] for index in order]
-    examples, offsets = bin_packing.flatten_rows(rows)
-    return RowPlan(
-        order=examples,
-        offsets=offsets,
-        padding=1 - int(tokens[examples].sum()) / (len(rows) * shape.tokens),
-        attention_cost=_sum_pairs(rows, attention_pairs) / 1e6,
-        dropped_examples=dropped_examples,
-    )
 
 
 def _sum_pairs(rows: list[list[int]], attention_pairs: np.ndarray) -> np.ndarray:

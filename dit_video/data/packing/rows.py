@@ -9,7 +9,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -38,6 +38,7 @@ from dit_video.tokens import (
     patchify,
 )
 
+T = TypeVar("T")
 ENDLESS_LENGTH = 1 << 40
 """Length of endless data sets, as Grain requires a length."""
 Encode = Callable[[Sequence[UInt8[np.ndarray, "T H W 3"]]], list[Float32[np.ndarray, "t h w c"]]]
@@ -181,35 +182,26 @@ class LatentRows:
 
     def _get_clip(self, example: int) -> EncodedClip:
         """Return the patches of an example, which are cached until the memory for them is full."""
-        clip, source = self._clips.get(example), self._source
-        if clip is None:
-            try:
-                latents = source[example]
-                fields = {
-                    field.name: field.patchify(source.read_field(example, field), self._patch)
-                    for field in source.fields
-                }
-            except DecodeError as error:
-                log_damaged_clip(self._layout.names[example], error)
-                return self._make_damaged_clip(example)
-            clip = EncodedClip(self._patchify(latents), fields)
-            with self._lock:
-                if clip.nbytes <= self._free_bytes and example not in self._clips:
-                    self._free_bytes -= clip.nbytes
-                    self._clips[example] = clip
+        if (clip := self._clips.get(example)) is not None:
+            return clip
+        source, size = self._source, self._source.sizes[example]
+        values = read_undamaged(
+            self._layout.names[example],
+            lambda: (source[example], [source.read_field(example, field) for field in source.fields]),
+        )
+        is_damaged = values is None
+        if values is None:
+            zeros = [np.zeros(field.get_shape(size), field.dtype) for field in source.fields]
+            values = np.zeros((*size, source.channels), np.float32), zeros
+        latents, arrays = values
+        pairs = zip(source.fields, arrays, strict=True)
+        fields = {field.name: field.patchify(array, self._patch) for field, array in pairs}
+        clip = EncodedClip(np.ascontiguousarray(patchify(latents, self._patch)), fields, is_damaged)
+        with self._lock:
+            if not is_damaged and clip.nbytes <= self._free_bytes and example not in self._clips:
+                self._free_bytes -= clip.nbytes
+                self._clips[example] = clip
         return clip
-
-    def _patchify(self, latents: Float32[np.ndarray, "t h w c"]) -> Float32[np.ndarray, "n p"]:
-        return np.ascontiguousarray(patchify(latents, self._patch))
-
-    def _make_damaged_clip(self, example: int) -> EncodedClip:
-        grid, patch, source = self._layout.grids[example], self._patch, self._source
-        latents = Grid(grid.t * patch.t, grid.h * patch.h, grid.w * patch.w)
-        fields = {
-            field.name: field.patchify(np.zeros(field.get_shape(latents), field.dtype), patch)
-            for field in source.fields
-        }
-        return EncodedClip(_make_zero_tokens(grid, patch, source.channels), fields, is_damaged=True)
 
 
 class ClipRow(NamedTuple):
@@ -234,11 +226,9 @@ class ClipRows:
         info = self._source.infos[member.example]
         spare = count_sampled_frames(info, self._limits) - fit_size(info, self._limits).t
         start = int(rng.make_generator(self._seed, "start", member.epoch, member.example).integers(spare + 1))
-        try:
-            return read_fitted_clip(self._source, member.example, self._limits, start=start).frames
-        except DecodeError as error:
-            log_damaged_clip(info.name, error)
-            return None
+        return read_undamaged(
+            info.name, lambda: read_fitted_clip(self._source, member.example, self._limits, start=start).frames
+        )
 
 
 def pack_encoded_row(
@@ -248,14 +238,11 @@ def pack_encoded_row(
     clips = []
     for member, clip in zip(row.entries, row.clips, strict=True):
         if clip is None:
-            clips.append(EncodedClip(_make_zero_tokens(layout.grids[member.example], patch, channels), is_damaged=True))
+            shape = layout.grids[member.example].volume, patch.volume * channels
+            clips.append(EncodedClip(np.zeros(shape, np.float32), is_damaged=True))
         else:
             clips.append(EncodedClip(np.ascontiguousarray(patchify(next(latents), patch))))
     return layout.pack(row.entries, clips)
-
-
-def _make_zero_tokens(grid: Grid, patch: Grid, channels: int) -> Float32[np.ndarray, "n p"]:
-    return np.zeros((grid.volume, patch.volume * channels), np.float32)
 
 
 def compute_token_grids(source: LatentSource, patch: Grid) -> list[Grid]:
@@ -275,8 +262,13 @@ def compute_token_grids(source: LatentSource, patch: Grid) -> list[Grid]:
 
 def read_caption(captions: CaptionSource, example: int, caption: int, name: str) -> CaptionTokens | None:
     """Return one caption of an example; if its record is damaged, log a warning with its name and return None."""
+    return read_undamaged(name, lambda: captions.read(example, caption))
+
+
+def read_undamaged(name: str, read: Callable[[], T]) -> T | None:
+    """Return the result of `read`; if the clip of this name is damaged, log a warning and return None."""
     try:
-        return captions.read(example, caption)
+        return read()
     except DecodeError as error:
         log_damaged_clip(name, error)
         return None

@@ -7,7 +7,7 @@ original error into a file on the disk that all machines share.
 import contextlib
 import dataclasses
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def raise_worker_errors(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # raised by Beam, its runner, or an RPC
         if path.is_file():
-            raise _error_from_json(read_json(path)) from error
+            written = read_json(path)
+            raise _ERRORS[written["kind"]](*written["arguments"]) from error
         if isinstance(error, OSError) and error.filename is not None:  # a local file, which no worker wrote
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
@@ -59,17 +60,13 @@ def raise_worker_errors(path: Path) -> Iterator[None]:
         raise UserError(f"Apache Beam's pipeline failed ({reason}). {fix}") from error
 
 
+_ERRORS = {each.__name__: each for each in (ChangedError, OSError, UserError)}
+"""Kinds of errors that a worker passes on."""
+
+
 def _error_to_json(error: UserError | OSError) -> dict[str, Any]:
     if isinstance(error, ChangedError):
-        return {"changed": error.path, "reason": error.reason}
+        return {"kind": "ChangedError", "arguments": [error.path, error.reason]}
     if isinstance(error, OSError):
-        return {"errno": error.errno or errno.EIO, "reason": error.strerror or str(error)}
-    return {"reason": str(error)}
-
-
-def _error_from_json(values: Mapping[str, Any]) -> UserError | OSError:
-    if "changed" in values:
-        return ChangedError(values["changed"], values["reason"])
-    if "errno" in values:
-        return OSError(values["errno"], values["reason"])
-    return UserError(values["reason"])
+        return {"kind": "OSError", "arguments": [error.errno or errno.EIO, error.strerror or str(error)]}
+    return {"kind": "UserError", "arguments": [str(error)]}

@@ -39,24 +39,20 @@ def write_file(
     *,
     features: Mapping[str, Any],
     examples: Iterable[Mapping[str, Any]],
-) -> int:
-    """Write one file of the data set `name` atomically, and return the number of its examples."""
+) -> None:
+    """Write one file of the data set `name` atomically."""
     feature_dict = tfds.features.FeaturesDict(dict(features))
     serializer = example_serializer.ExampleSerializer(feature_dict.get_serialized_info())
-    count = 0
 
     def serialized() -> Iterator[tuple[int, bytes]]:
-        nonlocal count
-        for example in examples:
+        for key, example in enumerate(examples):
             message = serializer.get_tf_example(feature_dict.encode_example(example))
             # By default the order of a message's fields differs from process to process.
-            yield count, message.SerializeToString(deterministic=True)
-            count += 1
+            yield key, message.SerializeToString(deterministic=True)
 
     # Not TFDS's ShardWriter, which keeps all examples of a file in memory to count them.
     with _open_local_file(folder / _get_file_name(name, number, num_files)) as path:
         writer.ExampleWriter(FORMAT).write(path, serialized())
-    return count
 
 
 def write_metadata(folder: StoragePath, name: str, counts: Sequence[int], *, features: Mapping[str, Any]) -> None:

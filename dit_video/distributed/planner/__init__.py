@@ -4,30 +4,26 @@ from dit_video.distributed.planner.compiled_program import (
     CompiledStep,
     MemoryUsage,
     compile_step,
-    compute_peak_memory,
     count_argument_bytes,
     measure_peak_memory,
 )
 from dit_video.distributed.planner.estimate import StepSpec, estimate_step
-from dit_video.distributed.planner.hardware import CHIPS, Chip, Topology, find_chip, get_peak_flops
-from dit_video.distributed.planner.hlo import CollectiveTraffic, Program, read_program
+from dit_video.distributed.planner.hardware import CHIPS, Topology, find_chip, get_peak_flops
+from dit_video.distributed.planner.hlo import CollectiveTraffic, read_program
 from dit_video.distributed.planner.lower_bounds import compute_min_collective_bytes, sum_collective_bytes
 from dit_video.distributed.planner.roofline import StepTimes, StepWork, compute_step_times, get_link_bandwidth
 
 __all__ = [
     "CHIPS",
-    "Chip",
     "CollectiveTraffic",
     "CompiledStep",
     "MemoryUsage",
-    "Program",
     "StepSpec",
     "StepTimes",
     "StepWork",
     "Topology",
     "compile_step",
     "compute_min_collective_bytes",
-    "compute_peak_memory",
     "compute_step_times",
     "count_argument_bytes",
     "estimate_step",

@@ -115,15 +115,8 @@ def estimate_step(
     gathered = 2 * layer_bytes // 4 * step.itemsize // tensor
     gradients = state_bytes["parameters"] if step.training else 0
     temporary = gradients + gathered + (2 * layer_activations if step.training else layer_activations)
-    memory = MemoryUsage(
-        parameters=state_bytes["parameters"],
-        optimizer=state_bytes["optimizer"],
-        ema=state_bytes["ema"],
-        other=state_bytes["other"],
-        activations=activations,
-        temporary=temporary,
-        peak=sum(state_bytes.values()) + activations + temporary,
-    )
+    peak = sum(state_bytes.values()) + activations + temporary
+    memory = MemoryUsage(**state_bytes, activations=activations, temporary=temporary, peak=peak)
     # The state is read and written once; the activations of a layer about twice in each pass.
     passes = (4 if step.is_matmul_recomputed else 3) if step.training else 1
     layer_traffic = passes * step.layers * (2 * layer_activations + gathered)

@@ -1,6 +1,5 @@
 """Accelerators' peak rates from their makers' data sheets, and topologies such as `v5e:4x4` or `h100:16`."""
 
-import functools
 import math
 import os
 from collections.abc import Sequence
@@ -36,120 +35,54 @@ class Chip:
     hourly_price: float | None = None
     """US dollars per chip and hour; None if unknown."""
     source: str
-    price_source: str = ""
-    libtpu_name: str = ""
-    """Name of the chip in libtpu, if it differs from `name`."""
     device_kinds: tuple[str, ...] = ()
     """Substrings of the `device_kind` that JAX reports for these chips."""
+
+    @property
+    def price_source(self) -> str:
+        return "" if self.hourly_price is None else _PRICE_SOURCES[self.kind]
+
+    @property
+    def libtpu_name(self) -> str:
+        """Return the name of the chip in libtpu."""
+        return "tpu7x" if self.name == "v7x" else self.name
 
 
 _DOCS = "docs.cloud.google.com/tpu/docs"
 _BOOK = "links: jax-ml.github.io/scaling-book/tpus"
-_PRICES = "cloud.google.com/tpu/pricing, on demand in the cheapest US region, 2025"
-_CAPACITY_BLOCK_PRICES = "aws.amazon.com/ec2/capacityblocks/pricing, US East, January 2025"
-
-_make_tpu = functools.partial(Chip, kind="tpu")
-_make_gpu = functools.partial(Chip, kind="gpu", nvlink_domain=8)
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        _make_tpu(
-            name="v4",
-            flops=275e12,
-            memory=32 * GIB,
-            bandwidth=1228e9,
-            link_bandwidth=90e9,
-            hourly_price=3.22,
-            source=f"{_DOCS}/v4; {_BOOK}",
-            price_source=_PRICES,
-            device_kinds=("TPU v4",),
-        ),
-        _make_tpu(
-            name="v5e",
-            flops=197e12,
-            memory=16 * GIB,
-            bandwidth=819e9,
-            link_bandwidth=90e9,
-            hourly_price=1.20,
-            source=f"{_DOCS}/v5e; {_BOOK}",
-            price_source=_PRICES,
-            device_kinds=("TPU v5 lite", "TPU v5e"),
-        ),
-        _make_tpu(
-            name="v5p",
-            flops=459e12,
-            memory=95 * GIB,
-            bandwidth=2765e9,
-            link_bandwidth=180e9,
-            hourly_price=4.20,
-            source=f"{_DOCS}/v5p; {_BOOK}",
-            price_source=_PRICES,
-            device_kinds=("TPU v5p", "TPU v5"),
-        ),
-        _make_tpu(
-            name="v6e",
-            flops=918e12,
-            memory=32 * GIB,
-            bandwidth=1638e9,
-            link_bandwidth=180e9,
-            hourly_price=2.70,
-            source=f"{_DOCS}/v6e; {_BOOK}",
-            price_source=_PRICES,
-            device_kinds=("TPU v6 lite", "TPU v6e"),
-        ),
-        _make_tpu(
-            name="v7x",
-            flops=2307e12,
-            memory=192 * GIB,
-            bandwidth=7380e9,
-            link_bandwidth=200e9,
-            source=f"{_DOCS}/tpu7x (1,200 GB/s of links in both directions, over the six of a torus)",
-            libtpu_name="tpu7x",
-            device_kinds=("TPU7x",),
-        ),
-        _make_gpu(
-            name="a100",
-            flops=312e12,
-            memory=80 * GB,
-            bandwidth=2039e9,
-            link_bandwidth=300e9,
-            network_bandwidth=25e9,
-            source="NVIDIA A100 80GB SXM data sheet; network: DGX A100 with 200 Gbit/s for each GPU",
-            device_kinds=("A100",),
-        ),
-        _make_gpu(
-            name="h100",
-            flops=989e12,
-            memory=80 * GB,
-            bandwidth=3350e9,
-            link_bandwidth=450e9,
-            hourly_price=4.92,
-            source="NVIDIA H100 SXM data sheet, without sparsity",
-            price_source=_CAPACITY_BLOCK_PRICES,
-            device_kinds=("H100 80GB HBM3",),  # Other H100 models are slower.
-        ),
-        _make_gpu(
-            name="h200",
-            flops=989e12,
-            memory=141 * GB,
-            bandwidth=4800e9,
-            link_bandwidth=450e9,
-            hourly_price=5.41,
-            source="NVIDIA H200 SXM data sheet, without sparsity",
-            price_source=_CAPACITY_BLOCK_PRICES,
-            device_kinds=("H200", "GH200"),
-        ),
-        _make_gpu(
-            name="b200",
-            flops=2250e12,
-            memory=180 * GB,
-            bandwidth=7700e9,
-            link_bandwidth=900e9,
-            source="NVIDIA HGX B200 data sheet, without sparsity",
-            device_kinds=("B200",),
-        ),
-    )
+_PRICE_SOURCES = {
+    "tpu": "cloud.google.com/tpu/pricing, on demand in the cheapest US region, 2025",
+    "gpu": "aws.amazon.com/ec2/capacityblocks/pricing, US East, January 2025",
 }
+_V7X_SOURCE = f"{_DOCS}/tpu7x (1,200 GB/s of links in both directions, over the six of a torus)"
+_A100_SOURCE = "NVIDIA A100 80GB SXM data sheet; network: DGX A100 with 200 Gbit/s for each GPU"
+
+_COLUMNS = ("name", "flops", "memory", "bandwidth", "link_bandwidth", "hourly_price", "device_kinds", "source")
+_TPUS: tuple[tuple[Any, ...], ...] = (
+    ("v4", 275e12, 32 * GIB, 1228e9, 90e9, 3.22, ("TPU v4",), f"{_DOCS}/v4; {_BOOK}"),
+    ("v5e", 197e12, 16 * GIB, 819e9, 90e9, 1.20, ("TPU v5 lite", "TPU v5e"), f"{_DOCS}/v5e; {_BOOK}"),
+    ("v5p", 459e12, 95 * GIB, 2765e9, 180e9, 4.20, ("TPU v5p", "TPU v5"), f"{_DOCS}/v5p; {_BOOK}"),
+    ("v6e", 918e12, 32 * GIB, 1638e9, 180e9, 2.70, ("TPU v6 lite", "TPU v6e"), f"{_DOCS}/v6e; {_BOOK}"),
+    ("v7x", 2307e12, 192 * GIB, 7380e9, 200e9, None, ("TPU7x",), _V7X_SOURCE),
+)
+_GPUS: tuple[tuple[Any, ...], ...] = (
+    ("a100", 312e12, 80 * GB, 2039e9, 300e9, None, ("A100",), _A100_SOURCE),
+    # Other H100 models are slower.
+    ("h100", 989e12, 80 * GB, 3350e9, 450e9, 4.92, ("H100 80GB HBM3",), "NVIDIA H100 SXM data sheet, without sparsity"),
+    ("h200", 989e12, 141 * GB, 4800e9, 450e9, 5.41, ("H200", "GH200"), "NVIDIA H200 SXM data sheet, without sparsity"),
+    ("b200", 2250e12, 180 * GB, 7700e9, 900e9, None, ("B200",), "NVIDIA HGX B200 data sheet, without sparsity"),
+)
+_NETWORK_BANDWIDTHS = {"a100": 25e9}
+"""Network bandwidths that are not 400 Gbit/s for each GPU."""
+
+
+def _make_chip(row: tuple[Any, ...], kind: Literal["tpu", "gpu"]) -> Chip:
+    facts = dict(zip(_COLUMNS, row, strict=True))
+    network = _NETWORK_BANDWIDTHS.get(row[0], 50e9)
+    return Chip(kind=kind, nvlink_domain=8 if kind == "gpu" else None, network_bandwidth=network, **facts)
+
+
+CHIPS = {row[0]: _make_chip(row, "tpu") for row in _TPUS} | {row[0]: _make_chip(row, "gpu") for row in _GPUS}
 
 
 @dataclass(frozen=True)
@@ -175,7 +108,7 @@ class Topology:
           UserError: the chip is not in the table, or the shape has the wrong number of sizes.
         """
         name, _, shape = text.lower().partition(":")
-        chip = next((chip for chip in CHIPS.values() if name in (chip.name, chip.libtpu_name or chip.name)), None)
+        chip = next((chip for chip in CHIPS.values() if name in (chip.name, chip.libtpu_name)), None)
         if chip is None:
             raise UserError(f"chip {name!r} is not supported. Use one of {', '.join(CHIPS)}, as in v5e:4x4 or h100:8")
         parts = shape.split("x")
@@ -202,7 +135,7 @@ class Topology:
             raise MissingError("libtpu, which compiles for TPUs, is not installed. Use pip install libtpu") from error
         from jax.experimental import topologies
 
-        name = f"{self.chip.libtpu_name or self.chip.name}:{'x'.join(map(str, self.shape))}"
+        name = f"{self.chip.libtpu_name}:{'x'.join(map(str, self.shape))}"
         try:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
         except Exception as error:

@@ -11,10 +11,8 @@ along its flow (SiT).
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -35,7 +33,7 @@ from dit_video.diffusion import (
 )
 from dit_video.families.autoencoders import load_placed_autoencoder
 from dit_video.families.dit.transformer import DitDenoiserFormat
-from dit_video.families.family import INDEX, Dtype
+from dit_video.families.family import INDEX, Dtype, Family
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import Pipeline
@@ -52,66 +50,79 @@ PARTS = (*_REQUIRED_PARTS, "scheduler")
 _STEPS, _AUTHORS_STEPS, _GUIDANCE, _BATCH = 50, 250, 4.0, 8
 
 
-def load_class_pipeline(
-    folder: str | os.PathLike, *, dtype: Dtype = "float32", place: Placement | None = None
-) -> Pipeline:
-    """Load a class-conditional image pipeline; its solver and number of steps are those of its scheduler.
+class DitFamily(Family):
+    """DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740), in diffusers' folders or from their authors."""
 
-    Args:
-      folder: holds `transformer` and `vae`; a folder of diffusers also holds `scheduler` and `model_index.json`, which
-        names the classes. `transformer` holds a model of diffusers, an authors' model with the arguments of its class
-        in a `config.json`, or a single file of the authors under its original name.
-      dtype: dtype of the denoiser's matrix products and of their weights.
-      place: places a parameter, given its path `backbone/…` or `autoencoder/…`; on the default device if None.
+    name = "dit"
+    denoiser = DENOISER
+    parts = PARTS
+    pipeline_classes = (CLASS,)
 
-    Raises:
-      MissingError: the folder does not exist, or lacks parts, all of which are named.
-      UserError: a model that is not class-conditional, unsupported settings, or weights that do not fit.
-    """
-    folder = Path(folder)
-    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    required = PARTS if index else _REQUIRED_PARTS
-    if missing := [part for part in required if not (folder / part).is_dir()]:
-        raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
-    put = place or place_on_device
-    backbone, params = DENOISER.load(
-        _find_denoiser(folder / "transformer"),
-        kernel_dtype=jnp.dtype(dtype),
-        place=lambda path, parameter: put(f"backbone/{path}", parameter),
-    )
-    position = backbone.absolute_position
-    if backbone.labels is None or not isinstance(position, ImageSineCosine):
-        raise UserError(f"{folder / 'transformer'} holds no class-conditional DiT, which a {CLASS} needs")
-    autoencoder, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, put)
-    schedule = (
-        load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(backbone)
-    )
-    side, stride, classes = position.side, autoencoder.stride, backbone.labels.classes
-    backbone, prediction = _match_schedule(folder, replace(backbone, dtype=dtype), schedule)
-    config = PipelineConfig(
-        autoencoder=autoencoder,
-        backbone=backbone,
-        text=ClassNamesConfig(classes=classes, names=_read_class_names(index.get("id2label"), classes)),
-        process=schedule.process,
-        prediction=prediction,
-        layout=None,
-        batch=_BATCH,
-        sampling=Sampling(
-            steps=_AUTHORS_STEPS if schedule.solver == Ddpm() and not index else _STEPS,
-            guidance=_GUIDANCE,
-            solver=schedule.solver,
-            time_schedule=schedule.time_schedule,
-        ),
-        fps=1.0,
-        size=Grid(1, side * backbone.patch.h * stride.h, side * backbone.patch.w * stride.w),
-        provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
-    )
-    return Pipeline(config, autoencoder=autoencoder_params, denoiser={"backbone": params, "text": {}})
+    def is_pipeline(self, folder: Path) -> bool:
+        """Return True for a folder of diffusers, or of the authors' weights: a `transformer` next to a `vae`."""
+        has_parts = all((folder / part).is_dir() for part in _REQUIRED_PARTS)
+        return super().is_pipeline(folder) or (has_parts and not (folder / INDEX).is_file())
 
+    def load_pipeline(
+        self, folder: Path, *, text_encoder: str | os.PathLike | None, dtype: Dtype, place: Placement | None
+    ) -> Pipeline:
+        """Load a class-conditional image pipeline; its solver and number of steps are those of its scheduler.
 
-def is_authors_pipeline(folder: Path) -> bool:
-    """Return True for a `transformer` next to a `vae`, without diffusers' index."""
-    return not (folder / INDEX).is_file() and all((folder / part).is_dir() for part in _REQUIRED_PARTS)
+        Args:
+          folder: holds `transformer` and `vae`; a folder of diffusers also holds `scheduler` and `model_index.json`,
+            which names the classes. `transformer` holds a model of diffusers, an authors' model with the arguments of
+            its class in a `config.json`, or a single file of the authors under its original name.
+          text_encoder: None, as the model has no text encoder.
+          dtype: dtype of the denoiser's matrix products and of their weights.
+          place: places a parameter, given its path `backbone/…` or `autoencoder/…`; on the default device if None.
+
+        Raises:
+          MissingError: the folder does not exist, or lacks parts, all of which are named.
+          UserError: a text encoder, a model that is not class-conditional, unsupported settings, or weights that do
+            not fit.
+        """
+        if text_encoder is not None:
+            raise UserError(f"{folder} is class-conditional and has no text encoder; leave out text_encoder")
+        index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+        required = PARTS if index else _REQUIRED_PARTS
+        if missing := [part for part in required if not (folder / part).is_dir()]:
+            raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
+        put = place or place_on_device
+        backbone, params = DENOISER.load(
+            _find_denoiser(folder / "transformer"),
+            kernel_dtype=jnp.dtype(dtype),
+            place=lambda path, parameter: put(f"backbone/{path}", parameter),
+        )
+        position = backbone.absolute_position
+        if backbone.labels is None or not isinstance(position, ImageSineCosine):
+            raise UserError(f"{folder / 'transformer'} holds no class-conditional DiT, which a {CLASS} needs")
+        autoencoder, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, put)
+        schedule = (
+            load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(backbone)
+        )
+        names = index.get("id2label") or {}
+        side, stride, classes = position.side, autoencoder.stride, backbone.labels.classes
+        backbone, prediction = _match_schedule(folder, replace(backbone, dtype=dtype), schedule)
+        class_names = tuple(str(names.get(str(number), number)) for number in range(classes)) if names else ()
+        config = PipelineConfig(
+            autoencoder=autoencoder,
+            backbone=backbone,
+            text=ClassNamesConfig(classes=classes, names=class_names),
+            process=schedule.process,
+            prediction=prediction,
+            layout=None,
+            batch=_BATCH,
+            sampling=Sampling(
+                steps=_AUTHORS_STEPS if schedule.solver == Ddpm() and not index else _STEPS,
+                guidance=_GUIDANCE,
+                solver=schedule.solver,
+                time_schedule=schedule.time_schedule,
+            ),
+            fps=1.0,
+            size=Grid(1, side * backbone.patch.h * stride.h, side * backbone.patch.w * stride.w),
+            provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
+        )
+        return Pipeline(config, autoencoder=autoencoder_params, denoiser={"backbone": params, "text": {}})
 
 
 def _find_denoiser(folder: Path) -> Path:
@@ -149,8 +160,3 @@ def _match_schedule(folder: Path, backbone: DitConfig, schedule: LoadedScheduler
         elif backbone.variance == "predicted" and not learned:
             prediction = LearnedVariance(prediction=prediction, steps=steps)
     return backbone, prediction
-
-
-def _read_class_names(id2label: Mapping[str, Any] | None, classes: int) -> tuple[str, ...]:
-    """Return the names of all classes, in order; the number where a class has none."""
-    return tuple(str((id2label or {}).get(str(number), number)) for number in range(classes)) if id2label else ()

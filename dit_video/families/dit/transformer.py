@@ -121,13 +121,138 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
     layouts = LAYOUTS
 
     def read_config(self, folder: Path, document: dict[str, Any]) -> DitConfig:
-        return parse_config(folder, document)
+        """Return the config for the settings of either layout; `folder` is that of the folder, or of the authors' file.
+
+        Raises:
+          UserError: a setting is not supported.
+        """
+        kind = document["_class_name"]
+        if kind not in AUTHORS_CLASSES:
+            defaults = _DEFAULTS | _LEGACY_SETTINGS | (_LEGACY_DEFAULTS if kind == LEGACY_CLASS else {})
+            settings = diffusers.get_settings(folder, document, defaults)
+            diffusers.check_supported(folder, settings, _SUPPORTED | _LEGACY_SETTINGS)
+            heads = settings["num_attention_heads"]
+            width = heads * settings["attention_head_dim"]
+            size, layers, classes = settings["sample_size"], settings["num_layers"], settings["num_embeds_ada_norm"]
+            channels, ratio, eps, period = settings["in_channels"], 4.0, settings["norm_eps"], _DIFFUSERS_PERIOD
+            variance: Literal["none", "predicted", "dropped"] = "predicted"
+            if (settings["out_channels"] or channels) == channels:
+                variance = "none"
+            else:
+                diffusers.check_supported(folder, settings, {"out_channels": 2 * channels})
+        else:
+            settings = diffusers.get_settings(folder, document, _AUTHORS_DEFAULTS)
+            if not (dropout := settings["class_dropout_prob"]) > 0:
+                raise UserError(
+                    f"{folder}: class_dropout_prob={dropout} is not supported: there is no embedding of no class"
+                )
+            width, heads = settings["hidden_size"], settings["num_heads"]
+            size, layers = settings["input_size"], settings["depth"]
+            classes, channels, ratio = settings["num_classes"], settings["in_channels"], settings["mlp_ratio"]
+            eps, period = 1e-6, _PERIOD
+            variance = "none" if not settings["learn_sigma"] else "dropped" if kind == "SiT" else "predicted"
+        patch = settings["patch_size"]
+        if size % patch:
+            raise UserError(f"{folder}: {size}x{size} latents are not divisible by the patch size {patch}")
+        velocity = kind == "SiT"
+        return DitConfig(
+            channels=channels,
+            context_width=0,
+            context=NoContext(),
+            labels=ClassLabels(classes=classes),
+            patch=Grid(1, patch, patch),
+            width=width,
+            layers=layers,
+            heads=heads,
+            mlp_ratio=ratio,
+            qk_norm="none",
+            rotary="none",
+            absolute_position=ImageSineCosine(side=size // patch),
+            modulation="own",
+            mlp_norm_eps=eps,
+            time_embedding=TimeEmbedding(scale=1.0 if velocity else 1000.0, max_period=period, reversed=velocity),
+            variance=variance,
+        )
 
     def make_document(self, config: DitConfig, layout: FileLayout) -> dict[str, Any]:
-        return make_document(config, layout)
+        """Return the settings of a config; the inverse of `parse_config`.
+
+        Raises:
+          UserError: the layout can't express the config.
+        """
+        velocity = config.time_embedding.reversed
+        kind = CLASS if layout == "diffusers" else "SiT" if velocity else "DiT"
+        if layout == "diffusers" and velocity:
+            raise UserError(f"{CLASS} predicts noise, so a SiT can't be written in its layout. Use the authors' layout")
+        position, labels, patch = config.absolute_position, config.labels, config.patch
+        if not isinstance(position, ImageSineCosine) or labels is None:
+            raise UserError(f"can't write a {kind} without class labels and sine-cosine image positions; add both")
+        size = position.side * patch.h
+        document: dict[str, Any]
+        if layout == "authors":
+            document = {
+                "input_size": size,
+                "patch_size": patch.h,
+                "in_channels": config.channels,
+                "hidden_size": config.width,
+                "depth": config.layers,
+                "num_heads": config.heads,
+                "mlp_ratio": config.mlp_ratio,
+                "num_classes": labels.classes,
+                "learn_sigma": config.variance != "none",
+            }
+        else:
+            document = _DEFAULTS | {
+                "num_attention_heads": config.heads,
+                "attention_head_dim": config.width // config.heads,
+                "in_channels": config.channels,
+                "out_channels": config.channels * (1 if config.variance == "none" else 2),
+                "num_layers": config.layers,
+                "sample_size": size,
+                "patch_size": patch.h,
+                "num_embeds_ada_norm": labels.classes,
+                "norm_eps": config.mlp_norm_eps if config.time_embedding.max_period == _DIFFUSERS_PERIOD else 1e-5,
+            }
+        document = {"_class_name": kind, **document}
+        # A config can be written if reading it back gives the same model.
+        restored = _get_preserved_fields(self.read_config(Path(kind), document))
+        if unsupported := [name for name, value in _get_preserved_fields(config).items() if restored[name] != value]:
+            raise UserError(
+                f"{kind} does not support the config's {', '.join(unsupported)}, so it can't be written as one"
+            )
+        return document
 
     def make_file_map(self, config: DitConfig, layout: FileLayout) -> FileMap:
-        return make_file_map(config, layout)
+        """Return the file map of a layout."""
+        column = 1 if layout == "authors" else 2
+        authors = layout == "authors"
+        block = "blocks.{}" if authors else "transformer_blocks.{}"
+        parts: dict[str, tuple[TensorMapping, ...]] = {}
+
+        def add(ours: str, *theirs: str, layers: int | None = None) -> None:
+            parts[f"{ours}/kernel"] = tuple(TensorMapping(f"{name}.weight", DENSE, layers=layers) for name in theirs)
+            parts[f"{ours}/bias"] = tuple(TensorMapping(f"{name}.bias", layers=layers) for name in theirs)
+
+        for row in _BLOCK_LINEAR:
+            add(f"blocks/{row[0]}", f"{block}.{row[column]}", layers=config.layers)
+        attention = ("attn.qkv",) if authors else ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+        add("blocks/qkv", *(f"{block}.{name}" for name in attention), layers=config.layers)
+        for row in _HEAD_LINEAR:
+            add(row[0], row[column])
+        embed = "x_embedder.proj" if authors else "pos_embed.proj"
+        patch_sizes = (("h", config.patch.h), ("w", config.patch.w))
+        parts["embed/kernel"] = (TensorMapping(f"{embed}.weight", "o c h w -> (h w c) o", patch_sizes),)
+        parts["embed/bias"] = (TensorMapping(f"{embed}.bias"),)
+        if authors:
+            for row in _TIME_LINEAR:
+                add(row[0], row[1])
+            parts["labels"] = (TensorMapping("y_embedder.embedding_table.weight"),)
+            return FileMap(parts, constants={"pos_embed": ConstantTensor(_make_position_table(config), "embed/kernel")})
+        embedder = "transformer_blocks.{}.norm1.emb"
+        for row in _TIME_LINEAR:
+            add(row[0], f"{embedder.format(0)}.{row[2]}")
+        parts["labels"] = (TensorMapping(f"{embedder.format(0)}.class_embedder.embedding_table.weight"),)
+        return FileMap(parts, copies=_list_copies(parts, config.layers))
 
     def open_file(self, path: Path) -> tuple[TensorFolder, dict[str, Any]]:
         """Open the authors' checkpoint in a single file.
@@ -144,138 +269,6 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
             document = infer_document(path, tensors)
             on_error.pop_all()
         return tensors, document
-
-
-def make_file_map(config: DitConfig, layout: FileLayout) -> FileMap:
-    """Return the file map of a layout."""
-    column = 1 if layout == "authors" else 2
-    authors = layout == "authors"
-    block = "blocks.{}" if authors else "transformer_blocks.{}"
-    parts: dict[str, tuple[TensorMapping, ...]] = {}
-
-    def add(ours: str, *theirs: str, layers: int | None = None) -> None:
-        parts[f"{ours}/kernel"] = tuple(TensorMapping(f"{name}.weight", DENSE, layers=layers) for name in theirs)
-        parts[f"{ours}/bias"] = tuple(TensorMapping(f"{name}.bias", layers=layers) for name in theirs)
-
-    for row in _BLOCK_LINEAR:
-        add(f"blocks/{row[0]}", f"{block}.{row[column]}", layers=config.layers)
-    attention = ("attn.qkv",) if authors else ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-    add("blocks/qkv", *(f"{block}.{name}" for name in attention), layers=config.layers)
-    for row in _HEAD_LINEAR:
-        add(row[0], row[column])
-    embed = "x_embedder.proj" if authors else "pos_embed.proj"
-    patch_sizes = (("h", config.patch.h), ("w", config.patch.w))
-    parts["embed/kernel"] = (TensorMapping(f"{embed}.weight", "o c h w -> (h w c) o", patch_sizes),)
-    parts["embed/bias"] = (TensorMapping(f"{embed}.bias"),)
-    if authors:
-        for row in _TIME_LINEAR:
-            add(row[0], row[1])
-        parts["labels"] = (TensorMapping("y_embedder.embedding_table.weight"),)
-        return FileMap(parts, constants={"pos_embed": ConstantTensor(_make_position_table(config), "embed/kernel")})
-    embedder = "transformer_blocks.{}.norm1.emb"
-    for row in _TIME_LINEAR:
-        add(row[0], f"{embedder.format(0)}.{row[2]}")
-    parts["labels"] = (TensorMapping(f"{embedder.format(0)}.class_embedder.embedding_table.weight"),)
-    return FileMap(parts, copies=_list_copies(parts, config.layers))
-
-
-def parse_config(path: Path, document: dict[str, Any]) -> DitConfig:
-    """Return the config for the settings of either layout; `path` is that of the folder, or of the authors' file.
-
-    Raises:
-      UserError: a setting is not supported.
-    """
-    kind = document["_class_name"]
-    if kind not in AUTHORS_CLASSES:
-        defaults = _DEFAULTS | _LEGACY_SETTINGS | (_LEGACY_DEFAULTS if kind == LEGACY_CLASS else {})
-        settings = diffusers.get_settings(path, document, defaults)
-        diffusers.check_supported(path, settings, _SUPPORTED | _LEGACY_SETTINGS)
-        width, heads = settings["num_attention_heads"] * settings["attention_head_dim"], settings["num_attention_heads"]
-        size, layers, classes = settings["sample_size"], settings["num_layers"], settings["num_embeds_ada_norm"]
-        channels, ratio, eps, period = settings["in_channels"], 4.0, settings["norm_eps"], _DIFFUSERS_PERIOD
-        variance: Literal["none", "predicted", "dropped"] = "predicted"
-        if (settings["out_channels"] or channels) == channels:
-            variance = "none"
-        else:
-            diffusers.check_supported(path, settings, {"out_channels": 2 * channels})
-    else:
-        settings = diffusers.get_settings(path, document, _AUTHORS_DEFAULTS)
-        if not (dropout := settings["class_dropout_prob"]) > 0:
-            raise UserError(f"{path}: class_dropout_prob={dropout} is not supported: there is no embedding of no class")
-        width, heads = settings["hidden_size"], settings["num_heads"]
-        size, layers = settings["input_size"], settings["depth"]
-        classes, channels, ratio = settings["num_classes"], settings["in_channels"], settings["mlp_ratio"]
-        eps, period = 1e-6, _PERIOD
-        variance = "none" if not settings["learn_sigma"] else "dropped" if kind == "SiT" else "predicted"
-    patch = settings["patch_size"]
-    if size % patch:
-        raise UserError(f"{path}: {size}x{size} latents are not divisible by the patch size {patch}")
-    velocity = kind == "SiT"
-    return DitConfig(
-        channels=channels,
-        context_width=0,
-        context=NoContext(),
-        labels=ClassLabels(classes=classes),
-        patch=Grid(1, patch, patch),
-        width=width,
-        layers=layers,
-        heads=heads,
-        mlp_ratio=ratio,
-        qk_norm="none",
-        rotary="none",
-        absolute_position=ImageSineCosine(side=size // patch),
-        modulation="own",
-        mlp_norm_eps=eps,
-        time_embedding=TimeEmbedding(scale=1.0 if velocity else 1000.0, max_period=period, reversed=velocity),
-        variance=variance,
-    )
-
-
-def make_document(config: DitConfig, layout: FileLayout) -> dict[str, Any]:
-    """Return the settings of a config; the inverse of `parse_config`.
-
-    Raises:
-      UserError: the layout can't express the config.
-    """
-    velocity = config.time_embedding.reversed
-    kind = CLASS if layout == "diffusers" else "SiT" if velocity else "DiT"
-    if layout == "diffusers" and velocity:
-        raise UserError(f"{CLASS} predicts noise, so a SiT can't be written in its layout. Use the authors' layout")
-    position, labels, patch = config.absolute_position, config.labels, config.patch
-    if not isinstance(position, ImageSineCosine) or labels is None:
-        raise UserError(f"can't write a {kind} without class labels and sine-cosine image positions; add both")
-    size = position.side * patch.h
-    document: dict[str, Any]
-    if layout == "authors":
-        document = {
-            "input_size": size,
-            "patch_size": patch.h,
-            "in_channels": config.channels,
-            "hidden_size": config.width,
-            "depth": config.layers,
-            "num_heads": config.heads,
-            "mlp_ratio": config.mlp_ratio,
-            "num_classes": labels.classes,
-            "learn_sigma": config.variance != "none",
-        }
-    else:
-        document = _DEFAULTS | {
-            "num_attention_heads": config.heads,
-            "attention_head_dim": config.width // config.heads,
-            "in_channels": config.channels,
-            "out_channels": config.channels * (1 if config.variance == "none" else 2),
-            "num_layers": config.layers,
-            "sample_size": size,
-            "patch_size": patch.h,
-            "num_embeds_ada_norm": labels.classes,
-            "norm_eps": config.mlp_norm_eps if config.time_embedding.max_period == _DIFFUSERS_PERIOD else 1e-5,
-        }
-    document = {"_class_name": kind, **document}
-    # A config can be written if reading it back gives the same model.
-    restored = _get_preserved_fields(parse_config(Path(kind), document))
-    if unsupported := [name for name, value in _get_preserved_fields(config).items() if restored[name] != value]:
-        raise UserError(f"{kind} does not support the config's {', '.join(unsupported)}, so it can't be written as one")
-    return document
 
 
 def infer_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:

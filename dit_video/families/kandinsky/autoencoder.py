@@ -1,43 +1,28 @@
 """Vector-quantised autoencoders of images: diffusers' `VQModel` (VQGAN, Kandinsky's MoVQ)."""
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dit_video.autoencoders import CodebookConfig, ImageVaeConfig, VqConfig
 from dit_video.core.errors import UserError
+from dit_video.families.autoencoder_format import AutoencoderFormat
 from dit_video.families.stable_diffusion import autoencoder as image_autoencoder
-from dit_video.nn import get_param_shapes
-from dit_video.weights import diffusers
 from dit_video.weights.diffusers import CONV_1X1, map_kernel_and_bias
-from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
+from dit_video.weights.tensor_map import TensorMap, TensorMapping
 
 CLASS = "VQModel"
 _SPATIAL_NORM_GROUPS = 32
 """Number of groups in diffusers' modulated norms, whatever the settings say."""
-_DEFAULTS: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"],
-    "up_block_types": ["UpDecoderBlock2D"],
-    "block_out_channels": [64],
-    "layers_per_block": 1,
-    "act_fn": "silu",
+_DEFAULTS = image_autoencoder.DEFAULTS | {
     "latent_channels": 3,
-    "sample_size": 32,
     "num_vq_embeddings": 256,
-    "norm_num_groups": 32,
     "vq_embed_dim": None,
-    "scaling_factor": 0.18215,
     "norm_type": "group",
-    "mid_block_add_attention": True,
     "lookup_from_codebook": False,
     "force_upcast": False,
-    # Our additions, which diffusers ignores: a normalisation per channel, which `scaling_factor` can't express.
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
 }
+"""diffusers' settings, and a normalisation per channel, which `scaling_factor` can't express and diffusers ignores."""
 _SPATIAL_NORM = image_autoencoder.NormMapping(
     "spatial_norm",
     {
@@ -51,17 +36,15 @@ _SPATIAL_NORM = image_autoencoder.NormMapping(
 )
 
 
-def load(folder: Path, document: dict[str, Any]) -> tuple[VqConfig, dict[str, Any]]:
-    """Read the config and parameters of a folder, whose config file is `document`.
+def parse_config(folder: Path, settings: Mapping[str, Any]) -> VqConfig:
+    """Return the config for a folder's settings.
 
     `sample_size`, `force_upcast` and `lookup_from_codebook`, which control diffusers' tiling, rounding and calling, are
     ignored.
 
     Raises:
-      MissingError: files are missing.
-      UserError: a setting is not supported, or the weights do not fit.
+      UserError: a setting is not supported.
     """
-    settings = diffusers.get_settings(folder, document, _DEFAULTS)
     norm_type, channels, width = settings["norm_type"], settings["latent_channels"], settings["vq_embed_dim"]
     if norm_type not in ("group", "spatial"):
         raise UserError(f"{folder / 'config.json'}: norm_type={norm_type} is not supported, only group, spatial")
@@ -71,16 +54,11 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[VqConfig, dict[str, An
         modulated=norm_type == "spatial",
     )
     _check_modulation(config, str(folder / "config.json"))
-    shapes = get_param_shapes(config.make)
-    del shapes["normalizer"]
-    params = diffusers.read(folder, image_autoencoder.apply_legacy_names(folder, make_vq_tensor_map(config)), shapes)
-    return config, params | {"normalizer": image_autoencoder.parse_normalizer(folder, settings, config.channels)}
+    return config
 
 
-def save(
-    folder: str | os.PathLike, config: VqConfig, params: dict[str, Any], *, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write a config and parameters as a folder; the inverse of `load`.
+def make_document(config: VqConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config and its normalizer; the inverse of `parse_config`.
 
     Raises:
       UserError: diffusers' class can't express the config.
@@ -92,8 +70,7 @@ def save(
         raise UserError(f"{CLASS} does not normalise latents and codes, so a spherical codebook can't be written")
     _check_modulation(config, CLASS)
     normalizer = image_autoencoder.make_normalizer_settings(params["normalizer"])
-    document = {
-        "_class_name": CLASS,
+    return {
         **image_autoencoder.make_level_settings(network.levels),
         "latent_channels": network.channels,
         "num_vq_embeddings": config.codebook.codes,
@@ -101,7 +78,6 @@ def save(
         "norm_type": "spatial" if config.modulated else "group",
         **{name: value for name, value in normalizer.items() if value is not None},
     }
-    diffusers.write(folder, document, make_vq_tensor_map(config), params, shard_bytes=shard_bytes)
 
 
 def _check_modulation(config: VqConfig, location: str) -> None:
@@ -119,7 +95,13 @@ def make_vq_tensor_map(config: VqConfig) -> TensorMap:
     assert isinstance(config.network, ImageVaeConfig)
     levels = config.network.levels
     norm = _SPATIAL_NORM if config.modulated else image_autoencoder.GROUP_NORM
-    names = image_autoencoder.make_encoder_tensor_map(levels) | image_autoencoder.make_decoder_tensor_map(levels, norm)
+    names = image_autoencoder.map_side("encoder", levels, image_autoencoder.GROUP_NORM)
+    names |= image_autoencoder.map_side("decoder", levels, norm)
     names |= map_kernel_and_bias("to_codes", "quant_conv", CONV_1X1)
     names |= map_kernel_and_bias("from_codes", "post_quant_conv", CONV_1X1)
     return names | {"codebook/codes": TensorMapping("quantize.embedding.weight")}
+
+
+FORMAT = AutoencoderFormat(
+    CLASS, VqConfig, _DEFAULTS, parse_config, make_vq_tensor_map, image_autoencoder.parse_normalizer, make_document
+)

@@ -4,25 +4,21 @@ Other classes of diffusers with these networks share the maps of encoder and dec
 norms.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from dit_video.autoencoders import ImageLevels, ImageVaeConfig
 from dit_video.core.errors import UserError
-from dit_video.nn import get_param_shapes
+from dit_video.families.autoencoder_format import AutoencoderFormat
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import CONV_1X1, CONV_2D, DENSE, map_kernel_and_bias
-from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
+from dit_video.weights.tensor_map import TensorMap, TensorMapping
 
-CLASS = "AutoencoderKL"
 _DOWN, _UP = "EncoderBlock2D", "DecoderBlock2D"
-_LEGACY_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-"""Names of attention's linear maps in diffusers before 2023, which it still reads."""
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "down_block_types": ["DownEncoderBlock2D"],
@@ -38,47 +34,37 @@ _DEFAULTS: dict[str, Any] = {
     "latents_mean": None,
     "latents_std": None,
     "force_upcast": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
+"""Settings of the classes with these networks, with the defaults of `AutoencoderKL`."""
+_DEFAULTS = DEFAULTS | {"use_quant_conv": True, "use_post_quant_conv": True}
 
 
-def load(folder: Path, document: dict[str, Any]) -> tuple[ImageVaeConfig, dict[str, Any]]:
-    """Read the config and parameters of a folder, whose config file is `document`.
+def parse_config(folder: Path, settings: Mapping[str, Any]) -> ImageVaeConfig:
+    """Return the config for a folder's settings.
 
     `sample_size` and `force_upcast`, which control diffusers' tiling and rounding, are ignored.
 
     Raises:
-      MissingError: files are missing.
-      UserError: a setting is not supported, or the weights do not fit.
+      UserError: a setting is not supported.
     """
-    settings = diffusers.get_settings(folder, document, _DEFAULTS)
-    config = ImageVaeConfig(
+    return ImageVaeConfig(
         channels=settings["latent_channels"],
         levels=parse_levels(folder, settings),
         use_quant_conv=settings["use_quant_conv"],
         use_post_quant_conv=settings["use_post_quant_conv"],
     )
-    shapes = get_param_shapes(config.make)
-    del shapes["normalizer"]
-    params = diffusers.read(folder, apply_legacy_names(folder, _make_tensor_map(config)), shapes)
-    return config, params | {"normalizer": parse_normalizer(folder, settings, config.channels)}
 
 
-def save(
-    folder: str | os.PathLike, config: ImageVaeConfig, params: dict[str, Any], *, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write a config and parameters as a folder; the inverse of `load`."""
-    document = {
-        "_class_name": CLASS,
+def make_document(config: ImageVaeConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config and its normalizer; the inverse of `parse_config`."""
+    return {
         **make_level_settings(config.levels),
         "latent_channels": config.channels,
         "use_quant_conv": config.use_quant_conv,
         "use_post_quant_conv": config.use_post_quant_conv,
         **make_normalizer_settings(params["normalizer"]),
     }
-    diffusers.write(folder, document, _make_tensor_map(config), params, shard_bytes=shard_bytes)
 
 
 def parse_levels(folder: Path, settings: Mapping[str, Any]) -> ImageLevels:
@@ -142,41 +128,22 @@ class NormMapping(NamedTuple):
 GROUP_NORM = NormMapping("group_norm", {"scale": ("weight", ""), "shift": ("bias", "")})
 
 
-def make_encoder_tensor_map(levels: ImageLevels) -> dict[str, TensorMapping]:
-    """Return the tensor map of an `ImageEncoder` in diffusers."""
-    names = _map_ends("encoder", GROUP_NORM)
+def map_side(side: Literal["encoder", "decoder"], levels: ImageLevels, norm: NormMapping) -> dict[str, TensorMapping]:
+    """Return the tensor map of an `ImageEncoder` or an `ImageDecoder` in diffusers."""
+    direction, blocks = ("down", levels.blocks) if side == "encoder" else ("up", levels.blocks + 1)
+    names = _map_ends(side, norm)
     for level in range(len(levels.widths)):
-        ours, theirs = f"encoder/levels/{level}", f"encoder.down_blocks.{level}"
-        names |= _map_level(ours, theirs, levels.blocks, GROUP_NORM)
-        names |= map_kernel_and_bias(f"{ours}/down/space", f"{theirs}.downsamplers.0.conv", CONV_2D)
+        ours, theirs = f"{side}/levels/{level}", f"{side}.{direction}_blocks.{level}"
+        for block in range(blocks):
+            names |= _map_residual(f"{ours}/blocks/{block}", f"{theirs}.resnets.{block}", norm)
+            names |= _map_attention(f"{ours}/attentions/{block}", f"{theirs}.attentions.{block}", norm)
+        names |= map_kernel_and_bias(f"{ours}/{direction}/space", f"{theirs}.{direction}samplers.0.conv", CONV_2D)
     return names
 
 
-def make_decoder_tensor_map(levels: ImageLevels, norm: NormMapping) -> dict[str, TensorMapping]:
-    """Return the tensor map of an `ImageDecoder` in diffusers, with a kind of norm."""
-    names = _map_ends("decoder", norm)
-    for level in range(len(levels.widths)):
-        ours, theirs = f"decoder/levels/{level}", f"decoder.up_blocks.{level}"
-        names |= _map_level(ours, theirs, levels.blocks + 1, norm)
-        names |= map_kernel_and_bias(f"{ours}/up/space", f"{theirs}.upsamplers.0.conv", CONV_2D)
-    return names
-
-
-def apply_legacy_names(folder: Path, tensor_map: TensorMap) -> TensorMap:
-    """Return a tensor map with the names that a folder uses for attention's linear maps, older or current."""
-    if not any(name.endswith(".proj_attn.weight") for name in diffusers.list_tensor_names(folder)):
-        return tensor_map
-
-    def older(name: str) -> str:
-        for new, old in _LEGACY_NAMES.items():
-            name = name.replace(f".{new}.", f".{old}.")
-        return name
-
-    return {path: foreign._replace(name=older(foreign.name)) for path, foreign in tensor_map.items()}
-
-
-def _make_tensor_map(config: ImageVaeConfig) -> TensorMap:
-    names = make_encoder_tensor_map(config.levels) | make_decoder_tensor_map(config.levels, GROUP_NORM)
+def make_tensor_map(config: ImageVaeConfig) -> TensorMap:
+    """Return the tensor map of diffusers' `AutoencoderKL`."""
+    names = map_side("encoder", config.levels, GROUP_NORM) | map_side("decoder", config.levels, GROUP_NORM)
     names |= map_kernel_and_bias("moments", "quant_conv", CONV_1X1)
     return names | map_kernel_and_bias("latents", "post_quant_conv", CONV_1X1)
 
@@ -190,14 +157,6 @@ def _map_ends(side: str, norm: NormMapping) -> dict[str, TensorMapping]:
     names |= _map_residual(f"{ours}/before", f"{theirs}.resnets.0", norm)
     names |= _map_residual(f"{ours}/after", f"{theirs}.resnets.1", norm)
     return names | _map_attention(f"{ours}/attention", f"{theirs}.attentions.0", norm)
-
-
-def _map_level(ours: str, theirs: str, blocks: int, norm: NormMapping) -> dict[str, TensorMapping]:
-    names: dict[str, TensorMapping] = {}
-    for block in range(blocks):
-        names |= _map_residual(f"{ours}/blocks/{block}", f"{theirs}.resnets.{block}", norm)
-        names |= _map_attention(f"{ours}/attentions/{block}", f"{theirs}.attentions.{block}", norm)
-    return names
 
 
 def _map_residual(ours: str, theirs: str, norm: NormMapping) -> dict[str, TensorMapping]:
@@ -250,3 +209,8 @@ def make_normalizer_settings(normalizer: Mapping[str, Any]) -> dict[str, Any]:
     scales = (float(f"{1 / float(std[0]):.{digits}g}") for digits in range(1, 18))
     scale = next(scale for scale in scales if np.float32(1 / scale) == std[0])
     return {"scaling_factor": scale, "shift_factor": diffusers.compute_shortest_decimal(mean[0]) if mean[0] else None}
+
+
+FORMAT = AutoencoderFormat(
+    "AutoencoderKL", ImageVaeConfig, _DEFAULTS, parse_config, make_tensor_map, parse_normalizer, make_document
+)

@@ -1,6 +1,6 @@
 """Wan's autoencoders: diffusers' `AutoencoderKLWan`."""
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from dit_video.autoencoders import CausalVaeConfig
 from dit_video.core.errors import UserError
-from dit_video.nn import get_param_shapes
+from dit_video.families.autoencoder_format import AutoencoderFormat
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import CONV_1X1, CONV_2D, map_kernel_and_bias
-from dit_video.weights.tensor_map import SHARD_BYTES, TensorMapping
+from dit_video.weights.tensor_map import TensorMapping
 
 CLASS = "AutoencoderKLWan"
 _CONV_3D, _CONV_1X1X1 = "o i t h w -> t h w i o", "o i 1 1 1 -> i o"
@@ -42,46 +42,18 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def load(folder: Path, document: dict[str, Any]) -> tuple[CausalVaeConfig, dict[str, Any]]:
-    """Read the config and parameters of a folder, whose config file is `document`.
+def parse_normalizer(folder: Path, settings: Mapping[str, Any], channels: int) -> dict[str, np.ndarray]:
+    """Return the mean and the standard deviation of each channel, from a folder's settings.
 
     Raises:
-      MissingError: files are missing.
-      UserError: a setting is not supported, or the weights do not fit.
+      UserError: they don't fit the channels.
     """
-    settings, config = diffusers.get_settings(folder, document, _DEFAULTS), read_config(folder, document)
-    shapes = get_param_shapes(config.make)
-    normalizer = shapes.pop("normalizer")
-    params = diffusers.read(folder, make_wan_vae_tensor_map(config), shapes)
-    for name, key in (("mean", "latents_mean"), ("std", "latents_std")):
-        values = np.asarray(settings[key], np.float32)
-        if values.shape != normalizer[name].shape:
-            raise UserError(f"{folder / 'config.json'}: {key} has {len(values)} values for {config.channels} channels")
-        params.setdefault("normalizer", {})[name] = values
-    return config, params
-
-
-def read_config(folder: Path, document: dict[str, Any]) -> CausalVaeConfig:
-    """Return the config of a folder, whose config file is `document`.
-
-    Raises:
-      UserError: a setting is not supported.
-    """
-    return _parse_config(folder, diffusers.get_settings(folder, document, _DEFAULTS))
-
-
-def save(
-    folder: str | os.PathLike, config: CausalVaeConfig, params: dict[str, Any], *, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write a config and parameters as a folder; the inverse of `load`.
-
-    Raises:
-      UserError: diffusers' class can't express the config.
-    """
-    document = _make_document(config)
-    for name, key in (("mean", "latents_mean"), ("std", "latents_std")):
-        document[key] = [diffusers.compute_shortest_decimal(value) for value in np.asarray(params["normalizer"][name])]
-    diffusers.write(folder, document, make_wan_vae_tensor_map(config), params, shard_bytes=shard_bytes)
+    normalizer = {name: np.asarray(settings[f"latents_{name}"], np.float32) for name in ("mean", "std")}
+    for name, values in normalizer.items():
+        if values.shape != (channels,):
+            count = f"{values.size} values for {channels} channels"
+            raise UserError(f"{folder / 'config.json'}: latents_{name} has {count}")
+    return normalizer
 
 
 def make_wan_vae_tensor_map(config: CausalVaeConfig) -> dict[str, TensorMapping]:
@@ -137,7 +109,12 @@ def _map_resample(ours: str, theirs: str) -> dict[str, TensorMapping]:
     return names | _map_conv(f"{ours}/time", f"{theirs}.time_conv")
 
 
-def _parse_config(folder: Path, settings: dict[str, Any]) -> CausalVaeConfig:
+def parse_config(folder: Path, settings: Mapping[str, Any]) -> CausalVaeConfig:
+    """Return the config for a folder's settings.
+
+    Raises:
+      UserError: a setting is not supported.
+    """
     fixed = {"attn_scales": [], "dropout": 0.0}
     patch = settings["patch_size"] or 1
     fixed |= {"in_channels": 3 * patch**2, "out_channels": 3 * patch**2}
@@ -155,12 +132,16 @@ def _parse_config(folder: Path, settings: dict[str, Any]) -> CausalVaeConfig:
     )
 
 
-def _make_document(config: CausalVaeConfig) -> dict[str, Any]:
+def make_document(config: CausalVaeConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config and its normalizer; the inverse of `parse_config`.
+
+    Raises:
+      UserError: diffusers' class can't express the config.
+    """
     if any(factors.h != 2 for factors in config.factors):
         raise UserError(f"{CLASS} halves height and width at every level, so factors of (2, 1, 1) can't be written")
-    side = 3 * config.patch**2
+    side, normalizer = 3 * config.patch**2, params["normalizer"]
     return {
-        "_class_name": CLASS,
         "base_dim": config.width,
         "decoder_base_dim": config.decoder_width,
         "z_dim": config.channels,
@@ -175,4 +156,11 @@ def _make_document(config: CausalVaeConfig) -> dict[str, Any]:
         "patch_size": config.patch if config.patch > 1 else None,
         "scale_factor_temporal": config.stride.t,
         "scale_factor_spatial": config.stride.h,
+        "latents_mean": [diffusers.compute_shortest_decimal(value) for value in np.asarray(normalizer["mean"])],
+        "latents_std": [diffusers.compute_shortest_decimal(value) for value in np.asarray(normalizer["std"])],
     }
+
+
+FORMAT = AutoencoderFormat(
+    CLASS, CausalVaeConfig, _DEFAULTS, parse_config, make_wan_vae_tensor_map, parse_normalizer, make_document
+)

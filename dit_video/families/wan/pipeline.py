@@ -18,7 +18,7 @@ from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.families.autoencoders import load_placed_autoencoder, read_autoencoder_config
-from dit_video.families.family import INDEX, Dtype, PipelineParts
+from dit_video.families.family import INDEX, Dtype, Family, PipelineParts
 from dit_video.families.wan.transformer import WanDenoiserFormat
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import PipelineConfig
@@ -38,63 +38,69 @@ _STEPS, _GUIDANCE, _SIZE, _FPS = 50, 5.0, Grid(81, 480, 832), 16.0
 _TOKEN_TIME_SIZE, _TOKEN_TIME_FPS = Grid(121, 704, 1280), 24.0
 
 
-def load_wan(
-    folder: str | os.PathLike,
-    *,
-    text_encoder: str | os.PathLike | None = None,
-    dtype: Dtype = "float32",
-    place: Placement | None = None,
-) -> Pipeline:
-    """Load a pipeline from a folder of diffusers; solver, shift and time schedule are those of its scheduler.
+class WanFamily(Family):
+    """Wan 2.1 and 2.2 (arXiv 2503.20314): text to video and image to video, in diffusers' folders."""
 
-    Parameters are read one at a time, of a stack one layer at a time, and placed by `place`.
+    name = "wan"
+    denoiser = DENOISER
+    parts = PARTS
+    pipeline_classes = CLASSES
 
-    Args:
-      folder: holds `model_index.json` and the parts that it names.
-      text_encoder: folder of the text encoder, if not the pipeline's own. It is read at the first prompt.
-      dtype: dtype of the denoiser's matrix products and of their weights, and of the text encoder's.
-      place: places a parameter, given its path: `backbone/…`, `low_noise/…` of a second expert, `autoencoder/…`; for
-        devices `lambda path, parameter: parameter.to_device(SHARDING)`. By default parameters go to the default device;
-        two experts stay on the host, and only the one in use is on the device.
+    def load_pipeline(
+        self, folder: Path, *, text_encoder: str | os.PathLike | None, dtype: Dtype, place: Placement | None
+    ) -> Pipeline:
+        """Load a pipeline from a folder of diffusers; solver, shift and time schedule are those of its scheduler.
 
-    Raises:
-      MissingError: the folder does not exist, or lacks parts, all of which are named.
-      UserError: a pipeline or a model of an unknown class, unsupported settings, or weights that do not fit.
-    """
-    folder = Path(folder)
-    parts = read_parts(folder, text_encoder=text_encoder)
-    default_place = place_on_device if parts.boundary is None else place_on_host
-    read = functools.partial(_read_denoiser, dtype=dtype, place=place or default_place)
-    backbone, params = read(folder / "transformer", "backbone")
-    denoiser = {"backbone": params, "text": {}}
-    if parts.boundary is not None:
-        second, denoiser["low_noise"] = read(folder / _SECOND_EXPERT, "low_noise")
-        if second != backbone:
-            raise UserError(
-                f"{folder} has two experts of different shapes, {backbone} and {second}; they must be equal"
-            )
-    autoencoder, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, place or place_on_device)
-    schedule = parts.schedule
-    config = PipelineConfig(
-        autoencoder=autoencoder,
-        backbone=backbone,
-        text=replace(parts.text, dtype=dtype),
-        process=schedule.process,
-        prediction=schedule.prediction,
-        layout=None,
-        batch=1,
-        sampling=Sampling(
-            steps=_STEPS, guidance=_GUIDANCE, solver=schedule.solver, time_schedule=schedule.time_schedule
-        ),
-        fps=parts.fps,
-        size=_SIZE,
-        boundary=parts.boundary,
-        frame_conditioning=parts.frame_conditioning,
-        image_encoder=parts.image_encoder,
-        provenance={"loaded from": os.fspath(folder), "class": read_index(folder)["_class_name"]},
-    )
-    parameters = {"autoencoder": autoencoder_params, "denoiser": denoiser}
-    return Pipeline(config, **parameters, get_lora_modules=DENOISER.get_lora_modules)
+        Parameters are read one at a time, of a stack one layer at a time, and placed by `place`.
+
+        Args:
+          folder: holds `model_index.json` and the parts that it names.
+          text_encoder: folder of the text encoder, if not the pipeline's own. It is read at the first prompt.
+          dtype: dtype of the denoiser's matrix products and of their weights, and of the text encoder's.
+          place: places a parameter, given its path: `backbone/…`, `low_noise/…` of a second expert, `autoencoder/…`;
+            for devices `lambda path, parameter: parameter.to_device(SHARDING)`. By default parameters go to the default
+            device; two experts stay on the host, and only the one in use is on the device.
+
+        Raises:
+          MissingError: the folder does not exist, or lacks parts, all of which are named.
+          UserError: a pipeline or a model of an unknown class, unsupported settings, or weights that do not fit.
+        """
+        parts = read_parts(folder, text_encoder=text_encoder)
+        default_place = place_on_device if parts.boundary is None else place_on_host
+        read = functools.partial(_read_denoiser, dtype=dtype, place=place or default_place)
+        backbone, params = read(folder / "transformer", "backbone")
+        denoiser = {"backbone": params, "text": {}}
+        if parts.boundary is not None:
+            second, denoiser["low_noise"] = read(folder / _SECOND_EXPERT, "low_noise")
+            if second != backbone:
+                raise UserError(
+                    f"{folder} has two experts of different shapes, {backbone} and {second}; they must be equal"
+                )
+        autoencoder, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, place or place_on_device)
+        schedule = parts.schedule
+        config = PipelineConfig(
+            autoencoder=autoencoder,
+            backbone=backbone,
+            text=replace(parts.text, dtype=dtype),
+            process=schedule.process,
+            prediction=schedule.prediction,
+            layout=None,
+            batch=1,
+            sampling=Sampling(
+                steps=_STEPS, guidance=_GUIDANCE, solver=schedule.solver, time_schedule=schedule.time_schedule
+            ),
+            fps=parts.fps,
+            size=_SIZE,
+            boundary=parts.boundary,
+            frame_conditioning=parts.frame_conditioning,
+            image_encoder=parts.image_encoder,
+            provenance={"loaded from": os.fspath(folder), "class": read_index(folder)["_class_name"]},
+        )
+        parameters = {"autoencoder": autoencoder_params, "denoiser": denoiser}
+        return Pipeline(config, **parameters, get_lora_modules=DENOISER.get_lora_modules)
+
+    def read_parts(self, folder: Path) -> PipelineParts:
+        return read_parts(folder)
 
 
 def read_parts(folder: Path, *, text_encoder: str | os.PathLike | None = None) -> PipelineParts:

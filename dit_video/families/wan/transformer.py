@@ -153,8 +153,7 @@ def make_wan_tensor_map(config: WanDitConfig, layout: FileLayout) -> TensorMap:
     for row in (*_TOP_LEVEL_LINEAR, *(_IMAGE_EMBEDDER_LINEAR if has_image else ())):
         names |= diffusers.map_kernel_and_bias(row[0], row[column], DENSE)
     for row in _IMAGE_EMBEDDER_NORMS if has_image else ():
-        names[f"{row[0]}/scale"] = TensorMapping(f"{row[column]}.weight")
-        names[f"{row[0]}/shift"] = TensorMapping(f"{row[column]}.bias")
+        names |= diffusers.map_scale_and_shift(row[0], row[column])
     if config.image_positions is not None:
         theirs = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")[column - 1]
         names["image/positions"] = TensorMapping(theirs, "1 n f -> n f")
@@ -175,8 +174,8 @@ def _map_blocks(config: WanDitConfig, column: int, *, has_image: bool) -> dict[s
         names[f"blocks/{ours}"] = TensorMapping(f"blocks.{{}}.{theirs}", pattern, sizes, config.layers)
 
     for row in (*_LINEAR, *(_IMAGE_LINEAR if has_image else ())):
-        add(f"{row[0]}/kernel", f"{row[column]}.weight", DENSE)
-        add(f"{row[0]}/bias", f"{row[column]}.bias")
+        theirs = f"blocks.{{}}.{row[column]}"
+        names |= diffusers.map_kernel_and_bias(f"blocks/{row[0]}", theirs, DENSE, layers=config.layers)
     for row in _ROTARY_LINEAR:
         add(f"{row[0]}/kernel", f"{row[column]}.weight", "(heads j two) i -> i (heads two j)", axis_sizes)
         add(f"{row[0]}/bias", f"{row[column]}.bias", "(heads j two) -> (heads two j)", axis_sizes)
@@ -187,8 +186,7 @@ def _map_blocks(config: WanDitConfig, column: int, *, has_image: bool) -> dict[s
     if has_image:
         add("image_key_norm/scale", ("attn2.norm_added_k", "cross_attn.norm_k_img")[column - 1] + ".weight")
     norm = ("norm2", "norm3")[column - 1]
-    add("cross_norm/scale", f"{norm}.weight")
-    add("cross_norm/shift", f"{norm}.bias")
+    names |= diffusers.map_scale_and_shift("blocks/cross_norm", f"blocks.{{}}.{norm}", layers=config.layers)
     add("table", ("scale_shift_table", "modulation")[column - 1], "1 n d -> n d")
     return names
 
@@ -288,7 +286,7 @@ def _make_authors_document(config: WanDitConfig) -> dict[str, Any]:
 
 def _get_authors_type(config: WanDitConfig) -> str:
     if config.patch != Grid(1, 2, 2):
-        raise UserError(f"{AUTHORS_CLASS}'s files omit the patch, which is 1x2x2, so {config.patch} can't be written")
+        raise UserError(f"{AUTHORS_CLASS}'s files omit the patch, which is 1x2x2, so {config.patch!r} can't be written")
     if config.time == "token":
         return "ti2v"
     if config.image_positions is not None:

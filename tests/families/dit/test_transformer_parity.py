@@ -16,7 +16,7 @@ from dit_video.conditioning import ClassIds, Conditioning
 from dit_video.core.trees import flatten
 from dit_video.diffusion import Euler, RectifiedFlow, UniformTimes, apply_classifier_free_guidance, sample
 from dit_video.families import load_denoiser, save_denoiser
-from dit_video.families.dit.transformer import make_file_map
+from dit_video.families.dit.transformer import DitDenoiserFormat
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.tokens import Grid, PackedRows, compute_positions, patchify, unpatchify
 
@@ -202,7 +202,9 @@ def test_values_and_gradients_equal_the_authors_model(tmp_path, torch, kind):
     authors_folder(tmp_path / "model", torch, values, kind)
     config, params = load_denoiser(tmp_path / "model")
     gradients = {name: value.grad.numpy() for name, value in values.items()}
-    assert_same_function(config, params, theirs.detach().numpy(), gradients, make_file_map(config, "authors"))
+    assert_same_function(
+        config, params, theirs.detach().numpy(), gradients, DitDenoiserFormat().make_file_map(config, "authors")
+    )
 
     save_denoiser(tmp_path / "again", config, params, layout="authors")
     before, after = (safetensors.numpy.load_file(tmp_path / name / FILE) for name in ("model", "again"))
@@ -237,7 +239,9 @@ def test_values_and_gradients_equal_diffusers(tmp_path, torch):
     model.save_pretrained(tmp_path / "model")
     config, params = load_denoiser(tmp_path / "model")
     gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-    assert_same_function(config, params, theirs.detach().numpy(), gradients, make_file_map(config, "diffusers"))
+    assert_same_function(
+        config, params, theirs.detach().numpy(), gradients, DitDenoiserFormat().make_file_map(config, "diffusers")
+    )
 
     save_denoiser(tmp_path / "again", config, params)
     again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "again")

@@ -16,6 +16,6 @@ An error is raised only if a source is unusable as a whole: a list lacks require
 """  # noqa: E501
 
 from dit_video.data.ingest.formats.detect import SourceFormat, list_clips, register_format
-from dit_video.data.ingest.formats.types import IMAGES, MEDIA, VIDEOS, ListedClip, Listing
+from dit_video.data.ingest.formats.types import MEDIA, ListedClip, Listing
 
-__all__ = ["IMAGES", "MEDIA", "VIDEOS", "ListedClip", "Listing", "SourceFormat", "list_clips", "register_format"]
+__all__ = ["MEDIA", "ListedClip", "Listing", "SourceFormat", "list_clips", "register_format"]

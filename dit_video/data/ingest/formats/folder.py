@@ -8,7 +8,14 @@ from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import captions
 from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix, list_file
 from dit_video.data.ingest.formats.tables import find_clips, read_table
-from dit_video.data.ingest.formats.types import ListedClip, Listing, Rejection, UnusableClipError, make_listing
+from dit_video.data.ingest.formats.types import (
+    ListedClip,
+    Listing,
+    Rejection,
+    UnusableClipError,
+    make_listing,
+    reject_unusable,
+)
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 
@@ -30,10 +37,8 @@ def list_folder(scan: FolderScan) -> Listing:
     for name in scan.media:
         caption_names = [*caption_files.get(os.path.splitext(name)[0], ()), *caption_files.get(name, ())]
         used_names.update(caption_names)
-        try:
+        with reject_unusable(rejected, name):
             clips.append(scan.make_clip(name, _read_captions(scan, caption_names)))
-        except UnusableClipError as error:
-            rejected.append((name, str(error)))
     unlisted = [name for name in scan.files if name not in used_names]
     return make_listing(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 

@@ -22,7 +22,15 @@ from typing import Any
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.ingest.formats import captions
 from dit_video.data.ingest.formats.scan import FolderScan, get_suffix, index_files
-from dit_video.data.ingest.formats.types import VIDEOS, ListedClip, Listing, Rejection, UnusableClipError, make_listing
+from dit_video.data.ingest.formats.types import (
+    VIDEOS,
+    ListedClip,
+    Listing,
+    Rejection,
+    UnusableClipError,
+    make_listing,
+    reject_unusable,
+)
 
 ANNOTATIONS = re.compile(r"(?i)(?:.*videodatainfo.*|msr[-_]?vtt[^/]*)\.json")
 _SPLITS = {"train": "train", "validate": "validation", "val": "validation", "validation": "validation", "test": "test"}
@@ -56,12 +64,10 @@ def list_msrvtt(scan: FolderScan) -> Listing:
         rejected += _read_annotations(path, splits, sentences)
     clips: list[ListedClip] = []
     for video, split in splits.items():
-        try:
+        with reject_unusable(rejected, files.get(video, video)):
             if video not in files:
                 raise UnusableClipError("the annotations name it, but it is not there")
             clips.append(scan.make_clip(files[video], captions.clean_captions(sentences.get(video, ())), split))
-        except UnusableClipError as error:
-            rejected.append((files.get(video, video), str(error)))
     rejected += [(video, "has sentences, but is not among the videos") for video in sentences if video not in splits]
     listed_names = {files[video] for video in splits if video in files}
     rejected_names = {name for name, _ in rejected}

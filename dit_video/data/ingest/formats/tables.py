@@ -15,6 +15,7 @@ from dit_video.data.ingest.formats.types import (
     UnusableClipError,
     check_name,
     make_listing,
+    reject_unusable,
 )
 
 
@@ -43,11 +44,9 @@ def read_table(path: Path, key: Callable[[str], str]) -> ClipTable:
         if not row.name:
             rejected.append((f"{path.name}, line {row.line}", row.problem))
             continue
-        try:
+        with reject_unusable(rejected, row.name, f"line {row.line}: "):
             check_name(row.name)
             rows.setdefault(key(row.name), []).append(row)
-        except UnusableClipError as error:
-            rejected.append((row.name, f"line {row.line}: {error}"))
     return ClipTable(rows, rejected)
 
 
@@ -93,11 +92,9 @@ def list_table(source: Path) -> Listing:
         root = os.path.commonpath(folders)
     clips: list[ListedClip] = []
     for clip in found_clips:
-        try:
+        with reject_unusable(rejected, clip.name):  # if a folder between the root and the clip has an invalid name
             check_name(name := _make_relative(clip.path, root))
             clips.append(clip._replace(name=name))
-        except UnusableClipError as error:  # a folder between the root and the clip has an invalid name
-            rejected.append((clip.name, str(error)))
     return make_listing(source, "table", clips, rejected=rejected)
 
 

@@ -24,6 +24,7 @@ from dit_video.data.ingest.formats.types import (
     UnusableClipError,
     check_name,
     make_listing,
+    reject_unusable,
 )
 
 TAR_SUFFIX = ".tar"
@@ -62,14 +63,11 @@ def list_tars(scan: FolderScan) -> Listing:
     for name in scan.files:
         if not is_tar(name):
             continue
-        try:
+        with reject_unusable(rejected, name):
             scan.make_clip(name)
             shard_clips, shard_rejected = _list_shard(scan.source / name, name + "/")
-        except UnusableClipError as error:
-            rejected.append((name, str(error)))
-            continue
-        clips += shard_clips
-        rejected += shard_rejected
+            clips += shard_clips
+            rejected += shard_rejected
     return make_listing(scan.source, "webdataset", clips, unlisted=scan.media, rejected=[*rejected, *scan.rejected])
 
 
@@ -113,14 +111,12 @@ def _read_members(path: Path, file: BinaryIO, rejected: list[Rejection]) -> dict
         # Links and devices are rejected whatever their suffix, as their content is unknown.
         if entry.isreg() and get_suffix(name) not in MEDIA and get_suffix(name) not in captions.CAPTION_SUFFIXES:
             continue
-        try:
+        with reject_unusable(rejected, entry.name):
             check_name(entry.name)
             _check_entry(entry, name, end)
             if name in members:
                 raise UnusableClipError("another entry before it has the same name")
             members[name] = _Member(name, entry.offset_data, entry.size)
-        except UnusableClipError as error:
-            rejected.append((entry.name, str(error)))
     return members
 
 
@@ -184,11 +180,9 @@ def _make_clips(path: Path, file: BinaryIO, members: dict[str, _Member], rejecte
         # By WebDataset's rule `a.left.mp4` has the captions of the key `a`; `a.left.txt` is accepted too, so that data
         # sets that break the rule lose no captions.
         stems = dict.fromkeys((os.path.splitext(member.name)[0], _get_key(member.name)))
-        try:
+        with reject_unusable(rejected, member.name):
             texts = _read_captions(file, [texts for stem in stems for texts in caption_files.get(stem, ())])
             clips.append(ListedClip(member.name, texts, member.size, str(path), member.offset))
-        except UnusableClipError as error:
-            rejected.append((member.name, str(error)))
     keys = {_get_key(member.name) for member in media}
     names = [member.name for same_stem in caption_files.values() for member in same_stem]
     rejected += [(name, "no video or image has its key") for name in names if _get_key(name) not in keys]

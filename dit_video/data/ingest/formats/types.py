@@ -1,6 +1,7 @@
 """Records of a listing: clips by name, their captions, and the location of their bytes."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from dit_video.core.errors import UserError
@@ -63,6 +64,15 @@ class Listing(NamedTuple):
 
 class UnusableClipError(Exception):
     """An error that rejects one clip or entry of a source; caught while the source is listed, never shown to a user."""
+
+
+@contextlib.contextmanager
+def reject_unusable(rejected: list[Rejection], name: str, location: str = "") -> Iterator[None]:
+    """Add an entry to the rejected ones if it turns out to be unusable; `location` precedes the reason."""
+    try:
+        yield
+    except UnusableClipError as error:
+        rejected.append((name, location + str(error)))
 
 
 def escape_name(name: str) -> str:

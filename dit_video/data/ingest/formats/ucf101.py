@@ -17,7 +17,14 @@ from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.ingest.formats.scan import FolderScan, index_files
-from dit_video.data.ingest.formats.types import ListedClip, Listing, Rejection, UnusableClipError, make_listing
+from dit_video.data.ingest.formats.types import (
+    ListedClip,
+    Listing,
+    Rejection,
+    UnusableClipError,
+    make_listing,
+    reject_unusable,
+)
 
 CLASSES = "classInd.txt"
 
@@ -45,12 +52,10 @@ def list_ucf101(scan: FolderScan, number: int = 1) -> Listing:
                 rejected.append((f"{path.name}, line {line}", f"{entry!r} {reason}"))
                 continue
             splits[key] = split
-            try:
+            with reject_unusable(rejected, files.get(key, entry)):
                 if key not in files:
                     raise UnusableClipError(f"{path.name} names it, but it is not there")
                 clips.append(scan.make_clip(files[key], (format_class_name(label),), split))
-            except UnusableClipError as error:
-                rejected.append((files.get(key, entry), str(error)))
     unlisted = [name for key, name in files.items() if key not in splits]
     return make_listing(scan.source, "ucf101", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 

@@ -1,0 +1,86 @@
+"""Format of a class of autoencoders in diffusers: how one of them is read and written."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dit_video.core.files import write_json
+from dit_video.nn import get_param_shapes
+from dit_video.weights import diffusers
+from dit_video.weights.diffusers import STEM
+from dit_video.weights.folders import TensorFolder
+from dit_video.weights.io import read_params, write_params
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
+
+_LEGACY_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+"""Names of attention's linear maps in diffusers before 2023, which it still reads."""
+
+
+class AutoencoderFormat(NamedTuple):
+    """Files of a class of autoencoders in diffusers."""
+
+    class_name: str
+    config_class: type
+    defaults: Mapping[str, Any]
+    """All settings of `config.json` that the class has, with diffusers' defaults."""
+    parse_config: Callable[[Path, Mapping[str, Any]], Any]
+    """Function from a folder and its settings to our config; raises UserError if a setting is not supported."""
+    make_tensor_map: Callable[[Any], TensorMap]
+    """Function from our config to the tensor map of all parameters but the normalizer's."""
+    parse_normalizer: Callable[[Path, Mapping[str, Any], int], dict[str, Any]]
+    """Function from a folder, its settings and the channels to the normalizer's parameters."""
+    make_document: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+    """Function from our config and parameters (of which it reads the normalizer's) to `config.json`, without the class.
+
+    It raises UserError if the class can't express the config.
+    """
+
+    def read_config(self, folder: Path, document: Mapping[str, Any]) -> Any:
+        """Return the config of a folder, whose config file is `document`.
+
+        Raises:
+          UserError: a setting is not supported.
+        """
+        return self.parse_config(folder, diffusers.get_settings(folder, document, self.defaults))
+
+    def load(self, folder: Path, document: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Read the config and parameters of a folder, whose config file is `document`.
+
+        Raises:
+          MissingError: files are missing.
+          UserError: a setting is not supported, or the weights do not fit.
+        """
+        settings, config = diffusers.get_settings(folder, document, self.defaults), self.read_config(folder, document)
+        shapes = get_param_shapes(config.make)
+        del shapes["normalizer"]
+        with TensorFolder(folder, stem=STEM) as tensors:
+            tensor_map = _apply_legacy_names(tensors, self.make_tensor_map(config))
+        params = read_params(folder, STEM, tensor_map, shapes)
+        return config, params | {"normalizer": self.parse_normalizer(folder, settings, config.channels)}
+
+    def save(
+        self, folder: str | os.PathLike, config: Any, params: dict[str, Any], *, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        """Write a config and parameters as a folder; the inverse of `load`.
+
+        Raises:
+          UserError: the class can't express the config.
+        """
+        document = {"_class_name": self.class_name, **self.make_document(config, params)}
+        weights = {name: part for name, part in params.items() if name != "normalizer"}
+        write_params(folder, STEM, self.make_tensor_map(config), weights, shard_bytes=shard_bytes)
+        write_json(Path(folder) / "config.json", document)
+
+
+def _apply_legacy_names(tensors: TensorFolder, tensor_map: TensorMap) -> TensorMap:
+    """Return the map with attention's old names if the folder's tensors have them."""
+    if not any(name.endswith(".proj_attn.weight") for name in tensors.shapes):
+        return tensor_map
+
+    def older(name: str) -> str:
+        for new, old in _LEGACY_NAMES.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        return name
+
+    return {path: foreign._replace(name=older(foreign.name)) for path, foreign in tensor_map.items()}
