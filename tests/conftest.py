@@ -4,6 +4,7 @@ import atexit
 import fcntl
 import functools
 import gc
+import importlib
 import importlib.util
 import os
 import runpy
@@ -225,3 +226,23 @@ def process() -> Callable[..., Ended]:
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return start
+
+
+@pytest.fixture
+def add_package(tmp_path, monkeypatch):
+    """Return a function that copies a file of `support/extensions` to a module of another package, and imports it."""
+    from dit_video.core import registry
+
+    monkeypatch.setattr(registry, "_CLASSES", {})
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = []
+
+    def add(name, source):
+        shutil.copyfile(ROOT / "tests" / "support" / "extensions" / f"{source}.py", tmp_path / f"{name}.py")
+        importlib.invalidate_caches()
+        imported.append(name)
+        return importlib.import_module(name)
+
+    yield add
+    for name in imported:
+        sys.modules.pop(name, None)

@@ -32,7 +32,7 @@ from dit_video.experiment.datasets import open_datasets, resolve
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
 from dit_video.nn import get_param_shapes
-from dit_video.pipelines.pipeline import load_pipeline
+from dit_video.pipelines.loading import load_pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress

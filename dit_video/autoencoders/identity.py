@@ -11,17 +11,17 @@ from dit_video.tokens import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class IdentityConfig:
-    """Configuration of `Identity`, which has no parameters."""
+    """Configuration of `IdentityAutoencoder`, which has no parameters."""
 
     stride: Grid = Grid(1, 1, 1)
     channels: int = 3
     last_layer: str = ""
 
-    def make(self, rngs: nnx.Rngs) -> "Identity":
-        return Identity()
+    def make(self, rngs: nnx.Rngs) -> "IdentityAutoencoder":
+        return IdentityAutoencoder()
 
 
-class Identity(nnx.Module):
+class IdentityAutoencoder(nnx.Module):
     """Pixels as latents."""
 
     def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:

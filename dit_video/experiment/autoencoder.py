@@ -16,7 +16,7 @@ from dit_video.families import load_autoencoder
 from dit_video.features import Lpips
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.pipelines.folder import is_pipeline_folder
-from dit_video.pipelines.pipeline import load_pipeline
+from dit_video.pipelines.loading import load_pipeline
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.vq import VqLoss, VqStep

@@ -22,7 +22,7 @@ from dit_video.experiment import DenoiserTraining, TemporalWeights
 from dit_video.families import find_format, load_denoiser, read_denoiser_config
 from dit_video.nn import init_params
 from dit_video.pipelines.folder import is_pipeline_folder
-from dit_video.pipelines.pipeline import load_pipeline
+from dit_video.pipelines.loading import load_pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
 from dit_video.weights.parameter import Parameter

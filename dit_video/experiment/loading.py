@@ -8,7 +8,8 @@ from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import INDEX, Dtype
 from dit_video.families.registry import find_family, list_families
 from dit_video.pipelines.folder import CONFIG, RUN_CONFIG, is_pipeline_folder
-from dit_video.pipelines.pipeline import Pipeline, load_pipeline
+from dit_video.pipelines.loading import load_pipeline
+from dit_video.pipelines.pipeline import Pipeline
 from dit_video.weights.parameter import Placement
 
 _HUB_ENDINGS = ("json", "safetensors", "model")

@@ -27,9 +27,11 @@ from dit_video.experiment.stages.autoencoder import TrainAutoencoder
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.experiment.stages.latents import CacheLatents
 from dit_video.families import get_lora_modules
+from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.folder import write_pipeline_config
-from dit_video.pipelines.pipeline import Pipeline, PipelineConfig, load_pipeline
+from dit_video.pipelines.loading import load_pipeline
+from dit_video.pipelines.pipeline import Pipeline
 from dit_video.training.state import get_shapes_on_devices
 
 _Location = StoragePathLike | None

@@ -22,7 +22,7 @@ Image = Clip | UInt8[np.ndarray, "H W 3"]
 
 
 class SamplingPlan(NamedTuple):
-    """How a clip is sampled besides its prompt."""
+    """Everything that sampling of a clip needs to know besides its prompt."""
 
     fields: Mapping[Field, np.ndarray] = {}
     """Fields of the clip, which the model or `transform` reads; an array on the latents' grid is `t h w *shape`."""

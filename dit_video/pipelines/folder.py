@@ -9,6 +9,8 @@ from dit_video.pipelines.config import PipelineConfig
 
 FORMAT = 1
 CONFIG, RUN_CONFIG = "pipeline.json", "experiment.json"
+AUTOENCODER, DENOISER, STEPS = "autoencoder.safetensors", "denoiser.safetensors", "steps"
+"""Files of weights, and the folder of the pipelines of previous steps."""
 
 
 def is_pipeline_folder(folder: str | Path) -> bool:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,52 +24,28 @@ from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
 from dit_video.generation import (
     Denoiser,
-    GenerationTask,
-    Image,
-    ImageToVideo,
     LatentTrace,
     Request,
     Sampling,
     SamplingRequest,
     TaskModel,
-    TextToVideo,
-    draw_initial_noise,
     sample_latents,
     trace_latents,
 )
-from dit_video.generation.conditioning import make_request_fields
-from dit_video.nn import get_graph_def, get_param_shapes, merge_lora
+from dit_video.generation.preparation import make_sampling_request
+from dit_video.nn import get_graph_def, merge_lora
 from dit_video.pipelines.config import PipelineConfig, PreviousStep, to_grid
-from dit_video.pipelines.folder import CONFIG, read_pipeline_config, write_pipeline_config
+from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config
+from dit_video.pipelines.options import GenerateOptions, GuidanceScale
 from dit_video.video import Clip
 from dit_video.weights import get_native_modules, load_lora
-from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 from dit_video.weights.lora import GetLoraModules, no_lora_modules
 
-_AUTOENCODER, _DENOISER, _STEPS = "autoencoder.safetensors", "denoiser.safetensors", "steps"
 _DECODE_BATCH = 8
 """Number of clips that are decoded at once."""
 _DTYPES = ("float32", "bfloat16")
-GuidanceScale = float | int | tuple[float, float] | Guidance
 ExpertName = Literal["backbone", "low_noise"]
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Arguments of `Pipeline.generate` besides the prompt and the kind of output."""
-
-    size: tuple[int, int, int] | None
-    steps: int | None
-    guidance: GuidanceScale | None
-    negative: str
-    seed: int
-    sampler: str | Solver | None
-    noise: Float32[np.ndarray, "t h w c"] | None
-    image: Image | None
-    last_image: Image | None
-    conditioning: Mapping[str, Any] | None
-    strengths: Mapping[str, float] | None
-    task: GenerationTask | None
 
 
 class Pipeline:
@@ -180,7 +156,7 @@ class Pipeline:
         values = conditioning or {}, strengths or {}
         request = Request(str(prompt), size, seed, negative, image, last_image, *values, task)
         sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
-        latent_requests = self._make_latent_requests([request], noise=noise)
+        latent_requests = self._make_latent_requests([request], noise)
         latents = sample_latents(self._denoiser, latent_requests, **self._make_sampling_arguments(sampling, 1))
         return latents[0] if output == "latents" else self._decode_clips(latents, [request])[0]
 
@@ -297,11 +273,11 @@ class Pipeline:
             raise UserError(f"{folder} exists and holds no pipeline; use a folder that does not exist")
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            save_weights(temporary / _AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
-            save_weights(temporary / _DENOISER, self._denoiser.params, dtype=jnp.dtype(dtype))
+            save_weights(temporary / AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
+            save_weights(temporary / DENOISER, self._denoiser.params, dtype=jnp.dtype(dtype))
             write_pipeline_config(temporary, self.config)
             for name, pipeline in self._previous.items():
-                pipeline.save(temporary / _STEPS / name, dtype=dtype)
+                pipeline.save(temporary / STEPS / name, dtype=dtype)
 
     def with_text_encoder(self, folder: str | Path) -> "Pipeline":
         """Return the same pipeline with its frozen text encoder in another folder.
@@ -368,26 +344,12 @@ class Pipeline:
         return {"sampling": sampling, "shape": self.config.row_shape, "rows": max(1, min(self.config.batch, count))}
 
     def _make_latent_requests(
-        self, requests: Sequence[Request], *, noise: Float32[np.ndarray, "t h w c"] | None = None
+        self, requests: Sequence[Request], noise: Float32[np.ndarray, "t h w c"] | None = None
     ) -> list[SamplingRequest]:
-        config = self.config
-        latent_requests = []
-        for request in self._sample_previous_steps(requests):
-            if not 0 <= request.seed < 2**32:
-                raise UserError(f"seed={request.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}")
-            grid, channels = config.latent_grid(to_grid(request.size)), config.autoencoder.channels
-            shape = (*grid, channels)
-            initial = draw_initial_noise(request.seed, grid, channels) if noise is None else np.asarray(noise)
-            if initial.shape != shape:
-                raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {initial.shape}")
-            if not np.isfinite(initial).all():
-                raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
-            plan = _get_task(request)(request, self.task_model)
-            values = make_request_fields(config.backbone.conditioning, request.conditioning, request.strengths, grid)
-            plan = plan._replace(fields={**values, **plan.fields})
-            prompts = request.prompt, request.negative
-            latent_requests.append(SamplingRequest(*prompts, initial.astype(np.float32), plan, request.seed))
-        return latent_requests
+        return [
+            make_sampling_request(request, self.config.latent_grid(to_grid(request.size)), self.task_model, noise)
+            for request in self._sample_previous_steps(requests)
+        ]
 
     def _sample_previous_steps(self, requests: Sequence[Request]) -> list[Request]:
         """Return the requests with the values of conditioning that previous steps sample."""
@@ -422,42 +384,6 @@ class Pipeline:
                 for index, decoded in zip(part, self.codec.decode_many(stacked, seeds=seeds), strict=False):
                     clips[index] = Clip(frames=decoded, fps=self.config.fps, caption=requests[index].prompt)
         return [clips[index] for index in range(len(latents))]
-
-
-def load_pipeline(
-    folder: str | Path,
-    *,
-    text_encoder: str | Path | None = None,
-    get_lora_modules: GetLoraModules = no_lora_modules,
-) -> Pipeline:
-    """Read a pipeline folder.
-
-    Args:
-      folder: folder of the pipeline.
-      text_encoder: folder of its frozen text encoder if it has moved; it is opened at the first prompt.
-      get_lora_modules: see `Pipeline`.
-
-    Raises:
-      MissingError: the folder does not exist, or holds no pipeline.
-      UserError: a pipeline of another version, weights that do not fit its config, or a text encoder that is not
-        frozen.
-    """
-    folder = Path(folder)
-    config = read_pipeline_config(folder)
-    pipeline = Pipeline(
-        config,
-        autoencoder=load_weights(folder / _AUTOENCODER, like=get_param_shapes(config.autoencoder.make)),
-        denoiser=load_weights(folder / _DENOISER, like=config.denoiser_shapes),
-        previous={step.name: load_pipeline(folder / _STEPS / step.name) for step in config.previous},
-        get_lora_modules=get_lora_modules,
-    )
-    return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
-
-
-def _get_task(request: Request) -> GenerationTask:
-    if request.task is not None:
-        return request.task
-    return TextToVideo() if request.image is None and request.last_image is None else ImageToVideo()
 
 
 def _resolve_guidance(own: Sampling, override: GuidanceScale) -> float | tuple[float, float] | Guidance:

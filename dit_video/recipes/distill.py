@@ -21,7 +21,8 @@ from dit_video.experiment.folder import CONFIG as RUN
 from dit_video.experiment.run import Run
 from dit_video.generation import Sampling
 from dit_video.pipelines.folder import is_pipeline_folder
-from dit_video.pipelines.pipeline import Pipeline, load_pipeline
+from dit_video.pipelines.loading import load_pipeline
+from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import PackedShape
 from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
 from dit_video.training.optim.optimizer import OptimizerConfig

@@ -11,7 +11,8 @@ from dit_video.conditioning import TextTokens
 from dit_video.core.registry import register
 from dit_video.families import DenoiserFormat, Family, register_family
 from dit_video.nn import ONE_DEVICE, Linear
-from dit_video.pipelines.pipeline import Pipeline, load_pipeline
+from dit_video.pipelines.loading import load_pipeline
+from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import segment_mean
 from dit_video.weights.lora import LoraModule
 from dit_video.weights.streaming import FileMap

@@ -1,0 +1,44 @@
+"""Requests of clips as requests of latents: their noise, the plan of their task, and values of conditioning."""
+
+import numpy as np
+from jaxtyping import Float32
+
+from dit_video.core.errors import UserError
+from dit_video.generation.conditioning import make_request_fields
+from dit_video.generation.packing import SamplingRequest
+from dit_video.generation.request import Request, TaskModel
+from dit_video.generation.sampler import draw_initial_noise
+from dit_video.generation.tasks.image_to_video import ImageToVideo
+from dit_video.generation.tasks.text_to_video import TextToVideo
+from dit_video.tokens import Grid
+
+
+def make_sampling_request(
+    request: Request, latents: Grid, model: TaskModel, noise: Float32[np.ndarray, "t h w c"] | None = None
+) -> SamplingRequest:
+    """Return the request for latents of a size.
+
+    Args:
+      request: request of a clip.
+      latents: size of its latents.
+      model: the model that samples it.
+      noise: initial noise, standard normal; None to draw it from the request's seed.
+
+    Raises:
+      UserError: a seed that is not a whole number below 2**32, noise that does not fit, or a request that does not fit
+        its task or the model.
+    """
+    if not 0 <= request.seed < 2**32:
+        raise UserError(f"seed={request.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}")
+    shape = (*latents, model.codec.config.channels)
+    initial = draw_initial_noise(request.seed, latents, shape[-1]) if noise is None else np.asarray(noise)
+    if initial.shape != shape:
+        raise UserError(f"noise for {Grid(*request.size)} has shape {shape}, not {initial.shape}")
+    if not np.isfinite(initial).all():
+        raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
+    has_images = request.image is not None or request.last_image is not None
+    task = request.task or (ImageToVideo() if has_images else TextToVideo())
+    plan = task(request, model)
+    values = make_request_fields(model.backbone.conditioning, request.conditioning, request.strengths, latents)
+    plan = plan._replace(fields={**values, **plan.fields})
+    return SamplingRequest(request.prompt, request.negative, initial.astype(np.float32), plan, request.seed)

@@ -1,0 +1,30 @@
+"""Types of the arguments of a pipeline's methods."""
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import numpy as np
+from jaxtyping import Float32
+
+from dit_video.diffusion import Guidance, Solver
+from dit_video.generation import GenerationTask, Image
+
+GuidanceScale = float | int | tuple[float, float] | Guidance
+"""Scale of guidance, one for each of two experts, or guidance with all its options."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Arguments of `Pipeline.generate` besides the prompt and the kind of output."""
+
+    size: tuple[int, int, int] | None
+    steps: int | None
+    guidance: GuidanceScale | None
+    negative: str
+    seed: int
+    sampler: str | Solver | None
+    noise: Float32[np.ndarray, "t h w c"] | None
+    image: Image | None
+    last_image: Image | None
+    conditioning: Mapping[str, Any] | None
+    strengths: Mapping[str, float] | None
+    task: GenerationTask | None
