@@ -96,13 +96,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the whole plan, in bytes, operations and seconds."""
-        plan = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plan["topology"] = str(self.topology)
-        plan["memory"] = dataclasses.asdict(self.memory)
-        plan["moved"] = [dataclasses.asdict(part) for part in self.moved]
-        plan["times"] = None if self.times is None else dataclasses.asdict(self.times)
-        plan["chip"] = dataclasses.asdict(self.topology.chip)
-        plan["intensity"] = self.intensity
+        chip = dataclasses.asdict(self.topology.chip)
+        plan = dataclasses.asdict(self) | {"topology": str(self.topology), "chip": chip, "intensity": self.intensity}
         if self.times is not None:
             for name in ("overlapped", "apart"):
                 seconds = getattr(self.times, name)

@@ -11,7 +11,7 @@ from dit_video.nn.attention.backends.gpu import CudnnAttention, TokamaxAttention
 from dit_video.nn.attention.backends.splash import SplashAttention, choose_block_size
 from dit_video.nn.attention.bias import Bias, BiasTable, RelativeBias
 from dit_video.nn.attention.dispatch import AutoAttention, Backend, check_attention, make_attention
-from dit_video.nn.attention.inputs import GLOBAL, AttentionInputs, Coordinates, compute_grid_indices
+from dit_video.nn.attention.inputs import GLOBAL, AttentionInputs, compute_grid_indices
 from dit_video.nn.attention.masks import (
     CausalFrames,
     Full,
@@ -36,7 +36,6 @@ __all__ = [
     "BiasTable",
     "CausalFrames",
     "ChunkedAttention",
-    "Coordinates",
     "CudnnAttention",
     "DenseAttention",
     "Full",

@@ -118,11 +118,11 @@ def test_queries_may_be_some_of_the_tokens():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CausalFrames(chunk=0), "chunk=0 of causal attention is invalid; use at least 1 frame"),
+        (lambda: CausalFrames(chunk=0), "chunk=0 is invalid: it must be at least 1"),
         (lambda: SlidingWindow(radius=(1, -1, 1)), "must not be negative; use None"),
         (lambda: SlidingWindow(radius=(1, 1, 1), tile=(1, 0, 1)), "at least 1 along each axis"),
         (lambda: SlidingWindow(radius=(None, None, None)), "use pattern Full()"),
-        (lambda: make_attention("chunked", chunk=0), "chunk=0 of attention is invalid; use at least 1 token"),
+        (lambda: make_attention("chunked", chunk=0), "chunk=0 is invalid: it must be at least 1"),
         (
             lambda: attention.SplashAttention(block_size=100),
             "block_size=100 of splash attention is invalid; use a multiple of 128",
