@@ -14,13 +14,12 @@ from dit_video.autoencoders.inflate import InflatedConfig, inflate
 from dit_video.autoencoders.interface import Autoencoder, AutoencoderConfig, latent_grid
 from dit_video.autoencoders.linear import LinearAutoencoder, fit_linear
 from dit_video.autoencoders.objective import AutoencoderObjective
-from dit_video.autoencoders.patch_vae import PatchVaeConfig, from_patches, init_from_linear, to_patches
-from dit_video.autoencoders.posterior import Posterior
-from dit_video.autoencoders.quantizer import Codebook, CodebookConfig
+from dit_video.autoencoders.patch_vae import PatchVaeConfig, init_from_linear
+from dit_video.autoencoders.quantizer import CodebookConfig
 from dit_video.autoencoders.streaming import decode_stream, encode_stream, measure_tiling_error
 from dit_video.autoencoders.tiling import Tiles
 from dit_video.autoencoders.vae import CausalVaeConfig
-from dit_video.autoencoders.vq import VqAutoencoder, VqConfig
+from dit_video.autoencoders.vq import VqConfig
 
 __all__ = [
     "R1",
@@ -30,7 +29,6 @@ __all__ = [
     "AutoencoderObjective",
     "CausalVaeConfig",
     "ClipCanvas",
-    "Codebook",
     "CodebookConfig",
     "ImageLevels",
     "ImageVaeConfig",
@@ -38,21 +36,17 @@ __all__ = [
     "LeCam",
     "LinearAutoencoder",
     "PatchVaeConfig",
-    "Posterior",
     "Tiles",
-    "VqAutoencoder",
     "VqConfig",
     "compute_padding_share",
     "compute_segment_ids",
     "decode_stream",
     "encode_stream",
     "fit_linear",
-    "from_patches",
     "inflate",
     "init_from_linear",
     "latent_grid",
     "measure_tiling_error",
     "merge_sizes",
     "pack_canvases",
-    "to_patches",
 ]

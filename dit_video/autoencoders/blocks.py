@@ -81,13 +81,19 @@ class LayerOptions:
     """Options that all layers of an encoder or a decoder share."""
 
     norm: NormFactory
+    blocks: int
+    """Residual blocks per level of the encoder; the decoder has one more."""
     kernel: tuple[int, int, int]
     """Sizes of the residual blocks' kernels along (t, h, w)."""
     temporal_padding: TemporalPadding = "zero"
     fused_attention: bool = False
     """True computes queries, keys and values by one map, as Wan's autoencoders do."""
+    middle_attention: bool = True
+    """True adds attention between the two blocks in the middle."""
     shortcuts: bool = False
     """True adds a path without parameters to every level."""
+    halves: bool = False
+    """True halves the number of channels with every upsampling."""
     remat: bool = False
     """True computes the features of residual blocks again in the backward pass."""
     dtype: jnp.dtype
@@ -143,10 +149,11 @@ class FrameAttention(nnx.Module):
 class Downsample(nnx.Module):
     """Downsampling by 2 along the axes where `factors` is 2: a convolution in space, then one in time."""
 
-    def __init__(self, width: int, factors: Grid, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, factors: Grid, layers: LayerOptions):
+        options: dict[str, Any] = {"dtype": layers.dtype, "rngs": layers.rngs}
         spatial = factors.h == 2
-        self.space = CausalConv(width, width, (1, 3, 3), stride=2, dtype=dtype, rngs=rngs) if spatial else None
-        self.time = CausalConv(width, width, (3, 1, 1), dtype=dtype, rngs=rngs) if factors.t == 2 else None
+        self.space = CausalConv(width, width, (1, 3, 3), stride=2, **options) if spatial else None
+        self.time = CausalConv(width, width, (3, 1, 1), **options) if factors.t == 2 else None
 
     def __call__(self, x: Float[Array, "B T H W D"], inputs: BlockInputs) -> Float[Array, "B t h w D"]:
         cache = inputs.cache
@@ -165,11 +172,12 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Upsampling by 2 along the axes where `factors` is 2: a convolution in time, then one in space."""
 
-    def __init__(self, width_in: int, width_out: int, factors: Grid, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width_in: int, width_out: int, factors: Grid, layers: LayerOptions):
+        options: dict[str, Any] = {"dtype": layers.dtype, "rngs": layers.rngs}
         spatial = factors.h == 2
-        self.time = CausalConv(width_in, 2 * width_in, (3, 1, 1), dtype=dtype, rngs=rngs) if factors.t == 2 else None
-        self.space = CausalConv(width_in, width_out, (1, 3, 3), dtype=dtype, rngs=rngs) if spatial else None
-        self.narrow = None if spatial or width_in == width_out else Linear(width_in, width_out, dtype=dtype, rngs=rngs)
+        self.time = CausalConv(width_in, 2 * width_in, (3, 1, 1), **options) if factors.t == 2 else None
+        self.space = CausalConv(width_in, width_out, (1, 3, 3), **options) if spatial else None
+        self.narrow = None if spatial or width_in == width_out else Linear(width_in, width_out, **options)
 
     def __call__(self, x: Float[Array, "B t h w i"], inputs: BlockInputs) -> Float[Array, "B T H W o"]:
         if self.time is not None:

@@ -75,7 +75,8 @@ class ImageLevels:
 
     def make_layers(self, norm: NormFactory, rngs: nnx.Rngs) -> LayerOptions:
         """Return the options of the layers, with these norms."""
-        return LayerOptions(norm=norm, kernel=(1, 3, 3), dtype=self.dtype, rngs=rngs)
+        sizes: dict[str, Any] = {"blocks": self.blocks, "middle_attention": self.middle_attention, "dtype": self.dtype}
+        return LayerOptions(norm=norm, kernel=(1, 3, 3), **sizes, rngs=rngs)
 
 
 class FrameNorm(GroupNorm):
@@ -89,9 +90,8 @@ class ImageVaeEncoder(Encoder):
     """An encoder of pixels to `channels` features per latent position."""
 
     def __init__(self, levels: ImageLevels, channels: int, *, rngs: nnx.Rngs):
-        options: dict[str, Any] = {"blocks": levels.blocks, "middle_attention": levels.middle_attention}
         layers = levels.make_layers(levels.make_norm, rngs)
-        super().__init__(layers, levels.resolutions, width=levels.widths[0], features=channels, **options)
+        super().__init__(layers, levels.resolutions, width=levels.widths[0], features=channels)
 
 
 class ImageVaeDecoder(Decoder):
@@ -100,6 +100,5 @@ class ImageVaeDecoder(Decoder):
     def __init__(self, levels: ImageLevels, channels: int, norm: NormFactory, *, rngs: nnx.Rngs):
         """Create the decoder, whose norms `norm` makes."""
         self.config = levels
-        options: dict[str, Any] = {"blocks": levels.blocks, "middle_attention": levels.middle_attention}
         layers = levels.make_layers(norm, rngs)
-        super().__init__(layers, levels.resolutions, channels=channels, **options)
+        super().__init__(layers, levels.resolutions, channels=channels)

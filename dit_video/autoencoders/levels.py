@@ -45,15 +45,7 @@ class Encoder(nnx.Module):
     """Pixels to features, by levels of ever lower resolution."""
 
     def __init__(
-        self,
-        layers: LayerOptions,
-        resolutions: Sequence[Resolution],
-        *,
-        channels: int = 3,
-        width: int,
-        features: int,
-        blocks: int,
-        middle_attention: bool = True,
+        self, layers: LayerOptions, resolutions: Sequence[Resolution], *, channels: int = 3, width: int, features: int
     ):
         """Create the encoder of `channels` to `features` channels, with `width` after the first convolution.
 
@@ -62,9 +54,10 @@ class Encoder(nnx.Module):
         last = resolutions[-1].width
         self.conv_in = layers.make_conv(channels, width)
         starts = (width, *(each.width for each in resolutions))
-        pairs = zip(starts, resolutions, strict=False)
-        self.levels = nnx.List([_DownLevel((start, *[each.width] * blocks), each, layers) for start, each in pairs])
-        self.middle = _MiddleBlock(last, layers, has_attention=middle_attention)
+        chains = [(start, *[each.width] * layers.blocks) for start, each in zip(starts, resolutions, strict=False)]
+        pairs = zip(chains, resolutions, strict=True)
+        self.levels = nnx.List([_DownLevel(*pair, layers) for pair in pairs])
+        self.middle = _MiddleBlock(last, layers, has_attention=layers.middle_attention)
         self.norm = layers.norm(last, layers.rngs)
         self.conv_out = layers.make_conv(last, features)
 
@@ -79,36 +72,16 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents to pixels, by levels of ever higher resolution."""
 
-    def __init__(
-        self,
-        layers: LayerOptions,
-        resolutions: Sequence[Resolution],
-        *,
-        channels: int,
-        features: int = 3,
-        blocks: int,
-        middle_attention: bool = True,
-        halves: bool = False,
-    ):
-        """Create the decoder of `channels` to `features` channels; with `halves`, upsampling halves the channels.
-
-        Args:
-          layers: options of the layers.
-          resolutions: levels of the encoder, of which the decoder's are the reverse.
-          channels: channels of the input.
-          features: channels of the output.
-          blocks: residual blocks per level of the encoder; the decoder has one more.
-          middle_attention: True adds attention in the middle.
-          halves: True halves the number of channels with every upsampling.
-        """
+    def __init__(self, layers: LayerOptions, resolutions: Sequence[Resolution], *, channels: int, features: int = 3):
+        """Create the decoder of `channels` to `features` channels; its levels are the reverse of `resolutions`."""
         width = resolutions[-1].width
         self.conv_in = layers.make_conv(channels, width)
-        self.middle = _MiddleBlock(width, layers, has_attention=middle_attention)
+        self.middle = _MiddleBlock(width, layers, has_attention=layers.middle_attention)
         levels = []
         factors = (*(each.factors for each in resolutions[-2::-1]), None)
         for each, factor in zip(resolutions[::-1], factors, strict=True):
-            widths = (width, *[each.width] * (blocks + 1))
-            width = each.width // 2 if halves else each.width
+            widths = (width, *[each.width] * (layers.blocks + 1))
+            width = each.width // 2 if layers.halves else each.width
             levels.append(_UpLevel(widths, width, each._replace(factors=factor), layers))
         self.levels = nnx.List(levels)
         self.norm = layers.norm(resolutions[0].width, layers.rngs)
@@ -150,8 +123,8 @@ class _DownLevel(_Level):
 
     def __init__(self, widths: Sequence[int], resolution: Resolution, layers: LayerOptions):
         super().__init__(widths, resolution, layers)
-        factors, options = resolution.factors, {"dtype": layers.dtype, "rngs": layers.rngs}
-        self.down = None if factors is None else Downsample(resolution.width, factors, **options)
+        factors = resolution.factors
+        self.down = None if factors is None else Downsample(resolution.width, factors, layers)
 
     def __call__(self, x: Float[Array, "B T H W i"], inputs: BlockInputs) -> Float[Array, "B t h w o"]:
         y = self.apply_blocks(x, inputs)
@@ -164,8 +137,8 @@ class _UpLevel(_Level):
 
     def __init__(self, widths: Sequence[int], up_width: int, resolution: Resolution, layers: LayerOptions):
         super().__init__(widths, resolution, layers)
-        factors, options = resolution.factors, {"dtype": layers.dtype, "rngs": layers.rngs}
-        self.up = None if factors is None else Upsample(resolution.width, up_width, factors, **options)
+        factors = resolution.factors
+        self.up = None if factors is None else Upsample(resolution.width, up_width, factors, layers)
 
     def __call__(self, x: Float[Array, "B t h w i"], inputs: BlockInputs) -> Float[Array, "B T H W o"]:
         y = self.apply_blocks(x, inputs)

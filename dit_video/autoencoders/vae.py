@@ -6,7 +6,7 @@ level has a parallel path without parameters, as in the autoencoder of Wan 2.2 (
 
 import math
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -127,8 +127,9 @@ class CausalVaeConfig:
 
     def make_layers(self, norm: NormFactory, rngs: nnx.Rngs) -> LayerOptions:
         """Return the options of the layers, with these norms."""
-        options = {"shortcuts": self.shortcuts, "remat": self.remat, "fused_attention": True}
-        return LayerOptions(norm=norm, kernel=(3, 3, 3), dtype=self.dtype, rngs=rngs, **options)
+        options: dict[str, Any] = {"blocks": self.blocks, "shortcuts": self.shortcuts, "halves": not self.shortcuts}
+        options |= {"fused_attention": True, "remat": self.remat, "dtype": self.dtype, "rngs": rngs}
+        return LayerOptions(norm=norm, kernel=(3, 3, 3), **options)
 
     def make(self, rngs: nnx.Rngs) -> ConvVae:
         encoder = CausalVaeEncoder(self, 2 * self.channels, rngs=rngs)
@@ -141,7 +142,7 @@ class CausalVaeEncoder(Encoder):
 
     def __init__(self, config: CausalVaeConfig, features: int, *, rngs: nnx.Rngs):
         self.config = config
-        sizes = {"channels": 3 * config.patch**2, "width": config.width, "features": features, "blocks": config.blocks}
+        sizes = {"channels": 3 * config.patch**2, "width": config.width, "features": features}
         layers = config.make_layers(make_position_norm, rngs)
         super().__init__(layers, config.list_resolutions(config.width), **sizes)
         set_conv_form(self, config.form)
@@ -156,9 +157,9 @@ class CausalVaeDecoder(Decoder):
 
     def __init__(self, config: CausalVaeConfig, norm: NormFactory, *, rngs: nnx.Rngs):
         self.config = config
-        sizes = {"channels": config.channels, "features": 3 * config.patch**2, "blocks": config.blocks}
+        sizes = {"channels": config.channels, "features": 3 * config.patch**2}
         resolutions = config.list_resolutions(config.decoder_width or config.width)
-        super().__init__(config.make_layers(norm, rngs), resolutions, **sizes, halves=not config.shortcuts)
+        super().__init__(config.make_layers(norm, rngs), resolutions, **sizes)
         set_conv_form(self, config.form)
 
     def __call__(self, latents: Latents, inputs: BlockInputs) -> Pixels:

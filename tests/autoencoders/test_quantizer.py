@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.autoencoders import Codebook, CodebookConfig
-from dit_video.autoencoders.quantizer import find_nearest_codes
+from dit_video.autoencoders import CodebookConfig
+from dit_video.autoencoders.quantizer import Codebook, find_nearest_codes
 from dit_video.core.errors import UserError
 
 DRAW = np.random.default_rng(0)

@@ -15,7 +15,6 @@ from dit_video.autoencoders import (
     CodebookConfig,
     ImageLevels,
     ImageVaeConfig,
-    VqAutoencoder,
     VqConfig,
     decode_stream,
     encode_stream,
@@ -23,6 +22,7 @@ from dit_video.autoencoders import (
 from dit_video.autoencoders.blocks import BlockInputs
 from dit_video.autoencoders.modulation import SpatialNorm
 from dit_video.autoencoders.vae import PositionNorm
+from dit_video.autoencoders.vq import VqAutoencoder
 from dit_video.core import config_json, pixels
 from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten

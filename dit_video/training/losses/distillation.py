@@ -168,11 +168,9 @@ class _DistillationLoss:
     def make_guided_denoise(self, params: PyTree, rows: PackedBatch, scale: float) -> DenoiseFn:
         """Return the teacher with classifier-free guidance."""
         denoise = self.make_denoise(params, rows)
-        return (
-            denoise
-            if scale == 1
-            else apply_classifier_free_guidance(denoise, self.make_denoise(params, rows, unconditional=True), scale)
-        )
+        if scale == 1:
+            return denoise
+        return apply_classifier_free_guidance(denoise, self.make_denoise(params, rows, unconditional=True), scale)
 
     def make_consistency_function(self, params: PyTree, rows: PackedBatch) -> Callable[[Array, Array], Array]:
         return make_consistency_fn(
@@ -242,7 +240,7 @@ class MatchingLoss(_DistillationLoss):
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Return the student's loss, a mean over clips whose scores are compared at their own times, and metrics."""
         process, count = self.denoiser.objective.process, rows.examples.shape[1]
-        generated = self.generate(params, rows, *student_inputs)
+        generated = self.make_consistency_function(params, rows)(*student_inputs)
         samples = jax.lax.stop_gradient(generated)
         time = self.shift_times(_TIME_MARGIN + (1 - 2 * _TIME_MARGIN) * self.draw_uniform("time", rows, step), rows)
         noisy = process.add_noise(samples, self.draw_noise("noise", rows, step), time)
@@ -286,12 +284,6 @@ class MatchingLoss(_DistillationLoss):
         consistency = self.make_consistency_function(params, rows)
         noisy = run_multistep(consistency, initial_noise, times, process=process, noise_fn=draw, steps=index)
         return noisy, times[index]
-
-    def generate(
-        self, params: PyTree, rows: PackedBatch, noisy: Float[Array, "B N p"], time: Float[Array, "B N 1"]
-    ) -> Float[Array, "B N p"]:
-        """Return the samples that one step of the student makes of its input."""
-        return self.make_consistency_function(params, rows)(noisy, time)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +329,7 @@ class MatchingStep(ModelStep):
         def improve(critic, index):
             critic_step = student_step * count + index
             inputs = loss.draw_student_inputs(params, batch, critic_step)
-            samples = jax.lax.stop_gradient(loss.generate(params, batch, *inputs))
+            samples = jax.lax.stop_gradient(loss.make_consistency_function(params, batch)(*inputs))
             value, gradients = jax.value_and_grad(loss.critic_loss)(critic.params, samples, batch, critic_step)
             updates, opt_state = self.optimizer.update(gradients, critic.opt_state, critic.params)
             next_critic = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)

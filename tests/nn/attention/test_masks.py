@@ -7,7 +7,6 @@ import pytest
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.nn import attention
 from dit_video.nn.attention import (
     GLOBAL,
     AttentionInputs,
@@ -23,6 +22,7 @@ from dit_video.nn.attention import (
     count_pairs,
     make_attention,
 )
+from dit_video.nn.attention.backends.splash import SplashAttention
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
 from dit_video.tokens import Grid, compute_positions
 
@@ -124,7 +124,7 @@ def test_queries_may_be_some_of_the_tokens():
         (lambda: SlidingWindow(radius=(None, None, None)), "use pattern Full()"),
         (lambda: make_attention("chunked", chunk=0), "chunk=0 is invalid: it must be at least 1"),
         (
-            lambda: attention.SplashAttention(block_size=100),
+            lambda: SplashAttention(block_size=100),
             "block_size=100 of splash attention is invalid; use a multiple of 128",
         ),
         (lambda: make_attention("splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
