@@ -3,7 +3,6 @@
 from dit_video.autoencoders.adversarial import R1, AdversarialConfig, LeCam
 from dit_video.autoencoders.canvas import (
     ClipCanvas,
-    Slot,
     compute_padding_share,
     compute_segment_ids,
     merge_sizes,
@@ -11,18 +10,17 @@ from dit_video.autoencoders.canvas import (
 )
 from dit_video.autoencoders.identity import IdentityConfig
 from dit_video.autoencoders.image_blocks import ImageLevels
-from dit_video.autoencoders.image_vae import ImageVae, ImageVaeConfig
+from dit_video.autoencoders.image_vae import ImageVaeConfig
 from dit_video.autoencoders.inflate import InflatedConfig, inflate
 from dit_video.autoencoders.interface import Autoencoder, AutoencoderConfig, NoisyAutoencoderConfig, latent_grid
 from dit_video.autoencoders.linear import LinearAutoencoder, fit_linear
 from dit_video.autoencoders.objective import AutoencoderObjective
-from dit_video.autoencoders.patch_vae import PatchVae, PatchVaeConfig, from_patches, init_from_linear, to_patches
-from dit_video.autoencoders.posterior import Normalizer, Posterior
-from dit_video.autoencoders.quantizer import Codebook, CodebookConfig, QuantizedLatents
-from dit_video.autoencoders.streaming import TilingError, decode_stream, encode_stream, measure_tiling_error
+from dit_video.autoencoders.patch_vae import PatchVaeConfig, init_from_linear
+from dit_video.autoencoders.quantizer import CodebookConfig
+from dit_video.autoencoders.streaming import decode_stream, encode_stream, measure_tiling_error
 from dit_video.autoencoders.tiling import Tiles
-from dit_video.autoencoders.vae import CausalVae, CausalVaeConfig
-from dit_video.autoencoders.vq import VqAutoencoder, VqConfig
+from dit_video.autoencoders.vae import CausalVaeConfig
+from dit_video.autoencoders.vq import VqConfig
 
 __all__ = [
     "R1",
@@ -30,40 +28,28 @@ __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "AutoencoderObjective",
-    "CausalVae",
     "CausalVaeConfig",
     "ClipCanvas",
-    "Codebook",
     "CodebookConfig",
     "IdentityConfig",
     "ImageLevels",
-    "ImageVae",
     "ImageVaeConfig",
     "InflatedConfig",
     "LeCam",
     "LinearAutoencoder",
     "NoisyAutoencoderConfig",
-    "Normalizer",
-    "PatchVae",
     "PatchVaeConfig",
-    "Posterior",
-    "QuantizedLatents",
-    "Slot",
     "Tiles",
-    "TilingError",
-    "VqAutoencoder",
     "VqConfig",
     "compute_padding_share",
     "compute_segment_ids",
     "decode_stream",
     "encode_stream",
     "fit_linear",
-    "from_patches",
     "inflate",
     "init_from_linear",
     "latent_grid",
     "measure_tiling_error",
     "merge_sizes",
     "pack_canvases",
-    "to_patches",
 ]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from dit_video.autoencoders.discriminator import Discriminator
 from dit_video.autoencoders.interface import Pixels
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 
 Logits = Float[Array, "B t h w"]
 
@@ -84,8 +84,7 @@ class AdversarialConfig:
     def __post_init__(self):
         if not (self.weight > 0 and self.learning_rate > 0) or self.start_step < 0:
             raise UserError(f"{self} is invalid: use a positive weight and learning_rate, and start_step >= 0")
-        if self.width < 1 or self.layers < 1:
-            raise UserError(f"{self} is invalid: use a width and layers of at least 1")
+        check_at_least(1, width=self.width, layers=self.layers)
 
     def make(self, rngs: nnx.Rngs) -> Discriminator:
         """Return a new discriminator."""

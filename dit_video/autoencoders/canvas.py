@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import check_at_least
 from dit_video.tokens import Grid
 
 MAX_PROGRAMS = 8
@@ -66,8 +66,7 @@ def pack_canvases(
     Raises:
       UserError: `max_programs` or `pixels` below 1.
     """
-    if max_programs < 1 or pixels < 1:
-        raise UserError(f"max_programs={max_programs}, pixels={pixels} is invalid: use at least 1 of each")
+    check_at_least(1, max_programs=max_programs, pixels=pixels)
     if len(set(sizes)) <= max_programs:
         # Sharing canvases would not save a program.
         order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
@@ -95,8 +94,7 @@ def merge_sizes(sizes: Sequence[Grid], *, max_programs: int = MAX_PROGRAMS) -> l
     Raises:
       UserError: `max_programs` below 1.
     """
-    if max_programs < 1:
-        raise UserError(f"max_programs={max_programs} is invalid: use at least 1")
+    check_at_least(1, max_programs=max_programs)
     unique, counts = np.unique(np.asarray(sizes, np.int64).reshape(-1, 3), axis=0, return_counts=True)
     merged_sizes, counts, alive = unique.astype(np.float64), counts.astype(np.float64), np.ones(len(unique), bool)
 
@@ -192,33 +190,34 @@ def _list_candidate_sides(target: float, lengths: Sequence[int], minimum: int) -
 def _fill_shelves(cells: Sequence[tuple[int, int]], width: int) -> list[tuple[int, list[tuple[int, int]]]]:
     """Place clips on shelves, tallest first; a shelf is (height, [(clip, column)])."""
     shelves: list[tuple[int, list[tuple[int, int]]]] = []
-    used: list[int] = []
-    for clip in sorted(range(len(cells)), key=lambda clip: (-cells[clip][0], -cells[clip][1], clip)):
-        clip_width = cells[clip][1]
-        for shelf in range(max(0, len(shelves) - _MAX_TRIED), len(shelves)):
-            if used[shelf] + clip_width <= width:
-                break
-        else:
-            shelf = len(shelves)
+    order = sorted(range(len(cells)), key=lambda clip: (-cells[clip][0], -cells[clip][1], clip))
+    for clip, (shelf, column) in zip(order, _first_fit([cells[clip][1] for clip in order], width), strict=True):
+        if shelf == len(shelves):
             shelves.append((cells[clip][0], []))
-            used.append(0)
-        shelves[shelf][1].append((clip, used[shelf]))
-        used[shelf] += clip_width + 1
+        shelves[shelf][1].append((clip, column))
     return shelves
 
 
 def _stack_shelves(shelves: list[tuple[int, list[tuple[int, int]]]], height: int) -> list[list[_CellSlot]]:
     """Stack shelves on canvases, the tallest shelves first."""
     canvases: list[list[_CellSlot]] = []
-    used: list[int] = []
-    for shelf_height, members in shelves:
-        for canvas in range(max(0, len(canvases) - _MAX_TRIED), len(canvases)):
-            if used[canvas] + shelf_height <= height:
-                break
-        else:
-            canvas = len(canvases)
+    slots = _first_fit([shelf_height for shelf_height, _ in shelves], height)
+    for (canvas, row), (_, members) in zip(slots, shelves, strict=True):
+        if canvas == len(canvases):
             canvases.append([])
-            used.append(0)
-        canvases[canvas] += [(clip, used[canvas], column) for clip, column in members]
-        used[canvas] += shelf_height + 1
+        canvases[canvas] += [(clip, row, column) for clip, column in members]
     return canvases
+
+
+def _first_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
+    """Return the bin and the start of every length: in the first of the last bins with room for it and a gap of one."""
+    used: list[int] = []
+    slots = []
+    for length in lengths:
+        tried = range(max(0, len(used) - _MAX_TRIED), len(used))
+        number = next((number for number in tried if used[number] + length <= capacity), len(used))
+        if number == len(used):
+            used.append(0)
+        slots.append((number, used[number]))
+        used[number] += length + 1
+    return slots

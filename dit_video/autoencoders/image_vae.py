@@ -2,21 +2,12 @@
 
 from dataclasses import dataclass, field
 
-import jax.numpy as jnp
 from flax import nnx
 
-from dit_video.autoencoders.blocks import make_canvas_segments
-from dit_video.autoencoders.image_blocks import (
-    BlockInputs,
-    ImageLevels,
-    ImageVaeDecoder,
-    ImageVaeEncoder,
-    make_frame_norm_factory,
-)
-from dit_video.autoencoders.interface import Latents, Pixels, SegmentIds
-from dit_video.autoencoders.posterior import Normalizer, Posterior, Vae, check_std
-from dit_video.core.errors import UserError
-from dit_video.nn import ConvCache, Linear
+from dit_video.autoencoders.image_blocks import ImageLevels, ImageVaeDecoder, ImageVaeEncoder
+from dit_video.autoencoders.levels import ConvVae
+from dit_video.autoencoders.posterior import check_std
+from dit_video.core.errors import check_at_least
 from dit_video.tokens import Grid
 
 
@@ -40,8 +31,7 @@ class ImageVaeConfig:
     autoencoder, whose latents have noise of about 3e-7: train it without a divergence."""
 
     def __post_init__(self):
-        if self.channels < 1:
-            raise UserError(f"channels={self.channels} is invalid: use at least 1")
+        check_at_least(1, channels=self.channels)
         check_std(self.std)
 
     @classmethod
@@ -63,30 +53,8 @@ class ImageVaeConfig:
     def last_layer(self) -> str:
         return "decoder/conv_out/kernel"
 
-    def make(self, rngs: nnx.Rngs) -> "ImageVae":
-        return ImageVae(self, rngs=rngs)
-
-
-class ImageVae(Vae):
-    """A VAE from pixels in [-1, 1] to normalised latents and back, frame by frame."""
-
-    def __init__(self, config: ImageVaeConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        levels, channels = config.levels, config.channels
-        self.encoder = ImageVaeEncoder(levels, 2 * channels, rngs=rngs)
-        self.decoder = ImageVaeDecoder(levels, channels, make_frame_norm_factory(levels), rngs=rngs)
-        self.moments = Linear(2 * channels, 2 * channels, rngs=rngs) if config.use_quant_conv else None
-        self.latents = Linear(channels, channels, rngs=rngs) if config.use_post_quant_conv else None
-        self.normalizer = Normalizer(channels)
-
-    def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
-        """Return the distribution of latents before normalisation. See `encode` for the arguments."""
-        segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
-        moments = self.encoder(pixels, segments).astype(jnp.float32)
-        moments = moments if self.moments is None else self.moments(moments)
-        return Posterior.from_moments(moments, self.config.std)
-
-    def reconstruct(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
-        """Return pixels from latents that are not normalised."""
-        x = latents if self.latents is None else self.latents(latents)
-        return self.decoder(x, BlockInputs(cache=cache)).astype(jnp.float32)
+    def make(self, rngs: nnx.Rngs) -> ConvVae:
+        encoder = ImageVaeEncoder(self.levels, 2 * self.channels, rngs=rngs)
+        decoder = ImageVaeDecoder(self.levels, self.channels, self.levels.make_norm, rngs=rngs)
+        maps = {"has_moments_map": self.use_quant_conv, "has_latents_map": self.use_post_quant_conv}
+        return ConvVae(encoder, decoder, self, std=self.std, **maps, rngs=rngs)

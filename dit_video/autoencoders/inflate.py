@@ -6,18 +6,18 @@ are trained: they remove flicker. These are causal, so that clips can be decoded
 stays 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from dit_video.autoencoders.image_blocks import BlockInputs, ImageLevels, ImageVaeDecoder
+from dit_video.autoencoders.blocks import ResidualBlock
+from dit_video.autoencoders.image_blocks import ImageVaeDecoder
 from dit_video.autoencoders.interface import AutoencoderConfig
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.trees import flatten
-from dit_video.nn import CausalConv, GroupNorm, check_params, complete_params, get_param_shapes
+from dit_video.nn import check_params, complete_params, get_param_shapes
 from dit_video.tokens import Grid
 
 _TEMPORAL = "/temporal/"
@@ -41,8 +41,7 @@ class InflatedConfig:
         if self.image.stride.t != 1:
             name, stride = type(self.image).__name__, self.image.stride.t
             raise UserError(f"{name} has a temporal stride of {stride} and can't be inflated; use one of images")
-        if self.kernel_size < 2:
-            raise UserError(f"kernel_size={self.kernel_size} is invalid: it must see another frame. Use at least 2")
+        check_at_least(2, kernel_size=self.kernel_size)
 
     @property
     def stride(self) -> Grid:
@@ -70,24 +69,12 @@ class InflatedConfig:
         decoder = getattr(model, "decoder", None)
         if not isinstance(decoder, ImageVaeDecoder):
             raise UserError(f"{type(self.image).__name__} can't be inflated: no decoder of images. Use ImageVaeConfig")
-        size, levels = self.kernel_size, decoder.config
-        for level, width in zip(decoder.levels, levels.widths[::-1], strict=True):
-            level.temporal = nnx.List([TemporalResidualBlock(width, size, levels, rngs=rngs) for _ in level.blocks])
+        layers = replace(decoder.config.make_layers(decoder.config.make_norm, rngs), kernel=(self.kernel_size, 1, 1))
+        layers = replace(layers, temporal_padding="first")
+        for level in decoder.levels:
+            blocks = [ResidualBlock(level.width, level.width, layers, init="zero") for _ in level.blocks]
+            level.temporal = nnx.List(blocks)
         return model
-
-
-class TemporalResidualBlock(nnx.Module):
-    """Two times norm, SiLU and a causal convolution in time, added to the identity; the identity at initialisation."""
-
-    def __init__(self, width: int, kernel_size: int, levels: ImageLevels, *, rngs: nnx.Rngs):
-        dtype = levels.dtype
-        self.norm_in, self.norm_out = GroupNorm(width, levels.groups), GroupNorm(width, levels.groups)
-        self.conv_in = CausalConv(width, width, (kernel_size, 1, 1), dtype=dtype, rngs=rngs)
-        self.conv_out = CausalConv(width, width, (kernel_size, 1, 1), init="zero", dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B t h w D"], inputs: BlockInputs) -> Float[Array, "B t h w D"]:
-        y = self.conv_in(jax.nn.silu(self.norm_in(x)), inputs.cache)
-        return x + self.conv_out(jax.nn.silu(self.norm_out(y)), inputs.cache)
 
 
 def inflate(

@@ -81,12 +81,8 @@ def latent_grid(clip: Grid, stride: Grid) -> Grid:
         raise UserError(
             f"T={clip.t} is not 1 + {stride.t}k for temporal stride {stride.t}; use {below} or {below + stride.t}"
         )
-    for name, length, step in (("height", clip.h, stride.h), ("width", clip.w, stride.w)):
-        if length < 1 or length % step:
-            below = max(step, length - length % step)
-            raise UserError(
-                f"{name} {length} is not divisible by the spatial stride {step}; use {below} or {below + step}"
-            )
+    _check_divisible(f"height {clip.h}", clip.h, "spatial", stride.h)
+    _check_divisible(f"width {clip.w}", clip.w, "spatial", stride.w)
     return Grid(1 + (clip.t - 1) // stride.t, clip.h // stride.h, clip.w // stride.w)
 
 
@@ -98,11 +94,12 @@ def chunk_grid(chunk: Grid, stride: Grid, *, is_first: bool) -> Grid:
     """
     if is_first:
         return latent_grid(chunk, stride)
-    if chunk.t < 1 or chunk.t % stride.t:
-        below = max(stride.t, chunk.t - chunk.t % stride.t)
-        raise UserError(
-            f"a chunk of {chunk.t} frames after a clip's first is not divisible by the temporal stride {stride.t}; "
-            f"use {below} or {below + stride.t}"
-        )
+    _check_divisible(f"a chunk of {chunk.t} frames after a clip's first", chunk.t, "temporal", stride.t)
     frame = latent_grid(Grid(1, chunk.h, chunk.w), stride)
     return frame._replace(t=chunk.t // stride.t)
+
+
+def _check_divisible(subject: str, length: int, axis: str, step: int) -> None:
+    if length < 1 or length % step:
+        below = max(step, length - length % step)
+        raise UserError(f"{subject} is not divisible by the {axis} stride {step}; use {below} or {below + step}")

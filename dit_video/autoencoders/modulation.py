@@ -6,21 +6,12 @@ with linear phi and, at each position of the features F, the quantised latent q 
 different at different positions, which a plain norm makes alike.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dit_video.autoencoders.blocks import BlockInputs
 from dit_video.nn import Linear
-
-
-class Guide(NamedTuple):
-    """The latents that modulate a decoder's features."""
-
-    latents: Float[Array, "B t h w c"]
-    is_first: bool = True
-    """True for a clip's first latents, whose first latent frame stands for a single frame."""
 
 
 class SpatialNorm(nnx.Module):
@@ -33,14 +24,12 @@ class SpatialNorm(nnx.Module):
         self.scale.bias = nnx.Param(jnp.ones((width,), jnp.float32))
         self.shift = Linear(channels, width, init="zero", rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T H W D"], guide: Guide) -> Float[Array, "B T H W D"]:
-        return self.modulate(self.norm(x), guide)
-
-    def modulate(self, x: Float[Array, "B T H W D"], guide: Guide) -> Float[Array, "B T H W D"]:
-        """Modulate features that are already normalised."""
+    def __call__(self, x: Float[Array, "B T H W D"], inputs: BlockInputs) -> Float[Array, "B T H W D"]:
+        assert inputs.latents is not None
+        x = self.norm(x, inputs)
         # The maps act on single positions, so they are computed at the latents' resolution, which is the coarsest.
-        latents, is_first = guide
-        scale, shift = (_upsample_latents(part(latents), x.shape, is_first) for part in (self.scale, self.shift))
+        maps = (part(inputs.latents) for part in (self.scale, self.shift))
+        scale, shift = (_upsample_latents(each, x.shape, inputs.is_first) for each in maps)
         return (x * scale + shift).astype(x.dtype)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from dit_video.autoencoders import losses
 from dit_video.autoencoders.adversarial import AdversarialConfig
 from dit_video.autoencoders.interface import Pixels
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 
 PerceptualNet = Callable[[Pixels, Pixels], Float[Array, " B"]]
 """Distance between decoded and original clips measured by a network, such as LPIPS."""
@@ -63,9 +63,7 @@ class AutoencoderObjective:
 
     def __post_init__(self):
         parts = (*_ERROR_LOSSES, "lpips")
-        for name in (*parts, "kl"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name}={getattr(self, name)} is invalid: must not be negative. Use 0 or more")
+        check_at_least(0, **{name: getattr(self, name) for name in (*parts, "kl")})
         if not any(getattr(self, name) for name in parts):
             raise UserError(f"the autoencoder's loss compares no pixels; give one of {', '.join(parts)} a weight")
         if (self.lpips > 0) != (self.lpips_weights is not None):

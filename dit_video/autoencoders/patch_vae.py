@@ -8,14 +8,14 @@ training starts where the best linear autoencoder ends.
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.autoencoders.blocks import CanvasSegments, make_canvas_segments, mask_gaps
+from dit_video.autoencoders.blocks import BlockInputs, make_encoder_inputs
 from dit_video.autoencoders.interface import Latents, Pixels, SegmentIds
 from dit_video.autoencoders.linear import LinearAutoencoder
 from dit_video.autoencoders.patches import from_patches, to_patches
@@ -81,7 +81,7 @@ class PatchVae(Vae):
         self.normalizer = Normalizer(channels)
         self.encoder_in = Linear(values, width, rngs=rngs)
         block = _PreactivatedBlock if config.preactivated else _Block
-        self.gains = _PREACTIVATED_GAINS if config.preactivated else _Gains()
+        self.latent_gain, self.patch_gain = block.latent_gain, block.patch_gain
         self.encoder = nnx.List([block(width, dtype=config.dtype, rngs=rngs) for _ in range(config.blocks)])
         self.encoder_out = Linear(width, 2 * channels, init="zero", rngs=rngs)
         self.decoder_in = Linear(channels, width, rngs=rngs)
@@ -90,33 +90,22 @@ class PatchVae(Vae):
 
     def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
-        segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
-        patches = to_patches(pixels, self.config.stride, is_first=cache is None or cache.is_first)
+        inputs = make_encoder_inputs(pixels, self.config.stride, segment_ids, cache)
+        patches = to_patches(pixels, self.config.stride, is_first=inputs.is_first)
         x = self.encoder_in(patches)
         for block in self.encoder:
-            x = block(x, cache, segments)
-        mean, log_variance = jnp.split(self.gains.latents * self.encoder_out(x), 2, axis=-1)
+            x = block(x, inputs)
+        mean, log_variance = jnp.split(self.latent_gain * self.encoder_out(x), 2, axis=-1)
         init_log_variance = 2 * math.log(self.config.init_std)
         return Posterior(self.linear.down(patches) + mean, jnp.clip(log_variance + init_log_variance, -12.0, 2.0))
 
     def reconstruct(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels from latents that are not normalised."""
-        x = self.decoder_in(latents)
+        x, inputs = self.decoder_in(latents), BlockInputs(cache=cache)
         for block in self.decoder:
-            x = block(x, cache)
-        patches = self.linear.up(latents) + self.gains.patches * self.decoder_out(x)
-        return from_patches(patches, self.config.stride, is_first=cache is None or cache.is_first)
-
-
-class _Gains(NamedTuple):
-    """Factors of the network's outputs before they are added to the linear path's."""
-
-    latents: float = 1.0
-    patches: float = 1.0
-
-
-# The residual of principal components is a tenth of the pixels: a step of Adam or Muon should change as little.
-_PREACTIVATED_GAINS = _Gains(latents=0.3, patches=0.1)
+            x = block(x, inputs)
+        patches = self.linear.up(latents) + self.patch_gain * self.decoder_out(x)
+        return from_patches(patches, self.config.stride, is_first=inputs.is_first)
 
 
 class _LinearPath(nnx.Module):
@@ -143,6 +132,9 @@ def init_from_linear(params: dict[str, Any], linear: LinearAutoencoder) -> dict[
 class _Block(nnx.Module):
     """Two residual branches: a convolution in space, then a causal one in time."""
 
+    latent_gain, patch_gain = 1.0, 1.0
+    """Factors of the network's outputs before they are added to the linear path's."""
+
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm_space, self.norm_time = RmsNorm(width), RmsNorm(width)
         self.space = CausalConv(width, width, (1, 3, 3), dtype=dtype, rngs=rngs)
@@ -150,16 +142,16 @@ class _Block(nnx.Module):
         self.time = CausalConv(width, width, (3, 1, 1), dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, init="zero", rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B t h w D"], cache: ConvCache | None = None, segments: CanvasSegments | None = None
-    ) -> Float[Array, "B t h w D"]:
-        x = x + self.mix(jax.nn.silu(self.space(mask_gaps(self.norm_space(x), segments))))
-        return x + self.out(jax.nn.silu(self.time(self.norm_time(x), cache)))
+    def __call__(self, x: Float[Array, "B t h w D"], inputs: BlockInputs) -> Float[Array, "B t h w D"]:
+        x = x + self.mix(jax.nn.silu(self.space(inputs.mask_gaps(self.norm_space(x)))))
+        return x + self.out(jax.nn.silu(self.time(self.norm_time(x), inputs.cache)))
 
 
 class _PreactivatedBlock(nnx.Module):
     """Two residual branches: activation and convolution in space, then activation and causal convolution in time."""
 
+    # The residual of principal components is a tenth of the pixels: a step of Adam or Muon should change as little.
+    latent_gain, patch_gain = 0.3, 0.1
     gain = 0.3
     """Factor of each convolution, so that a new stack of blocks is close to the identity."""
 
@@ -168,8 +160,6 @@ class _PreactivatedBlock(nnx.Module):
         self.space = CausalConv(width, width, (1, 3, 3), dtype=dtype, rngs=rngs)
         self.time = CausalConv(width, width, (3, 1, 1), dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B t h w D"], cache: ConvCache | None = None, segments: CanvasSegments | None = None
-    ) -> Float[Array, "B t h w D"]:
-        x = x + self.gain * self.space(mask_gaps(jax.nn.silu(self.norm(x)), segments))
-        return x + self.gain * self.time(jax.nn.silu(x), cache)
+    def __call__(self, x: Float[Array, "B t h w D"], inputs: BlockInputs) -> Float[Array, "B t h w D"]:
+        x = x + self.gain * self.space(inputs.mask_gaps(jax.nn.silu(self.norm(x))))
+        return x + self.gain * self.time(jax.nn.silu(x), inputs.cache)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.typing import AnyArray
 
 _CODES_PER_CHUNK = 1024
@@ -41,8 +41,7 @@ class CodebookConfig:
     values nearly all of a large codebook is used (ViT-VQGAN, arXiv 2110.04627, section 3.2)."""
 
     def __post_init__(self):
-        if self.codes < 1 or self.width < 1:
-            raise UserError(f"codes={self.codes}, width={self.width} is invalid: a codebook needs at least 1 of each")
+        check_at_least(1, codes=self.codes, width=self.width)
 
 
 class QuantizedLatents(NamedTuple):
@@ -127,14 +126,11 @@ def find_nearest_codes(
     """
     flat = latents.reshape(-1, latents.shape[-1])
 
-    def distances(subset: Float[Array, "m c"]) -> Float[Array, "N m"]:
-        # Full precision: with bfloat16, a TPU's default for products, other codes would be the nearest.
-        products = jnp.matmul(flat, subset.T, precision=jax.lax.Precision.HIGHEST)
-        return 0.5 * jnp.square(subset).sum(axis=-1) - products
-
     def update_best(best: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         start, subset = part
-        values = distances(subset)
+        # Full precision: with bfloat16, a TPU's default for products, other codes would be the nearest.
+        products = jnp.matmul(flat, subset.T, precision=jax.lax.Precision.HIGHEST)
+        values = 0.5 * jnp.square(subset).sum(axis=-1) - products
         least = values.min(axis=-1)
         better = least < best[0]
         index = jnp.where(better, start + values.argmin(axis=-1).astype(jnp.int32), best[1])

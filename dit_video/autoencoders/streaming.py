@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32, Key, UInt8
 
 from dit_video.autoencoders.interface import AutoencoderConfig, NoisyAutoencoderConfig, latent_grid
 from dit_video.autoencoders.tiling import Tile, Tiles, compute_blend_weights, cut_tiles
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import key
 from dit_video.nn import ConvCache, get_graph_def
 from dit_video.tokens import Grid
@@ -126,8 +126,7 @@ def measure_tiling_error(
 
 
 def _check_chunk(chunk: int, sharding: OptionalSharding, rows: int, unit: str) -> None:
-    if chunk < 1:
-        raise UserError(f"chunk={chunk} is invalid: use at least 1 latent frame")
+    check_at_least(1, chunk=chunk)
     if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) > 2 and sharding.spec[2] is not None:
         axes = sharding.spec[2] if isinstance(sharding.spec[2], tuple) else (sharding.spec[2],)
         devices = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))

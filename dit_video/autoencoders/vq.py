@@ -10,24 +10,16 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from dit_video.autoencoders.blocks import make_canvas_segments
-from dit_video.autoencoders.image_blocks import (
-    BlockInputs,
-    FrameNorm,
-    ImageLevels,
-    ImageVaeDecoder,
-    ImageVaeEncoder,
-    NormFactory,
-    make_frame_norm_factory,
-)
+from dit_video.autoencoders.blocks import BlockInputs, NormFactory, make_encoder_inputs
+from dit_video.autoencoders.image_blocks import ImageLevels, ImageVaeDecoder, ImageVaeEncoder
 from dit_video.autoencoders.image_vae import ImageVaeConfig
 from dit_video.autoencoders.interface import Latents, Pixels, SegmentIds
-from dit_video.autoencoders.modulation import Guide, SpatialNorm
+from dit_video.autoencoders.modulation import SpatialNorm
 from dit_video.autoencoders.posterior import Normalizer
 from dit_video.autoencoders.quantizer import Codebook, CodebookConfig, QuantizedLatents
-from dit_video.autoencoders.vae import CausalVaeConfig, CausalVaeDecoder, CausalVaeEncoder
+from dit_video.autoencoders.vae import CausalVaeConfig, CausalVaeDecoder, CausalVaeEncoder, make_position_norm
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
 from dit_video.nn import ConvCache, Linear
@@ -90,12 +82,11 @@ class VqAutoencoder(nnx.Module):
         self.decoder: ImageVaeDecoder | CausalVaeDecoder
         match network:
             case ImageVaeConfig(levels=levels):
-                norms = _make_modulated_norms(levels, width) if config.modulated else make_frame_norm_factory(levels)
                 self.encoder = ImageVaeEncoder(levels, network.channels, rngs=rngs)
-                self.decoder = ImageVaeDecoder(levels, network.channels, norms, rngs=rngs)
+                self.decoder = ImageVaeDecoder(levels, network.channels, self._make_norms(levels.make_norm), rngs=rngs)
             case CausalVaeConfig():
                 self.encoder = CausalVaeEncoder(network, network.channels, rngs=rngs)
-                self.decoder = CausalVaeDecoder(network, guide_channels=width if config.modulated else None, rngs=rngs)
+                self.decoder = CausalVaeDecoder(network, self._make_norms(make_position_norm), rngs=rngs)
         self.to_codes = Linear(network.channels, width, rngs=rngs)
         self.codebook = Codebook(config.codebook, rngs=rngs)
         self.from_codes = Linear(width, network.channels, rngs=rngs)
@@ -105,11 +96,7 @@ class VqAutoencoder(nnx.Module):
         self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None
     ) -> Latents:
         """Return latents before quantisation and normalisation. See `encode` for the arguments."""
-        segments = make_canvas_segments(pixels, self.config.stride, segment_ids, cache)
-        if isinstance(self.encoder, ImageVaeEncoder):
-            features = self.encoder(pixels, segments)
-        else:
-            features = self.encoder(pixels, cache, segments)
+        features = self.encoder(pixels, make_encoder_inputs(pixels, self.config.stride, segment_ids, cache))
         return self.codebook.normalize(self.to_codes(features.astype(jnp.float32)))
 
     def quantize(self, pixels: Pixels) -> QuantizedLatents:
@@ -118,11 +105,7 @@ class VqAutoencoder(nnx.Module):
 
     def reconstruct(self, codes: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels from codes, or from latents that are neither normalised nor quantised."""
-        x = self.from_codes(codes)
-        if isinstance(self.decoder, ImageVaeDecoder):
-            return self.decoder(x, BlockInputs(latents=codes, cache=cache)).astype(jnp.float32)
-        guide = Guide(codes, cache is None or cache.is_first) if self.config.modulated else None
-        return self.decoder(x, cache, guide).astype(jnp.float32)
+        return self.decoder(self.from_codes(codes), BlockInputs(latents=codes, cache=cache)).astype(jnp.float32)
 
     def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:
         """Return normalised latents that are not quantised; arguments as in `dit_video.autoencoders.posterior.Vae`."""
@@ -146,15 +129,8 @@ class VqAutoencoder(nnx.Module):
         """
         return self.reconstruct(self.codebook.look_up(indices), cache)
 
-
-class _FrameSpatialNorm(SpatialNorm):
-    """A group norm over each frame, modulated by the frame's latents."""
-
-    def __call__(self, x: Float[Array, "B t h w D"], inputs: BlockInputs) -> Float[Array, "B t h w D"]:  # type: ignore[override]
-        assert inputs.latents is not None
-        return self.modulate(self.norm(x, inputs), Guide(inputs.latents))
-
-
-def _make_modulated_norms(levels: ImageLevels, channels: int) -> NormFactory:
-    """Return a factory of an image decoder's norms, modulated by latents of `channels` channels."""
-    return lambda width, rngs: _FrameSpatialNorm(FrameNorm(width, levels.groups), width, channels, rngs=rngs)
+    def _make_norms(self, norm: NormFactory) -> NormFactory:
+        """Return the decoder's norms: `norm`, modulated by the codes if the config says so."""
+        if not self.config.modulated:
+            return norm
+        return lambda width, rngs: SpatialNorm(norm(width, rngs), width, self.config.channels, rngs=rngs)

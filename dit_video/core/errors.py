@@ -31,6 +31,18 @@ class DecodeError(UserError):
     """Bytes that are not a readable video or image. Ingest skips such a clip and continues."""
 
 
+def check_at_least(minimum: float | int, /, **values: float | int | None) -> None:
+    """Refuse values below a minimum; None passes.
+
+    Raises:
+      UserError: the first value that is too small or not a number.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= minimum:
+            rule = f"it must be at least {minimum}. Use {name}={minimum} or more."
+            raise UserError(f"{name}={value} is invalid: {rule}")
+
+
 class GracefulStop(KeyboardInterrupt):
     """A run that a signal stopped, with nothing lost. The message says what was stopped, and where."""
 

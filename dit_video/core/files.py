@@ -62,8 +62,17 @@ def read_json(path: str | os.PathLike) -> Any:
     path = Path(path)
     if not path.is_file():
         raise MissingError(f"no such file: {path}")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(content: bytes, path: Any) -> Any:
+    """Return the value of a JSON file with this content.
+
+    Raises:
+      UserError: content that is not JSON; `path` names it.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fix or remove it") from error
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, UInt32
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import check_at_least
 from dit_video.core.typing import AnyArray
 
 
@@ -35,6 +35,5 @@ def make_generator(seed: int, purpose: str, *ids: int) -> np.random.Generator:
     Raises:
       UserError: a negative seed.
     """
-    if seed < 0:
-        raise UserError(f"seed={seed} is invalid: a seed must be a whole number from 0 on")
+    check_at_least(0, seed=seed)
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *ids])

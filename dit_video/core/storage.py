@@ -93,10 +93,7 @@ def read_document(path: StoragePath) -> Any:
         return files.read_json(path)
     with convert_storage_errors(path):
         content = path.read_bytes()
-    try:
-        return json.loads(content.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fix or remove it") from error
+    return files.parse_json(content, path)
 
 
 def write_text(path: StoragePath, text: str) -> None:

@@ -8,30 +8,28 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 _format_path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Return leaves by path, in tree order."""
-    return {_format_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {_format_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Return the nested dictionary with these leaves."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_with_path(
+    function: Callable[[str, Any], Any], tree: Any, *, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
     """Apply `function(path, leaf)` to every leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(_format_path(path), leaf), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(_format_path(path), leaf), tree, is_leaf=is_leaf
+    )
 
 
 def count_values(tree: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dit_video.autoencoders import LinearAutoencoder
 from dit_video.core import config_json
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import atomic_path, read_json, write_json
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
@@ -76,8 +76,7 @@ def evaluate(
       UserError: nothing to evaluate on, other files in `samples/` of `folder`, a negative seed, or invalid sampling.
     """
     folder = Path(folder)
-    if seed < 0:
-        raise UserError(f"seed={seed} is invalid: a seed must be a whole number from 0 on")
+    check_at_least(0, seed=seed)
     _check_replaceable(folder / "samples")
     resolved = pipeline.resolve_sampling(**sampling)
     config = evaluation or pipeline.config.evaluation or CaptionEvaluation()
@@ -238,20 +237,16 @@ def write_samples(
         for start in range(0, len(requests), group):
             part = requests[start : start + group]
             for request, clip in zip(part, pipeline.generate_many(part, **sampling), strict=True):
-                name = f"{len(entries):03d}-{_slug(request.prompt)}.{'png' if request.size[0] == 1 else 'mp4'}"
+                frames, height, width = request.size
+                name = f"{len(entries):03d}-{_slug(request.prompt)}.{'png' if frames == 1 else 'mp4'}"
                 clip.save(temporary / name)
-                entries.append({"file": name, **_make_entry(request)})
+                size = {"frames": frames, "height": height, "width": width}
+                entry = {"file": name, "prompt": request.prompt, **size, "seed": request.seed}
+                entries.append(entry | ({"negative": request.negative} if request.negative else {}))
                 if progress is not None:
                     progress(len(entries))
         write_json(temporary / PROMPTS_FILE, entries)
     return entries
-
-
-def _make_entry(request: Request) -> dict[str, Any]:
-    """Return the JSON entry of a request, which `read_requests` reads."""
-    frames, height, width = request.size
-    entry = {"prompt": request.prompt, "frames": frames, "height": height, "width": width, "seed": request.seed}
-    return entry | ({"negative": request.negative} if request.negative else {})
 
 
 def _check_replaceable(folder: Path) -> None:

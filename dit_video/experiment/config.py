@@ -7,11 +7,11 @@ from typing import Any
 from dit_video.autoencoders import latent_grid
 from dit_video.backbones.checks import check_frame_conditioning
 from dit_video.backbones.protocol import BackboneConfig
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.data.sizes import SizeLimits
 from dit_video.diffusion import LearnedVariance
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
-from dit_video.experiment.runtime import StagedExperiment, check_names, check_positive
+from dit_video.experiment.runtime import StagedExperiment, check_names
 from dit_video.experiment.training_config import (
     AutoencoderTraining,
     CurriculumStage,
@@ -67,7 +67,7 @@ class Experiment(StagedExperiment):
         }
         if isinstance(self.autoencoder, AutoencoderTraining):
             positive["autoencoder.steps"] = self.autoencoder.steps
-        check_positive(positive)
+        check_at_least(1, **positive)
         trainings = [part for part in (self.autoencoder, self.denoiser) if not isinstance(part, PretrainedAutoencoder)]
         for training in trainings:
             make_learning_rate_schedule(training.optimizer, steps=training.steps)
@@ -115,31 +115,25 @@ class Experiment(StagedExperiment):
                 f"autoencoder channels={model.channels} is invalid: a patch of {tuple(model.stride)} pixels has only "
                 f"{3 * model.stride.volume} values. Use fewer channels or a larger stride."
             )
-        if denoiser.backbone.channels != model.channels:
-            rule = f"the autoencoder has {model.channels} channels. Use backbone.channels={model.channels}."
-            raise UserError(f"backbone.channels={denoiser.backbone.channels} is invalid: {rule}")
         check_classes(denoiser.text, denoiser.backbone)
-        if denoiser.backbone.context_width != denoiser.text.width:
-            rule = (
-                f"the text encoder has width {denoiser.text.width}. Use backbone.context_width={denoiser.text.width}."
-            )
-            raise UserError(f"backbone.context_width={denoiser.backbone.context_width} is invalid: {rule}")
-        room = denoiser.row_shape.text
-        if denoiser.text.max_tokens > room:
-            raise UserError(
-                f"text.max_tokens={denoiser.text.max_tokens} is invalid: a row has space for {room} text tokens. Use "
-                f"text.max_tokens={room} or less."
-            )
+        for name, required, owner in (
+            ("channels", model.channels, "autoencoder has channels"),
+            ("context_width", denoiser.text.width, "text encoder has width"),
+        ):
+            if (value := getattr(denoiser.backbone, name)) != required:
+                rule = f"the {owner}={required}. Use backbone.{name}={required}."
+                raise UserError(f"backbone.{name}={value} is invalid: {rule}")
+        room, limit = denoiser.row_shape.text, denoiser.backbone.max_text_tokens
+        for count, rule in ((room, "a row has space for"), (limit, "the denoiser accepts captions of up to")):
+            if count is not None and denoiser.text.max_tokens > count:
+                raise UserError(
+                    f"text.max_tokens={denoiser.text.max_tokens} is invalid: {rule} {count} text tokens. Use "
+                    f"text.max_tokens={count} or less."
+                )
         if isinstance(denoiser.text, ByteEncoderConfig) and (rest := room % denoiser.text.patch):
             raise UserError(
                 f"layout.text={room} is invalid: it is not divisible by the text encoder's patch of "
                 f"{denoiser.text.patch} bytes. Use layout.text={room - rest}."
-            )
-        limit = denoiser.backbone.max_text_tokens
-        if limit is not None and denoiser.text.max_tokens > limit:
-            raise UserError(
-                f"text.max_tokens={denoiser.text.max_tokens} is invalid: the denoiser accepts captions of up to "
-                f"{limit} tokens. Use text.max_tokens={limit} or less."
             )
         self._check_conditioning()
 

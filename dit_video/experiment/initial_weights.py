@@ -20,7 +20,7 @@ from dit_video.core.trees import flatten, map_with_path
 from dit_video.distributed import make_shardings
 from dit_video.experiment import DenoiserTraining, TemporalWeights
 from dit_video.families import find_format, load_denoiser, read_denoiser_config
-from dit_video.nn import init_params
+from dit_video.nn import get_param_shapes
 from dit_video.pipelines.folder import is_pipeline_folder
 from dit_video.pipelines.loading import load_pipeline
 from dit_video.text import FrozenTextConfig
@@ -39,7 +39,7 @@ def check_initial_weights(training: DenoiserTraining) -> None:
       UserError: a folder with weights of another model, or no temporal layers where only these are trained.
     """
     if isinstance(training.train, TemporalWeights):
-        paths = flatten(jax.eval_shape(lambda key: init_params(training.backbone.make, key), jax.random.key(0)))
+        paths = flatten(get_param_shapes(training.backbone.make))
         if not any(re.search(TEMPORAL_PATHS, path) for path in paths):
             rule = "the denoiser has no temporal layers. Use AllWeights or LoraAdapters."
             raise UserError(f"train=TemporalWeights is invalid: {rule}")

@@ -4,7 +4,7 @@ import abc
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dit_video.core import config_json, rng
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError, check_at_least
 from dit_video.core.storage import StoragePath
 from dit_video.data.clips import ClipSource
 from dit_video.distributed import MeshConfig, make_mesh
@@ -63,11 +63,10 @@ class StagedExperiment:
             "max_consecutive_skips": self.max_consecutive_skips,
             "preemption_grace": self.preemption_grace,
         }
-        check_positive(positive)
+        check_at_least(1, **positive)
         if not all(0 < weight < math.inf for weight in self.data.weights):
             raise UserError(f"weights={self.data.weights} is invalid: they must be positive. Leave out unwanted sets.")
-        if self.data.workers < 0:
-            raise UserError(f"workers={self.data.workers} is invalid: it must not be negative.")
+        check_at_least(0, workers=self.data.workers)
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is invalid: it must be a whole number from 0 to {2**32 - 1}.")
         check_names([stage.name for stage in self.stages])
@@ -219,9 +218,3 @@ def check_names(names: list[str]) -> None:
         if not re.fullmatch(r"[\w.-]+", name) or name in _RUN_FOLDERS or names.count(name) > 1:
             rule = "it must be a folder name of letters, digits and _.- that nothing else of the run has."
             raise UserError(f"stage name={name!r} is invalid: {rule} Use another name.")
-
-
-def check_positive(values: Mapping[str, int | float]) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"{name}={value} is invalid: it must be at least 1. Use {name}=1 or more.")

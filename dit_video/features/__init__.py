@@ -4,7 +4,6 @@ from dit_video.features.clip import (
     ClipConfig,
     ClipImageProcessor,
     ClipTextConfig,
-    ClipTowers,
     ClipVisionConfig,
     FrameEncoder,
 )
@@ -14,7 +13,6 @@ __all__ = [
     "ClipConfig",
     "ClipImageProcessor",
     "ClipTextConfig",
-    "ClipTowers",
     "ClipVisionConfig",
     "FrameEncoder",
     "Lpips",

@@ -3,17 +3,16 @@
 from dit_video.nn.activations import gelu
 from dit_video.nn.attention import Attention, AttentionInputs, Backend, make_attention
 from dit_video.nn.container import (
-    ModuleFactory,
     check_params,
     complete_params,
     get_graph_def,
     get_param_shapes,
     init_params,
 )
-from dit_video.nn.conv import CausalConv, ConvCache, ConvForm, TemporalPadding, pad_in_time, set_conv_form
+from dit_video.nn.conv import CausalConv, ConvCache, ConvForm, TemporalPadding, set_conv_form
 from dit_video.nn.embeddings import sinusoidal_embedding
 from dit_video.nn.linear import Init, Linear
-from dit_video.nn.lora import LoraConfig, LowRankKernel, add_lora_scale, attach_lora, init_lora, merge_lora
+from dit_video.nn.lora import LoraConfig, add_lora_scale, attach_lora, init_lora, merge_lora
 from dit_video.nn.modulation import modulate
 from dit_video.nn.norms import GroupNorm, LayerNorm, RmsNorm, layer_norm
 from dit_video.nn.parallel import ONE_DEVICE, Parallelism
@@ -34,8 +33,6 @@ __all__ = [
     "LayerWrapper",
     "Linear",
     "LoraConfig",
-    "LowRankKernel",
-    "ModuleFactory",
     "Parallelism",
     "Remat",
     "RmsNorm",
@@ -55,7 +52,6 @@ __all__ = [
     "make_stack",
     "merge_lora",
     "modulate",
-    "pad_in_time",
     "rematerialize",
     "scan_layers",
     "set_conv_form",

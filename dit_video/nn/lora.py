@@ -13,7 +13,7 @@ Both can be applied repeatedly, with further adapters.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.core.trees import find_closest, flatten, unflatten
+from dit_video.core.trees import find_closest, flatten, map_with_path, unflatten
 from dit_video.core.typing import AnyArray
 from dit_video.nn.parallel import WeightConstraint
 
@@ -102,7 +102,7 @@ def merge_lora(
     for path, (a, b) in _scale_factors(leaves, lora, weight).items():
         kernel = leaves[path]
         leaves[path] = (kernel + a @ b).astype(kernel.dtype)
-    return _rebuild_tree(params, leaves)
+    return map_with_path(lambda path, _: leaves[path], params)
 
 
 def attach_lora(
@@ -113,14 +113,14 @@ def attach_lora(
     Raises:
       UserError: an adapter for kernels that the model does not have.
     """
-    leaves = dict(_iterate_leaves(params))
+    leaves = flatten(params, is_leaf=_is_adapted)
     for path, (a, b) in _scale_factors(leaves, lora, weight).items():
         kernel = leaves[path]
         if isinstance(kernel, LowRankKernel):  # two adapters equal one whose rank is the sum of theirs
             a, b = jnp.concatenate([kernel.a, a], axis=-1), jnp.concatenate([kernel.b, b], axis=-2)
             kernel = kernel.kernel
         leaves[path] = LowRankKernel(kernel, a, b)
-    return _rebuild_tree(params, leaves)
+    return map_with_path(lambda path, _: leaves[path], params, is_leaf=_is_adapted)
 
 
 @jax.tree_util.register_dataclass
@@ -191,19 +191,5 @@ def _scale_factors(
     return factors
 
 
-def _iterate_leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves with their paths; an adapted kernel is one leaf."""
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _iterate_leaves(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _rebuild_tree(params: Mapping[str, Any], leaves: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves in the structure of the parameters, keeping empty parts such as a frozen text encoder."""
-    tree = {}
-    for name, value in params.items():
-        path = f"{prefix}{name}"
-        tree[name] = _rebuild_tree(value, leaves, f"{path}/") if isinstance(value, Mapping) else leaves[path]
-    return tree
+def _is_adapted(node: Any) -> bool:
+    return isinstance(node, LowRankKernel)

@@ -33,7 +33,6 @@ from dit_video.experiment import Experiment, LoraAdapters, Student
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step
 
 _ANALYTIC = "analytic: counted, not compiled"
-_ATTENTION_BACKENDS = {"tpu": "splash", "gpu": "chunked"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +95,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the whole plan, in bytes, operations and seconds."""
-        plan = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plan["topology"] = str(self.topology)
-        plan["memory"] = dataclasses.asdict(self.memory)
-        plan["moved"] = [dataclasses.asdict(part) for part in self.moved]
-        plan["times"] = None if self.times is None else dataclasses.asdict(self.times)
-        plan["chip"] = dataclasses.asdict(self.topology.chip)
-        plan["intensity"] = self.intensity
+        chip = dataclasses.asdict(self.topology.chip)
+        plan = dataclasses.asdict(self) | {"topology": str(self.topology), "chip": chip, "intensity": self.intensity}
         if self.times is not None:
             for name in ("overlapped", "apart"):
                 seconds = getattr(self.times, name)
@@ -192,7 +186,7 @@ def resolve_attention(experiment: Experiment, topology: Topology) -> Experiment:
     backbone = experiment.denoiser.backbone
     if topology.chip.kind != "tpu" or backbone.attention != "auto":
         return experiment
-    return replace_dit(experiment, attention=_ATTENTION_BACKENDS["tpu"])
+    return replace_dit(experiment, attention="splash")
 
 
 def replace_dit(experiment: Experiment, **changes: Any) -> Experiment:
@@ -291,7 +285,7 @@ def plan_experiment(
         topology=topology,
         devices=devices,
         mesh=dict(plan_mesh.shape),
-        rows=_count_rows(planned, part),
+        rows=planned.arguments[1].shape[0] if planned.costs is None else planned.costs.rows,
         clips=tuple(rows_of_clips),
         remat=experiment.denoiser.backbone.remat if part == "denoiser" else "none",
         parameter_count=_count_parameters(planned),
@@ -327,13 +321,6 @@ def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: di
     assert planned.costs is not None
     parameters, attention = _count_parameters(planned), experiment.mesh.context_attention
     return compute_min_collective_bytes(planned.costs, parameters, mesh, attention)
-
-
-def _count_rows(planned: PlannedStep, part: Part) -> int:
-    if part == "autoencoder":
-        return int(planned.arguments[1].shape[0])
-    assert planned.costs is not None
-    return planned.costs.rows
 
 
 def _count_parameters(planned: PlannedStep) -> int:

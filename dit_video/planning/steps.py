@@ -110,12 +110,9 @@ def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) 
     if (lora := config.lora) is not None:
         init = lambda key: init_lora(weights, lora, key)  # noqa: E731
 
-    def begin(key: Array) -> Any:
-        return train_step.init(init(key))
-
     batch = _make_batch_shapes(config)
     sharded_batch = attach_shardings(batch, make_batch_shardings(batch, mesh))
-    arguments = get_shapes_on_devices(begin, shardings=layout), sharded_batch, frozen
+    arguments = get_shapes_on_devices(lambda key: train_step.init(init(key)), shardings=layout), sharded_batch, frozen
     images = sum(field.length for field in _list_fields(config))
     costs = _count_costs(config, clips, training=True, images=images)
     return PlannedStep(
@@ -261,9 +258,7 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     if isinstance(config, PretrainedAutoencoder):
         raise UserError("the autoencoder of this experiment is pretrained; plan its denoiser or its sampler")
     train_step, constants = make_autoencoder_step(config, experiment.seed)
-
-    def begin(key: Array) -> Any:
-        return train_step.init(init_params(config.model.make, key))
+    init = lambda key: train_step.init(init_params(config.model.make, key))  # noqa: E731
 
     window = max(config.windows, key=lambda window: window.batch * window.size.volume)
     if window.batch % (shards := count_row_shards(mesh)):
@@ -274,7 +269,7 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     batch = jax.ShapeDtypeStruct((window.batch, *window.size, 3), jnp.uint8)
     replicated = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), constants)
     arguments = (
-        get_shapes_on_devices(begin, shardings=functools.partial(make_shardings, mesh=mesh)),
+        get_shapes_on_devices(init, shardings=functools.partial(make_shardings, mesh=mesh)),
         attach_shardings(batch, make_batch_shardings(batch, mesh)),
         attach_shardings(constants, replicated),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,8 @@ class CheckpointPolicy:
     """Direction in which `metric` improves."""
 
     def __post_init__(self) -> None:
-        for name, minimum in (("newest", 1), ("best", 0)):
-            if getattr(self, name) < minimum:
-                raise UserError(f"keep.{name}={getattr(self, name)} is invalid: it must be at least {minimum}.")
-        if self.every is not None and self.every < 1:
-            raise UserError(f"keep.every={self.every} is invalid: it must be at least 1. Use None to keep none.")
+        check_at_least(1, newest=self.newest, every=self.every)
+        check_at_least(0, best=self.best)
 
 
 class OrbaxPreservationPolicy:

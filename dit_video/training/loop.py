@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from dit_video.core import trees as trees
-from dit_video.core.errors import GracefulStop, UserError
+from dit_video.core.errors import GracefulStop, UserError, check_at_least
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import Progress
@@ -52,9 +52,8 @@ class LoopConfig:
     """Maximum number of seconds from a signal to the end of the process; preempted machines usually have about 30."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "save_every", "max_consecutive_skips"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is invalid: it must be at least 1. Use 1 or more.")
+        check_at_least(1, steps=self.steps, log_every=self.log_every, save_every=self.save_every)
+        check_at_least(1, max_consecutive_skips=self.max_consecutive_skips)
 
 
 def run(

@@ -12,9 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 import jax
 
@@ -140,7 +139,6 @@ def handle_signals(steps_done: int, *, grace: float) -> Iterator[StopRequest]:
     """
     stop = StopRequest() if jax.process_count() == 1 else SharedStopRequest(steps_done)
     timers: list[threading.Timer] = []
-    previous: dict[signal.Signals, Any] = {}
     received: list[int] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -154,12 +152,9 @@ def handle_signals(steps_done: int, *, grace: float) -> Iterator[StopRequest]:
         timers[0].start()
 
     try:
-        if threading.current_thread() is threading.main_thread():
-            previous = {number: signal.signal(number, handle) for number in _SIGNALS}
-        yield stop
+        with _install_handler(handle, *_SIGNALS):
+            yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         for timer in timers:
             timer.cancel()
         stop.close()
@@ -174,14 +169,20 @@ def raise_on_sigterm() -> Iterator[None]:
     def handle(_number: int, _frame: FrameType | None) -> None:
         raise GracefulStop("received SIGTERM; completed work is kept")
 
-    if threading.current_thread() is not threading.main_thread():
+    with _install_handler(handle, signal.SIGTERM):
         yield
-        return
-    previous = signal.signal(signal.SIGTERM, handle)
+
+
+@contextlib.contextmanager
+def _install_handler(handler: Callable[[int, FrameType | None], None], *signals: signal.Signals) -> Iterator[None]:
+    """Handle signals by a function while the context lasts, in the main thread; in others, leave them to the caller."""
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in signals if is_main}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 def _exit_after_grace(name: str, grace: float) -> None:

@@ -66,7 +66,6 @@ Layout = Callable[[PyTree], PyTree]
 def init_state(
     params: dict[str, Any],
     optimizer: optax.GradientTransformation,
-    extra: dict[str, Any] | None = None,
     averages: EmaConfig | None = None,
 ) -> TrainState:
     """Return the state before the first step, whose averages are the parameters. Traceable."""
@@ -75,37 +74,9 @@ def init_state(
         params=params,
         ema=copy_float32(params),
         opt_state=optimizer.init(params),
-        extra=extra or {},
+        extra={},
         averages={} if averages is None else averages.init_averages(params),
     )
-
-
-def create_state(
-    init: Callable[[Array], dict[str, Any]],
-    optimizer: optax.GradientTransformation,
-    random_key: Array,
-    *,
-    shardings: Layout | None = None,
-) -> TrainState:
-    """Return the state of a new run, initialized on the devices: each computes its own shard.
-
-    Args:
-      init: Function from a random key to parameters.
-      optimizer: Optimizer whose state is initialized too.
-      random_key: Random key for `init`.
-      shardings: Function from the state's shapes to its shardings; None leaves them to JAX.
-    """
-    return make_on_devices(lambda key: init_state(init(key), optimizer), random_key, shardings=shardings)
-
-
-def get_state_shapes(
-    init: Callable[[Array], dict[str, Any]],
-    optimizer: optax.GradientTransformation,
-    *,
-    shardings: Layout | None = None,
-) -> PyTree:
-    """Return the shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
-    return get_shapes_on_devices(lambda key: init_state(init(key), optimizer), shardings=shardings)
 
 
 def make_on_devices(

@@ -87,7 +87,21 @@ class TrainStep(abc.ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientStep(TrainStep):
+class ModelStep(TrainStep):
+    """A step of a model with one optimizer and moving averages."""
+
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    """Decay of the parameters' moving average."""
+    averages: EmaConfig | None = None
+    """Further averages of the parameters; None for none."""
+
+    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> Any:
+        return init_state(params, self.optimizer, averages=self.averages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientStep(ModelStep):
     """A step along the gradient of any loss.
 
     A step whose loss or gradient is not finite changes nothing but the step counter, bit for bit. The metric `skipped`
@@ -96,23 +110,14 @@ class GradientStep(TrainStep):
 
     loss: Loss
     """Loss to minimize."""
-    optimizer: optax.GradientTransformation
-    ema_decay: float
-    """Decay of the parameters' moving average."""
-    averages: EmaConfig | None = None
-    """Further averages of the parameters; None for none."""
     accumulation_steps: int = 1
     """Number of microbatches that the batch's rows are divided into, whose gradients are computed sequentially and
     equal those of the batch up to rounding. More than one need a loss that counts its examples."""
 
-    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> TrainState:
-        return init_state(params, self.optimizer, averages=self.averages)
-
     def update(self, state: TrainState, batch: PyTree, constants: Constants = ()) -> tuple[TrainState, Metrics]:
         args = (state.params, batch, state.step, *constants)
         if self.accumulation_steps == 1:
-            pair, gradients = jax.value_and_grad(self.loss, has_aux=True)(*args)
-            value, details = LossOutput.from_pair(*pair)
+            (value, details), gradients = compute_gradients(self.loss, *args)
         else:
             (value, details), gradients = accumulate_gradients(self.loss, self.accumulation_steps, *args)
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **details.metrics}
@@ -123,13 +128,6 @@ class GradientStep(TrainStep):
     def update_extra(self, state: TrainState, auxiliary: Any) -> tuple[TrainState, Metrics]:
         """Return the state after what is updated without gradients, which follows the gradient update, and metrics."""
         return state, {}
-
-
-def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: Constants = (), **options: Any
-) -> StepFn:
-    """Return the jitted `GradientStep` of a loss; `options` are its further fields."""
-    return GradientStep(loss=loss, optimizer=optimizer, ema_decay=ema_decay, **options).compile(constants)
 
 
 def compute_gradients(loss: Loss, params: PyTree, *args: Any) -> tuple[LossOutput, PyTree]:

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from dit_video.autoencoders import fit_linear, to_patches
+from dit_video.autoencoders import fit_linear
+from dit_video.autoencoders.patches import to_patches
 from dit_video.core.errors import UserError
 from dit_video.tokens import Grid
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.autoencoders import PatchVaeConfig, Posterior, fit_linear, from_patches, init_from_linear, to_patches
+from dit_video.autoencoders import PatchVaeConfig, fit_linear, init_from_linear
+from dit_video.autoencoders.patches import from_patches, to_patches
+from dit_video.autoencoders.posterior import Posterior
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def, get_param_shapes, init_params

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.autoencoders import from_patches, to_patches
+from dit_video.autoencoders.patches import from_patches, to_patches
 from dit_video.core.errors import UserError
 from dit_video.tokens import Grid
 

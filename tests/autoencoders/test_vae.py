@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dit_video.autoencoders import CausalVaeConfig
-from dit_video.autoencoders.blocks import make_canvas_segments
+from dit_video.autoencoders.blocks import make_encoder_inputs
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
@@ -268,7 +268,7 @@ def test_clips_that_the_stride_does_not_divide_are_refused(shape, message):
 
 def test_pixels_without_three_channels_are_refused():
     with pytest.raises(UserError, match=r"4 channels.* use 3"):
-        make_canvas_segments(jnp.zeros((1, 1, 8, 8, 4)), PLAIN.stride, None, None)
+        make_encoder_inputs(jnp.zeros((1, 1, 8, 8, 4)), PLAIN.stride, None, None)
 
 
 def test_a_chunk_of_invalid_length_is_refused():

@@ -15,16 +15,18 @@ from dit_video.autoencoders import (
     CodebookConfig,
     ImageLevels,
     ImageVaeConfig,
-    VqAutoencoder,
     VqConfig,
     decode_stream,
     encode_stream,
 )
-from dit_video.autoencoders.modulation import Guide, SpatialNorm
+from dit_video.autoencoders.blocks import BlockInputs
+from dit_video.autoencoders.modulation import SpatialNorm
+from dit_video.autoencoders.vae import PositionNorm
+from dit_video.autoencoders.vq import VqAutoencoder
 from dit_video.core import config_json, pixels
 from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
-from dit_video.nn import RmsNorm, get_graph_def, get_param_shapes, init_params
+from dit_video.nn import ConvCache, get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
 from support.marks import mark_slow_except
 from support.random_params import make_random_params
@@ -117,19 +119,23 @@ def test_clips_on_a_canvas_do_not_see_each_other(name):
 
 
 def test_frames_are_modulated_by_the_latents_of_their_places():
-    norm = SpatialNorm(RmsNorm(4), 4, 3, rngs=nnx.Rngs(0))
+    norm = SpatialNorm(PositionNorm(4), 4, 3, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 5, 4, 6, 4))
     latents = jax.random.normal(jax.random.key(1), (1, 3, 2, 3, 3))
-    np.testing.assert_allclose(norm(x, Guide(latents)), norm.norm(x), atol=1e-6)  # at the start it is the norm alone
+    np.testing.assert_allclose(
+        norm(x, BlockInputs(latents=latents)), norm.norm(x, BlockInputs()), atol=1e-6
+    )  # at the start it is the norm alone
     norm.scale.kernel[...] = jax.random.normal(jax.random.key(2), (3, 4))
     norm.shift.kernel[...] = jax.random.normal(jax.random.key(3), (3, 4))
-    whole = norm(x, Guide(latents))
+    whole = norm(x, BlockInputs(latents=latents))
     for t, h, w in ((0, 0, 0), (1, 3, 5), (2, 2, 0), (3, 1, 4), (4, 3, 3)):
         latent = latents[0, (t + 1) // 2, h // 2, w // 2]
-        expected = norm.norm(x)[0, t, h, w] * norm.scale(latent) + norm.shift(latent)
+        expected = norm.norm(x, BlockInputs())[0, t, h, w] * norm.scale(latent) + norm.shift(latent)
         np.testing.assert_allclose(whole[0, t, h, w], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(norm(x[:, :1], Guide(latents[:, :1])), whole[:, :1], atol=1e-6)
-    np.testing.assert_allclose(norm(x[:, 1:], Guide(latents[:, 1:], is_first=False)), whole[:, 1:], atol=1e-6)
+    np.testing.assert_allclose(norm(x[:, :1], BlockInputs(latents=latents[:, :1])), whole[:, :1], atol=1e-6)
+    np.testing.assert_allclose(
+        norm(x[:, 1:], BlockInputs(latents=latents[:, 1:], cache=ConvCache(()))), whole[:, 1:], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("name", "norms"), [("video", 2 * 6 + 2), ("image", 2 * 6 + 2 + 2)])

@@ -17,8 +17,9 @@ from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, ShardingRules, check_denoiser, make_parallelism, make_shardings
 from dit_video.distributed.sharding_rules import DEFAULT_RULES, FUSED_MAPS
 from dit_video.nn import Linear, get_graph_def, get_param_shapes
-from dit_video.nn.attention import AttentionInputs, DenseAttention, Full, SlidingWindow, SpaceOnly
+from dit_video.nn.attention import AttentionInputs, Full, SlidingWindow, SpaceOnly
 from dit_video.nn.attention.backends.chunked import attend_part, compute_part_gradients
+from dit_video.nn.attention.backends.dense import DenseAttention
 from support.devices import check_on_eight_devices, run_together
 
 SIZES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]

@@ -20,9 +20,9 @@ from dit_video.training import trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging
 from dit_video.training.optim.optimizer import make_learning_rate_schedule, make_optimizer
-from dit_video.training.state import get_state_shapes
 from dit_video.training.step import GradientStep
 from support.devices import wait_until
+from support.training_state import get_state_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,9 +10,8 @@ from dit_video.distributed import ShardingRules, make_shardings, shard_batch
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import create_state, get_state_shapes
-from dit_video.training.step import make_step
 from support.denoiser_loss import LOSS, PARAMS, make_rows
+from support.training_state import create_state, get_state_shapes, make_step
 
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup=0), steps=10)
 

@@ -25,10 +25,9 @@ from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, comp
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import create_state
-from dit_video.training.step import make_step
 from support.compilations import count_compilations
 from support.random_params import make_random_params
+from support.training_state import create_state, make_step
 
 TEXT = ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=16)
 DIT = DitConfig(channels=1, context_width=16, patch=Grid(1, 2, 2), width=64, layers=2, heads=8, mlp_ratio=2.0)

@@ -155,9 +155,9 @@ def test_each_rule_keeps_its_checkpoints(tmp_path, keep, stay):
 
 
 def test_invalid_checkpoint_policies_are_refused():
-    with pytest.raises(UserError, match=r"keep.newest=0 is invalid: it must be at least 1"):
+    with pytest.raises(UserError, match=r"newest=0 is invalid: it must be at least 1"):
         CheckpointPolicy(newest=0)
-    with pytest.raises(UserError, match=r"keep.every=0 is invalid: it must be at least 1"):
+    with pytest.raises(UserError, match=r"every=0 is invalid: it must be at least 1"):
         CheckpointPolicy(every=0)
 
 

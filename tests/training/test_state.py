@@ -4,7 +4,8 @@ import numpy as np
 import optax
 
 from dit_video.core.trees import flatten
-from dit_video.training.state import TrainState, create_state, get_state_shapes, init_state
+from dit_video.training.state import TrainState, init_state
+from support.training_state import create_state, get_state_shapes
 
 OPTIMIZER = optax.adam(1e-3)
 

@@ -6,9 +6,10 @@ import pytest
 
 from dit_video.training.optim.ema import EmaConfig, gamma_from_sigma
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule, make_optimizer
-from dit_video.training.state import create_state, init_state
-from dit_video.training.step import Average, LossDetails, LossOutput, make_step
+from dit_video.training.state import init_state
+from dit_video.training.step import Average, LossDetails, LossOutput
 from support.compilations import count_compilations
+from support.training_state import create_state, make_step
 
 DRAW = np.random.default_rng(0)
 X = jnp.asarray(DRAW.normal(size=(32, 4)), jnp.float32)

@@ -20,8 +20,8 @@ from dit_video.nn import get_graph_def, init_params
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import TrainState, create_state
-from dit_video.training.step import Loss, StepFn, make_step
+from dit_video.training.state import TrainState, init_state, make_on_devices
+from dit_video.training.step import GradientStep, Loss, StepFn
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _SCHEDULE_STEPS = 100_000
@@ -58,9 +58,11 @@ def make_training_setup(setting: Setting, init: Callable, loss: Loss, config: Op
     mesh = make_mesh(setting.mesh)
     optimizer = make_optimizer(config, steps=_SCHEDULE_STEPS + config.warmup)
     layout = functools.partial(make_shardings, mesh=mesh)
-    state = create_state(init, optimizer, rng.key(0, "benchmark"), shardings=layout)
+    random_key = rng.key(0, "benchmark")
+    state = make_on_devices(lambda key: init_state(init(key), optimizer), random_key, shardings=layout)
     jax.block_until_ready(state)
-    return TrainingSetup(make_step(loss, optimizer, ema_decay=0.999), state, functools.partial(shard_batch, mesh=mesh))
+    step = GradientStep(loss=loss, optimizer=optimizer, ema_decay=0.999).compile()
+    return TrainingSetup(step, state, functools.partial(shard_batch, mesh=mesh))
 
 
 def time_steps(setup: TrainingSetup, batches: Sequence[Any], steps: int) -> tuple[dict[str, Any], TrainingSetup]:

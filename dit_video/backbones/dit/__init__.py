@@ -8,7 +8,7 @@ from dit_video.backbones.dit.conditioning import (
     PooledContext,
     TimeEmbedding,
 )
-from dit_video.backbones.dit.config import DitArchitecture, TemporalLayers
+from dit_video.backbones.dit.config import TemporalLayers
 from dit_video.backbones.dit.model import Dit, DitConfig
 from dit_video.backbones.dit.positions import (
     BoundaryEmbedding,
@@ -23,7 +23,6 @@ __all__ = [
     "ClassLabels",
     "CrossAttention",
     "Dit",
-    "DitArchitecture",
     "DitConfig",
     "FactorizedEmbedding",
     "ImageSineCosine",

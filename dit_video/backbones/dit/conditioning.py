@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 
 TIME_SCALE = 1000.0
 """Scale of the model time: diffusion time is in [0, 1], but sinusoidal embeddings are designed for steps of about 1."""
@@ -55,8 +55,7 @@ class ClassLabels:
     classes: int
 
     def __post_init__(self):
-        if self.classes < 1:
-            raise UserError(f"classes={self.classes} of class labels is invalid; use at least 1")
+        check_at_least(1, classes=self.classes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from dit_video.backbones.dit.conditioning import (
 from dit_video.backbones.dit.positions import BoundaryEmbedding, PositionEmbedding
 from dit_video.backbones.protocol import BackboneConfig, ClipTokens, count_self_pairs, count_tokens, widen_kernel
 from dit_video.conditioning import ClipConditioning
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.nn import Backend, Remat
 from dit_video.nn.attention import (
     Full,
@@ -59,8 +59,7 @@ class TemporalLayers:
     """Factor of the time coordinate in their rotary embedding; see `Rotary3d`."""
 
     def __post_init__(self):
-        if self.spatial_layers < 1 or self.layers < 1:
-            raise UserError(f"layers={self.layers}, spatial_layers={self.spatial_layers} is invalid; use at least 1")
+        check_at_least(1, layers=self.layers, spatial_layers=self.spatial_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +138,7 @@ class DitArchitecture(BackboneConfig):
             self.rotary.check(self.width // self.heads)
         if self.absolute_position is not None:
             self.absolute_position.check(self.width)
-        for name in ("cond_channels", "registers"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        check_at_least(0, cond_channels=self.cond_channels, registers=self.registers)
         if isinstance(self.context, NoContext) != (self.context_width == 0):
             kind, width = type(self.context).__name__, self.context_width
             raise UserError(f"context_width={width} does not fit {kind}; use 0 for NoContext, else the encoder's width")

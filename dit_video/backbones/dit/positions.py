@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.nn import Init, Linear, Parallelism, sinusoidal_embedding
 from dit_video.tokens import expand_to_tokens, segment_max, split_evenly
 
@@ -115,8 +115,7 @@ class ImageSineCosine(PositionEmbedding):
     max_period: float = 10_000.0
 
     def __post_init__(self):
-        if self.side < 1:
-            raise UserError(f"side={self.side} of the training images is invalid; use at least 1 token")
+        check_at_least(1, side=self.side)
 
     def check(self, width: int) -> None:
         """Check that the width is divisible by 4.

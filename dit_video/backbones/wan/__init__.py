@@ -1,5 +1,5 @@
 """Wan's transformer."""
 
-from dit_video.backbones.wan.model import WanDit, WanDitConfig
+from dit_video.backbones.wan.model import WanDitConfig
 
 __all__ = ["WanDit", "WanDitConfig"]

@@ -19,7 +19,7 @@ from dit_video.backbones.dit.conditioning import TIME_SCALE
 from dit_video.backbones.dit.config import check_patterns
 from dit_video.backbones.protocol import BackboneConfig, ClipTokens, count_self_pairs, count_tokens, widen_kernel
 from dit_video.conditioning import Conditioning, ConditioningLatents, ImageTokens, TextTokens
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.nn import (
     ONE_DEVICE,
     Attention,
@@ -83,8 +83,7 @@ class WanDitConfig(BackboneConfig):
     def __post_init__(self):
         if self.heads < 1 or self.width % self.heads or self.width // self.heads % 2:
             raise UserError(f"width {self.width} must be divisible by its {self.heads} heads in even parts; change one")
-        if self.text_length < 1:
-            raise UserError(f"text_length={self.text_length} is invalid; use at least 1 token")
+        check_at_least(1, text_length=self.text_length)
         if self.image_positions is not None and self.image_width is None:
             raise UserError(f"image_positions={self.image_positions} needs image tokens; set image_width")
         check_patterns(self.patterns, self.layers)

@@ -7,13 +7,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32, UInt8
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.features.clip.images import ClipImageProcessor, preprocess_frames
 from dit_video.features.clip.vision import ClipVisionConfig
 from dit_video.nn import get_graph_def
 
 FeatureName = Literal["values", "penultimate", "pooled", "projected"]
-"""Name of a field of `VisionFeatures`."""
+"""Name of a field of `ClipFeatures`."""
 
 
 class FrameEncoder:
@@ -34,7 +34,7 @@ class FrameEncoder:
           config: configuration of the tower.
           params: its parameters, a nested dictionary.
           processor: preprocessing of frames.
-          feature: field of `VisionFeatures` to return; Wan's image-to-video uses `penultimate`.
+          feature: field of `ClipFeatures` to return; Wan's image-to-video uses `penultimate`.
           batch: frames per batch.
 
         Raises:
@@ -44,8 +44,7 @@ class FrameEncoder:
             raise UserError("feature='projected' is invalid: this tower has no projection. Use 'pooled'")
         if processor.crop not in (None, (config.size, config.size)):
             raise UserError(f"crop={processor.crop} is invalid: use the tower's {config.size}x{config.size}")
-        if batch < 1:
-            raise UserError(f"batch={batch} is invalid: use at least one frame")
+        check_at_least(1, batch=batch)
         graph = get_graph_def(config.make)
         self._params, self._processor, self._batch = params, processor, batch
         self._encode = jax.jit(lambda params, images: getattr(nnx.merge(graph, params)(images), feature))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.nn import LayerNorm, Linear
 
 Activation = Literal["quick_gelu", "gelu"]
@@ -40,17 +40,12 @@ class ClipTowerConfig:
     """Dtype of matrix products, float32 or bfloat16; norms, softmax and the residual stream are float32."""
 
     def __post_init__(self):
-        projection = () if self.projection is None else ("projection",)
-        self.check_sizes("width", "layers", "heads", "mlp_width", *projection)
+        check_at_least(1, width=self.width, layers=self.layers, heads=self.heads)
+        check_at_least(1, mlp_width=self.mlp_width, projection=self.projection)
         if self.width % self.heads:
             raise UserError(f"width={self.width} is invalid: must be divisible by heads={self.heads}. Change one")
         if self.dtype not in _DTYPES:
             raise UserError(f"dtype={self.dtype!r} of a CLIP tower is invalid: use {' or '.join(_DTYPES)}")
-
-    def check_sizes(self, *names: str) -> None:
-        """Raise for each of the named fields that is below 1."""
-        if small := [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) < 1]:
-            raise UserError(f"{', '.join(small)} of a CLIP tower is invalid: use at least 1")
 
 
 class LayerStates(NamedTuple):
@@ -59,6 +54,19 @@ class LayerStates(NamedTuple):
     hidden: Float[Array, "B S E"]
     penultimate: Float[Array, "B S E"]
     """Input of the last layer: the penultimate hidden states."""
+
+
+class ClipFeatures(NamedTuple):
+    """Features of texts or images from their tower; an image's first token is the class token, for the whole image."""
+
+    values: Float[Array, "B S E"]
+    """Features of every token: of texts after the last norm, of images without a norm."""
+    penultimate: Float[Array, "B S E"]
+    """Penultimate hidden states, the input of the last layer: the image tokens of Wan's image-to-video."""
+    pooled: Float[Array, "B E"]
+    """Element of `values` at a text's end token, or an image's first one after a norm."""
+    projected: Float[Array, "B P"] | None
+    """Projection of `pooled` to the space shared by both towers; None for a tower without a map to it."""
 
 
 class ClipLayer(nnx.Module):

@@ -1,15 +1,14 @@
 """The text tower of CLIP (arXiv 2103.00020)."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from dit_video.core.errors import UserError
-from dit_video.features.clip.layers import ClipLayer, ClipTowerConfig, LayerStates, make_projection
+from dit_video.core.errors import UserError, check_at_least
+from dit_video.features.clip.layers import ClipFeatures, ClipLayer, ClipTowerConfig, LayerStates, make_projection
 from dit_video.nn import LayerNorm, apply_stack, make_stack
 
 _LEGACY_END_TOKEN = 2
@@ -28,23 +27,10 @@ class ClipTextConfig(ClipTowerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_sizes("vocabulary", "positions")
+        check_at_least(1, vocabulary=self.vocabulary, positions=self.positions)
 
     def make(self, rngs: nnx.Rngs) -> "ClipText":
         return ClipText(self, rngs=rngs)
-
-
-class TextFeatures(NamedTuple):
-    """Features of texts from a text tower."""
-
-    values: Float[Array, "B S E"]
-    """Features of every token after the last norm, which a denoiser attends to."""
-    penultimate: Float[Array, "B S E"]
-    """Penultimate hidden states: the input of the last layer, without a norm."""
-    pooled: Float[Array, "B E"]
-    """Element of `values` at the end token."""
-    projected: Float[Array, "B P"] | None
-    """Projection of `pooled` to the space shared with images; None for a tower without a map to it."""
 
 
 class ClipText(nnx.Module):
@@ -58,7 +44,7 @@ class ClipText(nnx.Module):
         self.norm = LayerNorm(config.width, eps=config.eps)
         self.projection = make_projection(config, rngs=rngs)
 
-    def __call__(self, ids: Int[Array, "B S"], mask: Int[Array, "B S"]) -> TextFeatures:
+    def __call__(self, ids: Int[Array, "B S"], mask: Int[Array, "B S"]) -> ClipFeatures:
         """Return features of texts; `mask` is 0 at padding, which no token sees. Each row holds one text.
 
         Raises:
@@ -71,11 +57,9 @@ class ClipText(nnx.Module):
         visible = jnp.tril(jnp.ones((length, length), bool)) & (mask != 0)[:, None, :]
         states = apply_stack(self.blocks, LayerStates(hidden=x, penultimate=x), visible)
         values = self.norm(states.hidden)
-        pooled = jnp.take_along_axis(values, self._find_end(ids)[:, None, None], axis=1)[:, 0]
+        # Texts may be padded with more end tokens, of which the first is the end.
+        is_legacy = self.config.end_token == _LEGACY_END_TOKEN
+        end = jnp.argmax(ids if is_legacy else ids == self.config.end_token, axis=1)
+        pooled = jnp.take_along_axis(values, end[:, None, None], axis=1)[:, 0]
         projected = None if self.projection is None else self.projection(pooled)
-        return TextFeatures(values, states.penultimate, pooled, projected)
-
-    def _find_end(self, ids: Int[Array, "B S"]) -> Int[Array, " B"]:
-        """Return the position of each text's first end token: texts may be padded with more of them."""
-        end = self.config.end_token
-        return jnp.argmax(ids if end == _LEGACY_END_TOKEN else ids == end, axis=1)
+        return ClipFeatures(values, states.penultimate, pooled, projected)

@@ -1,7 +1,6 @@
 """The vision tower of CLIP (arXiv 2103.00020): a ViT (arXiv 2010.11929) with an extra norm before its layers."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.core.errors import UserError
-from dit_video.features.clip.layers import ClipLayer, ClipTowerConfig, LayerStates, make_projection
+from dit_video.core.errors import UserError, check_at_least
+from dit_video.features.clip.layers import ClipFeatures, ClipLayer, ClipTowerConfig, LayerStates, make_projection
 from dit_video.nn import LayerNorm, apply_stack, make_stack
 
 
@@ -29,7 +28,7 @@ class ClipVisionConfig(ClipTowerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_sizes("size", "patch")
+        check_at_least(1, size=self.size, patch=self.patch)
         if self.size % self.patch:
             raise UserError(f"size={self.size} is invalid: must be divisible by patch={self.patch}. Change one")
 
@@ -40,19 +39,6 @@ class ClipVisionConfig(ClipTowerConfig):
 
     def make(self, rngs: nnx.Rngs) -> "ClipVision":
         return ClipVision(self, rngs=rngs)
-
-
-class VisionFeatures(NamedTuple):
-    """Features of images from a vision tower; the first token is the class token, for the whole image."""
-
-    values: Float[Array, "B S E"]
-    """Features of every token after all layers, without a norm."""
-    penultimate: Float[Array, "B S E"]
-    """Penultimate hidden states, the input of the last layer: the image tokens of Wan's image-to-video."""
-    pooled: Float[Array, "B E"]
-    """First element of `values`, after a norm."""
-    projected: Float[Array, "B P"] | None
-    """Projection of `pooled` to the space shared with texts; None for a tower without a map to it."""
 
 
 class ClipVision(nnx.Module):
@@ -70,7 +56,7 @@ class ClipVision(nnx.Module):
         self.norm_pooled = LayerNorm(width, eps=config.eps)
         self.projection = make_projection(config, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> VisionFeatures:
+    def __call__(self, images: Float[Array, "B H W 3"]) -> ClipFeatures:
         """Return the features of images that were preprocessed as in the tower's training.
 
         Raises:
@@ -90,4 +76,4 @@ class ClipVision(nnx.Module):
         states = apply_stack(self.blocks, LayerStates(hidden=x, penultimate=x), None)
         pooled = self.norm_pooled(states.hidden[:, 0])
         projected = None if self.projection is None else self.projection(pooled)
-        return VisionFeatures(states.hidden, states.penultimate, pooled, projected)
+        return ClipFeatures(states.hidden, states.penultimate, pooled, projected)

@@ -5,13 +5,10 @@ tokens attend to each other. Every backend is tested against `DenseAttention`, w
 """
 
 from dit_video.nn.attention.api import Attention
-from dit_video.nn.attention.backends.chunked import ChunkedAttention
-from dit_video.nn.attention.backends.dense import DenseAttention
-from dit_video.nn.attention.backends.gpu import CudnnAttention, TokamaxAttention
-from dit_video.nn.attention.backends.splash import SplashAttention, choose_block_size
+from dit_video.nn.attention.backends.splash import choose_block_size
 from dit_video.nn.attention.bias import Bias, BiasTable, RelativeBias
-from dit_video.nn.attention.dispatch import AutoAttention, Backend, check_attention, make_attention
-from dit_video.nn.attention.inputs import GLOBAL, AttentionInputs, Coordinates, compute_grid_indices
+from dit_video.nn.attention.dispatch import Backend, check_attention, make_attention
+from dit_video.nn.attention.inputs import GLOBAL, AttentionInputs, compute_grid_indices
 from dit_video.nn.attention.masks import (
     CausalFrames,
     Full,
@@ -24,21 +21,16 @@ from dit_video.nn.attention.masks import (
     WithGlobalTokens,
 )
 from dit_video.nn.attention.pairs import count_pairs
-from dit_video.nn.attention.weights import RecordedAttention, compute_attention_weights
+from dit_video.nn.attention.weights import RecordedAttention
 
 __all__ = [
     "GLOBAL",
     "Attention",
     "AttentionInputs",
-    "AutoAttention",
     "Backend",
     "Bias",
     "BiasTable",
     "CausalFrames",
-    "ChunkedAttention",
-    "Coordinates",
-    "CudnnAttention",
-    "DenseAttention",
     "Full",
     "Pattern",
     "PatternChoice",
@@ -47,13 +39,10 @@ __all__ = [
     "SlidingWindow",
     "SpaceOnly",
     "SparseCausal",
-    "SplashAttention",
     "TimeOnly",
-    "TokamaxAttention",
     "WithGlobalTokens",
     "check_attention",
     "choose_block_size",
-    "compute_attention_weights",
     "compute_grid_indices",
     "count_pairs",
     "make_attention",

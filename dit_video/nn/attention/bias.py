@@ -54,15 +54,12 @@ class RelativeBias:
         starts = itertools.accumulate(self.buckets[:-1], initial=0)
         entries = []
         for axis, start in enumerate(starts):
-            bucket = self._compute_bucket(kv[..., None, :, axis] - q[..., :, None, axis], axis)
+            buckets, difference = self._list_buckets(axis), kv[..., None, :, axis] - q[..., :, None, axis]
+            steps = jnp.round(difference * self.scale[axis])
+            distance = jnp.minimum(jnp.abs(steps), len(buckets) - 1).astype(jnp.int32)
+            bucket = jnp.asarray(buckets)[distance] + self.buckets[axis] // 2 * (steps > 0)
             entries.append(jnp.where(finite, start + bucket, self.num_entries))
         return entries
-
-    def _compute_bucket(self, difference: Float[Array, "*B N M"], axis: int) -> Int[Array, "*B N M"]:
-        buckets = self._list_buckets(axis)
-        steps = jnp.round(difference * self.scale[axis])
-        distance = jnp.minimum(jnp.abs(steps), len(buckets) - 1).astype(jnp.int32)
-        return jnp.asarray(buckets)[distance] + self.buckets[axis] // 2 * (steps > 0)
 
     def _list_buckets(self, axis: int) -> Int32[np.ndarray, " n"]:
         """Return the buckets of 0, 1, 2, … steps in one direction; the last entry is for all larger distances."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.nn.attention.inputs import AttentionInputs
 
 OPEN_LOW, OPEN_HIGH = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
@@ -49,46 +49,37 @@ class Pattern(Protocol):
         """Return (low, high), both inclusive, of every box of queries with these values."""
 
 
+class _Groups:
+    """Base of patterns in which the tokens of a group see each other: those that agree along `axes`."""
+
+    axes: ClassVar[tuple[int, ...]] = ()
+    locality: ClassVar[Locality] = "group"
+    causal: ClassVar[bool] = False
+
+    def compute_axes(self, indices):
+        return tuple(indices[..., axis] for axis in self.axes)
+
+    def compute_boxes(self, values):
+        return ((values, values),)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(_Groups):
     """Full spacetime attention: a token sees its whole clip. The only pattern that needs no grid indices."""
 
-    locality: ClassVar[Locality] = "group"
-    causal: ClassVar[bool] = False
-
-    def compute_axes(self, indices):
-        return ()
-
-    def compute_boxes(self, values):
-        return ((values, values),)
-
 
 @dataclass(frozen=True, kw_only=True)
-class SpaceOnly:
+class SpaceOnly(_Groups):
     """Spatial attention within a frame: the spatial half of factorised attention (Latte, arXiv 2401.03048)."""
 
-    locality: ClassVar[Locality] = "group"
-    causal: ClassVar[bool] = False
-
-    def compute_axes(self, indices):
-        return (indices[..., 0],)
-
-    def compute_boxes(self, values):
-        return ((values, values),)
+    axes = (0,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimeOnly:
+class TimeOnly(_Groups):
     """Temporal attention among the tokens at the same (h, w): the temporal half of factorised attention."""
 
-    locality: ClassVar[Locality] = "group"
-    causal: ClassVar[bool] = False
-
-    def compute_axes(self, indices):
-        return indices[..., 1], indices[..., 2]
-
-    def compute_boxes(self, values):
-        return ((values, values),)
+    axes = (1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +95,7 @@ class CausalFrames:
     causal: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.chunk < 1:
-            raise UserError(f"chunk={self.chunk} of causal attention is invalid; use at least 1 frame")
+        check_at_least(1, chunk=self.chunk)
 
     def compute_axes(self, indices):
         return (indices[..., 0] // self.chunk,)

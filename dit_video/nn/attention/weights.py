@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Float32, Int
 
 from dit_video.nn.attention.api import Attention, Keys, Queries
 from dit_video.nn.attention.backends.dense import MASK_VALUE
-from dit_video.nn.attention.bias import Bias
 from dit_video.nn.attention.inputs import AttentionInputs
 from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
 
@@ -25,15 +24,12 @@ def compute_attention_weights(
     """Return the softmax of `Attention` in float32; a query's weights sum to 1, or are zero if it sees nothing."""
     mask = dense_mask(mask_boxes(pattern, inputs))[:, None]
     scores = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if inputs.bias is not None:
-        scores = scores + _compute_bias(inputs.bias)
+    if (bias := inputs.bias) is not None:
+        entries = bias.config.find_entries(bias.q_positions, bias.kv_positions)
+        read_bias = jax.vmap(lambda table: bias.config.read_bias(table, entries), in_axes=1, out_axes=1)
+        scores = scores + read_bias(bias.table)
     weights = jax.nn.softmax(jnp.where(mask, scores, MASK_VALUE), axis=-1)
     return jnp.where(mask, weights, 0.0)
-
-
-def _compute_bias(bias: Bias) -> Float[Array, "B K N M"]:
-    entries = bias.config.find_entries(bias.q_positions, bias.kv_positions)
-    return jax.vmap(lambda table: bias.config.read_bias(table, entries), in_axes=1, out_axes=1)(bias.table)
 
 
 @dataclass(frozen=True, kw_only=True)

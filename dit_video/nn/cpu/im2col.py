@@ -21,6 +21,7 @@ MAX_COLUMN_BYTES = 2**26
 """Bytes of columns in memory at once; a single frame is never split, so it may take more."""
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def im2col_conv(
     x: Float[Array, "B T h w i"],
     kernel: Float[Array, "kt kh kw i o"],
@@ -38,22 +39,17 @@ def im2col_conv(
     Returns:
       The output in float32; so are the gradients of the kernel and the bias.
     """
-    return _convolve(x, kernel, bias, jnp.dtype(dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _convolve(x: Array, kernel: Array, bias: Array, dtype: jnp.dtype) -> Array:
     return _forward(x, kernel, bias, dtype)[0]
 
 
-def _forward(x: Array, kernel: Array, bias: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array, Array]]:
+def _forward(x: Array, kernel: Array, bias: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array, Array]]:
     rounded = x.astype(dtype)
     merged = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
     y = _convolve_frames(_stack_frames(rounded, kernel.shape[0]), merged) + bias
     return y, (rounded, kernel, jnp.zeros((0,), x.dtype))
 
 
-def _backward(dtype: jnp.dtype, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+def _backward(dtype: DTypeLike, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
     x, kernel, like = kept
     frames, kernel_h, kernel_w, width, out = kernel.shape
     positions = gradient.reshape(-1, out)
@@ -72,7 +68,7 @@ def _backward(dtype: jnp.dtype, kept: tuple[Array, Array, Array], gradient: Arra
     return d_x.astype(like.dtype), d_kernel, d_bias
 
 
-_convolve.defvjp(_forward, _backward)
+im2col_conv.defvjp(_forward, _backward)
 
 
 def _convolve_frames(x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> Float[Array, "B t h w o"]:

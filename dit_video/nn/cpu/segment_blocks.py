@@ -50,15 +50,9 @@ def _sort_descending(sizes: set[int]) -> tuple[int, ...]:
     return tuple(sorted(sizes, reverse=True))
 
 
-def attend(
-    q: Queries, k: Keys, v: Keys, q_segments: Int[Array, "B N"], kv_segments: Int[Array, "B M"], *, chunk: int
-) -> Queries:
-    """Compute attention of every token to those of its own segment; `q` is already scaled."""
-    return _attend(chunk, q, k, v, q_segments, kv_segments)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(chunk: int, q: Queries, k: Keys, v: Keys, q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B M"]) -> Queries:
+def attend(chunk: int, q: Queries, k: Keys, v: Keys, q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B M"]) -> Queries:
+    """Compute attention of every token to those of its own segment; `q` is already scaled."""
     return _forward(chunk, q, k, v, q_ids, kv_ids)[0]
 
 
@@ -78,7 +72,7 @@ def _backward(chunk, saved, d_out):
     return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None, None
 
 
-_attend.defvjp(_forward, _backward)
+attend.defvjp(_forward, _backward)
 
 
 def _scan_blocks(

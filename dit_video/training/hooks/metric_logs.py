@@ -1,5 +1,6 @@
 """Destinations of a run's metrics besides its JSON lines, and the configuration of monitoring."""
 
+import importlib
 import math
 import os
 import uuid
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError, check_at_least
 from dit_video.training.hooks.hook import Hook
 
 _FLUSH_SECONDS = 10
@@ -38,18 +39,18 @@ class MonitoringConfig:
     """Prompts of the grid; the captions of the first clips if empty."""
 
     def __post_init__(self) -> None:
-        for name in ("validate_every", "sample_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} is invalid: it must not be negative. Use 0 for never.")
-        if self.validation_batches < 1:
-            raise UserError(f"validation_batches={self.validation_batches} is invalid: it must be at least 1.")
+        check_at_least(0, validate_every=self.validate_every, sample_every=self.sample_every)
+        check_at_least(1, validation_batches=self.validation_batches)
         if self.prompts and not self.sample_every:
             raise UserError("prompts have no effect with sample_every=0. Set sample_every, or leave out the prompts.")
 
 
-def _make_missing_error(option: str, package: str) -> MissingError:
-    fix = f"Run pip install 'dit-video[{option}]', or leave out monitoring.{option}."
-    return MissingError(f"monitoring.{option} needs {package}, which is not installed. {fix}")
+def _import_optional(option: str, package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        fix = f"Run pip install 'dit-video[{option}]', or leave out monitoring.{option}."
+        raise MissingError(f"monitoring.{option} needs {package}, which is not installed. {fix}") from error
 
 
 class TensorBoard(Hook):
@@ -62,11 +63,7 @@ class TensorBoard(Hook):
     first_process_only = True
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        try:
-            import tensorboardX  # optional
-        except ImportError as error:
-            raise _make_missing_error("tensorboard", "tensorboardX") from error
-        self._make_writer = tensorboardX.SummaryWriter
+        self._make_writer = _import_optional("tensorboard", "tensorboardX").SummaryWriter
         self._folder = Path(folder)
         self._writer: Any = None
 
@@ -102,11 +99,7 @@ class WeightsAndBiases(Hook):
     first_process_only = True
 
     def __init__(self, project: str, folder: str | os.PathLike) -> None:
-        try:
-            import wandb  # optional
-        except ImportError as error:
-            raise _make_missing_error("wandb", "wandb") from error
-        self._wandb, self._project, self._folder = wandb, project, Path(folder)
+        self._wandb, self._project, self._folder = _import_optional("wandb", "wandb"), project, Path(folder)
         self._run: Any = None
 
     def resume(self, step: int) -> None:

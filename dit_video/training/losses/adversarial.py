@@ -77,13 +77,68 @@ class DiscriminatorTraining:
     random_key: Array
     """Random key for the discriminator's initial parameters."""
 
+    @property
+    def _optimizer(self) -> optax.GradientTransformation:
+        b1, b2 = _BETAS
+        adam = optax.adam(self.config.learning_rate, b1=b1, b2=b2)
+        return optax.chain(optax.clip_by_global_norm(_MAX_GRAD_NORM), adam)
+
     def init_state(self, model: TrainState) -> AdversarialState:
-        """Return the state of an autoencoder together with a newly initialized discriminator. Traceable."""
+        """Return the state of an adversarial training that continues from this autoencoder."""
         params = init_params(self.config.make, self.random_key)
         names = ("real", "decoded") if isinstance(self.config.regulariser, LeCam) else ()
         means = {name: jnp.zeros(()) for name in names}
-        opt_state = _make_optimizer(self.config).init(params)
+        opt_state = self._optimizer.init(params)
         return AdversarialState(model, DiscriminatorState(params=params, opt_state=opt_state, means=means))
+
+    def update(
+        self,
+        state: DiscriminatorState,
+        decoded: Float[Array, "B T H W 3"],
+        pixels: Float[Array, "B T H W 3"],
+        *,
+        reconstruction_gradient: Float[Array, "B T H W 3"],
+        last_layer_gradient: Callable[[Array], Array],
+        is_penalised: bool,
+    ) -> tuple[DiscriminatorState, Float[Array, "B T H W 3"], ScalarMetrics]:
+        """Return the next state, the weighted gradient of the generator's loss with respect to `decoded`, and metrics.
+
+        Both players see the clips that the old parameters decoded.
+        """
+        config, graph = self.config, get_graph_def(self.config.make)
+
+        def discriminate(params, clips):
+            return nnx.merge(graph, params)(clips)
+
+        def compute_generator_loss(clips):
+            return generator_loss(discriminate(state.params, clips)).mean()
+
+        def compute_loss(params):
+            real, fake, means = discriminate(params, pixels), discriminate(params, decoded), state.means
+            match config.regulariser:
+                case LeCam(weight=weight):
+                    penalty = lecam_loss(real, fake, real_mean=means["real"], fake_mean=means["decoded"])
+                    penalty = weight * penalty.mean()
+                case R1(weight=weight, every=every) if is_penalised:
+                    penalty = r1_penalty(functools.partial(discriminate, params), pixels)
+                    penalty = 0.5 * weight * every * penalty.mean()
+                case _:
+                    penalty = jnp.zeros(())
+            value = discriminator_loss(real, fake).mean()
+            verdicts = {"verdict_real": real.mean(), "verdict_decoded": fake.mean()}
+            return value + penalty, {"discriminator": value, "penalty": penalty, **verdicts}
+
+        value, gradient = jax.value_and_grad(compute_generator_loss)(decoded)
+        last_gradients = last_layer_gradient(reconstruction_gradient), last_layer_gradient(gradient)
+        weight = config.weight * compute_adaptive_weight(*last_gradients)
+        (_, metrics), gradients = jax.value_and_grad(compute_loss, has_aux=True)(state.params)
+        updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
+        params, means = optax.apply_updates(state.params, updates), state.means
+        if isinstance(config.regulariser, LeCam):
+            decay = config.regulariser.decay
+            means = {name: decay * mean + (1 - decay) * metrics[f"verdict_{name}"] for name, mean in means.items()}
+        next_state = DiscriminatorState(params=params, opt_state=opt_state, means=means)
+        return next_state, weight * gradient, {"against": value, "adversarial_weight": weight, **metrics}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +188,7 @@ class AdversarialStep(TrainStep):
         """Return the state after an update of both networks; R1 is part of it if `is_penalised`."""
         step, discriminator = self.autoencoder, self.discriminator
         loss: Any = step.loss
-        config, model, pixels = discriminator.config, state.model, loss.to_pixels(clips)
+        model, pixels = state.model, loss.to_pixels(clips)
 
         def decode(params):
             decoded = loss.decode(params, pixels, model.step)
@@ -150,8 +205,13 @@ class AdversarialStep(TrainStep):
             (gradients,) = pull_back((gradient, jnp.zeros_like(bottleneck)))
             return flatten(gradients)[discriminator.last_layer]
 
-        discriminator_state, generator_gradient, adversarial_metrics = _update_discriminator(
-            config, state.discriminator, decoded, pixels, reconstruction_gradient, last_layer_gradient, is_penalised
+        discriminator_state, generator_gradient, adversarial_metrics = discriminator.update(
+            state.discriminator,
+            decoded,
+            pixels,
+            reconstruction_gradient=reconstruction_gradient,
+            last_layer_gradient=last_layer_gradient,
+            is_penalised=is_penalised,
         )
         (gradients,) = pull_back((reconstruction_gradient + generator_gradient, jnp.ones_like(bottleneck)))
         metrics = {
@@ -185,70 +245,3 @@ class HostStepCounter:
     def advance(self, step: Any) -> None:
         self._newest = step
         self._number += 1
-
-
-def _update_discriminator(
-    config: AdversarialConfig,
-    state: DiscriminatorState,
-    decoded: Float[Array, "B T H W 3"],
-    pixels: Float[Array, "B T H W 3"],
-    reconstruction_gradient: Float[Array, "B T H W 3"],
-    last_layer_gradient: Callable[[Array], Array],
-    penalised: bool,
-) -> tuple[DiscriminatorState, Float[Array, "B T H W 3"], ScalarMetrics]:
-    """Return the updated discriminator, the weighted gradient of the generator loss in the decoded pixels, and metrics.
-
-    The generator loss is that of the discriminator before its update.
-    """
-    graph, optimizer = get_graph_def(config.make), _make_optimizer(config)
-
-    def discriminate(params, clips):
-        return nnx.merge(graph, params)(clips)
-
-    def compute_generator_loss(clips):
-        return generator_loss(discriminate(state.params, clips)).mean()
-
-    value, gradient = jax.value_and_grad(compute_generator_loss)(decoded)
-    last_gradients = last_layer_gradient(reconstruction_gradient), last_layer_gradient(gradient)
-    weight = config.weight * compute_adaptive_weight(*last_gradients)
-    own_loss = functools.partial(_discriminator_loss, config, discriminate, state.means, decoded, pixels, penalised)
-    (_, metrics), gradients = jax.value_and_grad(own_loss, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params, means = optax.apply_updates(state.params, updates), _update_means(config, state.means, metrics)
-    next_state = DiscriminatorState(params=params, opt_state=opt_state, means=means)
-    return next_state, weight * gradient, {"against": value, "adversarial_weight": weight, **metrics}
-
-
-def _discriminator_loss(
-    config: AdversarialConfig,
-    discriminate: Callable[[PyTree, Array], Array],
-    means: dict[str, Array],
-    decoded: Array,
-    pixels: Array,
-    penalised: bool,
-    params: PyTree,
-) -> tuple[Float[Array, ""], ScalarMetrics]:
-    """Return the loss of the discriminator with its penalty, and metrics."""
-    real, fake = discriminate(params, pixels), discriminate(params, decoded)
-    match config.regulariser:
-        case LeCam(weight=weight):
-            penalty = weight * lecam_loss(real, fake, real_mean=means["real"], fake_mean=means["decoded"]).mean()
-        case R1(weight=weight, every=every) if penalised:
-            penalty = 0.5 * weight * every * r1_penalty(functools.partial(discriminate, params), pixels).mean()
-        case _:
-            penalty = jnp.zeros(())
-    value = discriminator_loss(real, fake).mean()
-    metrics = {"discriminator": value, "penalty": penalty, "verdict_real": real.mean(), "verdict_decoded": fake.mean()}
-    return value + penalty, metrics
-
-
-def _update_means(config: AdversarialConfig, means: dict[str, Array], metrics: ScalarMetrics) -> dict[str, Array]:
-    if not isinstance(config.regulariser, LeCam):
-        return means
-    decay = config.regulariser.decay
-    return {name: decay * mean + (1 - decay) * metrics[f"verdict_{name}"] for name, mean in means.items()}
-
-
-def _make_optimizer(config: AdversarialConfig) -> optax.GradientTransformation:
-    b1, b2 = _BETAS
-    return optax.chain(optax.clip_by_global_norm(_MAX_GRAD_NORM), optax.adam(config.learning_rate, b1=b1, b2=b2))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 
 
 class CodebookUpdate(NamedTuple):
@@ -50,12 +50,10 @@ class CodebookLearning:
     def __post_init__(self):
         if self.decay is not None and not 0 <= self.decay < 1:
             raise UserError(f"decay={self.decay} is invalid: it must lie in [0, 1). Use None to learn by gradient.")
-        if not self.commitment >= 0:
-            raise UserError(f"commitment={self.commitment} is invalid: it must not be negative.")
+        check_at_least(0, commitment=self.commitment)
+        check_at_least(1, restart_after=self.restart_after)
         if not self.smoothing > 0:
             raise UserError(f"smoothing={self.smoothing} is invalid: it must be positive.")
-        if self.restart_after is not None and self.restart_after < 1:
-            raise UserError(f"restart_after={self.restart_after} is invalid: it must be 1 or more. Use None for never.")
 
     def init_moments(self, codes: Float[Array, "n c"], *, fresh: bool = True) -> dict[str, Array]:
         """Return the initial state of the update.

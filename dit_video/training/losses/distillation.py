@@ -11,19 +11,17 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int, PyTree
 
 from dit_video.backbones.denoise import make_denoise_fn, make_text_record
 from dit_video.conditioning import Conditioning, drop_captions
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import (
     DenoiseFn,
     Estimator,
-    Objective,
     apply_classifier_free_guidance,
     compute_distance,
     consistency_loss,
@@ -38,8 +36,8 @@ from dit_video.diffusion import (
 from dit_video.tokens import PackedBatch, expand_to_tokens, segment_mean
 from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes
 from dit_video.training.optim.ema import EmaConfig
-from dit_video.training.state import CompositeState, TrainState, init_state
-from dit_video.training.step import Constants, Metrics, TrainStep, apply_updates, skip_nonfinite
+from dit_video.training.state import CompositeState, TrainState
+from dit_video.training.step import Constants, Metrics, ModelStep, apply_updates, skip_nonfinite
 
 _TIME_MARGIN = 0.02
 """Distance from times 0 and 1 at which the scores of samples are not compared (arXiv 2311.18828)."""
@@ -89,8 +87,7 @@ class DistributionMatching:
     """Number of critic updates before each update of the student."""
 
     def __post_init__(self):
-        if min(self.steps, self.critic_steps) < 1:
-            raise UserError(f"steps={self.steps}, critic_steps={self.critic_steps} is invalid: both must be 1 or more.")
+        check_at_least(1, steps=self.steps, critic_steps=self.critic_steps)
 
 
 Distillation = ConsistencyDistillation | DistributionMatching
@@ -141,12 +138,10 @@ def make_distillation_step(
 
     The parameters of the teacher are the last constant of the step.
     """
-    names = ("backbone", "text", "objective", "empty_caption", "seed")
-    parts: dict[str, Any] = {name: getattr(loss, name) for name in names}
     options: dict[str, Any] = {"optimizer": optimizer, "ema_decay": ema_decay, "averages": averages}
     if isinstance(config, ConsistencyDistillation):
-        return ConsistencyStep(loss=ConsistencyLoss(config=config, **parts), **options)
-    return MatchingStep(loss=MatchingLoss(config=config, **parts), **options)
+        return ConsistencyStep(loss=ConsistencyLoss(config=config, denoiser=loss), **options)
+    return MatchingStep(loss=MatchingLoss(config=config, denoiser=loss), **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,51 +151,50 @@ class _DistillationLoss:
     Noise and times are functions of the seed, the step and the example.
     """
 
-    backbone: nnx.GraphDef
-    text: nnx.GraphDef
-    objective: Objective
-    empty_caption: Shaped[np.ndarray, "s *E"]
-    seed: int
+    denoiser: DenoiserLoss
+    """Loss of the student, which has its models, objective and seed."""
 
     def make_denoise(self, params: PyTree, rows: PackedBatch, *, unconditional: bool = False) -> DenoiseFn:
         """Return the denoiser conditioned on its captions, or on empty ones if `unconditional`."""
         text, text_segments = jnp.asarray(rows.text), jnp.asarray(rows.text_segments)
         if unconditional:
             drop = jnp.ones(rows.examples.shape, bool)
-            text, text_segments = drop_captions(text, text_segments, drop, empty=self.empty_caption)
-        context = nnx.merge(self.text, params["text"])(text, text_segments)
+            text, text_segments = drop_captions(text, text_segments, drop, empty=self.denoiser.empty_caption)
+        context = nnx.merge(self.denoiser.text, params["text"])(text, text_segments)
         conditioning = Conditioning(make_text_record(context, rows.layout))
-        denoise = make_denoise_fn(nnx.merge(self.backbone, params["backbone"]), rows.layout, conditioning)
+        denoise = make_denoise_fn(nnx.merge(self.denoiser.backbone, params["backbone"]), rows.layout, conditioning)
         return lambda noisy, time, state: denoise(noisy, jnp.broadcast_to(time, (*noisy.shape[:-1], 1))[..., 0], state)
 
     def make_guided_denoise(self, params: PyTree, rows: PackedBatch, scale: float) -> DenoiseFn:
         """Return the teacher with classifier-free guidance."""
         denoise = self.make_denoise(params, rows)
-        return (
-            denoise
-            if scale == 1
-            else apply_classifier_free_guidance(denoise, self.make_denoise(params, rows, unconditional=True), scale)
-        )
+        if scale == 1:
+            return denoise
+        return apply_classifier_free_guidance(denoise, self.make_denoise(params, rows, unconditional=True), scale)
 
     def make_consistency_function(self, params: PyTree, rows: PackedBatch) -> Callable[[Array, Array], Array]:
-        return make_consistency_fn(self.make_denoise(params, rows), self.objective.process, self.objective.prediction)
+        return make_consistency_fn(
+            self.make_denoise(params, rows), self.denoiser.objective.process, self.denoiser.objective.prediction
+        )
 
     def make_estimator(self, denoise: DenoiseFn) -> Estimator:
-        return make_estimator(denoise, self.objective.process, self.objective.prediction)
+        return make_estimator(denoise, self.denoiser.objective.process, self.denoiser.objective.prediction)
 
     def draw_noise(self, purpose: str, rows: PackedBatch, step: Array, index: Array | int = 0) -> Float[Array, "B N p"]:
-        purpose_key = jax.random.fold_in(key(self.seed, purpose), index)
+        purpose_key = jax.random.fold_in(key(self.denoiser.seed, purpose), index)
         keys = example_keys(purpose_key, step, rows.examples)
         return rows.layout.sample_noise(keys, rows.tokens.shape[-1])
 
     def draw_uniform(self, purpose: str, rows: PackedBatch, step: Array) -> Float[Array, "B G"]:
         """Return uniform numbers in [0, 1), low-discrepancy over consecutive examples."""
-        offset = jax.random.uniform(jax.random.fold_in(key(self.seed, purpose), step))
+        offset = jax.random.uniform(jax.random.fold_in(key(self.denoiser.seed, purpose), step))
         return draw_low_discrepancy(offset, rows.examples)
 
     def shift_times(self, time: Float[Array, "B G"], rows: PackedBatch) -> Float[Array, "B N 1"]:
         """Return the shifted times of clips' tokens, from evenly spaced times of clips."""
-        return expand_to_tokens(self.objective.process.shift_time(time, get_clip_sizes(rows)), rows.segments)[..., None]
+        return expand_to_tokens(self.denoiser.objective.process.shift_time(time, get_clip_sizes(rows)), rows.segments)[
+            ..., None
+        ]
 
     def mean_over_clips(self, per_token: Float[Array, "B N"], rows: PackedBatch) -> Float[Array, ""]:
         """Return the mean over the clips of a batch of each clip's mean."""
@@ -218,7 +212,7 @@ class ConsistencyLoss(_DistillationLoss):
         self, params: PyTree, ema: PyTree, rows: PackedBatch, step: Array, teacher: PyTree
     ) -> Float[Array, ""]:
         """Return the mean loss over the clips, each at its own time."""
-        process, intervals = self.objective.process, self.config.intervals
+        process, intervals = self.denoiser.objective.process, self.config.intervals
         index = jnp.minimum(jnp.floor(self.draw_uniform("time", rows, step) * intervals), intervals - 1)
         time, next_time = (self.shift_times(1 - (index + offset) / intervals, rows) for offset in (0, 1))
         noisy = process.add_noise(jnp.asarray(rows.tokens), self.draw_noise("noise", rows, step), time)
@@ -245,8 +239,8 @@ class MatchingLoss(_DistillationLoss):
         teacher: PyTree,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Return the student's loss, a mean over clips whose scores are compared at their own times, and metrics."""
-        process, count = self.objective.process, rows.examples.shape[1]
-        generated = self.generate(params, rows, *student_inputs)
+        process, count = self.denoiser.objective.process, rows.examples.shape[1]
+        generated = self.make_consistency_function(params, rows)(*student_inputs)
         samples = jax.lax.stop_gradient(generated)
         time = self.shift_times(_TIME_MARGIN + (1 - 2 * _TIME_MARGIN) * self.draw_uniform("time", rows, step), rows)
         noisy = process.add_noise(samples, self.draw_noise("noise", rows, step), time)
@@ -261,11 +255,11 @@ class MatchingLoss(_DistillationLoss):
         self, critic: PyTree, samples: Float[Array, "B N p"], rows: PackedBatch, step: Array
     ) -> Float[Array, ""]:
         """Return the loss of the critic: denoising of samples at the times that the teacher was trained at."""
-        time = self.objective.compute_time(self.draw_uniform("critic time", rows, step), get_clip_sizes(rows))
+        time = self.denoiser.objective.compute_time(self.draw_uniform("critic time", rows, step), get_clip_sizes(rows))
         time = expand_to_tokens(time, rows.segments)
         noise = self.draw_noise("critic noise", rows, step)
         denoise = self.make_denoise(critic, rows)
-        per_token = self.objective.loss(
+        per_token = self.denoiser.objective.loss(
             lambda noisy, token_time, state: denoise(noisy, token_time[..., None], state), samples, noise, time
         )
         return self.mean_over_clips(per_token, rows)
@@ -277,10 +271,10 @@ class MatchingLoss(_DistillationLoss):
 
         It is the output of the student's earlier steps, as in sampling (arXiv 2405.14867, section 4.5).
         """
-        process, steps = self.objective.process, self.config.steps
+        process, steps = self.denoiser.objective.process, self.config.steps
         ones = jnp.ones(rows.examples.shape)
         times = jnp.stack([self.shift_times((1 - number / steps) * ones, rows) for number in range(steps + 1)])
-        step_key = jax.random.fold_in(key(self.seed, f"{purpose}generator step"), step)
+        step_key = jax.random.fold_in(key(self.denoiser.seed, f"{purpose}generator step"), step)
         index: Int[Array, ""] = jax.random.randint(step_key, (), 0, steps)
 
         def draw(number):
@@ -291,27 +285,15 @@ class MatchingLoss(_DistillationLoss):
         noisy = run_multistep(consistency, initial_noise, times, process=process, noise_fn=draw, steps=index)
         return noisy, times[index]
 
-    def generate(
-        self, params: PyTree, rows: PackedBatch, noisy: Float[Array, "B N p"], time: Float[Array, "B N 1"]
-    ) -> Float[Array, "B N p"]:
-        """Return the samples that one step of the student makes of its input."""
-        return self.make_consistency_function(params, rows)(noisy, time)
-
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyStep(TrainStep):
+class ConsistencyStep(ModelStep):
     """The step of a student of `ConsistencyDistillation`.
 
     The target network is the moving average that is also sampled from.
     """
 
     loss: ConsistencyLoss
-    optimizer: optax.GradientTransformation
-    ema_decay: float
-    averages: EmaConfig | None = None
-
-    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> TrainState:
-        return init_state(params, self.optimizer, averages=self.averages)
 
     def update(self, state: TrainState, batch: PackedBatch, constants: Constants = ()) -> tuple[TrainState, Metrics]:
         (teacher,) = constants
@@ -322,7 +304,7 @@ class ConsistencyStep(TrainStep):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingStep(TrainStep):
+class MatchingStep(ModelStep):
     """The step of a student and its critic, on a `MatchingState`.
 
     The critic is updated `critic_steps` times, then the student once, with the same optimizer and learning rate. The
@@ -331,13 +313,10 @@ class MatchingStep(TrainStep):
     """
 
     loss: MatchingLoss
-    optimizer: optax.GradientTransformation
-    ema_decay: float
-    averages: EmaConfig | None = None
 
     def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> MatchingState:
         """Return the state before the first step, with a critic that is initialized from the teacher too."""
-        model = init_state(params, self.optimizer, averages=self.averages)
+        model = super().init(params)
         own = jax.tree.map(jnp.copy, model.params)
         return MatchingState(model=model, critic=CriticState(params=own, opt_state=self.optimizer.init(own)))
 
@@ -350,7 +329,7 @@ class MatchingStep(TrainStep):
         def improve(critic, index):
             critic_step = student_step * count + index
             inputs = loss.draw_student_inputs(params, batch, critic_step)
-            samples = jax.lax.stop_gradient(loss.generate(params, batch, *inputs))
+            samples = jax.lax.stop_gradient(loss.make_consistency_function(params, batch)(*inputs))
             value, gradients = jax.value_and_grad(loss.critic_loss)(critic.params, samples, batch, critic_step)
             updates, opt_state = self.optimizer.update(gradients, critic.opt_state, critic.params)
             next_critic = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 
 DECAY, POWER = "decay", "power"
 
@@ -42,8 +42,7 @@ class EmaConfig:
             gamma_from_sigma(sigma)
         if len(set(self.decays)) < len(self.decays) or len(set(self.sigmas)) < len(self.sigmas):
             raise UserError(f"decays={self.decays}, sigmas={self.sigmas} is invalid: a value is repeated. Remove one.")
-        if self.snapshot_every < 1:
-            raise UserError(f"snapshot_every={self.snapshot_every} is invalid: it must be at least 1 step.")
+        check_at_least(1, snapshot_every=self.snapshot_every)
 
     def init_averages(self, params: PyTree) -> dict[str, Any]:
         """Return the averages before the first step, copies of the parameters by kind and value. Traceable."""

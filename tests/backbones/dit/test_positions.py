@@ -37,7 +37,7 @@ def test_an_images_columns_go_first_and_cover_what_was_trained():
         np.testing.assert_allclose(result[0, 8:14, start + 4 : start + 8], jnp.cos(angles), atol=1e-6)
     with pytest.raises(UserError, match="divisible by 4, not 6"):
         ImageSineCosine().check(6)
-    with pytest.raises(UserError, match=r"side=.* use at least 1 token"):
+    with pytest.raises(UserError, match=r"side=.* must be at least 1"):
         ImageSineCosine(side=0)
 
 

@@ -71,7 +71,7 @@ def test_the_names_and_layouts_are_diffusers(tmp_path, params):
     ("changes", "message"),
     [
         ({"norm_type": "layer"}, "norm_type=layer is not supported, only group, spatial"),
-        ({"num_vq_embeddings": 0}, "codes=0, .*at least 1"),
+        ({"num_vq_embeddings": 0}, "codes=0 .*at least 1"),
         ({"num_vq_embeddings": 8}, r"quantize\.embedding\.weight"),
         ({"vq_embed_dim": 4}, r"quant_conv\.bias"),
         ({"norm_type": "spatial"}, r"latents of 5 channels can't modulate codes of 3\. Use one number"),

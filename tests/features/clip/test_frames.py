@@ -40,7 +40,7 @@ def test_settings_and_frames_that_do_not_fit_are_refused():
         FrameEncoder(VISION, PARAMS, ClipImageProcessor())
     with pytest.raises(UserError, match=r"no projection. Use 'pooled'"):
         FrameEncoder(dataclasses.replace(VISION, projection=None), PARAMS, IMAGES)
-    with pytest.raises(UserError, match=r"batch=0 .*at least one frame"):
+    with pytest.raises(UserError, match=r"batch=0 .*at least 1"):
         FrameEncoder(VISION, PARAMS, IMAGES, batch=0)
     with pytest.raises(UserError, match=r"12x18 .*12x12"):
         FrameEncoder(VISION, PARAMS, ClipImageProcessor(resize=12, crop=None))(FRAMES)

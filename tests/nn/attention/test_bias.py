@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.nn.attention import (
-    AttentionInputs,
-    Bias,
-    ChunkedAttention,
-    CudnnAttention,
-    DenseAttention,
-    Full,
-    RelativeBias,
-    SplashAttention,
-    TimeOnly,
-)
+from dit_video.nn.attention import AttentionInputs, Bias, Full, RelativeBias, TimeOnly
+from dit_video.nn.attention.backends.chunked import ChunkedAttention
+from dit_video.nn.attention.backends.dense import DenseAttention
+from dit_video.nn.attention.backends.gpu import CudnnAttention
+from dit_video.nn.attention.backends.splash import SplashAttention
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
 from dit_video.text.t5 import compute_relative_buckets
 from dit_video.tokens import Grid, compute_positions

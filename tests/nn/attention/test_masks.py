@@ -7,7 +7,6 @@ import pytest
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.nn import attention
 from dit_video.nn.attention import (
     GLOBAL,
     AttentionInputs,
@@ -23,6 +22,7 @@ from dit_video.nn.attention import (
     count_pairs,
     make_attention,
 )
+from dit_video.nn.attention.backends.splash import SplashAttention
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
 from dit_video.tokens import Grid, compute_positions
 
@@ -118,13 +118,13 @@ def test_queries_may_be_some_of_the_tokens():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CausalFrames(chunk=0), "chunk=0 of causal attention is invalid; use at least 1 frame"),
+        (lambda: CausalFrames(chunk=0), "chunk=0 is invalid: it must be at least 1"),
         (lambda: SlidingWindow(radius=(1, -1, 1)), "must not be negative; use None"),
         (lambda: SlidingWindow(radius=(1, 1, 1), tile=(1, 0, 1)), "at least 1 along each axis"),
         (lambda: SlidingWindow(radius=(None, None, None)), "use pattern Full()"),
-        (lambda: make_attention("chunked", chunk=0), "chunk=0 of attention is invalid; use at least 1 token"),
+        (lambda: make_attention("chunked", chunk=0), "chunk=0 is invalid: it must be at least 1"),
         (
-            lambda: attention.SplashAttention(block_size=100),
+            lambda: SplashAttention(block_size=100),
             "block_size=100 of splash attention is invalid; use a multiple of 128",
         ),
         (lambda: make_attention("splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),

@@ -5,17 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.nn.attention import (
-    AttentionInputs,
-    Bias,
-    ChunkedAttention,
-    DenseAttention,
-    Full,
-    RecordedAttention,
-    RelativeBias,
-    SparseCausal,
-    compute_attention_weights,
-)
+from dit_video.nn.attention import AttentionInputs, Bias, Full, RecordedAttention, RelativeBias, SparseCausal
+from dit_video.nn.attention.backends.chunked import ChunkedAttention
+from dit_video.nn.attention.backends.dense import DenseAttention
+from dit_video.nn.attention.weights import compute_attention_weights
 from dit_video.tokens import Grid, compute_positions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

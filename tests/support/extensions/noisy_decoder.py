@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from dit_video.autoencoders import PatchVae, PatchVaeConfig
+from dit_video.autoencoders import PatchVaeConfig
+from dit_video.autoencoders.patch_vae import PatchVae
 from dit_video.core.registry import register
 from dit_video.nn import Linear
 

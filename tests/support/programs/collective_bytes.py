@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, make_mesh
 from dit_video.distributed.planner import read_program
 from dit_video.nn import LoraConfig
-from dit_video.nn.attention import AttentionInputs, ChunkedAttention, Full
+from dit_video.nn.attention import AttentionInputs, Full
+from dit_video.nn.attention.backends.chunked import ChunkedAttention
 from support import mesh_training
 
 

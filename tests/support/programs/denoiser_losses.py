@@ -7,9 +7,8 @@ import numpy as np
 
 from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_shardings, shard_batch
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import create_state
-from dit_video.training.step import make_step
 from support.denoiser_loss import LOSS, PARAMS, make_rows
+from support.training_state import create_state, make_step
 
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup=0), steps=10)
 STEP = make_step(LOSS, OPTIMIZER, ema_decay=0.9)

@@ -17,7 +17,7 @@ from dit_video.training.hooks.logging import MetricsLog, read_metrics
 from dit_video.training.hooks.skipped_steps import SkippedLog
 from dit_video.training.loop import LoopConfig, run
 from dit_video.training.state import init_state
-from dit_video.training.step import make_step
+from support.training_state import make_step
 
 OPTIMIZER = optax.adam(1e-2)
 GOOD = {"x": np.linspace(-1, 1, 12, dtype=np.float32).reshape(6, 2), "scale": np.ones(6, np.float32)}

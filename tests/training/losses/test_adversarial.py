@@ -18,7 +18,6 @@ from dit_video.training.hooks import logging
 from dit_video.training.loop import LoopConfig
 from dit_video.training.losses.adversarial import AdversarialStep, HostStepCounter
 from dit_video.training.state import init_state
-from dit_video.training.step import make_step
 from dit_video.training.trainer import Trainer
 from support.adversarial_game import (
     CLIPS,
@@ -32,6 +31,7 @@ from support.adversarial_game import (
     make_train_step,
 )
 from support.devices import check_on_eight_devices
+from support.training_state import make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -15,9 +15,9 @@ from dit_video.nn import get_graph_def, init_params
 from dit_video.tokens import Grid
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import create_state
-from dit_video.training.step import compute_gradients, make_step
+from dit_video.training.step import compute_gradients
 from support.random_params import make_random_params
+from support.training_state import create_state, make_step
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
 GRAPH = get_graph_def(CONFIG.make)

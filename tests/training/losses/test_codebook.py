@@ -123,7 +123,7 @@ def test_the_figures_are_usage_and_perplexity_of_the_codes():
         ({"decay": 1.0}, r"decay=1\.0 is invalid: it must lie in \[0, 1\)"),
         ({"commitment": -1.0}, r"commitment=-1\.0 is invalid"),
         ({"smoothing": 0.0}, "smoothing=0.0 is invalid: it must be positive"),
-        ({"restart_after": 0}, "restart_after=0 is invalid: it must be 1 or more"),
+        ({"restart_after": 0}, "restart_after=0 is invalid: it must be at least 1"),
     ],
 )
 def test_invalid_codebook_options_are_refused(options, message):

@@ -160,8 +160,8 @@ def test_options_out_of_range_are_refused():
     for make, message in (
         (lambda: ConsistencyDistillation(intervals=0), "1 interval or more"),
         (lambda: ConsistencyDistillation(width=0.0), "positive width"),
-        (lambda: DistributionMatching(steps=0), "must be 1 or more"),
-        (lambda: DistributionMatching(critic_steps=0), "must be 1 or more"),
+        (lambda: DistributionMatching(steps=0), "must be at least 1"),
+        (lambda: DistributionMatching(critic_steps=0), "must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             make()

@@ -12,7 +12,7 @@ from dit_video.core.trees import flatten
 from dit_video.nn import Linear, LoraConfig, add_lora_scale, get_graph_def, init_lora, init_params, merge_lora
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.state import init_state
-from dit_video.training.step import make_step
+from support.training_state import make_step
 
 CONFIG = LoraConfig(rank=2, alpha=4.0, targets=("kernel$",))
 GRAPH = get_graph_def(lambda rngs: Linear(6, 5, rngs=rngs))

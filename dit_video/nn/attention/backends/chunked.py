@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import check_at_least
 from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint
 from dit_video.nn.attention.backends.dense import MASK_VALUE, dot
 from dit_video.nn.attention.bias import Bias, RelativeBias
@@ -47,13 +47,12 @@ class ChunkedAttention:
     """Platform that it is compiled for; on "cpu" full attention is computed by `segment_blocks`."""
 
     def __post_init__(self):
-        if self.chunk < 1:
-            raise UserError(f"chunk={self.chunk} of attention is invalid; use at least 1 token")
+        check_at_least(1, chunk=self.chunk)
 
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         q = q * q.shape[-1] ** -0.5
         if isinstance(self.pattern, Full) and inputs.bias is None and self.platform == "cpu":
-            return segment_blocks.attend(q, k, v, inputs.q_segments, inputs.kv_segments, chunk=self.chunk)
+            return segment_blocks.attend(self.chunk, q, k, v, inputs.q_segments, inputs.kv_segments)
         boxes, bias = mask_boxes(self.pattern, inputs), inputs.bias
         if isinstance(self.pattern, Full):
             return _attend(q, k, v, boxes, bias, self.chunk)
@@ -174,20 +173,26 @@ class _Blocks(NamedTuple):
         needed = overlaps.all(axis=-1).any(axis=-1)
         return jnp.argsort(~needed, stable=True).astype(jnp.int32), needed.sum(dtype=jnp.int32)
 
-    def compute_mask(self, query_block: Int[Array, ""], key_block: Int[Array, ""]) -> Bool[Array, "b c"]:
-        """Return the dense mask between two blocks of one row."""
+    def compute_scores(
+        self,
+        bias_config: RelativeBias | None,
+        table: Float[Array, " T"] | None,
+        queries: Float[Array, "b d"],
+        keys: Float[Array, "c d"],
+        query_block: Int[Array, ""],
+        key_block: Int[Array, ""],
+    ) -> tuple[Float[Array, "b c"], list[Int[Array, "b c"]]]:
+        """Return the masked scores of a block of queries and one of keys, and the entries of their bias."""
+        scores, entries = dot(queries, keys, 1, 1), list[Array]()
+        if bias_config is not None:
+            assert table is not None
+            assert self.q_positions is not None
+            assert self.kv_positions is not None
+            entries = bias_config.find_entries(self.q_positions[query_block], self.kv_positions[key_block])
+            scores = scores + bias_config.read_bias(table, entries)
         pair = (self.low[query_block], self.high[query_block], self.values[key_block])
-        return dense_mask(MaskBoxes(*(part[None] for part in pair)))[0]
-
-    def find_bias_entries(
-        self, bias_config: RelativeBias | None, query_block: Int[Array, ""], key_block: Int[Array, ""]
-    ) -> list[Int[Array, "b c"]]:
-        """Return the bias table's entries for the pairs of two blocks of one row."""
-        if bias_config is None:
-            return []
-        assert self.q_positions is not None
-        assert self.kv_positions is not None
-        return bias_config.find_entries(self.q_positions[query_block], self.kv_positions[key_block])
+        mask = dense_mask(MaskBoxes(*(part[None] for part in pair)))[0]
+        return jnp.where(mask, scores, MASK_VALUE), entries
 
 
 def _split_blocks(boxes: MaskBoxes, q_chunk: int, kv_chunk: int) -> _Blocks:
@@ -270,9 +275,8 @@ def _attend_head(
         def step(step_index, state):
             maximum, total, mixed = state
             key_block = key_blocks[step_index]
-            entries = blocks.find_bias_entries(bias_config, index, key_block)
-            scores = _compute_scores(bias_config, table, entries, queries, _slice_key_block(k, blocks, key_block))
-            scores = jnp.where(blocks.compute_mask(index, key_block), scores, MASK_VALUE)
+            keys = _slice_key_block(k, blocks, key_block)
+            scores, _ = blocks.compute_scores(bias_config, table, queries, keys, index, key_block)
             new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
             weights = jnp.exp(scores - new_maximum[:, None])
             rescale = jnp.exp(maximum - new_maximum)
@@ -313,9 +317,7 @@ def _attend_head_backward(
             d_q, d_k, d_v, d_table = state
             key_block = key_blocks[step_index]
             keys, values = _slice_key_block(k, blocks, key_block), _slice_key_block(v, blocks, key_block)
-            entries = blocks.find_bias_entries(bias_config, index, key_block)
-            scores = _compute_scores(bias_config, table, entries, queries, keys)
-            scores = jnp.where(blocks.compute_mask(index, key_block), scores, MASK_VALUE)
+            scores, entries = blocks.compute_scores(bias_config, table, queries, keys, index, key_block)
             weights = jnp.exp(scores - block_lse[:, None])
             d_scores = weights * (dot(d_mixed, values, 1, 1) - block_delta[:, None])
             if bias_config is not None:
@@ -331,20 +333,6 @@ def _attend_head_backward(
     zeros = jnp.zeros(k.shape), jnp.zeros(v.shape), None if table is None else jnp.zeros_like(table)
     gradients, d_q = jax.lax.scan(block, zeros, jnp.arange(number))
     return d_q.reshape(q.shape), *gradients
-
-
-def _compute_scores(
-    bias_config: RelativeBias | None,
-    table: Float[Array, " T"] | None,
-    entries: list[Int[Array, "b c"]],
-    queries: Float[Array, "b d"],
-    keys: Float[Array, "c d"],
-) -> Float[Array, "b c"]:
-    scores = dot(queries, keys, 1, 1)
-    if bias_config is None:
-        return scores
-    assert table is not None
-    return scores + bias_config.read_bias(table, entries)
 
 
 def _slice_block(rows: Shaped[Array, "N *rest"], index: Int[Array, ""], size: int) -> Shaped[Array, "b *rest"]:

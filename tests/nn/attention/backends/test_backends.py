@@ -10,22 +10,21 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.nn.attention import (
     AttentionInputs,
-    AutoAttention,
     CausalFrames,
-    ChunkedAttention,
-    CudnnAttention,
-    DenseAttention,
     Full,
     SlidingWindow,
     SpaceOnly,
     SparseCausal,
-    SplashAttention,
     TimeOnly,
-    TokamaxAttention,
     WithGlobalTokens,
     choose_block_size,
     make_attention,
 )
+from dit_video.nn.attention.backends.chunked import ChunkedAttention
+from dit_video.nn.attention.backends.dense import DenseAttention
+from dit_video.nn.attention.backends.gpu import CudnnAttention, TokamaxAttention
+from dit_video.nn.attention.backends.splash import SplashAttention
+from dit_video.nn.attention.dispatch import AutoAttention
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
 from dit_video.tokens import Grid, compute_positions
 from support.marks import mark_slow_except
