@@ -117,7 +117,8 @@ class GradientStep(ModelStep):
     def update(self, state: TrainState, batch: PyTree, constants: Constants = ()) -> tuple[TrainState, Metrics]:
         args = (state.params, batch, state.step, *constants)
         if self.accumulation_steps == 1:
-            (value, details), gradients = compute_gradients(self.loss, *args)
+            pair, gradients = jax.value_and_grad(self.loss, has_aux=True)(*args)
+            value, details = LossOutput.from_pair(*pair)
         else:
             (value, details), gradients = accumulate_gradients(self.loss, self.accumulation_steps, *args)
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **details.metrics}
