@@ -35,7 +35,7 @@ ROOT_PACKAGE = "dit_video"
 
 HEAVY = ("av", "flax", "grain", "jax", "orbax", "tensorflow_datasets", "transformers")
 LIGHT_FOLDERS = ("backbones", "diffusion", "nn", "tokens", "text", "autoencoders")
-LIGHT_MODULES = ("dit_video.training.step", "dit_video.training.state")
+LIGHT_MODULES = ("dit_video.training.step", "dit_video.training.state", "dit_video.generation")
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 130
 

@@ -11,7 +11,7 @@ from dit_video.core import rng
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.data.synthetic import shapes
-from dit_video.generation import Request
+from dit_video.generation.request import Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

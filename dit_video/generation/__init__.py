@@ -1,7 +1,10 @@
-"""Generation of clips: requests, tasks, packing and the sampler."""
+"""Sampling: plans, packing of requests, and the sampler.
+
+Requests of clips and tasks are in `generation.request` and `generation.tasks`; they import the decoding of video.
+"""
 
 from dit_video.generation.packing import SamplingRequest
-from dit_video.generation.request import GenerationTask, Image, Request, SamplingPlan, TaskModel
+from dit_video.generation.plan import SamplingPlan, StepInputs, StepTransform
 from dit_video.generation.sampler import (
     Denoiser,
     LatentTrace,
@@ -10,25 +13,15 @@ from dit_video.generation.sampler import (
     sample_latents,
     trace_latents,
 )
-from dit_video.generation.tasks.image_to_video import ImageToVideo
-from dit_video.generation.tasks.text_to_video import TextToVideo
-from dit_video.generation.transform import CleanTokens, StepInputs, StepTransform
 
 __all__ = [
-    "CleanTokens",
     "Denoiser",
-    "GenerationTask",
-    "Image",
-    "ImageToVideo",
     "LatentTrace",
-    "Request",
     "Sampling",
     "SamplingPlan",
     "SamplingRequest",
     "StepInputs",
     "StepTransform",
-    "TaskModel",
-    "TextToVideo",
     "draw_initial_noise",
     "sample_latents",
     "trace_latents",

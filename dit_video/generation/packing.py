@@ -16,7 +16,7 @@ from dit_video.conditioning import COND_LATENTS
 from dit_video.core.errors import UserError
 from dit_video.core.rng import key
 from dit_video.core.typing import AnyArray
-from dit_video.generation.request import SamplingPlan
+from dit_video.generation.plan import SamplingPlan
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
     Field,

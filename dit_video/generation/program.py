@@ -23,7 +23,7 @@ from dit_video.diffusion import (
 )
 from dit_video.generation.conditioning import make_conditioning
 from dit_video.generation.packing import SamplingBatch
-from dit_video.generation.transform import StepInputs, StepTransform
+from dit_video.generation.plan import StepInputs, StepTransform
 from dit_video.tokens import PackedBatch
 
 MIN_PROGRAM_STEPS = 64

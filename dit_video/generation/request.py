@@ -7,31 +7,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import FrameConditioning
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.image import FrozenImageEncoder
-from dit_video.generation.transform import StepTransform
-from dit_video.tokens import Field, Grid
+from dit_video.generation.plan import SamplingPlan
+from dit_video.tokens import Grid
 from dit_video.video import Clip
 
 Image = Clip | UInt8[np.ndarray, "H W 3"]
 """A clip of one frame, or its pixels."""
-
-
-class SamplingPlan(NamedTuple):
-    """Everything that sampling of a clip needs to know besides its prompt."""
-
-    fields: Mapping[Field, np.ndarray] = {}
-    """Fields of the clip, which the model or `transform` reads; an array on the latents' grid is `t h w *shape`."""
-    start: Float32[np.ndarray, "t h w c"] | None = None
-    """Latents that sampling starts from, with noise of `start_time` added; None to start from noise alone."""
-    start_time: float = 1.0
-    """Diffusion time that sampling starts at: at the first time of the schedule that is not above it."""
-    transform: StepTransform | None = None
-    """Change of each step; clips with equal ones are sampled together."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,8 +36,8 @@ from dit_video.diffusion import (
     init_sampling,
 )
 from dit_video.generation.packing import START_LATENTS, Packer, RequestSize, SamplingBatch, SamplingRequest, plan_rows
+from dit_video.generation.plan import StepTransform
 from dit_video.generation.program import compute_program_steps, make_program
-from dit_video.generation.transform import StepTransform
 from dit_video.text import Tokenizer
 from dit_video.tokens import Grid, LayoutShape, unpack, unpatchify
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from dit_video.diffusion import Guidance, Solver
-from dit_video.generation import GenerationTask, Image
+from dit_video.generation.request import GenerationTask, Image
 
 GuidanceScale = float | int | tuple[float, float] | Guidance
 """Scale of guidance, one for each of two experts, or guidance with all its options."""

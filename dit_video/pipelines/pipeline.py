@@ -25,14 +25,13 @@ from dit_video.encoders.text import open_tokenizer, set_encoder_folder
 from dit_video.generation import (
     Denoiser,
     LatentTrace,
-    Request,
     Sampling,
     SamplingRequest,
-    TaskModel,
     sample_latents,
     trace_latents,
 )
 from dit_video.generation.preparation import make_sampling_request
+from dit_video.generation.request import Request, TaskModel
 from dit_video.nn import get_graph_def, merge_lora
 from dit_video.pipelines.config import PipelineConfig, PreviousStep, to_grid
 from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config

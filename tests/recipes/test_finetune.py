@@ -41,7 +41,8 @@ from dit_video.experiment.encoders import check_image_encoder
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.run import Run
 from dit_video.families import load_denoiser
-from dit_video.generation import ImageToVideo, Request
+from dit_video.generation.request import Request
+from dit_video.generation.tasks.image_to_video import ImageToVideo
 from dit_video.nn import LoraConfig
 from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.tokens import Grid

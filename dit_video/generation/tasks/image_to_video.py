@@ -15,8 +15,8 @@ from jaxtyping import Float32, UInt8
 from dit_video.autoencoders import latent_grid
 from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, fill_unknown_frames, fold_frame_mask
 from dit_video.core.errors import UserError
-from dit_video.generation.request import GenerationTask, Image, Request, SamplingPlan, TaskModel
-from dit_video.generation.transform import CleanTokens
+from dit_video.generation.plan import CleanTokens, SamplingPlan
+from dit_video.generation.request import GenerationTask, Image, Request, TaskModel
 from dit_video.tokens import Field, Grid
 from dit_video.video import Clip
 

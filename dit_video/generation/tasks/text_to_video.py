@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from dit_video.generation.request import GenerationTask, Request, SamplingPlan, TaskModel
+from dit_video.generation.plan import SamplingPlan
+from dit_video.generation.request import GenerationTask, Request, TaskModel
 from dit_video.generation.tasks.image_to_video import plan_frames
 
 

@@ -9,7 +9,9 @@ import pytest
 import dit_video
 from dit_video.conditioning import FrameConditioning, make_cond_latents
 from dit_video.core.errors import UserError
-from dit_video.generation import ImageToVideo, Request, TextToVideo
+from dit_video.generation.request import Request
+from dit_video.generation.tasks.image_to_video import ImageToVideo
+from dit_video.generation.tasks.text_to_video import TextToVideo
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import patchify
 from support import tiny_clip

@@ -1,11 +1,13 @@
-"""Changes of sampling steps that a generation task makes: of the model's input, and of the sample after a step."""
+"""Plans of sampling, which generation tasks make: fields, start latents, and changes of steps."""
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Float32
 
 from dit_video.diffusion import Process
 from dit_video.tokens import Field, PackedBatch
@@ -46,6 +48,19 @@ class StepTransform(abc.ABC):
     def change_sample(self, sample: Float[Array, "B N p"], inputs: StepInputs) -> Float[Array, "B N p"]:
         """Return the sample after a step; `inputs.time` is that at its end."""
         return sample
+
+
+class SamplingPlan(NamedTuple):
+    """Everything that sampling of a clip needs to know besides its prompt."""
+
+    fields: Mapping[Field, np.ndarray] = {}
+    """Fields of the clip, which the model or `transform` reads; an array on the latents' grid is `t h w *shape`."""
+    start: Float32[np.ndarray, "t h w c"] | None = None
+    """Latents that sampling starts from, with noise of `start_time` added; None to start from noise alone."""
+    start_time: float = 1.0
+    """Diffusion time that sampling starts at: at the first time of the schedule that is not above it."""
+    transform: StepTransform | None = None
+    """Change of each step; clips with equal ones are sampled together."""
 
 
 @dataclass(frozen=True, kw_only=True)
