@@ -172,9 +172,9 @@ def test_distillation_conditions_on_classes():
     text = ClassNamesConfig(classes=3)
     backbone = dataclasses.replace(DIT, context=NoContext(), context_width=0, labels=ClassLabels(classes=3))
     empty = text.make_tokenizer()("")
-    loss = dataclasses.replace(
-        CONSISTENCY, backbone=get_graph_def(backbone.make), text=get_graph_def(text.make), empty_caption=empty
-    )
+    graphs = {"backbone": get_graph_def(backbone.make), "text": get_graph_def(text.make)}
+    denoiser = dataclasses.replace(CONSISTENCY.denoiser, **graphs, empty_caption=empty)
+    loss = dataclasses.replace(CONSISTENCY, denoiser=denoiser)
     weights = {"backbone": make_random_params(backbone.make), "text": {}}
 
     def prediction(label, *, silent=False):
