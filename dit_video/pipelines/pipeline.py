@@ -18,8 +18,7 @@ from jaxtyping import Float32
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.trees import count_values as count
-from dit_video.diffusion import Guidance, Solver
-from dit_video.diffusion import get_sampler as sampler_of
+from dit_video.diffusion import Guidance, Solver, get_sampler
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
 from dit_video.generation import (
@@ -329,7 +328,7 @@ class Pipeline:
         if guidance is not None:
             changes["guidance"] = _resolve_guidance(self.config.sampling, guidance)
         if sampler is not None:
-            changes["solver"] = sampler_of(sampler) if isinstance(sampler, str) else sampler
+            changes["solver"] = get_sampler(sampler) if isinstance(sampler, str) else sampler
         return replace(self.config.sampling, **changes)
 
     def _make_sampling_arguments(self, sampling: Sampling, count: int) -> dict[str, Any]:
