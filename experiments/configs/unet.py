@@ -48,7 +48,7 @@ def make_transformer_experiment(seed: int = 0, *, brief: bool = False) -> Experi
         layout=PackedShape(tokens=120, text=320, segments=18),
         batch=4,
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="wsd", warmup=50, b2=0.99),
-        steps=60 if brief else 2000,
+        steps=60 if brief else 2800,
     )
     return dataclasses.replace(base, name="shapes-unet", autoencoder=autoencoder, denoiser=denoiser)
 
