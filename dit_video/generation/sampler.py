@@ -240,6 +240,7 @@ def _plan_batches(
         if steps.transform is not None:
             fields |= dict.fromkeys(steps.transform.list_fields(requests[indices[0]].noise.shape[-1]))
         packer = Packer(requests, texts, patch, denoiser.token_dt, guidance.branch_count, rows, tuple(fields))
+        sample_times = sampling.time_schedule(steps.process, sampling.steps)
         request_sizes, is_batched = [sizes[index] for index in indices], sampling.branch_evaluation == "together"
         for group in plan_rows(request_sizes, shape, rows=rows, is_batched=is_batched):
             for start in range(0, len(group.rows), rows):
@@ -248,7 +249,7 @@ def _plan_batches(
                     row_requests=members,
                     batch=packer.make_batch(group, members),
                     is_side_by_side=group.is_side_by_side,
-                    sample_times=sampling.time_schedule(steps.process, sampling.steps),
+                    sample_times=sample_times,
                     first_step=steps.first,
                     transform=steps.transform,
                 )

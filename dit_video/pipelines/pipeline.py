@@ -186,9 +186,10 @@ class Pipeline:
 
         A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`.
         """
-        return self._decode_clips(
-            self.generate_latents(requests, steps=steps, guidance=guidance, sampler=sampler), requests
-        )
+        sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
+        latent_requests = self._make_latent_requests(requests)
+        arguments = self._make_sampling_arguments(sampling, len(latent_requests))
+        return self._decode_clips(sample_latents(self._denoiser, latent_requests, **arguments), requests)
 
     def generate_latents(
         self,
