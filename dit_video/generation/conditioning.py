@@ -39,7 +39,8 @@ def make_request_fields(
     for each in configs:
         name, shape = each.field.name, each.field.get_shape(latents)
         if name in strengths and each.field.dtype != "float32":
-            raise UserError(f"strengths={dict(strengths)} is invalid: {name} are numbers of a kind. Leave {name} out.")
+            rule = f"{name} holds integers, which have no strength. Leave it out."
+            raise UserError(f"strengths={dict(strengths)} is invalid: {rule}")
         field = each.from_request(values[name], latents) if name in values else np.zeros(shape, each.field.dtype)
         if field.shape != shape:
             raise UserError(

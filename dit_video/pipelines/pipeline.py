@@ -73,7 +73,7 @@ class Pipeline:
         self.config = config
         self._previous = dict(previous or {})
         if set(self._previous) != (names := {step.name for step in config.previous}):
-            raise UserError(f"previous={sorted(self._previous)} is invalid: this config has {sorted(names)}. Use them.")
+            raise UserError(f"previous={sorted(self._previous)} is invalid: the config has {sorted(names)}. Use these.")
         self._get_lora_modules = get_lora_modules
         self.codec = LatentCodec(config.autoencoder, autoencoder)
         """Autoencoder with its parameters."""
