@@ -21,35 +21,3 @@ from dit_video.autoencoders.streaming import decode_stream, encode_stream, measu
 from dit_video.autoencoders.tiling import Tiles
 from dit_video.autoencoders.vae import CausalVaeConfig
 from dit_video.autoencoders.vq import VqConfig
-
-__all__ = [
-    "R1",
-    "AdversarialConfig",
-    "Autoencoder",
-    "AutoencoderConfig",
-    "AutoencoderObjective",
-    "CausalVaeConfig",
-    "ClipCanvas",
-    "CodebookConfig",
-    "IdentityConfig",
-    "ImageLevels",
-    "ImageVaeConfig",
-    "InflatedConfig",
-    "LeCam",
-    "LinearAutoencoder",
-    "NoisyAutoencoderConfig",
-    "PatchVaeConfig",
-    "Tiles",
-    "VqConfig",
-    "compute_padding_share",
-    "compute_segment_ids",
-    "decode_stream",
-    "encode_stream",
-    "fit_linear",
-    "inflate",
-    "init_from_linear",
-    "latent_grid",
-    "measure_tiling_error",
-    "merge_sizes",
-    "pack_canvases",
-]

@@ -12,22 +12,3 @@ from dit_video.conditioning.frame_conditioning import (
 from dit_video.conditioning.frames import fill_unknown_frames, fold_frame_mask
 from dit_video.conditioning.prompts import drop_captions
 from dit_video.conditioning.records import ClassIds, Conditioning, ConditioningLatents, ImageTokens, TextTokens
-
-__all__ = [
-    "COND_LATENTS",
-    "IMAGE_TOKENS",
-    "ClassIds",
-    "ClipConditioning",
-    "ClipView",
-    "Conditioning",
-    "ConditioningLatents",
-    "FrameConditioning",
-    "ImageTokens",
-    "TextTokens",
-    "drop_captions",
-    "fill_unknown_frames",
-    "fold_frame_mask",
-    "make_cond_latents",
-    "make_image_tokens",
-    "mask_first_frames",
-]

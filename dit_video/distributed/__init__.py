@@ -13,21 +13,3 @@ from dit_video.distributed.sharding_rules import (
     make_shardings,
     shard_batch,
 )
-
-__all__ = [
-    "AXES",
-    "MeshConfig",
-    "RingAttention",
-    "RowPart",
-    "ShardedAttention",
-    "ShardingRules",
-    "Slices",
-    "check_denoiser",
-    "count_row_shards",
-    "make_batch_sharding",
-    "make_batch_shardings",
-    "make_mesh",
-    "make_parallelism",
-    "make_shardings",
-    "shard_batch",
-]

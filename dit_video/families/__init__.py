@@ -10,18 +10,3 @@ from dit_video.families.denoisers import (
 )
 from dit_video.families.family import DenoiserFormat, Family, PipelineParts
 from dit_video.families.registry import find_family, register_family
-
-__all__ = [
-    "DenoiserFormat",
-    "Family",
-    "PipelineParts",
-    "find_family",
-    "find_format",
-    "get_lora_modules",
-    "load_autoencoder",
-    "load_denoiser",
-    "read_denoiser_config",
-    "register_family",
-    "save_autoencoder",
-    "save_denoiser",
-]

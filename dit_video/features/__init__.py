@@ -8,12 +8,3 @@ from dit_video.features.clip import (
     FrameEncoder,
 )
 from dit_video.features.lpips import Lpips
-
-__all__ = [
-    "ClipConfig",
-    "ClipImageProcessor",
-    "ClipTextConfig",
-    "ClipVisionConfig",
-    "FrameEncoder",
-    "Lpips",
-]

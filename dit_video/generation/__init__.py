@@ -13,16 +13,3 @@ from dit_video.generation.sampler import (
     sample_latents,
     trace_latents,
 )
-
-__all__ = [
-    "Denoiser",
-    "LatentTrace",
-    "Sampling",
-    "SamplingPlan",
-    "SamplingRequest",
-    "StepInputs",
-    "StepTransform",
-    "draw_initial_noise",
-    "sample_latents",
-    "trace_latents",
-]

@@ -3,5 +3,3 @@
 from dit_video.planning.report import Plan, plan_experiment
 from dit_video.planning.steps import Part
 from dit_video.planning.suggest import suggest
-
-__all__ = ["Part", "Plan", "plan_experiment", "suggest"]

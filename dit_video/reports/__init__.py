@@ -2,5 +2,3 @@
 
 from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
-
-__all__ = ["Chart", "Command", "Curve", "Figure", "Reconstruction", "Report", "Sample", "write_report"]

@@ -10,23 +10,3 @@ from dit_video.text.tokenizer import TOKENIZER_FILES, PretrainedTokenizer, clean
 
 TextConfig = ByteEncoderConfig | FrozenTextConfig | ClassNamesConfig
 """Configurations of the text encoders that a denoiser can be trained with."""
-
-__all__ = [
-    "TOKENIZER_FILES",
-    "ByteEncoder",
-    "ByteEncoderConfig",
-    "ByteTokenizer",
-    "CaptionTokens",
-    "ClassNamesConfig",
-    "Context",
-    "Embedder",
-    "FrozenTextConfig",
-    "PretrainedTokenizer",
-    "T5Config",
-    "TextConfig",
-    "TextEncoder",
-    "TextEncoderConfig",
-    "Tokenizer",
-    "clean",
-    "has_tokenizer",
-]

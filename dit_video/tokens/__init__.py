@@ -9,38 +9,3 @@ from dit_video.tokens.positions import compute_positions, infer_grid
 from dit_video.tokens.rotary import Rotary3d, compute_rotary_angles, rotate, split_evenly
 from dit_video.tokens.segments import compute_segment_offsets, expand_to_tokens, segment_max, segment_mean
 from dit_video.tokens.shapes import CanvasFill, CanvasShape, DenseShape, LayoutShape, PackedShape, sort_grids
-
-__all__ = [
-    "Alignment",
-    "Canvas",
-    "CanvasFill",
-    "CanvasShape",
-    "DenseBatch",
-    "DenseShape",
-    "Field",
-    "Grid",
-    "LayoutShape",
-    "PackedBatch",
-    "PackedExample",
-    "PackedRows",
-    "PackedShape",
-    "Rotary3d",
-    "RowView",
-    "compute_positions",
-    "compute_rotary_angles",
-    "compute_segment_offsets",
-    "compute_token_grid",
-    "expand_to_tokens",
-    "infer_grid",
-    "make_empty_row",
-    "pack",
-    "patchify",
-    "rotate",
-    "segment_max",
-    "segment_mean",
-    "sort_grids",
-    "split_evenly",
-    "stack_rows",
-    "unpack",
-    "unpatchify",
-]

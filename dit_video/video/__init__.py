@@ -3,5 +3,3 @@
 from dit_video.video.clip import Clip, encode
 from dit_video.video.decode import VideoInfo, compute_average_fps, decode, probe
 from dit_video.video.reader import TOLERANCE
-
-__all__ = ["TOLERANCE", "Clip", "VideoInfo", "compute_average_fps", "decode", "encode", "probe"]

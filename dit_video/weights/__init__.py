@@ -16,31 +16,3 @@ from dit_video.weights.lpips import load_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
 from dit_video.weights.scheduler import LoadedScheduler, load_scheduler
 from dit_video.weights.text_encoders import load_text_encoder, read_t5_config, save_text_encoder
-
-__all__ = [
-    "LoadedScheduler",
-    "LoraModule",
-    "TensorFolder",
-    "expand_layers",
-    "get_native_modules",
-    "load",
-    "load_clip",
-    "load_clip_image_processor",
-    "load_clip_text",
-    "load_clip_vision",
-    "load_embedder",
-    "load_lora",
-    "load_lpips",
-    "load_metadata",
-    "load_scheduler",
-    "load_text_encoder",
-    "read_clip_text_config",
-    "read_clip_vision_config",
-    "read_t5_config",
-    "read_text_encoder_config",
-    "save",
-    "save_clip",
-    "save_clip_image_processor",
-    "save_lora",
-    "save_text_encoder",
-]

@@ -17,20 +17,3 @@ from dit_video.backbones.dit.positions import (
     PositionEmbedding,
     SineCosine,
 )
-
-__all__ = [
-    "BoundaryEmbedding",
-    "ClassLabels",
-    "CrossAttention",
-    "Dit",
-    "DitConfig",
-    "FactorizedEmbedding",
-    "ImageSineCosine",
-    "JointAttention",
-    "NoContext",
-    "PooledContext",
-    "PositionEmbedding",
-    "SineCosine",
-    "TemporalLayers",
-    "TimeEmbedding",
-]

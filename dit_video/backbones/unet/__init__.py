@@ -2,5 +2,3 @@
 
 from dit_video.backbones.unet.config import UnetArchitecture
 from dit_video.backbones.unet.model import Unet, UnetConfig
-
-__all__ = ["Unet", "UnetArchitecture", "UnetConfig"]

@@ -12,25 +12,3 @@ from dit_video.distributed.planner.hardware import CHIPS, Topology, find_chip, g
 from dit_video.distributed.planner.hlo import CollectiveTraffic, read_program
 from dit_video.distributed.planner.lower_bounds import compute_min_collective_bytes, sum_collective_bytes
 from dit_video.distributed.planner.roofline import StepTimes, StepWork, compute_step_times, get_link_bandwidth
-
-__all__ = [
-    "CHIPS",
-    "CollectiveTraffic",
-    "CompiledStep",
-    "MemoryUsage",
-    "StepSpec",
-    "StepTimes",
-    "StepWork",
-    "Topology",
-    "compile_step",
-    "compute_min_collective_bytes",
-    "compute_step_times",
-    "count_argument_bytes",
-    "estimate_step",
-    "find_chip",
-    "get_link_bandwidth",
-    "get_peak_flops",
-    "measure_peak_memory",
-    "read_program",
-    "sum_collective_bytes",
-]

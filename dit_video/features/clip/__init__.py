@@ -6,15 +6,3 @@ from dit_video.features.clip.layers import ACTIVATIONS, ClipTowerConfig
 from dit_video.features.clip.model import ClipConfig, ClipTowers
 from dit_video.features.clip.text import ClipTextConfig
 from dit_video.features.clip.vision import ClipVisionConfig
-
-__all__ = [
-    "ACTIVATIONS",
-    "ClipConfig",
-    "ClipImageProcessor",
-    "ClipTextConfig",
-    "ClipTowerConfig",
-    "ClipTowers",
-    "ClipVisionConfig",
-    "FrameEncoder",
-    "preprocess_frames",
-]

@@ -22,28 +22,3 @@ from dit_video.nn.attention.masks import (
 )
 from dit_video.nn.attention.pairs import count_pairs
 from dit_video.nn.attention.weights import RecordedAttention
-
-__all__ = [
-    "GLOBAL",
-    "Attention",
-    "AttentionInputs",
-    "Backend",
-    "Bias",
-    "BiasTable",
-    "CausalFrames",
-    "Full",
-    "Pattern",
-    "PatternChoice",
-    "RecordedAttention",
-    "RelativeBias",
-    "SlidingWindow",
-    "SpaceOnly",
-    "SparseCausal",
-    "TimeOnly",
-    "WithGlobalTokens",
-    "check_attention",
-    "choose_block_size",
-    "compute_grid_indices",
-    "count_pairs",
-    "make_attention",
-]

@@ -17,5 +17,3 @@ An error is raised only if a source is unusable as a whole: a list lacks require
 
 from dit_video.data.ingest.formats.detect import SourceFormat, list_clips, register_format
 from dit_video.data.ingest.formats.types import MEDIA, ListedClip, Listing
-
-__all__ = ["MEDIA", "ListedClip", "Listing", "SourceFormat", "list_clips", "register_format"]
