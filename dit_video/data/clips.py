@@ -21,7 +21,7 @@ from dit_video.core.storage import (
     read_document,
     to_storage_path,
 )
-from dit_video.data.records import builder, shards
+from dit_video.data.records import shards
 
 INDEX = "index.json"
 VERSION = 2
@@ -119,7 +119,7 @@ class ClipSource:
     def _open_dataset(self, number: int) -> Sequence[Any]:
         folder = self.folders[number]
         if str(folder).startswith("gs://"):
-            return builder.open_records(epath.Path(str(folder)))
+            return shards.open_records(epath.Path(str(folder)))
         return shards.open_dataset(folder, cache=self._cache, version=self._versions[number])
 
     def __getstate__(self) -> dict[str, Any]:

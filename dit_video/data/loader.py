@@ -16,7 +16,7 @@ from typing import Any
 import absl.flags
 import grain
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
@@ -84,10 +84,8 @@ class LoaderConfig:
             raise UserError(f"batch={self.batch} must be a positive multiple of hosts={self.hosts}")
         if not 0 <= self.host < self.hosts:
             raise UserError(f"host={self.host} must be one of 0 to {self.hosts - 1}")
-        if self.start_step < 0 or self.workers < 0:
-            raise UserError(f"start_step={self.start_step} and workers={self.workers} must not be negative")
-        if self.threads < 1 or self.ahead_bytes < 1:
-            raise UserError(f"threads={self.threads} and ahead_bytes={self.ahead_bytes} must be at least 1")
+        check_at_least(0, start_step=self.start_step, workers=self.workers)
+        check_at_least(1, threads=self.threads, ahead_bytes=self.ahead_bytes)
 
     @property
     def row_options(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.errors import DecodeError, UserError, check_at_least
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.tokens import Grid
 from dit_video.video import TOLERANCE, Clip, decode
@@ -27,10 +27,7 @@ class SizeLimits:
     """Frame rate to which clips of a higher rate are resampled; None keeps every clip's own average rate."""
 
     def __post_init__(self):
-        if min(self.multiple) < 1:
-            raise UserError(f"multiple={tuple(self.multiple)} is invalid: it must be at least 1 along each axis")
-        if self.max_frames < 1:
-            raise UserError(f"max_frames={self.max_frames} is invalid: it must be at least 1")
+        check_at_least(1, multiple=min(self.multiple), max_frames=self.max_frames)
         if self.fps is not None and not self.fps > 0:
             raise UserError(f"fps={self.fps} is invalid: it must be positive. Use None for every clip's own rate.")
         min_pixels = self.multiple.h * self.multiple.w

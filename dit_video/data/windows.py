@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dit_video.core import rng
-from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.errors import DecodeError, UserError, check_at_least
 from dit_video.data.augmentation import Augmentation, augment_window, composite
 from dit_video.data.clips import ClipSource
 from dit_video.data.packing.rows import ENDLESS_LENGTH, log_damaged_clip
@@ -48,8 +48,7 @@ class WindowConfig:
     def __post_init__(self):
         if self.augment is not None and self.augment.transpose and self.size.h != self.size.w:
             raise UserError(f"transpose=True is invalid: windows of {self.size!r} are not square. Use transpose=False.")
-        if min(self.size) < 1 or self.batch < 1:
-            raise UserError(f"size={tuple(self.size)}, batch={self.batch} is invalid: each must be at least 1")
+        check_at_least(1, size=min(self.size), batch=self.batch)
 
 
 class ClipCrops:

@@ -10,10 +10,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.processes.variance_preserving import VariancePreservingProcess
-from dit_video.diffusion.sample_times import SampleTimes, append_final_time, check_steps
+from dit_video.diffusion.sample_times import SampleTimes, append_final_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,7 @@ class DiscreteSchedule:
     """End of the schedule: the data, or the state after the first noise step."""
 
     def __post_init__(self):
-        if self.steps_offset < 0:
-            raise UserError(f"steps_offset={self.steps_offset} is invalid: it must not be negative. Use 0 or more.")
+        check_at_least(0, steps_offset=self.steps_offset)
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times of `steps` steps, computed in float64.
@@ -53,7 +52,7 @@ class DiscreteSchedule:
           UserError: If there is less than one step, there are more than the model was trained on, or the process has no
             steps.
         """
-        check_steps(steps)
+        check_at_least(1, steps=steps)
         total = _count_trained_steps(process, self)
         if steps + self.has_extra_step > total:
             raise UserError(
@@ -103,8 +102,7 @@ class LcmSchedule:
     """Number of the teacher's sampling steps, whose times are those of distillation."""
 
     def __post_init__(self):
-        if self.distillation_steps < 1:
-            raise UserError(f"distillation_steps={self.distillation_steps} is invalid: must be at least 1. Use 50.")
+        check_at_least(1, distillation_steps=self.distillation_steps)
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times of `steps` steps.
@@ -113,7 +111,7 @@ class LcmSchedule:
           UserError: If there is less than one step, there are more than the model was distilled on, or the process has
             no steps.
         """
-        check_steps(steps)
+        check_at_least(1, steps=steps)
         total = _count_trained_steps(process, self)
         if not steps <= self.distillation_steps <= total:
             raise UserError(
@@ -142,7 +140,7 @@ class UniPcFlowSchedule:
         Raises:
           UserError: If there is less than one step.
         """
-        check_steps(steps)
+        check_at_least(1, steps=steps)
         times = process.shift_time(np.linspace(1.0, 1.0 / self.training_steps, steps + 1)[:-1])
         if abs(times[0] - 1) < 1e-6:
             times[0] -= 1e-6
@@ -166,7 +164,7 @@ class DpmFlowSchedule:
         Raises:
           UserError: If there is less than one step.
         """
-        check_steps(steps)
+        check_at_least(1, steps=steps)
         times = process.shift_time(1 - np.linspace(1.0, 1.0 / self.training_steps, steps + 1))[::-1][:-1]
         model_times = np.floor(times * self.training_steps) / self.training_steps
         return append_final_time(times, model_times)
@@ -188,7 +186,7 @@ class FlowMatchSchedule:
         Raises:
           UserError: If there is less than one step.
         """
-        check_steps(steps)
+        check_at_least(1, steps=steps)
         first, last = process.shift_time(np.asarray([1.0, 1.0 / self.training_steps]))
         times = process.shift_time(np.linspace(first, last, steps))
         return append_final_time(times, times)

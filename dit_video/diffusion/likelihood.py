@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Key
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion.predictions import DenoiseFn, Prediction, Velocity, make_estimator
 from dit_video.diffusion.processes.process import Process
 
@@ -78,9 +78,7 @@ def log_likelihood(
     Raises:
       UserError: If there is less than one step, or the number of keys is not the number of examples.
     """
-    steps = times.shape[0] - 1
-    if steps < 1:
-        raise UserError(f"times with {steps + 1} values are invalid: use two or more, for at least 1 step, not {steps}")
+    check_at_least(2, times=len(times))
     if isinstance(divergence, HutchinsonTrace) and divergence.keys.shape != data.shape[:1]:
         raise UserError(f"keys of shape {divergence.keys.shape} are invalid: {data.shape[0]} examples need a key each.")
     directions = _make_directions(divergence, data)

@@ -6,8 +6,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from dit_video.core.errors import UserError
-
 
 class SampleTimes(NamedTuple):
     """Falling times, one more than there are steps."""
@@ -16,12 +14,6 @@ class SampleTimes(NamedTuple):
     """Times of the solver's steps."""
     model_times: Float[Array, " times"]
     """Time that the model receives at each of them."""
-
-
-def check_steps(steps: int) -> None:
-    """Refuse less than one step."""
-    if steps < 1:
-        raise UserError(f"steps={steps} is invalid: sampling takes at least 1 step, not {steps}. Use steps=1 or more.")
 
 
 def put_on_device(values: np.ndarray) -> Float[Array, " times"]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Array, Float
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion.diffusers_schedules import (
     DiscreteSchedule,
     DpmFlowSchedule,
@@ -19,7 +19,7 @@ from dit_video.diffusion.diffusers_schedules import (
 )
 from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.processes.rectified_flow import RectifiedFlow
-from dit_video.diffusion.sample_times import SampleTimes, append_final_time, check_steps, put_on_device
+from dit_video.diffusion.sample_times import SampleTimes, append_final_time, put_on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class _RatioTimes:
         Raises:
           UserError: If there is less than one step, or the first time is not pure noise.
         """
-        check_steps(steps)
+        check_at_least(1, steps=steps)
         one = np.ones(1)
         with np.errstate(divide="ignore"):
             process_ratio = (process.sigma(one) / process.alpha(one)).item()
@@ -171,5 +171,5 @@ def make_uniform_times(process: Process, steps: int) -> Float[Array, " {steps}+1
     Raises:
       UserError: If there is less than one step.
     """
-    check_steps(steps)
+    check_at_least(1, steps=steps)
     return put_on_device(process.shift_time(np.linspace(1.0, 0.0, steps + 1)))

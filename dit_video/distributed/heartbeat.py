@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from dit_video.core import config_json
-from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, UserError
+from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, UserError, check_at_least
 from dit_video.distributed.store import KeyValueStore
 
 _GRACE_SECONDS = 10.0
@@ -57,9 +57,7 @@ class TimeoutConfig:
     takes."""
 
     def __post_init__(self) -> None:
-        for name in ("startup", "max_silence", "max_lag"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is invalid: it is too short. Use 1 second or more.")
+        check_at_least(1, startup=self.startup, max_silence=self.max_silence, max_lag=self.max_lag)
 
 
 class _PeerState:

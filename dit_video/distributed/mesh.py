@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 """A mesh of devices, or an abstract one with its sizes only."""
@@ -35,9 +35,7 @@ class Slices:
     context: int = 1
 
     def __post_init__(self) -> None:
-        for name in AXES:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is invalid: an axis has 1 slice or more. Use {name}=1.")
+        check_at_least(1, **{name: getattr(self, name) for name in AXES})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -238,7 +238,8 @@ def write_samples(
             part = requests[start : start + group]
             for request, clip in zip(part, pipeline.generate_many(part, **sampling), strict=True):
                 frames, height, width = request.size
-                name = f"{len(entries):03d}-{_slug(request.prompt)}.{'png' if frames == 1 else 'mp4'}"
+                slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40] or "unconditional"
+                name = f"{len(entries):03d}-{slug}.{'png' if frames == 1 else 'mp4'}"
                 clip.save(temporary / name)
                 size = {"frames": frames, "height": height, "width": width}
                 entry = {"file": name, "prompt": request.prompt, **size, "seed": request.seed}
@@ -270,7 +271,3 @@ def read_samples(folder: str | Path) -> list[SavedSample]:
         SavedSample(entry, replace(decode(folder / entry["file"]), caption=entry["prompt"]))
         for entry in read_json(folder / PROMPTS_FILE)
     ]
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "unconditional"

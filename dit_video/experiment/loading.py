@@ -47,7 +47,8 @@ def load(
         frozen; a hub that cannot be reached.
     """
     folder = Path(path)
-    if not folder.exists() and _is_hub_name(path):
+    # A name on the hub has two parts, of which the first is not a folder here.
+    if not folder.parent.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
         folder = _download(str(path))
     if not folder.is_dir():
         raise MissingError(f"no such run: {folder}")
@@ -78,23 +79,14 @@ def _with_text_encoder(pipeline: Pipeline, text_encoder: str | Path | None) -> P
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 
-def _is_hub_name(path: str | Path) -> bool:
-    """Return True if a missing path may be a name on the hub: two parts, and the first is not a folder here."""
-    name = str(path)
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).parent.exists()
-
-
 def _download(name: str) -> Path:
     """Return the local copy of a folder on the hub, downloading it if needed.
 
     Raises:
       MissingError: it cannot be downloaded.
     """
-    try:
-        # Imported here: local folders need no hub.
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise MissingError(f"no such folder: {name}; to download it, pip install huggingface_hub") from error
+    from huggingface_hub import snapshot_download  # Imported here: local folders need no hub.
+
     parts = {part for family in list_families() for part in family.parts}
     files = [INDEX, *sorted(f"{part}/*.{ending}" for part in parts for ending in _HUB_ENDINGS)]
     try:

@@ -4,9 +4,9 @@ Denoisers have diffusers' layout, their authors' or the native one (`native_form
 `transformers` or the native one. Autoencoders, in diffusers' or the native layout, are small and converted in memory.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +15,8 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.families.autoencoders import EXTERNAL_CLASSES as AUTOENCODERS
 from dit_video.families.autoencoders import load_autoencoder, save_autoencoder
-from dit_video.families.denoisers import (
-    find_format,
-    get_format,
-    get_lora_modules,
-    list_denoiser_classes,
-    open_denoiser_file,
-    read_denoiser_config,
-)
-from dit_video.families.family import FileLayout
+from dit_video.families.denoiser_format import FileLayout, open_files
+from dit_video.families.denoisers import find_format, get_lora_modules, list_formats, read_denoiser_config
 from dit_video.nn import get_param_shapes
 from dit_video.text import T5Config
 from dit_video.weights import diffusers, native_format, streaming
@@ -34,10 +27,6 @@ from dit_video.weights.tensor_map import SHARD_BYTES
 from dit_video.weights.text_encoders import T5_MODEL_TYPES, make_t5_export, make_t5_tensor_map, read_t5_config
 
 TargetLayout = Literal["diffusers", "authors", "dit_video"]
-
-
-_OpenModel = tuple[Any, FolderSource]
-"""An open model: its config and the source of its parameters."""
 
 
 def convert(
@@ -65,20 +54,22 @@ def convert(
     """
     source, destination = Path(source), Path(destination)
     check_destination(destination)
-    if source.is_file():
-        with _open_authors_file(source) as opened:
-            _write(destination, opened, layout, dtype, shard_bytes)
-        return
-    document = diffusers.read_document(source)
-    kind = str(document.get("_class_name") or document.get("model_type"))
-    supported = (*list_denoiser_classes(), *AUTOENCODERS, *T5_MODEL_TYPES, native_format.CLASS)
-    diffusers.check_class(source, kind, supported)
-    native_config = native_format.read_native_config(source, document) if kind == native_format.CLASS else None
-    if kind in AUTOENCODERS or (native_config is not None and not isinstance(native_config, BackboneConfig | T5Config)):
+    document = {} if source.is_file() else diffusers.read_document(source)
+    kind, formats = str(document.get("_class_name") or document.get("model_type")), list_formats()
+    if document:
+        denoisers = [name for each in formats for name in each.layouts]
+        supported = (*denoisers, *AUTOENCODERS, *T5_MODEL_TYPES, native_format.CLASS)
+        diffusers.check_class(source, kind, supported)
+    config = native_format.read_native_config(source, document) if kind == native_format.CLASS else None
+    if kind in AUTOENCODERS or (config is not None and not isinstance(config, BackboneConfig | T5Config)):
         _convert_autoencoder(source, destination, document, layout, dtype, shard_bytes)
+        return
+    if kind in T5_MODEL_TYPES:
+        opening = _open_text_encoder(source)
     else:
-        with _open_folder(source, document, kind) as opened:
-            _write(destination, opened, layout, dtype, shard_bytes)
+        opening = open_files(formats, source, config_class=BackboneConfig | T5Config)
+    with opening as (config, parameters):
+        _write(destination, config, parameters, layout, dtype, shard_bytes)
 
 
 def convert_native_denoiser(
@@ -101,7 +92,7 @@ def convert_native_denoiser(
     with TensorFolder(file.parent, stem=file.stem) as tensors:
         others = [name for name in tensors.shapes if not name.startswith(prefix)]
         source = FolderSource(tensors, FileMap.from_params(shapes, prefix), shapes, ignored=others)
-        _write(destination, (config, source), layout, dtype, shard_bytes)
+        _write(destination, config, source, layout, dtype, shard_bytes)
 
 
 def convert_lora(
@@ -143,40 +134,17 @@ def check_destination(folder: Path) -> None:
         raise UserError(f"{folder} exists and is not empty. Use a folder that does not exist")
 
 
-@contextmanager
-def _open_folder(folder: Path, document: dict[str, Any], kind: str) -> Iterator[_OpenModel]:
-    """Open a folder whose class is converted tensor by tensor."""
-    native, text = kind == native_format.CLASS, kind in T5_MODEL_TYPES
-    with TensorFolder(folder, stem=diffusers.STEM if not native and not text else "model") as tensors:
-        ignored: set[str] = set()
-        if native:
-            config = native_format.read_native_config(folder, document)
-            file_map = FileMap.from_params(get_param_shapes(config.make))
-        elif text:
-            config = read_t5_config(folder)
-            tensor_map, ignored = make_t5_tensor_map(tensors, config)
-            file_map = FileMap.from_tensor_map(tensor_map)
-        else:
-            denoiser_format = get_format(document)
-            config = denoiser_format.read_config(folder, document)
-            file_map = denoiser_format.make_file_map(config, denoiser_format.layouts[kind])
+@contextlib.contextmanager
+def _open_text_encoder(folder: Path) -> Iterator[tuple[Any, FolderSource]]:
+    config = read_t5_config(folder)
+    with TensorFolder(folder, stem="model") as tensors:
+        tensor_map, ignored = make_t5_tensor_map(tensors, config)
         shapes = get_param_shapes(config.make)
-        yield config, FolderSource(tensors, file_map, shapes, ignored=ignored)
+        yield config, FolderSource(tensors, FileMap.from_tensor_map(tensor_map), shapes, ignored=ignored)
 
 
-@contextmanager
-def _open_authors_file(path: Path) -> Iterator[_OpenModel]:
-    """Open the authors' checkpoint of a denoiser in a single file."""
-    denoiser_format, tensors, document = open_denoiser_file(path)
-    with tensors:
-        config = denoiser_format.read_config(path, document)
-        file_map = denoiser_format.make_file_map(config, "authors")
-        yield config, FolderSource(tensors, file_map, get_param_shapes(config.make))
-
-
-def _write(folder: Path, model: _OpenModel, layout: TargetLayout, dtype: Any, shard_bytes: int) -> None:
+def _write(folder: Path, config: Any, source: FolderSource, layout: TargetLayout, dtype: Any, shard_bytes: int) -> None:
     """Write a denoiser or a text encoder."""
-    config, source = model
     if layout == "dit_video":
         native_format.write_native(folder, config, source, dtype=dtype, shard_bytes=shard_bytes)
         return

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import key
 from dit_video.diffusion import (
     AdaptiveProjectedGuidance,
@@ -62,8 +62,7 @@ class Sampling:
     """Evaluation of guidance branches: all at once, or one after the other, which takes less memory."""
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise UserError(f"steps={self.steps} is invalid: sampling takes at least 1 step, not {self.steps}. Use 32.")
+        check_at_least(1, steps=self.steps)
         _ = self.full_guidance  # Its constructor checks the values.
 
     @property

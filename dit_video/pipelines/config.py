@@ -7,7 +7,7 @@ from typing import Any, Literal
 from dit_video.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import FrameConditioning
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.generation import Sampling
 from dit_video.nn import get_param_shapes
@@ -36,8 +36,7 @@ class Downscale:
     w: int = 1
 
     def __post_init__(self):
-        if min(self.t, self.h, self.w) < 1:
-            raise UserError(f"{self} is invalid: factors are at least 1. Use Downscale(h=2, w=2).")
+        check_at_least(1, t=self.t, h=self.h, w=self.w)
 
     def shrink(self, size: Grid) -> Grid:
         """Return the smaller size."""

@@ -13,15 +13,20 @@ GuidanceScale = float | int | tuple[float, float] | Guidance
 """Scale of guidance, one for each of two experts, or guidance with all its options."""
 
 
-class GenerateOptions(TypedDict, total=False):
+class SamplingOverrides(TypedDict, total=False):
+    """Arguments that replace values of a pipeline's own sampling; None keeps them."""
+
+    steps: int | None
+    guidance: GuidanceScale | None
+    sampler: str | Solver | None
+
+
+class GenerateOptions(SamplingOverrides, total=False):
     """Arguments of `Pipeline.generate` besides the prompt and the kind of output."""
 
     size: tuple[int, int, int] | None
-    steps: int | None
-    guidance: GuidanceScale | None
     negative: str
     seed: int
-    sampler: str | Solver | None
     noise: Float32[np.ndarray, "t h w c"] | None
     image: Image | None
     last_image: Image | None

@@ -21,20 +21,13 @@ from dit_video.core.trees import count_values as count
 from dit_video.diffusion import Guidance, Solver, get_sampler
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
-from dit_video.generation import (
-    Denoiser,
-    LatentTrace,
-    Sampling,
-    SamplingRequest,
-    sample_latents,
-    trace_latents,
-)
+from dit_video.generation import Denoiser, LatentTrace, Sampling, sample_latents, trace_latents
 from dit_video.generation.preparation import make_sampling_request
 from dit_video.generation.request import Request, TaskModel
 from dit_video.nn import get_graph_def, merge_lora
 from dit_video.pipelines.config import PipelineConfig, PreviousStep, to_grid
 from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config
-from dit_video.pipelines.options import GenerateOptions, GuidanceScale
+from dit_video.pipelines.options import GenerateOptions, GuidanceScale, SamplingOverrides
 from dit_video.video import Clip
 from dit_video.weights import get_native_modules, load_lora
 from dit_video.weights import save as save_weights
@@ -153,57 +146,30 @@ class Pipeline:
         size = self.config.size if size is None else to_grid(size)
         values = conditioning or {}, strengths or {}
         request = Request(str(prompt), size, seed, negative, image, last_image, *values, task)
-        sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
-        latent_requests = self._make_latent_requests([request], noise)
-        latents = sample_latents(self._denoiser, latent_requests, **self._make_sampling_arguments(sampling, 1))
+        prepared = self._prepare([request], noise, steps=steps, guidance=guidance, sampler=sampler)
+        latents = sample_latents(self._denoiser, **prepared)
         return latents[0] if output == "latents" else self._decode_clips(latents, [request])[0]
 
-    def trace(
-        self,
-        request: Request,
-        *,
-        steps: int | None = None,
-        guidance: GuidanceScale | None = None,
-        sampler: str | Solver | None = None,
-    ) -> LatentTrace:
+    def trace(self, request: Request, **overrides: Unpack[SamplingOverrides]) -> LatentTrace:
         """Sample one request and return the latents and the predicted clean latents after every step.
 
-        Arguments and errors are as for `generate`; `decode` makes a clip of latents.
+        `decode` makes a clip of latents. `steps`, `guidance`, `sampler` and errors are as for `generate`.
         """
-        sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
-        requests = self._make_latent_requests([request])
-        return trace_latents(self._denoiser, requests, **self._make_sampling_arguments(sampling, 1))[0]
+        return trace_latents(self._denoiser, **self._prepare([request], **overrides))[0]
 
-    def generate_many(
-        self,
-        requests: Sequence[Request],
-        *,
-        steps: int | None = None,
-        guidance: GuidanceScale | None = None,
-        sampler: str | Solver | None = None,
-    ) -> list[Clip]:
-        """Generate the clips of all requests, of any sizes, packed and sampled together; arguments as for `generate`.
+    def generate_many(self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]) -> list[Clip]:
+        """Generate the clips of all requests, of any sizes, packed and sampled together.
 
-        A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`.
+        A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`. `steps`,
+        `guidance`, `sampler` and errors are as for `generate`.
         """
-        sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
-        latent_requests = self._make_latent_requests(requests)
-        arguments = self._make_sampling_arguments(sampling, len(latent_requests))
-        return self._decode_clips(sample_latents(self._denoiser, latent_requests, **arguments), requests)
+        return self._decode_clips(sample_latents(self._denoiser, **self._prepare(requests, **overrides)), requests)
 
     def generate_latents(
-        self,
-        requests: Sequence[Request],
-        *,
-        steps: int | None = None,
-        guidance: GuidanceScale | None = None,
-        sampler: str | Solver | None = None,
+        self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]
     ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
-        """Generate normalised latents `t h w c` of all requests; arguments as for `generate_many`."""
-        sampling = self.resolve_sampling(steps=steps, guidance=guidance, sampler=sampler)
-        latent_requests = self._make_latent_requests(requests)
-        arguments = self._make_sampling_arguments(sampling, len(latent_requests))
-        return sample_latents(self._denoiser, latent_requests, **arguments)
+        """Generate normalised latents `t h w c` of all requests; arguments and errors are as for `generate_many`."""
+        return sample_latents(self._denoiser, **self._prepare(requests, **overrides))
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
         """Encode a clip, whose size fits the stride, to normalised latents.
@@ -332,23 +298,26 @@ class Pipeline:
             changes["solver"] = get_sampler(sampler) if isinstance(sampler, str) else sampler
         return replace(self.config.sampling, **changes)
 
-    def _make_sampling_arguments(self, sampling: Sampling, count: int) -> dict[str, Any]:
+    def _prepare(
+        self,
+        requests: Sequence[Request],
+        noise: Float32[np.ndarray, "t h w c"] | None = None,
+        **overrides: Unpack[SamplingOverrides],
+    ) -> dict[str, Any]:
         """Return arguments of `sample_latents`; warn if guidance has no trained unconditional branch."""
-        if sampling.full_guidance.branch_count > 1 and self.config.caption_dropout == 0:
+        sampling, config = self.resolve_sampling(**overrides), self.config
+        if sampling.full_guidance.branch_count > 1 and config.caption_dropout == 0:
             warnings.warn(
                 "guidance needs an unconditional model, and this one was trained without caption dropout; use "
                 "guidance=1, or train it with caption_dropout",
                 stacklevel=3,
             )
-        return {"sampling": sampling, "shape": self.config.row_shape, "rows": max(1, min(self.config.batch, count))}
-
-    def _make_latent_requests(
-        self, requests: Sequence[Request], noise: Float32[np.ndarray, "t h w c"] | None = None
-    ) -> list[SamplingRequest]:
-        return [
-            make_sampling_request(request, self.config.latent_grid(to_grid(request.size)), self.task_model, noise)
+        latent_requests = [
+            make_sampling_request(request, config.latent_grid(to_grid(request.size)), self.task_model, noise)
             for request in self._sample_previous_steps(requests)
         ]
+        rows = max(1, min(config.batch, len(requests)))
+        return {"requests": latent_requests, "sampling": sampling, "shape": config.row_shape, "rows": rows}
 
     def _sample_previous_steps(self, requests: Sequence[Request]) -> list[Request]:
         """Return the requests with the values of conditioning that previous steps sample."""

@@ -12,7 +12,7 @@ _GOOGLE = "0x1ae0"
 _PCI_STORAGE, _PCI_NETWORK = "0x01", "0x02"
 _TPU_VARIABLES = ("TPU_", "CLOUD_TPU_", "MEGASCALE_", "JAX_FORCE_TPU_INIT", "JAX_PLATFORM_NAME", "PJRT_")
 """Beginnings of the environment variables by which pods and users select TPUs, or any backend."""
-_UNRELATED_VARIABLES = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
+_UNRELATED_VARIABLES = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}
 """Variables that JAX and libtpu set themselves, also without a TPU."""
 _GPU_BACKENDS = {"xla_cuda": "cuda", "xla_rocm": "rocm"}
 """Beginnings of the names of JAX's GPU plugins, and the names of their backends."""
@@ -36,7 +36,8 @@ def skip_missing_tpu() -> None:
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
-    if _has_tpu_variables() or _has_tpu_device():
+    has_variables = any(name.startswith(_TPU_VARIABLES) for name in os.environ.keys() - _UNRELATED_VARIABLES)
+    if has_variables or _has_tpu_device():
         return
     gpus = _find_gpu_backends()
     jax = sys.modules.get("jax")
@@ -46,11 +47,6 @@ def skip_missing_tpu() -> None:
     os.environ["JAX_PLATFORMS"] = platforms
     if jax is not None:  # it has read its environment before
         jax.config.update("jax_platforms", platforms)
-
-
-def _has_tpu_variables() -> bool:
-    names = [name for name in os.environ if name not in _UNRELATED_VARIABLES]
-    return any(name.startswith(_TPU_VARIABLES) for name in names)
 
 
 def _has_tpu_device() -> bool:

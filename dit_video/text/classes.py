@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int, Int32
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.text.interface import Context, Tokenizer
 
 
@@ -24,11 +24,7 @@ class ClassNamesConfig:
     """Names of the classes in order; synonyms of one class are separated by commas."""
 
     def __post_init__(self):
-        if self.classes < 1 or len(self.names) > self.classes:
-            raise UserError(
-                f"classes={self.classes} with {len(self.names)} names is invalid: use at least 1 class, and at most "
-                "one name for each"
-            )
+        check_at_least(max(1, len(self.names)), classes=self.classes)
 
     @property
     def width(self) -> int:

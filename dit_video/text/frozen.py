@@ -6,7 +6,7 @@ from typing import Literal
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.text.interface import Context
 
 
@@ -33,11 +33,9 @@ class FrozenTextConfig:
     encoder; empty accepts any. If it is set, training on cached embeddings does not need the folder."""
 
     def __post_init__(self):
-        if not self.folder or self.width < 1 or self.max_tokens < 1:
-            raise UserError(
-                f"folder={self.folder!r}, width={self.width}, max_tokens={self.max_tokens} is invalid: use a folder, "
-                "and a width and max_tokens of at least 1"
-            )
+        check_at_least(1, width=self.width, max_tokens=self.max_tokens)
+        if not self.folder:
+            raise UserError("folder='' is invalid: captions need an encoder. Use the folder of its weights.")
 
     def make(self, rngs: nnx.Rngs) -> "FrozenText":
         return FrozenText()

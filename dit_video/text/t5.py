@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.nn import Linear, RmsNorm, apply_stack, gelu, make_stack
 from dit_video.text.interface import Context
 
@@ -54,8 +54,7 @@ class T5Config:
 
     def __post_init__(self):
         sizes = ("vocabulary", "width", "layers", "heads", "head_width", "mlp_width")
-        if small := [f"{name}={getattr(self, name)}" for name in sizes if getattr(self, name) < 1]:
-            raise UserError(f"{', '.join(small)} of a text encoder is invalid: use at least 1")
+        check_at_least(1, **{name: getattr(self, name) for name in sizes})
         if self.buckets < 4 or self.buckets % 2 or self.max_distance <= self.buckets // 4:
             raise UserError(
                 f"buckets={self.buckets}, max_distance={self.max_distance} is invalid: use an even number of buckets, "

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import socket
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,54 +17,27 @@ from dit_video.core.errors import UserError
 LOCK_FILE = ".lock"
 
 
-class _LockRegistry:
-    """Reference-counted locks that this process holds.
-
-    `_files` has the open file of each lock, or None on file systems without locks.
-    """
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._counts: dict[Path, int] = {}
-        self._files: dict[Path, int | None] = {}
-
-    def acquire(self, path: Path) -> None:
-        with self._guard:
-            if not self._counts.get(path):
-                self._files[path] = _open_lock(path)
-            self._counts[path] = self._counts.get(path, 0) + 1
-
-    def release(self, path: Path) -> None:
-        with self._guard:
-            self._counts[path] -= 1
-            # The file is not removed: otherwise one process could lock the old file and another process a new one.
-            if not self._counts[path] and (file := self._files.pop(path)) is not None:
-                os.close(file)
-
-
-_locks = _LockRegistry()
-
-
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other processes out of a folder, which is created if it does not exist.
 
     The lock is the operating system's (`flock`), on the file `.lock` in the folder, so that it ends with its process
-    even if that is killed. The same process may lock a folder again. In a run of several processes the first one holds
-    the lock for all. File systems without such locks are used unlocked, with a warning.
+    even if that is killed. In a run of several processes the first one holds the lock for all. File systems without
+    such locks are used unlocked, with a warning.
 
     Raises:
-      UserError: Another process, which the error names, holds the lock, or the folder cannot be written.
+      UserError: A process, which the error names, holds the lock already, or the folder cannot be written.
     """
     if jax.process_index() != 0:
         yield
         return
-    path = Path(folder).absolute() / LOCK_FILE
-    _locks.acquire(path)
+    file = _open_lock(Path(folder).absolute() / LOCK_FILE)
     try:
         yield
     finally:
-        _locks.release(path)
+        # The file is not removed: otherwise one process could lock the old file and another process a new one.
+        if file is not None:
+            os.close(file)
 
 
 def _open_lock(path: Path) -> int | None:

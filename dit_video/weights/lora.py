@@ -120,7 +120,8 @@ def load_lora(
       UserError: the file is pickled or corrupt, is not a LoRA of this model (tensors are missing, unexpected or of
         another shape), or is of an unsupported kind (DoRA).
     """
-    file = _find_file(Path(path))
+    path = Path(path)
+    file = next((path / name for name in _FILES if (path / name).is_file()), path)
     arrays = ours.load(file, dtype=None)
     shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
     matches = _match_tensors(file, arrays, shapes, modules)
@@ -210,11 +211,6 @@ class _ScaleSettings(NamedTuple):
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
     """Cast a factor; alphas keep their precision."""
     return array.astype(ours.cast_dtype(array.dtype, dtype), copy=False)
-
-
-def _find_file(path: Path) -> Path:
-    """Return the adapter's file for a path to it or to its folder."""
-    return next((path / name for name in _FILES if (path / name).is_file()), path)
 
 
 def _read_settings(file: Path) -> _ScaleSettings:

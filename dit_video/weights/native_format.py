@@ -1,7 +1,8 @@
 """The native format of a model: `config.json`, and `model.safetensors` with our parameter names and stacked layers."""
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,16 @@ def read_native(
       MissingError: files are missing.
       UserError: the weights do not fit the config.
     """
+    with open_native(folder, config) as source:
+        return streaming.read(source, get_param_shapes(config.make), dtype_fn=dtype_fn, place=place)
+
+
+@contextlib.contextmanager
+def open_native(folder: Path, config: Any) -> Iterator[FolderSource]:
+    """Open the parameters of a folder in the native format; errors are those of `read_native`."""
     shapes = get_param_shapes(config.make)
     with TensorFolder(folder, stem=STEM) as tensors:
-        source = FolderSource(tensors, FileMap.from_params(shapes), shapes)
-        return streaming.read(source, shapes, dtype_fn=dtype_fn, place=place)
+        yield FolderSource(tensors, FileMap.from_params(shapes), shapes)
 
 
 def read_native_config(folder: Path, document: Mapping[str, Any], kind: Any = object, owner: str = "a model") -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
@@ -131,7 +132,8 @@ class FolderSource:
                     )
         for name, constant in file_map.constants.items():
             table = tensors.read(name)
-            if not np.allclose(table.astype(np.float32), constant.array, atol=2 * _get_resolution(table.dtype)):
+            resolution = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(table.dtype.name, 2.0**-22)
+            if not np.allclose(table.astype(np.float32), constant.array, atol=2 * resolution):
                 raise UserError(f"{tensors.folder}: {name} differs from the table of the config, and it can't be kept")
 
     def get_dtype(self, path: str, layer: int | None) -> np.dtype:
@@ -246,28 +248,21 @@ def write(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(sorted(_stream_tensors(source, file_map, like, dtype).items()))
-    shards: list[list[str]] = [[]]
-    shard_size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and shard_size + tensor.nbytes > shard_bytes:
-            shards.append([])
-            shard_size = 0
-        shards[-1].append(name)
-        shard_size += tensor.nbytes
-    files = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = [f"{stem}.safetensors"]
-    for file, members in zip(files, shards, strict=True):
-        file_metadata = {"format": "pt"} if metadata is None else metadata
-        ours.save(folder / file, {name: tensors[name] for name in members}, metadata=file_metadata)
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    file_metadata = {"format": "pt"} if metadata is None else metadata
+    for file, names in split.filename_to_tensors.items():
+        ours.save(folder / file, {name: tensors[name] for name in names}, metadata=file_metadata)
     index = folder / f"{stem}.safetensors.index.json"
-    if len(shards) == 1:
+    if split.is_sharded:
+        write_json(index, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+        (folder / f"{stem}.safetensors").unlink(missing_ok=True)  # An older file would be read before the index.
+    else:
         index.unlink(missing_ok=True)
-        return
-    total = sum((folder / file).stat().st_size for file in files)
-    weight_map = {name: file for file, members in zip(files, shards, strict=True) for name in members}
-    write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    (folder / f"{stem}.safetensors").unlink(missing_ok=True)  # An older file would be read before the index.
 
 
 def _stream_tensors(source: ParamSource, file_map: FileMap, like: Any, dtype: Any) -> dict[str, ours.StreamedArray]:
@@ -322,8 +317,3 @@ def _get_stack_dtype(source: ParamSource, path: str, depth: int, dtype: Any) -> 
         names = ", ".join(sorted({layer_dtype.name for layer_dtype in dtypes}))
         raise UserError(f"layers of {path} have dtypes {names}, but a stack has a single one. Use dtype= to cast them")
     return dtypes[0]
-
-
-def _get_resolution(dtype: np.dtype) -> float:
-    """Return the spacing of a dtype's numbers around one."""
-    return {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(dtype.name, 2.0**-22)

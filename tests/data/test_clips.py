@@ -8,7 +8,7 @@ import pytest
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.records import builder
+from dit_video.data.records import shards
 from dit_video.video import Clip, decode
 
 
@@ -91,6 +91,6 @@ def test_folders_without_a_data_set_are_refused(tmp_path):
     with pytest.raises(UserError, match="version"):
         ClipSource(tmp_path)
     with pytest.raises(UserError, match="not a readable TFDS data set"):
-        builder.open_records(tmp_path)
+        shards.open_records(tmp_path)
     with pytest.raises(MissingError):
-        builder.open_records(tmp_path / "nowhere")
+        shards.open_records(tmp_path / "nowhere")

@@ -130,7 +130,7 @@ def test_an_estimate_does_not_depend_on_the_rest_of_the_batch():
 
 
 def test_invalid_settings_are_refused():
-    with pytest.raises(UserError, match="at least 1 step, not 0"):
+    with pytest.raises(UserError, match="times=1 is invalid: it must be at least 2"):
         nats(RectifiedFlow(), Velocity(), jnp.ones(1))
     with pytest.raises(UserError, match="5 examples need a key each"):
         nats(

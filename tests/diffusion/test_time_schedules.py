@@ -100,7 +100,7 @@ def test_a_schedule_is_the_same_after_json(grid):
     ],
 )
 def test_less_than_one_step_is_refused(grid):
-    with pytest.raises(UserError, match=r"at least 1 step, not 0|steps=0 is invalid: .* Use steps=1"):
+    with pytest.raises(UserError, match=r"steps=0 is invalid: .* Use steps=1"):
         grid(DDPM, 0)
 
 

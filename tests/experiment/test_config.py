@@ -123,7 +123,7 @@ def test_windows_that_lpips_cannot_see_are_refused(tiny):
         (lambda: WindowConfig(size=Grid(1, 16, 16), batch=0), "at least 1"),
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate=0.0"),
         (lambda: OptimizerConfig(warmup=-1), "warmup=-1"),
-        (lambda: Sampling(steps=0), "at least 1 step"),
+        (lambda: Sampling(steps=0), "steps=0 is invalid: it must be at least 1"),
         (lambda: MeshConfig(data=-1, fsdp=-1), "only one axis"),
     ],
 )

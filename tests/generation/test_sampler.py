@@ -154,7 +154,7 @@ def test_a_prompt_longer_than_the_text_of_a_row_is_refused():
 def test_invalid_requests_are_refused_and_no_requests_make_nothing():
     with pytest.raises(UserError, match="not divisible by the patch"):
         sample_requests([make_request("red", (1, 3, 4))])
-    with pytest.raises(UserError, match="at least 1 step, not 0"):
+    with pytest.raises(UserError, match="steps=0 is invalid: it must be at least 1"):
         Sampling(steps=0)
     assert sample_requests([]) == []
 

@@ -198,8 +198,8 @@ def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "at least 1 step, not 0"),
-        ({"steps": -3}, "at least 1 step"),
+        ({"steps": 0}, "steps=0 is invalid: it must be at least 1"),
+        ({"steps": -3}, "steps=-3 is invalid: it must be at least 1"),
         ({"sampler": "plms"}, "unknown sampler 'plms'; use one of ddim, ddpm"),
         ({"output": "gif"}, "unknown output 'gif'"),
         ({"seed": -1}, "is invalid: a seed is a whole number from 0 to 4294967295"),

@@ -34,7 +34,9 @@ def test_a_folder_in_use_names_who_uses_it_until_that_one_is_dead(tmp_path):
             pass
         other.send_signal(signal.SIGKILL)
         other.wait()
-        with lock_folder(tmp_path / "run"), lock_folder(tmp_path / "run"):  # the same process may lock it again
+        with lock_folder(tmp_path / "run"):
+            with pytest.raises(UserError, match=f"in use by process {os.getpid()}"), lock_folder(tmp_path / "run"):
+                pass
             third = hold_lock(tmp_path / "run", 0)
             _, err = third.communicate(timeout=HANG)
         assert third.returncode == 2

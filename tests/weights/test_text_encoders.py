@@ -160,7 +160,7 @@ def test_one_error_names_all_kinds_of_difference(copied):
         ({"feed_forward_proj": "gated-silu"}, r"feed_forward_proj='gated-silu'\. Supported are gated-gelu and relu"),
         ({"feed_forward_proj": "a-b-c"}, "is not a valid config of a umt5 model"),
         ({"d_model": "wide"}, "is not a valid config of a umt5 model"),
-        ({"num_heads": 0}, "heads=0 of a text encoder is invalid"),
+        ({"num_heads": 0}, "heads=0 is invalid: it must be at least 1"),
     ],
 )
 def test_unsupported_configs_are_refused(copied, change, message):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dit_video.core import rng
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.data.bucketing.buckets import BatchMemory, Buckets, BucketStream
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipInfo, ClipSource
@@ -52,11 +52,9 @@ class BucketConfig:
     """Maximum number of examples per batch; None for as many as fit."""
 
     def __post_init__(self):
-        if self.count < 1 or self.budget <= self.memory.fixed:
-            raise UserError(
-                f"count={self.count}, budget={self.budget:g} is invalid: count must be at least 1, and the budget "
-                f"above the fixed {self.memory.fixed:g} bytes"
-            )
+        check_at_least(1, count=self.count)
+        if self.budget <= (fixed := self.memory.fixed):
+            raise UserError(f"budget={self.budget:g} is invalid: the state alone takes {fixed:g} bytes. Use more.")
 
 
 class BucketBatches(DenoiserBatches):

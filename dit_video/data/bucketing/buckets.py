@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt32
 
 from dit_video.core import rng
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.tokens import Grid
 
 MAX_LENGTHS = 16
@@ -44,11 +44,9 @@ class BatchMemory:
     """Bytes per pair of tokens, for attention that stores its scores; 0 for attention that does not."""
 
     def __post_init__(self):
-        if not (self.fixed >= 0 and self.per_token > 0 and self.per_pair >= 0):
-            raise UserError(
-                f"fixed={self.fixed}, per_token={self.per_token}, per_pair={self.per_pair} is invalid: bytes must not "
-                "be negative, and per_token positive"
-            )
+        check_at_least(0, fixed=self.fixed, per_pair=self.per_pair)
+        if not self.per_token > 0:
+            raise UserError(f"per_token={self.per_token} is invalid: a token takes memory. Use a positive number.")
 
     def compute_max_batch(self, tokens: int, budget: float | int) -> int:
         """Return the maximum number of examples of `tokens` tokens that fit into `budget` bytes."""
@@ -131,11 +129,8 @@ def plan_buckets(
         raise UserError(
             f"{len(sizes)} sizes are invalid: buckets need at least one example, each of at least one frame and pixel"
         )
-    if count < 1 or devices < 1 or (max_batch is not None and max_batch < devices):
-        raise UserError(
-            f"count={count}, devices={devices}, max_batch={max_batch} is invalid: the first two must be at least 1, "
-            "max_batch at least as large as devices. Use None for no maximum."
-        )
+    check_at_least(1, count=count, devices=devices)
+    check_at_least(devices, max_batch=max_batch)
     distinct, inverse, weights = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
     inverse = inverse.reshape(-1)
     chosen = _choose_sizes(distinct, weights, count_tokens, count)

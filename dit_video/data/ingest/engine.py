@@ -17,7 +17,6 @@ not change while trainings read it.
 """
 
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
@@ -33,7 +32,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dit_video.core import config_json
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.storage import StoragePath, StoragePathLike, publish, read_document, to_storage_path
 from dit_video.data.clips import INDEX, ClipInfo, write_index
 from dit_video.data.ingest.formats import ListedClip, Listing, list_clips
@@ -44,9 +43,10 @@ from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.data.ingest.report import REPORT, IngestReport, make_report
 from dit_video.data.ingest.selection import Selection, select
 from dit_video.data.ingest.workers import Workers, count_cores, count_useful_processes
-from dit_video.data.records import builder
+from dit_video.data.records.clip_writer import write_clips
 from dit_video.data.records.cluster import BeamOptions
-from dit_video.data.records.reference import ChangedError
+from dit_video.data.records.reference import ChangedError, ClipReference
+from dit_video.data.records.shards import DISK_FULL_ERRNOS, make_bytes_feature
 
 WORK_SUFFIX = ".ingest"
 """Suffix of the name of the work folder next to the destination."""
@@ -118,8 +118,7 @@ def ingest(
       UserError: no clip is usable; the source has mistakes (see `list_clips`); the destination holds something else, or
         cannot be written; a clip changes during the run.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"workers={workers} is invalid: use 1 or more processes, or omit it")
+    check_at_least(1, workers=workers)
     progress = progress or (lambda done, total: None)
     destination = to_storage_path(destination)
     if isinstance(destination, Path):
@@ -161,7 +160,7 @@ def ingest(
     except BrokenPipeError:
         raise  # from the progress bar, not from the destination
     except OSError as error:
-        fix = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
+        fix = "free disk space" if error.errno in DISK_FULL_ERRNOS else "make it writable"
         reason = error.strerror or error
         raise UserError(f"{destination} cannot be written ({reason}); {fix} and run the command again") from error
     return report
@@ -291,8 +290,8 @@ def _write(
     progress: ProgressCallback,
     beam: BeamOptions | None,
 ) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
-    shutil.rmtree(folder.with_name(folder.name + ".tfds"), ignore_errors=True)
+    for name in (folder.name, folder.name + ".lists"):
+        shutil.rmtree(folder.with_name(name), ignore_errors=True)  # left by a killed run
     used = [(listing.clips[number], verdicts[number]) for number in selection.record_files]
     references = [_make_reference(clip, verdict, folder.with_name(_REENCODED_FOLDER)) for clip, verdict in used]
     sizes = [reference.size for reference in references]
@@ -305,7 +304,7 @@ def _write(
     record_infos = (list(infos) for _, infos in itertools.groupby(selection.infos, lambda info: info.record))
     pairs = zip(used, references, record_infos, strict=True)
     records = (_make_record(*clip_and_verdict, reference, infos) for clip_and_verdict, reference, infos in pairs)
-    builder.write_clips(
+    write_clips(
         folder,
         features=_make_features(),
         records={split: list(itertools.islice(records, len(numbers))) for split, numbers in selection.files.items()},
@@ -338,7 +337,7 @@ def _write(
 def _make_features() -> dict[str, Any]:
     """Return the features of a record: the bytes of a file, and the facts of its clips."""
     return {
-        "clip": builder.make_bytes_feature(),
+        "clip": make_bytes_feature(),
         "name": tfds.features.Text(),
         "captions": tfds.features.Sequence(tfds.features.Text()),
         "height": np.int32,
@@ -354,16 +353,16 @@ def _make_features() -> dict[str, Any]:
     }
 
 
-def _make_reference(clip: ListedClip, verdict: Inspection, reencoded_folder: Path) -> builder.ClipReference:
+def _make_reference(clip: ListedClip, verdict: Inspection, reencoded_folder: Path) -> ClipReference:
     """Return the location of a record's bytes: in the source, or in the folder of re-encoded files."""
     if verdict.stored is None:
-        return builder.ClipReference(clip.path, clip.offset, clip.size, verdict.sha256)
+        return ClipReference(clip.path, clip.offset, clip.size, verdict.sha256)
     name, size, sha256 = verdict.stored
-    return builder.ClipReference(str(reencoded_folder / name), None, size, sha256)
+    return ClipReference(str(reencoded_folder / name), None, size, sha256)
 
 
 def _make_record(
-    clip: ListedClip, verdict: Inspection, reference: builder.ClipReference, infos: Sequence[ClipInfo]
+    clip: ListedClip, verdict: Inspection, reference: ClipReference, infos: Sequence[ClipInfo]
 ) -> dict[str, Any]:
     """Return a record with the location of its bytes; its facts are those of all its used clips together."""
     first, last = infos[0], infos[-1]

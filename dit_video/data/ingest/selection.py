@@ -10,7 +10,7 @@ from dit_video.data.ingest.duplicates import drop_duplicates
 from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.inspection import Inspection
 from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot
-from dit_video.data.records.builder import sort_splits
+from dit_video.data.records.shards import sort_splits
 
 
 class Selection(NamedTuple):

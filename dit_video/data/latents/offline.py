@@ -30,7 +30,7 @@ from dit_video.autoencoders import (
 from dit_video.autoencoders.canvas import CANVAS_PIXELS
 from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, ClipConditioning, ClipView
 from dit_video.core import config_json, pixels
-from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.errors import DecodeError, UserError, check_at_least
 from dit_video.core.storage import StoragePathLike, to_storage_path
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import Identity, LatentExample, Skipped, StorageDtype, hash_identity
@@ -84,8 +84,7 @@ class Encoding:
     threads: int = min(4, os.cpu_count() or 1)
 
     def __post_init__(self):
-        if self.views_per_file < 1 or self.threads < 1:
-            raise UserError(f"views_per_file={self.views_per_file} and threads={self.threads} must be at least 1")
+        check_at_least(1, views_per_file=self.views_per_file, threads=self.threads)
 
     def make_fields(self) -> tuple[Field, ...]:
         """Return the further fields of the latents, for denoisers that are conditioned on first frames."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import check_at_least
 from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size
 from dit_video.tokens import Grid
@@ -27,9 +27,7 @@ class Augmentations:
     """True to encode each view mirrored too. Captions that say left or right are then wrong."""
 
     def __post_init__(self):
-        if self.clips_per_video < 1 or any(resolution < 1 for resolution in self.resolutions):
-            values = f"clips_per_video={self.clips_per_video} and resolutions={list(self.resolutions)}"
-            raise UserError(f"{values} must be at least 1 each")
+        check_at_least(1, clips_per_video=self.clips_per_video, resolutions=min(self.resolutions, default=None))
 
 
 class View(NamedTuple):

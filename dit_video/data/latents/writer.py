@@ -28,7 +28,7 @@ from dit_video.data.latents.cache import (
     hash_identity,
     to_little_endian,
 )
-from dit_video.data.records import builder, shards
+from dit_video.data.records import shards
 from dit_video.tokens import Field, Grid
 
 
@@ -161,7 +161,7 @@ class LatentWriter:
             )
         counts = [len(part["examples"]["name"]) for part in parts]
         shards.remove_partial_files(self.folder)
-        shards.write_metadata(self.folder, DATASET_NAME, counts, features=_make_features(self.fields))
+        shards.write_metadata(self.folder, DATASET_NAME, {shards.SPLIT: counts}, features=_make_features(self.fields))
         index = {
             "version": VERSION,
             "identity": self.identity if isinstance(self.identity, str) else dict(self.identity),
@@ -238,12 +238,12 @@ def _describe_field(field: Field) -> dict[str, Any]:
 
 def _make_features(fields: Sequence[Field]) -> dict[str, Any]:
     return {
-        "latents": builder.make_bytes_feature(),
+        "latents": shards.make_bytes_feature(),
         "shape": tfds.features.Tensor(shape=(4,), dtype=np.int32),
-        "text": builder.make_bytes_feature(),
+        "text": shards.make_bytes_feature(),
         "name": tfds.features.Text(),
         "captions": tfds.features.Sequence(tfds.features.Text()),
-        **{get_record_name(field): builder.make_bytes_feature() for field in fields},
+        **{get_record_name(field): shards.make_bytes_feature() for field in fields},
     }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dit_video.core import rng
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _SIZE_JITTER = 0.2
@@ -58,8 +58,7 @@ class Mixture:
             )
         if self.weight_unit not in ("examples", "tokens"):
             raise UserError(f"weight_unit={self.weight_unit!r} is invalid. Use 'examples' or 'tokens'.")
-        if self.length is not None and self.length < 1:
-            raise UserError(f"length={self.length} is invalid: an epoch has at least one clip. Use None or 1 and more.")
+        check_at_least(1, length=self.length)
         if self.variants is not None:
             self._check_variants(self.variants)
 

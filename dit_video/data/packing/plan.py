@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt32
 
 from dit_video.core import rng
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.data.packing import balance as balancing
 from dit_video.data.packing import bin_packing
 from dit_video.data.packing.balance import Balance, Imbalance
@@ -242,8 +242,7 @@ def _check_sizes(tokens: np.ndarray, text: np.ndarray, shape: LayoutShape, names
             f"{len(tokens)} video and {len(text)} text sizes are invalid: a plan needs examples with both. Use as many "
             "of one as of the other, and at least one."
         )
-    if shape.segments < 1:
-        raise UserError(f"segments={shape.segments} is invalid: a row needs at least one. Use a larger number.")
+    check_at_least(1, segments=shape.segments)
     for sizes, room, kind, budget, fix in (
         (tokens, shape.tokens, "video", "tokens", "use a smaller clip size"),
         (text, shape.text, "text", "text", "shorten its caption"),

@@ -1,29 +1,49 @@
-"""TFDS data sets written file by file, by any number of processes, into a folder or at an address.
+"""TFDS data sets in ArrayRecord files, written file by file without TensorFlow, into a folder or at an address.
 
-Files are written atomically, so the work of a killed process is completed by running it again. ArrayRecord writes local
-files only: for a data set at an address (`gs://`, `s3://`, …), files are written on this machine and uploaded, and a
-file is downloaded again when the first of its examples is read.
+Any number of processes may write files, each atomically, so the work of a killed process is completed by running it
+again. ArrayRecord writes local files only: for a data set at an address (`gs://`, `s3://`, …), files are written on
+this machine and uploaded, and a file is downloaded again when the first of its examples is read.
 """
 
 import bisect
 import contextlib
+import errno
 import itertools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import example_serializer, writer
 from upath import UPath
 
-from dit_video.core.errors import MissingError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.storage import StoragePath, download, upload
-from dit_video.data.records.builder import FORMAT, SPLIT, open_records, sort_splits
+
+SPLIT = "train"
+SPLITS = (SPLIT, "validation", "test")
+"""Standard splits, in the order in which their records are numbered; other splits follow by name."""
+_FORMAT = tfds.core.FileFormat.ARRAY_RECORD
+_WRITE_ERROR = re.compile(r"\b(?:open|write|close)\(\) failed: ([^;]+)")
+"""Pattern of ArrayRecord's message (in an error without a type of its own) when the system refuses to write."""
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def make_bytes_feature() -> tfds.features.Tensor:
+    """Return the TFDS feature of raw bytes."""
+    return tfds.features.Tensor(shape=(), dtype=np.object_)
+
+
+def sort_splits(splits: Iterable[str]) -> list[str]:
+    """Return the splits in the order in which their records are numbered."""
+    return sorted(set(splits), key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
 
 
 def get_default_cache() -> Path:
@@ -39,8 +59,13 @@ def write_file(
     *,
     features: Mapping[str, Any],
     examples: Iterable[Mapping[str, Any]],
+    split: str = SPLIT,
 ) -> None:
-    """Write one file of the data set `name` atomically."""
+    """Write one file of a split of the data set `name` atomically.
+
+    Raises:
+      OSError: the file cannot be written, for example because the disk is full.
+    """
     feature_dict = tfds.features.FeaturesDict(dict(features))
     serializer = example_serializer.ExampleSerializer(feature_dict.get_serialized_info())
 
@@ -50,40 +75,53 @@ def write_file(
             # By default the order of a message's fields differs from process to process.
             yield key, message.SerializeToString(deterministic=True)
 
+    file = _make_template(name, split).sharded_filepath(shard_index=number, num_shards=num_files)
     # Not TFDS's ShardWriter, which keeps all examples of a file in memory to count them.
-    with _open_local_file(folder / _get_file_name(name, number, num_files)) as path:
-        writer.ExampleWriter(FORMAT).write(path, serialized())
+    with _open_local_file(folder / file.name) as path:
+        try:
+            writer.ExampleWriter(_FORMAT).write(path, serialized())
+        except Exception as error:
+            if isinstance(error, UserError | OSError) or (match := _WRITE_ERROR.search(str(error))) is None:
+                raise
+            code = next((code for code in DISK_FULL_ERRNOS if os.strerror(code) == match[1]), errno.EIO)
+            raise OSError(code, match[1]) from error
 
 
-def write_metadata(folder: StoragePath, name: str, counts: Sequence[int], *, features: Mapping[str, Any]) -> None:
+def write_metadata(
+    folder: StoragePath, name: str, counts: Mapping[str, Sequence[int]], *, features: Mapping[str, Any]
+) -> None:
     """Write TFDS's metadata for existing files, which `tfds.builder_from_directory(folder)` then reads in order.
 
     Args:
       folder: folder of the files.
       name: name of the data set.
-      counts: number of examples of each file.
+      counts: number of examples of each file, for each split.
       features: features with which the files were written.
     """
-    names = [_get_file_name(name, number, len(counts)) for number in range(len(counts))]
-    size = sum((folder / file).stat().st_size for file in names)
     # Written to a temporary folder and then copied, so that the metadata files are complete or absent too. TFDS looks
     # for the files of records by name, so empty ones stand in for them.
     with tempfile.TemporaryDirectory() as work:
-        template = _make_template(name, Path(work))
-        split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(counts), num_bytes=size, filename_template=template)
-        for file in names:
-            (Path(work) / file).touch()
+        splits = []
+        for split, lengths in counts.items():
+            template = _make_template(name, split, Path(work))
+            count = len(lengths)
+            paths = [template.sharded_filepath(shard_index=number, num_shards=count) for number in range(count)]
+            for path in paths:
+                path.touch()
+            size = sum((folder / path.name).stat().st_size for path in paths)
+            splits.append(
+                tfds.core.SplitInfo(name=split, shard_lengths=list(lengths), num_bytes=size, filename_template=template)
+            )
         tfds.folder_dataset.write_metadata(
             data_dir=work,
             features=tfds.features.FeaturesDict(dict(features)),
-            split_infos=[split],
-            filename_template=template,
+            split_infos=splits,
             version="1.0.0",
             check_data=False,
         )
-        for name in _METADATA_FILES:
-            with _open_local_file(folder / name) as local:
-                shutil.copyfile(Path(work) / name, local)
+        for file in _METADATA_FILES:
+            with _open_local_file(folder / file) as local:
+                shutil.copyfile(Path(work) / file, local)
 
 
 def remove_partial_files(folder: StoragePath) -> None:
@@ -91,6 +129,23 @@ def remove_partial_files(folder: StoragePath) -> None:
     if isinstance(folder, Path):
         for path in folder.glob(".*.partial.array_record*"):  # not the JSON files that another process may be writing
             path.unlink(missing_ok=True)
+
+
+def open_records(folder: Path | epath.Path) -> Sequence[Any]:
+    """Open a data set for random access to the examples of all splits, in the order of `sort_splits`.
+
+    Raises:
+      MissingError: the folder does not exist.
+      UserError: the folder holds no data set, or its files are damaged.
+    """
+    if not folder.is_dir():
+        raise MissingError(f"no such data set: {folder}")
+    try:
+        dataset_builder = tfds.builder_from_directory(folder)
+        return dataset_builder.as_data_source("+".join(sort_splits(dataset_builder.info.splits)))
+    except Exception as error:  # TFDS raises many types, depending on which file is missing or damaged
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder} is not a readable TFDS data set ({reason}). Write it again.") from error
 
 
 def open_dataset(folder: StoragePath, *, cache: Path | None = None, version: str = "") -> Sequence[Any]:
@@ -144,13 +199,9 @@ _METADATA_FILES = ("features.json", "dataset_info.json")
 """Names of TFDS's metadata files, in the folder of the records."""
 
 
-def _get_file_name(dataset: str, number: int, num_files: int) -> str:
-    return _make_template(dataset, Path()).sharded_filepath(shard_index=number, num_shards=num_files).name
-
-
-def _make_template(dataset: str, folder: Path) -> Any:
+def _make_template(dataset: str, split: str, folder: Path = Path()) -> Any:
     return tfds.core.ShardedFileTemplate(
-        data_dir=epath.Path(folder), dataset_name=dataset, split=SPLIT, filetype_suffix=FORMAT.file_suffix
+        data_dir=epath.Path(folder), dataset_name=dataset, split=split, filetype_suffix=_FORMAT.file_suffix
     )
 
 

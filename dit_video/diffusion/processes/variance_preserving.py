@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.typing import SameArray
 from dit_video.diffusion.processes.process import Process
 
@@ -88,8 +88,7 @@ class VariancePreservingProcess(Process):
     """Number of noise steps."""
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise UserError(f"steps={self.steps} is invalid: noise needs at least 1 step, not {self.steps}. Use 1000.")
+        check_at_least(1, steps=self.steps)
 
     @functools.cached_property
     def log_alpha_squared(self) -> Float64[np.ndarray, " steps"]:

@@ -191,13 +191,16 @@ def advance(
     solver.check(process)
     if solver.stochastic and noise_fn is None:
         raise UserError(f"noise_fn=None is invalid: {solver.name} draws noise. Use make_noise_fn(keys, shape).")
-    model = _replace_time(denoise, times, model_times)
+    model_times = times if model_times is None else model_times
 
-    def take_step(state: SamplingState, time: Array, next_time: Array, number: Array) -> SamplingState:
+    def take_step(state: SamplingState, index: Array) -> SamplingState:
+        time, next_time, number = times[index], times[index + 1], first_step + index
         evaluations: list[tuple[Estimate, Any]] = []
 
-        def estimate(noisy: Values, time: Array) -> Estimate:
-            evaluations.append(estimate_with_state(model, process, prediction, noisy, time, state.denoiser))
+        def estimate(noisy: Values, end: Array) -> Estimate:
+            model_time = model_times[jnp.where(end == time, index, index + 1)]
+            model = lambda noisy, _, state: denoise(noisy, model_time, state)  # noqa: E731
+            evaluations.append(estimate_with_state(model, process, prediction, noisy, end, state.denoiser))
             return evaluations[-1][0]
 
         noise = noise_fn(number) if noise_fn is not None and solver.stochastic else None
@@ -214,18 +217,8 @@ def advance(
         failed_step = jnp.where(is_first_failure, step, state.failed_step)
         return SamplingState(solver_state, denoiser_state, step + 1, failed_step, trace)
 
-    def step(state, interval):
-        time, next_time, _ = interval
-        return jax.lax.cond(time != next_time, lambda: take_step(state, *interval), lambda: state), None
+    def step(state, index):
+        is_empty = times[index] == times[index + 1]
+        return jax.lax.cond(is_empty, lambda: state, lambda: take_step(state, index)), None
 
-    numbers = first_step + jnp.arange(times.shape[0] - 1)
-    return jax.lax.scan(step, state, (times[:-1], times[1:], numbers))[0]
-
-
-def _replace_time(
-    denoise: DenoiseFn, times: Float[Array, " times"], model_times: Float[Array, " times"] | None
-) -> DenoiseFn:
-    """Return `denoise` with the model time in place of the time; solvers evaluate it at the schedule's times only."""
-    if model_times is None:
-        return denoise
-    return lambda noisy, time, state: denoise(noisy, model_times[jnp.argmin(jnp.abs(times - time), axis=0)], state)
+    return jax.lax.scan(step, state, jnp.arange(times.shape[0] - 1))[0]

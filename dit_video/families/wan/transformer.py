@@ -12,7 +12,7 @@ import numpy as np
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
-from dit_video.families.family import DenoiserFormat, FileLayout
+from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
@@ -61,6 +61,8 @@ _AUTHORS_DEFAULTS: dict[str, Any] = {
     "eps": 1e-6,
 }
 _SUPPORTED = {"cross_attn_norm": True, "eps": 1e-6}
+_SIZES = {"context_width": "text_dim", "mlp_dim": "ffn_dim", "layers": "num_layers", "time_width": "freq_dim"}
+"""Our names of the sizes that both layouts call the same, and theirs."""
 _MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 
 # Names below a block: ours, diffusers', the authors'. Linear maps come first, then those with reordered channels.
@@ -203,16 +205,13 @@ def _parse_diffusers_config(folder: Path, document: dict[str, Any]) -> WanDitCon
     return WanDitConfig(
         channels=channels,
         cond_channels=settings["in_channels"] - channels,
-        context_width=settings["text_dim"],
         image_width=settings["image_dim"],
         image_positions=settings["pos_embed_seq_len"],
         patch=Grid(*settings["patch_size"]),
         width=width,
-        mlp_dim=settings["ffn_dim"],
-        layers=settings["num_layers"],
         heads=settings["num_attention_heads"],
-        time_width=settings["freq_dim"],
         time="token" if per_token else "segment",
+        **{ours: settings[theirs] for ours, theirs in _SIZES.items()},
     )
 
 
@@ -227,10 +226,7 @@ def _make_diffusers_document(config: WanDitConfig) -> dict[str, Any]:
         "attention_head_dim": config.width // config.heads,
         "in_channels": config.channels + config.cond_channels,
         "out_channels": config.channels,
-        "text_dim": config.context_width,
-        "freq_dim": config.time_width,
-        "ffn_dim": config.mlp_dim,
-        "num_layers": config.layers,
+        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
         "image_dim": config.image_width,
         "added_kv_proj_dim": None if config.image_width is None else config.width,
         "pos_embed_seq_len": config.image_positions,
@@ -251,20 +247,20 @@ def _parse_authors_config(folder: Path, document: dict[str, Any]) -> WanDitConfi
         shapes = tensors.shapes
     text, image = shapes.get("text_embedding.0.weight", ()), shapes.get("img_emb.proj.0.weight", ())
     positions = shapes.get("img_emb.emb_pos", ())
+    sizes = {ours: settings[theirs] for ours, theirs in _SIZES.items()}
+    if len(text) == 2:
+        sizes["context_width"] = text[1]
     return WanDitConfig(
         channels=settings["out_dim"],
         cond_channels=settings["in_dim"] - settings["out_dim"],
-        context_width=text[1] if len(text) == 2 else settings["text_dim"],
         text_length=settings["text_len"],
         image_width=image[0] if image else None,
         image_positions=positions[1] if len(positions) == 3 else None,
         patch=Grid(*settings["patch_size"]),
         width=settings["dim"],
-        mlp_dim=settings["ffn_dim"],
-        layers=settings["num_layers"],
         heads=settings["num_heads"],
-        time_width=settings["freq_dim"],
         time="token" if settings["model_type"] == "ti2v" else "segment",
+        **sizes,
     )
 
 

@@ -139,8 +139,7 @@ class SlidingWindow:
     def __post_init__(self):
         if any(radius is not None and radius < 0 for radius in self.radius):
             raise UserError(f"sliding window radius {self.radius} must not be negative; use None for no limit")
-        if min(self.tile) < 1:
-            raise UserError(f"sliding window tile {self.tile} must be at least 1 along each axis")
+        check_at_least(1, tile=min(self.tile))
         if not self._limited_axes:
             raise UserError(f"sliding window radius {self.radius} limits no axis; limit one, or use pattern Full()")
 

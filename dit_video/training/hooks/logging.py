@@ -24,30 +24,18 @@ class MetricsLog(Hook):
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._is_repaired = False
 
     def resume(self, step: int) -> None:
         """Remove the entries after `step`, which the run writes again, and a half-written last line."""
         if self.path.is_file():
             entries = [entry for entry in read_metrics(self.path) if entry["step"] <= step]
             write_text(self.path, "".join(_format_line(entry) for entry in entries))
-        self._is_repaired = True
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Append one entry. NaN and infinity are written as null, as JSON has neither."""
-        if not self._is_repaired:
-            self._repair()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_format_line({"step": step, **{name: float(value) for name, value in values.items()}}))
-
-    def _repair(self) -> None:
-        """Remove a half-written last line, so that the next entry starts on a line of its own."""
-        if self.path.is_file():
-            data = self.path.read_bytes()
-            if data and not data.endswith(b"\n"):
-                write_text(self.path, data[: data.rfind(b"\n") + 1].decode())
-        self._is_repaired = True
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

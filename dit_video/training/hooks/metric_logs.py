@@ -76,8 +76,6 @@ class TensorBoard(Hook):
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Write one scalar for each finite value."""
-        if self._writer is None:
-            self.resume(0)
         for name, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(name, float(value), step)
@@ -119,8 +117,6 @@ class WeightsAndBiases(Hook):
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Write the finite values of one entry."""
-        if self._run is None:
-            self.resume(0)
         self._run.log({name: value for name, value in values.items() if math.isfinite(value)}, step=step)
 
     def close(self) -> None:

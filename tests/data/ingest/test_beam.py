@@ -18,7 +18,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import workers
 from dit_video.data.ingest.engine import IngestConfig, ingest
-from dit_video.data.records import builder
+from dit_video.data.records import clip_writer
 from dit_video.data.records.cluster import BeamOptions
 from dit_video.video import Clip
 from support.devices import HANG, PROGRAMS
@@ -59,7 +59,7 @@ def clips(tmp_path):
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000, 1])
 def test_a_pipeline_writes_the_same_bytes(clips, tmp_path, beam_options, monkeypatch, shard_bytes):
-    monkeypatch.setattr(builder, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(clip_writer, "SHARD_BYTES", shard_bytes)
     here = ingest(clips, tmp_path / "here")
     there = ingest(clips, tmp_path / "there", beam=beam_options)
     assert here == there

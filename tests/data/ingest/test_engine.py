@@ -16,7 +16,7 @@ from dit_video.data.ingest import engine
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.report import IngestReport
-from dit_video.data.records import builder
+from dit_video.data.records import clip_writer, shards
 from dit_video.video import Clip
 
 REPOSITORY = Path(__file__).parents[3]
@@ -110,7 +110,7 @@ def test_splits_of_the_source_are_kept(tmp_path):
 
 
 def test_splits_have_a_fixed_order():
-    assert builder.sort_splits(["test", "extra", "validation", "train", "test", "a"]) == [
+    assert shards.sort_splits(["test", "extra", "validation", "train", "test", "a"]) == [
         "train",
         "validation",
         "test",
@@ -207,7 +207,7 @@ def test_an_interrupted_run_leaves_its_journal(clips, tmp_path, when):
 
 
 def test_shards_keep_the_order(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(builder, "SHARD_BYTES", 1)
+    monkeypatch.setattr(clip_writer, "SHARD_BYTES", 1)
     (clips / "sub" / "b.webm").write_bytes(b"broken")
     ingest(clips, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.array_record*"))) == 2
@@ -216,10 +216,10 @@ def test_shards_keep_the_order(clips, tmp_path, monkeypatch):
 
 
 def test_the_number_of_shards_follows_from_clips_and_bytes():
-    assert builder.count_shards(10, 0) == 1
-    assert builder.count_shards(10, builder.SHARD_BYTES) == 10
-    assert builder.count_shards(3, 10 * builder.SHARD_BYTES) == 3
-    assert builder.count_shards(1000, builder.SHARD_BYTES // 100) == 10
+    assert clip_writer.count_shards(10, 0) == 1
+    assert clip_writer.count_shards(10, clip_writer.SHARD_BYTES) == 10
+    assert clip_writer.count_shards(3, 10 * clip_writer.SHARD_BYTES) == 3
+    assert clip_writer.count_shards(1000, clip_writer.SHARD_BYTES // 100) == 10
 
 
 def test_many_references_are_written_without_tensorflow(tmp_path, monkeypatch):

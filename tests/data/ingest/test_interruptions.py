@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log):
 
 def test_files_that_a_killed_run_left_are_no_part_of_the_result(tmp_path):
     write_clips(tmp_path / "clips", "a.mp4")
-    for name in ("data", "data.tfds"):
+    for name in ("data", "data.lists"):
         (tmp_path / "out.ingest" / name).mkdir(parents=True)
         (tmp_path / "out.ingest" / name / "half").write_text("half")
     ingest(tmp_path / "clips", tmp_path / "out")

@@ -20,7 +20,8 @@ from dit_video.data.ingest.inspection import InspectionConfig, inspect
 from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.reencoder import ReencodeConfig, _fit_size
 from dit_video.data.ingest.report import IngestReport
-from dit_video.data.records import builder
+from dit_video.data.records import shards
+from dit_video.data.records.cluster import BeamOptions
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode, encode, probe
@@ -134,7 +135,7 @@ def test_reencoded_files_are_recorded(reencoded):
     assert report.bytes == sum(sizes.values())
     assert report.settings["reencode"] == dataclasses.asdict(LIMITS)
     assert "8 files of 10 re-encoded on request: " in write_ingest_report(root / "data").read_text(encoding="utf-8")
-    for record in builder.open_records(root / "data"):
+    for record in shards.open_records(root / "data"):
         content = before[record["name"].decode()]
         assert record["source_bytes"] == len(content)
         assert record["source_sha256"].decode() == hashlib.sha256(content).hexdigest()
@@ -159,7 +160,7 @@ def test_the_same_bytes_by_beam(reencoded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", sys.argv[:1])  # Beam reads them
     root, report = reencoded
-    how = builder.BeamOptions(runner=FnApiRunner(), options=PipelineOptions([]))
+    how = BeamOptions(runner=FnApiRunner(), options=PipelineOptions([]))
     again = ingest(root / "clips", tmp_path / "again", config=IngestConfig(reencode=LIMITS), beam=how)
     assert again == report
     first, second = ClipSource(root / "data"), ClipSource(tmp_path / "again")

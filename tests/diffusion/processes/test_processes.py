@@ -117,7 +117,7 @@ def test_the_inputs_of_edm_models_have_unit_variance():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: VariancePreservingProcess(steps=0), "at least 1 step, not 0"),
+        (lambda: VariancePreservingProcess(steps=0), "steps=0 is invalid: it must be at least 1"),
         (lambda: LinearBetas(beta_start=0.1, beta_end=0.01), "beta_start=0.1, beta_end=0.01 is invalid"),
         (lambda: ScaledLinearBetas(beta_end=1.5), "beta_end=1.5 is invalid.* beta_end < 1"),
         (lambda: Edm(sigma_max=-1.0), "sigma_max=-1.0.* must be positive"),

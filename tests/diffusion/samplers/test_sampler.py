@@ -229,7 +229,7 @@ def test_the_grid_has_the_shift_of_training():
 
 @pytest.mark.parametrize("steps", [0, -3])
 def test_less_than_one_step_is_refused(steps):
-    with pytest.raises(UserError, match=f"at least 1 step, not {steps}"):
+    with pytest.raises(UserError, match=f"steps={steps} is invalid: it must be at least 1"):
         make_uniform_times(RectifiedFlow(), steps)
 
 

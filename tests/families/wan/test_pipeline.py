@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -244,18 +243,18 @@ def test_missing_parts_are_named(copied):
 def test_a_part_of_another_class_is_refused(copied):
     path = copied / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FluxTransformer2DModel"}))
-    with pytest.raises(UserError, match="FluxTransformer2DModel, not a WanTransformer3DModel"):
+    with pytest.raises(UserError, match=r"FluxTransformer2DModel\. Supported .* WanTransformer3DModel"):
         dit_video.load(copied)
 
 
 def test_a_name_on_the_hub_is_fetched(folder, monkeypatch):
-    huggingface_hub, calls = pytest.importorskip("huggingface_hub"), []
+    calls = []
 
     def fetch(name, *, allow_patterns):
         calls.append((name, tuple(allow_patterns)))
         return str(folder)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert dit_video.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").config.backbone == DIT
     ((name, patterns),) = calls
     assert name == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -264,16 +263,11 @@ def test_a_name_on_the_hub_is_fetched(folder, monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached_is_reported(monkeypatch, tmp_path):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-
     def fetch(name, **_):
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     with pytest.raises(MissingError, match=r"no such folder: Wan-AI/x; nor .* \(no route to host\): check the name"):
-        dit_video.load("Wan-AI/x")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingError, match="pip install huggingface_hub"):
         dit_video.load("Wan-AI/x")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

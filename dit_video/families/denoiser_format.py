@@ -1,0 +1,193 @@
+"""Files of denoisers: a `config.json` and weights in safetensors, or a single file of a model's authors."""
+
+import abc
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal
+
+import numpy as np
+
+from dit_video.backbones.protocol import BackboneConfig, ConfigT
+from dit_video.core.errors import UserError
+from dit_video.core.files import write_json
+from dit_video.nn import get_param_shapes
+from dit_video.weights import diffusers, native_format, streaming
+from dit_video.weights.folders import TensorFolder
+from dit_video.weights.lora import LoraModule
+from dit_video.weights.parameter import Placement, place_on_host
+from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
+from dit_video.weights.tensor_map import SHARD_BYTES, make_dtype_fn
+
+FileLayout = Literal["diffusers", "authors"]
+"""Layout of a denoiser's files: that of diffusers, or of the model's authors."""
+
+
+class DenoiserFormat(abc.ABC, Generic[ConfigT]):
+    """The files of a family's denoisers: a `config.json`, and weights in safetensors.
+
+    A subclass converts the config, and maps our parameters to the tensors of the files. Reading and writing, tensor by
+    tensor, are the same for all.
+    """
+
+    config_class: type[ConfigT]
+    """Class of the configs."""
+    layouts: ClassVar[Mapping[str, FileLayout]]
+    """Layout of the files by the model class that `config.json` names."""
+    unadapted: ClassVar[tuple[str, ...]] = ()
+    """Paths of kernels of which the family's LoRA files hold no adapter."""
+
+    @abc.abstractmethod
+    def read_config(self, folder: Path, document: dict[str, Any]) -> ConfigT:
+        """Return the config of a folder, or of the authors' file, with this `config.json`.
+
+        Raises:
+          MissingError: files are missing.
+          UserError: a setting is not supported.
+        """
+
+    @abc.abstractmethod
+    def make_document(self, config: ConfigT, layout: FileLayout) -> dict[str, Any]:
+        """Return the `config.json` of a config; the inverse of `read_config`.
+
+        Raises:
+          UserError: the layout can't express the config.
+        """
+
+    def can_express(self, config: ConfigT, layout: FileLayout = "diffusers") -> bool:
+        """Return True if the layout can express a config."""
+        try:
+            self.make_document(config, layout)
+        except UserError:
+            return False
+        return True
+
+    @abc.abstractmethod
+    def make_file_map(self, config: ConfigT, layout: FileLayout) -> FileMap:
+        """Return which tensors hold each parameter."""
+
+    def get_lora_modules(self, config: ConfigT, *, primary_layout: FileLayout = "diffusers") -> dict[str, LoraModule]:
+        """Return the linear maps that LoRA files may adapt, by their names there; those of `primary_layout` come first.
+
+        It is empty for a family without LoRA files of its own.
+        """
+        return {}
+
+    def open_file(self, path: Path) -> tuple[TensorFolder, dict[str, Any]] | None:
+        """Open the authors' checkpoint in a single file; return its tensors and what its `config.json` would say.
+
+        Return None for a file that is not of this family.
+        """
+        return None
+
+    def load(
+        self,
+        folder: str | os.PathLike,
+        *,
+        dtype: Any = np.float32,
+        kernel_dtype: Any = None,
+        place: Placement = place_on_host,
+    ) -> tuple[ConfigT, dict[str, Any]]:
+        """Read a denoiser of this family; arguments, results and errors are those of `load_files`."""
+        options: dict[str, Any] = {"dtype": dtype, "kernel_dtype": kernel_dtype, "place": place}
+        return load_files([self], folder, config_class=self.config_class, **options)
+
+    def read_folder_config(self, folder: Path) -> ConfigT:
+        """Read the config of a denoiser of this family, without its weights; errors are those of `load_files`."""
+        return read_files_config([self], folder, config_class=self.config_class)
+
+    def save(
+        self,
+        folder: str | os.PathLike,
+        config: ConfigT,
+        params: dict[str, Any],
+        *,
+        layout: FileLayout = "diffusers",
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        """Write a config and parameters as a folder, with tensors in their own dtypes; the inverse of `load`.
+
+        Raises:
+          UserError: the layout can't express the config.
+        """
+        document, shapes = self.make_document(config, layout), get_param_shapes(config.make)
+        names, source = self.make_file_map(config, layout), ParamsSource(params)
+        streaming.write(folder, diffusers.STEM, source, names, shapes, shard_bytes=shard_bytes)
+        write_json(Path(folder) / "config.json", document)
+
+
+@contextlib.contextmanager
+def open_files(
+    formats: Sequence[DenoiserFormat], folder: Path, *, config_class: Any = BackboneConfig
+) -> Iterator[tuple[Any, FolderSource]]:
+    """Open a denoiser's folder or file; yield its config and the source of its parameters.
+
+    Arguments and errors are those of `load_files`.
+    """
+    if folder.is_file():
+        files = ((each, each.open_file(folder)) for each in formats)
+        opened = next(((each, *parts) for each, parts in files if parts is not None), None)
+        if opened is None:
+            raise UserError(f"{folder} is a file of no known model; name a model's folder, with a config.json")
+        denoiser_format, tensors, document = opened
+    else:
+        document = _read_document(formats, folder)
+        if document["_class_name"] == native_format.CLASS:
+            config = native_format.read_native_config(folder, document, config_class, "such a denoiser")
+            with native_format.open_native(folder, config) as source:
+                yield config, source
+            return
+        denoiser_format, tensors = _get_format(formats, document), TensorFolder(folder, stem=diffusers.STEM)
+    with tensors:
+        config = denoiser_format.read_config(folder, document)
+        file_map = denoiser_format.make_file_map(config, denoiser_format.layouts[document["_class_name"]])
+        yield config, FolderSource(tensors, file_map, get_param_shapes(config.make))
+
+
+def load_files(
+    formats: Sequence[DenoiserFormat],
+    folder: str | os.PathLike,
+    *,
+    config_class: Any = BackboneConfig,
+    dtype: Any = np.float32,
+    kernel_dtype: Any = None,
+    place: Placement = place_on_host,
+) -> tuple[Any, dict[str, Any]]:
+    """Read the config and parameters of a denoiser in a layout of one of the formats, or in the native format.
+
+    Args:
+      formats: formats of the families that the denoiser may be of.
+      folder: folder such as a pipeline's `transformer`, or a file of a model's authors such as
+        `DiT-XL-2-256x256.safetensors`.
+      config_class: class of the config of a folder in the native format.
+      dtype: dtype that floating tensors are cast to; None keeps the file's.
+      kernel_dtype: dtype that the kernels of linear maps are cast to; None casts them to `dtype`, too.
+      place: reads each parameter to its destination, given its path; by default to the host.
+
+    Raises:
+      MissingError: the folder or one of its files does not exist.
+      UserError: the model class or one of its settings is not supported, or the weights do not fit.
+    """
+    with open_files(formats, Path(folder), config_class=config_class) as (config, source):
+        shapes, dtype_fn = get_param_shapes(config.make), make_dtype_fn(dtype, kernel_dtype)
+        return config, streaming.read(source, shapes, dtype_fn=dtype_fn, place=place)
+
+
+def read_files_config(formats: Sequence[DenoiserFormat], folder: Path, *, config_class: Any = BackboneConfig) -> Any:
+    """Read the config of a denoiser in a folder, without its weights; otherwise as `load_files`."""
+    document = _read_document(formats, folder)
+    if document["_class_name"] == native_format.CLASS:
+        return native_format.read_native_config(folder, document, config_class, "such a denoiser")
+    return _get_format(formats, document).read_config(folder, document)
+
+
+def _read_document(formats: Sequence[DenoiserFormat], folder: Path) -> dict[str, Any]:
+    """Read `config.json`; raise UserError if the model class is that of none of the formats."""
+    document, classes = diffusers.read_document(folder), [name for each in formats for name in each.layouts]
+    diffusers.check_class(folder, document.get("_class_name"), (*classes, native_format.CLASS))
+    return document
+
+
+def _get_format(formats: Sequence[DenoiserFormat], document: Mapping[str, Any]) -> DenoiserFormat:
+    return next(each for each in formats if document["_class_name"] in each.layouts)
