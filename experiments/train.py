@@ -18,7 +18,6 @@ from dit_video.platform.scripts import prepare_script
 prepare_script(__name__)
 
 import dataclasses
-import importlib.util
 import sys
 import time
 from dataclasses import dataclass, field
@@ -30,13 +29,14 @@ import tyro
 
 from dit_video.core import config_json
 from dit_video.core.command_line import parse_arguments
-from dit_video.core.errors import GracefulStop, MissingError, UserError, script
+from dit_video.core.errors import GracefulStop, UserError, script
 from dit_video.diffusion import Guidance
 from dit_video.distributed.heartbeat import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed, main_process_first
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.collection import MetricResult
 from dit_video.experiment import Experiment, StagedExperiment, datasets
+from dit_video.experiment.config_file import load_experiment
 from dit_video.experiment.run import Run, StagedRun
 from dit_video.generation import Sampling
 from dit_video.platform.compilation_cache import enable_compilation_cache
@@ -85,7 +85,7 @@ def main() -> None:
         return
     if not config or config.startswith("-"):
         raise UserError("the first argument must be a config; use train.py experiments/configs/clips.py --data CLIPS")
-    experiment = load_experiment(Path(config))
+    experiment = load_experiment(config)
     run_class = Run if isinstance(experiment, Experiment) else StagedRun
     arguments = parse_arguments(
         Arguments,
@@ -172,26 +172,6 @@ def make_registry(experiment: StagedExperiment) -> tyro.constructors.Constructor
         )
 
     return registry
-
-
-def load_experiment(path: Path) -> StagedExperiment:
-    """Return the `EXPERIMENT` of a config file.
-
-    Raises:
-      MissingError: if the file does not exist.
-      UserError: if the file defines no `EXPERIMENT`.
-    """
-    if not path.is_file():
-        raise MissingError(f"config {path} does not exist; use a file such as experiments/configs/clips.py")
-    specification = importlib.util.spec_from_file_location("experiment_config", path)
-    if specification is None or specification.loader is None:
-        raise UserError(f"config {path} is not a Python file; use a file such as experiments/configs/clips.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    experiment = getattr(module, "EXPERIMENT", None)
-    if not isinstance(experiment, StagedExperiment):
-        raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
-    return experiment
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ def check_at_least(minimum: float | int, /, **values: float | int | None) -> Non
     """
     for name, value in values.items():
         if value is not None and not value >= minimum:
-            rule = f"it must be at least {minimum}. Use {name}={minimum} or more."
-            raise UserError(f"{name}={value} is invalid: {rule}")
+            raise UserError(f"{name}={value} is invalid: it must be at least {minimum}. Use {name}={minimum} or more.")
 
 
 class GracefulStop(KeyboardInterrupt):

@@ -71,7 +71,8 @@ def fit_size(info: ClipInfo, limits: SizeLimits) -> Grid:
     candidates = {(row, _round_to_range(row * h * ratio / w, columns)) for row in range(1, rows + 1)}
     candidates |= {(_round_to_range(column * w / ratio / h, rows), column) for column in range(1, columns + 1)}
     sizes = [(row * h, column * w) for row, column in candidates if row * h * column * w <= limits.max_pixels]
-    sizes = [size for size in sizes if _keeps_aspect_ratio(size, ratio, limits.multiple)]
+    # One side differs by at most half a multiple from the value that follows from the other side.
+    sizes = [(y, x) for y, x in sizes if abs(x - y * ratio) <= w / 2 or abs(y - x / ratio) <= h / 2]
     if not sizes:
         raise UserError(
             f"{info.name} has {info.height}x{info.width} pixels: no size of at most {limits.max_pixels} pixels in "
@@ -109,9 +110,3 @@ def read_fitted_clip(source: ClipSource, index: int, limits: SizeLimits, *, star
 
 def _round_to_range(value: float, maximum: int) -> int:
     return min(max(1, math.floor(value + 0.5)), maximum)
-
-
-def _keeps_aspect_ratio(size: tuple[int, int], ratio: float, multiple: Grid) -> bool:
-    """Return True if one side differs by at most half a multiple from the value that follows from the other side."""
-    height, width = size
-    return abs(width - height * ratio) <= multiple.w / 2 or abs(height - width / ratio) <= multiple.h / 2

@@ -18,11 +18,9 @@ from dit_video.diffusion.guidance import (
     AdaptiveProjectedGuidance,
     Branches,
     Guidance,
-    GuidanceParams,
     GuidanceState,
     apply_classifier_free_guidance,
     apply_guidance,
-    average_per_sample,
     batched,
     sequential,
 )
@@ -58,9 +56,7 @@ from dit_video.diffusion.samplers.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.samplers.inversion import Inversion, invert
 from dit_video.diffusion.samplers.sampler import (
     SAMPLERS,
-    NoiseFn,
     SamplingState,
-    Trace,
     advance,
     get_sampler,
     init_sampling,
@@ -75,7 +71,6 @@ from dit_video.diffusion.time_distributions import (
     LogitNormal,
     LogNormalSigma,
     Mode,
-    TimeDistribution,
     Uniform,
     draw_low_discrepancy,
 )

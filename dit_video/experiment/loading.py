@@ -56,26 +56,18 @@ def load(
         return family.load_pipeline(folder, text_encoder=text_encoder, dtype=dtype or "float32", place=place)
     if dtype is not None or place is not None:
         raise UserError(f"dtype and place are for open weights; {folder} has no {INDEX}, leave them out")
-    if ema is not None or sigma_rel is not None:
-        return _with_text_encoder(_load_run(folder, ema, sigma_rel), text_encoder)
-    for inner in (folder, folder / "pipeline"):
-        if is_pipeline_folder(inner):
-            return load_pipeline(inner, text_encoder=text_encoder, get_lora_modules=get_lora_modules)
-    if (folder / RUN_CONFIG).is_file():
-        return _with_text_encoder(_load_run(folder, None, None), text_encoder)
-    raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; name a run or open weights")
-
-
-def _load_run(folder: Path, ema: float | int | None, sigma_rel: float | None) -> Pipeline:
-    if not (folder / RUN_CONFIG).is_file():
+    has_average, is_run = ema is not None or sigma_rel is not None, (folder / RUN_CONFIG).is_file()
+    if has_average and not is_run:
         raise UserError(f"{folder} is not a run and has one set of weights; leave out ema and sigma_rel")
+    inner = next(filter(is_pipeline_folder, (folder, folder / "pipeline")), None)
+    if inner is not None and not has_average:
+        return load_pipeline(inner, text_encoder=text_encoder, get_lora_modules=get_lora_modules)
+    if not is_run:
+        raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; name a run or open weights")
     # Imported here: sampling a finished pipeline needs nothing of what training imports.
     from dit_video.experiment.run import Run
 
-    return Run.open(folder).newest_pipeline(ema=ema, sigma_rel=sigma_rel)
-
-
-def _with_text_encoder(pipeline: Pipeline, text_encoder: str | Path | None) -> Pipeline:
+    pipeline = Run.open(folder).newest_pipeline(ema=ema, sigma_rel=sigma_rel)
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 

@@ -45,13 +45,12 @@ def open_logs(monitoring: MonitoringConfig, folder: Path) -> list[Hook]:
     Raises:
       MissingError: a package is not installed.
     """
-    opened: list[Hook] = []
-    if jax.process_index() == 0:
-        if monitoring.tensorboard:
-            opened.append(TensorBoard(folder / "tensorboard"))
-        if monitoring.wandb is not None:
-            opened.append(WeightsAndBiases(monitoring.wandb, folder))
-    return opened
+    logs: list[Hook] = []
+    if monitoring.tensorboard:
+        logs.append(TensorBoard(folder / "tensorboard"))
+    if monitoring.wandb is not None:
+        logs.append(WeightsAndBiases(monitoring.wandb, folder))
+    return logs
 
 
 def make_validation(

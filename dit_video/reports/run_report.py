@@ -1,10 +1,12 @@
 """Report of a run, made from its files and evaluation."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dit_video.core import config_json
 from dit_video.evaluation.collection import MetricResult
@@ -46,7 +48,8 @@ def write_run_report(
         f"{sum(counts.values()) / 1e6:.2f} million parameters, created by: "
         f"{pipeline.config.provenance.get('command', '?')} (seed {pipeline.config.provenance.get('seed', '?')}). "
         f"Samples: {sampling['steps']} steps of {sampling['sampler']}, "
-        f"guidance {_format_guidance(sampling['guidance'])}, one sample per prompt, not selected."
+        f"guidance {' and '.join(f'{scale:g}' for scale in np.ravel(sampling['guidance']))}, "
+        "one sample per prompt, not selected."
     )
     report = Report(
         title=title,
@@ -76,11 +79,6 @@ def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationR
         config=config_json.to_json(experiment),
     )
     write_report(path, report)
-
-
-def _format_guidance(scales: float | Sequence[float]) -> str:
-    """Return the guidance scale as text, or those of two experts."""
-    return " and ".join(f"{scale:g}" for scale in (scales if isinstance(scales, Sequence) else (scales,)))
 
 
 def _make_reconstructions(evaluation: EvaluationResult) -> tuple[Reconstruction, ...]:

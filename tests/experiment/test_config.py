@@ -12,12 +12,14 @@ from dit_video.core.errors import UserError
 from dit_video.data.windows import WindowConfig
 from dit_video.distributed import MeshConfig
 from dit_video.experiment import Experiment
+from dit_video.experiment.config_file import load_experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs").glob("*.py"))
+CONFIGS = [path for path in CONFIGS if path.stem != "wan"]  # what the configs of Wan's shapes share
 
 
 def change_field(value, path, new):
@@ -138,8 +140,8 @@ def test_an_experiment_comes_back_from_json(tiny):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_file_defines_an_experiment_that_comes_back_from_json(load_file, path):
-    experiment = load_file(path).EXPERIMENT
+def test_every_config_file_defines_an_experiment_that_comes_back_from_json(path):
+    experiment = load_experiment(path)
     assert isinstance(experiment, Experiment)
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 

@@ -14,7 +14,7 @@ import numpy as np
 from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig, latent_grid
 from dit_video.backbones.dit import DitConfig
 from dit_video.core import rng
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import UserError
 from dit_video.data.packing.canvases import CanvasPacking
 from dit_video.data.packing.plan import RowStream
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
@@ -80,15 +80,12 @@ def read_setting(path: Path) -> Setting:
       MissingError: if the file does not exist.
       UserError: if the file defines no experiment, or imports a package that is not installed.
     """
-    if not path.is_file():
-        raise MissingError(f"config {path} does not exist; use a file such as experiments/configs/clips.py")
     try:
-        experiment = runpy.run_path(str(path)).get("EXPERIMENT")
+        from dit_video.experiment.config_file import load_experiment
+
+        return load_experiment(path)
     except ModuleNotFoundError as error:
         raise UserError(f"{path} needs {error.name}, which is not installed; install it, or drop --config") from error
-    if experiment is None:
-        raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
-    return experiment
 
 
 def resolve_setting(config: Path | None, changes: Sequence[str]) -> Setting:

@@ -262,18 +262,16 @@ class _CostReader:
             remote_share = (len(group) - 1) / max(1, len(group))
         if len(group) < 2:
             return
-        if kind == "all-reduce" and self._is_reduce_scatter(instruction, computation):
+        users = list(_find_users(instruction.name, computation))
+        # A compiler pass makes a reduce-scatter of an all-reduce of which only slices are used.
+        is_sliced = users and not instruction.is_root and all(user.opcode == "dynamic-slice" for user in users)
+        if kind == "all-reduce" and is_sliced:
             kind = "reduce-scatter"
         copies = {"all-gather": len(group), "all-reduce": 2}.get(kind, 1)
         axes = find_mesh_axes(group, self.mesh, permuted=kind == "collective-permute")
         traffic = self.program.collectives.setdefault((kind, axes), CollectiveTraffic(kind, axes))
         traffic.bytes += executions * (copies * operand_bytes * remote_share)
         traffic.count += executions
-
-    def _is_reduce_scatter(self, instruction: Instruction, computation: Computation) -> bool:
-        """Return True if only slices of an all-reduce are used: a compiler pass turns it into a reduce-scatter."""
-        users = list(_find_users(instruction.name, computation))
-        return bool(users) and not instruction.is_root and all(user.opcode == "dynamic-slice" for user in users)
 
     def _count_traffic(self, instruction: Instruction, computation: Computation) -> int:
         """Return the bytes that an instruction reads and writes."""

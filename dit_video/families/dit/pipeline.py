@@ -88,14 +88,17 @@ class DitFamily(Family):
         if missing := [part for part in required if not (folder / part).is_dir()]:
             raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
         put = place or place_on_device
+        transformer = folder / "transformer"
+        # The authors' model may be a single file, without a config.
+        files = [] if (transformer / "config.json").is_file() else sorted(transformer.glob("*.safetensors"))
         backbone, params = DENOISER.load(
-            _find_denoiser(folder / "transformer"),
+            files[0] if len(files) == 1 else transformer,
             kernel_dtype=jnp.dtype(dtype),
             place=lambda path, parameter: put(f"backbone/{path}", parameter),
         )
         position = backbone.absolute_position
         if backbone.labels is None or not isinstance(position, ImageSineCosine):
-            raise UserError(f"{folder / 'transformer'} holds no class-conditional DiT, which a {CLASS} needs")
+            raise UserError(f"{transformer} holds no class-conditional DiT, which a {CLASS} needs")
         autoencoder, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, put)
         schedule = (
             load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(backbone)
@@ -123,12 +126,6 @@ class DitFamily(Family):
             provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
         )
         return Pipeline(config, autoencoder=autoencoder_params, denoiser={"backbone": params, "text": {}})
-
-
-def _find_denoiser(folder: Path) -> Path:
-    """Return the model's folder, or the file in it where that is all there is."""
-    files = sorted(folder.glob("*.safetensors"))
-    return files[0] if len(files) == 1 and not (folder / "config.json").is_file() else folder
 
 
 def _get_default_schedule(backbone: DitConfig) -> LoadedScheduler:

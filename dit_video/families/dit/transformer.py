@@ -135,11 +135,10 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
             width = heads * settings["attention_head_dim"]
             size, layers, classes = settings["sample_size"], settings["num_layers"], settings["num_embeds_ada_norm"]
             channels, ratio, eps, period = settings["in_channels"], 4.0, settings["norm_eps"], _DIFFUSERS_PERIOD
-            variance: Literal["none", "predicted", "dropped"] = "predicted"
-            if (settings["out_channels"] or channels) == channels:
-                variance = "none"
-            else:
+            variance: Literal["none", "predicted", "dropped"] = "none"
+            if settings["out_channels"] not in (None, channels):
                 diffusers.check_supported(folder, settings, {"out_channels": 2 * channels})
+                variance = "predicted"
         else:
             settings = diffusers.get_settings(folder, document, _AUTHORS_DEFAULTS)
             if not (dropout := settings["class_dropout_prob"]) > 0:

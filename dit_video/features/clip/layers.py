@@ -88,8 +88,10 @@ class ClipLayer(nnx.Module):
         y = self.norm_attention(x)
         q, k, v = (linear(y).reshape(*x.shape[:2], self.heads, -1) for linear in (self.query, self.key, self.value))
         attended = x + self.out(_attend(q, k, v, mask=mask).reshape(x.shape))
-        hidden = self.up(self.norm_mlp(attended))
-        return LayerStates(hidden=attended + self.down(_activate(hidden, self.activation)), penultimate=x)
+        x_up = self.up(self.norm_mlp(attended))
+        quick = self.activation == "quick_gelu"
+        hidden = x_up * jax.nn.sigmoid(1.702 * x_up) if quick else jax.nn.gelu(x_up, approximate=False)
+        return LayerStates(hidden=attended + self.down(hidden), penultimate=x)
 
 
 def make_projection(config: ClipTowerConfig, *, rngs: nnx.Rngs) -> Linear | None:
@@ -97,10 +99,6 @@ def make_projection(config: ClipTowerConfig, *, rngs: nnx.Rngs) -> Linear | None
     if config.projection is None:
         return None
     return Linear(config.width, config.projection, bias=False, dtype=jnp.dtype(config.dtype), rngs=rngs)
-
-
-def _activate(x: Float[Array, "B S F"], activation: Activation) -> Float[Array, "B S F"]:
-    return x * jax.nn.sigmoid(1.702 * x) if activation == "quick_gelu" else jax.nn.gelu(x, approximate=False)
 
 
 _Heads = Float[Array, "B S K d"]
