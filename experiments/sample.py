@@ -5,21 +5,26 @@ from dit_video.platform.scripts import prepare_script
 prepare_script(__name__)
 
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-import dit_video
+sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder, such as a test
+
+from sampling_options import SamplingOptions
+
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.evaluation import evaluate
-from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.video.decode import decode
 from dit_video.video.encode import FORMATS
+
+_DEFAULTS = SamplingOptions()
 
 
 def main(
@@ -32,16 +37,8 @@ def main(
     negative: str = "",
     image: Path | None = None,
     last_image: Path | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    interval: tuple[float, float] | None = None,
-    rescale: float | None = None,
-    projected: bool | None = None,
     text_encoder: Path | None = None,
-    ema: float | None = None,
-    sigma_rel: float | None = None,
-    cache: bool = True,
+    options: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _DEFAULTS,
 ) -> None:
     """Sample one prompt into a file, or a list of prompts into a folder.
 
@@ -63,25 +60,12 @@ def main(
         negative: Negative prompt, which guidance steers away from.
         image: First frame of the clip, for image-to-video models: an image, or a video whose first frame is used.
         last_image: Last frame of the clip, for models that accept one.
-        steps: Number of sampling steps; the model's own by default.
-        guidance: Guidance scale; 1 disables guidance.
-        sampler: Name of the sampler, such as euler, heun, unipc, dpm++2m or ddim; the model's own by default.
-        interval: Range of times in which guidance is applied, from 0 (data) to 1 (noise).
-        rescale: Guidance rescale factor from 0 to 1: how far the standard deviation of guided predictions is moved back
-            to that of predictions without guidance.
-        projected: Drop the part of guidance that is parallel to the prediction, which causes oversaturation (adaptive
-            projected guidance).
         text_encoder: Folder of the model's frozen text encoder, if it has been moved.
-        ema: Decay of the weight average to load from a run; 0 loads the raw weights.
-        sigma_rel: Relative width of a post-hoc average, reconstructed from the snapshots of a run.
-        cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
+        options: Weights and sampling.
     """
     if (prompt is None) == (prompts is None):
         raise UserError("exactly one of --prompt and --prompts is needed; use --prompt TEXT or --prompts FILE")
-    check_minimum(1, steps=steps)
     check_minimum(0, seed=seed)
-    if cache:
-        enable_compilation_cache()
     start_time = time.perf_counter()
     if prompts is not None:
         if any(option not in (None, "") for option in (size, seed, negative, image, last_image)):
@@ -90,15 +74,11 @@ def main(
     elif out.suffix.lower().removeprefix(".") not in FORMATS:
         raise UserError(f"--out {out} has no known suffix; use one of .{', .'.join(FORMATS)}")
     grid = None if size is None else parse_size(size)
-    pipeline = dit_video.load(run, text_encoder=text_encoder, ema=ema, sigma_rel=sigma_rel)
-    guided = pipeline.config.sampling.override_guidance(
-        scale=guidance, interval=interval, rescale=rescale, projected=projected
-    )
+    pipeline = options.load_pipeline(run, text_encoder=text_encoder)
+    overrides = options.make_overrides(pipeline)
     if prompts is not None:
         with Progress("sampling", len(requests), unit="clip") as progress:
-            evaluate.write_samples(
-                pipeline, requests, out, progress=progress.update, steps=steps, guidance=guided, sampler=sampler
-            )
+            evaluate.write_samples(pipeline, requests, out, progress=progress.update, **overrides)
         print(f"{len(requests)} clips in {out}")
         return
     frame = (grid or pipeline.config.size)._replace(t=1)
@@ -110,9 +90,7 @@ def main(
         negative=negative,
         image=first,
         last_image=last,
-        steps=steps,
-        guidance=guided,
-        sampler=sampler,
+        **overrides,
     )
     seconds = time.perf_counter() - start_time
     clip.save(out)

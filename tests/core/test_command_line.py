@@ -13,7 +13,10 @@ from dit_video.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
-    str(path.relative_to(ROOT)) for name in ("experiments", "tools") for path in (ROOT / name).glob("*.py")
+    str(path.relative_to(ROOT))
+    for name in ("experiments", "tools")
+    for path in (ROOT / name).glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
 )
 CONFIG = str(ROOT / "tests" / "support" / "tiny.py")
 
