@@ -36,8 +36,7 @@ def skip_missing_tpu() -> None:
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
-    has_variables = any(name.startswith(_TPU_VARIABLES) for name in os.environ.keys() - _UNRELATED_VARIABLES)
-    if has_variables or _has_tpu_device():
+    if has_tpu():
         return
     gpus = _find_gpu_backends()
     jax = sys.modules.get("jax")
@@ -49,13 +48,14 @@ def skip_missing_tpu() -> None:
         jax.config.update("jax_platforms", platforms)
 
 
-def _has_tpu_device() -> bool:
-    """Return True if a TPU may be attached.
+def has_tpu() -> bool:
+    """Return True if a device or the environment suggests that there is a TPU.
 
-    That is a PCI device of Google which is neither storage nor network, as virtual machines in its cloud have those.
-    (JAX's table of device ids would not include TPUs that are newer than this function.)
+    The device is a PCI device of Google which is neither storage nor network, as virtual machines in its cloud have
+    those. (JAX's table of device ids would not include TPUs that are newer than this function.)
     """
-    if any(_DEV.glob("accel*")) or any(_DEV.glob("vfio/[0-9]*")):
+    is_named = any(name.startswith(_TPU_VARIABLES) for name in os.environ.keys() - _UNRELATED_VARIABLES)
+    if is_named or any(_DEV.glob("accel*")) or any(_DEV.glob("vfio/[0-9]*")):
         return True
     for device in _PCI_DEVICES.glob("*"):
         try:

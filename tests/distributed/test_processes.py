@@ -74,7 +74,7 @@ def test_an_incomplete_or_invalid_environment_is_refused(changes, message):
 
 
 def test_a_timeout_below_a_second_is_refused():
-    with pytest.raises(UserError, match=r"=0\.5 is invalid: .* Use 1 second"):
+    with pytest.raises(UserError, match=r"max_silence=0\.5 is invalid: .* Use max_silence=1"):
         TimeoutConfig(max_silence=0.5)
 
 

@@ -133,7 +133,7 @@ def python(code):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.skipif(tpu._has_tpu_device() or tpu._has_tpu_variables(), reason="needs a machine without a TPU")
+@pytest.mark.skipif(tpu.has_tpu(), reason="needs a machine without a TPU")
 @pytest.mark.parametrize("imports", ["import dit_video, jax", "import jax, dit_video"])
 def test_nothing_of_libtpu_is_printed(imports):
     done = python(f"{imports}\nprint(jax.devices()[0].platform)")

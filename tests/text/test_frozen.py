@@ -32,7 +32,14 @@ def test_a_frozen_config_comes_back_from_json():
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(CONFIG)))) == CONFIG
 
 
-@pytest.mark.parametrize("wrong", [{"folder": ""}, {"width": 0}, {"max_tokens": 0}])
-def test_invalid_frozen_configs_are_refused(wrong):
-    with pytest.raises(UserError, match="use a folder, and a width and max_tokens of at least 1"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"folder": ""}, "folder='' is invalid: .* Use the folder of its weights"),
+        ({"width": 0}, "width=0 is invalid: it must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens=0 is invalid: it must be at least 1"),
+    ],
+)
+def test_invalid_frozen_configs_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
         FrozenTextConfig(**{"folder": "f", "width": 8, "max_tokens": 4} | wrong)

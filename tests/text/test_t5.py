@@ -122,7 +122,7 @@ def test_the_parts_fit_the_protocol_and_configs_go_to_json_and_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"heads": 0, "layers": 0}, "layers=0, heads=0 .*at least 1"),
+        ({"heads": 0}, "heads=0 is invalid: it must be at least 1"),
         ({"buckets": 7}, "buckets=7.*even number"),
         ({"buckets": 2}, "buckets=2.*at least 4"),
         ({"max_distance": 2}, "max_distance=2.*above a quarter"),

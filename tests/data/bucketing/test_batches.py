@@ -189,5 +189,5 @@ def test_invalid_arguments_are_refused(clips, buckets):
             config=LoaderConfig(batch=1, seed=0),
         )
     rows = PackedShape(tokens=8, text=8, segments=1)
-    with pytest.raises(UserError, match="above the fixed 100 bytes"):
+    with pytest.raises(UserError, match="budget=100 is invalid: the state alone takes 100 bytes"):
         BucketConfig(sampling=rows, memory=BatchMemory(fixed=100, per_token=1), budget=100)

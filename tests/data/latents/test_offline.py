@@ -65,7 +65,7 @@ def test_stretches_resolutions_and_flips_are_views_with_names_of_their_own():
         ("1.apng@0~16x16~flipped", Grid(5, 16, 16)),
     ]
     for wrong in ({"clips_per_video": 0}, {"resolutions": (0,)}):
-        with pytest.raises(UserError, match="must be at least 1 each"):
+        with pytest.raises(UserError, match="must be at least 1"):
             Augmentations(**wrong)
     for wrong in ({"views_per_file": 0}, {"threads": 0}):
         with pytest.raises(UserError, match="must be at least 1"):

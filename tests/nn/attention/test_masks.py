@@ -120,7 +120,7 @@ def test_queries_may_be_some_of_the_tokens():
     [
         (lambda: CausalFrames(chunk=0), "chunk=0 is invalid: it must be at least 1"),
         (lambda: SlidingWindow(radius=(1, -1, 1)), "must not be negative; use None"),
-        (lambda: SlidingWindow(radius=(1, 1, 1), tile=(1, 0, 1)), "at least 1 along each axis"),
+        (lambda: SlidingWindow(radius=(1, 1, 1), tile=(1, 0, 1)), "tile=0 is invalid: it must be at least 1"),
         (lambda: SlidingWindow(radius=(None, None, None)), "use pattern Full()"),
         (lambda: make_attention("chunked", chunk=0), "chunk=0 is invalid: it must be at least 1"),
         (
