@@ -192,5 +192,5 @@ def test_the_report_counts_every_example():
 def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         plan_buckets(**{"sizes": mixed(), "memory": MEMORY, "budget": 1e6} | arguments)
-    with pytest.raises(UserError, match="per_token=0 is invalid: .* Use a positive number"):
+    with pytest.raises(UserError, match=r"per_token=0 is invalid: .* Use a positive number"):
         BatchMemory(fixed=1, per_token=0)
