@@ -154,7 +154,7 @@ def test_a_clip_that_changes_after_its_inspection_ends_the_run(clips, tmp_path, 
             data[-20] ^= 1
             (clips / "4.mp4").write_bytes(data)
 
-    with pytest.raises(UserError, match=r"^[^\n]*4\.mp4 has changed since it was inspected; leave[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*4\.mp4 has changed since it was inspected\. Start again[^\n]*$"):
         ingest(clips, tmp_path / "out", beam=beam_options, progress=change)
     assert not (tmp_path / "out").exists()
     report = ingest(clips, tmp_path / "out", beam=beam_options)
@@ -182,7 +182,7 @@ def test_the_command_runs_a_pipeline_or_explains_its_error(clips, tmp_path, scri
     for source, options, message in [
         (tmp_path / "empty", "", f"error: {tmp_path / 'empty'} holds no clips; "),
         (clips, "--runner=Nonesuch", "error: Apache Beam's pipeline failed (Unexpected pipeline runner: Nonesuch. "),
-        (clips, "--direct_num_workers=x", "argument --direct_num_workers: invalid int value: 'x'; see"),
+        (clips, "--direct_num_workers=x", "argument --direct_num_workers: invalid int value: 'x'. Use"),
         (clips, "--job_name='x", "No closing quotation; close"),
     ]:
         ended = script("tools/ingest.py", source, tmp_path / "none", f"--beam={options}")
