@@ -183,7 +183,7 @@ def test_the_command_runs_a_pipeline_or_explains_its_error(clips, tmp_path, scri
         (tmp_path / "empty", "", f"error: {tmp_path / 'empty'} holds no clips; "),
         (clips, "--runner=Nonesuch", "error: Apache Beam's pipeline failed (Unexpected pipeline runner: Nonesuch. "),
         (clips, "--direct_num_workers=x", "argument --direct_num_workers: invalid int value: 'x'. Use"),
-        (clips, "--job_name='x", "No closing quotation; close"),
+        (clips, "--job_name='x", "No closing quotation. Close"),
     ]:
         ended = script("tools/ingest.py", source, tmp_path / "none", f"--beam={options}")
         assert ended.code == 2
