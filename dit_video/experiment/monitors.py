@@ -46,10 +46,11 @@ def open_logs(monitoring: MonitoringConfig, folder: Path) -> list[Hook]:
       MissingError: a package is not installed.
     """
     logs: list[Hook] = []
-    if monitoring.tensorboard:
-        logs.append(TensorBoard(folder / "tensorboard"))
-    if monitoring.wandb is not None:
-        logs.append(WeightsAndBiases(monitoring.wandb, folder))
+    if jax.process_index() == 0:  # the others need not have the packages, nor the time to import them
+        if monitoring.tensorboard:
+            logs.append(TensorBoard(folder / "tensorboard"))
+        if monitoring.wandb is not None:
+            logs.append(WeightsAndBiases(monitoring.wandb, folder))
     return logs
 
 

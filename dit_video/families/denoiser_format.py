@@ -134,7 +134,7 @@ def open_files(
     else:
         document = _read_document(formats, folder)
         if document["_class_name"] == native_format.CLASS:
-            config = native_format.read_native_config(folder, document, config_class, "such a denoiser")
+            config = native_format.read_native_config(folder, document, config_class, "a supported denoiser")
             with native_format.open_native(folder, config) as source:
                 yield config, source
             return
@@ -170,15 +170,15 @@ def load_files(
       UserError: the model class or one of its settings is not supported, or the weights do not fit.
     """
     with open_files(formats, Path(folder), config_class=config_class) as (config, source):
-        shapes, dtype_fn = get_param_shapes(config.make), make_dtype_fn(dtype, kernel_dtype)
-        return config, streaming.read(source, shapes, dtype_fn=dtype_fn, place=place)
+        dtype_fn = make_dtype_fn(dtype, kernel_dtype)
+        return config, streaming.read(source, source.like, dtype_fn=dtype_fn, place=place)
 
 
 def read_files_config(formats: Sequence[DenoiserFormat], folder: Path, *, config_class: Any = BackboneConfig) -> Any:
     """Read the config of a denoiser in a folder, without its weights; otherwise as `load_files`."""
     document = _read_document(formats, folder)
     if document["_class_name"] == native_format.CLASS:
-        return native_format.read_native_config(folder, document, config_class, "such a denoiser")
+        return native_format.read_native_config(folder, document, config_class, "a supported denoiser")
     return _get_format(formats, document).read_config(folder, document)
 
 

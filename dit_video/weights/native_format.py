@@ -41,7 +41,7 @@ def read_native(
       UserError: the weights do not fit the config.
     """
     with open_native(folder, config) as source:
-        return streaming.read(source, get_param_shapes(config.make), dtype_fn=dtype_fn, place=place)
+        return streaming.read(source, source.like, dtype_fn=dtype_fn, place=place)
 
 
 @contextlib.contextmanager

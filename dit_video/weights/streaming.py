@@ -117,7 +117,7 @@ class FolderSource:
           ignored: names of tensors to skip; all others must be mapped.
           digest: `hashlib` object that is updated with every block that is read, as it is stored.
         """
-        self._tensors, self._file_map, self._digest = tensors, file_map, digest
+        self._tensors, self._file_map, self._digest, self.like = tensors, file_map, digest, like
         self.depths = file_map.depths
         """Number of layers of each parameter that stacks one tensor per layer."""
         shapes = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
@@ -255,7 +255,8 @@ def write(
         max_shard_size=shard_bytes,
     )
     file_metadata = {"format": "pt"} if metadata is None else metadata
-    for file, names in split.filename_to_tensors.items():
+    # A model without parameters has a file, too.
+    for file, names in (split.filename_to_tensors or {f"{stem}.safetensors": []}).items():
         ours.save(folder / file, {name: tensors[name] for name in names}, metadata=file_metadata)
     index = folder / f"{stem}.safetensors.index.json"
     if split.is_sharded:

@@ -54,7 +54,7 @@ class BucketConfig:
     def __post_init__(self):
         check_at_least(1, count=self.count)
         if self.budget <= (fixed := self.memory.fixed):
-            raise UserError(f"budget={self.budget:g} is invalid: the state alone takes {fixed:g} bytes. Use more.")
+            raise UserError(f"budget={self.budget:g} is invalid: the state alone takes {fixed:g} bytes. Raise it.")
 
 
 class BucketBatches(DenoiserBatches):

@@ -290,8 +290,7 @@ def _write(
     progress: ProgressCallback,
     beam: BeamOptions | None,
 ) -> None:
-    for name in (folder.name, folder.name + ".lists"):
-        shutil.rmtree(folder.with_name(name), ignore_errors=True)  # left by a killed run
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     used = [(listing.clips[number], verdicts[number]) for number in selection.record_files]
     references = [_make_reference(clip, verdict, folder.with_name(_REENCODED_FOLDER)) for clip, verdict in used]
     sizes = [reference.size for reference in references]

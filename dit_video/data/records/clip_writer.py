@@ -57,6 +57,7 @@ def write_clips(
       OSError: the folder cannot be written.
     """
     lists = folder.with_name(folder.name + ".lists")
+    shutil.rmtree(lists, ignore_errors=True)  # left by a killed process
     folder.mkdir(parents=True)
     try:
         lists.mkdir()

@@ -104,8 +104,7 @@ def write_metadata(
         splits = []
         for split, lengths in counts.items():
             template = _make_template(name, split, Path(work))
-            count = len(lengths)
-            paths = [template.sharded_filepath(shard_index=number, num_shards=count) for number in range(count)]
+            paths = template.sharded_filepaths(len(lengths))
             for path in paths:
                 path.touch()
             size = sum((folder / path.name).stat().st_size for path in paths)

@@ -262,11 +262,10 @@ class _CostReader:
             remote_share = (len(group) - 1) / max(1, len(group))
         if len(group) < 2:
             return
-        users = list(_find_users(instruction.name, computation))
-        # A compiler pass makes a reduce-scatter of an all-reduce of which only slices are used.
-        is_sliced = users and not instruction.is_root and all(user.opcode == "dynamic-slice" for user in users)
-        if kind == "all-reduce" and is_sliced:
-            kind = "reduce-scatter"
+        if kind == "all-reduce" and not instruction.is_root:
+            # A compiler pass makes a reduce-scatter of an all-reduce of which only slices are used.
+            opcodes = {user.opcode for user in _find_users(instruction.name, computation)}
+            kind = "reduce-scatter" if opcodes == {"dynamic-slice"} else kind
         copies = {"all-gather": len(group), "all-reduce": 2}.get(kind, 1)
         axes = find_mesh_axes(group, self.mesh, permuted=kind == "collective-permute")
         traffic = self.program.collectives.setdefault((kind, axes), CollectiveTraffic(kind, axes))

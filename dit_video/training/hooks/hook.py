@@ -18,7 +18,7 @@ class Hook:
     """True for a hook that only the first process calls, such as a log."""
 
     def resume(self, step: int) -> None:
-        """Prepare to go on after `step`, 0 at the start: discard what was written of later, repeated steps."""
+        """Prepare to start, or to continue after `step`: discard what was written of later steps."""
 
     def annotate(self, step: int) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which a step is started; steps are counted from 1."""
