@@ -15,8 +15,14 @@ from dit_video.tokens import Grid
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = [ROOT / name for name in ("dit_video", "experiments", "tests", "tools")]
 MAX_DEPTH = 7
 COMPREHENSIONS = {"<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"}
+
+
+def is_own(filename: str) -> bool:
+    """Return True for a file of this repository, not of a virtual environment in its root."""
+    return any(Path(filename).is_relative_to(folder) for folder in FOLDERS)
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def stacks(monkeypatch):
     jax.clear_caches()  # a program that another test has compiled would not call the model again
 
     def probe(self, *arguments, **keywords):
-        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
+        frames = [frame for frame in traceback.extract_stack() if is_own(frame.filename)]
         names = [f"{Path(frame.filename).stem}.{frame.name}" for frame in frames if frame.name not in COMPREHENSIONS]
         starts = [index for index, frame in enumerate(names) if frame.endswith(".main")]
         recorded.append(names[starts[-1] + 1 :])
