@@ -1,10 +1,14 @@
 """Checks that a model and its batches fit a mesh, before anything is computed."""
 
+from jax.sharding import Mesh
+
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError
 from dit_video.distributed.context_parallel import check_ring, check_ulysses
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.sharding_rules import count_row_shards
+from dit_video.nn.attention import check_platform
+from dit_video.platform.devices import Platform
 
 
 def check_denoiser(
@@ -15,7 +19,7 @@ def check_denoiser(
     tokens: int,
     context_attention: ContextAttention = "ulysses",
 ) -> None:
-    """Check that heads, hidden widths, rows and tokens divide among the devices of a mesh.
+    """Check that heads, hidden widths, rows and tokens divide among a mesh's devices, and that these have the kernels.
 
     Args:
       mesh: The mesh of the run.
@@ -25,8 +29,11 @@ def check_denoiser(
       context_attention: Method of attention over devices that share a row.
 
     Raises:
-      UserError: If something does not divide; the message names it, and values that would.
+      UserError: If something does not divide, or the attention's kernels are for another platform; the message names
+        it, and values that would do.
     """
+    if isinstance(mesh, Mesh):
+        check_platform(backbone.attention, Platform.from_device(mesh.devices.flat[0]))
     _check_divisible(rows, count_row_shards(mesh), "a batch", "rows", "data x fsdp")
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     _check_divisible(backbone.heads, tensor, "the denoiser", "heads", "tensor")

@@ -29,10 +29,11 @@ from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import RingAttention
 from dit_video.distributed.sharding_rules import ROW_AXES
-from dit_video.nn.attention import Attention, AttentionInputs, Backend, Full, Pattern
+from dit_video.nn.attention import Attention, AttentionInputs, Backend, Full, Pattern, get_backend_name
 from dit_video.nn.attention.api import Keys, Queries
 from dit_video.nn.attention.key_ranges import pad_to_blocks
 from dit_video.nn.parallel import ONE_DEVICE, FusedConstraint, Parallelism, Split, WeightConstraint
+from dit_video.platform.devices import Platform
 
 _HEAD_SPEC = P(ROW_AXES, "context", "tensor", None)
 _FULL_SPEC = P(ROW_AXES, None, "tensor", None)
@@ -43,7 +44,20 @@ def make_parallelism(mesh: AnyMesh, context_attention: ContextAttention = "ulyss
 
     The model's parameters do not depend on it.
     """
-    return ONE_DEVICE if mesh.size == 1 else MeshParallelism(mesh, context_attention)
+    if mesh.size > 1:
+        return MeshParallelism(mesh, context_attention)
+    return ONE_DEVICE if isinstance(mesh, jax.sharding.AbstractMesh) else DeviceParallelism(mesh.devices.flat[0])
+
+
+@dataclass(frozen=True)
+class DeviceParallelism(Parallelism):
+    """A model on one device, which need not be of JAX's default platform."""
+
+    device: Any
+
+    @property
+    def platform(self) -> Platform:
+        return Platform.from_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,12 @@ class MeshParallelism(Parallelism):
 
     mesh: AnyMesh
     context_attention: ContextAttention
+
+    @property
+    def platform(self) -> Platform:
+        if isinstance(self.mesh, jax.sharding.AbstractMesh):
+            return super().platform
+        return Platform.from_device(self.mesh.devices.flat[0])
 
     def make_attention(self, backend: Backend, pattern: Pattern = Full()) -> Attention:
         """Return the attention among a row's tokens.
@@ -80,11 +100,11 @@ class MeshParallelism(Parallelism):
         return HeadSharded(self.mesh) if self.mesh.shape["tensor"] > 1 else None
 
 
-def check_ring(backend: str) -> None:
+def check_ring(backend: Backend) -> None:
     """Raise UserError for a backend that ring attention does not support."""
-    if backend not in ("auto", "chunked"):
+    if (name := get_backend_name(backend)) not in ("auto", "chunked"):
         raise UserError(
-            f"attention={backend!r} is invalid: ring attention computes its own blocks, those of chunked. Use the "
+            f"attention={name!r} is invalid: ring attention computes its own blocks, those of chunked. Use the "
             "denoiser's attention='chunked', or the mesh's context_attention='ulysses'."
         )
 
@@ -206,6 +226,7 @@ def _pad_tokens(inputs: AttentionInputs, ranks: int, *, keys: bool) -> Attention
         fill(inputs.q_indices),
         fill(inputs.context_indices, keys),
         bias,
+        inputs.contiguous,
     )
 
 

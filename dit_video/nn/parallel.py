@@ -7,6 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Array, Float
 
 from dit_video.nn.attention import Attention, Backend, Full, Pattern, make_attention
+from dit_video.platform.devices import Platform, get_default_platform
 
 Split = Literal["outputs", "inputs", "fused"]
 """Division of a linear layer over the mesh axis `tensor`: by its outputs (maps into heads and hidden widths), by its
@@ -37,13 +38,18 @@ class Parallelism:
     its linear layers get the sharding of their weights, and nothing else in it depends on devices.
     """
 
+    @property
+    def platform(self) -> Platform:
+        """Return the platform that the model is compiled for, by which `auto` attention chooses its kernels."""
+        return get_default_platform()
+
     def make_attention(self, backend: Backend, pattern: Pattern = Full()) -> Attention:
         """Return the attention among a row's tokens."""
-        return make_attention(backend, pattern=pattern)
+        return make_attention(backend, pattern=pattern, platform=self.platform)
 
     def make_cross_attention(self, backend: Backend) -> Attention:
         """Return the attention of a row's tokens to those of a context."""
-        return make_attention(backend)
+        return make_attention(backend, platform=self.platform)
 
     def make_weight_constraint(self, split: Split | None) -> WeightConstraint | None:
         """Return the constraint on a linear layer's weights during use."""

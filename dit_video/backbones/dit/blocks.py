@@ -151,7 +151,7 @@ class Block(Stream):
         key_value = self.cross_key_value.project_parts(inputs.context.values, 2)
         k = split_heads(key_value[:, :, 0], self.cross_key_norm, self.heads)
         v = split_heads(key_value[:, :, 1], None, self.heads)
-        mixed = self.cross(q, k, v, AttentionInputs(inputs.segments, inputs.context.segments))
+        mixed = self.cross(q, k, v, inputs.attention_inputs.with_context(inputs.context.segments))
         return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
 
 

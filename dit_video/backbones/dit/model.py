@@ -154,13 +154,16 @@ class Dit(nnx.Module):
 
         needs_indices, space = config.layer_patterns != (Full(),), self._drop_time(tokens.positions)
         indices = pad(compute_grid_indices(clips.positions, clips.segments), GLOBAL) if needs_indices else None
+        count = (
+            layout.count if segments.shape == clips.segments.shape else None
+        )  # what joins the clips follows them all
         return x, DitInputs(
             condition=condition,
             modulation=self._project_modulation(condition),
             segments=tokens.segments,
             positions=tokens.positions,
             angles=compute_rotary_angles(space, config.rotary) if isinstance(config.rotary, Rotary3d) else None,
-            attention_inputs=AttentionInputs.self_attention(segments, indices),
+            attention_inputs=AttentionInputs.self_attention(segments, indices, segment_count=count),
             bias_positions=None if config.relative_bias is None else pad(self._drop_time(clips.positions), jnp.inf),
             context=context,
             context_modulation=context_modulation,

@@ -110,7 +110,7 @@ class AttentionBlock(nnx.Module):
     def _attend(self, tokens: Float[Array, "B N D"], layout: PackedRows) -> Float[Array, "B N D"]:
         q, k, v = (self._split_heads(part) for part in jnp.split(self.qkv(tokens), 3, axis=-1))
         angles = compute_rotary_angles(jnp.asarray(layout.positions), self.rotary)
-        inputs = AttentionInputs.self_attention(jnp.asarray(layout.segments))
+        inputs = _make_inputs(layout)
         mixed = self.attention(rotate(self.query_norm(q), angles), rotate(self.key_norm(k), angles), v, inputs)
         return self.out(mixed.reshape(tokens.shape))
 
@@ -118,7 +118,7 @@ class AttentionBlock(nnx.Module):
         self, tokens: Float[Array, "B N D"], text: TextTokens, layout: PackedRows
     ) -> Float[Array, "B N D"]:
         k, v = (self._split_heads(part) for part in jnp.split(self.cross_key_value(text.values), 2, axis=-1))
-        inputs = AttentionInputs(jnp.asarray(layout.segments), text.segments)
+        inputs = _make_inputs(layout).with_context(text.segments)
         mixed = self.cross(self._split_heads(self.cross_query(tokens)), k, v, inputs)
         return self.cross_out(mixed.reshape(tokens.shape))
 
@@ -140,3 +140,7 @@ def merge_positions(x: Float[Array, "B t h w D"]) -> Float[Array, "B t _ _ E"]:
 def repeat_positions(x: Float[Array, "B t h w D"]) -> Float[Array, "B t _ _ D"]:
     """Return twice the resolution, by repetition."""
     return repeat(x, "B t h w D -> B t (h a) (w b) D", a=HALF.h, b=HALF.w)
+
+
+def _make_inputs(layout: PackedRows) -> AttentionInputs:
+    return AttentionInputs.self_attention(jnp.asarray(layout.segments), segment_count=layout.count)

@@ -230,7 +230,7 @@ class WanDit(nnx.Module):
             modulation=condition._replace(values=modulation),
             layout=layout,
             angles=compute_rotary_angles(positions, config.rotary),
-            attention_inputs=AttentionInputs.self_attention(segments, indices),
+            attention_inputs=AttentionInputs.self_attention(segments, indices, segment_count=layout.count),
             text=self._embed_text(conditioning[TextTokens], count=layout.count),
             image=image,
         )
@@ -342,16 +342,16 @@ class WanBlock(nnx.Module):
         return self.out(mixed.reshape(x.shape)).astype(jnp.float32)
 
     def _cross_attention(self, x: Float[Array, "B N D"], inputs: WanInputs) -> Array:
-        segments, text, image = jnp.asarray(inputs.layout.segments), inputs.text, inputs.image
+        text, image = inputs.text, inputs.image
         q = split_heads(self.cross_query(x), self.cross_query_norm, self.heads)
         k = split_heads(self.cross_key(text.values), self.cross_key_norm, self.heads)
         v = split_heads(self.cross_value(text.values), None, self.heads)
         k, v = (jax.vmap(lambda row, index: row[index])(projected, text.sources) for projected in (k, v))
-        mixed = self.cross(q, k, v, AttentionInputs(segments, text.segments))
+        mixed = self.cross(q, k, v, inputs.attention_inputs.with_context(text.segments))
         if image is not None:
             k = split_heads(self.image_key(image.values), self.image_key_norm, self.heads)
             v = split_heads(self.image_value(image.values), None, self.heads)
-            mixed = mixed + self.cross(q, k, v, AttentionInputs(segments, image.segments))
+            mixed = mixed + self.cross(q, k, v, inputs.attention_inputs.with_context(image.segments))
         return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
 
 

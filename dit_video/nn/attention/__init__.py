@@ -5,10 +5,18 @@ tokens attend to each other. Every backend is tested against `DenseAttention`, w
 """
 
 from dit_video.nn.attention.api import Attention
-from dit_video.nn.attention.backends.splash import choose_block_size
+from dit_video.nn.attention.backends.splash_blocks import SplashBlocks, choose_block_size
 from dit_video.nn.attention.bias import Bias, BiasTable, RelativeBias
-from dit_video.nn.attention.dispatch import Backend, check_attention, make_attention
-from dit_video.nn.attention.inputs import GLOBAL, AttentionInputs, compute_grid_indices
+from dit_video.nn.attention.dispatch import (
+    Backend,
+    BackendName,
+    check_attention,
+    check_platform,
+    choose_backend,
+    get_backend_name,
+    make_attention,
+)
+from dit_video.nn.attention.inputs import GLOBAL, AttentionInputs, ContiguousSegments, compute_grid_indices
 from dit_video.nn.attention.masks import (
     CausalFrames,
     Full,

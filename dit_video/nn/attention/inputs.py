@@ -1,5 +1,6 @@
 """Metadata of attention's queries and keys: segment ids, indices on the clip's grid, and a bias of the scores."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,18 @@ Coordinates = Float[Array, "B N 3"] | Int[Array, "B N 3"]
 
 GLOBAL = -1
 """Grid index, along all axes, of tokens without a position in a clip: registers, and text in joint attention."""
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class ContiguousSegments:
+    """Order of rows in which the tokens of a segment follow one another, and those of a sole segment begin the row.
+
+    Kernels that take the lengths of segments instead of ids need it. It is part of a pytree's structure.
+    """
+
+    count: int
+    """Largest segment id of a row."""
 
 
 class AttentionInputs(NamedTuple):
@@ -32,13 +45,37 @@ class AttentionInputs(NamedTuple):
     context_indices: Int[Array, "B M 3"] | None = None
     bias: Bias | None = None
     """Bias that is added to the scores, for backends that support it."""
+    contiguous: ContiguousSegments | None = None
+    """Order of queries and of keys; None in any other order."""
 
     @classmethod
     def self_attention(
-        cls, segments: Int[Array, "B N"], indices: Int[Array, "B N 3"] | None = None, *, bias: Bias | None = None
+        cls,
+        segments: Int[Array, "B N"],
+        indices: Int[Array, "B N 3"] | None = None,
+        *,
+        bias: Bias | None = None,
+        segment_count: int | None = None,
     ) -> "AttentionInputs":
-        """Return the inputs of self-attention, whose queries and keys are the same tokens."""
-        return cls(segments, q_indices=indices, bias=bias)
+        """Return the inputs of self-attention, whose queries and keys are the same tokens.
+
+        Args:
+          segments: segment ids.
+          indices: grid indices, for patterns other than `Full`.
+          bias: bias of the scores.
+          segment_count: largest segment id of a row whose segments are contiguous; None in any other order.
+        """
+        contiguous = None if segment_count is None else ContiguousSegments(segment_count)
+        return cls(segments, q_indices=indices, bias=bias, contiguous=contiguous)
+
+    def with_context(self, segments: Int[Array, "B M"]) -> "AttentionInputs":
+        """Return the inputs of these queries' attention to a context, whose segments are contiguous if theirs are."""
+        return AttentionInputs(self.q_segments, segments, contiguous=self.contiguous)
+
+    @property
+    def segment_count(self) -> int | None:
+        """Return the largest segment id of contiguous segments; None in any other order."""
+        return None if self.contiguous is None else self.contiguous.count
 
     @property
     def kv_segments(self) -> Int[Array, "B M"]:

@@ -8,8 +8,8 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.nn.attention import AttentionInputs, Bias, Full, RelativeBias, TimeOnly
 from dit_video.nn.attention.backends.chunked import ChunkedAttention
+from dit_video.nn.attention.backends.cudnn import CudnnAttention
 from dit_video.nn.attention.backends.dense import DenseAttention
-from dit_video.nn.attention.backends.gpu import CudnnAttention
 from dit_video.nn.attention.backends.splash import SplashAttention
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
 from dit_video.text.t5 import compute_relative_buckets
@@ -116,7 +116,7 @@ def test_memory_is_linear_in_the_row():
     assert temporary_bytes(4096) < 2.2 * temporary_bytes(2048)
 
 
-@pytest.mark.parametrize("attention", [SplashAttention(), CudnnAttention(implementation="xla")], ids=str)
+@pytest.mark.parametrize("attention", [SplashAttention(), CudnnAttention(mask_implementation="xla")], ids=str)
 def test_kernels_refuse_a_bias(attention):
     with pytest.raises(UserError, match="cannot add a bias to its scores; use the backend chunked or dense"):
         attention(*ARRAYS, make_inputs(jnp.asarray(TABLE)))

@@ -15,15 +15,17 @@ from dit_video.nn.attention import (
     SlidingWindow,
     SpaceOnly,
     SparseCausal,
+    SplashBlocks,
     TimeOnly,
     WithGlobalTokens,
     check_attention,
+    check_platform,
     compute_grid_indices,
     count_pairs,
     make_attention,
 )
-from dit_video.nn.attention.backends.splash import SplashAttention
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
+from dit_video.platform.devices import Platform
 from dit_video.tokens import Grid, compute_positions
 
 GRIDS = Grid(3, 2, 3), Grid(2, 3, 2), Grid(1, 2, 2)
@@ -124,9 +126,16 @@ def test_queries_may_be_some_of_the_tokens():
         (lambda: SlidingWindow(radius=(None, None, None)), "use pattern Full()"),
         (lambda: make_attention("chunked", chunk=0), "chunk=0 is invalid: it must be at least 1"),
         (
-            lambda: SplashAttention(block_size=100),
-            "block_size=100 of splash attention is invalid; use a multiple of 128",
+            lambda: SplashBlocks(block_q_dkv=100),
+            "block_q_dkv=100 of splash attention is invalid; use a multiple of 128",
         ),
+        (
+            lambda: SplashBlocks(block_kv=512, block_kv_compute=384),
+            "block_kv_compute=384 is invalid: it does not divide block_kv=512",
+        ),
+        (lambda: check_platform("splash", Platform("gpu", (9, 0))), "'splash' is invalid: its kernels are for tpu"),
+        (lambda: check_platform(SplashBlocks(), Platform()), "the devices are cpu. Use attention='auto'"),
+        (lambda: check_platform("cudnn", Platform("tpu")), "'cudnn' is invalid: its kernels are for gpu"),
         (lambda: make_attention("splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
         (lambda: make_attention("splash", pattern=SlidingWindow(radius=(1, None, None))), "cannot do SlidingWindow"),
         (lambda: make_attention("tokamax", pattern=SparseCausal()), "tokamax attention cannot do SparseCausal"),

@@ -10,9 +10,11 @@ from flax import nnx
 
 from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, make_mesh
 from dit_video.nn import Linear, apply_stack, make_stack
-from dit_video.nn.attention import AttentionInputs, CausalFrames
+from dit_video.nn.attention import AttentionInputs, CausalFrames, ContiguousSegments, SplashBlocks
 from dit_video.nn.attention.backends.chunked import ChunkedAttention
+from dit_video.nn.attention.backends.cudnn import CudnnAttention
 from dit_video.nn.attention.backends.splash import SplashAttention
+from support.cudnn_emulation import EMULATED_KERNELS
 from support.jaxprs import count_primitive
 from support.marks import mark_slow_except
 
@@ -21,11 +23,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 HEADS, WIDTH, LENGTH = 2, 8, 24
 SEGMENTS = jnp.asarray([[1] * 10 + [2] * 8 + [0] * 6, [1] * 3 + [2] * 21], jnp.int32)
 PLACES = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None] // 4, (2, 1, 3))
+CUDNN = CudnnAttention(kernels=EMULATED_KERNELS)
 BACKENDS = {
     "of segments": ChunkedAttention(chunk=8, platform="cpu"),
     "of blocks": ChunkedAttention(chunk=8, platform="gpu"),
     "of a pattern": ChunkedAttention(chunk=8, pattern=CausalFrames()),
-    "splash": SplashAttention(block_size=128, interpret=True),
+    "splash": SplashAttention(blocks=SplashBlocks(block_q=128, block_kv=128), interpret=True),
+    "cudnn": CUDNN,
     "over devices": ShardedAttention(make_mesh(MeshConfig(), jax.devices()[:1]), ChunkedAttention(chunk=8), "ulysses"),
     "ring": ShardedAttention(make_mesh(MeshConfig(), jax.devices()[:1]), RingAttention("context", 1, chunk=8), "ring"),
 }
@@ -48,7 +52,7 @@ def gradients(attention, remat, params):
     graph, _ = nnx.split(STACK)
 
     def value(params):
-        inputs = AttentionInputs.self_attention(SEGMENTS, PLACES)
+        inputs = AttentionInputs.self_attention(SEGMENTS, PLACES, segment_count=2)
         return jnp.cos(apply_stack(nnx.merge(graph, params), X, attention, inputs, remat=remat)).sum()
 
     return jax.grad(value)(params)
@@ -82,13 +86,21 @@ def test_gradients_do_not_depend_on_the_remat_policy(name):
 
 
 @pytest.mark.parametrize(
-    "backend", [ChunkedAttention(chunk=8, platform="cpu"), ChunkedAttention(chunk=8, platform="gpu"), SplashAttention()]
+    "backend",
+    [
+        ChunkedAttention(chunk=8, platform="cpu"),
+        ChunkedAttention(chunk=8, platform="gpu"),
+        SplashAttention(),
+        CUDNN,
+    ],
 )
 def test_cross_attention_keeps_no_results_for_the_backward_pass(backend):
     def names(keys):
         def value(q, k):
             inputs = AttentionInputs(
-                q_segments=SEGMENTS, context_segments=None if keys is X else SEGMENTS[:, : keys.shape[1]]
+                q_segments=SEGMENTS,
+                context_segments=None if keys is X else SEGMENTS[:, : keys.shape[1]],
+                contiguous=ContiguousSegments(2),
             )
             return backend(q, k, k, inputs).sum()
 

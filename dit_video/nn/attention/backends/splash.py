@@ -16,14 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.core.errors import UserError
 from dit_video.nn.attention.api import Keys, Queries, get_checkpoint_name
+from dit_video.nn.attention.backends.splash_blocks import DEFAULT_BLOCKS, KernelBlocks, SplashBlocks
 from dit_video.nn.attention.inputs import AttentionInputs
 from dit_video.nn.attention.key_ranges import find_key_ranges, pad_to_blocks, reorder, require_key_ranges, restore_order
 from dit_video.nn.attention.masks import Full, Pattern, mask_boxes
 
-_LANES = 128
-_MIN_LARGE_BLOCK_TOKENS = 8192
 _NO_QUERY, _NO_KEY = -1, -2
 """Ids of queries that see nothing, and of keys that no query sees; they differ, so that they never match."""
 
@@ -33,18 +31,15 @@ class SplashAttention:
     """Attention by the splash kernel, in blocks of queries by blocks of keys.
 
     Raises:
-      UserError: a block size that is not a multiple of 128, or a pattern whose queries see several ranges of keys.
+      UserError: a pattern whose queries see several ranges of keys.
     """
 
     pattern: Pattern = Full()
-    block_size: int | None = None
-    """Number of queries, and of keys, in a block; None uses `choose_block_size` for each."""
+    blocks: SplashBlocks = DEFAULT_BLOCKS
     interpret: bool = False
     """True to run in Pallas' interpreter, slowly and on any platform, for tests."""
 
     def __post_init__(self):
-        if self.block_size is not None and (self.block_size < 1 or self.block_size % _LANES):
-            raise UserError(f"block_size={self.block_size} of splash attention is invalid; use a multiple of {_LANES}")
         require_key_ranges(self.pattern, "splash")
 
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
@@ -78,23 +73,20 @@ class SplashAttention:
     ) -> Float[Array, "B N K d"]:
         """Compute attention of all rows, padded to whole blocks, in sequence, because each has its own block table."""
         length = q.shape[1]
-        size, key_size = (self._choose_block_size(number) for number in (length, k.shape[1]))
+        blocks = self.blocks.resolve(length, k.shape[1])
+        size, key_size = blocks.row_multiples
         heads = [jnp.moveaxis(pad_to_blocks(x, block), 2, 1) for x, block in ((q, size), (k, key_size), (v, key_size))]
         ids, key_ids = pad_to_blocks(ids, size, _NO_QUERY), pad_to_blocks(key_ids, key_size, _NO_KEY)
         rows = (*heads, ids, key_ids, pad_to_blocks(ends, size))
         name = get_checkpoint_name(queries=length, keys=k.shape[1])
-        mixed = jax.lax.map(lambda row: self._attend_row(row[:3], row[3:], size, key_size, name), rows)
+        mixed = jax.lax.map(lambda row: self._attend_row(row[:3], row[3:], blocks, name), rows)
         return jnp.moveaxis(mixed, 1, 2)[:, :length]
-
-    def _choose_block_size(self, tokens: int) -> int:
-        return min(self.block_size or choose_block_size(tokens), tokens + -tokens % _LANES)
 
     def _attend_row(
         self,
         heads: tuple[Float[Array, "K N d"], Float[Array, "K M d"], Float[Array, "K M d"]],
         token_data: tuple[Int[Array, " N"], Int[Array, " M"], Int[Array, " N"]],
-        size: int,
-        key_size: int,
+        blocks: KernelBlocks,
         name: str | None,
     ) -> Float[Array, "K N d"]:
         """Compute attention of one row.
@@ -102,8 +94,7 @@ class SplashAttention:
         Args:
           heads: queries, keys and values.
           token_data: ids of the queries, ids of the keys, and ends of the queries' key ranges.
-          size: number of queries in a block.
-          key_size: number of keys in a block.
+          blocks: sizes of the blocks.
           name: checkpoint name of the kernel's residuals.
         """
         # Imported here because it takes half a second and is only needed on a TPU.
@@ -111,23 +102,21 @@ class SplashAttention:
 
         ids, key_ids, ends = token_data
         prefix = self.pattern.locality == "prefix"
-        overlaps = _find_overlaps(ids, key_ids, ends if prefix else None, size, key_size)
-        # A block of queries that sees nothing still visits one block of keys: the kernel divides by the sum of weights.
-        visited = overlaps | (~overlaps.any(axis=1, keepdims=True) & (jnp.arange(overlaps.shape[1]) == 0))
+        end_table = ends if prefix else None
+
+        def build_query_table(block_q: int, block_kv: int) -> Any:
+            overlaps = _find_overlaps(ids, key_ids, end_table, block_q, block_kv)
+            # A block of queries that sees nothing still visits one of keys: the kernel divides by the sum of weights.
+            visited = overlaps | (~overlaps.any(axis=1, keepdims=True) & (jnp.arange(overlaps.shape[1]) == 0))
+            return _build_block_table(visited, end_table, axis=1)
+
+        fused = blocks.use_fused_bwd_kernel
+        key_overlaps = _find_overlaps(ids, key_ids, end_table, blocks.block_q_dkv, blocks.block_kv_dkv)
         kernel: Any = splash_attention_kernel.SplashAttentionKernel(
-            _build_block_table(visited, ends if prefix else None, axis=1),
-            _build_block_table(visited, ends if prefix else None, axis=1),
-            _build_block_table(overlaps, ends if prefix else None, axis=0),
-            block_sizes=splash_attention_kernel.BlockSizes(
-                block_q=size,
-                block_kv=key_size,
-                block_kv_compute=key_size,
-                block_q_dkv=size,
-                block_kv_dkv=key_size,
-                block_kv_dkv_compute=key_size,
-                block_q_dq=size,
-                block_kv_dq=key_size,
-            ),
+            build_query_table(blocks.block_q, blocks.block_kv),
+            None if fused else build_query_table(blocks.block_q_dq, blocks.block_kv_dq),
+            _build_block_table(key_overlaps, end_table, axis=0),
+            block_sizes=splash_attention_kernel.BlockSizes(**blocks.get_kernel_options()),
             is_mqa=False,
             save_residuals=False,
             mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
@@ -139,23 +128,16 @@ class SplashAttention:
         return kernel(*heads, SegmentIds(ids, key_ids))
 
 
-def choose_block_size(tokens: int) -> int:
-    """Return the number of queries or keys in a block for a row with this many tokens.
-
-    Keys and values are read once per block of queries. Blocks of 512 have 512 operations per byte, blocks of 1,024
-    twice as many, and a v6e needs 560 to be compute-bound; larger blocks also mean a quarter as many kernel steps.
-    Blocks above 1,024 need more on-chip memory than v5e and v5p give a kernel. Short rows have short clips, of which
-    large blocks would mix several.
-    """
-    return 1024 if tokens >= _MIN_LARGE_BLOCK_TOKENS else 512
-
-
 def _is_before_end(end: Array, position: Array) -> Array:
     return position < end
 
 
 def _find_overlaps(
-    ids: Int[Array, " N"], key_ids: Int[Array, " M"], ends: Int[Array, " N"] | None, size: int, key_size: int
+    ids: Int[Array, " N"],
+    key_ids: Int[Array, " M"],
+    ends: Int[Array, " N"] | None,
+    size: int,
+    key_size: int,
 ) -> Bool[Array, "n m"]:
     """Return which pairs of a query block and a key block may contain visible pairs, by the ranges of their ids."""
     lowest, highest = _compute_id_range(ids.reshape(-1, size))

@@ -15,17 +15,20 @@ from dit_video.nn.attention import (
     SlidingWindow,
     SpaceOnly,
     SparseCausal,
+    SplashBlocks,
     TimeOnly,
     WithGlobalTokens,
     choose_block_size,
     make_attention,
 )
 from dit_video.nn.attention.backends.chunked import ChunkedAttention
+from dit_video.nn.attention.backends.cudnn import CudnnAttention
 from dit_video.nn.attention.backends.dense import DenseAttention
-from dit_video.nn.attention.backends.gpu import CudnnAttention, TokamaxAttention
 from dit_video.nn.attention.backends.splash import SplashAttention
+from dit_video.nn.attention.backends.tokamax import TokamaxAttention
 from dit_video.nn.attention.dispatch import AutoAttention
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
+from dit_video.platform.devices import Platform
 from dit_video.tokens import Grid, compute_positions
 from support.marks import mark_slow_except
 
@@ -44,11 +47,12 @@ PATTERNS = [
 ]
 QUICK = (Full(), SlidingWindow(radius=(None, 0, 0), tile=(1, 2, 2)))
 """Patterns of the default suite."""
+SMALL_BLOCKS = SplashBlocks(block_q=128, block_kv=128)
 BACKENDS = {
     "chunked": ChunkedAttention(chunk=5),
     "one block": ChunkedAttention(chunk=64),
-    "splash": SplashAttention(block_size=128, interpret=True),
-    "cudnn": CudnnAttention(implementation="xla"),
+    "splash": SplashAttention(blocks=SMALL_BLOCKS, interpret=True),
+    "cudnn with a mask": CudnnAttention(mask_implementation="xla"),
 }
 if importlib.util.find_spec("tokamax") is not None:
     BACKENDS["tokamax"] = TokamaxAttention(implementation="xla")
@@ -170,8 +174,8 @@ def test_packed_clips_equal_each_clip_alone(pattern):
         DenseAttention(),
         ChunkedAttention(chunk=5),
         ChunkedAttention(chunk=5, pattern=SparseCausal()),
-        SplashAttention(block_size=128, interpret=True),
-        SplashAttention(block_size=128, interpret=True, pattern=CausalFrames()),
+        SplashAttention(blocks=SMALL_BLOCKS, interpret=True),
+        SplashAttention(blocks=SMALL_BLOCKS, interpret=True, pattern=CausalFrames()),
     ],
     ids=str,
 )
@@ -275,11 +279,12 @@ def test_foreign_blocks_are_not_computed():
 def test_make_attention_builds_backends_by_name():
     assert make_attention("dense") == DenseAttention()
     assert make_attention("chunked", chunk=64) == ChunkedAttention(chunk=64)
-    assert make_attention("auto", chunk=64) == AutoAttention(
-        max_dense_tokens=256, dense=DenseAttention(), chunked=ChunkedAttention(chunk=64)
-    )
+    tpu = Platform("tpu")
+    assert make_attention("auto", chunk=64, platform=tpu) == AutoAttention(chunk=64, platform=tpu)
     assert make_attention() == make_attention("auto")
     assert make_attention("splash", pattern=TimeOnly()) == SplashAttention(pattern=TimeOnly())
+    blocks = SplashBlocks(block_q=256, use_fused_bwd_kernel=True)
+    assert make_attention(blocks) == SplashAttention(blocks=blocks)
     assert (choose_block_size(8191), choose_block_size(8192)) == (512, 1024)
     assert make_attention("cudnn", pattern=SparseCausal()) == CudnnAttention(pattern=SparseCausal())
     # Attention has value equality, so that equal models have equal graphs and share a program.
@@ -290,9 +295,10 @@ def test_auto_is_dense_for_short_rows_and_chunked_for_long_ones():
     def program(attention):
         return str(jax.make_jaxpr(lambda *arrays: attention(*arrays, SELF_ATTENTION))(*inputs()))
 
-    short, long = DenseAttention(pattern=SpaceOnly()), ChunkedAttention(pattern=SpaceOnly(), chunk=5)
-    assert program(AutoAttention(max_dense_tokens=LENGTH, dense=short, chunked=long)) == program(short)
-    assert program(AutoAttention(max_dense_tokens=LENGTH - 1, dense=short, chunked=long)) != program(short)
+    short, long = DenseAttention(pattern=SpaceOnly()), ChunkedAttention(pattern=SpaceOnly(), chunk=7)
+    assert program(make_attention("auto", pattern=SpaceOnly(), chunk=8)) == program(short)
+    assert program(make_attention("auto", pattern=SpaceOnly(), chunk=7)) == program(long)
+    assert program(short) != program(long)
 
 
 def test_cudnn_attention_refuses_32_bit_inputs():
