@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from dit_video.conditioning import (
 )
 from dit_video.core.errors import UserError
 from dit_video.nn import ONE_DEVICE, Backend, LayerWrapper, Parallelism, Remat
-from dit_video.nn.attention import Full, PatternChoice, count_pairs
+from dit_video.nn.attention import BackendName, Full, PatternChoice, choose_backend, count_pairs, get_backend_name
+from dit_video.platform.devices import Platform
 from dit_video.tokens import DenseBatch, Grid, PackedRows
 
 ClipTokens = int | Grid
@@ -177,6 +179,38 @@ class BackboneConfig(abc.ABC):
     def attention_pairs(self, grid: Grid) -> float:
         """Return the average number of token pairs per layer that attend to each other in a clip."""
         return sum(count_pairs(pattern, grid) for pattern in self.patterns) / len(self.patterns)
+
+    def resolve_attention(self, platform: Platform, *, tokens: int, segments: int) -> tuple[BackendName, ...]:
+        """Return the backends of self-attention that the model uses, one for each of its patterns.
+
+        Args:
+          platform: platform that the model is compiled for.
+          tokens: number of tokens of a row.
+          segments: largest number of clips in a row.
+        """
+        if self.attention != "auto":
+            return (get_backend_name(self.attention),) * len(self.patterns)
+        choose = functools.partial(
+            choose_backend,
+            platform,
+            queries=tokens,
+            keys=tokens,
+            head_width=self.width // self.heads,
+            dtype=self.dtype,
+            segment_count=segments if self.has_contiguous_clips else None,
+            biased=self.has_attention_bias,
+        )
+        return tuple(choose(pattern) for pattern in self.patterns)
+
+    @property
+    def has_contiguous_clips(self) -> bool:
+        """Return True if the tokens of a clip follow one another in attention, with nothing in between."""
+        return True
+
+    @property
+    def has_attention_bias(self) -> bool:
+        """Return True if attention adds a bias to its scores."""
+        return False
 
     def widen_conditioning(self, leaves: dict[str, Array], channels: int) -> dict[str, Array]:
         """Return the parameters of the model with `channels` conditioning channels; weights of new ones are zero.

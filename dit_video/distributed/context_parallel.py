@@ -46,12 +46,14 @@ def make_parallelism(mesh: AnyMesh, context_attention: ContextAttention = "ulyss
     """
     if mesh.size > 1:
         return MeshParallelism(mesh, context_attention)
-    return ONE_DEVICE if isinstance(mesh, jax.sharding.AbstractMesh) else DeviceParallelism(mesh.devices.flat[0])
+    if isinstance(mesh, jax.sharding.AbstractMesh) or mesh.devices.flat[0] in jax.devices():
+        return ONE_DEVICE
+    return DeviceParallelism(mesh.devices.flat[0])
 
 
 @dataclass(frozen=True)
 class DeviceParallelism(Parallelism):
-    """A model on one device, which need not be of JAX's default platform."""
+    """A model on one device that JAX does not use by default, such as one that libtpu only describes."""
 
     device: Any
 

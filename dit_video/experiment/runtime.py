@@ -86,6 +86,8 @@ class Runtime:
     process_count: int = field(default_factory=jax.process_count)
     profile: tuple[int, int] | None = None
     """First and last step that are traced."""
+    devices: tuple[Any, ...] | None = None
+    """Devices of the run, all by default; those that libtpu describes let its programs be compiled elsewhere."""
 
     @property
     def seed(self) -> int:
@@ -95,7 +97,7 @@ class Runtime:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """Return the devices, which a run that is only read does not need."""
-        return make_mesh(self.experiment.mesh)
+        return make_mesh(self.experiment.mesh, self.devices)
 
     @functools.cached_property
     def clips(self) -> ClipSource:

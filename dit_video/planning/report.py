@@ -181,14 +181,6 @@ def find_devices(topology: Topology) -> tuple[list[Any], bool]:
     return [], False
 
 
-def resolve_attention(experiment: Experiment, topology: Topology) -> Experiment:
-    """Return the experiment with the attention kernel of the topology's hardware, where the config is `auto`."""
-    backbone = experiment.denoiser.backbone
-    if topology.chip.kind != "tpu" or backbone.attention != "auto":
-        return experiment
-    return replace_dit(experiment, attention="splash")
-
-
 def replace_dit(experiment: Experiment, **changes: Any) -> Experiment:
     """Return the experiment with other fields of the denoiser's config."""
     denoiser = experiment.denoiser
@@ -248,12 +240,12 @@ def plan_experiment(
       UserError: a mesh that does not divide the devices, or is not divisible by them; a part that cannot be planned.
     """
     config = experiment.mesh if mesh is None else mesh
-    experiment = resolve_attention(dataclasses.replace(experiment, mesh=config), topology)
+    experiment = dataclasses.replace(experiment, mesh=config)
     plan_mesh, present = make_plan_mesh(experiment, topology, config, part)
     if part == "autoencoder" and not present:
         raise UserError(f"an autoencoder is planned by compiling: run this on {topology}, or plan for a TPU")
     rows_of_clips = fill_row(experiment, clips)
-    planned = plan_step(experiment, part, plan_mesh, clips=rows_of_clips)
+    planned = plan_step(experiment, part, plan_mesh, clips=rows_of_clips, platform=topology.chip.platform)
     devices = plan_mesh.size
     limit = topology.chip.memory * topology.num_chips // devices  # devices of one chip share its memory
     if present and isinstance(plan_mesh, Mesh):

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.backbones.flops import count_attention_flops, count_forward_flops, count_training_passes
+from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
@@ -30,10 +31,12 @@ from dit_video.generation.conditioning import list_fields
 from dit_video.generation.packing import PackedRequests, Packer
 from dit_video.generation.program import compute_program_steps, make_program
 from dit_video.nn import get_graph_def, init_lora, init_params
-from dit_video.nn.attention import choose_block_size
+from dit_video.nn.attention import BackendName, SplashBlocks
+from dit_video.platform.devices import Platform
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Field, Grid, make_empty_row
-from dit_video.training.state import attach_shardings, get_shapes_on_devices
+from dit_video.training.state import attach_shardings
+from dit_video.training.trainer import make_step_program
 from dit_video.weights import read_clip_vision_config
 
 Part = Literal["denoiser", "autoencoder", "sampler"]
@@ -82,41 +85,49 @@ def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
     return clips[: rows.segments]
 
 
-def plan_step(experiment: Experiment, part: Part, mesh: AnyMesh, *, clips: Sequence[int]) -> PlannedStep:
+def plan_step(
+    experiment: Experiment, part: Part, mesh: AnyMesh, *, clips: Sequence[int], platform: Platform | None = None
+) -> PlannedStep:
     """Return the step of a part of an experiment on a mesh, with rows of clips of these token counts.
+
+    Args:
+      experiment: the experiment.
+      part: the step.
+      mesh: devices, which need not be present.
+      clips: number of tokens of each clip of a row.
+      platform: platform of the devices, by which attention is counted; that of the mesh by default.
 
     Raises:
       UserError: a part that is not trained; rows, heads or tokens that are not divisible by the mesh.
     """
+    if platform is None:
+        platform = make_parallelism(mesh).platform
     match part:
         case "denoiser":
-            return _plan_denoiser(experiment, mesh, clips)
+            return _plan_denoiser(experiment, mesh, clips, platform)
         case "sampler":
-            return _plan_sampler(experiment, mesh, clips)
+            return _plan_sampler(experiment, mesh, clips, platform)
         case "autoencoder":
             return _plan_autoencoder(experiment, mesh)
 
 
-def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
+def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], platform: Platform) -> PlannedStep:
     config = experiment.denoiser
     base = make_denoiser_loss(experiment, mesh, empty_caption=_make_empty_caption(config))
     train_step = make_denoiser_step(config, base)
-    layout = functools.partial(make_shardings, mesh=mesh)
     init: Callable[[Array], dict[str, Any]] = functools.partial(init_denoiser, config)
     frozen: tuple[PyTree, ...] = ()
     if isinstance(config.train, LoraAdapters | Student):
         weights = jax.eval_shape(init, jax.random.key(0))
-        frozen = (attach_shardings(weights, layout(weights)),)
+        frozen = (weights,)
     if (lora := config.lora) is not None:
         init = lambda key: init_lora(weights, lora, key)  # noqa: E731
 
-    batch = _make_batch_shapes(config)
-    sharded_batch = attach_shardings(batch, make_batch_shardings(batch, mesh))
-    arguments = get_shapes_on_devices(lambda key: train_step.init(init(key)), shardings=layout), sharded_batch, frozen
+    step, arguments = make_step_program(train_step, init, _make_batch_shapes(config), mesh, frozen_params=frozen)
     images = sum(field.length for field in _list_fields(config))
-    costs = _count_costs(config, clips, training=True, images=images)
+    costs = _count_costs(config, clips, platform, training=True, images=images)
     return PlannedStep(
-        jax.jit(train_step.update, donate_argnums=0),
+        step,
         arguments,
         model_flops=count_training_passes(adapters=config.lora is not None) * costs.forward_flops,
         costs=costs,
@@ -164,7 +175,13 @@ def shard_shapes(state: PyTree, mesh: AnyMesh) -> PyTree:
 
 
 def _count_costs(
-    config: DenoiserTraining, clips: Sequence[int], *, training: bool, images: int = 0, copies: int = 1
+    config: DenoiserTraining,
+    clips: Sequence[int],
+    platform: Platform,
+    *,
+    training: bool,
+    images: int = 0,
+    copies: int = 1,
 ) -> StepSpec:
     """Return the counted costs of a denoiser's step, with texts as long as fit and `images` image tokens a clip."""
     backbone, text = config.backbone, min(config.text.max_tokens, config.row_shape.text // max(1, len(clips)))
@@ -172,6 +189,8 @@ def _count_costs(
         text = -(-text // config.text.patch)
     grids = [Grid(1, 1, clip) for clip in clips]
     texts = [text] * len(clips)
+    rows = config.row_shape
+    attention = backbone.resolve_attention(platform, tokens=rows.tokens, segments=rows.segments)[0]
     return StepSpec(
         width=backbone.width,
         mlp_dim=backbone.mlp_dim,
@@ -182,13 +201,21 @@ def _count_costs(
         remat=backbone.remat,
         forward_flops=copies * config.batch * count_forward_flops(backbone, grids, texts, images=[images] * len(clips)),
         attention_flops=copies * config.batch * count_attention_flops(backbone, grids, texts),
-        fused_attention=backbone.attention not in ("dense", "auto", "chunked"),
-        query_block=choose_block_size(config.row_shape.tokens) if backbone.attention == "splash" else None,
+        attention=attention,
+        query_block=_find_query_block(backbone, attention, config.row_shape.tokens),
         training=training,
     )
 
 
-def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
+def _find_query_block(backbone: BackboneConfig, attention: BackendName, tokens: int) -> int | None:
+    """Return the queries per block of a kernel that reads all keys once a block; None if it is not known."""
+    if attention != "splash":
+        return None
+    blocks = backbone.attention if isinstance(backbone.attention, SplashBlocks) else SplashBlocks()
+    return blocks.resolve(tokens, tokens).block_q
+
+
+def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], platform: Platform) -> PlannedStep:
     config, sampling = experiment.denoiser, experiment.sampling
     parallel = make_parallelism(mesh, experiment.mesh.context_attention)
     guidance = sampling.full_guidance
@@ -232,7 +259,7 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -
         SampleTimes(times, times),
         replicate((), jnp.int32),
     )
-    costs = _count_costs(config, clips, training=False, copies=guidance.branch_count)
+    costs = _count_costs(config, clips, platform, training=False, copies=guidance.branch_count)
     layers = _count_layer_bytes(config, functools.partial(init_denoiser, config))
     flops = sampling.steps * costs.forward_flops
     lengths = {"sampling_steps": sampling.steps, "max_steps": room}
@@ -258,8 +285,6 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     if isinstance(config, PretrainedAutoencoder):
         raise UserError("the autoencoder of this experiment is pretrained; plan its denoiser or its sampler")
     train_step, constants = make_autoencoder_step(config, experiment.seed)
-    init = lambda key: train_step.init(init_params(config.model.make, key))  # noqa: E731
-
     window = max(config.windows, key=lambda window: window.batch * window.size.volume)
     if window.batch % (shards := count_row_shards(mesh)):
         raise UserError(
@@ -267,13 +292,8 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
             f"autoencoder windows of batch={window.batch + -window.batch % shards}, or use fewer chips"
         )
     batch = jax.ShapeDtypeStruct((window.batch, *window.size, 3), jnp.uint8)
-    replicated = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), constants)
-    arguments = (
-        get_shapes_on_devices(init, shardings=functools.partial(make_shardings, mesh=mesh)),
-        attach_shardings(batch, make_batch_shardings(batch, mesh)),
-        attach_shardings(constants, replicated),
-    )
-    jitted = jax.jit(train_step.update, donate_argnums=0)
+    init = functools.partial(init_params, config.model.make)
+    step, arguments = make_step_program(train_step, init, batch, mesh, constants=constants)
     unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
-    flops = jitted.lower(*unsharded).cost_analysis() or {}
-    return PlannedStep(jitted, arguments, model_flops=int(flops.get("flops", 0)))
+    flops = jax.jit(train_step.update).lower(*unsharded).cost_analysis() or {}
+    return PlannedStep(step, arguments, model_flops=int(flops.get("flops", 0)))

@@ -11,7 +11,7 @@ from dit_video.distributed.mesh import make_abstract_mesh
 from dit_video.distributed.planner import Topology, compute_step_times, count_argument_bytes, estimate_step
 from dit_video.experiment import Experiment
 from dit_video.nn import Remat
-from dit_video.planning.report import Plan, check_mesh, find_devices, plan_experiment, replace_dit, resolve_attention
+from dit_video.planning.report import Plan, check_mesh, find_devices, plan_experiment, replace_dit
 from dit_video.planning.steps import Part, fill_row, plan_step, shard_shapes
 
 _SLACK = 1.1
@@ -72,7 +72,6 @@ def suggest(
     """
     if part == "autoencoder":
         raise UserError("part=autoencoder is invalid: only denoiser and sampler are searched; set --mesh for it")
-    experiment = resolve_attention(experiment, topology)
     ranked = list_candidates(experiment, topology, part=part, rows=rows, clips=clips)
     if not ranked:
         raise UserError(f"nothing on {topology} divides the denoiser's heads, hidden width and rows, or nearly fits")
@@ -119,7 +118,8 @@ def list_candidates(
     limit = topology.chip.memory * topology.num_chips // device_count
     devices_per_chip = device_count // topology.num_chips
     remats = [remat for remat in get_args(Remat) if remat not in _SKIPPED_REMATS] if part == "denoiser" else ["none"]
-    unsharded = plan_step(experiment, part, make_abstract_mesh(MeshConfig(), 1), clips=fill_row(experiment, clips))
+    one_device, platform = make_abstract_mesh(MeshConfig(), 1), topology.chip.platform
+    unsharded = plan_step(experiment, part, one_device, clips=fill_row(experiment, clips), platform=platform)
     assert unsharded.costs is not None
     for mesh in list_meshes(experiment, device_count):
         abstract = make_abstract_mesh(mesh, device_count)

@@ -231,17 +231,14 @@ class JittedStep:
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, state: Any, batch: PyTree) -> tuple[Any, Metrics]:
-        return self._get_program(state)(state, batch, self._constants)
+        return self.get_program(state)(state, batch, self._constants)
 
     def specialize(self, state: Any) -> StepFn:
         """Return the step for states with the shardings of this one."""
-        return functools.partial(self._get_program(state), constants=self._constants)
+        return functools.partial(self.get_program(state), constants=self._constants)
 
-    def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
-        """Return the lowered step for a state and a batch, which may be shapes with shardings."""
-        return self._get_program(state).lower(state, batch, self._constants)
-
-    def _get_program(self, state: PyTree) -> Any:
+    def get_program(self, state: PyTree) -> Any:
+        """Return the jitted function `(state, batch, constants)` for a state, which may be shapes with shardings."""
         leaves, structure = jax.tree.flatten(state)
         shardings = tuple(getattr(leaf, "sharding", None) for leaf in leaves if not isinstance(leaf, jax.core.Tracer))
         if (structure, shardings) not in self._programs:

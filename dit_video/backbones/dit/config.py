@@ -183,10 +183,18 @@ class DitArchitecture(BackboneConfig):
         return self.registers + sum(each.field.length for each in self.conditioning)
 
     @property
+    def has_contiguous_clips(self) -> bool:
+        return not self.extra_tokens and not isinstance(self.context, JointAttention)
+
+    @property
+    def has_attention_bias(self) -> bool:
+        return self.relative_bias is not None
+
+    @property
     def layer_patterns(self) -> tuple[Pattern, ...]:
         """Return the patterns, extended to tokens without a position if there are any."""
         patterns = self.patterns
-        if not self.extra_tokens and not isinstance(self.context, JointAttention):
+        if self.has_contiguous_clips:
             return patterns
         seen = not any(pattern.causal for pattern in patterns)
         return tuple(p if isinstance(p, Full) else WithGlobalTokens(pattern=p, globals_see_all=seen) for p in patterns)

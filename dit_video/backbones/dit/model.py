@@ -154,9 +154,7 @@ class Dit(nnx.Module):
 
         needs_indices, space = config.layer_patterns != (Full(),), self._drop_time(tokens.positions)
         indices = pad(compute_grid_indices(clips.positions, clips.segments), GLOBAL) if needs_indices else None
-        count = (
-            layout.count if segments.shape == clips.segments.shape else None
-        )  # what joins the clips follows them all
+        count = layout.count if config.has_contiguous_clips else None
         return x, DitInputs(
             condition=condition,
             modulation=self._project_modulation(condition),

@@ -11,12 +11,13 @@ from dit_video.distributed.planner.compiled_program import MemoryUsage
 from dit_video.distributed.planner.hlo import CollectiveTraffic
 from dit_video.distributed.planner.roofline import StepWork
 
-_FUSED_BACKWARD_RATIO = 3.5
-"""FLOPs of a fused attention kernel's backward pass, in units of its forward pass (2 matrix products).
+_BACKWARD_RATIOS = {"dense": 2.0, "splash": 3.5}
+"""FLOPs of an attention backend's backward pass, in units of its forward pass (2 matrix products).
 
-The gradient of the queries takes 3 products and that of keys and values 4, as both recompute the scores
-(arXiv 2205.14135).
+The scores are recomputed once (5 products, arXiv 2205.14135), unless they were kept. Splash computes the gradient of
+the queries with 3 products, and that of keys and values with 4, in two kernels.
 """
+_DEFAULT_BACKWARD_RATIO = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class StepSpec:
     forward_flops: int
     """FLOPs of the forward pass over the global batch, including attention."""
     attention_flops: int
-    fused_attention: bool = True
-    """Attention uses a fused kernel, which doesn't store the scores."""
+    attention: str = "splash"
+    """Backend of self-attention."""
     query_block: int | None = None
     """Queries per block of a fused kernel, which reads all keys and values once a block; None if unknown or unfused."""
     training: bool = True
@@ -74,7 +75,7 @@ class StepSpec:
         """Return the FLOPs that attention executes, including recomputation."""
         if not self.training:
             return self.attention_flops
-        backward = _FUSED_BACKWARD_RATIO if self.fused_attention else 2.0
+        backward = _BACKWARD_RATIOS.get(self.attention, _DEFAULT_BACKWARD_RATIO)
         return round(((2 if self.is_attention_recomputed else 1) + backward) * self.attention_flops)
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.platform.devices import Platform
 
 GIB, GB = 2**30, 10**9
 
@@ -37,6 +38,11 @@ class Chip:
     source: str
     device_kinds: tuple[str, ...] = ()
     """Substrings of the `device_kind` that JAX reports for these chips."""
+
+    @property
+    def platform(self) -> Platform:
+        """Return the platform of the chip's devices."""
+        return Platform(self.kind, _COMPUTE_CAPABILITIES.get(self.name))
 
     @property
     def price_source(self) -> str:
@@ -72,6 +78,8 @@ _GPUS: tuple[tuple[Any, ...], ...] = (
     ("h200", 989e12, 141 * GB, 4800e9, 450e9, 5.41, ("H200", "GH200"), "NVIDIA H200 SXM data sheet, without sparsity"),
     ("b200", 2250e12, 180 * GB, 7700e9, 900e9, None, ("B200",), "NVIDIA HGX B200 data sheet, without sparsity"),
 )
+_COMPUTE_CAPABILITIES = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
+"""Compute capabilities (developer.nvidia.com/cuda-gpus)."""
 _NETWORK_BANDWIDTHS = {"a100": 25e9}
 """Network bandwidths that are not 400 Gbit/s for each GPU."""
 

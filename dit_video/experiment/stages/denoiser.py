@@ -30,6 +30,7 @@ from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.state import to_host
+from dit_video.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +65,13 @@ class TrainDenoiser(DenoiserStage):
         runtime, config = replace(runtime, experiment=self.experiment), self.experiment.denoiser
         if self.curriculum:
             print_on_first_process(f"stage {self.curriculum}: up to step {self.end_step}")
-        texts, open_batches = self._open_inputs(runtime)
+        texts, open_batches = self.open_inputs(runtime)
         loss = make_denoiser_loss(self.experiment, runtime.mesh, empty_caption=texts.empty)
         is_resuming = runtime.open_checkpoints("denoiser").latest() is not None
         trained = open_trainable_denoiser(config, runtime.folder / "denoiser", runtime.mesh, is_resuming=is_resuming)
-        trainer = runtime.make_trainer(
-            "denoiser",
-            steps=config.steps,
-            init=trained.init,
-            train_step=make_denoiser_step(config, loss, start_step=self.start_step),
-            start_step=self.start_step,
-        )
+        trainer = self.make_trainer(runtime, loss, trained)
         trainer = replace(
-            trainer,
-            load_params=trained.load_initial,
-            frozen_params=trained.frozen_params,
-            averages=config.averages,
-            hooks=self._make_hooks(runtime, loss, trained),
-            flops_fn=monitors.make_flops_fn(config),
+            trainer, hooks=self._make_hooks(runtime, loss, trained), flops_fn=monitors.make_flops_fn(config)
         )
 
         def open_and_record(start: int) -> DenoiserBatches:
@@ -96,7 +86,21 @@ class TrainDenoiser(DenoiserStage):
             del state
             self._export(runtime, trained, ema_params)
 
-    def _open_inputs(self, runtime: Runtime) -> tuple[CaptionSource, input_pipeline.BatchFactory]:
+    def make_trainer(self, runtime: Runtime, loss: DenoiserLoss, trained: TrainableDenoiser) -> Trainer:
+        """Return the trainer of the denoiser, without logs."""
+        config = self.experiment.denoiser
+        trainer = runtime.make_trainer(
+            "denoiser",
+            steps=config.steps,
+            init=trained.init,
+            train_step=make_denoiser_step(config, loss, start_step=self.start_step),
+            start_step=self.start_step,
+        )
+        return replace(
+            trainer, load_params=trained.load_initial, frozen_params=trained.frozen_params, averages=config.averages
+        )
+
+    def open_inputs(self, runtime: Runtime) -> tuple[CaptionSource, input_pipeline.BatchFactory]:
         """Return the captions, and what opens the batches from a step on."""
         experiment, clips = self.experiment, runtime.training_clips
         if self.latents is not None:
