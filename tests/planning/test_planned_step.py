@@ -1,0 +1,63 @@
+"""What is planned is what is trained: the compiled step of a plan is that of a run."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dit_video.autoencoders import IdentityConfig
+from dit_video.backbones.dit import DitConfig
+from dit_video.distributed import MeshConfig
+from dit_video.experiment import PretrainedAutoencoder
+from dit_video.experiment.run import Run
+from dit_video.tokens import Grid, PackedShape
+from dit_video.training.optim.optimizer import OptimizerConfig
+from support.devices import HANG, PROGRAMS
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKBONE = DitConfig(
+    channels=3, context_width=16, patch=Grid(1, 2, 2), width=128, layers=2, heads=2, dtype="bfloat16", remat="full"
+)
+
+
+@pytest.fixture
+def run_in_pixels(tiny, tiny_clips, tmp_path) -> Path:
+    """Return the folder of a run whose rows are long enough for a kernel, and that has not begun to train."""
+    experiment = tiny.EXPERIMENT
+    experiment = dataclasses.replace(
+        experiment,
+        data=dataclasses.replace(experiment.data, cache_latents=False),
+        autoencoder=PretrainedAutoencoder(model=IdentityConfig(), folder=None),
+        denoiser=dataclasses.replace(
+            experiment.denoiser,
+            backbone=BACKBONE,
+            layout=PackedShape(tokens=2048, text=96, segments=3),
+            batch=4,
+            optimizer=OptimizerConfig(warmup=2),
+        ),
+        mesh=MeshConfig(data=1, fsdp=2, context=2),
+    )
+    Run.create(tmp_path / "run", experiment).take(tiny_clips)
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_a_run_s_own_step_has_the_kernels_and_operations_of_its_plan(run_in_pixels, topology):
+    """This takes a process of its own: one that has libtpu would look for TPUs from then on."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e '.[tpu]'")
+    command = [sys.executable, "-P", str(PROGRAMS / "run_step_for_tpu.py"), str(run_in_pixels), topology]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["run"] == result["plan"]
+    assert result["attention"] == "splash"
+    # Forward pass, its recomputation, and the gradients of queries and of keys and values, in both layers.
+    assert result["compiled_kernels"] >= 2 * 4
+    assert result["run"]["kernels"] > 0
+    assert result["run"]["operations"]["dot_general"] > 0
