@@ -4,6 +4,7 @@ The functions are those of a run (`training.step`, `training.denoiser`, `generat
 denoiser, text encoder, loss and optimizer; states and batches are sharded as in a run.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -39,6 +40,8 @@ from dit_video.weights import read_clip_vision_config
 Part = Literal["denoiser", "autoencoder", "sampler"]
 """Part of an experiment: the training step of one of its two models, or the sampler's program."""
 
+MAX_DENSE_TOKENS = 1024
+"""Tokens of the longest row whose attention `auto` computes without blocks."""
 _MIN_CLIP_DIVISOR = 64
 """Inverse of the smallest share of a row that counts as a further clip; a smaller rest is padding."""
 
@@ -56,10 +59,17 @@ class PlannedStep(NamedTuple):
     """Number of steps of a sampler."""
     max_steps: int | None = None
     """Largest number of steps that its program supports."""
+    branch_passes: int = 1
+    """Number of passes of a sampling step: that of guidance's branches, unless they are evaluated together."""
     costs: StepSpec | None = None
     """Costs of a denoiser that are counted without compiling."""
     layer_bytes: int = 0
     """Bytes of one layer's parameters."""
+
+    @property
+    def turns(self) -> int:
+        """Return how often the costs are incurred."""
+        return self.sampling_steps * self.branch_passes
 
 
 def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
@@ -115,6 +125,7 @@ def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) 
     arguments = get_shapes_on_devices(lambda key: train_step.init(init(key)), shardings=layout), sharded_batch, frozen
     images = sum(field.length for field in _list_fields(config))
     costs = _count_costs(config, clips, training=True, images=images)
+    costs = dataclasses.replace(costs, accumulation=config.accumulation_steps)
     return PlannedStep(
         jax.jit(train_step.update, donate_argnums=0),
         arguments,
@@ -185,7 +196,13 @@ def _count_costs(
         fused_attention=backbone.attention not in ("dense", "auto", "chunked"),
         query_block=choose_block_size(config.row_shape.tokens) if backbone.attention == "splash" else None,
         training=training,
+        attention=get_attention_name(backbone.attention, config.row_shape.tokens),
     )
+
+
+def get_attention_name(attention: str, tokens: int) -> str:
+    """Return the name of the backend that computes attention over rows of so many tokens."""
+    return attention if attention != "auto" else "dense" if tokens <= MAX_DENSE_TOKENS else "chunked"
 
 
 def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
@@ -232,10 +249,11 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -
         SampleTimes(times, times),
         replicate((), jnp.int32),
     )
-    costs = _count_costs(config, clips, training=False, copies=guidance.branch_count)
+    passes = 1 if batched else guidance.branch_count
+    costs = _count_costs(config, clips, training=False, copies=guidance.branch_count // passes)
     layers = _count_layer_bytes(config, functools.partial(init_denoiser, config))
-    flops = sampling.steps * costs.forward_flops
-    lengths = {"sampling_steps": sampling.steps, "max_steps": room}
+    flops = sampling.steps * passes * costs.forward_flops
+    lengths = {"sampling_steps": sampling.steps, "max_steps": room, "branch_passes": passes}
     return PlannedStep(program, arguments, flops, **lengths, costs=costs, layer_bytes=layers)
 
 

@@ -11,7 +11,8 @@ from dit_video.distributed.mesh import make_abstract_mesh
 from dit_video.distributed.planner import Topology, compute_step_times, count_argument_bytes, estimate_step
 from dit_video.experiment import Experiment
 from dit_video.nn import Remat
-from dit_video.planning.report import Plan, check_mesh, find_devices, plan_experiment, replace_dit, resolve_attention
+from dit_video.planning.plan import Plan
+from dit_video.planning.report import check_mesh, find_devices, plan_experiment, replace_dit, resolve_attention
 from dit_video.planning.steps import Part, fill_row, plan_step, shard_shapes
 
 _SLACK = 1.1
