@@ -64,7 +64,7 @@ _PUBLISHED: tuple[tuple[str, str, float, str], ...] = (
     ("v5p", PRODUCTS, 0.715, _MAXTEXT.format("v5p")),
     ("v6e", PRODUCTS, 0.503, _TIERS),
     # 36.008 s on four chips of 459 TFLOP/s, all recomputed. Products: 4/3 of 5,432 TFLOP, at the share above 5.5 s. The
-    # other 30.5 s are attention: 14,141 TFLOP of the model, by 5.5/3 as the scores are computed in four passes.
+    # other 30.5 s are attention: 5.5/3 of 14,141 TFLOP, two forward passes and a backward pass of 3.5 instead of 3.
     ("v5p", name_attention_work("splash"), 0.463, _WAN),
     ("a100", PRODUCTS, 0.869, _MAMF),
     ("h100", PRODUCTS, 0.803, _MAMF),
