@@ -1,7 +1,8 @@
 """The device mesh, with the usual axis names."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ class MeshConfig:
     heads (arXiv 2309.14509), `ring` passes keys and values from device to device (arXiv 2310.01889)."""
     slices: Slices | None = None
     """Arrangement of several slices, as in TPU pods. None divides the outermost axes that allow it, `context` and
-    `tensor` last, since these communicate the most."""
+    `tensor` last, since these communicate the most. Any axis but `data` is warned of: see `describe_slow_axes`."""
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in AXES}
@@ -73,12 +74,16 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Return the mesh of `devices` (all of the run by default), in Auto mode, `data` outermost.
 
+    Warns if slices do not lie along `data`; see `describe_slow_axes`.
+
     Raises:
       UserError: If the axes do not divide the number of devices, or the devices' slices do not fit the axes.
     """
     devices = list(jax.devices() if devices is None else devices)
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    if _count_slices(devices) > 1:
+    if (slices := _count_slices(devices)) > 1:
+        if message := describe_slow_axes(count_axis_slices(config, len(devices), slices)):
+            warnings.warn(message, stacklevel=2)
         return jax.sharding.Mesh(arrange_hybrid_mesh(config, devices), AXES, axis_types=types)
     # `jax.make_mesh` refuses mesh axes that split an axis of a TPU's torus, except on v5e.
     from jax.experimental import mesh_utils
@@ -103,6 +108,38 @@ def arrange_hybrid_mesh(config: MeshConfig, devices: Sequence[Any]) -> np.ndarra
     outer = _split_slices(config.slices, sizes, count)
     inner = tuple(size // part for size, part in zip(sizes, outer, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def count_axis_slices(config: MeshConfig, devices: int, slices: int) -> dict[str, int]:
+    """Return the number of slices along each axis of the mesh of so many devices.
+
+    Raises:
+      UserError: If the axes do not divide the number of devices, or the slices do not fit the axes.
+    """
+    return dict(zip(AXES, _split_slices(config.slices, _resolve_sizes(config, devices), slices), strict=True))
+
+
+_SLOW_TRAFFIC = {
+    "fsdp": "weights are gathered over the data centre's network (DCN) in each layer",
+    "tensor": "activations are summed over the data centre's network (DCN) in each layer",
+    "context": "tokens are exchanged over the data centre's network (DCN) in each layer",
+}
+
+
+def describe_slow_axes(slices: Mapping[str, int]) -> str | None:
+    """Return a warning if slices do not lie along `data`, whose devices communicate once a step; else None.
+
+    Args:
+      slices: number of slices along each axis.
+    """
+    slow = [
+        f"{count} slices lie along {axis}, so {_SLOW_TRAFFIC[axis]}"
+        for axis, count in slices.items()
+        if axis != "data" and count > 1
+    ]
+    if not slow:
+        return None
+    return f"{', and '.join(slow)}. Use a mesh whose data is a multiple of {math.prod(slices.values())}."
 
 
 def _count_slices(devices: Sequence[Any]) -> int:

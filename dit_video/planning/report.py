@@ -1,9 +1,8 @@
-"""Plan of an experiment, as a table and as JSON."""
+"""Plans of experiments, from their compiled or counted steps."""
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+import warnings
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -12,171 +11,39 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten
 from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
-from dit_video.distributed.mesh import AnyMesh, make_abstract_mesh
+from dit_video.distributed.mesh import AnyMesh, count_axis_slices, describe_slow_axes, make_abstract_mesh
 from dit_video.distributed.planner import (
-    CollectiveTraffic,
     CompiledStep,
-    MemoryUsage,
-    StepTimes,
+    Efficiencies,
     StepWork,
     Topology,
     compile_step,
+    compute_expected_times,
     compute_min_collective_bytes,
     compute_step_times,
     count_argument_bytes,
     estimate_step,
     find_chip,
+    find_efficiencies,
     measure_peak_memory,
-    sum_collective_bytes,
 )
 from dit_video.experiment import Experiment, LoraAdapters, Student
+from dit_video.planning.plan import Plan
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step
-
-_ANALYTIC = "analytic: counted, not compiled"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Memory, time and communication of a part of an experiment on a topology."""
-
-    experiment: str
-    part: Part
-    topology: Topology
-    devices: int
-    mesh: dict[str, int]
-    rows: int
-    """Number of rows of a step, on all devices."""
-    clips: tuple[int, ...]
-    """Number of tokens of each clip of a row."""
-    remat: str
-    parameter_count: int
-    method: Literal["compiled", "analytic"]
-    fits: bool
-    overflow: str | None
-    """The compiler's reason, where the step does not fit."""
-    memory: MemoryUsage
-    limit: int
-    """Number of bytes of a device's memory."""
-    model_flops: int
-    executed_flops: float
-    hbm_bytes: float
-    """Number of bytes that each device reads and writes in a step."""
-    moved: tuple[CollectiveTraffic, ...]
-    min_bytes_moved: dict[str, float]
-    """Lower bound on the bytes that must be moved over `fsdp`, and over `context` for attention, where the program was
-    compiled and trains all weights."""
-    times: StepTimes | None
-    """Times of a step; None where it does not fit."""
-    compile_seconds: float
-    unknown_loops: int
-    device_peak: int | None
-    """Peak memory of this process's devices, where the step is planned and run on them."""
-    steps: int
-    price: float | None
-    """Price of a chip for an hour, in dollars."""
-
-    @property
-    def seconds(self) -> float | None:
-        """Return the seconds of a step by the roofline with everything overlapping: a lower bound."""
-        return None if self.times is None else self.times.overlapped
-
-    def mfu(self, seconds: float) -> float:
-        """Return the share of the chips' peak that the model's own operations use, if a step takes `seconds`."""
-        return self.model_flops / (seconds * self.topology.num_chips * self.topology.chip.flops)
-
-    @property
-    def intensity(self) -> float | None:
-        """Return the operations per byte of a device's memory traffic; None of a program that was not compiled."""
-        return self.executed_flops / self.devices / self.hbm_bytes if self.hbm_bytes else None
-
-    def chip_hours(self, seconds: float) -> float:
-        """Return the chip-hours of all steps, if each takes `seconds`."""
-        return self.steps * seconds * self.topology.num_chips / 3600
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the whole plan, in bytes, operations and seconds."""
-        chip = dataclasses.asdict(self.topology.chip)
-        plan = dataclasses.asdict(self) | {"topology": str(self.topology), "chip": chip, "intensity": self.intensity}
-        if self.times is not None:
-            for name in ("overlapped", "apart"):
-                seconds = getattr(self.times, name)
-                hours = self.chip_hours(seconds)
-                price = None if self.price is None else self.price * hours
-                plan[name] = {"seconds": seconds, "mfu": self.mfu(seconds), "chip_hours": hours, "price": price}
-        return plan
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        chip = self.topology.chip
-        mesh = " ".join(f"{name}={size}" for name, size in self.mesh.items() if size > 1) or "one device"
-        yield f"{self.experiment}: {self.part}, {self.parameter_count / 1e9:.3g} billion parameters"
-        clips = " + ".join(f"{self.clips.count(size)}x{size:,}" for size in dict.fromkeys(self.clips))
-        rows = f"{self.rows} rows" + (f" of {clips} tokens" if self.part != "autoencoder" else "")
-        remat = f"; remat {self.remat}" if self.part == "denoiser" else ""
-        yield f"  on {self.topology}, {self.devices} devices, mesh {mesh}; {rows}{remat}"
-        verdict = "fits" if self.fits else "does not fit"
-        method = f"compiled in {self.compile_seconds:.0f} s" if self.method == "compiled" else _ANALYTIC
-        yield f"  {verdict}: {_format_size(self.memory.peak)} of {_format_size(self.limit)} on each device ({method})"
-        if self.overflow:
-            yield f"    {self.overflow}"
-        for name in ("parameters", "optimizer", "ema", "other", "activations", "temporary"):
-            yield f"    {name:<12} {_format_size(getattr(self.memory, name)):>10}"
-        if self.device_peak is not None:
-            yield f"    {'measured':<12} {_format_size(self.device_peak):>10}"
-        operations = f"{self.model_flops / 1e12:,.4g} TFLOP of the model, {self.executed_flops / 1e12:,.4g} executed"
-        yield f"  operations     {operations}"
-        if self.intensity is not None:
-            traffic = f"{_format_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations a byte"
-            yield f"  memory traffic {traffic}"
-        if self.unknown_loops:
-            yield f"    {self.unknown_loops} loops with data-dependent length are counted as one iteration"
-        for part in self.moved:
-            axes = " x ".join(part.axes).replace("part of x ", "part of ")
-            yield f"  {part.kind:<18} over {axes:<18} {_format_size(part.bytes):>10}, {part.count} times"
-        for axis, lower_bound in self.min_bytes_moved.items():
-            moved_bytes = sum_collective_bytes(axis, self.moved)
-            ratio = f"{moved_bytes / lower_bound:.2f} times the least"
-            yield f"  in all over {axis:<12} {_format_size(moved_bytes):>10}, {ratio}"
-        if self.times is None:
-            return
-        unit, units = ("batch", "batches") if self.part == "sampler" else ("step", "steps")
-        compute, memory, collectives = (f"{seconds:.4g}" for seconds in dataclasses.astuple(self.times))
-        yield f"  seconds a {unit} {compute} computing, {memory} memory, {collectives} collectives"
-        workload = f"{self.steps:,} {unit if self.steps == 1 else units}"
-        for label, seconds in (("all at once", self.times.overlapped), ("one after the other", self.times.apart)):
-            hours = self.chip_hours(seconds)
-            cost = "" if self.price is None else f", ${_format_number(self.price * hours)} at ${self.price:.2f} an hour"
-            needs = f"{workload}: {_format_number(hours)} chip-hours{cost}"
-            yield f"    {label:<20} {seconds:.4g} s, MFU {self.mfu(seconds):.1%}; {needs}"
-        yield f"  hardware: {chip.source}{self._price_source()}"
-
-    def _price_source(self) -> str:
-        chip = self.topology.chip
-        if self.price is None:
-            return f"; no public price of {chip.name} is known: set one with --price"
-        return f"; price: {chip.price_source}" if self.price == chip.hourly_price else ""
-
-
-def _format_size(number: int | float) -> str:
-    return f"{number / 2**30:,.2f} GiB" if number >= 2**28 else f"{number / 2**20:,.1f} MiB"
-
-
-def _format_number(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def find_devices(topology: Topology) -> tuple[list[Any], bool]:
     """Return the devices of a topology, and whether a program can be compiled for them.
 
-    TPUs are described by libtpu. GPUs have to be present: else the host's own devices stand for them, and costs are
-    counted instead of compiled.
+    TPUs are described by libtpu. GPUs, and CPUs, have to be present: else the host's own devices stand for them, and
+    costs are counted instead of compiled.
     """
-    if topology.chip.kind == "tpu":
+    chip = topology.chip
+    if chip.kind == "tpu":
         return topology.get_devices(), True
     local_devices = jax.devices()
-    if len(local_devices) >= topology.num_chips and find_chip(local_devices[0]) == topology.chip:
+    is_present = local_devices[0].platform == "cpu" if chip.kind == "cpu" else find_chip(local_devices[0]) == chip
+    if len(local_devices) >= topology.num_chips and is_present:
         return list(local_devices[: topology.num_chips]), True
     return [], False
 
@@ -195,7 +62,9 @@ def make_plan_mesh(experiment: Experiment, topology: Topology, config: MeshConfi
       UserError: axes that do not divide the devices; rows, heads or tokens that are not divisible by these.
     """
     devices, present = find_devices(topology)
-    mesh = make_mesh(config, devices) if present else make_abstract_mesh(config, topology.num_chips)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of slices: the plan says it
+        mesh = make_mesh(config, devices) if present else make_abstract_mesh(config, topology.num_chips)
     if part != "autoencoder":
         check_mesh(dataclasses.replace(experiment, mesh=config), mesh)
     return mesh, present
@@ -222,6 +91,7 @@ def plan_experiment(
     steps: int | None = None,
     price: float | None = None,
     measure: bool = False,
+    efficiencies: Efficiencies | None = None,
 ) -> Plan:
     """Compile a part of an experiment for a topology, and return what it needs.
 
@@ -234,40 +104,39 @@ def plan_experiment(
       steps: number of steps to pay for; the experiment's by default. For a sampler, batches, by default one.
       price: price of a chip for an hour, instead of the table's.
       measure: True to run a step and measure the devices' peak memory, where the hardware is present.
+      efficiencies: measured shares of the chip's peak rates; the published ones by default.
 
     Raises:
       MissingError: libtpu is needed and not installed.
       UserError: a mesh that does not divide the devices, or is not divisible by them; a part that cannot be planned.
     """
-    config = experiment.mesh if mesh is None else mesh
+    config, chip = experiment.mesh if mesh is None else mesh, topology.chip
     experiment = dataclasses.replace(experiment, mesh=config)
     plan_mesh, present = make_plan_mesh(experiment, topology, config, part)
     if part == "autoencoder" and not present:
         raise UserError(f"an autoencoder is planned by compiling: run this on {topology}, or plan for a TPU")
     rows_of_clips = fill_row(experiment, clips)
-    planned = plan_step(experiment, part, plan_mesh, clips=rows_of_clips, platform=topology.chip.platform)
-    devices = plan_mesh.size
-    limit = topology.chip.memory * topology.num_chips // devices  # devices of one chip share its memory
+    planned = plan_step(experiment, part, plan_mesh, clips=rows_of_clips, platform=chip.platform)
+    devices, mesh_shape = plan_mesh.size, dict(plan_mesh.shape)
+    slices = count_axis_slices(config, devices, topology.slices)
+    limit = chip.memory * topology.num_chips // devices  # devices of one chip share its memory
     if present and isinstance(plan_mesh, Mesh):
-        trips: dict[str, Any] = {"outer_trip_count": planned.sampling_steps, "max_outer_trip_count": planned.max_steps}
-        compiled = compile_step(planned.step, planned.arguments, plan_mesh, **trips)
-        executed, hbm, moved = _read_costs(compiled, planned, devices)
-        memory, over = compiled.memory, compiled.oom_message
+        turns: dict[str, Any] = {"outer_trip_count": planned.sampling_steps, "max_outer_trip_count": planned.max_steps}
+        compiled = compile_step(planned.step, planned.arguments, plan_mesh, slices=slices, **turns)
+        memory, over, work = compiled.memory, compiled.oom_message, _read_work(compiled, planned, devices)
     else:
         assert planned.costs is not None
-        compiled = None
+        compiled, over = None, None
         state_bytes = count_argument_bytes(planned.arguments)
-        memory, work = estimate_step(planned.costs, state_bytes, planned.layer_bytes, dict(plan_mesh.shape))
-        turns, over = planned.sampling_steps, None
-        executed, hbm = work.flops * devices * turns, work.bytes * turns
-        moved = tuple(
-            dataclasses.replace(part, bytes=part.bytes * turns, count=part.count * turns) for part in work.collectives
-        )
+        memory, work = estimate_step(planned.costs, state_bytes, planned.layer_bytes, mesh_shape, slices)
+        work = work.repeat(planned.turns)
     fits = over is None and memory.peak <= limit
-    work = StepWork(flops=executed / devices, bytes=hbm, collectives=moved)
-    times = compute_step_times(work, topology, dict(plan_mesh.shape), devices_per_chip=devices // topology.num_chips)
-    has_lower_bounds = moved and present and part == "denoiser"
-    lower_bounds = _compute_lower_bounds(experiment, planned, dict(plan_mesh.shape)) if has_lower_bounds else {}
+    per_chip = devices // topology.num_chips
+    efficiencies = find_efficiencies(chip) if efficiencies is None else efficiencies
+    times = compute_step_times(work, topology, mesh_shape, devices_per_chip=per_chip)
+    expected = compute_expected_times(work, efficiencies, topology, mesh_shape, devices_per_chip=per_chip)
+    has_lower_bounds = work.collectives and present and part == "denoiser"
+    lower_bounds = _compute_lower_bounds(experiment, planned, mesh_shape) if has_lower_bounds else {}
     if steps is None:
         training = experiment.autoencoder if part == "autoencoder" else experiment.denoiser
         steps = 1 if part == "sampler" else int(getattr(training, "steps", 1))
@@ -276,7 +145,7 @@ def plan_experiment(
         part=part,
         topology=topology,
         devices=devices,
-        mesh=dict(plan_mesh.shape),
+        mesh=mesh_shape,
         rows=planned.arguments[1].shape[0] if planned.costs is None else planned.costs.rows,
         clips=tuple(rows_of_clips),
         remat=experiment.denoiser.backbone.remat if part == "denoiser" else "none",
@@ -287,16 +156,20 @@ def plan_experiment(
         memory=memory,
         limit=limit,
         model_flops=planned.model_flops,
-        executed_flops=executed,
-        hbm_bytes=hbm,
-        moved=moved,
+        executed_flops=work.flops * devices,
+        hbm_bytes=work.bytes,
+        moved=work.collectives,
         min_bytes_moved=lower_bounds,
         times=times if over is None else None,
+        attention=work.attention,
+        efficiencies=efficiencies,
+        expected=expected if over is None and part != "autoencoder" else None,
         compile_seconds=0.0 if compiled is None else compiled.compile_seconds,
         unknown_loops=0 if compiled is None or compiled.program is None else compiled.program.unknown_loops,
         device_peak=_measure_peak(planned, plan_mesh, topology, fits) if measure else None,
         steps=steps,
-        price=topology.chip.hourly_price if price is None else price,
+        price=chip.hourly_price if price is None else price,
+        warning=describe_slow_axes(slices),
     )
 
 
@@ -322,20 +195,29 @@ def _count_parameters(planned: PlannedStep) -> int:
     return count(leaves or state)
 
 
-def _read_costs(
-    compiled: CompiledStep, planned: PlannedStep, devices: int
-) -> tuple[float, float, tuple[CollectiveTraffic, ...]]:
-    """Return the operations of all devices, the bytes that each reads and writes, and the collectives.
+def _read_work(compiled: CompiledStep, planned: PlannedStep, devices: int) -> StepWork:
+    """Return the work of each device.
 
-    The program's kernels, which are attention, are opaque to the compiler's counts; their known costs are added.
+    The program's kernels, which are attention, are opaque to the compiler's counts, and loops over a data-dependent
+    number of blocks are counted as one turn; the known costs of both are added.
     """
     program, costs = compiled.program, planned.costs
     if program is None:
-        executed = float(costs.executed_flops * planned.sampling_steps if costs is not None else planned.model_flops)
-        return executed, 0.0, ()
-    executed, traffic = program.flops * devices, program.bytes
-    if program.kernel_calls and costs is not None:
-        executed += costs.executed_attention_flops * planned.sampling_steps
-        traffic += costs.attention_bytes * planned.sampling_steps / devices
-    moved = tuple(sorted(program.collectives.values(), key=lambda part: -part.bytes))
-    return executed, traffic, moved
+        executed = planned.model_flops if costs is None else costs.executed_flops * planned.turns
+        return StepWork(flops=executed / devices, bytes=0.0, collectives=())
+    flops, traffic, attention = program.flops, program.bytes, 0.0
+    if costs is not None:
+        attention = costs.executed_attention_flops * planned.turns / devices
+        if program.kernel_calls:
+            flops += attention
+            traffic += costs.attention_bytes * planned.turns / devices
+        elif program.unknown_loops:
+            flops = max(flops, costs.executed_flops * planned.turns / devices)
+    moved = [*program.collectives.values(), *program.slice_transfers.values()]
+    return StepWork(
+        flops=flops,
+        bytes=traffic,
+        collectives=tuple(sorted(moved, key=lambda part: -part.bytes)),
+        attention_flops=min(attention, flops),
+        attention=None if costs is None else costs.attention,
+    )

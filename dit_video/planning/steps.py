@@ -4,6 +4,7 @@ The functions are those of a run (`training.step`, `training.denoiser`, `generat
 denoiser, text encoder, loss and optimizer; states and batches are sharded as in a run.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -59,10 +60,17 @@ class PlannedStep(NamedTuple):
     """Number of steps of a sampler."""
     max_steps: int | None = None
     """Largest number of steps that its program supports."""
+    branch_passes: int = 1
+    """Number of passes of a sampling step: that of guidance's branches, unless they are evaluated together."""
     costs: StepSpec | None = None
     """Costs of a denoiser that are counted without compiling."""
     layer_bytes: int = 0
     """Bytes of one layer's parameters."""
+
+    @property
+    def turns(self) -> int:
+        """Return how often the costs are incurred."""
+        return self.sampling_steps * self.branch_passes
 
 
 def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
@@ -126,6 +134,7 @@ def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], 
     step, arguments = make_step_program(train_step, init, _make_batch_shapes(config), mesh, frozen_params=frozen)
     images = sum(field.length for field in _list_fields(config))
     costs = _count_costs(config, clips, platform, training=True, images=images)
+    costs = dataclasses.replace(costs, accumulation=config.accumulation_steps)
     return PlannedStep(
         step,
         arguments,
@@ -259,10 +268,11 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], p
         SampleTimes(times, times),
         replicate((), jnp.int32),
     )
-    costs = _count_costs(config, clips, platform, training=False, copies=guidance.branch_count)
+    passes = 1 if batched else guidance.branch_count
+    costs = _count_costs(config, clips, platform, training=False, copies=guidance.branch_count // passes)
     layers = _count_layer_bytes(config, functools.partial(init_denoiser, config))
-    flops = sampling.steps * costs.forward_flops
-    lengths = {"sampling_steps": sampling.steps, "max_steps": room}
+    flops = sampling.steps * passes * costs.forward_flops
+    lengths = {"sampling_steps": sampling.steps, "max_steps": room, "branch_passes": passes}
     return PlannedStep(program, arguments, flops, **lengths, costs=costs, layer_bytes=layers)
 
 

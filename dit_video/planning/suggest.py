@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, get_args
 
 from dit_video.core.errors import UserError
 from dit_video.distributed import AXES, MeshConfig, count_row_shards
-from dit_video.distributed.mesh import make_abstract_mesh
+from dit_video.distributed.mesh import count_axis_slices, make_abstract_mesh
 from dit_video.distributed.planner import Topology, compute_step_times, count_argument_bytes, estimate_step
 from dit_video.experiment import Experiment
 from dit_video.nn import Remat
-from dit_video.planning.report import Plan, check_mesh, find_devices, plan_experiment, replace_dit
+from dit_video.planning.plan import Plan
+from dit_video.planning.report import check_mesh, find_devices, plan_experiment, replace_dit
 from dit_video.planning.steps import Part, fill_row, plan_step, shard_shapes
 
 _SLACK = 1.1
@@ -129,10 +130,11 @@ def list_candidates(
         for batch, remat in itertools.product(batches, remats):
             try:
                 check_mesh(Candidate(mesh, batch, remat, 0.0, 0).apply_to(experiment), abstract)
+                slices = count_axis_slices(mesh, device_count, topology.slices)
             except UserError:
                 continue
             costs = unsharded.costs.resize(batch, remat)
-            memory, work = estimate_step(costs, state, unsharded.layer_bytes, dict(abstract.shape))
+            memory, work = estimate_step(costs, state, unsharded.layer_bytes, dict(abstract.shape), slices)
             if memory.peak > _SLACK * limit:
                 continue
             times = compute_step_times(work, topology, dict(abstract.shape), devices_per_chip=devices_per_chip)

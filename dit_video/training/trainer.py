@@ -131,7 +131,7 @@ class Trainer:
                 f"the data of {self.folder.parent} differ from those of its checkpoint at step {int(state.step)} (plan "
                 f"{meta['plan']}, now {data.hash}). Restore the data, or start another run."
             )
-        meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops)
+        meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops, mesh=self.mesh)
         return functools.partial(
             loop.run,
             self._compile_step(state),

@@ -6,7 +6,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.distributed import AXES, MeshConfig, Slices, make_mesh
-from dit_video.distributed.mesh import _resolve_sizes, arrange_hybrid_mesh
+from dit_video.distributed.mesh import _resolve_sizes, arrange_hybrid_mesh, count_axis_slices, describe_slow_axes
 
 
 def test_one_device_makes_a_mesh_in_auto_mode():
@@ -108,3 +108,15 @@ def test_slices_that_do_not_fit_a_mesh_are_refused_with_sizes_that_do(config, me
     with pytest.raises(UserError, match=r"9 devices are invalid: .* each of 2 slices"):
         arrange_hybrid_mesh(MeshConfig(data=1, fsdp=9), [Chip(n, n % 2) for n in range(9)])
     assert arrange_hybrid_mesh(MeshConfig(fsdp=3), odd).shape == (3, 3, 1, 1)
+
+
+def test_slices_off_the_data_axis_are_warned_of():
+    along_data = count_axis_slices(MeshConfig(data=4, fsdp=4), 16, 4)
+    assert along_data == {"data": 4, "fsdp": 1, "tensor": 1, "context": 1}
+    assert describe_slow_axes(along_data) is None
+    along_two = count_axis_slices(MeshConfig(data=2, fsdp=4, context=2), 16, 4)
+    message = describe_slow_axes(along_two)
+    assert message is not None
+    assert "2 slices lie along fsdp, so weights are gathered over the data centre's network (DCN)" in message
+    assert message.endswith("Use a mesh whose data is a multiple of 4.")
+    assert "tokens are exchanged" in (describe_slow_axes({"data": 1, "context": 2}) or "")

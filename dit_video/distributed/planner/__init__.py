@@ -7,8 +7,23 @@ from dit_video.distributed.planner.compiled_program import (
     count_argument_bytes,
     measure_peak_memory,
 )
+from dit_video.distributed.planner.efficiencies import (
+    Calibration,
+    Efficiencies,
+    Efficiency,
+    find_efficiencies,
+    get_calibration_folder,
+    read_calibration,
+)
 from dit_video.distributed.planner.estimate import StepSpec, estimate_step
-from dit_video.distributed.planner.hardware import CHIPS, Topology, find_chip, get_peak_flops
+from dit_video.distributed.planner.hardware import CHIPS, Chip, find_chip, get_peak_flops
 from dit_video.distributed.planner.hlo import CollectiveTraffic, read_program
 from dit_video.distributed.planner.lower_bounds import compute_min_collective_bytes, sum_collective_bytes
-from dit_video.distributed.planner.roofline import StepTimes, StepWork, compute_step_times, get_link_bandwidth
+from dit_video.distributed.planner.roofline import (
+    StepTimes,
+    StepWork,
+    compute_expected_times,
+    compute_step_times,
+    get_link_bandwidth,
+)
+from dit_video.distributed.planner.topology import Topology

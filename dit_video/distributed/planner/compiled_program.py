@@ -4,7 +4,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ def compile_step(
     arguments: tuple[PyTree, ...],
     mesh: jax.sharding.Mesh,
     *,
+    slices: Mapping[str, int] | None = None,
     outer_trip_count: int = 1,
     max_outer_trip_count: int | None = None,
 ) -> CompiledStep:
@@ -77,6 +78,7 @@ def compile_step(
         (possibly one state per player), or bare parameters.
       arguments: shapes and shardings of the arguments (`jax.ShapeDtypeStruct`).
       mesh: mesh of attached devices, or of devices that libtpu describes.
+      slices: number of slices along each axis of the mesh; None for a single slice.
       outer_trip_count: assumed iterations of an outermost loop with a data-dependent end; see `read_program`.
       max_outer_trip_count: upper bound of that loop's iterations.
     """
@@ -97,7 +99,7 @@ def compile_step(
         return CompiledStep(memory=memory, program=None, compile_seconds=seconds, oom_message=reason)
     seconds = time.perf_counter() - start
     trips: dict[str, Any] = {"outer_trip_count": outer_trip_count, "max_outer_trip_count": max_outer_trip_count}
-    program = read_program(compiled.as_text(), dict(mesh.shape), **trips)
+    program = read_program(compiled.as_text(), dict(mesh.shape), slices=slices, **trips)
     analysis = compiled.memory_analysis()
     peak = compute_peak_memory(analysis)
     temporary = max(0, peak - sum(state_bytes.values()))

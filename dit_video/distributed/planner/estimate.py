@@ -42,6 +42,8 @@ class StepSpec:
     query_block: int | None = None
     """Queries per block of a fused kernel, which reads all keys and values once a block; None if unknown or unfused."""
     training: bool = True
+    accumulation: int = 1
+    """Microbatches that the rows are divided into, whose gradients are computed one after the other and summed."""
 
     def resize(self, rows: int, remat: str) -> "StepSpec":
         """Return the step of the same model for another number of rows and another recomputation policy."""
@@ -72,11 +74,14 @@ class StepSpec:
 
     @property
     def executed_attention_flops(self) -> int:
-        """Return the FLOPs that attention executes, including recomputation."""
+        """Return the FLOPs that attention executes, including recomputation, and pairs that dense attention masks."""
+        forward = self.attention_flops
+        if self.attention == "dense":
+            forward = max(forward, 4 * self.width * self.layers * self.rows * self.tokens_per_row**2)
         if not self.training:
-            return self.attention_flops
+            return forward
         backward = _BACKWARD_RATIOS.get(self.attention, _DEFAULT_BACKWARD_RATIO)
-        return round(((2 if self.is_attention_recomputed else 1) + backward) * self.attention_flops)
+        return round(((2 if self.is_attention_recomputed else 1) + backward) * forward)
 
     @property
     def attention_bytes(self) -> int:
@@ -92,7 +97,11 @@ class StepSpec:
 
 
 def estimate_step(
-    step: StepSpec, state_bytes: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int]
+    step: StepSpec,
+    state_bytes: Mapping[str, int],
+    layer_bytes: int,
+    mesh: Mapping[str, int],
+    slices: Mapping[str, int] | None = None,
 ) -> tuple[MemoryUsage, StepWork]:
     """Estimate the memory and the work of a step on one device.
 
@@ -101,9 +110,11 @@ def estimate_step(
       state_bytes: bytes of the state on one device by kind, as `count_argument_bytes` returns them.
       layer_bytes: bytes of one unsharded layer's parameters in float32.
       mesh: sizes of the mesh's axes by name.
+      slices: number of slices along each axis; None for a single slice.
     """
     devices, tensor = math.prod(mesh.values()), mesh["tensor"]
-    local_tokens = step.rows * step.tokens_per_row // (mesh["data"] * mesh["fsdp"] * mesh["context"])
+    rows = step.rows // step.accumulation
+    local_tokens = rows * step.tokens_per_row // (mesh["data"] * mesh["fsdp"] * mesh["context"])
     residual = 4 * local_tokens * step.width
     # One layer stores the residual stream and its six modulations in float32 and, in the dtype of products,
     # queries, keys, values, attention's output and the hidden layer of the MLP.
@@ -114,17 +125,41 @@ def estimate_step(
     layer_saved = layer_activations if step.remat == "none" else residual + saved.get(step.remat, product_results)
     activations = step.layers * layer_saved if step.training else 0
     gathered = 2 * layer_bytes // 4 * step.itemsize // tensor
-    gradients = state_bytes["parameters"] if step.training else 0
+    # Sums over the microbatches are kept beside the gradients of the current one.
+    gradients = state_bytes["parameters"] * min(2, step.accumulation) if step.training else 0
     temporary = gradients + gathered + (2 * layer_activations if step.training else layer_activations)
     peak = sum(state_bytes.values()) + activations + temporary
     memory = MemoryUsage(**state_bytes, activations=activations, temporary=temporary, peak=peak)
     # The state is read and written once; the activations of a layer about twice in each pass.
     passes = (4 if step.is_matmul_recomputed else 3) if step.training else 1
     layer_traffic = passes * step.layers * (2 * layer_activations + gathered)
-    traffic = 2 * sum(state_bytes.values()) + layer_traffic + step.attention_bytes / devices
+    traffic = 2 * sum(state_bytes.values()) + step.accumulation * layer_traffic + step.attention_bytes / devices
     collectives = _list_collectives(step, state_bytes, layer_bytes, mesh, local_tokens)
-    used = tuple(part for part in collectives if part.bytes)
-    return memory, StepWork(flops=step.executed_flops / devices, bytes=float(traffic), collectives=used)
+    parts = [part for each in collectives for part in split_over_slices(each, mesh, slices or {})]
+    return memory, StepWork(
+        flops=step.executed_flops / devices,
+        bytes=float(traffic),
+        collectives=tuple(part for part in parts if part.bytes),
+        attention_flops=step.executed_attention_flops / devices,
+        attention=step.attention,
+    )
+
+
+def split_over_slices(
+    traffic: CollectiveTraffic, mesh: Mapping[str, int], slices: Mapping[str, int]
+) -> list[CollectiveTraffic]:
+    """Divide a collective over one axis of the mesh into its parts inside the slices and between them.
+
+    Arrays are gathered from the counterparts in other slices first, then inside the slice; sums take the reverse way.
+    """
+    (axis,) = traffic.axes
+    size, count = mesh[axis], slices.get(axis, 1)
+    if count == 1 or not traffic.bytes:
+        return [traffic]
+    inner, values = size // count, traffic.bytes * size / (size - 1)
+    outside = values * (count - 1) / (count if traffic.kind == "all-to-all" else size)
+    inside = traffic.bytes - outside
+    return [replace(traffic, bytes=inside if inner > 1 else 0.0), replace(traffic, bytes=outside, between_slices=True)]
 
 
 def _list_collectives(
@@ -137,6 +172,8 @@ def _list_collectives(
     def remote_share(size: int) -> float:
         return (size - 1) / size
 
+    # Each microbatch gathers the weights and sums gradients anew.
+    passes *= step.accumulation
     weights, count = step.layers * layer_bytes // tensor, passes * step.layers
     local_values = local_tokens * step.width
     gathered = passes * remote_share(fsdp) * weights / 4 * step.itemsize
@@ -151,7 +188,12 @@ def _list_collectives(
     ]
     if step.training:
         collectives += [
-            CollectiveTraffic("reduce-scatter", ("fsdp",), remote_share(fsdp) * weights, step.layers),
+            CollectiveTraffic(
+                "reduce-scatter",
+                ("fsdp",),
+                step.accumulation * remote_share(fsdp) * weights,
+                step.accumulation * step.layers,
+            ),
             CollectiveTraffic("all-reduce", ("data",), 2 * remote_share(data) * state_bytes["parameters"], 1),
             CollectiveTraffic("all-reduce", ("context",), 2 * remote_share(context) * state_bytes["parameters"], 1),
         ]

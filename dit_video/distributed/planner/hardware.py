@@ -1,12 +1,9 @@
-"""Accelerators' peak rates from their makers' data sheets, and topologies such as `v5e:4x4` or `h100:16`."""
+"""Accelerators' peak rates from their makers' data sheets."""
 
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dit_video.core.errors import MissingError, UserError
 from dit_video.platform.devices import Platform
 
 GIB, GB = 2**30, 10**9
@@ -14,10 +11,10 @@ GIB, GB = 2**30, 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """A TPU chip or a GPU; all rates are peaks, per second."""
+    """A TPU chip, a GPU, or a machine's CPU; all rates are peaks, per second."""
 
     name: str
-    kind: Literal["tpu", "gpu"]
+    kind: Literal["tpu", "gpu", "cpu"]
     flops: float
     """FLOPs per second in bfloat16, without sparsity."""
     memory: int
@@ -32,7 +29,10 @@ class Chip:
     nvlink_domain: int | None = None
     """Number of GPUs that NVLink connects; None for TPUs, whose slices are fully connected."""
     network_bandwidth: float = 50e9
-    """Bytes per second from a GPU to those of other domains, by default through a 400 Gbit/s adapter for each GPU."""
+    """Bytes per second from a chip through the data centre's network to those of other slices or NVLink domains.
+
+    By default through a 400 Gbit/s adapter for each GPU.
+    """
     hourly_price: float | None = None
     """US dollars per chip and hour; None if unknown."""
     source: str
@@ -46,7 +46,7 @@ class Chip:
 
     @property
     def price_source(self) -> str:
-        return "" if self.hourly_price is None else _PRICE_SOURCES[self.kind]
+        return "" if self.hourly_price is None else _PRICE_SOURCES.get(self.kind, "")
 
     @property
     def libtpu_name(self) -> str:
@@ -80,8 +80,12 @@ _GPUS: tuple[tuple[Any, ...], ...] = (
 )
 _COMPUTE_CAPABILITIES = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
 """Compute capabilities (developer.nvidia.com/cuda-gpus)."""
-_NETWORK_BANDWIDTHS = {"a100": 25e9}
-"""Network bandwidths that are not 400 Gbit/s for each GPU."""
+_NETWORK_BANDWIDTHS = {"a100": 25e9, "v4": 6.25e9, "v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9, "v7x": 6.25e9}
+"""Network bandwidths that are not 400 Gbit/s for each GPU.
+
+v5p: 50 Gbit/s a chip; v5e and v6e: 6.4 and 25.6 Tbit/s a pod of 256 (docs.cloud.google.com/tpu/docs/v5p, v5e, v6e). For
+v4 and v7x Google states none: these are the typical 25 GB/s of a host (jax-ml.github.io/scaling-book/tpus), of 4 chips.
+"""
 
 
 def _make_chip(row: tuple[Any, ...], kind: Literal["tpu", "gpu"]) -> Chip:
@@ -91,73 +95,6 @@ def _make_chip(row: tuple[Any, ...], kind: Literal["tpu", "gpu"]) -> Chip:
 
 
 CHIPS = {row[0]: _make_chip(row, "tpu") for row in _TPUS} | {row[0]: _make_chip(row, "gpu") for row in _GPUS}
-
-
-@dataclass(frozen=True)
-class Topology:
-    """A number of connected chips."""
-
-    chip: Chip
-    shape: tuple[int, ...]
-    """Shape of a TPU's torus, or the number of GPUs."""
-
-    @property
-    def num_chips(self) -> int:
-        return math.prod(self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
-
-    @staticmethod
-    def parse(text: str) -> "Topology":
-        """Parse a topology such as `v5e:4x4`, `v5p:4x4x4` or `h100:16`.
-
-        Raises:
-          UserError: the chip is not in the table, or the shape has the wrong number of sizes.
-        """
-        name, _, shape = text.lower().partition(":")
-        chip = next((chip for chip in CHIPS.values() if name in (chip.name, chip.libtpu_name)), None)
-        if chip is None:
-            raise UserError(f"chip {name!r} is not supported. Use one of {', '.join(CHIPS)}, as in v5e:4x4 or h100:8")
-        parts = shape.split("x")
-        dimensions = {"gpu": 1, "tpu": 2 if chip.name in ("v5e", "v6e") else 3}[chip.kind]
-        if len(parts) != dimensions or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            example = {1: "8", 2: "4x4", 3: "4x4x4"}[dimensions]
-            fix = f"Use a shape such as {name}:{example}"
-            raise UserError(f"{text!r} is not a topology: a {name} has {dimensions} sizes. {fix}")
-        return Topology(chip, tuple(map(int, parts)))
-
-    def get_devices(self) -> list[Any]:
-        """Return descriptions of TPU devices from libtpu, for which programs can be compiled without the hardware.
-
-        Raises:
-          MissingError: libtpu is not installed.
-          UserError: these chips don't come in this shape.
-        """
-        # libtpu queries its host and claims the chips exclusively; here there are none.
-        for name, value in _NO_HARDWARE_ENV.items():
-            os.environ.setdefault(name, value)
-        try:
-            import libtpu  # noqa: F401
-        except ImportError as error:
-            raise MissingError("libtpu, which compiles for TPUs, is not installed. Use pip install libtpu") from error
-        from jax.experimental import topologies
-
-        name = f"{self.chip.libtpu_name}:{'x'.join(map(str, self.shape))}"
-        try:
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-        except Exception as error:
-            raise UserError(f"libtpu has no topology {name}: {str(error).splitlines()[0]}") from error
-
-
-_NO_HARDWARE_ENV = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5e-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 
 
 def find_chip(device: Any) -> Chip | None:

@@ -7,12 +7,13 @@ data, counts once, and `Program.unknown_loops` is the number of such loops.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dit_video.distributed.planner.matmul_flops import count_convolution_flops, count_dot_flops
 from dit_video.distributed.planner.replica_groups import find_mesh_axes, parse_lists, parse_replica_groups
+from dit_video.distributed.planner.slice_transfers import read_slice_transfer
 
 _BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+\w*|c\d+)\[([\d,]*)\](\{[^}]*\})?")
@@ -74,6 +75,8 @@ class CollectiveTraffic:
     """
     count: int = 0
     """Number of executions in one step."""
+    between_slices: bool = False
+    """The bytes come from other slices, through the data centre's network (DCN)."""
 
 
 @dataclass
@@ -87,7 +90,9 @@ class Program:
     kernel_calls: int = 0
     """Calls of custom kernels, whose FLOPs the text doesn't contain."""
     collectives: dict[tuple[str, tuple[str, ...]], CollectiveTraffic] = field(default_factory=dict)
-    """Traffic by kind of collective and mesh axes."""
+    """Traffic by kind of collective and mesh axes, without that between slices."""
+    slice_transfers: dict[tuple[str, tuple[str, ...]], CollectiveTraffic] = field(default_factory=dict)
+    """Traffic between slices by kind of collective and mesh axes."""
     saved_bytes: float = 0.0
     """Bytes that loops over layers stack up for the backward pass."""
     unknown_loops: int = 0
@@ -95,19 +100,26 @@ class Program:
 
 
 def read_program(
-    text: str, mesh: dict[str, int], *, outer_trip_count: int = 1, max_outer_trip_count: int | None = None
+    text: str,
+    mesh: dict[str, int],
+    *,
+    slices: Mapping[str, int] | None = None,
+    outer_trip_count: int = 1,
+    max_outer_trip_count: int | None = None,
 ) -> Program:
     """Read the operations of a compiled program from `compiled.as_text()`.
 
     Args:
       text: the program's HLO.
       mesh: sizes of the mesh's axes by name.
+      slices: number of slices along each axis; None for a single slice.
       outer_trip_count: assumed trip count of an outermost loop whose end depends on data, such as a sampler's steps:
         one with an unknown trip count, or with `max_outer_trip_count`, most of whose iterations may do nothing.
       max_outer_trip_count: upper bound of that loop's trip count.
     """
     computations, entry = _parse_computations(text)
-    reader = _CostReader(computations, mesh, outer_trip_count, max_outer_trip_count)
+    slices = dict.fromkeys(mesh, 1) if slices is None else dict(slices)
+    reader = _CostReader(computations, mesh, slices, outer_trip_count, max_outer_trip_count)
     if entry is not None:
         reader.walk(entry, 1, in_fusion=False)
     return reader.program
@@ -171,9 +183,16 @@ class _CostReader:
     """Accumulates the costs of a program while walking through its computations."""
 
     def __init__(
-        self, computations: dict[str, Computation], mesh: dict[str, int], trip_count: int, max_trip_count: int | None
+        self,
+        computations: dict[str, Computation],
+        mesh: dict[str, int],
+        slices: dict[str, int],
+        trip_count: int,
+        max_trip_count: int | None,
     ):
-        self.computations, self.mesh = computations, mesh
+        self.computations, self.slices = computations, slices
+        # The program of several slices is that of one slice, with its own devices.
+        self.mesh = {axis: size // slices[axis] for axis, size in mesh.items()}
         self.outer_trip_count, self.max_outer_trip_count = trip_count, max_trip_count
         self.program = Program()
         self._chains: set[tuple[str, str]] = set()
@@ -197,6 +216,8 @@ class _CostReader:
         elif instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.rest:
             self.program.kernel_calls += executions
         self._count_collective(instruction, computation, executions)
+        if instruction.opcode == "recv":
+            self._count_slice_transfer(instruction, executions)
         if not in_fusion and instruction.opcode not in _NO_TRAFFIC:
             self.program.bytes += executions * self._count_traffic(instruction, computation)
         fused = in_fusion or instruction.opcode == "fusion"
@@ -270,6 +291,16 @@ class _CostReader:
         axes = find_mesh_axes(group, self.mesh, permuted=kind == "collective-permute")
         traffic = self.program.collectives.setdefault((kind, axes), CollectiveTraffic(kind, axes))
         traffic.bytes += executions * (copies * operand_bytes * remote_share)
+        traffic.count += executions
+
+    def _count_slice_transfer(self, instruction: Instruction, executions: int) -> None:
+        transfer = read_slice_transfer(instruction.rest, instruction.shapes[0].bytes)
+        if transfer is None:
+            return
+        axes = find_mesh_axes(transfer.slices, self.slices, permuted=transfer.kind == "collective-permute")
+        empty = CollectiveTraffic(transfer.kind, axes, between_slices=True)
+        traffic = self.program.slice_transfers.setdefault((transfer.kind, axes), empty)
+        traffic.bytes += executions * transfer.bytes
         traffic.count += executions
 
     def _count_traffic(self, instruction: Instruction, computation: Computation) -> int:

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.distributed import RowPart
 from dit_video.tokens import PackedShape, make_empty_row
 from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.logging import MetricsLog, read_metrics
@@ -184,29 +185,46 @@ def test_periodic_calls_are_logged_if_they_return_figures(tmp_path):
     assert [entry.get("bin") for entry in entries] == [1.5, None, 6, 9]
 
 
+def make_row(tokens: int):
+    one = make_empty_row(PackedShape(tokens=8, text=2, segments=2), width=2)
+    one.segments[:tokens] = 1
+    return jax.tree.map(lambda leaf: leaf[None], one)
+
+
+@pytest.mark.parametrize(("mesh_devices", "parts"), [(4, 4), (4, 2), (8, 1)])
+def test_throughput_is_that_of_all_parts_of_the_rows_on_all_devices_of_the_mesh(monkeypatch, mesh_devices, parts):
+    """Four processes may hold four parts of the rows, or share them: as many tokens are counted as are trained on."""
+    mesh = jax.sharding.Mesh(np.repeat(jax.devices()[:1], mesh_devices), ("context",))
+    monkeypatch.setattr(RowPart, "from_mesh", staticmethod(lambda mesh: RowPart(0, parts, (0,))))
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    meter = ThroughputMeter(
+        lambda batch: 1e9 * float((batch.segments > 0).sum()),
+        peak_flops_fn=lambda devices: 4e9 * len(devices),
+        mesh=mesh,
+    )
+    meter.add(make_row(6))
+    result = meter.derive({"step_seconds": 2.0})
+    assert result["tokens_per_second"] == pytest.approx(parts * 3.0)
+    assert result["model_flops_per_second"] == pytest.approx(parts * 3e9)
+    assert result["mfu"] == pytest.approx(parts * 3e9 / (4e9 * mesh_devices))
+
+
 def test_throughput_counts_tokens_and_utilisation():
-    shape = PackedShape(tokens=8, text=2, segments=2)
-
-    def rows(tokens):
-        one = make_empty_row(shape, width=2)
-        one.segments[:tokens] = 1
-        return jax.tree.map(lambda leaf: leaf[None], one)
-
     meter = ThroughputMeter(
         lambda batch: 1e9 * float((batch.segments > 0).sum()), peak_flops_fn=lambda devices: 4e9 * len(devices)
     )
     for tokens in (6, 8):
-        meter.add(rows(tokens))
+        meter.add(make_row(tokens))
     result = meter.derive({"step_seconds": 2.0})
     devices = jax.local_device_count()
     assert result == pytest.approx(
         {"tokens_per_second": 3.5, "model_flops_per_second": 3.5e9, "mfu": 3.5e9 / (4e9 * devices)}
     )
     assert meter.derive({"step_seconds": 2.0}) == {}  # counted anew
-    meter.add(rows(4))
+    meter.add(make_row(4))
     assert meter.derive({"loss": 1.0}) == {}  # the first step alone has no time of its own
     unknown = ThroughputMeter(lambda batch: 1.0)
-    unknown.add(rows(4))
+    unknown.add(make_row(4))
     assert set(unknown.derive({"step_seconds": 1.0})) == {"tokens_per_second", "model_flops_per_second"}
     pixels = ThroughputMeter()
     pixels.add(np.zeros((2, 3, 4, 4, 3), np.uint8))
