@@ -60,7 +60,7 @@ from benchmarks.settings import Setting, resolve_setting
 from benchmarks.steps import TrainingSetup, measure_autoencoder, measure_denoiser
 from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import MissingError, UserError, script
-from dit_video.nn import Backend
+from dit_video.nn.attention import Backend, BackendName
 
 DEFAULT_PARTS = ("denoiser", "autoencoder", "data")
 OPTIONAL_PARTS = ("attention", "tiling", "model", "mfu", "train", "sampling")
@@ -272,7 +272,9 @@ def main() -> None:
         "--tokens", type=int, default=8192, help="Number of tokens in the rows of the attention benchmark."
     )
     parser.add_argument("--small", action="store_true", help="Use tiny models for `model`, `mfu` and `sampling`.")
-    parser.add_argument("--attention", choices=get_args(Backend), default="auto", help="Attention backend of `mfu`.")
+    parser.add_argument(
+        "--attention", choices=get_args(BackendName), default="auto", help="Attention backend of `mfu`."
+    )
     parser.add_argument("--peak", type=float, help="Peak bfloat16 TFLOP/s of a device unknown to `mfu`.")
     parser.add_argument("--run", type=Path, default=PRETRAINED, help="Run or pipeline of `tiling` and `sampling`.")
     parser.add_argument(
