@@ -20,8 +20,7 @@ from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, Pretr
 from dit_video.experiment.folder import CONFIG as RUN
 from dit_video.experiment.run import Run
 from dit_video.generation import Sampling
-from dit_video.pipelines.folder import is_pipeline_folder
-from dit_video.pipelines.loading import load_pipeline
+from dit_video.pipelines.folder import is_pipeline_folder, read_pipeline_config
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import PackedShape
 from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
@@ -77,7 +76,7 @@ def make_distillation_experiment(
     folder = Path(folder)
     run = Run.open(folder).experiment if (folder / RUN).is_file() else None
     start = folder if is_pipeline_folder(folder) else folder / "pipeline"
-    config = load_pipeline(start).config
+    config = read_pipeline_config(start)
     if config.boundary is not None or config.backbone.cond_channels or config.backbone.time == "token":
         fix = "distil a text-to-video model with one denoiser"
         raise UserError(f"{folder} holds a model with two experts or with conditioning frames; {fix}")

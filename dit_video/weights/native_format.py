@@ -52,6 +52,29 @@ def open_native(folder: Path, config: Any) -> Iterator[FolderSource]:
         yield FolderSource(tensors, FileMap.from_params(shapes), shapes)
 
 
+def read_params_file(path: Path, like: Any, *, place: Placement = place_on_host) -> dict[str, Any]:
+    """Read the parameters of a file of our own in float32, one after the other, in chunks.
+
+    Args:
+      path: safetensors file of `safetensors.save`.
+      like: shapes of the parameters, a tree of `jax.ShapeDtypeStruct`.
+      place: reads each parameter to its destination, given its path; by default to the host.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
+    """
+    with open_params_file(path, like) as source:
+        return streaming.read(source, like, dtype_fn=lambda path: np.float32, place=place)
+
+
+@contextlib.contextmanager
+def open_params_file(path: Path, like: Any) -> Iterator[FolderSource]:
+    """Open the parameters of a file of our own; arguments and errors are those of `read_params_file`."""
+    with TensorFolder(path.parent, stem=path.stem) as tensors:
+        yield FolderSource(tensors, FileMap.from_params(like), like)
+
+
 def read_native_config(folder: Path, document: Mapping[str, Any], kind: Any = object, owner: str = "a model") -> Any:
     """Return the config in a folder's `config.json`.
 
