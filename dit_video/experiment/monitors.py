@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from dit_video.backbones.flops import count_training_flops
 from dit_video.conditioning import IMAGE_TOKENS
 from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.online import OnlineEncoder
-from dit_video.core.trees import flatten
 from dit_video.distributed import shard_batch
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import wait_for_main_process
@@ -193,15 +193,12 @@ def select_average(
     if ema is not None and sigma_rel is not None:
         raise UserError("ema and sigma_rel are both given: an average has a decay or a width; give ema or sigma_rel")
     if sigma_rel is not None:
-        shapes, layouts = (
-            jax.eval_shape(lambda: state.params),
-            {p: x.sharding for p, x in flatten(state.params).items()},
-        )
+        shapes, arrays = jax.eval_shape(lambda: state.params), flatten(state.params)
         return EmaSnapshots(folder / "snapshots").reconstruct(
             sigma_rel,
             like=shapes,
             max_step=int(state.step),
-            place=lambda path, parameter: parameter.to_device(layouts[path]),
+            place=lambda path, parameter: parameter.to_device(arrays[path].sharding),
         )
     if ema is None or ema == config.ema_decay:
         return state.ema

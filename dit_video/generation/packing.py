@@ -125,7 +125,7 @@ def plan_rows(
     *,
     rows: int,
     is_batched: bool,
-    multiples: RowMultiples = RowMultiples(),
+    multiples: RowMultiples = RowMultiples(),  # noqa: B008 (a value)
 ) -> list[PackedRequests]:
     """Return the requests, by number, in rows or canvases by first fit, the largest first.
 

@@ -261,7 +261,7 @@ def _plan_batches(
         for group in plan_rows([sizes[index] for index in indices], shape, **options):
             batch_rows = multiples.round_up(rows, is_side_by_side=group.is_side_by_side)
             if mesh is not None:
-                group = group._replace(shape=group.shape.pad_tokens(mesh.shape["context"]))  # noqa: PLW2901
+                group = group._replace(shape=group.shape.pad_tokens(mesh.shape["context"]))
             packer = Packer(requests, texts, patch, denoiser.token_dt, guidance.branch_count, batch_rows, tuple(fields))
             for start in range(0, len(group.rows), batch_rows):
                 members = [[indices[position] for position in row] for row in group.rows[start : start + batch_rows]]

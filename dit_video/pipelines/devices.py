@@ -47,7 +47,7 @@ class PipelineDevices(NamedTuple):
 
         Args:
           params: parameters of the denoiser's parts.
-          is_swapped: leaves them where they are without a mesh: of two experts only one is on a single device at a time.
+          is_swapped: leaves them where they are without a mesh, because of two experts one device holds one at a time.
         """
         return params if self.mesh is None and is_swapped else put_params(params, self.mesh)
 

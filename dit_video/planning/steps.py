@@ -205,9 +205,8 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -
     batched = sampling.branch_evaluation == "together"
     multiples = compute_row_multiples(mesh, guidance, is_batched=batched)
     count = multiples.round_up(config.batch, is_side_by_side=False)
-    packer = Packer(
-        requests, {"": empty_caption}, config.backbone.patch, 1.0, guidance.branch_count, count, tuple(fields)
-    )
+    texts, branch_count = {"": empty_caption}, guidance.branch_count
+    packer = Packer(requests, texts, config.backbone.patch, 1.0, branch_count, count, tuple(fields))
     members = [[index] for index in range(config.batch)]
     row_shape = config.row_shape.pad_tokens(mesh.shape["context"])
     batch = packer.make_batch(PackedRequests(row_shape, False, members), members)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dit_video.core import config_json
+from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.nn import get_param_shapes
@@ -66,6 +68,13 @@ def read_params_file(path: Path, like: Any, *, place: Placement = place_on_host)
     """
     with open_params_file(path, like) as source:
         return streaming.read(source, like, dtype_fn=lambda path: np.float32, place=place)
+
+
+def read_shapes(path: Path) -> dict[str, Any]:
+    """Read the shapes of the parameters in a file of our own; errors are those of `read_params_file`."""
+    with TensorFolder(path.parent, stem=path.stem) as tensors:
+        shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in tensors.shapes.items()}
+    return trees.unflatten(shapes)
 
 
 @contextlib.contextmanager

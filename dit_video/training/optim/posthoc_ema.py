@@ -21,7 +21,7 @@ from dit_video.core.trees import map_with_path
 from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.training.optim.ema import POWER, gamma_from_sigma, parse_average_name
 from dit_video.weights import save
-from dit_video.weights.native_format import open_params_file
+from dit_video.weights.native_format import open_params_file, read_shapes
 from dit_video.weights.parameter import Parameter, Placement, place_on_host
 
 
@@ -52,7 +52,7 @@ class EmaSnapshots:
         self,
         sigma_rel: float,
         *,
-        like: Any,
+        like: Any = None,
         step: int | None = None,
         max_step: int | None = None,
         place: Placement = place_on_host,
@@ -79,6 +79,7 @@ class EmaSnapshots:
         profiles = sorted(files)
         target = WeightProfile(max(profile.step for profile in profiles) if step is None else step, gamma)
         weights = solve_coefficients(profiles, target)
+        like = read_shapes(files[profiles[0]]) if like is None else like
         with contextlib.ExitStack() as stack:
             sources = [stack.enter_context(open_params_file(files[profile], like)) for profile in profiles]
 
