@@ -65,8 +65,7 @@ def evaluate(
     """Sample as the pipeline's config says, compute its metrics, and write `samples/` and `metrics.json`.
 
     The samples depend on the config's prompts and the seed, never on its metrics. In a run of several processes all of
-    them call this and sample; the first one decodes, measures and writes. Metrics that need the pipeline are computed in
-    all.
+    them call this and sample; the first one decodes, measures and writes. All compute metrics that need the pipeline.
 
     Args:
       pipeline: the pipeline to evaluate.

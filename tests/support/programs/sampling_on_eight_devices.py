@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 import dit_video
 from dit_video.backbones.dit import DitConfig
@@ -66,7 +67,7 @@ def assert_latents_are_equal(actual, expected) -> None:
 
 
 def latents() -> None:
-    """The latents of any mesh are those of one device, and so are the clips, up to rounding of a pixel."""
+    """Check that latents of any mesh are those of one device, and so are clips, up to rounding of a pixel."""
     one = make_pipeline()
     expected, clips = one.generate_latents(REQUESTS), one.generate_many(REQUESTS)
     for mesh in MESHES:
@@ -79,7 +80,7 @@ def latents() -> None:
 
 
 def guidance() -> None:
-    """Branches that are evaluated apart, only at some times, with momentum, or not at all, and a solver with noise."""
+    """Check branches that are evaluated apart, at some times, with momentum, or not at all, and a solver with noise."""
     momentum = Guidance(scale=3.0, projection=AdaptiveProjectedGuidance())
     samplings = [
         replace(CONFIG.sampling, branch_evaluation="apart"),
@@ -94,7 +95,7 @@ def guidance() -> None:
 
 
 def wan() -> None:
-    """A folder of open weights with two experts and frozen texts, read to a mesh."""
+    """Check a folder of open weights with two experts and frozen texts, which is read to a mesh."""
     from support.tiny_wan import SIZE, TWO, write_wan
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -109,22 +110,14 @@ def wan() -> None:
 
 
 def weights() -> None:
-    """Weights are put on the devices once, and each device holds its share; so do those of a folder."""
-    calls, real = [], sampler.make_program
-
-    def make_recording_program(*kinds):
-        program = real(*kinds)
-
-        def run(*arguments):
-            calls.append((program, arguments))
-            return program(*arguments)
-
-        return run
-
-    sampler.make_program = make_recording_program
+    """Check that weights are put on the devices once, and that each device holds its share."""
+    calls = record_calls()
     mesh, device = MeshConfig(data=1, fsdp=8), jax.devices()[-1]
     before = count_bytes(device)
-    several = make_pipeline(config=replace(CONFIG, backbone=replace(DIT, width=128)), mesh=None)
+    wide = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=128, layers=2, heads=4)
+    denoiser = {"backbone": make_random_params(wide.make), "text": PARAMS["denoiser"]["text"]}
+    config = replace(CONFIG, backbone=wide)
+    several = Pipeline(config, autoencoder=PARAMS["autoencoder"], denoiser=denoiser)
     big = several.denoiser_params
     with tempfile.TemporaryDirectory() as temporary:
         several.save(Path(temporary) / "pipeline")
@@ -135,23 +128,16 @@ def weights() -> None:
         loaded.save(Path(temporary) / "again")
         files = [Path(temporary) / name / "denoiser.safetensors" for name in ("pipeline", "again")]
         assert files[0].read_bytes() == files[1].read_bytes()
-    params = [flatten(arguments[0]) for _, arguments in calls[:2]]
-    assert len(calls) >= 2
-    assert all(leaf is params[1][path] for path, leaf in params[0].items())
-    one = make_pipeline()
     calls.clear()
-    one.generate_latents(REQUESTS)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(calls[0][1][0]))
+    for pipeline in (loaded, loaded, make_pipeline()):
+        pipeline.generate_latents(REQUESTS)
+    first, second, own = (flatten(arguments[0]) for _, arguments in calls)
+    assert all(leaf is second[path] for path, leaf in first.items())
+    assert all(isinstance(leaf, jax.Array) for leaf in own.values())
 
 
-def count_bytes(device: jax.Device) -> int:
-    """Return the bytes of all arrays on a device."""
-    shards = (shard for array in jax.live_arrays() for shard in array.addressable_shards if shard.device == device)
-    return sum(shard.data.nbytes for shard in shards)
-
-
-def plan() -> None:
-    """The program that a plan compiles is that which is run, with arguments of the same shapes and shardings."""
+def record_calls() -> list:
+    """Return a list, to which each sampling program is added that is run from now on, with its arguments."""
     calls, real = [], sampler.make_program
 
     def make_recording_program(*kinds):
@@ -164,25 +150,36 @@ def plan() -> None:
         return run
 
     sampler.make_program = make_recording_program
+    return calls
+
+
+def count_bytes(device: jax.Device) -> int:
+    """Return the bytes of all arrays on a device."""
+    shards = (shard for array in jax.live_arrays() for shard in array.addressable_shards if shard.device == device)
+    return sum(shard.data.nbytes for shard in shards)
+
+
+def plan() -> None:
+    """Check that the program of a plan is that which is run, with arguments of the same shapes and shardings."""
+    calls = record_calls()
     for mesh in MESHES:
         experiment = replace(EXPERIMENT, denoiser=replace(EXPERIMENT.denoiser, backbone=DIT), mesh=mesh)
         planned = plan_step(experiment, "sampler", make_mesh(mesh), clips=[12])
-        full = CONFIG.layout
-        assert isinstance(full, PackedShape)
-        requests = [Request("a", Grid(9, 16, 32), seed) for seed in range(planned.arguments[2].keys.shape[0])]
+        # Each fills a row, so that its branches are in rows of their own, as in the plan.
+        requests = [Request("a", Grid(9, 16, 64), seed) for seed in range(planned.arguments[2].keys.shape[0])]
         calls.clear()
         make_pipeline(mesh=mesh).generate_latents(requests)
         ((program, arguments),) = calls
         assert program is planned.step
         expected, actual = (flatten(tuple(each)) for each in (planned.arguments, arguments))
-        assert expected.keys() == actual.keys()
+        assert expected.keys() == actual.keys(), expected.keys() ^ actual.keys()
         for path, leaf in expected.items():
             assert (leaf.shape, leaf.dtype) == (actual[path].shape, actual[path].dtype), path
             assert leaf.sharding.is_equivalent_to(actual[path].sharding, leaf.ndim), path
 
 
 def mistakes() -> None:
-    """A mesh that does not fit the devices or the heads, and one with other axes, are refused with a fix."""
+    """Check that a mesh that does not fit the devices or the heads, or has other axes, is refused with a fix."""
     other = jax.make_mesh((8,), ("x",))
     for mesh, parts in (
         (MeshConfig(data=3), ("data=3 does not divide", "Use data=1 or 2 or 4 or 8")),
@@ -190,12 +187,9 @@ def mistakes() -> None:
         (MeshConfig(data=1, context=8), ("context=8 is invalid", "Use context=1 or 2 or 4", "ring")),
         (other, ("axes x is invalid", "Use dit_video.distributed.make_mesh")),
     ):
-        try:
+        with pytest.raises(UserError) as caught:
             make_pipeline(mesh=mesh)
-        except UserError as error:
-            assert all(part in str(error) for part in parts), error
-        else:
-            raise AssertionError(f"{mesh} was not refused")
+        assert all(part in str(caught.value) for part in parts), caught.value
 
 
 def main() -> None:
