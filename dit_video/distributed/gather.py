@@ -2,6 +2,7 @@
 
 A part is replicated for a moment, since JAX has no collective that gathers to one process: a device holds one part
 more, and of the processes only the first one copies it to its host. Weights are written so while they are gathered.
+Only an array that is sharded along its first axis, which stacks of layers are not, is replicated whole for each part.
 """
 
 import functools
@@ -80,7 +81,7 @@ def _gather_chunks(array: Any, max_bytes: int) -> Iterator[np.ndarray]:
 def _gather_rows(array: Any, first: int, rows: int) -> np.ndarray:
     if not isinstance(array, jax.Array):
         return array[first : first + rows]
-    return _read_part(_slice_rows(array, np.int32(first), rows, _get_replicated(array)))
+    return _read_part(_slice_rows(array, np.int32(first), rows, array.sharding, _get_replicated(array)))
 
 
 def _read_part(part: Any) -> np.ndarray:
@@ -104,7 +105,10 @@ def _replicate(array: Array) -> Array:
     return jax.jit(lambda values: values, out_shardings=_get_replicated(array))(array)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "sharding"))
-def _slice_rows(array: Array, first: Any, rows: int, sharding: Any) -> Array:
+@functools.partial(jax.jit, static_argnames=("rows", "sharding", "replicated"))
+def _slice_rows(array: Array, first: Any, rows: int, sharding: Any, replicated: Any) -> Array:
     part = jax.lax.dynamic_slice_in_dim(array, first, rows)
-    return jax.lax.with_sharding_constraint(part, sharding)
+    if isinstance(sharding, NamedSharding) and not (sharding.spec and sharding.spec[0]):
+        # Otherwise XLA would replicate the array, and slice it then.
+        part = jax.lax.with_sharding_constraint(part, sharding)
+    return jax.lax.with_sharding_constraint(part, replicated)
