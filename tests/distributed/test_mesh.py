@@ -6,7 +6,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.distributed import AXES, MeshConfig, Slices, make_mesh
-from dit_video.distributed.mesh import _resolve_sizes, arrange_hybrid_mesh
+from dit_video.distributed.mesh import _resolve_sizes, arrange_hybrid_mesh, parse_mesh, resolve_mesh
 
 
 def test_one_device_makes_a_mesh_in_auto_mode():
@@ -108,3 +108,31 @@ def test_slices_that_do_not_fit_a_mesh_are_refused_with_sizes_that_do(config, me
     with pytest.raises(UserError, match=r"9 devices are invalid: .* each of 2 slices"):
         arrange_hybrid_mesh(MeshConfig(data=1, fsdp=9), [Chip(n, n % 2) for n in range(9)])
     assert arrange_hybrid_mesh(MeshConfig(fsdp=3), odd).shape == (3, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("fsdp=8,context=4", MeshConfig(fsdp=8, context=4)),
+        ("data=2,context=-1", MeshConfig(data=2, context=-1)),
+        ("fsdp=-1", MeshConfig(data=1, fsdp=-1)),
+        ("", MeshConfig()),
+    ],
+)
+def test_a_mesh_is_read_from_the_command_line(text, config):
+    assert parse_mesh(text) == config
+
+
+@pytest.mark.parametrize("text", ["pipeline=2", "data=two", "data"])
+def test_a_mesh_with_unknown_axes_or_sizes_is_refused_on_the_command_line(text):
+    with pytest.raises(UserError, match=rf"--mesh {text} is invalid: .* Use data=1,fsdp=1,tensor=1,context=1"):
+        parse_mesh(text)
+
+
+def test_a_mesh_of_jax_needs_the_axes_of_this_package():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert resolve_mesh(mesh) == (mesh, "ulysses")
+    ring = MeshConfig(data=len(jax.devices()), context_attention="ring")
+    assert resolve_mesh(ring) == (make_mesh(ring), "ring")
+    with pytest.raises(UserError, match=r"axes x is invalid: it has data, fsdp, tensor, context\. Use .*make_mesh"):
+        resolve_mesh(jax.sharding.Mesh(jax.devices()[:1], ("x",)))
