@@ -23,6 +23,7 @@ from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
 from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.video import decode
+from support.device_memory import count_bytes
 from support.tiny import EXPERIMENT
 
 PROMPTS = ("a red circle", "a blue square")
@@ -39,15 +40,6 @@ def make_experiment() -> Experiment:
         mesh=MeshConfig(data=2, fsdp=2, context=2),
         monitoring=MonitoringConfig(sample_every=STEPS, prompts=PROMPTS),
     )
-
-
-def count_bytes() -> dict[jax.Device, int]:
-    """Return the bytes of all arrays on each device."""
-    counts = dict.fromkeys(jax.devices(), 0)
-    for array in jax.live_arrays():
-        for shard in array.addressable_shards:
-            counts[shard.device] += shard.data.nbytes
-    return counts
 
 
 def train(folder: Path, clips: Path, experiment: Experiment) -> None:

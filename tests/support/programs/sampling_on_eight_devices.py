@@ -20,6 +20,7 @@ from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.planning.steps import plan_step
 from dit_video.tokens import Grid, PackedShape
+from support.device_memory import count_bytes
 from support.random_params import make_random_params
 from support.tiny import EXPERIMENT
 
@@ -113,7 +114,7 @@ def weights() -> None:
     """Check that weights are put on the devices once, and that each device holds its share."""
     calls = record_calls()
     mesh, device = MeshConfig(data=1, fsdp=8), jax.devices()[-1]
-    before = count_bytes(device)
+    before = count_bytes()[device]
     wide = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=128, layers=2, heads=4)
     denoiser = {"backbone": make_random_params(wide.make), "text": PARAMS["denoiser"]["text"]}
     config = replace(CONFIG, backbone=wide)
@@ -123,7 +124,7 @@ def weights() -> None:
         several.save(Path(temporary) / "pipeline")
         loaded = dit_video.load(Path(temporary) / "pipeline", mesh=mesh)
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(big))
-        assert count_bytes(device) - before < 0.25 * total, (count_bytes(device) - before, total)
+        assert count_bytes()[device] - before < 0.25 * total, (count_bytes()[device] - before, total)
         assert_latents_are_equal(loaded.generate_latents(REQUESTS), several.generate_latents(REQUESTS))
         loaded.save(Path(temporary) / "again")
         files = [Path(temporary) / name / "denoiser.safetensors" for name in ("pipeline", "again")]
@@ -151,12 +152,6 @@ def record_calls() -> list:
 
     sampler.make_program = make_recording_program
     return calls
-
-
-def count_bytes(device: jax.Device) -> int:
-    """Return the bytes of all arrays on a device."""
-    shards = (shard for array in jax.live_arrays() for shard in array.addressable_shards if shard.device == device)
-    return sum(shard.data.nbytes for shard in shards)
 
 
 def plan() -> None:
