@@ -21,7 +21,6 @@ import ast
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 # Set before JAX is imported, because with libtpu installed JAX searches for a TPU. Programs are only compiled here.
 if "JAX_PLATFORMS" not in os.environ and not any(Path("/dev").glob("nvidia[0-9]")):
@@ -33,7 +32,7 @@ from benchmarks.settings import read_setting, replace_field
 from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
-from dit_video.distributed import AXES, MeshConfig
+from dit_video.distributed.mesh import parse_mesh
 from dit_video.distributed.planner import Topology
 from dit_video.experiment import Experiment
 from dit_video.planning import plan_experiment, suggest
@@ -111,25 +110,6 @@ def read_experiment(path: Path, changes: list[str], *, rows: int | None) -> Expe
             value = text
         experiment = replace_field(experiment, name, value)
     return experiment
-
-
-def parse_mesh(text: str) -> MeshConfig:
-    """Parse a mesh such as `fsdp=8,context=4`; unnamed axes have size 1, except for `data`, which takes the rest.
-
-    Raises:
-      UserError: if an axis does not exist or its size is not an integer.
-    """
-    sizes: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name not in AXES or not size.lstrip("-").isdecimal():
-            raise UserError(
-                f"--mesh {part} is invalid: it must be AXIS=SIZE. Use {','.join(f'{axis}=1' for axis in AXES)}"
-            )
-        sizes[name] = int(size)
-    if "data" not in sizes and -1 in sizes.values():
-        sizes["data"] = 1
-    return MeshConfig(**sizes)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from dit_video.experiment.initial_weights import describe_difference
 from dit_video.families import load_autoencoder
 from dit_video.features import Lpips
 from dit_video.nn import get_graph_def, get_param_shapes
-from dit_video.pipelines.folder import is_pipeline_folder
-from dit_video.pipelines.loading import load_pipeline
+from dit_video.pipelines.folder import AUTOENCODER, is_pipeline_folder, read_pipeline_config
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.vq import VqLoss, VqStep
@@ -70,8 +69,8 @@ def read_autoencoder(
 
 def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
     if is_pipeline_folder(folder):
-        codec = load_pipeline(folder).codec
-        config, params = codec.config, codec.params
+        config = read_pipeline_config(folder).autoencoder
+        params = load_weights(Path(folder) / AUTOENCODER, like=get_param_shapes(config.make))
     else:
         config, params = load_autoencoder(folder)
     if difference := describe_difference(config, expected):
