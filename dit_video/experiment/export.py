@@ -5,6 +5,7 @@ With several processes all of them call the functions that write: the first one 
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def make_pipeline(
 def get_pipeline_config(experiment: Experiment, runtime: Runtime) -> PipelineConfig:
     """Return the config of a run's pipeline, which was written when it began, or which follows from the clips."""
     if (runtime.folder / PIPELINE_CONFIG).is_file():
-        return read_pipeline_config(runtime.folder)
+        # The experiment's own backbone may have another attention than when the run began.
+        return replace(read_pipeline_config(runtime.folder), backbone=experiment.denoiser.backbone)
     text, infos = open_text_encoder(experiment, runtime), runtime.training_clips.infos
     return make_pipeline_config(experiment, infos, text, command=runtime.command)
 

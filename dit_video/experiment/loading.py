@@ -1,6 +1,7 @@
 """Loading of a pipeline from a folder, or from a name on the Hugging Face hub."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dit_video.distributed.mesh import resolve_mesh
 from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import INDEX, Dtype
 from dit_video.families.registry import find_family, list_families
+from dit_video.nn import Backend
 from dit_video.pipelines.devices import make_placement
 from dit_video.pipelines.folder import CONFIG, RUN_CONFIG, is_pipeline_folder
 from dit_video.pipelines.loading import load_pipeline
@@ -29,6 +31,7 @@ def load(
     dtype: Dtype | None = None,
     place: Placement | None = None,
     mesh: MeshConfig | Mesh | None = None,
+    attention: Backend | None = None,
     ema: float | int | None = None,
     sigma_rel: float | None = None,
 ) -> Pipeline:
@@ -47,6 +50,8 @@ def load(
       mesh: devices that sample together: a `MeshConfig`, or a mesh with its axes; None for one device. The denoiser's
         weights are sharded as in training, and clips, branches of guidance, tokens and heads are divided among the
         devices. In a run of several processes all of them load and sample.
+      attention: backend of attention, by name or as its settings, instead of the model's own; `auto` takes the best one
+        for the devices.
       ema: runs only: decay of another average that the run keeps, at the newest checkpoint; 0 for the weights without
         an average.
       sigma_rel: runs only: relative width of an average that is reconstructed from the run's snapshots.
@@ -54,7 +59,8 @@ def load(
     Raises:
       MissingError: the folder does not exist here or on the hub, or lacks parts.
       UserError: a folder without a pipeline, of another version or of an unknown class; a text encoder that is not
-        frozen; a hub that cannot be reached; a mesh that does not fit the devices or the denoiser.
+        frozen; a hub that cannot be reached; a mesh that does not fit the devices or the denoiser; attention
+        that the denoiser does not support or whose kernels the devices lack.
     """
     folder = Path(path)
     # A name on the hub has two parts, of which the first is not a folder here.
@@ -68,7 +74,8 @@ def load(
         if mesh is not None:
             place = make_placement(resolve_mesh(mesh)[0])
         options: dict[str, Any] = {"dtype": dtype or "float32", "place": place, "mesh": mesh}
-        return family.load_pipeline(folder, text_encoder=text_encoder, **options)
+        pipeline = family.load_pipeline(folder, text_encoder=text_encoder, **options)
+        return pipeline if attention is None else pipeline.with_attention(attention)
     if dtype is not None or place is not None:
         raise UserError(f"dtype and place are for open weights; {folder} has no {INDEX}, leave them out")
     has_average, is_run = ema is not None or sigma_rel is not None, (folder / RUN_CONFIG).is_file()
@@ -76,13 +83,18 @@ def load(
         raise UserError(f"{folder} is not a run and has one set of weights; leave out ema and sigma_rel")
     inner = next(filter(is_pipeline_folder, (folder, folder / "pipeline")), None)
     if inner is not None and not has_average:
-        return load_pipeline(inner, text_encoder=text_encoder, get_lora_modules=get_lora_modules, mesh=mesh)
+        return load_pipeline(
+            inner, text_encoder=text_encoder, get_lora_modules=get_lora_modules, mesh=mesh, attention=attention
+        )
     if not is_run:
         raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; name a run or open weights")
     # Imported here: sampling a finished pipeline needs nothing of what training imports.
     from dit_video.experiment.run import Run
 
-    pipeline = Run.open(folder).newest_pipeline(ema=ema, sigma_rel=sigma_rel, mesh=mesh)
+    run = Run.open(folder)
+    if attention is not None:
+        run = replace(run, experiment=run.experiment.replace_backbone(attention=attention))
+    pipeline = run.newest_pipeline(ema=ema, sigma_rel=sigma_rel, mesh=mesh)
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 

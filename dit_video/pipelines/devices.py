@@ -11,6 +11,7 @@ from dit_video.distributed.checks import check_denoiser
 from dit_video.distributed.mesh import resolve_mesh
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.generation.sharding import put_params
+from dit_video.nn.attention import check_platform
 from dit_video.nn.parallel import ONE_DEVICE, Parallelism
 from dit_video.weights.parameter import Placement, place_on_device
 
@@ -27,9 +28,11 @@ class PipelineDevices(NamedTuple):
         """Return the devices of a mesh, or of its config.
 
         Raises:
-          UserError: a mesh that does not fit the devices, or whose axes do not divide the denoiser's heads and widths.
+          UserError: a mesh that does not fit the devices, or whose axes do not divide the denoiser's heads and widths;
+            attention whose kernels the devices lack.
         """
         if mesh is None:
+            check_platform(backbone.attention, ONE_DEVICE.platform)
             return PipelineDevices()
         devices, method = resolve_mesh(mesh)
         # Rows and tokens are padded to what the devices divide.

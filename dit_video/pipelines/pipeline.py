@@ -29,7 +29,7 @@ from dit_video.generation import Denoiser, LatentTrace, Sampling, sample_latents
 from dit_video.generation.preparation import make_sampling_request
 from dit_video.generation.request import Request, TaskModel
 from dit_video.generation.sharding import put_params
-from dit_video.nn import get_graph_def, merge_lora
+from dit_video.nn import Backend, get_graph_def, merge_lora
 from dit_video.pipelines.config import PipelineConfig, PreviousStep, to_grid
 from dit_video.pipelines.devices import PipelineDevices
 from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config
@@ -69,7 +69,8 @@ class Pipeline:
           mesh: devices that sample together; None for one device. Arrays that are on its devices stay as they are.
 
         Raises:
-          UserError: previous steps other than the config's, or a mesh that does not fit the devices or the denoiser.
+          UserError: previous steps other than the config's, a mesh that does not fit the devices or the denoiser, or
+            attention whose kernels the devices lack.
         """
         self.config = config
         self._mesh = mesh
@@ -291,7 +292,17 @@ class Pipeline:
         Raises:
           UserError: the text encoder was trained with the denoiser.
         """
-        config = replace(self.config, text=set_encoder_folder(self.config.text, folder))
+        return self._with_config(replace(self.config, text=set_encoder_folder(self.config.text, folder)))
+
+    def with_attention(self, backend: Backend) -> "Pipeline":
+        """Return the same pipeline, with its weights, that computes attention by another backend.
+
+        Raises:
+          UserError: a backend that does not support the denoiser's patterns, or whose kernels the devices lack.
+        """
+        return self._with_config(replace(self.config, backbone=self.config.backbone.replace(attention=backend)))
+
+    def _with_config(self, config: PipelineConfig) -> "Pipeline":
         parameters = {"autoencoder": self.codec.params, "denoiser": self._denoiser.params}
         others: dict[str, Any] = {"previous": self._previous, "get_lora_modules": self._get_lora_modules}
         return Pipeline(config, **parameters, **others, mesh=self._mesh)

@@ -50,9 +50,7 @@ def find_devices(topology: Topology) -> tuple[list[Any], bool]:
 
 def replace_dit(experiment: Experiment, **changes: Any) -> Experiment:
     """Return the experiment with other fields of the denoiser's config."""
-    denoiser = experiment.denoiser
-    denoiser = dataclasses.replace(denoiser, backbone=denoiser.backbone.replace(**changes))
-    return dataclasses.replace(experiment, denoiser=denoiser)
+    return experiment.replace_backbone(**changes)
 
 
 def make_plan_mesh(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:
