@@ -292,9 +292,14 @@ class Pipeline:
           UserError: the text encoder was trained with the denoiser.
         """
         config = replace(self.config, text=set_encoder_folder(self.config.text, folder))
-        parameters = {"autoencoder": self.codec.params, "denoiser": self._denoiser.params}
-        others: dict[str, Any] = {"previous": self._previous, "get_lora_modules": self._get_lora_modules}
-        return Pipeline(config, **parameters, **others, mesh=self._mesh)
+        return Pipeline(
+            config,
+            autoencoder=self.codec.params,
+            denoiser=self._denoiser.params,
+            previous=self._previous,
+            get_lora_modules=self._get_lora_modules,
+            mesh=self._mesh,
+        )
 
     def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: ExpertName = "backbone") -> "Pipeline":
         """Return the same pipeline with an adapter merged into its denoiser; this one is unchanged.
