@@ -22,11 +22,9 @@ MAX_PART_BYTES = 64_000_000
 """Largest size of a part in bytes, unless a single row of the array is larger."""
 
 
-def to_host(array: Any) -> np.ndarray:
-    """Return all values of a small array in every process; in a run of several processes, all call this."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(_replicate(array))
+def to_host(tree: Any) -> Any:
+    """Return all values of small arrays in every process, as NumPy arrays; all processes of a run call this."""
+    return jax.tree.map(lambda leaf: np.asarray(_replicate(leaf) if _is_sharded(leaf) else leaf), tree)
 
 
 def is_first_process() -> bool:

@@ -30,7 +30,7 @@ from dit_video.training.losses.distillation import make_distillation_step
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.step import GradientStep, TrainStep
-from dit_video.weights.parameter import Placement
+from dit_video.weights.parameter import Placement, place_on_host
 
 
 class TrainableDenoiser(NamedTuple):
@@ -144,7 +144,9 @@ def get_time_range(training: DenoiserTraining) -> tuple[float, float]:
     return (boundary, 1.0) if training.expert.expert == "high" else (0.0, boundary)
 
 
-def add_other_expert(training: DenoiserTraining, params: dict[str, Any], place: Placement) -> dict[str, Any]:
+def add_other_expert(
+    training: DenoiserTraining, params: dict[str, Any], place: Placement = place_on_host
+) -> dict[str, Any]:
     """Return a pipeline's parameters from the trained ones; the other of two experts is read to its destination."""
     if (expert_config := training.expert) is None:
         return params

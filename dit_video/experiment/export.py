@@ -54,7 +54,7 @@ def save_adapter(
       params: the adapted parameters `{"backbone": ..., "text": ...}`, or their shapes.
       expert: name of the model in a pipeline: `backbone` or, for the second of two experts, `low_noise`.
     """
-    adapter = jax.tree.map(to_host, adapter)
+    adapter = to_host(adapter)
     if not is_first_process():
         return
     named, base = ({expert if name == "backbone" else name: each[name] for name in each} for each in (adapter, params))

@@ -26,7 +26,8 @@ class ProgramArguments(NamedTuple):
 
     params: Any
     """Parameters of the denoiser and of its text encoder."""
-    state: SamplingState
+    state: SamplingState | None
+    """State before the first step; None if it is not known yet."""
     batch: SamplingBatch
     guidance: Any
     """Parameters of guidance; None without it."""
@@ -48,11 +49,12 @@ def make_argument_shardings(arguments: ProgramArguments, mesh: AnyMesh) -> Progr
             return replicated
         return NamedSharding(mesh, PartitionSpec(*(None,) * (leaf.ndim - 3), row_axis, token_axis))
 
-    positions = NamedSharding(mesh, PartitionSpec(None, row_axis, token_axis))
+    positions: Any = NamedSharding(mesh, PartitionSpec(None, row_axis, token_axis))
+    keys: Any = NamedSharding(mesh, PartitionSpec(row_axis))
     batch = SamplingBatch(
         branches=tuple(make_row_shardings(branch, mesh) for branch in arguments.batch.branches),
         branch_positions=None if arguments.batch.branch_positions is None else positions,
-        keys=NamedSharding(mesh, PartitionSpec(row_axis)),
+        keys=keys,
     )
     rest = jax.tree.map(lambda _: replicated, (arguments.guidance, arguments.sample_times, arguments.first))
     return ProgramArguments(

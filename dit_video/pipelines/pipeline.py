@@ -303,9 +303,14 @@ class Pipeline:
         return self._with_config(replace(self.config, backbone=self.config.backbone.replace(attention=backend)))
 
     def _with_config(self, config: PipelineConfig) -> "Pipeline":
-        parameters = {"autoencoder": self.codec.params, "denoiser": self._denoiser.params}
-        others: dict[str, Any] = {"previous": self._previous, "get_lora_modules": self._get_lora_modules}
-        return Pipeline(config, **parameters, **others, mesh=self._mesh)
+        return Pipeline(
+            config,
+            autoencoder=self.codec.params,
+            denoiser=self._denoiser.params,
+            previous=self._previous,
+            get_lora_modules=self._get_lora_modules,
+            mesh=self._mesh,
+        )
 
     def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: ExpertName = "backbone") -> "Pipeline":
         """Return the same pipeline with an adapter merged into its denoiser; this one is unchanged.

@@ -17,6 +17,7 @@ from dit_video.nn import get_param_shapes
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.parameter import Placement, place_on_host
+from dit_video.weights.safetensors import check_safetensors_file
 from dit_video.weights.streaming import FileMap, FolderSource, ParamSource
 from dit_video.weights.tensor_map import SHARD_BYTES
 
@@ -80,6 +81,7 @@ def read_shapes(path: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def open_params_file(path: Path, like: Any) -> Iterator[FolderSource]:
     """Open the parameters of a file of our own; arguments and errors are those of `read_params_file`."""
+    check_safetensors_file(path)
     with TensorFolder(path.parent, stem=path.stem) as tensors:
         yield FolderSource(tensors, FileMap.from_params(like), like)
 

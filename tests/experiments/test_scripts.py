@@ -11,6 +11,8 @@ import time
 import types
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from dit_video.core.storage import to_storage_path, upload
@@ -85,6 +87,18 @@ def test_sample_writes_the_clips_of_a_list_of_prompts(script, tiny_run, tmp_path
         assert decode(tmp_path / "out" / entry["file"]).frames.shape == size
 
 
+def test_sample_and_evaluate_take_a_mesh(script, tiny_run, tmp_path, few_samples):
+    files, common = [tmp_path / f"{name}.png" for name in "ab"], ("--prompt", PROMPT, "--size", "1x16x16", "--steps", 1)
+    for path, options in zip(files, ((), ("--mesh", f"data={len(jax.devices())}")), strict=True):
+        ended = script("experiments/sample.py", tiny_run, *common, "--out", path, *options)
+        assert ended.code == 0, ended.err
+    difference = decode(files[0]).frames.astype(int) - decode(files[1]).frames
+    assert np.abs(difference).max() <= 1
+    ended = script("experiments/evaluate.py", tiny_run, "--out", tmp_path / "out", "--mesh", "data=-1", "--steps", 1)
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webm", "apng"])
 def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
     out = tmp_path / f"clip.{suffix}"
@@ -101,6 +115,8 @@ def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
         (["--prompt", PROMPT, "--size", "5x16x24"], "width 24 is not divisible by 16"),
         (["--prompt", PROMPT, "--sampler", "plms"], "unknown sampler 'plms'; use one of ddim, ddpm"),
         (["--prompt", PROMPT, "--steps", "0"], "--steps 0 is invalid: it must be at least 1"),
+        (["--prompt", PROMPT, "--mesh", "pipeline=2"], "--mesh pipeline=2 is invalid: it must be AXIS=SIZE"),
+        (["--prompt", PROMPT, "--mesh", "data=3"], "data=3 does not divide the 1 devices"),
         (["--prompt", PROMPT, "--rescale", "2"], "rescale=2.0 is invalid: it must lie in [0, 1]"),
         (["--prompt", PROMPT, "--interval", "0.8", "0.2"], "interval=(0.8, 0.2) is invalid"),
         (["--prompt", PROMPT, "--prompts", "list.json"], "use --prompt TEXT or --prompts FILE"),
