@@ -12,8 +12,8 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PyTree
 
-from dit_video.distributed.constraints import constrain_like_params
 from dit_video.distributed.mesh import AnyMesh
+from dit_video.distributed.update_sharding import constrain_like_params
 from dit_video.training.optim.ema import EmaConfig, update_averages, update_ema
 from dit_video.training.optim.optimizer import get_schedule_free_average
 from dit_video.training.state import TrainState, init_state, replace_step
