@@ -21,7 +21,8 @@ def round_products(function: Callable[..., Any], rounding: str) -> Callable[...,
     """
 
     def run(*args: Any) -> Any:
-        program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        # A new function, so that it is traced again for another platform.
+        program, shapes = jax.make_jaxpr(lambda *values: function(*values), return_shape=True)(*args)
         values = _evaluate(program.jaxpr, program.consts, jax.tree.leaves(args), MANTISSA_BITS[rounding])
         return jax.tree.unflatten(jax.tree.structure(shapes), values)
 
