@@ -68,6 +68,6 @@ def apply_to_matrices(function: Callable[[Matrices], Matrices], stack: Matrices,
     return on_devices(apply_on_device, in_specs=sharding.spec, out_specs=sharding.spec)(stack)
 
 
-def _pad(matrices: Matrices, divisor: int) -> Matrices:
+def _pad(matrices: Matrices, divisor: int) -> Float[Array, "padded m n"]:
     """Pad a stack with zeros to a multiple of a number of matrices."""
     return jnp.pad(matrices, ((0, -len(matrices) % divisor), (0, 0), (0, 0)))

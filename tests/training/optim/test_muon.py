@@ -5,7 +5,6 @@ import optax
 import pytest
 
 from dit_video.training.optim.muon import orthogonalize, scale_by_muon
-from support.devices import check_on_eight_devices
 from support.jaxprs import list_products
 from support.rounded_products import MANTISSA_BITS, round_products
 
@@ -103,7 +102,3 @@ def test_accelerators_multiply_matrices_of_bfloat16(monkeypatch, platform):
     products = list_products(traced.lower(lowering_platforms=(platform,)).as_text())
     assert len(products) == 15  # three in each of five iterations, none of them of the Gram form
     assert all(line.count("bf16>") == 2 for line in products), products
-
-
-def test_matrices_and_accumulated_gradients_are_divided_over_devices():
-    check_on_eight_devices("divided_updates.py")
