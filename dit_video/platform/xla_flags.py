@@ -23,18 +23,15 @@ _GPU_RELEASES = ("0.10.2",)
 GPU_FLAGS = {
     # Collectives run while the computation that does not need them goes on; by default they wait for each other.
     "xla_gpu_enable_latency_hiding_scheduler": "true",
-    # Gathers of a layer's weights, and sums of its gradients, overlap with the neighbouring layers of a scan.
-    "xla_gpu_enable_pipelined_all_gather": "true",
-    "xla_gpu_enable_pipelined_reduce_scatter": "true",
-    "xla_gpu_enable_pipelined_all_reduce": "true",
-    # Without a copy of a loop's carry in each iteration, on which the overlap above depends.
-    "xla_gpu_enable_while_loop_double_buffering": "true",
-    # Large products of bfloat16 are cuBLAS's, without minutes of autotuning of Triton's.
-    "xla_gpu_enable_triton_gemm": "false",
 }
-"""Flags for NVIDIA's GPUs (JAX-Toolbox, "GPU performance"). Command buffers keep XLA's default, which is on."""
+"""Flags for NVIDIA's GPUs: those that NVIDIA's own JAX images set. Command buffers are on by default.
+
+Others are left alone until they are measured: those that pipeline collectives over the iterations of a scan do nothing in
+jaxlib 0.10.1 (openxla/xla issue 44228) and had trainings diverge before (pull request 16953);
+`xla_gpu_enable_triton_gemm=false` saves the autotuning of products.
+"""
 _GPU_MEMORY_FRACTION = "0.9"
-"""Part of a GPU's memory that JAX reserves, 0.75 by default. cuDNN, NCCL and the driver need the rest."""
+"""Part of a GPU's memory that JAX reserves, 0.75 by default; NVIDIA recommends 0.8 to 0.9. Libraries need the rest."""
 
 _TPU_RELEASES = ("0.0.42.1",)
 """Releases of libtpu that have the flags for TPUs."""

@@ -115,12 +115,11 @@ def test_other_platforms_and_releases_and_those_who_switch_it_off_get_no_flags(e
 
 
 def test_choices_of_the_user_win(environment):
-    chosen = {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=true", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}
-    flags = environment(gpus=["cuda"], **chosen)
-    assert flags["XLA_PYTHON_CLIENT_MEM_FRACTION"] == ".5"
-    assert flags["XLA_FLAGS"].startswith("--xla_gpu_enable_triton_gemm=true --xla_gpu_enable_latency")
-    assert flags["XLA_FLAGS"].count("triton_gemm") == 1
-    assert environment(gpus=["cuda"], XLA_FLAGS="flags.txt")["XLA_FLAGS"] == "flags.txt"
+    chosen = {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=16384 --mine=1"}
+    flags = environment(chip="v6e", release="0.0.42.1", **chosen)["LIBTPU_INIT_ARGS"]
+    assert flags == " ".join([chosen["LIBTPU_INIT_ARGS"], format_flags(xla_flags.TPU_FLAGS)])
+    chosen = {"XLA_FLAGS": "flags.txt", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}
+    assert environment(gpus=["cuda"], **chosen).items() >= chosen.items()
 
 
 def test_checkpoints_and_processes_have_the_flags_in_effect(environment):
