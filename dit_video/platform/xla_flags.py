@@ -26,8 +26,8 @@ GPU_FLAGS = {
 }
 """Flags for NVIDIA's GPUs: those that NVIDIA's own JAX images set. Command buffers are on by default.
 
-Others are left alone until they are measured: those that pipeline collectives over the iterations of a scan do nothing in
-jaxlib 0.10.1 (openxla/xla issue 44228) and had trainings diverge before (pull request 16953);
+Others are left alone until they are measured: those that pipeline collectives over the iterations of a scan do nothing
+in jaxlib 0.10.1 (openxla/xla issue 44228), and made trainings diverge in earlier ones (pull request 16953);
 `xla_gpu_enable_triton_gemm=false` saves the autotuning of products.
 """
 _GPU_MEMORY_FRACTION = "0.9"
