@@ -10,6 +10,7 @@ from jaxtyping import Array
 from dit_video.autoencoders import InflatedConfig, VqConfig, inflate
 from dit_video.core import rng
 from dit_video.core.errors import MissingError, UserError
+from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment import AutoencoderTraining, PretrainedAutoencoder
 from dit_video.experiment.initial_weights import describe_difference
 from dit_video.families import load_autoencoder
@@ -78,8 +79,12 @@ def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
     return params
 
 
-def make_autoencoder_step(training: AutoencoderTraining, seed: int) -> tuple[TrainStep, tuple[Any, ...]]:
+def make_autoencoder_step(
+    training: AutoencoderTraining, seed: int, *, mesh: AnyMesh | None = None
+) -> tuple[TrainStep, tuple[Any, ...]]:
     """Return the step of an autoencoder's training, and its constants: the weights of LPIPS if it is used.
+
+    The state is sharded on the mesh; None is for a single device.
 
     Raises:
       MissingError: the file of the LPIPS weights does not exist.
@@ -97,8 +102,8 @@ def make_autoencoder_step(training: AutoencoderTraining, seed: int) -> tuple[Tra
         perceptual_net=None if file is None else get_graph_def(lambda rngs: Lpips(rngs=rngs)),
         optimizer=training.optimizer,
     )
-    optimizer = make_optimizer(training.optimizer, steps=training.steps)
-    step = make_step(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay)
+    optimizer = make_optimizer(training.optimizer, steps=training.steps, mesh=mesh)
+    step = make_step(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay, mesh=mesh)
     constants = () if file is None else (load_lpips(file),)
     if objective.adversarial is None:
         return step, constants

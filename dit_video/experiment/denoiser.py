@@ -172,7 +172,9 @@ def get_optimizer_config(training: DenoiserTraining) -> OptimizerConfig:
     return dataclasses.replace(training.optimizer, trainable=(TEMPORAL_PATHS,))
 
 
-def make_denoiser_step(config: DenoiserTraining, loss: DenoiserLoss, *, start_step: int = 0) -> TrainStep:
+def make_denoiser_step(
+    config: DenoiserTraining, loss: DenoiserLoss, *, start_step: int = 0, mesh: AnyMesh | None = None
+) -> TrainStep:
     """Return the step of a denoiser's training, from the loss of its parameters.
 
     Adapted weights, or those of a teacher, are the last constant of the step.
@@ -181,8 +183,9 @@ def make_denoiser_step(config: DenoiserTraining, loss: DenoiserLoss, *, start_st
       config: the training.
       loss: loss of the model's parameters.
       start_step: number of steps of earlier stages.
+      mesh: mesh that the state is sharded on; None for a single device.
     """
-    optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps, start_step=start_step)
+    optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps, start_step=start_step, mesh=mesh)
     if isinstance(config.train, Student):
         method, ema_decay = config.train.distillation, config.ema_decay
         return make_distillation_step(method, loss, optimizer, ema_decay=ema_decay, averages=config.averages)
@@ -192,4 +195,5 @@ def make_denoiser_step(config: DenoiserTraining, loss: DenoiserLoss, *, start_st
         ema_decay=config.ema_decay,
         averages=config.averages,
         accumulation_steps=config.accumulation_steps,
+        mesh=mesh,
     )

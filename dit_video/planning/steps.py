@@ -123,7 +123,7 @@ def plan_step(
 def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], platform: Platform) -> PlannedStep:
     config = experiment.denoiser
     base = make_denoiser_loss(experiment, mesh, empty_caption=_make_empty_caption(config))
-    train_step = make_denoiser_step(config, base)
+    train_step = make_denoiser_step(config, base, mesh=mesh)
     init: Callable[[Array], dict[str, Any]] = functools.partial(init_denoiser, config)
     frozen: tuple[PyTree, ...] = ()
     if isinstance(config.train, LoraAdapters | Student):
@@ -278,7 +278,7 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     config = experiment.autoencoder
     if isinstance(config, PretrainedAutoencoder):
         raise UserError("the autoencoder of this experiment is pretrained; plan its denoiser or its sampler")
-    train_step, constants = make_autoencoder_step(config, experiment.seed)
+    train_step, constants = make_autoencoder_step(config, experiment.seed, mesh=mesh)
     window = max(config.windows, key=lambda window: window.batch * window.size.volume)
     if window.batch % (shards := count_row_shards(mesh)):
         raise UserError(

@@ -185,13 +185,14 @@ class WanDit(nnx.Module):
         self.embed = linear(config.token_width + config.cond_width, width, dtype=dtype)
         self.text_in = linear(config.context_width, width, init="normal", dtype=dtype)
         self.text_out = linear(width, width, init="normal", dtype=dtype)
-        self.time_in = linear(config.time_width, width, init="normal")
-        self.time_out = linear(width, width, init="normal")
-        self.modulation = linear(width, 6 * width)
+        self.time_in = linear(config.time_width, width, init="normal", precision="highest")
+        self.time_out = linear(width, width, init="normal", precision="highest")
+        # With a time per token, this is a large product.
+        self.modulation = linear(width, 6 * width, precision="highest" if config.time == "segment" else None)
         self.image = None if config.image_width is None else WanImageEmbedding(config, parallel=parallel, rngs=rngs)
         self.blocks = make_stack(lambda r: WanBlock(config, parallel=parallel, rngs=r), config.layers, rngs=rngs)
         self.head_table = _make_table(2, width, rngs)
-        self.head = linear(width, config.token_width, init="zero")
+        self.head = linear(width, config.token_width, init="zero", precision="highest")
 
     def __call__(
         self,

@@ -48,7 +48,8 @@ class TrainAutoencoder(Stage):
 
     def run(self, runtime: Runtime) -> None:
         config = self._training
-        graph, (step, constants) = get_graph_def(config.model.make), make_autoencoder_step(config, runtime.seed)
+        graph = get_graph_def(config.model.make)
+        step, constants = make_autoencoder_step(config, runtime.seed, mesh=runtime.mesh)
         crops = ClipCrops(runtime.training_clips, self.experiment.window_limits)
         is_new = runtime.open_checkpoints(self.name).latest() is None
         linear = self._fit_linear(runtime, crops) if isinstance(config.model, PatchVaeConfig) and is_new else None

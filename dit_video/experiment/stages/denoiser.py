@@ -92,7 +92,7 @@ class TrainDenoiser(DenoiserStage):
             "denoiser",
             steps=config.steps,
             init=trained.init,
-            train_step=make_denoiser_step(config, loss, start_step=self.start_step),
+            train_step=make_denoiser_step(config, loss, start_step=self.start_step, mesh=runtime.mesh),
             start_step=self.start_step,
         )
         return replace(
