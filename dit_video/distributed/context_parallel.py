@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import RingAttention
-from dit_video.distributed.sharding_rules import ROW_AXES
+from dit_video.distributed.sharding_rules import ROW_AXES, STATE_AXES
 from dit_video.nn.attention import Attention, AttentionInputs, Backend, Full, Pattern
 from dit_video.nn.attention.api import Keys, Queries
 from dit_video.nn.attention.key_ranges import pad_to_blocks
@@ -69,7 +69,7 @@ class MeshParallelism(Parallelism):
         return ShardedAttention(self.mesh, super().make_cross_attention(backend), "cross")
 
     def make_weight_constraint(self, split: Split | None) -> WeightConstraint | None:
-        if self.mesh.shape["fsdp"] == 1:
+        if all(self.mesh.shape[axis] == 1 for axis in STATE_AXES):
             return None
         if split is None or self.mesh.shape["tensor"] == 1:
             return GatheredWeight(self.mesh, P())
@@ -150,7 +150,7 @@ class ShardedAttention:
 
 @dataclass(frozen=True)
 class GatheredWeight:
-    """A weight that `fsdp` shards, gathered before use: once for a forward pass, and once for a backward pass.
+    """A weight that `fsdp` and `context` shard, gathered before use: once for a forward pass, and once for a backward pass.
 
     Otherwise XLA's partitioner would gather a weight again for each product, in a different layout each time, or might
     gather tokens instead.

@@ -21,6 +21,9 @@ Axis = str | tuple[str, ...] | None
 
 ROW_AXES = ("data", "fsdp")
 """Mesh axes that share the rows of the batch."""
+STATE_AXES = ("fsdp", "context")
+"""Mesh axes that share parameters and optimizer state: devices of `context` compute tokens of the same rows, with the
+same weights."""
 _TOKEN_PATTERN = r"(^|/)(tokens|segments|positions)$"
 """Arrays of packed rows whose second axis counts tokens."""
 
@@ -43,7 +46,8 @@ class ShardingRules:
     """Path rules, of which the first match decides, and defaults for all other arrays.
 
     Without a match, weights of heads and hidden widths are sharded over `tensor`, and the largest other axis that
-    `fsdp` divides over `fsdp` (the last of equal ones). Small or indivisible arrays are replicated.
+    `fsdp` x `context` divides over both (the last of equal ones); where these divide no axis, over the larger of the
+    two that divides one. Small or indivisible arrays are replicated.
     """
 
     rules: tuple[tuple[str, tuple[Axis, ...]], ...] = ()
@@ -203,13 +207,22 @@ def _apply_default(path: str, shape: tuple[int, ...], mesh: AnyMesh, rules: Shar
     if math.prod(shape) < rules.min_size:
         return PartitionSpec()
     first = 1 if re.search(rules.stacked_pattern, path) else 0
-    split: dict[int, str] = {}
+    split: dict[int, Axis] = {}
     from_end = rules.get_tensor_axis(path)
     axis = -1 if from_end is None else len(shape) + from_end
     if mesh.shape["tensor"] > 1 and first <= axis and shape[axis] % mesh.shape["tensor"] == 0:
         split[axis] = "tensor"
-    count = mesh.shape["fsdp"]
-    divisible = [axis for axis in range(first, len(shape)) if shape[axis] % count == 0 and axis not in split]
-    if count > 1 and divisible:
-        split[max(divisible, key=lambda axis: (shape[axis], axis))] = "fsdp"
+    for names in _list_state_axes(mesh):
+        count = math.prod(mesh.shape[name] for name in names)
+        divisible = [axis for axis in range(first, len(shape)) if shape[axis] % count == 0 and axis not in split]
+        if divisible:
+            split[max(divisible, key=lambda axis: (shape[axis], axis))] = names[0] if len(names) == 1 else names
+            break
     return PartitionSpec(*(split.get(axis) for axis in range(len(shape)))) if split else PartitionSpec()
+
+
+def _list_state_axes(mesh: AnyMesh) -> list[tuple[str, ...]]:
+    """Return the mesh axes to shard an array over, most shards first: all of `STATE_AXES`, or one of them."""
+    used = tuple(name for name in STATE_AXES if mesh.shape[name] > 1)
+    alone = sorted(used, key=lambda name: -mesh.shape[name])
+    return [used, *((name,) for name in alone)] if len(used) > 1 else [(name,) for name in used]

@@ -17,6 +17,7 @@ from dit_video.distributed.planner import (
     CollectiveTraffic,
     CompiledStep,
     MemoryUsage,
+    Purpose,
     StepTimes,
     StepWork,
     Topology,
@@ -62,9 +63,9 @@ class Plan:
     hbm_bytes: float
     """Number of bytes that each device reads and writes in a step."""
     moved: tuple[CollectiveTraffic, ...]
-    min_bytes_moved: dict[str, float]
-    """Lower bound on the bytes that must be moved over `fsdp`, and over `context` for attention, where the program was
-    compiled and trains all weights."""
+    min_bytes_moved: dict[Purpose, float]
+    """Lower bound on the bytes that must be moved for weights, over `fsdp` x `context`, and for attention, over
+    `context`, where the program was compiled and trains all weights."""
     times: StepTimes | None
     """Times of a step; None where it does not fit."""
     compile_seconds: float
@@ -135,10 +136,10 @@ class Plan:
         for part in self.moved:
             axes = " x ".join(part.axes).replace("part of x ", "part of ")
             yield f"  {part.kind:<18} over {axes:<18} {_format_size(part.bytes):>10}, {part.count} times"
-        for axis, lower_bound in self.min_bytes_moved.items():
-            moved_bytes = sum_collective_bytes(axis, self.moved)
+        for purpose, lower_bound in self.min_bytes_moved.items():
+            moved_bytes = sum_collective_bytes(purpose, self.moved)
             ratio = f"{moved_bytes / lower_bound:.2f} times the least"
-            yield f"  in all over {axis:<12} {_format_size(moved_bytes):>10}, {ratio}"
+            yield f"  in all for {purpose:<19} {_format_size(moved_bytes):>10}, {ratio}"
         if self.times is None:
             return
         unit, units = ("batch", "batches") if self.part == "sampler" else ("step", "steps")
@@ -314,7 +315,7 @@ def _measure_peak(planned: PlannedStep, mesh: Any, topology: Topology, fits: boo
     return measure_peak_memory(planned.step, planned.arguments) if fits else None
 
 
-def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[str, float]:
+def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[Purpose, float]:
     denoiser = experiment.denoiser
     if isinstance(denoiser.train, LoraAdapters | Student):
         return {}

@@ -10,5 +10,5 @@ from dit_video.distributed.planner.compiled_program import (
 from dit_video.distributed.planner.estimate import StepSpec, estimate_step
 from dit_video.distributed.planner.hardware import CHIPS, Topology, find_chip, get_peak_flops
 from dit_video.distributed.planner.hlo import CollectiveTraffic, read_program
-from dit_video.distributed.planner.lower_bounds import compute_min_collective_bytes, sum_collective_bytes
+from dit_video.distributed.planner.lower_bounds import Purpose, compute_min_collective_bytes, sum_collective_bytes
 from dit_video.distributed.planner.roofline import StepTimes, StepWork, compute_step_times, get_link_bandwidth
