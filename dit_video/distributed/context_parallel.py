@@ -29,6 +29,7 @@ from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import RingAttention
 from dit_video.distributed.sharding_rules import ROW_AXES, STATE_AXES
+from dit_video.distributed.weight_gradients import compute_sharded_gradient
 from dit_video.nn.attention import Attention, AttentionInputs, Backend, Full, Pattern
 from dit_video.nn.attention.api import Keys, Queries
 from dit_video.nn.attention.key_ranges import pad_to_blocks
@@ -150,7 +151,7 @@ class ShardedAttention:
 
 @dataclass(frozen=True)
 class GatheredWeight:
-    """A weight that `fsdp` and `context` shard, gathered before use: once for a forward pass, and once for a backward pass.
+    """A weight that `fsdp` and `context` shard, gathered before use, once for a forward and once for a backward pass.
 
     Otherwise XLA's partitioner would gather a weight again for each product, in a different layout each time, or might
     gather tokens instead.
@@ -172,6 +173,10 @@ class GatheredWeight:
             jax.lax.with_sharding_constraint(factor, NamedSharding(self.mesh, spec))
             for factor, spec in zip((a, b), layouts, strict=True)
         )
+
+    def compute_gradient(self, x: Float[Array, "*batch i"], cotangent: Float[Array, "*batch o"]) -> Float[Array, "i o"]:
+        """Return the kernel's gradient, each part of it on the devices that hold this part of the kernel."""
+        return compute_sharded_gradient(self.mesh, self.spec, x, cotangent)
 
 
 @dataclass(frozen=True)

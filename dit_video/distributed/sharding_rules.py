@@ -6,6 +6,7 @@ whose paths end in the same names (`opt_state/0/mu/blocks/up/kernel`), like the 
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -212,17 +213,26 @@ def _apply_default(path: str, shape: tuple[int, ...], mesh: AnyMesh, rules: Shar
     axis = -1 if from_end is None else len(shape) + from_end
     if mesh.shape["tensor"] > 1 and first <= axis and shape[axis] % mesh.shape["tensor"] == 0:
         split[axis] = "tensor"
-    for names in _list_state_axes(mesh):
-        count = math.prod(mesh.shape[name] for name in names)
-        divisible = [axis for axis in range(first, len(shape)) if shape[axis] % count == 0 and axis not in split]
-        if divisible:
-            split[max(divisible, key=lambda axis: (shape[axis], axis))] = names[0] if len(names) == 1 else names
-            break
+    if (state := choose_state_split(shape, mesh, taken={*range(first), *split})) is not None:
+        axis, names = state
+        split[axis] = names[0] if len(names) == 1 else names
     return PartitionSpec(*(split.get(axis) for axis in range(len(shape)))) if split else PartitionSpec()
 
 
-def _list_state_axes(mesh: AnyMesh) -> list[tuple[str, ...]]:
-    """Return the mesh axes to shard an array over, most shards first: all of `STATE_AXES`, or one of them."""
+def choose_state_split(
+    shape: tuple[int, ...], mesh: AnyMesh, *, taken: Collection[int] = ()
+) -> tuple[int, tuple[str, ...]] | None:
+    """Return the axis of an array that `STATE_AXES` shard, and which of them do; None if they divide none.
+
+    Args:
+      shape: shape of the array.
+      mesh: the mesh.
+      taken: axes of the array that are not sharded, or over other axes of the mesh.
+    """
     used = tuple(name for name in STATE_AXES if mesh.shape[name] > 1)
-    alone = sorted(used, key=lambda name: -mesh.shape[name])
-    return [used, *((name,) for name in alone)] if len(used) > 1 else [(name,) for name in used]
+    alone = sorted(((name,) for name in used), key=lambda names: -mesh.shape[names[0]])
+    for names in (used, *alone) if used else ():
+        count = math.prod(mesh.shape[name] for name in names)
+        if divisible := [axis for axis, size in enumerate(shape) if size % count == 0 and axis not in taken]:
+            return max(divisible, key=lambda axis: (shape[axis], axis)), names
+    return None

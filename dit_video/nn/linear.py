@@ -95,6 +95,12 @@ class Linear(nnx.Module):
         return y if bias is None else _add_bias(y, bias)
 
 
+def compute_kernel_gradient(x: Float[Array, "*batch i"], cotangent: Float[Array, "*batch o"]) -> Float[Array, "i o"]:
+    """Return the gradient of a kernel from inputs and from cotangents of the outputs, summed in float32."""
+    rows = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _matmul(
     weight_constraint: WeightConstraint | None, x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]
@@ -119,9 +125,8 @@ def _matmul_jvp(weight_constraint, primals, tangents):
         return x @ tangent.astype(x.dtype)
 
     def gradient(x, cotangent):
-        rows = tuple(range(x.ndim - 1))
-        summed = jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-        return summed.astype(kernel.dtype)
+        compute = compute_kernel_gradient if weight_constraint is None else weight_constraint.compute_gradient
+        return compute(x, cotangent).astype(kernel.dtype)
 
     used = _constrain(weight_constraint, kernel, x.dtype)  # gathered once, for the value and for the gradient of `x`
     kernel_part = linear_call(product, gradient, x, kernel_tangent)

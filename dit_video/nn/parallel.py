@@ -18,7 +18,7 @@ FusedConstraint = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]
 
 @runtime_checkable
 class WeightConstraint(Protocol):
-    """A sharding constraint for weights during their use; no value changes."""
+    """A sharding constraint for weights during their use, and for their gradients; no value changes."""
 
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]: ...
 
@@ -26,6 +26,10 @@ class WeightConstraint(Protocol):
         self, a: Float[Array, "i r"], b: Float[Array, "r o"]
     ) -> tuple[Float[Array, "i r"], Float[Array, "r o"]]:
         """Constrain a LoRA adapter's factors like their kernel."""
+        ...
+
+    def compute_gradient(self, x: Float[Array, "*batch i"], cotangent: Float[Array, "*batch o"]) -> Float[Array, "i o"]:
+        """Return the kernel's gradient from inputs and from cotangents of the outputs, summed in float32."""
         ...
 
 

@@ -25,8 +25,8 @@ def compute_min_collective_bytes(
       backward pass if it recomputes activations; else the gathered weights are kept.
     - attention over `context`, `ulysses` (arXiv 2309.14509): `(n - 1) / n` of a device's queries, keys, values and
       results, once for each forward pass (including a recomputed one) and once for their gradients.
-    - attention over `context`, `ring` (arXiv 2310.01889): keys and values of the `n - 1` other devices in each pass, and
-      the gradients of both in float32.
+    - attention over `context`, `ring` (arXiv 2310.01889): keys and values of the `n - 1` other devices in each pass,
+      and the gradients of both in float32.
 
     Sums over `data` and `tensor` are not counted.
 
