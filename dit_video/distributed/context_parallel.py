@@ -69,6 +69,17 @@ class MeshParallelism(Parallelism):
     def make_cross_attention(self, backend: Backend) -> Attention:
         return ShardedAttention(self.mesh, super().make_cross_attention(backend), "cross")
 
+    def constrain_context(self, tokens: Float[Array, "B M E"]) -> Float[Array, "B M E"]:
+        """Return the tokens of a context, constrained to be whole on all devices of `context`.
+
+        Gradients of the weights that are applied to them are summed over parts of these tokens. Without a constraint,
+        XLA would compute keys and values in these parts, too, and gather them in each pass.
+        """
+        if self.mesh.shape["context"] == 1:
+            return tokens
+        whole = NamedSharding(self.mesh, P(P.UNCONSTRAINED, None, P.UNCONSTRAINED))
+        return jax.lax.with_sharding_constraint(tokens, whole)
+
     def make_weight_constraint(self, split: Split | None) -> WeightConstraint | None:
         if all(self.mesh.shape[axis] == 1 for axis in STATE_AXES):
             return None

@@ -50,6 +50,17 @@ def test_weights_are_gathered_once_in_each_pass():
     check_on_eight_devices("collective_bytes.py", "weights")
 
 
+def test_gradients_of_weights_over_fsdp_and_context_are_those_of_one_device():
+    check_on_eight_devices("weight_gradients.py")
+
+
+@pytest.mark.slow
+def test_tpus_gather_weights_in_bfloat16_and_scatter_gradients_in_float32_over_fsdp_and_context():
+    """This takes a process of its own: one that has libtpu would look for TPUs from then on."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e '.[tpu]'")
+    check_on_eight_devices("weight_collectives_for_tpu.py")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_tokens_stay_on_their_device_outside_attention():

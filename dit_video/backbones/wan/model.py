@@ -311,7 +311,7 @@ class WanBlock(nnx.Module):
         linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), parallel=parallel, rngs=rngs)
         map_in = functools.partial(linear, width, width, split="outputs")
         map_out = functools.partial(linear, width, width, split="inputs")
-        self.heads = config.heads
+        self.heads, self.parallel = config.heads, parallel
         self.cross = parallel.make_cross_attention(config.attention)
         self.table = _make_table(6, width, rngs)
         self.query, self.key, self.value, self.out = map_in(), map_in(), map_in(), map_out()
@@ -344,13 +344,15 @@ class WanBlock(nnx.Module):
     def _cross_attention(self, x: Float[Array, "B N D"], inputs: WanInputs) -> Array:
         segments, text, image = jnp.asarray(inputs.layout.segments), inputs.text, inputs.image
         q = split_heads(self.cross_query(x), self.cross_query_norm, self.heads)
-        k = split_heads(self.cross_key(text.values), self.cross_key_norm, self.heads)
-        v = split_heads(self.cross_value(text.values), None, self.heads)
+        values = self.parallel.constrain_context(text.values)
+        k = split_heads(self.cross_key(values), self.cross_key_norm, self.heads)
+        v = split_heads(self.cross_value(values), None, self.heads)
         k, v = (jax.vmap(lambda row, index: row[index])(projected, text.sources) for projected in (k, v))
         mixed = self.cross(q, k, v, AttentionInputs(segments, text.segments))
         if image is not None:
-            k = split_heads(self.image_key(image.values), self.image_key_norm, self.heads)
-            v = split_heads(self.image_value(image.values), None, self.heads)
+            values = self.parallel.constrain_context(image.values)
+            k = split_heads(self.image_key(values), self.image_key_norm, self.heads)
+            v = split_heads(self.image_value(values), None, self.heads)
             mixed = mixed + self.cross(q, k, v, AttentionInputs(segments, image.segments))
         return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
 

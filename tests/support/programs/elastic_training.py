@@ -11,9 +11,9 @@ from support.elastic_training import train
 
 
 def check_device_counts(folder: Path) -> None:
-    """Compare two steps each on one, two, four and eight devices with eight steps on one."""
+    """Compare two steps each on one, two, four and eight devices, twice with `context`, with twelve steps on one."""
     devices = jax.devices()
-    expected = train(folder / "whole", make_mesh(MeshConfig(), devices[:1]), 8)
+    expected = train(folder / "whole", make_mesh(MeshConfig(), devices[:1]), 12)
     assert np.ptp(np.asarray(expected)[:, 0]) > 1e-3, expected
     actual = []
     for mesh in (
@@ -21,6 +21,8 @@ def check_device_counts(folder: Path) -> None:
         make_mesh(MeshConfig(), devices[:2]),
         make_mesh(MeshConfig(data=2, fsdp=2), devices[:4]),
         make_mesh(MeshConfig(data=1, fsdp=8), devices),
+        make_mesh(MeshConfig(data=1, fsdp=2, context=4), devices),
+        make_mesh(MeshConfig(data=1, context=4), devices[:4]),
     ):
         actual += train(folder / "parts", mesh, 2)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)

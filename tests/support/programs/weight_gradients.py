@@ -24,7 +24,7 @@ def compute_gradient(layer: Linear, x, weights):
 
 
 def check(sizes: tuple[int, ...], shape: tuple[int, ...], split: str | None) -> None:
-    """Compare the gradients of one layer, of products in float32, and of those in bfloat16 that are summed in float32."""
+    """Compare the gradients of one layer: in float32, and in bfloat16, whose products are summed in float32."""
     mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
     draw = np.random.default_rng(0)
     x, weights = (jnp.asarray(draw.normal(size=size), jnp.float32) for size in (shape, (*shape[:-1], 16)))
