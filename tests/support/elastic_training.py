@@ -27,9 +27,11 @@ def make_local_rows(step: int):
     return jax.tree.map(lambda leaf: leaf[jax.process_index() * count :][:count], make_rows(13 * step))
 
 
-def train(folder: Path, mesh: Mesh, steps: int) -> list[list[float]]:
+def train(
+    folder: Path, mesh: Mesh, steps: int, *, rules: ShardingRules = ShardingRules(min_size=1)
+) -> list[list[float]]:
     """Continue from the checkpoint in a folder for so many steps; return their losses and gradient norms."""
-    layout = functools.partial(make_shardings, mesh=mesh, rules=ShardingRules(min_size=1))
+    layout = functools.partial(make_shardings, mesh=mesh, rules=rules)
     checkpoints = Checkpoints(folder, keep=CheckpointPolicy(newest=9))
     if checkpoints.latest() is None:
         state = create_state(init, OPTIMIZER, jax.random.key(0), shardings=layout)

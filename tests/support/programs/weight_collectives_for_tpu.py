@@ -12,7 +12,7 @@ from dit_video.planning.steps import fill_row, plan_step
 from support import tiny
 
 STATE_AXES = ("fsdp", "context")
-# The compiler writes a reduce-scatter as an all-reduce whose parts are taken.
+# The compiler may write a reduce-scatter as an all-reduce whose parts are taken.
 COLLECTIVE = re.compile(r"= \(?(\w+)\[([\d,]*)\].* (all-gather|all-reduce|reduce-scatter)(-start)?\(")
 
 
@@ -48,13 +48,13 @@ def main() -> None:
     once = 15 / 16 * parameters
     assert 2 * 2 * once <= 1.1 * moved["all-gather", STATE_AXES].bytes <= 1.1**2 * 2 * 2 * once
     assert 0.9 * 3 / 4 * 4 * parameters <= moved["reduce-scatter", ("fsdp",)].bytes
-    kernel, kinds = experiment.denoiser.backbone.width**2, set()
+    kernel, dtypes = experiment.denoiser.backbone.width**2, set()
     for line in text.splitlines():
         match = COLLECTIVE.search(line)
         # In the loops over layers; maps of the time, outside of them, are float32.
         if match and "while/body" in line and math.prod(map(int, filter(None, match[2].split(",")))) >= kernel:
-            kinds.add((match[3], match[1]))
-    assert kinds == {("all-gather", "bf16"), ("all-reduce", "f32")}, kinds
+            dtypes.add(("gathered" if match[3] == "all-gather" else "summed", match[1]))
+    assert dtypes == {("gathered", "bf16"), ("summed", "f32")}, dtypes
     print("done")
 
 
