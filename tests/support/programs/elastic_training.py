@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import MeshConfig, ShardingRules, make_mesh
 from support.elastic_training import train
 
 
@@ -27,7 +27,7 @@ def check_device_counts(folder: Path) -> None:
 
 
 def check_context(folder: Path) -> None:
-    """Compare steps on meshes with `context`, the first two as if it shared no state, with eight steps on one device."""
+    """Compare steps on meshes with `context`, which at first shares no state, with eight steps on one device."""
     devices = jax.devices()
     expected = train(folder / "whole", make_mesh(MeshConfig(), devices[:1]), 8)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=4), devices)
