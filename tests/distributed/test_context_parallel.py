@@ -88,6 +88,14 @@ def test_wan_trains_on_meshes_as_on_one_device():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("backbone", ["backbone", "wan"])
+def test_gradients_that_are_summed_as_on_accelerators_are_those_of_one_device(backbone):
+    meshes = [((1, 2, 1, 4), "ulysses"), ((1, 2, 2, 2), "ring")]
+    check_on_eight_devices("mesh_training_runs.py", f"{backbone} accelerator", str(meshes), "sgd")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_context_may_span_two_processes():
     for output in run_together("context_parallel_training.py", devices=4):
         assert "done" in output, output
