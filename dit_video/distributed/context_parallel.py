@@ -29,10 +29,11 @@ from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import RingAttention
 from dit_video.distributed.sharding_rules import ROW_AXES, STATE_AXES
-from dit_video.distributed.weight_gradients import compute_sharded_gradient
+from dit_video.distributed.weight_gradients import LayerInputs, compute_sharded_gradient
 from dit_video.nn.attention import Attention, AttentionInputs, Backend, Full, Pattern
 from dit_video.nn.attention.api import Keys, Queries
 from dit_video.nn.attention.key_ranges import pad_to_blocks
+from dit_video.nn.linear import compute_kernel_gradient
 from dit_video.nn.parallel import ONE_DEVICE, FusedConstraint, Parallelism, Split, WeightConstraint
 
 _HEAD_SPEC = P(ROW_AXES, "context", "tensor", None)
@@ -69,24 +70,15 @@ class MeshParallelism(Parallelism):
     def make_cross_attention(self, backend: Backend) -> Attention:
         return ShardedAttention(self.mesh, super().make_cross_attention(backend), "cross")
 
-    def constrain_context(self, tokens: Float[Array, "B M E"]) -> Float[Array, "B M E"]:
-        """Return the tokens of a context, constrained to be whole on all devices of `context`.
-
-        Gradients of the weights that are applied to them are summed over parts of these tokens. Without a constraint,
-        XLA would compute keys and values in these parts, too, and gather them in each pass.
-        """
-        if self.mesh.shape["context"] == 1:
-            return tokens
-        whole = NamedSharding(self.mesh, P(P.UNCONSTRAINED, None, P.UNCONSTRAINED))
-        return jax.lax.with_sharding_constraint(tokens, whole)
-
-    def make_weight_constraint(self, split: Split | None) -> WeightConstraint | None:
+    def make_weight_constraint(self, split: Split | None, *, is_context: bool = False) -> WeightConstraint | None:
         if all(self.mesh.shape[axis] == 1 for axis in STATE_AXES):
             return None
+        # Inputs of layers without a split may be tokens, or conditioning of a few clips.
+        inputs = None if split is None else "context" if is_context else "tokens"
         if split is None or self.mesh.shape["tensor"] == 1:
-            return GatheredWeight(self.mesh, P())
+            return GatheredWeight(self.mesh, P(), inputs)
         specs = {"outputs": P(None, "tensor"), "inputs": P("tensor", None)}
-        return GatheredWeight(self.mesh, specs[split]) if split in specs else None
+        return GatheredWeight(self.mesh, specs[split], inputs) if split in specs else None
 
     def make_fused_constraint(self) -> FusedConstraint | None:
         return HeadSharded(self.mesh) if self.mesh.shape["tensor"] > 1 else None
@@ -170,6 +162,7 @@ class GatheredWeight:
 
     mesh: AnyMesh
     spec: P
+    inputs: LayerInputs | None
 
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]:
         return jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, self.spec))
@@ -187,7 +180,9 @@ class GatheredWeight:
 
     def compute_gradient(self, x: Float[Array, "*batch i"], cotangent: Float[Array, "*batch o"]) -> Float[Array, "i o"]:
         """Return the kernel's gradient, each part of it on the devices that hold this part of the kernel."""
-        return compute_sharded_gradient(self.mesh, self.spec, x, cotangent)
+        if self.inputs is None:
+            return compute_kernel_gradient(x, cotangent)
+        return compute_sharded_gradient(self.mesh, self.spec, self.inputs, x, cotangent)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Gradients of weights that `fsdp` and `context` shard, as sums over the devices of both.
 
-XLA for TPUs would make an all-reduce of a reduce-scatter over all devices of a slice, which moves twice the bytes. One
-over `fsdp` and one of the result over `context` remain what they are, and move no more together: `n - 1` parts of
-`n c` each, and `c - 1` of `n c`.
+XLA for TPUs makes an all-reduce of a reduce-scatter over all devices of a slice, which moves twice the bytes. One over
+`fsdp` and another one of its result over `context` move no more than a single one.
 """
+
+from typing import Literal
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -11,42 +12,57 @@ from jaxtyping import Array, Float
 
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.sharding_rules import ROW_AXES, STATE_AXES, choose_state_split, count_row_shards
-from dit_video.nn.attention.key_ranges import pad_to_blocks
 from dit_video.nn.linear import compute_kernel_gradient
+
+LayerInputs = Literal["tokens", "context"]
+"""Inputs of a linear layer: a row's tokens, which devices of `context` share, or those of a context, which all of them
+have.
+
+If gradients took the other layout, XLA would compute forward passes in it, too, and gather their results.
+"""
 
 
 def compute_sharded_gradient(
-    mesh: AnyMesh, spec: P, x: Float[Array, "*batch i"], cotangent: Float[Array, "*batch o"]
+    mesh: AnyMesh, spec: P, inputs: LayerInputs, x: Float[Array, "*batch i"], cotangent: Float[Array, "*batch o"]
 ) -> Float[Array, "i o"]:
     """Return a kernel's gradient, summed in float32, with the kernel's default sharding at rest.
 
-    The compiler sums gradients over one axis of `STATE_AXES`, and those of inputs whose rows and tokens are not two
-    separate axes.
+    XLA's partitioner chooses how to sum gradients that are sharded over one axis of `STATE_AXES` alone, and those of
+    inputs whose rows and tokens are not two axes, or not divisible.
 
     Args:
       mesh: the mesh.
       spec: sharding of the kernel during use.
-      x: inputs, of rows and tokens.
-      cotangent: cotangents of the outputs.
+      inputs: what `x` holds.
+      x: inputs of the layer.
+      cotangent: cotangents of its outputs.
     """
     used = (*spec, None, None)[:2]
     taken = [axis for axis, name in enumerate(used) if name is not None]
     split = choose_state_split((x.shape[-1], cotangent.shape[-1]), mesh, taken=taken)
-    if split is None or split[1] != STATE_AXES or x.ndim < 3 or x.shape[0] % count_row_shards(mesh):
+    ranks = mesh.shape["context"]
+    is_divisible = x.ndim > 2 and x.shape[0] % count_row_shards(mesh) == 0
+    is_divisible = is_divisible and (inputs == "context" or x.shape[1] % ranks == 0)
+    if split is None or split[1] != STATE_AXES or not is_divisible:
         return compute_kernel_gradient(x, cotangent)
     axis = split[0]
 
     def sum_on_devices(x, cotangent):
         summed = compute_kernel_gradient(x, cotangent)
-        for name in STATE_AXES:
-            summed = jax.lax.psum_scatter(summed, name, scatter_dimension=axis, tiled=True)
+        summed = jax.lax.psum_scatter(summed, "fsdp", scatter_dimension=axis, tiled=True)
+        if inputs == "tokens":
+            summed = jax.lax.psum_scatter(summed, "context", scatter_dimension=axis, tiled=True)
+        else:  # All devices of `context` have the same sum.
+            size = summed.shape[axis] // ranks
+            first = jax.lax.axis_index("context") * size
+            summed = jax.lax.dynamic_slice_in_dim(summed, first, size, axis)
         return jax.lax.psum(summed, "data") if mesh.shape["data"] > 1 else summed
 
-    # Added zeros do not change the sum; conditioning of a few clips is not divisible by the devices of `context`.
-    x, cotangent = (pad_to_blocks(array, mesh.shape["context"]) for array in (x, cotangent))
-    inner = (None,) * (x.ndim - 3)
-    in_specs = tuple(P(ROW_AXES, "context", *inner, name) for name in used)
-    out_specs = P(*(STATE_AXES if axis == number else name for number, name in enumerate(used)))
-    return jax.shard_map(sum_on_devices, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
-        x, cotangent
-    )
+    tokens = ("context" if inputs == "tokens" else None, *(None,) * (x.ndim - 3))
+    return jax.shard_map(
+        sum_on_devices,
+        mesh=mesh,
+        in_specs=tuple(P(ROW_AXES, *tokens, name) for name in used),
+        out_specs=P(*(STATE_AXES if axis == number else name for number, name in enumerate(used))),
+        check_vma=False,
+    )(x, cotangent)

@@ -42,6 +42,7 @@ class Linear(nnx.Module):
       init: initialisation of the kernel.
       dtype: dtype of the product.
       split: division over the mesh axis `tensor`; it must agree with the rules by which weights are sharded at rest.
+      is_context: True if inputs are tokens of a context, which all devices that share a row's tokens have.
       parallel: devices that the layer is computed on.
       rngs: random keys.
     """
@@ -55,6 +56,7 @@ class Linear(nnx.Module):
         init: Init = "xavier",
         dtype: jnp.dtype = jnp.float32,
         split: Split | None = None,
+        is_context: bool = False,
         parallel: Parallelism = ONE_DEVICE,
         rngs: nnx.Rngs,
     ):
@@ -62,7 +64,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init_weights(init, rngs.params(), shape, fan=shape))
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
         self.dtype = dtype
-        self.weight_constraint = parallel.make_weight_constraint(split)
+        self.weight_constraint = parallel.make_weight_constraint(split, is_context=is_context)
         self.fused_constraint = parallel.make_fused_constraint() if split == "fused" else None
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:

@@ -49,12 +49,8 @@ class Parallelism:
         """Return the attention of a row's tokens to those of a context."""
         return make_attention(backend)
 
-    def constrain_context(self, tokens: Float[Array, "B M E"]) -> Float[Array, "B M E"]:
-        """Return the tokens of a context, constrained to be whole on all devices that share a row's tokens."""
-        return tokens
-
-    def make_weight_constraint(self, split: Split | None) -> WeightConstraint | None:
-        """Return the constraint on a linear layer's weights during use."""
+    def make_weight_constraint(self, split: Split | None, *, is_context: bool = False) -> WeightConstraint | None:
+        """Return the constraint on a linear layer's weights during use; its inputs are a context's if `is_context`."""
         return None
 
     def make_fused_constraint(self) -> FusedConstraint | None:

@@ -130,9 +130,9 @@ class Block(Stream):
         if self.has_cross_attention:
             width, dtype = config.width, jnp.dtype(config.dtype)
             linear = functools.partial(Linear, bias=config.bias, dtype=dtype, parallel=parallel, rngs=rngs)
-            self.parallel, self.cross = parallel, parallel.make_cross_attention(config.attention)
+            self.cross = parallel.make_cross_attention(config.attention)
             self.cross_query = linear(width, width, split="outputs")
-            self.cross_key_value = linear(width, 2 * width, split="fused")
+            self.cross_key_value = linear(width, 2 * width, split="fused", is_context=True)
             self.cross_query_norm, self.cross_key_norm = _make_qk_norm(config), _make_qk_norm(config)
             self.cross_out = linear(width, width, split="inputs", init="zero")
 
@@ -148,7 +148,7 @@ class Block(Stream):
     def _cross_attention(self, x: Float[Array, "B N D"], inputs: DitInputs) -> Float[Array, "B N D"]:
         assert inputs.context is not None
         q = split_heads(self.cross_query(x), self.cross_query_norm, self.heads)
-        key_value = self.cross_key_value.project_parts(self.parallel.constrain_context(inputs.context.values), 2)
+        key_value = self.cross_key_value.project_parts(inputs.context.values, 2)
         k = split_heads(key_value[:, :, 0], self.cross_key_norm, self.heads)
         v = split_heads(key_value[:, :, 1], None, self.heads)
         mixed = self.cross(q, k, v, AttentionInputs(inputs.segments, inputs.context.segments))

@@ -87,7 +87,7 @@ class AttentionBlock(nnx.Module):
         self.qkv = linear(width, 3 * width, bias=False)
         self.out = linear(width, width, init="zero", split="inputs")
         if config.context_width:
-            self.parallel, self.cross = parallel, parallel.make_cross_attention(config.attention)
+            self.cross = parallel.make_cross_attention(config.attention)
             self.cross_norm = LayerNorm(width)
             self.cross_query = linear(width, width, bias=False, split="outputs")
             self.cross_key_value = linear(config.context_width, 2 * width, bias=False)
@@ -117,8 +117,7 @@ class AttentionBlock(nnx.Module):
     def _attend_text(
         self, tokens: Float[Array, "B N D"], text: TextTokens, layout: PackedRows
     ) -> Float[Array, "B N D"]:
-        key_value = self.cross_key_value(self.parallel.constrain_context(text.values))
-        k, v = (self._split_heads(part) for part in jnp.split(key_value, 2, axis=-1))
+        k, v = (self._split_heads(part) for part in jnp.split(self.cross_key_value(text.values), 2, axis=-1))
         inputs = AttentionInputs(jnp.asarray(layout.segments), text.segments)
         mixed = self.cross(self._split_heads(self.cross_query(tokens)), k, v, inputs)
         return self.cross_out(mixed.reshape(tokens.shape))

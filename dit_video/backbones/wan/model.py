@@ -311,16 +311,18 @@ class WanBlock(nnx.Module):
         linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), parallel=parallel, rngs=rngs)
         map_in = functools.partial(linear, width, width, split="outputs")
         map_out = functools.partial(linear, width, width, split="inputs")
-        self.heads, self.parallel = config.heads, parallel
+        map_context = functools.partial(map_in, is_context=True)
+        self.heads = config.heads
         self.cross = parallel.make_cross_attention(config.attention)
         self.table = _make_table(6, width, rngs)
         self.query, self.key, self.value, self.out = map_in(), map_in(), map_in(), map_out()
         self.query_norm, self.key_norm = RmsNorm(width), RmsNorm(width)
         self.cross_norm = LayerNorm(width)
-        self.cross_query, self.cross_key, self.cross_value, self.cross_out = map_in(), map_in(), map_in(), map_out()
+        self.cross_query, self.cross_key, self.cross_value = map_in(), map_context(), map_context()
+        self.cross_out = map_out()
         self.cross_query_norm, self.cross_key_norm = RmsNorm(width), RmsNorm(width)
         if config.image_width is not None:
-            self.image_key, self.image_value, self.image_key_norm = map_in(), map_in(), RmsNorm(width)
+            self.image_key, self.image_value, self.image_key_norm = map_context(), map_context(), RmsNorm(width)
         self.up = linear(width, config.mlp_dim, split="outputs")
         self.down = linear(config.mlp_dim, width, split="inputs")
 
@@ -344,15 +346,13 @@ class WanBlock(nnx.Module):
     def _cross_attention(self, x: Float[Array, "B N D"], inputs: WanInputs) -> Array:
         segments, text, image = jnp.asarray(inputs.layout.segments), inputs.text, inputs.image
         q = split_heads(self.cross_query(x), self.cross_query_norm, self.heads)
-        values = self.parallel.constrain_context(text.values)
-        k = split_heads(self.cross_key(values), self.cross_key_norm, self.heads)
-        v = split_heads(self.cross_value(values), None, self.heads)
+        k = split_heads(self.cross_key(text.values), self.cross_key_norm, self.heads)
+        v = split_heads(self.cross_value(text.values), None, self.heads)
         k, v = (jax.vmap(lambda row, index: row[index])(projected, text.sources) for projected in (k, v))
         mixed = self.cross(q, k, v, AttentionInputs(segments, text.segments))
         if image is not None:
-            values = self.parallel.constrain_context(image.values)
-            k = split_heads(self.image_key(values), self.image_key_norm, self.heads)
-            v = split_heads(self.image_value(values), None, self.heads)
+            k = split_heads(self.image_key(image.values), self.image_key_norm, self.heads)
+            v = split_heads(self.image_value(image.values), None, self.heads)
             mixed = mixed + self.cross(q, k, v, AttentionInputs(segments, image.segments))
         return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
 

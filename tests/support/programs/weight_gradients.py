@@ -9,8 +9,9 @@ from dit_video.distributed import AXES, MeshConfig, ShardingRules, make_mesh, ma
 from dit_video.distributed.planner.compiled_program import override_default_backend
 from dit_video.nn import Linear
 
-SIZES = [(1, 2, 1, 4), (1, 4, 1, 2), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 8), (1, 1, 2, 4)]
-INPUTS = {"tokens": (8, 16, 24), "clips": (8, 3, 24), "grids": (8, 4, 2, 24), "rows": (8, 24), "shared": (1, 16, 24)}
+SIZES = [(1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 2, 4)]
+LAYERS = [{}, {"split": "outputs"}, {"split": "inputs"}, {"split": "outputs", "is_context": True}]
+INPUTS = {"tokens": (8, 16, 24), "clips": (8, 3, 24), "grids": (8, 4, 2, 24), "shared": (1, 16, 24)}
 """Shapes of inputs: some whose tokens or rows the devices do not divide."""
 
 
@@ -23,15 +24,15 @@ def compute_gradient(layer: Linear, x, weights):
     return nnx.grad(loss)(layer)["kernel"][...]
 
 
-def check(sizes: tuple[int, ...], shape: tuple[int, ...], split: str | None) -> None:
+def check(sizes: tuple[int, ...], shape: tuple[int, ...], options: dict) -> None:
     """Compare the gradients of one layer: in float32, and in bfloat16, whose products are summed in float32."""
     mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
     draw = np.random.default_rng(0)
     x, weights = (jnp.asarray(draw.normal(size=size), jnp.float32) for size in (shape, (*shape[:-1], 16)))
     for dtype in (jnp.float32, jnp.bfloat16):
         expected = compute_gradient(Linear(24, 16, dtype=dtype, rngs=nnx.Rngs(0)), x, weights)
-        layer = Linear(24, 16, dtype=dtype, split=split, parallel=make_parallelism(mesh), rngs=nnx.Rngs(0))
-        name = {"outputs": "up", "inputs": "down", None: "time"}[split]
+        layer = Linear(24, 16, dtype=dtype, parallel=make_parallelism(mesh), rngs=nnx.Rngs(0), **options)
+        name = {"outputs": "up", "inputs": "down", None: "time"}[options.get("split")]
         kernel = {f"blocks/{name}/kernel": layer.kernel[...]}
         layout = make_shardings(kernel, mesh, ShardingRules(min_size=1, stacked_pattern="$^"))[f"blocks/{name}/kernel"]
         assert not layout.is_fully_replicated
@@ -46,8 +47,8 @@ def main() -> None:
     with override_default_backend("tpu"):
         for sizes in SIZES:
             for shape in INPUTS.values():
-                for split in (None, "outputs", "inputs") if sizes[2] > 1 else (None,):
-                    check(sizes, shape, split)
+                for options in LAYERS:
+                    check(sizes, shape, options)
     print("done")
 
 
