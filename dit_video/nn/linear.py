@@ -10,11 +10,9 @@ from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float
 
 from dit_video.core.typing import AnyArray
-from dit_video.nn.parallel import ONE_DEVICE, Parallelism, Split, WeightConstraint
+from dit_video.nn.parallel import ONE_DEVICE, Parallelism, Precision, Split, WeightConstraint
 
 Init = Literal["xavier", "zero", "normal"]
-Precision = Literal["highest"] | None
-"""Precision of a product: float32, or the default of the platform."""
 
 
 def init_weights(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[int, int]) -> Float[Array, "..."]:
@@ -49,6 +47,7 @@ class Linear(nnx.Module):
       split: division over the mesh axis `tensor`; it must agree with the rules by which weights are sharded at rest.
       precision: precision of the products, also of those of the gradients; None for the platform's default. On TPUs
         "highest" takes six passes instead of one: it is for small float32 maps, such as those of the time.
+      is_context: True if inputs are tokens of a context, which all devices that share a row's tokens have.
       parallel: devices that the layer is computed on.
       rngs: random keys.
     """
@@ -63,6 +62,7 @@ class Linear(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         split: Split | None = None,
         precision: Precision = None,
+        is_context: bool = False,
         parallel: Parallelism = ONE_DEVICE,
         rngs: nnx.Rngs,
     ):
@@ -70,7 +70,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init_weights(init, rngs.params(), shape, fan=shape))
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
         self.dtype, self.precision = dtype, precision
-        self.weight_constraint = parallel.make_weight_constraint(split)
+        self.weight_constraint = parallel.make_weight_constraint(split, is_context=is_context)
         self.fused_constraint = parallel.make_fused_constraint() if split == "fused" else None
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
@@ -103,6 +103,15 @@ class Linear(nnx.Module):
         return y if bias is None else _add_bias(y, bias)
 
 
+def compute_kernel_gradient(
+    x: Float[Array, "*batch i"], cotangent: Float[Array, "*batch o"], precision: Precision = None
+) -> Float[Array, "i o"]:
+    """Return the gradient of a kernel from inputs and from cotangents of the outputs, summed in float32."""
+    rows = tuple(range(x.ndim - 1))
+    options: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
+    return jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), **options)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _matmul(
     weight_constraint: WeightConstraint | None,
@@ -131,11 +140,8 @@ def _matmul_jvp(weight_constraint, precision, primals, tangents):
         return matmul(x, tangent.astype(x.dtype))
 
     def gradient(x, cotangent):
-        rows = tuple(range(x.ndim - 1))
-        numbers = (rows, rows), ((), ())
-        options: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
-        summed = jax.lax.dot_general(x, cotangent, numbers, **options)
-        return summed.astype(kernel.dtype)
+        compute = compute_kernel_gradient if weight_constraint is None else weight_constraint.compute_gradient
+        return compute(x, cotangent, precision).astype(kernel.dtype)
 
     used = _constrain(weight_constraint, kernel, x.dtype)  # gathered once, for the value and for the gradient of `x`
     kernel_part = linear_call(product, gradient, x, kernel_tangent)

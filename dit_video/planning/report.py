@@ -15,6 +15,7 @@ from dit_video.distributed.mesh import AnyMesh, count_axis_slices, describe_slow
 from dit_video.distributed.planner import (
     CompiledStep,
     Efficiencies,
+    Purpose,
     StepWork,
     Topology,
     compile_step,
@@ -177,7 +178,7 @@ def _measure_peak(planned: PlannedStep, mesh: Any, topology: Topology, fits: boo
     return measure_peak_memory(planned.step, planned.arguments) if fits else None
 
 
-def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[str, float]:
+def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[Purpose, float]:
     denoiser = experiment.denoiser
     if isinstance(denoiser.train, LoraAdapters | Student):
         return {}

@@ -133,7 +133,7 @@ class Block(Stream):
             linear = functools.partial(Linear, bias=config.bias, dtype=dtype, parallel=parallel, rngs=rngs)
             self.cross = parallel.make_cross_attention(config.attention)
             self.cross_query = linear(width, width, split="outputs")
-            self.cross_key_value = linear(width, 2 * width, split="fused")
+            self.cross_key_value = linear(width, 2 * width, split="fused", is_context=True)
             self.cross_query_norm, self.cross_key_norm = _make_qk_norm(config), _make_qk_norm(config)
             self.cross_out = linear(width, width, split="inputs", init="zero")
 
