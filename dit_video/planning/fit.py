@@ -1,30 +1,18 @@
 """Search for the options that make a training, or a sampler, fit into a device's memory."""
 
-import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig
-from dit_video.distributed.mesh import count_axis_slices, make_abstract_mesh
-from dit_video.distributed.planner import (
-    Efficiencies,
-    StepSpec,
-    Topology,
-    compute_expected_times,
-    compute_step_times,
-    count_argument_bytes,
-    estimate_step,
-    find_efficiencies,
-)
+from dit_video.distributed.planner import Efficiencies, Topology, find_efficiencies
 from dit_video.experiment import Experiment
-from dit_video.planning.fit_options import Setting, list_settings
+from dit_video.planning.fit_estimates import Combination, FitEstimates, Settings
 from dit_video.planning.plan import format_size
-from dit_video.planning.report import check_mesh, find_devices, plan_experiment, resolve_attention
-from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step, shard_shapes
+from dit_video.planning.report import find_devices, resolve_attention
+from dit_video.planning.steps import Part
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SLACK = 1.1
@@ -43,24 +31,6 @@ def parse_memory(text: str) -> int:
         rule = f"it must be a positive number with one of the units {', '.join(_UNITS)}"
         raise UserError(f"memory size {text!r} is invalid: {rule}. Use a size such as 24GiB")
     return int(float(match[1]) * _UNITS[unit])
-
-
-class Combination(NamedTuple):
-    """Settings that are tried together, and what they cost."""
-
-    settings: tuple[Setting, ...]
-    """Settings that differ from the experiment's; empty for the experiment as it is."""
-    memory: int
-    """Bytes of a device at its peak."""
-    seconds_per_row: float
-    """Seconds of a step for each row: expected ones where the chip's speeds are known, else the limit."""
-    method: str = "analytic"
-    """Source of the figures: "analytic", or "compiled" for those of the compiled step."""
-
-    def __str__(self) -> str:
-        names = " ".join(map(str, self.settings)) or "as configured"
-        note = "" if all(setting.keeps_result for setting in self.settings) else "; changes the result"
-        return f"{names}: {format_size(self.memory)}, {self.seconds_per_row:.3g} s a row ({self.method}){note}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,147 +127,63 @@ def fit(
         raise UserError("part=autoencoder is invalid: only denoiser and sampler are searched; use --set for it")
     experiment = resolve_attention(experiment, topology)
     devices, present = find_devices(topology)
-    search = _Search(experiment, topology, len(devices) if present else topology.num_chips, part, clips, efficiencies)
-    available = topology.chip.memory * topology.num_chips // search.devices
+    device_count = len(devices) if present else topology.num_chips
+    available = topology.chip.memory * topology.num_chips // device_count
     limit = available if limit is None else limit
     if not 0 < limit <= available:
         rule, fix = f"a device of {topology} has {format_size(available)}", f"Use {available // 2**20}MiB or less"
         raise UserError(f"a memory of {format_size(limit)} is invalid: {rule}. {fix}")
-    confirmed: dict[tuple[Setting, ...], Combination] = {}
-    overflowing: dict[tuple[Setting, ...], Combination] = {}
+    efficiencies = find_efficiencies(topology.chip) if efficiencies is None else efficiencies
+    options: dict[str, Any] = {"part": part, "clips": clips, "efficiencies": efficiencies}
+    estimates = FitEstimates(experiment, topology, device_count, **options)
+    meshes = [estimates.estimate(()), *estimates.estimate_all(frozenset(["--mesh"]) & estimates.options.keys())]
+    if not any(meshes):
+        rule = "no mesh of its devices divides the denoiser's heads, hidden width and rows"
+        raise UserError(f"{topology} is invalid: {rule}. Use fewer chips, or another number of rows")
+    confirmed: dict[Settings, Combination] = {}
+    overflowing: dict[Settings, Combination] = {}
     while True:
-        fitting = search.list_minimal(int(limit * _SLACK) if present else limit, exclude=overflowing)
+        fitting = _list_minimal(estimates, int(limit * _SLACK) if present else limit, exclude=overflowing)
         untried = [each for each in fitting if each.settings not in confirmed]
         if not present or not untried or len(confirmed) >= tries or len(overflowing) >= 3 * tries:
             break
-        compiled = search.compile(untried[0])
+        compiled = estimates.compile(untried[0])
         report(str(compiled))
         (confirmed if compiled.memory <= limit else overflowing)[compiled.settings] = compiled
     known = [confirmed.get(each.settings, each) for each in fitting]
     known = sorted((each for each in known if each.memory <= limit), key=lambda each: each.seconds_per_row)
+    tried = [each for each in estimates.known.values() if each is not None]
     return FitResult(
         experiment=experiment.name,
         part=part,
         topology=topology,
         limit=limit,
-        configured=overflowing.get((), search.estimate(())),
+        configured=overflowing.get((), estimates.estimate(())),
         fitting=tuple(known),
-        insufficient=tuple(search.list_insufficient(known)),
+        insufficient=tuple(_list_insufficient(estimates, known)),
         overflowing=tuple(each for settings, each in overflowing.items() if settings),
-        smallest=min(search.estimates.values(), key=lambda each: each.memory),
-        count=len(search.estimates),
+        smallest=min(tried, key=lambda each: each.memory),
+        count=len(tried),
     )
 
 
-class _Search:
-    """Estimates of combinations of settings, each made once."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        topology: Topology,
-        devices: int,
-        part: Part,
-        clips: int | None,
-        efficiencies: Efficiencies | None,
-    ):
-        self.experiment, self.topology, self.devices, self.part, self.clips = experiment, topology, devices, part, clips
-        self.efficiencies = find_efficiencies(topology.chip) if efficiencies is None else efficiencies
-        self.options = list_settings(experiment, part, devices)
-        self.estimates: dict[tuple[Setting, ...], Combination] = {}
-        self._planned: dict[tuple[Setting, ...], PlannedStep] = {}
-        self._state_bytes: dict[tuple[tuple[Setting, ...], MeshConfig], dict[str, int]] = {}
-        # Those of the experiment as it is, and of its meshes, which are some in any case.
-        self.estimate(())
-        for mesh in self.options.get("--mesh", ()):
-            self.estimate((mesh,))
-        if not self.estimates:
-            rule = "no mesh of its devices divides the denoiser's heads, hidden width and rows"
-            raise UserError(f"{topology} is invalid: {rule}. Use fewer chips, or another number of rows")
-
-    def list_minimal(self, limit: int, *, exclude: Any) -> list[Combination]:
-        """Return the fastest combination of each set of options that fits, if no part of the set does."""
-        fitting: dict[frozenset[str], Combination] = {}
-        for size in range(len(self.options) + 1):
-            for options in map(frozenset, itertools.combinations(self.options, size)):
-                if any(subset <= options for subset in fitting):
-                    continue
-                estimates = (each for each in self._estimate_all(options) if each.settings not in exclude)
-                room = [each for each in estimates if each.memory <= limit]
-                if room:
-                    fitting[options] = min(room, key=lambda each: (each.seconds_per_row, each.memory))
-        return sorted(fitting.values(), key=lambda each: each.seconds_per_row)
-
-    def list_insufficient(self, fitting: Sequence[Combination]) -> Iterator[Combination]:
-        """Yield, of each option that does not fit alone, the value with the least memory."""
-        enough = {each.settings[0].option for each in fitting if len(each.settings) == 1}
-        for option in self.options:
-            estimates = list(self._estimate_all(frozenset([option])))
-            if estimates and option not in enough:
-                yield min(estimates, key=lambda each: each.memory)
-
-    def _estimate_all(self, options: frozenset[str]) -> Iterator[Combination]:
-        for settings in itertools.product(*(self.options[name] for name in self.options if name in options)):
-            if (combination := self.estimate(settings)) is not None:
-                yield combination
-
-    def estimate(self, settings: tuple[Setting, ...]) -> Combination | None:
-        """Return the estimate of a combination; None if the mesh does not divide it."""
-        if settings in self.estimates:
-            return self.estimates[settings]
-        try:
-            experiment = apply_settings(self.experiment, settings)
-            mesh = make_abstract_mesh(experiment.mesh, self.devices)
-            check_mesh(experiment, mesh)
-            slices = count_axis_slices(experiment.mesh, self.devices, self.topology.slices)
-        except UserError:
-            return None
-        planned, state_bytes = self._plan(settings)
-        costs, rows = self._resize(experiment, planned), experiment.denoiser.batch
-        memory, work = estimate_step(costs, state_bytes, planned.layer_bytes, dict(mesh.shape), slices)
-        work = work.repeat(planned.turns)
-        sizes = {"mesh": dict(mesh.shape), "devices_per_chip": self.devices // self.topology.num_chips}
-        expected = compute_expected_times(work, self.efficiencies, self.topology, **sizes)
-        limits = compute_step_times(work, self.topology, **sizes)
-        seconds = limits.scheduled if expected is None else expected.scheduled
-        self.estimates[settings] = Combination(settings, memory.peak, seconds / rows)
-        return self.estimates[settings]
-
-    def _plan(self, settings: tuple[Setting, ...]) -> tuple[PlannedStep, dict[str, int]]:
-        """Return the step on one device, and the bytes of its state on a device of the mesh."""
-        reshaping = tuple(setting for setting in settings if setting.reshapes_step)
-        if reshaping not in self._planned:
-            experiment = apply_settings(self.experiment, reshaping)
-            alone = dataclasses.replace(experiment, mesh=MeshConfig())
-            clips = fill_row(alone, self.clips)
-            self._planned[reshaping] = plan_step(alone, self.part, make_abstract_mesh(MeshConfig(), 1), clips=clips)
-        planned, mesh = self._planned[reshaping], apply_settings(self.experiment, settings).mesh
-        if (reshaping, mesh) not in self._state_bytes:
-            shapes = shard_shapes(planned.arguments[0], make_abstract_mesh(mesh, self.devices))
-            self._state_bytes[reshaping, mesh] = count_argument_bytes((shapes,))
-        return planned, self._state_bytes[reshaping, mesh]
-
-    def _resize(self, experiment: Experiment, planned: PlannedStep) -> StepSpec:
-        """Return the costs of a step with the experiment's rows, remat and accumulation."""
-        costs, denoiser = planned.costs, experiment.denoiser
-        assert costs is not None
-        branches = costs.rows // self.experiment.denoiser.batch
-        remat = denoiser.backbone.remat if costs.training else costs.remat
-        costs = costs.resize(denoiser.batch * branches, remat)
-        return dataclasses.replace(costs, accumulation=denoiser.accumulation_steps if costs.training else 1)
-
-    def compile(self, combination: Combination) -> Combination:
-        """Return a combination with the memory and the time of its compiled step."""
-        experiment = apply_settings(self.experiment, combination.settings)
-        options: dict[str, Any] = {"part": self.part, "clips": self.clips, "efficiencies": self.efficiencies}
-        plan = plan_experiment(experiment, self.topology, **options)
-        times = plan.times if plan.expected is None else plan.expected
-        seconds = combination.seconds_per_row if times is None else times.scheduled / experiment.denoiser.batch
-        return combination._replace(memory=plan.memory.peak, seconds_per_row=seconds, method=plan.method)
+def _list_minimal(estimates: FitEstimates, limit: int, *, exclude: Container[Settings]) -> list[Combination]:
+    """Return the fastest combination of each set of options that fits, if no part of the set does."""
+    fitting: dict[frozenset[str], Combination] = {}
+    for size in range(len(estimates.options) + 1):
+        for options in map(frozenset, itertools.combinations(estimates.options, size)):
+            if any(subset <= options for subset in fitting):
+                continue
+            room = [each for each in estimates.estimate_all(options) if each.memory <= limit]
+            if room := [each for each in room if each.settings not in exclude]:
+                fitting[options] = min(room, key=lambda each: (each.seconds_per_row, each.memory))
+    return sorted(fitting.values(), key=lambda each: each.seconds_per_row)
 
 
-def apply_settings(experiment: Experiment, settings: Sequence[Setting]) -> Experiment:
-    """Return the experiment with other settings."""
-    for setting in settings:
-        experiment = setting.apply(experiment)
-    return experiment
+def _list_insufficient(estimates: FitEstimates, fitting: Sequence[Combination]) -> Iterator[Combination]:
+    """Yield, of each option that does not fit alone, the value with the least memory."""
+    enough = {each.settings[0].option for each in fitting if len(each.settings) == 1}
+    for option in estimates.options:
+        values = list(estimates.estimate_all(frozenset([option])))
+        if values and option not in enough:
+            yield min(values, key=lambda each: each.memory)

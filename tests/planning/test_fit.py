@@ -10,9 +10,10 @@ from dit_video.distributed import MeshConfig
 from dit_video.distributed.planner import Topology
 from dit_video.experiment import AllWeights, LoraAdapters
 from dit_video.planning import fit, parse_memory, plan_experiment
-from dit_video.planning.fit import apply_settings
+from dit_video.planning.fit_estimates import apply_settings
 from dit_video.planning.fit_options import list_settings
 from dit_video.planning.report import replace_dit
+from dit_video.tokens import PackedShape
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.optimizer import OptimizerConfig
 
@@ -24,7 +25,8 @@ def training(tiny):
     """Return a training whose state is large enough to be sharded, and whose activations need most of the memory."""
     denoiser = dataclasses.replace(
         tiny.EXPERIMENT.denoiser,
-        batch=1024,
+        batch=16,
+        layout=PackedShape(tokens=768, text=96, segments=3),
         optimizer=OptimizerConfig(warmup=1),
         averages=EmaConfig(decays=(0.5,)),
     )
@@ -56,7 +58,8 @@ def test_what_is_listed_fits_and_needs_all_of_its_settings(training, part):
     assert seconds == sorted(seconds)
     for combination in result.fitting:
         changed = apply_settings(training, combination.settings)
-        assert get_peak(changed, part) == combination.memory <= limit
+        assert combination.memory <= limit
+        assert get_peak(changed, part) == pytest.approx(combination.memory, rel=0.02)
         for setting in combination.settings:
             others = [other for other in combination.settings if other != setting]
             assert get_peak(apply_settings(training, others), part) > limit
@@ -91,7 +94,7 @@ def test_only_options_that_the_experiment_has_are_tried(training):
 def test_settings_are_printed_as_options_of_the_command(training):
     settings = list_settings(training, "denoiser", 4)
     printed = {str(setting) for each in settings.values() for setting in each}
-    expected = {"--mesh data=2,fsdp=2", "--rows 512", "--set denoiser.backbone.remat=full"}
+    expected = {"--mesh data=2,fsdp=2", "--rows 8", "--set denoiser.backbone.remat=full"}
     expected |= {"--set denoiser.accumulation_steps=2", "--set denoiser.optimizer.kind=adafactor"}
     assert expected <= printed
 
@@ -104,14 +107,16 @@ def test_adapters_save_the_state_of_the_optimizer(training):
 
 
 def test_what_cannot_fit_at_all_is_said_with_the_least_that_it_needs(training):
-    result = fit(training, GPUS, 2**20)
+    result = fit(training, GPUS, 2**16)
     assert result.fitting == ()
     text = str(result)
     assert "nothing fits: the least of" in text
     assert "not enough alone" in text
-    assert result.smallest.memory > 2**20
+    assert result.smallest.memory > 2**16
     least = min(each.memory for each in result.insufficient)
-    assert get_peak(apply_settings(training, result.smallest.settings)) == result.smallest.memory < least
+    assert result.smallest.memory < least
+    planned = get_peak(apply_settings(training, result.smallest.settings))
+    assert planned == pytest.approx(result.smallest.memory, rel=0.02)
     document = json.loads(json.dumps(result.to_json()))
     assert document["fitting"] == []
     assert document["smallest"]["settings"]["denoiser.optimizer.kind"] == "adafactor"

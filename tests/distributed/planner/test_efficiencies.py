@@ -65,7 +65,7 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path, chip):
         "{}",
         '{"efficiencies": {"products": 1}}',
         '{"efficiencies": {"products": {"share": 0.5}}}',
-        '{"efficiencies": {"products": {"share": 0, "source": ""}}}',
+        '{"efficiencies": {"products": {"share": 0.0, "source": ""}}}',
         '{"efficiencies": {"products": {"share": "half", "source": ""}}}',
     ],
 )
