@@ -136,7 +136,7 @@ def fit(
     efficiencies = find_efficiencies(topology.chip) if efficiencies is None else efficiencies
     options: dict[str, Any] = {"part": part, "clips": clips, "efficiencies": efficiencies}
     estimates = FitEstimates(experiment, topology, device_count, **options)
-    meshes = [estimates.estimate(()), *estimates.estimate_all(frozenset(["--mesh"]) & estimates.options.keys())]
+    meshes = [estimates.estimate(()), *estimates.estimate_all(frozenset({"--mesh"}.intersection(estimates.options)))]
     if not any(meshes):
         rule = "no mesh of its devices divides the denoiser's heads, hidden width and rows"
         raise UserError(f"{topology} is invalid: {rule}. Use fewer chips, or another number of rows")
