@@ -150,17 +150,17 @@ def fit(
         compiled = estimates.compile(untried[0])
         report(str(compiled))
         (confirmed if compiled.memory <= limit else overflowing)[compiled.settings] = compiled
-    known = [confirmed.get(each.settings, each) for each in fitting]
-    known = sorted((each for each in known if each.memory <= limit), key=lambda each: each.seconds_per_row)
-    tried = [each for each in estimates.known.values() if each is not None]
+    listed = [confirmed.get(each.settings, each) for each in fitting]
+    listed = sorted((each for each in listed if each.memory <= limit), key=lambda each: each.seconds_per_row)
+    tried = [each for each in estimates.results.values() if each is not None]
     return FitResult(
         experiment=experiment.name,
         part=part,
         topology=topology,
         limit=limit,
         configured=overflowing.get((), estimates.estimate(())),
-        fitting=tuple(known),
-        insufficient=tuple(_list_insufficient(estimates, known)),
+        fitting=tuple(listed),
+        insufficient=tuple(_list_insufficient(estimates, listed)),
         overflowing=tuple(each for settings, each in overflowing.items() if settings),
         smallest=min(tried, key=lambda each: each.memory),
         count=len(tried),

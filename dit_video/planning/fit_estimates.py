@@ -63,7 +63,7 @@ class FitEstimates:
         self.experiment, self.topology, self.devices, self.part = experiment, topology, devices, part
         self.clips, self.efficiencies = clips, efficiencies
         self.options = list_settings(experiment, part, devices)
-        self.known: dict[Settings, Combination | None] = {}
+        self.results: dict[Settings, Combination | None] = {}
         self._experiments: dict[Settings, Experiment | None] = {(): experiment}
         self._meshes: dict[tuple[MeshConfig, int, int], tuple[AnyMesh, dict[str, int]] | None] = {}
         self._planned: dict[Settings, PlannedStep] = {}
@@ -77,9 +77,9 @@ class FitEstimates:
 
     def estimate(self, settings: Settings) -> Combination | None:
         """Return the estimate of a combination; None if the settings, or the mesh and the rows, do not go together."""
-        if settings not in self.known:
-            self.known[settings] = self._estimate(settings)
-        return self.known[settings]
+        if settings not in self.results:
+            self.results[settings] = self._estimate(settings)
+        return self.results[settings]
 
     def compile(self, combination: Combination) -> Combination:
         """Return a combination with the memory and the time of its compiled step."""

@@ -24,9 +24,9 @@ SPLASH = name_attention_work("splash")
 
 def test_every_published_share_names_its_source():
     assert set(PUBLISHED_EFFICIENCIES) == set(CHIPS)
-    known = [each for efficiencies in PUBLISHED_EFFICIENCIES.values() for each in efficiencies.by_work.values()]
-    assert known
-    for efficiency in known:
+    listed = [each for efficiencies in PUBLISHED_EFFICIENCIES.values() for each in efficiencies.by_work.values()]
+    assert listed
+    for efficiency in listed:
         assert 0 < efficiency.share < 1
         assert "github.com/" in efficiency.source or "arXiv" in efficiency.source
 
