@@ -49,11 +49,6 @@ def find_devices(topology: Topology) -> tuple[list[Any], bool]:
     return [], False
 
 
-def replace_dit(experiment: Experiment, **changes: Any) -> Experiment:
-    """Return the experiment with other fields of the denoiser's config."""
-    return experiment.replace_backbone(**changes)
-
-
 def make_plan_mesh(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:
     """Return the mesh of a run on a topology, and whether a program can be compiled for it.
 
