@@ -67,8 +67,8 @@ def scale_by_muon(
         next_correction, correction = 1 - beta ** (step + 1), 1 - beta**step
         mu = jax.tree.map(lambda mean, gradient: beta * mean + (1 - beta) * gradient, state.mu, gradients)
 
-        is_single = mesh is None or mesh.size == 1
-        shardings = jax.tree.map(lambda _: None, mu) if is_single else make_shardings(mu, mesh)
+        no_shardings = jax.tree.map(lambda _: None, mu)
+        shardings = no_shardings if mesh is None or mesh.size == 1 else make_shardings(mu, mesh)
 
         def orthogonalize_momentum(mean: Array, gradient: Array, sharding: NamedSharding | None) -> Array:
             momentum = beta / next_correction * mean + (1 - beta) / correction * gradient
@@ -76,8 +76,10 @@ def scale_by_muon(
             scale = rms * max(matrices.shape[-2:]) ** 0.5
             # Rounded before it is divided, so that devices exchange no more bytes than are used.
             matrices, run = matrices.astype(_get_product_dtype()), functools.partial(orthogonalize, eps=eps)
-            is_divided = sharding is not None and matrices.ndim == 3
-            orthogonal = apply_to_matrices(run, matrices, sharding) if is_divided else run(matrices)
+            if sharding is None or matrices.ndim != 3:
+                orthogonal = run(matrices)
+            else:
+                orthogonal = apply_to_matrices(run, matrices, sharding)
             return (scale * orthogonal.astype(jnp.float32)).reshape(momentum.shape)
 
         return jax.tree.map(orthogonalize_momentum, mu, gradients, shardings), MuonState(step, mu)
