@@ -11,8 +11,6 @@ import time
 import types
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from dit_video.core.storage import to_storage_path, upload
@@ -85,18 +83,6 @@ def test_sample_writes_the_clips_of_a_list_of_prompts(script, tiny_run, tmp_path
     for entry in written:
         size = (entry["frames"], entry["height"], entry["width"], 3)
         assert decode(tmp_path / "out" / entry["file"]).frames.shape == size
-
-
-def test_sample_and_evaluate_take_a_mesh(script, tiny_run, tmp_path, few_samples):
-    files, common = [tmp_path / f"{name}.png" for name in "ab"], ("--prompt", PROMPT, "--size", "1x16x16", "--steps", 1)
-    for path, options in zip(files, ((), ("--mesh", f"data={len(jax.devices())}")), strict=True):
-        ended = script("experiments/sample.py", tiny_run, *common, "--out", path, *options)
-        assert ended.code == 0, ended.err
-    difference = decode(files[0]).frames.astype(int) - decode(files[1]).frames
-    assert np.abs(difference).max() <= 1
-    ended = script("experiments/evaluate.py", tiny_run, "--out", tmp_path / "out", "--mesh", "data=-1", "--steps", 1)
-    assert ended.code == 0, ended.err
-    assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webm", "apng"])
