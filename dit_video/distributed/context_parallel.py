@@ -96,7 +96,7 @@ class MeshParallelism(Parallelism):
         if all(self.mesh.shape[axis] == 1 for axis in STATE_AXES):
             return None
         # Inputs of layers without a split may be tokens, or conditioning of a few clips.
-        inputs = None if split is None else "context" if is_context else "tokens"
+        inputs: LayerInputs | None = None if split is None else "context" if is_context else "tokens"
         if split is None or self.mesh.shape["tensor"] == 1:
             return GatheredWeight(self.mesh, P(), inputs)
         specs = {"outputs": P(None, "tensor"), "inputs": P("tensor", None)}

@@ -67,8 +67,7 @@ def scale_by_muon(
         next_correction, correction = 1 - beta ** (step + 1), 1 - beta**step
         mu = jax.tree.map(lambda mean, gradient: beta * mean + (1 - beta) * gradient, state.mu, gradients)
 
-        no_shardings = jax.tree.map(lambda _: None, mu)
-        shardings = no_shardings if mesh is None or mesh.size == 1 else make_shardings(mu, mesh)
+        shardings = make_shardings(mu, mesh) if mesh is not None and mesh.size > 1 else jax.tree.map(lambda _: None, mu)
 
         def orthogonalize_momentum(mean: Array, gradient: Array, sharding: NamedSharding | None) -> Array:
             momentum = beta / next_correction * mean + (1 - beta) / correction * gradient
