@@ -47,7 +47,8 @@ def main() -> None:
     # Weights are gathered in bfloat16 for each of two forward passes, gradients summed in float32.
     once = 15 / 16 * parameters
     assert 2 * 2 * once <= 1.1 * moved["all-gather", STATE_AXES].bytes <= 1.1**2 * 2 * 2 * once
-    assert 0.9 * 3 / 4 * 4 * parameters <= moved["reduce-scatter", ("fsdp",)].bytes
+    layers = planned.layer_bytes * experiment.denoiser.backbone.layers
+    assert 0.9 * 3 / 4 * layers <= moved["reduce-scatter", ("fsdp",)].bytes
     kernel, dtypes = experiment.denoiser.backbone.width**2, set()
     for line in text.splitlines():
         match = COLLECTIVE.search(line)
