@@ -22,7 +22,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
@@ -39,6 +39,7 @@ from dit_video.experiment.config_file import load_experiment
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run, StagedRun
 from dit_video.generation import Sampling
+from dit_video.nn.attention import Backend, BackendName
 from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.reports.run_report import write_autoencoder_report, write_run_report
 
@@ -147,25 +148,38 @@ def evaluate_run(run: StagedRun) -> dict[str, MetricResult]:
 
 
 def make_registry(experiment: StagedExperiment) -> tyro.constructors.ConstructorRegistry | None:
-    """Return the rule that makes guidance an option of one scale or two; tyro would make it a positional argument.
+    """Return rules for values that are a scalar or a record, which tyro would make positional arguments.
 
-    It is not for configs whose guidance is a `Guidance`, each of whose fields is an option.
+    Guidance becomes an option of one scale or two, and attention one with the name of a backend. A config whose
+    `Guidance` or `SplashBlocks` is a record has an option for each of its fields.
     """
-    if not isinstance(experiment, Experiment) or isinstance(experiment.sampling.guidance, Guidance):
+    if not isinstance(experiment, Experiment):
         return None
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def parse_scales(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        if info.type != get_type_hints(Sampling)["guidance"]:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=(1, 2),
-            metavar="FLOAT [FLOAT]",
-            instance_from_str=lambda texts: float(texts[0]) if len(texts) == 1 else tuple(map(float, texts)),
-            is_instance=lambda value: isinstance(value, float | int | tuple),
-            str_from_instance=lambda value: [str(scale) for scale in (value if isinstance(value, tuple) else (value,))],
-        )
+    def parse_value(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        is_guidance = info.type == get_type_hints(Sampling)["guidance"]
+        if is_guidance and not isinstance(experiment.sampling.guidance, Guidance):
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=(1, 2),
+                metavar="FLOAT [FLOAT]",
+                instance_from_str=lambda texts: float(texts[0]) if len(texts) == 1 else tuple(map(float, texts)),
+                is_instance=lambda value: isinstance(value, float | int | tuple),
+                str_from_instance=lambda value: [
+                    str(each) for each in (value if isinstance(value, tuple) else (value,))
+                ],
+            )
+        if info.type == Backend and isinstance(experiment.denoiser.backbone.attention, str):
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar=f"{{{','.join(get_args(BackendName))}}}",
+                choices=get_args(BackendName),
+                instance_from_str=lambda texts: texts[0],
+                is_instance=lambda value: value in get_args(BackendName),
+                str_from_instance=lambda value: [value],
+            )
+        return None
 
     return registry
 
