@@ -14,7 +14,7 @@ from dit_video.core.errors import UserError
 
 MACHINE = "machine"
 """Name of the case that measures nothing."""
-_MIN_SECONDS = 1.0
+MIN_SECONDS = 1.0
 """Least seconds for which a case is started."""
 
 
@@ -28,11 +28,12 @@ def run_part(part: str, cases: Sequence[Case], document: Document, *, seconds: f
       seconds: budget of the part.
       arguments: command-line arguments of the process of a case, besides its name and budget.
     """
-    budget = TimeBudget(seconds)
+    budget, spent = TimeBudget(seconds), f"the {seconds:g} s of the part were spent"
     for case in cases:
         document.forget(part, case)
-        if budget.remaining < _MIN_SECONDS:
-            document.mark_unmeasured(part, case, f"the {seconds:g} s of the part were spent")
+        if budget.remaining < MIN_SECONDS:
+            document.mark_unmeasured(part, case, spent)
+            print(f"{part}: {case.name}: not measured: {spent}", file=sys.stderr, flush=True)
             continue
         print(f"{part}: {case.name}, {budget.remaining:.0f} s left", file=sys.stderr, flush=True)
         machine: dict[str, Any] = {}
@@ -49,11 +50,9 @@ def run_part(part: str, cases: Sequence[Case], document: Document, *, seconds: f
                 print(f"  {name}: {value}", file=sys.stderr, flush=True)
         if not document.is_measured(part, case):
             if budget.is_spent:
-                reason = f"the {seconds:g} s of the part were spent"
+                reason = spent
             print(f"  not measured: {reason}", file=sys.stderr, flush=True)
             document.mark_unmeasured(part, case, reason)
-    if budget.is_spent:
-        print(f"{part}: stopped, its {seconds:g} s are spent", file=sys.stderr, flush=True)
 
 
 def start_case(part: str, name: str, budget: TimeBudget, arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:

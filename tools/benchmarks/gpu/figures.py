@@ -10,7 +10,7 @@ import jax
 
 from benchmarks.timer import TimeBudget
 from dit_video.core.errors import UserError
-from dit_video.core.files import read_document, write_json
+from dit_video.core.files import read_json, write_json
 
 FORMAT = 1
 """Format of the JSON."""
@@ -118,7 +118,11 @@ def read_figures(path: Path) -> dict[str, Any]:
       MissingError: there is no such file.
       UserError: it is none.
     """
-    return read_document(path, format=FORMAT, kind="folder of figures", fix="use a file of tools/gpu_benchmark.py")
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        rule = f"it must be a JSON of tools/gpu_benchmark.py, of format {FORMAT}"
+        raise UserError(f"{path} is invalid: {rule}. Use such a file, or another name for a new one.")
+    return content
 
 
 def format_table(cases: Mapping[str, list[Case]], content: Mapping[str, Any]) -> str:

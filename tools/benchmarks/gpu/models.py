@@ -91,7 +91,7 @@ FULL = TrainingSize(
     text=128,
 )
 SMALL = TrainingSize(
-    models={name: _make_model(width, 2, 2, 8) for name, width in (("1.3 B", 32), ("3 B", 48), ("0.1 B", 16))},
+    models={"0.1 B": _make_model(32, 2, 2, context_width=8)},
     tokens=128,
     clips={1: (Grid(2, 8, 8),), 8: (Grid(1, 4, 4),) * 8},
     text=4,
