@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dit_video.platform.tpu import skip_missing_tpu
-from dit_video.platform.xla_flags import set_xla_flags
+from dit_video.platform.xla_flags import set_cpu_flags
 
 if TYPE_CHECKING:
     from dit_video.experiment.loading import load
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 __all__ = ["Clip", "Pipeline", "Request", "__version__", "load"]
 
 skip_missing_tpu()
-set_xla_flags()
+set_cpu_flags()
 
 _LAZY = {
     "Clip": "dit_video.video",

@@ -9,7 +9,8 @@ learns to match its guided samples without guidance:
 
 WORKDIR/pipeline is the student, with 4 sampling steps; sample it with `dit_video.load(WORKDIR)` or `sample.py`. For the
 rendered shapes, WORKDIR/few_steps.json and the report compare how well teacher and student follow prompts and how much
-their samples vary, per number of steps. After an interruption, run the same command again to continue.
+their samples vary, per number of steps. After an interruption, run the same command again to continue. Several
+processes train one student together, as with `train.py` (see experiments/launch).
 """
 
 from dit_video.platform.scripts import prepare_script
@@ -30,10 +31,14 @@ from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
 from dit_video.core.storage import StoragePathLike
 from dit_video.data.synthetic import shapes
+from dit_video.distributed.gather import is_first_process
+from dit_video.distributed.heartbeat import TimeoutConfig
+from dit_video.distributed.processes import main_process_first
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.experiment import datasets
 from dit_video.experiment.folder import CONFIG
+from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.platform.compilation_cache import enable_compilation_cache
@@ -67,6 +72,10 @@ class Arguments:
     options: Annotated[DistillationOptions, tyro.conf.arg(name="")] = field(default_factory=DistillationOptions)
     cache: bool = True
     """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
+    stopped_code: int = 0
+    """Exit code after SIGTERM or Ctrl-C; use 75 for a manager that takes 0 for finished, such as Kubernetes."""
+    patience: TimeoutConfig = field(default_factory=TimeoutConfig)
+    """Timeouts of the processes of a run when they wait for each other."""
 
 
 def main() -> None:
@@ -84,12 +93,17 @@ def main() -> None:
         datasets.check_datasets(arguments.data)  # fail before the run's folder is created
     elif not is_shapes and not (arguments.teacher / CONFIG).is_file():
         raise UserError(f"{arguments.teacher} is a pipeline, which has no clips of its own; use --data CLIPS")
-    run = Run.create(arguments.workdir, experiment)
-    student = run.train(*(arguments.data or _get_data(arguments)))
-    teacher = dit_video.load(arguments.teacher)
-    evaluation = evaluate.evaluate(student, run.folder, seed=experiment.seed, clips=run.evaluation_clips())
-    if is_shapes and arguments.seeds:
-        evaluation.metrics["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)
+    launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
+    with open_run(Run, arguments.workdir, experiment, **launch) as run:
+        with main_process_first():
+            data = arguments.data or _get_data(arguments)
+        student = run.train(*data)
+        teacher = dit_video.load(arguments.teacher, mesh=run.runtime.sampling_mesh)
+        evaluation = evaluate.evaluate(student, run.folder, seed=experiment.seed, clips=run.evaluation_clips())
+        if is_shapes and arguments.seeds:
+            evaluation.metrics["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)
+    if not is_first_process():
+        return
     write_run_report(
         run.folder / "report.html",
         student,
@@ -106,15 +120,19 @@ def _get_data(arguments: Arguments) -> tuple[StoragePathLike, ...]:
     if (arguments.teacher / CONFIG).is_file():
         return datasets.list_datasets(arguments.teacher / "data")
     folder, count, seed = arguments.workdir / "clips", arguments.clips, arguments.options.seed
-    with Progress("rendering clips", count, unit="clip") as progress:
-        shapes.write_folder(folder, count=count, seed=seed, progress=lambda done, _: progress.update(done))
+    if is_first_process():
+        with Progress("rendering clips", count, unit="clip") as progress:
+            shapes.write_folder(folder, count=count, seed=seed, progress=lambda done, _: progress.update(done))
     return (folder,)
 
 
 def _compare_few_steps(arguments: Arguments, teacher: Pipeline, student: Pipeline, folder: Path) -> dict[str, Any]:
-    """Compare teacher and student, write the table to few_steps.json, print it and return it."""
+    """Compare teacher and student, return the table, and in the first process write it to few_steps.json and print it.
+
+    All processes sample, and each decodes and measures all clips.
+    """
     few = tuple(sorted({4, 2, 1, arguments.options.sampling_steps}, reverse=True))
-    with Progress("comparing", 1 + 2 * len(few), unit="row") as progress:
+    with Progress("comparing", 1 + 2 * len(few), unit="row", visible=is_first_process()) as progress:
         seeds = range(arguments.options.seed, arguments.options.seed + arguments.seeds)
         table = compare(
             teacher,
@@ -124,6 +142,8 @@ def _compare_few_steps(arguments: Arguments, teacher: Pipeline, student: Pipelin
             seeds=tuple(seeds),
             progress=progress.update,
         )
+    if not is_first_process():
+        return table
     write_json(folder / "few_steps.json", table)
     for name, row in table.items():
         rates = ", ".join(f"{attribute} {row[attribute]:.1%}" for attribute in ATTRIBUTES)

@@ -17,8 +17,10 @@ which is written to RUN/transformer_2. The run samples with both. To combine the
 
 RUN/samples holds samples of the clips' captions; samples of image-to-video models begin with the clip's first frame.
 RUN/report.html shows all metrics. Use `dit_video.load(RUN)` to sample more, or `sample.py` for a model that needs no
-image. After an interruption, run the same command again to continue. For settings that this command does not offer,
-write a config with `EXPERIMENT = make_finetuning_experiment(MODEL, FineTuningOptions(...))` and use `train.py`.
+image. After an interruption, run the same command again to continue. Several processes, on one host or many, train one
+run together, as with `train.py` (see experiments/launch); --mesh.fsdp and its like divide the devices. For settings
+that this command does not offer, write a config with
+`EXPERIMENT = make_finetuning_experiment(MODEL, FineTuningOptions(...))` and use `train.py`.
 """
 
 from dit_video.platform.scripts import prepare_script
@@ -29,7 +31,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -39,8 +41,11 @@ from train import evaluate_run
 
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
+from dit_video.distributed.gather import is_first_process
+from dit_video.distributed.heartbeat import TimeoutConfig
 from dit_video.experiment import datasets
 from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE, TRANSFORMER_FOLDERS
+from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run
 from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
@@ -67,6 +72,10 @@ class Arguments:
     options: Annotated[FineTuningOptions, tyro.conf.arg(name="")] = field(default_factory=FineTuningOptions)
     cache: bool = True
     """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
+    stopped_code: int = 0
+    """Exit code after SIGTERM or Ctrl-C; use 75 for a manager that takes 0 for finished, such as Kubernetes."""
+    patience: TimeoutConfig = field(default_factory=TimeoutConfig)
+    """Timeouts of the processes of a run when they wait for each other."""
 
 
 def main() -> None:
@@ -81,9 +90,14 @@ def main() -> None:
     datasets.check_datasets(arguments.data)  # fail before the run's folder is created
     start_time = time.perf_counter()
     experiment = make_finetuning_experiment(arguments.model, arguments.options)
-    run = Run.create(arguments.workdir or Path("runs") / experiment.name, experiment)
-    run.train(*arguments.data, latents=arguments.latents)
-    evaluate_run(run)
+    workdir = arguments.workdir or Path("runs") / experiment.name
+    launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
+    with open_run(Run, workdir, experiment, **launch) as run:
+        run.prepare(*arguments.data, latents=arguments.latents)
+        run.run_stages()
+        evaluate_run(run)
+    if not is_first_process():
+        return
     for name in (LORA_FILE, ADAPTER_FILE, *TRANSFORMER_FOLDERS.values()):
         if (run.folder / name).exists():
             print(run.folder / name)

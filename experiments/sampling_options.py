@@ -6,6 +6,8 @@ from typing import Any
 
 import dit_video
 from dit_video.core.command_line import check_minimum
+from dit_video.distributed.mesh import parse_mesh
+from dit_video.nn.attention import BackendName
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.platform.compilation_cache import enable_compilation_cache
 
@@ -30,6 +32,10 @@ class SamplingOptions:
     """Decay of the weight average to load from a run; 0 loads the raw weights."""
     sigma_rel: float | None = None
     """Relative width of a post-hoc average, reconstructed from the snapshots of a run."""
+    mesh: str | None = None
+    """Devices that sample together, such as data=2,context=4 for branches of guidance and tokens; one by default."""
+    attention: BackendName | None = None
+    """Backend of attention instead of the model's own; auto takes the best one for the devices."""
     cache: bool = True
     """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
 
@@ -37,12 +43,14 @@ class SamplingOptions:
         """Load the pipeline of a run, a pipeline folder or open weights with the chosen weights.
 
         Raises:
-          UserError: a number of steps below 1, or what `dit_video.load` refuses.
+          UserError: a number of steps below 1, a mesh that is not AXIS=SIZE,…, or what `dit_video.load` refuses.
         """
         check_minimum(1, steps=self.steps)
         if self.cache:
             enable_compilation_cache()
-        return dit_video.load(run, text_encoder=text_encoder, ema=self.ema, sigma_rel=self.sigma_rel)
+        mesh = None if self.mesh is None else parse_mesh(self.mesh)
+        options: dict[str, Any] = {"ema": self.ema, "sigma_rel": self.sigma_rel, "attention": self.attention}
+        return dit_video.load(run, text_encoder=text_encoder, mesh=mesh, **options)
 
     def make_overrides(self, pipeline: Pipeline) -> dict[str, Any]:
         """Return the arguments `steps`, `guidance` and `sampler` of the pipeline's methods."""

@@ -22,28 +22,25 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-import jax
 import tyro
 
 from dit_video.core import config_json
 from dit_video.core.command_line import parse_arguments
-from dit_video.core.errors import GracefulStop, UserError, script
+from dit_video.core.errors import UserError, script
 from dit_video.diffusion import Guidance
+from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.heartbeat import TimeoutConfig
-from dit_video.distributed.processes import initialize_distributed, main_process_first
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.collection import MetricResult
 from dit_video.experiment import Experiment, StagedExperiment, datasets
 from dit_video.experiment.config_file import load_experiment
+from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run, StagedRun
 from dit_video.generation import Sampling
 from dit_video.platform.compilation_cache import enable_compilation_cache
-from dit_video.platform.provenance import get_code_version
 from dit_video.reports.run_report import write_autoencoder_report, write_run_report
-from dit_video.training.folder_lock import lock_folder
-from dit_video.training.preemption import raise_on_sigterm
 
 
 @dataclass(frozen=True)
@@ -102,29 +99,23 @@ def main() -> None:
         raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
     datasets.check_datasets(arguments.data)  # fail before the run's folder is created
     start_time = time.perf_counter()
-    config = config_json.to_json(arguments.experiment)
-    GracefulStop.code = arguments.stopped_code
-    with (
-        raise_on_sigterm(),
-        initialize_distributed(config, code=get_code_version(), timeouts=arguments.patience),
-        lock_folder(workdir),
-    ):
-        with main_process_first():
-            run = dataclasses.replace(run_class.create(workdir, arguments.experiment), profile=arguments.profile)
+    options: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
+    with open_run(run_class, workdir, arguments.experiment, **options) as opened:
+        run = dataclasses.replace(opened, profile=arguments.profile)
         run.prepare(*arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
         for stage in run.select_stages("autoencoder" if arguments.autoencoder_only else None):
             if stage.is_due(run.runtime):
                 stage.run(run.runtime)
         results = evaluate_autoencoder(run) if arguments.autoencoder_only else evaluate_run(run)
     evaluate.print_results(results)
-    if jax.process_index() == 0:
+    if is_first_process():
         result = f"report: {workdir / 'report.html'}" if isinstance(run, Run) else f"run: {workdir}"
         print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; {result}")
 
 
 def evaluate_autoencoder(run: StagedRun) -> dict[str, MetricResult]:
     """Write the report of a run whose autoencoder is trained, and return the results."""
-    if jax.process_index() != 0 or not isinstance(run, Run):
+    if not is_first_process() or not isinstance(run, Run):
         return {}
     evaluation = evaluate.evaluate_autoencoder(
         run.codec(), run.evaluation_clips(), run.folder, metrics=run.experiment.evaluation.metrics
@@ -134,11 +125,16 @@ def evaluate_autoencoder(run: StagedRun) -> dict[str, MetricResult]:
 
 
 def evaluate_run(run: StagedRun) -> dict[str, MetricResult]:
-    """Sample a finished run, write its report and return the results; a run without a denoiser has none."""
-    if jax.process_index() != 0 or not isinstance(run, Run):  # only the main process writes the report
+    """Sample a finished run on its devices, write its report and return the results in the first process.
+
+    A run without a denoiser has none.
+    """
+    if not isinstance(run, Run):
         return {}
     experiment, workdir, pipeline = run.experiment, run.folder, run.load_pipeline()
     evaluation = evaluate.evaluate(pipeline, workdir, seed=experiment.seed, clips=run.evaluation_clips())
+    if not is_first_process():
+        return {}
     write_run_report(
         workdir / "report.html",
         pipeline,

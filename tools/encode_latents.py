@@ -32,7 +32,7 @@ from dit_video.experiment.datasets import open_datasets, resolve
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
 from dit_video.nn import get_param_shapes
-from dit_video.pipelines.loading import load_pipeline
+from dit_video.pipelines.folder import read_pipeline_config
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
@@ -163,7 +163,7 @@ def _prepare_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
 
 
 def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
-    config = load_pipeline(folder).config
+    config = read_pipeline_config(folder)
     settings = views.override(
         DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
     )

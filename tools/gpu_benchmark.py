@@ -17,8 +17,8 @@ The parts, each of which ends when its time is spent:
     sampling     a clip of 81x480x832 by the shape of Wan 2.1 1.3B, with decoding (7 minutes)
 
 Each figure is written as it appears, with the device, the version of JAX, the date and its target. Cases run in
-processes of their own, so that a kernel that fails, or memory that runs out, does not end the others. JAX gets 95 % of
-the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set, and compiled programs are kept.
+processes of their own, so that a kernel that fails, or memory that runs out, does not end the others. The flags of XLA
+are those of all scripts (`dit_video/platform/xla_flags.py`), and compiled programs are kept.
 
 Only JAX, Flax, optax, einops, jaxtyping, safetensors, tokenizers and NumPy are needed; there is no data to prepare.
 """
@@ -28,7 +28,6 @@ from dit_video.platform.scripts import prepare_script
 prepare_script(__name__)
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,7 +115,6 @@ def main() -> None:
         return
     if unknown := [part for part in arguments.parts if part not in PART_SECONDS]:
         raise UserError(f"part {unknown[0]!r} is invalid: it does not exist. Use {', '.join(PART_SECONDS)}.")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     parts = arguments.parts or list(PART_SECONDS)
     if arguments.case is not None:
         sys.exit(run_case(parts[0], arguments.case, arguments.seconds, is_small=arguments.small))

@@ -5,12 +5,16 @@
     python tools/plan.py experiments/configs/wan_14b_480p.py --topology v5p:4x4x8 --suggest --json plan.json
     python tools/plan.py experiments/configs/clips.py --topology h100:8          # analytic, unless 8 H100 are present
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5e:4x4 --of sampler
+    python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology h100:1 --of sampler --fit 24GiB
+    python tools/plan.py --calibrate
 
 The report says whether the step fits, the bytes on each device (parameters, optimizer, EMA, activations, temporary
 buffers), the model's and the executed FLOPs, the bytes that each kind of collective moves along each mesh axis, the
-roofline's time, and chip-hours and price. Plans for TPUs need `libtpu` (pip install libtpu) but no TPU. For GPUs that
-are not present, everything is computed analytically and marked `analytic`. `--suggest` searches meshes, rows and
-rematerialization. `--set` changes any scalar of the config: `--set denoiser.backbone.layers=20`.
+limits of the time (the roofline), the expected time, and chip-hours and price. Plans for TPUs need `libtpu` (pip
+install libtpu) but no TPU. For GPUs that are not present, everything is computed analytically and marked `analytic`.
+`--suggest` searches meshes, rows and rematerialization; `--fit` searches the options that make the step fit into a
+memory. `--calibrate` measures this machine's devices, and later plans for such chips expect what was measured. `--set`
+changes any scalar of the config: `--set denoiser.backbone.layers=20`.
 """
 
 from dit_video.platform.scripts import prepare_script
@@ -18,13 +22,16 @@ from dit_video.platform.scripts import prepare_script
 prepare_script(__name__, huge_pages=False)
 
 import ast
+import dataclasses
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-# Set before JAX is imported, because with libtpu installed JAX searches for a TPU. Programs are only compiled here.
-if "JAX_PLATFORMS" not in os.environ and not any(Path("/dev").glob("nvidia[0-9]")):
+# Set before JAX is imported, because with libtpu installed JAX searches for a TPU. Programs are only compiled here,
+# unless they are to be measured.
+is_measured = "--calibrate" in sys.argv or any(Path("/dev").glob("nvidia[0-9]"))
+if "JAX_PLATFORMS" not in os.environ and not is_measured:
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,19 +40,58 @@ from benchmarks.settings import read_setting, replace_field
 from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
-from dit_video.distributed import AXES, MeshConfig
-from dit_video.distributed.planner import Topology
+from dit_video.distributed.mesh import parse_mesh
+from dit_video.distributed.planner import (
+    CHIPS,
+    Calibration,
+    Topology,
+    find_efficiencies,
+    get_calibration_folder,
+    read_calibration,
+)
+from dit_video.distributed.planner.calibrate import calibrate
 from dit_video.experiment import Experiment
-from dit_video.planning import plan_experiment, suggest
+from dit_video.planning import fit, parse_memory, plan_experiment, suggest
 
 
 def main() -> None:
+    arguments = make_parser().parse_args()
+    folder = arguments.calibration or get_calibration_folder()
+    if arguments.calibrate:
+        print(f"written to {calibrate(report=_print_progress).write(folder)}")
+        return
+    check_arguments(arguments)
+    topology, calibration = find_topology(arguments.topology, folder)
+    experiment = read_experiment(arguments.config, arguments.set, rows=arguments.rows)
+    if arguments.mesh is not None:
+        experiment = dataclasses.replace(experiment, mesh=parse_mesh(arguments.mesh))
+    efficiencies = find_efficiencies(topology.chip, calibration)
+    options: dict[str, Any] = {"part": arguments.of, "clips": arguments.clips, "efficiencies": efficiencies}
+    search: dict[str, Any] = {"tries": arguments.tries, "report": _print_progress}
+    costs: dict[str, Any] = {"steps": arguments.steps, "price": arguments.price}
+    result: Any
+    if arguments.fit is not None:
+        result = fit(experiment, topology, parse_memory(arguments.fit), **search, **options)
+    elif arguments.suggest:
+        result = suggest(experiment, topology, rows=arguments.rows, **search, **costs, **options)
+    else:
+        result = plan_experiment(experiment, topology, measure=arguments.measure, **costs, **options)
+    if arguments.json is not None:
+        write_json(arguments.json, result.to_json())
+    print(result)
+
+
+def make_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
-        "config", type=Path, help="Config file of an experiment, such as experiments/configs/wan_1_3b_480p.py."
+        "config",
+        type=Path,
+        nargs="?",
+        help="Config file of an experiment, such as experiments/configs/wan_1_3b_480p.py.",
     )
     parser.add_argument(
-        "--topology", required=True, help="Hardware to plan for, such as v5e:4x4, v5p:2x2x4 or h100:16."
+        "--topology",
+        help="Hardware to plan for, such as v5e:4x4, v5p:2x2x4, two slices v5p:4x4x8*2, h100:16 or a calibrated cpu:1.",
     )
     parser.add_argument("--of", choices=("denoiser", "autoencoder", "sampler"), default="denoiser")
     parser.add_argument(
@@ -61,36 +107,57 @@ def main() -> None:
         "--measure", action="store_true", help="Run a step and report the devices' memory, if they are present."
     )
     parser.add_argument("--suggest", action="store_true", help="Search mesh, rows (unless --rows is set) and remat.")
-    parser.add_argument("--tries", type=int, default=4, help="Number of candidates that --suggest compiles.")
+    parser.add_argument("--fit", metavar="SIZE", help="Search the options that fit into a memory such as 24GiB.")
+    parser.add_argument("--tries", type=int, default=4, help="Number of candidates that a search compiles.")
+    parser.add_argument("--calibrate", action="store_true", help="Measure this machine's devices for later plans.")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FOLDER", help="Folder of calibrations; by default in the user's cache."
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="Change a field of the config; repeatable."
     )
     parser.add_argument("--json", type=Path, help="JSON file to write the whole plan to.")
-    arguments = parser.parse_args()
-    check_minimum(1, steps=arguments.steps, tries=arguments.tries, rows=arguments.rows, clips=arguments.clips)
-    check_minimum(0, price=arguments.price)
-    topology = Topology.parse(arguments.topology)
-    mesh = None if arguments.mesh is None else parse_mesh(arguments.mesh)
-    experiment = read_experiment(arguments.config, arguments.set, rows=arguments.rows)
-    options = {"part": arguments.of, "clips": arguments.clips, "steps": arguments.steps, "price": arguments.price}
-    if arguments.suggest:
-        if mesh is not None:
+    return parser
+
+
+def check_arguments(arguments: Any) -> None:
+    """Check the options of a plan.
+
+    Raises:
+      UserError: one is missing or out of range, or two exclude each other.
+    """
+    for name, value in (("CONFIG", arguments.config), ("--topology", arguments.topology)):
+        if value is None:
             raise UserError(
-                "--suggest and --mesh exclude each other, because --suggest searches for a mesh; drop one of them"
+                f"{name} is missing: only --calibrate does without. Use tools/plan.py CONFIG --topology v5e:4x4"
             )
-        plan = suggest(
-            experiment,
-            topology,
-            rows=arguments.rows,
-            tries=arguments.tries,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
-            **options,
+    numbers = {name: getattr(arguments, name) for name in ("steps", "tries", "rows", "clips")}
+    check_minimum(1, **numbers)
+    check_minimum(0, price=arguments.price)
+    if arguments.suggest and arguments.mesh is not None:
+        raise UserError(
+            "--suggest and --mesh exclude each other, because --suggest searches for a mesh; drop one of them"
         )
-    else:
-        plan = plan_experiment(experiment, topology, mesh=mesh, measure=arguments.measure, **options)
-    if arguments.json is not None:
-        write_json(arguments.json, plan.to_json())
-    print(plan)
+    if arguments.suggest and arguments.fit is not None:
+        raise UserError("--suggest and --fit exclude each other, because both search; drop one of them")
+
+
+def find_topology(text: str, folder: Path) -> tuple[Topology, Calibration | None]:
+    """Return a topology, and the calibration of its chip in a folder; None if there is none.
+
+    Raises:
+      UserError: it is not a topology, or a file in the folder is not a calibration.
+    """
+    name = text.lower().partition(":")[0]
+    calibration = read_calibration(folder, "v7x" if name == "tpu7x" else name) if name.isalnum() else None
+    if name == "cpu" and calibration is None:
+        rule = f"a CPU is planned for as it was measured, and {folder} has no measurement"
+        raise UserError(f"--topology {text} is invalid: {rule}. Use --calibrate first")
+    return Topology.parse(text, CHIPS if calibration is None else {**CHIPS, name: calibration.chip}), calibration
+
+
+def _print_progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def read_experiment(path: Path, changes: list[str], *, rows: int | None) -> Experiment:
@@ -111,25 +178,6 @@ def read_experiment(path: Path, changes: list[str], *, rows: int | None) -> Expe
             value = text
         experiment = replace_field(experiment, name, value)
     return experiment
-
-
-def parse_mesh(text: str) -> MeshConfig:
-    """Parse a mesh such as `fsdp=8,context=4`; unnamed axes have size 1, except for `data`, which takes the rest.
-
-    Raises:
-      UserError: if an axis does not exist or its size is not an integer.
-    """
-    sizes: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name not in AXES or not size.lstrip("-").isdecimal():
-            raise UserError(
-                f"--mesh {part} is invalid: it must be AXIS=SIZE. Use {','.join(f'{axis}=1' for axis in AXES)}"
-            )
-        sizes[name] = int(size)
-    if "data" not in sizes and -1 in sizes.values():
-        sizes["data"] = 1
-    return MeshConfig(**sizes)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,13 @@ from jaxtyping import Array, Float
 from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import RingAttention
-from dit_video.distributed.sharding_rules import ROW_AXES
+from dit_video.distributed.sharding_rules import ROW_AXES, STATE_AXES
+from dit_video.distributed.weight_gradients import LayerInputs, compute_sharded_gradient
 from dit_video.nn.attention import Attention, AttentionInputs, Backend, Full, Pattern, get_backend_name
 from dit_video.nn.attention.api import Keys, Queries
 from dit_video.nn.attention.key_ranges import pad_to_blocks
-from dit_video.nn.parallel import ONE_DEVICE, FusedConstraint, Parallelism, Split, WeightConstraint
+from dit_video.nn.linear import compute_kernel_gradient
+from dit_video.nn.parallel import ONE_DEVICE, FusedConstraint, Parallelism, Precision, Split, WeightConstraint
 from dit_video.platform.devices import Platform
 
 _HEAD_SPEC = P(ROW_AXES, "context", "tensor", None)
@@ -90,13 +92,15 @@ class MeshParallelism(Parallelism):
     def make_cross_attention(self, backend: Backend) -> Attention:
         return ShardedAttention(self.mesh, super().make_cross_attention(backend), "cross")
 
-    def make_weight_constraint(self, split: Split | None) -> WeightConstraint | None:
-        if self.mesh.shape["fsdp"] == 1:
+    def make_weight_constraint(self, split: Split | None, *, is_context: bool = False) -> WeightConstraint | None:
+        if all(self.mesh.shape[axis] == 1 for axis in STATE_AXES):
             return None
+        # Inputs of layers without a split may be tokens, or conditioning of a few clips.
+        inputs: LayerInputs | None = None if split is None else "context" if is_context else "tokens"
         if split is None or self.mesh.shape["tensor"] == 1:
-            return GatheredWeight(self.mesh, P())
+            return GatheredWeight(self.mesh, P(), inputs)
         specs = {"outputs": P(None, "tensor"), "inputs": P("tensor", None)}
-        return GatheredWeight(self.mesh, specs[split]) if split in specs else None
+        return GatheredWeight(self.mesh, specs[split], inputs) if split in specs else None
 
     def make_fused_constraint(self) -> FusedConstraint | None:
         return HeadSharded(self.mesh) if self.mesh.shape["tensor"] > 1 else None
@@ -172,7 +176,7 @@ class ShardedAttention:
 
 @dataclass(frozen=True)
 class GatheredWeight:
-    """A weight that `fsdp` shards, gathered before use: once for a forward pass, and once for a backward pass.
+    """A weight that `fsdp` and `context` shard, gathered before use, once for a forward and once for a backward pass.
 
     Otherwise XLA's partitioner would gather a weight again for each product, in a different layout each time, or might
     gather tokens instead.
@@ -180,6 +184,7 @@ class GatheredWeight:
 
     mesh: AnyMesh
     spec: P
+    inputs: LayerInputs | None
 
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]:
         return jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, self.spec))
@@ -194,6 +199,14 @@ class GatheredWeight:
             jax.lax.with_sharding_constraint(factor, NamedSharding(self.mesh, spec))
             for factor, spec in zip((a, b), layouts, strict=True)
         )
+
+    def compute_gradient(
+        self, x: Float[Array, "*batch i"], cotangent: Float[Array, "*batch o"], precision: Precision = None
+    ) -> Float[Array, "i o"]:
+        """Return the kernel's gradient, each part of it on the devices that hold this part of the kernel."""
+        if self.inputs is None:
+            return compute_kernel_gradient(x, cotangent, precision)
+        return compute_sharded_gradient(self.mesh, self.spec, self.inputs, x, cotangent, precision)
 
 
 @dataclass(frozen=True)

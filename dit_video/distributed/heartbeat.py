@@ -53,8 +53,8 @@ class TimeoutConfig:
     max_silence: float = 60.0
     """Time without a heartbeat of a process."""
     max_lag: float = 1800.0
-    """Time that a process stays at a step while others are ahead; longer than evaluation or sampling by one process
-    takes."""
+    """Time that a process stays at a step while others are ahead; longer than a step takes. Where one process writes or
+    evaluates, the others wait for it at the same step, so that none is behind."""
 
     def __post_init__(self) -> None:
         check_at_least(1, startup=self.startup, max_silence=self.max_silence, max_lag=self.max_lag)

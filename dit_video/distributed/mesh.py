@@ -209,3 +209,36 @@ def make_abstract_mesh(config: MeshConfig, count: int) -> jax.sharding.AbstractM
     """
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.sharding.AbstractMesh(_resolve_sizes(config, count), AXES, axis_types=types)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """Parse a mesh such as `fsdp=8,context=4`; unnamed axes have size 1, except for `data`, which takes the rest.
+
+    Raises:
+      UserError: If an axis does not exist or its size is not an integer.
+    """
+    sizes: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES or not size.lstrip("-").isdecimal():
+            raise UserError(
+                f"--mesh {part} is invalid: it must be AXIS=SIZE. Use {','.join(f'{axis}=1' for axis in AXES)}"
+            )
+        sizes[name] = int(size)
+    if "data" not in sizes and -1 in sizes.values():
+        sizes["data"] = 1
+    return MeshConfig(**sizes)
+
+
+def resolve_mesh(mesh: MeshConfig | jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, ContextAttention]:
+    """Return the mesh of a config, or a mesh with the axes of this package, and its method of context attention.
+
+    Raises:
+      UserError: If the config does not fit the devices, or the mesh has other axes.
+    """
+    if isinstance(mesh, MeshConfig):
+        return make_mesh(mesh), mesh.context_attention
+    if tuple(mesh.axis_names) != AXES:
+        fix = "Use dit_video.distributed.make_mesh(MeshConfig(...))."
+        raise UserError(f"mesh with axes {', '.join(mesh.axis_names)} is invalid: it has {', '.join(AXES)}. {fix}")
+    return mesh, "ulysses"

@@ -139,6 +139,16 @@ def main_process_first() -> Iterator[None]:
         turn.write("done", "")
 
 
+def wait_for_main_process() -> None:
+    """Wait until the first process has reached this call: what it wrote before is there.
+
+    The others do not wait in a collective operation, which some platforms end after a while. The heartbeat goes on, and
+    takes none of them for slow, since all are at the same step.
+    """
+    with main_process_first():
+        pass
+
+
 def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
     # The training loop handles SIGTERM. JAX's service would catch it, and only report it when polled.
     jax.config.update("jax_enable_preemption_service", False)

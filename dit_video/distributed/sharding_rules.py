@@ -6,6 +6,7 @@ whose paths end in the same names (`opt_state/0/mu/blocks/up/kernel`), like the 
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ Axis = str | tuple[str, ...] | None
 
 ROW_AXES = ("data", "fsdp")
 """Mesh axes that share the rows of the batch."""
+STATE_AXES = ("fsdp", "context")
+"""Mesh axes that share parameters and optimizer state: devices of `context` compute tokens of the same rows, with the
+same weights."""
 _TOKEN_PATTERN = r"(^|/)(tokens|segments|positions)$"
 """Arrays of packed rows whose second axis counts tokens."""
 
@@ -43,7 +47,8 @@ class ShardingRules:
     """Path rules, of which the first match decides, and defaults for all other arrays.
 
     Without a match, weights of heads and hidden widths are sharded over `tensor`, and the largest other axis that
-    `fsdp` divides over `fsdp` (the last of equal ones). Small or indivisible arrays are replicated.
+    `fsdp` x `context` divides over both (the last of equal ones); where these divide no axis, over the larger of the
+    two that divides one. Small or indivisible arrays are replicated.
     """
 
     rules: tuple[tuple[str, tuple[Axis, ...]], ...] = ()
@@ -203,13 +208,31 @@ def _apply_default(path: str, shape: tuple[int, ...], mesh: AnyMesh, rules: Shar
     if math.prod(shape) < rules.min_size:
         return PartitionSpec()
     first = 1 if re.search(rules.stacked_pattern, path) else 0
-    split: dict[int, str] = {}
+    split: dict[int, Axis] = {}
     from_end = rules.get_tensor_axis(path)
     axis = -1 if from_end is None else len(shape) + from_end
     if mesh.shape["tensor"] > 1 and first <= axis and shape[axis] % mesh.shape["tensor"] == 0:
         split[axis] = "tensor"
-    count = mesh.shape["fsdp"]
-    divisible = [axis for axis in range(first, len(shape)) if shape[axis] % count == 0 and axis not in split]
-    if count > 1 and divisible:
-        split[max(divisible, key=lambda axis: (shape[axis], axis))] = "fsdp"
+    if (state := choose_state_split(shape, mesh, taken={*range(first), *split})) is not None:
+        axis, names = state
+        split[axis] = names[0] if len(names) == 1 else names
     return PartitionSpec(*(split.get(axis) for axis in range(len(shape)))) if split else PartitionSpec()
+
+
+def choose_state_split(
+    shape: tuple[int, ...], mesh: AnyMesh, *, taken: Collection[int] = ()
+) -> tuple[int, tuple[str, ...]] | None:
+    """Return the axis of an array that `STATE_AXES` shard, and which of them do; None if they divide none.
+
+    Args:
+      shape: shape of the array.
+      mesh: the mesh.
+      taken: axes of the array that are not sharded, or over other axes of the mesh.
+    """
+    used = tuple(name for name in STATE_AXES if mesh.shape[name] > 1)
+    alone = sorted(((name,) for name in used), key=lambda names: -mesh.shape[names[0]])
+    for names in (used, *alone) if used else ():
+        count = math.prod(mesh.shape[name] for name in names)
+        if divisible := [axis for axis, size in enumerate(shape) if size % count == 0 and axis not in taken]:
+            return max(divisible, key=lambda axis: (shape[axis], axis)), names
+    return None

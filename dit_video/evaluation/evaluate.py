@@ -14,6 +14,8 @@ from dit_video.core.files import atomic_path, read_json, write_json
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.diffusion import SAMPLERS, Guidance
+from dit_video.distributed.gather import is_first_process
+from dit_video.distributed.processes import wait_for_main_process
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.collection import MetricCollection, MetricResult
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
@@ -62,7 +64,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Sample as the pipeline's config says, compute its metrics, and write `samples/` and `metrics.json`.
 
-    The samples depend on the config's prompts and the seed, never on its metrics.
+    The samples depend on the config's prompts and the seed, never on its metrics. In a run of several processes all of
+    them call this and sample; the first one decodes, measures and writes. All compute metrics that need the pipeline.
 
     Args:
       pipeline: the pipeline to evaluate.
@@ -77,18 +80,24 @@ def evaluate(
     """
     folder = Path(folder)
     check_at_least(0, seed=seed)
-    _check_replaceable(folder / "samples")
+    if is_first_process():
+        _check_replaceable(folder / "samples")
     resolved = pipeline.resolve_sampling(**sampling)
     config = evaluation or pipeline.config.evaluation or CaptionEvaluation()
     requests = config.make_requests(clips, seed, image=bool(pipeline.config.backbone.cond_channels))
     if not requests:
         raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")
     collection = MetricCollection(config.metrics)
-    reconstructions = [] if clips is None else _measure_reconstructions(collection, pipeline.codec, clips, pipeline)
+    is_measuring = is_first_process() or "pipeline" in collection.needs
+    reconstructions: list[ClipReconstruction] = []
+    if clips is not None and is_measuring:
+        reconstructions = _measure_reconstructions(collection, pipeline.codec, clips, pipeline)
     start_time = time.perf_counter()
-    with Progress("sampling", len(requests), unit="clip") as progress:
+    with Progress("sampling", len(requests), unit="clip", visible=is_first_process()) as progress:
         prompted = [each.request for each in requests]
         write_samples(pipeline, prompted, folder / "samples", progress=progress.update, **sampling)
+    if not is_measuring:
+        return EvaluationResult({}, {}, [], [], [])
     seconds, samples = round(time.perf_counter() - start_time, 1), read_samples(folder / "samples")
     needs_references = "references" in collection.needs
     for start in range(0, len(samples), _BATCH):
@@ -135,7 +144,8 @@ def _write_results(folder: Path, collection: MetricCollection, result: Evaluatio
         "clips": collection.list_examples([pair.name for pair in result.reconstructions], CLIP_NEEDS),
         "samples": collection.list_examples([entry["file"] for entry, _ in result.samples], PROMPT_NEEDS),
     }
-    write_json(folder / "metrics.json", metrics)
+    if is_first_process():
+        write_json(folder / "metrics.json", metrics)
     return result._replace(metrics=metrics, results=results)
 
 
@@ -223,20 +233,28 @@ def write_samples(
     """Sample all requests into `folder`: one file each (mp4; png for one frame), and `prompts.json`, which is returned.
 
     The folder is complete or absent; samples in it are replaced. `progress` is called with the number of finished
-    clips; `sampling` is passed to `Pipeline.generate_many`.
+    clips; `sampling` is passed to `Pipeline.generate_latents`. In a run of several processes all of them call this; the
+    first one decodes and writes, and returns the entries.
 
     Raises:
       UserError: the folder holds files that are not samples, or an invalid request.
     """
-    folder = Path(folder).absolute()
+    folder, group = Path(folder).absolute(), max(1, 4 * pipeline.config.batch)
+    parts = [requests[start : start + group] for start in range(0, len(requests), group)]
+    if not is_first_process():
+        for part in parts:
+            wait_for_main_process()  # which decodes and writes the part before
+            pipeline.generate_latents(part, **sampling)
+        wait_for_main_process()
+        return []
     _check_replaceable(folder)
     entries: list[dict[str, Any]] = []
-    group = max(1, 4 * pipeline.config.batch)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        for start in range(0, len(requests), group):
-            part = requests[start : start + group]
-            for request, clip in zip(part, pipeline.generate_many(part, **sampling), strict=True):
+        for part in parts:
+            wait_for_main_process()
+            clips = pipeline.decode_many(pipeline.generate_latents(part, **sampling), part)
+            for request, clip in zip(part, clips, strict=True):
                 frames, height, width = request.size
                 slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40] or "unconditional"
                 name = f"{len(entries):03d}-{slug}.{'png' if frames == 1 else 'mp4'}"
@@ -247,6 +265,7 @@ def write_samples(
                 if progress is not None:
                     progress(len(entries))
         write_json(temporary / PROMPTS_FILE, entries)
+    wait_for_main_process()
     return entries
 
 

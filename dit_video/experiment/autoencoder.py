@@ -10,13 +10,13 @@ from jaxtyping import Array
 from dit_video.autoencoders import InflatedConfig, VqConfig, inflate
 from dit_video.core import rng
 from dit_video.core.errors import MissingError, UserError
+from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment import AutoencoderTraining, PretrainedAutoencoder
 from dit_video.experiment.initial_weights import describe_difference
 from dit_video.families import load_autoencoder
 from dit_video.features import Lpips
 from dit_video.nn import get_graph_def, get_param_shapes
-from dit_video.pipelines.folder import is_pipeline_folder
-from dit_video.pipelines.loading import load_pipeline
+from dit_video.pipelines.folder import AUTOENCODER, is_pipeline_folder, read_pipeline_config
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.vq import VqLoss, VqStep
@@ -70,8 +70,8 @@ def read_autoencoder(
 
 def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
     if is_pipeline_folder(folder):
-        codec = load_pipeline(folder).codec
-        config, params = codec.config, codec.params
+        config = read_pipeline_config(folder).autoencoder
+        params = load_weights(Path(folder) / AUTOENCODER, like=get_param_shapes(config.make))
     else:
         config, params = load_autoencoder(folder)
     if difference := describe_difference(config, expected):
@@ -79,8 +79,12 @@ def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
     return params
 
 
-def make_autoencoder_step(training: AutoencoderTraining, seed: int) -> tuple[TrainStep, tuple[Any, ...]]:
+def make_autoencoder_step(
+    training: AutoencoderTraining, seed: int, *, mesh: AnyMesh | None = None
+) -> tuple[TrainStep, tuple[Any, ...]]:
     """Return the step of an autoencoder's training, and its constants: the weights of LPIPS if it is used.
+
+    The state is sharded on the mesh; None is for a single device.
 
     Raises:
       MissingError: the file of the LPIPS weights does not exist.
@@ -98,8 +102,8 @@ def make_autoencoder_step(training: AutoencoderTraining, seed: int) -> tuple[Tra
         perceptual_net=None if file is None else get_graph_def(lambda rngs: Lpips(rngs=rngs)),
         optimizer=training.optimizer,
     )
-    optimizer = make_optimizer(training.optimizer, steps=training.steps)
-    step = make_step(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay)
+    optimizer = make_optimizer(training.optimizer, steps=training.steps, mesh=mesh)
+    step = make_step(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay, mesh=mesh)
     constants = () if file is None else (load_lpips(file),)
     if objective.adversarial is None:
         return step, constants

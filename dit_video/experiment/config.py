@@ -248,6 +248,11 @@ class Experiment(StagedExperiment):
                     f"{last_value!r}, and its state could not be carried over. Use the same for all stages."
                 )
 
+    def replace_backbone(self, **changes: Any) -> "Experiment":
+        """Return the experiment with other fields of the denoiser's architecture, such as its attention."""
+        denoiser = dataclasses.replace(self.denoiser, backbone=self.denoiser.backbone.replace(**changes))
+        return dataclasses.replace(self, denoiser=denoiser)
+
     def get_stage(self, index: int) -> "Experiment":
         """Return a stage of the denoiser as an experiment of its own; the last one comes after the curriculum."""
         if index == len(self.curriculum):

@@ -24,12 +24,13 @@ from dit_video.experiment.initial_weights import (
     record_identity,
 )
 from dit_video.families import load_denoiser
-from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, init_params, merge_lora
+from dit_video.nn import LoraConfig, add_lora_scale, attach_lora, get_graph_def, init_lora, init_params, merge_lora
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, time_quantile
 from dit_video.training.losses.distillation import make_distillation_step
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.step import GradientStep, TrainStep
+from dit_video.weights.parameter import Placement, place_on_host
 
 
 class TrainableDenoiser(NamedTuple):
@@ -54,19 +55,24 @@ class TrainableDenoiser(NamedTuple):
         """Return the trained adapter; None where weights were trained."""
         return None if self.lora is None else add_lora_scale(trained, self.lora.scale)
 
+    def attach_params(self, trained: dict[str, Any]) -> dict[str, Any]:
+        """Return the model's parameters with an adapter attached: nothing is copied, and a model computes with them."""
+        adapter = self.get_adapter(trained)
+        return trained if adapter is None else attach_lora(self.base_params or {}, adapter)
+
     def merge_params(self, trained: dict[str, Any]) -> dict[str, Any]:
-        """Return the model's parameters on the host, with an adapter merged into one parameter after the other."""
+        """Return the model's parameters, with an adapter merged, where it is on devices, into one after the other."""
         adapter = self.get_adapter(trained)
         if adapter is None:
             return trained
         factors = flatten(adapter)
 
-        def merge_leaf(path: str, leaf: Array) -> np.ndarray:
-            kernel = jax.device_get(leaf)
+        def merge_leaf(path: str, leaf: Array) -> Array:
             if f"{path}/a" not in factors:
-                return kernel
+                return leaf
             module_factors = {f"kernel/{part}": factors[f"{path}/{part}"] for part in ("a", "b", "scale")}
-            return np.asarray(merge_lora({"kernel": kernel}, unflatten(module_factors))["kernel"])
+            merge = jax.jit(merge_lora, out_shardings={"kernel": leaf.sharding})
+            return merge({"kernel": leaf}, unflatten(module_factors))["kernel"]
 
         return map_with_path(merge_leaf, self.base_params)
 
@@ -138,12 +144,18 @@ def get_time_range(training: DenoiserTraining) -> tuple[float, float]:
     return (boundary, 1.0) if training.expert.expert == "high" else (0.0, boundary)
 
 
-def add_other_expert(training: DenoiserTraining, params: dict[str, Any]) -> dict[str, Any]:
-    """Return a pipeline's parameters from the trained ones; the other of two experts is read to the host."""
+def add_other_expert(
+    training: DenoiserTraining, params: dict[str, Any], place: Placement = place_on_host
+) -> dict[str, Any]:
+    """Return a pipeline's parameters from the trained ones; the other of two experts is read to its destination."""
     if (expert_config := training.expert) is None:
         return params
     trained, kept = get_expert_names(training)
-    other = load_denoiser(expert_config.other_folder, kernel_dtype=get_kernel_dtype(training))[1]
+    _, other = load_denoiser(
+        expert_config.other_folder,
+        kernel_dtype=get_kernel_dtype(training),
+        place=lambda path, parameter: place(f"{kept}/{path}", parameter),
+    )
     return {trained: params["backbone"], kept: other, "text": params["text"]}
 
 
@@ -160,7 +172,9 @@ def get_optimizer_config(training: DenoiserTraining) -> OptimizerConfig:
     return dataclasses.replace(training.optimizer, trainable=(TEMPORAL_PATHS,))
 
 
-def make_denoiser_step(config: DenoiserTraining, loss: DenoiserLoss, *, start_step: int = 0) -> TrainStep:
+def make_denoiser_step(
+    config: DenoiserTraining, loss: DenoiserLoss, *, start_step: int = 0, mesh: AnyMesh | None = None
+) -> TrainStep:
     """Return the step of a denoiser's training, from the loss of its parameters.
 
     Adapted weights, or those of a teacher, are the last constant of the step.
@@ -169,8 +183,9 @@ def make_denoiser_step(config: DenoiserTraining, loss: DenoiserLoss, *, start_st
       config: the training.
       loss: loss of the model's parameters.
       start_step: number of steps of earlier stages.
+      mesh: mesh that the state is sharded on; None for a single device.
     """
-    optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps, start_step=start_step)
+    optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps, start_step=start_step, mesh=mesh)
     if isinstance(config.train, Student):
         method, ema_decay = config.train.distillation, config.ema_decay
         return make_distillation_step(method, loss, optimizer, ema_decay=ema_decay, averages=config.averages)
@@ -180,4 +195,5 @@ def make_denoiser_step(config: DenoiserTraining, loss: DenoiserLoss, *, start_st
         ema_decay=config.ema_decay,
         averages=config.averages,
         accumulation_steps=config.accumulation_steps,
+        mesh=mesh,
     )

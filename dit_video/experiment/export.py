@@ -1,20 +1,26 @@
 """Results of a run: the config of its pipeline, and adapters and weights under other projects' names.
 
-With several processes only the first one calls the functions that write.
+With several processes all of them call the functions that write: the first one writes what they gather.
 """
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.files import atomic_path
 from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import fit_size
+from dit_video.distributed import MeshConfig
+from dit_video.distributed.gather import gather_parts, is_first_process, to_host
+from dit_video.distributed.mesh import resolve_mesh
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
 from dit_video.experiment.autoencoder import read_autoencoder
@@ -23,11 +29,13 @@ from dit_video.experiment.encoders import open_text_encoder
 from dit_video.experiment.runtime import Runtime
 from dit_video.families import find_format, get_lora_modules
 from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.devices import make_placement
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.folder import read_pipeline_config
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import Tokenizer
 from dit_video.weights import get_native_modules, save_lora
+from dit_video.weights.parameter import place_on_host
 
 ADAPTER_FILE, LORA_FILE = "adapter.safetensors", "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDERS = {"backbone": "transformer", "low_noise": "transformer_2"}
@@ -46,6 +54,9 @@ def save_adapter(
       params: the adapted parameters `{"backbone": ..., "text": ...}`, or their shapes.
       expert: name of the model in a pipeline: `backbone` or, for the second of two experts, `low_noise`.
     """
+    adapter = to_host(adapter)
+    if not is_first_process():
+        return
     named, base = ({expert if name == "backbone" else name: each[name] for name in each} for each in (adapter, params))
     save_lora(folder / ADAPTER_FILE, named, get_native_modules(base))
     if (modules := get_lora_modules(backbone)) and "backbone" in adapter:
@@ -59,26 +70,31 @@ def save_transformer(
     denoiser_format = find_format(backbone)
     if denoiser_format is None or not denoiser_format.can_express(backbone):
         return
-    with atomic_path(folder / TRANSFORMER_FOLDERS[expert]) as temporary:
-        denoiser_format.save(temporary, backbone, params["backbone"])
+    target, is_writer = folder / TRANSFORMER_FOLDERS[expert], is_first_process()
+    with atomic_path(target) if is_writer else contextlib.nullcontext(target) as temporary:
+        denoiser_format.save(temporary, backbone, gather_parts(params["backbone"]), is_writer=is_writer)
 
 
-def make_pipeline(experiment: Experiment, runtime: Runtime, denoiser: dict[str, Any]) -> Pipeline:
-    """Return the pipeline of a run with these weights of the denoiser.
+def make_pipeline(
+    experiment: Experiment, runtime: Runtime, denoiser: dict[str, Any], *, mesh: MeshConfig | Mesh | None = None
+) -> Pipeline:
+    """Return the pipeline of a run with these weights of the denoiser, on the devices of a mesh or on the default one.
 
     Raises:
       MissingError: the autoencoder is not trained yet.
     """
     autoencoder = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
-    params = add_other_expert(experiment.denoiser, denoiser)
+    place = place_on_host if mesh is None else make_placement(resolve_mesh(mesh)[0])
+    params = add_other_expert(experiment.denoiser, denoiser, place)
     config = get_pipeline_config(experiment, runtime)
-    return Pipeline(config, autoencoder=autoencoder, denoiser=params, get_lora_modules=get_lora_modules)
+    return Pipeline(config, autoencoder=autoencoder, denoiser=params, get_lora_modules=get_lora_modules, mesh=mesh)
 
 
 def get_pipeline_config(experiment: Experiment, runtime: Runtime) -> PipelineConfig:
     """Return the config of a run's pipeline, which was written when it began, or which follows from the clips."""
     if (runtime.folder / PIPELINE_CONFIG).is_file():
-        return read_pipeline_config(runtime.folder)
+        # The experiment's own backbone may have another attention than when the run began.
+        return replace(read_pipeline_config(runtime.folder), backbone=experiment.denoiser.backbone)
     text, infos = open_text_encoder(experiment, runtime), runtime.training_clips.infos
     return make_pipeline_config(experiment, infos, text, command=runtime.command)
 

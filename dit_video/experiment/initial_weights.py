@@ -16,13 +16,13 @@ from jaxtyping import Array
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
-from dit_video.core.trees import flatten, map_with_path
+from dit_video.core.trees import flatten
 from dit_video.distributed import make_shardings
 from dit_video.experiment import DenoiserTraining, TemporalWeights
 from dit_video.families import find_format, load_denoiser, read_denoiser_config
 from dit_video.nn import get_param_shapes
-from dit_video.pipelines.folder import is_pipeline_folder
-from dit_video.pipelines.loading import load_pipeline
+from dit_video.pipelines.folder import is_pipeline_folder, read_pipeline_config
+from dit_video.pipelines.loading import read_denoiser
 from dit_video.text import FrozenTextConfig
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
 from dit_video.weights.parameter import Parameter
@@ -68,10 +68,11 @@ def load_initial_denoiser(training: DenoiserTraining, start: str, placer: "Param
         )
         return {"backbone": params, "text": {}}
     folder = Path(start)
-    pipeline = load_pipeline(folder if is_pipeline_folder(folder) else folder / "pipeline")
+    pipeline = folder if is_pipeline_folder(folder) else folder / "pipeline"
+    config = read_pipeline_config(pipeline)
     for part in ("backbone", "text"):
-        _check_same(str(folder), part, getattr(pipeline.config, part), getattr(training, part))
-    return map_with_path(lambda path, leaf: placer(path, Parameter.from_array(leaf)), pipeline.denoiser_params)
+        _check_same(str(folder), part, getattr(config, part), getattr(training, part))
+    return read_denoiser(pipeline, config, placer)
 
 
 def _check_same(folder: str, part: str, actual: Any, expected: Any) -> None:

@@ -16,9 +16,12 @@ from jax.sharding import Mesh
 from dit_video.backbones.flops import count_training_flops
 from dit_video.conditioning import IMAGE_TOKENS
 from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.online import OnlineEncoder
 from dit_video.distributed import shard_batch
+from dit_video.distributed.gather import is_first_process
+from dit_video.distributed.processes import wait_for_main_process
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import DenoiserTraining, Experiment, Student, input_pipeline
 from dit_video.experiment.denoiser import TrainableDenoiser
@@ -31,7 +34,6 @@ from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.ema import DECAY, format_average_name
 from dit_video.training.optim.posthoc_ema import EmaSnapshots
-from dit_video.training.state import to_host
 from dit_video.training.step import Average
 from dit_video.video import Clip
 
@@ -117,18 +119,19 @@ def make_sampling(
       folder: folder of the files, named by step.
       monitoring: holds the prompts.
       captions: prompts to use if it has none.
-      pipeline: returns a pipeline from averaged weights on the host.
+      pipeline: returns a pipeline from averaged weights, which stay where they are on the devices.
     """
     prompts = monitoring.prompts or tuple(captions[:_MAX_CLIPS])
 
     def call(done: int, state: Any) -> dict[str, float]:
-        ema_params = to_host(state.ema)
-        if jax.process_index() == 0:
-            model = pipeline(ema_params)
-            requests = [Request(prompt, model.config.size, seed=seed) for seed, prompt in enumerate(prompts)]
-            clips = model.generate_many(requests)
+        model = pipeline(state.ema)
+        requests = [Request(prompt, model.config.size, seed=seed) for seed, prompt in enumerate(prompts)]
+        latents = model.generate_latents(requests)
+        if is_first_process():
             folder.mkdir(parents=True, exist_ok=True)
-            tile_clips(clips).save(folder / f"{done:08}.{'mp4' if model.config.size.t > 1 else 'png'}")
+            sheet = tile_clips(model.decode_many(latents, requests))
+            sheet.save(folder / f"{done:08}.{'mp4' if model.config.size.t > 1 else 'png'}")
+        wait_for_main_process()
         return {}
 
     return PeriodicCall(every=monitoring.sample_every, function=call)
@@ -174,7 +177,7 @@ def tile_clips(clips: Sequence[Clip], *, gap: int = 2) -> Clip:
 def select_average(
     state: Any, config: DenoiserTraining, folder: Path, *, ema: float | int | None, sigma_rel: float | None
 ) -> dict[str, Any]:
-    """Return the requested weights of a training, on the host: those of one of its averages.
+    """Return the requested weights of a training, on its devices: those of one of its averages.
 
     Args:
       state: the newest state.
@@ -190,13 +193,18 @@ def select_average(
     if ema is not None and sigma_rel is not None:
         raise UserError("ema and sigma_rel are both given: an average has a decay or a width; give ema or sigma_rel")
     if sigma_rel is not None:
-        shapes = jax.eval_shape(lambda: state.params)
-        return EmaSnapshots(folder / "snapshots").reconstruct(sigma_rel, like=shapes, max_step=int(state.step))
+        shapes, arrays = jax.eval_shape(lambda: state.params), flatten(state.params)
+        return EmaSnapshots(folder / "snapshots").reconstruct(
+            sigma_rel,
+            like=shapes,
+            max_step=int(state.step),
+            place=lambda path, parameter: parameter.to_device(arrays[path].sharding),
+        )
     if ema is None or ema == config.ema_decay:
-        return to_host(state.ema)
+        return state.ema
     if ema == 0:
-        return to_host(state.params)
+        return state.params
     if ema not in config.averages.decays:
         kept_decays = ", ".join(map(str, (config.ema_decay, *config.averages.decays)))
         raise UserError(f"the run keeps no average of decay {ema}; use {kept_decays}, or 0 for the weights themselves")
-    return to_host(state.averages[DECAY][format_average_name(ema)])
+    return state.averages[DECAY][format_average_name(ema)]

@@ -8,14 +8,18 @@ checkpoints. An interrupted run is therefore continued by the same command. `fol
 import functools
 from dataclasses import dataclass
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dit_video.autoencoders import LinearAutoencoder
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePathLike
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.offline import Encoding
-from dit_video.distributed.processes import main_process_first
+from dit_video.distributed import MeshConfig, make_mesh, make_shardings
+from dit_video.distributed.mesh import resolve_mesh
+from dit_video.distributed.processes import wait_for_main_process
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.evaluate import EvaluationClips
 from dit_video.experiment import Experiment, datasets, export, monitors
@@ -149,34 +153,47 @@ class Run(StagedRun):
             write_pipeline_config(self.folder, self.pipeline_config())
 
     def load_pipeline(self) -> Pipeline:
-        """Return the finished pipeline.
+        """Return the finished pipeline, on the run's devices; all its processes call this.
 
         Raises:
           MissingError: the run is not finished.
         """
-        with main_process_first():
-            return load_pipeline(self.folder / "pipeline", get_lora_modules=get_lora_modules)
+        wait_for_main_process()  # which writes it
+        return load_pipeline(
+            self.folder / "pipeline", get_lora_modules=get_lora_modules, mesh=self.runtime.sampling_mesh
+        )
 
-    def newest_pipeline(self, *, ema: float | int | None = None, sigma_rel: float | None = None) -> Pipeline:
+    def newest_pipeline(
+        self,
+        *,
+        ema: float | int | None = None,
+        sigma_rel: float | None = None,
+        mesh: MeshConfig | Mesh | None = None,
+    ) -> Pipeline:
         """Return the pipeline of the newest checkpoint of a run that may be unfinished. Its clips are not needed.
 
         Args:
           ema: decay of the average, 0 for the weights themselves; the config's `ema_decay` if None.
           sigma_rel: relative width of an average that is reconstructed from snapshots.
+          mesh: devices that sample together, to which the weights are read; None for the default one.
 
         Raises:
           MissingError: there are no snapshots, or the autoencoder is not trained yet.
           UserError: the denoiser has no checkpoint yet, or kept no such average.
         """
-        config, mesh, folder = self.experiment.denoiser, self.runtime.mesh, self.folder / "denoiser"
+        config, folder = self.experiment.denoiser, self.folder / "denoiser"
+        devices = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else resolve_mesh(mesh)[0]
+        layout = functools.partial(make_shardings, mesh=devices)
         if (checkpoints := self.runtime.open_checkpoints("denoiser")).latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
-        trained = open_trainable_denoiser(config, folder, mesh, is_resuming=True)
-        loss = make_denoiser_loss(self.experiment, mesh, empty_caption=np.zeros(1, np.int32))
+        trained = open_trainable_denoiser(config, folder, devices, is_resuming=True)
+        loss = make_denoiser_loss(self.experiment, devices, empty_caption=np.zeros(1, np.int32))
         step = make_denoiser_step(config, loss)  # all stages share one state
-        state, _ = checkpoints.restore(get_shapes_on_devices(lambda key: step.init(trained.init(key))))
+        shapes = get_shapes_on_devices(lambda key: step.init(trained.init(key)), shardings=layout)
+        state, _ = checkpoints.restore(shapes)
         chosen = monitors.select_average(state, config, folder, ema=ema, sigma_rel=sigma_rel)
-        return export.make_pipeline(self.experiment, self.runtime, trained.merge_params(chosen))
+        del state
+        return export.make_pipeline(self.experiment, self.runtime, trained.merge_params(chosen), mesh=mesh)
 
     def pipeline_config(self) -> PipelineConfig:
         """Return the config of this run's pipeline, which `prepare` has written, or which follows from the clips."""

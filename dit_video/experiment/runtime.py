@@ -99,6 +99,11 @@ class Runtime:
         """Return the devices, which a run that is only read does not need."""
         return make_mesh(self.experiment.mesh, self.devices)
 
+    @property
+    def sampling_mesh(self) -> MeshConfig | None:
+        """Return the devices that sample the run's models together; None for a run on one device."""
+        return None if self.mesh.size == 1 else self.experiment.mesh
+
     @functools.cached_property
     def clips(self) -> ClipSource:
         """Return all ingested clips."""

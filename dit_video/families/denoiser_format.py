@@ -105,16 +105,20 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
         *,
         layout: FileLayout = "diffusers",
         shard_bytes: int = SHARD_BYTES,
+        is_writer: bool = True,
     ) -> None:
         """Write a config and parameters as a folder, with tensors in their own dtypes; the inverse of `load`.
+
+        `is_writer` is False in a process that only gathers the parameters with the one that writes.
 
         Raises:
           UserError: the layout can't express the config.
         """
         document, shapes = self.make_document(config, layout), get_param_shapes(config.make)
         names, source = self.make_file_map(config, layout), ParamsSource(params)
-        streaming.write(folder, diffusers.STEM, source, names, shapes, shard_bytes=shard_bytes)
-        write_json(Path(folder) / "config.json", document)
+        streaming.write(folder, diffusers.STEM, source, names, shapes, shard_bytes=shard_bytes, is_writer=is_writer)
+        if is_writer:
+            write_json(Path(folder) / "config.json", document)
 
 
 @contextlib.contextmanager

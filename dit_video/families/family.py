@@ -5,11 +5,14 @@ import os
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
+from jax.sharding import Mesh
+
 from dit_video.autoencoders import AutoencoderConfig
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
+from dit_video.distributed import MeshConfig
 from dit_video.families.denoiser_format import DenoiserFormat
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import FrozenTextConfig
@@ -67,7 +70,13 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def load_pipeline(
-        self, folder: Path, *, text_encoder: str | os.PathLike | None, dtype: Dtype, place: Placement | None
+        self,
+        folder: Path,
+        *,
+        text_encoder: str | os.PathLike | None,
+        dtype: Dtype,
+        place: Placement | None,
+        mesh: MeshConfig | Mesh | None,
     ) -> Pipeline:
         """Load the pipeline of a folder; arguments are those of `dit_video.load`."""
 

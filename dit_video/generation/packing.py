@@ -94,6 +94,20 @@ class RequestSize(NamedTuple):
     """Number of text tokens of each branch."""
 
 
+class RowMultiples(NamedTuple):
+    """Divisors of the number of rows that are sampled at once, so that several devices can share them."""
+
+    separate: int = 1
+    """Divisor where the branches of a request are in rows of their own."""
+    side_by_side: int = 1
+    """Divisor where they lie side by side in a row."""
+
+    def round_up(self, rows: int, *, is_side_by_side: bool) -> int:
+        """Return the smallest number of rows that is not smaller and has the divisor."""
+        multiple = self.side_by_side if is_side_by_side else self.separate
+        return rows + -rows % multiple
+
+
 class PackedRequests(NamedTuple):
     """Requests in rows or canvases of one shape."""
 
@@ -105,7 +119,14 @@ class PackedRequests(NamedTuple):
     """Requests of each row, by number."""
 
 
-def plan_rows(sizes: Sequence[RequestSize], shape: LayoutShape, *, rows: int, is_batched: bool) -> list[PackedRequests]:
+def plan_rows(
+    sizes: Sequence[RequestSize],
+    shape: LayoutShape,
+    *,
+    rows: int,
+    is_batched: bool,
+    multiples: RowMultiples = RowMultiples(),  # noqa: B008 (a value)
+) -> list[PackedRequests]:
     """Return the requests, by number, in rows or canvases by first fit, the largest first.
 
     A request that is larger than a row gets one of its own.
@@ -115,6 +136,7 @@ def plan_rows(sizes: Sequence[RequestSize], shape: LayoutShape, *, rows: int, is
       shape: Shape of a row.
       rows: Number of rows that are sampled at once.
       is_batched: Evaluates all branches of a request at once.
+      multiples: Divisors of the number of rows, which is rounded up to them.
 
     Raises:
       UserError: If a text is longer than a row's.
@@ -138,7 +160,7 @@ def plan_rows(sizes: Sequence[RequestSize], shape: LayoutShape, *, rows: int, is
             PackedRequests(shape, True, _pack_first_fit(fitting, bundles, shape)),
             PackedRequests(shape, False, _pack_first_fit(remaining, separate, shape)),
         ]
-        groups = min(combined, groups, key=lambda plan: _count_evaluated_rows(plan, rows, branches))
+        groups = min(combined, groups, key=lambda plan: _count_evaluated_rows(plan, rows, branches, multiples))
     for index in (index for index in order if index not in set(small)):
         row_shape = shape.enlarge(sizes[index].grid)
         if groups[-1].shape == row_shape:
@@ -161,9 +183,16 @@ class _Bundle(NamedTuple):
         return _Bundle(self.grids + other.grids, self.texts + other.texts)
 
 
-def _count_evaluated_rows(groups: Sequence[PackedRequests], rows: int, branch_count: int) -> int:
+def _count_evaluated_rows(
+    groups: Sequence[PackedRequests], rows: int, branch_count: int, multiples: RowMultiples
+) -> int:
     """Return the number of rows that the model evaluates per step, including padding rows of the last batch."""
-    return sum(-(-len(group.rows) // rows) * rows * (1 if group.is_side_by_side else branch_count) for group in groups)
+    count = 0
+    for group in groups:
+        batch_rows = multiples.round_up(rows, is_side_by_side=group.is_side_by_side)
+        copies = 1 if group.is_side_by_side else branch_count
+        count += -(-len(group.rows) // batch_rows) * batch_rows * copies
+    return count
 
 
 def _pack_first_fit(order: Sequence[int], bundles: Sequence[_Bundle], shape: LayoutShape) -> list[list[int]]:

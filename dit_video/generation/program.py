@@ -21,9 +21,11 @@ from dit_video.diffusion import (
     batched,
     sequential,
 )
+from dit_video.distributed.mesh import AnyMesh
 from dit_video.generation.conditioning import make_conditioning
 from dit_video.generation.packing import SamplingBatch
 from dit_video.generation.plan import StepInputs, StepTransform
+from dit_video.generation.sharding import make_row_shardings
 from dit_video.tokens import PackedBatch
 
 MIN_PROGRAM_STEPS = 64
@@ -50,11 +52,13 @@ def make_program(
     solver: Solver,
     transform: StepTransform | None,
     is_batched: bool,
+    mesh: AnyMesh | None,
 ):
     """Return the jitted `run(params, state, batch, guidance, sample_times, first)`.
 
     It returns the `SamplingState` at the last time. It is compiled once per shape of rows and kind of guidance, for
-    all prompts, seeds, scales and numbers of steps.
+    all prompts, seeds, scales and numbers of steps. On a mesh, for which `backbone` is made, the devices share the
+    branches that are evaluated at once.
     """
 
     kinds: dict[str, Any] = {"process": process, "prediction": prediction}
@@ -77,7 +81,8 @@ def make_program(
             denoise = make_denoise_fn(model, branch.layout, conditioning, change_input=change)
             # Traced once, however often the solver and guidance evaluate it.
             traced, constants = jax.closure_convert(denoise, branch.tokens, jnp.zeros(()), None)
-            return lambda noisy, time, state: traced(noisy, time, state, *constants)
+            sharding = None if mesh is None else make_row_shardings(branch, mesh).tokens
+            return lambda noisy, time, state: traced(_constrain(noisy, sharding), time, state, *constants)
 
         def mean(values):
             """Return the mean of every sample, repeated for its tokens."""
@@ -106,6 +111,7 @@ def make_program(
                 branches, conditional = _gather_branches(conditional, batch.branch_positions), None
             elif is_batched:
                 stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
+                stacked = _constrain(stacked, None if mesh is None else make_row_shardings(stacked, mesh))
                 branches = batched(make_denoise(stacked), number)
             else:
                 branches = sequential(*map(make_denoise, batch.branches))
@@ -115,6 +121,10 @@ def make_program(
         return advance(denoise, state, sample_times.times, solver=solver, transform=change, **kinds, **options)
 
     return run
+
+
+def _constrain(values: Any, shardings: Any) -> Any:
+    return values if shardings is None else jax.lax.with_sharding_constraint(values, shardings)
 
 
 def _gather_branches(denoise: DenoiseFn, positions: Int32[AnyArray, "branches B N"]) -> Branches:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float32
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import key
@@ -35,9 +36,16 @@ from dit_video.diffusion import (
     Velocity,
     init_sampling,
 )
+from dit_video.distributed.gather import to_host
 from dit_video.generation.packing import START_LATENTS, Packer, RequestSize, SamplingBatch, SamplingRequest, plan_rows
 from dit_video.generation.plan import StepTransform
 from dit_video.generation.program import compute_program_steps, make_program
+from dit_video.generation.sharding import (
+    ProgramArguments,
+    compute_row_multiples,
+    make_argument_shardings,
+    put_on_devices,
+)
 from dit_video.text import Tokenizer
 from dit_video.tokens import Grid, LayoutShape, unpack, unpatchify
 
@@ -104,6 +112,8 @@ class Denoiser(NamedTuple):
     """Time below which the second of two experts, `low_noise`, denoises."""
     token_dt: float = 1.0
     """Distance of consecutive tokens along time, in units of positions."""
+    mesh: Mesh | None = None
+    """Devices that sample together, for which `backbone` is made, with `params` on them; None for one device."""
 
 
 class LatentTrace(NamedTuple):
@@ -128,7 +138,8 @@ def sample_latents(
     """Return the latents of every request, in order.
 
     Requests are packed into rows of `shape`, and `rows` rows are sampled at a time. A request larger than a row gets a
-    row of its own, for which a program is compiled. A result does not depend on the other requests.
+    row of its own, for which a program is compiled. A result does not depend on the other requests. On a mesh, rows are
+    padded, so that all devices share them and their tokens; all its processes call this, and all get the results.
 
     Raises:
       UserError: If the patch does not divide a size, a prompt is longer than a row's text, a single model gets two
@@ -148,7 +159,7 @@ def trace_latents(
     for sampled in _sample_batches(denoiser, requests, sampling, shape, rows, has_trace=True):
         assert sampled.state.trace is not None
         trajectories = [
-            [sampled.unpack_latents(tokens) for tokens in np.asarray(values)] for values in sampled.state.trace
+            [sampled.unpack_latents(tokens) for tokens in to_host(values)] for values in sampled.state.trace
         ]
         for index in trajectories[0][0]:
             latents, data = (np.stack([step[index] for step in steps]) for steps in trajectories)
@@ -186,7 +197,7 @@ class _SampledBatch(NamedTuple):
 
     def unpack_latents(self, tokens: Any) -> dict[int, Float32[np.ndarray, "t h w c"]]:
         """Return the latents of every request in rows of tokens, by its number."""
-        tokens, segments = np.asarray(tokens), np.asarray(self.planned.batch.branches[0].segments)
+        tokens, segments = to_host(tokens), np.asarray(self.planned.batch.branches[0].segments)
         latents, patch = {}, self.denoiser.patch
         for number, row in enumerate(self.planned.row_requests):
             parts = unpack(tokens[number], segments[number])
@@ -207,10 +218,15 @@ def _sample_batches(
     is_batched = sampling.branch_evaluation == "together"
     kinds = denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, sampling.solver
     for planned in _plan_batches(denoiser, requests, sampling, shape, rows):
-        program = make_program(*kinds, planned.transform, is_batched)
+        program = make_program(*kinds, planned.transform, is_batched, denoiser.mesh)
         state = _init_state(denoiser, planned, sampling, has_trace=has_trace)
-        for params, batch, guidance, times, first in _list_calls(denoiser, planned, sampling, has_trace=has_trace):
-            state = program(params, state, batch, guidance, times, first)
+        for call in _list_calls(denoiser, planned, sampling, has_trace=has_trace):
+            arguments = call._replace(state=state)
+            if denoiser.mesh is not None:
+                params, *others = arguments
+                _, *shardings = make_argument_shardings(arguments, denoiser.mesh)
+                arguments = ProgramArguments(params, *put_on_devices(others, shardings))
+            state = program(*arguments)
         sampled = _SampledBatch(denoiser, requests, planned, state)
         _check_finite(sampled, sampling)
         yield sampled
@@ -219,7 +235,7 @@ def _sample_batches(
 def _plan_batches(
     denoiser: Denoiser, requests: Sequence[SamplingRequest], sampling: Sampling, shape: LayoutShape, rows: int
 ) -> Iterator[_PlannedBatch]:
-    guidance, patch = sampling.full_guidance, denoiser.patch
+    guidance, patch, mesh = sampling.full_guidance, denoiser.patch, denoiser.mesh
     if denoiser.boundary is None and len(guidance.scales) > 1:
         raise UserError(f"guidance={guidance.scales} is invalid: this model has no second expert. Use one number.")
     conditions = [request.branches(guidance.branch_count) for request in requests]
@@ -234,16 +250,21 @@ def _plan_batches(
     for index, (request, size) in enumerate(zip(requests, sizes, strict=True)):
         clip_size = ClipSize(frames=size.grid.t, frame_tokens=size.grid.h * size.grid.w)
         groups.setdefault(_plan_steps(request, denoiser.process.specialize(clip_size), sampling), []).append(index)
+    is_batched = sampling.branch_evaluation == "together"
+    multiples = compute_row_multiples(mesh, guidance, is_batched=is_batched)
+    options: dict[str, Any] = {"rows": rows, "is_batched": is_batched, "multiples": multiples}
     for steps, indices in groups.items():
         fields = dict.fromkeys(field for index in indices for field in requests[index].fields)
         if steps.transform is not None:
             fields |= dict.fromkeys(steps.transform.list_fields(requests[indices[0]].noise.shape[-1]))
-        packer = Packer(requests, texts, patch, denoiser.token_dt, guidance.branch_count, rows, tuple(fields))
         sample_times = sampling.time_schedule(steps.process, sampling.steps)
-        request_sizes, is_batched = [sizes[index] for index in indices], sampling.branch_evaluation == "together"
-        for group in plan_rows(request_sizes, shape, rows=rows, is_batched=is_batched):
-            for start in range(0, len(group.rows), rows):
-                members = [[indices[position] for position in row] for row in group.rows[start : start + rows]]
+        for group in plan_rows([sizes[index] for index in indices], shape, **options):
+            batch_rows = multiples.round_up(rows, is_side_by_side=group.is_side_by_side)
+            if mesh is not None:
+                group = group._replace(shape=group.shape.pad_tokens(mesh.shape["context"]))
+            packer = Packer(requests, texts, patch, denoiser.token_dt, guidance.branch_count, batch_rows, tuple(fields))
+            for start in range(0, len(group.rows), batch_rows):
+                members = [[indices[position] for position in row] for row in group.rows[start : start + batch_rows]]
                 yield _PlannedBatch(
                     row_requests=members,
                     batch=packer.make_batch(group, members),
@@ -284,21 +305,25 @@ def _plan_steps(request: SamplingRequest, process: Process, sampling: Sampling) 
 
 def _init_state(denoiser: Denoiser, planned: _PlannedBatch, sampling: Sampling, *, has_trace: bool) -> SamplingState:
     rows, process = planned.batch.branches[0], denoiser.process
-    noise = jnp.asarray(rows.tokens)
+    noise, steps = jnp.asarray(rows.tokens), sampling.steps - planned.first_step
     if START_LATENTS in rows.fields:
         noisy = process.add_noise(jnp.asarray(rows.fields[START_LATENTS]), noise, jnp.asarray(planned.times[0]))
     else:
         noisy = process.scale_initial_noise(noise)
+    return init_state(sampling, noisy, steps=steps, has_trace=has_trace)
+
+
+def init_state(sampling: Sampling, noisy: Array, *, steps: int, has_trace: bool = False) -> SamplingState:
+    """Return the state of the sampler's program before the first of `steps` steps from noisy tokens `B N p`."""
     has_momentum = sampling.full_guidance.has_momentum
     guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if has_momentum else None
-    steps = sampling.steps - planned.first_step
     return init_sampling(sampling.solver, noisy, steps=steps, denoiser=guidance_state, has_trace=has_trace)
 
 
 def _list_calls(
     denoiser: Denoiser, planned: _PlannedBatch, sampling: Sampling, *, has_trace: bool
-) -> Iterator[tuple[Any, ...]]:
-    """Yield the arguments of the program besides the state, for each expert in turn."""
+) -> Iterator[ProgramArguments]:
+    """Yield the arguments of the program, without the state, for each expert in turn."""
     guidance = sampling.full_guidance
     capacity = sampling.steps - planned.first_step if has_trace else compute_program_steps(sampling.steps)
     model_times = np.asarray(planned.sample_times.model_times)
@@ -321,7 +346,8 @@ def _list_calls(
         if guidance_params is None:
             batch = batch._replace(branches=batch.branches[:1])
         padded = (_pad_times(values, start, stop, capacity) for values in planned.sample_times)
-        yield params, batch, guidance_params, SampleTimes(*map(jnp.asarray, padded)), np.int32(start)
+        times = SampleTimes(*map(jnp.asarray, padded))
+        yield ProgramArguments(params, None, batch, guidance_params, times, np.int32(start))
 
 
 def _check_finite(sampled: _SampledBatch, sampling: Sampling) -> None:

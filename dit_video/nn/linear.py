@@ -10,7 +10,7 @@ from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float
 
 from dit_video.core.typing import AnyArray
-from dit_video.nn.parallel import ONE_DEVICE, Parallelism, Split, WeightConstraint
+from dit_video.nn.parallel import ONE_DEVICE, Parallelism, Precision, Split, WeightConstraint
 
 Init = Literal["xavier", "zero", "normal"]
 
@@ -36,12 +36,18 @@ class Linear(nnx.Module):
     On other platforms they stay separate: with both rows and tokens sharded, a merged axis has no sharding as soon as a
     device holds part of the tokens of two rows, and XLA would gather all tokens of both for every product.
 
+    Products of a float32 layer have the platform's default precision unless `precision` is set: TPUs round their
+    operands to bfloat16, GPUs to TF32.
+
     Args:
       features_in, features_out: widths.
       bias: adds a bias.
       init: initialisation of the kernel.
       dtype: dtype of the product.
       split: division over the mesh axis `tensor`; it must agree with the rules by which weights are sharded at rest.
+      precision: precision of the products, also of those of the gradients; None for the platform's default. On TPUs
+        "highest" takes six passes instead of one: it is for small float32 maps, such as those of the time.
+      is_context: True if inputs are tokens of a context, which all devices that share a row's tokens have.
       parallel: devices that the layer is computed on.
       rngs: random keys.
     """
@@ -55,14 +61,16 @@ class Linear(nnx.Module):
         init: Init = "xavier",
         dtype: jnp.dtype = jnp.float32,
         split: Split | None = None,
+        precision: Precision = None,
+        is_context: bool = False,
         parallel: Parallelism = ONE_DEVICE,
         rngs: nnx.Rngs,
     ):
         shape = (features_in, features_out)
         self.kernel = nnx.Param(init_weights(init, rngs.params(), shape, fan=shape))
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
-        self.dtype = dtype
-        self.weight_constraint = parallel.make_weight_constraint(split)
+        self.dtype, self.precision = dtype, precision
+        self.weight_constraint = parallel.make_weight_constraint(split, is_context=is_context)
         self.fused_constraint = parallel.make_fused_constraint() if split == "fused" else None
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
@@ -87,20 +95,32 @@ class Linear(nnx.Module):
         if adapted or (kernel.dtype == self.dtype and self.weight_constraint is None):
             # `LowRankKernel` defines its own product; a kernel in the compute dtype needs no special gradient.
             kernel = kernel.astype(self.dtype)
-            y = x @ (
-                kernel.constrain(self.weight_constraint) if adapted and self.weight_constraint is not None else kernel
-            )
+            if adapted and self.weight_constraint is not None:
+                kernel = kernel.constrain(self.weight_constraint)
+            y = kernel.multiply(x, self.precision) if adapted else jnp.matmul(x, kernel, precision=self.precision)
             return y if bias is None else y + bias.astype(self.dtype)
-        y = _matmul(self.weight_constraint, x, kernel)
+        y = _matmul(self.weight_constraint, self.precision, x, kernel)
         return y if bias is None else _add_bias(y, bias)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def compute_kernel_gradient(
+    x: Float[Array, "*batch i"], cotangent: Float[Array, "*batch o"], precision: Precision = None
+) -> Float[Array, "i o"]:
+    """Return the gradient of a kernel from inputs and from cotangents of the outputs, summed in float32."""
+    rows = tuple(range(x.ndim - 1))
+    options: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
+    return jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), **options)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _matmul(
-    weight_constraint: WeightConstraint | None, x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]
+    weight_constraint: WeightConstraint | None,
+    precision: Precision,
+    x: Float[Array, "*batch i"],
+    kernel: Float[Array, "i o"],
 ) -> Float[Array, "*batch o"]:
     """Multiply in the dtype of `x`; the kernel's gradient is summed in float32, into the kernel's sharding at rest."""
-    return x @ _constrain(weight_constraint, kernel, x.dtype)
+    return jnp.matmul(x, _constrain(weight_constraint, kernel, x.dtype), precision=precision)
 
 
 def _constrain(
@@ -112,20 +132,20 @@ def _constrain(
 
 
 @_matmul.defjvp
-def _matmul_jvp(weight_constraint, primals, tangents):
+def _matmul_jvp(weight_constraint, precision, primals, tangents):
     (x, kernel), (x_tangent, kernel_tangent) = primals, tangents
+    matmul = functools.partial(jnp.matmul, precision=precision)
 
     def product(x, tangent):
-        return x @ tangent.astype(x.dtype)
+        return matmul(x, tangent.astype(x.dtype))
 
     def gradient(x, cotangent):
-        rows = tuple(range(x.ndim - 1))
-        summed = jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-        return summed.astype(kernel.dtype)
+        compute = compute_kernel_gradient if weight_constraint is None else weight_constraint.compute_gradient
+        return compute(x, cotangent, precision).astype(kernel.dtype)
 
     used = _constrain(weight_constraint, kernel, x.dtype)  # gathered once, for the value and for the gradient of `x`
     kernel_part = linear_call(product, gradient, x, kernel_tangent)
-    return x @ used, x_tangent @ used + kernel_part
+    return matmul(x, used), matmul(x_tangent, used) + kernel_part
 
 
 @jax.custom_jvp

@@ -11,6 +11,7 @@ An adapter is a nested dictionary with `{"a": ..., "b": ..., "scale": ...}` wher
 Both can be applied repeatedly, with further adapters.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float
 from dit_video.core.errors import UserError
 from dit_video.core.trees import find_closest, flatten, map_with_path, unflatten
 from dit_video.core.typing import AnyArray
-from dit_video.nn.parallel import WeightConstraint
+from dit_video.nn.parallel import Precision, WeightConstraint
 
 _MAX_LISTED = 10
 
@@ -126,7 +127,7 @@ def attach_lora(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRankKernel:
-    """A kernel `kernel + a b` that is never materialised: linear layers only need `x @ kernel`. Scans can slice it."""
+    """A kernel `kernel + a b` that is never materialised: linear layers only multiply by it. Scans can slice it."""
 
     kernel: Any
     a: Any
@@ -148,8 +149,10 @@ class LowRankKernel:
         """Return it with a sharding constraint on the kernel, which is frozen, and on the factors."""
         return LowRankKernel(weight_constraint(self.kernel), *weight_constraint.constrain_factors(self.a, self.b))
 
-    def __rmatmul__(self, x: Array) -> Array:
-        return x @ self.kernel + (x @ self.a) @ self.b
+    def multiply(self, x: Array, precision: Precision = None) -> Array:
+        """Return `x @ (kernel + a b)`, with products of a precision; see `nn.Linear`."""
+        matmul = functools.partial(jnp.matmul, precision=precision)
+        return matmul(x, self.kernel) + matmul(matmul(x, self.a), self.b)
 
 
 def _find_targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:

@@ -13,13 +13,16 @@ Split = Literal["outputs", "inputs", "fused"]
 """Division of a linear layer over the mesh axis `tensor`: by its outputs (maps into heads and hidden widths), by its
 inputs (maps out of these), or by the outputs of each of several maps that are fused."""
 
+Precision = Literal["highest"] | None
+"""Precision of a product: float32, or the default of the platform."""
+
 FusedConstraint = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
 """A function that splits the weights of several fused maps and constrains the parts' sharding; no value changes."""
 
 
 @runtime_checkable
 class WeightConstraint(Protocol):
-    """A sharding constraint for weights during their use; no value changes."""
+    """A sharding constraint for weights during their use, and for their gradients; no value changes."""
 
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]: ...
 
@@ -27,6 +30,12 @@ class WeightConstraint(Protocol):
         self, a: Float[Array, "i r"], b: Float[Array, "r o"]
     ) -> tuple[Float[Array, "i r"], Float[Array, "r o"]]:
         """Constrain a LoRA adapter's factors like their kernel."""
+        ...
+
+    def compute_gradient(
+        self, x: Float[Array, "*batch i"], cotangent: Float[Array, "*batch o"], precision: Precision = None
+    ) -> Float[Array, "i o"]:
+        """Return the kernel's gradient from inputs and from cotangents of the outputs, summed in float32."""
         ...
 
 
@@ -51,8 +60,8 @@ class Parallelism:
         """Return the attention of a row's tokens to those of a context."""
         return make_attention(backend, platform=self.platform)
 
-    def make_weight_constraint(self, split: Split | None) -> WeightConstraint | None:
-        """Return the constraint on a linear layer's weights during use."""
+    def make_weight_constraint(self, split: Split | None, *, is_context: bool = False) -> WeightConstraint | None:
+        """Return the constraint on a linear layer's weights during use; its inputs are a context's if `is_context`."""
         return None
 
     def make_fused_constraint(self) -> FusedConstraint | None:

@@ -1,12 +1,22 @@
 """Loading of a pipeline folder."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from dit_video.nn import get_param_shapes
+from jax.sharding import Mesh
+
+from dit_video.distributed import MeshConfig
+from dit_video.distributed.mesh import resolve_mesh
+from dit_video.nn import Backend, get_param_shapes
+from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.devices import make_placement
 from dit_video.pipelines.folder import AUTOENCODER, DENOISER, STEPS, read_pipeline_config
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.weights import load as load_weights
 from dit_video.weights.lora import GetLoraModules, no_lora_modules
+from dit_video.weights.native_format import read_params_file
+from dit_video.weights.parameter import Placement, place_on_device, place_on_host
 
 
 def load_pipeline(
@@ -14,26 +24,49 @@ def load_pipeline(
     *,
     text_encoder: str | Path | None = None,
     get_lora_modules: GetLoraModules = no_lora_modules,
+    mesh: MeshConfig | Mesh | None = None,
+    attention: Backend | None = None,
 ) -> Pipeline:
-    """Read a pipeline folder.
+    """Read a pipeline folder, one parameter after the other to its devices.
 
     Args:
       folder: folder of the pipeline.
       text_encoder: folder of its frozen text encoder if it has moved; it is opened at the first prompt.
       get_lora_modules: see `Pipeline`.
+      mesh: devices that sample together; None for the default one, where two experts stay on the host.
+      attention: backend of attention instead of the model's own.
 
     Raises:
       MissingError: the folder does not exist, or holds no pipeline.
       UserError: a pipeline of another version, weights that do not fit its config, or a text encoder that is not
-        frozen.
+        frozen; a mesh that does not fit the devices or the denoiser; attention that the denoiser does not support or
+        whose kernels the devices lack.
     """
     folder = Path(folder)
     config = read_pipeline_config(folder)
+    if attention is not None:
+        config = replace(config, backbone=config.backbone.replace(attention=attention))
+    default_place = place_on_device if config.boundary is None else place_on_host
+    place = default_place if mesh is None else make_placement(resolve_mesh(mesh)[0])
     pipeline = Pipeline(
         config,
         autoencoder=load_weights(folder / AUTOENCODER, like=get_param_shapes(config.autoencoder.make)),
-        denoiser=load_weights(folder / DENOISER, like=config.denoiser_shapes),
-        previous={step.name: load_pipeline(folder / STEPS / step.name) for step in config.previous},
+        denoiser=read_denoiser(folder, config, place),
+        previous={
+            step.name: load_pipeline(folder / STEPS / step.name, mesh=mesh, attention=attention)
+            for step in config.previous
+        },
         get_lora_modules=get_lora_modules,
+        mesh=mesh,
     )
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
+
+
+def read_denoiser(folder: Path, config: PipelineConfig, place: Placement) -> dict[str, Any]:
+    """Read the parameters of a pipeline folder's denoiser to their destination, one after the other.
+
+    Raises:
+      MissingError: the folder holds none.
+      UserError: weights that do not fit the config.
+    """
+    return read_params_file(folder / DENOISER, config.denoiser_shapes, place=place)

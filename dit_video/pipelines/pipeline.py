@@ -4,6 +4,7 @@ A pipeline folder holds `pipeline.json` (the configs), `autoencoder.safetensors`
 and nothing of the training state.
 """
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,19 +14,24 @@ from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.trees import count_values as count
 from dit_video.diffusion import Guidance, Solver, get_sampler
+from dit_video.distributed import MeshConfig
+from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
 from dit_video.generation import Denoiser, LatentTrace, Sampling, sample_latents, trace_latents
 from dit_video.generation.preparation import make_sampling_request
 from dit_video.generation.request import Request, TaskModel
-from dit_video.nn import get_graph_def, merge_lora
+from dit_video.generation.sharding import put_params
+from dit_video.nn import Backend, get_graph_def, merge_lora
 from dit_video.pipelines.config import PipelineConfig, PreviousStep, to_grid
+from dit_video.pipelines.devices import PipelineDevices
 from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config
 from dit_video.pipelines.options import GenerateOptions, GuidanceScale, SamplingOverrides
 from dit_video.video import Clip
@@ -50,8 +56,9 @@ class Pipeline:
         denoiser: dict[str, Any],
         previous: Mapping[str, "Pipeline"] | None = None,
         get_lora_modules: GetLoraModules = no_lora_modules,
+        mesh: MeshConfig | Mesh | None = None,
     ):
-        """Create a pipeline.
+        """Create a pipeline, with its weights on the devices.
 
         Args:
           config: its configuration.
@@ -59,17 +66,22 @@ class Pipeline:
           denoiser: parameters of the denoisers and of the text encoder.
           previous: pipelines of the config's previous steps, by name.
           get_lora_modules: names of linear maps in LoRA files of other projects that `load_lora` accepts.
+          mesh: devices that sample together; None for one device. Arrays that are on its devices stay as they are.
 
         Raises:
-          UserError: previous steps other than the config's.
+          UserError: previous steps other than the config's, a mesh that does not fit the devices or the denoiser, or
+            attention whose kernels the devices lack.
         """
         self.config = config
+        self._mesh = mesh
+        self._devices = PipelineDevices.from_mesh(mesh, config.backbone)
         self._previous = dict(previous or {})
         if set(self._previous) != (names := {step.name for step in config.previous}):
             raise UserError(f"previous={sorted(self._previous)} is invalid: the config has {sorted(names)}. Use these.")
         self._get_lora_modules = get_lora_modules
-        self.codec = LatentCodec(config.autoencoder, autoencoder)
+        self.codec = LatentCodec(config.autoencoder, put_params(autoencoder, None))
         """Autoencoder with its parameters."""
+        self._clip_codec = self._devices.make_clip_codec(self.codec)
         self.task_model = TaskModel(
             backbone=config.backbone,
             codec=self.codec,
@@ -77,15 +89,16 @@ class Pipeline:
             image_encoder_folder=config.image_encoder,
         )
         self._denoiser = Denoiser(
-            backbone=get_graph_def(config.backbone.make),
+            backbone=get_graph_def(config.backbone.make, self._devices.parallel),
             text=get_graph_def(config.text.make),
-            params=denoiser,
+            params=self._devices.put_denoiser(denoiser, is_swapped=config.boundary is not None),
             tokenizer=open_tokenizer(config.text),
             process=config.process,
             prediction=config.prediction,
             patch=config.backbone.patch,
             boundary=config.boundary,
             token_dt=config.token_dt,
+            mesh=self._devices.mesh,
         )
 
     @overload
@@ -148,7 +161,7 @@ class Pipeline:
         request = Request(str(prompt), size, seed, negative, image, last_image, *values, task)
         prepared = self._prepare([request], noise, steps=steps, guidance=guidance, sampler=sampler)
         latents = sample_latents(self._denoiser, **prepared)
-        return latents[0] if output == "latents" else self._decode_clips(latents, [request])[0]
+        return latents[0] if output == "latents" else self.decode_many(latents, [request])[0]
 
     def trace(self, request: Request, **overrides: Unpack[SamplingOverrides]) -> LatentTrace:
         """Sample one request and return the latents and the predicted clean latents after every step.
@@ -163,12 +176,15 @@ class Pipeline:
         A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`. `steps`,
         `guidance`, `sampler` and errors are as for `generate`.
         """
-        return self._decode_clips(sample_latents(self._denoiser, **self._prepare(requests, **overrides)), requests)
+        return self.decode_many(sample_latents(self._denoiser, **self._prepare(requests, **overrides)), requests)
 
     def generate_latents(
         self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]
     ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
-        """Generate normalised latents `t h w c` of all requests; arguments and errors are as for `generate_many`."""
+        """Generate normalised latents `t h w c` of all requests; arguments and errors are as for `generate_many`.
+
+        On a mesh of several processes all of them call this, and all get the latents.
+        """
         return sample_latents(self._denoiser, **self._prepare(requests, **overrides))
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
@@ -186,6 +202,27 @@ class Pipeline:
           UserError: latents with another number of channels, or that are not finite.
         """
         return self.codec.decode(latents, fps=self.config.fps, caption=caption, seed=seed)
+
+    def decode_many(self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]) -> list[Clip]:
+        """Decode the latents of requests to clips: those of one size together, so that a size compiles once.
+
+        On a mesh, this process's devices share the clips of a size.
+        """
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, values in enumerate(latents):
+            by_shape.setdefault(values.shape, []).append(index)
+        clips: dict[int, Clip] = {}
+        for members in by_shape.values():
+            codec, batch = self.codec, min(_DECODE_BATCH, len(members))
+            if self._clip_codec is not None and len(members) > 1:
+                codec, batch = self._clip_codec, self._devices.local_count
+            for start in range(0, len(members), batch):
+                part = members[start : start + batch]
+                stacked = np.stack([latents[index] for index in part] + [latents[part[-1]]] * (batch - len(part)))
+                seeds = [requests[index].seed for index in part] + [0] * (batch - len(part))
+                for index, decoded in zip(part, codec.decode_many(stacked, seeds=seeds), strict=False):
+                    clips[index] = Clip(frames=decoded, fps=self.config.fps, caption=requests[index].prompt)
+        return [clips[index] for index in range(len(latents))]
 
     def reconstruct(self, clip: Clip) -> Clip:
         """Encode and decode a clip."""
@@ -227,20 +264,25 @@ class Pipeline:
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
         """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
 
+        On a mesh of several processes all of them call this. Weights are gathered to the first one in parts, which
+        writes them.
+
         Raises:
           UserError: another dtype, or a folder that holds something other than a pipeline.
         """
-        folder = Path(folder)
+        folder, is_writer = Path(folder), is_first_process()
         if dtype not in _DTYPES:
             raise UserError(f"dtype={dtype} is invalid: weights are saved as {' or '.join(_DTYPES)}")
         is_empty = folder.is_dir() and not any(folder.iterdir())
         if folder.exists() and not (folder / CONFIG).is_file() and not is_empty:
             raise UserError(f"{folder} exists and holds no pipeline; use a folder that does not exist")
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            save_weights(temporary / AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
-            save_weights(temporary / DENOISER, self._denoiser.params, dtype=jnp.dtype(dtype))
-            write_pipeline_config(temporary, self.config)
+        with atomic_path(folder) if is_writer else contextlib.nullcontext(folder) as temporary:
+            if is_writer:
+                temporary.mkdir()
+                save_weights(temporary / AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
+                write_pipeline_config(temporary, self.config)
+            denoiser = gather_parts(self._denoiser.params)
+            save_weights(temporary / DENOISER, denoiser, dtype=jnp.dtype(dtype), is_writer=is_writer)
             for name, pipeline in self._previous.items():
                 pipeline.save(temporary / STEPS / name, dtype=dtype)
 
@@ -250,9 +292,25 @@ class Pipeline:
         Raises:
           UserError: the text encoder was trained with the denoiser.
         """
-        config = replace(self.config, text=set_encoder_folder(self.config.text, folder))
-        parameters = {"autoencoder": self.codec.params, "denoiser": self._denoiser.params}
-        return Pipeline(config, **parameters, previous=self._previous, get_lora_modules=self._get_lora_modules)
+        return self._with_config(replace(self.config, text=set_encoder_folder(self.config.text, folder)))
+
+    def with_attention(self, backend: Backend) -> "Pipeline":
+        """Return the same pipeline, with its weights, that computes attention by another backend.
+
+        Raises:
+          UserError: a backend that does not support the denoiser's patterns, or whose kernels the devices lack.
+        """
+        return self._with_config(replace(self.config, backbone=self.config.backbone.replace(attention=backend)))
+
+    def _with_config(self, config: PipelineConfig) -> "Pipeline":
+        return Pipeline(
+            config,
+            autoencoder=self.codec.params,
+            denoiser=self._denoiser.params,
+            previous=self._previous,
+            get_lora_modules=self._get_lora_modules,
+            mesh=self._mesh,
+        )
 
     def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: ExpertName = "backbone") -> "Pipeline":
         """Return the same pipeline with an adapter merged into its denoiser; this one is unchanged.
@@ -278,7 +336,9 @@ class Pipeline:
         names |= {name: module._replace(path=f"{expert}/{module.path}") for name, module in modules.items()}
         adapted = copy.copy(self)  # shares the open text encoder
         merged = merge_lora(params, load_lora(path, params, names), float(scale))
-        adapted._denoiser = self._denoiser._replace(params=params | merged)  # `merged` lacks parts without parameters
+        everything = params | merged  # `merged` lacks parts without parameters
+        placed = self._devices.put_denoiser(everything, is_swapped=self.config.boundary is not None)
+        adapted._denoiser = self._denoiser._replace(params=placed)
         return adapted
 
     def resolve_sampling(
@@ -334,24 +394,6 @@ class Pipeline:
                 conditioning = {**requests[index].conditioning, step.name: value}
                 requests[index] = requests[index]._replace(conditioning=conditioning)
         return requests
-
-    def _decode_clips(
-        self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]
-    ) -> list[Clip]:
-        """Decode clips of one size together, so that a size compiles once."""
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for index, values in enumerate(latents):
-            by_shape.setdefault(values.shape, []).append(index)
-        clips: dict[int, Clip] = {}
-        for members in by_shape.values():
-            batch = min(_DECODE_BATCH, len(members))
-            for start in range(0, len(members), batch):
-                part = members[start : start + batch]
-                stacked = np.stack([latents[index] for index in part] + [latents[part[-1]]] * (batch - len(part)))
-                seeds = [requests[index].seed for index in part] + [0] * (batch - len(part))
-                for index, decoded in zip(part, self.codec.decode_many(stacked, seeds=seeds), strict=False):
-                    clips[index] = Clip(frames=decoded, fps=self.config.fps, caption=requests[index].prompt)
-        return [clips[index] for index in range(len(latents))]
 
 
 def _resolve_guidance(own: Sampling, override: GuidanceScale) -> float | tuple[float, float] | Guidance:

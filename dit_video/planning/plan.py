@@ -9,6 +9,7 @@ from dit_video.distributed.planner import (
     CollectiveTraffic,
     Efficiencies,
     MemoryUsage,
+    Purpose,
     StepTimes,
     Topology,
     sum_collective_bytes,
@@ -46,9 +47,9 @@ class Plan:
     hbm_bytes: float
     """Number of bytes that each device reads and writes in a step."""
     moved: tuple[CollectiveTraffic, ...]
-    min_bytes_moved: dict[str, float]
-    """Lower bound on the bytes that must be moved over `fsdp`, and over `context` for attention, where the program was
-    compiled and trains all weights."""
+    min_bytes_moved: dict[Purpose, float]
+    """Lower bound on the bytes that must be moved for weights, over `fsdp` x `context`, and for attention, over
+    `context`, where the program was compiled and trains all weights."""
     times: StepTimes | None
     """Times of a step at the chips' peak rates, which are limits; None where it does not fit."""
     attention: str | None
@@ -136,10 +137,10 @@ class Plan:
             axes = " x ".join(part.axes).replace("part of x ", "part of ")
             network = " between slices" if part.between_slices else ""
             yield f"  {part.kind:<18} over {axes:<18} {format_size(part.bytes):>10}, {part.count} times{network}"
-        for axis, lower_bound in self.min_bytes_moved.items():
-            moved_bytes = sum_collective_bytes(axis, self.moved)
+        for purpose, lower_bound in self.min_bytes_moved.items():
+            moved_bytes = sum_collective_bytes(purpose, self.moved)
             ratio = f"{moved_bytes / lower_bound:.2f} times the least"
-            yield f"  in all over {axis:<12} {format_size(moved_bytes):>10}, {ratio}"
+            yield f"  in all for {purpose:<19} {format_size(moved_bytes):>10}, {ratio}"
         if self.warning:
             yield f"  warning: {self.warning}"
         if self.times is not None:

@@ -14,6 +14,7 @@ from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
 from dit_video.distributed.mesh import AnyMesh, count_axis_slices, describe_slow_axes, make_abstract_mesh
 from dit_video.distributed.planner import (
     Efficiencies,
+    Purpose,
     Topology,
     compile_step,
     compute_expected_times,
@@ -45,13 +46,6 @@ def find_devices(topology: Topology) -> tuple[list[Any], bool]:
     if len(local_devices) >= topology.num_chips and is_present:
         return list(local_devices[: topology.num_chips]), True
     return [], False
-
-
-def replace_dit(experiment: Experiment, **changes: Any) -> Experiment:
-    """Return the experiment with other fields of the denoiser's config."""
-    denoiser = experiment.denoiser
-    denoiser = dataclasses.replace(denoiser, backbone=denoiser.backbone.replace(**changes))
-    return dataclasses.replace(experiment, denoiser=denoiser)
 
 
 def make_plan_mesh(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:
@@ -179,7 +173,7 @@ def _measure_peak(planned: PlannedStep, mesh: Any, topology: Topology, fits: boo
     return measure_peak_memory(planned.step, planned.arguments) if fits else None
 
 
-def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[str, float]:
+def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[Purpose, float]:
     denoiser = experiment.denoiser
     if isinstance(denoiser.train, LoraAdapters | Student):
         return {}

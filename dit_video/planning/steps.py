@@ -12,15 +12,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.backbones.flops import count_training_passes
 from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS
 from dit_video.core.errors import UserError
-from dit_video.core.trees import flatten, map_with_path
-from dit_video.diffusion import GuidanceState, SampleTimes, init_sampling
-from dit_video.distributed import count_row_shards, make_batch_shardings, make_parallelism, make_shardings
+from dit_video.core.trees import flatten
+from dit_video.diffusion import SampleTimes
+from dit_video.distributed import count_row_shards, make_parallelism, make_shardings
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.planner import StepSpec, count_step_costs
 from dit_video.experiment import DenoiserTraining, Experiment, LoraAdapters, PretrainedAutoencoder, Student
@@ -30,6 +29,8 @@ from dit_video.generation import SamplingRequest
 from dit_video.generation.conditioning import list_fields
 from dit_video.generation.packing import PackedRequests, Packer
 from dit_video.generation.program import compute_program_steps, make_program
+from dit_video.generation.sampler import init_state
+from dit_video.generation.sharding import ProgramArguments, compute_row_multiples, make_argument_shardings
 from dit_video.nn import get_graph_def, init_lora, init_params
 from dit_video.platform.devices import Platform
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
@@ -120,7 +121,7 @@ def plan_step(
 def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], platform: Platform) -> PlannedStep:
     config = experiment.denoiser
     base = make_denoiser_loss(experiment, mesh, empty_caption=_make_empty_caption(config))
-    train_step = make_denoiser_step(config, base)
+    train_step = make_denoiser_step(config, base, mesh=mesh)
     init: Callable[[Array], dict[str, Any]] = functools.partial(init_denoiser, config)
     frozen: tuple[PyTree, ...] = ()
     if isinstance(config.train, LoraAdapters | Student):
@@ -218,38 +219,35 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], p
     if channels := config.backbone.cond_channels:
         fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(channels,)))
     fields += _list_image_fields(config)
-    packer = Packer(
-        requests, {"": empty_caption}, config.backbone.patch, 1.0, guidance.branch_count, config.batch, tuple(fields)
-    )
-    members = [[index] for index in range(config.batch)]
-    batch = packer.make_batch(PackedRequests(config.row_shape, False, members), members)
-    process, solver = config.objective.process, sampling.solver
     batched = sampling.branch_evaluation == "together"
+    multiples = compute_row_multiples(mesh, guidance, is_batched=batched)
+    count = multiples.round_up(config.batch, is_side_by_side=False)
+    texts, branch_count = {"": empty_caption}, guidance.branch_count
+    packer = Packer(requests, texts, config.backbone.patch, 1.0, branch_count, count, tuple(fields))
+    members = [[index] for index in range(config.batch)]
+    row_shape = config.row_shape.pad_tokens(mesh.shape["context"])
+    batch = packer.make_batch(PackedRequests(row_shape, False, members), members)
     backbone, text = get_graph_def(config.backbone.make, parallel), get_graph_def(config.text.make)
-    program = make_program(backbone, text, process, config.objective.prediction, solver, None, batched)
+    kinds = config.objective.process, config.objective.prediction, sampling.solver
+    program = make_program(backbone, text, *kinds, None, batched, mesh)
 
     def start(tokens: Array) -> Any:
-        noisy = process.scale_initial_noise(tokens)
-        guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if guidance.has_momentum else None
-        return init_sampling(solver, noisy, steps=sampling.steps, denoiser=guidance_state)
+        return init_state(sampling, config.objective.process.scale_initial_noise(tokens), steps=sampling.steps)
 
-    state = jax.eval_shape(start, batch.branches[0].tokens)
-    params = jax.eval_shape(functools.partial(init_denoiser, config), jax.random.key(0))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    room = compute_program_steps(sampling.steps)
     strength = guidance.get_params(0) if guidance.branch_count > 1 else None
-    replicate = functools.partial(jax.ShapeDtypeStruct, sharding=replicated)
-    times: Any = replicate((room + 1,), jnp.float32)
     if strength is None:
         batch = batch._replace(branches=batch.branches[:1])
-    arguments = (
-        attach_shardings(params, make_shardings(params, mesh)),
-        _shard_rows(state, mesh, config.batch),
-        _shard_rows(batch, mesh, config.batch),
-        jax.tree.map(lambda leaf: replicate(np.shape(leaf), jnp.asarray(leaf).dtype), strength),
+    room = compute_program_steps(sampling.steps)
+    times: Any = jax.ShapeDtypeStruct((room + 1,), jnp.float32)
+    arguments = ProgramArguments(
+        jax.eval_shape(functools.partial(init_denoiser, config), jax.random.key(0)),
+        jax.eval_shape(start, batch.branches[0].tokens),
+        jax.eval_shape(lambda: batch),
+        jax.eval_shape(lambda: strength),
         SampleTimes(times, times),
-        replicate((), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
     )
+    arguments = attach_shardings(arguments, make_argument_shardings(arguments, mesh))
     passes = 1 if batched else guidance.branch_count
     costs = _count_costs(config, clips, platform, training=False, copies=guidance.branch_count // passes)
     layers = _count_layer_bytes(config, functools.partial(init_denoiser, config))
@@ -258,25 +256,11 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], p
     return PlannedStep(program, arguments, flops, **lengths, costs=costs, layer_bytes=layers)
 
 
-def _shard_rows(shapes: PyTree, mesh: AnyMesh, rows: int) -> PyTree:
-    """Return shapes whose rows, and tokens, are sharded as a training batch's; all else is replicated."""
-
-    def layout(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
-        split: NamedSharding = NamedSharding(mesh, PartitionSpec())
-        if leaf.ndim and leaf.shape[0] == rows and rows % count_row_shards(mesh) == 0:
-            # A solver's state has the shape of the noisy tokens.
-            name = "tokens" if leaf.ndim == 3 and path.startswith("solver/") else path
-            split = make_batch_shardings({name: leaf}, mesh)[name]
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
-
-    return map_with_path(layout, shapes)
-
-
 def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     config = experiment.autoencoder
     if isinstance(config, PretrainedAutoencoder):
         raise UserError("the autoencoder of this experiment is pretrained; plan its denoiser or its sampler")
-    train_step, constants = make_autoencoder_step(config, experiment.seed)
+    train_step, constants = make_autoencoder_step(config, experiment.seed, mesh=mesh)
     window = max(config.windows, key=lambda window: window.batch * window.size.volume)
     if window.batch % (shards := count_row_shards(mesh)):
         raise UserError(

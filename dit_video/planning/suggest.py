@@ -8,18 +8,24 @@ from typing import Any, NamedTuple, get_args
 from dit_video.core.errors import UserError
 from dit_video.distributed import AXES, MeshConfig, count_row_shards
 from dit_video.distributed.mesh import count_axis_slices, make_abstract_mesh
-from dit_video.distributed.planner import Topology, compute_step_times, count_argument_bytes, estimate_step
+from dit_video.distributed.planner import (
+    Efficiencies,
+    Topology,
+    compute_step_times,
+    count_argument_bytes,
+    estimate_step,
+)
 from dit_video.experiment import Experiment
 from dit_video.nn import Remat
 from dit_video.planning.plan import Plan
-from dit_video.planning.report import check_mesh, find_devices, plan_experiment, replace_dit
+from dit_video.planning.report import check_mesh, find_devices, plan_experiment
 from dit_video.planning.steps import Part, fill_row, plan_step, shard_shapes
 
 _SLACK = 1.1
 """Largest estimate of a candidate's memory relative to a device's; for compiled steps, estimates were at most 5 % too
 high."""
 _ROWS_PER_SHARD = (1, 2, 4, 8)
-_SKIPPED_REMATS = ("dots", "dots_no_batch", "offload")
+SKIPPED_REMATS = ("dots", "dots_no_batch", "offload")
 """Policies that are not tried: `dots` also keeps attention scores; the two others keep a little less than
 `dots_attention`, one of them on the host, and recompute all of attention for it."""
 
@@ -38,7 +44,7 @@ class Candidate(NamedTuple):
 
     def apply_to(self, experiment: Experiment) -> Experiment:
         """Return the experiment with this candidate's settings."""
-        changed = replace_dit(experiment, remat=self.remat)
+        changed = experiment.replace_backbone(remat=self.remat)
         denoiser = dataclasses.replace(changed.denoiser, batch=self.rows)
         return dataclasses.replace(changed, denoiser=denoiser, mesh=self.mesh)
 
@@ -53,6 +59,7 @@ def suggest(
     clips: int | None = None,
     steps: int | None = None,
     price: float | None = None,
+    efficiencies: Efficiencies | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Search for the best plan that fits: estimate all candidates, then compile the best few.
@@ -66,6 +73,7 @@ def suggest(
       clips: number of clips in each row; see `plan_experiment`.
       steps: number of steps to pay for.
       price: price of a chip for an hour.
+      efficiencies: measured shares of the chip's peak rates; the published ones by default.
       report: called with a line about every candidate that is compiled.
 
     Raises:
@@ -81,7 +89,8 @@ def suggest(
         # Estimates may all be a little too low, so keep trying for longer until one candidate fits.
         if number >= tries * (1 if best else 3):
             break
-        options: dict[str, Any] = {"part": part, "mesh": candidate.mesh, "clips": clips, "steps": steps, "price": price}
+        options: dict[str, Any] = {"part": part, "clips": clips, "steps": steps, "price": price}
+        options |= {"mesh": candidate.mesh, "efficiencies": efficiencies}
         plan = plan_experiment(candidate.apply_to(experiment), topology, **options)
         report(_format_line(candidate, plan))
         if plan.fits and (best is None or _score(plan) > _score(best)):
@@ -94,12 +103,15 @@ def suggest(
 
 def _score(plan: Plan) -> float:
     assert plan.times is not None
-    return plan.mfu(plan.times.apart)
+    return plan.mfu(plan.times.apart if plan.expected is None else plan.expected.scheduled)
 
 
 def _format_line(candidate: Candidate, plan: Plan) -> str:
     mesh = " ".join(f"{name}={getattr(candidate.mesh, name)}" for name in AXES)
-    verdict = "does not fit" if not plan.fits or plan.times is None else f"MFU {plan.mfu(plan.times.apart):.1%}"
+    verdict = "does not fit"
+    if plan.fits and plan.times is not None:
+        kind = "at most" if plan.expected is None else "expected"
+        verdict = f"MFU {kind} {_score(plan):.1%}"
     peak = f"{plan.memory.peak / 2**30:.1f} GiB (counted {candidate.peak_bytes / 2**30:.1f})"
     return f"{mesh}, {candidate.rows} rows, remat {candidate.remat}: {peak}, {verdict}"
 
@@ -118,7 +130,7 @@ def list_candidates(
     device_count = len(devices) if present else topology.num_chips
     limit = topology.chip.memory * topology.num_chips // device_count
     devices_per_chip = device_count // topology.num_chips
-    remats = [remat for remat in get_args(Remat) if remat not in _SKIPPED_REMATS] if part == "denoiser" else ["none"]
+    remats = [remat for remat in get_args(Remat) if remat not in SKIPPED_REMATS] if part == "denoiser" else ["none"]
     one_device, platform = make_abstract_mesh(MeshConfig(), 1), topology.chip.platform
     unsharded = plan_step(experiment, part, one_device, clips=fill_row(experiment, clips), platform=platform)
     assert unsharded.costs is not None

@@ -1,4 +1,7 @@
-"""Version of the running code: written into checkpoints, and compared between the processes of a run."""
+"""Version of the running code and the compiler's flags.
+
+They are written into checkpoints, and compared between the processes of a run.
+"""
 
 import functools
 import hashlib
@@ -6,15 +9,19 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from dit_video.platform.xla_flags import get_flags
 
 _PACKAGE = Path(__file__).parents[1]
 
 
 @functools.cache
-def get_code_version() -> dict[str, str | None]:
+def get_code_version() -> dict[str, Any]:
     """Return the versions of the package, Python and JAX, a digest of the package's files, and the git commit, if any.
 
-    The digest tells whether two machines run the same code, also without git or with uncommitted changes.
+    The digest tells whether two machines run the same code, also without git or with uncommitted changes. The flags of
+    XLA are part of it, because programs depend on them.
     """
     return {
         "dit_video": _get_version("dit-video"),
@@ -23,6 +30,7 @@ def get_code_version() -> dict[str, str | None]:
         "python": platform.python_version(),
         "jax": _get_version("jax"),
         "jaxlib": _get_version("jaxlib"),
+        "flags": get_flags(),
     }
 
 

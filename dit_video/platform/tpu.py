@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -10,6 +11,8 @@ _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _DEV = Path("/dev")
 _GOOGLE = "0x1ae0"
 _PCI_STORAGE, _PCI_NETWORK = "0x01", "0x02"
+_TPU_CHIPS = {"0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e"}
+"""PCI device ids of TPU chips (`jax._src.hardware_utils`)."""
 _TPU_VARIABLES = ("TPU_", "CLOUD_TPU_", "MEGASCALE_", "JAX_FORCE_TPU_INIT", "JAX_PLATFORM_NAME", "PJRT_")
 """Beginnings of the environment variables by which pods and users select TPUs, or any backend."""
 _UNRELATED_VARIABLES = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}
@@ -38,7 +41,7 @@ def skip_missing_tpu() -> None:
         return
     if has_tpu():
         return
-    gpus = _find_gpu_backends()
+    gpus = find_gpu_backends()
     jax = sys.modules.get("jax")
     if gpus is None or (jax is not None and (jax.config.jax_platforms or _has_started())):
         return
@@ -55,19 +58,33 @@ def has_tpu() -> bool:
     those. (JAX's table of device ids would not include TPUs that are newer than this function.)
     """
     is_named = any(name.startswith(_TPU_VARIABLES) for name in os.environ.keys() - _UNRELATED_VARIABLES)
-    if is_named or any(_DEV.glob("accel*")) or any(_DEV.glob("vfio/[0-9]*")):
-        return True
+    return is_named or any(_DEV.glob("accel*")) or any(_DEV.glob("vfio/[0-9]*")) or any(_list_tpus())
+
+
+def _list_tpus() -> Iterator[Path]:
+    """Yield the folders of Google's PCI devices that are neither storage nor network."""
     for device in _PCI_DEVICES.glob("*"):
         try:
             is_google = (device / "vendor").read_text().strip() == _GOOGLE
             if is_google and not (device / "class").read_text().startswith((_PCI_STORAGE, _PCI_NETWORK)):
-                return True
+                yield device
         except OSError:  # a device that is being removed
             continue
-    return False
 
 
-def _find_gpu_backends() -> list[str] | None:
+def _read_device_id(device: Path) -> str | None:
+    try:
+        return (device / "device").read_text().strip()
+    except OSError:
+        return None
+
+
+def find_tpu_chip() -> str | None:
+    """Return the name of this machine's TPU chip, such as `v5p`; None if there is none, or a newer one."""
+    return next((_TPU_CHIPS[each] for each in map(_read_device_id, _list_tpus()) if each in _TPU_CHIPS), None)
+
+
+def find_gpu_backends() -> list[str] | None:
     """Return the backends of the GPUs that JAX can use; None if there is a plugin whose backend is not known."""
     names = {entry.name for entry in entry_points(group="jax_plugins")}
     namespace = importlib.util.find_spec("jax_plugins")

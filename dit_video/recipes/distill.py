@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import FlowMatching, Lcm
+from dit_video.distributed import MeshConfig
 from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.metrics.metric import MetricBatch
@@ -20,8 +21,9 @@ from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, Pretr
 from dit_video.experiment.folder import CONFIG as RUN
 from dit_video.experiment.run import Run
 from dit_video.generation import Sampling
-from dit_video.pipelines.folder import is_pipeline_folder
-from dit_video.pipelines.loading import load_pipeline
+from dit_video.nn import Remat
+from dit_video.nn.attention import Backend
+from dit_video.pipelines.folder import is_pipeline_folder, read_pipeline_config
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import PackedShape
 from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
@@ -50,6 +52,12 @@ class DistillationOptions:
     """Number of critic updates for each update of the student; `dmd` only."""
     batch: int | None = None
     """Number of rows of a step; the teacher's by default."""
+    remat: Remat | None = None
+    """Activations that are kept for the backward pass; the teacher's choice by default."""
+    attention: Backend | None = None
+    """Backend of attention; the teacher's by default, where `auto` chooses by platform."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Number of devices along each axis of the mesh, on which the student is trained and sampled."""
     optimizer: Literal["adamw", "muon"] = "muon"
     learning_rate: float | None = None
     """Learning rate; by default 1e-3 for `consistency` and 3e-4 for `dmd`."""
@@ -77,7 +85,7 @@ def make_distillation_experiment(
     folder = Path(folder)
     run = Run.open(folder).experiment if (folder / RUN).is_file() else None
     start = folder if is_pipeline_folder(folder) else folder / "pipeline"
-    config = load_pipeline(start).config
+    config = read_pipeline_config(start)
     if config.boundary is not None or config.backbone.cond_channels or config.backbone.time == "token":
         fix = "distil a text-to-video model with one denoiser"
         raise UserError(f"{folder} holds a model with two experts or with conditioning frames; {fix}")
@@ -88,6 +96,8 @@ def make_distillation_experiment(
     objective = FlowMatching(process=config.process, prediction=config.prediction)
     data = DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
     max_tokens = config.latent_grid(config.size).volume // config.backbone.patch.volume
+    changes = {"remat": options.remat, "attention": options.attention}
+    changes = {name: value for name, value in changes.items() if value is not None}
     default_rate = LEARNING_RATES[options.method]
     return Experiment(
         name=f"{'shapes' if run is None else run.name}-{options.method}",
@@ -95,7 +105,7 @@ def make_distillation_experiment(
         data=data if run is None else run.data,
         autoencoder=PretrainedAutoencoder(model=autoencoder, folder=os.fspath(start)),
         denoiser=DenoiserTraining(
-            backbone=config.backbone,
+            backbone=config.backbone.replace(**changes),
             text=config.text,
             layout=config.layout or PackedShape(tokens=max_tokens, text=config.text.max_tokens, segments=1),
             batch=options.batch or config.batch,
@@ -113,6 +123,7 @@ def make_distillation_experiment(
         ),
         sampling=Sampling(steps=options.sampling_steps, guidance=1.0, solver=Lcm()),
         evaluation=config.evaluation or CaptionEvaluation(),
+        mesh=options.mesh,
         log_every=options.log_every,
         save_every=options.save_every,
     )

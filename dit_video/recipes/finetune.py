@@ -9,6 +9,7 @@ from dit_video.autoencoders import latent_grid
 from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import FlowMatching, LogitNormal
+from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import (
     AllWeights,
@@ -24,6 +25,7 @@ from dit_video.families import PipelineParts, find_family
 from dit_video.families.family import INDEX
 from dit_video.generation import Sampling
 from dit_video.nn import LoraConfig, Remat
+from dit_video.nn.attention import Backend
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
@@ -71,6 +73,10 @@ class FineTuningOptions:
     remat: Remat = "full"
     """Activations that are kept for the backward pass; `attention` takes more memory and recomputes much less of long
     clips."""
+    attention: Backend = "auto"
+    """Backend of attention; `auto` chooses by platform."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Number of devices along each axis of the mesh, on which the model is trained and sampled."""
     sampling_steps: int = 50
     guidance: float = 5.0
     samples: int = 4
@@ -105,7 +111,7 @@ def make_finetuning_experiment(
     if (family := find_family(folder)) is None:
         raise MissingError(f"no such file: {folder / INDEX}")
     parts = family.read_parts(folder)
-    backbone = parts.denoiser.replace(dtype=options.dtype, remat=options.remat)
+    backbone = parts.denoiser.replace(dtype=options.dtype, remat=options.remat, attention=options.attention)
     schedule, data, text = parts.schedule, _make_data(options, parts), replace(parts.text, dtype=options.dtype)
     learning_rate = _LEARNING_RATES[options.train] if options.learning_rate is None else options.learning_rate
     return Experiment(
@@ -135,6 +141,7 @@ def make_finetuning_experiment(
             time_schedule=schedule.time_schedule,
         ),
         evaluation=CaptionEvaluation(trained=options.samples, held_out=options.samples),
+        mesh=options.mesh,
         log_every=options.log_every,
         save_every=options.save_every,
     )

@@ -1,4 +1,8 @@
-"""Values of segments and of their tokens, in packed rows."""
+"""Values of segments and of their tokens, in packed rows.
+
+Products with one-hot matrices stand for sums and copies, so they have an explicit precision: by default TPUs round the
+operands of a float32 product to bfloat16, and GPUs to TF32.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +54,7 @@ def segment_mean(
 ) -> Float[Array, "B {count} *rest"]:
     """Return the mean over each segment's tokens; zero for a segment without any."""
     member = (segments[..., None] == jnp.arange(1, count + 1)).astype(values.dtype)  # B N G
-    total = jnp.einsum("bn...,bng->bg...", values, member)
+    total = jnp.einsum("bn...,bng->bg...", values, member, precision=jax.lax.Precision.HIGHEST)
     number = jnp.maximum(member.sum(axis=1), 1)
     return total / number.reshape(number.shape + (1,) * (values.ndim - 2))
 

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,10 @@ class LayoutShape(abc.ABC):
     def enlarge(self, grid: Grid) -> "LayoutShape":
         """Return the shape for a single example of this size, which is larger than this shape."""
 
+    def pad_tokens(self, multiple: int) -> "LayoutShape":
+        """Return the shape with so much padding that `multiple` devices share the tokens; a dense array has none."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedShape(LayoutShape):
@@ -72,6 +76,9 @@ class PackedShape(LayoutShape):
 
     def enlarge(self, grid: Grid) -> "PackedShape":
         return PackedShape(tokens=grid.volume, text=self.text, segments=self.segments)
+
+    def pad_tokens(self, multiple: int) -> "PackedShape":
+        return replace(self, tokens=self.tokens + -self.tokens % multiple)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.struct import dataclass
-from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
 from dit_video.training.optim.ema import EmaConfig, copy_float32
@@ -101,10 +100,3 @@ def get_shapes_on_devices(make: Callable[[Array], PyTree], *, shardings: Layout 
     """Return the shapes, dtypes and shardings of the state that `make` returns for a random key."""
     shapes = jax.eval_shape(make, jax.random.key(0))
     return shapes if shardings is None else attach_shardings(shapes, shardings(shapes))
-
-
-def to_host(tree: PyTree) -> PyTree:
-    """Return NumPy arrays with all values in every process; in a run of several processes, all call this."""
-    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)

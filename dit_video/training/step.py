@@ -12,6 +12,8 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PyTree
 
+from dit_video.distributed.mesh import AnyMesh
+from dit_video.distributed.update_sharding import constrain_like_params
 from dit_video.training.optim.ema import EmaConfig, update_averages, update_ema
 from dit_video.training.optim.optimizer import get_schedule_free_average
 from dit_video.training.state import TrainState, init_state, replace_step
@@ -113,6 +115,8 @@ class GradientStep(ModelStep):
     accumulation_steps: int = 1
     """Number of microbatches that the batch's rows are divided into, whose gradients are computed sequentially and
     equal those of the batch up to rounding. More than one need a loss that counts its examples."""
+    mesh: AnyMesh | None = None
+    """Mesh of the state, on which accumulated gradients are sharded like the parameters; None for a single device."""
 
     def update(self, state: TrainState, batch: PyTree, constants: Constants = ()) -> tuple[TrainState, Metrics]:
         args = (state.params, batch, state.step, *constants)
@@ -120,7 +124,9 @@ class GradientStep(ModelStep):
             pair, gradients = jax.value_and_grad(self.loss, has_aux=True)(*args)
             value, details = LossOutput.from_pair(*pair)
         else:
-            (value, details), gradients = accumulate_gradients(self.loss, self.accumulation_steps, *args)
+            (value, details), gradients = accumulate_gradients(
+                self.loss, self.accumulation_steps, *args, mesh=self.mesh
+            )
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **details.metrics}
         next_state = apply_updates(state, gradients, self.optimizer, ema_decay=self.ema_decay)
         next_state, own_metrics = self.update_extra(next_state, details.auxiliary)
@@ -139,7 +145,13 @@ def compute_gradients(loss: Loss, params: PyTree, *args: Any) -> tuple[LossOutpu
 
 
 def accumulate_gradients(
-    loss: Loss, num_parts: int, params: PyTree, batch: PyTree, step: Array, *constants: PyTree
+    loss: Loss,
+    num_parts: int,
+    params: PyTree,
+    batch: PyTree,
+    step: Array,
+    *constants: PyTree,
+    mesh: AnyMesh | None = None,
 ) -> tuple[LossOutput, PyTree]:
     """Return loss and gradients of a batch, accumulated in float32 over microbatches.
 
@@ -153,6 +165,7 @@ def accumulate_gradients(
       batch: Batch with rows as the first axis of each array.
       step: Training step.
       *constants: Further arguments of the loss.
+      mesh: Mesh on which the sums are sharded like the parameters; None for a single device.
 
     Raises:
       TypeError: The loss does not count its examples.
@@ -169,9 +182,10 @@ def accumulate_gradients(
             rule = f"is invalid for {name}, which does not count its examples. Use accumulation_steps=1."
             raise TypeError(f"accumulation_steps={num_parts} {rule}")
         total = jax.tree.map(lambda part, gradient: part + weight * gradient.astype(jnp.float32), total, gradients)
-        return total, (weight, weight * value, details.metrics)
+        return constrain_like_params(total, mesh), (weight, weight * value, details.metrics)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    zeros = constrain_like_params(zeros, mesh)
     gradients, (counts, values, metrics) = jax.lax.scan(add, zeros, microbatches)
     count = jnp.maximum(counts.sum(), 1)
     metrics = {name: _combine_metric(metric) for name, metric in metrics.items()}

@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dit_video.core import config_json
+from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.nn import get_param_shapes
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.parameter import Placement, place_on_host
+from dit_video.weights.safetensors import check_safetensors_file
 from dit_video.weights.streaming import FileMap, FolderSource, ParamSource
 from dit_video.weights.tensor_map import SHARD_BYTES
 
@@ -50,6 +53,37 @@ def open_native(folder: Path, config: Any) -> Iterator[FolderSource]:
     shapes = get_param_shapes(config.make)
     with TensorFolder(folder, stem=STEM) as tensors:
         yield FolderSource(tensors, FileMap.from_params(shapes), shapes)
+
+
+def read_params_file(path: Path, like: Any, *, place: Placement = place_on_host) -> dict[str, Any]:
+    """Read the parameters of a file of our own in float32, one after the other, in chunks.
+
+    Args:
+      path: safetensors file of `safetensors.save`.
+      like: shapes of the parameters, a tree of `jax.ShapeDtypeStruct`.
+      place: reads each parameter to its destination, given its path; by default to the host.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
+    """
+    with open_params_file(path, like) as source:
+        return streaming.read(source, like, dtype_fn=lambda path: np.float32, place=place)
+
+
+def read_shapes(path: Path) -> dict[str, Any]:
+    """Read the shapes of the parameters in a file of our own; errors are those of `read_params_file`."""
+    with TensorFolder(path.parent, stem=path.stem) as tensors:
+        shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in tensors.shapes.items()}
+    return trees.unflatten(shapes)
+
+
+@contextlib.contextmanager
+def open_params_file(path: Path, like: Any) -> Iterator[FolderSource]:
+    """Open the parameters of a file of our own; arguments and errors are those of `read_params_file`."""
+    check_safetensors_file(path)
+    with TensorFolder(path.parent, stem=path.stem) as tensors:
+        yield FolderSource(tensors, FileMap.from_params(like), like)
 
 
 def read_native_config(folder: Path, document: Mapping[str, Any], kind: Any = object, owner: str = "a model") -> Any:

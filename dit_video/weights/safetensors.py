@@ -4,6 +4,7 @@ Files are read by the `safetensors` library but written here: the library writes
 these files are a function of their content.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -49,7 +50,12 @@ class StreamedArray:
 
 
 def save(
-    path: str | os.PathLike, tree: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None, dtype: Any = None
+    path: str | os.PathLike,
+    tree: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: Any = None,
+    is_writer: bool = True,
 ) -> None:
     """Write the arrays of a nested dictionary to a file, atomically.
 
@@ -60,6 +66,7 @@ def save(
       metadata: text by name, kept in the header.
       dtype: dtype that floating arrays are cast to, such as `jnp.bfloat16`; None keeps theirs. Integers and booleans
         are never cast.
+      is_writer: False in a process that only reads the arrays' chunks, in the order in which another one writes them.
 
     Raises:
       ValueError: two arrays get the same name, or the format lacks a dtype.
@@ -81,13 +88,19 @@ def save(
         shape, array_dtype = arrays[name].shape, dtypes[name]
         start, end = end, end + int(np.prod(shape, dtype=np.int64)) * array_dtype.itemsize
         header[name] = {"dtype": _DTYPES[array_dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    chunks = ((name, chunk) for name in order for chunk in _read_chunks(arrays[name]))
+    if not is_writer:
+        collections.deque(chunks, maxlen=0)
+        return
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         _write_header(file, header)
-        for name in order:
-            array = arrays[name]
-            for chunk in array.read_chunks() if isinstance(array, StreamedArray) else (array,):
-                values = np.asarray(jax.device_get(chunk)).astype(dtypes[name], order="C", copy=False)
-                file.write(values.reshape(-1).view(np.uint8).data)
+        for name, chunk in chunks:
+            values = np.asarray(jax.device_get(chunk)).astype(dtypes[name], order="C", copy=False)
+            file.write(values.reshape(-1).view(np.uint8).data)
+
+
+def _read_chunks(array: Any) -> Iterator[Any]:
+    return array.read_chunks() if isinstance(array, StreamedArray) else iter((array,))
 
 
 def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) -> Any:

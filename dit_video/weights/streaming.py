@@ -232,6 +232,7 @@ def write(
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
+    is_writer: bool = True,
 ) -> None:
     """Write `stem.safetensors`, or several files with an index, in the layout of a file map.
 
@@ -244,9 +245,11 @@ def write(
       dtype: dtype that floating tensors are cast to; None keeps the source's.
       shard_bytes: maximum size of a file; larger ones are split.
       metadata: text for the files' headers; by default that of PyTorch's files.
+      is_writer: False in a process that only reads the source, in the order in which another one writes it.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_writer:
+        folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(sorted(_stream_tensors(source, file_map, like, dtype).items()))
     split = split_state_dict_into_shards_factory(
         tensors,
@@ -257,7 +260,10 @@ def write(
     file_metadata = {"format": "pt"} if metadata is None else metadata
     # A model without parameters has a file, too.
     for file, names in (split.filename_to_tensors or {f"{stem}.safetensors": []}).items():
-        ours.save(folder / file, {name: tensors[name] for name in names}, metadata=file_metadata)
+        contents = {name: tensors[name] for name in names}
+        ours.save(folder / file, contents, metadata=file_metadata, is_writer=is_writer)
+    if not is_writer:
+        return
     index = folder / f"{stem}.safetensors.index.json"
     if split.is_sharded:
         write_json(index, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})

@@ -5,10 +5,11 @@
 #
 # On several hosts, start one process on each by hand, with these three variables and the same arguments:
 #   COORDINATOR_ADDRESS=host0:1234 NUM_PROCESSES=2 PROCESS_ID=0 python experiments/train.py …
+# SCRIPT=experiments/finetune.py, or distill.py, starts these instead of train.py.
 # A signal to this script is sent to all processes. Its exit code is the first that is not 0.
 set -euo pipefail
 if [ "$#" -lt 2 ]; then
-  echo "usage: $0 COUNT CONFIG [arguments of experiments/train.py]" >&2
+  echo "usage: $0 COUNT CONFIG [arguments of experiments/train.py, or of SCRIPT]" >&2
   exit 2
 fi
 count="$1"
@@ -18,7 +19,7 @@ export COORDINATOR_ADDRESS="${COORDINATOR_ADDRESS:-127.0.0.1:12355}"
 export NUM_PROCESSES="$count"
 processes=()
 for ((index = 0; index < count; index++)); do
-  PROCESS_ID="$index" python -u experiments/train.py "$@" &
+  PROCESS_ID="$index" python -u "${SCRIPT:-experiments/train.py}" "$@" &
   processes+=("$!")
 done
 trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT

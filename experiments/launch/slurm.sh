@@ -3,7 +3,8 @@
 #
 #   sbatch experiments/launch/slurm.sh experiments/configs/clips.py --data CLIPS --workdir runs/clips
 #
-# All arguments are passed to experiments/train.py. The run's folder must be on a file system that all nodes share.
+# All arguments are passed to experiments/train.py, or to another script: SCRIPT=experiments/finetune.py sbatch ….
+# The run's folder must be on a file system that all nodes share.
 # The config sets the size of the mesh (`--mesh.fsdp 8`); -1 stands for the remaining devices.
 #SBATCH --job-name=dit-video
 #SBATCH --nodes=2
@@ -29,7 +30,7 @@ unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
 # With --kill-on-bad-exit, a process that fails (exit code 2) ends the whole step. Exit code 75 asks for a retry: a
 # signal stopped the run, which has saved, or a process was lost, which the log names.
 code=0
-srun --kill-on-bad-exit=1 python -u experiments/train.py "$@" --stopped-code 75 || code=$?
+srun --kill-on-bad-exit=1 python -u "${SCRIPT:-experiments/train.py}" "$@" --stopped-code 75 || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

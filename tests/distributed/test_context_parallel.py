@@ -50,6 +50,17 @@ def test_weights_are_gathered_once_in_each_pass():
     check_on_eight_devices("collective_bytes.py", "weights")
 
 
+def test_gradients_of_weights_over_fsdp_and_context_are_those_of_one_device():
+    check_on_eight_devices("weight_gradients.py")
+
+
+@pytest.mark.slow
+def test_tpus_gather_weights_in_bfloat16_and_scatter_gradients_in_float32_over_fsdp_and_context():
+    """This takes a process of its own: one that has libtpu would look for TPUs from then on."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e '.[tpu]'")
+    check_on_eight_devices("weight_collectives_for_tpu.py")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_tokens_stay_on_their_device_outside_attention():
@@ -60,7 +71,7 @@ def test_tokens_stay_on_their_device_outside_attention():
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("meshes", "optimizers"),
-    # Where parameters and moments of AdamW lie does not depend on context; all gradients are compared under SGD.
+    # All gradients are compared under SGD.
     [("whole rows", "adamw sgd"), ("ulysses", "sgd"), ("ring", "sgd"), ("some of context", "adamw")],
 )
 def test_every_mesh_of_eight_devices_trains_as_one_device(meshes, optimizers):
@@ -73,6 +84,14 @@ def test_wan_trains_on_meshes_as_on_one_device():
     check_on_eight_devices(
         "mesh_training_runs.py", "wan", str([((1, 1, 4, 2), "ulysses"), ((1, 2, 2, 2), "ring")]), "sgd"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("backbone", ["backbone", "wan"])
+def test_gradients_that_are_summed_as_on_accelerators_are_those_of_one_device(backbone):
+    meshes = [((1, 2, 1, 4), "ulysses"), ((1, 2, 2, 2), "ring")]
+    check_on_eight_devices("mesh_training_runs.py", f"{backbone} accelerator", str(meshes), "sgd")
 
 
 @pytest.mark.slow
@@ -112,6 +131,7 @@ def test_gradients_of_two_parts_of_the_keys_add_up_to_those_of_all():
 
 
 MESH = jax.sharding.AbstractMesh((1, 2, 4, 4), ("data", "fsdp", "tensor", "context"))
+STATE = ("fsdp", "context")
 FITS = {"rows": 4, "tokens": 64}
 SIZE = {"channels": 1, "context_width": 8, "width": 64, "heads": 8}
 
@@ -146,17 +166,17 @@ def test_heads_and_hidden_widths_are_split_over_tensor_as_are_their_moments():
     shapes = jax.eval_shape(optax.adam(1e-3).init, get_param_shapes(backbone.make))
     moments = trees.flatten(make_shardings(shapes, MESH, fits))
     expected = {
-        "blocks/qkv/kernel": P(None, "tensor", "fsdp"),  # split by heads where it is used
-        "blocks/cross_query/kernel": P(None, "fsdp", "tensor"),
+        "blocks/qkv/kernel": P(None, "tensor", STATE),  # split by heads where it is used
+        "blocks/cross_query/kernel": P(None, STATE, "tensor"),
         "blocks/cross_query/bias": P(None, "tensor"),
-        "blocks/out/kernel": P(None, "tensor", "fsdp"),
-        "blocks/up/kernel": P(None, "fsdp", "tensor"),
-        "blocks/down/kernel": P(None, "tensor", "fsdp"),
+        "blocks/out/kernel": P(None, "tensor", STATE),
+        "blocks/up/kernel": P(None, STATE, "tensor"),
+        "blocks/down/kernel": P(None, "tensor", STATE),
     }
     assert {path: moments[f"0/mu/{path}"].spec for path in expected} == expected
     wan = trees.flatten(make_shardings(get_param_shapes(WanDitConfig(width=64, heads=8).make), MESH, fits))
-    assert wan["blocks/query/kernel"].spec == wan["blocks/cross_value/kernel"].spec == P(None, "fsdp", "tensor")
-    assert wan["blocks/cross_out/kernel"].spec == P(None, "tensor", "fsdp")
+    assert wan["blocks/query/kernel"].spec == wan["blocks/cross_value/kernel"].spec == P(None, STATE, "tensor")
+    assert wan["blocks/cross_out/kernel"].spec == P(None, "tensor", STATE)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +200,20 @@ def test_layers_are_made_with_the_sharding_that_the_rules_give_their_weights(bac
         spec = {None: P(), -1: P(None, "tensor"), -2: P("tensor", None)}[axis]
         assert (layer.weight_constraint is None) == is_fused, path
         assert is_fused or layer.weight_constraint.spec == spec, path
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 1, 1), (1, 2, 1, 4), (2, 1, 1, 4)])
+def test_layers_gather_weights_where_fsdp_or_context_shards_them(sizes):
+    mesh = jax.sharding.AbstractMesh(sizes, MESH.axis_names)
+    layer = nnx.eval_shape(lambda: Linear(8, 8, parallel=make_parallelism(mesh), rngs=nnx.Rngs(0)))
+    assert layer.weight_constraint.spec == P()
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1, 1), (1, 1, 4, 1)])
+def test_layers_use_weights_as_they_are_where_neither_fsdp_nor_context_shards_them(sizes):
+    mesh = jax.sharding.AbstractMesh(sizes, MESH.axis_names)
+    layer = nnx.eval_shape(lambda: Linear(8, 8, parallel=make_parallelism(mesh), rngs=nnx.Rngs(0)))
+    assert layer.weight_constraint is None
 
 
 def test_one_device_computes_with_the_model_as_it_is():

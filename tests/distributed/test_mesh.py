@@ -6,7 +6,14 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.distributed import AXES, MeshConfig, Slices, make_mesh
-from dit_video.distributed.mesh import _resolve_sizes, arrange_hybrid_mesh, count_axis_slices, describe_slow_axes
+from dit_video.distributed.mesh import (
+    _resolve_sizes,
+    arrange_hybrid_mesh,
+    count_axis_slices,
+    describe_slow_axes,
+    parse_mesh,
+    resolve_mesh,
+)
 
 
 def test_one_device_makes_a_mesh_in_auto_mode():
@@ -120,3 +127,31 @@ def test_slices_off_the_data_axis_are_warned_of():
     assert "2 slices lie along fsdp, so weights are gathered over the data centre's network (DCN)" in message
     assert message.endswith("Use a mesh whose data is a multiple of 4.")
     assert "tokens are exchanged" in (describe_slow_axes({"data": 1, "context": 2}) or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("fsdp=8,context=4", MeshConfig(fsdp=8, context=4)),
+        ("data=2,context=-1", MeshConfig(data=2, context=-1)),
+        ("fsdp=-1", MeshConfig(data=1, fsdp=-1)),
+        ("", MeshConfig()),
+    ],
+)
+def test_a_mesh_is_read_from_the_command_line(text, config):
+    assert parse_mesh(text) == config
+
+
+@pytest.mark.parametrize("text", ["pipeline=2", "data=two", "data"])
+def test_a_mesh_with_unknown_axes_or_sizes_is_refused_on_the_command_line(text):
+    with pytest.raises(UserError, match=rf"--mesh {text} is invalid: .* Use data=1,fsdp=1,tensor=1,context=1"):
+        parse_mesh(text)
+
+
+def test_a_mesh_of_jax_needs_the_axes_of_this_package():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert resolve_mesh(mesh) == (mesh, "ulysses")
+    ring = MeshConfig(data=len(jax.devices()), context_attention="ring")
+    assert resolve_mesh(ring) == (make_mesh(ring), "ring")
+    with pytest.raises(UserError, match=r"axes x is invalid: it has data, fsdp, tensor, context\. Use .*make_mesh"):
+        resolve_mesh(jax.sharding.Mesh(jax.devices()[:1], ("x",)))

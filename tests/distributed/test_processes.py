@@ -144,6 +144,13 @@ def test_a_process_with_another_config_is_refused_at_the_start():
         assert "config.denoiser.steps is 6 there and 5 here" in err
 
 
+@pytest.mark.slow
+def test_a_process_that_writes_for_longer_than_the_patience_does_not_end_the_run():
+    for code, out, err in wait_for_all(start_both("write in first process", max_lag=5)):
+        assert code == 0, err
+        assert get_own_lines(out) == ["joined [0, 1]", "left"]
+
+
 HANGS = {
     "killed": ("kill", 1, "has sent no heartbeat for 15 s"),
     "stopped": ("stop", 1, "has sent no heartbeat for 15 s"),

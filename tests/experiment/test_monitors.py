@@ -20,6 +20,7 @@ from dit_video.training.hooks import logging
 from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.video import Clip, decode
+from support.devices import check_on_eight_devices
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -134,3 +135,8 @@ def test_a_config_written_before_averages_existed_is_read(tiny):
         for name in names:
             del part[name]
     assert config_json.from_json(document) == tiny.EXPERIMENT
+
+
+@pytest.mark.slow
+def test_samples_during_training_on_eight_devices_are_those_of_one(tiny_clips):
+    check_on_eight_devices("samples_during_training.py", str(tiny_clips))

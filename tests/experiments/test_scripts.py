@@ -101,6 +101,8 @@ def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
         (["--prompt", PROMPT, "--size", "5x16x24"], "width 24 is not divisible by 16"),
         (["--prompt", PROMPT, "--sampler", "plms"], "unknown sampler 'plms'; use one of ddim, ddpm"),
         (["--prompt", PROMPT, "--steps", "0"], "--steps 0 is invalid: it must be at least 1"),
+        (["--prompt", PROMPT, "--mesh", "pipeline=2"], "--mesh pipeline=2 is invalid: it must be AXIS=SIZE"),
+        (["--prompt", PROMPT, "--mesh", "data=3"], "data=3 does not divide the 1 devices"),
         (["--prompt", PROMPT, "--rescale", "2"], "rescale=2.0 is invalid: it must lie in [0, 1]"),
         (["--prompt", PROMPT, "--interval", "0.8", "0.2"], "interval=(0.8, 0.2) is invalid"),
         (["--prompt", PROMPT, "--prompts", "list.json"], "use --prompt TEXT or --prompts FILE"),

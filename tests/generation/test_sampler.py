@@ -102,7 +102,7 @@ def test_one_program_serves_every_prompt_size_seed_guidance_and_number_of_steps(
     five = [make_request("", (2, 2, 2), seed=10)] * 5
     sample_requests(five)
     program = make_program(
-        DENOISER.backbone, DENOISER.text, DENOISER.process, DENOISER.prediction, SAMPLING.solver, None, True
+        DENOISER.backbone, DENOISER.text, DENOISER.process, DENOISER.prediction, SAMPLING.solver, None, True, None
     )
     before = program._cache_size()
     assert before >= 2

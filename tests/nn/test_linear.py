@@ -3,9 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed.context_parallel import GatheredWeight
 from dit_video.nn import Linear
 from dit_video.nn.linear import init_weights
+from dit_video.nn.lora import attach_lora
+from support.jaxprs import list_products
+from support.rounded_products import MANTISSA_BITS, round_products
 
 
 def rough(features_in: int, features_out: int, **options) -> Linear:
@@ -100,3 +106,45 @@ def test_initial_weights_follow_their_named_distribution():
     assert np.std(xavier) == pytest.approx(limit / np.sqrt(3), rel=0.01)
     assert np.std(init_weights("normal", key, shape, fan=fan)) == pytest.approx(0.02, rel=0.01)
     assert not init_weights("zero", key, shape, fan=fan).any()
+
+
+def make_precise_parts(monkeypatch, *, adapted=False, constrained=False, precision="highest"):
+    """Return the value and all gradients of a float32 layer as on an accelerator, and its parameters and input."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    layer, draw = rough(64, 8, precision=precision), np.random.default_rng(0)
+    if constrained:
+        layer.weight_constraint = GatheredWeight(make_mesh(MeshConfig(), jax.devices()[:1]), PartitionSpec())
+    graph, params = nnx.graphdef(layer), nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    if adapted:
+        factors = {"a": draw.normal(size=(64, 2)), "b": draw.normal(size=(2, 8)), "scale": np.ones(())}
+        params = attach_lora(params, {"kernel": jax.tree.map(jnp.float32, factors)})
+    x = jnp.asarray(draw.normal(size=(3, 5, 64)), jnp.float32)
+
+    def compute(params, x):
+        value, pull = jax.vjp(lambda params, x: nnx.merge(graph, params)(x), params, x)
+        return value, pull(jnp.cos(value))
+
+    return compute, params, x
+
+
+@pytest.mark.parametrize("options", [{}, {"adapted": True}, {"constrained": True}], ids=str)
+def test_a_layer_and_its_gradients_have_the_precision_that_is_set(monkeypatch, options):
+    compute, params, x = make_precise_parts(monkeypatch, **options)
+    text = jax.jit(compute).trace(params, x).lower(lowering_platforms=("tpu",)).as_text()
+    products = list_products(text)
+    assert len(products) >= 3
+    assert all("precision = [HIGHEST, HIGHEST]" in product for product in products), products
+    compute, params, x = make_precise_parts(monkeypatch, **options, precision=None)
+    text = jax.jit(compute).trace(params, x).lower(lowering_platforms=("tpu",)).as_text()
+    assert not any("HIGHEST" in product for product in list_products(text))
+
+
+@pytest.mark.parametrize("rounding", MANTISSA_BITS)
+def test_precise_layers_are_exact_where_products_round_their_operands(monkeypatch, rounding):
+    compute, params, x = make_precise_parts(monkeypatch)
+    expected = jax.tree.leaves(compute(params, x))
+    for left, right in zip(jax.tree.leaves(round_products(compute, rounding)(params, x)), expected, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+    compute, params, x = make_precise_parts(monkeypatch, precision=None)
+    rounded = jax.tree.leaves(round_products(compute, rounding)(params, x))
+    assert max(np.abs(left - right).max() for left, right in zip(rounded, expected, strict=True)) > 1e-3

@@ -1,4 +1,4 @@
-"""What is planned is what is trained: the compiled step of a plan is that of a run."""
+"""Plans describe what is trained: the compiled step of a plan is that of a run."""
 
 import dataclasses
 import json

@@ -15,7 +15,6 @@ from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.distributed.mesh import make_abstract_mesh
 from dit_video.distributed.planner import Topology, compile_step
 from dit_video.planning import plan_experiment, suggest
-from dit_video.planning.report import replace_dit
 from dit_video.planning.steps import fill_row, plan_step
 from dit_video.planning.suggest import list_candidates
 from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
@@ -87,7 +86,7 @@ def test_a_plan_states_the_source_of_its_price(eight_rows, topology, price, says
 
 
 def test_recomputation_counts_as_executed_but_not_as_model_flops(eight_rows):
-    once, twice = (plan_experiment(replace_dit(eight_rows, remat=remat), GPUS) for remat in ("none", "full"))
+    once, twice = (plan_experiment(eight_rows.replace_backbone(remat=remat), GPUS) for remat in ("none", "full"))
     assert twice.model_flops == once.model_flops
     assert once.executed_flops < twice.executed_flops <= once.executed_flops * 4 / 3
 

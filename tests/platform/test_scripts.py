@@ -39,6 +39,15 @@ def test_imported_modules_and_processes_with_jax_are_left_alone(monkeypatch, nam
     assert sys.excepthook is before
 
 
+def test_a_script_sets_the_flags_of_accelerators_before_it_imports_jax(monkeypatch):
+    calls = []
+    monkeypatch.setattr(scripts, "set_accelerator_flags", lambda: calls.append("set"))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "modules", {})
+    scripts.prepare_script("__main__", huge_pages=False)
+    assert calls == ["set"]
+
+
 def test_every_script_prepares_itself_first():
     for path in [*(ROOT / "experiments").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
         source = path.read_text(encoding="utf-8")

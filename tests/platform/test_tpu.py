@@ -148,3 +148,11 @@ def test_backends_that_have_started_stay():
         "import dit_video\n"
         "assert 'JAX_PLATFORMS' not in os.environ and not jax.config.jax_platforms"
     )
+
+
+@pytest.mark.parametrize(("device", "chip"), [("0x0062", "v5p"), ("0x006f", "v6e"), ("0xffff", None)])
+def test_a_chip_is_detected_by_its_device_id(machine, device, chip):
+    attach(machine, vendor="0x1ae0", device_class="0xff0000")
+    assert tpu.find_tpu_chip() is None  # a device without an id
+    (machine / "pci" / "0000:00:05.0" / "device").write_text(f"{device}\n")
+    assert tpu.find_tpu_chip() == chip

@@ -15,6 +15,8 @@ from support.training_state import create_state, get_state_shapes, make_step
 
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup=0), steps=10)
 
+RULES = ShardingRules(min_size=1)
+
 
 def init(key):
     """Return the parameters of a new run, which are the same for all keys."""
@@ -27,9 +29,9 @@ def make_local_rows(step: int):
     return jax.tree.map(lambda leaf: leaf[jax.process_index() * count :][:count], make_rows(13 * step))
 
 
-def train(folder: Path, mesh: Mesh, steps: int) -> list[list[float]]:
+def train(folder: Path, mesh: Mesh, steps: int, *, rules: ShardingRules = RULES) -> list[list[float]]:
     """Continue from the checkpoint in a folder for so many steps; return their losses and gradient norms."""
-    layout = functools.partial(make_shardings, mesh=mesh, rules=ShardingRules(min_size=1))
+    layout = functools.partial(make_shardings, mesh=mesh, rules=rules)
     checkpoints = Checkpoints(folder, keep=CheckpointPolicy(newest=9))
     if checkpoints.latest() is None:
         state = create_state(init, OPTIMIZER, jax.random.key(0), shardings=layout)

@@ -1,4 +1,4 @@
-"""Operations of traced programs."""
+"""Operations of traced and of lowered programs."""
 
 from typing import Any
 
@@ -14,3 +14,8 @@ def count_primitive(primitive: str, jaxpr: Any) -> int:
     ]
     own = sum(equation.primitive.name == primitive for equation in jaxpr.eqns)
     return own + sum(count_primitive(primitive, each) for each in inner)
+
+
+def list_products(text: str) -> list[str]:
+    """Return the lines of the matrix products of a lowered program's text (StableHLO)."""
+    return [line for line in text.splitlines() if "stablehlo.dot_general" in line]

@@ -19,6 +19,8 @@ from dit_video.tokens import (
     segment_mean,
     unpack,
 )
+from support.jaxprs import list_products
+from support.rounded_products import MANTISSA_BITS, round_products
 
 WIDTH = 3
 
@@ -184,3 +186,19 @@ def test_positions_count_from_zero_in_every_segment_and_run_of_padding():
     row = pack(ITEMS, SHAPE, width=WIDTH)
     result = compute_segment_offsets(jnp.asarray(row.segments)[None])
     np.testing.assert_array_equal(result[0], [*range(8), *range(6), *range(6)])
+
+
+@pytest.mark.parametrize("rounding", MANTISSA_BITS)
+def test_means_and_their_gradients_are_exact_where_products_round_their_operands(rounding):
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 3)), jnp.float32)
+
+    def compute(values):
+        mean, pull = jax.vjp(lambda values: segment_mean(values, SEGMENTS, count=3), values)
+        return mean, *pull(jnp.cos(mean))
+
+    for result, expected in zip(round_products(compute, rounding)(values), compute(values), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-6)
+    text = jax.jit(compute).trace(values).lower(lowering_platforms=("tpu",)).as_text()
+    products = list_products(text)
+    assert len(products) == 2
+    assert all("precision = [HIGHEST, HIGHEST]" in product for product in products), products

@@ -39,6 +39,21 @@ def test_the_command_searches_for_a_mesh_that_fits(script):
         ((CONFIG, "--topology", "h100:8", "--mesh", "pipeline=2"), "pipeline=2 is invalid: it must be AXIS=SIZE"),
         ((CONFIG, "--topology", "h100:8", "--steps", "0"), "at least 1"),
         ((CONFIG, "--topology", "h100:8", "--suggest", "--mesh", "fsdp=2"), "drop one of them"),
+        ((CONFIG, "--topology", "h100:8", "--suggest", "--fit", "24GiB"), "drop one of them"),
+        ((CONFIG, "--topology", "h100:8", "--fit", "24"), "'24' is invalid: it must be a positive number with one of"),
+        ((CONFIG, "--topology", "h100:8", "--fit", "200GiB"), "a device of h100:8 has 74.51 GiB. Use 76293MiB or less"),
+        ((CONFIG, "--topology", "v5e:4x4*two"), "Use, for two slices, v5e:4x4*2"),
+        ((CONFIG, "--topology", "h100:8*2"), "Use their number, such as h100:8"),
+        (
+            (CONFIG, "--topology", "cpu:1", "--calibration", "nowhere"),
+            "no measurement. Use --calibrate first",
+        ),
+        (
+            (CONFIG, "--topology", "b200:8", "--price", "-1"),
+            "must be at least 0. Use --price 0",
+        ),
+        ((CONFIG,), "--topology is missing"),
+        (("--topology", "h100:8"), "CONFIG is missing"),
         ((CONFIG, "--topology", "h100:8", "--set", "denoiser.backbone.depth=2"), "'depth' does not exist; use one of"),
     ],
 )
@@ -46,6 +61,74 @@ def test_the_command_refuses_wrong_arguments(script, arguments, says):
     refused = script(TOOL, *arguments)
     assert refused.code == 2
     assert says in " ".join(refused.err.split())
+
+
+def test_the_command_says_what_makes_a_step_fit(tmp_path, script):
+    target = tmp_path / "fit.json"
+    more = ("--rows", 8, "--of", "sampler", "--fit", "0.29MiB", "--json", target)
+    done = script(TOOL, CONFIG, "--topology", "h100:4", *more)
+    assert done.code == 0, done.err
+    assert "does not fit as configured" in done.out
+    assert "--set sampling.branch_evaluation=apart" in done.out
+    document = json.loads(target.read_text())
+    assert document["configured"]["memory"] > document["limit"]
+    assert all(each["memory"] <= document["limit"] for each in document["fitting"])
+    assert document["fitting"]
+
+
+def test_plans_for_chips_without_a_price_name_the_option_that_sets_it(script):
+    done = script(TOOL, CONFIG, "--topology", "b200:8", "--rows", 8)
+    assert done.code == 0, done.err
+    assert "no public price of b200 is known: set one with --price" in done.out
+    assert "$" not in done.out
+    assert "chip-hours" in done.out
+
+
+@pytest.mark.slow
+def test_the_command_measures_this_machine_and_plans_for_it(tmp_path, script):
+    """A plan for a CPU expects the speeds that were measured, and another machine's folder has none."""
+    measured = script(TOOL, "--calibrate", "--calibration", tmp_path)
+    assert measured.code == 0, measured.err
+    assert "of the peak" in measured.err
+    assert (tmp_path / "cpu.json").is_file()
+    target = tmp_path / "plan.json"
+    done = script(TOOL, CONFIG, "--topology", "cpu:1", "--calibration", tmp_path, "--json", target)
+    assert done.code == 0, done.err
+    assert "compiled in" in done.out
+    assert "products at" in done.out
+    document = json.loads(target.read_text())
+    assert document["expected"]["seconds"] >= document["overlapped"]["seconds"] > 0
+    stored = json.loads((tmp_path / "cpu.json").read_text())["efficiencies"]
+    assert document["efficiencies"]["products"] == stored["products"]
+
+
+@pytest.mark.slow
+def test_the_command_fits_a_training_and_a_sampler_on_an_absent_tpu(tmp_path, script):
+    """The memory of the combinations that are listed first is that of compiled steps."""
+    pytest.importorskip("libtpu")
+    target = tmp_path / "fit.json"
+    model = ("--set", "denoiser.backbone.width=256", "--set", "denoiser.backbone.attention='splash'", "--rows", 64)
+    more = (*model, "--set", "denoiser.optimizer.kind='adamw'", "--tries", 1, "--json", target)
+    for part, size in (("denoiser", "40MiB"), ("sampler", "14MiB")):
+        done = script(TOOL, CONFIG, "--topology", "v5e:2x2", *more, "--of", part, "--fit", size)
+        assert done.code == 0, done.err
+        document = json.loads(target.read_text())
+        compiled = [each for each in document["fitting"] + document["overflowing"] if each["method"] == "compiled"]
+        assert compiled, done.out
+        assert all(each["memory"] <= document["limit"] for each in document["fitting"])
+        assert all(each["memory"] > document["limit"] for each in document["overflowing"])
+    nothing = script(TOOL, CONFIG, "--topology", "v5e:2x2", *more, "--fit", "64KiB")
+    assert nothing.code == 0, nothing.err
+    assert "nothing fits: the least of" in nothing.out
+
+
+@pytest.mark.slow
+def test_a_plan_for_a_tpu_without_a_price_works(script):
+    pytest.importorskip("libtpu")
+    done = script(TOOL, CONFIG, "--topology", "v7x:2x2x1", "--rows", 8)
+    assert done.code == 0, done.err
+    assert "no public price of v7x is known: set one with --price" in done.out
+    assert "nothing is expected: no speed of products" in done.out
 
 
 @pytest.mark.slow

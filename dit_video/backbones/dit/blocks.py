@@ -4,7 +4,7 @@ The residual stream is float32; only matrix products are in the config's dtype.
 """
 
 import functools
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -75,7 +75,8 @@ class Stream(nnx.Module):
     def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
         width, dtype = config.width, jnp.dtype(config.dtype)
         per_block, hidden = config.modulation == "own", config.mlp_dim
-        self.own = Linear(width, 6 * width, init="zero", parallel=parallel, rngs=rngs) if per_block else None
+        options: dict[str, Any] = {"precision": "highest" if config.time == "segment" else None, "init": "zero"}
+        self.own = Linear(width, 6 * width, parallel=parallel, rngs=rngs, **options) if per_block else None
         self.table = None if per_block else nnx.Param(jnp.zeros((6, width), jnp.float32))
         self.heads, self.mlp_norm_eps = config.heads, config.mlp_norm_eps
         self.query_norm, self.key_norm = _make_qk_norm(config), _make_qk_norm(config)
@@ -132,7 +133,7 @@ class Block(Stream):
             linear = functools.partial(Linear, bias=config.bias, dtype=dtype, parallel=parallel, rngs=rngs)
             self.cross = parallel.make_cross_attention(config.attention)
             self.cross_query = linear(width, width, split="outputs")
-            self.cross_key_value = linear(width, 2 * width, split="fused")
+            self.cross_key_value = linear(width, 2 * width, split="fused", is_context=True)
             self.cross_query_norm, self.cross_key_norm = _make_qk_norm(config), _make_qk_norm(config)
             self.cross_out = linear(width, width, split="inputs", init="zero")
 

@@ -66,18 +66,21 @@ class Dit(nnx.Module):
         self.embed = linear(config.token_width, width, dtype=dtype)
         if config.absolute_position is not None:
             self.position = config.absolute_position.make(width, dtype=dtype, **options)
-        self.time_in, self.time_out = linear(TIME_FEATURES, width), linear(width, width)
+        precise: Any = functools.partial(linear, precision="highest")
+        # With a time per token, these are large products.
+        modulation = precise if config.time == "segment" else linear
+        self.time_in, self.time_out = precise(TIME_FEATURES, width), precise(width, width)
         if isinstance(config.context, CrossAttention | JointAttention):
             self.context_in = linear(config.context_width, width, dtype=dtype)
         if config.context.pooled:
-            self.context_pooled = linear(config.context_width, width)
+            self.context_pooled = precise(config.context_width, width)
         if config.modulation == "shared":
-            self.modulation = linear(width, 6 * width, init="zero")
+            self.modulation = modulation(width, 6 * width, init="zero")
         kind = JointBlock if isinstance(config.context, JointAttention) else Block
         block = functools.partial(kind, config, parallel=parallel)
         self.blocks = make_stack(lambda r: block(rngs=r), config.layers, rngs=rngs)
-        self.head_modulation = linear(width, 2 * width, init="zero")
-        self.head = linear(width, config.output_width, init="zero")
+        self.head_modulation = modulation(width, 2 * width, init="zero")
+        self.head = precise(width, config.output_width, init="zero")
         normal = nnx.initializers.normal(0.02)
         if config.cond_channels:
             # Zero weights, so that a trained model that is extended by this input predicts as before.

@@ -60,7 +60,7 @@ class ConvBlock(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         self.norm_in, self.norm_out = ClipNorm(width_in, config.groups), ClipNorm(width, config.groups)
         self.space = CausalConv(width_in, width, SPATIAL_KERNEL, dtype=dtype, rngs=rngs)
-        self.modulation = Linear(config.condition_width, 2 * width, init="zero", rngs=rngs)
+        self.modulation = Linear(config.condition_width, 2 * width, init="zero", precision="highest", rngs=rngs)
         self.time = CausalConv(width, width, TEMPORAL_KERNEL, init="zero", dtype=dtype, rngs=rngs)
         self.skip = None if width_in == width else Linear(width_in, width, dtype=dtype, rngs=rngs)
 

@@ -60,8 +60,8 @@ class Unet(nnx.Module):
         self.config = config
         widths, dtype = config.widths, jnp.dtype(config.dtype)
         levels, last = range(len(widths)), widths[-1]
-        self.time_in = Linear(TIME_FEATURES, config.condition_width, rngs=rngs)
-        self.time_out = Linear(config.condition_width, config.condition_width, rngs=rngs)
+        self.time_in = Linear(TIME_FEATURES, config.condition_width, precision="highest", rngs=rngs)
+        self.time_out = Linear(config.condition_width, config.condition_width, precision="highest", rngs=rngs)
         self.embed = CausalConv(config.channels, widths[0], SPATIAL_KERNEL, dtype=dtype, rngs=rngs)
         self.down = nnx.List(
             [_UnetLevel(widths[level], level, config, parallel=parallel, rngs=rngs) for level in levels]

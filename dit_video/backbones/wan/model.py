@@ -185,13 +185,14 @@ class WanDit(nnx.Module):
         self.embed = linear(config.token_width + config.cond_width, width, dtype=dtype)
         self.text_in = linear(config.context_width, width, init="normal", dtype=dtype)
         self.text_out = linear(width, width, init="normal", dtype=dtype)
-        self.time_in = linear(config.time_width, width, init="normal")
-        self.time_out = linear(width, width, init="normal")
-        self.modulation = linear(width, 6 * width)
+        self.time_in = linear(config.time_width, width, init="normal", precision="highest")
+        self.time_out = linear(width, width, init="normal", precision="highest")
+        # With a time per token, this is a large product.
+        self.modulation = linear(width, 6 * width, precision="highest" if config.time == "segment" else None)
         self.image = None if config.image_width is None else WanImageEmbedding(config, parallel=parallel, rngs=rngs)
         self.blocks = make_stack(lambda r: WanBlock(config, parallel=parallel, rngs=r), config.layers, rngs=rngs)
         self.head_table = _make_table(2, width, rngs)
-        self.head = linear(width, config.token_width, init="zero")
+        self.head = linear(width, config.token_width, init="zero", precision="highest")
 
     def __call__(
         self,
@@ -311,16 +312,18 @@ class WanBlock(nnx.Module):
         linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), parallel=parallel, rngs=rngs)
         map_in = functools.partial(linear, width, width, split="outputs")
         map_out = functools.partial(linear, width, width, split="inputs")
+        map_context = functools.partial(map_in, is_context=True)
         self.heads = config.heads
         self.cross = parallel.make_cross_attention(config.attention)
         self.table = _make_table(6, width, rngs)
         self.query, self.key, self.value, self.out = map_in(), map_in(), map_in(), map_out()
         self.query_norm, self.key_norm = RmsNorm(width), RmsNorm(width)
         self.cross_norm = LayerNorm(width)
-        self.cross_query, self.cross_key, self.cross_value, self.cross_out = map_in(), map_in(), map_in(), map_out()
+        self.cross_query, self.cross_key, self.cross_value = map_in(), map_context(), map_context()
+        self.cross_out = map_out()
         self.cross_query_norm, self.cross_key_norm = RmsNorm(width), RmsNorm(width)
         if config.image_width is not None:
-            self.image_key, self.image_value, self.image_key_norm = map_in(), map_in(), RmsNorm(width)
+            self.image_key, self.image_value, self.image_key_norm = map_context(), map_context(), RmsNorm(width)
         self.up = linear(width, config.mlp_dim, split="outputs")
         self.down = linear(config.mlp_dim, width, split="inputs")
 

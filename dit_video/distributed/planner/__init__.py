@@ -19,7 +19,7 @@ from dit_video.distributed.planner.efficiencies import (
 from dit_video.distributed.planner.estimate import StepSpec, estimate_step
 from dit_video.distributed.planner.hardware import CHIPS, Chip, find_chip, get_peak_flops
 from dit_video.distributed.planner.hlo import CollectiveTraffic, read_program
-from dit_video.distributed.planner.lower_bounds import compute_min_collective_bytes, sum_collective_bytes
+from dit_video.distributed.planner.lower_bounds import Purpose, compute_min_collective_bytes, sum_collective_bytes
 from dit_video.distributed.planner.roofline import (
     StepTimes,
     StepWork,

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from dit_video.core.trees import flatten
+from dit_video.distributed.planner.hardware import find_chip
 from dit_video.distributed.planner.hlo import Program, read_program
+from dit_video.platform.xla_flags import get_compiler_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +86,14 @@ def compile_step(
       outer_trip_count: assumed iterations of an outermost loop with a data-dependent end; see `read_program`.
       max_outer_trip_count: upper bound of that loop's iterations.
     """
-    platform = mesh.devices.flat[0].platform
+    platform, chip = mesh.devices.flat[0].platform, find_chip(mesh.devices.flat[0])
+    options = get_compiler_options(chip.name) if platform == "tpu" and chip is not None else {}
     start = time.perf_counter()
     with override_default_backend(platform):
         lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))  # type: ignore[attr-defined]
     state_bytes = count_argument_bytes(arguments)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -131,7 +131,10 @@ def read_calibration(folder: Path, name: str) -> Calibration | None:
     try:
         document = read_json(path)
         chip = CHIPS[name] if name in CHIPS else Chip(**document["chip"])
-        by_work = {work: Efficiency(**each) for work, each in document["efficiencies"].items()}
+        by_work = {
+            work: Efficiency(share=float(each["share"]), source=str(each["source"]))
+            for work, each in document["efficiencies"].items()
+        }
         if any(not each.share > 0 for each in by_work.values()):
             raise ValueError("a share is not positive")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from dit_video.distributed.planner.compiled_program import MemoryUsage
 from dit_video.distributed.planner.hlo import CollectiveTraffic
 from dit_video.distributed.planner.roofline import StepWork
+from dit_video.distributed.sharding_rules import STATE_AXES
 
 _BACKWARD_RATIOS = {"dense": 2.0, "splash": 3.5}
 """FLOPs of an attention backend's backward pass, in units of its forward pass (2 matrix products).
@@ -148,12 +149,12 @@ def estimate_step(
 def split_over_slices(
     traffic: CollectiveTraffic, mesh: Mapping[str, int], slices: Mapping[str, int]
 ) -> list[CollectiveTraffic]:
-    """Divide a collective over one axis of the mesh into its parts inside the slices and between them.
+    """Divide a collective over axes of the mesh into its parts inside the slices and between them.
 
     Arrays are gathered from the counterparts in other slices first, then inside the slice; sums take the reverse way.
     """
-    (axis,) = traffic.axes
-    size, count = mesh[axis], slices.get(axis, 1)
+    size = math.prod(mesh[axis] for axis in traffic.axes)
+    count = math.prod(slices.get(axis, 1) for axis in traffic.axes)
     if count == 1 or not traffic.bytes:
         return [traffic]
     inner, values = size // count, traffic.bytes * size / (size - 1)
@@ -166,21 +167,24 @@ def _list_collectives(
     step: StepSpec, state_bytes: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int], local_tokens: int
 ) -> list[CollectiveTraffic]:
     """Return the unavoidable collectives, with the bytes that each device receives."""
-    fsdp, tensor, context, data = (mesh[name] for name in ("fsdp", "tensor", "context", "data"))
+    tensor, context, data = (mesh[name] for name in ("tensor", "context", "data"))
+    state_axes = tuple(name for name in STATE_AXES if mesh[name] > 1)
+    shards = math.prod(mesh[name] for name in state_axes)
     passes = (3 if step.is_recomputed else 2) if step.training else 1
+    gathers = 2 if step.is_recomputed else 1  # without recomputation the gathered weights are kept
 
     def remote_share(size: int) -> float:
         return (size - 1) / size
 
     # Each microbatch gathers the weights and sums gradients anew.
-    passes *= step.accumulation
+    passes, gathers = passes * step.accumulation, gathers * step.accumulation
     weights, count = step.layers * layer_bytes // tensor, passes * step.layers
     local_values = local_tokens * step.width
-    gathered = passes * remote_share(fsdp) * weights / 4 * step.itemsize
+    gathered = gathers * remote_share(shards) * weights / 4 * step.itemsize
     exchanged = 4 * count * remote_share(context) * local_values * step.itemsize / tensor
     summed = 2 * 3 * count * remote_share(tensor) * local_values * 4
     collectives = [
-        CollectiveTraffic("all-gather", ("fsdp",), gathered, count),
+        CollectiveTraffic("all-gather", state_axes, gathered, gathers * step.layers),
         # Queries, keys, values and attention's output (arXiv 2309.14509), and their gradients in the backward pass.
         CollectiveTraffic("all-to-all", ("context",), exchanged, 4 * count),
         # Sums after attention and MLP, and of the gradients of their inputs (arXiv 1909.08053, section 3).
@@ -190,11 +194,10 @@ def _list_collectives(
         collectives += [
             CollectiveTraffic(
                 "reduce-scatter",
-                ("fsdp",),
-                step.accumulation * remote_share(fsdp) * weights,
+                state_axes,
+                step.accumulation * remote_share(shards) * weights,
                 step.accumulation * step.layers,
             ),
             CollectiveTraffic("all-reduce", ("data",), 2 * remote_share(data) * state_bytes["parameters"], 1),
-            CollectiveTraffic("all-reduce", ("context",), 2 * remote_share(context) * state_bytes["parameters"], 1),
         ]
     return collectives

@@ -1,27 +1,34 @@
 """Lower bound on the bytes a training step must communicate, to compare compiled programs with."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from dit_video.distributed.mesh import ContextAttention
 from dit_video.distributed.planner.estimate import StepSpec
 from dit_video.distributed.planner.hlo import CollectiveTraffic
+from dit_video.distributed.sharding_rules import STATE_AXES
+
+Purpose = Literal["weights", "attention"]
+"""Purpose of collectives: to gather weights and sum their gradients, or to exchange tokens in attention."""
 
 _ATTENTION_KINDS = ("all-to-all", "collective-permute")
-"""Collectives that attention uses over `context`; all-reduces over it sum gradients and don't count."""
+"""Collectives that attention uses over `context`; others over it gather weights and sum gradients."""
 
 
 def compute_min_collective_bytes(
     step: StepSpec, parameters: int, mesh: Mapping[str, int], context_attention: ContextAttention
-) -> dict[str, float]:
-    """Return the bytes that a device must receive over `fsdp`, and over `context` for attention; skip axes of size 1.
+) -> dict[Purpose, float]:
+    """Return the bytes that a device must receive for weights and for attention; skip a purpose that needs none.
 
-    - `fsdp` (arXiv 1910.02054): `(n - 1) / n` of all weights in the dtype of products, and of their gradients in
-      float32. The weights are gathered for the forward pass and again for the backward pass if it recomputes
-      activations; else the gathered weights are kept.
-    - `context`, `ulysses` (arXiv 2309.14509): `(n - 1) / n` of a device's queries, keys, values and results, once for
-      each forward pass (including a recomputed one) and once for their gradients.
-    - `context`, `ring` (arXiv 2310.01889): keys and values of the `n - 1` other devices in each pass, and the gradients
-      of both in float32.
+    - weights, over the `n` devices of `fsdp` x `context` (arXiv 1910.02054): `(n - 1) / n` of all weights in the dtype
+      of products, and of their gradients in float32. The weights are gathered for the forward pass and again for the
+      backward pass if it recomputes activations; else the gathered weights are kept.
+    - attention over `context`, `ulysses` (arXiv 2309.14509): `(n - 1) / n` of a device's queries, keys, values and
+      results, once for each forward pass (including a recomputed one) and once for their gradients.
+    - attention over `context`, `ring` (arXiv 2310.01889): keys and values of the `n - 1` other devices in each pass,
+      and the gradients of both in float32.
+
+    Sums over `data` and `tensor` are not counted.
 
     Args:
       step: a training step that updates all weights.
@@ -36,11 +43,21 @@ def compute_min_collective_bytes(
         attention = 4 * (forwards + 1) * (context - 1) / context * values * step.itemsize
     else:
         attention = (context - 1) * values * 2 * ((forwards + 1) * step.itemsize + 4)
-    weights = (fsdp - 1) / fsdp * parameters / tensor * (forwards * step.itemsize + 4)
-    return {name: size for name, size in (("fsdp", weights), ("context", attention)) if mesh[name] > 1}
+    shards = fsdp * context
+    weights = (shards - 1) / shards * parameters / tensor * (forwards * step.itemsize + 4)
+    bounds: dict[Purpose, float] = {"weights": weights, "attention": attention}
+    return {purpose: size for purpose, size in bounds.items() if size}
 
 
-def sum_collective_bytes(axis: str, collectives: Sequence[CollectiveTraffic]) -> float:
-    """Return the bytes of a program's collectives over one axis that `compute_min_collective_bytes` bounds."""
-    over = [part for part in collectives if part.axes == (axis,)]
-    return sum(part.bytes for part in over if axis == "fsdp" or part.kind in _ATTENTION_KINDS)
+def sum_collective_bytes(purpose: Purpose, collectives: Sequence[CollectiveTraffic]) -> float:
+    """Return the bytes of a program's collectives for a purpose that `compute_min_collective_bytes` bounds.
+
+    Collectives over a part of `fsdp` x `context` count, too: arrays that both do not divide are sharded over one.
+    """
+    return sum(part.bytes for part in collectives if _get_purpose(part) == purpose)
+
+
+def _get_purpose(part: CollectiveTraffic) -> Purpose | None:
+    if part.axes == ("context",) and part.kind in _ATTENTION_KINDS:
+        return "attention"
+    return "weights" if {*part.axes} <= {*STATE_AXES, "part of"} else None

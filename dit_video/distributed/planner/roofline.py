@@ -100,10 +100,10 @@ def compute_expected_times(
     products = efficiencies.get_share(PRODUCTS)
     attention = 1.0
     if work.attention_flops:
-        known = None if work.attention is None else efficiencies.get_share(name_attention_work(work.attention))
-        if known is None:
+        share = None if work.attention is None else efficiencies.get_share(name_attention_work(work.attention))
+        if share is None:
             return None
-        attention = known
+        attention = share
     if products is None:
         return None
     memory, links = efficiencies.get_share(MEMORY) or 1.0, efficiencies.get_share(COLLECTIVES) or 1.0

@@ -15,12 +15,12 @@ from dit_video.core import pixels, rng
 from dit_video.data.latents.offline import measure_latent_moments
 from dit_video.data.windows import ClipCrops, WindowBatches
 from dit_video.distributed import RowPart
+from dit_video.distributed.gather import to_host
 from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, make_autoencoder_step
 from dit_video.experiment.runtime import Runtime, Stage
 from dit_video.nn import get_graph_def, init_params
 from dit_video.training.hooks.logging import print_on_first_process
-from dit_video.training.state import to_host
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
@@ -48,7 +48,8 @@ class TrainAutoencoder(Stage):
 
     def run(self, runtime: Runtime) -> None:
         config = self._training
-        graph, (step, constants) = get_graph_def(config.model.make), make_autoencoder_step(config, runtime.seed)
+        graph = get_graph_def(config.model.make)
+        step, constants = make_autoencoder_step(config, runtime.seed, mesh=runtime.mesh)
         crops = ClipCrops(runtime.training_clips, self.experiment.window_limits)
         is_new = runtime.open_checkpoints(self.name).latest() is None
         linear = self._fit_linear(runtime, crops) if isinstance(config.model, PatchVaeConfig) and is_new else None
@@ -66,7 +67,8 @@ class TrainAutoencoder(Stage):
             with contextlib.closing(self.open_windows(runtime, crops, 0, "latent moments")) as windows:
                 mean, std = measure_latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
             params["normalizer"] = {"mean": mean, "std": std}
-        save_weights(runtime.folder / WEIGHTS_FILE, params)
+        if runtime.process == 0:
+            save_weights(runtime.folder / WEIGHTS_FILE, params)
 
     def open_windows(
         self, runtime: Runtime, crops: ClipCrops, start: int, purpose: str, *, augment: bool = True

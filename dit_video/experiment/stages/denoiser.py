@@ -29,7 +29,6 @@ from dit_video.training.folder_lock import lock_folder
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.training.losses.denoiser import DenoiserLoss
-from dit_video.training.state import to_host
 from dit_video.training.trainer import Trainer
 
 
@@ -82,7 +81,7 @@ class TrainDenoiser(DenoiserStage):
         with lock_folder(trainer.folder):
             state = trainer.prepare(open_and_record)()
         if not self.curriculum:
-            ema_params = to_host(state.ema)
+            ema_params = state.ema
             del state
             self._export(runtime, trained, ema_params)
 
@@ -93,7 +92,7 @@ class TrainDenoiser(DenoiserStage):
             "denoiser",
             steps=config.steps,
             init=trained.init,
-            train_step=make_denoiser_step(config, loss, start_step=self.start_step),
+            train_step=make_denoiser_step(config, loss, start_step=self.start_step, mesh=runtime.mesh),
             start_step=self.start_step,
         )
         return replace(
@@ -131,7 +130,8 @@ class TrainDenoiser(DenoiserStage):
             captions = [info.captions[0] for info in runtime.training_clips.infos if info.captions]
 
             def make_pipeline(ema_params: dict[str, Any]) -> Pipeline:
-                return export.make_pipeline(experiment, runtime, trained.merge_params(ema_params))
+                params = trained.attach_params(ema_params)
+                return export.make_pipeline(experiment, runtime, params, mesh=runtime.sampling_mesh)
 
             hooks.append(monitors.make_sampling(folder / "samples", monitoring, captions, make_pipeline))
         return tuple(hooks)
@@ -148,13 +148,11 @@ class TrainDenoiser(DenoiserStage):
 
     def _export(self, runtime: Runtime, trained: TrainableDenoiser, ema_params: dict[str, Any]) -> None:
         """Write the averaged weights: under the names of other projects, and as a pipeline."""
-        if runtime.process == 0:
-            folder, config = runtime.folder, self.experiment.denoiser
-            expert, _ = get_expert_names(config)
-            if (adapter := trained.get_adapter(ema_params)) is None:
-                export.save_transformer(folder, config.backbone, ema_params, expert=expert)
-            else:
-                export.save_adapter(folder, config.backbone, adapter, trained.base_params or {}, expert=expert)
-        params = trained.merge_params(ema_params)
-        if runtime.process == 0:
-            export.make_pipeline(self.experiment, runtime, params).save(runtime.folder / "pipeline")
+        folder, config = runtime.folder, self.experiment.denoiser
+        expert, _ = get_expert_names(config)
+        if (adapter := trained.get_adapter(ema_params)) is None:
+            export.save_transformer(folder, config.backbone, ema_params, expert=expert)
+        else:
+            export.save_adapter(folder, config.backbone, adapter, trained.base_params or {}, expert=expert)
+        params, mesh = trained.merge_params(ema_params), runtime.sampling_mesh
+        export.make_pipeline(self.experiment, runtime, params, mesh=mesh).save(folder / "pipeline")

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dit_video.backbones.dit import DitConfig, ImageSineCosine
 from dit_video.core.errors import MissingError, UserError
@@ -31,6 +32,7 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
 )
+from dit_video.distributed import MeshConfig
 from dit_video.families.autoencoders import load_placed_autoencoder
 from dit_video.families.dit.transformer import DitDenoiserFormat
 from dit_video.families.family import INDEX, Dtype, Family
@@ -64,7 +66,13 @@ class DitFamily(Family):
         return super().is_pipeline(folder) or (has_parts and not (folder / INDEX).is_file())
 
     def load_pipeline(
-        self, folder: Path, *, text_encoder: str | os.PathLike | None, dtype: Dtype, place: Placement | None
+        self,
+        folder: Path,
+        *,
+        text_encoder: str | os.PathLike | None,
+        dtype: Dtype,
+        place: Placement | None,
+        mesh: MeshConfig | Mesh | None,
     ) -> Pipeline:
         """Load a class-conditional image pipeline; its solver and number of steps are those of its scheduler.
 
@@ -75,6 +83,7 @@ class DitFamily(Family):
           text_encoder: None, as the model has no text encoder.
           dtype: dtype of the denoiser's matrix products and of their weights.
           place: places a parameter, given its path `backbone/…` or `autoencoder/…`; on the default device if None.
+          mesh: devices that sample together, to which `place` reads; None for one device.
 
         Raises:
           MissingError: the folder does not exist, or lacks parts, all of which are named.
@@ -125,7 +134,7 @@ class DitFamily(Family):
             size=Grid(1, side * backbone.patch.h * stride.h, side * backbone.patch.w * stride.w),
             provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
         )
-        return Pipeline(config, autoencoder=autoencoder_params, denoiser={"backbone": params, "text": {}})
+        return Pipeline(config, autoencoder=autoencoder_params, denoiser={"backbone": params, "text": {}}, mesh=mesh)
 
 
 def _get_default_schedule(backbone: DitConfig) -> LoadedScheduler:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
+from dit_video.distributed import MeshConfig
 from dit_video.families.autoencoders import load_placed_autoencoder, read_autoencoder_config
 from dit_video.families.family import INDEX, Dtype, Family, PipelineParts
 from dit_video.families.wan.transformer import WanDenoiserFormat
@@ -47,7 +49,13 @@ class WanFamily(Family):
     pipeline_classes = CLASSES
 
     def load_pipeline(
-        self, folder: Path, *, text_encoder: str | os.PathLike | None, dtype: Dtype, place: Placement | None
+        self,
+        folder: Path,
+        *,
+        text_encoder: str | os.PathLike | None,
+        dtype: Dtype,
+        place: Placement | None,
+        mesh: MeshConfig | Mesh | None,
     ) -> Pipeline:
         """Load a pipeline from a folder of diffusers; solver, shift and time schedule are those of its scheduler.
 
@@ -60,6 +68,7 @@ class WanFamily(Family):
           place: places a parameter, given its path: `backbone/…`, `low_noise/…` of a second expert, `autoencoder/…`;
             for devices `lambda path, parameter: parameter.to_device(SHARDING)`. By default parameters go to the default
             device; two experts stay on the host, and only the one in use is on the device.
+          mesh: devices that sample together, to which `place` reads; None for one device.
 
         Raises:
           MissingError: the folder does not exist, or lacks parts, all of which are named.
@@ -97,7 +106,7 @@ class WanFamily(Family):
             provenance={"loaded from": os.fspath(folder), "class": read_index(folder)["_class_name"]},
         )
         parameters = {"autoencoder": autoencoder_params, "denoiser": denoiser}
-        return Pipeline(config, **parameters, get_lora_modules=DENOISER.get_lora_modules)
+        return Pipeline(config, **parameters, get_lora_modules=DENOISER.get_lora_modules, mesh=mesh)
 
     def read_parts(self, folder: Path) -> PipelineParts:
         return read_parts(folder)

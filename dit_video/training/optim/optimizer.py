@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import find_closest, flatten, map_with_path
+from dit_video.distributed.mesh import AnyMesh
 from dit_video.training.optim.muon import scale_by_muon
 
 
@@ -50,6 +51,11 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.99
     weight_decay: float = 0.0
+    """Decay of the selected parameters in each step, relative to the learning rate."""
+    weight_decay_patterns: tuple[str, ...] = (r"kernel(/[ab])?$",)
+    """Regular expressions, searched in parameter paths, that select the parameters that decay: by default the kernels
+    of linear layers and convolutions, and the factors of their adapters, but not biases, norms, tables, embeddings and
+    codebooks, which decay would pull away from what they have to be."""
     max_grad_norm: float = 1.0
     """Largest global norm of the gradients; larger gradients are scaled down to it."""
     trainable: tuple[str, ...] = ()
@@ -71,7 +77,12 @@ class OptimizerConfig:
                 f"schedule={self.schedule!r}, b1={self.b1} is invalid for kind='schedule_free', which averages instead "
                 "of lowering its learning rate. Use schedule='constant' and a positive b1."
             )
-        for pattern in (*self.trainable, *self.frozen, *self.muon_patterns):
+        for pattern in (
+            *self.trainable,
+            *self.frozen,
+            *self.muon_patterns,
+            *self.weight_decay_patterns,
+        ):
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -104,13 +115,16 @@ def make_learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax
     return optax.join_schedules([warmup, main], [config.warmup])
 
 
-def make_optimizer(config: OptimizerConfig, *, steps: int, start_step: int = 0) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, *, steps: int, start_step: int = 0, mesh: AnyMesh | None = None
+) -> optax.GradientTransformation:
     """Return the optax transformation of a config, for `steps` steps.
 
     Args:
       config: Configuration of the optimizer.
       steps: Length of the learning rate schedule.
       start_step: Number of updates before the schedule begins: those of earlier stages.
+      mesh: Mesh over whose devices Muon divides its matrices; None for a single device.
 
     Raises:
       UserError: The run is not longer than its warmup; or, raised by `init`, a trainable or frozen pattern matches no
@@ -127,7 +141,7 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, start_step: int = 0) 
         case "schedule_free":
             main = _schedule_free(config, rates)
         case "muon":
-            muon = optax.chain(scale_by_muon(config.muon_rms), *_decay_and_scale(config, rates))
+            muon = optax.chain(scale_by_muon(config.muon_rms, mesh=mesh), *_decay_and_scale(config, rates))
             main = optax.partition(
                 {"matrix": muon, "other": _adamw(config, rates, nesterov=True)},
                 functools.partial(_label_matrices, config.muon_patterns),
@@ -139,12 +153,31 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, start_step: int = 0) 
 
 
 def _adamw(config: OptimizerConfig, rates: optax.Schedule, *, nesterov: bool = False) -> optax.GradientTransformation:
-    return optax.adamw(rates, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, nesterov=nesterov)
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, nesterov=nesterov)
+    return optax.chain(adam, *_decay_and_scale(config, rates))
 
 
 def _decay_and_scale(config: OptimizerConfig, rates: optax.Schedule) -> list[optax.GradientTransformation]:
     """Return the last two transformations of an optimizer: weight decay, then the learning rate."""
-    return [optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(rates)]
+    return [_decay_weights(config), optax.scale_by_learning_rate(rates)]
+
+
+def _decay_weights(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Return the weight decay of the selected parameters.
+
+    It has the state of `optax.add_decayed_weights` without a mask, so that checkpoints without patterns can be read.
+    """
+
+    def decay(updates: PyTree, params: PyTree) -> PyTree:
+        params_by_path = flatten(params)
+
+        def add(path: str, update: Array) -> Array:
+            is_decayed = any(re.search(pattern, path) for pattern in config.weight_decay_patterns)
+            return update + config.weight_decay * params_by_path[path] if is_decayed else update
+
+        return map_with_path(add, updates)
+
+    return optax.stateless(decay)
 
 
 def _schedule_free(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:

@@ -5,21 +5,24 @@ the last snapshot, is approximated by the linear combination of snapshots whose 
 closest in the least squares sense.
 """
 
+import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from dit_video.core.errors import MissingError
+from dit_video.core.trees import map_with_path
+from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.training.optim.ema import POWER, gamma_from_sigma, parse_average_name
-from dit_video.training.state import to_host
-from dit_video.weights import load, save
+from dit_video.weights import save
+from dit_video.weights.native_format import open_params_file, read_shapes
+from dit_video.weights.parameter import Parameter, Placement, place_on_host
 
 
 class WeightProfile(NamedTuple):
@@ -38,18 +41,23 @@ class EmaSnapshots:
     def write(self, step: int, state: Any) -> dict[str, float]:
         """Write snapshots of a state's power function averages, and return no metrics.
 
-        All processes call this; the first one writes.
+        All processes call this; the first one writes what they gather in parts.
         """
         for name, tree in state.averages.get(POWER, {}).items():
-            host = to_host(tree)
-            if jax.process_index() == 0:
-                save(self.folder / f"{step:08}-{name}.safetensors", host)
+            path = self.folder / f"{step:08}-{name}.safetensors"
+            save(path, gather_parts(tree), is_writer=is_first_process())
         return {}
 
     def reconstruct(
-        self, sigma_rel: float, *, like: Any = None, step: int | None = None, max_step: int | None = None
+        self,
+        sigma_rel: float,
+        *,
+        like: Any = None,
+        step: int | None = None,
+        max_step: int | None = None,
+        place: Placement = place_on_host,
     ) -> dict[str, Any]:
-        """Return the average of a relative width.
+        """Return the average of a relative width, of which the host holds one part at a time.
 
         Args:
           sigma_rel: Width of the average, relative to the length of the training.
@@ -57,6 +65,7 @@ class EmaSnapshots:
           step: Step of the average; that of the last snapshot if None.
           max_step: Step after which snapshots are ignored, such as those that a killed run wrote after its last
             checkpoint.
+          place: Reads each parameter to its destination, given its path; by default to the host.
 
         Raises:
           MissingError: There are no snapshots.
@@ -69,12 +78,20 @@ class EmaSnapshots:
             raise MissingError(f"{self.folder} has no snapshots. Train with averages=EmaConfig(sigmas=(0.05, 0.1)).")
         profiles = sorted(files)
         target = WeightProfile(max(profile.step for profile in profiles) if step is None else step, gamma)
-        total: dict[str, Any] | None = None
-        for weight, profile in zip(solve_coefficients(profiles, target), profiles, strict=True):
-            params = load(files[profile], like=like)
-            scaled = jax.tree.map(lambda leaf, weight=weight: weight * leaf.astype(np.float64), params)
-            total = scaled if total is None else jax.tree.map(np.add, total, scaled)
-        return jax.tree.map(lambda leaf: leaf.astype(np.float32), total)
+        weights = solve_coefficients(profiles, target)
+        like = read_shapes(files[profiles[0]]) if like is None else like
+        with contextlib.ExitStack() as stack:
+            sources = [stack.enter_context(open_params_file(files[profile], like)) for profile in profiles]
+
+            def read_parts(path: str) -> Iterator[np.ndarray]:
+                for parts in zip(*(source.read_chunks(path, None) for source in sources), strict=True):
+                    total = sum(weight * part.astype(np.float64) for weight, part in zip(weights, parts, strict=True))
+                    yield np.asarray(total, np.float32)
+
+            def read_average(path: str, leaf: Any) -> Any:
+                return place(path, Parameter(tuple(leaf.shape), np.dtype(np.float32), lambda: read_parts(path)))
+
+            return map_with_path(read_average, like)
 
     def _list_files(self) -> dict[WeightProfile, Path]:
         paths = {}

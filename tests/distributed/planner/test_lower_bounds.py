@@ -23,8 +23,13 @@ MESH = {"data": 2, "fsdp": 4, "tensor": 2, "context": 8}
 
 @pytest.mark.parametrize(("remat", "times"), [("full", 2), ("none", 1)])
 def test_weights_move_for_every_forward_pass_and_gradients_once(remat, times):
-    result = compute_min_collective_bytes(STEP.resize(8, remat), 1000, MESH, "ulysses")["fsdp"]
-    assert result == 3 / 4 * 1000 / 2 * (2 * times + 4)
+    result = compute_min_collective_bytes(STEP.resize(8, remat), 1000, MESH, "ulysses")["weights"]
+    assert result == 31 / 32 * 1000 / 2 * (2 * times + 4)
+
+
+def test_weights_move_over_context_where_fsdp_has_one_device():
+    mesh = {"data": 2, "fsdp": 1, "tensor": 1, "context": 8}
+    assert compute_min_collective_bytes(STEP, 1000, mesh, "ring")["weights"] == 7 / 8 * 1000 * (2 + 4)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +43,7 @@ def test_weights_move_for_every_forward_pass_and_gradients_once(remat, times):
 )
 def test_attention_over_context_moves_the_minimum_of_tokens(way, remat, of_a_value):
     values = 3 * (8 * 1024 // (2 * 4 * 8)) * 64 // 2
-    assert compute_min_collective_bytes(STEP.resize(8, remat), 1000, MESH, way)["context"] == pytest.approx(
+    assert compute_min_collective_bytes(STEP.resize(8, remat), 1000, MESH, way)["attention"] == pytest.approx(
         values * of_a_value
     )
 
@@ -47,12 +52,14 @@ def test_axes_of_size_one_move_nothing():
     assert compute_min_collective_bytes(STEP, 1000, {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}, "ring") == {}
 
 
-def test_sums_of_gradients_over_context_are_no_part_of_attention():
+def test_collectives_over_fsdp_and_context_are_those_of_weights_except_exchanges_of_tokens():
     moved = [
-        CollectiveTraffic("all-to-all", ("context",), 5.0, 1),
-        CollectiveTraffic("all-reduce", ("context",), 7.0, 1),
-        CollectiveTraffic("all-gather", ("fsdp",), 2.0, 1),
-        CollectiveTraffic("reduce-scatter", ("fsdp",), 3.0, 1),
-        CollectiveTraffic("all-gather", ("data", "fsdp"), 11.0, 1),
+        CollectiveTraffic("all-to-all", ("context",), 1.0, 1),
+        CollectiveTraffic("collective-permute", ("context",), 2.0, 1),
+        CollectiveTraffic("all-reduce", ("context",), 4.0, 1),
+        CollectiveTraffic("all-gather", ("fsdp", "context"), 8.0, 1),
+        CollectiveTraffic("reduce-scatter", ("fsdp",), 16.0, 1),
+        CollectiveTraffic("collective-permute", ("part of", "fsdp", "context"), 32.0, 1),
+        CollectiveTraffic("all-gather", ("data", "fsdp"), 64.0, 1),
     ]
-    assert (sum_collective_bytes("context", moved), sum_collective_bytes("fsdp", moved)) == (5.0, 5.0)
+    assert (sum_collective_bytes("attention", moved), sum_collective_bytes("weights", moved)) == (3.0, 60.0)

@@ -54,8 +54,8 @@ def test_each_kind_of_work_is_expected_at_its_own_share_of_the_peak():
         attention_flops=0.25 * 197e12,
         attention="splash",
     )
-    known = make_efficiencies(products=0.5, splash_attention=0.25, memory=0.8, collectives=0.5)
-    times = compute_expected_times(work, known, V5E, MESH)
+    efficiencies = make_efficiencies(products=0.5, splash_attention=0.25, memory=0.8, collectives=0.5)
+    times = compute_expected_times(work, efficiencies, V5E, MESH)
     assert times is not None
     assert (times.compute, times.memory, times.collectives) == pytest.approx((0.75 / 0.5 + 1.0, 0.625, 0.75))
     # The gather overlaps with the products, the exchange does not.

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 
 from dit_video.core.registry import register
+from dit_video.distributed.gather import to_host
 from dit_video.experiment import Stage
-from dit_video.training.state import to_host
 from dit_video.training.step import GradientStep, LossDetails, LossOutput
 from dit_video.video import decode
 from dit_video.weights import load, save

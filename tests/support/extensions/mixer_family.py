@@ -72,12 +72,12 @@ class MixerFamily(Family):
     name, denoiser = "mixer", MixerFormat()
     parts, pipeline_classes = ("transformer", "rest"), ("TheirPipeline",)
 
-    def load_pipeline(self, folder, *, text_encoder, dtype, place):
+    def load_pipeline(self, folder, *, text_encoder, dtype, place, mesh):
         rest = load_pipeline(folder / "rest")
         backbone, params = self.denoiser.load(folder / "transformer")
         parameters = {"autoencoder": rest.codec.params, "denoiser": rest.denoiser_params | {"backbone": params}}
         config = replace(rest.config, backbone=backbone)
-        return Pipeline(config, **parameters, get_lora_modules=self.denoiser.get_lora_modules)
+        return Pipeline(config, **parameters, get_lora_modules=self.denoiser.get_lora_modules, mesh=mesh)
 
 
 register_family(MixerFamily())

@@ -1,6 +1,7 @@
 """Check the bytes that programs on eight devices exchange: `attention`, `weights` or `rows`, the only argument."""
 
 import dataclasses
+import itertools
 import sys
 
 import jax
@@ -65,20 +66,24 @@ def check_rows() -> None:
 
 def check_weights() -> None:
     """Check that weights are gathered once for each pass, and that frozen weights have no gradients to sum."""
-    for config in (mesh_training.DIT, mesh_training.WAN):
+    for config, sizes in itertools.product(
+        (mesh_training.DIT, mesh_training.WAN), ({"fsdp": 8}, {"fsdp": 4, "context": 2})
+    ):
         backbone = dataclasses.replace(config, attention="chunked", remat="full")
-        collectives, parameters = mesh_training.read_collectives(MeshConfig(data=1, fsdp=8), backbone)
+        mesh = MeshConfig(data=1, **sizes)
+        collectives, parameters = mesh_training.read_collectives(mesh, backbone)
         once = 7 / 8 * 4 * parameters
-        gathered = collectives["all-gather", ("fsdp",)].bytes / once
-        sums = [traffic for (kind, axes), traffic in collectives.items() if "reduce" in kind and axes == ("fsdp",)]
+        gathered = collectives["all-gather", tuple(sizes)].bytes / once
+        # Over context alone only tokens are exchanged, and keys' gradients of captions summed.
+        sums = [traffic for (kind, axes), traffic in collectives.items() if "reduce" in kind and "fsdp" in axes]
         summed = sum(traffic.bytes for traffic in sums)
-        print(gathered, summed / once)
+        print(sizes, gathered, summed / once)
         assert gathered <= 1.1 * 2  # for the forward and for the backward pass
         assert summed <= 1.1 * 2 * once  # XLA's CPU backend sums them to all devices, which is twice as much
         lora = LoraConfig(rank=1)
-        collectives, parameters = mesh_training.read_collectives(MeshConfig(data=1, fsdp=8), backbone, lora=lora)
-        gathered = collectives["all-gather", ("fsdp",)].bytes / (7 / 8 * 4 * parameters)
-        print(gathered, "adapted")
+        collectives, parameters = mesh_training.read_collectives(mesh, backbone, lora=lora)
+        gathered = collectives["all-gather", tuple(sizes)].bytes / (7 / 8 * 4 * parameters)
+        print(sizes, gathered, "adapted")
         assert gathered <= 1.1 * 2
 
 

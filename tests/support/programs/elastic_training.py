@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import MeshConfig, ShardingRules, make_mesh
 from support.elastic_training import train
 
 
 def check_device_counts(folder: Path) -> None:
-    """Compare two steps each on one, two, four and eight devices with eight steps on one."""
+    """Compare steps on one, two, four and eight devices with eight steps on one."""
     devices = jax.devices()
     expected = train(folder / "whole", make_mesh(MeshConfig(), devices[:1]), 8)
     assert np.ptp(np.asarray(expected)[:, 0]) > 1e-3, expected
@@ -23,6 +23,22 @@ def check_device_counts(folder: Path) -> None:
         make_mesh(MeshConfig(data=1, fsdp=8), devices),
     ):
         actual += train(folder / "parts", mesh, 2)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def check_context(folder: Path) -> None:
+    """Compare steps on meshes with `context`, which at first shares no state, with eight steps on one device."""
+    devices = jax.devices()
+    expected = train(folder / "whole", make_mesh(MeshConfig(), devices[:1]), 8)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=4), devices)
+    replicated = ShardingRules(rules=((r"kernel$", (None, "fsdp")), ("", ())))
+    actual = train(folder / "parts", mesh, 2, rules=replicated)
+    for continued in (
+        mesh,
+        make_mesh(MeshConfig(data=1, context=4), devices[:4]),
+        make_mesh(MeshConfig(data=1, fsdp=8), devices),
+    ):
+        actual += train(folder / "parts", continued, 2)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
@@ -39,7 +55,12 @@ def end_on_one_host(folder: Path) -> None:
     np.testing.assert_allclose(actual, np.load(folder / "expected.npy")[4:], rtol=1e-6)
 
 
-CASES = {"device counts": check_device_counts, "start": start_on_one_host, "end": end_on_one_host}
+CASES = {
+    "device counts": check_device_counts,
+    "context": check_context,
+    "start": start_on_one_host,
+    "end": end_on_one_host,
+}
 
 if __name__ == "__main__":
     CASES[sys.argv[1]](Path(sys.argv[2]))

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from dit_video.core.errors import UserError, script
 from dit_video.distributed.heartbeat import TimeoutConfig, count_step
-from dit_video.distributed.processes import initialize_distributed
+from dit_video.distributed.processes import initialize_distributed, wait_for_main_process
 
 INDEX = int(os.environ["PROCESS_ID"])
 
@@ -27,6 +27,14 @@ def gather(value: int) -> list[int]:
 def wait_in_first_process() -> None:
     """Let process 1 leave three seconds before process 0."""
     time.sleep(3 * (1 - INDEX))
+
+
+def write_in_first_process() -> None:
+    """Let process 1 wait longer than `max_lag` for process 0, at the same step."""
+    count_step()
+    time.sleep(20 * (1 - INDEX))
+    wait_for_main_process()
+    count_step()
 
 
 def kill() -> None:
@@ -63,6 +71,8 @@ def main() -> None:
         print("joined", gather(INDEX), flush=True)
         if case == "wait in first process":
             wait_in_first_process()
+        elif case == "write in first process":
+            write_in_first_process()
         elif case in LOSSES:
             gather(0)
             if options["lost_process"] == INDEX:

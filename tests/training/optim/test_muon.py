@@ -5,6 +5,8 @@ import optax
 import pytest
 
 from dit_video.training.optim.muon import orthogonalize, scale_by_muon
+from support.jaxprs import list_products
+from support.rounded_products import MANTISSA_BITS, round_products
 
 DRAW = np.random.default_rng(0)
 STEPS = 4
@@ -67,3 +69,36 @@ def test_orthogonalization_ignores_the_scale_and_maps_zero_to_zero():
     run = jax.jit(orthogonalize)
     np.testing.assert_allclose(run(1e3 * matrix), run(matrix), atol=1e-4)
     assert not run(jnp.zeros((48, 12))).any()
+
+
+def make_decaying_matrix(shape, power):
+    """Return a matrix with singular values `1 / i**power`."""
+    left, singular, right = np.linalg.svd(np.random.default_rng(1).normal(size=shape), full_matrices=False)
+    return jnp.asarray(left * np.arange(1.0, len(singular) + 1) ** -power @ right, jnp.float32)
+
+
+def get_largest_singular_value(matrix):
+    return np.linalg.svd(np.asarray(matrix, np.float32), compute_uv=False)[0]
+
+
+@pytest.mark.parametrize("rounding", MANTISSA_BITS)
+@pytest.mark.parametrize("shape", [(768, 256), (1536, 512), (256, 256), (256, 768)], ids=str)
+def test_singular_values_stay_bounded_where_products_round_their_operands(monkeypatch, shape, rounding):
+    for power in (1, 2):
+        matrix = make_decaying_matrix(shape, power)
+        # The iteration on the Gram matrix, which CPUs compute, would diverge.
+        if rounding == "bfloat16" and shape[0] != shape[1]:
+            assert get_largest_singular_value(round_products(orthogonalize, rounding)(matrix)) > 50
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "default_backend", lambda: "tpu")
+            assert get_largest_singular_value(round_products(orthogonalize, rounding)(matrix)) < 1.3
+            assert get_largest_singular_value(round_products(orthogonalize, rounding)(jnp.stack([matrix] * 2))[1]) < 1.3
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_accelerators_multiply_matrices_of_bfloat16(monkeypatch, platform):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    traced = jax.jit(lambda x: orthogonalize(x)).trace(jax.ShapeDtypeStruct((4, 96, 24), jnp.float32))
+    products = list_products(traced.lower(lowering_platforms=(platform,)).as_text())
+    assert len(products) == 15  # three in each of five iterations, none of them of the Gram form
+    assert all(line.count("bf16>") == 2 for line in products), products

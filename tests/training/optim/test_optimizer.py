@@ -108,7 +108,8 @@ def test_a_run_no_longer_than_its_warmup_is_refused():
 
 def test_adamw_is_that_of_optax():
     config = OptimizerConfig(learning_rate=0.01, warmup=0, weight_decay=0.1, max_grad_norm=1e9)
-    reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1)
+    kernels = map_with_path(lambda path, _: path.endswith("kernel"), PARAMS)
+    reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1, mask=kernels)
     expected, result = compute_updates(reference, [GRADIENTS, PARAMS]), compute_updates(config, [GRADIENTS, PARAMS])
     for path in SHAPES:
         np.testing.assert_allclose(result[path], expected[path], rtol=1e-5, atol=1e-8)
@@ -126,6 +127,41 @@ def test_gradients_are_clipped_by_their_global_norm():
     for path in SHAPES:
         np.testing.assert_allclose(result[path], expected[path], rtol=1e-4, atol=1e-7)
         assert np.abs(result[path] - unclipped[path]).max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon", "schedule_free"])
+def test_weight_decay_is_that_of_kernels(kind):
+    options = {"kind": kind, "learning_rate": 0.01, "warmup": 0, "max_grad_norm": 1e9}
+    decayed, plain, everything, biases = (
+        compute_updates(OptimizerConfig(**options, **decay))
+        for decay in (
+            {"weight_decay": 0.1},
+            {},
+            {"weight_decay": 0.1, "weight_decay_patterns": ("",)},
+            {"weight_decay": 0.1, "weight_decay_patterns": ("bias$",)},
+        )
+    )
+    params = flatten(PARAMS)
+    for path in SHAPES:
+        expected = plain[path] - 0.01 * 0.1 * params[path]
+        np.testing.assert_allclose(everything[path], expected, rtol=1e-4, atol=1e-7, err_msg=path)
+        for result, suffix in ((decayed, "kernel"), (biases, "bias")):
+            expected = (everything if path.endswith(suffix) else plain)[path]
+            np.testing.assert_allclose(result[path], expected, rtol=1e-5, atol=1e-8, err_msg=path)
+
+
+def test_factors_of_adapters_decay():
+    params = {"out": {"kernel": {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}, "bias": jnp.ones(2)}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    result = compute_updates(OptimizerConfig(warmup=0, weight_decay=0.1), (zeros,), params)
+    assert {path for path, update in result.items() if update.any()} == {"out/kernel/a", "out/kernel/b"}
+
+
+def test_the_state_has_the_structure_of_optax_so_that_older_checkpoints_are_read():
+    config = OptimizerConfig(weight_decay=0.1, warmup=0, max_grad_norm=1e9)
+    reference = optax.chain(optax.clip_by_global_norm(1e9), optax.adamw(lambda _: 0.01, weight_decay=0.1))
+    state, expected = make_optimizer(config, steps=1000).init(PARAMS), reference.init(PARAMS)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
 
 
 MUON = OptimizerConfig(kind="muon", learning_rate=0.01, warmup=0, max_grad_norm=1e9)
@@ -298,6 +334,7 @@ def test_tiny_updates_of_float32_parameters_do_not_vanish():
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"warmup": -1}, "warmup=-1"),
         ({"trainable": ("(",)}, "'\\(' is not a regular expression"),
+        ({"weight_decay_patterns": ("(",)}, "'\\(' is not a regular expression"),
         ({"b1": 1.0}, r"b1=1.0.*b1 and b2 must lie in \[0, 1\)"),
         ({"b2": -0.1}, "b2=-0.1"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),

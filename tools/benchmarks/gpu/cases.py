@@ -41,6 +41,7 @@ def run_part(part: str, cases: Sequence[Case], document: Document, *, seconds: f
         for name, value in start_case(part, case.name, budget, arguments):
             if name == MACHINE:
                 machine = {key: value[key] for key in ("device", "jax", "date")}
+                document.add_details(part, case.name, {MACHINE: value})
             elif name == DETAILS:
                 document.add_details(part, case.name, value)
             elif name == "reason":

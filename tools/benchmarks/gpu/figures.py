@@ -11,6 +11,7 @@ import jax
 from benchmarks.timer import TimeBudget
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
+from dit_video.platform.xla_flags import get_flags
 
 FORMAT = 1
 """Format of the JSON."""
@@ -40,13 +41,14 @@ class Case:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the machine and the date that figures are recorded with."""
+    """Return the machine, the date and the flags of XLA that figures are recorded with."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
         "device": device.device_kind,
         "jax": jax.__version__,
         "date": str(datetime.datetime.now(datetime.UTC).date()),
+        "flags": get_flags(),
     }
 
 

@@ -10,7 +10,7 @@ themselves with the dense reference on a GPU. On several devices, call the backe
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -146,7 +146,7 @@ class CudnnAttention:
     """
 
     pattern: Pattern = Full()
-    kernels: PackedKernels = CUDNN_KERNELS
+    kernels: PackedKernels = field(default=CUDNN_KERNELS, repr=False)
     """Kernels of attention within segments; tests replace them."""
     mask_implementation: Literal["cudnn", "xla"] = "cudnn"
     """Implementation in JAX of attention with a mask; "xla" runs on any platform and is meant for tests."""

@@ -1,8 +1,5 @@
 """cuDNN's kernels of attention within segments: their arguments, with emulated kernels, and the programs for GPUs."""
 
-import json
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +10,7 @@ from dit_video.nn.attention import AttentionInputs, CausalFrames, ContiguousSegm
 from dit_video.nn.attention.backends.cudnn import CudnnAttention, compute_segment_ranges
 from dit_video.nn.attention.backends.dense import DenseAttention
 from support.cudnn_emulation import EMULATED_KERNELS
+from support.gpu_programs import list_kernels, lower_for_gpus, pretend_hopper
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -82,33 +80,17 @@ def test_ranges_hold_every_token_of_a_segment_once():
             np.testing.assert_array_equal(range(q_start, q_start + q_length), queries if len(keys) else [])
 
 
-@pytest.fixture
-def on_hopper(monkeypatch):
-    """Let JAX lower its kernels as on a Hopper GPU, which it would ask for its version and capability."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91500)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
-
-
 def lower_gradients(attention, inputs, arrays) -> str:
     def loss(q, k, v, inputs):
         return attention(q, k, v, inputs).astype(jnp.float32).sum()
 
-    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays, inputs)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-def list_kernels(program: str) -> dict[str, dict]:
-    """Return the settings of cuDNN's kernels by name."""
-    calls = re.findall(r'@(__cudnn\$\w+)\(.*?backend_config = "(.*?)", operand_layouts', program)
-    return {name: json.loads(text.replace(r"\22", '"'))["cudnn_fmha_backend_config"] for name, text in calls}
+    return lower_for_gpus(jax.grad(loss, (0, 1, 2)), *arrays, inputs)
 
 
 @pytest.mark.parametrize("text", [None, TEXT], ids=["self", "cross"])
 @pytest.mark.parametrize("count", [COUNT, 1])
-def test_the_program_for_gpus_has_the_packed_kernels_and_no_mask(on_hopper, text, count):
+def test_the_program_for_gpus_has_the_packed_kernels_and_no_mask(monkeypatch, text, count):
+    pretend_hopper(monkeypatch)
     arrays = make_arrays(LENGTH if text is None else TEXT.shape[1], jnp.bfloat16)
     program = lower_gradients(
         CudnnAttention(), AttentionInputs(SEGMENTS, text, contiguous=ContiguousSegments(count)), arrays
@@ -124,7 +106,8 @@ def test_the_program_for_gpus_has_the_packed_kernels_and_no_mask(on_hopper, text
     assert f"x{LENGTH}x{arrays[1].shape[1]}x" not in program
 
 
-def test_another_pattern_is_computed_with_the_mask(on_hopper):
+def test_another_pattern_is_computed_with_the_mask(monkeypatch):
+    pretend_hopper(monkeypatch)
     arrays = make_arrays(dtype=jnp.bfloat16)
     places = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None], (len(SEGMENTS), 1, 3))
     inputs = AttentionInputs.self_attention(SEGMENTS, places, segment_count=COUNT)

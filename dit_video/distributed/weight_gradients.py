@@ -1,0 +1,75 @@
+"""Gradients of weights that `fsdp` and `context` shard, as sums over the devices of both.
+
+XLA for TPUs makes an all-reduce of a reduce-scatter over all devices of a slice, which moves twice the bytes. One over
+`fsdp` and another one of its result over `context` move no more than a single one.
+"""
+
+from typing import Literal
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from dit_video.distributed.mesh import AnyMesh
+from dit_video.distributed.sharding_rules import ROW_AXES, STATE_AXES, choose_state_split, count_row_shards
+from dit_video.nn.linear import compute_kernel_gradient
+from dit_video.nn.parallel import Precision
+
+LayerInputs = Literal["tokens", "context"]
+"""Inputs of a linear layer: a row's tokens, which devices of `context` share, or those of a context, which all of them
+have.
+
+If gradients took the other layout, XLA would compute forward passes in it, too, and gather their results.
+"""
+
+
+def compute_sharded_gradient(
+    mesh: AnyMesh,
+    spec: P,
+    inputs: LayerInputs,
+    x: Float[Array, "*batch i"],
+    cotangent: Float[Array, "*batch o"],
+    precision: Precision = None,
+) -> Float[Array, "i o"]:
+    """Return a kernel's gradient, summed in float32, with the kernel's default sharding at rest.
+
+    XLA's partitioner chooses how to sum gradients that are sharded over one axis of `STATE_AXES` alone, and those of
+    inputs whose rows and tokens are not two axes, or not divisible.
+
+    Args:
+      mesh: the mesh.
+      spec: sharding of the kernel during use.
+      inputs: what `x` holds.
+      x: inputs of the layer.
+      cotangent: cotangents of its outputs.
+      precision: precision of the product.
+    """
+    used = (*spec, None, None)[:2]
+    taken = [axis for axis, name in enumerate(used) if name is not None]
+    split = choose_state_split((x.shape[-1], cotangent.shape[-1]), mesh, taken=taken)
+    ranks = mesh.shape["context"]
+    is_divisible = x.ndim > 2 and x.shape[0] % count_row_shards(mesh) == 0
+    is_divisible = is_divisible and (inputs == "context" or x.shape[1] % ranks == 0)
+    if split is None or split[1] != STATE_AXES or not is_divisible:
+        return compute_kernel_gradient(x, cotangent, precision)
+    axis = split[0]
+
+    def sum_on_devices(x, cotangent):
+        summed = compute_kernel_gradient(x, cotangent, precision)
+        summed = jax.lax.psum_scatter(summed, "fsdp", scatter_dimension=axis, tiled=True)
+        if inputs == "tokens":
+            summed = jax.lax.psum_scatter(summed, "context", scatter_dimension=axis, tiled=True)
+        else:  # All devices of `context` have the same sum.
+            size = summed.shape[axis] // ranks
+            first = jax.lax.axis_index("context") * size
+            summed = jax.lax.dynamic_slice_in_dim(summed, first, size, axis)
+        return jax.lax.psum(summed, "data") if mesh.shape["data"] > 1 else summed
+
+    tokens = ("context" if inputs == "tokens" else None, *(None,) * (x.ndim - 3))
+    return jax.shard_map(
+        sum_on_devices,
+        mesh=mesh,
+        in_specs=tuple(P(ROW_AXES, *tokens, name) for name in used),
+        out_specs=P(*(STATE_AXES if axis == number else name for number, name in enumerate(used))),
+        check_vma=False,
+    )(x, cotangent)

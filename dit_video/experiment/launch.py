@@ -1,0 +1,51 @@
+"""Start of a run from a script: its processes, its folder, and signals."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from dit_video.core import config_json
+from dit_video.core.errors import GracefulStop
+from dit_video.distributed.heartbeat import TimeoutConfig
+from dit_video.distributed.processes import initialize_distributed, main_process_first
+from dit_video.experiment.run import StagedRun
+from dit_video.experiment.runtime import StagedExperiment
+from dit_video.platform.provenance import get_code_version
+from dit_video.training.folder_lock import lock_folder
+from dit_video.training.preemption import raise_on_sigterm
+
+RunT = TypeVar("RunT", bound=StagedRun)
+
+
+@contextlib.contextmanager
+def open_run(
+    run_class: type[RunT],
+    folder: Path,
+    experiment: StagedExperiment,
+    *,
+    timeouts: TimeoutConfig | None = None,
+    stopped_code: int = 0,
+) -> Iterator[RunT]:
+    """Connect the processes of a run, lock its folder and create or open the run inside the block.
+
+    Args:
+      run_class: class of the run.
+      folder: folder of the run.
+      experiment: its config, equal in all processes.
+      timeouts: how long other processes are waited for.
+      stopped_code: exit code after SIGTERM or Ctrl-C.
+
+    Raises:
+      UserError: processes that do not start in time or differ, a folder of another run, or one that is in use.
+    """
+    GracefulStop.code = stopped_code
+    config = config_json.to_json(experiment)
+    with (
+        raise_on_sigterm(),
+        initialize_distributed(config, code=get_code_version(), timeouts=timeouts),
+        lock_folder(folder),
+    ):
+        with main_process_first():
+            run = run_class.create(folder, experiment)
+        yield run

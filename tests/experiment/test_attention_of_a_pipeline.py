@@ -1,0 +1,45 @@
+"""The backend of attention is chosen when a model is loaded, whatever it was trained with."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core.errors import UserError
+from dit_video.distributed import MeshConfig
+from dit_video.nn.attention import SplashBlocks
+from dit_video.pipelines.folder import write_pipeline_config
+from support.tiny_wan import SIZE, write_wan
+
+
+@pytest.fixture
+def trained_on_tpus(tiny_pipeline, tmp_path):
+    """Return the folder of a pipeline whose config names a kernel that CPUs lack."""
+    tiny_pipeline.save(tmp_path / "pipeline")
+    backbone = tiny_pipeline.config.backbone.replace(attention="splash")
+    write_pipeline_config(tmp_path / "pipeline", dataclasses.replace(tiny_pipeline.config, backbone=backbone))
+    return tmp_path / "pipeline"
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig()], ids=["one device", "mesh"])
+def test_a_kernel_that_the_devices_lack_is_refused_and_replaced(trained_on_tpus, tiny_pipeline, mesh):
+    with pytest.raises(UserError, match=r"'splash' is invalid: its kernels are for tpu.*Use attention='auto'"):
+        dit_video.load(trained_on_tpus, mesh=mesh)
+    pipeline = dit_video.load(trained_on_tpus, attention="auto", mesh=mesh)
+    options = {"size": (5, 16, 16), "seed": 3, "output": "latents"}
+    latents = pipeline.generate("a red circle", **options)
+    np.testing.assert_allclose(latents, tiny_pipeline.generate("a red circle", **options), atol=1e-5)
+
+
+def test_runs_and_open_weights_are_loaded_with_any_backend(tiny_run, tmp_path):
+    write_wan(tmp_path / "wan")
+    for folder, size in ((tiny_run, (5, 16, 16)), (tmp_path / "wan", SIZE)):
+        pipelines = [dit_video.load(folder, attention=attention) for attention in ("dense", "chunked")]
+        assert [each.config.backbone.attention for each in pipelines] == ["dense", "chunked"]
+        dense, chunked = (each.generate("a cat", size=size, steps=2, output="latents") for each in pipelines)
+        np.testing.assert_allclose(dense, chunked, atol=1e-4)
+        with pytest.raises(UserError, match="'splash' is invalid"):
+            dit_video.load(folder, attention=SplashBlocks())
+    average = dit_video.load(tiny_run, ema=0, attention="dense")
+    assert average.config.backbone.attention == "dense"

@@ -1,0 +1,158 @@
+"""The search for options that make a training or a sampler fit into a memory."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.distributed import MeshConfig
+from dit_video.distributed.planner import Topology
+from dit_video.experiment import AllWeights, LoraAdapters
+from dit_video.planning import fit, parse_memory, plan_experiment
+from dit_video.planning.fit_estimates import apply_settings
+from dit_video.planning.fit_options import list_settings
+from dit_video.tokens import PackedShape
+from dit_video.training.optim.ema import EmaConfig
+from dit_video.training.optim.optimizer import OptimizerConfig
+
+GPUS = Topology.parse("h100:4")
+
+
+@pytest.fixture
+def training(tiny):
+    """Return a training whose state is large enough to be sharded, and whose activations need most of the memory."""
+    denoiser = dataclasses.replace(
+        tiny.EXPERIMENT.denoiser,
+        batch=8,
+        layout=PackedShape(tokens=768, text=96, segments=3),
+        optimizer=OptimizerConfig(warmup=1),
+        averages=EmaConfig(decays=(0.5,)),
+    )
+    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, mesh=MeshConfig(data=4))
+    return experiment.replace_backbone(width=128, layers=4, rotary="even")
+
+
+def get_peak(experiment, part="denoiser"):
+    return plan_experiment(experiment, GPUS, part=part).memory.peak
+
+
+def get_options(combination):
+    return {setting.option for setting in combination.settings}
+
+
+def test_what_fits_as_configured_needs_no_options(training):
+    result = fit(training, GPUS, get_peak(training))
+    assert [combination.settings for combination in result.fitting] == [()]
+    assert "fits as configured" in str(result)
+
+
+@pytest.mark.parametrize("part", ["denoiser", "sampler"])
+def test_what_is_listed_fits_and_needs_all_of_its_settings(training, part):
+    """Each combination is planned as its options say, with and without each of them."""
+    limit = int(0.6 * get_peak(training, part))
+    result = fit(training, GPUS, limit, part=part)
+    assert result.fitting
+    seconds = [combination.seconds_per_row for combination in result.fitting]
+    assert seconds == sorted(seconds)
+    for combination in result.fitting:
+        changed = apply_settings(training, combination.settings)
+        assert combination.memory <= limit
+        assert get_peak(changed, part) == pytest.approx(combination.memory, rel=0.02)
+        for setting in combination.settings:
+            others = [other for other in combination.settings if other != setting]
+            assert get_peak(apply_settings(training, others), part) > limit
+    singles = {option for each in result.fitting if len(each.settings) == 1 for option in get_options(each)}
+    assert "--rows" in singles
+    assert singles.isdisjoint(option for each in result.insufficient for option in get_options(each))
+    assert {option for each in result.insufficient for option in get_options(each)}
+
+
+def test_only_options_that_the_experiment_has_are_tried(training):
+    names = set(list_settings(training, "denoiser", 4))
+    backbone = {"denoiser.backbone.remat", "denoiser.backbone.dtype"}
+    trained = {"denoiser.accumulation_steps", "denoiser.optimizer.kind", "denoiser.averages"}
+    assert names == {"--mesh", "--rows"} | backbone | trained
+    sampler = {"--mesh", "--rows", "denoiser.backbone.dtype", "sampling.branch_evaluation"}
+    assert set(list_settings(training, "sampler", 4)) == sampler
+    changed = dataclasses.replace(
+        training.denoiser,
+        averages=EmaConfig(),
+        optimizer=OptimizerConfig(kind="adafactor", warmup=1),
+        train=AllWeights(init_from="weights"),
+        batch=1,
+    )
+    changed = dataclasses.replace(training, denoiser=changed).replace_backbone(dtype="bfloat16")
+    settings = list_settings(changed, "denoiser", 1)
+    assert set(settings) == {"--mesh", "denoiser.backbone.remat", "denoiser.train"}
+    (adapters,) = settings["denoiser.train"]
+    assert isinstance(adapters.apply(changed).denoiser.train, LoraAdapters)
+    assert not adapters.keeps_result
+
+
+def test_settings_are_printed_as_options_of_the_command(training):
+    settings = list_settings(training, "denoiser", 4)
+    printed = {str(setting) for each in settings.values() for setting in each}
+    expected = {"--mesh data=2,fsdp=2", "--rows 4", "--set denoiser.backbone.remat=full"}
+    expected |= {"--set denoiser.accumulation_steps=2", "--set denoiser.optimizer.kind=adafactor"}
+    assert expected <= printed
+
+
+def test_adapters_save_the_state_of_the_optimizer(training):
+    denoiser = dataclasses.replace(training.denoiser, batch=4, train=AllWeights(init_from="weights"))
+    experiment = dataclasses.replace(training, denoiser=denoiser)
+    (adapters,) = list_settings(experiment, "denoiser", 4)["denoiser.train"]
+    limit = int(1.02 * get_peak(adapters.apply(experiment)))
+    assert limit < get_peak(experiment)
+    result = fit(experiment, GPUS, limit)
+    assert {"denoiser.train"} in [get_options(each) for each in result.fitting]
+
+
+def test_what_cannot_fit_at_all_is_said_with_the_least_that_it_needs(training):
+    result = fit(training, GPUS, 2**16)
+    assert result.fitting == ()
+    text = str(result)
+    assert "nothing fits: the least of" in text
+    assert "not enough alone" in text
+    assert result.smallest.memory > 2**16
+    least = min(each.memory for each in result.insufficient)
+    assert result.smallest.memory < least
+    planned = get_peak(apply_settings(training, result.smallest.settings))
+    assert planned == pytest.approx(result.smallest.memory, rel=0.02)
+    document = json.loads(json.dumps(result.to_json()))
+    assert document["fitting"] == []
+    assert document["smallest"]["settings"]["denoiser.optimizer.kind"] == "adafactor"
+    assert {"denoiser.backbone.remat", "--rows"} <= set(document["smallest"]["settings"])
+
+
+def test_a_mesh_for_other_devices_is_replaced(training):
+    experiment = dataclasses.replace(training, mesh=MeshConfig(data=1, fsdp=64))
+    result = fit(experiment, GPUS, 70 * 2**30)
+    assert result.configured is None
+    assert [get_options(each) for each in result.fitting] == [{"--mesh"}]
+    assert "as configured: the mesh is for other devices" in str(result)
+
+
+def test_what_cannot_be_searched_is_refused(training):
+    with pytest.raises(UserError, match=r"part=autoencoder is invalid: .* use --set"):
+        fit(training, GPUS, part="autoencoder")
+    message = r"200.00 GiB is invalid: a device of h100:4 has 74.51 GiB\. Use 76293MiB or less"
+    with pytest.raises(UserError, match=message):
+        fit(training, GPUS, 200 * 2**30)
+    odd = dataclasses.replace(training, denoiser=dataclasses.replace(training.denoiser, batch=1))
+    with pytest.raises(UserError, match=r"h100:7 is invalid: no mesh .* Use fewer chips"):
+        fit(odd, Topology.parse("h100:7"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * 2**30), ("1.5 gib", 3 * 2**29), ("80GB", 80 * 10**9), ("512MiB", 2**29)]
+)
+def test_sizes_of_memory_are_parsed(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "-1GiB", "0GiB", "24 giraffes", "", "1e3GiB"])
+def test_sizes_without_a_number_or_a_unit_are_refused(text):
+    message = r"is invalid: it must be a positive number with one of .* Use a size such as 24GiB"
+    with pytest.raises(UserError, match=message):
+        parse_memory(text)

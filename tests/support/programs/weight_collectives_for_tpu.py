@@ -1,0 +1,63 @@
+"""Check how a step that is compiled for 16 TPU chips gathers weights and sums their gradients."""
+
+import dataclasses
+import math
+import re
+
+from dit_video.core.trees import count_values
+from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed.planner import Topology, compute_min_collective_bytes, read_program, sum_collective_bytes
+from dit_video.distributed.planner.compiled_program import override_default_backend
+from dit_video.planning.steps import fill_row, plan_step
+from support import tiny
+
+STATE_AXES = ("fsdp", "context")
+# The compiler may write a reduce-scatter as an all-reduce whose parts are taken.
+COLLECTIVE = re.compile(r"= \(?(\w+)\[([\d,]*)\].* (all-gather|all-reduce|reduce-scatter)(-start)?\(")
+
+
+def make_experiment():
+    """Return the tiny experiment with a wide denoiser in bfloat16, whose weights outweigh its activations."""
+    denoiser = tiny.EXPERIMENT.denoiser
+    options = {"attention": "chunked", "remat": "full", "dtype": "bfloat16", "rotary": "even"}
+    backbone = dataclasses.replace(denoiser.backbone, width=512, layers=4, heads=4, **options)
+    layout = dataclasses.replace(denoiser.layout, tokens=64)
+    optimizer = dataclasses.replace(denoiser.optimizer, kind="adamw")
+    denoiser = dataclasses.replace(denoiser, batch=4, backbone=backbone, layout=layout, optimizer=optimizer)
+    return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
+
+
+def main() -> None:
+    """Compile the step and check its collectives."""
+    experiment = make_experiment()
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, context=4), Topology.parse("v6e:4x4").get_devices())
+    planned = plan_step(experiment, "denoiser", mesh, clips=fill_row(experiment))
+    with override_default_backend("tpu"):
+        lowered = planned.step.trace(*planned.arguments).lower(lowering_platforms=("tpu",))
+    text = lowered.compile().as_text()
+    moved = read_program(text, dict(mesh.shape)).collectives
+    for part in moved.values():
+        print(part)
+
+    parameters = count_values(planned.arguments[0].params)
+    bound = compute_min_collective_bytes(planned.costs, parameters, dict(mesh.shape), "ulysses")["weights"]
+    ratio = sum_collective_bytes("weights", list(moved.values())) / bound
+    print(ratio)
+    assert ratio <= 1.1
+    # Weights are gathered in bfloat16 for each of two forward passes, gradients summed in float32.
+    once = 15 / 16 * parameters
+    assert 2 * 2 * once <= 1.1 * moved["all-gather", STATE_AXES].bytes <= 1.1**2 * 2 * 2 * once
+    layers = planned.layer_bytes * experiment.denoiser.backbone.layers
+    assert 0.9 * 3 / 4 * layers <= moved["reduce-scatter", ("fsdp",)].bytes
+    kernel, dtypes = experiment.denoiser.backbone.width**2, set()
+    for line in text.splitlines():
+        match = COLLECTIVE.search(line)
+        # In the loops over layers; maps of the time, outside of them, are float32.
+        if match and "while/body" in line and math.prod(map(int, filter(None, match[2].split(",")))) >= kernel:
+            dtypes.add(("gathered" if match[3] == "all-gather" else "summed", match[1]))
+    assert dtypes == {("gathered", "bf16"), ("summed", "f32")}, dtypes
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
