@@ -34,7 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmarks.gpu import attention, epoch, models, plans, sampling, training
+from benchmarks.gpu import attention, epoch, models, plans, sampler, training
 from benchmarks.gpu.cases import MACHINE, print_case, run_part, start_case
 from benchmarks.gpu.figures import Case, Document, format_table, read_figures
 from benchmarks.timer import TimeBudget
@@ -55,7 +55,7 @@ def list_cases(platform: str, *, is_small: bool) -> dict[str, list[Case]]:
         "training": training.list_cases(size),
         "epoch": epoch.list_cases(epoch.SMALL if is_small else epoch.FULL),
         "plans": plans.list_cases(size),
-        "sampling": sampling.list_cases(sampling.SMALL if is_small else sampling.FULL),
+        "sampling": sampler.list_cases(sampler.SMALL if is_small else sampler.FULL),
     }
 
 

@@ -89,14 +89,14 @@ def test_attention_across_clips_is_a_leak_and_an_error(load, rows):
 
     clip = 1 if inputs.segment_count == 1 else 2
     assert leaks.measure_error(leaky, arrays, inputs) > leaks.MAX_ERRORS["bfloat16"]
-    assert leaks.count_leaks(leaky, arrays, inputs, clip=clip, others="large").count > 0
+    assert leaks.count_leaks(leaky, arrays, inputs, clip=clip, others="large").number > 0
 
 
 def test_values_that_are_not_finite_show_what_is_read_and_multiplied_by_zero(load):
     leaks, attention = load("gpu.leaks"), load("gpu.attention")
     inputs = leaks.make_inputs(attention.SMALL.checked)["self, several clips"]
     arrays = leaks.draw_arrays(attention.SMALL.checked, inputs, "float32")
-    assert leaks.count_leaks(make_attention("dense"), arrays, inputs, clip=2, others="not finite").count > 0
+    assert leaks.count_leaks(make_attention("dense"), arrays, inputs, clip=2, others="not finite").number > 0
 
 
 def make_machine(load, memory: float):

@@ -30,11 +30,11 @@ def run_part(part: str, cases: Sequence[Case], document: Document, *, seconds: f
     """
     budget, spent = TimeBudget(seconds), f"the {seconds:g} s of the part were spent"
     for case in cases:
-        document.forget(part, case)
         if budget.remaining < MIN_SECONDS:
             document.mark_unmeasured(part, case, spent)
             print(f"{part}: {case.name}: not measured: {spent}", file=sys.stderr, flush=True)
             continue
+        document.forget(part, case)
         print(f"{part}: {case.name}, {budget.remaining:.0f} s left", file=sys.stderr, flush=True)
         machine: dict[str, Any] = {}
         reason = "the case ended without it"
@@ -57,18 +57,21 @@ def run_part(part: str, cases: Sequence[Case], document: Document, *, seconds: f
 
 
 def start_case(part: str, name: str, budget: TimeBudget, arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Start a case's process and yield what it prints; end the process when the budget is spent."""
+    """Start a case's process and yield what it prints, with a reason if it fails; end it when the budget is spent."""
     command = [*get_command_prefix(sys.orig_argv, sys.argv), part, "--case", name, *arguments]
     process = subprocess.Popen([*command, "--seconds", f"{budget.remaining:.0f}"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     timer = threading.Timer(budget.remaining, process.kill)
     timer.start()
+    has_reason = False
     try:
         for line in process.stdout:
             if line.startswith("{"):
-                yield from json.loads(line).items()
-        if process.wait():
-            yield DETAILS, {"exit code": process.returncode}
+                values = json.loads(line)
+                has_reason |= "reason" in values
+                yield from values.items()
+        if process.wait() and not has_reason:
+            yield "reason", f"its process ended with exit code {process.returncode}"
     finally:
         timer.cancel()
         process.kill()

@@ -64,7 +64,7 @@ SMALL = EpochSize(
 class BatchPlan(NamedTuple):
     """Batches of an epoch."""
 
-    steps: list[tuple[LayoutShape, list[list[int]]]]
+    steps: Sequence[tuple[LayoutShape, list[list[int]]]]
     """Shape of the rows of every step, and the clips of each row by number."""
     grids: list[Grid]
     """Size of every clip, as it is trained on."""
@@ -124,8 +124,8 @@ def plan_batches(method: str, size: EpochSize) -> BatchPlan:
         stream = BucketStream(buckets, seed=0)
         trained = [buckets.buckets[index].size for index in buckets.assignment]
         drawn = (stream.get_batch(step) for step in range(round(stream.steps_per_epoch)))
-        steps = [(DenseShape(size=grid, text=text), [[int(i)] for i in examples]) for grid, examples, _ in drawn]
-        return BatchPlan(steps, trained, 0.0, buckets.token_retention)
+        dense = [(DenseShape(size=grid, text=text), [[int(i)] for i in examples]) for grid, examples, _ in drawn]
+        return BatchPlan(dense, trained, 0.0, buckets.token_retention)
     shape = PackedShape(tokens=row_tokens, text=size.segments * text, segments=size.segments)
     plan = RowStream(tokens, np.full(len(grids), text), shape, seed=0).get_epoch(0)
     return BatchPlan([(shape, [row]) for row in plan.rows], grids, plan.padding, 1.0)

@@ -83,8 +83,7 @@ class Document:
 
     def add_details(self, part: str, case: str, details: Mapping[str, Any]) -> None:
         """Write what a case measured besides the figures."""
-        known = self._get_part(part)[DETAILS].setdefault(case, {})
-        known.update(details)
+        self._get_part(part)[DETAILS].setdefault(case, {}).update(details)
         self._write()
 
     def mark_unmeasured(self, part: str, case: Case, reason: str) -> None:
@@ -131,9 +130,9 @@ def format_table(cases: Mapping[str, list[Case]], content: Mapping[str, Any]) ->
     """Return the Markdown table of all parts' figures, those that were not measured included."""
     lines = ["| part | figure | measured | target | machine |", "|---|---|---|---|---|"]
     for part, part_cases in cases.items():
-        known = content.get("parts", {}).get(part, {}).get("figures", {})
+        measured_figures = content.get("parts", {}).get(part, {}).get("figures", {})
         for figure in (figure for case in part_cases for figure in case.figures):
-            entry = known.get(figure.name, {})
+            entry = measured_figures.get(figure.name, {})
             machine = ""
             if entry.get("value") is not None:
                 measured = _format_value(entry["value"], figure.unit)

@@ -119,7 +119,7 @@ def check_backend(
             yield DETAILS, {f"{dtype}, {kind}": {"error": errors[kind], "leaks": by_others}}
         yield name_error(backend, dtype), max(errors.values())
         for others in list_others(backend):
-            counts = [each.count for (_, name), each in leaks.items() if name == others]
+            counts = [each.number for (_, name), each in leaks.items() if name == others]
             yield name_leaks(backend, dtype, others), sum(counts)
 
 
@@ -136,7 +136,7 @@ def measure_error(attention: Attention, arrays: Sequence[jax.Array], inputs: Att
 class Leaks(NamedTuple):
     """Values of a clip that depend on other tokens."""
 
-    count: int
+    number: int
     """Number of such values, of output and gradients."""
     spread: float
     """Largest difference between equal runs; 0 for a kernel that computes the same bits each time."""

@@ -236,8 +236,8 @@ def draw_values(count: int) -> np.ndarray:
 
 def make_batch(config: BackboneConfig, shape: LayoutShape, rows: Sequence[Sequence[PackedExample]]) -> PackedBatch:
     """Return rows of clips."""
-    widths = {"width": config.token_width, "text_width": config.context_width}
-    return stack_rows([pack(examples, shape, **widths) for examples in rows])
+    width, text_width = config.token_width, config.context_width
+    return stack_rows([pack(examples, shape, width=width, text_width=text_width) for examples in rows])
 
 
 def rank_remats(training: Training, machine: Machine) -> list[Remat]:
@@ -268,7 +268,7 @@ def choose_remat(
     Returns:
       None if no policy fits.
     """
-    too_large = []
+    too_large: list[str] = []
     for remat in rank_remats(make("full"), machine):
         training = make(remat)
         compiled = training.compile()
