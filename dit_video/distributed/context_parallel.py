@@ -184,7 +184,8 @@ class GatheredWeight:
 
     mesh: AnyMesh
     spec: P
-    inputs: LayerInputs | None
+    inputs: LayerInputs | None = None
+    """Inputs of the layer; None leaves it to XLA how the gradient is summed."""
 
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]:
         return jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, self.spec))

@@ -1,4 +1,4 @@
-"""Types of the arguments of a pipeline's methods."""
+"""Arguments of a pipeline's methods."""
 
 from collections.abc import Mapping
 from typing import Any, TypedDict
@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from dit_video.diffusion import Guidance, Solver
+from dit_video.generation import Sampling
 from dit_video.generation.request import GenerationTask, Image
 
 GuidanceScale = float | int | tuple[float, float] | Guidance
@@ -33,3 +34,11 @@ class GenerateOptions(SamplingOverrides, total=False):
     conditioning: Mapping[str, Any] | None
     strengths: Mapping[str, float] | None
     task: GenerationTask | None
+
+
+def resolve_guidance(own: Sampling, override: GuidanceScale) -> float | tuple[float, float] | Guidance:
+    """Return the guidance that overrides a pipeline's own, of which numbers replace only the scale."""
+    if isinstance(override, Guidance):
+        return override
+    scale = (float(override[0]), float(override[1])) if isinstance(override, tuple) else float(override)
+    return own.override_guidance(scale=scale) if isinstance(own.guidance, Guidance) else scale

@@ -20,7 +20,7 @@ from jaxtyping import Float32
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.trees import count_values as count
-from dit_video.diffusion import Guidance, Solver, get_sampler
+from dit_video.diffusion import Solver, get_sampler
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.encoders.autoencoder import LatentCodec
@@ -33,7 +33,7 @@ from dit_video.nn import Backend, get_graph_def, merge_lora
 from dit_video.pipelines.config import PipelineConfig, PreviousStep, to_grid
 from dit_video.pipelines.devices import PipelineDevices
 from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config
-from dit_video.pipelines.options import GenerateOptions, GuidanceScale, SamplingOverrides
+from dit_video.pipelines.options import GenerateOptions, GuidanceScale, SamplingOverrides, resolve_guidance
 from dit_video.video import Clip
 from dit_video.weights import get_native_modules, load_lora
 from dit_video.weights import save as save_weights
@@ -353,7 +353,7 @@ class Pipeline:
         if steps is not None:
             changes["steps"] = steps
         if guidance is not None:
-            changes["guidance"] = _resolve_guidance(self.config.sampling, guidance)
+            changes["guidance"] = resolve_guidance(self.config.sampling, guidance)
         if sampler is not None:
             changes["solver"] = get_sampler(sampler) if isinstance(sampler, str) else sampler
         return replace(self.config.sampling, **changes)
@@ -394,11 +394,3 @@ class Pipeline:
                 conditioning = {**requests[index].conditioning, step.name: value}
                 requests[index] = requests[index]._replace(conditioning=conditioning)
         return requests
-
-
-def _resolve_guidance(own: Sampling, override: GuidanceScale) -> float | tuple[float, float] | Guidance:
-    """Return the guidance that overrides a pipeline's own, of which numbers replace only the scale."""
-    if isinstance(override, Guidance):
-        return override
-    scale = (float(override[0]), float(override[1])) if isinstance(override, tuple) else float(override)
-    return own.override_guidance(scale=scale) if isinstance(own.guidance, Guidance) else scale

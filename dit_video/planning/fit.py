@@ -127,7 +127,7 @@ def fit(
         raise UserError("part=autoencoder is invalid: only denoiser and sampler are searched; use --set for it")
     devices, present = find_devices(topology)
     device_count = len(devices) if present else topology.num_chips
-    available = topology.chip.memory * topology.num_chips // device_count
+    available = topology.chip.usable_memory * topology.num_chips // device_count
     limit = available if limit is None else limit
     if not 0 < limit <= available:
         rule, fix = f"a device of {topology} has {format_size(available)}", f"Use {available // 2**20}MiB or less"

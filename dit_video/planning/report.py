@@ -112,7 +112,7 @@ def plan_experiment(
     planned = plan_step(experiment, part, plan_mesh, clips=rows_of_clips, platform=chip.platform)
     devices, mesh_shape = plan_mesh.size, dict(plan_mesh.shape)
     slices = count_axis_slices(config, devices, topology.slices)
-    limit = chip.memory * topology.num_chips // devices  # devices of one chip share its memory
+    limit = chip.usable_memory * topology.num_chips // devices  # devices of one chip share its memory
     if present and isinstance(plan_mesh, Mesh):
         turns: dict[str, Any] = {"outer_trip_count": planned.sampling_steps, "max_outer_trip_count": planned.max_steps}
         compiled = compile_step(planned.step, planned.arguments, plan_mesh, slices=slices, **turns)

@@ -128,7 +128,7 @@ def list_candidates(
     results = []
     devices, present = find_devices(topology)
     device_count = len(devices) if present else topology.num_chips
-    limit = topology.chip.memory * topology.num_chips // device_count
+    limit = topology.chip.usable_memory * topology.num_chips // device_count
     devices_per_chip = device_count // topology.num_chips
     remats = [remat for remat in get_args(Remat) if remat not in SKIPPED_REMATS] if part == "denoiser" else ["none"]
     one_device, platform = make_abstract_mesh(MeshConfig(), 1), topology.chip.platform

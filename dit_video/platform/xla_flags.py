@@ -30,7 +30,7 @@ Others are left alone until they are measured: those that pipeline collectives o
 in jaxlib 0.10.1 (openxla/xla issue 44228), and made trainings diverge in earlier ones (pull request 16953);
 `xla_gpu_enable_triton_gemm=false` saves the autotuning of products.
 """
-_GPU_MEMORY_FRACTION = "0.9"
+GPU_MEMORY_FRACTION = "0.9"
 """Part of a GPU's memory that JAX reserves, 0.75 by default; NVIDIA recommends 0.8 to 0.9. Libraries need the rest."""
 
 _TPU_RELEASES = ("0.0.42.1",)
@@ -75,7 +75,7 @@ def set_accelerator_flags() -> None:
         if _get_release("jaxlib") in _GPU_RELEASES:
             _add_flags("XLA_FLAGS", GPU_FLAGS)
         if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # the newer name of the same choice
-            os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _GPU_MEMORY_FRACTION)
+            os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
     elif has_tpu() and _get_release("libtpu") in _TPU_RELEASES:
         _add_flags("LIBTPU_INIT_ARGS", make_tpu_flags(find_tpu_chip()))
 

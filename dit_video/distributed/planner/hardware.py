@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dit_video.platform.devices import Platform
+from dit_video.platform.xla_flags import GPU_MEMORY_FRACTION
 
 GIB, GB = 2**30, 10**9
 
@@ -38,6 +39,11 @@ class Chip:
     source: str
     device_kinds: tuple[str, ...] = ()
     """Substrings of the `device_kind` that JAX reports for these chips."""
+
+    @property
+    def usable_memory(self) -> int:
+        """Return the bytes that a program can use: JAX reserves a part of a GPU's memory, and all of a TPU's."""
+        return int(self.memory * float(GPU_MEMORY_FRACTION)) if self.kind == "gpu" else self.memory
 
     @property
     def platform(self) -> Platform:

@@ -25,3 +25,8 @@ def test_chips_are_found_for_the_devices_of_jax():
     assert get_peak_flops([Device("NVIDIA H100 80GB HBM3")] * 2) == 2 * 989e12
     assert get_peak_flops([Device("cpu")]) is None
     assert get_peak_flops([Device("NVIDIA H100 PCIe")]) is None  # slower than the table's
+
+
+def test_a_program_can_use_the_part_of_a_gpu_that_jax_reserves():
+    assert CHIPS["h100"].usable_memory == int(0.9 * CHIPS["h100"].memory)
+    assert CHIPS["v5p"].usable_memory == CHIPS["v5p"].memory
