@@ -177,20 +177,37 @@ def test_the_budgets_of_all_parts_are_40_minutes(tool):
     assert max(tool.PART_SECONDS.values()) <= 10 * 60
 
 
-def test_a_measurement_ends_with_its_budget(load):
-    timer, now = load("timer"), [0.0]
-    budget = timer.TimeBudget(10, clock=lambda: now[0])
-    calls = []
+@pytest.mark.parametrize(
+    ("seconds", "budget", "repeats", "calls"),
+    [
+        (4.0, 10, 100, 3),  # two calls before the measurement, and one value although the budget is spent
+        (1.0, 1000, 100, 5),  # three values of a second are enough
+        (1.0, 1000, 2, 4),
+        (0.05, 1000, 2, 6),  # two calls a value
+    ],
+)
+def test_a_measurement_ends_with_its_budget(load, monkeypatch, seconds, budget, repeats, calls):
+    timer, now, called = load("timer"), [0.0], []
 
     def call():
-        calls.append(now[0])
-        now[0] += 4
+        called.append(now[0])
+        now[0] += seconds
 
-    timer.time_repeated(call, budget, repeats=100)
-    assert budget.is_spent
-    assert budget.remaining == 0
-    # Those before the measurement, and one value of queued calls.
-    assert len(calls) < 2 + 10**6
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: now[0])
+    assert timer.time_repeated(call, timer.TimeBudget(budget, clock=lambda: now[0]), repeats=repeats) == pytest.approx(
+        seconds
+    )
+    assert len(called) == calls
+
+
+def test_a_spent_budget_is_an_error(load):
+    timer, now = load("timer"), [0.0]
+    budget = timer.TimeBudget(10, clock=lambda: now[0])
+    now[0] = 9.5
+    assert (budget.remaining, budget.is_spent) == (0.5, False)
+    budget.check()
+    now[0] = 12
+    assert (budget.remaining, budget.is_spent) == (0, True)
     with pytest.raises(UserError, match="the time was spent"):
         budget.check()
 
