@@ -4,7 +4,6 @@
     python tools/benchmark.py denoiser autoencoder               # some parts
     python tools/benchmark.py attention --tokens 8192 --peers    # packed rows against dense attention, including torch
     python tools/benchmark.py model --peers                      # a transformer against diffusers', same weights
-    python tools/benchmark.py mfu --attention tokamax            # model FLOPs utilization of a GPU
     python tools/benchmark.py train --steps 100                  # overhead of the loop, saving and restarting
     python tools/benchmark.py sampling                           # steps and guidance against forward passes
     python tools/benchmark.py tiling --run RUN --clips CLIPS     # errors of tiled decoding
@@ -25,15 +24,14 @@ The other parts run only if they are named:
     attention    attention that skips blocks of other segments, against dense attention
     tiling       largest and mean error of tiled decoding, in steps of 0..255, for several overlaps of the tiles
     model        a forward pass and a training step of a transformer like Wan's, and compile time by depth
-    mfu          a training step of 1.6 billion parameters in bfloat16 on a row of 32k tokens, as a share of the peak
     train        overhead of the training loop and of background saves; time to the first step of a new run and of one
                  that was killed
     sampling     N steps against N forward passes, guidance in one pass against two, programs compiled for other
                  prompts and settings, and time to the first clip with and without kept programs
 
-`--small` runs `model`, `mfu` and `sampling` on tiny models. `--peers` also times the convolutional autoencoder and the
+`--small` runs `model` and `sampling` on tiny models. `--peers` also times the convolutional autoencoder and the
 transformer of diffusers on the same weights, and torch's attention. Parts whose packages are missing are skipped and
-marked in the output; `denoiser`, `autoencoder` and `mfu` need only JAX, Flax and optax. If the quickstart's config
+marked in the output; `denoiser` and `autoencoder` need only JAX, Flax and optax. If the quickstart's config
 cannot be imported for that reason, models of about its size are measured and `setting` is `built in`.
 """
 
@@ -48,22 +46,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import dit_video
-from benchmarks import mfu, sampler
+from benchmarks import sampler
 from benchmarks.settings import Setting, resolve_setting
 from benchmarks.steps import TrainingSetup, measure_autoencoder, measure_denoiser
 from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import MissingError, UserError, script
-from dit_video.nn.attention import Backend, BackendName
 
 DEFAULT_PARTS = ("denoiser", "autoencoder", "data")
-OPTIONAL_PARTS = ("attention", "tiling", "model", "mfu", "train", "sampling")
+OPTIONAL_PARTS = ("attention", "tiling", "model", "train", "sampling")
 """Parts that run only if they are named."""
 PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
@@ -87,7 +84,7 @@ class BenchmarkSize:
     tokens: int
     """Number of tokens in the rows of the attention benchmark."""
     small: bool
-    """True for tiny models in `model`, `mfu` and `sampling`."""
+    """True for tiny models in `model` and `sampling`."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -118,8 +115,6 @@ def run_benchmarks(
     *,
     run: Path,
     peers: bool,
-    attention: Backend,
-    peak: float | None,
     setting_arguments: Sequence[str],
 ) -> dict[str, Any]:
     """Run the parts and return the whole document; `chosen` are the command-line arguments that select the setting."""
@@ -137,9 +132,6 @@ def run_benchmarks(
     if "model" in parts:
         print("timing a transformer like Wan's", file=sys.stderr)
         document["model"] = measure_model(size, peers=peers)
-    if "mfu" in parts:
-        print("measuring utilization", file=sys.stderr)
-        document["mfu"] = mfu.measure(mfu.SMALL if size.small else mfu.TrainingShape(), size.steps, attention, peak)
     if "train" in parts:
         print("timing the training loop", file=sys.stderr)
         document["train"] = measure_loop(setting, size, setting_arguments)
@@ -271,11 +263,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=8192, help="Number of tokens in the rows of the attention benchmark."
     )
-    parser.add_argument("--small", action="store_true", help="Use tiny models for `model`, `mfu` and `sampling`.")
-    parser.add_argument(
-        "--attention", choices=get_args(BackendName), default="auto", help="Attention backend of `mfu`."
-    )
-    parser.add_argument("--peak", type=float, help="Peak bfloat16 TFLOP/s of a device unknown to `mfu`.")
+    parser.add_argument("--small", action="store_true", help="Use tiny models for `model` and `sampling`.")
     parser.add_argument("--run", type=Path, default=PRETRAINED, help="Run or pipeline of `tiling` and `sampling`.")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="Change a field of the config; repeatable."
@@ -301,8 +289,6 @@ def main() -> None:
         arguments.clips,
         run=arguments.run,
         peers=arguments.peers,
-        attention=arguments.attention,
-        peak=None if arguments.peak is None else arguments.peak * 1e12,
         setting_arguments=setting_arguments,
     )
     print(json.dumps(document, indent=2))

@@ -13,10 +13,8 @@ from dit_video.core.trees import flatten
 from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
 from dit_video.distributed.mesh import AnyMesh, count_axis_slices, describe_slow_axes, make_abstract_mesh
 from dit_video.distributed.planner import (
-    CompiledStep,
     Efficiencies,
     Purpose,
-    StepWork,
     Topology,
     compile_step,
     compute_expected_times,
@@ -27,6 +25,7 @@ from dit_video.distributed.planner import (
     find_chip,
     find_efficiencies,
     measure_peak_memory,
+    read_step_work,
 )
 from dit_video.experiment import Experiment, LoraAdapters, Student
 from dit_video.planning.plan import Plan
@@ -117,7 +116,8 @@ def plan_experiment(
     if present and isinstance(plan_mesh, Mesh):
         turns: dict[str, Any] = {"outer_trip_count": planned.sampling_steps, "max_outer_trip_count": planned.max_steps}
         compiled = compile_step(planned.step, planned.arguments, plan_mesh, slices=slices, **turns)
-        memory, over, work = compiled.memory, compiled.oom_message, _read_work(compiled, planned, devices)
+        memory, over, flops = compiled.memory, compiled.oom_message, planned.model_flops
+        work = read_step_work(compiled, planned.costs, model_flops=flops, devices=devices, turns=planned.turns)
     else:
         assert planned.costs is not None
         compiled, over = None, None
@@ -187,31 +187,3 @@ def _count_parameters(planned: PlannedStep) -> int:
     state = planned.arguments[0]
     leaves = {path: leaf for path, leaf in flatten(state).items() if "params" in path.split("/")[:2]}
     return count(leaves or state)
-
-
-def _read_work(compiled: CompiledStep, planned: PlannedStep, devices: int) -> StepWork:
-    """Return the work of each device.
-
-    The program's kernels, which are attention, are opaque to the compiler's counts, and loops over a data-dependent
-    number of blocks are counted as one turn; the known costs of both are added.
-    """
-    program, costs = compiled.program, planned.costs
-    if program is None:
-        executed = planned.model_flops if costs is None else costs.executed_flops * planned.turns
-        return StepWork(flops=executed / devices, bytes=0.0, collectives=())
-    flops, traffic, attention = program.flops, program.bytes, 0.0
-    if costs is not None:
-        attention = costs.executed_attention_flops * planned.turns / devices
-        if program.kernel_calls:
-            flops += attention
-            traffic += costs.attention_bytes * planned.turns / devices
-        elif program.unknown_loops:
-            flops = max(flops, costs.executed_flops * planned.turns / devices)
-    moved = [*program.collectives.values(), *program.slice_transfers.values()]
-    return StepWork(
-        flops=flops,
-        bytes=traffic,
-        collectives=tuple(sorted(moved, key=lambda part: -part.bytes)),
-        attention_flops=min(attention, flops),
-        attention=None if costs is None else costs.attention,
-    )

@@ -14,15 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from dit_video.backbones.flops import count_attention_flops, count_forward_flops, count_training_passes
-from dit_video.backbones.protocol import BackboneConfig
+from dit_video.backbones.flops import count_training_passes
 from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import SampleTimes
 from dit_video.distributed import count_row_shards, make_parallelism, make_shardings
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.distributed.planner import StepSpec
+from dit_video.distributed.planner import StepSpec, count_step_costs
 from dit_video.experiment import DenoiserTraining, Experiment, LoraAdapters, PretrainedAutoencoder, Student
 from dit_video.experiment.autoencoder import make_autoencoder_step
 from dit_video.experiment.denoiser import init_denoiser, make_denoiser_loss, make_denoiser_step
@@ -33,12 +32,11 @@ from dit_video.generation.program import compute_program_steps, make_program
 from dit_video.generation.sampler import init_state
 from dit_video.generation.sharding import ProgramArguments, compute_row_multiples, make_argument_shardings
 from dit_video.nn import get_graph_def, init_lora, init_params
-from dit_video.nn.attention import BackendName, SplashBlocks
 from dit_video.platform.devices import Platform
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Field, Grid, make_empty_row
+from dit_video.training.program import make_step_program
 from dit_video.training.state import attach_shardings
-from dit_video.training.trainer import make_step_program
 from dit_video.weights import read_clip_vision_config
 
 Part = Literal["denoiser", "autoencoder", "sampler"]
@@ -194,35 +192,19 @@ def _count_costs(
     copies: int = 1,
 ) -> StepSpec:
     """Return the counted costs of a denoiser's step, with texts as long as fit and `images` image tokens a clip."""
-    backbone, text = config.backbone, min(config.text.max_tokens, config.row_shape.text // max(1, len(clips)))
+    text = min(config.text.max_tokens, config.row_shape.text // max(1, len(clips)))
     if isinstance(config.text, ByteEncoderConfig):
         text = -(-text // config.text.patch)
-    grids = [Grid(1, 1, clip) for clip in clips]
-    texts = [text] * len(clips)
-    rows = config.row_shape
-    attention = backbone.resolve_attention(platform, tokens=rows.tokens, segments=rows.segments)[0]
-    return StepSpec(
-        width=backbone.width,
-        mlp_dim=backbone.mlp_dim,
-        layers=backbone.layers,
-        tokens_per_row=config.row_shape.tokens,
+    return count_step_costs(
+        config.backbone,
+        config.row_shape,
+        platform,
         rows=config.batch * copies,
-        itemsize=jnp.dtype(backbone.dtype).itemsize,
-        remat=backbone.remat,
-        forward_flops=copies * config.batch * count_forward_flops(backbone, grids, texts, images=[images] * len(clips)),
-        attention_flops=copies * config.batch * count_attention_flops(backbone, grids, texts),
-        attention=attention,
-        query_block=_find_query_block(backbone, attention, config.row_shape.tokens),
+        clips=[Grid(1, 1, clip) for clip in clips],
+        texts=[text] * len(clips),
+        images=[images] * len(clips),
         training=training,
     )
-
-
-def _find_query_block(backbone: BackboneConfig, attention: BackendName, tokens: int) -> int | None:
-    """Return the queries per block of a kernel that reads all keys once a block; None if it is not known."""
-    if attention != "splash":
-        return None
-    blocks = backbone.attention if isinstance(backbone.attention, SplashBlocks) else SplashBlocks()
-    return blocks.resolve(tokens, tokens).block_q
 
 
 def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], platform: Platform) -> PlannedStep:

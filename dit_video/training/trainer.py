@@ -14,8 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import make_batch_shardings, make_shardings, shard_batch
-from dit_video.distributed.mesh import AnyMesh
+from dit_video.distributed import make_shardings, shard_batch
 from dit_video.distributed.planner.hardware import get_peak_flops
 from dit_video.training import loop
 from dit_video.training.checkpoint import Checkpoints
@@ -28,8 +27,9 @@ from dit_video.training.hooks.skipped_steps import SkippedLog
 from dit_video.training.hooks.throughput import ThroughputMeter
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.posthoc_ema import EmaSnapshots
-from dit_video.training.state import attach_shardings, get_shapes_on_devices, make_on_devices
-from dit_video.training.step import JittedStep, StepFn, TrainStep
+from dit_video.training.program import make_step_program
+from dit_video.training.state import get_shapes_on_devices, make_on_devices
+from dit_video.training.step import StepFn, TrainStep
 
 
 @runtime_checkable
@@ -184,39 +184,6 @@ class Trainer:
             frozen = jax.device_put(self.frozen_params, make_shardings(self.frozen_params, self.mesh))
             constants = (*constants, frozen)
         return self.train_step.compile(constants, state=state)
-
-
-def make_step_program(
-    train_step: TrainStep,
-    init: Callable[[Array], dict[str, Any]],
-    batch: PyTree,
-    mesh: AnyMesh,
-    *,
-    constants: tuple[PyTree, ...] = (),
-    frozen_params: tuple[PyTree, ...] = (),
-) -> tuple[Any, tuple[PyTree, ...]]:
-    """Return the jitted step of a training on a mesh, and the shapes of its arguments; nothing is computed.
-
-    Args:
-      train_step: Step of the training.
-      init: Traceable function from a random key to parameters.
-      batch: Global batch, or its shapes.
-      mesh: Devices, which need not be present.
-      constants: Constants of the step, which are replicated, or their shapes.
-      frozen_params: Further constants, which are sharded like parameters.
-    """
-    layout = functools.partial(make_shardings, mesh=mesh)
-    state = get_shapes_on_devices(lambda key: train_step.init(init(key)), shardings=layout)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    arguments = (
-        state,
-        attach_shardings(batch, make_batch_shardings(batch, mesh)),
-        (
-            *attach_shardings(constants, jax.tree.map(lambda _: replicated, constants)),
-            *attach_shardings(frozen_params, layout(frozen_params)),
-        ),
-    )
-    return JittedStep(train_step.update).get_program(state), arguments
 
 
 def _shard_batches(batches: BatchIterator, mesh: Mesh, meter: ThroughputMeter) -> Iterator[Any]:

@@ -145,20 +145,15 @@ def test_the_tiling_benchmark_compares_tiles_with_whole_pictures(script, tiny_ru
 
 
 @pytest.mark.slow
-def test_the_model_benchmark_measures_a_transformer_and_its_utilisation(script):
-    ended = script("tools/benchmark.py", "model", "mfu", "--small", "--rounds", 1, "--steps", 1, "--peak", 0.001)
+def test_the_model_benchmark_measures_a_transformer(script):
+    ended = script("tools/benchmark.py", "model", "--small", "--rounds", 1)
     assert ended.code == 0
-    document = json.loads(ended.out)
-    model, mfu = document["model"], document["mfu"]
+    model = json.loads(ended.out)["model"]
     assert model["tokens"] == 24
     assert model["losses"]["ours"][2] < model["losses"]["ours"][0]
     for what in ("forward", "training step"):
         assert model[what]["seconds"].keys() == {"ours"}
     assert model["compilation"]["ratio"] < 1.3  # 48 layers against 6
-    assert mfu["compilations"] == 1
-    assert np.isfinite(mfu["loss"])
-    assert mfu["padding_share"] == pytest.approx(1 - 56 / 64, abs=1e-4)
-    assert mfu["utilisation"] == pytest.approx(mfu["flops"] / mfu["step_seconds"] / 1e9, rel=0.05, abs=1e-4)
 
 
 @pytest.mark.parity

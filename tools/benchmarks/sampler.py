@@ -195,9 +195,9 @@ _FIRST_RESULT_SCRIPT = """
 import sys, time
 began = time.perf_counter()
 import dit_video
-from dit_video.platform.compilation_cache import keep_programs
+from dit_video.platform.compilation_cache import enable_compilation_cache
 if sys.argv[2]:
-    keep_programs()
+    enable_compilation_cache()
 pipeline = dit_video.load(sys.argv[1])
 pipeline.generate("a red circle moving left")
 print(time.perf_counter() - began)

@@ -51,6 +51,8 @@ class CompiledStep:
     """Seconds that compilation took."""
     oom_message: str | None = None
     """Error message of the compiler if the program does not fit into memory, else None."""
+    executable: jax.stages.Compiled | None = None
+    """The compiled step, which runs where its devices are attached; None if it was not compiled."""
 
 
 @contextlib.contextmanager
@@ -108,7 +110,7 @@ def compile_step(
     temporary = max(0, peak - sum(state_bytes.values()))
     activations = min(int(program.saved_bytes), temporary)
     memory = MemoryUsage(**state_bytes, activations=activations, temporary=temporary - activations, peak=peak)
-    return CompiledStep(memory=memory, program=program, compile_seconds=seconds)
+    return CompiledStep(memory=memory, program=program, compile_seconds=seconds, executable=compiled)
 
 
 def measure_peak_memory(step: Callable[..., Any], arguments: tuple[PyTree, ...]) -> int | None:

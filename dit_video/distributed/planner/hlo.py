@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dit_video.distributed.planner.matmul_flops import count_convolution_flops, count_dot_flops
+from dit_video.distributed.planner.matmul_flops import count_convolution_flops, count_dot_flops, count_gemm_flops
 from dit_video.distributed.planner.replica_groups import find_mesh_axes, parse_lists, parse_replica_groups
 from dit_video.distributed.planner.slice_transfers import read_slice_transfer
 
@@ -23,6 +23,7 @@ _CALLEES = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHAIN_ID = re.compile(r'"?chain_id"?[:=]"?(\w+)"?')
+_KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 """Kinds of collectives; a ragged all-to-all counts as an all-to-all, a broadcast as a permutation."""
 _KIND_ALIASES = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
@@ -213,8 +214,9 @@ class _CostReader:
             self.program.flops += executions * count_dot_flops(instruction, computation)
         elif instruction.opcode == "convolution":
             self.program.flops += executions * count_convolution_flops(instruction, computation)
-        elif instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.rest:
-            self.program.kernel_calls += executions
+        elif instruction.opcode == "custom-call":
+            self.program.flops += executions * count_gemm_flops(instruction, computation)
+            self.program.kernel_calls += executions * bool(_KERNEL.search(instruction.rest))
         self._count_collective(instruction, computation, executions)
         if instruction.opcode == "recv":
             self._count_slice_transfer(instruction, executions)

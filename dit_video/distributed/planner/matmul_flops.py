@@ -16,6 +16,20 @@ def count_dot_flops(instruction: Any, computation: Any) -> float:
     return 2.0 * instruction.shapes[0].values * math.prod(sizes[int(axis)] for axis in contracted[1].split(",") if axis)
 
 
+def count_gemm_flops(instruction: Any, computation: Any) -> float:
+    """Return the FLOPs of a `custom-call` instruction of cuBLAS, to which GPU programs pass matrix products, else 0.
+
+    Its result is the first of several: the others are workspace, and what the epilogue keeps.
+    """
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest)
+    left = computation.get(instruction.operands[0]) if instruction.operands else None
+    if "__cublas$" not in instruction.rest or left is None or contracted is None:
+        return 0.0
+    sizes = left.shapes[0].sizes
+    axes = [int(axis) for axis in re.findall(r"\d+", contracted[1])]
+    return 2.0 * instruction.shapes[0].values * math.prod(sizes[axis] for axis in axes)
+
+
 def count_convolution_flops(instruction: Any, computation: Any) -> float:
     """Return the FLOPs of a `convolution` instruction, 0 if its operands are unknown.
 

@@ -179,3 +179,23 @@ def test_a_program_compiled_on_this_machine_is_counted():
         assert program.flops == 6 * 2 * 64 * 32 * 32
     assert program.unknown_loops == 0
     assert program.bytes > 6 * 32 * 32 * 4
+
+
+GEMM = """{"gemm_backend_config":{"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["0"]}}}"""
+
+
+@pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
+def test_products_that_a_gpu_passes_to_cublas_are_counted(target):
+    line = f'(f32[8,4]{{1,0}}, s8[64]{{0}}) custom-call(%p, %p), custom_call_target="{target}", backend_config={GEMM}'
+    program = read_program(make_module(f"%c = {line}"), MESH)
+    assert (program.flops, program.kernel_calls) == (2 * 8 * 4 * 32, 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "calls"), [("tpu_custom_call", 1), ("__cudnn$fmhaSoftmaxBackward", 1), ("Sharding", 0)]
+)
+def test_calls_of_attention_kernels_are_counted(target, calls):
+    line = f'%c = f32[8]{{0}} custom-call(%p), custom_call_target="{target}"'
+    program = read_program(make_module(line), MESH)
+    assert (program.flops, program.kernel_calls) == (0, calls)
