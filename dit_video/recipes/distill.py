@@ -22,7 +22,7 @@ from dit_video.experiment.folder import CONFIG as RUN
 from dit_video.experiment.run import Run
 from dit_video.generation import Sampling
 from dit_video.nn import Remat
-from dit_video.nn.attention import Backend
+from dit_video.nn.attention import BackendName
 from dit_video.pipelines.folder import is_pipeline_folder, read_pipeline_config
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import PackedShape
@@ -54,7 +54,7 @@ class DistillationOptions:
     """Number of rows of a step; the teacher's by default."""
     remat: Remat | None = None
     """Activations that are kept for the backward pass; the teacher's choice by default."""
-    attention: Backend | None = None
+    attention: BackendName | None = None
     """Backend of attention; the teacher's by default, where `auto` chooses by platform."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Number of devices along each axis of the mesh, on which the student is trained and sampled."""

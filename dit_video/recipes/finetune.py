@@ -25,7 +25,7 @@ from dit_video.families import PipelineParts, find_family
 from dit_video.families.family import INDEX
 from dit_video.generation import Sampling
 from dit_video.nn import LoraConfig, Remat
-from dit_video.nn.attention import Backend
+from dit_video.nn.attention import BackendName
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
@@ -73,7 +73,7 @@ class FineTuningOptions:
     remat: Remat = "full"
     """Activations that are kept for the backward pass; `attention` takes more memory and recomputes much less of long
     clips."""
-    attention: Backend = "auto"
+    attention: BackendName = "auto"
     """Backend of attention; `auto` chooses by platform."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Number of devices along each axis of the mesh, on which the model is trained and sampled."""
