@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float
@@ -91,7 +92,7 @@ class Linear(nnx.Module):
     ) -> Float[Array, "*batch o"]:
         if jax.default_backend() == "cpu" and x.ndim != 2:
             return self._apply(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
-        adapted = not isinstance(kernel, jax.Array)
+        adapted = not isinstance(kernel, jax.Array | np.ndarray)
         if adapted or (kernel.dtype == self.dtype and self.weight_constraint is None):
             # `LowRankKernel` defines its own product; a kernel in the compute dtype needs no special gradient.
             kernel = kernel.astype(self.dtype)

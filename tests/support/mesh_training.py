@@ -25,6 +25,7 @@ from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, comp
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.step import JittedStep
 from support.compilations import count_compilations
 from support.random_params import make_random_params
 from support.training_state import create_state, make_step
@@ -103,7 +104,8 @@ def read_collectives(mesh_config: MeshConfig, backbone, *, lora: LoraConfig | No
     """Return the collectives of a step that is compiled with the layout of TPUs, and the number of its parameters."""
     jax.default_backend = lambda: "tpu"
     mesh, state, step, frozen = begin(mesh_config, backbone, optimizer="adamw", lora=lora)
-    compiled = step.lower(state, shard_batch(make_rows(0), mesh), *frozen).compile()
+    program, constants = (step.get_program(state), ((),)) if isinstance(step, JittedStep) else (step, frozen)
+    compiled = program.lower(state, shard_batch(make_rows(0), mesh), *constants).compile()
     return read_program(compiled.as_text(), dict(mesh.shape)).collectives, trees.count_values((state.params, frozen))
 
 
