@@ -40,8 +40,7 @@ def make_argument_shardings(arguments: ProgramArguments, mesh: AnyMesh) -> Progr
     """Return the sharding of every argument: parameters as in training, rows and tokens, and all else replicated."""
     rows, tokens = arguments.batch.branches[0].tokens.shape[:2]
     replicated = NamedSharding(mesh, PartitionSpec())
-    row_axis = ROW_AXES if rows % count_row_shards(mesh) == 0 else None
-    token_axis = "context" if tokens % mesh.shape["context"] == 0 else None
+    row_axis, token_axis = _choose_axes(rows, tokens, mesh)
 
     def shard_samples(leaf: Any) -> NamedSharding:
         """Return the sharding of a part of the state, which has a token's values on its last axis, or no tokens."""
@@ -65,14 +64,19 @@ def make_argument_shardings(arguments: ProgramArguments, mesh: AnyMesh) -> Progr
 def make_row_shardings(batch: PackedBatch, mesh: AnyMesh) -> PackedBatch:
     """Return the sharding of a batch's rows and tokens; axes that the devices do not divide are replicated."""
     rows, tokens = batch.tokens.shape[:2]
-    row_axis = ROW_AXES if rows % count_row_shards(mesh) == 0 else None
-    token_axis = "context" if tokens % mesh.shape["context"] == 0 else None
+    row_axis, token_axis = _choose_axes(rows, tokens, mesh)
 
     def layout(path: str, leaf: Any) -> NamedSharding:
         is_tokens = path in ("tokens", "layout/segments", "layout/positions")
         return NamedSharding(mesh, PartitionSpec(row_axis, *((token_axis,) if is_tokens else ())))
 
     return map_with_path(layout, batch)
+
+
+def _choose_axes(rows: int, tokens: int, mesh: AnyMesh) -> tuple[tuple[str, ...] | None, str | None]:
+    """Return the mesh axes that shard rows and tokens; None where they do not divide these."""
+    row_axes = ROW_AXES if rows % count_row_shards(mesh) == 0 else None
+    return row_axes, "context" if tokens % mesh.shape["context"] == 0 else None
 
 
 def compute_row_multiples(mesh: AnyMesh | None, guidance: Guidance, *, is_batched: bool) -> RowMultiples:
