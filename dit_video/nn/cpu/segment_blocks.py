@@ -66,8 +66,7 @@ def _forward(chunk, q, k, v, q_ids, kv_ids):
 def _backward(chunk, saved, d_out):
     q, k, v, q_ids, kv_ids, out, lse = saved
     blocks = BlockSizes.choose(k.shape[1], q.shape[1], chunk)
-    delta = jnp.moveaxis((out * d_out.astype(jnp.float32)).sum(axis=-1), 2, 1)
-    rows = q, k, v, lse, delta, d_out, q_ids, kv_ids
+    rows = q, k, v, out, lse, d_out, q_ids, kv_ids
     gradients = jax.lax.map(lambda row: _attend_row_backward(blocks, *row), rows)
     return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None, None
 
@@ -206,8 +205,8 @@ def _attend_row_backward(
     q: Float[Array, "N K d"],
     k: Float[Array, "M K d"],
     v: Float[Array, "M K d"],
+    out: Float[Array, "N K d"],
     lse: Float[Array, "K N"],
-    delta: Float[Array, "K N"],
     d_out: Float[Array, "N K d"],
     q_ids: Int[Array, " N"],
     kv_ids: Int[Array, " M"],
@@ -217,6 +216,7 @@ def _attend_row_backward(
     Keys are the outer loop and the first axis of the scores: two of the three products that follow then need no
     transposed factor, instead of one. The queries' gradient is computed transposed, the fastest way in XLA on CPU.
     """
+    delta = (out * d_out.astype(jnp.float32)).sum(axis=-1).T
 
     def head(index, carried):
         def block(size, start, own, scan_queries, carried):
