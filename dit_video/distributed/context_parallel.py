@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import RingAttention
-from dit_video.distributed.sharding_rules import ROW_AXES, STATE_AXES
+from dit_video.distributed.sharding_rules import DEFAULT_RULES, ROW_AXES, STATE_AXES, choose_kernel_split
 from dit_video.distributed.weight_gradients import LayerInputs, compute_sharded_gradient
 from dit_video.nn.attention import Attention, AttentionInputs, Backend, Full, Pattern, get_backend_name
 from dit_video.nn.attention.api import Keys, Queries
@@ -180,6 +180,9 @@ class GatheredWeight:
 
     Otherwise XLA's partitioner would gather a weight again for each product, in a different layout each time, or might
     gather tokens instead.
+
+    Weights are gathered over `context`, and the result over `fsdp`: XLA for TPUs makes an all-reduce of a small gather
+    over all devices of a slice, which moves twice the bytes.
     """
 
     mesh: AnyMesh
@@ -188,6 +191,11 @@ class GatheredWeight:
     """Inputs of the layer; None leaves it to XLA how the gradient is summed."""
 
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]:
+        axis, names = choose_kernel_split(kernel.shape, self.spec, self.mesh) or (0, ())
+        if names == STATE_AXES and kernel.size >= DEFAULT_RULES.min_size:
+            part = [*self.spec, None, None][:2]
+            part[axis] = "fsdp"
+            kernel = jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, P(*part)))
         return jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, self.spec))
 
     def constrain_factors(

@@ -236,3 +236,16 @@ def choose_state_split(
         if divisible := [axis for axis, size in enumerate(shape) if size % count == 0 and axis not in taken]:
             return max(divisible, key=lambda axis: (shape[axis], axis)), names
     return None
+
+
+def choose_kernel_split(
+    shape: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh
+) -> tuple[int, tuple[str, ...]] | None:
+    """Return the axis of a layer's kernel `[i o]` that `STATE_AXES` shard at rest, and which do; None if none does.
+
+    Args:
+      shape: shape of the kernel.
+      spec: sharding of the kernel during use.
+      mesh: the mesh.
+    """
+    return choose_state_split(shape, mesh, taken=[axis for axis, name in enumerate(spec) if name is not None])

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.distributed.sharding_rules import ROW_AXES, STATE_AXES, choose_state_split, count_row_shards
+from dit_video.distributed.sharding_rules import ROW_AXES, STATE_AXES, choose_kernel_split, count_row_shards
 from dit_video.nn.linear import compute_kernel_gradient
 from dit_video.nn.parallel import Precision
 
@@ -45,8 +45,7 @@ def compute_sharded_gradient(
       precision: precision of the product.
     """
     used = (*spec, None, None)[:2]
-    taken = [axis for axis, name in enumerate(used) if name is not None]
-    split = choose_state_split((x.shape[-1], cotangent.shape[-1]), mesh, taken=taken)
+    split = choose_kernel_split((x.shape[-1], cotangent.shape[-1]), spec, mesh)
     ranks = mesh.shape["context"]
     is_divisible = x.ndim > 2 and x.shape[0] % count_row_shards(mesh) == 0
     is_divisible = is_divisible and (inputs == "context" or x.shape[1] % ranks == 0)

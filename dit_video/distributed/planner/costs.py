@@ -10,6 +10,7 @@ from dit_video.distributed.planner.compiled_program import CompiledStep
 from dit_video.distributed.planner.estimate import StepSpec
 from dit_video.distributed.planner.roofline import StepWork
 from dit_video.nn.attention import BackendName, SplashBlocks
+from dit_video.nn.attention.backends.splash_blocks import DEFAULT_BLOCKS
 from dit_video.platform.devices import Platform
 from dit_video.tokens import Grid, LayoutShape
 
@@ -58,7 +59,7 @@ def _find_query_block(backbone: BackboneConfig, attention: BackendName, tokens: 
     """Return the queries per block of a kernel that reads all keys once a block; None if it is not known."""
     if attention != "splash":
         return None
-    blocks = backbone.attention if isinstance(backbone.attention, SplashBlocks) else SplashBlocks()
+    blocks = backbone.attention if isinstance(backbone.attention, SplashBlocks) else DEFAULT_BLOCKS
     return blocks.resolve(tokens, tokens).block_q
 
 

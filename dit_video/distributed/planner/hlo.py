@@ -9,58 +9,18 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from dit_video.distributed.planner.hlo_text import CALLEES, Computation, Instruction, find_users, parse_computations
 from dit_video.distributed.planner.matmul_flops import count_convolution_flops, count_dot_flops, count_gemm_flops
+from dit_video.distributed.planner.memory_traffic import COLLECTIVES, count_collective_traffic, count_traffic
 from dit_video.distributed.planner.replica_groups import find_mesh_axes, parse_lists, parse_replica_groups
 from dit_video.distributed.planner.slice_transfers import read_slice_transfer
 
-_BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0}
-_ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+\w*|c\d+)\[([\d,]*)\](\{[^}]*\})?")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_NAMES = re.compile(r"%([\w.\-]+)")
-_CALLEES = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHAIN_ID = re.compile(r'"?chain_id"?[:=]"?(\w+)"?')
 _KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-"""Kinds of collectives; a ragged all-to-all counts as an all-to-all, a broadcast as a permutation."""
 _KIND_ALIASES = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
-
-
-class Shape(NamedTuple):
-    """An array of a program, on one device."""
-
-    dtype: str
-    sizes: tuple[int, ...]
-    is_in_vmem: bool
-    """The array is in the processor's on-chip memory (VMEM), not in HBM."""
-
-    @property
-    def values(self) -> int:
-        return math.prod(self.sizes)
-
-    @property
-    def bytes(self) -> int:
-        bits = re.search(r"\d+", self.dtype)
-        return self.values * (_BYTES[self.dtype] if self.dtype in _BYTES else max(1, int(bits[0]) // 8) if bits else 4)
-
-
-class Instruction(NamedTuple):
-    """An instruction: one line of a computation."""
-
-    name: str
-    opcode: str
-    shapes: tuple[Shape, ...]
-    """Shapes of the result, or of the parts of a tuple."""
-    operands: tuple[str, ...]
-    rest: str
-    """Operands and attributes as text."""
-    is_root: bool
-
-
-Computation = dict[str, Instruction]
 
 
 @dataclass
@@ -118,7 +78,7 @@ def read_program(
         one with an unknown trip count, or with `max_outer_trip_count`, most of whose iterations may do nothing.
       max_outer_trip_count: upper bound of that loop's trip count.
     """
-    computations, entry = _parse_computations(text)
+    computations, entry = parse_computations(text)
     slices = dict.fromkeys(mesh, 1) if slices is None else dict(slices)
     reader = _CostReader(computations, mesh, slices, outer_trip_count, max_outer_trip_count)
     if entry is not None:
@@ -126,56 +86,6 @@ def read_program(
     return reader.program
 
 
-def _parse_computations(text: str) -> tuple[dict[str, Computation], str | None]:
-    computations: dict[str, Computation] = {}
-    current: Computation = {}
-    entry = None
-    for line in text.splitlines():
-        if not line.startswith(" "):
-            if header := _HEADER.match(line):
-                current = computations[header[2]] = {}
-                entry = header[2] if header[1] else entry
-        elif (instruction := _parse_instruction(line)) is not None:
-            current[instruction.name] = instruction
-    return computations, entry
-
-
-def _parse_instruction(line: str) -> Instruction | None:
-    name, separator, definition = line.strip().partition(" = ")
-    if not separator:
-        return None
-    root = name.startswith("ROOT ")
-    end = _find_closing_bracket(definition, 0) + 1 if definition.startswith("(") else definition.find(" ")
-    kind, opening, rest = definition[end:].strip().partition("(")
-    if end <= 0 or not opening or " " in kind:
-        return None
-    shapes = tuple(
-        Shape(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(1)" in (layout or ""))
-        for dtype, sizes, layout in _ARRAY.findall(definition[:end])
-    )
-    inner = rest[: _find_closing_bracket("(" + rest, 0) - 1]
-    return Instruction(name.removeprefix("ROOT ").lstrip("%"), kind, shapes, tuple(_NAMES.findall(inner)), rest, root)
-
-
-def _find_closing_bracket(text: str, start: int) -> int:
-    """Return the index of the bracket that closes the one at `start`."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if depth == 0:
-            return index
-    return len(text) - 1
-
-
-_NO_TRAFFIC = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
-    *("while", "conditional", "call", "opt-barrier", "async-start", "async-update", "async-done"),
-}
-"""Opcodes that don't access memory themselves."""
-
-
-_SLICE_OPCODES = frozenset({"slice", "slice-start", "dynamic-slice", "gather"})
-"""Opcodes that read no more of their first operand than they return."""
 _COPY_OPCODES = ("bitcast", "copy", "get-tuple-element")
 """Opcodes whose result has the values of their first operand."""
 
@@ -217,13 +127,15 @@ class _CostReader:
         elif instruction.opcode == "custom-call":
             self.program.flops += executions * count_gemm_flops(instruction, computation)
             self.program.kernel_calls += executions * bool(_KERNEL.search(instruction.rest))
-        self._count_collective(instruction, computation, executions)
+        is_counted = self._count_collective(instruction, computation, executions)
         if instruction.opcode == "recv":
             self._count_slice_transfer(instruction, executions)
-        if not in_fusion and instruction.opcode not in _NO_TRAFFIC:
-            self.program.bytes += executions * self._count_traffic(instruction, computation)
+        if not in_fusion:
+            self.program.bytes += executions * count_traffic(instruction, computation, self.computations)
+        elif is_counted:
+            self.program.bytes += executions * count_collective_traffic(instruction, computation)
         fused = in_fusion or instruction.opcode == "fusion"
-        for kind, callee in _CALLEES.findall(instruction.rest):
+        for kind, callee in CALLEES.findall(instruction.rest):
             if kind != "to_apply" or instruction.opcode == "call":
                 self.walk(callee, executions, in_fusion=fused)
         for branches in _BRANCHES.findall(instruction.rest):
@@ -231,7 +143,7 @@ class _CostReader:
                 self.walk(callee, executions, in_fusion=fused)
 
     def _count_loop(self, instruction: Instruction, executions: int) -> None:
-        callees = dict(_CALLEES.findall(instruction.rest))
+        callees = dict(CALLEES.findall(instruction.rest))
         trip_count = self._read_trip_count(instruction, callees.get("condition", ""))
         # A loop with the maximum trip count may end earlier, so the assumed trip count replaces it.
         if trip_count is not None and trip_count == self.max_outer_trip_count and executions == 1:
@@ -259,19 +171,20 @@ class _CostReader:
     def _iterate_instructions(self, computation: Computation) -> Iterator[Instruction]:
         for instruction in computation.values():
             yield instruction
-            for kind, callee in _CALLEES.findall(instruction.rest):
+            for kind, callee in CALLEES.findall(instruction.rest):
                 if kind == "calls":
                     yield from self._iterate_instructions(self.computations.get(callee, {}))
 
-    def _count_collective(self, instruction: Instruction, computation: Computation, executions: int) -> None:
+    def _count_collective(self, instruction: Instruction, computation: Computation, executions: int) -> bool:
+        """Count an instruction if it is a collective that was not counted before; return True if it is."""
         kind = instruction.opcode.removesuffix("-start")
         kind = _KIND_ALIASES.get(kind, kind)
         if kind not in COLLECTIVES:
-            return
+            return False
         if chain := _CHAIN_ID.search(instruction.rest):
             # One asynchronous collective is printed in the computations of its start, its middle and its end.
             if (kind, chain[1]) in self._chains:
-                return
+                return False
             self._chains.add((kind, chain[1]))
         sources = [computation[name] for name in instruction.operands if name in computation]
         operand_bytes = sum(shape.bytes for source in sources for shape in source.shapes)
@@ -284,16 +197,17 @@ class _CostReader:
             group = groups[0] if groups else []
             remote_share = (len(group) - 1) / max(1, len(group))
         if len(group) < 2:
-            return
+            return False
         if kind == "all-reduce" and not instruction.is_root:
             # A compiler pass makes a reduce-scatter of an all-reduce of which only slices are used.
-            opcodes = {user.opcode for user in _find_users(instruction.name, computation)}
+            opcodes = {user.opcode for user in find_users(instruction.name, computation)}
             kind = "reduce-scatter" if opcodes == {"dynamic-slice"} else kind
         copies = {"all-gather": len(group), "all-reduce": 2}.get(kind, 1)
         axes = find_mesh_axes(group, self.mesh, permuted=kind == "collective-permute")
         traffic = self.program.collectives.setdefault((kind, axes), CollectiveTraffic(kind, axes))
         traffic.bytes += executions * (copies * operand_bytes * remote_share)
         traffic.count += executions
+        return True
 
     def _count_slice_transfer(self, instruction: Instruction, executions: int) -> None:
         transfer = read_slice_transfer(instruction.rest, instruction.shapes[0].bytes)
@@ -304,66 +218,6 @@ class _CostReader:
         traffic = self.program.slice_transfers.setdefault((transfer.kind, axes), empty)
         traffic.bytes += executions * transfer.bytes
         traffic.count += executions
-
-    def _count_traffic(self, instruction: Instruction, computation: Computation) -> int:
-        """Return the bytes that an instruction reads and writes."""
-        callee = dict(_CALLEES.findall(instruction.rest)).get("calls") if instruction.opcode == "fusion" else None
-        fused = self.computations.get(callee, {}) if callee else {}
-        read_bytes = sum(self._count_read_bytes(instruction, fused, computation))
-        return read_bytes + self._count_written_bytes(instruction, fused, computation)
-
-    def _count_read_bytes(
-        self, instruction: Instruction, fused: Computation, computation: Computation
-    ) -> Iterator[int]:
-        parameters = {part.rest.split(")")[0]: part.name for part in fused.values() if part.opcode == "parameter"}
-        for number, name in enumerate(instruction.operands):
-            source = computation.get(name)
-            if source is None or len(source.shapes) != 1 or source.shapes[0].is_in_vmem:
-                continue
-            if instruction.opcode in _SLICE_OPCODES:
-                yield sum(shape.bytes for shape in _get_result_shapes(instruction)) if number == 0 else 0
-                continue
-            if instruction.opcode == "dynamic-update-slice" and number == 0:
-                continue
-            parameter = parameters.get(str(number))
-            users = [part for part in fused.values() if parameter is not None and parameter in part.operands]
-            changes = [part for part in users if part.operands[0] == parameter]
-            slices = [part for part in changes if part.opcode in _SLICE_OPCODES]
-            updates = [part for part in changes if part.opcode == "dynamic-update-slice"]
-            # A fusion that only slices an operand, or updates it in place, doesn't read the rest of it.
-            if users and len(slices) + len(updates) == len(users):
-                yield sum(part.shapes[0].bytes for part in slices)
-            else:
-                yield source.shapes[0].bytes
-
-    def _count_written_bytes(self, instruction: Instruction, fused: Computation, computation: Computation) -> int:
-        root = next((part for part in fused.values() if part.is_root), None)
-        update = root if root is not None else instruction
-        if update.opcode == "dynamic-update-slice":
-            value = (fused if root is not None else computation).get(update.operands[1])
-            return value.shapes[0].bytes if value is not None and value.shapes else 0
-        return sum(shape.bytes for shape in _get_result_shapes(instruction) if not shape.is_in_vmem)
-
-
-def _get_result_shapes(instruction: Instruction) -> tuple[Shape, ...]:
-    """Return the shapes of an instruction's results; asynchronous starts list those of their operands, too."""
-    if instruction.opcode == "copy-start":  # (destination, source, context); the others list their operands first
-        return instruction.shapes[:1]
-    if instruction.opcode in ("slice-start", "all-gather-start", "collective-permute-start"):
-        operands = len(instruction.operands)
-        return instruction.shapes[operands : 2 * operands]
-    return instruction.shapes
-
-
-def _find_users(name: str, computation: Computation) -> Iterator[Instruction]:
-    """Yield the instructions that read an instruction's result, or a part of it."""
-    for user in computation.values():
-        if name not in user.operands:
-            continue
-        if user.opcode == "get-tuple-element":
-            yield from _find_users(user.name, computation)
-        else:
-            yield user
 
 
 def _count_stacked_bytes(computations: dict[str, Computation], body: str, trip_count: int) -> float:
@@ -377,7 +231,7 @@ def _count_stacked_bytes(computations: dict[str, Computation], body: str, trip_c
             instruction = computation.get(instruction.operands[0])
         if instruction is None or not instruction.shapes or instruction.shapes[0].sizes[:1] != (trip_count,):
             continue
-        inner = computations.get(dict(_CALLEES.findall(instruction.rest)).get("calls", ""), {"": instruction})
+        inner = computations.get(dict(CALLEES.findall(instruction.rest)).get("calls", ""), {"": instruction})
         if any(part.opcode == "dynamic-update-slice" for part in inner.values()):
             total += sum(shape.bytes for shape in instruction.shapes)
     return total

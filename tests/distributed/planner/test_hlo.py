@@ -160,6 +160,67 @@ def test_asynchronous_operations_are_read_and_written_once():
     assert traffic(gathered) == 8192 + 4 * 8192
 
 
+def test_a_fusion_writes_only_the_updates_of_arrays_that_it_updates_in_place():
+    """One of several results is a stack of which a slice is replaced, another one is passed on."""
+    stack, part, passed = "f32[30,64,32]{2,1,0}", "f32[64,32]{1,0}", "f32[500]{0}"
+    results = "f32[30,64,32], f32[64,32], f32[500]"
+    fused = f"""%update (a: f32[30,64,32], b: f32[64,32], c: s32[], d: f32[500]) -> ({results}) {{
+  %a = {stack} parameter(0)
+  %b = {part} parameter(1)
+  %c = s32[] parameter(2)
+  %d = {passed} parameter(3)
+  %n = {part} negate(%b)
+  %o = f32[1,64,32]{{2,1,0}} bitcast(%n)
+  %u = {stack} dynamic-update-slice(%a, %o, %c, %c, %c)
+  ROOT %t = ({stack}, {part}, {passed}) tuple(%u, %n, %d)
+}}
+"""
+    lines = [f"%s = {stack} parameter(1)", "%i = s32[] parameter(2)", f"%q = {passed} parameter(3)"]
+    call = f"ROOT %f = ({stack}, {part}, {passed}) fusion(%s, %p, %i, %q), kind=kOutput, calls=%update"
+    # A part and its index are read; the part and the slice are written.
+    assert read_program(make_module(*lines, call, rest=fused), MESH).bytes == 8192 + 4 + 2 * 8192
+
+
+def test_a_fusion_reads_only_the_slices_that_a_fusion_inside_of_it_takes():
+    stack, part = "f32[30,64,32]{2,1,0}", "f32[64,32]{1,0}"
+    inner = f"""%inner (a: f32[30,64,32], b: s32[]) -> f32[64,32] {{
+  %a = {stack} parameter(0)
+  %b = s32[] parameter(1)
+  %d = f32[1,64,32]{{2,1,0}} dynamic-slice(%a, %b, %b, %b), dynamic_slice_sizes={{1,64,32}}
+  ROOT %e = {part} bitcast(%d)
+}}
+"""
+    outer = f"""%outer (a: f32[30,64,32], b: s32[]) -> f32[64,32] {{
+  %a = {stack} parameter(0)
+  %b = s32[] parameter(1)
+  %g = {part} fusion(%a, %b), kind=kLoop, calls=%inner
+  ROOT %h = {part} negate(%g)
+}}
+"""
+    lines = [f"%s = {stack} parameter(1)", "%i = s32[] parameter(2)"]
+    call = f"ROOT %f = {part} fusion(%s, %i), kind=kOutput, calls=%outer"
+    assert read_program(make_module(*lines, call, rest=inner + outer), MESH).bytes == 8192 + 8192
+
+
+def test_a_collective_that_several_fusions_continue_is_read_and_written_once():
+    fused = """%{0} (q: f32[64,32], r: f32[256,32], s: f32[500]) -> (f32[256,32], f32[500]) {{
+  %q = f32[64,32]{{1,0}} parameter(0)
+  %r = f32[256,32]{{1,0}} parameter(1)
+  %s = f32[500]{{0}} parameter(2)
+  %g = f32[256,32]{{1,0}} all-gather(%q), replica_groups=[2,4]<=[8], frontend_attributes={{chain_id="7"}}
+  %e = f32[500]{{0}} exponential(%s)
+  ROOT %t = (f32[256,32]{{1,0}}, f32[500]{{0}}) tuple(%g, %e)
+}}
+"""
+    lines = ["%r = f32[256,32]{1,0} parameter(1)", "%s = f32[500]{0} parameter(2)"]
+    lines += [
+        f"%f.{name} = (f32[256,32]{{1,0}}, f32[500]{{0}}) fusion(%p, %r, %s), kind=kOutput, calls=%{name}"
+        for name in ("start", "end")
+    ]
+    text = make_module(*lines, rest=fused.format("start") + fused.format("end"))
+    assert read_program(text, MESH).bytes == 8192 + 4 * 8192 + 2 * (2000 + 2000)
+
+
 def test_replica_groups_are_parsed():
     assert parse_replica_groups("replica_groups=[4,2]<=[2,4]T(1,0)", 8) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert parse_replica_groups("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", 8) == [[0, 1]]
