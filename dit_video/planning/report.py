@@ -13,8 +13,11 @@ from dit_video.core.trees import flatten
 from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
 from dit_video.distributed.mesh import AnyMesh, count_axis_slices, describe_slow_axes, make_abstract_mesh
 from dit_video.distributed.planner import (
+    CompiledStep,
     Efficiencies,
+    MemoryUsage,
     Purpose,
+    StepWork,
     Topology,
     compile_step,
     compute_expected_times,
@@ -113,17 +116,8 @@ def plan_experiment(
     devices, mesh_shape = plan_mesh.size, dict(plan_mesh.shape)
     slices = count_axis_slices(config, devices, topology.slices)
     limit = chip.usable_memory * topology.num_chips // devices  # devices of one chip share its memory
-    if present and isinstance(plan_mesh, Mesh):
-        turns: dict[str, Any] = {"outer_trip_count": planned.sampling_steps, "max_outer_trip_count": planned.max_steps}
-        compiled = compile_step(planned.step, planned.arguments, plan_mesh, slices=slices, **turns)
-        memory, over, flops = compiled.memory, compiled.oom_message, planned.model_flops
-        work = read_step_work(compiled, planned.costs, model_flops=flops, devices=devices, turns=planned.turns)
-    else:
-        assert planned.costs is not None
-        compiled, over = None, None
-        state_bytes = count_argument_bytes(planned.arguments)
-        memory, work = estimate_step(planned.costs, state_bytes, planned.layer_bytes, mesh_shape, slices)
-        work = work.repeat(planned.turns)
+    memory, work, compiled = _count_work(planned, plan_mesh, slices, is_compiled=present)
+    over = None if compiled is None else compiled.oom_message
     fits = over is None and memory.peak <= limit
     per_chip = devices // topology.num_chips
     efficiencies = find_efficiencies(chip) if efficiencies is None else efficiencies
@@ -165,6 +159,21 @@ def plan_experiment(
         price=chip.hourly_price if price is None else price,
         warning=describe_slow_axes(slices),
     )
+
+
+def _count_work(
+    planned: PlannedStep, mesh: AnyMesh, slices: dict[str, int], *, is_compiled: bool
+) -> tuple[MemoryUsage, StepWork, CompiledStep | None]:
+    """Return the memory and the work of a step on each device, compiled or counted."""
+    if is_compiled and isinstance(mesh, Mesh):
+        turns: dict[str, Any] = {"outer_trip_count": planned.sampling_steps, "max_outer_trip_count": planned.max_steps}
+        compiled = compile_step(planned.step, planned.arguments, mesh, slices=slices, **turns)
+        options: dict[str, Any] = {"model_flops": planned.model_flops, "devices": mesh.size, "turns": planned.turns}
+        return compiled.memory, read_step_work(compiled, planned.costs, **options), compiled
+    assert planned.costs is not None
+    state_bytes = count_argument_bytes(planned.arguments)
+    memory, work = estimate_step(planned.costs, state_bytes, planned.layer_bytes, dict(mesh.shape), slices)
+    return memory, work.repeat(planned.turns), None
 
 
 def _measure_peak(planned: PlannedStep, mesh: Any, topology: Topology, fits: bool) -> int | None:

@@ -35,13 +35,17 @@ def make_step_program(
     """
     layout = functools.partial(make_shardings, mesh=mesh)
     state = get_shapes_on_devices(lambda key: train_step.init(init(key)), shardings=layout)
-    replicated = NamedSharding(mesh, PartitionSpec())
     arguments = (
         state,
         attach_shardings(batch, make_batch_shardings(batch, mesh)),
-        (
-            *attach_shardings(constants, jax.tree.map(lambda _: replicated, constants)),
-            *attach_shardings(frozen_params, layout(frozen_params)),
-        ),
+        attach_shardings((*constants, *frozen_params), make_constant_shardings(constants, frozen_params, mesh)),
     )
     return JittedStep(train_step.update).get_program(state), arguments
+
+
+def make_constant_shardings(
+    constants: tuple[PyTree, ...], frozen_params: tuple[PyTree, ...], mesh: AnyMesh
+) -> tuple[PyTree, ...]:
+    """Return the shardings of `(*constants, *frozen_params)`, the last arguments of a step."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return (*jax.tree.map(lambda _: replicated, constants), *make_shardings(frozen_params, mesh))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
@@ -27,7 +27,7 @@ from dit_video.training.hooks.skipped_steps import SkippedLog
 from dit_video.training.hooks.throughput import ThroughputMeter
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.posthoc_ema import EmaSnapshots
-from dit_video.training.program import make_step_program
+from dit_video.training.program import make_constant_shardings, make_step_program
 from dit_video.training.state import get_shapes_on_devices, make_on_devices
 from dit_video.training.step import StepFn, TrainStep
 
@@ -150,10 +150,12 @@ class Trainer:
         Args:
           batch: A batch of host arrays, or their shapes.
         """
-        frozen = () if self.frozen_params is None else (self.frozen_params,)
-        return make_step_program(
-            self.train_step, self.init, batch, self.mesh, constants=self.constants, frozen_params=frozen
-        )
+        options = {"constants": self.constants, "frozen_params": self._frozen_params}
+        return make_step_program(self.train_step, self.init, batch, self.mesh, **options)
+
+    @property
+    def _frozen_params(self) -> tuple[dict[str, Any], ...]:
+        return () if self.frozen_params is None else (self.frozen_params,)
 
     def _list_hooks(self, meter: ThroughputMeter) -> list[Hook]:
         hooks: list[Hook] = [
@@ -179,10 +181,8 @@ class Trainer:
         return self.train_step.init(params, is_fresh=not loaded_params)
 
     def _compile_step(self, state: Any) -> StepFn:
-        constants = jax.device_put(self.constants, NamedSharding(self.mesh, PartitionSpec()))
-        if self.frozen_params is not None:
-            frozen = jax.device_put(self.frozen_params, make_shardings(self.frozen_params, self.mesh))
-            constants = (*constants, frozen)
+        shardings = make_constant_shardings(self.constants, self._frozen_params, self.mesh)
+        constants = jax.device_put((*self.constants, *self._frozen_params), shardings)
         return self.train_step.compile(constants, state=state)
 
 

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, make_mesh
 from dit_video.distributed.planner import read_program
+from dit_video.distributed.sharding_rules import DEFAULT_RULES
 from dit_video.nn import LoraConfig
 from dit_video.nn.attention import AttentionInputs, Full
 from dit_video.nn.attention.backends.chunked import ChunkedAttention
@@ -54,10 +55,11 @@ def check_attention() -> None:
 def check_rows() -> None:
     """Check that layers do not gather tokens: they compute each token without the others.
 
-    There are two rows to a device, and a part of each row's tokens. Gathers over `fsdp` and `context` together are of
-    weights, whose bytes `check_weights` bounds.
+    There are two rows to a device, and a part of each row's tokens. The weights are so small that they are gathered
+    over `fsdp` and `context` together: `check_weights` bounds their bytes.
     """
-    backbone = dataclasses.replace(mesh_training.DIT, attention="chunked")
+    backbone = dataclasses.replace(mesh_training.DIT, width=48, heads=6, attention="chunked")
+    assert 6 * backbone.width**2 < DEFAULT_RULES.min_size
     collectives, _ = mesh_training.read_collectives(MeshConfig(data=1, fsdp=4, context=2), backbone)
     gathered = [
         traffic for (kind, axes), traffic in collectives.items() if (kind, axes) == ("all-gather", ("context",))
