@@ -53,15 +53,19 @@ def compute_sharded_gradient(
         return compute_kernel_gradient(x, cotangent, precision)
     axis = split[0]
 
+    def take_part(values: Float[Array, "*batch n"]) -> Float[Array, "*batch part"]:
+        """Take those features of which this device of `context`, and those with its index, hold the gradient."""
+        parts = values.reshape(*values.shape[:-1], mesh.shape["fsdp"], ranks, -1)
+        own = jax.lax.dynamic_index_in_dim(parts, jax.lax.axis_index("context"), axis=-2, keepdims=False)
+        return own.reshape(*values.shape[:-1], -1)
+
     def sum_on_devices(x, cotangent):
+        if inputs == "context":  # All devices of `context` have the same inputs: each computes a part of the gradient.
+            x, cotangent = (take_part(x), cotangent) if axis == 0 else (x, take_part(cotangent))
         summed = compute_kernel_gradient(x, cotangent, precision)
         summed = jax.lax.psum_scatter(summed, "fsdp", scatter_dimension=axis, tiled=True)
         if inputs == "tokens":
             summed = jax.lax.psum_scatter(summed, "context", scatter_dimension=axis, tiled=True)
-        else:  # All devices of `context` have the same sum.
-            size = summed.shape[axis] // ranks
-            first = jax.lax.axis_index("context") * size
-            summed = jax.lax.dynamic_slice_in_dim(summed, first, size, axis)
         return jax.lax.psum(summed, "data") if mesh.shape["data"] > 1 else summed
 
     tokens = ("context" if inputs == "tokens" else None, *(None,) * (x.ndim - 3))

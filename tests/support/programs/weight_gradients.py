@@ -10,7 +10,7 @@ from dit_video.distributed.planner.compiled_program import override_default_back
 from dit_video.nn import Linear
 
 SIZES = [(1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 2, 4)]
-LAYERS = [{}, {"split": "outputs"}, {"split": "inputs"}, {"split": "outputs", "is_context": True}]
+LAYERS = [{}] + [{"split": s, "is_context": is_context} for s in ("outputs", "inputs") for is_context in (False, True)]
 INPUTS = {"tokens": (8, 16, 24), "clips": (8, 3, 24), "grids": (8, 4, 2, 24), "shared": (1, 16, 24)}
 """Shapes of inputs: some whose tokens or rows the devices do not divide."""
 
