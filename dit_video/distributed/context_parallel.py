@@ -192,7 +192,7 @@ class GatheredWeight:
 
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]:
         axis, names = choose_kernel_split(kernel.shape, self.spec, self.mesh) or (0, ())
-        if names == STATE_AXES and kernel.size >= DEFAULT_RULES.min_size:
+        if names == STATE_AXES and kernel.size >= DEFAULT_RULES.min_size:  # smaller ones may be replicated at rest
             part = [*self.spec, None, None][:2]
             part[axis] = "fsdp"
             kernel = jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, P(*part)))
