@@ -12,6 +12,8 @@ from dit_video.nn.attention import SplashBlocks
 from dit_video.pipelines.folder import write_pipeline_config
 from support.tiny_wan import SIZE, write_wan
 
+OPTIONS = {"size": (5, 16, 16), "seed": 3, "output": "latents"}
+
 
 @pytest.fixture
 def trained_on_tpus(tiny_pipeline, tmp_path):
@@ -27,19 +29,25 @@ def test_a_kernel_that_the_devices_lack_is_refused_and_replaced(trained_on_tpus,
     with pytest.raises(UserError, match=r"'splash' is invalid: its kernels are for tpu.*Use attention='auto'"):
         dit_video.load(trained_on_tpus, mesh=mesh)
     pipeline = dit_video.load(trained_on_tpus, attention="auto", mesh=mesh)
-    options = {"size": (5, 16, 16), "seed": 3, "output": "latents"}
-    latents = pipeline.generate("a red circle", **options)
-    np.testing.assert_allclose(latents, tiny_pipeline.generate("a red circle", **options), atol=1e-5)
+    latents = pipeline.generate("a red circle", **OPTIONS)
+    np.testing.assert_allclose(latents, tiny_pipeline.generate("a red circle", **OPTIONS), atol=1e-5)
 
 
-def test_runs_and_open_weights_are_loaded_with_any_backend(tiny_run, tmp_path):
-    write_wan(tmp_path / "wan")
-    for folder, size in ((tiny_run, (5, 16, 16)), (tmp_path / "wan", SIZE)):
-        pipelines = [dit_video.load(folder, attention=attention) for attention in ("dense", "chunked")]
-        assert [each.config.backbone.attention for each in pipelines] == ["dense", "chunked"]
-        dense, chunked = (each.generate("a cat", size=size, steps=2, output="latents") for each in pipelines)
-        np.testing.assert_allclose(dense, chunked, atol=1e-4)
-        with pytest.raises(UserError, match="'splash' is invalid"):
-            dit_video.load(folder, attention=SplashBlocks())
-    average = dit_video.load(tiny_run, ema=0, attention="dense")
-    assert average.config.backbone.attention == "dense"
+def test_a_run_and_its_averages_are_loaded_with_any_backend(tiny_run, tiny_pipeline):
+    assert dit_video.load(tiny_run, ema=0, attention="chunked").config.backbone.attention == "chunked"
+    dense = dit_video.load(tiny_run, attention="dense")
+    assert dense.config.backbone.attention == "dense"
+    latents = [pipeline.generate("a red circle", **OPTIONS) for pipeline in (dense, tiny_pipeline)]
+    np.testing.assert_allclose(*latents, atol=1e-4)
+    with pytest.raises(UserError, match="'splash' is invalid"):
+        dit_video.load(tiny_run, attention=SplashBlocks())
+
+
+def test_open_weights_are_loaded_with_any_backend(tmp_path):
+    write_wan(tmp_path)
+    pipelines = [dit_video.load(tmp_path, attention=attention) for attention in ("dense", "chunked")]
+    assert [each.config.backbone.attention for each in pipelines] == ["dense", "chunked"]
+    latents = [each.generate("a cat", size=SIZE, steps=1, output="latents") for each in pipelines]
+    np.testing.assert_allclose(*latents, atol=1e-4)
+    with pytest.raises(UserError, match="'splash' is invalid"):
+        dit_video.load(tmp_path, attention=SplashBlocks())

@@ -16,7 +16,7 @@ from dit_video.tokens import PackedShape
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.optimizer import OptimizerConfig
 
-GPUS = Topology.parse("h100:4")
+GPUS = Topology.parse("h100:2")
 
 
 @pytest.fixture
@@ -24,12 +24,12 @@ def training(tiny):
     """Return a training whose state is large enough to be sharded, and whose activations need most of the memory."""
     denoiser = dataclasses.replace(
         tiny.EXPERIMENT.denoiser,
-        batch=8,
+        batch=4,
         layout=PackedShape(tokens=768, text=96, segments=3),
         optimizer=OptimizerConfig(warmup=1),
         averages=EmaConfig(decays=(0.5,)),
     )
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, mesh=MeshConfig(data=4))
+    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, mesh=MeshConfig(data=2))
     return experiment.replace_backbone(width=128, layers=4, rotary="even")
 
 
@@ -69,12 +69,12 @@ def test_what_is_listed_fits_and_needs_all_of_its_settings(training, part):
 
 
 def test_only_options_that_the_experiment_has_are_tried(training):
-    names = set(list_settings(training, "denoiser", 4))
+    names = set(list_settings(training, "denoiser", 2))
     backbone = {"denoiser.backbone.remat", "denoiser.backbone.dtype"}
     trained = {"denoiser.accumulation_steps", "denoiser.optimizer.kind", "denoiser.averages"}
     assert names == {"--mesh", "--rows"} | backbone | trained
     sampler = {"--mesh", "--rows", "denoiser.backbone.dtype", "sampling.branch_evaluation"}
-    assert set(list_settings(training, "sampler", 4)) == sampler
+    assert set(list_settings(training, "sampler", 2)) == sampler
     changed = dataclasses.replace(
         training.denoiser,
         averages=EmaConfig(),
@@ -91,9 +91,9 @@ def test_only_options_that_the_experiment_has_are_tried(training):
 
 
 def test_settings_are_printed_as_options_of_the_command(training):
-    settings = list_settings(training, "denoiser", 4)
+    settings = list_settings(training, "denoiser", 2)
     printed = {str(setting) for each in settings.values() for setting in each}
-    expected = {"--mesh data=2,fsdp=2", "--rows 4", "--set denoiser.backbone.remat=full"}
+    expected = {"--mesh fsdp=2", "--rows 2", "--set denoiser.backbone.remat=full"}
     expected |= {"--set denoiser.accumulation_steps=2", "--set denoiser.optimizer.kind=adafactor"}
     assert expected <= printed
 
@@ -101,7 +101,7 @@ def test_settings_are_printed_as_options_of_the_command(training):
 def test_adapters_save_the_state_of_the_optimizer(training):
     denoiser = dataclasses.replace(training.denoiser, batch=4, train=AllWeights(init_from="weights"))
     experiment = dataclasses.replace(training, denoiser=denoiser)
-    (adapters,) = list_settings(experiment, "denoiser", 4)["denoiser.train"]
+    (adapters,) = list_settings(experiment, "denoiser", 2)["denoiser.train"]
     limit = int(1.02 * get_peak(adapters.apply(experiment)))
     assert limit < get_peak(experiment)
     result = fit(experiment, GPUS, limit)
@@ -136,7 +136,7 @@ def test_a_mesh_for_other_devices_is_replaced(training):
 def test_what_cannot_be_searched_is_refused(training):
     with pytest.raises(UserError, match=r"part=autoencoder is invalid: .* use --set"):
         fit(training, GPUS, part="autoencoder")
-    message = r"200.00 GiB is invalid: a device of h100:4 has 67.06 GiB\. Use 68664MiB or less"
+    message = r"200.00 GiB is invalid: a device of h100:2 has 67.06 GiB\. Use 68664MiB or less"
     with pytest.raises(UserError, match=message):
         fit(training, GPUS, 200 * 2**30)
     odd = dataclasses.replace(training, denoiser=dataclasses.replace(training.denoiser, batch=1))

@@ -11,7 +11,7 @@ from dit_video.backbones.protocol import Backbone
 from dit_video.backbones.unet import UnetConfig
 from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core.errors import UserError
-from dit_video.nn import get_graph_def, get_param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import (
     Canvas,
     CanvasShape,
@@ -26,7 +26,9 @@ from dit_video.tokens import (
 )
 from support.random_params import make_random_params
 
-CONFIG = UnetConfig(channels=3, context_width=6, width=8, multipliers=(1, 2), heads=2, groups=4)
+CONFIG = UnetConfig(
+    channels=3, context_width=6, width=8, multipliers=(1, 2), blocks=1, heads=2, groups=4, attention="dense"
+)
 GRIDS = (Grid(3, 4, 4), Grid(2, 4, 6), Grid(1, 6, 4))
 CANVAS = CanvasShape(
     size=Grid(4, 12, 16), text=16, segments=4, cell=CONFIG.size_multiple, padding=CONFIG.canvas_padding
@@ -63,12 +65,17 @@ def test_a_clip_alone_and_on_a_shared_canvas_has_equal_outputs():
         np.testing.assert_allclose(run((index,), CANVAS)[0], expected, atol=1e-5)
 
 
+@jax.jit
+@jax.grad
+def compute_gradient(params, batch):
+    """Return the gradient of the first clip's squared prediction."""
+    return jnp.where((batch.segments == 1)[..., None], jnp.square(predict(params, batch)), 0).sum()
+
+
 def test_the_gradient_of_a_clip_does_not_depend_on_its_neighbours():
     def gradient(indices, shape):
         row = pack([make_example(index) for index in indices], shape, width=3, text_width=6)
-        batch = jax.tree.map(jnp.asarray, stack_rows([row]))
-        is_first = (batch.segments == 1)[..., None]
-        return jax.grad(lambda params: jnp.where(is_first, jnp.square(predict(params, batch)), 0).sum())(PARAMS)
+        return compute_gradient(PARAMS, jax.tree.map(jnp.asarray, stack_rows([row])))
 
     alone, together = gradient((0,), DenseShape(size=GRIDS[0], text=16)), gradient((0, 1, 2), CANVAS)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(alone))
@@ -89,12 +96,12 @@ def test_every_input_and_the_text_change_the_prediction():
 
 
 def test_a_new_model_predicts_zero():
-    model = CONFIG.make(nnx.Rngs(0))
+    model = nnx.merge(get_graph_def(CONFIG.make), jax.jit(lambda key: init_params(CONFIG.make, key))(jax.random.key(0)))
     assert isinstance(model, Backbone)
     grid = Grid(1, 4, 4)
     layout = DenseShape(size=grid, text=1).make_layout(jnp.ones((1, 16), jnp.int32), jnp.zeros((1, 16, 3)))
     text = TextTokens(jnp.ones((1, 1, 6)), jnp.ones((1, 1), jnp.int32))
-    prediction, state = model(jnp.ones((1, 16, 3)), jnp.ones((1, 1)), layout, Conditioning(text))
+    prediction, state = nnx.jit(model)(jnp.ones((1, 16, 3)), jnp.ones((1, 1)), layout, Conditioning(text))
     assert not prediction.any()
     assert state is None
 

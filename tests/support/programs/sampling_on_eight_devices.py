@@ -137,8 +137,15 @@ def weights() -> None:
     assert all(isinstance(leaf, jax.Array) for leaf in own.values())
 
 
-def record_calls() -> list:
-    """Return a list, to which each sampling program is added that is run from now on, with its arguments."""
+class Recorded(Exception):
+    """A sampling program was called, and was not to run."""
+
+
+def record_calls(*, runs: bool = True) -> list:
+    """Return a list, to which each sampling program is added that is called from now on, with its arguments.
+
+    Programs that are not to run raise `Recorded` instead.
+    """
     calls, real = [], sampler.make_program
 
     def make_recording_program(*kinds):
@@ -146,6 +153,8 @@ def record_calls() -> list:
 
         def run(*arguments):
             calls.append((program, arguments))
+            if not runs:
+                raise Recorded
             return program(*arguments)
 
         return run
@@ -155,15 +164,16 @@ def record_calls() -> list:
 
 
 def plan() -> None:
-    """Check that the program of a plan is that which is run, with arguments of the same shapes and shardings."""
-    calls = record_calls()
+    """Check that the program of a plan is that which is called, with arguments of the same shapes and shardings."""
+    calls = record_calls(runs=False)
     for mesh in MESHES:
         experiment = replace(EXPERIMENT, denoiser=replace(EXPERIMENT.denoiser, backbone=DIT), mesh=mesh)
         planned = plan_step(experiment, "sampler", make_mesh(mesh), clips=[12])
         # Each fills a row, so that its branches are in rows of their own, as in the plan.
         requests = [Request("a", Grid(9, 16, 64), seed) for seed in range(planned.arguments[2].keys.shape[0])]
         calls.clear()
-        make_pipeline(mesh=mesh).generate_latents(requests)
+        with pytest.raises(Recorded):
+            make_pipeline(mesh=mesh).generate_latents(requests)
         ((program, arguments),) = calls
         assert program is planned.step
         expected, actual = (flatten(tuple(each)) for each in (planned.arguments, arguments))

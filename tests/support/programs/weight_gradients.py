@@ -1,9 +1,13 @@
 """Compare the gradients of linear layers on meshes of eight devices with those of one device."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from dit_video.distributed import AXES, MeshConfig, ShardingRules, make_mesh, make_parallelism, make_shardings
 from dit_video.distributed.planner.compiled_program import override_default_backend
@@ -24,31 +28,36 @@ def compute_gradient(layer: Linear, x, weights):
     return nnx.grad(loss)(layer)["kernel"][...]
 
 
-def check(sizes: tuple[int, ...], shape: tuple[int, ...], options: dict) -> None:
-    """Compare the gradients of one layer: in float32, and in bfloat16, whose products are summed in float32."""
-    mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+@functools.cache
+def make_case(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """Return inputs, weights of the outputs, and the gradient on one device."""
     draw = np.random.default_rng(0)
     x, weights = (jnp.asarray(draw.normal(size=size), jnp.float32) for size in (shape, (*shape[:-1], 16)))
-    for dtype in (jnp.float32, jnp.bfloat16):
-        expected = compute_gradient(Linear(24, 16, dtype=dtype, rngs=nnx.Rngs(0)), x, weights)
-        layer = Linear(24, 16, dtype=dtype, parallel=make_parallelism(mesh), rngs=nnx.Rngs(0), **options)
-        name = {"outputs": "up", "inputs": "down", None: "time"}[options.get("split")]
-        kernel = {f"blocks/{name}/kernel": layer.kernel[...]}
-        layout = make_shardings(kernel, mesh, ShardingRules(min_size=1, stacked_pattern="$^"))[f"blocks/{name}/kernel"]
-        assert not layout.is_fully_replicated
-        layer.kernel[...] = jax.device_put(layer.kernel[...], layout)
-        actual = nnx.jit(compute_gradient, out_shardings=layout)(layer, x, weights)
-        assert actual.dtype == jnp.float32
-        np.testing.assert_allclose(actual, expected, atol=1e-6 * np.abs(expected).max())
+    layer = Linear(24, 16, dtype=dtype, rngs=nnx.Rngs(0))
+    return x, weights, np.asarray(nnx.jit(compute_gradient)(layer, x, weights))
+
+
+def check(sizes: tuple[int, ...], shape: tuple[int, ...], options: dict, dtype: DTypeLike) -> None:
+    """Compare the gradient of one layer; that of bfloat16's products is summed in float32, too."""
+    mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+    x, weights, expected = make_case(shape, dtype)
+    layer = Linear(24, 16, dtype=dtype, parallel=make_parallelism(mesh), rngs=nnx.Rngs(0), **options)
+    name = {"outputs": "up", "inputs": "down", None: "time"}[options.get("split")]
+    kernel = {f"blocks/{name}/kernel": layer.kernel[...]}
+    layout = make_shardings(kernel, mesh, ShardingRules(min_size=1, stacked_pattern="$^"))[f"blocks/{name}/kernel"]
+    assert not layout.is_fully_replicated
+    layer.kernel[...] = jax.device_put(layer.kernel[...], layout)
+    actual = nnx.jit(compute_gradient, out_shardings=layout)(layer, x, weights)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-6 * np.abs(expected).max())
 
 
 def main() -> None:
-    """Check all meshes, with rows and tokens as two axes, as on accelerators."""
+    """Check all meshes, with rows and tokens as two axes, as on accelerators; the cases have the dtypes in turn."""
+    cases = itertools.product(SIZES, INPUTS.values(), LAYERS)
     with override_default_backend("tpu"):
-        for sizes in SIZES:
-            for shape in INPUTS.values():
-                for options in LAYERS:
-                    check(sizes, shape, options)
+        for (sizes, shape, options), dtype in zip(cases, itertools.cycle((jnp.float32, jnp.bfloat16)), strict=False):
+            check(sizes, shape, options, dtype)
     print("done")
 
 
