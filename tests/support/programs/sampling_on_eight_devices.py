@@ -137,14 +137,14 @@ def weights() -> None:
     assert all(isinstance(leaf, jax.Array) for leaf in own.values())
 
 
-class Recorded(Exception):
+class RecordedCallError(Exception):
     """A sampling program was called, and was not to run."""
 
 
 def record_calls(*, runs: bool = True) -> list:
     """Return a list, to which each sampling program is added that is called from now on, with its arguments.
 
-    Programs that are not to run raise `Recorded` instead.
+    Programs that are not to run raise `RecordedCallError` instead.
     """
     calls, real = [], sampler.make_program
 
@@ -154,7 +154,7 @@ def record_calls(*, runs: bool = True) -> list:
         def run(*arguments):
             calls.append((program, arguments))
             if not runs:
-                raise Recorded
+                raise RecordedCallError
             return program(*arguments)
 
         return run
@@ -172,7 +172,7 @@ def plan() -> None:
         # Each fills a row, so that its branches are in rows of their own, as in the plan.
         requests = [Request("a", Grid(9, 16, 64), seed) for seed in range(planned.arguments[2].keys.shape[0])]
         calls.clear()
-        with pytest.raises(Recorded):
+        with pytest.raises(RecordedCallError):
             make_pipeline(mesh=mesh).generate_latents(requests)
         ((program, arguments),) = calls
         assert program is planned.step
