@@ -70,7 +70,7 @@ class Linear(nnx.Module):
         shape = (features_in, features_out)
         self.kernel = nnx.Param(init_weights(init, rngs.params(), shape, fan=shape))
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
-        self.dtype, self.precision = dtype, precision
+        self.dtype, self.precision, self.is_context = dtype, precision, is_context
         self.weight_constraint = parallel.make_weight_constraint(split, is_context=is_context)
         self.fused_constraint = parallel.make_fused_constraint() if split == "fused" else None
 

@@ -24,6 +24,7 @@ from dit_video.distributed.planner import (
     compute_min_collective_bytes,
     compute_step_times,
     count_argument_bytes,
+    count_context_weights,
     estimate_step,
     find_chip,
     find_efficiencies,
@@ -188,7 +189,8 @@ def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: di
         return {}
     assert planned.costs is not None
     parameters, attention = _count_parameters(planned), experiment.mesh.context_attention
-    return compute_min_collective_bytes(planned.costs, parameters, mesh, attention)
+    context_weights = count_context_weights(denoiser.backbone)
+    return compute_min_collective_bytes(planned.costs, parameters, mesh, attention, context_weights=context_weights)
 
 
 def _count_parameters(planned: PlannedStep) -> int:

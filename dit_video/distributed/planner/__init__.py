@@ -7,7 +7,7 @@ from dit_video.distributed.planner.compiled_program import (
     count_argument_bytes,
     measure_peak_memory,
 )
-from dit_video.distributed.planner.costs import count_step_costs, read_step_work
+from dit_video.distributed.planner.costs import count_context_weights, count_step_costs, read_step_work
 from dit_video.distributed.planner.efficiencies import (
     Calibration,
     Efficiencies,

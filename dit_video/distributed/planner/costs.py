@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from flax import nnx
 
 from dit_video.backbones.flops import count_attention_flops, count_forward_flops
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.distributed.planner.compiled_program import CompiledStep
 from dit_video.distributed.planner.estimate import StepSpec
 from dit_video.distributed.planner.roofline import StepWork
+from dit_video.nn import Linear, get_graph_def, get_param_shapes
 from dit_video.nn.attention import BackendName, SplashBlocks
 from dit_video.nn.attention.backends.splash_blocks import DEFAULT_BLOCKS
 from dit_video.platform.devices import Platform
@@ -53,6 +55,13 @@ def count_step_costs(
         query_block=_find_query_block(backbone, attention, row_shape.tokens),
         training=training,
     )
+
+
+def count_context_weights(backbone: BackboneConfig) -> int:
+    """Return the number of weights of a denoiser's linear maps of a context."""
+    model = nnx.merge(get_graph_def(backbone.make), get_param_shapes(backbone.make))
+    layers = (layer for _, layer in nnx.iter_graph(model) if isinstance(layer, Linear) and layer.is_context)
+    return sum(layer.kernel.get_value().size for layer in layers)
 
 
 def _find_query_block(backbone: BackboneConfig, attention: BackendName, tokens: int) -> int | None:

@@ -16,13 +16,19 @@ _ATTENTION_KINDS = ("all-to-all", "collective-permute")
 
 
 def compute_min_collective_bytes(
-    step: StepSpec, parameters: int, mesh: Mapping[str, int], context_attention: ContextAttention
+    step: StepSpec,
+    parameters: int,
+    mesh: Mapping[str, int],
+    context_attention: ContextAttention,
+    *,
+    context_weights: int = 0,
 ) -> dict[Purpose, float]:
     """Return the bytes that a device must receive for weights and for attention; skip a purpose that needs none.
 
     - weights, over the `n` devices of `fsdp` x `context` (arXiv 1910.02054): `(n - 1) / n` of all weights in the dtype
       of products, and of their gradients in float32. The weights are gathered for the forward pass and again for the
-      backward pass if it recomputes activations; else the gathered weights are kept.
+      backward pass if it recomputes activations; else the gathered weights are kept. Devices of `context` have the
+      same captions, so the gradients of the maps of these are summed over `fsdp` alone, a part by each device.
     - attention over `context`, `ulysses` (arXiv 2309.14509): `(n - 1) / n` of a device's queries, keys, values and
       results, once for each forward pass (including a recomputed one) and once for their gradients.
     - attention over `context`, `ring` (arXiv 2310.01889): keys and values of the `n - 1` other devices in each pass,
@@ -35,6 +41,7 @@ def compute_min_collective_bytes(
       parameters: number of the model's parameters.
       mesh: sizes of the mesh's axes by name.
       context_attention: how attention is parallelised over `context`.
+      context_weights: number of those parameters that are weights of maps of a context.
     """
     fsdp, tensor, context = (mesh[name] for name in ("fsdp", "tensor", "context"))
     forwards = 2 if step.is_recomputed else 1
@@ -44,7 +51,9 @@ def compute_min_collective_bytes(
     else:
         attention = (context - 1) * values * 2 * ((forwards + 1) * step.itemsize + 4)
     shards = fsdp * context
-    weights = (shards - 1) / shards * parameters / tensor * (forwards * step.itemsize + 4)
+    gathered = (shards - 1) / shards * parameters * forwards * step.itemsize
+    summed = (shards - 1) / shards * (parameters - context_weights) + (fsdp - 1) / fsdp * context_weights / context
+    weights = (gathered + 4 * summed) / tensor
     bounds: dict[Purpose, float] = {"weights": weights, "attention": attention}
     return {purpose: size for purpose, size in bounds.items() if size}
 

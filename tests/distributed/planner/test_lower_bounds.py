@@ -32,6 +32,13 @@ def test_weights_move_over_context_where_fsdp_has_one_device():
     assert compute_min_collective_bytes(STEP, 1000, mesh, "ring")["weights"] == 7 / 8 * 1000 * (2 + 4)
 
 
+def test_gradients_of_maps_of_a_context_move_over_fsdp_alone_a_part_to_each_device_of_context():
+    bounds = [
+        compute_min_collective_bytes(STEP, 1000, MESH, "ulysses", context_weights=size)["weights"] for size in (0, 400)
+    ]
+    assert bounds[0] - bounds[1] == pytest.approx(4 * 400 / 2 * (31 / 32 - 3 / 4 / 8))
+
+
 @pytest.mark.parametrize(
     ("way", "remat", "of_a_value"),
     [

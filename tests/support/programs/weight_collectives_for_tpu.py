@@ -6,7 +6,13 @@ import re
 
 from dit_video.core.trees import count_values
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.distributed.planner import Topology, compute_min_collective_bytes, read_program, sum_collective_bytes
+from dit_video.distributed.planner import (
+    Topology,
+    compute_min_collective_bytes,
+    count_context_weights,
+    read_program,
+    sum_collective_bytes,
+)
 from dit_video.distributed.planner.compiled_program import override_default_backend
 from dit_video.planning.steps import fill_row, plan_step
 from support import tiny
@@ -40,7 +46,8 @@ def main() -> None:
         print(part)
 
     parameters = count_values(planned.arguments[0].params)
-    bound = compute_min_collective_bytes(planned.costs, parameters, dict(mesh.shape), "ulysses")["weights"]
+    options = {"context_weights": count_context_weights(experiment.denoiser.backbone)}
+    bound = compute_min_collective_bytes(planned.costs, parameters, dict(mesh.shape), "ulysses", **options)["weights"]
     ratio = sum_collective_bytes("weights", list(moved.values())) / bound
     print(ratio)
     assert ratio <= 1.1
