@@ -40,7 +40,7 @@ def main(
         python tools/ingest.py clips data --screening.shots content --screening.min-seconds 1 --screening.duplicates 4
         python tools/ingest.py clips data --reencode.max-pixels 409920 --reencode.fps 24
 
-    SOURCE is a folder of videos and images with captions in files next to them or in `metadata.csv`, a list of paths,
+    SOURCE is a folder of videos and images with captions in files next to them or in lists, a list of paths,
     WebDataset tars, UCF-101 or MSR-VTT: see `dit_video.data.ingest.formats`. Clips that cannot be used are skipped and
     listed with the reason in DESTINATION/report.json; DESTINATION/REPORT.html shows them. Files are stored unchanged,
     except that `--reencode` re-encodes those above a limit. If the command is killed, run it again to continue. With

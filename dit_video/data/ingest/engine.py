@@ -35,7 +35,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.storage import StoragePath, StoragePathLike, publish, read_document, to_storage_path
 from dit_video.data.clips import INDEX, ClipInfo, write_index
-from dit_video.data.ingest.formats import ListedClip, Listing, list_clips
+from dit_video.data.ingest.formats import ListColumns, ListedClip, Listing, ListingOptions, list_clips
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.ingest.quality_filter import ScreeningConfig
@@ -68,6 +68,10 @@ class IngestConfig:
     """Name of the source's format (see `dit_video.data.ingest.formats`); "auto" detects it."""
     ucf101_split: Literal[1, 2, 3] = 1
     """Number of UCF-101's pair of train and test lists."""
+    list_path: str | None = None
+    """Path of a folder's list of clips inside the folder, instead of the one that is found."""
+    columns: ListColumns = dataclasses.field(default_factory=ListColumns)
+    """Columns of lists, if they have other names than those that are known."""
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
     """Steps of the screening; all are disabled by default."""
     reencode: ReencodeConfig = dataclasses.field(default_factory=ReencodeConfig)
@@ -79,6 +83,11 @@ class IngestConfig:
     def __post_init__(self) -> None:
         if not 0 < self.time_limit < float("inf"):
             raise UserError(f"time_limit={self.time_limit} is invalid: use a positive number of seconds")
+
+    @property
+    def listing_options(self) -> ListingOptions:
+        """Return the options of the source's format."""
+        return ListingOptions(ucf101_split=self.ucf101_split, list_path=self.list_path, columns=self.columns)
 
     @property
     def scaled_time_limit(self) -> float | int:
@@ -125,7 +134,7 @@ def ingest(
         destination = destination.resolve()  # a link to a large disk, or `.`
     if beam is not None:
         _check_beam_destination(destination)
-    listing = list_clips(source, format=config.format, ucf101_split=config.ucf101_split)
+    listing = list_clips(source, format=config.format, options=config.listing_options)
     if beam is not None:  # its workers have other current folders
         listing = _make_absolute(listing)
     fingerprint = _compute_fingerprint(listing, config)

@@ -7,7 +7,7 @@ from dit_video.data.ingest.formats import ListedClip, Listing, SourceFormat, reg
 INDEX, CLIPS = "clips.index.json", "clips.bin"
 
 
-def list_packed(folder):
+def list_packed(folder, options):
     entries = json.loads((folder.source / INDEX).read_text())
     path = str(folder.source / CLIPS)
     clips = [ListedClip(name, tuple(texts), size, path, offset) for name, texts, offset, size in entries]

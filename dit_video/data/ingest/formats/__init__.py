@@ -3,12 +3,15 @@
 | format | `source` | clips and captions |
 |---|---|---|
 | `folder` | a folder, with subfolders | all videos and images, with captions in files next to them: `clip.txt`, `clip.caption` (the whole file is one caption) or `clip.json` (`text`, `caption`, `captions`: a string or a list) |
-| | with `metadata.csv` or `.jsonl` | the clips that the list names, `file_name,text`; a clip that is named again has another caption; in JSON `text` may be a list |
-| `table` | a `.csv` or `.jsonl` | the same, with paths that are absolute or relative to the list; `path,text` as written by Open-Sora is accepted everywhere |
+| | with `metadata.csv`, `.jsonl`, `.json` or `.parquet` in any of its folders | the clips that the list names, `file_name,text`, relative to its folder; a clip that is named again has another caption; in JSON and Parquet `text` may be a list; for other columns see `rows` |
+| | with `videos.txt` and `prompts.txt` | a path and a caption a line, as in finetrainers |
+| | with one list of another name | the same as with `metadata.csv`; a name without a folder may be that of a file in any folder (OpenVid-1M) |
+| `table` | a `.csv`, `.jsonl` or `.parquet` | the same, with paths that are absolute or relative to the list |
 | `webdataset` | a `.tar`, or a folder of them | members that share a key: media next to `.txt`, `.caption` or `.json`; read in place, so tars must not be compressed |
 | `ucf101` | a folder with `UCF-101/` and `ucfTrainTestlist/` | train and test clips of list 1, 2 or 3; "ApplyEyeMakeup" is captioned "apply eye makeup" |
 | `msrvtt` | a folder with the videos and `*videodatainfo.json` or `MSRVTT_data.json` | all sentences of a clip; train, validation and test |
 
+A clip is in the split that its source says, else in that of the first folder in its name (`train`, `val`, `test`, …), else in `train`.
 Captions are stripped; empty ones and repetitions are dropped. A clip whose caption exceeds 64 KiB or is not UTF-8 is rejected.
 Names that begin with a dot are ignored. Links are followed in folders and rejected in tars. A file that a list names but that
 does not exist, and a malformed row or entry of a list, are in `rejected` with line and reason; listing continues with the rest.
@@ -16,4 +19,4 @@ An error is raised only if a source is unusable as a whole: a list lacks require
 """  # noqa: E501
 
 from dit_video.data.ingest.formats.detect import SourceFormat, list_clips, register_format
-from dit_video.data.ingest.formats.types import MEDIA, ListedClip, Listing
+from dit_video.data.ingest.formats.types import MEDIA, ListColumns, ListedClip, Listing, ListingOptions

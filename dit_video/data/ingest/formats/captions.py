@@ -6,7 +6,7 @@ more likely a wrong file than a typo, and a clip that silently lost its caption 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dit_video.data.ingest.formats.types import UnusableClipError
@@ -40,14 +40,14 @@ def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(unique)
 
 
-def read_fields(fields: Mapping[str, Any]) -> list[str]:
-    """Return all captions of a JSON object, which may have other fields too.
+def read_fields(fields: Mapping[str, Any], names: Sequence[str] = CAPTION_FIELDS) -> list[str]:
+    """Return all captions of a JSON object, in the fields of these names; it may have other fields too.
 
     Raises:
       UnusableClipError: a caption is neither a string nor a list of strings.
     """
     texts: list[str] = []
-    for field in CAPTION_FIELDS:
+    for field in names:
         value = fields.get(field)
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str | None):

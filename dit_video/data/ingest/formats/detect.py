@@ -5,18 +5,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.registry import load_entry_points
 from dit_video.core.storage import to_storage_path
-from dit_video.data.ingest.formats.folder import METADATA, list_folder
+from dit_video.data.ingest.formats.folder import find_lists, list_folder
 from dit_video.data.ingest.formats.msrvtt import find_annotations, list_msrvtt
-from dit_video.data.ingest.formats.rows import TABLE_SUFFIXES, is_list
+from dit_video.data.ingest.formats.rows import TABLE_SUFFIXES
 from dit_video.data.ingest.formats.scan import FolderScan, get_suffix, scan_folder
 from dit_video.data.ingest.formats.tables import list_table
 from dit_video.data.ingest.formats.tars import is_tar, list_tar, list_tars
-from dit_video.data.ingest.formats.types import Listing
+from dit_video.data.ingest.formats.types import Listing, ListingOptions, find_split
 from dit_video.data.ingest.formats.ucf101 import list_ucf101
 
 
@@ -27,13 +26,13 @@ class SourceFormat:
     name: str
     find_mark: Callable[[FolderScan], str | None] = lambda folder: None
     """Function that returns the file by which a folder of this format is known, or None for another folder."""
-    list_folder: Callable[[FolderScan], Listing] | None = None
+    list_folder: Callable[[FolderScan, ListingOptions], Listing] | None = None
     """Function that lists the clips of a folder."""
     has_loose_clips: bool = False
     """True if the folder's clips are files of their own, which a folder without a format has too."""
     is_file: Callable[[str], bool] = lambda name: False
     """Function that says whether a file of this name is a source of this format."""
-    list_file: Callable[[Path], Listing] | None = None
+    list_file: Callable[[Path, ListingOptions], Listing] | None = None
     """Function that lists the clips of such a file."""
 
 
@@ -71,7 +70,9 @@ def register_format(source_format: SourceFormat) -> None:
     _FORMATS[source_format.name] = source_format
 
 
-def list_clips(source: str | os.PathLike, *, format: str = "auto", ucf101_split: Literal[1, 2, 3] = 1) -> Listing:
+def list_clips(
+    source: str | os.PathLike, *, format: str = "auto", options: ListingOptions = ListingOptions()
+) -> Listing:
     """Return the clips of a source with their captions and splits; see the package for the formats.
 
     Nothing is decoded, and the content of media files is not read.
@@ -79,7 +80,7 @@ def list_clips(source: str | os.PathLike, *, format: str = "auto", ucf101_split:
     Args:
       source: a folder, a list of clips, or a tar.
       format: name of the source's format; "auto" detects it, and the listing holds the result.
-      ucf101_split: which of UCF-101's three pairs of train and test lists is read.
+      options: options of the formats.
 
     Raises:
       MissingError: `source`, or a list that the format requires, does not exist.
@@ -96,22 +97,32 @@ def list_clips(source: str | os.PathLike, *, format: str = "auto", ucf101_split:
     if not source.exists():
         raise MissingError(f"no such folder or file: {source}")
     if not source.is_dir():
-        return _list_file(source, format)
+        return _complete_splits(_list_file(source, format, options))
     folder = scan_folder(source)
     chosen = _detect_format(folder) if format == "auto" else _FORMATS[format]
     if chosen.list_folder is None:
         raise UserError(
-            f"{source} is a folder, and format='{format}' needs a list; give the list itself, a .csv or .jsonl"
+            f"{source} is a folder, and format='{format}' needs a list; give the list itself (.csv, .jsonl, .parquet)"
         )
-    return list_ucf101(folder, ucf101_split) if chosen.name == "ucf101" else chosen.list_folder(folder)
+    return _complete_splits(chosen.list_folder(folder, options))
 
 
-def _list_file(source: Path, format: str) -> Listing:
+def _complete_splits(listing: Listing) -> Listing:
+    """Give clips whose source says nothing of their split that of their first folder."""
+    clips = (clip._replace(split=clip.split or find_split(clip.name)) for clip in listing.clips)
+    return listing._replace(clips=tuple(clips))
+
+
+def _list_file(source: Path, format: str, options: ListingOptions) -> Listing:
     candidates = list(_FORMATS.values()) if format == "auto" else [_FORMATS[format]]
     for each in candidates:
         if each.list_file is not None and each.is_file(source.name):
-            return each.list_file(source)
-    kinds = {"auto": "a list (.csv, .jsonl) or a tar", "table": "a list (.csv, .jsonl)", "webdataset": "a tar"}
+            return each.list_file(source, options)
+    kinds = {
+        "auto": "a list (.csv, .jsonl, .parquet) or a tar",
+        "table": "a list (.csv, .jsonl, .parquet)",
+        "webdataset": "a tar",
+    }
     if format in kinds:
         raise UserError(f"{source} is a file, but not {kinds[format]}; give the folder that holds the clips")
     raise UserError(f"{source} is a file, and format={format!r} needs a folder; give the folder that holds the clips")
@@ -124,23 +135,13 @@ def _detect_format(folder: FolderScan) -> SourceFormat:
       UserError: the folder has those of several formats.
     """
     marks = {name: mark for name, each in _FORMATS.items() if (mark := each.find_mark(folder)) is not None}
-    media, metadata_files = folder.media, [name for name in METADATA if name in folder.files]
-    if metadata_files:
-        marks["folder"] = metadata_files[0]
+    media, lists = folder.media, find_lists(folder)
+    if lists:
+        marks["folder"] = lists[0].name
     elif media and not any(_FORMATS[name].has_loose_clips for name in marks):
         marks["folder"] = media[0]
     source = folder.source
     if len(marks) > 1:
         formats = " or ".join(f"{kind!r} ({name})" for kind, name in marks.items())
         raise UserError(f"{source} may be read as {formats}; pass one of these as the format, or separate them")
-    candidates = () if metadata_files else (name for name in folder.files if "/" not in name)
-    other_list = next((name for name in candidates if is_list(source / name)), None)
-    if other_list is not None and not marks:
-        raise UserError(f"{source} holds no clips, but a list of clips; give {source / other_list} instead")
-    if other_list is not None and "folder" in marks:
-        # Otherwise the captions would be silently lost, only because their list has another name than metadata.csv.
-        raise UserError(
-            f"{source} holds clips and the list {other_list}; give {source / other_list}, or rename it to "
-            f"metadata{get_suffix(other_list)}, or pass the format 'folder' to ignore the list"
-        )
     return _FORMATS[next(iter(marks), "folder")]

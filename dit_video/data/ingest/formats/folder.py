@@ -1,46 +1,168 @@
-"""Listing of a folder of clips, with a caption file for each or with one list, `metadata.csv` or `metadata.jsonl`."""
+"""Listing of a folder of clips, with a caption file for each or with lists of clips and captions."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.data.ingest.formats import captions
+from dit_video.data.ingest.formats.rows import TABLE_SUFFIXES, ListRow, is_list, read_paired_rows, read_rows
 from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix, list_file
-from dit_video.data.ingest.formats.tables import find_clips, read_table
+from dit_video.data.ingest.formats.tables import ClipTable, find_clips
 from dit_video.data.ingest.formats.types import (
+    ListColumns,
     ListedClip,
     Listing,
+    ListingOptions,
     Rejection,
     UnusableClipError,
     make_listing,
     reject_unusable,
 )
 
-METADATA = ("metadata.csv", "metadata.jsonl")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet")
+"""Names of lists, as in Hugging Face's folders (huggingface.co/docs/hub/datasets-video) and finetrainers."""
+_PATH_LISTS = ("videos.txt", "video.txt")
+_CAPTION_LISTS = ("captions.txt", "caption.txt", "prompts.txt", "prompt.txt")
+"""Names of two lists, of a path and of a caption a line (finetrainers, docs/dataset/README.md)."""
 
 
-def list_folder(scan: FolderScan) -> Listing:
-    """Return the clips that `metadata.csv` or `.jsonl` names, in its order; without such a list all clips, by name.
+class ClipList(NamedTuple):
+    """A list of clips in a folder, or a pair of lists."""
+
+    name: str
+    """Path of the list inside the source."""
+    scope: str = ""
+    """Folder inside the source that the list is about, with all that lies below it; empty for the whole source."""
+    captions: str | None = None
+    """Path of the list of captions, if the first one is a list of paths alone."""
+
+    def read_rows(self, source: Path, columns: ListColumns) -> Iterator[ListRow]:
+        """Yield the rows."""
+        if self.captions is not None:
+            return read_paired_rows(source / self.name, source / self.captions)
+        return read_rows(source / self.name, columns)
+
+
+def find_lists(scan: FolderScan) -> list[ClipList]:
+    """Return the lists of a folder and of its subfolders, which are known by their names.
 
     Raises:
-      UserError: there is no clip, there are both lists, or the list is unusable as a whole (see `read_rows`).
+      UserError: a folder has two.
     """
-    lists = [name for name in METADATA if name in scan.files]
-    if len(lists) > 1:
-        raise UserError(f"{scan.source} holds both {' and '.join(lists)}; keep one of them")
-    if lists:
-        return _list_metadata(scan, scan.source / lists[0])
+    lists: dict[str, ClipList] = {}
+    for clip_list in _iterate_lists(scan):
+        other = lists.setdefault(clip_list.scope, clip_list)
+        if other != clip_list:
+            folder = scan.source / clip_list.scope
+            names = f"{posixpath.basename(other.name)} and {posixpath.basename(clip_list.name)}"
+            raise UserError(f"{folder} holds both {names}; keep one of them")
+    return list(lists.values())
+
+
+def _iterate_lists(scan: FolderScan) -> Iterator[ClipList]:
+    stems = {os.path.splitext(name)[0] for name in scan.media}
+    for name in scan.files:
+        folder, base = posixpath.split(name)
+        if base in METADATA and (base != "metadata.json" or _holds_json_list(scan.source / name)):
+            yield ClipList(name, folder)
+        if base in _PATH_LISTS and os.path.splitext(name)[0] not in stems:  # else it is a clip's caption
+            texts = (posixpath.join(folder, each) for each in _CAPTION_LISTS)
+            yield from (ClipList(name, folder, each) for each in texts if each in scan.files)
+
+
+def _holds_json_list(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    except OSError:
+        return False
+
+
+def list_folder(scan: FolderScan, options: ListingOptions) -> Listing:
+    """Return the clips of a folder: those that its lists name, in their order, and all others that no list is about.
+
+    A list is about its folder and what lies below. If there is none with a known name, and no clip has a caption file,
+    a list with any name is read; it is about all clips, as is a list that the options name.
+
+    Raises:
+      UserError: there is no clip, there are several lists, or a list is unusable as a whole (see `read_rows`).
+      MissingError: the list that the options name does not exist.
+    """
+    lists = find_lists(scan) if options.list_path is None else [_get_list(scan, options.list_path)]
+    loose, unlisted, rejected = _list_loose_clips(scan, lists)
+    if not lists and (other := _choose_other_list(scan, options.columns, loose)) is not None:
+        lists, loose, unlisted, rejected = [other], [], [], []
+    table, by_base = ClipTable({}, [], is_merged=len(lists) > 1), _index_by_base(scan)
+    for each in lists:
+        find_name = functools.partial(_find_name, scan, by_base, posixpath.dirname(each.name))
+        table.add(each.name, each.read_rows(scan.source, options.columns), find_name)
+    clips, table_rejected = find_clips(table, lambda name: _find_clip(scan, name))
+    unlisted += [name for name in scan.media if name not in table.rows and _is_covered(name, lists)]
+    return make_listing(
+        scan.source,
+        "folder",
+        [*clips, *(clip for clip in loose if clip.name not in table.rows)],
+        unlisted=sorted(unlisted),
+        rejected=[*table_rejected, *rejected, *scan.rejected],
+    )
+
+
+def _get_list(scan: FolderScan, name: str) -> ClipList:
+    if name not in scan.files:
+        raise MissingError(f"list_path={name!r} is invalid: {scan.source} holds no such file; name one of its lists")
+    return ClipList(name)
+
+
+def _is_covered(name: str, lists: Sequence[ClipList]) -> bool:
+    return any(not each.scope or name.startswith(f"{each.scope}/") for each in lists)
+
+
+def _list_loose_clips(
+    scan: FolderScan, lists: Sequence[ClipList]
+) -> tuple[list[ListedClip], list[str], list[Rejection]]:
+    """Return the clips that no list is about, with captions in files next to them; files left out; and rejections."""
     clips: list[ListedClip] = []
     rejected: list[Rejection] = []
-    caption_files, used_names = _find_caption_files(scan), set(scan.media)
-    for name in scan.media:
+    media = [name for name in scan.media if not _is_covered(name, lists)]
+    caption_files, used_names = _find_caption_files(scan), set(media)
+    for name in media:
         caption_names = [*caption_files.get(os.path.splitext(name)[0], ()), *caption_files.get(name, ())]
         used_names.update(caption_names)
         with reject_unusable(rejected, name):
             clips.append(scan.make_clip(name, _read_captions(scan, caption_names)))
-    unlisted = [name for name in scan.files if name not in used_names]
-    return make_listing(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
+    return clips, [name for name in scan.files if name not in used_names and not _is_covered(name, lists)], rejected
+
+
+def _choose_other_list(scan: FolderScan, columns: ListColumns, clips: Sequence[ListedClip]) -> ClipList | None:
+    """Return the list of clips that has a name of its own, if there is one.
+
+    Otherwise the captions would be silently lost, only because their list has another name than metadata.csv.
+
+    Raises:
+      UserError: there are several, or clips have caption files, too; there is a list, and no clip; or no clip has a
+        caption, and there is a table with unknown columns.
+    """
+    tables = [name for name in scan.files if get_suffix(name) in TABLE_SUFFIXES and (scan.source / name).is_file()]
+    names = [name for name in tables if is_list(scan.source / name, columns)]
+    if not names:
+        if tables and clips and not any(clip.captions for clip in clips):
+            rule = f"{scan.source} holds clips without captions and {tables[0]}, which is not known as a list of clips"
+            raise UserError(f"{rule}; pass columns.name and columns.captions to read it, or move it elsewhere")
+        return None
+    if not scan.media:
+        raise UserError(f"{scan.source} holds no clips, but a list of clips; give {scan.source / names[0]} instead")
+    if len(names) > 1:
+        raise UserError(
+            f"{scan.source} holds the lists {' and '.join(names)}; pass one of them as list_path={names[0]}"
+        )
+    if any(clip.captions for clip in clips):
+        rule = f"{scan.source} holds clips with caption files and the list {names[0]}"
+        raise UserError(f"{rule}; pass list_path={names[0]} to read it, or move it elsewhere")
+    return ClipList(names[0])
 
 
 def _find_caption_files(scan: FolderScan) -> Mapping[str, Sequence[str]]:
@@ -73,11 +195,30 @@ def _read_captions(scan: FolderScan, names: Sequence[str]) -> tuple[str, ...]:
     return captions.clean_captions(texts)
 
 
-def _list_metadata(scan: FolderScan, path: Path) -> Listing:
-    table = read_table(path, _normalize_name)
-    clips, rejected = find_clips(table, lambda name: _find_clip(scan, name))
-    unlisted = [name for name in scan.media if name not in table.rows]
-    return make_listing(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
+def _index_by_base(scan: FolderScan) -> Mapping[str, list[str]]:
+    """Return the paths of media files by the last part of their names."""
+    names: dict[str, list[str]] = {}
+    for name in scan.media:
+        names.setdefault(posixpath.basename(name), []).append(name)
+    return names
+
+
+def _find_name(scan: FolderScan, by_base: Mapping[str, list[str]], folder: str, name: str) -> str:
+    """Return the path inside the source of a clip that a list in `folder` names.
+
+    A name without a folder may be that of a file in another folder (OpenVid-1M). Paths are normalised, so that `a.mp4`
+    and `./a.mp4` are one clip.
+
+    Raises:
+      UnusableClipError: the path lies outside of the source, or several files have the name.
+    """
+    path = os.path.normpath(os.path.join(folder, name)).replace(os.sep, "/")
+    if os.path.isabs(name) or path.split("/")[0] == "..":
+        raise UnusableClipError("lies outside the folder; use paths inside it")
+    others = by_base.get(name, []) if path not in scan.files else []
+    if len(others) > 1:
+        raise UnusableClipError(f"may be {others[0]!r} or {others[1]!r}; write the path")
+    return others[0] if others else path
 
 
 def _find_clip(scan: FolderScan, name: str) -> ListedClip:
@@ -85,11 +226,3 @@ def _find_clip(scan: FolderScan, name: str) -> ListedClip:
         return scan.make_clip(name)
     # The scan has no such name: the file is hidden, or behind a link to a folder that was read under another name.
     return list_file(name, str(scan.source / name))
-
-
-def _normalize_name(name: str) -> str:
-    # Rows are grouped by the normalised path, so that `a.mp4` and `./a.mp4` are one clip.
-    normal = os.path.normpath(name).replace(os.sep, "/")
-    if os.path.isabs(normal) or normal.split("/")[0] == "..":
-        raise UnusableClipError("lies outside the folder; use paths inside it")
-    return normal

@@ -26,6 +26,7 @@ from dit_video.data.ingest.formats.types import (
     VIDEOS,
     ListedClip,
     Listing,
+    ListingOptions,
     Rejection,
     UnusableClipError,
     make_listing,
@@ -45,7 +46,7 @@ def find_annotations(scan: FolderScan) -> list[str]:
     return [name for name in candidates if os.path.splitext(name)[0] not in stems]
 
 
-def list_msrvtt(scan: FolderScan) -> Listing:
+def list_msrvtt(scan: FolderScan, options: ListingOptions) -> Listing:
     """Return the clips that the annotations name, in their order.
 
     Raises:

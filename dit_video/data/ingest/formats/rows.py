@@ -1,8 +1,9 @@
-"""Parsing of a list of clips and captions: CSV with a header line, or JSON Lines.
+"""Parsing of a list of clips and captions: CSV with a header line, JSON Lines, JSON or Parquet.
 
-The clip's path is in the column `file_name` (as in Hugging Face's folders) or `path` (as written by Open-Sora's tools:
-`path,text,num_frames,height,width,aspect_ratio,fps,resolution`), its captions in `text`, `caption` or `captions`;
-other columns are ignored. In JSON Lines a caption may be a list of captions.
+The clip's path is in the column `file_name` (Hugging Face's folders), `path` (as written by Open-Sora's tools), `video`
+(OpenVid-1M, DiffSynth-Studio), `video_path` (musubi-tuner) or `file_path` (VideoX-Fun), its captions are in `text`,
+`caption`, `captions` and `prompt`, and its split in `split`, if there is one; other columns are ignored. In JSON and
+Parquet a caption may be a list of captions.
 
 A malformed row is rejected alone. After a bad CSV row, parsing resumes at the line after the row's first line, as
 otherwise a quote that is never closed would swallow all following rows. (The later lines of a bad row that has several
@@ -12,31 +13,36 @@ are then parsed as rows, and each of them is rejected on its own.)
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.types import UnusableClipError, escape_name
+from dit_video.data.ingest.formats.types import SPLITS, ListColumns, UnusableClipError, escape_name
 
-TABLE_SUFFIXES = (".csv", ".jsonl")
-"""Suffixes of lists of clips."""
-NAME_COLUMNS = ("file_name", "path")
+TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
+"""Suffixes of lists of clips; a `.json` is one, too, if it holds a list."""
+NAME_COLUMNS = ("file_name", "path", "video", "video_path", "file_path")
 """Columns that may hold the clip's path; the first one that exists is used."""
+CAPTION_COLUMNS = (*captions.CAPTION_FIELDS, "prompt")
+"""Columns that may hold captions; all that exist are used."""
+SPLIT_COLUMN = "split"
 
 
 class ListRow(NamedTuple):
     """A row of a list of clips."""
 
-    line: int
-    """Number of the line in which the row begins, from 1."""
+    location: str
+    """Location of the row in messages, such as "line 3", from 1."""
     name: str
     """Name of the clip as written; empty if the row cannot be read."""
     texts: tuple[str, ...] = ()
     """Captions as written."""
     problem: str = ""
     """Reason why the row cannot be used, empty if it can. If the row has a name, the problem is about its captions."""
+    split: str = ""
+    """Split as written; empty if there is none."""
 
     def clean_captions(self) -> tuple[str, ...]:
         """Return the cleaned captions.
@@ -48,55 +54,133 @@ class ListRow(NamedTuple):
             raise UnusableClipError(self.problem)
         return captions.clean_captions(self.texts)
 
+    def find_split(self) -> str:
+        """Return the split, empty if the row says none.
 
-def read_rows(path: Path) -> Iterator[ListRow]:
+        Raises:
+          UnusableClipError: there is no such split.
+        """
+        if not self.split:
+            return ""
+        if (word := self.split.lower()) not in SPLITS:
+            raise UnusableClipError(f"its split {self.split!r} is unknown; use train, validation or test")
+        return SPLITS[word]
+
+
+class _Columns(NamedTuple):
+    """Columns of a list that are read."""
+
+    name: str
+    captions: tuple[str, ...]
+    split: str | None
+
+    @property
+    def all(self) -> list[str]:
+        return [self.name, *self.captions, *([] if self.split is None else [self.split])]
+
+
+def read_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
     """Yield the rows of a list in its order.
 
     Bytes that are not UTF-8 become surrogates in names and captions, and are rejected later, clip by clip.
 
+    Args:
+      path: the list.
+      columns: columns with other names than the known ones.
+
     Raises:
-      UserError: the list cannot be read, or no column (in JSON Lines: no field of any line) holds names or captions.
+      UserError: the list cannot be read, or no column (in JSON: no field of any object) holds names or captions.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a regular file; write the list into a regular file")
+    readers = {".csv": _read_csv_rows, ".parquet": _read_parquet_rows, ".json": _read_json_rows}
     try:
-        yield from _read_csv_rows(path) if path.suffix.lower() == ".csv" else _read_json_rows(path)
+        yield from readers.get(path.suffix.lower(), _read_json_line_rows)(path, columns)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
 
 
-def is_list(path: Path) -> bool:
-    """Return whether the first line of a file is that of a list of clips and captions."""
-    if path.suffix.lower() not in TABLE_SUFFIXES or not path.is_file():
+def read_paired_rows(names: Path, texts: Path) -> Iterator[ListRow]:
+    """Yield the rows of two lists, of a path and of a caption in each line (finetrainers).
+
+    Raises:
+      UserError: a list cannot be read, or they have different numbers of lines.
+    """
+    lines = []
+    for path in (names, texts):
+        try:
+            content = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
+        lines.append(content.rstrip().split("\n"))
+    counts = [len(each) for each in lines]
+    if counts[0] != counts[1]:
+        rule = f"{names} has {counts[0]} lines, {texts} has {counts[1]}"
+        raise UserError(f"{rule}; write one path and one caption a line, in the same order")
+    for line, (name, text) in enumerate(zip(*lines, strict=True), 1):
+        problem = "" if name.strip() else "names no file: its line is empty"
+        yield ListRow(f"line {line}", name.strip(), (text,), problem)
+
+
+def is_list(path: Path, columns: ListColumns) -> bool:
+    """Return whether the first line of a file, or its schema, is that of a list of clips and captions."""
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES or not path.is_file():
         return False
     try:
-        with path.open("rb") as file:
-            line = file.readline(1 << 20).decode("utf-8-sig", "replace")
-        is_json = path.suffix.lower() == ".jsonl"
-        header: Iterable[str] = _parse_json_object(line) if is_json else next(csv.reader([line]), [])
-    except (OSError, UnusableClipError, csv.Error):
+        if suffix == ".parquet":
+            header: Iterable[str] = _open_parquet(path).schema_arrow.names
+        else:
+            with path.open("rb") as file:
+                line = file.readline(1 << 20).decode("utf-8-sig", "replace")
+            header = _parse_json_object(line) if suffix == ".jsonl" else next(csv.reader([line]), [])
+        _find_columns(path, [column.strip() for column in header], columns)
+    except (OSError, UnusableClipError, UserError, csv.Error):
         return False
-    columns = {column.strip() for column in header}
-    return not columns.isdisjoint(NAME_COLUMNS) and not columns.isdisjoint(captions.CAPTION_FIELDS)
+    return True
 
 
-def _read_csv_rows(path: Path) -> Iterator[ListRow]:
+def _find_columns(path: Path, header: Sequence[str], columns: ListColumns) -> _Columns:
+    """Return the columns of a list that are read.
+
+    Raises:
+      UserError: a column is missing.
+    """
+    names = NAME_COLUMNS if columns.name is None else (columns.name,)
+    split = SPLIT_COLUMN if columns.split is None else columns.split
+    name = next((name for name in names if name in header), None)
+    texts = [text for text in columns.captions or CAPTION_COLUMNS if text in header]
+    missing = [] if name else [names[0]]
+    missing += [text for text in columns.captions if text not in header] or ([] if texts else ["text"])
+    missing += [split] if columns.split is not None and split not in header else []
+    if missing or name is None:
+        first_line, fix = escape_name(",".join(header))[:200], "name the columns file_name,text or path,text, in UTF-8"
+        fix += ", or pass columns.name and columns.captions"
+        raise UserError(f"{path} has no column {' and '.join(missing)}, its first line is {first_line!r}; {fix}")
+    return _Columns(name, tuple(texts), split if split in header else None)
+
+
+def _read_csv_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     rows = _parse_csv(list(io.StringIO(text, newline="")))  # newline="" keeps line ends inside quoted captions
-    _, header = next(rows, (1, []))
-    columns = [column.strip() for column in header] if isinstance(header, list) else []
-    name_index, text_indices = _find_columns(path, columns)
+    _, first = next(rows, (1, []))
+    header = [column.strip() for column in first] if isinstance(first, list) else []
+    read = _find_columns(path, header, columns)
+    name_index = header.index(read.name)
+    text_indices = [index for text in read.captions for index, column in enumerate(header) if column == text]
     for line, fields in rows:
+        location = f"line {line}"
         if isinstance(fields, csv.Error):
             problem = f'is not a valid CSV row ({fields}); write captions in double quotes, "" for a quote'
-            yield ListRow(line, "", problem=problem)
-        elif len(fields) != len(columns):
-            problem = f"fields: {len(fields)}, columns: {len(columns)}; put captions that hold commas in double quotes"
-            yield ListRow(line, "", problem=problem)
+            yield ListRow(location, "", problem=problem)
+        elif len(fields) != len(header):
+            problem = f"fields: {len(fields)}, columns: {len(header)}; put captions that hold commas in double quotes"
+            yield ListRow(location, "", problem=problem)
         elif not (name := fields[name_index].strip()):
-            yield ListRow(line, "", problem=f"names no file: its {columns[name_index]} is empty")
+            yield ListRow(location, "", problem=f"names no file: its {read.name} is empty")
         else:
-            yield ListRow(line, name, tuple(fields[index] for index in text_indices))
+            split = "" if read.split is None else fields[header.index(read.split)].strip()
+            yield ListRow(location, name, tuple(fields[index] for index in text_indices), split=split)
 
 
 def _parse_csv(lines: list[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
@@ -116,52 +200,85 @@ def _parse_csv(lines: list[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
             start += 1
 
 
-def _find_columns(path: Path, columns: list[str]) -> tuple[int, list[int]]:
-    """Return the index of the column of names, and those of the columns of captions."""
-    name_indices = [columns.index(name) for name in NAME_COLUMNS if name in columns]
-    text_indices = [index for name in captions.CAPTION_FIELDS for index, column in enumerate(columns) if column == name]
-    missing = ([] if name_indices else ["file_name"]) + ([] if text_indices else ["text"])
-    if missing:
-        header, fix = escape_name(",".join(columns))[:200], "name the columns file_name,text or path,text, in UTF-8"
-        raise UserError(f"{path} has no column {' and '.join(missing)}, its first line is {header!r}; {fix}")
-    return name_indices[0], text_indices
+def _open_parquet(path: Path) -> Any:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(path)
+    except ArrowInvalid as error:
+        raise UserError(f"{path} is not a Parquet file ({error}); write it again") from error
 
 
-def _read_json_rows(path: Path) -> Iterator[ListRow]:
-    count, has_captions = 0, False
+def _read_parquet_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
+    file = _open_parquet(path)
+    read, number = _find_columns(path, file.schema_arrow.names, columns), 0
+    for batch in file.iter_batches(columns=read.all):
+        for fields in batch.to_pylist():
+            number += 1
+            yield _parse_object(f"row {number}", fields, columns)
+
+
+def _read_json_line_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
     with path.open("rb") as file:
-        for line, content in enumerate(file, 1):
-            text = content.decode("utf-8-sig" if line == 1 else "utf-8", "surrogateescape")
-            if not text.strip():
-                continue
-            try:
-                fields = _parse_json_object(text)
-            except UnusableClipError as error:
-                yield ListRow(line, "", problem=str(error))
-                continue
-            count += 1
-            has_captions = has_captions or any(field in fields for field in captions.CAPTION_FIELDS)
-            yield _parse_json_row(line, fields)
+        lines = (
+            (f"line {line}", content.decode("utf-8-sig" if line == 1 else "utf-8", "surrogateescape"))
+            for line, content in enumerate(file, 1)
+        )
+        yield from _parse_objects(path, ((location, text) for location, text in lines if text.strip()), columns)
+
+
+def _read_json_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}); write a list of objects") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds a {type(rows).__name__}; write a list of objects")
+    yield from _parse_objects(path, ((f"entry {number}", row) for number, row in enumerate(rows, 1)), columns)
+
+
+def _parse_objects(path: Path, rows: Iterable[tuple[str, Any]], columns: ListColumns) -> Iterator[ListRow]:
+    """Yield the rows of objects, parsed or as JSON text, by location.
+
+    Raises:
+      UserError: no object has a caption.
+    """
+    fields = columns.captions or CAPTION_COLUMNS
+    count, has_captions = 0, False
+    for location, row in rows:
+        try:
+            parsed = _parse_json_object(row)
+        except UnusableClipError as error:
+            yield ListRow(location, "", problem=str(error))
+            continue
+        count += 1
+        has_captions = has_captions or any(field in parsed for field in fields)
+        yield _parse_object(location, parsed, columns)
     if count and not has_captions:
         fix = 'write {"file_name": "…", "text": "…"} ("text": null for a clip without a caption)'
-        raise UserError(f"{path} has no field text in any of its {count} objects; {fix}")
+        raise UserError(f"{path} has no field {fields[0]} in any of its {count} objects; {fix}")
 
 
-def _parse_json_row(line: int, fields: dict[str, Any]) -> ListRow:
-    name = next((fields[field] for field in NAME_COLUMNS if fields.get(field)), None)
+def _parse_object(location: str, fields: Mapping[str, Any], columns: ListColumns) -> ListRow:
+    names = NAME_COLUMNS if columns.name is None else (columns.name,)
+    name = next((fields[field] for field in names if fields.get(field)), None)
     if not isinstance(name, str) or not name.strip():
-        return ListRow(line, "", problem='names no file; write {"file_name": "…", "text": "…"}')
+        return ListRow(location, "", problem='names no file; write {"file_name": "…", "text": "…"}')
+    split = fields.get(columns.split or SPLIT_COLUMN) or ""
     try:
-        return ListRow(line, name.strip(), tuple(captions.read_fields(fields)))
+        texts = captions.read_fields(fields, columns.captions or CAPTION_COLUMNS)
     except UnusableClipError as error:
-        return ListRow(line, name.strip(), problem=str(error))
+        return ListRow(location, name.strip(), problem=str(error))
+    return ListRow(location, name.strip(), tuple(texts), split=str(split).strip())
 
 
-def _parse_json_object(text: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UnusableClipError(f"is not JSON ({error}); it must be one object") from error
-    if not isinstance(fields, dict):
-        raise UnusableClipError(f'is a {type(fields).__name__}; write {{"file_name": "…", "text": "…"}}')
-    return fields
+def _parse_json_object(row: Any) -> dict[str, Any]:
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise UnusableClipError(f"is not JSON ({error}); it must be one object") from error
+    if not isinstance(row, dict):
+        raise UnusableClipError(f'is a {type(row).__name__}; write {{"file_name": "…", "text": "…"}}')
+    return row

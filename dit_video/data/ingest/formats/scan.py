@@ -26,7 +26,7 @@ class FolderScan(NamedTuple):
         """Return the names of files with the suffix of a video or image."""
         return [name for name in self.files if get_suffix(name) in MEDIA]
 
-    def make_clip(self, name: str, captions: tuple[str, ...] = (), split: str = "train") -> ListedClip:
+    def make_clip(self, name: str, captions: tuple[str, ...] = (), split: str = "") -> ListedClip:
         """Return the clip with a name.
 
         Raises:

@@ -1,7 +1,7 @@
 """Lists of clips: rows grouped by clip, and the clips found at the paths in the rows."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from dit_video.data.ingest.formats.scan import list_file
 from dit_video.data.ingest.formats.types import (
     ListedClip,
     Listing,
+    ListingOptions,
     Rejection,
     UnusableClipError,
     check_name,
@@ -20,34 +21,35 @@ from dit_video.data.ingest.formats.types import (
 
 
 class ClipTable(NamedTuple):
-    """Rows of a list, grouped by clip."""
+    """Rows of a list, or of several lists, grouped by clip."""
 
-    rows: Mapping[str, list[ListRow]]
+    rows: dict[str, list[ListRow]]
     """Rows of each clip by its normalised name, in the order in which clips are first named."""
     rejected: list[Rejection]
     """Rows that belong to no clip, by file and line."""
+    is_merged: bool = False
+    """True if messages name the list of each row, as there are several."""
 
+    def add(self, name: str, rows: Iterable[ListRow], key: Callable[[str], str]) -> None:
+        """Add the rows of a list.
 
-def read_table(path: Path, key: Callable[[str], str]) -> ClipTable:
-    """Return the rows of a list, grouped by clip.
+        Args:
+          name: name of the list in messages.
+          rows: its rows.
+          key: normalises a name, so that a clip has one key; raises `UnusableClipError` for an invalid name.
 
-    Args:
-      path: the list.
-      key: normalises a name, so that a clip has one key; raises `UnusableClipError` for an invalid name.
-
-    Raises:
-      UserError: the list is unusable as a whole, see `read_rows`.
-    """
-    rows: dict[str, list[ListRow]] = {}
-    rejected: list[Rejection] = []
-    for row in read_rows(path):
-        if not row.name:
-            rejected.append((f"{path.name}, line {row.line}", row.problem))
-            continue
-        with reject_unusable(rejected, row.name, f"line {row.line}: "):
-            check_name(row.name)
-            rows.setdefault(key(row.name), []).append(row)
-    return ClipTable(rows, rejected)
+        Raises:
+          UserError: the list is unusable as a whole, see `read_rows`.
+        """
+        for row in rows:
+            if not row.name:
+                self.rejected.append((f"{name}, {row.location}", row.problem))
+                continue
+            if self.is_merged:
+                row = row._replace(location=f"{name}, {row.location}")
+            with reject_unusable(self.rejected, row.name, f"{row.location}: "):
+                check_name(row.name)
+                self.rows.setdefault(key(row.name), []).append(row)
 
 
 def find_clips(table: ClipTable, find: Callable[[str], ListedClip]) -> tuple[list[ListedClip], list[Rejection]]:
@@ -60,22 +62,28 @@ def find_clips(table: ClipTable, find: Callable[[str], ListedClip]) -> tuple[lis
     clips: list[ListedClip] = []
     rejected = [*table.rejected]
     for key, rows in table.rows.items():
-        line = rows[0].line
+        location = rows[0].location
         try:
             clip = find(key)
             texts: list[str] = []
+            splits: list[str] = []
             for row in rows:
-                line = row.line
+                location = row.location
                 texts += row.clean_captions()
-            clips.append(clip._replace(captions=captions.clean_captions(texts)))
+                splits += filter(None, [row.find_split()])
+            if len(set(splits)) > 1:
+                raise UnusableClipError(
+                    f"is in the splits {' and '.join(sorted(set(splits)))}; name it for one of them"
+                )
+            clips.append(clip._replace(captions=captions.clean_captions(texts), split=splits[0] if splits else ""))
         except FileNotFoundError:
-            rejected.append((rows[0].name, f"line {line} names it, but it is not there"))
+            rejected.append((rows[0].name, f"{location} names it, but it is not there"))
         except UnusableClipError as error:
-            rejected.append((rows[0].name, f"line {line}: {error}"))
+            rejected.append((rows[0].name, f"{location}: {error}"))
     return clips, rejected
 
 
-def list_table(source: Path) -> Listing:
+def list_table(source: Path, options: ListingOptions) -> Listing:
     """Return the clips of a list whose paths are absolute, or relative to its folder.
 
     A clip is named by its path relative to that folder. If any clip lies outside of it, all are named by their paths
@@ -85,7 +93,8 @@ def list_table(source: Path) -> Listing:
       UserError: there is no clip, or the list is unusable as a whole, see `read_rows`.
     """
     root = os.path.abspath(source.parent)
-    table = read_table(source, lambda name: os.path.normpath(os.path.join(root, name)))
+    table = ClipTable({}, [])
+    table.add(source.name, read_rows(source, options.columns), lambda name: os.path.normpath(os.path.join(root, name)))
     found_clips, rejected = find_clips(table, lambda path: list_file(_make_relative(path, root), path))
     folders = {os.path.dirname(clip.path) for clip in found_clips}
     if found_clips and os.path.commonpath([root, *folders]) != root:

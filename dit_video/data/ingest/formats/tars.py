@@ -20,6 +20,7 @@ from dit_video.data.ingest.formats.types import (
     MEDIA,
     ListedClip,
     Listing,
+    ListingOptions,
     Rejection,
     UnusableClipError,
     check_name,
@@ -38,7 +39,7 @@ class _Member(NamedTuple):
     size: int
 
 
-def list_tar(source: Path) -> Listing:
+def list_tar(source: Path, options: ListingOptions) -> Listing:
     """Return the clips of one tar, named by their paths in it.
 
     Raises:
@@ -52,7 +53,7 @@ def list_tar(source: Path) -> Listing:
     return make_listing(source, "webdataset", clips, rejected=rejected)
 
 
-def list_tars(scan: FolderScan) -> Listing:
+def list_tars(scan: FolderScan, options: ListingOptions) -> Listing:
     """Return the clips of a folder of tars, named `shard.tar/path/in/it`; media next to the tars are left out.
 
     Raises:

@@ -2,17 +2,50 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from dit_video.core.errors import UserError
 
 VIDEOS = frozenset(".mp4 .m4v .mov .3gp .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .wmv .flv".split())  # noqa: SIM905
 IMAGES = frozenset(".gif .apng .png .jpg .jpeg .webp .bmp .tif .tiff".split())  # noqa: SIM905
 MEDIA = VIDEOS | IMAGES
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Names of splits, as Hugging Face's data sets have them in columns and folders."""
+SPLITS = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
+"""Splits by what they are called."""
 
 Rejection = tuple[str, str]
 """Name and reason of an entry that cannot be a clip. Names in a reason are written as `repr` writes them: reasons that
 differ only inside quotes are counted as one kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListColumns:
+    """Columns of a list of clips, if they have other names than those that are known (see `rows`)."""
+
+    name: str | None = None
+    """Column of the clip's path."""
+    captions: tuple[str, ...] = ()
+    """Columns of captions; a clip has those of all of them."""
+    split: str | None = None
+    """Column of the split; `split` by default, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListingOptions:
+    """Options of the formats of sources; each format uses those that concern it."""
+
+    ucf101_split: Literal[1, 2, 3] = 1
+    """Number of UCF-101's pair of train and test lists."""
+    list_path: str | None = None
+    """Path of a folder's list of clips inside the folder, instead of the one that is found."""
+    columns: ListColumns = field(default_factory=ListColumns)
+    """Columns of lists."""
 
 
 class ListedClip(NamedTuple):
@@ -29,8 +62,8 @@ class ListedClip(NamedTuple):
     """File that holds the clip: its own file, or a tar."""
     offset: int | None = None
     """Byte offset of the clip in its tar; None if the clip has a file of its own."""
-    split: str = "train"
-    """Split of the clip: "train", "validation" or "test". A source without splits has all clips in "train"."""
+    split: str = ""
+    """Split of the clip: "train", "validation" or "test"; empty if the source says nothing, see `find_split`."""
 
     def read(self) -> bytes:
         """Return the encoded bytes of the clip.
@@ -90,6 +123,12 @@ def check_name(name: str) -> None:
         raise UnusableClipError("its name is not UTF-8; rename it")
     if "\0" in name:
         raise UnusableClipError("its name holds a null byte")
+
+
+def find_split(name: str) -> str:
+    """Return the split of a clip by its name: that which the first folder is called by, else "train"."""
+    folder, is_inside, _ = name.partition("/")
+    return SPLITS.get(folder.lower(), "train") if is_inside else "train"
 
 
 def make_listing(

@@ -20,6 +20,7 @@ from dit_video.data.ingest.formats.scan import FolderScan, index_files
 from dit_video.data.ingest.formats.types import (
     ListedClip,
     Listing,
+    ListingOptions,
     Rejection,
     UnusableClipError,
     make_listing,
@@ -29,8 +30,8 @@ from dit_video.data.ingest.formats.types import (
 CLASSES = "classInd.txt"
 
 
-def list_ucf101(scan: FolderScan, number: int = 1) -> Listing:
-    """Return the clips that train and test list `number` (1 to 3) name, in their order; the caption is the class name.
+def list_ucf101(scan: FolderScan, options: ListingOptions) -> Listing:
+    """Return the clips that the chosen train and test list name, in their order; the caption is the class name.
 
     Raises:
       MissingError: a list does not exist.
@@ -42,7 +43,7 @@ def list_ucf101(scan: FolderScan, number: int = 1) -> Listing:
     clips: list[ListedClip] = []
     splits: dict[str, str] = {}
     for split in ("train", "test"):
-        path = _find_file(scan, f"{split}list{number:02d}.txt")
+        path = _find_file(scan, f"{split}list{options.ucf101_split:02d}.txt")
         for line, row in _read_lines(path):
             entry = row.split()[0]
             key = _get_key(entry)

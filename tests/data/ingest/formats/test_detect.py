@@ -2,8 +2,8 @@
 
 import pytest
 
-from dit_video.core.errors import UserError
-from dit_video.data.ingest.formats import list_clips
+from dit_video.core.errors import MissingError, UserError
+from dit_video.data.ingest.formats import ListingOptions, list_clips
 from support.clip_folders import get_captions, write_files
 
 
@@ -47,9 +47,18 @@ def test_a_list_with_another_name_is_not_ignored_silently(tmp_path):
     write_files(
         tmp_path, {"a.mp4": b"", "other.csv": "a,b\n1,2\n", "bad.jsonl": b"\xff", "clips.csv": "path,text\na.mp4,x\n"}
     )
-    with pytest.raises(UserError, match=r"clips and the list clips\.csv; .* rename it to metadata\.csv, .* 'folder'"):
+    assert get_captions(list_clips(tmp_path)) == {"a.mp4": ("x",)}
+    write_files(tmp_path, {"a.txt": "y"})
+    with pytest.raises(UserError, match=r"clips with caption files and the list clips\.csv; pass list_path=clips\.csv"):
         list_clips(tmp_path)
-    assert get_captions(list_clips(tmp_path, format="folder")) == {"a.mp4": ()}
+    named = list_clips(tmp_path, options=ListingOptions(list_path="clips.csv"))
+    assert get_captions(named) == {"a.mp4": ("x",)}
+    (tmp_path / "a.txt").unlink()
+    write_files(tmp_path, {"sub/more.jsonl": '{"path": "../a.mp4", "text": "z"}'})
+    with pytest.raises(UserError, match=r"holds the lists clips\.csv and sub/more\.jsonl; pass one of them"):
+        list_clips(tmp_path)
+    with pytest.raises(MissingError, match=r"list_path='no\.csv' is invalid: .* holds no such file"):
+        list_clips(tmp_path, options=ListingOptions(list_path="no.csv"))
     (tmp_path / "a.mp4").rename(tmp_path.with_suffix(".mp4"))
     with pytest.raises(UserError, match=r"no clips, but a list of clips; give .*clips\.csv"):
         list_clips(tmp_path)

@@ -80,6 +80,7 @@ def test_files_without_read_permission_are_rejected():
     try:
         files = {
             "a.mp4": b"",
+            "a.txt": "captioned",
             "b.mp4": b"",
             "b.txt": "x",
             "shut/c.mp4": b"",

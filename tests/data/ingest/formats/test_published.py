@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.data.ingest.formats import Listing, list_clips
+from dit_video.data.ingest.formats import Listing, ListingOptions, list_clips
 from dit_video.data.ingest.formats.ucf101 import format_class_name
 from support.clip_folders import write_files
 
@@ -46,13 +46,13 @@ def test_ucf101_is_listed_with_its_class_names(tmp_path):
 
 def test_another_pair_of_ucf101_lists_can_be_chosen(tmp_path):
     write_files(tmp_path, UCF101)
-    listing = list_clips(tmp_path, ucf101_split=3)
+    listing = list_clips(tmp_path, options=ListingOptions(ucf101_split=3))
     names = [name for name in UCF101 if name.endswith(".avi")]
     assert facts(listing) == [(names[3], (YOYO,), "train"), (names[2], (PUSHUPS,), "test")]
     assert listing.unlisted == (names[0], names[1])
     assert listing.rejected == (("YoYo/v_YoYo_g01_c09.avi", "testlist03.txt names it, but it is not there"),)
     with pytest.raises(MissingError, match=r"holds no trainlist02\.txt; put the folder ucfTrainTestlist"):
-        list_clips(tmp_path, ucf101_split=2)
+        list_clips(tmp_path, options=ListingOptions(ucf101_split=2))
 
 
 def test_converted_and_copied_ucf101_files_are_found(tmp_path):

@@ -277,3 +277,14 @@ def test_mutated_tars_neither_crash_nor_hang(tmp_path):
             clip.name.encode()
     assert listed > 500
     assert not [message for message in messages if "\n" in message]
+
+
+def test_tars_in_folders_of_splits_have_clips_of_these_splits(tmp_path):
+    for folder in ("train", "val", "other"):
+        write_tar(tmp_path / folder / "0.tar", [("a.mp4", b""), ("a.txt", folder.encode())])
+    listing = list_clips(tmp_path)
+    assert {clip.captions[0]: clip.split for clip in listing.clips} == {
+        "train": "train",
+        "val": "validation",
+        "other": "train",
+    }
