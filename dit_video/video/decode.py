@@ -13,7 +13,7 @@ from dit_video.core.grid import Grid
 from dit_video.video.clip import Clip
 from dit_video.video.deinterlace import deinterlace
 from dit_video.video.reader import TOLERANCE, TimedFrame, Video
-from dit_video.video.to_rgb import RgbConverter, compute_display_size
+from dit_video.video.to_rgb import RgbConverter, compute_display_size, make_resize_error
 
 MAX_BYTES = 1 << 34
 """Maximum bytes of a clip's frames: more raises an error instead of exhausting the machine's memory."""
@@ -60,7 +60,8 @@ def decode(
 
     Raises:
       MissingError: no such file.
-      DecodeError: not a readable video or image, or damaged: the message says at which second.
+      DecodeError: not a readable video or image, or damaged, or its frames change their size: the message says at
+        which second.
       UserError: fewer frames than requested, or arguments that are out of range or contradict each other.
     """
     count = _check_request(size, frames, start, fps)
@@ -84,26 +85,36 @@ def decode(
         raise UserError(
             f"{video.name} has {len(pictures)} frames from {start:g} s on, but {count} were requested; use fewer"
         )
-    if any(picture.shape != pictures[0].shape for picture in pictures):
-        raise DecodeError(f"{video.name} changes its frame size, but a clip has one; pass size, or cut the file there")
     return Clip(frames=np.stack(pictures), fps=float(rate if fps is None else fps))
 
 
-def probe(source: Path | bytes, *, on_frame: Callable[[float, av.VideoFrame], None] | None = None) -> VideoInfo:
+def probe(
+    source: Path | bytes,
+    *,
+    on_frame: Callable[[float, av.VideoFrame], None] | None = None,
+    on_resize: Callable[[int, tuple[int, int]], None] | None = None,
+) -> VideoInfo:
     """Return the properties of `decode(source)`; decodes the whole file, as not all containers count their frames.
 
     Args:
       source: a file, or its bytes.
       on_frame: function called with every frame, in order, and its time in seconds after the first: frames are as
         stored, not upright, of any format. (Reading side data keeps a frame in memory until garbage collection.)
+      on_resize: function called with the number of each frame from which on frames have another size, and the height
+        and width at which they are shown. Without it such a file is refused; with it, the info has the first size.
 
     Raises:
       MissingError: no such file.
-      DecodeError: not a readable video or image, or damaged.
+      DecodeError: not a readable video or image, or damaged, or its frames change their size.
     """
     with Video(source) as video:
-        count, size, last_time = 0, (0, 0), 0.0
+        count, size, last_time, stored_size = 0, (0, 0), 0.0, (0, 0)
         for timed in video.read_frames():
+            before, stored_size = stored_size, (timed.frame.height, timed.frame.width)
+            if count and stored_size != before:
+                if on_resize is None:
+                    raise make_resize_error(video.name, before, stored_size, timed.time)
+                on_resize(count, compute_display_size(timed.frame, video.sample_aspect, video.name))
             if not count:
                 size = compute_display_size(timed.frame, video.sample_aspect, video.name)
                 # Raises the errors of `decode`.

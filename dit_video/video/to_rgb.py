@@ -83,6 +83,12 @@ def _compute_display_size(frame: av.VideoFrame, aspect: Fraction, transposed: bo
     return (width, frame.height) if transposed else (frame.height, width)
 
 
+def make_resize_error(name: str, before: tuple[int, int], after: tuple[int, int], time: float) -> DecodeError:
+    """Return the error that a file's frames change their height and width at `time`, in seconds."""
+    sizes = f"from {before[0]}x{before[1]} to {after[0]}x{after[1]} at {time:.2f} s"
+    return DecodeError(f"{name} changes its frame size {sizes}, and a clip has one; cut the file there")
+
+
 class RgbConverter:
     """A converter of a file's frames to RGB pictures.
 
@@ -94,14 +100,19 @@ class RgbConverter:
 
     def __init__(self, name: str, sample_aspect: Fraction, size: tuple[int, int] | None):
         self._name, self._aspect, self._size = name, sample_aspect, size
-        self._reformatter = VideoReformatter()
+        self._reformatter, self._stored_size = VideoReformatter(), (0, 0)
 
     def __call__(self, frame: av.VideoFrame, time: float) -> UInt8[np.ndarray, "H W 3"]:
         """Convert a frame that is shown at `time`, in seconds.
 
         Raises:
-          DecodeError: the frame is too large, or ffmpeg can't convert its colours or format.
+          DecodeError: the frame is too large, or has another size than the first one; or ffmpeg can't convert its
+            colours or format.
         """
+        size = frame.height, frame.width
+        if self._stored_size not in ((0, 0), size):
+            raise make_resize_error(self._name, self._stored_size, size, time)
+        self._stored_size = size
         with wrap_decode_errors(self._name, f"at {time:.2f} s"):
             transposed, flip_rows, flip_columns = read_orientation(frame)
             display_size = _compute_display_size(frame, self._aspect, transposed, self._name)

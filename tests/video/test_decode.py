@@ -10,6 +10,7 @@ from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.core.resize import resize
 from dit_video.tokens import Grid
 from dit_video.video import Clip, VideoInfo, decode, encode, probe
+from support.encoded_clips import encode_resized
 
 
 def make_numbered_clip(count, *, fps=10.0, height=16, width=32):
@@ -272,3 +273,17 @@ def test_real_clips_are_decoded_from_any_start(name):
     part = decode(CLIPS / name, start=(middle + 0.2) / facts.fps, frames=2)
     np.testing.assert_array_equal(part.frames, whole.frames[middle : middle + 2])
     assert decode(CLIPS / name, size=Grid(5, 48, 64), fps=8).frames.shape == (5, 48, 64, 3)
+
+
+def test_frames_that_change_their_size_are_no_clip_but_each_part_is_one():
+    content, changes = encode_resized(frames=8, fps=8), {}
+    message = r"changes its frame size from 96x160 to 160x96 at 1\.00 s, and a clip has one; cut the file there"
+    for read in (probe, decode, lambda content: decode(content, size=Grid(16, 64, 64))):
+        with pytest.raises(DecodeError, match=message):
+            read(content)
+    info = probe(content, on_resize=changes.__setitem__)
+    assert (info.height, info.width, info.frames, changes) == (96, 160, 16, {8: (160, 96)})
+    for part in ({"frames": 8}, {"start": 1.0}):
+        frames = decode(content, **part).frames
+        assert len(frames) == 8
+        assert [np.ptp(np.flatnonzero((frames[-1, :, :, 0] > 128).any(axis))) + 1 for axis in (0, 1)] == [48, 48]

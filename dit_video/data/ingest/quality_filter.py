@@ -189,7 +189,10 @@ class _FileAnalyzer:
         self._thumbnail_maker = ThumbnailMaker(f"video of {len(encoded)} bytes")
         self._cut_detector = None if config.shots is None else CutDetector(config.shots, config.shot_threshold)
         self._sampler = FrameSampler(self._thumbnail_maker, letterbox=config.max_letterbox is not None)
-        self.facts = probe(encoded, on_frame=self._add_frame)
+        self._sizes: dict[int, tuple[int, int]] = {}
+        # A change of size is a cut, if files are split at cuts; else it is an error.
+        on_resize = None if config.shots is None else self._sizes.__setitem__
+        self.facts = probe(encoded, on_frame=self._add_frame, on_resize=on_resize)
         self._sampler.finish(self.get_frame_time(self.facts.frames))
         self.samples: Sequence[FrameSample] = self._sampler.samples
 
@@ -206,9 +209,15 @@ class _FileAnalyzer:
         """Return the time of a frame; for the number after the last frame, the end of the last frame."""
         return self.times[number] if number < self.facts.frames else self.times[-1] + 1 / self.facts.fps
 
+    def get_size(self, number: int) -> tuple[int, int]:
+        """Return the height and width at which a frame is shown."""
+        changes = [change for change in self._sizes if change <= number]
+        return self._sizes[max(changes)] if changes else (self.facts.height, self.facts.width)
+
     @functools.cached_property
     def spans(self) -> tuple[Span, ...]:
-        return split_at_cuts(() if self._cut_detector is None else self._cut_detector.frame_numbers, self.facts.frames)
+        cuts = [] if self._cut_detector is None else self._cut_detector.frame_numbers
+        return split_at_cuts([*cuts, *self._sizes], self.facts.frames)
 
 
 def _judge_shots(name: str, analyzer: _FileAnalyzer, config: ScreeningConfig) -> Iterator[tuple[Shot, str | None]]:
@@ -237,8 +246,9 @@ def _make_part_shot(name: str, analyzer: _FileAnalyzer, span: Span) -> Shot:
     """Return the shot of a part of the file's frames."""
     facts, start, frames = analyzer.facts, analyzer.times[span.first], span.stop - span.first
     seconds = analyzer.times[span.stop - 1] - start
-    fps = compute_average_fps(frames, seconds, facts.fps)
-    return dataclasses.replace(_make_whole_shot(name, facts), start=start, frames=frames, fps=fps, seconds=seconds)
+    fps, (height, width) = compute_average_fps(frames, seconds, facts.fps), analyzer.get_size(span.first)
+    changes = {"start": start, "frames": frames, "fps": fps, "seconds": seconds, "height": height, "width": width}
+    return dataclasses.replace(_make_whole_shot(name, facts), **changes)
 
 
 def _measure_shot(shot: Shot, frame_samples: Sequence[FrameSample], config: ScreeningConfig) -> Shot:

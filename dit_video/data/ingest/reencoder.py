@@ -104,11 +104,12 @@ def reencode(
       The new file; None if the file is within the limits.
 
     Raises:
-      DecodeError: the file cannot be shrunk at its aspect ratio.
+      DecodeError: the file cannot be shrunk at its aspect ratio, or its frames change their size.
       UserError: the folder cannot be written.
     """
     is_image = facts.frames == 1 and facts.codec in IMAGE_CODECS
-    is_large = config.max_pixels is not None and facts.height * facts.width > config.max_pixels
+    pixels = max(each.height * each.width for each in (facts, *shots))
+    is_large = config.max_pixels is not None and pixels > config.max_pixels
     is_fast = config.fps is not None and facts.frames > 1 and facts.fps > config.fps * FPS_TOLERANCE
     if not is_large and not is_fast:
         return None

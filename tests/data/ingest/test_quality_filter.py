@@ -15,6 +15,7 @@ from dit_video.data.ingest.duplicates import drop_duplicates
 from dit_video.data.ingest.measures import Borders
 from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot, screen
 from dit_video.video import Clip, encode, probe
+from support.encoded_clips import encode_resized
 
 MEASURE = ScreeningConfig(min_motion=0, max_black=1, max_frozen=1, max_letterbox=1, min_sharpness=0, duplicates=4)
 """Config with every measure and without limits."""
@@ -100,7 +101,7 @@ def test_video_infos_equal_those_of_probing(kind, monkeypatch):
 def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
     calls, frames, alive, probe = 0, [], [], quality_filter.probe
 
-    def counted(encoded, *, on_frame):
+    def counted(encoded, *, on_frame, **options):
         nonlocal calls
         calls += 1
 
@@ -110,7 +111,7 @@ def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
             if len(frames) % 10 == 1:
                 alive.append(sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()))
 
-        return probe(encoded, on_frame=look)
+        return probe(encoded, on_frame=look, **options)
 
     monkeypatch.setattr(quality_filter, "probe", counted)
     gc.collect()
@@ -148,6 +149,18 @@ def test_shots_depend_on_timestamps(detector):
     assert (first.start, first.frames, first.seconds) == (0, 20, pytest.approx(0.76))
     assert (second.start, second.frames, second.seconds) == (pytest.approx(1.0), 10, pytest.approx(1.8))
     assert (first.fps, second.fps) == (pytest.approx(25), pytest.approx(5))
+
+
+def test_a_change_of_size_is_a_cut_and_without_cuts_an_error():
+    pytest.importorskip("scenedetect")
+    content = encode_resized(frames=8, fps=8)
+    shots = screen(content, "v", ScreeningConfig(shots="content", shot_threshold=255, max_letterbox=1.0)).shots
+    sizes = [(shot.name, shot.start, shot.frames, shot.height, shot.width) for shot in shots]
+    assert sizes == [("v#0", 0, 8, 96, 160), ("v#1", pytest.approx(1), 8, 160, 96)]
+    np.testing.assert_allclose([shot.letterbox for shot in shots], [(24, 24, 56, 56), (56, 56, 24, 24)], atol=1)
+    for config in (ScreeningConfig(), ScreeningConfig(max_frozen=1.0)):
+        with pytest.raises(DecodeError, match=r"changes its frame size from 96x160 to 160x96 at 1\.00 s"):
+            screen(content, "v", config)
 
 
 def test_black_and_frozen_time_are_measured():
