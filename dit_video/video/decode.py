@@ -13,7 +13,7 @@ from dit_video.core.grid import Grid
 from dit_video.video.clip import Clip
 from dit_video.video.deinterlace import deinterlace
 from dit_video.video.reader import TOLERANCE, TimedFrame, Video
-from dit_video.video.to_rgb import RgbConverter, compute_display_size, make_resize_error
+from dit_video.video.to_rgb import RgbConverter, compute_display_size, get_transfer, make_resize_error
 
 MAX_BYTES = 1 << 34
 """Maximum bytes of a clip's frames: more raises an error instead of exhausting the machine's memory."""
@@ -33,6 +33,8 @@ class VideoInfo:
     """Time of the last frame, in seconds after the first."""
     codec: str
     """Name of ffmpeg's decoder."""
+    transfer: str = "sdr"
+    """Transfer function of the first frame: "sdr", or "pq" or "hlg" for HDR, which `decode` maps to SDR."""
 
 
 def decode(
@@ -47,7 +49,8 @@ def decode(
 
     Rotation and flips, pixel aspect ratio, colour matrix and range are read from the file, as ffmpeg does; values that
     are missing are guessed as players do. Transparent pixels are blended over black. Interlaced frames are
-    deinterlaced, one picture per frame. The transfer function is unchanged: HDR (PQ, HLG) is not mapped to sRGB.
+    deinterlaced, one picture per frame. HDR (PQ, HLG) is mapped to standard dynamic range: diffuse white becomes 255,
+    and highlights are clipped.
 
     Args:
       source: a file, or its bytes.
@@ -108,7 +111,7 @@ def probe(
       DecodeError: not a readable video or image, or damaged, or its frames change their size.
     """
     with Video(source) as video:
-        count, size, last_time, stored_size = 0, (0, 0), 0.0, (0, 0)
+        count, size, last_time, stored_size, transfer = 0, (0, 0), 0.0, (0, 0), "sdr"
         for timed in video.read_frames():
             before, stored_size = stored_size, (timed.frame.height, timed.frame.width)
             if count and stored_size != before:
@@ -117,6 +120,7 @@ def probe(
                 on_resize(count, compute_display_size(timed.frame, video.sample_aspect, video.name))
             if not count:
                 size = compute_display_size(timed.frame, video.sample_aspect, video.name)
+                transfer = get_transfer(timed.frame)
                 # Raises the errors of `decode`.
                 RgbConverter(video.name, video.sample_aspect, (8, 8))(timed.frame, timed.time)
             if on_frame is not None:
@@ -125,7 +129,8 @@ def probe(
     if not count:
         raise _make_no_frames_error(video.name, 0.0)
     fps = compute_average_fps(count, last_time, video.get_rate(count))
-    return VideoInfo(height=size[0], width=size[1], frames=count, fps=fps, seconds=last_time, codec=video.codec)
+    facts = {"height": size[0], "width": size[1], "codec": video.codec, "transfer": transfer}
+    return VideoInfo(**facts, frames=count, fps=fps, seconds=last_time)
 
 
 def compute_average_fps(frames: int, last_time: float, container_fps: float) -> float:

@@ -1,10 +1,11 @@
-"""Conversion of decoded frames to upright pictures in square pixels and full-range RGB."""
+"""Conversion of decoded frames to upright pictures in square pixels and full-range RGB of BT.709."""
 
 from fractions import Fraction
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
+from av.filter import Graph
 from av.sidedata.sidedata import SideData, SideDataContainer, Type
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
@@ -12,7 +13,7 @@ from jaxtyping import UInt8
 from dit_video.core.errors import DecodeError
 from dit_video.core.resize import resize
 from dit_video.video.encode import ACCURATE_FLAGS
-from dit_video.video.filters import make_filter_graph
+from dit_video.video.filters import get_frame_format, make_filter_graph
 from dit_video.video.reader import MAX_PIXELS, wrap_decode_errors
 
 RESIZE_FLAGS = ACCURATE_FLAGS & ~Interpolation.BICUBIC | Interpolation.BILINEAR
@@ -28,6 +29,15 @@ _COLORSPACES = {
     9: Colorspace.BT2020,
 }
 """Colour spaces by ISO/IEC 23091-2's number for matrix coefficients."""
+_HDR_TRANSFERS = {16: "pq", 18: "hlg"}
+"""Transfer functions of high dynamic range by ISO/IEC 23091-2's number (ITU-R BT.2100)."""
+_PRIMARIES = {1, 4, 5, 6, 7, 8, 9, 11, 12, 22}
+"""Primaries that ffmpeg converts, by ISO/IEC 23091-2's number; HDR without a number is taken for BT.2020."""
+_BT2020, _BT2020_MATRIX = 9, 9
+_TO_SDR = (
+    ("scale", f"out_transfer=bt709:out_primaries=bt709:out_range=full:flags={int(ACCURATE_FLAGS)}"),
+    ("format", "gbrp"),
+)
 _UNSUPPORTED = {8: "YCgCo", 10: "constant-luminance BT.2020", 11: "ST 2085", 12: "derived", 13: "derived", 14: "ICtCp"}
 """Matrix coefficients that ffmpeg's scaler does not support either."""
 _UNNAMED_SIDE_DATA = sorted(set(range(64)) - {kind.value for kind in Type})
@@ -63,6 +73,11 @@ def read_orientation(frame: av.VideoFrame) -> Orientation:
 def _read_display_matrix(frame: av.VideoFrame) -> SideData | None:
     # PyAV's stub gives the attribute another type, with a single key.
     return cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
+
+
+def get_transfer(frame: av.VideoFrame) -> str:
+    """Return the transfer function of a frame: "pq", "hlg", or "sdr" for all others."""
+    return _HDR_TRANSFERS.get(int(frame.color_trc), "sdr")
 
 
 def compute_display_size(frame: av.VideoFrame, sample_aspect: Fraction, name: str) -> tuple[int, int]:
@@ -101,6 +116,8 @@ class RgbConverter:
     def __init__(self, name: str, sample_aspect: Fraction, size: tuple[int, int] | None):
         self._name, self._aspect, self._size = name, sample_aspect, size
         self._reformatter, self._stored_size = VideoReformatter(), (0, 0)
+        self._tone_mapper: Graph | None = None
+        self._tone_mapper_format: tuple[Any, ...] = ()
 
     def __call__(self, frame: av.VideoFrame, time: float) -> UInt8[np.ndarray, "H W 3"]:
         """Convert a frame that is shown at `time`, in seconds.
@@ -126,11 +143,28 @@ class RgbConverter:
         """Return the picture before it is made upright."""
         if is_transparent(frame):
             image = blend_over_black(self._reformat(frame, "gbrap"))
+        elif get_transfer(frame) != "sdr":
+            image = self._map_to_sdr(frame)
         elif frame.format.is_rgb:
             image = self._reformat(frame, "gbrp")
         else:  # swscale resizes YUV without converting it, with no more rounding than `core.resize`.
             return self._reformat(frame, "gbrp", height, width)
         return resize(image[None], height, width)[0]
+
+    def _map_to_sdr(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+        """Return the picture that a display of standard dynamic range shows.
+
+        Diffuse white, 203 cd/m², becomes 255, brighter values are clipped, and darker ones have the display light of
+        the original (ITU-R BT.2408, BT.1886).
+        """
+        if int(frame.color_primaries) not in _PRIMARIES:
+            frame.color_primaries = _BT2020
+        if int(frame.colorspace) not in _COLORSPACES and not frame.format.is_rgb:
+            frame.colorspace = _BT2020_MATRIX
+        if self._tone_mapper is None or self._tone_mapper_format != get_frame_format(frame):
+            self._tone_mapper, self._tone_mapper_format = make_filter_graph(frame, *_TO_SDR), get_frame_format(frame)
+        self._tone_mapper.vpush(frame)
+        return self._tone_mapper.vpull().to_ndarray()
 
     def _reformat(
         self, frame: av.VideoFrame, format: str, height: int | None = None, width: int | None = None

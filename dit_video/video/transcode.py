@@ -14,7 +14,7 @@ def transcode(
 ) -> bytes:
     """Return an H.264 mp4 of a file's frames: upright, in square pixels, resized, 4:2:0 in BT.709, limited range.
 
-    Primaries and transfer are unchanged, as in `decode`, though the file is tagged BT.709. Audio is dropped.
+    HDR becomes SDR, as in `decode`. Primaries of SDR are unchanged, though the file is tagged BT.709. Audio is dropped.
 
     Args:
       encoded: bytes of the file.

@@ -13,6 +13,7 @@ from dit_video.video import decode, probe
 from dit_video.video.encode import TimedPicture, encode_jpeg, encode_timed
 from dit_video.video.reader import Video
 from dit_video.video.transcode import transcode
+from support.hdr_videos import NITS, compute_pq, encode_ramp
 
 LOSSLESS = {"codec": "libx264", "format": "mov", "options": {"qp": "0"}}
 
@@ -34,7 +35,7 @@ def read_times(content: bytes) -> list[float]:
     [
         {**LOSSLESS, "pixel_format": "yuv444p"},
         {**LOSSLESS, "pixel_format": "yuvj444p", "colorspace": 5, "color_range": 2},
-        {**LOSSLESS, "pixel_format": "yuv444p", "colorspace": 9, "color_primaries": 9, "color_trc": 16},
+        {**LOSSLESS, "pixel_format": "yuv444p", "colorspace": 9, "color_primaries": 9, "color_trc": 14},
         {**LOSSLESS, "pixel_format": "yuv444p", "sample_aspect_ratio": Fraction(2)},
         {"codec": "ffv1", "pixel_format": "yuv422p10le"},
         {"codec": "ffv1", "pixel_format": "yuva420p"},
@@ -54,6 +55,13 @@ def test_transcoded_pictures_are_those_of_decode(write_video, textured, kind):
         context = stream.codec_context
         assert (context.name, context.pix_fmt, context.colorspace, context.color_range) == ("h264", "yuv420p", 1, 1)
         assert stream.sample_aspect_ratio in (None, 1)
+
+
+def test_high_dynamic_range_becomes_standard():
+    content = encode_ramp(compute_pq(NITS), 16)
+    result = transcode(content, height=16, width=96, average_fps=8, crf=6)
+    assert probe(result).transfer == "sdr"
+    assert similarity(decode(result).frames, decode(content).frames) > 36
 
 
 def test_varying_times_are_kept(write_video, textured):

@@ -324,6 +324,7 @@ def _write(
     report = make_report(
         selection.infos,
         [verdicts[number].codec for number in selection.record_files],
+        [verdicts[number].transfer for number in selection.record_files],
         files=len(listing.clips) + len(listing.rejected),
         usable_files=len(sizes),
         bytes=sum(sizes),

@@ -52,6 +52,11 @@ class Inspection(NamedTuple):
         """Return the codec; empty if no shot is kept."""
         return self.shots[0].codec if self.shots else ""
 
+    @property
+    def transfer(self) -> str:
+        """Return the transfer function of the original file; empty if no shot is kept."""
+        return self.shots[0].transfer if self.shots else ""
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value for the journal, and for exchange between processes."""
         return {**self._asdict(), "shots": [dataclasses.asdict(shot) for shot in self.shots]}

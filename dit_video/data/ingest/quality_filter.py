@@ -67,6 +67,8 @@ class ScreeningConfig:
     min_sharpness: Threshold | None = None
     """Minimum variance of the Laplacian (levels²) of luma at 256 pixels of the longer side: 60 to 800 in 21 sharp
     clips, 4 to 40 in copies of eight clips that had been shrunk to 96×64 pixels."""
+    drop_hdr: bool = False
+    """True to drop HDR (PQ, HLG), which is mapped to standard dynamic range whenever it is decoded."""
     duplicates: int | None = None
     """Maximum number of bits of 64 in which the hashes of near-duplicates differ. `screen` computes the hashes, and
     `drop_duplicates` compares them. Start with 4: re-encoded, shrunk and brightened copies of eight clips differed
@@ -125,6 +127,8 @@ class Shot:
     """Width in pixels, as shown."""
     codec: str
     """Name of the video codec."""
+    transfer: str = "sdr"
+    """Transfer function: "sdr", or "pq" or "hlg" for HDR."""
     motion: float | None = None
     """Average change of luma in levels of 255 per second."""
     black: float | None = None
@@ -266,6 +270,8 @@ def _measure_shot(shot: Shot, frame_samples: Sequence[FrameSample], config: Scre
 
 def _find_exclusion(shot: Shot, config: ScreeningConfig) -> str | None:
     """Return the first rule that excludes a shot, with its value and its limit; None if the shot is kept."""
+    if config.drop_hdr and shot.transfer != "sdr":
+        return f"transfer function {shot.transfer!r} is HDR"
     is_image = shot.frames == 1 and shot.codec in IMAGE_CODECS
     letterbox_area = None if shot.letterbox is None else shot.letterbox.compute_area_share(shot.height, shot.width)
     rules: list[tuple[str, Threshold | None, str, Threshold | None, Threshold | None]] = [

@@ -162,7 +162,8 @@ def _map_shots(
         frames, seconds = len(shot_times), shot_times[-1] - shot_times[0]
         fps = after.fps if frames == after.frames else compute_average_fps(frames, seconds, after.fps)
         letterbox = None if shot.letterbox is None else _scale_borders(shot.letterbox, before, after)
-        facts = {**dataclasses.asdict(after), "frames": frames, "seconds": seconds, "fps": fps}
+        facts = dataclasses.asdict(after) | {"frames": frames, "seconds": seconds, "fps": fps}
+        facts["transfer"] = shot.transfer  # that of the original
         kept.append(dataclasses.replace(shot, **facts, start=shot_times[0], letterbox=letterbox))
     return tuple(kept), tuple(dropped)
 

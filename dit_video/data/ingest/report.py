@@ -81,7 +81,8 @@ class IngestReport:
     """Number of files or clips that were quarantined, dropped and rejected for each kind of reason (numbers and names
     removed)."""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Histograms of the usable clips (sizes, shapes, lengths, frames, rates) and of the usable files (codecs)."""
+    """Histograms of the usable clips (sizes, shapes, lengths, frames, rates) and of the usable files (codecs,
+    transfer functions before HDR was mapped to SDR)."""
     captions: Mapping[str, Any] = field(default_factory=dict)
     """`CaptionStatistics` of the usable clips."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -118,12 +119,15 @@ class IngestReport:
         return IngestReport(**fields)
 
 
-def make_report(infos: Sequence[ClipInfo], codecs: Iterable[str], **fields: Any) -> IngestReport:
+def make_report(
+    infos: Sequence[ClipInfo], codecs: Iterable[str], transfers: Iterable[str], **fields: Any
+) -> IngestReport:
     """Return the report of a data set.
 
     Args:
       infos: clips of the data set.
       codecs: codecs of its files.
+      transfers: transfer functions of its files.
       fields: all other fields of `IngestReport`.
     """
     reasons = {kind: _count_kinds(fields[kind]) for kind in ("quarantined", "dropped", "rejected") if fields[kind]}
@@ -143,6 +147,7 @@ def make_report(infos: Sequence[ClipInfo], codecs: Iterable[str], **fields: Any)
             "frames": _count_bins(((info.frames - 1).bit_length() for info in infos), _FRAME_BINS),
             "rates": _count_values(f"{info.fps:.4g} fps" for info in infos if info.frames > 1),
             "codecs": _count_values(codecs),
+            "transfers": _count_values(transfers),
         },
         captions=compute_caption_statistics([info.captions for info in infos]),
         **fields,

@@ -16,6 +16,7 @@ from dit_video.data.ingest.measures import Borders
 from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot, screen
 from dit_video.video import Clip, encode, probe
 from support.encoded_clips import encode_resized
+from support.hdr_videos import NITS, compute_hlg, compute_pq, encode_ramp
 
 MEASURE = ScreeningConfig(min_motion=0, max_black=1, max_frozen=1, max_letterbox=1, min_sharpness=0, duplicates=4)
 """Config with every measure and without limits."""
@@ -149,6 +150,15 @@ def test_shots_depend_on_timestamps(detector):
     assert (first.start, first.frames, first.seconds) == (0, 20, pytest.approx(0.76))
     assert (second.start, second.frames, second.seconds) == (pytest.approx(1.0), 10, pytest.approx(1.8))
     assert (first.fps, second.fps) == (pytest.approx(25), pytest.approx(5))
+
+
+def test_high_dynamic_range_is_told_and_dropped_on_demand():
+    for number, compute, transfer in ((16, compute_pq, "pq"), (18, compute_hlg, "hlg"), (1, compute_pq, "sdr")):
+        content = encode_ramp(compute(NITS), number)
+        (shot,) = screen(content, "v", ScreeningConfig()).shots
+        assert shot.transfer == transfer
+        dropped = screen(content, "v", ScreeningConfig(drop_hdr=True)).dropped
+        assert dropped == (() if transfer == "sdr" else (("v", f"transfer function '{transfer}' is HDR"),))
 
 
 def test_a_change_of_size_is_a_cut_and_without_cuts_an_error():

@@ -30,7 +30,7 @@ GIVEN = {
 
 
 def test_histograms_count_all_values():
-    report = make_report(INFOS, ["h264", "h264", "png", "vp9"], **GIVEN)
+    report = make_report(INFOS, ["h264", "h264", "png", "vp9"], ["sdr", "pq", "sdr", "sdr"], **GIVEN)
     assert (report.usable, report.frames, report.uncaptioned) == (4, 20_331, 1)
     assert report.seconds == pytest.approx(1 + 10 + 0 + 800)
     assert report.splits == {"train": 3, "test": 1}
@@ -48,6 +48,7 @@ def test_histograms_count_all_values():
         },
         "rates": {"30 fps": 2, "25 fps": 1},
         "codecs": {"h264": 2, "png": 1, "vp9": 1},
+        "transfers": {"sdr": 3, "pq": 1},
     }
     assert report.reasons == {
         "quarantined": {"video of N bytes is damaged at N s": 2},
@@ -61,7 +62,7 @@ def test_reasons_that_differ_only_in_numbers_and_names_are_grouped():
     names = ["a.mp4", "it's.mp4", 'say "x".mp4', "both'\".mp4", "\udce9.mp4", "a b\n日本.mp4"]
     rejected = [("x", f"links to {name!r}, {1.5 * number:g}e-05 of 1,000 bytes") for number, name in enumerate(names)]
     rejected += [("x", "ffmpeg doesn't read it and can't"), ("x", "convert it to H.264")]
-    report = make_report(INFOS, [], **{**GIVEN, "rejected": tuple(rejected), "files": 15})
+    report = make_report(INFOS, [], [], **{**GIVEN, "rejected": tuple(rejected), "files": 15})
     assert report.reasons["rejected"] == {
         "links to '…', N of N bytes": 6,
         "convert it to H.264": 1,
@@ -71,11 +72,11 @@ def test_reasons_that_differ_only_in_numbers_and_names_are_grouped():
 
 def test_counts_that_do_not_add_up_are_refused():
     with pytest.raises(AssertionError, match="9 files came in, and 8"):
-        make_report(INFOS, [], **{**GIVEN, "files": 9})
+        make_report(INFOS, [], [], **{**GIVEN, "files": 9})
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path):
-    report = make_report(INFOS, ["h264"], **GIVEN)
+    report = make_report(INFOS, ["h264"], ["sdr"], **GIVEN)
     report.write(tmp_path)
     again = IngestReport.read(tmp_path)
     assert dataclasses.replace(again, captions={}) == dataclasses.replace(report, captions={})
