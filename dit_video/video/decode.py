@@ -129,8 +129,15 @@ def probe(
     if not count:
         raise _make_no_frames_error(video.name, 0.0)
     fps = compute_average_fps(count, last_time, video.get_rate(count))
-    facts = {"height": size[0], "width": size[1], "codec": video.codec, "transfer": transfer}
-    return VideoInfo(**facts, frames=count, fps=fps, seconds=last_time)
+    return VideoInfo(
+        height=size[0],
+        width=size[1],
+        frames=count,
+        fps=fps,
+        seconds=last_time,
+        codec=video.codec,
+        transfer=transfer,
+    )
 
 
 def compute_average_fps(frames: int, last_time: float, container_fps: float) -> float:

@@ -1,19 +1,19 @@
 """Conversion of decoded frames to upright pictures in square pixels and full-range RGB of BT.709."""
 
 from fractions import Fraction
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import av
 import numpy as np
-from av.filter import Graph
 from av.sidedata.sidedata import SideData, SideDataContainer, Type
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt16
 
 from dit_video.core.errors import DecodeError
 from dit_video.core.resize import resize
 from dit_video.video.encode import ACCURATE_FLAGS
-from dit_video.video.filters import get_frame_format, make_filter_graph
+from dit_video.video.filters import make_filter_graph
+from dit_video.video.hdr import TRANSFERS, map_to_sdr
 from dit_video.video.reader import MAX_PIXELS, wrap_decode_errors
 
 RESIZE_FLAGS = ACCURATE_FLAGS & ~Interpolation.BICUBIC | Interpolation.BILINEAR
@@ -29,15 +29,6 @@ _COLORSPACES = {
     9: Colorspace.BT2020,
 }
 """Colour spaces by ISO/IEC 23091-2's number for matrix coefficients."""
-_HDR_TRANSFERS = {16: "pq", 18: "hlg"}
-"""Transfer functions of high dynamic range by ISO/IEC 23091-2's number (ITU-R BT.2100)."""
-_PRIMARIES = {1, 4, 5, 6, 7, 8, 9, 11, 12, 22}
-"""Primaries that ffmpeg converts, by ISO/IEC 23091-2's number; HDR without a number is taken for BT.2020."""
-_BT2020, _BT2020_MATRIX = 9, 9
-_TO_SDR = (
-    ("scale", f"out_transfer=bt709:out_primaries=bt709:out_range=full:flags={int(ACCURATE_FLAGS)}"),
-    ("format", "gbrp"),
-)
 _UNSUPPORTED = {8: "YCgCo", 10: "constant-luminance BT.2020", 11: "ST 2085", 12: "derived", 13: "derived", 14: "ICtCp"}
 """Matrix coefficients that ffmpeg's scaler does not support either."""
 _UNNAMED_SIDE_DATA = sorted(set(range(64)) - {kind.value for kind in Type})
@@ -77,7 +68,7 @@ def _read_display_matrix(frame: av.VideoFrame) -> SideData | None:
 
 def get_transfer(frame: av.VideoFrame) -> str:
     """Return the transfer function of a frame: "pq", "hlg", or "sdr" for all others."""
-    return _HDR_TRANSFERS.get(int(frame.color_trc), "sdr")
+    return TRANSFERS.get(int(frame.color_trc), "sdr")
 
 
 def compute_display_size(frame: av.VideoFrame, sample_aspect: Fraction, name: str) -> tuple[int, int]:
@@ -116,8 +107,6 @@ class RgbConverter:
     def __init__(self, name: str, sample_aspect: Fraction, size: tuple[int, int] | None):
         self._name, self._aspect, self._size = name, sample_aspect, size
         self._reformatter, self._stored_size = VideoReformatter(), (0, 0)
-        self._tone_mapper: Graph | None = None
-        self._tone_mapper_format: tuple[Any, ...] = ()
 
     def __call__(self, frame: av.VideoFrame, time: float) -> UInt8[np.ndarray, "H W 3"]:
         """Convert a frame that is shown at `time`, in seconds.
@@ -143,32 +132,17 @@ class RgbConverter:
         """Return the picture before it is made upright."""
         if is_transparent(frame):
             image = blend_over_black(self._reformat(frame, "gbrap"))
-        elif get_transfer(frame) != "sdr":
-            image = self._map_to_sdr(frame)
+        elif (transfer := get_transfer(frame)) != "sdr":
+            return map_to_sdr(self._reformat(frame, "gbrp16le", height, width), transfer, int(frame.color_primaries))
         elif frame.format.is_rgb:
             image = self._reformat(frame, "gbrp")
         else:  # swscale resizes YUV without converting it, with no more rounding than `core.resize`.
             return self._reformat(frame, "gbrp", height, width)
         return resize(image[None], height, width)[0]
 
-    def _map_to_sdr(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the picture that a display of standard dynamic range shows.
-
-        Diffuse white, 203 cd/m², becomes 255, brighter values are clipped, and darker ones have the display light of
-        the original (ITU-R BT.2408, BT.1886).
-        """
-        if int(frame.color_primaries) not in _PRIMARIES:
-            frame.color_primaries = _BT2020
-        if int(frame.colorspace) not in _COLORSPACES and not frame.format.is_rgb:
-            frame.colorspace = _BT2020_MATRIX
-        if self._tone_mapper is None or self._tone_mapper_format != get_frame_format(frame):
-            self._tone_mapper, self._tone_mapper_format = make_filter_graph(frame, *_TO_SDR), get_frame_format(frame)
-        self._tone_mapper.vpush(frame)
-        return self._tone_mapper.vpull().to_ndarray()
-
     def _reformat(
         self, frame: av.VideoFrame, format: str, height: int | None = None, width: int | None = None
-    ) -> UInt8[np.ndarray, "H W C"]:
+    ) -> UInt8[np.ndarray, "H W C"] | UInt16[np.ndarray, "H W C"]:
         is_same_size = (height or frame.height, width or frame.width) == (frame.height, frame.width)
         full_range = is_full_range(frame)
         if frame.format.name.startswith("gray") and not full_range:
@@ -199,6 +173,8 @@ class RgbConverter:
                 f"{self._name} has colours in {_UNSUPPORTED[space]}, which ffmpeg can't convert; "
                 "convert the file to BT.709"
             )
+        if space not in _COLORSPACES and get_transfer(frame) != "sdr":
+            return Colorspace.BT2020
         if space not in _COLORSPACES:
             # Players' assumption (mpv's mp_csp_guess_colorspace): high definition is BT.709, the rest BT.601.
             space = _BT709 if frame.width >= 1280 or frame.height > 576 else _BT601

@@ -14,7 +14,6 @@ from dit_video.core.resize import resize
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
 from dit_video.video.to_rgb import blend_over_black
-from support.hdr_videos import NITS, compute_hlg, compute_pq, encode_ramp
 
 FLAGS = "accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
 MATRICES = {"bt601": 6, "bt709": 1, "bt2020": 9}
@@ -397,24 +396,3 @@ def test_progressive_frames_among_interlaced_ones_stay_as_they_are(write_video, 
 
 
 MPEG2 = {"flags": "+ilme+ildct", "qmin": "1", "qmax": "2", "bf": "0", "b": "20M"}
-
-
-@pytest.mark.parametrize("tagged", [True, False], ids=["BT.2020", "no primaries"])
-@pytest.mark.parametrize(("transfer", "number", "compute"), [("pq", 16, compute_pq), ("hlg", 18, compute_hlg)])
-def test_high_dynamic_range_has_the_display_light_of_the_original_up_to_diffuse_white(
-    transfer, number, compute, tagged
-):
-    content = encode_ramp(compute(NITS), number, tagged=tagged)
-    assert probe(content).transfer == transfer
-    expected = 255 * np.minimum(NITS / 203, 1) ** (1 / 2.4)  # BT.1886
-    for size in (None, Grid(1, 8, 96)):
-        bars = decode(content, size=size).frames[0, 4, 4::8].astype(int)
-        assert np.abs(bars - expected[:, None]).max() <= 3
-
-
-def test_standard_dynamic_range_is_not_mapped():
-    contents = [encode_ramp(np.linspace(0, 1, 12), number) for number in (1, 14)]
-    assert [probe(content).transfer for content in contents] == ["sdr", "sdr"]
-    bars = [decode(content).frames[0, 4, 4::8].astype(int) for content in contents]
-    for each in bars:
-        assert np.abs(each - np.linspace(0, 255, 12)[:, None]).max() <= 1

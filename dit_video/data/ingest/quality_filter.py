@@ -251,8 +251,8 @@ def _make_part_shot(name: str, analyzer: _FileAnalyzer, span: Span) -> Shot:
     facts, start, frames = analyzer.facts, analyzer.times[span.first], span.stop - span.first
     seconds = analyzer.times[span.stop - 1] - start
     fps, (height, width) = compute_average_fps(frames, seconds, facts.fps), analyzer.get_size(span.first)
-    changes = {"start": start, "frames": frames, "fps": fps, "seconds": seconds, "height": height, "width": width}
-    return dataclasses.replace(_make_whole_shot(name, facts), **changes)
+    whole = dataclasses.replace(_make_whole_shot(name, facts), height=height, width=width)
+    return dataclasses.replace(whole, start=start, frames=frames, fps=fps, seconds=seconds)
 
 
 def _measure_shot(shot: Shot, frame_samples: Sequence[FrameSample], config: ScreeningConfig) -> Shot:

@@ -108,8 +108,8 @@ def reencode(
       UserError: the folder cannot be written.
     """
     is_image = facts.frames == 1 and facts.codec in IMAGE_CODECS
-    pixels = max(each.height * each.width for each in (facts, *shots))
-    is_large = config.max_pixels is not None and pixels > config.max_pixels
+    pixels = [facts.height * facts.width, *(shot.height * shot.width for shot in shots)]
+    is_large = config.max_pixels is not None and max(pixels) > config.max_pixels
     is_fast = config.fps is not None and facts.frames > 1 and facts.fps > config.fps * FPS_TOLERANCE
     if not is_large and not is_fast:
         return None
