@@ -3,7 +3,7 @@
 import functools
 import os
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +93,7 @@ def list_folder(scan: FolderScan, options: ListingOptions) -> Listing:
       MissingError: the list that the options name does not exist.
     """
     lists = find_lists(scan) if options.list_path is None else [_get_list(scan, options.list_path)]
-    loose, unlisted, rejected = _list_loose_clips(scan, lists)
+    loose, unlisted, rejected = _list_loose_clips(scan, {each.scope for each in lists})
     if not lists and (other := _choose_other_list(scan, options.columns, loose)) is not None:
         lists, loose, unlisted, rejected = [other], [], [], []
     table, by_base = ClipTable({}, [], is_merged=len(lists) > 1), _index_by_base(scan)
@@ -101,7 +101,8 @@ def list_folder(scan: FolderScan, options: ListingOptions) -> Listing:
         find_name = functools.partial(_find_name, scan, by_base, posixpath.dirname(each.name))
         table.add(each.name, each.read_rows(scan.source, options.columns), find_name)
     clips, table_rejected = find_clips(table, lambda name: _find_clip(scan, name))
-    unlisted += [name for name in scan.media if name not in table.rows and _is_covered(name, lists)]
+    scopes = {each.scope for each in lists}
+    unlisted += [name for name in scan.media if name not in table.rows and _is_covered(name, scopes)]
     return make_listing(
         scan.source,
         "folder",
@@ -117,24 +118,26 @@ def _get_list(scan: FolderScan, name: str) -> ClipList:
     return ClipList(name)
 
 
-def _is_covered(name: str, lists: Sequence[ClipList]) -> bool:
-    return any(not each.scope or name.startswith(f"{each.scope}/") for each in lists)
+def _is_covered(name: str, scopes: Collection[str]) -> bool:
+    """Return whether a file lies in one of these folders or below one of them."""
+    folder = posixpath.dirname(name)
+    while folder and folder not in scopes:
+        folder = posixpath.dirname(folder)
+    return folder in scopes
 
 
-def _list_loose_clips(
-    scan: FolderScan, lists: Sequence[ClipList]
-) -> tuple[list[ListedClip], list[str], list[Rejection]]:
+def _list_loose_clips(scan: FolderScan, scopes: Collection[str]) -> tuple[list[ListedClip], list[str], list[Rejection]]:
     """Return the clips that no list is about, with captions in files next to them; files left out; and rejections."""
     clips: list[ListedClip] = []
     rejected: list[Rejection] = []
-    media = [name for name in scan.media if not _is_covered(name, lists)]
+    media = [name for name in scan.media if not _is_covered(name, scopes)]
     caption_files, used_names = _find_caption_files(scan), set(media)
     for name in media:
         caption_names = [*caption_files.get(os.path.splitext(name)[0], ()), *caption_files.get(name, ())]
         used_names.update(caption_names)
         with reject_unusable(rejected, name):
             clips.append(scan.make_clip(name, _read_captions(scan, caption_names)))
-    return clips, [name for name in scan.files if name not in used_names and not _is_covered(name, lists)], rejected
+    return clips, [name for name in scan.files if name not in used_names and not _is_covered(name, scopes)], rejected
 
 
 def _choose_other_list(scan: FolderScan, columns: ListColumns, clips: Sequence[ListedClip]) -> ClipList | None:

@@ -10,6 +10,7 @@ otherwise a quote that is never closed would swallow all following rows. (The la
 are then parsed as rows, and each of them is rejected on its own.)
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -94,10 +95,21 @@ def read_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
     if not path.is_file():
         raise UserError(f"{path} is not a regular file; write the list into a regular file")
     readers = {".csv": _read_csv_rows, ".parquet": _read_parquet_rows, ".json": _read_json_rows}
-    try:
+    with _convert_read_errors(path):
         yield from readers.get(path.suffix.lower(), _read_json_line_rows)(path, columns)
+
+
+@contextlib.contextmanager
+def _convert_read_errors(path: Path) -> Iterator[None]:
+    """Turn the error that a list cannot be read into one for the user."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
+
+
+def _read_text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8-sig", "surrogateescape")
 
 
 def read_paired_rows(names: Path, texts: Path) -> Iterator[ListRow]:
@@ -108,11 +120,8 @@ def read_paired_rows(names: Path, texts: Path) -> Iterator[ListRow]:
     """
     lines = []
     for path in (names, texts):
-        try:
-            content = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
-        lines.append(content.rstrip().split("\n"))
+        with _convert_read_errors(path):
+            lines.append(_read_text(path).rstrip().split("\n"))
     counts = [len(each) for each in lines]
     if counts[0] != counts[1]:
         rule = f"{names} has {counts[0]} lines, {texts} has {counts[1]}"
@@ -161,7 +170,7 @@ def _find_columns(path: Path, header: Sequence[str], columns: ListColumns) -> _C
 
 
 def _read_csv_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    text = _read_text(path)
     rows = _parse_csv(list(io.StringIO(text, newline="")))  # newline="" keeps line ends inside quoted captions
     _, first = next(rows, (1, []))
     header = [column.strip() for column in first] if isinstance(first, list) else []
@@ -230,7 +239,7 @@ def _read_json_line_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
 
 def _read_json_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
+        rows = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); write a list of objects") from error
     if not isinstance(rows, list):
