@@ -1,11 +1,15 @@
 """Distill a model into a few-step student, sample it and compare it with its teacher in a report.
 
-The teacher is the folder of a run or of a pipeline. A run has its own clips; for the pipeline of rendered shapes, clips
-are rendered; any other pipeline needs --data, as in `train.py`. The student starts from the teacher's weights and
-learns to match its guided samples without guidance:
+The teacher is the folder of a run, of a pipeline, or of open weights in diffusers' layout. A run has its own clips; for
+the pipeline of rendered shapes, clips are rendered; all others need --data, as in `train.py`. The student starts from
+the teacher's weights and learns to match its guided samples without guidance:
 
     --method consistency    map any point of the teacher's trajectory to its end (latent consistency)
     --method dmd            match the distribution of the teacher's samples (DMD2, without its discriminator)
+
+A student of open weights is an adapter (LoRA), and so is the critic of DMD: the teacher's weights are in memory once.
+`--train full` trains all weights of copies instead, and `--train lora` the adapter of any teacher.
+WORKDIR/pytorch_lora_weights.safetensors is the adapter, for `load_lora` and diffusers.
 
 WORKDIR/pipeline is the student, with 4 sampling steps; sample it with `dit_video.load(WORKDIR)` or `sample.py`. For the
 rendered shapes, WORKDIR/few_steps.json and the report compare how well teacher and student follow prompts and how much
@@ -37,6 +41,7 @@ from dit_video.distributed.processes import main_process_first
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.experiment import datasets
+from dit_video.experiment.export import LORA_FILE
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run
@@ -55,10 +60,11 @@ class Arguments:
 
         python experiments/distill.py experiments/pretrained/shapes --method dmd --steps 150 --batch 4
         python experiments/distill.py runs/mine --method consistency --workdir runs/mine-few
+        python experiments/distill.py Wan2.1-T2V-1.3B-Diffusers --data CLIPS --method dmd
     """
 
     teacher: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TEACHER")]
-    """Folder of the teacher: a run or a pipeline."""
+    """Folder of the teacher: a run, a pipeline, or open weights in diffusers' layout."""
     workdir: Path = Path("runs/distilled")
     """Folder of the student's run."""
     data: tuple[str, ...] = ()
@@ -92,15 +98,15 @@ def main() -> None:
     if arguments.data:
         datasets.check_datasets(arguments.data)  # fail before the run's folder is created
     elif not is_shapes and not (arguments.teacher / CONFIG).is_file():
-        raise UserError(f"{arguments.teacher} is a pipeline, which has no clips of its own; use --data CLIPS")
+        raise UserError(f"{arguments.teacher} has no clips of its own; use --data CLIPS")
     launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
     with open_run(Run, arguments.workdir, experiment, **launch) as run:
         with main_process_first():
             data = arguments.data or _get_data(arguments)
         student = run.train(*data)
-        teacher = dit_video.load(arguments.teacher, mesh=run.runtime.sampling_mesh)
         evaluation = evaluate.evaluate(student, run.folder, seed=experiment.seed, clips=run.evaluation_clips())
         if is_shapes and arguments.seeds:
+            teacher = dit_video.load(arguments.teacher, mesh=run.runtime.sampling_mesh)
             evaluation.metrics["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)
     if not is_first_process():
         return
@@ -112,6 +118,8 @@ def main() -> None:
         source=run.folder,
         config=config_json.to_json(experiment),
     )
+    if (run.folder / LORA_FILE).is_file():
+        print(run.folder / LORA_FILE)
     print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {run.folder / 'report.html'}")
 
 

@@ -1,13 +1,13 @@
 """Fine-tune open weights on a folder of clips, sample the result and write its report.
 
-MODEL is a folder of Wan in the diffusers layout (2.1 T2V 1.3B or 14B, I2V 14B, 2.2 TI2V 5B, T2V or I2V A14B). CLIPS is
-the same as for `train.py`: a folder of video files with a `metadata.csv`, or a data set. The autoencoder, the text
-encoder and the image encoder are frozen: clips, captions and first frames are encoded once, then the transformer is
-trained:
+MODEL is a folder of Wan (2.1 T2V 1.3B or 14B, I2V 14B, 2.2 TI2V 5B, T2V or I2V A14B) or of LTX-Video 0.9 in the
+diffusers layout. CLIPS is the same as for `train.py`: a folder of video files with a `metadata.csv`, or a data set. The
+autoencoder, the text encoder and the image encoder are frozen: clips, captions and first frames are encoded once, then
+the transformer is trained:
 
     --train lora        LoRA adapters only (--lora.rank 16, --lora.targets …); pytorch_lora_weights.safetensors in the
                         run's folder can be loaded with diffusers' load_lora_weights(RUN) and with ComfyUI
-    --train full        all weights; RUN/transformer can be loaded with diffusers' WanTransformer3DModel
+    --train full        all weights; RUN/transformer can be loaded with diffusers' class of the model
     --train temporal    only the temporal layers, for models that have them
     --train scratch     all weights, from random initialization
 
@@ -59,10 +59,11 @@ class Arguments:
 
         python experiments/finetune.py Wan2.1-T2V-1.3B-Diffusers --data CLIPS --workdir runs/mine
         python experiments/finetune.py Wan2.2-T2V-A14B-Diffusers --data CLIPS --train full --expert low
+        python experiments/finetune.py LTX-Video --data CLIPS --workdir runs/ltx
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a Wan model in the diffusers layout."""
+    """Folder of a model of Wan or LTX-Video in the diffusers layout."""
     data: tuple[str, ...]
     """Folders of clips, or data sets written by tools/ingest.py."""
     workdir: Path | None = None

@@ -4,7 +4,6 @@ from dit_video.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
-import re
 import sys
 import time
 from pathlib import Path
@@ -14,17 +13,17 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder, such as a test
 
+from picture_options import PictureOptions
 from sampling_options import SamplingOptions
 
-from dit_video.core.command_line import check_minimum, parse_arguments
+from dit_video.core.command_line import check_minimum, parse_arguments, parse_size
 from dit_video.core.errors import UserError, script
 from dit_video.evaluation import evaluate
-from dit_video.tokens import Grid
+from dit_video.generation.request_file import read_requests
 from dit_video.training.hooks.logging import Progress
-from dit_video.video.decode import decode
 from dit_video.video.encode import FORMATS
 
-_DEFAULTS = SamplingOptions()
+_DEFAULTS, _NO_PICTURES = SamplingOptions(), PictureOptions()
 
 
 def main(
@@ -34,9 +33,8 @@ def main(
     prompts: Path | None = None,
     size: str | None = None,
     seed: int | None = None,
-    negative: str = "",
-    image: Path | None = None,
-    last_image: Path | None = None,
+    negative: str | None = None,
+    pictures: Annotated[PictureOptions, tyro.conf.arg(name="")] = _NO_PICTURES,
     text_encoder: Path | None = None,
     options: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _DEFAULTS,
 ) -> None:
@@ -49,17 +47,17 @@ def main(
         python experiments/sample.py RUN --prompt "…" --sampler unipc --steps 12 --rescale 0.7 --out clip.mp4
         python experiments/sample.py RUN --prompts prompts.json --out samples/
         python experiments/sample.py Wan2.1-I2V-14B-480P-Diffusers --prompt "…" --image first.png --out clip.mp4
+        python experiments/sample.py RUN --prompt "…" --conditions first.png@0 middle.png@40@0.8 --out clip.mp4
 
     Args:
         run: Folder of a run, a pipeline or open weights.
         out: File to write with --prompt (mp4, webm, gif, apng; png for one frame), or folder to write with --prompts.
         prompt: Description of the clip.
-        prompts: JSON file with a list of {prompt, frames, height, width, seed}.
+        prompts: JSON file with a list of {prompt, frames, height, width, seed, image, …}; see docs/evaluation.md.
         size: Number of frames, height and width, such as 17x32x48; the training size by default.
         seed: Seed of the noise; 0 by default.
-        negative: Negative prompt, which guidance steers away from.
-        image: First frame of the clip, for image-to-video models: an image, or a video whose first frame is used.
-        last_image: Last frame of the clip, for models that accept one.
+        negative: Negative prompt, which guidance steers away from; the model's own by default, none if "".
+        pictures: Images and clips that the clip keeps or follows, in models that accept them.
         text_encoder: Folder of the model's frozen text encoder, if it has been moved.
         options: Weights and sampling.
     """
@@ -68,12 +66,15 @@ def main(
     check_minimum(0, seed=seed)
     start_time = time.perf_counter()
     if prompts is not None:
-        if any(option not in (None, "") for option in (size, seed, negative, image, last_image)):
-            raise UserError("--size, --seed, --negative, --image and --last-image need --prompt; drop them")
-        requests = evaluate.read_requests(prompts)
+        if any(option is not None for option in (size, seed, negative)) or pictures != _NO_PICTURES:
+            raise UserError(
+                "--size, --seed, --negative, --image and other pictures need --prompt; put them in the list"
+            )
+        requests = read_requests(prompts)
     elif out.suffix.lower().removeprefix(".") not in FORMATS:
         raise UserError(f"--out {out} has no known suffix; use one of .{', .'.join(FORMATS)}")
     grid = None if size is None else parse_size(size)
+    request_pictures = pictures.read()  # a file that cannot be read is refused before weights are
     pipeline = options.load_pipeline(run, text_encoder=text_encoder)
     overrides = options.make_overrides(pipeline)
     if prompts is not None:
@@ -81,31 +82,10 @@ def main(
             evaluate.write_samples(pipeline, requests, out, progress=progress.update, **overrides)
         print(f"{len(requests)} clips in {out}")
         return
-    frame = (grid or pipeline.config.size)._replace(t=1)
-    first, last = (None if path is None else decode(path, size=frame) for path in (image, last_image))
-    clip = pipeline.generate(
-        str(prompt),
-        size=grid,
-        seed=seed or 0,
-        negative=negative,
-        image=first,
-        last_image=last,
-        **overrides,
-    )
+    clip = pipeline.generate(str(prompt), size=grid, seed=seed or 0, negative=negative, **request_pictures, **overrides)
     seconds = time.perf_counter() - start_time
     clip.save(out)
     print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}, {seconds:.1f} s including loading")
-
-
-def parse_size(text: str) -> Grid:
-    """Parse a size such as `17x32x48` as frames, height and width.
-
-    Raises:
-      UserError: for any other text.
-    """
-    if not re.fullmatch(r"\d+x\d+x\d+", text):
-        raise UserError(f"--size {text} is invalid: it must be FRAMESxHEIGHTxWIDTH. Use --size 17x32x48")
-    return Grid(*map(int, text.split("x")))
 
 
 if __name__ == "__main__":

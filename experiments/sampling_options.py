@@ -1,12 +1,16 @@
 """Options that the commands share that sample a trained model."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dit_video
-from dit_video.core.command_line import check_minimum
+from dit_video.core.command_line import check_minimum, parse_memory
+from dit_video.core.errors import MissingError
+from dit_video.core.offload import OFFLOADS
 from dit_video.distributed.mesh import parse_mesh
+from dit_video.families.family import Dtype
 from dit_video.nn.attention import BackendName
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.platform.compilation_cache import enable_compilation_cache
@@ -22,12 +26,22 @@ class SamplingOptions:
     """Guidance scale, where 1 disables guidance; the model's own by default."""
     sampler: str | None = None
     """Name of the sampler, such as euler, heun, unipc, dpm++2m or ddim; the model's own by default."""
+    shift: float | None = None
+    """Shift of the times towards noise, such as 5 for distilled models; that of training by default."""
+    times: tuple[float, ...] | None = None
+    """Falling times at which the steps start, from at most 1 (noise) to above 0, instead of a number of steps."""
     interval: tuple[float, float] | None = None
     """Range of times in which guidance is applied, from 0 (data) to 1 (noise)."""
     rescale: float | None = None
     """Share, from 0 to 1, by which guided predictions get the standard deviation of those without guidance."""
     projected: bool | None = None
     """Adaptive projected guidance: drop the part that is parallel to the prediction and causes oversaturation."""
+    zero_star: bool | None = None
+    """CFG-Zero*: scale the unconditional prediction to the best length, and let the first step change nothing."""
+    skip_layers: tuple[int, ...] = ()
+    """Numbers of the layers that skip-layer guidance skips in a further prediction, which samples are led away from."""
+    lora: tuple[str, ...] = ()
+    """LoRA files to attach, each FILE, FILE@SCALE or FILE@SCALE@EXPERT (backbone or low_noise, of two experts)."""
     ema: float | None = None
     """Decay of the weight average to load from a run; 0 loads the raw weights."""
     sigma_rel: float | None = None
@@ -36,6 +50,14 @@ class SamplingOptions:
     """Devices that sample together, such as data=2,context=4 for branches of guidance and tokens; one by default."""
     attention: BackendName | None = None
     """Backend of attention instead of the model's own; auto takes the best one for the devices."""
+    dtype: Dtype | None = None
+    """Dtype of matrix products of open weights, bfloat16 by default; that of a run is its own."""
+    text_dtype: Dtype | None = None
+    """Dtype of the text encoder of open weights; that of the denoiser by default."""
+    offload: Literal["auto", "stages", "layers", "none"] = "auto"
+    """Weights in host memory: all but those of the current stage, also all layers but one, or none; auto: by model."""
+    decode_memory: str | None = None
+    """Memory that decoding may take besides the autoencoder, such as 8GiB; 60 % of the device's by default."""
     cache: bool = True
     """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
 
@@ -43,18 +65,48 @@ class SamplingOptions:
         """Load the pipeline of a run, a pipeline folder or open weights with the chosen weights.
 
         Raises:
-          UserError: a number of steps below 1, a mesh that is not AXIS=SIZE,…, or what `dit_video.load` refuses.
+          UserError: a number of steps below 1, a mesh that is not AXIS=SIZE,…, an adapter that does not fit, or what
+            `dit_video.load` refuses.
         """
         check_minimum(1, steps=self.steps)
+        adapters = [_parse_lora(text) for text in self.lora]
         if self.cache:
             enable_compilation_cache()
         mesh = None if self.mesh is None else parse_mesh(self.mesh)
         options: dict[str, Any] = {"ema": self.ema, "sigma_rel": self.sigma_rel, "attention": self.attention}
-        return dit_video.load(run, text_encoder=text_encoder, mesh=mesh, **options)
+        options |= {"dtype": self.dtype, "text_dtype": self.text_dtype, "offload": OFFLOADS.get(self.offload, "auto")}
+        memory = None if self.decode_memory is None else parse_memory(self.decode_memory)
+        pipeline = dit_video.load(run, text_encoder=text_encoder, mesh=mesh, **options)
+        if memory is not None:
+            pipeline = pipeline.with_decoding(memory=memory)
+        for file, scale, expert in adapters:
+            pipeline = pipeline.load_lora(file, scale, expert=expert)
+        return pipeline
 
     def make_overrides(self, pipeline: Pipeline) -> dict[str, Any]:
-        """Return the arguments `steps`, `guidance` and `sampler` of the pipeline's methods."""
+        """Return the arguments of the pipeline's methods that replace values of its own sampling."""
         guidance = pipeline.config.sampling.override_guidance(
-            scale=self.guidance, interval=self.interval, rescale=self.rescale, projected=self.projected
+            scale=self.guidance,
+            interval=self.interval,
+            rescale=self.rescale,
+            projected=self.projected,
+            zero_star=self.zero_star,
+            skip_layers=self.skip_layers,
         )
-        return {"steps": self.steps, "guidance": guidance, "sampler": self.sampler}
+        options: dict[str, Any] = {"steps": self.steps, "sampler": self.sampler, "shift": self.shift}
+        return {"guidance": guidance, "times": self.times, **options}
+
+
+def _parse_lora(text: str) -> tuple[Path, float, Any]:
+    """Return the file, scale and expert of an adapter.
+
+    Raises:
+      MissingError: no such file.
+      UserError: a text that is not of its form.
+    """
+    match = re.fullmatch(r"(.+?)(?:@(-?\d*\.?\d+)(?:@(backbone|low_noise))?)?", text)
+    assert match is not None  # any text is at least the name of a file
+    file, scale, expert = match.groups()
+    if not Path(file).exists():
+        raise MissingError(f"no such file: {file} of --lora {text}; use FILE, FILE@SCALE or FILE@SCALE@EXPERT")
+    return Path(file), float(scale or 1), expert or "backbone"

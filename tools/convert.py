@@ -56,7 +56,8 @@ def main(
                 f"{source} is a whole diffusers pipeline, which cannot be converted at once; convert each part: {parts}"
             )
         check_destination(destination)
-        dit_video.load(source).save(destination, dtype=dtype or "float32")
+        # In float32, so that nothing is rounded on the way.
+        dit_video.load(source, dtype="float32").save(destination, dtype=dtype or "float32")
     else:
         convert(source, destination, layout=to, dtype=cast)
     files = [destination] if destination.is_file() else [path for path in destination.rglob("*") if path.is_file()]

@@ -25,6 +25,7 @@ from dit_video.data.latents.offline import (
 )
 from dit_video.data.latents.views import Augmentations
 from dit_video.data.sizes import SizeLimits
+from dit_video.data.usable_clips import ClipRequirements, select_usable
 from dit_video.encoders.image import FrozenImageEncoder
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import DataConfig
@@ -159,7 +160,8 @@ def _prepare_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
     else:
         clips = open_datasets(data)
         clips = clips.exclude({info.name for info in clips.infos} & set(run.experiment.data.held_out))
-    return run.encoding(), clips.select_split("train")
+        clips = _select_usable(clips.select_split("train"), run.experiment.requirements, run.experiment.data)
+    return run.encoding(), clips
 
 
 def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
@@ -189,7 +191,17 @@ def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, 
         image_identity="" if images is None else images.identity,
         cond_latents=frames is not None and frames.rest == "grey",
     )
-    return encoding, open_datasets(data)
+    requirements = ClipRequirements(limits=encoding.augmentations.list_limits(encoding.limits))
+    return encoding, _select_usable(open_datasets(data), requirements, settings)
+
+
+def _select_usable(clips: ClipSource, requirements: ClipRequirements, data: DataConfig) -> ClipSource:
+    """Return the clips that can be encoded, and print those that cannot."""
+    selected = select_usable(clips, requirements)
+    selected.check(data.max_excluded_share)
+    if selected.excluded:
+        print(selected.describe())
+    return selected.clips
 
 
 def _set_text_encoder(encoding: Encoding, folder: Path | None, max_tokens: int | None) -> Encoding:

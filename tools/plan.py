@@ -6,6 +6,7 @@
     python tools/plan.py experiments/configs/clips.py --topology h100:8          # analytic, unless 8 H100 are present
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5e:4x4 --of sampler
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology h100:1 --of sampler --fit 24GiB
+    python tools/plan.py Wan2.1-T2V-1.3B-Diffusers --topology v5p:2x2x1 --of sampler --size 81x480x832 --offload layers
     python tools/plan.py --calibrate
 
 The report says whether the step fits, the bytes on each device (parameters, optimizer, EMA, activations, temporary
@@ -15,6 +16,9 @@ install libtpu) but no TPU. For GPUs that are not present, everything is compute
 `--suggest` searches meshes, rows and rematerialization; `--fit` searches the options that make the step fit into a
 memory. `--calibrate` measures this machine's devices, and later plans for such chips expect what was measured. `--set`
 changes any scalar of the config: `--set denoiser.backbone.layers=20`.
+
+Of a pipeline's folder, of which only the JSON files are read, the memory of each stage of sampling on one device is
+reported.
 """
 
 from dit_video.platform.scripts import prepare_script
@@ -37,9 +41,10 @@ if "JAX_PLATFORMS" not in os.environ and not is_measured:
 sys.path.insert(0, str(Path(__file__).parent))
 
 from benchmarks.settings import read_setting, replace_field
-from dit_video.core.command_line import ArgumentParser, check_minimum
+from dit_video.core.command_line import ArgumentParser, check_minimum, parse_memory, parse_size
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
+from dit_video.core.offload import OFFLOADS
 from dit_video.distributed.mesh import parse_mesh
 from dit_video.distributed.planner import (
     CHIPS,
@@ -51,7 +56,8 @@ from dit_video.distributed.planner import (
 )
 from dit_video.distributed.planner.calibrate import calibrate
 from dit_video.experiment import Experiment
-from dit_video.planning import fit, parse_memory, plan_experiment, suggest
+from dit_video.families.family import DTYPES, LoadOptions
+from dit_video.planning import fit, plan_experiment, plan_pipeline, suggest
 
 
 def main() -> None:
@@ -61,6 +67,9 @@ def main() -> None:
         print(f"written to {calibrate(report=_print_progress).write(folder)}")
         return
     check_arguments(arguments)
+    if arguments.config.is_dir():
+        plan_folder(arguments, folder)
+        return
     topology, calibration = find_topology(arguments.topology, folder)
     experiment = read_experiment(arguments.config, arguments.set, rows=arguments.rows)
     if arguments.mesh is not None:
@@ -81,13 +90,30 @@ def main() -> None:
     print(result)
 
 
+def plan_folder(arguments: Any, calibrations: Path) -> None:
+    """Plan the sampling of a pipeline's folder on one device.
+
+    Raises:
+      UserError: options of plans of an experiment.
+    """
+    if arguments.of != "sampler":
+        raise UserError(f"--of {arguments.of} is invalid for a folder, whose sampling is planned; use --of sampler")
+    topology, _ = find_topology(arguments.topology, calibrations)
+    options = LoadOptions(dtype=arguments.dtype, text_dtype=arguments.text_dtype, offload=OFFLOADS[arguments.offload])
+    size = None if arguments.size is None else parse_size(arguments.size)
+    plan = plan_pipeline(arguments.config, topology, size=size, options=options)
+    if arguments.json is not None:
+        write_json(arguments.json, plan.to_json())
+    print(plan)
+
+
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "config",
         type=Path,
         nargs="?",
-        help="Config file of an experiment, such as experiments/configs/wan_1_3b_480p.py.",
+        help="Config file of an experiment, such as experiments/configs/wan_1_3b_480p.py, or a pipeline's folder.",
     )
     parser.add_argument(
         "--topology",
@@ -107,6 +133,10 @@ def make_parser() -> ArgumentParser:
         "--measure", action="store_true", help="Run a step and report the devices' memory, if they are present."
     )
     parser.add_argument("--suggest", action="store_true", help="Search mesh, rows (unless --rows is set) and remat.")
+    parser.add_argument("--size", help="Folders: size of the clip, such as 81x480x832; the pipeline's own by default.")
+    parser.add_argument("--offload", choices=tuple(OFFLOADS), default="stages", help="Folders: weights in host memory.")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="Folders: dtype of matrix products.")
+    parser.add_argument("--text-dtype", choices=DTYPES, help="Folders: that of the text encoder; the same by default.")
     parser.add_argument("--fit", metavar="SIZE", help="Search the options that fit into a memory such as 24GiB.")
     parser.add_argument("--tries", type=int, default=4, help="Number of candidates that a search compiles.")
     parser.add_argument("--calibrate", action="store_true", help="Measure this machine's devices for later plans.")

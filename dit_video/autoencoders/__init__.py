@@ -12,8 +12,15 @@ from dit_video.autoencoders.identity import IdentityConfig
 from dit_video.autoencoders.image_blocks import ImageLevels
 from dit_video.autoencoders.image_vae import ImageVaeConfig
 from dit_video.autoencoders.inflate import InflatedConfig, inflate
-from dit_video.autoencoders.interface import Autoencoder, AutoencoderConfig, NoisyAutoencoderConfig, latent_grid
+from dit_video.autoencoders.interface import (
+    Autoencoder,
+    AutoencoderConfig,
+    NoisyAutoencoderConfig,
+    SymmetricAutoencoderConfig,
+    latent_grid,
+)
 from dit_video.autoencoders.linear import LinearAutoencoder, fit_linear
+from dit_video.autoencoders.ltx_vae import LtxVaeConfig
 from dit_video.autoencoders.objective import AutoencoderObjective
 from dit_video.autoencoders.patch_vae import PatchVaeConfig, init_from_linear
 from dit_video.autoencoders.quantizer import CodebookConfig

@@ -70,6 +70,21 @@ class NoisyAutoencoderConfig(AutoencoderConfig, Protocol):
         ...
 
 
+@runtime_checkable
+class SymmetricAutoencoderConfig(AutoencoderConfig, Protocol):
+    """The configuration of an autoencoder whose decoder sees later frames, too: it decodes clips as a whole."""
+
+    @property
+    def is_decoder_symmetric(self) -> bool:
+        """Return True if decoded frames depend on later latents."""
+        ...
+
+
+def decodes_whole_clips(config: AutoencoderConfig) -> bool:
+    """Return True for an autoencoder whose decoder gets all latents of a clip at once."""
+    return isinstance(config, SymmetricAutoencoderConfig) and config.is_decoder_symmetric
+
+
 def latent_grid(clip: Grid, stride: Grid) -> Grid:
     """Return the latent size of a clip of `T H W` pixels.
 

@@ -11,7 +11,7 @@ frame.
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +20,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
-from dit_video.autoencoders.interface import AutoencoderConfig, NoisyAutoencoderConfig, latent_grid
+from dit_video.autoencoders.interface import (
+    AutoencoderConfig,
+    NoisyAutoencoderConfig,
+    decodes_whole_clips,
+    latent_grid,
+)
 from dit_video.autoencoders.tiling import Tile, Tiles, compute_blend_weights, cut_tiles
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.live_memory import count_bytes, count_peak_bytes
 from dit_video.core.rng import key
-from dit_video.nn import ConvCache, get_graph_def
+from dit_video.nn import ConvCache, get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
 
 OptionalSharding = jax.sharding.Sharding | None
@@ -43,10 +49,10 @@ def decode_stream(
     """Yield the frames of latents, one chunk at a time.
 
     Args:
-      config: configuration of a causal autoencoder.
+      config: configuration of an autoencoder.
       params: its parameters.
       latents: normalised latents.
-      chunk: latent frames per chunk.
+      chunk: latent frames per chunk of a causal decoder; one that sees later frames gets all of them at once.
       tiles: sizes of tiles for pictures that do not fit in memory; None decodes whole pictures.
       sharding: sharding of a chunk's latents, such as `NamedSharding(mesh, P(None, None, "context"))` for height.
       seeds: seed of each clip, for decoders that take noise; 0 by default.
@@ -58,6 +64,8 @@ def decode_stream(
     if latents.ndim != 5 or latents.shape[-1] != config.channels:
         raise UserError(f"latents {list(latents.shape)} are invalid: use latents [B t h w {config.channels}]")
     _check_chunk(chunk, sharding, latents.shape[2], "latent rows")
+    if decodes_whole_clips(config):
+        chunk = latents.shape[1]
     tile_plan = cut_tiles(latents.shape[2], latents.shape[3], tiles, config.stride)
     chunks = (latents[:, start : start + chunk] for start in range(0, latents.shape[1], chunk))
     options: dict[str, Any] = {}
@@ -105,6 +113,43 @@ def encode_stream(
     all_portions = itertools.chain([first], portions)
     for coded, count, is_first in _run_chunks(config, params, all_portions, tile_plan, "encode", chunk, sharding):
         yield np.asarray(coded)[:, : 1 + (count - 1) // stride.t if is_first else count // stride.t]
+
+
+@functools.lru_cache(maxsize=64)
+def estimate_chunk_bytes(config: AutoencoderConfig, method: str, clips: int, latents: Grid) -> int:
+    """Estimate the memory of coding a chunk of whole pictures, without the parameters; see `count_peak_bytes`.
+
+    Args:
+      config: configuration of a causal autoencoder.
+      method: `encode` or `decode`.
+      clips: number of clips.
+      latents: latent frames of the chunk, and the height and width of the latents.
+    """
+    run, arguments = make_chunk_program(config, method, clips, latents)
+    program = jax.make_jaxpr(run)(*arguments)
+    return count_peak_bytes(program) + count_bytes(arguments[1:])
+
+
+def make_chunk_program(
+    config: AutoencoderConfig, method: str, clips: int, latents: Grid
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return the program that codes a chunk of whole pictures after the first one, and the shapes of its arguments.
+
+    Arguments are those of `estimate_chunk_bytes`.
+    """
+    run, stride = _jit_method(config, method), config.stride
+    if method == "decode":
+        first = values = jax.ShapeDtypeStruct((clips, *latents, config.channels), jnp.float32)
+    else:
+        frames, size = latents.t * stride.t, (latents.h * stride.h, latents.w * stride.w, 3)
+        values = jax.ShapeDtypeStruct((clips, frames, *size), jnp.uint8)
+        first = jax.ShapeDtypeStruct((clips, frames - stride.t + 1, *size), jnp.uint8)
+    noise: tuple[Any, ...] = ()
+    if method == "decode" and isinstance(config, NoisyAutoencoderConfig):
+        noise = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0), clips)),)
+    params = get_param_shapes(config.make)
+    _, cache = jax.eval_shape(run, params, first, None, *noise)
+    return run, (params, values, cache, *noise)
 
 
 class TilingError(NamedTuple):

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from dit_video.backbones.protocol import Backbone
+from dit_video.backbones.times import ClipTimes
 from dit_video.conditioning import ClassIds, Conditioning, TextTokens
 from dit_video.diffusion import DenoiseFn
 from dit_video.text import Context
@@ -18,6 +19,7 @@ def make_denoise_fn(
     conditioning: Conditioning,
     *,
     change_input: Callable[[Array, Array], tuple[Array, Array]] | None = None,
+    is_clean: Bool[Array, "B N"] | None = None,
 ) -> DenoiseFn:
     """Return the `denoise` of rows, from noisy tokens `B N p` and times `B N`, or one time, to `B N prediction`.
 
@@ -29,6 +31,8 @@ def make_denoise_fn(
       layout: places of the clips in the rows.
       conditioning: conditioning of the clips.
       change_input: function of the tokens and their times `B N` that returns those that the model gets.
+      is_clean: True for tokens that the model gets at time 0, where it has a time per token and all others of a clip
+        have the same; None if the times of tokens are arbitrary.
     """
     config = backbone.config
 
@@ -36,7 +40,11 @@ def make_denoise_fn(
         time = jnp.broadcast_to(time, noisy.shape[:2])
         if change_input is not None:
             noisy, time = change_input(noisy, time)
-        backbone_time = time if config.time == "token" else layout.max(time)
+        backbone_time: Array | ClipTimes = time
+        if config.time == "segment":
+            backbone_time = layout.max(time)
+        elif is_clean is not None and config.accepts_clip_times:
+            backbone_time = ClipTimes.from_tokens(time, is_clean, layout)
         prediction, next_state = backbone(noisy, backbone_time, layout, conditioning, state)
         if prediction.shape[-1] == noisy.shape[-1]:
             return prediction, next_state

@@ -3,12 +3,13 @@
 import abc
 import dataclasses
 import functools
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dit_video.backbones.times import ClipTimes
 from dit_video.conditioning import (
     ClassIds,
     ClipConditioning,
@@ -27,6 +28,11 @@ ClipTokens = int | Grid
 """Size of a clip in tokens: their number, or their grid, which attention patterns other than `Full` need."""
 
 
+TimeCoordinate = Literal["tokens", "seconds", "frame seconds"]
+"""Time coordinate of a token's position: its number, its number times the seconds of a token's frames, or the seconds
+before its first frame, where the first token has a single frame."""
+
+
 @runtime_checkable
 class Backbone(Protocol):
     """A denoiser's network."""
@@ -36,7 +42,7 @@ class Backbone(Protocol):
     def __call__(
         self,
         noisy: Float[Array, "B N p"],
-        time: Float[Array, "B _"],
+        time: Float[Array, "B _"] | ClipTimes,
         layout: PackedRows,
         conditioning: Conditioning,
         state: Any = None,
@@ -49,7 +55,7 @@ class Backbone(Protocol):
         Args:
           noisy: noisy tokens.
           time: diffusion time (0 = data, 1 = noise), `B G`: one per segment; or, if the config's `time` is "token",
-            `B N`: one per token.
+            `B N`: one per token, or `ClipTimes` if it `accepts_clip_times`.
           layout: places of the clips in the rows.
           conditioning: records of exactly the config's `conditioning_kinds`.
           state: state of the sampler's loop, which a model without caches returns as it is.
@@ -72,7 +78,11 @@ class BlockBackbone(Backbone, Protocol):
     """The blocks, a stack of `nn.make_stack`; each is called as `block(x, inputs, attention)`."""
 
     def embed_inputs(
-        self, noisy: Float[Array, "B N p"], time: Float[Array, "B _"], layout: PackedRows, conditioning: Conditioning
+        self,
+        noisy: Float[Array, "B N p"],
+        time: Float[Array, "B _"] | ClipTimes,
+        layout: PackedRows,
+        conditioning: Conditioning,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Return the embedded tokens, of which the clips' N are the first, and the blocks' other inputs."""
         ...
@@ -146,7 +156,9 @@ class BackboneConfig(abc.ABC):
     attention: Backend = "auto"
     time: Literal["segment", "token"] = "segment"
     """Diffusion time: one per clip, or one per token."""
-    time_coordinate: Literal["tokens", "seconds"] = "tokens"
+    accepts_clip_times: ClassVar[bool] = False
+    """True if a model with a time per token takes `ClipTimes`, too, whose projections it spreads over the tokens."""
+    time_coordinate: TimeCoordinate = "tokens"
     """Unit of the time coordinate of positions."""
     cond_channels: int = 0
     """Number of channels of conditioning latents and masks."""
@@ -223,6 +235,11 @@ class BackboneConfig(abc.ABC):
           UserError: the model reads no conditioning latents.
         """
         raise UserError(f"a model of {type(self).__name__} reads no conditioning latents; use another model")
+
+    def compute_token_lead(self, stride: int) -> float:
+        """Return the fraction of a token's time by which all but the first begin earlier."""
+        frames = stride * self.patch.t
+        return (frames - 1) / frames if self.time_coordinate == "frame seconds" else 0.0
 
     @property
     def mlp_dim(self) -> int:

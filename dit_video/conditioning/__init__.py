@@ -9,6 +9,6 @@ from dit_video.conditioning.frame_conditioning import (
     make_image_tokens,
     mask_first_frames,
 )
-from dit_video.conditioning.frames import fill_unknown_frames, fold_frame_mask
+from dit_video.conditioning.frames import GREY, fill_unknown_frames, fold_frame_mask
 from dit_video.conditioning.prompts import drop_captions
 from dit_video.conditioning.records import ClassIds, Conditioning, ConditioningLatents, ImageTokens, TextTokens

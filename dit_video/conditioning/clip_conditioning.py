@@ -2,6 +2,7 @@
 
 import abc
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,6 +29,8 @@ class ClipView(NamedTuple):
     """Number of frames of the clip, at the rate of training, before the first of these."""
     is_flipped: bool = False
     """True if the frames are mirrored."""
+    encoded: Mapping[int, Float32[np.ndarray, "t h w c"]] = {}
+    """Latents of the frames for each of the conditioning's `encoded_prefixes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,8 @@ class ClipConditioning(abc.ABC):
     """Probability that the values of a clip are dropped in training: replaced by zeros."""
     record: ClassVar[type]
     """Class of the record that the model gets: a NamedTuple of its own, with the field `values`."""
+    encoded_prefixes: ClassVar[tuple[int, ...]] = ()
+    """Numbers of first frames that a training clip keeps, the others grey, when it is encoded for `from_clip`."""
 
     def __post_init__(self):
         if not 0 <= self.dropout < 1:
@@ -54,6 +59,11 @@ class ClipConditioning(abc.ABC):
     @abc.abstractmethod
     def field(self) -> Field:
         """Return the description of the field, of which the name is that of the conditioning, too."""
+
+    @property
+    def strength_shape(self) -> tuple[int, ...]:
+        """Return the shape of a clip's strength: that of one number, unless parts of the model have their own."""
+        return ()
 
     @abc.abstractmethod
     def from_clip(self, view: ClipView) -> np.ndarray:
@@ -86,7 +96,7 @@ class ClipConditioning(abc.ABC):
         return np.zeros((self.field.length, 3), np.float32)
 
     def prepare(
-        self, values: Array, layout: PackedRows, keys: Key[Array, "B G"], strength: Float[Array, "B G"] | None
+        self, values: Array, layout: PackedRows, keys: Key[Array, "B G"], strength: Float[Array, "B G *strength"] | None
     ) -> Any:
         """Return the record of a batch.
 
@@ -96,7 +106,7 @@ class ClipConditioning(abc.ABC):
           values: the field in rows.
           layout: places of the clips.
           keys: keys of the clips, for random numbers; in sampling those of the requests' seeds.
-          strength: strengths that requests ask for, 1 unless they say so; None in training.
+          strength: strengths that requests ask for, 1 unless they say so, of `strength_shape`; None in training.
         """
         if strength is not None:
             if self.field.dtype == "float32":

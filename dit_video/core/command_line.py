@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from dit_video.core.errors import UserError
+from dit_video.core.grid import Grid
 
 _Parsed = TypeVar("_Parsed")
 _KINDS = {
@@ -22,6 +23,7 @@ _KINDS = {
 }
 """Descriptions of the values that tyro's names of types stand for."""
 _ARGPARSE_KINDS = {"int": "INT", "float": "FLOAT", "Path": "PATH"}
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_arguments(target: Callable[..., _Parsed], *, args: Sequence[str] | None = None, **options: Any) -> _Parsed:
@@ -93,6 +95,31 @@ def check_minimum(minimum: float | int, **options: float | int | None) -> None:
         if value is not None and not value >= minimum:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} {value} is invalid: it must be at least {minimum}. Use {option} {minimum}.")
+
+
+def parse_memory(text: str) -> int:
+    """Parse a size of memory such as `24GiB`, and return its bytes.
+
+    Raises:
+      UserError: it is not a positive number with a unit.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    unit = None if match is None else next((unit for unit in _UNITS if unit.lower() == match[2].lower()), None)
+    if match is None or unit is None or not float(match[1]):
+        rule = f"it must be a positive number with one of the units {', '.join(_UNITS)}"
+        raise UserError(f"memory size {text!r} is invalid: {rule}. Use a size such as 24GiB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def parse_size(text: str) -> Grid:
+    """Parse a size such as `17x32x48` as frames, height and width.
+
+    Raises:
+      UserError: for any other text.
+    """
+    if not re.fullmatch(r"\d+x\d+x\d+", text):
+        raise UserError(f"--size {text} is invalid: it must be FRAMESxHEIGHTxWIDTH. Use --size 17x32x48")
+    return Grid(*map(int, text.split("x")))
 
 
 def _describe(event: Any, args: Sequence[str], list_names: Callable[[], list[str]]) -> str:

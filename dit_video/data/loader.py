@@ -78,6 +78,8 @@ class LoaderConfig:
     """Configuration of the order of rows; None for a random order."""
     attention_pairs: Callable[[Grid], float] | None = None
     """Function from a grid of tokens to its token pairs in attention, the cost of rows; None for full attention."""
+    token_lead: float = 0.0
+    """Fraction of `token_dt` by which all tokens but a clip's first begin earlier; see `compute_positions`."""
 
     def __post_init__(self):
         if self.batch < 1 or self.hosts < 1 or self.batch % self.hosts:
@@ -90,7 +92,7 @@ class LoaderConfig:
     @property
     def row_options(self) -> dict[str, Any]:
         """Return the options of `RowLayout` that are part of this configuration."""
-        return {name: getattr(self, name) for name in ("seed", "mixture", "balance", "attention_pairs")}
+        return {name: getattr(self, name) for name in ("seed", "mixture", "balance", "attention_pairs", "token_lead")}
 
 
 class DenoiserBatches(Iterator[PackedBatch]):

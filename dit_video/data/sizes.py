@@ -1,5 +1,6 @@
 """Training sizes of clips, from their native sizes: never cropped in space, never enlarged."""
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -59,27 +60,41 @@ def fit_size(info: ClipInfo, limits: SizeLimits) -> Grid:
       UserError: the clip is smaller than one multiple, or so narrow that no size within the limits keeps its aspect
         ratio.
     """
-    t, h, w = limits.multiple
-    if info.height < h or info.width < w:
+    if reason := explain_misfit(info, limits):
         raise UserError(
-            f"{info.name} has {info.height}x{info.width} pixels, less than one multiple of {h}x{w}. "
-            "Remove it, or use a smaller stride or patch."
+            f"{info.name} has {reason}. Remove the clip, use a smaller stride or patch, or raise max_pixels."
         )
-    length = 1 + (min(count_sampled_frames(info, limits), limits.max_frames) - 1) // t * t
-    ratio = info.width / info.height
-    rows, columns = info.height // h, info.width // w
+    frame = _fit_frame(info.height, info.width, limits)
+    assert frame is not None  # as there is no reason against it
+    t = limits.multiple.t
+    return Grid(1 + (min(count_sampled_frames(info, limits), limits.max_frames) - 1) // t * t, *frame)
+
+
+def explain_misfit(info: ClipInfo, limits: SizeLimits) -> str:
+    """Return the reason why a clip has no training size; empty if it has one."""
+    if _fit_frame(info.height, info.width, limits) is not None:
+        return ""
+    (_, h, w), pixels = limits.multiple, f"{info.height}x{info.width} pixels"
+    if info.height < h or info.width < w:
+        return f"{pixels}, less than one multiple of {h}x{w}"
+    return f"{pixels}: no size of at most {limits.max_pixels} pixels in multiples of {h}x{w} keeps its aspect ratio"
+
+
+@functools.lru_cache(maxsize=4096)  # a data set of millions of clips has a few thousand sizes of frames
+def _fit_frame(height: int, width: int, limits: SizeLimits) -> tuple[int, int] | None:
+    """Return the largest height and width within the limits that keep the aspect ratio; None if there are none."""
+    _, h, w = limits.multiple
+    if height < h or width < w:
+        return None
+    ratio, rows, columns = width / height, height // h, width // w
     candidates = {(row, _round_to_range(row * h * ratio / w, columns)) for row in range(1, rows + 1)}
     candidates |= {(_round_to_range(column * w / ratio / h, rows), column) for column in range(1, columns + 1)}
     sizes = [(row * h, column * w) for row, column in candidates if row * h * column * w <= limits.max_pixels]
     # One side differs by at most half a multiple from the value that follows from the other side.
     sizes = [(y, x) for y, x in sizes if abs(x - y * ratio) <= w / 2 or abs(y - x / ratio) <= h / 2]
-    if not sizes:
-        raise UserError(
-            f"{info.name} has {info.height}x{info.width} pixels: no size of at most {limits.max_pixels} pixels in "
-            f"multiples of {h}x{w} keeps its aspect ratio. Raise max_pixels, or remove the clip."
-        )
-    height, width = max(sizes, key=lambda size: (size[0] * size[1], -abs(math.log(size[1] / size[0] / ratio)), size))
-    return Grid(length, height, width)
+    return max(
+        sizes, default=None, key=lambda size: (size[0] * size[1], -abs(math.log(size[1] / size[0] / ratio)), size)
+    )
 
 
 def read_fitted_clip(source: ClipSource, index: int, limits: SizeLimits, *, start: int = 0) -> Clip:

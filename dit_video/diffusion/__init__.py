@@ -6,6 +6,7 @@ solve it, and the posterior.
 """
 
 from dit_video.diffusion.consistency import consistency_loss, make_consistency_fn, run_multistep, step_along_flow
+from dit_video.diffusion.data_limits import ClippedPrediction, ThresholdedPrediction
 from dit_video.diffusion.diffusers_schedules import (
     DiscreteSchedule,
     DpmFlowSchedule,
@@ -15,14 +16,18 @@ from dit_video.diffusion.diffusers_schedules import (
 )
 from dit_video.diffusion.dmd import compute_distance, matching_gradient, matching_loss
 from dit_video.diffusion.guidance import (
-    AdaptiveProjectedGuidance,
     Branches,
-    Guidance,
     GuidanceState,
     apply_classifier_free_guidance,
     apply_guidance,
     batched,
     sequential,
+)
+from dit_video.diffusion.guidance_config import (
+    AdaptiveProjectedGuidance,
+    Guidance,
+    SkipLayerGuidance,
+    ZeroStarGuidance,
 )
 from dit_video.diffusion.learned_variance import LearnedVariance
 from dit_video.diffusion.likelihood import Divergence, ExactTrace, HutchinsonTrace, Likelihood, log_likelihood
@@ -54,6 +59,7 @@ from dit_video.diffusion.sample_times import SampleTimes
 from dit_video.diffusion.samplers.ancestral import Ddim, Ddpm, Lcm
 from dit_video.diffusion.samplers.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.samplers.inversion import Inversion, invert
+from dit_video.diffusion.samplers.pndm import Pndm
 from dit_video.diffusion.samplers.sampler import (
     SAMPLERS,
     SamplingState,
@@ -75,11 +81,14 @@ from dit_video.diffusion.time_distributions import (
     draw_low_discrepancy,
 )
 from dit_video.diffusion.time_schedules import (
+    BetaTimes,
     ExplicitTimes,
     ExponentialTimes,
     KarrasTimes,
+    LinearQuadraticTimes,
     ShiftedTimes,
     TimeSchedule,
     UniformTimes,
     make_uniform_times,
+    override_shift,
 )

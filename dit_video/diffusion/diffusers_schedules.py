@@ -13,7 +13,13 @@ from jaxtyping import Float64
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.processes.variance_preserving import VariancePreservingProcess
-from dit_video.diffusion.sample_times import SampleTimes, append_final_time
+from dit_video.diffusion.sample_times import (
+    SampleTimes,
+    append_final_time,
+    check_terminal_time,
+    stretch_to_terminal_time,
+)
+from dit_video.diffusion.spacings import Spacing, space_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +30,7 @@ class DiscreteSchedule:
     interpolated linearly, as in diffusers.
 
     Raises:
-      UserError: If `steps_offset` is negative.
+      UserError: If `steps_offset` is negative, or `terminal_ratio` is not positive.
     """
 
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"
@@ -33,10 +39,12 @@ class DiscreteSchedule:
     """Number of steps by which leading steps are moved towards noise."""
     has_extra_step: bool = False
     """Adds a step to the spacing and then drops the last one, as for solvers of higher order."""
-    ratio_spacing: Literal["spaced", "karras", "exponential"] = "spaced"
+    ratio_spacing: Literal["spaced"] | Spacing = "spaced"
     """Ratios of noise to data: those of the steps (`spaced`), or ratios from the first to the last of them (of all
-    trained steps with `has_extra_step`) whose seventh roots or logarithms are uniformly spaced (`KarrasTimes`,
-    `ExponentialTimes`)."""
+    trained steps with `has_extra_step`) with the spacing of `KarrasTimes`, `ExponentialTimes` or `BetaTimes`."""
+    terminal_ratio: float | None = None
+    """Ratio of noise to data of the last trained step, from which sampling starts; None for that of the process. For
+    `zero_terminal_snr`, whose own ratio is infinite, diffusers takes 4096 where a solver needs a finite one."""
     step_rounding: Literal["between", "nearest", "below"] = "between"
     """The step that the model receives for a time between two steps."""
     end: Literal["data", "first step"] = "data"
@@ -44,13 +52,15 @@ class DiscreteSchedule:
 
     def __post_init__(self):
         check_at_least(0, steps_offset=self.steps_offset)
+        if self.terminal_ratio is not None and not self.terminal_ratio > 0:
+            raise UserError(f"terminal_ratio={self.terminal_ratio} is invalid: it must be positive. Use 4096.")
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times of `steps` steps, computed in float64.
 
         Raises:
-          UserError: If there is less than one step, there are more than the model was trained on, or the process has no
-            steps.
+          UserError: If there is less than one step, there are more than the model was trained on, the process has no
+            steps, or its last ratio is infinite and `ratio_spacing` needs a finite one.
         """
         check_at_least(1, steps=steps)
         total = _count_trained_steps(process, self)
@@ -59,7 +69,7 @@ class DiscreteSchedule:
                 f"steps={steps} is invalid: the schedule has {total - self.has_extra_step} of {total} noise steps. "
                 f"Use steps={total - self.has_extra_step} or less."
             )
-        step_ratios = process.sigma(np.arange(1, total + 1) / total) / process.alpha(np.arange(1, total + 1) / total)
+        step_ratios = self._compute_step_ratios(process, total)
         model_steps = self._select_steps(total, steps)
         if model_steps[0] > total - 1:
             raise UserError(
@@ -69,12 +79,26 @@ class DiscreteSchedule:
         ratios: np.ndarray = np.interp(model_steps, np.arange(total), step_ratios)
         if self.ratio_spacing != "spaced":
             max_ratio, min_ratio = (step_ratios[-1], step_ratios[0]) if self.has_extra_step else (ratios[0], ratios[-1])
-            ratios = _space_ratios(self.ratio_spacing, max_ratio, min_ratio, steps)
+            ratios = space_values(self.ratio_spacing, max_ratio, min_ratio, steps)
             model_steps = np.interp(np.log(ratios), np.log(step_ratios), np.arange(total))
         # Interpolation returns a trained step only up to rounding: without the margin, `below` would miss it by one.
         roundings = {"between": model_steps, "nearest": np.round(model_steps), "below": np.floor(model_steps + 1e-9)}
         end = 0.0 if self.end == "data" else 1 / total
         return append_final_time(process.ratio_to_time(ratios), roundings[self.step_rounding] / total, end)
+
+    def _compute_step_ratios(self, process: Process, trained_steps: int) -> Float64[np.ndarray, " {trained_steps}"]:
+        """Return the ratios of noise to data after each step."""
+        times = np.arange(1, trained_steps + 1) / trained_steps
+        with np.errstate(divide="ignore"):
+            ratios = process.sigma(times) / process.alpha(times)
+        if self.terminal_ratio is not None:
+            ratios[-1] = self.terminal_ratio
+        if self.ratio_spacing != "spaced" and not np.isfinite(ratios[-1]):
+            raise UserError(
+                f"ratio_spacing={self.ratio_spacing!r} is invalid: the ratio of noise to data after the last step is "
+                "infinite. Use terminal_ratio=4096."
+            )
+        return ratios
 
     def _select_steps(self, trained_steps: int, steps: int) -> Float64[np.ndarray, " {steps}"]:
         """Return the falling steps, counted from 0."""
@@ -129,10 +153,18 @@ class UniPcFlowSchedule:
 
     Before the shift the times end at `1 / training_steps`, which is replaced by the data. The first time is a millionth
     below 1, where the log-SNR is finite. The model time is rounded down to multiples of `1 / training_steps`.
+
+    Raises:
+      UserError: If `terminal_time` is not between 0 and 1.
     """
 
     training_steps: int = 1000
     """Number of noise steps in training."""
+    terminal_time: float | None = None
+    """Last time before the data, to which the shifted times are stretched; None to keep them."""
+
+    def __post_init__(self):
+        check_terminal_time(self.terminal_time)
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times of `steps` steps, computed in float64.
@@ -142,6 +174,7 @@ class UniPcFlowSchedule:
         """
         check_at_least(1, steps=steps)
         times = process.shift_time(np.linspace(1.0, 1.0 / self.training_steps, steps + 1)[:-1])
+        times = stretch_to_terminal_time(times, self.terminal_time)
         if abs(times[0] - 1) < 1e-6:
             times[0] -= 1e-6
         model_times = np.floor(times * self.training_steps) / self.training_steps
@@ -172,13 +205,27 @@ class DpmFlowSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchSchedule:
-    """Times of diffusers' `FlowMatchEulerDiscreteScheduler`: from 1 to the shifted `1 / training_steps`, shifted.
+    """Times of diffusers' `FlowMatchEulerDiscreteScheduler`: from 1 to `1 / training_steps`, shifted.
 
-    The last time before the data is therefore shifted twice.
+    These are its own times. Pipelines that pass it `sigmas` of `linspace(1, 1 / steps, steps)`, such as those of Flux
+    and LTX-Video, sample at `UniformTimes`.
+
+    Raises:
+      UserError: If `terminal_time` is not between 0 and 1.
     """
 
     training_steps: int = 1000
     """Number of noise steps in training."""
+    is_end_shifted_twice: bool = True
+    """Shifts `1 / training_steps` before the times are spaced, and with them again, as diffusers does unless the shift
+    depends on the size of the clip."""
+    terminal_time: float | None = None
+    """Last time before the data, to which the shifted times are stretched; None to keep them."""
+    spacing: Literal["uniform"] | Spacing = "uniform"
+    """Spacing of the times before the shift, or that of `space_values` between the first and the last shifted time."""
+
+    def __post_init__(self):
+        check_terminal_time(self.terminal_time)
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times of `steps` steps, computed in float64.
@@ -187,8 +234,11 @@ class FlowMatchSchedule:
           UserError: If there is less than one step.
         """
         check_at_least(1, steps=steps)
-        first, last = process.shift_time(np.asarray([1.0, 1.0 / self.training_steps]))
-        times = process.shift_time(np.linspace(first, last, steps))
+        ends = np.asarray([1.0, 1.0 / self.training_steps])
+        first, last = process.shift_time(ends) if self.is_end_shifted_twice else ends
+        times = stretch_to_terminal_time(process.shift_time(np.linspace(first, last, steps)), self.terminal_time)
+        if self.spacing != "uniform":
+            times = space_values(self.spacing, times[0], times[-1], steps)
         return append_final_time(times, times)
 
 
@@ -199,10 +249,3 @@ def _count_trained_steps(process: Process, schedule: object) -> int:
             "Use UniformTimes, ShiftedTimes, KarrasTimes or ExplicitTimes."
         )
     return process.steps
-
-
-def _space_ratios(kind: str, max_ratio: float, min_ratio: float, steps: int) -> Float64[np.ndarray, " {steps}"]:
-    """Return falling ratios."""
-    if kind == "karras":
-        return np.linspace(max_ratio ** (1 / 7), min_ratio ** (1 / 7), steps) ** 7
-    return np.exp(np.linspace(np.log(max_ratio), np.log(min_ratio), steps))

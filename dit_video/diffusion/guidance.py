@@ -11,22 +11,21 @@ prediction. A third branch $b$, without the conditioning image too, has its own 
 $$g = b + s_i\,(u - b) + s\,(c - u) = c + (s - 1)(c - u) + (s_i - 1)(u - b)$$
 
 The remaining options modify these sums: guidance only at some times (`interval`), the standard deviation of $c$
-(`rescale`), or steps $c - u$ orthogonal to $c$ itself (`AdaptiveProjectedGuidance`). **Statistics are per sample**;
-`mean` defines which values form one.
+(`rescale`), steps $c - u$ orthogonal to $c$ itself (`AdaptiveProjectedGuidance`), $u$ scaled to the best length
+(`ZeroStarGuidance`), or a step away from the prediction without some layers (`SkipLayerGuidance`). **Statistics are per
+sample**; `mean` defines which values form one.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
+from dit_video.diffusion.guidance_config import GuidanceParams
 from dit_video.diffusion.predictions import DenoiseFn, Prediction, Velocity
 from dit_video.diffusion.processes.process import MIN_ALPHA, Process, Times, Values
 
@@ -38,35 +37,6 @@ MeanFn = Callable[[Values], Float[Array, "*means"]]
 """A function that averages each sample's own values, in a shape that broadcasts against them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveProjectedGuidance:
-    """Adaptive projected guidance: steps lose their part parallel to the predicted data (arXiv 2410.02416).
-
-    The parallel part causes saturation. With `momentum` the steps are a running sum, over sampling steps, of
-    differences between predictions of the data, which is part of the `GuidanceState`.
-
-    Raises:
-      UserError: If `parallel_weight` is not finite, `max_rms` is not positive or `momentum` is not between -1 and 1.
-    """
-
-    parallel_weight: float = 0.0
-    """Factor of the parallel part, eta in the paper; 1 keeps all of it."""
-    max_rms: float | None = None
-    """Largest root mean square of a step over a sample, in units of the data; longer steps are shortened. The paper's r
-    is this times the square root of the number of values: its 15 for latents of 4 × 128 × 128 is 0.06."""
-    momentum: float = 0.0
-    """Factor of the sum of earlier steps that is added to each, beta in the paper; if negative (-0.5, for example), it
-    removes their common part."""
-
-    def __post_init__(self):
-        if not math.isfinite(self.parallel_weight):
-            raise UserError(f"parallel_weight={self.parallel_weight} is invalid: it must be finite. Use 0 to drop it.")
-        if self.max_rms is not None and not 0 < self.max_rms < math.inf:
-            raise UserError(f"max_rms={self.max_rms} is invalid: it must be positive. Use None for no limit.")
-        if not -1 < self.momentum < 1:
-            raise UserError(f"momentum={self.momentum} is invalid: it must lie between -1 and 1. Use 0 for none.")
-
-
 class GuidanceState(NamedTuple):
     """The state of a `denoise` with guidance, which the sampler carries from step to step."""
 
@@ -76,91 +46,6 @@ class GuidanceState(NamedTuple):
     """State of the branches; None if they have none."""
     conditional: Any = None
     """State of the first branch where it is evaluated alone, which it is at other times than the branches."""
-
-
-class GuidanceParams(NamedTuple):
-    """The numbers of guidance that a compiled program takes as arguments; None for options that are off."""
-
-    scale: Float[AnyArray, ""]
-    image_scale: Float[AnyArray, ""] | None = None
-    interval: tuple[Float[AnyArray, ""], Float[AnyArray, ""]] | None = None
-    rescale: Float[AnyArray, ""] | None = None
-    parallel_weight: Float[AnyArray, ""] | None = None
-    max_rms: Float[AnyArray, ""] | None = None
-    momentum: Float[AnyArray, ""] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """Configuration of guidance: how strongly conditions are followed, at the cost of variety.
-
-    Raises:
-      UserError: If a scale is negative, `interval` is no interval in [0, 1], or `rescale` lies outside of [0, 1].
-    """
-
-    scale: float | tuple[float, float] = 2.0
-    """Scale of the prompt; 1 is no guidance. A pair holds the scales of two experts, that of the noisy times first."""
-    image_scale: float | None = None
-    """Scale of the conditions besides the prompt; None is 1, the model's own prediction, and needs no third branch."""
-    interval: tuple[float, float] | None = None
-    """First and last time of guidance, both included; None for all times (arXiv 2404.07724)."""
-    rescale: float = 0.0
-    """Interpolation weight, from 0 to 1, between the guided prediction and one rescaled to the standard deviation of
-    the conditional one, which large scales exceed (phi in arXiv 2305.08891, section 3.4)."""
-    projection: AdaptiveProjectedGuidance | None = None
-    """Adaptive projected guidance; None for none."""
-
-    def __post_init__(self):
-        scales = [*self.scales, *([] if self.image_scale is None else [self.image_scale])]
-        if not all(0 <= scale < math.inf for scale in scales):
-            raise UserError(
-                f"guidance scales {', '.join(map(str, scales))} are invalid: each must be finite and not negative. "
-                "Use 1 for no guidance."
-            )
-        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise UserError(f"interval={self.interval} is invalid: it needs two times in [0, 1]. Use two rising times.")
-        if not 0 <= self.rescale <= 1:
-            raise UserError(f"rescale={self.rescale} is invalid: it must lie in [0, 1]. Use 0 for no rescaling.")
-        if self.has_momentum and self.branch_count == 3:
-            raise UserError(
-                "momentum and image_scale are exclusive: momentum applies to the prompt's guidance alone. Use "
-                "image_scale=1 or momentum=0."
-            )
-
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """Return the scale, or one for each of two experts."""
-        return self.scale if isinstance(self.scale, tuple) else (self.scale,)
-
-    @property
-    def has_momentum(self) -> bool:
-        """Return whether a sampling step depends on those before it; see `GuidanceState`."""
-        return self.projection is not None and self.projection.momentum != 0 and self.branch_count > 1
-
-    @property
-    def branch_count(self) -> int:
-        """Return the number of predictions per noisy value; a scale of 1 needs only one."""
-        if self.image_scale not in (None, 1.0):
-            return 3
-        return 1 if set(self.scales) == {1.0} else 2
-
-    def get_params(self, expert: int = 0) -> GuidanceParams:
-        """Return the parameters of one expert."""
-        scale = self.scales[min(expert, len(self.scales) - 1)]
-        optional = {
-            "image_scale": self.image_scale if self.branch_count == 3 else None,
-            "rescale": self.rescale or None,
-            "parallel_weight": None if self.projection is None else self.projection.parallel_weight,
-            "max_rms": None if self.projection is None else self.projection.max_rms,
-            "momentum": self.projection.momentum if self.projection is not None and self.has_momentum else None,
-        }
-        interval = None if self.interval is None else (_to_float32(self.interval[0]), _to_float32(self.interval[1]))
-        numbers = {name: None if value is None else _to_float32(value) for name, value in optional.items()}
-        return GuidanceParams(_to_float32(scale), interval=interval, **numbers)
-
-
-def _to_float32(value: float) -> Float32[np.ndarray, ""]:
-    return np.asarray(value, np.float32)
 
 
 def apply_classifier_free_guidance(
@@ -203,6 +88,7 @@ def apply_guidance(
     params: GuidanceParams,
     *,
     conditional: DenoiseFn | None = None,
+    skipped: DenoiseFn | None = None,
     mean: MeanFn = average_per_sample,
     process: Process | None = None,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
@@ -216,13 +102,14 @@ def apply_guidance(
       params: The parameters of guidance.
       conditional: The first branch alone. If set, it is all that is evaluated outside of the interval, and time must be
         a scalar. Otherwise all branches are evaluated at all times.
+      skipped: The first branch without the layers that skip-layer guidance skips, for which time must be a scalar.
       mean: Mean over each sample's own values.
       process: The process, which projected guidance needs to compute the predicted data.
       prediction: The kind of the model's prediction.
 
     Raises:
-      UserError: If projected guidance has no process, or the returned function with momentum is called without one in
-        its state.
+      UserError: If projected guidance has no process, CFG-Zero* another prediction than velocities, or the returned
+        function with momentum is called without one in its state.
     """
     projection = None
     if params.parallel_weight is not None:
@@ -230,30 +117,49 @@ def apply_guidance(
             raise UserError("process=None is invalid: projected guidance computes the predicted data. Use process=...")
         projection = _Projection(process, prediction, mean, params.parallel_weight, params.max_rms, params.momentum)
 
+    if params.zero_above is not None and not isinstance(prediction, Velocity):
+        rule = "a model's prediction must be a velocity, which can be zero. Use zero_star=None."
+        raise UserError(f"zero_star is invalid for {type(prediction).__name__}: {rule}")
+
     def combine(noisy, time, state, is_inside=None):
-        """Return the guided prediction, or the first branch's where `is_inside` is False."""
+        """Return the guided values, or the first branch's where `is_inside` is False, and its whole prediction."""
         predictions, branch_state = branches(noisy, time, state.branches)
         values = [prediction.extract_values(predicted) for predicted in predictions]
-        variance = predictions[0][..., values[0].shape[-1] :]  # A learned variance, which is not guided.
-        guided_values, momentum = _combine(values, params, noisy, time, projection, mean, state.momentum)
-        output = jnp.concatenate([guided_values, variance], axis=-1) if variance.size else guided_values
+        guided, momentum = _combine(values, params, noisy, time, projection, mean, state.momentum)
         if is_inside is not None:
-            output = jnp.where(is_inside, output, predictions[0])
+            guided = jnp.where(is_inside, guided, values[0])
             momentum = None if momentum is None else jnp.where(is_inside, momentum, state.momentum)
-        return output, state._replace(momentum=momentum, branches=branch_state)
+        return guided, predictions[0], state._replace(momentum=momentum, branches=branch_state)
 
-    def evaluate(noisy, time, state):
+    def guide(noisy, time, state):
+        """Return the guided values, the first branch's prediction, and the next state."""
         if params.interval is None:
             return combine(noisy, time, state)
-        is_inside = (params.interval[0] <= time) & (time <= params.interval[1])
+        is_inside = _is_inside(time, params.interval)
         if conditional is None:
             return combine(noisy, time, state, is_inside)
 
         def evaluate_alone():
-            prediction, conditional_state = conditional(noisy, time, state.conditional)
-            return prediction, state._replace(conditional=conditional_state)
+            predicted, conditional_state = conditional(noisy, time, state.conditional)
+            return prediction.extract_values(predicted), predicted, state._replace(conditional=conditional_state)
 
         return jax.lax.cond(is_inside, lambda: combine(noisy, time, state), evaluate_alone)
+
+    def evaluate(noisy, time, state):
+        guided, predicted, next_state = guide(noisy, time, state)
+        values = prediction.extract_values(predicted)
+        if (skip := params.skip) is not None:
+            assert skipped is not None
+
+            def add_step():
+                weaker, _ = skipped(noisy, time, None)
+                return guided + skip.scale * (values - prediction.extract_values(weaker))
+
+            guided = jax.lax.cond(_is_inside(time, skip.interval), add_step, lambda: guided)
+        if params.rescale is not None:
+            guided = _rescale(guided, values, params.rescale, mean)
+        variance = predicted[..., values.shape[-1] :]  # A learned variance, which is not guided.
+        return jnp.concatenate([guided, variance], axis=-1) if variance.size else guided, next_state
 
     def denoise(noisy, time, state):
         if params.momentum is not None and (state is None or state.momentum is None):
@@ -261,7 +167,15 @@ def apply_guidance(
                 "a state without momentum is invalid: this guidance sums its steps. Use "
                 "state=GuidanceState(momentum=jnp.zeros_like(noise))."
             )
-        output, next_state = evaluate(noisy, time, GuidanceState() if state is None else state)
+        first_state = GuidanceState() if state is None else state
+        if (zero_above := params.zero_above) is None:
+            output, next_state = evaluate(noisy, time, first_state)
+        else:
+            output, next_state = jax.lax.cond(
+                time > zero_above,
+                lambda: (jnp.zeros_like(noisy), first_state),
+                lambda: evaluate(noisy, time, first_state),
+            )
         return output, None if state is None else next_state
 
     return denoise
@@ -308,7 +222,12 @@ def _combine(
     momentum: Array | None,
 ) -> tuple[Array, Array | None]:
     """Return the guided prediction (see the module docstring), and the next momentum."""
+    if len(predictions) == 1:
+        return predictions[0], momentum
     c, u = predictions[:2]
+    if params.zero_above is not None:
+        norm = mean(u * u)
+        u = jnp.where(norm > 0, mean(c * u) / jnp.where(norm > 0, norm, 1.0), 0.0) * u
     if projection is None:
         guided = u + params.scale * (c - u)
     else:
@@ -318,11 +237,18 @@ def _combine(
         step = u - predictions[2]
         step = step if projection is None else projection(step, c, noisy, time, None)[0]
         guided = guided + (params.image_scale - 1) * step
-    if params.rescale is not None:
-        deviation = _compute_std(guided, mean)
-        ratio = jnp.where(deviation > 0, _compute_std(c, mean) / jnp.where(deviation > 0, deviation, 1.0), 1.0)
-        guided = guided * (params.rescale * ratio + 1 - params.rescale)
     return guided, momentum
+
+
+def _is_inside(time: Times, interval: tuple[AnyArray, AnyArray]) -> Array:
+    return (jnp.asarray(interval[0]) <= time) & (time <= jnp.asarray(interval[1]))
+
+
+def _rescale(guided: Array, c: Array, weight: AnyArray, mean: MeanFn) -> Array:
+    """Interpolate between guided values and those with the standard deviation of the conditional ones."""
+    deviation = _compute_std(guided, mean)
+    ratio = jnp.where(deviation > 0, _compute_std(c, mean) / jnp.where(deviation > 0, deviation, 1.0), 1.0)
+    return guided * (1 + weight * (ratio - 1))
 
 
 def _compute_std(values: Array, mean: MeanFn) -> Array:

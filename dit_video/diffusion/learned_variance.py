@@ -7,7 +7,7 @@ interpolates: $\log v = \nu \log \beta + (1 - \nu) \log \tilde\beta$ (eq. 15), s
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion.predictions import Coefficients, Epsilon, Prediction
+from dit_video.diffusion.predictions import Coefficients, Epsilon, Prediction, QuantileFn
 from dit_video.diffusion.processes.process import Estimate, Process, Times, Values
 
 
@@ -57,6 +57,9 @@ class LearnedVariance(Prediction):
 
     def check(self, process: Process) -> None:
         self.prediction.check(process)
+
+    def with_quantile(self, compute_quantile: QuantileFn) -> Prediction:
+        return replace(self, prediction=self.prediction.with_quantile(compute_quantile))
 
     def extract_values(self, predicted: Float[Array, "*batch two"]) -> Float[Array, "*batch p"]:
         return jnp.split(predicted, 2, axis=-1)[0]

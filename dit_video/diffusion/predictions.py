@@ -29,6 +29,9 @@ model. It is None for a model that has none; `stateless` makes such a function f
 Estimator = Callable[[Values, Times], Estimate]
 """The function `estimate(noisy, time)`: the data and noise of a `denoise`'s prediction, used by solvers."""
 
+QuantileFn = Callable[[Values, float], Values]
+"""The function `compute_quantile(values, quantile)`: a quantile of each sample's values, which broadcasts to them."""
+
 
 class Coefficients(NamedTuple):
     """The coefficients of a prediction `data * x_0 + noise * epsilon`."""
@@ -55,6 +58,13 @@ class Prediction(ABC):
         """Return the value that the model should predict."""
         coefficients = self.coefficients(process, time)
         return coefficients.data * data + coefficients.noise * noise
+
+    def with_quantile(self, compute_quantile: QuantileFn) -> "Prediction":
+        """Return the prediction for arrays whose samples `compute_quantile` tells apart.
+
+        Only predictions that depend on the distribution of a sample's values differ; see `ThresholdedPrediction`.
+        """
+        return self
 
     def extract_values(self, predicted: Float[Array, "*batch o"]) -> Float[Array, "*batch p"]:
         """Return the part of a model's output that is compared with the target."""

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from dit_video.core.errors import UserError
+
 
 class SampleTimes(NamedTuple):
     """Falling times, one more than there are steps."""
@@ -31,3 +33,27 @@ def append_final_time(times: np.ndarray, model_times: np.ndarray, final_time: fl
         return put_on_device(np.append(values, end))
 
     return SampleTimes(append(times, final_time), append(model_times, 0.0))
+
+
+def check_terminal_time(terminal_time: float | None) -> None:
+    """Check that a schedule can end at a time.
+
+    Raises:
+      UserError: If the time is not between 0 and 1.
+    """
+    if terminal_time is not None and not 0 < terminal_time < 1:
+        raise UserError(
+            f"terminal_time={terminal_time} is invalid: the last time before the data is above 0 and below 1. Use None "
+            "for the time that follows from the number of steps."
+        )
+
+
+def stretch_to_terminal_time(times: np.ndarray, terminal_time: float | None) -> np.ndarray:
+    r"""Return times whose distances $1 - t$ to noise are scaled such that the last one is `terminal_time`.
+
+    Of a single step, which starts at noise, the time is kept. None keeps all of them (LTX-Video, arXiv 2501.00103;
+    `shift_terminal` of diffusers).
+    """
+    if terminal_time is None or times[-1] == 1:
+        return times
+    return 1 - (1 - times) * (1 - terminal_time) / (1 - times[-1])

@@ -7,7 +7,7 @@ The more values show the same content, the more noise is needed to hide it (arXi
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jaxtyping import Array, Num
 
@@ -37,6 +37,8 @@ class SizeShift(ABC):
 class LinearShift(SizeShift):
     """A factor linear in the tokens of a frame, times a power of the number of frames: Open-Sora's (arXiv 2503.09642).
 
+    With `per="clip"` it is linear in the tokens of the whole clip: `time_shift_type="linear"` of diffusers.
+
     Raises:
       UserError: If `tokens` do not rise, or the shift is not positive at every size.
     """
@@ -46,7 +48,9 @@ class LinearShift(SizeShift):
     shifts: tuple[float, float] = (1.0, 3.0)
     """Factors for single frames of these sizes."""
     exponent: float = 0.5
-    """Exponent of the number of frames."""
+    """Exponent of the number of frames, for `per="frame"`."""
+    per: Literal["frame", "clip"] = "frame"
+    """Tokens that are counted: those of a frame or of the clip."""
 
     def __post_init__(self):
         _check_tokens(self.tokens)
@@ -58,6 +62,8 @@ class LinearShift(SizeShift):
             )
 
     def __call__(self, size: ClipSize) -> Number:
+        if self.per == "clip":
+            return _interpolate(size.frames * size.frame_tokens, self.tokens, self.shifts)
         return _interpolate(size.frame_tokens, self.tokens, self.shifts) * size.frames**self.exponent
 
 

@@ -4,6 +4,7 @@ A schedule also defines the model time at each of its times. For the schedules h
 `diffusers_schedules` are for models of other projects.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +20,29 @@ from dit_video.diffusion.diffusers_schedules import (
 )
 from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.processes.rectified_flow import RectifiedFlow
-from dit_video.diffusion.sample_times import SampleTimes, append_final_time, put_on_device
+from dit_video.diffusion.sample_times import (
+    SampleTimes,
+    append_final_time,
+    check_terminal_time,
+    put_on_device,
+    stretch_to_terminal_time,
+)
+from dit_video.diffusion.spacings import space_values
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTimes:
-    """Uniformly spaced times, shifted as in training."""
+    """Uniformly spaced times, shifted as in training.
+
+    Raises:
+      UserError: If `terminal_time` is not between 0 and 1.
+    """
+
+    terminal_time: float | None = None
+    """Last time before the data, to which the shifted times are stretched; None to keep them (LTX-Video has 0.1)."""
+
+    def __post_init__(self):
+        check_terminal_time(self.terminal_time)
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
         """Return the times of `steps` steps.
@@ -32,8 +50,10 @@ class UniformTimes:
         Raises:
           UserError: If there is less than one step.
         """
-        times = make_uniform_times(process, steps)
-        return SampleTimes(times, times)
+        check_at_least(1, steps=steps)
+        times = process.shift_time(np.linspace(1.0, 0.0, steps + 1))
+        times[:-1] = stretch_to_terminal_time(times[:-1], self.terminal_time)
+        return SampleTimes(put_on_device(times), put_on_device(times))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +76,42 @@ class ShiftedTimes:
           UserError: If there is less than one step.
         """
         times = make_uniform_times(RectifiedFlow(shift=self.shift), steps)
+        return SampleTimes(times, times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearQuadraticTimes:
+    """Times whose first half of the steps falls slowly and linearly, the second half quadratically.
+
+    The fine steps near noise are those of a sampler with many more steps (Movie Gen, arXiv 2410.13720, section 3.4.2);
+    LTX-Video samples so from version 0.9.5 on.
+
+    Raises:
+      UserError: If the threshold is not between 0 and 1.
+    """
+
+    threshold: float = 0.025
+    """Distance from noise at which the linear half ends."""
+
+    def __post_init__(self):
+        if not 0 < self.threshold < 1:
+            raise UserError(f"threshold={self.threshold} is invalid: it must be between 0 and 1. Use 0.025.")
+
+    def __call__(self, process: Process, steps: int) -> SampleTimes:
+        """Return the times of `steps` steps.
+
+        Raises:
+          UserError: If there is less than one step.
+        """
+        check_at_least(1, steps=steps)
+        linear, quadratic = steps // 2, steps - steps // 2
+        start = self.threshold if linear else 0.0
+        slope = start / max(linear, 1)
+        further = np.arange(quadratic + 1)
+        curvature = (1 - start - slope * quadratic) / quadratic**2
+        distances = np.concatenate([slope * np.arange(linear), start + slope * further + curvature * further**2])
+        distances[-1] = 1  # without rounding
+        times = put_on_device(1 - distances)
         return SampleTimes(times, times)
 
 
@@ -88,7 +144,7 @@ class ExplicitTimes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RatioTimes:
+class _RatioTimes(ABC):
     r"""Times at falling ratios $\sigma / \alpha$, followed by the data.
 
     Raises:
@@ -99,6 +155,9 @@ class _RatioTimes:
     """Last ratio before the data."""
     max_ratio: float | None = None
     """First ratio; None for the ratio of the process at time 1."""
+    log_ratio_scale: float | None = None
+    """Factor of the ratio's logarithm in the model time, 0.25 for models of EDM ($c_{noise}$, arXiv 2206.00364, table
+    1); None if the model receives the time."""
 
     def __post_init__(self):
         if not 0 < self.min_ratio < (float("inf") if self.max_ratio is None else self.max_ratio):
@@ -126,17 +185,43 @@ class _RatioTimes:
                 f"max_ratio={max_ratio:g} is invalid: sampling starts from noise, whose ratio to the data in {kind} is "
                 f"{process_ratio:g}. Use max_ratio={process_ratio:g}."
             )
-        times = process.ratio_to_time(self.compute_ratios(max_ratio, steps))
-        return append_final_time(times, times)
+        ratios = self.compute_ratios(max_ratio, steps)
+        times = process.ratio_to_time(ratios)
+        model_times = times if self.log_ratio_scale is None else self.log_ratio_scale * np.log(ratios)
+        return append_final_time(times, model_times)
 
+    @abstractmethod
     def compute_ratios(self, max_ratio: float, steps: int) -> np.ndarray:
         """Return the falling ratios."""
-        return max_ratio * (self.min_ratio / max_ratio) ** np.linspace(0.0, 1.0, steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExponentialTimes(_RatioTimes):
-    r"""Times uniformly spaced in the log-SNR: $\sigma / \alpha$ falls by one factor in every step, and then to 0."""
+    r"""Times uniformly spaced in the log-SNR: $\sigma / \alpha$ falls by one factor in every step, and then to 0.
+
+    They are those of DPM-Solver (arXiv 2206.00927, section 3.4; `use_lu_lambdas` of diffusers).
+    """
+
+    def compute_ratios(self, max_ratio: float, steps: int) -> np.ndarray:
+        """Return the falling ratios."""
+        return space_values("exponential", max_ratio, self.min_ratio, steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetaTimes(_RatioTimes):
+    r"""Times with $\sigma / \alpha$ at quantiles of a symmetric beta distribution, and then 0 (arXiv 2407.12173)."""
+
+    concentration: float = 0.6
+    """Both parameters of the distribution; smaller ones move more steps to both ends."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.concentration > 0:
+            raise UserError(f"concentration={self.concentration} is invalid: it must be positive. Use 0.6.")
+
+    def compute_ratios(self, max_ratio: float, steps: int) -> np.ndarray:
+        """Return the falling ratios."""
+        return space_values("beta", max_ratio, self.min_ratio, steps, concentration=self.concentration)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,22 +232,40 @@ class KarrasTimes(_RatioTimes):
 
     def compute_ratios(self, max_ratio: float, steps: int) -> np.ndarray:
         """Return the falling ratios."""
-        ends = max_ratio ** (1 / self.exponent), self.min_ratio ** (1 / self.exponent)
-        return np.linspace(*ends, steps) ** self.exponent
+        return space_values("karras", max_ratio, self.min_ratio, steps, exponent=self.exponent)
 
 
 TimeSchedule = (
     UniformTimes
     | ShiftedTimes
+    | LinearQuadraticTimes
     | ExplicitTimes
     | KarrasTimes
     | ExponentialTimes
+    | BetaTimes
     | DiscreteSchedule
     | LcmSchedule
     | UniPcFlowSchedule
     | DpmFlowSchedule
     | FlowMatchSchedule
 )
+
+
+def override_shift(schedule: TimeSchedule, process: Process, shift: float | int) -> tuple[TimeSchedule, Process]:
+    """Return a schedule and a process for its times, which are shifted by `shift` instead of the shift of training.
+
+    A factor of the process's shift that depends on a clip's size is dropped, too.
+
+    Raises:
+      UserError: If the shift is not positive, or does not move the times of this schedule or process.
+    """
+    if isinstance(schedule, ShiftedTimes):
+        return ShiftedTimes(shift=float(shift)), process
+    shifted = RectifiedFlow(shift=float(shift))
+    if not isinstance(process, RectifiedFlow) or isinstance(schedule, ExplicitTimes | _RatioTimes):
+        kind = f"{type(schedule).__name__} of {type(process).__name__}"
+        raise UserError(f"shift={shift:g} is invalid: it does not move the times of {kind}. Use times=, or no shift.")
+    return schedule, shifted
 
 
 def make_uniform_times(process: Process, steps: int) -> Float[Array, " {steps}+1"]:

@@ -5,30 +5,40 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
 
+import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
 from dit_video.autoencoders import AutoencoderConfig, Tiles, decode_stream, encode_stream, latent_grid
-from dit_video.autoencoders.streaming import OptionalSharding
+from dit_video.autoencoders.interface import decodes_whole_clips
+from dit_video.autoencoders.streaming import OptionalSharding, estimate_chunk_bytes
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
+from dit_video.core.offload import move_to_devices
 from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
-CHUNK_PIXELS = 1 << 24
-"""Approximate number of pixels that are coded at once, over all frames and clips; longer clips are coded in chunks."""
+DEVICE_SHARE = 0.6
+"""Share of a device's memory that coding may take by default."""
+_UNKNOWN_MEMORY = 8 * 2**30
+"""Bytes that it may take where the device's memory is not known."""
+_MAX_PIXEL_BYTES = 8192
+"""Bytes per pixel that are enough for any autoencoder: what then fits is coded at once without an estimate."""
 
 
 class LatentCodec:
     """An autoencoder with its parameters.
 
-    Long clips are coded in chunks of frames, with the same result as at once; memory does not grow with their length.
+    Long clips are coded in chunks of as many latent frames as the memory allows by an estimate, with the same result as
+    at once.
 
     Args:
       config: the autoencoder's config.
-      params: its parameters, a nested dictionary of arrays.
+      params: its parameters, a nested dictionary of arrays; those in host memory are copied to the device for each
+        call.
+      memory: bytes that coding may take on a device besides the parameters; by default 60 % of the device's memory.
       tiles: how frames that do not fit into memory are tiled; see `Tiles` for the cost.
       sharding: devices that the height of a frame is sharded over; see `decode_stream`.
     """
@@ -38,10 +48,11 @@ class LatentCodec:
         config: AutoencoderConfig,
         params: dict[str, Any],
         *,
+        memory: int | None = None,
         tiles: Tiles | None = None,
         sharding: OptionalSharding = None,
     ):
-        self.config, self.params = config, params
+        self.config, self.params, self.memory, self.tiles = config, params, memory, tiles
         self._options: dict[str, Any] = {"tiles": tiles, "sharding": sharding}
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
@@ -57,9 +68,10 @@ class LatentCodec:
     ) -> Float32[np.ndarray, "t h w c"]:
         """Encode pixels in 0..255, not necessarily whole numbers, to normalised latents; raises as `encode` does."""
         grid = latent_grid(Grid(*pixels.shape[:3]), self.config.stride)
-        chunk = self._get_chunk_length(1, grid)
-        chunks = encode_stream(self.config, self.params, [pixels[None]], chunk=chunk, **self._options)
-        return np.concatenate(list(chunks), axis=1)[0]
+        chunk = self._get_chunk_length("encode", 1, grid)
+        with move_to_devices(self.params) as params:
+            chunks = encode_stream(self.config, params, [pixels[None]], chunk=chunk, **self._options)
+            return np.concatenate(list(chunks), axis=1)[0]
 
     def decode(self, latents: Float32[np.ndarray, "t h w c"], *, fps: float, caption: str = "", seed: int = 0) -> Clip:
         """Decode normalised latents to a clip; `seed` is for decoders that take noise.
@@ -85,8 +97,9 @@ class LatentCodec:
     ) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
         """Yield the frames of `decode_many` in chunks, for clips that are written as they are decoded."""
         values = np.asarray(latents, np.float32)
-        chunk = self._get_chunk_length(len(values), Grid(*values.shape[1:4]))
-        return decode_stream(self.config, self.params, values, chunk=chunk, seeds=seeds, **self._options)
+        chunk = self._get_chunk_length("decode", len(values), Grid(*values.shape[1:4]))
+        with move_to_devices(self.params) as params:
+            yield from decode_stream(self.config, params, values, chunk=chunk, seeds=seeds, **self._options)
 
     def reconstruct(self, clip: Clip) -> Clip:
         """Encode and decode a clip."""
@@ -96,10 +109,48 @@ class LatentCodec:
         """Return the number of parameters."""
         return count(self.params)
 
-    def _get_chunk_length(self, clips: int, latents: Grid) -> int:
-        """Return the number of latent frames that are coded at once."""
-        frame_pixels = clips * self.config.stride.volume * latents.h * latents.w
-        return min(latents.t, max(1, CHUNK_PIXELS // frame_pixels))
+    def _get_chunk_length(self, method: str, clips: int, latents: Grid) -> int:
+        """Return the number of latent frames that are coded at once.
+
+        Raises:
+          UserError: the memory does not allow a single one.
+        """
+        memory = get_default_memory() if self.memory is None else self.memory
+        sharding, tiles = self._options["sharding"], self.tiles
+        devices = 1 if sharding is None else sharding.num_devices
+        pixels = clips * latents.volume * self.config.stride.volume
+        if pixels * _MAX_PIXEL_BYTES <= memory * devices:
+            return latents.t
+        if tiles is not None:
+            stride = self.config.stride
+            height, width = min(latents.h, tiles.height // stride.h), min(latents.w, tiles.width // stride.w)
+            latents = latents._replace(h=height, w=width)
+        needed, count = fit_chunk(self.config, method, clips, latents, memory * devices)
+        if needed > memory * devices and self.memory is not None:
+            shortest = "all latent frames" if count == latents.t > 1 else "one latent frame"
+            raise UserError(
+                f"memory={memory} is invalid: to {method} {shortest} of {clips} clips takes about {needed} bytes. "
+                "Use at least these, smaller tiles, or an autoencoder in bfloat16"
+            )
+        return count
+
+
+def fit_chunk(config: AutoencoderConfig, method: str, clips: int, latents: Grid, memory: int) -> tuple[int, int]:
+    """Return the estimated bytes of the shortest chunk of latents, and the longest chunk that the memory allows.
+
+    The shortest chunk is one latent frame, or the whole clip for a decoder that sees later frames; the longest one is
+    at least as long.
+    """
+    if method == "decode" and decodes_whole_clips(config):
+        return estimate_chunk_bytes(config, method, clips, latents), latents.t
+    one, two = (estimate_chunk_bytes(config, method, clips, latents._replace(t=count)) for count in (1, 2))
+    return one, min(latents.t, 1 + max(0, memory - one) // max(1, two - one))
+
+
+def get_default_memory() -> int:
+    """Return the bytes that coding may take on a device by default."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return int(DEVICE_SHARE * statistics["bytes_limit"]) if "bytes_limit" in statistics else _UNKNOWN_MEMORY
 
 
 def compute_autoencoder_identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:

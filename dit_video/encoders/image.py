@@ -12,8 +12,10 @@ from jaxtyping import Float32, UInt8
 from dit_video.core.config_json import to_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
+from dit_video.core.offload import Offload
 from dit_video.features import FrameEncoder
 from dit_video.weights import load_clip_image_processor, load_clip_vision, read_clip_vision_config
+from dit_video.weights.parameter import get_placement
 
 IDENTITY_FILE = "image_encoder.json"
 """Name of the file in a run's folder that holds the identity of its image encoder."""
@@ -27,10 +29,11 @@ class FrozenImageEncoder:
     Args:
       folder: folder of the tower, with its image settings in it or next to it, or of the pipeline that it is part of.
       identity: identity of tower and settings that the folder must hold; any if empty.
+      offload: weights in host memory; None for weights that stay on the device.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, identity: str = ""):
-        self._folder, self._identity = Path(folder), identity
+    def __init__(self, folder: str | os.PathLike, *, identity: str = "", offload: Offload | None = None):
+        self._folder, self._identity, self._offload = Path(folder), identity, offload
 
     @property
     def identity(self) -> str:
@@ -58,7 +61,8 @@ class FrozenImageEncoder:
 
     @functools.cached_property
     def _encoder_and_identity(self) -> tuple[FrameEncoder, str]:
-        tower, images = load_clip_vision(self._folder), load_clip_image_processor(self._folder)
+        tower = load_clip_vision(self._folder, place=get_placement(self._offload))
+        images = load_clip_image_processor(self._folder)
         parts = [to_json(tower.config), tower.digest, to_json(images)]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         if self._identity not in ("", digest):

@@ -11,8 +11,10 @@ from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
+from dit_video.core.offload import Offload, streams_layers
 from dit_video.text import ClassNamesConfig, Embedder, FrozenTextConfig, TextConfig, Tokenizer
 from dit_video.weights import load_embedder, read_text_encoder_config
+from dit_video.weights.parameter import get_placement
 
 
 class FrozenTextEncoder:
@@ -21,10 +23,17 @@ class FrozenTextEncoder:
     Args:
       config: the encoder's config.
       cache: folder of computed embeddings.
+      offload: weights in host memory; None for weights that stay on the device.
     """
 
-    def __init__(self, config: FrozenTextConfig, *, cache: str | os.PathLike | None = None):
-        self.config, self._cache = config, cache
+    def __init__(
+        self,
+        config: FrozenTextConfig,
+        *,
+        cache: str | os.PathLike | None = None,
+        offload: Offload | None = None,
+    ):
+        self.config, self._cache, self._offload = config, cache, offload
 
     @property
     def identity(self) -> str:
@@ -58,6 +67,8 @@ class FrozenTextEncoder:
             cleaned=config.cleaned,
             dtype=config.dtype,
             cache=self._cache,
+            place=get_placement(self._offload),
+            streams_layers=streams_layers(self._offload),
         )
         if config.identity not in ("", embedder.identity):
             raise UserError(
@@ -68,7 +79,11 @@ class FrozenTextEncoder:
 
 
 def open_tokenizer(
-    config: TextConfig, *, identity_file: Path | None = None, cache: str | os.PathLike | None = None
+    config: TextConfig,
+    *,
+    identity_file: Path | None = None,
+    cache: str | os.PathLike | None = None,
+    offload: Offload | None = None,
 ) -> Tokenizer | FrozenTextEncoder:
     """Return a tokenizer of captions to token ids or classes, or a frozen encoder of captions to embeddings.
 
@@ -77,12 +92,15 @@ def open_tokenizer(
       identity_file: file for the identity of a frozen encoder. It is written the first time; later the encoder must be
         the same, and its identity is known without reading its weights.
       cache: folder for the embeddings of a frozen encoder.
+      offload: weights of a frozen encoder in host memory; None for weights that stay on the device.
     """
     if not isinstance(config, FrozenTextConfig):
         return config.make_tokenizer()
     if identity_file is not None and identity_file.is_file():
-        return FrozenTextEncoder(replace(config, identity=read_json(identity_file)["identity"]), cache=cache)
-    encoder = FrozenTextEncoder(config, cache=cache)
+        return FrozenTextEncoder(
+            replace(config, identity=read_json(identity_file)["identity"]), cache=cache, offload=offload
+        )
+    encoder = FrozenTextEncoder(config, cache=cache, offload=offload)
     if identity_file is not None:
         write_json(identity_file, {"identity": encoder.identity})
     return encoder

@@ -13,7 +13,7 @@ from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import atomic_path, read_json, write_json
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
-from dit_video.diffusion import SAMPLERS, Guidance
+from dit_video.diffusion import SAMPLERS, ExplicitTimes, Guidance
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import wait_for_main_process
 from dit_video.encoders.autoencoder import LatentCodec
@@ -23,14 +23,12 @@ from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipRe
 from dit_video.evaluation.requests import EvaluationClips
 from dit_video.generation import Sampling
 from dit_video.pipelines.pipeline import Pipeline, Request
-from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip, decode
 
 PROMPTS_FILE = "prompts.json"
 _BATCH = 16
 """Number of examples that metrics get at once."""
-_ENTRY_TYPES = {"prompt": str, "frames": int, "height": int, "width": int, "seed": int, "negative": str}
 
 
 class SavedSample(NamedTuple):
@@ -159,7 +157,7 @@ def print_results(results: Mapping[str, MetricResult], *, is_precise: bool = Fal
 
 
 def _describe_sampling(sampling: Sampling) -> dict[str, Any]:
-    """Return steps, sampler and guidance scale, and all options of guidance if they are not at their defaults.
+    """Return steps, sampler and guidance scale; also a shift, explicit times and options of guidance if there are any.
 
     The sampler is named as on the command line, else by its class.
     """
@@ -167,6 +165,10 @@ def _describe_sampling(sampling: Sampling) -> dict[str, Any]:
     sampler = next((name for name, each in SAMPLERS.items() if each == solver), type(solver).__name__.lower())
     plain = guidance == Guidance(scale=guidance.scale)
     options = {} if plain else {"guidance_options": config_json.to_json(guidance)}
+    if sampling.shift is not None:
+        options["shift"] = sampling.shift
+    if isinstance(sampling.time_schedule, ExplicitTimes):
+        options["times"] = list(sampling.time_schedule.times)
     return {"steps": sampling.steps, "guidance": guidance.scale, **options, "sampler": sampler}
 
 
@@ -198,28 +200,6 @@ def reconstruct(
             baseline = replace(original, frames=linear.reconstruct_clip(original.frames, codec.config.stride))
         results.append(ClipReconstruction(info.name, original, codec.reconstruct(original), baseline))
     return results
-
-
-def read_requests(path: str | Path) -> list[Request]:
-    """Read requests from a JSON list of `{prompt, frames, height, width}` with optional `seed` and `negative`.
-
-    Raises:
-      MissingError: no file at `path`.
-      UserError: the file is not such a list.
-    """
-    entries = read_json(path)
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} must be a JSON list of objects with prompt, frames, height and width")
-    requests = []
-    for number, entry in enumerate(entries):
-        values = {"seed": 0, "negative": "", **entry} if isinstance(entry, dict) else {}
-        for name, kind in _ENTRY_TYPES.items():
-            if type(values.get(name)) is not kind:  # `True` is an int to isinstance
-                expected = "a text" if kind is str else "a whole number"
-                raise UserError(f"{path}: {name} of entry {number} must be {expected}, not {values.get(name)!r}")
-        size = Grid(values["frames"], values["height"], values["width"])
-        requests.append(Request(values["prompt"], size, values["seed"], values["negative"]))
-    return requests
 
 
 def write_samples(
@@ -255,13 +235,13 @@ def write_samples(
             wait_for_main_process()
             clips = pipeline.decode_many(pipeline.generate_latents(part, **sampling), part)
             for request, clip in zip(part, clips, strict=True):
-                frames, height, width = request.size
+                frames, height, width = clip.frames.shape[:3]
                 slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40] or "unconditional"
                 name = f"{len(entries):03d}-{slug}.{'png' if frames == 1 else 'mp4'}"
                 clip.save(temporary / name)
                 size = {"frames": frames, "height": height, "width": width}
                 entry = {"file": name, "prompt": request.prompt, **size, "seed": request.seed}
-                entries.append(entry | ({"negative": request.negative} if request.negative else {}))
+                entries.append(entry | ({} if request.negative is None else {"negative": request.negative}))
                 if progress is not None:
                     progress(len(entries))
         write_json(temporary / PROMPTS_FILE, entries)

@@ -57,7 +57,7 @@ def make_shape_requests(seed: int) -> list[Request]:
 
 def add_shape_reference(request: Request) -> EvaluationRequest:
     """Return the request with a rendering of its prompt, which starts where the request's seed says."""
-    description, (frames, height, width) = shapes.parse_caption(request.prompt), request.size
+    description, (frames, height, width) = shapes.parse_caption(request.prompt), request.grid
     generator = rng.make_generator(request.seed, "reference")
     geometry = shapes.sample_geometry(generator, description, height=height, width=width)
     render = functools.partial(shapes.render, description, geometry, frames=frames, height=height, width=width)

@@ -1,6 +1,7 @@
 """Config of a run, checked across its parts before anything is computed."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,9 @@ from dit_video.autoencoders import latent_grid
 from dit_video.backbones.checks import check_frame_conditioning
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.data.latents.views import Augmentations
 from dit_video.data.sizes import SizeLimits
+from dit_video.data.usable_clips import ClipRequirements
 from dit_video.diffusion import LearnedVariance
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.experiment.runtime import StagedExperiment, check_names
@@ -23,8 +26,8 @@ from dit_video.experiment.training_config import (
 from dit_video.features.lpips import MIN_SIDE as LPIPS_SMALLEST
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import check_classes
-from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Canvas, CanvasShape, Grid, PackedRows, PackedShape
+from dit_video.text import ByteEncoderConfig, FrozenTextConfig
+from dit_video.tokens import Canvas, CanvasShape, Grid, PackedRows, PackedShape, compute_token_grid
 from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule
 
@@ -295,3 +298,25 @@ class Experiment(StagedExperiment):
             return limits
         max_pixels, max_frames = training.max_pixels or limits.max_pixels, training.max_frames or limits.max_frames
         return dataclasses.replace(limits, max_pixels=max_pixels, max_frames=max_frames)
+
+    @property
+    def requirements(self) -> ClipRequirements:
+        """Return the requirements of the denoiser's training on its clips.
+
+        Packed rows have room for every clip within the limits, and buckets crop clips. Embeddings of a frozen encoder
+        are cut to the room for text.
+        """
+        text, shape = self.denoiser.text, self.denoiser.layout
+        room = self.denoiser.row_shape.text
+        augmentations = Augmentations(resolutions=self.data.resolutions if self.data.cache_latents else ())
+        return ClipRequirements(
+            limits=augmentations.list_limits(self.limits),
+            has_room=functools.cache(self._has_room) if isinstance(shape, CanvasShape) else None,
+            tokenize=None if isinstance(text, FrozenTextConfig) else text.make_tokenizer(),
+            max_text=room if self.denoiser.buckets is None else min(room, text.max_tokens),
+        )
+
+    def _has_room(self, size: Grid) -> bool:
+        """Return whether a row or canvas has room for a clip of this training size."""
+        latents = latent_grid(size, self.autoencoder.model.stride)
+        return self.denoiser.row_shape.fits([compute_token_grid(latents, self.denoiser.backbone.patch)], [0])

@@ -26,7 +26,7 @@ from dit_video.experiment.initial_weights import (
 from dit_video.families import load_denoiser
 from dit_video.nn import LoraConfig, add_lora_scale, attach_lora, get_graph_def, init_lora, init_params, merge_lora
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, time_quantile
-from dit_video.training.losses.distillation import make_distillation_step
+from dit_video.training.losses.distillation_steps import make_distillation_step
 from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.step import GradientStep, TrainStep
@@ -44,7 +44,8 @@ class TrainableDenoiser(NamedTuple):
     """Weights that the adapters change, sharded over the devices."""
     lora: LoraConfig | None = None
     teacher: dict[str, Any] | None = None
-    """Weights that a student learns from, sharded over the devices."""
+    """Weights that a student with weights of its own learns from, sharded over the devices; those of a student with
+    adapters are `base_params`."""
 
     @property
     def frozen_params(self) -> dict[str, Any] | None:
@@ -102,10 +103,10 @@ def open_trainable_denoiser(
     if isinstance(train, LoraAdapters | Student):
         params = load_initial_denoiser(training, train.init_from, placer)
         record_identity(folder / "start.json", placer.identity, train.init_from)
-        if isinstance(train, Student):
+        if (lora := train.lora) is None:
             return TrainableDenoiser(init, load_initial=lambda: jax.tree.map(jnp.copy, params), teacher=params)
         shapes = jax.eval_shape(init, jax.random.key(0))
-        return TrainableDenoiser(lambda key: init_lora(shapes, train.lora, key), base_params=params, lora=train.lora)
+        return TrainableDenoiser(lambda key: init_lora(shapes, lora, key), base_params=params, lora=lora)
     if (start := train.init_from) is None or is_resuming:
         return TrainableDenoiser(init)
     return TrainableDenoiser(init, load_initial=lambda: load_initial_denoiser(training, start, placer))
@@ -187,8 +188,9 @@ def make_denoiser_step(
     """
     optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps, start_step=start_step, mesh=mesh)
     if isinstance(config.train, Student):
-        method, ema_decay = config.train.distillation, config.ema_decay
-        return make_distillation_step(method, loss, optimizer, ema_decay=ema_decay, averages=config.averages)
+        scale = None if config.lora is None else config.lora.scale
+        options: dict[str, Any] = {"ema_decay": config.ema_decay, "averages": config.averages, "lora_scale": scale}
+        return make_distillation_step(config.train.distillation, loss, optimizer, **options)
     return GradientStep(
         loss=loss if config.lora is None else LoraLoss(loss=loss, scale=config.lora.scale),
         optimizer=optimizer,

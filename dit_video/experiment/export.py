@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.files import atomic_path
+from dit_video.core.offload import Offload
 from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import fit_size
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process, to_host
-from dit_video.distributed.mesh import resolve_mesh
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
 from dit_video.experiment.autoencoder import read_autoencoder
@@ -29,13 +29,12 @@ from dit_video.experiment.encoders import open_text_encoder
 from dit_video.experiment.runtime import Runtime
 from dit_video.families import find_format, get_lora_modules
 from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.devices import make_placement
+from dit_video.pipelines.devices import make_placement, resolve_offload
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.folder import read_pipeline_config
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import Tokenizer
 from dit_video.weights import get_native_modules, save_lora
-from dit_video.weights.parameter import place_on_host
 
 ADAPTER_FILE, LORA_FILE = "adapter.safetensors", "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDERS = {"backbone": "transformer", "low_noise": "transformer_2"}
@@ -76,18 +75,32 @@ def save_transformer(
 
 
 def make_pipeline(
-    experiment: Experiment, runtime: Runtime, denoiser: dict[str, Any], *, mesh: MeshConfig | Mesh | None = None
+    experiment: Experiment,
+    runtime: Runtime,
+    denoiser: dict[str, Any],
+    *,
+    mesh: MeshConfig | Mesh | None = None,
+    offload: Offload | Literal["auto"] | None = "auto",
 ) -> Pipeline:
     """Return the pipeline of a run with these weights of the denoiser, on the devices of a mesh or on the default one.
+
+    `offload` is that of `dit_video.load`.
 
     Raises:
       MissingError: the autoencoder is not trained yet.
     """
     autoencoder = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
-    place = place_on_host if mesh is None else make_placement(resolve_mesh(mesh)[0])
-    params = add_other_expert(experiment.denoiser, denoiser, place)
     config = get_pipeline_config(experiment, runtime)
-    return Pipeline(config, autoencoder=autoencoder, denoiser=params, get_lora_modules=get_lora_modules, mesh=mesh)
+    offload = resolve_offload(offload, is_large=mesh is None and config.boundary is not None)
+    place = make_placement(mesh, offload)
+    return Pipeline(
+        config,
+        autoencoder=autoencoder,
+        denoiser=add_other_expert(experiment.denoiser, denoiser, place),
+        get_lora_modules=get_lora_modules,
+        mesh=mesh,
+        offload=offload,
+    )
 
 
 def get_pipeline_config(experiment: Experiment, runtime: Runtime) -> PipelineConfig:
@@ -126,6 +139,7 @@ def make_pipeline_config(
         sampling=experiment.sampling,
         fps=float(np.median(rates)) if experiment.data.fps is None else experiment.data.fps,
         frame_conditioning=denoiser.frame_conditioning,
+        task=denoiser.task,
         image_encoder=denoiser.image_encoder,
         evaluation=experiment.evaluation,
         size=max(sizes, key=lambda size: (size.volume, size)),

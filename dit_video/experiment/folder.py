@@ -8,7 +8,8 @@ text_encoder.json         the identity of a frozen text encoder
 image_encoder.json        the identity of an image encoder
 texts/                    embeddings of the captions, where latents are not cached
 latents/                  cached latents, or a link to them
-stages/NAME/              latents and rows.json of a stage of the curriculum
+excluded_clips.json       the clips that cannot be used, with the reasons, if there are any
+stages/NAME/              latents, rows.json and excluded_clips.json of a stage of the curriculum
 NAME/                     outputs of a stage of another package
 denoiser/                 checkpoints, metrics.jsonl, rows.json (content of an epoch), skipped.jsonl (non-finite
                           steps); snapshots/, samples/, tensorboard/, as the config says
@@ -33,6 +34,8 @@ from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.folder import RUN_CONFIG as CONFIG
 
 FORMAT = 1
+EXCLUDED_FILE = "excluded_clips.json"
+"""Name of the list of the clips that a training excludes, and of the held-out ones that cannot be used."""
 AnyRun = TypeVar("AnyRun", bound="RunFolder")
 
 

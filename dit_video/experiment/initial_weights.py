@@ -26,8 +26,12 @@ from dit_video.pipelines.loading import read_denoiser
 from dit_video.text import FrozenTextConfig
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
 from dit_video.weights.parameter import Parameter
+from dit_video.weights.tensor_map import make_dtype_fn
 
-_TRAINING_ONLY_FIELDS = ("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity")
+_TRAINING_ONLY_FIELDS = (
+    *("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity"),
+    *("position_scale", "position_stretch"),
+)
 """Fields of configs that weights do not depend on, so that their files do not hold them."""
 
 
@@ -102,9 +106,14 @@ class ParameterPlacer:
     def __init__(self, mesh: Mesh, training: DenoiserTraining):
         self._mesh, self._digests = mesh, dict[str, str]()
         self.kernel_dtype = get_kernel_dtype(training)
+        denoiser_format = find_format(training.backbone)
+        float32_kernels = () if denoiser_format is None else denoiser_format.float32_kernels
+        self._get_dtype = make_dtype_fn(
+            np.dtype(np.float32), self.kernel_dtype, float32_kernels=[f"backbone/{path}" for path in float32_kernels]
+        )
 
     def __call__(self, path: str, parameter: Parameter) -> Array:
-        target_dtype = self.kernel_dtype if path.endswith("kernel") else np.dtype(np.float32)
+        target_dtype = self._get_dtype(path)
         digest = hashlib.sha256()
 
         def hashed_pieces() -> Iterator[np.ndarray]:

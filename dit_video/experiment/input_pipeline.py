@@ -231,6 +231,7 @@ def _make_loader_config(
         mixture=mixture,
         balance=Balance(cost=Cost.from_width(backbone.width, layer_params=backbone.layer_params), batch=config.batch),
         attention_pairs=backbone.attention_pairs,
+        token_lead=backbone.compute_token_lead(experiment.autoencoder.model.stride.t),
     )
 
 

@@ -3,18 +3,18 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from jax.sharding import Mesh
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.core.offload import Layers, Offload, Stages
 from dit_video.distributed import MeshConfig
-from dit_video.distributed.mesh import resolve_mesh
 from dit_video.families.denoisers import get_lora_modules
-from dit_video.families.family import INDEX, Dtype
+from dit_video.families.family import DEFAULT_DTYPE, INDEX, Dtype, LoadOptions
 from dit_video.families.registry import find_family, list_families
 from dit_video.nn import Backend
-from dit_video.pipelines.devices import make_placement
+from dit_video.pipelines.devices import make_placement, resolve_offload
 from dit_video.pipelines.folder import CONFIG, RUN_CONFIG, is_pipeline_folder
 from dit_video.pipelines.loading import load_pipeline
 from dit_video.pipelines.pipeline import Pipeline
@@ -29,6 +29,8 @@ def load(
     *,
     text_encoder: str | Path | None = None,
     dtype: Dtype | None = None,
+    text_dtype: Dtype | None = None,
+    offload: Offload | Literal["auto"] | None = "auto",
     place: Placement | None = None,
     mesh: MeshConfig | Mesh | None = None,
     attention: Backend | None = None,
@@ -44,9 +46,14 @@ def load(
       path: a folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which is
         downloaded once into the cache of `huggingface_hub`.
       text_encoder: folder of the model's frozen text encoder, if it has moved.
-      dtype: open weights only: dtype of the matrix products, float32 by default; see `WanFamily.load_pipeline` and
-        `DitFamily.load_pipeline`.
-      place: open weights only: places each parameter, for example on sharded devices; see there.
+      dtype: open weights only: dtype of the denoiser's matrix products and of their weights, bfloat16 by default. All
+        other weights, and the autoencoder, are in float32.
+      text_dtype: open weights only: dtype of those of the text encoder; by default that of the denoiser.
+      offload: `Stages()` or `Layers()` for weights in host memory that are copied to the devices when they are used;
+        None for weights that stay on the devices. By default, on one GPU or TPU, `Stages()` for open weights and for
+        models with two experts, which do not fit beside each other; None for other models and elsewhere.
+      place: open weights only: function that places each parameter, given its path: `backbone/…`, `low_noise/…` of a
+        second expert, `autoencoder/…`; for devices `lambda path, parameter: parameter.to_device(SHARDING)`.
       mesh: devices that sample together: a `MeshConfig`, or a mesh with its axes; None for one device. The denoiser's
         weights are sharded as in training, and clips, branches of guidance, tokens and heads are divided among the
         devices. In a run of several processes all of them load and sample.
@@ -68,23 +75,35 @@ def load(
         folder = _download(str(path))
     if not folder.is_dir():
         raise MissingError(f"no such run: {folder}")
-    if mesh is not None and place is not None:
-        raise UserError("place is invalid beside mesh, which places the weights. Use one of them.")
+    if place is not None and (mesh is not None or isinstance(offload, Stages | Layers)):
+        raise UserError("place is invalid beside mesh or offload, which place the weights. Use one of them.")
     if (family := find_family(folder)) is not None:
-        if mesh is not None:
-            place = make_placement(resolve_mesh(mesh)[0])
-        options: dict[str, Any] = {"dtype": dtype or "float32", "place": place, "mesh": mesh}
-        pipeline = family.load_pipeline(folder, text_encoder=text_encoder, **options)
+        is_alone = mesh is None and place is None
+        resolved = resolve_offload(offload, is_large=is_alone)
+        options = LoadOptions(
+            text_encoder=text_encoder,
+            dtype=dtype or DEFAULT_DTYPE,
+            text_dtype=text_dtype,
+            place=place or make_placement(mesh, resolved),
+            mesh=mesh,
+            offload=resolved,
+        )
+        pipeline = family.load_pipeline(folder, options)
         return pipeline if attention is None else pipeline.with_attention(attention)
-    if dtype is not None or place is not None:
-        raise UserError(f"dtype and place are for open weights; {folder} has no {INDEX}, leave them out")
+    if not (dtype is None and text_dtype is None and place is None):
+        raise UserError(f"dtype, text_dtype and place are for open weights; {folder} has no {INDEX}, leave them out")
     has_average, is_run = ema is not None or sigma_rel is not None, (folder / RUN_CONFIG).is_file()
     if has_average and not is_run:
         raise UserError(f"{folder} is not a run and has one set of weights; leave out ema and sigma_rel")
     inner = next(filter(is_pipeline_folder, (folder, folder / "pipeline")), None)
     if inner is not None and not has_average:
         return load_pipeline(
-            inner, text_encoder=text_encoder, get_lora_modules=get_lora_modules, mesh=mesh, attention=attention
+            inner,
+            text_encoder=text_encoder,
+            get_lora_modules=get_lora_modules,
+            mesh=mesh,
+            attention=attention,
+            offload=offload,
         )
     if not is_run:
         raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; name a run or open weights")
@@ -94,7 +113,7 @@ def load(
     run = Run.open(folder)
     if attention is not None:
         run = replace(run, experiment=run.experiment.replace_backbone(attention=attention))
-    pipeline = run.newest_pipeline(ema=ema, sigma_rel=sigma_rel, mesh=mesh)
+    pipeline = run.newest_pipeline(ema=ema, sigma_rel=sigma_rel, mesh=mesh, offload=offload)
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 

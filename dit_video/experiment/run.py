@@ -7,6 +7,7 @@ checkpoints. An interrupted run is therefore continued by the same command. `fol
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from dit_video.autoencoders import LinearAutoencoder
 from dit_video.core.errors import UserError
+from dit_video.core.offload import Offload
 from dit_video.core.storage import StoragePathLike
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.offline import Encoding
@@ -169,6 +171,7 @@ class Run(StagedRun):
         ema: float | int | None = None,
         sigma_rel: float | None = None,
         mesh: MeshConfig | Mesh | None = None,
+        offload: Offload | Literal["auto"] | None = "auto",
     ) -> Pipeline:
         """Return the pipeline of the newest checkpoint of a run that may be unfinished. Its clips are not needed.
 
@@ -176,6 +179,7 @@ class Run(StagedRun):
           ema: decay of the average, 0 for the weights themselves; the config's `ema_decay` if None.
           sigma_rel: relative width of an average that is reconstructed from snapshots.
           mesh: devices that sample together, to which the weights are read; None for the default one.
+          offload: weights in host memory; see `dit_video.load`.
 
         Raises:
           MissingError: there are no snapshots, or the autoencoder is not trained yet.
@@ -193,7 +197,8 @@ class Run(StagedRun):
         state, _ = checkpoints.restore(shapes)
         chosen = monitors.select_average(state, config, folder, ema=ema, sigma_rel=sigma_rel)
         del state
-        return export.make_pipeline(self.experiment, self.runtime, trained.merge_params(chosen), mesh=mesh)
+        params = trained.merge_params(chosen)
+        return export.make_pipeline(self.experiment, self.runtime, params, mesh=mesh, offload=offload)
 
     def pipeline_config(self) -> PipelineConfig:
         """Return the config of this run's pipeline, which `prepare` has written, or which follows from the clips."""

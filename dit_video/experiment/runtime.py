@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dit_video.core import config_json, rng
 from dit_video.core.errors import MissingError, UserError, check_at_least
 from dit_video.core.storage import StoragePath
 from dit_video.data.clips import ClipSource
+from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_usable
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.distributed.processes import main_process_first
 from dit_video.experiment import DataConfig, datasets
@@ -67,9 +68,16 @@ class StagedExperiment:
         if not all(0 < weight < math.inf for weight in self.data.weights):
             raise UserError(f"weights={self.data.weights} is invalid: they must be positive. Leave out unwanted sets.")
         check_at_least(0, workers=self.data.workers)
+        if not 0 <= (share := self.data.max_excluded_share) <= 1:
+            raise UserError(f"max_excluded_share={share} is invalid: it must lie in [0, 1]. Use 0 to exclude none.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is invalid: it must be a whole number from 0 to {2**32 - 1}.")
         check_names([stage.name for stage in self.stages])
+
+    @property
+    def requirements(self) -> ClipRequirements:
+        """Return the requirements that every clip of the training meets."""
+        return ClipRequirements()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +117,41 @@ class Runtime:
         """Return all ingested clips."""
         return datasets.open_datasets(self.folder / "data")
 
+    @functools.cached_property
+    def usable_training_clips(self) -> UsableClips:
+        """Return the split `train`, without the clips that the config holds out and those that cannot be used.
+
+        Raises:
+          UserError: more clips cannot be used than the config allows.
+        """
+        clips = self.clips.exclude(self.experiment.data.held_out).select_split("train")
+        selected = select_usable(clips, self.experiment.requirements)
+        selected.check(self.experiment.data.max_excluded_share)
+        return selected
+
+    @functools.cached_property
+    def usable_held_out_clips(self) -> UsableClips:
+        """Return the held-out clips that the config names, without those that cannot be used.
+
+        Without names they are the split `validation`.
+        """
+        held_out = self.experiment.data.held_out
+        clips = self.clips.select(held_out) if held_out else self.clips.select_split("validation")
+        return select_usable(clips, self.experiment.requirements)
+
     @property
     def training_clips(self) -> ClipSource:
-        """Return the split `train`, without the clips that the config holds out."""
-        return self.clips.exclude(self.experiment.data.held_out).select_split("train")
+        """Return the clips of `usable_training_clips`."""
+        return self.usable_training_clips.clips
 
     @property
     def held_out_clips(self) -> ClipSource:
-        """Return the held-out clips that the config names; without names, the split `validation`."""
-        held_out = self.experiment.data.held_out
-        return self.clips.select(held_out) if held_out else self.clips.select_split("validation")
+        """Return the clips of `usable_held_out_clips`."""
+        return self.usable_held_out_clips.clips
+
+    def for_stage(self, experiment: StagedExperiment) -> "Runtime":
+        """Return the runtime of a stage with an experiment of its own; this one if the experiments are equal."""
+        return self if experiment == self.experiment else replace(self, experiment=experiment)
 
     def get_checkpoint_folder(self, name: str) -> str | Path:
         """Return the folder or address of a model's checkpoints, which need not exist yet."""

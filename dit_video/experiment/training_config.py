@@ -11,6 +11,7 @@ from dit_video.data.bucketing.batches import BucketConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, Objective
 from dit_video.distributed import MeshConfig
+from dit_video.generation.request import GenerationTask
 from dit_video.nn import LoraConfig, get_param_shapes
 from dit_video.text import TextConfig
 from dit_video.tokens import CanvasShape, PackedShape
@@ -32,6 +33,9 @@ class DataConfig:
     """Frame rate that clips of a higher rate are resampled to; None keeps each clip's own."""
     held_out: tuple[str, ...] = ()
     """Names of clips that are not trained on, but reconstructed and reported; the split `validation` if empty."""
+    max_excluded_share: float = 0.01
+    """Maximum share of the training clips that are excluded because they cannot be used, such as those smaller than one
+    multiple; with more of them it is an error."""
     weights: tuple[float, ...] = ()
     """Relative number of clips of each data set in an epoch; if empty, all clips have the same weight."""
     clips_per_video: int = 1
@@ -146,12 +150,15 @@ class LoraAdapters:
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """Training of all weights of a few-step student; `objective` is that of its teacher's training."""
+    """Training of a few-step student; `objective` is that of its teacher's training."""
 
     init_from: str
     """Folder of the teacher, from whose weights the student starts, as for `AllWeights`."""
     distillation: Distillation
     """Method of the distillation."""
+    lora: LoraConfig | None = None
+    """Config of the adapters that make a student, and its critic, of the teacher, whose weights are in memory once;
+    None to train all weights of copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +189,9 @@ class DenoiserTraining:
     frame_conditioning: FrameConditioning | None = None
     """Conditioning on known frames, for a denoiser that continues a first frame: by `cond_channels`, image embeddings
     or a time per token. None without it."""
+    task: GenerationTask | None = None
+    """Task that the model is used for after its training; None for text to video, or image to video where there is an
+    image."""
     image_encoder: str | None = None
     """Folder of the CLIP whose embeddings of a known first frame the denoiser attends to (`image_width`), or of a
     pipeline that contains it; None without it."""
@@ -196,7 +206,7 @@ class DenoiserTraining:
     @property
     def lora(self) -> LoraConfig | None:
         """Return the config of the adapters; None where weights are trained."""
-        return self.train.lora if isinstance(self.train, LoraAdapters) else None
+        return self.train.lora if isinstance(self.train, LoraAdapters | Student) else None
 
     @property
     def buckets(self) -> BucketConfig | None:

@@ -1,16 +1,20 @@
 """Format of a class of autoencoders in diffusers: how one of them is read and written."""
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dit_video.core.files import write_json
 from dit_video.nn import get_param_shapes
-from dit_video.weights import diffusers
+from dit_video.weights import diffusers, streaming
 from dit_video.weights.diffusers import STEM
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.io import read_params, write_params
+from dit_video.weights.io import write_params
+from dit_video.weights.streaming import FileMap, FolderSource
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
 
 _LEGACY_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -27,14 +31,17 @@ class AutoencoderFormat(NamedTuple):
     parse_config: Callable[[Path, Mapping[str, Any]], Any]
     """Function from a folder and its settings to our config; raises UserError if a setting is not supported."""
     make_tensor_map: Callable[[Any], TensorMap]
-    """Function from our config to the tensor map of all parameters but the normalizer's."""
-    parse_normalizer: Callable[[Path, Mapping[str, Any], int], dict[str, Any]]
-    """Function from a folder, its settings and the channels to the normalizer's parameters."""
+    """Function from our config to the tensor map of all parameters, but not the normalizer's if settings hold them."""
+    parse_normalizer: Callable[[Path, Mapping[str, Any], int], dict[str, Any]] | None
+    """Function from a folder, its settings and the channels to the normalizer's parameters; None if they are tensors of
+    the map."""
     make_document: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
     """Function from our config and parameters (of which it reads the normalizer's) to `config.json`, without the class.
 
     It raises UserError if the class can't express the config.
     """
+    unused: tuple[str, ...] = ()
+    """Settings of published folders that the class doesn't have, and that change nothing."""
 
     def read_config(self, folder: Path, document: Mapping[str, Any]) -> Any:
         """Return the config of a folder, whose config file is `document`.
@@ -42,7 +49,7 @@ class AutoencoderFormat(NamedTuple):
         Raises:
           UserError: a setting is not supported.
         """
-        return self.parse_config(folder, diffusers.get_settings(folder, document, self.defaults))
+        return self.parse_config(folder, self._get_settings(folder, document))
 
     def load(self, folder: Path, document: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Read the config and parameters of a folder, whose config file is `document`.
@@ -51,13 +58,30 @@ class AutoencoderFormat(NamedTuple):
           MissingError: files are missing.
           UserError: a setting is not supported, or the weights do not fit.
         """
-        settings, config = diffusers.get_settings(folder, document, self.defaults), self.read_config(folder, document)
+        settings, config = self._get_settings(folder, document), self.read_config(folder, document)
+        with self._open(folder, config) as source:
+            params = streaming.read(source, source.like, dtype_fn=lambda path: np.float32)
+        if self.parse_normalizer is not None:
+            params |= {"normalizer": self.parse_normalizer(folder, settings, config.channels)}
+        return config, params
+
+    def check_weights(self, folder: Path, document: Mapping[str, Any]) -> None:
+        """Check that a folder's weights are complete and fit its config, by their headers; raises as `load` does."""
+        with self._open(folder, self.read_config(folder, document)):
+            pass
+
+    def _get_settings(self, folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+        return diffusers.get_settings(folder, document, self.defaults, unused=self.unused)
+
+    @contextlib.contextmanager
+    def _open(self, folder: Path, config: Any) -> Iterator[FolderSource]:
+        """Open the weights in a folder; yield the source of all parameters but the normalizer's."""
         shapes = get_param_shapes(config.make)
-        del shapes["normalizer"]
+        if self.parse_normalizer is not None:
+            del shapes["normalizer"]
         with TensorFolder(folder, stem=STEM) as tensors:
             tensor_map = _apply_legacy_names(tensors, self.make_tensor_map(config))
-        params = read_params(folder, STEM, tensor_map, shapes)
-        return config, params | {"normalizer": self.parse_normalizer(folder, settings, config.channels)}
+            yield FolderSource(tensors, FileMap.from_tensor_map(tensor_map), shapes)
 
     def save(
         self, folder: str | os.PathLike, config: Any, params: dict[str, Any], *, shard_bytes: int = SHARD_BYTES
@@ -68,7 +92,8 @@ class AutoencoderFormat(NamedTuple):
           UserError: the class can't express the config.
         """
         document = {"_class_name": self.class_name, **self.make_document(config, params)}
-        weights = {name: part for name, part in params.items() if name != "normalizer"}
+        has_tensors = self.parse_normalizer is None
+        weights = {name: part for name, part in params.items() if name != "normalizer" or has_tensors}
         write_params(folder, STEM, self.make_tensor_map(config), weights, shard_bytes=shard_bytes)
         write_json(Path(folder) / "config.json", document)
 

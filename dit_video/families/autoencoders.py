@@ -8,6 +8,7 @@ from dit_video.autoencoders import AutoencoderConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import map_with_path
 from dit_video.families.kandinsky.autoencoder import FORMAT as VQ_FORMAT
+from dit_video.families.ltx.autoencoder import FORMAT as LTX_FORMAT
 from dit_video.families.stable_diffusion.autoencoder import FORMAT as IMAGE_FORMAT
 from dit_video.families.wan.autoencoder import FORMAT as WAN_FORMAT
 from dit_video.weights import diffusers, native_format
@@ -15,7 +16,7 @@ from dit_video.weights.parameter import Parameter, Placement
 from dit_video.weights.tensor_map import SHARD_BYTES
 
 _LoadedAutoencoder = tuple[AutoencoderConfig, dict[str, Any]]
-_FORMATS_BY_CLASS = {each.class_name: each for each in (WAN_FORMAT, IMAGE_FORMAT, VQ_FORMAT)}
+_FORMATS_BY_CLASS = {each.class_name: each for each in (WAN_FORMAT, IMAGE_FORMAT, VQ_FORMAT, LTX_FORMAT)}
 EXTERNAL_CLASSES = tuple(_FORMATS_BY_CLASS)
 """Supported model classes of diffusers."""
 SUPPORTED_CLASSES = (*EXTERNAL_CLASSES, native_format.CLASS)
@@ -34,6 +35,21 @@ def load_autoencoder(folder: str | os.PathLike) -> _LoadedAutoencoder:
         config = native_format.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
         return config, native_format.read_native(folder, config)
     return _FORMATS_BY_CLASS[document["_class_name"]].load(folder, document)
+
+
+def check_autoencoder_weights(folder: str | os.PathLike) -> None:
+    """Check that the weights in a folder are complete and fit its config, by the headers of the files.
+
+    It raises as `load_autoencoder` does.
+    """
+    folder = Path(folder)
+    document = _read_document(folder)
+    if document["_class_name"] != native_format.CLASS:
+        _FORMATS_BY_CLASS[document["_class_name"]].check_weights(folder, document)
+        return
+    config = native_format.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
+    with native_format.open_native(folder, config):
+        pass
 
 
 def read_autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:

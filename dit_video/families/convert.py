@@ -21,7 +21,8 @@ from dit_video.nn import get_param_shapes
 from dit_video.text import T5Config
 from dit_video.weights import diffusers, native_format, streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora import get_native_modules, load_lora, save_lora
+from dit_video.weights.lora import load_lora, save_lora
+from dit_video.weights.lora_modules import add_module_prefix, get_native_modules
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES
 from dit_video.weights.text_encoders import T5_MODEL_TYPES, make_t5_export, make_t5_tensor_map, read_t5_config
@@ -114,7 +115,8 @@ def convert_lora(
 
     Raises:
       MissingError: a file does not exist.
-      UserError: the adapter is of another model, or no family has LoRA files for the model.
+      UserError: the adapter is of another model, no family has LoRA files for the model, or the layout has no names for
+        the adapter's full differences.
     """
     folder = Path(model)
     config = read_denoiser_config(folder)
@@ -122,7 +124,7 @@ def convert_lora(
     if not (modules := get_lora_modules(config, primary_layout=primary_layout)):
         raise UserError(f"{folder} holds a {type(config).__name__}, whose family has no LoRA files; name another model")
     shapes = {"backbone": get_param_shapes(config.make)}
-    theirs = {name: module._replace(path=f"backbone/{module.path}") for name, module in modules.items()}
+    theirs = add_module_prefix(modules, "backbone")
     lora = load_lora(source, shapes, get_native_modules(shapes) | theirs, dtype=None)
     written = get_native_modules(shapes) if layout == "dit_video" else theirs
     save_lora(destination, lora, written, style="comfyui" if layout == "authors" else "diffusers", dtype=dtype)

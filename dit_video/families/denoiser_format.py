@@ -15,7 +15,7 @@ from dit_video.core.files import write_json
 from dit_video.nn import get_param_shapes
 from dit_video.weights import diffusers, native_format, streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora import LoraModule
+from dit_video.weights.lora_modules import LoraModule
 from dit_video.weights.parameter import Placement, place_on_host
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES, make_dtype_fn
@@ -37,6 +37,11 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
     """Layout of the files by the model class that `config.json` names."""
     unadapted: ClassVar[tuple[str, ...]] = ()
     """Paths of kernels of which the family's LoRA files hold no adapter."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Endings of the names of tensors that published files hold and the models do not read."""
+    float32_kernels: ClassVar[tuple[str, ...]] = ()
+    """Paths of kernels whose products are float32 whatever the config's dtype: they are not rounded where the others
+    are read in another dtype."""
 
     @abc.abstractmethod
     def read_config(self, folder: Path, document: dict[str, Any]) -> ConfigT:
@@ -68,7 +73,7 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
         """Return which tensors hold each parameter."""
 
     def get_lora_modules(self, config: ConfigT, *, primary_layout: FileLayout = "diffusers") -> dict[str, LoraModule]:
-        """Return the linear maps that LoRA files may adapt, by their names there; those of `primary_layout` come first.
+        """Return the modules that LoRA files may change, by their names there; those of `primary_layout` come first.
 
         It is empty for a family without LoRA files of its own.
         """
@@ -96,6 +101,14 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
     def read_folder_config(self, folder: Path) -> ConfigT:
         """Read the config of a denoiser of this family, without its weights; errors are those of `load_files`."""
         return read_files_config([self], folder, config_class=self.config_class)
+
+    def check_weights(self, folder: Path) -> None:
+        """Check that the weights in a folder are complete and fit its config; raises as `load_files` does.
+
+        Only the headers of the files are read, unless a family has tensors that repeat others.
+        """
+        with open_files([self], folder, config_class=self.config_class):
+            pass
 
     def save(
         self,
@@ -146,7 +159,8 @@ def open_files(
     with tensors:
         config = denoiser_format.read_config(folder, document)
         file_map = denoiser_format.make_file_map(config, denoiser_format.layouts[document["_class_name"]])
-        yield config, FolderSource(tensors, file_map, get_param_shapes(config.make))
+        unused = [name for name in tensors.shapes if name.endswith(denoiser_format.unused)]
+        yield config, FolderSource(tensors, file_map, get_param_shapes(config.make), ignored=unused)
 
 
 def load_files(
@@ -166,7 +180,8 @@ def load_files(
         `DiT-XL-2-256x256.safetensors`.
       config_class: class of the config of a folder in the native format.
       dtype: dtype that floating tensors are cast to; None keeps the file's.
-      kernel_dtype: dtype that the kernels of linear maps are cast to; None casts them to `dtype`, too.
+      kernel_dtype: dtype that the kernels of linear maps are cast to, except for the format's `float32_kernels`; None
+        casts them to `dtype`, too.
       place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
@@ -174,7 +189,10 @@ def load_files(
       UserError: the model class or one of its settings is not supported, or the weights do not fit.
     """
     with open_files(formats, Path(folder), config_class=config_class) as (config, source):
-        dtype_fn = make_dtype_fn(dtype, kernel_dtype)
+        float32_kernels = [
+            path for each in formats if isinstance(config, each.config_class) for path in each.float32_kernels
+        ]
+        dtype_fn = make_dtype_fn(dtype, kernel_dtype, float32_kernels=float32_kernels)
         return config, streaming.read(source, source.like, dtype_fn=dtype_fn, place=place)
 
 

@@ -13,7 +13,7 @@ from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError
 from dit_video.families.denoiser_format import DenoiserFormat, FileLayout, load_files, read_files_config
 from dit_video.families.registry import list_families
-from dit_video.weights.lora import LoraModule
+from dit_video.weights.lora_modules import LoraModule
 from dit_video.weights.parameter import Placement, place_on_host
 from dit_video.weights.tensor_map import SHARD_BYTES
 
@@ -29,7 +29,7 @@ def find_format(config: BackboneConfig) -> DenoiserFormat | None:
 
 
 def get_lora_modules(config: BackboneConfig, *, primary_layout: FileLayout = "diffusers") -> dict[str, LoraModule]:
-    """Return the linear maps that LoRA files of the config's family may adapt, by their names there."""
+    """Return the modules that LoRA files of the config's family may change, by their names there."""
     denoiser_format = find_format(config)
     return {} if denoiser_format is None else denoiser_format.get_lora_modules(config, primary_layout=primary_layout)
 

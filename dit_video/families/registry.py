@@ -6,9 +6,12 @@ from dit_video.core import registry
 from dit_video.core.errors import UserError
 from dit_video.families.dit.pipeline import DitFamily
 from dit_video.families.family import Family, read_pipeline_class
+from dit_video.families.ltx.pipeline import LtxFamily
+from dit_video.families.vace.pipeline import VaceFamily
 from dit_video.families.wan.pipeline import WanFamily
 
-_FAMILIES: list[Family] = [WanFamily(), DitFamily()]
+# The config of VACE's models is also one of Wan's, so that VACE comes first.
+_FAMILIES: list[Family] = [VaceFamily(), WanFamily(), DitFamily(), LtxFamily()]
 
 
 def register_family(family: Family) -> None:

@@ -3,12 +3,12 @@
 Requests of clips and tasks are in `generation.request` and `generation.tasks`; they import the decoding of video.
 """
 
+from dit_video.generation.config import Sampling
+from dit_video.generation.denoiser import Denoiser
 from dit_video.generation.packing import SamplingRequest
 from dit_video.generation.plan import SamplingPlan, StepInputs, StepTransform
 from dit_video.generation.sampler import (
-    Denoiser,
     LatentTrace,
-    Sampling,
     draw_initial_noise,
     sample_latents,
     trace_latents,

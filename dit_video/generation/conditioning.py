@@ -22,7 +22,10 @@ from dit_video.tokens import Field, Grid, PackedBatch
 
 
 def make_request_fields(
-    configs: Sequence[ClipConditioning], values: Mapping[str, Any], strengths: Mapping[str, float], latents: Grid
+    configs: Sequence[ClipConditioning],
+    values: Mapping[str, Any],
+    strengths: Mapping[str, float | Sequence[float]],
+    latents: Grid,
 ) -> dict[Field, np.ndarray]:
     """Return a request's values of conditioning by fields and their strengths, for latents of this size.
 
@@ -38,16 +41,26 @@ def make_request_fields(
     fields: dict[Field, np.ndarray] = {}
     for each in configs:
         name, shape = each.field.name, each.field.get_shape(latents)
-        if name in strengths and each.field.dtype != "float32":
-            rule = f"{name} holds integers, which have no strength. Leave it out."
-            raise UserError(f"strengths={dict(strengths)} is invalid: {rule}")
+        strength = np.asarray(strengths.get(name, 1), np.float32)
+        if name in strengths and (rule := _check_strength(each, strength)):
+            raise UserError(f"strengths={dict(strengths)} is invalid: {name} {rule}.")
         field = each.from_request(values[name], latents) if name in values else np.zeros(shape, each.field.dtype)
         if field.shape != shape:
             raise UserError(
                 f"conditioning {name} has the shape {list(field.shape)}, not {list(shape)}; mend from_request"
             )
-        fields |= zip(list_fields(each), (field, np.asarray(strengths.get(name, 1), np.float32)), strict=True)
+        fields |= zip(list_fields(each), (field, np.broadcast_to(strength, each.strength_shape)), strict=True)
     return fields
+
+
+def _check_strength(config: ClipConditioning, strength: np.ndarray) -> str | None:
+    """Return the rule that a strength breaks; None for one that is valid."""
+    if config.field.dtype != "float32":
+        return "holds integers, which have no strength. Leave it out"
+    if strength.shape in ((), config.strength_shape):
+        return None
+    counts = f" or {', '.join(map(str, config.strength_shape))}" if config.strength_shape else ""
+    return f"has one strength{counts}, not {strength.size}. Use one number{counts and ' or as many'}"
 
 
 def make_conditioning(batch: PackedBatch, configs: Sequence[ClipConditioning], keys: Key[Array, "B G"]) -> Conditioning:
@@ -74,4 +87,4 @@ def make_conditioning(batch: PackedBatch, configs: Sequence[ClipConditioning], k
 
 def list_fields(config: ClipConditioning) -> tuple[Field, Field]:
     """Return the fields of requests for a conditioning: its values, and their strength."""
-    return config.field, Field(name=f"{config.field.name}_strength", alignment="example")
+    return config.field, Field(name=f"{config.field.name}_strength", alignment="example", shape=config.strength_shape)

@@ -44,7 +44,7 @@ class SamplingRequest(NamedTuple):
     negative: str
     """Prompt of the unconditional branch of guidance; empty for none."""
     noise: Float32[np.ndarray, "t h w c"]
-    """Initial noise, of the size of the result."""
+    """Initial noise, of the size of the result with the plan's `leading_frames`."""
     plan: SamplingPlan = SamplingPlan()
     seed: int = 0
     """Seed of the noise that stochastic samplers, and conditioning, add."""
@@ -92,6 +92,13 @@ class RequestSize(NamedTuple):
     """Number of tokens along (t, h, w)."""
     texts: tuple[int, ...]
     """Number of text tokens of each branch."""
+    extra: int = 0
+    """Number of extra tokens."""
+
+    @property
+    def row_grid(self) -> Grid:
+        """Return the size that a row must have room for."""
+        return Grid(1, 1, self.grid.volume + self.extra) if self.extra else self.grid
 
 
 class RowMultiples(NamedTuple):
@@ -145,15 +152,15 @@ def plan_rows(
         if max(size.texts) > shape.text:
             length = max(size.texts)
             raise UserError(f"a prompt of {length} text tokens is longer than a row's {shape.text}; shorten the prompt")
-    order = sorted(range(len(sizes)), key=lambda index: -sizes[index].grid.volume)
-    separate = [_Bundle([size.grid], [max(size.texts)]) for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index].row_grid.volume)
+    separate = [_Bundle([size.row_grid], [max(size.texts)]) for size in sizes]
     small = [index for index in order if separate[index].fits(shape)]
     branches = max((len(size.texts) for size in sizes), default=1)
     groups = [PackedRequests(shape, False, _pack_first_fit(small, separate, shape))]
     # Requests whose branches fit a row together can have them side by side; the others stay in separate rows. The plan
     # that evaluates fewer rows, padding rows included, is taken.
     if is_batched and branches > 1:
-        bundles = [_Bundle([size.grid] * branches, list(size.texts)) for size in sizes]
+        bundles = [_Bundle([size.row_grid] * branches, list(size.texts)) for size in sizes]
         fitting = [index for index in small if bundles[index].fits(shape)]
         remaining = [index for index in small if index not in set(fitting)]
         combined = [
@@ -162,7 +169,7 @@ def plan_rows(
         ]
         groups = min(combined, groups, key=lambda plan: _count_evaluated_rows(plan, rows, branches, multiples))
     for index in (index for index in order if index not in set(small)):
-        row_shape = shape.enlarge(sizes[index].grid)
+        row_shape = shape.enlarge(sizes[index].row_grid)
         if groups[-1].shape == row_shape:
             groups[-1].rows.append([index])
         else:
@@ -242,6 +249,8 @@ class Packer(NamedTuple):
     """Number of rows of a batch; padding rows fill it up, so that its shape is constant."""
     fields: tuple[Field, ...] = ()
     """Fields of the rows; zero for a request whose plan lacks them."""
+    token_lead: float = 0.0
+    """Fraction of `token_dt` by which all tokens but a clip's first begin earlier."""
 
     def make_batch(self, group: PackedRequests, row_requests: Members) -> SamplingBatch:
         """Return the batch of the requests in some rows of a group."""
@@ -259,19 +268,8 @@ class Packer(NamedTuple):
         items: list[list[PackedExample]] = [[] for _ in row_requests]
         for number, row in enumerate(row_requests):
             for index in row:
-                request, conditions = self.requests[index], self.requests[index].branches(self.branch_count)
-                tokens = patchify(request.noise, self.patch)
-                positions = compute_positions(request.get_token_grid(self.patch), step=(self.token_dt, 1.0, 1.0))
-                latents = Grid(*request.noise.shape[:3])
-                for branch in branches:
-                    prompt, fields = conditions[branch]
-                    row_fields = {
-                        field.name: field.patchify(
-                            fields.get(field, np.zeros(field.get_shape(latents), field.dtype)), self.patch
-                        )
-                        for field in self.fields
-                    }
-                    items[number].append(PackedExample(tokens, positions, self.texts[prompt], index, row_fields))
+                conditions = self.requests[index].branches(self.branch_count)
+                items[number] += [self._make_example(index, *conditions[branch]) for branch in branches]
         first = items[0][0]
         contents: dict[str, Any] = {
             "width": first.tokens.shape[1],
@@ -281,6 +279,25 @@ class Packer(NamedTuple):
         packed = [pack(row, group.shape, **contents) for row in items]
         packed += [make_empty_row(group.shape, **contents)] * (self.rows - len(packed))
         return stack_rows(packed)
+
+    def _make_example(self, index: int, prompt: str, fields: Mapping[Field, np.ndarray]) -> PackedExample:
+        """Return a branch of a request: its tokens, with extra ones after them, and its fields in rows."""
+        request = self.requests[index]
+        extra, latents = request.plan.extra, Grid(*request.noise.shape[:3])
+        tokens, step = patchify(request.noise, self.patch), (self.token_dt, 1.0, 1.0)
+        positions = compute_positions(request.get_token_grid(self.patch), step=step, lead=self.token_lead)
+        row_fields = {}
+        for field in self.fields:
+            values = fields.get(field, np.zeros(field.get_shape(latents), field.dtype))
+            row_fields[field.name] = field.patchify(values, self.patch)
+            if extra is not None and field.alignment == "grid":
+                shape = (len(extra.noise), *row_fields[field.name].shape[1:])
+                further = extra.fields.get(field, np.zeros(shape, field.dtype))
+                row_fields[field.name] = np.concatenate([row_fields[field.name], further])
+        if extra is not None:
+            tokens = np.concatenate([tokens, extra.noise])
+            positions = np.concatenate([positions, extra.positions])
+        return PackedExample(tokens, positions, self.texts[prompt], index, row_fields)
 
     def _compute_branch_positions(
         self, group: PackedRequests, row_requests: Members, segments: Int32[np.ndarray, "B N"]

@@ -7,13 +7,17 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from dit_video.diffusion import Process
 from dit_video.tokens import Field, PackedBatch
 
 CLEAN_LATENTS, CLEAN_MASK = "clean_latents", "clean_mask"
 """Names of the fields with clean latents `t h w c`, and with 1 where they are clean, `t h w 1`."""
+HELD_LATENTS, HELD_STRENGTH = "held_latents", "held_strength"
+"""Names of the fields with held latents `t h w c`, and with their strength `t h w 1`, 0 where there are none."""
+_TIME_TOLERANCE = 1e-6
+"""Rounding of times, within which a held latent begins to be denoised."""
 
 
 class StepInputs(NamedTuple):
@@ -26,6 +30,8 @@ class StepInputs(NamedTuple):
     """Diffusion time of the sample."""
     noise: Float[Array, "B N p"]
     """Standard normal noise of the step, of each clip by its seed; a stochastic sampler draws the same."""
+    start: Float[Array, ""]
+    """Model time at the start of the step."""
 
 
 class StepTransform(abc.ABC):
@@ -39,15 +45,34 @@ class StepTransform(abc.ABC):
     def list_fields(self, channels: int) -> tuple[Field, ...]:
         """Return the fields of the plans, for latents of this many channels."""
 
+    def change_start(self, noisy: Float[Array, "B N p"], rows: PackedBatch) -> Float[Array, "B N p"]:
+        """Return the sample before the first step, from noise or noisy start latents."""
+        return noisy
+
     def change_input(
         self, noisy: Float[Array, "B N p"], times: Float[Array, "B N"], rows: PackedBatch, process: Process
     ) -> tuple[Float[Array, "B N p"], Float[Array, "B N"]]:
         """Return the tokens and their times as the model gets them."""
         return noisy, times
 
+    def get_clean_tokens(self, rows: PackedBatch) -> Bool[Array, "B N"] | None:
+        """Return the tokens that `change_input` puts at time 0, if it changes no other times; None if it may."""
+        return None
+
     def change_sample(self, sample: Float[Array, "B N p"], inputs: StepInputs) -> Float[Array, "B N p"]:
         """Return the sample after a step; `inputs.time` is that at its end."""
         return sample
+
+
+class ExtraTokens(NamedTuple):
+    """Tokens that are sampled with those of a clip, such as keyframes, and cut off from the result."""
+
+    noise: Float32[np.ndarray, "m p"]
+    """Their initial noise."""
+    positions: Float32[np.ndarray, "m 3"]
+    """Their positions, in the units of those of the clip's tokens."""
+    fields: Mapping[Field, np.ndarray]
+    """Their values `m *shape` of fields as rows have them; zero for other fields."""
 
 
 class SamplingPlan(NamedTuple):
@@ -61,6 +86,11 @@ class SamplingPlan(NamedTuple):
     """Diffusion time that sampling starts at: at the first time of the schedule that is not above it."""
     transform: StepTransform | None = None
     """Change of each step; clips with equal ones are sampled together."""
+    leading_frames: int = 0
+    """Number of latent frames before the clip's own that are sampled with them and then cut off, such as those of
+    reference images; fields and start latents have them too."""
+    extra: ExtraTokens | None = None
+    """Further tokens, for models of packed rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +107,56 @@ class CleanTokens(StepTransform):
         self, noisy: Float[Array, "B N p"], times: Float[Array, "B N"], rows: PackedBatch, process: Process
     ) -> tuple[Float[Array, "B N p"], Float[Array, "B N"]]:
         """Put clean tokens in place, at time 0."""
-        is_clean = rows.fields[CLEAN_MASK][..., :1] > 0
+        is_clean = self.get_clean_tokens(rows)
         clean = process.input_scale(jnp.zeros(())) * rows.fields[CLEAN_LATENTS]
-        return jnp.where(is_clean, clean, noisy), jnp.where(is_clean[..., 0], 0.0, times)
+        return jnp.where(is_clean[..., None], clean, noisy), jnp.where(is_clean, 0.0, times)
+
+    def get_clean_tokens(self, rows: PackedBatch) -> Bool[Array, "B N"]:
+        return rows.fields[CLEAN_MASK][..., 0] > 0
 
     def change_sample(self, sample: Float[Array, "B N p"], inputs: StepInputs) -> Float[Array, "B N p"]:
         """Restore the clean tokens."""
         fields = inputs.rows.fields
         return jnp.where(fields[CLEAN_MASK][..., :1] > 0, fields[CLEAN_LATENTS], sample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldTokens(StepTransform):
+    """Latents with a strength, which a model with a time per token sees with the share `1 - strength` of noise.
+
+    They are held, at the time `1 - strength`, until the sample's time falls to it, and are denoised with the others
+    from then on. So a strength of 1 keeps them (LTX-Video, arXiv 2501.00103; `LTXConditionPipeline` of diffusers).
+    """
+
+    noise_scale: float = 0.0
+    """Noise that the model sees in latents of strength 1, in units of the squared time. It helps motion to begin."""
+
+    def list_fields(self, channels: int) -> tuple[Field, ...]:
+        return (
+            Field(name=HELD_LATENTS, alignment="grid", shape=(channels,)),
+            Field(name=HELD_STRENGTH, alignment="grid", shape=(1,)),
+        )
+
+    def change_start(self, noisy: Float[Array, "B N p"], rows: PackedBatch) -> Float[Array, "B N p"]:
+        """Put the held latents in place."""
+        is_held = jnp.asarray(rows.fields[HELD_STRENGTH])[..., :1] > 0
+        return jnp.where(is_held, self._compute_held(rows, jnp.asarray(rows.tokens), jnp.ones(())), noisy)
+
+    def change_input(
+        self, noisy: Float[Array, "B N p"], times: Float[Array, "B N"], rows: PackedBatch, process: Process
+    ) -> tuple[Float[Array, "B N p"], Float[Array, "B N"]]:
+        """Limit the times of held latents."""
+        return noisy, jnp.minimum(times, 1 - rows.fields[HELD_STRENGTH][..., 0])
+
+    def change_sample(self, sample: Float[Array, "B N p"], inputs: StepInputs) -> Float[Array, "B N p"]:
+        """Restore the latents that were held in this step."""
+        strength = inputs.rows.fields[HELD_STRENGTH][..., :1]
+        is_held = (strength > 0) & (inputs.start > 1 - strength + _TIME_TOLERANCE)
+        return jnp.where(is_held, self._compute_held(inputs.rows, inputs.noise, inputs.time), sample)
+
+    def _compute_held(
+        self, rows: PackedBatch, noise: Float[Array, "B N p"], time: Float[Array, ""]
+    ) -> Float[Array, "B N p"]:
+        strength, latents = jnp.asarray(rows.fields[HELD_STRENGTH])[..., :1], jnp.asarray(rows.fields[HELD_LATENTS])
+        seen = latents + self.noise_scale * jnp.square(time) * noise
+        return jnp.where(strength == 1, seen, strength * latents + (1 - strength) * rows.tokens)

@@ -19,10 +19,11 @@ def make_sampling_request(
     """Return the request for latents of a size.
 
     Args:
-      request: request of a clip.
+      request: request of a clip, with its size.
       latents: size of its latents.
       model: the model that samples it.
-      noise: initial noise, standard normal; None to draw it from the request's seed.
+      noise: initial noise, standard normal, also of the plan's `leading_frames`; None to draw it from the request's
+        seed.
 
     Raises:
       UserError: a seed that is not a whole number below 2**32, noise that does not fit, or a request that does not fit
@@ -30,15 +31,16 @@ def make_sampling_request(
     """
     if not 0 <= request.seed < 2**32:
         raise UserError(f"seed={request.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}")
+    has_images = request.image is not None or request.last_image is not None
+    task = request.task or model.task or (ImageToVideo() if has_images else TextToVideo())
+    plan = task(request, model)
+    latents = latents._replace(t=latents.t + plan.leading_frames)
     shape = (*latents, model.codec.config.channels)
     initial = draw_initial_noise(request.seed, latents, shape[-1]) if noise is None else np.asarray(noise)
     if initial.shape != shape:
-        raise UserError(f"noise for {Grid(*request.size)} has shape {shape}, not {initial.shape}")
+        raise UserError(f"noise for latents of {latents!r} has shape {shape}, not {initial.shape}")
     if not np.isfinite(initial).all():
         raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
-    has_images = request.image is not None or request.last_image is not None
-    task = request.task or (ImageToVideo() if has_images else TextToVideo())
-    plan = task(request, model)
     values = make_request_fields(model.backbone.conditioning, request.conditioning, request.strengths, latents)
     plan = plan._replace(fields={**values, **plan.fields})
-    return SamplingRequest(request.prompt, request.negative, initial.astype(np.float32), plan, request.seed)
+    return SamplingRequest(request.prompt, request.negative or "", initial.astype(np.float32), plan, request.seed)

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Int32
+from jaxtyping import Array, Int32
 
 from dit_video.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.backbones.skipped_layers import skip_layers
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import (
     Branches,
@@ -61,24 +62,26 @@ def make_program(
     branches that are evaluated at once.
     """
 
-    kinds: dict[str, Any] = {"process": process, "prediction": prediction}
-
     @jax.jit
     def run(params, state, batch: SamplingBatch, guidance, sample_times, first):
         # All branches have the same noise, segments and positions. The sample is that of the first.
         rows = jax.tree.map(jnp.asarray, batch.branches[0])
         keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
 
-        def make_denoise(branch: PackedBatch) -> DenoiseFn:
+        def make_denoise(branch: PackedBatch, skipped_layers: Any = None) -> DenoiseFn:
             copies = len(branch.tokens) // len(rows.tokens)
             context = nnx.merge(text, params["text"])(branch.text, branch.text_segments)
             model = nnx.merge(backbone, params["backbone"])
             conditioning = make_conditioning(branch, model.config.conditioning, jnp.concatenate([keys] * copies))
             conditioning = conditioning.add(make_text_record(context, branch.layout))
             change = None
+            is_clean: Array | None = jnp.zeros(branch.segments.shape, bool)
             if transform is not None:
+                is_clean = transform.get_clean_tokens(branch)
                 change = functools.partial(transform.change_input, rows=branch, process=process)
-            denoise = make_denoise_fn(model, branch.layout, conditioning, change_input=change)
+            if skipped_layers is not None:
+                model = skip_layers(model, skipped_layers)
+            denoise = make_denoise_fn(model, branch.layout, conditioning, change_input=change, is_clean=is_clean)
             # Traced once, however often the solver and guidance evaluate it.
             traced, constants = jax.closure_convert(denoise, branch.tokens, jnp.zeros(()), None)
             sharding = None if mesh is None else make_row_shardings(branch, mesh).tokens
@@ -88,14 +91,19 @@ def make_program(
             """Return the mean of every sample, repeated for its tokens."""
             return rows.layout.expand(rows.layout.mean(values.mean(axis=-1)))[..., None]
 
+        def compute_quantile(values, quantile):
+            return rows.layout.expand(rows.layout.quantile(values, quantile))[..., None]
+
         def draw(number):
             step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys)
             return rows.layout.sample_noise(step_keys, rows.tokens.shape[-1])
 
         def change_sample(sample, time, number):
             assert transform is not None
-            return transform.change_sample(sample, StepInputs(rows, process, time, draw(number)))
+            start = sample_times.model_times[number - first]
+            return transform.change_sample(sample, StepInputs(rows, process, time, draw(number), start))
 
+        kinds: dict[str, Any] = {"process": process, "prediction": prediction.with_quantile(compute_quantile)}
         number = len(batch.branches)
         # Outside of the guidance interval the conditional branch alone is evaluated. With all branches of a request
         # in one row (number == 1) it is the whole row, and guidance only combines tokens of its output.
@@ -109,13 +117,17 @@ def make_program(
             if batch.branch_positions is not None:
                 assert conditional is not None
                 branches, conditional = _gather_branches(conditional, batch.branch_positions), None
+            elif number == 1:
+                assert conditional is not None
+                branches, conditional = sequential(conditional), None
             elif is_batched:
                 stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
                 stacked = _constrain(stacked, None if mesh is None else make_row_shardings(stacked, mesh))
                 branches = batched(make_denoise(stacked), number)
             else:
                 branches = sequential(*map(make_denoise, batch.branches))
-            denoise = apply_guidance(branches, guidance, conditional=conditional, mean=mean, **kinds)
+            skipped = None if guidance.skip is None else make_denoise(rows, guidance.skip.layers)
+            denoise = apply_guidance(branches, guidance, conditional=conditional, skipped=skipped, mean=mean, **kinds)
         options: dict[str, Any] = {"model_times": sample_times.model_times, "noise_fn": draw, "first_step": first}
         change = None if transform is None else change_sample
         return advance(denoise, state, sample_times.times, solver=solver, transform=change, **kinds, **options)

@@ -2,23 +2,28 @@
 
 import abc
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool
 
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import FrameConditioning
+from dit_video.core.errors import UserError
+from dit_video.core.offload import Offload
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.image import FrozenImageEncoder
+from dit_video.generation.pictures import Condition, Image
 from dit_video.generation.plan import SamplingPlan
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
-Image = Clip | UInt8[np.ndarray, "H W 3"]
-"""A clip of one frame, or its pixels."""
+PICTURES = ("image", "last_image", "video", "mask", "control", "reference_images", "conditions")
+"""Fields of a request with images, clips and masks."""
+Mask = Bool[np.ndarray, "T H W"] | Bool[np.ndarray, " T"]
+"""Pixels or frames of a clip that are kept (True)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +36,20 @@ class TaskModel:
     """Conditioning on frames that the denoiser was trained with; None for a model without it."""
     image_encoder_folder: str | None
     """Folder of the image encoder whose tokens it attends to."""
+    task: "GenerationTask | None" = None
+    """Task that the model is used for; None for text to video, or image to video where there is an image."""
+    token_dt: float = 1.0
+    """Distance of consecutive tokens along time, in units of positions."""
+    token_lead: float = 0.0
+    """Fraction of that distance by which all tokens but a clip's first begin earlier."""
+    offload: Offload | None = None
+    """Weights of the image encoder in host memory; None for weights that stay on the device."""
 
     @functools.cached_property
     def image_encoder(self) -> FrozenImageEncoder:
         """Return the image encoder, which is read when the first image arrives."""
         assert self.image_encoder_folder is not None
-        return FrozenImageEncoder(self.image_encoder_folder)
+        return FrozenImageEncoder(self.image_encoder_folder, offload=self.offload)
 
 
 class GenerationTask(abc.ABC):
@@ -58,17 +71,66 @@ class Request(NamedTuple):
     """Request for one clip."""
 
     prompt: str
-    size: Grid | tuple[int, int, int]
-    """Frames, height and width in pixels."""
+    size: Grid | tuple[int, int, int] | None = None
+    """Frames, height and width in pixels; None for the model's own, with the aspect ratio of the first picture."""
     seed: int = 0
-    negative: str = ""
+    negative: str | None = None
+    """Negative prompt, which replaces the empty prompt (or no class) in guidance; None for the model's own."""
     image: Image | None = None
     """First frame of the clip, in models that accept one."""
     last_image: Image | None = None
     """Last frame of the clip, in models that accept one."""
     conditioning: Mapping[str, Any] = {}
     """Values of further conditioning that the model was trained with, by name; without, it is dropped."""
-    strengths: Mapping[str, float] = {}
+    strengths: Mapping[str, float | Sequence[float]] = {}
     """Strengths of further conditioning, by name; 1 by default."""
     task: GenerationTask | None = None
-    """Task that the model is used for; None for text to video, or image to video where there is an image."""
+    """Task that the model is used for; None for the model's own."""
+    video: Clip | None = None
+    """Clip whose pixels are kept where `mask` is True, in models that accept one."""
+    mask: Mask | None = None
+    """Pixels `[T H W]`, or frames `[T]`, of `video` that are kept (True); all others are generated."""
+    control: Clip | None = None
+    """Clip that steers what is generated, such as poses, depth or edges, in models that accept one."""
+    reference_images: Sequence[Image] = ()
+    """Images of subjects that the clip shows, in models that accept them."""
+    conditions: Sequence[Condition] = ()
+    """Images and clips that the clip has at some frames, in models that accept them."""
+
+    @property
+    def grid(self) -> Grid:
+        """Return the size, which pipelines resolve before they plan a request."""
+        assert self.size is not None
+        return Grid(*self.size)
+
+    @property
+    def pictures(self) -> dict[str, Any]:
+        """Return the images, clips and masks of the request by the names of their fields, without those it lacks."""
+        values = {name: getattr(self, name) for name in PICTURES}
+        return {name: value for name, value in values.items() if not (value is None or _is_empty(value))}
+
+    def check_pictures(self, accepted: Collection[str]) -> None:
+        """Check that the model, or its task, accepts all pictures of the request.
+
+        Raises:
+          UserError: it does not.
+        """
+        if refused := sorted(self.pictures.keys() - set(accepted)):
+            fix = f"It accepts {', '.join(accepted)}" if accepted else "It accepts a prompt alone"
+            raise UserError(f"{', '.join(refused)} of a request is invalid: this model was not trained with it. {fix}.")
+
+    def get_picture_size(self) -> Grid | None:
+        """Return the number of frames, height and width of the picture that gives the clip its aspect ratio, if any.
+
+        Images of subjects do not: they are placed inside of the clip.
+        """
+        contents = [self.image, self.video, self.control, *(each.content for each in self.conditions), self.last_image]
+        picture = next((each for each in contents if each is not None), None)
+        if picture is None:
+            return None
+        frames = picture.frames if isinstance(picture, Clip) else np.asarray(picture)[None]
+        return Grid(*frames.shape[:3])
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Sequence) and not value

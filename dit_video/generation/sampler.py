@@ -4,39 +4,32 @@ Rows have the shape of training, so that one compiled program serves all sizes, 
 to 64, 128, …) and guidance scales. Another number of rows is compiled separately, and so is another kind of guidance.
 
 A model may have two experts (Wan 2.2, arXiv 2503.20314): one for times of high noise, one for those below a boundary.
-They sample one after the other, and only the active one is on the devices.
+All requests are denoised by the first before the second. Of weights in host memory only the active expert's are on the
+devices (see `core.offload`).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 
-from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.errors import UserError
 from dit_video.core.rng import key
 from dit_video.diffusion import (
-    AdaptiveProjectedGuidance,
     ClipSize,
-    Euler,
-    Guidance,
     GuidanceState,
-    Prediction,
     Process,
     SampleTimes,
     SamplingState,
-    Solver,
-    TimeSchedule,
-    UniformTimes,
-    Velocity,
     init_sampling,
 )
 from dit_video.distributed.gather import to_host
+from dit_video.generation.config import Sampling
+from dit_video.generation.denoiser import Denoiser
 from dit_video.generation.packing import START_LATENTS, Packer, RequestSize, SamplingBatch, SamplingRequest, plan_rows
 from dit_video.generation.plan import StepTransform
 from dit_video.generation.program import compute_program_steps, make_program
@@ -46,74 +39,8 @@ from dit_video.generation.sharding import (
     make_argument_shardings,
     put_on_devices,
 )
-from dit_video.text import Tokenizer
+from dit_video.text import CaptionTokens
 from dit_video.tokens import Grid, LayoutShape, unpack, unpatchify
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Configuration of sampling.
-
-    Raises:
-      UserError: If there is less than one step, or guidance is invalid.
-    """
-
-    steps: int = 32
-    """Number of sampling steps."""
-    guidance: float | tuple[float, float] | Guidance = 2.0
-    """Classifier-free guidance; 1 is none. A pair holds the scales of two experts, that of the noisy times first."""
-    solver: Solver = Euler()
-    """Solver of the probability flow or of the reverse process."""
-    time_schedule: TimeSchedule = UniformTimes()
-    """Times of the steps."""
-    branch_evaluation: Literal["together", "apart"] = "together"
-    """Evaluation of guidance branches: all at once, or one after the other, which takes less memory."""
-
-    def __post_init__(self):
-        check_at_least(1, steps=self.steps)
-        _ = self.full_guidance  # Its constructor checks the values.
-
-    @property
-    def full_guidance(self) -> Guidance:
-        """Return the guidance with all its options."""
-        return self.guidance if isinstance(self.guidance, Guidance) else Guidance(scale=self.guidance)
-
-    def override_guidance(
-        self,
-        *,
-        scale: float | tuple[float, float] | None = None,
-        interval: tuple[float, float] | None = None,
-        rescale: float | None = None,
-        projected: bool | None = None,
-    ) -> Guidance:
-        """Return its guidance with the passed options replaced.
-
-        Raises:
-          UserError: If `Guidance` refuses the values.
-        """
-        changes: dict[str, Any] = {"scale": scale, "interval": interval, "rescale": rescale}
-        changes["projection"] = AdaptiveProjectedGuidance() if projected else None
-        base = replace(self.full_guidance, projection=None) if projected is False else self.full_guidance
-        return replace(base, **{name: value for name, value in changes.items() if value is not None})
-
-
-class Denoiser(NamedTuple):
-    """A trained denoiser with everything that sampling needs."""
-
-    backbone: nnx.GraphDef
-    text: nnx.GraphDef
-    params: dict[str, Any]
-    """`{"backbone": ..., "text": ...}`, and with two experts also `"low_noise"`, with the structure of `"backbone"`."""
-    tokenizer: Tokenizer
-    process: Process
-    patch: Grid
-    prediction: Prediction = Velocity()
-    boundary: float | None = None
-    """Time below which the second of two experts, `low_noise`, denoises."""
-    token_dt: float = 1.0
-    """Distance of consecutive tokens along time, in units of positions."""
-    mesh: Mesh | None = None
-    """Devices that sample together, for which `backbone` is made, with `params` on them; None for one device."""
 
 
 class LatentTrace(NamedTuple):
@@ -196,13 +123,15 @@ class _SampledBatch(NamedTuple):
     state: SamplingState
 
     def unpack_latents(self, tokens: Any) -> dict[int, Float32[np.ndarray, "t h w c"]]:
-        """Return the latents of every request in rows of tokens, by its number."""
+        """Return the latents of every request's clip in rows of tokens, by its number."""
         tokens, segments = to_host(tokens), np.asarray(self.planned.batch.branches[0].segments)
         latents, patch = {}, self.denoiser.patch
         for number, row in enumerate(self.planned.row_requests):
             parts = unpack(tokens[number], segments[number])
             for index, part in zip(row, parts[:: len(parts) // len(row)], strict=True):
-                latents[index] = unpatchify(part, self.requests[index].get_token_grid(patch), patch)
+                request = self.requests[index]
+                grid, own_frames = request.get_token_grid(patch), slice(request.plan.leading_frames, None)
+                latents[index] = unpatchify(part[: grid.volume], grid, patch)[own_frames]
         return latents
 
 
@@ -215,34 +144,98 @@ def _sample_batches(
     *,
     has_trace: bool = False,
 ) -> Iterator[_SampledBatch]:
+    texts = _embed_prompts(denoiser, requests, sampling)  # before the denoiser's weights are copied to the devices
+    planned_batches = _plan_batches(denoiser, requests, texts, sampling, shape, rows)
+    runs = ((planned, _init_state(denoiser, planned, sampling, has_trace=has_trace)) for planned in planned_batches)
+    first, *others = denoiser.experts
+    if others:
+        with denoiser.open_params(first) as params:
+            states = [
+                (planned, _prepare_expert(denoiser, params, 0, planned, state, sampling, has_trace=has_trace)())
+                for planned, state in runs
+            ]
+            # Otherwise the weights of the second expert would be copied while those of the first are in use.
+            runs = iter(jax.block_until_ready(states))
+    with denoiser.open_params(denoiser.experts[-1]) as params:
+        for planned, state in runs:
+            run = _prepare_expert(denoiser, params, len(others), planned, state, sampling, has_trace=has_trace)
+            sampled = _SampledBatch(denoiser, requests, planned, jax.block_until_ready(run()))
+            _check_finite(sampled, sampling)
+            yield sampled
+
+
+def _prepare_expert(
+    denoiser: Denoiser,
+    params: dict[str, Any],
+    number: int,
+    planned: _PlannedBatch,
+    state: SamplingState,
+    sampling: Sampling,
+    *,
+    has_trace: bool,
+) -> Callable[[], SamplingState]:
+    """Return a function that takes the steps of one expert, which may be none, and returns the state after them."""
+    arguments = _make_arguments(denoiser, number, planned, sampling, has_trace=has_trace)
+    if arguments is None:
+        return lambda: state
+    program, arguments = _make_program(denoiser, planned, sampling), arguments._replace(params=params, state=state)
+    if denoiser.mesh is not None:
+        _, *others = arguments
+        _, *shardings = make_argument_shardings(arguments, denoiser.mesh)
+        arguments = ProgramArguments(params, *put_on_devices(others, shardings))
+    return functools.partial(program, *arguments)
+
+
+def list_programs(
+    denoiser: Denoiser, requests: Sequence[SamplingRequest], *, sampling: Sampling, shape: LayoutShape, rows: int
+) -> Iterator[tuple[str, Callable[..., SamplingState], ProgramArguments]]:
+    """Yield the programs that `sample_latents` runs on one device: expert, program, and shapes of its arguments.
+
+    Nothing is computed but the texts, so that the parameters may be shapes.
+    """
+    texts = _embed_prompts(denoiser, requests, sampling)
+    for planned in _plan_batches(denoiser, requests, texts, sampling, shape, rows):
+        state = jax.eval_shape(functools.partial(_init_state, denoiser, planned, sampling, has_trace=False))
+        for number, expert in enumerate(denoiser.experts):
+            if (arguments := _make_arguments(denoiser, number, planned, sampling, has_trace=False)) is not None:
+                params = {"backbone": denoiser.params[expert], "text": denoiser.params["text"]}
+                arguments = jax.eval_shape(lambda values=arguments: values)
+                yield expert, _make_program(denoiser, planned, sampling), arguments._replace(params=params, state=state)
+
+
+def _make_program(denoiser: Denoiser, planned: _PlannedBatch, sampling: Sampling) -> Callable[..., SamplingState]:
     is_batched = sampling.branch_evaluation == "together"
     kinds = denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, sampling.solver
-    for planned in _plan_batches(denoiser, requests, sampling, shape, rows):
-        program = make_program(*kinds, planned.transform, is_batched, denoiser.mesh)
-        state = _init_state(denoiser, planned, sampling, has_trace=has_trace)
-        for call in _list_calls(denoiser, planned, sampling, has_trace=has_trace):
-            arguments = call._replace(state=state)
-            if denoiser.mesh is not None:
-                params, *others = arguments
-                _, *shardings = make_argument_shardings(arguments, denoiser.mesh)
-                arguments = ProgramArguments(params, *put_on_devices(others, shardings))
-            state = program(*arguments)
-        sampled = _SampledBatch(denoiser, requests, planned, state)
-        _check_finite(sampled, sampling)
-        yield sampled
+    return make_program(*kinds, planned.transform, is_batched, denoiser.mesh)
+
+
+def _embed_prompts(
+    denoiser: Denoiser, requests: Sequence[SamplingRequest], sampling: Sampling
+) -> dict[str, CaptionTokens]:
+    """Return the tokens of all prompts; raise UserError for guidance of two experts if the model has one."""
+    guidance = sampling.full_guidance
+    if denoiser.boundary is None and len(guidance.scales) > 1:
+        raise UserError(f"guidance={guidance.scales} is invalid: this model has no second expert. Use one number.")
+    prompts = dict.fromkeys(prompt for request in requests for prompt, _ in request.branches(guidance.branch_count))
+    return denoiser.embed(prompts)
 
 
 def _plan_batches(
-    denoiser: Denoiser, requests: Sequence[SamplingRequest], sampling: Sampling, shape: LayoutShape, rows: int
+    denoiser: Denoiser,
+    requests: Sequence[SamplingRequest],
+    texts: Mapping[str, CaptionTokens],
+    sampling: Sampling,
+    shape: LayoutShape,
+    rows: int,
 ) -> Iterator[_PlannedBatch]:
     guidance, patch, mesh = sampling.full_guidance, denoiser.patch, denoiser.mesh
-    if denoiser.boundary is None and len(guidance.scales) > 1:
-        raise UserError(f"guidance={guidance.scales} is invalid: this model has no second expert. Use one number.")
     conditions = [request.branches(guidance.branch_count) for request in requests]
-    prompts = dict.fromkeys(prompt for branches in conditions for prompt, _ in branches)
-    texts = {prompt: denoiser.tokenizer(prompt) for prompt in prompts}
     sizes = [
-        RequestSize(request.get_token_grid(patch), tuple(len(texts[prompt]) for prompt, _ in branches))
+        RequestSize(
+            request.get_token_grid(patch),
+            tuple(len(texts[prompt]) for prompt, _ in branches),
+            0 if request.plan.extra is None else len(request.plan.extra.noise),
+        )
         for request, branches in zip(requests, conditions, strict=True)
     ]
     # Requests are sampled together if they take the same steps: all of a task, unless times depend on the size.
@@ -252,17 +245,28 @@ def _plan_batches(
         groups.setdefault(_plan_steps(request, denoiser.process.specialize(clip_size), sampling), []).append(index)
     is_batched = sampling.branch_evaluation == "together"
     multiples = compute_row_multiples(mesh, guidance, is_batched=is_batched)
-    options: dict[str, Any] = {"rows": rows, "is_batched": is_batched, "multiples": multiples}
+    # The branch without some layers is the first one alone, so that others must not lie in its rows.
+    can_share_rows = is_batched and guidance.skip_layers is None
+    options: dict[str, Any] = {"rows": rows, "is_batched": can_share_rows, "multiples": multiples}
     for steps, indices in groups.items():
         fields = dict.fromkeys(field for index in indices for field in requests[index].fields)
         if steps.transform is not None:
             fields |= dict.fromkeys(steps.transform.list_fields(requests[indices[0]].noise.shape[-1]))
-        sample_times = sampling.time_schedule(steps.process, sampling.steps)
+        sample_times = sampling.make_times(steps.process)
         for group in plan_rows([sizes[index] for index in indices], shape, **options):
             batch_rows = multiples.round_up(rows, is_side_by_side=group.is_side_by_side)
             if mesh is not None:
                 group = group._replace(shape=group.shape.pad_tokens(mesh.shape["context"]))
-            packer = Packer(requests, texts, patch, denoiser.token_dt, guidance.branch_count, batch_rows, tuple(fields))
+            packer = Packer(
+                requests,
+                texts,
+                patch=patch,
+                token_dt=denoiser.token_dt,
+                branch_count=guidance.branch_count,
+                rows=batch_rows,
+                fields=tuple(fields),
+                token_lead=denoiser.token_lead,
+            )
             for start in range(0, len(group.rows), batch_rows):
                 members = [[indices[position] for position in row] for row in group.rows[start : start + batch_rows]]
                 yield _PlannedBatch(
@@ -291,7 +295,7 @@ def _plan_steps(request: SamplingRequest, process: Process, sampling: Sampling) 
         if plan.start.shape != request.noise.shape:
             shapes = f"{list(plan.start.shape)}, those of the clip {list(request.noise.shape)}"
             raise UserError(f"start is invalid: its latents are {shapes}. Encode a clip of the size that is requested.")
-        times = np.asarray(sampling.time_schedule(process, sampling.steps).times)
+        times = np.asarray(sampling.make_times(process).times)
         first = int((times[:-1] > np.float32(plan.start_time)).sum())
         if first == sampling.steps:
             raise UserError(
@@ -310,6 +314,8 @@ def _init_state(denoiser: Denoiser, planned: _PlannedBatch, sampling: Sampling, 
         noisy = process.add_noise(jnp.asarray(rows.fields[START_LATENTS]), noise, jnp.asarray(planned.times[0]))
     else:
         noisy = process.scale_initial_noise(noise)
+    if planned.transform is not None:
+        noisy = planned.transform.change_start(noisy, rows)
     return init_state(sampling, noisy, steps=steps, has_trace=has_trace)
 
 
@@ -320,34 +326,32 @@ def init_state(sampling: Sampling, noisy: Array, *, steps: int, has_trace: bool 
     return init_sampling(sampling.solver, noisy, steps=steps, denoiser=guidance_state, has_trace=has_trace)
 
 
-def _list_calls(
-    denoiser: Denoiser, planned: _PlannedBatch, sampling: Sampling, *, has_trace: bool
-) -> Iterator[ProgramArguments]:
-    """Yield the arguments of the program, without the state, for each expert in turn."""
+def _make_arguments(
+    denoiser: Denoiser, number: int, planned: _PlannedBatch, sampling: Sampling, *, has_trace: bool
+) -> ProgramArguments | None:
+    """Return the program's arguments for an expert, without parameters and state; None if it has no steps."""
     guidance = sampling.full_guidance
     capacity = sampling.steps - planned.first_step if has_trace else compute_program_steps(sampling.steps)
     model_times = np.asarray(planned.sample_times.model_times)
     last_noisy = sampling.steps
     if denoiser.boundary is not None:
         last_noisy = int((model_times[:-1] >= np.float32(denoiser.boundary)).sum())
-    for number, expert, start, stop in (
-        (0, "backbone", planned.first_step, last_noisy),
-        (1, "low_noise", max(planned.first_step, last_noisy), sampling.steps),
-    ):
-        if start >= stop:
-            continue
-        params = {"backbone": denoiser.params[expert], "text": denoiser.params["text"]}
-        guidance_params = guidance.get_params(number) if guidance.branch_count > 1 else None
-        is_unguided = guidance.branch_count == 2 and guidance.scales[min(number, len(guidance.scales) - 1)] == 1.0
-        # An expert whose scale is 1 needs no other branches. Momentum still needs them, and so do rows that hold them.
-        if is_unguided and not planned.is_side_by_side and not guidance.has_momentum:
+    bounds = ((planned.first_step, last_noisy), (max(planned.first_step, last_noisy), sampling.steps))
+    start, stop = bounds[number]
+    if start >= stop:
+        return None
+    all_times = np.asarray(planned.sample_times.times, np.float32)
+    guidance_params = guidance.get_params(number, times=all_times) if guidance.is_active else None
+    is_unguided = guidance.branch_count == 2 and guidance.scales[min(number, len(guidance.scales) - 1)] == 1.0
+    batch = planned.batch
+    # An expert whose scale is 1 needs no other branches. Momentum still needs them, and so do rows that hold them.
+    if is_unguided and not planned.is_side_by_side and not guidance.has_momentum:
+        batch = batch._replace(branches=batch.branches[:1])
+        if guidance.zero_star is None and guidance.skip_layers is None:
             guidance_params = None
-        batch = planned.batch
-        if guidance_params is None:
-            batch = batch._replace(branches=batch.branches[:1])
-        padded = (_pad_times(values, start, stop, capacity) for values in planned.sample_times)
-        times = SampleTimes(*map(jnp.asarray, padded))
-        yield ProgramArguments(params, None, batch, guidance_params, times, np.int32(start))
+    padded = (_pad_times(values, start, stop, capacity) for values in planned.sample_times)
+    times = SampleTimes(*map(jnp.asarray, padded))
+    return ProgramArguments(None, None, batch, guidance_params, times, np.int32(start))
 
 
 def _check_finite(sampled: _SampledBatch, sampling: Sampling) -> None:

@@ -82,12 +82,14 @@ def _choose_axes(rows: int, tokens: int, mesh: AnyMesh) -> tuple[tuple[str, ...]
 def compute_row_multiples(mesh: AnyMesh | None, guidance: Guidance, *, is_batched: bool) -> RowMultiples:
     """Return what the number of rows has to be a multiple of, so that the devices share all that a model evaluates.
 
-    Branches that are evaluated together are further rows, unless the first one is evaluated alone at some times.
+    Branches that are evaluated together are further rows, unless the first one is evaluated alone: at some times, or
+    without some layers.
     """
     if mesh is None:
         return RowMultiples()
     shards = count_row_shards(mesh)
-    is_alone = guidance.interval is not None or 1.0 in guidance.scales or not is_batched
+    is_alone = guidance.interval is not None or guidance.skip_layers is not None or 1.0 in guidance.scales
+    is_alone = is_alone or not is_batched
     return RowMultiples(shards if is_alone else shards // math.gcd(shards, guidance.branch_count), shards)
 
 

@@ -2,21 +2,24 @@ r"""Low-rank adapters (LoRA, arXiv 2106.09685) as functions on parameter trees.
 
 An adapter adds $w\,s\,a\,b$, of rank $r$, to the kernel $W$ of a linear layer: $a$ is `[i, r]`, $b$ `[r, o]`, both with
 the leading axes of a stack of layers, $s$ is the adapter's own scale ($\alpha / r$) and $w$ a weight that users choose.
-An adapter is a nested dictionary with `{"a": ..., "b": ..., "scale": ...}` where the parameters have a kernel:
+It may add $w\,d$ to any parameter, too: $d$ is a full difference of the parameter's shape, such as that of a bias.
+An adapter is a nested dictionary with `{"a": ..., "b": ..., "scale": ...}` where the parameters have a kernel, and with
+`{"diff": ...}` where they have a parameter that it changes as a whole:
 
-- `merge_lora` returns parameters of the same shapes, with the sum in the kernels;
-- `attach_lora` returns parameters whose kernels are `LowRankKernel`: $x W + s\,(x a)\,b$ is computed instead, without
-  ever materialising the product or the kernel's gradient. Adapters are trained this way.
+- `merge_lora` returns parameters of the same shapes, with the sums in them; `merge_lora_in_place` reuses their memory;
+- `attach_lora` returns parameters whose kernels are `LowRankKernel`: $x W + w\,s\,(x a)\,b$ is computed instead,
+  without ever materialising the product or the kernel's gradient. Adapters are trained this way. The weight is an array
+  there, so that a program is compiled once for all weights. Full differences are added.
 
-Both can be applied repeatedly, with further adapters.
+All can be applied repeatedly, with further adapters.
 """
 
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,44 +97,90 @@ def add_lora_scale(factors: Mapping[str, Any], scale: float) -> dict[str, Any]:
 def merge_lora(
     params: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""] = 1.0
 ) -> dict[str, Any]:
-    """Return parameters with the adapter's changes added to their kernels, which keep their dtype.
+    """Return parameters with the adapter's changes added to them, which keep their dtype.
 
     Raises:
-      UserError: an adapter for kernels that the model does not have.
+      UserError: an adapter for parameters that the model does not have, or of other shapes.
     """
     leaves = flatten(params)
-    for path, (a, b) in _scale_factors(leaves, lora, weight).items():
-        kernel = leaves[path]
-        leaves[path] = (kernel + a @ b).astype(kernel.dtype)
+    for path, change in get_lora_changes(params, lora, weight).items():
+        add = _add_on_devices if isinstance(leaves[path], jax.Array) else _add_change
+        leaves[path] = add(leaves[path], change)
+    return map_with_path(lambda path, _: leaves[path], params)
+
+
+def merge_lora_in_place(
+    params: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""] = 1.0
+) -> dict[str, Any]:
+    """Return what `merge_lora` does, in the memory of the parameters: arrays on devices that change are deleted.
+
+    Parameters change one after the other, stacks layer by layer, and keep their sharding; so devices hold little more
+    than before. Arrays on the host stay as they are.
+
+    Raises:
+      UserError: an adapter for parameters that the model does not have, or of other shapes; then nothing changes.
+    """
+    leaves = flatten(params)
+    for path, change in get_lora_changes(params, lora, weight).items():
+        leaf = leaves[path]
+        add = _make_add_in_place(leaf.sharding) if isinstance(leaf, jax.Array) else _add_change
+        leaves[path] = add(leaf, change)
     return map_with_path(lambda path, _: leaves[path], params)
 
 
 def attach_lora(
     params: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""] = 1.0
 ) -> dict[str, Any]:
-    """Return parameters whose adapted kernels are `LowRankKernel`, for `nn.Linear`.
+    """Return parameters whose adapted kernels are `LowRankKernel`, for `nn.Linear`; differences are added.
 
     Raises:
-      UserError: an adapter for kernels that the model does not have.
+      UserError: an adapter for parameters that the model does not have, or of other shapes.
     """
     leaves = flatten(params, is_leaf=_is_adapted)
-    for path, (a, b) in _scale_factors(leaves, lora, weight).items():
-        kernel = leaves[path]
-        if isinstance(kernel, LowRankKernel):  # two adapters equal one whose rank is the sum of theirs
-            a, b = jnp.concatenate([kernel.a, a], axis=-1), jnp.concatenate([kernel.b, b], axis=-2)
-            kernel = kernel.kernel
-        leaves[path] = LowRankKernel(kernel, a, b)
+    for path, change in get_lora_changes(params, lora, weight).items():
+        leaf = leaves[path]
+        kernel, factors = (leaf.kernel, leaf.factors) if isinstance(leaf, LowRankKernel) else (leaf, ())
+        if change.diff is not None:
+            kernel = _add_change(kernel, change._replace(factors=None))
+        if change.factors is not None:
+            factors = (*factors, change.factors)
+        leaves[path] = LowRankKernel(kernel, factors) if factors else kernel
     return map_with_path(lambda path, _: leaves[path], params, is_leaf=_is_adapted)
+
+
+class LowRankFactors(NamedTuple):
+    """The factors of an adapter for one kernel, `scale * a b`."""
+
+    a: Any
+    """First factor, `[i, r]`, of a stack `[L, i, r]`."""
+    b: Any
+    """Second factor, `[r, o]`, of a stack `[L, r, o]`."""
+    scale: Any
+    """Product of the adapter's own scale and its weight, `[]`, of a stack `[L]`."""
+
+
+class LoraChange(NamedTuple):
+    """An adapter's change of one parameter."""
+
+    factors: LowRankFactors | None = None
+    """Factors whose product is added to a kernel."""
+    diff: Any = None
+    """Full difference, of the parameter's shape."""
+    weight: Any = 1.0
+    """Weight of the full difference."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRankKernel:
-    """A kernel `kernel + a b` that is never materialised: linear layers only multiply by it. Scans can slice it."""
+    """A kernel with products of factors added that is never materialised: linear layers only multiply by it.
+
+    Scans can slice it.
+    """
 
     kernel: Any
-    a: Any
-    b: Any
+    factors: tuple[LowRankFactors, ...]
+    """Factors of each adapter."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -143,16 +192,40 @@ class LowRankKernel:
         return self
 
     def astype(self, dtype: Any) -> "LowRankKernel":
-        return LowRankKernel(self.kernel.astype(dtype), self.a.astype(dtype), self.b.astype(dtype))
+        """Return it in the dtype of the products; scales keep their precision."""
+        factors = (LowRankFactors(a.astype(dtype), b.astype(dtype), scale) for a, b, scale in self.factors)
+        return LowRankKernel(self.kernel.astype(dtype), tuple(factors))
 
     def constrain(self, weight_constraint: WeightConstraint) -> "LowRankKernel":
         """Return it with a sharding constraint on the kernel, which is frozen, and on the factors."""
-        return LowRankKernel(weight_constraint(self.kernel), *weight_constraint.constrain_factors(self.a, self.b))
+        factors = (LowRankFactors(*weight_constraint.constrain_factors(a, b), scale) for a, b, scale in self.factors)
+        return LowRankKernel(weight_constraint(self.kernel), tuple(factors))
 
     def multiply(self, x: Array, precision: Precision = None) -> Array:
-        """Return `x @ (kernel + a b)`, with products of a precision; see `nn.Linear`."""
+        """Return the product of `x` and the sum, in the dtype of `x` and with a precision; see `nn.Linear`."""
         matmul = functools.partial(jnp.matmul, precision=precision)
-        return matmul(x, self.kernel) + matmul(matmul(x, self.a), self.b)
+        y = matmul(x, self.kernel)
+        for a, b, scale in self.factors:
+            y = y + matmul((matmul(x, a) * scale).astype(x.dtype), b)
+        return y
+
+
+def get_lora_changes(
+    params: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""] = 1.0
+) -> dict[str, LoraChange]:
+    """Return an adapter's changes by the path of the parameter.
+
+    Raises:
+      UserError: an adapter for parameters that the model does not have, or of other shapes.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params, is_leaf=_is_adapted).items()}
+    leaves = flatten(lora)
+    paths = dict.fromkeys(path.rsplit("/", 1)[0] for path in leaves)
+    if unknown := [path for path in paths if path not in shapes]:
+        more = f", … {len(unknown) - _MAX_LISTED} more" if len(unknown) > _MAX_LISTED else ""
+        names = ", ".join(unknown[:_MAX_LISTED])
+        raise UserError(f"the adapter does not fit the model, which has no {names}{more}; use one of this model")
+    return {path: _get_change(path, shapes[path], leaves, weight) for path in paths}
 
 
 def _find_targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
@@ -169,29 +242,60 @@ def _find_targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tu
     return targets
 
 
-def _scale_factors(
-    leaves: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""]
-) -> dict[str, tuple[Any, Any]]:
-    """Return `a`, multiplied by all scales, and `b`, by the path of their kernel."""
-    lora_leaves = flatten(lora)
-    paths = [path[:-2] for path in lora_leaves if path.endswith("/a")]
-    if unknown := [path for path in paths if path not in leaves]:
-        more = f", … {len(unknown) - _MAX_LISTED} more" if len(unknown) > _MAX_LISTED else ""
-        names = ", ".join(unknown[:_MAX_LISTED])
-        raise UserError(f"the adapter does not fit the model, which has no kernel {names}{more}; use one of this model")
-    factors = {}
-    for path in paths:
-        a, b = lora_leaves[f"{path}/a"], lora_leaves[f"{path}/b"]
-        *leading, features_in, features_out = leaves[path].shape
-        expected = ((*leading, features_in, a.shape[-1]), (*leading, a.shape[-1], features_out))
-        if (a.shape, b.shape) != expected:
-            raise UserError(
-                f"the adapter's factors for {path} have shapes {list(a.shape)} and {list(b.shape)}, which do not fit "
-                f"its kernel of shape {list(leaves[path].shape)}; use an adapter of this model"
-            )
-        scale = (weight * lora_leaves[f"{path}/scale"])[..., None, None]
-        factors[path] = ((a * scale).astype(a.dtype), b)
-    return factors
+def _get_change(
+    path: str, shape: tuple[int, ...], leaves: Mapping[str, Any], weight: float | Float[AnyArray, ""]
+) -> LoraChange:
+    """Return the change of a parameter of this shape, from the leaves of the adapter."""
+    diff, factors = leaves.get(f"{path}/diff"), None
+    actual: list[tuple[int, ...]] = [] if diff is None else [tuple(diff.shape)]
+    expected = [] if diff is None else [shape]
+    if f"{path}/a" in leaves:
+        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        *leading, features_in, features_out = shape
+        actual += [tuple(a.shape), tuple(b.shape)]
+        expected += [(*leading, features_in, a.shape[-1]), (*leading, a.shape[-1], features_out)]
+        scale = weight * leaves[f"{path}/scale"]
+        factors = LowRankFactors(a, b, (jnp if isinstance(scale, jax.Array) else np).asarray(scale, np.float32))
+    if actual != expected:
+        shapes = " and ".join(str(list(each)) for each in actual)
+        raise UserError(
+            f"the adapter's arrays for {path} have shapes {shapes}, which do not fit its shape {list(shape)}; use an "
+            "adapter of this model"
+        )
+    return LoraChange(factors, diff, weight)
+
+
+def _add_change(leaf: Any, change: LoraChange) -> Any:
+    """Return a parameter with a change added, layer by layer on the host and if traced, in its dtype."""
+    dtype = leaf.dtype
+    if change.diff is not None:
+        leaf = (leaf + change.weight * change.diff).astype(dtype)
+    if change.factors is None:
+        return leaf
+    a, b, scale = change.factors
+    if all(isinstance(each, np.ndarray) for each in (leaf, a, b)):
+        result = np.array(leaf)
+        for layer in np.ndindex(leaf.shape[:-2]):  # one after the other, as a product takes more memory than a kernel
+            result[layer] = (leaf[layer] + (a[layer] * scale[layer]) @ b[layer]).astype(dtype)
+        return result
+    matmul = functools.partial(jnp.matmul, precision="highest")
+    if not isinstance(leaf, jax.core.Tracer) or leaf.ndim != 3:
+        return (leaf + matmul(a * scale[..., None, None], b)).astype(dtype)
+
+    def add_layer(layer: Any, stack: Any) -> Any:
+        changed = (stack[layer] + matmul(a[layer] * scale[layer], b[layer])).astype(dtype)
+        return jax.lax.dynamic_update_index_in_dim(stack, changed, layer, axis=0)
+
+    return jax.lax.fori_loop(0, leaf.shape[0], add_layer, leaf)
+
+
+_add_on_devices = jax.jit(_add_change)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_add_in_place(sharding: jax.sharding.Sharding) -> Callable[[Any, LoraChange], Any]:
+    """Return a function that adds a change to an array on devices in its own memory."""
+    return jax.jit(_add_change, donate_argnums=0, out_shardings=sharding)
 
 
 def _is_adapted(node: Any) -> bool:

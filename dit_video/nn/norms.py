@@ -16,6 +16,11 @@ def layer_norm(x: Float[Array, "*batch D"], *, eps: float = 1e-6) -> Float[Array
     return _normalize(_drop_unit_axes(x).astype(jnp.float32), eps, True)[0].astype(x.dtype).reshape(x.shape)
 
 
+def rms_norm(x: Float[Array, "*batch D"], *, eps: float = 1e-6) -> Float[Array, "*batch D"]:
+    """Normalise to a root mean square of 1, without learned scale (arXiv 1910.07467)."""
+    return _normalize(_drop_unit_axes(x).astype(jnp.float32), eps, False)[0].astype(x.dtype).reshape(x.shape)
+
+
 def _drop_unit_axes(x: Float[Array, "*batch D"]) -> Float[Array, "*rows D"]:
     """Drop leading axes of size 1: XLA's CPU backend takes ten times as long for sums of products with such axes."""
     return x.reshape(*(size for size in x.shape[:-1] if size > 1), x.shape[-1])

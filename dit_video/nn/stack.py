@@ -1,5 +1,6 @@
 """Stacks of equal layers with parameters stacked along a leading axis `L`, and rematerialisation."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -68,6 +69,8 @@ def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none"
     not a parameter (attention patterns), and different kinds of layers can alternate. The number of layers in every
     stack must be the number of groups times `len(contexts)`.
 
+    Layers in host memory are copied to the devices one group at a time (see `core.offload`).
+
     GPUs and TPUs run a scan over the groups, whose compile time does not grow with depth; on CPU the loop is unrolled,
     which is about 1.5 times faster there. With any `remat` other than "none" a scan is used on every platform.
 
@@ -78,12 +81,12 @@ def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none"
     for stack, contexts, _, values in groups:
         graph, stacked = nnx.split(stack)
         graphs.append(graph)
-        size = len(contexts)
-        grouped.append(jax.tree.map(lambda leaf, size=size: leaf.reshape(-1, size, *leaf.shape[1:]), (stacked, values)))
+        grouped.append(jax.tree.map(functools.partial(_group, size=len(contexts)), (stacked, values)))
 
     def body(x, members):
         outputs = []
         for graph, layers, group in zip(graphs, members, groups, strict=True):
+            layers = jax.tree.map(functools.partial(_take_group, size=len(group.contexts)), layers)
             calls = []
             for turn in range(len(group.contexts)):
                 x, output = _apply_layer(graph, layers, turn, x, group, remat)
@@ -95,6 +98,21 @@ def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none"
     unroll = remat == "none" and jax.default_backend() == "cpu"
     x, outputs = jax.lax.scan(body, x, grouped, unroll=unroll)
     return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+
+
+def _group(stacked: Any, *, size: int) -> Any:
+    """Return layers in groups along a second axis, which groups of one layer get only on the devices.
+
+    XLA for TPUs does not reshape all arrays in host memory.
+    """
+    return stacked if size == 1 else stacked.reshape(-1, size, *stacked.shape[1:])
+
+
+def _take_group(group: Array, *, size: int) -> Array:
+    """Return the layers of one group on the devices, with a leading axis; those in host memory are copied."""
+    if jax.typeof(group).memory_space == jax.memory.Space.Host:
+        group = jax.device_put(group, jax.memory.Space.Device)
+    return group[None] if size == 1 else group
 
 
 def _apply_layer(

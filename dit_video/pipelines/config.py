@@ -10,6 +10,8 @@ from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.generation import Sampling
+from dit_video.generation.pictures import compute_fitted_size
+from dit_video.generation.request import GenerationTask, Request
 from dit_video.nn import get_param_shapes
 from dit_video.text import ClassNamesConfig, TextConfig
 from dit_video.tokens import (
@@ -82,6 +84,8 @@ class PipelineConfig:
     """Frame rate of the training clips."""
     size: Grid
     """Default size of generated clips: frames, height, width."""
+    negative: str = ""
+    """Default negative prompt."""
     prediction: Prediction = field(default_factory=Velocity)
     """Quantity that the denoiser was trained to predict."""
     caption_dropout: float | None = None
@@ -92,6 +96,8 @@ class PipelineConfig:
     below it."""
     frame_conditioning: FrameConditioning | None = None
     """Conditioning on a first frame that the denoiser was trained with; None for a model without it."""
+    task: GenerationTask | None = None
+    """Task that the model is used for; None for text to video, or image to video where there is an image."""
     image_encoder: str | None = None
     """Folder of the frozen CLIP whose image tokens the denoiser attends to, in image-to-video models that use one."""
     previous: tuple[PreviousStep, ...] = ()
@@ -118,6 +124,11 @@ class PipelineConfig:
         return self.autoencoder.stride.t * self.backbone.patch.t / self.fps
 
     @property
+    def token_lead(self) -> float:
+        """Return the fraction of `token_dt` by which all tokens but a clip's first begin earlier."""
+        return self.backbone.compute_token_lead(self.autoencoder.stride.t)
+
+    @property
     def row_shape(self) -> LayoutShape:
         """Return the shape of sampled rows; a larger clip has a row of its own."""
         if self.layout is not None:
@@ -133,6 +144,24 @@ class PipelineConfig:
         return {name: get_param_shapes(self.backbone.make) for name in experts} | {
             "text": get_param_shapes(self.text.make)
         }
+
+    def resolve_size(self, request: Request) -> Grid:
+        """Return the frames, height and width of a request's clip.
+
+        A request without a size has the aspect ratio of its first picture with about the default number of pixels, and
+        of a clip that is kept or followed as many frames as the stride allows; without pictures the default size.
+        """
+        if request.size is not None:
+            return to_grid(request.size)
+        if (picture := request.get_picture_size()) is None:
+            return self.size
+        stride, step = self.autoencoder.stride, self.backbone.size_multiple
+        height, width = compute_fitted_size(
+            *picture[1:], area=self.size.h * self.size.w, multiple=(stride.h * step.h, stride.w * step.w)
+        )
+        is_whole = request.video is not None or request.control is not None
+        frames = 1 + (picture.t - 1) // stride.t * stride.t if is_whole else self.size.t
+        return Grid(frames, height, width)
 
     def latent_grid(self, size: Grid) -> Grid:
         """Return the latent grid of a clip size.

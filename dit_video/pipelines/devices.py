@@ -1,11 +1,12 @@
 """Devices of a pipeline: its weights on them, and the placement of weights that are read."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_video.backbones.protocol import BackboneConfig
+from dit_video.core.offload import Offload, Stages, put_in_host_memory
 from dit_video.distributed import MeshConfig, count_row_shards, make_parallelism, make_shardings
 from dit_video.distributed.checks import check_denoiser
 from dit_video.distributed.mesh import resolve_mesh
@@ -13,7 +14,15 @@ from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.generation.sharding import put_params
 from dit_video.nn.attention import check_platform
 from dit_video.nn.parallel import ONE_DEVICE, Parallelism
-from dit_video.weights.parameter import Placement, place_on_device
+from dit_video.platform.devices import get_default_platform
+from dit_video.weights.parameter import Placement
+
+
+def resolve_offload(offload: Offload | Literal["auto"] | None, *, is_large: bool) -> Offload | None:
+    """Return the weights in host memory: if not stated, those of large models that sample on one GPU or TPU."""
+    if offload == "auto":
+        return Stages() if is_large and get_default_platform() != "cpu" else None
+    return offload
 
 
 class PipelineDevices(NamedTuple):
@@ -45,14 +54,17 @@ class PipelineDevices(NamedTuple):
         """Return the number of devices of this process."""
         return 1 if self.mesh is None else len(self.mesh.local_devices)
 
-    def put_denoiser(self, params: dict[str, Any], *, is_swapped: bool) -> dict[str, Any]:
-        """Put the denoiser's parameters on the devices, unless they are there.
+    def put(self, params: dict[str, Any], *, offload: Offload | None, mesh: Mesh | None) -> dict[str, Any]:
+        """Put parameters on the devices, or in host memory with `offload`, unless they are there.
 
         Args:
-          params: parameters of the denoiser's parts.
-          is_swapped: leaves them where they are without a mesh, because of two experts one device holds one at a time.
+          params: parameters.
+          offload: weights in host memory; None for none.
+          mesh: mesh that shards them; None for the default device.
         """
-        return params if self.mesh is None and is_swapped else put_params(params, self.mesh)
+        if offload is None:
+            return put_params(params, mesh)
+        return put_in_host_memory(params if mesh is None else put_params(params, mesh))
 
     def make_clip_codec(self, codec: LatentCodec) -> LatentCodec | None:
         """Return a codec that shares clips among this process's devices, whose number it needs; None for one device."""
@@ -60,18 +72,21 @@ class PipelineDevices(NamedTuple):
             return None
         clips = Mesh(self.mesh.local_devices, ("clips",))
         params = jax.device_put(codec.params, NamedSharding(clips, PartitionSpec()))
-        return LatentCodec(codec.config, params, sharding=NamedSharding(clips, PartitionSpec("clips")))
+        sharding = NamedSharding(clips, PartitionSpec("clips"))
+        return LatentCodec(codec.config, params, memory=codec.memory, tiles=codec.tiles, sharding=sharding)
 
 
-def make_placement(mesh: Mesh) -> Placement:
-    """Return the placement of a pipeline's weights on a mesh while they are read.
+def make_placement(mesh: MeshConfig | Mesh | None, offload: Offload | None = None) -> Placement:
+    """Return the placement of a pipeline's weights while they are read, on devices or in host memory.
 
-    The denoiser's are sharded as in training; each process has the autoencoder on its first device.
+    On a mesh the denoiser's are sharded as in training; each process has the autoencoder on its first device.
     """
+    devices = None if mesh is None else resolve_mesh(mesh)[0]
 
     def place(path: str, parameter: Any) -> jax.Array:
-        if path.startswith("autoencoder/"):
-            return place_on_device(path, parameter)
-        return parameter.to_device(make_shardings({path: parameter}, mesh)[path])
+        sharding = None
+        if devices is not None and not path.startswith("autoencoder/"):
+            sharding = make_shardings({path: parameter}, devices)[path]
+        return parameter.to_device(sharding) if offload is None else parameter.to_host_memory(sharding)
 
     return place

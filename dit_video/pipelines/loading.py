@@ -2,21 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
+from dit_video.core.offload import Offload
 from dit_video.distributed import MeshConfig
-from dit_video.distributed.mesh import resolve_mesh
 from dit_video.nn import Backend, get_param_shapes
 from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.devices import make_placement
+from dit_video.pipelines.devices import make_placement, resolve_offload
 from dit_video.pipelines.folder import AUTOENCODER, DENOISER, STEPS, read_pipeline_config
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.weights import load as load_weights
-from dit_video.weights.lora import GetLoraModules, no_lora_modules
+from dit_video.weights.lora_modules import GetLoraModules, no_lora_modules
 from dit_video.weights.native_format import read_params_file
-from dit_video.weights.parameter import Placement, place_on_device, place_on_host
+from dit_video.weights.parameter import Placement
 
 
 def load_pipeline(
@@ -26,6 +26,7 @@ def load_pipeline(
     get_lora_modules: GetLoraModules = no_lora_modules,
     mesh: MeshConfig | Mesh | None = None,
     attention: Backend | None = None,
+    offload: Offload | Literal["auto"] | None = "auto",
 ) -> Pipeline:
     """Read a pipeline folder, one parameter after the other to its devices.
 
@@ -33,8 +34,9 @@ def load_pipeline(
       folder: folder of the pipeline.
       text_encoder: folder of its frozen text encoder if it has moved; it is opened at the first prompt.
       get_lora_modules: see `Pipeline`.
-      mesh: devices that sample together; None for the default one, where two experts stay on the host.
+      mesh: devices that sample together; None for the default one.
       attention: backend of attention instead of the model's own.
+      offload: weights in host memory; see `dit_video.load`.
 
     Raises:
       MissingError: the folder does not exist, or holds no pipeline.
@@ -46,18 +48,19 @@ def load_pipeline(
     config = read_pipeline_config(folder)
     if attention is not None:
         config = replace(config, backbone=config.backbone.replace(attention=attention))
-    default_place = place_on_device if config.boundary is None else place_on_host
-    place = default_place if mesh is None else make_placement(resolve_mesh(mesh)[0])
+    resolved = resolve_offload(offload, is_large=mesh is None and config.boundary is not None)
+    place = make_placement(mesh, resolved)
     pipeline = Pipeline(
         config,
         autoencoder=load_weights(folder / AUTOENCODER, like=get_param_shapes(config.autoencoder.make)),
         denoiser=read_denoiser(folder, config, place),
         previous={
-            step.name: load_pipeline(folder / STEPS / step.name, mesh=mesh, attention=attention)
+            step.name: load_pipeline(folder / STEPS / step.name, mesh=mesh, attention=attention, offload=offload)
             for step in config.previous
         },
         get_lora_modules=get_lora_modules,
         mesh=mesh,
+        offload=resolved,
     )
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 

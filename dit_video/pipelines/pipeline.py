@@ -17,35 +17,36 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
+from dit_video.autoencoders import Tiles
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
+from dit_video.core.offload import Offload
 from dit_video.core.trees import count_values as count
-from dit_video.diffusion import Solver, get_sampler
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
-from dit_video.generation import Denoiser, LatentTrace, Sampling, sample_latents, trace_latents
+from dit_video.generation import LatentTrace, Sampling, sample_latents, trace_latents
 from dit_video.generation.preparation import make_sampling_request
-from dit_video.generation.request import Request, TaskModel
-from dit_video.generation.sharding import put_params
-from dit_video.nn import Backend, get_graph_def, merge_lora
+from dit_video.generation.request import Request
+from dit_video.nn import Backend
+from dit_video.pipelines.adapters import AdaptedWeights
+from dit_video.pipelines.clip_decoder import ClipDecoder
 from dit_video.pipelines.config import PipelineConfig, PreviousStep, to_grid
 from dit_video.pipelines.devices import PipelineDevices
 from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config
-from dit_video.pipelines.options import GenerateOptions, GuidanceScale, SamplingOverrides, resolve_guidance
+from dit_video.pipelines.lora import LoraLoader
+from dit_video.pipelines.options import GenerateOptions, SamplingOverrides, override_sampling
+from dit_video.pipelines.parts import make_denoiser, make_task_model
+from dit_video.pipelines.previous_steps import sample_previous_steps
 from dit_video.video import Clip
-from dit_video.weights import get_native_modules, load_lora
 from dit_video.weights import save as save_weights
-from dit_video.weights.lora import GetLoraModules, no_lora_modules
+from dit_video.weights.lora_modules import GetLoraModules, no_lora_modules
 
-_DECODE_BATCH = 8
-"""Number of clips that are decoded at once."""
 _DTYPES = ("float32", "bfloat16")
-ExpertName = Literal["backbone", "low_noise"]
 
 
-class Pipeline:
+class Pipeline(LoraLoader):
     """A trained autoencoder, denoiser and text encoder: prompts to clips, clips to latents and back."""
 
     def __init__(
@@ -57,6 +58,7 @@ class Pipeline:
         previous: Mapping[str, "Pipeline"] | None = None,
         get_lora_modules: GetLoraModules = no_lora_modules,
         mesh: MeshConfig | Mesh | None = None,
+        offload: Offload | None = None,
     ):
         """Create a pipeline, with its weights on the devices.
 
@@ -67,39 +69,30 @@ class Pipeline:
           previous: pipelines of the config's previous steps, by name.
           get_lora_modules: names of linear maps in LoRA files of other projects that `load_lora` accepts.
           mesh: devices that sample together; None for one device. Arrays that are on its devices stay as they are.
+          offload: weights in host memory; None for weights that stay on the devices.
 
         Raises:
           UserError: previous steps other than the config's, a mesh that does not fit the devices or the denoiser, or
             attention whose kernels the devices lack.
         """
         self.config = config
-        self._mesh = mesh
+        self._mesh, self._offload = mesh, offload
         self._devices = PipelineDevices.from_mesh(mesh, config.backbone)
         self._previous = dict(previous or {})
         if set(self._previous) != (names := {step.name for step in config.previous}):
             raise UserError(f"previous={sorted(self._previous)} is invalid: the config has {sorted(names)}. Use these.")
         self._get_lora_modules = get_lora_modules
-        self.codec = LatentCodec(config.autoencoder, put_params(autoencoder, None))
-        """Autoencoder with its parameters."""
-        self._clip_codec = self._devices.make_clip_codec(self.codec)
-        self.task_model = TaskModel(
-            backbone=config.backbone,
-            codec=self.codec,
-            frame_conditioning=config.frame_conditioning,
-            image_encoder_folder=config.image_encoder,
-        )
-        self._denoiser = Denoiser(
-            backbone=get_graph_def(config.backbone.make, self._devices.parallel),
-            text=get_graph_def(config.text.make),
-            params=self._devices.put_denoiser(denoiser, is_swapped=config.boundary is not None),
-            tokenizer=open_tokenizer(config.text),
-            process=config.process,
-            prediction=config.prediction,
-            patch=config.backbone.patch,
-            boundary=config.boundary,
-            token_dt=config.token_dt,
+        codec_params = self._devices.put(autoencoder, offload=offload, mesh=None)
+        self._set_codec(LatentCodec(config.autoencoder, codec_params))
+        self._denoiser = make_denoiser(
+            config,
+            self._devices.put(denoiser, offload=offload, mesh=self._devices.mesh),
+            open_tokenizer(config.text, offload=offload),
+            parallel=self._devices.parallel,
             mesh=self._devices.mesh,
+            offload=offload,
         )
+        self._weights = AdaptedWeights(self._denoiser.params)
 
     @overload
     def generate(
@@ -118,12 +111,19 @@ class Pipeline:
         size=None,
         steps=None,
         guidance=None,
-        negative="",
+        negative=None,
         seed=0,
         sampler=None,
+        shift=None,
+        times=None,
         noise=None,
         image=None,
         last_image=None,
+        video=None,
+        mask=None,
+        control=None,
+        reference_images=(),
+        conditions=(),
         conditioning=None,
         strengths=None,
         task=None,
@@ -133,48 +133,74 @@ class Pipeline:
 
         Args:
           prompt: content of the clip, or its class by name or number; empty samples without condition.
-          size: frames, height and width in pixels; the training size by default. Frames are 1 + k * temporal stride.
+          size: frames, height and width in pixels; the training size by default, of which an image changes the aspect
+            ratio to its own. Frames are 1 + k * temporal stride.
           steps: number of sampling steps; more are slower and closer to the exact flow.
           guidance: guidance scale, which trades variety for prompt following; 1 is none. Two numbers are for two
             experts, noisy times first. `Guidance` has an interval, rescaling, projection and an image scale besides.
-          negative: negative prompt, which replaces the empty prompt (or no class) in guidance.
+          negative: negative prompt, which replaces the empty prompt (or no class) in guidance; the model's own by
+            default (`config.negative`), none if empty.
           seed: random seed; the same seed, size and model give the same clip.
           sampler: a name in `dit_video.diffusion.SAMPLERS`, or a solver. Noise that it draws depends on the seed.
+          shift: shift of the times towards noise, instead of that of training.
+          times: falling times at which the steps start, in (0, 1]; the last step leads to 0. With `shift` they are
+            shifted by it, otherwise they are taken as they are.
           noise: initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
-          image: first frame, a clip of one frame or pixels `[H W 3]` of its size; Wan's I2V needs it, TI2V accepts it.
-          last_image: last frame, for models that accept one.
+          image: first frame, a clip of one frame or pixels `[H W 3]`, in models that accept one (Wan's I2V needs it,
+            TI2V accepts it). All pictures are fitted to the size: scaled to cover it, and cropped on both sides alike.
+          last_image: last frame, in models that accept one.
+          video: clip that is kept where `mask` is True, in models that accept one.
+          mask: pixels `[T H W]`, or frames `[T]`, of `video` that are kept (True).
+          control: clip that steers what is generated (poses, depth, edges), in models that accept one.
+          reference_images: images of subjects that the clip shows, in models that accept them.
+          conditions: images and clips at some frames, each a `Condition`, in models that accept them.
           conditioning: values of further conditioning that the model was trained with, by name; what previous steps
             sample may be left out.
           strengths: strengths of further conditioning, by name; 1 by default.
-          task: a `GenerationTask` other than text to video and, with an image, image to video.
+          task: a `GenerationTask` other than the model's own.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
 
         Raises:
           UserError: an unsupported size (the message names the nearest), an unknown class or sampler, less than one
-            step, a seed that is not a whole number below 2**32, noise of another shape, images or a task that do not
-            fit size or model, or a model whose values become NaN or infinite.
+            step, an invalid shift or times, a seed that is not a whole number below 2**32, noise of another shape,
+            images or a task that do not fit size or model, or a model whose values become NaN or infinite.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        size = self.config.size if size is None else to_grid(size)
-        values = conditioning or {}, strengths or {}
-        request = Request(str(prompt), size, seed, negative, image, last_image, *values, task)
-        prepared = self._prepare([request], noise, steps=steps, guidance=guidance, sampler=sampler)
+        request = Request(
+            prompt=str(prompt),
+            size=size,
+            seed=seed,
+            negative=negative,
+            image=image,
+            last_image=last_image,
+            conditioning=conditioning or {},
+            strengths=strengths or {},
+            task=task,
+            video=video,
+            mask=mask,
+            control=control,
+            reference_images=reference_images,
+            conditions=conditions,
+        )
+        overrides: SamplingOverrides = {"steps": steps, "guidance": guidance, "sampler": sampler, "shift": shift}
+        overrides["times"] = times
+        prepared = self._prepare([request], noise, **overrides)
         latents = sample_latents(self._denoiser, **prepared)
         return latents[0] if output == "latents" else self.decode_many(latents, [request])[0]
 
     def trace(self, request: Request, **overrides: Unpack[SamplingOverrides]) -> LatentTrace:
         """Sample one request and return the latents and the predicted clean latents after every step.
 
-        `decode` makes a clip of latents. `steps`, `guidance`, `sampler` and errors are as for `generate`.
+        `decode` makes a clip of latents. `overrides` and errors are as for `generate`.
         """
         return trace_latents(self._denoiser, **self._prepare([request], **overrides))[0]
 
     def generate_many(self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]) -> list[Clip]:
         """Generate the clips of all requests, of any sizes, packed and sampled together.
 
-        A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`. `steps`,
-        `guidance`, `sampler` and errors are as for `generate`.
+        A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`. `overrides`
+        (`steps`, `guidance`, `sampler`, `shift`, `times`) and errors are as for `generate`.
         """
         return self.decode_many(sample_latents(self._denoiser, **self._prepare(requests, **overrides)), requests)
 
@@ -208,30 +234,11 @@ class Pipeline:
 
         On a mesh, this process's devices share the clips of a size.
         """
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for index, values in enumerate(latents):
-            by_shape.setdefault(values.shape, []).append(index)
-        clips: dict[int, Clip] = {}
-        for members in by_shape.values():
-            codec, batch = self.codec, min(_DECODE_BATCH, len(members))
-            if self._clip_codec is not None and len(members) > 1:
-                codec, batch = self._clip_codec, self._devices.local_count
-            for start in range(0, len(members), batch):
-                part = members[start : start + batch]
-                stacked = np.stack([latents[index] for index in part] + [latents[part[-1]]] * (batch - len(part)))
-                seeds = [requests[index].seed for index in part] + [0] * (batch - len(part))
-                for index, decoded in zip(part, codec.decode_many(stacked, seeds=seeds), strict=False):
-                    clips[index] = Clip(frames=decoded, fps=self.config.fps, caption=requests[index].prompt)
-        return [clips[index] for index in range(len(latents))]
+        return self._decoder(latents, requests)
 
     def reconstruct(self, clip: Clip) -> Clip:
         """Encode and decode a clip."""
         return self.codec.reconstruct(clip)
-
-    @property
-    def denoiser_params(self) -> dict[str, Any]:
-        """Return `{"backbone": ..., "text": ...}`, and `"low_noise"` of models with two experts."""
-        return self._denoiser.params
 
     def add_previous_step(self, step: PreviousStep, pipeline: "Pipeline") -> "Pipeline":
         """Return the pipeline with a step before it, whose samples are values of its conditioning.
@@ -258,14 +265,14 @@ class Pipeline:
 
     def count_parameters(self) -> dict[str, int]:
         """Return the number of parameters of each part."""
-        denoiser = {name: count(part) for name, part in self._denoiser.params.items()}
+        denoiser = {name: count(part) for name, part in self._weights.params.items()}
         return {"autoencoder": self.codec.count_parameters()} | denoiser
 
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
         """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
 
-        On a mesh of several processes all of them call this. Weights are gathered to the first one in parts, which
-        writes them.
+        Attached adapters are merged into what is written. On a mesh of several processes all of them call this. Weights
+        are gathered to the first one in parts, which writes them.
 
         Raises:
           UserError: another dtype, or a folder that holds something other than a pipeline.
@@ -281,7 +288,7 @@ class Pipeline:
                 temporary.mkdir()
                 save_weights(temporary / AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
                 write_pipeline_config(temporary, self.config)
-            denoiser = gather_parts(self._denoiser.params)
+            denoiser = gather_parts(self.denoiser_params)
             save_weights(temporary / DENOISER, denoiser, dtype=jnp.dtype(dtype), is_writer=is_writer)
             for name, pipeline in self._previous.items():
                 pipeline.save(temporary / STEPS / name, dtype=dtype)
@@ -302,61 +309,45 @@ class Pipeline:
         """
         return self._with_config(replace(self.config, backbone=self.config.backbone.replace(attention=backend)))
 
+    def with_decoding(self, *, memory: int | None = None, tiles: Tiles | None = None) -> "Pipeline":
+        """Return the same pipeline, with its weights, that encodes and decodes clips in other parts.
+
+        Args:
+          memory: bytes that this may take on a device besides the autoencoder; by default 60 % of the device's memory.
+            As many frames are coded at once as it allows.
+          tiles: sizes of tiles of a picture, if not even one latent frame fits; see `Tiles` for the cost.
+        """
+        changed = copy.copy(self)
+        changed._set_codec(LatentCodec(self.config.autoencoder, self.codec.params, memory=memory, tiles=tiles))
+        return changed
+
+    def _set_codec(self, codec: LatentCodec) -> None:
+        self.codec = codec
+        """Autoencoder with its parameters."""
+        shared = self._devices.make_clip_codec(codec)
+        self._decoder = ClipDecoder(codec, self.config.fps, shared, self._devices.local_count)
+        self.task_model = make_task_model(self.config, codec, offload=self._offload)
+
     def _with_config(self, config: PipelineConfig) -> "Pipeline":
-        return Pipeline(
+        pipeline = Pipeline(
             config,
             autoencoder=self.codec.params,
-            denoiser=self._denoiser.params,
+            denoiser=self._weights.params,
             previous=self._previous,
             get_lora_modules=self._get_lora_modules,
             mesh=self._mesh,
+            offload=self._offload,
         )
+        pipeline._set_codec(self.codec)
+        return pipeline._with_weights(self._weights._replace(params=pipeline._weights.params))
 
-    def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: ExpertName = "backbone") -> "Pipeline":
-        """Return the same pipeline with an adapter merged into its denoiser; this one is unchanged.
-
-        Calls are chained to stack several: `pipe.load_lora(style, 0.8).load_lora(motion, 0.5)`. The negative scale
-        removes an adapter again, up to rounding.
-
-        Args:
-          path: a safetensors file, or a folder of PEFT or diffusers. Module names are our own, as training writes them;
-            of Wan also those of diffusers (PEFT), ComfyUI and kohya.
-          scale: strength of the adapter.
-          expert: expert of two that is adapted: `backbone`, for noisy times, or `low_noise`.
-
-        Raises:
-          MissingError: no file at `path`.
-          UserError: a file that is not a LoRA of this model, or a second expert that the model does not have.
-        """
-        params = self._denoiser.params
-        if expert not in params:
-            raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
-        names = get_native_modules(params)
-        modules = self._get_lora_modules(self.config.backbone)
-        names |= {name: module._replace(path=f"{expert}/{module.path}") for name, module in modules.items()}
-        adapted = copy.copy(self)  # shares the open text encoder
-        merged = merge_lora(params, load_lora(path, params, names), float(scale))
-        everything = params | merged  # `merged` lacks parts without parameters
-        placed = self._devices.put_denoiser(everything, is_swapped=self.config.boundary is not None)
-        adapted._denoiser = self._denoiser._replace(params=placed)
-        return adapted
-
-    def resolve_sampling(
-        self, *, steps: int | None = None, guidance: GuidanceScale | None = None, sampler: str | Solver | None = None
-    ) -> Sampling:
+    def resolve_sampling(self, **overrides: Unpack[SamplingOverrides]) -> Sampling:
         """Return the pipeline's own sampling with the given values replaced.
 
         Raises:
-          UserError: an unknown sampler, or less than one step.
+          UserError: an unknown sampler, less than one step, or a shift or times that `override_sampling` refuses.
         """
-        changes: dict[str, Any] = {}
-        if steps is not None:
-            changes["steps"] = steps
-        if guidance is not None:
-            changes["guidance"] = resolve_guidance(self.config.sampling, guidance)
-        if sampler is not None:
-            changes["solver"] = get_sampler(sampler) if isinstance(sampler, str) else sampler
-        return replace(self.config.sampling, **changes)
+        return override_sampling(self.config.sampling, self.config.process, **overrides)
 
     def _prepare(
         self,
@@ -365,32 +356,25 @@ class Pipeline:
         **overrides: Unpack[SamplingOverrides],
     ) -> dict[str, Any]:
         """Return arguments of `sample_latents`; warn if guidance has no trained unconditional branch."""
+        self._weights.check_usable()
         sampling, config = self.resolve_sampling(**overrides), self.config
+        if (skip := sampling.full_guidance.skip_layers) is not None:
+            skip.check(config.backbone.layers)
         if sampling.full_guidance.branch_count > 1 and config.caption_dropout == 0:
             warnings.warn(
                 "guidance needs an unconditional model, and this one was trained without caption dropout; use "
                 "guidance=1, or train it with caption_dropout",
                 stacklevel=3,
             )
+        sized = [request._replace(size=config.resolve_size(request)) for request in requests]
         latent_requests = [
-            make_sampling_request(request, config.latent_grid(to_grid(request.size)), self.task_model, noise)
-            for request in self._sample_previous_steps(requests)
+            make_sampling_request(
+                request if request.negative is not None else request._replace(negative=config.negative),
+                config.latent_grid(to_grid(request.size)),
+                self.task_model,
+                noise,
+            )
+            for request in sample_previous_steps(config.previous, self._previous, sized)
         ]
         rows = max(1, min(config.batch, len(requests)))
         return {"requests": latent_requests, "sampling": sampling, "shape": config.row_shape, "rows": rows}
-
-    def _sample_previous_steps(self, requests: Sequence[Request]) -> list[Request]:
-        """Return the requests with the values of conditioning that previous steps sample."""
-        requests = list(requests)
-        for step in self.config.previous:
-            pipeline = self._previous[step.name]
-            own = [index for index, request in enumerate(requests) if step.name not in request.conditioning]
-            parts = []
-            for index in own:
-                prompt, size, seed, negative, *_ = requests[index]
-                parts.append(Request(prompt, step.get_size(to_grid(size), pipeline.config.size), seed, negative))
-            sample = pipeline.generate_many if step.output == "clip" else pipeline.generate_latents
-            for index, value in zip(own, sample(parts) if parts else [], strict=True):
-                conditioning = {**requests[index].conditioning, step.name: value}
-                requests[index] = requests[index]._replace(conditioning=conditioning)
-        return requests

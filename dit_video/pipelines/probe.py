@@ -70,10 +70,11 @@ class DenoiserProbe:
         self._denoise = make_denoise_fn(self.backbone, self._layout, self._conditioning)
 
     def _pack_prompts(self, prompts: Sequence[str], pipeline: Pipeline) -> PackedBatch:
-        tokenizer = open_tokenizer(pipeline.config.text)
+        config = pipeline.config
+        tokenizer = open_tokenizer(config.text)
         texts = [tokenizer(prompt) for prompt in prompts]
         shape = PackedShape(tokens=self.token_grid.volume, text=max(map(len, texts)), segments=1)
-        positions = compute_positions(self.token_grid, step=(pipeline.config.token_dt, 1.0, 1.0))
+        positions = compute_positions(self.token_grid, step=(config.token_dt, 1.0, 1.0), lead=config.token_lead)
         width = self.patch.volume * self.channels
         tokens = np.zeros((self.token_grid.volume, width), np.float32)
         rows = []

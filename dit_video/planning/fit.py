@@ -1,7 +1,6 @@
 """Search for the options that make a training, or a sampler, fit into a device's memory."""
 
 import itertools
-import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,23 +13,8 @@ from dit_video.planning.plan import format_size
 from dit_video.planning.report import find_devices
 from dit_video.planning.steps import Part
 
-_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SLACK = 1.1
 """Largest estimate of memory that is compiled, relative to the memory: estimates are a little too high."""
-
-
-def parse_memory(text: str) -> int:
-    """Parse a size of memory such as `24GiB`, and return its bytes.
-
-    Raises:
-      UserError: it is not a positive number with a unit.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
-    unit = None if match is None else next((unit for unit in _UNITS if unit.lower() == match[2].lower()), None)
-    if match is None or unit is None or not float(match[1]):
-        rule = f"it must be a positive number with one of the units {', '.join(_UNITS)}"
-        raise UserError(f"memory size {text!r} is invalid: {rule}. Use a size such as 24GiB")
-    return int(float(match[1]) * _UNITS[unit])
 
 
 @dataclass(frozen=True, kw_only=True)

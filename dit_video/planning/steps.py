@@ -234,9 +234,8 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], p
     def start(tokens: Array) -> Any:
         return init_state(sampling, config.objective.process.scale_initial_noise(tokens), steps=sampling.steps)
 
-    strength = guidance.get_params(0) if guidance.branch_count > 1 else None
-    if strength is None:
-        batch = batch._replace(branches=batch.branches[:1])
+    own_times = np.asarray(sampling.time_schedule(config.objective.process, sampling.steps).times)
+    strength = guidance.get_params(0, times=own_times) if guidance.is_active else None
     room = compute_program_steps(sampling.steps)
     times: Any = jax.ShapeDtypeStruct((room + 1,), jnp.float32)
     arguments = ProgramArguments(

@@ -5,15 +5,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from dit_video.autoencoders import latent_grid
 from dit_video.conditioning import FrameConditioning
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import UserError
 from dit_video.diffusion import FlowMatching, LogitNormal
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import (
     AllWeights,
-    DataConfig,
     DenoiserTraining,
     Experiment,
     ExpertConfig,
@@ -21,17 +19,14 @@ from dit_video.experiment import (
     PretrainedAutoencoder,
     TemporalWeights,
 )
-from dit_video.families import PipelineParts, find_family
-from dit_video.families.family import INDEX
+from dit_video.families import PipelineParts
 from dit_video.generation import Sampling
 from dit_video.nn import LoraConfig, Remat
 from dit_video.nn.attention import BackendName
-from dit_video.tokens import Grid, PackedShape
+from dit_video.recipes.open_weights import make_data_config, make_row_shape, read_open_parts
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 _LEARNING_RATES = {"lora": 1e-4, "full": 1e-5, "temporal": 1e-5, "scratch": 1e-4}
-_MAX_CLIPS_PER_ROW = 4
-"""Largest number of clips of a row, when they are smaller than the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +51,17 @@ class FineTuningOptions:
     """Learning rate; by default 1e-4 for adapters and from scratch, 1e-5 for pretrained weights."""
     warmup: int = 50
     max_pixels: int | None = None
-    """Largest number of pixels of a frame; by default the family's (Wan: 480x832, TI2V-5B 704x1280)."""
+    """Largest number of pixels of a frame; by default the family's (Wan: 480x832, TI2V-5B 704x1280, LTX-Video
+    512x704)."""
     max_frames: int | None = None
-    """Largest number of frames; by default the family's (Wan: 81, TI2V-5B 121)."""
+    """Largest number of frames; by default the family's (Wan: 81, TI2V-5B 121, LTX-Video 161)."""
     fps: float | None = None
-    """Frame rate of the clips; by default the family's (Wan: 16, TI2V-5B 24)."""
+    """Frame rate of the clips; by default the family's (Wan: 16, TI2V-5B 24, LTX-Video 25)."""
     clips_per_video: int = 1
     """Number of temporal crops of `max_frames` that are used of a longer clip, spread over its length."""
     first_frame_prob: float | None = None
     """Probability that the first frame of a clip is known, so that image-to-video is trained. By default 0.5 for
-    TI2V-5B and 1 for I2V, which is trained for nothing else. Other models do not accept it."""
+    TI2V-5B and LTX-Video, and 1 for I2V, which is trained for nothing else. Other models do not accept it."""
     held_out: tuple[str, ...] = ()
     """Names of clips that are reconstructed and reported instead of trained on."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -78,7 +74,8 @@ class FineTuningOptions:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Number of devices along each axis of the mesh, on which the model is trained and sampled."""
     sampling_steps: int = 50
-    guidance: float = 5.0
+    guidance: float | None = None
+    """Scale of guidance of the samples; by default the family's (Wan: 5, LTX-Video: 3)."""
     samples: int = 4
     """Number of captions that are sampled at the end, of training clips and of held-out clips each."""
     seed: int = 0
@@ -107,12 +104,17 @@ def make_finetuning_experiment(
       UserError: a pipeline or a model that cannot be fine-tuned here, unsupported settings, or options that do not fit
         it.
     """
-    folder = Path(folder)
-    if (family := find_family(folder)) is None:
-        raise MissingError(f"no such file: {folder / INDEX}")
-    parts = family.read_parts(folder)
+    folder, parts = Path(folder), read_open_parts(folder)
     backbone = parts.denoiser.replace(dtype=options.dtype, remat=options.remat, attention=options.attention)
-    schedule, data, text = parts.schedule, _make_data(options, parts), replace(parts.text, dtype=options.dtype)
+    schedule, text = parts.schedule, replace(parts.text, dtype=options.dtype)
+    data = make_data_config(
+        parts,
+        max_pixels=options.max_pixels,
+        max_frames=options.max_frames,
+        fps=options.fps,
+        clips_per_video=options.clips_per_video,
+        held_out=options.held_out,
+    )
     learning_rate = _LEARNING_RATES[options.train] if options.learning_rate is None else options.learning_rate
     return Experiment(
         name=folder.resolve().name,
@@ -122,21 +124,20 @@ def make_finetuning_experiment(
         denoiser=DenoiserTraining(
             backbone=backbone,
             text=text,
-            layout=PackedShape(
-                tokens=_count_max_tokens(data, parts), text=2 * text.max_tokens, segments=_MAX_CLIPS_PER_ROW
-            ),
+            layout=make_row_shape(data, parts),
             batch=options.batch,
             optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=min(options.warmup, options.steps - 1)),
             steps=options.steps,
             objective=FlowMatching(process=schedule.process, prediction=schedule.prediction, times=LogitNormal()),
             ema_decay=0.99,
             frame_conditioning=_make_frame_conditioning(options, parts),
+            task=parts.task,
             image_encoder=parts.image_encoder,
             train=_select_weights(folder, parts.boundary, options),
         ),
         sampling=Sampling(
             steps=options.sampling_steps,
-            guidance=options.guidance,
+            guidance=parts.guidance if options.guidance is None else options.guidance,
             solver=schedule.solver,
             time_schedule=schedule.time_schedule,
         ),
@@ -176,28 +177,10 @@ def _select_expert(
     return start, ExpertConfig(expert=options.expert, boundary=boundary, other_folder=os.fspath(other))
 
 
-def _make_data(options: FineTuningOptions, parts: PipelineParts) -> DataConfig:
-    size, fps = parts.size, parts.fps
-    return DataConfig(
-        max_pixels=size.h * size.w if options.max_pixels is None else options.max_pixels,
-        max_frames=size.t if options.max_frames is None else options.max_frames,
-        fps=fps if options.fps is None else options.fps,
-        clips_per_video=options.clips_per_video,
-        held_out=options.held_out,
-    )
-
-
-def _count_max_tokens(data: DataConfig, parts: PipelineParts) -> int:
-    """Return the number of tokens of the largest clip."""
-    stride, patch = parts.autoencoder.stride, parts.denoiser.patch
-    side = Grid(1, stride.h * patch.h, stride.w * patch.w)
-    return latent_grid(side._replace(t=data.max_frames), stride).t * (data.max_pixels // side.volume)
-
-
 def _make_frame_conditioning(options: FineTuningOptions, parts: PipelineParts) -> FrameConditioning | None:
     prob = options.first_frame_prob
     if parts.frame_conditioning is None and prob is not None:
-        raise UserError("first_frame_prob is invalid: this model has no input for a first frame; leave it out")
+        raise UserError("first_frame_prob is invalid: this model is trained without FrameConditioning; leave it out")
     if parts.frame_conditioning is None or prob is None:
         return parts.frame_conditioning
     return replace(parts.frame_conditioning, prob=prob)

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from dit_video.core import config_json
+from dit_video.core.files import read_json
 from dit_video.evaluation.collection import MetricResult
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.evaluate import EvaluationResult
+from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
@@ -20,6 +22,8 @@ from dit_video.training.hooks.logging import read_metrics
 
 _MAX_RECONSTRUCTIONS = 12
 """Maximum number of reconstructions on the page; the figures are computed over all."""
+_MAX_EXCLUDED = 100
+"""Maximum number of excluded clips that a table on the page lists; the run's file has all."""
 
 
 def write_run_report(
@@ -51,14 +55,15 @@ def write_run_report(
         f"guidance {' and '.join(f'{scale:g}' for scale in np.ravel(sampling['guidance']))}, "
         "one sample per prompt, not selected."
     )
+    excluded = _read_excluded(source)
     report = Report(
         title=title,
         summary=summary,
-        figures=_make_figures(evaluation.results, minutes),
+        figures=(*_make_figures(evaluation.results, minutes), *_make_excluded_figures(excluded)),
         samples=_make_samples(evaluation),
         reconstructions=_make_reconstructions(evaluation),
         charts=_make_charts(source),
-        metrics=_make_tables(evaluation),
+        metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
         config=config_json.to_json(pipeline.config) if config is None else config,
         commands=_make_commands(pipeline, source),
     )
@@ -69,13 +74,14 @@ def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationR
     """Write the report of a run that trains only an autoencoder."""
     experiment = run.experiment
     count = evaluation.metrics["parameters"]["autoencoder"]
+    excluded = _read_excluded(run.folder)
     report = Report(
         title=f"{experiment.name}: the autoencoder",
         summary=f"{count / 1e6:.2f} million parameters, created by: {run.command} (seed {experiment.seed}).",
-        figures=_make_figures(evaluation.results, None),
+        figures=(*_make_figures(evaluation.results, None), *_make_excluded_figures(excluded)),
         reconstructions=_make_reconstructions(evaluation),
         charts=_make_charts(run.folder),
-        metrics=_make_tables(evaluation),
+        metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
         config=config_json.to_json(experiment),
     )
     write_report(path, report)
@@ -125,6 +131,33 @@ def _make_tables(evaluation: EvaluationResult) -> dict[str, Any]:
     }
     others = {name: part for name, part in evaluation.metrics.items() if part and name not in ("results", "samples")}
     return {"results": rows, **others}
+
+
+def _read_excluded(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the clips that a run could not use: of its last stage, and of each stage of its curriculum by name."""
+    files = {"": folder / EXCLUDED_FILE} | {
+        f", stage {path.parent.name}": path for path in sorted(folder.glob(f"stages/*/{EXCLUDED_FILE}"))
+    }
+    return {
+        f"excluded {clips.replace('_', '-')} clips{stage}": content
+        for stage, path in files.items()
+        if path.is_file()
+        for clips, content in read_json(path).items()
+    }
+
+
+def _make_excluded_figures(excluded: Mapping[str, Mapping[str, Any]]) -> tuple[Figure, ...]:
+    """Return the number of excluded clips, with the first one's name and reason."""
+    figures = []
+    for label, content in excluded.items():
+        count, (name, reason) = len(content["excluded"]), next(iter(content["excluded"].items()))
+        figures.append(Figure(label=label, value=f"{count} of {content['clips']}", note=f"such as {name}: {reason}"))
+    return tuple(figures)
+
+
+def _make_excluded_tables(excluded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the reasons for which clips are excluded, by name."""
+    return {label: dict(list(content["excluded"].items())[:_MAX_EXCLUDED]) for label, content in excluded.items()}
 
 
 def _make_samples(evaluation: EvaluationResult) -> tuple[Sample, ...]:

@@ -1,7 +1,7 @@
 """Embedding of texts by a frozen encoder, in batches of a few shapes, each text computed once."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Float32, Int32
 
 from dit_video.core.errors import UserError
+from dit_video.core.offload import move_to_devices
 from dit_video.nn import get_graph_def
 from dit_video.text.cache import FolderCache, MemoryCache
 from dit_video.text.tokenizer import PretrainedTokenizer
@@ -39,6 +40,12 @@ class FrozenEncoderConfig(Protocol):
     def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
+def make_embedding_program(config: FrozenEncoderConfig) -> Callable[..., Any]:
+    """Return the jitted function from parameters, token ids `B S` and segment ids `B S` to embeddings `B S width`."""
+    graph = get_graph_def(config.make)
+    return jax.jit(lambda params, ids, segments: nnx.merge(graph, params)(ids, segments).values)
+
+
 class Embedder:
     """A function from texts to a frozen encoder's embeddings: `embed("a red ball")` has one vector per token.
 
@@ -58,16 +65,18 @@ class Embedder:
         identity: str,
         cache: str | os.PathLike | None = None,
         memory_bytes: int = 256 * 2**20,
+        streams_layers: bool = False,
     ):
         """Create an embedder; `weights.load_embedder` makes one from a folder.
 
         Args:
           config: configuration of the encoder.
-          params: its parameters, a nested dictionary.
+          params: its parameters, a nested dictionary; those in host memory are copied to the device for each call.
           tokenizer: the tokenizer that it was trained with.
           identity: hash of config, weights, tokenizer and limit together; names a folder in `cache`.
           cache: folder of embeddings, which other embedders and processes may share.
           memory_bytes: bytes of embeddings to keep in memory.
+          streams_layers: moves layers in host memory to the device one at a time.
 
         Raises:
           UserError: the tokenizer has tokens that the encoder has no embedding for.
@@ -82,11 +91,10 @@ class Embedder:
         self.width = config.width
         self.max_tokens = tokenizer.max_tokens
         """Maximum tokens of a text; a longer one is cut, with a warning."""
-        self._tokenizer, self._params = tokenizer, params
+        self._tokenizer, self._params, self._streams_layers = tokenizer, params, streams_layers
         self._memory = MemoryCache(memory_bytes)
         self._folder = None if cache is None else FolderCache(cache, identity=identity, width=config.width)
-        graph = get_graph_def(config.make)
-        self._encode = jax.jit(lambda params, ids, segments: nnx.merge(graph, params)(ids, segments).values)
+        self._encode = make_embedding_program(config)
 
     def __call__(self, text: str) -> Float32[np.ndarray, "s e"]:
         """Return one vector per token of a text, the last for the end token, which the empty text has too."""
@@ -102,11 +110,15 @@ class Embedder:
                 missing[text] = self._tokenizer(text)
             else:
                 embeddings[text] = value
-        for batch, length in self._make_batches(missing):
-            for text, value in zip(batch, self._encode_batch([missing[text] for text in batch], length), strict=True):
-                embeddings[text] = self._store(text, value)
-                if self._folder is not None:
-                    self._folder.put(text, value)
+        if not missing:
+            return [embeddings[text] for text in texts]
+        with move_to_devices(self._params, streams_layers=self._streams_layers) as params:
+            for batch, length in self._make_batches(missing):
+                values = self._encode_batch(params, [missing[text] for text in batch], length)
+                for text, value in zip(batch, values, strict=True):
+                    embeddings[text] = self._store(text, value)
+                    if self._folder is not None:
+                        self._folder.put(text, value)
         return [embeddings[text] for text in texts]
 
     def _look_up(self, text: str) -> np.ndarray | None:
@@ -136,11 +148,11 @@ class Embedder:
             for text in group[full:]:
                 yield [text], length
 
-    def _encode_batch(self, token_ids: list[Int32[np.ndarray, " _"]], length: int) -> list[np.ndarray]:
+    def _encode_batch(self, params: Any, token_ids: list[Int32[np.ndarray, " _"]], length: int) -> list[np.ndarray]:
         ids = np.zeros((len(token_ids), length), np.int32)
         segments = np.zeros((len(token_ids), length), np.int32)
         for row, tokens in enumerate(token_ids):
             ids[row, : len(tokens)], segments[row, : len(tokens)] = tokens, 1
-        values = np.asarray(self._encode(self._params, ids, segments))
+        values = np.asarray(self._encode(params, ids, segments))
         # Copies: a view would keep the whole batch in memory for as long as one of its texts is cached.
         return [values[row, : len(tokens)].copy() for row, tokens in enumerate(token_ids)]

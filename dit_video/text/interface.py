@@ -4,7 +4,7 @@ The tokens of an encoder that is trained with the denoiser are ids, and the modu
 encoder runs on the host: its tokens are embeddings, and the module passes them on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -16,6 +16,16 @@ CaptionTokens = Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
 """Tokens of one caption, without padding: ids, or embeddings."""
 Tokenizer = Callable[[str], CaptionTokens]
 """Function from a caption to its tokens. The empty caption, for unconditional samples, has at least one token."""
+
+
+@runtime_checkable
+class BatchTokenizer(Protocol):
+    """A tokenizer for which several captions together take less time, or fewer moves of its weights."""
+
+    def __call__(self, caption: str, /) -> CaptionTokens: ...
+
+    def encode_many(self, texts: Sequence[str], /) -> Sequence[CaptionTokens]:
+        """Return the tokens of each caption."""
 
 
 class Context(NamedTuple):

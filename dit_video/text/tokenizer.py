@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from jaxtyping import Int32
 
 from dit_video.core.errors import MissingError, UserError
@@ -19,7 +20,10 @@ TOKENIZER_FILES = "tokenizer.json, spiece.model, or vocab.json and merges.txt"
 
 
 class PretrainedTokenizer:
-    """A tokenizer of `transformers` from a local folder; no padding, the end token last, CLIP's start token first.
+    """A tokenizer from a local folder; no padding, the end token last, CLIP's start token first.
+
+    `tokenizer.json` is read by the library that it is the format of, whose ids are those that models were trained with.
+    Other files are converted by `transformers`, as is needed for CLIP's, and for `spiece.model` alone.
 
     Letters that spell a special token, such as `</s>`, become that token, as in `transformers`' own pipelines.
     """
@@ -36,33 +40,48 @@ class PretrainedTokenizer:
             raise UserError(f"max_tokens={max_tokens} is invalid: no room for a token and the end token. Use 2 or more")
         if not has_tokenizer(folder):
             raise MissingError(f"no tokenizer in {folder} ({TOKENIZER_FILES}); copy the model's own files there")
-        needs_sentencepiece = not (folder / "tokenizer.json").is_file() and (folder / "spiece.model").is_file()
-        if needs_sentencepiece and not importlib.util.find_spec("sentencepiece"):
-            raise UserError(f"{folder} has only spiece.model: pip install sentencepiece, or copy tokenizer.json there")
-        # transformers warns at import that torch is missing; its tokenizers do not need it.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True)
-            has_end_token = self._tokenizer("")["input_ids"][-1:] == [self._tokenizer.eos_token_id]
-            description = self._tokenizer.backend_tokenizer.to_str()
-        except Exception as error:  # transformers and its dependencies raise any type, down to a bare Exception
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UserError(f"can't read the tokenizer in {folder} ({reason}); copy the files again") from error
-        if not has_end_token:
+        tokenizer = _read_tokenizer(folder)
+        # Some files ask for them; a text is cut below, and padded where it is embedded.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        end = tokenizer.encode("").ids[-1:]
+        if not end or tokenizer.encode("a").ids[-1:] != end:
             raise UserError(f"the tokenizer in {folder} adds no end token to texts; copy the encoder's own tokenizer")
-        self.max_tokens, self._cleaned = max_tokens, cleaned
+        self._tokenizer, self.max_tokens, self._cleaned = tokenizer, max_tokens, cleaned
+        description = tokenizer.to_str()
         rules = f"{description} of cleaned texts" if cleaned else description
         self.identity = hashlib.sha256(rules.encode()).hexdigest()
         """Hash of the vocabulary and all rules, not of the files: two layouts of one tokenizer have the same."""
-        self.max_id = max(self._tokenizer.get_vocab().values())
+        self.max_id = max(tokenizer.get_vocab().values())
 
     def __call__(self, text: str) -> Int32[np.ndarray, " s"]:
         """Return the token ids of a text; one of more than `max_tokens` tokens is cut, with a warning."""
         text = clean(text) if self._cleaned else text
-        ids = self._tokenizer(text, verbose=False)["input_ids"]
-        return np.asarray(cut_tokens(ids, self.max_tokens, text), np.int32)
+        return np.asarray(cut_tokens(self._tokenizer.encode(text).ids, self.max_tokens, text), np.int32)
+
+
+def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """Read a folder's tokenizer.
+
+    Raises:
+      UserError: files that can't be read.
+    """
+    path, fix = folder / "tokenizer.json", "copy the files again"
+    if not path.is_file() and (folder / "spiece.model").is_file():
+        fix = "copy the model's tokenizer.json there, too"
+        if not importlib.util.find_spec("sentencepiece"):
+            raise UserError(f"{folder} has only spiece.model: pip install sentencepiece, or {fix}")
+    # transformers warns at import that torch is missing; its tokenizers do not need it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        if path.is_file():
+            return tokenizers.Tokenizer.from_file(os.fspath(path))
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True).backend_tokenizer
+    except Exception as error:  # these libraries and their dependencies raise any type, down to a bare Exception
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"can't read the tokenizer in {folder} ({reason}); {fix}") from error
 
 
 def cut_tokens(ids: list[int], max_tokens: int, text: str) -> list[int]:
@@ -85,11 +104,17 @@ def has_tokenizer(folder: str | os.PathLike) -> bool:
 def clean(text: str) -> str:
     """Clean a prompt as diffusers' Wan pipeline does before tokenization.
 
-    Mojibake is repaired if `ftfy` is installed (it is optional, as in diffusers), HTML entities are resolved twice
-    (`&amp;lt;` is `<`), and runs of white space become one space.
+    `ftfy` repairs mojibake and straightens quotes, HTML entities are resolved twice (`&amp;lt;` is `<`), and runs of
+    white space become one space. Without `ftfy`, which is optional, texts with characters that it may change are warned
+    of.
     """
     if importlib.util.find_spec("ftfy"):
         import ftfy
 
         text = ftfy.fix_text(text)
+    elif not text.isascii():
+        fix = "pip install 'dit_video[wan]'"
+        warnings.warn(
+            f"ftfy is not installed: texts such as {text[:40]!r} are not repaired as Wan's are; {fix}", stacklevel=2
+        )
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()

@@ -14,7 +14,13 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from dit_video.core.grid import Grid
 from dit_video.core.typing import AnyArray
-from dit_video.tokens.segments import compute_segment_offsets, expand_to_tokens, segment_max, segment_mean
+from dit_video.tokens.segments import (
+    compute_segment_offsets,
+    expand_to_tokens,
+    segment_max,
+    segment_mean,
+    segment_quantile,
+)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -40,6 +46,10 @@ class PackedRows:
     def max(self, values: Float[Array, "B N"]) -> Float[Array, "B G"]:
         """Return the largest value in each segment, without rounding; zero for a segment without tokens."""
         return segment_max(values, self.segments, count=self.count)
+
+    def quantile(self, values: Float[Array, "B N *rest"], quantile: float) -> Float[Array, "B G"]:
+        """Return a quantile of each segment's values, interpolated linearly; zero for a segment without tokens."""
+        return segment_quantile(values, self.segments, quantile, count=self.count)
 
     def compute_offsets(self) -> Int[Array, "B N"]:
         """Return the index of every token within its example."""

@@ -74,6 +74,22 @@ def segment_max(
     return jnp.where(member.any(axis=1), largest, 0.0)
 
 
+def segment_quantile(
+    values: Float[Array, "B N *rest"], segments: Int[AnyArray, "B N"], quantile: float, *, count: int
+) -> Float[Array, "B {count}"]:
+    """Return a quantile of the values of each segment's tokens, interpolated linearly; zero for an absent segment."""
+    values = values.reshape(*values.shape[:2], -1)
+    member = segments[:, None, :, None] == jnp.arange(1, count + 1)[:, None, None]
+    # Values of other segments are last. The position of the quantile is a number of values of the segment itself.
+    ordered = jnp.sort(jnp.where(member, values[:, None], jnp.inf).reshape(len(values), count, -1), axis=-1)
+    last = jnp.maximum(member.sum(axis=(2, 3)) * values.shape[-1] - 1, 0)
+    position = quantile * last
+    low = jnp.floor(position).astype(jnp.int32)
+    high = jnp.minimum(low + 1, last)
+    below, above = (jnp.take_along_axis(ordered, index[..., None], axis=-1)[..., 0] for index in (low, high))
+    return jnp.where(member.any(axis=(2, 3)), below + (position - low) * (above - below), 0.0)
+
+
 def compute_segment_offsets(segments: Int[AnyArray, "B N"]) -> Int[Array, "B N"]:
     """Return the index of every token within its segment, or within its run of padding."""
     index = jnp.arange(segments.shape[1])[None]

@@ -11,7 +11,8 @@ from dit_video.weights.clip import (
 from dit_video.weights.clip_image_processor import load_clip_image_processor, save_clip_image_processor
 from dit_video.weights.embedders import load_embedder, read_text_encoder_config
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora import LoraModule, expand_layers, get_native_modules, load_lora, save_lora
+from dit_video.weights.lora import load_lora, save_lora
+from dit_video.weights.lora_modules import LoraModule, expand_layers, get_native_modules
 from dit_video.weights.lpips import load_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
 from dit_video.weights.scheduler import LoadedScheduler, load_scheduler

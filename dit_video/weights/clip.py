@@ -11,8 +11,9 @@ from dit_video.features.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, Cli
 from dit_video.nn import get_param_shapes
 from dit_video.weights.diffusers import DENSE, map_kernel_and_bias, map_scale_and_shift
 from dit_video.weights.folders import TensorFolder, find_model_folder, read_transformers_config
-from dit_video.weights.io import LoadedEncoder, read_encoder_params, write_params
-from dit_video.weights.tensor_map import SHARD_BYTES, TensorMapping
+from dit_video.weights.io import LoadedEncoder, check_tensors, read_encoder_params, write_params
+from dit_video.weights.parameter import Placement, place_on_device
+from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 
 _CLIP_CLASS = "CLIPModel"
 _TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -66,22 +67,26 @@ def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEnc
     return _read(path.parent, config, dtype)
 
 
-def load_clip_text(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder[ClipTextConfig]:
+def load_clip_text(
+    folder: str | os.PathLike, *, dtype: str = "float32", place: Placement = place_on_device
+) -> LoadedEncoder[ClipTextConfig]:
     """Read the text tower of a `CLIPModel`, a `CLIPTextModel` or a `CLIPTextModelWithProjection`.
 
     `folder` may be a pipeline's, whose `text_encoder` is read; otherwise as `load_clip`.
     """
     folder = find_model_folder(folder, "text_encoder")
-    return _read(folder, read_clip_text_config(folder, dtype=dtype), dtype)
+    return _read(folder, read_clip_text_config(folder, dtype=dtype), dtype, place)
 
 
-def load_clip_vision(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder[ClipVisionConfig]:
+def load_clip_vision(
+    folder: str | os.PathLike, *, dtype: str = "float32", place: Placement = place_on_device
+) -> LoadedEncoder[ClipVisionConfig]:
     """Read the vision tower of a `CLIPModel`, a `CLIPVisionModel` or a `CLIPVisionModelWithProjection`.
 
     `folder` may be a pipeline's, whose `image_encoder` is read; otherwise as `load_clip`.
     """
     folder = find_model_folder(folder, "image_encoder")
-    return _read(folder, read_clip_vision_config(folder, dtype=dtype), dtype)
+    return _read(folder, read_clip_vision_config(folder, dtype=dtype), dtype, place)
 
 
 def read_clip_text_config(folder: str | os.PathLike, *, dtype: str = "float32") -> ClipTextConfig:
@@ -99,6 +104,16 @@ def read_clip_vision_config(folder: str | os.PathLike, *, dtype: str = "float32"
     """Read the config of a folder's vision tower, without its weights; raises as `read_clip_text_config` does."""
     folder = find_model_folder(folder, "image_encoder")
     return _parse_vision_config(*_read_config(folder, [_CLIP_CLASS, *_VISION_CLASSES]), dtype)
+
+
+def check_clip_weights(folder: str | os.PathLike, config: AnyClipConfig) -> None:
+    """Check that the weights in a folder are complete and fit a config, by the headers of the files.
+
+    It raises as `load_clip` does.
+    """
+    with TensorFolder(folder) as tensors:
+        names, ignored = _map_tensors(tensors, config)
+        check_tensors(tensors, names, get_param_shapes(config.make), ignored=ignored)
 
 
 def save_clip(
@@ -154,14 +169,19 @@ def _parse_tower(path: Path, tower: Any, own_fields: Mapping[str, str]) -> dict[
     return {ours: getattr(tower, theirs) for ours, theirs in (*_TOWER_FIELDS.items(), *own_fields.items())}
 
 
-def _read(folder: Path, config: Any, dtype: str) -> LoadedEncoder[Any]:
+def _read(folder: Path, config: Any, dtype: str, place: Placement = place_on_device) -> LoadedEncoder[Any]:
     with TensorFolder(folder) as tensors:
-        # Names of a tower that was saved alone have the root or not, depending on the version that wrote it.
-        nested = any(name.startswith((_TEXT_ROOT, _VISION_ROOT)) for name in tensors.shapes)
-        ignored = [name for name in tensors.shapes if _is_ignored(name, config)]
-        names, shapes = _make_tensor_map(config, nested=nested), get_param_shapes(config.make)
-        params, digest = read_encoder_params(tensors, names, shapes, ignored=ignored, dtype=dtype)
+        names, ignored = _map_tensors(tensors, config)
+        shapes = get_param_shapes(config.make)
+        params, digest = read_encoder_params(tensors, names, shapes, ignored=ignored, dtype=dtype, place=place)
     return LoadedEncoder(config, params, digest, tuple(ignored))
+
+
+def _map_tensors(tensors: TensorFolder, config: AnyClipConfig) -> tuple[TensorMap, list[str]]:
+    """Return the map of a folder's tensors, and the names of the tensors to skip."""
+    # Names of a tower that was saved alone have the root or not, depending on the version that wrote it.
+    nested = any(name.startswith((_TEXT_ROOT, _VISION_ROOT)) for name in tensors.shapes)
+    return _make_tensor_map(config, nested=nested), [name for name in tensors.shapes if _is_ignored(name, config)]
 
 
 def _is_ignored(name: str, config: AnyClipConfig) -> bool:

@@ -42,13 +42,22 @@ def check_class(folder: Path, kind: Any, supported: Collection[str]) -> None:
         raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(supported)}")
 
 
-def get_settings(folder: Path, document: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def get_settings(
+    folder: Path, document: Mapping[str, Any], defaults: Mapping[str, Any], *, unused: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the arguments of a model's class: its defaults, updated by the document.
 
+    Args:
+      folder: folder of the model, for error messages.
+      document: content of its `config.json`.
+      defaults: all arguments of the class, with its defaults.
+      unused: settings of published documents that the class does not have, and that change nothing.
+
     Raises:
-      UserError: the document has an argument that is not in `defaults`.
+      UserError: the document has an argument that is neither in `defaults` nor unused.
     """
-    values = {**defaults, **{name: value for name, value in document.items() if not name.startswith("_")}}
+    settings = {name: value for name, value in document.items() if not name.startswith("_") and name not in unused}
+    values = {**defaults, **settings}
     if unknown := sorted(values.keys() - defaults.keys()):
         raise UserError(f"{folder / 'config.json'} has settings that are not supported: {', '.join(unknown)}")
     return values

@@ -10,10 +10,16 @@ from dit_video.core.config_json import to_json
 from dit_video.core.errors import MissingError, UserError
 from dit_video.features import ClipTextConfig
 from dit_video.text import TOKENIZER_FILES, Embedder, PretrainedTokenizer, T5Config, has_tokenizer
-from dit_video.weights.clip import CLIP_TEXT_MODEL_TYPES, load_clip_text, read_clip_text_config
+from dit_video.weights.clip import (
+    CLIP_TEXT_MODEL_TYPES,
+    check_clip_weights,
+    load_clip_text,
+    read_clip_text_config,
+)
 from dit_video.weights.folders import find_model_folder, read_transformers_config
 from dit_video.weights.io import LoadedEncoder
-from dit_video.weights.text_encoders import T5_MODEL_TYPES, load_text_encoder, read_t5_config
+from dit_video.weights.parameter import Placement, place_on_device
+from dit_video.weights.text_encoders import T5_MODEL_TYPES, check_t5_weights, load_text_encoder, read_t5_config
 
 _SUBFOLDER = "text_encoder"
 _WAN_MAX_TOKENS = 512
@@ -26,6 +32,8 @@ def load_embedder(
     cleaned: bool = False,
     dtype: str = "float32",
     cache: str | os.PathLike | None = None,
+    place: Placement = place_on_device,
+    streams_layers: bool = False,
 ) -> Embedder:
     """Load a text encoder and its tokenizer: a T5, a UMT5, or the text tower of a CLIP.
 
@@ -39,6 +47,8 @@ def load_embedder(
       cleaned: clean texts first, as Wan does (`text.clean`).
       dtype: dtype of the matrix products and their weights, float32 or bfloat16.
       cache: folder for embeddings, which other embedders and processes may share.
+      place: reads each parameter to its destination; those in host memory are copied to the device for each call.
+      streams_layers: moves layers in host memory to the device one at a time.
 
     Raises:
       MissingError: the encoder or the tokenizer does not exist.
@@ -57,10 +67,11 @@ def load_embedder(
     # Errors of the tokenizer are raised first: it loads in a second, the weights in minutes.
     tokenizer = PretrainedTokenizer(_find_tokenizer_folder(folder), max_tokens=max_tokens, cleaned=cleaned)
     load_encoder = load_clip_text if isinstance(config, ClipTextConfig) else load_text_encoder
-    encoder: LoadedEncoder[Any] = load_encoder(folder, dtype=dtype)
+    encoder: LoadedEncoder[Any] = load_encoder(folder, dtype=dtype, place=place)
     identity_parts = [to_json(encoder.config), encoder.digest, tokenizer.identity, max_tokens]
     identity = hashlib.sha256(json.dumps(identity_parts, sort_keys=True).encode()).hexdigest()[:32]
-    return Embedder(encoder.config, encoder.params, tokenizer, identity=identity, cache=cache)
+    options: dict[str, Any] = {"identity": identity, "cache": cache, "streams_layers": streams_layers}
+    return Embedder(encoder.config, encoder.params, tokenizer, **options)
 
 
 def read_text_encoder_config(folder: str | os.PathLike) -> T5Config | ClipTextConfig:
@@ -74,6 +85,20 @@ def read_text_encoder_config(folder: str | os.PathLike) -> T5Config | ClipTextCo
     path = folder / "config.json"
     kind, _ = read_transformers_config(path, "text encoders", (*T5_MODEL_TYPES, *CLIP_TEXT_MODEL_TYPES))
     return read_t5_config(folder) if kind in T5_MODEL_TYPES else read_clip_text_config(folder)
+
+
+def check_text_encoder(folder: str | os.PathLike) -> None:
+    """Check that a text encoder and its tokenizer are there, and that the weights fit its config, without reading them.
+
+    `folder` and errors are those of `load_embedder`; the tokenizer's content is not checked.
+    """
+    folder = find_model_folder(folder, _SUBFOLDER)
+    config = read_text_encoder_config(folder)
+    _find_tokenizer_folder(folder)
+    if isinstance(config, ClipTextConfig):
+        check_clip_weights(folder, config)
+    else:
+        check_t5_weights(folder, config)
 
 
 def _find_tokenizer_folder(encoder_folder: Path) -> Path:

@@ -3,6 +3,7 @@
 A folder holds one safetensors file, or several with an index, as Hugging Face's libraries write them.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Collection, Mapping
@@ -14,7 +15,7 @@ import numpy as np
 
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.parameter import place_on_device
+from dit_video.weights.parameter import Placement, place_on_device
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
 
@@ -59,10 +60,32 @@ def read_params(
         return streaming.read(source, like, dtype_fn=lambda path: np.float32)
 
 
+def check_tensors(tensors: TensorFolder, tensor_map: TensorMap, like: Any, *, ignored: Collection[str] = ()) -> None:
+    """Check that a folder has the tensors of a map, in the shapes of `like`, without reading them.
+
+    Arguments are those of `read_encoder_params`.
+
+    Raises:
+      UserError: tensors are missing, unexpected or of another shape.
+    """
+    FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored)
+
+
+def get_encoder_dtype(path: str, *, dtype: str) -> Any:
+    """Return the dtype of a frozen encoder's parameter: `dtype` for inputs of matrix products, float32 for others."""
+    return jnp.dtype(dtype) if path.endswith(("kernel", "embedding")) else np.float32
+
+
 def read_encoder_params(
-    tensors: TensorFolder, tensor_map: TensorMap, like: Any, *, ignored: Collection[str], dtype: str
+    tensors: TensorFolder,
+    tensor_map: TensorMap,
+    like: Any,
+    *,
+    ignored: Collection[str],
+    dtype: str,
+    place: Placement = place_on_device,
 ) -> tuple[Any, str]:
-    """Read a frozen encoder's parameters to the device; return them and a digest of the tensors as they are stored.
+    """Read a frozen encoder's parameters; return them and a digest of the tensors as they are stored.
 
     The digest covers every tensor in our order, however they are split into files.
 
@@ -72,14 +95,15 @@ def read_encoder_params(
       like: shapes of our parameters.
       ignored: names of tensors to skip.
       dtype: dtype of kernels and embeddings, the inputs of matrix products; all other parameters are float32.
+      place: reads each parameter to its destination, given its path; by default to the default device.
     """
     digest = hashlib.sha256()
     source = FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored, digest=digest)
     params = streaming.read(
         source,
         like,
-        dtype_fn=lambda path: jnp.dtype(dtype) if path.endswith(("kernel", "embedding")) else np.float32,
-        place=place_on_device,
+        dtype_fn=functools.partial(get_encoder_dtype, dtype=dtype),
+        place=place,
     )
     return params, digest.hexdigest()
 

@@ -7,8 +7,8 @@ Three styles of names are read, for any model, and written:
 - `comfyui`: `diffusion_model.blocks.0.self_attn.q.lora_down.weight`, with a tensor `….alpha` for each module;
 - `kohya`: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, with the same tensors.
 
-The caller maps modules to our kernels (`LoraModules`): `comfyui` and `kohya` use the names of modules in a model's own
-sources, `diffusers` those in diffusers.
+Files may also hold full differences of weights and biases (`lora_tensors`). The caller maps modules to our parameters
+(`LoraModules`): `comfyui` and `kohya` use the names of modules in a model's own sources, `diffusers` its own.
 """
 
 import collections
@@ -16,7 +16,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,15 @@ from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.weights import safetensors as ours
+from dit_video.weights.lora_modules import LoraModule, LoraModules
+from dit_video.weights.lora_tensors import (
+    MODULATION,
+    ModulePart,
+    match_tensors,
+    to_our_difference,
+    to_our_factors,
+    to_their_difference,
+)
 
 NamingStyle = Literal["diffusers", "comfyui", "kohya"]
 _STYLES: dict[NamingStyle, tuple[str, str, str]] = {
@@ -33,72 +43,9 @@ _STYLES: dict[NamingStyle, tuple[str, str, str]] = {
     "comfyui": ("diffusion_model.", "lora_down", "lora_up"),
     "kohya": ("lora_unet_", "lora_down", "lora_up"),
 }
-_COUNTERPART = {"lora_A": "lora_B", "lora_B": "lora_A", "lora_down": "lora_up", "lora_up": "lora_down"}
-_TENSOR_NAME = re.compile(
-    r"(?P<module>.+)\.(?:(?P<part>lora_A|lora_B|lora_down|lora_up)(?P<rest>(?:\.default)?\.weight)|(?P<alpha>alpha))"
-)
-_DOTTED_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
-_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _METADATA_KEY = "lora_adapter_metadata"
 """Metadata key of an adapter's config in diffusers' files; its keys begin with the component's name."""
-
-
-class LoraModule(NamedTuple):
-    """The kernel of ours that another project's linear map corresponds to."""
-
-    path: str
-    """Path of our kernel."""
-    layer: int | None = None
-    """Layer of a stacked kernel."""
-    columns: tuple[int, int] | None = None
-    """Output columns, as start and end, of a kernel that computes several linear maps of theirs."""
-    order: tuple[int, ...] | None = None
-    """Index of their output for each of ours, if they are ordered differently."""
-
-
-LoraModules = Mapping[str, LoraModule]
-"""Modules by their name; if a module has several names, the first is written."""
-
-
-GetLoraModules = Callable[[Any], Mapping[str, LoraModule]]
-"""Function from a denoiser's config to the linear maps that its family's LoRA files adapt, by their names there."""
-
-
-def no_lora_modules(config: Any) -> Mapping[str, LoraModule]:
-    """Return no linear maps: those of a model whose LoRA files have native names only."""
-    return {}
-
-
-def get_native_modules(params: Mapping[str, Any]) -> dict[str, LoraModule]:
-    """Return the modules of all kernels of linear maps under native names.
-
-    For example, `backbone.blocks.0.qkv` is layer 0 of `backbone/blocks/qkv/kernel`.
-
-    Args:
-      params: the model's parameters, or their shapes.
-    """
-    modules = {}
-    for path, leaf in trees.flatten(params).items():
-        module, stack = path.removesuffix("/kernel").replace("/", "."), re.search(r"(?:^|/)blocks(?=/)", path)
-        if not path.endswith("/kernel"):
-            continue
-        if len(leaf.shape) == 2:
-            modules[module] = LoraModule(path)
-        elif len(leaf.shape) == 3 and stack is not None:
-            name = f"{module[: stack.end()]}.{{}}{module[stack.end() :]}"
-            modules |= expand_layers({path: name}, params)
-    return modules
-
-
-def expand_layers(names: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, LoraModule]:
-    """Return the modules for names such as `blocks.{}.attn1.to_q` (`{}` is the layer), given by our kernels' paths."""
-    shapes = {path: leaf.shape for path, leaf in trees.flatten(params).items()}
-    return {
-        name.format(layer): LoraModule(path, layer if "{}" in name else None)
-        for path, name in names.items()
-        for layer in (range(shapes[path][0]) if "{}" in name else [0])
-    }
 
 
 def load_lora(
@@ -106,14 +53,16 @@ def load_lora(
 ) -> dict[str, Any]:
     """Read the adapter in a file, for `merge_lora` and `attach_lora`.
 
-    Kernels that the file omits are not changed. If layers of a stack have different ranks, the smaller ones are padded
-    with zeros; modules that are one kernel here share its rank.
+    Tensors of modules that only other models of the family have are left out, such as those for image tokens in a LoRA
+    of Wan's I2V; a warning names those that are not zero. Parameters that the file omits are not changed. If layers of
+    a stack have different ranks, the smaller ones are padded with zeros; modules that are one kernel here share its
+    rank.
 
     Args:
       path: a safetensors file, or a folder of PEFT or diffusers.
       params: the model's parameters, or their shapes.
-      modules: the kernels that the file's modules correspond to.
-      dtype: dtype that factors are cast to; None keeps the file's.
+      modules: the parameters that the file's modules correspond to.
+      dtype: dtype that factors and differences are cast to; None keeps the file's.
 
     Raises:
       MissingError: the file does not exist.
@@ -124,18 +73,30 @@ def load_lora(
     file = next((path / name for name in _FILES if (path / name).is_file()), path)
     arrays = ours.load(file, dtype=None)
     shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
-    matches = _match_tensors(file, arrays, shapes, modules)
+    matches, left_out = match_tensors(file, arrays, shapes, modules)
+    if left_out := [name for name in left_out if arrays[name].any()]:
+        names = ours.format_names(left_out)
+        warnings.warn(
+            f"{file}: {len(left_out)} tensors are left out, as they change what this model lacks: {names}", stacklevel=2
+        )
     settings = _read_settings(file)
-    parts = collections.defaultdict(list)
+    factors: dict[str, list[_ModuleFactors]] = collections.defaultdict(list)
+    leaves: dict[str, np.ndarray] = {}
     for name, tensors in matches.items():
-        a, b = (_cast(arrays[tensors[factor]].T, dtype) for factor in "ab")
-        alpha = float(arrays[tensors["alpha"]].reshape(())) if "alpha" in tensors else None
         module = modules[name]
-        b = b if module.order is None else b[:, list(module.order)]
-        parts[module.path].append(_ModuleFactors(module, a, b, settings.get_scale(name, rank=a.shape[1], alpha=alpha)))
-    return trees.unflatten(
-        {f"{path}/{leaf}": value for path in parts for leaf, value in _join_factors(shapes[path], parts[path]).items()}
-    )
+        parts = {part: _cast(arrays[tensor], dtype) for part, tensor in tensors.items() if part != "alpha"}
+        if "a" in parts:
+            a, b = to_our_factors(module, parts["a"], parts["b"])
+            alpha = float(arrays[tensors["alpha"]].reshape(())) if "alpha" in tensors else None
+            scale = settings.get_scale(name, rank=a.shape[1], alpha=alpha)
+            factors[str(module.path)].append(_ModuleFactors(module, a, b, scale))
+        for part, changed in (("diff", module.path), ("diff_b", module.bias_path)):
+            if part in parts:
+                diff = leaves.setdefault(f"{changed}/diff", np.zeros(shapes[str(changed)], parts[part].dtype))
+                diff[_get_index(module)] = to_our_difference(module, part, parts[part])
+    for kernel, module_factors in factors.items():
+        leaves |= {f"{kernel}/{leaf}": value for leaf, value in _join_factors(shapes[kernel], module_factors).items()}
+    return trees.unflatten(leaves)
 
 
 def save_lora(
@@ -148,31 +109,38 @@ def save_lora(
 ) -> None:
     """Write an adapter; the inverse of `load_lora`.
 
-    Modules that it does not change, and ranks that only other layers use, are omitted.
+    Modules that it does not change, and ranks that only other layers use, are omitted. Full differences have no names
+    in diffusers.
 
     Args:
       path: the file.
       lora: adapter as `load_lora` returns it.
       modules: the modules that our kernels correspond to.
       style: style of the tensors' names.
-      dtype: dtype that factors are cast to; None keeps theirs.
+      dtype: dtype that factors and differences are cast to; None keeps theirs.
 
     Raises:
-      UserError: the adapter has kernels that correspond to no module.
+      UserError: the adapter has parameters that correspond to no module, or full differences in diffusers' style.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(lora).items()}
-    paths = [name[:-2] for name in leaves if name.endswith("/a")]
-    mapped = {module.path for module in modules.values()}
-    if unmapped := [name for name in paths if name not in mapped]:
-        raise UserError(
-            f"{path}: no names for adapters of {ours.format_names(unmapped)}. Use modules= with these kernels"
-        )
+    mapped = {f"{module.path}/a" for module in modules.values() if module.mapping is None}
+    if style != "diffusers":
+        mapped |= {f"{path}/diff" for module in modules.values() for path in (module.path, module.bias_path)}
+    changed = [name for name in leaves if name.endswith(("/a", "/diff"))]
+    if unmapped := [name.rpartition("/")[0] for name in changed if name not in mapped]:
+        fix = "Use modules= with these kernels"
+        if style == "diffusers" and any(name.endswith("/diff") for name in changed):
+            fix = "Use style='comfyui', which has names for full differences (layout authors of convert.py)"
+        raise UserError(f"{path}: no names for adapters of {ours.format_names(unmapped)}. {fix}")
     tensors: dict[str, np.ndarray] = {}
     alphas: dict[str, tuple[int, float]] = {}
-    start, first, second = _STYLES[style]
+    _, first, second = _STYLES[style]
+    for name, difference, array in _split_differences(leaves, modules):
+        is_modulation = name.endswith(MODULATION)
+        prefix = _add_prefix(style, name.removesuffix(MODULATION))
+        tensors[f"{prefix}.{'diff_m' if is_modulation else difference}"] = _cast(array, dtype)
     for name, part in _split_factors(leaves, modules):
-        rank = part.a.shape[1]
-        prefix = start + (name.replace(".", "_") if style == "kohya" else name)
+        rank, prefix = part.a.shape[1], _add_prefix(style, name)
         tensors[f"{prefix}.{first}.weight"] = _cast(part.a.T, dtype)
         tensors[f"{prefix}.{second}.weight"] = _cast(part.b.T, dtype)
         alphas[name] = rank, part.scale * rank
@@ -208,6 +176,16 @@ class _ScaleSettings(NamedTuple):
         return 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
 
+def _add_prefix(style: NamingStyle, name: str) -> str:
+    return _STYLES[style][0] + (name.replace(".", "_") if style == "kohya" else name)
+
+
+def _get_index(module: LoraModule) -> tuple[Any, ...]:
+    """Return the index of a module in the parameter that it is a part of."""
+    layer = () if module.layer is None else (module.layer,)
+    return (*layer, ..., slice(*(module.columns or (None,))))
+
+
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
     """Cast a factor; alphas keep their precision."""
     return array.astype(ours.cast_dtype(array.dtype, dtype), copy=False)
@@ -228,66 +206,6 @@ def _read_settings(file: Path) -> _ScaleSettings:
     if config.get("use_dora"):
         raise UserError(f"{file} is a DoRA adapter, which is not supported. Use a LoRA")
     return _ScaleSettings(config.get("lora_alpha"), config.get("alpha_pattern") or {}, bool(config.get("use_rslora")))
-
-
-def _match_tensors(
-    file: Path, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], modules: LoraModules
-) -> dict[str, dict[str, str]]:
-    """Return the names of tensors by module and by `a`, `b`, `alpha`.
-
-    Raises:
-      UserError: tensors are missing, unexpected or misshapen.
-    """
-    flat = {name.replace(".", "_"): name for name in modules}
-    if len(flat) != len(modules):
-        raise ValueError("two modules have the same name after replacing dots by underscores")
-    tensor_names: dict[str, dict[str, str]] = collections.defaultdict(dict)
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, array in arrays.items():
-        parsed = _TENSOR_NAME.fullmatch(name)
-        module = parsed and _find_module(parsed["module"], modules, flat)
-        if not parsed or not module:
-            continue
-        is_down = parsed["part"] in ("lora_A", "lora_down")
-        kind = "alpha" if parsed["alpha"] else "a" if is_down else "b"
-        if tensor_names[module].setdefault(kind, name) != name:  # A second tensor under another prefix is unexpected.
-            continue
-        if kind == "alpha":
-            expected[name] = array.shape if array.size == 1 else ()
-            continue
-        counterpart = f"{parsed['module']}.{_COUNTERPART[parsed['part']]}{parsed['rest']}"
-        # The rank is that of the first factor, so that only the second is reported if they differ.
-        rank = next(iter((array if is_down else arrays.get(counterpart, array.T)).shape), 1)
-        target = modules[module]
-        features_in, features_out = shapes[target.path][-2:]
-        if target.columns is not None:
-            features_out = target.columns[1] - target.columns[0]
-        a, b = (name, counterpart) if is_down else (counterpart, name)
-        expected |= {a: (rank, features_in), b: (features_out, rank)}
-    actual = {name: tuple(array.shape) for name, array in arrays.items()}
-    if actual and not expected:
-        raise UserError(
-            f"{file} is not a LoRA of this model: none of its tensors, such as "
-            f"{ours.format_names(sorted(actual)[:3])}, belongs to one of the model's modules"
-        )
-    ours.check_tensors_match(file, actual, expected)
-    orphaned = [tensors["alpha"] for tensors in tensor_names.values() if "a" not in tensors]
-    if orphaned:
-        raise UserError(f"{file} has {ours.format_names(orphaned)} without the factors that they scale")
-    return tensor_names
-
-
-def _find_module(name: str, modules: LoraModules, flat: Mapping[str, str]) -> str | None:
-    """Return the module that the front of a tensor's name stands for, or None."""
-    for prefix in _FLAT_PREFIXES:
-        if name.startswith(prefix):
-            return flat.get(name.removeprefix(prefix))
-    while name not in modules:
-        shorter = next((name.removeprefix(prefix) for prefix in _DOTTED_PREFIXES if name.startswith(prefix)), None)
-        if shorter is None:
-            return None
-        name = shorter
-    return name
 
 
 def _join_factors(shape: tuple[int, ...], parts: list[_ModuleFactors]) -> dict[str, np.ndarray]:
@@ -336,6 +254,22 @@ def _split_factors(leaves: Mapping[str, np.ndarray], modules: LoraModules) -> It
             continue
         b = b if module.order is None else b[:, np.argsort(module.order)]
         yield name, _ModuleFactors(module, a[:, used], b[used], float(scale))
+
+
+def _split_differences(
+    leaves: Mapping[str, np.ndarray], modules: LoraModules
+) -> Iterator[tuple[str, ModulePart, np.ndarray]]:
+    """Yield the full differences that are not zero, in their layout, each with its module and part."""
+    written: set[tuple[Any, ...]] = set()
+    parts: tuple[ModulePart, ...] = ("diff", "diff_b")
+    for name, module in modules.items():
+        for part, path in zip(parts, (module.path, module.bias_path), strict=True):
+            target = (path, module.layer, module.columns)
+            if f"{path}/diff" not in leaves or target in written:
+                continue
+            written.add(target)
+            if (diff := leaves[f"{path}/diff"][_get_index(module)]).any():
+                yield name, part, to_their_difference(module, part, diff)
 
 
 def _make_metadata(alphas: Mapping[str, tuple[int, float]]) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from dit_video.core.offload import Offload, get_host_sharding
 from dit_video.weights.safetensors import StreamedArray
 
 _MAX_HOST_BYTES = 16_000_000
@@ -51,6 +52,15 @@ class Parameter(StreamedArray):
             return self._write_shards({None: (slice(None),) * len(self.shape)}, chunks)[None]
         shards = self._write_shards(sharding.addressable_devices_indices_map(self.shape), chunks)
         return jax.make_array_from_single_device_arrays(self.shape, sharding, list(shards.values()))
+
+    def to_host_memory(self, sharding: Sharding | None = None) -> jax.Array:
+        """Read the parameter to host memory that devices copy from; see `core.offload`.
+
+        Args:
+          sharding: sharding on the devices that it is copied to; the default device if None.
+        """
+        array, host = self.to_host(), get_host_sharding(sharding)
+        return jax.block_until_ready(jax.make_array_from_callback(self.shape, host, lambda index: array[index]))
 
     def _write_shards(self, shard_indices: Any, chunks: Iterator[tuple[int, np.ndarray]]) -> dict[Any, jax.Array]:
         """Return the shard of every device, given the index of each shard in the parameter."""
@@ -103,6 +113,16 @@ def place_on_host(path: str, parameter: Parameter) -> np.ndarray:
 def place_on_device(path: str, parameter: Parameter) -> jax.Array:
     """Read a parameter to the default device."""
     return parameter.to_device()
+
+
+def place_in_host_memory(path: str, parameter: Parameter) -> jax.Array:
+    """Read a parameter to host memory that the default device copies from."""
+    return parameter.to_host_memory()
+
+
+def get_placement(offload: Offload | None) -> Placement:
+    """Return the placement of weights for one device: on it, or in host memory with `offload`."""
+    return place_on_device if offload is None else place_in_host_memory
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -31,6 +31,9 @@ NUMPY_DTYPES = {theirs: np.dtype(ours) for ours, theirs in _DTYPES.items()}
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _MAX_LISTED = 10
+_MAX_HEADER_BYTES = 100_000_000
+"""Largest header that the safetensors library accepts."""
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,23 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safetensors.safe_open(os.fspath(path), framework="np") as file:
             yield file
     except safetensors.SafetensorError as error:
-        raise make_corrupt_error(path, error) from error
+        size, expected = path.stat().st_size, _read_expected_size(path)
+        is_cut = expected is not None and size < expected
+        reason = f"it has {size} of the {expected} bytes that its header says" if is_cut else error
+        raise make_corrupt_error(path, reason) from error
+
+
+def _read_expected_size(path: Path) -> int | None:
+    """Return the size of a file, in bytes, by its header; None if the header itself is cut or damaged."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, _MAX_HEADER_BYTES))
+    try:
+        entries = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    except (ValueError, TypeError, AttributeError, LookupError):
+        return None
+    return 8 + length + max(ends, default=0)
 
 
 def cast_dtype(dtype: Any, floating_dtype: Any) -> np.dtype:
@@ -178,16 +197,18 @@ def check_safetensors_file(path: Path) -> None:
     """Check that a file exists and is not a pickle, as reading a pickle can run any code.
 
     Raises:
-      MissingError: the file does not exist.
+      MissingError: the file does not exist, or only a pointer to it.
       UserError: the file is pickled.
     """
     if not path.is_file():
         raise MissingError(f"no such file: {path}. Use the path of a .safetensors file")
     with path.open("rb") as file:
-        start = file.read(9)
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise MissingError(f"{path} is a pointer of Git LFS, without the weights. Use git lfs pull in its folder")
     # A pickle of protocol 2 to 5 starts with 0x80 and the protocol's number. So does a safetensors file whose header
     # has, say, 640 bytes, but its ninth byte is the brace that opens the JSON.
-    pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and start[8:] != b"{"
+    pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and start[8:9] != b"{"
     if path.suffix.lower() in _PICKLE_SUFFIXES or pickled or start[:4] == b"PK\x03\x04":
         raise UserError(
             f"{path} is a pickled file, which can run any code when it is read. Convert it where torch is installed: "
@@ -196,8 +217,14 @@ def check_safetensors_file(path: Path) -> None:
         )
 
 
-def check_tensors_match(path: Path, actual: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
-    """Check that a file has the expected tensors.
+def check_tensors_match(
+    path: Path,
+    actual: dict[str, tuple[int, ...]],
+    expected: dict[str, tuple[int, ...]],
+    *,
+    fix: str = "use the config it was made with",
+) -> None:
+    """Check that a file has the expected tensors; `fix` ends the error.
 
     Raises:
       UserError: tensors are missing, unexpected or misshapen; one error lists all three kinds.
@@ -212,7 +239,7 @@ def check_tensors_match(path: Path, actual: dict[str, tuple[int, ...]], expected
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(kinds.values()):
         parts = [f"{len(names)} {kind} ({format_names(names)})" for kind, names in kinds.items() if names]
-        raise UserError(f"{path} does not fit the model. Tensors: {'; '.join(parts)}; use the config it was made with")
+        raise UserError(f"{path} does not fit the model. Tensors: {'; '.join(parts)}; {fix}")
 
 
 def format_names(names: list[str]) -> str:

@@ -10,6 +10,8 @@ from dit_video.core.files import read_json
 from dit_video.diffusion import (
     X0,
     BetaSchedule,
+    BetaTimes,
+    ClippedPrediction,
     CosineBetas,
     Ddim,
     Ddpm,
@@ -17,19 +19,26 @@ from dit_video.diffusion import (
     DpmFlowSchedule,
     DpmMultistep,
     DpmSinglestep,
+    Edm,
     Epsilon,
     Euler,
+    ExponentialShift,
+    ExponentialTimes,
     FlowMatchSchedule,
     Heun,
+    KarrasTimes,
     Lcm,
     LcmSchedule,
     LearnedVariance,
     LinearBetas,
+    LinearShift,
+    Pndm,
     Prediction,
     Process,
     RectifiedFlow,
     ScaledLinearBetas,
     Solver,
+    ThresholdedPrediction,
     TimeSchedule,
     UniPc,
     UniPcFlowSchedule,
@@ -37,6 +46,8 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
 )
+from dit_video.weights import scheduler_settings as tables
+from dit_video.weights.scheduler_settings import SchedulerSetting, complete_settings
 
 CONFIG_FILE = "scheduler_config.json"
 
@@ -54,9 +65,10 @@ class LoadedScheduler(NamedTuple):
 def load_scheduler(folder: str | os.PathLike) -> LoadedScheduler:
     """Read the sampling settings of a folder with a `scheduler_config.json`.
 
-    The steps, their times and the model times are those of diffusers' scheduler, with one exception: if DDIM's trailing
-    steps do not divide the training steps, each step starts where the previous one ended, which diffusers' may miss by
-    one.
+    The steps, their times and the model times (in units of `num_train_timesteps`) are those of diffusers' scheduler,
+    with one exception: if the trailing steps of DDIM or PNDM do not divide the training steps, each step starts where
+    the previous one ended, which diffusers' may miss by one. With dynamic shifting the shift or its logarithm is linear
+    in the number of tokens of a clip, as in most pipelines of diffusers.
 
     Raises:
       MissingError: the file does not exist.
@@ -69,35 +81,14 @@ def load_scheduler(folder: str | os.PathLike) -> LoadedScheduler:
         raise UserError(f"{path} has a scheduler of class {kind}. Supported classes are {', '.join(_SCHEDULERS)}")
     fields, make = _SCHEDULERS[kind]
     settings = {name: value for name, value in document.items() if not name.startswith("_")}
-    if unknown := sorted(settings.keys() - fields.keys()):
+    # Folders that were converted from another scheduler still have its settings, which diffusers does not read.
+    readable = set().union(*(table for table, _ in _SCHEDULERS.values()))
+    if unknown := sorted(settings.keys() - readable):
         raise UserError(f"{path} sets {', '.join(unknown)}. Supported settings of {kind} are {', '.join(fields)}")
-    if settings.get("use_flow_sigmas"):
-        fields = fields | _FLOW_OVERRIDES
-    values = {name: settings.get(name, field.default) for name, field in fields.items()}
-    for name, value in values.items():
-        if fields[name].supported and value not in fields[name].supported:
-            supported = " or ".join(repr(option) for option in fields[name].supported)
-            raise UserError(f"{path} sets {name}={value!r}. Supported: {supported}")
-        if fields[name].is_positive and not (isinstance(value, int | float) and value > 0):
-            raise UserError(f"{path} sets {name}={value!r}. Use a positive number")
-    return make(values)
-
-
-class _Setting(NamedTuple):
-    """A setting of a scheduler, with its supported values."""
-
-    default: Any
-    """Default of diffusers."""
-    supported: tuple[Any, ...] = ()
-    """Supported values; if empty, all values are supported, or the setting has no effect."""
-    is_positive: bool = False
-    """The value must be a positive number."""
-
-
-_OFF = _Setting(False, (False, None))
-_NONE = _Setting(None, (None,))
-_NO_EFFECT = _Setting(None)
-_BOOLEAN = (True, False)
+    try:
+        return make(complete_settings(settings, fields))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _make_betas(settings: Mapping[str, Any]) -> BetaSchedule:
@@ -110,11 +101,30 @@ def _make_betas(settings: Mapping[str, Any]) -> BetaSchedule:
 def _make_process(settings: Mapping[str, Any]) -> Process:
     if settings.get("use_flow_sigmas"):
         return RectifiedFlow(shift=float(settings["flow_shift"]))
-    return VariancePreservingProcess(betas=_make_betas(settings), steps=int(settings["num_train_timesteps"]))
+    return VariancePreservingProcess(
+        betas=_make_betas(settings),
+        steps=int(settings["num_train_timesteps"]),
+        snr_shift=float(settings.get("snr_shift_scale", 1.0)),
+        zero_terminal_snr=bool(settings.get("rescale_betas_zero_snr")),
+    )
 
 
-def _make_schedule(settings: Mapping[str, Any], solver: Solver, time_schedule: TimeSchedule) -> LoadedScheduler:
-    return LoadedScheduler(solver, _make_process(settings), time_schedule, _PREDICTIONS[settings["prediction_type"]])
+def _make_prediction(settings: Mapping[str, Any], *, clips: bool = False, recompute_noise: bool = False) -> Prediction:
+    """Return the prediction; `clips` says that the scheduler reads `clip_sample`."""
+    prediction = _PREDICTIONS[settings["prediction_type"]]
+    options: dict[str, Any] = {"prediction": prediction, "recompute_noise": recompute_noise}
+    if settings.get("thresholding"):
+        quantile, threshold = settings["dynamic_thresholding_ratio"], settings["sample_max_value"]
+        return ThresholdedPrediction(**options, quantile=float(quantile), max_threshold=float(threshold))
+    if clips and settings["clip_sample"]:
+        return ClippedPrediction(**options, max_value=float(settings["clip_sample_range"]))
+    return prediction
+
+
+def _make_schedule(
+    settings: Mapping[str, Any], solver: Solver, time_schedule: TimeSchedule, **options: bool
+) -> LoadedScheduler:
+    return LoadedScheduler(solver, _make_process(settings), time_schedule, _make_prediction(settings, **options))
 
 
 def _make_step_schedule(settings: Mapping[str, Any], **others: Any) -> DiscreteSchedule:
@@ -122,40 +132,105 @@ def _make_step_schedule(settings: Mapping[str, Any], **others: Any) -> DiscreteS
         spacing=settings.get("timestep_spacing", "linspace"),
         steps_offset=int(settings.get("steps_offset", 0)),
         end="data" if settings.get("final_sigmas_type", "zero") == "zero" else "first step",
-        ratio_spacing=_get_sigma_spacing(settings),
+        ratio_spacing=_get_sigma_spacing(settings) or "spaced",
         **others,
     )
 
 
-def _get_sigma_spacing(settings: Mapping[str, Any]) -> Literal["spaced", "karras", "exponential"]:
+def _make_sigma_schedule(settings: Mapping[str, Any], **others: Any) -> DiscreteSchedule:
+    """Return the schedule of a scheduler of sigmas, which needs them to be finite."""
+    ratio = _MAX_SIGMA if settings.get("rescale_betas_zero_snr") else None
+    return _make_step_schedule(settings, terminal_ratio=ratio, **others)
+
+
+_MAX_SIGMA = (2**24 - 1) ** 0.5
+"""Largest sigma of diffusers' schedulers: after the last step they replace a zero alpha squared by 2^-24."""
+
+
+def _get_sigma_spacing(settings: Mapping[str, Any]) -> Literal["karras", "exponential", "beta"] | None:
     if settings.get("use_karras_sigmas"):
         return "karras"
-    return "exponential" if settings.get("use_exponential_sigmas") else "spaced"
+    if settings.get("use_exponential_sigmas") or settings.get("use_lu_lambdas"):
+        return "exponential"
+    return "beta" if settings.get("use_beta_sigmas") else None
+
+
+def _make_alpha_schedule(settings: Mapping[str, Any]) -> DiscreteSchedule:
+    """Return the schedule of a scheduler that ends at the data or after the first noise step."""
+    end = "zero" if settings["set_alpha_to_one"] else "sigma_min"
+    return _make_step_schedule({**settings, "final_sigmas_type": end}, step_rounding="nearest")
 
 
 def _make_ddim(settings: Mapping[str, Any]) -> LoadedScheduler:
-    end = "zero" if settings["set_alpha_to_one"] else "sigma_min"
-    schedule = _make_step_schedule({**settings, "final_sigmas_type": end}, step_rounding="nearest")
-    return _make_schedule(settings, Ddim(), schedule)
+    return _make_schedule(settings, Ddim(), _make_alpha_schedule(settings), clips=True)
+
+
+def _make_cogvideox_ddim(settings: Mapping[str, Any]) -> LoadedScheduler:
+    return _make_schedule(settings, Ddim(), _make_alpha_schedule(settings))
+
+
+def _make_cogvideox_dpm(settings: Mapping[str, Any]) -> LoadedScheduler:
+    solver = DpmMultistep(eta=1.0, lower_order_final=False)
+    return _make_schedule(settings, solver, _make_alpha_schedule(settings))
+
+
+def _make_pndm(settings: Mapping[str, Any]) -> LoadedScheduler:
+    solver = Pndm(
+        start="heun" if settings["skip_prk_steps"] else "runge-kutta",
+        value="v" if settings["prediction_type"] == "v_prediction" else "slope",
+        training_steps=int(settings["num_train_timesteps"]),
+    )
+    return _make_schedule(settings, solver, _make_alpha_schedule(settings))
 
 
 def _make_ddpm(settings: Mapping[str, Any]) -> LoadedScheduler:
     solver = Ddpm(variance="large" if settings["variance_type"] == "fixed_large" else "small")
-    schedule = _make_schedule(settings, solver, _make_step_schedule(settings, step_rounding="nearest"))
+    schedule = _make_schedule(settings, solver, _make_step_schedule(settings, step_rounding="nearest"), clips=True)
     if settings["variance_type"] != "learned_range":
         return schedule
     prediction = LearnedVariance(prediction=schedule.prediction, steps=settings["num_train_timesteps"])
     return schedule._replace(prediction=prediction)
 
 
-def _make_one_step(solver: Solver) -> Callable[[Mapping[str, Any]], LoadedScheduler]:
-    """Return a function from settings to the schedule of a solver without settings of its own."""
-    return lambda settings: _make_schedule(settings, solver, _make_step_schedule(settings))
+def _make_euler(settings: Mapping[str, Any]) -> LoadedScheduler:
+    sigmas = settings["sigma_min"], settings["sigma_max"]
+    # diffusers reads the type of timesteps for this prediction only.
+    is_continuous = settings["timestep_type"] == "continuous" and settings["prediction_type"] == "v_prediction"
+    if sigmas == (None, None) and not is_continuous:
+        return _make_schedule(settings, Euler(), _make_sigma_schedule(settings))
+    spacing, end = _get_sigma_spacing(settings), settings["final_sigmas_type"]
+    if (
+        not is_continuous
+        or spacing is None
+        or end != "zero"
+        or not all(isinstance(each, int | float) for each in sigmas)
+    ):
+        raise UserError(
+            f"sigma_min={sigmas[0]}, sigma_max={sigmas[1]}, timestep_type={settings['timestep_type']!r}, "
+            f"prediction_type={settings['prediction_type']!r}, final_sigmas_type={end!r} is not supported. Use both "
+            "sigmas with timestep_type='continuous', prediction_type='v_prediction', final_sigmas_type='zero' and "
+            "use_karras_sigmas, use_exponential_sigmas or use_beta_sigmas, or none of the sigmas"
+        )
+    schedule = _RATIO_TIMES[spacing](
+        min_ratio=float(sigmas[0]),
+        max_ratio=float(sigmas[1]),
+        log_ratio_scale=0.25 / settings["num_train_timesteps"],
+    )
+    return LoadedScheduler(Euler(), Edm(sigma_max=float(sigmas[1]), data_std=1.0), schedule, V())
+
+
+def _make_euler_ancestral(settings: Mapping[str, Any]) -> LoadedScheduler:
+    return _make_schedule(settings, Ddim(eta=1.0), _make_sigma_schedule(settings))
+
+
+def _make_heun(settings: Mapping[str, Any]) -> LoadedScheduler:
+    return _make_schedule(settings, Heun(), _make_step_schedule(settings), clips=True, recompute_noise=True)
 
 
 def _make_lcm(settings: Mapping[str, Any]) -> LoadedScheduler:
     solver = Lcm(scaling=float(settings["timestep_scaling"]) * settings["num_train_timesteps"])
-    return _make_schedule(settings, solver, LcmSchedule(distillation_steps=int(settings["original_inference_steps"])))
+    grid = LcmSchedule(distillation_steps=int(settings["original_inference_steps"]))
+    return _make_schedule(settings, solver, grid, clips=True)
 
 
 def _make_high_order(
@@ -163,7 +238,7 @@ def _make_high_order(
     solver: Solver,
     flow_schedule: TimeSchedule,
     *,
-    floored: tuple[str, ...] = ("exponential",),
+    floored: tuple[str, ...] = ("exponential", "beta"),
 ) -> LoadedScheduler:
     """Return the schedule of a high-order solver.
 
@@ -172,18 +247,24 @@ def _make_high_order(
     if settings["use_flow_sigmas"]:
         return _make_schedule(settings, solver, flow_schedule)
     rounding = "below" if _get_sigma_spacing(settings) in floored else "nearest"
-    grid = _make_step_schedule(settings, step_rounding=rounding, has_extra_step=True)
+    grid = _make_sigma_schedule(settings, step_rounding=rounding, has_extra_step=True)
     return _make_schedule(settings, solver, grid)
 
 
 def _make_dpm_multistep(settings: Mapping[str, Any]) -> LoadedScheduler:
+    if settings["euler_at_final"] and settings["final_sigmas_type"] != "zero":
+        raise UserError("euler_at_final=True is not supported with final_sigmas_type='sigma_min'. Use 'zero'")
+    if settings["use_lu_lambdas"] and settings["use_karras_sigmas"]:
+        settings = {**settings, "use_lu_lambdas": False}
     solver = DpmMultistep(
         order=settings["solver_order"],
         kind="heun" if settings["solver_type"] == "heun" else "midpoint",
         eta=1.0 if settings["algorithm_type"] == "sde-dpmsolver++" else 0.0,
         lower_order_final=settings["lower_order_final"],
     )
-    floored = ("karras", "exponential") if settings["beta_schedule"] == "squaredcos_cap_v2" else ("exponential",)
+    is_rounded = settings["beta_schedule"] != "squaredcos_cap_v2"
+    floored = ("beta",) if is_rounded and settings["use_lu_lambdas"] else ("exponential", "beta")
+    floored = floored if is_rounded else ("karras", *floored)
     grid = DpmFlowSchedule(training_steps=settings["num_train_timesteps"])
     return _make_high_order(settings, solver, grid, floored=floored)
 
@@ -197,6 +278,8 @@ def _make_dpm_singlestep(settings: Mapping[str, Any]) -> LoadedScheduler:
 
 
 def _make_unipc(settings: Mapping[str, Any]) -> LoadedScheduler:
+    if settings["shift_terminal"] and not settings["use_flow_sigmas"]:
+        raise UserError("shift_terminal without use_flow_sigmas=True is not supported. Use shift_terminal=None")
     solver = UniPc(
         order=settings["solver_order"],
         # diffusers maps the names of three older solvers to `bh2`.
@@ -204,148 +287,47 @@ def _make_unipc(settings: Mapping[str, Any]) -> LoadedScheduler:
         lower_order_final=settings["lower_order_final"],
         uncorrected_steps=tuple(settings["disable_corrector"]),
     )
-    return _make_high_order(settings, solver, UniPcFlowSchedule(training_steps=settings["num_train_timesteps"]))
+    terminal_time = settings["shift_terminal"] or None
+    grid = UniPcFlowSchedule(training_steps=settings["num_train_timesteps"], terminal_time=terminal_time)
+    return _make_high_order(settings, solver, grid)
 
 
 def _make_flow_match(settings: Mapping[str, Any]) -> LoadedScheduler:
-    grid = FlowMatchSchedule(training_steps=settings["num_train_timesteps"])
-    return LoadedScheduler(Euler(), RectifiedFlow(shift=float(settings["shift"])), grid)
+    grid = FlowMatchSchedule(
+        training_steps=settings["num_train_timesteps"],
+        is_end_shifted_twice=not settings["use_dynamic_shifting"],
+        terminal_time=settings["shift_terminal"] or None,
+        spacing=_get_sigma_spacing(settings) or "uniform",
+    )
+    solver = Lcm(scaling=None) if settings["stochastic_sampling"] else Euler()
+    if not settings["use_dynamic_shifting"]:
+        return LoadedScheduler(solver, RectifiedFlow(shift=float(settings["shift"])), grid)
+    tokens = int(settings["base_image_seq_len"]), int(settings["max_image_seq_len"])
+    first, last = settings["base_shift"], settings["max_shift"]
+    if not (isinstance(first, int | float) and isinstance(last, int | float)):
+        raise UserError(f"base_shift={first}, max_shift={last} is invalid with dynamic shifting. Use two numbers")
+    ends = float(first), float(last)
+    if settings["time_shift_type"] == "linear":
+        return LoadedScheduler(
+            solver, RectifiedFlow(size_shift=LinearShift(tokens=tokens, shifts=ends, per="clip")), grid
+        )
+    return LoadedScheduler(solver, RectifiedFlow(size_shift=ExponentialShift(tokens=tokens, mu=ends)), grid)
 
 
 _PREDICTIONS = {"epsilon": Epsilon(), "sample": X0(), "v_prediction": V(), "flow_prediction": Velocity()}
-
-
-def _make_ddpm_settings(
-    *, scaled: bool = False, schedule: str = "linear", spacing: str = "leading"
-) -> dict[str, _Setting]:
-    """Return the settings that all schedulers of DDPM's process share, with the defaults that differ among them."""
-    first, last = (0.00085, 0.012) if scaled else (0.0001, 0.02)
-    return {
-        "num_train_timesteps": _Setting(1000, is_positive=True),
-        "beta_start": _Setting(first, is_positive=True),
-        "beta_end": _Setting(last, is_positive=True),
-        "beta_schedule": _Setting(schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
-        "trained_betas": _NONE,
-        "prediction_type": _Setting("epsilon", ("epsilon", "sample", "v_prediction")),
-        "timestep_spacing": _Setting(spacing, ("leading", "trailing", "linspace")),
-        "steps_offset": _Setting(0),
-        "rescale_betas_zero_snr": _OFF,
-        # Left over in folders that were converted from another scheduler.
-        **dict.fromkeys(("clip_sample", "set_alpha_to_one", "skip_prk_steps"), _NO_EFFECT),
-    }
-
-
-_CLIPPING = {
-    "clip_sample": _Setting(True, (False,)),
-    **dict.fromkeys(("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"), _NO_EFFECT),
-    "thresholding": _OFF,
-}
-_KARRAS = {
-    "use_karras_sigmas": _Setting(False, (*_BOOLEAN, None)),
-    "use_exponential_sigmas": _Setting(False, (*_BOOLEAN, None)),
-    "use_beta_sigmas": _OFF,
-}
-_SIGMAS = {
-    **_make_ddpm_settings(spacing="linspace"),
-    **_KARRAS,
-    "final_sigmas_type": _Setting("zero", ("zero", "sigma_min")),
-}
-_FLOW_SIGMAS = {
-    "use_flow_sigmas": _Setting(False, _BOOLEAN),
-    "flow_shift": _Setting(1.0, is_positive=True),
-    "use_dynamic_shifting": _OFF,
-    "thresholding": _OFF,
-    **dict.fromkeys(("time_shift_type", "dynamic_thresholding_ratio", "sample_max_value"), _NO_EFFECT),
-}
-_FLOW_OVERRIDES = {
-    "prediction_type": _Setting("epsilon", ("flow_prediction",)),
-    "use_karras_sigmas": _OFF,
-    "use_exponential_sigmas": _OFF,
-    "final_sigmas_type": _Setting("zero", ("zero",)),
-    **dict.fromkeys(("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"), _NO_EFFECT),
-    **dict.fromkeys(("timestep_spacing", "steps_offset", "sigma_min", "sigma_max"), _NO_EFFECT),
-}
-"""Replacements of settings if flow sigmas are used."""
-_DDIM = {
-    **_make_ddpm_settings(),
-    **_CLIPPING,
-    "timestep_spacing": _Setting("leading", ("leading", "trailing")),
-    "set_alpha_to_one": _Setting(True, _BOOLEAN),
-}
-_DDPM = {
-    **_make_ddpm_settings(),
-    **_CLIPPING,
-    "variance_type": _Setting("fixed_small", ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")),
-}
-_EULER = {
-    **_SIGMAS,
-    "interpolation_type": _Setting("linear", ("linear",)),
-    "timestep_type": _Setting("discrete", ("discrete",)),
-    **dict.fromkeys(("sigma_min", "sigma_max"), _NONE),
-}
-_EULER_ANCESTRAL = _make_ddpm_settings(spacing="linspace")
-_HEUN = {
-    **_make_ddpm_settings(scaled=True, spacing="linspace"),
-    **_KARRAS,
-    "clip_sample": _Setting(False, (False,)),
-    "clip_sample_range": _NO_EFFECT,
-}
-_LCM = {
-    **_make_ddpm_settings(scaled=True, schedule="scaled_linear"),
-    **_CLIPPING,
-    "clip_sample": _Setting(False, (False,)),
-    "original_inference_steps": _Setting(50, is_positive=True),
-    "timestep_scaling": _Setting(10.0, is_positive=True),
-}
-_DPM = {
-    **_SIGMAS,
-    **_FLOW_SIGMAS,
-    "solver_type": _Setting("midpoint", ("midpoint", "heun", "logrho", "bh1", "bh2")),
-    "lambda_min_clipped": _Setting(-float("inf"), (-float("inf"),)),
-    "variance_type": _NONE,
-}
-_DPM_MULTISTEP = {
-    **_DPM,
-    "solver_order": _Setting(2, (1, 2)),
-    "algorithm_type": _Setting("dpmsolver++", ("dpmsolver++", "sde-dpmsolver++")),
-    "lower_order_final": _Setting(True, _BOOLEAN),
-    "euler_at_final": _OFF,
-    "use_lu_lambdas": _OFF,
-}
-_DPM_SINGLESTEP = {
-    **{name: field for name, field in _DPM.items() if name not in ("timestep_spacing", "steps_offset")},
-    "solver_order": _Setting(2, (2,)),
-    "algorithm_type": _Setting("dpmsolver++", ("dpmsolver++",)),
-    "lower_order_final": _Setting(False, _BOOLEAN),
-}
-_UNIPC = {
-    **_SIGMAS,
-    **_FLOW_SIGMAS,
-    "solver_order": _Setting(2, (1, 2, 3)),
-    "solver_type": _Setting("bh2", ("bh1", "bh2", "midpoint", "heun", "logrho")),
-    "predict_x0": _Setting(True, (True,)),
-    "lower_order_final": _Setting(True, _BOOLEAN),
-    "disable_corrector": _Setting(()),
-    **dict.fromkeys(("solver_p", "shift_terminal", "sigma_min", "sigma_max"), _NONE),
-}
-_FLOW_MATCH = {
-    "num_train_timesteps": _Setting(1000, is_positive=True),
-    "shift": _Setting(1.0, is_positive=True),
-    "shift_terminal": _NONE,
-    **dict.fromkeys(("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"), _OFF),
-    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), _OFF),
-    **dict.fromkeys(("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"), _NO_EFFECT),
-    "time_shift_type": _NO_EFFECT,
-}
-_SCHEDULERS: dict[str, tuple[dict[str, _Setting], Callable[[Mapping[str, Any]], LoadedScheduler]]] = {
-    "UniPCMultistepScheduler": (_UNIPC, _make_unipc),
-    "FlowMatchEulerDiscreteScheduler": (_FLOW_MATCH, _make_flow_match),
-    "DDIMScheduler": (_DDIM, _make_ddim),
-    "DDPMScheduler": (_DDPM, _make_ddpm),
-    "EulerDiscreteScheduler": (_EULER, _make_one_step(Euler())),
-    "EulerAncestralDiscreteScheduler": (_EULER_ANCESTRAL, _make_one_step(Ddim(eta=1.0))),
-    "HeunDiscreteScheduler": (_HEUN, _make_one_step(Heun())),
-    "DPMSolverMultistepScheduler": (_DPM_MULTISTEP, _make_dpm_multistep),
-    "DPMSolverSinglestepScheduler": (_DPM_SINGLESTEP, _make_dpm_singlestep),
-    "LCMScheduler": (_LCM, _make_lcm),
+_RATIO_TIMES = {"karras": KarrasTimes, "exponential": ExponentialTimes, "beta": BetaTimes}
+_SCHEDULERS: dict[str, tuple[dict[str, SchedulerSetting], Callable[[Mapping[str, Any]], LoadedScheduler]]] = {
+    "UniPCMultistepScheduler": (tables.UNIPC, _make_unipc),
+    "FlowMatchEulerDiscreteScheduler": (tables.FLOW_MATCH, _make_flow_match),
+    "DDIMScheduler": (tables.DDIM, _make_ddim),
+    "DDPMScheduler": (tables.DDPM, _make_ddpm),
+    "PNDMScheduler": (tables.PNDM, _make_pndm),
+    "EulerDiscreteScheduler": (tables.EULER, _make_euler),
+    "EulerAncestralDiscreteScheduler": (tables.EULER_ANCESTRAL, _make_euler_ancestral),
+    "HeunDiscreteScheduler": (tables.HEUN, _make_heun),
+    "DPMSolverMultistepScheduler": (tables.DPM_MULTISTEP, _make_dpm_multistep),
+    "DPMSolverSinglestepScheduler": (tables.DPM_SINGLESTEP, _make_dpm_singlestep),
+    "LCMScheduler": (tables.LCM, _make_lcm),
+    "CogVideoXDDIMScheduler": (tables.COGVIDEOX_DDIM, _make_cogvideox_ddim),
+    "CogVideoXDPMScheduler": (tables.COGVIDEOX_DPM, _make_cogvideox_dpm),
 }

@@ -3,7 +3,7 @@
 One map of a model serves reading and writing, bit for bit.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,13 +45,20 @@ TensorMap = Mapping[str, TensorMapping]
 """Mappings of a model's parameters, by our path."""
 
 
-def make_dtype_fn(dtype: Any, kernel_dtype: Any = None) -> Callable[[str], Any]:
+def make_dtype_fn(
+    dtype: Any, kernel_dtype: Any = None, *, float32_kernels: Collection[str] = ()
+) -> Callable[[str], Any]:
     """Return a function from a parameter's path to the dtype that it is cast to.
 
-    That is `kernel_dtype` for the kernels of linear maps if it is given, and `dtype` for all others; None keeps the
-    file's.
+    That is `kernel_dtype` for the kernels of linear maps if it is given, and `dtype` for all others, to which the
+    kernels of `float32_kernels` belong; None keeps the file's.
     """
-    return lambda path: kernel_dtype if kernel_dtype is not None and path.endswith("kernel") else dtype
+
+    def get_dtype(path: str) -> Any:
+        is_kernel = path.endswith("kernel") and path not in float32_kernels
+        return kernel_dtype if kernel_dtype is not None and is_kernel else dtype
+
+    return get_dtype
 
 
 def get_their_shape(mapping: TensorMapping, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ from dit_video.core.files import write_json
 from dit_video.nn import get_param_shapes
 from dit_video.text import T5Config
 from dit_video.weights.folders import TensorFolder, find_model_folder, read_transformers_config
-from dit_video.weights.io import LoadedEncoder, read_encoder_params, write_params
+from dit_video.weights.io import LoadedEncoder, check_tensors, read_encoder_params, write_params
+from dit_video.weights.parameter import Placement, place_on_device
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 
 _EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")
@@ -52,11 +53,15 @@ _FIELDS = {
 """Our names of the config's fields, and theirs."""
 
 
-def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder[T5Config]:
+def load_text_encoder(
+    folder: str | os.PathLike, *, dtype: str = "float32", place: Placement = place_on_device
+) -> LoadedEncoder[T5Config]:
     """Read the encoder of a `T5EncoderModel`, a `UMT5EncoderModel`, or a full T5 or UMT5 with its decoder.
 
     Tensors are read one at a time, so host memory holds little more than one of them besides the result. `dtype` is
-    that of the matrix products and their weights; scales and position biases are float32.
+    that of the matrix products and their weights; scales and position biases are float32. (`transformers` keeps the
+    MLP's second map in float32 in loads as float16 only, for its range, which bfloat16 has.) `place` reads each
+    parameter to its destination.
 
     Raises:
       MissingError: the config or the weights do not exist.
@@ -67,18 +72,35 @@ def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> L
     with TensorFolder(folder) as tensors:
         names, skipped = make_t5_tensor_map(tensors, config)
         shapes = get_param_shapes(config.make)
-        params, digest = read_encoder_params(tensors, names, shapes, ignored=skipped, dtype=dtype)
+        params, digest = read_encoder_params(tensors, names, shapes, ignored=skipped, dtype=dtype, place=place)
         ignored = tuple(name for name in tensors.shapes if name.startswith(_IGNORED_PREFIXES))
     return LoadedEncoder(config, params, digest, ignored)
 
 
-def make_t5_tensor_map(tensors: TensorFolder, config: T5Config) -> tuple[TensorMap, set[str]]:
+def check_t5_weights(folder: str | os.PathLike, config: T5Config) -> None:
+    """Check that the weights in a folder are complete and fit a config, by the headers of the files.
+
+    It raises as `load_text_encoder` does.
+    """
+    with TensorFolder(folder) as tensors:
+        names, skipped = make_t5_tensor_map(tensors, config, is_compared=False)
+        check_tensors(tensors, names, get_param_shapes(config.make), ignored=skipped)
+
+
+def make_t5_tensor_map(
+    tensors: TensorFolder, config: T5Config, *, is_compared: bool = True
+) -> tuple[TensorMap, set[str]]:
     """Return the map of a folder's tensors, and the names of the tensors to skip.
+
+    Args:
+      tensors: the open folder.
+      config: config of the encoder.
+      is_compared: False leaves out the comparison of an embedding that has both of its names, which reads both.
 
     Raises:
       UserError: the embedding has two names, with different values.
     """
-    embedding = _find_embedding_name(tensors)
+    embedding = _find_embedding_name(tensors, is_compared=is_compared)
     decoder = {name for name in tensors.shapes if name.startswith(_IGNORED_PREFIXES)}
     return {**_map_encoder(config), "embedding": TensorMapping(embedding)}, {*decoder, *_EMBEDDING_NAMES} - {embedding}
 
@@ -140,14 +162,15 @@ def _map_encoder(config: T5Config) -> TensorMap:
     return names
 
 
-def _find_embedding_name(tensors: TensorFolder) -> str:
+def _find_embedding_name(tensors: TensorFolder, *, is_compared: bool) -> str:
     """Return the name of the token embedding in a folder.
 
     Raises:
       UserError: it has both names, with different values.
     """
     present = [name for name in _EMBEDDING_NAMES if name in tensors.shapes]
-    if len(present) == 2 and not np.array_equal(tensors.read(present[0]), tensors.read(present[1])):
+    has_both = is_compared and len(present) == 2
+    if has_both and not np.array_equal(tensors.read(present[0]), tensors.read(present[1])):
         raise UserError(f"{tensors.folder} has different values in {' and '.join(present)}, one tensor. Remove one")
     return present[0] if present else _EMBEDDING_NAMES[0]
 

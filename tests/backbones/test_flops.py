@@ -7,6 +7,7 @@ from flax import nnx
 
 from dit_video.backbones.dit import DitConfig, JointAttention, TemporalLayers
 from dit_video.backbones.flops import count_attention_flops, count_forward_flops, count_training_flops
+from dit_video.backbones.vace import VaceControl, VaceDitConfig
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core.errors import UserError
@@ -25,6 +26,11 @@ MODELS = {
     ),
     "registers": (DitConfig(channels=16, context_width=256, registers=64, **WIDE), 128, 64),
     "wan": (WanDitConfig(context_width=256, mlp_dim=4096, text_length=64, **WIDE), 192, 64),
+    "vace": (
+        VaceDitConfig(context_width=256, mlp_dim=4096, text_length=64, conditioning=(VaceControl(layers=1),), **WIDE),
+        192,
+        64,
+    ),
 }
 
 
@@ -35,6 +41,13 @@ def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
         return nnx.merge(graph, params)(**row)[0].sum()
 
     ids = jnp.ones((1, tokens), jnp.int32)
+    own = (
+        each.record(
+            jax.ShapeDtypeStruct((1, tokens, *each.field.to_rows(config.patch).shape), jnp.float32),
+            jnp.ones((1, 1, *each.strength_shape)),
+        )
+        for each in config.conditioning
+    )
     row = {
         "noisy": jax.ShapeDtypeStruct((1, tokens, config.token_width), jnp.float32),
         "time": jax.ShapeDtypeStruct((1, 1), jnp.float32),
@@ -42,7 +55,8 @@ def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
         "conditioning": Conditioning(
             TextTokens(
                 jax.ShapeDtypeStruct((1, text, config.context_width), jnp.float32), jnp.ones((1, text), jnp.int32)
-            )
+            ),
+            *own,
         ),
     }
     run = jax.value_and_grad(loss) if backward else loss

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from dit_video.core.command_line import ArgumentParser, check_minimum, parse_arguments
+from dit_video.core.command_line import ArgumentParser, check_minimum, parse_arguments, parse_memory
 from dit_video.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,3 +200,17 @@ def test_guidance_is_one_scale_or_two(load_file):
             registry=registry,
         )
         assert parsed.guidance == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * 2**30), ("1.5 gib", 3 * 2**29), ("80GB", 80 * 10**9), ("512MiB", 2**29)]
+)
+def test_sizes_of_memory_are_parsed(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "-1GiB", "0GiB", "24 giraffes", "", "1e3GiB"])
+def test_sizes_without_a_number_or_a_unit_are_refused(text):
+    message = r"is invalid: it must be a positive number with one of .* Use a size such as 24GiB"
+    with pytest.raises(UserError, match=message):
+        parse_memory(text)

@@ -305,7 +305,10 @@ def test_rows_can_be_made_from_video_files(clips):
 
 
 def test_coordinates_along_time_are_in_seconds(source, clips):
-    """This holds for cached latents and video files; the seconds between two tokens differ between examples."""
+    """This holds for cached latents and video files; the seconds between two tokens differ between examples.
+
+    With a lead, all tokens but the first begin earlier.
+    """
     [cached] = take(source, 1, token_dt=[0.25 + example for example in range(50)])
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     for row in range(4):
@@ -318,6 +321,8 @@ def test_coordinates_along_time_are_in_seconds(source, clips):
             )
     [live] = encoded(clips, 1, token_dt=[0.5] * len(clips))
     assert set(live.positions[..., 0].flat) == {0.0, 0.5}
+    [led] = encoded(clips, 1, token_dt=[0.5] * len(clips), token_lead=0.75)
+    assert set(led.positions[..., 0].flat) == {0.0, 0.125}
     counted = load_packed_batches(
         source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
     )

@@ -1,4 +1,4 @@
-"""Projected and rescaled guidance equal diffusers'."""
+"""Projected and rescaled guidance, CFG-Zero* and skip-layer guidance equal diffusers'."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +10,10 @@ from dit_video.diffusion import (
     Guidance,
     GuidanceState,
     RectifiedFlow,
+    SkipLayerGuidance,
+    UniformTimes,
+    Velocity,
+    ZeroStarGuidance,
     apply_guidance,
     sequential,
     stateless,
@@ -72,3 +76,65 @@ def test_rescaled_guidance_equals_diffusers(rescale):
     cond, uncond = torch.from_numpy(COND), torch.from_numpy(UNCOND)
     expected = module.rescale_noise_cfg(uncond + 6.0 * (cond - uncond), cond, rescale)
     np.testing.assert_allclose(ours(Guidance(scale=6.0, rescale=rescale)), expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+SKIPPED = np.random.default_rng(2).normal(size=COND.shape).astype(np.float32)
+STEPS = 20
+TIMES = np.asarray(UniformTimes()(RectifiedFlow(shift=3.0), STEPS).times)
+
+
+def guide_velocity(guidance, step):
+    """Return the guided velocity of arrays at the beginning of a step."""
+    branches = [stateless(lambda *_, value=value: jnp.asarray(value)) for value in (COND, UNCOND)]
+    denoise = apply_guidance(
+        sequential(*branches[: guidance.branch_count]),
+        guidance.get_params(times=TIMES),
+        skipped=stateless(lambda *_: jnp.asarray(SKIPPED)),
+        prediction=Velocity(),
+    )
+    return denoise(jnp.asarray(NOISY), jnp.asarray(TIMES[step]), None)[0]
+
+
+def theirs_at(guider, step, *predictions):
+    torch = pytest.importorskip("torch")
+    guider.set_state(step=step, num_inference_steps=STEPS, timestep=torch.zeros(()))
+    return guider.forward(*(torch.from_numpy(each) for each in predictions)).pred.numpy()
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_cfg_zero_star_equals_diffusers(rescale):
+    module = pytest.importorskip("diffusers.guiders")
+    guider = module.ClassifierFreeZeroStarGuidance(guidance_scale=5.0, zero_init_steps=2, guidance_rescale=rescale)
+    guidance = Guidance(scale=5.0, rescale=rescale, zero_star=ZeroStarGuidance(zero_steps=2))
+    for step in (0, 1, 2, 7):
+        result = guide_velocity(guidance, step)
+        if step < 2:  # diffusers' rescaling of zeros is NaN
+            np.testing.assert_array_equal(result, 0)
+        else:
+            np.testing.assert_allclose(result, theirs_at(guider, step, COND, UNCOND), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_skip_layer_guidance_equals_diffusers_at_every_step(scale, rescale):
+    """The original formulation adds both steps to the conditional prediction, also at scale 1."""
+    module = pytest.importorskip("diffusers.guiders")
+    skip = SkipLayerGuidance(layers=(1,), scale=2.8, start=0.11, stop=0.5)
+    guider = module.SkipLayerGuidance(
+        guidance_scale=scale - 1,
+        skip_layer_guidance_scale=2.8,
+        skip_layer_guidance_start=0.11,
+        skip_layer_guidance_stop=0.5,
+        skip_layer_guidance_layers=[1],
+        guidance_rescale=rescale,
+        use_original_formulation=True,
+    )
+    changed = 0
+    for step in range(STEPS):
+        result = guide_velocity(Guidance(scale=scale, rescale=rescale, skip_layers=skip), step)
+        np.testing.assert_allclose(
+            result, theirs_at(guider, step, COND, UNCOND, SKIPPED), rtol=1e-4, atol=1e-4, err_msg=str(step)
+        )
+        without = guide_velocity(Guidance(scale=scale, rescale=rescale, skip_layers=None), step)
+        changed += bool(np.abs(result - without).max() > 1e-3)
+    assert changed == 7  # steps 3 to 9

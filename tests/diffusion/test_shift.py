@@ -27,6 +27,12 @@ def test_shifts_by_size_are_those_of_the_papers():
     np.testing.assert_allclose([EXPONENTIAL.specialize(size).shift for size in sizes], np.exp([0.95, 2.05, 1.5]))
 
 
+def test_a_linear_shift_may_count_the_tokens_of_the_clip():
+    process = RectifiedFlow(size_shift=LinearShift(per="clip"))
+    sizes = [ClipSize(1, 256), ClipSize(16, 256), ClipSize(2, 1088)]
+    np.testing.assert_allclose([process.specialize(size).shift for size in sizes], [1, 3, 2])
+
+
 def test_a_constant_shift_multiplies_that_of_the_size():
     both = RectifiedFlow(shift=2.0, size_shift=LinearShift())
     assert both.specialize(ClipSize(4, 4096)) == RectifiedFlow(shift=12.0)

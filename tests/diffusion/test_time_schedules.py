@@ -6,15 +6,19 @@ import pytest
 from dit_video.core.config_json import from_json, to_json
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
+    BetaTimes,
     DiscreteSchedule,
     Edm,
     ExplicitTimes,
     ExponentialTimes,
+    FlowMatchSchedule,
     KarrasTimes,
     LcmSchedule,
+    LinearQuadraticTimes,
     RectifiedFlow,
     ShiftedTimes,
     UniformTimes,
+    UniPcFlowSchedule,
     VariancePreservingProcess,
 )
 
@@ -73,11 +77,24 @@ def test_shifted_and_explicit_times_are_returned():
     np.testing.assert_array_equal(result.model_times, result.times)
 
 
+def test_linear_quadratic_times_have_one_slope_where_the_halves_meet():
+    times = np.asarray(LinearQuadraticTimes(threshold=0.04)(FLOW, 9).times, np.float64)
+    np.testing.assert_allclose(times[:5], 1 - np.asarray([0, 0.01, 0.02, 0.03, 0.04]), atol=1e-6)
+    falls = -np.diff(times[4:])
+    np.testing.assert_allclose(np.diff(falls), np.diff(falls)[0], atol=1e-6)
+    np.testing.assert_allclose(falls[0] - np.diff(falls)[0] / 2, 0.01, atol=1e-6)
+    assert times[-1] == 0
+    np.testing.assert_array_equal(LinearQuadraticTimes()(FLOW, 1).times, [1, 0])
+    with pytest.raises(UserError, match=r"threshold=1.0 is invalid: .* Use 0.025"):
+        LinearQuadraticTimes(threshold=1.0)
+
+
 @pytest.mark.parametrize(
     "grid",
     [
         ExplicitTimes(times=(1.0, 0.0)),
         ShiftedTimes(shift=2.0),
+        LinearQuadraticTimes(threshold=0.1),
         KarrasTimes(max_ratio=9.0),
         DiscreteSchedule(spacing="leading", steps_offset=1),
         LcmSchedule(),
@@ -92,6 +109,7 @@ def test_a_schedule_is_the_same_after_json(grid):
     [
         UniformTimes(),
         ShiftedTimes(shift=2.0),
+        LinearQuadraticTimes(),
         ExplicitTimes(times=(1.0, 0.0)),
         KarrasTimes(),
         ExponentialTimes(),
@@ -130,3 +148,64 @@ def test_less_than_one_step_is_refused(grid):
 def test_invalid_schedules_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("schedule", [UniformTimes, FlowMatchSchedule, UniPcFlowSchedule])
+def test_times_are_stretched_to_a_terminal_time(schedule):
+    """Distances to noise are scaled by one factor, so that the order and the start of the times are kept."""
+    plain, stretched = (
+        np.asarray(schedule(terminal_time=time)(RectifiedFlow(shift=3.0), 7).times) for time in (None, 0.1)
+    )
+    assert stretched[-2] == pytest.approx(0.1, abs=1e-6)
+    assert stretched[-1] == plain[-1] == 0
+    assert stretched[0] == plain[0]
+    np.testing.assert_allclose((1 - stretched[1:-1]) / (1 - plain[1:-1]), 0.9 / (1 - plain[-2]), rtol=1e-5)
+
+
+def test_the_only_step_is_not_stretched():
+    np.testing.assert_array_equal(UniformTimes(terminal_time=0.1)(FLOW, 1).times, [1, 0])
+
+
+@pytest.mark.parametrize("time", [0.0, 1.0, -0.1])
+def test_an_invalid_terminal_time_is_refused(time):
+    with pytest.raises(UserError, match=r"terminal_time=.* above 0 and below 1\. Use None"):
+        UniformTimes(terminal_time=time)
+
+
+def test_beta_times_are_dense_at_both_ends():
+    """The ratios are symmetric about their middle, and the more concentrated at the ends the smaller the parameter."""
+    times = np.asarray(BetaTimes(min_ratio=0.5)(EDM, 11).times, np.float64)[:-1]
+    ratios = EDM.sigma(times)
+    np.testing.assert_allclose(ratios[[0, -1]], [80, 0.5], rtol=1e-3)
+    np.testing.assert_allclose(ratios + ratios[::-1], 80.5, rtol=1e-3)
+    steps = -np.diff(ratios)
+    assert steps[0] < steps[1] < steps[4]
+    denser = EDM.sigma(np.asarray(BetaTimes(min_ratio=0.5, concentration=0.4)(EDM, 11).times, np.float64))[:-1]
+    assert denser[0] - denser[1] < steps[0]
+    with pytest.raises(UserError, match=r"concentration=0\.0 is invalid.* Use 0\.6"):
+        BetaTimes(concentration=0.0)
+
+
+@pytest.mark.parametrize("kind", [KarrasTimes, ExponentialTimes, BetaTimes])
+def test_a_model_of_continuous_sigmas_receives_their_logarithm(kind):
+    process = Edm(sigma_max=700.0, data_std=1.0)
+    times, model_times = kind(min_ratio=0.002, max_ratio=700.0, log_ratio_scale=0.25)(process, 5)
+    assert model_times[0] == pytest.approx(np.log(700) / 4)
+    assert model_times[-2] == pytest.approx(np.log(0.002) / 4)
+    np.testing.assert_allclose(
+        model_times[:-1], np.log(process.sigma(np.asarray(times[:-1], np.float64))) / 4, atol=1e-5
+    )
+
+
+def test_steps_start_at_pure_noise_with_zero_terminal_snr():
+    process = VariancePreservingProcess(zero_terminal_snr=True)
+    assert DiscreteSchedule()(process, 10).times[0] == 1
+    bounded = DiscreteSchedule(terminal_ratio=4096.0)(process, 10)
+    time = np.asarray(bounded.times[:1], np.float64)
+    assert 0.99 < time[0] < 1
+    assert process.sigma(time) / process.alpha(time) == pytest.approx(4096, rel=1e-2)
+    np.testing.assert_array_equal(bounded.times[1:], DiscreteSchedule()(process, 10).times[1:])
+    with pytest.raises(UserError, match=r"ratio_spacing='karras' is invalid.* Use terminal_ratio=4096"):
+        DiscreteSchedule(ratio_spacing="karras")(process, 10)
+    with pytest.raises(UserError, match=r"terminal_ratio=0\.0 is invalid.* positive"):
+        DiscreteSchedule(terminal_ratio=0.0)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import UserError
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.synthetic import shapes
 from dit_video.evaluation import evaluate, requests
@@ -13,6 +13,7 @@ from dit_video.evaluation.metrics.metric import MetricBatch, MetricValue
 from dit_video.evaluation.metrics.prompt_following import PromptFollowing
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, psnr, ssim
 from dit_video.experiment.run import Run
+from dit_video.generation.request_file import read_requests
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.reports.run_report import write_autoencoder_report
 from dit_video.tokens import Grid
@@ -111,7 +112,7 @@ def test_samples_are_files_of_the_stated_sizes(tiny_pipeline, tmp_path):
         "prompts.json",
         *(entry["file"] for entry in entries),
     }
-    assert evaluate.read_requests(tmp_path / "samples" / "prompts.json") == REQUESTS
+    assert read_requests(tmp_path / "samples" / "prompts.json") == REQUESTS
     read = evaluate.read_samples(tmp_path / "samples")
     assert [entry for entry, _ in read] == entries
     assert [clip.caption for _, clip in read] == [request.prompt for request in REQUESTS]
@@ -141,7 +142,7 @@ def test_a_list_of_prompts_is_not_overwritten_by_its_samples(tiny_pipeline, tmp_
     listed = [{"prompt": "a blue square", "frames": 1, "height": 16, "width": 16}]
     (tmp_path / "prompts.json").write_text(json.dumps(listed))
     with pytest.raises(UserError, match="holds other files"):
-        evaluate.write_samples(tiny_pipeline, evaluate.read_requests(tmp_path / "prompts.json"), tmp_path)
+        evaluate.write_samples(tiny_pipeline, read_requests(tmp_path / "prompts.json"), tmp_path)
     assert json.loads((tmp_path / "prompts.json").read_text()) == listed
 
 
@@ -155,41 +156,6 @@ def test_every_prompt_has_a_file_name(tiny_pipeline, tmp_path):
     requests = [Request(prompt, Grid(1, 16, 16)) for prompt in ("", "../../" + 3 * "Ä b")]
     entries = evaluate.write_samples(tiny_pipeline, requests, tmp_path / "samples")
     assert [entry["file"] for entry in entries] == ["000-unconditional.png", "001-b-b-b.png"]
-
-
-GOOD = {"prompt": "a red circle", "frames": 1, "height": 16, "width": 16}
-
-
-def test_seed_and_negative_prompt_may_be_absent(tmp_path):
-    (tmp_path / "list.json").write_text(json.dumps([GOOD, GOOD | {"seed": 4, "negative": "x", "file": "ignored"}]))
-    size = Grid(1, 16, 16)
-    assert evaluate.read_requests(tmp_path / "list.json") == [
-        Request("a red circle", size),
-        Request("a red circle", size, 4, "x"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[", "is not valid JSON"),
-        ("[]", "must be a JSON list"),
-        (json.dumps(GOOD), "must be a JSON list"),
-        (json.dumps([GOOD, "a red circle"]), "prompt of entry 1 must be a text, not None"),
-        (json.dumps([GOOD | {"frames": "1"}]), "frames of entry 0 must be a whole number, not '1'"),
-        (json.dumps([GOOD | {"height": 16.5}]), "height of entry 0 must be a whole number, not 16.5"),
-        (json.dumps([GOOD | {"seed": True}]), "seed of entry 0 must be a whole number"),
-        (json.dumps([GOOD | {"prompt": 3}]), "prompt of entry 0 must be a text, not 3"),
-        (json.dumps([{name: value for name, value in GOOD.items() if name != "width"}]), "width of entry 0"),
-    ],
-)
-def test_invalid_lists_of_prompts_are_refused(tmp_path, content, message):
-    (tmp_path / "list.json").write_text(content)
-    with pytest.raises(UserError, match=message) as error:
-        evaluate.read_requests(tmp_path / "list.json")
-    assert "\n" not in str(error.value)
-    with pytest.raises(MissingError, match="no such file"):
-        evaluate.read_requests(tmp_path / "absent.json")
 
 
 # Figures.
@@ -236,7 +202,7 @@ def test_an_autoencoder_alone_is_measured_and_reported(tiny_run, held_out, tmp_p
 def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_run, held_out, tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "make_shape_requests", lambda seed: REQUESTS)
     measured = evaluate.evaluate(
-        tiny_pipeline, tmp_path, seed=7, clips=Run.open(tiny_run).evaluation_clips(), guidance=1.0
+        tiny_pipeline, tmp_path, seed=7, clips=Run.open(tiny_run).evaluation_clips(), guidance=1.0, times=(1, 0.5)
     )
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written == json.loads(json.dumps(measured.metrics, allow_nan=False))
@@ -254,7 +220,8 @@ def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_r
     assert entry["metric"] == "dit_video.evaluation.metrics.prompt_following:PromptFollowing"
     seconds = measured.metrics["sampling"].pop("seconds")
     assert seconds >= 0
-    assert measured.metrics["sampling"] == {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "sampler": "euler"}
+    expected = {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "times": [1.0, 0.5, 0.0], "sampler": "euler"}
+    assert measured.metrics["sampling"] == expected
     assert len(measured.samples) == 3
     batch = MetricBatch(samples=[clip for _, clip in measured.samples], prompts=[one.prompt for one in REQUESTS])
     judged = PromptFollowing().list_examples(tuple(PromptFollowing().measure(batch)))

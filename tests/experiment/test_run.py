@@ -237,12 +237,10 @@ def test_files_that_cannot_be_decoded_are_skipped_and_counted(tiny, clips, tmp_p
     assert len(started.open_latents()) == tiny.COUNT - 2 - tiny.HELD_OUT
 
 
-def test_a_clip_that_is_too_small_ends_the_run_before_it_trains(tiny, clips, tmp_path):
-
+def test_too_many_clips_that_are_too_small_end_the_run_before_it_trains(tiny, clips, tmp_path):
     name = sorted((clips / "clips").glob("*.png"))[0]
-    small = shapes.render_example(0, seed=1, sizes=(Grid(1, 8, 16),))
-    small.save(name)
-    with pytest.raises(UserError, match="8x16 pixels, less than one multiple of 16x16"):
+    shapes.render_example(0, seed=1, sizes=(Grid(1, 8, 16),)).save(name)
+    with pytest.raises(UserError, match=f"1 of 21 clips .* clips/{name.name} has 8x16 pixels, less than one multiple"):
         Run.create(tmp_path / "run", tiny.EXPERIMENT).train(clips)
     assert not (tmp_path / "run" / "autoencoder").exists()
 

@@ -5,7 +5,11 @@ import json
 import pytest
 
 import dit_video
+from dit_video.data.synthetic import shapes
 from dit_video.diffusion import Lcm
+from dit_video.experiment.export import LORA_FILE
+from dit_video.tokens import Grid
+from support.tiny_wan import write_wan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
@@ -39,6 +43,20 @@ def test_one_command_distills_a_pipeline_on_rendered_clips(script, tiny_run, tmp
     assert len(list((tmp_path / "run" / "clips").iterdir())) > 1
     assert not (tmp_path / "run" / "few_steps.json").exists()
     dit_video.load(tmp_path / "run").generate("a red circle", size=(1, 16, 16))
+
+
+def test_one_command_distills_open_weights_to_an_adapter(script, tmp_path):
+    write_wan(tmp_path / "wan")
+    clips = shapes.write_folder(tmp_path / "clips", count=2, seed=0, sizes=(Grid(5, 32, 48),))
+    options = ["--workdir", tmp_path / "run", "--steps", 2, "--lora.rank", 2, "--max-pixels", 32 * 48, *COMMON[:4]]
+    options += ["--max-frames", 5, "--method", "dmd", "--critic-steps", 1, "--dtype", "float32"]
+    without = script("experiments/distill.py", tmp_path / "wan", *options)
+    assert (without.code, "use --data CLIPS" in without.err) == (2, True)
+    ended = script("experiments/distill.py", tmp_path / "wan", *options, "--data", clips)
+    assert ended.code == 0, ended.err
+    assert str(tmp_path / "run" / LORA_FILE) in ended.out
+    assert (tmp_path / "run" / "report.html").is_file()
+    dit_video.load(tmp_path / "wan").load_lora(tmp_path / "run" / LORA_FILE)
 
 
 def test_a_missing_teacher_is_named(script, tmp_path):

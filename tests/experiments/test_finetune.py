@@ -15,6 +15,7 @@ from dit_video.families import load_denoiser
 from dit_video.tokens import Grid
 from dit_video.training.hooks import logging
 from dit_video.video import decode
+from support.tiny_vace import write_vace
 from support.tiny_wan import TWO, write_animating_wan, write_wan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
@@ -78,7 +79,7 @@ def finetuned(process, model, clips, tmp_path):
 def test_fine_tuning_with_lora_writes_adapters_that_reproduce_the_run(finetuned, model):
     run = finetuned("--learning-rate", 3e-2, "--lora.rank", 4)
     assert not (run / TRANSFORMER_FOLDERS["backbone"]).exists()
-    start, trained = dit_video.load(model), flatten(dit_video.load(run).denoiser_params)
+    start, trained = dit_video.load(model, dtype="float32"), flatten(dit_video.load(run).denoiser_params)
     for name in (LORA_FILE, ADAPTER_FILE):
         loaded = flatten(start.load_lora(run / name).denoiser_params)
         for path, leaf in trained.items():
@@ -113,7 +114,7 @@ def test_fine_tuning_an_image_to_video_model_trains_the_layers_of_image_tokens(f
     """Both ways of training change the layers that read the tokens of the image."""
     rate = {"lora": 3e-2, "full": 3e-3}[train]
     run = finetuned("--train", train, "--learning-rate", rate, "--lora.rank", 4, model=animating)
-    start, pipeline = dit_video.load(animating), dit_video.load(run)
+    start, pipeline = dit_video.load(animating, dtype="float32"), dit_video.load(run)
     assert pipeline.config.image_encoder == str(animating / "image_encoder")
     before, trained = flatten(start.denoiser_params), flatten(pipeline.denoiser_params)
     for path, leaf in before.items():
@@ -128,12 +129,31 @@ def test_fine_tuning_an_image_to_video_model_trains_the_layers_of_image_tokens(f
         np.testing.assert_allclose(leaf, trained[path], atol=1e-5, err_msg=path)
 
 
+def test_fine_tuning_a_model_with_control_adapts_its_control_layers_too(finetuned, tmp_path):
+    write_vace(tmp_path / "vace")
+    targets = ("--lora.targets", r"^backbone/(control/)?blocks/.*kernel$")
+    run = finetuned("--learning-rate", 3e-2, "--lora.rank", 4, *targets, model=tmp_path / "vace")
+    start, pipeline = dit_video.load(tmp_path / "vace", dtype="float32"), dit_video.load(run)
+    assert pipeline.config.task == start.config.task
+    trained, before = flatten(pipeline.denoiser_params), flatten(start.denoiser_params)
+    for name in (LORA_FILE, ADAPTER_FILE):
+        loaded = flatten(start.load_lora(run / name).denoiser_params)
+        for path, leaf in trained.items():
+            np.testing.assert_allclose(loaded[path], leaf, atol=1e-5, err_msg=path)
+    for path, leaf in before.items():
+        adapted = path.startswith(("backbone/blocks/", "backbone/control/blocks/")) and path.endswith("kernel")
+        assert (np.abs(trained[path] - leaf).max() > 1e-4) == adapted, path
+    image, control = np.full((16, 16, 3), 200, np.uint8), dit_video.Clip(np.zeros((5, 16, 16, 3), np.uint8), 16)
+    clip = pipeline.generate("a red ball", size=(5, 16, 16), steps=1, image=image, control=control)
+    assert clip.frames.shape == (5, 16, 16, 3)
+
+
 def test_one_of_two_experts_is_trained_and_the_other_stays(finetuned, tmp_path):
     """Samples come from both experts, the trained one and the other."""
     write_wan(tmp_path / "two", **TWO | {"boundary_ratio": 0.5})
     run = finetuned("--expert", "low", "--learning-rate", 3e-2, "--lora.rank", 4, model=tmp_path / "two")
     assert not any((run / name).exists() for name in TRANSFORMER_FOLDERS.values())
-    start, pipeline = dit_video.load(tmp_path / "two"), dit_video.load(run)
+    start, pipeline = dit_video.load(tmp_path / "two", dtype="float32"), dit_video.load(run)
     assert pipeline.config.boundary == 0.5
     trained, before = flatten(pipeline.denoiser_params), flatten(start.denoiser_params)
     for name in (LORA_FILE, ADAPTER_FILE):

@@ -1,10 +1,14 @@
-"""`experiments/sample.py` with the first frame given."""
+"""`experiments/sample.py` with images, clips and masks."""
+
+import json
 
 import numpy as np
 import pytest
 
+from dit_video.evaluation.evaluate import read_samples
 from dit_video.video.clip import Clip
 from dit_video.video.decode import decode
+from support.tiny_vace import write_vace
 from support.tiny_wan import write_animating_wan, write_wan
 
 SAMPLE = "experiments/sample.py"
@@ -44,4 +48,55 @@ def test_images_that_a_model_cannot_use_are_refused(script, tmp_path, pictures):
         SAMPLE, tmp_path / "wan", "--prompts", tmp_path / "prompts.json", "--image", pictures[0], "--out", tmp_path
     )
     assert done.code == 2
-    assert "--image and --last-image need --prompt; drop them" in " ".join(done.err.split())
+    assert "--image and other pictures need --prompt; put them in the list" in " ".join(done.err.split())
+    for option, rule in (("--conditions", "FILE@FRAME@STRENGTH"), ("--strengths", "NAME=NUMBER")):
+        done = script(SAMPLE, tmp_path / "wan", "--prompt", "a dog", option, "x", "--out", tmp_path / "x.gif")
+        assert done.code == 2
+        assert rule in done.err
+
+
+def test_each_prompt_of_a_list_has_its_image_and_clips_have_its_aspect_ratio(script, tmp_path, pictures):
+    write_animating_wan(tmp_path / "wan")
+    entries = [
+        {"prompt": "a dog", "image": picture.name, "frames": 5, "height": 16, "width": 16} for picture in pictures
+    ]
+    (tmp_path / "prompts.json").write_text(json.dumps(entries))
+    options = ("--steps", 2, "--guidance", 1, "--out", tmp_path / "samples")
+    done = script(SAMPLE, tmp_path / "wan", "--prompts", tmp_path / "prompts.json", *options)
+    assert done.code == 0, done.err
+    clips = [sample.clip.frames for sample in read_samples(tmp_path / "samples")]
+    assert [clip.shape for clip in clips] == [(5, 16, 16, 3)] * 2
+    assert (clips[0] != clips[1]).any()
+
+
+def test_a_model_with_control_takes_clips_masks_and_images_of_subjects(script, tmp_path, pictures):
+    write_vace(tmp_path / "vace")
+    files, draw = {}, np.random.default_rng(0)
+    for name in ("control", "video", "mask"):
+        frames = draw.integers(0, 2, (5, 16, 16, 1), dtype=np.uint8) * 255
+        files[name] = tmp_path / f"{name}.gif"
+        Clip(frames.repeat(3, -1), 16).save(files[name])
+    common = (SAMPLE, tmp_path / "vace", "--prompt", "a dog", "--size", "5x16x16", "--steps", 2, "--guidance", 1)
+    clips = []
+    for number, options in enumerate(
+        (
+            ("--control", files["control"]),
+            ("--control", files["control"], "--strengths", "control=0.2,0.5"),
+            ("--video", files["video"], "--mask", files["mask"]),
+            ("--reference-images", *pictures),
+        )
+    ):
+        out = tmp_path / f"{number}.gif"
+        done = script(*common, *options, "--out", out)
+        assert done.code == 0, done.err
+        clips.append(decode(out).frames)
+        assert clips[-1].shape == (5, 16, 16, 3)
+        assert all((clips[-1] != other).any() for other in clips[:-1])
+    for options, message in (
+        (("--strengths", "control=1,2,3"), "control has one strength or 2, not 3"),
+        (("--control", pictures[0]), "control of 1 frames is invalid for a clip of 5"),
+        (("--video", files["video"]), "video and mask need each other"),
+    ):
+        done = script(*common, *options, "--out", tmp_path / "x.gif")
+        assert done.code == 2
+        assert message in " ".join(done.err.split())

@@ -101,6 +101,8 @@ def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
         (["--prompt", PROMPT, "--size", "5x16x24"], "width 24 is not divisible by 16"),
         (["--prompt", PROMPT, "--sampler", "plms"], "unknown sampler 'plms'; use one of ddim, ddpm"),
         (["--prompt", PROMPT, "--steps", "0"], "--steps 0 is invalid: it must be at least 1"),
+        (["--prompt", PROMPT, "--shift", "0"], "shift=0.0 is invalid"),
+        (["--prompt", PROMPT, "--times", "1", "0.5", "--steps", "3"], "steps=3 is invalid: times are of 2 steps"),
         (["--prompt", PROMPT, "--mesh", "pipeline=2"], "--mesh pipeline=2 is invalid: it must be AXIS=SIZE"),
         (["--prompt", PROMPT, "--mesh", "data=3"], "data=3 does not divide the 1 devices"),
         (["--prompt", PROMPT, "--rescale", "2"], "rescale=2.0 is invalid: it must lie in [0, 1]"),
@@ -108,7 +110,7 @@ def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
         (["--prompt", PROMPT, "--prompts", "list.json"], "use --prompt TEXT or --prompts FILE"),
         ([], "use --prompt TEXT or --prompts FILE"),
         (["--prompts", "nowhere.json"], "no such file: nowhere.json"),
-        (["--prompts", "nowhere.json", "--size", "5x16x16"], "need --prompt; drop them"),
+        (["--prompts", "nowhere.json", "--size", "5x16x16"], "need --prompt; put them in the list"),
     ],
 )
 def test_sample_explains_wrong_arguments_in_one_line(script, tiny_run, tmp_path, arguments, message):

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion import AdaptiveProjectedGuidance, Ddim, ExponentialShift, Guidance, RectifiedFlow
+from dit_video.diffusion import (
+    AdaptiveProjectedGuidance,
+    Ddim,
+    ExponentialShift,
+    Guidance,
+    RectifiedFlow,
+    SkipLayerGuidance,
+    ThresholdedPrediction,
+    Velocity,
+    ZeroStarGuidance,
+)
 from dit_video.generation import (
     Sampling,
     SamplingPlan,
@@ -57,6 +67,16 @@ def test_statistics_of_guidance_are_of_each_clip_alone():
     assert np.abs(both[0] - sample_requests([SMALL], Sampling(steps=3, guidance=4.0))[0]).max() > 1e-3
 
 
+def test_a_threshold_is_of_each_clip_alone():
+    prediction = ThresholdedPrediction(prediction=Velocity(), quantile=0.9, max_threshold=100.0)
+    denoiser, sampling = DENOISER._replace(prediction=prediction), Sampling(steps=2, guidance=4.0)
+    both = sample_requests(TWO, sampling, denoiser=denoiser)
+    louder = TWO[1]._replace(noise=20 * TWO[1].noise)
+    np.testing.assert_allclose(sample_requests([SMALL, louder], sampling, denoiser=denoiser)[0], both[0], atol=5e-5)
+    assert np.abs(both[0]).max() <= 1 + 1e-5
+    assert np.abs(sample_requests(TWO, sampling)[0]).max() > 1.1
+
+
 NOISY = Sampling(steps=3, guidance=2.0, solver=Ddim(eta=1.0))
 
 
@@ -70,6 +90,34 @@ def test_noise_between_steps_depends_on_the_seed_alone():
     again = sample_requests([first, second._replace(seed=7)], NOISY)
     np.testing.assert_allclose(again[0], both[0], atol=5e-5)
     assert np.abs(again[1] - both[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("interval", [None, pytest.param((0.3, 1.0), marks=pytest.mark.slow)])
+def test_samples_are_led_away_from_the_model_without_layers_however_branches_are_evaluated(interval):
+    skip = SkipLayerGuidance(layers=(0,), scale=1.5, start=0.0, stop=0.9)
+    guidance = Guidance(scale=4.0, interval=interval, zero_star=ZeroStarGuidance(), skip_layers=skip)
+    sampling = Sampling(steps=4, guidance=guidance)
+    together = sample_requests(TWO, sampling)
+    apart = sample_requests(TWO, replace(sampling, branch_evaluation="apart"))
+    for one, two in zip(together, apart, strict=True):
+        np.testing.assert_allclose(one, two, atol=5e-5)
+    # The first step changes nothing, and the second and third are led away; the scale makes a difference too.
+    for other in (replace(guidance, skip_layers=replace(skip, scale=0.0)), replace(guidance, scale=1.0)):
+        changed = sample_requests(TWO, replace(sampling, guidance=other))
+        assert np.abs(changed[0] - together[0]).max() > 1e-3
+
+
+def test_options_of_guidance_are_set_and_removed_one_by_one():
+    own = Sampling(guidance=Guidance(scale=3.0, rescale=0.5, zero_star=ZeroStarGuidance(zero_steps=2)))
+    assert own.override_guidance() == own.guidance
+    changed = own.override_guidance(scale=2.0, skip_layers=(1, 2), zero_star=False, projected=True)
+    assert changed == Guidance(
+        scale=2.0,
+        rescale=0.5,
+        projection=AdaptiveProjectedGuidance(),
+        skip_layers=SkipLayerGuidance(layers=(1, 2)),
+    )
+    assert own.override_guidance(zero_star=True).zero_star == ZeroStarGuidance()
 
 
 def test_the_trace_ends_at_the_sample():

@@ -19,6 +19,7 @@ from dit_video.nn import (
     init_params,
     make_stack,
     merge_lora,
+    merge_lora_in_place,
 )
 
 
@@ -82,6 +83,30 @@ def test_merging_an_adapter_adds_it_and_attaching_gives_the_same():
         np.testing.assert_allclose(merged["blocks"]["kernel"][layer], expected, atol=1e-6)
     assert np.abs(run(merged) - run(PARAMS)).max() > 0.1
     np.testing.assert_allclose(run(attach_lora(PARAMS, lora, 0.5)), run(merged), rtol=1e-5, atol=2e-6)
+
+
+def test_merging_in_place_reuses_the_memory_of_arrays_on_devices_alone():
+    lora = adapter(2)
+    lora["embed"]["bias"] = {"diff": np.arange(6.0, dtype=np.float32)}
+    expected = merge_lora(PARAMS, lora, 0.5)
+    for params in (jax.tree.map(jnp.array, PARAMS), jax.tree.map(np.array, PARAMS)):
+        merged = merge_lora_in_place(params, lora, 0.5)
+        assert_trees_close(merged, expected, atol=1e-6)
+        for path, leaf in flatten(params).items():
+            is_changed = path != "blocks/bias"
+            assert (flatten(merged)[path] is leaf) != is_changed
+            assert not isinstance(leaf, jax.Array) or leaf.is_deleted() == is_changed, path
+    np.testing.assert_allclose(merged["embed"]["bias"], PARAMS["embed"]["bias"] + 0.5 * np.arange(6), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_merging_a_stack_needs_the_memory_of_one_layer():
+    kernels = {"kernel": jax.ShapeDtypeStruct((16, 128, 128), jnp.float32)}
+    factors = {"a": (16, 128, 2), "b": (16, 2, 128), "scale": (16,)}
+    lora = {"kernel": {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in factors.items()}}
+    memory = jax.jit(merge_lora, donate_argnums=0).lower(kernels, lora).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 16 * 128 * 128 * 4
+    assert memory.temp_size_in_bytes < 4 * 128 * 128 * 4
 
 
 def test_two_stacked_adapters_are_their_weighted_sum():

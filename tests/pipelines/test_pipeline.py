@@ -16,6 +16,7 @@ from dit_video.diffusion import (
     Guidance,
     Heun,
     RectifiedFlow,
+    SkipLayerGuidance,
     UniPc,
     UniPcFlowSchedule,
 )
@@ -146,6 +147,17 @@ def test_samplers_are_chosen_by_name(pipeline, latents):
     assert config_json.from_json(config_json.to_json(kept)) == kept
 
 
+def test_times_and_a_shift_take_the_place_of_those_of_training(pipeline, latents):
+    times = [float(time) for time in pipeline.trace(Request(PROMPT, Grid(*SMALL))).times]
+    assert len(times) == 3
+    same = pipeline.generate(PROMPT, size=SMALL, times=times[:-1], output="latents")
+    np.testing.assert_allclose(same, latents, atol=1e-6)
+    shifted = pipeline.trace(Request(PROMPT, Grid(*SMALL)), steps=4, shift=5, sampler="unipc")
+    np.testing.assert_allclose(shifted.times, [1, 0.9375, 0.8333333, 0.625, 0], atol=1e-6)
+    listed = pipeline.trace(Request(PROMPT, Grid(*SMALL)), times=[1, 0.75, 0.5, 0.25], shift=5, sampler="unipc")
+    np.testing.assert_allclose(listed.latents, shifted.latents, atol=1e-5)
+
+
 MIXED = [
     Request(PROMPT, Grid(9, 16, 32), seed=1),
     Request("a blue square", Grid(1, 16, 16), seed=2),
@@ -201,6 +213,10 @@ def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
         ({"steps": 0}, "steps=0 is invalid: it must be at least 1"),
         ({"steps": -3}, "steps=-3 is invalid: it must be at least 1"),
         ({"sampler": "plms"}, "unknown sampler 'plms'; use one of ddim, ddpm"),
+        (
+            {"guidance": Guidance(skip_layers=SkipLayerGuidance(layers=(9,)))},
+            r"skip_layers=\(9,\) is invalid: the model has",
+        ),
         ({"output": "gif"}, "unknown output 'gif'"),
         ({"seed": -1}, "is invalid: a seed is a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "is invalid: a seed is a whole number from 0 to 4294967295"),

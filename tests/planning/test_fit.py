@@ -9,7 +9,7 @@ from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.planner import Topology
 from dit_video.experiment import AllWeights, LoraAdapters
-from dit_video.planning import fit, parse_memory, plan_experiment
+from dit_video.planning import fit, plan_experiment
 from dit_video.planning.fit_estimates import apply_settings
 from dit_video.planning.fit_options import list_settings
 from dit_video.tokens import PackedShape
@@ -142,17 +142,3 @@ def test_what_cannot_be_searched_is_refused(training):
     odd = dataclasses.replace(training, denoiser=dataclasses.replace(training.denoiser, batch=1))
     with pytest.raises(UserError, match=r"h100:7 is invalid: no mesh .* Use fewer chips"):
         fit(odd, Topology.parse("h100:7"))
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("24GiB", 24 * 2**30), ("1.5 gib", 3 * 2**29), ("80GB", 80 * 10**9), ("512MiB", 2**29)]
-)
-def test_sizes_of_memory_are_parsed(text, size):
-    assert parse_memory(text) == size
-
-
-@pytest.mark.parametrize("text", ["24", "GiB", "-1GiB", "0GiB", "24 giraffes", "", "1e3GiB"])
-def test_sizes_without_a_number_or_a_unit_are_refused(text):
-    message = r"is invalid: it must be a positive number with one of .* Use a size such as 24GiB"
-    with pytest.raises(UserError, match=message):
-        parse_memory(text)

@@ -21,6 +21,7 @@ from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experi
 from dit_video.tokens import CanvasShape, Grid
 from support.devices import check_on_eight_devices
 from support.tiny_clip import VISION
+from support.tiny_vace import write_vace
 from support.tiny_wan import write_animating_wan
 
 HALF = Grid(1, 2, 2)
@@ -107,6 +108,24 @@ def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(t
     batch = compiled.arguments[1]
     assert batch.fields["cond_latents"].shape == batch.tokens.shape
     assert batch.fields["image_tokens"].shape[1:] == (rows.segments * VISION.tokens, VISION.width)
+    compiled.step.lower(*compiled.arguments)
+
+
+@pytest.mark.parametrize("part", ["denoiser", "sampler"])
+def test_a_model_with_control_is_planned(tmp_path, part):
+    """Control layers count as blocks, and rows hold the control and its strengths."""
+    write_vace(tmp_path / "vace")
+    tuning = FineTuningOptions(max_pixels=32 * 48, max_frames=5, dtype="float32", sampling_steps=2)
+    experiment = make_finetuning_experiment(tmp_path / "vace", tuning)
+    plan = plan_experiment(experiment, Topology.parse("h100:1"), part=part)
+    config = experiment.denoiser
+    forward = count_forward_flops(config.backbone, [config.row_shape.tokens], [config.text.max_tokens])
+    assert plan.model_flops == forward * (2 if part == "denoiser" else 4)  # adapters; two steps of two branches
+    compiled = plan_step(experiment, part, make_mesh(MeshConfig()), clips=[config.row_shape.tokens])
+    batch = compiled.arguments[1] if part == "denoiser" else compiled.arguments.batch.branches[0]
+    assert batch.fields["control"].shape[1:] == (config.row_shape.tokens, config.backbone.control_width)
+    if part == "sampler":
+        assert batch.fields["control_strength"].shape[1:] == (config.row_shape.segments, 2)
     compiled.step.lower(*compiled.arguments)
 
 

@@ -49,6 +49,8 @@ from dit_video.tokens import Grid
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
 from support.random_params import make_random_params
 from support.tiny_clip import VISION, write_clip
+from support.tiny_vace import CONFIG as CONTROLLED
+from support.tiny_vace import write_vace
 from support.tiny_wan import ANIMATING, DIT, TWO, VAE, write_animating_wan, write_wan
 
 OPTIONS = FineTuningOptions(max_pixels=32 * 48, max_frames=5, dtype="float32", steps=4)
@@ -161,6 +163,43 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
         assert any(np.array_equal(own, image) for image in kept)
 
 
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory):
+    """Return the folder of a model with control, to be read only."""
+    folder = tmp_path_factory.mktemp("vace") / "controlled"
+    write_vace(folder)
+    return folder
+
+
+def test_a_model_with_control_keeps_its_task_and_its_conditioning(controlled):
+    experiment = make_finetuning_experiment(controlled, OPTIONS)
+    assert experiment.denoiser.backbone == CONTROLLED.replace(remat="full")
+    assert experiment.denoiser.task == dit_video.load(controlled).config.task
+    assert experiment.denoiser.frame_conditioning is None
+    assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
+    with pytest.raises(UserError, match="first_frame_prob is invalid"):
+        get_training(controlled, first_frame_prob=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_training_and_sampling_receive_the_same_control(controlled, tmp_path):
+    """The first frame of a clip is kept; an image is generated."""
+    clips = shapes.write_folder(tmp_path / "clips", count=2, seed=0, sizes=(Grid(9, 32, 48), Grid(1, 32, 32)))
+    run = Run.create(tmp_path / "run", make_finetuning_experiment(controlled, OPTIONS))
+    run.prepare(clips)
+    run.run_stages("latents")
+    latents, encoding, clips = run.open_latents(), run.encoding(), run.runtime.training_clips
+    model = dit_video.load(controlled, dtype="float32").task_model
+    for view in plan_encoding(clips, encoding).views:
+        index = latents.names.index(view.name)
+        frame = read_fitted_clip(clips, view.clip, view.limits, start=view.start).frames[0]
+        request = Request("", view.size, image=frame if view.size.t > 1 else None)
+        (expected,) = model.task(request, model).fields.values()
+        control = latents.read_field(index, latents.fields[0])
+        np.testing.assert_allclose(control, expected, atol=2**-8 * np.abs(expected).max() + 1e-4)
+
+
 def test_another_image_encoder_is_refused(animating, tmp_path):
     moved = shutil.copytree(animating / "image_encoder", tmp_path / "image_encoder")
     shutil.copytree(animating / "image_processor", tmp_path / "image_processor")
@@ -210,6 +249,7 @@ def test_adapted_weights_are_kept_in_the_dtype_of_the_products(folder, mesh, tmp
     trained = open_trainable_denoiser(training, tmp_path, mesh, is_resuming=False)
     adapted = flatten(trained.base_params)
     assert adapted["backbone/blocks/up/kernel"].dtype == jnp.bfloat16
+    assert adapted["backbone/modulation/kernel"].dtype == adapted["backbone/head/kernel"].dtype == jnp.float32
     assert adapted["backbone/blocks/up/bias"].dtype == adapted["backbone/blocks/query_norm/scale"].dtype == jnp.float32
     factors = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), trained.init(jax.random.key(0)))
     assert set(flatten(factors)) == {f"backbone/blocks/{path}/kernel/{part}" for path in QUERIES for part in "ab"}
@@ -241,6 +281,8 @@ def test_models_that_cannot_be_trained_are_refused_first(folder):
         check_initial_weights(get_training(folder, train="temporal"))
     with pytest.raises(UserError, match="adapters of backbone/embed/kernel can't be written"):
         check_initial_weights(get_training(folder, lora=LoraConfig(targets=("kernel$",))))
+    stretched = dataclasses.replace(DIT, position_stretch=(2.0, 1.0, 1.0))  # it has no weights of its own
+    check_initial_weights(dataclasses.replace(get_training(folder), backbone=stretched))
     deeper = dataclasses.replace(get_training(folder), backbone=dataclasses.replace(DIT, layers=3))
     with pytest.raises(UserError, match="holds another denoiser than the config's, in the transformer: layers is 2"):
         check_initial_weights(deeper)
@@ -249,7 +291,7 @@ def test_models_that_cannot_be_trained_are_refused_first(folder):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"_class_name": "LTXPipeline"}, UserError, "class LTXPipeline; known here: WanPipeline"),
+        ({"_class_name": "FluxPipeline"}, UserError, "class FluxPipeline; known here: .*WanPipeline"),
         (TWO, MissingError, "lacks the folders transformer_2"),
     ],
 )
@@ -311,7 +353,7 @@ def test_two_experts_are_trained_one_at_a_time(folder, two, tmp_path):
 def test_options_that_do_not_fit_the_model_are_refused(folder, tmp_path):
     with pytest.raises(MissingError, match="no such file"):
         make_finetuning_experiment(tmp_path)
-    with pytest.raises(UserError, match="no input for a first frame; leave it out"):
+    with pytest.raises(UserError, match="trained without FrameConditioning; leave it out"):
         get_training(folder, first_frame_prob=0.5)
     with pytest.raises(UserError, match="must be positive"):
         FineTuningOptions(learning_rate=-1.0)

@@ -10,6 +10,7 @@ from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
 from dit_video.evaluation.evaluate import EvaluationResult, SavedSample
 from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, MetricBatch
+from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.run_report import write_run_report
 from dit_video.video import Clip
@@ -89,6 +90,19 @@ def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, meas
     assert "dit_video.experiment:Experiment" in text
     assert "http://" not in text
     assert "https://" not in text
+
+
+def test_the_report_names_the_clips_that_a_run_excluded(tiny_pipeline, measured, tmp_path):
+    excluded = {"training": {"clips": 100, "excluded": {"clips/icon.png": "8x16 pixels, less than one multiple"}}}
+    for folder in (tmp_path, tmp_path / "stages" / "small"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / EXCLUDED_FILE).write_text(json.dumps(excluded))
+    write_run_report(tmp_path / "report.html", tiny_pipeline, measured, title="A run", source=tmp_path)
+    text = " ".join(page(tmp_path / "report.html").split())
+    assert "such as clips/icon.png: 8x16 pixels, less than one multiple" in text
+    assert "1 of 100" in text
+    assert "excluded training clips, stage small" in text
+    assert text.count("clips/icon.png") == 4  # twice among the figures, twice in the tables
 
 
 def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measured, tmp_path):

@@ -44,7 +44,7 @@ class FakeEmbedder(text.Embedder):
 
     width = 8
 
-    def __init__(self, folder, *, max_tokens=512, cleaned=False, dtype="float32", cache=None):
+    def __init__(self, folder, *, max_tokens=512, cleaned=False, dtype="float32", cache=None, **options):
         self.seed = (Path(folder) / "seed.txt").read_text()
         self.identity = hashlib.sha256(f"{self.seed} {max_tokens} {cleaned} {dtype}".encode()).hexdigest()[:16]
         self.max_tokens, self.cache = max_tokens, cache

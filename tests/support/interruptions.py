@@ -3,12 +3,12 @@
 import itertools
 import signal
 
-from dit_video.training.step import GradientStep
+from dit_video.training.step import TrainStep
 
 
 def interrupt(monkeypatch, *, call, how):
     """Interrupt the run at the given `call` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
-    real = GradientStep.compile
+    real = TrainStep.compile
 
     def compile_step(*arguments, **keywords):
         step, calls = real(*arguments, **keywords), itertools.count(1)
@@ -22,4 +22,4 @@ def interrupt(monkeypatch, *, call, how):
 
         return interrupted
 
-    monkeypatch.setattr(GradientStep, "compile", compile_step)
+    monkeypatch.setattr(TrainStep, "compile", compile_step)

@@ -62,7 +62,17 @@ class Batch(NamedTuple):
             ClassIds(self.labels),
             ImageTokens(self.image, self.image_segments),
         )
-        return Conditioning(*(record for record in records if type(record) in config.conditioning_kinds))
+        own = (self._prepare(each) for each in config.conditioning if each.field.alignment == "grid")
+        return Conditioning(*(record for record in records if type(record) in config.conditioning_kinds), *own)
+
+    def _prepare(self, conditioning):
+        """Return the record of a conditioning on the grid: its values are the latents, with strengths of the clips."""
+        shape = conditioning.strength_shape
+        factors = 1 + jnp.arange(np.prod(shape)).reshape(shape)
+        strengths = factors * self.time.reshape(*self.time.shape, *(1,) * len(shape))
+        return conditioning.prepare(
+            self.latents, self.layout, jax.random.split(jax.random.key(0), self.time.shape), strengths
+        )
 
 
 def make_batch(*members: tuple[int, ...]) -> Batch:

@@ -1,9 +1,12 @@
+import hashlib
 import json
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.text import PretrainedTokenizer, clean, has_tokenizer
@@ -32,6 +35,45 @@ def test_a_text_becomes_the_ids_of_its_words_and_an_end(folder):
     assert len({int(word[0]) for word in words}) == len(words)
     assert tokenizer("").tolist() == [1]
     assert tokenizer.max_id == 3 + len(words) + 26
+
+
+def write_umt5_tokenizer(folder):
+    """Write a tokenizer as UMT5's: no map of characters, and `<s>` at 2, where T5 has `<unk>`, which is at 3."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), ("▁ball", -2.0)]
+    pieces += [(letter, -8.0) for letter in "abl"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=3))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens([name for name, score in pieces if score == 0])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=6)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "T5TokenizerFast", "eos_token": "</s>", "unk_token": "<unk>", "extra_ids": 0}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_unknown_characters_have_the_id_that_the_file_gives_them(tmp_path):
+    write_umt5_tokenizer(tmp_path)
+    tokenizer = PretrainedTokenizer(tmp_path, max_tokens=99)
+    original = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    original.no_truncation()
+    original.no_padding()
+    assert tokenizer("ball 😀").tolist() == original.encode("ball 😀").ids == [5, 4, 3, 1]
+    # Truncation and padding are ours, whatever the file says of them.
+    assert tokenizer("ball ball ball ball ball").tolist() == [5] * 5 + [1]
+    with pytest.warns(UserWarning, match="a text of 6 tokens is cut to 3"):
+        assert PretrainedTokenizer(tmp_path, max_tokens=3)("ball ball ball ball ball").tolist() == [5, 5, 1]
+
+
+def test_the_identity_is_that_of_the_tokenizer_that_transformers_reads(folder, tmp_path):
+    """Caches are stamped with it; both ways of reading give the same for files that transformers wrote."""
+    for source in (folder, tmp_path):
+        if source is tmp_path:
+            tiny_clip.write_tokenizer(source)
+        theirs = transformers.AutoTokenizer.from_pretrained(source)
+        theirs("")
+        expected = hashlib.sha256(theirs.backend_tokenizer.to_str().encode()).hexdigest()
+        assert PretrainedTokenizer(source, max_tokens=12).identity == expected
 
 
 def test_a_long_text_is_cut_still_ends_and_is_warned_of(folder):
@@ -99,6 +141,21 @@ def test_the_real_t5_vocabulary_gives_the_ids_of_the_paper():
 
 
 @needs_real
+def test_the_real_t5_vocabulary_gives_the_ids_of_transformers():
+    tokenizer = PretrainedTokenizer(REAL / "t5", max_tokens=512)
+    theirs = transformers.AutoTokenizer.from_pretrained(REAL / "t5")
+    texts = [
+        "",
+        "a red ball",
+        "  two  spaces \t",
+        "an émigré’s café, ½ full",
+        "😀 字 and <extra_id_0>",
+        "ends</s> early",
+    ]
+    assert [tokenizer(text).tolist() for text in texts] == theirs(texts)["input_ids"]
+
+
+@needs_real
 def test_the_real_clip_vocabulary_gives_the_ids_of_openai():
     tokenizer = PretrainedTokenizer(REAL / "clip", max_tokens=77)
     # Ids of the original tokenizer of CLIP.
@@ -140,3 +197,17 @@ def test_a_vocabulary_and_its_merges_are_read_from_two_files(tmp_path):
 )
 def test_cleaning_unescapes_html_and_joins_whitespace(text, expected):
     assert clean(text) == expected
+
+
+def test_mojibake_is_repaired_as_in_diffusers():
+    pytest.importorskip("ftfy")
+    assert clean("itâ€™s a cafÃ©") == "it's a café"
+
+
+def test_texts_that_ftfy_may_change_ask_for_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=r"ftfy is not installed: .*'a  café'.*pip install 'dit_video\[wan\]'"):
+        assert clean("a  café") == "a café"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert clean("a  red &amp; green ball") == "a red & green ball"

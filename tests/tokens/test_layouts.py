@@ -65,6 +65,15 @@ def test_values_are_averaged_and_expanded_per_example(batch):
         assert (expanded[batch.segments[0] == index + 1] == means[index]).all()
 
 
+@pytest.mark.parametrize("quantile", [0.0, 0.37, 0.995, 1.0])
+def test_a_quantile_is_that_of_an_examples_values_alone(batch, quantile):
+    values = np.random.default_rng(3).normal(size=(*batch.segments.shape, 3)).astype(np.float32)
+    layout = jax.tree.map(jnp.asarray, batch.layout)
+    result = np.asarray(layout.quantile(jnp.asarray(values), quantile))[0]
+    expected = [np.quantile(values[0, batch.segments[0] == index + 1], quantile) for index in range(len(GRIDS))]
+    np.testing.assert_allclose(result, [*expected, 0], rtol=1e-5, atol=1e-6)
+
+
 def test_an_example_has_the_same_noise_in_every_layout():
     keys = jax.random.split(key(0, "noise"), (1, 4))
     row, canvas = (

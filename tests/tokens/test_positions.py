@@ -28,3 +28,9 @@ def test_coordinates_may_step_in_seconds():
     assert result.dtype == np.float32
     np.testing.assert_allclose(np.unique(result[:, 0]), [0, 1 / 6, 1 / 3], rtol=1e-6)
     assert np.unique(result[:, 2]).tolist() == [0, 0.5]
+
+
+def test_a_lead_gives_the_time_of_each_patchs_first_frame():
+    """Eight frames a patch, the first of which has one, at 25 frames a second."""
+    result = compute_positions(Grid(4, 1, 1), step=(8 / 25, 1.0, 1.0), lead=7 / 8)
+    np.testing.assert_allclose(result[:, 0], np.asarray([0, 1, 9, 17]) / 25, rtol=1e-6)

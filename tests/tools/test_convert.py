@@ -40,4 +40,4 @@ def test_the_command_refuses_an_unknown_class(tmp_path, script):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     done = script(TOOL, tmp_path, tmp_path / "out", "--to", "diffusers")
     assert done.code == 2
-    assert "Supported classes are WanTransformer3DModel" in done.err.replace("\n", " ")
+    assert "Supported classes are WanVACETransformer3DModel" in done.err.replace("\n", " ")

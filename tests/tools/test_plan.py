@@ -1,8 +1,11 @@
 """The command that plans a run, as a user starts it."""
 
 import json
+from dataclasses import replace
 
 import pytest
+
+from support.tiny_wan import DIT, write_wan
 
 TOOL, CONFIG = "tools/plan.py", "tests/support/tiny.py"
 
@@ -54,6 +57,10 @@ def test_the_command_searches_for_a_mesh_that_fits(script):
         ),
         ((CONFIG,), "--topology is missing"),
         (("--topology", "h100:8"), "CONFIG is missing"),
+        (
+            ("tests/support", "--topology", "h100:8"),
+            "invalid for a folder, whose sampling is planned; use --of sampler",
+        ),
         ((CONFIG, "--topology", "h100:8", "--set", "denoiser.backbone.depth=2"), "'depth' does not exist; use one of"),
     ],
 )
@@ -151,3 +158,15 @@ def test_the_command_compiles_for_an_absent_tpu(tmp_path, script):
     document = json.loads(target.read_text())
     assert not document["fits"]
     assert document["memory"]["peak"] > document["limit"]
+
+
+@pytest.mark.slow
+def test_the_sampling_of_a_folder_is_planned(tmp_path, script):
+    write_wan(tmp_path / "wan", backbone=replace(DIT, width=128, mlp_dim=256))
+    options = ("--topology", "v5p:2x2x1", "--of", "sampler", "--size", "5x16x16", "--offload", "stages")
+    done = script(TOOL, tmp_path / "wan", *options, "--json", tmp_path / "plan.json")
+    assert done.code == 0, done.err
+    assert "fits: " in done.out
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert [stage["name"] for stage in document["stages"]] == ["text", "sampling", "decoding"]
+    assert (document["size"], document["offload"]) == ([5, 16, 16], "Stages()")

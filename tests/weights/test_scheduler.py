@@ -8,24 +8,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_video.core.config_json import from_json, to_json
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import (
     X0,
+    ClippedPrediction,
+    ClipSize,
     Ddim,
     Ddpm,
     DiscreteSchedule,
     DpmFlowSchedule,
     DpmMultistep,
+    Edm,
     Epsilon,
     Euler,
+    ExponentialShift,
     FlowMatchSchedule,
     Heun,
+    KarrasTimes,
     Lcm,
     LcmSchedule,
     LearnedVariance,
+    LinearShift,
     RectifiedFlow,
     ScaledLinearBetas,
     StepInterval,
+    ThresholdedPrediction,
     UniPc,
     UniPcFlowSchedule,
     V,
@@ -34,7 +42,9 @@ from dit_video.diffusion import (
     make_estimator,
     stateless,
 )
+from dit_video.generation import Sampling
 from dit_video.weights import LoadedScheduler, load_scheduler
+from support.published_schedulers import PUBLISHED
 
 # The scheduler of Wan 2.1, without settings at their defaults.
 WAN = {
@@ -68,9 +78,14 @@ def test_the_flow_matching_scheduler_is_read(tmp_path):
     ("changes", "words"),
     [
         (
-            {"_class_name": "PNDMScheduler"},
-            "PNDMScheduler. Supported classes are UniPCMultistepScheduler, FlowMatchEuler",
+            {"_class_name": "UnCLIPScheduler"},
+            "UnCLIPScheduler. Supported classes are UniPCMultistepScheduler, FlowMatchEuler",
         ),
+        (
+            {"use_dynamic_shifting": True},
+            "use_dynamic_shifting=True. Supported: False or None. For a shift by size use Fl",
+        ),
+        ({"shift_terminal": 1.5}, "terminal_time=1.5 is invalid"),
         ({"warp": 2}, "sets warp. Supported settings of UniPCMultistepScheduler are num_train_timesteps, beta_start"),
         ({"prediction_type": "epsilon"}, "prediction_type='epsilon'. Supported: 'flow_prediction'"),
         ({"use_flow_sigmas": False}, "prediction_type='flow_prediction'. Supported: 'epsilon' or 'sample' or 'v_p"),
@@ -162,9 +177,74 @@ def test_dpm_solver_for_a_flow_is_read(tmp_path):
     assert result == LoadedScheduler(DpmMultistep(kind="heun"), RectifiedFlow(shift=3.0), DpmFlowSchedule())
 
 
-def test_clipping_of_samples_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"clip_sample=True\. Supported: False"):
-        load(tmp_path, {"_class_name": "DDIMScheduler"})
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_schedulers_are_read(tmp_path, name):
+    result = load(tmp_path, PUBLISHED[name])
+    assert from_json(to_json(Sampling(solver=result.solver, time_schedule=result.time_schedule)))
+    times = result.time_schedule(result.process.specialize(ClipSize(5, 600)), 10)
+    assert times.times.shape == (11,)
+    assert (np.diff(times.times) < 0).all()
+
+
+def test_clipping_and_thresholding_are_predictions(tmp_path):
+    ddpm = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
+    clipped = ClippedPrediction(max_value=1.5)
+    assert load(tmp_path, ddpm | {"clip_sample_range": 1.5}).prediction == LearnedVariance(prediction=clipped)
+    heun = load(tmp_path, {"_class_name": "HeunDiscreteScheduler", "clip_sample": True})
+    assert heun.prediction == ClippedPrediction(recompute_noise=True)
+    settings = {"thresholding": True, "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5}
+    thresholded = ThresholdedPrediction(prediction=V(), quantile=0.95, max_threshold=1.5)
+    for kind in ("DDIMScheduler", "LCMScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"):
+        document = {"_class_name": kind, "prediction_type": "v_prediction", **settings}
+        assert load(tmp_path, document).prediction == thresholded
+
+
+def test_settings_that_a_scheduler_does_not_read_are_ignored(tmp_path):
+    euler = {"_class_name": "EulerDiscreteScheduler"}
+    assert load(tmp_path, euler | {"clip_sample": True, "thresholding": True}) == load(tmp_path, euler)
+
+
+def test_a_shift_by_size_is_that_of_the_tokens_of_a_clip(tmp_path):
+    flux = load(tmp_path, PUBLISHED["flux-dev"])
+    assert flux.process == RectifiedFlow(size_shift=ExponentialShift(tokens=(256, 4096), mu=(0.5, 1.15)))
+    assert flux.time_schedule == FlowMatchSchedule(is_end_shifted_twice=False)
+    linear = load(tmp_path, PUBLISHED["flux-dev"] | {"time_shift_type": "linear"})
+    assert linear.process.size_shift == LinearShift(tokens=(256, 4096), shifts=(0.5, 1.15), per="clip")
+
+
+def test_continuous_sigmas_are_a_process_that_adds_noise(tmp_path):
+    result = load(tmp_path, PUBLISHED["stable-video-diffusion"])
+    times = KarrasTimes(min_ratio=0.002, max_ratio=700.0, log_ratio_scale=0.25 / 1000)
+    assert result == LoadedScheduler(Euler(), Edm(sigma_max=700.0, data_std=1.0), times, V())
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (
+            {"_class_name": "EulerDiscreteScheduler", "sigma_max": 80.0},
+            r"sigma_max=80\.0.* Use both sigmas with timestep",
+        ),
+        (
+            {**PUBLISHED["stable-video-diffusion"], "use_karras_sigmas": False},
+            r"is not supported\. Use .*use_karras_sigmas",
+        ),
+        ({"_class_name": "EulerDiscreteScheduler", "rescale_betas_zero_snr": True}, r"Use the prediction_type that"),
+        (
+            {"_class_name": "HeunDiscreteScheduler", "use_karras_sigmas": True, "use_beta_sigmas": True},
+            r"use_karras_sigmas and use_beta_sigmas are exclusive\. Use one",
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True, "final_sigmas_type": "sigma_min"},
+            r"euler_at_final=True is not supported .* Use 'zero'",
+        ),
+        ({"_class_name": "UniPCMultistepScheduler", "shift_terminal": 0.1}, r"Use shift_terminal=None"),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace"}, r"Supported: 'leading' or 'trailing'"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused_with_the_file(tmp_path, document, message):
+    with pytest.raises(UserError, match=rf"scheduler_config\.json: .*{message}"):
+        load(tmp_path, document)
 
 
 def test_a_missing_scheduler_is_refused(tmp_path):

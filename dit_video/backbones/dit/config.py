@@ -1,7 +1,7 @@
 """Architecture of the diffusion transformer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -117,6 +117,7 @@ class DitArchitecture(BackboneConfig):
     half of the channels at each position, or computed and dropped (SiT)."""
     time: Literal["segment", "token"] = "segment"
     """Diffusion time: one for all tokens of a clip, or one per token, which is 0 for tokens of known frames."""
+    accepts_clip_times: ClassVar[bool] = True
     cond_channels: int = 0
     """Number of channels of clean latents and masks that accompany the noisy latents (`ConditioningLatents`)."""
     conditioning: tuple[ClipConditioning, ...] = ()
@@ -264,7 +265,8 @@ class DitArchitecture(BackboneConfig):
         ends = video_tokens * width * (self.token_width + self.cond_width + position + self.output_width)
         per_block = self.modulation == "own"
         modulations = 2 + 6 * ((layers + temporal) if per_block else 1)
-        times = tokens if self.time == "token" else 1 + (self.extra_tokens > self.registers)
+        # Of noisy and of clean tokens; see `ClipTimes`.
+        times = 1 + (self.time == "token" or self.extra_tokens > self.registers)
         conditions = times * (TIME_FEATURES * width + square + modulations * square)
         if self.context.pooled:
             conditions += self.context_width * width

@@ -25,6 +25,7 @@ from dit_video.backbones.dit.cache import KvCache, apply_blocks_with_cache
 from dit_video.backbones.dit.conditioning import CrossAttention, JointAttention
 from dit_video.backbones.dit.config import TIME_FEATURES, DitArchitecture
 from dit_video.backbones.dit.positions import BoundaryEmbedding
+from dit_video.backbones.times import ClipTimes
 from dit_video.conditioning import ClassIds, Conditioning, ConditioningLatents, TextTokens
 from dit_video.nn import (
     ONE_DEVICE,
@@ -101,7 +102,7 @@ class Dit(nnx.Module):
     def __call__(
         self,
         noisy: Float[Array, "B N p"],
-        time: Float[Array, "B _"],
+        time: Float[Array, "B _"] | ClipTimes,
         layout: PackedRows,
         conditioning: Conditioning,
         state: Any = None,
@@ -133,7 +134,11 @@ class Dit(nnx.Module):
         return apply_blocks_with_cache(self, x, inputs, state, length=length)[1]
 
     def embed_inputs(
-        self, noisy: Float[Array, "B N p"], time: Float[Array, "B _"], layout: PackedRows, conditioning: Conditioning
+        self,
+        noisy: Float[Array, "B N p"],
+        time: Float[Array, "B _"] | ClipTimes,
+        layout: PackedRows,
+        conditioning: Conditioning,
     ) -> tuple[Float[Array, "B T D"], DitInputs]:
         """Return the embedded tokens, first those of the clips, and the blocks' other inputs."""
         config = self.config
@@ -197,11 +202,16 @@ class Dit(nnx.Module):
         return -head if config.time_embedding.reversed else head
 
     def _embed_conditions(
-        self, tokens: _Tokens, time: Float[Array, "B _"], layout: PackedRows, conditioning: Conditioning
+        self, tokens: _Tokens, time: Float[Array, "B _"] | ClipTimes, layout: PackedRows, conditioning: Conditioning
     ) -> tuple[TokenConditions, Float[Array, "B G D"]]:
         """Return the conditions of tokens, and those of segments, which have one time."""
-        static = self._embed_static_condition(layout, conditioning)
-        if self.config.time == "token":
+        static, conditions = self._embed_static_condition(layout, conditioning), tokens.conditions
+        has_clean = self.config.extra_tokens > self.config.registers
+        if isinstance(time, ClipTimes):
+            numbers, extras = time.get_numbers(layout), slice(time.is_clean.shape[1], None)
+            conditions, has_clean = jnp.concatenate([numbers, conditions[:, extras]], axis=1), True
+            time = time.values
+        elif self.config.time == "token":
             # Known tokens of a segment are at time 0: its time is that of the others.
             segment_time, extras = layout.max(time), slice(time.shape[1], None)
             extra_time = expand_to_tokens(segment_time, tokens.segments[:, extras])
@@ -210,9 +220,9 @@ class Dit(nnx.Module):
             token_condition = nnx.silu(token_condition + expand_to_tokens(static, tokens.segments))
             return TokenConditions(token_condition, None), nnx.silu(self._embed_time(segment_time) + static)
         segment_condition = values = nnx.silu(self._embed_time(time) + static)
-        if self.config.extra_tokens > self.config.registers:
+        if has_clean:
             values = jnp.concatenate([values, nnx.silu(self._embed_time(jnp.zeros_like(time)) + static)], axis=1)
-        return TokenConditions(values, tokens.conditions), segment_condition
+        return TokenConditions(values, conditions), segment_condition
 
     def _embed_time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:
         embedding = self.config.time_embedding

@@ -5,9 +5,10 @@ all blocks, and the head's table is added to the time before that projection; th
 cross-attention is learned; text is padded with zeros to a fixed length, and the padding is attended to.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from dit_video.backbones.dit.blocks import TokenConditions, split_heads
 from dit_video.backbones.dit.conditioning import TIME_SCALE
 from dit_video.backbones.dit.config import check_patterns
 from dit_video.backbones.protocol import BackboneConfig, ClipTokens, count_self_pairs, count_tokens, widen_kernel
+from dit_video.backbones.times import ClipTimes
 from dit_video.conditioning import Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.nn import (
@@ -48,7 +50,8 @@ class WanDitConfig(BackboneConfig):
 
     Raises:
       UserError: heads that do not divide the width into even parts, a text length below 1, image positions without an
-        image width, or patterns that do not divide the layers or that the attention backend does not support.
+        image width, factors of positions that are not positive, or patterns that do not divide the layers or that the
+        attention backend does not support.
     """
 
     channels: int = 16
@@ -73,6 +76,13 @@ class WanDitConfig(BackboneConfig):
     """Number of sines and cosines of the time."""
     time: Literal["segment", "token"] = "segment"
     """Diffusion time per segment, or per token as in TI2V-5B, whose first latent frame can be known and at time 0."""
+    accepts_clip_times: ClassVar[bool] = True
+    position_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Factors of positions (t, h, w), see `Rotary3d.scale`: trained rate / new rate of frames for clips of another
+    rate, or trained extent / new extent for clips that are longer or larger than in training (arXiv 2306.15595)."""
+    position_stretch: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Ratios new extent / trained extent, see `Rotary3d.stretch`: only slow rotations are slowed, so that longer clips
+    repeat less while neighbouring frames stay apart, as RIFLEx does with one of them (arXiv 2502.15894)."""
     pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
     """Pattern of self-attention, or several that the layers use in turn."""
     attention: Backend = "auto"
@@ -86,6 +96,7 @@ class WanDitConfig(BackboneConfig):
         check_at_least(1, text_length=self.text_length)
         if self.image_positions is not None and self.image_width is None:
             raise UserError(f"image_positions={self.image_positions} needs image tokens; set image_width")
+        _ = self.rotary  # Its constructor checks the factors.
         check_patterns(self.patterns, self.layers)
         check_attention(self.attention, *self.patterns)
 
@@ -95,20 +106,26 @@ class WanDitConfig(BackboneConfig):
 
     @property
     def rotary(self) -> Rotary3d:
-        return Rotary3d.even(self.width // self.heads)
+        even = Rotary3d.even(self.width // self.heads)
+        return dataclasses.replace(even, scale=self.position_scale, stretch=self.position_stretch)
+
+    @property
+    def block_count(self) -> int:
+        """Return the number of all blocks of the model."""
+        return self.layers
 
     def count_pairs(self, clip: ClipTokens, *, text: int) -> int:
         cross_pairs = count_tokens(clip) * self.text_length  # whatever the text, which is padded
-        return round(self.layers * (count_self_pairs(self, clip, 0) + cross_pairs))
+        return round(self.block_count * (count_self_pairs(self, clip, 0) + cross_pairs))
 
     def count_multiplications(self, clip: ClipTokens, *, text: int, image: int) -> int:
-        width, layers, square = self.width, self.layers, self.width**2
+        width, layers, square = self.width, self.block_count, self.width**2
         tokens = count_tokens(clip)
         if image and self.image_width is None:
             raise UserError(f"image_width=None has no image tokens; leave out images, of which this clip has {image}")
         block = 6 * square + 2 * width * self.mlp_dim
         ends = tokens * width * (2 * self.token_width + self.cond_width)
-        times = tokens if self.time == "token" else 1
+        times = 2 if self.time == "token" else 1  # of noisy and of clean tokens; see `ClipTimes`
         conditions = times * (self.time_width * width + 7 * square)
         context = text * (self.context_width * width + square + layers * 2 * square)
         if self.image_width is not None:
@@ -173,6 +190,8 @@ class WanInputs(NamedTuple):
     text: PaddedText
     image: ImageTokens | None
     """Embedded image tokens."""
+    control: Any = None
+    """Inputs of a control stack next to the blocks, in a model that has one."""
 
 
 class WanDit(nnx.Module):
@@ -187,7 +206,7 @@ class WanDit(nnx.Module):
         self.text_out = linear(width, width, init="normal", dtype=dtype)
         self.time_in = linear(config.time_width, width, init="normal", precision="highest")
         self.time_out = linear(width, width, init="normal", precision="highest")
-        # With a time per token, this is a large product.
+        # With a time of every token, this is a large product.
         self.modulation = linear(width, 6 * width, precision="highest" if config.time == "segment" else None)
         self.image = None if config.image_width is None else WanImageEmbedding(config, parallel=parallel, rngs=rngs)
         self.blocks = make_stack(lambda r: WanBlock(config, parallel=parallel, rngs=r), config.layers, rngs=rngs)
@@ -197,7 +216,7 @@ class WanDit(nnx.Module):
     def __call__(
         self,
         noisy: Float[Array, "B N p"],
-        time: Float[Array, "B _"],
+        time: Float[Array, "B _"] | ClipTimes,
         layout: PackedRows,
         conditioning: Conditioning,
         state: Any = None,
@@ -213,25 +232,33 @@ class WanDit(nnx.Module):
         return self.apply_head(x, inputs), state
 
     def embed_inputs(
-        self, noisy: Float[Array, "B N p"], time: Float[Array, "B _"], layout: PackedRows, conditioning: Conditioning
+        self,
+        noisy: Float[Array, "B N p"],
+        time: Float[Array, "B _"] | ClipTimes,
+        layout: PackedRows,
+        conditioning: Conditioning,
     ) -> tuple[Float[Array, "B N D"], WanInputs]:
         """Return the embedded tokens, and the blocks' other inputs."""
         config = self.config
         segments, positions = jnp.asarray(layout.segments), jnp.asarray(layout.positions)
+        indices = segments if config.time == "segment" else None
+        if isinstance(time, ClipTimes):
+            indices = time.get_numbers(layout)
+            time = time.distinct
         features = sinusoidal_embedding(TIME_SCALE * time, config.time_width)
         embedded = self.time_out(nnx.silu(self.time_in(features)))
-        condition = TokenConditions(embedded, segments if config.time == "segment" else None)
+        condition = TokenConditions(embedded, indices)
         modulation = self.modulation(nnx.silu(embedded)).reshape(*time.shape, 6, -1)
         image = conditioning.get(ImageTokens)
         if self.image is not None and image is not None:
             image = image._replace(values=self.image(image.values, image.segments))
-        indices = None if config.patterns == (Full(),) else compute_grid_indices(positions, segments)
+        grid_indices = None if config.patterns == (Full(),) else compute_grid_indices(positions, segments)
         inputs = WanInputs(
             condition=condition,
             modulation=condition._replace(values=modulation),
             layout=layout,
             angles=compute_rotary_angles(positions, config.rotary),
-            attention_inputs=AttentionInputs.self_attention(segments, indices, segment_count=layout.count),
+            attention_inputs=AttentionInputs.self_attention(segments, grid_indices, segment_count=layout.count),
             text=self._embed_text(conditioning[TextTokens], count=layout.count),
             image=image,
         )

@@ -136,7 +136,7 @@ def load_bucket_batches(
         for clip, values, caption in zip(clips, tokens, drawn, strict=True):
             item = PackedExample(
                 np.zeros((grid.volume, width), np.float32) if values is None else values,
-                get_positions(grid, 1.0 if token_dt is None else token_dt[clip.example]),
+                get_positions(grid, 1.0 if token_dt is None else token_dt[clip.example], config.token_lead),
                 captions.empty if caption is None else caption,
                 clip.rank,
             )
@@ -147,7 +147,7 @@ def load_bucket_batches(
 
     plan = hashlib.sha256(repr((stream.hash, source.infos, limits, patch)).encode())
     if token_dt is not None:
-        plan.update(repr(tuple(token_dt)).encode())
+        plan.update(repr((*token_dt, *((config.token_lead,) if config.token_lead else ()))).encode())
     for facts in captions.iter_hash_bytes():
         plan.update(facts)
     return BucketBatches(encode_ahead(clips, batch, config), buckets, plan.hexdigest()[:16])

@@ -47,13 +47,15 @@ _MAX_CACHED_TEXTS = 64
 """Number of cached embeddings: views of a clip and clips of a class share captions. One may take 8 MB."""
 
 
-class _Inputs(NamedTuple):
-    """The inputs of an example besides its latents."""
+class _EncodedBatch(NamedTuple):
+    """Canvases with their latents, which the devices may still compute."""
 
-    first: UInt8[np.ndarray, "1 _ _ 3"]
-    """First frame, for the image encoder."""
-    fields: dict[str, np.ndarray]
-    """Values of conditioning, by name."""
+    canvases: Sequence[ClipCanvas]
+    latents: Array
+    prefixes: dict[int, Array]
+    """Latents of the canvases of which only so many first frames are kept; see `Encoding.list_prefixes`."""
+    frames: dict[int, UInt8[np.ndarray, "_ _ _ 3"] | Skipped]
+    """Frames of each view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,11 @@ class Encoding:
 
     def __post_init__(self):
         check_at_least(1, views_per_file=self.views_per_file, threads=self.threads)
+
+    def list_prefixes(self) -> tuple[int, ...]:
+        """Return the numbers of first frames that are kept, all others grey, when a clip is encoded once more."""
+        own = {number for each in self.conditioning for number in each.encoded_prefixes}
+        return tuple(sorted(own | {1} if self.cond_latents else own))
 
     def make_fields(self) -> tuple[Field, ...]:
         """Return the further fields of the latents, for denoisers that are conditioned on first frames."""
@@ -240,15 +247,14 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
             for number, batch in enumerate(batches):
                 current = decoded
                 decoded = self._submit_decoding(pool, batches[number + 1]) if number + 1 < len(batches) else {}
-                arrays, inputs = self._draw_canvases(batch, current)
-                latents = self._encode(*arrays)
-                has_cond_latents = self._encoding.cond_latents
-                cond_latents = self._encode(*arrays, first_frame_only=True) if has_cond_latents else None
+                arrays, frames = self._draw_canvases(batch, current)
+                prefixes = {kept: self._encode(*arrays, kept_frames=kept) for kept in self._encoding.list_prefixes()}
+                encoded = _EncodedBatch(batch, self._encode(*arrays), prefixes, frames)
                 if computed is not None:  # read the previous batch back while the devices encode this one
-                    yield from self._extract_latents(*computed)
-                computed = batch, latents, cond_latents, inputs
+                    yield from self._extract_latents(computed)
+                computed = encoded
             if computed is not None:
-                yield from self._extract_latents(*computed)
+                yield from self._extract_latents(computed)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -276,57 +282,51 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
 
     def _draw_canvases(
         self, batch: Sequence[ClipCanvas], decoded: dict[int, Future]
-    ) -> tuple[tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]], dict[int, _Inputs | Skipped]]:
+    ) -> tuple[tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]], dict[int, np.ndarray | Skipped]]:
         size, stride = batch[0].size, self._encoding.autoencoder.stride
         rows = self._get_batch_size(size)
         canvases = np.zeros((rows, *size, 3), np.uint8)
         inside = np.zeros((rows, size.h // stride.h, size.w // stride.w), np.int32)
-        inputs: dict[int, _Inputs | Skipped] = {}
+        views: dict[int, np.ndarray | Skipped] = {}
         for row, canvas in enumerate(batch):
             inside[row] = compute_segment_ids(canvas, self._sizes, stride)
             for clip, top, left in canvas.slots:
-                frames = decoded[clip].result()
+                views[clip] = frames = decoded[clip].result()
                 if isinstance(frames, Skipped):
-                    inputs[clip] = frames
                     continue
-                inputs[clip] = _Inputs(frames[:1].copy(), self._compute_conditioning(clip, frames))
                 t, h, w = frames.shape[:3]
                 canvases[row, :t, top : top + h, left : left + w] = frames
-        return (canvases, inside), inputs
+        return (canvases, inside), views
 
-    def _compute_conditioning(self, number: int, frames: UInt8[np.ndarray, "T H W 3"]) -> dict[str, np.ndarray]:
-        view = self._plan.views[number]
-        latents = latent_grid(view.size, self._encoding.autoencoder.stride)
-        seen = ClipView(self._clips.infos[view.clip].name, frames, latents, view.start, view.flipped)
-        return {each.field.name: each.from_clip(seen) for each in self._encoding.conditioning}
-
-    def _extract_latents(
-        self,
-        batch: Sequence[ClipCanvas],
-        latents: Array,
-        cond_latents: Array | None,
-        inputs: dict[int, _Inputs | Skipped],
-    ) -> Iterator[LatentExample | Skipped]:
-        stride, encode_image = self._encoding.autoencoder.stride, self._encoding.encode_image
-        values = np.asarray(latents, np.float32)
-        cond_values = None if cond_latents is None else np.asarray(cond_latents, np.float32)
-        for row, canvas in enumerate(batch):
+    def _extract_latents(self, batch: _EncodedBatch) -> Iterator[LatentExample | Skipped]:
+        stride = self._encoding.autoencoder.stride
+        values = np.asarray(batch.latents, np.float32)
+        prefixes = {kept: np.asarray(latents, np.float32) for kept, latents in batch.prefixes.items()}
+        for row, canvas in enumerate(batch.canvases):
             for clip, top, left in canvas.slots:
-                own = inputs[clip]
-                if isinstance(own, Skipped):
-                    yield own
+                frames = batch.frames[clip]
+                if isinstance(frames, Skipped):
+                    yield frames
                     continue
                 view = self._plan.views[clip]
                 info, grid = self._clips.infos[view.clip], latent_grid(view.size, stride)
                 rows, columns = top // stride.h, left // stride.w
                 region = row, slice(grid.t), slice(rows, rows + grid.h), slice(columns, columns + grid.w)
+                encoded = {kept: latents[region] for kept, latents in prefixes.items()}
+                seen = ClipView(info.name, frames, grid, view.start, view.flipped, encoded)
                 text = () if self._text is None else tuple(self._text(caption) for caption in info.captions)
-                fields = dict(own.fields)
-                if cond_values is not None:
-                    fields[COND_LATENTS] = cond_values[region]
-                if encode_image is not None:
-                    fields[IMAGE_TOKENS] = encode_image(own.first)[0]
-                yield LatentExample(view.name, info.captions, values[region], info.name, text, fields)
+                yield LatentExample(
+                    view.name, info.captions, values[region], info.name, text, self._compute_fields(seen)
+                )
+
+    def _compute_fields(self, view: ClipView) -> dict[str, np.ndarray]:
+        encode_image = self._encoding.encode_image
+        fields = {each.field.name: each.from_clip(view) for each in self._encoding.conditioning}
+        if self._encoding.cond_latents:
+            fields[COND_LATENTS] = view.encoded[1]
+        if encode_image is not None:
+            fields[IMAGE_TOKENS] = encode_image(view.frames[:1])[0]
+        return fields
 
 
 def measure_latent_moments(

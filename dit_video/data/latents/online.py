@@ -53,24 +53,24 @@ class CanvasEncoder:
         canvases: UInt8[np.ndarray, "B T H W 3"],
         segment_ids: Int32[np.ndarray, "B h w"],
         *,
-        first_frame_only: bool = False,
+        kept_frames: int | None = None,
     ) -> Array:
         """Return the latents [B t h w c] of canvases, without blocking.
 
-        `segment_ids` are nonzero where a latent position belongs to a clip. With `first_frame_only` all other frames
-        are grey.
+        `segment_ids` are nonzero where a latent position belongs to a clip. All frames after the first `kept_frames`
+        are grey; None keeps all.
         """
         inputs = jax.device_put((canvases, segment_ids), self._split)
-        return _encode_canvases(self._graph, first_frame_only, self._params, *inputs)
+        return _encode_canvases(self._graph, kept_frames, self._params, *inputs)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _encode_canvases(
-    graph: nnx.GraphDef, first_frame_only: bool, params: dict[str, Any], canvases: Array, segment_ids: Array
+    graph: nnx.GraphDef, kept_frames: int | None, params: dict[str, Any], canvases: Array, segment_ids: Array
 ) -> Array:
     clips = pixels.to_float(canvases)
-    if first_frame_only:
-        clips = clips.at[:, 1:].set(0)
+    if kept_frames is not None:
+        clips = clips.at[:, kept_frames:].set(0)
     return nnx.merge(graph, params).encode(clips, segment_ids)
 
 

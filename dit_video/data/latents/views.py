@@ -29,6 +29,11 @@ class Augmentations:
     def __post_init__(self):
         check_at_least(1, clips_per_video=self.clips_per_video, resolutions=min(self.resolutions, default=None))
 
+    def list_limits(self, limits: SizeLimits) -> tuple[SizeLimits, ...]:
+        """Return the limits of every resolution, beginning with the largest: a clip has a view at each of them."""
+        smaller = (min(resolution, limits.max_pixels) for resolution in self.resolutions)
+        return (limits, *(replace(limits, max_pixels=max_pixels) for max_pixels in smaller))
+
 
 class View(NamedTuple):
     """One of the ways in which a clip is encoded."""
@@ -52,10 +57,9 @@ def list_views(infos: Sequence[ClipInfo], limits: SizeLimits, augmentations: Aug
     """
     clip_views = []
     for number, info in enumerate(infos):
-        sizes = {fit_size(info, limits): limits}
-        for resolution in augmentations.resolutions:
-            smaller = replace(limits, max_pixels=min(resolution, limits.max_pixels))
-            sizes.setdefault(fit_size(info, smaller), smaller)
+        sizes: dict[Grid, SizeLimits] = {}
+        for size_limits in augmentations.list_limits(limits):
+            sizes.setdefault(fit_size(info, size_limits), size_limits)
         for (size, size_limits), start, flipped in itertools.product(
             sizes.items(),
             _get_crop_starts(info, limits, augmentations.clips_per_video),

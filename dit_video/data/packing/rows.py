@@ -87,6 +87,7 @@ class RowLayout:
       token_dt: spacing of consecutive tokens along time for each example, in the unit of the positions; None counts
         tokens.
       attention_pairs: function from a grid to its token pairs in attention; None for full attention.
+      token_lead: fraction of `token_dt` by which all tokens but a clip's first begin earlier.
 
     Raises:
       UserError: an example is larger than a row, or the mixture is of other examples.
@@ -104,9 +105,10 @@ class RowLayout:
         balance: Balance | None = None,
         token_dt: Sequence[float] | None = None,
         attention_pairs: Callable[[Grid], float] | None = None,
+        token_lead: float = 0.0,
     ):
         self.grids, self.captions, self.shape, self.names, self._seed = grids, captions, shape, names, seed
-        self._token_dt = token_dt
+        self._token_dt, self._token_lead = token_dt, token_lead
         grid_pairs = None if attention_pairs is None else {grid: float(attention_pairs(grid)) for grid in set(grids)}
         text = np.asarray([max(lengths) for lengths in captions.lengths], np.int64)
         self.stream = RowStream(
@@ -124,7 +126,7 @@ class RowLayout:
         for facts in captions.iter_hash_bytes():
             content.update(facts)
         if token_dt is not None:
-            content.update(repr(tuple(token_dt)).encode())
+            content.update(repr((*token_dt, *((token_lead,) if token_lead else ()))).encode())
         self.hash: str = content.hexdigest()[:16]
         """Hash of the plan and of the examples' names, sizes and captions."""
 
@@ -144,7 +146,7 @@ class RowLayout:
             text = read_caption(self.captions, member.example, member.caption, self.names[member.example])
             valid.append(not clip.is_damaged and text is not None)
             interval = 1.0 if self._token_dt is None else self._token_dt[member.example]
-            positions = get_positions(self.grids[member.example], interval)
+            positions = get_positions(self.grids[member.example], interval, self._token_lead)
             text = self.captions.empty if text is None else text
             items.append(PackedExample(clip.tokens, positions, text, member.rank, clip.fields))
         widths = {"width": clips[0].tokens.shape[1], "text_width": self.captions.width}
@@ -280,6 +282,6 @@ def log_damaged_clip(name: str, error: UserError) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def get_positions(grid: Grid, interval: float) -> Float32[np.ndarray, "n 3"]:
-    """Return the positions of a grid's tokens at this spacing along time, from a cache."""
-    return compute_positions(grid, step=(interval, 1.0, 1.0))
+def get_positions(grid: Grid, interval: float, lead: float = 0.0) -> Float32[np.ndarray, "n 3"]:
+    """Return the positions of a grid's tokens at this spacing and lead along time, from a cache."""
+    return compute_positions(grid, step=(interval, 1.0, 1.0), lead=lead)

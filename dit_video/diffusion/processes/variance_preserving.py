@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float64
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.typing import SameArray
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.process import MIN_ALPHA, Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,25 +79,40 @@ class VariancePreservingProcess(Process):
     steps $\log \alpha$ is interpolated linearly (arXiv 2006.11239).
 
     Raises:
-      UserError: If there are no steps.
+      UserError: If there are no steps, fewer than two with `zero_terminal_snr`, or `snr_shift` is not positive.
     """
 
     betas: BetaSchedule = LinearBetas()
     """Variances of the noise steps."""
     steps: int = 1000
     """Number of noise steps."""
+    snr_shift: float = 1.0
+    r"""Divisor of the signal-to-noise ratio $\alpha^2 / \sigma^2$ that the betas define: above 1 more noise
+    (CogVideoX, arXiv 2408.06072; `snr_shift_scale` of diffusers)."""
+    zero_terminal_snr: bool = False
+    r"""Pure noise after the last step: all $\alpha$ are moved down by that of the last step and scaled such that the
+    first one is kept (arXiv 2305.08891, algorithm 1; `rescale_betas_zero_snr` of diffusers)."""
 
     def __post_init__(self):
-        check_at_least(1, steps=self.steps)
+        check_at_least(2 if self.zero_terminal_snr else 1, steps=self.steps)
+        if not 0 < self.snr_shift < float("inf"):
+            raise UserError(f"snr_shift={self.snr_shift} is invalid: it must be positive. Use 1 for that of the betas.")
 
     @functools.cached_property
     def log_alpha_squared(self) -> Float64[np.ndarray, " steps"]:
-        r"""Return $\log \alpha^2$ after 0, 1, 2, ... steps."""
-        return np.concatenate([[0.0], np.cumsum(np.log1p(-self.betas(self.steps)))])
+        r"""Return $\log \alpha^2$ after 0, 1, 2, ... steps; for pure noise that of `MIN_ALPHA`."""
+        values = np.cumsum(np.log1p(-self.betas(self.steps)))
+        values = values - np.log(self.snr_shift + (1 - self.snr_shift) * np.exp(values))
+        if self.zero_terminal_snr:
+            alphas = np.exp(values / 2)
+            alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
+            values = 2 * np.log(np.maximum(alphas, MIN_ALPHA))
+        return np.concatenate([[0.0], values])
 
     def alpha(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         xp = _get_array_module(time)
-        return xp.exp(self._interpolate_log_alpha_squared(time) / 2)
+        alpha = xp.exp(self._interpolate_log_alpha_squared(time) / 2)
+        return xp.where(time >= 1, 0.0, alpha).astype(alpha.dtype) if self.zero_terminal_snr else alpha
 
     def sigma(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         xp = _get_array_module(time)

@@ -92,18 +92,19 @@ class Lcm(OneStepSolver):
 
     The data are $c_{skip} x + c_{out} \hat x_0$ with $c_{skip} = d^2 / (u^2 + d^2)$ and
     $c_{out} = u / \sqrt{u^2 + d^2}$, where $d$ is `data_std` and $u$ is `scaling` times the time, so that at time 0
-    they are $x$ itself (arXiv 2303.01469, algorithm 1; 2310.04378, algorithm 3). For a model that was not distilled it
-    is a poor sampler.
+    they are $x$ itself (arXiv 2303.01469, algorithm 1; 2310.04378, algorithm 3). With `scaling` None they are
+    $\hat x_0$, as for a distilled flow (`stochastic_sampling` of diffusers). For a model that was not distilled it is a
+    poor sampler.
 
     Raises:
       UserError: If `scaling` or `data_std` is not positive.
     """
 
-    scaling: float = 10_000.0
+    scaling: float | None = 10_000.0
     data_std: float = 0.5
 
     def __post_init__(self):
-        if not min(self.scaling, self.data_std) > 0:
+        if not min(1 if self.scaling is None else self.scaling, self.data_std) > 0:
             raise UserError(f"{self} is invalid: both must be positive. Use the defaults 10000 and 0.5.")
 
     @property
@@ -112,10 +113,11 @@ class Lcm(OneStepSolver):
 
     def step(self, estimate: Estimator, process: Process, state: SolverState, interval: StepInterval) -> SolverState:
         """Estimate the data and add fresh noise for the next time."""
-        scaled = self.scaling * interval.time
-        size = scaled**2 + self.data_std**2
-        prediction = estimate(state.x, interval.time).data
-        data = self.data_std**2 / size * state.x + scaled / jnp.sqrt(size) * prediction
+        data = estimate(state.x, interval.time).data
+        if self.scaling is not None:
+            scaled = self.scaling * interval.time
+            size = scaled**2 + self.data_std**2
+            data = self.data_std**2 / size * state.x + scaled / jnp.sqrt(size) * data
         return SolverState(process.add_noise(data, _get_noise(interval), interval.next_time))
 
 

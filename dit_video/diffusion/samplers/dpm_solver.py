@@ -55,8 +55,8 @@ class _DpmSolver(Solver):
 class DpmMultistep(_DpmSolver):
     """DPM-Solver++(2M), or its SDE form with `eta` 1; one evaluation per step.
 
-    The line goes through the previous evaluation. The first step is of first order, and so is a step to time 0, where
-    the log-SNR is infinite.
+    The line goes through the previous evaluation. The first step is of first order, and so is the one after a step from
+    pure noise and a step to time 0, where the log-SNR is infinite.
 
     Raises:
       UserError: If eta is negative.
@@ -82,6 +82,7 @@ class DpmMultistep(_DpmSolver):
         time, next_time, _ = interval
         data = estimate(state.x, time).data
         is_first_order = (state.steps_done == 0) | (next_time == 0) | (self.order == 1)
+        is_first_order |= process.alpha(state.time) == 0
         if self.lower_order_final:
             is_first_order |= (state.steps_left == 1) & (state.steps_done + state.steps_left < _LOWER_ORDER_STEP_LIMIT)
         # The slope of the line needs the step lengths before and after this evaluation. A first-order step has no
@@ -135,8 +136,9 @@ def _advance(
     if eta == 0:
         return deterministic
     assert noise is not None, "the sampling loop passes noise to stochastic solvers"
-    # The solution scales `x` by e^{-eta^2 h}; `deterministic` has the factor 1, as for eta=0.
-    decay = sigma / process.sigma(time) * jnp.expm1(-(eta**2) * h) * x
+    # The solution scales `x` by e^{-eta^2 h}; `deterministic` has the factor 1, as for eta=0. Of pure noise nothing is
+    # left: there h is infinite, while that of `half_log_snr` is bounded.
+    decay = sigma / process.sigma(time) * jnp.where(process.alpha(time) == 0, -1.0, jnp.expm1(-(eta**2) * h)) * x
     return deterministic + decay + sigma * jnp.sqrt(-jnp.expm1(-2 * eta**2 * h)) * noise
 
 

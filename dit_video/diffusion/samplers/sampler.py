@@ -19,6 +19,7 @@ from dit_video.diffusion.predictions import DenoiseFn, Prediction, Velocity, est
 from dit_video.diffusion.processes.process import Estimate, Process, Values
 from dit_video.diffusion.samplers.ancestral import Ddim, Ddpm, Lcm
 from dit_video.diffusion.samplers.dpm_solver import DpmMultistep, DpmSinglestep
+from dit_video.diffusion.samplers.pndm import Pndm
 from dit_video.diffusion.samplers.solvers import Euler, Heun, Solver, StepInterval
 from dit_video.diffusion.samplers.unipc import UniPc
 
@@ -38,6 +39,7 @@ SAMPLERS: dict[str, Solver] = {
     "euler-ancestral": Ddim(eta=1.0),
     "heun": Heun(),
     "lcm": Lcm(),
+    "pndm": Pndm(),
     "unipc": UniPc(),
 }
 
@@ -198,7 +200,9 @@ def advance(
         evaluations: list[tuple[Estimate, Any]] = []
 
         def estimate(noisy: Values, end: Array) -> Estimate:
-            model_time = model_times[jnp.where(end == time, index, index + 1)]
+            model_time, next_model_time = model_times[index], model_times[index + 1]
+            passed = jnp.where(end == next_time, 1.0, (time - end) / (time - next_time))
+            model_time = (1 - passed) * model_time + passed * next_model_time
             model = lambda noisy, _, state: denoise(noisy, model_time, state)  # noqa: E731
             evaluations.append(estimate_with_state(model, process, prediction, noisy, end, state.denoiser))
             return evaluations[-1][0]

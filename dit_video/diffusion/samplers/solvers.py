@@ -25,8 +25,9 @@ class StepInterval(NamedTuple):
 class Solver(ABC):
     """A method that steps from noise to data, one interval per step.
 
-    It evaluates `estimate` at the ends of intervals only. The first evaluation of a step is at its start and outside of
-    control flow such as `lax.cond`, since the sampling loop keeps the model's state after it.
+    It evaluates `estimate` at the ends of an interval or between them, where the model time is interpolated linearly.
+    The first evaluation of a step is at its start and outside of control flow such as `lax.cond`, since the sampling
+    loop keeps the model's state after it.
     """
 
     @property

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from dit_video.core.offload import HOST
 from dit_video.core.trees import flatten
 from dit_video.distributed.planner.hardware import find_chip
 from dit_video.distributed.planner.hlo import Program, read_program
@@ -161,8 +162,10 @@ def _classify_leaf(path: str) -> str:
 
 
 def count_local_bytes(leaf: Any) -> int:
-    """Return the bytes of an array's shard on one device."""
+    """Return the bytes of an array's shard on one device; 0 of an array in host memory."""
     sharding = getattr(leaf, "sharding", None)
+    if sharding is not None and sharding.memory_kind == HOST:
+        return 0
     shape = tuple(leaf.shape) if sharding is None else sharding.shard_shape(tuple(leaf.shape))
     return math.prod(shape) * leaf.dtype.itemsize
 

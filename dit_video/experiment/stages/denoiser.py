@@ -7,7 +7,6 @@ from dit_video.core.files import write_json
 from dit_video.core.storage import StoragePath
 from dit_video.data.captions import CaptionSource
 from dit_video.data.loader import DenoiserBatches
-from dit_video.data.sizes import fit_size
 from dit_video.distributed import count_row_shards
 from dit_video.experiment import export, input_pipeline, monitors
 from dit_video.experiment.autoencoder import read_autoencoder
@@ -19,6 +18,7 @@ from dit_video.experiment.denoiser import (
     open_trainable_denoiser,
 )
 from dit_video.experiment.encoders import check_encoders, open_text_encoder
+from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.runtime import Runtime
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
@@ -53,15 +53,14 @@ class TrainDenoiser(DenoiserStage):
         return self.is_trained(runtime)
 
     def check(self, runtime: Runtime) -> None:
-        for info in runtime.clips.infos:
-            fit_size(info, self.experiment.limits)
-        runtime = replace(runtime, experiment=self.experiment)
+        runtime = runtime.for_stage(self.experiment)
+        self._record_excluded(runtime)
         input_pipeline.check_inputs(self.experiment, runtime.mesh, runtime.training_clips)
         check_initial_weights(self.experiment.denoiser)
         check_encoders(self.experiment, runtime)
 
     def run(self, runtime: Runtime) -> None:
-        runtime, config = replace(runtime, experiment=self.experiment), self.experiment.denoiser
+        runtime, config = runtime.for_stage(self.experiment), self.experiment.denoiser
         if self.curriculum:
             print_on_first_process(f"stage {self.curriculum}: up to step {self.end_step}")
         texts, open_batches = self.open_inputs(runtime)
@@ -145,6 +144,19 @@ class TrainDenoiser(DenoiserStage):
         imbalance = summary.get("imbalance")
         lost = f", {imbalance['mean']:.1%} of the time lost by unequal devices" if imbalance else ""
         print_on_first_process(f"{batches}{lost}")
+
+    def _record_excluded(self, runtime: Runtime) -> None:
+        """Log the clips that cannot be used, and list all of them in a file, if there are any."""
+        selections = {"training": runtime.usable_training_clips, "held_out": runtime.usable_held_out_clips}
+        path = self.get_folder(runtime) / EXCLUDED_FILE
+        excluded = {name: selected for name, selected in selections.items() if selected.excluded}
+        for selected in excluded.values():
+            print_on_first_process(f"{selected.describe()} (all are listed in {path})")
+        if runtime.process:
+            return
+        path.unlink(missing_ok=True)  # of another config, before anything was trained
+        if excluded:
+            write_json(path, {name: one.to_json() for name, one in excluded.items()})
 
     def _export(self, runtime: Runtime, trained: TrainableDenoiser, ema_params: dict[str, Any]) -> None:
         """Write the averaged weights: under the names of other projects, and as a pipeline."""

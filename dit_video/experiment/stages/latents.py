@@ -30,6 +30,7 @@ class CacheLatents(DenoiserStage):
         return self.is_trained(runtime) or super().is_done(runtime)
 
     def run(self, runtime: Runtime) -> None:
+        runtime = runtime.for_stage(self.experiment)
         encoding, clips = self.make_encoding(runtime), runtime.training_clips
         destination = self._get_destination(runtime)
         identity, plan = offline.compute_latent_identity(encoding, clips), offline.plan_encoding(clips, encoding)
@@ -54,6 +55,7 @@ class CacheLatents(DenoiserStage):
         Raises:
           UserError: they are of other clips or of another autoencoder.
         """
+        runtime = runtime.for_stage(self.experiment)
         identity = offline.compute_latent_identity(self.make_encoding(runtime), runtime.training_clips)
         source = LatentSource(self._get_destination(runtime), identity=identity)
         if source.skipped:

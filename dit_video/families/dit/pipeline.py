@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from dit_video.backbones.dit import DitConfig, ImageSineCosine
 from dit_video.core.errors import MissingError, UserError
@@ -32,17 +31,15 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
 )
-from dit_video.distributed import MeshConfig
 from dit_video.families.autoencoders import load_placed_autoencoder
 from dit_video.families.dit.transformer import DitDenoiserFormat
-from dit_video.families.family import INDEX, Dtype, Family
+from dit_video.families.family import INDEX, Family, LoadOptions
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import ClassNamesConfig
 from dit_video.tokens import Grid
 from dit_video.weights import LoadedScheduler, load_scheduler
-from dit_video.weights.parameter import Placement, place_on_device
 
 CLASS = "DiTPipeline"
 DENOISER = DitDenoiserFormat()
@@ -65,56 +62,44 @@ class DitFamily(Family):
         has_parts = all((folder / part).is_dir() for part in _REQUIRED_PARTS)
         return super().is_pipeline(folder) or (has_parts and not (folder / INDEX).is_file())
 
-    def load_pipeline(
-        self,
-        folder: Path,
-        *,
-        text_encoder: str | os.PathLike | None,
-        dtype: Dtype,
-        place: Placement | None,
-        mesh: MeshConfig | Mesh | None,
-    ) -> Pipeline:
+    def load_pipeline(self, folder: Path, options: LoadOptions) -> Pipeline:
         """Load a class-conditional image pipeline; its solver and number of steps are those of its scheduler.
 
         Args:
           folder: holds `transformer` and `vae`; a folder of diffusers also holds `scheduler` and `model_index.json`,
             which names the classes. `transformer` holds a model of diffusers, an authors' model with the arguments of
             its class in a `config.json`, or a single file of the authors under its original name.
-          text_encoder: None, as the model has no text encoder.
-          dtype: dtype of the denoiser's matrix products and of their weights.
-          place: places a parameter, given its path `backbone/…` or `autoencoder/…`; on the default device if None.
-          mesh: devices that sample together, to which `place` reads; None for one device.
+          options: dtype, devices and host memory; the model has no text encoder.
 
         Raises:
           MissingError: the folder does not exist, or lacks parts, all of which are named.
           UserError: a text encoder, a model that is not class-conditional, unsupported settings, or weights that do
             not fit.
         """
-        if text_encoder is not None:
+        if options.text_encoder is not None:
             raise UserError(f"{folder} is class-conditional and has no text encoder; leave out text_encoder")
         index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
         required = PARTS if index else _REQUIRED_PARTS
         if missing := [part for part in required if not (folder / part).is_dir()]:
             raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
-        put = place or place_on_device
         transformer = folder / "transformer"
         # The authors' model may be a single file, without a config.
         files = [] if (transformer / "config.json").is_file() else sorted(transformer.glob("*.safetensors"))
         backbone, params = DENOISER.load(
             files[0] if len(files) == 1 else transformer,
-            kernel_dtype=jnp.dtype(dtype),
-            place=lambda path, parameter: put(f"backbone/{path}", parameter),
+            kernel_dtype=jnp.dtype(options.dtype),
+            place=lambda path, parameter: options.place(f"backbone/{path}", parameter),
         )
         position = backbone.absolute_position
         if backbone.labels is None or not isinstance(position, ImageSineCosine):
             raise UserError(f"{transformer} holds no class-conditional DiT, which a {CLASS} needs")
-        autoencoder, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, put)
+        autoencoder, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, options.place)
         schedule = (
             load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(backbone)
         )
         names = index.get("id2label") or {}
         side, stride, classes = position.side, autoencoder.stride, backbone.labels.classes
-        backbone, prediction = _match_schedule(folder, replace(backbone, dtype=dtype), schedule)
+        backbone, prediction = _match_schedule(folder, replace(backbone, dtype=options.dtype), schedule)
         class_names = tuple(str(names.get(str(number), number)) for number in range(classes)) if names else ()
         config = PipelineConfig(
             autoencoder=autoencoder,
@@ -134,7 +119,13 @@ class DitFamily(Family):
             size=Grid(1, side * backbone.patch.h * stride.h, side * backbone.patch.w * stride.w),
             provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
         )
-        return Pipeline(config, autoencoder=autoencoder_params, denoiser={"backbone": params, "text": {}}, mesh=mesh)
+        return Pipeline(
+            config,
+            autoencoder=autoencoder_params,
+            denoiser={"backbone": params, "text": {}},
+            mesh=options.mesh,
+            offload=options.offload,
+        )
 
 
 def _get_default_schedule(backbone: DitConfig) -> LoadedScheduler:

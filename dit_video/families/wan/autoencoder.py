@@ -161,6 +161,15 @@ def make_document(config: CausalVaeConfig, params: Mapping[str, Any]) -> dict[st
     }
 
 
+# `clip_output` of the published TI2V-5B is no argument of diffusers' class, which drops it and always clamps its output
+# to [-1, 1] (`_decode` in `autoencoder_kl_wan.py`), as clips are clamped here.
 FORMAT = AutoencoderFormat(
-    CLASS, CausalVaeConfig, _DEFAULTS, parse_config, make_wan_vae_tensor_map, parse_normalizer, make_document
+    CLASS,
+    CausalVaeConfig,
+    _DEFAULTS,
+    parse_config,
+    make_wan_vae_tensor_map,
+    parse_normalizer,
+    make_document,
+    unused=("clip_output",),
 )

@@ -4,8 +4,9 @@ Both store the same numbers under different names. The channels of self-attentio
 differently here: the two channels that a rotary embedding rotates are adjacent there, and half a head apart here.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora import LoraModule
+from dit_video.weights.lora_modules import LoraModule
 from dit_video.weights.streaming import FileMap
 from dit_video.weights.tensor_map import TensorMap, TensorMapping
 
@@ -112,38 +113,61 @@ class WanDenoiserFormat(DenoiserFormat[WanDitConfig]):
 
     config_class = WanDitConfig
     layouts = LAYOUTS
-    unadapted = ("backbone/embed/kernel",)  # the patch embedding is a convolution there
+    unadapted: ClassVar[tuple[str, ...]] = ("backbone/embed/kernel",)  # the patch embedding is a convolution there
+    # Norms of a query of the image tokens, which there is none of: diffusers 0.33.0.dev0, which wrote the I2V folders,
+    # made them (2d8a41cae8 of huggingface/diffusers, `models/attention_processor.py`), and later ignores them
+    # (`_keys_to_ignore_on_load_unexpected` of `WanTransformer3DModel`).
+    unused = ("attn2.norm_added_q.weight",)
+    # The authors compute the time, its projection and the head in float32; diffusers keeps the first two kernels so
+    # (`_keep_in_fp32_modules`), and rounds the others.
+    float32_kernels = ("time_in/kernel", "time_out/kernel", "modulation/kernel", "head/kernel")
 
     def read_config(self, folder: Path, document: dict[str, Any]) -> WanDitConfig:
-        parse = _parse_authors_config if LAYOUTS[document["_class_name"]] == "authors" else _parse_diffusers_config
+        parse = _parse_authors_config if self.layouts[document["_class_name"]] == "authors" else _parse_diffusers_config
         return parse(folder, document)
 
     def make_document(self, config: WanDitConfig, layout: FileLayout) -> dict[str, Any]:
+        if set(config.position_scale + config.position_stretch) != {1.0}:
+            rule = "Wan's files have no factors of positions. Use (1, 1, 1), or the native format (dit_video)."
+            raise UserError(
+                f"position_scale={config.position_scale}, position_stretch={config.position_stretch} is invalid: {rule}"
+            )
         return _make_diffusers_document(config) if layout == "diffusers" else _make_authors_document(config)
 
     def make_file_map(self, config: WanDitConfig, layout: FileLayout) -> FileMap:
-        return FileMap.from_tensor_map(make_wan_tensor_map(config, layout))
+        return FileMap.from_tensor_map(self.make_tensor_map(config, layout))
+
+    def make_tensor_map(self, config: WanDitConfig, layout: FileLayout) -> TensorMap:
+        """Return the tensor map of a layout."""
+        return make_wan_tensor_map(config, layout)
 
     def get_lora_modules(
         self, config: WanDitConfig, *, primary_layout: FileLayout = "diffusers"
     ) -> dict[str, LoraModule]:
-        """Return the linear maps that a LoRA may adapt, under the names of both layouts, `primary_layout`'s first.
+        """Return the modules that a LoRA may change, under the names of both layouts, `primary_layout`'s first.
 
-        diffusers' (PEFT) files use diffusers' names, those of ComfyUI and kohya the authors'. Files are written with
-        the names of `primary_layout`.
+        diffusers' (PEFT) files use diffusers' names, those of ComfyUI, kohya and LightX2V the authors'. Files are
+        written with the names of `primary_layout`. A model without image tokens lacks the modules of I2V models.
         """
-        reordered = {f"blocks/{ours}/kernel" for ours, *_ in _ROTARY_LINEAR}
+        reordered = tuple(f"blocks/{ours}/kernel" for ours, *_ in _ROTARY_LINEAR)
         mapping = TensorMapping("", "(heads j two) -> (heads two j)", (("heads", config.heads), ("two", 2)))
         order = tuple(map(int, mapping.to_ours(np.arange(config.width))))
+        with_images = replace(config, image_width=config.image_width or 1, image_positions=config.image_positions or 1)
         modules: dict[str, LoraModule] = {}
         for layout in sorted(LAYOUTS.values(), key=lambda layout: layout != primary_layout):
-            for path, foreign in make_wan_tensor_map(config, layout).items():
-                if not path.endswith("/kernel") or f"backbone/{path}" in self.unadapted:
-                    continue
-                path_order = order if path in reordered else None
+            own = self.make_tensor_map(config, layout)
+            for path, foreign in self.make_tensor_map(with_images, layout).items():
+                if path.endswith(("/bias", "/shift")):
+                    continue  # changed by their module's `diff_b`
+                is_linear = path.endswith("/kernel") and f"backbone/{path}" not in self.unadapted
+                module = LoraModule(
+                    path if path in own else None,
+                    order=order if path.endswith(reordered) else None,
+                    mapping=None if is_linear else foreign,
+                )
                 for layer, name in enumerate(foreign.names):
                     stack_layer = None if foreign.layers is None else layer
-                    modules[name.removesuffix(".weight")] = LoraModule(path, stack_layer, order=path_order)
+                    modules[name.removesuffix(".weight")] = module._replace(layer=stack_layer)
         return modules
 
 
@@ -165,19 +189,32 @@ def make_wan_tensor_map(config: WanDitConfig, layout: FileLayout) -> TensorMap:
     names["embed/bias"] = TensorMapping("patch_embedding.bias")
     table = ("scale_shift_table", "head.modulation")[column - 1]
     names["head_table"] = TensorMapping(table, "1 n d -> n d")
-    return names | _map_blocks(config, column, has_image=has_image)
+    return {**names, **map_wan_blocks(config, layout)}
 
 
-def _map_blocks(config: WanDitConfig, column: int, *, has_image: bool) -> dict[str, TensorMapping]:
+def map_wan_blocks(
+    config: WanDitConfig, layout: FileLayout, *, ours: str = "blocks", theirs: str = "blocks", layers: int | None = None
+) -> TensorMap:
+    """Return the tensor map of a stack of blocks.
+
+    Args:
+      config: config of the model.
+      layout: layout of the files.
+      ours: path of the stack.
+      theirs: its name in the files.
+      layers: number of its layers; None for that of the config.
+    """
     names: dict[str, TensorMapping] = {}
+    column = 1 if layout == "diffusers" else 2
+    has_image, count = config.image_width is not None, config.layers if layers is None else layers
     axis_sizes = (("heads", config.heads), ("two", 2))
 
-    def add(ours: str, theirs: str, pattern: str = "", sizes: tuple[tuple[str, int], ...] = ()) -> None:
-        names[f"blocks/{ours}"] = TensorMapping(f"blocks.{{}}.{theirs}", pattern, sizes, config.layers)
+    def add(path: str, name: str, pattern: str = "", sizes: tuple[tuple[str, int], ...] = ()) -> None:
+        names[f"{ours}/{path}"] = TensorMapping(f"{theirs}.{{}}.{name}", pattern, sizes, count)
 
     for row in (*_LINEAR, *(_IMAGE_LINEAR if has_image else ())):
-        theirs = f"blocks.{{}}.{row[column]}"
-        names |= diffusers.map_kernel_and_bias(f"blocks/{row[0]}", theirs, DENSE, layers=config.layers)
+        name = f"{theirs}.{{}}.{row[column]}"
+        names |= diffusers.map_kernel_and_bias(f"{ours}/{row[0]}", name, DENSE, layers=count)
     for row in _ROTARY_LINEAR:
         add(f"{row[0]}/kernel", f"{row[column]}.weight", "(heads j two) i -> i (heads two j)", axis_sizes)
         add(f"{row[0]}/bias", f"{row[column]}.bias", "(heads j two) -> (heads two j)", axis_sizes)
@@ -188,7 +225,7 @@ def _map_blocks(config: WanDitConfig, column: int, *, has_image: bool) -> dict[s
     if has_image:
         add("image_key_norm/scale", ("attn2.norm_added_k", "cross_attn.norm_k_img")[column - 1] + ".weight")
     norm = ("norm2", "norm3")[column - 1]
-    names |= diffusers.map_scale_and_shift("blocks/cross_norm", f"blocks.{{}}.{norm}", layers=config.layers)
+    names |= diffusers.map_scale_and_shift(f"{ours}/cross_norm", f"{theirs}.{{}}.{norm}", layers=count)
     add("table", ("scale_shift_table", "modulation")[column - 1], "1 n d -> n d")
     return names
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Float32, UInt8
 
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.offload import move_to_devices
 from dit_video.features.clip.images import ClipImageProcessor, preprocess_frames
 from dit_video.features.clip.vision import ClipVisionConfig
 from dit_video.nn import get_graph_def
@@ -32,7 +33,7 @@ class FrameEncoder:
 
         Args:
           config: configuration of the tower.
-          params: its parameters, a nested dictionary.
+          params: its parameters, a nested dictionary; those in host memory are copied to the device for each call.
           processor: preprocessing of frames.
           feature: field of `ClipFeatures` to return; Wan's image-to-video uses `penultimate`.
           batch: frames per batch.
@@ -57,12 +58,13 @@ class FrameEncoder:
         """
         if not len(frames):
             raise UserError("frames are empty: there is nothing to encode. Use at least one frame")
-        starts = range(0, len(frames), self._batch)
-        return np.concatenate([self._encode_batch(frames[start : start + self._batch]) for start in starts])
+        batches = [frames[start : start + self._batch] for start in range(0, len(frames), self._batch)]
+        with move_to_devices(self._params) as params:
+            return np.concatenate([self._encode_batch(params, batch) for batch in batches])
 
-    def _encode_batch(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T *part"]:
+    def _encode_batch(self, params: Any, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T *part"]:
         images = preprocess_frames(frames, self._processor)
         # Padded for the computation only: one image and a full batch are two programs for clips of any length.
         missing = 0 if len(images) == 1 else self._batch - len(images)
         images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        return np.asarray(self._encode(self._params, images), np.float32)[: len(frames)]
+        return np.asarray(self._encode(params, images), np.float32)[: len(frames)]

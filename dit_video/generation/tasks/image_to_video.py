@@ -15,8 +15,9 @@ from jaxtyping import Float32, UInt8
 from dit_video.autoencoders import latent_grid
 from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, fill_unknown_frames, fold_frame_mask
 from dit_video.core.errors import UserError
+from dit_video.generation.pictures import fit_image
 from dit_video.generation.plan import CleanTokens, SamplingPlan
-from dit_video.generation.request import GenerationTask, Image, Request, TaskModel
+from dit_video.generation.request import GenerationTask, Request, TaskModel
 from dit_video.tokens import Field, Grid
 from dit_video.video import Clip
 
@@ -26,16 +27,16 @@ Frames = Mapping[int, UInt8[np.ndarray, "H W 3"]]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageToVideo(GenerationTask):
-    """Clips with a given first or last frame: the request's `image` and `last_image`."""
+    """Clips with a given first or last frame: the request's `image` and `last_image`, fitted to the clip's size."""
 
     def __call__(self, request: Request, model: TaskModel) -> SamplingPlan:
         """Return the plan of a request with images.
 
         Raises:
-          UserError: an image of another size than the clip's, one that the model does not accept, or none where it
-            needs one.
+          UserError: an image that the model does not accept, or none where it needs one.
         """
-        size, conditioning = Grid(*request.size), model.frame_conditioning
+        request.check_pictures(("image", "last_image"))
+        size, conditioning = request.grid, model.frame_conditioning
         accepts_last = conditioning is not None and conditioning.rest == "grey"
         frames = {}
         for name, pixels, index in (("first", request.image, 0), ("last", request.last_image, size.t - 1)):
@@ -43,7 +44,7 @@ class ImageToVideo(GenerationTask):
                 continue
             if conditioning is None or not (name == "first" or accepts_last):
                 raise UserError(f"this model does not accept a clip's {name} image; use one that was trained with it")
-            frames[index] = _check_image(pixels, size)
+            frames[index] = fit_image(pixels, size)
         if 0 not in frames:
             raise UserError(_IMAGE_IS_NEEDED)
         return plan_frames(frames, request, model)
@@ -58,7 +59,7 @@ def plan_frames(frames: Frames, request: Request, model: TaskModel) -> SamplingP
     Raises:
       UserError: the model needs an image and there is none, or it was trained with other frames.
     """
-    backbone, conditioning, size = model.backbone, model.frame_conditioning, Grid(*request.size)
+    backbone, conditioning, size = model.backbone, model.frame_conditioning, request.grid
     if conditioning is None:
         return SamplingPlan()
     if not frames and conditioning.prob == 1:
@@ -125,14 +126,3 @@ def _encode_tokens(frames: list[np.ndarray], model: TaskModel) -> Float32[np.nda
         kinds = ("the first image alone", "the first and the last image (image= and last_image=)")
         raise UserError(f"this model was trained with {kinds[count - 1]}; give exactly that")
     return np.concatenate(list(model.image_encoder(np.stack(frames))))
-
-
-def _check_image(image: Image, size: Grid) -> UInt8[np.ndarray, "H W 3"]:
-    frames = image.frames if isinstance(image, Clip) else np.asarray(image)[None]
-    if frames.shape != (1, size.h, size.w, 3) or frames.dtype != np.uint8:
-        raise UserError(
-            f"an image must be a clip of one frame or uint8 pixels, [{size.h} {size.w} 3] for this size, not "
-            f"{frames.dtype} {list(frames.shape[1:] if len(frames) == 1 else frames.shape)}; resize it "
-            "(dit_video.core.resize.resize), or request a clip of its size"
-        )
-    return frames[0]

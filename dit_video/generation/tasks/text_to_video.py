@@ -15,6 +15,7 @@ class TextToVideo(GenerationTask):
         """Return the plan without images.
 
         Raises:
-          UserError: the model needs an image.
+          UserError: the model needs an image, or the request has some.
         """
+        request.check_pictures(())
         return plan_frames({}, request, model)

@@ -84,8 +84,8 @@ class DenoiserLoss:
             make_text_record(context, layout),
             *(self.prepare_conditioning(each, rows, step) for each in backbone.config.conditioning),
         )
-        denoise = make_denoise_fn(backbone, layout, conditioning)
         clean = cond_mask if backbone.config.time == "token" else None
+        denoise = make_denoise_fn(backbone, layout, conditioning, is_clean=clean if self.time_per == "clip" else None)
         data, time = jnp.asarray(rows.tokens), self.draw_token_times(rows, step)
         per_token = self.objective.loss(denoise, data, noise, time, cond_mask=clean)
         counted = rows.segments if clean is None else jnp.where(clean, 0, rows.segments)

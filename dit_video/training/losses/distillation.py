@@ -1,17 +1,13 @@
 """Few-step distillation on packed rows: a student, initialized from a frozen teacher, learns from it.
 
-A step is a `TrainStep` like that of any other training, so that checkpoints, resuming and logs are shared. The
-teacher's parameters are a constant of the step. Its guidance is distilled into the student, which is sampled without.
+The teacher's guidance is distilled into the student, which is sampled without. `distillation_steps` has the steps.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -35,9 +31,6 @@ from dit_video.diffusion import (
 )
 from dit_video.tokens import PackedBatch, expand_to_tokens, segment_mean
 from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes
-from dit_video.training.optim.ema import EmaConfig
-from dit_video.training.state import CompositeState, TrainState
-from dit_video.training.step import Constants, Metrics, ModelStep, apply_updates, skip_nonfinite
 
 _TIME_MARGIN = 0.02
 """Distance from times 0 and 1 at which the scores of samples are not compared (arXiv 2311.18828)."""
@@ -91,57 +84,6 @@ class DistributionMatching:
 
 
 Distillation = ConsistencyDistillation | DistributionMatching
-
-
-@flax.struct.dataclass
-class CriticState:
-    """Parameters and optimizer state of the critic."""
-
-    params: dict[str, Any]
-    opt_state: PyTree
-
-
-@flax.struct.dataclass
-class MatchingState(CompositeState):
-    """State of student and critic, saved in one checkpoint so that a run resumes exactly."""
-
-    model: TrainState
-    critic: CriticState
-
-
-def with_student_learning_rate(critic: CriticState, student: TrainState) -> CriticState:
-    """Return the critic with the schedule state of the student, so that both have the same learning rate.
-
-    The critic is updated several times for each update of the student. A schedule over its own updates would end long
-    before the student's training does, and the critic could no longer follow the student.
-    """
-
-    def is_schedule(node: Any) -> bool:
-        return isinstance(node, optax.ScaleByScheduleState)
-
-    def choose(critic_leaf: Any, student_leaf: Any) -> Any:
-        return student_leaf if is_schedule(student_leaf) else critic_leaf
-
-    opt_state = jax.tree.map(choose, critic.opt_state, student.opt_state, is_leaf=is_schedule)
-    return CriticState(params=critic.params, opt_state=opt_state)
-
-
-def make_distillation_step(
-    config: Distillation,
-    loss: DenoiserLoss,
-    optimizer: optax.GradientTransformation,
-    *,
-    ema_decay: float,
-    averages: EmaConfig | None = None,
-) -> "ConsistencyStep | MatchingStep":
-    """Return the step of a student, from the loss that its teacher was trained with.
-
-    The parameters of the teacher are the last constant of the step.
-    """
-    options: dict[str, Any] = {"optimizer": optimizer, "ema_decay": ema_decay, "averages": averages}
-    if isinstance(config, ConsistencyDistillation):
-        return ConsistencyStep(loss=ConsistencyLoss(config=config, denoiser=loss), **options)
-    return MatchingStep(loss=MatchingLoss(config=config, denoiser=loss), **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,63 +226,3 @@ class MatchingLoss(_DistillationLoss):
         consistency = self.make_consistency_function(params, rows)
         noisy = run_multistep(consistency, initial_noise, times, process=process, noise_fn=draw, steps=index)
         return noisy, times[index]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConsistencyStep(ModelStep):
-    """The step of a student of `ConsistencyDistillation`.
-
-    The target network is the moving average that is also sampled from.
-    """
-
-    loss: ConsistencyLoss
-
-    def update(self, state: TrainState, batch: PackedBatch, constants: Constants = ()) -> tuple[TrainState, Metrics]:
-        (teacher,) = constants
-        value, gradients = jax.value_and_grad(self.loss)(state.params, state.ema, batch, state.step, teacher)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
-        next_state = apply_updates(state, gradients, self.optimizer, ema_decay=self.ema_decay)
-        return skip_nonfinite(state, next_state, metrics)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchingStep(ModelStep):
-    """The step of a student and its critic, on a `MatchingState`.
-
-    The critic is updated `critic_steps` times, then the student once, with the same optimizer and learning rate. The
-    metrics are `loss` (half the squared displacement of samples, which does not converge to a minimum), `critic` (mean
-    loss of the critic) and `distance` (of samples from the teacher's estimate of their data).
-    """
-
-    loss: MatchingLoss
-
-    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> MatchingState:
-        """Return the state before the first step, with a critic that is initialized from the teacher too."""
-        model = super().init(params)
-        own = jax.tree.map(jnp.copy, model.params)
-        return MatchingState(model=model, critic=CriticState(params=own, opt_state=self.optimizer.init(own)))
-
-    def update(
-        self, state: MatchingState, batch: PackedBatch, constants: Constants = ()
-    ) -> tuple[MatchingState, Metrics]:
-        (teacher,), loss, count = constants, self.loss, self.loss.config.critic_steps
-        params, student_step = state.model.params, state.model.step
-
-        def improve(critic, index):
-            critic_step = student_step * count + index
-            inputs = loss.draw_student_inputs(params, batch, critic_step)
-            samples = jax.lax.stop_gradient(loss.make_consistency_function(params, batch)(*inputs))
-            value, gradients = jax.value_and_grad(loss.critic_loss)(critic.params, samples, batch, critic_step)
-            updates, opt_state = self.optimizer.update(gradients, critic.opt_state, critic.params)
-            next_critic = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
-            return with_student_learning_rate(next_critic, state.model), value
-
-        critic = with_student_learning_rate(state.critic, state.model)
-        critic, losses = jax.lax.scan(improve, critic, jnp.arange(count))
-        student_inputs = loss.draw_student_inputs(params, batch, student_step, purpose="student ")
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
-            params, critic.params, student_inputs, batch, student_step, teacher
-        )
-        metrics |= {"loss": value, "gradient_norm": optax.tree.norm(gradients), "critic": losses.mean()}
-        model = apply_updates(state.model, gradients, self.optimizer, ema_decay=self.ema_decay)
-        return skip_nonfinite(state, MatchingState(model=model, critic=critic), metrics, "critic")

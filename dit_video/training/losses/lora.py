@@ -1,11 +1,18 @@
 """Training of LoRA adapters: their factors are trained, averaged and saved, and the model is a constant."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Array, PyTree
 
 from dit_video.nn import add_lora_scale, attach_lora
 from dit_video.training.step import Loss, LossOutput
+
+
+def attach_factors(params: Mapping[str, Any], factors: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """Return parameters with the trained factors of an adapter attached; `scale` is alpha / rank."""
+    return attach_lora(params, add_lora_scale(factors, scale))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,5 +29,4 @@ class LoraLoss:
 
     def __call__(self, factors: PyTree, batch: PyTree, step: Array, *constants: PyTree) -> LossOutput:
         *others, params = constants
-        adapted = attach_lora(params, add_lora_scale(factors, self.scale))
-        return LossOutput.from_pair(*self.loss(adapted, batch, step, *others))
+        return LossOutput.from_pair(*self.loss(attach_factors(params, factors, self.scale), batch, step, *others))

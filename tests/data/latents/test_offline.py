@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dit_video.conditioning import ClipConditioning
 from dit_video.core import pixels, rng
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.latents.cache import LatentExample, LatentSource
@@ -20,7 +22,7 @@ from dit_video.data.latents.views import Augmentations, list_views
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid
+from dit_video.tokens import Field, Grid
 from support.devices import HANG, PROGRAMS, make_environment
 from support.marks import mark_slow_except
 from support.offline_clips import LIMITS, MIXED_SIZES, MODEL, PARAMS, make_encoding, make_source
@@ -89,6 +91,44 @@ def test_every_view_is_encoded_as_it_would_be_alone(canvas_pixels, tmp_path):
         np.testing.assert_allclose(example.latents, encode_alone(source, view), atol=1e-5)
         assert example.clip == source.infos[view.clip].name
         assert example.captions == ("one", "two, from the left")
+
+
+class Prefixes(NamedTuple):
+    values: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixLatents(ClipConditioning):
+    """Latents of clips of which no frame, and of which the first is kept, next to each other."""
+
+    record = Prefixes
+    encoded_prefixes = (0, 1)
+
+    @property
+    def field(self):
+        return Field(name="prefixes", alignment="grid", shape=(2 * MODEL.channels,))
+
+    def from_clip(self, view):
+        return np.concatenate([view.encoded[0], view.encoded[1]], axis=-1)
+
+    def from_request(self, value, latents):
+        return value
+
+
+def test_conditioning_gets_latents_of_clips_of_which_the_first_frames_are_kept(tmp_path):
+    source = make_source(MIXED_SIZES[::3])
+    encoding = make_encoding(conditioning=(PrefixLatents(),), cond_latents=True)
+    plan = plan_encoding(source, encoding)
+    encode_latents(tmp_path / "l", source, encoding, plan, identity="a")
+    latents = LatentSource(tmp_path / "l")
+    cond_latents, prefixes = latents.fields
+    for index, name in enumerate(latents.names):
+        view = next(view for view in plan.views if view.name == name)
+        frames = pixels.to_float(read_fitted_clip(source, view.clip, view.limits, start=view.start).frames)
+        numbers = np.arange(len(frames))[:, None, None, None]
+        grey, first = (np.asarray(_encode_frames(np.where(numbers < count, frames, 0)[None]))[0] for count in (0, 1))
+        np.testing.assert_allclose(latents.read_field(index, prefixes), np.concatenate([grey, first], -1), atol=1e-5)
+        np.testing.assert_allclose(latents.read_field(index, cond_latents), first, atol=1e-5)
 
 
 @pytest.mark.slow

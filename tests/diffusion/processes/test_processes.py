@@ -27,6 +27,8 @@ PROCESSES = {
     "linear": VariancePreservingProcess(),
     "scaled-linear": VariancePreservingProcess(betas=ScaledLinearBetas()),
     "cosine": VariancePreservingProcess(betas=CosineBetas()),
+    "shifted": VariancePreservingProcess(betas=ScaledLinearBetas(), snr_shift=3.0),
+    "zero-snr": VariancePreservingProcess(betas=ScaledLinearBetas(), zero_terminal_snr=True),
     "edm": Edm(data_std=1.0),
 }
 PREDICTIONS = {"epsilon": Epsilon(), "x0": X0(), "v": V(), "velocity": Velocity(), "edm": Preconditioning(data_std=1.0)}
@@ -103,6 +105,30 @@ def test_the_schedules_of_noise_are_those_of_the_papers():
     np.testing.assert_allclose(linear.sigma(jnp.asarray(0.001)) ** 2, 1e-4, rtol=1e-3)
 
 
+def test_a_shift_divides_the_signal_to_noise_ratio():
+    plain, shifted = (VariancePreservingProcess(snr_shift=shift) for shift in (1.0, 3.0))
+    times = jnp.linspace(0.001, 1, 1000)
+    np.testing.assert_allclose(shifted.half_log_snr(times), plain.half_log_snr(times) - np.log(3) / 2, atol=1e-4)
+
+
+def test_with_zero_terminal_snr_the_last_step_is_pure_noise_and_the_first_is_kept():
+    plain, rescaled = (
+        VariancePreservingProcess(betas=ScaledLinearBetas(), zero_terminal_snr=is_zero) for is_zero in (False, True)
+    )
+    times = np.arange(1, 1001) / 1000
+    before, after = plain.alpha(times), rescaled.alpha(times)
+    assert after[-1] == 0
+    assert rescaled.sigma(jnp.ones(())) == 1
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-12)
+    # One linear function of alpha for all steps (arXiv 2305.08891, algorithm 1).
+    np.testing.assert_allclose(
+        (after[:-1] - after[1:]) / (before[:-1] - before[1:]), after[0] / (before[0] - before[-1])
+    )
+    noise = rescaled.add_noise(DATA, NOISE, jnp.ones(()))
+    np.testing.assert_array_equal(noise, NOISE)
+    np.testing.assert_allclose(V().estimate(rescaled, noise, -DATA, jnp.ones(())).data, DATA, atol=1e-6)
+
+
 def test_the_inputs_of_edm_models_have_unit_variance():
     process, seen = Edm(data_std=0.5), []
     estimate = make_estimator(
@@ -118,6 +144,8 @@ def test_the_inputs_of_edm_models_have_unit_variance():
     ("make", "message"),
     [
         (lambda: VariancePreservingProcess(steps=0), "steps=0 is invalid: it must be at least 1"),
+        (lambda: VariancePreservingProcess(snr_shift=0.0), "snr_shift=0.0 is invalid.* Use 1"),
+        (lambda: VariancePreservingProcess(steps=1, zero_terminal_snr=True), "steps=1 is invalid.* at least 2"),
         (lambda: LinearBetas(beta_start=0.1, beta_end=0.01), "beta_start=0.1, beta_end=0.01 is invalid"),
         (lambda: ScaledLinearBetas(beta_end=1.5), "beta_end=1.5 is invalid.* beta_end < 1"),
         (lambda: Edm(sigma_max=-1.0), "sigma_max=-1.0.* must be positive"),

@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    return dit_video.load(folder)
+    return dit_video.load(folder, dtype="float32")
 
 
 def sample_latents(pipeline, label, **options):

@@ -37,13 +37,6 @@ FILE = "diffusion_pytorch_model.safetensors"
 LABELS = (3, CLASSES)
 
 
-@pytest.fixture(scope="module")
-def torch():
-    module = pytest.importorskip("torch")
-    module.set_num_threads(1)
-    return module
-
-
 def authors_shapes():
     """Return the shapes of the authors' state dict."""
     both, hidden, inputs = 2 * CHANNELS * 4, 4 * WIDTH, (WIDTH, CHANNELS, 2, 2)

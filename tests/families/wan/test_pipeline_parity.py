@@ -8,8 +8,9 @@ import pytest
 
 import dit_video
 from support.tiny_t5 import write_tokenizer
+from support.torch_models import TEXT, randomize
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 PROMPT, NEGATIVE = "a  red ball &amp; a green cube moves left", "the table"
 SIZE, STEPS, GUIDANCE = (9, 48, 80), 4, 5.0
@@ -24,33 +25,6 @@ TRANSFORMER = {
     "freq_dim": 32,
 }
 VAE = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [1.5, 1.0, 2.0, 1.0]}
-TEXT = {
-    "vocab_size": 64,
-    "d_model": 24,
-    "d_kv": 4,
-    "d_ff": 40,
-    "num_layers": 2,
-    "num_heads": 5,
-    "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 12,
-    "feed_forward_proj": "gated-gelu",
-}
-
-
-@pytest.fixture(scope="module")
-def torch():
-    module = pytest.importorskip("torch")
-    module.set_num_threads(1)
-    return module
-
-
-def randomize(torch, model, seed):
-    """Add noise to all parameters, so that none is zero or one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def save_pipeline(torch, folder, *, kind="WanPipeline", transformer=TRANSFORMER, vae=VAE, scheduler=None, **index):
@@ -127,7 +101,7 @@ def text_to_video(torch, tmp_path_factory):
 
 def test_text_to_video_equals_diffusers(torch, text_to_video):
     pipe, folder = text_to_video
-    noise, pipeline = noise_for(pipe, 4), dit_video.load(folder)
+    noise, pipeline = noise_for(pipe, 4), dit_video.load(folder, dtype="float32")
     expected = theirs(torch, pipe, noise)
     assert_equal(ours(pipeline, noise), expected, noise)
     assert np.abs(theirs(torch, pipe, noise, guidance_scale=1.0) - expected).max() > 1e-2
@@ -137,7 +111,7 @@ def test_text_to_video_equals_diffusers(torch, text_to_video):
 def test_two_experts_equal_diffusers(torch, tmp_path):
     """With a shift of 3, the first two of the four steps are above the boundary."""
     pipe = save_pipeline(torch, tmp_path, boundary_ratio=0.875)
-    noise, pipeline = noise_for(pipe, 4), dit_video.load(tmp_path / "pipeline")
+    noise, pipeline = noise_for(pipe, 4), dit_video.load(tmp_path / "pipeline", dtype="float32")
     expected = theirs(torch, pipe, noise, guidance_scale_2=3.0)
     assert_equal(ours(pipeline, noise, guidance=(GUIDANCE, 3.0)), expected, noise)
     assert np.abs(theirs(torch, pipe, noise) - expected).max() > 1e-2
@@ -161,7 +135,7 @@ WAN22 = {
 def test_a_time_per_token_equals_diffusers(torch, tmp_path):
     size = (9, 64, 96)
     pipe = save_pipeline(torch, tmp_path, vae=WAN22, expand_timesteps=True)
-    noise, pipeline = noise_for(pipe, 4, size), dit_video.load(tmp_path / "pipeline")
+    noise, pipeline = noise_for(pipe, 4, size), dit_video.load(tmp_path / "pipeline", dtype="float32")
     assert pipeline.config.backbone.time == "token"
     assert_equal(ours(pipeline, noise, size), theirs(torch, pipe, noise, size), noise)
 
@@ -170,12 +144,12 @@ def test_another_scheduler_equals_diffusers(torch, tmp_path):
     import diffusers
 
     pipe = save_pipeline(torch, tmp_path, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0))
-    noise, pipeline = noise_for(pipe, 4), dit_video.load(tmp_path / "pipeline")
+    noise, pipeline = noise_for(pipe, 4), dit_video.load(tmp_path / "pipeline", dtype="float32")
     assert_equal(ours(pipeline, noise), theirs(torch, pipe, noise), noise)
 
 
 @pytest.mark.parametrize("style", ["diffusers", "comfyui"])
-def test_adapters_equal_diffusers(torch, text_to_video, tmp_path, style):
+def test_adapters_and_a_shift_equal_diffusers(torch, text_to_video, tmp_path, style):
     pytest.importorskip("peft")
     import safetensors.torch
 
@@ -197,17 +171,22 @@ def test_adapters_equal_diffusers(torch, text_to_video, tmp_path, style):
                 f"{prefix}.{module}.{part}.weight": 0.2 * torch.randn(shape, generator=generator)
                 for part, shape in shapes.items()
             }
+            if style == "comfyui":
+                tensors[f"{prefix}.{module}.diff_b"] = 0.2 * torch.randn(wide_out, generator=generator)
         files.append(tmp_path / f"{name}.safetensors")
         safetensors.torch.save_file(tensors, files[-1])
-    noise, pipeline = noise_for(pipe, 4), dit_video.load(folder)
+    noise, pipeline = noise_for(pipe, 4), dit_video.load(folder, dtype="float32")
     for name, file in zip(names, files, strict=True):
         pipe.load_lora_weights(str(file), adapter_name=name)
     pipe.set_adapters(list(names), [0.7, -0.4])
+    scheduler = pipe.scheduler
+    pipe.scheduler = type(scheduler).from_config(scheduler.config, flow_shift=5.0)
     expected = theirs(torch, pipe, noise)
     pipe.unload_lora_weights()
+    pipe.scheduler = scheduler
     assert np.abs(expected - theirs(torch, pipe, noise)).max() > 1e-2
     adapted = pipeline.load_lora(files[0], 0.7).load_lora(files[1], -0.4)
-    assert_equal(ours(adapted, noise), expected, noise)
+    assert_equal(ours(adapted, noise, shift=5), expected, noise)
 
 
 # An image that the clip begins with.
@@ -248,7 +227,7 @@ def test_image_to_video_equals_diffusers(torch, tmp_path, monkeypatch, kind):
         options["image_processor"] = transformers.CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size=20)
     pipe = save_pipeline(torch, tmp_path, kind="WanImageToVideoPipeline", **options)
     size = (9, 64, 96) if kind == "2.2 TI2V" else SIZE
-    noise, pipeline = noise_for(pipe, 4, size), dit_video.load(tmp_path / "pipeline")
+    noise, pipeline = noise_for(pipe, 4, size), dit_video.load(tmp_path / "pipeline", dtype="float32")
     images = np.random.default_rng(5).integers(0, 256, (2, *size[1:], 3), dtype=np.uint8)
     pictures = [Image.fromarray(image) for image in images]
     expected = theirs(torch, pipe, noise, size, image=pictures[0], **{"last_image": pictures[1]} if last else {})

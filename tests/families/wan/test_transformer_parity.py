@@ -15,7 +15,7 @@ from dit_video.families.wan.transformer import make_wan_tensor_map
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedRows, compute_positions, patchify
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 SMALL = {
     "num_attention_heads": 2,
@@ -54,13 +54,6 @@ class Clip:
         if per_token:
             frames[0] = 0
         self.times = frames.reshape(-1)
-
-
-@pytest.fixture(scope="module")
-def torch():
-    module = pytest.importorskip("torch")
-    module.set_num_threads(1)
-    return module
 
 
 def make_model(torch, arguments):

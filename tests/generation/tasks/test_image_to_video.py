@@ -13,7 +13,7 @@ from dit_video.generation.request import Request
 from dit_video.generation.tasks.image_to_video import ImageToVideo
 from dit_video.generation.tasks.text_to_video import TextToVideo
 from dit_video.pipelines.pipeline import Pipeline
-from dit_video.tokens import patchify
+from dit_video.tokens import Grid, patchify
 from support import tiny_clip
 from support.random_params import make_random_params
 from support.tiny_wan import ANIMATING, DIT, SIZE, write_animating_wan, write_wan
@@ -29,7 +29,7 @@ def animating(tmp_path_factory):
     """Return a pipeline like Wan 2.1, conditioned on the latents of the image, a mask and image tokens."""
     folder = tmp_path_factory.mktemp("i2v") / "wan"
     write_animating_wan(folder, backbone=replace(ANIMATING, layers=1))
-    return dit_video.load(folder)
+    return dit_video.load(folder, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,11 @@ def knowing(tmp_path_factory):
     """Return a pipeline like TI2V-5B, whose first latent frame is clean, at time 0."""
     folder = tmp_path_factory.mktemp("ti2v") / "wan"
     write_wan(folder, backbone=KNOWING)
-    return dit_video.load(folder)
+    return dit_video.load(folder, dtype="float32")
 
 
-def sample_latents(pipeline, **options):
-    return pipeline.generate("a red ball", size=SIZE, steps=2, guidance=1.0, output="latents", **options)
+def sample_latents(pipeline, size=SIZE, **options):
+    return pipeline.generate("a red ball", size=size, steps=2, guidance=1.0, output="latents", **options)
 
 
 def plan_fields(pipeline, image):
@@ -95,14 +95,32 @@ def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
     [
         ("animating", {}, r"this model needs an image; give image="),
         ("animating", {"image": IMAGES[0], "last_image": IMAGES[1]}, "trained with the first image alone"),
-        ("animating", {"image": IMAGES[0, :8]}, r"\[16 16 3\] for this size, not uint8 \[8, 16, 3\]; resize it"),
-        ("animating", {"image": dit_video.Clip(IMAGES, 16)}, r"a clip of one frame .* not uint8 \[2, 16, 16, 3\]"),
+        ("animating", {"image": IMAGES[0] / 255}, r"float64 \[16, 16, 3\] is invalid: .* uint8 pixels \[H W 3\]"),
+        ("animating", {"image": dit_video.Clip(IMAGES, 16)}, r"a clip of 2 frames is no image; use Clip\("),
+        (
+            "animating",
+            {"image": IMAGES[0], "control": dit_video.Clip(IMAGES, 16)},
+            "control of a request .* image, last_",
+        ),
+        ("knowing", {"mask": np.ones(5, bool)}, "mask of a request is invalid.* accepts a prompt alone"),
         ("knowing", {"last_image": IMAGES[0]}, "does not accept a clip's last image"),
     ],
 )
 def test_missing_or_misshapen_images_are_refused(request, kind, options, message):
     with pytest.raises(UserError, match=message):
         sample_latents(request.getfixturevalue(kind), **options)
+
+
+def test_an_image_of_another_size_is_scaled_and_cropped(animating):
+    wide = np.concatenate([IMAGES[1], IMAGES[0], IMAGES[1]], 1)
+    np.testing.assert_array_equal(sample_latents(animating, image=wide), sample_latents(animating, image=IMAGES[0]))
+
+
+def test_without_a_size_the_clip_has_the_aspect_ratio_of_the_image(animating):
+    config = replace(animating.config, size=Grid(5, 32, 32))
+    pipeline = Pipeline(config, autoencoder=animating.codec.params, denoiser=animating.denoiser_params)
+    latents = sample_latents(pipeline, image=np.concatenate([IMAGES[0]] * 3, 1), size=None)
+    assert pipeline.decode(latents).frames.shape == (5, 16, 48, 3)
 
 
 def test_a_model_without_image_conditioning_refuses_an_image(knowing):

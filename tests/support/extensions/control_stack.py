@@ -1,5 +1,6 @@
 """A control stack (ControlNet, arXiv 2302.05543) around a transformer, as a file of another package."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,7 +56,8 @@ class ControlledConfig(DitConfig):
     @property
     def base(self):
         return DitConfig(
-            **{name: getattr(self, name) for name in DitConfig.__dataclass_fields__} | {"conditioning": ()}
+            **{name: getattr(self, name) for name in (field.name for field in dataclasses.fields(DitConfig))}
+            | {"conditioning": ()}
         )
 
     def make(self, rngs, parallel=ONE_DEVICE):

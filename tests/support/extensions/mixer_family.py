@@ -14,7 +14,7 @@ from dit_video.nn import ONE_DEVICE, Linear
 from dit_video.pipelines.loading import load_pipeline
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import segment_mean
-from dit_video.weights.lora import LoraModule
+from dit_video.weights.lora_modules import LoraModule
 from dit_video.weights.streaming import FileMap
 from dit_video.weights.tensor_map import TensorMapping
 
@@ -72,12 +72,12 @@ class MixerFamily(Family):
     name, denoiser = "mixer", MixerFormat()
     parts, pipeline_classes = ("transformer", "rest"), ("TheirPipeline",)
 
-    def load_pipeline(self, folder, *, text_encoder, dtype, place, mesh):
+    def load_pipeline(self, folder, options):
         rest = load_pipeline(folder / "rest")
         backbone, params = self.denoiser.load(folder / "transformer")
         parameters = {"autoencoder": rest.codec.params, "denoiser": rest.denoiser_params | {"backbone": params}}
         config = replace(rest.config, backbone=backbone)
-        return Pipeline(config, **parameters, get_lora_modules=self.denoiser.get_lora_modules, mesh=mesh)
+        return Pipeline(config, **parameters, get_lora_modules=self.denoiser.get_lora_modules, mesh=options.mesh)
 
 
 register_family(MixerFamily())

@@ -12,14 +12,13 @@ from dit_video.backbones.dit import ClassLabels, DitConfig, NoContext
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
-from dit_video.nn import get_graph_def
+from dit_video.nn import LoraConfig, get_graph_def, init_lora
 from dit_video.text import ByteEncoderConfig, ClassNamesConfig
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
-from dit_video.training.losses.distillation import (
-    ConsistencyDistillation,
+from dit_video.training.losses.distillation import ConsistencyDistillation, DistributionMatching
+from dit_video.training.losses.distillation_steps import (
     CriticState,
-    DistributionMatching,
     make_distillation_step,
     with_student_learning_rate,
 )
@@ -154,6 +153,35 @@ def test_a_step_moves_the_players_alone_and_repeats(config):
     assert any((leaf != flatten(TEACHER)[path]).any() for path, leaf in flatten(first.ema).items())
     second, _ = step(first, rows)
     assert int(second.step) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "copies"),
+    [(CONSISTENCY_CONFIG, 4), pytest.param(MATCHING_CONFIG, 7, marks=pytest.mark.slow)],
+    ids=["consistency", "matching"],
+)
+def test_adapters_learn_on_the_teachers_weights_of_which_there_is_no_copy(config, copies):
+    """The state holds the factors as parameters, their average and two moments; a critic has no average."""
+    lora = LoraConfig(rank=2, alpha=4.0, targets=(r"^backbone/blocks/.*kernel$",))
+    options = {"ema_decay": 0.9, "lora_scale": lora.scale}
+    train_step = make_distillation_step(config, LOSS, optax.adam(1e-2), **options)
+    teacher, rows = jax.tree.map(jnp.array, TEACHER), batch([A, B], [C])
+    state = train_step.init(init_lora(teacher, lora, jax.random.key(0)))
+    step, losses = train_step.compile((teacher,)), []
+    for _ in range(2):
+        state, metrics = step(state, rows)
+        losses.append(float(metrics["loss"]))
+        assert metrics["gradient_norm"] > 0
+    if config is CONSISTENCY_CONFIG:  # fresh factors change nothing
+        assert losses[0] == pytest.approx(float(consistency(TEACHER, TEACHER, rows)), rel=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, teacher, TEACHER)
+    factors = flatten(state.params)
+    assert {path.rsplit("/", 2)[1] for path in factors} == {"kernel"}
+    trained = [state.model.params, state.critic.params] if config is MATCHING_CONFIG else [state.params]
+    for player in trained:
+        assert all(np.abs(leaf).max() > 0 for path, leaf in flatten(player).items() if path.endswith("/b"))
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert num_bytes <= copies * sum(leaf.nbytes for leaf in factors.values()) + 32  # and a few counters
 
 
 def test_options_out_of_range_are_refused():

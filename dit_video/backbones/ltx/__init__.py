@@ -1,0 +1,3 @@
+"""LTX-Video's transformer."""
+
+from dit_video.backbones.ltx.model import LtxDitConfig

@@ -1,0 +1,54 @@
+"""Memory of a traced program's values, without compiling it."""
+
+import math
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+
+
+def count_peak_bytes(program: ClosedJaxpr) -> int:
+    """Return the largest number of bytes of values that are alive at once, without the program's inputs.
+
+    Operations run in the order of the trace, and each stores its result. Compilers fuse elementwise operations, whose
+    results are then not stored, and need room for their own; so this is an estimate, mostly a high one.
+    """
+    return _count_peak(program.jaxpr)
+
+
+def count_bytes(tree: Any) -> int:
+    """Return the bytes of all arrays, or shapes of arrays, of a tree; keys count nothing."""
+    return sum(map(_count_array_bytes, jax.tree.leaves(tree)))
+
+
+def _count_peak(jaxpr: Jaxpr) -> int:
+    last_use: dict[Var, int] = {}
+    for number, equation in enumerate(jaxpr.eqns):
+        last_use |= {value: number for value in equation.invars if isinstance(value, Var)}
+    last_use |= {value: len(jaxpr.eqns) for value in jaxpr.outvars if isinstance(value, Var)}
+    alive: dict[Var, int] = {}
+    peak = 0
+    for number, equation in enumerate(jaxpr.eqns):
+        inner = max((_count_peak(each) for each in _list_jaxprs(equation.params)), default=0)
+        outputs = {value: _count_array_bytes(value.aval) for value in equation.outvars}
+        peak = max(peak, sum(alive.values()) + max(inner, sum(outputs.values())))
+        alive |= {value: size for value, size in outputs.items() if value in last_use}
+        for value in equation.invars:
+            if not isinstance(value, Literal) and last_use.get(value) == number:
+                alive.pop(value, None)
+    return peak
+
+
+def _list_jaxprs(params: Any) -> list[Jaxpr]:
+    """Return the programs within an operation: of calls, loops and branches."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr))
+    closed = [leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf for leaf in leaves]
+    return [each for each in closed if isinstance(each, Jaxpr)]
+
+
+def _count_array_bytes(array: Any) -> int:
+    """Return the bytes of an array, or of its shape and dtype; 0 for keys, and for tokens, which have no dtype."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        return 0
+    return math.prod(array.shape) * dtype.itemsize

@@ -1,0 +1,109 @@
+"""Weights in host memory that are copied to the devices when they are used.
+
+Arrays in host memory are `jax.Array`s of the memory kind `pinned_host`, sharded as on the devices; see
+`jax.memory.Space`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from dit_video.core.trees import map_with_path
+
+HOST, DEVICE = "pinned_host", "device"
+"""Memory kinds of JAX's shardings."""
+Tree = TypeVar("Tree")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """Weights lie in host memory, and those of one stage of generation are on the devices at a time.
+
+    The stages are the text encoder, the image encoder, each expert of the denoiser, and the autoencoder. Each stage
+    moves its weights once, for all requests that are passed together.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """Like `Stages`, and the layers of stacks (the denoiser's and the text encoder's) move one at a time.
+
+    A pass of the model moves all of its layers, which takes longer than their computation if a pass has few tokens. It
+    is for weights that do not fit on the devices.
+    """
+
+
+Offload = Stages | Layers
+OFFLOADS: dict[str, Offload | None] = {"stages": Stages(), "layers": Layers(), "none": None}
+"""Weights in host memory by their name on the command line."""
+
+
+def streams_layers(offload: Offload | None) -> bool:
+    """Return True if the layers of stacks move to the devices one at a time."""
+    return isinstance(offload, Layers)
+
+
+def get_host_sharding(sharding: Sharding | None = None) -> Sharding:
+    """Return the sharding of host memory for an array whose sharding on devices is `sharding`, by default on one."""
+    if sharding is None:
+        # The default device may be set for a part of a program, which only a new array tells.
+        sharding = SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
+    return sharding.with_memory_kind(HOST)
+
+
+def put_in_host_memory(tree: Tree) -> Tree:
+    """Move arrays to host memory; those that are there stay as they are."""
+
+    def put(leaf: Any) -> jax.Array:
+        if not isinstance(leaf, jax.Array):
+            return jax.device_put(leaf, get_host_sharding())
+        return leaf if is_in_host_memory(leaf) else jax.device_put(leaf, get_host_sharding(leaf.sharding))
+
+    return jax.tree.map(put, tree)
+
+
+@contextlib.contextmanager
+def move_to_devices(tree: Tree, *, streams_layers: bool = False) -> Iterator[Tree]:
+    """Move arrays from host memory to the devices while a `with` block runs; the copies are freed at its end.
+
+    Arrays on the devices stay as they are. What is computed from the copies must be complete at the end of the block
+    (`jax.block_until_ready`); otherwise they are freed later.
+
+    Args:
+      tree: arrays.
+      streams_layers: leaves the kernels of stacked layers where they are: a scan over the layers moves those of one
+        layer at a time (`nn.scan_layers`).
+    """
+    copies: list[jax.Array] = []
+
+    def move(path: str, leaf: Any) -> Any:
+        stays = streams_layers and is_stacked_kernel(path, leaf)
+        if not isinstance(leaf, jax.Array) or not is_in_host_memory(leaf) or stays:
+            return leaf
+        copies.append(jax.device_put(leaf, leaf.sharding.with_memory_kind(DEVICE)))
+        return copies[-1]
+
+    try:
+        yield map_with_path(move, tree)
+    finally:
+        for copy in copies:
+            copy.delete()
+
+
+def is_stacked_kernel(path: str, leaf: Any) -> bool:
+    """Return True for the kernels of stacked layers (`blocks/NAME/kernel`, not `blocks/0/NAME/kernel`).
+
+    All else is small, and XLA for TPUs cannot slice some small arrays in host memory.
+    """
+    _, separator, name = f"/{path}".rpartition("/blocks/")
+    return bool(separator) and not name.split("/")[0].isdigit() and name.endswith("/kernel") and len(leaf.shape) == 3
+
+
+def is_in_host_memory(array: jax.Array) -> bool:
+    """Return True if an array lies in host memory."""
+    return array.sharding.memory_kind == HOST

@@ -1,0 +1,170 @@
+"""LTX-Video's transformers: diffusers' `LTXVideoTransformer3DModel`.
+
+The channels of self-attention's queries and keys are ordered differently here: the two channels that a rotary embedding
+rotates are adjacent there, and half a head apart here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_video.backbones.ltx import LtxDitConfig
+from dit_video.core.errors import UserError
+from dit_video.core.files import read_json
+from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
+from dit_video.families.ltx.autoencoder import RESIDUAL_DOWN_BLOCK
+from dit_video.weights import diffusers
+from dit_video.weights.diffusers import DENSE
+from dit_video.weights.lora import LoraModule
+from dit_video.weights.streaming import FileMap
+from dit_video.weights.tensor_map import TensorMap, TensorMapping
+
+CLASS, CONDITION_CLASS = "LTXVideoTransformer3DModel", "LTXConditionPipeline"
+LAYOUTS: dict[str, FileLayout] = {CLASS: "diffusers"}
+_HEADS_FIRST = "(heads j two) -> (heads two j)"
+_DEFAULTS: dict[str, Any] = {
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "num_attention_heads": 32,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 2048,
+    "num_layers": 28,
+    "activation_fn": "gelu-approximate",
+    "qk_norm": "rms_norm_across_heads",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": 4096,
+    "attention_bias": True,
+    "attention_out_bias": True,
+}
+_VARIABLE = ("in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "cross_attention_dim")
+_SUPPORTED = {
+    name: value for name, value in _DEFAULTS.items() if name not in (*_VARIABLE, "num_layers", "caption_channels")
+}
+"""Settings that have one supported value, that of all published versions."""
+
+# Names: ours, diffusers', and the authors' in LoRA files where they differ.
+_TOP_LEVEL_LINEAR = (
+    ("embed", "proj_in", "patchify_proj"),
+    ("text_in", "caption_projection.linear_1", ""),
+    ("text_out", "caption_projection.linear_2", ""),
+    ("time_in", "time_embed.emb.timestep_embedder.linear_1", "adaln_single.emb.timestep_embedder.linear_1"),
+    ("time_out", "time_embed.emb.timestep_embedder.linear_2", "adaln_single.emb.timestep_embedder.linear_2"),
+    ("modulation", "time_embed.linear", "adaln_single.linear"),
+    ("head", "proj_out", ""),
+)
+_LINEAR = (
+    ("value", "attn1.to_v"),
+    ("out", "attn1.to_out.0"),
+    ("cross_query", "attn2.to_q"),
+    ("cross_key", "attn2.to_k"),
+    ("cross_value", "attn2.to_v"),
+    ("cross_out", "attn2.to_out.0"),
+    ("up", "ff.net.0.proj"),
+    ("down", "ff.net.2"),
+)
+_ROTARY_LINEAR = (("query", "attn1.to_q"), ("key", "attn1.to_k"))
+
+
+class LtxDenoiserFormat(DenoiserFormat[LtxDitConfig]):
+    """Files of diffusers' `LTXVideoTransformer3DModel`.
+
+    Positions count the seconds before a token's first frame if its pipeline says so.
+    """
+
+    config_class = LtxDitConfig
+    layouts = LAYOUTS
+
+    def read_config(self, folder: Path, document: dict[str, Any]) -> LtxDitConfig:
+        settings = diffusers.get_settings(folder, document, _DEFAULTS)
+        width = settings["num_attention_heads"] * settings["attention_head_dim"]
+        channels = settings["in_channels"]
+        fixed = {"cross_attention_dim": width, "out_channels": channels} | _SUPPORTED
+        diffusers.check_supported(folder, settings | {"out_channels": settings["out_channels"] or channels}, fixed)
+        return LtxDitConfig(
+            channels=channels,
+            context_width=settings["caption_channels"],
+            width=width,
+            layers=settings["num_layers"],
+            heads=settings["num_attention_heads"],
+            time_coordinate="frame seconds" if is_095_pipeline(folder.parent) else "seconds",
+        )
+
+    def make_document(self, config: LtxDitConfig, layout: FileLayout) -> dict[str, Any]:
+        if layout != "diffusers":
+            raise UserError(f"layout={layout} is invalid: the authors' files hold several models. Use diffusers.")
+        base = LtxDitConfig()
+        for name in ("patch", "extents"):
+            if (value := getattr(config, name)) != getattr(base, name):
+                raise UserError(f"{CLASS} has {name}={getattr(base, name)}, so {name}={value} can't be written")
+        return {
+            "_class_name": CLASS,
+            **_DEFAULTS,
+            "in_channels": config.channels,
+            "out_channels": config.channels,
+            "num_attention_heads": config.heads,
+            "attention_head_dim": config.width // config.heads,
+            "cross_attention_dim": config.width,
+            "num_layers": config.layers,
+            "caption_channels": config.context_width,
+        }
+
+    def make_file_map(self, config: LtxDitConfig, layout: FileLayout) -> FileMap:
+        return FileMap.from_tensor_map(make_ltx_tensor_map(config))
+
+    def get_lora_modules(
+        self, config: LtxDitConfig, *, primary_layout: FileLayout = "diffusers"
+    ) -> dict[str, LoraModule]:
+        """Return the linear maps that a LoRA may adapt, by diffusers' names and, where they differ, the authors'."""
+        mapping = TensorMapping("", _HEADS_FIRST, (("heads", config.heads), ("two", 2)))
+        order = tuple(map(int, mapping.to_ours(np.arange(config.width))))
+        reordered = {f"blocks/{ours}/kernel" for ours, _ in _ROTARY_LINEAR}
+        modules: dict[str, LoraModule] = {}
+        for path, foreign in make_ltx_tensor_map(config).items():
+            if path.endswith("/kernel"):
+                path_order = order if path in reordered else None
+                for layer, name in enumerate(foreign.names):
+                    stack_layer = None if foreign.layers is None else layer
+                    modules[name.removesuffix(".weight")] = LoraModule(path, stack_layer, order=path_order)
+        others = {authors: modules[theirs] for _, theirs, authors in _TOP_LEVEL_LINEAR if authors}
+        return modules | others if primary_layout == "diffusers" else others | modules
+
+
+def is_095_pipeline(folder: Path) -> bool:
+    """Return True for the folder of a pipeline of version 0.9.5 or later.
+
+    Its class is `LTXConditionPipeline`, or its autoencoder downsamples with residuals. Transformers of these versions
+    have `causal_temporal_positioning` in the authors' configs, which diffusers' lack.
+    """
+    index, vae = (folder / name for name in ("model_index.json", "vae/config.json"))
+    if not index.is_file():
+        return False
+    kinds = read_json(vae).get("down_block_types") if vae.is_file() else None
+    return read_json(index).get("_class_name") == CONDITION_CLASS or RESIDUAL_DOWN_BLOCK in (kinds or ())
+
+
+def make_ltx_tensor_map(config: LtxDitConfig) -> TensorMap:
+    """Return the tensor map of diffusers' class."""
+    names: dict[str, TensorMapping] = {"head_table": TensorMapping("scale_shift_table")}
+    for ours, theirs, _ in _TOP_LEVEL_LINEAR:
+        names |= diffusers.map_kernel_and_bias(ours, theirs, DENSE)
+    axis_sizes = (("heads", config.heads), ("two", 2))
+
+    def add(ours: str, theirs: str, pattern: str = "", sizes: tuple[tuple[str, int], ...] = ()) -> None:
+        names[f"blocks/{ours}"] = TensorMapping(f"transformer_blocks.{{}}.{theirs}", pattern, sizes, config.layers)
+
+    for ours, theirs in _LINEAR:
+        foreign = f"transformer_blocks.{{}}.{theirs}"
+        names |= diffusers.map_kernel_and_bias(f"blocks/{ours}", foreign, DENSE, layers=config.layers)
+    for ours, theirs in _ROTARY_LINEAR:
+        add(f"{ours}/kernel", f"{theirs}.weight", "(heads j two) i -> i (heads two j)", axis_sizes)
+        add(f"{ours}/bias", f"{theirs}.bias", _HEADS_FIRST, axis_sizes)
+    for ours, theirs in (("query_norm", "attn1.norm_q"), ("key_norm", "attn1.norm_k")):
+        add(f"{ours}/scale", f"{theirs}.weight", _HEADS_FIRST, axis_sizes)
+    for ours, theirs in (("cross_query_norm", "attn2.norm_q"), ("cross_key_norm", "attn2.norm_k")):
+        add(f"{ours}/scale", f"{theirs}.weight")
+    add("table", "scale_shift_table")
+    return names

@@ -1,0 +1,1 @@
+"""VACE: Wan's models with control."""

@@ -1,0 +1,120 @@
+"""The task of VACE (arXiv 2503.07598): clips with parts that are kept, control of the rest, and reference images.
+
+The pixels that a request keeps are those of `video` where `mask` is True, `image` and `last_image`. All others are
+generated, and are grey in the control, or those of `control`, which steers them. Reference images are latent frames
+before the clip, which are sampled with it and cut off.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8
+
+from dit_video.backbones.vace import VaceControl
+from dit_video.conditioning import GREY
+from dit_video.core.errors import UserError
+from dit_video.core.resize import resize
+from dit_video.generation.pictures import fit_frames, fit_image
+from dit_video.generation.plan import SamplingPlan
+from dit_video.generation.request import GenerationTask, Request, TaskModel
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+_PICTURES = ("image", "last_image", "video", "mask", "control", "reference_images")
+_WHITE = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaceTask(GenerationTask):
+    """Clips with kept parts, control and reference images; without any of them, text to video."""
+
+    def __call__(self, request: Request, model: TaskModel) -> SamplingPlan:
+        """Return the plan of a request.
+
+        Raises:
+          UserError: a model that is not VACE's, a mask without a video or a video without a mask, a video or a control
+            of another length than the clip, a mask of another shape than the video, or an image and a video for one
+            frame.
+        """
+        request.check_pictures(_PICTURES)
+        control = next((each for each in model.backbone.conditioning if isinstance(each, VaceControl)), None)
+        if control is None:
+            name = type(model.backbone).__name__
+            raise UserError(f"task=VaceTask() is invalid for a {name}, which reads no control. Use a model of VACE")
+        pixels, is_generated = compose_pixels(request)
+        inactive, reactive = (
+            model.codec.encode_pixels(np.where(is_grey[..., None], np.float32(GREY), pixels))
+            for is_grey in (is_generated, ~is_generated)
+        )
+        values = control.concatenate(inactive, reactive, is_generated)
+        references = [_encode_reference(image, request.grid, model, control) for image in request.reference_images]
+        # The last image comes first, as in diffusers.
+        fields = {control.field: np.concatenate([*reversed(references), values])}
+        return SamplingPlan(fields, leading_frames=len(references))
+
+
+def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bool[np.ndarray, "T H W"]]:
+    """Return the pixels in 0..255 of a request's kept parts, with its control or grey elsewhere; True for the latter.
+
+    Raises:
+      UserError: clips and masks that do not fit the request or each other.
+    """
+    size = request.grid
+    pixels, is_generated = np.full((*size, 3), GREY, np.float32), np.ones(size, bool)
+    if request.control is not None:
+        pixels[:] = _fit_clip("control", request.control, size)
+    if (request.video is None) != (request.mask is None):
+        missing, fix = ("mask", "control=") if request.mask is None else ("video", "image=")
+        raise UserError(f"{missing}=None is invalid: video and mask need each other. Give both, or use {fix}")
+    if request.video is not None and request.mask is not None:
+        video, is_kept = _fit_clip("video", request.video, size), _fit_mask(request.mask, request.video, size)
+        pixels, is_generated = np.where(is_kept[..., None], video, pixels), ~is_kept
+    for name, image, frame in (("image", request.image, 0), ("last_image", request.last_image, size.t - 1)):
+        if image is None:
+            continue
+        if not is_generated[frame].all():
+            raise UserError(f"{name}= is invalid: the frame is also kept of video or of another image. Use one of them")
+        pixels[frame], is_generated[frame] = fit_image(image, size), False
+    return pixels.astype(np.float32), is_generated
+
+
+def _fit_clip(name: str, clip: Clip, size: Grid) -> UInt8[np.ndarray, "T h w 3"]:
+    if len(clip.frames) != size.t:
+        raise UserError(
+            f"{name} of {len(clip.frames)} frames is invalid for a clip of {size.t}: the lengths must be equal. Use a "
+            "size or a clip of the same length"
+        )
+    return fit_frames(clip.frames, size)
+
+
+def _fit_mask(mask: np.ndarray, video: Clip, size: Grid) -> Bool[np.ndarray, "T h w"]:
+    """Return a video's mask at the size of the clip, fitted as the video is."""
+    frames = video.frames.shape[:3]
+    if mask.dtype != np.bool_ or mask.shape not in (frames, frames[:1]):
+        raise UserError(
+            f"mask of {mask.dtype} {list(mask.shape)} is invalid: it must be a boolean of the video's pixels, "
+            f"{list(frames)}, or of its frames, [{frames[0]}]. Use a mask of this shape, True where pixels are kept"
+        )
+    if mask.ndim == 1:
+        return np.broadcast_to(mask[:, None, None], size).copy()
+    pixels = np.broadcast_to(np.where(mask, 255, 0).astype(np.uint8)[..., None], (*frames, 3))
+    return fit_frames(pixels, size)[..., 0] > GREY
+
+
+def _encode_reference(
+    image: Clip | np.ndarray, size: Grid, model: TaskModel, control: VaceControl
+) -> Float32[np.ndarray, "1 h w q"]:
+    """Return the control of an image's latent frame: all of it is inactive, and nothing is reactive or generated.
+
+    The image is scaled to fit into the frame, and is in the middle of a white one.
+    """
+    shape = image.frames.shape[1:] if isinstance(image, Clip) else np.shape(image)
+    # At its own size, for the check alone, which an array that is no image does not pass.
+    pixels = fit_image(image, Grid(1, *shape[:2]) if len(shape) == 3 else Grid(1, 1, 1))
+    scale = min(size.h / pixels.shape[0], size.w / pixels.shape[1])
+    height, width = (max(1, int(side * scale)) for side in pixels.shape[:2])
+    canvas = np.full((1, size.h, size.w, 3), _WHITE, np.uint8)
+    top, left = (size.h - height) // 2, (size.w - width) // 2
+    canvas[:, top : top + height, left : left + width] = resize(pixels[None], height, width)
+    latents = model.codec.encode_pixels(canvas)
+    return control.concatenate(latents, np.zeros_like(latents), np.zeros(canvas.shape[:3], bool))

@@ -1,0 +1,193 @@
+"""Weights of a denoiser with adapters: attached beside them, or merged into their memory, and taken away exactly."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from dit_video.core.errors import UserError
+from dit_video.core.offload import is_in_host_memory
+from dit_video.core.trees import flatten, map_with_path
+from dit_video.nn import LowRankKernel, attach_lora, get_lora_changes, merge_lora, merge_lora_in_place
+
+
+class Adapter(NamedTuple):
+    """An adapter that is attached to a denoiser."""
+
+    lora: Mapping[str, Any]
+    """Factors and differences, where the denoiser's parameters are."""
+    scale: float
+
+
+class AdaptedWeights(NamedTuple):
+    """The weights of a denoiser, and its adapters. Methods return new weights, which share the arrays of these."""
+
+    params: dict[str, Any]
+    """Parameters without the attached adapters, and with the merged ones."""
+    adapters: Mapping[str, Adapter] = {}
+    """Attached adapters by name."""
+    originals: Mapping[str, Any] = {}
+    """Parameters as they were before adapters were merged into them, by path: a `HostCopy`, or arrays on the host."""
+
+    def attach(self, name: str, adapter: Adapter) -> "AdaptedWeights":
+        """Return the weights with a further adapter; its name gets a number if there is one of this name.
+
+        Raises:
+          UserError: an adapter that does not fit.
+        """
+        get_lora_changes(self.params, adapter.lora)
+        numbered = (name if number == 1 else f"{name}_{number}" for number in range(1, len(self.adapters) + 2))
+        free_name = next(each for each in numbered if each not in self.adapters)
+        return self._replace(adapters={**self.adapters, free_name: adapter})
+
+    def set_scales(self, scales: Mapping[str, float | int]) -> "AdaptedWeights":
+        """Return the weights with other scales of some adapters.
+
+        Raises:
+          UserError: a name of no attached adapter.
+        """
+        changed = {name: self._get(name)._replace(scale=float(scale)) for name, scale in scales.items()}
+        return self._replace(adapters={**self.adapters, **changed})
+
+    def detach(self, name: str) -> "AdaptedWeights":
+        """Return the weights without an adapter.
+
+        Raises:
+          UserError: a name of no attached adapter.
+        """
+        self._get(name)
+        return self._replace(adapters={each: adapter for each, adapter in self.adapters.items() if each != name})
+
+    def merge(self, lora: Mapping[str, Any], scale: float) -> "AdaptedWeights":
+        """Return the weights with an adapter merged in place; parameters that change are copied to the host before.
+
+        Arrays on devices that change are deleted: other weights that share them cannot be used any more.
+
+        Raises:
+          UserError: an adapter that does not fit; then nothing changes.
+        """
+        leaves = flatten(self.params)
+        changed = [path for path in get_lora_changes(self.params, lora) if path not in self.originals]
+        copies = {path: _copy_to_host(leaves[path]) for path in changed}
+        params = _change(merge_lora_in_place, self.params, lora, scale)
+        return self._replace(params=params, originals={**self.originals, **copies})
+
+    def restore(self) -> "AdaptedWeights":
+        """Return the weights without any adapter, bit by bit as they were before the first one.
+
+        Arrays that merging made are deleted, one after the other.
+        """
+
+        def restore_leaf(path: str, leaf: Any) -> Any:
+            original = self.originals.get(path)
+            if not isinstance(original, HostCopy):
+                return leaf if original is None else original
+            leaf.delete()
+            return original.to_devices()
+
+        return AdaptedWeights(map_with_path(restore_leaf, self.params))
+
+    def make_sampling_params(self) -> dict[str, Any]:
+        """Return the parameters for sampling: kernels that adapters change are `LowRankKernel`.
+
+        An adapter of scale 0 is not part of them, so that the model is the one without it, bit by bit.
+        """
+        params = self.params
+        for adapter in self._list_active():
+            params = _change(attach_lora, params, adapter.lora, adapter.scale)
+        return params
+
+    def make_merged_params(self) -> dict[str, Any]:
+        """Return the parameters with all adapters in them; those that change are copied."""
+        params = self.params
+        for adapter in self._list_active():
+            params = _change(merge_lora, params, adapter.lora, adapter.scale)
+        return params
+
+    def check_usable(self) -> None:
+        """Check that the arrays are there.
+
+        Raises:
+          UserError: they were changed in place for other weights.
+        """
+        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(self.params)):
+            raise UserError(
+                "the weights of this pipeline are deleted: an adapter was merged into them, or taken out of them, in "
+                "place. Use the pipeline that load_lora(merge=True) or unload_lora returned, or load it again"
+            )
+
+    def _get(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            fix = f"Use {', '.join(self.adapters)}" if self.adapters else "Use load_lora first"
+            raise UserError(f"name={name!r} of an adapter is invalid: none of this name is attached. {fix}")
+        return self.adapters[name]
+
+    def _list_active(self) -> list[Adapter]:
+        return [adapter for adapter in self.adapters.values() if adapter.scale != 0]
+
+
+class HostCopy(NamedTuple):
+    """The values of an array on devices, as far as this process has them."""
+
+    shape: tuple[int, ...]
+    sharding: Sharding
+    parts: Mapping[tuple[tuple[int, int], ...], np.ndarray]
+    """Values by the start and end of their part along each axis."""
+
+    @staticmethod
+    def from_array(array: jax.Array) -> "HostCopy":
+        """Copy an array to the host; parts that several devices hold are copied once."""
+        parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        for shard in array.addressable_shards:
+            bounds = _get_bounds(shard.index, array.shape)
+            if bounds not in parts:
+                # On CPU a view would share the memory of the array, which is about to change.
+                parts[bounds] = np.array(shard.data, copy=True)
+        return HostCopy(array.shape, array.sharding, parts)
+
+    def to_devices(self) -> jax.Array:
+        """Return the array on the devices that it was on."""
+        return jax.make_array_from_callback(
+            self.shape, self.sharding, lambda index: self.parts[_get_bounds(index, self.shape)]
+        )
+
+
+def _copy_to_host(leaf: Any) -> Any:
+    """Copy an array on devices; those on the host stay as they are when an adapter is merged."""
+    return HostCopy.from_array(leaf) if isinstance(leaf, jax.Array) and not is_in_host_memory(leaf) else leaf
+
+
+def _change(function: Callable[..., dict[str, Any]], params: dict[str, Any], lora: Any, scale: float) -> dict[str, Any]:
+    """Return `function(params, lora, scale)`, where arrays in host memory are changed on the host and put back there.
+
+    Factors that are attached leave their kernel where it is.
+    """
+    is_adapted = lambda node: isinstance(node, LowRankKernel)  # noqa: E731
+    changes = get_lora_changes(params, lora)
+    host: dict[str, jax.Array] = {}
+
+    def to_numpy(path: str, leaf: Any) -> Any:
+        is_whole = path in changes and (function is not attach_lora or changes[path].diff is not None)
+        if not is_whole or not isinstance(leaf, jax.Array) or not is_in_host_memory(leaf):
+            return leaf
+        host[path] = leaf
+        return np.asarray(leaf)
+
+    def put_back(path: str, leaf: Any) -> Any:
+        if path not in host:
+            return leaf
+        if isinstance(leaf, LowRankKernel):
+            return LowRankKernel(jax.device_put(leaf.kernel, host[path].sharding), leaf.factors)
+        return jax.device_put(leaf, host[path].sharding)
+
+    params = map_with_path(to_numpy, params, is_leaf=is_adapted)
+    if function is not attach_lora and host:
+        lora = jax.tree.map(np.asarray, lora)
+    return map_with_path(put_back, function(params, lora, scale), is_leaf=is_adapted)
+
+
+def _get_bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    bounds = (part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+    return tuple((int(start), int(stop)) for start, stop in bounds)

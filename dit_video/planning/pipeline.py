@@ -1,0 +1,287 @@
+"""Plans of pipelines: the memory of each stage of generation on one device, from the programs that it runs.
+
+No weights are read or allocated: programs are compiled for shapes, of TPUs that need not be present.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32
+
+from dit_video.autoencoders import latent_grid
+from dit_video.autoencoders.streaming import make_chunk_program
+from dit_video.core.errors import UserError
+from dit_video.core.live_memory import count_bytes
+from dit_video.core.offload import DEVICE, HOST, Offload, is_stacked_kernel, streams_layers
+from dit_video.core.trees import map_with_path
+from dit_video.distributed.planner import Topology, compile_step
+from dit_video.distributed.planner.compiled_program import count_local_bytes, override_default_backend
+from dit_video.encoders.autoencoder import DEVICE_SHARE, LatentCodec, fit_chunk
+from dit_video.families import find_family
+from dit_video.families.family import LoadOptions
+from dit_video.generation.preparation import make_sampling_request
+from dit_video.generation.request import Request, TaskModel
+from dit_video.generation.sampler import list_programs
+from dit_video.nn import get_param_shapes
+from dit_video.nn.parallel import ONE_DEVICE
+from dit_video.pipelines.config import PipelineConfig, to_grid
+from dit_video.pipelines.folder import read_pipeline_config
+from dit_video.pipelines.parts import make_denoiser, make_task_model
+from dit_video.planning.plan import format_size
+from dit_video.planning.report import find_devices
+from dit_video.text import FrozenTextConfig, Tokenizer
+from dit_video.text.embedder import make_embedding_program
+from dit_video.tokens import Grid
+from dit_video.weights import read_clip_vision_config, read_text_encoder_config
+from dit_video.weights.io import get_encoder_dtype
+from dit_video.weights.tensor_map import make_dtype_fn
+
+_EXPERTS = ("backbone", "low_noise")
+_DEFAULTS = LoadOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """Memory of a stage of generation on the device, in bytes."""
+
+    name: str
+    weights: int
+    """Weights of the stage on the device."""
+    host_weights: int
+    """Weights of the stage that stay in host memory, and move a layer at a time."""
+    other_weights: int
+    """Weights of the other stages on the device."""
+    activations: int
+    """Everything else, at the peak."""
+    overflow: str | None = None
+    """The compiler's reason, where the stage does not fit."""
+
+    @property
+    def peak(self) -> int:
+        """Return the memory that the stage needs."""
+        return self.weights + self.other_weights + self.activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinePlan:
+    """Memory of a pipeline's stages on one device."""
+
+    folder: str
+    topology: Topology
+    size: Grid
+    """Frames, height and width of the clip."""
+    offload: Offload | None
+    limit: int
+    """Bytes of the device's memory."""
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def peak(self) -> int:
+        """Return the largest memory of a stage."""
+        return max(stage.peak for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Return True if every stage fits on the device."""
+        return self.peak <= self.limit and not any(stage.overflow for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON."""
+        stages = [dataclasses.asdict(stage) | {"peak": stage.peak} for stage in self.stages]
+        own = {"folder": self.folder, "topology": str(self.topology), "size": list(self.size), "limit": self.limit}
+        return own | {"offload": repr(self.offload), "peak": self.peak, "fits": self.fits, "stages": stages}
+
+    def __str__(self) -> str:
+        frames, height, width = self.size
+        verdict = "fits" if self.fits else "does not fit"
+        lines = [
+            f"{self.folder}: a clip of {frames} frames of {height}x{width}, offload={self.offload}, on one device of "
+            f"{self.topology}",
+            f"{verdict}: {format_size(self.peak)} of {format_size(self.limit)}",
+            f"{'stage':12} {'weights':>12} {'others':>12} {'activations':>12} {'peak':>12} {'in host':>12}",
+        ]
+        for each in self.stages:
+            values = (each.weights, each.other_weights, each.activations, each.peak, each.host_weights)
+            lines.append(f"{each.name:12} " + " ".join(f"{format_size(value):>12}" for value in values))
+            lines += [f"  {each.overflow}"] if each.overflow else []
+        return "\n".join(lines)
+
+
+def plan_pipeline(
+    folder: str | Path,
+    topology: Topology,
+    *,
+    size: Grid | tuple[int, int, int] | None = None,
+    options: LoadOptions = _DEFAULTS,
+) -> PipelinePlan:
+    """Compile the programs of a pipeline's stages for one device, and return the memory that each needs.
+
+    Args:
+      folder: folder of open weights, of which only the JSON files are read, or of a pipeline of one's own.
+      topology: the hardware, of which one device is used.
+      size: frames, height and width of the clip; the pipeline's own by default.
+      options: dtypes, text encoder and offload, as for `dit_video.load`; no mesh.
+
+    Raises:
+      MissingError: the folder does not exist or lacks parts.
+      UserError: a device that programs cannot be compiled for here, an unsupported size, or a family that cannot be
+        planned.
+    """
+    folder = Path(folder)
+    devices, can_compile = find_devices(topology)
+    if not can_compile:
+        raise UserError(
+            f"{topology} is invalid: pipelines are planned by compiling. Use a TPU, or run this on {topology}"
+        )
+    mesh = Mesh(np.asarray(devices[:1]), ("device",))
+    limit = topology.chip.usable_memory * topology.num_chips // len(devices)
+    family = find_family(folder)
+    if family is None:
+        config, dtype_fn = read_pipeline_config(folder), make_dtype_fn(np.float32)
+    else:
+        config = family.make_config(folder, options)
+        kernels = tuple(f"{expert}/{path}" for expert in _EXPERTS for path in family.denoiser.float32_kernels)
+        dtype_fn = make_dtype_fn(np.float32, jnp.dtype(options.dtype), float32_kernels=kernels)
+    size = config.size if size is None else to_grid(size)
+    with override_default_backend(devices[0].platform):
+        programs = list(_list_programs(config, size, dtype_fn, memory=int(DEVICE_SHARE * limit)))
+    parts = {each.part: count_bytes(each.params) for each in programs}
+    stages = []
+    for each in programs:
+        plan = _compile(each, mesh, is_streamed=streams_layers(options.offload) and each.part != "autoencoder")
+        others = sum(parts.values()) - parts[each.part] if options.offload is None else 0
+        stages.append(dataclasses.replace(plan, other_weights=others))
+    fields: dict[str, Any] = {"folder": str(folder), "topology": topology, "size": size, "offload": options.offload}
+    return PipelinePlan(**fields, limit=limit, stages=tuple(stages))
+
+
+class _Program(NamedTuple):
+    """A program of a stage, with the shapes of its arguments."""
+
+    name: str
+    part: str
+    """Name of the weights."""
+    run: Callable[..., Any]
+    params: Any
+    arguments: tuple[Any, ...]
+    """Arguments besides the parameters."""
+
+
+def _list_programs(
+    config: PipelineConfig, size: Grid, dtype_fn: Callable[[str], Any], *, memory: int
+) -> Iterator[_Program]:
+    """Yield the programs of a request in their order.
+
+    Args:
+      config: config of the pipeline.
+      size: frames, height and width of the clip.
+      dtype_fn: returns the dtype of a parameter of the denoiser, given its path.
+      memory: bytes that coding may take, besides the autoencoder.
+    """
+    if isinstance(config.text, FrozenTextConfig):
+        yield _make_text_program(config.text)
+    latents = config.latent_grid(size)
+    codec = _EmptyCodec(config.autoencoder, get_param_shapes(config.autoencoder.make))
+    if config.backbone.cond_channels or config.backbone.conditioning:
+        yield _make_coding_program(codec, "encode", latents, memory)
+    params = map_with_path(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype_fn(path)), config.denoiser_shapes)
+    denoiser = make_denoiser(config, params, _make_tokenizer(config), parallel=ONE_DEVICE)
+    task_model = make_task_model(config, codec)
+    request = make_sampling_request(_make_request(config, size), latents, _TaskModel(**vars(task_model)))
+    programs = list_programs(denoiser, [request], sampling=config.sampling, shape=config.row_shape, rows=1)
+    for expert, program, (own, *rest) in programs:
+        yield _Program("sampling" if expert == "backbone" else "second expert", expert, program, own, tuple(rest))
+    yield _make_coding_program(codec, "decode", latents, memory)
+
+
+def _make_text_program(config: FrozenTextConfig) -> _Program:
+    encoder = dataclasses.replace(read_text_encoder_config(config.folder), dtype=config.dtype)
+    shapes = get_param_shapes(encoder.make)
+    get_dtype = functools.partial(get_encoder_dtype, dtype=config.dtype)
+    params = map_with_path(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, get_dtype(path)), shapes)
+    tokens = jax.ShapeDtypeStruct((1, config.max_tokens), jnp.int32)
+    return _Program("text", "text", make_embedding_program(encoder), params, (tokens, tokens))
+
+
+def _make_coding_program(codec: LatentCodec, method: str, latents: Grid, memory: int) -> _Program:
+    _, frames = fit_chunk(codec.config, method, 1, latents, memory)
+    run, (params, *rest) = make_chunk_program(codec.config, method, 1, latents._replace(t=frames))
+    return _Program(f"{method[:-1]}ing", "autoencoder", run, params, tuple(rest))
+
+
+def _make_request(config: PipelineConfig, size: Grid) -> Request:
+    """Return a request with the images that the model needs."""
+    conditioning = config.frame_conditioning
+    if conditioning is None or conditioning.prob < 1:
+        return Request("", size)
+    image = np.zeros((*size[1:], 3), np.uint8)
+    return Request("", size, image=image, last_image=None if config.backbone.image_positions is None else image)
+
+
+def _make_tokenizer(config: PipelineConfig) -> Tokenizer:
+    """Return a tokenizer whose texts are as long as they can be, if its encoder is frozen."""
+    if not isinstance(config.text, FrozenTextConfig):
+        return config.text.make_tokenizer()
+    shape = config.text.max_tokens, config.text.width
+    return lambda _caption: np.zeros(shape, np.float32)
+
+
+class _EmptyCodec(LatentCodec):
+    """A codec without weights, whose latents are zero."""
+
+    def encode_pixels(self, pixels: np.ndarray) -> Float32[np.ndarray, "t h w c"]:
+        grid = latent_grid(Grid(*pixels.shape[:3]), self.config.stride)
+        return np.zeros((*grid, self.config.channels), np.float32)
+
+
+class _EmptyImageEncoder:
+    """An image encoder without weights, whose tokens are zero."""
+
+    def __init__(self, folder: str):
+        config = read_clip_vision_config(folder)
+        self.shape = config.tokens, config.width
+
+    def __call__(self, frames: np.ndarray) -> Float32[np.ndarray, "T i F"]:
+        return np.zeros((len(frames), *self.shape), np.float32)
+
+
+class _TaskModel(TaskModel):
+    """Parts of a model without weights."""
+
+    @functools.cached_property
+    def image_encoder(self) -> Any:
+        assert self.image_encoder_folder is not None
+        return _EmptyImageEncoder(self.image_encoder_folder)
+
+
+def _compile(program: _Program, mesh: Mesh, *, is_streamed: bool) -> StagePlan:
+    """Compile a program, and return its memory; weights of other stages are not counted."""
+
+    def place(kind: str, leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
+        )
+
+    params = map_with_path(
+        lambda path, leaf: place(HOST if is_streamed and is_stacked_kernel(path, leaf) else DEVICE, leaf),
+        program.params,
+    )
+    rest = jax.tree.map(functools.partial(place, DEVICE), program.arguments)
+    compiled = compile_step(program.run, (params, *rest), mesh)
+    weights = sum(map(count_local_bytes, jax.tree.leaves(params)))
+    return StagePlan(
+        name=program.name,
+        weights=weights,
+        host_weights=count_bytes(params) - weights,
+        other_weights=0,
+        activations=max(0, compiled.memory.peak - weights),
+        overflow=compiled.oom_message,
+    )

@@ -1,0 +1,41 @@
+"""A denoiser with the shape of LTX-Video 2B on rows of 7,424 tokens, one clip of 161 frames of 512×704 (7,392 tokens).
+
+    python experiments/train.py experiments/configs/ltx_2b.py --data CLIPS --workdir runs/ltx_2b
+    python tools/plan.py experiments/configs/ltx_2b.py --topology v5p:2x2x4
+
+Latents and embedded captions are cached first, with the autoencoder and the text encoder of the model's folder from
+Hugging Face (Lightricks/LTX-Video-0.9.5). It is designed for v5p:2x2x4, and has not been trained.
+"""
+
+from dit_video.autoencoders import LtxVaeConfig
+from dit_video.backbones.ltx import LtxDitConfig
+from dit_video.conditioning import FrameConditioning
+from dit_video.diffusion import ExponentialShift, FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.distributed import MeshConfig
+from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder
+from dit_video.generation import Sampling
+from dit_video.text import FrozenTextConfig
+from dit_video.tokens import PackedShape
+from dit_video.training.optim.optimizer import OptimizerConfig
+
+_FOLDER = "LTX-Video-0.9.5"
+
+EXPERIMENT = Experiment(
+    name="ltx_2b",
+    data=DataConfig(max_pixels=512 * 704, max_frames=161, fps=25.0, workers=8),
+    autoencoder=PretrainedAutoencoder(model=LtxVaeConfig.ltx_095(), folder=f"{_FOLDER}/vae"),
+    denoiser=DenoiserTraining(
+        backbone=LtxDitConfig.ltx_2b(time_coordinate="frame seconds", dtype="bfloat16", remat="dots_attention"),
+        text=FrozenTextConfig(folder=_FOLDER, width=4096, max_tokens=256, dtype="bfloat16"),
+        layout=PackedShape(tokens=7_424, text=1024, segments=4),
+        batch=32,
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=2000, b2=0.95, weight_decay=0.01),
+        steps=100_000,
+        objective=FlowMatching(process=RectifiedFlow(size_shift=ExponentialShift()), times=LogitNormal()),
+        ema_decay=0.9999,
+        frame_conditioning=FrameConditioning(),
+    ),
+    sampling=Sampling(steps=50, guidance=3.0),
+    mesh=MeshConfig(data=-1, fsdp=16),
+    save_every=1000,
+)

@@ -1,0 +1,63 @@
+"""Options for images and clips that a sampled clip keeps or follows."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_video.core.errors import UserError
+from dit_video.generation.request_file import read_pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """Files of images and clips, fitted to the size of the sampled clip; of a model that accepts them."""
+
+    image: Path | None = None
+    """First frame of the clip: an image, or a video whose first frame is used."""
+    last_image: Path | None = None
+    """Last frame of the clip."""
+    video: Path | None = None
+    """Clip that is kept where --mask is white."""
+    mask: Path | None = None
+    """Mask of --video, an image for all of its frames or a video: white is kept, black is generated."""
+    control: Path | None = None
+    """Clip that steers what is generated, such as poses, depth or edges."""
+    reference_images: tuple[Path, ...] = ()
+    """Images of subjects that the clip shows."""
+    conditions: tuple[str, ...] = ()
+    """Images or clips at some frames, each FILE@FRAME or FILE@FRAME@STRENGTH, such as middle.png@40@0.8."""
+    strengths: tuple[str, ...] = ()
+    """Strengths of conditioning, each NAME=NUMBER or, with one number for each layer, NAME=NUMBER,NUMBER,…"""
+
+    def read(self) -> dict[str, Any]:
+        """Return the arguments of `Pipeline.generate`: decoded files, and strengths.
+
+        Raises:
+          MissingError: a file does not exist.
+          DecodeError: a file is damaged.
+          UserError: a mask without a video, or a text that is not of its form.
+        """
+        files = {name: value for name, value in vars(self).items() if name not in ("conditions", "strengths")}
+        conditions = [_parse_condition(text) for text in self.conditions]
+        pictures = read_pictures({**files, "conditions": conditions}, Path())
+        strengths = dict(map(_parse_strength, self.strengths))
+        return pictures | ({"strengths": strengths} if strengths else {})
+
+
+def _parse_condition(text: str) -> dict[str, Any]:
+    if (match := re.fullmatch(r"(.+?)@(-?\d+)(?:@(\d*\.?\d+))?", text)) is None:
+        raise UserError(
+            f"--conditions {text} is invalid: it must be FILE@FRAME or FILE@FRAME@STRENGTH. Use first.png@0"
+        )
+    file, frame, strength = match.groups()
+    return {"file": file, "frame": int(frame), "strength": float(strength or 1)}
+
+
+def _parse_strength(text: str) -> tuple[str, float | tuple[float, ...]]:
+    name, _, numbers = text.partition("=")
+    try:
+        values = tuple(map(float, numbers.split(",")))
+    except ValueError as error:
+        raise UserError(f"--strengths {text} is invalid: it must be NAME=NUMBER. Use {name}=1.0") from error
+    return name, values if len(values) > 1 else values[0]

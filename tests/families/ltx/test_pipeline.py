@@ -1,0 +1,146 @@
+"""Pipelines of LTX-Video: loading, generating, saving, adapters and errors."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.conditioning import FrameConditioning
+from dit_video.core.errors import MissingError, UserError
+from dit_video.diffusion import LinearQuadraticTimes, RectifiedFlow, UniformTimes
+from dit_video.families.ltx.pipeline import read_parts
+from dit_video.families.ltx.task import KeyframesToVideo
+from dit_video.generation.pictures import Condition
+from dit_video.generation.request import Request
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.tokens import PackedShape
+from dit_video.video import Clip
+from support.tiny_ltx import DIT, RESIDUAL_VAE, SIZE, VAE, write_ltx
+
+PROMPT = "a red ball"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Read only."""
+    folder = tmp_path_factory.mktemp("ltx") / "tiny"
+    write_ltx(folder, shift=3.0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return dit_video.load(folder, dtype="float32")
+
+
+def draw_clip(frames, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (frames, *SIZE[1:], 3), dtype=np.uint8)
+    return Clip(pixels, fps=25.0)
+
+
+def sample_latents(pipeline, **options):
+    return pipeline.generate(PROMPT, size=SIZE, output="latents", **{"steps": 2, "guidance": 2.0} | options)
+
+
+def test_the_pipeline_config_is_read_from_the_folder(pipeline, folder):
+    config = pipeline.config
+    assert (config.backbone.replace(dtype="float32"), config.autoencoder) == (DIT, VAE)
+    assert (config.text.folder, config.text.max_tokens) == (str(folder / "text_encoder"), 128)
+    assert (config.process, config.sampling.time_schedule) == (RectifiedFlow(shift=3.0), UniformTimes())
+    assert (config.sampling.steps, config.sampling.guidance) == (50, 3.0)
+    assert (config.size, config.fps, config.token_dt, config.token_lead) == ((161, 512, 704), 25.0, 8 / 25, 0)
+    assert (config.task, config.frame_conditioning) == (KeyframesToVideo(), FrameConditioning())
+
+
+@pytest.mark.parametrize("options", [{"kind": "LTXConditionPipeline"}, {"vae": RESIDUAL_VAE}], ids=["class", "vae"])
+def test_versions_from_095_on_are_known_by_their_class_or_their_autoencoder(tmp_path, options):
+    write_ltx(tmp_path / "ltx", **options)
+    parts = read_parts(tmp_path / "ltx")
+    assert parts.denoiser.time_coordinate == "frame seconds"
+    assert parts.text.max_tokens == 256
+    assert parts.schedule.time_schedule == LinearQuadraticTimes()
+    assert parts.task == KeyframesToVideo(noise_scale=0.15)
+
+
+def test_a_clip_with_keyframes_is_generated_and_decoded_with_the_noise_of_its_seed(pipeline):
+    """The first image is kept; the others are seen, but are tokens of their own."""
+    image, last = draw_clip(1), draw_clip(1, seed=1)
+    options = {"image": image, "conditions": [Condition(content=last, frame=-1, strength=0.9)]}
+    latents = sample_latents(pipeline, **options)
+    np.testing.assert_allclose(latents[:1], pipeline.encode(image), atol=1e-5)
+    other = sample_latents(pipeline, image=image, last_image=draw_clip(1, seed=2))
+    assert np.abs(latents - other)[1:].max() > 1e-4
+    clip = pipeline.generate(PROMPT, size=SIZE, steps=2, guidance=2.0, **options)
+    assert clip.frames.shape == (*SIZE, 3)
+    np.testing.assert_array_equal(clip.frames, pipeline.decode(latents).frames)
+    assert (pipeline.decode(latents, seed=1).frames != clip.frames).any()
+
+
+@pytest.mark.slow
+def test_clips_with_other_conditions_that_share_a_row_are_those_of_a_row_of_their_own(pipeline):
+    requests = [
+        Request(PROMPT, SIZE, image=draw_clip(1)),
+        Request("a green cube", SIZE, seed=3, conditions=[Condition(content=draw_clip(9), frame=8, strength=0.7)]),
+    ]
+    config = replace(pipeline.config, layout=PackedShape(tokens=64, text=64, segments=4))
+    packed = Pipeline(config, autoencoder=pipeline.codec.params, denoiser=pipeline.denoiser_params)
+    overrides = {"steps": 2, "guidance": 2.0}
+    together, apart = packed.generate_many(requests, **overrides), pipeline.generate_many(requests, **overrides)
+    for left, right in zip(together, apart, strict=True):
+        np.testing.assert_allclose(left.frames.astype(int), right.frames, atol=1)
+    assert np.abs(apart[0].frames.astype(int) - apart[1].frames).max() > 10
+
+
+def test_a_pipeline_saved_in_the_native_layout_is_the_same(pipeline, tmp_path):
+    pipeline.save(tmp_path / "own")
+    again = dit_video.load(tmp_path / "own")
+    assert again.config == pipeline.config
+    np.testing.assert_array_equal(sample_latents(again), sample_latents(pipeline))
+
+
+@pytest.mark.parametrize(
+    ("conditions", "rule"),
+    [
+        ([Condition(content=draw_clip(1), frame=17)], "frame=17 .* not all in a clip of 17"),
+        ([Condition(content=draw_clip(9), frame=16)], "frame=16 .* not all in a clip of 17"),
+        ([Condition(content=draw_clip(1), frame=3)], "frame=3 .* not a multiple of 8; use 0 or 8"),
+        ([Condition(content=draw_clip(1), frame=-2)], "frame=-2 .* not a multiple of 8; use 8 or 16"),
+        ([Condition(content=draw_clip(4))], "4 frames is invalid: it must have 1 \\+ 8k. Use its first 1"),
+    ],
+)
+def test_conditions_that_do_not_fit_the_clip_are_refused(pipeline, conditions, rule):
+    with pytest.raises(UserError, match=rule):
+        sample_latents(pipeline, conditions=conditions)
+
+
+def test_sizes_and_pictures_that_do_not_fit_are_refused(pipeline):
+    with pytest.raises(UserError, match=r"T=16 is not 1 \+ 8k .*; use 9 or 17"):
+        pipeline.generate(PROMPT, size=(16, 32, 64))
+    with pytest.raises(UserError, match="width 48 is not divisible by 32"):
+        pipeline.generate(PROMPT, size=(17, 32, 48))
+    with pytest.raises(
+        UserError, match=r"control of a request is invalid: .* It accepts image, last_image, conditions"
+    ):
+        sample_latents(pipeline, control=draw_clip(17))
+
+
+def test_parts_that_do_not_fit_are_refused_before_weights_are_read(tmp_path):
+    write_ltx(tmp_path / "ltx")
+    for part in ("transformer", "vae"):
+        (tmp_path / "ltx" / part / "diffusion_pytorch_model.safetensors").unlink()
+    file = tmp_path / "ltx" / "vae" / "config.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document | {"patch_size": 2}))
+    with pytest.raises(UserError, match=r"trained with strides of \(8, 32, 32\), the vae has \(8, 16, 16\)"):
+        dit_video.load(tmp_path / "ltx")
+    file.write_text(json.dumps(document | {"encoder_causal": False}))
+    with pytest.raises(UserError, match="encoder_causal=False is not supported"):
+        dit_video.load(tmp_path / "ltx")
+    write_ltx(tmp_path / "shifted", kind="LTXConditionPipeline", shift=3.0)
+    with pytest.raises(UserError, match="shifts times, which are linear-quadratic in this version; use shift=1"):
+        read_parts(tmp_path / "shifted")
+    (tmp_path / "ltx" / "tokenizer").rename(tmp_path / "tokenizer")
+    with pytest.raises(MissingError, match="lacks the folders tokenizer"):
+        dit_video.load(tmp_path / "ltx")
