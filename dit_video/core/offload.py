@@ -85,7 +85,7 @@ def move_to_devices(tree: Tree, *, streams_layers: bool = False) -> Iterator[Tre
         stays = streams_layers and is_stacked_kernel(path, leaf)
         if not isinstance(leaf, jax.Array) or not is_in_host_memory(leaf) or stays:
             return leaf
-        copies.append(jax.device_put(leaf, leaf.sharding.with_memory_kind(DEVICE)))
+        copies.append(_copy_to_devices(leaf))
         return copies[-1]
 
     try:
@@ -93,6 +93,15 @@ def move_to_devices(tree: Tree, *, streams_layers: bool = False) -> Iterator[Tre
     finally:
         for copy in copies:
             copy.delete()
+
+
+def copy_to_devices(tree: Tree) -> Tree:
+    """Return arrays on the devices: copies of those in host memory, and the others as they are."""
+    return jax.tree.map(lambda leaf: _copy_to_devices(leaf) if is_in_host_memory(leaf) else leaf, tree)
+
+
+def _copy_to_devices(array: jax.Array) -> jax.Array:
+    return jax.device_put(array, array.sharding.with_memory_kind(DEVICE))
 
 
 def is_stacked_kernel(path: str, leaf: Any) -> bool:

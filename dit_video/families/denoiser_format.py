@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from dit_video.backbones.protocol import BackboneConfig, ConfigT
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
-from dit_video.nn import get_param_shapes
+from dit_video.nn import NO_DEVICE, get_param_shapes
 from dit_video.weights import diffusers, native_format, streaming
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora_modules import LoraModule
@@ -127,7 +128,7 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
         Raises:
           UserError: the layout can't express the config.
         """
-        document, shapes = self.make_document(config, layout), get_param_shapes(config.make)
+        document, shapes = self.make_document(config, layout), _get_shapes(config)
         names, source = self.make_file_map(config, layout), ParamsSource(params)
         streaming.write(folder, diffusers.STEM, source, names, shapes, shard_bytes=shard_bytes, is_writer=is_writer)
         if is_writer:
@@ -152,7 +153,7 @@ def open_files(
         document = _read_document(formats, folder)
         if document["_class_name"] == native_format.CLASS:
             config = native_format.read_native_config(folder, document, config_class, "a supported denoiser")
-            with native_format.open_native(folder, config) as source:
+            with native_format.open_native(folder, config, _get_shapes(config)) as source:
                 yield config, source
             return
         denoiser_format, tensors = _get_format(formats, document), TensorFolder(folder, stem=diffusers.STEM)
@@ -160,7 +161,12 @@ def open_files(
         config = denoiser_format.read_config(folder, document)
         file_map = denoiser_format.make_file_map(config, denoiser_format.layouts[document["_class_name"]])
         unused = [name for name in tensors.shapes if name.endswith(denoiser_format.unused)]
-        yield config, FolderSource(tensors, file_map, get_param_shapes(config.make), ignored=unused)
+        yield config, FolderSource(tensors, file_map, _get_shapes(config), ignored=unused)
+
+
+def _get_shapes(config: BackboneConfig) -> dict[str, Any]:
+    """Return the shapes of the parameters. Runs read them before their processes connect, so no device is opened."""
+    return get_param_shapes(functools.partial(config.make, parallel=NO_DEVICE))
 
 
 def load_files(

@@ -6,7 +6,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from dit_video.nn.attention import Attention, Backend, Full, Pattern, make_attention
+from dit_video.nn.attention import ANY_PLATFORM, Attention, Backend, Full, Pattern, make_attention
 from dit_video.platform.devices import Platform, get_default_platform
 
 Split = Literal["outputs", "inputs", "fused"]
@@ -70,3 +70,15 @@ class Parallelism:
 
 
 ONE_DEVICE = Parallelism()
+
+
+@dataclass(frozen=True)
+class _NoDevice(Parallelism):
+    @property
+    def platform(self) -> Platform:
+        return ANY_PLATFORM
+
+
+NO_DEVICE = _NoDevice()
+"""Parallelism of models that are made for the shapes of their parameters alone: JAX's devices are not opened, which
+must not happen before the processes of a run have connected."""

@@ -21,7 +21,7 @@ from dit_video.weights.parameter import Placement
 def resolve_offload(offload: Offload | Literal["auto"] | None, *, is_large: bool) -> Offload | None:
     """Return the weights in host memory: if not stated, those of large models that sample on one GPU or TPU."""
     if offload == "auto":
-        return Stages() if is_large and get_default_platform() != "cpu" else None
+        return Stages() if is_large and get_default_platform().name != "cpu" else None
     return offload
 
 

@@ -13,6 +13,7 @@ from dit_video.backbones.attention_maps import compute_attention_maps
 from dit_video.backbones.denoise import make_denoise_fn, make_text_record
 from dit_video.conditioning import Conditioning
 from dit_video.core.errors import UserError
+from dit_video.core.offload import copy_to_devices
 from dit_video.core.typing import SameArray
 from dit_video.diffusion import ClipSize
 from dit_video.encoders.text import open_tokenizer
@@ -60,7 +61,7 @@ class DenoiserProbe:
         grid = self.token_grid
         self.process = config.process.specialize(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
         """Process that the model was trained on, for clips of this size."""
-        params = jax.tree.map(jnp.asarray, pipeline.denoiser_params)
+        params = copy_to_devices(pipeline.denoiser_params)
         self.backbone = nnx.merge(get_graph_def(config.backbone.make), params["backbone"])
         rows = self._pack_prompts(prompts, pipeline)
         text = nnx.merge(get_graph_def(config.text.make), params["text"])

@@ -48,9 +48,12 @@ def read_native(
 
 
 @contextlib.contextmanager
-def open_native(folder: Path, config: Any) -> Iterator[FolderSource]:
-    """Open the parameters of a folder in the native format; errors are those of `read_native`."""
-    shapes = get_param_shapes(config.make)
+def open_native(folder: Path, config: Any, shapes: dict[str, Any] | None = None) -> Iterator[FolderSource]:
+    """Open the parameters of a folder in the native format; errors are those of `read_native`.
+
+    `shapes` are those of the parameters, which are computed if they are not passed.
+    """
+    shapes = get_param_shapes(config.make) if shapes is None else shapes
     with TensorFolder(folder, stem=STEM) as tensors:
         yield FolderSource(tensors, FileMap.from_params(shapes), shapes)
 

@@ -12,6 +12,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.offload import Layers, Stages, is_stacked_kernel
 from dit_video.core.trees import flatten
 from dit_video.generation import sampler
+from dit_video.pipelines.devices import resolve_offload
 from support.tiny_wan import ANIMATING, DIT, SIZE, TWO, write_animating_wan, write_wan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -136,6 +137,11 @@ def test_a_memory_of_decoding_stays_with_another_attention(folder):
     pipeline = dit_video.load(folder, dtype="float32").with_decoding(memory=2**30)
     assert pipeline.codec.memory == pipeline.task_model.codec.memory == 2**30
     assert pipeline.with_attention("dense").codec.memory == 2**30
+
+
+def test_weights_stay_on_the_devices_of_a_cpu_by_default():
+    assert resolve_offload("auto", is_large=True) is None
+    assert resolve_offload(Stages(), is_large=False) == Stages()
 
 
 def test_a_placement_beside_offload_is_refused(folder):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
+from dit_video.core.offload import Stages, is_in_host_memory
 from dit_video.diffusion import Euler, UniformTimes, apply_classifier_free_guidance, sample
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.pipelines.probe import DenoiserProbe
@@ -48,6 +49,18 @@ def test_attention_maps_cover_the_tokens_of_every_clip(tiny_pipeline):
     maps = inside.compute_attention_maps(noisy, 0.5, queries=queries)
     assert maps.shape == (1, 2, 2, 2, inside.token_grid.volume)
     np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-5)
+
+
+def test_weights_in_host_memory_give_the_same_maps(tiny_pipeline):
+    params = {"autoencoder": tiny_pipeline.codec.params, "denoiser": tiny_pipeline.denoiser_params}
+    offloaded = Pipeline(tiny_pipeline.config, **params, offload=Stages())
+    assert is_in_host_memory(jax.tree.leaves(offloaded.denoiser_params)[0])
+    maps = []
+    for pipeline in (tiny_pipeline, offloaded):
+        inside = DenoiserProbe(pipeline, PROMPTS[:1], SIZE)
+        noisy = jnp.zeros((1, inside.token_grid.volume, 4 * inside.channels))
+        maps.append(inside.compute_attention_maps(noisy, 0.5, queries=[0]))
+    np.testing.assert_array_equal(*maps)
 
 
 def test_models_and_inputs_that_a_probe_cannot_take_are_refused(tiny_pipeline):

@@ -8,6 +8,7 @@ from dit_video.nn.attention.api import Attention
 from dit_video.nn.attention.backends.splash_blocks import SplashBlocks, choose_block_size
 from dit_video.nn.attention.bias import Bias, BiasTable, RelativeBias
 from dit_video.nn.attention.dispatch import (
+    ANY_PLATFORM,
     Backend,
     BackendName,
     check_attention,

@@ -10,6 +10,17 @@ from dit_video.distributed import MeshConfig, ShardingRules, make_mesh
 from support.elastic_training import train
 
 
+def assert_equal_up_to_rounding(actual: list[list[float]], expected: list[list[float]] | np.ndarray) -> None:
+    """Compare losses and gradient norms.
+
+    Processors sum in different orders, and Adam divides by the size of small gradients. After eight steps, float32
+    leaves 6 digits of a loss; on some processors gradient norms differ by 1.6e-6, on others by less than 1e-6.
+    """
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    np.testing.assert_allclose(actual[:, 0], expected[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(actual[:, 1], expected[:, 1], rtol=5e-6)
+
+
 def check_device_counts(folder: Path) -> None:
     """Compare steps on one, two, four and eight devices with eight steps on one."""
     devices = jax.devices()
@@ -23,7 +34,7 @@ def check_device_counts(folder: Path) -> None:
         make_mesh(MeshConfig(data=1, fsdp=8), devices),
     ):
         actual += train(folder / "parts", mesh, 2)
-    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    assert_equal_up_to_rounding(actual, expected)
 
 
 def check_context(folder: Path) -> None:
@@ -39,7 +50,7 @@ def check_context(folder: Path) -> None:
         make_mesh(MeshConfig(data=1, fsdp=8), devices),
     ):
         actual += train(folder / "parts", continued, 2)
-    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    assert_equal_up_to_rounding(actual, expected)
 
 
 def start_on_one_host(folder: Path) -> None:
@@ -52,7 +63,7 @@ def start_on_one_host(folder: Path) -> None:
 def end_on_one_host(folder: Path) -> None:
     """Take the last two steps, after those of two hosts."""
     actual = train(folder / "parts", make_mesh(MeshConfig(fsdp=2, data=-1)), 2)
-    np.testing.assert_allclose(actual, np.load(folder / "expected.npy")[4:], rtol=1e-6)
+    assert_equal_up_to_rounding(actual, np.load(folder / "expected.npy")[4:])
 
 
 CASES = {
