@@ -164,9 +164,10 @@ def open_files(
         yield config, FolderSource(tensors, file_map, _get_shapes(config), ignored=unused)
 
 
-def _get_shapes(config: BackboneConfig) -> dict[str, Any]:
+def _get_shapes(config: Any) -> dict[str, Any]:
     """Return the shapes of the parameters. Runs read them before their processes connect, so no device is opened."""
-    return get_param_shapes(functools.partial(config.make, parallel=NO_DEVICE))
+    is_backbone = isinstance(config, BackboneConfig)
+    return get_param_shapes(functools.partial(config.make, parallel=NO_DEVICE) if is_backbone else config.make)
 
 
 def load_files(
