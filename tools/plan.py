@@ -7,6 +7,7 @@
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5e:4x4 --of sampler
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology h100:1 --of sampler --fit 24GiB
     python tools/plan.py Wan2.1-T2V-1.3B-Diffusers --topology v5p:2x2x1 --of sampler --size 81x480x832 --offload layers
+    python tools/plan.py Wan2.1-T2V-14B-Diffusers --topology v5p:2x2x1 --of sampler --fit 48GB
     python tools/plan.py --calibrate
 
 The report says whether the step fits, the bytes on each device (parameters, optimizer, EMA, activations, temporary
@@ -57,7 +58,7 @@ from dit_video.distributed.planner import (
 from dit_video.distributed.planner.calibrate import calibrate
 from dit_video.experiment import Experiment
 from dit_video.families.family import DTYPES, LoadOptions
-from dit_video.planning import fit, plan_experiment, plan_pipeline, suggest
+from dit_video.planning import fit, fit_pipeline, plan_experiment, plan_pipeline, suggest
 
 
 def main() -> None:
@@ -101,7 +102,10 @@ def plan_folder(arguments: Any, calibrations: Path) -> None:
     topology, _ = find_topology(arguments.topology, calibrations)
     options = LoadOptions(dtype=arguments.dtype, text_dtype=arguments.text_dtype, offload=OFFLOADS[arguments.offload])
     size = None if arguments.size is None else parse_size(arguments.size)
-    plan = plan_pipeline(arguments.config, topology, size=size, options=options)
+    if arguments.fit is None:
+        plan = plan_pipeline(arguments.config, topology, size=size, options=options)
+    else:
+        plan = fit_pipeline(arguments.config, topology, parse_memory(arguments.fit), size=size, options=options)
     if arguments.json is not None:
         write_json(arguments.json, plan.to_json())
     print(plan)
@@ -137,7 +141,11 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--offload", choices=tuple(OFFLOADS), default="stages", help="Folders: weights in host memory.")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="Folders: dtype of matrix products.")
     parser.add_argument("--text-dtype", choices=DTYPES, help="Folders: that of the text encoder; the same by default.")
-    parser.add_argument("--fit", metavar="SIZE", help="Search the options that fit into a memory such as 24GiB.")
+    parser.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="Search the options that fit into a memory such as 24GiB; of a folder, the fastest --offload.",
+    )
     parser.add_argument("--tries", type=int, default=4, help="Number of candidates that a search compiles.")
     parser.add_argument("--calibrate", action="store_true", help="Measure this machine's devices for later plans.")
     parser.add_argument(

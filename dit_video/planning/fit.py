@@ -10,7 +10,7 @@ from dit_video.distributed.planner import Efficiencies, Topology, find_efficienc
 from dit_video.experiment import Experiment
 from dit_video.planning.fit_estimates import Combination, FitEstimates, Settings
 from dit_video.planning.plan import format_size
-from dit_video.planning.report import find_devices
+from dit_video.planning.report import check_memory, find_devices
 from dit_video.planning.steps import Part
 
 _SLACK = 1.1
@@ -112,10 +112,7 @@ def fit(
     devices, present = find_devices(topology)
     device_count = len(devices) if present else topology.num_chips
     available = topology.chip.usable_memory * topology.num_chips // device_count
-    limit = available if limit is None else limit
-    if not 0 < limit <= available:
-        rule, fix = f"a device of {topology} has {format_size(available)}", f"Use {available // 2**20}MiB or less"
-        raise UserError(f"a memory of {format_size(limit)} is invalid: {rule}. {fix}")
+    limit = check_memory(limit, available, topology)
     efficiencies = find_efficiencies(topology.chip) if efficiencies is None else efficiencies
     options: dict[str, Any] = {"part": part, "clips": clips, "efficiencies": efficiencies}
     estimates = FitEstimates(experiment, topology, device_count, **options)

@@ -5,7 +5,7 @@ No weights are read or allocated: programs are compiled for shapes, of TPUs that
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from dit_video.autoencoders import latent_grid
 from dit_video.autoencoders.streaming import make_chunk_program
 from dit_video.core.errors import UserError
 from dit_video.core.live_memory import count_bytes
-from dit_video.core.offload import DEVICE, HOST, Offload, is_stacked_kernel, streams_layers
+from dit_video.core.offload import DEVICE, HOST, Layers, Offload, Stages, is_stacked_kernel, streams_layers
 from dit_video.core.trees import map_with_path
 from dit_video.distributed.planner import Topology, compile_step
 from dit_video.distributed.planner.compiled_program import count_local_bytes, override_default_backend
@@ -36,7 +36,7 @@ from dit_video.pipelines.config import PipelineConfig, to_grid
 from dit_video.pipelines.folder import read_pipeline_config
 from dit_video.pipelines.parts import make_denoiser, make_task_model
 from dit_video.planning.plan import format_size
-from dit_video.planning.report import find_devices
+from dit_video.planning.report import check_memory, find_devices
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text.embedder import make_embedding_program
 from dit_video.tokens import Grid
@@ -45,7 +45,11 @@ from dit_video.weights.io import get_encoder_dtype
 from dit_video.weights.tensor_map import make_dtype_fn
 
 _EXPERTS = ("backbone", "low_noise")
+_OFFLOADS: tuple[Offload | None, ...] = (None, Stages(), Layers())
 _DEFAULTS = LoadOptions()
+_QUICK = {"exec_time_optimization_effort": -1.0}
+"""Options of XLA for TPUs that compile convolutions of large frames in a twelfth of the time, by a shorter search for
+the sizes of their blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,7 @@ class PipelinePlan:
     """Frames, height and width of the clip."""
     offload: Offload | None
     limit: int
-    """Bytes of the device's memory."""
+    """Bytes of memory that the plan is for."""
     stages: tuple[StagePlan, ...]
 
     @property
@@ -121,20 +125,58 @@ def plan_pipeline(
     *,
     size: Grid | tuple[int, int, int] | None = None,
     options: LoadOptions = _DEFAULTS,
+    memory: int | None = None,
 ) -> PipelinePlan:
     """Compile the programs of a pipeline's stages for one device, and return the memory that each needs.
+
+    For TPUs the programs are compiled in a twentieth of the time of those that run, with XLA's least effort for their
+    speed. They need about as much memory.
 
     Args:
       folder: folder of open weights, of which only the JSON files are read, or of a pipeline of one's own.
       topology: the hardware, of which one device is used.
       size: frames, height and width of the clip; the pipeline's own by default.
       options: dtypes, text encoder and offload, as for `dit_video.load`; no mesh.
+      memory: bytes that the device may use; all of its memory by default.
 
     Raises:
       MissingError: the folder does not exist or lacks parts.
-      UserError: a device that programs cannot be compiled for here, an unsupported size, or a family that cannot be
-        planned.
+      UserError: a device that programs cannot be compiled for here, an unsupported size or memory, or a family that
+        cannot be planned.
     """
+    return next(_list_plans(folder, topology, [options.offload], size=size, options=options, memory=memory))
+
+
+def fit_pipeline(
+    folder: str | Path,
+    topology: Topology,
+    memory: int | None = None,
+    *,
+    size: Grid | tuple[int, int, int] | None = None,
+    options: LoadOptions = _DEFAULTS,
+) -> PipelinePlan:
+    """Return the plan with the fastest `offload` that fits into a memory: `None`, `Stages()` or `Layers()`.
+
+    If none fits, the plan with `Layers()` says what is missing. Arguments and errors are those of `plan_pipeline`; the
+    `offload` of the options is not used.
+    """
+    plans = _list_plans(folder, topology, _OFFLOADS, size=size, options=options, memory=memory)
+    plan = next(plans)
+    while not plan.fits and (following := next(plans, None)):
+        plan = following
+    return plan
+
+
+def _list_plans(
+    folder: str | Path,
+    topology: Topology,
+    offloads: Sequence[Offload | None],
+    *,
+    size: Grid | tuple[int, int, int] | None,
+    options: LoadOptions,
+    memory: int | None,
+) -> Iterator[PipelinePlan]:
+    """Yield a plan with each `offload`; programs that several have in common are compiled once."""
     folder = Path(folder)
     devices, can_compile = find_devices(topology)
     if not can_compile:
@@ -142,7 +184,8 @@ def plan_pipeline(
             f"{topology} is invalid: pipelines are planned by compiling. Use a TPU, or run this on {topology}"
         )
     mesh = Mesh(np.asarray(devices[:1]), ("device",))
-    limit = topology.chip.usable_memory * topology.num_chips // len(devices)
+    available = topology.chip.usable_memory * topology.num_chips // len(devices)
+    limit = check_memory(memory, available, topology)
     family = find_family(folder)
     if family is None:
         config, dtype_fn = read_pipeline_config(folder), make_dtype_fn(np.float32)
@@ -154,13 +197,19 @@ def plan_pipeline(
     with override_default_backend(devices[0].platform):
         programs = list(_list_programs(config, size, dtype_fn, memory=int(DEVICE_SHARE * limit)))
     parts = {each.part: count_bytes(each.params) for each in programs}
-    stages = []
-    for each in programs:
-        plan = _compile(each, mesh, is_streamed=streams_layers(options.offload) and each.part != "autoencoder")
-        others = sum(parts.values()) - parts[each.part] if options.offload is None else 0
-        stages.append(dataclasses.replace(plan, other_weights=others))
-    fields: dict[str, Any] = {"folder": str(folder), "topology": topology, "size": size, "offload": options.offload}
-    return PipelinePlan(**fields, limit=limit, stages=tuple(stages))
+
+    @functools.cache
+    def compile_program(number: int, is_streamed: bool) -> StagePlan:
+        return _compile(programs[number], mesh, is_streamed=is_streamed, reserved=available - limit)
+
+    for offload in offloads:
+        stages = []
+        for number, each in enumerate(programs):
+            plan = compile_program(number, streams_layers(offload) and each.part != "autoencoder")
+            others = sum(parts.values()) - parts[each.part] if offload is None else 0
+            stages.append(dataclasses.replace(plan, other_weights=others))
+        fields: dict[str, Any] = {"folder": str(folder), "topology": topology, "size": size, "offload": offload}
+        yield PipelinePlan(**fields, limit=limit, stages=tuple(stages))
 
 
 class _Program(NamedTuple):
@@ -262,8 +311,15 @@ class _TaskModel(TaskModel):
         return _EmptyImageEncoder(self.image_encoder_folder)
 
 
-def _compile(program: _Program, mesh: Mesh, *, is_streamed: bool) -> StagePlan:
-    """Compile a program, and return its memory; weights of other stages are not counted."""
+def _compile(program: _Program, mesh: Mesh, *, is_streamed: bool, reserved: int) -> StagePlan:
+    """Compile a program, and return its memory; weights of other stages are not counted.
+
+    Args:
+      program: the program.
+      mesh: mesh of the one device.
+      is_streamed: leaves the kernels of stacked layers in host memory.
+      reserved: bytes of the device's memory that the program must leave to others.
+    """
 
     def place(kind: str, leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(
@@ -275,7 +331,9 @@ def _compile(program: _Program, mesh: Mesh, *, is_streamed: bool) -> StagePlan:
         program.params,
     )
     rest = jax.tree.map(functools.partial(place, DEVICE), program.arguments)
-    compiled = compile_step(program.run, (params, *rest), mesh)
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    compiler_options = {**_QUICK, "xla_tpu_user_reserved_hbm_bytes": reserved} if is_tpu else {}
+    compiled = compile_step(program.run, (params, *rest), mesh, compiler_options=compiler_options)
     weights = sum(map(count_local_bytes, jax.tree.leaves(params)))
     return StagePlan(
         name=program.name,

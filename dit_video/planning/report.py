@@ -32,7 +32,7 @@ from dit_video.distributed.planner import (
     read_step_work,
 )
 from dit_video.experiment import Experiment, LoraAdapters, Student
-from dit_video.planning.plan import Plan
+from dit_video.planning.plan import Plan, format_size
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step
 
 
@@ -50,6 +50,20 @@ def find_devices(topology: Topology) -> tuple[list[Any], bool]:
     if len(local_devices) >= topology.num_chips and is_present:
         return list(local_devices[: topology.num_chips]), True
     return [], False
+
+
+def check_memory(memory: int | None, available: int, topology: Topology) -> int:
+    """Return the bytes that a device may use: `memory`, or all of its memory by default.
+
+    Raises:
+      UserError: a memory that is not within the device's.
+    """
+    if memory is None:
+        return available
+    if not 0 < memory <= available:
+        rule, fix = f"a device of {topology} has {format_size(available)}", f"Use {available // 2**20}MiB or less"
+        raise UserError(f"a memory of {format_size(memory)} is invalid: {rule}. {fix}")
+    return memory
 
 
 def make_plan_mesh(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:

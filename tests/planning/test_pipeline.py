@@ -11,8 +11,9 @@ from dit_video.core.offload import Layers, Stages, is_stacked_kernel
 from dit_video.core.trees import flatten
 from dit_video.distributed.planner import CHIPS, Topology
 from dit_video.families.family import LoadOptions
-from dit_video.planning import plan_pipeline
+from dit_video.planning import fit_pipeline, plan_pipeline
 from support.tiny_wan import ANIMATING, DIT, SIZE, TWO, write_animating_wan, write_wan
+from support.wan_folders import write_published_folder
 
 CPU = Topology.parse("cpu:1", {**CHIPS, "cpu": replace(CHIPS["v5p"], name="cpu", kind="cpu", memory=2**33)})
 
@@ -63,6 +64,20 @@ def test_a_size_and_a_memory_are_said(folder):
         plan_pipeline(folder, CPU, size=(5, 16, 20))
 
 
+def test_a_memory_is_fitted_by_the_fastest_offload(folder):
+    """On a CPU streamed weights count like others: `Layers` gains nothing there."""
+    resident = fit_pipeline(folder, CPU, size=SIZE)
+    assert (resident.offload, resident.fits) == (None, True)
+    peak = max(stage.weights + stage.activations for stage in resident.stages)
+    assert peak < resident.peak
+    staged = fit_pipeline(folder, CPU, peak, size=SIZE)
+    assert (staged.offload, staged.limit, staged.peak, staged.fits) == (Stages(), peak, peak, True)
+    too_small = fit_pipeline(folder, CPU, peak - 1, size=SIZE)
+    assert (too_small.offload, too_small.fits) == (Layers(), False)
+    with pytest.raises(UserError, match=r"memory of 9\.00 GiB is invalid: a device of cpu:1 has .* Use \d+MiB or less"):
+        fit_pipeline(folder, CPU, 9 * 2**30, size=SIZE)
+
+
 def test_devices_that_are_not_here_are_refused(folder):
     with pytest.raises(UserError, match=r"h100:1 is invalid: .* planned by compiling\. Use a TPU"):
         plan_pipeline(folder, Topology.parse("h100:1"), size=SIZE)
@@ -76,3 +91,20 @@ def test_two_experts_are_planned_for_a_tpu_that_is_not_here(tmp_path):
     assert [stage.name for stage in plan.stages][1:] == ["sampling", "second expert", "decoding"]
     assert plan.stages[1].weights == plan.stages[2].weights > 0
     assert plan.fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "memory", "offload"),
+    [
+        ("Wan2.1-T2V-1.3B-Diffusers", 12, Stages()),
+        ("Wan2.1-T2V-14B-Diffusers", 48, Stages()),
+        ("Wan2.2-TI2V-5B-Diffusers", 24, Stages()),
+    ],
+)
+def test_published_models_sample_in_the_memory_of_a_gpu(tmp_path, name, memory, offload):
+    """Gigabytes that their clips of 81 or 121 frames take on one chip, compiled without any weight."""
+    write_published_folder(tmp_path / name, name)
+    plan = fit_pipeline(tmp_path / name, Topology.parse("v5p:2x2x1"), memory * 10**9)
+    assert plan.fits, str(plan)
+    assert plan.offload == offload

@@ -170,3 +170,7 @@ def test_the_sampling_of_a_folder_is_planned(tmp_path, script):
     document = json.loads((tmp_path / "plan.json").read_text())
     assert [stage["name"] for stage in document["stages"]] == ["text", "sampling", "decoding"]
     assert (document["size"], document["offload"]) == ([5, 16, 16], "Stages()")
+    fitted = script(TOOL, tmp_path / "wan", *options[:-2], "--fit", "2GB", "--json", tmp_path / "fit.json")
+    assert fitted.code == 0, fitted.err
+    document = json.loads((tmp_path / "fit.json").read_text())
+    assert (document["limit"], document["offload"]) == (2 * 10**9, "None")

@@ -75,6 +75,7 @@ def compile_step(
     slices: Mapping[str, int] | None = None,
     outer_trip_count: int = 1,
     max_outer_trip_count: int | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> CompiledStep:
     """Compile a jitted step for the devices of a mesh, and read its memory and operations.
 
@@ -86,9 +87,11 @@ def compile_step(
       slices: number of slices along each axis of the mesh; None for a single slice.
       outer_trip_count: assumed iterations of an outermost loop with a data-dependent end; see `read_program`.
       max_outer_trip_count: upper bound of that loop's iterations.
+      compiler_options: further options of XLA, besides those of runs.
     """
     platform, chip = mesh.devices.flat[0].platform, find_chip(mesh.devices.flat[0])
     options = get_compiler_options(chip.name) if platform == "tpu" and chip is not None else {}
+    options |= compiler_options or {}
     start = time.perf_counter()
     with override_default_backend(platform):
         lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))  # type: ignore[attr-defined]
