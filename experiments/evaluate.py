@@ -55,7 +55,7 @@ def main(
         folder,
         seed=seed,
         clips=None if trained is None else trained.evaluation_clips(),
-        **options.make_overrides(pipeline),
+        **options.make_overrides(pipeline.config),
     )
     write_run_report(
         folder / "report.html",

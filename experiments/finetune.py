@@ -1,9 +1,9 @@
 """Fine-tune open weights on a folder of clips, sample the result and write its report.
 
-MODEL is a folder of Wan (2.1 T2V 1.3B or 14B, I2V 14B, 2.2 TI2V 5B, T2V or I2V A14B) or of LTX-Video 0.9 in the
-diffusers layout. CLIPS is the same as for `train.py`: a folder of video files with a `metadata.csv`, or a data set. The
-autoencoder, the text encoder and the image encoder are frozen: clips, captions and first frames are encoded once, then
-the transformer is trained:
+MODEL is a folder of Wan (2.1 T2V 1.3B or 14B, I2V 14B, 2.2 TI2V 5B, T2V or I2V A14B), of VACE (1.3B or 14B) or of
+LTX-Video 0.9 in the diffusers layout. CLIPS is the same as for `train.py`: a folder of video files with a
+`metadata.csv`, or a data set. The autoencoder, the text encoder and the image encoder are frozen: clips, captions and
+first frames are encoded once, then the transformer is trained:
 
     --train lora        LoRA adapters only (--lora.rank 16, --lora.targets …); pytorch_lora_weights.safetensors in the
                         run's folder can be loaded with diffusers' load_lora_weights(RUN) and with ComfyUI
@@ -44,9 +44,10 @@ from dit_video.core.errors import UserError, script
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.heartbeat import TimeoutConfig
 from dit_video.experiment import datasets
-from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE, TRANSFORMER_FOLDERS
+from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run
+from dit_video.families.family import DENOISER_FOLDERS
 from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 
@@ -59,11 +60,12 @@ class Arguments:
 
         python experiments/finetune.py Wan2.1-T2V-1.3B-Diffusers --data CLIPS --workdir runs/mine
         python experiments/finetune.py Wan2.2-T2V-A14B-Diffusers --data CLIPS --train full --expert low
-        python experiments/finetune.py LTX-Video --data CLIPS --workdir runs/ltx
+        python experiments/finetune.py Wan2.1-VACE-1.3B-diffusers --data CLIPS --workdir runs/vace
+        python experiments/finetune.py LTX-Video-0.9.5 --data CLIPS --workdir runs/ltx
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a model of Wan or LTX-Video in the diffusers layout."""
+    """Folder of a model of Wan, VACE or LTX-Video in the diffusers layout."""
     data: tuple[str, ...]
     """Folders of clips, or data sets written by tools/ingest.py."""
     workdir: Path | None = None
@@ -99,7 +101,7 @@ def main() -> None:
         evaluate_run(run)
     if not is_first_process():
         return
-    for name in (LORA_FILE, ADAPTER_FILE, *TRANSFORMER_FOLDERS.values()):
+    for name in (LORA_FILE, ADAPTER_FILE, *DENOISER_FOLDERS.values()):
         if (run.folder / name).exists():
             print(run.folder / name)
     print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {run.folder / 'report.html'}")

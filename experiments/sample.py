@@ -18,7 +18,8 @@ from sampling_options import SamplingOptions
 
 from dit_video.core.command_line import check_minimum, parse_arguments, parse_size
 from dit_video.core.errors import UserError, script
-from dit_video.evaluation import evaluate
+from dit_video.evaluation.samples import write_samples
+from dit_video.generation.request import Request
 from dit_video.generation.request_file import read_requests
 from dit_video.training.hooks.logging import Progress
 from dit_video.video.encode import FORMATS
@@ -73,16 +74,17 @@ def main(
         requests = read_requests(prompts)
     elif out.suffix.lower().removeprefix(".") not in FORMATS:
         raise UserError(f"--out {out} has no known suffix; use one of .{', .'.join(FORMATS)}")
-    grid = None if size is None else parse_size(size)
-    request_pictures = pictures.read()  # a file that cannot be read is refused before weights are
-    pipeline = options.load_pipeline(run, text_encoder=text_encoder)
-    overrides = options.make_overrides(pipeline)
+    else:
+        grid = None if size is None else parse_size(size)
+        requests = [Request(str(prompt), grid, seed or 0, negative, **pictures.read())]
+    pipeline = options.load_pipeline(run, requests=requests, text_encoder=text_encoder)
+    overrides = options.make_overrides(pipeline.config)
     if prompts is not None:
         with Progress("sampling", len(requests), unit="clip") as progress:
-            evaluate.write_samples(pipeline, requests, out, progress=progress.update, **overrides)
+            write_samples(pipeline, requests, out, progress=progress.update, **overrides)
         print(f"{len(requests)} clips in {out}")
         return
-    clip = pipeline.generate(str(prompt), size=grid, seed=seed or 0, negative=negative, **request_pictures, **overrides)
+    (clip,) = pipeline.generate_many(requests, **overrides)
     seconds = time.perf_counter() - start_time
     clip.save(out)
     print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}, {seconds:.1f} s including loading")

@@ -1,19 +1,45 @@
 """Options that the commands share that sample a trained model."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 import dit_video
 from dit_video.core.command_line import check_minimum, parse_memory
 from dit_video.core.errors import MissingError
 from dit_video.core.offload import OFFLOADS
 from dit_video.distributed.mesh import parse_mesh
+from dit_video.experiment.folder_config import read_config
+from dit_video.experiment.loading import find_folder
+from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import Dtype
 from dit_video.nn.attention import BackendName
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.pipelines.checks import check_requests
+from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.lora import check_adapter
+from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.platform.compilation_cache import enable_compilation_cache
+
+
+def _parse_guidance(texts: Sequence[str]) -> float | tuple[float, float]:
+    numbers = tuple(map(float, texts))
+    if len(numbers) > 2:  # which tyro lets pass
+        raise ValueError("more than two numbers")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+GUIDANCE_SPEC = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=(1, 2),
+    metavar="FLOAT [FLOAT]",
+    instance_from_str=_parse_guidance,
+    is_instance=lambda value: value is None or isinstance(value, float | int | tuple),
+    str_from_instance=lambda value: [str(each) for each in (value if isinstance(value, tuple) else (value,))],
+)
+"""Rule for an option of one scale of guidance, or of two for two experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +48,9 @@ class SamplingOptions:
 
     steps: int | None = None
     """Number of sampling steps; the model's own by default."""
-    guidance: float | None = None
-    """Guidance scale, where 1 disables guidance; the model's own by default."""
+    guidance: Annotated[float | tuple[float, float] | None, GUIDANCE_SPEC] = None
+    """Guidance scale, where 1 disables guidance, or one for each of two experts, noisy times first; the model's own by
+    default."""
     sampler: str | None = None
     """Name of the sampler, such as euler, heun, unipc, dpm++2m or ddim; the model's own by default."""
     shift: float | None = None
@@ -54,38 +81,50 @@ class SamplingOptions:
     """Dtype of matrix products of open weights, bfloat16 by default; that of a run is its own."""
     text_dtype: Dtype | None = None
     """Dtype of the text encoder of open weights; that of the denoiser by default."""
-    offload: Literal["auto", "stages", "layers", "none"] = "auto"
-    """Weights in host memory: all but those of the current stage, also all layers but one, or none; auto: by model."""
+    offload: Literal["auto", "stages", "text-layers", "layers", "none"] = "auto"
+    """Weights in host memory: all but those of the current stage, also all layers but one (of the text encoder, or of
+    the denoiser too), or none; auto: by the model and the device's memory."""
     decode_memory: str | None = None
-    """Memory that decoding may take besides the autoencoder, such as 8GiB; 60 % of the device's by default."""
+    """Memory that decoding may take besides the autoencoder, such as 8GiB; half of the device's by default."""
     cache: bool = True
     """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
 
-    def load_pipeline(self, run: Path, *, text_encoder: Path | None = None) -> Pipeline:
+    def load_pipeline(
+        self, run: Path, *, requests: Sequence[Request] = (), text_encoder: Path | None = None
+    ) -> Pipeline:
         """Load the pipeline of a run, a pipeline folder or open weights with the chosen weights.
 
+        Before any weight is read, adapters, sampling and the requests, if any, are checked against the folder's config.
+
         Raises:
-          UserError: a number of steps below 1, a mesh that is not AXIS=SIZE,…, an adapter that does not fit, or what
-            `dit_video.load` refuses.
+          UserError: a number of steps below 1, a mesh that is not AXIS=SIZE,…, an adapter or a request that does not
+            fit the model, or what `dit_video.load` refuses.
         """
         check_minimum(1, steps=self.steps)
         adapters = [_parse_lora(text) for text in self.lora]
+        mesh = None if self.mesh is None else parse_mesh(self.mesh)
+        memory = None if self.decode_memory is None else parse_memory(self.decode_memory)
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "text_dtype": self.text_dtype}
         if self.cache:
             enable_compilation_cache()
-        mesh = None if self.mesh is None else parse_mesh(self.mesh)
+        folder = find_folder(run)
+        config = read_config(folder, text_encoder=text_encoder, **dtypes)
+        if config is not None:
+            for file, _, expert in adapters:
+                check_adapter(file, config, get_lora_modules, expert=expert)
+            check_requests(config, requests, **self.make_overrides(config))
         options: dict[str, Any] = {"ema": self.ema, "sigma_rel": self.sigma_rel, "attention": self.attention}
-        options |= {"dtype": self.dtype, "text_dtype": self.text_dtype, "offload": OFFLOADS.get(self.offload, "auto")}
-        memory = None if self.decode_memory is None else parse_memory(self.decode_memory)
-        pipeline = dit_video.load(run, text_encoder=text_encoder, mesh=mesh, **options)
+        options["offload"] = OFFLOADS.get(self.offload, "auto")
+        pipeline = dit_video.load(folder, text_encoder=text_encoder, mesh=mesh, **dtypes, **options)
         if memory is not None:
             pipeline = pipeline.with_decoding(memory=memory)
         for file, scale, expert in adapters:
             pipeline = pipeline.load_lora(file, scale, expert=expert)
         return pipeline
 
-    def make_overrides(self, pipeline: Pipeline) -> dict[str, Any]:
-        """Return the arguments of the pipeline's methods that replace values of its own sampling."""
-        guidance = pipeline.config.sampling.override_guidance(
+    def make_overrides(self, config: PipelineConfig) -> dict[str, Any]:
+        """Return the arguments of a pipeline's methods that replace values of its own sampling."""
+        guidance = config.sampling.override_guidance(
             scale=self.guidance,
             interval=self.interval,
             rescale=self.rescale,

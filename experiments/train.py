@@ -26,6 +26,10 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder, such as a test
+
+from sampling_options import GUIDANCE_SPEC
+
 from dit_video.core import config_json
 from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import UserError, script
@@ -161,15 +165,7 @@ def make_registry(experiment: StagedExperiment) -> tyro.constructors.Constructor
     def parse_value(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
         is_guidance = info.type == get_type_hints(Sampling)["guidance"]
         if is_guidance and not isinstance(experiment.sampling.guidance, Guidance):
-            return tyro.constructors.PrimitiveConstructorSpec(
-                nargs=(1, 2),
-                metavar="FLOAT [FLOAT]",
-                instance_from_str=lambda texts: float(texts[0]) if len(texts) == 1 else tuple(map(float, texts)),
-                is_instance=lambda value: isinstance(value, float | int | tuple),
-                str_from_instance=lambda value: [
-                    str(each) for each in (value if isinstance(value, tuple) else (value,))
-                ],
-            )
+            return GUIDANCE_SPEC
         if info.type == Backend and isinstance(experiment.denoiser.backbone.attention, str):
             return tyro.constructors.PrimitiveConstructorSpec(
                 nargs=1,

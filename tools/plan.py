@@ -30,6 +30,7 @@ import ast
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,11 @@ from dit_video.distributed.planner import (
 )
 from dit_video.distributed.planner.calibrate import calibrate
 from dit_video.experiment import Experiment
-from dit_video.families.family import DTYPES, LoadOptions
+from dit_video.families.family import DEFAULT_DTYPE, DTYPES, LoadOptions
 from dit_video.planning import fit, fit_pipeline, plan_experiment, plan_pipeline, suggest
+
+_EXPERIMENT_OPTIONS = ("mesh", "rows", "clips", "steps", "price", "measure", "suggest", "set")
+_FOLDER_OPTIONS = ("size", "offload", "dtype", "text_dtype")
 
 
 def main() -> None:
@@ -71,6 +75,7 @@ def main() -> None:
     if arguments.config.is_dir():
         plan_folder(arguments, folder)
         return
+    _refuse_options(arguments, _FOLDER_OPTIONS, "a config, whose fields are set by --set")
     topology, calibration = find_topology(arguments.topology, folder)
     experiment = read_experiment(arguments.config, arguments.set, rows=arguments.rows)
     if arguments.mesh is not None:
@@ -99,8 +104,13 @@ def plan_folder(arguments: Any, calibrations: Path) -> None:
     """
     if arguments.of != "sampler":
         raise UserError(f"--of {arguments.of} is invalid for a folder, whose sampling is planned; use --of sampler")
+    _refuse_options(arguments, _EXPERIMENT_OPTIONS, "a folder, of which one request is planned")
     topology, _ = find_topology(arguments.topology, calibrations)
-    options = LoadOptions(dtype=arguments.dtype, text_dtype=arguments.text_dtype, offload=OFFLOADS[arguments.offload])
+    options = LoadOptions(
+        dtype=arguments.dtype or DEFAULT_DTYPE,
+        text_dtype=arguments.text_dtype,
+        offload="auto" if arguments.offload is None else OFFLOADS[arguments.offload],
+    )
     size = None if arguments.size is None else parse_size(arguments.size)
     if arguments.fit is None:
         plan = plan_pipeline(arguments.config, topology, size=size, options=options)
@@ -109,6 +119,17 @@ def plan_folder(arguments: Any, calibrations: Path) -> None:
     if arguments.json is not None:
         write_json(arguments.json, plan.to_json())
     print(plan)
+
+
+def _refuse_options(arguments: Any, names: Sequence[str], target: str) -> None:
+    """Refuse options that have no effect on a plan.
+
+    Raises:
+      UserError: one is set.
+    """
+    options = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
+    if options:
+        raise UserError(f"{' '.join(options)} is invalid for {target}. Leave it out")
 
 
 def make_parser() -> ArgumentParser:
@@ -138,8 +159,10 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--suggest", action="store_true", help="Search mesh, rows (unless --rows is set) and remat.")
     parser.add_argument("--size", help="Folders: size of the clip, such as 81x480x832; the pipeline's own by default.")
-    parser.add_argument("--offload", choices=tuple(OFFLOADS), default="stages", help="Folders: weights in host memory.")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="Folders: dtype of matrix products.")
+    parser.add_argument(
+        "--offload", choices=tuple(OFFLOADS), help="Folders: weights in host memory; as the memory asks."
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="Folders: dtype of matrix products; bfloat16 by default.")
     parser.add_argument("--text-dtype", choices=DTYPES, help="Folders: that of the text encoder; the same by default.")
     parser.add_argument(
         "--fit",

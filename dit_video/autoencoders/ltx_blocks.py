@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from dit_video.autoencoders.blocks import BlockInputs, average_downsample
-from dit_video.nn import CausalConv, LayerNorm, Linear, rms_norm, sinusoidal_embedding
+from dit_video.nn import CausalConv, LayerNorm, Linear, make_modulation_table, rms_norm, sinusoidal_embedding
 from dit_video.tokens import Grid
 
 NORM_EPSILON = 1e-8
@@ -93,7 +93,7 @@ class LtxResidualBlock(nnx.Module):
         self.noise_in, self.noise_out = (
             nnx.Param(jnp.zeros((width_out,), jnp.float32)) if has_noise else None for _ in range(2)
         )
-        self.table = make_table(4, width_in, rngs) if has_time else None
+        self.table = make_modulation_table(4, width_in, rngs) if has_time else None
         has_projection = width_in != width_out
         self.shortcut_norm = LayerNorm(width_in, eps=_SHORTCUT_EPSILON) if has_projection else None
         self.shortcut = conv(width_in, width_out, size=1, rngs=rngs) if has_projection else None
@@ -174,8 +174,3 @@ def modulate_features(
         return x
     shift, scale = (shift_scale[:, part, None, None, None] for part in range(2))
     return x * (1 + scale) + shift
-
-
-def make_table(entries: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    """Return a learned table that is added to embedded times."""
-    return nnx.Param(jax.random.normal(rngs.params(), (entries, width), jnp.float32) / width**0.5)

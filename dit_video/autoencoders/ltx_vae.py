@@ -26,12 +26,11 @@ from dit_video.autoencoders.ltx_blocks import (
     ResidualDownsample,
     ShuffleUpsample,
     SpatialNoise,
-    make_table,
     modulate_features,
 )
 from dit_video.autoencoders.posterior import Normalizer, Posterior, Vae
 from dit_video.core.errors import UserError
-from dit_video.nn import ConvCache, rms_norm
+from dit_video.nn import ConvCache, make_modulation_table, rms_norm
 from dit_video.tokens import Grid
 
 Downsampling = Literal["none", "conv", "spatial", "temporal", "spatiotemporal"]
@@ -307,7 +306,7 @@ class LtxDecoder(nnx.Module):
         self.conv_out = DecoderConv(last, 3 * config.patch**2, rngs=rngs)
         self.time_scale = nnx.Param(jnp.asarray(1000.0)) if has_time else None
         self.time = DecoderTimeEmbedding(2 * last, rngs=rngs) if has_time else None
-        self.table = make_table(2, last, rngs) if has_time else None
+        self.table = make_modulation_table(2, last, rngs) if has_time else None
 
     def __call__(self, latents: Latents, time: Float[Array, " B"], noise: SpatialNoise | None) -> Pixels:
         inputs = DecoderInputs(None if self.time_scale is None else time * self.time_scale[...], noise)

@@ -28,7 +28,7 @@ from dit_video.autoencoders.interface import (
 )
 from dit_video.autoencoders.tiling import Tile, Tiles, compute_blend_weights, cut_tiles
 from dit_video.core.errors import UserError, check_at_least
-from dit_video.core.live_memory import count_bytes, count_peak_bytes
+from dit_video.core.memory import count_bytes, count_peak_bytes
 from dit_video.core.rng import key
 from dit_video.nn import ConvCache, get_graph_def, get_param_shapes
 from dit_video.tokens import Grid

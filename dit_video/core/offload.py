@@ -7,7 +7,7 @@ Arrays in host memory are `jax.Array`s of the memory kind `pinned_host`, sharded
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,28 +24,38 @@ Tree = TypeVar("Tree")
 class Stages:
     """Weights lie in host memory, and those of one stage of generation are on the devices at a time.
 
-    The stages are the text encoder, the image encoder, each expert of the denoiser, and the autoencoder. Each stage
-    moves its weights once, for all requests that are passed together.
+    The stages are the text encoder, the image encoder, each expert of the denoiser, and the autoencoder. The text
+    encoder and each expert move once for all requests that are passed together.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """Like `Stages`, and the layers of stacks (the denoiser's and the text encoder's) move one at a time.
+    """Like `Stages`, and the layers of stacks move one at a time: for weights that do not fit on the devices.
 
-    A pass of the model moves all of its layers, which takes longer than their computation if a pass has few tokens. It
-    is for weights that do not fit on the devices.
+    A pass of a model moves all of its layers, which takes longer than their computation if a pass has few tokens. The
+    text encoder makes one pass, the denoiser one for each step and branch of guidance.
     """
+
+    text: bool = True
+    """Layers of the text encoder move one at a time."""
+    denoiser: bool = True
+    """Layers of the denoiser move one at a time."""
 
 
 Offload = Stages | Layers
-OFFLOADS: dict[str, Offload | None] = {"stages": Stages(), "layers": Layers(), "none": None}
+OFFLOADS: dict[str, Offload | None] = {
+    "stages": Stages(),
+    "text-layers": Layers(denoiser=False),
+    "layers": Layers(),
+    "none": None,
+}
 """Weights in host memory by their name on the command line."""
 
 
-def streams_layers(offload: Offload | None) -> bool:
-    """Return True if the layers of stacks move to the devices one at a time."""
-    return isinstance(offload, Layers)
+def streams_layers(offload: Offload | None, part: Literal["text", "denoiser"]) -> bool:
+    """Return True if the layers of a part move to the devices one at a time."""
+    return isinstance(offload, Layers) and (offload.text if part == "text" else offload.denoiser)
 
 
 def get_host_sharding(sharding: Sharding | None = None) -> Sharding:

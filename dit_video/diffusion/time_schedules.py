@@ -6,6 +6,7 @@ A schedule also defines the model time at each of its times. For the schedules h
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -27,12 +28,15 @@ from dit_video.diffusion.sample_times import (
     put_on_device,
     stretch_to_terminal_time,
 )
-from dit_video.diffusion.spacings import space_values
+from dit_video.diffusion.spacings import Spacing, space_values
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTimes:
     """Uniformly spaced times, shifted as in training.
+
+    `terminal_time` and `spacing` change them afterwards, as diffusers' `FlowMatchEulerDiscreteScheduler` changes times
+    that a pipeline passes to it.
 
     Raises:
       UserError: If `terminal_time` is not between 0 and 1.
@@ -40,6 +44,8 @@ class UniformTimes:
 
     terminal_time: float | None = None
     """Last time before the data, to which the shifted times are stretched; None to keep them (LTX-Video has 0.1)."""
+    spacing: Literal["uniform"] | Spacing = "uniform"
+    """Spacing between the first and the last of the shifted times: their own, or that of `space_values`."""
 
     def __post_init__(self):
         check_terminal_time(self.terminal_time)
@@ -53,6 +59,8 @@ class UniformTimes:
         check_at_least(1, steps=steps)
         times = process.shift_time(np.linspace(1.0, 0.0, steps + 1))
         times[:-1] = stretch_to_terminal_time(times[:-1], self.terminal_time)
+        if self.spacing != "uniform":
+            times[:-1] = space_values(self.spacing, times[0], times[-2], steps)
         return SampleTimes(put_on_device(times), put_on_device(times))
 
 
@@ -81,17 +89,17 @@ class ShiftedTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearQuadraticTimes:
-    """Times whose first half of the steps falls slowly and linearly, the second half quadratically.
+    """Times whose first half of the steps falls slowly and linearly, the second half quadratically; then shifted.
 
     The fine steps near noise are those of a sampler with many more steps (Movie Gen, arXiv 2410.13720, section 3.4.2);
-    LTX-Video samples so from version 0.9.5 on.
+    LTX-Video samples so from version 0.9.5 on, without a shift.
 
     Raises:
       UserError: If the threshold is not between 0 and 1.
     """
 
     threshold: float = 0.025
-    """Distance from noise at which the linear half ends."""
+    """Distance from noise at which the linear half ends, before the shift."""
 
     def __post_init__(self):
         if not 0 < self.threshold < 1:
@@ -111,7 +119,7 @@ class LinearQuadraticTimes:
         curvature = (1 - start - slope * quadratic) / quadratic**2
         distances = np.concatenate([slope * np.arange(linear), start + slope * further + curvature * further**2])
         distances[-1] = 1  # without rounding
-        times = put_on_device(1 - distances)
+        times = put_on_device(process.shift_time(1 - distances))
         return SampleTimes(times, times)
 
 

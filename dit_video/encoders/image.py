@@ -14,11 +14,14 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.core.offload import Offload
 from dit_video.features import FrameEncoder
+from dit_video.features.clip.frames import FeatureName
 from dit_video.weights import load_clip_image_processor, load_clip_vision, read_clip_vision_config
 from dit_video.weights.parameter import get_placement
 
 IDENTITY_FILE = "image_encoder.json"
 """Name of the file in a run's folder that holds the identity of its image encoder."""
+FEATURE: FeatureName = "penultimate"
+"""Feature of a CLIP that denoisers read."""
 
 
 class FrozenImageEncoder:
@@ -69,7 +72,7 @@ class FrozenImageEncoder:
             raise UserError(
                 f"{self._folder} holds the image encoder {digest}, {self._identity} was used before; put that one back"
             )
-        return FrameEncoder(tower.config, tower.params, images, feature="penultimate", batch=2), digest
+        return FrameEncoder(tower.config, tower.params, images, feature=FEATURE, batch=2), digest
 
 
 def open_image_encoder(folder: str | os.PathLike, *, identity_file: Path) -> FrozenImageEncoder:

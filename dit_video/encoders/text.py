@@ -68,7 +68,7 @@ class FrozenTextEncoder:
             dtype=config.dtype,
             cache=self._cache,
             place=get_placement(self._offload),
-            streams_layers=streams_layers(self._offload),
+            streams_layers=streams_layers(self._offload, "text"),
         )
         if config.identity not in ("", embedder.identity):
             raise UserError(

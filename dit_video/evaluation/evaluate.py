@@ -1,8 +1,7 @@
 """Evaluation of a pipeline: samples in files and reconstructions of held-out clips, and metrics of both."""
 
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,32 +9,23 @@ from typing import Any, NamedTuple
 from dit_video.autoencoders import LinearAutoencoder
 from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
-from dit_video.core.files import atomic_path, read_json, write_json
+from dit_video.core.files import write_json
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.diffusion import SAMPLERS, ExplicitTimes, Guidance
 from dit_video.distributed.gather import is_first_process
-from dit_video.distributed.processes import wait_for_main_process
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.collection import MetricCollection, MetricResult
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, Metric, MetricBatch
 from dit_video.evaluation.requests import EvaluationClips
+from dit_video.evaluation.samples import SavedSample, check_replaceable, read_samples, write_samples
 from dit_video.generation import Sampling
-from dit_video.pipelines.pipeline import Pipeline, Request
+from dit_video.pipelines.pipeline import Pipeline
 from dit_video.training.hooks.logging import Progress
-from dit_video.video import Clip, decode
 
-PROMPTS_FILE = "prompts.json"
 _BATCH = 16
 """Number of examples that metrics get at once."""
-
-
-class SavedSample(NamedTuple):
-    """A sample's entry in `prompts.json`, and its decoded file."""
-
-    entry: dict[str, Any]
-    clip: Clip
 
 
 class EvaluationResult(NamedTuple):
@@ -79,7 +69,7 @@ def evaluate(
     folder = Path(folder)
     check_at_least(0, seed=seed)
     if is_first_process():
-        _check_replaceable(folder / "samples")
+        check_replaceable(folder / "samples")
     resolved = pipeline.resolve_sampling(**sampling)
     config = evaluation or pipeline.config.evaluation or CaptionEvaluation()
     requests = config.make_requests(clips, seed, image=bool(pipeline.config.backbone.cond_channels))
@@ -200,73 +190,3 @@ def reconstruct(
             baseline = replace(original, frames=linear.reconstruct_clip(original.frames, codec.config.stride))
         results.append(ClipReconstruction(info.name, original, codec.reconstruct(original), baseline))
     return results
-
-
-def write_samples(
-    pipeline: Pipeline,
-    requests: Sequence[Request],
-    folder: str | Path,
-    *,
-    progress: Callable[[int], None] | None = None,
-    **sampling: Any,
-) -> list[dict[str, Any]]:
-    """Sample all requests into `folder`: one file each (mp4; png for one frame), and `prompts.json`, which is returned.
-
-    The folder is complete or absent; samples in it are replaced. `progress` is called with the number of finished
-    clips; `sampling` is passed to `Pipeline.generate_latents`. In a run of several processes all of them call this; the
-    first one decodes and writes, and returns the entries.
-
-    Raises:
-      UserError: the folder holds files that are not samples, or an invalid request.
-    """
-    folder, group = Path(folder).absolute(), max(1, 4 * pipeline.config.batch)
-    parts = [requests[start : start + group] for start in range(0, len(requests), group)]
-    if not is_first_process():
-        for part in parts:
-            wait_for_main_process()  # which decodes and writes the part before
-            pipeline.generate_latents(part, **sampling)
-        wait_for_main_process()
-        return []
-    _check_replaceable(folder)
-    entries: list[dict[str, Any]] = []
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        for part in parts:
-            wait_for_main_process()
-            clips = pipeline.decode_many(pipeline.generate_latents(part, **sampling), part)
-            for request, clip in zip(part, clips, strict=True):
-                frames, height, width = clip.frames.shape[:3]
-                slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40] or "unconditional"
-                name = f"{len(entries):03d}-{slug}.{'png' if frames == 1 else 'mp4'}"
-                clip.save(temporary / name)
-                size = {"frames": frames, "height": height, "width": width}
-                entry = {"file": name, "prompt": request.prompt, **size, "seed": request.seed}
-                entries.append(entry | ({} if request.negative is None else {"negative": request.negative}))
-                if progress is not None:
-                    progress(len(entries))
-        write_json(temporary / PROMPTS_FILE, entries)
-    wait_for_main_process()
-    return entries
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Raise if the folder holds anything other than samples."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder for the samples")
-    present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
-    written = read_json(folder / PROMPTS_FILE) if PROMPTS_FILE in present else []
-    samples = {entry["file"] for entry in written if isinstance(entry, dict) and "file" in entry}
-    expected = samples | {PROMPTS_FILE} if samples else set()
-    if foreign := sorted(present - expected):
-        raise UserError(f"{folder} holds other files than samples, such as {foreign[0]}; use another folder")
-
-
-def read_samples(folder: str | Path) -> list[SavedSample]:
-    """Read the samples that `prompts.json` lists, decoded from their files."""
-    folder = Path(folder)
-    return [
-        SavedSample(entry, replace(decode(folder / entry["file"]), caption=entry["prompt"]))
-        for entry in read_json(folder / PROMPTS_FILE)
-    ]

@@ -28,17 +28,17 @@ from dit_video.experiment.denoiser import add_other_expert
 from dit_video.experiment.encoders import open_text_encoder
 from dit_video.experiment.runtime import Runtime
 from dit_video.families import find_format, get_lora_modules
+from dit_video.families.family import DENOISER_FOLDERS
 from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.devices import make_placement, resolve_offload
+from dit_video.pipelines.devices import make_placement
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.folder import read_pipeline_config
+from dit_video.pipelines.memory import fit_offload
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import Tokenizer
 from dit_video.weights import get_native_modules, save_lora
 
 ADAPTER_FILE, LORA_FILE = "adapter.safetensors", "pytorch_lora_weights.safetensors"
-TRANSFORMER_FOLDERS = {"backbone": "transformer", "low_noise": "transformer_2"}
-"""Folders of diffusers, by expert."""
 
 
 def save_adapter(
@@ -69,7 +69,7 @@ def save_transformer(
     denoiser_format = find_format(backbone)
     if denoiser_format is None or not denoiser_format.can_express(backbone):
         return
-    target, is_writer = folder / TRANSFORMER_FOLDERS[expert], is_first_process()
+    target, is_writer = folder / DENOISER_FOLDERS[expert], is_first_process()
     with atomic_path(target) if is_writer else contextlib.nullcontext(target) as temporary:
         denoiser_format.save(temporary, backbone, gather_parts(params["backbone"]), is_writer=is_writer)
 
@@ -91,7 +91,7 @@ def make_pipeline(
     """
     autoencoder = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
     config = get_pipeline_config(experiment, runtime)
-    offload = resolve_offload(offload, is_large=mesh is None and config.boundary is not None)
+    offload = fit_offload(offload, config, mesh=mesh, is_large=mesh is None and config.boundary is not None)
     place = make_placement(mesh, offload)
     return Pipeline(
         config,

@@ -14,7 +14,6 @@ from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import DEFAULT_DTYPE, INDEX, Dtype, LoadOptions
 from dit_video.families.registry import find_family, list_families
 from dit_video.nn import Backend
-from dit_video.pipelines.devices import make_placement, resolve_offload
 from dit_video.pipelines.folder import CONFIG, RUN_CONFIG, is_pipeline_folder
 from dit_video.pipelines.loading import load_pipeline
 from dit_video.pipelines.pipeline import Pipeline
@@ -37,7 +36,7 @@ def load(
     ema: float | int | None = None,
     sigma_rel: float | None = None,
 ) -> Pipeline:
-    """Load the pipeline of a run folder, a pipeline folder, or a folder of open weights (Wan, DiT and SiT).
+    """Load the pipeline of a run folder, a pipeline folder, or a folder of open weights (Wan, LTX-Video, DiT and SiT).
 
     Of an unfinished run, the newest checkpoint's averaged weights are loaded; its clips are not needed, and nothing is
     trained.
@@ -51,7 +50,8 @@ def load(
       text_dtype: open weights only: dtype of those of the text encoder; by default that of the denoiser.
       offload: `Stages()` or `Layers()` for weights in host memory that are copied to the devices when they are used;
         None for weights that stay on the devices. By default, on one GPU or TPU, `Stages()` for open weights and for
-        models with two experts, which do not fit beside each other; None for other models and elsewhere.
+        models with two experts, or `Layers()` of parts whose weights do not fit on the device; None for other models
+        and elsewhere.
       place: open weights only: function that places each parameter, given its path: `backbone/…`, `low_noise/…` of a
         second expert, `autoencoder/…`; for devices `lambda path, parameter: parameter.to_device(SHARDING)`.
       mesh: devices that sample together: a `MeshConfig`, or a mesh with its axes; None for one device. The denoiser's
@@ -67,26 +67,20 @@ def load(
       MissingError: the folder does not exist here or on the hub, or lacks parts.
       UserError: a folder without a pipeline, of another version or of an unknown class; a text encoder that is not
         frozen; a hub that cannot be reached; a mesh that does not fit the devices or the denoiser; attention
-        that the denoiser does not support or whose kernels the devices lack.
+        that the denoiser does not support or whose kernels the devices lack; weights that do not fit into the memory
+        of the device or of the machine, which is said before any is read.
     """
-    folder = Path(path)
-    # A name on the hub has two parts, of which the first is not a folder here.
-    if not folder.parent.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
-        folder = _download(str(path))
-    if not folder.is_dir():
-        raise MissingError(f"no such run: {folder}")
+    folder = find_folder(path)
     if place is not None and (mesh is not None or isinstance(offload, Stages | Layers)):
         raise UserError("place is invalid beside mesh or offload, which place the weights. Use one of them.")
     if (family := find_family(folder)) is not None:
-        is_alone = mesh is None and place is None
-        resolved = resolve_offload(offload, is_large=is_alone)
         options = LoadOptions(
             text_encoder=text_encoder,
             dtype=dtype or DEFAULT_DTYPE,
             text_dtype=text_dtype,
-            place=place or make_placement(mesh, resolved),
+            place=place,
             mesh=mesh,
-            offload=resolved,
+            offload=offload,
         )
         pipeline = family.load_pipeline(folder, options)
         return pipeline if attention is None else pipeline.with_attention(attention)
@@ -117,18 +111,42 @@ def load(
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 
+def find_folder(path: str | Path) -> Path:
+    """Return a folder, or the local copy of one on the Hugging Face hub, downloading it if needed.
+
+    Raises:
+      MissingError: it does not exist here or on the hub, or cannot be downloaded.
+      UserError: a pipeline of an unknown class on the hub.
+    """
+    folder = Path(path)
+    # A name on the hub has two parts, of which the first is not a folder here.
+    if not folder.parent.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
+        folder = _download(str(path))
+    if not folder.is_dir():
+        raise MissingError(f"no such run: {folder}")
+    return folder
+
+
 def _download(name: str) -> Path:
     """Return the local copy of a folder on the hub, downloading it if needed.
 
     Raises:
       MissingError: it cannot be downloaded.
+      UserError: a pipeline of an unknown class.
     """
     from huggingface_hub import snapshot_download  # Imported here: local folders need no hub.
 
-    parts = {part for family in list_families() for part in family.parts}
-    files = [INDEX, *sorted(f"{part}/*.{ending}" for part in parts for ending in _HUB_ENDINGS)]
+    def download(*patterns: str) -> Path:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
+        # The index first: a pipeline of an unknown class is refused before gigabytes are downloaded.
+        family = find_family(download(INDEX))
+        families = list_families() if family is None else (family,)
+        parts = {part for each in families for part in each.parts}
+        return download(INDEX, *sorted(f"{part}/*.{ending}" for part in parts for ending in _HUB_ENDINGS))
+    except UserError:
+        raise
     except Exception as error:  # of several libraries: no network, no such name, no permission, no room
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MissingError(

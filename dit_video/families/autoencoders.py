@@ -84,14 +84,7 @@ def save_autoencoder(
     autoencoder_format.save(folder, config, params, shard_bytes=shard_bytes)
 
 
-def load_placed_autoencoder(folder: Path, channels: int, place: Placement) -> tuple[AutoencoderConfig, dict[str, Any]]:
-    """Load a pipeline's autoencoder, whose latents must have `channels` channels; `place` gets `autoencoder/...`.
-
-    Raises:
-      MissingError: files are missing.
-      UserError: another number of channels, unsupported settings, or weights that do not fit.
-    """
-    config, params = load_autoencoder(folder / "vae")
-    if config.channels != channels:
-        raise UserError(f"{folder}: the transformer has {channels} channels, the vae {config.channels}")
-    return config, map_with_path(lambda path, x: place(f"autoencoder/{path}", Parameter.from_array(x)), params)
+def load_placed_autoencoder(folder: Path, place: Placement) -> dict[str, Any]:
+    """Read the parameters of an autoencoder; `place` gets `autoencoder/...`. Errors are those of `load_autoencoder`."""
+    _, params = load_autoencoder(folder)
+    return map_with_path(lambda path, x: place(f"autoencoder/{path}", Parameter.from_array(x)), params)

@@ -204,7 +204,10 @@ def load_files(
 
 
 def read_files_config(formats: Sequence[DenoiserFormat], folder: Path, *, config_class: Any = BackboneConfig) -> Any:
-    """Read the config of a denoiser in a folder, without its weights; otherwise as `load_files`."""
+    """Read the config of a denoiser in a folder or file, without its weights; otherwise as `load_files`."""
+    if folder.is_file():
+        with open_files(formats, folder, config_class=config_class) as (config, _):
+            return config
     document = _read_document(formats, folder)
     if document["_class_name"] == native_format.CLASS:
         return native_format.read_native_config(folder, document, config_class, "a supported denoiser")

@@ -2,10 +2,13 @@
 
 import abc
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dit_video.autoencoders import AutoencoderConfig
@@ -15,18 +18,28 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.core.offload import Offload
 from dit_video.distributed import MeshConfig
+from dit_video.families.autoencoders import check_autoencoder_weights, load_placed_autoencoder
 from dit_video.families.denoiser_format import DenoiserFormat
+from dit_video.generation import Sampling
 from dit_video.generation.request import GenerationTask
 from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.devices import make_placement
+from dit_video.pipelines.memory import fit_offload
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
-from dit_video.weights import LoadedScheduler
-from dit_video.weights.parameter import Placement, place_on_device
+from dit_video.weights import LoadedScheduler, load_clip_image_processor, read_clip_vision_config
+from dit_video.weights.clip import check_clip_weights
+from dit_video.weights.embedders import check_text_encoder
+from dit_video.weights.parameter import Placement
+from dit_video.weights.tensor_map import make_dtype_fn
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32")
 DEFAULT_DTYPE = DTYPES[0]
+DENOISER_FOLDERS = {"backbone": "transformer", "low_noise": "transformer_2"}
+"""Folders of a pipeline's experts in diffusers' layout."""
+EXPERTS = tuple(DENOISER_FOLDERS)
 INDEX = "model_index.json"
 """File of a pipeline's folder that names its class and its parts."""
 
@@ -49,13 +62,14 @@ class LoadOptions:
     """Dtype of the denoiser's matrix products and of their weights."""
     text_dtype: Dtype | None = None
     """Dtype of those of the text encoder; None for the denoiser's."""
-    place: Placement = place_on_device
+    place: Placement | None = None
     """Function that places a parameter, given its path: `backbone/…`, `low_noise/…` of a second expert, or
-    `autoencoder/…`."""
+    `autoencoder/…`; None to read it to the devices, or to host memory with `offload`."""
     mesh: MeshConfig | Mesh | None = None
-    """Devices that sample together, to which `place` reads; None for one device."""
-    offload: Offload | None = None
-    """Weights in host memory, to which `place` reads; None for weights that stay on the devices."""
+    """Devices that sample together; None for one device."""
+    offload: Offload | Literal["auto"] | None = "auto"
+    """Weights in host memory; None for weights that stay on the devices, `auto` for what the device's memory allows
+    (`pipelines.memory.choose_offload`)."""
 
 
 class PipelineParts(NamedTuple):
@@ -81,6 +95,73 @@ class PipelineParts(NamedTuple):
     """Task that the model is used for; None for text to video, or image to video where there is an image."""
 
 
+def make_pipeline_config(
+    folder: Path,
+    parts: PipelineParts,
+    options: LoadOptions,
+    *,
+    steps: int,
+    guidance: float | tuple[float, float],
+    negative: str = "",
+) -> PipelineConfig:
+    """Return the config of a text-to-video pipeline with a frozen text encoder, each clip in a row of its own.
+
+    Args:
+      folder: folder of the pipeline.
+      parts: the configs in it, with the size and the schedule that it samples by default.
+      options: dtypes.
+      steps: number of steps that its authors sample with.
+      guidance: scale of their guidance, one for each of two experts.
+      negative: their negative prompt.
+    """
+    schedule = parts.schedule
+    return PipelineConfig(
+        autoencoder=parts.autoencoder,
+        backbone=parts.denoiser.replace(dtype=options.dtype),
+        text=replace(parts.text, dtype=options.text_dtype or options.dtype),
+        process=schedule.process,
+        prediction=schedule.prediction,
+        layout=None,
+        batch=1,
+        sampling=Sampling(steps=steps, guidance=guidance, solver=schedule.solver, time_schedule=schedule.time_schedule),
+        fps=parts.fps,
+        size=parts.size,
+        negative=negative,
+        boundary=parts.boundary,
+        frame_conditioning=parts.frame_conditioning,
+        image_encoder=parts.image_encoder,
+        task=parts.task,
+        provenance={"loaded from": os.fspath(folder), "class": str(read_pipeline_class(folder))},
+    )
+
+
+def list_experts(parts: PipelineConfig | PipelineParts) -> tuple[str, ...]:
+    """Return the names of a pipeline's denoisers."""
+    return EXPERTS[:1] if parts.boundary is None else EXPERTS
+
+
+def check_channels(folder: Path, backbone: BackboneConfig, autoencoder: AutoencoderConfig) -> None:
+    """Check that a pipeline's denoiser reads latents of its autoencoder.
+
+    Raises:
+      UserError: it has another number of channels.
+    """
+    if backbone.channels != autoencoder.channels:
+        rule = f"the transformer reads latents of {backbone.channels} channels, the vae has {autoencoder.channels}"
+        raise UserError(f"{folder} is invalid: {rule}. Use the autoencoder that the transformer was trained with")
+
+
+def check_context_width(text_encoder: Path, width: int, backbone: Any) -> None:
+    """Check that a pipeline's denoiser reads embeddings of its text encoder.
+
+    Raises:
+      UserError: it reads another width.
+    """
+    if width != backbone.context_width:
+        rule = f"it makes embeddings of width {width}, the transformer reads {backbone.context_width}"
+        raise UserError(f"{text_encoder} is invalid: {rule}. Use text_encoder= with the one of its training")
+
+
 class Family(abc.ABC):
     """An open model family."""
 
@@ -98,22 +179,75 @@ class Family(abc.ABC):
         return read_pipeline_class(folder) in self.pipeline_classes
 
     @abc.abstractmethod
-    def load_pipeline(self, folder: Path, options: LoadOptions) -> Pipeline:
-        """Load the pipeline of a folder.
+    def make_config(self, folder: Path, options: LoadOptions) -> PipelineConfig:
+        """Return the config of the pipeline in a folder, from its JSON files.
 
         Raises:
           MissingError: the folder lacks parts, all of which are named.
-          UserError: unsupported settings, or weights that do not fit.
+          UserError: unsupported settings, or parts that do not fit each other.
         """
 
-    def make_config(self, folder: Path, options: LoadOptions) -> PipelineConfig:
-        """Return the config of the pipeline that `load_pipeline` loads, without reading weights.
+    def load_pipeline(self, folder: Path, options: LoadOptions) -> Pipeline:
+        """Load the pipeline of a folder; its text encoder is read at the first prompt.
+
+        All files, and the memory that the weights take, are checked before any weight is read. Parameters are read one
+        at a time, of a stack one layer at a time.
 
         Raises:
-          MissingError: the folder lacks parts.
-          UserError: unsupported settings, or a family whose pipelines cannot be planned here.
+          MissingError: the folder lacks parts, all of which are named.
+          UserError: unsupported settings, or weights that do not fit the config, the device or the machine.
         """
-        raise UserError(f"{folder} holds a model of the family {self.name}, which cannot be planned; use another")
+        config = self.make_config(folder, options)
+        self.check_weights(folder, config)
+        place, offload = options.place, None
+        if place is None:
+            choice, is_large = options.offload, options.mesh is None
+            offload = fit_offload(choice, config, self.make_dtype_fn(options), mesh=options.mesh, is_large=is_large)
+            place = make_placement(options.mesh, offload)
+
+        def read(expert: str) -> dict[str, Any]:
+            return self.denoiser.load(
+                self.find_denoiser(folder, expert),
+                kernel_dtype=jnp.dtype(options.dtype),
+                place=lambda path, parameter: place(f"{expert}/{path}", parameter),
+            )[1]
+
+        return Pipeline(
+            config,
+            denoiser={expert: read(expert) for expert in list_experts(config)} | {"text": {}},
+            autoencoder=load_placed_autoencoder(folder / "vae", place),
+            get_lora_modules=self.denoiser.get_lora_modules,
+            mesh=options.mesh,
+            offload=offload,
+        )
+
+    def check_weights(self, folder: Path, parts: PipelineConfig | PipelineParts) -> None:
+        """Check that all weights of a pipeline are there, complete, and fit its configs, by the headers of their files.
+
+        Reading takes minutes and the text encoder is read at the first prompt, so that without this check a shard that
+        is missing or cut would be noticed late.
+
+        Raises:
+          MissingError: files are missing, which are named.
+          UserError: a file is cut, damaged or pickled, or tensors are missing, unexpected or of another shape.
+        """
+        for expert in list_experts(parts):
+            self.denoiser.check_weights(self.find_denoiser(folder, expert))
+        check_autoencoder_weights(folder / "vae")
+        if isinstance(parts.text, FrozenTextConfig):
+            check_text_encoder(parts.text.folder)
+        if parts.image_encoder is not None:
+            check_clip_weights(parts.image_encoder, read_clip_vision_config(parts.image_encoder))
+            load_clip_image_processor(parts.image_encoder)
+
+    def find_denoiser(self, folder: Path, expert: str) -> Path:
+        """Return the folder, or the file of a model's authors, of an expert of a pipeline: `backbone`, `low_noise`."""
+        return folder / DENOISER_FOLDERS[expert]
+
+    def make_dtype_fn(self, options: LoadOptions) -> Callable[[str], Any]:
+        """Return a function from the path of a denoiser's parameter (`backbone/…`) to the dtype that it is read in."""
+        kernels = tuple(f"{expert}/{path}" for expert in EXPERTS for path in self.denoiser.float32_kernels)
+        return make_dtype_fn(np.float32, jnp.dtype(options.dtype), float32_kernels=kernels)
 
     def read_parts(self, folder: Path) -> PipelineParts:
         """Read the configs of a pipeline's folder, from which its denoiser is fine-tuned.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dit_video.core.errors import check_at_least
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion import (
     AdaptiveProjectedGuidance,
     Euler,
@@ -57,6 +57,16 @@ class Sampling:
         if self.shift is not None:
             schedule, process = override_shift(schedule, process, self.shift)
         return schedule(process, self.steps)
+
+    def check_experts(self, count: int) -> None:
+        """Check that guidance has a scale for each of `count` experts, or one for all.
+
+        Raises:
+          UserError: If it has two for a model with one.
+        """
+        scales = self.full_guidance.scales
+        if len(scales) > count:
+            raise UserError(f"guidance={scales} is invalid: this model has no second expert. Use one number.")
 
     @property
     def full_guidance(self) -> Guidance:

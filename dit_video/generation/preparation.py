@@ -1,7 +1,6 @@
 """Requests of clips as requests of latents: their noise, the plan of their task, and values of conditioning."""
 
 import numpy as np
-from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
 from dit_video.generation.conditioning import make_request_fields
@@ -13,17 +12,13 @@ from dit_video.generation.tasks.text_to_video import TextToVideo
 from dit_video.tokens import Grid
 
 
-def make_sampling_request(
-    request: Request, latents: Grid, model: TaskModel, noise: Float32[np.ndarray, "t h w c"] | None = None
-) -> SamplingRequest:
+def make_sampling_request(request: Request, latents: Grid, model: TaskModel) -> SamplingRequest:
     """Return the request for latents of a size.
 
     Args:
-      request: request of a clip, with its size.
+      request: request of a clip, with its size. Its noise is also that of the plan's `leading_frames`.
       latents: size of its latents.
       model: the model that samples it.
-      noise: initial noise, standard normal, also of the plan's `leading_frames`; None to draw it from the request's
-        seed.
 
     Raises:
       UserError: a seed that is not a whole number below 2**32, noise that does not fit, or a request that does not fit
@@ -36,6 +31,7 @@ def make_sampling_request(
     plan = task(request, model)
     latents = latents._replace(t=latents.t + plan.leading_frames)
     shape = (*latents, model.codec.config.channels)
+    noise = request.noise
     initial = draw_initial_noise(request.seed, latents, shape[-1]) if noise is None else np.asarray(noise)
     if initial.shape != shape:
         raise UserError(f"noise for latents of {latents!r} has shape {shape}, not {initial.shape}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32
 
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import FrameConditioning
@@ -96,6 +96,8 @@ class Request(NamedTuple):
     """Images of subjects that the clip shows, in models that accept them."""
     conditions: Sequence[Condition] = ()
     """Images and clips that the clip has at some frames, in models that accept them."""
+    noise: Float32[np.ndarray, "t h w c"] | None = None
+    """Initial noise of the latents' size, standard normal, instead of the seed's."""
 
     @property
     def grid(self) -> Grid:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from dit_video.core.errors import UserError
+from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.rng import key
 from dit_video.diffusion import (
     ClipSize,
@@ -59,6 +60,12 @@ def draw_initial_noise(seed: int, latents: Grid, channels: int) -> Float32[np.nd
     return np.asarray(jax.random.normal(key(seed, "sample"), (*latents, channels), jnp.float32))
 
 
+_EXHAUSTED_MEMORY_FIX = (
+    "Use offload=Layers() (--offload layers), a smaller size or a mesh of several devices; "
+    "tools/plan.py FOLDER --of sampler plans the memory"
+)
+
+
 def sample_latents(
     denoiser: Denoiser, requests: Sequence[SamplingRequest], *, sampling: Sampling, shape: LayoutShape, rows: int
 ) -> list[Float32[np.ndarray, "t h w c"]]:
@@ -70,11 +77,13 @@ def sample_latents(
 
     Raises:
       UserError: If the patch does not divide a size, a prompt is longer than a row's text, a single model gets two
-        guidance scales, a plan does not fit, or values become NaN or infinite (the message names the step).
+        guidance scales, a plan does not fit, values become NaN or infinite (the message names the step), or the
+        device's memory is too small.
     """
     results: dict[int, Float32[np.ndarray, "t h w c"]] = {}
-    for sampled in _sample_batches(denoiser, requests, sampling, shape, rows):
-        results |= sampled.unpack_latents(sampled.state.x)
+    with name_exhausted_memory("sampling", _EXHAUSTED_MEMORY_FIX):
+        for sampled in _sample_batches(denoiser, requests, sampling, shape, rows):
+            results |= sampled.unpack_latents(sampled.state.x)
     return [results[index] for index in range(len(requests))]
 
 
@@ -214,8 +223,7 @@ def _embed_prompts(
 ) -> dict[str, CaptionTokens]:
     """Return the tokens of all prompts; raise UserError for guidance of two experts if the model has one."""
     guidance = sampling.full_guidance
-    if denoiser.boundary is None and len(guidance.scales) > 1:
-        raise UserError(f"guidance={guidance.scales} is invalid: this model has no second expert. Use one number.")
+    sampling.check_experts(len(denoiser.experts))
     prompts = dict.fromkeys(prompt for request in requests for prompt, _ in request.branches(guidance.branch_count))
     return denoiser.embed(prompts)
 

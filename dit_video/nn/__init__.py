@@ -22,7 +22,7 @@ from dit_video.nn.lora import (
     merge_lora,
     merge_lora_in_place,
 )
-from dit_video.nn.modulation import modulate
+from dit_video.nn.modulation import make_modulation_table, modulate
 from dit_video.nn.norms import GroupNorm, LayerNorm, RmsNorm, layer_norm, rms_norm
 from dit_video.nn.parallel import NO_DEVICE, ONE_DEVICE, Parallelism
 from dit_video.nn.stack import LayerGroup, LayerWrapper, Remat, apply_stack, make_stack, rematerialize, scan_layers

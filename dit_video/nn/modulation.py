@@ -1,6 +1,8 @@
 """Adaptive layer norm: shift, scale and gate from a conditioning vector (adaLN-Zero, arXiv 2212.09748)."""
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_video.nn.norms import layer_norm
@@ -11,3 +13,8 @@ def modulate(
 ) -> Float[Array, "*batch D"]:
     """Return `layer_norm(x) * (1 + scale) + shift`, computed in float32; `eps` is that of the norm."""
     return (layer_norm(x.astype(jnp.float32), eps=eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def make_modulation_table(entries: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+    """Return a learned table of a block's shifts, scales and gates, which are added to those of the projected time."""
+    return nnx.Param(jax.random.normal(rngs.params(), (entries, width), jnp.float32) / width**0.5)

@@ -120,7 +120,9 @@ class AdaptedWeights(NamedTuple):
 
     def _get(self, name: str) -> Adapter:
         if name not in self.adapters:
-            fix = f"Use {', '.join(self.adapters)}" if self.adapters else "Use load_lora first"
+            fixes = [", ".join(self.adapters)] if self.adapters else []
+            fixes += ["unload_lora() without a name, for adapters that are merged"] if self.originals else []
+            fix = f"Use {', or '.join(fixes or ['load_lora first'])}"
             raise UserError(f"name={name!r} of an adapter is invalid: none of this name is attached. {fix}")
         return self.adapters[name]
 

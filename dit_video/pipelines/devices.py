@@ -1,12 +1,12 @@
 """Devices of a pipeline: its weights on them, and the placement of weights that are read."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_video.backbones.protocol import BackboneConfig
-from dit_video.core.offload import Offload, Stages, put_in_host_memory
+from dit_video.core.offload import Offload, put_in_host_memory
 from dit_video.distributed import MeshConfig, count_row_shards, make_parallelism, make_shardings
 from dit_video.distributed.checks import check_denoiser
 from dit_video.distributed.mesh import resolve_mesh
@@ -14,15 +14,7 @@ from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.generation.sharding import put_params
 from dit_video.nn.attention import check_platform
 from dit_video.nn.parallel import ONE_DEVICE, Parallelism
-from dit_video.platform.devices import get_default_platform
 from dit_video.weights.parameter import Placement
-
-
-def resolve_offload(offload: Offload | Literal["auto"] | None, *, is_large: bool) -> Offload | None:
-    """Return the weights in host memory: if not stated, those of large models that sample on one GPU or TPU."""
-    if offload == "auto":
-        return Stages() if is_large and get_default_platform().name != "cpu" else None
-    return offload
 
 
 class PipelineDevices(NamedTuple):

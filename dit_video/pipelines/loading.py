@@ -10,8 +10,9 @@ from dit_video.core.offload import Offload
 from dit_video.distributed import MeshConfig
 from dit_video.nn import Backend, get_param_shapes
 from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.devices import make_placement, resolve_offload
+from dit_video.pipelines.devices import make_placement
 from dit_video.pipelines.folder import AUTOENCODER, DENOISER, STEPS, read_pipeline_config
+from dit_video.pipelines.memory import fit_offload
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.weights import load as load_weights
 from dit_video.weights.lora_modules import GetLoraModules, no_lora_modules
@@ -42,13 +43,13 @@ def load_pipeline(
       MissingError: the folder does not exist, or holds no pipeline.
       UserError: a pipeline of another version, weights that do not fit its config, or a text encoder that is not
         frozen; a mesh that does not fit the devices or the denoiser; attention that the denoiser does not support or
-        whose kernels the devices lack.
+        whose kernels the devices lack; weights that do not fit into memory.
     """
     folder = Path(folder)
     config = read_pipeline_config(folder)
     if attention is not None:
         config = replace(config, backbone=config.backbone.replace(attention=attention))
-    resolved = resolve_offload(offload, is_large=mesh is None and config.boundary is not None)
+    resolved = fit_offload(offload, config, mesh=mesh, is_large=mesh is None and config.boundary is not None)
     place = make_placement(mesh, resolved)
     pipeline = Pipeline(
         config,

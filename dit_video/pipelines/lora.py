@@ -13,10 +13,44 @@ from dit_video.pipelines.adapters import AdaptedWeights, Adapter
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.devices import PipelineDevices
 from dit_video.weights import get_native_modules, load_lora
-from dit_video.weights.lora_modules import GetLoraModules, add_module_prefix
+from dit_video.weights.lora import check_lora
+from dit_video.weights.lora_modules import GetLoraModules, LoraModules, add_module_prefix
 
 ExpertName = Literal["backbone", "low_noise"]
 LoraLoaderT = TypeVar("LoraLoaderT", bound="LoraLoader")
+
+
+def check_adapter(
+    path: str | Path, config: PipelineConfig, get_lora_modules: GetLoraModules, *, expert: ExpertName = "backbone"
+) -> None:
+    """Check that `load_lora` of a pipeline would accept an adapter, by the file's header, before weights are read.
+
+    Args:
+      path: a safetensors file, or a folder.
+      config: config of the pipeline.
+      get_lora_modules: names of modules in LoRA files of other projects, from the denoiser's config.
+      expert: expert of two that is adapted.
+
+    Raises:
+      MissingError: no file at `path`.
+      UserError: a file that is not a LoRA of this model, or a second expert that the model does not have.
+    """
+    shapes = config.denoiser_shapes
+    check_lora(path, shapes, _list_modules(config, shapes, get_lora_modules, expert))
+
+
+def _list_modules(
+    config: PipelineConfig, params: Mapping[str, Any], get_lora_modules: GetLoraModules, expert: ExpertName
+) -> LoraModules:
+    """Return the modules of an expert that adapters change, by their names in files.
+
+    Raises:
+      UserError: a second expert that the model does not have.
+    """
+    if expert not in params:
+        raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
+    modules = add_module_prefix(get_lora_modules(config.backbone), expert)
+    return get_native_modules(params) | modules
 
 
 class LoraLoader:
@@ -50,24 +84,25 @@ class LoraLoader:
           scale: strength of the adapter.
           expert: expert of two that is adapted: `backbone`, for noisy times, or `low_noise`.
           name: name of the adapter in `set_lora_scales` and `unload_lora`; by default that of the file, with a number
-            if another adapter has it.
+            if another adapter has it. An adapter that is merged has none.
           merge: adds the adapter to the weights instead, in their memory. Sampling then takes no more time than
             without it. The host keeps the weights that change for `unload_lora`. This pipeline, and others that share
             its weights on devices, cannot be used any more.
 
         Raises:
           MissingError: no file at `path`.
-          UserError: a file that is not a LoRA of this model, a second expert that the model does not have, or a name
-            that an adapter has.
+          UserError: a file that is not a LoRA of this model, a second expert that the model does not have, a name that
+            an adapter has, or one for an adapter that is merged.
         """
         weights = self._weights
         weights.check_usable()
-        if expert not in weights.params:
-            raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
-        modules = add_module_prefix(self._get_lora_modules(self.config.backbone), expert)
-        lora = load_lora(path, weights.params, get_native_modules(weights.params) | modules)
+        if name is not None and merge:
+            fix = "Leave it out; unload_lora() takes away all that is merged"
+            raise UserError(f"name={name!r} is invalid: an adapter that is merged has no name. {fix}")
         if name is not None and name in weights.adapters:
             raise UserError(f"name={name!r} is invalid: an adapter of this name is attached. Use another name")
+        modules = _list_modules(self.config, weights.params, self._get_lora_modules, expert)
+        lora = load_lora(path, weights.params, modules)
         if merge:
             return self._with_weights(weights.merge(lora, float(scale)))
         factors, others = _split_factors(lora, weights.params)
@@ -93,7 +128,7 @@ class LoraLoader:
         weights in the devices' memory, and this pipeline cannot be used any more.
 
         Raises:
-          UserError: a name of no attached adapter.
+          UserError: a name of no attached adapter; one that is merged has no name.
         """
         self._weights.check_usable()
         return self._with_weights(self._weights.restore() if name is None else self._weights.detach(name))

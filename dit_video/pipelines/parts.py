@@ -37,7 +37,7 @@ def make_denoiser(
         backbone=get_graph_def(config.backbone.make, parallel),
         text=get_graph_def(config.text.make),
         params=params,
-        streams_layers=streams_layers(offload),
+        streams_layers=streams_layers(offload, "denoiser"),
         tokenizer=tokenizer,
         process=config.process,
         prediction=config.prediction,

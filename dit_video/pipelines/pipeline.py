@@ -20,6 +20,7 @@ from jaxtyping import Float32
 from dit_video.autoencoders import Tiles
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
+from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.offload import Offload
 from dit_video.core.trees import count_values as count
 from dit_video.distributed import MeshConfig
@@ -27,16 +28,16 @@ from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
 from dit_video.generation import LatentTrace, Sampling, sample_latents, trace_latents
-from dit_video.generation.preparation import make_sampling_request
 from dit_video.generation.request import Request
 from dit_video.nn import Backend
 from dit_video.pipelines.adapters import AdaptedWeights
+from dit_video.pipelines.checks import prepare_request, resolve_sampling
 from dit_video.pipelines.clip_decoder import ClipDecoder
-from dit_video.pipelines.config import PipelineConfig, PreviousStep, to_grid
+from dit_video.pipelines.config import PipelineConfig, PreviousStep
 from dit_video.pipelines.devices import PipelineDevices
 from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config
 from dit_video.pipelines.lora import LoraLoader
-from dit_video.pipelines.options import GenerateOptions, SamplingOverrides, override_sampling
+from dit_video.pipelines.options import GenerateOptions, SamplingOverrides
 from dit_video.pipelines.parts import make_denoiser, make_task_model
 from dit_video.pipelines.previous_steps import sample_previous_steps
 from dit_video.video import Clip
@@ -44,6 +45,7 @@ from dit_video.weights import save as save_weights
 from dit_video.weights.lora_modules import GetLoraModules, no_lora_modules
 
 _DTYPES = ("float32", "bfloat16")
+_DECODING_FIX = "Use with_decoding(memory=...) (--decode-memory) with less, or tiles of the frames"
 
 
 class Pipeline(LoraLoader):
@@ -182,11 +184,13 @@ class Pipeline(LoraLoader):
             control=control,
             reference_images=reference_images,
             conditions=conditions,
+            noise=noise,
         )
         overrides: SamplingOverrides = {"steps": steps, "guidance": guidance, "sampler": sampler, "shift": shift}
         overrides["times"] = times
-        prepared = self._prepare([request], noise, **overrides)
-        latents = sample_latents(self._denoiser, **prepared)
+        if output == "clip":
+            self.check_decoding([request])
+        latents = sample_latents(self._denoiser, **self._prepare([request], **overrides))
         return latents[0] if output == "latents" else self.decode_many(latents, [request])[0]
 
     def trace(self, request: Request, **overrides: Unpack[SamplingOverrides]) -> LatentTrace:
@@ -202,6 +206,7 @@ class Pipeline(LoraLoader):
         A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`. `overrides`
         (`steps`, `guidance`, `sampler`, `shift`, `times`) and errors are as for `generate`.
         """
+        self.check_decoding(requests)
         return self.decode_many(sample_latents(self._denoiser, **self._prepare(requests, **overrides)), requests)
 
     def generate_latents(
@@ -234,7 +239,16 @@ class Pipeline(LoraLoader):
 
         On a mesh, this process's devices share the clips of a size.
         """
-        return self._decoder(latents, requests)
+        with name_exhausted_memory("decoding", _DECODING_FIX):
+            return self._decoder(latents, requests)
+
+    def check_decoding(self, requests: Sequence[Request]) -> None:
+        """Check that the clips of requests can be decoded in the memory of `with_decoding`, before they are sampled.
+
+        Raises:
+          UserError: they cannot, or a size is not supported.
+        """
+        self._decoder.check_memory([self.config.latent_grid(self.config.resolve_size(each)) for each in requests])
 
     def reconstruct(self, clip: Clip) -> Clip:
         """Encode and decode a clip."""
@@ -313,7 +327,7 @@ class Pipeline(LoraLoader):
         """Return the same pipeline, with its weights, that encodes and decodes clips in other parts.
 
         Args:
-          memory: bytes that this may take on a device besides the autoencoder; by default 60 % of the device's memory.
+          memory: bytes that this may take on a device besides the autoencoder; by default half of the device's memory.
             As many frames are coded at once as it allows.
           tiles: sizes of tiles of a picture, if not even one latent frame fits; see `Tiles` for the cost.
         """
@@ -345,21 +359,14 @@ class Pipeline(LoraLoader):
         """Return the pipeline's own sampling with the given values replaced.
 
         Raises:
-          UserError: an unknown sampler, less than one step, or a shift or times that `override_sampling` refuses.
+          UserError: what `pipelines.checks.resolve_sampling` refuses: an unknown sampler, less than one step, …
         """
-        return override_sampling(self.config.sampling, self.config.process, **overrides)
+        return resolve_sampling(self.config, **overrides)
 
-    def _prepare(
-        self,
-        requests: Sequence[Request],
-        noise: Float32[np.ndarray, "t h w c"] | None = None,
-        **overrides: Unpack[SamplingOverrides],
-    ) -> dict[str, Any]:
+    def _prepare(self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]) -> dict[str, Any]:
         """Return arguments of `sample_latents`; warn if guidance has no trained unconditional branch."""
         self._weights.check_usable()
         sampling, config = self.resolve_sampling(**overrides), self.config
-        if (skip := sampling.full_guidance.skip_layers) is not None:
-            skip.check(config.backbone.layers)
         if sampling.full_guidance.branch_count > 1 and config.caption_dropout == 0:
             warnings.warn(
                 "guidance needs an unconditional model, and this one was trained without caption dropout; use "
@@ -368,12 +375,7 @@ class Pipeline(LoraLoader):
             )
         sized = [request._replace(size=config.resolve_size(request)) for request in requests]
         latent_requests = [
-            make_sampling_request(
-                request if request.negative is not None else request._replace(negative=config.negative),
-                config.latent_grid(to_grid(request.size)),
-                self.task_model,
-                noise,
-            )
+            prepare_request(config, request, self.task_model)
             for request in sample_previous_steps(config.previous, self._previous, sized)
         ]
         rows = max(1, min(config.batch, len(requests)))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_video.core.errors import UserError
+from dit_video.core.memory import format_bytes
 from dit_video.distributed.planner import Efficiencies, Topology, find_efficiencies
 from dit_video.experiment import Experiment
 from dit_video.planning.fit_estimates import Combination, FitEstimates, Settings
-from dit_video.planning.plan import format_size
 from dit_video.planning.report import check_memory, find_devices
 from dit_video.planning.steps import Part
 
@@ -43,7 +43,7 @@ class FitResult:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        yield f"{self.experiment}: {self.part} on {self.topology} in {format_size(self.limit)} of each device"
+        yield f"{self.experiment}: {self.part} on {self.topology} in {format_bytes(self.limit)} of each device"
         if self.fitting and not self.fitting[0].settings:
             yield f"  fits {self.fitting[0]}"
             return

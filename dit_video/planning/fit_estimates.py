@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dit_video.core.errors import UserError
+from dit_video.core.memory import format_bytes
 from dit_video.distributed import MeshConfig, count_row_shards
 from dit_video.distributed.mesh import AnyMesh, count_axis_slices, make_abstract_mesh
 from dit_video.distributed.planner import (
@@ -22,7 +23,6 @@ from dit_video.distributed.planner import (
 )
 from dit_video.experiment import Experiment
 from dit_video.planning.fit_options import Setting, list_settings
-from dit_video.planning.plan import format_size
 from dit_video.planning.report import check_mesh, plan_experiment
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step, shard_shapes
 
@@ -44,7 +44,7 @@ class Combination(NamedTuple):
     def __str__(self) -> str:
         names = " ".join(map(str, self.settings)) or "as configured"
         note = "" if all(setting.keeps_result for setting in self.settings) else "; changes the result"
-        return f"{names}: {format_size(self.memory)}, {self.seconds_per_row:.3g} s a row ({self.method}){note}"
+        return f"{names}: {format_bytes(self.memory)}, {self.seconds_per_row:.3g} s a row ({self.method}){note}"
 
 
 class FitEstimates:

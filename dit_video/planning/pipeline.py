@@ -8,44 +8,50 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float32
 
-from dit_video.autoencoders import latent_grid
 from dit_video.autoencoders.streaming import make_chunk_program
 from dit_video.core.errors import UserError
-from dit_video.core.live_memory import count_bytes
-from dit_video.core.offload import DEVICE, HOST, Layers, Offload, Stages, is_stacked_kernel, streams_layers
+from dit_video.core.memory import count_bytes, format_bytes
+from dit_video.core.offload import DEVICE, HOST, Layers, Offload, Stages, is_stacked_kernel
 from dit_video.core.trees import map_with_path
 from dit_video.distributed.planner import Topology, compile_step
 from dit_video.distributed.planner.compiled_program import count_local_bytes, override_default_backend
 from dit_video.encoders.autoencoder import DEVICE_SHARE, LatentCodec, fit_chunk
+from dit_video.encoders.image import FEATURE
 from dit_video.families import find_family
 from dit_video.families.family import LoadOptions
+from dit_video.features.clip.frames import make_frame_program
 from dit_video.generation.preparation import make_sampling_request
-from dit_video.generation.request import Request, TaskModel
+from dit_video.generation.request import Request
 from dit_video.generation.sampler import list_programs
-from dit_video.nn import get_param_shapes
 from dit_video.nn.parallel import ONE_DEVICE
 from dit_video.pipelines.config import PipelineConfig, to_grid
+from dit_video.pipelines.empty_parts import make_empty_task_model
 from dit_video.pipelines.folder import read_pipeline_config
-from dit_video.pipelines.parts import make_denoiser, make_task_model
-from dit_video.planning.plan import format_size
+from dit_video.pipelines.memory import (
+    AUTOENCODER,
+    IMAGE_ENCODER,
+    TEXT,
+    choose_offload,
+    count_stage_bytes,
+    is_streamed,
+    make_weight_shapes,
+)
+from dit_video.pipelines.parts import make_denoiser
 from dit_video.planning.report import check_memory, find_devices
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text.embedder import make_embedding_program
 from dit_video.tokens import Grid
 from dit_video.weights import read_clip_vision_config, read_text_encoder_config
-from dit_video.weights.io import get_encoder_dtype
-from dit_video.weights.tensor_map import make_dtype_fn
 
-_EXPERTS = ("backbone", "low_noise")
-_OFFLOADS: tuple[Offload | None, ...] = (None, Stages(), Layers())
+_OFFLOADS: tuple[Offload | None, ...] = (None, Stages(), Layers(denoiser=False), Layers(text=False), Layers())
+"""From the fastest to the one that needs least memory."""
 _DEFAULTS = LoadOptions()
 _QUICK = {"exec_time_optimization_effort": -1.0}
 """Options of XLA for TPUs that compile convolutions of large frames in a twelfth of the time, by a shorter search for
@@ -109,12 +115,12 @@ class PipelinePlan:
         lines = [
             f"{self.folder}: a clip of {frames} frames of {height}x{width}, offload={self.offload}, on one device of "
             f"{self.topology}",
-            f"{verdict}: {format_size(self.peak)} of {format_size(self.limit)}",
+            f"{verdict}: {format_bytes(self.peak)} of {format_bytes(self.limit)}",
             f"{'stage':12} {'weights':>12} {'others':>12} {'activations':>12} {'peak':>12} {'in host':>12}",
         ]
         for each in self.stages:
             values = (each.weights, each.other_weights, each.activations, each.peak, each.host_weights)
-            lines.append(f"{each.name:12} " + " ".join(f"{format_size(value):>12}" for value in values))
+            lines.append(f"{each.name:12} " + " ".join(f"{format_bytes(value):>12}" for value in values))
             lines += [f"  {each.overflow}"] if each.overflow else []
         return "\n".join(lines)
 
@@ -136,7 +142,7 @@ def plan_pipeline(
       folder: folder of open weights, of which only the JSON files are read, or of a pipeline of one's own.
       topology: the hardware, of which one device is used.
       size: frames, height and width of the clip; the pipeline's own by default.
-      options: dtypes, text encoder and offload, as for `dit_video.load`; no mesh.
+      options: dtypes, text encoder and offload, as for `dit_video.load` on a GPU or TPU; no mesh.
       memory: bytes that the device may use; all of its memory by default.
 
     Raises:
@@ -155,7 +161,7 @@ def fit_pipeline(
     size: Grid | tuple[int, int, int] | None = None,
     options: LoadOptions = _DEFAULTS,
 ) -> PipelinePlan:
-    """Return the plan with the fastest `offload` that fits into a memory: `None`, `Stages()` or `Layers()`.
+    """Return the plan with the fastest `offload` that fits into a memory.
 
     If none fits, the plan with `Layers()` says what is missing. Arguments and errors are those of `plan_pipeline`; the
     `offload` of the options is not used.
@@ -170,7 +176,7 @@ def fit_pipeline(
 def _list_plans(
     folder: str | Path,
     topology: Topology,
-    offloads: Sequence[Offload | None],
+    offloads: Sequence[Offload | Literal["auto"] | None],
     *,
     size: Grid | tuple[int, int, int] | None,
     options: LoadOptions,
@@ -187,26 +193,23 @@ def _list_plans(
     available = topology.chip.usable_memory * topology.num_chips // len(devices)
     limit = check_memory(memory, available, topology)
     family = find_family(folder)
-    if family is None:
-        config, dtype_fn = read_pipeline_config(folder), make_dtype_fn(np.float32)
-    else:
-        config = family.make_config(folder, options)
-        kernels = tuple(f"{expert}/{path}" for expert in _EXPERTS for path in family.denoiser.float32_kernels)
-        dtype_fn = make_dtype_fn(np.float32, jnp.dtype(options.dtype), float32_kernels=kernels)
+    config = read_pipeline_config(folder) if family is None else family.make_config(folder, options)
+    shapes = make_weight_shapes(config, None if family is None else family.make_dtype_fn(options))
     size = config.size if size is None else to_grid(size)
     with override_default_backend(devices[0].platform):
-        programs = list(_list_programs(config, size, dtype_fn, memory=int(DEVICE_SHARE * limit)))
-    parts = {each.part: count_bytes(each.params) for each in programs}
+        programs = list(_list_programs(config, size, shapes, memory=int(DEVICE_SHARE * limit)))
+    sizes = count_stage_bytes(shapes)
 
     @functools.cache
     def compile_program(number: int, is_streamed: bool) -> StagePlan:
         return _compile(programs[number], mesh, is_streamed=is_streamed, reserved=available - limit)
 
-    for offload in offloads:
+    for choice in offloads:
+        offload = choose_offload(choice, sizes, is_large=True, platform=devices[0].platform, device_memory=limit)
         stages = []
         for number, each in enumerate(programs):
-            plan = compile_program(number, streams_layers(offload) and each.part != "autoencoder")
-            others = sum(parts.values()) - parts[each.part] if offload is None else 0
+            plan = compile_program(number, is_streamed(each.part, sizes[each.part], offload))
+            others = sum(each.total for each in sizes.values()) - sizes[each.part].total if offload is None else 0
             stages.append(dataclasses.replace(plan, other_weights=others))
         fields: dict[str, Any] = {"folder": str(folder), "topology": topology, "size": size, "offload": offload}
         yield PipelinePlan(**fields, limit=limit, stages=tuple(stages))
@@ -224,55 +227,61 @@ class _Program(NamedTuple):
     """Arguments besides the parameters."""
 
 
-def _list_programs(
-    config: PipelineConfig, size: Grid, dtype_fn: Callable[[str], Any], *, memory: int
-) -> Iterator[_Program]:
-    """Yield the programs of a request in their order.
+def _list_programs(config: PipelineConfig, size: Grid, shapes: dict[str, Any], *, memory: int) -> Iterator[_Program]:
+    """Yield the programs of a request in their order, of one with a first image if the model takes one.
 
     Args:
       config: config of the pipeline.
       size: frames, height and width of the clip.
-      dtype_fn: returns the dtype of a parameter of the denoiser, given its path.
+      shapes: shapes of the weights of each stage.
       memory: bytes that coding may take, besides the autoencoder.
     """
     if isinstance(config.text, FrozenTextConfig):
-        yield _make_text_program(config.text)
+        yield _make_text_program(config.text, shapes[TEXT])
+    image_fields = _list_image_fields(config)
+    if config.image_encoder is not None:
+        yield _make_image_program(config.image_encoder, shapes[IMAGE_ENCODER], len(image_fields))
     latents = config.latent_grid(size)
-    codec = _EmptyCodec(config.autoencoder, get_param_shapes(config.autoencoder.make))
+    model = make_empty_task_model(config)
+    codec = LatentCodec(config.autoencoder, shapes[AUTOENCODER])
     if config.backbone.cond_channels or config.backbone.conditioning:
         yield _make_coding_program(codec, "encode", latents, memory)
-    params = map_with_path(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype_fn(path)), config.denoiser_shapes)
+    elif config.frame_conditioning is not None:
+        yield _make_coding_program(codec, "encode", latents._replace(t=1), memory)
+    params = {name: shapes[name] for name in config.denoiser_shapes if name != TEXT}
+    params[TEXT] = {} if isinstance(config.text, FrozenTextConfig) else shapes[TEXT]
     denoiser = make_denoiser(config, params, _make_tokenizer(config), parallel=ONE_DEVICE)
-    task_model = make_task_model(config, codec)
-    request = make_sampling_request(_make_request(config, size), latents, _TaskModel(**vars(task_model)))
+    images: dict[str, Any] = dict.fromkeys(image_fields, np.zeros((*size[1:], 3), np.uint8))
+    request = make_sampling_request(Request("", size)._replace(**images), latents, model)
     programs = list_programs(denoiser, [request], sampling=config.sampling, shape=config.row_shape, rows=1)
     for expert, program, (own, *rest) in programs:
         yield _Program("sampling" if expert == "backbone" else "second expert", expert, program, own, tuple(rest))
     yield _make_coding_program(codec, "decode", latents, memory)
 
 
-def _make_text_program(config: FrozenTextConfig) -> _Program:
+def _make_text_program(config: FrozenTextConfig, params: Any) -> _Program:
     encoder = dataclasses.replace(read_text_encoder_config(config.folder), dtype=config.dtype)
-    shapes = get_param_shapes(encoder.make)
-    get_dtype = functools.partial(get_encoder_dtype, dtype=config.dtype)
-    params = map_with_path(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, get_dtype(path)), shapes)
     tokens = jax.ShapeDtypeStruct((1, config.max_tokens), jnp.int32)
-    return _Program("text", "text", make_embedding_program(encoder), params, (tokens, tokens))
+    return _Program("text", TEXT, make_embedding_program(encoder), params, (tokens, tokens))
+
+
+def _make_image_program(folder: str, params: Any, count: int) -> _Program:
+    encoder = read_clip_vision_config(folder)
+    images = jax.ShapeDtypeStruct((count, encoder.size, encoder.size, 3), jnp.float32)
+    return _Program("image", IMAGE_ENCODER, make_frame_program(encoder, FEATURE), params, (images,))
 
 
 def _make_coding_program(codec: LatentCodec, method: str, latents: Grid, memory: int) -> _Program:
     _, frames = fit_chunk(codec.config, method, 1, latents, memory)
     run, (params, *rest) = make_chunk_program(codec.config, method, 1, latents._replace(t=frames))
-    return _Program(f"{method[:-1]}ing", "autoencoder", run, params, tuple(rest))
+    return _Program(f"{method[:-1]}ing", AUTOENCODER, run, params, tuple(rest))
 
 
-def _make_request(config: PipelineConfig, size: Grid) -> Request:
-    """Return a request with the images that the model needs."""
-    conditioning = config.frame_conditioning
-    if conditioning is None or conditioning.prob < 1:
-        return Request("", size)
-    image = np.zeros((*size[1:], 3), np.uint8)
-    return Request("", size, image=image, last_image=None if config.backbone.image_positions is None else image)
+def _list_image_fields(config: PipelineConfig) -> tuple[str, ...]:
+    """Return the fields of a request with the images that the model takes, or needs."""
+    if config.frame_conditioning is None:
+        return ()
+    return ("image",) if config.backbone.image_positions is None else ("image", "last_image")
 
 
 def _make_tokenizer(config: PipelineConfig) -> Tokenizer:
@@ -281,34 +290,6 @@ def _make_tokenizer(config: PipelineConfig) -> Tokenizer:
         return config.text.make_tokenizer()
     shape = config.text.max_tokens, config.text.width
     return lambda _caption: np.zeros(shape, np.float32)
-
-
-class _EmptyCodec(LatentCodec):
-    """A codec without weights, whose latents are zero."""
-
-    def encode_pixels(self, pixels: np.ndarray) -> Float32[np.ndarray, "t h w c"]:
-        grid = latent_grid(Grid(*pixels.shape[:3]), self.config.stride)
-        return np.zeros((*grid, self.config.channels), np.float32)
-
-
-class _EmptyImageEncoder:
-    """An image encoder without weights, whose tokens are zero."""
-
-    def __init__(self, folder: str):
-        config = read_clip_vision_config(folder)
-        self.shape = config.tokens, config.width
-
-    def __call__(self, frames: np.ndarray) -> Float32[np.ndarray, "T i F"]:
-        return np.zeros((len(frames), *self.shape), np.float32)
-
-
-class _TaskModel(TaskModel):
-    """Parts of a model without weights."""
-
-    @functools.cached_property
-    def image_encoder(self) -> Any:
-        assert self.image_encoder_folder is not None
-        return _EmptyImageEncoder(self.image_encoder_folder)
 
 
 def _compile(program: _Program, mesh: Mesh, *, is_streamed: bool, reserved: int) -> StagePlan:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dit_video.core.memory import format_bytes
 from dit_video.distributed.planner import (
     CollectiveTraffic,
     Efficiencies,
@@ -119,28 +120,28 @@ class Plan:
         yield f"  on {self.topology}, {self.devices} devices, mesh {mesh}; {rows}{remat}{attention}"
         verdict = "fits" if self.fits else "does not fit"
         method = f"compiled in {self.compile_seconds:.0f} s" if self.method == "compiled" else _ANALYTIC
-        yield f"  {verdict}: {format_size(self.memory.peak)} of {format_size(self.limit)} on each device ({method})"
+        yield f"  {verdict}: {format_bytes(self.memory.peak)} of {format_bytes(self.limit)} on each device ({method})"
         if self.overflow:
             yield f"    {self.overflow}"
         for name in ("parameters", "optimizer", "ema", "other", "activations", "temporary"):
-            yield f"    {name:<12} {format_size(getattr(self.memory, name)):>10}"
+            yield f"    {name:<12} {format_bytes(getattr(self.memory, name)):>10}"
         if self.device_peak is not None:
-            yield f"    {'measured':<12} {format_size(self.device_peak):>10}"
+            yield f"    {'measured':<12} {format_bytes(self.device_peak):>10}"
         operations = f"{self.model_flops / 1e12:,.4g} TFLOP of the model, {self.executed_flops / 1e12:,.4g} executed"
         yield f"  operations     {operations}"
         if self.intensity is not None:
-            traffic = f"{format_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations a byte"
+            traffic = f"{format_bytes(self.hbm_bytes)} on each device, {self.intensity:.0f} operations a byte"
             yield f"  memory traffic {traffic}"
         if self.unknown_loops:
             yield f"    {self.unknown_loops} loops with data-dependent length are counted as one iteration"
         for part in self.moved:
             axes = " x ".join(part.axes).replace("part of x ", "part of ")
             network = " between slices" if part.between_slices else ""
-            yield f"  {part.kind:<18} over {axes:<18} {format_size(part.bytes):>10}, {part.count} times{network}"
+            yield f"  {part.kind:<18} over {axes:<18} {format_bytes(part.bytes):>10}, {part.count} times{network}"
         for purpose, lower_bound in self.min_bytes_moved.items():
             moved_bytes = sum_collective_bytes(purpose, self.moved)
             ratio = f"{moved_bytes / lower_bound:.2f} times the least"
-            yield f"  in all for {purpose:<19} {format_size(moved_bytes):>10}, {ratio}"
+            yield f"  in all for {purpose:<19} {format_bytes(moved_bytes):>10}, {ratio}"
         if self.warning:
             yield f"  warning: {self.warning}"
         if self.times is not None:
@@ -182,11 +183,6 @@ class Plan:
         if self.price is None:
             return f"; no public price of {chip.name} is known: set one with --price"
         return f"; price: {chip.price_source}" if self.price == chip.hourly_price else ""
-
-
-def format_size(number: int | float) -> str:
-    """Return a number of bytes in MiB or GiB."""
-    return f"{number / 2**30:,.2f} GiB" if number >= 2**28 else f"{number / 2**20:,.1f} MiB"
 
 
 def _format_number(number: float) -> str:

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from dit_video.core.errors import UserError
+from dit_video.core.memory import format_bytes
 from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten
 from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
@@ -32,7 +33,7 @@ from dit_video.distributed.planner import (
     read_step_work,
 )
 from dit_video.experiment import Experiment, LoraAdapters, Student
-from dit_video.planning.plan import Plan, format_size
+from dit_video.planning.plan import Plan
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step
 
 
@@ -61,8 +62,8 @@ def check_memory(memory: int | None, available: int, topology: Topology) -> int:
     if memory is None:
         return available
     if not 0 < memory <= available:
-        rule, fix = f"a device of {topology} has {format_size(available)}", f"Use {available // 2**20}MiB or less"
-        raise UserError(f"a memory of {format_size(memory)} is invalid: {rule}. {fix}")
+        rule, fix = f"a device of {topology} has {format_bytes(available)}", f"Use {available // 2**20}MiB or less"
+        raise UserError(f"a memory of {format_bytes(memory)} is invalid: {rule}. {fix}")
     return memory
 
 

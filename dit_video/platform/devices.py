@@ -1,9 +1,15 @@
-"""Platforms that programs are compiled for."""
+"""Platforms that programs are compiled for, and the memory of this machine."""
 
+import contextlib
+import os
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""File with the limit of a container's memory on Linux; "max" for none."""
 
 
 @dataclass(frozen=True)
@@ -29,3 +35,24 @@ def get_default_platform() -> Platform:
     name, device = jax.default_backend(), jax.devices()[0]
     # A program that is compiled for absent devices overrides the name.
     return Platform.from_device(device) if device.platform == name else Platform(name)
+
+
+class MemoryLimits(NamedTuple):
+    """Bytes of memory, None where unknown."""
+
+    device: int | None
+    """Memory of the default device that JAX may use; None for a CPU, whose memory is the machine's."""
+    host: int | None
+    """Memory of this machine, or of its container."""
+
+
+def get_memory_limits() -> MemoryLimits:
+    """Return the memory of JAX's default device and of this machine."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    try:
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return MemoryLimits(statistics.get("bytes_limit"), None)
+    with contextlib.suppress(OSError, ValueError):
+        host = min(host, int(_CGROUP_LIMIT.read_text()))
+    return MemoryLimits(statistics.get("bytes_limit"), host)

@@ -9,7 +9,6 @@ from dit_video.core.errors import MissingError
 from dit_video.experiment import DataConfig
 from dit_video.families import PipelineParts, find_family
 from dit_video.families.family import INDEX
-from dit_video.families.weight_checks import check_pipeline_weights
 from dit_video.tokens import Grid, PackedShape
 
 _MAX_CLIPS_PER_ROW = 4
@@ -27,7 +26,7 @@ def read_open_parts(folder: str | os.PathLike) -> PipelineParts:
     if (family := find_family(folder)) is None:
         raise MissingError(f"no such file: {folder / INDEX}")
     parts = family.read_parts(folder)
-    check_pipeline_weights(folder, parts, family.denoiser)
+    family.check_weights(folder, parts)
     return parts
 
 

@@ -69,10 +69,8 @@ def load_lora(
       UserError: the file is pickled or corrupt, is not a LoRA of this model (tensors are missing, unexpected or of
         another shape), or is of an unsupported kind (DoRA).
     """
-    path = Path(path)
-    file = next((path / name for name in _FILES if (path / name).is_file()), path)
-    arrays = ours.load(file, dtype=None)
-    shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
+    file = _find_file(Path(path))
+    arrays, shapes = ours.load(file, dtype=None), _get_shapes(params)
     matches, left_out = match_tensors(file, arrays, shapes, modules)
     if left_out := [name for name in left_out if arrays[name].any()]:
         names = ours.format_names(left_out)
@@ -97,6 +95,24 @@ def load_lora(
     for kernel, module_factors in factors.items():
         leaves |= {f"{kernel}/{leaf}": value for leaf, value in _join_factors(shapes[kernel], module_factors).items()}
     return trees.unflatten(leaves)
+
+
+def check_lora(path: str | os.PathLike, params: Mapping[str, Any], modules: LoraModules) -> None:
+    """Check that `load_lora` would read an adapter, by the file's header; arguments and errors are the same."""
+    file = _find_file(Path(path))
+    # Only shapes are compared, and a zero with another shape takes no memory.
+    arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in ours.load_shapes(file).items()}
+    match_tensors(file, arrays, _get_shapes(params), modules)
+    _read_settings(file)
+
+
+def _find_file(path: Path) -> Path:
+    """Return the file of an adapter, which may be in a folder."""
+    return next((path / name for name in _FILES if (path / name).is_file()), path)
+
+
+def _get_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
 
 
 def save_lora(

@@ -138,6 +138,18 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
     return trees.map_with_path(lambda name, _: arrays[name], like)
 
 
+def load_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Read the names and shapes of a file's arrays from its header.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is pickled, truncated or corrupt.
+    """
+    with open_safetensors(Path(path)) as file:
+        names = list(file.keys())
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+
+
 def load_metadata(path: str | os.PathLike) -> dict[str, str]:
     """Read the metadata in a file's header.
 

@@ -17,7 +17,7 @@ class SchedulerSetting(NamedTuple):
     is_positive: bool = False
     """The value must be a positive number."""
     advice: str = ""
-    """SchedulerSetting that would work instead, if that is not one of the supported values."""
+    """Advice that follows the supported values in the error message, such as another scheduler."""
 
 
 def complete_settings(settings: Mapping[str, Any], fields: Mapping[str, SchedulerSetting]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dit_video.diffusion import (
     UniformTimes,
     UniPcFlowSchedule,
     VariancePreservingProcess,
+    override_shift,
 )
 
 DDPM, FLOW, EDM = VariancePreservingProcess(), RectifiedFlow(), Edm()
@@ -89,9 +90,19 @@ def test_linear_quadratic_times_have_one_slope_where_the_halves_meet():
         LinearQuadraticTimes(threshold=1.0)
 
 
+def test_linear_quadratic_times_are_shifted():
+    """The model gets the shifted times, too."""
+    plain = np.asarray(LinearQuadraticTimes()(FLOW, 6).times, np.float64)
+    schedule, process = override_shift(LinearQuadraticTimes(), FLOW, 3.0)
+    times, model_times = schedule(process, 6)
+    np.testing.assert_allclose(times, 3 * plain / (1 + 2 * plain), atol=1e-6)
+    np.testing.assert_array_equal(times, model_times)
+
+
 @pytest.mark.parametrize(
     "grid",
     [
+        UniformTimes(terminal_time=0.1, spacing="beta"),
         ExplicitTimes(times=(1.0, 0.0)),
         ShiftedTimes(shift=2.0),
         LinearQuadraticTimes(threshold=0.1),
@@ -164,6 +175,12 @@ def test_times_are_stretched_to_a_terminal_time(schedule):
 
 def test_the_only_step_is_not_stretched():
     np.testing.assert_array_equal(UniformTimes(terminal_time=0.1)(FLOW, 1).times, [1, 0])
+
+
+def test_uniform_times_are_spaced_anew_between_their_ends():
+    """The logarithms are uniform, and the last time before the data stays where the shift and the stretch put it."""
+    times = UniformTimes(terminal_time=0.1, spacing="exponential")(RectifiedFlow(shift=3.0), 5).times
+    np.testing.assert_allclose(times, [*10.0 ** np.linspace(0, -1, 5), 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("time", [0.0, 1.0, -0.1])

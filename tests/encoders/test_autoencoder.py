@@ -9,7 +9,7 @@ from flax import nnx
 from dit_video.autoencoders import CausalVaeConfig, Tiles
 from dit_video.autoencoders.streaming import estimate_chunk_bytes
 from dit_video.core.errors import UserError
-from dit_video.core.live_memory import count_peak_bytes
+from dit_video.core.memory import count_peak_bytes
 from dit_video.encoders.autoencoder import LatentCodec, fit_chunk
 from dit_video.nn import ConvCache, get_graph_def, get_param_shapes
 from dit_video.tokens import Grid

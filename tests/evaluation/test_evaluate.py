@@ -13,11 +13,9 @@ from dit_video.evaluation.metrics.metric import MetricBatch, MetricValue
 from dit_video.evaluation.metrics.prompt_following import PromptFollowing
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, psnr, ssim
 from dit_video.experiment.run import Run
-from dit_video.generation.request_file import read_requests
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.reports.run_report import write_autoencoder_report
 from dit_video.tokens import Grid
-from dit_video.video import decode
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -87,78 +85,6 @@ def test_the_reference_of_a_prompt_of_shapes_follows_it_at_the_sample_s_size():
         start = (geometry.row + below) / result.size.h, geometry.column / result.size.w
         assert result.judgement.start == pytest.approx(start, abs=0.03)
         assert each.is_trained_caption == (description not in shapes.HELD_OUT)
-
-
-# Samples in files.
-
-
-def test_samples_are_files_of_the_stated_sizes(tiny_pipeline, tmp_path):
-    done = []
-    entries = evaluate.write_samples(tiny_pipeline, REQUESTS, tmp_path / "samples", progress=done.append)
-    assert done == [1, 2, 3]
-    assert json.loads((tmp_path / "samples" / "prompts.json").read_text()) == entries
-    size = {"frames": 9, "height": 16, "width": 32}
-    assert entries[0] == {
-        "file": "000-a-red-circle-moving-left.mp4",
-        "prompt": "a red circle moving left",
-        **size,
-        "seed": 1,
-    }
-    assert entries[1]["file"].endswith(".png")
-    assert [entry.get("negative") for entry in entries] == [None, None, "a red circle"]
-    for entry, request in zip(entries, REQUESTS, strict=True):
-        assert decode(tmp_path / "samples" / entry["file"]).frames.shape == (*request.size, 3)
-    assert {path.name for path in (tmp_path / "samples").iterdir()} == {
-        "prompts.json",
-        *(entry["file"] for entry in entries),
-    }
-    assert read_requests(tmp_path / "samples" / "prompts.json") == REQUESTS
-    read = evaluate.read_samples(tmp_path / "samples")
-    assert [entry for entry, _ in read] == entries
-    assert [clip.caption for _, clip in read] == [request.prompt for request in REQUESTS]
-
-
-def test_samples_are_the_pipeline_s_clips(tiny_pipeline, tmp_path):
-    evaluate.write_samples(tiny_pipeline, REQUESTS[1:2], tmp_path / "samples", steps=3, guidance=1.0, sampler="heun")
-    expected = tiny_pipeline.generate("a blue square", size=(1, 16, 16), seed=2, steps=3, guidance=1.0, sampler="heun")
-    written = decode(tmp_path / "samples" / "000-a-blue-square.png")
-    np.testing.assert_array_equal(written.frames, expected.frames)
-
-
-def test_new_samples_replace_old_ones_and_leave_other_files_alone(tiny_pipeline, tmp_path):
-    folder = tmp_path / "samples"
-    evaluate.write_samples(tiny_pipeline, REQUESTS[1:], folder)
-    evaluate.write_samples(tiny_pipeline, REQUESTS[1:2], folder)
-    assert {path.name for path in folder.iterdir()} == {"prompts.json", "000-a-blue-square.png"}
-    (folder / "holiday.mp4").write_bytes(b"dear to its owner")
-    with pytest.raises(UserError, match=r"holds other files than samples, such as holiday\.mp4"):
-        evaluate.write_samples(tiny_pipeline, REQUESTS[1:2], folder)
-    with pytest.raises(UserError, match="is a file"):
-        evaluate.write_samples(tiny_pipeline, REQUESTS[1:2], folder / "holiday.mp4")
-    assert (folder / "holiday.mp4").read_bytes() == b"dear to its owner"
-
-
-def test_a_list_of_prompts_is_not_overwritten_by_its_samples(tiny_pipeline, tmp_path):
-    listed = [{"prompt": "a blue square", "frames": 1, "height": 16, "width": 16}]
-    (tmp_path / "prompts.json").write_text(json.dumps(listed))
-    with pytest.raises(UserError, match="holds other files"):
-        evaluate.write_samples(tiny_pipeline, read_requests(tmp_path / "prompts.json"), tmp_path)
-    assert json.loads((tmp_path / "prompts.json").read_text()) == listed
-
-
-def test_a_request_that_cannot_be_made_leaves_nothing_behind(tiny_pipeline, tmp_path):
-    with pytest.raises(UserError, match="width 20"):
-        evaluate.write_samples(tiny_pipeline, [*REQUESTS, Request("x", Grid(1, 16, 20))], tmp_path / "samples")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_every_prompt_has_a_file_name(tiny_pipeline, tmp_path):
-    requests = [Request(prompt, Grid(1, 16, 16)) for prompt in ("", "../../" + 3 * "Ä b")]
-    entries = evaluate.write_samples(tiny_pipeline, requests, tmp_path / "samples")
-    assert [entry["file"] for entry in entries] == ["000-unconditional.png", "001-b-b-b.png"]
-
-
-# Figures.
 
 
 def test_reconstructions_are_of_the_held_out_clips_at_their_training_sizes(tiny_pipeline, held_out, limits):

@@ -10,8 +10,9 @@ import pytest
 import dit_video
 from dit_video.core.trees import flatten
 from dit_video.data.synthetic import shapes
-from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE, TRANSFORMER_FOLDERS
+from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE
 from dit_video.families import load_denoiser
+from dit_video.families.family import DENOISER_FOLDERS
 from dit_video.tokens import Grid
 from dit_video.training.hooks import logging
 from dit_video.video import decode
@@ -78,7 +79,7 @@ def finetuned(process, model, clips, tmp_path):
 
 def test_fine_tuning_with_lora_writes_adapters_that_reproduce_the_run(finetuned, model):
     run = finetuned("--learning-rate", 3e-2, "--lora.rank", 4)
-    assert not (run / TRANSFORMER_FOLDERS["backbone"]).exists()
+    assert not (run / DENOISER_FOLDERS["backbone"]).exists()
     start, trained = dit_video.load(model, dtype="float32"), flatten(dit_video.load(run).denoiser_params)
     for name in (LORA_FILE, ADAPTER_FILE):
         loaded = flatten(start.load_lora(run / name).denoiser_params)
@@ -93,7 +94,7 @@ def test_full_fine_tuning_writes_and_changes_every_weight(finetuned, model):
     run = finetuned("--train", "full", "--learning-rate", 3e-3)
     assert not (run / LORA_FILE).exists()
     assert not (run / ADAPTER_FILE).exists()
-    config, written = load_denoiser(run / TRANSFORMER_FOLDERS["backbone"])
+    config, written = load_denoiser(run / DENOISER_FOLDERS["backbone"])
     before_config, before = load_denoiser(model / "transformer")
     assert config == before_config
     trained, before = flatten(dit_video.load(run).denoiser_params["backbone"]), flatten(before)
@@ -123,7 +124,7 @@ def test_fine_tuning_an_image_to_video_model_trains_the_layers_of_image_tokens(f
     if train == "lora":
         loaded = flatten(start.load_lora(run / LORA_FILE).denoiser_params)
     else:
-        loaded = flatten({"backbone": load_denoiser(run / TRANSFORMER_FOLDERS["backbone"])[1]})
+        loaded = flatten({"backbone": load_denoiser(run / DENOISER_FOLDERS["backbone"])[1]})
     assert {"backbone/blocks/image_key/kernel", "backbone/blocks/image_value/kernel"} <= loaded.keys()
     for path, leaf in loaded.items():
         np.testing.assert_allclose(leaf, trained[path], atol=1e-5, err_msg=path)
@@ -152,7 +153,7 @@ def test_one_of_two_experts_is_trained_and_the_other_stays(finetuned, tmp_path):
     """Samples come from both experts, the trained one and the other."""
     write_wan(tmp_path / "two", **TWO | {"boundary_ratio": 0.5})
     run = finetuned("--expert", "low", "--learning-rate", 3e-2, "--lora.rank", 4, model=tmp_path / "two")
-    assert not any((run / name).exists() for name in TRANSFORMER_FOLDERS.values())
+    assert not any((run / name).exists() for name in DENOISER_FOLDERS.values())
     start, pipeline = dit_video.load(tmp_path / "two", dtype="float32"), dit_video.load(run)
     assert pipeline.config.boundary == 0.5
     trained, before = flatten(pipeline.denoiser_params), flatten(start.denoiser_params)

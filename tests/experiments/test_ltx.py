@@ -68,7 +68,7 @@ def test_clips_have_images_and_clips_at_some_frames(script, model, tmp_path):
     common = ("--prompt", "a red ball", "--size", "17x32x64", "--steps", 2, "--guidance", 1)
     pictures = {
         "ends": ("--image", tmp_path / "first.png", "--last-image", tmp_path / "last.png"),
-        "middle": ("--conditions", f"{tmp_path / 'first.png'}@0@0.7", f"{tmp_path / 'middle.mp4'}@8"),
+        "middle": ("--conditions", f"{tmp_path / 'first.png'}@3@0.7", f"{tmp_path / 'middle.mp4'}@8"),
     }
     clips = {}
     for name, options in pictures.items():
@@ -77,6 +77,6 @@ def test_clips_have_images_and_clips_at_some_frames(script, model, tmp_path):
         clips[name] = decode(tmp_path / f"{name}.gif").frames
         assert clips[name].shape == (17, 32, 64, 3)
     assert (clips["ends"] != clips["middle"]).any()
-    done = script(SAMPLE, model, *common, "--conditions", f"{tmp_path / 'first.png'}@3", "--out", tmp_path / "x.gif")
+    done = script(SAMPLE, model, *common, "--conditions", f"{tmp_path / 'middle.mp4'}@3", "--out", tmp_path / "x.gif")
     assert done.code == 2
-    assert "frame=3 of a condition is not a multiple of 8" in done.err
+    assert "frame=3 of a condition is invalid: a clip of 9 frames begins at a multiple of 8. Use 0 or 8" in done.err

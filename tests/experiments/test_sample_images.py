@@ -1,11 +1,15 @@
 """`experiments/sample.py` with images, clips and masks."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dit_video.evaluation.evaluate import read_samples
+import dit_video
+from dit_video.evaluation.samples import read_samples
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.tokens import Grid
 from dit_video.video.clip import Clip
 from dit_video.video.decode import decode
 from support.tiny_vace import write_vace
@@ -55,18 +59,24 @@ def test_images_that_a_model_cannot_use_are_refused(script, tmp_path, pictures):
         assert rule in done.err
 
 
-def test_each_prompt_of_a_list_has_its_image_and_clips_have_its_aspect_ratio(script, tmp_path, pictures):
+def test_each_prompt_of_a_list_has_its_image_and_clips_have_its_aspect_ratio(script, tmp_path):
     write_animating_wan(tmp_path / "wan")
-    entries = [
-        {"prompt": "a dog", "image": picture.name, "frames": 5, "height": 16, "width": 16} for picture in pictures
-    ]
+    pipeline = dit_video.load(tmp_path / "wan", dtype="float32")
+    config = replace(pipeline.config, size=Grid(5, 16, 32))  # smaller than any of a published model
+    parameters = {"autoencoder": pipeline.codec.params, "denoiser": pipeline.denoiser_params}
+    Pipeline(config, **parameters).save(tmp_path / "small")
+    draw = np.random.default_rng(0)
+    sizes = {"wide": (10, 20), "high": (40, 20), "wide as well": (20, 40)}
+    for name, size in sizes.items():
+        Clip(draw.integers(0, 256, (1, *size, 3), dtype=np.uint8), 1.0).save(tmp_path / f"{name}.png")
+    entries = [{"prompt": "a dog", "image": f"{name}.png"} for name in sizes]
     (tmp_path / "prompts.json").write_text(json.dumps(entries))
     options = ("--steps", 2, "--guidance", 1, "--out", tmp_path / "samples")
-    done = script(SAMPLE, tmp_path / "wan", "--prompts", tmp_path / "prompts.json", *options)
+    done = script(SAMPLE, tmp_path / "small", "--prompts", tmp_path / "prompts.json", *options)
     assert done.code == 0, done.err
     clips = [sample.clip.frames for sample in read_samples(tmp_path / "samples")]
-    assert [clip.shape for clip in clips] == [(5, 16, 16, 3)] * 2
-    assert (clips[0] != clips[1]).any()
+    assert [clip.shape[:3] for clip in clips] == [(5, 16, 32), (5, 32, 16), (5, 16, 32)]
+    assert (clips[0] != clips[2]).any()
 
 
 def test_a_model_with_control_takes_clips_masks_and_images_of_subjects(script, tmp_path, pictures):

@@ -5,15 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import dit_video
 from dit_video.core.errors import UserError
 from dit_video.core.offload import Stages, is_in_host_memory
 from dit_video.core.trees import flatten
+from dit_video.families.denoisers import get_lora_modules
+from dit_video.pipelines.lora import check_adapter
+from dit_video.weights import save
 from support.compilations import count_compilations
 from support.device_memory import count_bytes
 from support.devices import check_on_eight_devices
 from support.tiny_lora import CONFIG, make_pipeline, write_lora
+from support.tiny_wan import SIZE, write_wan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+WAN_PARTS = ("self_attn.q", "self_attn.o", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
+"""Linear maps of a block, by their names in ComfyUI."""
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +123,55 @@ def test_merging_uses_the_memory_of_the_weights_and_unloading_gives_the_bits_bac
     assert restored.lora_scales == {}
 
 
+def test_an_adapter_that_is_merged_has_no_name(file):
+    first = make_pipeline()
+    bits = get_bits(first.denoiser_params)
+    with pytest.raises(UserError, match=r"name='x' is invalid: .* Leave it out; unload_lora\(\)"):
+        first.load_lora(file, name="x", merge=True)
+    assert get_bits(first.denoiser_params) == bits
+    merged = first.load_lora(file, merge=True)
+    with pytest.raises(UserError, match=r"name='style' .* Use unload_lora\(\) without a name, for adapters that are"):
+        merged.unload_lora("style")
+    with pytest.raises(UserError, match=r"name='x' .* Use style, or unload_lora\(\) without a name"):
+        merged.load_lora(file).unload_lora("x")
+
+
+def test_a_lora_of_comfyui_changes_wan_attached_or_merged_and_is_taken_away_exactly(tmp_path):
+    write_wan(tmp_path / "wan")
+    own = dit_video.load(tmp_path / "wan", dtype="float32")
+    shapes, draw = flatten(own.denoiser_params["backbone"]), np.random.default_rng(0)
+    modules, tensors = get_lora_modules(own.config.backbone), {}
+    for name in (f"blocks.{layer}.{part}" for layer in range(2) for part in WAN_PARTS):
+        features_in, features_out = shapes[modules[name].path].shape[-2:]
+        tensors[f"{name}.lora_down.weight"] = draw.normal(size=(2, features_in))
+        tensors[f"{name}.lora_up.weight"] = draw.normal(size=(features_out, 2))
+        tensors[f"{name}.alpha"] = np.asarray(1.0)
+    width = own.config.backbone.width
+    tensors |= {f"blocks.{layer}.diff_m": draw.normal(size=(1, 6, width)) for layer in range(2)}
+    tensors["blocks.0.norm3.diff_b"] = draw.normal(size=width)
+    file = tmp_path / "style.safetensors"
+    save(file, {f"diffusion_model.{name}": (0.3 * array).astype(np.float32) for name, array in tensors.items()})
+    check_adapter(file, own.config, get_lora_modules)
+    bits, plain = get_bits(own.denoiser_params), sample(own, size=SIZE)
+    attached = own.load_lora(file, 0.5)
+    adapted = sample(attached, size=SIZE)
+    assert np.abs(adapted - plain).max() > 1e-2
+    for restored in (attached.set_lora_scales({"style": 0}), attached.unload_lora(), attached.unload_lora("style")):
+        np.testing.assert_array_equal(sample(restored, size=SIZE), plain)
+    merged = own.load_lora(file, 0.5, merge=True)
+    np.testing.assert_allclose(sample(merged, size=SIZE), adapted, atol=1e-5)
+    restored = merged.unload_lora()
+    assert get_bits(restored.denoiser_params) == bits
+    np.testing.assert_array_equal(sample(restored, size=SIZE), plain)
+
+
 def test_an_adapter_that_does_not_fit_changes_nothing(pipeline, file, plain):
     narrow = make_pipeline(replace(CONFIG, backbone=CONFIG.backbone.replace(width=32, heads=2)))
     bits = get_bits(narrow.denoiser_params)
+    with pytest.raises(UserError, match=r"misshapen \(backbone.blocks.0.* instead of .*use a LoRA of this model"):
+        check_adapter(file, narrow.config, get_lora_modules)
+    with pytest.raises(UserError, match=r"expert='low_noise' is invalid"):
+        check_adapter(file, pipeline.config, get_lora_modules, expert="low_noise")
     for merge in (False, True):
         with pytest.raises(UserError, match=r"misshapen \(backbone.blocks.0.* instead of .*use a LoRA of this model"):
             narrow.load_lora(file, merge=merge)
@@ -154,8 +208,6 @@ def test_weights_in_host_memory_are_adapted_there(pipeline, file, plain):
 
 
 def test_a_saved_pipeline_has_its_attached_adapters_in_its_weights(pipeline, file, tmp_path):
-    import dit_video
-
     attached = pipeline.load_lora(file, 0.5)
     attached.save(tmp_path / "saved")
     saved = dit_video.load(tmp_path / "saved")

@@ -12,7 +12,6 @@ from dit_video.core.errors import UserError
 from dit_video.core.offload import Layers, Stages, is_stacked_kernel
 from dit_video.core.trees import flatten
 from dit_video.generation import sampler
-from dit_video.pipelines.devices import resolve_offload
 from support.tiny_wan import ANIMATING, DIT, SIZE, TWO, write_animating_wan, write_wan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -88,7 +87,7 @@ def resident(folder):
     return latents, count_bytes_of_decoding(pipeline, latents) - before
 
 
-@pytest.mark.parametrize("offload", [Stages(), Layers()])
+@pytest.mark.parametrize("offload", [Stages(), Layers(), Layers(denoiser=False)])
 def test_each_stage_has_only_its_own_weights_on_the_device(folder, offload, resident, program_calls):
     before = count_device_bytes()
     pipeline = dit_video.load(folder, dtype="float32", offload=offload)
@@ -99,7 +98,8 @@ def test_each_stage_has_only_its_own_weights_on_the_device(folder, offload, resi
     assert after < 1024  # values that JAX keeps, such as the default key
     ((on_device, _),) = program_calls
     params = flatten(pipeline.denoiser_params["backbone"])
-    streamed = {path for path in params if isinstance(offload, Layers) and is_stacked_kernel(path, params[path])}
+    is_streamed = offload == Layers()
+    streamed = {path for path in params if is_streamed and is_stacked_kernel(path, params[path])}
     weights = count_param_bytes({path: leaf for path, leaf in params.items() if path not in streamed})
     largest_other = 64 * latents.nbytes  # noise, texts and conditioning of the two branches
     assert weights <= on_device - before <= weights + largest_other
@@ -139,9 +139,13 @@ def test_a_memory_of_decoding_stays_with_another_attention(folder):
     assert pipeline.with_attention("dense").codec.memory == 2**30
 
 
-def test_weights_stay_on_the_devices_of_a_cpu_by_default():
-    assert resolve_offload("auto", is_large=True) is None
-    assert resolve_offload(Stages(), is_large=False) == Stages()
+def test_too_little_memory_of_decoding_is_said_before_sampling(folder, program_calls):
+    pipeline = dit_video.load(folder, dtype="float32").with_decoding(memory=1000)
+    with pytest.raises(UserError, match=r"memory=1000 is invalid: to decode one latent frame .* Use at least these"):
+        pipeline.generate(PROMPTS[0], size=SIZE, image=IMAGE, steps=1)
+    with pytest.raises(UserError, match="memory=1000 is invalid"):
+        pipeline.generate_many([dit_video.Request(PROMPTS[0], SIZE, image=IMAGE)], steps=1)
+    assert not program_calls
 
 
 def test_a_placement_beside_offload_is_refused(folder):

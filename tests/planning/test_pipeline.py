@@ -12,6 +12,7 @@ from dit_video.core.trees import flatten
 from dit_video.distributed.planner import CHIPS, Topology
 from dit_video.families.family import LoadOptions
 from dit_video.planning import fit_pipeline, plan_pipeline
+from dit_video.weights import load_clip_vision
 from support.tiny_wan import ANIMATING, DIT, SIZE, TWO, write_animating_wan, write_wan
 from support.wan_folders import write_published_folder
 
@@ -33,16 +34,17 @@ def folder(tmp_path_factory):
 def test_each_stage_has_the_weights_that_are_loaded(folder):
     pipeline = dit_video.load(folder, offload=None)
     plan = plan_pipeline(folder, CPU, size=SIZE, options=LoadOptions(offload=Stages()))
-    assert [stage.name for stage in plan.stages] == ["text", "encoding", "sampling", "decoding"]
-    text, encoding, sampling, decoding = plan.stages
+    assert [stage.name for stage in plan.stages] == ["text", "image", "encoding", "sampling", "decoding"]
+    text, image, encoding, sampling, decoding = plan.stages
+    assert image.weights == count_bytes(load_clip_vision(folder).params)
     assert encoding.weights == decoding.weights == count_bytes(pipeline.codec.params)
     assert sampling.weights == count_bytes(pipeline.denoiser_params)
     assert all(stage.activations > 0 for stage in plan.stages)
     assert all(stage.host_weights == stage.other_weights == 0 for stage in plan.stages)
     assert (plan.peak, plan.fits) == (max(stage.peak for stage in plan.stages), True)
-    assert plan.to_json()["stages"][2]["weights"] == sampling.weights
+    assert plan.to_json()["stages"][3]["weights"] == sampling.weights
     resident = plan_pipeline(folder, CPU, size=SIZE, options=LoadOptions(offload=None))
-    total = text.weights + decoding.weights + sampling.weights
+    total = text.weights + image.weights + decoding.weights + sampling.weights
     assert {stage.weights + stage.other_weights for stage in resident.stages} == {total}
 
 
@@ -94,17 +96,10 @@ def test_two_experts_are_planned_for_a_tpu_that_is_not_here(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "memory", "offload"),
-    [
-        ("Wan2.1-T2V-1.3B-Diffusers", 12, Stages()),
-        ("Wan2.1-T2V-14B-Diffusers", 48, Stages()),
-        ("Wan2.2-TI2V-5B-Diffusers", 24, Stages()),
-    ],
-)
-def test_published_models_sample_in_the_memory_of_a_gpu(tmp_path, name, memory, offload):
-    """Gigabytes that their clips of 81 or 121 frames take on one chip, compiled without any weight."""
-    write_published_folder(tmp_path / name, name)
-    plan = fit_pipeline(tmp_path / name, Topology.parse("v5p:2x2x1"), memory * 10**9)
-    assert plan.fits, str(plan)
-    assert plan.offload == offload
+def test_a_published_model_samples_in_the_memory_of_a_small_gpu(tmp_path):
+    """Its clips of 81x480x832 take less than 12 GB on one chip; larger models are in docs/benchmarks.md."""
+    folder = tmp_path / "Wan2.1-T2V-1.3B-Diffusers"
+    write_published_folder(folder, folder.name)
+    plan = fit_pipeline(folder, Topology.parse("v5p:2x2x1"), 12 * 10**9)
+    assert (plan.size, plan.offload, plan.fits) == ((81, 480, 832), Stages(), True), str(plan)
+    assert plan.peak < 12 * 10**9

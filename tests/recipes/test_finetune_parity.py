@@ -13,6 +13,7 @@ from dit_video.core.rng import key
 from dit_video.core.trees import map_with_path
 from dit_video.experiment import export
 from dit_video.families import save_denoiser
+from dit_video.families.family import DENOISER_FOLDERS
 from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, merge_lora
 from dit_video.tokens import Grid, PackedRows, compute_positions, patchify, unpatchify
 from support.random_params import make_random_params
@@ -83,5 +84,5 @@ def test_diffusers_gives_the_same_predictions_from_written_weights(torch, tmp_pa
 
     trained = dataclasses.replace(DIT, dtype="bfloat16", remat="full")
     export.save_transformer(tmp_path, trained, PARAMS)
-    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / export.TRANSFORMER_FOLDERS["backbone"]).eval()
+    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / DENOISER_FOLDERS["backbone"]).eval()
     np.testing.assert_allclose(ours(PARAMS), theirs(torch, model), atol=1e-4)

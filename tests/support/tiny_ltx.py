@@ -33,12 +33,19 @@ SIZE = (17, 32, 64)
 
 
 def write_ltx(folder: Path, *, kind: str = "LTXPipeline", vae: LtxVaeConfig = VAE, **scheduler) -> None:
-    """Write a pipeline of the class `kind`, with settings of its scheduler."""
+    """Write a pipeline of the class `kind`, with settings of its scheduler.
+
+    As in published folders, the transformer's positions follow from the pipeline.
+    """
     (folder / "scheduler").mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     document = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(document))
     save_denoiser(folder / "transformer", DIT, make_random_params(DIT.make))
+    config = folder / "transformer" / "config.json"
+    document = json.loads(config.read_text())
+    del document["_causal_temporal_positioning"]
+    config.write_text(json.dumps(document))
     save_autoencoder(folder / "vae", vae, make_random_params(vae.make))
     write_encoder(folder / "text_encoder", TEXT)
     write_tokenizer(folder / "tokenizer")

@@ -61,6 +61,14 @@ def test_the_command_searches_for_a_mesh_that_fits(script):
             ("tests/support", "--topology", "h100:8"),
             "invalid for a folder, whose sampling is planned; use --of sampler",
         ),
+        (
+            ("tests/support", "--topology", "h100:8", "--of", "sampler", "--rows", "2", "--set", "x=1"),
+            "--rows --set is invalid for a folder, of which one request is planned. Leave it out",
+        ),
+        (
+            (CONFIG, "--topology", "h100:8", "--offload", "layers"),
+            "--offload is invalid for a config, whose fields are set by --set",
+        ),
         ((CONFIG, "--topology", "h100:8", "--set", "denoiser.backbone.depth=2"), "'depth' does not exist; use one of"),
     ],
 )

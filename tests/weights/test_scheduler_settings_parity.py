@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import ClipSize, UniformTimes
+from dit_video.diffusion import ClipSize, LinearQuadraticTimes, RectifiedFlow, UniformTimes
 from dit_video.weights import load_scheduler
 from support.published_schedulers import PUBLISHED
 from support.scheduler_parity import compare, compute_mu, make_models, make_scheduler, make_steep_model, make_tame_model
@@ -97,6 +97,17 @@ def test_steps_with_a_setting_equal_diffusers(diffusers, torch, tmp_path, monkey
         compare(tmp_path, scheduler, (make_steep_model(torch.sin), make_steep_model(jnp.sin)), 8, size=SIZE)
 
 
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=named)
+def test_steps_with_a_setting_equal_diffusers_in_float32(diffusers, torch, tmp_path, monkeypatch, name, settings):
+    if settings.get("beta_schedule") == "squaredcos_cap_v2":
+        # Cosine betas begin at a ratio of noise to data of 2e4, by which the data that follow from this model's noise
+        # are too large: diffusers in float32 differs from itself in float64 by 4e-3. Those of v are as large as v.
+        settings = settings | {"prediction_type": "v_prediction"}
+    scheduler = make_scheduler(diffusers, name, monkeypatch, **settings)
+    models = make_tame_model(torch.sin), make_tame_model(jnp.sin)
+    compare(tmp_path, scheduler, models, 8, tolerance=1e-4, size=SIZE)
+
+
 @pytest.mark.parametrize("steps", [7, 30])
 def test_midpoints_between_noise_steps_are_rounded_as_in_diffusers(diffusers, torch, tmp_path, monkeypatch, steps):
     scheduler = make_scheduler(diffusers, "PNDMScheduler", monkeypatch, **STABLE, steps_offset=1)
@@ -104,14 +115,33 @@ def test_midpoints_between_noise_steps_are_rounded_as_in_diffusers(diffusers, to
         compare(tmp_path, scheduler, (make_steep_model(torch.sin), make_steep_model(jnp.sin)), steps)
 
 
-@pytest.mark.parametrize("name", ["ltx-video-0.9", "flux-dev", "qwen-image"])
-def test_uniform_times_are_those_that_pipelines_pass_to_the_scheduler(diffusers, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in ("ltx-video-0.9", "flux-dev", "qwen-image")),
+        *(("ltx-video-0.9", {f"use_{spacing}_sigmas": True}) for spacing in ("karras", "exponential", "beta")),
+    ],
+    ids=named,
+)
+def test_uniform_times_are_those_that_pipelines_pass_to_the_scheduler(diffusers, tmp_path, name, changes):
     """The pipelines of these models pass `linspace(1, 1 / steps, steps)`."""
-    settings = {key: value for key, value in PUBLISHED[name].items() if key != "_class_name"}
+    settings = {key: value for key, value in PUBLISHED[name].items() if key != "_class_name"} | changes
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**settings)
     scheduler.save_config(tmp_path)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 12, 12), mu=compute_mu(scheduler.config, SIZE))
     loaded = load_scheduler(tmp_path)
-    times = UniformTimes(terminal_time=loaded.time_schedule.terminal_time)(loaded.process.specialize(SIZE), 12)
+    grid = UniformTimes(terminal_time=loaded.time_schedule.terminal_time, spacing=loaded.time_schedule.spacing)
+    assert_times_equal(grid(loaded.process.specialize(SIZE), 12), scheduler)
+
+
+def test_shifted_linear_quadratic_times_are_those_that_the_scheduler_makes_of_them(diffusers):
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=linear_quadratic_schedule(12))
+    assert_times_equal(LinearQuadraticTimes()(RectifiedFlow(shift=3.0), 12), scheduler)
+
+
+def assert_times_equal(times, scheduler):
     np.testing.assert_allclose(times.times, scheduler.sigmas.numpy(), atol=1e-6)
     np.testing.assert_allclose(times.model_times[:-1] * 1000, scheduler.timesteps.numpy(), rtol=1e-6)

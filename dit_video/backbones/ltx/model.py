@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -35,6 +34,7 @@ from dit_video.nn import (
     Remat,
     RmsNorm,
     gelu,
+    make_modulation_table,
     make_stack,
     modulate,
     rms_norm,
@@ -141,7 +141,7 @@ class LtxDit(nnx.Module):
         # With a time per token, this is a large product.
         self.modulation = linear(width, 6 * width, precision="highest" if config.time == "segment" else None)
         self.blocks = make_stack(lambda r: LtxBlock(config, parallel=parallel, rngs=r), config.layers, rngs=rngs)
-        self.head_table = _make_table(2, width, rngs)
+        self.head_table = make_modulation_table(2, width, rngs)
         self.head = linear(width, config.token_width, init="zero", precision="highest")
 
     def __call__(
@@ -209,7 +209,7 @@ class LtxBlock(nnx.Module):
         norm = functools.partial(RmsNorm, width, eps=_QK_EPSILON)
         self.heads = config.heads
         self.cross = parallel.make_cross_attention(config.attention)
-        self.table = _make_table(6, width, rngs)
+        self.table = make_modulation_table(6, width, rngs)
         self.query, self.key, self.value, self.out = map_in(), map_in(), map_in(), map_out()
         self.query_norm, self.key_norm = norm(), norm()
         self.cross_query, self.cross_key, self.cross_value = map_in(), map_context(), map_context()
@@ -265,7 +265,3 @@ def _rotate_heads(x: Float[Array, "B N K d"], angles: Float[Array, "B N K half"]
     rows, tokens, heads, half = angles.shape
     flat = rotate(x.reshape(rows, tokens * heads, 1, 2 * half), angles.reshape(rows, tokens * heads, half))
     return flat.reshape(x.shape)
-
-
-def _make_table(entries: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    return nnx.Param(jax.random.normal(rngs.params(), (entries, width), jnp.float32) / width**0.5)

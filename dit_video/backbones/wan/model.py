@@ -35,6 +35,7 @@ from dit_video.nn import (
     Remat,
     RmsNorm,
     gelu,
+    make_modulation_table,
     make_stack,
     modulate,
     scan_layers,
@@ -210,7 +211,7 @@ class WanDit(nnx.Module):
         self.modulation = linear(width, 6 * width, precision="highest" if config.time == "segment" else None)
         self.image = None if config.image_width is None else WanImageEmbedding(config, parallel=parallel, rngs=rngs)
         self.blocks = make_stack(lambda r: WanBlock(config, parallel=parallel, rngs=r), config.layers, rngs=rngs)
-        self.head_table = _make_table(2, width, rngs)
+        self.head_table = make_modulation_table(2, width, rngs)
         self.head = linear(width, config.token_width, init="zero", precision="highest")
 
     def __call__(
@@ -342,7 +343,7 @@ class WanBlock(nnx.Module):
         map_context = functools.partial(map_in, is_context=True)
         self.heads = config.heads
         self.cross = parallel.make_cross_attention(config.attention)
-        self.table = _make_table(6, width, rngs)
+        self.table = make_modulation_table(6, width, rngs)
         self.query, self.key, self.value, self.out = map_in(), map_in(), map_in(), map_out()
         self.query_norm, self.key_norm = RmsNorm(width), RmsNorm(width)
         self.cross_norm = LayerNorm(width)
@@ -383,7 +384,3 @@ class WanBlock(nnx.Module):
             v = split_heads(self.image_value(image.values), None, self.heads)
             mixed = mixed + self.cross(q, k, v, inputs.attention_inputs.with_context(image.segments))
         return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
-
-
-def _make_table(entries: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    return nnx.Param(jax.random.normal(rngs.params(), (entries, width), jnp.float32) / width**0.5)

@@ -14,8 +14,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from dit_video.backbones.dit import DitConfig, ImageSineCosine
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
@@ -31,12 +29,11 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
 )
-from dit_video.families.autoencoders import load_placed_autoencoder
+from dit_video.families.autoencoders import read_autoencoder_config
 from dit_video.families.dit.transformer import DitDenoiserFormat
-from dit_video.families.family import INDEX, Family, LoadOptions
+from dit_video.families.family import INDEX, Family, LoadOptions, check_channels
 from dit_video.generation import Sampling
 from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import ClassNamesConfig
 from dit_video.tokens import Grid
 from dit_video.weights import LoadedScheduler, load_scheduler
@@ -62,8 +59,8 @@ class DitFamily(Family):
         has_parts = all((folder / part).is_dir() for part in _REQUIRED_PARTS)
         return super().is_pipeline(folder) or (has_parts and not (folder / INDEX).is_file())
 
-    def load_pipeline(self, folder: Path, options: LoadOptions) -> Pipeline:
-        """Load a class-conditional image pipeline; its solver and number of steps are those of its scheduler.
+    def make_config(self, folder: Path, options: LoadOptions) -> PipelineConfig:
+        """Return the config of a class-conditional image pipeline; its solver and steps are those of its scheduler.
 
         Args:
           folder: holds `transformer` and `vae`; a folder of diffusers also holds `scheduler` and `model_index.json`,
@@ -82,18 +79,13 @@ class DitFamily(Family):
         required = PARTS if index else _REQUIRED_PARTS
         if missing := [part for part in required if not (folder / part).is_dir()]:
             raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
-        transformer = folder / "transformer"
-        # The authors' model may be a single file, without a config.
-        files = [] if (transformer / "config.json").is_file() else sorted(transformer.glob("*.safetensors"))
-        backbone, params = DENOISER.load(
-            files[0] if len(files) == 1 else transformer,
-            kernel_dtype=jnp.dtype(options.dtype),
-            place=lambda path, parameter: options.place(f"backbone/{path}", parameter),
-        )
+        transformer = self.find_denoiser(folder, "backbone")
+        backbone, autoencoder = DENOISER.read_folder_config(transformer), read_autoencoder_config(folder / "vae")
+        check_channels(folder, backbone, autoencoder)
         position = backbone.absolute_position
         if backbone.labels is None or not isinstance(position, ImageSineCosine):
-            raise UserError(f"{transformer} holds no class-conditional DiT, which a {CLASS} needs")
-        autoencoder, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, options.place)
+            rule = f"a {CLASS} needs a class-conditional DiT"
+            raise UserError(f"{transformer} is invalid: {rule}. Load it by dit_video.families.load_denoiser")
         schedule = (
             load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(backbone)
         )
@@ -101,7 +93,7 @@ class DitFamily(Family):
         side, stride, classes = position.side, autoencoder.stride, backbone.labels.classes
         backbone, prediction = _match_schedule(folder, replace(backbone, dtype=options.dtype), schedule)
         class_names = tuple(str(names.get(str(number), number)) for number in range(classes)) if names else ()
-        config = PipelineConfig(
+        return PipelineConfig(
             autoencoder=autoencoder,
             backbone=backbone,
             text=ClassNamesConfig(classes=classes, names=class_names),
@@ -119,13 +111,12 @@ class DitFamily(Family):
             size=Grid(1, side * backbone.patch.h * stride.h, side * backbone.patch.w * stride.w),
             provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
         )
-        return Pipeline(
-            config,
-            autoencoder=autoencoder_params,
-            denoiser={"backbone": params, "text": {}},
-            mesh=options.mesh,
-            offload=options.offload,
-        )
+
+    def find_denoiser(self, folder: Path, expert: str) -> Path:
+        """Return the transformer's folder, or the single file in it that its authors published without a config."""
+        transformer = super().find_denoiser(folder, expert)
+        files = [] if (transformer / "config.json").is_file() else sorted(transformer.glob("*.safetensors"))
+        return files[0] if len(files) == 1 else transformer
 
 
 def _get_default_schedule(backbone: DitConfig) -> LoadedScheduler:

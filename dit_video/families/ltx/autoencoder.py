@@ -77,7 +77,8 @@ def parse_config(folder: Path, settings: Mapping[str, Any]) -> LtxVaeConfig:
     )
     for name, value in _make_ratios(config).items():
         if settings[name] not in (None, value):
-            raise UserError(f"{folder / 'config.json'}: {name}={settings[name]} contradicts its levels, {value}")
+            rule = f"its levels make {value}. Use {name}={value}"
+            raise UserError(f"{folder / 'config.json'}: {name}={settings[name]} is invalid: {rule}.")
     return config
 
 

@@ -32,14 +32,18 @@ class KeyframesToVideo(GenerationTask):
 
     noise_scale: float = 0.0
     """Noise that the model sees in conditions of strength 1, in units of the squared time."""
+    has_keyframes: bool = True
+    """Accepts images and clips at any frame; False for models that were trained with a first image alone (versions
+    0.9.0 and 0.9.1)."""
 
     def __call__(self, request: Request, model: TaskModel) -> SamplingPlan:
         """Return the plan of a request, perhaps without any condition.
 
         Raises:
-          UserError: a condition whose frames are not in the clip, or do not fit the autoencoder's stride.
+          UserError: a condition that the model was not trained with, whose frames are not in the clip, do not fit the
+            autoencoder's stride, or have the latents of another condition.
         """
-        request.check_pictures(("image", "last_image", "conditions"))
+        request.check_pictures(("image", "last_image", "conditions") if self.has_keyframes else ("image",))
         size, stride, channels = request.grid, model.codec.config.stride, model.codec.config.channels
         conditions = list(request.conditions)
         if request.last_image is not None:
@@ -58,6 +62,9 @@ class KeyframesToVideo(GenerationTask):
             if prefix:
                 extras.append(_Keyframe(latents[:prefix], start, condition.strength))
             placed = slice(first + prefix, first + len(latents))
+            if strength[placed].any():
+                rule = "other conditions, or image=, have latents of the same frames"
+                raise UserError(f"frame={condition.frame} of a condition is invalid: {rule}. Use one of them.")
             held[placed], strength[placed] = latents[prefix:], condition.strength
         extra = _make_extra_tokens(extras, tuple(fields), request.seed, model) if extras else None
         return SamplingPlan(fields, transform=transform, extra=extra)
@@ -81,10 +88,12 @@ def _fit(condition: Condition, size: Grid, stride: Grid) -> tuple[int, UInt8[np.
         rule = f"frames {start} to {start + len(frames) - 1} are not all in a clip of {size.t}"
         fix = "Use another frame, or fewer frames"
         raise UserError(f"frame={condition.frame} of a condition is invalid: {rule}. {fix}.")
-    if start % stride.t:
+    # Latents of a clip are those of the sampled clip from the third on, so they must stand for the same frames.
+    if len(frames) > 1 and start % stride.t:
         below = start - start % stride.t
-        fix = f"use {below} or {below + stride.t}" if below + stride.t < size.t else f"use {below}"
-        raise UserError(f"frame={condition.frame} of a condition is not a multiple of {stride.t}; {fix}")
+        fix = f"{below} or {below + stride.t}" if below + stride.t + len(frames) <= size.t else str(below)
+        rule = f"a clip of {len(frames)} frames begins at a multiple of {stride.t}"
+        raise UserError(f"frame={condition.frame} of a condition is invalid: {rule}. Use {fix}.")
     if (len(frames) - 1) % stride.t:
         below = len(frames) - (len(frames) - 1) % stride.t
         raise UserError(

@@ -13,6 +13,7 @@ from dit_video.backbones.ltx import LtxDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
+from dit_video.families.family import read_pipeline_class
 from dit_video.families.ltx.autoencoder import RESIDUAL_DOWN_BLOCK
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
@@ -46,6 +47,10 @@ _SUPPORTED = {
 }
 """Settings that have one supported value, that of all published versions."""
 
+_CAUSAL_POSITIONS = "_causal_temporal_positioning"
+"""Setting of our own, named as in the authors' configs: positions count the seconds before a token's first frame.
+diffusers has no such setting, and ignores those that begin with an underscore."""
+
 # Names: ours, diffusers', and the authors' in LoRA files where they differ.
 _TOP_LEVEL_LINEAR = (
     ("embed", "proj_in", "patchify_proj"),
@@ -72,7 +77,8 @@ _ROTARY_LINEAR = (("query", "attn1.to_q"), ("key", "attn1.to_k"))
 class LtxDenoiserFormat(DenoiserFormat[LtxDitConfig]):
     """Files of diffusers' `LTXVideoTransformer3DModel`.
 
-    Positions count the seconds before a token's first frame if its pipeline says so.
+    Positions count the seconds before a token's first frame if the config says so, as those written here do, or else
+    the pipeline.
     """
 
     config_class = LtxDitConfig
@@ -84,22 +90,26 @@ class LtxDenoiserFormat(DenoiserFormat[LtxDitConfig]):
         channels = settings["in_channels"]
         fixed = {"cross_attention_dim": width, "out_channels": channels} | _SUPPORTED
         diffusers.check_supported(folder, settings | {"out_channels": settings["out_channels"] or channels}, fixed)
+        is_causal = document.get(_CAUSAL_POSITIONS)
+        is_causal = is_095_pipeline(folder.parent) if is_causal is None else is_causal
         return LtxDitConfig(
             channels=channels,
             context_width=settings["caption_channels"],
             width=width,
             layers=settings["num_layers"],
             heads=settings["num_attention_heads"],
-            time_coordinate="frame seconds" if is_095_pipeline(folder.parent) else "seconds",
+            time_coordinate="frame seconds" if is_causal else "seconds",
         )
 
     def make_document(self, config: LtxDitConfig, layout: FileLayout) -> dict[str, Any]:
         if layout != "diffusers":
             raise UserError(f"layout={layout} is invalid: the authors' files hold several models. Use diffusers.")
         base = LtxDitConfig()
-        for name in ("patch", "extents"):
-            if (value := getattr(config, name)) != getattr(base, name):
-                raise UserError(f"{CLASS} has {name}={getattr(base, name)}, so {name}={value} can't be written")
+        values = {name: (getattr(base, name),) for name in ("patch", "extents", "time")}
+        for name, supported in (values | {"time_coordinate": ("seconds", "frame seconds")}).items():
+            if (value := getattr(config, name)) not in supported:
+                fix = f"{' or '.join(map(str, supported))}, or the native layout"
+                raise UserError(f"{name}={value} is invalid: {CLASS} can't express it. Use {fix}.")
         return {
             "_class_name": CLASS,
             **_DEFAULTS,
@@ -110,6 +120,7 @@ class LtxDenoiserFormat(DenoiserFormat[LtxDitConfig]):
             "cross_attention_dim": config.width,
             "num_layers": config.layers,
             "caption_channels": config.context_width,
+            _CAUSAL_POSITIONS: config.time_coordinate == "frame seconds",
         }
 
     def make_file_map(self, config: LtxDitConfig, layout: FileLayout) -> FileMap:
@@ -139,11 +150,9 @@ def is_095_pipeline(folder: Path) -> bool:
     Its class is `LTXConditionPipeline`, or its autoencoder downsamples with residuals. Transformers of these versions
     have `causal_temporal_positioning` in the authors' configs, which diffusers' lack.
     """
-    index, vae = (folder / name for name in ("model_index.json", "vae/config.json"))
-    if not index.is_file():
-        return False
+    vae = folder / "vae" / "config.json"
     kinds = read_json(vae).get("down_block_types") if vae.is_file() else None
-    return read_json(index).get("_class_name") == CONDITION_CLASS or RESIDUAL_DOWN_BLOCK in (kinds or ())
+    return read_pipeline_class(folder) == CONDITION_CLASS or RESIDUAL_DOWN_BLOCK in (kinds or ())
 
 
 def make_ltx_tensor_map(config: LtxDitConfig) -> TensorMap:

@@ -39,8 +39,8 @@ class VaceDenoiserFormat(WanDenoiserFormat):
         layers, channels = (settings.pop(name, None) for name in own)
         if layout == "authors":
             if (kind := settings.get("model_type", "vace")) not in _TYPES:
-                supported = f"is not supported, only {', '.join(_TYPES)}"
-                raise UserError(f"{folder / 'config.json'}: model_type={kind} {supported}")
+                rule = f"a model of VACE has the type {' or '.join(_TYPES)}"
+                raise UserError(f"{folder / 'config.json'}: model_type={kind} is invalid: {rule}. Use another folder.")
             settings["model_type"] = "t2v"
         diffusers.check_supported(folder, {"image_dim": None, **settings}, {"image_dim": None})
         base = super().read_config(folder, settings)
@@ -50,7 +50,7 @@ class VaceDenoiserFormat(WanDenoiserFormat):
             channels = 96 if layout == "diffusers" else base.channels
         control = VaceControl(
             latent_channels=base.channels,
-            mask_channels=_count_mask_channels(folder, channels, base),
+            mask_channels=_count_mask_channels(folder, _CHANNELS[layout], channels, base),
             layers=_count_control_layers(folder, layers, base),
         )
         fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
@@ -78,7 +78,7 @@ class VaceDenoiserFormat(WanDenoiserFormat):
         }
 
 
-def _count_mask_channels(folder: Path, channels: int, config: WanDitConfig) -> int:
+def _count_mask_channels(folder: Path, name: str, channels: int, config: WanDitConfig) -> int:
     """Return the number of mask channels among the control's.
 
     Raises:
@@ -86,7 +86,8 @@ def _count_mask_channels(folder: Path, channels: int, config: WanDitConfig) -> i
     """
     if channels <= 2 * config.channels:
         rule = f"two latents of {config.channels} channels and a mask need at least {2 * config.channels + 1}"
-        raise UserError(f"{folder / 'config.json'}: {channels} control channels are not supported: {rule}")
+        fix = "Copy or download the file again"
+        raise UserError(f"{folder / 'config.json'}: {name}={channels} is invalid: {rule}. {fix}.")
     return channels - 2 * config.channels
 
 
@@ -98,6 +99,7 @@ def _count_control_layers(folder: Path, layers: Sequence[int], config: WanDitCon
     """
     count = len(layers)
     if not count or config.layers % count or list(layers) != list(range(0, config.layers, config.layers // count)):
-        rule = f"only evenly spaced layers, from the first of the {config.layers} on"
-        raise UserError(f"{folder / 'config.json'}: vace_layers={list(layers)} is not supported, {rule}")
+        rule = f"control is added after every n-th of the {config.layers} layers, from the first on"
+        fix = f"Use evenly spaced layers, such as {list(range(0, config.layers, 2))}"
+        raise UserError(f"{folder / 'config.json'}: vace_layers={list(layers)} is invalid: {rule}. {fix}.")
     return count

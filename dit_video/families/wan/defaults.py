@@ -4,6 +4,7 @@ Sources: `generate.py`, `wan/configs/` and README.md of Wan-Video/Wan2.1 (9737cb
 Wan-Video/Wan2.2 (42bf4cf) for Wan 2.2. Sizes are the authors' default `1280*720`, or the largest that a model supports.
 """
 
+import re
 from typing import Literal, NamedTuple
 
 from dit_video.backbones.vace.model import VaceDitConfig
@@ -51,14 +52,18 @@ _DIFFUSERS = WanDefaults()
 _DIFFUSERS_TOKEN_TIME = WanDefaults(size=Grid(121, 704, 1280))
 """Defaults of diffusers' pipelines, for models that were not published by Wan's authors."""
 
+# Their configs differ at most in the shift, which the authors choose by the size.
+_SMALL_IMAGE_MODEL = _Model(5120, 40, "image", 1, 3.0)
+_LARGE_IMAGE_MODEL = _SMALL_IMAGE_MODEL._replace(flow_shift=5.0)
+
 _PUBLISHED: dict[_Model, WanDefaults] = {
     # 2.1 T2V-1.3B: guidance 6 and a shift of 8 to 12 are recommended in README.md.
     _Model(1536, 30, "text", 1, 3.0): WanDefaults(guidance=6.0, shift=8.0, negative=NEGATIVE),
     # 2.1 T2V-14B.
     _Model(5120, 40, "text", 1, 3.0): WanDefaults(size=_LARGE_SIZE, shift=5.0, negative=NEGATIVE),
-    # 2.1 I2V-14B-480P and 720P, whose configs differ only in the shift, which the authors choose by the size.
-    _Model(5120, 40, "image", 1, 3.0): WanDefaults(steps=40, shift=3.0, negative=_IMAGE_NEGATIVE),
-    _Model(5120, 40, "image", 1, 5.0): WanDefaults(size=_LARGE_SIZE, steps=40, shift=5.0, negative=_IMAGE_NEGATIVE),
+    # 2.1 I2V-14B-480P and 720P.
+    _SMALL_IMAGE_MODEL: WanDefaults(steps=40, shift=3.0, negative=_IMAGE_NEGATIVE),
+    _LARGE_IMAGE_MODEL: WanDefaults(size=_LARGE_SIZE, steps=40, shift=5.0, negative=_IMAGE_NEGATIVE),
     # 2.1 FLF2V-14B-720P.
     _Model(5120, 40, "first and last image", 1, 16.0): WanDefaults(
         size=_LARGE_SIZE, shift=16.0, negative=_FIRST_AND_LAST_NEGATIVE
@@ -79,15 +84,21 @@ _PUBLISHED: dict[_Model, WanDefaults] = {
 }
 
 
-def find_defaults(backbone: WanDitConfig, *, experts: int, flow_shift: float) -> WanDefaults:
+def find_defaults(backbone: WanDitConfig, *, experts: int, flow_shift: float, name: str = "") -> WanDefaults:
     """Return the defaults of a model: its authors', if the folder has the config of a published one, or diffusers'.
 
     Args:
       backbone: config of its denoiser.
       experts: number of its denoisers, 1 or 2.
       flow_shift: shift of the folder's scheduler.
+      name: path of the folder, of which a part such as `I2V-14B-720P` tells 2.1 I2V-14B-480P from 720P.
     """
     model = _Model(backbone.width, backbone.layers, _get_input(backbone), experts, flow_shift)
+    resolution = re.search("i2v[^/]*(480|720)p", name.lower())
+    if resolution is not None and model[:-1] == _SMALL_IMAGE_MODEL[:-1]:
+        published = _SMALL_IMAGE_MODEL if resolution[1] == "480" else _LARGE_IMAGE_MODEL
+        defaults, is_changed = _PUBLISHED[published], flow_shift not in (3.0, 5.0)
+        return defaults._replace(shift=None) if is_changed else defaults
     if model in _PUBLISHED:
         return _PUBLISHED[model]
     # A folder whose shift was changed keeps it.

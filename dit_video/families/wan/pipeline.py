@@ -5,41 +5,36 @@ token, TI2V-5B). As in diffusers' pipeline, texts are cleaned and cut to 512 tok
 zeros and attends to the padding.
 """
 
-import functools
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
-
-import jax.numpy as jnp
 
 from dit_video.backbones.wan import WanDitConfig
 from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import RectifiedFlow
-from dit_video.families.autoencoders import load_placed_autoencoder, read_autoencoder_config
+from dit_video.families.autoencoders import read_autoencoder_config
 from dit_video.families.family import (
-    DEFAULT_DTYPE,
+    DENOISER_FOLDERS,
     INDEX,
-    Dtype,
     Family,
     LoadOptions,
     PipelineParts,
-    read_pipeline_class,
+    check_channels,
+    check_context_width,
+    list_experts,
+    make_pipeline_config,
 )
 from dit_video.families.wan.defaults import find_defaults
 from dit_video.families.wan.transformer import WanDenoiserFormat
-from dit_video.families.weight_checks import check_pipeline_weights
-from dit_video.generation import Sampling
 from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
 from dit_video.weights import load_scheduler, read_clip_vision_config, read_text_encoder_config
-from dit_video.weights.parameter import Placement
 
-_SECOND_EXPERT, _IMAGE_PARTS = "transformer_2", ("image_encoder", "image_processor")
+_SECOND_EXPERT, _IMAGE_PARTS = DENOISER_FOLDERS["low_noise"], ("image_encoder", "image_processor")
 _REQUIRED_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 PARTS = (*_REQUIRED_PARTS, _SECOND_EXPERT, *_IMAGE_PARTS)
 """Subfolders of a pipeline that are read."""
@@ -57,85 +52,21 @@ class WanFamily(Family):
     parts = PARTS
     pipeline_classes: ClassVar[tuple[str, ...]] = CLASSES
 
-    def load_pipeline(self, folder: Path, options: LoadOptions) -> Pipeline:
-        """Load a pipeline from a folder of diffusers; solver and time schedule are those of its scheduler.
-
-        Parameters are read one at a time, of a stack one layer at a time, and placed by `place`.
-
-        Args:
-          folder: holds `model_index.json` and the parts that it names.
-          options: dtypes, devices and host memory. The text encoder is read at the first prompt.
-
-        Raises:
-          MissingError: the folder does not exist, or lacks parts, all of which are named.
-          UserError: a pipeline or a model of an unknown class, unsupported settings, or weights that do not fit.
-        """
-        parts = self.read_parts(folder, text_encoder=options.text_encoder)
-        check_pipeline_weights(folder, parts, self.denoiser)
-        read = functools.partial(_read_denoiser, self.denoiser, dtype=options.dtype, place=options.place)
-        backbone, params = read(folder / "transformer", "backbone")
-        denoiser = {"backbone": params, "text": {}}
-        if parts.boundary is not None:
-            second, denoiser["low_noise"] = read(folder / _SECOND_EXPERT, "low_noise")
-            if second != backbone:
-                raise UserError(
-                    f"{folder} has two experts of different shapes, {backbone} and {second}; they must be equal"
-                )
-        _, autoencoder_params = load_placed_autoencoder(folder, backbone.channels, options.place)
-        return Pipeline(
-            make_pipeline_config(folder, parts, dtype=options.dtype, text_dtype=options.text_dtype),
-            autoencoder=autoencoder_params,
-            denoiser=denoiser,
-            get_lora_modules=self.denoiser.get_lora_modules,
-            mesh=options.mesh,
-            offload=options.offload,
-        )
-
     def make_config(self, folder: Path, options: LoadOptions) -> PipelineConfig:
         parts = self.read_parts(folder, text_encoder=options.text_encoder)
-        return make_pipeline_config(folder, parts, dtype=options.dtype, text_dtype=options.text_dtype)
+        assert isinstance(parts.denoiser, WanDitConfig)
+        process = parts.schedule.process
+        flow_shift = process.shift if isinstance(process, RectifiedFlow) else 1.0
+        experts = len(list_experts(parts))
+        defaults = find_defaults(parts.denoiser, experts=experts, flow_shift=flow_shift, name=os.fspath(folder))
+        if defaults.shift is not None and isinstance(process, RectifiedFlow):
+            process = replace(process, shift=defaults.shift)
+        parts = parts._replace(size=defaults.size, schedule=parts.schedule._replace(process=process))
+        sampling: dict[str, Any] = {"steps": defaults.steps, "guidance": defaults.guidance}
+        return make_pipeline_config(folder, parts, options, **sampling, negative=defaults.negative)
 
     def read_parts(self, folder: Path, *, text_encoder: str | os.PathLike | None = None) -> PipelineParts:
         return _read_parts(folder, self.denoiser, self.pipeline_classes, text_encoder)
-
-
-def make_pipeline_config(
-    folder: Path, parts: PipelineParts, *, dtype: Dtype = DEFAULT_DTYPE, text_dtype: Dtype | None = None
-) -> PipelineConfig:
-    """Return the config of a folder's pipeline, with the authors' defaults, from the configs in the folder.
-
-    `text_dtype` is the text encoder's, by default `dtype`.
-    """
-    schedule, experts = parts.schedule, 1 if parts.boundary is None else 2
-    process = schedule.process
-    assert isinstance(parts.denoiser, WanDitConfig)
-    flow_shift = process.shift if isinstance(process, RectifiedFlow) else 1.0
-    defaults = find_defaults(parts.denoiser, experts=experts, flow_shift=flow_shift)
-    if defaults.shift is not None and isinstance(process, RectifiedFlow):
-        process = replace(process, shift=defaults.shift)
-    return PipelineConfig(
-        autoencoder=parts.autoencoder,
-        backbone=replace(parts.denoiser, dtype=dtype),
-        text=replace(parts.text, dtype=text_dtype or dtype),
-        process=process,
-        prediction=schedule.prediction,
-        layout=None,
-        batch=1,
-        sampling=Sampling(
-            steps=defaults.steps,
-            guidance=defaults.guidance,
-            solver=schedule.solver,
-            time_schedule=schedule.time_schedule,
-        ),
-        fps=parts.fps,
-        size=defaults.size,
-        negative=defaults.negative,
-        boundary=parts.boundary,
-        frame_conditioning=parts.frame_conditioning,
-        image_encoder=parts.image_encoder,
-        task=parts.task,
-        provenance={"loaded from": os.fspath(folder), "class": str(read_pipeline_class(folder))},
-    )
 
 
 def _read_parts(
@@ -151,15 +82,20 @@ def _read_parts(
     schedule = load_scheduler(folder / "scheduler")
     encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
     width = read_text_encoder_config(encoder).width
-    backbone = denoiser.read_folder_config(folder / "transformer")
-    if width != backbone.context_width:
-        raise UserError(f"{encoder} makes embeddings of width {width}, the transformer reads {backbone.context_width}")
+    backbone, autoencoder = denoiser.read_folder_config(folder / "transformer"), read_autoencoder_config(folder / "vae")
+    check_channels(folder, backbone, autoencoder)
+    check_context_width(encoder, width, backbone)
+    second = denoiser.read_folder_config(folder / _SECOND_EXPERT) if _has_part(index, _SECOND_EXPERT) else backbone
+    if second != backbone:
+        rule = f"it holds two experts of different shapes, {backbone} and {second}"
+        raise UserError(f"{folder} is invalid: {rule}. Copy or download it again")
     images = folder / "image_encoder" if backbone.image_width is not None else None
     if images is not None and (image_width := read_clip_vision_config(images).width) != backbone.image_width:
-        raise UserError(f"{images} makes tokens of width {image_width}, the transformer reads {backbone.image_width}")
+        rule = f"it makes tokens of width {image_width}, the transformer reads {backbone.image_width}"
+        raise UserError(f"{images} is invalid: {rule}. Use the model's own image encoder")
     return PipelineParts(
         denoiser=backbone,
-        autoencoder=read_autoencoder_config(folder / "vae"),
+        autoencoder=autoencoder,
         text=FrozenTextConfig(folder=os.fspath(encoder), width=width, max_tokens=backbone.text_length, cleaned=True),
         schedule=schedule,
         size=_TOKEN_TIME_SIZE if backbone.time == "token" else _SIZE,
@@ -201,13 +137,3 @@ def _read_index(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
 def _has_part(index: dict[str, Any], part: str) -> bool:
     """Return True if a pipeline has a part: others are missing, or listed as two nulls."""
     return bool(index.get(part)) and None not in index[part]
-
-
-def _read_denoiser(
-    denoiser: WanDenoiserFormat, folder: Path, name: str, *, dtype: Dtype, place: Placement
-) -> tuple[WanDitConfig, dict[str, Any]]:
-    """Read one expert, with the weights of matrix products in `dtype`, if theirs are too, and all others in float32."""
-    config, params = denoiser.load(
-        folder, kernel_dtype=jnp.dtype(dtype), place=lambda path, parameter: place(f"{name}/{path}", parameter)
-    )
-    return replace(config, dtype=dtype), params

@@ -1,5 +1,6 @@
 """Features of clips' frames from a vision tower, in batches of two sizes."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,12 @@ from dit_video.nn import get_graph_def
 
 FeatureName = Literal["values", "penultimate", "pooled", "projected"]
 """Name of a field of `ClipFeatures`."""
+
+
+def make_frame_program(config: ClipVisionConfig, feature: FeatureName) -> Callable[..., Any]:
+    """Return the jitted function from parameters and preprocessed images `B h w 3` to one feature of each image."""
+    graph = get_graph_def(config.make)
+    return jax.jit(lambda params, images: getattr(nnx.merge(graph, params)(images), feature))
 
 
 class FrameEncoder:
@@ -46,9 +53,8 @@ class FrameEncoder:
         if processor.crop not in (None, (config.size, config.size)):
             raise UserError(f"crop={processor.crop} is invalid: use the tower's {config.size}x{config.size}")
         check_at_least(1, batch=batch)
-        graph = get_graph_def(config.make)
         self._params, self._processor, self._batch = params, processor, batch
-        self._encode = jax.jit(lambda params, images: getattr(nnx.merge(graph, params)(images), feature))
+        self._encode = make_frame_program(config, feature)
 
     def __call__(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T *part"]:
         """Return the feature of each frame: a vector, or one vector per token.

@@ -42,8 +42,12 @@ class ImageToVideo(GenerationTask):
         for name, pixels, index in (("first", request.image, 0), ("last", request.last_image, size.t - 1)):
             if pixels is None:
                 continue
+            field = "image" if name == "first" else "last_image"
             if conditioning is None or not (name == "first" or accepts_last):
-                raise UserError(f"this model does not accept a clip's {name} image; use one that was trained with it")
+                rule = f"this model does not accept a clip's {name} image"
+                raise UserError(f"{field}= is invalid: {rule}. Use a model that was trained with it")
+            if index in frames:
+                raise UserError(f"{field}= is invalid: a clip of one frame has one image. Use image= alone")
             frames[index] = fit_image(pixels, size)
         if 0 not in frames:
             raise UserError(_IMAGE_IS_NEEDED)

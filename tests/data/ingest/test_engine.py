@@ -319,6 +319,23 @@ def test_the_command_ingests_a_folder(clips, tmp_path, script):
     assert not (tmp_path / "new").exists()
 
 
+def test_the_command_reads_a_list_with_columns_of_any_name(tmp_path, script):
+    source = tmp_path / "source"
+    write_clip(source / "clips" / "a.mp4")
+    write_clip(source / "clips" / "b.mp4")
+    (source / "mira.csv").write_text("clip,dense,part\nclips/a.mp4,A red ball.,train\nclips/b.mp4,A cat.,test\n")
+    (source / "other.csv").write_text("clip,dense,part\nclips/a.mp4,Wrong.,train\n")
+    columns = ("--columns.name", "clip", "--columns.captions", "dense", "--columns.split", "part")
+    done = script("tools/ingest.py", source, tmp_path / "out", "--list-path", "mira.csv", *columns)
+    assert done.code == 0, done.err
+    builder = tfds.builder_from_directory(tmp_path / "out")
+    captions = {
+        split: [text.decode() for record in builder.as_data_source(split) for text in record["captions"]]
+        for split in ("train", "test")
+    }
+    assert captions == {"train": ["A red ball."], "test": ["A cat."]}
+
+
 def test_the_command_explains_that_beam_is_missing(clips, tmp_path, script, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     ended = script("tools/ingest.py", clips, tmp_path / "out", "--beam=--runner=DirectRunner")

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -109,7 +110,8 @@ def test_values_and_gradients_equal_diffusers(tmp_path, monkeypatch, version):
 
     def loss(params):
         model = nnx.merge(graph, params)
-        pixels, own = model.reconstruct(latents, time=TIME, keys=keys), model.posterior(clip)
+        pixels = model.reconstruct(jnp.asarray(latents), time=TIME, keys=keys)
+        own = model.posterior(jnp.asarray(clip))
         return (pixels * weights).sum() + own.mean.sum(), (pixels, own, model.normalizer.normalize(own.mean))
 
     gradient, (pixels, own, normalized) = jax.jit(jax.grad(loss, has_aux=True))(params)

@@ -26,12 +26,15 @@ PROMPT = "a red ball"
 def folder(tmp_path_factory):
     """Read only."""
     folder = tmp_path_factory.mktemp("ltx") / "tiny"
-    write_ltx(folder, shift=3.0)
+    write_ltx(folder, shift=3.0, use_beta_sigmas=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def pipeline(folder):
+def pipeline(tmp_path_factory):
+    """Return a pipeline of version 0.9.5 or later."""
+    folder = tmp_path_factory.mktemp("conditions") / "tiny"
+    write_ltx(folder, kind="LTXConditionPipeline")
     return dit_video.load(folder, dtype="float32")
 
 
@@ -44,14 +47,14 @@ def sample_latents(pipeline, **options):
     return pipeline.generate(PROMPT, size=SIZE, output="latents", **{"steps": 2, "guidance": 2.0} | options)
 
 
-def test_the_pipeline_config_is_read_from_the_folder(pipeline, folder):
-    config = pipeline.config
+def test_the_pipeline_config_is_read_from_the_folder(folder):
+    config = dit_video.load(folder, dtype="float32").config
     assert (config.backbone.replace(dtype="float32"), config.autoencoder) == (DIT, VAE)
     assert (config.text.folder, config.text.max_tokens) == (str(folder / "text_encoder"), 128)
-    assert (config.process, config.sampling.time_schedule) == (RectifiedFlow(shift=3.0), UniformTimes())
+    assert (config.process, config.sampling.time_schedule) == (RectifiedFlow(shift=3.0), UniformTimes(spacing="beta"))
     assert (config.sampling.steps, config.sampling.guidance) == (50, 3.0)
     assert (config.size, config.fps, config.token_dt, config.token_lead) == ((161, 512, 704), 25.0, 8 / 25, 0)
-    assert (config.task, config.frame_conditioning) == (KeyframesToVideo(), FrameConditioning())
+    assert (config.task, config.frame_conditioning) == (KeyframesToVideo(has_keyframes=False), FrameConditioning())
 
 
 @pytest.mark.parametrize("options", [{"kind": "LTXConditionPipeline"}, {"vae": RESIDUAL_VAE}], ids=["class", "vae"])
@@ -105,14 +108,41 @@ def test_a_pipeline_saved_in_the_native_layout_is_the_same(pipeline, tmp_path):
     [
         ([Condition(content=draw_clip(1), frame=17)], "frame=17 .* not all in a clip of 17"),
         ([Condition(content=draw_clip(9), frame=16)], "frame=16 .* not all in a clip of 17"),
-        ([Condition(content=draw_clip(1), frame=3)], "frame=3 .* not a multiple of 8; use 0 or 8"),
-        ([Condition(content=draw_clip(1), frame=-2)], "frame=-2 .* not a multiple of 8; use 8 or 16"),
+        ([Condition(content=draw_clip(9), frame=3)], "frame=3 .* invalid: a clip of 9 .* multiple of 8. Use 0 or 8"),
+        ([Condition(content=draw_clip(9), frame=-10)], "frame=-10 .* multiple of 8. Use 0 or 8"),
         ([Condition(content=draw_clip(4))], "4 frames is invalid: it must have 1 \\+ 8k. Use its first 1"),
     ],
 )
 def test_conditions_that_do_not_fit_the_clip_are_refused(pipeline, conditions, rule):
     with pytest.raises(UserError, match=rule):
         sample_latents(pipeline, conditions=conditions)
+
+
+@pytest.mark.parametrize("frame", [3, -2])
+def test_an_image_may_be_at_any_frame(pipeline, frame):
+    """Its tokens have the position of the frame, in seconds."""
+    request = Request(PROMPT, SIZE, conditions=[Condition(content=draw_clip(1), frame=frame)])
+    plan = pipeline.config.task(request, pipeline.task_model)
+    np.testing.assert_allclose(plan.extra.positions[:, 0], frame % SIZE[0] / 25, atol=1e-6)
+    assert len(plan.extra.noise) == 2
+
+
+def test_pictures_with_latents_of_the_same_frames_are_refused(pipeline):
+    """A clip that begins at frame 8 has latents of the sampled clip from its third on."""
+    rule = r"frame={} of a condition is invalid: other conditions, or image=, have .* same frames. Use one of them"
+    with pytest.raises(UserError, match=rule.format(0)):
+        sample_latents(pipeline, image=draw_clip(1), conditions=[Condition(content=draw_clip(9), strength=0.5)])
+    conditions = [Condition(content=draw_clip(25)), Condition(content=draw_clip(17), frame=8)]
+    with pytest.raises(UserError, match=rule.format(8)):
+        pipeline.generate(PROMPT, size=(25, *SIZE[1:]), conditions=conditions)
+
+
+@pytest.mark.parametrize("name", ["last_image", "conditions"])
+def test_versions_before_095_know_a_first_image_alone(folder, name):
+    pipeline, image = dit_video.load(folder, dtype="float32"), draw_clip(1)
+    with pytest.raises(UserError, match=f"{name} of a request is invalid: .* It accepts image"):
+        sample_latents(pipeline, **{name: image if name == "last_image" else [Condition(content=image)]})
+    np.testing.assert_allclose(sample_latents(pipeline, image=image)[:1], pipeline.encode(image), atol=1e-5)
 
 
 def test_sizes_and_pictures_that_do_not_fit_are_refused(pipeline):
@@ -135,12 +165,51 @@ def test_parts_that_do_not_fit_are_refused_before_weights_are_read(tmp_path):
     file.write_text(json.dumps(document | {"patch_size": 2}))
     with pytest.raises(UserError, match=r"trained with strides of \(8, 32, 32\), the vae has \(8, 16, 16\)"):
         dit_video.load(tmp_path / "ltx")
+    file.write_text(json.dumps(document | {"spatial_compression_ratio": 16}))
+    with pytest.raises(
+        UserError, match=r"spatial_compression_ratio=16 is invalid: .* Use spatial_compression_ratio=32"
+    ):
+        dit_video.load(tmp_path / "ltx")
     file.write_text(json.dumps(document | {"encoder_causal": False}))
     with pytest.raises(UserError, match="encoder_causal=False is not supported"):
         dit_video.load(tmp_path / "ltx")
-    write_ltx(tmp_path / "shifted", kind="LTXConditionPipeline", shift=3.0)
-    with pytest.raises(UserError, match="shifts times, which are linear-quadratic in this version; use shift=1"):
-        read_parts(tmp_path / "shifted")
     (tmp_path / "ltx" / "tokenizer").rename(tmp_path / "tokenizer")
     with pytest.raises(MissingError, match="lacks the folders tokenizer"):
         dit_video.load(tmp_path / "ltx")
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "rule"),
+    [
+        ("LTXConditionPipeline", {"shift": 3.0}, "shift=3.0 is invalid: .* linear-quadratic .* Use shift=1.0"),
+        (
+            "LTXConditionPipeline",
+            {"use_dynamic_shifting": True, "shift_terminal": 0.1},
+            "use_dynamic_shifting=True is invalid: .* Use use_dynamic_shifting=False",
+        ),
+        ("LTXConditionPipeline", {"shift_terminal": 0.1}, "shift_terminal=0.1 is invalid: .* Use shift_terminal=None"),
+        ("LTXConditionPipeline", {"use_karras_sigmas": True}, "use_karras_sigmas=True .* Use use_karras_sigmas=False"),
+        (
+            "LTXPipeline",
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+            "_class_name=UniPCMultistepScheduler is invalid: .* FlowMatchEulerDiscreteScheduler. Use that class",
+        ),
+    ],
+)
+def test_schedulers_whose_times_are_not_those_of_the_version_are_refused(tmp_path, kind, scheduler, rule):
+    write_ltx(tmp_path / "ltx", kind=kind, **scheduler)
+    with pytest.raises(UserError, match=rule):
+        read_parts(tmp_path / "ltx")
+
+
+def test_a_pipeline_of_another_class_is_refused(tmp_path):
+    write_ltx(tmp_path / "ltx", kind="FluxPipeline")
+    with pytest.raises(UserError, match=r"_class_name=FluxPipeline is invalid: .* LTXConditionPipeline. Use another"):
+        read_parts(tmp_path / "ltx")
+
+
+def test_a_scheduler_with_unused_settings_of_a_shift_by_size_is_read(tmp_path):
+    """Folders that were converted from another version keep them."""
+    unused = {"base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024, "use_dynamic_shifting": False}
+    write_ltx(tmp_path / "ltx", kind="LTXConditionPipeline", **unused)
+    assert read_parts(tmp_path / "ltx").schedule.time_schedule == LinearQuadraticTimes()

@@ -1,8 +1,8 @@
 """Pipelines of LTX-Video give the latents of diffusers from the same folder, noise, prompts and pictures.
 
-The text encoders of `LTXPipeline` and `LTXImageToVideoPipeline` see the padding of texts, which those of the authors
-and of `LTXConditionPipeline` do not; here they get the mask, too. The pipelines sample the latents of pictures from the
-autoencoder's posterior; here they get its mean.
+In two things ours differ: the text encoders of `LTXPipeline` and `LTXImageToVideoPipeline` see the padding of texts,
+which those of the authors and of `LTXConditionPipeline` do not, and get the mask here; all pipelines sample the latents
+of pictures from the autoencoder's posterior, and get its mean here.
 """
 
 import jax
@@ -20,8 +20,8 @@ from support.torch_models import TEXT, randomize
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 PROMPT, NEGATIVE = "a red ball and a green cube moves left", "the table"
-SIZE, STEPS, GUIDANCE, FPS = (17, 64, 96), 4, 3.0, 25
-GRID = (3, 2, 3)
+SIZE, STEPS, GUIDANCE, FPS = (25, 64, 96), 4, 3.0, 25
+GRID = (4, 2, 3)
 CHANNELS = 6
 TRANSFORMER = {
     "num_attention_heads": 2,
@@ -39,9 +39,27 @@ VAE = {
     "layers_per_block": (0, 0, 0, 0, 1),
     "decoder_layers_per_block": (0, 0, 0, 0, 1),
 }
+VAE_095 = {
+    "latent_channels": CHANNELS,
+    "block_out_channels": (8, 8, 8, 16, 16),
+    "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+    "layers_per_block": (0, 0, 0, 0, 1),
+    "spatio_temporal_scaling": (True,) * 4,
+    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+    "decoder_block_out_channels": (8, 16, 32),
+    "decoder_layers_per_block": (0, 0, 0, 1),
+    "decoder_spatio_temporal_scaling": (True,) * 3,
+    "decoder_inject_noise": (False,) * 4,
+    "upsample_residual": (True,) * 3,
+    "upsample_factor": (2,) * 3,
+    "timestep_conditioning": True,
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+"""The autoencoder of versions from 0.9.5 on, in small."""
 
 
-def save_pipeline(torch, folder, kind, **scheduler):
+def save_pipeline(torch, folder, kind, *, vae=VAE, **scheduler):
     """Let diffusers make and save a random pipeline of the class `kind`."""
     import diffusers
     import transformers
@@ -49,7 +67,7 @@ def save_pipeline(torch, folder, kind, **scheduler):
     torch.manual_seed(0)
     write_tokenizer(folder / "words")
     text = randomize(torch, transformers.T5EncoderModel(transformers.T5Config(**TEXT)), 0)
-    vae = randomize(torch, diffusers.AutoencoderKLLTXVideo(**VAE), 1)
+    vae = randomize(torch, diffusers.AutoencoderKLLTXVideo(**vae), 1)
     vae.latents_mean.normal_(std=0.3)
     vae.latents_std.uniform_(0.5, 1.5)
     pipe = getattr(diffusers, kind)(
@@ -61,8 +79,9 @@ def save_pipeline(torch, folder, kind, **scheduler):
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder / "pipeline")
-    encode_ids = text.forward
-    text.forward = lambda ids, attention_mask=None: encode_ids(ids, attention_mask=(ids != 0).long())
+    if kind != "LTXConditionPipeline":
+        encode_ids = text.forward
+        text.forward = lambda ids, attention_mask=None: encode_ids(ids, attention_mask=(ids != 0).long())
     return pipe
 
 
@@ -153,9 +172,11 @@ def replace_noise(monkeypatch, pipe, draws):
 
 CONDITIONS = {
     "without": (),
-    "weak first and strong last image": ((1, 0, 0.6), (1, 16, 1.0)),
+    "weak first and strong last image": ((1, 0, 0.6), (1, 24, 1.0)),
+    "images at any frame": ((1, 3, 1.0), (1, 21, 0.7)),
     "first image and a weak clip after it": ((1, 0, 1.0), (9, 8, 0.8)),
     "clip at the start": ((9, 0, 1.0),),
+    "clip with latents of its own": ((17, 8, 0.8),),
 }
 """Frames, first frame and strength of each."""
 
@@ -169,16 +190,32 @@ def condition_pipelines(torch, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", CONDITIONS)
 def test_conditions_equal_diffusers(torch, condition_pipelines, monkeypatch, kind):
+    assert_equal_with_conditions(torch, condition_pipelines, monkeypatch, CONDITIONS[kind])
+
+
+def test_a_folder_of_version_095_equals_the_pipeline_with_conditions(torch, tmp_path, monkeypatch):
+    """diffusers' conversion saves this version as `LTXPipeline`, whose positions and times are those of the first."""
+    import diffusers
+
+    pipe = save_pipeline(torch, tmp_path, "LTXPipeline", vae=VAE_095)
+    pipe = diffusers.LTXConditionPipeline(**pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipelines = pipe, dit_video.load(tmp_path / "pipeline", dtype="float32")
+    assert_equal_with_conditions(torch, pipelines, monkeypatch, ((1, 0, 0.6), (9, 16, 1.0)))
+
+
+def assert_equal_with_conditions(torch, pipelines, monkeypatch, pictures):
+    """Compare both for pictures, each with its number of frames, its first frame and its strength."""
     from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
     from PIL import Image
 
-    pipe, pipeline = condition_pipelines
+    pipe, pipeline = pipelines
     noise, seed, extra = make_noise(), 5, 0
     their_conditions, conditions, lengths = [], [], []
-    for number, (frames, start, strength) in enumerate(CONDITIONS[kind]):
+    for number, (frames, start, strength) in enumerate(pictures):
         pixels = np.stack([draw_image(10 * number + frame) for frame in range(frames)])
-        pictures = [Image.fromarray(frame) for frame in pixels]
-        content = {"image": pictures[0]} if frames == 1 else {"video": pictures}
+        images = [Image.fromarray(frame) for frame in pixels]
+        content = {"image": images[0]} if frames == 1 else {"video": images}
         their_conditions.append(LTXVideoCondition(**content, frame_index=start, strength=strength))
         conditions.append(Condition(content=Clip(pixels, fps=FPS), frame=start, strength=strength))
         lengths += [min(2, 1 + (frames - 1) // 8)] if start else []
@@ -203,7 +240,9 @@ def test_the_noise_of_kept_images_equals_diffusers(torch, condition_pipelines, m
     pipe, pipeline = condition_pipelines
     noise, seed, image = make_noise(), 5, draw_image(1)
     tokens = noise.reshape(1, -1, CHANNELS)
-    layout = PackedRows(segments=np.ones(tokens.shape[:2], np.int32), positions=np.zeros((1, 18, 3)), count=1)
+    layout = PackedRows(
+        segments=np.ones(tokens.shape[:2], np.int32), positions=np.zeros((*tokens.shape[:2], 3)), count=1
+    )
     steps = [jax.random.fold_in(key(seed, "sampler"), number)[None, None] for number in range(STEPS - 1)]
     drawn = [np.array(layout.sample_noise(each, CHANNELS)) for each in steps]
     replace_noise(monkeypatch, pipe, [to_theirs(torch, noise), *map(torch.from_numpy, [tokens, *drawn])])

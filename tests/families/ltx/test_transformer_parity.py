@@ -9,11 +9,13 @@ import pytest
 from flax import nnx
 
 from dit_video.conditioning import Conditioning, TextTokens
-from dit_video.core.trees import flatten
+from dit_video.core.rng import key
+from dit_video.core.trees import flatten, map_with_path
 from dit_video.families import save_denoiser
 from dit_video.families.ltx.transformer import LtxDenoiserFormat, make_ltx_tensor_map
-from dit_video.nn import get_graph_def
+from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, merge_lora
 from dit_video.tokens import Grid, PackedRows, compute_positions
+from dit_video.weights import save_lora
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
@@ -130,7 +132,8 @@ def test_values_and_gradients_equal_diffusers(tmp_path, torch, model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_folders_come_back_bit_for_bit(tmp_path, torch, model, dtype):
+def test_folders_come_back_bit_for_bit(tmp_path, torch, model, caplog, dtype):
+    """Our config has one more setting, which diffusers ignores without a warning."""
     import diffusers
 
     model = diffusers.LTXVideoTransformer3DModel.from_config(model.config).to(getattr(torch, dtype))
@@ -141,4 +144,33 @@ def test_folders_come_back_bit_for_bit(tmp_path, torch, model, dtype):
     for (name, left), (_, right) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(left, right), name
     written, rewritten = (json.loads((tmp_path / way / "config.json").read_text()) for way in ("in", "out"))
-    assert rewritten == {name: value for name, value in written.items() if name != "_diffusers_version"}
+    expected = {name: value for name, value in written.items() if name != "_diffusers_version"}
+    assert rewritten == expected | {"_causal_temporal_positioning": False}
+    assert not [record for record in caplog.records if "positioning" in record.getMessage()]
+
+
+def test_diffusers_gives_the_same_predictions_from_written_adapters(tmp_path, torch, model):
+    """The adapter has all kernels, so that each name, also outside of the blocks, is one that diffusers knows."""
+    pytest.importorskip("peft")
+    import diffusers
+
+    model.save_pretrained(tmp_path / "transformer")
+    config, params = LtxDenoiserFormat().load(tmp_path / "transformer")
+    lora, draw = LoraConfig(rank=3, alpha=4.5, targets=("kernel$",)), np.random.default_rng(0)
+    factors = map_with_path(
+        lambda _, leaf: 0.1 * draw.normal(size=leaf.shape).astype(np.float32), init_lora(params, lora, key(0, "lora"))
+    )
+    adapter = add_lora_scale(factors, lora.scale)
+    save_lora(tmp_path / "lora.safetensors", adapter, LtxDenoiserFormat().get_lora_modules(config))
+    state, metadata = diffusers.LTXPipeline.lora_state_dict(
+        str(tmp_path), weight_name="lora.safetensors", return_lora_metadata=True
+    )
+    adapted = type(model).from_pretrained(tmp_path / "transformer").eval()
+    diffusers.LTXPipeline.load_lora_into_transformer(state, adapted, metadata=metadata)
+    clip = Clip(0)
+    with torch.no_grad():
+        plain, expected = (theirs_on(torch, each, clip)[0].numpy() for each in (model, adapted))
+    assert np.abs(expected - plain).max() > 0.1
+    config = config.replace(attention="dense")
+    prediction, _ = ours_on(config, merge_lora(params, adapter), pack_clips([clip]))
+    np.testing.assert_allclose(prediction[: len(expected)], expected, atol=1e-4)

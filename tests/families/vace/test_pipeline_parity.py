@@ -138,8 +138,8 @@ def test_first_and_last_images_with_control_equal_diffusers(torch, pipelines):
 
 
 def test_reference_images_equal_diffusers(torch, pipelines):
-    """The second image is narrower than the clip, and lies in the middle of a white one."""
-    images = draw_frames(3, SIZE[1:]), draw_frames(4, (48, 40))
+    """The second image is scaled by 2, is narrower than the clip then, and lies in the middle of a white one."""
+    images = draw_frames(3, SIZE[1:]), draw_frames(4, (24, 24))
     theirs = {"reference_images": to_images(images), "video": to_images(draw_frames(1))}
     ours = {"reference_images": images, "control": dit_video.Clip(draw_frames(1), 16)}
     both = assert_equal(torch, pipelines, theirs, ours, references=2)

@@ -10,11 +10,13 @@ from flax import nnx
 
 from dit_video.backbones.vace import ControlLatents
 from dit_video.conditioning import Conditioning, TextTokens
-from dit_video.core.trees import flatten
-from dit_video.families import load_denoiser, save_denoiser
+from dit_video.core.rng import key
+from dit_video.core.trees import flatten, map_with_path
+from dit_video.families import get_lora_modules, load_denoiser, save_denoiser
 from dit_video.families.denoisers import find_format
-from dit_video.nn import get_graph_def
+from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, merge_lora
 from dit_video.tokens import Grid, PackedRows, compute_positions, patchify
+from dit_video.weights import save_lora
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
@@ -169,3 +171,28 @@ def test_the_authors_names_are_those_that_diffusers_converts(tmp_path, torch, mo
     assert converted.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(converted[name], tensor), name
+
+
+def test_diffusers_gives_the_same_predictions_from_written_adapters(tmp_path, torch, model, folder):
+    """The adapter has all kernels of the blocks and of the control layers, with the map before the first of these."""
+    pytest.importorskip("peft")
+    import diffusers
+
+    config, params = load_denoiser(folder)
+    targets = (r"^(control/)?blocks/.*kernel$", "^control/input/kernel$")
+    lora, draw = LoraConfig(rank=3, alpha=4.5, targets=targets), np.random.default_rng(0)
+    factors = map_with_path(
+        lambda _, leaf: 0.1 * draw.normal(size=leaf.shape).astype(np.float32), init_lora(params, lora, key(0, "lora"))
+    )
+    adapter = add_lora_scale(factors, lora.scale)
+    save_lora(tmp_path / "lora.safetensors", adapter, get_lora_modules(config))
+    state, metadata = diffusers.WanVACEPipeline.lora_state_dict(
+        str(tmp_path), weight_name="lora.safetensors", return_lora_metadata=True
+    )
+    adapted = type(model).from_pretrained(folder).eval()
+    diffusers.WanVACEPipeline.load_lora_into_transformer(state, adapted, metadata=metadata)
+    with torch.no_grad():
+        plain, expected = (patchify(predict_theirs(torch, each, 0)[0].numpy(), PATCH) for each in (model, adapted))
+    assert np.abs(expected - plain).max() > 0.1
+    prediction, _ = predict_ours(config.replace(attention="dense"), merge_lora(params, adapter))
+    np.testing.assert_allclose(prediction[: len(expected)], expected, atol=1e-4)

@@ -262,10 +262,22 @@ def test_a_name_on_the_hub_is_fetched(folder, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert dit_video.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", dtype="float32").config.backbone == DIT
-    ((name, patterns),) = calls
-    assert name == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    (index_name, index), (name, patterns) = calls
+    assert index_name == name == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert index == ("model_index.json",)
     assert {"model_index.json", "transformer/*.safetensors", "vae/*.json", "tokenizer/*.json"} <= set(patterns)
     assert not any(pattern.endswith(("*", ".bin", ".pt")) for pattern in patterns)
+
+
+def test_a_pipeline_of_an_unknown_class_is_not_downloaded(monkeypatch, tmp_path):
+    def fetch(name, *, allow_patterns):
+        assert allow_patterns == ["model_index.json"]
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(UserError, match=r"class FluxPipeline; known here: .*WanPipeline"):
+        dit_video.load("black-forest-labs/FLUX.1-dev")
 
 
 def test_a_hub_that_cannot_be_reached_is_reported(monkeypatch, tmp_path):

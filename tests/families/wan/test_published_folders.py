@@ -12,9 +12,8 @@ import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.families import find_family, load_denoiser
 from dit_video.families.convert import convert
+from dit_video.families.family import LoadOptions
 from dit_video.families.wan.defaults import NEGATIVE, find_defaults
-from dit_video.families.wan.pipeline import make_pipeline_config
-from dit_video.families.weight_checks import check_pipeline_weights
 from dit_video.weights import load, save
 from support.tiny_wan import TWO, write_animating_wan, write_wan
 from support.wan_folders import FOLDERS, write_published_folder
@@ -23,6 +22,7 @@ from support.wan_folders import FOLDERS, write_published_folder
 # Wan-AI/Wan2.1-T2V-1.3B-Diffusers at 0fad780a, of Wan-AI/Wan2.2-T2V-A14B-Diffusers and of a mirror of the files of
 # Wan-AI/Wan2.2-TI2V-5B-Diffusers at b8fff731 are public in projects that check their downloads.
 T2V, A14B, TI2V = "Wan2.1-T2V-1.3B-Diffusers", "Wan2.2-T2V-A14B-Diffusers", "Wan2.2-TI2V-5B-Diffusers"
+I2V_720P = "Wan2.1-I2V-14B-720P-Diffusers"
 PUBLISHED_HASHES = {
     (T2V, "model_index.json"): "b8b28e022329acf975e027579a1d2dc3de44dba28f4c909b98a880fbf5b0de7d",
     (T2V, "scheduler/scheduler_config.json"): "3fed2abbd9bbc301a74db01947198057ec5049808910dccab320925bf27bea6e",
@@ -89,7 +89,7 @@ def test_every_tensor_and_setting_of_a_published_folder_is_known(folders, name):
     parts = family.read_parts(folder)
     denoisers = sorted(path.name for path in folder.glob("transformer*"))
     assert (parts.boundary is not None) == (len(denoisers) == 2)
-    check_pipeline_weights(folder, parts, family.denoiser)
+    family.check_weights(folder, parts)
 
 
 def test_configs_of_published_folders_are_those_of_the_models(folders):
@@ -112,7 +112,7 @@ def test_configs_of_published_folders_are_those_of_the_models(folders):
         (T2V, (81, 480, 832), 16, 50, 6.0, 8.0, NEGATIVE),
         ("Wan2.1-T2V-14B-Diffusers", (81, 720, 1280), 16, 50, 5.0, 5.0, NEGATIVE),
         ("Wan2.1-I2V-14B-480P-Diffusers", (81, 480, 832), 16, 40, 5.0, 3.0, f"镜头晃动，{NEGATIVE}"),
-        ("Wan2.1-I2V-14B-720P-Diffusers", (81, 720, 1280), 16, 40, 5.0, 5.0, f"镜头晃动，{NEGATIVE}"),
+        (I2V_720P, (81, 720, 1280), 16, 40, 5.0, 5.0, f"镜头晃动，{NEGATIVE}"),
         ("Wan2.1-FLF2V-14B-720P-diffusers", (81, 720, 1280), 16, 50, 5.0, 16.0, f"镜头切换，镜头晃动，{NEGATIVE}"),
         ("Wan2.1-VACE-1.3B-diffusers", (81, 480, 832), 16, 50, 5.0, 16.0, NEGATIVE),
         ("Wan2.1-VACE-14B-diffusers", (81, 720, 1280), 16, 50, 5.0, 16.0, NEGATIVE),
@@ -123,7 +123,7 @@ def test_configs_of_published_folders_are_those_of_the_models(folders):
 )
 def test_defaults_of_a_published_folder_are_its_authors(folders, name, size, fps, steps, guidance, shift, negative):
     folder = folders / name
-    config = make_pipeline_config(folder, find_family(folder).read_parts(folder))
+    config = find_family(folder).make_config(folder, LoadOptions())
     assert (config.size, config.fps, config.sampling.steps, config.sampling.guidance) == (size, fps, steps, guidance)
     assert (config.process.shift, config.negative) == (shift, negative)
 
@@ -138,6 +138,11 @@ def test_a_folder_keeps_a_shift_that_was_changed_and_an_unknown_model_has_the_de
     backbone = find_family(folders / A14B).read_parts(folders / A14B).denoiser
     changed = find_defaults(backbone, experts=2, flow_shift=7.0)
     assert (changed.shift, changed.steps, changed.guidance) == (None, 40, (4.0, 3.0))
+    image = find_family(folders / I2V_720P).read_parts(folders / I2V_720P).denoiser
+    published = find_defaults(image, experts=1, flow_shift=5.0)
+    # With the shift that diffusers' script writes, only the name tells the model from that for 480p.
+    assert find_defaults(image, experts=1, flow_shift=3.0, name=f"snapshots/{I2V_720P}/12ab") == published
+    assert find_defaults(image, experts=1, flow_shift=7.0, name=I2V_720P) == published._replace(shift=None)
     unknown = find_defaults(replace(backbone, layers=41), experts=2, flow_shift=3.0)
     assert unknown == ((81, 480, 832), 50, 5.0, None, "")
 

@@ -11,6 +11,7 @@ from dit_video.conditioning import TextTokens
 from dit_video.core.registry import register
 from dit_video.families import DenoiserFormat, Family, register_family
 from dit_video.nn import ONE_DEVICE, Linear
+from dit_video.pipelines.folder import read_pipeline_config
 from dit_video.pipelines.loading import load_pipeline
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import segment_mean
@@ -72,11 +73,15 @@ class MixerFamily(Family):
     name, denoiser = "mixer", MixerFormat()
     parts, pipeline_classes = ("transformer", "rest"), ("TheirPipeline",)
 
+    def make_config(self, folder, options):
+        backbone = self.denoiser.read_folder_config(folder / "transformer")
+        return replace(read_pipeline_config(folder / "rest"), backbone=backbone)
+
     def load_pipeline(self, folder, options):
         rest = load_pipeline(folder / "rest")
-        backbone, params = self.denoiser.load(folder / "transformer")
+        _, params = self.denoiser.load(folder / "transformer")
         parameters = {"autoencoder": rest.codec.params, "denoiser": rest.denoiser_params | {"backbone": params}}
-        config = replace(rest.config, backbone=backbone)
+        config = self.make_config(folder, options)
         return Pipeline(config, **parameters, get_lora_modules=self.denoiser.get_lora_modules, mesh=options.mesh)
 
 

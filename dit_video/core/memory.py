@@ -1,10 +1,14 @@
-"""Memory of a traced program's values, without compiling it."""
+"""Bytes of arrays, and of a traced program's values without compiling it."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+
+from dit_video.core.errors import UserError
 
 
 def count_peak_bytes(program: ClosedJaxpr) -> int:
@@ -19,6 +23,28 @@ def count_peak_bytes(program: ClosedJaxpr) -> int:
 def count_bytes(tree: Any) -> int:
     """Return the bytes of all arrays, or shapes of arrays, of a tree; keys count nothing."""
     return sum(map(_count_array_bytes, jax.tree.leaves(tree)))
+
+
+def format_bytes(number: int | float) -> str:
+    """Return a number of bytes in MiB or GiB."""
+    return f"{number / 2**30:,.2f} GiB" if number >= 2**28 else f"{number / 2**20:,.1f} MiB"
+
+
+@contextlib.contextmanager
+def name_exhausted_memory(work: str, fix: str) -> Iterator[None]:
+    """Raise a UserError with a fix if the devices' memory is exhausted in a `with` block.
+
+    Args:
+      work: the block's work, such as "sampling".
+      fix: sentence that says what takes less memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        raise UserError(f"{work} takes more memory than the device has ({reason[:200]}). {fix}") from error
 
 
 def _count_peak(jaxpr: Jaxpr) -> int:
