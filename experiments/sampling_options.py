@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import dit_video
+from dit_video.autoencoders import Tiles
 from dit_video.core.command_line import check_minimum, parse_memory
 from dit_video.core.errors import MissingError
 from dit_video.core.offload import OFFLOADS
@@ -40,6 +41,8 @@ GUIDANCE_SPEC = tyro.constructors.PrimitiveConstructorSpec(
     str_from_instance=lambda value: [str(each) for each in (value if isinstance(value, tuple) else (value,))],
 )
 """Rule for an option of one scale of guidance, or of two for two experts."""
+
+_TILES = ("height", "width", "overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,10 @@ class SamplingOptions:
     """Weights in host memory: all but those of the current stage, also all layers but one (of the text encoder, or of
     the denoiser too), or none; auto: by the model and the device's memory."""
     decode_memory: str | None = None
-    """Memory that decoding may take besides the autoencoder, such as 8GiB; half of the device's by default."""
+    """Memory that decoding may take besides the autoencoder, such as 4GiB; 8GiB or half of the device's by default."""
+    decode_tiles: tuple[int, int, int] | None = None
+    """Height, width and overlap in pixels of tiles that pictures are decoded in, such as 384 640 96, if not even one
+    latent frame fits."""
     cache: bool = True
     """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
 
@@ -104,6 +110,7 @@ class SamplingOptions:
         adapters = [_parse_lora(text) for text in self.lora]
         mesh = None if self.mesh is None else parse_mesh(self.mesh)
         memory = None if self.decode_memory is None else parse_memory(self.decode_memory)
+        tiles = None if self.decode_tiles is None else Tiles(**dict(zip(_TILES, self.decode_tiles, strict=True)))
         dtypes: dict[str, Any] = {"dtype": self.dtype, "text_dtype": self.text_dtype}
         if self.cache:
             enable_compilation_cache()
@@ -116,8 +123,8 @@ class SamplingOptions:
         options: dict[str, Any] = {"ema": self.ema, "sigma_rel": self.sigma_rel, "attention": self.attention}
         options["offload"] = OFFLOADS.get(self.offload, "auto")
         pipeline = dit_video.load(folder, text_encoder=text_encoder, mesh=mesh, **dtypes, **options)
-        if memory is not None:
-            pipeline = pipeline.with_decoding(memory=memory)
+        if memory is not None or tiles is not None:
+            pipeline = pipeline.with_decoding(memory=memory, tiles=tiles)
         for file, scale, expert in adapters:
             pipeline = pipeline.load_lora(file, scale, expert=expert)
         return pipeline

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
 
-import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
@@ -17,14 +16,14 @@ from dit_video.core.errors import UserError
 from dit_video.core.offload import move_to_devices
 from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten
+from dit_video.platform.devices import get_memory_limits
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
-DEVICE_SHARE = 0.5
-"""Share of a device's memory that coding may take by default, by an estimate. Programs of Wan's autoencoder for TPUs,
-which pad channels to 128, take 1.1 to 1.6 times as much."""
-_UNKNOWN_MEMORY = 8 * 2**30
-"""Bytes that it may take where the device's memory is not known."""
+_DEFAULT_MEMORY, _DEVICE_SHARE = 8 * 2**30, 0.5
+"""Bytes that coding may take by default, and the largest share of a device's memory. Few frames of 480p keep a device
+busy, so that longer chunks gain little. These are estimates: programs of Wan's autoencoder for TPUs, which pad channels
+to 128, take up to twice as much."""
 _MAX_PIXEL_BYTES = 8192
 """Bytes per pixel that are enough for any autoencoder: what then fits is coded at once without an estimate."""
 
@@ -39,7 +38,8 @@ class LatentCodec:
       config: the autoencoder's config.
       params: its parameters, a nested dictionary of arrays; those in host memory are copied to the device for each
         call.
-      memory: bytes that coding may take on a device besides the parameters; by default half of the device's memory.
+      memory: bytes that coding may take on a device besides the parameters; by default 8 GiB, or half of the device's
+        memory if that is less.
       tiles: how frames that do not fit into memory are tiled; see `Tiles` for the cost.
       sharding: devices that the height of a frame is sharded over; see `decode_stream`.
     """
@@ -116,7 +116,7 @@ class LatentCodec:
         Raises:
           UserError: the memory does not allow a single one.
         """
-        memory = get_default_memory() if self.memory is None else self.memory
+        memory = compute_default_memory(get_memory_limits().device) if self.memory is None else self.memory
         sharding, tiles = self._options["sharding"], self.tiles
         devices = 1 if sharding is None else sharding.num_devices
         pixels = clips * latents.volume * self.config.stride.volume
@@ -148,10 +148,9 @@ def fit_chunk(config: AutoencoderConfig, method: str, clips: int, latents: Grid,
     return one, min(latents.t, 1 + max(0, memory - one) // max(1, two - one))
 
 
-def get_default_memory() -> int:
-    """Return the bytes that coding may take on a device by default."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    return int(DEVICE_SHARE * statistics["bytes_limit"]) if "bytes_limit" in statistics else _UNKNOWN_MEMORY
+def compute_default_memory(device_memory: int | None) -> int:
+    """Return the bytes that coding may take by default on a device with this memory, None if unknown."""
+    return _DEFAULT_MEMORY if device_memory is None else min(_DEFAULT_MEMORY, int(_DEVICE_SHARE * device_memory))
 
 
 def compute_autoencoder_identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.core.memory import format_bytes
 from dit_video.core.offload import Layers, Offload, Stages, is_stacked_kernel, streams_layers
 from dit_video.core.trees import flatten, map_with_path
@@ -32,14 +32,14 @@ def make_weight_shapes(config: PipelineConfig, dtype_fn: Callable[[str], Any] | 
     """Return the shapes of the weights of each stage of generation, a tree of `jax.ShapeDtypeStruct` each.
 
     The stages are `text`, `image encoder`, the denoiser's experts (`backbone`, `low_noise`) and `autoencoder`, without
-    those that a model lacks. Of folders only JSON files are read.
+    those that a model lacks. Of folders only JSON files are read. An encoder without a folder counts nothing: it is
+    opened at the first prompt or image, perhaps in another place.
 
     Args:
       config: config of the pipeline.
       dtype_fn: returns the dtype of a parameter of the denoiser, given its path; float32 by default.
 
     Raises:
-      MissingError: there is no encoder in a folder.
       UserError: an encoder that is not supported.
     """
 
@@ -49,13 +49,17 @@ def make_weight_shapes(config: PipelineConfig, dtype_fn: Callable[[str], Any] | 
     denoiser = map_with_path(cast, config.denoiser_shapes)
     shapes = {TEXT: denoiser.pop(TEXT)}
     if isinstance(config.text, FrozenTextConfig):
-        shapes[TEXT] = _make_encoder_shapes(read_text_encoder_config(config.text.folder), config.text.dtype)
+        shapes[TEXT] = _make_encoder_shapes(read_text_encoder_config, config.text.folder, config.text.dtype)
     if config.image_encoder is not None:
-        shapes[IMAGE_ENCODER] = _make_encoder_shapes(read_clip_vision_config(config.image_encoder), "float32")
+        shapes[IMAGE_ENCODER] = _make_encoder_shapes(read_clip_vision_config, config.image_encoder, "float32")
     return shapes | denoiser | {AUTOENCODER: get_param_shapes(config.autoencoder.make)}
 
 
-def _make_encoder_shapes(config: Any, dtype: str) -> Any:
+def _make_encoder_shapes(read_config: Callable[[str], Any], folder: str, dtype: str) -> Any:
+    try:
+        config = read_config(folder)
+    except MissingError:
+        return {}
     return map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, get_encoder_dtype(path, dtype=dtype)),
         get_param_shapes(config.make),

@@ -45,7 +45,7 @@ from dit_video.weights import save as save_weights
 from dit_video.weights.lora_modules import GetLoraModules, no_lora_modules
 
 _DTYPES = ("float32", "bfloat16")
-_DECODING_FIX = "Use with_decoding(memory=...) (--decode-memory) with less, or tiles of the frames"
+_DECODING_FIX = "Use with_decoding(memory=...) (--decode-memory) with less, or tiles of the frames (--decode-tiles)"
 
 
 class Pipeline(LoraLoader):
@@ -327,8 +327,8 @@ class Pipeline(LoraLoader):
         """Return the same pipeline, with its weights, that encodes and decodes clips in other parts.
 
         Args:
-          memory: bytes that this may take on a device besides the autoencoder; by default half of the device's memory.
-            As many frames are coded at once as it allows.
+          memory: bytes that this may take on a device besides the autoencoder, by an estimate; by default 8 GiB, or
+            half of the device's memory if that is less. As many frames are coded at once as it allows.
           tiles: sizes of tiles of a picture, if not even one latent frame fits; see `Tiles` for the cost.
         """
         changed = copy.copy(self)

@@ -22,7 +22,7 @@ from dit_video.core.offload import DEVICE, HOST, Layers, Offload, Stages, is_sta
 from dit_video.core.trees import map_with_path
 from dit_video.distributed.planner import Topology, compile_step
 from dit_video.distributed.planner.compiled_program import count_local_bytes, override_default_backend
-from dit_video.encoders.autoencoder import DEVICE_SHARE, LatentCodec, fit_chunk
+from dit_video.encoders.autoencoder import LatentCodec, compute_default_memory, fit_chunk
 from dit_video.encoders.image import FEATURE
 from dit_video.families import find_family
 from dit_video.families.family import LoadOptions
@@ -197,20 +197,21 @@ def _list_plans(
     shapes = make_weight_shapes(config, None if family is None else family.make_dtype_fn(options))
     size = config.size if size is None else to_grid(size)
     with override_default_backend(devices[0].platform):
-        programs = list(_list_programs(config, size, shapes, memory=int(DEVICE_SHARE * limit)))
-    sizes = count_stage_bytes(shapes)
+        programs = list(_list_programs(config, size, shapes, memory=compute_default_memory(limit)))
+    weights = count_stage_bytes(shapes)
+    total = sum(each.total for each in weights.values())
 
     @functools.cache
-    def compile_program(number: int, is_streamed: bool) -> StagePlan:
-        return _compile(programs[number], mesh, is_streamed=is_streamed, reserved=available - limit)
+    def compile_program(number: int, streams_layers: bool) -> StagePlan:
+        return _compile(programs[number], mesh, streams_layers=streams_layers, reserved=available - limit)
 
     for choice in offloads:
-        offload = choose_offload(choice, sizes, is_large=True, platform=devices[0].platform, device_memory=limit)
+        offload = choose_offload(choice, weights, is_large=True, platform=devices[0].platform, device_memory=limit)
         stages = []
         for number, each in enumerate(programs):
-            plan = compile_program(number, is_streamed(each.part, sizes[each.part], offload))
-            others = sum(each.total for each in sizes.values()) - sizes[each.part].total if offload is None else 0
-            stages.append(dataclasses.replace(plan, other_weights=others))
+            own = weights[each.part]
+            plan = compile_program(number, is_streamed(each.part, own, offload))
+            stages.append(dataclasses.replace(plan, other_weights=total - own.total if offload is None else 0))
         fields: dict[str, Any] = {"folder": str(folder), "topology": topology, "size": size, "offload": offload}
         yield PipelinePlan(**fields, limit=limit, stages=tuple(stages))
 
@@ -292,13 +293,13 @@ def _make_tokenizer(config: PipelineConfig) -> Tokenizer:
     return lambda _caption: np.zeros(shape, np.float32)
 
 
-def _compile(program: _Program, mesh: Mesh, *, is_streamed: bool, reserved: int) -> StagePlan:
+def _compile(program: _Program, mesh: Mesh, *, streams_layers: bool, reserved: int) -> StagePlan:
     """Compile a program, and return its memory; weights of other stages are not counted.
 
     Args:
       program: the program.
       mesh: mesh of the one device.
-      is_streamed: leaves the kernels of stacked layers in host memory.
+      streams_layers: leaves the kernels of stacked layers in host memory.
       reserved: bytes of the device's memory that the program must leave to others.
     """
 
@@ -308,7 +309,7 @@ def _compile(program: _Program, mesh: Mesh, *, is_streamed: bool, reserved: int)
         )
 
     params = map_with_path(
-        lambda path, leaf: place(HOST if is_streamed and is_stacked_kernel(path, leaf) else DEVICE, leaf),
+        lambda path, leaf: place(HOST if streams_layers and is_stacked_kernel(path, leaf) else DEVICE, leaf),
         program.params,
     )
     rest = jax.tree.map(functools.partial(place, DEVICE), program.arguments)

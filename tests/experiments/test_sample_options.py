@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import dit_video
+from dit_video.autoencoders import Tiles
 from dit_video.core.offload import Stages, is_in_host_memory
 from dit_video.core.trees import flatten
 from dit_video.pipelines.pipeline import Pipeline
@@ -38,16 +39,19 @@ def test_options_reach_the_pipeline(script, two_experts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Pipeline, "generate_many", record)
     options = ("--dtype", "float32", "--text-dtype", "bfloat16", "--offload", "stages", "--decode-memory", "1GiB")
-    options += ("--times", 1, 0.9, 0.5, "--shift", 5, "--guidance", 9, 2, "--out", tmp_path / "clip.png")
+    options += ("--decode-tiles", 12, 12, 4)
+    options += ("--times", 1, 0.9, 0.5, "--shift", 5, "--guidance", 9, 40, "--out", tmp_path / "clip.png")
     done = script(SAMPLE, two_experts, *PROMPT, *options)
     assert done.code == 0, done.err
     (pipeline,) = used
     assert (pipeline.config.backbone.dtype, pipeline.config.text.dtype) == ("float32", "bfloat16")
     assert (pipeline.task_model.offload, pipeline.codec.memory) == (Stages(), 2**30)
+    assert pipeline.codec.tiles == Tiles(height=12, width=12, overlap=4)
     assert all(map(is_in_host_memory, flatten(pipeline.denoiser_params).values()))
 
     resident = dit_video.load(two_experts, dtype="float32", text_dtype="bfloat16", offload=None)
-    same = {"size": (1, 16, 16), "times": (1, 0.9, 0.5), "shift": 5, "guidance": (9.0, 2.0)}
+    resident = resident.with_decoding(tiles=pipeline.codec.tiles)
+    same = {"size": (1, 16, 16), "times": (1, 0.9, 0.5), "shift": 5, "guidance": (9.0, 40.0)}
     sampled = decode(tmp_path / "clip.png").frames.astype(int)
     assert np.abs(sampled - resident.generate("a dog", **same).frames).max() <= 1
     for change in ({"shift": None}, {"times": (1, 0.9, 0.4)}, {"guidance": 9.0}):
