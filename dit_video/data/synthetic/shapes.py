@@ -5,8 +5,7 @@ seventy-two descriptions (`HELD_OUT`) never occur in training: samples of them s
 compose.
 """
 
-import csv
-import io
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from dit_video.core import files, rng
+from dit_video.core import rng
 from dit_video.core.errors import UserError
+from dit_video.data.synthetic import clip_folder
+from dit_video.data.synthetic.clip_folder import ClipEntry, write_clip_folder
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -223,8 +224,7 @@ def draw_example(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> t
 
 def get_file_name(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> str:
     """Return the file name under which `write_folder` writes clip `index`."""
-    frames = draw_example(index, seed=seed, sizes=sizes)[2].t
-    return f"clips/{index:06d}.{'png' if frames == 1 else 'mp4'}"
+    return clip_folder.get_file_name(index, frames=draw_example(index, seed=seed, sizes=sizes)[2].t)
 
 
 def write_folder(
@@ -245,25 +245,11 @@ def write_folder(
     """
     if not sizes or count < 1:
         raise UserError(f"count={count} of {len(sizes)} sizes is invalid: use at least one size and one clip")
-    _check_recipe(folder, seed=seed, sizes=sizes)
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("file_name", "text"))
+    entries = []
     for index in range(count):
         description, geometry, size = draw_example(index, seed=seed, sizes=sizes)
-        name = get_file_name(index, seed=seed, sizes=sizes)
-        if not (folder / name).exists():
-            render(description, geometry, frames=size.t, height=size.h, width=size.w).save(folder / name)
-        writer.writerow((name, format_caption(description)))
-        progress(index + 1, count)
-    files.write_text(folder / "metadata.csv", table.getvalue())
+        draw = functools.partial(render, description, geometry, frames=size.t, height=size.h, width=size.w)
+        entries.append(ClipEntry(format_caption(description), size.t, draw))
+    recipe = {"seed": seed, "sizes": [list(size) for size in sizes]}
+    write_clip_folder(folder, entries, recipe=recipe, progress=progress)
     return folder
-
-
-def _check_recipe(folder: Path, *, seed: int, sizes: tuple[Grid, ...]) -> None:
-    """Raise `UserError` for a folder of another seed or other sizes; write both into a new folder."""
-    recipe, path = {"seed": seed, "sizes": [list(size) for size in sizes]}, folder / "recipe.json"
-    if not path.exists():
-        files.write_json(path, recipe)
-    elif files.read_json(path) != recipe:
-        raise UserError(f"{folder} holds clips of another seed or other sizes ({path.name}). Use another folder.")

@@ -1,0 +1,14 @@
+"""Rendered scenes with their truth: depth, optical flow, masks, poses, camera, events and sound, in three levels."""
+
+from dit_video.data.synthetic.scenes.description import (
+    CameraMotion,
+    Level,
+    Occluder,
+    Scene,
+    SceneObject,
+    StickFigure,
+)
+from dit_video.data.synthetic.scenes.draw import draw_scene
+from dit_video.data.synthetic.scenes.folder import write_folder
+from dit_video.data.synthetic.scenes.physics import SceneEvent, simulate
+from dit_video.data.synthetic.scenes.render import RenderedScene, render
