@@ -11,7 +11,9 @@ import dit_video
 from dit_video.core.errors import UserError
 from dit_video.core.offload import Layers, Stages, is_stacked_kernel
 from dit_video.core.trees import flatten
+from dit_video.encoders.text import open_tokenizer
 from dit_video.generation import sampler
+from dit_video.text import embedder
 from support.tiny_wan import ANIMATING, DIT, SIZE, TWO, write_animating_wan, write_wan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -107,6 +109,35 @@ def test_each_stage_has_only_its_own_weights_on_the_device(folder, offload, resi
     assert count_device_bytes() - before == after
     assert decoding <= resident[1] - count_param_bytes(pipeline.denoiser_params) + 1024
     assert decoding >= count_param_bytes(pipeline.codec.params)
+
+
+@pytest.mark.parametrize("offload", [Stages(), Layers(denoiser=False)])
+def test_the_text_encoder_is_alone_on_the_device_while_prompts_are_embedded(folder, offload, monkeypatch):
+    counts, make_program = [], embedder.make_embedding_program
+
+    def make(config):
+        program = make_program(config)
+
+        def run(params, *rest):
+            counts.append((count_device_bytes(), params))
+            return program(params, *rest)
+
+        return run
+
+    monkeypatch.setattr(embedder, "make_embedding_program", make)
+    pipeline = dit_video.load(folder, dtype="float32", offload=offload)
+    encoder = open_tokenizer(pipeline.config.text, offload=offload)
+    before = count_device_bytes()
+    encoder.encode_many(PROMPTS)
+    assert counts
+    for on_device, params in counts:
+        leaves = flatten(params)
+        streamed = {path for path, leaf in leaves.items() if leaf.sharding.memory_kind != "device"}
+        expected = {path for path, leaf in leaves.items() if is_stacked_kernel(path, leaf)}
+        assert streamed == (expected if offload == Layers(denoiser=False) else set())
+        weights = count_param_bytes({path: leaf for path, leaf in leaves.items() if path not in streamed})
+        assert weights <= on_device - before <= weights + 2**14
+    assert count_device_bytes() - before < 1024
 
 
 def test_all_requests_pass_one_expert_after_the_other(experts, program_calls):

@@ -13,6 +13,9 @@ from dit_video.distributed.planner import CHIPS, Topology
 from dit_video.families.family import LoadOptions
 from dit_video.planning import fit_pipeline, plan_pipeline
 from dit_video.weights import load_clip_vision
+from support.tiny_ltx import SIZE as LTX_SIZE
+from support.tiny_ltx import write_ltx
+from support.tiny_vace import write_vace
 from support.tiny_wan import ANIMATING, DIT, SIZE, TWO, write_animating_wan, write_wan
 from support.wan_folders import write_published_folder
 
@@ -46,6 +49,27 @@ def test_each_stage_has_the_weights_that_are_loaded(folder):
     resident = plan_pipeline(folder, CPU, size=SIZE, options=LoadOptions(offload=None))
     total = text.weights + image.weights + decoding.weights + sampling.weights
     assert {stage.weights + stage.other_weights for stage in resident.stages} == {total}
+
+
+@pytest.mark.parametrize(
+    ("write", "size"),
+    [
+        pytest.param(write_vace, SIZE, marks=pytest.mark.slow),
+        (write_ltx, LTX_SIZE),
+        pytest.param(
+            lambda folder: write_wan(folder, backbone=replace(DIT, time="token")), SIZE, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["control", "keyframes", "time for each token"],
+)
+def test_models_with_control_keyframes_and_first_frames_are_planned(tmp_path, write, size):
+    write(tmp_path / "model")
+    pipeline = dit_video.load(tmp_path / "model", offload=None)
+    plan = plan_pipeline(tmp_path / "model", CPU, size=size, options=LoadOptions(offload=Stages()))
+    assert [stage.name for stage in plan.stages] == ["text", "encoding", "sampling", "decoding"]
+    assert plan.stages[2].weights == count_bytes(pipeline.denoiser_params)
+    assert plan.stages[1].weights == plan.stages[3].weights == count_bytes(pipeline.codec.params)
+    assert all(stage.activations > 0 for stage in plan.stages)
 
 
 def test_stacked_kernels_are_not_on_the_device_if_layers_move(folder):
