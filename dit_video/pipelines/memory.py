@@ -179,7 +179,7 @@ def check_memory(
     if limits.device is not None and needed > limits.device:
         others = (each for each in (Stages(), Layers()) if each != offload)
         fitting = next((each for each in others if _count_device_bytes(stages, each) <= limits.device), None)
-        fix = "dtype='bfloat16', or a mesh of several devices" if fitting is None else f"offload={fitting}"
+        fix = "a mesh of several devices, or bfloat16 instead of float32" if fitting is None else f"offload={fitting}"
         rule = f"the weights then take {format_bytes(needed)} on a device, which has {format_bytes(limits.device)}"
         raise UserError(f"offload={offload} is invalid: {rule}. Use {fix}")
     total = sum(each.total for each in stages.values())
@@ -187,7 +187,9 @@ def check_memory(
     if limits.host is not None and is_on_host and not is_sharded and total > limits.host:
         parts = ", ".join(f"{name} {format_bytes(each.total)}" for name, each in stages.items() if each.total)
         rule = f"its weights take {format_bytes(total)} ({parts}), this machine has {format_bytes(limits.host)}"
-        raise UserError(f"the model is too large: {rule}. Use dtype='bfloat16', a smaller model or a larger machine")
+        raise UserError(
+            f"the model is too large: {rule}. Use a smaller model, a larger machine, or bfloat16 instead of float32"
+        )
 
 
 def _count_device_bytes(stages: dict[str, StageBytes], offload: Offload | None) -> int:

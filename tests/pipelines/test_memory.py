@@ -89,7 +89,7 @@ def test_offload_is_chosen_by_the_memory_of_the_device(offload, platform, is_lar
         (None, 1699, 1700, "Use offload=Stages()"),
         (None, 999, 1700, f"Use offload={Layers()}"),
         (Stages(), 999, 1000, f"Use offload={Layers()}"),
-        (Layers(), 189, 190, "Use dtype='bfloat16', or a mesh of several devices"),
+        (Layers(), 189, 190, "Use a mesh of several devices, or bfloat16 instead of float32"),
     ],
 )
 def test_too_little_memory_of_a_device_is_said_with_what_fits(offload, device, needed, fix, monkeypatch):
@@ -129,7 +129,7 @@ def test_too_little_memory_of_the_machine_is_said_before_weights_are_read(tmp_pa
 
 def test_a_machine_need_not_hold_what_the_device_keeps():
     check_memory(STAGES, None, MemoryLimits(2000, 10))
-    with pytest.raises(UserError, match="Use dtype='bfloat16', a smaller model or a larger machine"):
+    with pytest.raises(UserError, match="Use a smaller model, a larger machine, or bfloat16 instead of float32"):
         check_memory(STAGES, Stages(), MemoryLimits(2000, 10))
     check_memory(STAGES, Stages(), MemoryLimits(2000, 10), is_sharded=True)
 
