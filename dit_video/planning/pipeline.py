@@ -136,7 +136,7 @@ def plan_pipeline(
     """Compile the programs of a pipeline's stages for one device, and return the memory that each needs.
 
     For TPUs the programs are compiled in a twentieth of the time of those that run, with XLA's least effort for their
-    speed. They need about as much memory.
+    speed. Those that run need as much memory or less.
 
     Args:
       folder: folder of open weights, of which only the JSON files are read, or of a pipeline of one's own.
