@@ -36,7 +36,7 @@ def load(
     ema: float | int | None = None,
     sigma_rel: float | None = None,
 ) -> Pipeline:
-    """Load the pipeline of a run folder, a pipeline folder, or a folder of open weights (Wan, LTX-Video, DiT and SiT).
+    """Load the pipeline of a run folder, a pipeline folder, or a folder of open weights.
 
     Of an unfinished run, the newest checkpoint's averaged weights are loaded; its clips are not needed, and nothing is
     trained.

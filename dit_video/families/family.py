@@ -21,6 +21,7 @@ from dit_video.distributed import MeshConfig
 from dit_video.families.autoencoders import check_autoencoder_weights, load_placed_autoencoder
 from dit_video.families.denoiser_format import DenoiserFormat
 from dit_video.generation import Sampling
+from dit_video.generation.denoiser import EXPERTS, list_experts
 from dit_video.generation.request import GenerationTask
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.devices import make_placement
@@ -37,9 +38,8 @@ from dit_video.weights.tensor_map import make_dtype_fn
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32")
 DEFAULT_DTYPE = DTYPES[0]
-DENOISER_FOLDERS = {"backbone": "transformer", "low_noise": "transformer_2"}
+DENOISER_FOLDERS = dict(zip(EXPERTS, ("transformer", "transformer_2"), strict=True))
 """Folders of a pipeline's experts in diffusers' layout."""
-EXPERTS = tuple(DENOISER_FOLDERS)
 INDEX = "model_index.json"
 """File of a pipeline's folder that names its class and its parts."""
 
@@ -95,7 +95,7 @@ class PipelineParts(NamedTuple):
     """Task that the model is used for; None for text to video, or image to video where there is an image."""
 
 
-def make_pipeline_config(
+def make_open_config(
     folder: Path,
     parts: PipelineParts,
     options: LoadOptions,
@@ -133,11 +133,6 @@ def make_pipeline_config(
         task=parts.task,
         provenance={"loaded from": os.fspath(folder), "class": str(read_pipeline_class(folder))},
     )
-
-
-def list_experts(parts: PipelineConfig | PipelineParts) -> tuple[str, ...]:
-    """Return the names of a pipeline's denoisers."""
-    return EXPERTS[:1] if parts.boundary is None else EXPERTS
 
 
 def check_channels(folder: Path, backbone: BackboneConfig, autoencoder: AutoencoderConfig) -> None:
@@ -214,7 +209,7 @@ class Family(abc.ABC):
 
         return Pipeline(
             config,
-            denoiser={expert: read(expert) for expert in list_experts(config)} | {"text": {}},
+            denoiser={expert: read(expert) for expert in list_experts(config.boundary)} | {"text": {}},
             autoencoder=load_placed_autoencoder(folder / "vae", place),
             get_lora_modules=self.denoiser.get_lora_modules,
             mesh=options.mesh,
@@ -231,7 +226,7 @@ class Family(abc.ABC):
           MissingError: files are missing, which are named.
           UserError: a file is cut, damaged or pickled, or tensors are missing, unexpected or of another shape.
         """
-        for expert in list_experts(parts):
+        for expert in list_experts(parts.boundary):
             self.denoiser.check_weights(self.find_denoiser(folder, expert))
         check_autoencoder_weights(folder / "vae")
         if isinstance(parts.text, FrozenTextConfig):

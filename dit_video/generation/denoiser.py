@@ -12,6 +12,14 @@ from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.text import BatchTokenizer, CaptionTokens, Tokenizer
 from dit_video.tokens import Grid
 
+EXPERTS = ("backbone", "low_noise")
+"""Names of the parameters of two experts, that of the noisy times first; a single denoiser has the first name."""
+
+
+def list_experts(boundary: float | None) -> tuple[str, ...]:
+    """Return the names of a model's experts: two with a boundary time between them, or one."""
+    return EXPERTS[:1] if boundary is None else EXPERTS
+
 
 class Denoiser(NamedTuple):
     """A trained denoiser with everything that sampling needs."""
@@ -38,7 +46,7 @@ class Denoiser(NamedTuple):
     @property
     def experts(self) -> tuple[str, ...]:
         """Return the names of the experts' parameters, that of the noisy times first."""
-        return ("backbone",) if self.boundary is None else ("backbone", "low_noise")
+        return list_experts(self.boundary)
 
     @contextlib.contextmanager
     def open_params(self, expert: str) -> Iterator[dict[str, Any]]:

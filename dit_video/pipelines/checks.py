@@ -7,6 +7,7 @@ import numpy as np
 
 from dit_video.diffusion import ClipSize
 from dit_video.generation import Sampling
+from dit_video.generation.denoiser import list_experts
 from dit_video.generation.packing import SamplingRequest
 from dit_video.generation.preparation import make_sampling_request
 from dit_video.generation.request import Request, TaskModel
@@ -53,7 +54,7 @@ def resolve_sampling(config: PipelineConfig, **overrides: Unpack[SamplingOverrid
     sampling = override_sampling(config.sampling, config.process, **overrides)
     if (skip := sampling.full_guidance.skip_layers) is not None:
         skip.check(config.backbone.layers)
-    sampling.check_experts(1 if config.boundary is None else 2)
+    sampling.check_experts(len(list_experts(config.boundary)))
     return sampling
 
 

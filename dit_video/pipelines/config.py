@@ -10,6 +10,7 @@ from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.generation import Sampling
+from dit_video.generation.denoiser import list_experts
 from dit_video.generation.pictures import compute_fitted_size
 from dit_video.generation.request import GenerationTask, Request
 from dit_video.nn import get_param_shapes
@@ -140,8 +141,7 @@ class PipelineConfig:
     @property
     def denoiser_shapes(self) -> dict[str, Any]:
         """Return the shapes of the denoiser's parameters."""
-        experts = ("backbone",) if self.boundary is None else ("backbone", "low_noise")
-        return {name: get_param_shapes(self.backbone.make) for name in experts} | {
+        return {name: get_param_shapes(self.backbone.make) for name in list_experts(self.boundary)} | {
             "text": get_param_shapes(self.text.make)
         }
 

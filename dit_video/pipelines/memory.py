@@ -157,11 +157,11 @@ def fit_offload(
     stages = count_stage_bytes(make_weight_shapes(config, dtype_fn), None if mesh is None else resolve_mesh(mesh)[0])
     platform = get_default_platform().name
     chosen = choose_offload(offload, stages, is_large=is_large, platform=platform, device_memory=limits.device)
-    check_memory(stages, chosen, limits, is_sharded=mesh is not None)
+    check_weight_memory(stages, chosen, limits, is_sharded=mesh is not None)
     return chosen
 
 
-def check_memory(
+def check_weight_memory(
     stages: dict[str, StageBytes], offload: Offload | None, limits: MemoryLimits, *, is_sharded: bool = False
 ) -> None:
     """Check that weights alone fit into the memory of a device, and those in host memory into the machine's.

@@ -27,10 +27,10 @@ from dit_video.encoders.image import FEATURE
 from dit_video.families import find_family
 from dit_video.families.family import LoadOptions
 from dit_video.features.clip.frames import make_frame_program
-from dit_video.generation.preparation import make_sampling_request
 from dit_video.generation.request import Request
 from dit_video.generation.sampler import list_programs
 from dit_video.nn.parallel import ONE_DEVICE
+from dit_video.pipelines.checks import prepare_request
 from dit_video.pipelines.config import PipelineConfig, to_grid
 from dit_video.pipelines.empty_parts import make_empty_task_model
 from dit_video.pipelines.folder import read_pipeline_config
@@ -253,7 +253,7 @@ def _list_programs(config: PipelineConfig, size: Grid, shapes: dict[str, Any], *
     params[TEXT] = {} if isinstance(config.text, FrozenTextConfig) else shapes[TEXT]
     denoiser = make_denoiser(config, params, _make_tokenizer(config), parallel=ONE_DEVICE)
     images: dict[str, Any] = dict.fromkeys(image_fields, np.zeros((*size[1:], 3), np.uint8))
-    request = make_sampling_request(Request("", size)._replace(**images), latents, model)
+    request = prepare_request(config, Request("", size)._replace(**images), model)
     programs = list_programs(denoiser, [request], sampling=config.sampling, shape=config.row_shape, rows=1)
     for expert, program, (own, *rest) in programs:
         yield _Program("sampling" if expert == "backbone" else "second expert", expert, program, own, tuple(rest))

@@ -14,7 +14,13 @@ from dit_video.core.trees import flatten
 from dit_video.families import find_family
 from dit_video.families.family import LoadOptions
 from dit_video.pipelines import memory
-from dit_video.pipelines.memory import StageBytes, check_memory, choose_offload, count_stage_bytes, make_weight_shapes
+from dit_video.pipelines.memory import (
+    StageBytes,
+    check_weight_memory,
+    choose_offload,
+    count_stage_bytes,
+    make_weight_shapes,
+)
 from dit_video.platform.devices import MemoryLimits, get_memory_limits
 from dit_video.weights import load_clip_vision
 from support.tiny_wan import ANIMATING, DIT, TWO, write_animating_wan, write_wan
@@ -94,9 +100,9 @@ def test_offload_is_chosen_by_the_memory_of_the_device(offload, platform, is_lar
 )
 def test_too_little_memory_of_a_device_is_said_with_what_fits(offload, device, needed, fix, monkeypatch):
     monkeypatch.setattr(memory, "format_bytes", str)
-    check_memory(STAGES, offload, MemoryLimits(needed, None))
+    check_weight_memory(STAGES, offload, MemoryLimits(needed, None))
     with pytest.raises(UserError) as error:
-        check_memory(STAGES, offload, MemoryLimits(device, None))
+        check_weight_memory(STAGES, offload, MemoryLimits(device, None))
     assert f"take {needed} on a device, which has {device}" in str(error.value)
     assert str(error.value).endswith(fix)
 
@@ -105,9 +111,9 @@ def test_a_text_encoder_larger_than_the_denoiser_moves_by_layers_alone():
     stages = {**STAGES, "text": StageBytes(2000, streamed=1900, layer=100)}
     chosen = choose_offload("auto", stages, is_large=True, platform="gpu", device_memory=1500)
     assert chosen == Layers(denoiser=False)
-    check_memory(stages, chosen, MemoryLimits(1000, None))
+    check_weight_memory(stages, chosen, MemoryLimits(1000, None))
     with pytest.raises(UserError, match=r"weights then take .* Use offload=Layers"):
-        check_memory(stages, chosen, MemoryLimits(999, None))
+        check_weight_memory(stages, chosen, MemoryLimits(999, None))
 
 
 def test_too_little_memory_of_the_machine_is_said_before_weights_are_read(tmp_path, monkeypatch):
@@ -128,10 +134,10 @@ def test_too_little_memory_of_the_machine_is_said_before_weights_are_read(tmp_pa
 
 
 def test_a_machine_need_not_hold_what_the_device_keeps():
-    check_memory(STAGES, None, MemoryLimits(2000, 10))
+    check_weight_memory(STAGES, None, MemoryLimits(2000, 10))
     with pytest.raises(UserError, match="Use a smaller model, a larger machine, or bfloat16 instead of float32"):
-        check_memory(STAGES, Stages(), MemoryLimits(2000, 10))
-    check_memory(STAGES, Stages(), MemoryLimits(2000, 10), is_sharded=True)
+        check_weight_memory(STAGES, Stages(), MemoryLimits(2000, 10))
+    check_weight_memory(STAGES, Stages(), MemoryLimits(2000, 10), is_sharded=True)
 
 
 def test_the_memory_of_this_machine_is_known():

@@ -19,7 +19,7 @@ class ClipEntry(NamedTuple):
     render: Callable[[], Clip]
 
 
-def get_file_name(index: int, *, frames: int) -> str:
+def format_clip_name(index: int, *, frames: int) -> str:
     """Return the name of clip `index` in its folder: a video, or a picture for one frame."""
     return f"clips/{index:06d}.{'png' if frames == 1 else 'mp4'}"
 
@@ -54,7 +54,7 @@ def write_clip_folder(
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("file_name", "text"))
     for index, entry in enumerate(entries):
-        names.append(get_file_name(index, frames=entry.frames))
+        names.append(format_clip_name(index, frames=entry.frames))
         if not (folder / names[-1]).exists():
             entry.render().save(folder / names[-1])
         writer.writerow((names[-1], entry.caption))

@@ -16,8 +16,7 @@ from jaxtyping import Float
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError
-from dit_video.data.synthetic import clip_folder
-from dit_video.data.synthetic.clip_folder import ClipEntry, write_clip_folder
+from dit_video.data.synthetic.clip_folder import ClipEntry, format_clip_name, write_clip_folder
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -224,7 +223,7 @@ def draw_example(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> t
 
 def get_file_name(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> str:
     """Return the file name under which `write_folder` writes clip `index`."""
-    return clip_folder.get_file_name(index, frames=draw_example(index, seed=seed, sizes=sizes)[2].t)
+    return format_clip_name(index, frames=draw_example(index, seed=seed, sizes=sizes)[2].t)
 
 
 def write_folder(

@@ -24,7 +24,7 @@ from dit_video.families.family import (
     PipelineParts,
     check_channels,
     check_context_width,
-    make_pipeline_config,
+    make_open_config,
 )
 from dit_video.families.ltx.task import KeyframesToVideo
 from dit_video.families.ltx.transformer import CONDITION_CLASS, LtxDenoiserFormat, is_095_pipeline
@@ -62,7 +62,7 @@ class LtxFamily(Family):
 
     def make_config(self, folder: Path, options: LoadOptions) -> PipelineConfig:
         parts = read_parts(folder, text_encoder=options.text_encoder)
-        return make_pipeline_config(folder, parts, options, steps=_STEPS, guidance=parts.guidance, negative=NEGATIVE)
+        return make_open_config(folder, parts, options, steps=_STEPS, guidance=parts.guidance, negative=NEGATIVE)
 
     def read_parts(self, folder: Path) -> PipelineParts:
         return read_parts(folder)

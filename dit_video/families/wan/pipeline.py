@@ -24,11 +24,11 @@ from dit_video.families.family import (
     PipelineParts,
     check_channels,
     check_context_width,
-    list_experts,
-    make_pipeline_config,
+    make_open_config,
 )
 from dit_video.families.wan.defaults import find_defaults
 from dit_video.families.wan.transformer import WanDenoiserFormat
+from dit_video.generation.denoiser import list_experts
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
@@ -57,13 +57,13 @@ class WanFamily(Family):
         assert isinstance(parts.denoiser, WanDitConfig)
         process = parts.schedule.process
         flow_shift = process.shift if isinstance(process, RectifiedFlow) else 1.0
-        experts = len(list_experts(parts))
+        experts = len(list_experts(parts.boundary))
         defaults = find_defaults(parts.denoiser, experts=experts, flow_shift=flow_shift, name=os.fspath(folder))
         if defaults.shift is not None and isinstance(process, RectifiedFlow):
             process = replace(process, shift=defaults.shift)
         parts = parts._replace(size=defaults.size, schedule=parts.schedule._replace(process=process))
         sampling: dict[str, Any] = {"steps": defaults.steps, "guidance": defaults.guidance}
-        return make_pipeline_config(folder, parts, options, **sampling, negative=defaults.negative)
+        return make_open_config(folder, parts, options, **sampling, negative=defaults.negative)
 
     def read_parts(self, folder: Path, *, text_encoder: str | os.PathLike | None = None) -> PipelineParts:
         return _read_parts(folder, self.denoiser, self.pipeline_classes, text_encoder)
