@@ -38,21 +38,26 @@ def check_frame_conditioning(
             "frame_conditioning is invalid: the denoiser needs cond_channels or time='token'; set one, or leave it out"
         )
     if frames is not None and frames.rest == "grey":
-        _check_grey(backbone, autoencoder, cached=cached)
+        _check_grey(backbone, autoencoder, frames, cached=cached)
+    if frames is not None and frames.has_mask_mix and attends:
+        raise UserError("masks are invalid: image tokens are of a first frame. Use masks=(FirstFrame(),)")
     if attends:
         _check_image(backbone, frames, image_encoder, cached=cached)
     elif image_encoder is not None:
         raise UserError("image_encoder is invalid: the denoiser attends to no image tokens; leave out image_encoder")
 
 
-def _check_grey(backbone: BackboneConfig, autoencoder: AutoencoderConfig, *, cached: bool) -> None:
+def _check_grey(
+    backbone: BackboneConfig, autoencoder: AutoencoderConfig, frames: FrameConditioning, *, cached: bool
+) -> None:
     required = autoencoder.stride.t + autoencoder.channels
-    if backbone.cond_channels != required:
+    has_clean_tokens = backbone.time == "token" and not backbone.cond_channels and frames.has_mask_mix
+    if backbone.cond_channels != required and not has_clean_tokens:
         raise UserError(
             f"cond_channels={backbone.cond_channels} is invalid: with rest='grey' it must be {required}, a mask of "
             f"{autoencoder.stride.t} and the latents' {autoencoder.channels}; use rest='zero'"
         )
-    if not cached:
+    if not cached and not frames.has_mask_mix:
         raise UserError("rest='grey' needs cached latents; set data cache_latents=True")
 
 

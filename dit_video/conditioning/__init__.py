@@ -3,12 +3,35 @@
 from dit_video.conditioning.clip_conditioning import ClipConditioning, ClipView
 from dit_video.conditioning.frame_conditioning import (
     COND_LATENTS,
+    COND_MASK,
     IMAGE_TOKENS,
     FrameConditioning,
+    interleave_mask,
     make_cond_latents,
     make_image_tokens,
+    make_mask_fields,
     mask_first_frames,
 )
-from dit_video.conditioning.frames import GREY, fill_unknown_frames, fold_frame_mask
+from dit_video.conditioning.known_pixels import (
+    GREY,
+    blank_unknown,
+    find_known_latents,
+    find_partly_known_latents,
+    fold_mask,
+    split_cells,
+)
+from dit_video.conditioning.masks import (
+    Beginning,
+    BothEnds,
+    Ending,
+    FirstAndLastFrame,
+    FirstFrame,
+    InsideOfBox,
+    Keyframes,
+    KnownMask,
+    LastFrame,
+    MaskGenerator,
+    OutsideOfBox,
+)
 from dit_video.conditioning.prompts import drop_captions
 from dit_video.conditioning.records import ClassIds, Conditioning, ConditioningLatents, ImageTokens, TextTokens

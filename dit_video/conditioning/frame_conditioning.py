@@ -1,45 +1,95 @@
-"""Conditioning on the first frame of a clip: a mask of its tokens, and latents of it that the denoiser reads."""
+"""Conditioning on known parts of a clip: a mask of them, and latents of them that the denoiser reads."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
+from dit_video.conditioning.masks import FirstAndLastFrame, FirstFrame, KnownMask, MaskGenerator
 from dit_video.conditioning.records import ImageTokens
 from dit_video.core.errors import UserError
+from dit_video.core.rng import make_generator
 from dit_video.core.typing import AnyArray
-from dit_video.tokens import PackedRows
+from dit_video.tokens import Field, PackedRows
 
-COND_LATENTS, IMAGE_TOKENS = "cond_latents", "image_tokens"
-"""Names of fields: latents that a denoiser reads as conditioning; an image encoder's tokens of the first frame."""
+COND_LATENTS, COND_MASK, IMAGE_TOKENS = "cond_latents", "cond_mask", "image_tokens"
+"""Names of fields: latents that a denoiser reads as conditioning; the mask of their known pixels; an image encoder's
+tokens of the first frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameConditioning:
-    """Configuration of training in which the first latent frame of a clip is known at random; never that of an image.
+    """Configuration of training in which parts of a clip are known at random: the task mix.
 
-    The autoencoder is causal: the first latent frame is the first frame of the clip alone.
+    By default the first latent frame is known, never that of an image. The autoencoder is causal: the first latent
+    frame is the first frame of the clip alone.
 
     Raises:
-      UserError: If `prob` is no probability.
+      UserError: `prob` is no probability, there are no masks, or masks need another `rest`.
     """
 
     prob: float = 0.5
-    """Probability that the first frame is known. Otherwise the clip is generated from its text alone, and latents, mask
-    and image tokens of the frame are zero. Wan's image-to-video models always get one: 1."""
+    """Probability that something is known. Otherwise the clip is generated from its text alone, and latents, mask and
+    image tokens are zero. Wan's image-to-video models always get a first frame: 1."""
     rest: Literal["zero", "grey"] = "zero"
-    """Conditioning latents of the frames after a known one: zeros, or `grey`, the latents of the clip with these frames
-    grey, as in Wan's models; they are cached with the clips' own latents. Sampling uses the same."""
+    """Conditioning latents of the frames after a known one: zeros, or `grey`, the latents of the clip with unknown
+    pixels grey, as in Wan's models; they are cached with the clips' own latents. Sampling uses the same."""
+    masks: tuple[MaskGenerator, ...] = (FirstFrame(),)
+    """Kinds of known parts, each with a relative weight; all but the first frame need `rest="grey"`."""
 
     def __post_init__(self):
         if not 0 <= self.prob <= 1:
             raise UserError(f"prob={self.prob} is invalid: a probability must lie in [0, 1]. Use 0.5.")
+        if not self.masks:
+            raise UserError("masks is empty: something must be known. Use masks=(FirstFrame(),).")
+        if self.has_mask_mix and self.rest != "grey":
+            raise UserError(f"rest={self.rest!r} is invalid with these masks: unknown pixels are grey. Use rest='grey'.")
+
+    @property
+    def has_mask_mix(self) -> bool:
+        """Return whether masks are drawn as examples are read, and the clips with unknown pixels grey are encoded."""
+        return tuple(map(type, self.masks)) != (FirstFrame,)
+
+    def accepts(self, is_known: KnownMask) -> bool:
+        """Return whether a model that is trained with this conditioning completes such a mask.
+
+        Wan's models also accept a last frame with the first one.
+        """
+        further = (FirstAndLastFrame(),) if self.rest == "grey" else ()
+        return any(mask.accepts(is_known) for mask in (*self.masks, *further))
+
+    def draw_kind(self, seed: int, example: int) -> int | None:
+        """Return the number of the mask that an example is trained with; None if nothing is known.
+
+        Args:
+          seed: seed of the run.
+          example: running number of the example in the data plan, which differs from step to step.
+        """
+        generator = make_generator(seed, "kind of mask", example)
+        if generator.random() >= self.prob:
+            return None
+        weights = np.array([mask.weight for mask in self.masks])
+        return int(generator.choice(len(weights), p=weights / weights.sum(axis=0)))
 
     def draw_mask(self, layout: PackedRows, keys: Key[Array, "B G"]) -> Bool[Array, "B N"]:
         """Return True for the tokens of known frames, drawn from the keys of the examples."""
         return mask_first_frames(layout, jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.prob)
+
+
+def make_mask_fields(*, channels: int, temporal_stride: int, kind: int | None = None) -> tuple[Field, Field]:
+    """Return the fields of conditioning latents and of their mask, which holds the shares of known pixels.
+
+    Args:
+      channels: channels of the latents.
+      temporal_stride: frames of a latent.
+      kind: number of the kind of mask, of several that are cached; None for the one that an example is trained with.
+    """
+    suffix = "" if kind is None else f"_{kind}"
+    latents = Field(name=COND_LATENTS + suffix, alignment="grid", shape=(channels,))
+    return latents, Field(name=COND_MASK + suffix, alignment="grid", shape=(temporal_stride,))
 
 
 def mask_first_frames(layout: PackedRows, is_conditioned: Bool[Array, "B G"]) -> Bool[Array, "B N"]:
@@ -73,9 +123,15 @@ def make_cond_latents(
       channels: Number of mask and latent channels together; those that the latents leave belong to the mask.
       visible: Mask of the tokens whose latents are visible; the known ones by default.
     """
-    rows, length, width = latents.shape
-    mask_channels = channels - width // patch_volume
-    masks = jnp.broadcast_to(cond_mask[..., None, None], (rows, length, patch_volume, mask_channels))
+    mask_channels = channels - latents.shape[-1] // patch_volume
+    masks = jnp.broadcast_to(cond_mask[..., None], (*cond_mask.shape, patch_volume * mask_channels))
     values = jnp.where((cond_mask if visible is None else visible)[..., None], latents, 0)
-    values = values.reshape(rows, length, patch_volume, width // patch_volume)
-    return jnp.concatenate([masks.astype(jnp.float32), values], axis=-1).reshape(rows, length, patch_volume * channels)
+    return interleave_mask(masks.astype(jnp.float32), values, patch_volume=patch_volume)
+
+
+def interleave_mask(
+    mask: Float[AnyArray, "B N m"], latents: Float[AnyArray, "B N p"], *, patch_volume: int
+) -> Float[Array, "B N g"]:
+    """Return the conditioning channels of tokens: per patch position those of the mask, then those of the latents."""
+    parts = [jnp.asarray(values).reshape(*values.shape[:2], patch_volume, -1) for values in (mask, latents)]
+    return jnp.concatenate(parts, axis=-1).reshape(*latents.shape[:2], -1)

@@ -21,6 +21,7 @@ from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.packing.balance import Balance, Cost
+from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.rows import (
     ENDLESS_LENGTH,
@@ -28,9 +29,9 @@ from dit_video.data.packing.rows import (
     ClipRows,
     Encode,
     LatentRows,
+    RowEncoder,
     RowLayout,
     compute_token_grids,
-    pack_encoded_row,
 )
 from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.tokens import Grid, LayoutShape, PackedBatch, compute_token_grid, stack_rows
@@ -174,6 +175,7 @@ def load_packed_batches(
     shape: LayoutShape,
     config: LoaderConfig,
     token_dt: Sequence[float] | None = None,
+    mask_mix: MaskMix | None = None,
 ) -> PackedBatches:
     """Return batches of rows from cached latents, read ahead.
 
@@ -185,13 +187,15 @@ def load_packed_batches(
       config: configuration of the loader.
       token_dt: spacing of consecutive tokens along time for each example, in the unit of the positions; None counts
         tokens.
+      mask_mix: draws of the masks of known pixels, all kinds of which are cached; None without them.
 
     Raises:
       UserError: the patch does not divide the latents, or an example is larger than a row.
     """
     grids = compute_token_grids(source, patch)
     layout = RowLayout(grids, captions, shape=shape, names=source.names, token_dt=token_dt, **config.row_options)
-    rows = LatentRows(source, layout, patch, cache_bytes=config.cache_bytes // max(1, config.workers))
+    cache_bytes = config.cache_bytes // max(1, config.workers)
+    rows = LatentRows(source, layout, patch, cache_bytes=cache_bytes, mask_mix=mask_mix)
     # Grain forms batches of one host each, of which every `hosts`-th belongs to this host: so rows are shared among
     # hosts in the same order for any number of hosts.
     host_rows = config.batch // config.hosts
@@ -212,6 +216,7 @@ def load_encoded_batches(
     shape: LayoutShape,
     config: LoaderConfig,
     token_dt: Sequence[float] | None = None,
+    mask_mix: MaskMix | None = None,
 ) -> PackedBatches:
     """Return batches of rows from video files: decoded by threads or workers, encoded in a thread of this process.
 
@@ -226,6 +231,7 @@ def load_encoded_batches(
       shape: budgets of a row.
       config: configuration of the loader.
       token_dt: see `load_packed_batches`.
+      mask_mix: draws of the masks of known pixels, with which every clip is encoded once more; None without them.
 
     Raises:
       UserError: a clip has no size within the limits, or is larger than a row.
@@ -237,11 +243,8 @@ def load_encoded_batches(
     row_bytes = shape.tokens * max(3 * size.volume / grid.volume for size, grid in zip(sizes, grids, strict=True))
     decoded = _RowDecoder(ClipRows(source, layout, limits, seed=config.seed), config, row_bytes)
 
-    def batch(rows: list[ClipRow]) -> PackedBatch:
-        latents = iter(encode([clip for row in rows for clip in row.clips if clip is not None]))
-        return stack_rows([pack_encoded_row(row, latents, layout, patch, channels=channels) for row in rows])
-
-    return PackedBatches(encode_ahead(decoded, batch, config), layout, config)
+    encode_rows = RowEncoder(encode, layout, patch, channels, mask_mix)
+    return PackedBatches(encode_ahead(decoded, lambda rows: stack_rows(encode_rows(rows)), config), layout, config)
 
 
 def read_ahead(batches: grain.MapDataset, config: LoaderConfig) -> grain.IterDataset:

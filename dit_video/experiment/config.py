@@ -159,6 +159,8 @@ class Experiment(StagedExperiment):
                 f"conditioning ({names}) needs cached latents and no distillation; set data cache_latents=True"
             )
         frames, image_encoder = self.denoiser.frame_conditioning, self.denoiser.image_encoder
+        if frames is not None and frames.has_mask_mix and self.denoiser.buckets is not None:
+            raise UserError("frame_conditioning.masks need packed rows. Use layout=PackedShape(...).")
         check_frame_conditioning(
             backbone, self.autoencoder.model, frames, image_encoder, cached=self.data.cache_latents
         )

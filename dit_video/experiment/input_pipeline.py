@@ -25,6 +25,7 @@ from dit_video.data.latents.online import OnlineEncoder
 from dit_video.data.latents.views import Augmentations
 from dit_video.data.loader import DenoiserBatches, LoaderConfig, load_encoded_batches, load_packed_batches
 from dit_video.data.packing.balance import Balance, Cost
+from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.rows import Encode
 from dit_video.data.sizes import fit_size, get_sampled_fps
@@ -50,13 +51,13 @@ def make_cached_batches(
 ) -> BatchFactory:
     """Return the input of a training on cached latents of these clips; `texts` are the captions of the latents."""
     config = experiment.denoiser
-    mixed = make_mixture(latents, clips, experiment.data.weights)
+    mixed, mask_mix = make_mixture(latents, clips, experiment.data.weights), make_mask_mix(experiment)
     intervals = _compute_token_dt(experiment, clips, latents.clips)
 
     def feed(start: int) -> DenoiserBatches:
         reading = _make_loader_config(experiment, mesh, start, mixed, threads=1)
         sizes: dict[str, Any] = {"patch": config.backbone.patch, "shape": config.row_shape, "token_dt": intervals}
-        return load_packed_batches(latents, texts, config=reading, **sizes)
+        return load_packed_batches(latents, texts, config=reading, mask_mix=mask_mix, **sizes)
 
     return feed
 
@@ -101,11 +102,20 @@ def make_online_batches(
             "token_dt": _compute_token_dt(experiment, clips, [info.name for info in clips.infos]),
         }
         if buckets is None:
-            return load_encoded_batches(clips, texts, encode, shape=config.row_shape, **common)
+            mask_mix = make_mask_mix(experiment)
+        return load_encoded_batches(clips, texts, encode, shape=config.row_shape, mask_mix=mask_mix, **common)
         text_length = min(config.row_shape.text, config.text.max_tokens)
         return load_bucket_batches(clips, texts, encode, buckets, max_text=text_length, **common)
 
     return feed
+
+
+def make_mask_mix(experiment: Experiment) -> MaskMix | None:
+    """Return the draws of masks of known pixels; None for a denoiser with a first frame alone, or without it."""
+    frames, model = experiment.denoiser.frame_conditioning, experiment.autoencoder.model
+    if frames is None or not frames.has_mask_mix:
+        return None
+    return MaskMix(frames, experiment.seed, model.channels, model.stride)
 
 
 def make_online_encoder(
@@ -255,6 +265,7 @@ def make_encoding(
         text_identity="" if frozen is None else frozen.identity,
         encode_image=images,
         image_identity="" if images is None else images.identity,
-        cond_latents=frames is not None and frames.rest == "grey",
+        cond_latents=frames is not None and frames.rest == "grey" and not frames.has_mask_mix,
+        masks=frames.masks if frames is not None and frames.has_mask_mix else (),
         conditioning=experiment.denoiser.backbone.conditioning,
     )

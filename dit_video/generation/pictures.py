@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from dit_video.core.errors import UserError
 from dit_video.core.resize import resize
@@ -27,6 +27,8 @@ class Condition:
     """Image, as a clip of one frame or as pixels `[H W 3]`, or a clip; it is fitted to the height and width."""
     frame: int = 0
     """Number of the sampled clip's frame that is the first of the content; negative numbers count from the end."""
+    mask: Bool[np.ndarray, "T H W"] | Bool[np.ndarray, " T"] | None = None
+    """Pixels, or frames, of the content that are kept (True); None for all."""
     strength: float = 1.0
     """Degree to which the content is kept: 1 keeps it, smaller values let the model change it."""
 

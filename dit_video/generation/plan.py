@@ -64,6 +64,37 @@ class StepTransform(abc.ABC):
         return sample
 
 
+class BlockEnd(NamedTuple):
+    """The point in time after a block of steps of a clip."""
+
+    number: int
+    """Number of the block, from 0 on."""
+    time: float
+    """Diffusion time of the sample."""
+    process: Process
+    data: Float32[np.ndarray, "t h w c"]
+    """Data that the block's steps lead to."""
+    noise: Float32[np.ndarray, "t h w c"]
+    """Noise that they come from: the sample is both, in the process's proportions."""
+
+    def combine(
+        self, data: Float32[np.ndarray, "t h w c"], noise: Float32[np.ndarray, "t h w c"]
+    ) -> Float32[np.ndarray, "t h w c"]:
+        """Return the sample of data and noise at its time."""
+        time = jnp.asarray(self.time, jnp.float32)
+        return np.asarray(self.process.add_noise(jnp.asarray(data), jnp.asarray(noise), time))
+
+
+class LatentUpdate(abc.ABC):
+    """A change of a clip's latents after every block of steps, on the host, where it may decode and encode them."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, latents: Float32[np.ndarray, "t h w c"], end: BlockEnd
+    ) -> Float32[np.ndarray, "t h w c"]:
+        """Return the changed latents of the sample."""
+
+
 class ExtraTokens(NamedTuple):
     """Tokens that are sampled with those of a clip, such as keyframes, and cut off from the result."""
 
@@ -91,6 +122,37 @@ class SamplingPlan(NamedTuple):
     reference images; fields and start latents have them too."""
     extra: ExtraTokens | None = None
     """Further tokens, for models of packed rows."""
+    resample: int = 1
+    """Number of times that every block of steps is taken; noise leads back to its first time."""
+    update: LatentUpdate | None = None
+    """Change of the latents between blocks of steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformSequence(StepTransform):
+    """Several transforms, one after the other."""
+
+    transforms: tuple[StepTransform, ...]
+
+    def list_fields(self, channels: int) -> tuple[Field, ...]:
+        return tuple(dict.fromkeys(field for each in self.transforms for field in each.list_fields(channels)))
+
+    def change_start(self, noisy: Float[Array, "B N p"], rows: PackedBatch) -> Float[Array, "B N p"]:
+        for each in self.transforms:
+            noisy = each.change_start(noisy, rows)
+        return noisy
+
+    def change_input(
+        self, noisy: Float[Array, "B N p"], times: Float[Array, "B N"], rows: PackedBatch, process: Process
+    ) -> tuple[Float[Array, "B N p"], Float[Array, "B N"]]:
+        for each in self.transforms:
+            noisy, times = each.change_input(noisy, times, rows, process)
+        return noisy, times
+
+    def change_sample(self, sample: Float[Array, "B N p"], inputs: StepInputs) -> Float[Array, "B N p"]:
+        for each in self.transforms:
+            sample = each.change_sample(sample, inputs)
+        return sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +174,12 @@ class CleanTokens(StepTransform):
         return jnp.where(is_clean[..., None], clean, noisy), jnp.where(is_clean, 0.0, times)
 
     def get_clean_tokens(self, rows: PackedBatch) -> Bool[Array, "B N"]:
-        return rows.fields[CLEAN_MASK][..., 0] > 0
+        return jnp.asarray(rows.fields[CLEAN_MASK]).min(axis=-1) > 0
 
     def change_sample(self, sample: Float[Array, "B N p"], inputs: StepInputs) -> Float[Array, "B N p"]:
         """Restore the clean tokens."""
-        fields = inputs.rows.fields
-        return jnp.where(fields[CLEAN_MASK][..., :1] > 0, fields[CLEAN_LATENTS], sample)
+        is_clean = self.get_clean_tokens(inputs.rows)[..., None]
+        return jnp.where(is_clean, inputs.rows.fields[CLEAN_LATENTS], sample)
 
 
 @dataclass(frozen=True, kw_only=True)

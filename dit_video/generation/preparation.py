@@ -7,8 +7,7 @@ from dit_video.generation.conditioning import make_request_fields
 from dit_video.generation.packing import SamplingRequest
 from dit_video.generation.request import Request, TaskModel
 from dit_video.generation.sampler import draw_initial_noise
-from dit_video.generation.tasks.image_to_video import ImageToVideo
-from dit_video.generation.tasks.text_to_video import TextToVideo
+from dit_video.generation.tasks.completion import Completion
 from dit_video.tokens import Grid
 
 
@@ -26,8 +25,7 @@ def make_sampling_request(request: Request, latents: Grid, model: TaskModel) -> 
     """
     if not 0 <= request.seed < 2**32:
         raise UserError(f"seed={request.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}")
-    has_images = request.image is not None or request.last_image is not None
-    task = request.task or model.task or (ImageToVideo() if has_images else TextToVideo())
+    task = request.task or model.task or Completion()
     plan = task(request, model)
     latents = latents._replace(t=latents.t + plan.leading_frames)
     shape = (*latents, model.codec.config.channels)

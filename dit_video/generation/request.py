@@ -4,7 +4,7 @@ import abc
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -22,6 +22,9 @@ from dit_video.video import Clip
 
 PICTURES = ("image", "last_image", "video", "mask", "control", "reference_images", "conditions")
 """Fields of a request with images, clips and masks."""
+OPTIONS = ("strength", "method", "resample")
+"""Fields of a request that say how they are kept."""
+Method = Literal["auto", "trained", "training_free"]
 Mask = Bool[np.ndarray, "T H W"] | Bool[np.ndarray, " T"]
 """Pixels or frames of a clip that are kept (True)."""
 
@@ -98,6 +101,15 @@ class Request(NamedTuple):
     """Images and clips that the clip has at some frames, in models that accept them."""
     noise: Float32[np.ndarray, "t h w c"] | None = None
     """Initial noise of the latents' size, standard normal, instead of the seed's."""
+    strength: float | None = None
+    """Diffusion time, in (0, 1], that `video` is noised to and sampling starts at (SDEdit, arXiv 2108.01073): the part
+    of it that changes, which with a mask is what is not kept. None for noise alone."""
+    method: Method = "auto"
+    """Way in which known pixels are kept: `trained`, as the model was trained, `training_free`, by replacement of
+    their latents after every step, or `auto`, the first if the model was trained for what is known."""
+    resample: int = 1
+    """Number of times that training-free sampling takes every part of the steps, returning to its first time by adding
+    noise (RePaint, arXiv 2201.09865); more make known and new parts agree better, and take longer."""
 
     @property
     def grid(self) -> Grid:
@@ -112,12 +124,14 @@ class Request(NamedTuple):
         return {name: value for name, value in values.items() if not (value is None or _is_empty(value))}
 
     def check_pictures(self, accepted: Collection[str]) -> None:
-        """Check that the model, or its task, accepts all pictures of the request.
+        """Check that the model, or its task, accepts all pictures of the request, and options of how they are kept.
 
         Raises:
           UserError: it does not.
         """
-        if refused := sorted(self.pictures.keys() - set(accepted)):
+        defaults = Request("")
+        options = {name for name in OPTIONS if getattr(self, name) != getattr(defaults, name)}
+        if refused := sorted((self.pictures.keys() | options) - set(accepted)):
             fix = f"It accepts {', '.join(accepted)}" if accepted else "It accepts a prompt alone"
             raise UserError(f"{', '.join(refused)} of a request is invalid: this model was not trained with it. {fix}.")
 

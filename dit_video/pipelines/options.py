@@ -12,7 +12,7 @@ from dit_video.core.errors import UserError
 from dit_video.diffusion import ExplicitTimes, Guidance, Process, Solver, UniformTimes, get_sampler, override_shift
 from dit_video.generation import Sampling
 from dit_video.generation.pictures import Condition, Image
-from dit_video.generation.request import GenerationTask, Mask
+from dit_video.generation.request import GenerationTask, Mask, Method, Request
 from dit_video.video import Clip
 
 GuidanceScale = float | int | tuple[float, float] | Guidance
@@ -46,6 +46,24 @@ class GenerateOptions(SamplingOverrides, total=False):
     control: Clip | None
     reference_images: Sequence[Image]
     conditions: Sequence[Condition]
+    strength: float | None
+    method: Method
+    resample: int
+
+
+def split_options(prompt: str | int, options: Mapping[str, Any]) -> tuple[Request, SamplingOverrides]:
+    """Return the request that arguments of `Pipeline.generate` describe, and what they override of its sampling.
+
+    Raises:
+      TypeError: an argument that does not exist.
+    """
+    if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
+        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
+    overrides: Any = {name: value for name, value in options.items() if name in SamplingOverrides.__annotations__}
+    fields: Any = {name: value for name, value in options.items() if name not in overrides}
+    for name in ("conditioning", "strengths"):
+        fields[name] = fields.get(name) or {}
+    return Request(prompt=str(prompt), **fields), overrides
 
 
 def override_sampling(

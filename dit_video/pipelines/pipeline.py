@@ -37,9 +37,10 @@ from dit_video.pipelines.config import PipelineConfig, PreviousStep
 from dit_video.pipelines.devices import PipelineDevices
 from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config
 from dit_video.pipelines.lora import LoraLoader
-from dit_video.pipelines.options import GenerateOptions, SamplingOverrides
+from dit_video.pipelines.options import GenerateOptions, SamplingOverrides, split_options
 from dit_video.pipelines.parts import make_denoiser, make_task_model
 from dit_video.pipelines.previous_steps import sample_previous_steps
+from dit_video.pipelines.progress import Callback, make_monitor
 from dit_video.video import Clip
 from dit_video.weights import save as save_weights
 from dit_video.weights.lora_modules import GetLoraModules, no_lora_modules
@@ -98,39 +99,25 @@ class Pipeline(LoraLoader):
 
     @overload
     def generate(
-        self, prompt: str | int, *, output: Literal["clip"] = ..., **options: Unpack[GenerateOptions]
+        self,
+        prompt: str | int,
+        *,
+        output: Literal["clip"] = ...,
+        callback: Callback | None = ...,
+        **options: Unpack[GenerateOptions],
     ) -> Clip: ...
 
     @overload
     def generate(
-        self, prompt: str | int, *, output: Literal["latents"], **options: Unpack[GenerateOptions]
+        self,
+        prompt: str | int,
+        *,
+        output: Literal["latents"],
+        callback: Callback | None = ...,
+        **options: Unpack[GenerateOptions],
     ) -> Float32[np.ndarray, "t h w c"]: ...
 
-    def generate(
-        self,
-        prompt,
-        *,
-        size=None,
-        steps=None,
-        guidance=None,
-        negative=None,
-        seed=0,
-        sampler=None,
-        shift=None,
-        times=None,
-        noise=None,
-        image=None,
-        last_image=None,
-        video=None,
-        mask=None,
-        control=None,
-        reference_images=(),
-        conditions=(),
-        conditioning=None,
-        strengths=None,
-        task=None,
-        output="clip",
-    ):
+    def generate(self, prompt, *, output="clip", callback=None, **options: Any):
         """Generate one clip from a prompt.
 
         Args:
@@ -148,19 +135,24 @@ class Pipeline(LoraLoader):
           times: falling times at which the steps start, in (0, 1]; the last step leads to 0. With `shift` they are
             shifted by it, otherwise they are taken as they are.
           noise: initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
-          image: first frame, a clip of one frame or pixels `[H W 3]`, in models that accept one (Wan's I2V needs it,
-            TI2V accepts it). All pictures are fitted to the size: scaled to cover it, and cropped on both sides alike.
-          last_image: last frame, in models that accept one.
-          video: clip that is kept where `mask` is True, in models that accept one.
+          image: first frame, a clip of one frame or pixels `[H W 3]` (Wan's I2V needs it). All pictures are fitted to
+            the size: scaled to cover it, and cropped on both sides alike.
+          last_image: last frame.
+          video: clip that is kept where `mask` is True, or that `strength` changes.
           mask: pixels `[T H W]`, or frames `[T]`, of `video` that are kept (True).
+          strength: diffusion time, in (0, 1], that `video` is noised to and sampling starts at.
           control: clip that steers what is generated (poses, depth, edges), in models that accept one.
           reference_images: images of subjects that the clip shows, in models that accept them.
-          conditions: images and clips at some frames, each a `Condition`, in models that accept them.
+          conditions: images and clips at some frames, each a `Condition`.
+          method: way to keep known pixels: `trained`, `training_free` or, by default, what the model was trained for,
+            and for the rest without training; see `docs/tasks.md`.
+          resample: number of times that training-free sampling takes every part of the steps.
           conditioning: values of further conditioning that the model was trained with, by name; what previous steps
             sample may be left out.
           strengths: strengths of further conditioning, by name; 1 by default.
           task: a `GenerationTask` other than the model's own.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
+          callback: called with a `Progress` after every few steps; what it raises ends the sampling.
 
         Raises:
           UserError: an unsupported size (the message names the nearest), an unknown class or sampler, less than one
@@ -169,29 +161,10 @@ class Pipeline(LoraLoader):
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        request = Request(
-            prompt=str(prompt),
-            size=size,
-            seed=seed,
-            negative=negative,
-            image=image,
-            last_image=last_image,
-            conditioning=conditioning or {},
-            strengths=strengths or {},
-            task=task,
-            video=video,
-            mask=mask,
-            control=control,
-            reference_images=reference_images,
-            conditions=conditions,
-            noise=noise,
-        )
-        overrides: SamplingOverrides = {"steps": steps, "guidance": guidance, "sampler": sampler, "shift": shift}
-        overrides["times"] = times
+        request, overrides = split_options(prompt, options)
         if output == "clip":
-            self.check_decoding([request])
-        latents = sample_latents(self._denoiser, **self._prepare([request], **overrides))
-        return latents[0] if output == "latents" else self.decode_many(latents, [request])[0]
+            return self.generate_many([request], callback=callback, **overrides)[0]
+        return self.generate_latents([request], callback=callback, **overrides)[0]
 
     def trace(self, request: Request, **overrides: Unpack[SamplingOverrides]) -> LatentTrace:
         """Sample one request and return the latents and the predicted clean latents after every step.
@@ -200,23 +173,26 @@ class Pipeline(LoraLoader):
         """
         return trace_latents(self._denoiser, **self._prepare([request], **overrides))[0]
 
-    def generate_many(self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]) -> list[Clip]:
+    def generate_many(
+        self, requests: Sequence[Request], *, callback: Callback | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> list[Clip]:
         """Generate the clips of all requests, of any sizes, packed and sampled together.
 
         A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`. `overrides`
         (`steps`, `guidance`, `sampler`, `shift`, `times`) and errors are as for `generate`.
         """
         self.check_decoding(requests)
-        return self.decode_many(sample_latents(self._denoiser, **self._prepare(requests, **overrides)), requests)
+        return self.decode_many(self.generate_latents(requests, callback=callback, **overrides), requests)
 
     def generate_latents(
-        self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]
+        self, requests: Sequence[Request], *, callback: Callback | None = None, **overrides: Unpack[SamplingOverrides]
     ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
         """Generate normalised latents `t h w c` of all requests; arguments and errors are as for `generate_many`.
 
         On a mesh of several processes all of them call this, and all get the latents.
         """
-        return sample_latents(self._denoiser, **self._prepare(requests, **overrides))
+        monitor = make_monitor(callback, self.decode)
+        return sample_latents(self._denoiser, **self._prepare(requests, **overrides), monitor=monitor)
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
         """Encode a clip, whose size fits the stride, to normalised latents.

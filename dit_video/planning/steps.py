@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from dit_video.backbones.flops import count_training_passes
-from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS
+from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, make_mask_fields
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import SampleTimes
@@ -130,8 +130,8 @@ def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], 
     if (lora := config.lora) is not None:
         init = lambda key: init_lora(weights, lora, key)  # noqa: E731
 
-    step, arguments = make_step_program(train_step, init, _make_batch_shapes(config), mesh, frozen_params=frozen)
-    images = sum(field.length for field in _list_fields(config))
+    step, arguments = make_step_program(train_step, init, _make_batch_shapes(experiment), mesh, frozen_params=frozen)
+    images = sum(field.length for field in _list_fields(experiment))
     costs = _count_costs(config, clips, platform, training=True, images=images)
     costs = dataclasses.replace(costs, accumulation=config.accumulation_steps)
     return PlannedStep(
@@ -155,17 +155,23 @@ def _make_empty_caption(config: DenoiserTraining) -> np.ndarray:
     return config.text.make_tokenizer()("")
 
 
-def _make_batch_shapes(config: DenoiserTraining) -> PyTree:
+def _make_batch_shapes(experiment: Experiment) -> PyTree:
+    config = experiment.denoiser
     text_width = config.text.width if isinstance(config.text, FrozenTextConfig) else 0
-    fields = _list_fields(config)
+    fields = _list_fields(experiment)
     row = make_empty_row(config.row_shape, width=config.backbone.token_width, text_width=text_width, fields=fields)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((config.batch, *leaf.shape), leaf.dtype), row)
 
 
-def _list_fields(config: DenoiserTraining) -> list[Field]:
+def _list_fields(experiment: Experiment) -> list[Field]:
     """Return the fields of the training's rows."""
+    config, frames = experiment.denoiser, experiment.denoiser.frame_conditioning
     fields = [each.field.to_rows(config.backbone.patch) for each in config.backbone.conditioning]
-    if config.frame_conditioning is not None and config.frame_conditioning.rest == "grey":
+    if frames is not None and frames.has_mask_mix:
+        model = experiment.autoencoder.model
+        pair = make_mask_fields(channels=model.channels, temporal_stride=model.stride.t)
+        fields += [field.to_rows(config.backbone.patch) for field in pair]
+    elif frames is not None and frames.rest == "grey":
         fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(config.backbone.token_width,)))
     return fields + _list_image_fields(config)
 

@@ -9,7 +9,7 @@ from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.generation.pictures import Condition
 from dit_video.generation.request import Request
 from dit_video.generation.request_file import list_files, read_requests, write_request
-from dit_video.generation.tasks.text_to_video import TextToVideo
+from dit_video.generation.tasks.completion import Completion
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -156,9 +156,9 @@ def test_a_request_is_read_as_it_was_written(tmp_path, frames):
 
 
 def test_a_written_request_says_what_no_file_holds(tmp_path):
-    request = Request("a cat", conditioning={"depth": np.zeros(3)}, task=TextToVideo())
+    request = Request("a cat", conditioning={"depth": np.zeros(3)}, task=Completion())
     entry = write_request(request, tmp_path)
-    assert entry == {"prompt": "a cat", "seed": 0, "conditioning": ["depth"], "task": "TextToVideo"}
+    assert entry == {"prompt": "a cat", "seed": 0, "conditioning": ["depth"], "task": "Completion"}
     (tmp_path / "list.json").write_text(json.dumps([entry]))
     with pytest.raises(UserError, match=r"conditioning=\['depth'\] .* Use Pipeline\.generate_many in Python"):
         read_requests(tmp_path / "list.json")

@@ -42,7 +42,7 @@ from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.run import Run
 from dit_video.families import load_denoiser
 from dit_video.generation.request import Request
-from dit_video.generation.tasks.image_to_video import ImageToVideo
+from dit_video.generation.tasks.completion import Completion
 from dit_video.nn import LoraConfig
 from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.tokens import Grid
@@ -146,7 +146,7 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
         index = latents.names.index(view.name)
         frame = read_fitted_clip(clips, view.clip, view.limits, start=view.start).frames[0]
         request = Request("", view.size, image=frame[:, ::-1] if view.flipped else frame)
-        expected = {field.name: values for field, values in ImageToVideo()(request, model).fields.items()}
+        expected = {field.name: values for field, values in Completion()(request, model).fields.items()}
         cond_latents, image = (latents.read_field(index, field) for field in latents.fields)
         scale = np.abs(expected["image_tokens"]).max()
         np.testing.assert_allclose(image, expected["image_tokens"], atol=2**-8 * scale)

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Int32, UInt8
+from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
 from dit_video.autoencoders import (
     AutoencoderConfig,
@@ -28,9 +29,19 @@ from dit_video.autoencoders import (
     pack_canvases,
 )
 from dit_video.autoencoders.canvas import CANVAS_PIXELS
-from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, ClipConditioning, ClipView
+from dit_video.conditioning import (
+    COND_LATENTS,
+    IMAGE_TOKENS,
+    ClipConditioning,
+    ClipView,
+    KnownMask,
+    MaskGenerator,
+    fold_mask,
+    make_mask_fields,
+)
 from dit_video.core import config_json, pixels
 from dit_video.core.errors import DecodeError, UserError, check_at_least
+from dit_video.core.rng import make_generator
 from dit_video.core.storage import StoragePathLike, to_storage_path
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import Identity, LatentExample, Skipped, StorageDtype, hash_identity
@@ -54,6 +65,10 @@ class _EncodedBatch(NamedTuple):
     latents: Array
     prefixes: dict[int, Array]
     """Latents of the canvases of which only so many first frames are kept; see `Encoding.list_prefixes`."""
+    blanked: list[Array]
+    """Latents of the canvases with all but the known pixels grey, for each kind of mask."""
+    masks: list[dict[int, KnownMask]]
+    """Masks of the views, for each kind."""
     frames: dict[int, UInt8[np.ndarray, "_ _ _ 3"] | Skipped]
     """Frames of each view."""
 
@@ -79,6 +94,8 @@ class Encoding:
     image_identity: str = ""
     cond_latents: bool = False
     """True to also encode each view with all frames after the first set to grey."""
+    masks: tuple[MaskGenerator, ...] = ()
+    """Kinds of masks of known pixels, for each of which every view is encoded with all other pixels grey."""
     storage: StorageDtype = "bfloat16"
     canvas_pixels: int = CANVAS_PIXELS
     """Approximate number of pixels of a canvas over its frames, which a device encodes at once."""
@@ -101,6 +118,8 @@ class Encoding:
         if self.encode_image is not None:
             length, width = self.encode_image.shape
             fields.append(Field(name=IMAGE_TOKENS, alignment="sequence", shape=(width,), length=length))
+        for kind in range(len(self.masks)):
+            fields += make_mask_fields(channels=channels, temporal_stride=self.autoencoder.stride.t, kind=kind)
         return (*fields, *(each.field for each in self.conditioning))
 
 
@@ -159,6 +178,7 @@ def compute_latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, 
         "image": encoding.image_identity,
         "behind": "grey" * encoding.cond_latents,
         "conditioning": config_json.to_json(encoding.conditioning),
+        "masks": config_json.to_json(encoding.masks),
     }
     return {name: value for name, value in optional.items() if value} | {
         "autoencoder": compute_autoencoder_identity(encoding.autoencoder, encoding.params),
@@ -248,8 +268,13 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 current = decoded
                 decoded = self._submit_decoding(pool, batches[number + 1]) if number + 1 < len(batches) else {}
                 arrays, frames = self._draw_canvases(batch, current)
-                prefixes = {kept: self._encode(*arrays, kept_frames=kept) for kept in self._encoding.list_prefixes()}
-                encoded = _EncodedBatch(batch, self._encode(*arrays), prefixes, frames)
+                prefixes = {
+                    kept: self._encode(*arrays, _keep_first_frames(arrays[0], kept))
+                    for kept in self._encoding.list_prefixes()
+                }
+                masks = [self._draw_masks(kind, batch) for kind in range(len(self._encoding.masks))]
+                blanked = [self._encode(*arrays, self._place_masks(arrays[0], batch, drawn)) for drawn in masks]
+                encoded = _EncodedBatch(batch, self._encode(*arrays), prefixes, blanked, masks, frames)
                 if computed is not None:  # read the previous batch back while the devices encode this one
                     yield from self._extract_latents(computed)
                 computed = encoded
@@ -298,10 +323,31 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 canvases[row, :t, top : top + h, left : left + w] = frames
         return (canvases, inside), views
 
+    def _draw_masks(self, kind: int, batch: Sequence[ClipCanvas]) -> dict[int, KnownMask]:
+        """Return a mask of one kind for every view; nothing is known in a view whose size has none."""
+        masks = {}
+        for slot in (slot for canvas in batch for slot in canvas.slots):
+            view = self._plan.views[slot.clip]
+            generator = make_generator(kind, "mask of a view", zlib.crc32(view.name.encode()))
+            mask = self._encoding.masks[kind].draw(generator, view.size)
+            masks[slot.clip] = np.zeros(view.size, bool) if mask is None else mask
+        return masks
+
+    def _place_masks(
+        self, canvases: UInt8[np.ndarray, "B T H W 3"], batch: Sequence[ClipCanvas], masks: dict[int, KnownMask]
+    ) -> Bool[np.ndarray, "B T H W"]:
+        placed = np.zeros(canvases.shape[:-1], bool)
+        for row, canvas in enumerate(batch):
+            for clip, top, left in canvas.slots:
+                t, h, w = masks[clip].shape
+                placed[row, :t, top : top + h, left : left + w] = masks[clip]
+        return placed
+
     def _extract_latents(self, batch: _EncodedBatch) -> Iterator[LatentExample | Skipped]:
         stride = self._encoding.autoencoder.stride
         values = np.asarray(batch.latents, np.float32)
         prefixes = {kept: np.asarray(latents, np.float32) for kept, latents in batch.prefixes.items()}
+        blanked = [np.asarray(latents, np.float32) for latents in batch.blanked]
         for row, canvas in enumerate(batch.canvases):
             for clip, top, left in canvas.slots:
                 frames = batch.frames[clip]
@@ -315,9 +361,18 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 encoded = {kept: latents[region] for kept, latents in prefixes.items()}
                 seen = ClipView(info.name, frames, grid, view.start, view.flipped, encoded)
                 text = () if self._text is None else tuple(self._text(caption) for caption in info.captions)
-                yield LatentExample(
-                    view.name, info.captions, values[region], info.name, text, self._compute_fields(seen)
+                fields = self._compute_fields(seen) | self._get_mask_fields(
+                    [latents[region] for latents in blanked], [masks[clip] for masks in batch.masks]
                 )
+                yield LatentExample(view.name, info.captions, values[region], info.name, text, fields)
+
+    def _get_mask_fields(self, blanked: Sequence[np.ndarray], masks: Sequence[KnownMask]) -> dict[str, np.ndarray]:
+        model, fields = self._encoding.autoencoder, dict[str, np.ndarray]()
+        for kind, (latents, mask) in enumerate(zip(blanked, masks, strict=True)):
+            pair = make_mask_fields(channels=model.channels, temporal_stride=model.stride.t, kind=kind)
+            values = latents if mask.any() else np.zeros_like(latents)
+            fields |= {pair[0].name: values, pair[1].name: fold_mask(mask, model.stride)}
+        return fields
 
     def _compute_fields(self, view: ClipView) -> dict[str, np.ndarray]:
         encode_image = self._encoding.encode_image
@@ -327,6 +382,11 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
         if encode_image is not None:
             fields[IMAGE_TOKENS] = encode_image(view.frames[:1])[0]
         return fields
+
+
+def _keep_first_frames(canvases: UInt8[np.ndarray, "B T H W 3"], count: int) -> Bool[np.ndarray, "B T 1 1"]:
+    rows, frames = canvases.shape[:2]
+    return np.broadcast_to((np.arange(frames) < count)[None, :, None, None], (rows, frames, 1, 1))
 
 
 def measure_latent_moments(

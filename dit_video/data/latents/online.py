@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32, Int32, UInt8
+from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
 from dit_video.autoencoders import AutoencoderConfig, latent_grid, merge_sizes
 from dit_video.autoencoders.canvas import CANVAS_PIXELS
@@ -52,25 +53,23 @@ class CanvasEncoder:
         self,
         canvases: UInt8[np.ndarray, "B T H W 3"],
         segment_ids: Int32[np.ndarray, "B h w"],
-        *,
-        kept_frames: int | None = None,
+        is_known: Bool[np.ndarray, "B T #H #W"] | None = None,
     ) -> Array:
         """Return the latents [B t h w c] of canvases, without blocking.
 
-        `segment_ids` are nonzero where a latent position belongs to a clip. All frames after the first `kept_frames`
-        are grey; None keeps all.
+        `segment_ids` are nonzero where a latent position belongs to a clip. Pixels that are not known are grey.
         """
-        inputs = jax.device_put((canvases, segment_ids), self._split)
-        return _encode_canvases(self._graph, kept_frames, self._params, *inputs)
+        inputs = jax.device_put((canvases, segment_ids, is_known), self._split)
+        return _encode_canvases(self._graph, self._params, *inputs)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=0)
 def _encode_canvases(
-    graph: nnx.GraphDef, kept_frames: int | None, params: dict[str, Any], canvases: Array, segment_ids: Array
+    graph: nnx.GraphDef, params: dict[str, Any], canvases: Array, segment_ids: Array, is_known: Array | None
 ) -> Array:
     clips = pixels.to_float(canvases)
-    if kept_frames is not None:
-        clips = clips.at[:, kept_frames:].set(0)
+    if is_known is not None:
+        clips = jnp.where(is_known[..., None], clips, 0)
     return nnx.merge(graph, params).encode(clips, segment_ids)
 
 
@@ -107,8 +106,12 @@ class OnlineEncoder:
         self.batch_sizes = {canvas: batch_size(canvas, math.ceil(count / calls)) for canvas, count in counts.items()}
         """Number of canvases of each size in a batch."""
 
-    def __call__(self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> list[Float32[np.ndarray, "_ _ _ c"]]:
-        """Return the latents of the clips, in order.
+    def __call__(
+        self,
+        clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]],
+        masks: Sequence[Bool[np.ndarray, "_ _ _"]] | None = None,
+    ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
+        """Return the latents of the clips, in order; with masks, of the clips with all but the known pixels grey.
 
         Raises:
           UserError: a clip that is larger than all `sizes`.
@@ -119,7 +122,8 @@ class OnlineEncoder:
         results: dict[int, np.ndarray] = {}
         computed: tuple[list[int], Array] | None = None
         for canvas, part in self._make_batches(by_canvas):
-            latents = self._encode(*self._draw_canvases(canvas, [clips[number] for number in part]))
+            known = None if masks is None else self._draw_masks(canvas, [masks[number] for number in part])
+            latents = self._encode(*self._draw_canvases(canvas, [clips[number] for number in part]), known)
             if computed is not None:  # read the previous batch back while the devices encode this one
                 results |= self._extract_latents(*computed, clips)
             computed = part, latents
@@ -148,6 +152,12 @@ class OnlineEncoder:
             drawn[row, : len(clip), : clip.shape[1], : clip.shape[2]] = clip
             inside[row, : grid_size.h, : grid_size.w] = 1
         return drawn, inside
+
+    def _draw_masks(self, canvas: Grid, masks: Sequence[np.ndarray]) -> Bool[np.ndarray, "B T H W"]:
+        drawn = np.zeros((self.batch_sizes[canvas], *canvas), bool)
+        for row, mask in enumerate(masks):
+            drawn[row, : mask.shape[0], : mask.shape[1], : mask.shape[2]] = mask
+        return drawn
 
     def _extract_latents(self, part: list[int], latents: Array, clips: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
         values = np.asarray(latents, np.float32)

@@ -9,11 +9,12 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from dit_video.conditioning import KnownMask, fold_mask
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.captions import CaptionSource
@@ -21,6 +22,7 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.packing.balance import Balance
 from dit_video.data.packing.canvases import CanvasPacking
+from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
@@ -41,8 +43,16 @@ from dit_video.tokens import (
 T = TypeVar("T")
 ENDLESS_LENGTH = 1 << 40
 """Length of endless data sets, as Grain requires a length."""
-Encode = Callable[[Sequence[UInt8[np.ndarray, "T H W 3"]]], list[Float32[np.ndarray, "t h w c"]]]
-"""A function from clips of any sizes to their latents."""
+
+
+@runtime_checkable
+class Encode(Protocol):
+    """A function from clips of any sizes to their latents."""
+
+    def __call__(
+        self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], masks: Sequence[KnownMask] | None = None, /
+    ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
+        """Return the latents of clips, or of the clips with all but the known pixels grey."""
 
 
 class RowEntry(NamedTuple):
@@ -160,11 +170,24 @@ class RowLayout:
 
 
 class LatentRows:
-    """A random-access data source of packed rows from cached latents."""
+    """A random-access data source of packed rows from cached latents, which hold every kind of a mask mix."""
 
-    def __init__(self, source: LatentSource, layout: RowLayout, patch: Grid, *, cache_bytes: int):
+    def __init__(
+        self,
+        source: LatentSource,
+        layout: RowLayout,
+        patch: Grid,
+        *,
+        cache_bytes: int,
+        mask_mix: MaskMix | None = None,
+    ):
         self._source, self._layout, self._patch, self._free_bytes = source, layout, patch, cache_bytes
-        self._fields = [field.to_rows(patch) for field in source.fields]
+        self._mask_mix = mask_mix
+        fields = source.fields
+        if mask_mix is not None:
+            cached = {field for pair in mask_mix.list_cached_fields() for field in pair}
+            fields = (*(field for field in source.fields if field not in cached), *mask_mix.fields)
+        self._fields = [field.to_rows(patch) for field in fields]
         self._clips: dict[int, EncodedClip] = {}
         self._lock = threading.Lock()
 
@@ -174,6 +197,9 @@ class LatentRows:
     def __getitem__(self, number: int) -> PackedBatch:
         members = self._layout.get_entries(number)
         clips = [self._get_clip(member.example) for member in members]
+        if (mix := self._mask_mix) is not None:
+            pairs = zip(clips, members, strict=True)
+            clips = [clip._replace(fields=mix.select(clip.fields, member.rank)) for clip, member in pairs]
         return self._layout.pack(members, clips, fields=self._fields)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -210,8 +236,14 @@ class ClipRow(NamedTuple):
     """A row of clips that are decoded, but not encoded yet."""
 
     entries: list[RowEntry]
-    clips: list[UInt8[np.ndarray, "T H W 3"] | None]
+    clips: list[UInt8[np.ndarray, "_ _ _ 3"] | None]
     """Frames of each clip; None for a clip that is damaged."""
+
+    @property
+    def undamaged(self) -> list[tuple[RowEntry, UInt8[np.ndarray, "_ _ _ 3"]]]:
+        """Return the clips that are encoded, with their entries."""
+        pairs = zip(self.entries, self.clips, strict=True)
+        return [(entry, clip) for entry, clip in pairs if clip is not None]
 
 
 class ClipRows:
@@ -233,18 +265,45 @@ class ClipRows:
         )
 
 
-def pack_encoded_row(
-    row: ClipRow, latents: Iterator[Float32[np.ndarray, "_ _ _ _"]], layout: RowLayout, patch: Grid, *, channels: int
-) -> PackedBatch:
-    """Pack a row of clips, taking their latents from the iterator."""
-    clips = []
-    for member, clip in zip(row.entries, row.clips, strict=True):
-        if clip is None:
-            shape = layout.grids[member.example].volume, patch.volume * channels
-            clips.append(EncodedClip(np.zeros(shape, np.float32), is_damaged=True))
-        else:
-            clips.append(EncodedClip(np.ascontiguousarray(patchify(next(latents), patch))))
-    return layout.pack(row.entries, clips)
+class RowEncoder(NamedTuple):
+    """An encoder of rows of decoded clips, all rows of a batch together."""
+
+    encode: Encode
+    layout: RowLayout
+    patch: Grid
+    channels: int
+    """Channels of the latents."""
+    mask_mix: MaskMix | None = None
+    """Draws of the masks of known pixels; None without them."""
+
+    def __call__(self, rows: Sequence[ClipRow]) -> list[PackedBatch]:
+        """Return the packed rows."""
+        pairs = [pair for row in rows for pair in row.undamaged]
+        clips, mix = [clip for _, clip in pairs], self.mask_mix
+        latents, fields = self.encode(clips), [dict[str, np.ndarray]() for _ in clips]
+        if mix is not None:
+            masks = [mix.draw_mask(Grid(*clip.shape[:3]), entry.rank) for entry, clip in pairs]
+            for values, blanked, mask in zip(fields, self.encode(clips, masks), masks, strict=True):
+                arrays = blanked if mask.any() else np.zeros_like(blanked), fold_mask(mask, mix.stride)
+                for field, array in zip(mix.fields, arrays, strict=True):
+                    values[field.name] = field.patchify(array, self.patch)
+        encoded = iter(zip(latents, fields, strict=True))
+        return [self._pack(row, encoded) for row in rows]
+
+    def _pack(self, row: ClipRow, encoded: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]) -> PackedBatch:
+        """Pack a row, taking the latents and fields of its clips from the iterator."""
+        row_fields = [] if self.mask_mix is None else [field.to_rows(self.patch) for field in self.mask_mix.fields]
+        clips = []
+        for member, clip in zip(row.entries, row.clips, strict=True):
+            if clip is None:
+                tokens = self.layout.grids[member.example].volume
+                zeros = {field.name: np.zeros((tokens, *field.shape), np.float32) for field in row_fields}
+                empty = np.zeros((tokens, self.patch.volume * self.channels), np.float32)
+                clips.append(EncodedClip(empty, zeros, is_damaged=True))
+            else:
+                latents, fields = next(encoded)
+                clips.append(EncodedClip(np.ascontiguousarray(patchify(latents, self.patch)), fields))
+        return self.layout.pack(row.entries, clips, fields=row_fields)
 
 
 def compute_token_grids(source: LatentSource, patch: Grid) -> list[Grid]:

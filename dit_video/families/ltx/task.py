@@ -16,11 +16,11 @@ from jaxtyping import Float32, UInt8
 from dit_video.autoencoders import latent_grid
 from dit_video.core.errors import UserError
 from dit_video.core.rng import key
-from dit_video.generation.pictures import Condition, fit_frames, fit_image
+from dit_video.generation.known_pixels import locate_condition
+from dit_video.generation.pictures import Condition
 from dit_video.generation.plan import ExtraTokens, HeldTokens, SamplingPlan
 from dit_video.generation.request import GenerationTask, Request, TaskModel
 from dit_video.tokens import Field, Grid, compute_positions, compute_token_grid, patchify
-from dit_video.video import Clip
 
 _PREFIX = 2
 """Number of latent frames of a clip that are extra tokens."""
@@ -81,13 +81,9 @@ class _Keyframe(NamedTuple):
 
 def _fit(condition: Condition, size: Grid, stride: Grid) -> tuple[int, UInt8[np.ndarray, "T H W 3"]]:
     """Return the first frame of a condition in the clip, and its frames at the clip's height and width."""
-    content, start = condition.content, condition.frame
-    frames = fit_frames(content.frames, size) if isinstance(content, Clip) else fit_image(content, size)[None]
-    start = start + size.t if start < 0 else start
-    if start < 0 or start + len(frames) > size.t:
-        rule = f"frames {start} to {start + len(frames) - 1} are not all in a clip of {size.t}"
-        fix = "Use another frame, or fewer frames"
-        raise UserError(f"frame={condition.frame} of a condition is invalid: {rule}. {fix}.")
+    if condition.mask is not None:
+        raise UserError("mask= of a condition is invalid: this model keeps whole frames. Leave it out")
+    start, frames = locate_condition(condition, size)
     # Latents of a clip are those of the sampled clip from the third on, so they must stand for the same frames.
     if len(frames) > 1 and start % stride.t:
         below = start - start % stride.t

@@ -8,13 +8,14 @@ before the clip, which are sampled with it and cut off.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float32
 
 from dit_video.backbones.vace import VaceControl
 from dit_video.conditioning import GREY
 from dit_video.core.errors import UserError
 from dit_video.core.resize import resize
-from dit_video.generation.pictures import fit_frames, fit_image
+from dit_video.generation.known_pixels import collect_known_pixels, fit_clip
+from dit_video.generation.pictures import fit_image
 from dit_video.generation.plan import SamplingPlan
 from dit_video.generation.request import GenerationTask, Request, TaskModel
 from dit_video.tokens import Grid
@@ -62,43 +63,13 @@ def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bo
     size = request.grid
     pixels, is_generated = np.full((*size, 3), GREY, np.float32), np.ones(size, bool)
     if request.control is not None:
-        pixels[:] = _fit_clip("control", request.control, size)
+        pixels[:] = fit_clip("control", request.control, size)
     if (request.video is None) != (request.mask is None):
         missing, fix = ("mask", "control=") if request.mask is None else ("video", "image=")
         raise UserError(f"{missing}=None is invalid: video and mask need each other. Give both, or use {fix}")
-    if request.video is not None and request.mask is not None:
-        video, is_kept = _fit_clip("video", request.video, size), _fit_mask(request.mask, request.video, size)
-        pixels, is_generated = np.where(is_kept[..., None], video, pixels), ~is_kept
-    for name, image, frame in (("image", request.image, 0), ("last_image", request.last_image, size.t - 1)):
-        if image is None:
-            continue
-        if not is_generated[frame].all():
-            raise UserError(f"{name}= is invalid: the frame is also kept of video or of another image. Use one of them")
-        pixels[frame], is_generated[frame] = fit_image(image, size), False
+    if (known := collect_known_pixels(request)) is not None:
+        pixels, is_generated = np.where(known.is_known[..., None], known.frames, pixels), ~known.is_known
     return pixels.astype(np.float32), is_generated
-
-
-def _fit_clip(name: str, clip: Clip, size: Grid) -> UInt8[np.ndarray, "T h w 3"]:
-    if len(clip.frames) != size.t:
-        raise UserError(
-            f"{name} of {len(clip.frames)} frames is invalid for a clip of {size.t}: the lengths must be equal. Use a "
-            "size or a clip of the same length"
-        )
-    return fit_frames(clip.frames, size)
-
-
-def _fit_mask(mask: np.ndarray, video: Clip, size: Grid) -> Bool[np.ndarray, "T h w"]:
-    """Return a video's mask at the size of the clip, fitted as the video is."""
-    frames = video.frames.shape[:3]
-    if mask.dtype != np.bool_ or mask.shape not in (frames, frames[:1]):
-        raise UserError(
-            f"mask of {mask.dtype} {list(mask.shape)} is invalid: it must be a boolean of the video's pixels, "
-            f"{list(frames)}, or of its frames, [{frames[0]}]. Use a mask of this shape, True where pixels are kept"
-        )
-    if mask.ndim == 1:
-        return np.broadcast_to(mask[:, None, None], size).copy()
-    pixels = np.broadcast_to(np.where(mask, 255, 0).astype(np.uint8)[..., None], (*frames, 3))
-    return fit_frames(pixels, size)[..., 0] > GREY
 
 
 def _encode_reference(

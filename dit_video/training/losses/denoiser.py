@@ -13,6 +13,7 @@ from dit_video.backbones.denoise import make_denoise_fn, make_text_record
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import (
     COND_LATENTS,
+    COND_MASK,
     IMAGE_TOKENS,
     ClipConditioning,
     Conditioning,
@@ -20,6 +21,7 @@ from dit_video.conditioning import (
     FrameConditioning,
     ImageTokens,
     drop_captions,
+    interleave_mask,
     make_cond_latents,
     make_image_tokens,
 )
@@ -87,6 +89,9 @@ class DenoiserLoss:
         clean = cond_mask if backbone.config.time == "token" else None
         denoise = make_denoise_fn(backbone, layout, conditioning, is_clean=clean if self.time_per == "clip" else None)
         data, time = jnp.asarray(rows.tokens), self.draw_token_times(rows, step)
+        if clean is not None and COND_MASK in rows.fields:
+            # Parts of a clip are known from the clip in which all else is grey, as in sampling.
+            data = jnp.where(clean[..., None], rows.fields[COND_LATENTS], data)
         per_token = self.objective.loss(denoise, data, noise, time, cond_mask=clean)
         counted = rows.segments if clean is None else jnp.where(clean, 0, rows.segments)
         per_example = segment_mean(per_token, counted, count=layout.count)
@@ -120,9 +125,11 @@ class DenoiserLoss:
         return metrics
 
     def draw_cond_mask(self, rows: PackedBatch, step: Array) -> Bool[Array, "B N"]:
-        """Return True for tokens of known frames, drawn per example and independently of the mesh."""
+        """Return True for tokens that are known, drawn per example and independently of the mesh."""
         if self.frame_conditioning is None:
             return jnp.zeros(rows.segments.shape, bool)
+        if COND_MASK in rows.fields:
+            return jnp.asarray(rows.fields[COND_MASK]).min(axis=-1) == 1
         keys = example_keys(key(self.seed, "known frames"), step, rows.examples)
         return self.frame_conditioning.draw_mask(rows.layout, keys)
 
@@ -182,11 +189,15 @@ def _make_frame_conditioning(config: BackboneConfig, rows: PackedBatch, cond_mas
     is_conditioned = layout.max(cond_mask.astype(jnp.float32)) > 0
     conditioning, kinds = Conditioning(), config.conditioning_kinds
     if ConditioningLatents in kinds:
-        latents, visible = rows.tokens, cond_mask
-        if COND_LATENTS in rows.fields:
-            latents, visible = rows.fields[COND_LATENTS], layout.expand(is_conditioned)
-        sizes = {"patch_volume": config.patch.volume, "channels": config.cond_channels}
-        values = make_cond_latents(latents, cond_mask, visible=visible, **sizes)
+        if COND_MASK in rows.fields:
+            mask, latents = rows.fields[COND_MASK], rows.fields[COND_LATENTS]
+            values = interleave_mask(mask, latents, patch_volume=config.patch.volume)
+        else:
+            latents, visible = rows.tokens, cond_mask
+            if COND_LATENTS in rows.fields:
+                latents, visible = rows.fields[COND_LATENTS], layout.expand(is_conditioned)
+            sizes = {"patch_volume": config.patch.volume, "channels": config.cond_channels}
+            values = make_cond_latents(latents, cond_mask, visible=visible, **sizes)
         conditioning = conditioning.add(ConditioningLatents(values))
     if ImageTokens in kinds:
         images = make_image_tokens(rows.fields[IMAGE_TOKENS], layout)

@@ -10,8 +10,7 @@ import dit_video
 from dit_video.conditioning import FrameConditioning, make_cond_latents
 from dit_video.core.errors import UserError
 from dit_video.generation.request import Request
-from dit_video.generation.tasks.image_to_video import ImageToVideo
-from dit_video.generation.tasks.text_to_video import TextToVideo
+from dit_video.generation.tasks.completion import Completion
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import Grid, patchify
 from support import tiny_clip
@@ -46,7 +45,7 @@ def sample_latents(pipeline, size=SIZE, **options):
 
 def plan_fields(pipeline, image):
     """Return the fields of a clip that begins with an image, by name."""
-    plan = ImageToVideo()(Request("", SIZE, image=image), pipeline.task_model)
+    plan = Completion()(Request("", SIZE, image=image), pipeline.task_model)
     return {field.name: values for field, values in plan.fields.items()}
 
 
@@ -94,7 +93,12 @@ def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
     ("kind", "options", "message"),
     [
         ("animating", {}, r"this model needs an image; give image="),
-        ("animating", {"image": IMAGES[0], "last_image": IMAGES[1]}, "trained with the first image alone"),
+        (
+            "animating",
+            {"image": IMAGES[0], "last_image": IMAGES[1], "method": "trained"},
+            "method='trained' is invalid: this model was not trained for what is known",
+        ),
+        ("animating", {"image": IMAGES[0], "method": "training_free"}, "reads a first image in any case"),
         ("animating", {"image": IMAGES[0] / 255}, r"float64 \[16, 16, 3\] is invalid: .* uint8 pixels \[H W 3\]"),
         ("animating", {"image": dit_video.Clip(IMAGES, 16)}, r"a clip of 2 frames is no image; use Clip\("),
         (
@@ -102,8 +106,13 @@ def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
             {"image": IMAGES[0], "control": dit_video.Clip(IMAGES, 16)},
             "control of a request .* image, last_",
         ),
-        ("knowing", {"mask": np.ones(5, bool)}, "mask of a request is invalid.* accepts a prompt alone"),
-        ("knowing", {"last_image": IMAGES[0]}, "does not accept a clip's last image"),
+        ("knowing", {"mask": np.ones(5, bool)}, "video=None is invalid with a mask"),
+        ("knowing", {"video": dit_video.Clip(IMAGES, 16), "mask": np.ones(2, bool)}, "the lengths must be equal"),
+        ("knowing", {"video": dit_video.Clip(IMAGES, 16)}, "say what of it is kept. Use mask=, or strength="),
+        ("knowing", {"strength": 0.5}, "strength=0.5 is invalid: it is that of a video"),
+        ("knowing", {"last_image": IMAGES[0], "method": "trained"}, "method='trained' is invalid"),
+        ("knowing", {"image": IMAGES[0], "resample": 0}, "resample=0 is invalid"),
+        ("knowing", {"image": IMAGES[0], "method": "fast"}, "method='fast' is invalid. Use auto, trained or"),
     ],
 )
 def test_missing_or_misshapen_images_are_refused(request, kind, options, message):
@@ -123,11 +132,15 @@ def test_without_a_size_the_clip_has_the_aspect_ratio_of_the_image(animating):
     assert pipeline.decode(latents).frames.shape == (5, 16, 48, 3)
 
 
-def test_a_model_without_image_conditioning_refuses_an_image(knowing):
+def test_a_model_without_image_conditioning_keeps_an_image_without_training(knowing):
     config = replace(knowing.config, backbone=replace(KNOWING, time="segment"), frame_conditioning=None)
     other = Pipeline(config, autoencoder=knowing.codec.params, denoiser=knowing.denoiser_params)
-    with pytest.raises(UserError, match="does not accept a clip's first image"):
-        sample_latents(other, image=IMAGES[0])
+    with pytest.warns(UserWarning, match="not trained for what is known of the clip"):
+        latents = sample_latents(other, image=IMAGES[0])
+    expected = other.encode(dit_video.Clip(np.broadcast_to(IMAGES[:1], (5, 16, 16, 3)), 16))
+    np.testing.assert_allclose(latents[0], expected[0], atol=1e-5)
+    with pytest.raises(UserError, match="method='trained' is invalid"):
+        sample_latents(other, image=IMAGES[0], method="trained")
 
 
 @pytest.mark.parametrize("mask_channels", [1, 3])
@@ -151,13 +164,13 @@ def test_without_grey_frames_sampling_has_the_latents_of_training(knowing, mask_
     expected = make_cond_latents(tokens[None], jnp.asarray(is_first)[None], **sizes)[0]
     fields = plan_fields(pipeline, clip.frames[0])
     np.testing.assert_allclose(patchify(fields["cond_latents"], DIT.patch), expected, atol=1e-4)
-    without_image = TextToVideo()(Request("", SIZE), pipeline.task_model).fields
+    without_image = Completion()(Request("", SIZE), pipeline.task_model).fields
     assert [field.name for field in without_image] == ["cond_latents"]
     assert not any(values.any() for values in without_image.values())
     with_image, without = sample_latents(pipeline, image=clip.frames[0]), sample_latents(pipeline)
     assert np.abs(with_image - without).max() > 1e-3
-    with pytest.raises(UserError, match="does not accept a clip's last image"):
-        sample_latents(pipeline, image=clip.frames[0], last_image=clip.frames[0])
+    with pytest.raises(UserError, match="method='trained' is invalid"):
+        sample_latents(pipeline, image=clip.frames[0], last_image=clip.frames[0], method="trained")
 
 
 def test_a_model_with_mask_channels_needs_to_say_what_they_hold(animating):

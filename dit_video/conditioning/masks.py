@@ -1,0 +1,264 @@
+"""Generators of masks of known pixels: what a model is trained to complete, and recognises in a request.
+
+Each stands for a generation task. Training draws masks from the generators of a config; in sampling they tell whether
+a model was trained for what a request knows.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Bool
+
+from dit_video.core.errors import UserError
+from dit_video.core.grid import Grid
+
+KnownMask = Bool[np.ndarray, "T H W"]
+"""True for known pixels of a clip, which are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskGenerator(abc.ABC):
+    """A generator of masks of one kind.
+
+    Raises:
+      UserError: a weight that is not positive.
+    """
+
+    weight: float = 1.0
+    """Relative probability among the generators of a training."""
+    task: ClassVar[str]
+    """Name of the task that completes such a mask."""
+
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise UserError(f"weight={self.weight} is invalid: it must be positive. Leave the mask out instead of 0.")
+
+    @abc.abstractmethod
+    def draw(self, generator: np.random.Generator, size: Grid) -> KnownMask | None:
+        """Return a random mask; None for a clip of a size that has none."""
+
+    @abc.abstractmethod
+    def accepts(self, is_known: KnownMask) -> bool:
+        """Return whether a mask, which has known and unknown pixels, is of this kind."""
+
+
+class FrameMask(MaskGenerator):
+    """A generator of masks of whole frames."""
+
+    @abc.abstractmethod
+    def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
+        """Return the numbers of the known frames of a clip of `count`, at least two, frames."""
+
+    @abc.abstractmethod
+    def accepts_frames(self, frames: list[int], count: int) -> bool:
+        """Return whether these known frames of a clip are of this kind."""
+
+    def draw(self, generator: np.random.Generator, size: Grid) -> KnownMask | None:
+        """Return a random mask; None for an image."""
+        if size.t == 1:
+            return None
+        is_known = np.zeros(size, bool)
+        is_known[self.draw_frames(generator, size.t)] = True
+        return is_known
+
+    def accepts(self, is_known: KnownMask) -> bool:
+        """Return whether whole frames of a clip of several frames are known, and are of this kind."""
+        frames = find_known_frames(is_known)
+        return len(is_known) > 1 and frames is not None and self.accepts_frames(frames, len(is_known))
+
+
+def find_known_frames(is_known: KnownMask) -> list[int] | None:
+    """Return the numbers of the known frames; None if parts of a frame are known."""
+    shares = is_known.mean(axis=(1, 2))
+    return np.flatnonzero(shares == 1).tolist() if np.isin(shares, (0, 1)).all() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstFrame(FrameMask):
+    """Masks of the first frame, for image to video."""
+
+    task: ClassVar[str] = "image to video"
+
+    def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
+        return [0]
+
+    def accepts_frames(self, frames: list[int], count: int) -> bool:
+        return frames == [0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastFrame(FrameMask):
+    """Masks of the last frame."""
+
+    task: ClassVar[str] = "last frame to video"
+
+    def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
+        return [count - 1]
+
+    def accepts_frames(self, frames: list[int], count: int) -> bool:
+        return frames == [count - 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstAndLastFrame(FrameMask):
+    """Masks of the first and the last frame."""
+
+    task: ClassVar[str] = "first and last frame to video"
+
+    def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
+        return [0, count - 1]
+
+    def accepts_frames(self, frames: list[int], count: int) -> bool:
+        return frames == [0, count - 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning(FrameMask):
+    """Masks of any number of frames at the beginning, for extension forwards."""
+
+    task: ClassVar[str] = "extension forwards"
+
+    def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
+        return list(range(generator.integers(1, count)))
+
+    def accepts_frames(self, frames: list[int], count: int) -> bool:
+        return frames == list(range(len(frames)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending(FrameMask):
+    """Masks of any number of frames at the end, for extension backwards."""
+
+    task: ClassVar[str] = "extension backwards"
+
+    def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
+        return list(range(generator.integers(1, count), count))
+
+    def accepts_frames(self, frames: list[int], count: int) -> bool:
+        return frames == list(range(count - len(frames), count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BothEnds(FrameMask):
+    """Masks of frames at the beginning and at the end, for blending of two clips."""
+
+    task: ClassVar[str] = "blending"
+
+    def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
+        if count < 3:
+            return [0]
+        first, last = sorted(generator.choice(np.arange(1, count), size=2, replace=False).tolist())
+        return [*range(first), *range(last, count)]
+
+    def accepts_frames(self, frames: list[int], count: int) -> bool:
+        gaps = np.diff(frames)
+        return len(frames) > 1 and frames[0] == 0 and frames[-1] == count - 1 and (gaps > 1).sum() == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keyframes(FrameMask):
+    """Masks of single frames, at equal or random distances, for interpolation and keyframes.
+
+    Raises:
+      UserError: a largest distance below 2.
+    """
+
+    max_distance: int = 8
+    """Largest distance of two known frames at equal distances."""
+    task: ClassVar[str] = "interpolation"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_distance < 2:
+            raise UserError(f"max_distance={self.max_distance} is invalid: it must be at least 2. Use 8.")
+
+    def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
+        if generator.random() < 0.5:
+            return list(range(0, count, int(generator.integers(2, self.max_distance + 1))))
+        number = int(generator.integers(1, max(2, count // 2)))
+        return sorted(generator.choice(count, size=number, replace=False).tolist())
+
+    def accepts_frames(self, frames: list[int], count: int) -> bool:
+        return len(frames) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutsideOfBox(MaskGenerator):
+    """Masks of all but a box, which moves at a constant speed, for inpainting.
+
+    Raises:
+      UserError: shares outside of (0, 1), or in the wrong order.
+    """
+
+    min_share: float = 0.3
+    """Smallest height and width of the box, relative to those of a frame."""
+    max_share: float = 0.8
+    """Largest height and width of the box."""
+    task: ClassVar[str] = "inpainting"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_shares(self.min_share, self.max_share)
+
+    def draw(self, generator: np.random.Generator, size: Grid) -> KnownMask:
+        is_known = np.ones(size, bool)
+        sides, path = [], []
+        for length in (size.h, size.w):
+            side = max(1, round(length * generator.uniform(self.min_share, self.max_share)))
+            first, last = generator.uniform(0, length - side, size=2)
+            sides.append(side)
+            path.append(np.rint(np.linspace(first, last, size.t)).astype(int))
+        for frame, (top, left) in enumerate(zip(*path, strict=True)):
+            is_known[frame, top : top + sides[0], left : left + sides[1]] = False
+        return is_known
+
+    def accepts(self, is_known: KnownMask) -> bool:
+        """Return whether parts of frames are known, and not only a box inside of them."""
+        return find_known_frames(is_known) is None and not _is_inner_box(is_known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsideOfBox(MaskGenerator):
+    """Masks of a box, for outpainting.
+
+    Raises:
+      UserError: a share outside of (0, 1).
+    """
+
+    min_share: float = 0.4
+    """Smallest height and width of the box, relative to those of a frame."""
+    max_share: float = 0.95
+    """Largest height and width of the box."""
+    task: ClassVar[str] = "outpainting"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_shares(self.min_share, self.max_share)
+
+    def draw(self, generator: np.random.Generator, size: Grid) -> KnownMask:
+        is_known, box = np.zeros(size, bool), []
+        for length in (size.h, size.w):
+            side = max(1, min(length - 1, round(length * generator.uniform(self.min_share, self.max_share))))
+            start = int(generator.integers(length - side + 1))
+            box.append(slice(start, start + side))
+        is_known[:, box[0], box[1]] = True
+        return is_known
+
+    def accepts(self, is_known: KnownMask) -> bool:
+        return find_known_frames(is_known) is None and _is_inner_box(is_known)
+
+
+def _check_shares(min_share: float, max_share: float) -> None:
+    if not 0 < min_share <= max_share < 1:
+        shares = f"min_share={min_share}, max_share={max_share}"
+        raise UserError(f"{shares} is invalid: they must lie in (0, 1), the smaller first. Use 0.4 and 0.8.")
+
+
+def _is_inner_box(is_known: KnownMask) -> bool:
+    """Return whether the known pixels of every frame are one box, the same in all frames."""
+    rows, columns = is_known[0].any(axis=1), is_known[0].any(axis=0)
+    box = rows[:, None] & columns[None]
+    is_contiguous = all(np.ptp(np.flatnonzero(axis)) + 1 == axis.sum() for axis in (rows, columns) if axis.any())
+    return is_contiguous and bool((is_known == box).all(axis=(0, 1, 2)))
