@@ -46,7 +46,7 @@ class FrameConditioning:
         if not self.masks:
             raise UserError("masks is empty: something must be known. Use masks=(FirstFrame(),).")
         if self.has_mask_mix and self.rest != "grey":
-            raise UserError(f"rest={self.rest!r} is invalid with these masks: unknown pixels are grey. Use rest='grey'.")
+            raise UserError(f"rest={self.rest!r} is invalid with these masks. Use rest='grey'.")
 
     @property
     def has_mask_mix(self) -> bool:

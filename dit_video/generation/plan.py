@@ -68,7 +68,7 @@ class BlockEnd(NamedTuple):
     """The point in time after a block of steps of a clip."""
 
     number: int
-    """Number of the block, from 0 on."""
+    """Number of steps that are done."""
     time: float
     """Diffusion time of the sample."""
     process: Process
@@ -89,9 +89,7 @@ class LatentUpdate(abc.ABC):
     """A change of a clip's latents after every block of steps, on the host, where it may decode and encode them."""
 
     @abc.abstractmethod
-    def __call__(
-        self, latents: Float32[np.ndarray, "t h w c"], end: BlockEnd
-    ) -> Float32[np.ndarray, "t h w c"]:
+    def __call__(self, latents: Float32[np.ndarray, "t h w c"], end: BlockEnd) -> Float32[np.ndarray, "t h w c"]:
         """Return the changed latents of the sample."""
 
 

@@ -56,9 +56,7 @@ class PixelReplacement(LatentUpdate):
     """True for the latents that are replaced."""
     codec: LatentCodec
 
-    def __call__(
-        self, latents: Float32[np.ndarray, "t h w c"], end: BlockEnd
-    ) -> Float32[np.ndarray, "t h w c"]:
+    def __call__(self, latents: Float32[np.ndarray, "t h w c"], end: BlockEnd) -> Float32[np.ndarray, "t h w c"]:
         """Return the latents with those of the known frames, which a strength releases as for `LatentReplacement`."""
         is_kept = self.known.is_known & (end.time >= 1 - self.known.strength - _TIME_TOLERANCE)
         if not is_kept.any():

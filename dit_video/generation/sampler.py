@@ -87,7 +87,7 @@ def sample_latents(
     """
     results: dict[int, Float32[np.ndarray, "t h w c"]] = {}
     with name_exhausted_memory("sampling", _EXHAUSTED_MEMORY_FIX):
-        for planned, state in _Sampler(denoiser, sampling, monitor).run(requests, shape, rows):
+        for planned, state in BatchSampler(denoiser, sampling, monitor).run(requests, shape, rows):
             results |= planned.unpack_latents(state.x)
     return [results[index] for index in range(len(requests))]
 
@@ -100,7 +100,7 @@ def trace_latents(
     Of steps that are taken several times (`resample`), they hold the last one.
     """
     results: dict[int, LatentTrace] = {}
-    for planned, state in _Sampler(denoiser, sampling, has_trace=True).run(requests, shape, rows):
+    for planned, state in BatchSampler(denoiser, sampling, has_trace=True).run(requests, shape, rows):
         assert state.trace is not None
         trajectories = [[planned.unpack_latents(tokens) for tokens in to_host(values)] for values in state.trace]
         for index in trajectories[0][0]:
@@ -109,8 +109,8 @@ def trace_latents(
     return [results[index] for index in range(len(requests))]
 
 
-class _Sampler(NamedTuple):
-    """A run of the sampler."""
+class BatchSampler(NamedTuple):
+    """A sampler of batches of requests."""
 
     denoiser: Denoiser
     sampling: Sampling
@@ -130,49 +130,66 @@ class _Sampler(NamedTuple):
         if others:
             with denoiser.open_params(first) as params:
                 # All before the second: otherwise its weights would be copied while those of the first are in use.
-                runs = iter([(planned, self._take_steps(params, 0, planned, state)) for planned, state in runs])
+                runs = iter([(planned, self._run_expert(params, 0, planned, state)) for planned, state in runs])
         with denoiser.open_params(denoiser.experts[-1]) as params:
             for planned, state in runs:
-                state = self._take_steps(params, len(others), planned, state)
+                state = self._run_expert(params, len(others), planned, state)
                 _check_finite(planned, state, sampling)
                 yield planned, state
 
-    def _take_steps(
+    def _run_expert(
         self, params: dict[str, Any], number: int, planned: PlannedBatch, state: SamplingState
     ) -> SamplingState:
         """Return the state after the steps of one expert, which may be none, in blocks."""
         start, stop = _get_expert_steps(self.denoiser, number, planned, self.sampling)
         block_steps = choose_block_steps(planned, self.monitor)
-        for block, first in enumerate(range(start, stop, block_steps)):
+        for first in range(start, stop, block_steps):
             last = min(first + block_steps, stop)
             for repeat in range(planned.resample):
-                before, state = state.x, self._take_block(params, number, planned, state, range(first, last))
+                before, times = state.x, _slice_times(planned, range(first, last))
+                state = self.take_steps(params, number, planned, state, times, first)
                 is_repeated = repeat + 1 < planned.resample
                 if planned.has_updates or self.monitor is not None:
                     parts = estimate_parts(self.denoiser.process, before, state.x, *_get_ends(planned, first, last))
-                    state = self._update(planned, state, parts, block, last)
+                    state = self._update(planned, state, parts, last)
                     if self.monitor is not None and not is_repeated:
                         self.monitor.function(SamplingProgress(planned, last, self.sampling.steps, parts[0]))
                 if is_repeated:
                     state = self._return(planned, state, first, last, repeat)
         return state
 
-    def _take_block(
-        self, params: dict[str, Any], number: int, planned: PlannedBatch, state: SamplingState, steps: range
+    def take_steps(
+        self,
+        params: dict[str, Any],
+        number: int,
+        planned: PlannedBatch,
+        state: SamplingState,
+        times: SampleTimes,
+        first: int,
     ) -> SamplingState:
-        denoiser, capacity = self.denoiser, self.sampling.steps - planned.first_step if self.has_trace else None
-        arguments = _make_arguments(denoiser, number, planned, self.sampling, steps, capacity=capacity)
-        program, arguments = _make_program(denoiser, planned, self.sampling), arguments._replace(state=state)
+        """Return the state after the steps between some times.
+
+        Args:
+          params: parameters of the expert and of the text encoder, on the devices.
+          number: number of the expert.
+          planned: rows of requests.
+          state: state before the steps.
+          times: their times.
+          first: number of the first one, for random numbers.
+        """
+        denoiser = self.denoiser
+        capacity = len(times.times) - 1 if self.has_trace else compute_program_steps(self.sampling.steps)
+        arguments = _make_arguments(planned, number, self.sampling, _pad_times(times, capacity), first)
+        arguments = arguments._replace(params=params, state=state)
         if denoiser.mesh is not None:
-            arguments = arguments._replace(params=params)
             _, *others = arguments
             _, *shardings = make_argument_shardings(arguments, denoiser.mesh)
             arguments = ProgramArguments(params, *put_on_devices(others, shardings))
         # A block ends before the next begins, so that Ctrl-C stops between them.
-        return jax.block_until_ready(program(*arguments._replace(params=params)))
+        return jax.block_until_ready(_make_program(denoiser, planned, self.sampling)(*arguments))
 
     def _update(
-        self, planned: PlannedBatch, state: SamplingState, parts: tuple[Array, Array], block: int, last: int
+        self, planned: PlannedBatch, state: SamplingState, parts: tuple[Array, Array], last: int
     ) -> SamplingState:
         """Return the state with the latents that the plans change."""
         if not planned.has_updates:
@@ -182,13 +199,11 @@ class _Sampler(NamedTuple):
         changed = {}
         for index, latents in planned.unpack_latents(state.x).items():
             if (update := planned.requests[index].plan.update) is not None:
-                end = BlockEnd(block, time, self.denoiser.process, data[index], noise[index])
+                end = BlockEnd(last, time, self.denoiser.process, data[index], noise[index])
                 changed[index] = update(latents, end)
         return self._restart(state, jnp.asarray(planned.pack_latents(state.x, changed)), last)
 
-    def _return(
-        self, planned: PlannedBatch, state: SamplingState, first: int, last: int, repeat: int
-    ) -> SamplingState:
+    def _return(self, planned: PlannedBatch, state: SamplingState, first: int, last: int, repeat: int) -> SamplingState:
         """Return the state with noise added, at the first time of the block that ends at a step."""
         noise = planned.draw_noise(self.sampling.steps * (repeat + 1) + last)
         noisy = return_to_time(self.denoiser.process, state.x, noise, *_get_ends(planned, first, last))
@@ -218,7 +233,8 @@ def list_programs(
         state = jax.eval_shape(functools.partial(_init_state, denoiser, planned, sampling, has_trace=False))
         for number, expert in enumerate(denoiser.experts):
             if steps := range(*_get_expert_steps(denoiser, number, planned, sampling)):
-                arguments = _make_arguments(denoiser, number, planned, sampling, steps)
+                times = _pad_times(_slice_times(planned, steps), compute_program_steps(sampling.steps))
+                arguments = _make_arguments(planned, number, sampling, times, steps.start)
                 params = {"backbone": denoiser.params[expert], "text": denoiser.params["text"]}
                 arguments = jax.eval_shape(lambda values=arguments: values)
                 yield expert, _make_program(denoiser, planned, sampling), arguments._replace(params=params, state=state)
@@ -249,9 +265,7 @@ def init_state(sampling: Sampling, noisy: Array, *, steps: int, has_trace: bool 
     return init_sampling(sampling.solver, noisy, steps=steps, denoiser=guidance_state, has_trace=has_trace)
 
 
-def _get_expert_steps(
-    denoiser: Denoiser, number: int, planned: PlannedBatch, sampling: Sampling
-) -> tuple[int, int]:
+def _get_expert_steps(denoiser: Denoiser, number: int, planned: PlannedBatch, sampling: Sampling) -> tuple[int, int]:
     """Return the numbers of the first step of an expert, and of the first after its last."""
     last_noisy = sampling.steps
     if denoiser.boundary is not None:
@@ -262,13 +276,7 @@ def _get_expert_steps(
 
 
 def _make_arguments(
-    denoiser: Denoiser,
-    number: int,
-    planned: PlannedBatch,
-    sampling: Sampling,
-    steps: range,
-    *,
-    capacity: int | None = None,
+    planned: PlannedBatch, number: int, sampling: Sampling, times: SampleTimes, first: int
 ) -> ProgramArguments:
     """Return the program's arguments for some steps of an expert, without parameters and state."""
     guidance = sampling.full_guidance
@@ -281,10 +289,7 @@ def _make_arguments(
         batch = batch._replace(branches=batch.branches[:1])
         if guidance.zero_star is None and guidance.skip_layers is None:
             guidance_params = None
-    capacity = compute_program_steps(sampling.steps) if capacity is None else capacity
-    padded = (_pad_times(values, steps, capacity) for values in planned.sample_times)
-    times = SampleTimes(*map(jnp.asarray, padded))
-    return ProgramArguments(None, None, batch, guidance_params, times, np.int32(steps.start))
+    return ProgramArguments(None, None, batch, guidance_params, times, np.int32(first))
 
 
 def _check_finite(planned: PlannedBatch, state: SamplingState, sampling: Sampling) -> None:
@@ -299,7 +304,13 @@ def _check_finite(planned: PlannedBatch, state: SamplingState, sampling: Samplin
         )
 
 
-def _pad_times(times: Any, steps: range, capacity: int) -> Float32[np.ndarray, " {capacity}+1"]:
-    """Return the times of some steps, padded with the last one to `capacity` intervals."""
-    part = np.asarray(times, np.float32)[steps.start : steps.stop + 1]
-    return np.concatenate([part, np.full(capacity + 1 - len(part), part[-1], np.float32)])
+def _slice_times(planned: PlannedBatch, steps: range) -> SampleTimes:
+    """Return the times of some steps."""
+    return SampleTimes(*(values[steps.start : steps.stop + 1] for values in planned.sample_times))
+
+
+def _pad_times(times: SampleTimes, capacity: int) -> SampleTimes:
+    """Return times padded with the last one to `capacity` intervals."""
+    missing = capacity + 1 - len(times.times)
+    padded = (np.pad(np.asarray(values, np.float32), (0, missing), mode="edge") for values in times)
+    return SampleTimes(*map(jnp.asarray, padded))

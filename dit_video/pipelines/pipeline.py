@@ -41,6 +41,7 @@ from dit_video.pipelines.options import GenerateOptions, SamplingOverrides, spli
 from dit_video.pipelines.parts import make_denoiser, make_task_model
 from dit_video.pipelines.previous_steps import sample_previous_steps
 from dit_video.pipelines.progress import Callback, make_monitor
+from dit_video.pipelines.task_methods import TaskMethods
 from dit_video.video import Clip
 from dit_video.weights import save as save_weights
 from dit_video.weights.lora_modules import GetLoraModules, no_lora_modules
@@ -49,7 +50,7 @@ _DTYPES = ("float32", "bfloat16")
 _DECODING_FIX = "Use with_decoding(memory=...) (--decode-memory) with less, or tiles of the frames (--decode-tiles)"
 
 
-class Pipeline(LoraLoader):
+class Pipeline(TaskMethods, LoraLoader):
     """A trained autoencoder, denoiser and text encoder: prompts to clips, clips to latents and back."""
 
     def __init__(
