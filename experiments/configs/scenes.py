@@ -1,7 +1,7 @@
 """A text-to-video model of rendered scenes with one or two textured objects, trained from scratch on a laptop.
 
     python tools/render_scenes.py --out runs/scenes/clips --count 8000
-    python experiments/train.py experiments/configs/scenes.py --data runs/scenes/clips --workdir runs/scenes/text_to_video
+    python experiments/train.py experiments/configs/scenes.py --data runs/scenes/clips --workdir runs/scenes/text
 
 This takes less than half an hour on two CPU cores. `scenes_tasks.py` is the same model with a mix of tasks.
 """

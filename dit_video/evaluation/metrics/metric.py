@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.metrics.intervals import compute_mean_interval
+from dit_video.evaluation.metrics.intervals import compute_mean_interval, compute_wilson_interval
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.video import Clip
 
@@ -186,3 +186,26 @@ class MeanMetric(ExampleMetric[float]):
     def list_examples(self, state: tuple[float, ...]) -> Sequence[Mapping[str, float | bool]]:
         """Return the number of every example."""
         return [{self.name: float(value)} for value in state]
+
+
+class ShareMetric(ExampleMetric[bool]):
+    """A metric with one answer per example: the share of true ones, with Wilson's 95 % interval."""
+
+    name: ClassVar[str]
+    """Name of the value."""
+    description: ClassVar[MetricDescription]
+    """Description of the value."""
+
+    def describe(self) -> Mapping[str, MetricDescription]:
+        """Return the description of the share."""
+        return {self.name: self.description}
+
+    def compute(self, state: tuple[bool, ...]) -> Mapping[str, MetricValue]:
+        """Return the share."""
+        right, count = sum(state), len(state)
+        value = right / count if count else None
+        return {self.name: MetricValue(value=value, interval=compute_wilson_interval(right, count), count=count)}
+
+    def list_examples(self, state: tuple[bool, ...]) -> Sequence[Mapping[str, float | bool]]:
+        """Return the answer of every example."""
+        return [{self.name: answer} for answer in state]

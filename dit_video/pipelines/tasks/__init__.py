@@ -2,12 +2,14 @@
 
 from dit_video.pipelines.tasks.clip_task import ClipTask
 from dit_video.pipelines.tasks.extension import Blend, Extend
+from dit_video.pipelines.tasks.generation import Generate
 from dit_video.pipelines.tasks.interpolation import Interpolate
 from dit_video.pipelines.tasks.loop import Loop
 from dit_video.pipelines.tasks.regions import Inpaint, Outpaint
 from dit_video.pipelines.tasks.variation import Edit, Vary
 
 TASKS: dict[str, type[ClipTask]] = {
+    "generate": Generate,
     "extend": Extend,
     "blend": Blend,
     "interpolate": Interpolate,

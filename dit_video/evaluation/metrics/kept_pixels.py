@@ -1,0 +1,37 @@
+"""Fidelity of the pixels that a sample keeps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
+from dit_video.evaluation.metrics.reconstruction import MAX_PSNR, PEAK
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptPixels(MeanMetric):
+    """Mean PSNR of kept pixels below that of the autoencoder's own reconstruction of them."""
+
+    needs = ("samples", "scenes")
+    name: ClassVar[str] = "kept_psnr_loss"
+    description: ClassVar[MetricDescription] = MetricDescription(
+        label="kept pixels below the reconstruction", unit="dB", decimals=2, is_higher_better=False, explanation="PSNR"
+    )
+
+    def measure(self, batch: MetricBatch) -> Sequence[float]:
+        """Return the loss of every sample that keeps pixels."""
+        losses = []
+        for clip, truth in zip(batch.samples, batch.scenes, strict=True):
+            if truth.is_known is not None:
+                kept = truth.reference.frames[truth.is_known]
+                best, own = (compute_psnr(kept, other.frames[truth.is_known]) for other in (truth.reconstruction, clip))
+                losses.append(best - own)
+        return losses
+
+
+def compute_psnr(original: np.ndarray, other: np.ndarray) -> float:
+    """Return the PSNR of pixels in dB, at most `MAX_PSNR`."""
+    error = float(np.mean(np.square(original.astype(np.float64) - other.astype(np.float64)), axis=None))
+    return MAX_PSNR if error == 0 else min(MAX_PSNR, float(10 * np.log10(PEAK**2 / error)))

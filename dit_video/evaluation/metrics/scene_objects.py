@@ -1,0 +1,112 @@
+"""Objects of a rendered scene, read from pixels alone.
+
+The judge knows the palettes of objects and backgrounds (`data.synthetic.scenes`), and nothing about how a clip was
+generated. A pixel belongs to the colour whose shades it is nearest to, of the objects' colours, which textures darken,
+and of the background's, which varies slowly.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32
+from scipy.ndimage import label
+
+from dit_video.data.synthetic.scenes.description import BACKGROUNDS, COLOURS, DIRECTIONS
+from dit_video.video import Clip
+
+OBJECT_SHADES, BACKGROUND_SHADES = (0.5, 1.05), (0.65, 1.35)
+"""Darkest and lightest shades of a colour."""
+MAX_DISTANCE = 60.0
+"""Largest distance in RGB of an object's pixel from the shades of its colour."""
+MIN_AREA = 8.0
+"""Smallest area of an object in a frame, in pixels."""
+MIN_SHARE = 0.6
+"""Smallest share of the frames in which an object is found."""
+MIN_MOTION = 1.5
+"""Smallest displacement of an object over a clip, in pixels; one that moves less stands still."""
+
+
+class ObjectTrack(NamedTuple):
+    """An object that a clip shows."""
+
+    colour: str
+    area: Float32[np.ndarray, " T"]
+    """Number of its pixels in each frame."""
+    centre: Float32[np.ndarray, "T 2"]
+    """Row and column of its centroid in each frame; nan in a frame without it."""
+
+    @property
+    def is_visible(self) -> Bool[np.ndarray, " T"]:
+        """Return True for the frames that show the object."""
+        return self.area >= MIN_AREA
+
+    def compute_displacement(self) -> Float32[np.ndarray, "2"]:
+        """Return rows and columns of the displacement over the clip, of a line through the centroids."""
+        frames = np.flatnonzero(self.is_visible)
+        if len(frames) < 2:
+            return np.zeros(2, np.float32)
+        slope = np.polyfit(frames, self.centre[frames], 1)[0]
+        return (slope * (len(self.area) - 1)).astype(np.float32)
+
+    def classify_direction(self) -> str | None:
+        """Return the direction of motion; None for an object that stands still or moves diagonally."""
+        displacement = self.compute_displacement()
+        axis = int(np.argmax(np.abs(displacement), axis=0))
+        along, across = np.abs(displacement[[axis, 1 - axis]])
+        if along < MIN_MOTION or across > np.tan(np.pi / 6) * along:
+            return None
+        return next(name for name, signs in DIRECTIONS.items() if signs[axis] == np.sign(displacement[axis]))
+
+
+def find_objects(clip: Clip, background: str) -> dict[str, ObjectTrack]:
+    """Return the objects of a clip by their colours, each the largest connected part of its colour in every frame.
+
+    Args:
+      clip: the clip.
+      background: name of its background.
+    """
+    colours = classify_colours(clip, background)
+    tracks = {}
+    for number, name in enumerate(COLOURS):
+        track = _track(name, colours == number)
+        if track.is_visible.mean(axis=0) >= MIN_SHARE:
+            tracks[name] = track
+    return tracks
+
+
+def classify_colours(clip: Clip, background: str) -> np.ndarray:
+    """Return the number of every pixel's colour of the objects, in the order of `COLOURS`; -1 for others `[T H W]`."""
+    pixels = clip.frames.astype(np.float32)
+    distances = np.stack([_measure_distance(pixels, colour, OBJECT_SHADES) for colour in COLOURS.values()])
+    behind = _measure_distance(pixels, BACKGROUNDS[background], BACKGROUND_SHADES)
+    nearest = distances.argmin(axis=0)
+    is_object = (distances.min(axis=0) < behind) & (distances.min(axis=0) < MAX_DISTANCE)
+    return np.where(is_object, nearest, -1)
+
+
+def _measure_distance(pixels: np.ndarray, colour: tuple[int, int, int], shades: tuple[float, float]) -> np.ndarray:
+    """Return the distance of pixels from the shades of a colour."""
+    tone = np.asarray(colour, np.float32)
+    shade = np.clip(pixels @ tone / (tone @ tone), *shades)
+    return np.linalg.norm(pixels - shade[..., None] * tone, axis=-1)
+
+
+def _track(colour: str, is_colour: Bool[np.ndarray, "T H W"]) -> ObjectTrack:
+    frames = len(is_colour)
+    area, centre = np.zeros(frames, np.float32), np.full((frames, 2), np.nan, np.float32)
+    for frame, mask in enumerate(is_colour):
+        parts, count = label(mask, structure=np.ones((3, 3)))
+        if not count:
+            continue
+        sizes = np.bincount(parts.ravel())[1:]
+        largest = int(sizes.argmax(axis=0)) + 1
+        # Textures may divide an object: parts near the largest one belong to it.
+        rows, columns = np.nonzero(parts == largest)
+        middle = np.array([rows.mean(axis=0), columns.mean(axis=0)])
+        reach = 1.2 * np.sqrt(sizes[largest - 1]) + 2
+        rows, columns = np.nonzero(mask)
+        is_near = np.hypot(rows - middle[0], columns - middle[1]) < reach
+        area[frame] = is_near.sum(axis=0)
+        if area[frame] >= MIN_AREA:
+            centre[frame] = rows[is_near].mean(axis=0) + 0.5, columns[is_near].mean(axis=0) + 0.5
+    return ObjectTrack(colour, area, centre)

@@ -1,0 +1,212 @@
+"""Generation tasks on rendered scenes, whose truth is known: cases of every task, and their metrics."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from dit_video.conditioning import KnownMask
+from dit_video.core.rng import make_generator
+from dit_video.data.synthetic.scenes import RenderedScene, Scene, draw_scene, render
+from dit_video.data.synthetic.scenes.description import COLOURS
+from dit_video.data.synthetic.scenes.draw import SIZES
+from dit_video.evaluation.metrics.edit_following import EditFollowing
+from dit_video.evaluation.metrics.interpolation_gain import InterpolationGain
+from dit_video.evaluation.metrics.kept_pixels import KeptPixels
+from dit_video.evaluation.metrics.loop_seam import LoopSeam
+from dit_video.evaluation.metrics.metric import Metric
+from dit_video.evaluation.metrics.object_position import ObjectPosition
+from dit_video.evaluation.metrics.region_border import RegionBorder
+from dit_video.evaluation.metrics.scene_following import SceneColours, SceneDirections
+from dit_video.evaluation.metrics.task_truth import TaskTruth
+from dit_video.evaluation.metrics.transition_jumps import TransitionJump
+from dit_video.pipelines.tasks import Blend, ClipTask, Edit, Extend, Generate, Inpaint, Interpolate, Loop, Outpaint
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+Reconstruct = Callable[[Clip], Clip]
+FRAMES, KNOWN = 17, 9
+"""Number of frames of a scene, and of those that are known in an extension."""
+_GAP = 7
+"""Number of frames of a transition."""
+
+
+class TaskCase(NamedTuple):
+    """A task on a scene, and what its result is compared with."""
+
+    task: ClipTask
+    truth: TaskTruth
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneTask:
+    """The measure of a generation task."""
+
+    make_case: Callable[[RenderedScene, Scene, Reconstruct, np.random.Generator], TaskCase | None]
+    """Returns the case of a scene; None for a scene that has none."""
+    metrics: tuple[Metric, ...]
+    sizes: tuple[Grid, ...] = tuple(size for size in SIZES if size.t == FRAMES)
+    """Sizes of the scenes."""
+    is_completed: bool = True
+    """True for a task that a model may be trained for, or that replacement of latents does."""
+
+
+def make_cases(
+    task: SceneTask, reconstruct: Reconstruct, *, count: int, seed: int, levels: Sequence[int] = (1, 2)
+) -> Iterator[TaskCase]:
+    """Yield cases of scenes, of the levels in turn.
+
+    Args:
+      task: the task.
+      reconstruct: the autoencoder's reconstruction.
+      count: number of cases.
+      seed: seed of the scenes, another one than that of the training.
+      levels: levels of the scenes.
+    """
+    made = number = 0
+    while made < count:
+        scene = draw_scene(number, seed=seed, level=levels[made % len(levels)], sizes=task.sizes)
+        generator = make_generator(seed, "task case", number)
+        case = task.make_case(render(scene), scene, reconstruct, generator)
+        number += 1
+        if case is not None:
+            made += 1
+            yield case
+
+
+def _from_text(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+    return TaskCase(Generate(prompt=scene.caption, size=scene.size), _make_truth(rendered.clip, scene, reconstruct))
+
+
+def _from_frames(*frames: int) -> Callable[..., TaskCase]:
+    """Return the function that makes cases with the first frame, and perhaps the last one."""
+
+    def make_case(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+        images = dict(zip(("image", "last_image"), (rendered.clip.frames[frame] for frame in frames), strict=False))
+        task = Generate(prompt=scene.caption, size=scene.size, **images)
+        return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=_know_frames(scene, frames)))
+
+    return make_case
+
+
+def _extend(*, before: bool) -> Callable[..., TaskCase]:
+    def make_case(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+        known = slice(-KNOWN, None) if before else slice(KNOWN)
+        task = Extend(prompt=scene.caption, clip=_cut(rendered.clip, known), frames=FRAMES - KNOWN, before=before)
+        return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, frame=0 if before else -1))
+
+    return make_case
+
+
+def _interpolate(factor: int) -> Callable[..., TaskCase]:
+    def make_case(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+        clip = replace(_cut(rendered.clip, slice(None, None, factor)), fps=scene.fps / factor)
+        is_known = _know_frames(scene, range(0, FRAMES, factor))
+        task = Interpolate(prompt=scene.caption, clip=clip, factor=factor)
+        return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=is_known))
+
+    return make_case
+
+
+def _inpaint(
+    rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, generator: np.random.Generator
+) -> TaskCase | None:
+    """Return a case in which the box of the last object's way is filled in with one of another colour."""
+    is_object = (rendered.instances == len(scene.objects)).any(axis=0)
+    rows, columns = (np.flatnonzero(is_object.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return None
+    mask = np.zeros(scene.size[1:], bool)
+    mask[max(0, rows[0] - 3) : rows[-1] + 4, max(0, columns[0] - 3) : columns[-1] + 4] = True
+    others = (rendered.instances > 0) & (rendered.instances < len(scene.objects))
+    if mask.mean(axis=(0, 1)) > 0.5 or (others & mask).any(axis=(0, 1, 2)):
+        return None
+    target = _recolour(scene, generator)
+    task = Inpaint(prompt=target.caption, clip=rendered.clip, mask=mask)
+    is_known = np.broadcast_to(~mask, scene.size)
+    return TaskCase(task, _make_truth(render(target).clip, target, reconstruct, is_known=is_known, source=scene))
+
+
+def _outpaint(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+    height, width = scene.size.h, scene.size.w
+    inner = slice(8, height - 8), slice(8, width - 8)
+    is_known = np.zeros(scene.size, bool)
+    is_known[:, inner[0], inner[1]] = True
+    clip = replace(rendered.clip, frames=np.ascontiguousarray(rendered.clip.frames[:, inner[0], inner[1]]))
+    task = Outpaint(prompt=scene.caption, clip=clip, size=(height, width))
+    return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=is_known))
+
+
+def _loop(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase | None:
+    if all(each.direction is None for each in scene.objects):
+        return None
+    clip = _cut(rendered.clip, slice(FRAMES - 1))
+    task = Loop(prompt=scene.caption, size=(FRAMES - 1, scene.size.h, scene.size.w))
+    return TaskCase(task, TaskTruth(scene, clip, clip))
+
+
+def _edit(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, generator: np.random.Generator) -> TaskCase:
+    target = _recolour(scene, generator)
+    task = Edit(prompt=target.caption, clip=rendered.clip)
+    return TaskCase(task, _make_truth(render(target).clip, target, reconstruct, source=scene))
+
+
+def _blend(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+    first, second = _cut(rendered.clip, slice(KNOWN)), _cut(rendered.clip, slice(-KNOWN, None))
+    task = Blend(prompt=scene.caption, first=first, second=second, frames=_GAP)
+    return TaskCase(task, TaskTruth(scene, rendered.clip, rendered.clip))
+
+
+def _cut(clip: Clip, frames: slice) -> Clip:
+    return replace(clip, frames=np.ascontiguousarray(clip.frames[frames]))
+
+
+def _know_frames(scene: Scene, frames: Sequence[int]) -> KnownMask:
+    is_known = np.zeros(scene.size, bool)
+    is_known[list(frames)] = True
+    return is_known
+
+
+def _recolour(scene: Scene, generator: np.random.Generator) -> Scene:
+    """Return a scene whose last object has a colour that the scene lacks."""
+    used = {each.colour for each in scene.objects}
+    colour = str(generator.choice([name for name in COLOURS if name not in used]))
+    *others, last = scene.objects
+    return replace(scene, objects=(*others, replace(last, colour=colour)))
+
+
+def _make_truth(
+    clip: Clip,
+    scene: Scene,
+    reconstruct: Reconstruct,
+    *,
+    is_known: KnownMask | None = None,
+    frame: int = -1,
+    source: Scene | None = None,
+) -> TaskTruth:
+    return TaskTruth(scene, clip, reconstruct(clip), is_known, frame, source)
+
+
+_KEPT = (KeptPixels(), SceneDirections())
+SCENE_TASKS: dict[str, SceneTask] = {
+    "text_to_video": SceneTask(
+        make_case=_from_text, metrics=(SceneColours(), SceneDirections()), sizes=SIZES, is_completed=False
+    ),
+    "image_to_video": SceneTask(make_case=_from_frames(0), metrics=_KEPT),
+    "first_and_last_frame": SceneTask(make_case=_from_frames(0, FRAMES - 1), metrics=_KEPT),
+    "extension_forwards": SceneTask(make_case=_extend(before=False), metrics=(ObjectPosition(),)),
+    "extension_backwards": SceneTask(make_case=_extend(before=True), metrics=(ObjectPosition(),)),
+    "interpolation_2x": SceneTask(make_case=_interpolate(2), metrics=(InterpolationGain(), KeptPixels())),
+    "interpolation_4x": SceneTask(make_case=_interpolate(4), metrics=(InterpolationGain(), KeptPixels())),
+    "inpainting": SceneTask(make_case=_inpaint, metrics=(KeptPixels(), SceneColours(), RegionBorder())),
+    "outpainting": SceneTask(make_case=_outpaint, metrics=(KeptPixels(), RegionBorder())),
+    "blending": SceneTask(
+        make_case=_blend,
+        metrics=(TransitionJump(),),
+        sizes=tuple(size._replace(t=2 * KNOWN + _GAP) for size in SIZES if size.t == FRAMES),
+    ),
+    "loop": SceneTask(make_case=_loop, metrics=(LoopSeam(),), is_completed=False),
+    "editing": SceneTask(make_case=_edit, metrics=(EditFollowing(),), is_completed=False),
+}
+"""Measures of the tasks by name."""
