@@ -124,6 +124,8 @@ class SamplingPlan(NamedTuple):
     """Number of times that every block of steps is taken; noise leads back to its first time."""
     update: LatentUpdate | None = None
     """Change of the latents between blocks of steps."""
+    method: str = ""
+    """Way in which known pixels are kept, `trained`, `training_free` or both; empty if there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)

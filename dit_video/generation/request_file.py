@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import atomic_path, read_json
 from dit_video.generation.pictures import Condition, Image
-from dit_video.generation.request import PICTURES, Mask, Request
+from dit_video.generation.request import OPTIONS, PICTURES, Mask, Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
 
@@ -20,7 +20,7 @@ INPUTS_FOLDER = "inputs"
 """Folder, beside a written list, of the pictures and the noise of its requests."""
 _SIZE = ("frames", "height", "width")
 _TYPES = {str: "a text", int: "a whole number"}
-_KEYS = ("prompt", "negative", "seed", *_SIZE, *PICTURES, "strengths", "noise")
+_KEYS = ("prompt", "negative", "seed", *_SIZE, *PICTURES, *OPTIONS, "strengths", "noise")
 _SAMPLE_KEYS = ("file",)
 """Keys in lists of samples that were written: values of the sample, which a request does not have."""
 _GUIDANCE_KEYS = ("guidance", "interval", "rescale", "projected", "zero_star", "skip_layers")
@@ -28,7 +28,7 @@ _SAMPLING_KEYS = ("steps", "sampler", "shift", "times", *_GUIDANCE_KEYS)
 """Keys of values that all requests have in common, because they are sampled together."""
 _PYTHON_KEYS = ("conditioning", "task")
 """Keys in lists of samples for values that no file holds."""
-_CONDITION_KEYS = ("file", "frame", "strength")
+_CONDITION_KEYS = ("file", "frame", "strength", "mask")
 
 
 def read_requests(path: str | Path) -> list[Request]:
@@ -63,6 +63,12 @@ def _parse_request(entry: Any, path: Path, number: int) -> Request:
     strengths = _parse_strengths(values.get("strengths", {}), f"{path}: strengths of entry {number}")
     size = Grid(*(values[name] for name in _SIZE)) if has_size else None
     fields = read_pictures(values, path.parent)
+    for name, types in (("strength", (int, float)), ("method", (str,)), ("resample", (int,))):
+        if (value := values.get(name)) is not None:
+            if type(value) not in types:
+                description = "a text" if str in types else "a number"
+                raise UserError(f"{path}: {name} of entry {number} must be {description}, not {value!r}")
+            fields[name] = value
     if values.get("noise"):
         fields["noise"] = _read_noise(values["noise"], path.parent)
     return Request(values["prompt"], size, values["seed"], values["negative"], strengths=strengths, **fields)
@@ -123,7 +129,8 @@ def read_pictures(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     Args:
       values: files by name: `image`, `last_image`, `video`, `mask` (what is white is kept; an image is a mask of all
         frames of `video`) and `control`; a list of files `reference_images`; and `conditions`, a list of
-        `{"file": …, "frame": …, "strength": …}`, of which the last two are 0 and 1 by default. Others are ignored.
+        `{"file": …, "frame": …, "strength": …, "mask": …}`, of which all but the file may be left out. Others are
+        ignored.
       folder: folder that relative paths start from.
 
     Raises:
@@ -151,9 +158,7 @@ def read_pictures(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if values.get("mask"):
         if "video" not in pictures:
             raise UserError(f"mask={values['mask']} is invalid without a video; give the video that it keeps parts of")
-        is_white = read("mask", values["mask"]).frames.mean(-1) > 127.5
-        length = len(pictures["video"].frames) if len(is_white) == 1 else len(is_white)
-        pictures["mask"] = np.broadcast_to(is_white, (length, *is_white.shape[1:]))
+        pictures["mask"] = _read_mask(read("mask", values["mask"]), len(pictures["video"].frames))
     return pictures
 
 
@@ -165,9 +170,16 @@ def _make_condition(entry: Any, read: Callable[..., Clip]) -> Condition:
     if type(entry.get("frame")) is not int or type(entry.get("strength")) not in (int, float):
         rule = 'it must be {"file": NAME, "frame": NUMBER, "strength": NUMBER}'
         raise UserError(f"conditions={[entry]} is invalid: {rule}")
-    return Condition(
-        content=read("conditions", entry.get("file")), frame=entry["frame"], strength=float(entry["strength"])
-    )
+    content, mask = read("conditions", entry.get("file")), None
+    if entry.get("mask"):
+        mask = _read_mask(read("mask", entry["mask"]), len(content.frames))
+    return Condition(content=content, frame=entry["frame"], strength=float(entry["strength"]), mask=mask)
+
+
+def _read_mask(clip: Clip, length: int) -> Bool[np.ndarray, "T H W"]:
+    """Return the mask that is white in a clip; an image is that of all frames."""
+    is_white = clip.frames.mean(axis=-1) > 127.5
+    return np.broadcast_to(is_white, (length if len(is_white) == 1 else len(is_white), *is_white.shape[1:]))
 
 
 def write_request(request: Request, folder: Path) -> dict[str, Any]:
@@ -191,6 +203,7 @@ def write_request(request: Request, folder: Path) -> dict[str, Any]:
             entry[name] = [
                 {"file": _write_picture("condition", each.content, folder), "frame": each.frame}
                 | ({} if each.strength == 1 else {"strength": each.strength})
+                | ({} if each.mask is None else {"mask": _write_condition_mask(each, folder)})
                 for each in value
             ]
         elif name == "reference_images":
@@ -201,15 +214,26 @@ def write_request(request: Request, folder: Path) -> dict[str, Any]:
             entry[name] = _write_picture(name, value, folder)
     if request.noise is not None:
         entry["noise"] = _write_array("noise", np.asarray(request.noise), folder, "npy", _save_array)
+    defaults = Request("")
+    entry |= {name: value for name in OPTIONS if (value := getattr(request, name)) != getattr(defaults, name)}
     if request.conditioning:
         entry["conditioning"] = sorted(request.conditioning)
     return entry if request.task is None else entry | {"task": type(request.task).__name__}
 
 
+def _write_condition_mask(condition: Condition, folder: Path) -> str:
+    content = condition.content
+    clip = content if isinstance(content, Clip) else Clip(np.asarray(content)[None], fps=1.0)
+    assert condition.mask is not None
+    return _write_picture("mask", _make_mask_clip(condition.mask, clip), folder)
+
+
 def list_files(entry: Mapping[str, Any]) -> set[str]:
     """Return the names of all files in an entry of a list, which is perhaps not valid."""
     files = [entry.get(name) for name in ("file", "noise", *PICTURES)]
-    files += [each.get("file") if isinstance(each, dict) else each for each in _flatten(files)]
+    conditions = [each for each in _flatten(files) if isinstance(each, dict)]
+    files += [each for each in _flatten(files) if not isinstance(each, dict)]
+    files += [each.get(key) for each in conditions for key in ("file", "mask")]
     return {each for each in files if isinstance(each, str)}
 
 

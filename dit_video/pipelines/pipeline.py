@@ -33,6 +33,7 @@ from dit_video.nn import Backend
 from dit_video.pipelines.adapters import AdaptedWeights
 from dit_video.pipelines.checks import prepare_request, resolve_sampling
 from dit_video.pipelines.clip_decoder import ClipDecoder
+from dit_video.pipelines.clip_recipe import make_recipe
 from dit_video.pipelines.config import PipelineConfig, PreviousStep
 from dit_video.pipelines.devices import PipelineDevices
 from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config
@@ -183,7 +184,16 @@ class Pipeline(TaskMethods, LoraLoader):
         (`steps`, `guidance`, `sampler`, `shift`, `times`) and errors are as for `generate`.
         """
         self.check_decoding(requests)
-        return self.decode_many(self.generate_latents(requests, callback=callback, **overrides), requests)
+        prepared = self._prepare(requests, **overrides)
+        latents = sample_latents(self._denoiser, **prepared, monitor=make_monitor(callback, self.decode))
+        clips = []
+        for request, clip, planned in zip(
+            requests, self.decode_many(latents, requests), prepared["requests"], strict=True
+        ):
+            sized = request._replace(size=self.config.resolve_size(request))
+            recipe = make_recipe(self.config, sized, planned.plan, prepared["sampling"])
+            clips.append(replace(clip, recipe=recipe))
+        return clips
 
     def generate_latents(
         self, requests: Sequence[Request], *, callback: Callback | None = None, **overrides: Unpack[SamplingOverrides]

@@ -2,27 +2,36 @@
 
 import abc
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal, Unpack
+from dataclasses import fields, replace
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Bool
 
-from dit_video.core.errors import UserError
-from dit_video.core.resize import resize
 from dit_video.diffusion import Euler
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.generation import Denoiser, Sampling
-from dit_video.generation.editing import EditPaths
 from dit_video.generation.request import Request
 from dit_video.generation.stepper import LatentStepper
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.options import GenerateOptions, SamplingOverrides, split_options
 from dit_video.pipelines.progress import Callback
-from dit_video.pipelines.tasks import Blend, ClipTask, Edit, Extend, Inpaint, Interpolate, Loop, Outpaint, Vary
+from dit_video.pipelines.tasks import (
+    AnyTask,
+    Blend,
+    ClipTask,
+    DescribedEdit,
+    Edit,
+    EditMethod,
+    Extend,
+    Inpaint,
+    Interpolate,
+    Loop,
+    Outpaint,
+    Vary,
+    ZoomOut,
+)
 from dit_video.video import Clip
-
-EditMethod = Literal["flow_edit", "inversion"]
 
 
 class TaskMethods(abc.ABC):
@@ -43,17 +52,31 @@ class TaskMethods(abc.ABC):
         """Generate the clips of all requests."""
 
     @abc.abstractmethod
+    def resolve_sampling(self, **overrides: Unpack[SamplingOverrides]) -> Sampling:
+        """Return the pipeline's own sampling with the given values replaced."""
+
+    @abc.abstractmethod
     def _prepare(self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]) -> dict[str, Any]: ...
+
+    def make_stepper(self, request: Request, **overrides: Unpack[SamplingOverrides]) -> LatentStepper:
+        """Return the denoiser and Euler's solver for the latents of a request, at any times of its steps.
+
+        `overrides` and errors are as for `generate`.
+        """
+        prepared = self._prepare([request], **overrides)
+        sampling = replace(prepared["sampling"], solver=Euler())
+        (single,) = prepared["requests"]
+        return LatentStepper(self._denoiser, single, sampling=sampling, shape=prepared["shape"])
 
     def run_tasks(
         self,
-        tasks: Sequence[ClipTask],
+        tasks: Sequence[AnyTask],
         *,
         seeds: Sequence[int] | None = None,
         callback: Callback | None = None,
         **options: Unpack[GenerateOptions],
     ) -> list[Clip]:
-        """Run tasks on clips of any sizes, packed and sampled together.
+        """Run tasks on clips of any sizes, packed and sampled together; composite tasks one after the other.
 
         Args:
           tasks: the tasks, such as `Extend(clip=clip, frames=16)`.
@@ -62,13 +85,23 @@ class TaskMethods(abc.ABC):
           options: options of `generate` for all tasks.
         """
         shared, overrides = split_options("", options)
-        names = [name for name in options if name in Request._fields]
-        fields = {name: getattr(shared, name) for name in names}
-        requests = [task.make_request(self.config)._replace(**fields) for task in tasks]
-        if seeds is not None:
-            requests = [each._replace(seed=seed) for each, seed in zip(requests, seeds, strict=True)]
-        clips = self.generate_many(requests, callback=callback, **overrides)
-        return [task.finish(clip) for task, clip in zip(tasks, clips, strict=True)]
+        values = {name: getattr(shared, name) for name in options if name in Request._fields}
+        seeds = [shared.seed] * len(tasks) if seeds is None else seeds
+        requests = {
+            number: task.make_request(self.config)._replace(**{**values, "seed": seed})
+            for number, (task, seed) in enumerate(zip(tasks, seeds, strict=True))
+            if isinstance(task, ClipTask)
+        }
+        clips = self.generate_many(list(requests.values()), callback=callback, **overrides) if requests else []
+        sampled = dict(zip(requests, clips, strict=True))
+        results = []
+        for number, (task, seed) in enumerate(zip(tasks, seeds, strict=True)):
+            if isinstance(task, ClipTask):
+                clip = task.finish(sampled[number])
+            else:
+                clip = task.run(self, **{**options, "seed": seed, "callback": callback})
+            results.append(_add_task(clip, task))
+        return results
 
     def extend(
         self,
@@ -175,7 +208,7 @@ class TaskMethods(abc.ABC):
         return self.run_tasks([Outpaint(prompt=prompt, clip=clip, size=size)], **options)[0]
 
     def zoom_out(
-        self, image: Clip, prompt: str | None = None, *, frames: int, factor: float = 1.1, seed: int = 0, **options: Any
+        self, image: Clip, prompt: str | None = None, *, frames: int, factor: float = 1.1, **options: Any
     ) -> Clip:
         """Return a clip that zooms out of an image: every frame is the former one, smaller, with its border filled in.
 
@@ -184,22 +217,10 @@ class TaskMethods(abc.ABC):
           prompt: description of the surroundings; None for the image's caption.
           frames: number of new frames.
           factor: factor of the zoom in each of them.
-          seed: seed of the first new frame; the others have the next ones.
           options: options of `generate`.
         """
-        if len(image.frames) != 1:
-            raise UserError(f"a clip of {len(image.frames)} frames is no image; use Clip(clip.frames[:1], clip.fps)")
-        height, width = image.height, image.width
-        inner = round(height / factor), round(width / factor)
-        if frames < 1 or inner[0] >= height or inner[1] >= width or min(inner) < 1:
-            raise UserError(f"frames={frames}, factor={factor} is invalid: frames become smaller. Use a factor above 1")
-        sampled = [image.frames[0]]
-        caption = image.caption if prompt is None else prompt
-        for step in range(frames):
-            smaller = Clip(resize(sampled[-1][None], *inner), fps=image.fps, caption=caption)
-            clip = self.outpaint(smaller, (height, width), seed=seed + step, **options)
-            sampled.append(clip.frames[0])
-        return Clip(np.stack(sampled), fps=self.config.fps, caption=caption)
+        task = ZoomOut(prompt=prompt, image=image, frames=frames, factor=factor)
+        return self.run_tasks([task], **options)[0]
 
     def vary(self, clip: Clip, prompt: str | None = None, *, strength: float = 0.7, **options: Any) -> Clip:
         """Return a variation of a clip; every `seed` gives another.
@@ -239,26 +260,24 @@ class TaskMethods(abc.ABC):
         """
         if source is None:
             return self.run_tasks([Edit(prompt=prompt, clip=clip, strength=strength)], **options)[0]
-        request, overrides = split_options(prompt, {"size": clip.frames.shape[:3], **options})
-        latents = self.codec.encode(clip)
-        paths = self._make_edit_paths(request, source, source_guidance, overrides)
-        if edit_method == "flow_edit":
-            edited = paths.edit_by_flow(latents, strength=strength, seed=request.seed)
-        else:
-            edited = paths.edit_by_inversion(latents, strength=strength)
-        decoded = self.codec.decode(edited, fps=clip.fps, caption=prompt, seed=request.seed)
-        return replace(decoded, fps=clip.fps)
+        task = DescribedEdit(
+            prompt=prompt,
+            clip=clip,
+            source=source,
+            strength=strength,
+            edit_method=edit_method,
+            source_guidance=source_guidance,
+        )
+        return self.run_tasks([task], **options)[0]
 
-    def _make_edit_paths(
-        self, request: Request, source: str, source_guidance: float, overrides: SamplingOverrides
-    ) -> EditPaths:
-        """Return the paths of a clip's description and of the request."""
-        target = self._prepare([request], **overrides)
-        overrides["guidance"] = source_guidance
-        described = self._prepare([request._replace(prompt=source)], **overrides)
-        steppers = []
-        for prepared in (described, target):
-            sampling: Sampling = replace(prepared["sampling"], solver=Euler())
-            (single,) = prepared["requests"]
-            steppers.append(LatentStepper(self._denoiser, single, sampling=sampling, shape=prepared["shape"]))
-        return EditPaths(*steppers)
+
+def _add_task(clip: Clip, task: AnyTask) -> Clip:
+    """Return the result of a task, whose recipe has the task's name and its values, without its clips."""
+    values = {each.name: getattr(task, each.name) for each in fields(task)}
+    described: dict[str, Any] = {"name": type(task).__name__}
+    for name, value in values.items():
+        if name != "prompt" and isinstance(value, int | float | bool | str):
+            described[name] = value
+        elif name in ("size", "times") and value is not None:
+            described[name] = list(value)
+    return replace(clip, recipe={**clip.recipe, "clip_task": described})

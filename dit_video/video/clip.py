@@ -2,14 +2,17 @@
 
 import base64
 import html
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
+from dit_video.video.comments import format_recipe
 from dit_video.video.encode import FORMATS, Format, encode_frames
 
 MIN_DISPLAY_HEIGHT = 192
@@ -29,6 +32,9 @@ class Clip:
     fps: float | int
     """Frames per second, stored as a float; 1 for an image that was read from a file."""
     caption: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """How a sampled clip was made: prompt, seed, size, steps, task and others, as JSON values. Files hold it, too: see
+    `dit_video.video.read_recipe`."""
 
     def __post_init__(self):
         frames = self.frames
@@ -70,7 +76,8 @@ class Clip:
         suffix = path.suffix.lower().removeprefix(".")
         if suffix not in FORMATS:
             raise UserError(f"{path} has an unknown suffix; use one of .{', .'.join(FORMATS)}")
-        content = encode_frames(self.frames, self.fps, suffix, crf=crf)
+        comment = format_recipe(self.recipe) if self.recipe else ""
+        content = encode_frames(self.frames, self.fps, suffix, crf=crf, comment=comment)
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
 
@@ -105,4 +112,5 @@ def encode(clip: Clip, format: Format, *, crf: int | None = None) -> bytes:
     Raises:
       UserError: frames that the format does not support: an odd height or width as mp4, several frames as png.
     """
-    return encode_frames(clip.frames, clip.fps, format, crf=crf)
+    comment = format_recipe(clip.recipe) if clip.recipe else ""
+    return encode_frames(clip.frames, clip.fps, format, crf=crf, comment=comment)

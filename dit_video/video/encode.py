@@ -11,6 +11,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from jaxtyping import UInt8
 
 from dit_video.core.errors import UserError
+from dit_video.video.comments import KEY as COMMENT
+from dit_video.video.comments import add_gif_comment, add_png_comment
 
 Format = Literal["mp4", "webm", "gif", "png", "apng"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -35,27 +37,29 @@ ACCURATE_FLAGS = (
 """Flags of swscale: without them colours are off by several of 255 steps, and differ between processors."""
 
 
-def encode_frames(frames: UInt8[np.ndarray, "T H W 3"], fps: float, format: str, *, crf: int | None = None) -> bytes:
-    """Return the bytes of a file of these frames; formats and `crf` are those of `clip.encode`."""
+def encode_frames(
+    frames: UInt8[np.ndarray, "T H W 3"], fps: float, format: str, *, crf: int | None = None, comment: str = ""
+) -> bytes:
+    """Return the bytes of a file of these frames with a comment; formats and `crf` are those of `clip.encode`."""
     if format not in FORMATS:
         raise UserError(f"format={format!r} is invalid: use one of {', '.join(FORMATS)}")
     if crf is not None and format not in DEFAULT_CRF:
         raise UserError(f"crf={crf} is invalid for {format}: only {' and '.join(DEFAULT_CRF)} have it. Leave it out")
     if crf is not None and not 0 <= crf <= MAX_CRF[format]:
         raise UserError(f"crf={crf} is invalid for {format}: use 0 to {MAX_CRF[format]}, where 0 is best")
-    if format == "png":
-        return _encode_png(frames)
     if format == "gif":
-        return _encode_gif(frames, fps)
-    if format == "apng":
-        options = {"pred": "mixed"}
-        return _mux(_make_rgb_frames(frames), "apng", "apng", "rgb24", fps, options, container={"plays": "0"})
+        content = _encode_gif(frames, fps)
+        return add_gif_comment(content, comment) if comment else content
+    if format in ("png", "apng"):
+        content = _encode_png(frames) if format == "png" else _encode_apng(frames, fps)
+        return add_png_comment(content, comment) if comment else content
     quality = DEFAULT_CRF[format] if crf is None else crf
     if format == "mp4":
         _check_even(*frames.shape[1:3])
-        return _mux(_make_yuv_frames(frames), "mp4", "libx264", "yuv420p", fps, _make_x264_options(quality))
+        options = _make_x264_options(quality)
+        return _mux(_make_yuv_frames(frames), "mp4", "libx264", "yuv420p", fps, options, comment=comment)
     options = {"crf": str(quality), "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "0", "threads": "1"}
-    return _mux(_make_yuv_frames(frames), "webm", "libvpx-vp9", "yuv420p", fps, options)
+    return _mux(_make_yuv_frames(frames), "webm", "libvpx-vp9", "yuv420p", fps, options, comment=comment)
 
 
 class TimedPicture(NamedTuple):
@@ -127,7 +131,7 @@ def _make_timed_frames(pictures: Iterable[TimedPicture]) -> Iterator[av.VideoFra
         yield frame
 
 
-def _mux(frames, format, codec, pixel_format, fps, options, *, container=None, time_base=None) -> bytes:
+def _mux(frames, format, codec, pixel_format, fps, options, *, container=None, time_base=None, comment="") -> bytes:
     """Write a file of frames that follow each other at `fps`, or that have times and durations in `time_base`."""
     buffer = io.BytesIO()
     rate = Fraction(fps).limit_denominator(60_000)
@@ -135,6 +139,8 @@ def _mux(frames, format, codec, pixel_format, fps, options, *, container=None, t
     durations: dict[int, int] = {}
     with av.open(buffer, "w", format=format, options={"fflags": "+bitexact", **(container or {})}) as output:
         stream = None
+        if comment:
+            output.metadata[COMMENT] = comment
         for index, frame in enumerate(frames):
             if stream is None:
                 stream = output.add_stream(codec, rate=rate, options=options)
@@ -197,6 +203,11 @@ def _encode_png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
     if len(frames) != 1:
         raise UserError(f"{len(frames)} frames are invalid for png: use one frame, or .apng, .gif, .mp4, .webm")
     return _encode_image(av.CodecContext.create("png", "w"), next(_make_rgb_frames(frames)))
+
+
+def _encode_apng(frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> bytes:
+    options = {"pred": "mixed"}
+    return _mux(_make_rgb_frames(frames), "apng", "apng", "rgb24", fps, options, container={"plays": "0"})
 
 
 def _encode_gif(frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> bytes:

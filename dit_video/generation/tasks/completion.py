@@ -35,7 +35,7 @@ class Completion(GenerationTask):
         known = collect_known_pixels(request)
         trained_mask = None if known is None else _choose_trained_mask(known, request, model)
         trained = None if known is None or trained_mask is None else known.select(trained_mask)
-        plan = plan_trained(trained, request.grid, model)
+        plan = plan_trained(trained, request.grid, model)._replace(method="" if trained is None else "trained")
         if known is not None:
             plan = _add_replacement(plan, known, trained_mask, request, model)
         if request.video is not None and request.strength is not None and request.strength < 1:
@@ -108,4 +108,5 @@ def _add_replacement(
     }
     sequence = transform if plan.transform is None else TransformSequence(transforms=(plan.transform, transform))
     update = PixelReplacement(known=known, is_partial=is_partial, codec=model.codec) if is_partial.any() else None
-    return plan._replace(fields=fields, transform=sequence, update=update, resample=request.resample)
+    method = f"{plan.method} and training_free" if plan.method else "training_free"
+    return plan._replace(fields=fields, transform=sequence, update=update, resample=request.resample, method=method)

@@ -1,14 +1,17 @@
 """Tasks on clips: each makes a request of what a user asks for, and the result of the sampled clip."""
 
 from dit_video.pipelines.tasks.clip_task import ClipTask
+from dit_video.pipelines.tasks.composite_task import AnyTask, CompositeTask
+from dit_video.pipelines.tasks.described_edit import DescribedEdit, EditMethod
 from dit_video.pipelines.tasks.extension import Blend, Extend
 from dit_video.pipelines.tasks.generation import Generate
 from dit_video.pipelines.tasks.interpolation import Interpolate
 from dit_video.pipelines.tasks.loop import Loop
 from dit_video.pipelines.tasks.regions import Inpaint, Outpaint
 from dit_video.pipelines.tasks.variation import Edit, Vary
+from dit_video.pipelines.tasks.zoom_out import ZoomOut
 
-TASKS: dict[str, type[ClipTask]] = {
+TASKS: dict[str, type[AnyTask]] = {
     "generate": Generate,
     "extend": Extend,
     "blend": Blend,
@@ -16,7 +19,9 @@ TASKS: dict[str, type[ClipTask]] = {
     "loop": Loop,
     "inpaint": Inpaint,
     "outpaint": Outpaint,
+    "zoom_out": ZoomOut,
     "edit": Edit,
+    "described_edit": DescribedEdit,
     "vary": Vary,
 }
 """Tasks by the name of the pipeline's method, and of `sample.py --task`."""

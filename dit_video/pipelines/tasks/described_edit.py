@@ -1,0 +1,47 @@
+"""Edits with a description of what the clip shows: FlowEdit, and inversion to noise."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from dit_video.core.errors import UserError
+from dit_video.generation.editing import EditPaths
+from dit_video.pipelines.options import split_options
+from dit_video.pipelines.tasks.clip_task import get_size
+from dit_video.pipelines.tasks.composite_task import CompositeTask, TaskPipeline
+from dit_video.video import Clip
+
+EditMethod = Literal["flow_edit", "inversion"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescribedEdit(CompositeTask):
+    """A clip that changes by the difference of two descriptions: see `EditPaths`."""
+
+    clip: Clip
+    source: str
+    """Description of the clip."""
+    strength: float = 0.8
+    """Diffusion time, in (0, 1], at which the change begins; more changes it more."""
+    edit_method: EditMethod = "flow_edit"
+    """FlowEdit, or inversion of the clip to noise."""
+    source_guidance: float = 1.0
+    """Guidance scale of the clip's description."""
+
+    def run(self, pipeline: TaskPipeline, **options: Any) -> Clip:
+        """Return the edited clip. A callback is not called: the steps are those of two paths."""
+        if self.edit_method not in ("flow_edit", "inversion"):
+            raise UserError(f"edit_method={self.edit_method!r} is invalid. Use flow_edit or inversion")
+        prompt = self.clip.caption if self.prompt is None else self.prompt
+        options = {name: value for name, value in options.items() if name != "callback"}
+        asked, overrides = split_options(prompt, {**options, "size": get_size(self.clip)})
+        target = pipeline.make_stepper(asked, **overrides)
+        described = asked._replace(prompt=self.source)
+        source = pipeline.make_stepper(described, **{**overrides, "guidance": self.source_guidance})
+        paths, latents = EditPaths(source, target), pipeline.codec.encode(self.clip)
+        if self.edit_method == "flow_edit":
+            edited = paths.edit_by_flow(latents, strength=self.strength, seed=asked.seed)
+        else:
+            edited = paths.edit_by_inversion(latents, strength=self.strength)
+        decoded = pipeline.codec.decode(edited, fps=self.clip.fps, caption=prompt, seed=asked.seed)
+        recipe = {"prompt": prompt, "size": list(asked.grid), "seed": asked.seed, "model": pipeline.config.provenance}
+        return replace(decoded, recipe=recipe)

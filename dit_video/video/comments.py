@@ -1,0 +1,99 @@
+"""Comments in video and image files, which hold how a clip was made."""
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import av
+
+from dit_video.core.errors import DecodeError, MissingError
+
+KEY = "comment"
+"""Name of the comment in containers and in PNG chunks."""
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_MAX_BLOCK = 255
+
+
+def format_recipe(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe as the text of a comment."""
+    return json.dumps({"dit_video": recipe}, ensure_ascii=True, separators=(",", ":"))
+
+
+def add_png_comment(content: bytes, text: str) -> bytes:
+    """Return a PNG or APNG file with a comment after its header."""
+    data = KEY.encode() + b"\0" + text.encode("latin-1")
+    chunk = b"tEXt" + data
+    header_end = len(_PNG_SIGNATURE) + 25
+    return (
+        content[:header_end]
+        + struct.pack(">I", len(data))
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + content[header_end:]
+    )
+
+
+def add_gif_comment(content: bytes, text: str) -> bytes:
+    """Return a GIF file with a comment at its end."""
+    data = text.encode("latin-1")
+    blocks = (data[start : start + _MAX_BLOCK] for start in range(0, len(data), _MAX_BLOCK))
+    comment = b"\x21\xfe" + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
+    return content[:-1] + comment + content[-1:]
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Return how the clip in a file was made, as `Clip.recipe`; empty if the file does not say.
+
+    Raises:
+      MissingError: no such file.
+      DecodeError: the file is no video or image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingError(f"no such file: {path}")
+    try:
+        text = _read_comment(path)
+    except (av.FFmpegError, struct.error) as error:
+        raise DecodeError(f"{path} is no video or image ({error})") from error
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return document["dit_video"] if isinstance(document, dict) and "dit_video" in document else {}
+
+
+def _read_comment(path: Path) -> str:
+    content = path.read_bytes() if path.suffix.lower() in (".png", ".apng", ".gif") else b""
+    if content.startswith(_PNG_SIGNATURE):
+        return _find_png_comment(content)
+    if content.startswith(b"GIF"):
+        return _find_gif_comment(content)
+    with av.open(str(path)) as container:
+        tags = {name.lower(): value for name, value in container.metadata.items()}
+        return tags.get(KEY, "")
+
+
+def _find_png_comment(content: bytes) -> str:
+    start = len(_PNG_SIGNATURE)
+    while start + 12 <= len(content):
+        (length,) = struct.unpack(">I", content[start : start + 4])
+        data = content[start + 8 : start + 8 + length]
+        if content[start + 4 : start + 8] == b"tEXt" and data.startswith(KEY.encode() + b"\0"):
+            return data[len(KEY) + 1 :].decode("latin-1")
+        start += 12 + length
+    return ""
+
+
+def _find_gif_comment(content: bytes) -> str:
+    """Return the comment that ends the file."""
+    start = content.rfind(b"\x21\xfe")
+    if start < 0:
+        return ""
+    data, start = b"", start + 2
+    while start < len(content) and content[start]:
+        data += content[start + 1 : start + 1 + content[start]]
+        start += 1 + content[start]
+    return data.decode("latin-1")
