@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_video.core.errors import UserError
+from dit_video.generation.request import Method
 from dit_video.generation.request_file import read_pictures
 
 
@@ -28,6 +29,13 @@ class PictureOptions:
     """Images of subjects that the clip shows."""
     conditions: tuple[str, ...] = ()
     """Images or clips at some frames, each FILE@FRAME or FILE@FRAME@STRENGTH, such as middle.png@40@0.8."""
+    strength: float | None = None
+    """Diffusion time, in (0, 1], that --video is noised to and sampling starts at; with a task, that of its clip."""
+    method: Method = "auto"
+    """Way to keep what is known: as the model was trained (trained), by replacement of latents (training_free), or the
+    first where the model was trained for it (auto)."""
+    resample: int = 1
+    """Number of times that training-free sampling takes every part of the steps."""
     strengths: tuple[str, ...] = ()
     """Strengths of conditioning, each NAME=NUMBER or, with one number for each layer, NAME=NUMBER,NUMBER,…"""
 
@@ -39,11 +47,15 @@ class PictureOptions:
           DecodeError: a file is damaged.
           UserError: a mask without a video, or a text that is not of its form.
         """
-        files = {name: value for name, value in vars(self).items() if name not in ("conditions", "strengths")}
-        conditions = [_parse_condition(text) for text in self.conditions]
-        pictures = read_pictures({**files, "conditions": conditions}, Path())
         strengths = dict(map(_parse_strength, self.strengths))
-        return pictures | ({"strengths": strengths} if strengths else {})
+        options = {"strength": self.strength, "method": self.method, "resample": self.resample}
+        return read_pictures(self.list_files(), Path()) | options | ({"strengths": strengths} if strengths else {})
+
+    def list_files(self) -> dict[str, Any]:
+        """Return the files of all pictures, by the names of a request's fields."""
+        names = ("image", "last_image", "video", "mask", "control", "reference_images")
+        conditions = [_parse_condition(text) for text in self.conditions]
+        return {name: getattr(self, name) for name in names} | {"conditions": conditions}
 
 
 def _parse_condition(text: str) -> dict[str, Any]:

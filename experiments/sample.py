@@ -15,16 +15,20 @@ sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder
 
 from picture_options import PictureOptions
 from sampling_options import SamplingOptions
+from task_options import TaskName, TaskOptions
 
 from dit_video.core.command_line import check_minimum, parse_arguments, parse_size
 from dit_video.core.errors import UserError, script
 from dit_video.evaluation.samples import write_samples
+from dit_video.evaluation.task_results import write_task_results
 from dit_video.generation.request import Request
 from dit_video.generation.request_file import read_requests
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.pipelines.tasks.task_file import TaskEntry, read_tasks
 from dit_video.training.hooks.logging import Progress
 from dit_video.video.encode import FORMATS
 
-_DEFAULTS, _NO_PICTURES = SamplingOptions(), PictureOptions()
+_DEFAULTS, _NO_PICTURES, _NO_TASK = SamplingOptions(), PictureOptions(), TaskOptions()
 
 
 def main(
@@ -36,10 +40,12 @@ def main(
     seed: int | None = None,
     negative: str | None = None,
     pictures: Annotated[PictureOptions, tyro.conf.arg(name="")] = _NO_PICTURES,
+    task: TaskName | None = None,
+    clips: Annotated[TaskOptions, tyro.conf.arg(name="")] = _NO_TASK,
     text_encoder: Path | None = None,
     options: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _DEFAULTS,
 ) -> None:
-    """Sample one prompt into a file, or a list of prompts into a folder.
+    """Sample one prompt into a file, or a list of prompts into a folder; or run a task on one or several clips.
 
     For example:
 
@@ -49,6 +55,8 @@ def main(
         python experiments/sample.py RUN --prompts prompts.json --out samples/
         python experiments/sample.py Wan2.1-I2V-14B-480P-Diffusers --prompt "…" --image first.png --out clip.mp4
         python experiments/sample.py RUN --prompt "…" --conditions first.png@0 middle.png@40@0.8 --out clip.mp4
+        python experiments/sample.py RUN --task extend --clip clip.mp4 --new-frames 16 --prompt "…" --out extended/
+        python experiments/sample.py RUN --task inpaint --prompts clips.json --out inpainted/
 
     Args:
         run: Folder of a run, a pipeline or open weights.
@@ -59,9 +67,18 @@ def main(
         seed: Seed of the noise; 0 by default.
         negative: Negative prompt, which guidance steers away from; the model's own by default, none if "".
         pictures: Images and clips that the clip keeps or follows, in models that accept them.
+        task: Task on clips, whose results are written to the folder --out with a contact sheet and samples.jsonl;
+            without it clips are made from prompts and pictures.
+        clips: Clips and values of the task.
         text_encoder: Folder of the model's frozen text encoder, if it has been moved.
         options: Weights and sampling.
     """
+    if task is not None:
+        entries = _make_entries(task, prompt, prompts, size, seed, pictures, clips)
+        _run_tasks(entries, out, options.load_pipeline(run, text_encoder=text_encoder), options, pictures, negative)
+        return
+    if clips != _NO_TASK:
+        raise UserError("--clip and other options of tasks need --task; use --task extend or another one")
     if (prompt is None) == (prompts is None):
         raise UserError("exactly one of --prompt and --prompts is needed; use --prompt TEXT or --prompts FILE")
     check_minimum(0, seed=seed)
@@ -88,6 +105,41 @@ def main(
     seconds = time.perf_counter() - start_time
     clip.save(out)
     print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}, {seconds:.1f} s including loading")
+
+
+def _make_entries(
+    task: TaskName,
+    prompt: str | None,
+    prompts: Path | None,
+    size: str | None,
+    seed: int | None,
+    pictures: PictureOptions,
+    clips: TaskOptions,
+) -> list[TaskEntry]:
+    """Return the tasks of a list, or the one that the options describe."""
+    check_minimum(0, seed=seed)
+    files = {name: value for name, value in pictures.list_files().items() if value}
+    if prompts is None:
+        described = files | {"strength": pictures.strength}
+        return [clips.make_entry(task, prompt=prompt, size=size, seed=seed or 0, pictures=described)]
+    if prompt is not None or size is not None or seed is not None or files or clips != _NO_TASK:
+        raise UserError("--prompt, --size, --seed, --clip and pictures are for one task; put them in the list")
+    return read_tasks(prompts, task)
+
+
+def _run_tasks(
+    entries: list[TaskEntry],
+    out: Path,
+    pipeline: Pipeline,
+    options: SamplingOptions,
+    pictures: PictureOptions,
+    negative: str | None,
+) -> None:
+    """Run tasks and write their results."""
+    overrides = options.make_overrides(pipeline.config) | {"method": pictures.method, "resample": pictures.resample}
+    with Progress("sampling", len(entries), unit="clip") as progress:
+        paths = write_task_results(pipeline, entries, out, progress=progress.update, negative=negative, **overrides)
+    print(f"{len(paths)} clips, contact_sheet.png and samples.jsonl in {out}")
 
 
 if __name__ == "__main__":

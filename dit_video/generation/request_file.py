@@ -158,7 +158,7 @@ def read_pictures(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if values.get("mask"):
         if "video" not in pictures:
             raise UserError(f"mask={values['mask']} is invalid without a video; give the video that it keeps parts of")
-        pictures["mask"] = _read_mask(read("mask", values["mask"]), len(pictures["video"].frames))
+        pictures["mask"] = read_mask(read("mask", values["mask"]), len(pictures["video"].frames))
     return pictures
 
 
@@ -172,11 +172,11 @@ def _make_condition(entry: Any, read: Callable[..., Clip]) -> Condition:
         raise UserError(f"conditions={[entry]} is invalid: {rule}")
     content, mask = read("conditions", entry.get("file")), None
     if entry.get("mask"):
-        mask = _read_mask(read("mask", entry["mask"]), len(content.frames))
+        mask = read_mask(read("mask", entry["mask"]), len(content.frames))
     return Condition(content=content, frame=entry["frame"], strength=float(entry["strength"]), mask=mask)
 
 
-def _read_mask(clip: Clip, length: int) -> Bool[np.ndarray, "T H W"]:
+def read_mask(clip: Clip, length: int) -> Bool[np.ndarray, "T H W"]:
     """Return the mask that is white in a clip; an image is that of all frames."""
     is_white = clip.frames.mean(axis=-1) > 127.5
     return np.broadcast_to(is_white, (length if len(is_white) == 1 else len(is_white), *is_white.shape[1:]))

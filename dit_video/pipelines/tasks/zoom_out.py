@@ -33,10 +33,10 @@ class ZoomOut(CompositeTask):
             rule = "frames become smaller, by at least a pixel"
             raise UserError(f"frames={self.frames}, factor={self.factor} is invalid: {rule}. Use a larger factor")
         caption = image.caption if self.prompt is None else self.prompt
-        frames, recipe = [image.frames[0]], {}
+        frames, recipe = [image.frames[0]], dict[str, Any]()
         for number in range(self.frames):
             smaller = Clip(resize(frames[-1][None], *inner), fps=image.fps, caption=caption)
             (clip,) = pipeline.run_tasks([Outpaint(clip=smaller, size=(height, width))], seed=seed + number, **options)
             frames.append(clip.frames[0])
-            recipe = recipe or clip.recipe
+            recipe = recipe or dict(clip.recipe)
         return Clip(np.stack(frames), fps=pipeline.config.fps, caption=caption, recipe=recipe)

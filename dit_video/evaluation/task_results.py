@@ -1,0 +1,91 @@
+"""Results of tasks in a folder: a file each, a line of JSON each, and a contact sheet."""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_video.core.errors import UserError
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.pipelines.tasks.task_file import TaskEntry
+from dit_video.video import Clip
+
+LINES_FILE, SHEET_FILE = "samples.jsonl", "contact_sheet.png"
+_SHEET_FRAMES, _GAP = 6, 2
+
+
+def write_task_results(
+    pipeline: Pipeline,
+    entries: Sequence[TaskEntry],
+    folder: str | Path,
+    *,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> list[Path]:
+    """Run tasks, and write each result as it is finished: what is written stays if the run is stopped.
+
+    `samples.jsonl` has a line for each file, with its recipe; `contact_sheet.png` has a row of frames for each.
+
+    Args:
+      pipeline: the model.
+      entries: the tasks.
+      folder: folder of the results, which does not exist or is empty.
+      progress: called with the number of finished results.
+      options: options of `Pipeline.run_tasks`.
+
+    Raises:
+      UserError: a folder with files, a task that does not fit the model, or a disk that is full.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder; use another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    clips: list[Clip] = []
+    count = max(1, 4 * pipeline.config.batch)
+    try:
+        for start in range(0, len(entries), count):
+            part = entries[start : start + count]
+            seeds = [entry.seed for entry in part]
+            for clip in pipeline.run_tasks([entry.task for entry in part], seeds=seeds, **options):
+                paths.append(_write_clip(clip, folder, len(paths)))
+                clips.append(clip)
+                if progress is not None:
+                    progress(len(paths))
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written after {len(paths)} results ({error}). Free space on the disk"
+        ) from error
+    finally:
+        if clips:
+            with contextlib.suppress(OSError):  # of a full disk, about which there is an error already
+                make_contact_sheet(clips).save(folder / SHEET_FILE)
+    return paths
+
+
+def _write_clip(clip: Clip, folder: Path, number: int) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", clip.caption.lower()).strip("-")[:40] or "unconditional"
+    has_odd_side = clip.height % 2 or clip.width % 2
+    suffix = "png" if len(clip.frames) == 1 else "webm" if has_odd_side else "mp4"
+    path = folder / f"{number:03d}-{slug}.{suffix}"
+    clip.save(path)
+    line = {"file": path.name, "frames": len(clip.frames), "height": clip.height, "width": clip.width, "fps": clip.fps}
+    with (folder / LINES_FILE).open("a") as file:
+        file.write(json.dumps(line | {"recipe": clip.recipe}) + "\n")
+    return path
+
+
+def make_contact_sheet(clips: Sequence[Clip]) -> Clip:
+    """Return an image with a row of up to six frames of each clip, equally far apart in time."""
+    height, width = max(clip.height for clip in clips) + _GAP, max(clip.width for clip in clips) + _GAP
+    sheet = np.full((len(clips) * height, _SHEET_FRAMES * width, 3), 255, np.uint8)
+    for row, clip in enumerate(clips):
+        numbers = np.unique(np.linspace(0, len(clip.frames) - 1, _SHEET_FRAMES).round().astype(int))
+        for column, frame in enumerate(clip.frames[numbers]):
+            top, left = row * height, column * width
+            sheet[top : top + clip.height, left : left + clip.width] = frame
+    return Clip(sheet[None], fps=1.0)

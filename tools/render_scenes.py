@@ -1,0 +1,39 @@
+"""Render scenes whose truth is known into a folder of clips with captions."""
+
+from dit_video.platform.scripts import prepare_script
+
+prepare_script(__name__, huge_pages=False)
+
+from pathlib import Path
+
+from dit_video.core.command_line import check_minimum, parse_arguments
+from dit_video.core.errors import script
+from dit_video.data.synthetic import scenes
+from dit_video.training.hooks.logging import Progress
+
+
+def main(out: Path, count: int = 8000, seed: int = 0, levels: tuple[int, ...] = (1, 2)) -> None:
+    """Render scenes whose truth is known into a folder of clips with captions.
+
+    For example:
+
+        python tools/render_scenes.py --out runs/scenes/clips
+        python tools/render_scenes.py --out scenes --count 300 --levels 1 2 3
+
+    After an interruption, run the same command again to continue.
+
+    Args:
+        out: Folder to write: clips/, metadata.csv with their captions, scenes.jsonl with what they hold.
+        count: Number of scenes.
+        seed: Seed of the scenes.
+        levels: Levels of the scenes, in turn: 1 one object, 2 two objects, 3 several with physics and a camera.
+    """
+    check_minimum(1, count=count)
+    check_minimum(0, seed=seed)
+    with Progress("rendering scenes", count, unit="clip") as progress:
+        scenes.write_folder(out, count=count, seed=seed, levels=levels, progress=lambda done, _: progress.update(done))
+    print(f"{count} clips in {out}")
+
+
+if __name__ == "__main__":
+    script(parse_arguments)(main)
