@@ -5,6 +5,7 @@ a model was trained for what a request knows.
 """
 
 import abc
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -153,8 +154,8 @@ class BothEnds(FrameMask):
         return [*range(first), *range(last, count)]
 
     def accepts_frames(self, frames: list[int], count: int) -> bool:
-        gaps = np.diff(frames)
-        return len(frames) > 1 and frames[0] == 0 and frames[-1] == count - 1 and (gaps > 1).sum() == 1
+        gap_count = sum(second - first > 1 for first, second in itertools.pairwise(frames))
+        return frames[:1] == [0] and frames[-1:] == [count - 1] and gap_count == 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.conditioning import ClipConditioning
+from dit_video.conditioning import ClipConditioning, Ending, InsideOfBox, fold_mask
 from dit_video.core import pixels, rng
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.latents.cache import LatentExample, LatentSource
@@ -325,3 +326,34 @@ def test_a_channel_without_variance_is_no_division_by_zero(autoencoder):
     _mean, std = measure_latent_moments(graph, params, [np.full((4, 5, 16, 16, 3), 90, np.uint8)] * 3)
     assert np.isfinite(std).all()
     assert (std > 0).all()
+
+
+def test_every_kind_of_mask_is_encoded_with_unknown_pixels_grey(tmp_path):
+    source, masks = make_source([Grid(1, 16, 16), Grid(5, 16, 32), Grid(5, 32, 16)]), (Ending(), InsideOfBox())
+    encoding = make_encoding(masks=masks)
+    encode_latents(tmp_path / "l", source, encoding, plan_encoding(source, encoding), identity="a")
+    latents = LatentSource(tmp_path / "l")
+    assert [field.name for field in latents.fields] == [
+        "cond_latents_0",
+        "cond_mask_0",
+        "cond_latents_1",
+        "cond_mask_1",
+    ]
+    stride = MODEL.stride
+    for index, view in enumerate(plan_encoding(source, encoding).views):
+        number = latents.names.index(view.name)
+        frames = read_fitted_clip(source, view.clip, view.limits, start=view.start).frames
+        for kind in range(2):
+            blanked, shares = (latents.read_field(number, field) for field in latents.fields[2 * kind : 2 * kind + 2])
+            # The mask is that of whole rows and columns of latents, from which the pixels are known again.
+            generator = rng.make_generator(kind, "mask of a view", zlib.crc32(view.name.encode()))
+            mask = masks[kind].draw(generator, view.size)
+            if mask is None:
+                assert view.size.t == 1
+                assert not blanked.any()
+                assert not shares.any()
+                continue
+            np.testing.assert_allclose(shares, fold_mask(mask, stride), atol=1e-2)
+            grey = np.where(mask[..., None], pixels.to_float(frames), 0)[None]
+            expected = np.asarray(_encode_frames(jnp.asarray(grey, jnp.float32)))[0]
+            np.testing.assert_allclose(blanked, expected, atol=0.05, err_msg=f"{index} {kind}")

@@ -1,0 +1,37 @@
+"""How a clip was made, in its file."""
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import DecodeError, MissingError
+from dit_video.video import Clip, decode, encode, read_recipe
+
+RECIPE = {"prompt": 'a "red" cirçle\n', "seed": 3, "size": [5, 16, 16], "sampling": {"steps": 2}, "long": "x" * 700}
+FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webm", "gif", "apng", "png"])
+def test_a_file_holds_the_recipe_of_its_clip(tmp_path, suffix):
+    frames = FRAMES[:1] if suffix == "png" else FRAMES
+    clip, plain = Clip(frames, 8, recipe=RECIPE), Clip(frames, 8)
+    clip.save(tmp_path / f"a.{suffix}")
+    plain.save(tmp_path / f"b.{suffix}")
+    assert read_recipe(tmp_path / f"a.{suffix}") == RECIPE
+    assert read_recipe(tmp_path / f"b.{suffix}") == {}
+    decoded = [decode(tmp_path / f"{name}.{suffix}").frames for name in "ab"]
+    np.testing.assert_array_equal(*decoded)
+    assert encode(clip, suffix) == (tmp_path / f"a.{suffix}").read_bytes()
+
+
+def test_comments_of_other_programs_are_no_recipes(tmp_path):
+    content = encode(Clip(FRAMES[:1], 8, recipe=RECIPE), "png").replace(b'"dit_video"', b'"other_app"')
+    (tmp_path / "a.png").write_bytes(content)
+    assert read_recipe(tmp_path / "a.png") == {}
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(MissingError, match="no such file"):
+        read_recipe(tmp_path / "a.mp4")
+    (tmp_path / "a.mp4").write_bytes(b"nothing")
+    with pytest.raises(DecodeError, match="is no video or image"):
+        read_recipe(tmp_path / "a.mp4")
