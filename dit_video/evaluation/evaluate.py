@@ -72,7 +72,8 @@ def evaluate(
         check_replaceable(folder / "samples")
     resolved = pipeline.resolve_sampling(**sampling)
     config = evaluation or pipeline.config.evaluation or CaptionEvaluation()
-    requests = config.make_requests(clips, seed, image=bool(pipeline.config.backbone.cond_channels))
+    frames = pipeline.config.frame_conditioning
+    requests = config.make_requests(clips, seed, image=frames is not None and frames.prob == 1)
     if not requests:
         raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")
     collection = MetricCollection(config.metrics)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import DpmMultistep, RectifiedFlow
+from dit_video.diffusion import CosineBetas, DpmMultistep, Edm, RectifiedFlow, VariancePreservingProcess
 from dit_video.generation import Monitor, Sampling, sample_latents
 from dit_video.generation.blocks import estimate_parts, return_to_time
 from support.tiny_denoiser import DENOISER, SHAPE, SMALL, make_request
@@ -60,7 +60,7 @@ def test_what_the_monitor_raises_ends_the_sampling_after_its_block(error):
     assert steps == [2, 4]
 
 
-@pytest.mark.parametrize("process", [RectifiedFlow(), VariancePreserving(), Edm()])
+@pytest.mark.parametrize("process", [RectifiedFlow(), VariancePreservingProcess(betas=CosineBetas()), Edm()])
 def test_two_samples_of_a_path_tell_its_data_and_noise(process):
     data, noise = (jax.random.normal(jax.random.key(seed), (3, 4)) for seed in range(2))
     for time, next_time in ((1.0, 0.7), (0.6, 0.1), (0.3, 0.0)):
@@ -71,7 +71,7 @@ def test_two_samples_of_a_path_tell_its_data_and_noise(process):
         np.testing.assert_allclose(estimates[1], noise, atol=2e-3)
 
 
-@pytest.mark.parametrize("process", [RectifiedFlow(), VariancePreserving(), Edm()])
+@pytest.mark.parametrize("process", [RectifiedFlow(), VariancePreservingProcess(betas=CosineBetas()), Edm()])
 def test_a_sample_that_returns_to_a_time_has_the_distribution_of_that_time(process):
     count, time, next_time = 20_000, jnp.asarray(0.8), jnp.asarray(0.4)
     noise, added = (jax.random.normal(jax.random.key(seed), (count,)) for seed in range(2))

@@ -92,7 +92,7 @@ def _add_replacement(
     stride, channels = model.codec.config.stride, model.codec.config.channels
     rest = known.is_known if trained_mask is None else known.is_known & ~trained_mask
     is_partial = find_partly_known_latents(rest, stride)
-    if trained_mask is not None and model.backbone.time == "token":
+    if trained_mask is not None and model.backbone.time == "token" and request.method != "trained":
         # Clean tokens are of latents all of whose pixels are known. The model does not get any other known pixels.
         is_partial |= find_partly_known_latents(trained_mask, stride)
     is_held = find_known_latents(known.is_known, stride) & split_cells(rest, stride).any(axis=(3, 4, 5))
