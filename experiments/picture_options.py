@@ -22,7 +22,7 @@ class PictureOptions:
     """Clip that is kept where --mask is white."""
     mask: Path | None = None
     """Mask of --video, an image for all of its frames or a video: white is kept, black is generated. Mask files of VACE
-    and diffusers are the other way round: invert them."""
+    and diffusers are the other way round: invert them. With --task inpaint white is filled in, as in theirs."""
     control: Path | None = None
     """Clip that steers what is generated, such as poses, depth or edges."""
     reference_images: tuple[Path, ...] = ()

@@ -11,14 +11,14 @@ from dit_video.core.rng import make_generator
 from dit_video.data.synthetic.scenes import RenderedScene, Scene, draw_scene, render
 from dit_video.data.synthetic.scenes.description import COLOURS
 from dit_video.data.synthetic.scenes.draw import SIZES
-from dit_video.evaluation.metrics.edit_following import EditFollowing
+from dit_video.evaluation.metrics.edit_success import EditSuccess
 from dit_video.evaluation.metrics.interpolation_gain import InterpolationGain
 from dit_video.evaluation.metrics.kept_pixels import KeptPixels
 from dit_video.evaluation.metrics.loop_seam import LoopSeam
 from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.metrics.object_position import ObjectPosition
 from dit_video.evaluation.metrics.region_border import RegionBorder
-from dit_video.evaluation.metrics.scene_following import SceneColours, SceneDirections
+from dit_video.evaluation.metrics.scene_attributes import SceneColours, SceneDirections
 from dit_video.evaluation.metrics.task_truth import TaskTruth
 from dit_video.evaluation.metrics.transition_jumps import TransitionJump
 from dit_video.pipelines.tasks import Blend, ClipTask, Edit, Extend, Generate, Inpaint, Interpolate, Loop, Outpaint
@@ -207,6 +207,6 @@ SCENE_TASKS: dict[str, SceneTask] = {
         sizes=tuple(size._replace(t=2 * KNOWN + _GAP) for size in SIZES if size.t == FRAMES),
     ),
     "loop": SceneTask(make_case=_loop, metrics=(LoopSeam(),), is_completed=False),
-    "editing": SceneTask(make_case=_edit, metrics=(EditFollowing(),), is_completed=False),
+    "editing": SceneTask(make_case=_edit, metrics=(EditSuccess(),), is_completed=False),
 }
 """Measures of the tasks by name."""

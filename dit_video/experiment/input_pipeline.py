@@ -103,7 +103,7 @@ def make_online_batches(
         }
         if buckets is None:
             mask_mix = make_mask_mix(experiment)
-        return load_encoded_batches(clips, texts, encode, shape=config.row_shape, mask_mix=mask_mix, **common)
+            return load_encoded_batches(clips, texts, encode, shape=config.row_shape, mask_mix=mask_mix, **common)
         text_length = min(config.row_shape.text, config.text.max_tokens)
         return load_bucket_batches(clips, texts, encode, buckets, max_text=text_length, **common)
 

@@ -19,8 +19,8 @@ from dit_video.generation.sharding import compute_row_multiples
 from dit_video.text import CaptionTokens
 from dit_video.tokens import Grid, LayoutShape, patchify, unpatchify
 
-Latents = Float32[np.ndarray, "_ _ _ c"]
-"""Latents `t h w c` of one clip."""
+ClipLatents = Float32[np.ndarray, "_ _ _ c"]
+"""ClipLatents `t h w c` of one clip."""
 
 
 class PlannedBatch(NamedTuple):
@@ -58,7 +58,7 @@ class PlannedBatch(NamedTuple):
         number_keys = jax.vmap(jax.vmap(lambda each: jax.random.fold_in(each, number)))(keys)
         return rows.layout.sample_noise(number_keys, rows.tokens.shape[-1])
 
-    def unpack_latents(self, tokens: Any) -> dict[int, Latents]:
+    def unpack_latents(self, tokens: Any) -> dict[int, ClipLatents]:
         """Return the latents of every request's clip in rows of tokens, by its number."""
         values = to_host(tokens)
         return {
@@ -66,7 +66,7 @@ class PlannedBatch(NamedTuple):
             for index, row, slots, grid in self._iterate_slots()
         }
 
-    def pack_latents(self, tokens: Any, latents: Mapping[int, Latents]) -> Float32[np.ndarray, "B N p"]:
+    def pack_latents(self, tokens: Any, latents: Mapping[int, ClipLatents]) -> Float32[np.ndarray, "B N p"]:
         """Return rows of tokens with the latents of these requests in place, in all branches that the rows hold."""
         values = np.array(to_host(tokens), np.float32)
         for index, row, slots, grid in self._iterate_slots():

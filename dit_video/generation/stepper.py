@@ -5,18 +5,15 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Process, SampleTimes
-from dit_video.generation.batches import embed_prompts, plan_batches
+from dit_video.generation.batches import ClipLatents, embed_prompts, plan_batches
 from dit_video.generation.config import Sampling
 from dit_video.generation.denoiser import Denoiser
 from dit_video.generation.packing import SamplingRequest
 from dit_video.generation.sampler import BatchSampler, init_state
 from dit_video.tokens import LayoutShape
-
-Latents = Float32[np.ndarray, "_ _ _ c"]
 
 
 class LatentStepper:
@@ -37,11 +34,12 @@ class LatentStepper:
         (self._planned,) = plan_batches(denoiser, [request], texts, sampling, shape, 1)
         self._sampler = BatchSampler(denoiser, sampling)
         self.process: Process = denoiser.process
+        self.sampling = sampling
         self._times = self._planned.sample_times
         self.times = np.asarray(self._times.times, np.float32)
         """Times of all steps, and the last one."""
 
-    def __call__(self, latents: Latents, steps: Sequence[int]) -> Latents:
+    def __call__(self, latents: ClipLatents, steps: Sequence[int]) -> ClipLatents:
         """Return the latents at the last of some times, from those at the first one.
 
         Args:

@@ -1,4 +1,4 @@
-"""How a sampled clip was made, as JSON values that its file holds."""
+"""Recipes of sampled clips: JSON values that say how they were made, which their files hold."""
 
 import hashlib
 from collections.abc import Mapping
@@ -38,12 +38,26 @@ def make_recipe(config: PipelineConfig, request: Request, plan: SamplingPlan, sa
         "strengths": {name: np.asarray(value, float).tolist() for name, value in request.strengths.items()},
         "conditioning": sorted(request.conditioning),
         "pictures": _describe_pictures(request.pictures),
-        "noise": None if request.noise is None else _hash(np.asarray(request.noise)),
-        "sampling": config_json.to_json(sampling),
+        "noise": None if request.noise is None else hash_pixels(np.asarray(request.noise)),
+        "sampling": describe_sampling(sampling),
         "model": config.provenance,
     }
     absent: tuple[Any, ...] = (None, "", {}, [])
     return {name: value for name, value in values.items() if value not in absent}
+
+
+def describe_sampling(sampling: Sampling) -> Any:
+    """Return sampling as JSON values, or as text if it has a solver or a schedule of another package."""
+    try:
+        return config_json.to_json(sampling)
+    except TypeError:
+        return repr(sampling)
+
+
+def hash_pixels(array: np.ndarray) -> str:
+    """Return a hash of an array's type, shape and values."""
+    content = repr((array.dtype.str, array.shape)).encode() + np.ascontiguousarray(array).tobytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _describe_pictures(pictures: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,10 +73,5 @@ def _describe_picture(picture: Any) -> Any:
     if isinstance(picture, Condition):
         parts: dict[str, Any] = {"frame": picture.frame, "strength": picture.strength}
         parts["content"] = _describe_picture(picture.content)
-        return parts if picture.mask is None else parts | {"mask": _hash(picture.mask)}
-    return _hash(picture.frames if isinstance(picture, Clip) else np.asarray(picture))
-
-
-def _hash(array: np.ndarray) -> str:
-    content = repr((array.dtype.str, array.shape)).encode() + np.ascontiguousarray(array).tobytes()
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
+        return parts if picture.mask is None else parts | {"mask": hash_pixels(picture.mask)}
+    return hash_pixels(picture.frames if isinstance(picture, Clip) else np.asarray(picture))

@@ -154,7 +154,7 @@ class Pipeline(TaskMethods, LoraLoader):
           strengths: strengths of further conditioning, by name; 1 by default.
           task: a `GenerationTask` other than the model's own.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
-          callback: called with a `Progress` after every few steps; what it raises ends the sampling.
+          callback: called with a `PipelineProgress` after every few steps; what it raises ends the sampling.
 
         Raises:
           UserError: an unsupported size (the message names the nearest), an unknown class or sampler, less than one

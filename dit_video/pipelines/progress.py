@@ -12,7 +12,7 @@ class SamplingCancelled(UserError):
     """Sampling was cancelled by its callback."""
 
 
-class Progress(NamedTuple):
+class PipelineProgress(NamedTuple):
     """The progress of the clips that are sampled together."""
 
     progress: SamplingProgress
@@ -46,7 +46,7 @@ class Progress(NamedTuple):
         raise SamplingCancelled(f"sampling was cancelled after step {self.step} of {self.steps}")
 
 
-Callback = Callable[[Progress], object]
+Callback = Callable[[PipelineProgress], object]
 """Function that is called with the progress."""
 
 
@@ -54,4 +54,4 @@ def make_monitor(callback: Callback | None, decode: Callable[..., Clip], *, bloc
     """Return the sampler's monitor that calls a callback; None without one."""
     if callback is None:
         return None
-    return Monitor(lambda progress: callback(Progress(progress, decode)), block_steps)
+    return Monitor(lambda progress: callback(PipelineProgress(progress, decode)), block_steps)

@@ -81,7 +81,7 @@ class TaskMethods(abc.ABC):
         Args:
           tasks: the tasks, such as `Extend(clip=clip, frames=16)`.
           seeds: seed of each task; by default that of `options` for all.
-          callback: called with a `Progress` after every few steps.
+          callback: called with a `PipelineProgress` after every few steps.
           options: options of `generate` for all tasks.
         """
         shared, overrides = split_options("", options)

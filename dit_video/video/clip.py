@@ -33,8 +33,8 @@ class Clip:
     """Frames per second, stored as a float; 1 for an image that was read from a file."""
     caption: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """How a sampled clip was made: prompt, seed, size, steps, task and others, as JSON values. Files hold it, too: see
-    `dit_video.video.read_recipe`."""
+    """Prompt, seed, size, steps, task and other JSON values that a sampled clip was made with; `read_recipe` of
+    `dit_video.video` reads them from its file."""
 
     def __post_init__(self):
         frames = self.frames

@@ -1,4 +1,4 @@
-"""Comments in video and image files, which hold how a clip was made."""
+"""Comments in video and image files, which hold recipes of clips."""
 
 import json
 import struct

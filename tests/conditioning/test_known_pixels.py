@@ -34,11 +34,11 @@ def test_a_mask_is_folded_with_the_first_frame_repeated():
 def test_a_folded_mask_holds_the_share_of_known_pixels_in_each_cell():
     is_known = np.zeros((5, 4, 4), bool)
     is_known[1, :, :3] = True
-    folded = fold_mask(is_known, Grid(4, 2, 2))
-    assert folded.shape == (2, 2, 2, 4)
-    np.testing.assert_array_equal(folded[1, :, :, 0], [[1, 0.5], [1, 0.5]])
-    assert not folded[0].any()
-    assert not folded[1, ..., 1:].any()
+    shares = fold_mask(is_known, Grid(4, 2, 2))
+    assert shares.shape == (2, 2, 2, 4)
+    np.testing.assert_array_equal(shares[1, :, :, 0], [[1, 0.5], [1, 0.5]])
+    assert not shares[0].any()
+    assert not shares[1, ..., 1:].any()
 
 
 def test_a_latent_is_known_if_all_pixels_of_its_frames_are():

@@ -106,6 +106,24 @@ def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
+def test_the_tasks_notebook_runs_and_shows_videos(monkeypatch):
+    notebook, result = evaluate_notebook("tasks", monkeypatch, {"recipe": "loop.recipe"}, **BRIEF)
+    pages = get_html_outputs(notebook)
+    counts = {name: page.count("<video") for name, page in pages.items()}
+    assert counts == {
+        "load": 1,
+        "from-frames": 3,
+        "extend": 4,
+        "fill": 4,
+        "edit": 5,
+        "loop": 1,
+        "progress": 1,
+    }
+    assert result["recipe"]["task"] == "SeamlessLoop"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_spiral_notebook_shows_the_results_that_its_text_states(monkeypatch):
     notebook, actual = evaluate_notebook("spiral", monkeypatch, SPIRAL, **BRIEF)
     assert pictures(notebook) == {

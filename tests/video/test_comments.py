@@ -1,4 +1,4 @@
-"""How a clip was made, in its file."""
+"""Recipes of clips in their files."""
 
 import numpy as np
 import pytest

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import itertools
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,16 +35,15 @@ from dit_video.conditioning import (
     ClipView,
     KnownMask,
     MaskGenerator,
-    fold_mask,
     make_mask_fields,
 )
 from dit_video.core import config_json, pixels
 from dit_video.core.errors import DecodeError, UserError, check_at_least
-from dit_video.core.rng import make_generator
 from dit_video.core.storage import StoragePathLike, to_storage_path
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import Identity, LatentExample, Skipped, StorageDtype, hash_identity
 from dit_video.data.latents.online import CanvasEncoder
+from dit_video.data.latents.view_masks import draw_view_masks, make_mask_values, place_masks
 from dit_video.data.latents.views import Augmentations, View, list_views
 from dit_video.data.latents.writer import LatentWriter
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
@@ -65,7 +63,7 @@ class _EncodedBatch(NamedTuple):
     latents: Array
     prefixes: dict[int, Array]
     """Latents of the canvases of which only so many first frames are kept; see `Encoding.list_prefixes`."""
-    blanked: list[Array]
+    cond_latents: list[Array]
     """Latents of the canvases with all but the known pixels grey, for each kind of mask."""
     masks: list[dict[int, KnownMask]]
     """Masks of the views, for each kind."""
@@ -272,9 +270,9 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                     kept: self._encode(*arrays, _keep_first_frames(arrays[0], kept))
                     for kept in self._encoding.list_prefixes()
                 }
-                masks = [self._draw_masks(kind, batch) for kind in range(len(self._encoding.masks))]
-                blanked = [self._encode(*arrays, self._place_masks(arrays[0], batch, drawn)) for drawn in masks]
-                encoded = _EncodedBatch(batch, self._encode(*arrays), prefixes, blanked, masks, frames)
+                masks = draw_view_masks(self._encoding.masks, batch, self._plan.views)
+                cond_latents = [self._encode(*arrays, place_masks(arrays[0].shape[:-1], batch, each)) for each in masks]
+                encoded = _EncodedBatch(batch, self._encode(*arrays), prefixes, cond_latents, masks, frames)
                 if computed is not None:  # read the previous batch back while the devices encode this one
                     yield from self._extract_latents(computed)
                 computed = encoded
@@ -323,31 +321,11 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 canvases[row, :t, top : top + h, left : left + w] = frames
         return (canvases, inside), views
 
-    def _draw_masks(self, kind: int, batch: Sequence[ClipCanvas]) -> dict[int, KnownMask]:
-        """Return a mask of one kind for every view; nothing is known in a view whose size has none."""
-        masks = {}
-        for slot in (slot for canvas in batch for slot in canvas.slots):
-            view = self._plan.views[slot.clip]
-            generator = make_generator(kind, "mask of a view", zlib.crc32(view.name.encode()))
-            mask = self._encoding.masks[kind].draw(generator, view.size)
-            masks[slot.clip] = np.zeros(view.size, bool) if mask is None else mask
-        return masks
-
-    def _place_masks(
-        self, canvases: UInt8[np.ndarray, "B T H W 3"], batch: Sequence[ClipCanvas], masks: dict[int, KnownMask]
-    ) -> Bool[np.ndarray, "B T H W"]:
-        placed = np.zeros(canvases.shape[:-1], bool)
-        for row, canvas in enumerate(batch):
-            for clip, top, left in canvas.slots:
-                t, h, w = masks[clip].shape
-                placed[row, :t, top : top + h, left : left + w] = masks[clip]
-        return placed
-
     def _extract_latents(self, batch: _EncodedBatch) -> Iterator[LatentExample | Skipped]:
         stride = self._encoding.autoencoder.stride
         values = np.asarray(batch.latents, np.float32)
         prefixes = {kept: np.asarray(latents, np.float32) for kept, latents in batch.prefixes.items()}
-        blanked = [np.asarray(latents, np.float32) for latents in batch.blanked]
+        cond_latents = [np.asarray(latents, np.float32) for latents in batch.cond_latents]
         for row, canvas in enumerate(batch.canvases):
             for clip, top, left in canvas.slots:
                 frames = batch.frames[clip]
@@ -361,18 +339,10 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 encoded = {kept: latents[region] for kept, latents in prefixes.items()}
                 seen = ClipView(info.name, frames, grid, view.start, view.flipped, encoded)
                 text = () if self._text is None else tuple(self._text(caption) for caption in info.captions)
-                fields = self._compute_fields(seen) | self._get_mask_fields(
-                    [latents[region] for latents in blanked], [masks[clip] for masks in batch.masks]
+                fields = self._compute_fields(seen) | make_mask_values(
+                    [latents[region] for latents in cond_latents], [masks[clip] for masks in batch.masks], stride
                 )
                 yield LatentExample(view.name, info.captions, values[region], info.name, text, fields)
-
-    def _get_mask_fields(self, blanked: Sequence[np.ndarray], masks: Sequence[KnownMask]) -> dict[str, np.ndarray]:
-        model, fields = self._encoding.autoencoder, dict[str, np.ndarray]()
-        for kind, (latents, mask) in enumerate(zip(blanked, masks, strict=True)):
-            pair = make_mask_fields(channels=model.channels, temporal_stride=model.stride.t, kind=kind)
-            values = latents if mask.any() else np.zeros_like(latents)
-            fields |= {pair[0].name: values, pair[1].name: fold_mask(mask, model.stride)}
-        return fields
 
     def _compute_fields(self, view: ClipView) -> dict[str, np.ndarray]:
         encode_image = self._encoding.encode_image

@@ -283,8 +283,8 @@ class RowEncoder(NamedTuple):
         latents, fields = self.encode(clips), [dict[str, np.ndarray]() for _ in clips]
         if mix is not None:
             masks = [mix.draw_mask(Grid(*clip.shape[:3]), entry.rank) for entry, clip in pairs]
-            for values, blanked, mask in zip(fields, self.encode(clips, masks), masks, strict=True):
-                arrays = blanked if mask.any() else np.zeros_like(blanked), fold_mask(mask, mix.stride)
+            for values, cond_latents, mask in zip(fields, self.encode(clips, masks), masks, strict=True):
+                arrays = cond_latents if mask.any() else np.zeros_like(cond_latents), fold_mask(mask, mix.stride)
                 for field, array in zip(mix.fields, arrays, strict=True):
                     values[field.name] = field.patchify(array, self.patch)
         encoded = iter(zip(latents, fields, strict=True))

@@ -19,7 +19,7 @@ class RegionBorder(MeanMetric):
     needs = ("samples", "scenes")
     name: ClassVar[str] = "border_gradient"
     description: ClassVar[MetricDescription] = MetricDescription(
-        label="gradient at the border over that beside it", decimals=2, is_higher_better=False
+        label="gradient at the border over that beside it it", decimals=2, is_higher_better=False
     )
 
     def measure(self, batch: MetricBatch) -> Sequence[float]:
@@ -33,7 +33,7 @@ class RegionBorder(MeanMetric):
 
 def measure_border(frames: np.ndarray, is_known: np.ndarray) -> float:
     """Return the mean gradient across the border of a mask over that of pixel pairs near it, on either side."""
-    across, beside = [], []
+    across, nearby = [], []
     values = frames.astype(np.float32)
     for axis in (1, 2):
         gradient = np.abs(np.diff(values, axis=axis)).mean(axis=-1)
@@ -42,5 +42,5 @@ def measure_border(frames: np.ndarray, is_known: np.ndarray) -> float:
         for shift in (*range(-_REACH, 0), *range(1, _REACH + 1)):
             near |= np.roll(is_border, shift, axis=axis)
         across.append(gradient[is_border])
-        beside.append(gradient[near & ~is_border])
-    return float(np.concatenate(across).mean(axis=0) / max(float(np.concatenate(beside).mean(axis=0)), 1e-3))
+        nearby.append(gradient[near & ~is_border])
+    return float(np.concatenate(across).mean(axis=0) / max(float(np.concatenate(nearby).mean(axis=0)), 1e-3))

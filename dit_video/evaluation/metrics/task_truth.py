@@ -1,4 +1,4 @@
-"""What metrics of generation tasks compare a sample with: the truth of a rendered scene."""
+"""The truth of a rendered scene, with which metrics of generation tasks compare a sample."""
 
 from typing import NamedTuple
 

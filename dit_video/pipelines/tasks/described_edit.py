@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dit_video.core.errors import UserError
-from dit_video.generation.editing import EditPaths
+from dit_video.generation.edit_paths import EditPaths
+from dit_video.pipelines.clip_recipe import describe_sampling, hash_pixels
 from dit_video.pipelines.options import split_options
 from dit_video.pipelines.tasks.clip_task import get_size
 from dit_video.pipelines.tasks.composite_task import CompositeTask, TaskPipeline
@@ -33,15 +34,24 @@ class DescribedEdit(CompositeTask):
             raise UserError(f"edit_method={self.edit_method!r} is invalid. Use flow_edit or inversion")
         prompt = self.clip.caption if self.prompt is None else self.prompt
         options = {name: value for name, value in options.items() if name != "callback"}
-        asked, overrides = split_options(prompt, {**options, "size": get_size(self.clip)})
-        target = pipeline.make_stepper(asked, **overrides)
-        described = asked._replace(prompt=self.source)
+        request, overrides = split_options(prompt, {**options, "size": get_size(self.clip)})
+        target = pipeline.make_stepper(request, **overrides)
+        described = request._replace(prompt=self.source)
         source = pipeline.make_stepper(described, **{**overrides, "guidance": self.source_guidance})
         paths, latents = EditPaths(source, target), pipeline.codec.encode(self.clip)
         if self.edit_method == "flow_edit":
-            edited = paths.edit_by_flow(latents, strength=self.strength, seed=asked.seed)
+            edited = paths.edit_by_flow(latents, strength=self.strength, seed=request.seed)
         else:
             edited = paths.edit_by_inversion(latents, strength=self.strength)
-        decoded = pipeline.codec.decode(edited, fps=self.clip.fps, caption=prompt, seed=asked.seed)
-        recipe = {"prompt": prompt, "size": list(asked.grid), "seed": asked.seed, "model": pipeline.config.provenance}
+        decoded = pipeline.codec.decode(edited, fps=self.clip.fps, caption=prompt, seed=request.seed)
+        recipe = {
+            "prompt": prompt,
+            "size": list(request.grid),
+            "seed": request.seed,
+            "pictures": {"clip": hash_pixels(self.clip.frames)},
+            "sampling": describe_sampling(target.sampling),
+            "model": pipeline.config.provenance,
+        }
+        if request.negative is not None:
+            recipe["negative"] = request.negative
         return replace(decoded, recipe=recipe)

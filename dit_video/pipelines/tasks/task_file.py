@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.generation.request_file import read_mask, read_pictures
 from dit_video.pipelines.tasks import TASKS, AnyTask
-from dit_video.video import decode
+from dit_video.video import decode, read_recipe
 
 _CLIPS, _IMAGES = ("clip", "first", "second"), ("image", "last_image")
 _COMMON = ("seed",)
@@ -77,12 +77,14 @@ def _read_values(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if value is None or key in _COMMON:
             continue
         if key in (*_CLIPS, *_IMAGES):
-            read[key] = decode(folder / value, frames=1 if key in _IMAGES else None)
+            clip = decode(folder / value, frames=1 if key in _IMAGES else None)
+            # The caption of a sampled clip is its prompt, which is that of a task without one.
+            read[key] = replace(clip, caption=read_recipe(folder / value).get("prompt", ""))
         elif key == "conditions":
             read |= read_pictures({key: value}, folder)
         elif key != "mask":
             read[key] = tuple(value) if isinstance(value, list) else value
     if values.get("mask") is not None:
-        clip = read.get("clip")
-        read["mask"] = read_mask(decode(folder / values["mask"]), 1 if clip is None else len(clip.frames))
+        length = len(read["clip"].frames) if "clip" in read else 1
+        read["mask"] = read_mask(decode(folder / values["mask"]), length)
     return read

@@ -344,16 +344,18 @@ def test_every_kind_of_mask_is_encoded_with_unknown_pixels_grey(tmp_path):
         number = latents.names.index(view.name)
         frames = read_fitted_clip(source, view.clip, view.limits, start=view.start).frames
         for kind in range(2):
-            blanked, shares = (latents.read_field(number, field) for field in latents.fields[2 * kind : 2 * kind + 2])
+            cond_latents, shares = (
+                latents.read_field(number, field) for field in latents.fields[2 * kind : 2 * kind + 2]
+            )
             # The mask is that of whole rows and columns of latents, from which the pixels are known again.
             generator = rng.make_generator(kind, "mask of a view", zlib.crc32(view.name.encode()))
             mask = masks[kind].draw(generator, view.size)
             if mask is None:
                 assert view.size.t == 1
-                assert not blanked.any()
+                assert not cond_latents.any()
                 assert not shares.any()
                 continue
             np.testing.assert_allclose(shares, fold_mask(mask, stride), atol=1e-2)
             grey = np.where(mask[..., None], pixels.to_float(frames), 0)[None]
             expected = np.asarray(_encode_frames(jnp.asarray(grey, jnp.float32)))[0]
-            np.testing.assert_allclose(blanked, expected, atol=0.05, err_msg=f"{index} {kind}")
+            np.testing.assert_allclose(cond_latents, expected, atol=0.05, err_msg=f"{index} {kind}")

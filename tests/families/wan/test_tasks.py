@@ -4,16 +4,19 @@ Frames of a clip are numbered from 0. The autoencoder has a stride of 4 frames, 
 are those of the frames 0, 1 to 4, and 5 to 8.
 """
 
+import itertools
 import warnings
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
-from dit_video.generation.editing import EditPaths
+from dit_video.generation.batches import PlannedBatch
+from dit_video.generation.edit_paths import EditPaths
 from dit_video.generation.pictures import Condition
 from dit_video.generation.request import Request
 from dit_video.generation.tasks.seamless_loop import SeamlessLoop
@@ -429,6 +432,27 @@ def test_steps_of_two_experts_are_repeated(two_experts, image):
     assert np.abs(latents - again)[1:].max() > 1e-3
     # Without known pixels there is nothing to agree with.
     np.testing.assert_array_equal(sample_latents(two_experts, resample=2), sample_latents(two_experts))
+
+
+def test_repeated_steps_return_to_their_first_time_with_noise(two_experts, monkeypatch):
+    """The parts of the steps are single ones, where there are few."""
+    noise, further = np.random.default_rng(1).standard_normal((2, 3, 4, 4, 4)).astype(np.float32)
+
+    def draw_further(self, number):
+        return jnp.asarray(self.pack_latents(self.batch.branches[0].tokens, {0: further}))
+
+    monkeypatch.setattr(PlannedBatch, "draw_noise", draw_further)
+    options = {"times": TIMES, "guidance": 2.0, "sampler": "euler"}
+    request = Request(PROMPT, SIZE, image=FRAMES[0], noise=noise, resample=2)
+    with warns():
+        (latents,) = two_experts.generate_latents([request], **options)
+        stepper = two_experts.make_stepper(request, **options)
+    expected = noise
+    for step, (start, end) in enumerate(itertools.pairwise((*TIMES, 0.0))):
+        once, share = stepper(expected, [step, step + 1]), (1 - start) / (1 - end)
+        returned = share * once + np.float32(start**2 - (share * end) ** 2) ** 0.5 * further
+        expected = stepper(returned, [step, step + 1])
+    np.testing.assert_allclose(latents, expected, atol=1e-4)
 
 
 def test_two_equal_experts_repeat_the_steps_of_one(two_experts):

@@ -50,9 +50,9 @@ def make_loss(config):
     )
 
 
-def make_rows(latents, blanked, shares):
+def make_rows(latents, cond_latents, shares):
     values = {
-        FIELDS[0].name: FIELDS[0].patchify(blanked, PATCH),
+        FIELDS[0].name: FIELDS[0].patchify(cond_latents, PATCH),
         FIELDS[1].name: FIELDS[1].patchify(shares, PATCH),
     }
     grid = Grid(GRID.t, 1, 2)
@@ -68,14 +68,14 @@ def draw_noise_and_time(loss, rows):
     return noise, float(np.asarray(loss.draw_times(rows, jnp.zeros((), jnp.int32)))[0, 0])
 
 
-LATENTS, BLANKED = (np.random.default_rng(seed).normal(size=(*GRID, CHANNELS)).astype(np.float32) for seed in (0, 1))
+LATENTS, COND = (np.random.default_rng(seed).normal(size=(*GRID, CHANNELS)).astype(np.float32) for seed in (0, 1))
 
 
 def test_mask_shares_and_latents_of_the_blanked_clip_are_next_to_each_other():
     shares = np.random.default_rng(2).uniform(size=(*GRID, STRIDE)).astype(np.float32)
-    rows, loss = make_rows(LATENTS, BLANKED, shares), make_loss(CONCATENATING)
+    rows, loss = make_rows(LATENTS, COND, shares), make_loss(CONCATENATING)
     noise, _ = draw_noise_and_time(loss, rows)
-    channels = patchify(np.concatenate([shares, BLANKED], axis=-1), PATCH)
+    channels = patchify(np.concatenate([shares, COND], axis=-1), PATCH)
     target = noise - patchify(LATENTS, PATCH)
     expected = np.square(channels[:, : 4 * CHANNELS] - target).mean()
     np.testing.assert_allclose(loss(PARAMS, rows, jnp.zeros((), jnp.int32))[0], expected, rtol=1e-5)
@@ -85,7 +85,7 @@ def test_clean_tokens_are_those_of_the_blanked_clip_and_do_not_count():
     shares = np.zeros((*GRID, STRIDE), np.float32)
     shares[1, :, :2] = 1  # the third token
     shares[0, 0, 0] = 1  # a part of the first token, which the model does not get
-    rows, loss = make_rows(LATENTS, BLANKED, shares), make_loss(CLEAN)
+    rows, loss = make_rows(LATENTS, COND, shares), make_loss(CLEAN)
     noise, time = draw_noise_and_time(loss, rows)
     data = patchify(LATENTS, PATCH)
     noisy = (1 - time) * data + time * noise

@@ -14,7 +14,7 @@ _MAX_REST = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditFollowing(ExampleMetric[tuple[bool, float]]):
+class EditSuccess(ExampleMetric[tuple[bool, float]]):
     """Share of edits whose object has the new colour alone, and its mean distance from the source's positions.
 
     An object without the new colour counts as half the frame's diagonal.

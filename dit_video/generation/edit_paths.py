@@ -4,13 +4,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
+from dit_video.generation.batches import ClipLatents
 from dit_video.generation.stepper import LatentStepper
-
-Latents = Float32[np.ndarray, "t h w c"]
 
 
 class EditPaths(NamedTuple):
@@ -35,7 +33,7 @@ class EditPaths(NamedTuple):
             raise UserError(f"strength={strength} is invalid: no step begins below it. Use at least {times[-2]:.3g}")
         return first
 
-    def edit_by_flow(self, latents: Latents, *, strength: float, seed: int) -> Latents:
+    def edit_by_flow(self, latents: ClipLatents, *, strength: float, seed: int) -> ClipLatents:
         """Return the latents moved by the difference of both paths' slopes (FlowEdit, arXiv 2412.08629, algorithm 1).
 
         The slopes are those at noisy versions of the clip and of the result, with the same noise, which is drawn anew
@@ -62,7 +60,7 @@ class EditPaths(NamedTuple):
             edited = edited + (target - source)
         return edited
 
-    def edit_by_inversion(self, latents: Latents, *, strength: float) -> Latents:
+    def edit_by_inversion(self, latents: ClipLatents, *, strength: float) -> ClipLatents:
         """Return the latents that the noise of the clip leads to with the other description.
 
         The noise is that of the probability flow with the clip's description (DDIM inversion, arXiv 2010.02502).
