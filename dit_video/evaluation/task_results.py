@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.pipelines.tasks.composite_task import TaskPipeline
 from dit_video.pipelines.tasks.task_file import TaskEntry
 from dit_video.video import Clip
 
@@ -19,7 +19,7 @@ _SHEET_FRAMES, _GAP = 6, 2
 
 
 def write_task_results(
-    pipeline: Pipeline,
+    pipeline: TaskPipeline,
     entries: Sequence[TaskEntry],
     folder: str | Path,
     *,

@@ -20,7 +20,7 @@ from dit_video.text import CaptionTokens
 from dit_video.tokens import Grid, LayoutShape, patchify, unpatchify
 
 ClipLatents = Float32[np.ndarray, "_ _ _ c"]
-"""ClipLatents `t h w c` of one clip."""
+"""Latents `t h w c` of one clip."""
 
 
 class PlannedBatch(NamedTuple):
@@ -187,7 +187,7 @@ def _plan_steps(request: SamplingRequest, process: Process, sampling: Sampling) 
         first = int((times[:-1] > np.float32(plan.start_time)).sum())
         if first == sampling.steps:
             raise UserError(
-                f"start_time={plan.start_time} is invalid: no step begins at or below it. Use at least "
+                f"strength or start_time={plan.start_time} is invalid: no step begins at or below it. Use at least "
                 f"{times[-2]:.3g}, or more steps."
             )
     elif plan.start_time < 1:

@@ -41,15 +41,15 @@ class Monitor(NamedTuple):
 
     function: Callable[[SamplingProgress], object]
     block_steps: int = _BLOCK_STEPS
-    """Number of steps in a block."""
+    """Number of steps in a block, unless latents are changed or steps are repeated between blocks."""
 
 
 def choose_block_steps(planned: PlannedBatch, monitor: Monitor | None) -> int:
     """Return the number of steps in a block of a batch."""
-    count = _BLOCK_STEPS if monitor is None else monitor.block_steps
     if planned.has_updates or planned.resample > 1:
-        return min(count, -(-(len(planned.times) - 1) // _UPDATES))
-    return count
+        # Results depend on these blocks, and not on who watches.
+        return min(_BLOCK_STEPS, -(-(len(planned.times) - 1) // _UPDATES))
+    return _BLOCK_STEPS if monitor is None else monitor.block_steps
 
 
 def estimate_parts(

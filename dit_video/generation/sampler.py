@@ -126,39 +126,45 @@ class BatchSampler(NamedTuple):
         planned_batches = plan_batches(denoiser, requests, texts, sampling, shape, rows)
         runs: Iterator[tuple[PlannedBatch, SamplingState]]
         runs = ((planned, _init_state(denoiser, planned, sampling, self.has_trace)) for planned in planned_batches)
-        first, *others = denoiser.experts
-        if others:
-            with denoiser.open_params(first) as params:
-                # All before the second: otherwise its weights would be copied while those of the first are in use.
-                runs = iter([(planned, self._run_expert(params, 0, planned, state)) for planned, state in runs])
-        with denoiser.open_params(denoiser.experts[-1]) as params:
-            for planned, state in runs:
-                state = self._run_expert(params, len(others), planned, state)
-                _check_finite(planned, state, sampling)
-                yield planned, state
+        for number, expert in enumerate(denoiser.experts):
+            # All before the next expert: otherwise its weights would be copied while those of this one are in use.
+            unfinished: list[tuple[PlannedBatch, SamplingState]] = []
+            with denoiser.open_params(expert) as params:
+                for planned, state in runs:
+                    for block in self._iterate_blocks(number, planned):
+                        times = _slice_times(planned, range(block.first, block.last))
+                        program, arguments = self.prepare_steps(params, number, planned, state, times, block.first)
+                        # A block ends before the next begins, so that Ctrl-C stops between them.
+                        before, state = state.x, jax.block_until_ready(program(*arguments))
+                        state = self._finish_block(planned, block, before, state)
+                    if expert == denoiser.experts[-1]:
+                        _check_finite(planned, state, sampling)
+                        yield planned, state
+                    else:
+                        unfinished.append((planned, state))
+            runs = iter(unfinished)
 
-    def _run_expert(
-        self, params: dict[str, Any], number: int, planned: PlannedBatch, state: SamplingState
-    ) -> SamplingState:
-        """Return the state after the steps of one expert, which may be none, in blocks."""
+    def _iterate_blocks(self, number: int, planned: PlannedBatch) -> Iterator["_Block"]:
+        """Yield the blocks of steps of one expert, which may be none, each as often as it is taken."""
         start, stop = _get_expert_steps(self.denoiser, number, planned, self.sampling)
         block_steps = choose_block_steps(planned, self.monitor)
         for first in range(start, stop, block_steps):
-            last = min(first + block_steps, stop)
             for repeat in range(planned.resample):
-                before, times = state.x, _slice_times(planned, range(first, last))
-                state = self.take_steps(params, number, planned, state, times, first)
-                is_repeated = repeat + 1 < planned.resample
-                if planned.has_updates or self.monitor is not None:
-                    parts = estimate_parts(self.denoiser.process, before, state.x, *_get_ends(planned, first, last))
-                    state = self._update(planned, state, parts, last)
-                    if self.monitor is not None and not is_repeated:
-                        self.monitor.function(SamplingProgress(planned, last, self.sampling.steps, parts[0]))
-                if is_repeated:
-                    state = self._return(planned, state, first, last, repeat)
-        return state
+                yield _Block(first, min(first + block_steps, stop), repeat, repeat + 1 < planned.resample)
 
-    def take_steps(
+    def _finish_block(
+        self, planned: PlannedBatch, block: "_Block", before: Array, state: SamplingState
+    ) -> SamplingState:
+        """Return the state after the updates of a block, at its start if it is repeated, and report the progress."""
+        if planned.has_updates or self.monitor is not None:
+            ends = _get_ends(planned, block)
+            parts = estimate_parts(self.denoiser.process, before, state.x, *ends)
+            state = self._update(planned, state, parts, block.last)
+            if self.monitor is not None and not block.is_repeated:
+                self.monitor.function(SamplingProgress(planned, block.last, self.sampling.steps, parts[0]))
+        return self._return(planned, state, block) if block.is_repeated else state
+
+    def prepare_steps(
         self,
         params: dict[str, Any],
         number: int,
@@ -166,8 +172,8 @@ class BatchSampler(NamedTuple):
         state: SamplingState,
         times: SampleTimes,
         first: int,
-    ) -> SamplingState:
-        """Return the state after the steps between some times.
+    ) -> tuple[Callable[..., SamplingState], ProgramArguments]:
+        """Return the program that takes the steps between some times to the state after them, and its arguments.
 
         Args:
           params: parameters of the expert and of the text encoder, on the devices.
@@ -185,8 +191,7 @@ class BatchSampler(NamedTuple):
             _, *others = arguments
             _, *shardings = make_argument_shardings(arguments, denoiser.mesh)
             arguments = ProgramArguments(params, *put_on_devices(others, shardings))
-        # A block ends before the next begins, so that Ctrl-C stops between them.
-        return jax.block_until_ready(_make_program(denoiser, planned, self.sampling)(*arguments))
+        return _make_program(denoiser, planned, self.sampling), arguments
 
     def _update(
         self, planned: PlannedBatch, state: SamplingState, parts: tuple[Array, Array], last: int
@@ -201,24 +206,40 @@ class BatchSampler(NamedTuple):
             if (update := planned.requests[index].plan.update) is not None:
                 end = BlockEnd(last, time, self.denoiser.process, data[index], noise[index])
                 changed[index] = update(latents, end)
-        return self._restart(state, jnp.asarray(planned.pack_latents(state.x, changed)), last)
+        sample, trace = jnp.asarray(planned.pack_latents(state.x, changed)), state.trace
+        if trace is not None:
+            trace = trace._replace(x=trace.x.at[state.steps_done - 1].set(sample))
+        return self._restart(state._replace(trace=trace), sample, last)
 
-    def _return(self, planned: PlannedBatch, state: SamplingState, first: int, last: int, repeat: int) -> SamplingState:
-        """Return the state with noise added, at the first time of the block that ends at a step."""
-        noise = planned.draw_noise(self.sampling.steps * (repeat + 1) + last)
-        noisy = return_to_time(self.denoiser.process, state.x, noise, *_get_ends(planned, first, last))
-        state = self._restart(state, noisy, first)
-        return state._replace(steps_done=state.steps_done - (last - first))
+    def _return(self, planned: PlannedBatch, state: SamplingState, block: "_Block") -> SamplingState:
+        """Return the state with noise added, at the first time of a block."""
+        noise = planned.draw_noise(self.sampling.steps * (block.repeat + 1) + block.last)
+        noisy = return_to_time(self.denoiser.process, state.x, noise, *_get_ends(planned, block))
+        state = self._restart(state, noisy, block.first)
+        return state._replace(steps_done=state.steps_done - (block.last - block.first))
 
     def _restart(self, state: SamplingState, sample: Array, step: int) -> SamplingState:
         """Return the state with another sample, which a solver's earlier steps do not lead to."""
         return state._replace(solver=self.sampling.solver.init(sample, steps=self.sampling.steps - step))
 
 
-def _get_ends(planned: PlannedBatch, first: int, last: int) -> tuple[Array, Array]:
-    """Return the times at the start and at the end of some steps."""
+class _Block(NamedTuple):
+    """A block of steps."""
+
+    first: int
+    """Number of its first step."""
+    last: int
+    """Number of the first step after it."""
+    repeat: int
+    """Number of times that it has been taken before."""
+    is_repeated: bool
+    """True if it is taken again."""
+
+
+def _get_ends(planned: PlannedBatch, block: _Block) -> tuple[Array, Array]:
+    """Return the times at the start and at the end of a block."""
     times = jnp.asarray(planned.sample_times.times)
-    return times[first], times[last]
+    return times[block.first], times[block.last]
 
 
 def list_programs(

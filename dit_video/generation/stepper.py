@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,7 +56,8 @@ class LatentStepper:
         for number, expert, part in self._split_experts(steps):
             times = SampleTimes(*(values[np.asarray(part)] for values in self._times))
             with sampler.denoiser.open_params(expert) as params:
-                state = sampler.take_steps(params, number, planned, state, times, part[0])
+                program, arguments = sampler.prepare_steps(params, number, planned, state, times, part[0])
+                state = jax.block_until_ready(program(*arguments))
         result = planned.unpack_latents(state.x)[0]
         if not np.isfinite(result).all():
             time = float(self.times[steps[0]])

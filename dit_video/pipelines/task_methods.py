@@ -1,13 +1,14 @@
 """Generation tasks as methods of a pipeline: extension, interpolation, inpainting, editing and others."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Bool
 
+from dit_video.core.errors import UserError
 from dit_video.diffusion import Euler
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.generation import Denoiser, Sampling
@@ -88,7 +89,7 @@ class TaskMethods(abc.ABC):
         values = {name: getattr(shared, name) for name in options if name in Request._fields}
         seeds = [shared.seed] * len(tasks) if seeds is None else seeds
         requests = {
-            number: task.make_request(self.config)._replace(**{**values, "seed": seed})
+            number: _add_options(task.make_request(self.config), {**values, "seed": seed})
             for number, (task, seed) in enumerate(zip(tasks, seeds, strict=True))
             if isinstance(task, ClipTask)
         }
@@ -269,6 +270,20 @@ class TaskMethods(abc.ABC):
             source_guidance=source_guidance,
         )
         return self.run_tasks([task], **options)[0]
+
+
+def _add_options(request: Request, options: Mapping[str, Any]) -> Request:
+    """Return the request of a task with options; conditions are added to its own.
+
+    Raises:
+      UserError: an option of which the task has its own value.
+    """
+    defaults = Request("")
+    own = {name for name in request._fields if getattr(request, name) is not getattr(defaults, name)}
+    if overridden := sorted(own & options.keys() - {"conditions"}):
+        raise UserError(f"{overridden[0]}= is invalid: the task has its own. Leave it out, or use generate")
+    conditions = (*request.conditions, *options.get("conditions", ()))
+    return request._replace(**{**options, "conditions": conditions})
 
 
 def _add_task(clip: Clip, task: AnyTask) -> Clip:

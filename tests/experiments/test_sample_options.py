@@ -89,7 +89,7 @@ def files(tmp_path_factory):
     Clip(np.zeros((1, 8, 8, 3), np.uint8), 1).save(folder / "image.png")
     np.save(folder / "noise.npy", np.zeros((1, 4, 5, 4), np.float32))
     size = {"frames": 1, "height": 16, "width": 16}
-    for name, entry in {"image": {"image": "image.png"}, "noise": {"noise": "noise.npy"}}.items():
+    for name, entry in {"image": {"image": "image.png", "method": "trained"}, "noise": {"noise": "noise.npy"}}.items():
         entries = [{"prompt": "a dog", **size}, {"prompt": "a cat", **size, **entry}]
         (folder / f"{name}.json").write_text(json.dumps(entries))
     return folder
@@ -102,10 +102,10 @@ def files(tmp_path_factory):
         ("wan", ("--lora", "own.safetensors"), "unexpected (backbone.blocks.0."),
         ("own", ("--lora", "wide.safetensors@0.5"), "wide.safetensors is not a LoRA of this model"),
         ("own", ("--lora", "own.safetensors@1@low_noise"), "expert='low_noise' is invalid: this model has one expert"),
-        ("wan", ("--image", "image.png"), "this model does not accept a clip's first image"),
+        ("wan", ("--image", "image.png", "--method", "trained"), "method='trained' is invalid"),
         ("own", ("--control", "image.png"), "control of a request is invalid: this model was not trained with it"),
         ("animating", (), "this model needs an image"),
-        ("animating", ("--size", "5x16x16", *ENDS), "this model was trained with the first image alone"),
+        ("animating", ("--size", "5x16x16", *ENDS, "--method", "trained"), "method='trained' is invalid"),
         ("wan", ("--size", "1x20x16"), "height 20 is not divisible by 8"),
         ("own", ("--size", "1x20x16"), "height 20 is not divisible by 16"),
         ("wan", ("--size", "4x16x16"), "T=4 is not 1 + 4k"),
@@ -117,7 +117,7 @@ def files(tmp_path_factory):
         ("own", ("--guidance", 4, 3), "guidance=(4.0, 3.0) is invalid: this model has no second expert"),
         ("own", ("--guidance", 4, 3, 2), "--guidance 4 3 2 is invalid: it must be one or two numbers"),
         ("wan", ("--strengths", "control=0.5"), "conditioning control is unknown to this model"),
-        ("wan", ("--prompts", "image.json"), "this model does not accept a clip's first image"),
+        ("wan", ("--prompts", "image.json"), "method='trained' is invalid"),
         ("wan", ("--prompts", "noise.json"), "has shape (1, 4, 4, 4), not (1, 4, 5, 4)"),
     ],
 )

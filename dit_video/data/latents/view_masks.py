@@ -46,7 +46,7 @@ def make_mask_values(
     latents: Sequence[Float32[np.ndarray, "t h w c"]], masks: Sequence[KnownMask], stride: Grid
 ) -> dict[str, np.ndarray]:
     """Return the fields of a view: for each kind of mask its latents, zero if nothing is known, and its shares."""
-    values = {}
+    values = dict[str, np.ndarray]()
     for kind, (kind_latents, mask) in enumerate(zip(latents, masks, strict=True)):
         pair = make_mask_fields(channels=kind_latents.shape[-1], temporal_stride=stride.t, kind=kind)
         arrays = kind_latents if mask.any() else np.zeros_like(kind_latents), fold_mask(mask, stride)

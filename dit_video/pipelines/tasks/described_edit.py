@@ -35,6 +35,9 @@ class DescribedEdit(CompositeTask):
         prompt = self.clip.caption if self.prompt is None else self.prompt
         options = {name: value for name, value in options.items() if name != "callback"}
         request, overrides = split_options(prompt, {**options, "size": get_size(self.clip)})
+        if overrides.get("sampler") is not None or request.resample > 1 or request.method == "trained":
+            rule = "its steps are Euler's, and it has no known pixels"
+            raise UserError(f"sampler=, resample= or method= is invalid with source=: {rule}. Leave it out")
         target = pipeline.make_stepper(request, **overrides)
         described = request._replace(prompt=self.source)
         source = pipeline.make_stepper(described, **{**overrides, "guidance": self.source_guidance})

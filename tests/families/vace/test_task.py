@@ -154,7 +154,7 @@ def test_a_saved_pipeline_keeps_its_task(pipeline, tmp_path):
         ({"mask": IS_KEPT}, "video=None is invalid"),
         ({"video": CLIP, "mask": IS_KEPT[:4]}, r"mask of bool \[4, 16, 24\] is invalid.* \[5, 16, 24\], .* \[5\]"),
         ({"video": CLIP, "mask": IS_KEPT.astype(np.uint8)}, "mask of uint8"),
-        ({"video": CLIP, "mask": IS_KEPT, "image": FRAMES[0]}, "image= is invalid: the frame is also kept"),
+        ({"video": CLIP, "mask": IS_KEPT, "image": FRAMES[0]}, "image is invalid: some of its pixels are also kept"),
         ({"control": dit_video.Clip(FRAMES[:4], 16)}, "control of 4 frames is invalid for a clip of 5"),
         ({"video": dit_video.Clip(FRAMES[:1], 16), "mask": IS_KEPT[:1]}, "video of 1 frames is invalid"),
         ({"reference_images": [FRAMES[0, 0]]}, r"an image of uint8 \[24, 3\] is invalid"),

@@ -4,122 +4,36 @@ Frames of a clip are numbered from 0. The autoencoder has a stride of 4 frames, 
 are those of the frames 0, 1 to 4, and 5 to 8.
 """
 
-import itertools
 import warnings
-from dataclasses import replace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dit_video
-from dit_video.core.errors import UserError
-from dit_video.core.rng import make_generator
-from dit_video.generation.batches import PlannedBatch
-from dit_video.generation.edit_paths import EditPaths
 from dit_video.generation.pictures import Condition
 from dit_video.generation.request import Request
-from dit_video.generation.tasks.seamless_loop import SeamlessLoop
-from dit_video.pipelines.pipeline import Pipeline
-from support.tiny_wan import ANIMATING, DIT, TWO, write_animating_wan, write_wan
+from support.wan_tasks import (
+    ALL,
+    CLIP,
+    FPS,
+    FRAMES,
+    OF_TEXT,
+    OPTIONS,
+    PROMPT,
+    SIZE,
+    TIMES,
+    UNTRAINED,
+    add_noise,
+    each,
+    encode,
+    get_first_image,
+    sample_and_put_in_place,
+    sample_latents,
+    select_frames,
+    warns,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-PROMPT, SIZE, FPS = "a red ball moves left", (9, 16, 16), 12.0
-OPTIONS = {"steps": 4, "guidance": 2.0}
-TIMES = (1.0, 0.9, 0.75, 0.5)
-"""Times at which steps start; with two experts, the second one takes the last two."""
-FRAMES = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-CLIP = dit_video.Clip(FRAMES, FPS)
-WITHOUT_TRAINING = "not trained for what is known of the clip: it is kept without training"
-
-
-@pytest.fixture(scope="module")
-def text_to_video(tmp_path_factory):
-    """Return a pipeline like Wan 2.1 of text to video, which is not trained to keep anything."""
-    folder = tmp_path_factory.mktemp("t2v") / "wan"
-    write_wan(folder, backbone=replace(DIT, layers=1))
-    return dit_video.load(folder, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def two_experts(tmp_path_factory):
-    """Return a pipeline like Wan 2.2 of text to video: of four steps, each expert takes two."""
-    folder = tmp_path_factory.mktemp("two") / "wan"
-    write_wan(folder, backbone=replace(DIT, layers=1), **TWO)
-    return dit_video.load(folder, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def knowing(tmp_path_factory):
-    """Return a pipeline like TI2V-5B, which is trained to keep a first frame, at time 0."""
-    folder = tmp_path_factory.mktemp("ti2v") / "wan"
-    write_wan(folder, backbone=replace(DIT, layers=1, time="token"))
-    return dit_video.load(folder, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def animating(tmp_path_factory):
-    """Return a pipeline like Wan 2.1 of images to videos, which always gets a first frame."""
-    folder = tmp_path_factory.mktemp("i2v") / "wan"
-    write_animating_wan(folder, backbone=replace(ANIMATING, layers=1))
-    return dit_video.load(folder, dtype="float32")
-
-
-UNTRAINED, OF_TEXT = ("text_to_video", "two_experts"), ("text_to_video", "two_experts", "knowing")
-ALL = (*OF_TEXT, "animating")
-
-
-@pytest.fixture
-def pipeline(request):
-    """Return the pipeline of the name that a test is parametrised with."""
-    return request.getfixturevalue(request.param)
-
-
-def each(names):
-    """Run a test with each of these pipelines."""
-    return pytest.mark.parametrize("pipeline", names, indirect=True)
-
-
-def sample_latents(pipeline, prompt=PROMPT, **options):
-    return pipeline.generate(prompt, output="latents", **{"size": SIZE, **OPTIONS} | options)
-
-
-def warns():
-    return pytest.warns(UserWarning, match=WITHOUT_TRAINING)
-
-
-def encode(pipeline, frames):
-    return pipeline.encode(dit_video.Clip(np.ascontiguousarray(frames), FPS))
-
-
-def add_noise(latents, noise, time):
-    """Return the sample of rectified flow."""
-    return (1 - time) * latents + time * noise
-
-
-def get_first_image(pipeline):
-    """Return the options of a clip that begins with that of the clip, for models that need it."""
-    conditioning = pipeline.config.frame_conditioning
-    return {"image": FRAMES[0]} if conditioning is not None and conditioning.prob == 1 else {}
-
-
-def sample_and_put_in_place(pipeline, is_known, **options):
-    """Return sampled latents, and what they should be: those before, with the known frames put in the decoded clip.
-
-    The latter are complete for latent frames of which a part is known.
-    """
-    estimates = []
-    latents = sample_latents(pipeline, callback=lambda each: estimates.append(each.progress), **options)
-    (before,) = estimates[-1].estimate_latents().values()
-    pixels = np.where(is_known[:, None, None, None], FRAMES, pipeline.decode(before).frames)
-    assert np.abs(latents - before).max() > 1e-2
-    return latents, encode(pipeline, pixels)
-
-
-def select_frames(*numbers):
-    return np.isin(np.arange(SIZE[0]), numbers)
-
 
 # Images.
 
@@ -134,6 +48,17 @@ def test_a_model_of_text_keeps_a_first_image_without_training(pipeline):
         np.testing.assert_allclose(result[:1], encode(pipeline, FRAMES[number : number + 1]), atol=1e-4)
     for other in (other_seed, other_image, sample_latents(pipeline)):
         assert np.abs(other - latents)[1:].max() > 1e-3
+
+
+@each(UNTRAINED)
+def test_a_kept_image_has_the_noise_of_each_time(pipeline):
+    noise = np.random.default_rng(1).standard_normal((3, 4, 4, 4)).astype(np.float32)
+    with warns():
+        request = Request(PROMPT, SIZE, image=FRAMES[0], noise=noise)
+        trace = pipeline.trace(request, times=TIMES, guidance=2.0)
+    clean = encode(pipeline, FRAMES[:1])
+    for latents, time in zip(trace.latents, (*TIMES[1:], 0.0), strict=True):
+        np.testing.assert_allclose(latents[:1], add_noise(clean, noise[:1], time), atol=1e-4)
 
 
 @each(["knowing", "animating"])
@@ -276,192 +201,3 @@ def test_the_frames_before_an_inpainted_part_are_kept(pipeline):
     np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames)
     first = len(get_first_image(pipeline))
     np.testing.assert_allclose(latents[first:2], encode(pipeline, FRAMES[:5])[first:], atol=1e-4)
-
-
-# Changes of a clip.
-
-
-@each(ALL)
-@pytest.mark.parametrize("first_step", [1, 3])
-def test_editing_starts_from_the_noisy_clip(pipeline, first_step):
-    """So do all further steps alone, with that in place of their noise."""
-    noise = np.random.default_rng(1).standard_normal((3, 4, 4, 4)).astype(np.float32)
-    noisy = add_noise(pipeline.encode(CLIP), noise, TIMES[first_step])
-    options = {"steps": None, **get_first_image(pipeline)}
-    expected = sample_latents(pipeline, times=TIMES[first_step:], noise=noisy, **options)
-    options |= {"times": TIMES, "noise": noise}
-    between = (TIMES[first_step - 1] + TIMES[first_step]) / 2
-    for strength in (TIMES[first_step], between):
-        edited = sample_latents(pipeline, video=CLIP, strength=strength, **options)
-        np.testing.assert_allclose(edited, expected, atol=1e-4)
-    earlier = sample_latents(pipeline, video=CLIP, strength=TIMES[first_step - 1], **options)
-    assert np.abs(earlier - expected).max() > 1e-2
-    result = pipeline.edit(CLIP, PROMPT, strength=between, **OPTIONS | options)
-    np.testing.assert_array_equal(result.frames, pipeline.decode(edited).frames)
-    assert result.fps == FPS
-
-
-@each(ALL)
-def test_more_strength_changes_a_clip_more(pipeline):
-    pictures, latents = get_first_image(pipeline), pipeline.encode(CLIP)
-    sampled = sample_latents(pipeline, **pictures)
-    changes = []
-    for strength in (0.07, 0.3, 0.8, 1.0):
-        edited = sample_latents(pipeline, steps=50, video=CLIP, strength=strength, **pictures)
-        changes.append(np.abs(edited - latents).mean())
-    assert changes[0] < 0.2 * changes[-1]
-    assert changes == sorted(changes)
-    everything = sample_latents(pipeline, video=CLIP, strength=1.0, **pictures)
-    np.testing.assert_array_equal(everything, sampled)
-    with pytest.raises(UserError, match=r"start_time=0\.1 is invalid: .* Use at least 0\.501, or more steps"):
-        sample_latents(pipeline, video=CLIP, strength=0.1, **pictures)
-
-
-def make_paths(pipeline, prompt, source, *, source_guidance=2.0, **options):
-    """Return the paths of an edit of what `source` describes to `prompt`, with a guidance scale of 2."""
-    request = Request(prompt, SIZE, **get_first_image(pipeline))
-    target = pipeline.make_stepper(request, guidance=2.0, **options)
-    return EditPaths(
-        pipeline.make_stepper(request._replace(prompt=source), guidance=source_guidance, **options), target
-    )
-
-
-@each(ALL)
-def test_an_edit_to_what_the_clip_shows_changes_nothing(pipeline):
-    latents = pipeline.encode(CLIP)
-    paths, others = (make_paths(pipeline, PROMPT, source, steps=4) for source in (PROMPT, "the table"))
-    np.testing.assert_allclose(paths.edit_by_flow(latents, strength=0.95, seed=0), latents, atol=1e-4)
-    assert np.abs(others.edit_by_flow(latents, strength=0.95, seed=0) - latents).max() > 1e-3
-    options = OPTIONS | get_first_image(pipeline) | {"strength": 0.95}
-    result = pipeline.edit(CLIP, PROMPT, source=PROMPT, source_guidance=2.0, **options)
-    np.testing.assert_allclose(result.frames.astype(int), pipeline.reconstruct(CLIP).frames, atol=1)
-    assert result.fps == FPS
-    for source, scale in (("the table", 2.0), (PROMPT, 1.0)):
-        changed = pipeline.edit(CLIP, PROMPT, source=source, source_guidance=scale, **options)
-        assert (changed.frames != result.frames).any()
-
-
-@each(ALL)
-def test_an_edit_adds_the_difference_of_what_both_prompts_make_of_the_same_noise(pipeline):
-    latents = pipeline.encode(CLIP)
-    paths = make_paths(pipeline, PROMPT, "the table", source_guidance=1.0, times=TIMES)
-    edited = paths.edit_by_flow(latents, strength=0.5, seed=3)
-    noise = make_generator(3, "edit", 3).standard_normal(latents.shape).astype(np.float32)
-    options = {"steps": None, "times": TIMES[3:], "noise": add_noise(latents, noise, 0.5)}
-    options |= get_first_image(pipeline)
-    target = sample_latents(pipeline, **options)
-    source = sample_latents(pipeline, "the table", **options | {"guidance": 1.0})
-    assert np.abs(target - source).max() > 1e-3
-    np.testing.assert_allclose(edited, latents + target - source, atol=1e-4)
-
-
-@each(ALL)
-def test_inversion_with_the_prompt_of_the_clip_returns_to_the_clip(pipeline):
-    """The more steps, the closer."""
-    latents, options = pipeline.encode(CLIP), get_first_image(pipeline)
-    few, returned, changed = (
-        make_paths(pipeline, PROMPT, source, steps=steps).edit_by_inversion(latents, strength=0.8)
-        for source, steps in ((PROMPT, 10), (PROMPT, 60), ("the table", 60))
-    )
-    far, near = (np.abs(each - latents).max() for each in (few, returned))
-    assert near < far / 3
-    assert near < 0.2 * latents.std()
-    assert np.abs(changed - returned).max() > 1e-3
-    options |= OPTIONS | {"steps": 60, "source": PROMPT, "source_guidance": 2.0, "edit_method": "inversion"}
-    result = pipeline.edit(CLIP, PROMPT, **options)
-    np.testing.assert_array_equal(result.frames, pipeline.decode(returned).frames)
-    assert result.fps == FPS
-
-
-# Loops.
-
-
-@each(OF_TEXT)
-def test_a_loop_begins_where_it_ends(pipeline):
-    result = pipeline.loop(PROMPT, size=(12, 16, 16), **OPTIONS)
-    assert result.frames.shape == (12, 16, 16, 3)
-    estimates = []
-    options = {"size": (13, 16, 16), "task": SeamlessLoop()}
-    latents = sample_latents(pipeline, **options, callback=lambda each: estimates.append(each.progress))
-    np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames[1:])
-    # The last step's latents are rolled along time, and that before them is of the frame that is then the last.
-    (before,) = estimates[-1].estimate_latents().values()
-    shifts = [shift for shift in (1, 2) if np.abs(np.roll(before[1:], shift, axis=0) - latents[1:]).max() < 1e-4]
-    assert len(shifts) == 1
-    last = 12 - 4 * shifts[0]
-    expected = encode(pipeline, pipeline.decode(before).frames[last : last + 1])
-    np.testing.assert_allclose(latents[:1], expected, atol=1e-4)
-    other_seed = pipeline.loop(PROMPT, size=(12, 16, 16), seed=1, **OPTIONS)
-    assert np.abs(other_seed.frames.astype(int) - result.frames).max() > 1
-
-
-# Methods.
-
-
-@pytest.mark.parametrize("task", ["extension backwards", "loop", "inpainting", "editing"])
-def test_a_model_that_needs_an_image_says_so(animating, task):
-    tasks = {
-        "extension backwards": lambda: animating.extend(CLIP, PROMPT, frames=4, before=True, **OPTIONS),
-        "loop": lambda: animating.loop(PROMPT, size=(8, 16, 16), **OPTIONS),
-        "inpainting": lambda: animating.inpaint(CLIP, np.eye(16) > 0, PROMPT, **OPTIONS),
-        "editing": lambda: animating.edit(CLIP, PROMPT, **OPTIONS),
-    }
-    with pytest.raises(UserError, match="this model needs an image; give image="):
-        tasks[task]()
-
-
-@each(UNTRAINED)
-def test_a_model_that_is_not_trained_for_a_task_says_so(pipeline):
-    tasks = [
-        lambda **options: pipeline.generate(PROMPT, size=SIZE, image=FRAMES[0], **options),
-        lambda **options: pipeline.extend(CLIP, PROMPT, frames=4, **options),
-        lambda **options: pipeline.inpaint(CLIP, np.eye(16) > 0, PROMPT, **options),
-        lambda **options: pipeline.interpolate(CLIP, PROMPT, factor=2, **options),
-    ]
-    for task in tasks:
-        with pytest.raises(UserError, match="method='trained' is invalid: this model was not trained for what is"):
-            task(method="trained", **OPTIONS)
-
-
-@pytest.mark.parametrize("image", [0, 5])
-def test_steps_of_two_experts_are_repeated(two_experts, image):
-    with warns():
-        latents, again = (sample_latents(two_experts, image=FRAMES[image], resample=count, seed=1) for count in (1, 2))
-    for each in (latents, again):
-        np.testing.assert_allclose(each[:1], encode(two_experts, FRAMES[image : image + 1]), atol=1e-4)
-    assert np.abs(latents - again)[1:].max() > 1e-3
-    # Without known pixels there is nothing to agree with.
-    np.testing.assert_array_equal(sample_latents(two_experts, resample=2), sample_latents(two_experts))
-
-
-def test_repeated_steps_return_to_their_first_time_with_noise(two_experts, monkeypatch):
-    """The parts of the steps are single ones, where there are few."""
-    noise, further = np.random.default_rng(1).standard_normal((2, 3, 4, 4, 4)).astype(np.float32)
-
-    def draw_further(self, number):
-        return jnp.asarray(self.pack_latents(self.batch.branches[0].tokens, {0: further}))
-
-    monkeypatch.setattr(PlannedBatch, "draw_noise", draw_further)
-    options = {"times": TIMES, "guidance": 2.0, "sampler": "euler"}
-    request = Request(PROMPT, SIZE, image=FRAMES[0], noise=noise, resample=2)
-    with warns():
-        (latents,) = two_experts.generate_latents([request], **options)
-        stepper = two_experts.make_stepper(request, **options)
-    expected = noise
-    for step, (start, end) in enumerate(itertools.pairwise((*TIMES, 0.0))):
-        once, share = stepper(expected, [step, step + 1]), (1 - start) / (1 - end)
-        returned = share * once + np.float32(start**2 - (share * end) ** 2) ** 0.5 * further
-        expected = stepper(returned, [step, step + 1])
-    np.testing.assert_allclose(latents, expected, atol=1e-4)
-
-
-def test_two_equal_experts_repeat_the_steps_of_one(two_experts):
-    params = {"autoencoder": two_experts.codec.params}
-    first, text = two_experts.denoiser_params["backbone"], two_experts.denoiser_params["text"]
-    one = Pipeline(replace(two_experts.config, boundary=None), **params, denoiser={"backbone": first, "text": text})
-    equal = Pipeline(two_experts.config, **params, denoiser={"backbone": first, "low_noise": first, "text": text})
-    options = {"image": FRAMES[0], "last_image": FRAMES[-1], "resample": 2}
-    with warns():
-        expected, result, different = (sample_latents(pipeline, **options) for pipeline in (one, equal, two_experts))
-    np.testing.assert_allclose(result, expected, atol=1e-4)
-    assert np.abs(different - expected)[1:].max() > 1e-3
