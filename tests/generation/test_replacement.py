@@ -112,6 +112,24 @@ def test_resampling_works_with_solvers_of_several_steps(pipeline, clip):
         np.testing.assert_allclose(latents[:1], pipeline.encode(Clip(clip.frames[:1], 8)), atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"frame": 0, "resample": 2}, {"frame": 6, "resample": 1}])
+def test_a_callback_does_not_change_the_result(pipeline, clip, options):
+    """Of as many steps as are taken in blocks of several."""
+    condition = Condition(content=clip.frames[0], frame=options["frame"])
+    values = {"conditions": [condition], "resample": options["resample"], "steps": 70, "guidance": 1.0}
+    watched = sample(pipeline, callback=lambda progress: None, **values)
+    np.testing.assert_array_equal(watched, sample(pipeline, **values))
+
+
+def test_a_trace_ends_with_the_sample(pipeline, clip):
+    for frame, resample in ((0, 1), (6, 1), (0, 2)):
+        condition = Condition(content=clip.frames[0], frame=frame)
+        request = Request("red", SIZE, conditions=[condition], resample=resample)
+        trace = pipeline.trace(request)
+        assert len(trace.latents) == 6
+        np.testing.assert_allclose(trace.latents[-1], pipeline.generate_latents([request])[0], atol=1e-5)
+
+
 def test_an_edit_starts_at_its_strength(pipeline, clip):
     encoded = pipeline.encode(clip)
     distances = [

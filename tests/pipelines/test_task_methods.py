@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
+from dit_video.generation.pictures import Condition
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.pipelines.progress import SamplingCancelled
@@ -133,6 +134,18 @@ def test_a_clip_knows_its_recipe_and_so_does_its_file(pipeline, clip, tmp_path):
     assert again.recipe == recipe
     other = pipeline.extend(replace(clip, frames=255 - clip.frames), frames=4, seed=7, steps=2, negative="blue")
     assert other.recipe["pictures"] != recipe["pictures"]
+
+
+def test_options_do_not_replace_values_of_a_task(pipeline, clip):
+    with pytest.raises(UserError, match="size= is invalid: the task has its own"):
+        pipeline.extend(clip, frames=4, size=(5, 16, 16))
+    with pytest.raises(UserError, match="video= is invalid: the task has its own"):
+        pipeline.vary(clip, video=clip)
+    condition = Condition(content=clip.frames[0], frame=12)
+    with_condition = pipeline.extend(clip, frames=4, steps=2, conditions=[condition])
+    assert len(with_condition.recipe["pictures"]["conditions"]) == 2
+    with pytest.raises(UserError, match="invalid with source="):
+        pipeline.edit(clip, "blue", source="red", sampler="unipc")
 
 
 def test_options_that_do_not_exist_are_refused(pipeline):
