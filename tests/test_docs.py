@@ -32,7 +32,7 @@ DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 REQUIRED = {
     *("get_started", "concepts", "architecture", "glossary", "data", "autoencoders", "backbones", "diffusion"),
-    *("training", "distributed", "open_weights", "evaluation", "benchmarks", "release_notes", "faq"),
+    *("training", "distributed", "open_weights", "tasks", "evaluation", "benchmarks", "release_notes", "faq"),
 }
 MAX_README_WORDS = 800
 PARSED = 77
@@ -96,7 +96,7 @@ def is_run(block: Block, *, slow: bool) -> bool:
     return block.language == "console" and (block.mark == "run" or (slow and block.mark == "run: slow"))
 
 
-HEAVY_PAGES = ("autoencoders.md", "backbones.md", "diffusion.md", "evaluation.md")
+HEAVY_PAGES = ("autoencoders.md", "backbones.md", "diffusion.md", "evaluation.md", "tasks.md")
 """Pages whose code compiles for many seconds."""
 
 

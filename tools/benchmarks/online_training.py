@@ -15,6 +15,7 @@ from benchmarks.data import get_resident_memory
 from benchmarks.settings import Setting
 from benchmarks.steps import TrainingSetup
 from dit_video.autoencoders import AutoencoderConfig, latent_grid
+from dit_video.conditioning import KnownMask
 from dit_video.core import rng
 from dit_video.data.bucketing.batches import BucketConfig
 from dit_video.data.bucketing.buckets import BatchMemory
@@ -40,14 +41,16 @@ class TimedEncoder:
     def __init__(self, encode: Encode):
         self._encode, self.seconds = encode, 0.0
 
-    def __call__(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, clips: Sequence[np.ndarray], masks: Sequence[KnownMask] | None = None, /) -> list[np.ndarray]:
         start_time = time.perf_counter()
-        latents = self._encode(clips)
+        latents = self._encode(clips, masks)
         self.seconds += time.perf_counter() - start_time
         return latents
 
 
-def encode_zeros(model: AutoencoderConfig, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+def encode_zeros(
+    model: AutoencoderConfig, clips: Sequence[np.ndarray], masks: Sequence[KnownMask] | None = None
+) -> list[np.ndarray]:
     """Return zeros instead of latents, which leaves the cost of reading, decoding, resizing and packing."""
     grids = [latent_grid(Grid(*clip.shape[:3]), model.stride) for clip in clips]
     return [np.zeros((*grid, model.channels), np.float32) for grid in grids]
