@@ -138,3 +138,20 @@ def test_a_model_with_clean_tokens_gets_in_sampling_what_it_was_trained_with():
             np.testing.assert_allclose(patchify(fields[CLEAN_LATENTS], patch)[is_clean], values[is_clean], atol=2e-4)
             compared += int(is_clean.sum())
     assert compared > 10
+
+
+def test_known_latents_of_a_task_mix_are_also_held_where_they_do_not_depend_on_unknown_pixels():
+    model = make_model(cond_channels=AUTOENCODER.stride.t + AUTOENCODER.channels)
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    clip, size = Clip(frames, 8), Grid(9, 32, 32)
+    beginning = {"video": clip, "mask": np.arange(9) < 5}
+    auto, trained = (Completion()(Request("", size, method=each, **beginning), model) for each in ("auto", "trained"))
+    assert (auto.method, trained.method) == ("trained and training_free", "trained")
+    names = {field.name: values for field, values in auto.fields.items()}
+    held = names["held_strength"][..., 0] == 1
+    np.testing.assert_array_equal(held.all(axis=(1, 2)), [True, True, False])  # the autoencoder is causal
+    encoded = model.codec.encode_pixels(frames)
+    np.testing.assert_allclose(names["held_latents"][held], encoded[held], atol=1e-4)
+    ending = Completion()(Request("", size, video=clip, mask=np.arange(9) >= 5), model)
+    held = next(values for field, values in ending.fields.items() if field.name == "held_strength")
+    assert not held[:2].any()  # of the last one, pixels depend on the unknown ones before it

@@ -1,8 +1,8 @@
 """The task of VACE (arXiv 2503.07598): clips with parts that are kept, control of the rest, and reference images.
 
-The pixels that a request keeps are those of `video` where `mask` is True, `image` and `last_image`. All others are
-generated, and are grey in the control, or those of `control`, which steers them. Reference images are latent frames
-before the clip, which are sampled with it and cut off.
+The pixels that a request keeps are those of `video` where `mask` is True, `image`, `last_image` and `conditions`. All
+others are generated, and are grey in the control, or those of `control`, which steers them. Reference images are latent
+frames before the clip, which are sampled with it and cut off.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from dit_video.generation.request import GenerationTask, Request, TaskModel
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
-_PICTURES = ("image", "last_image", "video", "mask", "control", "reference_images")
+_ACCEPTED = ("image", "last_image", "video", "mask", "conditions", "control", "reference_images", "method")
 _WHITE = 255
 
 
@@ -37,7 +37,9 @@ class VaceTask(GenerationTask):
             of another length than the clip, a mask of another shape than the video, or an image and a video for one
             frame.
         """
-        request.check_pictures(_PICTURES)
+        request.check_pictures(_ACCEPTED)
+        if request.method == "training_free":
+            raise UserError("method='training_free' is invalid: VACE reads what is known. Use method='trained'")
         control = next((each for each in model.backbone.conditioning if isinstance(each, VaceControl)), None)
         if control is None:
             name = type(model.backbone).__name__
@@ -51,7 +53,8 @@ class VaceTask(GenerationTask):
         references = [_encode_reference(image, request.grid, model, control) for image in request.reference_images]
         # The last image comes first, as in diffusers.
         fields = {control.field: np.concatenate([*reversed(references), values])}
-        return SamplingPlan(fields, leading_frames=len(references))
+        method = "" if is_generated.all() else "trained"
+        return SamplingPlan(fields, leading_frames=len(references), method=method)
 
 
 def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bool[np.ndarray, "T H W"]]:
@@ -67,6 +70,8 @@ def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bo
     if (request.video is None) != (request.mask is None):
         missing, fix = ("mask", "control=") if request.mask is None else ("video", "image=")
         raise UserError(f"{missing}=None is invalid: video and mask need each other. Give both, or use {fix}")
+    if any(condition.strength < 1 for condition in request.conditions):
+        raise UserError("strength= of a condition is invalid: VACE keeps what is known to the end. Use strength=1")
     if (known := collect_known_pixels(request)) is not None:
         pixels, is_generated = np.where(known.is_known[..., None], known.frames, pixels), ~known.is_known
     return pixels.astype(np.float32), is_generated

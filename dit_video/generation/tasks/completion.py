@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Float32
 
 from dit_video.conditioning import KnownMask, find_known_latents, find_partly_known_latents, split_cells
 from dit_video.core.errors import UserError
@@ -17,6 +18,8 @@ from dit_video.generation.replacement import LatentReplacement, PixelReplacement
 from dit_video.generation.request import OPTIONS, GenerationTask, Request, TaskModel
 from dit_video.generation.trained_conditioning import IMAGE_IS_NEEDED, find_trained_part, plan_trained
 
+_MAX_DIFFERENCE = 0.05
+"""Largest difference of latents, of which the standard deviation is about 1, that counts as rounding."""
 _ACCEPTED = ("image", "last_image", "video", "mask", "conditions", *OPTIONS)
 
 
@@ -96,17 +99,39 @@ def _add_replacement(
         # Clean tokens are of latents all of whose pixels are known. The model does not get any other known pixels.
         is_partial |= find_partly_known_latents(trained_mask, stride)
     is_held = find_known_latents(known.is_known, stride) & split_cells(rest, stride).any(axis=(3, 4, 5))
-    if not is_held.any() and not is_partial.any():
+    holds_trained = _holds_trained_latents(trained_mask, request, model)
+    if not is_held.any() and not is_partial.any() and not holds_trained:
         return plan
+    encoded = model.codec.encode_pixels(known.spread())
+    if holds_trained:
+        is_held |= find_known_latents(known.is_known, stride) & _is_independent(encoded, known, model)
     transform = LatentReplacement()
     latents, strength = transform.list_fields(channels)
     cell_strength = split_cells(known.strength, stride).min(axis=(3, 4, 5))
     fields = {
         **plan.fields,
-        latents: np.where(is_held[..., None], model.codec.encode_pixels(known.spread()), np.float32(0)),
+        latents: np.where(is_held[..., None], encoded, np.float32(0)),
         strength: np.where(is_held, cell_strength, np.float32(0))[..., None],
     }
     sequence = transform if plan.transform is None else TransformSequence(transforms=(plan.transform, transform))
     update = PixelReplacement(known=known, is_partial=is_partial, codec=model.codec) if is_partial.any() else None
     method = f"{plan.method} and training_free" if plan.method else "training_free"
     return plan._replace(fields=fields, transform=sequence, update=update, resample=request.resample, method=method)
+
+
+def _holds_trained_latents(trained_mask: KnownMask | None, request: Request, model: TaskModel) -> bool:
+    """Return whether latents are also replaced that the model is trained to keep: those of a task mix.
+
+    It then keeps them exactly. Models of other projects sample as these do.
+    """
+    conditioning = model.frame_conditioning
+    is_mixed = conditioning is not None and conditioning.has_mask_mix and model.backbone.time != "token"
+    return trained_mask is not None and is_mixed and request.method == "auto"
+
+
+def _is_independent(
+    encoded: Float32[np.ndarray, "t h w c"], known: KnownPixels, model: TaskModel
+) -> Bool[np.ndarray, "t h w"]:
+    """Return True for latents that do not depend on unknown pixels: those that are equal with other values of these."""
+    difference = np.abs(encoded - model.codec.encode_pixels(known.blank()))
+    return np.max(difference, axis=-1) < _MAX_DIFFERENCE

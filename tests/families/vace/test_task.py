@@ -76,6 +76,18 @@ def test_the_control_holds_both_parts_of_the_clip_and_the_mask(pipeline, picture
                 assert mask[latent_frame, row // 4, column // 4, channel] == (not is_kept[frame, row, column])
 
 
+def test_conditions_are_kept_as_parts_of_a_video_are(pipeline):
+    """So VACE extends, blends and interpolates clips, as it was trained to."""
+    kept, numbers = CLIP.frames[1:3], np.arange(len(CLIP.frames))
+    by_mask = get_parts(pipeline, video=CLIP, mask=(numbers == 1) | (numbers == 2))
+    condition = Condition(content=dit_video.Clip(kept, CLIP.fps), frame=1)
+    for part, expected in zip(get_parts(pipeline, conditions=[condition]), by_mask, strict=True):
+        np.testing.assert_array_equal(part, expected)
+    extended = pipeline.extend(CLIP, "a dog", frames=4, steps=2)
+    np.testing.assert_array_equal(extended.frames[: len(CLIP.frames)], CLIP.frames)
+    assert extended.recipe["method"] == "trained"
+
+
 def test_a_mask_is_fitted_as_its_video_is(pipeline):
     """Scaled by one half to cover the clip, and cropped above and below alike."""
     large = dit_video.Clip(np.zeros((5, 40, 48, 3), np.uint8), 16)
@@ -159,7 +171,8 @@ def test_a_saved_pipeline_keeps_its_task(pipeline, tmp_path):
         ({"video": dit_video.Clip(FRAMES[:1], 16), "mask": IS_KEPT[:1]}, "video of 1 frames is invalid"),
         ({"reference_images": [FRAMES[0, 0]]}, r"an image of uint8 \[24, 3\] is invalid"),
         ({"reference_images": [CLIP]}, "a clip of 5 frames is no image"),
-        ({"conditions": [Condition(content=FRAMES[0])]}, "conditions of a request is invalid"),
+        ({"conditions": [Condition(content=FRAMES[0], strength=0.5)]}, "strength= of a condition is invalid"),
+        ({"image": FRAMES[0], "method": "training_free"}, "method='training_free' is invalid"),
         (
             {"strengths": {"control": (1.0, 2.0, 3.0)}},
             "has one strength or 2, not 3. Use one number or as many",
