@@ -35,7 +35,7 @@ from support.random_params import make_random_params
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 AUTOENCODER = tiny.EXPERIMENT.autoencoder.model
 PARAMS = make_random_params(AUTOENCODER.make)
-SIZES = (Grid(1, 16, 32), Grid(5, 16, 16), Grid(9, 32, 16))
+SIZES = (Grid(1, 16, 32), Grid(9, 32, 16))
 MASKS = (
     FirstFrame(),
     LastFrame(),
@@ -104,7 +104,7 @@ def test_a_model_with_mask_channels_reads_in_sampling_what_it_was_trained_with()
     stride, channels = AUTOENCODER.stride, AUTOENCODER.channels
     model = make_model(cond_channels=stride.t + channels)
     patch = model.backbone.patch
-    rows, batches = make_training_rows(patch, 24)
+    rows, batches = make_training_rows(patch, 20)
     kinds = set()
     for row, batch in zip(rows, batches, strict=True):
         volume = patch.volume
@@ -117,13 +117,13 @@ def test_a_model_with_mask_channels_reads_in_sampling_what_it_was_trained_with()
             sampled = plan_fields(model, entry)["cond_latents"]
             np.testing.assert_allclose(patchify(sampled, patch), values, atol=2e-4)
             kinds.add(CONDITIONING.draw_kind(5, entry.rank))
-    assert len(kinds) > 6
+    assert len(kinds) > 4
 
 
 def test_a_model_with_clean_tokens_gets_in_sampling_what_it_was_trained_with():
     model = make_model(time="token")
     patch = model.backbone.patch
-    rows, batches = make_training_rows(patch, 24)
+    rows, batches = make_training_rows(patch, 20)
     compared = 0
     for row, batch in zip(rows, batches, strict=True):
         masks = unpack(np.asarray(batch.fields["cond_mask"]), batch.segments)

@@ -68,7 +68,10 @@ def find_objects(clip: Clip, background: str) -> dict[str, ObjectTrack]:
     colours = classify_colours(clip, background)
     tracks = {}
     for number, name in enumerate(COLOURS):
-        track = _track(name, colours == number)
+        is_colour = colours == number
+        if (is_colour.sum(axis=(1, 2)) >= MIN_AREA).mean(axis=0) < MIN_SHARE:
+            continue
+        track = _track(name, is_colour)
         if track.is_visible.mean(axis=0) >= MIN_SHARE:
             tracks[name] = track
     return tracks

@@ -12,7 +12,7 @@ from dit_video.evaluation.scene_tasks import SCENE_TASKS, make_cases
 from dit_video.pipelines.tasks import Blend
 from dit_video.video import Clip
 
-COUNT = 12
+COUNT = 8
 
 
 def blur(clip: Clip) -> Clip:
@@ -57,7 +57,7 @@ def truths(cases):
 
 
 def test_text_to_video_is_judged_by_colours_and_directions():
-    cases = get_cases("text_to_video", 30)
+    cases = get_cases("text_to_video", 18)
     clips = truths(cases)
     assert measure("text_to_video", clips, cases) == {"scene_colours": 1.0, "scene_directions": 1.0}
     reversed_clips = [replace(clip, frames=clip.frames[::-1]) for clip in clips]
