@@ -34,7 +34,7 @@ DENOISER = DenoiserTraining(
     layout=PackedShape(tokens=120, text=480, segments=8),
     batch=10,
     optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99),
-    steps=3600,
+    steps=3000,
     objective=FlowMatching(process=RectifiedFlow(shift=4.0), times=LogitNormal()),
     ema_decay=0.995,
 )
