@@ -7,7 +7,6 @@ a model was trained for what a request knows.
 import abc
 import itertools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool
@@ -29,8 +28,6 @@ class MaskGenerator(abc.ABC):
 
     weight: float = 1.0
     """Relative probability among the generators of a training."""
-    task: ClassVar[str]
-    """Name of the task that completes such a mask."""
 
     def __post_init__(self):
         if not self.weight > 0:
@@ -80,8 +77,6 @@ def find_known_frames(is_known: KnownMask) -> list[int] | None:
 class FirstFrame(FrameMask):
     """Masks of the first frame, for image to video."""
 
-    task: ClassVar[str] = "image to video"
-
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         return [0]
 
@@ -92,8 +87,6 @@ class FirstFrame(FrameMask):
 @dataclass(frozen=True, kw_only=True)
 class LastFrame(FrameMask):
     """Masks of the last frame."""
-
-    task: ClassVar[str] = "last frame to video"
 
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         return [count - 1]
@@ -106,8 +99,6 @@ class LastFrame(FrameMask):
 class FirstAndLastFrame(FrameMask):
     """Masks of the first and the last frame."""
 
-    task: ClassVar[str] = "first and last frame to video"
-
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         return [0, count - 1]
 
@@ -118,8 +109,6 @@ class FirstAndLastFrame(FrameMask):
 @dataclass(frozen=True, kw_only=True)
 class Beginning(FrameMask):
     """Masks of any number of frames at the beginning, for extension forwards."""
-
-    task: ClassVar[str] = "extension forwards"
 
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         return list(range(generator.integers(1, count)))
@@ -132,8 +121,6 @@ class Beginning(FrameMask):
 class Ending(FrameMask):
     """Masks of any number of frames at the end, for extension backwards."""
 
-    task: ClassVar[str] = "extension backwards"
-
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         return list(range(generator.integers(1, count), count))
 
@@ -144,8 +131,6 @@ class Ending(FrameMask):
 @dataclass(frozen=True, kw_only=True)
 class BothEnds(FrameMask):
     """Masks of frames at the beginning and at the end, for blending of two clips."""
-
-    task: ClassVar[str] = "blending"
 
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         if count < 3:
@@ -168,7 +153,6 @@ class Keyframes(FrameMask):
 
     max_distance: int = 8
     """Largest distance of two known frames at equal distances."""
-    task: ClassVar[str] = "interpolation"
 
     def __post_init__(self):
         super().__post_init__()
@@ -197,7 +181,6 @@ class OutsideOfBox(MaskGenerator):
     """Smallest height and width of the box, relative to those of a frame."""
     max_share: float = 0.8
     """Largest height and width of the box."""
-    task: ClassVar[str] = "inpainting"
 
     def __post_init__(self):
         super().__post_init__()
@@ -232,7 +215,6 @@ class InsideOfBox(MaskGenerator):
     """Smallest height and width of the box, relative to those of a frame."""
     max_share: float = 0.95
     """Largest height and width of the box."""
-    task: ClassVar[str] = "outpainting"
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,7 +1,6 @@
 """Training-free completion on a random text-to-video model: what is kept is kept, whatever the model does."""
 
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,40 +9,20 @@ import dit_video
 from dit_video.evaluation.metrics.kept_pixels import compute_psnr
 from dit_video.generation.pictures import Condition
 from dit_video.generation.request import Request
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import Pipeline
-from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, PackedShape
+from dit_video.tokens import Grid
 from dit_video.video import Clip
-from support import tiny
-from support.random_params import make_random_params
+from support.tiny_pipeline import SIZE, make_config, make_pipeline
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore:this model was not trained"),
 ]
-SIZE = Grid(9, 16, 32)
 
 
 @pytest.fixture(scope="module")
 def pipeline():
     """Return a text-to-video pipeline with random weights."""
-    experiment = tiny.EXPERIMENT
-    backbone, text = experiment.denoiser.backbone, experiment.denoiser.text
-    assert isinstance(text, ByteEncoderConfig)
-    config = PipelineConfig(
-        autoencoder=experiment.autoencoder.model,
-        backbone=backbone,
-        text=text,
-        process=experiment.denoiser.objective.process,
-        layout=PackedShape(tokens=24, text=96, segments=3),
-        batch=2,
-        sampling=replace(experiment.sampling, steps=6, guidance=1.5),
-        fps=8.0,
-        size=SIZE,
-    )
-    denoiser = {"backbone": make_random_params(backbone.make), "text": make_random_params(text.make)}
-    return Pipeline(config, autoencoder=make_random_params(config.autoencoder.make), denoiser=denoiser)
+    return make_pipeline(make_config(steps=6))
 
 
 @pytest.fixture(scope="module")

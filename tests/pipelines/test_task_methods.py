@@ -7,40 +7,20 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.generation.pictures import Condition
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import Pipeline
 from dit_video.pipelines.progress import SamplingCancelled
 from dit_video.pipelines.tasks import Extend, Interpolate, ZoomOut
-from dit_video.tokens import Grid, PackedShape
 from dit_video.video import Clip, read_recipe
-from support import tiny
-from support.random_params import make_random_params
+from support.tiny_pipeline import SIZE, make_config, make_pipeline
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore:this model was not trained"),
 ]
-SIZE = Grid(9, 16, 32)
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    experiment = tiny.EXPERIMENT
-    backbone, text = experiment.denoiser.backbone, experiment.denoiser.text
-    config = PipelineConfig(
-        autoencoder=experiment.autoencoder.model,
-        backbone=backbone,
-        text=text,
-        process=experiment.denoiser.objective.process,
-        layout=PackedShape(tokens=24, text=96, segments=3),
-        batch=2,
-        sampling=replace(experiment.sampling, steps=4, guidance=1.5),
-        fps=8.0,
-        size=SIZE,
-        provenance={"command": "a test"},
-    )
-    denoiser = {"backbone": make_random_params(backbone.make), "text": make_random_params(text.make)}
-    return Pipeline(config, autoencoder=make_random_params(config.autoencoder.make), denoiser=denoiser)
+    return make_pipeline(make_config(steps=4, provenance={"command": "a test"}))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ class RegionBorder(MeanMetric):
     needs = ("samples", "scenes")
     name: ClassVar[str] = "border_gradient"
     description: ClassVar[MetricDescription] = MetricDescription(
-        label="gradient at the border over that beside it it", decimals=2, is_higher_better=False
+        label="gradient at the border over that beside it", decimals=2, is_higher_better=False
     )
 
     def measure(self, batch: MetricBatch) -> Sequence[float]:

@@ -6,23 +6,11 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.tasks import Blend, Edit, Extend, Generate, Inpaint, Interpolate, Loop, Outpaint, Vary
-from dit_video.tokens import Grid, PackedShape
 from dit_video.video import Clip
-from support import tiny
+from support.tiny_pipeline import make_config
 
-CONFIG = PipelineConfig(
-    autoencoder=tiny.EXPERIMENT.autoencoder.model,
-    backbone=tiny.EXPERIMENT.denoiser.backbone,
-    text=tiny.EXPERIMENT.denoiser.text,
-    process=tiny.EXPERIMENT.denoiser.objective.process,
-    layout=PackedShape(tokens=24, text=96, segments=3),
-    batch=2,
-    sampling=tiny.EXPERIMENT.sampling,
-    fps=8.0,
-    size=Grid(9, 16, 32),
-)
+CONFIG = make_config(steps=2)
 
 
 def make_clip(frames: int, *, seed: int = 0, height: int = 16, width: int = 32, fps: float = 8.0) -> Clip:
