@@ -93,7 +93,7 @@ def test_resampling_works_with_solvers_of_several_steps(pipeline, clip):
 
 @pytest.mark.parametrize("options", [{"frame": 0, "resample": 2}, {"frame": 6, "resample": 1}])
 def test_a_callback_does_not_change_the_result(pipeline, clip, options):
-    """Of as many steps as are taken in blocks of several."""
+    """Sample with more steps than one block holds."""
     condition = Condition(content=clip.frames[0], frame=options["frame"])
     values = {"conditions": [condition], "resample": options["resample"], "steps": 70, "guidance": 1.0}
     watched = sample(pipeline, callback=lambda progress: None, **values)

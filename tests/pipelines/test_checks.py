@@ -37,7 +37,7 @@ def pipelines(tmp_path_factory):
         ("vace", Request("a dog", (5, 16, 20))),
         ("vace", Request("a dog", SIZE, seed=-1)),
         ("vace", Request("a dog", SIZE, noise=np.zeros((2, 4, 4, 3), np.float32))),
-        ("vace", Request("a dog", SIZE, conditions=[Condition(content=IMAGE)])),
+        ("vace", Request("a dog", SIZE, conditions=[Condition(content=IMAGE, frame=9)])),
         ("vace", Request("a dog", SIZE, conditioning={"depth": 1})),
         ("animating", Request("a dog", SIZE)),
         ("animating", Request("a dog", SIZE, image=IMAGE[..., 0])),
