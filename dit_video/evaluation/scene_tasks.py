@@ -21,7 +21,19 @@ from dit_video.evaluation.metrics.region_border import RegionBorder
 from dit_video.evaluation.metrics.scene_attributes import SceneColours, SceneDirections
 from dit_video.evaluation.metrics.task_truth import TaskTruth
 from dit_video.evaluation.metrics.transition_jumps import TransitionJump
-from dit_video.pipelines.tasks import Blend, ClipTask, Edit, Extend, Generate, Inpaint, Interpolate, Loop, Outpaint
+from dit_video.evaluation.metrics.zoom_steps import ZoomSteps
+from dit_video.pipelines.tasks import (
+    Blend,
+    ClipTask,
+    Edit,
+    Extend,
+    Generate,
+    Inpaint,
+    Interpolate,
+    Loop,
+    Outpaint,
+    ZoomOut,
+)
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -30,6 +42,7 @@ FRAMES, KNOWN = 17, 9
 """Number of frames of a scene, and of those that are known in an extension."""
 _GAP = 7
 """Number of frames of a transition."""
+_ZOOM_STEPS, _ZOOM_FACTOR = 24, 1.1
 
 
 class TaskCase(NamedTuple):
@@ -138,6 +151,16 @@ def _outpaint(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _
     return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=is_known))
 
 
+def _zoom_out(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+    height, width = scene.size.h, scene.size.w
+    inner = round(height / _ZOOM_FACTOR), round(width / _ZOOM_FACTOR)
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    is_known = np.zeros((1 + _ZOOM_STEPS, height, width), bool)
+    is_known[1:, top : top + inner[0], left : left + inner[1]] = True
+    task = ZoomOut(prompt=scene.caption, image=rendered.clip, frames=_ZOOM_STEPS, factor=_ZOOM_FACTOR)
+    return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=is_known))
+
+
 def _loop(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase | None:
     if all(each.direction is None for each in scene.objects):
         return None
@@ -201,6 +224,11 @@ SCENE_TASKS: dict[str, SceneTask] = {
     "interpolation_4x": SceneTask(make_case=_interpolate(4), metrics=(InterpolationGain(), KeptPixels())),
     "inpainting": SceneTask(make_case=_inpaint, metrics=(KeptPixels(), SceneColours(), RegionBorder())),
     "outpainting": SceneTask(make_case=_outpaint, metrics=(KeptPixels(), RegionBorder())),
+    "zoom_out": SceneTask(
+        make_case=_zoom_out,
+        metrics=(ZoomSteps(), RegionBorder()),
+        sizes=tuple(size for size in SIZES if size.t == 1),
+    ),
     "blending": SceneTask(
         make_case=_blend,
         metrics=(TransitionJump(),),

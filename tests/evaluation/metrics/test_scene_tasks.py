@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dit_video.core.resize import resize
 from dit_video.evaluation.metrics.interpolation_gain import blend_linearly
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.scene_objects import find_objects
@@ -131,6 +132,33 @@ def test_a_visible_border_has_a_gradient():
         for clip, case in zip(clips, cases, strict=True)
     ]
     assert measure("outpainting", darker, cases)["border_gradient"] > 1.5
+
+
+def zoom_out(case, border):
+    """Return a zoom out whose surroundings are of one colour: `border`, or the edge's."""
+    frames = [case.truth.reference.frames[0]]
+    for is_known in case.truth.is_known[1:]:
+        rows, columns = np.flatnonzero(is_known.any(axis=1)), np.flatnonzero(is_known.any(axis=0))
+        smaller = resize(frames[-1][None], len(rows), len(columns))[0]
+        margins = [
+            (each[0], length - 1 - each[-1]) for each, length in zip((rows, columns), is_known.shape, strict=True)
+        ]
+        if border is None:
+            frames.append(np.pad(smaller, (*margins, (0, 0)), mode="edge"))
+        else:
+            frames.append(np.pad(smaller, (*margins, (0, 0)), constant_values=border))
+    return blur(Clip(np.stack(frames), 8))
+
+
+def test_a_zoom_out_keeps_its_centre_and_has_no_border():
+    cases = get_cases("zoom_out", 4)
+    clips = [zoom_out(case, None) for case in cases]
+    right = measure("zoom_out", clips, cases)
+    assert abs(right["zoom_centre_loss"]) < 2  # both frames of a step have noise
+    assert right["border_gradient"] < 1.1
+    assert measure("zoom_out", [zoom_out(case, 255) for case in cases], cases)["border_gradient"] > 1.5
+    still = [replace(clip, frames=np.repeat(clip.frames[:1], len(clip.frames), axis=0)) for clip in clips]
+    assert measure("zoom_out", still, cases)["zoom_centre_loss"] > 5
 
 
 def test_a_loop_needs_motion_and_no_seam():
