@@ -138,15 +138,11 @@ def zoom_out(case, border):
     """Return a zoom out whose surroundings are of one colour: `border`, or the edge's."""
     frames = [case.truth.reference.frames[0]]
     for is_known in case.truth.is_known[1:]:
-        rows, columns = np.flatnonzero(is_known.any(axis=1)), np.flatnonzero(is_known.any(axis=0))
-        smaller = resize(frames[-1][None], len(rows), len(columns))[0]
-        margins = [
-            (each[0], length - 1 - each[-1]) for each, length in zip((rows, columns), is_known.shape, strict=True)
-        ]
-        if border is None:
-            frames.append(np.pad(smaller, (*margins, (0, 0)), mode="edge"))
-        else:
-            frames.append(np.pad(smaller, (*margins, (0, 0)), constant_values=border))
+        spans = [np.flatnonzero(is_known.any(axis=axis)) for axis in (1, 0)]
+        smaller = resize(frames[-1][None], *map(len, spans))[0]
+        margins = [(each[0], length - 1 - each[-1]) for each, length in zip(spans, is_known.shape, strict=True)]
+        options = {"mode": "edge"} if border is None else {"constant_values": border}
+        frames.append(np.pad(smaller, (*margins, (0, 0)), **options))
     return blur(Clip(np.stack(frames), 8))
 
 
