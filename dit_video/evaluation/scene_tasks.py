@@ -23,8 +23,8 @@ from dit_video.evaluation.metrics.task_truth import TaskTruth
 from dit_video.evaluation.metrics.transition_jumps import TransitionJump
 from dit_video.evaluation.metrics.zoom_steps import ZoomSteps
 from dit_video.pipelines.tasks import (
+    AnyTask,
     Blend,
-    ClipTask,
     Edit,
     Extend,
     Generate,
@@ -48,7 +48,7 @@ _ZOOM_STEPS, _ZOOM_FACTOR = 24, 1.1
 class TaskCase(NamedTuple):
     """A task on a scene, and what its result is compared with."""
 
-    task: ClipTask
+    task: AnyTask
     truth: TaskTruth
 
 

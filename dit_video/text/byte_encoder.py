@@ -15,16 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from dit_video.core.errors import UserError
-from dit_video.nn import (
-    AttentionInputs,
-    LayerNorm,
-    Linear,
-    apply_stack,
-    gelu,
-    make_attention,
-    make_stack,
-    sinusoidal_embedding,
-)
+from dit_video.nn import LayerNorm, Linear, apply_stack, gelu, make_stack, sinusoidal_embedding
+from dit_video.text.block import TextBlock, check_width
 from dit_video.text.interface import Context, Tokenizer
 from dit_video.text.tokenizer import cut_tokens
 from dit_video.tokens import compute_segment_offsets
@@ -49,8 +41,7 @@ class ByteEncoderConfig:
     """Bytes per context token."""
 
     def __post_init__(self):
-        if self.heads < 1 or self.width % self.heads or self.width % 2:
-            raise UserError(f"width={self.width}, heads={self.heads} is invalid: use heads that divide an even width")
+        check_width(self.width, self.heads)
         if self.patch < 1 or self.max_tokens < 1 or self.max_tokens % self.patch:
             raise UserError(f"max_tokens={self.max_tokens}, patch={self.patch} is invalid: use a multiple of the patch")
 
@@ -91,7 +82,7 @@ class ByteEncoder(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (VOCABULARY, width)))
         self.neighbours = Linear(patch * width, width, rngs=rngs)
         self.merge = Linear(patch * width, width, rngs=rngs)
-        self.blocks = make_stack(lambda r: _Block(width, config.heads, rngs=r), config.layers, rngs=rngs)
+        self.blocks = make_stack(lambda r: TextBlock(width, config.heads, rngs=r), config.layers, rngs=rngs)
         self.norm = LayerNorm(width)
 
     def __call__(self, ids: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Context:
@@ -104,23 +95,6 @@ class ByteEncoder(nnx.Module):
         segments = segments[:, ::patch]
         x = x + sinusoidal_embedding(compute_segment_offsets(segments), width)
         return Context(self.norm(apply_stack(self.blocks, x, segments)), segments)
-
-
-class _Block(nnx.Module):
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
-        self.heads = heads
-        self.attention = make_attention("auto")
-        self.norm_attention, self.norm_mlp = LayerNorm(width), LayerNorm(width)
-        self.qkv = Linear(width, 3 * width, rngs=rngs)
-        self.out = Linear(width, width, rngs=rngs)
-        self.up, self.down = Linear(width, 4 * width, rngs=rngs), Linear(4 * width, width, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B S E"], segments: Int[Array, "B S"]) -> Float[Array, "B S E"]:
-        qkv = self.qkv(self.norm_attention(x)).reshape(*x.shape[:2], 3, self.heads, -1)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        mixed = self.attention(q, k, v, AttentionInputs.self_attention(segments))
-        x = x + self.out(mixed.reshape(x.shape))
-        return x + self.down(gelu(self.up(self.norm_mlp(x))))
 
 
 def _shift(x: Float[Array, "B S E"], segments: Int[Array, "B S"], offset: int) -> Float[Array, "B S E"]:

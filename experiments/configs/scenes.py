@@ -13,7 +13,7 @@ from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
-from dit_video.text import ByteEncoderConfig
+from dit_video.text import WordEncoderConfig
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
@@ -30,8 +30,8 @@ AUTOENCODER = AutoencoderTraining(
 )
 DENOISER = DenoiserTraining(
     backbone=DitConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
-    text=ByteEncoderConfig(width=96, layers=1, max_tokens=160),
-    layout=PackedShape(tokens=120, text=480, segments=8),
+    text=WordEncoderConfig(width=96, layers=2, max_tokens=64),
+    layout=PackedShape(tokens=120, text=256, segments=8),
     batch=10,
     optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99),
     steps=3000,
