@@ -3,7 +3,8 @@
     python tools/render_scenes.py --out runs/scenes/clips --count 8000
     python experiments/train.py experiments/configs/scenes.py --data runs/scenes/clips --workdir runs/scenes/text
 
-This takes less than half an hour on two CPU cores. `scenes_tasks.py` is the same model with a mix of tasks.
+The captions are long, of few words: a denoiser learns directions from words much sooner than from bytes.
+`scenes_tasks.py` is the same model with a mix of tasks.
 """
 
 from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
