@@ -5,7 +5,7 @@
 
 Half of the examples are text to video, as in `scenes.py`. Of the others parts are known: frames at the beginning, at
 the end or between, or regions. The model reads their mask and their latents beside the noisy ones, of clips in which
-all unknown pixels are grey. This takes less than half an hour on two CPU cores.
+all unknown pixels are grey.
 """
 
 import dataclasses
