@@ -3,7 +3,7 @@
     python tools/render_scenes.py --out runs/scenes/clips --count 8000
     python experiments/train.py experiments/configs/scenes.py --data runs/scenes/clips --workdir runs/scenes/text
 
-The captions are long, of few words: a denoiser learns directions from words much sooner than from bytes.
+The captions are long, of few words, which is why the text encoder reads words.
 `scenes_tasks.py` is the same model with a mix of tasks.
 """
 
@@ -31,7 +31,7 @@ AUTOENCODER = AutoencoderTraining(
 )
 DENOISER = DenoiserTraining(
     backbone=DitConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
-    text=WordEncoderConfig(width=96, layers=2, max_tokens=64),
+    text=WordEncoderConfig(width=96, layers=1, max_tokens=64),
     layout=PackedShape(tokens=120, text=256, segments=8),
     batch=10,
     optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99),
