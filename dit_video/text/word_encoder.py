@@ -1,8 +1,7 @@
 """A small word-level text encoder that is trained with the denoiser and needs no vocabulary.
 
-A word is an embedding of its hash (the hashing trick, arXiv 0902.2206). Captions become a quarter of the tokens that
-they are in `ByteEncoder`, and a denoiser learns what a word means from far fewer clips; but similar words, and words
-that training never saw, have nothing in common with known ones.
+A word is an embedding of its hash (the hashing trick, arXiv 0902.2206). Unlike in `ByteEncoder`, spelling need not be
+learned; but similar words, and words that training never saw, have nothing in common with known ones.
 """
 
 import re
