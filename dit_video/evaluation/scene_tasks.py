@@ -153,11 +153,11 @@ def _outpaint(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _
 
 def _zoom_out(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
     height, width = scene.size.h, scene.size.w
-    inner = round(height / _ZOOM_FACTOR), round(width / _ZOOM_FACTOR)
+    task = ZoomOut(prompt=scene.caption, image=rendered.clip, frames=_ZOOM_STEPS, factor=_ZOOM_FACTOR)
+    inner = task.inner_size
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     is_known = np.zeros((1 + _ZOOM_STEPS, height, width), bool)
     is_known[1:, top : top + inner[0], left : left + inner[1]] = True
-    task = ZoomOut(prompt=scene.caption, image=rendered.clip, frames=_ZOOM_STEPS, factor=_ZOOM_FACTOR)
     return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=is_known))
 
 

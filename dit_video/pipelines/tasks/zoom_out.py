@@ -23,12 +23,17 @@ class ZoomOut(CompositeTask):
     factor: float = 1.1
     """Factor of the zoom in each of them."""
 
+    @property
+    def inner_size(self) -> tuple[int, int]:
+        """Return the height and width of a frame in the centre of the next one."""
+        return round(self.image.height / self.factor), round(self.image.width / self.factor)
+
     def run(self, pipeline: TaskPipeline, *, seed: int = 0, **options: Any) -> Clip:
         """Return the clip; the seed is that of the first new frame, and the others have the next ones."""
         image, height, width = self.image, self.image.height, self.image.width
         if len(image.frames) != 1:
             raise UserError(f"a clip of {len(image.frames)} frames is no image; use Clip(clip.frames[:1], clip.fps)")
-        inner = round(height / self.factor), round(width / self.factor)
+        inner = self.inner_size
         if self.frames < 1 or inner[0] >= height or inner[1] >= width or min(inner) < 1:
             rule = "frames become smaller, by at least a pixel"
             raise UserError(f"frames={self.frames}, factor={self.factor} is invalid: {rule}. Use a larger factor")
