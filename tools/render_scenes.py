@@ -9,16 +9,23 @@ from pathlib import Path
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import script
 from dit_video.data.synthetic import scenes
+from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 
 
-def main(out: Path, count: int = 8000, seed: int = 0, levels: tuple[int, ...] = (1, 2)) -> None:
+def main(
+    out: Path,
+    count: int = 6000,
+    seed: int = 0,
+    levels: tuple[int, ...] = (1, 2),
+    frames: tuple[int, ...] = (1, 9, 17),
+) -> None:
     """Render scenes whose truth is known into a folder of clips with captions.
 
     For example:
 
         python tools/render_scenes.py --out runs/scenes/clips
-        python tools/render_scenes.py --out scenes --count 300 --levels 1 2 3
+        python tools/render_scenes.py --out scenes --count 300 --levels 1 2 3 --frames 17
 
     After an interruption, run the same command again to continue.
 
@@ -27,11 +34,15 @@ def main(out: Path, count: int = 8000, seed: int = 0, levels: tuple[int, ...] = 
         count: Number of scenes.
         seed: Seed of the scenes.
         levels: Levels of the scenes, in turn: 1 one object, 2 two objects, 3 several with physics and a camera.
+        frames: Numbers of frames of the clips; each clip has one of them at random, which may be repeated here.
     """
-    check_minimum(1, count=count)
+    check_minimum(1, count=count, frames=min(frames, default=0))
     check_minimum(0, seed=seed)
+    sizes = [Grid(length, *sides) for length in frames for sides in scenes.SIDES]
     with Progress("rendering scenes", count, unit="clip") as progress:
-        scenes.write_folder(out, count=count, seed=seed, levels=levels, progress=lambda done, _: progress.update(done))
+        scenes.write_folder(
+            out, count=count, seed=seed, levels=levels, sizes=sizes, progress=lambda done, _: progress.update(done)
+        )
     print(f"{count} clips in {out}")
 
 

@@ -130,6 +130,18 @@ class ClipSource:
         """Return the number of clips of each data set."""
         return tuple(self._dataset_numbers.count(number) for number in range(len(self.folders)))
 
+    def select_datasets(self, numbers: Collection[int]) -> "ClipSource":
+        """Return the clips of the data sets with these numbers; no others are counted by `dataset_sizes`."""
+        kept = sorted(numbers)
+        is_kept = [number in kept for number in self._dataset_numbers]
+        subset = copy.copy(self)
+        subset._records = {}
+        subset.folders = tuple(self.folders[number] for number in kept)
+        subset._versions = [self._versions[number] for number in kept]
+        subset.infos = tuple(itertools.compress(self.infos, is_kept))
+        subset._dataset_numbers = [kept.index(each) for each in itertools.compress(self._dataset_numbers, is_kept)]
+        return subset
+
     def select_split(self, name: str) -> "ClipSource":
         """Return the clips of one split; there may be none."""
         return self._filter(lambda info: info.split == name)

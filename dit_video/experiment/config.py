@@ -230,8 +230,11 @@ class Experiment(StagedExperiment):
     def _check_curriculum(self) -> None:
         check_names([*(stage.name for stage in self.stages), *(stage.name for stage in self.curriculum)])
         for stage in self.curriculum:
-            if stage.data.held_out or stage.data.weights:
-                raise UserError(f"stage {stage.name}: held_out and weights apply to all stages. Set them in data.")
+            if stage.data.held_out:
+                raise UserError(f"stage {stage.name}: held_out applies to all stages. Set it in data.")
+            if self.data.weights and stage.data.weights and len(self.data.weights) != len(stage.data.weights):
+                numbers = f"{len(stage.data.weights)} data sets, the experiment {len(self.data.weights)}"
+                raise UserError(f"stage {stage.name}: data.weights weighs {numbers}. Give each data set one weight.")
             if stage.optimizer is not None:
                 self._check_optimizer_state(stage.name, stage.optimizer)
         for number, stage in enumerate(self.curriculum):
@@ -263,7 +266,8 @@ class Experiment(StagedExperiment):
         if index == len(self.curriculum):
             return dataclasses.replace(self, curriculum=())
         stage = self.curriculum[index]
-        data = dataclasses.replace(stage.data, held_out=self.data.held_out, weights=self.data.weights)
+        weights = stage.data.weights or self.data.weights
+        data = dataclasses.replace(stage.data, held_out=self.data.held_out, weights=weights)
         names = ("steps", "layout", "batch", "optimizer", "objective", "frame_conditioning", "caption_dropout")
         overrides: dict[str, Any] = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
         autoencoder = self.autoencoder

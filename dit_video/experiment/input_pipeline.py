@@ -51,7 +51,7 @@ def make_cached_batches(
 ) -> BatchFactory:
     """Return the input of a training on cached latents of these clips; `texts` are the captions of the latents."""
     config = experiment.denoiser
-    mixed, mask_mix = make_mixture(latents, clips, experiment.data.weights), make_mask_mix(experiment)
+    mixed, mask_mix = make_mixture(latents, clips, experiment.data.used_weights), make_mask_mix(experiment)
     intervals = _compute_token_dt(experiment, clips, latents.clips)
 
     def feed(start: int) -> DenoiserBatches:
@@ -87,7 +87,7 @@ def make_online_batches(
     Raises:
       UserError: a size of which not one example fits into the memory of a bucket's batch.
     """
-    config, model, weights = experiment.denoiser, experiment.autoencoder.model, experiment.data.weights
+    config, model, weights = experiment.denoiser, experiment.autoencoder.model, experiment.data.used_weights
     buckets = None if config.buckets is None else make_buckets(experiment, mesh, clips)
     mixed = Mixture(sizes=clips.dataset_sizes, weights=weights) if weights else None
 
@@ -159,8 +159,8 @@ def check_inputs(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> None:
         part = "" if config.accumulation_steps == 1 else f", in {config.accumulation_steps} parts,"
         raise UserError(f"a batch of {config.batch} rows{part} does not divide among {shards} devices; use a multiple")
     check_denoiser(mesh, config.backbone, rows=config.batch // config.accumulation_steps, **options)
-    if experiment.data.weights:
-        Mixture(sizes=clips.dataset_sizes, weights=experiment.data.weights)
+    if experiment.data.used_weights:
+        Mixture(sizes=clips.dataset_sizes, weights=experiment.data.used_weights)
 
 
 def make_buckets(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> Buckets:

@@ -65,8 +65,10 @@ class StagedExperiment:
             "preemption_grace": self.preemption_grace,
         }
         check_at_least(1, **positive)
-        if not all(0 < weight < math.inf for weight in self.data.weights):
-            raise UserError(f"weights={self.data.weights} is invalid: they must be positive. Leave out unwanted sets.")
+        weights = self.data.weights
+        if not all(0 <= weight < math.inf for weight in weights) or (weights and not self.data.used_weights):
+            rule = "they must not be negative, and one must be positive."
+            raise UserError(f"weights={weights} is invalid: {rule} Use 0 for a data set that is not used.")
         check_at_least(0, workers=self.data.workers)
         if not 0 <= (share := self.data.max_excluded_share) <= 1:
             raise UserError(f"max_excluded_share={share} is invalid: it must lie in [0, 1]. Use 0 to exclude none.")
@@ -124,9 +126,12 @@ class Runtime:
         Raises:
           UserError: more clips cannot be used than the config allows.
         """
-        clips = self.clips.exclude(self.experiment.data.held_out).select_split("train")
+        data = self.experiment.data
+        clips = self.clips.exclude(data.held_out).select_split("train")
+        if data.weights:
+            clips = clips.select_datasets([number for number, weight in enumerate(data.weights) if weight > 0])
         selected = select_usable(clips, self.experiment.requirements)
-        selected.check(self.experiment.data.max_excluded_share)
+        selected.check(data.max_excluded_share)
         return selected
 
     @functools.cached_property

@@ -37,7 +37,8 @@ class DataConfig:
     """Maximum share of the training clips that are excluded because they cannot be used, such as those smaller than one
     multiple; with more of them it is an error."""
     weights: tuple[float, ...] = ()
-    """Relative number of clips of each data set in an epoch; if empty, all clips have the same weight."""
+    """Relative number of clips of each data set in an epoch; if empty, all clips have the same weight. A data set of
+    weight 0 is not used."""
     clips_per_video: int = 1
     """Number of temporal crops of `max_frames`, spread over its length, that are taken from a longer clip."""
     resolutions: tuple[int, ...] = ()
@@ -50,6 +51,11 @@ class DataConfig:
     apply to the cache only."""
     workers: int = 0
     """Number of processes that read the denoiser's data; 0 for a thread."""
+
+    @property
+    def used_weights(self) -> tuple[float, ...]:
+        """Return the weights of the data sets that are used; empty if all clips have the same weight."""
+        return tuple(weight for weight in self.weights if weight > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +238,7 @@ class CurriculumStage:
     steps: int
     """Number of steps of this stage."""
     data: DataConfig
-    """Clips and sizes of this stage; `held_out` and `weights` are those of the experiment."""
+    """Clips and sizes of this stage. `held_out` is that of the experiment, and so are `weights` if they are empty."""
     layout: PackedShape | CanvasShape | None = None
     """Shape of the packed rows or canvases."""
     batch: int | None = None

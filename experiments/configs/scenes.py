@@ -1,18 +1,23 @@
 """A text-to-video model of rendered scenes with one or two textured objects, trained from scratch on a laptop.
 
-    python tools/render_scenes.py --out runs/scenes/clips --count 8000
-    python experiments/train.py experiments/configs/scenes.py --data runs/scenes/clips --workdir runs/scenes/text
+    python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
+    python tools/render_scenes.py --out runs/scenes/clips --count 6000 --frames 1 9 17 17
+    python experiments/train.py experiments/configs/scenes.py --data runs/scenes/one_object runs/scenes/clips \
+        --workdir runs/scenes/text
 
-The captions are long, of few words, which is why the text encoder reads words.
-`scenes_tasks.py` is the same model with a mix of tasks.
+The captions are long, of few words, which is why the text encoder reads words. The first stage has clips of one object
+alone, from which the model learns directions in a few hundred steps. `scenes_tasks.py` is the same model with a mix of
+tasks.
 """
+
+import dataclasses
 
 from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
+from dit_video.experiment import AutoencoderTraining, CurriculumStage, DataConfig, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import WordEncoderConfig
 from dit_video.tokens import Grid, PackedShape
@@ -21,29 +26,39 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 AUTOENCODER = AutoencoderTraining(
     model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=128, blocks=3, preactivated=True),
     windows=(
-        WindowConfig(size=Grid(17, 48, 48), batch=6),
-        WindowConfig(size=Grid(9, 48, 48), batch=8),
-        WindowConfig(size=Grid(1, 48, 48), batch=24),
+        WindowConfig(size=Grid(17, 32, 32), batch=12),
+        WindowConfig(size=Grid(9, 32, 32), batch=16),
+        WindowConfig(size=Grid(1, 32, 32), batch=32),
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=30),
     steps=2500,
     loss=AutoencoderObjective.pixels(kl=1e-4),
 )
+DATA = DataConfig(max_pixels=32 * 48, max_frames=17, weights=(0.0, 1.0))
+OPTIMIZER = OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99)
 DENOISER = DenoiserTraining(
     backbone=DitConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
     text=WordEncoderConfig(width=96, layers=1, max_tokens=64),
     layout=PackedShape(tokens=120, text=256, segments=8),
     batch=10,
-    optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99),
-    steps=3000,
+    optimizer=OPTIMIZER,
+    steps=2400,
     objective=FlowMatching(process=RectifiedFlow(shift=4.0), times=LogitNormal()),
     ema_decay=0.995,
 )
 
 EXPERIMENT = Experiment(
     name="scenes",
-    data=DataConfig(max_pixels=48 * 64, max_frames=17),
+    data=DATA,
     autoencoder=AUTOENCODER,
+    curriculum=(
+        CurriculumStage(
+            name="one_object",
+            steps=450,
+            data=dataclasses.replace(DATA, weights=(1.0, 0.0)),
+            optimizer=dataclasses.replace(OPTIMIZER, schedule="constant"),
+        ),
+    ),
     denoiser=DENOISER,
     sampling=Sampling(steps=32, guidance=2.0),
     evaluation=CaptionEvaluation(trained=8, held_out=0),

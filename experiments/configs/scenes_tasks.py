@@ -1,11 +1,13 @@
 """A model of rendered scenes that makes clips from text and completes clips: every task of the framework.
 
-    python tools/render_scenes.py --out runs/scenes/clips --count 8000
-    python experiments/train.py experiments/configs/scenes_tasks.py --data runs/scenes/clips --workdir runs/scenes/tasks
+    python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
+    python tools/render_scenes.py --out runs/scenes/clips --count 6000 --frames 1 9 17 17
+    python experiments/train.py experiments/configs/scenes_tasks.py --data runs/scenes/one_object runs/scenes/clips \
+        --workdir runs/scenes/tasks
 
 Half of the examples are text to video, as in `scenes.py`. Of the others parts are known: frames at the beginning, at
 the end or between, or regions. The model reads their mask and their latents beside the noisy ones, of clips in which
-all unknown pixels are grey.
+all unknown pixels are grey. The first stage is text to video alone.
 """
 
 import dataclasses
@@ -35,6 +37,10 @@ _AUTOENCODER = scenes.AUTOENCODER.model
 EXPERIMENT = dataclasses.replace(
     scenes.EXPERIMENT,
     name="scenes_tasks",
+    curriculum=tuple(
+        dataclasses.replace(stage, frame_conditioning=FrameConditioning(prob=0.0))
+        for stage in scenes.EXPERIMENT.curriculum
+    ),
     denoiser=dataclasses.replace(
         scenes.DENOISER,
         backbone=_BACKBONE.replace(cond_channels=_AUTOENCODER.stride.t + _AUTOENCODER.channels),

@@ -72,6 +72,10 @@ def test_several_data_sets_can_be_one_source(dataset, tmp_path):
     rest = pickle.loads(pickle.dumps(both.exclude(["dark/1.mp4", "dark/3.mp4"])))
     assert rest.dataset_sizes == (2, 1)
     assert rest[2] == both[4]
+    light = pickle.loads(pickle.dumps(both.select_datasets([1])))
+    assert light.dataset_sizes == (1,)
+    assert [info.name for info in light.infos] == ["light/0.mp4"]
+    assert light[0] == both[4]
 
 
 def test_splits_are_sources_of_their_own(dataset):

@@ -197,12 +197,28 @@ def test_invalid_stages_are_refused(staged, tiny):
         dataclasses.replace(SMALL, data=DataConfig(max_pixels=256, max_frames=65)),
     )
     refused(
-        "stage small: held_out and weights apply to all stages",
+        "stage small: held_out applies to all stages",
         dataclasses.replace(SMALL, data=DataConfig(max_pixels=256, max_frames=5, held_out=("a",))),
     )
+    refused("stage small: weights=\\(0.0,\\) is invalid: .* one must be positive", with_weights(0.0))
+    weighted = dataclasses.replace(staged, data=dataclasses.replace(staged.data, weights=(1.0, 0.0)))
+    with pytest.raises(UserError, match="stage small: data.weights weighs 1 data sets, the experiment 2"):
+        dataclasses.replace(weighted, curriculum=(with_weights(1.0),))
     adamw = dataclasses.replace(staged.denoiser.optimizer, kind="adamw")
     refused("kind='adamw' is invalid: the last one has 'muon'", dataclasses.replace(SMALL, optimizer=adamw))
     refused("stage small: denoiser.steps=0 is invalid", dataclasses.replace(SMALL, steps=0))
+
+
+def with_weights(*weights):
+    """Return a stage with weights of data sets."""
+    return dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, weights=weights))
+
+
+def test_a_stage_weighs_data_sets_as_the_experiment_does_or_by_itself(staged):
+    data = dataclasses.replace(staged.data, weights=(0.0, 1.0))
+    weighted = dataclasses.replace(with_weights(1.0, 0.0), name="weighted")
+    experiment = dataclasses.replace(staged, data=data, curriculum=(SMALL, weighted))
+    assert [experiment.get_stage(number).data.weights for number in range(3)] == [(0.0, 1.0), (1.0, 0.0), (0.0, 1.0)]
 
 
 def test_all_stages_share_one_training_state(staged):

@@ -315,6 +315,10 @@ def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
     assert mixture.sizes == (count - len(held_out), count)
     assert mixture.weights == (1.0, 3.0)
     assert len(mixture.variants) == 2 * count - len(held_out)
+    data = dataclasses.replace(data, weights=(0.0, 3.0))
+    second = started.runtime.for_stage(dataclasses.replace(started.experiment, data=data))
+    assert second.training_clips.dataset_sizes == (count,)
+    assert {info.name.partition("/")[0] for info in second.training_clips.infos} == {"two"}
 
 
 def test_a_start_that_failed_can_be_corrected(tiny, tiny_clips, tmp_path):

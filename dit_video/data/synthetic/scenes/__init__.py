@@ -8,7 +8,7 @@ from dit_video.data.synthetic.scenes.description import (
     SceneObject,
     StickFigure,
 )
-from dit_video.data.synthetic.scenes.draw import draw_scene
+from dit_video.data.synthetic.scenes.draw import SIDES, draw_scene
 from dit_video.data.synthetic.scenes.folder import write_folder
 from dit_video.data.synthetic.scenes.physics import SceneEvent, simulate
 from dit_video.data.synthetic.scenes.render import RenderedScene, render

@@ -18,9 +18,9 @@ COLOURS = {
 TEXTURES = ("plain", "striped", "dotted", "checked")
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
 BACKGROUNDS = {"black": (24, 24, 30), "grey": (96, 98, 104), "brown": (92, 66, 44), "navy": (26, 34, 78)}
-RADII = {"small": (0.10, 0.12), "large": (0.17, 0.20)}
+RADII = {"small": (0.15, 0.17), "large": (0.21, 0.23)}
 """Smallest and largest radius by size, relative to the shorter side of a frame."""
-SPEEDS = {"slowly": (0.10, 0.14), "quickly": (0.24, 0.27)}
+SPEEDS = {"slowly": (0.15, 0.18), "quickly": (0.23, 0.26)}
 """Smallest and largest speed by name, in shorter sides of a frame per second."""
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Directions of motion as (rows, columns)."""

@@ -35,7 +35,9 @@ FPS = 8.0
 FREE_FRAMES = 17
 """Number of first frames in which objects of levels 1 and 2 touch no border."""
 MIN_SIDE = 24
-SIZES = tuple(Grid(t, h, w) for t in (1, 9, 17) for h, w in ((48, 48), (48, 64), (64, 48)))
+SIDES = ((32, 32), (32, 48), (48, 32))
+"""Heights and widths of scenes."""
+SIZES = tuple(Grid(t, h, w) for t in (1, 9, 17) for h, w in SIDES)
 _STILL_PROB, _GRAVITY_PROB, _FIGURE_PROB, _OCCLUDER_PROB, _CAMERA_PROB = 0.2, 0.5, 0.35, 0.35, 0.5
 _MAX_TRIES = 1000
 _GAP = 2.0
