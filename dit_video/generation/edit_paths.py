@@ -1,5 +1,6 @@
 """Editing of a clip with a description of what it shows: FlowEdit, and inversion to noise."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,7 +9,31 @@ import numpy as np
 from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
 from dit_video.generation.batches import ClipLatents
+from dit_video.generation.blocks import estimate_parts
 from dit_video.generation.stepper import LatentStepper
+
+_BLOCK_STEPS = 4
+"""Number of steps of an inversion that are taken together."""
+
+
+class EditProgress(NamedTuple):
+    """The progress of an edit after some of its steps, as `SamplingProgress` is that of sampling."""
+
+    step: int
+    """Number of steps that are done."""
+    steps: int
+    """Number of all steps; those of an inversion lead to noise and back."""
+    latents: ClipLatents
+    """Latents that the steps lead to."""
+    requests: tuple[int, ...] = (0,)
+
+    def estimate_latents(self) -> dict[int, ClipLatents]:
+        """Return the latents that the steps lead to, by the number of the request."""
+        return {0: self.latents}
+
+
+EditMonitor = Callable[[EditProgress], object]
+"""A function that is called with the progress of an edit. What it raises ends the edit."""
 
 
 class EditPaths(NamedTuple):
@@ -33,7 +58,9 @@ class EditPaths(NamedTuple):
             raise UserError(f"strength={strength} is invalid: no step begins below it. Use at least {times[-2]:.3g}")
         return first
 
-    def edit_by_flow(self, latents: ClipLatents, *, strength: float, seed: int) -> ClipLatents:
+    def edit_by_flow(
+        self, latents: ClipLatents, *, strength: float, seed: int, monitor: EditMonitor | None = None
+    ) -> ClipLatents:
         """Return the latents moved by the difference of both paths' slopes (FlowEdit, arXiv 2412.08629, algorithm 1).
 
         The slopes are those at noisy versions of the clip and of the result, with the same noise, which is drawn anew
@@ -43,9 +70,11 @@ class EditPaths(NamedTuple):
           latents: latents of the clip.
           strength: time that the edit begins at.
           seed: seed of the noise.
+          monitor: called after every step.
         """
         process, times, edited = self.source.process, self.source.times, latents
-        for step in range(self.find_first_step(strength), len(times) - 1):
+        first, last = self.find_first_step(strength), len(times) - 1
+        for step in range(first, last):
             generator = make_generator(seed, "edit", step)
             noise = generator.standard_normal(latents.shape).astype(np.float32)
             start, end = (process.flow_coordinates(jnp.asarray(times[index])) for index in (step, step + 1))
@@ -58,9 +87,13 @@ class EditPaths(NamedTuple):
                 for path, values in ((self.source, noisy), (self.target, moved))
             )
             edited = edited + (target - source)
+            if monitor is not None:
+                monitor(EditProgress(step + 1 - first, last - first, edited))
         return edited
 
-    def edit_by_inversion(self, latents: ClipLatents, *, strength: float) -> ClipLatents:
+    def edit_by_inversion(
+        self, latents: ClipLatents, *, strength: float, monitor: EditMonitor | None = None
+    ) -> ClipLatents:
         """Return the latents that the noise of the clip leads to with the other description.
 
         The noise is that of the probability flow with the clip's description (DDIM inversion, arXiv 2010.02502).
@@ -68,7 +101,31 @@ class EditPaths(NamedTuple):
         Args:
           latents: latents of the clip.
           strength: time that the clip is inverted to.
+          monitor: called after every few steps.
         """
         first, last = self.find_first_step(strength), len(self.source.times) - 1
-        noisy = self.source(latents, list(range(last, first - 1, -1)))
-        return self.target(noisy, list(range(first, last + 1)))
+        count = last - first
+
+        def report(step: int, estimate: ClipLatents) -> None:
+            if monitor is not None:
+                monitor(EditProgress(step, 2 * count, estimate))
+
+        values = latents
+        for part in _split_steps(range(last, first - 1, -1)):
+            values = self.source(values, part)
+            report(last - part[-1], latents)
+        for part in _split_steps(range(first, last + 1)):
+            before, values = values, self.target(values, part)
+            report(count + part[-1] - first, self._estimate_data(before, values, part))
+        return values
+
+    def _estimate_data(self, before: ClipLatents, after: ClipLatents, steps: Sequence[int]) -> ClipLatents:
+        """Return the latents that the steps lead to."""
+        times = (jnp.asarray(self.target.times[number]) for number in (steps[0], steps[-1]))
+        data, _ = estimate_parts(self.target.process, jnp.asarray(before), jnp.asarray(after), *times)
+        return np.asarray(data)
+
+
+def _split_steps(steps: Sequence[int]) -> list[Sequence[int]]:
+    """Return steps in parts of a few, each of which begins where the former one ends."""
+    return [steps[start : start + _BLOCK_STEPS + 1] for start in range(0, len(steps) - 1, _BLOCK_STEPS)]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.generation import Monitor, SamplingProgress
+from dit_video.generation.edit_paths import EditMonitor, EditProgress
 from dit_video.video import Clip
 
 
@@ -15,7 +16,7 @@ class SamplingCancelled(UserError):
 class PipelineProgress(NamedTuple):
     """The progress of the clips that are sampled together."""
 
-    progress: SamplingProgress
+    progress: SamplingProgress | EditProgress
     decode: Callable[..., Clip]
 
     @property
@@ -55,3 +56,8 @@ def make_monitor(callback: Callback | None, decode: Callable[..., Clip], *, bloc
     if callback is None:
         return None
     return Monitor(lambda progress: callback(PipelineProgress(progress, decode)), block_steps)
+
+
+def make_edit_monitor(callback: Callback | None, decode: Callable[..., Clip]) -> EditMonitor | None:
+    """Return the monitor of an edit that calls a callback; None without one."""
+    return None if callback is None else lambda progress: callback(PipelineProgress(progress, decode))

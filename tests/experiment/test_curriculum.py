@@ -202,7 +202,7 @@ def test_invalid_stages_are_refused(staged, tiny):
     )
     refused("stage small: weights=\\(0.0,\\) is invalid: .* one must be positive", with_weights(0.0))
     weighted = dataclasses.replace(staged, data=dataclasses.replace(staged.data, weights=(1.0, 0.0)))
-    with pytest.raises(UserError, match="stage small: data.weights weighs 1 data sets, the experiment 2"):
+    with pytest.raises(UserError, match=r"stage small: data\.weights weighs 1 data sets, the experiment 2"):
         dataclasses.replace(weighted, curriculum=(with_weights(1.0),))
     adamw = dataclasses.replace(staged.denoiser.optimizer, kind="adamw")
     refused("kind='adamw' is invalid: the last one has 'muon'", dataclasses.replace(SMALL, optimizer=adamw))

@@ -93,6 +93,23 @@ def test_a_callback_sees_previews_and_may_cancel(pipeline):
         pipeline.generate("red", size=(5, 16, 16), steps=6, callback=lambda progress: progress.cancel())
 
 
+@pytest.mark.parametrize(("method", "expected"), [("flow_edit", range(1, 7)), ("inversion", (4, 6, 10, 12))])
+def test_a_callback_sees_previews_of_an_edit_and_may_cancel(pipeline, clip, method, expected):
+    options = {"source": "red", "edit_method": method, "strength": 1.0, "steps": 6}
+    seen, previews = [], []
+
+    def watch(progress):
+        seen.append((progress.step, progress.steps))
+        previews.append(progress.preview()[0].frames)
+
+    result = pipeline.edit(clip, "blue", callback=watch, **options)
+    assert seen == [(step, expected[-1]) for step in expected]
+    assert np.abs(previews[-1].astype(int) - result.frames).max() <= 1
+    assert (previews[0] != previews[-1]).any()
+    with pytest.raises(SamplingCancelled, match=f"after step {expected[0]} of {expected[-1]}"):
+        pipeline.edit(clip, "blue", callback=lambda progress: progress.cancel(), **options)
+
+
 def test_the_last_preview_is_the_result(pipeline):
     previews = []
     result = pipeline.generate(

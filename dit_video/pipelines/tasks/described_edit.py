@@ -1,5 +1,6 @@
 """Edits with a description of what the clip shows: FlowEdit, and inversion to noise."""
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ from dit_video.core.errors import UserError
 from dit_video.generation.edit_paths import EditPaths
 from dit_video.pipelines.clip_recipe import describe_sampling, hash_pixels
 from dit_video.pipelines.options import split_options
+from dit_video.pipelines.progress import Callback, make_edit_monitor
 from dit_video.pipelines.tasks.clip_task import get_size
 from dit_video.pipelines.tasks.composite_task import CompositeTask, TaskPipeline
 from dit_video.video import Clip
@@ -28,12 +30,11 @@ class DescribedEdit(CompositeTask):
     source_guidance: float = 1.0
     """Guidance scale of the clip's description."""
 
-    def run(self, pipeline: TaskPipeline, **options: Any) -> Clip:
-        """Return the edited clip. A callback is not called: the steps are those of two paths."""
+    def run(self, pipeline: TaskPipeline, *, callback: Callback | None = None, **options: Any) -> Clip:
+        """Return the edited clip."""
         if self.edit_method not in ("flow_edit", "inversion"):
             raise UserError(f"edit_method={self.edit_method!r} is invalid. Use flow_edit or inversion")
         prompt = self.clip.caption if self.prompt is None else self.prompt
-        options = {name: value for name, value in options.items() if name != "callback"}
         request, overrides = split_options(prompt, {**options, "size": get_size(self.clip)})
         if overrides.get("sampler") is not None or request.resample > 1 or request.method == "trained":
             rule = "its steps are Euler's, and it has no known pixels"
@@ -42,11 +43,13 @@ class DescribedEdit(CompositeTask):
         described = request._replace(prompt=self.source)
         source = pipeline.make_stepper(described, **{**overrides, "guidance": self.source_guidance})
         paths, latents = EditPaths(source, target), pipeline.codec.encode(self.clip)
+        decode = functools.partial(pipeline.codec.decode, fps=self.clip.fps, caption=prompt, seed=request.seed)
+        monitor = make_edit_monitor(callback, decode)
         if self.edit_method == "flow_edit":
-            edited = paths.edit_by_flow(latents, strength=self.strength, seed=request.seed)
+            edited = paths.edit_by_flow(latents, strength=self.strength, seed=request.seed, monitor=monitor)
         else:
-            edited = paths.edit_by_inversion(latents, strength=self.strength)
-        decoded = pipeline.codec.decode(edited, fps=self.clip.fps, caption=prompt, seed=request.seed)
+            edited = paths.edit_by_inversion(latents, strength=self.strength, monitor=monitor)
+        decoded = decode(edited)
         recipe = {
             "prompt": prompt,
             "size": list(request.grid),
