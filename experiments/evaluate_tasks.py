@@ -36,6 +36,7 @@ def main(
     count: int = 60,
     levels: tuple[int, ...] = (1, 2),
     seed: int = 1000,
+    resample: int = 1,
     cache: bool = True,
 ) -> None:
     """Evaluate the generation tasks of a model of rendered scenes, and write its samples and figures.
@@ -53,9 +54,10 @@ def main(
         count: Number of scenes of each task.
         levels: Levels of the scenes.
         seed: Seed of the scenes and samples, another one than that of the training.
+        resample: Number of times that every block of steps is taken where known pixels are kept without training.
         cache: Keep compiled programs in ~/.cache/dit_video/programs.
     """
-    check_minimum(1, count=count)
+    check_minimum(1, count=count, resample=resample)
     if unknown := sorted(set(tasks) - SCENE_TASKS.keys()):
         raise UserError(f"tasks={unknown[0]} is unknown; use {', '.join(SCENE_TASKS)}")
     if cache:
@@ -67,7 +69,7 @@ def main(
         cases = list(make_cases(task, pipeline.reconstruct, count=count, seed=seed, levels=levels))
         figures = {}
         for method in list_methods(name, task):
-            clips = sample(pipeline, cases, method, seed, out / name / method)
+            clips = sample(pipeline, cases, method, seed, out / name / method, resample=resample)
             collection = MetricCollection(task.metrics)
             collection.update(
                 MetricBatch(
@@ -79,7 +81,8 @@ def main(
             print_results(results, is_precise=True)
             figures[method] = {key: vars(each.estimate) for key, each in results.items()}
         seconds = round(time.perf_counter() - start, 1)
-        write_json(out / f"{name}.json", {"count": count, "levels": levels, "seed": seed, "seconds": seconds} | figures)
+        settings = {"count": count, "levels": levels, "seed": seed, "resample": resample, "seconds": seconds}
+        write_json(out / f"{name}.json", settings | figures)
 
 
 def list_methods(name: str, task: SceneTask) -> tuple[str, ...]:
@@ -89,7 +92,9 @@ def list_methods(name: str, task: SceneTask) -> tuple[str, ...]:
     return ("auto", "training_free") if task.is_completed else ("auto",)
 
 
-def sample(pipeline: Pipeline, cases: list[TaskCase], method: str, seed: int, folder: Path) -> list[Clip]:
+def sample(
+    pipeline: Pipeline, cases: list[TaskCase], method: str, seed: int, folder: Path, *, resample: int = 1
+) -> list[Clip]:
     """Sample all cases into files, and return what is decoded of them."""
     folder.mkdir(parents=True, exist_ok=True)
     seeds = [seed + number for number in range(len(cases))]
@@ -99,13 +104,13 @@ def sample(pipeline: Pipeline, cases: list[TaskCase], method: str, seed: int, fo
         if method in EDIT_METHODS:
             clips = [edit(pipeline, case, method, each) for case, each in zip(cases, seeds, strict=True)]
         else:
-            options: dict[str, Any] = {} if method == "auto" else {"method": method}
+            options: dict[str, Any] = {} if method == "auto" else {"method": method, "resample": resample}
             for start in range(0, len(cases), _BATCH):
                 part = slice(start, start + _BATCH)
                 clips += pipeline.run_tasks([case.task for case in cases[part]], seeds=seeds[part], **options)
     decoded = []
     for number, clip in enumerate(clips):
-        path = folder / f"{number:03d}.{'png' if len(clip.frames) == 1 else 'mp4'}"
+        path = folder / f"{number:03d}.{'png' if len(clip.frames) == 1 else 'apng'}"
         clip.save(path)
         decoded.append(replace(decode(path), caption=clip.caption))
     return decoded

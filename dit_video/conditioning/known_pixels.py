@@ -37,6 +37,6 @@ def find_known_latents(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Boo
 
 
 def find_partly_known_latents(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Bool[np.ndarray, "t h w"]:
-    """Return True for the latents with known frames, all of whose pixels are known, and with others."""
-    is_complete = np.all(split_cells(is_known, stride), axis=(4, 5))
-    return np.any(is_complete, axis=3) & ~np.all(is_complete, axis=3)
+    """Return True for the latents with known pixels and with unknown ones."""
+    cells = split_cells(is_known, stride)
+    return np.any(cells, axis=(3, 4, 5)) & ~np.all(cells, axis=(3, 4, 5))

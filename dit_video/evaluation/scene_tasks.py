@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,8 @@ FRAMES, KNOWN = 17, 9
 """Number of frames of a scene, and of those that are known in an extension."""
 _GAP = 7
 """Number of frames of a transition."""
+_KEYFRAMES = (0, 11, 16)
+"""Known frames, the first two of which have ten others between them."""
 _ZOOM_STEPS, _ZOOM_FACTOR = 24, 1.1
 
 
@@ -112,12 +114,14 @@ def _extend(*, before: bool) -> Callable[..., TaskCase]:
     return make_case
 
 
-def _interpolate(factor: int) -> Callable[..., TaskCase]:
+def _interpolate(frames: Sequence[int], **spacing: Any) -> Callable[..., TaskCase]:
+    """Return the function that makes cases in which these frames are known."""
+
     def make_case(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
-        clip = replace(_cut(rendered.clip, slice(None, None, factor)), fps=scene.fps / factor)
-        is_known = _know_frames(scene, range(0, FRAMES, factor))
-        task = Interpolate(prompt=scene.caption, clip=clip, factor=factor)
-        return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=is_known))
+        fps = scene.fps * (len(frames) - 1) / frames[-1]
+        clip = replace(_cut(rendered.clip, list(frames)), fps=fps)
+        task = Interpolate(prompt=scene.caption, clip=clip, **spacing)
+        return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=_know_frames(scene, frames)))
 
     return make_case
 
@@ -181,7 +185,7 @@ def _blend(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: n
     return TaskCase(task, TaskTruth(scene, rendered.clip, rendered.clip))
 
 
-def _cut(clip: Clip, frames: slice) -> Clip:
+def _cut(clip: Clip, frames: slice | list[int]) -> Clip:
     return replace(clip, frames=np.ascontiguousarray(clip.frames[frames]))
 
 
@@ -212,6 +216,7 @@ def _make_truth(
 
 
 _KEPT = (KeptPixels(), SceneDirections())
+_BETWEEN = (InterpolationGain(), KeptPixels())
 SCENE_TASKS: dict[str, SceneTask] = {
     "text_to_video": SceneTask(
         make_case=_from_text, metrics=(SceneColours(), SceneDirections()), sizes=SIZES, is_completed=False
@@ -220,8 +225,9 @@ SCENE_TASKS: dict[str, SceneTask] = {
     "first_and_last_frame": SceneTask(make_case=_from_frames(0, FRAMES - 1), metrics=_KEPT),
     "extension_forwards": SceneTask(make_case=_extend(before=False), metrics=(ObjectPosition(),)),
     "extension_backwards": SceneTask(make_case=_extend(before=True), metrics=(ObjectPosition(),)),
-    "interpolation_2x": SceneTask(make_case=_interpolate(2), metrics=(InterpolationGain(), KeptPixels())),
-    "interpolation_4x": SceneTask(make_case=_interpolate(4), metrics=(InterpolationGain(), KeptPixels())),
+    "interpolation_2x": SceneTask(make_case=_interpolate(range(0, FRAMES, 2), factor=2), metrics=_BETWEEN),
+    "interpolation_4x": SceneTask(make_case=_interpolate(range(0, FRAMES, 4), factor=4), metrics=_BETWEEN),
+    "keyframes": SceneTask(make_case=_interpolate(_KEYFRAMES, times=_KEYFRAMES), metrics=_BETWEEN),
     "inpainting": SceneTask(make_case=_inpaint, metrics=(KeptPixels(), SceneColours(), RegionBorder())),
     "outpainting": SceneTask(make_case=_outpaint, metrics=(KeptPixels(), RegionBorder())),
     "zoom_out": SceneTask(

@@ -45,7 +45,9 @@ class LatentReplacement(StepTransform):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PixelReplacement(LatentUpdate):
-    """Known frames of latents that also stand for unknown ones, such as a keyframe that is off the temporal stride.
+    """Known pixels of latents that also stand for, or depend on, unknown ones.
+
+    They are keyframes that are off the temporal stride, and pixels at the border of a region.
 
     The data that a block of steps leads to are decoded, the known pixels are put in place, and what is encoded of the
     result takes the place of these latents, with the sample's own noise.

@@ -48,8 +48,11 @@ def test_a_latent_is_known_if_all_pixels_of_its_frames_are():
     np.testing.assert_array_equal(find_known_latents(is_known, stride)[:, 0, 0], [True, False, False])
 
 
-def test_a_latent_is_partly_known_if_some_of_its_frames_are():
+def test_a_latent_is_partly_known_if_some_of_its_pixels_are():
     is_known, stride = make_frame_mask(0, 1, 2, 3, 4, 6, count=9), Grid(4, 2, 2)
     np.testing.assert_array_equal(find_partly_known_latents(is_known, stride)[:, 0, 0], [False, False, True])
-    is_known[6, 0, 0] = False  # no frame of the last latent is whole
+    is_known[6] = False  # nothing of the last latent is known
     assert not find_partly_known_latents(is_known, stride).any()
+    region = np.ones((9, 4, 4), bool)
+    region[2, 0, 0] = False
+    np.testing.assert_array_equal(np.argwhere(find_partly_known_latents(region, stride)), [[1, 0, 0]])

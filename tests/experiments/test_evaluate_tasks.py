@@ -26,7 +26,7 @@ def test_every_task_is_sampled_and_measured(script, tiny_run, tmp_path):
     assert done.code == 0, done.err
     for name, task in SCENE_TASKS.items():
         figures = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-        methods = [key for key in figures if key not in ("count", "levels", "seed", "seconds")]
+        methods = [key for key in figures if key not in ("count", "levels", "seed", "resample", "seconds")]
         expected = {"auto", "training_free"} if task.is_completed else {"auto"}
         assert set(methods) == (expected if name != "editing" else {"sdedit", "flow_edit", "inversion"})
         for method in methods:

@@ -152,6 +152,10 @@ def test_known_latents_of_a_task_mix_are_also_held_where_they_do_not_depend_on_u
     np.testing.assert_array_equal(held.all(axis=(1, 2)), [True, True, False])  # the autoencoder is causal
     encoded = model.codec.encode_pixels(frames)
     np.testing.assert_allclose(names["held_latents"][held], encoded[held], atol=1e-4)
+    assert auto.update is None
     ending = Completion()(Request("", size, video=clip, mask=np.arange(9) >= 5), model)
     held = next(values for field, values in ending.fields.items() if field.name == "held_strength")
     assert not held[:2].any()  # of the last one, pixels depend on the unknown ones before it
+    np.testing.assert_array_equal(
+        (ending.update.is_partial | (held[..., 0] > 0)).all(axis=(1, 2)), [False, False, True]
+    )

@@ -105,6 +105,7 @@ def _add_replacement(
     encoded = model.codec.encode_pixels(known.spread())
     if holds_trained:
         is_held |= find_known_latents(known.is_known, stride) & _is_independent(encoded, known, model)
+        is_partial |= split_cells(known.is_known, stride).any(axis=(3, 4, 5)) & ~is_held
     transform = LatentReplacement()
     latents, strength = transform.list_fields(channels)
     cell_strength = split_cells(known.strength, stride).min(axis=(3, 4, 5))
