@@ -108,6 +108,8 @@ def main() -> None:
     with open_run(run_class, workdir, arguments.experiment, **options) as opened:
         run = dataclasses.replace(opened, profile=arguments.profile)
         run.prepare(*arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
+        if arguments.autoencoder_only and isinstance(run, Run):
+            evaluate.check_held_out(run.runtime.held_out_clips)  # before the training, not after it
         for stage in run.select_stages("autoencoder" if arguments.autoencoder_only else None):
             if stage.is_due(run.runtime):
                 stage.run(run.runtime)

@@ -171,12 +171,21 @@ def evaluate_autoencoder(
     Raises:
       UserError: no clips are held out.
     """
+    check_held_out(clips.held_out)
     collection = MetricCollection([metric for metric in metrics if CLIP_NEEDS.issuperset(metric.needs)])
-    if not len(clips.held_out):
-        raise UserError("no clips are held out to be reconstructed; name some with --data.held-out")
     pairs = _measure_reconstructions(collection, codec, clips)
     parameters = {"parameters": {"autoencoder": codec.count_parameters()}}
     return _write_results(Path(folder), collection, EvaluationResult(parameters, {}, pairs, [], []))
+
+
+def check_held_out(clips: ClipSource) -> None:
+    """Check that there are held-out clips to reconstruct.
+
+    Raises:
+      UserError: there are none.
+    """
+    if not len(clips):
+        raise UserError("no clips are held out to be reconstructed; name some with --data.held-out")
 
 
 def reconstruct(
