@@ -166,7 +166,7 @@ def _zoom_out(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _
 
 
 def _loop(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase | None:
-    if all(each.direction is None for each in scene.objects):
+    if not _has_motion(scene):
         return None
     clip = _cut(rendered.clip, slice(FRAMES - 1))
     task = Loop(prompt=scene.caption, size=(FRAMES - 1, scene.size.h, scene.size.w))
@@ -179,10 +179,16 @@ def _edit(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, gener
     return TaskCase(task, _make_truth(render(target).clip, target, reconstruct, source=scene))
 
 
-def _blend(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+def _blend(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase | None:
+    if not _has_motion(scene):
+        return None
     first, second = _cut(rendered.clip, slice(KNOWN)), _cut(rendered.clip, slice(-KNOWN, None))
     task = Blend(prompt=scene.caption, first=first, second=second, frames=_GAP)
     return TaskCase(task, TaskTruth(scene, rendered.clip, rendered.clip))
+
+
+def _has_motion(scene: Scene) -> bool:
+    return any(each.direction is not None for each in scene.objects)
 
 
 def _cut(clip: Clip, frames: slice | list[int]) -> Clip:

@@ -8,6 +8,7 @@ import pytest
 from support.devices import HANG, PROGRAMS, check_on_eight_devices, make_environment
 
 
+@pytest.mark.slow
 def test_matrices_and_accumulated_gradients_are_divided_over_devices():
     check_on_eight_devices("divided_updates.py")
 

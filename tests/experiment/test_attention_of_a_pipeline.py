@@ -43,6 +43,7 @@ def test_a_run_and_its_averages_are_loaded_with_any_backend(tiny_run, tiny_pipel
         dit_video.load(tiny_run, attention=SplashBlocks())
 
 
+@pytest.mark.slow
 def test_open_weights_are_loaded_with_any_backend(tmp_path):
     write_wan(tmp_path)
     pipelines = [dit_video.load(tmp_path, dtype="float32", attention=attention) for attention in ("dense", "chunked")]

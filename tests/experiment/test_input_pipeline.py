@@ -52,8 +52,9 @@ def test_a_data_set_without_training_clips_is_refused_before_any_training(tiny, 
     with pytest.raises(UserError, match="sources with at least one clip each"):
         started.train(tmp_path / "one", tmp_path / "two")
     assert not (tmp_path / "run" / "autoencoder").exists()
-    with pytest.raises(UserError, match="must be positive"):
-        dataclasses.replace(tiny.EXPERIMENT, data=dataclasses.replace(data, weights=(1.0, 0.0)))
+    for weights in ((1.0, -1.0), (0.0, 0.0), (1.0, float("inf"))):
+        with pytest.raises(UserError, match="must not be negative, and one must be positive"):
+            dataclasses.replace(tiny.EXPERIMENT, data=dataclasses.replace(data, weights=weights))
 
 
 def test_positions_of_rows_count_the_seconds_of_each_clip(tiny, tiny_run):

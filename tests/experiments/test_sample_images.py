@@ -59,6 +59,7 @@ def test_images_that_a_model_cannot_use_are_refused(script, tmp_path, pictures):
         assert rule in done.err
 
 
+@pytest.mark.slow
 def test_each_prompt_of_a_list_has_its_image_and_clips_have_its_aspect_ratio(script, tmp_path):
     write_animating_wan(tmp_path / "wan")
     pipeline = dit_video.load(tmp_path / "wan", dtype="float32")
@@ -79,6 +80,7 @@ def test_each_prompt_of_a_list_has_its_image_and_clips_have_its_aspect_ratio(scr
     assert (clips[0] != clips[2]).any()
 
 
+@pytest.mark.slow
 def test_a_model_with_control_takes_clips_masks_and_images_of_subjects(script, tmp_path, pictures):
     write_vace(tmp_path / "vace")
     files, draw = {}, np.random.default_rng(0)

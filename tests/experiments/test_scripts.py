@@ -238,14 +238,6 @@ def test_train_refuses_folders_without_clips(script, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_train_needs_held_out_clips_to_report_an_autoencoder(script, tiny_clips, tmp_path):
-    arguments = ("--data", tiny_clips, "--workdir", tmp_path / "run", "--autoencoder-only", "--data.held-out")
-    ended = script("experiments/train.py", ROOT / TINY, *arguments)
-    assert ended.code == 2
-    assert "no clips are held out to be reconstructed" in ended.err
-    assert not (tmp_path / "run" / "autoencoder").exists()
-
-
 def test_train_refuses_files_that_are_no_configs(script, tmp_path):
     def start(*arguments):
         return script("experiments/train.py", *arguments, "--data", tmp_path, "--workdir", tmp_path / "run")

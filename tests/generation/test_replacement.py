@@ -65,14 +65,15 @@ def test_a_keyframe_off_the_temporal_stride_is_kept(pipeline, clip):
     assert gain > 3
 
 
-def test_pixels_beside_a_region_are_kept_although_they_share_latents_with_it(pipeline, clip):
+def test_pixels_next_to_a_region_are_kept_although_they_share_latents_with_it(pipeline, clip):
     mask = np.zeros(SIZE, bool)
     mask[:, :, :11] = True  # the second column of latents has known columns 8 to 10, and unknown ones
-    beside = np.s_[:, :, 8:11]
+    columns = np.s_[:, :, 8:11]
     kept, free = (
-        pipeline.generate("red", size=SIZE, **options).frames[beside] for options in ({"video": clip, "mask": mask}, {})
+        pipeline.generate("red", size=SIZE, **options).frames[columns]
+        for options in ({"video": clip, "mask": mask}, {})
     )
-    assert compute_psnr(clip.frames[beside], kept) - compute_psnr(clip.frames[beside], free) > 3
+    assert compute_psnr(clip.frames[columns], kept) - compute_psnr(clip.frames[columns], free) > 3
 
 
 def test_known_pixels_of_other_requests_change_nothing(pipeline, clip):

@@ -64,6 +64,7 @@ def test_an_attached_adapter_equals_a_merged_one_and_copies_no_weights(pipeline,
         np.testing.assert_allclose(flatten(attached.denoiser_params)[path], leaf, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_products_with_bfloat16_weights_are_those_of_a_merged_adapter_up_to_rounding(file):
     own = make_pipeline(dtype="bfloat16")
     attached, plain = sample(own.load_lora(file, 0.5)), sample(own)

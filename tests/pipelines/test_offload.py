@@ -14,6 +14,7 @@ from dit_video.core.trees import flatten
 from dit_video.encoders.text import open_tokenizer
 from dit_video.generation import sampler
 from dit_video.text import embedder
+from support.marks import mark_slow_except
 from support.tiny_wan import ANIMATING, DIT, SIZE, TWO, write_animating_wan, write_wan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -89,7 +90,7 @@ def resident(folder):
     return latents, count_bytes_of_decoding(pipeline, latents) - before
 
 
-@pytest.mark.parametrize("offload", [Stages(), Layers(), Layers(denoiser=False)])
+@pytest.mark.parametrize("offload", mark_slow_except([Layers()], [Stages(), Layers(), Layers(denoiser=False)]))
 def test_each_stage_has_only_its_own_weights_on_the_device(folder, offload, resident, program_calls):
     before = count_device_bytes()
     pipeline = dit_video.load(folder, dtype="float32", offload=offload)
@@ -111,7 +112,7 @@ def test_each_stage_has_only_its_own_weights_on_the_device(folder, offload, resi
     assert decoding >= count_param_bytes(pipeline.codec.params)
 
 
-@pytest.mark.parametrize("offload", [Stages(), Layers(denoiser=False)])
+@pytest.mark.parametrize("offload", mark_slow_except([Stages()], [Stages(), Layers(denoiser=False)]))
 def test_the_text_encoder_is_alone_on_the_device_while_prompts_are_embedded(folder, offload, monkeypatch):
     counts, make_program = [], embedder.make_embedding_program
 
@@ -140,6 +141,7 @@ def test_the_text_encoder_is_alone_on_the_device_while_prompts_are_embedded(fold
     assert count_device_bytes() - before < 1024
 
 
+@pytest.mark.slow
 def test_all_requests_pass_one_expert_after_the_other(experts, program_calls):
     requests, options = [dit_video.Request(prompt, SIZE) for prompt in PROMPTS], {"steps": 4, "guidance": 1.0}
     expected = dit_video.load(experts, dtype="float32", offload=None).generate_latents(requests, **options)

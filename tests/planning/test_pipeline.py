@@ -90,6 +90,7 @@ def test_a_size_and_a_memory_are_said(folder):
         plan_pipeline(folder, CPU, size=(5, 16, 20))
 
 
+@pytest.mark.slow
 def test_a_memory_is_fitted_by_the_fastest_offload(folder):
     """On a CPU streamed weights count like others: `Layers` gains nothing there."""
     resident = fit_pipeline(folder, CPU, size=SIZE)

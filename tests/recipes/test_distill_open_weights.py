@@ -74,7 +74,7 @@ class Distilled(NamedTuple):
     """Number of copies of the base weights after each step."""
 
 
-@pytest.fixture(scope="module", params=["consistency", pytest.param("dmd", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("consistency", "dmd")])
 def distillation(request, folder, clips, tmp_path_factory):
     experiment = make_distillation_experiment(folder, dataclasses.replace(OPTIONS, method=request.param))
     run = Run.create(tmp_path_factory.mktemp("distilled") / "run", experiment)
