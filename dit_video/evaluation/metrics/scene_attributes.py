@@ -35,7 +35,10 @@ class SceneColours(ShareMetric):
 
 @dataclass(frozen=True, kw_only=True)
 class SceneDirections(ShareMetric):
-    """Share of objects of all samples that move as the scene's, or stand still."""
+    """Share of objects of all samples that move as the scene's, or stand still.
+
+    Objects of level 3 do not count: they move as the physics asks, in no direction that the caption names.
+    """
 
     needs = ("samples", "scenes")
     name: ClassVar[str] = "scene_directions"
@@ -55,6 +58,8 @@ class SceneDirections(ShareMetric):
                 continue
             tracks = find_objects(clip, truth.scene.background)
             for each in truth.scene.objects:
+                if each.direction is None and any(each.velocity):
+                    continue
                 track = tracks.get(each.colour)
                 answers.append(track is not None and track.classify_direction() == each.direction)
         return answers

@@ -71,6 +71,11 @@ def test_text_to_video_is_judged_by_colours_and_directions():
     assert measure("text_to_video", swap(clips), cases)["scene_colours"] < 0.3
 
 
+def test_directions_are_those_that_captions_name():
+    cases = list(make_cases(SCENE_TASKS["image_to_video"], blur, count=4, seed=7, levels=(3,)))
+    assert measure("image_to_video", truths(cases), cases)["scene_directions"] is None
+
+
 @pytest.mark.parametrize("name", ["image_to_video", "first_and_last_frame"])
 def test_kept_frames_and_directions_of_other_clips_fail(name):
     cases = get_cases(name)
