@@ -34,7 +34,7 @@ def main(
         count: Number of scenes.
         seed: Seed of the scenes.
         levels: Levels of the scenes, in turn: 1 one object, 2 two objects, 3 several with physics and a camera.
-        frames: Numbers of frames of the clips; each clip has one of them at random, which may be repeated here.
+        frames: Numbers of frames of the clips; each clip has one of them at random, repeated ones more often.
     """
     check_minimum(1, count=count, frames=min(frames, default=0))
     check_minimum(0, seed=seed)

@@ -133,13 +133,11 @@ class ClipSource:
     def select_datasets(self, numbers: Collection[int]) -> "ClipSource":
         """Return the clips of the data sets with these numbers; no others are counted by `dataset_sizes`."""
         kept = sorted(numbers)
-        is_kept = [number in kept for number in self._dataset_numbers]
-        subset = copy.copy(self)
-        subset._records = {}
+        subset = self._compress([number in kept for number in self._dataset_numbers])
+        subset._records = {}  # they are opened by number
         subset.folders = tuple(self.folders[number] for number in kept)
         subset._versions = [self._versions[number] for number in kept]
-        subset.infos = tuple(itertools.compress(self.infos, is_kept))
-        subset._dataset_numbers = [kept.index(each) for each in itertools.compress(self._dataset_numbers, is_kept)]
+        subset._dataset_numbers = list(map(kept.index, subset._dataset_numbers))
         return subset
 
     def select_split(self, name: str) -> "ClipSource":
@@ -175,10 +173,13 @@ class ClipSource:
         return frozenset(names)
 
     def _filter(self, is_kept: Callable[[ClipInfo], bool]) -> "ClipSource":
+        return self._compress(list(map(is_kept, self.infos)))
+
+    def _compress(self, is_kept: Sequence[bool]) -> "ClipSource":
         subset = copy.copy(self)
         subset._records = self._records  # opened files are shared
-        subset.infos = tuple(filter(is_kept, self.infos))
-        subset._dataset_numbers = list(itertools.compress(self._dataset_numbers, map(is_kept, self.infos)))
+        subset.infos = tuple(itertools.compress(self.infos, is_kept))
+        subset._dataset_numbers = list(itertools.compress(self._dataset_numbers, is_kept))
         return subset
 
 

@@ -66,7 +66,7 @@ class StagedExperiment:
         }
         check_at_least(1, **positive)
         weights = self.data.weights
-        if not all(0 <= weight < math.inf for weight in weights) or (weights and not self.data.used_weights):
+        if not all(0 <= weight < math.inf for weight in weights) or (weights and not self.data.used_datasets):
             rule = "they must not be negative, and one must be positive."
             raise UserError(f"weights={weights} is invalid: {rule} Use 0 for a data set that is not used.")
         check_at_least(0, workers=self.data.workers)
@@ -129,7 +129,7 @@ class Runtime:
         data = self.experiment.data
         clips = self.clips.exclude(data.held_out).select_split("train")
         if data.weights:
-            clips = clips.select_datasets([number for number, weight in enumerate(data.weights) if weight > 0])
+            clips = clips.select_datasets(data.used_datasets)
         selected = select_usable(clips, self.experiment.requirements)
         selected.check(data.max_excluded_share)
         return selected

@@ -53,9 +53,14 @@ class DataConfig:
     """Number of processes that read the denoiser's data; 0 for a thread."""
 
     @property
+    def used_datasets(self) -> tuple[int, ...]:
+        """Return the numbers of the data sets that are used; empty if all clips have the same weight."""
+        return tuple(number for number, weight in enumerate(self.weights) if weight > 0)
+
+    @property
     def used_weights(self) -> tuple[float, ...]:
         """Return the weights of the data sets that are used; empty if all clips have the same weight."""
-        return tuple(weight for weight in self.weights if weight > 0)
+        return tuple(self.weights[number] for number in self.used_datasets)
 
 
 @dataclass(frozen=True, kw_only=True)

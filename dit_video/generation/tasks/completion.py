@@ -98,13 +98,15 @@ def _add_replacement(
     if trained_mask is not None and model.backbone.time == "token" and request.method != "trained":
         # Clean tokens are of latents all of whose pixels are known. The model does not get any other known pixels.
         is_partial |= find_partly_known_latents(trained_mask, stride)
-    is_held = find_known_latents(known.is_known, stride) & split_cells(rest, stride).any(axis=(3, 4, 5))
+    is_complete = find_known_latents(known.is_known, stride)
+    is_held = is_complete & split_cells(rest, stride).any(axis=(3, 4, 5))
     holds_trained = _holds_trained_latents(trained_mask, request, model)
     if not is_held.any() and not is_partial.any() and not holds_trained:
         return plan
     encoded = model.codec.encode_pixels(known.spread())
     if holds_trained:
-        is_held |= find_known_latents(known.is_known, stride) & _is_independent(encoded, known, model)
+        is_held |= is_complete & _is_independent(encoded, known, model)
+        # Known pixels of all other latents are corrected in the decoded clip, those that depend on unknown ones, too.
         is_partial |= split_cells(known.is_known, stride).any(axis=(3, 4, 5)) & ~is_held
     transform = LatentReplacement()
     latents, strength = transform.list_fields(channels)
