@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.generation import Monitor, SamplingProgress
-from dit_video.generation.edit_paths import EditMonitor, EditProgress
+from dit_video.generation.edit_paths import EditProgress
 from dit_video.video import Clip
 
 
@@ -53,11 +53,12 @@ Callback = Callable[[PipelineProgress], object]
 
 def make_monitor(callback: Callback | None, decode: Callable[..., Clip], *, block_steps: int = 4) -> Monitor | None:
     """Return the sampler's monitor that calls a callback; None without one."""
-    if callback is None:
-        return None
-    return Monitor(lambda progress: callback(PipelineProgress(progress, decode)), block_steps)
+    report = make_report(callback, decode)
+    return None if report is None else Monitor(report, block_steps)
 
 
-def make_edit_monitor(callback: Callback | None, decode: Callable[..., Clip]) -> EditMonitor | None:
-    """Return the monitor of an edit that calls a callback; None without one."""
+def make_report(
+    callback: Callback | None, decode: Callable[..., Clip]
+) -> Callable[[SamplingProgress | EditProgress], object] | None:
+    """Return the function that calls a callback with the progress of sampling or of an edit; None without one."""
     return None if callback is None else lambda progress: callback(PipelineProgress(progress, decode))

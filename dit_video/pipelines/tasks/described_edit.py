@@ -8,7 +8,7 @@ from dit_video.core.errors import UserError
 from dit_video.generation.edit_paths import EditPaths
 from dit_video.pipelines.clip_recipe import describe_sampling, hash_pixels
 from dit_video.pipelines.options import split_options
-from dit_video.pipelines.progress import Callback, make_edit_monitor
+from dit_video.pipelines.progress import Callback, make_report
 from dit_video.pipelines.tasks.clip_task import get_size
 from dit_video.pipelines.tasks.composite_task import CompositeTask, TaskPipeline
 from dit_video.video import Clip
@@ -44,7 +44,7 @@ class DescribedEdit(CompositeTask):
         source = pipeline.make_stepper(described, **{**overrides, "guidance": self.source_guidance})
         paths, latents = EditPaths(source, target), pipeline.codec.encode(self.clip)
         decode = functools.partial(pipeline.codec.decode, fps=self.clip.fps, caption=prompt, seed=request.seed)
-        monitor = make_edit_monitor(callback, decode)
+        monitor = make_report(callback, decode)
         if self.edit_method == "flow_edit":
             edited = paths.edit_by_flow(latents, strength=self.strength, seed=request.seed, monitor=monitor)
         else:
