@@ -15,6 +15,7 @@ from dit_video.conditioning.frame_conditioning import (
 from dit_video.conditioning.known_pixels import (
     GREY,
     blank_unknown,
+    find_any_known,
     find_known_latents,
     find_partly_known_latents,
     fold_mask,

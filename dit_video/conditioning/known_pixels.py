@@ -31,6 +31,11 @@ def fold_mask(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Float32[np.n
     return split_cells(is_known, stride).mean(axis=(4, 5), dtype=np.float32)
 
 
+def find_any_known(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Bool[np.ndarray, "t h w"]:
+    """Return True for the latents at least one of whose pixels is known."""
+    return np.any(split_cells(is_known, stride), axis=(3, 4, 5))
+
+
 def find_known_latents(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Bool[np.ndarray, "t h w"]:
     """Return True for the latents all of whose pixels are known."""
     return np.all(split_cells(is_known, stride), axis=(3, 4, 5))
@@ -38,5 +43,4 @@ def find_known_latents(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Boo
 
 def find_partly_known_latents(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Bool[np.ndarray, "t h w"]:
     """Return True for the latents with known pixels and with unknown ones."""
-    cells = split_cells(is_known, stride)
-    return np.any(cells, axis=(3, 4, 5)) & ~np.all(cells, axis=(3, 4, 5))
+    return find_any_known(is_known, stride) & ~find_known_latents(is_known, stride)

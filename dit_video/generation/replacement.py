@@ -54,7 +54,7 @@ class PixelReplacement(LatentUpdate):
     """
 
     known: KnownPixels
-    is_partial: Bool[np.ndarray, "t h w"]
+    is_replaced: Bool[np.ndarray, "t h w"]
     """True for the latents that are replaced."""
     codec: LatentCodec
 
@@ -66,4 +66,4 @@ class PixelReplacement(LatentUpdate):
         decoded = self.codec.decode(end.data, fps=1.0).frames
         pixels = np.where(is_kept[..., None], self.known.frames, decoded)
         replaced = end.combine(self.codec.encode_pixels(pixels), end.noise)
-        return np.where(self.is_partial[..., None], replaced, latents)
+        return np.where(self.is_replaced[..., None], replaced, latents)

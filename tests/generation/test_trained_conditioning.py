@@ -157,5 +157,5 @@ def test_known_latents_of_a_task_mix_are_also_held_where_they_do_not_depend_on_u
     held = next(values for field, values in ending.fields.items() if field.name == "held_strength")
     assert not held[:2].any()  # of the last one, pixels depend on the unknown ones before it
     np.testing.assert_array_equal(
-        (ending.update.is_partial | (held[..., 0] > 0)).all(axis=(1, 2)), [False, False, True]
+        (ending.update.is_replaced | (held[..., 0] > 0)).all(axis=(1, 2)), [False, False, True]
     )

@@ -6,11 +6,18 @@ them: as the model was trained, or without training, by replacement of the known
 
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from dit_video.conditioning import KnownMask, find_known_latents, find_partly_known_latents, split_cells
+from dit_video.conditioning import (
+    KnownMask,
+    find_any_known,
+    find_known_latents,
+    find_partly_known_latents,
+    split_cells,
+)
 from dit_video.core.errors import UserError
 from dit_video.generation.known_pixels import KnownPixels, collect_known_pixels, fit_clip
 from dit_video.generation.plan import SamplingPlan, TransformSequence
@@ -88,38 +95,61 @@ def _choose_trained_mask(known: KnownPixels, request: Request, model: TaskModel)
     return mask
 
 
+class _ReplacedLatents(NamedTuple):
+    """Latents that sampling replaces, in one of two ways."""
+
+    encoded: Float32[np.ndarray, "t h w c"]
+    """Latents of the clip, whose unknown pixels are as the nearest known ones."""
+    is_held: Bool[np.ndarray, "t h w"]
+    """True for latents of known pixels, which `LatentReplacement` holds."""
+    is_corrected: Bool[np.ndarray, "t h w"]
+    """True for latents that also stand for, or depend on, unknown pixels: `PixelReplacement` corrects them."""
+
+
 def _add_replacement(
     plan: SamplingPlan, known: KnownPixels, trained_mask: KnownMask | None, request: Request, model: TaskModel
 ) -> SamplingPlan:
     """Return the plan with the replacement of what the model is not trained to keep."""
-    stride, channels = model.codec.config.stride, model.codec.config.channels
-    rest = known.is_known if trained_mask is None else known.is_known & ~trained_mask
-    is_partial = find_partly_known_latents(rest, stride)
-    if trained_mask is not None and model.backbone.time == "token" and request.method != "trained":
-        # Clean tokens are of latents all of whose pixels are known. The model does not get any other known pixels.
-        is_partial |= find_partly_known_latents(trained_mask, stride)
-    is_complete = find_known_latents(known.is_known, stride)
-    is_held = is_complete & split_cells(rest, stride).any(axis=(3, 4, 5))
-    holds_trained = _holds_trained_latents(trained_mask, request, model)
-    if not is_held.any() and not is_partial.any() and not holds_trained:
+    replaced = _find_replaced_latents(known, trained_mask, request, model)
+    if replaced is None:
         return plan
-    encoded = model.codec.encode_pixels(known.spread())
-    if holds_trained:
-        is_held |= is_complete & _is_independent(encoded, known, model)
-        # Known pixels of all other latents are corrected in the decoded clip, those that depend on unknown ones, too.
-        is_partial |= split_cells(known.is_known, stride).any(axis=(3, 4, 5)) & ~is_held
     transform = LatentReplacement()
-    latents, strength = transform.list_fields(channels)
-    cell_strength = split_cells(known.strength, stride).min(axis=(3, 4, 5))
+    latents, strength = transform.list_fields(model.codec.config.channels)
+    is_held = replaced.is_held
+    cell_strength = split_cells(known.strength, model.codec.config.stride).min(axis=(3, 4, 5))
     fields = {
         **plan.fields,
-        latents: np.where(is_held[..., None], encoded, np.float32(0)),
+        latents: np.where(is_held[..., None], replaced.encoded, np.float32(0)),
         strength: np.where(is_held, cell_strength, np.float32(0))[..., None],
     }
     sequence = transform if plan.transform is None else TransformSequence(transforms=(plan.transform, transform))
-    update = PixelReplacement(known=known, is_partial=is_partial, codec=model.codec) if is_partial.any() else None
+    update = None
+    if replaced.is_corrected.any():
+        update = PixelReplacement(known=known, is_replaced=replaced.is_corrected, codec=model.codec)
     method = f"{plan.method} and training_free" if plan.method else "training_free"
     return plan._replace(fields=fields, transform=sequence, update=update, resample=request.resample, method=method)
+
+
+def _find_replaced_latents(
+    known: KnownPixels, trained_mask: KnownMask | None, request: Request, model: TaskModel
+) -> _ReplacedLatents | None:
+    """Return the latents that are replaced; None if there are none."""
+    stride = model.codec.config.stride
+    rest = known.is_known if trained_mask is None else known.is_known & ~trained_mask
+    is_complete = find_known_latents(known.is_known, stride)
+    is_held = is_complete & find_any_known(rest, stride)
+    if _holds_trained_latents(trained_mask, request, model):
+        encoded = model.codec.encode_pixels(known.spread())
+        is_held |= is_complete & _is_independent(encoded, known, model)
+        # All other latents with known pixels are corrected, those of known pixels that depend on unknown ones, too.
+        return _ReplacedLatents(encoded, is_held, find_any_known(known.is_known, stride) & ~is_held)
+    is_corrected = find_partly_known_latents(rest, stride)
+    if trained_mask is not None and model.backbone.time == "token" and request.method != "trained":
+        # Clean tokens are of latents all of whose pixels are known. The model does not get any other known pixels.
+        is_corrected |= find_partly_known_latents(trained_mask, stride)
+    if not is_held.any() and not is_corrected.any():
+        return None
+    return _ReplacedLatents(model.codec.encode_pixels(known.spread()), is_held, is_corrected)
 
 
 def _holds_trained_latents(trained_mask: KnownMask | None, request: Request, model: TaskModel) -> bool:
