@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import make_generator
 from dit_video.generation.batches import ClipLatents
 from dit_video.generation.blocks import estimate_parts
@@ -59,37 +59,48 @@ class EditPaths(NamedTuple):
         return first
 
     def edit_by_flow(
-        self, latents: ClipLatents, *, strength: float, seed: int, monitor: EditMonitor | None = None
+        self, latents: ClipLatents, *, strength: float, seed: int, draws: int = 1, monitor: EditMonitor | None = None
     ) -> ClipLatents:
         """Return the latents moved by the difference of both paths' slopes (FlowEdit, arXiv 2412.08629, algorithm 1).
 
         The slopes are those at noisy versions of the clip and of the result, with the same noise, which is drawn anew
-        in every step. Parts that both descriptions share keep their place.
+        in every step. Parts that both descriptions share keep their place, and do so better on the average of several
+        draws.
 
         Args:
           latents: latents of the clip.
           strength: time that the edit begins at.
           seed: seed of the noise.
+          draws: number of noises in every step, whose differences are averaged (n_avg of the paper).
           monitor: called after every step.
+
+        Raises:
+          UserError: no draws, or a strength that is invalid or below the last time.
         """
-        process, times, edited = self.source.process, self.source.times, latents
-        first, last = self.find_first_step(strength), len(times) - 1
+        check_at_least(1, draws=draws)
+        edited = latents
+        first, last = self.find_first_step(strength), len(self.source.times) - 1
         for step in range(first, last):
             generator = make_generator(seed, "edit", step)
-            noise = generator.standard_normal(latents.shape).astype(np.float32)
-            start, end = (process.flow_coordinates(jnp.asarray(times[index])) for index in (step, step + 1))
-            scale, next_scale = float(start.scale), float(end.scale)
-            time = jnp.asarray(times[step])
-            noisy = np.asarray(process.add_noise(jnp.asarray(latents), jnp.asarray(noise), time))
-            moved = noisy + scale * (edited - latents)
-            source, target = (
-                path(values, [step, step + 1]) / next_scale - values / scale
-                for path, values in ((self.source, noisy), (self.target, moved))
-            )
-            edited = edited + (target - source)
+            noises = generator.standard_normal((draws, *latents.shape)).astype(np.float32)
+            changes = [self._compare_slopes(latents, edited, noise, step) for noise in noises]
+            edited = edited + np.mean(changes, axis=0)
             if monitor is not None:
                 monitor(EditProgress(step + 1 - first, last - first, edited))
         return edited
+
+    def _compare_slopes(self, latents: ClipLatents, edited: ClipLatents, noise: ClipLatents, step: int) -> ClipLatents:
+        """Return the difference that a step on both paths makes, from the clip and from the result with a noise."""
+        process, times = self.source.process, self.source.times
+        start, end = (process.flow_coordinates(jnp.asarray(times[number])) for number in (step, step + 1))
+        scale, next_scale = float(start.scale), float(end.scale)
+        noisy = np.asarray(process.add_noise(jnp.asarray(latents), jnp.asarray(noise), jnp.asarray(times[step])))
+        moved = noisy + scale * (edited - latents)
+        source, target = (
+            path(values, [step, step + 1]) / next_scale - values / scale
+            for path, values in ((self.source, noisy), (self.target, moved))
+        )
+        return target - source
 
     def edit_by_inversion(
         self, latents: ClipLatents, *, strength: float, monitor: EditMonitor | None = None

@@ -243,6 +243,7 @@ class TaskMethods(abc.ABC):
         strength: float = 0.8,
         edit_method: EditMethod = "flow_edit",
         source_guidance: float = 1.0,
+        draws: int = 1,
         **options: Any,
     ) -> Clip:
         """Return a clip that is changed to fit a prompt.
@@ -257,6 +258,7 @@ class TaskMethods(abc.ABC):
           strength: diffusion time, in (0, 1], at which the change begins; more changes it more.
           edit_method: with `source`, FlowEdit, or inversion of the clip to noise.
           source_guidance: with `source`, guidance scale of the clip's description.
+          draws: with FlowEdit, number of noises in every step, whose changes are averaged.
           options: options of `generate`.
         """
         if source is None:
@@ -268,6 +270,7 @@ class TaskMethods(abc.ABC):
             strength=strength,
             edit_method=edit_method,
             source_guidance=source_guidance,
+            draws=draws,
         )
         return self.run_tasks([task], **options)[0]
 

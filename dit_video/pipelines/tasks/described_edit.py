@@ -29,6 +29,9 @@ class DescribedEdit(CompositeTask):
     """FlowEdit, or inversion of the clip to noise."""
     source_guidance: float = 1.0
     """Guidance scale of the clip's description."""
+    draws: int = 1
+    """Number of noises in every step of FlowEdit, whose changes are averaged: more keep more of the clip, and cost as
+    many times more."""
 
     def run(self, pipeline: TaskPipeline, *, callback: Callback | None = None, **options: Any) -> Clip:
         """Return the edited clip."""
@@ -46,7 +49,8 @@ class DescribedEdit(CompositeTask):
         decode = functools.partial(pipeline.codec.decode, fps=self.clip.fps, caption=prompt, seed=request.seed)
         monitor = make_report(callback, decode)
         if self.edit_method == "flow_edit":
-            edited = paths.edit_by_flow(latents, strength=self.strength, seed=request.seed, monitor=monitor)
+            options = {"strength": self.strength, "seed": request.seed, "draws": self.draws}
+            edited = paths.edit_by_flow(latents, **options, monitor=monitor)
         else:
             edited = paths.edit_by_inversion(latents, strength=self.strength, monitor=monitor)
         decoded = decode(edited)

@@ -134,6 +134,22 @@ def test_an_edit_follows_the_paths_of_both_prompts(pipeline):
 
 
 @each(ALL)
+def test_an_edit_averages_its_draws(pipeline):
+    latents = pipeline.encode(CLIP)
+    paths = make_paths(pipeline, PROMPT, "the table", source_guidance=1.0, times=TIMES)
+    noises = make_generator(3, "edit", 3).standard_normal((2, *latents.shape)).astype(np.float32)
+    changes = []
+    for noise in noises:
+        noisy = add_noise(latents, noise, TIMES[3])
+        changes.append(paths.target(noisy, [3, 4]) - paths.source(noisy, [3, 4]))
+    assert np.abs(changes[0] - changes[1]).max() > 1e-3
+    edited = paths.edit_by_flow(latents, strength=0.5, seed=3, draws=2)
+    np.testing.assert_allclose(edited, latents + np.mean(changes, axis=0), atol=1e-4)
+    with pytest.raises(UserError, match="draws=0 is invalid"):
+        paths.edit_by_flow(latents, strength=0.5, seed=3, draws=0)
+
+
+@each(ALL)
 def test_inversion_with_the_prompt_of_the_clip_returns_to_the_clip(pipeline):
     """The more steps, the closer."""
     latents, options = pipeline.encode(CLIP), get_first_image(pipeline)
