@@ -26,8 +26,8 @@ from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.video import Clip, decode
 
 EDIT_METHODS = ("sdedit", "flow_edit", "inversion")
-_FLOW_EDIT: dict[str, Any] = {"draws": 4, "source_guidance": 2.0}
-"""Options of FlowEdit: several noises a step, and both descriptions with the guidance scale of the scenes."""
+_DRAWS = {"flow_edit": 4}
+"""Number of noises in every step of an edit, where it is not 1."""
 _BATCH = 32
 
 
@@ -125,8 +125,7 @@ def edit(pipeline: Pipeline, case: TaskCase, method: str, seed: int) -> Clip:
     assert task.prompt is not None
     if method == "sdedit":
         return pipeline.edit(task.clip, task.prompt, seed=seed)
-    options = {"source": task.clip.caption, "edit_method": method, "seed": seed}
-    options |= _FLOW_EDIT if method == "flow_edit" else {}
+    options = {"source": task.clip.caption, "edit_method": method, "draws": _DRAWS.get(method, 1), "seed": seed}
     return pipeline.edit(task.clip, task.prompt, **options)
 
 

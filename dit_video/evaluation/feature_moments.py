@@ -110,7 +110,7 @@ def compute_frechet_distance(first: FeatureMoments, second: FeatureMoments) -> f
     (mean, covariance), (other_mean, other_covariance) = first.compute(), second.compute()
     spread = np.trace(covariance) + np.trace(other_covariance)
     return float(
-        np.square(mean - other_mean).sum(axis=0) + spread - 2 * trace_sqrt_product(covariance, other_covariance)
+        np.square(mean - other_mean).sum(axis=0) + spread - 2 * compute_root_trace(covariance, other_covariance)
     )
 
 
@@ -138,7 +138,7 @@ def measure_frechet_distance(first: FeatureMoments, second: FeatureMoments, *, s
     return FrechetDistance(value, half, 2 * value - half, (value - reach, value + reach))
 
 
-def trace_sqrt_product(first: Float64[np.ndarray, "d d"], second: Float64[np.ndarray, "d d"]) -> float:
+def compute_root_trace(first: Float64[np.ndarray, "d d"], second: Float64[np.ndarray, "d d"]) -> float:
     r"""Return $\mathrm{tr}((AB)^{1/2})$ of two covariances.
 
     $AB$ has the eigenvalues of the symmetric $A^{1/2} B A^{1/2}$, whose decomposition stays accurate where that of $AB$

@@ -9,7 +9,7 @@ from dit_video.evaluation.feature_moments import (
     FeatureMoments,
     compute_frechet_distance,
     measure_frechet_distance,
-    trace_sqrt_product,
+    compute_root_trace,
 )
 
 
@@ -49,7 +49,7 @@ def test_chunks_and_processes_give_the_same_moments():
 def test_the_trace_equals_that_of_scipy(condition):
     first, second = (make_covariance(40, condition, seed=seed) for seed in (0, 1))
     expected = np.trace(scipy.linalg.sqrtm(first @ second)).real
-    assert trace_sqrt_product(first, second) == pytest.approx(expected, rel=1e-6)
+    assert compute_root_trace(first, second) == pytest.approx(expected, rel=1e-6)
 
 
 def test_covariances_of_fewer_examples_than_features_have_an_exact_trace():
@@ -57,7 +57,7 @@ def test_covariances_of_fewer_examples_than_features_have_an_exact_trace():
     # tr sqrt(A A' B B') is the sum of the singular values of A' B.
     expected = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
     products = [each.T @ each for each in factors]
-    assert trace_sqrt_product(*products) == pytest.approx(expected, rel=1e-6)
+    assert compute_root_trace(*products) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_distance_of_normal_distributions_is_known():
