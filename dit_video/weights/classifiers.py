@@ -1,13 +1,17 @@
-"""Readers of the parameters of networks that classify: I3D and the Inception-v3 of the Fréchet inception distance."""
+"""Readers of the parameters of networks that classify: I3D, C3D, Inception-v3 of the Fréchet inception distance."""
 
 import os
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
-from dit_video.core.errors import MissingError
+from dit_video.core import trees
+from dit_video.core.errors import MissingError, UserError
+from dit_video.features.c3d import CONVOLUTIONS, SIZE, C3d
 from dit_video.features.i3d import MIXED, I3d
 from dit_video.features.inception import BLOCKS, STEM, InceptionV3
 from dit_video.nn import get_param_shapes
@@ -54,6 +58,59 @@ def load_inception(path: str | os.PathLike) -> dict[str, Any]:
     """
     tensor_map = make_inception_tensor_map()
     return _read(path, lambda rngs: InceptionV3(rngs=rngs), tensor_map, _list_counters(tensor_map), INCEPTION_FILE)
+
+
+def load_c3d(path: str | os.PathLike, *, mean: str | os.PathLike) -> dict[str, Any]:
+    """Read the parameters of `C3d` from the files of TGAN's authors.
+
+    Args:
+      path: `conv3d_deepnetA_ucf.npz`, the weights in Chainer's names.
+      mean: `mean2.npz`, the mean of the training clips, of which the middle 112×112 pixels are used.
+
+    Raises:
+      MissingError: a file does not exist.
+      UserError: a file is corrupt, or arrays are missing or of another shape.
+    """
+    tensor_map = make_c3d_tensor_map()
+    arrays = _read_npz(path) | {"mean": _cut_middle(_read_npz(mean)["mean"])}
+    shapes = trees.flatten(get_param_shapes(lambda rngs: C3d(rngs=rngs)))
+    params = {}
+    for name, shape in shapes.items():
+        mapping = tensor_map[name]
+        if mapping.name not in arrays:
+            raise UserError(f"{path} has no {mapping.name}: it is no file of C3D. Use conv3d_deepnetA_ucf.npz")
+        params[name] = mapping.to_ours(arrays[mapping.name]).astype(np.float32)
+        if params[name].shape != shape.shape:
+            rule = f"its {mapping.name} has the shape {list(arrays[mapping.name].shape)}"
+            raise UserError(f"{path} is invalid for C3D: {rule}. Use conv3d_deepnetA_ucf.npz")
+    return trees.unflatten(params)
+
+
+def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    if not Path(path).is_file():
+        raise MissingError(f"no such file: {path}. Download it from https://github.com/pfnet-research/tgan2")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or no .npz file: {error}. Download it again") from error
+
+
+def _cut_middle(mean: np.ndarray) -> np.ndarray:
+    """Return the pixels of the mean clip that C3D's 112×112 ones are compared with."""
+    return mean.reshape(3, SIZE.t, *mean.shape[-2:])[:, :, 8 : 8 + SIZE.h, 8 : 8 + SIZE.w]
+
+
+def make_c3d_tensor_map() -> dict[str, TensorMapping]:
+    """Return the names of our parameters in Chainer."""
+    names = {"mean": TensorMapping("mean", "c t h w -> t h w c")}
+    for name in CONVOLUTIONS:
+        names[f"convolutions/{name}/kernel"] = TensorMapping(f"{name}/W", "o i t h w -> t h w i o")
+        names[f"convolutions/{name}/bias"] = TensorMapping(f"{name}/b")
+    for name in ("fc6", "fc7", "fc8"):
+        names[f"{name}/kernel"] = TensorMapping(f"{name}/W", "o i -> i o")
+        names[f"{name}/bias"] = TensorMapping(f"{name}/b")
+    return names
 
 
 def make_i3d_tensor_map() -> dict[str, TensorMapping]:

@@ -8,8 +8,8 @@ from dit_video.core.errors import UserError
 from dit_video.evaluation.feature_moments import (
     FeatureMoments,
     compute_frechet_distance,
-    measure_frechet_distance,
     compute_root_trace,
+    measure_frechet_distance,
 )
 
 

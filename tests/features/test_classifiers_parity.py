@@ -7,12 +7,15 @@ import safetensors.numpy
 from flax import nnx
 
 from dit_video.core import trees
+from dit_video.features.c3d import C3d
 from dit_video.features.i3d import MIXED, I3d
 from dit_video.features.inception import InceptionV3
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.weights.classifiers import (
+    load_c3d,
     load_i3d,
     load_inception,
+    make_c3d_tensor_map,
     make_i3d_tensor_map,
     make_inception_tensor_map,
 )
@@ -159,6 +162,21 @@ class TorchInception:
         return self.block_e("Mixed_7c", x, has_mean_pool=False).mean(dim=(2, 3))
 
 
+def compute_c3d(weights, x):
+    """Return the logits of Caffe's network; chainer's pools have a last window that is partly outside."""
+    convolutions = ("conv1a", "conv2a", "conv3a", "conv3b", "conv4a", "conv4b", "conv5a", "conv5b")
+    for name in convolutions:
+        x = functional.relu(functional.conv3d(x, weights[f"{name}/W"], weights[f"{name}/b"], padding=1))
+        if name == "conv1a":
+            x = functional.max_pool3d(x, (1, 2, 2), ceil_mode=True)
+        elif name in ("conv2a", "conv3b", "conv4b", "conv5b"):
+            x = functional.max_pool3d(x, 2, ceil_mode=True)
+    x = x.flatten(1)
+    for name in ("fc6", "fc7"):
+        x = functional.relu(functional.linear(x, weights[f"{name}/W"], weights[f"{name}/b"]))
+    return functional.linear(x, weights["fc8/W"], weights["fc8/b"])
+
+
 def check(actual, expected):
     expected = expected.numpy()
     assert np.abs(expected).max() > 0.1
@@ -190,3 +208,19 @@ def test_inception_equals_its_published_architecture(tmp_path):
     expected = TorchInception(weights)(torch.from_numpy(images).permute(0, 3, 1, 2))
     check(features, expected)
     check(model.classify(features), expected @ torch.from_numpy(weights["fc.weight"]).T)
+
+
+def test_c3d_equals_its_published_architecture(tmp_path):
+    def make(rngs):
+        return C3d(rngs=rngs)
+
+    weights = make_weights(make, make_c3d_tensor_map())
+    mean = weights.pop("mean")
+    np.savez(tmp_path / "c3d.npz", **weights)
+    np.savez(tmp_path / "mean2.npz", mean=np.pad(mean, ((0, 0), (0, 0), (8, 8), (8, 8)), constant_values=1e6))
+    model = nnx.merge(get_graph_def(make), load_c3d(tmp_path / "c3d.npz", mean=tmp_path / "mean2.npz"))
+    pixels = np.random.default_rng(1).uniform(-1, 1, (1, 16, 112, 112, 3)).astype(np.float32)
+    x = torch.from_numpy(pixels).permute(0, 4, 1, 2, 3)
+    x = 128 * x[:, [2, 1, 0]] + 128 - torch.from_numpy(mean)
+    tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+    check(model(jnp.asarray(pixels)), compute_c3d(tensors, x))
