@@ -125,7 +125,12 @@ def edit(pipeline: Pipeline, case: TaskCase, method: str, seed: int) -> Clip:
     assert task.prompt is not None
     if method == "sdedit":
         return pipeline.edit(task.clip, task.prompt, seed=seed)
-    options = {"source": task.clip.caption, "edit_method": method, "draws": _DRAWS.get(method, 1), "seed": seed}
+    options: dict[str, Any] = {
+        "source": task.clip.caption,
+        "edit_method": method,
+        "draws": _DRAWS.get(method, 1),
+        "seed": seed,
+    }
     return pipeline.edit(task.clip, task.prompt, **options)
 
 

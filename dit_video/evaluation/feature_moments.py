@@ -20,7 +20,7 @@ class FeatureMoments(NamedTuple):
     Examples are in groups by their running number, so that a distance has an interval without keeping all features.
     """
 
-    count: Int[np.ndarray, " g"]
+    counts: Int[np.ndarray, " g"]
     """Number of examples of each group."""
     total: Float64[np.ndarray, "g d"]
     """Sum of each feature."""
@@ -44,27 +44,27 @@ class FeatureMoments(NamedTuple):
             bad = int((~np.isfinite(features)).any(axis=1).sum(axis=0))
             raise UserError(f"features of {bad} of {len(features)} clips are not finite. Look at these clips first")
         values = features.astype(np.float64)
-        count, total, products = self.count.copy(), self.total.copy(), self.products.copy()
-        groups = (self.size + np.arange(len(values))) % len(count)
+        counts, total, products = self.counts.copy(), self.total.copy(), self.products.copy()
+        groups = (self.size + np.arange(len(values))) % len(counts)
         for group in np.unique(groups):
             part = values[groups == group]
-            count[group] += len(part)
+            counts[group] += len(part)
             total[group] += part.sum(axis=0)
             products[group] += part.T @ part
-        return FeatureMoments(count, total, products)
+        return FeatureMoments(counts, total, products)
 
     def merge(self, other: "FeatureMoments") -> "FeatureMoments":
         """Return the moments of the examples of both."""
-        return FeatureMoments(self.count + other.count, self.total + other.total, self.products + other.products)
+        return FeatureMoments(self.counts + other.counts, self.total + other.total, self.products + other.products)
 
     def select(self, groups: Int[np.ndarray, " n"]) -> "FeatureMoments":
         """Return the moments of some groups, perhaps repeated."""
-        return FeatureMoments(self.count[groups], self.total[groups], self.products[groups])
+        return FeatureMoments(self.counts[groups], self.total[groups], self.products[groups])
 
     @property
     def size(self) -> int:
         """Return the number of examples."""
-        return int(self.count.sum(axis=0))
+        return int(self.counts.sum(axis=0))
 
     @property
     def channels(self) -> int:
@@ -126,7 +126,7 @@ def measure_frechet_distance(first: FeatureMoments, second: FeatureMoments, *, s
       UserError: as `compute_frechet_distance`, also for halves of the sets.
     """
     value = compute_frechet_distance(first, second)
-    groups = np.arange(len(first.count))
+    groups = np.arange(len(first.counts))
     halves = [compute_frechet_distance(first.select(part), second.select(part)) for part in (groups[::2], groups[1::2])]
     half = float(np.mean(halves))
     generator = np.random.default_rng(seed)

@@ -1,6 +1,6 @@
 """Layers of the networks that classify images and videos: convolutions with fixed batch statistics, and pools."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -86,7 +86,9 @@ def pool_mean(
     return total / count
 
 
-def _reduce(x: Array, start: float, operation: object, window: Extent, stride: Extent, padding: Padding) -> Array:
+def _reduce(
+    x: Array, start: float, operation: Callable[..., Array], window: Extent, stride: Extent, padding: Padding
+) -> Array:
     sides = padding if isinstance(padding, str) else ((0, 0), *padding, (0, 0))
     return jax.lax.reduce_window(x, start, operation, (1, *window, 1), (1, *stride, 1), sides)
 

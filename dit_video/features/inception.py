@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.features.conv_unit import ConvUnit, concatenate, pool_max, pool_mean
+from dit_video.features.conv_unit import ConvUnit, Padding, concatenate, pool_max, pool_mean
 from dit_video.nn import Linear
 
 CLASSES = 1008
@@ -105,7 +105,7 @@ BLOCKS: dict[str, tuple[tuple[Branch, ...], Pool]] = {
     "Mixed_7c": (_make_e(), "max"),
 }
 """Branches and the pool of every block."""
-STEM = (
+STEM: tuple[tuple[str, int, int, int, Padding], ...] = (
     ("Conv2d_1a_3x3", 32, 3, 2, "VALID"),
     ("Conv2d_2a_3x3", 32, 3, 1, "VALID"),
     ("Conv2d_2b_3x3", 64, 3, 1, "SAME"),
@@ -127,11 +127,14 @@ class InceptionBlock(nnx.Module):
             width = channels_in
             for stage in branch:
                 for unit in stage:
-                    options = {
-                        "stride": (1, unit.stride, unit.stride),
-                        "padding": "VALID" if unit.stride > 1 else "SAME",
-                    }
-                    units[unit.name] = ConvUnit(width, unit.width, (1, *unit.kernel), rngs=rngs, **options)
+                    units[unit.name] = ConvUnit(
+                        width,
+                        unit.width,
+                        (1, *unit.kernel),
+                        stride=(1, unit.stride, unit.stride),
+                        padding="VALID" if unit.stride > 1 else "SAME",
+                        rngs=rngs,
+                    )
                 width = sum(unit.width for unit in stage)
         self.units = nnx.Dict(units)
         pooled = channels_in if pool == "halve" else 0

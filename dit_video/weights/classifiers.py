@@ -119,7 +119,7 @@ def make_i3d_tensor_map() -> dict[str, TensorMapping]:
     for name in MIXED:
         units |= {f"mixed/{name}/{ours}": f"Mixed_{name}.{theirs}" for ours, theirs in _I3D_BRANCHES.items()}
     pattern = "o i t h w -> t h w i o"
-    names = {}
+    names: dict[str, TensorMapping] = {}
     for ours, theirs in units.items():
         names |= _map_unit(ours, f"{theirs}.conv3d", f"{theirs}.bn", pattern)
     names["logits/kernel"] = TensorMapping("logits.conv3d.weight", pattern)
@@ -133,7 +133,7 @@ def make_inception_tensor_map() -> dict[str, TensorMapping]:
     for block, (branches, _) in BLOCKS.items():
         stages = (stage for branch in branches for stage in branch)
         units |= {f"blocks/{block}/units/{unit.name}": f"{block}.{unit.name}" for stage in stages for unit in stage}
-    names = {}
+    names: dict[str, TensorMapping] = {}
     for ours, theirs in units.items():
         names |= _map_unit(ours, f"{theirs}.conv", f"{theirs}.bn", "o i h w -> 1 h w i o")
     return names | {"fc/kernel": TensorMapping("fc.weight", "o i -> i o"), "fc/bias": TensorMapping("fc.bias")}

@@ -8,7 +8,7 @@ rebuilds a tensor becomes a `StoredTensor`. Any other name is an error.
 import pickletools
 from collections.abc import Callable
 from io import BufferedIOBase
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from dit_video.core.errors import UserError
 
@@ -83,7 +83,7 @@ def parse_pickle(file: BufferedIOBase, *, name: str) -> Any:
     """
     machine = _Machine(name)
     try:
-        for instruction, argument, _ in pickletools.genops(file):
+        for instruction, argument, _ in pickletools.genops(cast(IO[bytes], file)):
             machine.run(instruction.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
