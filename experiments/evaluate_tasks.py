@@ -26,8 +26,8 @@ from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.video import Clip, decode
 
 EDIT_METHODS = ("sdedit", "flow_edit", "inversion")
-_DRAWS = {"flow_edit": 4}
-"""Number of noises in every step of an edit, where it is not 1."""
+_FLOW_EDIT_DRAWS = 4
+"""Number of noises in every step of FlowEdit."""
 _BATCH = 32
 
 
@@ -125,12 +125,8 @@ def edit(pipeline: Pipeline, case: TaskCase, method: str, seed: int) -> Clip:
     assert task.prompt is not None
     if method == "sdedit":
         return pipeline.edit(task.clip, task.prompt, seed=seed)
-    options: dict[str, Any] = {
-        "source": task.clip.caption,
-        "edit_method": method,
-        "draws": _DRAWS.get(method, 1),
-        "seed": seed,
-    }
+    draws = _FLOW_EDIT_DRAWS if method == "flow_edit" else 1
+    options: dict[str, Any] = {"source": task.clip.caption, "edit_method": method, "draws": draws, "seed": seed}
     return pipeline.edit(task.clip, task.prompt, **options)
 
 

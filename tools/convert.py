@@ -18,12 +18,13 @@ from dit_video.families.convert import TargetLayout, check_destination, convert,
 from dit_video.families.family import INDEX
 from dit_video.pipelines.folder import is_pipeline_folder, read_pipeline_config
 from dit_video.weights import load
+from dit_video.weights.torch_files import convert_torch_file
 
 
 def main(
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")],
-    to: TargetLayout,
+    to: TargetLayout | Literal["safetensors"],
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     model: Path | None = None,
 ) -> None:
@@ -35,17 +36,21 @@ def main(
         python tools/convert.py DiT-XL-2-256x256.safetensors dit --to diffusers --dtype bfloat16
         python tools/convert.py runs/mine/pipeline mine --to diffusers
         python tools/convert.py style.safetensors style-comfyui.safetensors --to authors --model wan
+        python tools/convert.py rgb_imagenet.pt i3d.safetensors --to safetensors
 
     Args:
         source: Folder of a model (a denoiser, an autoencoder, a T5 or UMT5), checkpoint file of DiT or SiT, pipeline
-            folder of ours or of diffusers, or LoRA file (with --model).
-        destination: Folder to write, which must not exist yet; for a LoRA, the file to write.
-        to: Layout to write: diffusers, authors or dit_video.
+            folder of ours or of diffusers, LoRA file (with --model), or file of PyTorch, which is read without running
+            anything of it.
+        destination: Folder to write, which must not exist yet; for a LoRA or a file of PyTorch, the file to write.
+        to: Layout to write: diffusers, authors or dit_video; safetensors for the unchanged tensors of a PyTorch file.
         dtype: Data type of the written weights; that of the source by default.
         model: Folder of the transformer that the LoRA adapts.
     """
     cast = None if dtype is None else jnp.dtype(dtype)
-    if model is not None:
+    if to == "safetensors":
+        convert_torch_file(source, destination, dtype=cast)
+    elif model is not None:
         convert_lora(source, destination, model, layout=to, dtype=cast)
     elif is_pipeline_folder(source):
         _convert_pipeline(source, destination, to, cast)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int
 
 from dit_video.core.errors import UserError
+from dit_video.core.rng import make_generator
 
 _MAX_GROUPS, _MIN_GROUPS = 32, 8
 _GROUP_VALUES = 2**24
@@ -104,14 +105,23 @@ def compute_frechet_distance(first: FeatureMoments, second: FeatureMoments) -> f
     Raises:
       UserError: other numbers of features, or fewer than two examples.
     """
-    if first.channels != second.channels:
-        rule = f"one set has {first.channels} features, the other {second.channels}"
-        raise UserError(f"a distance is invalid: {rule}. Use features of the same network")
+    check_channels(first.channels, second.channels)
     (mean, covariance), (other_mean, other_covariance) = first.compute(), second.compute()
     spread = np.trace(covariance) + np.trace(other_covariance)
     return float(
         np.square(mean - other_mean).sum(axis=0) + spread - 2 * compute_root_trace(covariance, other_covariance)
     )
+
+
+def check_channels(first: int, second: int) -> None:
+    """Check that two sets have features of the same number.
+
+    Raises:
+      UserError: they have not.
+    """
+    if first != second:
+        rule = f"one set has {first} features, the other {second}"
+        raise UserError(f"a comparison is invalid: {rule}. Use features of the same network")
 
 
 def measure_frechet_distance(first: FeatureMoments, second: FeatureMoments, *, seed: int = 0) -> FrechetDistance:
@@ -129,7 +139,7 @@ def measure_frechet_distance(first: FeatureMoments, second: FeatureMoments, *, s
     groups = np.arange(len(first.counts))
     halves = [compute_frechet_distance(first.select(part), second.select(part)) for part in (groups[::2], groups[1::2])]
     half = float(np.mean(halves))
-    generator = np.random.default_rng(seed)
+    generator = make_generator(seed, "groups of features")
     distances = [
         compute_frechet_distance(*(each.select(generator.choice(groups, len(groups))) for each in (first, second)))
         for _ in range(_RESAMPLINGS)

@@ -4,8 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64
+from scipy.special import log_softmax
 
 from dit_video.core.errors import UserError
+from dit_video.core.rng import make_generator
+from dit_video.evaluation.feature_moments import check_channels
 
 _BLOCK = 1024
 """Number of examples whose distances to all others are computed at once."""
@@ -52,8 +55,8 @@ def compute_kernel_distance(
     size = min(subset_size, len(first), len(second))
     if size < 2:
         raise UserError(f"a kernel distance of {size} examples is invalid: it needs at least two. Use more clips")
-    _check_channels(first, second)
-    generator = np.random.default_rng(seed)
+    check_channels(first.shape[1], second.shape[1])
+    generator = make_generator(seed, "subsets of features")
     values = []
     for _ in range(subsets):
         x, y = (each[generator.choice(len(each), size, replace=False)].astype(np.float64) for each in (first, second))
@@ -75,7 +78,7 @@ def compute_overlap(
     count = min(len(real), len(generated))
     if count <= neighbours:
         raise UserError(f"neighbours={neighbours} is invalid for {count} examples: use fewer, or more clips")
-    _check_channels(real, generated)
+    check_channels(real.shape[1], generated.shape[1])
     return Overlap(
         precision=float(_find_covered(real, generated, neighbours).mean(axis=0)),
         recall=float(_find_covered(generated, real, neighbours).mean(axis=0)),
@@ -92,20 +95,12 @@ def compute_inception_score(logits: Float[np.ndarray, "n c"], *, splits: int = 1
     """
     if len(logits) < splits:
         raise UserError(f"splits={splits} is invalid for {len(logits)} examples: use fewer, or more clips")
-    values = logits.astype(np.float64)
-    values -= values.max(axis=1, keepdims=True)
-    log_probs = values - np.log(np.exp(values).sum(axis=1, keepdims=True))
+    log_probs = log_softmax(logits.astype(np.float64), axis=1)
     scores = []
     for part in np.array_split(log_probs, splits):
         log_mean = np.log(np.exp(part).mean(axis=0))
         scores.append(np.exp((np.exp(part) * (part - log_mean)).sum(axis=1).mean(axis=0)))
     return float(np.mean(scores)), float(np.std(scores))
-
-
-def _check_channels(first: np.ndarray, second: np.ndarray) -> None:
-    if first.shape[1] != second.shape[1]:
-        rule = f"one set has {first.shape[1]} features, the other {second.shape[1]}"
-        raise UserError(f"a comparison is invalid: {rule}. Use features of the same network")
 
 
 def _apply_kernel(x: Float64[np.ndarray, "n d"], y: Float64[np.ndarray, "m d"]) -> Float64[np.ndarray, "n m"]:

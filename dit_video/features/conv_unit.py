@@ -1,6 +1,6 @@
 """Layers of the networks that classify images and videos: convolutions with fixed batch statistics, and pools."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -91,8 +91,3 @@ def _reduce(
 ) -> Array:
     sides = padding if isinstance(padding, str) else ((0, 0), *padding, (0, 0))
     return jax.lax.reduce_window(x, start, operation, (1, *window, 1), (1, *stride, 1), sides)
-
-
-def concatenate(parts: Sequence[Float[Array, "B t h w _"]]) -> Float[Array, "B t h w _"]:
-    """Return the channels of all branches."""
-    return jnp.concatenate(parts, axis=-1)

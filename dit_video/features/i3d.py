@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.features.conv_unit import ConvUnit, concatenate, pool_max, pool_mean
+from dit_video.features.conv_unit import ConvUnit, pool_max, pool_mean
 
 CLASSES = 400
 """Classes of Kinetics-400."""
@@ -45,7 +45,7 @@ class MixedBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B t h w i"]) -> Float[Array, "B t h w o"]:
         pooled = pool_max(x, (3, 3, 3), stride=(1, 1, 1))
         branches = (self.branch1(self.branch1_in(x)), self.branch2(self.branch2_in(x)))
-        return concatenate([self.branch0(x), *branches, self.branch3(pooled)])
+        return jnp.concatenate([self.branch0(x), *branches, self.branch3(pooled)], axis=-1)
 
 
 class I3d(nnx.Module):

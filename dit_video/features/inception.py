@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.features.conv_unit import ConvUnit, Padding, concatenate, pool_max, pool_mean
+from dit_video.features.conv_unit import ConvUnit, Padding, pool_max, pool_mean
 from dit_video.nn import Linear
 
 CLASSES = 1008
@@ -145,9 +145,10 @@ class InceptionBlock(nnx.Module):
         for branch in self.branches:
             y = self._pool(x) if branch[0][0].name == "branch_pool" else x
             for stage in branch:
-                y = concatenate([self.units[unit.name](y) for unit in stage])
+                y = jnp.concatenate([self.units[unit.name](y) for unit in stage], axis=-1)
             outputs.append(y)
-        return concatenate([*outputs, self._pool(x)] if self.pool == "halve" else outputs)
+        outputs += [self._pool(x)] if self.pool == "halve" else []
+        return jnp.concatenate(outputs, axis=-1)
 
     def _pool(self, x: Float[Array, "B 1 h w i"]) -> Float[Array, "B 1 _ _ i"]:
         if self.pool == "halve":

@@ -1,4 +1,7 @@
-"""Readers and writers of model weights: safetensors files and the folders of other projects, never pickles."""
+"""Readers and writers of model weights: safetensors files and the folders of other projects.
+
+Pickles are never run; `torch_files` reads the tensors of PyTorch's files without that.
+"""
 
 from dit_video.weights.clip import (
     load_clip,

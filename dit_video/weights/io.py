@@ -8,14 +8,17 @@ import hashlib
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from dit_video.core.errors import MissingError, UserError
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.parameter import Placement, place_on_device
+from dit_video.weights.safetensors import check_safetensors_file
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
 
@@ -58,6 +61,38 @@ def read_params(
     with TensorFolder(folder, stem=stem) as tensors:
         source = FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored)
         return streaming.read(source, like, dtype_fn=lambda path: np.float32)
+
+
+def read_network_file(
+    path: str | os.PathLike,
+    tensor_map: TensorMap,
+    like: Any,
+    *,
+    network: str,
+    recipe: str,
+    ignored: Collection[str] = (),
+) -> Any:
+    """Read the parameters of a network from one safetensors file that the user made of its published weights.
+
+    Args:
+      path: the file.
+      tensor_map: the network's map.
+      like: shapes of our parameters.
+      network: name of the network in errors.
+      recipe: sentence in errors that says how to make the file.
+      ignored: names of tensors to skip; all others must be mapped.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingError(f"no such file of {network} weights: {path}. {recipe}")
+    check_safetensors_file(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is not a .safetensors file. {recipe}")
+    return read_params(path.parent, path.stem, tensor_map, like, ignored=ignored)
 
 
 def check_tensors(tensors: TensorFolder, tensor_map: TensorMap, like: Any, *, ignored: Collection[str] = ()) -> None:

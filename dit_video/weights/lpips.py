@@ -1,15 +1,12 @@
 """Reader of the parameters of LPIPS, from the weights of the package `lpips`."""
 
 import os
-from pathlib import Path
 from typing import Any
 
-from dit_video.core.errors import MissingError, UserError
 from dit_video.features import Lpips
 from dit_video.features.lpips import STAGES
 from dit_video.nn import get_param_shapes
-from dit_video.weights.io import read_params
-from dit_video.weights.safetensors import check_safetensors_file
+from dit_video.weights.io import read_network_file
 from dit_video.weights.tensor_map import TensorMapping
 
 EXPORT_COMMAND = (
@@ -17,7 +14,6 @@ EXPORT_COMMAND = (
     "s.save_file({n: v for n, v in lpips.LPIPS(net='vgg').state_dict().items() if 'lins.' not in n}, "
     "'lpips.safetensors')\""
 )
-_SUFFIX = ".safetensors"
 
 
 def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
@@ -34,17 +30,14 @@ def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
       MissingError: the file does not exist.
       UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingError(
-            f"no such file of LPIPS weights: {path}. Where lpips is installed, make it with: {EXPORT_COMMAND}"
-        )
-    check_safetensors_file(path)
-    if path.suffix != _SUFFIX:
-        raise UserError(f"{path} is not a {_SUFFIX} file. Where lpips is installed, make one with: {EXPORT_COMMAND}")
-    ignored = ("scaling_layer.shift", "scaling_layer.scale")  # These are constants.
-    shapes = get_param_shapes(lambda rngs: Lpips(rngs=rngs))
-    return read_params(path.parent, path.stem, make_lpips_tensor_map(), shapes, ignored=ignored)
+    return read_network_file(
+        path,
+        make_lpips_tensor_map(),
+        get_param_shapes(lambda rngs: Lpips(rngs=rngs)),
+        network="LPIPS",
+        recipe=f"Where lpips is installed, make it with: {EXPORT_COMMAND}",
+        ignored=("scaling_layer.shift", "scaling_layer.scale"),  # These are constants.
+    )
 
 
 def make_lpips_tensor_map() -> dict[str, TensorMapping]:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.weights.safetensors import save
 from dit_video.weights.torch_pickle import StoredTensor, parse_pickle
 
 _DTYPES: dict[str, np.dtype] = {
@@ -48,9 +49,28 @@ def read_torch_tensors(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, 
         raise MissingError(f"no such file: {path}")
     content, storages = _read_archive(path) if zipfile.is_zipfile(path) else _read_older_format(path)
     tensors = {}
-    for name, tensor in _list_tensors(content):
+    for name, tensor in _list_tensors(path, content):
         tensors[name] = _make_array(path, name, tensor, storages)
     return tensors
+
+
+def convert_torch_file(source: str | os.PathLike, destination: str | os.PathLike, *, dtype: Any = None) -> None:
+    """Write the tensors of a PyTorch file to a safetensors file, with their names.
+
+    Args:
+      source: the file.
+      destination: a safetensors file that does not exist.
+      dtype: dtype that floating tensors are cast to; None keeps theirs.
+
+    Raises:
+      MissingError: the source does not exist.
+      UserError: as `read_torch_tensors`, or the destination exists or has another suffix.
+    """
+    destination = Path(destination)
+    if destination.exists() or destination.suffix != ".safetensors":
+        rule = "exists" if destination.exists() else "has another suffix"
+        raise UserError(f"destination={destination} is invalid: it {rule}. Use a new file with the suffix .safetensors")
+    save(destination, read_torch_tensors(source), dtype=dtype)
 
 
 def _read_archive(path: Path) -> tuple[Any, dict[str, bytes]]:
@@ -84,7 +104,7 @@ def _read_older_format(path: Path) -> tuple[Any, dict[str, bytes]]:
         if parse_pickle(file, name=str(path)) != _MAGIC_NUMBER:
             raise UserError(f"{path} is invalid: it is a pickle, but none of PyTorch. Use a file of torch.save")
         _, _, content, keys = (parse_pickle(file, name=str(path)) for _ in range(4))
-        sizes = {each.storage: _get_dtype(path, each).itemsize for _, each in _list_tensors(content)}
+        sizes = {each.storage: _get_dtype(path, each).itemsize for _, each in _list_tensors(path, content)}
         return content, {key: _read_storage(path, file, sizes.get(key)) for key in map(str, keys)}
 
 
@@ -98,15 +118,15 @@ def _read_storage(path: Path, file: io.BufferedIOBase, item_size: int | None) ->
     return values
 
 
-def _list_tensors(content: Any, *keys: Any) -> Iterator[tuple[str, StoredTensor]]:
+def _list_tensors(path: Path, content: Any, *keys: Any) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the tensors in nested containers, with their names."""
     if isinstance(content, StoredTensor):
         yield ".".join(map(str, keys)), content
     elif isinstance(content, dict | list) or type(content) is tuple:
         if len(keys) > _MAX_DEPTH:
-            raise UserError(f"containers within {_MAX_DEPTH} others are invalid in a file of tensors")
+            raise UserError(f"{path} is invalid: it has containers within {_MAX_DEPTH} others. Save its tensors alone")
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from _list_tensors(value, *keys, key)
+            yield from _list_tensors(path, value, *keys, key)
 
 
 def _get_dtype(path: Path, tensor: StoredTensor) -> np.dtype:

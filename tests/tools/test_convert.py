@@ -1,9 +1,13 @@
 """The command that converts weights, as a user starts it."""
 
+import numpy as np
+from safetensors.numpy import load_file
+
 import dit_video
 from dit_video.families import load_autoencoder, load_denoiser
 from dit_video.weights import load_metadata
 from support.tiny_wan import DIT, TWO, VAE, write_wan
+from support.torch_archives import write_torch_file
 
 TOOL = "tools/convert.py"
 
@@ -41,3 +45,13 @@ def test_the_command_refuses_an_unknown_class(tmp_path, script):
     done = script(TOOL, tmp_path, tmp_path / "out", "--to", "diffusers")
     assert done.code == 2
     assert "Supported classes are WanVACETransformer3DModel" in done.err.replace("\n", " ")
+
+
+def test_the_command_reads_a_file_of_pytorch(tmp_path, script):
+    source, destination = write_torch_file(tmp_path / "rgb_imagenet.pt"), tmp_path / "i3d.safetensors"
+    done = script(TOOL, source, destination, "--to", "safetensors")
+    assert done.code == 0, done.err
+    np.testing.assert_array_equal(load_file(destination)["a.w"], np.arange(6, dtype=np.float32).reshape(2, 3).T)
+    refused = script(TOOL, source, destination, "--to", "safetensors")
+    assert refused.code == 2
+    assert "it exists" in refused.err
