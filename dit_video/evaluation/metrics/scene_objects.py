@@ -8,7 +8,7 @@ and of the background's, which varies slowly.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int
 from scipy.ndimage import label
 
 from dit_video.data.synthetic.scenes.description import BACKGROUNDS, COLOURS, DIRECTIONS
@@ -22,6 +22,8 @@ MIN_AREA = 8.0
 """Smallest area of an object in a frame, in pixels."""
 MIN_SHARE = 0.6
 """Smallest share of the frames in which an object is found."""
+MIN_WHOLE_AREA = 0.9
+"""Smallest area of an object that nothing hides, relative to its largest."""
 MIN_MOTION = 1.5
 """Smallest displacement of an object over a clip, in pixels; one that moves less stands still."""
 
@@ -58,23 +60,37 @@ class ObjectTrack(NamedTuple):
         return next(name for name, signs in DIRECTIONS.items() if signs[axis] == np.sign(displacement[axis]))
 
 
-def find_objects(clip: Clip, background: str) -> dict[str, ObjectTrack]:
+def find_objects(clip: Clip, background: str, *, min_share: float = MIN_SHARE) -> dict[str, ObjectTrack]:
     """Return the objects of a clip by their colours, each the largest connected part of its colour in every frame.
 
     Args:
       clip: the clip.
       background: name of its background.
+      min_share: smallest share of the frames that show an object, which is lower for one that may be hidden.
     """
     colours = classify_colours(clip, background)
     tracks = {}
     for number, name in enumerate(COLOURS):
         is_colour = colours == number
-        if (is_colour.sum(axis=(1, 2)) >= MIN_AREA).mean(axis=0) < MIN_SHARE:
+        if (is_colour.sum(axis=(1, 2)) >= MIN_AREA).mean(axis=0) < min_share:
             continue
         track = _track(name, is_colour)
-        if track.is_visible.mean(axis=0) >= MIN_SHARE:
+        if track.is_visible.mean(axis=0) >= min_share:
             tracks[name] = track
     return tracks
+
+
+def select_whole_frames(track: ObjectTrack, *, min_area: float = MIN_WHOLE_AREA) -> Int[np.ndarray, " n"]:
+    """Return the numbers of the frames in which nothing hides an object, as its area shows.
+
+    Args:
+      track: the object.
+      min_area: smallest area that counts as whole, relative to the area that a tenth of the frames exceed.
+    """
+    area = track.area[track.is_visible]
+    if not len(area):
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(track.is_visible & (track.area >= min_area * np.quantile(area, 0.9, axis=0)))
 
 
 def classify_colours(clip: Clip, background: str) -> np.ndarray:
