@@ -41,9 +41,7 @@ class FeatureMoments(NamedTuple):
         Raises:
           UserError: features that are not finite.
         """
-        if not np.isfinite(features).all(axis=(0, 1)):
-            bad = int((~np.isfinite(features)).any(axis=1).sum(axis=0))
-            raise UserError(f"features of {bad} of {len(features)} clips are not finite. Look at these clips first")
+        check_finite(features)
         values = features.astype(np.float64)
         counts, total, products = self.counts.copy(), self.total.copy(), self.products.copy()
         groups = (self.size + np.arange(len(values))) % len(counts)
@@ -122,6 +120,16 @@ def check_channels(first: int, second: int) -> None:
     if first != second:
         rule = f"one set has {first} features, the other {second}"
         raise UserError(f"a comparison is invalid: {rule}. Use features of the same network")
+
+
+def check_finite(features: Float[np.ndarray, "n d"]) -> None:
+    """Check that all features are finite.
+
+    Raises:
+      UserError: they are not.
+    """
+    if bad := int((~np.isfinite(features)).any(axis=1).sum(axis=0)):
+        raise UserError(f"features of {bad} of {len(features)} clips are not finite. Look at these clips first")
 
 
 def measure_frechet_distance(first: FeatureMoments, second: FeatureMoments, *, seed: int = 0) -> FrechetDistance:

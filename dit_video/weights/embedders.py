@@ -65,7 +65,7 @@ def load_embedder(
             f"Use max_tokens={max_positions}"
         )
     # Errors of the tokenizer are raised first: it loads in a second, the weights in minutes.
-    tokenizer = PretrainedTokenizer(_find_tokenizer_folder(folder), max_tokens=max_tokens, cleaned=cleaned)
+    tokenizer = PretrainedTokenizer(find_tokenizer_folder(folder), max_tokens=max_tokens, cleaned=cleaned)
     load_encoder = load_clip_text if isinstance(config, ClipTextConfig) else load_text_encoder
     encoder: LoadedEncoder[Any] = load_encoder(folder, dtype=dtype, place=place)
     identity_parts = [to_json(encoder.config), encoder.digest, tokenizer.identity, max_tokens]
@@ -94,14 +94,19 @@ def check_text_encoder(folder: str | os.PathLike) -> None:
     """
     folder = find_model_folder(folder, _SUBFOLDER)
     config = read_text_encoder_config(folder)
-    _find_tokenizer_folder(folder)
+    find_tokenizer_folder(folder)
     if isinstance(config, ClipTextConfig):
         check_clip_weights(folder, config)
     else:
         check_t5_weights(folder, config)
 
 
-def _find_tokenizer_folder(encoder_folder: Path) -> Path:
+def find_tokenizer_folder(encoder_folder: Path) -> Path:
+    """Return the folder of a text encoder's tokenizer: its own, or the one next to it.
+
+    Raises:
+      MissingError: neither holds a tokenizer.
+    """
     name = encoder_folder.name
     sibling = name.replace(_SUBFOLDER, "tokenizer") if name.startswith(_SUBFOLDER) else "tokenizer"
     candidates = (encoder_folder, encoder_folder.parent / sibling)

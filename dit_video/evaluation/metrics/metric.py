@@ -8,19 +8,21 @@ combined by `merge`, and the result is that of all their examples.
 import abc
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
+from dit_video.evaluation.feature_functions.feature_function import FeatureFunction
 from dit_video.evaluation.metrics.intervals import compute_mean_interval, compute_wilson_interval
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.video import Clip
 
 MetricState = TypeVar("MetricState")
 Example = TypeVar("Example")
-MetricInput = Literal["samples", "prompts", "references", "scenes", "pairs", "baselines", "pipeline"]
+MetricInput = Literal["samples", "prompts", "references", "scenes", "real_clips", "pairs", "baselines", "pipeline"]
 """Data that a metric reads: the field of `MetricBatch` with that name."""
 PROMPT_NEEDS = frozenset[MetricInput](("samples", "prompts", "references", "scenes"))
 """Needs whose examples are the prompts of an evaluation."""
@@ -53,6 +55,8 @@ class MetricBatch:
     """Clip of the data for each prompt, of the sample's size: the clip whose caption it is, or a rendering of it."""
     scenes: Sequence[Any] = ()
     """True content of each reference, where the data are rendered."""
+    real_clips: Sequence[Clip] = ()
+    """Clips of the data that the set of all samples is compared with, in batches of their own."""
     pairs: Sequence[ClipReconstruction] = ()
     """Held-out clips, each with its reconstruction."""
     baselines: Sequence[Clip] = ()
@@ -60,9 +64,25 @@ class MetricBatch:
     pipeline: Pipeline | None = None
     """Pipeline that is evaluated, whose denoiser a loss or likelihood calls."""
 
+    _features: dict[Any, np.ndarray] = field(default_factory=dict, repr=False)
+
     def select(self, needs: Collection[MetricInput]) -> "MetricBatch":
-        """Return the batch with only these fields."""
-        return MetricBatch(**{need: getattr(self, need) for need in needs})
+        """Return the batch with only these fields; features are computed once for all that are selected from it."""
+        return MetricBatch(**{need: getattr(self, need) for need in needs}, _features=self._features)
+
+    def extract(
+        self, features: FeatureFunction, name: Literal["samples", "references", "real_clips"]
+    ) -> Float32[np.ndarray, "n d"]:
+        """Return the features of the clips in a field, which metrics with the same function share.
+
+        Raises:
+          MissingError: the weights do not exist.
+          UserError: they are of another network, or the network does not read clips of this length.
+        """
+        key = (features, name)
+        if key not in self._features:
+            self._features[key] = features.open().extract(getattr(self, name))
+        return self._features[key]
 
 
 @dataclass(frozen=True, kw_only=True)

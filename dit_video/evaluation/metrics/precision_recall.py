@@ -1,0 +1,46 @@
+"""Precision and recall of the features of samples: how many are realistic, and how much of the data they cover."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dit_video.evaluation.feature_sets import compute_overlap
+from dit_video.evaluation.metrics.feature_sets import FeatureRows, SetMetric
+from dit_video.evaluation.metrics.intervals import compute_wilson_interval
+from dit_video.evaluation.metrics.metric import MetricDescription, MetricValue
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionRecall(SetMetric):
+    """Precision and recall within manifolds of nearest neighbours (arXiv 1904.06991)."""
+
+    neighbours: int = 3
+    """Number of neighbours up to which the ball around an example reaches."""
+
+    def describe(self) -> Mapping[str, MetricDescription]:
+        """Return the descriptions of both."""
+        explanations = {
+            "precision": "share of the samples within the manifold of the data (arXiv 1904.06991)",
+            "recall": "share of the clips of the data within the manifold of the samples (arXiv 1904.06991)",
+        }
+        return {
+            name: MetricDescription(label=name, unit="%", decimals=1, is_higher_better=True, explanation=explanation)
+            for name, explanation in explanations.items()
+        }
+
+    def compute(self, state: FeatureRows) -> Mapping[str, MetricValue]:
+        """Return both, with Wilson's intervals, in which the manifolds are fixed; None for too few examples."""
+        joined = state.join()
+        if joined is None or min(map(len, joined)) <= self.neighbours:
+            count = sum(map(len, state.samples))
+            return {name: MetricValue(value=None, count=count) for name in self.describe()}
+        samples, real_clips = joined
+        overlap = compute_overlap(real_clips, samples, neighbours=self.neighbours)
+        values = {}
+        for name, share, count in (
+            ("precision", overlap.precision, len(samples)),
+            ("recall", overlap.recall, len(real_clips)),
+        ):
+            interval = compute_wilson_interval(round(share * count), count)
+            note = self.features.open().identity
+            values[name] = MetricValue(value=share, interval=interval, count=count, note=note)
+        return values
