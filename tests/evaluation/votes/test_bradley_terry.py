@@ -51,7 +51,7 @@ def test_prompts_that_prefer_a_system_widen_the_intervals():
     coverage, width = measure_coverage(equal, prompts=30, raters=20, effect=1.5)
     _, independent = measure_coverage(equal, prompts=30, raters=20)
     assert 0.90 <= coverage <= 0.99
-    assert width > 2 * independent  # an interval of independent votes would miss more than half
+    assert width > 2 * independent  # one of independent votes would hold 1 of 2 scores
 
 
 def test_two_systems_have_the_log_odds_of_their_wins():

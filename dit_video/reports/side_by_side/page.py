@@ -1,0 +1,222 @@
+"""The page: pairs of samples under random names, and its key in a file of its own."""
+
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dit_video.core import rng
+from dit_video.core.errors import UserError
+from dit_video.core.files import atomic_path, write_text
+from dit_video.evaluation.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
+from dit_video.evaluation.prompt_domains import PromptDomains
+from dit_video.evaluation.votes.page_key import FORMAT, QUESTIONS, TIE, PageControl, PageKey, PagePair
+from dit_video.reports.side_by_side.media import copy_sample, write_degraded
+from dit_video.reports.side_by_side.sample_sets import PromptSamples, read_sample_sets
+from dit_video.reports.template import render_template
+
+PAGE, MEDIA_FOLDER = "index.html", "media"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """Options of a page.
+
+    Raises:
+      UserError: a negative seed, or a share that is negative or 1/2 or more.
+    """
+
+    title: str = "Which one is better?"
+    """Heading of the page; it must not name the systems."""
+    seed: int = 0
+    """Seed of the ids, the sides and the controls."""
+    controls: float | int = 0.05
+    """Share of control questions among the comparisons of systems; at least one if it is above 0."""
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} is invalid: it must be 0 or more. Use seed=0.")
+        if not 0 <= self.controls < 0.5:
+            rule = "most pairs must compare systems"
+            raise UserError(f"controls={self.controls} is invalid: {rule}. Use a share from 0 to less than 0.5.")
+
+
+class _Side(NamedTuple):
+    """A side of a pair before it has an id."""
+
+    system: str
+    source: Path
+    is_degraded: bool = False
+
+
+class _Draft(NamedTuple):
+    """A pair before it has ids; of a control the first side is right."""
+
+    item: int
+    sides: tuple[_Side, _Side]
+    control: str = ""
+
+
+def get_key_path(out: str | Path) -> Path:
+    """Return the path of a page's key, next to the page: `PAGE.key.json`."""
+    out = Path(out)
+    return out.with_name(f"{out.name}.key.json")
+
+
+def write_page(
+    folders: Mapping[str, Path],
+    out: str | Path,
+    *,
+    options: PageOptions | None = None,
+    domains: PromptDomains = DEFAULT_PROMPT_DOMAINS,
+    progress: Callable[[int, int], None] | None = None,
+) -> PageKey:
+    """Write the page of all pairs of systems on all prompts into a folder, and its key next to it; return the key.
+
+    Names of files, and everything in the page, are random ids, drawn by the seed; files hold pixels alone. The page
+    orders the pairs and places the sides by the rater's name. It needs no server and no network.
+
+    Args:
+      folders: folder of each system's samples, by the system's name.
+      out: folder to write; it must not exist, since votes on an older page need that page's key.
+      options: seed, share of controls and heading.
+      domains: config in which the domains of prompts are looked up.
+      progress: called with the number of finished pairs and of all.
+
+    Raises:
+      MissingError: no `prompts.json`, or no file of a sample.
+      UserError: the page or its key exists, or the prompts of the systems do not match.
+    """
+    options, out = options or PageOptions(), Path(out).absolute()
+    for path in (out, get_key_path(out)):
+        if path.exists():
+            rule = "it exists, and votes on another page may need it"
+            raise UserError(f"out={path} is invalid: {rule}. Use another folder, or remove the page and its key.")
+    sets = read_sample_sets(folders)
+    drafts = _draft_comparisons(sets, [*folders])
+    drafts += _draft_controls(sets, [*folders], options, count=len(drafts), domains=domains)
+    # Ids depend on the samples, too: two pages of one seed have none in common.
+    content = zlib.crc32(repr([(*folders,), sets]).encode())
+    generator = rng.make_generator(options.seed, "side by side", content)
+    order = generator.permutation(len(drafts)).tolist()
+    pairs: list[PagePair] = []
+    files: list[tuple[str, str]] = []
+    with atomic_path(out) as temporary:
+        (temporary / MEDIA_FOLDER).mkdir(parents=True)
+        for draft in (drafts[index] for index in order):
+            pair, names = _make_pair(draft, sets[draft.item].prompt, domains, generator)
+            _write_sides(draft, names, temporary / MEDIA_FOLDER, seed=options.seed)
+            pairs.append(pair)
+            by_side = {Path(name).stem: name for name in names}
+            files.append((by_side[pair.sides[0]], by_side[pair.sides[1]]))
+            if progress is not None:
+                progress(len(pairs), len(drafts))
+        key = PageKey(page=_draw_id(generator), systems=(*folders,), seed=options.seed, pairs=tuple(pairs))
+        write_text(temporary / PAGE, render_page(key, files, title=options.title))
+        key.write(get_key_path(out))
+    return key
+
+
+def render_page(key: PageKey, files: Sequence[tuple[str, str]], *, title: str) -> str:
+    """Return the page as HTML, with what raters may know of the key: no systems, domains or controls.
+
+    Args:
+      key: the page's key.
+      files: names of the files of each pair's sides.
+      title: heading.
+    """
+    data: dict[str, Any] = {
+        "format": FORMAT,
+        "page": key.page,
+        "tie": TIE,
+        "questions": [{"name": name, "text": text} for name, text in QUESTIONS.items()],
+        "pairs": [
+            {
+                "name": pair.name,
+                "prompt": pair.prompt,
+                "sides": [
+                    {"name": side, "file": f"{MEDIA_FOLDER}/{file}"}
+                    for side, file in zip(pair.sides, names, strict=True)
+                ],
+            }
+            for pair, names in zip(key.pairs, files, strict=True)
+        ],
+    }
+    return render_template("side_by_side.html.jinja", title=title, data=data, questions=QUESTIONS)
+
+
+def _draft_comparisons(sets: Sequence[PromptSamples], systems: Sequence[str]) -> list[_Draft]:
+    """Return all pairs of systems on all prompts."""
+    return [
+        _Draft(item, (_Side(first, each.files[first]), _Side(second, each.files[second])))
+        for item, each in enumerate(sets)
+        for first, second in itertools.combinations(systems, 2)
+    ]
+
+
+def _draft_controls(
+    sets: Sequence[PromptSamples], systems: Sequence[str], options: PageOptions, *, count: int, domains: PromptDomains
+) -> list[_Draft]:
+    """Return control pairs, by turns with a degraded copy and with a sample of another prompt, if there is one."""
+    generator = rng.make_generator(options.seed, "controls")
+    drafts: list[_Draft] = []
+    order = generator.permutation(len(sets) * len(systems)).tolist()
+    for number in range(math.ceil(options.controls * count)):
+        item, system_number = divmod(order[number % len(order)], len(systems))
+        system = systems[system_number]
+        others = _list_other_prompts(sets, item, domains)
+        right = _Side(system, sets[item].files[system])
+        if number % 2 and others:
+            wrong = _Side(system, sets[others[int(generator.integers(len(others)))]].files[system])
+            drafts.append(_Draft(item, (right, wrong), "other_prompt"))
+        else:
+            drafts.append(_Draft(item, (right, right._replace(is_degraded=True)), "degraded"))
+    return drafts
+
+
+def _list_other_prompts(sets: Sequence[PromptSamples], item: int, domains: PromptDomains) -> list[int]:
+    """Return the items of other prompts, if possible of another domain, so that the sample clearly does not follow."""
+    others = [number for number, each in enumerate(sets) if each.prompt != sets[item].prompt]
+    domain = domains.find_domain(sets[item].prompt)
+    return [number for number in others if domains.find_domain(sets[number].prompt) != domain] or others
+
+
+def _make_pair(
+    draft: _Draft, prompt: str, domains: PromptDomains, generator: np.random.Generator
+) -> tuple[PagePair, list[str]]:
+    """Return the pair with its ids, its sides in random order, and the file names of the draft's sides."""
+    ids = [_draw_id(generator), _draw_id(generator)]
+    first = int(generator.integers(2))
+    order = (first, 1 - first)
+    control = None
+    if draft.control:
+        question = "look" if draft.control == "degraded" else "prompt"
+        control = PageControl(kind=draft.control, question=question, right=ids[0])
+    pair = PagePair(
+        name=_draw_id(generator),
+        item=draft.item,
+        prompt=prompt,
+        domain=domains.find_domain(prompt),
+        sides=(ids[order[0]], ids[order[1]]),
+        systems=(draft.sides[order[0]].system, draft.sides[order[1]].system),
+        control=control,
+    )
+    names = [f"{name}{side.source.suffix.lower()}" for name, side in zip(ids, draft.sides, strict=True)]
+    return pair, names
+
+
+def _write_sides(draft: _Draft, names: Sequence[str], folder: Path, *, seed: int) -> None:
+    for side, name in zip(draft.sides, names, strict=True):
+        if side.is_degraded:
+            write_degraded(side.source, folder / name, seed=seed)
+        else:
+            copy_sample(side.source, folder / name)
+
+
+def _draw_id(generator: np.random.Generator) -> str:
+    return generator.bytes(8).hex()

@@ -1,0 +1,208 @@
+"""The page of pairs in headless Chromium: votes by keys and clicks, a reload half-way, the exported file, results."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dit_video.evaluation.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
+from dit_video.evaluation.votes import PageKey
+from dit_video.evaluation.votes.page_key import TIE
+from dit_video.reports.side_by_side import PageOptions, get_key_path, write_page
+from support.sample_folders import write_sample_folder
+
+sync_api = pytest.importorskip("playwright.sync_api")
+
+PROMPTS = DEFAULT_PROMPT_DOMAINS.make_prompts(1)[:4]
+KEYS = {"left": "ArrowLeft", "tie": "ArrowDown", "right": "ArrowRight"}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Return headless Chromium: that of playwright, or of the system."""
+    with sync_api.sync_playwright() as playwright:
+        options = {"args": ["--no-sandbox"]}  # a test may run as root
+        path = playwright.chromium.executable_path
+        if not Path(path).exists():
+            path = shutil.which("chromium") or shutil.which("google-chrome")
+        if path is None:
+            pytest.skip("no Chromium")
+        browser = playwright.chromium.launch(executable_path=path, **options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page_folder(tmp_path_factory) -> Path:
+    """Return a page of two systems with two controls; one prompt's samples are images."""
+    root = tmp_path_factory.mktemp("page")
+    folders = {
+        name: write_sample_folder(root / name, PROMPTS, shade=shade, frames=frames, images=PROMPTS[3:])
+        for name, shade, frames in (("walrus", 60, 6), ("ocelot", 160, 12))
+    }
+    write_page(folders, root / "comparison", options=PageOptions(controls=0.4))
+    return root / "comparison"
+
+
+class Rater:
+    """A rater who follows planted preferences, as the key says which side is whose."""
+
+    def __init__(self, browser, folder, name):
+        self.key = PageKey.read(get_key_path(folder))
+        self.context = browser.new_context(viewport={"width": 1280, "height": 800})
+        self.page = self.context.new_page()
+        self.errors = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto((folder / "index.html").as_uri())
+        self.page.fill("#rater", name)
+        self.page.click("text=Start")
+
+    def wait(self):
+        """Wait until the pair is loaded, and return it with the ids of its sides."""
+        self.page.wait_for_function("!document.querySelector('.question button').disabled")
+        ids = [Path(self.page.get_attribute(f"#{side} > *", "src")).stem for side in ("left", "right")]
+        return next(pair for pair in self.key.pairs if {*pair.sides} == {*ids}), ids
+
+    def choose(self, question, *, is_careful=True):
+        """Return left, right or tie: walrus follows prompts, ocelot looks better, and of images both look equal."""
+        pair, ids = self.wait()
+        if pair.control is not None:
+            side = pair.control.right if is_careful else next(s for s in pair.sides if s != pair.control.right)
+        elif question == "look" and pair.prompt == PROMPTS[3]:
+            return "tie"
+        else:
+            side = pair.sides[pair.systems.index("walrus" if question == "prompt" else "ocelot")]
+        return ("left", "right")[ids.index(side)]
+
+    def vote(self, *, by="keys", **options):
+        """Answer both questions of the pair, and go on."""
+        for question in ("prompt", "look"):
+            choice = self.choose(question, **options)
+            if by == "keys":
+                self.page.keyboard.press(KEYS[choice])
+            else:
+                self.page.click(f"[data-question={question}] [data-choice={choice}]")
+        if by == "keys":
+            self.page.keyboard.press("Enter")
+        else:
+            self.page.click("#next")
+
+    def export(self, path):
+        """Save the file of votes."""
+        with self.page.expect_download() as download:
+            self.page.click(".export:visible")
+        download.value.save_as(path)
+        assert self.errors == []
+        self.context.close()
+        return json.loads(path.read_text())
+
+    def get_number(self):
+        return self.page.inner_text("#number")
+
+
+def test_planted_preferences_are_recovered_after_a_reload_half_way(browser, page_folder, tmp_path, script):
+    ada = Rater(browser, page_folder, "Ada  Lovelace")
+    assert ada.get_number() == "1 of 6"
+    for number in range(3):
+        ada.vote(by="clicks" if number % 2 else "keys")
+    ada.page.reload()
+    ada.wait()
+    assert ada.get_number() == "4 of 6"
+    assert ada.page.get_attribute(".progress", "aria-valuenow") == "3"
+    for _ in range(3):
+        ada.vote()
+    ada.page.wait_for_selector("#end:visible")
+    ada.page.reload()
+    assert "all 6 pairs" in ada.page.inner_text("#end-text")
+    votes = ada.export(tmp_path / "votes-ada.json")
+    assert votes["rater"] == "Ada Lovelace"
+    assert all(vote["seconds"] >= 0 and vote["time"] for vote in votes["votes"])
+
+    bo = Rater(browser, page_folder, "Bo")
+    for _ in range(6):
+        bo.vote(is_careful=False)
+    other = bo.export(tmp_path / "votes-bo.json")
+    assert {vote["pair"] for vote in other["votes"]} == {vote["pair"] for vote in votes["votes"]}
+
+    out = tmp_path / "results.json"
+    done = script(
+        "tools/side_by_side_results.py", get_key_path(page_folder), *tmp_path.glob("votes-*.json"), "--out", out
+    )
+    assert done.code == 0, done.err
+    assert "excluded: 2 of 2 control questions failed" in done.out
+    results = json.loads(out.read_text())
+    assert {name: each["is_excluded"] for name, each in results["raters"].items()} == {
+        "Ada Lovelace": False,
+        "Bo": True,
+    }
+    prompt, look = (results["questions"][name]["win_rates"][0] for name in ("prompt", "look"))
+    assert (prompt["system"], prompt["wins"], prompt["ties"], prompt["losses"]) == ("walrus", 4, 0, 0)
+    assert (look["system"], look["wins"], look["ties"], look["losses"]) == ("walrus", 0, 1, 3)
+
+
+def test_order_and_sides_differ_by_rater_and_not_by_visit(browser, page_folder):
+    orders = []
+    for name in ("Ada", "Bo", "ada"):
+        rater = Rater(browser, page_folder, name)
+        order = []
+        for _ in range(4):
+            order.append(tuple(rater.wait()[1]))
+            rater.vote()
+        orders.append(order)
+        rater.context.close()
+    assert orders[0] == orders[2] != orders[1]
+    assert [frozenset(each) for each in orders[0]] != [frozenset(each) for each in orders[1]]
+
+
+def test_answers_can_be_changed_and_an_unfinished_file_saved(browser, page_folder, tmp_path):
+    rater = Rater(browser, page_folder, "Cy")
+    pair, ids = rater.wait()
+    assert rater.page.is_disabled("#next")
+    rater.page.keyboard.press("Enter")  # has no effect on an unanswered pair
+    rater.page.keyboard.press("ArrowLeft")
+    rater.page.keyboard.press("ArrowLeft")
+    rater.page.keyboard.press("ArrowUp")
+    rater.page.keyboard.press("ArrowDown")
+    rater.page.keyboard.press("Enter")
+    rater.wait()
+    assert rater.get_number() == "2 of 6"
+    rater.page.keyboard.press("Backspace")
+    assert rater.wait()[0] == pair
+    rater.page.click("[data-question=prompt] [data-choice=right]")
+    votes = rater.export(tmp_path / "votes.json")["votes"]
+    assert [(vote["pair"], vote["left"], vote["prompt"], vote["look"]) for vote in votes] == [
+        (pair.name, ids[0], ids[1], TIE)
+    ]
+
+
+def test_clips_of_different_lengths_play_in_step_and_start_again_together(browser, page_folder):
+    rater = Rater(browser, page_folder, "Di")
+    while len(rater.page.query_selector_all(".media video")) < 2:
+        rater.vote()
+        rater.wait()
+    times = "[...document.querySelectorAll('.media video')].map((each) => each.currentTime)"
+    # The longer clip lasts 3/4 s: it has started again after the time of three clips only if it loops.
+    rater.page.wait_for_function(
+        f"(() => {{ const t = {times}; window.peak = Math.max(window.peak ?? 0, ...t); "
+        "return window.peak > 0.3 && Math.max(...t) < 0.2; })()",
+        polling=20,
+    )
+    first, second = rater.page.evaluate(times)
+    assert abs(first - second) < 0.15
+    rater.page.keyboard.press("Space")
+    assert rater.page.evaluate("[...document.querySelectorAll('.media video')].every((each) => each.paused)")
+    rater.context.close()
+
+
+def test_a_missing_file_is_reported_and_the_pair_can_be_left_out(browser, page_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(page_folder, copy)
+    shutil.copy(get_key_path(page_folder), get_key_path(copy))
+    for path in (copy / "media").iterdir():
+        path.unlink()
+    rater = Rater(browser, copy, "Ed")
+    rater.page.wait_for_selector("#failure:visible")
+    rater.page.keyboard.press("Enter")
+    rater.page.wait_for_function("document.getElementById('number').textContent === '2 of 6'")
+    assert rater.export(tmp_path / "votes.json")["votes"] == []
