@@ -67,6 +67,8 @@ class SceneStartSpread(ExampleMetric[StartSample]):
             side = min(clip.height, clip.width)
             start = np.concatenate([tracks[each.colour].centre[0] for each in scene.objects]) / side
             drawn = draw_starts(scene, self.draws) / min(scene.size.h, scene.size.w)
+            if len(drawn) < 2:
+                continue
             variance = float(drawn.var(axis=0, ddof=1).sum(axis=(0, 1)))
             samples.append(StartSample(f"{scene.caption}, {scene.size}", tuple(start.tolist()), variance))
         return samples
@@ -99,12 +101,14 @@ def _compare_variances(group: Sequence[StartSample]) -> tuple[float, float]:
 def draw_starts(scene: Scene, draws: int, *, seed: int = 0) -> Float[np.ndarray, "draws objects 2"]:
     """Draw start positions of a scene's objects as `draw_scene` does, for their sizes, motions and relation.
 
+    There are fewer than `draws` if hardly any positions have the relation.
+
     Args:
       scene: a scene of level 1 or 2.
       draws: number of draws.
       seed: seed of the draws.
     """
-    generator = rng.make_generator(seed, "start positions", scene.caption)
+    generator = rng.make_generator(seed, f"start positions of {scene.caption}")
     radius = np.array([each.radius for each in scene.objects])[:, None]
     travel = np.array([each.velocity for each in scene.objects]) * (FREE_FRAMES - 1) / scene.fps
     low = radius - np.minimum(travel, 0.0)
