@@ -93,6 +93,10 @@ class PerceptualDistance(MeanMetric):
         explanation="of held-out clips, with VGG16 (arXiv 1801.03924); 0 for equal clips",
     )
 
+    def open_weights(self) -> tuple[str, ...]:
+        """Read the weights, and return their identity."""
+        return (_load_weights(self.weights).identity,)
+
     def measure(self, batch: MetricBatch) -> Sequence[float]:
         """Return the distance of every reconstruction."""
         pairs = [(pair.original.frames, pair.decoded.frames) for pair in batch.pairs]

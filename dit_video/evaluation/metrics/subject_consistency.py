@@ -21,7 +21,7 @@ def compute_consistency(features: Float[np.ndarray, "T d"]) -> float:
     features = features.astype(np.float64)
     units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     first, previous = units[1:] @ units[0], (units[1:] * units[:-1]).sum(axis=1)
-    return float((np.maximum(first, 0) + np.maximum(previous, 0)).mean(axis=0) / 2)
+    return float((np.clip(first, 0, 1) + np.clip(previous, 0, 1)).mean(axis=0) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)

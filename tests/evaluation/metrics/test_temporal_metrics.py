@@ -57,7 +57,7 @@ def shuffle(frames, seed=3):
     return np.random.default_rng(seed).permutation(frames)
 
 
-STILL, SLOW, FAST = pan(0), pan(1), pan(4)
+RESTING, SLOW, FAST = pan(0), pan(1), pan(4)
 RENDERED = render(draw_scene(4, seed=1, level=1, sizes=(Grid(17, 48, 48),)))
 
 
@@ -76,14 +76,17 @@ def test_added_flicker_equals_its_formula():
     x, y = FAST.astype(float), decoded.astype(float)
     assert compute_added_flicker(FAST, decoded) == pytest.approx(np.abs(np.diff(y, axis=0) - np.diff(x, axis=0)).mean())
     # Every second frame brighter by 7 levels: each change is off by 7.
-    assert compute_added_flicker(STILL // 2, STILL // 2 + np.array([0, 7, 0, 7, 0], np.uint8)[:, None, None, None]) == 7
+    assert (
+        compute_added_flicker(RESTING // 2, RESTING // 2 + np.array([0, 7, 0, 7, 0], np.uint8)[:, None, None, None])
+        == 7
+    )
 
 
 def test_added_flicker_rises_with_noise_and_shuffled_frames():
     values = [compute_added_flicker(FAST, add_noise(FAST, strength)) for strength in (2.0, 8.0, 32.0)]
     assert 0 < values[0] < values[1] < values[2]
     assert compute_added_flicker(FAST, FAST[[1, 0, 3, 2, 4]]) > 10
-    assert compute_added_flicker(FAST, STILL) == pytest.approx(
+    assert compute_added_flicker(FAST, RESTING) == pytest.approx(
         255 * (1 - compute_temporal_flickering(FAST))
     )  # all of the original's change is missing
     with pytest.raises(UserError, match="resize or cut one of them"):
@@ -94,7 +97,7 @@ def test_added_flicker_rises_with_noise_and_shuffled_frames():
 
 
 def test_a_clip_at_rest_does_not_flicker():
-    assert compute_temporal_flickering(STILL) == 1
+    assert compute_temporal_flickering(RESTING) == 1
     black_and_white = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
     assert compute_temporal_flickering(black_and_white) == 0
     assert compute_temporal_flickering(black_and_white[::-1]) == 0  # unsigned differences do not wrap around
@@ -108,7 +111,7 @@ def test_temporal_flickering_equals_vbench_s_formula():
 
 
 def test_noise_motion_and_shuffled_frames_lower_temporal_flickering():
-    values = [compute_temporal_flickering(add_noise(STILL, strength)) for strength in (2.0, 8.0, 32.0)]
+    values = [compute_temporal_flickering(add_noise(RESTING, strength)) for strength in (2.0, 8.0, 32.0)]
     assert 1 > values[0] > values[1] > values[2]
     assert compute_temporal_flickering(SLOW) > compute_temporal_flickering(FAST)
     long = pan(1, frames=12)
@@ -157,7 +160,7 @@ def test_flow_without_opencv_names_the_extra(monkeypatch):
 
 
 def test_a_clip_at_rest_is_smooth():
-    assert compute_motion_smoothness(STILL) == 1
+    assert compute_motion_smoothness(RESTING) == 1
 
 
 def test_interpolated_frames_are_closer_than_the_mean_of_their_neighbours():
@@ -199,7 +202,7 @@ def test_top_flow_is_the_mean_of_the_largest_twentieth():
 
 def test_the_threshold_scales_with_the_frame():
     # 6/256 of 64 pixels are 1.5.
-    assert not is_dynamic(STILL)
+    assert not is_dynamic(RESTING)
     assert not is_dynamic(SLOW)
     assert is_dynamic(pan(2))
     assert is_dynamic(FAST)
@@ -235,7 +238,7 @@ def test_dynamic_degree_agrees_with_the_true_flow_of_scenes():
 
 def test_dynamic_degree_is_a_share():
     metric = DynamicDegree()
-    clips = [Clip(frames=each, fps=8) for each in (FAST, STILL, FAST[:1])]
+    clips = [Clip(frames=each, fps=8) for each in (FAST, RESTING, FAST[:1])]
     state = metric.update(metric.init(), MetricBatch(samples=clips))
     value = metric.compute(state)["dynamic_degree"]
     assert (value.value, value.count, value.note) == (0.5, 2, "without 1 clips that are too short")
