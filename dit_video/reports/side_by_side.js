@@ -86,7 +86,7 @@
     const element = document.createElement(isVideo ? "video" : "img");
     const ready = new Promise((resolve, reject) => {
       element.addEventListener(isVideo ? "canplaythrough" : "load", resolve, { once: true });
-      element.addEventListener("error", () => reject(new Error("this file cannot be shown")), { once: true });
+      element.addEventListener("error", () => reject(new Error(file)), { once: true });
     });
     if (isVideo) Object.assign(element, { muted: true, playsInline: true, preload: "auto", disablePictureInPicture: true });
     element.src = file;
@@ -111,6 +111,7 @@
     show("vote");
     byId("failure").hidden = true;
     byId("prompt").textContent = pair.prompt || "(no text)";
+    byId("prompt").classList.toggle("long", pair.prompt.length > 160);
     byId("rater-name").textContent = state.rater;
     active = Math.max(0, names.findIndex((name) => answersOf(pair)[name] === undefined));
     shownSince = null;
@@ -121,9 +122,9 @@
     update();
     try {
       await Promise.all(media.map((each) => each.ready));
-    } catch (error) {
+    } catch {
       if (current !== generation) return;
-      byId("failure").textContent = `A file of this pair is missing or damaged (${error.message}). Go on with the next pair.`;
+      byId("failure").textContent = "A file of this pair is missing or damaged. Go on with the next pair.";
       byId("failure").hidden = false;
     }
     if (current !== generation) return;

@@ -146,7 +146,7 @@ def test_order_and_sides_differ_by_rater_and_not_by_visit(browser, page_folder):
     for name in ("Ada", "Bo", "ada"):
         rater = Rater(browser, page_folder, name)
         order = []
-        for _ in range(4):
+        for _ in range(3):
             order.append(tuple(rater.wait()[1]))
             rater.vote()
         orders.append(order)

@@ -28,9 +28,8 @@ def copy_sample(source: Path, target: Path) -> None:
     if source.suffix.lower() == ".png":
         replace(decode(source), recipe={}).save(target)
         return
-    # The file names no version of the program that wrote it, as those of `Clip.save` do not, or a degraded copy could be
-    # distinguished from its original without a look at it. The index of an mp4 comes first, so that a browser that loads the page
-    # from a server plays it at once.
+    # The version of the program that wrote a file would distinguish a sample from its degraded copy; files of
+    # `Clip.save` have none. The index of an mp4 comes first, so that a browser plays it before all is loaded.
     options = {"fflags": "+bitexact"}
     if source.suffix.lower() == ".mp4":
         options["movflags"] = "+faststart"
