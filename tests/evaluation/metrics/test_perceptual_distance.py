@@ -61,10 +61,8 @@ def test_the_distance_in_chunks_is_that_of_the_network(weights):
 def test_the_weights_are_read_once_and_named_in_the_note(weights, tmp_path):
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(Path(weights).read_bytes())
-    metric, clip = (
-        PerceptualDistance(weights=str(copy)),
-        XReconstruction("clip", clip, Clip(frames=add_noise(FRAMES[:2], 20.0), fps=8)),
-    )
+    metric, clip = PerceptualDistance(weights=str(copy)), Clip(frames=FRAMES[:2], fps=8)
+    pair = ClipReconstruction("clip", clip, Clip(frames=add_noise(FRAMES[:2], 20.0), fps=8))
     state = metric.update(metric.init(), MetricBatch(pairs=[pair]))
     copy.unlink()
     state = metric.update(state, MetricBatch(pairs=[pair]))
