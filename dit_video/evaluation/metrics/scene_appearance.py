@@ -6,6 +6,7 @@ the nearest of them at positions around it. Pixels near objects of other colours
 
 import itertools
 from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ MAX_ERROR = 45.0
 """Largest root mean square difference in RGB of an object from its nearest rendering."""
 _MAX_FRAMES = 3
 _RADII_PER_SIZE = 3
-_NUM_REFINED = 8
+_NUM_REFINED = 6
 """Number of renderings that are compared at several positions."""
 _STEPS = (-0.4, 0.0, 0.4)
 """Distances in pixels from the centroid at which these are compared, along each axis."""
@@ -79,15 +80,14 @@ def judge_appearance(clip: Clip, background: str, track: ObjectTrack) -> Appeara
         for radius in np.linspace(*limits, _RADII_PER_SIZE)
     ]
     colour = np.asarray(COLOURS[track.colour], np.float32)
-    errors = np.array([[_compare(each, crop, colour, (0.0, 0.0)) for each in candidates] for crop in crops])
-    nearest = errors.mean(axis=0).argsort()[:_NUM_REFINED]
+    nearest = np.mean([_compare(candidates, crop, colour) for crop in crops], axis=0).argsort()[:_NUM_REFINED]
+    chosen = [candidates[index] for index in nearest]
     steps = list(itertools.product(_STEPS, _STEPS))
-    refined = [
-        np.mean([min(_compare(candidates[index], crop, colour, step) for step in steps) for crop in crops])
-        for index in nearest
-    ]
+    refined = np.mean(
+        [np.min([_compare(chosen, crop, colour, step) for step in steps], axis=0) for crop in crops], axis=0
+    )
     best = int(np.argmin(refined))
-    return candidates[nearest[best]].appearance if refined[best] <= MAX_ERROR**2 else None
+    return chosen[best].appearance if refined[best] <= MAX_ERROR**2 else None
 
 
 def _cut_crops(clip: Clip, background: str, track: ObjectTrack) -> list[_Crop]:
@@ -116,17 +116,32 @@ def _open(mask: np.ndarray) -> np.ndarray:
     return binary_opening(mask, structure=np.ones((2, 2)))
 
 
-def _compare(candidate: _Candidate, crop: _Crop, colour: np.ndarray, step: tuple[float, float]) -> float:
-    """Return the mean square difference of a rendering from the pixels around an object."""
-    shape, _, texture = candidate.appearance
-    # The centroid of a triangle lies a sixth of its height below the middle of its box.
-    offset = candidate.radius / 3 if shape == "triangle" else 0.0
-    points = crop.points + np.array([offset - step[0], -step[1]])
-    coverage = np.clip(0.5 - compute_distance(shape, points, candidate.radius), 0.0, 1.0)[:, None]
-    shade = compute_shade(texture, points, candidate.radius)[:, None]
-    rendered = crop.ground + coverage * (shade * colour - crop.ground)
-    square = np.square(rendered - crop.pixels).mean(axis=-1)
-    return float(np.minimum(square, _CAP**2).mean(axis=0))
+def _compare(
+    candidates: Sequence[_Candidate], crop: _Crop, colour: np.ndarray, step: tuple[float, float] = (0.0, 0.0)
+) -> np.ndarray:
+    """Return the mean square difference of renderings from the pixels around an object `[candidates]`."""
+
+    # Renderings share outlines and textures.
+    @cache
+    def cover(shape: str, radius: float) -> np.ndarray:
+        points = crop.points + np.array([_get_offset(shape, radius) - step[0], -step[1]])
+        return np.clip(0.5 - compute_distance(shape, points, radius), 0.0, 1.0)[:, None]
+
+    @cache
+    def light(texture: str, radius: float, offset: float) -> np.ndarray:
+        points = crop.points + np.array([offset - step[0], -step[1]])
+        return compute_shade(texture, points, radius)[:, None] * colour - crop.ground
+
+    rest, errors = crop.ground - crop.pixels, []
+    for (shape, _, texture), radius in candidates:
+        difference = rest + cover(shape, radius) * light(texture, radius, _get_offset(shape, radius))
+        errors.append(np.minimum(np.square(difference).mean(axis=-1), _CAP**2).mean(axis=0))
+    return np.array(errors)
+
+
+def _get_offset(shape: str, radius: float) -> float:
+    """Return how far the centroid of a shape lies below the middle of its box: a sixth of a triangle's height."""
+    return radius / 3 if shape == "triangle" else 0.0
 
 
 class AppearanceMetric(ShareMetric):

@@ -5,6 +5,7 @@ generated. A pixel belongs to the colour whose shades it is nearest to, of the o
 and of the background's, which varies slowly.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -95,19 +96,23 @@ def select_whole_frames(track: ObjectTrack, *, min_area: float = MIN_WHOLE_AREA)
 
 def classify_colours(clip: Clip, background: str) -> np.ndarray:
     """Return the number of every pixel's colour of the objects, in the order of `COLOURS`; -1 for others `[T H W]`."""
-    pixels = clip.frames.astype(np.float32)
-    distances = np.stack([_measure_distance(pixels, colour, OBJECT_SHADES) for colour in COLOURS.values()])
-    behind = _measure_distance(pixels, BACKGROUNDS[background], BACKGROUND_SHADES)
+    # Arrays of one channel each are several times as fast as pixels of three.
+    planes = [np.ascontiguousarray(clip.frames[..., channel]).astype(np.float32) for channel in range(3)]
+    distances = np.stack([_measure_distance(planes, colour, OBJECT_SHADES) for colour in COLOURS.values()])
+    behind = _measure_distance(planes, BACKGROUNDS[background], BACKGROUND_SHADES)
     nearest = distances.argmin(axis=0)
     is_object = (distances.min(axis=0) < behind) & (distances.min(axis=0) < MAX_DISTANCE)
     return np.where(is_object, nearest, -1)
 
 
-def _measure_distance(pixels: np.ndarray, colour: tuple[int, int, int], shades: tuple[float, float]) -> np.ndarray:
-    """Return the distance of pixels from the shades of a colour."""
+def _measure_distance(
+    planes: Sequence[np.ndarray], colour: tuple[int, int, int], shades: tuple[float, float]
+) -> np.ndarray:
+    """Return the distance of pixels from the shades of a colour; red, green and blue are arrays of their own."""
     tone = np.asarray(colour, np.float32)
-    shade = np.clip(pixels @ tone / (tone @ tone), *shades)
-    return np.linalg.norm(pixels - shade[..., None] * tone, axis=-1)
+    light = sum(plane * value for plane, value in zip(planes, tone, strict=True))
+    shade = np.clip(light / (tone @ tone), *shades)
+    return np.sqrt(sum(np.square(plane - shade * value) for plane, value in zip(planes, tone, strict=True)))
 
 
 def _track(colour: str, is_colour: Bool[np.ndarray, "T H W"]) -> ObjectTrack:
