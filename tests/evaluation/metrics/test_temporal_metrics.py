@@ -214,6 +214,9 @@ def test_a_quarter_of_the_frames_must_move():
     assert not is_dynamic(np.stack([picture, moved, *[moved] * 6]))  # one of eight, of which two must
     assert is_dynamic(np.stack([picture, moved, picture, *[picture] * 5]))
     assert not is_dynamic(np.stack([picture, picture]))
+    alternating = [picture, moved] * 2  # three of sixteen frames, and one more
+    assert not is_dynamic(np.stack([*alternating, *[moved] * 12]))
+    assert is_dynamic(np.stack([*alternating, *[picture] * 12]))
 
 
 def test_frames_are_compared_at_eight_per_second():
