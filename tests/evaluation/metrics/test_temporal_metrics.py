@@ -1,7 +1,6 @@
-"""Metrics over time: flicker, smoothness, dynamic degree and consistency, and the optical flow of some of them."""
+"""Metrics over time: flicker, smoothness, dynamic degree and consistency."""
 
 import dataclasses
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from dit_video.evaluation.metrics.motion_smoothness import MotionSmoothness, com
 from dit_video.evaluation.metrics.reconstruction_flicker import ReconstructionFlicker, compute_added_flicker
 from dit_video.evaluation.metrics.subject_consistency import SubjectConsistency, compute_consistency
 from dit_video.evaluation.metrics.temporal_flicker import TemporalFlickering, compute_temporal_flickering
-from dit_video.evaluation.optical_flow import estimate_flow, interpolate_middle, warp_backward
+from dit_video.evaluation.optical_flow import interpolate_middle
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -116,44 +115,6 @@ def test_noise_motion_and_shuffled_frames_lower_temporal_flickering():
     assert compute_temporal_flickering(SLOW) > compute_temporal_flickering(FAST)
     long = pan(1, frames=12)
     assert compute_temporal_flickering(shuffle(long)) < compute_temporal_flickering(long)
-
-
-# Optical flow
-
-
-def test_flow_of_a_shifted_picture_is_the_shift():
-    flow = estimate_flow(SLOW[0], SLOW[2])
-    np.testing.assert_allclose(flow[8:-8, 8:-8], np.broadcast_to([0.0, 2.0], (48, 48, 2)), atol=0.15)
-    flow = estimate_flow(*(each.transpose(1, 0, 2) for each in (SLOW[0], SLOW[2])))
-    np.testing.assert_allclose(flow[8:-8, 8:-8], np.broadcast_to([2.0, 0.0], (48, 48, 2)), atol=0.15)
-    assert (estimate_flow(SLOW[0], SLOW[0]) == 0).all()
-
-
-def test_flow_of_a_rendered_scene_is_close_to_its_truth():
-    frames, moving, errors, lengths = RENDERED.clip.frames, 0, [], []
-    for index in range(0, 16, 4):
-        is_object = RENDERED.is_visible[index] & (RENDERED.instances[index] > 0)
-        truth = RENDERED.flow[index][is_object]
-        moving += is_object.sum()
-        errors.append(np.hypot(*(estimate_flow(frames[index], frames[index + 1])[is_object] - truth).T).mean())
-        lengths.append(np.hypot(*truth.T).mean())
-    assert moving > 500
-    assert np.mean(lengths) > 0.8
-    assert np.mean(errors) < 0.4 * np.mean(lengths)
-
-
-def test_warping_undoes_a_shift():
-    flow = np.broadcast_to(np.float32([0, 2]), (64, 64, 2))
-    np.testing.assert_array_equal(warp_backward(SLOW[2], flow)[:, :-2], SLOW[0][:, :-2])
-    np.testing.assert_array_equal(warp_backward(SLOW[2], np.zeros((64, 64, 2), np.float32)), SLOW[2])
-    # Beyond the border is the outermost pixel.
-    np.testing.assert_array_equal(warp_backward(SLOW[2], flow)[:, -1], SLOW[2][:, -1])
-
-
-def test_flow_without_opencv_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(UserError, match=r"OpenCV .*pip install -e '\.\[ingest\]'"):
-        estimate_flow(SLOW[0], SLOW[1])
 
 
 # Motion smoothness
