@@ -49,14 +49,14 @@ class PhysicsTruth(NamedTuple):
 
 
 def draw_physics_scene(
-    index: int, *, seed: int, law: Law, sizes: Sequence[Grid] | None = None, fps: float = FPS
+    index: int, *, seed: int, law: str, sizes: Sequence[Grid] | None = None, fps: float = FPS
 ) -> Scene:
     """Draw scene `index` of a law, which is a function of the arguments alone.
 
     Args:
       index: number of the scene.
       seed: seed of the scenes.
-      law: law that the scene shows.
+      law: law that the scene shows, one of `LAWS`.
       sizes: sizes that a scene may have; by default those of `SIZES`.
       fps: frames per second.
 

@@ -20,13 +20,13 @@ class MotionFit(NamedTuple):
     """Acceleration; zero of uniform motion."""
     squares: float
     """Sum of the squared distances of the centroids from the fit."""
-    count: int
+    num_centroids: int
     """Number of centroids."""
 
     @property
     def residual(self) -> float:
         """Return the root mean square distance of the centroids from the fit, in pixels."""
-        return float(np.sqrt(self.squares / self.count))
+        return float(np.sqrt(self.squares / self.num_centroids))
 
     def predict(self, seconds: Float[np.ndarray, "*t"]) -> Float[np.ndarray, "*t 2"]:
         """Return the positions of one object at some times."""
@@ -91,5 +91,5 @@ def fit_contact(seconds: Float[np.ndarray, " T"], centres: Float[np.ndarray, "T 
     offset, change = after.start - before.start, after.velocity - before.velocity
     time = -float((offset * change).sum(axis=(0, 1)) / max(np.square(change).sum(axis=(0, 1)), 1e-9))
     gap = float(np.hypot(*(offset + change * time).T).max(axis=0))
-    residual = float(np.sqrt((before.squares + after.squares) / (before.count + after.count)))
+    residual = float(np.sqrt((before.squares + after.squares) / (before.num_centroids + after.num_centroids)))
     return ContactFit(before, after, time, residual, gap)

@@ -30,8 +30,8 @@ _MAX_FRAMES = 3
 _RADII_PER_SIZE = 3
 _NUM_REFINED = 6
 """Number of renderings that are compared at several positions."""
-_STEPS = (-0.4, 0.0, 0.4)
-"""Distances in pixels from the centroid at which these are compared, along each axis."""
+_STEPS = ((0.0, 0.0), (-0.4, 0.0), (0.4, 0.0), (0.0, -0.4), (0.0, 0.4))
+"""Rows and columns from the centroid, in pixels, at which these are compared."""
 _CAP = 90.0
 """Largest difference of a pixel that counts, so that few wrong pixels do not decide."""
 
@@ -82,9 +82,8 @@ def judge_appearance(clip: Clip, background: str, track: ObjectTrack) -> Appeara
     colour = np.asarray(COLOURS[track.colour], np.float32)
     nearest = np.mean([_compare(candidates, crop, colour) for crop in crops], axis=0).argsort()[:_NUM_REFINED]
     chosen = [candidates[index] for index in nearest]
-    steps = list(itertools.product(_STEPS, _STEPS))
     refined = np.mean(
-        [np.min([_compare(chosen, crop, colour, step) for step in steps], axis=0) for crop in crops], axis=0
+        [np.min([_compare(chosen, crop, colour, step) for step in _STEPS], axis=0) for crop in crops], axis=0
     )
     best = int(np.argmin(refined))
     return chosen[best].appearance if refined[best] <= MAX_ERROR**2 else None
@@ -92,28 +91,25 @@ def judge_appearance(clip: Clip, background: str, track: ObjectTrack) -> Appeara
 
 def _cut_crops(clip: Clip, background: str, track: ObjectTrack) -> list[_Crop]:
     """Return the pixels around an object in some frames in which most of it is visible."""
-    frames = select_whole_frames(track)
-    frames = frames[np.unique(np.linspace(0, len(frames) - 1, _MAX_FRAMES).round().astype(int))] if len(frames) else []
+    whole = select_whole_frames(track)
+    if not len(whole):
+        return []
+    frames = whole[np.unique(np.linspace(0, len(whole) - 1, _MAX_FRAMES).round().astype(int))]
     side = min(clip.height, clip.width)
     reach = max(high for _, high in RADII.values()) * side + 3
     grid = np.stack(np.meshgrid(np.arange(clip.height) + 0.5, np.arange(clip.width) + 0.5, indexing="ij"), axis=-1)
-    shade = compute_ground(grid, side)
-    ground = shade[..., None] * np.asarray(BACKGROUNDS[background], np.float32)
-    colours = classify_colours(Clip(clip.frames[frames], clip.fps), background) if len(frames) else []
+    ground = compute_ground(grid, side)[..., None] * np.asarray(BACKGROUNDS[background], np.float32)
+    colours = classify_colours(Clip(clip.frames[frames], clip.fps), background)
     crops = []
     for frame, numbers in zip(frames, colours, strict=True):
         is_other = (numbers >= 0) & (numbers != list(COLOURS).index(track.colour))
+        # Parts of one pixel's width are edges that blend two other colours.
+        is_other = binary_dilation(binary_opening(is_other, structure=np.ones((2, 2))))
         points = grid - track.centre[frame]
-        is_other = binary_dilation(_open(is_other))
         is_near = (np.abs(points) < reach).all(axis=-1) & ~is_other
         if is_near.any(axis=(0, 1)):
             crops.append(_Crop(clip.frames[frame][is_near].astype(np.float32), ground[is_near], points[is_near]))
     return crops
-
-
-def _open(mask: np.ndarray) -> np.ndarray:
-    """Return the mask without parts of one pixel's width, which are edges that blend two other colours."""
-    return binary_opening(mask, structure=np.ones((2, 2)))
 
 
 def _compare(
@@ -132,11 +128,15 @@ def _compare(
         points = crop.points + np.array([offset - step[0], -step[1]])
         return compute_shade(texture, points, radius)[:, None] * colour - crop.ground
 
-    rest, errors = crop.ground - crop.pixels, []
-    for (shape, _, texture), radius in candidates:
-        difference = rest + cover(shape, radius) * light(texture, radius, _get_offset(shape, radius))
-        errors.append(np.minimum(np.square(difference).mean(axis=-1), _CAP**2).mean(axis=0))
-    return np.array(errors)
+    rest = crop.ground - crop.pixels
+    differences = np.stack(
+        [
+            rest + cover(shape, radius) * light(texture, radius, _get_offset(shape, radius))
+            for (shape, _, texture), radius in candidates
+        ]
+    )
+    squares = np.einsum("nph,nph->np", differences, differences) / 3
+    return np.minimum(squares, _CAP**2).mean(axis=1)
 
 
 def _get_offset(shape: str, radius: float) -> float:
