@@ -1,4 +1,4 @@
-"""Evaluate a run or an exported pipeline, and write metrics.json, samples/ and report.html."""
+"""Evaluate a run, an exported pipeline or a folder of videos, and write metrics.json, report.html and the samples."""
 
 from dit_video.platform.scripts import prepare_script
 
@@ -17,44 +17,124 @@ from sampling_options import SamplingOptions
 from dit_video.core import config_json
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
+from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation import evaluate
+from dit_video.evaluation.clip_set import ClipSet, open_clip_set
+from dit_video.evaluation.config import ShapesEvaluation
+from dit_video.evaluation.evaluate_protocol import ProtocolResult, evaluate_protocol, is_reconstruction
+from dit_video.evaluation.measure import measure
+from dit_video.evaluation.protocol import Protocol
+from dit_video.evaluation.protocols import get_protocol
 from dit_video.experiment.folder import CONFIG
+from dit_video.experiment.folder_config import read_config
 from dit_video.experiment.run import Run
+from dit_video.reports.evaluation_report import write_evaluation_report
 from dit_video.reports.run_report import write_run_report
+from dit_video.training.hooks.logging import Progress
 
 _DEFAULTS = SamplingOptions()
+_FOLDER_PROTOCOL, _QUICKSTART = "samples", "quickstart"
 
 
 def main(
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")],
     out: Path | None = None,
     seed: int = 0,
+    protocol: str | None = None,
+    data: Path | None = None,
+    metrics: tuple[str, ...] = (),
+    weights: Path | None = None,
+    count: int | None = None,
     options: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _DEFAULTS,
 ) -> None:
-    """Sample, compute the metrics of the config, and write metrics.json, samples/ and report.html.
+    """Compute metrics of a model or of a folder of videos, and write metrics.json, report.html and the samples.
+
+    Without a protocol a model is evaluated as its config says, and a folder of videos by the protocol samples.
 
     For example:
 
         python experiments/evaluate.py runs/quickstart
         python experiments/evaluate.py experiments/pretrained/shapes --out runs/pretrained --seed 7
+        python experiments/evaluate.py runs/scenes --protocol scenes
+        python experiments/evaluate.py runs/wan --protocol msrvtt --data msrvtt --weights weights
+        python experiments/evaluate.py folder/of/videos --data folder/of/real/videos --out results
 
     Args:
-        run: Folder of a run or of a pipeline.
+        run: Folder of a run, of a pipeline or of videos.
         out: Folder to write the files to; the run's folder by default.
-        seed: Seed of the samples.
+        seed: Seed of the samples, of a model without a protocol.
+        protocol: Name of a protocol: ucf101, msrvtt, reconstruction, quickstart, scenes or samples.
+        data: Folder of clips of the data, or of the originals of reconstructions.
+        metrics: Names of the protocol's values to compute; all by default.
+        weights: Folder of the weights of feature networks; `weights` by default.
+        count: Number of samples, instead of the protocol's.
         options: Weights and sampling.
     """
     check_minimum(0, seed=seed)
+    check_minimum(1, count=count)
+    is_model = (run / CONFIG).is_file() or read_config(run) is not None
+    if is_model and protocol in (None, _QUICKSTART):
+        _evaluate_run(run, _get_folder(run, out, is_model=True), seed, options, is_quickstart=protocol is not None)
+        return
+    if not is_model and (not run.is_dir() or not any(run.iterdir())):
+        options.load_pipeline(run)  # which says what is missing
+    chosen = get_protocol(protocol or _FOLDER_PROTOCOL, metrics=metrics, weights=weights, count=count)
+    folder = _get_folder(run, out, is_model=is_model) / chosen.name
+    real_clips = None if data is None else open_clip_set(data, split=chosen.split)
+    if is_model:
+        result = _evaluate_model(run, chosen, folder, real_clips, options)
+    else:
+        samples = open_clip_set(run)
+        total = len(samples.names) + (0 if real_clips is None else len(real_clips.names))
+        with Progress("measuring", total, unit="clip") as progress:
+            measurement = measure(
+                samples,
+                chosen,
+                folder,
+                real_clips=real_clips,
+                is_reconstruction=is_reconstruction(chosen),
+                progress=progress.update,
+            )
+        result = ProtocolResult(measurement, chosen, samples, real_clips)
+    if result.measurement is None:
+        return  # the first process measures and writes
+    write_evaluation_report(
+        folder / "report.html",
+        result.measurement,
+        result.protocol,
+        result.samples,
+        title=f"Evaluation of {run.name}",
+        real_clips=result.real_clips,
+        is_reconstruction=is_reconstruction(result.protocol),
+    )
+    for name, reason in result.measurement.skipped.items():
+        print(f"{name}: not computed: {reason}")
+    evaluate.print_results(result.measurement.results, is_precise=True)
+    print(f"report: {folder / 'report.html'}")
+
+
+def _get_folder(run: Path, out: Path | None, *, is_model: bool) -> Path:
+    """Return the folder of the files.
+
+    Raises:
+      UserError: there is none for a pipeline, whose own folder holds nothing else.
+    """
+    if out is None and not (run / CONFIG).is_file():
+        kind = "a pipeline, not a run" if is_model else "a folder of videos"
+        raise UserError(f"{run} is {kind}, so it has no folder for the files; use --out FOLDER")
+    return run if out is None else out
+
+
+def _evaluate_run(run: Path, folder: Path, seed: int, options: SamplingOptions, *, is_quickstart: bool) -> None:
+    """Evaluate a model on the prompts and by the metrics of its own config, or of the quickstart."""
     pipeline = options.load_pipeline(run)
     trained = Run.open(run) if (run / CONFIG).is_file() else None
-    if trained is None and out is None:
-        raise UserError(f"{run} is a pipeline, not a run, so it has no folder for the files; use --out FOLDER")
-    folder = run if out is None else out
     evaluation = evaluate.evaluate(
         pipeline,
         folder,
         seed=seed,
         clips=None if trained is None else trained.evaluation_clips(),
+        evaluation=ShapesEvaluation() if is_quickstart else None,
         **options.make_overrides(pipeline.config),
     )
     write_run_report(
@@ -67,6 +147,26 @@ def main(
     )
     evaluate.print_results(evaluation.results, is_precise=True)
     print(f"report: {folder / 'report.html'}")
+
+
+def _evaluate_model(
+    run: Path, protocol: Protocol, folder: Path, real_clips: ClipSet | None, options: SamplingOptions
+) -> ProtocolResult:
+    pipeline = options.load_pipeline(run)
+    total = protocol.count or (0 if real_clips is None else len(real_clips.names))
+    with (
+        Progress("sampling", total, unit="clip", visible=is_first_process()) as sampling,
+        Progress("measuring", 2 * total, unit="clip", visible=is_first_process()) as measuring,
+    ):
+        return evaluate_protocol(
+            pipeline,
+            protocol,
+            folder,
+            data=real_clips,
+            sampling_progress=sampling.update,
+            progress=measuring.update,
+            **options.make_overrides(pipeline.config),
+        )
 
 
 if __name__ == "__main__":

@@ -100,6 +100,11 @@ def evaluate(
         )
         collection.update(batch)
     metrics = {
+        "protocol": {
+            "config": config_json.to_json(config),
+            "sampling": config_json.to_json(resolved),
+            "seed": seed,
+        },
         "parameters": pipeline.count_parameters(),
         "sampling": {"samples": len(requests), "seed": seed, **_describe_sampling(resolved), "seconds": seconds},
     }

@@ -1,5 +1,6 @@
 """Weights of a denoiser with adapters: attached beside them, or merged into their memory, and taken away exactly."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,11 @@ from jax.sharding import Sharding
 from dit_video.core.errors import UserError
 from dit_video.core.offload import is_in_host_memory
 from dit_video.core.trees import flatten, map_with_path
+from dit_video.distributed.gather import to_host
 from dit_video.nn import LowRankKernel, attach_lora, get_lora_changes, merge_lora, merge_lora_in_place
+
+_DIGEST_VALUES = 256
+"""Number of values of each array that a digest is computed of."""
 
 
 class Adapter(NamedTuple):
@@ -30,6 +35,15 @@ class AdaptedWeights(NamedTuple):
     """Attached adapters by name."""
     originals: Mapping[str, Any] = {}
     """Parameters as they were before adapters were merged into them, by path: a `HostCopy`, or arrays on the host."""
+
+    def compute_digest(self) -> str:
+        """Return a hash of the first values of every array, which tells trained weights and adapters apart."""
+        digest = hashlib.sha256()
+        adapted = {name: (each.lora, each.scale) for name, each in self.adapters.items()}
+        for path, array in jax.tree_util.tree_leaves_with_path((self.params, adapted)):
+            values = np.asarray(to_host(array.ravel()[:_DIGEST_VALUES] if hasattr(array, "ravel") else array))
+            digest.update(jax.tree_util.keystr(path).encode() + values.tobytes())
+        return digest.hexdigest()[:16]
 
     def attach(self, name: str, adapter: Adapter) -> "AdaptedWeights":
         """Return the weights with a further adapter; its name gets a number if there is one of this name.

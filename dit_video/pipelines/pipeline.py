@@ -269,6 +269,10 @@ class Pipeline(TaskMethods, LoraLoader):
         denoiser = {name: count(part) for name, part in self._weights.params.items()}
         return {"autoencoder": self.codec.count_parameters()} | denoiser
 
+    def compute_digest(self) -> str:
+        """Return a hash that tells the denoiser's weights and adapters from others, of some values of every array."""
+        return self._weights.compute_digest()
+
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
         """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
 

@@ -22,6 +22,8 @@ from dit_video.training.hooks.logging import read_metrics
 
 _MAX_RECONSTRUCTIONS = 12
 """Maximum number of reconstructions on the page; the figures are computed over all."""
+_LEFT_OUT = ("protocol", "results", "samples")
+"""Parts of `metrics.json` that are no table: the protocol repeats the config."""
 _MAX_EXCLUDED = 100
 """Maximum number of excluded clips that a table on the page lists; the run's file has all."""
 
@@ -129,7 +131,7 @@ def _make_tables(evaluation: EvaluationResult) -> dict[str, Any]:
         }
         for name, (_, about, estimate) in evaluation.results.items()
     }
-    others = {name: part for name, part in evaluation.metrics.items() if part and name not in ("results", "samples")}
+    others = {name: part for name, part in evaluation.metrics.items() if part and name not in _LEFT_OUT}
     return {"results": rows, **others}
 
 

@@ -102,9 +102,9 @@ def make_extractor(
         examples = pixels.reshape(-1, *pixels.shape[2:]) if is_image else pixels
         rows = []
         for start in range(0, len(examples), batch):
-            part = examples[start : start + batch]
-            padded = np.pad(part, ((0, batch - len(part)), *[(0, 0)] * (part.ndim - 1)))
-            rows.append(np.asarray(apply(params, padded), np.float32)[: len(part)])
+            part: np.ndarray = examples[start : start + batch]
+            missing = np.zeros((batch - len(part), *part.shape[1:]), np.float32)
+            rows.append(np.asarray(apply(params, np.concatenate([part, missing])))[: len(part)])
         return np.array_split(np.concatenate(rows), len(pixels))
 
     return extract
@@ -113,10 +113,10 @@ def make_extractor(
 @jax.jit(static_argnames=("side", "has_aligned_corners"))
 def _resize(frames: Array, side: int, *, has_aligned_corners: bool) -> Array:
     shape = (frames.shape[0], side, side, 3)
-    scale = np.array([side / frames.shape[1], side / frames.shape[2]], np.float32)
-    translation = np.zeros(2, np.float32)
-    if has_aligned_corners:
-        scale = np.array([(side - 1) / max(1, length - 1) for length in frames.shape[1:3]], np.float32)
-        translation = (1 - scale) / 2
+    lengths = np.array(frames.shape[1:3])
+    scale = (side - 1) / np.maximum(1, lengths - 1) if has_aligned_corners else side / lengths
+    translation = (1 - scale) / 2 if has_aligned_corners else np.zeros(2)
     pixels = frames.astype(jnp.float32)
-    return jax.image.scale_and_translate(pixels, shape, (1, 2), scale, translation, "bilinear", antialias=False)
+    return jax.image.scale_and_translate(
+        pixels, shape, (1, 2), jnp.float32(scale), jnp.float32(translation), "bilinear", antialias=False
+    )

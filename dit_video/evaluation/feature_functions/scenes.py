@@ -53,8 +53,8 @@ class SceneFeatures(FeatureFunction):
     Clips of any number of frames are resized to 48×48 pixels.
     """
 
-    weights: str = str(SCENE_WEIGHTS)
-    """File of the classifier's weights."""
+    weights: str = ""
+    """File of the classifier's weights; those of the package if empty."""
 
     def load(self) -> OpenFeatures:
         """Read the weights.
@@ -62,11 +62,12 @@ class SceneFeatures(FeatureFunction):
         Raises:
           MissingError: the file does not exist.
         """
-        params = load(self.weights)
+        path = self.weights or SCENE_WEIGHTS
+        params = load(path)
         extract = make_extractor(
             lambda rngs: SceneClassifier(len(LABELS), rngs=rngs), params, NetworkInput(side=SIDE), batch=16
         )
-        return OpenFeatures(extract, make_identity("scene classifier", self.weights))
+        return OpenFeatures(extract, make_identity("scene classifier", path))
 
 
 def list_labels(scene: Scene) -> Float32[np.ndarray, " L"]:

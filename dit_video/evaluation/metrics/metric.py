@@ -161,6 +161,18 @@ class Metric(abc.ABC, Generic[MetricState]):
     def compute(self, state: MetricState) -> Mapping[str, MetricValue]:
         """Return the values that `describe` names; without examples their value is None."""
 
+    def open_weights(self) -> tuple[str, ...]:
+        """Read the weights that the metric needs, if any, and return their identities, which its values depend on.
+
+        By default these are the weights of the feature functions in its fields.
+
+        Raises:
+          MissingError: a file of weights does not exist.
+          UserError: it is of another network.
+        """
+        functions = [value for value in vars(self).values() if isinstance(value, FeatureFunction)]
+        return tuple(each.open().identity for each in functions)
+
     def list_examples(self, state: MetricState) -> Sequence[Mapping[str, float | bool]]:
         """Return values of every example by the names of `describe`, shown beside its picture; none by default."""
         return ()

@@ -1,0 +1,91 @@
+"""Sets of clips that an evaluation reads: samples of a model, or clips of the data, from folders of many kinds."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import read_json
+from dit_video.data.clips import ClipSource, is_ingested
+from dit_video.data.ingest.formats import list_clips
+from dit_video.evaluation.samples import PROMPTS_FILE
+from dit_video.video import Clip, decode
+
+
+class ClipSet(NamedTuple):
+    """Clips with names and captions, which are decoded one at a time."""
+
+    location: str
+    """Folder of the clips."""
+    names: tuple[str, ...]
+    captions: tuple[str, ...]
+    read: Callable[[int, float | None], Clip]
+    """Decodes a clip by its number, sampled at a rate in frames per second, or at its own if None."""
+
+
+def open_clip_set(folder: str | Path, *, split: str = "") -> ClipSet:
+    """Open the clips of a folder: samples, an ingested data set, or any folder that `tools/ingest.py` reads.
+
+    Args:
+      folder: the folder.
+      split: split of a data set; all of its clips if empty.
+
+    Raises:
+      MissingError: the folder does not exist.
+      UserError: it holds no clips, or none of this split.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MissingError(f"no such folder of clips: {folder}")
+    if (folder / PROMPTS_FILE).is_file():
+        return _open_samples(folder)
+    return _open_dataset(folder, split) if is_ingested(folder) else _open_files(folder, split)
+
+
+def hash_clip(clip: Clip) -> str:
+    """Return the SHA-256 of a clip's pixels and size."""
+    return hashlib.sha256(repr(clip.frames.shape).encode() + clip.frames.tobytes()).hexdigest()
+
+
+def _open_samples(folder: Path) -> ClipSet:
+    entries = read_json(folder / PROMPTS_FILE)
+    files = tuple(entry["file"] for entry in entries)
+
+    def read(index: int, fps: float | None) -> Clip:
+        return replace(decode(folder / files[index], fps=fps), caption=entries[index]["prompt"])
+
+    return ClipSet(str(folder), files, tuple(entry["prompt"] for entry in entries), read)
+
+
+def _open_dataset(folder: Path, split: str) -> ClipSet:
+    source = ClipSource(folder)
+    if split:
+        source = source.select_split(split)
+        _check_not_empty(len(source), folder, split)
+
+    def read(index: int, fps: float | None) -> Clip:
+        info, rate = source.infos[index], fps or source.infos[index].fps
+        count = 1 + int(info.seconds * rate + 1e-6)
+        clip = decode(source[index], frames=count, start=info.start, fps=rate)
+        return replace(clip, caption=info.caption)
+
+    names = tuple(info.name for info in source.infos)
+    return ClipSet(str(folder), names, tuple(info.caption for info in source.infos), read)
+
+
+def _open_files(folder: Path, split: str) -> ClipSet:
+    clips = [clip for clip in list_clips(folder).clips if split in ("", clip.split)]
+    _check_not_empty(len(clips), folder, split)
+    captions = tuple(clip.captions[0] if clip.captions else "" for clip in clips)
+
+    def read(index: int, fps: float | None) -> Clip:
+        return replace(decode(clips[index].read(), fps=fps), caption=captions[index])
+
+    return ClipSet(str(folder), tuple(clip.name for clip in clips), captions, read)
+
+
+def _check_not_empty(count: int, folder: Path, split: str) -> None:
+    if not count:
+        raise UserError(f"split={split!r} is invalid: {folder} has no clips of it. Name another split, or none")

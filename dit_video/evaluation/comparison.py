@@ -1,0 +1,165 @@
+"""Comparison of evaluations by one protocol: of several models, or of checkpoints of one."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import read_json
+from dit_video.evaluation.measure import METRICS_FILE
+from dit_video.evaluation.metrics.metric import MetricDescription
+from dit_video.evaluation.protocol import check_comparable
+
+_STEP = re.compile(r"(?:^|[_-])step[_-]?(\d+)$|^(\d+)$")
+
+
+class ComparedValue(NamedTuple):
+    """A value of one evaluation."""
+
+    value: float | None
+    interval: tuple[float, float] | None
+    examples: int
+
+
+class Comparison(NamedTuple):
+    """Values of several evaluations by one protocol."""
+
+    names: tuple[str, ...]
+    """Name of each evaluation: the end of its path that tells it from the others."""
+    steps: tuple[int, ...] | None
+    """Step of training of each, if all paths end with one, such as `step_2000`."""
+    descriptions: Mapping[str, MetricDescription]
+    """Descriptions of the values that all evaluations have, by name."""
+    values: Mapping[str, tuple[ComparedValue, ...]]
+    """Value of each evaluation, by name."""
+    left_out: tuple[str, ...]
+    """Names of values that some evaluations lack."""
+
+    def find_best(self, name: str) -> tuple[int, ...]:
+        """Return the numbers of the evaluations whose value may be the best: its interval reaches the best value's."""
+        better = self.descriptions[name].is_higher_better
+        known = [number for number, each in enumerate(self.values[name]) if each.value is not None]
+        if better is None or not known:
+            return ()
+        values = self.values[name]
+        best = sorted(known, key=lambda number: values[number].value or 0.0, reverse=better)[0]
+        return tuple(number for number in known if number == best or _overlap(values[number], values[best]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as JSON."""
+        rows = {name: [each._asdict() for each in self.values[name]] for name in self.values}
+        return {"names": list(self.names), "steps": self.steps, "values": rows, "left_out": list(self.left_out)}
+
+
+def compare(paths: Sequence[str | Path]) -> Comparison:
+    """Read evaluations and compare them.
+
+    Args:
+      paths: folders of `metrics.json`, or the files.
+
+    Raises:
+      MissingError: a file does not exist.
+      UserError: fewer than two, a file without a protocol, different protocols (the fields are named), or other weights
+        of a feature network.
+    """
+    files = [Path(path) if Path(path).is_file() else Path(path) / METRICS_FILE for path in paths]
+    if len(files) < 2:
+        raise UserError("a comparison needs at least two results. Name their folders")
+    for file in files:
+        if not file.is_file():
+            raise MissingError(f"no such result: {file}. Make it with experiments/evaluate.py")
+    records = [read_json(file) for file in files]
+    names = _shorten([str(file.parent) for file in files])
+    for file, record in zip(files, records, strict=True):
+        if not isinstance(record, dict) or "protocol" not in record or "results" not in record:
+            raise UserError(f"{file} has no protocol: it is of an older version or no result. Evaluate again")
+    for name, record in zip(names[1:], records[1:], strict=True):
+        check_comparable(_strip(records[0]), _strip(record), names=(names[0], name))
+    results = [{each["name"]: each for each in record["results"]} for record in records]
+    shared = [name for name in results[0] if all(name in each for each in results)]
+    if not shared:
+        raise UserError(f"{' and '.join(names)} have no value in common. Evaluate them with the same metrics")
+    _check_weights(names, records, shared)
+    descriptions = {name: _read_description(results[0][name]) for name in shared}
+    values = {
+        name: tuple(ComparedValue(each[name]["value"], each[name]["interval"], each[name]["count"]) for each in results)
+        for name in shared
+    }
+    left_out = tuple(dict.fromkeys(name for each in results for name in each if name not in shared))
+    return Comparison(tuple(names), _find_steps(names), descriptions, values, left_out)
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """Return the values as a table of text: a row for each, a star where it may be the best."""
+    rows = [["", *comparison.names]]
+    for name, about in comparison.descriptions.items():
+        best = comparison.find_best(name)
+        cells = [
+            format_value(about, each) + (" *" if number in best and len(best) < len(comparison.names) else "")
+            for number, each in enumerate(comparison.values[name])
+        ]
+        rows.append([about.label, *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if comparison.left_out:
+        lines.append(f"not of all evaluations: {', '.join(comparison.left_out)}")
+    return "\n".join(lines)
+
+
+def format_value(about: MetricDescription, each: ComparedValue) -> str:
+    """Return a value with its interval."""
+    if each.value is None:
+        return "none"
+    text = about.format_value(each.value)
+    if each.interval is None:
+        return text
+    return f"{text} ({' to '.join(about.format_value(bound) for bound in each.interval)})"
+
+
+def _overlap(first: ComparedValue, second: ComparedValue) -> bool:
+    if first.interval is None or second.interval is None:
+        return first.value == second.value
+    return first.interval[0] <= second.interval[1] and second.interval[0] <= first.interval[1]
+
+
+def _strip(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded protocol without the weights, which are compared for the shared values only."""
+    return {name: value for name, value in record["protocol"].items() if name != "weights"}
+
+
+def _check_weights(names: Sequence[str], records: Sequence[Mapping[str, Any]], shared: Sequence[str]) -> None:
+    first, *others = [record["protocol"].get("weights", {}) for record in records]
+    for name, weights in zip(names[1:], others, strict=True):
+        for values in first:
+            is_shared = values in weights and any(value in shared for value in values.split(", "))
+            if is_shared and weights[values] != first[values]:
+                raise UserError(
+                    f"{names[0]} and {name} are not comparable: {values} is of {', '.join(first[values])} there and of "
+                    f"{', '.join(weights[values])} here. Use the same weights"
+                )
+
+
+def _read_description(result: Mapping[str, Any]) -> MetricDescription:
+    return MetricDescription(
+        **{name: result[name] for name in MetricDescription.__dataclass_fields__ if name in result}
+    )
+
+
+def _shorten(paths: Sequence[str]) -> list[str]:
+    """Return the paths without the parts that all of them begin and end with."""
+    parts = [Path(path).parts for path in paths]
+    start, end = 0, 0
+    shortest = min(map(len, parts))
+    while start < shortest - 1 and len({each[start] for each in parts}) == 1:
+        start += 1
+    while end < shortest - start - 1 and len({each[len(each) - 1 - end] for each in parts}) == 1:
+        end += 1
+    return ["/".join(each[start : len(each) - end]) for each in parts]
+
+
+def _find_steps(names: Sequence[str]) -> tuple[int, ...] | None:
+    matches = [_STEP.search(name) for name in names]
+    if not all(matches):
+        return None
+    return tuple(int(next(filter(None, match.groups()))) for match in matches if match is not None)

@@ -1,0 +1,151 @@
+"""Evaluation of a model by a protocol: samples that are made once, or reconstructions, and their metrics."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.core.rng import make_generator
+from dit_video.distributed.gather import is_first_process
+from dit_video.evaluation.clip_set import ClipSet
+from dit_video.evaluation.measure import Measurement, measure
+from dit_video.evaluation.protocol import Protocol
+from dit_video.evaluation.protocols import SceneProtocol
+from dit_video.evaluation.sample_store import SampleStore
+from dit_video.evaluation.scene_set import SceneTruth, make_scene_set
+from dit_video.generation.request import Request
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+SAMPLES_FOLDER = "protocol_samples"
+Progress = Callable[[int], None]
+
+
+class ProtocolResult(NamedTuple):
+    """Result of a model's evaluation, with the clips that it was computed on."""
+
+    measurement: Measurement | None
+    """Results; None in processes other than the first one."""
+    protocol: Protocol
+    """Protocol with what the model determines."""
+    samples: ClipSet
+    real_clips: ClipSet | None
+
+
+def is_reconstruction(protocol: Protocol) -> bool:
+    """Return True for a protocol that compares clips with their reconstructions."""
+    return any("pairs" in metric.needs for metric in protocol.metrics)
+
+
+def evaluate_protocol(
+    pipeline: Pipeline,
+    protocol: Protocol,
+    folder: str | Path,
+    *,
+    data: ClipSet | None = None,
+    sampling_progress: Progress | None = None,
+    progress: Progress | None = None,
+    **sampling: Any,
+) -> ProtocolResult:
+    """Sample or reconstruct as a protocol says, compute its metrics, and write `metrics.json`.
+
+    Samples are in `protocol_samples/NAME` of the folder; those that exist are not made again, so that a run that was
+    killed goes on, and further metrics are computed on the same ones. In a run of several processes all of them call
+    this and sample; the first one measures and writes.
+
+    Args:
+      pipeline: the model.
+      protocol: what is sampled and measured.
+      folder: folder of the results.
+      data: clips of the data with captions; not needed for rendered scenes.
+      sampling_progress: called with the number of samples that exist.
+      progress: called with the number of clips that were measured.
+      sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
+
+    Raises:
+      UserError: no data, clips without captions, samples of other settings in the folder, or as `measure`.
+    """
+    folder, truths = Path(folder), tuple[SceneTruth, ...]()
+    if isinstance(protocol, SceneProtocol):
+        count = protocol.real_count or protocol.count or 1
+        data, truths = make_scene_set(count, seed=protocol.seed, levels=protocol.levels, sizes=protocol.sizes)
+    if data is None:
+        raise UserError(f"the protocol {protocol.name} needs clips of the data. Name their folder with --data")
+    if is_reconstruction(protocol):
+        protocol, samples = _reconstruct(pipeline, protocol, data)
+        recorded = {"autoencoder": config_json.to_json(pipeline.config.autoencoder)}
+    else:
+        requests, numbers = make_requests(pipeline, protocol, data, sizes=[truth.scene.size for truth in truths])
+        resolved = pipeline.resolve_sampling(**sampling)
+        recorded = {"sampling": config_json.to_json(resolved)}
+        settings = recorded | {"weights": pipeline.compute_digest(), "codec": [protocol.codec, protocol.crf]}
+        store = SampleStore(
+            folder / SAMPLES_FOLDER / protocol.name, requests, settings, suffix=protocol.codec, crf=protocol.crf
+        )
+        store.fill(pipeline, progress=sampling_progress, **sampling)
+        samples = store.open()
+        truths = tuple(truths[number] for number in numbers) if truths else ()
+    if not is_first_process():
+        return ProtocolResult(None, protocol, samples, data)
+    measurement = measure(
+        samples,
+        protocol,
+        folder,
+        real_clips=data,
+        is_reconstruction=is_reconstruction(protocol),
+        truths=truths,
+        recorded=recorded,
+        progress=progress,
+    )
+    return ProtocolResult(measurement, protocol, samples, data)
+
+
+def make_requests(
+    pipeline: Pipeline, protocol: Protocol, data: ClipSet, *, sizes: Sequence[Grid] = ()
+) -> tuple[list[Request], list[int]]:
+    """Return the requests of a protocol, and the number of the clip of the data whose caption each has.
+
+    Samples have the model's own height and width, and frames enough for those that are measured.
+
+    Args:
+      pipeline: the model.
+      protocol: the protocol.
+      data: clips with captions.
+      sizes: size for the caption of each clip instead.
+
+    Raises:
+      UserError: clips without captions, or a size that the model cannot generate.
+    """
+    if lacking := [name for name, caption in zip(data.names, data.captions, strict=True) if not caption]:
+        raise UserError(
+            f"{len(lacking)} of {len(data.names)} clips of {data.location} have no caption, such as {lacking[0]}. "
+            "Give them captions, or evaluate a folder of samples"
+        )
+    chosen = protocol.choose(len(data.names), protocol.count, purpose="prompts")
+    numbers = [chosen[index] for index in protocol.repeat_captions(len(chosen))]
+    default, stride = pipeline.config.size, pipeline.config.autoencoder.stride.t
+    frames = protocol.clips.frames or default.t
+    size = default._replace(t=1 + -(-(frames - 1) // stride) * stride)
+    seeds = make_generator(protocol.seed, "seeds of samples").integers(2**32, size=len(numbers)).tolist()
+    requests = [
+        Request(data.captions[number], sizes[number] if sizes else size, seed)
+        for number, seed in zip(numbers, seeds, strict=True)
+    ]
+    for request in requests:
+        pipeline.config.latent_grid(pipeline.config.resolve_size(request))
+    return requests, numbers
+
+
+def _reconstruct(pipeline: Pipeline, protocol: Protocol, data: ClipSet) -> tuple[Protocol, ClipSet]:
+    """Return the protocol with the autoencoder's step of sizes, and the reconstructions, made when they are read."""
+    stride = pipeline.config.autoencoder.stride
+    adapted = replace(protocol, clips=replace(protocol.clips, multiple=(stride.t, stride.h, stride.w)))
+
+    def read(index: int, fps: float | None) -> Clip:
+        original = adapted.clips.sample(data.read(index, fps), seed=adapted.seed, number=index)
+        return pipeline.codec.reconstruct(original)
+
+    return adapted, data._replace(location=f"reconstructions of {data.location}", read=read)

@@ -1,0 +1,155 @@
+"""Protocols: everything that a figure depends on besides the model, kept with every result."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from dit_video.core import config_json
+from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.rng import make_generator
+from dit_video.evaluation.metrics.metric import Metric
+from dit_video.video import Clip
+
+Filter = Literal["bilinear", "bicubic", "lanczos", "box"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSampling:
+    """Frames of clips that are measured.
+
+    Raises:
+      UserError: an empty size.
+    """
+
+    frames: int | None = None
+    """Number of frames; None for all frames of each clip."""
+    fps: float | None = None
+    """Frame rate that clips are sampled at; None for their own."""
+    start: Literal["first", "middle", "random"] = "first"
+    """Position of the frames in a longer clip."""
+    size: tuple[int, int] | None = None
+    """Height and width: the largest centred part of their aspect ratio is resized to them; None for each clip's own."""
+    filter: Filter = "bicubic"
+    """Filter of Pillow, which is wider where pictures become smaller (against aliasing)."""
+    multiple: tuple[int, int, int] = (1, 1, 1)
+    """Step of sizes: frames are 1 + k times the first number, heights and widths multiples of the others, as an
+    autoencoder needs it. What is more is cut off, of height and width on both sides."""
+
+    def __post_init__(self):
+        sides = self.size or (1, 1)
+        check_at_least(1, frames=self.frames or 1, size=min(sides), multiple=min(self.multiple))
+
+    def sample(self, clip: Clip, *, seed: int, number: int) -> Clip:
+        """Return the frames of a clip that are measured.
+
+        Args:
+          clip: the clip, already at the sampled rate.
+          seed: seed of random positions.
+          number: number of the clip in its set, of which the random position is a function.
+
+        Raises:
+          UserError: the clip has too few frames.
+        """
+        total, count = len(clip.frames), self.frames or len(clip.frames)
+        if total < count:
+            raise UserError(f"it has {total} frames, {count} are measured")
+        start = {"first": 0, "middle": (total - count) // 2}.get(self.start)
+        if start is None:
+            start = int(make_generator(seed, "start of a measured clip", number).integers(total - count + 1))
+        frames = clip.frames[start : start + count]
+        if self.size not in (None, frames.shape[1:3]):
+            frames = np.stack([self._resize(frame) for frame in frames])
+        return replace(clip, frames=np.ascontiguousarray(self._cut(frames)))
+
+    def _cut(self, frames: np.ndarray) -> np.ndarray:
+        """Return the frames in a multiple of the step of sizes.
+
+        Raises:
+          UserError: they are smaller than one.
+        """
+        t, *steps = self.multiple
+        if min(frames.shape[1] // steps[0], frames.shape[2] // steps[1]) < 1:
+            raise UserError(f"its {frames.shape[1]}x{frames.shape[2]} pixels are less than {steps[0]}x{steps[1]}")
+        slices = [slice(1 + (len(frames) - 1) // t * t)]
+        for length, step in zip(frames.shape[1:3], steps, strict=True):
+            margin = length % step
+            slices.append(slice(margin // 2, length - (margin - margin // 2)))
+        return frames[tuple(slices)]
+
+    def _resize(self, frame: np.ndarray) -> np.ndarray:
+        assert self.size is not None
+        (height, width), (rows, columns) = self.size, frame.shape[:2]
+        scale = min(rows / height, columns / width)
+        half_height, half_width = scale * height / 2, scale * width / 2
+        box = (columns / 2 - half_width, rows / 2 - half_height, columns / 2 + half_width, rows / 2 + half_height)
+        method = Image.Resampling[self.filter.upper()]
+        return np.asarray(Image.fromarray(frame).resize((width, height), method, box=box))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Everything that a figure depends on besides the model.
+
+    Raises:
+      UserError: fewer than one sample.
+    """
+
+    name: str
+    """Name in reports."""
+    metrics: tuple[Metric, ...]
+    """Metrics to compute."""
+    clips: ClipSampling = ClipSampling()
+    """Frames that are measured, of samples and of clips of the data."""
+    count: int | None = None
+    """Number of samples; None for one for each clip of the data."""
+    real_count: int | None = None
+    """Number of clips of the data; None for all."""
+    split: str = ""
+    """Split of the data; all of its clips if empty."""
+    codec: Literal["mp4", "webm"] = "mp4"
+    """Container of the samples' files, from which they are measured."""
+    crf: int | None = 10
+    """Quality of the samples' files, 0 (best) to 51; None for the default of written clips."""
+    seed: int = 0
+    """Seed of samples, of positions in longer clips and of the choice of clips."""
+    max_unreadable: float = 0.01
+    """Largest share of clips that may be unreadable or too short; these are named in the result."""
+
+    def __post_init__(self):
+        check_at_least(1, count=self.count or 1, real_count=self.real_count or 1)
+        if not 0 <= self.max_unreadable <= 1:
+            raise UserError(f"max_unreadable={self.max_unreadable} is invalid: it is a share. Use 0 to 1")
+
+    def choose(self, total: int, count: int | None, *, purpose: str) -> list[int]:
+        """Return the numbers of the clips to use, in order: all, or `count` different ones at random."""
+        if count is None or count >= total:
+            return list(range(total))
+        return sorted(make_generator(self.seed, purpose).choice(total, count, replace=False).tolist())
+
+    def repeat_captions(self, captions: int) -> list[int]:
+        """Return the number of the caption of each sample: every caption as often as another, give or take one."""
+        count = captions if self.count is None else self.count
+        rounds = math.ceil(count / max(1, captions))
+        return [number for _ in range(rounds) for number in range(captions)][:count]
+
+
+def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], *, names: tuple[str, str]) -> None:
+    """Check that two recorded protocols are equal, so that their figures may be compared.
+
+    Args:
+      first: `protocol` of one result's `metrics.json`.
+      second: that of the other.
+      names: names of the results in the message.
+
+    Raises:
+      UserError: they differ; the fields are named.
+    """
+    if difference := config_json.describe_difference(dict(first), dict(second), "protocol"):
+        raise UserError(
+            f"{names[0]} and {names[1]} are not comparable: {difference} (there: {names[0]}). "
+            "Evaluate both with one protocol"
+        )

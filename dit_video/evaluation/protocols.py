@@ -1,0 +1,169 @@
+"""Named protocols of published figures, and of the models of this repository."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dit_video.core.errors import UserError
+from dit_video.data.synthetic.scenes.draw import FREE_FRAMES, SIZES
+from dit_video.evaluation.feature_functions.c3d import C3dLogits
+from dit_video.evaluation.feature_functions.clip import ClipEmbeddings
+from dit_video.evaluation.feature_functions.feature_function import FeatureFunction
+from dit_video.evaluation.feature_functions.i3d import I3dFeatures
+from dit_video.evaluation.feature_functions.inception import InceptionFeatures
+from dit_video.evaluation.feature_functions.scenes import SceneFeatures
+from dit_video.evaluation.feature_functions.video_mae import VideoMaeFeatures
+from dit_video.evaluation.measure import WEIGHT_FIELDS
+from dit_video.evaluation.metrics.clip_similarity import ClipSimilarity
+from dit_video.evaluation.metrics.colourfulness import Colourfulness
+from dit_video.evaluation.metrics.dynamic_degree import DynamicDegree
+from dit_video.evaluation.metrics.frechet import FrechetMetric
+from dit_video.evaluation.metrics.inception import InceptionScore
+from dit_video.evaluation.metrics.kernel_inception import KernelMetric
+from dit_video.evaluation.metrics.metric import Metric
+from dit_video.evaluation.metrics.motion_smoothness import MotionSmoothness
+from dit_video.evaluation.metrics.multiscale_ssim import MultiscaleSsim
+from dit_video.evaluation.metrics.perceptual_distance import PerceptualDistance
+from dit_video.evaluation.metrics.precision_recall import PrecisionRecall
+from dit_video.evaluation.metrics.reconstruction import Psnr, Ssim
+from dit_video.evaluation.metrics.reconstruction_flicker import ReconstructionFlicker
+from dit_video.evaluation.metrics.sharpness import Sharpness
+from dit_video.evaluation.metrics.subject_consistency import SubjectConsistency
+from dit_video.evaluation.metrics.temporal_flicker import TemporalFlickering
+from dit_video.evaluation.metrics.text_retrieval import TextRetrieval
+from dit_video.evaluation.protocol import ClipSampling, Protocol
+from dit_video.evaluation.scene_metrics import SCENE_PROMPT_METRICS
+from dit_video.tokens import Grid
+
+FRAME_METRICS: tuple[Metric, ...] = (
+    TemporalFlickering(),
+    MotionSmoothness(),
+    DynamicDegree(),
+    Sharpness(),
+    Colourfulness(),
+)
+"""Metrics of samples that need neither weights nor clips of the data."""
+_FVD = FrechetMetric(features=I3dFeatures(), name="fvd", label="FVD")
+_FVD_VIDEO_MAE = FrechetMetric(features=VideoMaeFeatures(), name="fvd_video_mae", label="FVD (VideoMAE)")
+_FID = FrechetMetric(features=InceptionFeatures(), name="fid", label="FID of frames")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneProtocol(Protocol):
+    """A protocol on rendered scenes, which are drawn from its seed: captions, clips of the data and their truths."""
+
+    levels: tuple[int, ...] = (1, 2)
+    """Levels of the scenes."""
+    sizes: tuple[Grid, ...] = tuple(size for size in SIZES if size.t == FREE_FRAMES)
+    """Sizes of the scenes."""
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    # StyleGAN-V (arXiv 2112.14683, appendix): 2,048 clips of 16 frames at random positions, 256 pixels. Inception score
+    # as TGAN v2 (arXiv 1811.09245): 2,048 clips in one part, ten times with other samples, here in ten parts.
+    "ucf101": Protocol(
+        name="ucf101",
+        clips=ClipSampling(frames=16, start="random", size=(256, 256), filter="bilinear"),
+        count=2048,
+        real_count=2048,
+        split="train",
+        metrics=(
+            _FVD,
+            _FVD_VIDEO_MAE,
+            InceptionScore(logits=C3dLogits(), name="video_inception_score", label="Inception score of videos"),
+            PrecisionRecall(features=I3dFeatures()),
+        ),
+    ),
+    # One sample for the first caption of each of the 2,990 test videos, as Make-A-Video (arXiv 2209.14792, section 4.1)
+    # with one caption instead of 20.
+    "msrvtt": Protocol(
+        name="msrvtt",
+        clips=ClipSampling(frames=16, fps=8.0, start="middle", size=(256, 256)),
+        count=2990,
+        split="test",
+        metrics=(_FVD, _FID, KernelMetric(features=InceptionFeatures()), ClipSimilarity(), TextRetrieval()),
+    ),
+    "reconstruction": Protocol(
+        name="reconstruction",
+        clips=ClipSampling(frames=17),
+        metrics=(
+            Psnr(),
+            Ssim(),
+            MultiscaleSsim(),
+            PerceptualDistance(weights="weights/lpips.safetensors"),
+            ReconstructionFlicker(),
+            FrechetMetric(features=I3dFeatures(), name="rfvd", label="rFVD"),
+        ),
+    ),
+    "scenes": SceneProtocol(
+        name="scenes",
+        count=1024,
+        metrics=(
+            *SCENE_PROMPT_METRICS,
+            FrechetMetric(features=SceneFeatures(), name="scene_distance", label="Fréchet distance of scene features"),
+            KernelMetric(
+                features=SceneFeatures(), name="scene_kernel_distance", label="kernel distance of scene features"
+            ),
+            PrecisionRecall(features=SceneFeatures()),
+            *FRAME_METRICS,
+        ),
+        seed=10**6,
+    ),
+    "samples": Protocol(
+        name="samples",
+        metrics=(
+            *FRAME_METRICS,
+            SubjectConsistency(features=ClipEmbeddings()),
+            ClipSimilarity(),
+            TextRetrieval(),
+            _FVD,
+            _FVD_VIDEO_MAE,
+            _FID,
+        ),
+    ),
+}
+"""Protocols by name."""
+
+
+def get_protocol(
+    name: str, *, metrics: Sequence[str] = (), weights: Path | None = None, count: int | None = None
+) -> Protocol:
+    """Return a named protocol.
+
+    Args:
+      name: its name.
+      metrics: names of values; only the metrics that compute one of them are kept.
+      weights: folder of the files of weights, instead of `weights/`.
+      count: number of samples instead of its own; a figure of another number is not comparable.
+
+    Raises:
+      UserError: an unknown name, or a metric that the protocol does not have.
+    """
+    if name not in PROTOCOLS:
+        raise UserError(f"protocol={name!r} is invalid: there is no such protocol. Use one of {', '.join(PROTOCOLS)}")
+    protocol = PROTOCOLS[name]
+    if metrics:
+        known = {value: metric for metric in protocol.metrics for value in metric.describe()}
+        if unknown := [each for each in metrics if each not in known]:
+            rule = f"the protocol {name} computes no such value"
+            raise UserError(f"metrics={unknown[0]!r} is invalid: {rule}. Use some of {', '.join(known)}")
+        kept = [known[each] for each in metrics]
+        protocol = replace(protocol, metrics=tuple(metric for metric in protocol.metrics if metric in kept))
+    if count is not None:
+        protocol = replace(protocol, count=count)
+    if weights is not None:
+        protocol = replace(protocol, metrics=tuple(_move_weights(metric, weights) for metric in protocol.metrics))
+    return protocol
+
+
+def _move_weights(config: Any, folder: Path) -> Any:
+    """Return a metric or a feature function whose files of weights are in a folder."""
+    values: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if isinstance(value, FeatureFunction):
+            values[each.name] = _move_weights(value, folder)
+        elif each.name in WEIGHT_FIELDS and isinstance(value, str) and value:
+            values[each.name] = str(folder / Path(value).name)
+    return replace(config, **values)

@@ -1,0 +1,108 @@
+"""Samples that are made once: a file each, kept when a run is killed, and reused by all metrics."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.core.files import read_json, write_json
+from dit_video.distributed.gather import is_first_process
+from dit_video.distributed.processes import wait_for_main_process
+from dit_video.evaluation.clip_set import ClipSet
+from dit_video.generation.request import Request
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.video import Clip, decode
+
+SETTINGS_FILE = "settings.json"
+
+
+class SampleStore:
+    """A folder of samples: those that exist are not made again.
+
+    Args:
+      folder: folder of the samples.
+      requests: one request for each sample.
+      settings: JSON value of all that the samples depend on besides their requests: weights, sampler, codec.
+      suffix: suffix of clips of several frames; images are PNG files.
+      crf: quality of the clips.
+
+    Raises:
+      UserError: the folder holds samples of other requests or settings; the differences are named.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        requests: Sequence[Request],
+        settings: Any,
+        *,
+        suffix: str = "mp4",
+        crf: int | None = None,
+    ):
+        self.folder, self._requests, self._suffix, self._crf = Path(folder), tuple(requests), suffix, crf
+        listed = [{"prompt": each.prompt, "size": _to_list(each.size), "seed": each.seed} for each in requests]
+        # As it is read from its file, where tuples are lists.
+        expected = json.loads(json.dumps({"settings": settings, "requests": listed}))
+        path = self.folder / SETTINGS_FILE
+        if path.is_file():
+            if difference := config_json.describe_difference(read_json(path), expected):
+                raise UserError(
+                    f"{self.folder} holds samples that were made otherwise: {difference}. Use another folder, or "
+                    "remove this one"
+                )
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} holds other files than samples. Use another folder")
+        if is_first_process() and not path.is_file():
+            write_json(path, expected)
+
+    def get_path(self, number: int) -> Path:
+        """Return the file of a sample."""
+        size = self._requests[number].size
+        is_image = size is not None and size[0] == 1
+        return self.folder / f"{number:06d}.{'png' if is_image else self._suffix}"
+
+    def list_missing(self) -> list[int]:
+        """Return the numbers of the samples that do not exist yet."""
+        return [number for number in range(len(self._requests)) if not self.get_path(number).is_file()]
+
+    def fill(self, pipeline: Pipeline, *, progress: Callable[[int], None] | None = None, **sampling: Any) -> None:
+        """Make the samples that do not exist yet; each file is complete or absent.
+
+        In a run of several processes all of them call this; the first one decodes and writes.
+
+        Args:
+          pipeline: the model.
+          progress: called with the number of samples that exist.
+          sampling: overrides of the pipeline's own sampling.
+        """
+        wait_for_main_process()
+        missing, batch = self.list_missing(), max(1, 4 * pipeline.config.batch)
+        done = len(self._requests) - len(missing)
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            requests = [self._requests[number] for number in part]
+            latents = pipeline.generate_latents(requests, **sampling)
+            if is_first_process():
+                for number, clip in zip(part, pipeline.decode_many(latents, requests), strict=True):
+                    clip.save(self.get_path(number), crf=self._crf if len(clip.frames) > 1 else None)
+            done += len(part)
+            if progress is not None:
+                progress(done)
+        wait_for_main_process()
+
+    def open(self) -> ClipSet:
+        """Return the samples as a set of clips."""
+        names = tuple(self.get_path(number).name for number in range(len(self._requests)))
+        captions = tuple(each.prompt for each in self._requests)
+
+        def read(index: int, fps: float | None) -> Clip:
+            return replace(decode(self.folder / names[index], fps=fps), caption=captions[index])
+
+        return ClipSet(str(self.folder), names, captions, read)
+
+
+def _to_list(size: Any) -> list[int] | None:
+    return None if size is None else list(size)

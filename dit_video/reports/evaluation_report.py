@@ -1,0 +1,165 @@
+"""Page of an evaluation by a protocol: table, samples, best and worst ones by metric, real clips beside."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.evaluation.clip_set import ClipSet
+from dit_video.evaluation.measure import Measurement
+from dit_video.evaluation.metrics.metric import MetricDescription
+from dit_video.evaluation.protocol import Protocol
+from dit_video.reports.contents import Figure, Reconstruction, Report, Sample
+from dit_video.reports.report import write_report
+from dit_video.video import Clip
+
+_SAMPLES, _EXTREMES, _RECONSTRUCTIONS = 8, 2, 6
+"""Numbers of samples, of best and worst samples by each metric, and of reconstructions on the page."""
+
+
+def write_evaluation_report(
+    path: str | Path,
+    measurement: Measurement,
+    protocol: Protocol,
+    samples: ClipSet,
+    *,
+    title: str,
+    real_clips: ClipSet | None = None,
+    is_reconstruction: bool = False,
+) -> None:
+    """Write the page.
+
+    Args:
+      path: HTML file.
+      measurement: results of the metrics.
+      protocol: what was measured.
+      samples: clips that were measured.
+      title: headline of the page.
+      real_clips: clips of the data.
+      is_reconstruction: each sample is a reconstruction of the clip of the data with its number.
+    """
+    reader = _Reader(samples, protocol)
+    record = measurement.record
+    skipped = "".join(f" Not computed: {name} ({reason})." for name, reason in measurement.skipped.items())
+    report = Report(
+        title=title,
+        summary=f"Protocol {protocol.name}, {record['samples']} clips of {samples.location}.{skipped}",
+        figures=_make_figures(measurement),
+        samples=() if is_reconstruction else _make_samples(reader, measurement, real_clips),
+        reconstructions=_make_reconstructions(reader, measurement, real_clips) if is_reconstruction else (),
+        metrics={"results": _make_table(measurement), "excluded clips": record["excluded"]},
+        config=record["protocol"],
+    )
+    write_report(path, report)
+
+
+class _Reader:
+    """Clips of a set as the protocol samples them, by number or name."""
+
+    def __init__(self, clips: ClipSet, protocol: Protocol):
+        self.clips, self._protocol = clips, protocol
+        self.numbers = {name: number for number, name in enumerate(clips.names)}
+
+    def read(self, number: int) -> Clip | None:
+        sampling = self._protocol.clips
+        try:
+            clip = self.clips.read(number, sampling.fps)
+            return sampling.sample(clip, seed=self._protocol.seed, number=number)
+        except (DecodeError, UserError, OSError):
+            return None  # it is named among the excluded clips
+
+
+def _make_figures(measurement: Measurement) -> tuple[Figure, ...]:
+    figures = []
+    for _, about, estimate in measurement.results.values():
+        if not about.is_headline or estimate.value is None:
+            continue
+        interval = f"95 % interval {about.format_interval(estimate)}" if estimate.interval else ""
+        note = "; ".join(filter(None, (interval, f"{estimate.count} examples", estimate.note, about.explanation)))
+        share = estimate.value if about.unit == "%" else None
+        figures.append(Figure(label=about.label, value=about.format_value(estimate.value), note=note, share=share))
+    return tuple(figures)
+
+
+def _make_table(measurement: Measurement) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "value": None if estimate.value is None else about.format_value(estimate.value, is_precise=True),
+            "95 % interval": about.format_interval(estimate, is_precise=True) or None,
+            "count": estimate.count,
+            "better": {True: "higher", False: "lower", None: None}[about.is_higher_better],
+            "meaning": ": ".join(filter(None, (about.label, about.explanation))),
+            "note": estimate.note or None,
+        }
+        for name, (_, about, estimate) in measurement.results.items()
+    }
+
+
+def _make_samples(reader: _Reader, measurement: Measurement, real_clips: ClipSet | None) -> tuple[Sample, ...]:
+    """Return the first samples, then the best and worst by metric, then clips of the data."""
+    shown: dict[str, str] = dict.fromkeys(list(measurement.examples)[:_SAMPLES], "")
+    for name, _, about in _list_extremes(measurement):
+        shown[name] = " · ".join(filter(None, (shown.get(name, ""), about)))
+    samples = []
+    for name, remark in shown.items():
+        if (clip := reader.read(reader.numbers[name])) is not None:
+            values = measurement.examples.get(name, {})
+            verdict = {key: value for key, value in values.items() if isinstance(value, bool)}
+            prompt = clip.caption or name
+            samples.append(Sample(clip=clip, prompt=prompt, note=remark or name, verdict=verdict))
+    if real_clips is not None:
+        real = _Reader(real_clips, reader._protocol)
+        for number in range(min(_SAMPLES, len(real_clips.names))):
+            if (clip := real.read(number)) is not None:
+                samples.append(
+                    Sample(clip=clip, prompt=clip.caption or real_clips.names[number], note="clip of the data")
+                )
+    return tuple(samples)
+
+
+def _list_extremes(measurement: Measurement) -> list[tuple[str, float, str]]:
+    """Return the best and worst samples by each metric of single samples: names, values and remarks."""
+    extremes = []
+    for metric, (_, about, _) in measurement.results.items():
+        values = {
+            name: float(row[metric])
+            for name, row in measurement.examples.items()
+            if metric in row and not isinstance(row[metric], bool)
+        }
+        if about.is_higher_better is None or len(values) < 2 * _EXTREMES:
+            continue
+        order = sorted(values, key=lambda name: values[name], reverse=about.is_higher_better)
+        for word, names in (("best", order[:_EXTREMES]), ("worst", order[-_EXTREMES:])):
+            extremes += [(name, values[name], _describe(word, about, values[name])) for name in names]
+    return extremes
+
+
+def _describe(word: str, about: MetricDescription, value: float) -> str:
+    return f"{word} {about.label}: {about.format_value(value)}"
+
+
+def _make_reconstructions(
+    reader: _Reader, measurement: Measurement, originals: ClipSet | None
+) -> tuple[Reconstruction, ...]:
+    """Return the first clips, and the best and worst by each metric, with their reconstructions."""
+    assert originals is not None  # reconstructions are of clips of the data
+    real = _Reader(originals, reader._protocol)
+    extremes = {name: about for name, _, about in _list_extremes(measurement)}
+    names = dict.fromkeys([*list(measurement.examples)[:_RECONSTRUCTIONS], *extremes])
+    pairs: list[Reconstruction] = []
+    for name in names:
+        number = reader.numbers[name]
+        original, decoded = real.read(real.numbers.get(name, number)), reader.read(number)
+        if original is None or decoded is None:
+            continue
+        values = _format_values(measurement.examples.get(name, {}), measurement)
+        label = f"{name} · {extremes[name]}" if name in extremes else name
+        pairs.append(Reconstruction(original=original, decoded=decoded, values=values, name=label))
+    return tuple(pairs)
+
+
+def _format_values(values: Mapping[str, float], measurement: Measurement) -> dict[str, str]:
+    descriptions: Sequence[tuple[MetricDescription, float]] = [
+        (measurement.results[name].description, value) for name, value in values.items()
+    ]
+    return {about.label: about.format_value(value) for about, value in descriptions}

@@ -1,0 +1,130 @@
+"""Metrics of folders of clips by a protocol, and what is said of clips and weights that are missing."""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.registry import register
+from dit_video.evaluation.clip_set import open_clip_set
+from dit_video.evaluation.feature_functions.i3d import I3dFeatures
+from dit_video.evaluation.measure import measure
+from dit_video.evaluation.metrics.frechet import FrechetMetric
+from dit_video.evaluation.metrics.metric import MeanMetric, MetricDescription
+from dit_video.evaluation.metrics.precision_recall import PrecisionRecall
+from dit_video.evaluation.metrics.reconstruction import Psnr
+from dit_video.evaluation.protocol import ClipSampling, Protocol
+from dit_video.video import Clip
+from support.colour_features import ColourFeatures, draw_clips
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Brightness(MeanMetric):
+    """Mean value of all pixels."""
+
+    needs, name = ("samples",), "brightness"
+    description = MetricDescription(label="brightness")
+
+    def measure(self, batch):
+        return [float(clip.frames.mean(axis=(0, 1, 2, 3))) for clip in batch.samples]
+
+
+PROTOCOL = Protocol(name="test", metrics=(Psnr(), PrecisionRecall(features=ColourFeatures())))
+
+
+def write_clips(folder, clips):
+    folder.mkdir()
+    for number, clip in enumerate(clips):
+        replace(clip, frames=clip.frames.repeat(4, axis=1).repeat(4, axis=2)).save(folder / f"{number:03d}.mp4", crf=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clips")
+    return write_clips(root / "a", draw_clips(20, seed=0)), write_clips(root / "b", draw_clips(24, seed=1))
+
+
+def test_values_are_those_of_the_written_clips(folders, tmp_path):
+    protocol = replace(PROTOCOL, metrics=(Brightness(), PrecisionRecall(features=ColourFeatures())))
+    samples, real_clips = map(open_clip_set, folders)
+    result = measure(samples, protocol, tmp_path, real_clips=real_clips)
+    expected = np.mean([samples.read(number, None).frames.mean(axis=(0, 1, 2, 3)) for number in range(20)])
+    assert result.results["brightness"].estimate.value == pytest.approx(expected)
+    assert result.results["precision"].estimate.count == 20
+    assert result.results["recall"].estimate.count == 24
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["protocol"]["weights"] == {"precision, recall": ["mean colours"]}
+    assert record["protocol"]["config"]["name"] == "test"
+    assert list(record["examples"]) == [f"{number:03d}.mp4" for number in range(20)]
+    assert record["examples"]["003.mp4"]["brightness"] == pytest.approx(
+        samples.read(3, None).frames.mean(axis=(0, 1, 2, 3))
+    )
+
+
+def test_the_record_names_the_pixels_of_the_data_not_their_folder(folders, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(folders[1], copied)
+    digests = []
+    for data in (folders[1], copied, folders[0]):
+        measure(open_clip_set(folders[0]), PROTOCOL, tmp_path, real_clips=open_clip_set(data))
+        digests.append(json.loads((tmp_path / "metrics.json").read_text())["protocol"]["data"])
+    assert digests[0] == digests[1] != digests[2]
+    assert str(folders[1]) not in (tmp_path / "metrics.json").read_text()
+
+
+def test_reconstructions_are_compared_with_the_originals_of_their_names(folders, tmp_path):
+    protocol = replace(PROTOCOL, metrics=(Psnr(), PrecisionRecall(features=ColourFeatures())))
+    same = measure(
+        open_clip_set(folders[0]), protocol, tmp_path, real_clips=open_clip_set(folders[0]), is_reconstruction=True
+    )
+    assert same.results["psnr"].estimate.value == 100
+    assert same.results["recall"].estimate.value == 1
+    fewer = tmp_path / "fewer"
+    shutil.copytree(folders[0], fewer)
+    (fewer / "007.mp4").unlink()
+    with pytest.raises(UserError, match=r"1 of 20 reconstructions have no original.*007\.mp4"):
+        measure(open_clip_set(folders[0]), protocol, tmp_path, real_clips=open_clip_set(fewer), is_reconstruction=True)
+
+
+def test_metrics_without_weights_or_inputs_are_named_and_the_others_computed(folders, tmp_path):
+    missing = FrechetMetric(features=I3dFeatures(weights=str(tmp_path / "i3d.safetensors")), name="fvd", label="FVD")
+    protocol = replace(PROTOCOL, metrics=(Brightness(), missing, Psnr()))
+    result = measure(open_clip_set(folders[0]), protocol, tmp_path, real_clips=open_clip_set(folders[1]))
+    assert set(result.results) == {"brightness"}
+    assert "i3d.safetensors" in result.skipped["fvd, fvd_half, fvd_limit"]
+    assert "--data" in result.skipped["psnr"]
+    with pytest.raises(UserError, match=r"no metric of the protocol test can be computed: fvd.*i3d\.safetensors"):
+        measure(
+            open_clip_set(folders[0]),
+            replace(protocol, metrics=(missing,)),
+            tmp_path,
+            real_clips=open_clip_set(folders[1]),
+        )
+
+
+def test_unreadable_and_short_clips_are_named_and_too_many_are_an_error(folders, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders[0], damaged)
+    (damaged / "004.mp4").write_bytes(b"no video")
+    Clip(np.zeros((1, 16, 16, 3), np.uint8), fps=8).save(damaged / "005.mp4")
+    protocol = replace(PROTOCOL, metrics=(Brightness(),), clips=ClipSampling(frames=3), max_unreadable=0.1)
+    result = measure(open_clip_set(damaged), protocol, tmp_path)
+    assert result.results["brightness"].estimate.count == 18
+    excluded = result.record["excluded"][str(damaged)]
+    assert set(excluded) == {"004.mp4", "005.mp4"}
+    assert "1 frames, 3 are measured" in excluded["005.mp4"]
+    with pytest.raises(UserError, match=r"1 of 20 clips.*max_unreadable=0\.01.*004\.mp4"):
+        measure(open_clip_set(damaged), replace(protocol, max_unreadable=0.01), tmp_path)
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(MissingError, match="no such folder of clips"):
+        open_clip_set(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no clips"):
+        open_clip_set(tmp_path / "empty")
