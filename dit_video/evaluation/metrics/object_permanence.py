@@ -10,7 +10,7 @@ from dit_video.data.synthetic.scenes import Scene
 from dit_video.evaluation.metrics.law_metric import MAX_RESIDUAL, LawMetric
 from dit_video.evaluation.metrics.metric import MetricDescription
 from dit_video.evaluation.metrics.motion_fits import fit_motion
-from dit_video.evaluation.metrics.scene_objects import ObjectTrack, select_whole_frames
+from dit_video.evaluation.metrics.scene_objects import ObjectTrack
 from dit_video.video import Clip
 
 _MIN_FRAMES = 3
@@ -25,8 +25,9 @@ _MAX_DISTANCE = 0.08
 class ObjectPermanence(LawMetric):
     """Share of samples whose object is hidden by the post and reappears where uniform motion puts it.
 
-    A line is fitted to the centroids before the object is hidden, from frames that show all of it, and continued. Start
-    and velocity are those of the sample, so that a sample of a caption, or after a known first frame, is judged alike.
+    A line is fitted to the centroids before the object reaches the post, and continued behind it. The post and the
+    object's radius are the scene's; start and velocity are those of the sample, not compared with the scene's, so that
+    samples after known first frames are judged alike however the object moves.
     A reversed clip keeps the law too; an object that vanishes, waits behind the post, turns back, comes out elsewhere,
     or passes in front does not.
     """
@@ -45,11 +46,14 @@ class ObjectPermanence(LawMetric):
     def keeps_law(self, clip: Clip, scene: Scene, tracks: Sequence[ObjectTrack]) -> bool:
         """Return whether the object reappears where uniform motion puts it."""
         side, (track,), post = min(clip.height, clip.width), tracks, scene.occluder
-        frames = select_whole_frames(track)
-        if post is None or not len(frames):
+        if post is None:
             return False
-        first_side = np.sign(track.centre[frames[0], 1] - post.column)
-        is_before = np.sign(track.centre[frames, 1] - post.column) == first_side
+        distance_from_post = track.centre[:, 1] - post.column
+        is_whole = np.abs(distance_from_post) >= post.half_width + scene.objects[0].radius  # False for nan
+        frames = np.flatnonzero(track.is_visible & is_whole)
+        if not len(frames):
+            return False
+        is_before = np.sign(distance_from_post[frames]) == np.sign(distance_from_post[frames[0]])
         before, after = frames[is_before], frames[~is_before]
         if min(len(before), len(after)) < _MIN_FRAMES or before[-1] > after[0]:
             return False
