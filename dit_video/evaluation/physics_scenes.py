@@ -154,7 +154,8 @@ def _draw_bounce(generator: np.random.Generator, scene: Scene) -> Scene | None:
         return None
     each = next(_draw_objects(generator, scene, shapes=("circle",), sizes=("small", "large")))
     axis, is_far = int(generator.integers(2)), bool(generator.integers(2))
-    angle = generator.uniform(-1.0, 1.0)
+    # At a right angle to the wall a reflection is the way back.
+    angle = generator.uniform(0.25, 1.0) * (1 if generator.integers(2) else -1)
     velocity = side * generator.uniform(0.3, 0.5) * np.array([np.cos(angle), np.sin(angle)])
     velocity = velocity[[axis, 1 - axis]] * np.where(np.arange(2) == axis, 1 if is_far else -1, 1)
     contact = generator.uniform((0, 0), scene.size[1:])

@@ -27,9 +27,9 @@ class ObjectPermanence(LawMetric):
 
     A line is fitted to the centroids before the object reaches the post, and continued behind it. The post and the
     object's radius are the scene's; start and velocity are those of the sample, not compared with the scene's, so that
-    samples after known first frames are judged alike however the object moves.
-    A reversed clip keeps the law too; an object that vanishes, waits behind the post, turns back, comes out elsewhere,
-    or passes in front does not.
+    samples after a known first frame, which shows the post, are judged alike however the object moves. A reversed clip
+    keeps the law too; an object that vanishes, waits behind the post, turns back, comes out elsewhere, or passes in
+    front does not.
     """
 
     law = "permanence"

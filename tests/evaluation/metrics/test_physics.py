@@ -236,6 +236,34 @@ def test_laws_that_do_not_know_the_direction_of_time_hold_in_reverse(law):
     assert get_share(law, clips, truths) == 1
 
 
+def test_an_object_in_front_of_the_post_is_not_hidden():
+    truths = get_truths("permanence")
+    scenes = [replace(truth.scene, occluder=replace(truth.scene.occluder, depth=2.0)) for truth in truths]
+    assert get_share("permanence", [render(scene).clip for scene in scenes], truths) == 0
+
+
+def test_the_mass_of_a_disc_is_the_square_of_its_radius():
+    """Discs of different radii that exchange momentum as if their masses were equal do not keep the law."""
+    truths = [
+        truth
+        for truth in make_physics_truths("collision", count=24, seed=6, sizes=[Grid(17, 48, 72)])
+        if {each.size for each in truth.scene.objects} == {"small", "large"}
+    ][:6]
+    clips = []
+    for truth in truths:
+        scene = truth.scene
+        centres, frame = get_centres(scene).copy(), find_contact(scene)
+        velocities = np.array([each.velocity for each in scene.objects])
+        event = simulate(scene).events[0]
+        places = np.array([each.start for each in scene.objects]) + velocities * event.seconds
+        normal = (places[1] - places[0]) / np.hypot(*(places[1] - places[0]))
+        after = exchange_momentum(velocities, np.ones(2), normal)
+        seconds = np.arange(frame, scene.size.t) / scene.fps - event.seconds
+        centres[frame:] = places + seconds[:, None, None] * after
+        clips.append(render_motion(scene, centres))
+    assert get_share("collision", clips, truths) < 0.2
+
+
 @pytest.mark.parametrize("law", LAWS)
 def test_clips_without_objects_do_not_keep_the_law(law):
     truths = get_truths(law, 2)
