@@ -18,11 +18,12 @@ from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.collection import MetricCollection, MetricResult
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, Metric, MetricBatch
-from dit_video.evaluation.requests import EvaluationClips
+from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
 from dit_video.evaluation.samples import SavedSample, check_replaceable, read_samples, write_samples
 from dit_video.generation import Sampling
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.training.hooks.logging import Progress
+from dit_video.video import Clip
 
 _BATCH = 16
 """Number of examples that metrics get at once."""
@@ -88,28 +89,64 @@ def evaluate(
     if not is_measuring:
         return EvaluationResult({}, {}, [], [], [])
     seconds, samples = round(time.perf_counter() - start_time, 1), read_samples(folder / "samples")
+    _update_samples(collection, requests, [sample.clip for sample in samples], pipeline)
+    metrics = {
+        "protocol": _describe_protocol(config, resolved, seed),
+        "parameters": pipeline.count_parameters(),
+        "sampling": {"samples": len(requests), "seed": seed, **_describe_sampling(resolved), "seconds": seconds},
+    }
+    result = EvaluationResult(metrics, {}, reconstructions, samples, [each.is_trained_caption for each in requests])
+    return _write_results(folder, collection, result)
+
+
+def measure_samples(
+    evaluation: Evaluation,
+    requests: Sequence[EvaluationRequest],
+    clips: Sequence[Clip],
+    folder: str | Path,
+    *,
+    sampling: Sampling,
+    seed: int = 0,
+) -> dict[str, MetricResult]:
+    """Compute the metrics of samples in memory that need neither the model nor reconstructions, and write them.
+
+    Args:
+      evaluation: metrics.
+      requests: requests of the samples.
+      clips: the samples.
+      folder: folder of `metrics.json`.
+      sampling: how the samples were made.
+      seed: seed of the requests.
+    """
+    metrics = [metric for metric in evaluation.metrics if PROMPT_NEEDS.issuperset(metric.needs)]
+    collection = MetricCollection(metrics)
+    _update_samples(collection, requests, clips)
+    content = {"protocol": _describe_protocol(evaluation, sampling, seed)}
+    return _write_results(Path(folder), collection, EvaluationResult(content, {}, [], [], [])).results
+
+
+def _describe_protocol(evaluation: Evaluation, sampling: Sampling, seed: int) -> dict[str, Any]:
+    """Return all that the values depend on besides the model."""
+    return {"config": config_json.to_json(evaluation), "sampling": config_json.to_json(sampling), "seed": seed}
+
+
+def _update_samples(
+    collection: MetricCollection,
+    requests: Sequence[EvaluationRequest],
+    clips: Sequence[Clip],
+    pipeline: Pipeline | None = None,
+) -> None:
     needs_references = "references" in collection.needs
-    for start in range(0, len(samples), _BATCH):
+    for start in range(0, len(clips), _BATCH):
         part = requests[start : start + _BATCH]
         batch = MetricBatch(
-            samples=[sample.clip for sample in samples[start : start + _BATCH]],
+            samples=clips[start : start + _BATCH],
             prompts=[each.request.prompt for each in part],
             references=[each.read_reference() for each in part] if needs_references else (),
             scenes=[each.scene for each in part],
             pipeline=pipeline,
         )
         collection.update(batch)
-    metrics = {
-        "protocol": {
-            "config": config_json.to_json(config),
-            "sampling": config_json.to_json(resolved),
-            "seed": seed,
-        },
-        "parameters": pipeline.count_parameters(),
-        "sampling": {"samples": len(requests), "seed": seed, **_describe_sampling(resolved), "seconds": seconds},
-    }
-    result = EvaluationResult(metrics, {}, reconstructions, samples, [each.is_trained_caption for each in requests])
-    return _write_results(folder, collection, result)
 
 
 def _measure_reconstructions(

@@ -21,7 +21,7 @@ from dit_video.tokens import Grid
 from dit_video.video import Clip
 
 SAMPLES_FOLDER = "protocol_samples"
-Progress = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
 class ProtocolResult(NamedTuple):
@@ -46,8 +46,8 @@ def evaluate_protocol(
     folder: str | Path,
     *,
     data: ClipSet | None = None,
-    sampling_progress: Progress | None = None,
-    progress: Progress | None = None,
+    sampling_progress: OnProgress | None = None,
+    progress: OnProgress | None = None,
     **sampling: Any,
 ) -> ProtocolResult:
     """Sample or reconstruct as a protocol says, compute its metrics, and write `metrics.json`.

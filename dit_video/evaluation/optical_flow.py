@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError
 
 MIN_FLOW_SIDE = 144
 """Shorter side in pixels to which smaller frames are enlarged by a whole number.
@@ -25,9 +25,9 @@ def estimate_flow(
     """Return the rows and columns in pixels by which the content of each pixel moves to the second frame.
 
     Raises:
-      UserError: OpenCV is not installed.
+      MissingError: OpenCV is not installed.
     """
-    cv2 = _import_opencv()
+    cv2 = import_opencv()
     height, width = first.shape[:2]
     factor = max(1, -(-MIN_FLOW_SIDE // min(height, width)))
     frames = [cv2.cvtColor(np.ascontiguousarray(each), cv2.COLOR_RGB2GRAY) for each in (first, second)]
@@ -50,9 +50,9 @@ def warp_backward(
     Positions outside of the frame have the value of the nearest pixel inside.
 
     Raises:
-      UserError: OpenCV is not installed.
+      MissingError: OpenCV is not installed.
     """
-    cv2 = _import_opencv()
+    cv2 = import_opencv()
     height, width = frame.shape[:2]
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     x, y = (columns + flow[..., 1]).astype(np.float32), (rows + flow[..., 0]).astype(np.float32)
@@ -68,16 +68,21 @@ def interpolate_middle(
     averaged. There is no network, and no mask of hidden pixels.
 
     Raises:
-      UserError: OpenCV is not installed.
+      MissingError: OpenCV is not installed.
     """
     to_second = (estimate_flow(first, second) - estimate_flow(second, first)) / 4
     warped = (warp_backward(first, -to_second) + warp_backward(second, to_second)) / 2
     return np.clip(np.rint(warped), 0, 255).astype(np.uint8)
 
 
-def _import_opencv() -> Any:
+def import_opencv() -> Any:
+    """Return the module `cv2`.
+
+    Raises:
+      MissingError: it is not installed.
+    """
     try:
         import cv2
     except ModuleNotFoundError as error:
-        raise UserError(f"optical flow needs OpenCV ({error}); run pip install -e '.[ingest]'") from error
+        raise MissingError(f"optical flow needs OpenCV ({error}); run pip install -e '.[ingest]'") from error
     return cv2

@@ -12,7 +12,8 @@ excluded_clips.json       the clips that cannot be used, with the reasons, if th
 stages/NAME/              latents, rows.json and excluded_clips.json of a stage of the curriculum
 NAME/                     outputs of a stage of another package
 denoiser/                 checkpoints, metrics.jsonl, rows.json (content of an epoch), skipped.jsonl (non-finite
-                          steps); snapshots/, samples/, tensorboard/, as the config says
+                          steps); snapshots/, samples/, evaluations/, tensorboard/, as the config
+                          says
 adapter.safetensors       the trained adapter, if any, under our names
 pytorch_lora_weights.safetensors   the adapter of a Wan, under diffusers' names
 transformer/              all weights of a trained Wan, as diffusers reads them; transformer_2/ for its second expert

@@ -36,6 +36,8 @@ class Sample:
     """Judgement of each attribute, `{"colour": True}`; empty without a judge."""
     note: str = ""
     """Line of small print, such as the seed."""
+    group: str = ""
+    """Heading under which the page shows the sample, with others of its length."""
 
 
 @dataclass(frozen=True, kw_only=True)

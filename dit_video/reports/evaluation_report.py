@@ -40,14 +40,18 @@ def write_evaluation_report(
     """
     reader = _Reader(samples, protocol)
     record = measurement.record
-    skipped = "".join(f" Not computed: {name} ({reason})." for name, reason in measurement.skipped.items())
+    tables = {
+        "results": _make_table(measurement),
+        "not computed": measurement.skipped,
+        "excluded clips": record["excluded"],
+    }
     report = Report(
         title=title,
-        summary=f"Protocol {protocol.name}, {record['samples']} clips of {samples.location}.{skipped}",
+        summary=f"Protocol {protocol.name}, {record['samples']} clips of {samples.location}.",
         figures=_make_figures(measurement),
         samples=() if is_reconstruction else _make_samples(reader, measurement, real_clips),
         reconstructions=_make_reconstructions(reader, measurement, real_clips) if is_reconstruction else (),
-        metrics={"results": _make_table(measurement), "excluded clips": record["excluded"]},
+        metrics={name: table for name, table in tables.items() if table},
         config=record["protocol"],
     )
     write_report(path, report)
@@ -97,22 +101,23 @@ def _make_table(measurement: Measurement) -> dict[str, dict[str, Any]]:
 
 def _make_samples(reader: _Reader, measurement: Measurement, real_clips: ClipSet | None) -> tuple[Sample, ...]:
     """Return the first samples, then the best and worst by metric, then clips of the data."""
-    shown: dict[str, str] = dict.fromkeys(list(measurement.examples)[:_SAMPLES], "")
+    remarks: dict[str, str] = dict.fromkeys(list(measurement.examples)[:_SAMPLES], "")
     for name, _, about in _list_extremes(measurement):
-        shown[name] = " · ".join(filter(None, (shown.get(name, ""), about)))
+        remarks[name] = " · ".join(filter(None, (remarks.get(name, ""), about)))
     samples = []
-    for name, remark in shown.items():
+    for name, remark in remarks.items():
         if (clip := reader.read(reader.numbers[name])) is not None:
             values = measurement.examples.get(name, {})
             verdict = {key: value for key, value in values.items() if isinstance(value, bool)}
             prompt = clip.caption or name
-            samples.append(Sample(clip=clip, prompt=prompt, note=remark or name, verdict=verdict))
+            group = "Best and worst" if remark else "Samples"
+            samples.append(Sample(clip=clip, prompt=prompt, note=remark or name, verdict=verdict, group=group))
     if real_clips is not None:
         real = _Reader(real_clips, reader._protocol)
         for number in range(min(_SAMPLES, len(real_clips.names))):
             if (clip := real.read(number)) is not None:
                 samples.append(
-                    Sample(clip=clip, prompt=clip.caption or real_clips.names[number], note="clip of the data")
+                    Sample(clip=clip, prompt=clip.caption or real_clips.names[number], group="Clips of the data")
                 )
     return tuple(samples)
 

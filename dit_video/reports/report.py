@@ -39,14 +39,15 @@ def render(report: Report) -> Markup:
 
 
 def _group_by_length(samples: Sequence[Sample]) -> Iterator[tuple[str, str, list[Sample]]]:
-    """Yield (name, count, samples) by length, longest first; samples are sorted by size, else in the given order."""
-    for frames in sorted({len(sample.clip.frames) for sample in samples}, reverse=True):
-        group = [sample for sample in samples if len(sample.clip.frames) == frames]
+    """Yield (name, count, samples) by group and length, longest first; samples are sorted by size, else in order."""
+    keys = dict.fromkeys((sample.group, len(sample.clip.frames)) for sample in samples)
+    groups = list(dict.fromkeys(name for name, _ in keys))
+    for name, frames in sorted(keys, key=lambda key: (groups.index(key[0]), -key[1])):
+        group = [sample for sample in samples if (sample.group, len(sample.clip.frames)) == (name, frames)]
         group.sort(key=lambda sample: (sample.clip.height, sample.clip.width))
-        if frames == 1:
-            yield "Images", str(len(group)), group
-        else:
-            yield f"{frames} frames", f"{len(group)} · {_format_durations(group)}", group
+        length, count = ("images", "") if frames == 1 else (f"{frames} frames", f" · {_format_durations(group)}")
+        title = f"{name}, {length}" if name else length[0].upper() + length[1:]
+        yield title, f"{len(group)}{count}", group
 
 
 def _format_durations(samples: Sequence[Sample]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError
 from dit_video.data.synthetic.scenes import draw_scene, render
 from dit_video.evaluation.optical_flow import estimate_flow, interpolate_middle, warp_backward
 from dit_video.tokens import Grid
@@ -49,7 +49,7 @@ def test_warping_undoes_a_shift():
 
 def test_flow_without_opencv_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(UserError, match=r"OpenCV .*pip install -e '\.\[ingest\]'"):
+    with pytest.raises(MissingError, match=r"OpenCV .*pip install -e '\.\[ingest\]'"):
         estimate_flow(FIRST, SECOND)
 
 

@@ -13,6 +13,9 @@ from dit_video.backbones.flops import count_training_flops
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
+from dit_video.evaluation.comparison import compare
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.experiment import LoraAdapters, monitors
 from dit_video.experiment.run import Run
 from dit_video.tokens import Grid, PackedExample, PackedShape, compute_positions, infer_grid, pack
@@ -54,7 +57,11 @@ def test_the_flops_of_rows_are_those_of_their_clips(tiny):
 
 
 WATCHED = MonitoringConfig(
-    validate_every=3, validation_batches=2, sample_every=6, prompts=("a red circle", "a square", "x")
+    validate_every=3,
+    validation_batches=2,
+    sample_every=6,
+    evaluate_every=3,
+    prompts=("a red circle", "a square", "x"),
 )
 AVERAGES = EmaConfig(decays=(0.2,), sigmas=(0.05, 0.1), snapshot_every=1)
 
@@ -67,7 +74,8 @@ def watched(tiny, tiny_run, tiny_clips, tmp_path_factory):
         shutil.rmtree(folder / part)
     experiment = tiny.EXPERIMENT
     denoiser = dataclasses.replace(experiment.denoiser, steps=6, accumulation_steps=2, averages=AVERAGES)
-    experiment = dataclasses.replace(experiment, denoiser=denoiser, monitoring=WATCHED)
+    evaluation = CaptionEvaluation(metrics=(Sharpness(),), trained=2, held_out=0)
+    experiment = dataclasses.replace(experiment, denoiser=denoiser, monitoring=WATCHED, evaluation=evaluation)
     opened = dataclasses.replace(Run.open(folder), experiment=experiment, profile=(3, 3))
     opened._write_config()
     kept = []
@@ -103,6 +111,16 @@ def test_a_run_leaves_samples_and_a_trace_in_its_folder(watched):
     clip = decode(path)
     assert clip.frames.shape == (size.t, 2 * size.h + 2, 2 * size.w + 2, 3)
     assert list((watched.folder / "denoiser" / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_while_it_trains(watched):
+    folders = [watched.folder / "denoiser" / "evaluations" / f"step_{step}" for step in (3, 6)]
+    comparison = compare(folders)
+    assert comparison.steps == (3, 6)
+    first, second = comparison.values["sharpness"]
+    assert first.examples == second.examples == 2
+    assert first.value != second.value
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ LABELS: tuple[str, ...] = (
     "gravity:fall",
     "occluder:post",
 )
-"""What the classifier recognises, as `kind:value`; several labels of a kind may be true."""
+"""Labels that the classifier recognises, as `kind:value`; several of a kind may be true."""
 
 
 @dataclass(frozen=True, kw_only=True)

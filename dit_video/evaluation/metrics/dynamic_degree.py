@@ -10,7 +10,7 @@ from jaxtyping import Float32, UInt8
 from dit_video.evaluation.metrics.intervals import compute_wilson_interval
 from dit_video.evaluation.metrics.metric import MetricBatch, MetricDescription, MetricValue
 from dit_video.evaluation.metrics.temporal_metric import TemporalMetric
-from dit_video.evaluation.optical_flow import estimate_flow
+from dit_video.evaluation.optical_flow import estimate_flow, import_opencv
 from dit_video.video import Clip
 
 FLOW_FPS = 8.0
@@ -68,6 +68,10 @@ class DynamicDegree(TemporalMetric):
         decimals=1,
         explanation="samples with large motion (VBench's rules, with the flow of dense inverse search)",
     )
+
+    def open_weights(self) -> tuple[str, ...]:
+        """Check that OpenCV is installed, and return its version."""
+        return (f"OpenCV {import_opencv().__version__}",)
 
     def measure(self, batch: MetricBatch) -> Sequence[float | None]:
         """Return 1 for every sample with large motion, 0 for others; None for images, and clips of less than 1/8 s."""

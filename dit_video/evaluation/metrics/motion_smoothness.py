@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from dit_video.evaluation.metrics.metric import MetricBatch, MetricDescription
 from dit_video.evaluation.metrics.temporal_metric import TemporalMetric
-from dit_video.evaluation.optical_flow import interpolate_middle
+from dit_video.evaluation.optical_flow import import_opencv, interpolate_middle
 
 
 def compute_motion_smoothness(frames: UInt8[np.ndarray, "T H W 3"]) -> float:
@@ -42,6 +42,10 @@ class MotionSmoothness(TemporalMetric):
         is_higher_better=True,
         explanation="frames predicted from their neighbours by optical flow, at most 1 (VBench's, without its network)",
     )
+
+    def open_weights(self) -> tuple[str, ...]:
+        """Check that OpenCV is installed, and return its version."""
+        return (f"OpenCV {import_opencv().__version__}",)
 
     def measure(self, batch: MetricBatch) -> Sequence[float | None]:
         """Return the smoothness of every sample; None for those of fewer than three frames."""

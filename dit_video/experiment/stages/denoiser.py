@@ -8,6 +8,7 @@ from dit_video.core.storage import StoragePath
 from dit_video.data.captions import CaptionSource
 from dit_video.data.loader import DenoiserBatches
 from dit_video.distributed import count_row_shards
+from dit_video.evaluation.requests import EvaluationClips
 from dit_video.experiment import export, input_pipeline, monitors
 from dit_video.experiment.autoencoder import read_autoencoder
 from dit_video.experiment.denoiser import (
@@ -18,6 +19,7 @@ from dit_video.experiment.denoiser import (
     open_trainable_denoiser,
 )
 from dit_video.experiment.encoders import check_encoders, open_text_encoder
+from dit_video.experiment.evaluation_hook import EvaluationHook
 from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.runtime import Runtime
@@ -125,13 +127,26 @@ class TrainDenoiser(DenoiserStage):
             params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
             clips = runtime.held_out_clips
             hooks.append(monitors.make_validation(experiment, runtime.mesh, clips, text, params, loss, trained))
+
+        def make_pipeline(ema_params: dict[str, Any]) -> Pipeline:
+            params = trained.attach_params(ema_params)
+            return export.make_pipeline(experiment, runtime, params, mesh=runtime.sampling_mesh)
+
+        if monitoring.evaluate_every:
+            evaluated = EvaluationClips(
+                runtime.training_clips, runtime.held_out_clips, experiment.limits, linear=lambda: None
+            )
+            hooks.append(
+                EvaluationHook(
+                    folder / "evaluations",
+                    every=monitoring.evaluate_every,
+                    evaluation=experiment.evaluation,
+                    clips=evaluated,
+                    make_pipeline=make_pipeline,
+                )
+            )
         if monitoring.sample_every:
             captions = [info.captions[0] for info in runtime.training_clips.infos if info.captions]
-
-            def make_pipeline(ema_params: dict[str, Any]) -> Pipeline:
-                params = trained.attach_params(ema_params)
-                return export.make_pipeline(experiment, runtime, params, mesh=runtime.sampling_mesh)
-
             hooks.append(monitors.make_sampling(folder / "samples", monitoring, captions, make_pipeline))
         return tuple(hooks)
 

@@ -35,11 +35,15 @@ class MonitoringConfig:
     """Number of validation batches, as large as those of training."""
     sample_every: int = 0
     """Interval in steps of sampling a grid of clips with the averaged weights to `samples/`; 0 for never."""
+    evaluate_every: int = 0
+    """Interval in steps of sampling the prompts of the run's evaluation and computing its metrics of samples, to
+    `evaluations/step_STEP/metrics.json`; 0 for never. Training goes on while the first process measures."""
     prompts: tuple[str, ...] = ()
     """Prompts of the grid; the captions of the first clips if empty."""
 
     def __post_init__(self) -> None:
-        check_at_least(0, validate_every=self.validate_every, sample_every=self.sample_every)
+        every = {"validate_every": self.validate_every, "sample_every": self.sample_every}
+        check_at_least(0, **every, evaluate_every=self.evaluate_every)
         check_at_least(1, validation_batches=self.validation_batches)
         if self.prompts and not self.sample_every:
             raise UserError("prompts have no effect with sample_every=0. Set sample_every, or leave out the prompts.")
