@@ -122,7 +122,8 @@ def measure_samples(
     collection = MetricCollection(metrics)
     _update_samples(collection, requests, clips)
     content = {"protocol": _describe_protocol(evaluation, sampling, seed)}
-    return _write_results(Path(folder), collection, EvaluationResult(content, {}, [], [], [])).results
+    samples = [SavedSample({"file": f"{number:03d}"}, clip) for number, clip in enumerate(clips)]
+    return _write_results(Path(folder), collection, EvaluationResult(content, {}, [], samples, [])).results
 
 
 def _describe_protocol(evaluation: Evaluation, sampling: Sampling, seed: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from dit_video.core.registry import register
 from dit_video.data.sizes import SizeLimits
 from dit_video.evaluation.config import Evaluation
+from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.reconstruction import Psnr
 from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
@@ -76,7 +77,7 @@ def test_training_goes_on_while_samples_are_measured(tmp_path, pipeline, monkeyp
     assert record["protocol"]["sampling"]["steps"] == 1
     requests = [each.request for each in TwoPrompts().make_requests(None, 0, image=False)]
     clips = decode(pipeline.generate_latents(requests), requests)
-    batch = SimpleNamespace(samples=clips)
+    batch = MetricBatch(samples=clips)
     assert np.mean(Sharpness().measure(batch)) == pytest.approx(result["value"], rel=1e-5)
 
 
