@@ -1,0 +1,103 @@
+"""Measure how distances of sets of clips grow with distortions of known severity."""
+
+from dit_video.platform.scripts import prepare_script
+
+prepare_script(__name__)
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dit_video.core.command_line import check_minimum, parse_arguments
+from dit_video.core.errors import script
+from dit_video.core.files import write_json
+from dit_video.core.rng import make_generator
+from dit_video.data.synthetic.scenes import draw_scene, render
+from dit_video.evaluation.distortions import SEVERITIES, distort
+from dit_video.evaluation.feature_functions.scenes import SceneFeatures
+from dit_video.evaluation.metrics.frechet import FrechetMetric, MomentPair
+from dit_video.evaluation.metrics.metric import MetricBatch
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+_BATCH = 32
+_SIZES = (Grid(17, 48, 48),)
+
+
+def main(out: Path, count: int = 2048, seed: int = 2 * 10**6) -> None:
+    """Measure how distances of sets of clips grow with distortions of known severity.
+
+    Two sets of rendered scenes are compared by the Fréchet distance of the features of the scene classifier, one of
+    them distorted; also each with itself.
+
+    For example:
+
+        python tools/metric_sensitivity.py --out docs/figures/metric_sensitivity.json
+
+    Args:
+        out: JSON file to write.
+        count: Number of clips of each set.
+        seed: Seed of the scenes.
+    """
+    check_minimum(64, count=count)
+    metric = FrechetMetric(features=SceneFeatures(), name="distance", label="distance")
+    kinds: list[tuple[str, float]] = [(kind, each) for kind, severities in SEVERITIES.items() for each in severities]
+    plain = metric.init()
+    states = {each: metric.init() for each in kinds}
+    real = metric.init()
+    start, memory = time.perf_counter(), []
+    for number, clips in enumerate(_iterate(count, seed)):
+        real = metric.update(real, MetricBatch(real_clips=clips))
+        if number == 0:
+            memory.append(_measure_memory())
+    memory.append(_measure_memory())
+    for number, clips in enumerate(_iterate(count, seed + 1)):
+        plain = metric.update(plain, MetricBatch(samples=clips))
+        for kind, severity in kinds:
+            generator = make_generator(seed, f"{kind} {severity}", number)
+            samples = [distort(clip, kind, severity, generator) for clip in clips]
+            states[kind, severity] = metric.update(states[kind, severity], MetricBatch(samples=samples))
+    memory.append(_measure_memory())
+    itself = metric.merge(real, MomentPair(samples=real.real_clips))
+    rows = [{"distortion": "itself", "severity": 0.0, **_compute(metric, itself)}]
+    for (kind, severity), state in {("none", 0.0): plain, **states}.items():
+        rows.append({"distortion": kind, "severity": severity, **_compute(metric, metric.merge(state, real))})
+    for row in rows:
+        low, high = row["interval"]
+        print(f"{row['distortion']} {row['severity']:g}: {row['distance']:.4f} ({low:.4f} to {high:.4f})")
+    print(f"memory after the first batch, the first set, all: {', '.join(f'{each:.0f}' for each in memory)} MiB")
+    seconds = round(time.perf_counter() - start, 1)
+    write_json(out, {"count": count, "seed": seed, "seconds": seconds, "memory_mib": memory, "rows": rows})
+
+
+def _iterate(count: int, seed: int) -> Iterator[list[Clip]]:
+    make: Callable[[int], Clip] = partial(_render, seed=seed)
+    for first in range(0, count, _BATCH):
+        yield [make(number) for number in range(first, min(first + _BATCH, count))]
+
+
+def _render(number: int, *, seed: int) -> Clip:
+    return render(draw_scene(number, seed=seed, level=1 + number % 3, sizes=_SIZES)).clip
+
+
+def _compute(metric: FrechetMetric, state: MomentPair) -> dict[str, Any]:
+    values = metric.compute(state)
+    distance = values["distance"]
+    return {
+        "distance": distance.value,
+        "interval": distance.interval,
+        "half": values["distance_half"].value,
+        "limit": values["distance_limit"].value,
+    }
+
+
+def _measure_memory() -> float:
+    """Return the peak memory of the process in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    script(parse_arguments, is_resumable=False)(main)
