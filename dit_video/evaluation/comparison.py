@@ -52,11 +52,12 @@ class Comparison(NamedTuple):
         return {"names": list(self.names), "steps": self.steps, "values": rows, "left_out": list(self.left_out)}
 
 
-def compare(paths: Sequence[str | Path]) -> Comparison:
+def compare(paths: Sequence[str | Path], *, ignored: Sequence[str] = ()) -> Comparison:
     """Read evaluations and compare them.
 
     Args:
       paths: folders of `metrics.json`, or the files.
+      ignored: names of parts of the recorded protocols that may differ, since they are what is compared.
 
     Raises:
       MissingError: a file does not exist.
@@ -75,7 +76,7 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
         if not isinstance(record, dict) or "protocol" not in record or "results" not in record:
             raise UserError(f"{file} has no protocol: it is of an older version or no result. Evaluate again")
     for name, record in zip(names[1:], records[1:], strict=True):
-        check_comparable(_strip(records[0]), _strip(record), names=(names[0], name))
+        check_comparable(*(_strip(each, ignored) for each in (records[0], record)), names=(names[0], name))
     results = [{each["name"]: each for each in record["results"]} for record in records]
     shared = [name for name in results[0] if all(name in each for each in results)]
     if not shared:
@@ -123,9 +124,9 @@ def _overlap(first: ComparedValue, second: ComparedValue) -> bool:
     return first.interval[0] <= second.interval[1] and second.interval[0] <= first.interval[1]
 
 
-def _strip(record: Mapping[str, Any]) -> dict[str, Any]:
+def _strip(record: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]:
     """Return a recorded protocol without the weights, which are compared for the shared values only."""
-    return {name: value for name, value in record["protocol"].items() if name != "weights"}
+    return {name: value for name, value in record["protocol"].items() if name not in ("weights", *ignored)}
 
 
 def _check_weights(names: Sequence[str], records: Sequence[Mapping[str, Any]], shared: Sequence[str]) -> None:

@@ -1,0 +1,91 @@
+"""Sweep of guidance scales and numbers of steps, with the quality and the cost of each."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dit_video.core.errors import UserError
+from dit_video.core.files import read_json, write_json
+from dit_video.evaluation.clip_set import ClipSet
+from dit_video.evaluation.comparison import Comparison, compare
+from dit_video.evaluation.evaluate_protocol import evaluate_protocol, is_reconstruction
+from dit_video.evaluation.protocol import Protocol
+from dit_video.pipelines.pipeline import Pipeline
+
+COST_FILE = "cost.json"
+
+
+class SweepPoint(NamedTuple):
+    """Sampling of one point of a sweep, and its cost."""
+
+    steps: int
+    guidance: float
+    seconds: float
+    """Seconds of sampling, of all samples; compilation included."""
+
+
+class Sweep(NamedTuple):
+    """Points of a sweep, with their values."""
+
+    points: tuple[SweepPoint, ...]
+    comparison: Comparison
+
+
+def sweep_sampling(
+    pipeline: Pipeline,
+    protocol: Protocol,
+    folder: str | Path,
+    *,
+    steps: Sequence[int],
+    guidance: Sequence[float],
+    data: ClipSet | None = None,
+    on_point: Callable[[int, float], None] | None = None,
+    **sampling: Any,
+) -> Sweep:
+    """Evaluate a model by one protocol at every number of steps and guidance scale.
+
+    Each point has its own folder, `steps_N_guidance_S`; samples that exist are not made again, and neither their time
+    is measured again.
+
+    Args:
+      pipeline: the model.
+      protocol: what is sampled and measured.
+      folder: folder of the points.
+      steps: numbers of steps.
+      guidance: guidance scales.
+      data: clips of the data, where the protocol needs them.
+      on_point: called with the steps and the scale before each point.
+      sampling: further overrides of the pipeline's sampling.
+
+    Raises:
+      UserError: fewer than two points, a protocol of reconstructions, or as `evaluate_protocol`.
+    """
+    if len(steps) * len(guidance) < 2:
+        raise UserError(f"steps={list(steps)} and guidance={list(guidance)} are one point. Use two or more")
+    if is_reconstruction(protocol):
+        raise UserError(f"protocol={protocol.name!r} is invalid: it samples nothing. Use one with samples")
+    points, folders = [], []
+    for scale in guidance:
+        for count in steps:
+            if on_point is not None:
+                on_point(count, scale)
+            point = Path(folder) / f"steps_{count}_guidance_{scale:g}"
+            points.append(_evaluate(pipeline, protocol, point, data, steps=count, guidance=scale, **sampling))
+            folders.append(point)
+    return Sweep(tuple(points), compare(folders, ignored=("sampling",)))
+
+
+def _evaluate(
+    pipeline: Pipeline, protocol: Protocol, folder: Path, data: ClipSet | None, **sampling: Any
+) -> SweepPoint:
+    start, ends = time.perf_counter(), [0.0]
+
+    def end(_: int) -> None:
+        ends[0] = time.perf_counter() - start
+
+    evaluate_protocol(pipeline, protocol, folder, data=data, sampling_progress=end, **sampling)
+    path = folder / COST_FILE
+    if not path.is_file():
+        write_json(path, {"seconds": ends[0]})
+    return SweepPoint(sampling["steps"], sampling["guidance"], read_json(path)["seconds"])
