@@ -42,6 +42,11 @@ class MetricCollection:
             results |= {key: MetricResult(name, each, estimates[key]) for key, each in metric.describe().items()}
         return results
 
+    def list_nearest(self) -> Sequence[int]:
+        """Return the number of the nearest clip of the data of each sample, by the first metric that knows them."""
+        lists = (metric.list_nearest(state) for metric, state in zip(self.metrics, self._states, strict=True))
+        return next(filter(None, lists), ())
+
     def list_examples(self, names: Sequence[str], needs: Collection[MetricInput]) -> dict[str, dict[str, Any]]:
         """Return the values of each named example, of metrics all of whose examples are of this kind."""
         values: dict[str, dict[str, Any]] = {name: {} for name in names}

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from scipy.special import log_softmax
 
 from dit_video.core.errors import UserError
@@ -83,6 +83,26 @@ def compute_overlap(
         precision=float(_find_covered(real, generated, neighbours).mean(axis=0)),
         recall=float(_find_covered(generated, real, neighbours).mean(axis=0)),
     )
+
+
+def find_nearest(
+    points: Float[np.ndarray, "n d"], centres: Float[np.ndarray, "m _"] | None = None
+) -> tuple[Float64[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Return the distance from each point to the nearest centre, and its number; to the nearest other point by default.
+
+    Raises:
+      UserError: other numbers of features.
+    """
+    others = points if centres is None else centres
+    check_channels(points.shape[1], others.shape[1])
+    distances, numbers = [], []
+    for start, block in zip(range(0, len(points), _BLOCK), _split(points), strict=True):
+        squares = _square_distances(block, others)
+        if centres is None:
+            squares[np.arange(len(block)), start + np.arange(len(block))] = np.inf
+        numbers.append(squares.argmin(axis=1))
+        distances.append(np.sqrt(squares.min(axis=1)))
+    return np.concatenate(distances), np.concatenate(numbers)
 
 
 def compute_inception_score(logits: Float[np.ndarray, "n c"], *, splits: int = 10) -> tuple[float, float]:

@@ -12,7 +12,14 @@ from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.core.files import write_json
 from dit_video.evaluation.clip_set import ClipSet, hash_clip
 from dit_video.evaluation.collection import MetricCollection, MetricResult
-from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, Metric, MetricBatch
+from dit_video.evaluation.metrics.metric import (
+    CLIP_NEEDS,
+    PROMPT_NEEDS,
+    ClipReconstruction,
+    Metric,
+    MetricBatch,
+    MetricInput,
+)
 from dit_video.evaluation.protocol import Protocol
 from dit_video.video import Clip
 
@@ -21,6 +28,8 @@ WEIGHT_FIELDS = ("weights", "mean", "folder")
 """Names of fields of feature functions and metrics that hold paths of weights."""
 _BATCH = 16
 """Number of clips in memory at once."""
+_EXAMPLE_NEEDS = PROMPT_NEEDS | CLIP_NEEDS | frozenset[MetricInput](("real_clips",))
+"""Needs of metrics whose examples are the samples."""
 _MAX_NAMED = 5
 _INPUTS = {
     "real_clips": "clips of the data. Name them with --data",
@@ -136,7 +145,8 @@ def measure(
         ],
         "skipped": skipped,
         "excluded": updates.excluded,
-        "examples": updates.collection.list_examples(updates.names, PROMPT_NEEDS | CLIP_NEEDS),
+        "examples": updates.collection.list_examples(updates.names, _EXAMPLE_NEEDS),
+        "nearest": updates.list_nearest(),
     }
     write_json(Path(folder) / METRICS_FILE, record)
     return Measurement(results, skipped, record["examples"], record)
@@ -151,6 +161,7 @@ class _Updates:
         """Names of the samples that were measured."""
         self.excluded: dict[str, dict[str, str]] = {}
         """Reasons for the clips that are left out, by set and name."""
+        self._real_names: list[str] = []
         self._hashes: list[str] = []
         self._count = 0
 
@@ -159,12 +170,20 @@ class _Updates:
         """Return a hash of the pixels of all clips of the data, in their order; None without any."""
         return hashlib.sha256("".join(self._hashes).encode()).hexdigest()[:16] if self._hashes else None
 
+    def list_nearest(self) -> dict[str, str]:
+        """Return the name of the nearest clip of the data of each sample; empty if no metric knows them."""
+        numbers = self.collection.list_nearest()
+        if len(numbers) != len(self.names):
+            return {}  # there are none, or they are of frames
+        return {name: self._real_names[number] for name, number in zip(self.names, numbers, strict=True)}
+
     def add_real_clips(self, clips: ClipSet) -> None:
         """Read clips of the data."""
         protocol = self._protocol
         numbers = protocol.choose(len(clips.names), protocol.real_count, purpose="measured clips of the data")
         for part in self._read(clips, numbers):
             real_clips = [clip for _, clip in part]
+            self._real_names += [clips.names[number] for number, _ in part]
             self._hashes += map(hash_clip, real_clips)
             self.collection.update(MetricBatch(real_clips=real_clips))
 

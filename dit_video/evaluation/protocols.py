@@ -21,6 +21,7 @@ from dit_video.evaluation.metrics.dynamic_degree import DynamicDegree
 from dit_video.evaluation.metrics.frechet import FrechetMetric
 from dit_video.evaluation.metrics.inception import InceptionScore
 from dit_video.evaluation.metrics.kernel_inception import KernelMetric
+from dit_video.evaluation.metrics.memorisation import Memorisation
 from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.metrics.motion_smoothness import MotionSmoothness
 from dit_video.evaluation.metrics.multiscale_ssim import MultiscaleSsim
@@ -73,6 +74,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
             _FVD_VIDEO_MAE,
             InceptionScore(logits=C3dLogits(), name="video_inception_score", label="Inception score of videos"),
             PrecisionRecall(features=I3dFeatures()),
+            Memorisation(features=I3dFeatures()),
         ),
     ),
     # One sample for the first caption of each of the 2,990 test videos, as Make-A-Video (arXiv 2209.14792, section 4.1)
@@ -106,6 +108,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
                 features=SceneFeatures(), name="scene_kernel_distance", label="kernel distance of scene features"
             ),
             PrecisionRecall(features=SceneFeatures()),
+            Memorisation(features=SceneFeatures()),
             *FRAME_METRICS,
         ),
         seed=10**6,

@@ -1,14 +1,18 @@
 """Page of an evaluation by a protocol: table, samples, best and worst ones by metric, real clips beside."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.measure import Measurement
 from dit_video.evaluation.metrics.metric import MetricDescription
 from dit_video.evaluation.protocol import Protocol
+from dit_video.reports.clips import join_side_by_side
 from dit_video.reports.contents import Figure, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
 from dit_video.video import Clip
@@ -61,14 +65,14 @@ class _Reader:
     """Clips of a set as the protocol samples them, by number or name."""
 
     def __init__(self, clips: ClipSet, protocol: Protocol):
-        self.clips, self._protocol = clips, protocol
+        self.clips, self.protocol = clips, protocol
         self.numbers = {name: number for number, name in enumerate(clips.names)}
 
     def read(self, number: int) -> Clip | None:
-        sampling = self._protocol.clips
+        sampling = self.protocol.clips
         try:
             clip = self.clips.read(number, sampling.fps)
-            return sampling.sample(clip, seed=self._protocol.seed, number=number)
+            return sampling.sample(clip, seed=self.protocol.seed, number=number)
         except (DecodeError, UserError, OSError):
             return None  # it is named among the excluded clips
 
@@ -108,18 +112,47 @@ def _make_samples(reader: _Reader, measurement: Measurement, real_clips: ClipSet
     for name, remark in remarks.items():
         if (clip := reader.read(reader.numbers[name])) is not None:
             values = measurement.examples.get(name, {})
-            verdict = {key: value for key, value in values.items() if isinstance(value, bool)}
+            verdict = {
+                key: value
+                for key, value in values.items()
+                if isinstance(value, bool) and measurement.results[key].description.is_higher_better
+            }
             prompt = clip.caption or name
             group = "Best and worst" if remark else "Samples"
             samples.append(Sample(clip=clip, prompt=prompt, note=remark or name, verdict=verdict, group=group))
     if real_clips is not None:
-        real = _Reader(real_clips, reader._protocol)
+        real = _Reader(real_clips, reader.protocol)
+        samples += _make_nearest(reader, real, measurement)
         for number in range(min(_SAMPLES, len(real_clips.names))):
             if (clip := real.read(number)) is not None:
                 samples.append(
                     Sample(clip=clip, prompt=clip.caption or real_clips.names[number], group="Clips of the data")
                 )
     return tuple(samples)
+
+
+def _make_nearest(reader: _Reader, real: _Reader, measurement: Measurement) -> list[Sample]:
+    """Return samples with the nearest clips of the data on their right: memorised ones first."""
+    nearest: Mapping[str, str] = measurement.record["nearest"]
+    order = sorted(nearest, key=lambda name: not measurement.examples.get(name, {}).get("memorised"))
+    samples = []
+    for name in order[:_SAMPLES]:
+        sample, other = reader.read(reader.numbers[name]), real.read(real.numbers[nearest[name]])
+        if sample is not None and other is not None:
+            note = f"{name}, on its right {nearest[name]}"
+            group = "Samples and the nearest clips of the data"
+            samples.append(Sample(clip=_join(sample, other), prompt=sample.caption or name, note=note, group=group))
+    return samples
+
+
+def _join(first: Clip, second: Clip) -> Clip:
+    """Return both clips next to each other, as long as the shorter one."""
+    frames, height = min(len(first.frames), len(second.frames)), max(first.height, second.height)
+    padded = [
+        replace(each, frames=np.pad(each.frames[:frames], ((0, 0), (0, height - each.height), (0, 0), (0, 0))))
+        for each in (first, second)
+    ]
+    return join_side_by_side(*padded)[0]
 
 
 def _list_extremes(measurement: Measurement) -> list[tuple[str, float, str]]:
@@ -148,7 +181,7 @@ def _make_reconstructions(
 ) -> tuple[Reconstruction, ...]:
     """Return the first clips, and the best and worst by each metric, with their reconstructions."""
     assert originals is not None  # reconstructions are of clips of the data
-    real = _Reader(originals, reader._protocol)
+    real = _Reader(originals, reader.protocol)
     extremes = {name: about for name, _, about in _list_extremes(measurement)}
     names = dict.fromkeys([*list(measurement.examples)[:_RECONSTRUCTIONS], *extremes])
     pairs: list[Reconstruction] = []

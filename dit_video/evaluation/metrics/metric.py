@@ -177,6 +177,10 @@ class Metric(abc.ABC, Generic[MetricState]):
         """Return values of every example by the names of `describe`, shown beside its picture; none by default."""
         return ()
 
+    def list_nearest(self, state: MetricState) -> Sequence[int]:
+        """Return the number of the clip of the data that a page shows next to each sample; none by default."""
+        return ()
+
 
 class ExampleMetric(Metric[tuple[Example, ...]], Generic[Example]):
     """A metric whose state holds one measurement per example, in the order of the examples."""

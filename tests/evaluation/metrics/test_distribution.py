@@ -8,13 +8,19 @@ from dit_video.evaluation.feature_functions.feature_function import OpenFeatures
 from dit_video.evaluation.metrics.frechet import FrechetMetric
 from dit_video.evaluation.metrics.inception import InceptionScore
 from dit_video.evaluation.metrics.kernel_inception import KernelMetric
+from dit_video.evaluation.metrics.memorisation import Memorisation
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.precision_recall import PrecisionRecall
 from support.colour_features import ColourFeatures, draw_clips
 
 FEATURES = ColourFeatures()
 FRECHET = FrechetMetric(features=FEATURES, name="colours", label="colour distance")
-METRICS = (FRECHET, KernelMetric(features=FEATURES), PrecisionRecall(features=FEATURES))
+METRICS = (
+    FRECHET,
+    KernelMetric(features=FEATURES),
+    PrecisionRecall(features=FEATURES),
+    Memorisation(features=FEATURES),
+)
 
 
 def measure(metric, samples, real_clips, *, batch=50):
@@ -79,6 +85,19 @@ def test_too_few_clips_have_no_value(metric):
     values = measure(metric, REAL[:3], REAL[:3])
     assert {each.value for each in values.values()} == {None}
     assert {each.value for each in measure(metric, REAL[:3], []).values()} == {None}
+
+
+def test_copies_are_memorised_and_new_samples_are_not():
+    metric = Memorisation(features=FEATURES)
+    new = measure(metric, draw_clips(200, seed=5), REAL)["memorised"]
+    assert new.value < 0.15
+    assert new.interval[0] < 0.05 < new.interval[1] + 0.05
+    copies = [REAL[number] for number in (7, 3, 150)]
+    assert measure(metric, copies, REAL)["memorised"].value == 1
+    state = metric.update(metric.init(), MetricBatch(real_clips=REAL))
+    state = metric.update(state, MetricBatch(samples=[*copies, *draw_clips(2, seed=5)]))
+    assert metric.list_nearest(state)[:3] == [7, 3, 150]
+    assert [row["memorised"] for row in metric.list_examples(state)] == [True] * 3 + [False] * 2
 
 
 def test_features_that_are_not_finite_are_refused():
