@@ -60,7 +60,7 @@ from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import MissingError, UserError, script
 
 DEFAULT_PARTS = ("denoiser", "autoencoder", "data")
-OPTIONAL_PARTS = ("attention", "tiling", "model", "train", "sampling")
+OPTIONAL_PARTS = ("attention", "tiling", "model", "train", "sampling", "features")
 """Parts that run only if they are named."""
 PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
@@ -138,6 +138,8 @@ def run_benchmarks(
     if "sampling" in parts:
         print("timing sampling", file=sys.stderr)
         document["sampling"] = measure_sampling(size, run)
+    if "features" in parts:
+        document["features"] = measure_features(size)
     if "tiling" in parts:
         print("measuring errors of tiled decoding", file=sys.stderr)
         document["tiling"] = measure_tiling(run, clips)
@@ -209,6 +211,19 @@ def measure_sampling(size: BenchmarkSize, run: Path) -> dict[str, Any]:
         shapes = {"quickstart": sampler.QUICKSTART, "larger": sampler.SamplingShape()}
     figures = {name: sampler.measure(shape, size.rounds) for name, shape in shapes.items()}
     return figures | ({} if size.small else {"first result": sampler.measure_first_result(run)})
+
+
+def measure_features(size: BenchmarkSize) -> dict[str, Any]:
+    """Measure the feature networks of metrics against PyTorch."""
+    try:
+        from benchmarks import feature_networks
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    return (
+        feature_networks.measure(size.rounds, clips=1, images=2)
+        if size.small
+        else feature_networks.measure(size.rounds)
+    )
 
 
 def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def main(out: Path, count: int = 2048, seed: int = 2 * 10**6) -> None:
     """Measure how distances of sets of clips grow with distortions of known severity.
 
     Two sets of rendered scenes are compared by the Fréchet distance of the features of the scene classifier, one of
-    them distorted; also each with itself.
+    them distorted; also the distorted clips with the same ones before, where no difference of scenes is in the way.
 
     For example:
 
@@ -64,10 +64,13 @@ def main(out: Path, count: int = 2048, seed: int = 2 * 10**6) -> None:
     itself = metric.merge(real, MomentPair(samples=real.real_clips))
     rows = [{"distortion": "itself", "severity": 0.0, **_compute(metric, itself)}]
     for (kind, severity), state in {("none", 0.0): plain, **states}.items():
-        rows.append({"distortion": kind, "severity": severity, **_compute(metric, metric.merge(state, real))})
+        paired = _compute(metric, MomentPair(samples=state.samples, real_clips=plain.samples))["distance"]
+        values = _compute(metric, metric.merge(state, real))
+        rows.append({"distortion": kind, "severity": severity, **values, "paired": paired})
     for row in rows:
         low, high = row["interval"]
-        print(f"{row['distortion']} {row['severity']:g}: {row['distance']:.4f} ({low:.4f} to {high:.4f})")
+        paired = f", from the same clips {row['paired']:.4f}" if "paired" in row else ""
+        print(f"{row['distortion']} {row['severity']:g}: {row['distance']:.4f} ({low:.4f} to {high:.4f}){paired}")
     print(f"memory after the first batch, the first set, all: {', '.join(f'{each:.0f}' for each in memory)} MiB")
     seconds = round(time.perf_counter() - start, 1)
     write_json(out, {"count": count, "seed": seed, "seconds": seconds, "memory_mib": memory, "rows": rows})
