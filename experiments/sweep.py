@@ -43,6 +43,7 @@ def main(
 
     For example:
 
+        python experiments/sweep.py runs/scenes --out runs/scenes/sweep --count 256
         python experiments/sweep.py runs/scenes --out runs/scenes/sweep --grid-steps 4 8 16 --grid-guidance 1 2 4
 
     Args:
@@ -65,7 +66,14 @@ def main(
     for name in ("steps", "guidance"):
         overrides.pop(name)
     sweep = sweep_sampling(
-        pipeline, chosen, out, steps=grid_steps, guidance=grid_guidance, data=real_clips, on_point=_announce, **overrides
+        pipeline,
+        chosen,
+        out,
+        steps=grid_steps,
+        guidance=grid_guidance,
+        data=real_clips,
+        on_point=_announce,
+        **overrides,
     )
     if not is_first_process():
         return

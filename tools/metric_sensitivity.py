@@ -36,6 +36,7 @@ def main(out: Path, count: int = 2048, seed: int = 2 * 10**6) -> None:
     For example:
 
         python tools/metric_sensitivity.py --out docs/figures/metric_sensitivity.json
+        python tools/metric_sensitivity.py --out sensitivity.json --count 256
 
     Args:
         out: JSON file to write.

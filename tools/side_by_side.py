@@ -34,10 +34,9 @@ def main(
     For example:
 
         python tools/side_by_side.py --prompts-out prompts.json --prompts-per-domain 5 --size 17x32x48
-        python experiments/sample.py RUN --prompts prompts.json --out samples/run
         python tools/side_by_side.py samples/run samples/other --out comparison
-        python tools/side_by_side_results.py comparison.key.json votes-*.json --out results.json
 
+    experiments/sample.py --prompts samples the list for each system; tools/side_by_side_results.py reads the votes.
     Raters open comparison/index.html, which needs no server, and send back the file of votes that it exports. The key
     comparison.key.json stays with whoever computes the results.
 

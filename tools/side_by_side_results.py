@@ -26,6 +26,7 @@ def main(
 
     For example:
 
+        python tools/side_by_side_results.py comparison.key.json votes-*.json
         python tools/side_by_side_results.py comparison.key.json votes-*.json --out results.json
 
     Args:

@@ -41,6 +41,7 @@ def main(
     For example:
 
         python tools/train_scene_classifier.py
+        python tools/train_scene_classifier.py classifier.safetensors --clips 3000 --steps 1000
 
     Args:
         out: File of the weights.

@@ -104,9 +104,6 @@ PROTOCOLS: Mapping[str, Protocol] = {
         metrics=(
             *SCENE_PROMPT_METRICS,
             FrechetMetric(features=SceneFeatures(), name="scene_distance", label="Fréchet distance of scene features"),
-            KernelMetric(
-                features=SceneFeatures(), name="scene_kernel_distance", label="kernel distance of scene features"
-            ),
             PrecisionRecall(features=SceneFeatures()),
             Memorisation(features=SceneFeatures()),
             *FRAME_METRICS,

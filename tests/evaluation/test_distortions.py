@@ -42,6 +42,7 @@ def test_exchanged_frames_are_as_many_as_the_severity_says(distortion):
             assert np.all(np.abs(order - np.arange(17))[moved] == 1)
 
 
+@pytest.mark.slow
 def test_a_distance_of_scenes_from_themselves_grows_with_distortions():
     metric = FrechetMetric(features=SceneFeatures(), name="distance", label="distance")
     clips = render_clips(64, 1)
