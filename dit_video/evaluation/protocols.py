@@ -105,7 +105,6 @@ PROTOCOLS: Mapping[str, Protocol] = {
             *SCENE_PROMPT_METRICS,
             FrechetMetric(features=SceneFeatures(), name="scene_distance", label="Fréchet distance of scene features"),
             PrecisionRecall(features=SceneFeatures()),
-            Memorisation(features=SceneFeatures()),
             *FRAME_METRICS,
         ),
         seed=10**6,
