@@ -27,6 +27,7 @@ from dit_video.evaluation.protocol import Protocol
 from dit_video.evaluation.protocols import get_protocol
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.folder_config import read_config
+from dit_video.experiment.loading import find_folder
 from dit_video.experiment.run import Run
 from dit_video.reports.evaluation_report import write_evaluation_report
 from dit_video.reports.run_report import write_run_report
@@ -72,11 +73,12 @@ def main(
     """
     check_minimum(0, seed=seed)
     check_minimum(1, count=count)
+    run = find_folder(run)
     is_model = (run / CONFIG).is_file() or read_config(run) is not None
     if is_model and protocol in (None, _QUICKSTART):
         _evaluate_run(run, _get_folder(run, out, is_model=True), seed, options, is_quickstart=protocol is not None)
         return
-    if not is_model and (not run.is_dir() or not any(run.iterdir())):
+    if not is_model and not any(run.iterdir()):
         options.load_pipeline(run)  # which says what is missing
     chosen = get_protocol(protocol or _FOLDER_PROTOCOL, metrics=metrics, weights=weights, count=count)
     folder = _get_folder(run, out, is_model=is_model) / chosen.name
