@@ -72,7 +72,7 @@ def main(
         options: Weights and sampling.
     """
     check_minimum(0, seed=seed)
-    check_minimum(1, count=count)
+    check_minimum(1, count=count, steps=options.steps)
     run = find_folder(run)
     is_model = (run / CONFIG).is_file() or read_config(run) is not None
     if is_model and protocol in (None, _QUICKSTART):
