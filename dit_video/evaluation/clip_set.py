@@ -1,7 +1,7 @@
 """Sets of clips that an evaluation reads: samples of a model, or clips of the data, from folders of many kinds."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +44,15 @@ def open_clip_set(folder: str | Path, *, split: str = "") -> ClipSet:
     return _open_dataset(folder, split) if is_ingested(folder) else _open_files(folder, split)
 
 
+def make_file_set(folder: Path, files: Sequence[str], captions: Sequence[str]) -> ClipSet:
+    """Return the set of the clips in files of a folder."""
+
+    def read(index: int, fps: float | None) -> Clip:
+        return replace(decode(folder / files[index], fps=fps), caption=captions[index])
+
+    return ClipSet(str(folder), tuple(files), tuple(captions), read)
+
+
 def hash_clip(clip: Clip) -> str:
     """Return the SHA-256 of a clip's pixels and size."""
     return hashlib.sha256(repr(clip.frames.shape).encode() + clip.frames.tobytes()).hexdigest()
@@ -51,12 +60,7 @@ def hash_clip(clip: Clip) -> str:
 
 def _open_samples(folder: Path) -> ClipSet:
     entries = read_json(folder / PROMPTS_FILE)
-    files = tuple(entry["file"] for entry in entries)
-
-    def read(index: int, fps: float | None) -> Clip:
-        return replace(decode(folder / files[index], fps=fps), caption=entries[index]["prompt"])
-
-    return ClipSet(str(folder), files, tuple(entry["prompt"] for entry in entries), read)
+    return make_file_set(folder, [entry["file"] for entry in entries], [entry["prompt"] for entry in entries])
 
 
 def _open_dataset(folder: Path, split: str) -> ClipSet:

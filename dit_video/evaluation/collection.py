@@ -16,6 +16,14 @@ class MetricResult(NamedTuple):
     estimate: MetricValue
 
 
+def list_results(results: Mapping[str, MetricResult]) -> list[dict[str, Any]]:
+    """Return the entries of `results` in `metrics.json`."""
+    return [
+        {"name": name, "metric": each.metric, **vars(each.estimate), **vars(each.description)}
+        for name, each in results.items()
+    ]
+
+
 class MetricCollection:
     """Metrics with their states; each gets the data that it needs, and no metric knows of the others."""
 

@@ -15,7 +15,7 @@ from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.diffusion import SAMPLERS, ExplicitTimes, Guidance
 from dit_video.distributed.gather import is_first_process
 from dit_video.encoders.autoencoder import LatentCodec
-from dit_video.evaluation.collection import MetricCollection, MetricResult
+from dit_video.evaluation.collection import MetricCollection, MetricResult, list_results
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, Metric, MetricBatch
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
@@ -169,10 +169,7 @@ def _write_results(folder: Path, collection: MetricCollection, result: Evaluatio
     """Write `metrics.json`, and return the result with the metrics' values."""
     results = collection.compute()
     metrics = result.metrics | {
-        "results": [
-            {"name": name, "metric": each.metric, **vars(each.estimate), **vars(each.description)}
-            for name, each in results.items()
-        ],
+        "results": list_results(results),
         "clips": collection.list_examples([pair.name for pair in result.reconstructions], CLIP_NEEDS),
         "samples": collection.list_examples([entry["file"] for entry, _ in result.samples], PROMPT_NEEDS),
     }

@@ -11,7 +11,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.core.files import write_json
 from dit_video.evaluation.clip_set import ClipSet, hash_clip
-from dit_video.evaluation.collection import MetricCollection, MetricResult
+from dit_video.evaluation.collection import MetricCollection, MetricResult, list_results
 from dit_video.evaluation.metrics.metric import (
     CLIP_NEEDS,
     PROMPT_NEEDS,
@@ -139,10 +139,7 @@ def measure(
         "metrics": config.pop("metrics"),
         "protocol": {"config": config, "data": updates.data_digest, "weights": weights, **(recorded or {})},
         "samples": len(updates.names),
-        "results": [
-            {"name": name, "metric": each.metric, **vars(each.estimate), **vars(each.description)}
-            for name, each in results.items()
-        ],
+        "results": list_results(results),
         "skipped": skipped,
         "excluded": updates.excluded,
         "examples": updates.collection.list_examples(updates.names, _EXAMPLE_NEEDS),

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import wait_for_main_process
-from dit_video.evaluation.clip_set import ClipSet
+from dit_video.evaluation.clip_set import ClipSet, make_file_set
 from dit_video.generation.request import Request
 from dit_video.pipelines.pipeline import Pipeline
-from dit_video.video import Clip, decode
 
 SETTINGS_FILE = "settings.json"
 
@@ -95,13 +93,8 @@ class SampleStore:
 
     def open(self) -> ClipSet:
         """Return the samples as a set of clips."""
-        names = tuple(self.get_path(number).name for number in range(len(self._requests)))
-        captions = tuple(each.prompt for each in self._requests)
-
-        def read(index: int, fps: float | None) -> Clip:
-            return replace(decode(self.folder / names[index], fps=fps), caption=captions[index])
-
-        return ClipSet(str(self.folder), names, captions, read)
+        names = [self.get_path(number).name for number in range(len(self._requests))]
+        return make_file_set(self.folder, names, [each.prompt for each in self._requests])
 
 
 def _to_list(size: Any) -> list[int] | None:

@@ -134,14 +134,3 @@ def make_position_table(config: VideoMaeConfig, length: int) -> Float32[np.ndarr
     times = np.clip((np.arange(length) + 0.5) / ratio - 0.5, 0, steps - 1)
     weights = np.maximum(0, 1 - np.abs(times[:, None] - np.arange(steps))).astype(np.float32)
     return (weights @ table.reshape(steps, -1)).reshape(-1, config.width)
-
-
-def resize_frames(
-    pixels: Float[Array, "B T H W 3"], *, height: int, width: int
-) -> Float[Array, "B T {height} {width} 3"]:
-    """Resize frames linearly between the four nearest pixels.
-
-    As in the reference, there is no filter when shrinking.
-    """
-    shape = (*pixels.shape[:2], height, width, 3)
-    return jax.image.resize(pixels, shape, "linear", antialias=False)

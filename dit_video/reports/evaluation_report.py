@@ -1,9 +1,8 @@
 """Page of an evaluation by a protocol: table, samples, best and worst ones by metric, real clips beside."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from dit_video.evaluation.protocol import Protocol
 from dit_video.reports.clips import join_side_by_side
 from dit_video.reports.contents import Figure, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
+from dit_video.reports.results import format_values, make_result_table
 from dit_video.video import Clip
 
 _SAMPLES, _EXTREMES, _RECONSTRUCTIONS = 8, 2, 6
@@ -45,7 +45,7 @@ def write_evaluation_report(
     reader = _Reader(samples, protocol)
     record = measurement.record
     tables = {
-        "results": _make_table(measurement),
+        "results": make_result_table(measurement.results),
         "not computed": measurement.skipped,
         "excluded clips": record["excluded"],
     }
@@ -87,20 +87,6 @@ def _make_figures(measurement: Measurement) -> tuple[Figure, ...]:
         share = estimate.value if about.unit == "%" else None
         figures.append(Figure(label=about.label, value=about.format_value(estimate.value), note=note, share=share))
     return tuple(figures)
-
-
-def _make_table(measurement: Measurement) -> dict[str, dict[str, Any]]:
-    return {
-        name: {
-            "value": None if estimate.value is None else about.format_value(estimate.value, is_precise=True),
-            "95 % interval": about.format_interval(estimate, is_precise=True) or None,
-            "count": estimate.count,
-            "better": {True: "higher", False: "lower", None: None}[about.is_higher_better],
-            "meaning": ": ".join(filter(None, (about.label, about.explanation))),
-            "note": estimate.note or None,
-        }
-        for name, (_, about, estimate) in measurement.results.items()
-    }
 
 
 def _make_samples(reader: _Reader, measurement: Measurement, real_clips: ClipSet | None) -> tuple[Sample, ...]:
@@ -190,14 +176,7 @@ def _make_reconstructions(
         original, decoded = real.read(real.numbers.get(name, number)), reader.read(number)
         if original is None or decoded is None:
             continue
-        values = _format_values(measurement.examples.get(name, {}), measurement)
+        values = format_values(measurement.examples.get(name, {}), measurement.results)
         label = f"{name} · {extremes[name]}" if name in extremes else name
         pairs.append(Reconstruction(original=original, decoded=decoded, values=values, name=label))
     return tuple(pairs)
-
-
-def _format_values(values: Mapping[str, float], measurement: Measurement) -> dict[str, str]:
-    descriptions: Sequence[tuple[MetricDescription, float]] = [
-        (measurement.results[name].description, value) for name, value in values.items()
-    ]
-    return {about.label: about.format_value(value) for about, value in descriptions}

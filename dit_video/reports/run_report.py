@@ -18,6 +18,7 @@ from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
+from dit_video.reports.results import format_values, make_result_table
 from dit_video.training.hooks.logging import read_metrics
 
 _MAX_RECONSTRUCTIONS = 12
@@ -94,7 +95,7 @@ def _make_reconstructions(evaluation: EvaluationResult) -> tuple[Reconstruction,
         Reconstruction(
             original=item.original,
             decoded=item.decoded,
-            values=_format_values(evaluation.metrics["clips"][item.name], evaluation.results),
+            values=format_values(evaluation.metrics["clips"][item.name], evaluation.results),
             name=item.name,
             linear=item.baseline,
         )
@@ -120,19 +121,8 @@ def _make_figures(results: Mapping[str, MetricResult], minutes: float | None) ->
 
 def _make_tables(evaluation: EvaluationResult) -> dict[str, Any]:
     """Return the content of `metrics.json` as tables, with a row for every value of a metric."""
-    rows = {
-        name: {
-            "value": None if estimate.value is None else about.format_value(estimate.value, is_precise=True),
-            "95 % interval": about.format_interval(estimate, is_precise=True) or None,
-            "count": estimate.count,
-            "better": {True: "higher", False: "lower", None: None}[about.is_higher_better],
-            "meaning": ": ".join(filter(None, (about.label, about.explanation))),
-            "note": estimate.note or None,
-        }
-        for name, (_, about, estimate) in evaluation.results.items()
-    }
     others = {name: part for name, part in evaluation.metrics.items() if part and name not in _LEFT_OUT}
-    return {"results": rows, **others}
+    return {"results": make_result_table(evaluation.results), **others}
 
 
 def _read_excluded(folder: Path) -> dict[str, dict[str, Any]]:
@@ -168,16 +158,10 @@ def _make_samples(evaluation: EvaluationResult) -> tuple[Sample, ...]:
     for (entry, clip), seen in zip(evaluation.samples, evaluation.is_trained_caption, strict=True):
         values = evaluation.metrics["samples"][entry["file"]]
         verdict = {name: value for name, value in values.items() if isinstance(value, bool)}
-        numbers = _format_values({name: values[name] for name in values.keys() - verdict}, evaluation.results)
+        numbers = format_values({name: values[name] for name in values.keys() - verdict}, evaluation.results)
         note = " · ".join((f"seed {entry['seed']}", *(f"{label} {text}" for label, text in numbers.items())))
         samples.append(Sample(clip=clip, prompt=entry["prompt"], seen=seen, note=note, verdict=verdict))
     return tuple(samples)
-
-
-def _format_values(values: Mapping[str, float], results: Mapping[str, MetricResult]) -> dict[str, str]:
-    """Return the values of an example as text, by label."""
-    descriptions = {name: results[name].description for name in values}
-    return {descriptions[name].label: descriptions[name].format_value(value) for name, value in values.items()}
 
 
 def _make_charts(folder: Path) -> tuple[Chart, ...]:

@@ -52,6 +52,11 @@ class ClipEmbeddings(FeatureFunction):
         return _load_texts(self)
 
 
+def split_frames(rows: Float32[np.ndarray, "n d"], clips: Sequence[Clip]) -> list[Float32[np.ndarray, "_ d"]]:
+    """Return the rows of each clip's frames."""
+    return np.split(rows, np.cumsum([len(clip.frames) for clip in clips], axis=0)[:-1])
+
+
 @functools.cache
 def _load_texts(config: ClipEmbeddings) -> EmbedTexts:
     tower = load_clip_text(config.folder)

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, UInt8
 
 from dit_video.core.errors import UserError
+from dit_video.features.interpolation import resize_frames
 from dit_video.nn import get_graph_def
 from dit_video.video import Clip
 
@@ -112,11 +113,5 @@ def make_extractor(
 
 @jax.jit(static_argnames=("side", "has_aligned_corners"))
 def _resize(frames: Array, side: int, *, has_aligned_corners: bool) -> Array:
-    shape = (frames.shape[0], side, side, 3)
-    lengths = np.array(frames.shape[1:3])
-    scale = (side - 1) / np.maximum(1, lengths - 1) if has_aligned_corners else side / lengths
-    translation = (1 - scale) / 2 if has_aligned_corners else np.zeros(2)
     pixels = frames.astype(jnp.float32)
-    return jax.image.scale_and_translate(
-        pixels, shape, (1, 2), jnp.float32(scale), jnp.float32(translation), "bilinear", antialias=False
-    )
+    return resize_frames(pixels, height=side, width=side, has_aligned_corners=has_aligned_corners)

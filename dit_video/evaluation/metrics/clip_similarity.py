@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import numpy as np
-
-from dit_video.evaluation.feature_functions.clip import ClipEmbeddings
+from dit_video.evaluation.feature_functions.clip import ClipEmbeddings, split_frames
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
 
 
@@ -27,7 +25,6 @@ class ClipSimilarity(MeanMetric):
 
     def measure(self, batch: MetricBatch) -> Sequence[float]:
         """Return the similarity of every sample."""
-        frames = batch.extract(self.embeddings, "samples")
-        parts = np.split(frames, np.cumsum([len(clip.frames) for clip in batch.samples], axis=0)[:-1])
+        parts = split_frames(batch.extract(self.embeddings, "samples"), batch.samples)
         texts = self.embeddings.open_texts()(batch.prompts)
         return [float((part @ text).mean(axis=0)) for part, text in zip(parts, texts, strict=True)]
