@@ -1,4 +1,4 @@
-"""Interpolation of frames to the sizes that networks read, without a filter against aliasing, as in their references."""
+"""Interpolation of frames to the sizes that networks read, as in their references without a filter when shrinking."""
 
 import jax
 import jax.numpy as jnp
