@@ -9,7 +9,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
 from dit_video.distributed.gather import is_first_process
-from dit_video.evaluation.clip_set import ClipSet
+from dit_video.evaluation.clip_set import ClipSet, make_file_set
 from dit_video.evaluation.measure import Measurement, measure
 from dit_video.evaluation.protocol import Protocol
 from dit_video.evaluation.protocols import SceneProtocol
@@ -32,6 +32,7 @@ class ProtocolResult(NamedTuple):
     protocol: Protocol
     """Protocol with what the model determines."""
     samples: ClipSet
+    """Samples or reconstructions; none where the model itself is measured, on clips of the data."""
     real_clips: ClipSet | None
 
 
@@ -74,10 +75,11 @@ def evaluate_protocol(
         data, truths = make_scene_set(count, seed=protocol.seed, levels=protocol.levels, sizes=protocol.sizes)
     if data is None:
         raise UserError(f"the protocol {protocol.name} needs clips of the data. Name their folder with --data")
+    samples, recorded = make_file_set(folder, (), ()), dict[str, Any]()
     if is_reconstruction(protocol):
         protocol, samples = _reconstruct(pipeline, protocol, data)
         recorded = {"autoencoder": config_json.to_json(pipeline.config.autoencoder)}
-    else:
+    elif any("samples" in metric.needs for metric in protocol.metrics):
         requests, numbers = make_requests(pipeline, protocol, data, sizes=[truth.scene.size for truth in truths])
         resolved = pipeline.resolve_sampling(**sampling)
         recorded = {"sampling": config_json.to_json(resolved)}
@@ -97,6 +99,7 @@ def evaluate_protocol(
         real_clips=data,
         is_reconstruction=is_reconstruction(protocol),
         truths=truths,
+        pipeline=pipeline,
         recorded=recorded,
         progress=progress,
     )

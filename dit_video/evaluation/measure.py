@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from dit_video.evaluation.metrics.metric import (
     MetricInput,
 )
 from dit_video.evaluation.protocol import Protocol
+from dit_video.pipelines.pipeline import Pipeline
 from dit_video.video import Clip
 
 METRICS_FILE = "metrics.json"
@@ -32,10 +33,12 @@ _EXAMPLE_NEEDS = PROMPT_NEEDS | CLIP_NEEDS | frozenset[MetricInput](("real_clips
 """Needs of metrics whose examples are the samples."""
 _MAX_NAMED = 5
 _INPUTS = {
+    "samples": "samples. Name a model, or a folder of videos",
     "real_clips": "clips of the data. Name them with --data",
     "prompts": "prompts. Give each clip a caption",
     "pairs": "the clips that were reconstructed. Name them with --data",
     "scenes": "the scenes that the samples show. Use the protocol scenes with a model of them",
+    "pipeline": "the model itself. Name it instead of a folder of samples",
 }
 """Inputs that an evaluation may lack, and how to give them."""
 
@@ -98,6 +101,7 @@ def measure(
     real_clips: ClipSet | None = None,
     is_reconstruction: bool = False,
     truths: Sequence[Any] = (),
+    pipeline: Pipeline | None = None,
     recorded: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Measurement:
@@ -106,26 +110,33 @@ def measure(
     A metric whose weights or inputs are missing is left out with the reason, and the others are computed.
 
     Args:
-      samples: clips of a model.
+      samples: clips of a model; none where only the model itself is measured, on clips of the data.
       protocol: what is measured.
       folder: folder of `metrics.json`.
       real_clips: clips of the data, if any.
       is_reconstruction: each sample is a reconstruction of the clip of the data with its name.
       truths: true content of each sample, where prompts are of rendered scenes.
+      pipeline: the model, for metrics of its denoiser.
       recorded: further fields of the recorded protocol: how the samples were made.
       progress: called with the number of clips that were read.
 
     Raises:
       UserError: no metric can be computed, too many clips cannot be read, or reconstructions of other clips.
     """
-    has_prompts = all(samples.captions)
-    present = {"prompts": has_prompts, "scenes": truths, "real_clips": real_clips, "pairs": is_reconstruction}
-    inputs = {"samples", *(name for name, value in present.items() if value)}
+    present: dict[MetricInput, object] = {
+        "samples": samples.names,
+        "prompts": samples.names and all(samples.captions),
+        "scenes": truths,
+        "real_clips": real_clips,
+        "pairs": is_reconstruction,
+        "pipeline": pipeline,
+    }
+    inputs = {name for name, value in present.items() if value}
     metrics, skipped, weights = _open_metrics(protocol.metrics, inputs)
     if not metrics:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise UserError(f"no metric of the protocol {protocol.name} can be computed: {reasons}")
-    updates = _Updates(MetricCollection(metrics), protocol, progress)
+    updates = _Updates(MetricCollection(metrics), protocol, pipeline, progress)
     if is_reconstruction:
         assert real_clips is not None  # reconstructions are of clips of the data
         updates.add_samples(samples, originals=real_clips)
@@ -152,8 +163,14 @@ def measure(
 class _Updates:
     """Metrics that get clips in batches, and what they got."""
 
-    def __init__(self, collection: MetricCollection, protocol: Protocol, progress: Callable[[int], None] | None):
-        self.collection, self._protocol, self._progress = collection, protocol, progress
+    def __init__(
+        self,
+        collection: MetricCollection,
+        protocol: Protocol,
+        pipeline: Pipeline | None,
+        progress: Callable[[int], None] | None,
+    ):
+        self.collection, self._protocol, self._pipeline, self._progress = collection, protocol, pipeline, progress
         self.names: list[str] = []
         """Names of the samples that were measured."""
         self.excluded: dict[str, dict[str, str]] = {}
@@ -182,7 +199,7 @@ class _Updates:
             real_clips = [clip for _, clip in part]
             self._real_names += [clips.names[number] for number, _ in part]
             self._hashes += map(hash_clip, real_clips)
-            self.collection.update(MetricBatch(real_clips=real_clips))
+            self.collection.update(MetricBatch(real_clips=real_clips, pipeline=self._pipeline))
 
     def add_samples(self, clips: ClipSet, *, truths: Sequence[Any] = (), originals: ClipSet | None = None) -> None:
         """Read samples, of rendered scenes with their truths, of reconstructions with the originals."""
@@ -197,6 +214,7 @@ class _Updates:
                 scenes=[truths[number] for number, _ in part] if truths else (),
                 pairs=made,
                 real_clips=[pair.original for pair in made],
+                pipeline=self._pipeline,
             )
             self.collection.update(batch)
             self.names += [clips.names[number] for number, _ in part]
@@ -239,13 +257,13 @@ class _PairReader:
 
 
 def _open_metrics(
-    metrics: Sequence[Metric], inputs: set[str]
+    metrics: Sequence[Metric], inputs: Collection[MetricInput]
 ) -> tuple[list[Metric], dict[str, str], dict[str, list[str]]]:
     """Return the metrics that can be computed, the reasons for the others, and the weights of each by name."""
     opened, skipped, identities = [], {}, {}
     for metric in metrics:
         name = ", ".join(metric.describe())
-        if lacking := sorted(set(metric.needs) - inputs):
+        if lacking := sorted(set(metric.needs).difference(inputs)):
             skipped[name] = f"it needs {_INPUTS.get(lacking[0], lacking[0])}"
             continue
         try:
