@@ -149,6 +149,15 @@ def wait_for_main_process() -> None:
         pass
 
 
+def wait_for_all_processes() -> None:
+    """Wait until all processes have reached this call, without a collective operation (see `wait_for_main_process`)."""
+    if jax.process_count() == 1:
+        return
+    meeting = KeyValueStore(f"meeting/{next(_turn_numbers)}")
+    meeting.write(str(jax.process_index()), "")
+    meeting.wait_for({str(index) for index in range(jax.process_count())}, math.inf)
+
+
 def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
     # The training loop handles SIGTERM. JAX's service would catch it, and only report it when polled.
     jax.config.update("jax_enable_preemption_service", False)

@@ -29,7 +29,8 @@ class MetricCollection:
 
     def __init__(self, metrics: Sequence[Metric]):
         self.metrics = tuple(metrics)
-        self._states: list[Any] = [metric.init() for metric in self.metrics]
+        self.states: list[Any] = [metric.init() for metric in self.metrics]
+        """State of each metric."""
 
     @property
     def needs(self) -> frozenset[MetricInput]:
@@ -40,25 +41,30 @@ class MetricCollection:
         """Update every metric that needs data of the batch."""
         for index, metric in enumerate(self.metrics):
             if any(getattr(batch, need) for need in metric.needs if need != "pipeline"):
-                self._states[index] = metric.update(self._states[index], batch.select(metric.needs))
+                self.states[index] = metric.update(self.states[index], batch.select(metric.needs))
+
+    def merge(self, states: Sequence[Any]) -> None:
+        """Add the examples of further states of the same metrics, which come after those of this collection."""
+        merged = zip(self.metrics, self.states, states, strict=True)
+        self.states = [metric.merge(own, other) for metric, own, other in merged]
 
     def compute(self) -> dict[str, MetricResult]:
         """Return the results by name."""
         results: dict[str, MetricResult] = {}
-        for metric, state in zip(self.metrics, self._states, strict=True):
+        for metric, state in zip(self.metrics, self.states, strict=True):
             name, estimates = get_class_name(type(metric)), metric.compute(state)
             results |= {key: MetricResult(name, each, estimates[key]) for key, each in metric.describe().items()}
         return results
 
     def list_nearest(self) -> Sequence[int]:
         """Return the number of the nearest clip of the data of each sample, by the first metric that knows them."""
-        lists = (metric.list_nearest(state) for metric, state in zip(self.metrics, self._states, strict=True))
+        lists = (metric.list_nearest(state) for metric, state in zip(self.metrics, self.states, strict=True))
         return next(filter(None, lists), ())
 
     def list_examples(self, names: Sequence[str], needs: Collection[MetricInput]) -> dict[str, dict[str, Any]]:
         """Return the values of each named example, of metrics all of whose examples are of this kind."""
         values: dict[str, dict[str, Any]] = {name: {} for name in names}
-        for metric, state in zip(self.metrics, self._states, strict=True):
+        for metric, state in zip(self.metrics, self.states, strict=True):
             rows: Sequence[Mapping[str, Any]] = metric.list_examples(state)
             if {*metric.needs} <= {*needs, "pipeline"} and rows:
                 for name, row in zip(names, rows, strict=True):

@@ -1,0 +1,218 @@
+"""Clips of a set that metrics get in batches, shared among the processes of a run."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.distributed.exchange import broadcast_objects
+from dit_video.evaluation.clip_set import ClipSet, hash_clip
+from dit_video.evaluation.collection import MetricCollection
+from dit_video.evaluation.metrics.metric import ClipReconstruction, MetricBatch
+from dit_video.evaluation.protocol import Protocol
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.video import Clip
+
+_BATCH = 16
+"""Number of clips in memory at once."""
+_MAX_NAMED = 5
+"""Number of clips that an error names."""
+
+
+@dataclass
+class ClipReader:
+    """Clips of a set as a protocol samples them; those that cannot be read are counted and named."""
+
+    clips: ClipSet
+    protocol: Protocol
+    numbers: Sequence[int]
+    """Numbers of the clips to read."""
+    total: int
+    """Number of clips that all processes read."""
+    excluded: dict[str, str] = field(default_factory=dict)
+    """Reason for each clip that is left out, by name."""
+
+    def read(self, number: int) -> Clip | None:
+        """Return a clip, or None if it is left out.
+
+        Raises:
+          UserError: more clips are left out than the protocol allows.
+        """
+        name, sampling = self.clips.names[number], self.protocol.clips
+        try:
+            return sampling.sample(self.clips.read(number, sampling.fps), seed=self.protocol.seed, number=number)
+        except (DecodeError, UserError, OSError) as error:
+            self.excluded[name] = str(error)
+        check_excluded(self.excluded, self.protocol, self.clips.location, total=self.total)
+        return None
+
+    def __iter__(self) -> Iterator[tuple[int, Clip]]:
+        """Yield the numbers and the clips that can be read."""
+        for number in self.numbers:
+            if (clip := self.read(number)) is not None:
+                yield number, clip
+
+
+def check_excluded(excluded: Mapping[str, str], protocol: Protocol, location: str, *, total: int) -> None:
+    """Check that no more clips are left out than a protocol allows.
+
+    Args:
+      excluded: reason for each clip that is left out, by name.
+      protocol: the protocol.
+      location: folder of the clips.
+      total: number of clips to read.
+
+    Raises:
+      UserError: more are left out; the first of them are named.
+    """
+    if len(excluded) > protocol.max_unreadable * total:
+        named = "; ".join(f"{each}: {reason}" for each, reason in itertools.islice(excluded.items(), _MAX_NAMED))
+        raise UserError(
+            f"{len(excluded)} of {total} clips of {location} cannot be measured, more than "
+            f"max_unreadable={protocol.max_unreadable:g}: {named}. Mend or remove them"
+        )
+
+
+@dataclass
+class ClipUpdates:
+    """Metrics that get clips in batches, and a record of what they got.
+
+    The processes of a run each read a part of every set, and `merge_processes` joins their states. If a metric calls
+    the model itself, which is a computation of all processes, all of them read all clips instead.
+    """
+
+    collection: MetricCollection
+    protocol: Protocol
+    pipeline: Pipeline | None = None
+    """Model, for metrics of its denoiser."""
+    progress: Callable[[int], None] | None = None
+    """Called with the number of clips that were read."""
+    names: list[str] = field(default_factory=list)
+    """Names of the samples that were measured."""
+    real_names: list[str] = field(default_factory=list)
+    """Names of the clips of the data that were read."""
+    excluded: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Reasons for the clips that are left out, by set and name."""
+    _hashes: list[str] = field(default_factory=list)
+    _totals: dict[str, int] = field(default_factory=dict)
+    """Number of clips to read of each set."""
+    _count: int = 0
+
+    @property
+    def data_digest(self) -> str | None:
+        """Return a hash of the pixels of all clips of the data, in their order; None without any."""
+        return hashlib.sha256("".join(self._hashes).encode()).hexdigest()[:16] if self._hashes else None
+
+    @property
+    def is_shared(self) -> bool:
+        """Return True if each process reads a part of the clips."""
+        return jax.process_count() > 1 and "pipeline" not in self.collection.needs
+
+    def list_nearest(self) -> dict[str, str]:
+        """Return the name of the nearest clip of the data of each sample; empty if no metric knows them."""
+        numbers = self.collection.list_nearest()
+        if len(numbers) != len(self.names):
+            return {}  # there are none, or they are of frames
+        return {name: self.real_names[number] for name, number in zip(self.names, numbers, strict=True)}
+
+    def add_real_clips(self, clips: ClipSet) -> None:
+        """Read clips of the data."""
+        protocol = self.protocol
+        numbers = protocol.choose(len(clips.names), protocol.real_count, purpose="measured clips of the data")
+        for part in self._read(clips, numbers):
+            real_clips = [clip for _, clip in part]
+            self.real_names += [clips.names[number] for number, _ in part]
+            self._hashes += map(hash_clip, real_clips)
+            self.collection.update(MetricBatch(real_clips=real_clips, pipeline=self.pipeline))
+
+    def add_samples(self, clips: ClipSet, *, truths: Sequence[Any] = (), originals: ClipSet | None = None) -> None:
+        """Read samples, of rendered scenes with their truths, of reconstructions with the originals."""
+        protocol = self.protocol
+        pairs = None if originals is None else _PairReader(originals, clips, protocol)
+        for part in self._read(clips, protocol.choose(len(clips.names), protocol.count, purpose="measured samples")):
+            made = [] if pairs is None else [pairs.make_pair(number, clip) for number, clip in part]
+            self._hashes += [hash_clip(pair.original) for pair in made]
+            batch = MetricBatch(
+                samples=[clip for _, clip in part],
+                prompts=[clip.caption for _, clip in part],
+                scenes=[truths[number] for number, _ in part] if truths else (),
+                pairs=made,
+                real_clips=[pair.original for pair in made],
+                pipeline=self.pipeline,
+            )
+            self.collection.update(batch)
+            self.names += [clips.names[number] for number, _ in part]
+
+    def merge_processes(self, error: UserError | None = None) -> None:
+        """Join what all processes have read, in each of them, in the order of the clips.
+
+        Args:
+          error: error of this process, which ends the reading in all of them.
+
+        Raises:
+          UserError: the error of a process, or together they leave out more clips than the protocol allows.
+        """
+        if not self.is_shared:
+            if error is not None:
+                raise error
+            return
+        own = (error, self.collection.states, self.names, self.real_names, self._hashes, self.excluded)
+        self.collection = MetricCollection(self.collection.metrics)
+        self.names, self.real_names, self._hashes, self.excluded = [], [], [], {}
+        errors = []
+        for raised, states, names, real_names, hashes, excluded in broadcast_objects(own):
+            errors += [] if raised is None else [raised]
+            self.collection.merge(states)
+            self.names += names
+            self.real_names += real_names
+            self._hashes += hashes
+            for location, reasons in excluded.items():
+                self.excluded.setdefault(location, {}).update(reasons)
+        if errors:
+            raise errors[0]
+        for location, reasons in self.excluded.items():
+            check_excluded(reasons, self.protocol, location, total=self._totals[location])
+
+    def _read(self, clips: ClipSet, numbers: Sequence[int]) -> Iterator[list[tuple[int, Clip]]]:
+        """Yield batches of clips with their numbers; of this process's part."""
+        processes, process = (jax.process_count(), jax.process_index()) if self.is_shared else (1, 0)
+        own = np.array_split(np.array(numbers, np.int64), processes)[process].tolist()
+        self._totals[clips.location] = len(numbers)
+        reader = ClipReader(clips, self.protocol, own, len(numbers))
+        iterator = iter(reader)
+        while part := list(itertools.islice(iterator, _BATCH)):
+            yield part
+            self._count += len(part) * processes
+            if self.progress is not None:
+                self.progress(self._count)
+        if reader.excluded:
+            self.excluded[clips.location] = reader.excluded
+
+
+class _PairReader:
+    """Original clips of reconstructions, by their names without suffix."""
+
+    def __init__(self, originals: ClipSet, samples: ClipSet, protocol: Protocol):
+        self._originals, self._samples, self._protocol = originals, samples, protocol
+        self._numbers = {Path(name).with_suffix("").as_posix(): number for number, name in enumerate(originals.names)}
+        lacking = [name for name in samples.names if Path(name).with_suffix("").as_posix() not in self._numbers]
+        if lacking:
+            named = ", ".join(lacking[:_MAX_NAMED])
+            raise UserError(
+                f"{len(lacking)} of {len(samples.names)} reconstructions have no original of their name in "
+                f"{originals.location}, such as {named}. Name the folder of the originals"
+            )
+
+    def make_pair(self, number: int, decoded: Clip) -> ClipReconstruction:
+        """Return a reconstruction with its original, whose first frames are compared if it is longer."""
+        name = self._samples.names[number]
+        strict = replace(self._protocol, max_unreadable=0.0)  # an original that cannot be read is an error
+        original = ClipReader(self._originals, strict, (), 1).read(self._numbers[Path(name).with_suffix("").as_posix()])
+        assert original is not None
+        return ClipReconstruction(name, original, decoded)
