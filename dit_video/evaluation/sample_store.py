@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.distributed.gather import is_first_process
-from dit_video.distributed.processes import wait_for_main_process
+from dit_video.distributed.processes import wait_for_all_processes, wait_for_main_process
 from dit_video.evaluation.clip_set import ClipSet, make_file_set
 from dit_video.generation.request import Request
 from dit_video.pipelines.pipeline import Pipeline
@@ -69,7 +71,7 @@ class SampleStore:
     def fill(self, pipeline: Pipeline, *, progress: Callable[[int], None] | None = None, **sampling: Any) -> None:
         """Make the samples that do not exist yet; each file is complete or absent.
 
-        In a run of several processes all of them call this; the first one decodes and writes.
+        In a run of several processes all of them call this, and each decodes and writes a part of the samples.
 
         Args:
           pipeline: the model.
@@ -83,13 +85,13 @@ class SampleStore:
             part = missing[start : start + batch]
             requests = [self._requests[number] for number in part]
             latents = pipeline.generate_latents(requests, **sampling)
-            if is_first_process():
-                for number, clip in zip(part, pipeline.decode_many(latents, requests), strict=True):
-                    clip.save(self.get_path(number), crf=self._crf if len(clip.frames) > 1 else None)
+            own = slice(jax.process_index(), None, jax.process_count())
+            for number, clip in zip(part[own], pipeline.decode_many(latents[own], requests[own]), strict=True):
+                clip.save(self.get_path(number), crf=self._crf if len(clip.frames) > 1 else None)
             done += len(part)
             if progress is not None:
                 progress(done)
-        wait_for_main_process()
+        wait_for_all_processes()
 
     def open(self) -> ClipSet:
         """Return the samples as a set of clips."""
