@@ -36,7 +36,10 @@ class EditSuccess(ExampleMetric[tuple[bool, float]]):
         values = []
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
             background = truth.scene.background
-            own, true = find_objects(clip, background), find_objects(truth.reference, background)
+            own, true = (
+                batch.derive(find_objects, clip, background),
+                batch.derive(find_objects, truth.reference, background),
+            )
             for new, old in zip(truth.scene.objects, truth.source.objects, strict=True):
                 if new.colour == old.colour:
                     continue

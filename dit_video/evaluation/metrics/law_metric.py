@@ -36,7 +36,7 @@ class LawMetric(ShareMetric):
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
             if getattr(truth, "law", None) != self.law:
                 continue
-            tracks = find_objects(clip, truth.scene.background, min_share=self.min_share)
+            tracks = batch.derive(find_objects, clip, truth.scene.background, min_share=self.min_share)
             own = [tracks[each.colour] for each in truth.scene.objects if each.colour in tracks]
             answers.append(len(own) == len(truth.scene.objects) and self.keeps_law(clip, truth.scene, own))
         return answers

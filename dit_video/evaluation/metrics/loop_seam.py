@@ -36,7 +36,7 @@ class LoopSeam(ExampleMetric[tuple[float, float]]):
             seam = float(np.abs(frames[0] - frames[-1]).mean(axis=(0, 1, 2)))
             ways = []
             for each in (clip, truth.reference):
-                tracks = find_objects(each, truth.scene.background)
+                tracks = batch.derive(find_objects, each, truth.scene.background)
                 ways.append(
                     sum(_measure_way(tracks[one.colour]) for one in truth.scene.objects if one.colour in tracks)
                 )

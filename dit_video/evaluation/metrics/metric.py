@@ -7,9 +7,9 @@ combined by `merge`, and the result is that of all their examples.
 
 import abc
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from jaxtyping import Float32
@@ -22,6 +22,8 @@ from dit_video.video import Clip
 
 MetricState = TypeVar("MetricState")
 Example = TypeVar("Example")
+Derived = TypeVar("Derived")
+Arguments = ParamSpec("Arguments")
 MetricInput = Literal["samples", "prompts", "references", "scenes", "real_clips", "pairs", "baselines", "pipeline"]
 """Data that a metric reads: the field of `MetricBatch` with that name."""
 PROMPT_NEEDS = frozenset[MetricInput](("samples", "prompts", "references", "scenes"))
@@ -65,10 +67,12 @@ class MetricBatch:
     """Pipeline that is evaluated, whose denoiser a loss or likelihood calls."""
 
     _features: dict[Any, np.ndarray] = field(default_factory=dict, repr=False)
+    _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def select(self, needs: Collection[MetricInput]) -> "MetricBatch":
-        """Return the batch with only these fields; features are computed once for all that are selected from it."""
-        return MetricBatch(**{need: getattr(self, need) for need in needs}, _features=self._features)
+        """Return the batch with only these fields; all that are selected from it share what they compute of clips."""
+        values = {need: getattr(self, need) for need in needs}
+        return MetricBatch(**values, _features=self._features, _derived=self._derived)
 
     def extract(
         self, features: FeatureFunction, name: Literal["samples", "references", "real_clips"]
@@ -83,6 +87,26 @@ class MetricBatch:
         if key not in self._features:
             self._features[key] = features.open().extract(getattr(self, name))
         return self._features[key]
+
+    def derive(
+        self,
+        function: Callable[Concatenate[Clip, Arguments], Derived],
+        clip: Clip,
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Derived:
+        """Return `function(clip, *args, **kwargs)`, which is computed once for all metrics of the batch.
+
+        Args:
+          function: a pure function of a clip, such as one that tracks its objects; no metric changes its result.
+          clip: a clip of the batch, or a reference of one of its scenes.
+          *args: further arguments of the function, hashable, as those by name are.
+          **kwargs: its arguments by name.
+        """
+        key = (function, clip, args, frozenset(kwargs.items()))
+        if key not in self._derived:
+            self._derived[key] = function(clip, *args, **kwargs)
+        return self._derived[key]
 
 
 @dataclass(frozen=True, kw_only=True)

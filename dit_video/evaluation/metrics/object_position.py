@@ -27,7 +27,7 @@ class ObjectPosition(MeanMetric):
         """Return the mean error of every sample's objects."""
         errors = []
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
-            own, true = (find_objects(each, truth.scene.background) for each in (clip, truth.reference))
+            own, true = (batch.derive(find_objects, each, truth.scene.background) for each in (clip, truth.reference))
             lost = float(np.hypot(clip.height, clip.width)) / 2
             distances = []
             for name in (each.colour for each in truth.scene.objects if each.colour in true):

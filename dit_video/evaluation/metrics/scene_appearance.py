@@ -160,10 +160,10 @@ class AppearanceMetric(ShareMetric):
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
             if has_moving_view(truth.scene):
                 continue
-            tracks = find_objects(clip, truth.scene.background)
+            tracks = batch.derive(find_objects, clip, truth.scene.background)
             for each in truth.scene.objects:
                 track = tracks.get(each.colour)
-                judged = None if track is None else judge_appearance(clip, truth.scene.background, track)
+                judged = None if track is None else batch.derive(judge_appearance, clip, truth.scene.background, track)
                 answers.append(judged is not None and getattr(judged, self.attribute) == getattr(each, self.attribute))
         return answers
 

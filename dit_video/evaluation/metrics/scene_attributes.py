@@ -26,7 +26,7 @@ class SceneColours(ShareMetric):
         """Return for every sample whether its largest objects have the scene's colours."""
         answers = []
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
-            tracks = find_objects(clip, truth.scene.background)
+            tracks = batch.derive(find_objects, clip, truth.scene.background)
             by_area = sorted(tracks.values(), key=lambda track: -track.area.mean(axis=0))
             expected = {each.colour for each in truth.scene.objects}
             answers.append({track.colour for track in by_area[: len(expected)]} == expected)
@@ -56,7 +56,7 @@ class SceneDirections(ShareMetric):
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
             if len(clip.frames) == 1:
                 continue
-            tracks = find_objects(clip, truth.scene.background)
+            tracks = batch.derive(find_objects, clip, truth.scene.background)
             for each in truth.scene.objects:
                 if each.direction is None and any(each.velocity):
                     continue

@@ -60,6 +60,8 @@ def count_objects(clip: Clip, background: str) -> Int[np.ndarray, " T"]:
 
 def _count_parts(mask: Bool[np.ndarray, "H W"], smallest: float) -> int:
     """Return the number of objects of one colour in a frame; parts near a larger one belong to it."""
+    if mask.sum(axis=(0, 1)) < smallest:
+        return 0  # as after the opening, which is slow and takes pixels away
     mask, count = binary_opening(mask, structure=_CORE), 0
     while mask.sum(axis=(0, 1)) >= smallest:
         parts, _ = label(mask, structure=np.ones((3, 3)))

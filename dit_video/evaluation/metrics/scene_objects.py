@@ -6,7 +6,7 @@ and of the background's, which varies slowly.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int
@@ -29,7 +29,8 @@ MIN_MOTION = 1.5
 """Smallest displacement of an object over a clip, in pixels; one that moves less stands still."""
 
 
-class ObjectTrack(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ObjectTrack:
     """An object that a clip shows."""
 
     colour: str

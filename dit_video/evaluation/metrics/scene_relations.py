@@ -35,7 +35,7 @@ class SceneRelations(ShareMetric):
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
             if truth.scene.relation is None:
                 continue
-            tracks = find_objects(clip, truth.scene.background)
+            tracks = batch.derive(find_objects, clip, truth.scene.background)
             first, second = (tracks.get(each.colour) for each in truth.scene.objects)
             if first is None or second is None:
                 answers.append(False)

@@ -37,7 +37,7 @@ class SceneSpeeds(ShareMetric):
             moving = [each for each in truth.scene.objects if each.speed is not None]
             if len(clip.frames) == 1 or not moving:
                 continue
-            tracks, side = find_objects(clip, truth.scene.background), min(clip.height, clip.width)
+            tracks, side = batch.derive(find_objects, clip, truth.scene.background), min(clip.height, clip.width)
             for each in moving:
                 track = tracks.get(each.colour)
                 speed = None if track is None else classify_speed(track, fps=clip.fps, side=side)

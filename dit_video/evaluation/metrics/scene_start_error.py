@@ -34,7 +34,7 @@ class SceneStartError(MeanMetric):
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
             if not is_first_frame_known(truth):
                 continue
-            own, true = (find_objects(each, truth.scene.background) for each in (clip, truth.reference))
+            own, true = (batch.derive(find_objects, each, truth.scene.background) for each in (clip, truth.reference))
             lost = float(np.hypot(clip.height, clip.width)) / 2
             distances = []
             for name in (each.colour for each in truth.scene.objects if each.colour in true):

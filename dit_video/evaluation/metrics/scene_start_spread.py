@@ -61,7 +61,7 @@ class SceneStartSpread(ExampleMetric[StartSample]):
             scene = truth.scene
             if is_first_frame_known(truth) or scene.level == 3:
                 continue
-            tracks = find_objects(clip, scene.background)
+            tracks = batch.derive(find_objects, clip, scene.background)
             if not all(each.colour in tracks and tracks[each.colour].is_visible[0] for each in scene.objects):
                 continue
             side = min(clip.height, clip.width)

@@ -19,6 +19,10 @@ from dit_video.evaluation.metrics.metric import (
     MetricValue,
 )
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim, psnr, ssim
+from dit_video.evaluation.physics_scenes import LAWS, make_physics_truths
+from dit_video.evaluation.scene_metrics import PHYSICS_METRICS, SCENE_PROMPT_METRICS
+from dit_video.evaluation.scene_set import make_scene_set
+from dit_video.tokens import Grid
 
 METRICS = ShapesEvaluation().metrics
 
@@ -64,6 +68,46 @@ def test_no_metric_changes_another(metric):
     for collection in (alone, together):
         collection.update(batch)
     assert alone.compute().items() <= together.compute().items()
+
+
+def test_metrics_of_a_batch_share_what_they_derive_from_a_clip():
+    calls = []
+
+    def measure_brightness(clip, scale, *, offset=0.0):
+        calls.append((clip, scale, offset))
+        return scale * float(clip.frames.mean()) + offset
+
+    batch = make_batch(0, 1)
+    first, second = batch.samples
+    metrics = [batch.select(("samples",)), batch.select(("samples", "prompts")), batch]
+    assert len({each.derive(measure_brightness, first, 2.0) for each in metrics}) == 1
+    assert calls == [(first, 2.0, 0.0)]
+    # Another clip, argument or function is another value, and so is a clip of a batch of its own.
+    assert batch.derive(measure_brightness, second, 2.0) == 2 * second.frames.mean()
+    assert batch.derive(measure_brightness, first, 3.0, offset=1.0) == 3 * first.frames.mean() + 1
+    assert batch.derive(lambda clip, scale: scale, first, 2.0) == 2.0
+    assert MetricBatch(samples=[first]).derive(measure_brightness, first, 2.0) == 2 * first.frames.mean()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("metric", [*SCENE_PROMPT_METRICS, *PHYSICS_METRICS], ids=lambda metric: type(metric).__name__)
+def test_scene_metrics_alone_are_those_of_a_shared_batch(metric, scene_batch):
+    batch, results = scene_batch
+    alone = MetricCollection([metric])
+    alone.update(MetricBatch(samples=batch.samples, scenes=batch.scenes))
+    assert alone.compute().items() <= results.items()
+
+
+@pytest.fixture(scope="module")
+def scene_batch():
+    """Return scenes for the prompt and of every law, and the results of all metrics together."""
+    clips, truths = make_scene_set(4, seed=3, levels=(1, 2), sizes=(Grid(9, 32, 48),))
+    lawful = [truth for law in LAWS for truth in make_physics_truths(law, count=1, seed=5)]
+    samples = [*(clips.read(number, None) for number in range(4)), *(truth.reference for truth in lawful)]
+    batch = MetricBatch(samples=samples, scenes=[*truths, *lawful])
+    together = MetricCollection((*SCENE_PROMPT_METRICS, *PHYSICS_METRICS))
+    together.update(batch)
+    return batch, together.compute()
 
 
 def test_means_of_reconstructions_are_those_of_the_clips():
