@@ -1,5 +1,6 @@
 """Means and covariances of features, and the Fréchet distance of two of them (arXiv 1706.08500, eq. 6)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +19,12 @@ _RESAMPLINGS = 40
 class FeatureMoments(NamedTuple):
     """Sums of features and of their products in float64, which examples of any number are added to.
 
-    Examples are in groups by their running number, so that a distance has an interval without keeping all features.
+    Examples are in groups by the running number of their clip, so that a distance has an interval without keeping all
+    features. All frames of a clip are in one group: they are alike, so that groups that share clips differ too little.
     """
+
+    clips: Int[np.ndarray, " g"]
+    """Number of clips of each group."""
 
     counts: Int[np.ndarray, " g"]
     """Number of examples of each group."""
@@ -33,32 +38,46 @@ class FeatureMoments(NamedTuple):
         """Return the moments of no examples, of 8 to 32 groups."""
         groups = int(np.clip(_GROUP_VALUES // channels**2, _MIN_GROUPS, _MAX_GROUPS))
         shape = (groups, channels)
-        return cls(np.zeros(groups, np.int64), np.zeros(shape), np.zeros((*shape, channels)))
+        empty = np.zeros(groups, np.int64)
+        return cls(empty, empty, np.zeros(shape), np.zeros((*shape, channels)))
 
-    def add(self, features: Float[np.ndarray, "n d"]) -> "FeatureMoments":
+    def add(
+        self, features: Float[np.ndarray, "n d"], lengths: Sequence[int] | Int[np.ndarray, " c"] | None = None
+    ) -> "FeatureMoments":
         """Return the moments with further examples.
+
+        Args:
+          features: the examples, clip after clip.
+          lengths: number of examples of each clip; one by default.
 
         Raises:
           UserError: features that are not finite.
         """
         check_finite(features)
         values = features.astype(np.float64)
-        counts, total, products = self.counts.copy(), self.total.copy(), self.products.copy()
-        groups = (self.size + np.arange(len(values))) % len(counts)
+        clips, counts, total, products = (each.copy() for each in self)
+        clip_groups = (self.clip_count + np.arange(len(values) if lengths is None else len(lengths))) % len(counts)
+        np.add.at(clips, clip_groups, 1)
+        groups = clip_groups if lengths is None else np.repeat(clip_groups, lengths)
         for group in np.unique(groups):
             part = values[groups == group]
             counts[group] += len(part)
             total[group] += part.sum(axis=0)
             products[group] += part.T @ part
-        return FeatureMoments(counts, total, products)
+        return FeatureMoments(clips, counts, total, products)
 
     def merge(self, other: "FeatureMoments") -> "FeatureMoments":
         """Return the moments of the examples of both."""
-        return FeatureMoments(self.counts + other.counts, self.total + other.total, self.products + other.products)
+        return FeatureMoments(*(first + second for first, second in zip(self, other, strict=True)))
 
     def select(self, groups: Int[np.ndarray, " n"]) -> "FeatureMoments":
         """Return the moments of some groups, perhaps repeated."""
-        return FeatureMoments(self.counts[groups], self.total[groups], self.products[groups])
+        return FeatureMoments(*(each[groups] for each in self))
+
+    @property
+    def clip_count(self) -> int:
+        """Return the number of clips."""
+        return int(self.clips.sum(axis=0))
 
     @property
     def size(self) -> int:
@@ -122,14 +141,14 @@ def check_channels(first: int, second: int) -> None:
         raise UserError(f"a comparison is invalid: {rule}. Use features of the same network")
 
 
-def check_finite(features: Float[np.ndarray, "n d"]) -> None:
-    """Check that all features are finite.
+def check_finite(clips: Sequence[Float[np.ndarray, "*rows d"]] | Float[np.ndarray, "n d"]) -> None:
+    """Check that all features of each clip are finite.
 
     Raises:
       UserError: they are not.
     """
-    if bad := int((~np.isfinite(features)).any(axis=1).sum(axis=0)):
-        raise UserError(f"features of {bad} of {len(features)} clips are not finite. Look at these clips first")
+    if bad := sum(not np.isfinite(features).all() for features in clips):
+        raise UserError(f"features of {bad} of {len(clips)} clips are not finite. Look at these clips first")
 
 
 def measure_frechet_distance(first: FeatureMoments, second: FeatureMoments, *, seed: int = 0) -> FrechetDistance:

@@ -6,7 +6,13 @@ import scipy.special
 import scipy.stats
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.feature_sets import compute_inception_score, compute_kernel_distance, compute_overlap
+from dit_video.evaluation.feature_sets import (
+    compute_inception_score,
+    compute_kernel_distance,
+    compute_overlap,
+    find_nearest,
+    find_nearest_other,
+)
 
 
 def draw(count, channels=4, *, seed=0, shift=0.0):
@@ -77,12 +83,44 @@ def test_the_inception_score_equals_its_definition_in_each_split():
     assert compute_inception_score(logits, splits=3) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
 
 
+def test_equal_frames_of_clips_count_as_one_example():
+    first, second, logits = draw(40), draw(30, seed=1, shift=0.5), 2 * draw(40, 6)
+
+    def repeat(features):
+        return np.repeat(features, 3, axis=0), np.repeat(np.arange(len(features)), 3)
+
+    (many, own), (others, theirs) = repeat(first), repeat(second)
+    one = compute_kernel_distance(first, second, subset_size=15)
+    together = compute_kernel_distance(many, others, subset_size=15, clips=(own, theirs))
+    assert together == pytest.approx(one, rel=1e-6)
+    # Pairs of frames of one clip, and more of them, would change both the value and its deviation.
+    apart = compute_kernel_distance(many, others, subset_size=45)
+    assert apart.value > one.value + one.std / 2
+    assert compute_overlap(many, others, clips=(own, theirs)) == compute_overlap(first, second)
+    assert compute_overlap(many, others) != compute_overlap(first, second)
+    scores = compute_inception_score(logits, splits=3)
+    repeated, numbers = repeat(logits)
+    assert compute_inception_score(repeated, splits=3, clips=numbers) == pytest.approx(scores, rel=1e-9)
+    assert compute_inception_score(repeated, splits=3) != pytest.approx(scores, rel=1e-3)
+
+
+def test_the_nearest_other_point_is_of_another_clip():
+    points = np.array([[0], [1], [1.5], [4]], np.float32)
+    distances, numbers = find_nearest_other(points)
+    np.testing.assert_allclose(distances, [1, 0.5, 0.5, 2.5])
+    assert numbers.tolist() == [1, 2, 1, 2]
+    distances, numbers = find_nearest_other(points, np.array([0, 1, 1, 2]))
+    np.testing.assert_allclose(distances, [1, 1, 1.5, 2.5])
+    assert numbers.tolist() == [1, 0, 0, 2]
+    assert find_nearest(points, points)[1].tolist() == [0, 1, 2, 3]
+
+
 def test_what_has_no_value_is_refused():
-    with pytest.raises(UserError, match="a kernel distance of 1 examples"):
+    with pytest.raises(UserError, match="a kernel distance of 1 clips"):
         compute_kernel_distance(draw(1), draw(5))
     with pytest.raises(UserError, match="one set has 4 features, the other 3"):
         compute_kernel_distance(draw(5), draw(5, 3))
-    with pytest.raises(UserError, match="neighbours=3 is invalid for 3 examples"):
+    with pytest.raises(UserError, match="neighbours=3 is invalid for 3 clips"):
         compute_overlap(draw(3), draw(9))
-    with pytest.raises(UserError, match="splits=10 is invalid for 9 examples"):
+    with pytest.raises(UserError, match="splits=10 is invalid for 9 clips"):
         compute_inception_score(draw(9))

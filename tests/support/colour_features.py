@@ -11,6 +11,18 @@ from dit_video.video import Clip
 
 @register
 @dataclass(frozen=True, kw_only=True)
+class FrameColours(FeatureFunction):
+    """Mean colour of each frame, in 0..1."""
+
+    def load(self) -> OpenFeatures:
+        def extract(clips):
+            return np.concatenate([clip.frames.mean(axis=(1, 2)) for clip in clips]).astype(np.float32) / 255
+
+        return OpenFeatures(extract, "frame colours", is_of_frames=True)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
 class ColourFeatures(FeatureFunction):
     """Mean colours of the first and the last frame, in 0..1."""
 

@@ -40,7 +40,7 @@ class ClipEmbeddings(FeatureFunction):
         def extract(clips: Sequence[Clip]) -> Float32[np.ndarray, "n d"]:
             return _normalize(np.concatenate([encode(clip.frames) for clip in clips]))
 
-        return OpenFeatures(extract, f"CLIP {tower.digest[:12]}")
+        return OpenFeatures(extract, f"CLIP {tower.digest[:12]}", is_of_frames=True)
 
     def open_texts(self) -> EmbedTexts:
         """Return the function from texts to embeddings of length 1.
@@ -50,11 +50,6 @@ class ClipEmbeddings(FeatureFunction):
           UserError: the text tower has no projection.
         """
         return _load_texts(self)
-
-
-def split_frames(rows: Float32[np.ndarray, "n d"], clips: Sequence[Clip]) -> list[Float32[np.ndarray, "_ d"]]:
-    """Return the rows of each clip's frames."""
-    return np.split(rows, np.cumsum([len(clip.frames) for clip in clips], axis=0)[:-1])
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+from dit_video.core.errors import UserError
 from dit_video.video import Clip
 
 
@@ -18,9 +19,25 @@ class OpenFeatures(NamedTuple):
     """A function of clips with its weights in memory."""
 
     extract: Callable[[Sequence[Clip]], Float32[np.ndarray, "n d"]]
-    """Returns a row of features for each clip, or for each frame in the case of features of images."""
+    """Returns a row of features for each clip, or for each frame where `is_of_frames`."""
     identity: str
     """Name of the function, and hash of its weights: values of different identities are not comparable."""
+    is_of_frames: bool = False
+    """True for a row of each frame, clip after clip; False for one row of each clip."""
+
+    def extract_by_clip(self, clips: Sequence[Clip]) -> list[Float32[np.ndarray, "_ d"]]:
+        """Return the rows of each clip.
+
+        Raises:
+          UserError: the function returned another number of rows than `is_of_frames` says.
+        """
+        lengths = [len(clip.frames) if self.is_of_frames else 1 for clip in clips]
+        rows = self.extract(clips)
+        if len(rows) != sum(lengths):
+            kind = "frames" if self.is_of_frames else "clips"
+            rule = f"it returned {len(rows)} rows for {sum(lengths)} {kind}"
+            raise UserError(f"features={self.identity} is invalid: {rule}. Use is_of_frames=True for a row a frame.")
+        return np.split(rows, np.cumsum(lengths, axis=0)[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,5 @@ class InceptionFeatures(FeatureFunction):
             is_image=True,
             output=InceptionV3.classify if self.logits else None,
         )
-        return OpenFeatures(
-            extract, make_identity("Inception-v3 logits" if self.logits else "Inception-v3", self.weights)
-        )
+        name = "Inception-v3 logits" if self.logits else "Inception-v3"
+        return OpenFeatures(extract, make_identity(name, self.weights), is_of_frames=True)

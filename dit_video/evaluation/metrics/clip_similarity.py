@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from dit_video.evaluation.feature_functions.clip import ClipEmbeddings, split_frames
+from dit_video.evaluation.feature_functions.clip import ClipEmbeddings
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
 
 
@@ -25,6 +25,6 @@ class ClipSimilarity(MeanMetric):
 
     def measure(self, batch: MetricBatch) -> Sequence[float]:
         """Return the similarity of every sample."""
-        parts = split_frames(batch.extract(self.embeddings, "samples"), batch.samples)
+        parts = batch.extract(self.embeddings, "samples")
         texts = self.embeddings.open_texts()(batch.prompts)
         return [float((part @ text).mean(axis=0)) for part, text in zip(parts, texts, strict=True)]

@@ -1,8 +1,11 @@
 """Fréchet distance of the features of samples and of clips of the data: FVD, FID, and that of any feature function."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
 
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction
 from dit_video.evaluation.feature_moments import FeatureMoments, measure_frechet_distance
@@ -59,8 +62,8 @@ class FrechetMetric(Metric[MomentPair]):
         """Return the state with the clips of a batch."""
         return MomentPair(
             *(
-                moments if rows is None else (moments or FeatureMoments.zeros(rows.shape[1])).add(rows)
-                for moments, rows in zip(state, extract_sets(self.features, batch), strict=True)
+                _add_clips(moments, clips)
+                for moments, clips in zip(state, extract_sets(self.features, batch), strict=True)
             )
         )
 
@@ -70,16 +73,24 @@ class FrechetMetric(Metric[MomentPair]):
         return MomentPair(*(a.merge(b) if a is not None and b is not None else a or b for a, b in pairs))
 
     def compute(self, state: MomentPair) -> Mapping[str, MetricValue]:
-        """Return the distance; None with fewer than two examples in each group of a set."""
+        """Return the distance; None with fewer than two clips in each group of a set."""
         samples, real_clips = state
         names = tuple(self.describe())
-        counts = [0 if each is None else each.size for each in state]
+        counts = [0 if each is None else each.clip_count for each in state]
         if samples is None or real_clips is None or min(counts) < 2 * len(samples.counts):
             note = "" if 0 in counts else f"{min(counts)} clips are too few for a distance of halves of the sets"
             return {name: MetricValue(value=None, count=counts[0], note=note) for name in names}
         distance = measure_frechet_distance(samples, real_clips, seed=self.seed)
-        size = describe_size(min(counts), samples.channels)
+        size = describe_size(min(samples.size, real_clips.size), samples.channels)
         note = "; ".join(filter(None, (f"{counts[1]} clips of the data", self.features.open().identity, size)))
         value = MetricValue(value=distance.value, interval=distance.interval, count=counts[0], note=note)
         others = [MetricValue(value=each, count=counts[0]) for each in (distance.half, distance.limit)]
         return dict(zip(names, (value, *others), strict=True))
+
+
+def _add_clips(moments: FeatureMoments | None, clips: Sequence[Float32[np.ndarray, "_ d"]]) -> FeatureMoments | None:
+    """Return the moments with the rows of further clips."""
+    if not clips:
+        return moments
+    rows = np.concatenate(clips)
+    return (moments or FeatureMoments.zeros(rows.shape[1])).add(rows, [len(each) for each in clips])

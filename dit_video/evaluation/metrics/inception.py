@@ -9,9 +9,11 @@ from jaxtyping import Float32
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction
 from dit_video.evaluation.feature_moments import check_finite
 from dit_video.evaluation.feature_sets import compute_inception_score
+from dit_video.evaluation.metrics.feature_sets import join_clips
 from dit_video.evaluation.metrics.metric import Metric, MetricBatch, MetricDescription, MetricValue
 
 LogitRows = tuple[Float32[np.ndarray, "_ c"], ...]
+"""Logits of each sample: one row, or one for each of its frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class InceptionScore(Metric[LogitRows]):
     label: str = "Inception score"
     """Name in reports."""
     splits: int = 10
-    """Number of parts whose scores are averaged."""
+    """Number of parts, of whole samples, whose scores are averaged."""
 
     def describe(self) -> Mapping[str, MetricDescription]:
         """Return the description of the score."""
@@ -41,9 +43,9 @@ class InceptionScore(Metric[LogitRows]):
 
     def update(self, state: LogitRows, batch: MetricBatch) -> LogitRows:
         """Return the state with the logits of a batch."""
-        rows = batch.extract(self.logits, "samples")
-        check_finite(rows)
-        return (*state, rows)
+        clips = batch.extract(self.logits, "samples")
+        check_finite(clips)
+        return (*state, *clips)
 
     def merge(self, first: LogitRows, second: LogitRows) -> LogitRows:
         """Return the logits of both states."""
@@ -54,10 +56,11 @@ class InceptionScore(Metric[LogitRows]):
 
         The score of few samples is too low: parts should have several thousand.
         """
-        count = sum(map(len, state))
+        count = len(state)
         if count < self.splits:
             return {self.name: MetricValue(value=None, count=count)}
-        score, std = compute_inception_score(np.concatenate(state), splits=self.splits)
+        logits, clips = join_clips(state)
+        score, std = compute_inception_score(logits, splits=self.splits, clips=clips)
         reach = 1.96 * std / np.sqrt(self.splits)
         note = self.logits.open().identity
         interval = (score - float(reach), score + float(reach))

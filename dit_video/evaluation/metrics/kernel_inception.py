@@ -23,7 +23,7 @@ class KernelMetric(SetMetric):
     subsets: int = 100
     """Number of random subsets."""
     subset_size: int = 1000
-    """Examples of a subset; at most half of the smaller set, so that subsets differ."""
+    """Examples of a subset of at least two whole clips; at most half of the smaller set, so that subsets differ."""
 
     def describe(self) -> Mapping[str, MetricDescription]:
         """Return the description of the distance."""
@@ -33,17 +33,19 @@ class KernelMetric(SetMetric):
         }
 
     def compute(self, state: FeatureRows) -> Mapping[str, MetricValue]:
-        """Return the distance; None with fewer than four examples in a set."""
-        joined = state.join()
-        count = sum(map(len, state.samples))
-        if joined is None or min(map(len, joined)) < _MIN_CLIPS:
+        """Return the distance; None with fewer than four clips in a set."""
+        joined, count = state.joined, len(state.samples)
+        smaller = min(count, len(state.real_clips))
+        if joined is None or smaller < _MIN_CLIPS:
             return {self.name: MetricValue(value=None, count=count)}
-        smaller = min(map(len, joined))
-        size = min(self.subset_size, smaller // 2)
-        distance = compute_kernel_distance(*joined, subsets=self.subsets, subset_size=size)
-        # The deviation of subsets of a share of the examples, scaled to that of all examples.
+        longest = max(map(len, state.samples + state.real_clips))
+        size = min(max(2, self.subset_size // longest), smaller // 2)
+        distance = compute_kernel_distance(
+            joined.samples, joined.real_clips, subsets=self.subsets, subset_size=size, clips=joined.numbers
+        )
+        # The deviation of subsets of a share of the clips, scaled to that of all clips.
         share = size / smaller
         reach = 1.96 * distance.std * np.sqrt(share / (1 - share))
-        note = f"{len(joined[1])} examples of the data; {self.features.open().identity}"
+        note = f"{len(state.real_clips)} clips of the data; {self.features.open().identity}"
         interval = (distance.value - float(reach), distance.value + float(reach))
         return {self.name: MetricValue(value=distance.value, interval=interval, count=count, note=note)}

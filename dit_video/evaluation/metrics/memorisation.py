@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
-from dit_video.evaluation.feature_sets import find_nearest
 from dit_video.evaluation.metrics.feature_sets import FeatureRows, SetMetric
 from dit_video.evaluation.metrics.intervals import compute_wilson_interval
 from dit_video.evaluation.metrics.metric import MetricDescription, MetricValue
@@ -21,7 +20,7 @@ class Memorisation(SetMetric):
     """Share of samples that are nearer to a clip of the data than 95 % of these are to their nearest other one.
 
     New samples of the data's distribution give 5 %, copies of its clips 100 %. The clips of the data should be those of
-    the training. Functions of single frames, which have several rows for a clip, count frames.
+    the training. By a function of single frames a clip's distance is the mean of its frames' distances.
     """
 
     name: str = "memorised"
@@ -38,30 +37,26 @@ class Memorisation(SetMetric):
 
     def compute(self, state: FeatureRows) -> Mapping[str, MetricValue]:
         """Return the share, with Wilson's interval, in which the data are fixed; None with fewer than 20 clips."""
-        count = sum(map(len, state.samples))
-        compared = self._compare(state)
-        if compared is None:
+        count = len(state.samples)
+        answers = self._find_memorised(state)
+        if not len(answers):
             return {self.name: MetricValue(value=None, count=count)}
-        near = int(compared[0].sum(axis=0))
+        near = int(answers.sum(axis=0))
         interval = compute_wilson_interval(near, count)
         note = self.features.open().identity
         return {self.name: MetricValue(value=near / count, interval=interval, count=count, note=note)}
 
     def list_examples(self, state: FeatureRows) -> Sequence[Mapping[str, float | bool]]:
         """Return for every sample whether it is memorised."""
-        compared = self._compare(state)
-        return () if compared is None else [{self.name: bool(each)} for each in compared[0]]
+        return [{self.name: bool(each)} for each in self._find_memorised(state)]
 
     def list_nearest(self, state: FeatureRows) -> Sequence[int]:
         """Return the number of the nearest clip of the data of every sample."""
-        compared = self._compare(state)
-        return () if compared is None else compared[1].tolist()
+        return () if state.nearest is None or len(state.real_clips) < _MIN_CLIPS else state.nearest.numbers.tolist()
 
-    def _compare(self, state: FeatureRows) -> tuple[Bool[np.ndarray, " n"], Int[np.ndarray, " n"]] | None:
-        joined = state.join()
-        if joined is None or len(joined[1]) < _MIN_CLIPS:
-            return None
-        samples, real_clips = joined
-        distances, numbers = find_nearest(samples, real_clips)
-        threshold = np.quantile(find_nearest(real_clips)[0], _QUANTILE)
-        return distances < threshold, numbers
+    def _find_memorised(self, state: FeatureRows) -> Bool[np.ndarray, " n"]:
+        """Return the answer for each sample; none with too few clips of the data."""
+        nearest = state.nearest
+        if nearest is None or len(state.real_clips) < _MIN_CLIPS:
+            return np.zeros(0, bool)
+        return nearest.samples < np.quantile(nearest.real_clips, _QUANTILE)

@@ -66,7 +66,7 @@ class MetricBatch:
     pipeline: Pipeline | None = None
     """Pipeline that is evaluated, whose denoiser a loss or likelihood calls."""
 
-    _features: dict[Any, np.ndarray] = field(default_factory=dict, repr=False)
+    _features: dict[Any, list[np.ndarray]] = field(default_factory=dict, repr=False)
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def select(self, needs: Collection[MetricInput]) -> "MetricBatch":
@@ -76,8 +76,10 @@ class MetricBatch:
 
     def extract(
         self, features: FeatureFunction, name: Literal["samples", "references", "real_clips"]
-    ) -> Float32[np.ndarray, "n d"]:
-        """Return the features of the clips in a field, which metrics with the same function share.
+    ) -> list[Float32[np.ndarray, "_ d"]]:
+        """Return the features of each clip in a field, which metrics with the same function share.
+
+        Each clip has one row, or one for each of its frames.
 
         Raises:
           MissingError: the weights do not exist.
@@ -85,7 +87,7 @@ class MetricBatch:
         """
         key = (features, name)
         if key not in self._features:
-            self._features[key] = features.open().extract(getattr(self, name))
+            self._features[key] = features.open().extract_by_clip(getattr(self, name))
         return self._features[key]
 
     def derive(

@@ -28,17 +28,19 @@ class PrecisionRecall(SetMetric):
         }
 
     def compute(self, state: FeatureRows) -> Mapping[str, MetricValue]:
-        """Return both, with Wilson's intervals, in which the manifolds are fixed; None for too few examples."""
-        joined = state.join()
-        if joined is None or min(map(len, joined)) <= self.neighbours:
-            count = sum(map(len, state.samples))
-            return {name: MetricValue(value=None, count=count) for name in self.describe()}
-        samples, real_clips = joined
-        overlap = compute_overlap(real_clips, samples, neighbours=self.neighbours)
+        """Return both, with Wilson's intervals, in which the manifolds are fixed; None for too few clips.
+
+        Of frames, the intervals are those of as many independent answers as there are clips.
+        """
+        joined, counts = state.joined, (len(state.samples), len(state.real_clips))
+        if joined is None or min(counts) <= self.neighbours:
+            return {name: MetricValue(value=None, count=counts[0]) for name in self.describe()}
+        own, others = joined.numbers
+        overlap = compute_overlap(joined.real_clips, joined.samples, neighbours=self.neighbours, clips=(others, own))
         values = {}
         for name, share, count in (
-            ("precision", overlap.precision, len(samples)),
-            ("recall", overlap.recall, len(real_clips)),
+            ("precision", overlap.precision, counts[0]),
+            ("recall", overlap.recall, counts[1]),
         ):
             interval = compute_wilson_interval(round(share * count), count)
             note = self.features.open().identity

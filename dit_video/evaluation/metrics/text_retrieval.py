@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from dit_video.evaluation.feature_functions.clip import ClipEmbeddings, split_frames
+from dit_video.evaluation.feature_functions.clip import ClipEmbeddings
 from dit_video.evaluation.metrics.intervals import compute_wilson_interval
 from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, MetricValue
 
@@ -44,8 +44,7 @@ class TextRetrieval(ExampleMetric[EmbeddedSample]):
 
     def measure(self, batch: MetricBatch) -> Sequence[EmbeddedSample]:
         """Return the embedding of every sample."""
-        parts = split_frames(batch.extract(self.embeddings, "samples"), batch.samples)
-        means = [part.mean(axis=0) for part in parts]
+        means = [frames.mean(axis=0) for frames in batch.extract(self.embeddings, "samples")]
         return [
             EmbeddedSample(prompt, mean / np.linalg.norm(mean))
             for prompt, mean in zip(batch.prompts, means, strict=True)

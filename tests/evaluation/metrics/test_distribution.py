@@ -5,13 +5,15 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.evaluation.feature_functions.feature_function import OpenFeatures
+from dit_video.evaluation.metrics import feature_sets
 from dit_video.evaluation.metrics.frechet import FrechetMetric
 from dit_video.evaluation.metrics.inception import InceptionScore
 from dit_video.evaluation.metrics.kernel_inception import KernelMetric
 from dit_video.evaluation.metrics.memorisation import Memorisation
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.precision_recall import PrecisionRecall
-from support.colour_features import ColourFeatures, draw_clips
+from dit_video.video import Clip
+from support.colour_features import ColourFeatures, FrameColours, draw_clips
 
 FEATURES = ColourFeatures()
 FRECHET = FrechetMetric(features=FEATURES, name="colours", label="colour distance")
@@ -98,6 +100,68 @@ def test_copies_are_memorised_and_new_samples_are_not():
     state = metric.update(state, MetricBatch(samples=[*copies, *draw_clips(2, seed=5)]))
     assert metric.list_nearest(state)[:3] == [7, 3, 150]
     assert [row["memorised"] for row in metric.list_examples(state)] == [True] * 3 + [False] * 2
+
+
+def repeat_frames(clips, count):
+    """Return clips of `count` copies of the first frame of each."""
+    return [Clip(np.repeat(clip.frames[:1], count, axis=0), fps=8) for clip in clips]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda features: FrechetMetric(features=features, name="distance", label="distance"),
+        lambda features: KernelMetric(features=features, subsets=25, subset_size=400),
+        lambda features: PrecisionRecall(features=features),
+        lambda features: Memorisation(features=features),
+        lambda features: InceptionScore(logits=features),
+    ],
+    ids=["frechet", "kernel", "overlap", "memorisation", "inception score"],
+)
+def test_clips_of_equal_frames_have_the_value_and_interval_of_one_frame(make):
+    metric, samples = make(FrameColours()), draw_clips(192, seed=6, shift=10)
+    real_clips = REAL if "real_clips" in metric.needs else []
+    one, many = (measure(metric, repeat_frames(samples, count), repeat_frames(real_clips, count)) for count in (1, 4))
+    for name, estimate in one.items():
+        assert many[name].value == pytest.approx(estimate.value, rel=0.02, abs=1e-5), name
+        assert many[name].count == estimate.count
+        if estimate.interval is not None:
+            assert np.ptp(many[name].interval, axis=0) == pytest.approx(np.ptp(estimate.interval, axis=0), rel=0.05), (
+                name
+            )
+    assert any(each.interval is not None for each in one.values())
+
+
+def test_functions_of_frames_compare_clips_for_memorisation():
+    metric = Memorisation(features=FrameColours())
+    clips = draw_clips(60, seed=8)
+    state = metric.update(metric.init(), MetricBatch(real_clips=clips))
+    state = metric.update(state, MetricBatch(samples=[clips[9], *draw_clips(3, seed=9, shift=80), clips[4]]))
+    assert [metric.list_nearest(state)[index] for index in (0, 4)] == [9, 4]
+    assert [row["memorised"] for row in metric.list_examples(state)] == [True, False, False, False, True]
+    assert metric.compute(state)["memorised"].count == 5
+
+
+def test_the_sets_are_compared_once_for_all_that_is_listed(monkeypatch):
+    calls = []
+    find = feature_sets.find_nearest
+    monkeypatch.setattr(feature_sets, "find_nearest", lambda *args: calls.append(1) or find(*args))
+    metric = METRICS[3]
+    state = metric.update(metric.init(), MetricBatch(real_clips=REAL, samples=REAL[:5]))
+    assert (
+        len(metric.list_nearest(state)) == len(metric.list_examples(state)) == metric.compute(state)["memorised"].count
+    )
+    assert len(calls) == 1
+    more = metric.update(state, MetricBatch(samples=REAL[5:7]))
+    assert len(metric.list_nearest(more)) == 7
+
+
+def test_a_function_that_does_not_say_whether_rows_are_of_frames_is_refused(monkeypatch):
+    opened = FrameColours().open()
+    monkeypatch.setattr(FrameColours, "open", lambda self: opened._replace(is_of_frames=False))
+    metric = FrechetMetric(features=FrameColours(), name="n", label="n")
+    with pytest.raises(UserError, match=r"15 rows for 5 clips.*is_of_frames=True"):
+        metric.update(metric.init(), MetricBatch(samples=REAL[:5]))
 
 
 def test_features_that_are_not_finite_are_refused():
