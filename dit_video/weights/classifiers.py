@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from dit_video.core import trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.features.c3d import CONVOLUTIONS, SIZE, C3d
 from dit_video.features.i3d import MIXED, I3d
 from dit_video.features.inception import BLOCKS, STEM, InceptionV3
 from dit_video.nn import get_param_shapes
-from dit_video.weights.io import read_network_file
+from dit_video.weights.io import convert_arrays, read_network_file
 from dit_video.weights.tensor_map import TensorMapping
 
 I3D_FILE, INCEPTION_FILE = "rgb_imagenet.pt", "pt_inception-2015-12-05-6726825d.pth"
@@ -88,19 +87,9 @@ def load_c3d(path: str | os.PathLike, *, mean: str | os.PathLike) -> dict[str, A
       MissingError: a file does not exist.
       UserError: a file is corrupt, or arrays are missing or of another shape.
     """
-    tensor_map = make_c3d_tensor_map()
-    arrays = _read_npz(path) | {"mean": _cut_middle(_read_npz(mean)["mean"])}
-    shapes = trees.flatten(get_param_shapes(lambda rngs: C3d(rngs=rngs)))
-    params = {}
-    for name, shape in shapes.items():
-        mapping = tensor_map[name]
-        if mapping.name not in arrays:
-            raise UserError(f"{path} has no {mapping.name}: it is no file of C3D. Use conv3d_deepnetA_ucf.npz")
-        params[name] = mapping.to_ours(arrays[mapping.name]).astype(np.float32)
-        if params[name].shape != shape.shape:
-            rule = f"its {mapping.name} has the shape {list(arrays[mapping.name].shape)}"
-            raise UserError(f"{path} is invalid for C3D: {rule}. Use conv3d_deepnetA_ucf.npz")
-    return trees.unflatten(params)
+    arrays = _read_npz(path) | {"mean": _read_mean(mean)}
+    like = get_param_shapes(lambda rngs: C3d(rngs=rngs))
+    return convert_arrays(arrays, make_c3d_tensor_map(), like, source=path)
 
 
 def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -113,9 +102,16 @@ def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged or no .npz file: {error}. Download it again") from error
 
 
-def _cut_middle(mean: np.ndarray) -> np.ndarray:
-    """Return the pixels of the mean clip that C3D's 112×112 ones are compared with."""
-    return mean.reshape(3, SIZE.t, *mean.shape[-2:])[:, :, 8 : 8 + SIZE.h, 8 : 8 + SIZE.w]
+def _read_mean(path: str | os.PathLike) -> np.ndarray:
+    """Return the pixels `3 16 112 112` of the mean clip that C3D's ones are compared with."""
+    mean = _read_npz(path).get("mean", np.zeros(0))
+    rows, columns = mean.shape[-2:] if mean.ndim >= 2 else (0, 0)
+    if mean.size != 3 * SIZE.t * rows * columns or min(rows, columns) < 8 + SIZE.h:
+        rule = f"its mean has the shape {list(mean.shape)}"
+        raise UserError(
+            f"{path} is no mean clip of C3D: {rule}. Use mean2.npz of https://github.com/pfnet-research/tgan2"
+        )
+    return mean.reshape(3, SIZE.t, rows, columns)[:, :, 8 : 8 + SIZE.h, 8 : 8 + SIZE.w]
 
 
 def make_c3d_tensor_map() -> dict[str, TensorMapping]:

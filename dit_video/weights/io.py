@@ -14,11 +14,12 @@ from typing import Any, Generic, TypeVar
 import jax.numpy as jnp
 import numpy as np
 
+from dit_video.core import trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.parameter import Placement, place_on_device
-from dit_video.weights.safetensors import check_safetensors_file
+from dit_video.weights.safetensors import check_safetensors_file, check_tensors_match
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
 
@@ -61,6 +62,27 @@ def read_params(
     with TensorFolder(folder, stem=stem) as tensors:
         source = FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored)
         return streaming.read(source, like, dtype_fn=lambda path: np.float32)
+
+
+def convert_arrays(
+    arrays: Mapping[str, np.ndarray], tensor_map: TensorMap, like: Any, *, source: str | os.PathLike
+) -> dict[str, Any]:
+    """Return our parameters in float32 from another project's arrays in memory, those that a map names.
+
+    Args:
+      arrays: the arrays by their names; others than the map's are not used.
+      tensor_map: the model's map.
+      like: shapes of our parameters.
+      source: file of the arrays, for errors.
+
+    Raises:
+      UserError: arrays are missing or of another shape.
+    """
+    expected = FileMap.from_tensor_map(tensor_map).compute_shapes(like)
+    shapes = {name: array.shape for name, array in arrays.items() if name in expected}
+    check_tensors_match(Path(source), shapes, expected, fix="use the published file")
+    params = {path: mapping.to_ours(arrays[mapping.name]) for path, mapping in tensor_map.items()}
+    return trees.unflatten({path: array.astype(np.float32) for path, array in params.items()})
 
 
 def read_network_file(
