@@ -47,11 +47,8 @@ def read_torch_tensors(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, 
     path = Path(path)
     if not path.is_file():
         raise MissingError(f"no such file: {path}")
-    content, storages = _read_archive(path) if zipfile.is_zipfile(path) else _read_older_format(path)
-    tensors = {}
-    for name, tensor in _list_tensors(path, content):
-        tensors[name] = _make_array(path, name, tensor, storages)
-    return tensors
+    tensors, storages = _read_archive(path) if zipfile.is_zipfile(path) else _read_older_format(path)
+    return {name: _make_array(path, name, tensor, storages) for name, tensor in tensors.items()}
 
 
 def convert_torch_file(source: str | os.PathLike, destination: str | os.PathLike, *, dtype: Any = None) -> None:
@@ -73,8 +70,8 @@ def convert_torch_file(source: str | os.PathLike, destination: str | os.PathLike
     save(destination, read_torch_tensors(source), dtype=dtype)
 
 
-def _read_archive(path: Path) -> tuple[Any, dict[str, bytes]]:
-    """Return the content of an archive, and its storages by key."""
+def _read_archive(path: Path) -> tuple[dict[str, StoredTensor], dict[str, bytes]]:
+    """Return the tensors of an archive by name, and its storages by key."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -84,15 +81,15 @@ def _read_archive(path: Path) -> tuple[Any, dict[str, bytes]]:
             root = pickles[0].removesuffix("data.pkl")
             if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
                 raise UserError(f"{path} is invalid: its values are big-endian. Save it on another machine")
-            content = parse_pickle(io.BytesIO(archive.read(pickles[0])), name=str(path))
+            tensors = dict(_list_tensors(path, parse_pickle(io.BytesIO(archive.read(pickles[0])), name=str(path))))
             prefix = f"{root}data/"
-            return content, {name.removeprefix(prefix): archive.read(name) for name in names if name.startswith(prefix)}
+            return tensors, {name.removeprefix(prefix): archive.read(name) for name in names if name.startswith(prefix)}
     except zipfile.BadZipFile as error:
         raise UserError(f"{path} is damaged: {error}. Use a whole file") from error
 
 
-def _read_older_format(path: Path) -> tuple[Any, dict[str, bytes]]:
-    """Return the content of a file from before PyTorch 1.6, and its storages by key.
+def _read_older_format(path: Path) -> tuple[dict[str, StoredTensor], dict[str, bytes]]:
+    """Return the tensors of a file from before PyTorch 1.6 by name, and its storages by key.
 
     It has five pickles: a number, a version, the sizes of types, the content and the keys of storages. The number of
     values and the values of each storage follow.
@@ -104,8 +101,9 @@ def _read_older_format(path: Path) -> tuple[Any, dict[str, bytes]]:
         if parse_pickle(file, name=str(path)) != _MAGIC_NUMBER:
             raise UserError(f"{path} is invalid: it is a pickle, but none of PyTorch. Use a file of torch.save")
         _, _, content, keys = (parse_pickle(file, name=str(path)) for _ in range(4))
-        sizes = {each.storage: _get_dtype(path, each).itemsize for _, each in _list_tensors(path, content)}
-        return content, {key: _read_storage(path, file, sizes.get(key)) for key in map(str, keys)}
+        tensors = dict(_list_tensors(path, content))
+        sizes = {each.storage: _get_dtype(path, each).itemsize for each in tensors.values()}
+        return tensors, {key: _read_storage(path, file, sizes.get(key)) for key in map(str, keys)}
 
 
 def _read_storage(path: Path, file: io.BufferedIOBase, item_size: int | None) -> bytes:
