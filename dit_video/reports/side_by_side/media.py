@@ -4,11 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
-import numpy as np
-from scipy.ndimage import gaussian_filter
 
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError
+from dit_video.evaluation.distortions import distort
 from dit_video.video import Clip, decode
 
 _BLUR = 1 / 16
@@ -48,10 +47,9 @@ def copy_sample(source: Path, target: Path) -> None:
 
 def degrade(clip: Clip, *, seed: int) -> Clip:
     """Return a copy that everybody who looks prefers the clip to: blurred, and with noise that differs by frame."""
-    sigma = max(1.0, _BLUR * min(clip.height, clip.width))
-    blurred = gaussian_filter(clip.frames.astype(np.float32), (0, sigma, sigma, 0))
-    noise = rng.make_generator(seed, "degraded copy").normal(0, _NOISE, clip.frames.shape)
-    return Clip(frames=np.clip(np.rint(blurred + noise), 0, 255).astype(np.uint8), fps=clip.fps)
+    generator = rng.make_generator(seed, "degraded copy")
+    blurred = distort(clip, "blur", max(1.0, _BLUR * min(clip.height, clip.width)), generator)
+    return Clip(frames=distort(blurred, "noise", _NOISE, generator).frames, fps=clip.fps)
 
 
 def write_degraded(source: Path, target: Path, *, seed: int) -> None:
