@@ -12,9 +12,9 @@ from dit_video.evaluation.measure import Measurement
 from dit_video.evaluation.metrics.metric import MetricDescription
 from dit_video.evaluation.protocol import Protocol
 from dit_video.reports.clips import join_side_by_side
-from dit_video.reports.contents import Figure, Reconstruction, Report, Sample
+from dit_video.reports.contents import Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
-from dit_video.reports.results import format_values, make_result_table
+from dit_video.reports.results import format_values, make_headline_figures, make_result_table
 from dit_video.video import Clip
 
 _SAMPLES, _EXTREMES, _RECONSTRUCTIONS = 8, 2, 6
@@ -52,7 +52,7 @@ def write_evaluation_report(
     report = Report(
         title=title,
         summary=f"Protocol {protocol.name}, {record['samples']} clips of {samples.location}.",
-        figures=_make_figures(measurement),
+        figures=make_headline_figures(measurement.results),
         samples=() if is_reconstruction else _make_samples(reader, measurement, real_clips),
         reconstructions=_make_reconstructions(reader, measurement, real_clips) if is_reconstruction else (),
         metrics={name: table for name, table in tables.items() if table},
@@ -75,18 +75,6 @@ class _Reader:
             return sampling.sample(clip, seed=self.protocol.seed, number=number)
         except (DecodeError, UserError, OSError):
             return None  # it is named among the excluded clips
-
-
-def _make_figures(measurement: Measurement) -> tuple[Figure, ...]:
-    figures = []
-    for _, about, estimate in measurement.results.values():
-        if not about.is_headline or estimate.value is None:
-            continue
-        interval = f"95 % interval {about.format_interval(estimate)}" if estimate.interval else ""
-        note = "; ".join(filter(None, (interval, f"{estimate.count} examples", estimate.note, about.explanation)))
-        share = estimate.value if about.unit == "%" else None
-        figures.append(Figure(label=about.label, value=about.format_value(estimate.value), note=note, share=share))
-    return tuple(figures)
 
 
 def _make_samples(reader: _Reader, measurement: Measurement, real_clips: ClipSet | None) -> tuple[Sample, ...]:

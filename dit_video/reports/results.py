@@ -1,9 +1,10 @@
-"""Values of metrics as text and as a table of a page."""
+"""Values of metrics as text, as figures and as a table of a page."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from dit_video.evaluation.collection import MetricResult
+from dit_video.reports.contents import Figure
 
 
 def make_result_table(results: Mapping[str, MetricResult]) -> dict[str, dict[str, Any]]:
@@ -19,6 +20,19 @@ def make_result_table(results: Mapping[str, MetricResult]) -> dict[str, dict[str
         }
         for name, (_, about, estimate) in results.items()
     }
+
+
+def make_headline_figures(results: Mapping[str, MetricResult]) -> tuple[Figure, ...]:
+    """Return the headline values of metrics with their intervals and counts; shares are drawn as bars."""
+    figures = []
+    for _, about, estimate in results.values():
+        if not about.is_headline or estimate.value is None:
+            continue
+        interval = f"95 % interval {about.format_interval(estimate)}" if estimate.interval else ""
+        note = "; ".join(filter(None, (interval, f"{estimate.count} examples", estimate.note, about.explanation)))
+        share = estimate.value if about.unit == "%" else None
+        figures.append(Figure(label=about.label, value=about.format_value(estimate.value), note=note, share=share))
+    return tuple(figures)
 
 
 def format_values(values: Mapping[str, float], results: Mapping[str, MetricResult]) -> dict[str, str]:

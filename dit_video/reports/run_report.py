@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
-from dit_video.reports.results import format_values, make_result_table
+from dit_video.reports.results import format_values, make_headline_figures, make_result_table
 from dit_video.training.hooks.logging import read_metrics
 
 _MAX_RECONSTRUCTIONS = 12
@@ -62,7 +61,7 @@ def write_run_report(
     report = Report(
         title=title,
         summary=summary,
-        figures=(*_make_figures(evaluation.results, minutes), *_make_excluded_figures(excluded)),
+        figures=_make_figures(evaluation.results, excluded, minutes),
         samples=_make_samples(evaluation),
         reconstructions=_make_reconstructions(evaluation),
         charts=_make_charts(source),
@@ -81,7 +80,7 @@ def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationR
     report = Report(
         title=f"{experiment.name}: the autoencoder",
         summary=f"{count / 1e6:.2f} million parameters, created by: {run.command} (seed {experiment.seed}).",
-        figures=(*_make_figures(evaluation.results, None), *_make_excluded_figures(excluded)),
+        figures=_make_figures(evaluation.results, excluded),
         reconstructions=_make_reconstructions(evaluation),
         charts=_make_charts(run.folder),
         metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
@@ -103,20 +102,12 @@ def _make_reconstructions(evaluation: EvaluationResult) -> tuple[Reconstruction,
     )
 
 
-def _make_figures(results: Mapping[str, MetricResult], minutes: float | None) -> tuple[Figure, ...]:
-    """Return the headline values of all metrics; shares are drawn as bars, and their bounds are whole percents."""
-    figures = []
-    for _, description, estimate in results.values():
-        if description.is_headline and (value := estimate.value) is not None:
-            is_share = description.unit == "%"
-            rounded = replace(description, decimals=0) if is_share else description
-            interval = f"95 % interval {rounded.format_interval(estimate)}" if estimate.interval else ""
-            note = "; ".join(filter(None, (interval, estimate.note, description.explanation)))
-            text, share = description.format_value(value), value if is_share else None
-            figures.append(Figure(label=description.label, value=text, note=note, share=share))
-    if minutes is not None:
-        figures.append(Figure(label="whole run", value=f"{minutes:.1f} min", note="from start to this page"))
-    return tuple(figures)
+def _make_figures(
+    results: Mapping[str, MetricResult], excluded: Mapping[str, Mapping[str, Any]], minutes: float | None = None
+) -> tuple[Figure, ...]:
+    """Return the headline values of all metrics, the time of the run, and the number of excluded clips."""
+    time = Figure(label="whole run", value=f"{minutes:.1f} min", note="from start to this page") if minutes else None
+    return (*make_headline_figures(results), *filter(None, (time,)), *_make_excluded_figures(excluded))
 
 
 def _make_tables(evaluation: EvaluationResult) -> dict[str, Any]:

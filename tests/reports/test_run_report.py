@@ -74,7 +74,7 @@ def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, meas
     assert "100.0%" in text
     assert "3.2 min" in text
     assert "PSNR <b>100.0 dB</b> · SSIM <b>1.000</b>" in " ".join(text.split())
-    assert "95 % interval 44% to 100%" in text
+    assert "95 % interval 43.9% to 100.0%; 3 examples" in text
     assert '<th scope="row">colour_never_seen</th>' in text
     assert "20.7% to 100.0%" in text
     assert "100.00 dB" in text
