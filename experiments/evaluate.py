@@ -18,39 +18,45 @@ from dit_video.core import config_json
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.distributed.gather import is_first_process
+from dit_video.distributed.heartbeat import TimeoutConfig
+from dit_video.distributed.processes import initialize_distributed
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.clip_set import ClipSet, open_clip_set
 from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.evaluation.evaluate_protocol import ProtocolResult, evaluate_protocol, is_reconstruction
 from dit_video.evaluation.measure import measure
 from dit_video.evaluation.protocol import Protocol
-from dit_video.evaluation.protocols import get_protocol
+from dit_video.evaluation.protocols import PROTOCOLS, get_protocol
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.folder_config import read_config
 from dit_video.experiment.loading import find_folder
 from dit_video.experiment.run import Run
+from dit_video.platform.provenance import get_code_version
 from dit_video.reports.evaluation_report import write_evaluation_report
 from dit_video.reports.run_report import write_run_report
 from dit_video.training.hooks.logging import Progress
 
-_DEFAULTS = SamplingOptions()
+_DEFAULTS, _PATIENCE = SamplingOptions(), TimeoutConfig()
 _FOLDER_PROTOCOL, _QUICKSTART = "samples", "quickstart"
+_PROTOCOL_HELP = f"Name of a protocol: {', '.join((*PROTOCOLS, _QUICKSTART))}."
 
 
 def main(
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")],
     out: Path | None = None,
     seed: int = 0,
-    protocol: str | None = None,
+    protocol: Annotated[str | None, tyro.conf.arg(help=_PROTOCOL_HELP)] = None,
     data: Path | None = None,
     metrics: tuple[str, ...] = (),
     weights: Path | None = None,
     count: int | None = None,
+    patience: TimeoutConfig = _PATIENCE,
     options: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _DEFAULTS,
 ) -> None:
     """Compute metrics of a model or of a folder of videos, and write metrics.json, report.html and the samples.
 
-    Without a protocol a model is evaluated as its config says, and a folder of videos by the protocol samples.
+    Without a protocol a model is evaluated as its config says, and a folder of videos by the protocol samples. Several
+    processes, started as those of train.py (docs/distributed.md), sample together and share the clips to measure.
 
     For example:
 
@@ -64,55 +70,49 @@ def main(
         run: Folder of a run, of a pipeline or of videos.
         out: Folder to write the files to; the run's folder by default.
         seed: Seed of the samples, of a model without a protocol.
-        protocol: Name of a protocol: ucf101, msrvtt, reconstruction, quickstart, scenes or samples.
         data: Folder of clips of the data, or of the originals of reconstructions.
         metrics: Names of the protocol's values to compute; all by default.
         weights: Folder of the weights of feature networks; `weights` by default.
         count: Number of samples, instead of the protocol's.
+        patience: How long other processes are waited for.
         options: Weights and sampling.
     """
     check_minimum(0, seed=seed)
     check_minimum(1, count=count, steps=options.steps)
-    run = find_folder(run)
-    is_model = (run / CONFIG).is_file() or read_config(run) is not None
-    if is_model and protocol in (None, _QUICKSTART):
-        _evaluate_run(run, _get_folder(run, out, is_model=True), seed, options, is_quickstart=protocol is not None)
-        return
-    if not is_model and not any(run.iterdir()):
-        options.load_pipeline(run)  # which says what is missing
-    chosen = get_protocol(protocol or _FOLDER_PROTOCOL, metrics=metrics, weights=weights, count=count)
-    folder = _get_folder(run, out, is_model=is_model) / chosen.name
-    real_clips = None if data is None else open_clip_set(data, split=chosen.split)
-    if is_model:
-        result = _evaluate_model(run, chosen, folder, real_clips, options)
-    else:
-        samples = open_clip_set(run)
-        total = len(samples.names) + (0 if real_clips is None else len(real_clips.names))
-        with Progress("measuring", total, unit="clip") as progress:
-            measurement = measure(
-                samples,
-                chosen,
-                folder,
-                real_clips=real_clips,
-                is_reconstruction=is_reconstruction(chosen),
-                progress=progress.update,
-            )
-        result = ProtocolResult(measurement, chosen, samples, real_clips)
-    if result.measurement is None:
-        return  # the first process measures and writes
+    with initialize_distributed(sys.argv[1:], code=get_code_version(), timeouts=patience):
+        run = find_folder(run)
+        is_model = (run / CONFIG).is_file() or read_config(run) is not None
+        if is_model and protocol in (None, _QUICKSTART):
+            _evaluate_run(run, _get_folder(run, out, is_model=True), seed, options, is_quickstart=protocol is not None)
+            return
+        if not is_model and not any(run.iterdir()):
+            options.load_pipeline(run)  # which says what is missing
+        chosen = get_protocol(protocol or _FOLDER_PROTOCOL, metrics=metrics, weights=weights, count=count)
+        folder = _get_folder(run, out, is_model=is_model) / chosen.name
+        real_clips = None if data is None else open_clip_set(data, split=chosen.split)
+        if is_model:
+            result = _evaluate_model(run, chosen, folder, real_clips, options)
+        else:
+            result = _evaluate_samples(open_clip_set(run), chosen, folder, real_clips)
+        if is_first_process():
+            _write_report(folder / "report.html", result, title=f"Evaluation of {run.name}")
+
+
+def _write_report(path: Path, result: ProtocolResult, *, title: str) -> None:
+    """Write the page, and print the results."""
     write_evaluation_report(
-        folder / "report.html",
+        path,
         result.measurement,
         result.protocol,
         result.samples,
-        title=f"Evaluation of {run.name}",
+        title=title,
         real_clips=result.real_clips,
         is_reconstruction=is_reconstruction(result.protocol),
     )
     for name, reason in result.measurement.skipped.items():
         print(f"{name}: not computed: {reason}")
     evaluate.print_results(result.measurement.results, is_precise=True)
-    print(f"report: {folder / 'report.html'}")
+    print(f"report: {path}")
 
 
 def _get_folder(run: Path, out: Path | None, *, is_model: bool) -> Path:
@@ -139,6 +139,8 @@ def _evaluate_run(run: Path, folder: Path, seed: int, options: SamplingOptions, 
         evaluation=ShapesEvaluation() if is_quickstart else None,
         **options.make_overrides(pipeline.config),
     )
+    if not is_first_process():
+        return
     write_run_report(
         folder / "report.html",
         pipeline,
@@ -149,6 +151,20 @@ def _evaluate_run(run: Path, folder: Path, seed: int, options: SamplingOptions, 
     )
     evaluate.print_results(evaluation.results, is_precise=True)
     print(f"report: {folder / 'report.html'}")
+
+
+def _evaluate_samples(samples: ClipSet, protocol: Protocol, folder: Path, real_clips: ClipSet | None) -> ProtocolResult:
+    total = len(samples.names) + (0 if real_clips is None else len(real_clips.names))
+    with Progress("measuring", total, unit="clip", visible=is_first_process()) as progress:
+        measurement = measure(
+            samples,
+            protocol,
+            folder,
+            real_clips=real_clips,
+            is_reconstruction=is_reconstruction(protocol),
+            progress=progress.update,
+        )
+    return ProtocolResult(measurement, protocol, samples, real_clips)
 
 
 def _evaluate_model(

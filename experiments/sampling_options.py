@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
 import dit_video
@@ -13,7 +14,7 @@ from dit_video.autoencoders import Tiles
 from dit_video.core.command_line import check_minimum, parse_memory
 from dit_video.core.errors import MissingError
 from dit_video.core.offload import OFFLOADS
-from dit_video.distributed.mesh import parse_mesh
+from dit_video.distributed.mesh import MeshConfig, parse_mesh
 from dit_video.experiment.folder_config import read_config
 from dit_video.experiment.loading import find_folder
 from dit_video.families.denoisers import get_lora_modules
@@ -77,7 +78,8 @@ class SamplingOptions:
     sigma_rel: float | None = None
     """Relative width of a post-hoc average, reconstructed from the snapshots of a run."""
     mesh: str | None = None
-    """Devices that sample together, such as data=2,context=4 for branches of guidance and tokens; one by default."""
+    """Devices that sample together, such as data=2,context=4 for branches of guidance and tokens; by default one, or
+    those of all processes."""
     attention: BackendName | None = None
     """Backend of attention instead of the model's own; auto takes the best one for the devices."""
     dtype: Dtype | None = None
@@ -122,6 +124,8 @@ class SamplingOptions:
             check_requests(config, requests, **self.make_overrides(config))
         options: dict[str, Any] = {"ema": self.ema, "sigma_rel": self.sigma_rel, "attention": self.attention}
         options["offload"] = OFFLOADS.get(self.offload, "auto")
+        if mesh is None and jax.process_count() > 1:
+            mesh = MeshConfig()
         pipeline = dit_video.load(folder, text_encoder=text_encoder, mesh=mesh, **dtypes, **options)
         if memory is not None or tiles is not None:
             pipeline = pipeline.with_decoding(memory=memory, tiles=tiles)

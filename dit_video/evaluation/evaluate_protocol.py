@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
-from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation.clip_set import ClipSet, make_file_set
 from dit_video.evaluation.measure import Measurement, measure
 from dit_video.evaluation.protocol import Protocol
-from dit_video.evaluation.protocols import SceneProtocol
 from dit_video.evaluation.sample_store import SampleStore
-from dit_video.evaluation.scene_set import SceneTruth, make_scene_set
+from dit_video.evaluation.scene_protocols import RenderedProtocol
+from dit_video.evaluation.scene_set import SceneTruth
 from dit_video.generation.request import Request
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import Grid
@@ -27,8 +27,7 @@ OnProgress = Callable[[int], None]
 class ProtocolResult(NamedTuple):
     """Result of a model's evaluation, with the clips that it was computed on."""
 
-    measurement: Measurement | None
-    """Results; None in processes other than the first one."""
+    measurement: Measurement
     protocol: Protocol
     """Protocol with what the model determines."""
     samples: ClipSet
@@ -55,7 +54,7 @@ def evaluate_protocol(
 
     Samples are in `protocol_samples/NAME` of the folder; those that exist are not made again, so that a run that was
     killed goes on, and further metrics are computed on the same ones. In a run of several processes all of them call
-    this and sample; the first one measures and writes.
+    this with a folder that they share: they sample together, and each decodes and measures a part of the clips.
 
     Args:
       pipeline: the model.
@@ -70,9 +69,8 @@ def evaluate_protocol(
       UserError: no data, clips without captions, samples of other settings in the folder, or as `measure`.
     """
     folder, truths = Path(folder), tuple[SceneTruth, ...]()
-    if isinstance(protocol, SceneProtocol):
-        count = protocol.real_count or protocol.count or 1
-        data, truths = make_scene_set(count, seed=protocol.seed, levels=protocol.levels, sizes=protocol.sizes)
+    if isinstance(protocol, RenderedProtocol):
+        data, truths = protocol.make_scenes()
     if data is None:
         raise UserError(f"the protocol {protocol.name} needs clips of the data. Name their folder with --data")
     samples, recorded = make_file_set(folder, (), ()), dict[str, Any]()
@@ -81,6 +79,9 @@ def evaluate_protocol(
         recorded = {"autoencoder": config_json.to_json(pipeline.config.autoencoder)}
     elif any("samples" in metric.needs for metric in protocol.metrics):
         requests, numbers = make_requests(pipeline, protocol, data, sizes=[truth.scene.size for truth in truths])
+        if isinstance(protocol, RenderedProtocol):
+            renderings = [partial(data.read, number, None) for number in numbers]
+            requests = protocol.add_known_frames(requests, renderings, fps=pipeline.config.fps)
         resolved = pipeline.resolve_sampling(**sampling)
         recorded = {"sampling": config_json.to_json(resolved)}
         settings = recorded | {"weights": pipeline.compute_digest(), "codec": [protocol.codec, protocol.crf]}
@@ -90,8 +91,6 @@ def evaluate_protocol(
         store.fill(pipeline, progress=sampling_progress, **sampling)
         samples = store.open()
         truths = tuple(truths[number] for number in numbers) if truths else ()
-    if not is_first_process():
-        return ProtocolResult(None, protocol, samples, data)
     measurement = measure(
         samples,
         protocol,

@@ -1,6 +1,7 @@
 """Scripts of several processes, compared with one: all stages of training, fine-tuning and distillation."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,19 @@ def test_two_processes_distil_a_student_on_a_mesh(tiny_run, tiny_clips, tmp_path
     pipeline = dit_video.load(run)
     assert pipeline.config.backbone.remat == "full"
     assert pipeline.generate("a red circle", size=(5, 16, 16)).frames.shape == (5, 16, 16, 3)
+
+
+def test_two_processes_evaluate_as_one_does(tiny_run, tmp_path):
+    command = ("experiments/evaluate.py", tiny_run, "--protocol", "scenes", "--count", 12, "--steps", 2)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    subprocess.run([sys.executable, *map(str, command), "--out", str(alone)], check=True, cwd=ROOT, timeout=HANG)
+    run_in_two_processes(tmp_path, *command, "--out", together)
+    expected, actual = (json.loads((folder / "scenes" / "metrics.json").read_text()) for folder in (alone, together))
+    assert (together / "scenes" / "report.html").is_file()
+    for name in ("samples", "protocol", "skipped", "excluded", "nearest"):
+        assert actual[name] == expected[name]
+    assert list(actual["examples"]) == list(expected["examples"])
+    for one, other in zip(expected["results"], actual["results"], strict=True):
+        assert other["count"] == one["count"]
+        # The sampled pixels differ by one.
+        assert other["value"] == (None if one["value"] is None else pytest.approx(one["value"], rel=0.02))
