@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
 from dit_video.core.errors import UserError
@@ -67,17 +68,21 @@ def make_extractor(
 ) -> Callable[[Sequence[Clip]], Float32[np.ndarray, "n d"]]:
     """Return the function from clips to features of a network.
 
-    Clips of a length share one program, whose batches are padded to one size for the computation only.
+    Clips of a length share one program, whose batches are padded to one size for the computation only. This process's
+    devices share a batch.
 
     Args:
       make: makes the network, whose call maps pixels in [-1, 1], `B T H W 3`, to features `B D`.
       params: its parameters.
       network_input: frames that it reads.
-      batch: examples of a batch.
+      batch: examples of a batch; at least one for each device.
       is_image: True for a network of images `B H W 3`; each frame of a clip is an example then.
       output: called with the network and its features, returns those to use; by default these.
     """
-    graph = get_graph_def(make)
+    graph, devices = get_graph_def(make), Mesh(jax.local_devices(), ("examples",))
+    sharding = NamedSharding(devices, PartitionSpec("examples"))
+    params = jax.device_put(params, NamedSharding(devices, PartitionSpec()))
+    batch = max(1, batch // devices.size) * devices.size
 
     @jax.jit
     def apply(params: Any, pixels: Array) -> Array:
@@ -105,7 +110,8 @@ def make_extractor(
         for start in range(0, len(examples), batch):
             part: np.ndarray = examples[start : start + batch]
             missing = np.zeros((batch - len(part), *part.shape[1:]), np.float32)
-            rows.append(np.asarray(apply(params, np.concatenate([part, missing])))[: len(part)])
+            examples_on_devices = jax.device_put(np.concatenate([part, missing]), sharding)
+            rows.append(np.asarray(apply(params, examples_on_devices))[: len(part)])
         return np.array_split(np.concatenate(rows), len(pixels))
 
     return extract

@@ -7,6 +7,7 @@ from flax import nnx
 from dit_video.core.errors import UserError
 from dit_video.evaluation.feature_functions.network import NetworkInput, make_extractor
 from dit_video.video import Clip
+from support.devices import check_on_eight_devices
 
 
 class MeanColour(nnx.Module):
@@ -33,6 +34,11 @@ def test_clips_of_all_lengths_keep_their_order():
     features = make(network_input=NetworkInput(side=8), batch=2)(clips)
     expected = [2 * (clip.frames.mean(axis=(0, 1, 2)) / 127.5 - 1) for clip in clips]
     np.testing.assert_allclose(features, expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_eight_devices_share_batches_of_any_number_of_clips():
+    check_on_eight_devices("features_on_eight_devices.py")
 
 
 def test_features_of_images_have_a_row_for_each_frame_in_its_order():
