@@ -4,7 +4,8 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,18 @@ _DTYPES: dict[str, np.dtype] = {
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 """First pickle of the format before PyTorch 1.6."""
 
-_MAX_DEPTH = 32
+_MAX_DEPTH, _MAX_ENTRIES = 32, 1 << 20
+"""Maximum number of containers within each other, and of entries of all: a short pickle can name one list any number of
+times."""
+_MAX_COPIES = 16
+"""Maximum size of all tensors, in sizes of the values that the file stores: views share values, as tied weights do."""
+_MAX_AXES, _MAX_EMPTY = 32, 1 << 31
+"""Maximum number of axes, and length of an axis of a tensor without values."""
+_ARCHIVE_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError),
+    *(NotImplementedError, RuntimeError, OverflowError, MemoryError),
+)
+"""Errors of `zipfile` on damaged, encrypted or unknown archives."""
 
 
 def read_torch_tensors(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -48,6 +60,7 @@ def read_torch_tensors(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, 
     if not path.is_file():
         raise MissingError(f"no such file: {path}")
     tensors, storages = _read_archive(path) if zipfile.is_zipfile(path) else _read_older_format(path)
+    _check_size(path, tensors, storages)
     return {name: _make_array(path, name, tensor, storages) for name, tensor in tensors.items()}
 
 
@@ -74,18 +87,36 @@ def _read_archive(path: Path) -> tuple[dict[str, StoredTensor], dict[str, bytes]
     """Return the tensors of an archive by name, and its storages by key."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            pickles = [name for name in names if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
+            members = {info.filename: info for info in archive.infolist()}
+            pickles = [name for name in members if name.endswith("/data.pkl")]
+            if len(pickles) != 1 or len(members) != len(archive.infolist()):
                 raise UserError(f"{path} is invalid: it is an archive, but not of PyTorch. Use a file of torch.save")
             root = pickles[0].removesuffix("data.pkl")
-            if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-                raise UserError(f"{path} is invalid: its values are big-endian. Save it on another machine")
-            tensors = dict(_list_tensors(path, parse_pickle(io.BytesIO(archive.read(pickles[0])), name=str(path))))
             prefix = f"{root}data/"
-            return tensors, {name.removeprefix(prefix): archive.read(name) for name in names if name.startswith(prefix)}
-    except zipfile.BadZipFile as error:
+            values = [info for name, info in members.items() if name.startswith(prefix)]
+            _check_members(path, [members[pickles[0]], *values])
+            if f"{root}byteorder" in members:
+                with archive.open(f"{root}byteorder") as file:
+                    if file.read(16) != b"little":
+                        raise UserError(f"{path} is invalid: its values are big-endian. Save it on another machine")
+            content = parse_pickle(io.BytesIO(archive.read(pickles[0])), name=str(path))
+            storages = {info.filename.removeprefix(prefix): archive.read(info) for info in values}
+    except _ARCHIVE_ERRORS as error:
         raise UserError(f"{path} is damaged: {error}. Use a whole file") from error
+    return _collect_tensors(path, content), storages
+
+
+def _check_members(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Check that parts of an archive are stored as they are, and do not overlap, so that they are no larger than it.
+
+    Raises:
+      UserError: they are.
+    """
+    if any(info.compress_type != zipfile.ZIP_STORED for info in members):
+        rule = "torch.save stores values as they are"
+        raise UserError(f"{path} is invalid: its values are compressed, and {rule}. Unpack it, and save it again")
+    if sum(info.file_size for info in members) > path.stat().st_size:
+        raise UserError(f"{path} is damaged: its parts are larger than the file. Use a whole file")
 
 
 def _read_older_format(path: Path) -> tuple[dict[str, StoredTensor], dict[str, bytes]]:
@@ -94,16 +125,27 @@ def _read_older_format(path: Path) -> tuple[dict[str, StoredTensor], dict[str, b
     It has five pickles: a number, a version, the sizes of types, the content and the keys of storages. The number of
     values and the values of each storage follow.
     """
-    with path.open("rb") as file:
+    with _WholeFile(io.FileIO(path)) as file:
         if file.read(1) != b"\x80":
             raise UserError(f"{path} is invalid: it is no file of PyTorch. Use one of torch.save or torch.jit.save")
         file.seek(0)
         if parse_pickle(file, name=str(path)) != _MAGIC_NUMBER:
             raise UserError(f"{path} is invalid: it is a pickle, but none of PyTorch. Use a file of torch.save")
         _, _, content, keys = (parse_pickle(file, name=str(path)) for _ in range(4))
-        tensors = dict(_list_tensors(path, content))
+        tensors = _collect_tensors(path, content)
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise UserError(f"{path} is damaged: it has no list of storages. Use a whole file")
         sizes = {each.storage: _get_dtype(path, each).itemsize for each in tensors.values()}
-        return tensors, {key: _read_storage(path, file, sizes.get(key)) for key in map(str, keys)}
+        return tensors, {key: _read_storage(path, file, sizes.get(key)) for key in keys}
+
+
+class _WholeFile(io.BufferedReader):
+    """A file that reads no more than it has, so that a length in a pickle does not take memory of its own."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes, at most the rest of the file."""
+        rest = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(rest if size is None or size < 0 else min(size, rest))
 
 
 def _read_storage(path: Path, file: io.BufferedIOBase, item_size: int | None) -> bytes:
@@ -116,15 +158,40 @@ def _read_storage(path: Path, file: io.BufferedIOBase, item_size: int | None) ->
     return values
 
 
-def _list_tensors(path: Path, content: Any, *keys: Any) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the tensors in nested containers, with their names."""
-    if isinstance(content, StoredTensor):
-        yield ".".join(map(str, keys)), content
-    elif isinstance(content, dict | list) or type(content) is tuple:
-        if len(keys) > _MAX_DEPTH:
-            raise UserError(f"{path} is invalid: it has containers within {_MAX_DEPTH} others. Save its tensors alone")
-        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from _list_tensors(path, value, *keys, key)
+def _collect_tensors(path: Path, content: Any) -> dict[str, StoredTensor]:
+    """Return the tensors in nested containers by name."""
+    tensors: dict[str, StoredTensor] = {}
+    pending: list[tuple[tuple[Any, ...], Any]] = [((), content)]
+    for _ in range(_MAX_ENTRIES):
+        if not pending:
+            return tensors
+        keys, value = pending.pop()
+        if isinstance(value, StoredTensor):
+            name = ".".join(map(str, keys))
+            if name in tensors:
+                raise UserError(f"{path} is invalid: two tensors have the name {name}. Rename one, and save it again")
+            tensors[name] = value
+        elif isinstance(value, dict | list) or type(value) is tuple:
+            if len(keys) > _MAX_DEPTH:
+                rule = f"it has containers within {_MAX_DEPTH} others"
+                raise UserError(f"{path} is invalid: {rule}. Save its tensors alone")
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += reversed([((*keys, key), each) for key, each in items])
+    raise UserError(f"{path} is invalid: it has more than {_MAX_ENTRIES} entries. Save its tensors alone")
+
+
+def _check_size(path: Path, tensors: Mapping[str, StoredTensor], storages: Mapping[str, bytes]) -> None:
+    """Check that views do not repeat the values of their storages more often than models do.
+
+    Raises:
+      UserError: they do.
+    """
+    size = sum(math.prod(each.shape) * _get_dtype(path, each).itemsize for each in tensors.values())
+    if storages and size > _MAX_COPIES * sum(map(len, storages.values())):
+        raise UserError(
+            f"{path} is invalid: its tensors have {size} bytes, more than {_MAX_COPIES} times those that it stores. "
+            "Use a whole file"
+        )
 
 
 def _get_dtype(path: Path, tensor: StoredTensor) -> np.dtype:
@@ -136,13 +203,14 @@ def _get_dtype(path: Path, tensor: StoredTensor) -> np.dtype:
 def _make_array(path: Path, name: str, tensor: StoredTensor, storages: dict[str, bytes]) -> Shaped[np.ndarray, "..."]:
     """Return a tensor's values."""
     dtype = _get_dtype(path, tensor)
+    if len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > _MAX_AXES:
+        raise UserError(f"{path} is damaged: the tensor {name} has no shape. Use a whole file")
     values = np.frombuffer(storages.get(tensor.storage, b""), np.uint8)
     values = values[: len(values) // dtype.itemsize * dtype.itemsize].view(dtype)
     steps = zip(tensor.shape, tensor.strides, strict=True)
     last = tensor.offset + sum((length - 1) * stride for length, stride in steps)
-    is_empty = 0 in tensor.shape
-    is_inside = last < len(values) and math.prod(tensor.shape) <= len(values)
-    if min((tensor.offset, *tensor.shape, *tensor.strides)) < 0 or not (is_inside or is_empty):
+    is_empty = 0 in tensor.shape and max(tensor.shape) <= _MAX_EMPTY
+    if min((tensor.offset, *tensor.shape, *tensor.strides)) < 0 or not (last < len(values) or is_empty):
         raise UserError(f"{path} is damaged: the tensor {name} lies outside of its values. Use a whole file")
     if is_empty:
         return np.zeros(tensor.shape, dtype)

@@ -6,6 +6,7 @@ rebuilds a tensor becomes a `StoredTensor`. Any other name is an error.
 """
 
 import pickletools
+import struct
 from collections.abc import Callable
 from io import BufferedIOBase
 from typing import IO, Any, NamedTuple, cast
@@ -67,6 +68,14 @@ _VALUES = frozenset(
 )
 """Instructions that push their own argument."""
 _SMALL_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_KEYS = (str, int, float, bool, bytes, type(None))
+"""Types of keys of dictionaries; the hash of nested tuples could take any time."""
+_MAX_WHOLE_NUMBER = 1 << 63
+_DAMAGES = (
+    *(ValueError, IndexError, KeyError, TypeError, AttributeError, EOFError),
+    *(OverflowError, MemoryError, RecursionError, struct.error),
+)
+"""Errors of instructions that do not follow the format."""
 
 
 def parse_pickle(file: BufferedIOBase, *, name: str) -> Any:
@@ -85,7 +94,7 @@ def parse_pickle(file: BufferedIOBase, *, name: str) -> Any:
     try:
         for instruction, argument, _ in pickletools.genops(cast(IO[bytes], file)):
             machine.run(instruction.name, argument)
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGES as error:
         raise UserError(
             f"{name} is damaged: its pickle does not follow the format ({error}). Use a whole file"
         ) from error
@@ -146,7 +155,7 @@ class _Machine:
                 stack[-1].extend(values)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                stack[-1][key] = value
+                stack[-1].update(_pair([key, value]))
             case "SETITEMS":
                 values = self._pop_marked()
                 stack[-1].update(_pair(values))
@@ -154,7 +163,7 @@ class _Machine:
                 stack.append(self._check_name(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(self._check_name(f"{module}.{name}"))
+                stack.append(self._check_name(".".join((module, name))))
             case "BINPERSID":
                 stack.append(_make_storage(stack.pop()))
             case "REDUCE" | "NEWOBJ":
@@ -172,7 +181,9 @@ class _Machine:
     def _pop_marked(self) -> list[Any]:
         """Pop the values behind the last mark."""
         stack = self._stack
-        start = next(place for place in range(len(stack) - 1, -1, -1) if stack[place] is _MARK)
+        start = next((place for place in range(len(stack) - 1, -1, -1) if stack[place] is _MARK), None)
+        if start is None:
+            raise IndexError("a mark is missing")
         values = stack[start + 1 :]
         del stack[start:]
         return values
@@ -188,11 +199,13 @@ class _Machine:
         """Return the value that a call stands for, without calling anything."""
         if name in _TENSOR_FUNCTIONS:
             storage, offset, shape, strides = arguments[:4]
-            return StoredTensor(storage.key, storage.dtype, int(offset), tuple(shape), tuple(strides))
+            if not all(type(each) is int and abs(each) < _MAX_WHOLE_NUMBER for each in (offset, *shape, *strides)):
+                raise ValueError("a shape has other values than whole numbers")
+            return StoredTensor(storage.key, storage.dtype, offset, tuple(shape), tuple(strides))
         if name in _CONTAINER_FUNCTIONS:
             return arguments[0]
         if name == "collections.OrderedDict":
-            return dict(arguments[0]) if arguments else {}
+            return _pair([each for pair in arguments[0] for each in pair]) if arguments else {}
         if name.startswith(_MODULE_PREFIX):
             return {}
         if name.startswith(_IGNORED_PREFIXES):
@@ -208,12 +221,15 @@ class _Machine:
 
 def _pair(values: list[Any]) -> dict[Any, Any]:
     """Return the dictionary of keys and values in turn."""
-    return dict(zip(values[::2], values[1::2], strict=True))
+    keys = values[::2]
+    if not all(type(key) in _KEYS and (type(key) is not int or abs(key) < _MAX_WHOLE_NUMBER) for key in keys):
+        raise TypeError("a dictionary has other keys than names and numbers")
+    return dict(zip(keys, values[1::2], strict=True))
 
 
 def _make_storage(persistent_id: tuple[Any, ...]) -> _Storage:
     """Return the storage that a pickle refers to: `("storage", class, key, device, count)`, and a view or None."""
     kind, dtype, key, *rest = persistent_id
-    if kind != "storage" or any(rest[2:]):
-        raise ValueError(f"it refers to {kind}")
+    if kind != "storage" or any(rest[2:]) or type(key) not in (str, int):
+        raise ValueError("it refers to something else than a storage")
     return _Storage(str(key), dtype.name.rsplit(".", 1)[-1])
