@@ -23,6 +23,8 @@ def main(
     names: tuple[str, ...] = (),
     seed: int = 0,
     controls: float = 0.05,
+    control_sets: int = 3,
+    pairs_per_rater: int | None = None,
     title: str = PageOptions().title,
     domains: Path | None = None,
     prompts_out: Path | None = None,
@@ -34,7 +36,7 @@ def main(
     For example:
 
         python tools/side_by_side.py --prompts-out prompts.json --prompts-per-domain 5 --size 17x32x48
-        python tools/side_by_side.py samples/run samples/other --out comparison
+        python tools/side_by_side.py samples/run samples/other --out comparison --pairs-per-rater 40
 
     experiments/sample.py --prompts samples the list for each system; tools/side_by_side_results.py reads the votes.
     Raters open comparison/index.html, which needs no server, and send back the file of votes that it exports. The key
@@ -45,7 +47,9 @@ def main(
         out: Folder of the page to write; its key is written next to it.
         names: Names of the systems in the results; the folders' names by default.
         seed: Seed of ids, sides, controls and prompts.
-        controls: Share of control questions among the comparisons.
+        controls: Number of a rater's control questions as a share of the comparisons.
+        control_sets: Number of control questions on the page, as a multiple of those that are drawn for each rater.
+        pairs_per_rater: Number of comparisons that each rater sees, drawn by the rater's name; all by default.
         title: Heading of the page, which must not name the systems.
         domains: JSON file with domains of prompts (name, templates, subjects, scenes); 21 domains by default.
         prompts_out: JSON file to write a list of prompts to, for experiments/sample.py --prompts.
@@ -62,10 +66,13 @@ def main(
     if prompts_out is not None:
         write_prompts(prompts_out, chosen, count=prompts_per_domain, seed=seed, size=size)
     if out is not None:
-        options = PageOptions(title=title, seed=seed, controls=controls)
+        options = PageOptions(
+            title=title, seed=seed, controls=controls, control_sets=control_sets, pairs_per_rater=pairs_per_rater
+        )
         key = write_page(name_systems(samples, names), out, options=options, domains=chosen)
         number = sum(pair.control is not None for pair in key.pairs)
         print(f"{out / 'index.html'}: {len(key.pairs)} pairs, {number} of them controls; key {get_key_path(out)}")
+        print(f"each rater sees {key.comparisons_per_rater} comparisons and {key.controls_per_rater} controls")
     elif samples:
         raise UserError("--out is missing: the samples are compared on a page. Use --out PAGE.")
 

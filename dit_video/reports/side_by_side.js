@@ -24,30 +24,12 @@
     }
   };
 
-  // A generator of numbers in 0..1 from a text: FNV-1a for the state, steps of a Weyl sequence, mixed by multiplication.
-  const makeGenerator = (text) => {
-    let state = 0x811c9dc5;
-    for (const byte of new TextEncoder().encode(text)) state = Math.imul(state ^ byte, 0x01000193);
-    return () => {
-      state = (state + 0x9e3779b9) | 0;
-      let mixed = Math.imul(state ^ (state >>> 16), 0x85ebca6b);
-      mixed = Math.imul(mixed ^ (mixed >>> 13), 0xc2b2ae35);
-      return ((mixed ^ (mixed >>> 16)) >>> 0) / 2 ** 32;
-    };
-  };
-  const order = (rater) => {
-    const generate = makeGenerator(`${data.page}:${rater}`);
-    const pairs = data.pairs.map((pair) => {
-      const [first, second] = pair.sides;
-      const [left, right] = generate() < 0.5 ? [first, second] : [second, first];
-      return { ...pair, left, right };
+  const order = (rater) =>
+    pairDraws.draw(data.draws, `${data.page}:${rater}`).map(({ number, isFirstLeft }) => {
+      const [first, second] = data.pairs[number].sides;
+      const [left, right] = isFirstLeft ? [first, second] : [second, first];
+      return { ...data.pairs[number], left, right };
     });
-    for (let last = pairs.length - 1; last > 0; last--) {
-      const other = Math.floor(generate() * (last + 1));
-      [pairs[last], pairs[other]] = [pairs[other], pairs[last]];
-    }
-    return pairs;
-  };
 
   // `shownSince` is null until both files are loaded, and infinite while the page is hidden.
   let state, pairs, index, active, shownSince = null, isPaused = false, generation = 0;

@@ -97,7 +97,8 @@ def test_controls_have_the_share_and_right_answers(page, folders):
     out, key = page
     samples = {each.prompt: each.files for each in read_sample_sets(folders)}
     controls = [pair for pair in key.pairs if pair.control is not None]
-    assert len(controls) == math.ceil(0.3 * 12)
+    assert len(controls) == 3 * key.controls_per_rater == 3 * math.ceil(0.3 * 12)
+    assert len({(pair.item, pair.systems, pair.control.kind) for pair in controls}) == len(controls)
     assert {pair.control.kind for pair in controls} == {"degraded", "other_prompt"}
     for pair in controls:
         wrong = next(side for side in pair.sides if side != pair.control.right)
@@ -186,7 +187,19 @@ def test_a_page_is_never_replaced(page, folders):
         write_page(folders, out)
 
 
-@pytest.mark.parametrize("values", [{"seed": -1}, {"controls": -0.1}, {"controls": 0.5}])
+def test_a_rater_can_see_no_more_pairs_than_there_are(folders, tmp_path):
+    with pytest.raises(UserError, match=r"pairs_per_rater=13 is invalid.*12 comparisons"):
+        write_page(folders, tmp_path / "page", options=PageOptions(pairs_per_rater=13))
+    key = write_page(folders, tmp_path / "page", options=PageOptions(pairs_per_rater=5, controls=0.2))
+    assert (key.comparisons_per_rater, key.controls_per_rater) == (5, 1)
+    assert sum(pair.control is None for pair in key.pairs) == 12
+    assert sum(pair.control is not None for pair in key.pairs) == 3
+
+
+INVALID_OPTIONS = [{"seed": -1}, {"controls": -0.1}, {"controls": 0.5}, {"control_sets": 0}, {"pairs_per_rater": 0}]
+
+
+@pytest.mark.parametrize("values", INVALID_OPTIONS)
 def test_invalid_options_are_errors(values):
     with pytest.raises(UserError, match=f"{next(iter(values))}=.*Use"):
         PageOptions(**values)

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dit_video.evaluation.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
@@ -15,6 +17,7 @@ from support.sample_folders import write_sample_folder
 sync_api = pytest.importorskip("playwright.sync_api")
 
 PROMPTS = DEFAULT_PROMPT_DOMAINS.make_prompts(1)[:4]
+SYSTEMS = ("walrus", "heron", "ocelot")
 KEYS = {"left": "ArrowLeft", "tie": "ArrowDown", "right": "ArrowRight"}
 
 
@@ -45,6 +48,15 @@ def page_folder(tmp_path_factory) -> Path:
     return root / "comparison"
 
 
+@pytest.fixture(scope="module")
+def drawn_folder(tmp_path_factory) -> Path:
+    """Return a page of three systems, of whose 12 comparisons each rater sees 4, with 2 of 6 controls."""
+    root = tmp_path_factory.mktemp("drawn")
+    folders = {name: write_sample_folder(root / name, PROMPTS, shade=60, images=PROMPTS) for name in SYSTEMS}
+    write_page(folders, root / "comparison", options=PageOptions(controls=0.4, pairs_per_rater=4))
+    return root / "comparison"
+
+
 class Rater:
     """A rater who follows planted preferences, as the key says which side is whose."""
 
@@ -72,7 +84,8 @@ class Rater:
         elif question == "look" and pair.prompt == PROMPTS[3]:
             return "tie"
         else:
-            side = pair.sides[pair.systems.index("walrus" if question == "prompt" else "ocelot")]
+            order = SYSTEMS if question == "prompt" else SYSTEMS[::-1]
+            side = pair.sides[pair.systems.index(min(pair.systems, key=order.index))]
         return ("left", "right")[ids.index(side)]
 
     def vote(self, *, by="keys", **options):
@@ -123,7 +136,10 @@ def test_planted_preferences_are_recovered_after_a_reload_half_way(browser, page
     for _ in range(6):
         bo.vote(is_careful=False)
     other = bo.export(tmp_path / "votes-bo.json")
-    assert {vote["pair"] for vote in other["votes"]} == {vote["pair"] for vote in votes["votes"]}
+    controls = {pair.name for pair in PageKey.read(get_key_path(page_folder)).pairs if pair.control is not None}
+    ada_pairs, bo_pairs = ({vote["pair"] for vote in each["votes"]} for each in (votes, other))
+    assert ada_pairs - controls == bo_pairs - controls
+    assert len(ada_pairs & controls) == len(bo_pairs & controls) == 2 < len(controls)
 
     out = tmp_path / "results.json"
     done = script(
@@ -153,6 +169,53 @@ def test_order_and_sides_differ_by_rater_and_not_by_visit(browser, page_folder):
         rater.context.close()
     assert orders[0] == orders[2] != orders[1]
     assert [frozenset(each) for each in orders[0]] != [frozenset(each) for each in orders[1]]
+
+
+def test_each_rater_draws_some_pairs_and_all_are_equally_likely(browser, drawn_folder):
+    key = PageKey.read(get_key_path(drawn_folder))
+    rater = Rater(browser, drawn_folder, "Ada")
+    assert rater.get_number() == "1 of 6"
+    names = [f"rater {number}" for number in range(3000)]
+    draws = rater.page.evaluate(
+        """(names) => {
+            const data = JSON.parse(document.getElementById("data").textContent);
+            return names.map((name) => pairDraws.draw(data.draws, `${data.page}:${name}`));
+        }""",
+        names,
+    )
+    drawn = [[key.pairs[each["number"]] for each in draw] for draw in draws]
+    assert len({tuple(pair.name for pair in pairs) for pairs in drawn}) > 2900
+    for pairs in drawn:
+        assert len({pair.name for pair in pairs}) == 6
+        systems = Counter(frozenset(pair.systems) for pair in pairs if pair.control is None)
+        assert sorted(systems.values()) == [1, 1, 2]
+        assert {pair.control.kind for pair in pairs if pair.control is not None} == {"degraded", "other_prompt"}
+    counts = Counter(pair.name for pairs in drawn for pair in pairs)
+    controls = [counts[pair.name] for pair in key.pairs if pair.control is not None]
+    comparisons = [counts[pair.name] for pair in key.pairs if pair.control is None]
+    assert (len(comparisons), len(controls)) == (12, 6)
+    # 4 of 12 comparisons and 2 of 6 controls are each drawn for a third of the raters, within four standard deviations.
+    np.testing.assert_allclose([*comparisons, *controls], 1000, atol=4 * (3000 * 2 / 9) ** 0.5)
+    lefts = sum(each["isFirstLeft"] for draw in draws for each in draw)
+    assert abs(lefts - 9000) < 4 * (18000 / 4) ** 0.5
+    firsts = Counter(pairs[0].control is None for pairs in drawn)
+    assert abs(firsts[True] - 2000) < 4 * (3000 * 2 / 9) ** 0.5
+    rater.context.close()
+
+
+def test_a_rater_sees_the_same_pairs_after_a_reload_and_another_one_others(browser, drawn_folder, tmp_path):
+    seen = []
+    for name in ("Ada", "Bo", "Ada"):
+        rater = Rater(browser, drawn_folder, name)
+        for number in range(6):
+            rater.vote()
+            if number == 2:
+                rater.page.reload()
+        rater.page.wait_for_selector("#end:visible")
+        assert "all 6 pairs" in rater.page.inner_text("#end-text")
+        seen.append({vote["pair"] for vote in rater.export(tmp_path / "votes.json")["votes"]})
+    assert seen[0] == seen[2] != seen[1]
+    assert len(seen[0]) == 6
 
 
 def test_answers_can_be_changed_and_an_unfinished_file_saved(browser, page_folder, tmp_path):

@@ -31,9 +31,11 @@ def test_the_commands_lead_from_samples_to_results(tmp_path, script):
     prompts = ["a cat", "a dog", "a hen"]
     folders = [write_sample_folder(tmp_path / name, prompts, shade=shade) for name, shade in (("a", 90), ("b", 180))]
     out = tmp_path / "page"
-    done = script(PAGE, *folders, "--out", out, "--names", "new", "old", "--domains", domains, "--controls", 0.1)
+    options = ("--domains", domains, "--controls", 0.1, "--control-sets", 1)
+    done = script(PAGE, *folders, "--out", out, "--names", "new", "old", *options)
     assert done.code == 0, done.err
     assert "4 pairs, 1 of them controls" in done.out
+    assert "each rater sees 3 comparisons and 1 controls" in done.out
     key = PageKey.read(tmp_path / "page.key.json")
     assert key.systems == ("new", "old")
     assert {pair.prompt: pair.domain for pair in key.pairs} == {"a cat": "pets", "a dog": "pets", "a hen": "other"}
@@ -62,6 +64,7 @@ def test_mistakes_end_with_code_2_and_name_the_file_or_option(tmp_path, script):
         (["--prompts-out", tmp_path / "p.json", "--prompts-per-domain", 99], "has 24 prompts"),
         (["--prompts-out", tmp_path / "p.json", "--size", "big"], "--size big"),
         ([*folders, "--out", tmp_path / "page", "--controls", 0.7], "controls=0.7"),
+        ([*folders, "--out", tmp_path / "page", "--pairs-per-rater", 0], "pairs_per_rater=0"),
     ):
         done = script(PAGE, *arguments)
         assert done.code == 2, arguments

@@ -64,6 +64,10 @@ class PageKey:
     """Seed of the ids, the sides and the controls."""
     pairs: tuple[PagePair, ...]
     """All pairs of the page."""
+    comparisons_per_rater: int | None = None
+    """Number of comparisons of systems that a rater sees; None for all."""
+    controls_per_rater: int | None = None
+    """Number of control questions that a rater sees; None for all."""
 
     def write(self, path: str | Path) -> None:
         """Write the key as JSON."""
@@ -83,7 +87,8 @@ class PageKey:
         try:
             pairs = tuple(_parse_pair(entry) for entry in document["pairs"])
             systems = tuple(document["systems"])
-            key = cls(page=document["page"], systems=systems, seed=document["seed"], pairs=pairs)
+            counts = {name: document.get(name) for name in ("comparisons_per_rater", "controls_per_rater")}
+            key = cls(page=document["page"], systems=systems, seed=document["seed"], pairs=pairs, **counts)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is a damaged key ({error!r}). Make the page again") from error
         if unknown := {system for pair in pairs for system in pair.systems} - set(systems):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,9 @@ class QuestionResults:
     scores: BradleyTerryFit | None
     """Scores of all systems in the order of the key; None if no finite scores have the largest likelihood."""
     agreement: float | None
-    """Krippendorff's alpha of the answers by side; None if no pair has answers of two raters."""
+    """Krippendorff's alpha of the answers by side, on shared pairs; None if no pair has answers of two raters."""
+    shared_pairs: int
+    """Number of comparisons that two raters or more answered."""
     left: WinRate
     """Win rate of the side on the left, which is 1/2 for raters without a preference for a side."""
 
@@ -90,6 +93,7 @@ class VoteResults:
             "win_rates": comparisons,
             "bradley_terry": scores,
             "krippendorff_alpha": result.agreement,
+            "shared_pairs": result.shared_pairs,
             "left_win_rate": dataclasses.asdict(result.left),
         }
 
@@ -127,10 +131,12 @@ def _summarize_question(key: PageKey, raters: Sequence[RaterVotes], question: st
     ]
     answers = [0.5 if vote.answers[question] == TIE else float(vote.answers[question] == vote.left) for vote in votes]
     items = [vote.pair.item for vote in votes]
+    voters = Counter(vote.pair.name for vote in votes)
     return QuestionResults(
         comparisons=comparisons,
         scores=_fit_scores(key, votes, question),
         agreement=_compute_agreement(key, raters, question),
+        shared_pairs=sum(count > 1 for count in voters.values()),
         left=compute_win_rate(np.array(answers, np.float64), np.array(items, np.int64)),
     )
 

@@ -33,9 +33,11 @@ def _format_question(systems: Sequence[str], result: QuestionResults) -> Iterato
         yield _format_table(("system", "Bradley–Terry score", "95 % interval"), scores)
     elif rows:
         yield "Bradley–Terry scores: none, because some systems were not compared or won every vote"
-    agreement = (
-        "none, because no two raters voted on one pair" if result.agreement is None else f"{result.agreement:.3f}"
-    )
+    if result.agreement is not None:
+        agreement = f"{result.agreement:.3f} on {result.shared_pairs} shared pairs"
+    else:
+        reason = "all answers are equal" if result.shared_pairs else "no two raters voted on one pair"
+        agreement = f"none, because {reason}"
     left = "" if result.left.value is None else f"; the left side won {result.left.value:.1%} of the votes"
     yield f"agreement between raters (Krippendorff's alpha): {agreement}{left}"
 

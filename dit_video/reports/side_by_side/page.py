@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dit_video.core import rng
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import atomic_path, write_text
 from dit_video.evaluation.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
 from dit_video.evaluation.prompt_domains import PromptDomains
@@ -28,15 +28,19 @@ class PageOptions:
     """Options of a page.
 
     Raises:
-      UserError: a negative seed, or a share that is negative or 1/2 or more.
+      UserError: a negative seed, a share that is negative or 1/2 or more, or a number below 1.
     """
 
     title: str = "Which one is better?"
     """Heading of the page; it must not name the systems."""
     seed: int = 0
-    """Seed of the ids, the sides and the controls."""
+    """Seed of the ids, the sides and the controls, and of what each rater sees."""
     controls: float | int = 0.05
-    """Share of control questions among the comparisons of systems; at least one if it is above 0."""
+    """Number of a rater's control questions as a share of the comparisons of systems; at least one if it is above 0."""
+    control_sets: int = 3
+    """Number of control questions on the page, from which each rater's are drawn, as a multiple of a rater's."""
+    pairs_per_rater: int | None = None
+    """Number of comparisons of systems that each rater sees, drawn by the rater's name; None for all."""
 
     def __post_init__(self):
         if self.seed < 0:
@@ -44,6 +48,7 @@ class PageOptions:
         if not 0 <= self.controls < 0.5:
             rule = "most pairs must compare systems"
             raise UserError(f"controls={self.controls} is invalid: {rule}. Use a share from 0 to less than 0.5.")
+        check_at_least(1, control_sets=self.control_sets, pairs_per_rater=self.pairs_per_rater)
 
 
 class _Side(NamedTuple):
@@ -78,8 +83,9 @@ def write_page(
 ) -> PageKey:
     """Write the page of all pairs of systems on all prompts into a folder, and its key next to it; return the key.
 
-    Names of files, and everything in the page, are random ids, drawn by the seed; files hold pixels alone. The page
-    orders the pairs and places the sides by the rater's name. It needs no server and no network.
+    Names of files, and everything in the page, are random ids, drawn by the seed; files hold pixels alone. By the
+    rater's name the page draws the pairs that the rater sees, orders them and places their sides: each comparison is as
+    likely as any other, and pairs of systems are equally frequent. It needs no server and no network.
 
     Args:
       folders: folder of each system's samples, by the system's name.
@@ -90,7 +96,8 @@ def write_page(
 
     Raises:
       MissingError: no `prompts.json`, or no file of a sample.
-      UserError: the page or its key exists, or the prompts of the systems do not match.
+      UserError: the page or its key exists, the prompts of the systems do not match, or there are fewer comparisons
+        than each rater is to see.
     """
     options, out = options or PageOptions(), Path(out).absolute()
     for path in (out, get_key_path(out)):
@@ -99,7 +106,12 @@ def write_page(
             raise UserError(f"out={path} is invalid: {rule}. Use another folder, or remove the page and its key.")
     sets = read_sample_sets(folders)
     drafts = _draft_comparisons(sets, [*folders])
-    drafts += _draft_controls(sets, [*folders], options, count=len(drafts), domains=domains)
+    comparisons = len(drafts) if options.pairs_per_rater is None else options.pairs_per_rater
+    if comparisons > len(drafts):
+        rule = f"the page has {len(drafts)} comparisons"
+        raise UserError(f"pairs_per_rater={comparisons} is invalid: {rule}. Use at most {len(drafts)}.")
+    controls = math.ceil(options.controls * comparisons)
+    drafts += _draft_controls(sets, [*folders], options, count=controls, domains=domains)
     # Ids depend on the samples, too: two pages of one seed have none in common.
     content = zlib.crc32(repr([(*folders,), sets]).encode())
     generator = rng.make_generator(options.seed, "side by side", content)
@@ -116,14 +128,21 @@ def write_page(
             files.append((by_side[pair.sides[0]], by_side[pair.sides[1]]))
             if progress is not None:
                 progress(len(pairs), len(drafts))
-        key = PageKey(page=_draw_id(generator), systems=(*folders,), seed=options.seed, pairs=tuple(pairs))
+        key = PageKey(
+            page=_draw_id(generator),
+            systems=(*folders,),
+            seed=options.seed,
+            pairs=tuple(pairs),
+            comparisons_per_rater=comparisons,
+            controls_per_rater=controls,
+        )
         write_text(temporary / PAGE, render_page(key, files, title=options.title))
         key.write(get_key_path(out))
     return key
 
 
 def render_page(key: PageKey, files: Sequence[tuple[str, str]], *, title: str) -> str:
-    """Return the page as HTML, with what raters may know of the key: no systems, domains or controls.
+    """Return the page as HTML, with what raters may know of the key: no systems or domains, nor what a control is.
 
     Args:
       key: the page's key.
@@ -146,8 +165,27 @@ def render_page(key: PageKey, files: Sequence[tuple[str, str]], *, title: str) -
             }
             for pair, names in zip(key.pairs, files, strict=True)
         ],
+        "draws": _list_draws(key),
     }
     return render_template("side_by_side.html.jinja", title=title, data=data, questions=QUESTIONS)
+
+
+def _list_draws(key: PageKey) -> list[dict[str, Any]]:
+    """Return the numbers of pairs that a rater sees, of comparisons and of controls, and the pairs' numbers by stratum.
+
+    Strata are the pairs of systems and the kinds of controls, of which a rater sees equal shares.
+    """
+    draws = []
+    for is_control, count in ((False, key.comparisons_per_rater), (True, key.controls_per_rater)):
+        strata: dict[str | frozenset[str], list[int]] = {}
+        for number, pair in enumerate(key.pairs):
+            if (pair.control is not None) == is_control:
+                stratum = frozenset(pair.systems) if pair.control is None else pair.control.kind
+                strata.setdefault(stratum, []).append(number)
+        total = sum(map(len, strata.values()))
+        if total:
+            draws.append({"count": total if count is None else count, "strata": [*strata.values()]})
+    return draws
 
 
 def _draft_comparisons(sets: Sequence[PromptSamples], systems: Sequence[str]) -> list[_Draft]:
@@ -162,16 +200,25 @@ def _draft_comparisons(sets: Sequence[PromptSamples], systems: Sequence[str]) ->
 def _draft_controls(
     sets: Sequence[PromptSamples], systems: Sequence[str], options: PageOptions, *, count: int, domains: PromptDomains
 ) -> list[_Draft]:
-    """Return control pairs, by turns with a degraded copy and with a sample of another prompt, if there is one."""
+    """Return control pairs, by turns with a degraded copy and with a sample of another prompt, if there is one.
+
+    Args:
+      sets: samples of each prompt.
+      systems: names of the systems.
+      options: seed, and the number of sets of controls; there are fewer if they would repeat.
+      count: number of controls that a rater sees.
+      domains: config in which the domains of prompts are looked up.
+    """
     generator = rng.make_generator(options.seed, "controls")
     drafts: list[_Draft] = []
     order = generator.permutation(len(sets) * len(systems)).tolist()
-    for number in range(math.ceil(options.controls * count)):
-        item, system_number = divmod(order[number % len(order)], len(systems))
+    for number in range(max(count, min(options.control_sets * count, 2 * len(order)))):
+        turn, place = divmod(number, len(order))
+        item, system_number = divmod(order[place], len(systems))
         system = systems[system_number]
         others = _list_other_prompts(sets, item, domains)
         right = _Side(system, sets[item].files[system])
-        if number % 2 and others:
+        if (place + turn) % 2 and others:
             wrong = _Side(system, sets[others[int(generator.integers(len(others)))]].files[system])
             drafts.append(_Draft(item, (right, wrong), "other_prompt"))
         else:

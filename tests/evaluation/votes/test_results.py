@@ -3,7 +3,9 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+from scipy.special import expit
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.evaluation.votes import PageKey, read_votes, summarize_votes
@@ -91,6 +93,83 @@ def test_a_rater_without_controls_is_kept_and_noted(tmp_path):
     assert "no control question" in results.raters["Ada"].note
     assert results.questions["look"].scores is None
     assert "Bradley–Terry scores: none" in format_results(results)
+
+
+def draw_raters(tmp_path, key, count, *, pairs, seed=0):
+    """Return the votes of raters, each on some pairs of its own, who prefer systems as `SCORES` say."""
+    generator = np.random.default_rng(seed)
+    paths = []
+    for number in range(count):
+        drawn = [key.pairs[index] for index in generator.choice(len(key.pairs), pairs, replace=False)]
+        scores = np.array([[SCORES[system] for system in pair.systems] for pair in drawn])
+        is_first = generator.random(pairs) < expit(scores[:, 0] - scores[:, 1])
+        entries = [
+            make_entry(pair, pair.systems[0 if first else 1]) for pair, first in zip(drawn, is_first, strict=True)
+        ]
+        paths.append(write_votes(tmp_path / f"{number}.json", key, f"rater {number}", entries))
+    return read_votes(paths, key)
+
+
+SCORES = {"a": 0.8, "b": 0.0, "c": -0.8}
+
+
+def test_raters_of_different_pairs_determine_rates_and_scores_together(tmp_path):
+    key = make_key("abc", prompts=40)
+    results = summarize_votes(key, draw_raters(tmp_path, key, 300, pairs=10))
+    assert {each.votes for each in results.raters.values()} == {10}
+    question = results.questions["look"]
+    assert 100 < question.shared_pairs <= 120
+    rates = get_rates(question)
+    planted = {pair: expit(SCORES[pair[0]] - SCORES[pair[1]]) for pair in (("a", "b"), ("a", "c"), ("b", "c"))}
+    for pair, expected in planted.items():
+        overall = rates[*pair, "overall"]
+        low, high = overall.interval
+        assert low < expected < high
+        assert high - low < 0.1
+        assert overall.wins + overall.losses == pytest.approx(1000, abs=100)
+    intervals = question.scores.intervals
+    assert (intervals[:, 0] < [*SCORES.values()]).all()
+    assert (intervals[:, 1] > [*SCORES.values()]).all()
+    assert (np.ptp(intervals, axis=1) < 0.4).all()
+    # Two raters of a pair differ with probability 2 p (1 - p), and by chance in half of the cases.
+    differences = [2 * p * (1 - p) for p in planted.values()]
+    assert question.agreement == pytest.approx(1 - 2 * np.mean(differences), abs=0.05)
+
+
+def test_agreement_is_that_of_the_pairs_that_raters_share(tmp_path):
+    key = make_key(prompts=9)
+
+    def write(name, numbers, answer):
+        entries = [make_entry(key.pairs[number], answer(key.pairs[number])) for number in numbers]
+        return write_votes(tmp_path / f"{name}.json", key, name, entries)
+
+    def summarize_pairs(*parts):
+        paths = [write(name, numbers, answer) for name, numbers, answer in parts]
+        return summarize_votes(key, read_votes(paths, key)).questions["look"]
+
+    def answer(pair):
+        return "a" if pair.item % 4 else TIE
+
+    def opposite(pair):
+        return "b"
+
+    shared = summarize_pairs(("Ada", range(5), answer), ("Bo", range(5), opposite))
+    apart = summarize_pairs(("Ada", range(7), answer), ("Bo", [0, 1, 2, 3, 4, 7, 8], opposite))
+    assert (shared.shared_pairs, apart.shared_pairs) == (5, 5)
+    assert apart.agreement == shared.agreement < 0
+    assert get_rates(apart)["a", "b", "overall"].wins > get_rates(shared)["a", "b", "overall"].wins
+    alone = summarize_pairs(("Ada", range(5), answer), ("Bo", range(5, 9), answer))
+    assert (alone.shared_pairs, alone.agreement) == (0, None)
+    assert alone.left.prompts == 9
+
+
+def test_raters_without_shared_pairs_or_with_equal_answers_have_no_agreement(tmp_path):
+    key = make_key(prompts=3)
+    alone = summarize(tmp_path, key, {"Ada": lambda pair: "a"})
+    assert "no two raters voted on one pair" in format_results(alone)
+    equal = summarize(tmp_path, key, {"Ada": lambda pair: TIE, "Bo": lambda pair: TIE})
+    assert "all answers are equal" in format_results(equal)
+    assert "shared pairs" in format_results(summarize(tmp_path, key, {"Ada": lambda pair: "a", "Bo": lambda pair: TIE}))
 
 
 def test_an_unfinished_rater_counts_with_the_votes_there_are(tmp_path):
