@@ -30,7 +30,14 @@ from dit_video.diffusion.guidance_config import (
     ZeroStarGuidance,
 )
 from dit_video.diffusion.learned_variance import LearnedVariance
-from dit_video.diffusion.likelihood import Divergence, ExactTrace, HutchinsonTrace, Likelihood, log_likelihood
+from dit_video.diffusion.likelihood import (
+    Divergence,
+    ExactTrace,
+    HutchinsonTrace,
+    Likelihood,
+    ProbeTrace,
+    log_likelihood,
+)
 from dit_video.diffusion.loss_weights import EdmWeight, MinSnr, SigmoidWeight, UniformWeighting, Weighting
 from dit_video.diffusion.objective import FlowMatching, Objective
 from dit_video.diffusion.predictions import (

@@ -31,9 +31,9 @@ from dit_video.diffusion.processes.process import Process
 class Likelihood(NamedTuple):
     """The log-density of every example."""
 
-    nats: Float[Array, " batch"]
+    nats: Float[Array, "*examples"]
     """Logarithm of the density."""
-    bits_per_dimension: Float[Array, " batch"]
+    bits_per_dimension: Float[Array, "*examples"]
     """Negative log-density per value, in bits; for pixels in [-1, 1] with 256 levels add log2(127.5)."""
 
 
@@ -53,7 +53,22 @@ class HutchinsonTrace(NamedTuple):
     """Number of random vectors that the estimate averages."""
 
 
-Divergence = ExactTrace | HutchinsonTrace
+class ProbeTrace(NamedTuple):
+    """Hutchinson's estimate with these probes, for arrays that hold several examples in a row."""
+
+    probes: Float[Array, "probes batch *shape"]
+    """Random signs of every value."""
+
+
+Divergence = ExactTrace | HutchinsonTrace | ProbeTrace
+
+SumFn = Callable[[Float[Array, "batch *shape"]], Float[Array, "*examples"]]
+"""The function `sum_values(values)`: the sum over the values of every example."""
+
+
+def sum_rows(values: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
+    """Return the sum of each row, where it is one example."""
+    return values.reshape(values.shape[0], -1).sum(axis=1)
 
 
 def log_likelihood(
@@ -64,6 +79,7 @@ def log_likelihood(
     process: Process,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     divergence: Divergence = ExactTrace(),  # noqa: B008 (a value)
+    sum_values: SumFn = sum_rows,
 ) -> Likelihood:
     """Return the log-density of every example, by Heun's rule over the intervals of `times`: an error of second order.
 
@@ -73,7 +89,9 @@ def log_likelihood(
       times: Times that fall from 1, as for sampling; the data are inserted at the last one.
       process: The process that the model was trained on.
       prediction: The kind of the model's prediction.
-      divergence: The way to compute the trace.
+      divergence: The way to compute the trace; `ProbeTrace` where a row holds several examples.
+      sum_values: Sum over the values of every example; by default each row is one. Other values, such as padding, are
+        transported with them and do not count.
 
     Raises:
       UserError: If there is less than one step, or the number of keys is not the number of examples.
@@ -91,7 +109,7 @@ def log_likelihood(
             predicted = estimate(radius * u, time)
             return (alpha * predicted.noise - sigma * predicted.data) / radius
 
-        return _compute_with_trace(velocity, u, directions)
+        return _compute_with_trace(velocity, u, directions, sum_values)
 
     def step(state, interval):
         u, log_density = state
@@ -104,13 +122,13 @@ def log_likelihood(
     rising = times[::-1]
     data_scale = process.alpha(rising[0]) / _compute_radius(process, rising[0])
     radius = _compute_radius(process, rising[-1])
-    start = data_scale * data, jnp.zeros(data.shape[0])
+    values = sum_values(jnp.ones_like(data))
+    start = data_scale * data, jnp.zeros_like(values)
     (end, log_density), _ = jax.lax.scan(step, start, (rising[:-1], rising[1:]))
-    values = math.prod(data.shape[1:])
     std = process.scale_initial_noise(jnp.ones(()))
-    prior = norm.logpdf(radius * end, scale=std).reshape(data.shape[0], -1).sum(axis=1)
+    prior = sum_values(norm.logpdf(radius * end, scale=std))
     nats = prior + log_density + values * (jnp.log(radius) + jnp.log(data_scale))
-    return Likelihood(nats, -nats / (values * math.log(2)))
+    return Likelihood(nats, -nats / (jnp.maximum(values, 1) * math.log(2)))
 
 
 def _compute_radius(process: Process, time: Float[Array, ""]) -> Float[Array, ""]:
@@ -124,6 +142,8 @@ def _compute_angle(process: Process, time: Float[Array, ""]) -> Float[Array, ""]
 def _make_directions(divergence: Divergence, data: Float[Array, "batch *shape"]) -> Float[Array, "probes batch *shape"]:
     """Return vectors whose squared forms sum to the trace, exactly or on average."""
     shape = data.shape[1:]
+    if isinstance(divergence, ProbeTrace):
+        return divergence.probes / math.sqrt(len(divergence.probes))
     if isinstance(divergence, ExactTrace):
         values = math.prod(shape)
         return jnp.broadcast_to(jnp.eye(values).reshape(values, 1, *shape), (values, *data.shape))
@@ -135,12 +155,18 @@ def _make_directions(divergence: Divergence, data: Float[Array, "batch *shape"])
 
 
 def _compute_with_trace(
-    function: Callable[[Array], Array], u: Float[Array, "batch *shape"], directions: Float[Array, "probes batch *shape"]
-) -> tuple[Float[Array, "batch *shape"], Float[Array, " batch"]]:
-    """Return the values of a function of each example alone, and the traces of its Jacobians."""
-    value, derivative = jax.linearize(function, u)
+    function: Callable[[Array], Array],
+    u: Float[Array, "batch *shape"],
+    directions: Float[Array, "probes batch *shape"],
+    sum_values: SumFn,
+) -> tuple[Float[Array, "batch *shape"], Float[Array, "*examples"]]:
+    """Return the values of a function of each example alone, and the traces of its Jacobians.
+
+    Backwards: some kernels of attention define no forward derivative.
+    """
+    value, pull_back = jax.vjp(function, u)
 
     def form(direction):
-        return (direction * derivative(direction)).reshape(u.shape[0], -1).sum(axis=1)
+        return sum_values(direction * pull_back(direction)[0])
 
     return value, jax.vmap(form)(directions).sum(axis=0)

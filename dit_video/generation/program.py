@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, Key
 
 from dit_video.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.backbones.protocol import Backbone
 from dit_video.backbones.skipped_layers import skip_layers
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import (
@@ -27,6 +28,7 @@ from dit_video.generation.conditioning import make_conditioning
 from dit_video.generation.packing import SamplingBatch
 from dit_video.generation.plan import StepInputs, StepTransform
 from dit_video.generation.sharding import make_row_shardings
+from dit_video.text import Context
 from dit_video.tokens import PackedBatch
 
 MIN_PROGRAM_STEPS = 64
@@ -42,6 +44,39 @@ def compute_program_steps(steps: int) -> int:
     while capacity < steps:
         capacity *= 2
     return capacity
+
+
+def make_rows_denoise(
+    model: Backbone,
+    context: Context,
+    rows: PackedBatch,
+    keys: Key[Array, "B G"],
+    process: Process,
+    transform: StepTransform | None,
+    mesh: AnyMesh | None,
+) -> DenoiseFn:
+    """Return the `denoise` of rows, of noisy tokens and one time, which is traced once however often it is evaluated.
+
+    Args:
+      model: the backbone.
+      context: texts of the rows, encoded.
+      rows: rows of requests with their fields.
+      keys: keys of the requests' seeds.
+      process: process of the model.
+      transform: change of its inputs.
+      mesh: devices that share the rows.
+    """
+    conditioning = make_conditioning(rows, model.config.conditioning, keys).add(make_text_record(context, rows.layout))
+    change = None
+    is_clean: Array | None = jnp.zeros(rows.segments.shape, bool)
+    if transform is not None:
+        is_clean = transform.get_clean_tokens(rows)
+        change = functools.partial(transform.change_input, rows=rows, process=process)
+    denoise = make_denoise_fn(model, rows.layout, conditioning, change_input=change, is_clean=is_clean)
+    # Traced once, however often the solver and guidance evaluate it.
+    traced, constants = jax.closure_convert(denoise, rows.tokens, jnp.zeros(()), None)
+    sharding = None if mesh is None else make_row_shardings(rows, mesh).tokens
+    return lambda noisy, time, state: traced(_constrain(noisy, sharding), time, state, *constants)
 
 
 @functools.lru_cache(maxsize=16)
@@ -69,23 +104,13 @@ def make_program(
         keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
 
         def make_denoise(branch: PackedBatch, skipped_layers: Any = None) -> DenoiseFn:
-            copies = len(branch.tokens) // len(rows.tokens)
             context = nnx.merge(text, params["text"])(branch.text, branch.text_segments)
             model = nnx.merge(backbone, params["backbone"])
-            conditioning = make_conditioning(branch, model.config.conditioning, jnp.concatenate([keys] * copies))
-            conditioning = conditioning.add(make_text_record(context, branch.layout))
-            change = None
-            is_clean: Array | None = jnp.zeros(branch.segments.shape, bool)
-            if transform is not None:
-                is_clean = transform.get_clean_tokens(branch)
-                change = functools.partial(transform.change_input, rows=branch, process=process)
             if skipped_layers is not None:
                 model = skip_layers(model, skipped_layers)
-            denoise = make_denoise_fn(model, branch.layout, conditioning, change_input=change, is_clean=is_clean)
-            # Traced once, however often the solver and guidance evaluate it.
-            traced, constants = jax.closure_convert(denoise, branch.tokens, jnp.zeros(()), None)
-            sharding = None if mesh is None else make_row_shardings(branch, mesh).tokens
-            return lambda noisy, time, state: traced(_constrain(noisy, sharding), time, state, *constants)
+            copies = len(branch.tokens) // len(rows.tokens)
+            branch_keys = jnp.concatenate([keys] * copies)
+            return make_rows_denoise(model, context, branch, branch_keys, process, transform, mesh)
 
         def mean(values):
             """Return the mean of every sample, repeated for its tokens."""

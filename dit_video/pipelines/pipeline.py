@@ -28,6 +28,7 @@ from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import open_tokenizer, set_encoder_folder
 from dit_video.generation import LatentTrace, Sampling, sample_latents, trace_latents
+from dit_video.generation.clip_functions import ClipFunction, compute_clip_function
 from dit_video.generation.request import Request
 from dit_video.nn import Backend
 from dit_video.pipelines.adapters import AdaptedWeights
@@ -204,6 +205,22 @@ class Pipeline(TaskMethods, LoraLoader):
         """
         monitor = make_monitor(callback, self.decode)
         return sample_latents(self._denoiser, **self._prepare(requests, **overrides), monitor=monitor)
+
+    def compute_clip_function(
+        self,
+        function: ClipFunction,
+        requests: Sequence[Request],
+        latents: Sequence[Float32[np.ndarray, "_ _ _ c"]],
+    ) -> Float32[np.ndarray, "clips values"]:
+        """Return the values of a function of the denoiser, such as a loss, for the latents of clips, packed together.
+
+        A request has the prompt, the size and what else is known of its clip, and the seed of the function's noise.
+        Errors are as for `generate_many`; on a mesh of several processes all of them call this, with the same clips.
+        """
+        prepared = self._prepare(requests, guidance=1.0)
+        starts = zip(prepared["requests"], latents, strict=True)
+        prepared["requests"] = [each._replace(plan=each.plan._replace(start=start)) for each, start in starts]
+        return compute_clip_function(function, self._denoiser, **prepared)
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
         """Encode a clip, whose size fits the stride, to normalised latents.

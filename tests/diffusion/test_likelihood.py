@@ -17,6 +17,7 @@ from dit_video.diffusion import (
     Estimate,
     HutchinsonTrace,
     Preconditioning,
+    ProbeTrace,
     RectifiedFlow,
     V,
     VariancePreservingProcess,
@@ -127,6 +128,29 @@ def test_an_estimate_does_not_depend_on_the_rest_of_the_batch():
     other = estimated(keys.at[1].set(jax.random.key(7)), DATA[:2].at[1].add(9.0))
     assert other[0] == together[0]
     assert other[1] != together[1]
+
+
+def test_several_examples_in_a_row_have_likelihoods_of_their_own():
+    """The row holds two examples and padding; the probes are all signs of a value, so that the estimate is exact."""
+    times, process = make_uniform_times(RectifiedFlow(), 8), RectifiedFlow()
+
+    def predict(noisy, time):
+        return jnp.concatenate([mixed(noisy[:, :3], time), mixed(noisy[:, 3:6], time), noisy[:, 6:] ** 2], axis=1)
+
+    row = jnp.concatenate([DATA[:1], DATA[1:2], jnp.full((1, 2), 0.5)], axis=1)
+    corners = jnp.asarray(np.stack(np.meshgrid(*[[-1.0, 1.0]] * 3), axis=-1).reshape(8, 1, 3), jnp.float32)
+    probes = jnp.concatenate([corners, corners, jnp.ones((8, 1, 2))], axis=-1)
+    result = log_likelihood(
+        stateless(predict),
+        row,
+        times,
+        process=process,
+        divergence=ProbeTrace(probes),
+        sum_values=lambda values: values[:, :6].reshape(2, 3).sum(axis=1),
+    )
+    alone = log_likelihood(stateless(mixed), DATA[:2], times, process=process)
+    np.testing.assert_allclose(result.nats, alone.nats, rtol=1e-5)
+    np.testing.assert_allclose(result.bits_per_dimension, alone.bits_per_dimension, rtol=1e-5)
 
 
 def test_invalid_settings_are_refused():

@@ -1,0 +1,56 @@
+"""Values of the denoiser itself on clips of the data: their latents, captions and noise."""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from dit_video.evaluation.clip_set import hash_clip
+from dit_video.evaluation.protocol import ClipSampling
+from dit_video.generation.clip_functions import ClipFunction
+from dit_video.generation.request import Request
+from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+
+def measure_clips(
+    pipeline: Pipeline, clips: Sequence[Clip], function: ClipFunction, *, seed: int
+) -> Float32[np.ndarray, "clips values"]:
+    """Return the values of a function of the denoiser for every clip, under its caption.
+
+    The autoencoder encodes clips to the mean of their posterior. Random numbers are a function of the seed and of the
+    clip's pixels alone: any two models, and any order of the clips, have the same. A model that always has a first
+    frame gets that of the clip.
+
+    Args:
+      pipeline: the model.
+      clips: clips of any sizes; frames and borders that the model's steps of sizes do not divide are cut off.
+      function: the function.
+      seed: seed of its random numbers.
+
+    Raises:
+      UserError: a clip that is smaller than a step of sizes, or a caption that the model does not accept.
+    """
+    if not clips:
+        return np.zeros((0, 0), np.float32)
+    cut = [_cut_clip(pipeline.config, clip) for clip in clips]
+    frames = pipeline.config.frame_conditioning
+    needs_image = frames is not None and frames.prob == 1
+    requests = [
+        Request(
+            clip.caption,
+            Grid(*clip.frames.shape[:3]),
+            seed=zlib.crc32(f"{seed} {hash_clip(clip)}".encode()),
+            image=clip.frames[0] if needs_image else None,
+        )
+        for clip in cut
+    ]
+    return pipeline.compute_clip_function(function, requests, [pipeline.encode(clip) for clip in cut])
+
+
+def _cut_clip(config: PipelineConfig, clip: Clip) -> Clip:
+    stride, step = config.autoencoder.stride, config.backbone.size_multiple
+    return ClipSampling(multiple=(stride.t, stride.h * step.h, stride.w * step.w)).sample(clip, seed=0, number=0)
