@@ -22,17 +22,18 @@ Law = Literal["free_fall", "bounce", "collision", "permanence"]
 """Law that a scene shows: gravity, reflection at a wall, momentum of two discs, or motion behind a post."""
 LAWS: tuple[Law, ...] = get_args(Law)
 SIZES: dict[Law, tuple[Grid, ...]] = {
-    "free_fall": (Grid(9, 48, 48), Grid(9, 64, 64), Grid(13, 88, 48)),
-    "bounce": (Grid(17, 48, 48), Grid(17, 64, 64), Grid(17, 48, 72), Grid(25, 64, 96)),
-    "collision": (Grid(17, 48, 72), Grid(17, 72, 48), Grid(17, 64, 96)),
+    "free_fall": (Grid(9, 48, 48), Grid(9, 64, 64), Grid(13, 96, 48)),
+    "bounce": (Grid(17, 48, 48), Grid(17, 64, 64), Grid(17, 48, 80), Grid(25, 64, 96)),
+    "collision": (Grid(17, 48, 80), Grid(17, 80, 48), Grid(17, 64, 96)),
     "permanence": (Grid(25, 48, 80), Grid(33, 48, 80), Grid(33, 64, 96)),
 }
 """Frames, heights and widths of the scenes of each law. A fall from rest reaches the floor of a square after 9 frames
-at 8 per second, and what is behind a post is hidden for about half of the frames."""
+at 8 per second, and what is behind a post is hidden for about half of the frames. Frames are 1 + 4k, and sides
+multiples of 16, as autoencoders and denoisers need them."""
 _HUES = tuple(name for name in COLOURS if name != "white")
 """Colours of objects. White with a texture is as grey as the post, and as the lightest grey background."""
 _SYMMETRIC_SHAPES = ("circle", "square", "ring", "cross")
-_MIN_FRAMES = 5
+MIN_FRAMES = 5
 """Number of frames before a contact and after it, at least."""
 _MARGIN = 1.0
 """Distance in pixels that objects keep from the borders, at least, other than from a wall that they bounce off."""
@@ -130,7 +131,7 @@ def _get_seconds(scene: Scene) -> float:
 
 def _draw_contact_seconds(generator: np.random.Generator, scene: Scene) -> float | None:
     """Return the time of a contact with enough frames before and after it; None for a clip with too few."""
-    first, last = (_MIN_FRAMES - 1) / scene.fps, _get_seconds(scene) - (_MIN_FRAMES - 1) / scene.fps
+    first, last = (MIN_FRAMES - 1) / scene.fps, _get_seconds(scene) - (MIN_FRAMES - 1) / scene.fps
     return float(generator.uniform(first, last)) if last > first else None
 
 
@@ -223,7 +224,7 @@ def _draw_permanence(generator: np.random.Generator, scene: Scene) -> Scene | No
     columns = start[1] + velocity[1] * np.arange(scene.size.t) / scene.fps
     side_of_post = sign * (columns - post.column)
     is_free = np.abs(side_of_post) > post.half_width + each.radius + 1
-    if min((is_free & (side_of_post < 0)).sum(axis=0), (is_free & (side_of_post > 0)).sum(axis=0)) < _MIN_FRAMES:
+    if min((is_free & (side_of_post < 0)).sum(axis=0), (is_free & (side_of_post > 0)).sum(axis=0)) < MIN_FRAMES:
         return None
     return replace(scene, objects=(_move(each, start, velocity),), occluder=post)
 

@@ -1,12 +1,11 @@
 """Named protocols of published figures, and of the models of this repository."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from dit_video.core.errors import UserError
-from dit_video.data.synthetic.scenes.draw import FREE_FRAMES, SIZES
 from dit_video.evaluation.feature_functions.c3d import C3dLogits
 from dit_video.evaluation.feature_functions.clip import ClipEmbeddings
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction
@@ -33,9 +32,10 @@ from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.evaluation.metrics.subject_consistency import SubjectConsistency
 from dit_video.evaluation.metrics.temporal_flicker import TemporalFlickering
 from dit_video.evaluation.metrics.text_retrieval import TextRetrieval
+from dit_video.evaluation.physics_scenes import MIN_FRAMES
 from dit_video.evaluation.protocol import ClipSampling, Protocol
-from dit_video.evaluation.scene_metrics import SCENE_PROMPT_METRICS
-from dit_video.tokens import Grid
+from dit_video.evaluation.scene_metrics import PHYSICS_METRICS, SCENE_PROMPT_METRICS
+from dit_video.evaluation.scene_protocols import PhysicsProtocol, SceneProtocol
 
 FRAME_METRICS: tuple[Metric, ...] = (
     TemporalFlickering(),
@@ -48,16 +48,6 @@ FRAME_METRICS: tuple[Metric, ...] = (
 _FVD = FrechetMetric(features=I3dFeatures(), name="fvd", label="FVD")
 _FVD_VIDEO_MAE = FrechetMetric(features=VideoMaeFeatures(), name="fvd_video_mae", label="FVD (VideoMAE)")
 _FID = FrechetMetric(features=InceptionFeatures(), name="fid", label="FID of frames")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SceneProtocol(Protocol):
-    """A protocol on rendered scenes, which are drawn from its seed: captions, clips of the data and their truths."""
-
-    levels: tuple[int, ...] = (1, 2)
-    """Levels of the scenes."""
-    sizes: tuple[Grid, ...] = tuple(size for size in SIZES if size.t == FREE_FRAMES)
-    """Sizes of the scenes."""
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
@@ -108,6 +98,11 @@ PROTOCOLS: Mapping[str, Protocol] = {
             *FRAME_METRICS,
         ),
         seed=10**6,
+    ),
+    "physics": PhysicsProtocol(name="physics", count=256, metrics=PHYSICS_METRICS, seed=10**6),
+    # A sample starts as its scene, so that the law says how it goes on.
+    "physics_extension": PhysicsProtocol(
+        name="physics_extension", count=256, metrics=PHYSICS_METRICS, seed=10**6, known=MIN_FRAMES
     ),
     "samples": Protocol(
         name="samples",

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import wait_for_all_processes, wait_for_main_process
-from dit_video.evaluation.clip_set import ClipSet, make_file_set
+from dit_video.evaluation.clip_set import ClipSet, hash_clip, make_file_set
 from dit_video.generation.request import Request
 from dit_video.pipelines.pipeline import Pipeline
+from dit_video.video import Clip
 
 SETTINGS_FILE = "settings.json"
 
@@ -43,7 +45,7 @@ class SampleStore:
         crf: int | None = None,
     ):
         self.folder, self._requests, self._suffix, self._crf = Path(folder), tuple(requests), suffix, crf
-        listed = [{"prompt": each.prompt, "size": _to_list(each.size), "seed": each.seed} for each in requests]
+        listed = list(map(_describe, requests))
         # As it is read from its file, where tuples are lists.
         expected = json.loads(json.dumps({"settings": settings, "requests": listed}))
         path = self.folder / SETTINGS_FILE
@@ -99,5 +101,12 @@ class SampleStore:
         return make_file_set(self.folder, names, [each.prompt for each in self._requests])
 
 
-def _to_list(size: Any) -> list[int] | None:
-    return None if size is None else list(size)
+def _describe(request: Request) -> dict[str, Any]:
+    """Return all that a request asks for: the frames that it continues by a hash of their pixels."""
+    size = None if request.size is None else list(request.size)
+    known = [[each.frame, hash_clip(_make_clip(each.content))] for each in request.conditions]
+    return {"prompt": request.prompt, "size": size, "seed": request.seed, **({"conditions": known} if known else {})}
+
+
+def _make_clip(content: Clip | np.ndarray) -> Clip:
+    return content if isinstance(content, Clip) else Clip(content[None], fps=1.0)

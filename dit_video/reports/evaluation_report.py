@@ -87,7 +87,7 @@ def _make_samples(reader: _Reader, measurement: Measurement, real_clips: ClipSet
         if (clip := reader.read(reader.numbers[name])) is not None:
             values = measurement.examples.get(name, {})
             verdict = {
-                key: value
+                measurement.results[key].description.label: value
                 for key, value in values.items()
                 if isinstance(value, bool) and measurement.results[key].description.is_higher_better
             }

@@ -59,5 +59,5 @@ def _list_filters(samples: Sequence[Sample]) -> list[tuple[str, str, int]]:
     """Return name, label and size of the subsets of samples that can be shown: all, and those that are not empty."""
     unseen = sum(sample.seen is False for sample in samples)
     wrong = sum(not all(sample.verdict.values()) for sample in samples)
-    subsets = [("unseen", "Not in training", unseen), ("wrong", "Prompt not followed", wrong)]
+    subsets = [("unseen", "Not in training", unseen), ("wrong", "Judged wrong", wrong)]
     return [("all", "All", len(samples)), *(subset for subset in subsets if subset[2])]

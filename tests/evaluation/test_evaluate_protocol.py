@@ -14,8 +14,8 @@ from dit_video.evaluation.metrics.reconstruction import Psnr
 from dit_video.evaluation.metrics.scene_attributes import SceneColours
 from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.evaluation.protocol import ClipSampling, Protocol
-from dit_video.evaluation.protocols import SceneProtocol
 from dit_video.evaluation.sample_store import SampleStore
+from dit_video.evaluation.scene_protocols import SceneProtocol
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import Grid
 from dit_video.video import Clip

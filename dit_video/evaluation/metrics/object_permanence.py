@@ -10,7 +10,7 @@ from dit_video.data.synthetic.scenes import Scene
 from dit_video.evaluation.metrics.law_metric import MAX_RESIDUAL, LawMetric
 from dit_video.evaluation.metrics.metric import MetricDescription
 from dit_video.evaluation.metrics.motion_fits import fit_motion
-from dit_video.evaluation.metrics.scene_objects import ObjectTrack
+from dit_video.evaluation.metrics.scene_objects import ObjectTrack, find_post
 from dit_video.video import Clip
 
 _MIN_FRAMES = 3
@@ -25,11 +25,11 @@ _MAX_DISTANCE = 0.08
 class ObjectPermanence(LawMetric):
     """Share of samples whose object is hidden by the post and reappears where uniform motion puts it.
 
-    A line is fitted to the centroids before the object reaches the post, and continued behind it. The post and the
-    object's radius are the scene's; start and velocity are those of the sample, not compared with the scene's, so that
-    samples after a known first frame, which shows the post, are judged alike however the object moves. A reversed clip
-    keeps the law too; an object that vanishes, waits behind the post, turns back, comes out elsewhere, or passes in
-    front does not.
+    A line is fitted to the centroids before the object reaches the post, and continued behind it. The object's radius
+    is the scene's; post, start and velocity are those of the sample, not compared with the scene's, so that a sample of
+    a caption, or after a known first frame, is judged alike. A reversed clip keeps the law too; an object that
+    vanishes, waits behind the post, turns back, comes out elsewhere, or passes in front does not, and there must be a
+    post.
     """
 
     law = "permanence"
@@ -45,7 +45,7 @@ class ObjectPermanence(LawMetric):
 
     def keeps_law(self, clip: Clip, scene: Scene, tracks: Sequence[ObjectTrack]) -> bool:
         """Return whether the object reappears where uniform motion puts it."""
-        side, (track,), post = min(clip.height, clip.width), tracks, scene.occluder
+        side, (track,), post = min(clip.height, clip.width), tracks, find_post(clip, scene.background)
         if post is None:
             return False
         distance_from_post = track.centre[:, 1] - post.column

@@ -7,12 +7,14 @@ and of the background's, which varies slowly.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 from scipy.ndimage import label
 
 from dit_video.data.synthetic.scenes.description import BACKGROUNDS, COLOURS, DIRECTIONS
+from dit_video.data.synthetic.scenes.render import POST_COLOUR
 from dit_video.video import Clip
 
 OBJECT_SHADES, BACKGROUND_SHADES = (0.5, 1.05), (0.65, 1.35)
@@ -25,6 +27,8 @@ MIN_SHARE = 0.6
 """Smallest share of the frames in which an object is found."""
 MIN_WHOLE_AREA = 0.9
 """Smallest area of an object that nothing hides, relative to its largest."""
+MIN_POST_SHARE = 0.75
+"""Smallest share of a column's pixels, in all frames, that have a post's colour where it stands."""
 MIN_MOTION = 1.5
 """Smallest displacement of an object over a clip, in pixels; one that moves less stands still."""
 
@@ -82,6 +86,33 @@ def find_objects(clip: Clip, background: str, *, min_share: float = MIN_SHARE) -
     return tracks
 
 
+class Post(NamedTuple):
+    """A post that a clip shows in front of its objects, from the top to the bottom."""
+
+    column: float
+    """Column of its centre, in pixels."""
+    half_width: float
+
+
+def find_post(clip: Clip, background: str) -> Post | None:
+    """Return the widest post of a clip that stands in all of its frames; None if there is none.
+
+    Args:
+      clip: the clip.
+      background: name of its background.
+    """
+    planes = _split_channels(clip)
+    distance = _measure_distance(planes, POST_COLOUR, (0.95, 1.05))
+    behind = _measure_distance(planes, BACKGROUNDS[background], BACKGROUND_SHADES)
+    is_post = (distance < behind) & (distance < MAX_DISTANCE)
+    parts, count = label(is_post.mean(axis=(0, 1)) >= MIN_POST_SHARE)
+    if not count:
+        return None
+    widest = int(np.bincount(parts)[1:].argmax(axis=0)) + 1
+    columns = np.flatnonzero(parts == widest)
+    return Post(float(columns.mean(axis=0)) + 0.5, len(columns) / 2)
+
+
 def select_whole_frames(track: ObjectTrack, *, min_area: float = MIN_WHOLE_AREA) -> Int[np.ndarray, " n"]:
     """Return the numbers of the frames in which nothing hides an object, as its area shows.
 
@@ -97,13 +128,17 @@ def select_whole_frames(track: ObjectTrack, *, min_area: float = MIN_WHOLE_AREA)
 
 def classify_colours(clip: Clip, background: str) -> np.ndarray:
     """Return the number of every pixel's colour of the objects, in the order of `COLOURS`; -1 for others `[T H W]`."""
-    # Arrays of one channel each are several times as fast as pixels of three.
-    planes = [np.ascontiguousarray(clip.frames[..., channel]).astype(np.float32) for channel in range(3)]
+    planes = _split_channels(clip)
     distances = np.stack([_measure_distance(planes, colour, OBJECT_SHADES) for colour in COLOURS.values()])
     behind = _measure_distance(planes, BACKGROUNDS[background], BACKGROUND_SHADES)
     nearest = distances.argmin(axis=0)
     is_object = (distances.min(axis=0) < behind) & (distances.min(axis=0) < MAX_DISTANCE)
     return np.where(is_object, nearest, -1)
+
+
+def _split_channels(clip: Clip) -> list[np.ndarray]:
+    """Return red, green and blue of all pixels: arrays of one channel are several times as fast as pixels of three."""
+    return [np.ascontiguousarray(clip.frames[..., channel]).astype(np.float32) for channel in range(3)]
 
 
 def _measure_distance(

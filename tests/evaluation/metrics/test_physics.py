@@ -10,6 +10,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.synthetic.scenes import render, simulate
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.motion_fits import fit_contact, fit_motion
+from dit_video.evaluation.metrics.scene_objects import find_post
 from dit_video.evaluation.physics_scenes import LAWS, SIZES, draw_physics_scene, exchange_momentum, make_physics_truths
 from dit_video.evaluation.scene_metrics import PHYSICS_METRICS
 from dit_video.tokens import Grid
@@ -274,8 +275,37 @@ def test_clips_without_objects_do_not_keep_the_law(law):
 def test_each_metric_counts_the_scenes_of_its_law():
     truths = [get_truths(law, 2)[0] for law in LAWS]
     batch = MetricBatch(samples=[truth.reference for truth in truths], scenes=truths)
-    assert [len(metric.measure(batch)) for metric in PHYSICS_METRICS] == [1] * 4
+    answers = [[True if one == each else None for one in range(4)] for each in range(4)]
+    assert [metric.measure(batch) for metric in PHYSICS_METRICS] == answers
     assert [metric.law for metric in PHYSICS_METRICS] == list(LAWS)
+    examples = [metric.list_examples(tuple(metric.measure(batch))) for metric in PHYSICS_METRICS]
+    assert [[list(row) for row in rows] for rows in zip(*examples, strict=True)] == [
+        [[metric.name] if metric is own else [] for metric in PHYSICS_METRICS] for own in PHYSICS_METRICS
+    ]
+
+
+def test_posts_are_where_the_scenes_have_them():
+    truths = get_truths("permanence")
+    for truth in truths:
+        for clip in (truth.reference, add_noise(truth.reference, 10.0)):
+            post = find_post(clip, truth.scene.background)
+            assert post.column == pytest.approx(truth.scene.occluder.column, abs=0.5)
+            assert post.half_width == pytest.approx(truth.scene.occluder.half_width, abs=0.5)
+        without = replace(truth.scene, occluder=None)
+        assert find_post(render(without).clip, without.background) is None
+        lighter = replace(without, background="grey")
+        assert find_post(render(lighter).clip, "grey") is None
+        assert get_share("permanence", [render(without).clip], [truth]) == 0
+
+
+def test_a_post_of_another_place_hides_an_object_alike():
+    """A caption does not say where the post stands: the sample's own counts."""
+    truths = get_truths("permanence")
+    moved = [
+        truth._replace(scene=replace(truth.scene, occluder=replace(truth.scene.occluder, column=3.0)))
+        for truth in truths
+    ]
+    assert get_share("permanence", [truth.reference for truth in truths], moved) == 1
 
 
 @pytest.mark.parametrize("law", LAWS)
