@@ -29,7 +29,7 @@ from dit_video.tokens import LayoutShape, PackedBatch
 _EXHAUSTED_MEMORY_FIX = "Use fewer rows (batch of the pipeline), a smaller size or a mesh of several devices"
 
 
-class LatentRows(NamedTuple):
+class PackedLatents(NamedTuple):
     """Clips in rows, and the process and prediction of the denoiser."""
 
     rows: PackedBatch
@@ -55,7 +55,7 @@ class ClipFunction(abc.ABC):
     """A function of a denoiser and clips, as a frozen dataclass: it is a part of the compiled program."""
 
     @abc.abstractmethod
-    def __call__(self, denoise: DenoiseFn, clips: LatentRows) -> Float[Array, "values B G"]:
+    def __call__(self, denoise: DenoiseFn, clips: PackedLatents) -> Float[Array, "values B G"]:
         """Return the values of every clip, in their segments.
 
         Args:
@@ -138,7 +138,7 @@ def _compile(
         def compute_quantile(values, quantile):
             return rows.layout.expand(rows.layout.quantile(values, quantile))[..., None]
 
-        clips = LatentRows(
+        clips = PackedLatents(
             rows=rows,
             data=rows.fields[START_LATENTS],
             keys=keys,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_video.diffusion import Estimate, stateless
-from dit_video.generation.clip_functions import LatentRows
+from dit_video.generation.clip_functions import PackedLatents
 from dit_video.tokens import PackedExample, PackedShape, pack, stack_rows
 
 MEAN = np.asarray([0.5, -0.3, 0.1, 0.0], np.float32)
@@ -31,7 +31,7 @@ def make_clip_rows(rows, process, prediction, *, seeds, room=4, is_clean=None):
     for number, row in enumerate(seeds):
         padded[number, : len(row)] = row
     keys = jax.vmap(jax.vmap(jax.random.key))(padded)
-    return LatentRows(batch, batch.tokens, keys, process, prediction, is_clean)
+    return PackedLatents(batch, batch.tokens, keys, process, prediction, is_clean)
 
 
 def make_best_denoise(process, prediction, *, std=STD):

@@ -13,7 +13,7 @@ from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion import DenoiseFn, ProbeTrace, Process, log_likelihood
 from dit_video.evaluation.denoiser_measures import measure_clips
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
-from dit_video.generation.clip_functions import ClipFunction, LatentRows
+from dit_video.generation.clip_functions import ClipFunction, PackedLatents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class LatentLikelihood(ClipFunction):
     min_ratio: float
     """Ratio of noise to data at which the latents enter the flow."""
 
-    def __call__(self, denoise: DenoiseFn, clips: LatentRows) -> Float[Array, "1 B G"]:
+    def __call__(self, denoise: DenoiseFn, clips: PackedLatents) -> Float[Array, "1 B G"]:
         """Return the bits of every clip.
 
         Raises:

@@ -14,7 +14,7 @@ from dit_video.diffusion import DenoiseFn, Objective
 from dit_video.evaluation.denoiser_measures import measure_clips
 from dit_video.evaluation.metrics.intervals import compute_mean_interval
 from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, MetricValue
-from dit_video.generation.clip_functions import ClipFunction, LatentRows
+from dit_video.generation.clip_functions import ClipFunction, PackedLatents
 
 LOSS_PREFIX = "loss_t"
 """Start of the names of the losses at single times, which the time follows."""
@@ -27,7 +27,7 @@ class DenoisingLoss(ClipFunction):
     times: tuple[float, ...]
     """Diffusion times."""
 
-    def __call__(self, denoise: DenoiseFn, clips: LatentRows) -> Float[Array, "times B G"]:
+    def __call__(self, denoise: DenoiseFn, clips: PackedLatents) -> Float[Array, "times B G"]:
         """Return the losses of every clip: means over its tokens, but for those that the model gets without noise."""
         objective = Objective(process=clips.process, prediction=clips.prediction)
         layout = clips.rows.layout
