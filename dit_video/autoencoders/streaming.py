@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Key, UInt8
+from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 
 from dit_video.autoencoders.interface import (
     AutoencoderConfig,
@@ -59,7 +59,7 @@ def decode_stream(
 
     Raises:
       UserError: latents of another number of channels, a chunk without frames, tiles that don't fit the stride or whose
-        decoder takes noise, or a height that the number of devices does not divide.
+        decoder takes noise, a height that the number of devices does not divide, or pixels that are NaN or infinite.
     """
     if latents.ndim != 5 or latents.shape[-1] != config.channels:
         raise UserError(f"latents {list(latents.shape)} are invalid: use latents [B t h w {config.channels}]")
@@ -73,7 +73,9 @@ def decode_stream(
         if len(tile_plan) > 1:
             raise UserError("tiles are invalid: this decoder takes noise, which tiles do not share. Use tiles=None.")
         options["keys"] = jnp.stack([key(seed, "decoder") for seed in seeds or [0] * len(latents)])
-    for coded, count, is_first in _run_chunks(config, params, chunks, tile_plan, "decode", chunk, sharding, **options):
+    coded_chunks = _run_chunks(config, params, chunks, tile_plan, "decode", chunk, sharding, **options)
+    for coded, bad, count, is_first in coded_chunks:
+        _check_finite(bad)
         frames = count * config.stride.t - (config.stride.t - 1 if is_first else 0)
         yield np.asarray(coded)[:, :frames]
 
@@ -111,7 +113,7 @@ def encode_stream(
     tile_plan = cut_tiles(grid.h, grid.w, tiles, stride)
 
     all_portions = itertools.chain([first], portions)
-    for coded, count, is_first in _run_chunks(config, params, all_portions, tile_plan, "encode", chunk, sharding):
+    for coded, _, count, is_first in _run_chunks(config, params, all_portions, tile_plan, "encode", chunk, sharding):
         yield np.asarray(coded)[:, : 1 + (count - 1) // stride.t if is_first else count // stride.t]
 
 
@@ -226,8 +228,10 @@ def _run_chunks(
     chunk: int,
     sharding: OptionalSharding,
     keys: Key[Array, " B"] | None = None,
-) -> Iterator[tuple[Array, int, bool]]:
+) -> Iterator[tuple[Array, Array | None, int, bool]]:
     """Yield for each chunk its output including padding, its length before padding, and whether it is the first.
+
+    The second value is the number of each clip's pixels that are not finite, which integers cannot show.
 
     An output is yielded after the next chunk was dispatched, so that its transfer overlaps with that computation.
     """
@@ -239,7 +243,7 @@ def _run_chunks(
     blend_weights = [jnp.asarray(compute_blend_weights(tiles, tile, target)) for tile in tiles]
     height = target[0] * max(tile.row + tile.height for tile in tiles)
     width = target[1] * max(tile.column + tile.width for tile in tiles)
-    previous: tuple[Array, int, bool] | None = None
+    previous: tuple[Array, Array | None, int, bool] | None = None
     for index, chunk_values in enumerate(chunks):
         noise = () if keys is None else (jax.vmap(jax.random.fold_in, (0, None))(keys, index),)
         is_first = caches[0] is None
@@ -258,10 +262,10 @@ def _run_chunks(
             corner = jnp.asarray([tile.row * target[0], tile.column * target[1]])
             blended = _add_tile(blended, tile_output, blend_weights[number], corner)
         assert blended is not None
-        output = _to_uint8(blended) if method == "decode" else blended
+        output, bad = _to_uint8(blended) if method == "decode" else (blended, None)
         if previous is not None:
             yield previous
-        previous = output, chunk_values.shape[1], is_first
+        previous = output, bad, chunk_values.shape[1], is_first
     if previous is not None:
         yield previous
 
@@ -299,5 +303,21 @@ def _add_tile(canvas: Array, values: Array, blend_weights: Array, corner: Array)
 
 
 @jax.jit
-def _to_uint8(pixels: Float[Array, "B T H W 3"]) -> UInt8[Array, "B T H W 3"]:
-    return jnp.clip(jnp.rint((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8)
+def _to_uint8(pixels: Float[Array, "B T H W 3"]) -> tuple[UInt8[Array, "B T H W 3"], Int[Array, " B"]]:
+    """Return the pixels in 0..255, and the number of values of each clip that are not finite."""
+    bad = (~jnp.isfinite(pixels)).sum(axis=(1, 2, 3, 4))
+    return jnp.clip(jnp.rint((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8), bad
+
+
+def _check_finite(bad: Int[Array, " B"] | None) -> None:
+    """Check the numbers of values of each clip that are not finite.
+
+    Raises:
+      UserError: a clip has some.
+    """
+    if bad is not None and (clips := int((np.asarray(bad) > 0).sum(axis=0))):
+        raise UserError(
+            f"decoded pixels of {clips} of {len(bad)} clips are NaN or infinite, {int(np.asarray(bad).sum(axis=0))} "
+            "values: the autoencoder's weights are damaged, or its latents are far from those it was trained on. Check "
+            "both"
+        )

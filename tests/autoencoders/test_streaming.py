@@ -67,6 +67,18 @@ def test_streamed_chunks_equal_the_whole_clip(name, chunk):
     assert_frames_are_close(np.concatenate(frames, axis=1), decoded)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_are_not_finite_are_no_colours(value):
+    config, params, latents, _ = setting("patches")
+    assert len(list(decode_stream(config, params, latents, chunk=2))) == 3
+    damaged = latents.copy()
+    damaged[1, -1, 0, 0, 0] = value
+    stream = decode_stream(config, params, damaged, chunk=2)
+    next(stream)  # the first frames do not see it
+    with pytest.raises(UserError, match="1 of 2 clips are NaN or infinite"):
+        list(stream)
+
+
 def test_clips_of_any_length_need_two_programs():
     config, params, latents, _ = setting("patches")
     other = dataclasses.replace(config, width=10)  # a program of its own
@@ -79,7 +91,7 @@ def test_clips_of_any_length_need_two_programs():
 def test_pixels_go_to_the_device_and_come_from_it_as_uint8(monkeypatch):
     config, params, latents, _ = setting("patches")
     whole = cut_tiles(*latents.shape[2:4], None, config.stride)
-    decoded, _, _ = next(streaming._run_chunks(config, params, [latents[:, :2]], whole, "decode", 2, None))
+    decoded, *_ = next(streaming._run_chunks(config, params, [latents[:, :2]], whole, "decode", 2, None))
     assert isinstance(decoded, jax.Array)
     assert decoded.dtype == np.uint8
     dtypes, run = [], streaming._jit_method(config, "encode")
