@@ -1,16 +1,16 @@
 """Sets of clips that an evaluation reads: samples of a model, or clips of the data, from folders of many kinds."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.files import read_json
 from dit_video.data.clips import ClipSource, is_ingested
 from dit_video.data.ingest.formats import list_clips
-from dit_video.evaluation.samples import PROMPTS_FILE
+from dit_video.evaluation.samples import PROMPTS_FILE, list_samples
 from dit_video.video import Clip, decode
 
 
@@ -23,6 +23,8 @@ class ClipSet(NamedTuple):
     captions: tuple[str, ...]
     read: Callable[[int, float | None], Clip]
     """Decodes a clip by its number, sampled at a rate in frames per second, or at its own if None."""
+    rejected: Mapping[str, str] = MappingProxyType({})
+    """Reason for each entry of the folder that cannot be a clip, by name: it counts as unreadable."""
 
 
 def open_clip_set(folder: str | Path, *, split: str = "") -> ClipSet:
@@ -59,8 +61,8 @@ def hash_clip(clip: Clip) -> str:
 
 
 def _open_samples(folder: Path) -> ClipSet:
-    entries = read_json(folder / PROMPTS_FILE)
-    return make_file_set(folder, [entry["file"] for entry in entries], [entry["prompt"] for entry in entries])
+    prompts, files = zip(*list_samples(folder), strict=True)
+    return make_file_set(folder, files, prompts)
 
 
 def _open_dataset(folder: Path, split: str) -> ClipSet:
@@ -80,14 +82,15 @@ def _open_dataset(folder: Path, split: str) -> ClipSet:
 
 
 def _open_files(folder: Path, split: str) -> ClipSet:
-    clips = [clip for clip in list_clips(folder).clips if split in ("", clip.split)]
+    listing = list_clips(folder)
+    clips = [clip for clip in listing.clips if split in ("", clip.split)]
     _check_not_empty(len(clips), folder, split)
     captions = tuple(clip.captions[0] if clip.captions else "" for clip in clips)
 
     def read(index: int, fps: float | None) -> Clip:
         return replace(decode(clips[index].read(), fps=fps), caption=captions[index])
 
-    return ClipSet(str(folder), tuple(clip.name for clip in clips), captions, read)
+    return ClipSet(str(folder), tuple(clip.name for clip in clips), captions, read, dict(listing.rejected))
 
 
 def _check_not_empty(count: int, folder: Path, split: str) -> None:

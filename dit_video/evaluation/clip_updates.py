@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from dit_video.video import Clip
 
 _BATCH = 16
 """Number of clips in memory at once."""
-_MAX_NAMED = 5
-"""Number of clips that an error names."""
+_MAX_NAMED, _MAX_TRIED = 5, 64
+"""Number of clips that an error names, and of further clips that are tried for it."""
 
 
 @dataclass
@@ -39,24 +39,41 @@ class ClipReader:
     """Reason for each clip that is left out, by name."""
 
     def read(self, number: int) -> Clip | None:
-        """Return a clip, or None if it is left out.
-
-        Raises:
-          UserError: more clips are left out than the protocol allows.
-        """
+        """Return a clip, or None if it is left out."""
         name, sampling = self.clips.names[number], self.protocol.clips
         try:
             return sampling.sample(self.clips.read(number, sampling.fps), seed=self.protocol.seed, number=number)
         except (DecodeError, UserError, OSError) as error:
             self.excluded[name] = str(error)
-        check_excluded(self.excluded, self.protocol, self.clips.location, total=self.total)
         return None
 
     def __iter__(self) -> Iterator[tuple[int, Clip]]:
-        """Yield the numbers and the clips that can be read."""
-        for number in self.numbers:
+        """Yield the numbers and the clips that can be read.
+
+        Raises:
+          UserError: more clips are left out than the protocol allows.
+        """
+        self.check()
+        for place, number in enumerate(self.numbers):
             if (clip := self.read(number)) is not None:
                 yield number, clip
+            else:
+                self.check(self.numbers[place + 1 :])
+
+    def check(self, others: Sequence[int] = ()) -> None:
+        """Check that no more clips are left out than the protocol allows.
+
+        Args:
+          others: numbers of clips that may be tried so that the error names more than one.
+
+        Raises:
+          UserError: more are left out.
+        """
+        if len(self.excluded) > self.protocol.max_unreadable * self.total:
+            for number in others[:_MAX_TRIED]:
+                if len(self.excluded) < _MAX_NAMED:
+                    self.read(number)
+        check_excluded(self.excluded, self.protocol, self.clips.location, total=self.total)
 
 
 def check_excluded(excluded: Mapping[str, str], protocol: Protocol, location: str, *, total: int) -> None:
@@ -73,8 +90,9 @@ def check_excluded(excluded: Mapping[str, str], protocol: Protocol, location: st
     """
     if len(excluded) > protocol.max_unreadable * total:
         named = "; ".join(f"{each}: {reason}" for each, reason in itertools.islice(excluded.items(), _MAX_NAMED))
+        few = "at least " if len(excluded) >= _MAX_NAMED else ""  # the others may not have been read
         raise UserError(
-            f"{len(excluded)} of {total} clips of {location} cannot be measured, more than "
+            f"{few}{len(excluded)} of {total} clips of {location} cannot be measured, more than "
             f"max_unreadable={protocol.max_unreadable:g}: {named}. Mend or remove them"
         )
 
@@ -136,7 +154,11 @@ class ClipUpdates:
         protocol = self.protocol
         pairs = None if originals is None else _PairReader(originals, clips, protocol)
         for part in self._read(clips, protocol.choose(len(clips.names), protocol.count, purpose="measured samples")):
-            made = [] if pairs is None else [pairs.make_pair(number, clip) for number, clip in part]
+            made = []
+            if pairs is not None:
+                whole = {number: pairs.make_pair(number, clip) for number, clip in part}
+                part = [(number, clip) for number, clip in part if whole[number] is not None]
+                made = [pair for pair in whole.values() if pair is not None]
             self._hashes += [hash_clip(pair.original) for pair in made]
             batch = MetricBatch(
                 samples=[clip for _, clip in part],
@@ -148,6 +170,9 @@ class ClipUpdates:
             )
             self.collection.update(batch)
             self.names += [clips.names[number] for number, _ in part]
+        if pairs is not None and pairs.excluded:
+            self._totals.setdefault(pairs.location, len(clips.names))
+            self.excluded.setdefault(pairs.location, {}).update(pairs.excluded)
 
     def merge_processes(self, error: UserError | None = None) -> None:
         """Join what all processes have read, in each of them, in the order of the clips.
@@ -183,8 +208,8 @@ class ClipUpdates:
         """Yield batches of clips with their numbers; of this process's part."""
         processes, process = (jax.process_count(), jax.process_index()) if self.is_shared else (1, 0)
         own = np.array_split(np.array(numbers, np.int64), processes)[process].tolist()
-        self._totals[clips.location] = len(numbers)
-        reader = ClipReader(clips, self.protocol, own, len(numbers))
+        total = self._totals[clips.location] = len(numbers) + len(clips.rejected)
+        reader = ClipReader(clips, self.protocol, own, total, dict(clips.rejected))
         iterator = iter(reader)
         while part := list(itertools.islice(iterator, _BATCH)):
             yield part
@@ -192,14 +217,14 @@ class ClipUpdates:
             if self.progress is not None:
                 self.progress(self._count)
         if reader.excluded:
-            self.excluded[clips.location] = reader.excluded
+            self.excluded.setdefault(clips.location, {}).update(reader.excluded)
 
 
 class _PairReader:
     """Original clips of reconstructions, by their names without suffix."""
 
     def __init__(self, originals: ClipSet, samples: ClipSet, protocol: Protocol):
-        self._originals, self._samples, self._protocol = originals, samples, protocol
+        self._reader, self._samples = ClipReader(originals, protocol, (), len(samples.names)), samples
         self._numbers = {Path(name).with_suffix("").as_posix(): number for number, name in enumerate(originals.names)}
         lacking = [name for name in samples.names if Path(name).with_suffix("").as_posix() not in self._numbers]
         if lacking:
@@ -209,10 +234,32 @@ class _PairReader:
                 f"{originals.location}, such as {named}. Name the folder of the originals"
             )
 
-    def make_pair(self, number: int, decoded: Clip) -> ClipReconstruction:
-        """Return a reconstruction with its original, whose first frames are compared if it is longer."""
+    @property
+    def excluded(self) -> Mapping[str, str]:
+        """Return the reason for each original that is left out, by name."""
+        return self._reader.excluded
+
+    @property
+    def location(self) -> str:
+        """Return the folder of the originals."""
+        return self._reader.clips.location
+
+    def make_pair(self, number: int, decoded: Clip) -> ClipReconstruction | None:
+        """Return a reconstruction with its original, whose first frames are compared if it is longer.
+
+        It is None, and the original is left out, if that cannot be read or has another size.
+
+        Raises:
+          UserError: more originals are left out than the protocol allows.
+        """
         name = self._samples.names[number]
-        strict = replace(self._protocol, max_unreadable=0.0)  # an original that cannot be read is an error
-        original = ClipReader(self._originals, strict, (), 1).read(self._numbers[Path(name).with_suffix("").as_posix()])
-        assert original is not None
+        index = self._numbers[Path(name).with_suffix("").as_posix()]
+        original = self._reader.read(index)
+        if original is not None and original.frames.shape != decoded.frames.shape:
+            sizes = ["x".join(map(str, each.frames.shape[:3])) for each in (original, decoded)]
+            self._reader.excluded[self._reader.clips.names[index]] = f"it has {sizes[0]} pixels, {name} {sizes[1]}"
+            original = None
+        if original is None:
+            self._reader.check()
+            return None
         return ClipReconstruction(name, original, decoded)

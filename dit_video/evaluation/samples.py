@@ -115,6 +115,31 @@ def check_replaceable(folder: Path) -> None:
         raise UserError(f"{folder} holds other files than samples, such as {foreign[0]}; use another folder")
 
 
+def list_samples(folder: str | Path) -> list[tuple[str, str]]:
+    """Return the prompt and the name of the file of each sample that `prompts.json` lists.
+
+    Raises:
+      MissingError: there is no `prompts.json`.
+      UserError: it is no list of samples in the folder, or names a file twice.
+    """
+    path = Path(folder) / PROMPTS_FILE
+    entries = read_json(path)
+    fix = "Use a folder that experiments/sample.py --prompts wrote"
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} is no list of samples. {fix}")
+    samples: dict[str, str] = {}
+    for number, entry in enumerate(entries):
+        values = entry if isinstance(entry, dict) else {}
+        prompt, name = values.get("prompt"), values.get("file")
+        if not isinstance(prompt, str) or not isinstance(name, str):
+            raise UserError(f"{path}: entry {number} is invalid: a sample has a prompt and a file. {fix}")
+        if name in samples or Path(name).is_absolute() or ".." in Path(name).parts:
+            rule = "two samples have this file" if name in samples else "it is a file of another folder"
+            raise UserError(f"{path}: file={name!r} is invalid: {rule}. {fix}")
+        samples[name] = prompt
+    return [(prompt, name) for name, prompt in samples.items()]
+
+
 def read_samples(folder: str | Path) -> list[SavedSample]:
     """Read the samples that `prompts.json` lists, decoded from their files."""
     folder = Path(folder)

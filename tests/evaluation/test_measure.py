@@ -1,6 +1,7 @@
 """Metrics of folders of clips by a protocol, and what is said of clips and weights that are missing."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, replace
 
@@ -107,6 +108,65 @@ def test_metrics_without_weights_or_inputs_are_named_and_the_others_computed(fol
         )
 
 
+def test_all_clips_that_an_error_is_about_are_named_at_once(folders, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders[0], damaged)
+    for name in ("004.mp4", "011.mp4", "019.mp4"):
+        (damaged / name).write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"3 of 20 clips.*004\.mp4.*011\.mp4.*019\.mp4"):
+        measure(open_clip_set(damaged), replace(PROTOCOL, metrics=(Brightness(),)), tmp_path)
+
+
+def test_files_that_cannot_be_clips_count_as_unreadable(folders, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(folders[0], copied)
+    protocol = replace(PROTOCOL, metrics=(Brightness(),), max_unreadable=0.1)
+    assert not measure(open_clip_set(copied), protocol, tmp_path).record["excluded"]
+    (copied / "003.txt").write_bytes(b"caf\xe9")
+    shutil.copy(copied / "004.mp4", os.fsencode(copied) + b"/caf\xe9.mp4")
+    result = measure(open_clip_set(copied), protocol, tmp_path)
+    assert result.results["brightness"].estimate.count == 19
+    assert {name: "UTF-8" in reason for name, reason in result.record["excluded"][str(copied)].items()} == {
+        "003.mp4": True,
+        "caf\\udce9.mp4": True,
+    }
+    with pytest.raises(UserError, match=r"2 of 21 clips.*003\.mp4"):
+        measure(open_clip_set(copied), replace(protocol, max_unreadable=0.09), tmp_path)
+
+
+def test_originals_that_are_unreadable_or_of_another_size_are_left_out(folders, tmp_path):
+    originals = tmp_path / "originals"
+    shutil.copytree(folders[0], originals)
+    (originals / "004.mp4").write_bytes(b"no video")
+    Clip(np.zeros((5, 16, 8, 3), np.uint8), fps=8).save(originals / "005.mp4")
+    samples, protocol = open_clip_set(folders[0]), replace(PROTOCOL, metrics=(Psnr(),), max_unreadable=0.1)
+    result = measure(samples, protocol, tmp_path, real_clips=open_clip_set(originals), is_reconstruction=True)
+    assert result.results["psnr"].estimate.count == 18
+    assert set(result.examples) == {f"{number:03d}.mp4" for number in range(20)} - {"004.mp4", "005.mp4"}
+    assert "16x8 pixels" in result.record["excluded"][str(originals)]["005.mp4"]
+    strict = replace(protocol, max_unreadable=0.09)
+    with pytest.raises(UserError, match=r"2 of 20 clips.*005\.mp4"):
+        measure(samples, strict, tmp_path, real_clips=open_clip_set(originals), is_reconstruction=True)
+
+
+@pytest.mark.parametrize(
+    ("listed", "rule"),
+    [
+        ({}, "no list of samples"),
+        ([], "no list of samples"),
+        ([1], "entry 0"),
+        ([{"file": "000.mp4"}], "entry 0"),
+        ([{"file": 5, "prompt": "a"}], "entry 0"),
+        ([{"file": "../a/000.mp4", "prompt": "a"}], "another folder"),
+        ([{"file": "000.mp4", "prompt": "a"}] * 2, "two samples"),
+    ],
+)
+def test_a_damaged_list_of_samples_is_an_error(tmp_path, listed, rule):
+    (tmp_path / "prompts.json").write_text(json.dumps(listed))
+    with pytest.raises(UserError, match=rule):
+        open_clip_set(tmp_path)
+
+
 def test_unreadable_and_short_clips_are_named_and_too_many_are_an_error(folders, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(folders[0], damaged)
@@ -118,7 +178,7 @@ def test_unreadable_and_short_clips_are_named_and_too_many_are_an_error(folders,
     excluded = result.record["excluded"][str(damaged)]
     assert set(excluded) == {"004.mp4", "005.mp4"}
     assert "1 frames, 3 are measured" in excluded["005.mp4"]
-    with pytest.raises(UserError, match=r"1 of 20 clips.*max_unreadable=0\.01.*004\.mp4"):
+    with pytest.raises(UserError, match=r"2 of 20 clips.*max_unreadable=0\.01.*004\.mp4"):
         measure(open_clip_set(damaged), replace(protocol, max_unreadable=0.01), tmp_path)
 
 

@@ -3,11 +3,10 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.files import read_json
-from dit_video.evaluation.samples import PROMPTS_FILE
+from dit_video.evaluation.samples import PROMPTS_FILE, list_samples
 
 SUFFIXES = (".mp4", ".webm", ".png")
 """Suffixes of files that a page can hold."""
@@ -75,28 +74,15 @@ def read_sample_sets(folders: Mapping[str, Path]) -> list[PromptSamples]:
 
 def _read_folder(folder: Path) -> dict[tuple[str, int], Path]:
     """Return the file of each sample by prompt and number of the prompt's sample."""
-    path = folder / PROMPTS_FILE
-    entries = read_json(path)
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} is no list of samples. Use a folder that experiments/sample.py --prompts wrote.")
     files: dict[tuple[str, int], Path] = {}
     counts: Counter[str] = Counter()
-    for number, entry in enumerate(entries):
-        prompt, file = _parse_entry(entry, path, number)
+    for prompt, name in list_samples(folder):
+        file = folder / name
+        if file.suffix.lower() not in SUFFIXES:
+            rule = f"a page shows {', '.join(SUFFIXES)}"
+            raise UserError(f"{folder / PROMPTS_FILE}: file={name!r} is invalid: {rule}. Use one of these.")
         if not file.is_file():
-            raise MissingError(f"no such file: {file} of {path}; sample the prompts again")
+            raise MissingError(f"no such file: {file} of {folder / PROMPTS_FILE}; sample the prompts again")
         files[prompt, counts[prompt]] = file
         counts[prompt] += 1
     return files
-
-
-def _parse_entry(entry: Any, path: Path, number: int) -> tuple[str, Path]:
-    values = entry if isinstance(entry, dict) else {}
-    prompt, name = values.get("prompt"), values.get("file")
-    if not isinstance(prompt, str) or not isinstance(name, str):
-        fix = "Use a folder that experiments/sample.py --prompts wrote."
-        raise UserError(f"{path}: entry {number} is invalid: a sample has a prompt and a file. {fix}")
-    file = path.parent / name
-    if file.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: file={name!r} is invalid: a page shows {', '.join(SUFFIXES)}. Use one of these.")
-    return prompt, file
