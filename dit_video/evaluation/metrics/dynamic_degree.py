@@ -1,15 +1,14 @@
 """Share of samples with large motion, after VBench (arXiv 2311.17982), with another optical flow."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from dit_video.evaluation.metrics.intervals import compute_wilson_interval
-from dit_video.evaluation.metrics.metric import MetricBatch, MetricDescription, MetricValue
-from dit_video.evaluation.metrics.temporal_metric import TemporalMetric
+from dit_video.evaluation.metrics.metric import MetricBatch, MetricDescription, ShareMetric
+from dit_video.evaluation.metrics.temporal_metric import describe_short_clips
 from dit_video.evaluation.optical_flow import estimate_flow, import_opencv
 from dit_video.video import Clip
 
@@ -55,7 +54,7 @@ def is_dynamic(frames: UInt8[np.ndarray, "t H W 3"]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicDegree(TemporalMetric):
+class DynamicDegree(ShareMetric):
     """Share of samples with large motion, with Wilson's 95 % interval.
 
     VBench's rules with another flow: VBench computes it by the network RAFT, this by dense inverse search.
@@ -73,18 +72,11 @@ class DynamicDegree(TemporalMetric):
         """Check that OpenCV is installed, and return its version."""
         return (f"OpenCV {import_opencv().__version__}",)
 
-    def measure(self, batch: MetricBatch) -> Sequence[float | None]:
-        """Return 1 for every sample with large motion, 0 for others; None for images, and clips of less than 1/8 s."""
+    def measure(self, batch: MetricBatch) -> Sequence[bool | None]:
+        """Return True for every sample with large motion; None for images, and clips of less than 1/8 s."""
         clips = [select_frames(clip) for clip in batch.samples]
-        return [float(is_dynamic(each)) if len(each) >= self.min_frames else None for each in clips]
+        return [is_dynamic(each) if len(each) > 1 else None for each in clips]
 
-    def compute(self, state: tuple[float | None, ...]) -> Mapping[str, MetricValue]:
-        """Return the share."""
-        answers = [bool(answer) for answer in state if answer is not None]
-        right, count = sum(answers), len(answers)
-        value, interval = right / count if count else None, compute_wilson_interval(right, count)
-        return {self.name: MetricValue(value=value, interval=interval, count=count, note=self.make_note(state))}
-
-    def list_examples(self, state: tuple[float | None, ...]) -> Sequence[Mapping[str, float | bool]]:
-        """Return the answer of every clip; nothing for an image."""
-        return [{} if answer is None else {self.name: bool(answer)} for answer in state]
+    def make_note(self, state: tuple[bool | None, ...]) -> str:
+        """Return a sentence on the clips that are too short; empty if there are none."""
+        return describe_short_clips(state)

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_video.evaluation.metrics.intervals import compute_mean_interval, compute_wilson_interval
-from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, MetricValue
+from dit_video.evaluation.metrics.metric import (
+    ExampleMetric,
+    MetricBatch,
+    MetricDescription,
+    MetricValue,
+    estimate_mean,
+    estimate_share,
+)
 from dit_video.evaluation.metrics.scene_objects import find_objects
 
 _MAX_REST = 0.3
@@ -55,11 +61,6 @@ class EditSuccess(ExampleMetric[tuple[bool, float]]):
 
     def compute(self, state: tuple[tuple[bool, float], ...]) -> Mapping[str, MetricValue]:
         """Return the share and the mean distance."""
-        count, right = len(state), sum(is_changed for is_changed, _ in state)
-        distances = [distance for _, distance in state]
-        share = MetricValue(
-            value=right / count if count else None, interval=compute_wilson_interval(right, count), count=count
-        )
-        mean = float(np.mean(distances)) if distances else None
-        distance = MetricValue(value=mean, interval=compute_mean_interval(distances), count=count)
+        share = estimate_share([is_changed for is_changed, _ in state])
+        distance = estimate_mean([distance for _, distance in state])
         return dict(zip(self.describe(), (share, distance), strict=True))

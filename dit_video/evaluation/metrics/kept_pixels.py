@@ -20,14 +20,16 @@ class KeptPixels(MeanMetric):
         label="kept pixels below the reconstruction", unit="dB", decimals=2, is_higher_better=False, explanation="PSNR"
     )
 
-    def measure(self, batch: MetricBatch) -> Sequence[float]:
-        """Return the loss of every sample that keeps pixels."""
-        losses = []
+    def measure(self, batch: MetricBatch) -> Sequence[float | None]:
+        """Return the loss of every sample that keeps pixels, and None for the others."""
+        losses: list[float | None] = []
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
-            if truth.is_known is not None:
-                kept = truth.reference.frames[truth.is_known]
-                best, own = (compute_psnr(kept, other.frames[truth.is_known]) for other in (truth.reconstruction, clip))
-                losses.append(best - own)
+            if truth.is_known is None:
+                losses.append(None)
+                continue
+            kept = truth.reference.frames[truth.is_known]
+            best, own = (compute_psnr(kept, other.frames[truth.is_known]) for other in (truth.reconstruction, clip))
+            losses.append(best - own)
         return losses
 
 

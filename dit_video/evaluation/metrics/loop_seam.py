@@ -5,8 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_video.evaluation.metrics.intervals import compute_mean_interval
-from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, MetricValue
+from dit_video.evaluation.metrics.metric import (
+    ExampleMetric,
+    MetricBatch,
+    MetricDescription,
+    MetricValue,
+    estimate_mean,
+)
 from dit_video.evaluation.metrics.scene_objects import ObjectTrack, find_objects
 
 
@@ -45,11 +50,8 @@ class LoopSeam(ExampleMetric[tuple[float, float]]):
 
     def compute(self, state: tuple[tuple[float, float], ...]) -> Mapping[str, MetricValue]:
         """Return the means of both ratios."""
-        values = {}
-        for name, ratios in zip(self.describe(), np.reshape(state, (-1, 2)).T.tolist(), strict=True):
-            value = float(np.mean(ratios)) if ratios else None
-            values[name] = MetricValue(value=value, interval=compute_mean_interval(ratios), count=len(ratios))
-        return values
+        ratios = np.reshape(state, (-1, 2)).T.tolist()
+        return {name: estimate_mean(each) for name, each in zip(self.describe(), ratios, strict=True)}
 
     def list_examples(self, state: tuple[tuple[float, float], ...]) -> Sequence[Mapping[str, float | bool]]:
         """Return both ratios of every loop."""

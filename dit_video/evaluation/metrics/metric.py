@@ -8,7 +8,7 @@ combined by `merge`, and the result is that of all their examples.
 import abc
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -228,46 +228,64 @@ class ExampleMetric(Metric[tuple[Example, ...]], Generic[Example]):
         return (*first, *second)
 
 
-class MeanMetric(ExampleMetric[float]):
+class SingleValueMetric(ExampleMetric[Example | None], Generic[Example]):
+    """A metric with one value, computed of one measurement per example: None for an example that does not count."""
+
+    name: ClassVar[str]
+    """Name of the value."""
+    description: ClassVar[MetricDescription]
+    """Description of the value."""
+
+    @abc.abstractmethod
+    def estimate(self, measurements: Sequence[Example]) -> MetricValue:
+        """Return the value of the examples that count."""
+
+    def make_note(self, state: tuple[Example | None, ...]) -> str:
+        """Return a remark on the examples, shown beside the value; none by default."""
+        return ""
+
+    def describe(self) -> Mapping[str, MetricDescription]:
+        """Return the description of the value."""
+        return {self.name: self.description}
+
+    def compute(self, state: tuple[Example | None, ...]) -> Mapping[str, MetricValue]:
+        """Return the value, with the number of the examples that count."""
+        value = self.estimate([each for each in state if each is not None])
+        return {self.name: replace(value, note=self.make_note(state))}
+
+    def list_examples(self, state: tuple[Example | None, ...]) -> Sequence[Mapping[str, Any]]:
+        """Return the measurement of every example, and nothing of one that does not count."""
+        return [{} if each is None else {self.name: each} for each in state]
+
+
+class MeanMetric(SingleValueMetric[float]):
     """A metric with one number per example: their mean, with Student's 95 % interval (see `compute_mean_interval`)."""
 
-    name: ClassVar[str]
-    """Name of the value."""
-    description: ClassVar[MetricDescription]
-    """Description of the value."""
-
-    def describe(self) -> Mapping[str, MetricDescription]:
-        """Return the description of the mean."""
-        return {self.name: self.description}
-
-    def compute(self, state: tuple[float, ...]) -> Mapping[str, MetricValue]:
+    def estimate(self, measurements: Sequence[float]) -> MetricValue:
         """Return the mean."""
-        mean = float(np.mean(state)) if state else None
-        return {self.name: MetricValue(value=mean, interval=compute_mean_interval(state), count=len(state))}
+        return estimate_mean(measurements)
 
-    def list_examples(self, state: tuple[float, ...]) -> Sequence[Mapping[str, float | bool]]:
-        """Return the number of every example."""
-        return [{self.name: float(value)} for value in state]
+    def list_examples(self, state: tuple[float | None, ...]) -> Sequence[Mapping[str, float]]:
+        """Return the number of every example, and nothing of one that does not count."""
+        return [{} if number is None else {self.name: float(number)} for number in state]
 
 
-class ShareMetric(ExampleMetric[bool]):
+class ShareMetric(SingleValueMetric[bool]):
     """A metric with one answer per example: the share of true ones, with Wilson's 95 % interval."""
 
-    name: ClassVar[str]
-    """Name of the value."""
-    description: ClassVar[MetricDescription]
-    """Description of the value."""
-
-    def describe(self) -> Mapping[str, MetricDescription]:
-        """Return the description of the share."""
-        return {self.name: self.description}
-
-    def compute(self, state: tuple[bool, ...]) -> Mapping[str, MetricValue]:
+    def estimate(self, measurements: Sequence[bool]) -> MetricValue:
         """Return the share."""
-        right, count = sum(state), len(state)
-        value = right / count if count else None
-        return {self.name: MetricValue(value=value, interval=compute_wilson_interval(right, count), count=count)}
+        return estimate_share(measurements)
 
-    def list_examples(self, state: tuple[bool, ...]) -> Sequence[Mapping[str, float | bool]]:
-        """Return the answer of every example."""
-        return [{self.name: answer} for answer in state]
+
+def estimate_mean(numbers: Sequence[float], *, note: str = "") -> MetricValue:
+    """Return the mean of numbers, None without any, with Student's 95 % interval."""
+    mean = float(np.mean(numbers)) if numbers else None
+    return MetricValue(value=mean, interval=compute_mean_interval(numbers), count=len(numbers), note=note)
+
+
+def estimate_share(answers: Sequence[bool], *, note: str = "") -> MetricValue:
+    """Return the share of true answers, None without any, with Wilson's 95 % interval."""
+    right, count = int(sum(answers)), len(answers)
+    share, interval = right / count if count else None, compute_wilson_interval(right, count)
+    return MetricValue(value=share, interval=interval, count=count, note=note)

@@ -9,8 +9,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.metrics.intervals import compute_mean_interval
-from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, MetricValue
+from dit_video.evaluation.metrics.metric import (
+    ExampleMetric,
+    MetricBatch,
+    MetricDescription,
+    MetricValue,
+    estimate_mean,
+)
 from dit_video.evaluation.metrics.ssim_terms import WINDOW, check_same_shape, compute_ssim_terms
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -110,9 +115,7 @@ class MultiscaleSsim(ExampleMetric[MultiscaleValue]):
         if len(counts) > 1:
             parts = ", ".join(f"{scales} for {count} clips" for scales, count in counts)
             note = f"mixed numbers of scales, whose values are not comparable: {parts}"
-        mean = float(np.mean(values)) if values else None
-        interval = compute_mean_interval(values)
-        return {"multiscale_ssim": MetricValue(value=mean, interval=interval, count=len(values), note=note)}
+        return {"multiscale_ssim": estimate_mean(values, note=note)}
 
     def list_examples(self, state: tuple[MultiscaleValue, ...]) -> Sequence[Mapping[str, float | bool]]:
         """Return the similarity of every reconstruction."""

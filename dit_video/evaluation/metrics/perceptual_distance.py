@@ -1,8 +1,8 @@
 """LPIPS of reconstructions, the perceptual distance of arXiv 1801.03924."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32, UInt8
 
 from dit_video.core.pixels import to_float
 from dit_video.evaluation.feature_functions.feature_function import make_identity
-from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription, MetricValue
+from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
 from dit_video.evaluation.metrics.ssim_terms import check_same_shape
 from dit_video.features import Lpips
 from dit_video.nn import get_graph_def
@@ -102,10 +102,6 @@ class PerceptualDistance(MeanMetric):
         pairs = [(pair.original.frames, pair.decoded.frames) for pair in batch.pairs]
         return [compute_perceptual_distance(*pair, weights=self.weights) for pair in pairs]
 
-    def compute(self, state: tuple[float, ...]) -> Mapping[str, MetricValue]:
-        """Return the mean, with the hash of the weights in its note."""
-        values = super().compute(state)
-        if not state:
-            return values
-        note = _load_weights(self.weights).identity
-        return {name: replace(value, note=note) for name, value in values.items()}
+    def make_note(self, state: tuple[float | None, ...]) -> str:
+        """Return the hash of the weights; empty without examples."""
+        return _load_weights(self.weights).identity if state else ""

@@ -20,8 +20,13 @@ from dit_video.data.synthetic.shapes import (
     Description,
     parse_caption,
 )
-from dit_video.evaluation.metrics.intervals import compute_wilson_interval
-from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, MetricValue
+from dit_video.evaluation.metrics.metric import (
+    ExampleMetric,
+    MetricBatch,
+    MetricDescription,
+    MetricValue,
+    estimate_share,
+)
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -223,10 +228,7 @@ class PromptFollowing(JudgedMetric):
         for suffix, (_, is_member) in _GROUPS.items():
             scores = [score(result.description, result.judgement) for result in filter(is_member, state)]
             for name in _ATTRIBUTES:
-                answers = [entry[name] for entry in scores if name in entry]
-                right, count = sum(answers), len(answers)
-                share, interval = right / count if count else None, compute_wilson_interval(right, count)
-                estimates[name + suffix] = MetricValue(value=share, interval=interval, count=count)
+                estimates[name + suffix] = estimate_share([entry[name] for entry in scores if name in entry])
         return estimates
 
     def list_examples(self, state: tuple[JudgedSample, ...]) -> Sequence[Mapping[str, float | bool]]:

@@ -22,12 +22,11 @@ class RegionBorder(MeanMetric):
         label="gradient at the border over that beside it", decimals=2, is_higher_better=False
     )
 
-    def measure(self, batch: MetricBatch) -> Sequence[float]:
-        """Return the ratio of every sample with known pixels."""
+    def measure(self, batch: MetricBatch) -> Sequence[float | None]:
+        """Return the ratio of every sample with known pixels, and None for the others."""
         return [
-            measure_border(clip.frames, truth.is_known)
+            None if truth.is_known is None else measure_border(clip.frames, truth.is_known)
             for clip, truth in zip(batch.samples, batch.scenes, strict=True)
-            if truth.is_known is not None
         ]
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from scipy.ndimage import binary_opening, label
 
 from dit_video.data.synthetic.scenes.description import COLOURS
-from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, ShareMetric
+from dit_video.evaluation.metrics.metric import MetricBatch, MetricDescription, ShareMetric
 from dit_video.evaluation.metrics.scene_objects import classify_colours
 from dit_video.video import Clip
 
@@ -34,15 +34,16 @@ class SceneCounts(ShareMetric):
         label="number of objects as prompted", unit="%", decimals=1, is_higher_better=True
     )
 
-    def measure(self, batch: MetricBatch) -> Sequence[bool]:
-        """Return for every sample whether the number of its objects is right."""
-        return [
-            int(np.median(count_objects(clip, truth.scene.background))) == len(truth.scene.objects)
-            for clip, truth in zip(batch.samples, batch.scenes, strict=True)
-            if truth.scene.figure is None and truth.scene.occluder is None
-        ]
-
-    list_examples = ExampleMetric.list_examples  # not all examples count
+    def measure(self, batch: MetricBatch) -> Sequence[bool | None]:
+        """Return for every sample whether the number of its objects is right, and None for those that do not count."""
+        answers: list[bool | None] = []
+        for clip, truth in zip(batch.samples, batch.scenes, strict=True):
+            if truth.scene.figure is not None or truth.scene.occluder is not None:
+                answers.append(None)
+                continue
+            number = int(np.median(count_objects(clip, truth.scene.background)))
+            answers.append(number == len(truth.scene.objects))
+        return answers
 
 
 def count_objects(clip: Clip, background: str) -> Int[np.ndarray, " T"]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from dit_video.data.synthetic.scenes.description import RELATIONS
-from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, ShareMetric
+from dit_video.evaluation.metrics.metric import MetricBatch, MetricDescription, ShareMetric
 from dit_video.evaluation.metrics.scene_objects import find_objects
 
 _MAX_ANGLE = np.deg2rad(55.0)
@@ -29,11 +29,12 @@ class SceneRelations(ShareMetric):
         explanation="to the left, to the right, above, below, in the first frame",
     )
 
-    def measure(self, batch: MetricBatch) -> Sequence[bool]:
-        """Return for every sample of a caption with a relation whether its objects have it."""
-        answers = []
+    def measure(self, batch: MetricBatch) -> Sequence[bool | None]:
+        """Return for every sample of a caption with a relation whether its objects have it, and None for the others."""
+        answers: list[bool | None] = []
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
             if truth.scene.relation is None:
+                answers.append(None)
                 continue
             tracks = batch.derive(find_objects, clip, truth.scene.background)
             first, second = (tracks.get(each.colour) for each in truth.scene.objects)
@@ -44,5 +45,3 @@ class SceneRelations(ShareMetric):
             offset = second.centre[0] - first.centre[0]  # nan, which is False, if one is not there
             answers.append(bool(np.abs(offset[1 - axis]) <= np.tan(_MAX_ANGLE) * sign * offset[axis]))
         return answers
-
-    list_examples = ExampleMetric.list_examples  # not all examples have a relation

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
-from dit_video.evaluation.metrics.metric import ExampleMetric, MeanMetric, MetricBatch, MetricDescription
-from dit_video.evaluation.metrics.scene_objects import find_objects
+from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
+from dit_video.evaluation.metrics.object_position import measure_position_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,23 +26,12 @@ class SceneStartError(MeanMetric):
         explanation="of objects' centroids in a first frame that the model got",
     )
 
-    def measure(self, batch: MetricBatch) -> Sequence[float]:
-        """Return the mean distance of every sample whose first frame was known."""
-        errors = []
-        for clip, truth in zip(batch.samples, batch.scenes, strict=True):
-            if not is_first_frame_known(truth):
-                continue
-            own, true = (batch.derive(find_objects, each, truth.scene.background) for each in (clip, truth.reference))
-            lost = float(np.hypot(clip.height, clip.width)) / 2
-            distances = []
-            for name in (each.colour for each in truth.scene.objects if each.colour in true):
-                distance = float(np.hypot(*(own[name].centre[0] - true[name].centre[0]))) if name in own else np.nan
-                distances.append(lost if np.isnan(distance) else min(distance, lost))
-            if distances:
-                errors.append(float(np.mean(distances)))
-        return errors
-
-    list_examples = ExampleMetric.list_examples  # not all samples count
+    def measure(self, batch: MetricBatch) -> Sequence[float | None]:
+        """Return the mean distance of every sample whose first frame was known, and None for the others."""
+        return [
+            measure_position_error(batch, clip, truth, frame=0) if is_first_frame_known(truth) else None
+            for clip, truth in zip(batch.samples, batch.scenes, strict=True)
+        ]
 
 
 def is_first_frame_known(truth: Any) -> bool:

@@ -24,14 +24,16 @@ class ZoomSteps(MeanMetric):
         label="centre of a zoom below the reconstruction", unit="dB", decimals=2, is_higher_better=False
     )
 
-    def measure(self, batch: MetricBatch) -> Sequence[float]:
-        """Return the mean loss over the frames of every sample with known pixels."""
-        losses = []
+    def measure(self, batch: MetricBatch) -> Sequence[float | None]:
+        """Return the mean loss over the frames of every sample with known pixels, and None for the others."""
+        losses: list[float | None] = []
         for clip, truth in zip(batch.samples, batch.scenes, strict=True):
-            if truth.is_known is not None:
-                best = compute_psnr(truth.reference.frames, truth.reconstruction.frames)
-                steps = zip(clip.frames, clip.frames[1:], truth.is_known[1:], strict=False)
-                losses.append(best - float(np.mean([_measure_step(*step) for step in steps])))
+            if truth.is_known is None:
+                losses.append(None)
+                continue
+            best = compute_psnr(truth.reference.frames, truth.reconstruction.frames)
+            steps = zip(clip.frames, clip.frames[1:], truth.is_known[1:], strict=False)
+            losses.append(best - float(np.mean([_measure_step(*step) for step in steps])))
         return losses
 
 

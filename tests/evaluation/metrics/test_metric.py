@@ -9,20 +9,29 @@ import pytest
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.data.synthetic import shapes
+from dit_video.data.synthetic.scenes import draw_scene
 from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
+from dit_video.evaluation.metrics.kept_pixels import KeptPixels
 from dit_video.evaluation.metrics.metric import (
+    PROMPT_NEEDS,
     ClipReconstruction,
     MeanMetric,
     MetricBatch,
     MetricDescription,
     MetricValue,
+    ShareMetric,
+    estimate_mean,
+    estimate_share,
 )
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim, psnr, ssim
+from dit_video.evaluation.metrics.region_border import RegionBorder
+from dit_video.evaluation.metrics.task_truth import TaskTruth
 from dit_video.evaluation.physics_scenes import LAWS, make_physics_truths
 from dit_video.evaluation.scene_metrics import PHYSICS_METRICS, SCENE_PROMPT_METRICS
 from dit_video.evaluation.scene_set import make_scene_set
 from dit_video.tokens import Grid
+from dit_video.video import Clip
 
 METRICS = ShapesEvaluation().metrics
 
@@ -108,6 +117,54 @@ def scene_batch():
     together = MetricCollection((*SCENE_PROMPT_METRICS, *PHYSICS_METRICS))
     together.update(batch)
     return batch, together.compute()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DarkSamples(ShareMetric):
+    """Share of samples that are dark, of those that are neither black nor white."""
+
+    needs, name = ("samples",), "dark"
+    description = MetricDescription(label="dark", unit="%")
+
+    def measure(self, batch):
+        means = [clip.frames.mean() for clip in batch.samples]
+        return [bool(mean < 128) if 0 < mean < 255 else None for mean in means]
+
+    def make_note(self, state):
+        return f"without {state.count(None)}"
+
+
+def test_examples_without_a_measurement_do_not_count_and_keep_their_place():
+    clips = [Clip(np.full((2, 8, 8, 3), level, np.uint8), fps=8) for level in (0, 10, 255, 20, 200)]
+    metric = DarkSamples()
+    collection = MetricCollection((metric,))
+    collection.update(MetricBatch(samples=clips))
+    estimate = collection.compute()["dark"].estimate
+    assert (estimate.value, estimate.count, estimate.note) == (pytest.approx(2 / 3), 3, "without 2")
+    assert estimate.interval == estimate_share([True, True, False]).interval
+    rows = collection.list_examples("abcde", PROMPT_NEEDS)
+    assert rows == {"a": {}, "b": {"dark": True}, "c": {}, "d": {"dark": True}, "e": {"dark": False}}
+    assert metric.compute((None, None))["dark"] == MetricValue(
+        value=None, interval=(0.0, 1.0), count=0, note="without 2"
+    )
+    assert estimate_mean([]).value is None
+    assert estimate_mean([1.0, 2.0]).value == 1.5
+
+
+def test_samples_that_keep_no_pixels_are_no_example_of_their_metrics():
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 3, 16, 16, 3), np.uint8)
+    clip, other = (Clip(frames, fps=8) for frames in pixels)
+    scene = draw_scene(0, seed=0, level=1, sizes=(Grid(3, 32, 32),))
+    is_known = np.zeros((3, 16, 16), bool)
+    is_known[:, :, :8] = True
+    parts = {"scene": scene, "reference": clip, "reconstruction": clip}
+    scenes = [TaskTruth(**parts, is_known=is_known), TaskTruth(**parts)]
+    collection = MetricCollection((KeptPixels(), RegionBorder()))
+    collection.update(MetricBatch(samples=[other, other], scenes=scenes))
+    rows = collection.list_examples(("kept", "free"), PROMPT_NEEDS)
+    assert rows["kept"].keys() == {"kept_psnr_loss", "border_gradient"}
+    assert rows["free"] == {}
+    assert {each.estimate.count for each in collection.compute().values()} == {1}
 
 
 def test_means_of_reconstructions_are_those_of_the_clips():
