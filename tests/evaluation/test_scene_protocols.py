@@ -97,19 +97,19 @@ def test_reversed_falls_do_not_keep_their_law(scenes, tmp_path):
 
 @pytest.mark.parametrize(("name", "known"), [("physics", 0), ("physics_extension", MIN_FRAMES)])
 def test_a_model_samples_the_scenes(pipeline, tmp_path, monkeypatch, name, known):
-    asked, generate = [], Pipeline.generate_latents
+    recorded, generate = [], Pipeline.generate_latents
 
     def record(self, requests, **options):
-        asked.extend(requests)
+        recorded.extend(requests)
         return generate(self, requests, **options)
 
     monkeypatch.setattr(Pipeline, "generate_latents", record)
     protocol = get_protocol(name, count=4)
     result = evaluate_protocol(pipeline, protocol, tmp_path)
     data, truths = protocol.make_scenes()
-    assert [request.prompt for request in asked] == list(data.captions)
-    assert [request.size for request in asked] == [truth.scene.size for truth in truths]
-    for number, request in enumerate(asked):
+    assert [request.prompt for request in recorded] == list(data.captions)
+    assert [request.size for request in recorded] == [truth.scene.size for truth in truths]
+    for number, request in enumerate(recorded):
         frames = [condition.content.frames for condition in request.conditions]
         assert len(frames) == (known > 0)
         for each in frames:
