@@ -62,11 +62,15 @@ class MetricCollection:
         return next(filter(None, lists), ())
 
     def list_examples(self, names: Sequence[str], needs: Collection[MetricInput]) -> dict[str, dict[str, Any]]:
-        """Return the values of each named example, of metrics all of whose examples are of this kind."""
+        """Return the values of each named example, of metrics whose examples are of this kind.
+
+        Clips of the data are the examples of metrics that need nothing else but the pipeline.
+        """
         values: dict[str, dict[str, Any]] = {name: {} for name in names}
         for metric, state in zip(self.metrics, self.states, strict=True):
             rows: Sequence[Mapping[str, Any]] = metric.list_examples(state)
-            if {*metric.needs} <= {*needs, "pipeline"} and rows:
+            own: set[MetricInput] = {*metric.needs} - {"pipeline"}
+            if (own - {"real_clips"} or own) <= {*needs} and rows:
                 for name, row in zip(names, rows, strict=True):
                     values[name] |= row
         return values

@@ -28,7 +28,7 @@ class Evaluation(abc.ABC):
 
     metrics: tuple[Metric, ...] = RECONSTRUCTION_METRICS
     """Metrics to compute."""
-    provides: ClassVar[frozenset[str]] = frozenset(get_args(MetricInput)) - {"scenes", "real_clips"}
+    provides: ClassVar[frozenset[str]] = frozenset(get_args(MetricInput)) - {"scenes"}
     """Data that metrics may need."""
     example_prompt: ClassVar[str] = "a prompt"
     """Prompt of the commands in reports."""
@@ -61,7 +61,7 @@ class ShapesEvaluation(Evaluation):
     """Evaluation on all prompts of the rendered shapes, judged from the generated files."""
 
     metrics: tuple[Metric, ...] = (PromptFollowing(), StartSpread(), *RECONSTRUCTION_METRICS)
-    provides = frozenset(get_args(MetricInput)) - {"real_clips"}
+    provides = frozenset(get_args(MetricInput))
     example_prompt = "a red circle moving left"
 
     def make_requests(self, clips: EvaluationClips | None, seed: int, *, image: bool) -> list[EvaluationRequest]:

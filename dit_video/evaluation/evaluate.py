@@ -17,7 +17,14 @@ from dit_video.distributed.gather import is_first_process
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.collection import MetricCollection, MetricResult, list_results
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
-from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, Metric, MetricBatch
+from dit_video.evaluation.metrics.metric import (
+    CLIP_NEEDS,
+    PROMPT_NEEDS,
+    ClipReconstruction,
+    Metric,
+    MetricBatch,
+    MetricInput,
+)
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
 from dit_video.evaluation.samples import SavedSample, check_replaceable, read_samples, write_samples
 from dit_video.generation import Sampling
@@ -25,6 +32,8 @@ from dit_video.pipelines.pipeline import Pipeline
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip
 
+_CLIP_NEEDS = CLIP_NEEDS | frozenset[MetricInput](("real_clips",))
+"""Needs of metrics whose examples are the held-out clips, which are also the clips of the data."""
 _BATCH = 16
 """Number of examples that metrics get at once."""
 
@@ -154,14 +163,15 @@ def _measure_reconstructions(
     collection: MetricCollection, codec: LatentCodec, clips: EvaluationClips, pipeline: Pipeline | None = None
 ) -> list[ClipReconstruction]:
     """Reconstruct the held-out clips, if any metric needs that, and update the metrics."""
-    if not len(clips.held_out) or not collection.needs & CLIP_NEEDS:
+    if not len(clips.held_out) or not collection.needs & _CLIP_NEEDS:
         return []
     linear = clips.linear() if "baselines" in collection.needs else None
     pairs = reconstruct(codec, clips.held_out, clips.limits, linear=linear)
     for start in range(0, len(pairs), _BATCH):
         part = pairs[start : start + _BATCH]
         baselines = [pair.baseline for pair in part if pair.baseline is not None]
-        collection.update(MetricBatch(pairs=part, baselines=baselines, pipeline=pipeline))
+        originals = [pair.original for pair in part]
+        collection.update(MetricBatch(pairs=part, baselines=baselines, real_clips=originals, pipeline=pipeline))
     return pairs
 
 
@@ -170,7 +180,7 @@ def _write_results(folder: Path, collection: MetricCollection, result: Evaluatio
     results = collection.compute()
     metrics = result.metrics | {
         "results": list_results(results),
-        "clips": collection.list_examples([pair.name for pair in result.reconstructions], CLIP_NEEDS),
+        "clips": collection.list_examples([pair.name for pair in result.reconstructions], _CLIP_NEEDS),
         "samples": collection.list_examples([entry["file"] for entry, _ in result.samples], PROMPT_NEEDS),
     }
     if is_first_process():

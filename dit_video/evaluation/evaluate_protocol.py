@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
+from dit_video.encoders.autoencoder import compute_autoencoder_identity
 from dit_video.evaluation.clip_set import ClipSet, make_file_set
 from dit_video.evaluation.measure import Measurement, measure
 from dit_video.evaluation.protocol import Protocol
@@ -91,6 +92,12 @@ def evaluate_protocol(
         store.fill(pipeline, progress=sampling_progress, **sampling)
         samples = store.open()
         truths = tuple(truths[number] for number in numbers) if truths else ()
+    else:
+        config = pipeline.config
+        recorded = {
+            "autoencoder": compute_autoencoder_identity(config.autoencoder, pipeline.codec.params),
+            "objective": [config_json.to_json(config.process), config_json.to_json(config.prediction)],
+        }
     measurement = measure(
         samples,
         protocol,

@@ -18,8 +18,10 @@ from dit_video.pipelines.pipeline import Pipeline
 METRICS_FILE = "metrics.json"
 WEIGHT_FIELDS = ("weights", "mean", "folder")
 """Names of fields of feature functions and metrics that hold paths of weights."""
-_EXAMPLE_NEEDS = PROMPT_NEEDS | CLIP_NEEDS | frozenset[MetricInput](("real_clips",))
+_EXAMPLE_NEEDS = PROMPT_NEEDS | CLIP_NEEDS
 """Needs of metrics whose examples are the samples."""
+_REAL_NEEDS = frozenset[MetricInput](("real_clips",))
+"""Needs of metrics whose examples are the clips of the data."""
 _INPUTS = {
     "samples": "samples. Name a model, or a folder of videos",
     "real_clips": "clips of the data. Name them with --data",
@@ -107,10 +109,14 @@ def measure(
         "metrics": config.pop("metrics"),
         "protocol": {"config": config, "data": updates.data_digest, "weights": weights, **(recorded or {})},
         "samples": len(updates.names),
+        "real_clips": len(updates.real_names),
         "results": list_results(results),
         "skipped": skipped,
         "excluded": updates.excluded,
         "examples": updates.collection.list_examples(updates.names, _EXAMPLE_NEEDS),
+        "clips": updates.collection.list_examples(
+            updates.names if is_reconstruction else updates.real_names, _REAL_NEEDS
+        ),
         "nearest": updates.list_nearest(),
     }
     if is_first_process():

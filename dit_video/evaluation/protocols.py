@@ -14,12 +14,14 @@ from dit_video.evaluation.feature_functions.inception import InceptionFeatures
 from dit_video.evaluation.feature_functions.scenes import SceneFeatures
 from dit_video.evaluation.feature_functions.video_mae import VideoMaeFeatures
 from dit_video.evaluation.measure import WEIGHT_FIELDS
+from dit_video.evaluation.metrics.bits_per_dimension import BitsPerDimension
 from dit_video.evaluation.metrics.clip_similarity import ClipSimilarity
 from dit_video.evaluation.metrics.colourfulness import Colourfulness
 from dit_video.evaluation.metrics.dynamic_degree import DynamicDegree
 from dit_video.evaluation.metrics.frechet import FrechetMetric
 from dit_video.evaluation.metrics.inception import InceptionScore
 from dit_video.evaluation.metrics.kernel_inception import KernelMetric
+from dit_video.evaluation.metrics.loss_by_time import LossByTime
 from dit_video.evaluation.metrics.memorisation import Memorisation
 from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.metrics.motion_smoothness import MotionSmoothness
@@ -88,6 +90,13 @@ PROTOCOLS: Mapping[str, Protocol] = {
             FrechetMetric(features=I3dFeatures(), name="rfvd", label="rFVD"),
         ),
     ),
+    # The model itself on clips of the data: nothing is sampled.
+    "likelihood": Protocol(
+        name="likelihood",
+        clips=ClipSampling(frames=17),
+        real_count=256,
+        metrics=(LossByTime(), BitsPerDimension()),
+    ),
     "scenes": SceneProtocol(
         name="scenes",
         count=1024,
@@ -129,7 +138,8 @@ def get_protocol(
       name: its name.
       metrics: names of values; only the metrics that compute one of them are kept.
       weights: folder of the files of weights, instead of `weights/`.
-      count: number of samples instead of its own; a figure of another number is not comparable.
+      count: number of samples instead of its own, or of clips of the data where nothing is sampled; a figure of
+        another number is not comparable.
 
     Raises:
       UserError: an unknown name, or a metric that the protocol does not have.
@@ -145,7 +155,8 @@ def get_protocol(
         kept = [known[each] for each in metrics]
         protocol = replace(protocol, metrics=tuple(metric for metric in protocol.metrics if metric in kept))
     if count is not None:
-        protocol = replace(protocol, count=count)
+        has_samples = any({*metric.needs} - {"real_clips", "pipeline"} for metric in protocol.metrics)
+        protocol = replace(protocol, count=count) if has_samples else replace(protocol, real_count=count)
     if weights is not None:
         protocol = replace(protocol, metrics=tuple(_move_weights(metric, weights) for metric in protocol.metrics))
     return protocol

@@ -3,16 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.registry import get_class_name
 from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.measure import Measurement
+from dit_video.evaluation.metrics.loss_by_time import LOSS_PREFIX, LossByTime
 from dit_video.evaluation.metrics.metric import MetricDescription
 from dit_video.evaluation.protocol import Protocol
 from dit_video.reports.clips import join_side_by_side
-from dit_video.reports.contents import Reconstruction, Report, Sample
+from dit_video.reports.contents import Chart, Curve, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
 from dit_video.reports.results import format_values, make_headline_figures, make_result_table
 from dit_video.video import Clip
@@ -49,12 +52,16 @@ def write_evaluation_report(
         "not computed": measurement.skipped,
         "excluded clips": record["excluded"],
     }
+    measured = f"{record['samples']} clips of {samples.location}"
+    if not record["samples"] and real_clips is not None:
+        measured = f"{record['real_clips']} clips of {real_clips.location}, no samples"
     report = Report(
         title=title,
-        summary=f"Protocol {protocol.name}, {record['samples']} clips of {samples.location}.",
+        summary=f"Protocol {protocol.name}, {measured}.",
         figures=make_headline_figures(measurement.results),
         samples=() if is_reconstruction else _make_samples(reader, measurement, real_clips),
         reconstructions=_make_reconstructions(reader, measurement, real_clips) if is_reconstruction else (),
+        charts=_make_charts(measurement),
         metrics={name: table for name, table in tables.items() if table},
         config=record["protocol"],
     )
@@ -80,7 +87,7 @@ class _Reader:
 def _make_samples(reader: _Reader, measurement: Measurement, real_clips: ClipSet | None) -> tuple[Sample, ...]:
     """Return the first samples, then the best and worst by metric, then clips of the data."""
     remarks: dict[str, str] = dict.fromkeys(list(measurement.examples)[:_SAMPLES], "")
-    for name, _, about in _list_extremes(measurement):
+    for name, _, about in _list_extremes(measurement, measurement.examples):
         remarks[name] = " · ".join(filter(None, (remarks.get(name, ""), about)))
     samples = []
     for name, remark in remarks.items():
@@ -97,12 +104,39 @@ def _make_samples(reader: _Reader, measurement: Measurement, real_clips: ClipSet
     if real_clips is not None:
         real = _Reader(real_clips, reader.protocol)
         samples += _make_nearest(reader, real, measurement)
-        for number in range(min(_SAMPLES, len(real_clips.names))):
-            if (clip := real.read(number)) is not None:
-                samples.append(
-                    Sample(clip=clip, prompt=clip.caption or real_clips.names[number], group="Clips of the data")
-                )
+        samples += _make_real_samples(real, measurement)
     return tuple(samples)
+
+
+def _make_real_samples(real: "_Reader", measurement: Measurement) -> list[Sample]:
+    """Return the first clips of the data, then the best and worst of those that have values of their own."""
+    remarks: dict[str, str] = dict.fromkeys(real.clips.names[:_SAMPLES], "")
+    for name, _, about in _list_extremes(measurement, measurement.record["clips"]):
+        remarks[name] = " · ".join(filter(None, (remarks.get(name, ""), about)))
+    samples = []
+    for name, remark in remarks.items():
+        if (clip := real.read(real.numbers[name])) is not None:
+            samples.append(Sample(clip=clip, prompt=clip.caption or name, note=remark, group="Clips of the data"))
+    return samples
+
+
+def _make_charts(measurement: Measurement) -> tuple[Chart, ...]:
+    """Return the chart of the denoiser's loss by time, with the bounds of its intervals, if it was measured."""
+    losses = {
+        float(name.removeprefix(LOSS_PREFIX)): result.estimate
+        for name, result in measurement.results.items()
+        if result.metric == get_class_name(LossByTime) and name.startswith(LOSS_PREFIX)
+    }
+    known = {time: each for time, each in losses.items() if each.value is not None}
+    if not known:
+        return ()
+    curves = [Curve(name="mean", steps=tuple(known), values=tuple(each.value or 0.0 for each in known.values()))]
+    if all(each.interval is not None for each in known.values()):
+        for number, name in enumerate(("lower bound", "upper bound")):
+            bounds = tuple(each.interval[number] for each in known.values() if each.interval is not None)
+            curves.append(Curve(name=name, steps=tuple(known), values=bounds))
+    note = "by diffusion time, 0 is data, 1 noise; 95 % interval"
+    return (Chart(title="denoising loss", curves=tuple(curves), note=note),)
 
 
 def _make_nearest(reader: _Reader, real: _Reader, measurement: Measurement) -> list[Sample]:
@@ -129,13 +163,13 @@ def _join(first: Clip, second: Clip) -> Clip:
     return join_side_by_side(*padded)[0]
 
 
-def _list_extremes(measurement: Measurement) -> list[tuple[str, float, str]]:
-    """Return the best and worst samples by each metric of single samples: names, values and remarks."""
+def _list_extremes(measurement: Measurement, examples: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, str]]:
+    """Return the best and worst examples by each metric of single ones: names, values and remarks."""
     extremes = []
     for metric, (_, about, _) in measurement.results.items():
         values = {
             name: float(row[metric])
-            for name, row in measurement.examples.items()
+            for name, row in examples.items()
             if metric in row and not isinstance(row[metric], bool)
         }
         if about.is_higher_better is None or len(values) < 2 * _EXTREMES:
@@ -156,7 +190,7 @@ def _make_reconstructions(
     """Return the first clips, and the best and worst by each metric, with their reconstructions."""
     assert originals is not None  # reconstructions are of clips of the data
     real = _Reader(originals, reader.protocol)
-    extremes = {name: about for name, _, about in _list_extremes(measurement)}
+    extremes = {name: about for name, _, about in _list_extremes(measurement, measurement.examples)}
     names = dict.fromkeys([*list(measurement.examples)[:_RECONSTRUCTIONS], *extremes])
     pairs: list[Reconstruction] = []
     for name in names:

@@ -105,6 +105,10 @@ class LossByTime(ExampleMetric[tuple[float, ...]]):
         losses = measure_clips(batch.pipeline, batch.real_clips, DenoisingLoss(times=self.times), seed=self.seed)
         return [tuple(each) for each in losses.tolist()]
 
+    def list_examples(self, state: tuple[tuple[float, ...], ...]) -> Sequence[Mapping[str, float | bool]]:
+        """Return the mean loss of every clip."""
+        return [{"denoising_loss": float(np.mean(losses))} for losses in state]
+
     def compute(self, state: tuple[tuple[float, ...], ...]) -> Mapping[str, MetricValue]:
         """Return the means over clips, with Student's intervals."""
         losses = np.asarray(state, np.float64).reshape(len(state), self.bins)
