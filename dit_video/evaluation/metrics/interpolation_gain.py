@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dit_video.evaluation.metrics.kept_pixels import compute_psnr
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
+from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,9 @@ class InterpolationGain(MeanMetric):
             is_known = np.any(truth.is_known, axis=(1, 2))
             blended = blend_linearly(truth.reconstruction.frames, is_known)
             true = truth.reference.frames[~is_known]
-            gains.append(compute_psnr(true, clip.frames[~is_known]) - compute_psnr(true, blended[~is_known]))
+            gains.append(
+                compute_limited_psnr(true, clip.frames[~is_known]) - compute_limited_psnr(true, blended[~is_known])
+            )
         return gains
 
 

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
-from dit_video.evaluation.metrics.reconstruction import MAX_PSNR, PEAK
+from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +26,8 @@ class KeptPixels(MeanMetric):
                 losses.append(None)
                 continue
             kept = truth.reference.frames[truth.is_known]
-            best, own = (compute_psnr(kept, other.frames[truth.is_known]) for other in (truth.reconstruction, clip))
+            best, own = (
+                compute_limited_psnr(kept, other.frames[truth.is_known]) for other in (truth.reconstruction, clip)
+            )
             losses.append(best - own)
         return losses
-
-
-def compute_psnr(original: np.ndarray, other: np.ndarray) -> float:
-    """Return the PSNR of pixels in dB, at most `MAX_PSNR`."""
-    error = float(np.mean(np.square(original.astype(np.float64) - other.astype(np.float64)), axis=None))
-    return MAX_PSNR if error == 0 else min(MAX_PSNR, float(10 * np.log10(PEAK**2 / error)))

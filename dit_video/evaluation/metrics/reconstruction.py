@@ -14,15 +14,24 @@ MAX_PSNR = 100.0
 """Largest PSNR that the metrics count, in dB: that of equal clips is infinite."""
 
 
-def psnr(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]) -> float:
-    """Return the peak signal-to-noise ratio in dB: `10 log10(255^2 / MSE)`, MSE over the whole clip; inf if equal.
+def psnr(original: UInt8[np.ndarray, "*pixels 3"], other: UInt8[np.ndarray, "..."]) -> float:
+    """Return the peak signal-to-noise ratio in dB: `10 log10(255^2 / MSE)`, MSE over all pixels; inf if equal.
 
     Raises:
       UserError: the shapes differ.
     """
     check_same_shape(original, other)
-    error = np.mean(np.square(original.astype(np.float64) - other.astype(np.float64)), axis=(0, 1, 2, 3))
+    error = np.mean(np.square(original.astype(np.float64) - other.astype(np.float64)), axis=None)
     return float("inf") if error == 0 else float(10 * np.log10(PEAK**2 / error))
+
+
+def compute_limited_psnr(original: UInt8[np.ndarray, "*pixels 3"], other: UInt8[np.ndarray, "..."]) -> float:
+    """Return the PSNR in dB, at most `MAX_PSNR`, which has a mean where some pixels are equal.
+
+    Raises:
+      UserError: the shapes differ.
+    """
+    return min(psnr(original, other), MAX_PSNR)
 
 
 def ssim(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]) -> float:
@@ -54,7 +63,7 @@ class Psnr(MeanMetric):
 
     def measure(self, batch: MetricBatch) -> Sequence[float]:
         """Return the PSNR of every reconstruction."""
-        return [min(psnr(pair.original.frames, pair.decoded.frames), MAX_PSNR) for pair in batch.pairs]
+        return [compute_limited_psnr(pair.original.frames, pair.decoded.frames) for pair in batch.pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,4 +90,4 @@ class LinearPsnr(MeanMetric):
     def measure(self, batch: MetricBatch) -> Sequence[float]:
         """Return the PSNR of every linear reconstruction."""
         pairs = zip(batch.pairs, batch.baselines, strict=False)  # there may be no baselines
-        return [min(psnr(pair.original.frames, baseline.frames), MAX_PSNR) for pair, baseline in pairs]
+        return [compute_limited_psnr(pair.original.frames, baseline.frames) for pair, baseline in pairs]

@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 
 from dit_video.core.resize import resize
-from dit_video.evaluation.metrics.kept_pixels import compute_psnr
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
+from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class ZoomSteps(MeanMetric):
             if truth.is_known is None:
                 losses.append(None)
                 continue
-            best = compute_psnr(truth.reference.frames, truth.reconstruction.frames)
+            best = compute_limited_psnr(truth.reference.frames, truth.reconstruction.frames)
             steps = zip(clip.frames, clip.frames[1:], truth.is_known[1:], strict=False)
             losses.append(best - float(np.mean([_measure_step(*step) for step in steps])))
         return losses
@@ -41,4 +41,4 @@ def _measure_step(former: np.ndarray, frame: np.ndarray, is_centre: np.ndarray) 
     """Return the PSNR of the centre of a frame, in dB."""
     rows, columns = np.flatnonzero(is_centre.any(axis=1)), np.flatnonzero(is_centre.any(axis=0))
     centre = frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return compute_psnr(resize(former[None], *centre.shape[:2])[0], centre)
+    return compute_limited_psnr(resize(former[None], *centre.shape[:2])[0], centre)
