@@ -38,13 +38,15 @@ from dit_video.training.hooks.logging import Progress
 
 _DEFAULTS, _PATIENCE = SamplingOptions(), TimeoutConfig()
 _FOLDER_PROTOCOL, _QUICKSTART = "samples", "quickstart"
+_MAX_NAMED = 5
+"""Number of clips that are left out whose reasons are printed; all are in metrics.json."""
 _PROTOCOL_HELP = f"Name of a protocol: {', '.join((*PROTOCOLS, _QUICKSTART))}."
 
 
 def main(
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")],
     out: Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     protocol: Annotated[str | None, tyro.conf.arg(help=_PROTOCOL_HELP)] = None,
     data: Path | None = None,
     metrics: tuple[str, ...] = (),
@@ -69,7 +71,7 @@ def main(
     Args:
         run: Folder of a run, of a pipeline or of videos.
         out: Folder to write the files to; the run's folder by default.
-        seed: Seed of the samples, of a model without a protocol.
+        seed: Seed of the samples, of a model without a protocol; 0 by default.
         data: Folder of clips of the data, or of the originals of reconstructions.
         metrics: Names of the protocol's values to compute; all by default.
         weights: Folder of the weights of feature networks; `weights` by default.
@@ -83,10 +85,17 @@ def main(
         run = find_folder(run)
         is_model = (run / CONFIG).is_file() or read_config(run) is not None
         if is_model and protocol in (None, _QUICKSTART):
-            _evaluate_run(run, _get_folder(run, out, is_model=True), seed, options, is_quickstart=protocol is not None)
+            _refuse("they belong to a protocol", data=data, metrics=metrics, weights=weights, count=count)
+            target = _get_folder(run, out, is_model=True)
+            _evaluate_run(run, target, seed or 0, options, is_quickstart=protocol is not None)
             return
-        if not is_model and not any(run.iterdir()):
-            options.load_pipeline(run)  # which says what is missing
+        _refuse("samples of a protocol have their own seed", seed=seed)
+        if not is_model:
+            _refuse("a folder of videos is not sampled", options=None if options == _DEFAULTS else "of sampling")
+        if not any(run.iterdir()):
+            raise UserError(
+                f"{run} holds neither a model nor videos: it is empty. Name a run, a pipeline or a folder of videos"
+            )
         chosen = get_protocol(protocol or _FOLDER_PROTOCOL, metrics=metrics, weights=weights, count=count)
         folder = _get_folder(run, out, is_model=is_model) / chosen.name
         real_clips = None if data is None else open_clip_set(data, split=chosen.split)
@@ -96,6 +105,17 @@ def main(
             result = _evaluate_samples(open_clip_set(run), chosen, folder, real_clips)
         if is_first_process():
             _write_report(folder / "report.html", result, title=f"Evaluation of {run.name}")
+
+
+def _refuse(rule: str, **values: object) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+      UserError: one has a value.
+    """
+    for name, value in values.items():
+        if value not in (None, ()):
+            raise UserError(f"{name}={value} is invalid here: {rule}. Leave it out, or use another --protocol")
 
 
 def _write_report(path: Path, result: ProtocolResult, *, title: str) -> None:
@@ -111,6 +131,12 @@ def _write_report(path: Path, result: ProtocolResult, *, title: str) -> None:
     )
     for name, reason in result.measurement.skipped.items():
         print(f"{name}: not computed: {reason}")
+    for location, reasons in result.measurement.record["excluded"].items():
+        named = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:_MAX_NAMED])
+        print(f"{len(reasons)} clips of {location} are left out: {named}")
+    for _, about, estimate in result.measurement.results.values():
+        if about.is_headline and estimate.value is None:
+            print(f"{about.label}: no value: {estimate.note or 'no example determines it'}")
     evaluate.print_results(result.measurement.results, is_precise=True)
     print(f"report: {path}")
 
@@ -154,7 +180,13 @@ def _evaluate_run(run: Path, folder: Path, seed: int, options: SamplingOptions, 
 
 
 def _evaluate_samples(samples: ClipSet, protocol: Protocol, folder: Path, real_clips: ClipSet | None) -> ProtocolResult:
-    total = len(samples.names) + (0 if real_clips is None else len(real_clips.names))
+    if is_reconstruction(protocol) and real_clips is None:
+        raise UserError(f"the protocol {protocol.name} compares clips with their originals. Name these with --data")
+    if protocol.count is not None and protocol.count > len(samples.names):
+        rule = f"{samples.location} has {len(samples.names)} clips"
+        fix = f"Use --count {len(samples.names)} or less, whose figures are of another protocol"
+        raise UserError(f"count={protocol.count} is invalid: {rule}. {fix}")
+    total = (protocol.count or len(samples.names)) + (0 if real_clips is None else len(real_clips.names))
     with Progress("measuring", total, unit="clip", visible=is_first_process()) as progress:
         measurement = measure(
             samples,

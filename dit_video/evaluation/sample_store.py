@@ -50,7 +50,7 @@ class SampleStore:
         expected = json.loads(json.dumps({"settings": settings, "requests": listed}))
         path = self.folder / SETTINGS_FILE
         if path.is_file():
-            if difference := config_json.describe_difference(read_json(path), expected):
+            if difference := _describe_difference(read_json(path), expected):
                 raise UserError(
                     f"{self.folder} holds samples that were made otherwise: {difference}. Use another folder, or "
                     "remove this one"
@@ -99,6 +99,17 @@ class SampleStore:
         """Return the samples as a set of clips."""
         names = [self.get_path(number).name for number in range(len(self._requests))]
         return make_file_set(self.folder, names, [each.prompt for each in self._requests])
+
+
+def _describe_difference(old: Any, new: dict[str, Any]) -> str:
+    """Return how samples were made otherwise; of other numbers of samples only these."""
+    counts = [len(each["requests"]) if isinstance(each, dict) and "requests" in each else 0 for each in (old, new)]
+    if counts[0] == counts[1]:
+        return config_json.describe_difference(old, new)
+    settings = (
+        config_json.describe_difference(*({**each, "requests": None} for each in (old, new))) if counts[0] else ""
+    )
+    return ", ".join(filter(None, (f"there are {counts[0]} samples there and {counts[1]} here", settings)))
 
 
 def _describe(request: Request) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.evaluation.protocol import ClipSampling, Protocol
 from dit_video.evaluation.sample_store import SampleStore
 from dit_video.evaluation.scene_protocols import SceneProtocol
+from dit_video.generation.request import Request
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.tokens import Grid
 from dit_video.video import Clip
@@ -106,6 +107,15 @@ def test_samples_of_other_settings_are_refused_and_kept(pipeline, data, tmp_path
     with pytest.raises(UserError, match=r"settings\.weights"):
         evaluate_protocol(other, PROTOCOL, tmp_path, data=data)
     assert all(file.is_file() for file in files)
+
+
+def test_another_number_of_samples_is_named_and_their_prompts_are_not(tmp_path):
+    requests = [Request(f"prompt {number}", Grid(1, 8, 8), number) for number in range(3)]
+    SampleStore(tmp_path / "samples", requests[:2], {"weights": "a"})
+    SampleStore(tmp_path / "samples", requests[:2], {"weights": "a"})
+    with pytest.raises(UserError, match=r"2 samples there and 3 here, settings\.weights is 'a' there") as error:
+        SampleStore(tmp_path / "samples", requests, {"weights": "b"})
+    assert "prompt 0" not in str(error.value)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):

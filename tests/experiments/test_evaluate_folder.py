@@ -50,3 +50,33 @@ def test_mistakes_are_named(folder, tmp_path, script):
     unknown = script("experiments/evaluate.py", folder, "--out", tmp_path, "--protocol", "ucf")
     assert unknown.code == 2
     assert "msrvtt" in unknown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (("--protocol", "reconstruction"), "Name these with --data"),
+        (("--count", 7), "has 6 clips. Use --count 6"),
+        (("--steps", 4), "a folder of videos is not sampled"),
+        (("--seed", 4), "samples of a protocol have their own seed"),
+    ],
+)
+def test_options_without_effect_are_refused(folder, tmp_path, script, arguments, rule):
+    ended = script("experiments/evaluate.py", folder, "--out", tmp_path, *arguments)
+    assert ended.code == 2
+    assert rule in ended.err.replace("\n", " ")
+
+
+def test_options_of_a_protocol_are_refused_without_one(tmp_path, script):
+    arguments = ("experiments/pretrained/shapes", "--out", tmp_path, "--count", 4)
+    assert "belong to a protocol" in script("experiments/evaluate.py", *arguments).err
+
+
+def test_values_that_no_clip_determines_and_clips_left_out_are_printed(tmp_path, script):
+    for number, clip in enumerate(draw_clips(3, seed=0)):
+        type(clip)(np.ascontiguousarray(clip.frames[:1].repeat(16, axis=1)), fps=8).save(tmp_path / f"{number}.png")
+    arguments = (tmp_path, "--out", tmp_path / "out", "--metrics", "temporal_flickering", "sharpness")
+    done = script("experiments/evaluate.py", *arguments)
+    assert done.code == 0, done.err
+    assert "temporal flickering: no value: " in done.out
+    assert "left out" not in done.out
