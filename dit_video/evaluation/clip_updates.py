@@ -136,7 +136,7 @@ class ClipUpdates:
         """Return the name of the nearest clip of the data of each sample; empty if no metric knows them."""
         numbers = self.collection.list_nearest()
         if len(numbers) != len(self.names):
-            return {}  # there are none, or they are of frames
+            return {}  # no metric knows them
         return {name: self.real_names[number] for name, number in zip(self.names, numbers, strict=True)}
 
     def add_real_clips(self, clips: ClipSet) -> None:

@@ -53,6 +53,7 @@ def test_two_processes_train_sample_and_report_what_one_does(tiny_clips, tiny_ru
     run = tmp_path / "run"
     command = ["experiments/train.py", "tests/support/tiny.py", "--data", tiny_clips, "--workdir", run]
     command += ["--monitoring.sample-every", "10", "--monitoring.prompts", *PROMPTS]
+    command += ["--monitoring.evaluate-every", "5"]
     logged = importlib.util.find_spec("wandb") is not None
     command += ["--monitoring.wandb", "videos"] if logged else []
     run_in_two_processes(tmp_path, *command)
@@ -64,6 +65,14 @@ def test_two_processes_train_sample_and_report_what_one_does(tiny_clips, tiny_ru
         assert [entry["step"] for entry in together] == [entry["step"] for entry in alone]
         assert [entry["loss"] for entry in together] == pytest.approx([entry["loss"] for entry in alone], rel=1e-3)
     assert_samples_are_those_of_one_device(run, 10)
+    # The first process measures step 5 while both train on, and the values are in a later entry.
+    record = json.loads((run / "denoiser" / "evaluations" / "step_5" / "metrics.json").read_text())
+    logged_values: dict = {}
+    for entry in read_metrics(run / "denoiser" / "metrics.jsonl"):
+        logged_values |= {name: value for name, value in entry.items() if name.startswith("evaluation_")}
+    measured = {f"evaluation_{each['name']}" for each in record["results"] if each["value"] is not None}
+    assert measured
+    assert measured | {"evaluation_step"} == set(logged_values)
 
 
 def assert_samples_are_those_of_one_device(run: Path, step: int) -> None:
