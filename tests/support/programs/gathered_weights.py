@@ -1,6 +1,6 @@
-"""Write weights that are sharded over two processes; the argument is the folder.
+"""Write weights that are sharded over two processes, and pass objects among these; the argument is the folder.
 
-Process 0 writes them in parts, and process 1 gathers with it; neither holds all of them.
+Process 0 writes weights in parts, and process 1 gathers with it; neither holds all of them.
 """
 
 import sys
@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dit_video.distributed import MeshConfig, make_mesh, make_shardings
+from dit_video.core.errors import UserError
+from dit_video.distributed import MeshConfig, exchange, make_mesh, make_shardings
 from dit_video.distributed.gather import GatheredArray, gather_parts, is_first_process, to_host
 from dit_video.families import find_format
 from dit_video.weights import load, save
@@ -29,9 +30,20 @@ def make_rows(index: tuple[slice, ...]) -> np.ndarray:
     return np.broadcast_to(rows * 1000 + columns, (*np.broadcast_shapes(rows.shape, columns.shape)[:2], SHAPE[2]))
 
 
+def check_exchange() -> None:
+    """Pass objects of other sizes in parts, one of them an error."""
+    exchange._PART_BYTES = 64
+    own = [UserError("one"), {"rows": np.arange(50)}][jax.process_index()]
+    first, second = exchange.broadcast_objects(own)
+    assert isinstance(first, UserError)
+    assert str(first) == "one"
+    np.testing.assert_array_equal(second["rows"], np.arange(50))
+
+
 def main() -> None:
     """Join the processes, write and compare."""
     join_processes()
+    check_exchange()
     folder, mesh = Path(sys.argv[1]), make_mesh(MeshConfig(data=1, fsdp=jax.device_count()))
     sharding = make_shardings({"blocks/up/kernel": jax.ShapeDtypeStruct(SHAPE, np.float32)}, mesh)["blocks/up/kernel"]
     array = jax.make_array_from_callback(SHAPE, sharding, make_rows)
