@@ -43,7 +43,7 @@ def draw_line_chart(chart: Chart) -> Markup:
             lines.append((colour, x[finite], y[finite]))
     box = {"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM}
     drawn = _compute_coordinates(lines) if lines else {"lines": []}
-    return render_template("line_chart.html.jinja", label=chart.title, legend=legend, **box, **drawn)
+    return render_template("line_chart.html.jinja", label=chart.title, axis=chart.axis, legend=legend, **box, **drawn)
 
 
 def smooth(values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:

@@ -94,6 +94,8 @@ class Chart:
     title: str
     curves: tuple[Curve, ...]
     note: str = ""
+    axis: str = "step"
+    """Label of the axis of the curves' steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,8 @@ class Report:
     samples: tuple[Sample, ...] = ()
     reconstructions: tuple[Reconstruction, ...] = ()
     charts: tuple[Chart, ...] = ()
+    charts_title: str = "Training"
+    """Heading of the charts."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Nested metrics; the leaves are numbers, strings, booleans, `None` or sequences of them."""
     config: Any = None

@@ -62,6 +62,7 @@ def write_evaluation_report(
         samples=() if is_reconstruction else _make_samples(reader, measurement, real_clips),
         reconstructions=_make_reconstructions(reader, measurement, real_clips) if is_reconstruction else (),
         charts=_make_charts(measurement),
+        charts_title="Loss by time",
         metrics={name: table for name, table in tables.items() if table},
         config=record["protocol"],
     )
@@ -135,8 +136,8 @@ def _make_charts(measurement: Measurement) -> tuple[Chart, ...]:
         for number, name in enumerate(("lower bound", "upper bound")):
             bounds = tuple(each.interval[number] for each in known.values() if each.interval is not None)
             curves.append(Curve(name=name, steps=tuple(known), values=bounds))
-    note = "by diffusion time, 0 is data, 1 noise; 95 % interval"
-    return (Chart(title="denoising loss", curves=tuple(curves), note=note),)
+    note = "with its 95 % interval; time 0 is data, 1 is noise"
+    return (Chart(title="denoising loss", curves=tuple(curves), note=note, axis="time"),)
 
 
 def _make_nearest(reader: _Reader, real: _Reader, measurement: Measurement) -> list[Sample]:

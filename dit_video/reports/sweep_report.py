@@ -21,6 +21,7 @@ def write_sweep_report(path: str | Path, sweep: Sweep, *, title: str) -> None:
         title=title,
         summary="Cost is the number of the denoiser's evaluations for a sample of a solver with one evaluation a step.",
         charts=_make_charts(sweep),
+        charts_title="Quality and cost",
         metrics={"points": table},
     )
     write_report(path, report)
@@ -43,5 +44,5 @@ def _make_charts(sweep: Sweep) -> tuple[Chart, ...]:
                 curves.append(Curve(name=f"guidance {scale:g}", steps=costs, values=values))
         better = {True: "higher is better", False: "lower is better", None: ""}[about.is_higher_better]
         note = ", ".join(filter(None, ("by the denoiser's evaluations for a sample", better)))
-        charts.append(Chart(title=about.label, curves=tuple(curves), note=note))
+        charts.append(Chart(title=about.label, curves=tuple(curves), note=note, axis="evaluations"))
     return tuple(charts)

@@ -9,6 +9,7 @@ from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.synthetic import shapes
 from dit_video.evaluation import evaluate, requests
 from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
+from dit_video.evaluation.metrics.loss_by_time import LossByTime
 from dit_video.evaluation.metrics.metric import MetricBatch, MetricValue
 from dit_video.evaluation.metrics.prompt_following import PromptFollowing
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, psnr, ssim
@@ -106,6 +107,17 @@ def test_the_best_linear_autoencoder_is_reported_for_comparison(tiny_pipeline, t
     for one, value in zip(results, values, strict=True):
         assert one.baseline.frames.shape == one.original.frames.shape
         assert 10 < value == psnr(one.original.frames, one.baseline.frames) < 60
+
+
+def test_a_measure_of_the_denoiser_reads_the_held_out_clips(tiny_pipeline, tiny_run, held_out, tmp_path):
+    clips = Run.open(tiny_run).evaluation_clips()
+    config = CaptionEvaluation(trained=1, held_out=0, metrics=(LossByTime(bins=2),))
+    result = evaluate.evaluate(tiny_pipeline, tmp_path, seed=0, clips=clips, evaluation=config, steps=1)
+    assert result.results["denoising_loss"].estimate.count == len(held_out.infos)
+    values = json.loads((tmp_path / "metrics.json").read_text())["clips"]
+    assert [len(each) for each in values.values()] == [1] * len(held_out.infos)
+    mean = np.mean([each["denoising_loss"] for each in values.values()])
+    assert mean == pytest.approx(result.results["denoising_loss"].estimate.value)
 
 
 def test_an_autoencoder_alone_is_measured_and_reported(tiny_run, held_out, tmp_path):
