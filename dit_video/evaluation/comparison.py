@@ -61,8 +61,8 @@ def compare(paths: Sequence[str | Path], *, ignored: Sequence[str] = ()) -> Comp
 
     Raises:
       MissingError: a file does not exist.
-      UserError: fewer than two, a file without a protocol, different protocols (the fields are named), or other weights
-        of a feature network.
+      UserError: fewer than two, one twice, a file without a protocol or damaged, different protocols (the fields are
+        named), numbers of samples that differ by more than clips may be left out, or other weights of a network.
     """
     files = [Path(path) if Path(path).is_file() else Path(path) / METRICS_FILE for path in paths]
     if len(files) < 2:
@@ -70,13 +70,15 @@ def compare(paths: Sequence[str | Path], *, ignored: Sequence[str] = ()) -> Comp
     for file in files:
         if not file.is_file():
             raise MissingError(f"no such result: {file}. Make it with experiments/evaluate.py")
+    if len({file.resolve() for file in files}) < len(files):
+        raise UserError(f"results={[*map(str, paths)]} are invalid: one is named twice. Name different results")
     records = [read_json(file) for file in files]
     names = _shorten([str(file.parent) for file in files])
     for file, record in zip(files, records, strict=True):
-        if not isinstance(record, dict) or "protocol" not in record or "results" not in record:
-            raise UserError(f"{file} has no protocol: it is of an older version or no result. Evaluate again")
+        _check_record(file, record)
     for name, record in zip(names[1:], records[1:], strict=True):
         check_comparable(*(_strip(each, ignored) for each in (records[0], record)), names=(names[0], name))
+        _check_counts(records[0], record, names=(names[0], name))
     results = [{each["name"]: each for each in record["results"]} for record in records]
     shared = [name for name in results[0] if all(name in each for each in results)]
     if not shared:
@@ -122,6 +124,38 @@ def _overlap(first: ComparedValue, second: ComparedValue) -> bool:
     if first.interval is None or second.interval is None:
         return first.value == second.value
     return first.interval[0] <= second.interval[1] and second.interval[0] <= first.interval[1]
+
+
+def _check_record(file: Path, record: Any) -> None:
+    """Check that a file holds a protocol and results.
+
+    Raises:
+      UserError: it does not.
+    """
+    if not isinstance(record, dict) or "protocol" not in record or "results" not in record:
+        raise UserError(f"{file} has no protocol: it is of an older version or no result. Evaluate again")
+    protocol, results = record["protocol"], record["results"]
+    needed = {"name", "label", "value", "interval", "count"}
+    if not (isinstance(protocol, dict) and isinstance(protocol.get("weights", {}), dict) and isinstance(results, list)):
+        raise UserError(f"{file} is damaged: its protocol or results are no such things. Evaluate again")
+    if not all(isinstance(each, dict) and needed <= each.keys() for each in results):
+        raise UserError(f"{file} is damaged: a result has not all of {', '.join(sorted(needed))}. Evaluate again")
+
+
+def _check_counts(first: Mapping[str, Any], second: Mapping[str, Any], *, names: tuple[str, str]) -> None:
+    """Check that as many samples were measured, but for those that the protocol allows to be left out.
+
+    Raises:
+      UserError: the numbers differ by more.
+    """
+    counts = [record["samples"] for record in (first, second) if isinstance(record.get("samples"), int)]
+    config = first["protocol"].get("config")
+    share = config.get("max_unreadable", 0.0) if isinstance(config, dict) else 0.0
+    if len(counts) == 2 and max(counts) - min(counts) > share * max(counts):
+        raise UserError(
+            f"{names[0]} and {names[1]} are not comparable: samples is {counts[0]} there and {counts[1]} here (there: "
+            f"{names[0]}). Evaluate both with --count {min(counts)}"
+        )
 
 
 def _strip(record: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]:

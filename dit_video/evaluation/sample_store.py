@@ -106,9 +106,7 @@ def _describe_difference(old: Any, new: dict[str, Any]) -> str:
     counts = [len(each["requests"]) if isinstance(each, dict) and "requests" in each else 0 for each in (old, new)]
     if counts[0] == counts[1]:
         return config_json.describe_difference(old, new)
-    settings = (
-        config_json.describe_difference(*({**each, "requests": None} for each in (old, new))) if counts[0] else ""
-    )
+    settings = config_json.describe_difference(old["settings"], new["settings"], "settings") if counts[0] else ""
     return ", ".join(filter(None, (f"there are {counts[0]} samples there and {counts[1]} here", settings)))
 
 

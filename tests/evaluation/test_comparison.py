@@ -84,3 +84,32 @@ def test_what_is_no_result_is_named(tmp_path):
     other = write_result(tmp_path / "d", {"fvd": 1.0})
     with pytest.raises(UserError, match="no value in common"):
         compare([first, other])
+
+
+def test_results_of_other_numbers_of_samples_are_refused(tmp_path):
+    first, second = (write_result(tmp_path / name, {"psnr": 1.0}, config={"max_unreadable": 0.1}) for name in "ab")
+    for folder, count in ((first, 100), (second, 90)):
+        record = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(record | {"samples": count}))
+    assert compare([first, second]).names == ("a", "b")  # ten may be left out
+    (second / "metrics.json").write_text(json.dumps(record | {"samples": 89}))
+    with pytest.raises(UserError, match=r"samples is 100 there and 89 here.*--count 89"):
+        compare([first, second])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [[], {"protocol": []}, {"protocol": [], "results": []}, {"protocol": {}, "results": {}}]
+    + [{"protocol": {}, "results": [each]} for each in (1, {"name": "psnr"})],
+)
+def test_damaged_results_are_errors(tmp_path, record):
+    good = write_result(tmp_path / "a", {"psnr": 1.0})
+    (tmp_path / "metrics.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"metrics\.json .*Evaluate again"):
+        compare([good, tmp_path])
+
+
+def test_a_result_is_not_compared_with_itself(tmp_path):
+    good = write_result(tmp_path / "a", {"psnr": 1.0})
+    with pytest.raises(UserError, match="named twice"):
+        compare([good, good / "metrics.json"])
