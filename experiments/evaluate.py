@@ -213,6 +213,7 @@ def _evaluate_model(
             protocol,
             folder,
             data=real_clips,
+            average={"ema": options.ema, "sigma_rel": options.sigma_rel},
             sampling_progress=sampling.update,
             progress=measuring.update,
             **options.make_overrides(pipeline.config),

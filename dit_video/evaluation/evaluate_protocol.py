@@ -1,6 +1,6 @@
 """Evaluation of a model by a protocol: samples that are made once, or reconstructions, and their metrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ def evaluate_protocol(
     folder: str | Path,
     *,
     data: ClipSet | None = None,
+    average: Mapping[str, float | None] | None = None,
     sampling_progress: OnProgress | None = None,
     progress: OnProgress | None = None,
     **sampling: Any,
@@ -62,6 +63,8 @@ def evaluate_protocol(
       protocol: what is sampled and measured.
       folder: folder of the results.
       data: clips of the data with captions; not needed for rendered scenes.
+      average: average of a run's weights that the pipeline has, as `dit_video.load` was asked for it, which is a part of
+        the recorded protocol; None for the model's own.
       sampling_progress: called with the number of samples that exist.
       progress: called with the number of clips that were measured.
       sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
@@ -74,18 +77,20 @@ def evaluate_protocol(
         data, truths = protocol.make_scenes()
     if data is None:
         raise UserError(f"the protocol {protocol.name} needs clips of the data. Name their folder with --data")
-    samples, recorded = make_file_set(folder, (), ()), dict[str, Any]()
+    samples, weights = make_file_set(folder, (), ()), pipeline.compute_digest()
+    recorded: dict[str, Any] = {"average": dict(average or {})}
     if is_reconstruction(protocol):
         protocol, samples = _reconstruct(pipeline, protocol, data)
-        recorded = {"autoencoder": config_json.to_json(pipeline.config.autoencoder)}
+        recorded |= {"autoencoder": config_json.to_json(pipeline.config.autoencoder)}
     elif any("samples" in metric.needs for metric in protocol.metrics):
         requests, numbers = make_requests(pipeline, protocol, data, sizes=[truth.scene.size for truth in truths])
         if isinstance(protocol, RenderedProtocol):
             renderings = [partial(data.read, number, None) for number in numbers]
             requests = protocol.add_known_frames(requests, renderings, fps=pipeline.config.fps)
         resolved = pipeline.resolve_sampling(**sampling)
-        recorded = {"sampling": config_json.to_json(resolved)}
-        settings = recorded | {"weights": pipeline.compute_digest(), "codec": [protocol.codec, protocol.crf]}
+        made = {"sampling": config_json.to_json(resolved)}
+        recorded |= made
+        settings = made | {"weights": weights, "codec": [protocol.codec, protocol.crf]}
         store = SampleStore(
             folder / SAMPLES_FOLDER / protocol.name, requests, settings, suffix=protocol.codec, crf=protocol.crf
         )
@@ -107,6 +112,7 @@ def evaluate_protocol(
         truths=truths,
         pipeline=pipeline,
         recorded=recorded,
+        model={"weights": weights, "parameters": pipeline.count_parameters()},
         progress=progress,
     )
     return ProtocolResult(measurement, protocol, samples, data)

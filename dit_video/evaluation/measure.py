@@ -56,6 +56,7 @@ def measure(
     truths: Sequence[Any] = (),
     pipeline: Pipeline | None = None,
     recorded: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Measurement:
     """Compute a protocol's metrics of a set of clips, and write `metrics.json`.
@@ -72,6 +73,7 @@ def measure(
       truths: true content of each sample, where prompts are of rendered scenes.
       pipeline: the model, for metrics of its denoiser.
       recorded: further fields of the recorded protocol: how the samples were made.
+      model: description of the model, recorded next to the protocol.
       progress: called with the number of clips that were read.
 
     Raises:
@@ -108,6 +110,7 @@ def measure(
     record = {
         "metrics": config.pop("metrics"),
         "protocol": {"config": config, "data": updates.data_digest, "weights": weights, **(recorded or {})},
+        "model": dict(model or {}),
         "samples": len(updates.names),
         "real_clips": len(updates.real_names),
         "results": list_results(results),

@@ -8,6 +8,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.evaluation.clip_set import open_clip_set
+from dit_video.evaluation.comparison import compare
 from dit_video.evaluation.evaluate_protocol import SAMPLES_FOLDER, evaluate_protocol, make_requests
 from dit_video.evaluation.metrics.precision_recall import PrecisionRecall
 from dit_video.evaluation.metrics.reconstruction import Psnr
@@ -88,8 +89,18 @@ def test_samples_are_made_once_and_go_on_after_a_kill(pipeline, data, tmp_path, 
     value = first.measurement.results["sharpness"].estimate
     assert again.measurement.results["sharpness"].estimate == value
     assert value.count == 6
-    record = json.loads((tmp_path / "metrics.json").read_text())["protocol"]
-    assert record["sampling"]["steps"] == 1
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["protocol"]["sampling"]["steps"] == 1
+    assert record["model"]["weights"] == pipeline.compute_digest()
+
+
+def test_values_of_another_average_are_not_comparable(pipeline, data, tmp_path):
+    folders = [tmp_path / "own", tmp_path / "short"]
+    for folder, average in zip(folders, ({"ema": None}, {"ema": 0.9}), strict=True):
+        evaluate_protocol(pipeline, PROTOCOL, folder, data=data, average=average)
+    with pytest.raises(UserError, match=r"protocol\.average\.ema"):
+        compare(folders)
+    assert len(compare(folders, ignored=("average",)).names) == 2
 
 
 def test_samples_of_other_settings_are_refused_and_kept(pipeline, data, tmp_path):
