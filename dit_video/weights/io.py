@@ -114,7 +114,10 @@ def read_network_file(
     check_safetensors_file(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is not a .safetensors file. {recipe}")
-    return read_params(path.parent, path.stem, tensor_map, like, ignored=ignored)
+    try:
+        return read_params(path.parent, path.stem, tensor_map, like, ignored=ignored)
+    except UserError as error:
+        raise UserError(f"{path.name} is invalid as {network} weights: {error}. {recipe}") from error
 
 
 def check_tensors(tensors: TensorFolder, tensor_map: TensorMap, like: Any, *, ignored: Collection[str] = ()) -> None:

@@ -170,6 +170,12 @@ def test_missing_weights_name_the_command_that_makes_them(tmp_path):
         load_i3d(tmp_path / "i3d.safetensors")
 
 
+def test_weights_of_another_network_name_their_file(tmp_path):
+    convert_torch_file(write_torch_file(tmp_path / "model.pt"), tmp_path / "i3d.safetensors")
+    with pytest.raises(UserError, match=r"i3d\.safetensors is invalid as I3D weights.*rgb_imagenet\.pt"):
+        load_i3d(tmp_path / "i3d.safetensors")
+
+
 def test_converted_tensors_take_another_dtype(tmp_path):
     source, destination = write_torch_file(tmp_path / "model.pt"), tmp_path / "half.safetensors"
     convert_torch_file(source, destination, dtype=np.float16)
