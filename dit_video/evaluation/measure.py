@@ -105,6 +105,8 @@ def measure(
     except UserError as raised:
         error = raised
     updates.merge_processes(error)
+    if real_clips is not None and real_clips.rejected:  # also where no metric reads them: their captions are missing
+        updates.excluded.setdefault(real_clips.location, {}).update(real_clips.rejected)
     results = updates.collection.compute()
     config = _drop_paths(config_json.to_json(protocol))
     record = {

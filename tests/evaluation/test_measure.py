@@ -130,6 +130,8 @@ def test_files_that_cannot_be_clips_count_as_unreadable(folders, tmp_path):
         "003.mp4": True,
         "caf\\udce9.mp4": True,
     }
+    unread = measure(open_clip_set(folders[1]), protocol, tmp_path, real_clips=open_clip_set(copied))
+    assert len(unread.record["excluded"][str(copied)]) == 2
     with pytest.raises(UserError, match=r"2 of 21 clips.*003\.mp4"):
         measure(open_clip_set(copied), replace(protocol, max_unreadable=0.09), tmp_path)
 
