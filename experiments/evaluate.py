@@ -24,7 +24,7 @@ from dit_video.evaluation import evaluate
 from dit_video.evaluation.clip_set import ClipSet, open_clip_set
 from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.evaluation.evaluate_protocol import ProtocolResult, evaluate_protocol, is_reconstruction
-from dit_video.evaluation.measure import measure
+from dit_video.evaluation.measure import count_clips, measure
 from dit_video.evaluation.protocol import Protocol
 from dit_video.evaluation.protocols import PROTOCOLS, get_protocol
 from dit_video.experiment.folder import CONFIG
@@ -186,7 +186,8 @@ def _evaluate_samples(samples: ClipSet, protocol: Protocol, folder: Path, real_c
         rule = f"{samples.location} has {len(samples.names)} clips"
         fix = f"Use --count {len(samples.names)} or less, whose figures are of another protocol"
         raise UserError(f"count={protocol.count} is invalid: {rule}. {fix}")
-    total = (protocol.count or len(samples.names)) + (0 if real_clips is None else len(real_clips.names))
+    real_count = 0 if real_clips is None else protocol.real_count or len(real_clips.names)
+    total = count_clips(protocol, samples=protocol.count or len(samples.names), real_clips=real_count)
     with Progress("measuring", total, unit="clip", visible=is_first_process()) as progress:
         measurement = measure(
             samples,
@@ -203,10 +204,12 @@ def _evaluate_model(
     run: Path, protocol: Protocol, folder: Path, real_clips: ClipSet | None, options: SamplingOptions
 ) -> ProtocolResult:
     pipeline = options.load_pipeline(run)
-    total = protocol.count or (0 if real_clips is None else len(real_clips.names))
+    real_count = protocol.real_count or (protocol.count or 0 if real_clips is None else len(real_clips.names))
+    total = protocol.count or real_count
+    measured = count_clips(protocol, samples=total, real_clips=real_count)
     with (
         Progress("sampling", total, unit="clip", visible=is_first_process()) as sampling,
-        Progress("measuring", 2 * total, unit="clip", visible=is_first_process()) as measuring,
+        Progress("measuring", measured, unit="clip", visible=is_first_process()) as measuring,
     ):
         return evaluate_protocol(
             pipeline,

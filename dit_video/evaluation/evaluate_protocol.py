@@ -11,7 +11,8 @@ from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
 from dit_video.encoders.autoencoder import compute_autoencoder_identity
 from dit_video.evaluation.clip_set import ClipSet, make_file_set
-from dit_video.evaluation.measure import Measurement, measure
+from dit_video.evaluation.measure import Measurement, check_computable, measure
+from dit_video.evaluation.metrics.metric import MetricInput
 from dit_video.evaluation.protocol import Protocol
 from dit_video.evaluation.sample_store import SampleStore
 from dit_video.evaluation.scene_protocols import RenderedProtocol
@@ -63,8 +64,8 @@ def evaluate_protocol(
       protocol: what is sampled and measured.
       folder: folder of the results.
       data: clips of the data with captions; not needed for rendered scenes.
-      average: average of a run's weights that the pipeline has, as `dit_video.load` was asked for it, which is a part of
-        the recorded protocol; None for the model's own.
+      average: average of a run's weights that the pipeline has, as `dit_video.load` was called for it, which is a part
+        of the recorded protocol; None for the model's own.
       sampling_progress: called with the number of samples that exist.
       progress: called with the number of clips that were measured.
       sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
@@ -87,6 +88,8 @@ def evaluate_protocol(
         if isinstance(protocol, RenderedProtocol):
             renderings = [partial(data.read, number, None) for number in numbers]
             requests = protocol.add_known_frames(requests, renderings, fps=pipeline.config.fps)
+        scenes: tuple[MetricInput, ...] = ("scenes",) if truths else ()
+        check_computable(protocol, ("samples", "prompts", "real_clips", "pipeline", *scenes))
         resolved = pipeline.resolve_sampling(**sampling)
         made = {"sampling": config_json.to_json(resolved)}
         recorded |= made

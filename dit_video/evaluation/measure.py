@@ -88,10 +88,8 @@ def measure(
         "pipeline": pipeline,
     }
     inputs = {name for name, value in present.items() if value}
+    check_computable(protocol, inputs)
     metrics, skipped, weights = _open_metrics(protocol.metrics, inputs)
-    if not metrics:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        raise UserError(f"no metric of the protocol {protocol.name} can be computed: {reasons}")
     updates = ClipUpdates(MetricCollection(metrics), protocol, pipeline, progress)
     error = None
     try:
@@ -127,6 +125,29 @@ def measure(
     if is_first_process():
         write_json(Path(folder) / METRICS_FILE, record)
     return Measurement(results, skipped, record["examples"], record)
+
+
+def count_clips(protocol: Protocol, *, samples: int, real_clips: int) -> int:
+    """Return the number of clips that `measure` reads of so many samples, or reconstructions, and clips of the data."""
+    needs = {need for metric in protocol.metrics for need in metric.needs}
+    reads_real_clips = "real_clips" in needs and "pairs" not in needs
+    return samples * ("samples" in needs or "pairs" in needs) + real_clips * reads_real_clips
+
+
+def check_computable(protocol: Protocol, inputs: Collection[MetricInput]) -> None:
+    """Check that any metric of a protocol can be computed, before samples are made for it.
+
+    Args:
+      protocol: the protocol.
+      inputs: what there will be.
+
+    Raises:
+      UserError: none can; the reason for each is named.
+    """
+    opened, skipped, _ = _open_metrics(protocol.metrics, inputs)
+    if not opened:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise UserError(f"no metric of the protocol {protocol.name} can be computed: {reasons}")
 
 
 def _open_metrics(
