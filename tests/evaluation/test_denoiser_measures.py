@@ -9,6 +9,7 @@ import pytest
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.data.synthetic import shapes
+from dit_video.diffusion import Epsilon
 from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.comparison import compare
 from dit_video.evaluation.denoiser_measures import measure_clips
@@ -141,6 +142,11 @@ def test_the_protocol_measures_clips_without_samples(pipeline, tmp_path, monkeyp
     evaluate_protocol(other, protocol, tmp_path / "other", data=clips)
     with pytest.raises(UserError, match="autoencoder"):
         compare([folders[0], tmp_path / "other"])
+    noise = Pipeline(replace(pipeline.config, prediction=Epsilon()), autoencoder=pipeline.codec.params, denoiser=parts)
+    evaluate_protocol(noise, protocol, tmp_path / "noise", data=clips)
+    with pytest.raises(UserError, match="objective"):
+        compare([folders[0], tmp_path / "noise"])
+    assert "bits_per_dimension" in compare([folders[0], tmp_path / "noise"], ignored=("objective",)).values
 
 
 def test_the_number_of_clips_of_the_named_protocol_can_be_chosen():
