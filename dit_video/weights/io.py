@@ -106,7 +106,7 @@ def read_network_file(
 
     Raises:
       MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      UserError: the file is pickled or corrupt, or tensors are missing, unexpected, of another shape or not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -115,9 +115,15 @@ def read_network_file(
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is not a .safetensors file. {recipe}")
     try:
-        return read_params(path.parent, path.stem, tensor_map, like, ignored=ignored)
+        params = read_params(path.parent, path.stem, tensor_map, like, ignored=ignored)
     except UserError as error:
         raise UserError(f"{path.name} is invalid as {network} weights: {error}. {recipe}") from error
+    bad = [name for name, array in trees.flatten(params).items() if not np.isfinite(array).all(axis=None)]
+    if bad:
+        raise UserError(
+            f"{path.name} is invalid as {network} weights: {bad[0]} has values that are not finite. {recipe}"
+        )
+    return params
 
 
 def check_tensors(tensors: TensorFolder, tensor_map: TensorMap, like: Any, *, ignored: Collection[str] = ()) -> None:
