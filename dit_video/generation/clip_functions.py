@@ -111,7 +111,7 @@ def _make_program(
     denoiser: Denoiser, transform: StepTransform | None, function: ClipFunction
 ) -> Callable[[Any, SamplingBatch], Array]:
     kinds = denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, denoiser.boundary
-    return _compile(*kinds, transform, function, denoiser.mesh)
+    return _compile(*kinds, transform, function)
 
 
 @functools.lru_cache(maxsize=16)
@@ -123,7 +123,6 @@ def _compile(
     boundary: float | None,
     transform: StepTransform | None,
     function: ClipFunction,
-    mesh: AnyMesh | None,
 ) -> Callable[[Any, SamplingBatch], Array]:
     """Return the jitted `run(params, batch)`, which is compiled once per shape of rows."""
 
@@ -133,7 +132,7 @@ def _compile(
         keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
         context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
         models = [nnx.merge(backbone, each) for each in params["experts"]]
-        experts = [make_rows_denoise(model, context, rows, keys, process, transform, mesh) for model in models]
+        experts = [make_rows_denoise(model, context, rows, keys, process, transform) for model in models]
 
         def compute_quantile(values, quantile):
             return rows.layout.expand(rows.layout.quantile(values, quantile))[..., None]

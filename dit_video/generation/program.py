@@ -53,9 +53,8 @@ def make_rows_denoise(
     keys: Key[Array, "B G"],
     process: Process,
     transform: StepTransform | None,
-    mesh: AnyMesh | None,
 ) -> DenoiseFn:
-    """Return the `denoise` of rows, of noisy tokens and one time, which is traced once however often it is evaluated.
+    """Return the `denoise` of rows, of noisy tokens and one time.
 
     Args:
       model: the backbone.
@@ -64,7 +63,6 @@ def make_rows_denoise(
       keys: keys of the requests' seeds.
       process: process of the model.
       transform: change of its inputs.
-      mesh: devices that share the rows.
     """
     conditioning = make_conditioning(rows, model.config.conditioning, keys).add(make_text_record(context, rows.layout))
     change = None
@@ -72,11 +70,7 @@ def make_rows_denoise(
     if transform is not None:
         is_clean = transform.get_clean_tokens(rows)
         change = functools.partial(transform.change_input, rows=rows, process=process)
-    denoise = make_denoise_fn(model, rows.layout, conditioning, change_input=change, is_clean=is_clean)
-    # Traced once, however often the solver and guidance evaluate it.
-    traced, constants = jax.closure_convert(denoise, rows.tokens, jnp.zeros(()), None)
-    sharding = None if mesh is None else make_row_shardings(rows, mesh).tokens
-    return lambda noisy, time, state: traced(_constrain(noisy, sharding), time, state, *constants)
+    return make_denoise_fn(model, rows.layout, conditioning, change_input=change, is_clean=is_clean)
 
 
 @functools.lru_cache(maxsize=16)
@@ -110,7 +104,11 @@ def make_program(
                 model = skip_layers(model, skipped_layers)
             copies = len(branch.tokens) // len(rows.tokens)
             branch_keys = jnp.concatenate([keys] * copies)
-            return make_rows_denoise(model, context, branch, branch_keys, process, transform, mesh)
+            denoise = make_rows_denoise(model, context, branch, branch_keys, process, transform)
+            # Traced once, however often the solver and guidance evaluate it.
+            traced, constants = jax.closure_convert(denoise, branch.tokens, jnp.zeros(()), None)
+            sharding = None if mesh is None else make_row_shardings(branch, mesh).tokens
+            return lambda noisy, time, state: traced(_constrain(noisy, sharding), time, state, *constants)
 
         def mean(values):
             """Return the mean of every sample, repeated for its tokens."""
