@@ -25,7 +25,7 @@ from support.devices import HANG
 ROOT = Path(__file__).resolve().parents[1]
 
 
-_DEFAULT = "not slow and not parity"
+_DEFAULT = "not slow and not parity and not exhaustive"
 _QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 """XLA flags that compile faster.
 
@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     _compile_quickly(True)  # for computations while tests are collected
     flags = os.environ.get("XLA_FLAGS", "")
-    if config.option.markexpr in (_DEFAULT, "slow") and _QUICK not in flags:
+    if config.option.markexpr in (_DEFAULT, "slow", "exhaustive") and _QUICK not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_QUICK}"  # read when JAX first computes
 
 
@@ -69,7 +69,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     Tests with long computations and comparisons with other projects are compiled normally.
     """
-    quick = not any(map(item.get_closest_marker, ("slow", "parity")))
+    quick = not any(map(item.get_closest_marker, ("slow", "parity", "exhaustive")))
     _compile_quickly(quick or "quick_compilation" in getattr(item, "fixturenames", ()))
 
 

@@ -22,18 +22,26 @@ from dit_video.nn.attention.backends.chunked import attend_part, compute_part_gr
 from dit_video.nn.attention.backends.dense import DenseAttention
 from support.devices import check_on_eight_devices, run_together
 
-SIZES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
 MESHES = {
-    "whole rows": [(sizes, "ulysses") for sizes in SIZES if sizes[3] == 1],
-    "ulysses": [(sizes, "ulysses") for sizes in SIZES if sizes[3] > 1],
-    # Every number of devices in the ring, and every other axis beside it.
-    "ring": [(sizes, "ring") for sizes in ((1, 1, 1, 8), (1, 2, 1, 4), (1, 1, 2, 4), (2, 2, 1, 2), (2, 1, 2, 2))],
-    "some": [((2, 2, 2, 1), "ulysses"), ((1, 2, 2, 2), "ulysses"), ((2, 1, 1, 4), "ulysses"), ((1, 1, 4, 2), "ring")],
+    # Each axis alone, every two axes beside each other, and two and four devices of context.
+    "all axes": [
+        *((sizes, "ulysses") for sizes in ((8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1))),
+        *((sizes, "ulysses") for sizes in ((2, 2, 1, 2), (2, 1, 2, 2), (1, 2, 2, 2), (1, 2, 1, 4), (1, 1, 2, 4))),
+    ],
+    # Every number of devices in the ring, beside each other axis.
+    "ring": [(sizes, "ring") for sizes in ((1, 1, 1, 8), (1, 1, 2, 4), (2, 2, 1, 2))],
+    "some": [((1, 2, 2, 2), "ulysses"), ((1, 1, 4, 2), "ring")],
 }
-"""Meshes of eight devices, in groups: all that there are, and some of them again with other methods.
-
-Each group is one program, which trains on one device once.
-"""
+"""Meshes of eight devices, in groups, each of which is one program that trains on one device once."""
+_ALL = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes, axis=0) == 8]
+OTHER_MESHES = {
+    "all axes": [(sizes, "ulysses") for sizes in _ALL if (sizes, "ulysses") not in MESHES["all axes"]],
+    "ring": [(sizes, "ring") for sizes in _ALL if sizes[3] > 1 and (sizes, "ring") not in MESHES["ring"]],
+    "some": [((2, 2, 2, 1), "ulysses"), ((2, 1, 1, 4), "ulysses")],
+}
+"""The other meshes with the same methods."""
+OPTIMIZERS = {"all axes": "sgd", "ring": "sgd", "some": "adamw"}
+"""All gradients are compared under SGD."""
 
 
 @pytest.mark.slow
@@ -73,13 +81,16 @@ def test_tokens_stay_on_their_device_outside_attention():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize(
-    ("meshes", "optimizer"),
-    # All gradients are compared under SGD.
-    [("whole rows", "sgd"), ("ulysses", "sgd"), ("ring", "sgd"), ("some", "adamw")],
-)
-def test_every_mesh_of_eight_devices_trains_as_one_device(meshes, optimizer):
-    check_on_eight_devices("mesh_training_runs.py", "backbone", str(MESHES[meshes]), optimizer)
+@pytest.mark.parametrize("group", MESHES)
+def test_meshes_of_eight_devices_train_as_one_device(group):
+    check_on_eight_devices("mesh_training_runs.py", "backbone", str(MESHES[group]), OPTIMIZERS[group])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("group", OTHER_MESHES)
+def test_all_other_meshes_of_eight_devices_train_as_one_device(group):
+    check_on_eight_devices("mesh_training_runs.py", "backbone", str(OTHER_MESHES[group]), OPTIMIZERS[group])
 
 
 @pytest.mark.slow
@@ -90,11 +101,16 @@ def test_wan_trains_on_meshes_as_on_one_device():
     )
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("backbone", ["backbone", "wan"])
-def test_gradients_that_are_summed_as_on_accelerators_are_those_of_one_device(backbone):
-    meshes = [((1, 2, 1, 4), "ulysses"), ((1, 2, 2, 2), "ring")]
+@pytest.mark.parametrize(
+    ("backbone", "meshes"),
+    [
+        pytest.param("backbone", [((1, 2, 1, 4), "ulysses"), ((1, 2, 2, 2), "ring")], marks=pytest.mark.slow),
+        pytest.param("wan", [((1, 2, 2, 2), "ring")], marks=pytest.mark.slow),
+        pytest.param("wan", [((1, 2, 1, 4), "ulysses")], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_gradients_that_are_summed_as_on_accelerators_are_those_of_one_device(backbone, meshes):
     check_on_eight_devices("mesh_training_runs.py", f"{backbone} accelerator", str(meshes), "sgd")
 
 

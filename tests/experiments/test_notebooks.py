@@ -147,7 +147,7 @@ def test_the_spiral_notebook_shows_the_results_that_its_text_states(monkeypatch)
     assert actual["right"][0] < actual["right"][1] < actual["right"][2]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
     _, result = evaluate_notebook("spiral", monkeypatch, SPIRAL, XLA_FLAGS="")  # optimised: it runs for long
     floor = result["floor"]
