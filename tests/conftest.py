@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     _compile_quickly(True)  # for computations while tests are collected
     flags = os.environ.get("XLA_FLAGS", "")
-    if config.option.markexpr in (_DEFAULT, "slow", "exhaustive") and _QUICK not in flags:
+    if config.option.markexpr in (_DEFAULT, "slow", "slow and not exhaustive", "exhaustive") and _QUICK not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_QUICK}"  # read when JAX first computes
 
 

@@ -110,7 +110,7 @@ def animating(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.exhaustive)])
 def test_fine_tuning_an_image_to_video_model_trains_the_layers_of_image_tokens(finetuned, animating, train):
     """Both ways of training change the layers that read the tokens of the image."""
     rate = {"lora": 3e-2, "full": 3e-3}[train]

@@ -74,7 +74,13 @@ class Distilled(NamedTuple):
     """Number of copies of the base weights after each step."""
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("consistency", "dmd")])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("consistency", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        pytest.param("dmd", marks=pytest.mark.slow),
+    ],
+)
 def distillation(request, folder, clips, tmp_path_factory):
     experiment = make_distillation_experiment(folder, dataclasses.replace(OPTIONS, method=request.param))
     run = Run.create(tmp_path_factory.mktemp("distilled") / "run", experiment)

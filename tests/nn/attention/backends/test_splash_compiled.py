@@ -14,7 +14,12 @@ ROOT = Path(__file__).resolve().parents[4]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("topology", "width"), [("v5e:2x2", 64), ("v5e:2x2", 128), ("v5p:2x2x1", 128), ("v6e:2x2", 128)]
+    ("topology", "width"),
+    [
+        ("v5e:2x2", 64),
+        ("v6e:2x2", 128),
+        *(pytest.param(each, 128, marks=pytest.mark.exhaustive) for each in ("v5e:2x2", "v5p:2x2x1")),
+    ],
 )
 def test_splash_compiles_for_a_topology(topology, width):
     """This takes a process of its own: one that has libtpu would look for TPUs from then on."""
