@@ -170,9 +170,10 @@ class ClipUpdates:
             )
             self.collection.update(batch)
             self.names += [clips.names[number] for number, _ in part]
-        if pairs is not None and pairs.excluded:
-            self._totals.setdefault(pairs.location, len(clips.names))
-            self.excluded.setdefault(pairs.location, {}).update(pairs.excluded)
+        if pairs is not None:
+            self._totals.setdefault(pairs.location, len(clips.names))  # also for those that other processes leave out
+            if pairs.excluded:
+                self.excluded.setdefault(pairs.location, {}).update(pairs.excluded)
 
     def merge_processes(self, error: UserError | None = None) -> None:
         """Join what all processes have read, in each of them, in the order of the clips.
