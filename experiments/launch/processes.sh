@@ -5,7 +5,7 @@
 #
 # On several hosts, start one process on each by hand, with these three variables and the same arguments:
 #   COORDINATOR_ADDRESS=host0:1234 NUM_PROCESSES=2 PROCESS_ID=0 python experiments/train.py …
-# SCRIPT=experiments/finetune.py, or distill.py, starts these instead of train.py.
+# SCRIPT=experiments/finetune.py, distill.py or evaluate.py starts these instead of train.py.
 # A signal to this script is sent to all processes. Its exit code is the first that is not 0.
 set -euo pipefail
 if [ "$#" -lt 2 ]; then
