@@ -50,7 +50,7 @@ def pipeline():
     return tiny_pipeline.make_pipeline(tiny_pipeline.make_config(steps=1))
 
 
-@pytest.mark.parametrize("function", [LOSS, BITS], ids=["loss", "bits"])
+@pytest.mark.parametrize("function", [LOSS, pytest.param(BITS, marks=pytest.mark.slow)], ids=["loss", "bits"])
 def test_values_of_a_clip_depend_on_neither_order_nor_neighbours(pipeline, function):
     together = measure_clips(pipeline, CLIPS, function, seed=0)
     reversed_order = measure_clips(pipeline, CLIPS[::-1], function, seed=0)
@@ -99,6 +99,7 @@ def test_devices_share_the_rows():
     check_on_eight_devices("denoiser_measures_on_eight_devices.py")
 
 
+@pytest.mark.slow
 def test_the_protocol_measures_clips_without_samples(pipeline, tmp_path, monkeypatch):
     def refuse(*_args, **_options):
         raise AssertionError("nothing is sampled")

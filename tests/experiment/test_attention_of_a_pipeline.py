@@ -33,6 +33,7 @@ def test_a_kernel_that_the_devices_lack_is_refused_and_replaced(trained_on_tpus,
     np.testing.assert_allclose(latents, tiny_pipeline.generate("a red circle", **OPTIONS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_averages_are_loaded_with_any_backend(tiny_run, tiny_pipeline):
     assert dit_video.load(tiny_run, ema=0, attention="chunked").config.backbone.attention == "chunked"
     dense = dit_video.load(tiny_run, attention="dense")

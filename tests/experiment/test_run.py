@@ -136,7 +136,7 @@ def assert_is_unfinished(pipeline, final):
     [
         pytest.param("autoencoder", "Ctrl-C", 3, 3, marks=pytest.mark.slow),
         pytest.param("denoiser", "Ctrl-C", 3, 3, marks=pytest.mark.slow),
-        ("denoiser", "killed", 6, 4),
+        pytest.param("denoiser", "killed", 6, 4, marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(

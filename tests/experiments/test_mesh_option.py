@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPT = "a red circle moving left"
 
 
+@pytest.mark.slow
 def test_sample_and_evaluate_take_a_mesh(script, tiny_run, tmp_path, monkeypatch):
     few = [Request(PROMPT, Grid(1, 16, 16), seed=1)]
     monkeypatch.setattr(requests, "make_shape_requests", lambda seed: few)

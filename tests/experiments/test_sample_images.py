@@ -28,6 +28,7 @@ def pictures(tmp_path):
     return paths
 
 
+@pytest.mark.slow
 def test_a_clip_begins_with_an_image(script, tmp_path, pictures):
     write_animating_wan(tmp_path / "wan")
     clips = []

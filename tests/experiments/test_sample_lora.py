@@ -1,6 +1,7 @@
 """`experiments/sample.py` with adapters."""
 
 import numpy as np
+import pytest
 
 from dit_video.video.decode import decode
 from support.tiny_lora import make_pipeline, write_lora
@@ -8,6 +9,7 @@ from support.tiny_lora import make_pipeline, write_lora
 SAMPLE = "experiments/sample.py"
 
 
+@pytest.mark.slow
 def test_adapters_are_attached_with_their_scales(script, tmp_path):
     pipeline = make_pipeline()
     pipeline.save(tmp_path / "model")

@@ -51,6 +51,7 @@ def test_attention_maps_cover_the_tokens_of_every_clip(tiny_pipeline):
     np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_in_host_memory_give_the_same_maps(tiny_pipeline):
     params = {"autoencoder": tiny_pipeline.codec.params, "denoiser": tiny_pipeline.denoiser_params}
     offloaded = Pipeline(tiny_pipeline.config, **params, offload=Stages())

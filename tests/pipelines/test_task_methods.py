@@ -29,6 +29,7 @@ def clip(pipeline):
     return replace(pipeline.reconstruct(Clip(frames, 8)), caption="a clip")
 
 
+@pytest.mark.slow
 def test_tasks_of_several_clips_are_those_of_each_alone(pipeline, clip):
     tasks = [
         Extend(clip=clip, frames=4),

@@ -108,6 +108,7 @@ def test_adapters_save_the_state_of_the_optimizer(training):
     assert {"denoiser.train"} in [get_options(each) for each in result.fitting]
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_at_all_is_said_with_the_least_that_it_needs(training):
     result = fit(training, GPUS, 2**16)
     assert result.fitting == ()

@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_each_stage_has_the_weights_that_are_loaded(folder):
     pipeline = dit_video.load(folder, offload=None)
     plan = plan_pipeline(folder, CPU, size=SIZE, options=LoadOptions(offload=Stages()))
@@ -72,6 +73,7 @@ def test_models_with_control_keyframes_and_first_frames_are_planned(tmp_path, wr
     assert all(stage.activations > 0 for stage in plan.stages)
 
 
+@pytest.mark.slow
 def test_stacked_kernels_are_not_on_the_device_if_layers_move(folder):
     params = flatten(dit_video.load(folder, offload=None).denoiser_params)
     plan = plan_pipeline(folder, CPU, size=SIZE, options=LoadOptions(offload=Layers()))

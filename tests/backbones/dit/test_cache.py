@@ -51,7 +51,7 @@ def make_model(config):
     [
         {},
         {"pattern": (CausalFrames(chunk=2), SparseCausal()), "absolute_position": SineCosine(), "remat": "full"},
-        {"attention": "chunked"},
+        pytest.param({"attention": "chunked"}, marks=pytest.mark.slow),
     ],
     ids=["causal", "turns", "chunked"],
 )

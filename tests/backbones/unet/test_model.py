@@ -72,6 +72,7 @@ def compute_gradient(params, batch):
     return jnp.where((batch.segments == 1)[..., None], jnp.square(predict(params, batch)), 0).sum()
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_clip_does_not_depend_on_its_neighbours():
     def gradient(indices, shape):
         row = pack([make_example(index) for index in indices], shape, width=3, text_width=6)

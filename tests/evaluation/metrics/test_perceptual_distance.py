@@ -49,6 +49,7 @@ def test_equal_clips_have_no_distance_and_noise_raises_it(weights):
     assert 0 < values[0] < values[1] < values[2]
 
 
+@pytest.mark.slow
 def test_the_distance_in_chunks_is_that_of_the_network(weights):
     other = add_noise(FRAMES, 30.0)
     network = nnx.merge(get_graph_def(lambda rngs: Lpips(rngs=rngs)), load_lpips(weights))

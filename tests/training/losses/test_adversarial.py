@@ -70,6 +70,7 @@ def test_before_its_start_step_the_discriminator_rests_and_changes_nothing(playe
     jax.tree.map(np.testing.assert_array_equal, states[2].model, jax.device_get(alone))
 
 
+@pytest.mark.slow
 def test_the_step_descends_the_weighted_sum(played):
     """The expected gradient is that of the whole sum, with a weight computed from two whole gradients."""
     states, figures = played

@@ -97,6 +97,7 @@ def test_invalid_segments_do_not_count():
     assert consistency(TEACHER, TEACHER, without) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_critic_equal_to_the_unguided_teacher_gives_zero_loss():
     """Both scores are the same then, for any sample of the student."""
     unguided = dataclasses.replace(MATCHING, config=dataclasses.replace(MATCHING.config, guidance=1.0))

@@ -13,6 +13,7 @@ from dit_video.tokens import Grid
 SIZES = (Grid(17, 48, 64),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_there_are_more_than_a_thousand_captions(level):
     # Level 3 finds contacts by simulation, which pictures do not need.
