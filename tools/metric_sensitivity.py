@@ -112,7 +112,10 @@ def _iterate_crops(clips: ClipSet, count: int, seed: int) -> Iterator[Clip]:
     size = _SIZES[0]
     sampling = ClipSampling(frames=size.t, size=(size.h, size.w))
     for index, numbers in enumerate(np.array_split(np.arange(count), len(clips.names))):
-        clip = clips.read(index, FPS)
+        clip = clips.read(index, None)
+        # At the rate of the scenes, or a higher one where a clip is short.
+        step = max(1, min(round(clip.fps / FPS), (len(clip.frames) - 1) // (size.t - 1)))
+        clip = replace(clip, frames=clip.frames[::step])
         for number in numbers.tolist():
             generator = make_generator(seed, "crop", number)
             side = int(generator.integers(min(clip.height, clip.width) // 2, min(clip.height, clip.width) + 1))

@@ -62,6 +62,12 @@ def test_weights_are_gathered_once_in_each_pass():
     check_on_eight_devices("collective_bytes.py", "weights")
 
 
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("quick_compilation")
+def test_weights_of_other_models_and_meshes_are_gathered_once_in_each_pass():
+    check_on_eight_devices("collective_bytes.py", "other weights")
+
+
 @pytest.mark.slow
 def test_gradients_of_weights_over_fsdp_and_context_are_those_of_one_device():
     check_on_eight_devices("weight_gradients.py")

@@ -202,6 +202,7 @@ def test_the_inside_a_run_notebook_runs_and_shows_pictures(tiny_run, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_bundled_model_shows_the_effects_that_the_inside_a_run_notebook_describes(monkeypatch):
     questions = {
         "losses": "{name: values.mean(axis=1).tolist() for name, values in losses.items()}",

@@ -15,6 +15,9 @@ from dit_video.evaluation.physics_scenes import LAWS, SIZES, draw_physics_scene,
 from dit_video.evaluation.scene_metrics import PHYSICS_METRICS
 from dit_video.tokens import Grid
 
+COUNTS = [24, pytest.param(64, marks=pytest.mark.exhaustive)]
+"""Numbers of scenes of each law in slow tests."""
+
 METRICS = {metric.law: metric for metric in PHYSICS_METRICS}
 FINE = 16
 """Steps of a simulation per frame, from which controls take other times."""
@@ -214,18 +217,20 @@ def test_wrong_motion_does_not_keep_the_law(law, control):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("law", LAWS)
-def test_many_renderings_keep_the_law(law):
-    truths = get_truths(law, 64)
+def test_many_renderings_keep_the_law(law, count):
+    truths = get_truths(law, count)
     clips = [truth.reference for truth in truths]
     assert get_share(law, clips, truths) == 1
     assert get_share(law, list(map(add_noise, clips)), truths) == 1
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize(("law", "control"), CONTROLS, ids=name_controls(CONTROLS))
-def test_much_wrong_motion_does_not_keep_the_law(law, control):
-    truths = get_truths(law, 64)
+def test_much_wrong_motion_does_not_keep_the_law(law, control, count):
+    truths = get_truths(law, count)
     clips = [render_motion(truth.scene, control(truth.scene)) for truth in truths]
     assert get_share(law, clips, truths) < 0.2
 

@@ -17,8 +17,7 @@ ROOT = Path(__file__).resolve().parents[4]
     ("topology", "width"),
     [
         ("v5e:2x2", 64),
-        ("v6e:2x2", 128),
-        *(pytest.param(each, 128, marks=pytest.mark.exhaustive) for each in ("v5e:2x2", "v5p:2x2x1")),
+        *(pytest.param(each, 128, marks=pytest.mark.exhaustive) for each in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")),
     ],
 )
 def test_splash_compiles_for_a_topology(topology, width):
