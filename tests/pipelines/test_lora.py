@@ -88,6 +88,7 @@ def test_another_scale_compiles_nothing_and_scale_zero_gives_the_bits_back(pipel
     assert attached.lora_scales == {"style": 0.5}
 
 
+@pytest.mark.slow
 def test_several_adapters_have_scales_of_their_own(pipeline, file, tmp_path):
     other = write_lora(tmp_path / "style.safetensors", pipeline, seed=1)
     both = pipeline.load_lora(file, 0.5).load_lora(other, -0.25).load_lora(other, 0.125, name="third")

@@ -56,7 +56,7 @@ def test_each_stage_has_the_weights_that_are_loaded(folder):
     ("write", "size"),
     [
         pytest.param(write_vace, SIZE, marks=pytest.mark.slow),
-        (write_ltx, LTX_SIZE),
+        pytest.param(write_ltx, LTX_SIZE, marks=pytest.mark.slow),
         pytest.param(
             lambda folder: write_wan(folder, backbone=replace(DIT, time="token")), SIZE, marks=pytest.mark.slow
         ),

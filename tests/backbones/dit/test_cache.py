@@ -49,7 +49,7 @@ def make_model(config):
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"pattern": (CausalFrames(chunk=2), SparseCausal()), "absolute_position": SineCosine(), "remat": "full"},
         pytest.param({"attention": "chunked"}, marks=pytest.mark.slow),
     ],

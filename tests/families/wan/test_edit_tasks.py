@@ -217,7 +217,7 @@ def test_a_model_that_is_not_trained_for_a_task_says_so(pipeline):
             task(method="trained", **OPTIONS)
 
 
-@pytest.mark.parametrize("image", [0, 5])
+@pytest.mark.parametrize("image", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_steps_of_two_experts_are_repeated(two_experts, image):
     with warns():
         latents, again = (sample_latents(two_experts, image=FRAMES[image], resample=count, seed=1) for count in (1, 2))

@@ -49,6 +49,7 @@ def plan_fields(pipeline, image):
     return {field.name: values for field, values in plan.fields.items()}
 
 
+@pytest.mark.slow
 def test_the_image_conditions_as_latents_and_as_tokens(animating):
     conditioning = plan_fields(animating, IMAGES[0])
     cond_latents = conditioning["cond_latents"]

@@ -158,7 +158,10 @@ def test_a_step_moves_the_players_alone_and_repeats(config):
 
 @pytest.mark.parametrize(
     ("config", "copies"),
-    [(CONSISTENCY_CONFIG, 4), pytest.param(MATCHING_CONFIG, 7, marks=pytest.mark.slow)],
+    [
+        pytest.param(config, copies, marks=pytest.mark.slow)
+        for config, copies in ((CONSISTENCY_CONFIG, 4), (MATCHING_CONFIG, 7))
+    ],
     ids=["consistency", "matching"],
 )
 def test_adapters_learn_on_the_teachers_weights_of_which_there_is_no_copy(config, copies):
