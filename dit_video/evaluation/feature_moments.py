@@ -25,7 +25,6 @@ class FeatureMoments(NamedTuple):
 
     clips: Int[np.ndarray, " g"]
     """Number of clips of each group."""
-
     counts: Int[np.ndarray, " g"]
     """Number of examples of each group."""
     total: Float64[np.ndarray, "g d"]

@@ -88,8 +88,7 @@ def measure(
         "pipeline": pipeline,
     }
     inputs = {name for name, value in present.items() if value}
-    check_computable(protocol, inputs)
-    metrics, skipped, weights = _open_metrics(protocol.metrics, inputs)
+    metrics, skipped, weights = _open_metrics(protocol, inputs)
     updates = ClipUpdates(MetricCollection(metrics), protocol, pipeline, progress)
     error = None
     try:
@@ -144,18 +143,19 @@ def check_computable(protocol: Protocol, inputs: Collection[MetricInput]) -> Non
     Raises:
       UserError: none can; the reason for each is named.
     """
-    opened, skipped, _ = _open_metrics(protocol.metrics, inputs)
-    if not opened:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        raise UserError(f"no metric of the protocol {protocol.name} can be computed: {reasons}")
+    _open_metrics(protocol, inputs)
 
 
 def _open_metrics(
-    metrics: Sequence[Metric], inputs: Collection[MetricInput]
+    protocol: Protocol, inputs: Collection[MetricInput]
 ) -> tuple[list[Metric], dict[str, str], dict[str, list[str]]]:
-    """Return the metrics that can be computed, the reasons for the others, and the weights of each by name."""
+    """Return the metrics that can be computed, the reasons for the others, and the weights of each by name.
+
+    Raises:
+      UserError: none can be computed; the reason for each is named.
+    """
     opened, skipped, identities = [], {}, {}
-    for metric in metrics:
+    for metric in protocol.metrics:
         name = ", ".join(metric.describe())
         if lacking := sorted(set(metric.needs).difference(inputs)):
             skipped[name] = f"it needs {_INPUTS.get(lacking[0], lacking[0])}"
@@ -168,6 +168,9 @@ def _open_metrics(
         opened.append(metric)
         if weights:
             identities[name] = list(weights)
+    if not opened:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise UserError(f"no metric of the protocol {protocol.name} can be computed: {reasons}")
     return opened, skipped, identities
 
 
