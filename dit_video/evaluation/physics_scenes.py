@@ -6,17 +6,16 @@ no figure. Speeds and gravity are those of the data, in shorter sides of a frame
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError
-from dit_video.data.synthetic.scenes import Occluder, Scene, SceneObject, render, simulate
+from dit_video.data.synthetic.scenes import Occluder, Scene, SceneObject, simulate
 from dit_video.data.synthetic.scenes.description import BACKGROUNDS, COLOURS, GRAVITY, RADII, TEXTURES
 from dit_video.data.synthetic.scenes.draw import FPS
 from dit_video.tokens import Grid
-from dit_video.video import Clip
 
 Law = Literal["free_fall", "bounce", "collision", "permanence"]
 """Law that a scene shows: gravity, reflection at a wall, momentum of two discs, or motion behind a post."""
@@ -38,15 +37,6 @@ MIN_FRAMES = 5
 _MARGIN = 1.0
 """Distance in pixels that objects keep from the borders, at least, other than from a wall that they bounce off."""
 _MAX_TRIES = 2000
-
-
-class PhysicsTruth(NamedTuple):
-    """The truth of a sample of a law: the element of `MetricBatch.scenes`."""
-
-    law: Law
-    scene: Scene
-    reference: Clip
-    """Rendering of the scene."""
 
 
 def draw_physics_scene(
@@ -81,16 +71,6 @@ def draw_physics_scene(
         if events == ((law,) if law in ("bounce", "collision") else ()):
             return replace(drawn, contacts=events)
     raise UserError(f"sizes={size} at fps={fps} is invalid: {law} does not fit. Use larger frames, or more of them.")
-
-
-def make_physics_truths(law: Law, *, count: int, seed: int, sizes: Sequence[Grid] | None = None) -> list[PhysicsTruth]:
-    """Return scenes 0 … count-1 of a law, rendered.
-
-    Raises:
-      UserError: an unknown law, or a size in which it cannot be seen.
-    """
-    scenes = [draw_physics_scene(index, seed=seed, law=law, sizes=sizes) for index in range(count)]
-    return [PhysicsTruth(law, scene, render(scene).clip) for scene in scenes]
 
 
 def _draw_objects(

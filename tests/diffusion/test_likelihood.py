@@ -14,7 +14,6 @@ from dit_video.diffusion import (
     CosineBetas,
     Edm,
     Epsilon,
-    Estimate,
     HutchinsonTrace,
     Preconditioning,
     ProbeTrace,
@@ -26,6 +25,7 @@ from dit_video.diffusion import (
     make_uniform_times,
     stateless,
 )
+from support.clip_rows import make_best_denoise
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -34,25 +34,11 @@ DATA = MEAN + STD * jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jn
 NATS = stats.norm.logpdf(DATA, MEAN, STD).sum(axis=1)
 
 
-def make_denoise_fn(process, prediction):
-    """Return a denoiser with the best prediction."""
-
-    def denoise(noisy, time):
-        noisy = noisy / process.input_scale(time)
-        alpha, sigma = process.alpha(time), process.sigma(time)
-        variance = (alpha * STD) ** 2 + sigma**2
-        noise = sigma / variance * (noisy - alpha * MEAN)
-        data = MEAN + alpha * STD**2 / variance * (noisy - alpha * MEAN)
-        return prediction.target(process, *Estimate(data, noise)[:2], time)
-
-    return denoise
-
-
 def nats(process, prediction, times, **options):
     @jax.jit
     def run(data, times):
         return log_likelihood(
-            stateless(make_denoise_fn(process, prediction)),
+            make_best_denoise(process, prediction, mean=MEAN, std=STD),
             data,
             times,
             process=process,

@@ -34,15 +34,15 @@ def make_clip_rows(rows, process, prediction, *, seeds, room=4, is_clean=None):
     return PackedLatents(batch, batch.tokens, keys, process, prediction, is_clean)
 
 
-def make_best_denoise(process, prediction, *, std=STD):
-    """Return the denoise with the best prediction of values with this standard deviation."""
+def make_best_denoise(process, prediction, *, mean=MEAN, std=STD):
+    """Return the denoise with the best prediction of values with this mean and standard deviation."""
 
     def predict(noisy, time):
         noisy = noisy / process.input_scale(time)
         alpha, sigma = process.alpha(time), process.sigma(time)
         variance = (alpha * std) ** 2 + sigma**2
-        noise = sigma / variance * (noisy - alpha * MEAN)
-        data = MEAN + alpha * std**2 / variance * (noisy - alpha * MEAN)
+        noise = sigma / variance * (noisy - alpha * mean)
+        data = mean + alpha * std**2 / variance * (noisy - alpha * mean)
         return prediction.target(process, *Estimate(data, noise)[:2], time)
 
     return stateless(predict)

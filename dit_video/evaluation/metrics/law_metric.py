@@ -16,7 +16,7 @@ MAX_RESIDUAL = 0.025
 class LawMetric(ShareMetric):
     """Base of the metrics of a law: the share of samples of its scenes whose objects keep it.
 
-    The truth of a sample has the law that its scene shows (`PhysicsTruth`); samples of other laws, or of scenes without
+    The truth of a sample has the law that its scene shows (`SceneTruth`); samples of other laws, or of scenes without
     one, do not count: they are None. A sample without all of the scene's objects does not keep the law.
     """
 

@@ -27,11 +27,12 @@ from dit_video.evaluation.metrics.metric import (
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim, psnr, ssim
 from dit_video.evaluation.metrics.region_border import RegionBorder
 from dit_video.evaluation.metrics.task_truth import TaskTruth
-from dit_video.evaluation.physics_scenes import LAWS, make_physics_truths
+from dit_video.evaluation.physics_scenes import LAWS
 from dit_video.evaluation.scene_metrics import PHYSICS_METRICS, SCENE_PROMPT_METRICS
 from dit_video.evaluation.scene_set import make_scene_set
 from dit_video.tokens import Grid
 from dit_video.video import Clip
+from support.physics_truths import make_physics_truths
 
 METRICS = ShapesEvaluation().metrics
 

@@ -11,9 +11,10 @@ from dit_video.data.synthetic.scenes import render, simulate
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.motion_fits import fit_contact, fit_motion
 from dit_video.evaluation.metrics.scene_objects import find_post
-from dit_video.evaluation.physics_scenes import LAWS, SIZES, draw_physics_scene, exchange_momentum, make_physics_truths
+from dit_video.evaluation.physics_scenes import LAWS, SIZES, draw_physics_scene, exchange_momentum
 from dit_video.evaluation.scene_metrics import PHYSICS_METRICS
 from dit_video.tokens import Grid
+from support.physics_truths import make_physics_truths
 
 COUNTS = [24, pytest.param(64, marks=pytest.mark.exhaustive)]
 """Numbers of scenes of each law in slow tests."""
