@@ -180,8 +180,6 @@ def _evaluate_run(run: Path, folder: Path, seed: int, options: SamplingOptions, 
 
 
 def _evaluate_samples(samples: ClipSet, protocol: Protocol, folder: Path, real_clips: ClipSet | None) -> ProtocolResult:
-    if is_reconstruction(protocol) and real_clips is None:
-        raise UserError(f"the protocol {protocol.name} compares clips with their originals. Name these with --data")
     if protocol.count is not None and protocol.count > len(samples.names):
         rule = f"{samples.location} has {len(samples.names)} clips"
         fix = f"Use --count {len(samples.names)} or less, whose figures are of another protocol"

@@ -77,8 +77,10 @@ def measure(
       progress: called with the number of clips that were read.
 
     Raises:
-      UserError: no metric can be computed, too many clips cannot be read, or reconstructions of other clips.
+      UserError: no metric can be computed, too many clips cannot be read, or reconstructions of other clips or of none.
     """
+    if is_reconstruction and real_clips is None:
+        raise UserError(f"the protocol {protocol.name} compares clips with their originals. Name these with --data")
     present: dict[MetricInput, object] = {
         "samples": samples.names,
         "prompts": samples.names and all(samples.captions),
@@ -93,7 +95,6 @@ def measure(
     error = None
     try:
         if is_reconstruction:
-            assert real_clips is not None  # reconstructions are of clips of the data
             updates.add_samples(samples, originals=real_clips)
         else:
             if real_clips is not None and any("real_clips" in metric.needs for metric in metrics):

@@ -92,6 +92,11 @@ def test_reconstructions_are_compared_with_the_originals_of_their_names(folders,
         measure(open_clip_set(folders[0]), protocol, tmp_path, real_clips=open_clip_set(fewer), is_reconstruction=True)
 
 
+def test_reconstructions_without_originals_are_refused(folders, tmp_path):
+    with pytest.raises(UserError, match=r"the protocol test compares clips with their originals.*--data"):
+        measure(open_clip_set(folders[0]), replace(PROTOCOL, metrics=(Psnr(),)), tmp_path, is_reconstruction=True)
+
+
 def test_metrics_without_weights_or_inputs_are_named_and_the_others_computed(folders, tmp_path):
     missing = FrechetMetric(features=I3dFeatures(weights=str(tmp_path / "i3d.safetensors")), name="fvd", label="FVD")
     protocol = replace(PROTOCOL, metrics=(Brightness(), missing, Psnr()))
