@@ -1,6 +1,7 @@
 """Resizing of pictures in NumPy."""
 
 import functools
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +25,32 @@ def resize(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UIn
         # Nothing to clip: weights are positive and sum to one.
         result[...] = np.rint(picture, out=picture).reshape(height, width, 3)
     return resized
+
+
+def resize_and_crop(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:
+    """Resize frames to cover a height and width, and crop what exceeds them on both sides alike.
+
+    The aspect ratio is kept to within one pixel: diffusers' pipelines crop the last image of Wan's clips so.
+    """
+    covering = compute_covering_size(*frames.shape[1:3], height, width)
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return resize(frames, *covering)[:, top : top + height, left : left + width]
+
+
+def compute_covering_size(source_height: int, source_width: int, height: int, width: int) -> tuple[int, int]:
+    """Return the height and width of a picture that is resized, at its aspect ratio, to cover others."""
+    scale = max(height / source_height, width / source_width)
+    return max(height, round(source_height * scale)), max(width, round(source_width * scale))
+
+
+def compute_fitted_size(height: int, width: int, *, area: int, multiple: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width with a picture's aspect ratio and about this area, rounded down to multiples.
+
+    This is the size that diffusers' examples of Wan's image-to-video sample an image at.
+    """
+    sides = math.sqrt(area * height / width), math.sqrt(area * width / height)
+    height, width = (max(step, round(side) // step * step) for side, step in zip(sides, multiple, strict=True))
+    return height, width
 
 
 class _Band(NamedTuple):

@@ -1,13 +1,12 @@
 """Pictures of requests: images and clips that a sampled clip keeps or follows, fitted to its size."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
 from dit_video.core.errors import UserError
-from dit_video.core.resize import resize
+from dit_video.core.resize import resize_and_crop
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -57,22 +56,5 @@ def fit_image(image: Clip | np.ndarray, size: Grid) -> UInt8[np.ndarray, "h w 3"
 
 
 def fit_frames(frames: UInt8[np.ndarray, "T H W 3"], size: Grid) -> UInt8[np.ndarray, "T h w 3"]:
-    """Resize frames to cover a clip's height and width, and crop what exceeds them on both sides alike.
-
-    The aspect ratio is kept to within one pixel: diffusers' pipelines crop the last image of Wan's clips so.
-    """
-    height, width = frames.shape[1:3]
-    scale = max(size.h / height, size.w / width)
-    covering = max(size.h, round(height * scale)), max(size.w, round(width * scale))
-    top, left = (covering[0] - size.h) // 2, (covering[1] - size.w) // 2
-    return resize(frames, *covering)[:, top : top + size.h, left : left + size.w]
-
-
-def compute_fitted_size(height: int, width: int, *, area: int, multiple: tuple[int, int]) -> tuple[int, int]:
-    """Return the height and width with a picture's aspect ratio and about this area, rounded down to multiples.
-
-    This is the size that diffusers' examples of Wan's image-to-video sample an image at.
-    """
-    sides = math.sqrt(area * height / width), math.sqrt(area * width / height)
-    height, width = (max(step, round(side) // step * step) for side, step in zip(sides, multiple, strict=True))
-    return height, width
+    """Return frames at a clip's height and width; see `resize_and_crop`."""
+    return resize_and_crop(frames, size.h, size.w)

@@ -8,10 +8,10 @@ from dit_video.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.backbones.protocol import BackboneConfig
 from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.resize import compute_fitted_size
 from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.generation import Sampling
 from dit_video.generation.denoiser import list_experts
-from dit_video.generation.pictures import compute_fitted_size
 from dit_video.generation.request import GenerationTask, Request
 from dit_video.nn import get_param_shapes
 from dit_video.text import ClassNamesConfig, TextConfig

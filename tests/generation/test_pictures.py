@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.generation.pictures import Condition, compute_fitted_size, fit_frames, fit_image
+from dit_video.core.resize import compute_fitted_size
+from dit_video.generation.pictures import Condition, fit_frames, fit_image
 from dit_video.generation.request import Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip
