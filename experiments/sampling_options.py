@@ -73,6 +73,8 @@ class SamplingOptions:
     """Numbers of the layers that skip-layer guidance skips in a further prediction, which samples are led away from."""
     lora: tuple[str, ...] = ()
     """LoRA files to attach, each FILE, FILE@SCALE or FILE@SCALE@EXPERT (backbone or low_noise, of two experts)."""
+    step: int | None = None
+    """Step of the checkpoint of a run to load; the finished weights, or the newest checkpoint, by default."""
     ema: float | None = None
     """Decay of the weight average to load from a run; 0 loads the raw weights."""
     sigma_rel: float | None = None
@@ -122,7 +124,8 @@ class SamplingOptions:
             for file, _, expert in adapters:
                 check_adapter(file, config, get_lora_modules, expert=expert)
             check_requests(config, requests, **self.make_overrides(config))
-        options: dict[str, Any] = {"ema": self.ema, "sigma_rel": self.sigma_rel, "attention": self.attention}
+        options: dict[str, Any] = {"step": self.step, "ema": self.ema, "sigma_rel": self.sigma_rel}
+        options["attention"] = self.attention
         options["offload"] = OFFLOADS.get(self.offload, "auto")
         if mesh is None and jax.process_count() > 1:
             mesh = MeshConfig()

@@ -33,13 +33,14 @@ def load(
     place: Placement | None = None,
     mesh: MeshConfig | Mesh | None = None,
     attention: Backend | None = None,
+    step: int | None = None,
     ema: float | int | None = None,
     sigma_rel: float | None = None,
 ) -> Pipeline:
     """Load the pipeline of a run folder, a pipeline folder, or a folder of open weights.
 
     Of an unfinished run, the newest checkpoint's averaged weights are loaded; its clips are not needed, and nothing is
-    trained.
+    trained. `step` loads those of another checkpoint, also of a finished run.
 
     Args:
       path: a folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which is
@@ -59,12 +60,13 @@ def load(
         devices. In a run of several processes all of them load and sample.
       attention: backend of attention, by name or as its settings, instead of the model's own; `auto` takes the best one
         for the devices.
-      ema: runs only: decay of another average that the run keeps, at the newest checkpoint; 0 for the weights without
-        an average.
+      step: runs only: step of the checkpoint; None for the finished pipeline, or the newest checkpoint.
+      ema: runs only: decay of another average that the run keeps, at that checkpoint or the newest; 0 for the weights
+        without an average.
       sigma_rel: runs only: relative width of an average that is reconstructed from the run's snapshots.
 
     Raises:
-      MissingError: the folder does not exist here or on the hub, or lacks parts.
+      MissingError: the folder does not exist here or on the hub, or lacks parts; there is no checkpoint of this step.
       UserError: a folder without a pipeline, of another version or of an unknown class; a text encoder that is not
         frozen; a hub that cannot be reached; a mesh that does not fit the devices or the denoiser; attention
         that the denoiser does not support or whose kernels the devices lack; weights that do not fit into the memory
@@ -86,11 +88,12 @@ def load(
         return pipeline if attention is None else pipeline.with_attention(attention)
     if not (dtype is None and text_dtype is None and place is None):
         raise UserError(f"dtype, text_dtype and place are for open weights; {folder} has no {INDEX}, leave them out")
-    has_average, is_run = ema is not None or sigma_rel is not None, (folder / RUN_CONFIG).is_file()
-    if has_average and not is_run:
-        raise UserError(f"{folder} is not a run and has one set of weights; leave out ema and sigma_rel")
+    chosen = [name for name, value in {"step": step, "ema": ema, "sigma_rel": sigma_rel}.items() if value is not None]
+    is_run = (folder / RUN_CONFIG).is_file()
+    if chosen and not is_run:
+        raise UserError(f"{folder} is not a run and has one set of weights; leave out {' and '.join(chosen)}")
     inner = next(filter(is_pipeline_folder, (folder, folder / "pipeline")), None)
-    if inner is not None and not has_average:
+    if inner is not None and not chosen:
         return load_pipeline(
             inner,
             text_encoder=text_encoder,
@@ -107,7 +110,7 @@ def load(
     run = Run.open(folder)
     if attention is not None:
         run = replace(run, experiment=run.experiment.replace_backbone(attention=attention))
-    pipeline = run.newest_pipeline(ema=ema, sigma_rel=sigma_rel, mesh=mesh, offload=offload)
+    pipeline = run.newest_pipeline(step=step, ema=ema, sigma_rel=sigma_rel, mesh=mesh, offload=offload)
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 

@@ -168,21 +168,24 @@ class Run(StagedRun):
     def newest_pipeline(
         self,
         *,
+        step: int | None = None,
         ema: float | int | None = None,
         sigma_rel: float | None = None,
         mesh: MeshConfig | Mesh | None = None,
         offload: Offload | Literal["auto"] | None = "auto",
     ) -> Pipeline:
-        """Return the pipeline of the newest checkpoint of a run that may be unfinished. Its clips are not needed.
+        """Return the pipeline of a checkpoint of a run that may be unfinished. Its clips are not needed.
 
         Args:
+          step: step of the checkpoint, see `list_checkpoints`; None for the newest that can be read.
           ema: decay of the average, 0 for the weights themselves; the config's `ema_decay` if None.
           sigma_rel: relative width of an average that is reconstructed from snapshots.
           mesh: devices that sample together, to which the weights are read; None for the default one.
           offload: weights in host memory; see `dit_video.load`.
 
         Raises:
-          MissingError: there are no snapshots, or the autoencoder is not trained yet.
+          MissingError: there is no checkpoint of this step, there are no snapshots, or the autoencoder is not trained
+            yet.
           UserError: the denoiser has no checkpoint yet, or kept no such average.
         """
         config, folder = self.experiment.denoiser, self.folder / "denoiser"
@@ -192,9 +195,9 @@ class Run(StagedRun):
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = open_trainable_denoiser(config, folder, devices, is_resuming=True)
         loss = make_denoiser_loss(self.experiment, devices, empty_caption=np.zeros(1, np.int32))
-        step = make_denoiser_step(config, loss)  # all stages share one state
-        shapes = get_shapes_on_devices(lambda key: step.init(trained.init(key)), shardings=layout)
-        state, _ = checkpoints.restore(shapes)
+        train_step = make_denoiser_step(config, loss)  # all stages share one state
+        shapes = get_shapes_on_devices(lambda key: train_step.init(trained.init(key)), shardings=layout)
+        state, _ = checkpoints.restore(shapes, step)
         chosen = monitors.select_average(state, config, folder, ema=ema, sigma_rel=sigma_rel)
         del state
         params = trained.merge_params(chosen)

@@ -21,6 +21,7 @@ from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_us
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.distributed.processes import main_process_first
 from dit_video.experiment import DataConfig, datasets
+from dit_video.experiment.checkpoints import get_checkpoint_folder
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
 from dit_video.training.hooks.profiler import TraceConfig
@@ -160,10 +161,8 @@ class Runtime:
 
     def get_checkpoint_folder(self, name: str) -> str | Path:
         """Return the folder or address of a model's checkpoints, which need not exist yet."""
-        elsewhere = self.folder / "checkpoints"
-        if elsewhere.is_symlink() or elsewhere.is_dir():
-            return str(datasets.resolve(elsewhere) / name)
-        return self.folder / name / "checkpoints"
+        folder = get_checkpoint_folder(self.folder, name)
+        return folder if isinstance(folder, Path) else str(folder)
 
     def open_checkpoints(self, name: str) -> Checkpoints:
         """Return the checkpoints of a model, to be read."""

@@ -1,0 +1,63 @@
+"""Checkpoints of a run that can be loaded, listed while another process trains."""
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+from dit_video.core.storage import StoragePath, convert_storage_errors, to_storage_path
+from dit_video.experiment import datasets
+
+
+class SavedCheckpoint(NamedTuple):
+    """A complete checkpoint of a model."""
+
+    step: int
+    """Number of steps that led to it."""
+    unix_seconds: float | None
+    """Time at which it was written; None where the checkpoints lie at an address."""
+    size: int | None
+    """Size of its files in bytes; None where the checkpoints lie at an address."""
+
+
+def get_checkpoint_folder(folder: Path, name: str) -> StoragePath:
+    """Return the folder or address of a model's checkpoints in a run's folder, which need not exist yet."""
+    elsewhere = folder / "checkpoints"
+    if elsewhere.is_symlink() or elsewhere.is_dir():
+        return datasets.resolve(elsewhere) / name
+    return folder / name / "checkpoints"
+
+
+def list_checkpoints(folder: str | Path, name: str = "denoiser") -> tuple[SavedCheckpoint, ...]:
+    """Return the complete checkpoints of a model of a run, by step; `dit_video.load(folder, step=…)` loads one.
+
+    Only names and sizes of files are read, so that this is fast, and another process may train in the folder.
+
+    Args:
+      folder: folder of the run.
+      name: name of the model.
+
+    Raises:
+      UserError: the address of the checkpoints cannot be reached.
+    """
+    place = to_storage_path(get_checkpoint_folder(Path(folder), name))
+    with convert_storage_errors(place), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        # One that is being written has another name.
+        entries = [entry for entry in place.iterdir() if entry.name.isdecimal()]
+        return tuple(sorted(filter(None, map(_describe, entries))))
+    return ()  # nothing was saved yet
+
+
+def _describe(path: StoragePath) -> SavedCheckpoint | None:
+    if not isinstance(path, Path):
+        return SavedCheckpoint(int(path.name), None, None)
+    try:
+        unix_seconds = path.stat().st_mtime
+        return SavedCheckpoint(int(path.name), unix_seconds, _measure_size(path, unix_seconds))
+    except FileNotFoundError:  # it was just removed
+        return None
+
+
+@functools.lru_cache(maxsize=1024)  # a checkpoint does not change
+def _measure_size(path: Path, _unix_seconds: float) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
