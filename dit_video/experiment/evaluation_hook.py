@@ -31,6 +31,8 @@ class EvaluationHook(Hook):
       make_pipeline: returns a pipeline from averaged weights, which stay where they are on the devices.
     """
 
+    name = "evaluation"
+
     def __init__(
         self,
         folder: Path,

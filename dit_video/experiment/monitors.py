@@ -107,7 +107,7 @@ def make_validation(
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(ratio, np.float64)
         return {f"validation_{name}": float(total / count) for name, (total, count) in totals.items() if count}
 
-    return PeriodicCall(every=experiment.monitoring.validate_every, function=call)
+    return PeriodicCall(every=experiment.monitoring.validate_every, function=call, name="validation")
 
 
 def make_sampling(
@@ -134,7 +134,7 @@ def make_sampling(
         wait_for_main_process()
         return {}
 
-    return PeriodicCall(every=monitoring.sample_every, function=call)
+    return PeriodicCall(every=monitoring.sample_every, function=call, name="sampling")
 
 
 def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | None:

@@ -9,6 +9,13 @@ share of the time spent waiting for a batch while the device was idle (an upper 
 a wait, the whole wait counts); the device's memory, if it reports that; and once `first_step_seconds`, most of which is
 compilation. Results of periodic calls are logged at their step, and hooks add metrics to each entry.
 
+Where the time went is logged, too. `interval_seconds` is the whole time since the previous entry, or since the start of
+this process's loop; its parts besides steps are `first_batch_seconds` (once), `compile_seconds` (of the first step, and
+of each with new shapes; a part of the steps' time), `save_seconds`, and for hooks `NAME_seconds`, such as
+`validation_seconds`. Saving and hooks that follow an entry are in the next one. `unix_seconds` is the time of day of
+the entry; where an entry comes later after the previous one than its interval lasts, the run was not running, or steps
+were repeated.
+
 A step whose loss or gradient is not finite leaves the state unchanged (see `training.step`), is counted in the log as
 `skipped`, and is logged with its batch. After `LoopConfig.max_consecutive_skips` consecutive ones the run ends and
 saves the state from before them.
@@ -18,6 +25,7 @@ immediately. Several processes all stop after the same step (see `training.preem
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +121,7 @@ def run(
             with contextlib.ExitStack() as annotations:
                 for hook in hooks:
                     annotations.enter_context(hook.annotate(steps_done + 1))
+                annotations.enter_context(accumulator.time_compilation(batch))
                 state, metrics = step(state, batch)
             steps_done += 1
             with saver.handle_failures(steps_done, state, accumulator):
@@ -120,20 +129,22 @@ def run(
             loss = None
             is_last = steps_done == config.steps
             due_hooks = [hook for hook in hooks if hook.is_due(steps_done, is_last=is_last)]
-            with accumulator.sync_and_pause_timer() if due_hooks else contextlib.nullcontext():
-                results = {name: value for due in due_hooks for name, value in due.call(steps_done, state).items()}
+            results: dict[str, float] = {}
+            for due in due_hooks:
+                with accumulator.sync_and_pause_timer(due.name):
+                    results |= due.call(steps_done, state)
             if steps_done % config.log_every == 0 or is_last or results:
                 with saver.handle_failures(steps_done, state, accumulator):
                     values = accumulator.compute_and_reset()
                 values |= {name: value for hook in hooks for name, value in hook.derive(values).items()}
-                values |= {**results, **get_device_memory()}
+                values |= {**results, **get_device_memory(), "unix_seconds": time.time()}
                 loss = values["loss"]
                 saver.metrics = values
                 for hook in hooks:
                     hook.write(steps_done, values)
             stop.record_step(steps_done)
             progress.update(steps_done, loss, is_timed=accumulator.is_timed)
-            with accumulator.pause_timer():
+            with accumulator.pause_timer("hook"):
                 for hook in hooks:
                     hook.on_step(steps_done, state, metrics)
             if steps_done % config.save_every == 0:
@@ -187,7 +198,7 @@ class _Saver:
         self._save(steps_done, state, accumulator)
 
     def _save(self, steps_done: int, state: Any, accumulator: MetricAccumulator) -> None:
-        with accumulator.pause_timer():
+        with accumulator.pause_timer("save"):
             if int(state.step) != steps_done:
                 raise ValueError(f"state.step={int(state.step)} is wrong after {steps_done} steps: each must add 1.")
             if (path := _find_nonfinite(state)) is not None:

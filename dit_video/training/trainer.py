@@ -167,7 +167,8 @@ class Trainer:
             hooks.append(Tracer(self.trace))
         if self.averages is not None and self.averages.sigmas:
             snapshots = EmaSnapshots(self.folder / "snapshots")
-            hooks.append(PeriodicCall(every=self.averages.snapshot_every, function=snapshots.write))
+            every = self.averages.snapshot_every
+            hooks.append(PeriodicCall(every=every, function=snapshots.write, name="snapshot"))
         return [*hooks, *self.hooks]
 
     def _shard_loaded_params(self) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,23 @@ import pytest
 
 from dit_video.core.errors import GracefulStop, UserError
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.hooks.logging import read_metrics
+from dit_video.training.hooks.hook import PeriodicCall
+from dit_video.training.hooks.logging import MetricsLog, read_metrics
 from dit_video.training.loop import LoopConfig, run
 from support.devices import HANG, PROGRAMS, run_together
 from support.loop_training import State, get_state_shapes, init_state, make_batches, plain_step, step, train
 
 ROOT = Path(__file__).parents[2]
-TIMES = {"first_step_seconds", "step_seconds", "steps_per_second", "data_wait"}
+TIMES = {"step_seconds", "steps_per_second", "data_wait", "interval_seconds", "unix_seconds", "hook_seconds"}
+
+
+def is_time(name: str) -> bool:
+    return name in TIMES or name.endswith("_seconds")
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     return [
-        {name: entry[name] for name in entry if name not in TIMES} for entry in read_metrics(folder / "metrics.jsonl")
+        {name: entry[name] for name in entry if not is_time(name)} for entry in read_metrics(folder / "metrics.jsonl")
     ]
 
 
@@ -95,8 +100,12 @@ def test_entries_are_means_over_their_interval(tmp_path):
     for entry, values in zip(entries, (losses[:4], losses[4:8], losses[8:]), strict=True):
         assert entry["loss"] == np.mean(values)
     first, second, _ = read_metrics(tmp_path / "some" / "metrics.jsonl")
-    assert first["first_step_seconds"] > 0
-    assert TIMES - second.keys() == {"first_step_seconds"}
+    assert {name for name in first if is_time(name)} == {
+        *TIMES,
+        *("first_step_seconds", "first_batch_seconds", "compile_seconds"),
+    }
+    assert first["first_step_seconds"] > first["compile_seconds"] > 0
+    assert {name for name in second if is_time(name)} == TIMES
     assert second["steps_per_second"] == pytest.approx(1 / second["step_seconds"])
     assert 0 <= second["data_wait"] <= 1
 
@@ -138,6 +147,53 @@ def test_pauses_are_not_step_time(tmp_path, clock):
 
     train(tmp_path, LoopConfig(steps=12, log_every=6, save_every=3), data=clock.slow, on_step=pause)
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step_seconds"] == pytest.approx(0.02)
+
+
+def test_entries_report_where_the_time_went(tmp_path, clock):
+    """Each second of the run is in an entry: of steps, of compilation, of saving or of a hook by its name."""
+
+    def validate(done: int, _state: Any) -> Mapping[str, float]:
+        clock.now += 3
+        return {}
+
+    class SlowCheckpoints(Checkpoints):
+        def save(self, step, *args, **options):
+            clock.now += 5
+            super().save(step, *args, **options)
+
+    def start_step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        if int(state.step) in (0, 7):  # the shapes of batch 8 are new
+            clock.now += 100
+        return step(state, batch)
+
+    def batches(done: int) -> Iterator[Any]:
+        for number, batch in enumerate(make_batches(done), start=1):
+            clock.now += 40 if number == 1 else 0.5
+            yield {name: each[:8] for name, each in batch.items()} if number == 8 else batch
+
+    run(
+        start_step,
+        init_state(),
+        batches,
+        config=LoopConfig(steps=12, log_every=4, save_every=6),
+        checkpoints=SlowCheckpoints(tmp_path / "checkpoints"),
+        hooks=[
+            MetricsLog(tmp_path / "metrics.jsonl"),
+            PeriodicCall(every=4, function=validate, name="validation"),
+        ],
+    )
+    first, second, third = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["first_batch_seconds"], first["compile_seconds"], first["validation_seconds"]) == (40, 100, 3)
+    assert first["first_step_seconds"] == 140
+    assert first["interval_seconds"] == 140 + 3 * 0.5 + 3
+    assert first["step_seconds"] == 0.5
+    assert "save_seconds" not in first
+    assert second["interval_seconds"] == 4 * 0.5 + 100 + 5 + 3
+    assert (second["save_seconds"], second["compile_seconds"]) == (5, 100)
+    assert second["step_seconds"] == (4 * 0.5 + 100) / 4
+    assert third["interval_seconds"] == 4 * 0.5 + 3
+    assert {"compile_seconds", "save_seconds", "first_batch_seconds"} & third.keys() == set()
+    assert time.time() - 60 < first["unix_seconds"] <= second["unix_seconds"] <= third["unix_seconds"] <= time.time()
 
 
 @pytest.mark.parametrize(("bad", "last"), [(1, None), (8, 5), (11, 10)])

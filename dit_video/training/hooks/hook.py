@@ -16,6 +16,8 @@ class Hook:
 
     first_process_only: ClassVar[bool] = False
     """True for a hook that only the first process calls, such as a log."""
+    name: str = "hook"
+    """Name of the metric `NAME_seconds`, the time that `call` takes."""
 
     def resume(self, step: int) -> None:
         """Prepare to start, or to continue after `step`: discard what was written of later steps."""
@@ -73,6 +75,8 @@ class PeriodicCall(Hook):
     function: Callable[[int, Any], Mapping[str, float]]
     """Function of the number of steps done and the state, to which it must not keep references. Its result is
     logged."""
+    name: str = "hook"
+    """Name of the metric `NAME_seconds`, the time that the function takes, such as "validation"."""
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         return step % self.every == 0 or is_last

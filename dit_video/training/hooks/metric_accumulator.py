@@ -51,6 +51,7 @@ class MetricAccumulator:
         self._consecutive_skips, self._max_consecutive_skips = 0, max_consecutive_skips
         self._hooks = hooks
         self._newest_loss: Array | None = None
+        self._has_batch = False
         self._first_step_seconds: float | None = None
         self._compiled_shapes: set[tuple[Any, ...]] = set()
         self._untimed_steps_left = 0
@@ -58,7 +59,15 @@ class MetricAccumulator:
         """True if the host spent the time since the step before the newest one on that of a step. It did not if the
         newest step or one of the two before was the first with its shapes, which compiles it: meanwhile the device
         empties its queue, which is then filled without waiting."""
+        self._restart_interval()
         self._restart_timer()
+
+    def _restart_interval(self) -> None:
+        self._interval_start = time.perf_counter()
+        self._lost_seconds: dict[str, float] = {}
+
+    def _add_lost_seconds(self, name: str, seconds: float) -> None:
+        self._lost_seconds[name] = self._lost_seconds.get(name, 0.0) + seconds
 
     def _restart_timer(self) -> None:
         self._start_time = time.perf_counter()
@@ -81,6 +90,9 @@ class MetricAccumulator:
                 step = self._steps_done + len(self._pending_metrics)
                 raise UserError(f"the data ended after step {step}. Repeat them, or train for {step} steps.") from error
             raise
+        if not self._has_batch:
+            self._has_batch = True
+            self._add_lost_seconds("first_batch", time.perf_counter() - start_time)
         # The wait is counted only if the device has finished its queued work and is idle.
         if self._newest_loss is not None and self._newest_loss.is_ready():  # type: ignore[attr-defined]  # missing in JAX's stub
             self._wait_seconds += time.perf_counter() - start_time
@@ -108,9 +120,17 @@ class MetricAccumulator:
             jax.block_until_ready(self._pending_metrics[-1 - _MAX_QUEUED_STEPS]["loss"])
             self._check_skips(len(self._pending_metrics) - _MAX_QUEUED_STEPS)
 
+    @contextlib.contextmanager
+    def time_compilation(self, batch: Any) -> Iterator[None]:
+        """Count the time inside the context, in which a step is started, as compilation if its shapes are new."""
+        start_time = time.perf_counter()
+        yield
+        if _get_shapes(batch) not in self._compiled_shapes:
+            self._add_lost_seconds("compile", time.perf_counter() - start_time)
+
     def _record_shapes(self, batch: Any) -> None:
         """Set `is_timed` for the step of this batch."""
-        shapes = tuple(getattr(leaf, "shape", None) for leaf in jax.tree.leaves(batch))
+        shapes = _get_shapes(batch)
         if shapes not in self._compiled_shapes:
             self._compiled_shapes.add(shapes)
             self._untimed_steps_left = 1 + _MAX_QUEUED_STEPS
@@ -168,26 +188,35 @@ class MetricAccumulator:
             seconds = (time.perf_counter() - self._start_time) / self._num_timed
             values |= {"step_seconds": seconds, "steps_per_second": 1 / seconds}
             values["data_wait"] = self._wait_seconds / (seconds * self._num_timed)
+        values["interval_seconds"] = time.perf_counter() - self._interval_start
+        values |= {f"{name}_seconds": seconds for name, seconds in self._lost_seconds.items()}
         self._steps_done += len(fetched)
         self._pending_metrics, self._batch_ids, self._num_checked = [], [], 0
+        self._restart_interval()
         self._restart_timer()
         return values
 
     @contextlib.contextmanager
-    def pause_timer(self) -> Iterator[None]:
-        """Exclude the time inside the context from the step time."""
+    def pause_timer(self, name: str) -> Iterator[None]:
+        """Exclude the time inside the context from the step time, and log it as `NAME_seconds`."""
         start_time = time.perf_counter()
         try:
             yield
         finally:
-            self._start_time += time.perf_counter() - start_time
+            seconds = time.perf_counter() - start_time
+            self._start_time += seconds
+            self._add_lost_seconds(name, seconds)
 
     @contextlib.contextmanager
-    def sync_and_pause_timer(self) -> Iterator[None]:
-        """Wait for all steps, then exclude the time inside the context from the step time."""
+    def sync_and_pause_timer(self, name: str) -> Iterator[None]:
+        """Wait for all steps, then do as `pause_timer`."""
         jax.block_until_ready(self._newest_loss)
-        with self.pause_timer():
+        with self.pause_timer(name):
             yield
+
+
+def _get_shapes(batch: Any) -> tuple[Any, ...]:
+    return tuple(getattr(leaf, "shape", None) for leaf in jax.tree.leaves(batch))
 
 
 def _mean(metrics: list[Any]) -> float | None:
