@@ -1,5 +1,6 @@
 """Output of a run: the metrics log, and a progress bar with the estimated time left."""
 
+import html
 import io
 import json
 import math
@@ -66,7 +67,7 @@ def _format_line(entry: Mapping[str, Any]) -> str:
 
 
 class Progress:
-    """Progress of a run with its loss and the time left, on stderr: a bar in a terminal, otherwise a line at intervals.
+    """Progress of a run with its loss and the time left: a bar in a terminal or a notebook, otherwise lines on stderr.
 
     Use it as a context manager, and call `update` as often as convenient: it draws a few times a second at most.
     """
@@ -89,17 +90,18 @@ class Progress:
           total: Number of steps at the end of the run.
           start: Number of steps that the run continues from.
           unit: Name of a step, such as "clip".
-          line_seconds: Seconds between two lines if the stream is not a terminal.
-          stream: Stream to write to instead of stderr.
+          line_seconds: Seconds between two lines if there is no bar.
+          stream: Stream to write to instead of stderr, or of the output of a notebook's cell.
           visible: True to draw; in a run of several processes, only one of them should.
         """
         self.title, self.total, self.start, self.unit = title, total, start, unit
         # Type checkers see the standard streams as TextIO, which is not a TextIOBase.
         self._stream = cast(io.TextIOBase, sys.stderr) if stream is None else stream
         self._visible = visible
-        self._is_terminal = visible and self._stream.isatty()
-        self._draw_seconds = 0.2 if self._is_terminal else line_seconds
-        self._bar: Any = None
+        self._is_in_notebook = visible and stream is None and _is_in_notebook()
+        self._has_bar = self._is_in_notebook or (visible and self._stream.isatty())
+        self._draw_seconds = 0.2 if self._has_bar else line_seconds
+        self._bar: _NotebookBar | _TerminalBar | None = None
         self._last_draw_time = -math.inf
         self._step = self._last_drawn_step = start
         self._loss = math.nan
@@ -107,9 +109,10 @@ class Progress:
         self._timed_steps, self._timed_seconds = 0, 0.0
 
     def __enter__(self) -> "Progress":
-        if self._is_terminal:
-            self._bar, self._task = _make_bar(self._stream, self.title, self.total, self.start)
-            self._bar.start()
+        if self._is_in_notebook:
+            self._bar = _NotebookBar(self.title, self.total, self.start)
+        elif self._has_bar:
+            self._bar = _TerminalBar(self.title, self.total, self.start, self._stream)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -153,12 +156,11 @@ class Progress:
         if not self._visible:
             return
         loss = "" if math.isnan(self._loss) else f"loss {self._loss:.4f}"
+        left = self._format_time_left()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._step, loss=loss, left=self._format_time_left())
-            return
-        share = self._step / self.total
-        parts = [f"{self.title} {self._step}/{self.total} ({share:.0%})", loss, self._format_time_left()]
-        print(" · ".join(part for part in parts if part), file=self._stream, flush=True)
+            self._bar.draw(self._step, loss, left)
+        else:
+            print(_format_progress(self.title, self._step, self.total, loss, left), file=self._stream, flush=True)
 
     def _format_time_left(self) -> str:
         """Return the mean speed of the timed steps and the time left at this speed; empty before there are any."""
@@ -169,20 +171,67 @@ class Progress:
         return f"{speed} · {_format_duration(seconds * (self.total - self._step))} left"
 
 
-def _make_bar(stream: io.TextIOBase, title: str, total: int, start: int) -> tuple[Any, Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
+class _TerminalBar:
+    """A bar in a terminal, drawn by rich."""
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[left]}"),
-    )
-    bar = Bar(*columns, console=Console(file=cast(TextIO, stream)), refresh_per_second=5)
-    return bar, bar.add_task(title, total=total, completed=start, loss="", left="")
+    def __init__(self, title: str, total: int, start: int, stream: io.TextIOBase) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._bar = Bar(*columns, console=Console(file=cast(TextIO, stream)), refresh_per_second=5)
+        self._task = self._bar.add_task(title, total=total, completed=start, loss="", left="")
+        self._bar.start()
+
+    def draw(self, step: int, loss: str, left: str) -> None:
+        self._bar.update(self._task, completed=step, loss=loss, left=left)
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+class _NotebookBar:
+    """A bar in the output of a notebook's cell, which every drawing replaces; rich's bar would need ipywidgets."""
+
+    def __init__(self, title: str, total: int, start: int) -> None:
+        from IPython.display import display
+
+        self._title, self._total = title, total
+        self._handle: Any = display(self._make_outputs(start, "", ""), raw=True, display_id=True)
+
+    def draw(self, step: int, loss: str, left: str) -> None:
+        self._handle.update(self._make_outputs(step, loss, left), raw=True)
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+
+    def _make_outputs(self, step: int, loss: str, left: str) -> dict[str, str]:
+        share = step / max(1, self._total)
+        bar = (
+            '<div style="display:inline-block;vertical-align:middle;width:240px;height:10px;margin-right:10px;'
+            'border-radius:5px;overflow:hidden;background:#8884">'
+            f'<div style="width:{share:.1%};height:100%;background:#0072B2"></div></div>'
+        )
+        text = _format_progress(self._title, step, self._total, loss, left)
+        return {"text/plain": text, "text/html": f"<div>{bar}{html.escape(text)}</div>"}
+
+
+def _is_in_notebook() -> bool:
+    """Return whether a cell of a notebook runs this: only then IPython's shell belongs to a kernel."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+def _format_progress(title: str, step: int, total: int, loss: str, left: str) -> str:
+    parts = [f"{title} {step}/{total} ({step / max(1, total):.0%})", loss, left]
+    return " · ".join(part for part in parts if part)
 
 
 def print_on_first_process(text: str) -> None:

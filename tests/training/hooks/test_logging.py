@@ -3,6 +3,7 @@ import json
 import math
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,6 +107,55 @@ def test_progress_in_a_terminal_draws_a_bar():
     assert "3/3" in stream.getvalue()
     assert "loss 0.5000" in stream.getvalue()
     assert "left" in stream.getvalue()
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """Return the outputs of a notebook's cell, of which an update replaces the last one."""
+    outputs = []
+
+    class Handle:
+        def update(self, data, *, raw):
+            assert raw
+            outputs[-1] = data
+
+    def display(data, *, raw, display_id):
+        assert raw
+        assert display_id
+        outputs.append(data)
+        return Handle()
+
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setattr("IPython.display.display", display)
+    return outputs
+
+
+def test_progress_in_a_notebook_is_one_output_that_is_replaced(notebook, capsys):
+    with Progress("training <a>", 4) as progress:
+        assert "width:0.0%" in notebook[0]["text/html"]
+        for step in (1, 2, 4):
+            progress.update(step, 0.5)
+    (output,) = notebook
+    assert output["text/plain"].startswith("training <a> 4/4 (100%) · loss 0.5000 · ")
+    assert "training &lt;a&gt; 4/4 (100%) · loss 0.5000" in output["text/html"]
+    assert "width:100.0%" in output["text/html"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_of_nothing_and_invisible_progress_do_not_fail_in_a_notebook(notebook):
+    with Progress("nothing", 0):
+        pass
+    with Progress("hidden", 3, visible=False) as progress:
+        progress.update(3)
+    assert [output["text/plain"] for output in notebook] == ["nothing 0/0 (0%)"]
+
+
+def test_a_stream_of_the_caller_is_written_in_a_notebook_too(notebook):
+    stream = io.StringIO()
+    with Progress("t", 2, stream=stream) as progress:
+        progress.update(2)
+    assert stream.getvalue() == "t 2/2 (100%)\n"
+    assert notebook == []
 
 
 @pytest.fixture
