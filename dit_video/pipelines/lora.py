@@ -1,11 +1,12 @@
 """Adapters (LoRA) of a pipeline's denoiser."""
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.core.offload import Offload
 from dit_video.core.trees import flatten, unflatten
 from dit_video.generation import Denoiser
@@ -17,7 +18,30 @@ from dit_video.weights.lora import check_lora
 from dit_video.weights.lora_modules import GetLoraModules, LoraModules, add_module_prefix
 
 ExpertName = Literal["backbone", "low_noise"]
+_ADAPTER = re.compile(r"(.+?)(?:@(-?\d*\.?\d+)(?:@(backbone|low_noise))?)?")
 LoraLoaderT = TypeVar("LoraLoaderT", bound="LoraLoader")
+
+
+class AdapterFile(NamedTuple):
+    """A LoRA file with its scale and the expert of two that it adapts."""
+
+    file: Path
+    scale: float
+    expert: ExpertName
+
+    @staticmethod
+    def parse(text: str) -> "AdapterFile":
+        """Return the adapter of `FILE`, `FILE@SCALE` or `FILE@SCALE@EXPERT`, as options of commands name it.
+
+        Raises:
+          MissingError: no such file.
+        """
+        match = _ADAPTER.fullmatch(text)
+        assert match is not None  # any text is at least the name of a file
+        file, scale, expert = match.groups()
+        if not Path(file).exists():
+            raise MissingError(f"no such file: {file} of --lora {text}; use FILE, FILE@SCALE or FILE@SCALE@EXPERT")
+        return AdapterFile(Path(file), float(scale or 1), "low_noise" if expert == "low_noise" else "backbone")
 
 
 def check_adapter(

@@ -1,0 +1,87 @@
+"""Serve the studio of a model, and the page of its training run: `python -m dit_video.web RUN_OR_FOLDER`."""
+
+from dit_video.platform.scripts import prepare_script
+
+prepare_script(__name__)
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dit_video.core.command_line import parse_arguments, parse_memory
+from dit_video.core.errors import MissingError, UserError, script
+
+DEFAULT_PORT = 7860
+
+
+def main(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")],
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    token: str | None = None,
+    out: Path = Path("runs/studio"),
+    lora: tuple[str, ...] = (),
+    upload_limit: str = "200MiB",
+    cache: bool = True,
+) -> None:
+    """Serve a page on which a model is sampled, and one that follows its training run.
+
+    For example:
+
+        python -m dit_video.web experiments/pretrained/shapes
+        python -m dit_video.web runs/clips --port 8000
+        python -m dit_video.web Wan2.1-T2V-1.3B-Diffusers --lora style.safetensors@0.8 --host 0.0.0.0
+
+    Args:
+        folder: Folder of a run, which may be in training, of a pipeline or of open weights.
+        host: Address to listen at. By default only this machine's browsers reach it; at 0.0.0.0 all do that have the
+            token.
+        port: Port to listen at; 0 for any that is free.
+        token: Text that browsers send once, in the address that is printed; random by default for another host than
+            127.0.0.1, where there is none.
+        out: Folder of uploads and galleries.
+        lora: LoRA files to attach, each FILE, FILE@SCALE or FILE@SCALE@EXPERT; the page has a scale for each.
+        upload_limit: Maximum size of an uploaded file.
+        cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
+    """
+    try:
+        from dit_video.web import server
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed. Use pip install 'dit-video[web]'") from error
+    from dit_video.experiment.checkpoints import list_checkpoints
+    from dit_video.experiment.folder_config import read_config
+    from dit_video.experiment.loading import find_folder
+    from dit_video.pipelines.folder import RUN_CONFIG
+    from dit_video.pipelines.lora import AdapterFile
+    from dit_video.platform.compilation_cache import enable_compilation_cache
+    from dit_video.web.access import AccessRules, is_loopback, make_token
+    from dit_video.web.studio.models import StudioModel
+
+    local_folder, max_upload = find_folder(folder), parse_memory(upload_limit)
+    is_run, is_local = (local_folder / RUN_CONFIG).is_file(), is_loopback(host)
+    config = read_config(local_folder)
+    if config is None and not is_run:
+        raise MissingError(f"{folder} holds no model: use the folder of a run, of a pipeline or of open weights")
+    access = AccessRules(is_local=is_local and token is None, token=token if is_local else token or make_token())
+    adapters = [AdapterFile.parse(text) for text in lora]
+    steps = [each.step for each in list_checkpoints(local_folder)] if is_run else []
+    model = None if config is None else StudioModel(local_folder, config, adapters=adapters, checkpoints=steps)
+    listener = server.open_socket(host, port)
+    options = server.ServerConfig(
+        title=local_folder.resolve().name if model is None else model.title,
+        run=local_folder if is_run else None,
+        root=out,
+        access=access,
+        max_upload=max_upload,
+    )
+    if cache:
+        enable_compilation_cache()
+    name = f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{listener.getsockname()[1]}/" + (f"?token={access.token}" if access.token else "")
+    print(f"studio of {options.title}: {address}", flush=True)
+    server.serve(server.make_app(options, model), listener)
+
+
+if __name__ == "__main__":
+    script(parse_arguments, is_resumable=False)(main)

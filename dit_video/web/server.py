@@ -1,0 +1,114 @@
+"""The server: pages of a model's studio, and of the training run that it comes from."""
+
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from dit_video.core.errors import UserError
+from dit_video.web.access import Access, AccessRules
+from dit_video.web.pages import make_static_route, render_message
+from dit_video.web.studio.jobs import JobQueue
+from dit_video.web.studio.models import StudioModel
+from dit_video.web.studio.routes import ERRORS, StudioRoutes, answer_http_error
+from dit_video.web.studio.worker import Worker
+
+_SHUTDOWN_SECONDS = 2
+"""Seconds that open connections have to end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Settings of the server: pages, folders and access."""
+
+    title: str
+    run: Path | None
+    """Folder of a training run, which has a page of its own; None for another folder."""
+    root: Path
+    """Folder of the users' uploads and galleries."""
+    access: AccessRules
+    max_upload: int
+    """Maximum bytes of an upload."""
+
+
+def make_app(config: ServerConfig, model: StudioModel | None) -> Starlette:
+    """Return the application.
+
+    Args:
+      config: its settings.
+      model: the model; None for a run that has none yet.
+    """
+    has_run, queue = config.run is not None, JobQueue()
+    routes: list[Route] = [make_static_route()]
+    if config.run is not None:
+        from dit_video.web.run_page import make_run_routes
+
+        routes += make_run_routes(config.run)
+    workers = []
+    if model is not None:
+        studio = StudioRoutes(model, queue, config.root, max_upload=config.max_upload, has_run=has_run)
+        routes += studio.make_routes()
+        workers.append(Worker(model, queue, lambda user: studio.open_files(user).gallery))
+
+    @contextlib.asynccontextmanager
+    async def run_workers(app: Starlette) -> AsyncIterator[None]:
+        for worker in workers:
+            worker.start()
+        try:
+            yield
+        finally:
+            queue.close()
+
+    def answer_missing(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if request.url.path.startswith(("/api/", "/media/", "/static/")):
+            return answer_http_error(request, error)
+        text = "This address does not exist."
+        if request.url.path == "/" and has_run:
+            text = "This run has no model yet. The page of the training run shows how far it is."
+        return render_message("Not here", text, title=config.title, has_run=has_run, status=error.status_code)
+
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(Access, rules=config.access)],
+        exception_handlers={**ERRORS, HTTPException: answer_missing},
+        lifespan=run_workers,
+    )
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; port 0 is any that is free.
+
+    Raises:
+      UserError: the port is in use, or the address is not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        fix = f"Use --port {port + 1}, or --port 0 for any that is free"
+        raise UserError(f"port={port} of {host} is invalid: {error.strerror}. {fix}") from error
+    except OverflowError as error:
+        listener.close()
+        raise UserError(f"port={port} is invalid: it must be from 0 to 65535. Use --port 7860") from error
+    return listener
+
+
+def serve(app: Starlette, listener: socket.socket) -> None:
+    """Answer requests until Ctrl-C."""
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False, lifespan="on"
+    )
+    uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,96 @@
+"""The model of the studio: its forms, and its pipeline, which is loaded when it is first used."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_video.core.errors import UserError
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.experiment.loading import load
+from dit_video.generation.request import Request
+from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.lora import AdapterFile
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.web.studio.clip_fit import ClipFit
+from dit_video.web.studio.forms import get_size_steps, list_presets, make_sampling_form, make_tabs
+
+
+class StudioModel:
+    """A model that the studio samples.
+
+    Args:
+      folder: folder of a run, a pipeline or open weights.
+      config: config of its pipeline.
+      adapters: LoRA files that are attached.
+      checkpoints: steps of a run's checkpoints, of which users may choose one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: PipelineConfig,
+        *,
+        adapters: Sequence[AdapterFile] = (),
+        checkpoints: Sequence[int] = (),
+    ):
+        self.folder, self.config = folder, config
+        self.adapters: dict[str, AdapterFile] = {}
+        """Attached adapters by name."""
+        for adapter in adapters:
+            if adapter.file.stem in self.adapters:
+                raise UserError(f"--lora {adapter.file} is invalid: another file has this name. Rename one.")
+            self.adapters[adapter.file.stem] = adapter
+        scales = {name: adapter.scale for name, adapter in self.adapters.items()}
+        self.tabs = make_tabs(config)
+        self.sampling_form = make_sampling_form(config, adapters=scales, checkpoints=checkpoints)
+        self._loaded: tuple[int | None, Pipeline] | None = None
+
+    @property
+    def title(self) -> str:
+        """Return the name of the model."""
+        return self.config.provenance.get("experiment") or self.folder.resolve().name
+
+    @property
+    def fit(self) -> ClipFit:
+        """Return the rate, length and sizes of clips that uploads are fitted to."""
+        config, steps = self.config, get_size_steps(self.config)
+        return ClipFit(
+            fps=config.fps,
+            max_frames=config.size.t,
+            stride=steps.t,
+            multiple=(steps.h, steps.w),
+            area=config.size.h * config.size.w,
+            planes=tuple((size.h, size.w) for size in list_presets(config)),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the description of the model and of its forms for the page."""
+        size, backbone = self.config.size, type(self.config.backbone).__name__.removesuffix("Config")
+        summary = f"{backbone}, {size.t} frames of {size.w}×{size.h} at {self.config.fps:g} frames per second"
+        return {
+            "title": self.title,
+            "summary": summary,
+            "tabs": [tab.describe() for tab in self.tabs],
+            "sampling": [field.describe() for field in self.sampling_form],
+        }
+
+    def load(self, checkpoint: int | None, scales: Mapping[str, float]) -> Pipeline:
+        """Return the pipeline of a checkpoint with scales of its adapters; one checkpoint is in memory.
+
+        Raises:
+          UserError: what `dit_video.load` refuses.
+        """
+        if self._loaded is None or self._loaded[0] != checkpoint:
+            self._loaded = None
+            pipeline = load(self.folder, step=checkpoint)
+            for name, adapter in self.adapters.items():
+                pipeline = pipeline.load_lora(adapter.file, adapter.scale, expert=adapter.expert, name=name)
+            self._loaded = checkpoint, pipeline
+        pipeline = self._loaded[1]
+        changed = {name: scale for name, scale in scales.items() if name in self.adapters}
+        return pipeline.set_lora_scales(changed) if changed else pipeline
+
+    def make_example(self) -> Request:
+        """Return a request of the model's own size, whose program most users need first."""
+        evaluation = self.config.evaluation or CaptionEvaluation()
+        return Request(evaluation.example_prompt, self.config.size)

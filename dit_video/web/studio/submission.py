@@ -1,0 +1,132 @@
+"""A job as the browser asks for it, checked before it waits in the queue."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dit_video.core.errors import UserError
+from dit_video.pipelines.checks import check_requests, resolve_sampling
+from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.tasks import AnyTask, ClipTask
+from dit_video.video import Clip
+from dit_video.web.studio.fields import FormError, FormField, MediaSource
+from dit_video.web.studio.forms import Tab, parse_answers
+
+_OVERRIDES = ("steps", "guidance", "sampler", "shift")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A task with its sampling."""
+
+    tab: Tab
+    task: AnyTask
+    values: Mapping[str, Any]
+    """Values of the task, with clips and masks as arrays."""
+    sampling: Mapping[str, Any]
+    """Values that all tabs share."""
+    answers: Mapping[str, Any]
+    """The answers of both forms, as the browser sent them."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """Return the seeds of the clips."""
+        first = self.sampling.get("seed", 0)
+        return list(range(first, first + self.sampling.get("count", 1)))
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Return the arguments of a pipeline's methods besides the task and the seed."""
+        names = (*_OVERRIDES, "negative")
+        return {name: self.sampling[name] for name in names if self.sampling.get(name) not in (None, "")}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Return the scales of adapters (LoRA), by name."""
+        parts = ((name.partition(":"), value) for name, value in self.sampling.items())
+        return {name: value for (kind, _, name), value in parts if kind == "lora" and name}
+
+    @property
+    def checkpoint(self) -> int | None:
+        """Return the step of the run's checkpoint; None for the newest."""
+        chosen = self.sampling.get("checkpoint")
+        return int(chosen) if chosen else None
+
+    @property
+    def title(self) -> str:
+        """Return the prompt, or the title of the tab."""
+        return self.values.get("prompt") or self.tab.title
+
+    @property
+    def inputs(self) -> dict[str, Clip]:
+        """Return the clips, images and masks that the task gets, by the names of their fields."""
+        inputs: dict[str, Clip] = {}
+        for name, value in self.values.items():
+            if isinstance(value, Clip):
+                inputs[name] = value
+            elif isinstance(value, np.ndarray):
+                picture = np.where(value, np.uint8(255), np.uint8(0))
+                inputs[name] = Clip(np.repeat(picture[None, ..., None], 3, axis=-1), fps=1)
+        return inputs
+
+
+def parse_submission(
+    body: Any, config: PipelineConfig, tabs: Sequence[Tab], sampling_form: Sequence[FormField], media: MediaSource
+) -> Submission:
+    """Return the job that a browser asks for.
+
+    Args:
+      body: `{"tab": NAME, "values": {...}, "sampling": {...}}`.
+      config: config of the model.
+      tabs: tabs of the model.
+      sampling_form: fields that all tabs share.
+      media: uploads and gallery of the user.
+
+    Raises:
+      FormError: an answer that is invalid, or values that do not fit the model or each other.
+    """
+    if not isinstance(body, Mapping):
+        raise FormError("the request must be an object")
+    tab = next((tab for tab in tabs if tab.name == body.get("tab")), None)
+    if tab is None:
+        raise FormError(f"tab={str(body.get('tab'))[:40]!r} does not exist. Reload the page.")
+    answers = {"values": body.get("values") or {}, "sampling": body.get("sampling") or {}}
+    values = tab.parse(answers["values"], media)
+    sampling = parse_answers(sampling_form, answers["sampling"], media)
+    values.setdefault("prompt", _get_caption(values))
+    try:
+        task = tab.make_task(values)
+        submission = Submission(tab=tab, task=task, values=values, sampling=sampling, answers=answers)
+        _check(submission, config)
+    except FormError:
+        raise
+    except UserError as error:
+        raise FormError(str(error), _guess_field(str(error), tab, sampling_form)) from error
+    return submission
+
+
+def _check(submission: Submission, config: PipelineConfig) -> None:
+    """Check that the model can sample the task, as far as that is known before it is sampled."""
+    overrides: dict[str, Any] = {name: value for name, value in submission.overrides.items() if name in _OVERRIDES}
+    if isinstance(submission.task, ClipTask):
+        request = submission.task.make_request(config)._replace(negative=submission.overrides.get("negative"))
+        check_requests(config, [request], **overrides)
+    else:
+        resolve_sampling(config, **overrides)
+
+
+def _get_caption(values: Mapping[str, Any]) -> str:
+    """Return the caption of the first clip that has one, which describes a clip of the gallery."""
+    captions = (value.caption for value in values.values() if isinstance(value, Clip))
+    return next(filter(None, captions), "")
+
+
+def _guess_field(message: str, tab: Tab, sampling_form: Sequence[FormField]) -> str | None:
+    """Return the field whose name the message of an error begins with, if any."""
+    word = message.replace("=", " ").partition(" ")[0]
+    names = [field.name for field in (*tab.fields, *sampling_form)]
+    if word in ("T", "height", "width", "frames") and word not in names and "size" in names:
+        return "size"
+    return word if word in names else None
