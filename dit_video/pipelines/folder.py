@@ -11,6 +11,8 @@ FORMAT = 1
 CONFIG, RUN_CONFIG = "pipeline.json", "experiment.json"
 AUTOENCODER, DENOISER, STEPS = "autoencoder.safetensors", "denoiser.safetensors", "steps"
 """Files of weights, and the folder of the pipelines of previous steps."""
+PREVIEW = "preview.safetensors"
+"""File of the preview decoder, which a pipeline may lack."""
 
 
 def is_pipeline_folder(folder: str | Path) -> bool:

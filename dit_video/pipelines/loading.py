@@ -8,10 +8,11 @@ from jax.sharding import Mesh
 
 from dit_video.core.offload import Offload
 from dit_video.distributed import MeshConfig
+from dit_video.encoders.preview import load_preview_decoder
 from dit_video.nn import Backend, get_param_shapes
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.devices import make_placement
-from dit_video.pipelines.folder import AUTOENCODER, DENOISER, STEPS, read_pipeline_config
+from dit_video.pipelines.folder import AUTOENCODER, DENOISER, PREVIEW, STEPS, read_pipeline_config
 from dit_video.pipelines.memory import fit_offload
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.weights import load as load_weights
@@ -63,6 +64,8 @@ def load_pipeline(
         mesh=mesh,
         offload=resolved,
     )
+    if (folder / PREVIEW).is_file():
+        pipeline = pipeline.with_preview_decoder(load_preview_decoder(folder / PREVIEW))
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 

@@ -37,12 +37,13 @@ from dit_video.pipelines.clip_decoder import ClipDecoder
 from dit_video.pipelines.clip_recipe import make_recipe
 from dit_video.pipelines.config import PipelineConfig, PreviousStep
 from dit_video.pipelines.devices import PipelineDevices
-from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, STEPS, write_pipeline_config
+from dit_video.pipelines.folder import AUTOENCODER, CONFIG, DENOISER, PREVIEW, STEPS, write_pipeline_config
 from dit_video.pipelines.lora import LoraLoader
 from dit_video.pipelines.options import GenerateOptions, SamplingOverrides, split_options
 from dit_video.pipelines.parts import make_denoiser, make_task_model
+from dit_video.pipelines.preview_methods import PreviewMethods
 from dit_video.pipelines.previous_steps import sample_previous_steps
-from dit_video.pipelines.progress import Callback, make_monitor
+from dit_video.pipelines.progress import Callback
 from dit_video.pipelines.task_methods import TaskMethods
 from dit_video.video import Clip
 from dit_video.weights import save as save_weights
@@ -52,7 +53,7 @@ _DTYPES = ("float32", "bfloat16")
 _DECODING_FIX = "Use with_decoding(memory=...) (--decode-memory) with less, or tiles of the frames (--decode-tiles)"
 
 
-class Pipeline(TaskMethods, LoraLoader):
+class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
     """A trained autoencoder, denoiser and text encoder: prompts to clips, clips to latents and back."""
 
     def __init__(
@@ -186,7 +187,7 @@ class Pipeline(TaskMethods, LoraLoader):
         """
         self.check_decoding(requests)
         prepared = self._prepare(requests, **overrides)
-        latents = sample_latents(self._denoiser, **prepared, monitor=make_monitor(callback, self.decode))
+        latents = sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
         clips = []
         for request, clip, planned in zip(
             requests, self.decode_many(latents, requests), prepared["requests"], strict=True
@@ -203,8 +204,8 @@ class Pipeline(TaskMethods, LoraLoader):
 
         On a mesh of several processes all of them call this, and all get the latents.
         """
-        monitor = make_monitor(callback, self.decode)
-        return sample_latents(self._denoiser, **self._prepare(requests, **overrides), monitor=monitor)
+        prepared = self._prepare(requests, **overrides)
+        return sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
 
     def compute_clip_function(
         self,
@@ -310,6 +311,8 @@ class Pipeline(TaskMethods, LoraLoader):
                 temporary.mkdir()
                 save_weights(temporary / AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
                 write_pipeline_config(temporary, self.config)
+                if self.preview_decoder is not None:
+                    self.preview_decoder.save(temporary / PREVIEW)
             denoiser = gather_parts(self.denoiser_params)
             save_weights(temporary / DENOISER, denoiser, dtype=jnp.dtype(dtype), is_writer=is_writer)
             for name, pipeline in self._previous.items():
@@ -361,6 +364,7 @@ class Pipeline(TaskMethods, LoraLoader):
             offload=self._offload,
         )
         pipeline._set_codec(self.codec)
+        pipeline.preview_decoder = self.preview_decoder
         return pipeline._with_weights(self._weights._replace(params=pipeline._weights.params))
 
     def resolve_sampling(self, **overrides: Unpack[SamplingOverrides]) -> Sampling:

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Euler
 from dit_video.encoders.autoencoder import LatentCodec
+from dit_video.encoders.preview import PreviewDecoder
 from dit_video.generation import Denoiser, Sampling
 from dit_video.generation.request import Request
 from dit_video.generation.stepper import LatentStepper
@@ -44,6 +45,7 @@ class TaskMethods(abc.ABC):
 
     config: PipelineConfig
     codec: LatentCodec
+    preview_decoder: PreviewDecoder | None
     _denoiser: Denoiser
 
     @abc.abstractmethod

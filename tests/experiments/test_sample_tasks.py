@@ -105,6 +105,7 @@ class FakePipeline:
 
     config = SimpleNamespace(batch=1)
     codec = None
+    preview_decoder = None
 
     def make_stepper(self, *args, **overrides):
         raise AssertionError

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from dit_video.encoders.autoencoder import LatentCodec
+from dit_video.encoders.preview import PreviewDecoder
 from dit_video.generation.stepper import LatentStepper
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.tasks.clip_task import ClipTask
@@ -17,6 +18,7 @@ class TaskPipeline(Protocol):
 
     config: PipelineConfig
     codec: LatentCodec
+    preview_decoder: PreviewDecoder | None
 
     def run_tasks(self, *args: Any, **options: Any) -> list[Clip]:
         """Run tasks on clips: see `Pipeline.run_tasks`."""

@@ -47,7 +47,7 @@ class DescribedEdit(CompositeTask):
         source = pipeline.make_stepper(described, **{**overrides, "guidance": self.source_guidance})
         paths, latents = EditPaths(source, target), pipeline.codec.encode(self.clip)
         decode = functools.partial(pipeline.codec.decode, fps=self.clip.fps, caption=prompt, seed=request.seed)
-        monitor = make_report(callback, decode)
+        monitor = make_report(callback, decode, preview_decoder=pipeline.preview_decoder, fps=self.clip.fps)
         if self.edit_method == "flow_edit":
             options = {"strength": self.strength, "seed": request.seed, "draws": self.draws}
             edited = paths.edit_by_flow(latents, **options, monitor=monitor)
