@@ -50,7 +50,7 @@ class Experiment(StagedExperiment):
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
-    """Monitoring of the denoiser's training."""
+    """Monitoring of the trainings."""
 
     def __post_init__(self):
         super().__post_init__()

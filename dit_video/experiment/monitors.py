@@ -1,9 +1,11 @@
-"""Monitoring of a denoiser's training: the loss of held-out clips, samples, and throughput."""
+"""Monitoring of a training: the loss of held-out clips, samples, reconstructions, and throughput."""
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dit_video.autoencoders import AutoencoderConfig
 from dit_video.backbones.flops import count_training_flops
 from dit_video.conditioning import IMAGE_TOKENS
-from dit_video.core.errors import UserError
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.files import write_json
 from dit_video.core.trees import flatten
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.online import OnlineEncoder
+from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.distributed import shard_batch
-from dit_video.distributed.gather import is_first_process
+from dit_video.distributed.gather import is_first_process, to_host
 from dit_video.distributed.processes import wait_for_main_process
+from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.text import FrozenTextEncoder
+from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 from dit_video.experiment import DenoiserTraining, Experiment, Student, input_pipeline
 from dit_video.experiment.denoiser import TrainableDenoiser
 from dit_video.pipelines.pipeline import Pipeline, Request
@@ -38,7 +45,13 @@ from dit_video.training.step import Average
 from dit_video.video import Clip
 
 _MAX_CLIPS = 4
-"""Number of clips in a grid of samples whose prompts the config does not give."""
+"""Number of clips in a grid of reconstructions, or of samples whose prompts the config does not give."""
+_MAX_CANDIDATES = 1000
+"""Number of clips among which those of a grid of reconstructions are selected."""
+_GAP = 2
+"""Pixels between the clips of a grid."""
+TILES_FILE = "tiles.json"
+"""Name of the file that says where the clips of the grids in its folder lie."""
 
 
 def open_logs(monitoring: MonitoringConfig, folder: Path) -> list[Hook]:
@@ -116,7 +129,7 @@ def make_sampling(
     """Return a hook that saves a grid of clips at the training size, with the same prompts and seeds each time.
 
     Args:
-      folder: folder of the files, named by step.
+      folder: folder of the files, named by step, and of `TILES_FILE`.
       monitoring: holds the prompts.
       captions: prompts to use if it has none.
       pipeline: returns a pipeline from averaged weights, which stay where they are on the devices.
@@ -128,13 +141,75 @@ def make_sampling(
         requests = [Request(prompt, model.config.size, seed=seed) for seed, prompt in enumerate(prompts)]
         latents = model.generate_latents(requests)
         if is_first_process():
-            folder.mkdir(parents=True, exist_ok=True)
-            sheet = tile_clips(model.decode_many(latents, requests))
-            sheet.save(folder / f"{done:08}.{'mp4' if model.config.size.t > 1 else 'png'}")
+            _save_grid(folder, done, model.decode_many(latents, requests), prompts)
         wait_for_main_process()
         return {}
 
     return PeriodicCall(every=monitoring.sample_every, function=call, name="sampling")
+
+
+def make_reconstructions(
+    folder: Path, monitoring: MonitoringConfig, model: AutoencoderConfig, clips: ClipSource, limits: SizeLimits
+) -> PeriodicCall:
+    """Return a hook that saves a grid of clips, each next to its reconstruction, and computes their mean PSNR.
+
+    Args:
+      folder: folder of the files, named by step, and of `TILES_FILE`.
+      monitoring: holds the interval.
+      model: config of the autoencoder.
+      clips: clips to reconstruct; of those of the most common size the first ones are.
+      limits: limits of the sizes at which they are read.
+    """
+
+    @functools.cache
+    def read() -> list[tuple[str, Clip]]:
+        return _read_alike(clips, limits)
+
+    def call(done: int, state: Any) -> dict[str, float]:
+        codec = LatentCodec(model, to_host(state.ema))
+        values = {}
+        if is_first_process() and (named := read()):
+            pairs = [(clip, codec.reconstruct(clip)) for _, clip in named]
+            _save_grid(folder, done, [_join(*pair) for pair in pairs], [name for name, _ in named])
+            psnrs = [compute_limited_psnr(original.frames, decoded.frames) for original, decoded in pairs]
+            values["reconstruction_psnr"] = float(np.mean(psnrs))
+        wait_for_main_process()
+        return values
+
+    return PeriodicCall(every=monitoring.sample_every, function=call, name="reconstruction")
+
+
+def _read_alike(clips: ClipSource, limits: SizeLimits) -> list[tuple[str, Clip]]:
+    """Return the names and frames of up to `_MAX_CLIPS` clips of one size, without those that cannot be decoded."""
+    sizes = [fit_size(info, limits) for info in clips.infos[:_MAX_CANDIDATES]]
+    counts = Counter(sizes)
+    size = max(counts, key=lambda each: (min(counts[each], _MAX_CLIPS), each.t > 1, counts[each], each))
+    result = []
+    for index in (index for index, each in enumerate(sizes) if each == size):
+        with contextlib.suppress(DecodeError):
+            result.append((clips.infos[index].name, read_fitted_clip(clips, index, limits)))
+        if len(result) == _MAX_CLIPS:
+            break
+    return result
+
+
+def _join(original: Clip, decoded: Clip) -> Clip:
+    gap = np.full((*original.frames.shape[:2], _GAP, 3), 255, np.uint8)
+    return dataclasses.replace(original, frames=np.concatenate([original.frames, gap, decoded.frames], axis=2))
+
+
+def _save_grid(folder: Path, step: int, clips: Sequence[Clip], texts: Sequence[str]) -> None:
+    """Write a grid of clips of one size, and where each of them lies in it, with a text for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = tile_clips(clips)
+    grid.save(folder / f"{step:08}.{'mp4' if len(grid.frames) > 1 else 'png'}")
+    columns, (height, width) = _count_columns(len(clips)), clips[0].frames.shape[1:3]
+    tiles = [
+        {"text": text, "left": column * (width + _GAP), "top": line * (height + _GAP)}
+        for text, (line, column) in zip(texts, (divmod(number, columns) for number in range(len(clips))), strict=True)
+    ]
+    sizes = {"height": grid.height, "width": grid.width, "tile_height": height, "tile_width": width}
+    write_json(folder / TILES_FILE, {**sizes, "tiles": tiles})
 
 
 def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | None:
@@ -160,9 +235,9 @@ def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | 
     return work
 
 
-def tile_clips(clips: Sequence[Clip], *, gap: int = 2) -> Clip:
+def tile_clips(clips: Sequence[Clip], *, gap: int = _GAP) -> Clip:
     """Tile clips of one size, in as many lines as columns or one fewer."""
-    columns = math.ceil(math.sqrt(len(clips)))
+    columns = _count_columns(len(clips))
     lines = math.ceil(len(clips) / columns)
     frames, height, width, _ = clips[0].frames.shape
     canvas = np.full((frames, lines * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
@@ -172,6 +247,10 @@ def tile_clips(clips: Sequence[Clip], *, gap: int = 2) -> Clip:
         canvas[:, top : top + height, left : left + width] = clip.frames
     # Video formats need even sizes.
     return Clip(np.pad(canvas, ((0, 0), (0, canvas.shape[1] % 2), (0, canvas.shape[2] % 2), (0, 0))), clips[0].fps)
+
+
+def _count_columns(clips: int) -> int:
+    return math.ceil(math.sqrt(clips))
 
 
 def select_average(

@@ -1,6 +1,7 @@
 """Monitors of a run: accumulated batches, several averages, the loss of held-out clips, samples and a trace."""
 
 import dataclasses
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -98,6 +99,8 @@ def test_held_out_clips_are_judged_the_same_each_time(watched):
     assert entries[6]["tokens_per_second"] > 0
     assert entries[6]["model_flops_per_second"] > 0
     assert entries[6]["skipped"] == 0
+    times = {f"{name}_seconds" for name in ("validation", "sampling", "evaluation", "snapshot", "interval")}
+    assert times <= entries[6].keys()
     # The final weights give the final figure again, because noise and times are the same.
     state = SimpleNamespace(ema=watched.run.newest_pipeline().denoiser_params)
     assert watched.validation.call(1000, state)["validation_loss"] == pytest.approx(result[1], rel=1e-6)
@@ -105,11 +108,19 @@ def test_held_out_clips_are_judged_the_same_each_time(watched):
 
 @pytest.mark.slow
 def test_a_run_leaves_samples_and_a_trace_in_its_folder(watched):
-    (path,) = (watched.folder / "denoiser" / "samples").iterdir()
+    path, tiles_path = sorted((watched.folder / "denoiser" / "samples").iterdir())
     assert path.name == "00000006.mp4"
     size = watched.run.pipeline_config().size
     clip = decode(path)
     assert clip.frames.shape == (size.t, 2 * size.h + 2, 2 * size.w + 2, 3)
+    tiles = json.loads(tiles_path.read_text())
+    assert (tiles["height"], tiles["width"]) == clip.frames.shape[1:3]
+    assert (tiles["tile_height"], tiles["tile_width"]) == (size.h, size.w)
+    assert [(tile["text"], tile["top"], tile["left"]) for tile in tiles["tiles"]] == [
+        ("a red circle", 0, 0),
+        ("a square", 0, size.w + 2),
+        ("x", size.h + 2, 0),
+    ]
     assert list((watched.folder / "denoiser" / "profile").rglob("*.xplane.pb"))
 
 

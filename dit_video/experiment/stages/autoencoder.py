@@ -16,10 +16,11 @@ from dit_video.data.latents.offline import measure_latent_moments
 from dit_video.data.windows import ClipCrops, WindowBatches
 from dit_video.distributed import RowPart
 from dit_video.distributed.gather import to_host
-from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder
+from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder, monitors
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, make_autoencoder_step
 from dit_video.experiment.runtime import Runtime, Stage
 from dit_video.nn import get_graph_def, init_params
+from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
@@ -60,7 +61,9 @@ class TrainAutoencoder(Stage):
 
         trainer = runtime.make_trainer(self.name, steps=config.steps, init=init, train_step=step)
         load_params = functools.partial(load_initial_params, config, rng.key(runtime.seed, "inflation"))
-        trainer = dataclasses.replace(trainer, load_params=load_params, constants=constants)
+        trainer = dataclasses.replace(
+            trainer, load_params=load_params, constants=constants, hooks=self._make_hooks(runtime)
+        )
         state = trainer.run(functools.partial(self.open_windows, runtime, crops, purpose="autoencoder"))
         params = to_host(state.ema)
         if config.optimizer.is_trained("normalizer/mean"):
@@ -69,6 +72,16 @@ class TrainAutoencoder(Stage):
             params["normalizer"] = {"mean": mean, "std": std}
         if runtime.process == 0:
             save_weights(runtime.folder / WEIGHTS_FILE, params)
+
+    def _make_hooks(self, runtime: Runtime) -> tuple[Hook, ...]:
+        """Return the reconstructions of held-out clips, or of training clips if none is held out, if configured."""
+        experiment = self.experiment
+        if not experiment.monitoring.sample_every:
+            return ()
+        clips = runtime.held_out_clips if len(runtime.held_out_clips) else runtime.training_clips
+        folder, limits = runtime.folder / self.name / "reconstructions", experiment.limits
+        model = self._training.model
+        return (monitors.make_reconstructions(folder, experiment.monitoring, model, clips, limits),)
 
     def open_windows(
         self, runtime: Runtime, crops: ClipCrops, start: int, purpose: str, *, augment: bool = True

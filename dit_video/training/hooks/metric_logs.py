@@ -18,7 +18,9 @@ _FLUSH_SECONDS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class MonitoringConfig:
-    """Configuration of monitoring during the training of a denoiser, besides `metrics.jsonl`.
+    """Configuration of monitoring during the training of an autoencoder and a denoiser, besides `metrics.jsonl`.
+
+    The autoencoder's training has reconstructions alone; all else is of the denoiser.
 
     Raises:
       UserError: A number that is negative, or prompts that are never sampled.
@@ -34,7 +36,8 @@ class MonitoringConfig:
     validation_batches: int = 4
     """Number of validation batches, as large as those of training."""
     sample_every: int = 0
-    """Interval in steps of sampling a grid of clips with the averaged weights to `samples/`; 0 for never."""
+    """Interval in steps of sampling a grid of clips with the averaged weights to `samples/`, and of reconstructing
+    held-out clips to the autoencoder's `reconstructions/`, with their PSNR in the log; 0 for never."""
     evaluate_every: int = 0
     """Interval in steps of sampling the prompts of the run's evaluation and computing its metrics of samples, to
     `evaluations/step_STEP/metrics.json`; 0 for never. Training goes on while the first process measures."""
