@@ -6,6 +6,7 @@ what the autoencoder makes of them.
 
 import functools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxtyping import Float, Float32, Float64, UInt8
 from dit_video.autoencoders import latent_grid
 from dit_video.core import pixels
 from dit_video.core.errors import UserError
+from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from dit_video.weights import load, load_metadata, save
@@ -195,6 +197,19 @@ class PreviewFit:
         vectors = np.linalg.eigh(whitened @ whitened.T)[1][:, ::-1][:, :rank]
         projection, patches = np.linalg.solve(root.T, vectors), vectors.T @ whitened
         return PreviewDecoder(self.stride, self.channels, projection.astype(np.float32), patches.astype(np.float32))
+
+
+def fit_preview_decoder(codec: LatentCodec, clips: Iterable[Clip]) -> PreviewDecoder:
+    """Return the preview decoder of an autoencoder, fitted to what it makes of clips whose sizes fit its stride.
+
+    Raises:
+      UserError: no clips, or a size that does not fit.
+    """
+    fit = PreviewFit(codec.config.stride, codec.config.channels)
+    for clip in clips:
+        latents = codec.encode(clip)
+        fit.add(latents, codec.decode(latents, fps=clip.fps).frames)
+    return fit.solve()
 
 
 def compute_features(

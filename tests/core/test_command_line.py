@@ -159,6 +159,7 @@ def test_an_unknown_option_of_each_script(script, path):
         ("tools/encode_latents.py", ["RUN", "DATA", "DESTINATION"], "--storage int8"),
         ("tools/encode_latents.py", ["RUN", "DATA", "DESTINATION"], "--shards 0"),
         ("tools/export.py", ["RUN", "DESTINATION"], "--dtype int8"),
+        ("tools/fit_preview_decoder.py", ["PIPELINE", "--data", "DATA"], "--clips 0"),
         ("tools/ingest.py", ["SOURCE", "DESTINATION"], "--workers abc"),
         ("tools/ingest.py", ["SOURCE", "DESTINATION"], "--workers 0"),
         ("tools/plan.py", [CONFIG, "--topology", "v5e:2x2"], "--of all"),
