@@ -92,6 +92,7 @@ async function writeClipboard(text, button) {
   } catch {
     // Pages of plain http have no clipboard, nor do browsers that refuse it: a selected text can be copied.
     const area = make("textarea", { class: "unseen", readOnly: true, value: text, tabIndex: -1, "aria-hidden": "true" });
+    area.style.whiteSpace = "pre"; // else the indentation is lost
     button.parentElement.append(area); // inside of a dialog, which alone can hold the focus
     area.select();
     const isCopied = document.execCommand("copy");

@@ -1,11 +1,6 @@
 // Fields of the form, made from the server's descriptions: texts, numbers, choices and flags.
 import { make, makeButton, makeId } from "./dom.js";
 
-const MAX_SEED = 2 ** 31 - 1;
-
-/** Return a seed of 1 to 2³¹ − 1. */
-export const drawSeed = () => 1 + Math.floor(Math.random() * MAX_SEED);
-
 /** A field with its label, help and error. A subclass makes the controls, and reads and sets the value. */
 export class Field {
   constructor(description) {
@@ -24,7 +19,6 @@ export class Field {
     this.control = control;
     control.id = this.id;
     const label = make("label", { htmlFor: this.id, textContent: this.description.title });
-    if (!this.description.required) label.append(make("span", { class: "optional", textContent: " optional" }));
     this.place("div", label, ...(more.length ? more : [control]), this.help, this.error);
     this.describe(control);
     control.addEventListener("input", () => this.change());
@@ -33,6 +27,7 @@ export class Field {
   /** Put several controls below a legend. */
   layOutGroup(...controls) {
     this.legend = make("span", { class: "legend-text", id: `${this.id}-legend`, textContent: this.description.title });
+    if (!this.description.required) this.legend.append(make("span", { class: "optional", textContent: " optional" }));
     this.place("div", this.legend, ...controls, this.help, this.error);
     this.element.setAttribute("role", "group");
     this.element.setAttribute("aria-labelledby", this.legend.id);
@@ -124,9 +119,9 @@ class NumberField extends Field {
   constructor(description) {
     super(description);
     const { min, max, step, default: preset } = description;
-    const limits = { min: min ?? "", max: max ?? "", step: step ?? "any" };
+    const limits = { min: min ?? "", max: max ?? "", step: step ?? (description.is_whole ? 1 : "any") };
     const control = make("input", { type: "number", inputMode: description.is_whole ? "numeric" : "decimal", ...limits });
-    if (preset === null) control.placeholder = "the model’s own";
+    if (preset === null) control.placeholder = "the model's own";
     else control.required = description.required;
     const hasSlider = min !== null && max !== null && preset !== null && !description.is_whole && (max - min) / step <= 200;
     if (hasSlider) {
@@ -139,10 +134,7 @@ class NumberField extends Field {
       control.addEventListener("input", () => (this.slider.value = control.value));
       this.layOut(control, make("div", { class: "with-slider" }, this.slider, control));
     } else if (this.name === "seed") {
-      const draw = makeButton("Random", () => {
-        control.value = drawSeed();
-        this.change();
-      }, { "aria-label": "Random seed" });
+      const draw = makeButton("Random", () => this.draw(), { "aria-label": "Random seed" });
       this.layOut(control, make("div", { class: "with-button" }, control, draw));
     } else {
       this.layOut(control);
@@ -157,6 +149,13 @@ class NumberField extends Field {
   set(value) {
     this.control.value = value ?? "";
     if (this.slider) this.slider.value = this.control.value;
+  }
+
+  /** Set a random whole number. */
+  draw() {
+    const { min = 0, max = 2 ** 31 - 1 } = this.description;
+    this.set(min + Math.floor(Math.random() * (max - min + 1)));
+    this.change();
   }
 
   check() {

@@ -1,6 +1,6 @@
 // The form: a tab for every task, and the sampling fields that all share.
 import { announce, byId, make, makeButton } from "./dom.js";
-import { drawSeed, FIELDS } from "./fields.js";
+import { FIELDS } from "./fields.js";
 import { MaskField } from "./mask.js";
 import { recall, remember } from "./memory.js";
 import { PictureField } from "./picture.js";
@@ -68,8 +68,9 @@ export class Form {
     const inView = [], hidden = [];
     for (const field of this.sampling.values()) (IN_VIEW.includes(field.name) ? inView : hidden).push(field.element);
     this.changed = make("span", { class: "muted" });
-    const reset = makeButton("Reset to the model’s own", () => this.resetSampling());
+    const reset = makeButton("Reset to the model's own", () => this.resetSampling());
     this.details = make("details", { class: "sampling" }, make("summary", {}, "Sampling ", this.changed), make("div", { class: "sampling-fields" }, ...hidden), make("div", { class: "actions" }, reset));
+    this.details.addEventListener("toggle", () => this.details.open && this.details.scrollIntoView({ block: "nearest" }));
     return [make("div", { class: "in-view" }, ...inView), ...(hidden.length ? [this.details] : [])];
   }
 
@@ -138,7 +139,7 @@ export class Form {
   }
 
   drawSeed() {
-    this.sampling.get("seed")?.set(drawSeed());
+    this.sampling.get("seed")?.draw();
   }
 
   focusButton() {

@@ -178,9 +178,8 @@ export class PictureField extends Field {
       make("p", { class: "muted", textContent: formatSize(isFrame || this.kind === "image" ? { ...media, frames: 1 } : media) }),
       upload?.note && make("p", { class: "note", textContent: upload.note }),
       isFrame && this.makeFrameSlider(media),
-      this.makeButtons("Replace"),
     );
-    this.body.replaceChildren(make("div", { class: "chosen" }, picture, about));
+    this.body.replaceChildren(make("div", { class: "chosen" }, picture, about), this.makeButtons("Replace"));
   }
 
   makeMoving(media) {
