@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import re
 from pathlib import Path
 
 import nbclient
@@ -10,6 +11,7 @@ import pytest
 
 import dit_video
 from dit_video.evaluation.metrics.prompt_following import judge
+from dit_video.training.hooks.logging import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
@@ -38,8 +40,11 @@ def execute_notebook(name, monkeypatch, **environment):
     return evaluate_notebook(name, monkeypatch, {}, **environment)[0]
 
 
-def evaluate_notebook(name, monkeypatch, questions, **environment):
-    """Execute a notebook and return it with the values of these expressions at its end."""
+def evaluate_notebook(name, monkeypatch, questions, *, interrupted_cell="", **environment):
+    """Execute a notebook and return it with the values of these expressions at its end.
+
+    A cell to be interrupted is interrupted once its progress bar shows the first steps, and executed again.
+    """
     path = ROOT / "experiments" / "notebooks" / f"{name}.ipynb"
     result = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     for variable, value in {"PYTHONPATH": os.pathsep.join(result), **environment}.items():
@@ -52,8 +57,33 @@ def evaluate_notebook(name, monkeypatch, questions, **environment):
     client = nbclient.NotebookClient(
         notebook, timeout=1200, startup_timeout=300, kernel_name="python3", resources=resources
     )
-    notebook = asyncio.run(client.async_execute())
+    if interrupted_cell:
+        asyncio.run(execute_interrupted(client, interrupted_cell))
+    else:
+        asyncio.run(client.async_execute())
     return notebook, json.loads(notebook.cells.pop().outputs[-1].text)
+
+
+async def execute_interrupted(client, interrupted_cell):
+    """Execute a notebook, and one of its cells twice: it is interrupted the first time, as by the stop button."""
+
+    async with client.async_setup_kernel():
+        for index, cell in enumerate(client.nb.cells):
+            if cell.id == interrupted_cell:
+                execution = asyncio.create_task(client.async_execute_cell(cell, index))
+                while not (execution.done() or any(map(is_bar_of_some_steps, cell.outputs))):
+                    await asyncio.sleep(0.02)
+                await client.km.interrupt_kernel()
+                with pytest.raises(nbclient.exceptions.CellExecutionError) as error:
+                    await execution
+                assert error.value.ename == "GracefulStop"
+                assert re.search(r"by SIGINT after step \d+, which is saved", error.value.evalue)
+            await client.async_execute_cell(cell, index)
+
+
+def is_bar_of_some_steps(output):
+    """Return whether an output is the progress bar of a training that has done a step or more."""
+    return re.match(r"training the .* [1-9]\d*/", output.get("data", {}).get("text/plain", "")) is not None
 
 
 def pictures(notebook):
@@ -120,6 +150,45 @@ def test_the_tasks_notebook_runs_and_shows_videos(monkeypatch):
         "progress": 1,
     }
     assert result["recipe"]["task"] == "SeamlessLoop"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_notebook_of_own_clips_trains_from_a_folder_to_samples_and_is_interrupted_meanwhile(tmp_path, monkeypatch):
+    questions = {
+        "refused": "report.quarantined",
+        "usable": "report.usable",
+        "size": "size",
+        "frames": "[clip.frames.shape for clip in results]",
+        "captions": "[clip.caption for clip in results]",
+        "quality": "quality",
+    }
+    notebook, result = evaluate_notebook(
+        "train_your_own",
+        monkeypatch,
+        questions,
+        interrupted_cell="train-autoencoder",
+        DIT_VIDEO_WORKDIR=tmp_path,
+        **BRIEF,
+    )
+    assert pictures(notebook) == {"train-autoencoder": 1, "train-denoiser": 1}  # that are replaced while it runs
+    counts = {name: page.count("<video") for name, page in get_html_outputs(notebook).items() if "<video" in page}
+    assert counts == {"look": 8, "reconstruct": 4, "samples": 1, "prompts": 6, "follow": 24}
+    ((refused, reason),) = result["refused"]
+    assert refused == "broken.mp4"
+    assert "not a readable video" in reason
+    assert result["usable"] == 48
+    for name, steps in (("autoencoder", 60), ("denoiser", 20)):
+        entries = read_metrics(tmp_path / "run" / name / "metrics.jsonl")
+        assert [entry["step"] for entry in entries] == list(range(5, steps + 1, 5))
+        assert entries[-1]["loss"] < entries[0]["loss"]
+    assert result["size"] == [17, 32, 32]
+    assert result["frames"] == [[17, 32, 32, 3]] * 6
+    assert len(set(result["captions"])) == 3
+    assert min(result["quality"]) > 20
+    clip = dit_video.load(tmp_path / "model").generate(result["captions"][0], size=(9, 32, 32), steps=1)
+    assert clip.frames.shape == (9, 32, 32, 3)
+    assert (tmp_path / "sample.mp4").stat().st_size > 0
 
 
 @pytest.mark.slow
