@@ -122,10 +122,10 @@ def plan_batches(
         for request, branches in zip(requests, conditions, strict=True)
     ]
     # Requests are sampled together if they take the same steps: all of a task, unless times depend on the size.
-    groups: dict[_Steps, list[int]] = {}
+    groups: dict[PlannedSteps, list[int]] = {}
     for index, (request, size) in enumerate(zip(requests, sizes, strict=True)):
         clip_size = ClipSize(frames=size.grid.t, frame_tokens=size.grid.h * size.grid.w)
-        groups.setdefault(_plan_steps(request, denoiser.process.specialize(clip_size), sampling), []).append(index)
+        groups.setdefault(plan_steps(request, denoiser.process.specialize(clip_size), sampling), []).append(index)
     is_batched = sampling.branch_evaluation == "together"
     multiples = compute_row_multiples(mesh, guidance, is_batched=is_batched)
     # The branch without some layers is the first one alone, so that others must not lie in its rows.
@@ -165,7 +165,7 @@ def plan_batches(
                 )
 
 
-class _Steps(NamedTuple):
+class PlannedSteps(NamedTuple):
     """The steps of a request."""
 
     process: Process
@@ -177,7 +177,17 @@ class _Steps(NamedTuple):
     has_update: bool
 
 
-def _plan_steps(request: SamplingRequest, process: Process, sampling: Sampling) -> _Steps:
+def plan_steps(request: SamplingRequest, process: Process, sampling: Sampling) -> PlannedSteps:
+    """Return the steps of a request.
+
+    Args:
+      request: the request.
+      process: process for clips of its size.
+      sampling: steps and schedule.
+
+    Raises:
+      UserError: a start that does not fit the clip, or that no step begins at.
+    """
     plan, first = request.plan, 0
     if plan.start is not None:
         if plan.start.shape != request.noise.shape:
@@ -193,4 +203,4 @@ def _plan_steps(request: SamplingRequest, process: Process, sampling: Sampling) 
     elif plan.start_time < 1:
         raise UserError(f"start_time={plan.start_time} is invalid without start latents. Use 1, or give start.")
     has_start, has_update = plan.start is not None, plan.update is not None
-    return _Steps(process, first, has_start, plan.transform, plan.resample, has_update)
+    return PlannedSteps(process, first, has_start, plan.transform, plan.resample, has_update)

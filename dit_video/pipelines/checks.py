@@ -7,6 +7,7 @@ import numpy as np
 
 from dit_video.diffusion import ClipSize
 from dit_video.generation import Sampling
+from dit_video.generation.batches import plan_steps
 from dit_video.generation.denoiser import list_experts
 from dit_video.generation.packing import SamplingRequest
 from dit_video.generation.preparation import make_sampling_request
@@ -36,7 +37,9 @@ def check_requests(config: PipelineConfig, requests: Sequence[Request], **overri
         prepared = prepare_request(config, sized, model)
         grid = prepared.get_token_grid(config.backbone.patch)
         size = ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w)
-        times = sampling.make_times(config.process.specialize(size))
+        process = config.process.specialize(size)
+        times = sampling.make_times(process)
+        plan_steps(prepared, process, sampling)
         for expert in range(len(sampling.full_guidance.scales)):
             sampling.full_guidance.get_params(expert, times=np.asarray(times.times, np.float32))
         if tokenizer is not None:  # A frozen encoder takes any text.

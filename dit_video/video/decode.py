@@ -38,7 +38,7 @@ class VideoInfo:
 
 
 def decode(
-    source: Path | bytes,
+    source: str | Path | bytes,
     *,
     size: Grid | None = None,
     frames: int | None = None,
@@ -92,7 +92,7 @@ def decode(
 
 
 def probe(
-    source: Path | bytes,
+    source: str | Path | bytes,
     *,
     on_frame: Callable[[float, av.VideoFrame], None] | None = None,
     on_resize: Callable[[int, tuple[int, int]], None] | None = None,

@@ -65,7 +65,8 @@ class Video(contextlib.AbstractContextManager["Video"]):
       DecodeError: not a readable video or image.
     """
 
-    def __init__(self, source: Path | bytes):
+    def __init__(self, source: str | Path | bytes):
+        source = Path(source) if isinstance(source, str) else source
         self.name = f"video of {len(source)} bytes" if isinstance(source, bytes) else str(source)
         if isinstance(source, Path) and not source.is_file():
             raise MissingError(f"no such video or image file: {source}")

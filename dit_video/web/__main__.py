@@ -4,6 +4,7 @@ from dit_video.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ def main(
         port: Port to listen at; 0 for any that is free.
         token: Text that browsers send once, in the address that is printed; random by default for another host than
             127.0.0.1, where there is none.
-        out: Folder of uploads and galleries.
+        out: Folder of uploads and galleries, which has a folder for each model.
         lora: LoRA files to attach, each FILE, FILE@SCALE or FILE@SCALE@EXPERT; the page has a scale for each.
         upload_limit: Maximum size of an uploaded file.
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
@@ -49,7 +50,6 @@ def main(
         from dit_video.web import server
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed. Use pip install 'dit-video[web]'") from error
-    from dit_video.experiment.checkpoints import list_checkpoints
     from dit_video.experiment.folder_config import read_config
     from dit_video.experiment.loading import find_folder
     from dit_video.pipelines.folder import RUN_CONFIG
@@ -65,13 +65,12 @@ def main(
         raise MissingError(f"{folder} holds no model: use the folder of a run, of a pipeline or of open weights")
     access = AccessRules(is_local=is_local and token is None, token=token if is_local else token or make_token())
     adapters = [AdapterFile.parse(text) for text in lora]
-    steps = [each.step for each in list_checkpoints(local_folder)] if is_run else []
-    model = None if config is None else StudioModel(local_folder, config, adapters=adapters, checkpoints=steps)
+    model = None if config is None else StudioModel(local_folder, config, adapters=adapters, is_run=is_run)
     listener = server.open_socket(host, port)
     options = server.ServerConfig(
         title=local_folder.resolve().name if model is None else model.title,
         run=local_folder if is_run else None,
-        root=out,
+        root=out / _make_name(local_folder),
         access=access,
         max_upload=max_upload,
     )
@@ -81,6 +80,12 @@ def main(
     address = f"http://{name}:{listener.getsockname()[1]}/" + (f"?token={access.token}" if access.token else "")
     print(f"studio of {options.title}: {address}", flush=True)
     server.serve(server.make_app(options, model), listener)
+
+
+def _make_name(folder: Path) -> str:
+    """Return the name of the folder of a model's users."""
+    place = folder.resolve()
+    return f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dit_video.web.access import Access, AccessRules
 from dit_video.web.pages import make_static_route, render_message
 from dit_video.web.studio.jobs import JobQueue
 from dit_video.web.studio.models import StudioModel
+from dit_video.web.studio.notes import show_warnings_as_notes
 from dit_video.web.studio.routes import ERRORS, StudioRoutes, answer_http_error
 from dit_video.web.studio.worker import Worker
 
@@ -61,6 +62,7 @@ def make_app(config: ServerConfig, model: StudioModel | None) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def run_workers(app: Starlette) -> AsyncIterator[None]:
+        show_warnings_as_notes()
         for worker in workers:
             worker.start()
         try:

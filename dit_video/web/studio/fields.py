@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool
@@ -35,6 +35,7 @@ class FormError(UserError):
         self.field = field
 
 
+@runtime_checkable
 class MediaSource(Protocol):
     """The uploads and the gallery of a user."""
 

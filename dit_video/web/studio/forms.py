@@ -56,9 +56,12 @@ _RANGES: dict[str, dict[str, float | int]] = {
     "strength": {"minimum": 0.05, "maximum": 1.0, "step": 0.05},
     "source_guidance": {"minimum": 0.0, "step": 0.1},
     "draws": {"minimum": 1, "maximum": 16},
-    "frames": {"minimum": 1, "maximum": 1000},
+    "frames": {"minimum": 1, "maximum": 1000, "step": 1},
+    "interpolate.factor": {"minimum": 2, "maximum": 16, "step": 1},
+    "zoom_out.factor": {"minimum": 1.01, "maximum": 4.0, "step": 0.05},
     "overlap": {"minimum": 1},
 }
+"""Limits of numbers, by their names, or by the task and the name."""
 _PICTURE_TABS = {
     "text_to_video": ("Text to video", ("prompt", "size")),
     "image_to_video": ("Image to video", ("prompt", "image", "size")),
@@ -194,7 +197,7 @@ def _make_field(
     if single in (int, float):
         is_whole = single is int
         own = _choose_default(task_name, name, config) if default is None else default
-        limits: dict[str, Any] = _RANGES.get(name, {"minimum": 0})
+        limits: dict[str, Any] = _RANGES.get(f"{task_name}.{name}") or _RANGES.get(name, {"minimum": 0})
         return NumberField(**shared, default=own, is_whole=is_whole, **limits)
     if single is bool:
         return FlagField(**shared, default=bool(default))

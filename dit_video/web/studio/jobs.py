@@ -40,6 +40,8 @@ class Job:
     """Newest preview, an animated WebP."""
     preview_version: int = 0
     error: str = ""
+    notes: tuple[str, ...] = ()
+    """Warnings about the job."""
     items: tuple[str, ...] = ()
     """Identifiers of the results in the user's gallery."""
     is_cancelled: bool = False
@@ -53,7 +55,12 @@ class Job:
         """Return the state for the page, with the number of jobs before this one."""
         names = ("id", "tab", "title", "status", "step", "steps", "seconds_left", "error")
         described = {name: getattr(self, name) for name in names}
-        return described | {"ahead": ahead, "preview": self.preview_version, "items": list(self.items)}
+        return described | {
+            "ahead": ahead,
+            "preview": self.preview_version,
+            "items": list(self.items),
+            "notes": list(self.notes),
+        }
 
 
 class JobQueue:
@@ -182,6 +189,7 @@ class JobQueue:
             for job in self._jobs.values():
                 job.is_cancelled = True
             self._mark_all()
+            self._changed.notify_all()
 
     def _list(self, user: str) -> list[Job]:
         return [job for job in self._jobs.values() if job.user == user]

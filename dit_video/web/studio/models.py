@@ -6,12 +6,15 @@ from typing import Any
 
 from dit_video.core.errors import UserError
 from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.experiment.checkpoints import list_checkpoints
 from dit_video.experiment.loading import load
 from dit_video.generation.request import Request
 from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.folder import is_pipeline_folder
 from dit_video.pipelines.lora import AdapterFile
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.web.studio.clip_fit import ClipFit
+from dit_video.web.studio.fields import FormField
 from dit_video.web.studio.forms import get_size_steps, list_presets, make_sampling_form, make_tabs
 
 
@@ -22,7 +25,7 @@ class StudioModel:
       folder: folder of a run, a pipeline or open weights.
       config: config of its pipeline.
       adapters: LoRA files that are attached.
-      checkpoints: steps of a run's checkpoints, of which users may choose one.
+      is_run: whether the folder is a run, of whose checkpoints users may choose one.
     """
 
     def __init__(
@@ -31,24 +34,33 @@ class StudioModel:
         config: PipelineConfig,
         *,
         adapters: Sequence[AdapterFile] = (),
-        checkpoints: Sequence[int] = (),
+        is_run: bool = False,
     ):
-        self.folder, self.config = folder, config
+        self.folder, self.config, self._is_run = folder, config, is_run
         self.adapters: dict[str, AdapterFile] = {}
         """Attached adapters by name."""
         for adapter in adapters:
             if adapter.file.stem in self.adapters:
                 raise UserError(f"--lora {adapter.file} is invalid: another file has this name. Rename one.")
             self.adapters[adapter.file.stem] = adapter
-        scales = {name: adapter.scale for name, adapter in self.adapters.items()}
         self.tabs = make_tabs(config)
-        self.sampling_form = make_sampling_form(config, adapters=scales, checkpoints=checkpoints)
         self._loaded: tuple[int | None, Pipeline] | None = None
 
     @property
     def title(self) -> str:
         """Return the name of the model."""
         return self.config.provenance.get("experiment") or self.folder.resolve().name
+
+    @property
+    def is_trained(self) -> bool:
+        """Return whether the model is finished: not a run that may be in training now."""
+        return not self._is_run or is_pipeline_folder(self.folder / "pipeline")
+
+    @property
+    def sampling_form(self) -> tuple[FormField, ...]:
+        """Return the fields that all tabs share, with the checkpoints that the run has now."""
+        scales = {name: adapter.scale for name, adapter in self.adapters.items()}
+        return make_sampling_form(self.config, adapters=scales, checkpoints=self._list_steps())
 
     @property
     def fit(self) -> ClipFit:
@@ -80,6 +92,8 @@ class StudioModel:
         Raises:
           UserError: what `dit_video.load` refuses.
         """
+        if checkpoint is None and not self.is_trained:
+            checkpoint = max(self._list_steps(), default=None)
         if self._loaded is None or self._loaded[0] != checkpoint:
             self._loaded = None
             pipeline = load(self.folder, step=checkpoint)
@@ -89,6 +103,9 @@ class StudioModel:
         pipeline = self._loaded[1]
         changed = {name: scale for name, scale in scales.items() if name in self.adapters}
         return pipeline.set_lora_scales(changed) if changed else pipeline
+
+    def _list_steps(self) -> list[int]:
+        return [each.step for each in list_checkpoints(self.folder)] if self._is_run else []
 
     def make_example(self) -> Request:
         """Return a request of the model's own size, whose program most users need first."""

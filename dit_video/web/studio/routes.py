@@ -19,6 +19,7 @@ from dit_video.web.pages import render_page
 from dit_video.web.studio.fields import FormError
 from dit_video.web.studio.jobs import MAX_JOBS, Job, JobQueue, QueueFullError
 from dit_video.web.studio.models import StudioModel
+from dit_video.web.studio.notes import collect_notes
 from dit_video.web.studio.stored_clip import FILES, StoredClip
 from dit_video.web.studio.submission import parse_submission
 from dit_video.web.studio.uploads import TooLargeError, format_bytes, get_folder
@@ -108,8 +109,10 @@ class StudioRoutes:
         files = self.open_files(user)
         files.gallery.check_room()
         model = self._model
-        submission = parse_submission(body, model.config, model.tabs, model.sampling_form, files)
-        return Job(user=user, tab=submission.tab.name, title=submission.title, content=submission)
+        with collect_notes() as notes:
+            submission = parse_submission(body, model.config, model.tabs, model.sampling_form, files)
+        tab, title = submission.tab.name, submission.title
+        return Job(user=user, tab=tab, title=title, content=submission, notes=tuple(notes))
 
     def _cancel_job(self, request: Request) -> Response:
         self._queue.cancel(request.state.user, request.path_params["job"])

@@ -1,7 +1,8 @@
 """A job as the browser asks for it, checked before it waits in the queue."""
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,15 +97,35 @@ def parse_submission(
     values = tab.parse(answers["values"], media)
     sampling = parse_answers(sampling_form, answers["sampling"], media)
     values.setdefault("prompt", _get_caption(values))
+    shared: dict[str, Any] = {"tab": tab, "sampling": sampling, "answers": answers}
     try:
-        task = tab.make_task(values)
-        submission = Submission(tab=tab, task=task, values=values, sampling=sampling, answers=answers)
-        _check(submission, config)
-    except FormError:
-        raise
+        return _make_submission(values, config, **shared)
+    except UserError as error:
+        fitted = _fit_lengths(values, config.autoencoder.stride.t)
+        if fitted == values:
+            raise FormError(str(error), _guess_field(str(error), tab, sampling_form)) from error
+    try:
+        submission = _make_submission(fitted, config, **shared)
     except UserError as error:
         raise FormError(str(error), _guess_field(str(error), tab, sampling_form)) from error
+    warnings.warn("the last frames of a clip are left out: this task needs 1 + a multiple of the stride", stacklevel=2)
     return submission
+
+
+def _make_submission(values: Mapping[str, Any], config: PipelineConfig, *, tab: Tab, **shared: Any) -> Submission:
+    """Return the job of a task's values, after it was checked."""
+    submission = Submission(tab=tab, task=tab.make_task(values), values=values, **shared)
+    _check(submission, config)
+    return submission
+
+
+def _fit_lengths(values: Mapping[str, Any], stride: int) -> dict[str, Any]:
+    """Return the values with clips of `1 + k * stride` frames, which tasks need that change all of a clip."""
+    fitted = dict(values)
+    for name, value in values.items():
+        if isinstance(value, Clip) and (rest := (len(value.frames) - 1) % stride):
+            fitted[name] = replace(value, frames=value.frames[:-rest])
+    return fitted
 
 
 def _check(submission: Submission, config: PipelineConfig) -> None:

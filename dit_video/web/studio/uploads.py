@@ -20,6 +20,8 @@ from dit_video.video import Clip
 from dit_video.web.studio.clip_fit import ClipFit
 from dit_video.web.studio.stored_clip import StoredClip
 
+MAX_UPLOADS = 50
+"""Maximum number of uploads of a user; a new one takes the place of the oldest."""
 DECODE_SECONDS = 120
 """Seconds after which decoding of an upload ends."""
 _INFO = "upload.json"
@@ -91,6 +93,7 @@ class Uploads:
             if (error := answer.get("error")) is not None:
                 raise UserError(error.replace(str(source), name))
             frames = np.load(out, allow_pickle=False)
+        self._drop_oldest()
         upload = make_id()
         fps = 1.0 if answer["fps"] is None else self.fit.fps
         StoredClip.write(self.folder / upload, Clip(frames, fps=fps))
@@ -118,9 +121,11 @@ class Uploads:
         """
         return StoredClip(get_folder(self.folder, upload)).read()
 
-    def clear(self) -> None:
-        """Delete all uploads."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _drop_oldest(self) -> None:
+        """Delete the oldest uploads where there are too many; jobs hold the frames that they were sent with."""
+        folders = sorted(self.folder.glob("*"), key=lambda path: path.stat().st_mtime) if self.folder.is_dir() else []
+        for folder in folders[: max(0, len(folders) + 1 - MAX_UPLOADS)]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_decoder(source: Path, out: Path, kind: str, fit: ClipFit) -> dict[str, Any]:

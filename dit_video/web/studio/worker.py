@@ -12,6 +12,7 @@ from dit_video.web.studio.code import format_command, format_python
 from dit_video.web.studio.gallery import Gallery
 from dit_video.web.studio.jobs import Job, JobQueue, StepTimer
 from dit_video.web.studio.models import StudioModel
+from dit_video.web.studio.notes import collect_notes
 from dit_video.web.studio.preview import Previewer
 from dit_video.web.studio.submission import Submission
 
@@ -34,12 +35,16 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Load the model, compile the program of its own size, and sample jobs until the queue is closed."""
+        if self._model.is_trained:  # the device may be that of the training
+            self._compile_example()
+        while (job := self._queue.take()) is not None:
+            self.run_job(job)
+
+    def _compile_example(self) -> None:
         with contextlib.suppress(UserError):  # which the first job reports
             pipeline = self._model.load(None, {})
             # One step compiles the program of any number of them; the callback has it compiled for blocks of steps.
             pipeline.generate_many([self._model.make_example()], steps=1, callback=lambda progress: None)
-        while (job := self._queue.take()) is not None:
-            self.run_job(job)
 
     def run_job(self, job: Job) -> None:
         """Sample a job, and add its clips to the gallery of its user."""
@@ -77,7 +82,9 @@ class Worker(threading.Thread):
             )
 
         tasks, seeds = [submission.task] * len(submission.seeds), submission.seeds
-        clips = pipeline.run_tasks(tasks, seeds=seeds, callback=report, **submission.overrides)
+        with collect_notes() as notes:
+            clips = pipeline.run_tasks(tasks, seeds=seeds, callback=report, **submission.overrides)
+        self._queue.update(job, notes=tuple(dict.fromkeys((*job.notes, *notes))))
         self._previewer.learn(pipeline, clips)
         return clips
 
