@@ -44,11 +44,16 @@ class PreviewDecoder:
     """
 
     stride: Grid
+    """Stride of the autoencoder."""
     channels: int
+    """Channels of its latents."""
     projection: Float32[np.ndarray, "f r"]
+    """Weights of the features in the rows of `patches`."""
     patches: Float32[np.ndarray, "r p"]
     """Pixels in [-1, 1], in the order of `to_patches`."""
-    _weights: dict[int, tuple[Float32[np.ndarray, "f s"], Float32[np.ndarray, "s q"]]] = field(default_factory=dict)
+    _weights: dict[int, tuple[Float32[np.ndarray, "f s"], Float32[np.ndarray, "s q"]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
     """Weights of pixels in 0.5..255.5, by the factor that pictures are reduced by."""
 
     def __post_init__(self):

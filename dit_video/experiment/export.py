@@ -21,9 +21,10 @@ from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import fit_size
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process, to_host
+from dit_video.encoders.preview import load_preview_decoder
 from dit_video.encoders.text import FrozenTextEncoder
-from dit_video.experiment import Experiment
-from dit_video.experiment.autoencoder import read_autoencoder
+from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder
+from dit_video.experiment.autoencoder import WEIGHTS_FILE, read_autoencoder
 from dit_video.experiment.denoiser import add_other_expert
 from dit_video.experiment.encoders import open_text_encoder
 from dit_video.experiment.runtime import Runtime
@@ -32,7 +33,7 @@ from dit_video.families.family import DENOISER_FOLDERS
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.devices import make_placement
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
-from dit_video.pipelines.folder import read_pipeline_config
+from dit_video.pipelines.folder import PREVIEW, read_pipeline_config
 from dit_video.pipelines.memory import fit_offload
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import Tokenizer
@@ -93,7 +94,7 @@ def make_pipeline(
     config = get_pipeline_config(experiment, runtime)
     offload = fit_offload(offload, config, mesh=mesh, is_large=mesh is None and config.boundary is not None)
     place = make_placement(mesh, offload)
-    return Pipeline(
+    pipeline = Pipeline(
         config,
         autoencoder=autoencoder,
         denoiser=add_other_expert(experiment.denoiser, denoiser, place),
@@ -101,6 +102,15 @@ def make_pipeline(
         mesh=mesh,
         offload=offload,
     )
+    preview = _get_preview_folder(experiment.autoencoder, runtime.folder) / PREVIEW
+    return pipeline.with_preview_decoder(load_preview_decoder(preview)) if preview.is_file() else pipeline
+
+
+def _get_preview_folder(config: AutoencoderTraining | PretrainedAutoencoder, folder: Path) -> Path:
+    """Return the folder that may hold the preview decoder of a run's autoencoder."""
+    if isinstance(config, PretrainedAutoencoder):
+        return Path(config.folder or folder)
+    return (folder / WEIGHTS_FILE).parent
 
 
 def get_pipeline_config(experiment: Experiment, runtime: Runtime) -> PipelineConfig:

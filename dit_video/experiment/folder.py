@@ -3,7 +3,8 @@
 experiment.json           the resolved config
 pipeline.json             the config of its pipeline, known once the clips are
 data/                     the ingested clips, or a link to them (see `link_datasets`); one folder for each data set
-autoencoder/              checkpoints, metrics.jsonl, weights.safetensors; reconstructions/, as the config says
+autoencoder/              checkpoints, metrics.jsonl, weights.safetensors, preview.safetensors (the preview decoder);
+                          reconstructions/, as the config says
 text_encoder.json         the identity of a frozen text encoder
 image_encoder.json        the identity of an image encoder
 texts/                    embeddings of the captions, where latents are not cached

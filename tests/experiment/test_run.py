@@ -59,12 +59,14 @@ def test_a_run_leaves_all_its_files(tiny, tiny_run):
         "data/index.json",
         "data/report.json",
         "autoencoder/metrics.jsonl",
+        "autoencoder/preview.safetensors",
         "autoencoder/weights.safetensors",
         "latents/latents.json",
         "denoiser/metrics.jsonl",
         "pipeline/pipeline.json",
         "pipeline/autoencoder.safetensors",
         "pipeline/denoiser.safetensors",
+        "pipeline/preview.safetensors",
     }
     files = content(tiny_run)
     assert expected <= files.keys()
@@ -171,8 +173,8 @@ def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monk
     (copy / "autoencoder" / "weights.safetensors").unlink()
     Run.open(copy).run_stages("autoencoder")  # from its last checkpoint
     assert fitted == []
-    name = "autoencoder/weights.safetensors"
-    assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
+    for name in ("autoencoder/weights.safetensors", "autoencoder/preview.safetensors"):
+        assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
     shutil.rmtree(copy / "autoencoder")
     monkeypatch.setattr(Trainer, "run", lambda trainer, _: trainer.init(rng.key(0, "x")) and 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -2,11 +2,14 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
 import dit_video
 from dit_video.core.errors import MissingError, UserError
+from dit_video.encoders.preview import load_preview_decoder
 from dit_video.experiment.run import Run
+from dit_video.pipelines.folder import PREVIEW
 from dit_video.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -28,6 +31,14 @@ def test_an_unfinished_run_is_loaded_without_its_clips(tiny_pipeline, copy):
     shutil.rmtree(copy / "pipeline")
     shutil.rmtree(copy / "data")
     assert dit_video.load(copy).config == tiny_pipeline.config
+
+
+def test_an_unfinished_run_has_the_preview_decoder_of_its_autoencoder(copy, tiny_run):
+    shutil.rmtree(copy / "pipeline")
+    expected = load_preview_decoder(tiny_run / "pipeline" / PREVIEW)
+    np.testing.assert_array_equal(dit_video.load(copy).preview_decoder.patches, expected.patches)
+    (copy / "autoencoder" / PREVIEW).unlink()
+    assert dit_video.load(copy).preview_decoder is None
 
 
 def test_what_is_read_of_a_run_trains_nothing(copy, monkeypatch):

@@ -10,18 +10,22 @@ from typing import Any
 
 from jaxtyping import Array
 
-from dit_video.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear
+from dit_video.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear, latent_grid
 from dit_video.core import pixels, rng
 from dit_video.data.latents.offline import measure_latent_moments
 from dit_video.data.windows import ClipCrops, WindowBatches
 from dit_video.distributed import RowPart
 from dit_video.distributed.gather import to_host
+from dit_video.encoders.autoencoder import LatentCodec
+from dit_video.encoders.preview import fit_preview_decoder
 from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder, monitors
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, make_autoencoder_step
 from dit_video.experiment.runtime import Runtime, Stage
 from dit_video.nn import get_graph_def, init_params
+from dit_video.pipelines.folder import PREVIEW
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
+from dit_video.video import Clip
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
@@ -30,6 +34,9 @@ _MAX_LINEAR_VALUES = 4096
 _LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
 """Numbers of batches of training windows that the linear start, and the latents' mean and deviation, are measured
 on."""
+
+_PREVIEW_WINDOWS, _PREVIEW_LATENTS = 256, 32768
+"""Maximum numbers of windows, and of their latents, that the preview decoder is fitted to: seconds of decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +78,20 @@ class TrainAutoencoder(Stage):
                 mean, std = measure_latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
             params["normalizer"] = {"mean": mean, "std": std}
         if runtime.process == 0:
+            self._fit_preview_decoder(runtime, crops, params)
+            # The last output: the stage is done when it is there.
             save_weights(runtime.folder / WEIGHTS_FILE, params)
+
+    def _fit_preview_decoder(self, runtime: Runtime, crops: ClipCrops, params: dict[str, Any]) -> None:
+        """Write the preview decoder of the trained autoencoder, fitted to unaugmented windows."""
+        config = self._training
+        latents = max(latent_grid(window.size, config.model.stride).volume for window in config.windows)
+        count = min(_PREVIEW_WINDOWS, max(1, _PREVIEW_LATENTS // latents))
+        with contextlib.closing(self.open_windows(runtime, crops, 0, "preview", augment=False)) as batches:
+            windows = itertools.islice(itertools.chain.from_iterable(batches), count)
+            clips = (Clip(frames=window, fps=1.0) for window in windows)
+            decoder = fit_preview_decoder(LatentCodec(config.model, params), clips)
+        decoder.save(runtime.folder / self.name / PREVIEW)
 
     def _make_hooks(self, runtime: Runtime) -> tuple[Hook, ...]:
         """Return the reconstructions of held-out clips, or of training clips if none is held out, if configured."""
