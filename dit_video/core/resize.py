@@ -32,7 +32,8 @@ def resize_and_crop(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: in
 
     The aspect ratio is kept to within one pixel: diffusers' pipelines crop the last image of Wan's clips so.
     """
-    covering = compute_covering_size(*frames.shape[1:3], height, width)
+    source_height, source_width = frames.shape[1:3]
+    covering = compute_covering_size(source_height, source_width, height, width)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     return resize(frames, *covering)[:, top : top + height, left : left + width]
 

@@ -9,7 +9,8 @@ from dit_video.video import Clip
 from dit_video.web.studio.gallery import get_input_file
 from dit_video.web.studio.submission import Submission
 
-_OPTIONS = {"frames": "new-frames", "before": "before", "mask": "mask"}
+_OPTIONS = {"frames": "new-frames"}
+"""Options that have another name than the value."""
 _METHODS = {"described_edit": "edit"}
 """Methods of a pipeline that have another name than the task."""
 _NO_OPTION = ("source_guidance", "draws")
@@ -65,7 +66,7 @@ def format_command(submission: Submission, model: str, seed: int, adapters: Mapp
         if name in _NO_OPTION or value is False:
             continue
         option = "--" + _OPTIONS.get(name, name).replace("_", "-")
-        parts += [option] if value is True else [option, _format_option(name, value, submission.inputs)]
+        parts += [option, _format_option(name, value, submission.inputs)]
     parts += ["--seed", str(seed)]
     for name, value in submission.overrides.items():
         parts += [f"--{name}", str(value)]
