@@ -27,6 +27,16 @@ MAX_MEMORY = 6 << 30
 MAX_PIXELS = 1 << 26
 """Maximum pixels of a frame: 8192×8192."""
 
+_SIGNATURES: tuple[tuple[int, bytes], ...] = (
+    *((4, name) for name in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")),  # mp4, mov, avif
+    (0, b"\x1a\x45\xdf\xa3"),  # webm, mkv
+    *((8, name) for name in (b"AVI ", b"WEBP")),
+    *((0, name) for name in (b"GIF8", b"\x89PNG\r\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")),
+    *((0, name) for name in (b"OggS", b"FLV", b"\0\0\1\xba", b"\0\0\1\xb3", b"\x47")),  # \x47: mpeg-ts
+)
+"""Positions and bytes with which files of videos and images begin. ffmpeg draws texts, too, and playlists would have it
+open other files."""
+
 
 def main() -> None:
     """Decode the file of the command line."""
@@ -53,6 +63,7 @@ def decode_upload(path: Path, out: Path, kind: str, fit: ClipFit) -> dict[str, A
     Raises:
       UserError: a file that cannot be read, or whose frames are too large.
     """
+    _check_signature(path)
     _check_picture_size(path)
     with Video(path) as video:
         first = next(video.read_frames(), None)
@@ -72,6 +83,14 @@ def decode_upload(path: Path, out: Path, kind: str, fit: ClipFit) -> dict[str, A
     frames = resize_and_crop(frames[: fit.round_length(len(frames))], *plane)
     np.save(out, frames)
     return {"height": height, "width": width, "fps": None if is_image else native_fps, "frames": len(frames)}
+
+
+def _check_signature(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not any(start[position:].startswith(signature) for position, signature in _SIGNATURES):
+        kinds = "mp4, mov, webm, mkv, avi, gif, png, jpeg or webp"
+        raise UserError(f"{path} is not a readable video or image. Use {kinds}.")
 
 
 def _check_picture_size(path: Path) -> None:
