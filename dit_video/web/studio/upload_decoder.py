@@ -32,7 +32,7 @@ _SIGNATURES: tuple[tuple[int, bytes], ...] = (
     (0, b"\x1a\x45\xdf\xa3"),  # webm, mkv
     *((8, name) for name in (b"AVI ", b"WEBP")),
     *((0, name) for name in (b"GIF8", b"\x89PNG\r\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")),
-    *((0, name) for name in (b"OggS", b"FLV", b"\0\0\1\xba", b"\0\0\1\xb3", b"\x47")),  # \x47: mpeg-ts
+    *((0, name) for name in (b"OggS", b"FLV", b"\0\0\1\xba", b"\0\0\1\xb3")),
 )
 """Positions and bytes with which files of videos and images begin. ffmpeg draws texts, too, and playlists would have it
 open other files."""

@@ -89,7 +89,7 @@ def test_an_image_keeps_its_size_and_a_video_s_first_frame_is_one(add):
     ("content", "name", "message"),
     [
         (b"This is no video.\n" * 100, "clip.mp4", "clip.mp4 is not a readable video"),
-        (b"Notes of a day.\n" * 40, "notes.txt", "notes.txt is not a readable video"),  # ffmpeg draws it
+        (b"Good morning.\n" * 40, "notes.txt", "notes.txt is not a readable video"),  # ffmpeg draws it
         (b"", "empty.mp4", "empty.mp4"),
         (b"#!/bin/sh\nrm -rf /\n", "run.sh", "run.sh"),
         (b"ffconcat version 1.0\nfile /etc/passwd\n", "list.ffconcat", "list.ffconcat"),
