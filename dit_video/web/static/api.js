@@ -71,27 +71,34 @@ const RETRY = 2000; // milliseconds
 
 /** Call `onState` with every state of this user, and `onConnection` with whether the server answers. */
 export function watchState(onState, onConnection) {
+  let events = null;
   let isOpen = false;
   const receive = (state) => {
     onConnection(true, "");
     onState(state);
   };
   const listen = () => {
-    const events = new EventSource("/api/events");
+    if (events || document.hidden) return;
+    events = new EventSource("/api/events");
     events.addEventListener("open", () => {
       isOpen = true;
       onConnection(true, "");
     });
     events.addEventListener("message", (event) => receive(JSON.parse(event.data)));
-    events.addEventListener("error", () => {
+    events.addEventListener("error", ({ target }) => {
       if (isOpen) onConnection(false, "");
       isOpen = false;
-      // A browser tries again by itself, unless the answer was an error.
-      if (events.readyState === EventSource.CLOSED) setTimeout(listen, RETRY);
+      if (target.readyState !== EventSource.CLOSED) return; // a browser tries again by itself
+      events = null;
+      setTimeout(listen, RETRY);
     });
-    addEventListener("pagehide", () => events.close(), { once: true });
   };
-  // Where events do not arrive, such as behind some proxies, the state is asked for.
+  const close = () => {
+    events?.close();
+    events = null;
+    isOpen = false;
+  };
+  // Where no events arrive, as behind some proxies, the state is asked for.
   const poll = async () => {
     if (!isOpen) {
       try {
@@ -102,10 +109,10 @@ export function watchState(onState, onConnection) {
     }
     setTimeout(poll, RETRY);
   };
+  // A browser opens few connections to one server, which tabs in the background must not hold.
+  document.addEventListener("visibilitychange", () => (document.hidden ? close() : listen()));
+  addEventListener("pagehide", close);
+  addEventListener("pageshow", listen);
   listen();
   setTimeout(poll, RETRY);
-  // A page that the browser kept comes back without its connection.
-  addEventListener("pageshow", (event) => {
-    if (event.persisted) listen();
-  });
 }

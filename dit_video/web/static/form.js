@@ -103,12 +103,15 @@ export class Form {
         else if (JSON.stringify(field.value) !== JSON.stringify(other.value)) field.choose(other.chosen);
       }
     }
-    if (!panel.isRestored) {
-      panel.isRestored = true;
-      const stored = this.stored.values?.[name] ?? {};
-      await this.setAll(panel.fields, Object.fromEntries(Object.entries(stored).filter(([field]) => !carried.has(field))));
-    }
+    await (panel.restoring ??= this.restore(panel, carried));
     this.store();
+  }
+
+  /** Set the fields of a panel that is shown for the first time to what is stored, but for those that went along. */
+  async restore(panel, carried) {
+    const stored = Object.entries(this.stored.values?.[panel.tab.name] ?? {});
+    await this.setAll(panel.fields, Object.fromEntries(stored.filter(([name]) => !carried.has(name))));
+    panel.isRestored = true;
   }
 
   /** Set fields; masks last, as they lie over clips. */
@@ -120,8 +123,7 @@ export class Form {
 
   /** Fill the form as an item was made. */
   async fill({ tab, values, sampling, seed }) {
-    if (!this.panels.has(tab)) return this.showError("This model has no tab of the task that made this video.");
-    this.panels.get(tab).isRestored = true;
+    if (!this.panels.has(tab)) return this.showError("This model has no tab of the task that made this clip.");
     await this.select(tab);
     await Promise.all([this.setAll(this.panel.fields, values), this.setAll(this.sampling, sampling)]);
     this.sampling.get("seed")?.set(seed);

@@ -1,10 +1,16 @@
-// The videos of this user, the newest first.
+// The clips of this user, the newest first.
 import { deleteItem, getItems } from "./api.js";
 import { announce, byId, confirmInDialog, copyText, formatSize, make, makeButton, openDialog } from "./dom.js";
 import { makePlayer, makeTile, TilePlayer } from "./player.js";
 
 const PAGE = 24; // cards that are added at once
 const FORMATS = { mp4: "MP4", webm: "WebM", gif: "GIF", apng: "Lossless" };
+
+/** Return a name of a file from the words of a title, such as `a-red-circle-7.mp4`. */
+function makeFileName(item, format) {
+  const words = nameOf(item).toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["clip"];
+  return `${words.join("-").slice(0, 60)}-${item.seed}.${item.frames === 1 && format === "apng" ? "png" : format}`;
+}
 
 const nameOf = (item) => item.title || item.tab_title;
 
@@ -31,7 +37,7 @@ export class Gallery {
     title.before(head);
     head.append(title, this.pause);
     this.problem = make("p", { class: "warning", role: "alert", hidden: true });
-    this.empty = make("p", { class: "muted", textContent: "Videos that you generate are kept here, with all that is needed to make them again." });
+    this.empty = make("p", { class: "muted", textContent: "Clips that you generate are kept here, with all that is needed to make them again." });
     this.list = make("ul", { class: "cards" });
     this.more = makeButton("Show more", () => this.showMore());
     root.append(this.problem, this.empty, this.list, make("div", { class: "more" }, this.more));
@@ -122,8 +128,8 @@ export class Gallery {
       make("div", { class: "actions" }, ...this.makeActions(item, close)),
       make("h3", { textContent: "Make it again elsewhere" }),
       make("div", { class: "actions" }, ...copies),
-      this.makeFiles("Files that they read", item.inputs.map(({ name: file, url }) => [file, url])),
-      this.makeFiles("Download", Object.entries(FORMATS).filter(([format]) => item.files[format]).map(([format, title]) => [item.frames === 1 && format === "apng" ? "PNG" : title, item.files[format]])),
+      this.makeFiles("Files that they read", item.inputs.map(({ name: file, url }) => [file, url, file])),
+      this.makeFiles("Download", Object.entries(FORMATS).filter(([format]) => item.files[format]).map(([format, title]) => [item.frames === 1 && format === "apng" ? "PNG" : title, item.files[format], makeFileName(item, format)])),
       this.makeText("Python", item.python),
       this.makeText("Command", item.command),
       this.makeText("Recipe", recipe),
@@ -138,11 +144,11 @@ export class Gallery {
 
   makeFiles(title, files) {
     if (!files.length) return null;
-    return make("div", { class: "files" }, make("h3", { textContent: title }), make("p", { class: "actions" }, ...files.map(([name, url]) => make("a", { class: "button", href: url, download: "", textContent: name }))));
+    return make("div", { class: "files" }, make("h3", { textContent: title }), make("p", { class: "actions" }, ...files.map(([title, url, name]) => make("a", { class: "button", href: url, download: name, textContent: title }))));
   }
 
   async remove(item, dialog) {
-    if (!(await confirmInDialog("Delete this video?", `“${nameOf(item)}”, seed ${item.seed}, cannot be brought back.`, "Delete"))) return;
+    if (!(await confirmInDialog("Delete this clip?", `“${nameOf(item)}”, seed ${item.seed}, cannot be brought back.`, "Delete"))) return;
     try {
       await deleteItem(item.id);
     } catch (error) {
@@ -169,7 +175,7 @@ export class Gallery {
         const button = make("button", { type: "button", class: "open", on: { click: () => choose(item), pointerenter: play, pointerleave: pause } }, box, make("span", { class: "prompt", textContent: nameOf(item) }), make("span", { class: "small", textContent: `seed ${item.seed}` }));
         return make("li", { class: "item-card" }, button);
       });
-      const list = buttons.length ? make("ul", { class: "cards" }, ...buttons) : make("p", { class: "muted", textContent: "The gallery is empty: generate a video first, or choose a file." });
+      const list = buttons.length ? make("ul", { class: "cards" }, ...buttons) : make("p", { class: "muted", textContent: "The gallery is empty: generate a clip first, or choose a file." });
       const dialog = openDialog(`From the gallery: ${title}`, { class: "picker" }, list);
       const choose = (item) => {
         chosen = item;

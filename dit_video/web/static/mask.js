@@ -41,9 +41,11 @@ export class MaskField extends Field {
   async set(value) {
     this.wanted = value?.png ?? null;
     if (!this.mask) return;
-    this.mask.fill(0);
-    if (this.wanted) await this.mask.read(this.wanted);
-    this.draw();
+    const { wanted, mask } = this;
+    this.wanted = null;
+    mask.fill(0);
+    if (wanted) await mask.read(wanted);
+    if (mask === this.mask) this.draw();
   }
 
   check() {

@@ -68,7 +68,7 @@ export class PictureField extends Field {
     if (value.item) {
       const item = await this.studio.getItem(value.item);
       this.choose(item ? { item, frame: value.frame ?? 0 } : null);
-      if (!item) this.showError("The video that was here is no longer in the gallery. Choose another one.");
+      if (!item) this.showError("The clip that was here is no longer in the gallery. Choose another one.");
       return;
     }
     try {
@@ -114,7 +114,6 @@ export class PictureField extends Field {
       if (this.sending !== sending) return;
       this.sending = null;
       this.choose({ upload });
-      this.body.querySelector("button")?.focus();
       announce(`${upload.name} is ready. ${upload.note}`);
     } catch (error) {
       if (this.sending !== sending && error.name !== "AbortError") return;
@@ -124,7 +123,6 @@ export class PictureField extends Field {
         this.showError(error.message);
         announce(error.message);
       }
-      this.focus();
     }
   }
 
@@ -138,8 +136,7 @@ export class PictureField extends Field {
     const bar = make("progress", { max: 1, value: 0, "aria-labelledby": id });
     const state = make("span", { class: "muted", textContent: formatBytes(file.size) });
     const button = makeButton("Stop", () => stop.abort());
-    this.body.replaceChildren(make("div", { class: "sending" }, make("span", { id, class: "name", textContent: `Sending ${file.name}` }), bar, state, button));
-    button.focus();
+    this.replace(make("div", { class: "sending" }, make("span", { id, class: "name", textContent: `Sending ${file.name}` }), bar, state, button));
     return (fraction) => {
       bar.value = fraction;
       state.textContent = fraction < 1 ? `${Math.round(100 * fraction)} % of ${formatBytes(file.size)}` : "The server reads it …";
@@ -148,6 +145,13 @@ export class PictureField extends Field {
 
   show() {
     this.chosen ? this.showChosen() : this.showEmpty();
+  }
+
+  /** Show other contents; the focus stays in the field, if it was there. */
+  replace(...children) {
+    const hadFocus = this.element.contains(document.activeElement);
+    this.body.replaceChildren(...children);
+    if (hadFocus) this.focus();
   }
 
   makeButtons(first) {
@@ -163,7 +167,7 @@ export class PictureField extends Field {
 
   showEmpty() {
     const hint = make("p", { class: "hint" }, `Drop a ${NOUNS[this.kind]} here, or paste one.`);
-    this.body.replaceChildren(hint, this.makeButtons("Choose a file"));
+    this.replace(hint, this.makeButtons("Choose a file"));
   }
 
   showChosen() {
@@ -179,7 +183,7 @@ export class PictureField extends Field {
       upload?.note && make("p", { class: "note", textContent: upload.note }),
       isFrame && this.makeFrameSlider(media),
     );
-    this.body.replaceChildren(make("div", { class: "chosen" }, picture, about), this.makeButtons("Replace"));
+    this.replace(make("div", { class: "chosen" }, picture, about), this.makeButtons("Replace"));
   }
 
   makeMoving(media) {

@@ -84,9 +84,9 @@ export function makeTile(media, label) {
     moving.play?.().catch(() => {});
   };
   const pause = () => {
-    // Without sources the decoder is freed.
-    moving?.pause?.();
-    moving = null;
+    if (!moving) return;
+    moving.pause?.();
+    moving = null; // without the element, its decoder is freed
     show(null);
   };
   show(null);

@@ -11,13 +11,13 @@ export function describeJob(job) {
     case "waiting":
       return job.ahead ? `Waiting: ${job.ahead} before yours` : "Waiting: yours is next";
     case "preparing":
-      return "Preparing the model: the first video of a size takes longer";
+      return "Preparing the model: the first clip of a size takes longer";
     case "sampling": {
       const left = job.seconds_left === null ? "" : ` · ${formatSeconds(job.seconds_left)} left`;
       return job.steps ? `Step ${job.step} of ${job.steps}${left}` : "Sampling";
     }
     case "decoding":
-      return "Writing the video";
+      return "Writing the clip";
     case "failed":
       return "Failed";
     case "cancelled":
@@ -107,14 +107,14 @@ export class Stage {
     if (job.status !== "done") return this.drawJob(job);
     const items = job.items.map((id) => this.getItems().get(id)).filter(Boolean);
     if (items.length) this.drawItems(items);
-    else if (!this.shown.startsWith(`job ${job.id}`)) this.drawText("Done", "The video is no longer in the gallery.");
+    else if (!this.shown.startsWith(`job ${job.id}`)) this.drawText("Done", "The clip is no longer in the gallery.");
   }
 
   /** Show the newest item of the gallery, or how to begin. */
   drawLatest() {
     const newest = this.getItems().values().next().value;
     if (newest) this.drawItems([newest]);
-    else this.drawText("Nothing here yet", "Describe a video and press Generate: it is sampled before your eyes, and plays here.");
+    else this.drawText("Nothing here yet", "Describe a clip and press Generate: it is sampled before your eyes, and plays here.");
   }
 
   replace(key, ...children) {
@@ -167,7 +167,7 @@ export class Stage {
   loadPreview(job) {
     const { parts } = this;
     parts.preview = job.preview;
-    const image = make("img", { alt: "Preview of the video while it is sampled", src: getPreviewAddress(job) });
+    const image = make("img", { alt: "Preview of the clip while it is sampled", src: getPreviewAddress(job) });
     const show = () => {
       if (!parts.screen.isConnected || parts.preview !== job.preview) return;
       parts.isPreviewed = true;

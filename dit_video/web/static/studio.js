@@ -4,7 +4,7 @@ import { announce, byId, make, makeButton, openDialog } from "./dom.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { Queue } from "./queue.js";
-import { Stage } from "./stage.js";
+import { isActive, Stage } from "./stage.js";
 
 const LOST = "The connection to the server is lost; trying again. What runs there goes on.";
 
@@ -27,7 +27,7 @@ function chooseUse(model, form, item) {
     };
     return make("li", {}, make("button", { type: "button", on: { click: use } }, make("b", { textContent: tab.title }), make("span", { class: "muted", textContent: field.title })));
   });
-  const content = uses.length ? make("ul", { class: "uses" }, ...buttons) : make("p", { textContent: "This model has no task that takes a video or a picture." });
+  const content = uses.length ? make("ul", { class: "uses" }, ...buttons) : make("p", { textContent: "This model has no task that takes a clip or a picture." });
   const dialog = openDialog("Use as input", { class: "small-dialog" }, content);
 }
 
@@ -51,7 +51,7 @@ async function begin() {
   const again = async (item) => {
     await form.fill(item);
     form.focusButton();
-    announce("The form is filled as for this video. Press Generate.");
+    announce("The form is filled as for this clip. Press Generate.");
   };
   const renew = async (item) => {
     await form.fill(item);
@@ -79,12 +79,16 @@ async function begin() {
   const checkpoint = new URLSearchParams(location.search).get("checkpoint");
   if (checkpoint) form.selectCheckpoint(checkpoint);
 
+  const { title } = document;
   let last = null;
   const receive = (state) => {
     last = state;
     stage.update(state);
     queue.update(state, stage.job);
     gallery.update(state.gallery);
+    const { job } = stage;
+    const progress = job && isActive(job) && job.steps ? `${Math.round((100 * job.step) / job.steps)} % · ` : "";
+    document.title = `${progress}${title}`;
   };
   watchState(receive, showConnection);
 }

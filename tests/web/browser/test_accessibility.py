@@ -1,7 +1,6 @@
 """The studio by keyboard alone, for screen readers, and on a phone."""
 
 import itertools
-import re
 
 import pytest
 
@@ -179,8 +178,3 @@ def test_a_phone_scrolls_only_downwards(open_studio, clip_file):
 
 def read_widths(studio):
     return tuple(studio.page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]"))
-
-
-def test_a_checkpoint_in_the_address_that_does_not_exist_is_said(open_studio):
-    studio = open_studio("?checkpoint=123")
-    assert re.search("no checkpoint 123", studio.page.locator("#form [role=alert]").inner_text())

@@ -121,10 +121,10 @@ def test_an_item_is_deleted_after_a_question(studio):
     studio.make_clip("a blue square")
     dialog = open_details(studio)
     dialog.get_by_role("button", name="Delete").click()
-    studio.page.get_by_role("dialog", name="Delete this video?").get_by_role("button", name="Keep").click()
+    studio.page.get_by_role("dialog", name="Delete this clip?").get_by_role("button", name="Keep").click()
     assert len(studio.items) == 2
     dialog.get_by_role("button", name="Delete").click()
-    question = studio.page.get_by_role("dialog", name="Delete this video?")
+    question = studio.page.get_by_role("dialog", name="Delete this clip?")
     question.get_by_role("button", name="Delete").click()
     studio.page.locator("#gallery .item-card").nth(1).wait_for(state="detached")
     assert [item["title"] for item in studio.items] == ["a red circle"]
