@@ -1,12 +1,13 @@
 """Charts of a training's log: losses, loss by diffusion time, throughput, evaluations and all other values."""
 
+import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float64
 from markupsafe import Markup
 
 from dit_video.reports.charts import draw_line_chart
@@ -27,6 +28,8 @@ _OWN_CHARTS = ("loss", "validation_loss", "step_seconds", "model_flops_per_secon
 """Names of values that the page shows otherwise."""
 _MAX_OTHERS = 40
 """Maximum number of charts of other values."""
+_MAX_POINTS = 1500
+"""Number of points of a curve from which neighbouring ones are averaged, as a chart cannot show more."""
 _PROFILE_ENTRIES = 20
 """Number of entries of which the profile over diffusion times is the mean."""
 
@@ -74,9 +77,7 @@ def draw_evaluations(training: TrainingState) -> list[DrawnChart]:
 
 def draw_others(training: TrainingState) -> list[DrawnChart]:
     """Return a chart for each logged value that no other chart shows."""
-    counts = Counter(name for entry in training.entries for name in entry)
-    measured = {f"evaluation_{name}" for name in training.evaluations}
-    names = [name for name in counts if not _is_shown(name) and name not in measured]
+    names = [name for name in _list_names(training.entries) if not _is_shown(name)]
     charts = (
         _draw(f"other-{name}", name, _make_curves(training.entries, {name: name})) for name in names[:_MAX_OTHERS]
     )
@@ -98,16 +99,33 @@ def _make_curves(entries: Sequence[Entry], names: dict[str, str], scale: float =
     """Return the curves of the named values that any entry has, with other names."""
     curves = []
     for name, title in names.items():
-        pairs = [(int(entry["step"]), scale * entry[name]) for entry in entries if name in entry]
-        if pairs:
-            steps, values = zip(*pairs, strict=True)
-            curves.append(Curve(name=title, steps=steps, values=values))
+        pairs = np.array([(entry["step"], entry[name]) for entry in entries if name in entry], np.float64)
+        if len(pairs):
+            steps, values = _average_neighbours(pairs).T.tolist()
+            curves.append(Curve(name=title, steps=tuple(steps), values=tuple(scale * value for value in values)))
     return curves
+
+
+def _average_neighbours(pairs: Float64[np.ndarray, "n 2"]) -> Float64[np.ndarray, "m 2"]:
+    """Return at most `_MAX_POINTS` means of neighbouring pairs of step and value; NaN where no value is finite."""
+    if len(pairs) <= _MAX_POINTS:
+        return pairs
+    starts = np.linspace(0, len(pairs), _MAX_POINTS, endpoint=False).astype(int)
+    finite = np.isfinite(pairs[:, 1])
+    counts = np.add.reduceat(finite.astype(np.float64), starts)
+    totals = np.add.reduceat(np.where(finite, pairs[:, 1], 0.0), starts)
+    steps = np.add.reduceat(pairs[:, 0], starts) / np.diff([*starts, len(pairs)])
+    return np.stack([steps, np.where(counts > 0, totals / np.maximum(counts, 1), np.nan)], axis=1)
+
+
+def _list_names(entries: Iterable[Entry]) -> list[str]:
+    """Return the names of all values, in the order in which they appear."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(entries)))
 
 
 def _find_intervals(entries: Iterable[Entry], prefix: str) -> dict[str, tuple[float, float]]:
     """Return the intervals of diffusion times of which the loss is logged, by the name of the value, in order."""
-    names = {name: match for entry in entries for name in entry if (match := _TIMES.fullmatch(name))}
+    names = {name: match for name in _list_names(entries) if (match := _TIMES.fullmatch(name))}
     intervals = {}
     for name, match in names.items():
         try:
@@ -126,7 +144,8 @@ def _draw_profile(entries: Sequence[Entry]) -> DrawnChart | None:
         intervals = _find_intervals(entries, prefix)
         points = []
         for name, (low, high) in intervals.items():
-            values = [entry[name] for entry in entries if math.isfinite(entry.get(name, math.nan))][-count:]
+            finite = (entry[name] for entry in reversed(entries) if math.isfinite(entry.get(name, math.nan)))
+            values = list(itertools.islice(finite, count))
             if values:
                 points.append(((low + high) / 2, float(np.mean(values))))
         if len(points) > 1:

@@ -19,7 +19,7 @@ from dit_video.web.run_page.evaluation_log import EvaluationCurves, read_evaluat
 from dit_video.web.run_page.grids import GridSeries, list_grids
 from dit_video.web.run_page.metrics_reader import Entry, MetricsReader
 from dit_video.web.run_page.run_plan import PlannedTraining, RunPlan, read_plan
-from dit_video.web.run_page.time_use import TimeUse, compute_time_use
+from dit_video.web.run_page.time_use import TimeUse, TimeUseCounter
 
 RunStatus = Literal["new", "starting", "training", "silent", "between", "finished"]
 _MIN_SILENCE = 120.0
@@ -30,7 +30,6 @@ _MAX_START = 1800.0
 """Seconds that a process may take from its start to the first entry: it loads, compiles and makes latents."""
 _PACE_ENTRIES = 20
 """Number of entries of which the pace is the mean."""
-
 _REMOTE_SECONDS = 60.0
 """Seconds for which a list of checkpoints at an address is used again."""
 
@@ -111,6 +110,7 @@ class RunReader:
     def __init__(self, folder: Path):
         self.folder = folder
         self._readers: dict[str, MetricsReader] = {}
+        self._counters: dict[str, TimeUseCounter] = {}
         self._checkpoints: dict[str, tuple[float, tuple[SavedCheckpoint, ...]]] = {}
         self._lock = threading.Lock()
 
@@ -140,7 +140,7 @@ class RunReader:
             entries=tuple(entries),
             updated=max((each for each in times if each is not None), default=None),
             started=_get_time(folder / LOCK_FILE),
-            time_use=compute_time_use(entries),
+            time_use=self._counters.setdefault(plan.name, TimeUseCounter()).update(entries),
             grids=grids,
             checkpoints=checkpoints,
             evaluations=read_evaluations(folder / "evaluations"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dit_video.web.run_page.metrics_reader import Entry
 
@@ -49,16 +49,29 @@ class TimeUse:
         return 1 - self.steps / self.total if self.total > 0 else None
 
 
-def compute_time_use(entries: Sequence[Entry]) -> TimeUse:
-    """Return where the time went up to the newest entry."""
-    use, step, unix = TimeUse(), 0.0, math.nan
-    for entry in entries:
-        _add_entry(use, entry, steps=entry["step"] - step)
-        gap = _get(entry, "unix_seconds", math.nan) - unix - _get(entry, "interval_seconds")
-        if gap > _MIN_GAP:  # False for NaN
-            use.restarts += gap
-        step, unix = entry["step"], _get(entry, "unix_seconds", math.nan)
-    return use
+class TimeUseCounter:
+    """Sum of the times of one log, to which every reading of it adds only the new entries."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._use, self._count, self._newest = TimeUse(), 0, Entry(step=0.0)
+
+    def update(self, entries: Sequence[Entry]) -> TimeUse:
+        """Return where the time went up to the newest of these entries, which are all that the log has now."""
+        is_continued = len(entries) >= self._count and (not self._count or entries[self._count - 1] is self._newest)
+        if not is_continued:  # the log was cut
+            self._restart()
+        for entry in entries[self._count :]:
+            _add_entry(self._use, entry, steps=entry["step"] - self._newest["step"])
+            gap = _get(entry, "unix_seconds", math.nan) - _get(self._newest, "unix_seconds", math.nan)
+            gap -= _get(entry, "interval_seconds")
+            if gap > _MIN_GAP:  # False for NaN
+                self._use.restarts += gap
+            self._newest = entry
+        self._count = len(entries)
+        return replace(self._use, hooks=dict(self._use.hooks))
 
 
 def _add_entry(use: TimeUse, entry: Entry, *, steps: float) -> None:

@@ -1,6 +1,7 @@
 // The page of a training run, which follows it: what differs in a newer page is put in place, and all else stays as it is.
 
 const POLL_MS = 4000;
+const MAX_LOAD = 0.1; // largest share of the time in which the server, perhaps on the training's machine, makes pages
 const VIEW = { width: 520, height: 400 }; // largest size of a viewed grid in CSS pixels
 const THUMB = { width: 150, height: 120 };
 
@@ -237,6 +238,7 @@ document.addEventListener("toggle", showAll, true); // of details, in which noth
 // Following the run.
 let version = null;
 let isPolling = false;
+let timer = 0;
 
 async function fetchText(path) {
   const response = await fetch(path, { cache: "no-store" });
@@ -245,8 +247,10 @@ async function fetchText(path) {
 }
 
 async function poll() {
-  if (isPolling || document.hidden) return;
+  if (isPolling || document.hidden) return; // it goes on when the page is visible again
   isPolling = true;
+  clearTimeout(timer);
+  const start = performance.now();
   const connection = byId("connection");
   try {
     const state = JSON.parse(await fetchText("/run/state"));
@@ -263,11 +267,11 @@ async function poll() {
   } finally {
     isPolling = false;
     showAll();
+    timer = setTimeout(poll, Math.max(POLL_MS, (performance.now() - start) / MAX_LOAD));
   }
 }
 
 recordSources(byId("run"));
 showAll();
 poll();
-setInterval(poll, POLL_MS);
 document.addEventListener("visibilitychange", poll);

@@ -10,8 +10,13 @@ from dit_video.training.hooks.hook import PeriodicCall
 from dit_video.training.hooks.logging import MetricsLog
 from dit_video.training.loop import LoopConfig
 from dit_video.web.run_page.metrics_reader import MetricsReader
-from dit_video.web.run_page.time_use import compute_time_use
+from dit_video.web.run_page.time_use import TimeUseCounter
 from support.loop_training import init_state, make_batches, step, train
+
+
+def compute_time_use(entries):
+    return TimeUseCounter().update(entries)
+
 
 FIRST = {
     "step": 10.0,
@@ -56,6 +61,16 @@ def test_time_between_processes_is_that_of_restarts():
     use = compute_time_use([FIRST, NEXT, again])
     assert use.restarts == 200
     assert use.total == 62 + 30 + 62 + 200
+
+
+def test_entries_are_added_as_they_come_and_anew_after_a_log_was_cut():
+    again = {**FIRST, "step": 30.0, "unix_seconds": 1030.0 + 200 + 62}
+    counter = TimeUseCounter()
+    for entries in ([], [FIRST], [FIRST], [FIRST, NEXT], [FIRST, NEXT, again], [FIRST, again], [dict(FIRST), NEXT], []):
+        assert counter.update(entries) == compute_time_use(entries)
+    before = counter.update([FIRST])
+    counter.update([FIRST, NEXT])
+    assert before == compute_time_use([FIRST])  # a result stays as it is
 
 
 def test_a_log_of_an_older_version_has_steps_and_waits_alone():
