@@ -121,7 +121,7 @@ class NumberField extends Field {
     const { min, max, step, default: preset } = description;
     const limits = { min: min ?? "", max: max ?? "", step: step ?? (description.is_whole ? 1 : "any") };
     const control = make("input", { type: "number", inputMode: description.is_whole ? "numeric" : "decimal", ...limits });
-    if (preset === null) control.placeholder = "the model's own";
+    if (preset === null) control.placeholder = "automatic";
     else control.required = description.required;
     const hasSlider = min !== null && max !== null && preset !== null && !description.is_whole && (max - min) / step <= 200;
     if (hasSlider) {
@@ -177,6 +177,10 @@ class ChoiceField extends Field {
 
   get value() {
     return this.description.choices[this.control.selectedIndex]?.value ?? null;
+  }
+
+  get isEmpty() {
+    return this.value === null; // "" is a choice
   }
 
   set(value) {

@@ -211,7 +211,9 @@ export class Stage {
       const details = makeButton(`Seed ${item.seed}`, () => this.showItem(item), { "aria-label": `Seed ${item.seed}: details` });
       return make("div", { class: "cell" }, makePlayer(item, `${item.title}, seed ${item.seed}`), details);
     });
-    const text = make("div", { class: "stage-text" }, make("p", { class: "prompt", textContent: items[0].title || items[0].tab_title }));
+    const [{ title, tab_title: task }] = items;
+    const about = make("p", { class: "state", textContent: `${task} · ${formatSize(items[0])}` });
+    const text = make("div", { class: "stage-text" }, make("p", { class: "prompt", textContent: title || task }), about);
     this.replace(key, make("div", { class: "stage-screen several" }, ...cells), make("div", { class: "stage-foot" }, text));
   }
 }
