@@ -13,6 +13,8 @@ MAX_JOBS = 8
 """Maximum number of jobs of a user that wait or run."""
 MAX_FINISHED = 20
 """Number of finished jobs of a user that the page lists."""
+ABSENT_SECONDS = 120.0
+"""Seconds without a page or a request after which a user counts as one who has left."""
 Status = Literal["waiting", "preparing", "sampling", "decoding", "done", "failed", "cancelled"]
 _ACTIVE = ("waiting", "preparing", "sampling", "decoding")
 
@@ -66,7 +68,8 @@ class Job:
 class JobQueue:
     """A queue that serves users in turn: the one who was served longest ago is next, with the oldest of their jobs.
 
-    Users whose pages are open come before those who have left, whose jobs are kept.
+    Users whose pages are open come before those who have left, whose jobs are kept. Pages in the background, which
+    ask for the state now and then, count as open.
     """
 
     def __init__(self) -> None:
@@ -75,6 +78,7 @@ class JobQueue:
         self._served: dict[str, int] = {}
         self._turn = 0
         self._pages: dict[str, int] = {}
+        self._contacts: dict[str, float] = {}
         self._versions: dict[str, int] = {}
         self._galleries: dict[str, int] = {}
         self._is_closed = False
@@ -180,7 +184,12 @@ class JobQueue:
         """Note that a page of a user has been closed."""
         with self._changed:
             self._pages[user] -= 1
+            self._contacts[user] = time.monotonic()
             self._mark_all()
+
+    def note_contact(self, user: str) -> None:
+        """Note that a page of a user asked for the state."""
+        self._contacts[user] = time.monotonic()
 
     def close(self) -> None:
         """End `take`, and cancel the job that runs."""
@@ -202,12 +211,17 @@ class JobQueue:
                 waiting.setdefault(job.user, []).append(job)
         served, turn = dict(self._served), self._turn
         while waiting:
-            user = min(waiting, key=lambda user: (not self._pages.get(user), served.get(user, 0)))
+            user = min(waiting, key=lambda user: (not self._is_present(user), served.get(user, 0)))
             yield waiting[user].pop(0)
             if not waiting[user]:
                 del waiting[user]
             turn += 1
             served[user] = turn
+
+    def _is_present(self, user: str) -> bool:
+        last_contact = self._contacts.get(user)
+        is_recent = last_contact is not None and time.monotonic() - last_contact < ABSENT_SECONDS
+        return bool(self._pages.get(user)) or is_recent
 
     def _mark(self, user: str) -> None:
         self._versions[user] = self._versions.get(user, 0) + 1

@@ -125,6 +125,7 @@ class StudioRoutes:
         return Response(job.preview, media_type="image/webp")
 
     def _get_state(self, request: Request) -> Response:
+        self._queue.note_contact(request.state.user)
         return JSONResponse(self._queue.describe(request.state.user)[1])
 
     def _stream_events(self, request: Request) -> Response:

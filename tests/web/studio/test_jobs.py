@@ -35,7 +35,8 @@ def test_a_user_who_was_served_long_ago_comes_before_one_who_was_just_served():
     assert take_all(queue, 3) == ["c1", "a2", "b2"]
 
 
-def test_jobs_of_users_who_left_come_last_and_are_kept():
+def test_jobs_of_users_who_left_come_last_and_are_kept(monkeypatch):
+    monkeypatch.setattr(jobs, "ABSENT_SECONDS", 0.0)
     queue = JobQueue()
     queue.open_page("a")
     queue.open_page("b")
@@ -44,6 +45,16 @@ def test_jobs_of_users_who_left_come_last_and_are_kept():
     assert take_all(queue, 3) == ["b1", "b2", "a1"]
     queue.open_page("a")
     assert queue.describe("a")[1]["jobs"][1]["ahead"] == 1  # the one that runs
+
+
+def test_a_page_in_the_background_which_asks_for_the_state_keeps_its_place():
+    queue = JobQueue()
+    queue.open_page("a")
+    queue.close_page("a")  # in the background
+    queue.open_page("b")
+    submit(queue, "a1", "b1")
+    queue.note_contact("a")
+    assert take_all(queue, 2) == ["a1", "b1"]
 
 
 def test_pages_see_the_number_of_jobs_before_each_of_their_own_alone():
