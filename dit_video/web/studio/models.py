@@ -77,8 +77,8 @@ class StudioModel:
 
     def describe(self) -> dict[str, Any]:
         """Return the description of the model and of its forms for the page."""
-        size, backbone = self.config.size, type(self.config.backbone).__name__.removesuffix("Config")
-        summary = f"{backbone}, {size.t} frames of {size.w}×{size.h} at {self.config.fps:g} frames per second"
+        size = self.config.size
+        summary = f"{size.t} frames of {size.w}×{size.h} pixels, {self.config.fps:g} per second"
         return {
             "title": self.title,
             "summary": summary,
