@@ -31,7 +31,7 @@ class EvaluationHook(Hook):
       make_pipeline: returns a pipeline from averaged weights, which stay where they are on the devices.
     """
 
-    name = "evaluation"
+    name = "evaluate"
 
     def __init__(
         self,

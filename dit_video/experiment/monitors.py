@@ -120,7 +120,7 @@ def make_validation(
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(ratio, np.float64)
         return {f"validation_{name}": float(total / count) for name, (total, count) in totals.items() if count}
 
-    return PeriodicCall(every=experiment.monitoring.validate_every, function=call, name="validation")
+    return PeriodicCall(every=experiment.monitoring.validate_every, function=call, name="validate")
 
 
 def make_sampling(
@@ -145,7 +145,7 @@ def make_sampling(
         wait_for_main_process()
         return {}
 
-    return PeriodicCall(every=monitoring.sample_every, function=call, name="sampling")
+    return PeriodicCall(every=monitoring.sample_every, function=call, name="sample")
 
 
 def make_reconstructions(
@@ -176,7 +176,7 @@ def make_reconstructions(
         wait_for_main_process()
         return values
 
-    return PeriodicCall(every=monitoring.sample_every, function=call, name="reconstruction")
+    return PeriodicCall(every=monitoring.sample_every, function=call, name="reconstruct")
 
 
 def _read_alike(clips: ClipSource, limits: SizeLimits) -> list[tuple[str, Clip]]:

@@ -12,7 +12,7 @@ compilation. Results of periodic calls are logged at their step, and hooks add m
 Where the time went is logged, too. `interval_seconds` is the whole time since the previous entry, or since the start of
 this process's loop; its parts besides steps are `first_batch_seconds` (once), `compile_seconds` (of the first step, and
 of each with new shapes; a part of the steps' time), `save_seconds`, and for hooks `NAME_seconds`, such as
-`validation_seconds`. Saving and hooks that follow an entry are in the next one. `unix_seconds` is the time of day of
+`validate_seconds`. Saving and hooks that follow an entry are in the next one. `unix_seconds` is the time of day of
 the entry; where an entry comes later after the previous one than its interval lasts, the run was not running, or steps
 were repeated.
 

@@ -99,7 +99,7 @@ def test_held_out_clips_are_judged_the_same_each_time(watched):
     assert entries[6]["tokens_per_second"] > 0
     assert entries[6]["model_flops_per_second"] > 0
     assert entries[6]["skipped"] == 0
-    times = {f"{name}_seconds" for name in ("validation", "sampling", "evaluation", "snapshot", "interval")}
+    times = {f"{name}_seconds" for name in ("validate", "sample", "evaluate", "snapshot", "interval")}
     assert times <= entries[6].keys()
     # The final weights give the final figure again, because noise and times are the same.
     state = SimpleNamespace(ema=watched.run.newest_pipeline().denoiser_params)

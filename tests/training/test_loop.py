@@ -179,11 +179,11 @@ def test_entries_report_where_the_time_went(tmp_path, clock):
         checkpoints=SlowCheckpoints(tmp_path / "checkpoints"),
         hooks=[
             MetricsLog(tmp_path / "metrics.jsonl"),
-            PeriodicCall(every=4, function=validate, name="validation"),
+            PeriodicCall(every=4, function=validate, name="validate"),
         ],
     )
     first, second, third = read_metrics(tmp_path / "metrics.jsonl")
-    assert (first["first_batch_seconds"], first["compile_seconds"], first["validation_seconds"]) == (40, 100, 3)
+    assert (first["first_batch_seconds"], first["compile_seconds"], first["validate_seconds"]) == (40, 100, 3)
     assert first["first_step_seconds"] == 140
     assert first["interval_seconds"] == 140 + 3 * 0.5 + 3
     assert first["step_seconds"] == 0.5

@@ -76,7 +76,7 @@ class PeriodicCall(Hook):
     """Function of the number of steps done and the state, to which it must not keep references. Its result is
     logged."""
     name: str = "hook"
-    """Name of the metric `NAME_seconds`, the time that the function takes, such as "validation"."""
+    """Name of the metric `NAME_seconds`, the time that the function takes, such as "validate"."""
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         return step % self.every == 0 or is_last

@@ -15,10 +15,10 @@ from dit_video.web.run_page.run_state import RunState, TrainingState, format_dur
 from dit_video.web.run_page.time_use import TimeUse
 
 _HOOKS = {
-    "validation": "validation",
-    "sampling": "samples",
-    "reconstruction": "reconstructions",
-    "evaluation": "evaluation",
+    "validate": "validation",
+    "sample": "samples",
+    "reconstruct": "reconstructions",
+    "evaluate": "evaluation",
     "snapshot": "snapshots of averages",
     "hook": "other monitoring",
 }

@@ -66,7 +66,7 @@ def test_the_page_of_a_run_in_training_has_all_parts(client, run):
     write_config(run, curriculum=(("images", 20),))
     write_entries(run, 10, 20, name="autoencoder", end=time.time() - 100, reconstruction_psnr=31.25)
     write_grid(run, 20, name="autoencoder", kind="reconstructions")
-    times = {"interval_seconds": 20.0, "validation_seconds": 2.0, "save_seconds": 4.0, "compile_seconds": 1.0}
+    times = {"interval_seconds": 20.0, "validate_seconds": 2.0, "save_seconds": 4.0, "compile_seconds": 1.0}
     speeds = {"tokens_per_second": 1234.0, "mfu": 0.4321}
     losses = {"loss_t0-0.5": 2.0, "loss_t0.5-1": 1.0, "validation_loss": 0.77, "validation_loss_t0-0.5": 1.0}
     write_entries(run, 10, 20, 30, gradient_norm=2.0, **times, **speeds, **losses)

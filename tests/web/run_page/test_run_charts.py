@@ -49,7 +49,7 @@ def test_a_profile_needs_values(tmp_path):
 
 
 def test_every_value_has_a_chart_and_times_have_none(tmp_path):
-    values = {"gradient_norm": 1.0, "evaluation_sharpness": 2.0, "validation_seconds": 1.0, "mfu": 0.25}
+    values = {"gradient_norm": 1.0, "evaluation_sharpness": 2.0, "validate_seconds": 1.0, "mfu": 0.25}
     training = read(tmp_path, [(10, values), (20, {**values, "late": 3.0})])
     assert [chart.title for chart in draw_others(training)] == ["gradient_norm", "evaluation_sharpness", "late"]
     speeds = draw_throughput(training)

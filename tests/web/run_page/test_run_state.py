@@ -128,7 +128,7 @@ def test_a_config_that_cannot_be_read_hides_no_log(tmp_path, config):
 
 def test_the_document_of_a_state_is_json_with_all_parts(tmp_path):
     write_config(tmp_path)
-    write_entries(tmp_path, 10, 20, validation_seconds=1.0, gradient_norm=None)
+    write_entries(tmp_path, 10, 20, validate_seconds=1.0, gradient_norm=None)
     write_grid(tmp_path, 20)
     write_checkpoint(tmp_path, 20)
     write_evaluation(tmp_path, 10, "sharpness", 3.5)

@@ -26,7 +26,7 @@ FIRST = {
     "step_seconds": 1.0,
     "data_wait": 0.25,
     "interval_seconds": 62.0,
-    "validation_seconds": 3.0,
+    "validate_seconds": 3.0,
     "unix_seconds": 1000.0,
 }
 NEXT = {
@@ -35,7 +35,7 @@ NEXT = {
     "data_wait": 0.5,
     "interval_seconds": 30.0,
     "save_seconds": 6.0,
-    "validation_seconds": 3.0,
+    "validate_seconds": 3.0,
     "hook_seconds": 1.0,
     "unix_seconds": 1030.0,
 }
@@ -43,12 +43,12 @@ NEXT = {
 
 def test_the_parts_of_an_interval_add_up_to_it():
     use = compute_time_use([FIRST])
-    assert (use.compilation, use.checkpoints, use.hooks, use.restarts) == (40, 0, {"validation": 3}, 0)
+    assert (use.compilation, use.checkpoints, use.hooks, use.restarts) == (40, 0, {"validate": 3}, 0)
     assert use.data == 8 + 0.25 * 9
     assert use.steps == 62 - 40 - 3 - use.data
     assert use.total == 62
     use = compute_time_use([FIRST, NEXT])
-    assert use.hooks == {"validation": 6, "hook": 1}
+    assert use.hooks == {"validate": 6, "hook": 1}
     assert use.checkpoints == 6
     assert use.data == 8 + 0.25 * 9 + 0.5 * 20
     assert use.total == 62 + 30
@@ -99,11 +99,11 @@ def test_the_log_of_a_training_gives_where_its_time_went(tmp_path):
         return {}
 
     start = time.time()
-    hooks = [MetricsLog(tmp_path / "m.jsonl"), PeriodicCall(every=10, function=validate, name="validation")]
+    hooks = [MetricsLog(tmp_path / "m.jsonl"), PeriodicCall(every=10, function=validate, name="validate")]
     loop.run(step, init_state(), batches, config=LoopConfig(steps=30, log_every=5), hooks=hooks)
     seconds = time.time() - start
     use = compute_time_use(MetricsReader(tmp_path / "m.jsonl").read())
-    assert use.hooks["validation"] == pytest.approx(0.6, rel=0.3)
+    assert use.hooks["validate"] == pytest.approx(0.6, rel=0.3)
     assert 0.1 < use.data < 0.3 + 0.5 * seconds
     assert use.compilation > 0
     assert 0.5 * seconds < use.total < seconds
