@@ -46,9 +46,13 @@ class DrawnChart:
 
 
 def draw_losses(training: TrainingState) -> list[DrawnChart]:
-    """Return charts of the loss of training and validation, and of the loss by diffusion time."""
-    entries = training.entries
-    charts = [_draw("loss", "Loss", _make_curves(entries, {"loss": "training", "validation_loss": "validation"}))]
+    """Return charts of the loss of training and validation over steps and hours, and of the loss by diffusion time."""
+    entries, names = training.entries, {"loss": "training", "validation_loss": "validation"}
+    curves = _make_curves(_add_hours(entries), names, axis="hours")
+    charts = [
+        _draw("loss", "Loss", _make_curves(entries, names)),
+        _draw("hours", "Loss over hours", curves, "since the first entry, with interruptions", axis="hours"),
+    ]
     for prefix, title in (("", "Loss by diffusion time"), ("validation_", "Validation loss by diffusion time")):
         names = {name: f"{low:g} to {high:g}" for name, (low, high) in _find_intervals(entries, prefix).items()}
         note = "curves by interval of diffusion times, from 0 (data) to 1 (noise)"
@@ -89,17 +93,26 @@ def _is_shown(name: str) -> bool:
     return is_time or name in _OWN_CHARTS or name in _THROUGHPUT or _TIMES.fullmatch(name) is not None
 
 
-def _draw(key: str, title: str, curves: Sequence[Curve], note: str = "") -> DrawnChart | None:
+def _draw(key: str, title: str, curves: Sequence[Curve], note: str = "", *, axis: str = "step") -> DrawnChart | None:
     if not curves:
         return None
-    return DrawnChart(key=key, title=title, svg=draw_line_chart(Chart(title=title, curves=tuple(curves))), note=note)
+    svg = draw_line_chart(Chart(title=title, curves=tuple(curves), axis=axis))
+    return DrawnChart(key=key, title=title, svg=svg, note=note)
 
 
-def _make_curves(entries: Sequence[Entry], names: dict[str, str], scale: float = 1.0) -> list[Curve]:
-    """Return the curves of the named values that any entry has, with other names."""
+def _add_hours(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries that have a time of day, with the hours since the first of them."""
+    timed = [entry for entry in entries if math.isfinite(entry.get("unix_seconds", math.nan))]
+    return [{**entry, "hours": (entry["unix_seconds"] - timed[0]["unix_seconds"]) / 3600} for entry in timed]
+
+
+def _make_curves(
+    entries: Sequence[Entry], names: dict[str, str], scale: float = 1.0, *, axis: str = "step"
+) -> list[Curve]:
+    """Return the curves of the named values that any entry has, with other names, over the value `axis`."""
     curves = []
     for name, title in names.items():
-        pairs = np.array([(entry["step"], entry[name]) for entry in entries if name in entry], np.float64)
+        pairs = np.array([(entry[axis], entry[name]) for entry in entries if name in entry], np.float64)
         if len(pairs):
             steps, values = _average_neighbours(pairs).T.tolist()
             curves.append(Curve(name=title, steps=tuple(steps), values=tuple(scale * value for value in values)))
@@ -153,7 +166,6 @@ def _draw_profile(entries: Sequence[Entry]) -> DrawnChart | None:
             curves.append(Curve(name=title, steps=times, values=means))
     if not curves:
         return None
-    title, axis = "Newest loss over diffusion time", "diffusion time, 0 = data, 1 = noise"
-    svg = draw_line_chart(Chart(title=title, curves=tuple(curves), axis=axis))
     note = f"mean of the newest {_PROFILE_ENTRIES} entries of training, and the newest validation"
-    return DrawnChart(key="profile", title=title, svg=svg, note=note)
+    axis = "diffusion time, 0 = data, 1 = noise"
+    return _draw("profile", "Newest loss over diffusion time", curves, note, axis=axis)

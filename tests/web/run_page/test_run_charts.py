@@ -30,12 +30,23 @@ def test_a_long_log_is_thinned(tmp_path, monkeypatch):
     assert re.search(r"training <b>1\.5</b>", chart.svg)
 
 
+def test_losses_are_shown_over_hours_too(tmp_path):
+    write_config(tmp_path)
+    write_entries(tmp_path, 0, 10, 20, pace=720.0)
+    write_entries(tmp_path, 30, unix_seconds=None)
+    chart = draw_losses(RunReader(tmp_path).read().trainings[1])[1]
+    assert chart.key == "hours"
+    assert get_points(chart) == [3]
+    ticks = re.findall(r'class="axis middle">([^<]+)<', chart.svg)
+    assert (ticks[0], ticks[-1]) == ("0", "4")  # 20 steps of 12 minutes
+
+
 def test_curves_of_diffusion_times_and_their_profile_are_in_order(tmp_path):
     losses = {"loss_t0.5-1": 1.0, "loss_t0-0.25": 4.0, "loss_t0.25-0.5": 2.0, "loss_tx-y": 1.0, "loss_t1-0": 1.0}
     charts = {chart.key: chart for chart in draw_losses(read(tmp_path, [(10, losses), (20, losses)]))}
     names = re.findall(r"</span>([^<]+) <b>", charts["times"].svg)
     assert names == ["0 to 0.25", "0.25 to 0.5", "0.5 to 1"]
-    assert list(charts) == ["loss", "times", "profile"]
+    assert list(charts) == ["loss", "hours", "times", "profile"]
     (points,) = re.findall(r'<polyline points="([^"]*)" class="line', charts["profile"].svg)
     x, y = zip(*[map(float, point.split(",")) for point in points.split()], strict=True)
     assert list(x) == sorted(x)
@@ -45,7 +56,7 @@ def test_curves_of_diffusion_times_and_their_profile_are_in_order(tmp_path):
 
 def test_a_profile_needs_values(tmp_path):
     charts = draw_losses(read(tmp_path, [(10, {"loss_t0-0.5": None, "loss_t0.5-1": None})]))
-    assert [chart.key for chart in charts] == ["loss", "times"]
+    assert [chart.key for chart in charts] == ["loss", "hours", "times"]
 
 
 def test_every_value_has_a_chart_and_times_have_none(tmp_path):
@@ -61,4 +72,4 @@ def test_every_value_has_a_chart_and_times_have_none(tmp_path):
 @pytest.mark.parametrize("count", [0, 1])
 def test_logs_of_no_or_one_entry_have_charts(tmp_path, count):
     training = read(tmp_path, [(10, {})][:count])
-    assert [chart.key for chart in draw_losses(training)] == ["loss"] * count
+    assert [chart.key for chart in draw_losses(training)] == ["loss", "hours"][: 2 * count]
