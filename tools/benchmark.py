@@ -28,6 +28,7 @@ The other parts run only if they are named:
                  that was killed
     sampling     N steps against N forward passes, guidance in one pass against two, programs compiled for other
                  prompts and settings, and time to the first clip with and without kept programs
+    studio       time until the studio's page is there, and from a click to a playing video, in headless Chromium
 
 `--small` runs `model` and `sampling` on tiny models. `--peers` also times the convolutional autoencoder and the
 transformer of diffusers on the same weights, and torch's attention. Parts whose packages are missing are skipped and
@@ -60,7 +61,7 @@ from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import MissingError, UserError, script
 
 DEFAULT_PARTS = ("denoiser", "autoencoder", "data")
-OPTIONAL_PARTS = ("attention", "tiling", "model", "train", "sampling", "features")
+OPTIONAL_PARTS = ("attention", "tiling", "model", "train", "sampling", "features", "studio")
 """Parts that run only if they are named."""
 PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
@@ -140,6 +141,8 @@ def run_benchmarks(
         document["sampling"] = measure_sampling(size, run)
     if "features" in parts:
         document["features"] = measure_features(size)
+    if "studio" in parts:
+        document["studio"] = measure_studio(run)
     if "tiling" in parts:
         print("measuring errors of tiled decoding", file=sys.stderr)
         document["tiling"] = measure_tiling(run, clips)
@@ -224,6 +227,16 @@ def measure_features(size: BenchmarkSize) -> dict[str, Any]:
         if size.small
         else feature_networks.measure(size.rounds)
     )
+
+
+def measure_studio(run: Path) -> dict[str, Any]:
+    """Measure the time until the studio's page is there, and from a click to a playing video."""
+    try:
+        from benchmarks import studio
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    print("timing the studio in headless Chromium", file=sys.stderr)
+    return studio.measure(run)
 
 
 def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:

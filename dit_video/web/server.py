@@ -98,6 +98,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # a browser that is quicker than the server waits instead of being refused
     except OSError as error:
         listener.close()
         fix = f"Use --port {port + 1}, or --port 0 for any that is free"
