@@ -33,7 +33,15 @@ export class Form {
       event.preventDefault();
       this.start();
     });
-    document.addEventListener("paste", (event) => this.paste(event));
+    document.addEventListener("paste", (event) => this.take(event.clipboardData?.files[0], event));
+    // A browser would leave the page for a file that is dropped beside a field.
+    document.addEventListener("dragover", (event) => event.dataTransfer.types.includes("Files") && event.preventDefault());
+    document.addEventListener("drop", (event) => {
+      const [file] = event.dataTransfer.files;
+      if (!file || event.defaultPrevented) return;
+      event.preventDefault();
+      this.take(file, event);
+    });
     this.summarize();
     const start = [location.hash.slice(1), this.stored.tab].find((name) => this.panels.has(name));
     this.select(start ?? model.tabs[0].name);
@@ -194,9 +202,8 @@ export class Form {
     return Object.fromEntries([...fields].map(([name, field]) => [name, field.value]));
   }
 
-  /** Put a pasted file into the field that has the focus, or the first one that is empty. */
-  paste(event) {
-    const file = event.clipboardData?.files[0];
+  /** Put a pasted or dropped file into the field that has the focus, or the first one that is empty. */
+  take(file, event) {
     if (!file || document.querySelector("dialog[open]")) return;
     const fields = [...this.panel.fields.values()].filter((field) => field.send && (field.kind === "clip" || file.type.startsWith("image/")));
     const field = fields.find((each) => each.element.contains(document.activeElement)) ?? fields.find((each) => each.isEmpty) ?? fields[0];

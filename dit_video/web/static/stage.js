@@ -87,9 +87,9 @@ export class Stage {
     const { job } = this;
     if (!job) return;
     const isNew = previous?.id !== job.id;
+    if (isNew) this.isPreviewSaid = false;
     const now = performance.now();
     if (isNew || previous.status !== job.status) {
-      if (isNew && !isActive(job)) return;
       if (job.status === "done") announce(`Done: ${job.title}`);
       else if (job.status === "failed") announce(`Failed: ${job.error}`);
       else announce(job.status === "sampling" ? "Sampling" : describeJob(job));

@@ -142,6 +142,9 @@ def test_a_file_is_dropped_and_pasted(extender, image_file):
     extender.field("image").locator(".chosen").get_by_text("dropped.png").wait_for()  # it goes along to another tab
     extender.page.locator("body").evaluate(drop, ["pasted.png", text, "paste"])
     extender.field("last_image").locator(".chosen").get_by_text("pasted.png").wait_for()
+    extender.field("image").get_by_role("button", name="Remove").click()
+    extender.page.locator("#stage").evaluate(drop, ["beside.png", text, "drop"])
+    extender.field("image").locator(".chosen").get_by_text("beside.png").wait_for()
 
 
 def test_names_of_files_are_texts(extender, clip_file, tmp_path):
