@@ -48,6 +48,10 @@ class GracefulStop(KeyboardInterrupt):
     code = 0
     """Exit code of the script."""
 
+    def _render_traceback_(self, *_: object) -> list[str]:
+        """Return the lines that IPython shows instead of a traceback, of which a reader would have to find the end."""
+        return [f"stopped: {self}; run the cell again to continue"]
+
 
 def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[..., None]:
     """Decorate a script's `main` so that errors that a user can act on become one line on stderr.

@@ -149,3 +149,16 @@ def test_other_errors_in_finalizers_do_not_stop_the_script(capsys):
 
     main()
     assert reached
+
+
+def test_a_stop_in_a_notebook_is_one_line(capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.user_ns["error"] = GracefulStop("denoiser, by SIGINT after step 7, which is saved")
+    shell.run_cell("raise error")
+    shown = capsys.readouterr()
+    assert (
+        shown.out.strip() == "stopped: denoiser, by SIGINT after step 7, which is saved; run the cell again to continue"
+    )
+    assert shown.err == ""
