@@ -44,9 +44,12 @@ async function begin() {
 
   const start = async (job) => {
     stage.add(await postJob(job));
-    const { top, bottom } = byId("stage").getBoundingClientRect();
+    const root = byId("stage");
+    const { top, bottom } = root.getBoundingClientRect();
     // On a phone the form covers the screen.
-    if (bottom < 80 || top > innerHeight - 80) byId("stage").focus();
+    if (bottom > 80 && top < 0.6 * innerHeight) return;
+    root.scrollIntoView();
+    root.focus({ preventScroll: true });
   };
   const again = async (item) => {
     await form.fill(item);
