@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from etils import epath
 
@@ -96,7 +96,7 @@ class ClipSource:
     def __len__(self) -> int:
         return len(self.infos)
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: SupportsIndex) -> bytes:
         """Return the encoded file of a clip, for `dit_video.video.decode`.
 
         Raises:

@@ -25,6 +25,7 @@ from dit_video.generation.denoiser import EXPERTS, list_experts
 from dit_video.generation.request import GenerationTask
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.devices import make_placement
+from dit_video.pipelines.loading import add_preview_decoder
 from dit_video.pipelines.memory import fit_offload
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import FrozenTextConfig
@@ -207,7 +208,7 @@ class Family(abc.ABC):
                 place=lambda path, parameter: place(f"{expert}/{path}", parameter),
             )[1]
 
-        return Pipeline(
+        pipeline = Pipeline(
             config,
             denoiser={expert: read(expert) for expert in list_experts(config.boundary)} | {"text": {}},
             autoencoder=load_placed_autoencoder(folder / "vae", place),
@@ -215,6 +216,7 @@ class Family(abc.ABC):
             mesh=options.mesh,
             offload=offload,
         )
+        return add_preview_decoder(pipeline, folder)
 
     def check_weights(self, folder: Path, parts: PipelineConfig | PipelineParts) -> None:
         """Check that all weights of a pipeline are there, complete, and fit its configs, by the headers of their files.

@@ -24,7 +24,7 @@ from dit_video.tokens import Field, Grid, PackedBatch
 def make_request_fields(
     configs: Sequence[ClipConditioning],
     values: Mapping[str, Any],
-    strengths: Mapping[str, float | Sequence[float]],
+    strengths: Mapping[str, float | int | Sequence[float | int]],
     latents: Grid,
 ) -> dict[Field, np.ndarray]:
     """Return a request's values of conditioning by fields and their strengths, for latents of this size.

@@ -85,7 +85,7 @@ class Request(NamedTuple):
     """Last frame of the clip, in models that accept one."""
     conditioning: Mapping[str, Any] = {}
     """Values of further conditioning that the model was trained with, by name; without, it is dropped."""
-    strengths: Mapping[str, float | Sequence[float]] = {}
+    strengths: Mapping[str, float | int | Sequence[float | int]] = {}
     """Strengths of further conditioning, by name; 1 by default."""
     task: GenerationTask | None = None
     """Task that the model is used for; None for the model's own."""

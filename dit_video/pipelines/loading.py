@@ -64,9 +64,14 @@ def load_pipeline(
         mesh=mesh,
         offload=resolved,
     )
-    if (folder / PREVIEW).is_file():
-        pipeline = pipeline.with_preview_decoder(load_preview_decoder(folder / PREVIEW))
+    pipeline = add_preview_decoder(pipeline, folder)
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
+
+
+def add_preview_decoder(pipeline: Pipeline, folder: Path) -> Pipeline:
+    """Return the pipeline with the preview decoder of its folder, if it has one."""
+    path = folder / PREVIEW
+    return pipeline.with_preview_decoder(load_preview_decoder(path)) if path.is_file() else pipeline
 
 
 def read_denoiser(folder: Path, config: PipelineConfig, place: Placement) -> dict[str, Any]:

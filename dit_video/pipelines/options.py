@@ -39,7 +39,7 @@ class GenerateOptions(SamplingOverrides, total=False):
     image: Image | None
     last_image: Image | None
     conditioning: Mapping[str, Any] | None
-    strengths: Mapping[str, float | Sequence[float]] | None
+    strengths: Mapping[str, float | int | Sequence[float | int]] | None
     task: GenerationTask | None
     video: Clip | None
     mask: Mask | None

@@ -12,6 +12,7 @@ import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import UniPc, UniPcFlowSchedule
+from dit_video.encoders.preview import PreviewFit
 from dit_video.families import get_lora_modules
 from dit_video.families.wan.pipeline import DENOISER
 from dit_video.nn import merge_lora
@@ -52,6 +53,18 @@ def alone(pipeline, expert):
 
 def sample_latents(pipeline, prompt=PROMPT, **options):
     return pipeline.generate(prompt, size=SIZE, output="latents", **{"steps": 4, "guidance": 2.0} | options)
+
+
+def test_a_preview_decoder_in_the_folder_is_loaded(one, tmp_path):
+    write_wan(tmp_path / "wan")
+    assert dit_video.load(tmp_path / "wan", dtype="float32").preview_decoder is None
+    clip = one.decode(np.zeros((2, 2, 2, VAE.channels), np.float32))
+    fit = PreviewFit(VAE.stride, VAE.channels)
+    fit.add(np.random.default_rng(0).normal(size=(2, 2, 2, VAE.channels)), clip.frames)
+    fit.solve().save(tmp_path / "wan" / "preview.safetensors")
+    decoder = dit_video.load(tmp_path / "wan", dtype="float32").preview_decoder
+    assert decoder is not None
+    assert decoder.channels == VAE.channels
 
 
 def test_the_pipeline_config_is_read_from_the_folder(pipeline, folder):
