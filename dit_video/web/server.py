@@ -17,6 +17,7 @@ from starlette.routing import Route
 from dit_video.core.errors import UserError
 from dit_video.web.access import Access, AccessRules
 from dit_video.web.pages import make_static_route, render_message
+from dit_video.web.run_page import make_run_routes
 from dit_video.web.studio.jobs import JobQueue
 from dit_video.web.studio.models import StudioModel
 from dit_video.web.studio.notes import show_warnings_as_notes
@@ -51,8 +52,6 @@ def make_app(config: ServerConfig, model: StudioModel | None) -> Starlette:
     has_run, queue = config.run is not None, JobQueue()
     routes: list[Route] = [make_static_route()]
     if config.run is not None:
-        from dit_video.web.run_page import make_run_routes
-
         routes += make_run_routes(config.run)
     workers = []
     if model is not None:
