@@ -41,7 +41,7 @@ TABS = {
     "interpolate": lambda s, clip, image: s.upload("clip", clip),
     "loop": lambda s, clip, image: None,
     "inpaint": lambda s, clip, image: (s.upload("clip", clip), paint(s)),
-    "outpaint": lambda s, clip, image: (s.fill_axis("Width", 48), s.fill_axis("Height", 64), s.pick("clip", -1)),
+    "outpaint": lambda s, clip, image: (s.fill_axis("Width", 48), s.fill_axis("Height", 64), s.pick("clip", 1)),
     "zoom_out": lambda s, clip, image: (s.upload("image", image), s.fill("frames", 4)),
     "edit": lambda s, clip, image: s.pick("clip"),
     "described_edit": lambda s, clip, image: (s.upload("clip", clip), s.fill("source", "a blue square")),
