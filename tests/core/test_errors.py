@@ -157,8 +157,8 @@ def test_a_stop_in_a_notebook_is_one_line(capsys):
     shell = InteractiveShell()
     shell.user_ns["error"] = GracefulStop("denoiser, by SIGINT after step 7, which is saved")
     shell.run_cell("raise error")
-    shown = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
         shown.out.strip() == "stopped: denoiser, by SIGINT after step 7, which is saved; run the cell again to continue"
     )
-    assert shown.err == ""
+    assert printed.err == ""
