@@ -158,7 +158,6 @@ def test_a_stop_in_a_notebook_is_one_line(capsys):
     shell.user_ns["error"] = GracefulStop("denoiser, by SIGINT after step 7, which is saved")
     shell.run_cell("raise error")
     printed = capsys.readouterr()
-    assert (
-        shown.out.strip() == "stopped: denoiser, by SIGINT after step 7, which is saved; run the cell again to continue"
-    )
+    message = "stopped: denoiser, by SIGINT after step 7, which is saved; run the cell again to continue"
+    assert printed.out.strip() == message
     assert printed.err == ""

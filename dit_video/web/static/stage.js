@@ -37,6 +37,9 @@ export function makeProgress(title) {
   return { bar, update };
 }
 
+/** Return paragraphs with what the server noticed about a clip, such as a prompt that was cut. */
+const makeNotes = (item) => (item.notes ?? []).map((text) => make("p", { class: "task-note", textContent: text }));
+
 const QUIET = 5000; // milliseconds between announcements of progress
 
 export class Stage {
@@ -204,7 +207,8 @@ export class Stage {
         make("p", { class: "state", textContent: `${item.tab_title} · ${formatSize(item)} · seed ${item.seed}` }),
       );
       const details = makeButton("Details", () => this.showItem(item));
-      this.replace(key, screen, make("div", { class: "stage-foot" }, text, make("div", { class: "actions" }, ...this.actions(item), details)));
+      const foot = make("div", { class: "stage-foot" }, text, make("div", { class: "actions" }, ...this.actions(item), details));
+      this.replace(key, screen, foot, ...makeNotes(item));
       return;
     }
     const cells = items.map((item) => {
@@ -214,6 +218,7 @@ export class Stage {
     const [{ title, tab_title: task }] = items;
     const about = make("p", { class: "state", textContent: `${task} · ${formatSize(items[0])}` });
     const text = make("div", { class: "stage-text" }, make("p", { class: "prompt", textContent: title || task }), about);
-    this.replace(key, make("div", { class: "stage-screen several" }, ...cells), make("div", { class: "stage-foot" }, text));
+    const foot = make("div", { class: "stage-foot" }, text);
+    this.replace(key, make("div", { class: "stage-screen several" }, ...cells), foot, ...makeNotes(items[0]));
   }
 }

@@ -96,6 +96,7 @@ class Worker(threading.Thread):
             "tab_title": submission.tab.title,
             "title": submission.title,
             "seed": seed,
+            "notes": list(job.notes),
             "values": submission.answers["values"],
             "sampling": {**submission.answers["sampling"], "seed": seed, "count": 1},
             "python": format_python(submission, model, seed, adapters),

@@ -122,3 +122,10 @@ def test_videos_stand_still_for_users_who_prefer_it_and_can_be_played(open_studi
     studio.check_plays("#gallery video")
     video.evaluate("(video) => video.play()")
     studio.check_plays()
+
+
+def test_a_prompt_that_is_cut_is_said_below_the_clip(studio):
+    studio.make_clip("a red circle " * 40)
+    note = studio.page.locator("#stage .task-note")
+    note.wait_for()
+    assert "is cut to 64" in note.inner_text()

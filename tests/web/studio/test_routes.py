@@ -282,6 +282,7 @@ def test_a_prompt_that_is_cut_is_said_with_the_job(user):
     assert state["status"] == "done"
     (note,) = state["notes"]
     assert "cut to 32" in note
+    assert list_items(user)[0]["notes"] == [note]
 
 
 def test_clips_of_the_gallery_are_shortened_where_a_task_changes_all_of_them(user):
