@@ -48,6 +48,7 @@ async function begin() {
     const { top, bottom } = root.getBoundingClientRect();
     // On a phone the form covers the screen.
     if (bottom > 80 && top < 0.6 * innerHeight) return;
+    root.setAttribute("aria-busy", "true"); // makes it as high as the screen, so that it can be scrolled to
     root.scrollIntoView();
     root.focus({ preventScroll: true });
   };

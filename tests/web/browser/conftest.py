@@ -44,9 +44,12 @@ def address(tmp_path_factory) -> Iterator[str]:
         server.wait(30)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Return headless Chromium: that of playwright, or of the system."""
+    """Return headless Chromium: that of playwright, or of the system.
+
+    It is closed with the file: playwright cannot be started twice in a process, nor beside asyncio.run.
+    """
     with sync_api.sync_playwright() as playwright:
         path = playwright.chromium.executable_path
         if not Path(path).exists():
