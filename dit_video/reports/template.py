@@ -7,13 +7,20 @@ import jinja2
 from markupsafe import Markup
 
 _FOLDER = importlib.resources.files("dit_video.reports")
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("dit_video.reports"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+
+
+def make_environment(package: str) -> jinja2.Environment:
+    """Return an environment for the folder `templates` of a package, in which text cannot become markup."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(package),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+_ENVIRONMENT = make_environment("dit_video.reports")
 
 
 def render_template(name: str, **values: Any) -> Markup:

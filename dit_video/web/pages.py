@@ -3,20 +3,14 @@
 import importlib.resources
 from typing import Any
 
-import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from dit_video.core.errors import MissingError
+from dit_video.reports.template import make_environment
 
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("dit_video.web"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_ENVIRONMENT = make_environment("dit_video.web")
 _TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 

@@ -1,7 +1,6 @@
 """Notebooks in JupyterLab, in headless Chromium: clips play in the outputs of cells, and progress is one bar."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +14,9 @@ import pytest
 
 from dit_video.data.synthetic import shapes
 from dit_video.tokens import Grid
+from support.chromium import open_chromium
 
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright")
 pytest.importorskip("jupyterlab")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,16 +46,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def browser():
-    """Return headless Chromium: that of playwright, or of the system."""
-    with sync_api.sync_playwright() as playwright:
-        path = playwright.chromium.executable_path
-        if not Path(path).exists():
-            path = shutil.which("chromium") or shutil.which("google-chrome")
-        if path is None:
-            pytest.skip("no Chromium")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # a test may run as root
+    """Return headless Chromium."""
+    with open_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

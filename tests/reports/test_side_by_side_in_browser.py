@@ -12,9 +12,10 @@ from dit_video.evaluation.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
 from dit_video.evaluation.votes import PageKey
 from dit_video.evaluation.votes.page_key import TIE
 from dit_video.reports.side_by_side import PageOptions, get_key_path, write_page
+from support.chromium import open_chromium
 from support.sample_folders import write_sample_folder
 
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright")
 
 PROMPTS = DEFAULT_PROMPT_DOMAINS.make_prompts(1)[:4]
 SYSTEMS = ("walrus", "heron", "ocelot")
@@ -23,17 +24,9 @@ KEYS = {"left": "ArrowLeft", "tie": "ArrowDown", "right": "ArrowRight"}
 
 @pytest.fixture(scope="module")
 def browser():
-    """Return headless Chromium: that of playwright, or of the system."""
-    with sync_api.sync_playwright() as playwright:
-        options = {"args": ["--no-sandbox"]}  # a test may run as root
-        path = playwright.chromium.executable_path
-        if not Path(path).exists():
-            path = shutil.which("chromium") or shutil.which("google-chrome")
-        if path is None:
-            pytest.skip("no Chromium")
-        browser = playwright.chromium.launch(executable_path=path, **options)
+    """Return headless Chromium."""
+    with open_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

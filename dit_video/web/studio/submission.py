@@ -9,7 +9,7 @@ import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.pipelines.checks import check_requests, resolve_sampling
-from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.config import PipelineConfig, to_grid
 from dit_video.pipelines.tasks import AnyTask, ClipTask
 from dit_video.video import Clip
 from dit_video.web.studio.fields import FormError, FormField, MediaSource
@@ -99,12 +99,12 @@ def parse_submission(
     values.setdefault("prompt", _get_caption(values))
     shared: dict[str, Any] = {"tab": tab, "sampling": sampling, "answers": answers}
     try:
-        return _make_submission(values, config, **shared)
-    except UserError as error:
-        fitted = _fit_lengths(values, config.autoencoder.stride.t)
-        if fitted == values:
-            raise FormError(str(error), _guess_field(str(error), tab, sampling_form)) from error
-    try:
+        try:
+            return _make_submission(values, config, **shared)
+        except UserError:
+            fitted = _fit_lengths(values, config.autoencoder.stride.t)
+            if fitted == values:
+                raise
         submission = _make_submission(fitted, config, **shared)
     except UserError as error:
         raise FormError(str(error), _guess_field(str(error), tab, sampling_form)) from error
@@ -136,6 +136,8 @@ def _check(submission: Submission, config: PipelineConfig) -> None:
         check_requests(config, [request], **overrides)
     else:
         resolve_sampling(config, **overrides)
+        for clip in submission.inputs.values():
+            config.latent_grid(to_grid(clip.frames.shape[:3]))
 
 
 def _get_caption(values: Mapping[str, Any]) -> str:

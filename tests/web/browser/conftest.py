@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -15,9 +14,10 @@ import pytest
 from PIL import Image, ImageSequence
 
 from dit_video.video import Clip
+from support.chromium import open_chromium
 
 pytest.importorskip("starlette")
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright")
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = "experiments/pretrained/shapes"
@@ -46,19 +46,9 @@ def address(tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser():
-    """Return headless Chromium: that of playwright, or of the system.
-
-    It is closed with the file: playwright cannot be started twice in a process, nor beside asyncio.run.
-    """
-    with sync_api.sync_playwright() as playwright:
-        path = playwright.chromium.executable_path
-        if not Path(path).exists():
-            path = shutil.which("chromium") or shutil.which("google-chrome")
-        if path is None:
-            pytest.skip("no Chromium")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # a test may run as root
+    """Return headless Chromium."""
+    with open_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,14 @@ import shutil
 import socket
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
+from support.chromium import open_chromium
 from support.html_page import HOSTILE
 from support.run_folders import write_checkpoint, write_config, write_entries, write_grid
 
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
@@ -20,16 +20,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 @pytest.fixture(scope="module")
 def browser():
-    """Return headless Chromium: that of playwright, or of the system."""
-    with sync_api.sync_playwright() as playwright:
-        path = playwright.chromium.executable_path
-        if not Path(path).exists():
-            path = shutil.which("chromium") or shutil.which("google-chrome")
-        if path is None:
-            pytest.skip("no Chromium")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # a test may run as root
+    """Return headless Chromium."""
+    with open_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

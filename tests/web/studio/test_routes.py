@@ -293,5 +293,7 @@ def test_clips_of_the_gallery_are_shortened_where_a_task_changes_all_of_them(use
     assert state["status"] == "done", state
     assert any("left out" in note for note in state["notes"])
     assert list_items(user)[0]["frames"] == 5
+    edit = {"clip": {"item": loop["id"]}, "prompt": "a square", "source": "a dot"}
+    assert wait(user, submit(user, "described_edit", **edit))["status"] == "done"
     state = wait(user, submit(user, "extend", clip={"item": loop["id"]}, frames=4))
     assert list_items(user)[0]["frames"] == 12  # this task keeps all of it
