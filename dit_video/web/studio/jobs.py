@@ -32,7 +32,7 @@ class Job:
     title: str
     """Prompt, or a description of the task."""
     content: Any
-    """Task and sampling of the job, a `Submission`."""
+    """Task and sampling of the job, a `Submission`; None once it is finished."""
     id: str = field(default_factory=make_id)
     status: Status = "waiting"
     step: int = 0
@@ -121,6 +121,7 @@ class JobQueue:
             if job.is_active:
                 self._mark(job.user)
             else:
+                job.content = None  # its clips may be large
                 self._mark_all()
 
     def cancel(self, user: str, job: str) -> None:
@@ -132,7 +133,7 @@ class JobQueue:
         with self._changed:
             chosen = self.get(user, job)
             if chosen.status == "waiting":
-                chosen.status, chosen.is_cancelled = "cancelled", True
+                chosen.status, chosen.is_cancelled, chosen.content = "cancelled", True, None
             elif chosen.is_active:
                 chosen.is_cancelled = True
             else:
