@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_video.pipelines.lora import AdapterFile
+from dit_video.pipelines.pipeline import Pipeline
 from dit_video.video import Clip
 from dit_video.web.studio.gallery import get_input_file
 from dit_video.web.studio.submission import Submission
@@ -30,25 +31,29 @@ def format_python(submission: Submission, model: str, seed: int, adapters: Mappi
     inputs = {name: _format_decode(name, clip) for name, clip in submission.inputs.items()}
     if submission.tab.task_name not in ("generate", "loop"):
         values = {name: value for name, value in values.items() if not _is_default(submission, name, value)}
-    method = _METHODS.get(submission.tab.task_name, submission.tab.task_name)
-    arguments = [f"{name}={name}" for name in inputs]
-    arguments += [f"{name}={value!r}" for name, value in values.items()]
-    arguments += [f"{name}={value!r}" for name, value in {"seed": seed, **submission.overrides}.items()]
+    task = [f"{name}={name}" for name in inputs] + [f"{name}={value!r}" for name, value in values.items()]
+    overrides = [f"{name}={value!r}" for name, value in submission.overrides.items()]
     imports = ["import dit_video"] + (["from dit_video.video import decode"] if inputs else [])
+    if (method := _find_method(submission)) is not None:
+        call = [f"result = pipe.{method}(", *(f"    {each}," for each in (*task, f"seed={seed}", *overrides)), ")"]
+    else:
+        kind = type(submission.task)
+        imports.append(f"from {kind.__module__} import {kind.__qualname__}")
+        arguments = [f"[{kind.__qualname__}({', '.join(task)})]", f"seeds=[{seed}]", *overrides]
+        call = ["(result,) = pipe.run_tasks(", *(f"    {each}," for each in arguments), ")"]
     step = "" if submission.checkpoint is None else f", step={submission.checkpoint}"
     lines = [*imports, "", f"pipe = dit_video.load({model!r}{step})"]
     for adapter in _list_adapters(submission, adapters):
         expert = "" if adapter.expert == "backbone" else f", expert={adapter.expert!r}"
         lines.append(f"pipe = pipe.load_lora({adapter.file.name!r}, {adapter.scale:g}{expert})")
     lines += [f"{name} = {text}" for name, text in inputs.items()]
-    lines += [f"result = pipe.{method}(", *(f"    {argument}," for argument in arguments), ")"]
-    return "\n".join([*lines, 'result.save("result.apng")', ""])
+    return "\n".join([*lines, *call, 'result.save("result.apng")', ""])
 
 
 def format_command(submission: Submission, model: str, seed: int, adapters: Mapping[str, AdapterFile]) -> str | None:
     """Return the command that makes the clip of a seed, which reads the inputs from the working folder.
 
-    It is None for values that `sample.py` has no option for.
+    It is None for tasks of other packages, and for values that `sample.py` has no option for.
 
     Args:
       submission: the job.
@@ -57,6 +62,8 @@ def format_command(submission: Submission, model: str, seed: int, adapters: Mapp
       adapters: LoRA files of the model, by name.
     """
     task, values = submission.tab.task_name, dict(submission.values)
+    if _find_method(submission) is None:
+        return None
     if any(name in values and not _is_default(submission, name, values[name]) for name in _NO_OPTION):
         return None
     parts = ["python", "experiments/sample.py", model]
@@ -81,6 +88,13 @@ def _list_adapters(submission: Submission, adapters: Mapping[str, AdapterFile]) 
     """Return the adapters with the scales of a job, without those that are turned off."""
     scaled = [each._replace(scale=submission.scales.get(name, each.scale)) for name, each in adapters.items()]
     return [each for each in scaled if each.scale != 0]
+
+
+def _find_method(submission: Submission) -> str | None:
+    """Return the name of the pipeline's method for a task; None for a task of another package."""
+    name = submission.tab.task_name
+    method = _METHODS.get(name, name)
+    return method if hasattr(Pipeline, method) else None
 
 
 def _format_decode(name: str, clip: Clip) -> str:

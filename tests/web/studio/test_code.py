@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dit_video.experiment.folder_config import read_config
+from dit_video.pipelines import tasks
 from dit_video.pipelines.lora import AdapterFile
 from dit_video.video import Clip, decode, encode
 from dit_video.web.studio.code import format_command, format_python
@@ -130,3 +131,16 @@ def test_values_without_an_option_have_python_alone():
     submission = make_submission("described_edit", values)
     assert format_command(submission, "runs/a", 3, {}) is None
     assert "source_guidance=2.0" in format_python(submission, "runs/a", 3, {})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_task_of_another_package_has_python_alone(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "shimmer", tasks.Vary)
+    submission = make_submission("shimmer", {"clip": ITEM, "strength": 0.5})
+    assert format_command(submission, str(model), 3, {}) is None
+    write_inputs(submission, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(format_python(submission, str(model), 3, {}), "copied.py", "exec"), {})
+    expected = sample(submission, model).frames
+    np.testing.assert_allclose(decode(Path("result.apng")).frames.astype(int), expected, atol=1)
