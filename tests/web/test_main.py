@@ -9,12 +9,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.distributed import MeshConfig
 from dit_video.web import __main__ as command
 from dit_video.web import server
 from support.tiny_pipeline import make_config, make_pipeline
 
+CONFIG = make_config(steps=2)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -22,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def model(tmp_path_factory) -> Path:
     """Return the folder of a tiny model with random weights."""
     folder = tmp_path_factory.mktemp("main") / "model"
-    make_pipeline(make_config(steps=2)).save(folder)
+    make_pipeline(CONFIG).save(folder)
     return folder
 
 
@@ -74,8 +77,6 @@ def test_other_machines_need_a_token_which_the_address_has(model, tmp_path, serv
 
 
 def test_a_run_without_a_model_shows_its_page(tmp_path, tiny_run, served):
-    from starlette.testclient import TestClient
-
     run = tmp_path / "run"
     run.mkdir()
     (run / "experiment.json").write_bytes((tiny_run / "experiment.json").read_bytes())
@@ -104,3 +105,19 @@ def test_the_shipped_model_is_up_soon_and_ends_with_ctrl_c(tmp_path):
     finally:
         process.kill()
     assert seconds < 40  # 20 on a machine that does nothing else: docs/benchmarks.md
+
+
+def test_loading_has_the_options_of_sampling(model, tmp_path, served, monkeypatch):
+    from dit_video.web.studio import models
+
+    loaded = []
+    monkeypatch.setattr(models, "load", lambda folder, **options: loaded.append(options) or make_pipeline(CONFIG))
+    command.main(model, port=0, out=tmp_path, attention="dense", mesh="data=1", cache=False)
+    with TestClient(served[0][0], base_url="http://127.0.0.1"):
+        end = time.monotonic() + 60
+        while not loaded and time.monotonic() < end:
+            time.sleep(0.05)
+    assert loaded[0]["attention"] == "dense"
+    assert loaded[0]["mesh"] == MeshConfig(data=1)
+    with pytest.raises(UserError, match="mesh"):
+        command.main(model, port=0, out=tmp_path, mesh="nonsense", cache=False)

@@ -26,6 +26,7 @@ class StudioModel:
       config: config of its pipeline.
       adapters: LoRA files that are attached.
       is_run: whether the folder is a run, of whose checkpoints users may choose one.
+      options: further arguments of `dit_video.load`.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class StudioModel:
         *,
         adapters: Sequence[AdapterFile] = (),
         is_run: bool = False,
+        options: Mapping[str, Any] | None = None,
     ):
         self.folder, self.config, self._is_run = folder, config, is_run
+        self._options = dict(options or {})
         self.adapters: dict[str, AdapterFile] = {}
         """Attached adapters by name."""
         for adapter in adapters:
@@ -96,7 +99,7 @@ class StudioModel:
             checkpoint = max(self._list_steps(), default=None)
         if self._loaded is None or self._loaded[0] != checkpoint:
             self._loaded = None
-            pipeline = load(self.folder, step=checkpoint)
+            pipeline = load(self.folder, step=checkpoint, **self._options)
             for name, adapter in self.adapters.items():
                 pipeline = pipeline.load_lora(adapter.file, adapter.scale, expert=adapter.expert, name=name)
             self._loaded = checkpoint, pipeline
