@@ -1,6 +1,7 @@
 """The command `python -m dit_video.web`: what it refuses before it listens, and what it prints."""
 
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -105,6 +106,23 @@ def test_the_shipped_model_is_up_soon_and_ends_with_ctrl_c(tmp_path):
     finally:
         process.kill()
     assert seconds < 40  # 20 on a machine that does nothing else: docs/benchmarks.md
+
+
+def test_a_model_that_cannot_be_loaded_is_said_with_each_job(model, tmp_path, served):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "denoiser.safetensors").write_bytes(b"no weights")
+    command.main(broken, port=0, out=tmp_path, cache=False)
+    size = {"frames": 5, "height": 16, "width": 16}
+    with TestClient(served[0][0], base_url="http://127.0.0.1") as client:
+        client.get("/")
+        for number in range(2):
+            client.post("/api/jobs", json={"tab": "text_to_video", "values": {"size": size}})
+            end = time.monotonic() + 60
+            while (job := client.get("/api/state").json()["jobs"][number])["status"] not in ("done", "failed"):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            assert job["status"] == "failed"
+            assert "denoiser.safetensors" in job["error"]
 
 
 def test_loading_has_the_options_of_sampling(model, tmp_path, served, monkeypatch):

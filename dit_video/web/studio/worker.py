@@ -1,6 +1,5 @@
 """The thread that samples the jobs of the queue."""
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -41,10 +40,12 @@ class Worker(threading.Thread):
             self.run_job(job)
 
     def _compile_example(self) -> None:
-        with contextlib.suppress(UserError):  # which the first job reports
+        try:
             pipeline = self._model.load(None, {})
             # One step compiles the program of any number of them; the callback has it compiled for blocks of steps.
             pipeline.generate_many([self._model.make_example()], steps=1, callback=lambda progress: None)
+        except Exception as error:  # of any part: jobs report it
+            _LOG.warning("the model cannot be prepared: %s", error)
 
     def run_job(self, job: Job) -> None:
         """Sample a job, and add its clips to the gallery of its user."""
