@@ -1,7 +1,10 @@
 """The server: pages of a model's studio, and of the training run that it comes from."""
 
 import contextlib
+import os
 import socket
+import sys
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,4 +116,10 @@ def serve(app: Starlette, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False, lifespan="on"
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # the end of a server
+        uvicorn.Server(config).run(sockets=[listener])
+    if any(isinstance(thread, Worker) and thread.is_alive() for thread in threading.enumerate()):
+        # XLA would abort a process that ends while a thread compiles or samples.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

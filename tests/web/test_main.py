@@ -102,7 +102,7 @@ def test_the_shipped_model_is_up_soon_and_ends_with_ctrl_c(tmp_path):
         assert httpx.get(address, timeout=60).status_code == 200
         seconds = time.monotonic() - start
         process.send_signal(2)
-        assert process.wait(30) in (0, 130)
+        assert process.wait(30) == 0
     finally:
         process.kill()
     assert seconds < 40  # 20 on a machine that does nothing else: docs/benchmarks.md
