@@ -1,6 +1,5 @@
 """Options that the commands share that sample a trained model."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import tyro
 import dit_video
 from dit_video.autoencoders import Tiles
 from dit_video.core.command_line import check_minimum, parse_memory
-from dit_video.core.errors import MissingError
 from dit_video.core.offload import OFFLOADS
 from dit_video.distributed.mesh import MeshConfig, parse_mesh
 from dit_video.experiment.folder_config import read_config
@@ -22,7 +20,7 @@ from dit_video.families.family import Dtype
 from dit_video.nn.attention import BackendName
 from dit_video.pipelines.checks import check_requests
 from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.lora import check_adapter
+from dit_video.pipelines.lora import AdapterFile, check_adapter
 from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.platform.compilation_cache import enable_compilation_cache
 
@@ -111,7 +109,7 @@ class SamplingOptions:
             fit the model, or what `dit_video.load` refuses.
         """
         check_minimum(1, steps=self.steps)
-        adapters = [_parse_lora(text) for text in self.lora]
+        adapters = [AdapterFile.parse(text) for text in self.lora]
         mesh = None if self.mesh is None else parse_mesh(self.mesh)
         memory = None if self.decode_memory is None else parse_memory(self.decode_memory)
         tiles = None if self.decode_tiles is None else Tiles(**dict(zip(_TILES, self.decode_tiles, strict=True)))
@@ -148,18 +146,3 @@ class SamplingOptions:
         )
         options: dict[str, Any] = {"steps": self.steps, "sampler": self.sampler, "shift": self.shift}
         return {"guidance": guidance, "times": self.times, **options}
-
-
-def _parse_lora(text: str) -> tuple[Path, float, Any]:
-    """Return the file, scale and expert of an adapter.
-
-    Raises:
-      MissingError: no such file.
-      UserError: a text that is not of its form.
-    """
-    match = re.fullmatch(r"(.+?)(?:@(-?\d*\.?\d+)(?:@(backbone|low_noise))?)?", text)
-    assert match is not None  # any text is at least the name of a file
-    file, scale, expert = match.groups()
-    if not Path(file).exists():
-        raise MissingError(f"no such file: {file} of --lora {text}; use FILE, FILE@SCALE or FILE@SCALE@EXPERT")
-    return Path(file), float(scale or 1), expert or "backbone"

@@ -21,7 +21,6 @@ from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import fit_size
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process, to_host
-from dit_video.encoders.preview import load_preview_decoder
 from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, read_autoencoder
@@ -33,7 +32,8 @@ from dit_video.families.family import DENOISER_FOLDERS
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.devices import make_placement
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
-from dit_video.pipelines.folder import PREVIEW, read_pipeline_config
+from dit_video.pipelines.folder import read_pipeline_config
+from dit_video.pipelines.loading import add_preview_decoder
 from dit_video.pipelines.memory import fit_offload
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.text import Tokenizer
@@ -102,8 +102,7 @@ def make_pipeline(
         mesh=mesh,
         offload=offload,
     )
-    preview = _get_preview_folder(experiment.autoencoder, runtime.folder) / PREVIEW
-    return pipeline.with_preview_decoder(load_preview_decoder(preview)) if preview.is_file() else pipeline
+    return add_preview_decoder(pipeline, _get_preview_folder(experiment.autoencoder, runtime.folder))
 
 
 def _get_preview_folder(config: AutoencoderTraining | PretrainedAutoencoder, folder: Path) -> Path:

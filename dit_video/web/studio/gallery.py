@@ -71,7 +71,7 @@ class Gallery:
         files = {name.partition(".")[2]: f"{address}/{name}" for name in clip.list_files()}
         inputs = [self._describe_input(folder, address, name) for name in values["inputs"]]
         size = {"frames": frames, "height": height, "width": width, "fps": clip.fps}
-        return {**values, "id": item, **size, "files": files | {"png": f"{address}/clip.png"}, "inputs": inputs}
+        return {**values, "id": item, **size, "files": files, "inputs": inputs}
 
     def open_clip(self, item: str) -> Clip:
         """Return the clip of an item.

@@ -10,6 +10,7 @@ from PIL import Image
 from dit_video.encoders.preview import PreviewDecoder, PreviewFit
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.pipelines.progress import PipelineProgress
+from dit_video.tokens import Grid
 from dit_video.video import Clip
 
 MAX_SIDE = 320
@@ -39,36 +40,40 @@ class Previewer:
         self._fit: PreviewFit | None = None
         self._decoder: PreviewDecoder | None = None
         self._last_time = 0.0
-        self._latents: dict[int, np.ndarray] = {}
+        self._latents: dict[int, np.ndarray] | None = None
 
-    def start(self) -> None:
-        """Begin a job."""
-        self._last_time, self._latents = 0.0, {}
+    def start(self, pipeline: Pipeline) -> Pipeline:
+        """Begin a job, and return the pipeline with the fitted preview decoder if it has none of its own."""
+        self._last_time = 0.0
+        self._latents = {} if pipeline.preview_decoder is None else None
+        return pipeline if self._latents is None else pipeline.with_preview_decoder(self._decoder)
 
-    def make_preview(self, pipeline: Pipeline, progress: PipelineProgress) -> bytes | None:
+    def make_preview(self, progress: PipelineProgress) -> bytes | None:
         """Return a preview of the first clip of a job; None if there is no decoder, or the last one is too recent."""
         is_last = progress.step == progress.steps
-        if pipeline.preview_decoder is None and is_last:
+        if is_last and self._latents is not None:
             self._latents |= progress.progress.estimate_latents()
-        decoder = pipeline.preview_decoder or self._decoder
-        if decoder is None or is_last or time.perf_counter() - self._last_time < MIN_SECONDS:
+        is_recent = time.perf_counter() - self._last_time < MIN_SECONDS
+        if progress.preview_decoder is None or is_last or is_recent:
             return None
-        latents = progress.progress.estimate_latents()
-        clip = decoder.decode(latents[min(latents)], fps=pipeline.config.fps, max_side=MAX_SIDE)
+        clips = progress.quick_preview(max_side=MAX_SIDE)
         self._last_time = time.perf_counter()
-        return encode_preview(clip)
+        return encode_preview(clips[min(clips)])
 
-    def learn(self, pipeline: Pipeline, clips: Sequence[Clip]) -> None:
+    def learn(self, stride: Grid, clips: Sequence[Clip]) -> None:
         """Fit the preview decoder to finished clips of a model that has none, so that the next job has previews.
 
         Clips that a task has changed since they were decoded are left out.
+
+        Args:
+          stride: stride of the autoencoder.
+          clips: clips of the job.
         """
-        stride = pipeline.config.autoencoder.stride
-        for number, latents in self._latents.items():
+        for number, latents in (self._latents or {}).items():
             t, h, w, channels = latents.shape
             size = (1 + (t - 1) * stride.t, h * stride.h, w * stride.w)
             if number < len(clips) and clips[number].frames.shape[:3] == size and np.isfinite(latents).all():
                 self._fit = self._fit or PreviewFit(stride, channels)
                 self._fit.add(latents, clips[number].frames)
                 self._decoder = self._fit.solve()
-        self._latents = {}
+        self._latents = None

@@ -1,5 +1,6 @@
 """A clip in a folder: its exact frames, and the files that browsers ask for, made when they first do."""
 
+import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ class StoredClip:
           MissingError: its files are gone.
         """
         try:
-            frames, values = np.load(self.folder / _FRAMES, allow_pickle=False), self._read_values()
+            frames, values = np.load(self.folder / _FRAMES, allow_pickle=False), self._values
         except (OSError, ValueError) as error:
             raise MissingError("this clip has been deleted. Use another one.") from error
         return Clip(frames, fps=values["fps"], caption=values["caption"], recipe=values["recipe"])
@@ -53,13 +54,13 @@ class StoredClip:
     @property
     def size(self) -> tuple[int, int, int]:
         """Return the number of frames, the height and the width."""
-        frames, height, width = self._read_values()["size"]
+        frames, height, width = self._values["size"]
         return frames, height, width
 
     @property
     def fps(self) -> float:
         """Return the frame rate."""
-        return float(self._read_values()["fps"])
+        return float(self._values["fps"])
 
     def list_files(self) -> tuple[str, ...]:
         """Return the names of the files that the clip can be written to: H.264 needs even sizes."""
@@ -83,5 +84,6 @@ class StoredClip:
             (replace(clip, frames=clip.frames[:1]) if name == "clip.png" else clip).save(path)
         return path
 
-    def _read_values(self) -> dict[str, Any]:
+    @functools.cached_property
+    def _values(self) -> dict[str, Any]:
         return json.loads((self.folder / _CLIP).read_text(encoding="utf-8"))

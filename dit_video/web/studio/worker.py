@@ -67,14 +67,13 @@ class Worker(threading.Thread):
 
     def _sample(self, job: Job) -> list[Clip]:
         submission: Submission = job.content
-        pipeline = self._model.load(submission.checkpoint, submission.scales)
+        pipeline = self._previewer.start(self._model.load(submission.checkpoint, submission.scales))
         timer = StepTimer()
-        self._previewer.start()
 
         def report(progress: PipelineProgress) -> None:
             if job.is_cancelled:
                 progress.cancel()
-            preview = self._previewer.make_preview(pipeline, progress)
+            preview = self._previewer.make_preview(progress)
             status = "decoding" if progress.step == progress.steps else "sampling"
             seconds = timer.estimate(progress.step, progress.steps)
             values = {} if preview is None else {"preview": preview, "preview_version": job.preview_version + 1}
@@ -86,7 +85,7 @@ class Worker(threading.Thread):
         with collect_notes() as notes:
             clips = pipeline.run_tasks(tasks, seeds=seeds, callback=report, **submission.overrides)
         self._queue.update(job, notes=tuple(dict.fromkeys((*job.notes, *notes))))
-        self._previewer.learn(pipeline, clips)
+        self._previewer.learn(self._model.config.autoencoder.stride, clips)
         return clips
 
     def _store(self, job: Job, clip: Clip, seed: int) -> str:
