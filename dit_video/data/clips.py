@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
+import numpy as np
 from etils import epath
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
@@ -115,6 +116,10 @@ class ClipSource:
                 with convert_storage_errors(self.folders[number]):
                     raise
             raise DecodeError(f"the record of {info.name} is damaged ({error}). Ingest it again.") from error
+
+    def column(self, name: str) -> np.ndarray:
+        """Return one field of `ClipInfo` of all clips; numbers, such as `frames`, as an array of numbers."""
+        return np.asarray([getattr(info, name) for info in self.infos])
 
     def _open_dataset(self, number: int) -> Sequence[Any]:
         folder = self.folders[number]
