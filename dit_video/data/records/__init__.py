@@ -1,1 +1,0 @@
-"""TFDS data sets in ArrayRecord files."""
