@@ -1,0 +1,382 @@
+"""Tables of data sets: a row for each clip, in columns to which anyone may add further ones at any time.
+
+table.json                   kind and settings of the data set, and its parts with their hashes; it is written last
+index/train-00000.parquet    rows of a part, written once
+columns/NAME.parquet         further columns, by the column `id` or `name` of the rows that they are about
+
+A column is read when it is first used. Columns of large tables are stored in a cache folder as Arrow files, which all
+processes of a machine map into memory, and a table is pickled to workers without them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Int64
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import atomic_path
+from dit_video.core.storage import (
+    StoragePath,
+    StoragePathLike,
+    convert_storage_errors,
+    download,
+    read_document,
+    to_storage_path,
+    upload,
+    write_document,
+)
+from dit_video.data import where as conditions
+
+MANIFEST, INDEX_FOLDER, COLUMNS_FOLDER = "table.json", "index", "columns"
+VERSION = 3
+_SUFFIX = ".parquet"
+_SMALL_TABLE = 20_000
+"""Number of rows below which columns are kept in memory and pickled, instead of files in the cache."""
+_MAX_CACHED_TABLES = 8
+_BATCH_ROWS = 1 << 14
+_THREADS = 16
+_HASH_KEY = b"sha256"
+
+
+def get_default_cache() -> Path:
+    """Return the folder of copies and of columns: `dit_video` in `$XDG_CACHE_HOME` (by default `~/.cache`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video"
+
+
+def write_part(folder: StoragePath, name: str, rows: pa.Table) -> None:
+    """Write the rows of a part atomically; the same rows give the same bytes."""
+    _write_parquet(folder / INDEX_FOLDER / f"{name}{_SUFFIX}", rows)
+
+
+def write_column(folder: StoragePathLike, name: str, columns: Mapping[str, Any] | pa.Table, note: str = "") -> None:
+    """Write `columns/NAME.parquet` atomically; it replaces an older one.
+
+    Args:
+      folder: the data set.
+      name: name of the file.
+      columns: values by name, one of which is the key `id` or `name`; rows that are not named have no value.
+      note: what the values depend on, such as the version of a model; see `read_note`.
+
+    Raises:
+      UserError: there is no key, a row is named twice, or a column has another number of values.
+    """
+    try:
+        table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+    except pa.ArrowException as error:
+        raise UserError(f"columns of {name} are invalid: {error}. Use as many values as keys.") from error
+    keys = [key for key in ("id", "name") if key in table.column_names]
+    if not keys:
+        raise UserError(f"columns={table.column_names} of {name} are invalid: add the key `id` or `name` of each row.")
+    key = table[keys[0]]
+    if len(pc.unique(key)) != len(key):
+        counts = pc.value_counts(key)
+        first = next(each for each in counts if each["counts"].as_py() > 1)["values"]
+        raise UserError(f"{keys[0]}={first} of the column {name} is there more than once. Give each row one value.")
+    table = table.combine_chunks()
+    digest = hashlib.sha256(repr(table.schema).encode() + note.encode())
+    for column in table.columns:
+        for buffer in column.combine_chunks().buffers() if len(column) else ():
+            digest.update(buffer or b"")
+    metadata = {_HASH_KEY: digest.hexdigest().encode(), b"note": note.encode()}
+    _write_parquet(
+        to_storage_path(folder) / COLUMNS_FOLDER / f"{name}{_SUFFIX}", table.replace_schema_metadata(metadata)
+    )
+
+
+def read_note(folder: StoragePathLike, name: str) -> str | None:
+    """Return the note with which a column was written; None if there is no such column."""
+    path = to_storage_path(folder) / COLUMNS_FOLDER / f"{name}{_SUFFIX}"
+    if not path.exists():
+        return None
+    return (_open_parquet(path).schema_arrow.metadata or {}).get(b"note", b"").decode()
+
+
+def write_manifest(folder: StoragePath, kind: str, settings: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """Write `table.json`, which makes parts that exist a table.
+
+    Args:
+      folder: the data set.
+      kind: kind of the data set, such as "clips".
+      settings: JSON values.
+      parts: names of the parts, in the order of their rows.
+    """
+
+    def describe(name: str) -> dict[str, Any]:
+        content = read_bytes(folder / INDEX_FOLDER / f"{name}{_SUFFIX}")
+        rows = pq.ParquetFile(pa.BufferReader(content)).metadata.num_rows
+        return {"name": name, "rows": rows, "sha256": hashlib.sha256(content).hexdigest()}
+
+    described = map_threads(describe, parts)
+    write_document(folder / MANIFEST, {"version": VERSION, "kind": kind, "settings": settings, "parts": described})
+
+
+def read_manifest(folder: StoragePath, kind: str, make_it: str) -> dict[str, Any]:
+    """Return the content of `table.json`.
+
+    Args:
+      folder: the data set.
+      kind: required kind of the data set.
+      make_it: how to make such a data set, for messages.
+
+    Raises:
+      MissingError: the folder does not exist.
+      UserError: the folder holds no finished data set of this kind and version.
+    """
+    if not (folder / MANIFEST).is_file():  # checked before the folder, as object stores need not have folders
+        if not folder.is_dir():
+            raise MissingError(f"no such data set: {folder}. Check the path.")
+        reason = "it is not finished" if (folder / INDEX_FOLDER).is_dir() else f"it has no {MANIFEST}"
+        raise UserError(f"{folder} is not a data set of {kind}, as {reason}. {make_it}")
+    manifest = read_document(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
+        raise UserError(f"{folder / MANIFEST} is not of version {VERSION}. Make the data set again: {make_it}")
+    if manifest["kind"] != kind:
+        raise UserError(f"{folder} is a data set of {manifest['kind']}, not of {kind}. {make_it}")
+    return manifest
+
+
+class Table:
+    """The columns of a data set.
+
+    Args:
+      folder: folder or address of the data set.
+      kind: required kind of the data set.
+      make_it: how to make such a data set, for messages.
+      cache: folder of the columns of large tables; `get_default_cache()` if None.
+
+    Raises:
+      MissingError: the folder does not exist.
+      UserError: the folder holds no finished data set of this kind and version, or two files have the same column.
+    """
+
+    def __init__(
+        self,
+        folder: StoragePathLike,
+        *,
+        kind: str = "clips",
+        make_it: str = "Use tools/ingest.py to make one.",
+        cache: Path | None = None,
+    ):
+        self.folder: StoragePath = to_storage_path(folder)
+        manifest = read_manifest(self.folder, kind, make_it)
+        self.settings: dict[str, Any] = manifest["settings"]
+        self._parts: list[str] = [part["name"] for part in manifest["parts"]]
+        self._rows: list[int] = [part["rows"] for part in manifest["parts"]]
+        self._length = sum(self._rows)
+        index_hash = hashlib.sha256(json.dumps(manifest["parts"]).encode()).hexdigest()[:32]
+        self._cache = (cache or get_default_cache()) / "tables" / index_hash
+        self._columns: dict[str, pa.ChunkedArray] = {}
+        self._files = self._list_files()
+        hashes = {name: _hash_column(path) for name, path in sorted(self._files.items())}
+        self._hashes = {"": index_hash} | hashes
+        self.version: str = hashlib.sha256(json.dumps(self._hashes).encode()).hexdigest()[:16]
+        """Hash of all columns."""
+        self._sources, self.types = self._list_columns()
+        """Types of the columns by name."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the columns."""
+        return tuple(self.types)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a column: an array of numbers (null is NaN, also among integers), or Arrow's array of other values.
+
+        Raises:
+          UserError: there is no such column.
+        """
+        column = self.arrow(name)
+        if not (pa.types.is_primitive(column.type) or pa.types.is_boolean(column.type)):
+            return column
+        if pa.types.is_boolean(column.type):
+            column = pc.fill_null(column, False)
+        return column.chunk(0).to_numpy(zero_copy_only=False) if column.num_chunks == 1 else column.to_numpy()
+
+    def arrow(self, name: str) -> pa.ChunkedArray:
+        """Return a column as Arrow's array, with nulls.
+
+        Raises:
+          UserError: there is no such column.
+        """
+        if name not in self._columns:
+            if name not in self.types:
+                raise UserError(f"column={name!r} is invalid: {self.folder} has {', '.join(sorted(self.types))}.")
+            self._columns[name] = self._open_column(name)
+        return self._columns[name]
+
+    def select(self, where: str) -> Int64[np.ndarray, " n"]:
+        """Return the numbers of the rows that meet a condition, see `dit_video.data.where`.
+
+        Raises:
+          UserError: the condition is invalid.
+        """
+        return np.flatnonzero(conditions.evaluate(where, self.arrow, self.types).to_numpy())
+
+    def iter_parts(self) -> Iterator[tuple[str, range]]:
+        """Yield the name and the rows of every part."""
+        first = 0
+        for name, count in zip(self._parts, self._rows, strict=True):
+            yield name, range(first, first + count)
+            first += count
+
+    def _list_files(self) -> dict[str, StoragePath]:
+        folder = self.folder / COLUMNS_FOLDER
+        if not folder.is_dir():
+            return {}
+        names = sorted(path.name for path in folder.iterdir())
+        stems = [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX) and not name.startswith(".")]
+        return {stem: folder / f"{stem}{_SUFFIX}" for stem in stems}
+
+    def _list_columns(self) -> tuple[dict[str, str], dict[str, pa.DataType]]:
+        """Return the file of each column ("" for the index), and its type."""
+        sources: dict[str, str] = {}
+        types: dict[str, pa.DataType] = {}
+        schemas = {}
+        if self._parts:
+            schemas[""] = _open_parquet(self.folder / INDEX_FOLDER / f"{self._parts[0]}{_SUFFIX}").schema_arrow
+        schemas |= {name: _open_parquet(path).schema_arrow for name, path in self._files.items()}
+        for source, schema in schemas.items():
+            keys = [key for key in ("id", "name") if key in schema.names] if source else []
+            if source and not keys:
+                raise UserError(f"{self._files[source]} has no column id or name. Add the key of each row.")
+            for field in schema:
+                if field.name in keys:
+                    continue
+                if field.name in sources:
+                    other = sources[field.name] or INDEX_FOLDER
+                    raise UserError(f"{self._files[source]} has the column {field.name}, as has {other}. Rename it.")
+                sources[field.name], types[field.name] = source, field.type
+        return sources, types
+
+    def _open_column(self, name: str) -> pa.ChunkedArray:
+        source = self._sources[name]
+        if self._length < _SMALL_TABLE:
+            return self._assemble(self._read_chunks(name), self.types[name])
+        path = self._cache / f"{name}-{self._hashes[source][:16]}.arrow"
+        if not path.exists():
+            with atomic_path(path) as temporary:
+                self._write_arrow(temporary, name)
+            _evict(self._cache.parent)
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()[name]
+
+    def _write_arrow(self, path: Path, name: str) -> None:
+        schema = pa.schema([(name, self.types[name])])
+        chunks = self._read_chunks(name)
+        if pa.types.is_primitive(self.types[name]):  # one chunk, which NumPy reads without a copy
+            chunks = iter([self._assemble(chunks, self.types[name])])
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for chunk in chunks:
+                writer.write_table(pa.table([chunk], schema=schema))
+
+    @staticmethod
+    def _assemble(chunks: Iterable[pa.ChunkedArray], type: pa.DataType) -> pa.ChunkedArray:
+        arrays = [array for chunk in chunks for array in chunk.chunks]
+        return pa.chunked_array([pa.concat_arrays(arrays)] if arrays else [], type)
+
+    def _read_chunks(self, name: str) -> Iterator[pa.ChunkedArray]:
+        """Yield a column of all rows, part by part."""
+        source = self._sources[name]
+        if not source:
+            for part in self._parts:
+                path = self._localize(self.folder / INDEX_FOLDER / f"{part}{_SUFFIX}", part)
+                yield pq.ParquetFile(path).read(columns=[name])[name]
+            return
+        file = pq.ParquetFile(self._localize(self._files[source], f"{source}-{self._hashes[source][:16]}"))
+        key = "id" if "id" in file.schema_arrow.names else "name"
+        keys = file.read(columns=[key])[key].cast(self.types[key])
+        rows = pc.fill_null(pc.index_in(keys, value_set=self.arrow(key)), -1).to_numpy()
+        is_sorted = len(rows) > 0 and bool((np.diff(rows) > 0).all()) and rows[0] >= 0
+        batch_size = _BATCH_ROWS if is_sorted else max(1, len(rows))  # else all values are in memory at once
+        first = start = 0
+        for batch in file.iter_batches(batch_size, columns=[name]):
+            batch_rows = rows[first : first + len(batch)]
+            first += len(batch)
+            stop = self._length if first == len(rows) else int(batch_rows[-1]) + 1
+            numbers = np.full(stop - start, -1, np.int64)
+            is_known = batch_rows >= 0
+            numbers[batch_rows[is_known] - start] = np.flatnonzero(is_known)
+            yield pa.chunked_array([batch.column(0).take(pa.array(numbers, mask=numbers < 0))], self.types[name])
+            start = stop
+        if start < self._length:
+            yield pa.chunked_array([pa.nulls(self._length - start, self.types[name])])
+
+    def _localize(self, path: StoragePath, name: str) -> Path:
+        """Return the file on this machine, to which a remote one is copied under this name."""
+        if isinstance(path, Path):
+            return path
+        if not (local := self._cache / f"{name}{_SUFFIX}").exists():
+            download(path, local)
+        return local
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({} if self._length < _SMALL_TABLE else {"_columns": {}})
+
+
+def map_threads(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
+    """Return the results of a function that waits for files, computed in threads."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(function, values))
+
+
+def read_bytes(path: StoragePath) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: it cannot be reached.
+    """
+    with convert_storage_errors(path):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
+
+
+def _open_parquet(path: StoragePath) -> pq.ParquetFile:
+    try:
+        if isinstance(path, Path):
+            return pq.ParquetFile(path)
+        return pq.ParquetFile(pa.BufferReader(read_bytes(path)))
+    except FileNotFoundError as error:
+        raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is not a Parquet file ({error}). Write it again.") from error
+
+
+def _hash_column(path: StoragePath) -> str:
+    stored = (_open_parquet(path).schema_arrow.metadata or {}).get(_HASH_KEY)
+    return stored.decode() if stored else hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def _write_parquet(path: StoragePath, table: pa.Table) -> None:
+    if isinstance(path, Path):
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd", row_group_size=_BATCH_ROWS)
+        return
+    local = get_default_cache() / "uploads" / uuid.uuid4().hex / path.name
+    try:
+        _write_parquet(local, table)
+        upload(local, path)
+    finally:
+        shutil.rmtree(local.parent, ignore_errors=True)
+
+
+def _evict(folder: Path) -> None:
+    """Remove the columns of the tables that were not opened for the longest time."""
+    tables = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in tables[:-_MAX_CACHED_TABLES]:
+        shutil.rmtree(path, ignore_errors=True)

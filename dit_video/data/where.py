@@ -1,0 +1,140 @@
+"""Conditions on the columns of a table, such as `motion > 5 and sharpness > 60`.
+
+The language is a part of Python's: comparisons (also chained), `and`, `or`, `not`, `in`, arithmetic, numbers, strings,
+lists, True and False, and `column is None` for a missing value. `'dog' in captions` holds if a text contains the word.
+As in SQL, a comparison with a missing value does not select the row.
+"""
+
+import ast
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dit_video.core.errors import UserError
+
+Column: TypeAlias = Any
+"""One of Arrow's arrays or scalars."""
+_COMPARISONS = {
+    ast.Eq: pc.equal,
+    ast.NotEq: pc.not_equal,
+    ast.Lt: pc.less,
+    ast.LtE: pc.less_equal,
+    ast.Gt: pc.greater,
+    ast.GtE: pc.greater_equal,
+}
+_ARITHMETIC = {ast.Add: pc.add, ast.Sub: pc.subtract, ast.Mult: pc.multiply, ast.Div: pc.divide}
+
+
+def list_columns(where: str) -> set[str]:
+    """Return the names of the columns that a condition reads.
+
+    Raises:
+      UserError: the condition is no expression.
+    """
+    return {node.id for node in ast.walk(_parse(where)) if isinstance(node, ast.Name)}
+
+
+def evaluate(where: str, get_column: Callable[[str], pa.ChunkedArray], names: Collection[str]) -> pa.ChunkedArray:
+    """Return a Boolean for every row of a table: whether it meets the condition; null counts as False.
+
+    Args:
+      where: the condition.
+      get_column: returns the column of a name.
+      names: names of all columns.
+
+    Raises:
+      UserError: the condition is no expression of the language, names an unknown column, or compares text to numbers.
+    """
+    root = _parse(where)
+    if unknown := sorted(list_columns(where) - set(names)):
+        raise UserError(f"where={where!r} is invalid: there is no column {unknown[0]}. Use {', '.join(sorted(names))}.")
+    try:
+        result = _Evaluator(where, get_column).visit(root)
+        if not pa.types.is_boolean(result.type) or isinstance(result, pa.Scalar):
+            raise UserError(f"where={where!r} is invalid: it is not a condition on columns. Use one as 'motion > 5'.")
+        return pc.fill_null(result, False)
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"where={where!r} is invalid: {reason}. Compare values of one type.") from error
+
+
+def _parse(where: str) -> ast.expr:
+    try:
+        return ast.parse(where.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        fix = "Use comparisons of columns, such as 'motion > 5 and sharpness > 60'"
+        raise UserError(f"where={where!r} is invalid: it is not an expression ({error}). {fix}.") from error
+
+
+class _Evaluator(ast.NodeVisitor):
+    """An evaluator of expressions over Arrow's arrays."""
+
+    def __init__(self, where: str, get_column: Callable[[str], pa.ChunkedArray]):
+        self._where, self._get_column = where, get_column
+
+    def generic_visit(self, node: ast.AST) -> Any:
+        part = ast.unparse(node)
+        raise UserError(
+            f"where={self._where!r} is invalid: {part!r} is not supported. Use comparisons, and, or, not, in, + - * /."
+        )
+
+    def visit_Name(self, node: ast.Name) -> Column:
+        return self._get_column(node.id)
+
+    def visit_Constant(self, node: ast.Constant) -> Column:
+        if not isinstance(node.value, bool | int | float | str):
+            self.generic_visit(node)
+        return pa.scalar(node.value)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> Column:
+        combine = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
+        result, *others = map(self.visit, node.values)
+        for other in others:
+            result = combine(result, other)
+        return result
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> Column:
+        if isinstance(node.op, ast.Not):
+            return pc.invert(self.visit(node.operand))
+        if isinstance(node.op, ast.USub):
+            return pc.negate(self.visit(node.operand))
+        return self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> Column:
+        if type(node.op) not in _ARITHMETIC:
+            self.generic_visit(node)
+        left, right = self.visit(node.left), self.visit(node.right)
+        if isinstance(node.op, ast.Div):
+            left = pc.cast(left, pa.float64())
+        return _ARITHMETIC[type(node.op)](left, right)
+
+    def visit_Compare(self, node: ast.Compare) -> Column:
+        result, left = None, node.left
+        for operator, right in zip(node.ops, node.comparators, strict=True):
+            holds = self._compare(left, operator, right)
+            result = holds if result is None else pc.and_kleene(result, holds)
+            left = right
+        assert result is not None
+        return result
+
+    def _compare(self, left: ast.expr, operator: ast.cmpop, right: ast.expr) -> Column:
+        if isinstance(operator, ast.In | ast.NotIn):
+            holds = self._contains(left, right)
+            return pc.invert(holds) if isinstance(operator, ast.NotIn) else holds
+        if isinstance(operator, ast.Is | ast.IsNot):
+            if not (isinstance(right, ast.Constant) and right.value is None):
+                self.generic_visit(right)
+            column = self.visit(left)
+            is_missing = pc.is_null(column, nan_is_null=pa.types.is_floating(column.type))
+            return is_missing if isinstance(operator, ast.Is) else pc.invert(is_missing)
+        return _COMPARISONS[type(operator)](self.visit(left), self.visit(right))
+
+    def _contains(self, left: ast.expr, right: ast.expr) -> Column:
+        if isinstance(right, ast.List | ast.Tuple | ast.Set):
+            return pc.is_in(self.visit(left), value_set=pa.array([self.visit(each).as_py() for each in right.elts]))
+        texts, word = self.visit(right), self.visit(left).as_py()
+        if pa.types.is_list(texts.type) or pa.types.is_large_list(texts.type):
+            texts = pc.binary_join(texts, "\n")
+        return pc.match_substring(texts, word)
